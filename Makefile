@@ -1,0 +1,95 @@
+# `make help` lists the targets. Everything runs from .venv, which `make setup` keeps equal to constraints.txt.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3.11
+UV_VERSION := 0.13.9
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+# uv does not read pip's find-links: a CPU wheel of torch that pip is told of is offered to uv too.
+comma := ,
+space := $(subst ,, )
+FIND_LINKS := $(if $(PIP_FIND_LINKS),UV_FIND_LINKS="$(subst $(space),$(comma),$(strip $(PIP_FIND_LINKS)))")
+UV := $(FIND_LINKS) UV_HTTP_TIMEOUT=180 DS_BUILD_OPS=0 $(BIN)/uv
+
+# Sets $$python to the interpreter to use, or to nothing.
+find_python = for python in "$(PYTHON)" python3 ""; do \
+	  if [ -z "$$python" ] || "$$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; \
+	  then break; fi; done
+
+.PHONY: help setup constraints test lint types layers demo demo-long up down status faults bench format clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Install what is missing: system packages, then .venv from constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	@need=""; $(find_python); \
+	command -v g++ >/dev/null || need+=" g++"; \
+	command -v npm >/dev/null || need+=" nodejs npm"; \
+	command -v dpkg-deb >/dev/null || need+=" dpkg"; \
+	if [ -z "$$python" ]; then need+=" python3.11 python3.11-venv"; \
+	elif ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then need+=" python3.11-venv"; fi; \
+	if [ -n "$$need" ]; then \
+	  install="apt-get install --yes --no-install-recommends$$need"; \
+	  if ! command -v apt-get >/dev/null; then echo "make setup: missing$$need; install them and run it again" >&2; exit 1; \
+	  elif [ "$$(id -u)" = 0 ]; then apt-get update -q && DEBIAN_FRONTEND=noninteractive $$install; \
+	  elif sudo -n true 2>/dev/null; then sudo apt-get update -q && sudo DEBIAN_FRONTEND=noninteractive $$install; \
+	  else echo "make setup: missing$$need; run: sudo $$install" >&2; exit 1; fi; \
+	fi
+	@$(find_python); [ -x $(BIN)/python ] || "$$python" -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	@$(UV) pip install --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+constraints: setup ## Resolve pyproject.toml anew into constraints.txt
+	@pins=$$($(UV) pip compile --quiet --upgrade --python-version 3.11 --no-annotate --no-header --extra dev pyproject.toml); \
+	header=$$(grep '^#' constraints.txt); \
+	printf '%s\n' "$$header" "$$pins" | sed -E 's/^(torch==[0-9.]+)\+cpu$$/\1/' > constraints.txt
+
+test: setup lint types layers ## Everything that continuous integration asks for
+	@$(BIN)/python -m pytest
+
+lint: setup ## Style: ruff's rules and its formatting
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: setup ## mypy, strict
+	@$(BIN)/mypy
+
+layers: setup ## Who may import whom
+	@$(BIN)/lint-imports
+
+demo: setup ## The whole platform on this machine, small: data to served model
+	@$(BIN)/vila-ops demo configs/recipes/demo.yaml -r configs/resources/laptop.yaml
+
+demo-long: setup ## The same, with enough steps to see the model learn
+	@$(BIN)/vila-ops demo configs/recipes/demo_long.yaml -r configs/resources/laptop.yaml
+
+up: setup ## Start MLflow, Prefect, its worker and Ray on this machine
+	@$(BIN)/vila-ops up
+
+down: setup ## End what `make up` started
+	@$(BIN)/vila-ops down
+
+status: setup ## Which of those servers run
+	@$(BIN)/vila-ops status
+
+faults: setup ## Kill things on purpose and see that the results stay right
+	@$(BIN)/python -m pytest tests/faults -v
+
+bench: setup ## One benchmark: make bench NAME=packing
+	@if [ ! -f "benchmarks/$(NAME).py" ]; then \
+	  echo "make bench NAME=..., one of:" $$(cd benchmarks && ls *.py 2>/dev/null | sed 's/\.py$$//') >&2; exit 2; fi
+	@$(BIN)/python benchmarks/$(NAME).py
+
+format: setup ## Let ruff rewrite what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean: ## Remove caches and build outputs; .venv, store and data stay
+	@rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	@find vila_ops flows tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

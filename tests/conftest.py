@@ -1,0 +1,153 @@
+"""Real small objects that many tests share: the tiny fixtures as configs, models and prepared data."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlavaProcessor
+
+from vila_ops.config import Mixture, Model, Resources, Stage, TextFormat
+from vila_ops.data.conversation import Tokenizer
+from vila_ops.model.build import build_model
+from vila_ops.model.processing import build_processor, mean_std
+from vila_ops.model.vila import VilaForConditionalGeneration
+from vila_ops.packages.tokenizer import IMAGE_TOKEN, build_tokenizer
+
+TINY = Path(__file__).parent / "tiny"
+RENDERS = {"pairs": "caption", "documents": "document", "instructions": "instructions", "definitions": "document"}
+SIDE, PATCH = 56, 14
+
+MakeModel = Callable[..., Model]
+Whole = tuple[VilaForConditionalGeneration, LlavaProcessor]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> None:
+    """Two cores are shared; results of one thread are also the same on any machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Path:
+    """The folder of the committed fixtures."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def make_model() -> MakeModel:
+    """The config of a random model: a tower, a projector, a Llama of two layers."""
+
+    def make(tower: str = "clip", projector: str = "mlp2x_gelu", factor: int = 2, **more: Any) -> Model:
+        shape = {"factor": factor} if projector == "mlp_downsample" else {}
+        return Model.model_validate(
+            {
+                "vision_tower": {"kind": "random", "architecture": tower},
+                "projector": {"kind": projector, **shape},
+                "language_model": {"kind": "random", "tokenizer": str(TINY / "tokenizer")},
+                "image_size": SIDE,
+                "patch_size": PATCH,
+                **more,
+            }
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Model], Whole]:
+    """A config to the model itself and its processor."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def make(model: Model) -> Whole:
+        fast = build_tokenizer(model.language_model, chat_template=model.chat_template, cache=cache)
+        whole = build_model(
+            model,
+            vocabulary=len(fast),
+            image_id=fast.convert_tokens_to_ids(IMAGE_TOKEN),
+            eos_id=fast.eos_token_id,
+            cache=cache,
+        )
+        return whole, build_processor(whole.config, fast, mean_std=mean_std(model, cache=cache))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_text(make_model: MakeModel) -> Callable[..., TextFormat]:
+    """How the tiny model reads records."""
+
+    def make(max_tokens: int = 128, **more: Any) -> TextFormat:
+        model = make_model(**more)
+        return TextFormat(
+            language_model=model.language_model,
+            chat_template=model.chat_template,
+            image_size=model.image_size,
+            image_tokens=model.image_tokens(),
+            max_tokens=max_tokens,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer(make_model: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """The tiny tokenizer, with pictures of four tokens."""
+    fast = build_tokenizer(make_model().language_model, chat_template="chatml", cache=tmp_path_factory.mktemp("cache"))
+    return Tokenizer(fast, image_tokens=4)
+
+
+@pytest.fixture(scope="session")
+def make_mixture() -> Callable[..., Mixture]:
+    """A mixture of the tiny folders."""
+
+    def make(*names: str, weights: dict[str, float] | None = None, **more: Any) -> Mixture:
+        sources = {
+            name: {
+                "kind": "jsonl",
+                "path": str(TINY / name),
+                "render": RENDERS[name],
+                "weight": (weights or {}).get(name, 1.0),
+            }
+            for name in names
+        }
+        return Mixture.model_validate({"name": "-".join(names), "sources": sources, "shard_records": 16, **more})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_stage() -> Callable[..., Stage]:
+    """A short stage on a mixture."""
+
+    def make(mixture: Mixture, **more: Any) -> Stage:
+        return Stage.model_validate(
+            {
+                "name": "align",
+                "mixture": mixture.model_dump(),
+                "trainable": ["projector"],
+                "num_steps": 8,
+                "global_batch_size": 2,
+                "row_tokens": 128,
+                "learning_rate": 1e-3,
+                "precision": "fp32",
+                "save_every": 2,
+                "validate_every": 4,
+                "validation_rows": 2,
+                **more,
+            }
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_resources() -> Callable[..., Resources]:
+    """Everything under one folder, inline."""
+
+    def make(root: Path, **more: Any) -> Resources:
+        places = {name: str(root / name) for name in ("store", "data", "cache")}
+        return Resources.model_validate({"launch": "inline", **places, **more})
+
+    return make

@@ -1,0 +1,65 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from vila_ops.config.data import FluentEmoji, Package
+from vila_ops.data import sources
+from vila_ops.data.records import Image, Record, Turn
+
+RENDERS = Package(registry="npm", name="@a/renders", version="1.0.0", sha256="0" * 64, licence="MIT")
+NAMES = Package(registry="npm", name="names", version="2.0.0", sha256="1" * 64, licence="MIT")
+SOURCE = FluentEmoji(render="caption", package=RENDERS, names=NAMES)
+EMOJI = [
+    {"label": "red apple", "hexcode": "1F34E", "group": 4, "subgroup": 42},
+    {"label": "T-Rex", "hexcode": "1F996", "group": 3, "subgroup": 37},
+    {"label": "airplane", "hexcode": "2708", "group": 5, "subgroup": 56},
+    {"label": "waving hand", "hexcode": "1F44B", "group": 1, "subgroup": 16, "skins": [{"hexcode": "1F44B-1F3FB"}]},
+    {"label": "regional indicator A", "hexcode": "1F1E6"},
+]
+GROUPS = {
+    "groups": {"1": "people-body", "3": "animals-nature", "4": "food-drink", "5": "travel-places"},
+    "subgroups": {"16": "hand", "37": "animal-reptile", "42": "food-fruit", "56": "transport-air"},
+}
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> dict[str, Path]:
+    renders, names = tmp_path / "renders", tmp_path / "names"
+    (renders / "assets").mkdir(parents=True)
+    for stem in ("1f34e", "1f996", "2708-fe0f", "1f44b", "1f44b-1f3fb", "1f1e6"):
+        (renders / f"assets/{stem}.webp").write_bytes(stem.encode())
+    (names / "en").mkdir(parents=True)
+    (names / "meta").mkdir()
+    (names / "en/data.json").write_text(json.dumps(EMOJI))
+    (names / "meta/groups.json").write_text(json.dumps(GROUPS))
+    return {"@a/renders": renders, "names": names}
+
+
+def test_keys_are_things_without_people_and_skin_tones(folders: dict[str, Path]):
+    assert sources.keys(SOURCE, folders) == ["1f34e", "1f996", "2708-fe0f"]
+
+
+def test_a_render_is_captioned_with_its_name(folders: dict[str, Path]):
+    assert list(sources.read(SOURCE, folders, "1f34e")) == [
+        Record(
+            id="1f34e",
+            object="apple",
+            turns=(Turn("document", (Image(b"1f34e"), "Red apple.")),),
+            category="food-drink/food-fruit",
+            licence="MIT",
+            provenance="npm:@a/renders@1.0.0/assets/1f34e.webp",
+        )
+    ]
+
+
+def test_capitals_of_a_name_are_kept_and_the_variation_selector_does_not_matter(folders: dict[str, Path]):
+    (rex,) = sources.read(SOURCE, folders, "1f996")
+    (airplane,) = sources.read(SOURCE, folders, "2708-fe0f")
+    assert isinstance(rex, Record)
+    assert isinstance(airplane, Record)
+    assert (rex.turns[0].parts[1], airplane.turns[0].parts[1]) == ("T-Rex.", "Airplane.")
+
+
+def test_it_needs_the_renders_and_the_names():
+    assert sources.packages(SOURCE) == (RENDERS, NAMES)

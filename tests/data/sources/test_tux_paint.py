@@ -1,0 +1,80 @@
+from pathlib import Path
+
+import pytest
+
+from vila_ops.config.data import Package, TuxPaint
+from vila_ops.data import sources
+from vila_ops.data.records import Dropped, Image, Record, Turn
+from vila_ops.data.sources.tux_paint import STAMPS, category, clean_caption
+
+PACKAGE = Package(registry="debian", name="stamps", version="1-2", sha256="0" * 64, licence="GPL-2.0-or-later")
+SOURCE = TuxPaint(render="caption", package=PACKAGE)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> dict[str, Path]:
+    files = {
+        "animals/birds/owl.png": b"owl",
+        "animals/birds/owl.txt": b"An  owl.\nfr.utf8=Un hibou.\n",
+        "animals/birds/cartoon/tux.png": b"tux",
+        "animals/birds/cartoon/tux.txt": "Tux—the Linux mascot!\n".encode(),
+        "town/silent.png": b"silent",
+        "town/silent.txt": b"",
+        "town/no_caption.png": b"no",
+        "town/vector.svg": b"<svg/>",
+        "town/vector.txt": b"A vector.",
+        "symbols/letters/a.png": b"a",
+        "symbols/letters/a.txt": b"The letter a.",
+    }
+    for name, data in files.items():
+        path = tmp_path / STAMPS / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return {"stamps": tmp_path}
+
+
+def test_keys_are_captioned_png_stamps_without_symbols(folders: dict[str, Path]):
+    expected = ["animals/birds/cartoon/tux.png", "animals/birds/owl.png", "town/silent.png"]
+    assert sources.keys(SOURCE, folders) == expected
+    limited = TuxPaint(render="caption", package=PACKAGE, limit=1)
+    assert sources.keys(limited, folders) == expected[:1]
+
+
+def test_a_stamp_is_a_picture_and_its_english_sentence(folders: dict[str, Path]):
+    assert list(sources.read(SOURCE, folders, "animals/birds/owl.png")) == [
+        Record(
+            id="animals/birds/owl.png",
+            object="owl",
+            turns=(Turn("document", (Image(b"owl"), "An owl.")),),
+            category="animals/birds",
+            licence="GPL-2.0-or-later",
+            provenance="debian:stamps@1-2/usr/share/tuxpaint/stamps/animals/birds/owl.png",
+        )
+    ]
+
+
+def test_a_stamp_without_words_is_dropped(folders: dict[str, Path]):
+    assert list(sources.read(SOURCE, folders, "town/silent.png")) == [Dropped("town/silent.png", "no_text")]
+
+
+def test_its_package_is_all_it_needs():
+    assert sources.packages(SOURCE) == (PACKAGE,)
+
+
+def test_folders_of_style_are_no_category():
+    assert category("animals/birds/cartoon/tux.png") == "animals/birds"
+    assert category("sports/soccer.png") == "sports"
+
+
+@pytest.mark.parametrize(
+    ("line", "caption"),
+    [
+        ("A cat", "A cat."),
+        (" Boom!!! ", "Boom."),
+        ("– Because a brain…", "Because a brain."),
+        ("One, or two?", "One, or two."),
+        (" … ", ""),
+    ],
+)
+def test_captions_end_with_one_full_stop(line: str, caption: str):
+    assert clean_caption(line) == caption

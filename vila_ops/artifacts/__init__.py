@@ -1,0 +1,1 @@
+"""Sealed artifacts: their kinds, and the store that finds, seals and verifies them."""

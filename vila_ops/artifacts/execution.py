@@ -1,0 +1,30 @@
+"""What really ran: the machine and the versions, recorded outside every digest."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "deepspeed", "ray", "mlflow", "prefect", "dvc", "pyarrow", "pillow", "pydantic")
+
+
+def execution(*, launch: str, seconds: float, ran: list[dict[str, Any]]) -> dict[str, Any]:
+    """The execution part of a manifest; `ran` holds what each worker said of itself."""
+    return {
+        "launch": launch,
+        "seconds": round(seconds, 3),
+        "workers": ran,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that results depend on."""
+    found: dict[str, str] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

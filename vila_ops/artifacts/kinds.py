@@ -1,0 +1,58 @@
+"""The small handles that pass between rooms: an address, a digest, and what it was made from."""
+
+from vila_ops.config.base import Config
+
+
+class Artifact(Config):
+    """A sealed folder. Equal digest, equal bytes."""
+
+    uri: str
+    """Folder with the manifest; see `store.content` for where the files lie."""
+    digest: str
+    parents: tuple[str, ...] = ()
+    """Digests of what it was made from."""
+
+
+class Dataset(Artifact):
+    """A prepared mixture: tokenised samples in shards, and their index."""
+
+    num_samples: int
+    num_tokens: int
+
+
+class Pretrained(Artifact):
+    """Tower, fresh projector and language model put together, before any training of ours."""
+
+
+class Checkpoint(Artifact):
+    """A model after a stage, as a transformers folder."""
+
+    stage: str
+    step: int
+
+
+class EvalReport(Artifact):
+    """Scores of one model on one suite."""
+
+    suite: str
+    model: str
+    """Digest of the model that was evaluated."""
+
+
+class ModelVersion(Config):
+    """A version in the MLflow registry; one for each checkpoint digest."""
+
+    name: str
+    version: int
+    checkpoint: Checkpoint
+    promoted: bool
+    """Whether the alias `champion` points here."""
+
+
+class Deployment(Config):
+    """A served model."""
+
+    url: str
+    model: str
+    """Digest that the replicas loaded."""
+    version: int

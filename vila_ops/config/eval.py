@@ -1,0 +1,104 @@
+"""What is measured, and what a model must show to be promoted."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from vila_ops.config.base import Config
+from vila_ops.config.data import Mixture
+
+Control = Literal["none", "deranged"]
+"""deranged: every picture is swapped for another object's by a fixed permutation without fixed points."""
+
+
+class CaptionLoss(Config):
+    """Mean negative log-likelihood (nats per token) of the true caption given its picture."""
+
+    kind: Literal["caption_loss"] = "caption_loss"
+    control: Control = "deranged"
+
+
+class MultipleChoice(Config):
+    """Which of four captions belongs to the picture; distractors are captions of other held-out objects.
+
+    Rule, fixed before any training: the option with the highest log p(caption | picture) - log p(caption | no picture).
+    """
+
+    kind: Literal["multiple_choice"] = "multiple_choice"
+    control: Control = "deranged"
+
+
+class CaptionCider(Config):
+    """CIDEr-D of greedy captions; chance is the most frequent training caption."""
+
+    kind: Literal["cider"] = "cider"
+    control: Control = "deranged"
+    max_new_tokens: PositiveInt = 16
+
+
+class Pope(Config):
+    """ "Is there a X in the image?", half yes, half no: accuracy, F1 and yes-ratio; chance is always yes."""
+
+    kind: Literal["pope"] = "pope"
+    control: Control = "deranged"
+
+
+class TextMultipleChoice(Config):
+    """Four-way choice of a word's meaning, text only; the option with the highest log-likelihood per token."""
+
+    kind: Literal["text_multiple_choice"] = "text_multiple_choice"
+
+class TextLoss(Config):
+    """Mean negative log-likelihood (nats per token) of held-out plain text: words with their meanings."""
+
+    kind: Literal["text_loss"] = "text_loss"
+
+
+Benchmark = Annotated[
+    CaptionLoss | MultipleChoice | CaptionCider | Pope | TextMultipleChoice | TextLoss, Field(discriminator="kind")
+]
+
+
+class Suite(Config):
+    """The benchmarks of an evaluation and the data that they read."""
+
+    name: str
+    mixture: Mixture
+    split: Literal["validation", "test"]
+    """Choices of recipe are made on validation; test is read once per committed recipe."""
+    benchmarks: dict[str, Benchmark] = Field(min_length=1)
+    max_objects: PositiveInt = 400
+    """Objects read by the picture benchmarks, in the order of their hash."""
+    max_words: PositiveInt = 200
+    """Words read by the text benchmarks."""
+    max_tokens: PositiveInt = 512
+    """Longest evaluation sample."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the language model while it is evaluated."""
+    bootstrap_resamples: PositiveInt = 2000
+    seed: int = 0
+    """Of distractors, derangement and bootstrap."""
+
+
+class Rule(Config):
+    """One condition of a gate on a metric of the report; a bound that is None is not asked for."""
+
+    metric: str
+    at_least: float | None = None
+    at_most: float | None = None
+    max_loss: float | None = Field(default=None, ge=0)
+    """How much worse than the champion's value it may be; passes where there is no champion."""
+
+    @model_validator(mode="after")
+    def _asks_something(self) -> "Rule":
+        if self.at_least is None and self.at_most is None and self.max_loss is None:
+            raise ValueError(f"rule on {self.metric!r} asks nothing; set at_least, at_most or max_loss")
+        return self
+
+
+class Gate(Config):
+    """A model is promoted when every rule holds."""
+
+    model_name: str
+    """Name in the MLflow model registry."""
+    rules: tuple[Rule, ...] = Field(min_length=1)

@@ -1,0 +1,63 @@
+"""The servers of one box: where they listen and what they may use. Execution, never hashed."""
+
+import ipaddress
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from vila_ops.config.base import Config
+
+Port = int
+RAY_WORKER_PORTS = range(10002, 20000)
+"""Ray gives its workers ports of this range."""
+
+
+class LocalServers(Config):
+    """MLflow, Prefect with one worker, and a Ray head, for `vila-ops up`, `down` and `status`."""
+
+    host: str = "127.0.0.1"
+    """A loopback address: MLflow and Prefect have no login. Ray listens on every interface, but asks for a token."""
+    root: str = "store/local"
+    """Folder of records, logs, databases, MLflow's artifacts and Ray's token, relative to the working directory."""
+    mlflow_port: Port = Field(default=5000, ge=1024, lt=65536)
+    prefect_port: Port = Field(default=4200, ge=1024, lt=65536)
+    ray_port: Port = Field(default=6379, ge=1024, lt=65536)
+    """Of Ray's head (GCS): what `ray_address` names."""
+    ray_dashboard_port: Port = Field(default=8265, ge=1024, lt=65536)
+    """Dashboard, jobs and Serve's REST API."""
+    ray_agent_port: Port = Field(default=52365, ge=1024, lt=65536)
+    ray_client_port: Port = Field(default=10001, ge=1024, lt=65536)
+    serve_port: Port = Field(default=8000, ge=1024, lt=65536)
+    """Where `deploy` will listen; `up` only sees to it that nobody else does."""
+    ray_cpus: PositiveInt = 8
+    """Logical CPUs. More than there are actors: Ray Data waits for ever when its actors hold every CPU."""
+    ray_object_store_bytes: int = Field(default=2**30, ge=80 * 2**20)
+    prefect_file: str = "infra/prefect.yaml"
+    """The deployments that the worker serves, relative to the working directory."""
+    work_pool: str = "local"
+    worker_poll_seconds: PositiveFloat = 1.0
+    """How often the worker asks for new flow runs."""
+    max_flow_runs: PositiveInt = 2
+    """Flow runs at a time."""
+    start_timeout_seconds: PositiveFloat = 180.0
+    """How long a server may take until it answers."""
+    stop_grace_seconds: PositiveFloat = 10.0
+    """Between asking a process to end and killing it."""
+
+    @field_validator("host")
+    @classmethod
+    def _host_is_loopback(cls, value: str) -> str:
+        if not ipaddress.ip_address(value).is_loopback:
+            raise ValueError(
+                f"host {value} can be reached from outside, and these servers have no login; use 127.0.0.1"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> "LocalServers":
+        ports = {name: value for name, value in self.model_dump().items() if name.endswith("_port")}
+        for name, port in ports.items():
+            if twins := [other for other, value in ports.items() if value == port and other != name]:
+                raise ValueError(f"{name} and {twins[0]} are both {port}; change one")
+            if port in RAY_WORKER_PORTS:
+                raise ValueError(f"{name} {port} is one of Ray's worker ports, 10002 to 19999; choose another")
+        return self

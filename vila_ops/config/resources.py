@@ -1,0 +1,53 @@
+"""Where and how fast: execution, never hashed."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from vila_ops.config.base import Config
+
+
+class Resources(Config):
+    """What a run may use. Nothing here changes what is computed, only where and how fast."""
+
+    launch: Literal["inline", "ray"]
+    """inline: this process, one worker, plain torch. ray: a cluster that is already up."""
+    store: str = "store"
+    """Root folder of sealed artifacts."""
+    data: str = "data"
+    """Folder of DVC's outputs; a prepared mixture is looked for in `data/<mixture>` first."""
+    cache: str = "~/.cache/vila-ops"
+    """Fetched packages and converted weights; shared between checkouts."""
+    tracking_uri: str | None = None
+    """MLflow server or sqlite URI; None logs nothing."""
+    parent_run: str | None = None
+    """MLflow run that the runs of the rooms are children of."""
+    ray_address: str | None = None
+    """Address of the cluster's head, host:port."""
+    num_workers: PositiveInt = 1
+    gpus_per_worker: NonNegativeInt = 0
+    cpus_per_worker: PositiveFloat = 1
+    """Logical CPUs that Ray reserves per worker."""
+    threads_per_worker: PositiveInt = 1
+    """torch's threads in each worker."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    micro_batch_size: PositiveInt = 1
+    """Rows per forward pass."""
+    max_failures: NonNegativeInt = 2
+    """How often Ray Train restarts the workers before the stage fails."""
+    host: str = "127.0.0.1"
+    """Where servers listen."""
+    serve_port: int = Field(default=8000, ge=0, lt=65536)
+
+    @model_validator(mode="after")
+    def _every_setting_has_an_effect(self) -> "Resources":
+        if self.launch == "inline":
+            if self.num_workers != 1:
+                raise ValueError(f"launch inline is one worker, not {self.num_workers}; use launch ray")
+            if self.zero_stage:
+                raise ValueError(f"zero_stage {self.zero_stage} needs DeepSpeed, which launch inline does not use")
+            if self.ray_address is not None:
+                raise ValueError("ray_address has no effect with launch inline; remove it or use launch ray")
+        elif self.ray_address is None:
+            raise ValueError("launch ray drives a cluster that is already up: set ray_address (host:port)")
+        return self

@@ -1,0 +1,89 @@
+"""Recipe (hashed) and Run (recipe + resources): the one object that everything starts from."""
+
+from typing import Any
+
+from pydantic import PositiveInt, model_validator
+
+from vila_ops.config.base import Config
+from vila_ops.config.eval import Gate, Suite
+from vila_ops.config.model import Model, TextFormat
+from vila_ops.config.resources import Resources
+from vila_ops.config.serve import Service
+from vila_ops.config.train import Stage
+
+
+class Recipe(Config):
+    """Everything that changes the numbers."""
+
+    name: str
+    model: Model
+    max_tokens: PositiveInt
+    """Longest training sample, image tokens included."""
+    stages: dict[str, Stage]
+    """In the order in which they run."""
+    suite: Suite
+    """Of the last stage's model."""
+    probe: Suite
+    """Of the base model and of the stages before the last."""
+    gate: Gate
+    service: Service
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stages_carry_their_key_as_name(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("stages"), dict):
+            stages = {
+                key: {"name": key, **stage} if isinstance(stage, dict) else stage
+                for key, stage in value["stages"].items()
+            }
+            return {**value, "stages": stages}
+        return value
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> "Recipe":
+        for key, stage in self.stages.items():
+            if stage.name != key:
+                raise ValueError(f"stage {key!r} is named {stage.name!r}; remove its name")
+            if stage.row_tokens < self.max_tokens:
+                raise ValueError(
+                    f"stage {key!r} packs rows of {stage.row_tokens} tokens but a sample may have {self.max_tokens}; "
+                    f"raise row_tokens or lower max_tokens"
+                )
+        for suite in (self.suite, self.probe):
+            for stage in self.stages.values():
+                if stage.mixture.split != suite.mixture.split:
+                    raise ValueError(
+                        f"suite {suite.name!r} and stage {stage.name!r} split objects differently, "
+                        f"so a test object could be trained on; give both mixtures the same split"
+                    )
+        return self
+
+    def text(self, *, max_tokens: int | None = None) -> TextFormat:
+        """How this recipe's model reads records; `max_tokens` differs between training and a suite."""
+        return TextFormat(
+            language_model=self.model.language_model,
+            chat_template=self.model.chat_template,
+            image_size=self.model.image_size,
+            image_tokens=self.model.image_tokens(),
+            max_tokens=self.max_tokens if max_tokens is None else max_tokens,
+        )
+
+
+class Run(Config):
+    """A recipe and what to run it with; only the recipe is identity."""
+
+    recipe: Recipe
+    resources: Resources
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> "Run":
+        per_pass = self.resources.micro_batch_size * self.resources.num_workers
+        for stage in self.recipe.stages.values():
+            if stage.global_batch_size % per_pass:
+                nearest = max(1, stage.global_batch_size // per_pass) * per_pass
+                raise ValueError(
+                    f"stage {stage.name!r}: global_batch_size {stage.global_batch_size} is not a multiple of "
+                    f"micro_batch_size {self.resources.micro_batch_size} x num_workers {self.resources.num_workers}; "
+                    f"use {nearest}, or change the resources"
+                )
+        return self

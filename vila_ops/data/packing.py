@@ -1,0 +1,91 @@
+"""Samples to packed rows: which samples share a row, and what the model reads of a row. Pure.
+
+B rows, T tokens of a row, I images.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vila_ops.data.shards import Sample
+
+IGNORE_INDEX = -100
+WINDOW = 64
+"""Rows kept open at once while packing; more fill better and mix samples over a longer stretch."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Samples end to end, with what keeps them apart: positions that restart and one segment number a sample."""
+
+    input_ids: NDArray[np.int64]
+    """(T,)"""
+    position_ids: NDArray[np.int64]
+    """(T,), from 0 in each sample."""
+    segment_ids: NDArray[np.int64]
+    """(T,), 1, 2, ... by sample; 0 is padding."""
+    labels: NDArray[np.int64]
+    """(T,): the token to predict at this position, that is the next one of the same sample, or IGNORE_INDEX."""
+    images: tuple[bytes, ...]
+    """PNG squares, in order of their placeholders."""
+    keys: tuple[str, ...]
+    """Of the samples, in order."""
+
+
+def plan_rows(lengths: Sequence[int], *, capacity: int) -> list[list[int]]:
+    """Best fit in order of arrival: the samples (as indices into `lengths`) of each row, none over `capacity`.
+
+    At most WINDOW rows are open; the fullest is closed first. Every sample stands in exactly one row.
+    """
+    closed: list[list[int]] = []
+    rows: list[tuple[int, list[int]]] = []  # free tokens, members
+    for index, length in enumerate(lengths):
+        if length > capacity:
+            raise ValueError(f"sample {index} has {length} tokens, a row holds {capacity}; raise row_tokens")
+        fitting = [place for place, (free, _) in enumerate(rows) if free >= length]
+        if fitting:
+            best = min(fitting, key=lambda place: rows[place][0])
+            free, members = rows[best]
+            members.append(index)
+            rows[best] = (free - length, members)
+        else:
+            if len(rows) == WINDOW:
+                fullest = min(range(WINDOW), key=lambda place: rows[place][0])
+                closed.append(rows.pop(fullest)[1])
+            rows.append((capacity - length, [index]))
+    return closed + [members for _, members in rows]
+
+
+def pack(samples: Sequence[Sample], *, capacity: int) -> Row:
+    """One row of `capacity` positions from samples that fit into it; the rest is padding."""
+    used = sum(len(sample.input_ids) for sample in samples)
+    if used > capacity:
+        raise ValueError(f"{used} tokens do not fit into a row of {capacity}")
+    input_ids = np.zeros(capacity, np.int64)
+    position_ids = np.zeros(capacity, np.int64)
+    segment_ids = np.zeros(capacity, np.int64)
+    labels = np.full(capacity, IGNORE_INDEX, np.int64)
+    start = 0
+    for number, sample in enumerate(samples, start=1):
+        stop = start + len(sample.input_ids)
+        ids = np.asarray(sample.input_ids, np.int64)
+        input_ids[start:stop] = ids
+        position_ids[start:stop] = np.arange(stop - start)
+        segment_ids[start:stop] = number
+        labels[start : stop - 1] = np.where(sample.is_target[1:], ids[1:], IGNORE_INDEX)
+        start = stop
+    images = tuple(image for sample in samples for image in sample.images)
+    return Row(input_ids, position_ids, segment_ids, labels, images, tuple(sample.key for sample in samples))
+
+
+def attention_mask(segment_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Block-diagonal causal mask (B, 1, T, T) of segment ids (B, T): True where a query sees a key.
+
+    Passed explicitly, as transformers infers one only without a mask and without a cache, and leaks silently
+    otherwise. Padding sees itself, so that no softmax is empty.
+    """
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    causal = np.tril(np.ones((segment_ids.shape[1],) * 2, np.bool_))
+    return np.asarray((same & causal)[:, None])

@@ -1,0 +1,48 @@
+"""Captioned pictures to visual questions with answers that follow from their names. Pure."""
+
+import random
+from dataclasses import dataclass, replace
+
+from vila_ops.data.records import Image, Record, Turn
+
+DESCRIBE = ("What is this?", "What does the picture show?", "Describe the picture.", "What do you see?")
+YES_NO = "Is there a {name} in the image? Answer yes or no."
+
+
+@dataclass(frozen=True)
+class Names:
+    """Object names by category, of one source and one split: where wrong answers are drawn from."""
+
+    by_category: dict[str, tuple[str, ...]]
+
+    def other(self, record: Record, draw: random.Random) -> str:
+        """Another object's name: of the same category half of the time, else of any."""
+        near = [name for name in self.by_category.get(record.category, ()) if name != record.object]
+        every = [name for names in self.by_category.values() for name in names if name != record.object]
+        if not every:
+            raise ValueError(f"record {record.id!r}: its source has no other object to ask about")
+        return draw.choice(near if near and draw.random() < 0.5 else every)
+
+
+def questions(record: Record, names: Names, *, seed: int) -> list[Record]:
+    """Two conversations about one captioned picture: what it is, and one yes-or-no question.
+
+    Yes and no are equally likely; the draw depends on the seed and the record's id alone.
+    """
+    draw = random.Random(f"{seed}/{record.id}")
+    (turn,) = record.turns
+    picture = next(part for part in turn.parts if isinstance(part, Image))
+    caption = " ".join(part for part in turn.parts if isinstance(part, str))
+    describe = (Turn("user", (picture, draw.choice(DESCRIBE))), Turn("assistant", (caption,)))
+    question, answer = _yes_no(record, names, draw)
+    asked = (Turn("user", (picture, question)), Turn("assistant", (answer,)))
+    return [
+        replace(record, id=f"{record.id}#describe", turns=describe),
+        replace(record, id=f"{record.id}#yes_no", turns=asked),
+    ]
+
+
+def _yes_no(record: Record, names: Names, draw: random.Random) -> tuple[str, str]:
+    is_there = draw.random() < 0.5
+    name = record.object if is_there else names.other(record, draw)
+    return YES_NO.format(name=name), "Yes." if is_there else "No."

@@ -1,0 +1,50 @@
+"""The one record layout behind every source: turns of text and image parts, in order."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal["document", "system", "user", "assistant"]
+"""A document is plain running text, every token of which is learnt."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """One picture as the encoded bytes of its file (PNG, WebP, JPEG, ...)."""
+
+    data: bytes
+
+
+Part = str | Image
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side says: text and pictures in their order."""
+
+    role: Role
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One document, captioned picture or conversation, before it is tokenised."""
+
+    id: str
+    """Unique inside its source."""
+    object: str
+    """What it shows or speaks of, lower case: the key of the train / validation / test split."""
+    turns: tuple[Turn, ...]
+    category: str
+    """Group of the object inside its source ("animals/birds"); empty where the source has none."""
+    licence: str
+    provenance: str
+    """Where it came from: package, version and path inside it."""
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A record that cannot be used, and why; counted, never replaced by another."""
+
+    id: str
+    reason: str
+    """A short fixed word ("unreadable_image", "no_text", ...): drops are counted by it."""

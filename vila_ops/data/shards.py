@@ -1,0 +1,156 @@
+"""The files of a prepared mixture: tar shards of samples, and one Parquet index over them.
+
+A shard is a plain WebDataset tar: `KEY.json` with the tokens, `KEY.0.png`, `KEY.1.png`, ... with the pictures.
+The index has one row a sample, so that any sample is one seek away.
+"""
+
+import io
+import json
+import tarfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+INDEX = "index.parquet"
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("source", pa.string()),
+        ("split", pa.string()),
+        ("object", pa.string()),
+        ("shard", pa.string()),
+        ("offset", pa.int64()),
+        ("num_tokens", pa.int32()),
+        ("num_targets", pa.int32()),
+        ("num_images", pa.int32()),
+    ]
+)
+
+
+class CorruptShard(ValueError):
+    """A shard does not hold what its index says."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One tokenised sample with its pictures, and what it was made from."""
+
+    key: str
+    source: str
+    object: str
+    category: str
+    text: str
+    """The record's text parts, joined: what a benchmark asks about."""
+    licence: str
+    provenance: str
+    input_ids: list[int]
+    is_target: list[bool]
+    images: tuple[bytes, ...]
+    """PNG squares, in the order of their placeholders."""
+
+
+class ShardWriter:
+    """Writes one shard; the same samples give the same bytes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 closed by close()
+
+    def add(self, sample: Sample, *, split: str) -> None:
+        """Append one sample."""
+        offset = self._tar.offset
+        head = asdict(sample)
+        for field in ("images", "is_target"):
+            del head[field]
+        head["num_images"] = len(sample.images)
+        head["targets"] = runs(sample.is_target)
+        self._member(f"{sample.key}.json", json.dumps(head, sort_keys=True, ensure_ascii=False).encode())
+        for index, data in enumerate(sample.images):
+            self._member(f"{sample.key}.{index}.png", data)
+        self.rows.append(
+            {
+                "key": sample.key,
+                "source": sample.source,
+                "split": split,
+                "object": sample.object,
+                "shard": self.path.name,
+                "offset": offset,
+                "num_tokens": len(sample.input_ids),
+                "num_targets": sum(sample.is_target),
+                "num_images": len(sample.images),
+            }
+        )
+
+    def close(self) -> list[dict[str, Any]]:
+        """Finish the file; returns the index rows."""
+        self._tar.close()
+        return self.rows
+
+    def _member(self, name: str, data: bytes) -> None:
+        info = tarfile.TarInfo(name)  # owner, mode and time stay at their constants
+        info.size = len(data)
+        self._tar.addfile(info, io.BytesIO(data))
+
+
+def write_index(rows: list[dict[str, Any]], folder: Path) -> None:
+    """Write the index of all shards."""
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), folder / INDEX, compression="zstd")
+
+
+def read_index(folder: Path) -> pa.Table:
+    """The index of a prepared mixture, one row a sample."""
+    return pq.read_table(folder / INDEX, schema=SCHEMA)
+
+
+def read_sample(folder: Path, *, shard: str, offset: int, key: str) -> Sample:
+    """One sample by its place; raises CorruptShard when something else stands there."""
+    file = _opened(folder / shard)
+    try:
+        head = json.loads(_member_at(file, offset, f"{key}.json"))
+        images = [_member_at(file, None, f"{key}.{index}.png") for index in range(head.pop("num_images"))]
+        targets = head.pop("targets")
+        return Sample(**head, is_target=mask(targets, len(head["input_ids"])), images=tuple(images))
+    except (tarfile.TarError, ValueError, KeyError, TypeError) as error:
+        raise CorruptShard(
+            f"{folder / shard} at byte {offset} does not hold sample {key!r} ({error}); "
+            f"verify the dataset, move its folder away and prepare it again"
+        ) from error
+
+
+def runs(flags: Sequence[bool]) -> list[tuple[int, int]]:
+    """The (start, stop) runs of True."""
+    edges = [i for i in range(len(flags) + 1) if (i > 0 and flags[i - 1]) != (i < len(flags) and flags[i])]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def mask(spans: Sequence[tuple[int, int]], length: int) -> list[bool]:
+    """The flags that `runs` came from."""
+    flags = [False] * length
+    for start, stop in spans:
+        flags[start:stop] = [True] * (stop - start)
+    return flags
+
+
+@lru_cache(maxsize=64)
+def _opened(path: Path) -> BinaryIO:
+    return path.open("rb")
+
+
+def _member_at(file: BinaryIO, offset: int | None, name: str) -> bytes:
+    """The tar member that starts at `offset` (None: where the file stands)."""
+    if offset is not None:
+        file.seek(offset)
+    info = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "strict")
+    if info.name != name:
+        raise ValueError(f"found member {info.name!r} instead of {name!r}")
+    data = file.read(info.size)
+    if len(data) != info.size:
+        raise ValueError("the file ends early")
+    file.seek(-info.size % tarfile.BLOCKSIZE, io.SEEK_CUR)
+    return data

@@ -1,0 +1,53 @@
+"""Fluent emoji: a 3-D render a code point, named by CLDR through emojibase-data."""
+
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+from vila_ops.config.data import FluentEmoji
+from vila_ops.data.records import Dropped, Image, Record, Turn
+from vila_ops.data.sources.object_names import object_name
+from vila_ops.data.sources.provenance import provenance
+
+ASSETS = "assets"
+GROUPS = ("smileys-emotion", "people-body", "animals-nature", "food-drink", "travel-places", "activities", "objects")
+"""No symbols and flags."""
+
+
+def keys(folder: Path, names_folder: Path) -> list[str]:
+    """Stems of the renders that show an object of our groups, sorted."""
+    named = _names(names_folder)
+    stems = (path.stem for path in (folder / ASSETS).glob("*.webp"))
+    return sorted(stem for stem in stems if _plain(stem) in named)
+
+
+def read(source: FluentEmoji, folder: Path, names_folder: Path, key: str) -> Iterator[Record | Dropped]:
+    """The render of this key with its name as caption."""
+    label, category = _names(names_folder)[_plain(key)]
+    path = f"{ASSETS}/{key}.webp"
+    yield Record(
+        id=key,
+        object=object_name(label),
+        turns=(Turn("document", (Image((folder / path).read_bytes()), f"{label[:1].upper()}{label[1:]}.")),),
+        category=category,
+        licence=source.package.licence,
+        provenance=provenance(source.package, path),
+    )
+
+
+@lru_cache(maxsize=2)
+def _names(folder: Path) -> dict[str, tuple[str, str]]:
+    """Plain hex code -> label and "group/subgroup". The base emoji alone: skin tones are listed inside them."""
+    meta = json.loads((folder / "meta/groups.json").read_text(encoding="utf-8"))
+    names = {}
+    for emoji in json.loads((folder / "en/data.json").read_text(encoding="utf-8")):
+        group = meta["groups"].get(str(emoji.get("group")))
+        if group in GROUPS:
+            names[_plain(emoji["hexcode"])] = (emoji["label"], f"{group}/{meta['subgroups'][str(emoji['subgroup'])]}")
+    return names
+
+
+def _plain(code: str) -> str:
+    """Lower case without the variation selector, which only one of the packages writes always."""
+    return code.lower().replace("-fe0f", "")

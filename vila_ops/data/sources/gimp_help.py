@@ -1,0 +1,116 @@
+"""The GIMP manual: XHTML pages as interleaved documents of text and figures."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from xml.etree import ElementTree
+
+import PIL.Image
+
+from vila_ops.config.data import GimpHelp
+from vila_ops.data.records import Dropped, Image, Part, Record, Turn
+from vila_ops.data.sources.provenance import provenance
+
+PAGES = "usr/share/gimp/2.0/help/en"
+MIN_FIGURE_PIXELS = 64
+"""Shorter side; what is smaller is an icon."""
+_XHTML = "{http://www.w3.org/1999/xhtml}"
+_NAVIGATION = ("navheader", "navfooter", "toc", "indexterm")
+_BLOCKS = ("p", "div", "li", "dt", "dd", "h1", "h2", "h3", "h4", "h5", "h6", "tr", "pre", "blockquote", "br", "table")
+_NUMBERING = re.compile(r"^(?:Figure|Table|Example|Chapter|Appendix)?\s*[0-9A-Z]+(?:\.[0-9]+)*\.\s+(?=\S)")
+_FIGURE = re.compile(rb'<img\s[^>]*?src="([^"]+\.(?:png|jpe?g))"', re.IGNORECASE)
+
+
+def keys(folder: Path) -> list[str]:
+    """Names of the pages that show at least one figure, sorted."""
+    root = folder / PAGES
+    figures = {path.relative_to(root).as_posix() for path in root.rglob("*") if _is_figure(path)}
+    pages = (path for path in root.glob("*.html") if not figures.isdisjoint(_named_figures(path)))
+    return sorted(path.stem for path in pages)
+
+
+def read(source: GimpHelp, folder: Path, key: str) -> Iterator[Record | Dropped]:
+    """The page as one document."""
+    root = folder / PAGES
+    parts = _parts(root, ElementTree.parse(root / f"{key}.html").getroot())
+    if not any(isinstance(part, str) for part in parts):
+        yield Dropped(id=key, reason="no_text")
+        return
+    yield Record(
+        id=key,
+        object=key,
+        turns=(Turn("document", parts),),
+        category="",
+        licence=source.package.licence,
+        provenance=provenance(source.package, f"{PAGES}/{key}.html"),
+    )
+
+
+def _named_figures(page: Path) -> set[str]:
+    return {name.decode("utf-8") for name in _FIGURE.findall(page.read_bytes())}
+
+
+def _is_figure(path: Path) -> bool:
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg") or not path.is_file():
+        return False
+    with PIL.Image.open(path) as picture:
+        return min(picture.size) >= MIN_FIGURE_PIXELS
+
+
+def _parts(root: Path, page: ElementTree.Element) -> tuple[Part, ...]:
+    """Text and figures in reading order; the text between two figures is one part, a block a line."""
+    parts: list[Part] = []
+    lines: list[str] = []
+    for item in [*_blocks(root, page.iter(f"{_XHTML}body")), None]:
+        if isinstance(item, str):
+            lines.append(item)
+            continue
+        if lines:
+            parts.append("\n".join(lines))
+            lines = []
+        if item is not None:
+            parts.append(item)
+    return tuple(parts)
+
+
+def _blocks(root: Path, bodies: Iterator[ElementTree.Element]) -> Iterator[str | Image]:
+    """Lines of text, cleaned, and figures."""
+    words: list[str] = []
+    for item in (item for body in bodies for item in _walk(root, body)):
+        if isinstance(item, str):
+            words.append(item)
+            continue
+        line = _clean("".join(words))
+        words = []
+        if line:
+            yield line
+        if isinstance(item, Image):
+            yield item
+
+
+def _walk(root: Path, element: ElementTree.Element) -> Iterator[str | Image | None]:
+    """Pieces of text, figures, and None where a block begins or ends; no navigation."""
+    tag = element.tag.removeprefix(_XHTML)
+    if element.get("class") in _NAVIGATION or tag in ("script", "style"):
+        return
+    if tag == "img":
+        path = root / element.get("src", "")
+        if _is_figure(path):
+            yield Image(path.read_bytes())
+        return
+    if tag in _BLOCKS:
+        yield None
+    if tag in ("td", "th"):
+        yield " "
+    yield element.text or ""
+    for child in element:
+        yield from _walk(root, child)
+        yield child.tail or ""
+    if tag in _BLOCKS:
+        yield None
+
+
+def _clean(text: str) -> str:
+    """Single spaces, no numbering of headings and figures; empty where no letter or digit is left."""
+    line = _NUMBERING.sub("", " ".join(text.split()))
+    return line if any(character.isalnum() for character in line) else ""

@@ -1,0 +1,51 @@
+"""Tux Paint stamps: a picture, and beside it a text file whose first line is its English caption."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from vila_ops.config.data import TuxPaint
+from vila_ops.data.records import Dropped, Image, Record, Turn
+from vila_ops.data.sources.object_names import object_name
+from vila_ops.data.sources.provenance import provenance
+
+STAMPS = "usr/share/tuxpaint/stamps"
+_NO_OBJECTS = "symbols"
+"""This tree holds letters, signs and coins."""
+_STYLES = ("cartoon", "toys", "plastic")
+"""Folders that say how a thing is drawn, not what it is."""
+
+
+def keys(folder: Path) -> list[str]:
+    """Paths of the PNG stamps that have a caption, relative to the stamps' root, sorted."""
+    root = folder / STAMPS
+    found = (path.relative_to(root) for path in root.rglob("*.png") if path.with_suffix(".txt").is_file())
+    return sorted(path.as_posix() for path in found if path.parts[0] != _NO_OBJECTS)
+
+
+def read(source: TuxPaint, folder: Path, key: str) -> Iterator[Record | Dropped]:
+    """The stamp of this key with its caption."""
+    picture = folder / STAMPS / key
+    lines = picture.with_suffix(".txt").read_text(encoding="utf-8").splitlines()
+    caption = clean_caption(lines[0] if lines else "")
+    if not caption:
+        yield Dropped(id=key, reason="no_text")
+        return
+    yield Record(
+        id=key,
+        object=object_name(caption),
+        turns=(Turn("document", (Image(picture.read_bytes()), caption)),),
+        category=category(key),
+        licence=source.package.licence,
+        provenance=provenance(source.package, f"{STAMPS}/{key}"),
+    )
+
+
+def category(key: str) -> str:
+    """From animals/birds/cartoon/tux.png to animals/birds."""
+    return "/".join(part for part in key.split("/")[:-1] if part not in _STYLES)
+
+
+def clean_caption(line: str) -> str:
+    """Single spaces, no leading dash, and one full stop at the end; empty where no word is left."""
+    text = " ".join(line.split()).lstrip("-–— ").rstrip(" .!?…")
+    return f"{text}." if text else ""

@@ -1,0 +1,79 @@
+"""The room `evaluate`: a model and a suite to a report with intervals. Light: the work is in `work`."""
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from vila_ops import tracking
+from vila_ops.artifacts import store
+from vila_ops.artifacts.execution import execution
+from vila_ops.artifacts.kinds import Checkpoint, Dataset, EvalReport, Pretrained
+from vila_ops.config import Resources, Suite
+from vila_ops.eval.job import Job
+
+REVISION = 1
+REPORT = "report.json"
+log = logging.getLogger(__name__)
+
+
+def evaluate(suite: Suite, model: Checkpoint | Pretrained, data: Dataset, resources: Resources) -> EvalReport:
+    """The report of a model on a suite; measured only if the store has it not yet."""
+    recipe = suite.model_dump(mode="json", exclude={"mixture"})
+    at = store.address(EvalReport, revision=REVISION, recipe=recipe, parents=(model.digest, data.digest))
+    root = Path(resources.store).resolve()
+    if done := store.find(EvalReport, at, store=root):
+        return done
+    started = time.monotonic()
+    attempt = store.begin(at, store=root)
+    stage = model.stage if isinstance(model, Checkpoint) else "base"
+    run_id = tracking.start_run(
+        resources.tracking_uri,
+        f"evaluate {stage}",
+        parent=resources.parent_run,
+        params={"suite": suite.name, "split": suite.split, "max_objects": suite.max_objects},
+        tags={"room": "evaluate", "stage": stage, "model": model.digest, "data": data.digest},
+    )
+    failed = True
+    try:
+        result = _launch(Job(suite=suite, model=model, data=data, resources=resources))
+        (attempt / REPORT).write_text(json.dumps(result["report"], indent=1, sort_keys=True))
+        tracking.MetricLog.send(resources.tracking_uri, run_id, tracked(result["report"]))
+        tracking.log_file(resources.tracking_uri, run_id, str(attempt / REPORT))
+        failed = False
+    finally:
+        tracking.end_run(resources.tracking_uri, run_id, failed=failed)
+    report = store.seal(
+        EvalReport,
+        at,
+        attempt,
+        facts={"suite": suite.name, "model": model.digest},
+        execution=execution(launch=resources.launch, seconds=time.monotonic() - started, ran=[result["ran"]])
+        | {"mlflow_run": run_id},
+    )
+    log.info("evaluated %s on %s", stage, suite.name)
+    return report
+
+
+def read_report(report: EvalReport) -> dict[str, Any]:
+    """The content of a report."""
+    found: dict[str, Any] = json.loads((store.content(report) / REPORT).read_text())
+    return found
+
+
+def tracked(report: dict[str, Any]) -> dict[str, float]:
+    """Metric names as MLflow shows them: the model's plain, the others with their role behind."""
+    return {
+        m["name"] if m["role"] == "model" else f"{m['name']}.{m['role']}": m["value"] for m in report["metrics"]
+    }
+
+
+def _launch(job: Job) -> dict[str, Any]:
+    if job.resources.launch == "ray":
+        from vila_ops.eval.ray_actor import run_on_ray
+
+        return run_on_ray(job)
+    from vila_ops.eval.work import run  # heavy: torch, transformers
+
+    return run(job)

@@ -1,0 +1,135 @@
+"""What a suite asks about: held-out pictures and held-out words, from a prepared mixture. Pure apart from reading it."""
+
+import random
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vila_ops.config import Suite
+from vila_ops.data.shards import Sample, read_index, read_sample
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One held-out object: its picture, its caption, and what it is confused with."""
+
+    key: str
+    object: str
+    category: str
+    image: bytes
+    other_image: bytes
+    """The control's picture: another object's, by a fixed permutation without fixed points."""
+    caption: str
+    distractors: tuple[str, str, str]
+    """Captions of three other held-out objects, near ones first."""
+    absent: str
+    """Name of another held-out object, not in the picture."""
+
+
+@dataclass(frozen=True)
+class Word:
+    """One held-out word with its meaning and three other words' meanings of the same category."""
+
+    key: str
+    word: str
+    meaning: str
+    distractors: tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class Items:
+    """Everything that the benchmarks of a suite read."""
+
+    pictures: tuple[Picture, ...]
+    words: tuple[Word, ...]
+    frequent_caption: str
+    """The most frequent caption of the training side: what an answer without looking would be."""
+
+
+def read_items(folder: Path, suite: Suite) -> Items:
+    """The suite's items. Raises ValueError when there are too few to draw distractors from."""
+    sources = suite.mixture.sources
+    captioned = {name for name, source in sources.items() if source.render == "caption"}
+    worded = {name for name, source in sources.items() if source.render == "definition"}
+    index = read_index(folder).to_pylist()
+    held_out = [row for row in index if row["split"] == suite.split]
+    shown = _one_each([row for row in held_out if row["source"] in captioned])[: suite.max_objects]
+    pictures = [read_sample(folder, shard=r["shard"], offset=r["offset"], key=r["key"]) for r in shown]
+    defined = _one_each([row for row in held_out if row["source"] in worded])[: suite.max_words]
+    words = [read_sample(folder, shard=r["shard"], offset=r["offset"], key=r["key"]) for r in defined]
+    return Items(
+        pictures=_pictures(pictures, seed=suite.seed),
+        words=_words(words, seed=suite.seed),
+        frequent_caption=_frequent_caption(folder, [row for row in index if row["source"] in captioned]),
+    )
+
+
+def _one_each(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row of each object, objects in an order that has nothing to do with their names."""
+    first: dict[str, dict[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: row["key"]):
+        first.setdefault(row["object"], row)
+    names = sorted(first)
+    random.Random("items").shuffle(names)
+    return [first[name] for name in names]
+
+
+def _pictures(samples: list[Sample], *, seed: int) -> tuple[Picture, ...]:
+    if len(samples) < 5:
+        raise ValueError(f"{len(samples)} held-out pictures, at least 5 objects are needed; enlarge the split")
+    order = list(range(len(samples)))
+    random.Random(f"{seed}/derangement").shuffle(order)
+    after = {order[place]: order[(place + 1) % len(order)] for place in range(len(order))}  # one cycle: no fixed point
+    pictures = []
+    for number, sample in enumerate(samples):
+        draw = random.Random(f"{seed}/{sample.key}")
+        others = _near_first(number, [s.category for s in samples], draw)
+        distractors = tuple(samples[i].text for i in others if samples[i].text != sample.text)[:3]
+        absent = next(samples[i].object for i in (others if draw.random() < 0.5 else others[::-1]))
+        pictures.append(
+            Picture(
+                key=sample.key,
+                object=sample.object,
+                category=sample.category,
+                image=sample.images[0],
+                other_image=samples[after[number]].images[0],
+                caption=sample.text,
+                distractors=_three(distractors, sample.key),
+                absent=absent,
+            )
+        )
+    return tuple(pictures)
+
+
+def _words(samples: list[Sample], *, seed: int) -> tuple[Word, ...]:
+    words = []
+    meanings = [sample.text.partition(": ")[2] for sample in samples]
+    for number, sample in enumerate(samples):
+        others = _near_first(number, [s.category for s in samples], random.Random(f"{seed}/{sample.key}"))
+        distractors = tuple(meanings[i] for i in others if meanings[i] != meanings[number])[:3]
+        word = sample.text.partition(": ")[0]
+        words.append(Word(sample.key, word, meanings[number], _three(distractors, sample.key)))
+    return tuple(words)
+
+
+def _near_first(own: int, categories: list[str], draw: random.Random) -> list[int]:
+    """The other places in random order, those of the same category first."""
+    others = [place for place in range(len(categories)) if place != own]
+    draw.shuffle(others)
+    return sorted(others, key=lambda place: categories[place] != categories[own])
+
+
+def _three(found: tuple[str, ...], key: str) -> tuple[str, str, str]:
+    if len(found) < 3:
+        raise ValueError(f"item {key!r}: only {len(found)} distractors; enlarge the split or the sources")
+    return found[0], found[1], found[2]
+
+
+def _frequent_caption(folder: Path, rows: list[dict[str, Any]]) -> str:
+    train = [row for row in rows if row["split"] == "train"]
+    texts = [read_sample(folder, shard=r["shard"], offset=r["offset"], key=r["key"]).text for r in train]
+    if not texts:
+        raise ValueError("no training caption to take the most frequent one from")
+    counts = Counter(texts)
+    return min(counts, key=lambda text: (-counts[text], text))

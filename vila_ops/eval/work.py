@@ -1,0 +1,89 @@
+"""The work of `evaluate`: one model through a suite's benchmarks, in this process."""
+
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any, assert_never
+
+from vila_ops.artifacts.store import content, verify
+from vila_ops.config.eval import (
+    Benchmark,
+    CaptionCider,
+    CaptionLoss,
+    MultipleChoice,
+    Pope,
+    TextLoss,
+    TextMultipleChoice,
+)
+from vila_ops.eval.bench import Bench, Metric, as_json
+from vila_ops.eval.benchmarks.captions import caption_loss, multiple_choice
+from vila_ops.eval.benchmarks.cider import caption_cider
+from vila_ops.eval.benchmarks.pope import pope
+from vila_ops.eval.benchmarks.words import text_loss, text_multiple_choice
+from vila_ops.eval.items import read_items
+from vila_ops.eval.job import Job
+from vila_ops.generate.load import load_generator
+
+log = logging.getLogger(__name__)
+
+
+def run(job: Job) -> dict[str, Any]:
+    """The report: metrics with intervals, and what the model said."""
+    verify(job.data)
+    items = read_items(content(job.data), job.suite)
+    generator = load_generator(
+        job.model,
+        feature_root=Path(job.resources.store) / "features",
+        threads=job.resources.threads_per_worker,
+        precision=job.suite.precision,
+    )
+    bench = Bench(generator, items, job.suite)
+    metrics: list[Metric] = []
+    answers: list[dict[str, str]] = []
+    for name, benchmark in job.suite.benchmarks.items():
+        started = time.monotonic()
+        found, said = _measure(benchmark, bench)
+        metrics += found
+        answers += said
+        log.info("%s: %s in %.0f s", job.suite.name, name, time.monotonic() - started)
+    report = {
+        "suite": job.suite.name,
+        "split": job.suite.split,
+        "model": job.model.digest,
+        "data": job.data.digest,
+        "pictures": len(items.pictures),
+        "objects": len(set(bench.objects)),
+        "metrics": as_json(metrics),
+        "answers": answers,
+    }
+    return {"report": report, "ran": _who()}
+
+
+def _measure(benchmark: Benchmark, bench: Bench) -> tuple[list[Metric], list[dict[str, str]]]:
+    match benchmark:
+        case CaptionLoss():
+            return caption_loss(bench), []
+        case MultipleChoice():
+            return multiple_choice(bench), []
+        case CaptionCider():
+            return caption_cider(bench, benchmark)
+        case Pope():
+            return pope(bench), []
+        case TextMultipleChoice():
+            return text_multiple_choice(bench), []
+        case TextLoss():
+            return text_loss(bench), []
+        case _:
+            assert_never(benchmark)
+
+
+def _who() -> dict[str, Any]:
+    """This process, in its own words."""
+    import ray
+
+    if not ray.is_initialized():
+        return {"launch": "inline", "pid": os.getpid()}
+    context = ray.get_runtime_context()
+    ids = {"node": context.get_node_id(), "actor": context.get_actor_id(), "worker": context.get_worker_id()}
+    return {"launch": "ray", **ids, "pid": os.getpid()}

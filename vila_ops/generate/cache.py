@@ -1,0 +1,61 @@
+"""The key-value cache of decoding in slots: live rows stand first, each with its own length."""
+
+# N slots, T positions, H key-value heads, K head dim
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class SlotCache:
+    """Keys and values of up to N sequences. The model sees it as its past: one new token per live row and pass.
+
+    The caller gives mask and positions explicitly, so `update` is all that the model's layers use.
+    """
+
+    def __init__(self, config: Any, *, slots: int, capacity: int, dtype: torch.dtype) -> None:
+        heads, size = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+        size = getattr(config, "head_dim", None) or size
+        shape = (slots, heads, capacity, size)
+        self.keys = [torch.zeros(shape, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.lengths = torch.zeros(slots, dtype=torch.long)
+        self.live = 0
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Put one token's keys and values (live, H, 1, K) at each row's end; returns all that the rows hold."""
+        rows, ends = torch.arange(self.live), self.lengths[: self.live]
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        keys[rows, :, ends] = key[:, :, 0].to(keys.dtype)
+        values[rows, :, ends] = value[:, :, 0].to(values.dtype)
+        width = self.width()
+        return keys[: self.live, :, :width], values[: self.live, :, :width]
+
+    def get_seq_length(self, *_: Any) -> int:
+        """Longest row; the model asks, but positions are given explicitly."""
+        return int(self.lengths[: self.live].max()) if self.live else 0
+
+    def width(self) -> int:
+        """Positions that a pass reads: the longest row and its new token."""
+        return self.get_seq_length() + 1
+
+    def mask(self) -> Tensor:
+        """(live, 1, 1, width) bool: each row sees its own past and its new token."""
+        return (torch.arange(self.width())[None] <= self.lengths[: self.live, None])[:, None, None]
+
+    def add(self, layers: list[tuple[Tensor, Tensor]], lengths: list[int]) -> None:
+        """Append prefilled rows: per layer keys and values (rows, H, T, K), of which `lengths` positions count."""
+        for row, length in enumerate(lengths):
+            for index, (key, value) in enumerate(layers):
+                self.keys[index][self.live, :, :length] = key[row, :, :length]
+                self.values[index][self.live, :, :length] = value[row, :, :length]
+            self.lengths[self.live] = length
+            self.live += 1
+
+    def drop(self, row: int) -> None:
+        """Free a row; the last live row takes its place."""
+        self.live -= 1
+        for keys, values in zip(self.keys, self.values, strict=True):
+            keys[row], values[row] = keys[self.live].clone(), values[self.live].clone()
+        self.lengths[row] = self.lengths[self.live]

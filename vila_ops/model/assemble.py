@@ -1,0 +1,51 @@
+"""The towers of a recipe as one sealed folder: what the first stage starts from, and the base that is evaluated."""
+
+import logging
+import time
+from pathlib import Path
+
+from vila_ops.artifacts import store
+from vila_ops.artifacts.execution import execution
+from vila_ops.artifacts.folders import folder_digest
+from vila_ops.artifacts.kinds import Pretrained
+from vila_ops.config import Model, Resources
+
+REVISION = 1
+log = logging.getLogger(__name__)
+
+
+def assemble(model: Model, resources: Resources) -> Pretrained:
+    """Tower, fresh projector and language model put together; made only if the store has it not yet."""
+    recipe = model.model_dump(mode="json")
+    parents: tuple[str, ...] = ()
+    if model.language_model.kind == "random":
+        parents = (folder_digest(Path(model.language_model.tokenizer)),)
+        del recipe["language_model"]["tokenizer"]  # its content is a parent, its place does not matter
+    at = store.address(Pretrained, revision=REVISION, recipe=recipe, parents=parents)
+    root = Path(resources.store)
+    if done := store.find(Pretrained, at, store=root):
+        return done
+    from vila_ops.model import build, folder, processing  # heavy: torch, transformers
+    from vila_ops.packages.tokenizer import IMAGE_TOKEN, build_tokenizer
+
+    started = time.monotonic()
+    attempt = store.begin(at, store=root)
+    cache = Path(resources.cache).expanduser()
+    tokenizer = build_tokenizer(model.language_model, chat_template=model.chat_template, cache=cache)
+    whole = build.build_model(
+        model,
+        vocabulary=len(tokenizer),
+        image_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        eos_id=tokenizer.eos_token_id,
+        cache=cache,
+    )
+    processor = processing.build_processor(whole.config, tokenizer, mean_std=processing.mean_std(model, cache=cache))
+    folder.save(whole, attempt, processor=processor)
+    log.info("assembled %s + %s", model.vision_tower.kind, model.language_model.kind)
+    return store.seal(
+        Pretrained,
+        at,
+        attempt,
+        facts={},
+        execution=execution(launch="inline", seconds=time.monotonic() - started, ran=[]),
+    )

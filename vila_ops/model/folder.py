@@ -1,0 +1,125 @@
+"""A model to a transformers folder and back. What LLaVA's format can hold is saved as a plain LLaVA folder."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import LlavaConfig, LlavaProcessor
+
+from vila_ops.artifacts.store import CorruptArtifact
+from vila_ops.model.configuration import VilaConfig
+from vila_ops.model.vila import VilaForConditionalGeneration
+
+PREFIX = "model.multi_modal_projector."
+OURS = ("mm_projector_type", "mm_downsample", "vision_side")
+"""Config fields that LLaVA's format does not know."""
+HEAD = "lm_head.weight"
+
+
+def save(model: VilaForConditionalGeneration, folder: Path, *, processor: LlavaProcessor) -> None:
+    """Write weights (safetensors), config, processor, tokenizer and chat template."""
+    config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
+    config["architectures"] = [type(model).__name__]
+    if model.config.mm_projector_type in ("linear", "mlp2x_gelu"):
+        config = _plain(config)
+    processor.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    _write_weights(dict(model.state_dict()), folder, tied=model.config.tie_word_embeddings)
+
+
+def save_trained(trained: dict[str, Tensor], folder: Path, *, init: Path) -> None:
+    """Write a copy of the model folder `init` in which the named parameters are replaced; the rest to the bit."""
+    for path in init.iterdir():
+        if path.suffix != ".safetensors" and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, folder / path.name)
+    config = _read_config(init)
+    state = _read_weights(init, config)
+    if unknown := sorted(set(trained) - set(state)):
+        raise ValueError(f"{init} has no parameters {unknown[:3]} that were trained")
+    state |= {name: tensor.to(state[name].dtype) for name, tensor in trained.items()}
+    _write_weights(state, folder, tied=config.tie_word_embeddings)
+
+
+def load(folder: Path, *, dtype: torch.dtype = torch.float32) -> VilaForConditionalGeneration:
+    """The model of a folder, plain LLaVA or ours, in eval mode. Raises CorruptArtifact on a wrong set of weights."""
+    config = _read_config(folder)
+    model, info = VilaForConditionalGeneration.from_pretrained(
+        None, config=config, state_dict=_read_weights(folder, config), dtype=dtype, output_loading_info=True
+    )
+    wrong = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
+    if wrong:
+        raise CorruptArtifact(f"{folder} does not hold the weights that its config names: {wrong}")
+    model.tie_weights()
+    return model.eval()
+
+
+def normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Channel mean and deviation that a model folder's processor applies."""
+    stated = json.loads((folder / "processor_config.json").read_text())["image_processor"]
+    return tuple(stated["image_mean"]), tuple(stated["image_std"])
+
+
+def _read_config(folder: Path) -> VilaConfig:
+    stated: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    kind = stated.pop("model_type")
+    if kind == LlavaConfig.model_type:
+        projector = "linear" if stated["projector_hidden_act"] == "linear" else "mlp2x_gelu"
+        size = json.loads((folder / "processor_config.json").read_text())["image_processor"]["size"]
+        return VilaConfig(**stated, mm_projector_type=projector, vision_side=size["height"])
+    if kind != VilaConfig.model_type:
+        raise ValueError(
+            f"{folder} holds a {kind!r} model; we read {LlavaConfig.model_type} and {VilaConfig.model_type}"
+        )
+    return VilaConfig(**stated)
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """The same config in LLaVA's own terms, for stock transformers."""
+    plain = {key: value for key, value in config.items() if key not in OURS}
+    act = "linear" if config["mm_projector_type"] == "linear" else "gelu"
+    stock = {"model_type": LlavaConfig.model_type, "architectures": ["LlavaForConditionalGeneration"]}
+    return {**plain, **stock, "projector_hidden_act": act}
+
+
+def _read_weights(folder: Path, config: VilaConfig) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            state.update(load_file(path))
+        except SafetensorError as error:
+            raise CorruptArtifact(f"{path} is not a readable safetensors file ({error})") from error
+    return _mlp_as_linear(state, folder) if config.mm_projector_type == "linear" else state
+
+
+def _write_weights(state: dict[str, Tensor], folder: Path, *, tied: bool) -> None:
+    if f"{PREFIX}linear.weight" in state:
+        state = _linear_as_mlp(state)
+    if tied:
+        state.pop(HEAD, None)  # the embedding again
+    save_torch_state_dict({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, folder)
+
+
+def _linear_as_mlp(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A linear projector is an MLP with identity activation and an identity second layer: exact."""
+    out = {name: tensor for name, tensor in state.items() if not name.startswith(PREFIX)}
+    weight, bias = state[f"{PREFIX}linear.weight"], state[f"{PREFIX}linear.bias"]
+    out[f"{PREFIX}linear_1.weight"], out[f"{PREFIX}linear_1.bias"] = weight, bias
+    out[f"{PREFIX}linear_2.weight"] = torch.eye(len(weight), dtype=weight.dtype)
+    out[f"{PREFIX}linear_2.bias"] = torch.zeros(len(weight), dtype=weight.dtype)
+    return out
+
+
+def _mlp_as_linear(state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    out = {name: tensor for name, tensor in state.items() if not name.startswith(PREFIX)}
+    second = state[f"{PREFIX}linear_2.weight"]
+    if not torch.equal(second, torch.eye(len(second), dtype=second.dtype)) or state[f"{PREFIX}linear_2.bias"].any():
+        raise ValueError(f"{folder}: the projector's second layer is not the identity, so it is no linear projector")
+    out[f"{PREFIX}linear.weight"] = state[f"{PREFIX}linear_1.weight"]
+    out[f"{PREFIX}linear.bias"] = state[f"{PREFIX}linear_1.bias"]
+    return out

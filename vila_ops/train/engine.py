@@ -1,0 +1,195 @@
+"""The two ways to take an optimizer step: plain torch in one process, and DeepSpeed ZeRO over many.
+
+Both see the same objective, the same groups and the same loss scaling; both give up their state by parameter name,
+in fp32 and whole, so that a checkpoint fits any world size. The only importer of DeepSpeed.
+"""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vila_ops.config import Resources, Stage
+from vila_ops.train.objective import Batch, Objective
+from vila_ops.train.optim import Trained, parameter_groups
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+State = tuple[str, dict[str, Tensor]]
+"""A parameter's name, and its `param`, `exp_avg` and `exp_avg_sq`."""
+
+
+class Engine(Protocol):
+    """Forward, backward, step, and the whole state by name."""
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Summed token loss of this rank's micro-batch."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss that is already divided by the global number of tokens."""
+
+    def step(self, factor: float) -> float:
+        """Clip and update at `factor` of the peak rates; returns the gradient norm before clipping."""
+
+    def state(self) -> Iterator[State]:
+        """Every trained parameter with its moments, the same on every rank; every rank must call it to the end."""
+
+    def restore(self, states: dict[str, dict[str, Tensor]], *, step: int) -> None:
+        """Continue from states that `state` gave after `step` steps."""
+
+
+class PlainEngine:
+    """One process, plain torch."""
+
+    def __init__(self, objective: Objective, trained: Trained, stage: Stage) -> None:
+        self.objective = objective
+        self.named = [pair for named in trained.values() for pair in named]
+        self.max_grad_norm = stage.max_grad_norm
+        self.optimizer = torch.optim.AdamW(parameter_groups(stage, trained), betas=stage.betas)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """See Engine."""
+        total: Tensor = self.objective(batch)
+        return total
+
+    def backward(self, loss: Tensor) -> None:
+        """See Engine."""
+        loss.backward()
+
+    def step(self, factor: float) -> float:
+        """See Engine."""
+        norm = nn.utils.clip_grad_norm_([p for _, p in self.named], self.max_grad_norm)
+        _set_rates(self.optimizer, factor)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def state(self) -> Iterator[State]:
+        """See Engine."""
+        for name, parameter in self.named:
+            moments = self.optimizer.state[parameter]
+            yield name, {"param": parameter.detach(), **{key: moments[key] for key in MOMENTS}}
+
+    def restore(self, states: dict[str, dict[str, Tensor]], *, step: int) -> None:
+        """See Engine."""
+        for name, parameter in self.named:
+            saved = states[name]
+            with torch.no_grad():
+                parameter.copy_(saved["param"])
+            self.optimizer.state[parameter] = {"step": torch.tensor(float(step)), **{k: saved[k] for k in MOMENTS}}
+
+
+class DeepSpeedEngine:
+    """One of many processes, ZeRO 0 to 3."""
+
+    def __init__(self, objective: Objective, trained: Trained, stage: Stage, resources: Resources) -> None:
+        deepspeed = _import_deepspeed()
+        self.deepspeed = deepspeed
+        self.named = [pair for named in trained.values() for pair in named]
+        self.zero_stage = resources.zero_stage
+        optimizer = torch.optim.AdamW(parameter_groups(stage, trained), betas=stage.betas)
+        self.engine, *_ = deepspeed.initialize(
+            model=objective, optimizer=optimizer, config=deepspeed_config(stage, resources), dist_init_required=False
+        )
+        self.base = optimizer
+        self.world_size = torch.distributed.get_world_size()
+
+    def loss(self, batch: Batch) -> Tensor:
+        """See Engine."""
+        total: Tensor = self.engine(batch)
+        return total
+
+    def backward(self, loss: Tensor) -> None:
+        """See Engine. DeepSpeed averages over ranks, so the sum needs the world size back."""
+        self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()  # counts the micro-batch
+
+    def step(self, factor: float) -> float:
+        """See Engine."""
+        _set_rates(self.engine.optimizer, factor)
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    def state(self) -> Iterator[State]:
+        """See Engine."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        for name, parameter in self.named:
+            if self.zero_stage == 0:
+                moments = self.base.state[parameter]
+                yield name, {"param": parameter.detach(), **{key: moments[key] for key in MOMENTS}}
+            else:
+                full = {"param": safe_get_full_fp32_param(parameter)}
+                full |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+                yield name, {key: value.view(_shape(parameter)) for key, value in full.items()}
+
+    def restore(self, states: dict[str, dict[str, Tensor]], *, step: int) -> None:
+        """See Engine. The moments do not exist before the first step, so they are made here."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        for group in self.base.param_groups:
+            for flat in group["params"]:
+                empty = {key: torch.zeros_like(flat) for key in MOMENTS}
+                self.base.state[flat] = {"step": torch.tensor(float(step)), **empty}
+        if self.zero_stage in (1, 2):
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()  # ties the moments to parameters by name
+        for name, parameter in self.named:
+            saved = states[name]
+            with self._whole([parameter]), torch.no_grad():
+                parameter.copy_(saved["param"].view(parameter.shape))
+            for key in MOMENTS:
+                if self.zero_stage == 0:
+                    self.base.state[parameter][key].copy_(saved[key])
+                else:
+                    safe_set_full_optimizer_state(parameter, saved[key], key)
+            if self.zero_stage:
+                safe_set_full_fp32_param(parameter, saved["param"])
+
+    def _whole(self, parameters: list[nn.Parameter]) -> Any:
+        """ZeRO-3 keeps a share of each parameter; inside this context it is whole on every rank."""
+        if self.zero_stage < 3:
+            return nullcontext()
+        return self.deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+
+
+def deepspeed_config(stage: Stage, resources: Resources) -> dict[str, Any]:
+    """DeepSpeed's own config: a pure function of stage and resources."""
+    per_pass = resources.micro_batch_size * resources.num_workers
+    return {
+        "train_batch_size": stage.global_batch_size,
+        "train_micro_batch_size_per_gpu": resources.micro_batch_size,
+        "gradient_accumulation_steps": stage.global_batch_size // per_pass,
+        "gradient_clipping": stage.max_grad_norm,
+        "zero_optimization": {"stage": resources.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+    }
+
+
+def build_engine(objective: Objective, trained: Trained, stage: Stage, resources: Resources) -> Engine:
+    """The engine that the resources ask for."""
+    if resources.launch == "inline":
+        return PlainEngine(objective, trained, stage)
+    return DeepSpeedEngine(objective, trained, stage, resources)
+
+
+def _set_rates(optimizer: Any, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _import_deepspeed() -> Any:
+    import deepspeed
+    import deepspeed.ops
+
+    # Its shared-memory all-reduce is compiled with g++ at the first start, which takes a minute; gloo does as well.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

@@ -1,0 +1,198 @@
+"""The training loop of one worker: open this first.
+
+Order of rows, loss and optimizer step are the same for one process and for many; see `data/loader.py` for the order,
+`objective.py` for the loss and `engine.py` for the step.
+"""
+
+import functools
+import json
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vila_ops.artifacts.kinds import Pretrained
+from vila_ops.artifacts.store import content, verify
+from vila_ops.data.images import pixels
+from vila_ops.data.loader import Rows, stack
+from vila_ops.data.packing import Row, attention_mask
+from vila_ops.model import folder as model_folder
+from vila_ops.model.build import embedding_std, set_trainable
+from vila_ops.model.features import FeatureCache
+from vila_ops.model.projectors import fit_to
+from vila_ops.model.vila import VilaForConditionalGeneration
+from vila_ops.tracking import MetricLog
+from vila_ops.train import checkpoint
+from vila_ops.train.engine import Engine, build_engine
+from vila_ops.train.job import Job, Place
+from vila_ops.train.objective import Batch, Objective
+from vila_ops.train.optim import rate_factor
+
+log = logging.getLogger(__name__)
+
+CURVE = "curve.json"
+"""The curve of a stage beside its model, floats in hex so that equal text means equal bits."""
+Curve = list[dict[str, Any]]
+"""Per step: its number, loss, and validation loss where there was one."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss of a step is not a number; nothing was updated."""
+
+
+def train(job: Job, place: Place) -> None:
+    """Train one stage to its end and leave the model in the attempt's folder (rank 0)."""
+    torch.set_num_threads(job.resources.threads_per_worker)
+    torch.manual_seed(job.stage.seed)
+    model, rows, batches = load(job)
+    objective = Objective(model, bf16=job.stage.precision == "bf16")
+    trained = set_trainable(objective, job.stage.trainable)
+    engine = build_engine(objective, trained, job.stage, job.resources)
+    step, curve = restore(engine, Path(job.resume))
+    metrics = MetricLog(job.resources.tracking_uri, job.run_id if place.rank == 0 else None)
+    clock = Clock(step, job.stage.num_steps)
+    if step == 0:
+        curve.append({"step": 0, "validation_loss": validate(engine, batches, rows, place)})
+    while step < job.stage.num_steps:
+        loss, norm = train_step(engine, batches, rows, job, step=step, place=place)
+        step += 1
+        curve.append({"step": step, "loss": loss})
+        if step % job.stage.validate_every == 0 or step == job.stage.num_steps:
+            curve[-1]["validation_loss"] = validate(engine, batches, rows, place)
+        if place.rank == 0:
+            metrics.log({**curve[-1], "grad_norm": norm, "seconds_per_step": clock.tick()}, step=step)
+            log.info("%s step %d/%d  loss %.3f  %s", job.stage.name, step, job.stage.num_steps, loss, clock.left(step))
+        if step % job.stage.save_every == 0 and step < job.stage.num_steps:
+            checkpoint.save(Path(job.resume), step=step, states=engine.state(), curve=curve, place=place)
+    metrics.flush()
+    finish(engine, job, curve, place)
+
+
+def load(job: Job) -> tuple[VilaForConditionalGeneration, Rows, "Batches"]:
+    """Model, rows and batches of a stage, every byte of model and data checked against its seal."""
+    verify(job.data)
+    verify(job.init)
+    device = torch.device("cuda", torch.cuda.current_device()) if job.resources.gpus_per_worker else torch.device("cpu")
+    rows = Rows(content(job.data), digest=job.data.digest, stage=job.stage)
+    model = model_folder.load(content(job.init))
+    batches = Batches(job, model, device=device)
+    if isinstance(job.init, Pretrained) and "projector" in job.stage.trainable:
+        first, _ = rows.batch(0)
+        images = [image for row in first for image in row.images]
+        fit_to(model.model.multi_modal_projector, batches.cache(images), embedding_std(model))
+    if job.stage.precision == "bf16" and "language_model" not in job.stage.trainable:
+        model.model.language_model.to(torch.bfloat16)  # frozen, it needs no fp32 master
+        model.lm_head.to(torch.bfloat16)
+    return model.to(device), rows, batches
+
+
+def train_step(
+    engine: Engine, batches: "Batches", rows: Rows, job: Job, *, step: int, place: Place
+) -> tuple[float, float]:
+    """One optimizer step on the global batch; returns its loss in nats per token, and the gradient norm."""
+    own, num_targets = rows.batch(step, rank=place.rank, world_size=place.world_size)
+    size = job.resources.micro_batch_size
+    value = 0.0
+    for start in range(0, len(own), size):
+        loss = engine.loss(batches(own[start : start + size])) / num_targets
+        value += float(loss.detach())
+        if start + size >= len(own):
+            value = _sum(value)
+            if not math.isfinite(value):
+                keys = [key for row in own for key in row.keys]
+                raise NonFiniteLoss(
+                    f"loss {value} at step {step + 1}; nothing was updated. This rank's samples: {keys}"
+                )
+        engine.backward(loss)
+    return value, engine.step(rate_factor(step, job.stage))
+
+
+@torch.no_grad()
+def validate(engine: Engine, batches: "Batches", rows: Rows, place: Place) -> float:
+    """Mean loss in nats per token over the validation rows, which the ranks share."""
+    held_out = rows.validation()
+    num_targets = sum(int((row.labels >= 0).sum()) for row in held_out)
+    value = 0.0
+    for start in range(0, len(held_out), place.world_size):  # every rank passes equally often, as ZeRO-3 needs
+        row = held_out[min(start + place.rank, len(held_out) - 1)]
+        loss = float(engine.loss(batches([row])))
+        value += loss if start + place.rank < len(held_out) else 0.0
+    return _sum(value) / num_targets
+
+
+class Batches:
+    """Rows to tensors on the device, with the features of their pictures."""
+
+    def __init__(self, job: Job, model: VilaForConditionalGeneration, *, device: torch.device) -> None:
+        mean, std = model_folder.normalisation(content(job.init))
+        self.device = device
+        self.pixels = functools.partial(pixels, mean=mean, std=std)
+        self.tower_trains = "vision_tower" in job.stage.trainable
+        self.cache = FeatureCache(model, self.pixels, root=job.feature_cache())
+
+    def __call__(self, rows: list[Row]) -> Batch:
+        """One micro-batch."""
+        input_ids, position_ids, segment_ids, labels = (torch.from_numpy(array) for array in stack(rows))
+        images = [image for row in rows for image in row.images]
+        features = pixel_values = None
+        if images and self.tower_trains:
+            pixel_values = torch.from_numpy(self.pixels(images)).to(self.device)
+        elif images:
+            features = self.cache(images).to(self.device)
+        mask = torch.from_numpy(attention_mask(segment_ids.numpy()))
+        tensors = (tensor.to(self.device) for tensor in (input_ids, position_ids, mask, labels))
+        return Batch(*tensors, features=features, pixel_values=pixel_values)
+
+
+class Clock:
+    """Seconds per step and time left, from the steps of this process."""
+
+    def __init__(self, step: int, num_steps: int) -> None:
+        self.first, self.num_steps = step, num_steps
+        self.started = self.last = time.monotonic()
+
+    def tick(self) -> float:
+        """Seconds since the last tick."""
+        now = time.monotonic()
+        seconds, self.last = now - self.last, now
+        return seconds
+
+    def left(self, step: int) -> str:
+        """Time left at the mean pace so far."""
+        pace = (self.last - self.started) / max(1, step - self.first)
+        seconds = round(pace * (self.num_steps - step))
+        return f"{seconds // 60}:{seconds % 60:02d} left"
+
+
+def restore(engine: Engine, resume: Path) -> tuple[int, Curve]:
+    """Steps done and their curve: 0 and nothing when there is no checkpoint to resume from."""
+    found = checkpoint.newest(resume)
+    if found is None:
+        return 0, []
+    states, manifest = found
+    engine.restore(states, step=manifest["step"])
+    log.info("resuming after step %d", manifest["step"])
+    return manifest["step"], manifest["curve"]
+
+
+def finish(engine: Engine, job: Job, curve: Curve, place: Place) -> None:
+    """Rank 0 writes the trained model and the curve; the other ranks help to gather."""
+    trained = {name.removeprefix("model."): tensors["param"].cpu().clone() for name, tensors in engine.state()}
+    if place.rank:
+        return
+    attempt = Path(job.attempt)
+    model_folder.save_trained(trained, attempt, init=content(job.init))
+    exact = [{key: value.hex() if isinstance(value, float) else value for key, value in row.items()} for row in curve]
+    (attempt / CURVE).write_text(json.dumps(exact, indent=1))
+
+
+def _sum(value: float) -> float:
+    """Sum over all ranks."""
+    if not torch.distributed.is_initialized():
+        return value
+    total = torch.tensor(value, dtype=torch.float64)
+    torch.distributed.all_reduce(total)
+    return float(total)

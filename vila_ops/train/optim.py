@@ -1,0 +1,32 @@
+"""Parameter groups and the learning-rate schedule. Pure."""
+
+import math
+
+from torch import nn
+
+from vila_ops.config import Part, Stage
+
+Trained = dict[Part, list[tuple[str, nn.Parameter]]]
+"""The trained parameters with their names, by part."""
+
+
+def parameter_groups(stage: Stage, trained: Trained) -> list[dict[str, object]]:
+    """AdamW groups: one per part and kind; matrices decay, vectors (biases, norms) do not."""
+    groups: list[dict[str, object]] = []
+    for part, named in trained.items():
+        for is_matrix in (True, False):
+            parameters = [p for _, p in named if (p.ndim >= 2) == is_matrix]
+            if parameters:
+                decay = stage.weight_decay if is_matrix else 0.0
+                peak = stage.peak_rate(part)
+                groups.append({"params": parameters, "lr": peak, "peak": peak, "weight_decay": decay})
+    return groups
+
+
+def rate_factor(step: int, stage: Stage) -> float:
+    """Share of the peak rate at a step (from 0): linear warm-up, then half a cosine down to final_ratio."""
+    warmup = math.ceil(stage.warmup_ratio * stage.num_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, stage.num_steps - warmup)
+    return stage.final_ratio + (1 - stage.final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))

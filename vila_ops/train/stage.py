@@ -1,0 +1,82 @@
+"""The room `train_stage`: one stage from its data and what it starts from. Light: the work is in `loop`."""
+
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from vila_ops import tracking
+from vila_ops.artifacts import store
+from vila_ops.artifacts.execution import execution
+from vila_ops.artifacts.kinds import Checkpoint, Dataset, Pretrained
+from vila_ops.config import Model, Resources, Stage
+from vila_ops.train.job import Job, Place
+
+REVISION = 1
+log = logging.getLogger(__name__)
+
+
+def train_stage(
+    stage: Stage, model: Model, data: Dataset, init: Checkpoint | Pretrained, resources: Resources
+) -> Checkpoint:
+    """The model after a stage; trained only if the store has it not yet, and from its last resume checkpoint on.
+
+    Raises NonFiniteLoss, CorruptArtifact, and ValueError for settings that do not fit together.
+    """
+    recipe = {"stage": _own(stage), "projector": model.projector.model_dump(mode="json")}
+    parents = (data.digest, init.digest)
+    at = store.address(Checkpoint, revision=REVISION, recipe=recipe, parents=parents)
+    root = Path(resources.store).resolve()
+    if done := store.find(Checkpoint, at, store=root):
+        return done
+    started = time.monotonic()
+    attempt = store.begin(at, store=root)
+    resume = root / "resume" / at.key
+    run_id = tracking.start_run(
+        resources.tracking_uri, stage.name, parent=resources.parent_run, params=stage.model_dump(mode="json"),
+        tags={"room": "train_stage", "stage": stage.name, "address": at.key, "data": data.digest, "init": init.digest},
+    )  # fmt: skip
+    job = Job(
+        stage=stage,
+        data=data,
+        init=init,
+        resources=resources,
+        attempt=str(attempt),
+        resume=str(resume),
+        run_id=run_id,
+    )
+    failed = True
+    try:
+        ran = _launch(job)
+        failed = False
+    finally:
+        tracking.end_run(resources.tracking_uri, run_id, failed=failed)
+    checkpoint = store.seal(
+        Checkpoint,
+        at,
+        attempt,
+        facts={"stage": stage.name, "step": stage.num_steps},
+        execution=execution(launch=resources.launch, seconds=time.monotonic() - started, ran=ran)
+        | {"mlflow_run": run_id},
+    )
+    shutil.rmtree(resume, ignore_errors=True)
+    log.info("trained %s: %s", stage.name, checkpoint.digest[:12])
+    return checkpoint
+
+
+def _launch(job: Job) -> list[dict[str, Any]]:
+    """Run the workers to their end; returns what each said of itself."""
+    if job.resources.launch == "ray":
+        from vila_ops.train.ray_workers import train_on_ray
+
+        return train_on_ray(job)
+    from vila_ops.train.loop import train
+
+    train(job, Place())
+    return [{"launch": "inline", "rank": 0, "world_size": 1, "zero_stage": 0, "engine": "torch"}]
+
+
+def _own(stage: Stage) -> dict[str, Any]:
+    """The stage without its mixture, for which the data's digest stands, and without how often it saves."""
+    return stage.model_dump(mode="json", exclude={"mixture", "save_every"})
