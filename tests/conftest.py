@@ -1,5 +1,7 @@
 """Real small objects that many tests share: the tiny fixtures as configs, models and prepared data."""
 
+import contextlib
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import torch
 from transformers import LlavaProcessor
 
 from vila_ops.config import Mixture, Model, Resources, Stage, TextFormat
+from vila_ops.config.local import RAY_WORKER_PORTS, LocalServers
 from vila_ops.data.conversation import Tokenizer
 from vila_ops.model.build import build_model
 from vila_ops.model.processing import build_processor, mean_std
@@ -151,3 +154,26 @@ def make_resources() -> Callable[..., Resources]:
         return Resources.model_validate({"launch": "inline", **places, **more})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def free_servers() -> Callable[[Path], LocalServers]:
+    """Settings of servers on free ports, in a folder of the test's own."""
+
+    def settings(root: Path) -> LocalServers:
+        names = [name for name in LocalServers.model_fields if name.endswith("_port")]
+        ports = dict(zip(names, _free_ports(len(names)), strict=True))
+        return LocalServers.model_validate({"root": str(root), "ray_object_store_bytes": 100 * 2**20, **ports})
+
+    return settings
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        ports: list[int] = []
+        while len(ports) < count:
+            listener = stack.enter_context(socket.socket())
+            listener.bind(("127.0.0.1", 0))
+            if (port := listener.getsockname()[1]) not in RAY_WORKER_PORTS:
+                ports.append(port)
+        return ports

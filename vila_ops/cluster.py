@@ -2,30 +2,27 @@
 
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from vila_ops.config import Resources
 
 
-@contextmanager
-def connected(resources: Resources) -> Iterator[None]:
-    """Connect to the cluster of the resources for the body; a connection that is there already is kept."""
+def connect(resources: Resources) -> None:
+    """Connect this process to the cluster of the resources, until the process ends or another cluster is asked for.
+
+    Rooms of one flow share the connection: Ray then gives them the same worker processes, imports done already.
+    """
     import ray
 
     if ray.is_initialized():
-        yield
-        return
+        if ray.get_runtime_context().gcs_address == resources.ray_address:
+            return
+        ray.shutdown()
     try:
         ray.init(address=resources.ray_address, logging_level=logging.WARNING, log_to_driver=True)
     except ConnectionError as error:
         raise ValueError(
             f"no Ray cluster answers at {resources.ray_address}; start one with `vila-ops up` or `ray start --head`"
         ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def log_to_driver() -> None:

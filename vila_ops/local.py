@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -96,13 +96,13 @@ class _Server:
     """Record, seconds to wait for an answer."""
 
 
-def up(settings: LocalServers) -> Endpoints:
-    """All servers run, answer and are as configured; those that were so already were left alone.
+def up(settings: LocalServers, *, only: Collection[Name] = NAMES) -> Endpoints:
+    """The servers run, answer and are as configured; those that were so already were left alone.
 
     What became healthy stays up when another fails, so that the next call continues from there.
     """
     root = _root(settings)
-    servers = _servers(settings)
+    servers = {name: server for name, server in _servers(settings).items() if name in only}
     with _lock(root), ThreadPoolExecutor() as pool:
         _refuse_foreigners(settings, servers.values())
         # All endings come before any start: a port may pass from one server to another.
@@ -112,7 +112,7 @@ def up(settings: LocalServers) -> Endpoints:
         missing = {name: server for name, server in servers.items() if not up_already[name]}
         starts = {name: pool.submit(_start, settings, server) for name, server in missing.items() if name != "worker"}
         pending = list(starts.values())
-        if "prefect" not in starts or starts["prefect"].exception() is None:
+        if "prefect" in servers and ("prefect" not in starts or starts["prefect"].exception() is None):
             _make_work_pool(settings)
             pending.append(pool.submit(_deploy, settings))
             if "worker" in missing:
@@ -124,13 +124,14 @@ def up(settings: LocalServers) -> Endpoints:
 
 
 def down(settings: LocalServers) -> None:
-    """No process that `up` started is left; everything that they stored is."""
+    """No process that `up` started is left, nor anything outside root; what they stored below root is kept."""
     root = _root(settings)
     with _lock(root):
         records = [record for name in NAMES if (record := _read_record(root, name))]
         with ThreadPoolExecutor() as pool:
             for future in [pool.submit(_end, settings, record) for record in records]:
                 future.result()
+        shutil.rmtree(_ray_folder(settings), ignore_errors=True)
 
 
 def status(settings: LocalServers) -> list[ServerStatus]:

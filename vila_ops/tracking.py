@@ -24,6 +24,17 @@ def start_run(
     return run_id
 
 
+def find_run(tracking_uri: str, *, tag: tuple[str, str]) -> str | None:
+    """The newest run with this tag."""
+    client, _ = _client(tracking_uri)
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    if experiment is None:
+        return None
+    key, value = tag
+    found = client.search_runs([experiment.experiment_id], f"tags.{key} = '{value}'", max_results=1)
+    return found[0].info.run_id if found else None
+
+
 def end_run(tracking_uri: str | None, run_id: str | None, *, failed: bool) -> None:
     """Close a run."""
     if tracking_uri and run_id:

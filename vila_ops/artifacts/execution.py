@@ -1,6 +1,7 @@
 """What really ran: the machine and the versions, recorded outside every digest."""
 
 import platform
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -11,6 +12,7 @@ def execution(*, launch: str, seconds: float, ran: list[dict[str, Any]]) -> dict
     """The execution part of a manifest; `ran` holds what each worker said of itself."""
     return {
         "launch": launch,
+        "sealed": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 3),
         "workers": ran,
         "python": platform.python_version(),

@@ -101,18 +101,22 @@ def seal(kind: type[A], at: Address, attempt: Path, *, facts: dict[str, Any], ex
         "execution": execution,
     }
     _sync_tree(attempt)
-    if not _create_only(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True)):
+    if not _create_only(folder / MANIFEST, _sealed(manifest)):
         log.warning("%s was sealed by another attempt first; this one is dropped", folder)
         shutil.rmtree(attempt)
     return _handle(kind, folder, read_manifest(folder))
 
 
 def verify(artifact: Artifact) -> None:
-    """Read every byte of a sealed folder; raises CorruptArtifact that names the first file that differs."""
-    folder = Path(artifact.uri)
+    """Read every byte of an artifact; raises CorruptArtifact that names the first file that differs."""
+    sealed = verify_folder(Path(artifact.uri))
+    if sealed != artifact.digest:
+        raise CorruptArtifact(f"{artifact.uri} holds digest {sealed}, not {artifact.digest}")
+
+
+def verify_folder(folder: Path) -> str:
+    """Read every byte of a sealed folder; returns its digest, raises CorruptArtifact where something differs."""
     manifest = read_manifest(folder)
-    if manifest["digest"] != artifact.digest:
-        raise CorruptArtifact(f"{folder} holds digest {manifest['digest']}, not {artifact.digest}")
     _check_sizes(folder, manifest)
     for name, expected in manifest["files"].items():
         actual = sha256(folder / manifest["data"] / name)
@@ -124,6 +128,7 @@ def verify(artifact: Artifact) -> None:
     stated = _digest(manifest["address"].split("/")[0], manifest["files"], manifest["facts"])
     if stated != manifest["digest"]:
         raise CorruptArtifact(f"{folder / MANIFEST} was changed after sealing; {_way_out(folder)}")
+    return stated
 
 
 def content(artifact: Artifact) -> Path:
@@ -136,7 +141,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a sealed folder."""
     path = folder / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
+        text = path.read_text()
+        manifest: dict[str, Any] = json.loads(text)
         written = manifest["format"]
     except FileNotFoundError as error:
         raise CorruptArtifact(f"{folder} has no {MANIFEST}: it was never finished, or it was removed") from error
@@ -144,6 +150,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CorruptArtifact(f"{path} is not a manifest ({error}); {_way_out(folder)}") from error
     if written != FORMAT:
         raise CorruptArtifact(f"{path} has format {written}; this version reads {FORMAT}")
+    if text != _sealed(manifest):
+        raise CorruptArtifact(f"{path} was changed after sealing; {_way_out(folder)}")
     return manifest
 
 
@@ -160,8 +168,7 @@ def export(artifact: Artifact, target: Path) -> None:
         (fresh / "files" / name).parent.mkdir(parents=True, exist_ok=True)
         _link_or_copy(source / manifest["data"] / name, fresh / "files" / name)
     plain = {key: value for key, value in manifest.items() if key != "execution"}
-    text = json.dumps({**plain, "data": "files", "execution": {}}, indent=1, sort_keys=True)
-    (fresh / MANIFEST).write_text(text)
+    (fresh / MANIFEST).write_text(_sealed({**plain, "data": "files", "execution": {}}))
     _sync_tree(fresh)
     if target.exists():
         old = target.with_name(f".{target.name}-old-{secrets.token_hex(6)}")
@@ -195,6 +202,12 @@ def _handle(kind: type[A], folder: Path, manifest: dict[str, Any]) -> A:
 
 def _digest(kind: str, files: dict[str, Any], facts: dict[str, Any]) -> str:
     return fingerprint({"kind": kind, "files": {name: file["sha256"] for name, file in files.items()}, "facts": facts})
+
+
+def _sealed(manifest: dict[str, Any]) -> str:
+    """The one text of a manifest, its own checksum in it: any other byte in the file is damage."""
+    body = {key: value for key, value in manifest.items() if key != "checksum"}
+    return json.dumps({**body, "checksum": fingerprint(body)}, indent=1, sort_keys=True)
 
 
 def _files(folder: Path) -> list[Path]:

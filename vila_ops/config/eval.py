@@ -48,6 +48,7 @@ class TextMultipleChoice(Config):
 
     kind: Literal["text_multiple_choice"] = "text_multiple_choice"
 
+
 class TextLoss(Config):
     """Mean negative log-likelihood (nats per token) of held-out plain text: words with their meanings."""
 

@@ -20,7 +20,11 @@ def load(recipe: Path, *, resources: Path, overrides: tuple[str, ...] = ()) -> R
         if not separator:
             raise ValueError(f"override {override!r} has no '='; write it like stages.sft.learning_rate=1e-5")
         path = key.split(".") if key.startswith("resources.") else ["recipe", *key.split(".")]
-        _set(tree, path, yaml.load(text, Loader=_Loader), override)
+        try:
+            value = yaml.load(text, Loader=_Loader)
+        except (yaml.YAMLError, ValueError) as error:
+            raise ValueError(f"override {override!r}: {text!r} is not valid YAML: {error}") from error
+        tree = _set(tree, path, value, override)
     return Run.model_validate(tree)
 
 
@@ -76,7 +80,7 @@ def _resolve(node: Any, path: Path, seen: tuple[Path, ...]) -> Any:
     if not isinstance(node, dict):
         return node
     bases = node.get("extends", [])
-    if not isinstance(bases, list):
+    if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
         raise ValueError(f"{path}: extends is {bases!r}, not a list of files")
     merged: dict[str, Any] = {}
     for base in bases:
@@ -85,11 +89,12 @@ def _resolve(node: Any, path: Path, seen: tuple[Path, ...]) -> Any:
     return merge(merged, own)
 
 
-def _set(tree: dict[str, Any], path: list[str], value: Any, override: str) -> None:
-    node = tree
-    for key in path[:-1]:
-        child = node.get(key)
-        if not isinstance(child, dict):
-            raise ValueError(f"override {override!r}: there is no {key!r}; keys here are {sorted(node)}")
-        node = child
-    node[path[-1]] = value
+def _set(tree: dict[str, Any], path: list[str], value: Any, override: str) -> dict[str, Any]:
+    """A new tree: one that a YAML anchor shares between two keys must not change under both."""
+    key, *rest = path
+    if not rest:
+        return {**tree, key: value}
+    child = tree.get(key)
+    if not isinstance(child, dict):
+        raise ValueError(f"override {override!r}: there is no {key!r}; keys here are {sorted(tree)}")
+    return {**tree, key: _set(child, rest, value, override)}

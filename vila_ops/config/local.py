@@ -1,10 +1,12 @@
 """The servers of one box: where they listen and what they may use. Execution, never hashed."""
 
 import ipaddress
+from pathlib import Path
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from vila_ops.config.base import Config
+from vila_ops.config.load import read
 
 Port = int
 RAY_WORKER_PORTS = range(10002, 20000)
@@ -61,3 +63,8 @@ class LocalServers(Config):
             if port in RAY_WORKER_PORTS:
                 raise ValueError(f"{name} {port} is one of Ray's worker ports, 10002 to 19999; choose another")
         return self
+
+
+def load_local(path: Path) -> LocalServers:
+    """The servers of this box, from a YAML file."""
+    return LocalServers.model_validate(read(path))

@@ -20,6 +20,8 @@ class Resources(Config):
     """Fetched packages and converted weights; shared between checkouts."""
     tracking_uri: str | None = None
     """MLflow server or sqlite URI; None logs nothing."""
+    prefect_page: str | None = None
+    """Address of Prefect's page, for links."""
     parent_run: str | None = None
     """MLflow run that the runs of the rooms are children of."""
     ray_address: str | None = None

@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import PositiveInt, model_validator
 
-from vila_ops.config.base import Config
+from vila_ops.config.base import Config, fingerprint
 from vila_ops.config.eval import Gate, Suite
 from vila_ops.config.model import Model, TextFormat
 from vila_ops.config.resources import Resources
@@ -57,6 +57,10 @@ class Recipe(Config):
                         f"so a test object could be trained on; give both mixtures the same split"
                     )
         return self
+
+    def fingerprint(self) -> str:
+        """As of any config, and of the order of the stages, which canonical JSON forgets."""
+        return fingerprint([self.model_dump(mode="json"), list(self.stages)])
 
     def text(self, *, max_tokens: int | None = None) -> TextFormat:
         """How this recipe's model reads records; `max_tokens` differs between training and a suite."""

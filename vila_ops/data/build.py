@@ -47,11 +47,11 @@ def build(
     done = _run_on_ray(job, units, resources) if resources.launch == "ray" else [write_shard(job, u) for u in units]
     done.sort(key=lambda result: result["shard"])
     rows = [row for result in done for row in result["rows"]]
+    summary = _summary(mixture, done, rows)
+    _refuse_bad_sources(mixture, summary)
     if not rows:
         raise ValueError(f"mixture {mixture.name!r} has no samples at all")
     write_index(rows, folder)
-    summary = _summary(mixture, done, rows)
-    _refuse_bad_sources(mixture, summary)
     return summary, [dict(ran) for ran in {tuple(sorted(result["ran"].items())) for result in done}]
 
 
@@ -60,7 +60,8 @@ def write_shard(job: Job, unit: Unit) -> dict[str, Any]:
     source = job.mixture.sources[unit.source]
     folders = _folders(source, cache=Path(job.cache))
     tokenizer = _tokenizer(job.text, Path(job.cache))
-    names = _names(source, job.mixture.split, Path(job.cache)) if source.render == "questions" else {}
+    asks = source.render == "questions"
+    names = _names(source, job.mixture.split, Path(job.cache), attempt=job.folder) if asks else {}
     writer = ShardWriter(Path(job.folder) / unit.shard)
     drops: Counter[str] = Counter()
     seen = 0
@@ -71,13 +72,15 @@ def write_shard(job: Job, unit: Unit) -> dict[str, Any]:
                 drops[record.reason] += 1
                 continue
             split = split_of(record.object, job.mixture.split)
+            reasons: set[str] = set()  # a record counts once, however many samples it is rendered to
             for rendered in _render(record, source, names.get(split), seed=job.mixture.seed):
                 made = _samples(rendered, job, unit, tokenizer, first=len(writer.rows))
                 if isinstance(made, Dropped):
-                    drops[made.reason] += 1
+                    reasons.add(made.reason)
                     continue
                 for sample in made:
                     writer.add(sample, split=split)
+            drops.update(reasons)
     rows = writer.close()
     return {"source": unit.source, "shard": unit.shard, "rows": rows, "seen": seen, "drops": dict(drops), "ran": _who()}
 
@@ -97,12 +100,12 @@ def _units(mixture: Mixture, *, cache: Path) -> list[Unit]:
 def _run_on_ray(job: Job, units: list[Unit], resources: Resources) -> list[dict[str, Any]]:
     import ray.data
 
-    from vila_ops.cluster import connected
+    from vila_ops.cluster import connect
 
-    with connected(resources):
-        items = [{"job": job.model_dump_json(), "unit": unit.model_dump_json()} for unit in units]
-        shards = ray.data.from_items(items, override_num_blocks=len(items)).map(_ray_shard, num_cpus=1)
-        return [row["result"] for row in shards.iter_rows()]
+    connect(resources)
+    items = [{"job": job.model_dump_json(), "unit": unit.model_dump_json()} for unit in units]
+    shards = ray.data.from_items(items, override_num_blocks=len(items)).map(_ray_shard, num_cpus=1)
+    return [row["result"] for row in shards.iter_rows()]
 
 
 def _ray_shard(row: dict[str, Any]) -> dict[str, Any]:
@@ -158,8 +161,8 @@ def _tokenizer(text: TextFormat, cache: Path) -> Tokenizer:
 
 
 @lru_cache(maxsize=4)
-def _names(source: Source, split: Split, cache: Path) -> dict[str, Names]:
-    """Names by split and category of a whole source, read once per process."""
+def _names(source: Source, split: Split, cache: Path, *, attempt: str) -> dict[str, Names]:
+    """Names by split and category of a whole source, read once per process and attempt: files may change between."""
     folders = _folders(source, cache=cache)
     found: dict[str, dict[str, list[str]]] = {}
     for key in sources.keys(source, folders):

@@ -3,6 +3,7 @@
 # T tokens of a sample
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -30,6 +31,10 @@ class Tokenizer:
         self.fast = fast
         self.image_tokens = image_tokens
         self.image_id: int = fast.convert_tokens_to_ids(IMAGE_TOKEN)
+        if fast.bos_token_id is None or fast.eos_token_id is None:
+            raise ValueError(
+                f"the tokenizer of {fast.name_or_path} names no bos or no eos token; set both in its folder"
+            )
         self.bos_id: int = fast.bos_token_id
         self.eos_id: int = fast.eos_token_id
         self._controls = sorted(fast.get_added_vocab(), key=len, reverse=True)
@@ -105,7 +110,7 @@ class Tokenizer:
         for token, target in zip(ids, targets, strict=True):
             copies = self.image_tokens if token == self.image_id else 1
             out_ids += [token] * copies
-            out_targets += [target] * copies
+            out_targets += [target and token != self.image_id] * copies
         return out_ids, out_targets
 
 
@@ -143,8 +148,10 @@ def _pieces(tokens: Tokens, tokenizer: Tokenizer, *, max_tokens: int, many: bool
 
 
 def _message(role: str, parts: tuple[Part, ...], tokenizer: Tokenizer) -> dict[str, Any]:
-    content = [
-        {"type": "image"} if isinstance(part, Image) else {"type": "text", "text": tokenizer.neutral(part)}
-        for part in parts
-    ]
+    content: list[dict[str, str]] = []
+    for is_image, run in groupby(parts, key=lambda part: isinstance(part, Image)):
+        if is_image:
+            content += [{"type": "image"} for _ in run]
+        else:  # joined first, or a control token could hide in two parts
+            content.append({"type": "text", "text": tokenizer.neutral("".join(map(str, run)))})
     return {"role": role, "content": content}

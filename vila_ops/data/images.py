@@ -42,7 +42,11 @@ def _decode(data: bytes, *, max_pixels: int) -> Pillow.Image:
         with Pillow.open(io.BytesIO(data), formats=FORMATS) as opened:
             if opened.width * opened.height > max_pixels:
                 raise BadImage(f"{opened.width} x {opened.height} pixels, more than {max_pixels}")
+            if max(opened.size) ** 2 > 2 * max_pixels:
+                raise BadImage(f"{opened.width} x {opened.height} pixels: so narrow that its square would fill memory")
             upright = ImageOps.exif_transpose(opened)
+            if upright.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to white instead of scale
+                upright = Pillow.fromarray((np.asarray(upright) >> 8).clip(0, 255).astype(np.uint8))
             if "transparency" in upright.info or upright.mode in ("RGBA", "LA", "PA"):
                 rgba = upright.convert("RGBA")
                 white = Pillow.new("RGBA", rgba.size, (255, 255, 255, 255))

@@ -36,8 +36,8 @@ class Rows:
         self.stage = stage
         self.digest = digest
         index = read_index(folder).to_pylist()
-        weights = {name: source.weight for name, source in stage.mixture.sources.items()}
-        self._train = {name: _entries(index, split="train", source=name) for name in sorted(weights)}
+        weights = {name: source.weight for name, source in sorted(stage.mixture.sources.items())}
+        self._train = {name: _entries(index, split="train", source=name) for name in weights}
         if empty := [name for name, entries in self._train.items() if not entries]:
             raise ValueError(f"stage {stage.name!r}: sources {empty} have no training sample; remove them")
         self._held_out = _entries(index, split="validation", source=None)

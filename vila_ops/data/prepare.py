@@ -25,8 +25,8 @@ def prepare(mixture: Mixture, text: TextFormat, resources: Resources) -> Dataset
     parents = _parents(mixture, text)
     recipe = {"mixture": _portable(mixture), "text": _portable_text(text)}
     at = store.address(Dataset, revision=REVISION, recipe=recipe, parents=parents)
-    root = Path(resources.store)
-    if done := store.find(Dataset, at, store=root, first=Path(resources.data) / mixture.name):
+    root = Path(resources.store).resolve()
+    if done := store.find(Dataset, at, store=root, first=Path(resources.data).resolve() / mixture.name):
         return done
     from vila_ops.data import build  # heavy: Ray, tokenizer, pictures
 
@@ -45,6 +45,19 @@ def prepare(mixture: Mixture, text: TextFormat, resources: Resources) -> Dataset
     return dataset
 
 
+def export_for_dvc(dataset: Dataset, out: Path) -> None:
+    """Copy a dataset to `out`, with its counts beside it: `out`.json for `dvc metrics`, `out`.csv for `dvc plots`."""
+    store.export(dataset, out)
+    summary = json.loads((store.content(dataset) / "summary.json").read_text())
+    out.with_suffix(".json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
+    rows = [
+        f"{name},{split},{count}"
+        for name, source in summary["sources"].items()
+        for split, count in source["samples"].items()
+    ]
+    out.with_suffix(".csv").write_text("\n".join(["source,split,samples", *rows]) + "\n")
+
+
 def _parents(mixture: Mixture, text: TextFormat) -> tuple[str, ...]:
     """Digests of everything read from outside the config: packages, local folders, a local tokenizer."""
     digests = {package.sha256 for source in mixture.sources.values() for package in sources.packages(source)}
@@ -60,10 +73,11 @@ def _parents(mixture: Mixture, text: TextFormat) -> tuple[str, ...]:
 
 
 def _portable(mixture: Mixture) -> dict[str, Any]:
-    """The mixture without the places of its local folders: their content is among the parents."""
+    """The mixture, its local folders named by their content instead of their place."""
     dumped = mixture.model_dump(mode="json")
     for source in dumped["sources"].values():
-        source.pop("path", None)
+        if source["kind"] == "jsonl":
+            source["path"] = folder_digest(Path(source["path"]))
     return dumped
 
 

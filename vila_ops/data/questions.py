@@ -30,9 +30,12 @@ def questions(record: Record, names: Names, *, seed: int) -> list[Record]:
     Yes and no are equally likely; the draw depends on the seed and the record's id alone.
     """
     draw = random.Random(f"{seed}/{record.id}")
-    (turn,) = record.turns
-    picture = next(part for part in turn.parts if isinstance(part, Image))
-    caption = " ".join(part for part in turn.parts if isinstance(part, str))
+    parts = [part for turn in record.turns for part in turn.parts]
+    pictures = [part for part in parts if isinstance(part, Image)]
+    caption = " ".join(part for part in parts if isinstance(part, str))
+    if len(record.turns) != 1 or len(pictures) != 1 or not caption:
+        raise ValueError(f"record {record.id!r} is not one picture with a caption, which render questions needs")
+    picture = pictures[0]
     describe = (Turn("user", (picture, draw.choice(DESCRIBE))), Turn("assistant", (caption,)))
     question, answer = _yes_no(record, names, draw)
     asked = (Turn("user", (picture, question)), Turn("assistant", (answer,)))

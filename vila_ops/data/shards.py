@@ -9,7 +9,6 @@ import json
 import tarfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -82,7 +81,7 @@ class ShardWriter:
                 "shard": self.path.name,
                 "offset": offset,
                 "num_tokens": len(sample.input_ids),
-                "num_targets": sum(sample.is_target),
+                "num_targets": sum(sample.is_target[1:]),  # nothing predicts a first token
                 "num_images": len(sample.images),
             }
         )
@@ -110,13 +109,14 @@ def read_index(folder: Path) -> pa.Table:
 
 def read_sample(folder: Path, *, shard: str, offset: int, key: str) -> Sample:
     """One sample by its place; raises CorruptShard when something else stands there."""
-    file = _opened(folder / shard)
     try:
-        head = json.loads(_member_at(file, offset, f"{key}.json"))
-        images = [_member_at(file, None, f"{key}.{index}.png") for index in range(head.pop("num_images"))]
+        with (folder / shard).open("rb") as file:
+            file.seek(offset)
+            head = json.loads(_next_member(file, f"{key}.json"))
+            images = [_next_member(file, f"{key}.{index}.png") for index in range(head.pop("num_images"))]
         targets = head.pop("targets")
         return Sample(**head, is_target=mask(targets, len(head["input_ids"])), images=tuple(images))
-    except (tarfile.TarError, ValueError, KeyError, TypeError) as error:
+    except (tarfile.TarError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptShard(
             f"{folder / shard} at byte {offset} does not hold sample {key!r} ({error}); "
             f"verify the dataset, move its folder away and prepare it again"
@@ -137,15 +137,8 @@ def mask(spans: Sequence[tuple[int, int]], length: int) -> list[bool]:
     return flags
 
 
-@lru_cache(maxsize=64)
-def _opened(path: Path) -> BinaryIO:
-    return path.open("rb")
-
-
-def _member_at(file: BinaryIO, offset: int | None, name: str) -> bytes:
-    """The tar member that starts at `offset` (None: where the file stands)."""
-    if offset is not None:
-        file.seek(offset)
+def _next_member(file: BinaryIO, name: str) -> bytes:
+    """The tar member that starts where the file stands, which must have this name."""
     info = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "strict")
     if info.name != name:
         raise ValueError(f"found member {info.name!r} instead of {name!r}")

@@ -64,9 +64,7 @@ def read_report(report: EvalReport) -> dict[str, Any]:
 
 def tracked(report: dict[str, Any]) -> dict[str, float]:
     """Metric names as MLflow shows them: the model's plain, the others with their role behind."""
-    return {
-        m["name"] if m["role"] == "model" else f"{m['name']}.{m['role']}": m["value"] for m in report["metrics"]
-    }
+    return {m["name"] if m["role"] == "model" else f"{m['name']}.{m['role']}": m["value"] for m in report["metrics"]}
 
 
 def _launch(job: Job) -> dict[str, Any]:

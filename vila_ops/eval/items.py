@@ -1,4 +1,4 @@
-"""What a suite asks about: held-out pictures and held-out words, from a prepared mixture. Pure apart from reading it."""
+"""What a suite asks about: held-out pictures and held-out words, read from a prepared mixture."""
 
 import random
 from collections import Counter

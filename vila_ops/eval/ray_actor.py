@@ -4,19 +4,19 @@ from typing import Any
 
 import ray
 
-from vila_ops.cluster import connected, log_to_driver
+from vila_ops.cluster import connect, log_to_driver
 from vila_ops.eval.job import Job
 
 
 def run_on_ray(job: Job) -> dict[str, Any]:
     """The report, made by an actor with one worker's share of the cluster."""
-    with connected(job.resources):
-        actor = Evaluator.options(  # type: ignore[attr-defined]
-            num_cpus=job.resources.cpus_per_worker, num_gpus=job.resources.gpus_per_worker
-        ).remote()
-        result: dict[str, Any] = ray.get(actor.run.remote(job.model_dump_json()))
-        ray.kill(actor)
-        return result
+    connect(job.resources)
+    actor = Evaluator.options(  # type: ignore[attr-defined]
+        num_cpus=job.resources.cpus_per_worker, num_gpus=job.resources.gpus_per_worker
+    ).remote()
+    result: dict[str, Any] = ray.get(actor.run.remote(job.model_dump_json()))
+    ray.kill(actor)
+    return result
 
 
 @ray.remote

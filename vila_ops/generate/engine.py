@@ -109,7 +109,7 @@ class Generator:
                 stop += 1
             batch = order[start:stop]
             nlls = self._nlls([rows[i] for i in batch], [image for i in batch for image in items[i][0].images])
-            scores |= {i: own for i, own in zip(batch, nlls, strict=True)}
+            scores |= dict(zip(batch, nlls, strict=True))
             start = stop
         return [scores[index] for index in range(len(items))]
 
@@ -149,7 +149,7 @@ class Generator:
         ids: list[int] = logits[:, : len(self.tokenizer.fast)].argmax(-1).tolist()
         return ids
 
-    def _settle(  # noqa: PLR0913 the state of one decoding loop
+    def _settle(
         self,
         rows: list[_Live],
         tokens: list[int],
@@ -194,7 +194,7 @@ class Generator:
         wanted = torch.tensor([token for tokens in row.continuations for token in tokens])
         logits = self.model.lm_head(hidden[before]).float()
         nll = torch.nn.functional.cross_entropy(logits, wanted, reduction="none").double()
-        parts = nll.split([len(tokens) for tokens in row.continuations])
+        parts = torch.split(nll, [len(tokens) for tokens in row.continuations])
         return [Score(float(part.sum()), len(part)) for part in parts]
 
 
@@ -222,5 +222,5 @@ def _row(prompt: list[int], continuations: Sequence[list[int]]) -> _Row:
         ids += tokens
         positions += range(len(prompt), len(prompt) + len(tokens))
         segments += [number] * len(tokens)
-    arrays = (np.asarray(values, np.int64) for values in (ids, positions, segments))
-    return _Row(*arrays, [list(tokens) for tokens in continuations], predicted_at)
+    arrays = [np.asarray(values, np.int64) for values in (ids, positions, segments)]
+    return _Row(arrays[0], arrays[1], arrays[2], [list(tokens) for tokens in continuations], predicted_at)

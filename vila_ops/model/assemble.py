@@ -22,7 +22,7 @@ def assemble(model: Model, resources: Resources) -> Pretrained:
         parents = (folder_digest(Path(model.language_model.tokenizer)),)
         del recipe["language_model"]["tokenizer"]  # its content is a parent, its place does not matter
     at = store.address(Pretrained, revision=REVISION, recipe=recipe, parents=parents)
-    root = Path(resources.store)
+    root = Path(resources.store).resolve()
     if done := store.find(Pretrained, at, store=root):
         return done
     from vila_ops.model import build, folder, processing  # heavy: torch, transformers

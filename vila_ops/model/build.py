@@ -46,12 +46,13 @@ def build_model(
     whole.model.vision_tower = tower
     whole.model.language_model = language_model.get_decoder()
     whole.lm_head.weight = language_model.get_output_embeddings().weight
-    return whole.float().eval()
+    built: VilaForConditionalGeneration = whole.float().eval()
+    return built
 
 
-def set_trainable(model: nn.Module, parts: tuple[Part, ...]) -> dict[str, list[tuple[str, nn.Parameter]]]:
+def set_trainable(model: nn.Module, parts: tuple[Part, ...]) -> dict[Part, list[tuple[str, nn.Parameter]]]:
     """Freeze everything but the parts; returns the trained parameters by part, in the model's order."""
-    trained: dict[str, list[tuple[str, nn.Parameter]]] = {part: [] for part in parts}
+    trained: dict[Part, list[tuple[str, nn.Parameter]]] = {part: [] for part in parts}
     total = 0
     for name, parameter in model.named_parameters():
         part = part_of(name)

@@ -50,13 +50,19 @@ def load(folder: Path, *, dtype: torch.dtype = torch.float32) -> VilaForConditio
     """The model of a folder, plain LLaVA or ours, in eval mode. Raises CorruptArtifact on a wrong set of weights."""
     config = _read_config(folder)
     model, info = VilaForConditionalGeneration.from_pretrained(
-        None, config=config, state_dict=_read_weights(folder, config), dtype=dtype, output_loading_info=True
+        None,
+        config=config,
+        state_dict=_read_weights(folder, config),
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are in the info, and refused below
     )
     wrong = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
     if wrong:
         raise CorruptArtifact(f"{folder} does not hold the weights that its config names: {wrong}")
     model.tie_weights()
-    return model.eval()
+    loaded: VilaForConditionalGeneration = model.eval()
+    return loaded
 
 
 def normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -117,6 +123,8 @@ def _linear_as_mlp(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _mlp_as_linear(state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     out = {name: tensor for name, tensor in state.items() if not name.startswith(PREFIX)}
+    if missing := sorted({f"{PREFIX}linear_{n}.{kind}" for n in (1, 2) for kind in ("weight", "bias")} - set(state)):
+        raise CorruptArtifact(f"{folder} does not hold {missing}")
     second = state[f"{PREFIX}linear_2.weight"]
     if not torch.equal(second, torch.eye(len(second), dtype=second.dtype)) or state[f"{PREFIX}linear_2.bias"].any():
         raise ValueError(f"{folder}: the projector's second layer is not the identity, so it is no linear projector")

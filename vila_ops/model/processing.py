@@ -41,7 +41,8 @@ class VilaProcessor(LlavaProcessor):  # type: ignore[misc]
         """The placeholders of one picture: ceil(side / patch / downsample)^2 image tokens."""
         height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
         rows, columns = (-(-(side // self.patch_size) // self.downsample) for side in (height, width))
-        return str(self.image_token) * (rows * columns)
+        token: str = self.image_token
+        return token * int(rows * columns)
 
 
 AutoProcessor.register(VilaConfig, VilaProcessor)

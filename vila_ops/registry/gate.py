@@ -74,10 +74,11 @@ def _checks(
 
 def _compare(shown: str, own: Metric, champion: Metric, *, max_loss: float) -> tuple[bool, str]:
     if own.lower_is_better != champion.lower_is_better:
-        raise ValueError(f"{shown}: the two reports disagree on whether lower is better; evaluate both with one version")
+        raise ValueError(f"{shown}: the two reports disagree on whether lower is better; evaluate both anew")
     loss = own.value - champion.value if own.lower_is_better else champion.value - own.value
     held = loss <= max_loss
-    return held, f"{shown} is {'at most' if held else 'more than'} {max_loss:.6g} worse than the champion's {champion.value:.6g}"
+    by = f"{'at most' if held else 'more than'} {max_loss:.6g}"
+    return held, f"{shown} is {by} worse than the champion's {champion.value:.6g}"
 
 
 def _have_all(rules: tuple[Rule, ...], metrics: Mapping[str, Metric], *, of: str) -> None:

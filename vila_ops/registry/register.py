@@ -57,7 +57,7 @@ def report_of(version: ModelVersion, resources: Resources) -> EvalReport:
         raise ValueError(f"{version.name} version {version.version} was not judged yet; register it again") from error
 
 
-def _decide(  # noqa: PLR0913 one decision is all of these
+def _decide(
     client: Any, gate: Gate, version: Any, report: EvalReport, champion_report: EvalReport | None, *, decision: str
 ) -> None:
     name, number = gate.model_name, int(version.version)
@@ -80,9 +80,7 @@ def _decide(  # noqa: PLR0913 one decision is all of these
     log.info("%s version %d %s: %s", name, number, tags["gate.status"], tags["gate.reason"])
 
 
-def _verdict(
-    gate: Gate, report: EvalReport, champion_report: EvalReport | None, rival: ModelVersion | None
-) -> Verdict:
+def _verdict(gate: Gate, report: EvalReport, champion_report: EvalReport | None, rival: ModelVersion | None) -> Verdict:
     """Against the champion, unless there is none or the model is the champion itself."""
     own = _metrics(report)
     if rival is None or all(rule.max_loss is None for rule in gate.rules):

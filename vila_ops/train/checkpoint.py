@@ -4,6 +4,7 @@ resume/<address>/step-000050/rank-00000-of-00002.safetensors   each rank writes 
 resume/<address>/step-000050/manifest.json                     last, by one rename: sizes, sha256, the curve so far
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -29,10 +30,8 @@ def save(folder: Path, *, step: int, states: Iterable[State], curve: list[dict[s
     target = folder / f"step-{step:06d}"
     draft = folder / f".step-{step:06d}"
     if place.rank == 0:
-        for leftover in (draft, target):  # of a process that was killed while it wrote
-            if leftover.exists() and not (leftover / MANIFEST).exists():
-                shutil.rmtree(leftover)
-        draft.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed while it wrote
+        draft.mkdir(parents=True)
     _barrier()
     own: dict[str, Tensor] = {}
     for number, (name, tensors) in enumerate(states):  # a collective: every rank walks through all of it
@@ -45,8 +44,9 @@ def save(folder: Path, *, step: int, states: Iterable[State], curve: list[dict[s
     if place.rank == 0:
         files = {p.name: {"size": p.stat().st_size, "sha256": sha256(p)} for p in sorted(draft.glob("*.safetensors"))}
         manifest = {"format": 1, "step": step, "world_size": place.world_size, "files": files, "curve": curve}
-        (draft / MANIFEST).write_text(json.dumps(manifest))
+        (draft / MANIFEST).write_text(json.dumps({**manifest, "checksum": _checksum(manifest)}))
         sync(draft / MANIFEST)
+        shutil.rmtree(target, ignore_errors=True)  # a damaged one, which this run did not resume from
         os.rename(draft, target)
         sync(folder)
         for old in _steps(folder)[:-KEEP]:
@@ -63,12 +63,14 @@ def newest(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] 
         try:
             manifest = json.loads((path / MANIFEST).read_text())
             return _read(path, manifest), manifest
-        except (ValueError, OSError, KeyError) as error:
+        except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
             log.warning("resume checkpoint %s is damaged (%s); the one before it is taken", path, error)
     return None
 
 
 def _read(path: Path, manifest: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
+    if manifest.pop("checksum") != _checksum(manifest):
+        raise ValueError(f"{MANIFEST} differs from its checksum")
     states: dict[str, dict[str, Tensor]] = {}
     for name, expected in manifest["files"].items():
         if sha256(path / name) != expected["sha256"]:
@@ -77,6 +79,10 @@ def _read(path: Path, manifest: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
             kind, _, parameter = key.partition("/")
             states.setdefault(parameter, {})[kind] = tensor
     return states
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _steps(folder: Path) -> list[Path]:

@@ -55,11 +55,12 @@ class PlainEngine:
 
     def backward(self, loss: Tensor) -> None:
         """See Engine."""
-        loss.backward()
+        torch.autograd.backward(loss)
 
     def step(self, factor: float) -> float:
         """See Engine."""
-        norm = nn.utils.clip_grad_norm_([p for _, p in self.named], self.max_grad_norm)
+        parameters = [p for _, p in self.named]
+        norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm, error_if_nonfinite=True)
         _set_rates(self.optimizer, factor)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -68,7 +69,7 @@ class PlainEngine:
     def state(self) -> Iterator[State]:
         """See Engine."""
         for name, parameter in self.named:
-            moments = self.optimizer.state[parameter]
+            moments = self.optimizer.state.get(parameter) or dict.fromkeys(MOMENTS, torch.zeros_like(parameter))
             yield name, {"param": parameter.detach(), **{key: moments[key] for key in MOMENTS}}
 
     def restore(self, states: dict[str, dict[str, Tensor]], *, step: int) -> None:
@@ -77,7 +78,8 @@ class PlainEngine:
             saved = states[name]
             with torch.no_grad():
                 parameter.copy_(saved["param"])
-            self.optimizer.state[parameter] = {"step": torch.tensor(float(step)), **{k: saved[k] for k in MOMENTS}}
+            moments = {key: saved[key].to(parameter.device) for key in MOMENTS}
+            self.optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
 
 
 class DeepSpeedEngine:
@@ -94,6 +96,7 @@ class DeepSpeedEngine:
         )
         self.base = optimizer
         self.world_size = torch.distributed.get_world_size()
+        self._make_moments(step=0)
 
     def loss(self, batch: Batch) -> Tensor:
         """See Engine."""
@@ -127,15 +130,10 @@ class DeepSpeedEngine:
                 yield name, {key: value.view(_shape(parameter)) for key, value in full.items()}
 
     def restore(self, states: dict[str, dict[str, Tensor]], *, step: int) -> None:
-        """See Engine. The moments do not exist before the first step, so they are made here."""
+        """See Engine."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        for group in self.base.param_groups:
-            for flat in group["params"]:
-                empty = {key: torch.zeros_like(flat) for key in MOMENTS}
-                self.base.state[flat] = {"step": torch.tensor(float(step)), **empty}
-        if self.zero_stage in (1, 2):
-            self.engine.optimizer._lazy_init_hp_params_optimizer_state()  # ties the moments to parameters by name
+        self._make_moments(step=step)
         for name, parameter in self.named:
             saved = states[name]
             with self._whole([parameter]), torch.no_grad():
@@ -147,6 +145,20 @@ class DeepSpeedEngine:
                     safe_set_full_optimizer_state(parameter, saved[key], key)
             if self.zero_stage:
                 safe_set_full_fp32_param(parameter, saved["param"])
+
+    def _make_moments(self, *, step: int) -> None:
+        """Zero moments of every group after `step` steps.
+
+        torch makes them at the first step, group by group; DeepSpeed ties them to parameters by name as soon as the
+        first group has them, and then finds those of the other groups missing (0.19.8). So they are made here.
+        """
+        for group in self.base.param_groups:
+            for flat in group["params"]:
+                empty = {key: torch.zeros_like(flat) for key in MOMENTS}
+                self.base.state[flat] = {"step": torch.tensor(float(step)), **empty}
+        if self.zero_stage in (1, 2):
+            self.engine.optimizer._hp_optimizer_states_linked = False
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _whole(self, parameters: list[nn.Parameter]) -> Any:
         """ZeRO-3 keeps a share of each parameter; inside this context it is whole on every rank."""

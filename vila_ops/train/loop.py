@@ -82,7 +82,8 @@ def load(job: Job) -> tuple[VilaForConditionalGeneration, Rows, "Batches"]:
     if isinstance(job.init, Pretrained) and "projector" in job.stage.trainable:
         first, _ = rows.batch(0)
         images = [image for row in first for image in row.images]
-        fit_to(model.model.multi_modal_projector, batches.cache(images), embedding_std(model))
+        if images:
+            fit_to(model.model.multi_modal_projector, batches.cache(images), embedding_std(model))
     if job.stage.precision == "bf16" and "language_model" not in job.stage.trainable:
         model.model.language_model.to(torch.bfloat16)  # frozen, it needs no fp32 master
         model.lm_head.to(torch.bfloat16)
@@ -143,8 +144,14 @@ class Batches:
         elif images:
             features = self.cache(images).to(self.device)
         mask = torch.from_numpy(attention_mask(segment_ids.numpy()))
-        tensors = (tensor.to(self.device) for tensor in (input_ids, position_ids, mask, labels))
-        return Batch(*tensors, features=features, pixel_values=pixel_values)
+        return Batch(
+            input_ids=input_ids.to(self.device),
+            position_ids=position_ids.to(self.device),
+            mask=mask.to(self.device),
+            labels=labels.to(self.device),
+            features=features,
+            pixel_values=pixel_values,
+        )
 
 
 class Clock:

@@ -10,7 +10,7 @@ import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from vila_ops.cluster import connected, log_to_driver
+from vila_ops.cluster import connect, log_to_driver
 from vila_ops.train.job import Job, Place
 
 
@@ -21,23 +21,23 @@ def train_on_ray(job: Job) -> list[dict[str, Any]]:
     newest resume checkpoint. Weights never pass through Ray: rank 0 writes them into the attempt's folder.
     """
     resources = job.resources
-    with connected(resources):
-        trainer = TorchTrainer(
-            _worker,
-            train_loop_config={"job": job.model_dump_json()},
-            torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=resources.num_workers,
-                use_gpu=bool(resources.gpus_per_worker),
-                resources_per_worker={"CPU": resources.cpus_per_worker},
-            ),
-            run_config=RunConfig(
-                name=Path(job.attempt).name,
-                storage_path=str(Path(resources.store).resolve() / "ray_train"),
-                failure_config=FailureConfig(max_failures=resources.max_failures),
-            ),
-        )
-        trainer.fit()
+    connect(resources)
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"job": job.model_dump_json()},
+        torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=resources.num_workers,
+            use_gpu=bool(resources.gpus_per_worker),
+            resources_per_worker={"CPU": resources.cpus_per_worker},
+        ),
+        run_config=RunConfig(
+            name=Path(job.attempt).name,
+            storage_path=str(Path(resources.store).resolve() / "ray_train"),
+            failure_config=FailureConfig(max_failures=resources.max_failures),
+        ),
+    )
+    trainer.fit()
     said = [Path(f"{job.attempt}-rank-{rank}.json") for rank in range(resources.num_workers)]
     ran = [json.loads(path.read_text()) for path in said]
     for path in said:

@@ -1,0 +1,1 @@
+"""Prefect flows: when and again; the work is in vila_ops."""

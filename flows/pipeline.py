@@ -1,0 +1,25 @@
+"""The flow `vila`: every room, from data to a served model."""
+
+import logging
+
+from prefect import flow, runtime
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+
+from flows.tasks import ROOMS
+from vila_ops.config import Run
+from vila_ops.pipeline import run_pipeline
+from vila_ops.report import summary
+
+
+@flow(name="vila", validate_parameters=True, persist_result=False)
+def vila(run: Run) -> dict[str, str]:
+    """Prepare, train stage by stage, evaluate after each, register, deploy; what is sealed already is not made again.
+
+    Returns the digests of what was made and where the report lies.
+    """
+    logging.getLogger("vila_ops").setLevel(logging.INFO)  # Prefect gives the logger handlers, but no level
+    outcome = run_pipeline(run, ROOMS, flow_run=runtime.flow_run.id)
+    page = summary.write(run, outcome)
+    create_markdown_artifact(key="vila-report", markdown=summary.markdown(page.summary), description="The run")
+    create_table_artifact(key="vila-stages", table=summary.table(page.summary), description="The stages")
+    return {"report": page.html, "summary": page.json, **{n: c.digest for n, c in outcome.checkpoints.items()}}

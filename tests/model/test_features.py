@@ -1,0 +1,96 @@
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vila_ops.data.images import pixels, square
+from vila_ops.model import folder as model_folder
+from vila_ops.model.features import FeatureCache, tower_digest
+
+HALF = (0.5, 0.5, 0.5)
+
+
+def to_pixels(mean: tuple[float, ...] = HALF) -> Any:
+    return functools.partial(pixels, mean=mean, std=HALF)
+
+
+@pytest.fixture(scope="module")
+def squares(tiny: Path) -> list[bytes]:
+    return [square(path.read_bytes(), size=56) for path in sorted((tiny / "pairs").glob("*.png"))]
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip", "dinov2"])
+def test_features_do_not_depend_on_the_batch_a_picture_came_in(
+    tower: str, squares: list[bytes], make_model: Any, build: Callable[..., Any], tmp_path: Path
+) -> None:
+    whole, _ = build(make_model(tower))
+    together = FeatureCache(whole, to_pixels(), root=tmp_path / "a")(squares)
+    turned = FeatureCache(whole, to_pixels(), root=tmp_path / "b")(squares[::-1]).flip(0)
+    one_by_one = FeatureCache(whole, to_pixels(), root=tmp_path / "c")
+    alone = torch.cat([one_by_one([data]) for data in squares])
+    assert torch.equal(together, turned)
+    assert torch.equal(together, alone)
+    with torch.no_grad():
+        direct = whole.tower_features(torch.from_numpy(to_pixels()(squares)))
+    assert torch.allclose(together, direct, atol=1e-5)
+
+
+def test_a_picture_asked_for_twice_is_given_twice_and_computed_once(
+    squares: list[bytes], make_model: Any, build: Callable[..., Any], tmp_path: Path
+) -> None:
+    whole, _ = build(make_model())
+    cache = FeatureCache(whole, to_pixels(), root=tmp_path)
+    found = cache([squares[0], squares[1], squares[0]])
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1])
+    assert len(list(tmp_path.rglob("*.npz"))) == 2
+    assert not list(tmp_path.rglob(".*.npz"))
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")}
+    assert torch.equal(FeatureCache(whole, to_pixels(), root=tmp_path)([squares[1]])[0], found[1])
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")} == stamps
+
+
+def test_what_changes_features_changes_their_place(
+    squares: list[bytes], make_model: Any, build: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Heads change what a tower computes and leave its weights as they are; so does the normalisation of pixels."""
+    variants = [
+        (make_model(), HALF),
+        (make_model(feature_layer=-1), HALF),
+        (make_model(seed=1), HALF),
+        (make_model(vision_tower={"kind": "random", "num_heads": 4}), HALF),
+        (make_model(), (0.1, 0.2, 0.3)),
+    ]
+    for model, mean in variants:
+        whole, _ = build(model)
+        found = FeatureCache(whole, to_pixels(mean), root=tmp_path)(squares[:1])
+        with torch.no_grad():
+            direct = whole.tower_features(torch.from_numpy(to_pixels(mean)(squares[:1])))
+        assert torch.allclose(found, direct, atol=1e-5)
+
+
+def test_a_saved_model_finds_the_features_of_the_model_it_came_from(
+    make_model: Any, build: Callable[..., Any], tmp_path: Path
+) -> None:
+    whole, processor = build(make_model())
+    model_folder.save(whole, tmp_path, processor=processor)
+    assert tower_digest(model_folder.load(tmp_path)) == tower_digest(whole)
+
+
+def test_a_damaged_file_is_computed_again(
+    squares: list[bytes], make_model: Any, build: Callable[..., Any], tmp_path: Path
+) -> None:
+    whole, _ = build(make_model())
+    cache = FeatureCache(whole, to_pixels(), root=tmp_path)
+    found = cache(squares[:1])
+    (path,) = tmp_path.rglob("*.npz")
+    whole_bytes = path.read_bytes()
+    flipped = bytearray(whole_bytes)
+    flipped[len(flipped) // 2] ^= 1
+    for damaged in (b"", whole_bytes[:50], whole_bytes[:-1], bytes(flipped)):
+        path.write_bytes(damaged)
+        assert torch.equal(cache(squares[:1]), found)
+        assert path.read_bytes() == whole_bytes

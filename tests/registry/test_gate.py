@@ -1,0 +1,109 @@
+"""The gate says yes only when every rule holds, and says why."""
+
+import math
+from typing import Any
+
+import pytest
+
+from vila_ops.config import Gate
+from vila_ops.config.eval import Rule
+from vila_ops.registry.gate import Metric, judge, metrics_of
+
+BETTER, WORSE = Metric(0.9), Metric(0.4)
+
+
+def gate(*rules: Rule) -> Gate:
+    """A gate of these rules."""
+    return Gate(model_name="toy", rules=rules)
+
+
+def record(name: str, value: float | None, **more: Any) -> dict[str, Any]:
+    """One metric of a report file."""
+    return {"name": name, "value": value, "low": 0.0, "high": 1.0, "n": 9, "role": "model", **more}
+
+
+def test_only_the_models_own_numbers_are_read() -> None:
+    report = {
+        "metrics": [
+            record("pope", 0.75),
+            record("pope", 0.5, role="control"),
+            record("pope", 0.5, role="chance"),
+            record("loss", 2.5, lower_is_better=True),
+            record("cider", None),
+        ]
+    }
+    metrics = metrics_of(report)
+    assert metrics["pope"] == Metric(0.75)
+    assert metrics["loss"] == Metric(2.5, lower_is_better=True)
+    assert math.isnan(metrics["cider"].value)
+
+
+def test_a_metric_that_stands_twice_in_a_report_is_an_error() -> None:
+    with pytest.raises(ValueError, match="'pope' twice"):
+        metrics_of({"metrics": [record("pope", 0.75), record("pope", 0.7)]})
+
+
+@pytest.mark.parametrize(
+    ("rule", "value", "passes"),
+    [
+        (Rule(metric="pope", at_least=0.7), 0.7, True),
+        (Rule(metric="pope", at_least=0.7), 0.69, False),
+        (Rule(metric="pope", at_most=0.7), 0.7, True),
+        (Rule(metric="pope", at_most=0.7), 0.71, False),
+        (Rule(metric="pope", at_least=0.7), math.nan, False),
+        (Rule(metric="pope", at_most=0.7), math.nan, False),
+        (Rule(metric="pope", max_loss=1.0), math.nan, False),
+        (Rule(metric="pope", max_loss=0.0), 0.1, True),
+    ],
+)
+def test_bounds_without_a_champion(rule: Rule, value: float, passes: bool) -> None:
+    verdict = judge(gate(rule), {"pope": Metric(value)}, None)
+    assert verdict.passed is passes
+    assert len(verdict.reasons) == 1
+
+
+@pytest.mark.parametrize(
+    ("own", "champion", "lower_is_better", "passes"),
+    [
+        (0.75, 0.75, False, True),
+        (0.70, 0.75, False, True),
+        (0.60, 0.75, False, False),
+        (0.60, 0.50, True, True),
+        (0.50, 0.60, True, True),
+        (0.75, 0.50, True, False),
+        (0.75, math.nan, False, False),
+    ],
+)
+def test_max_loss_looks_in_the_direction_of_the_metric(
+    own: float, champion: float, lower_is_better: bool, passes: bool
+) -> None:
+    metrics = {"m": Metric(own, lower_is_better=lower_is_better)}
+    champion_metrics = {"m": Metric(champion, lower_is_better=lower_is_better)}
+    assert judge(gate(Rule(metric="m", max_loss=0.125)), metrics, champion_metrics).passed is passes
+
+
+def test_one_rule_that_fails_is_enough_and_every_rule_gives_its_reason() -> None:
+    rules = (Rule(metric="a", at_least=0.5, max_loss=0.1), Rule(metric="b", at_least=0.5))
+    verdict = judge(gate(*rules), {"a": BETTER, "b": WORSE}, {"a": BETTER})
+    assert not verdict.passed
+    assert verdict.reasons == (
+        "a 0.9 is at least 0.5",
+        "a 0.9 is at most 0.1 worse than the champion's 0.9",
+        "b 0.4 is not at least 0.5",
+    )
+
+
+def test_a_metric_that_the_report_lacks_is_an_error_with_the_names_there_are() -> None:
+    with pytest.raises(ValueError, match=r"asks for \['pope'\], which the model's report lacks; it has \['a', 'b'\]"):
+        judge(gate(Rule(metric="pope", at_least=0.5)), {"b": WORSE, "a": BETTER}, None)
+
+
+def test_a_metric_that_only_the_champion_lacks_is_an_error_where_it_is_compared() -> None:
+    with pytest.raises(ValueError, match=r"which the champion's report lacks; it has \[\]"):
+        judge(gate(Rule(metric="a", max_loss=0.5)), {"a": BETTER}, {})
+    assert judge(gate(Rule(metric="a", at_least=0.5)), {"a": BETTER}, {}).passed
+
+
+def test_reports_that_disagree_on_the_direction_are_not_compared() -> None:
+    with pytest.raises(ValueError, match="disagree"):
+        judge(gate(Rule(metric="a", max_loss=0.5)), {"a": BETTER}, {"a": Metric(0.9, lower_is_better=True)})

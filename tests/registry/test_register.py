@@ -1,0 +1,193 @@
+"""Registering is idempotent, also when it is done at once, and only the gate moves the champion."""
+
+import json
+import multiprocessing
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from vila_ops.artifacts import store
+from vila_ops.artifacts.kinds import Checkpoint, EvalReport, ModelVersion
+from vila_ops.config import Gate, Resources
+from vila_ops.config.eval import Rule
+from vila_ops.registry import register as room
+from vila_ops.registry.register import champion, register, report_of
+
+GATE = Gate(model_name="toy's model", rules=(Rule(metric="pope", at_least=0.5, max_loss=0.05),))
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's tables, made once: that takes seconds."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}", registry_uri=f"sqlite:///{path}").search_registered_models()
+    return path
+
+
+@pytest.fixture
+def resources(tmp_path: Path, empty_database: Path) -> Iterator[Resources]:
+    """A registry and a store of this test."""
+    shutil.copyfile(empty_database, tmp_path / "mlflow.db")
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    yield Resources(launch="inline", store=str(tmp_path / "store"), tracking_uri=uri)
+
+
+def client(resources: Resources) -> MlflowClient:
+    """MLflow's own client."""
+    return MlflowClient(resources.tracking_uri, registry_uri=resources.tracking_uri)
+
+
+def checkpoint(resources: Resources, name: str) -> Checkpoint:
+    """A sealed checkpoint whose weights are its name."""
+    root = Path(resources.store)
+    at = store.address(Checkpoint, revision=0, recipe=name, parents=("data", "init"))
+    attempt = store.begin(at, store=root)
+    (attempt / "model.safetensors").write_text(name)
+    return store.seal(Checkpoint, at, attempt, facts={"stage": "sft", "step": 7}, execution={})
+
+
+def report(resources: Resources, model: Checkpoint, pope: float, *, suite: str = "probe") -> EvalReport:
+    """A sealed report with one number."""
+    root = Path(resources.store)
+    at = store.address(EvalReport, revision=0, recipe=[pope, suite], parents=(model.digest,))
+    attempt = store.begin(at, store=root)
+    metric = {"name": "pope", "value": pope, "low": 0.0, "high": 1.0, "n": 9, "role": "model"}
+    (attempt / "report.json").write_text(json.dumps({"metrics": [metric]}))
+    facts = {"suite": suite, "model": model.digest}
+    return store.seal(EvalReport, at, attempt, facts=facts, execution={})
+
+
+def registered(resources: Resources, name: str, pope: float, *, against: EvalReport | None = None) -> ModelVersion:
+    """A checkpoint through the room."""
+    model = checkpoint(resources, name)
+    return register(GATE, model, report(resources, model, pope), against, resources)
+
+
+def test_a_version_names_what_it_is_made_of_and_no_weights_are_uploaded(resources: Resources) -> None:
+    model = checkpoint(resources, "one")
+    measured = report(resources, model, 0.75)
+    version = register(GATE, model, measured, None, resources)
+    assert version == ModelVersion(name=GATE.model_name, version=1, checkpoint=model, promoted=True)
+    found = client(resources).get_model_version(GATE.model_name, "1")
+    assert found.source == f"vila-store://{model.uri}"
+    expected = {
+        "digest": model.digest,
+        "stage": "sft",
+        "step": "7",
+        "parents": '["data", "init"]',
+        "report.digest": measured.digest,
+        "gate.status": "passed",
+        "gate.reason": "pope 0.75 is at least 0.5; pope 0.75 has no champion to be compared with",
+        "ready": "true",
+    }
+    assert expected.items() <= found.tags.items()
+    assert report_of(version, resources) == measured
+
+
+def test_the_first_that_passes_is_the_champion_and_a_worse_one_is_refused(resources: Resources) -> None:
+    assert champion(GATE, resources) is None
+    first = registered(resources, "one", 0.75)
+    assert champion(GATE, resources) == first
+    against = report_of(first, resources)
+    worse = registered(resources, "two", 0.6, against=against)
+    assert (worse.version, worse.promoted) == (2, False)
+    tags = client(resources).get_model_version(GATE.model_name, "2").tags
+    assert tags["gate.status"] == "refused"
+    assert "more than 0.05 worse than the champion's 0.75" in tags["gate.reason"]
+    better = registered(resources, "three", 0.8, against=against)
+    assert (better.version, better.promoted) == (3, True)
+    assert client(resources).get_model_version(GATE.model_name, "3").tags["champion.previous"] == "1"
+    assert champion(GATE, resources) == better
+
+
+def test_registering_again_changes_nothing(resources: Resources) -> None:
+    first = registered(resources, "one", 0.75)
+    better = registered(resources, "two", 0.75, against=report_of(first, resources))
+    before = [(one.version, one.tags) for one in client(resources).search_model_versions()]
+    again = registered(resources, "one", 0.75, against=report_of(better, resources))
+    assert again == ModelVersion(**{**first.model_dump(), "promoted": False})  # an old recipe takes nothing back
+    assert registered(resources, "two", 0.75) == better
+    assert [(one.version, one.tags) for one in client(resources).search_model_versions()] == before
+
+
+def test_a_registration_that_died_half_way_is_finished(resources: Resources, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "_promote", die)
+        with pytest.raises(KeyboardInterrupt):
+            registered(resources, "one", 0.75)
+    assert client(resources).get_model_version(GATE.model_name, "1").tags["ready"] == "false"
+    assert registered(resources, "one", 0.75).promoted
+    assert client(resources).get_model_version(GATE.model_name, "1").tags["ready"] == "true"
+
+
+def test_other_rules_judge_a_version_anew(resources: Resources) -> None:
+    assert not registered(resources, "one", 0.25).promoted
+    milder = Gate(model_name=GATE.model_name, rules=(Rule(metric="pope", at_least=0.2),))
+    model = checkpoint(resources, "one")
+    version = register(milder, model, report(resources, model, 0.25), None, resources)
+    assert (version.version, version.promoted) == (1, True)
+
+
+def test_a_comparison_with_anything_but_the_champion_is_refused(resources: Resources) -> None:
+    first = registered(resources, "one", 0.75)
+    with pytest.raises(ValueError, match="the champion's report is missing"):
+        registered(resources, "two", 0.8)
+    stranger = report(resources, checkpoint(resources, "four"), 0.5)
+    with pytest.raises(ValueError, match="the champion's report is of model"):
+        registered(resources, "two", 0.8, against=stranger)
+    elsewhere = report(resources, first.checkpoint, 0.75, suite="other")
+    with pytest.raises(ValueError, match="of two suites"):
+        registered(resources, "two", 0.8, against=elsewhere)
+    assert champion(GATE, resources) == first
+
+
+def test_damaged_weights_and_a_strangers_report_are_not_registered(resources: Resources) -> None:
+    model, other = checkpoint(resources, "one"), checkpoint(resources, "two")
+    measured = report(resources, model, 0.75)
+    with pytest.raises(ValueError, match="the report is of model"):
+        register(GATE, other, measured, None, resources)
+    weights = store.content(model) / "model.safetensors"
+    weights.write_text("0ne")
+    with pytest.raises(store.CorruptArtifact, match=r"model\.safetensors"):
+        register(GATE, model, measured, None, resources)
+    with pytest.raises(MlflowException, match="not found"):
+        client(resources).get_registered_model(GATE.model_name)
+
+
+def test_without_a_tracking_uri_the_error_names_the_setting(resources: Resources) -> None:
+    bare = Resources(launch="inline", store=resources.store)
+    with pytest.raises(ValueError, match=r"resources\.tracking_uri"):
+        champion(GATE, bare)
+
+
+def _register(resources: Resources, model: Checkpoint, measured: EvalReport, barrier: Any, out: Any) -> None:
+    champion(GATE, resources)  # MLflow imported and connected before the start
+    barrier.wait(120)
+    out.put(register(GATE, model, measured, None, resources).model_dump_json())
+
+
+def test_four_processes_at_once_make_one_version(resources: Resources) -> None:
+    model = checkpoint(resources, "one")
+    measured = report(resources, model, 0.75)
+    context = multiprocessing.get_context("spawn")
+    barrier, out = context.Barrier(4), context.Queue()
+    arguments = (resources, model, measured, barrier, out)
+    processes = [context.Process(target=_register, args=arguments) for _ in range(4)]
+    for process in processes:
+        process.start()
+    answers = [ModelVersion.model_validate_json(out.get(timeout=120)) for _ in processes]
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 4
+    left = client(resources).search_model_versions()
+    assert len(left) == 1
+    assert left[0].tags["ready"] == "true"
+    assert {(answer.version, answer.promoted) for answer in answers} == {(int(left[0].version), True)}

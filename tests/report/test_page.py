@@ -1,0 +1,411 @@
+import base64
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vila_ops.report.page import (
+    MAX_PICTURES,
+    axis,
+    duration,
+    forest,
+    loss_chart,
+    metric_cards,
+    moment,
+    number,
+    render,
+    same_words,
+    short,
+    smoothed,
+    thin,
+    verdict,
+    where,
+    widths,
+)
+
+PAIRS = Path(__file__).parents[1] / "tiny" / "pairs"
+VOID = {"meta", "link", "img", "br"}
+HOSTILE = """<script>alert("1")</script>'&<img src=x onerror=alert(1)>"""
+
+
+class Page(HTMLParser):
+    """Text, tags and attributes of a page; refuses tags that do not match."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(html)
+        self.close()
+        assert not self.open, f"not closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+        if tag in ("th", "td", "dt", "dd"):
+            self.words.append(" ")
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.words).split())
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+def pictures() -> list[tuple[str, str]]:
+    """The committed pictures as data URLs, with their captions."""
+    found = []
+    for line in (PAIRS / "records.jsonl").read_text().splitlines():
+        image, text = json.loads(line)["turns"][0]["parts"]
+        data = base64.b64encode((PAIRS / image["image"]).read_bytes()).decode()
+        found.append((f"data:image/png;base64,{data}", text["text"]))
+    return found
+
+
+def digest(number: int) -> str:
+    return f"{number:064x}"[::-1]
+
+
+def metric(model: str, role: str, value: float | None, **others: Any) -> dict[str, Any]:
+    ends = {} if value is None else {"low": value - 0.0111, "high": value + 0.0222}
+    return {
+        "model": model, "suite": "probe", "split": "test", "name": "caption_loss", "role": role, "value": value,
+        "low": None, "high": None, "n": 387, "unit": "nats per token", "lower_is_better": role != "gap",
+        **ends, **others,
+    }  # fmt: skip
+
+
+def worker(rank: int) -> dict[str, Any]:
+    return {
+        "launch": "ray", "rank": rank, "world_size": 2, "zero_stage": 2, "engine": "deepspeed",
+        "node": digest(77)[:56], "actor": digest(80 + rank)[:32], "pid": 4100 + rank,
+    }  # fmt: skip
+
+
+def full_summary() -> dict[str, Any]:
+    picture, truth = pictures()[3]
+    stages = [
+        {
+            "name": name, "steps": 1200 + index, "seconds": 71.3 + 60 * index, "digest": digest(10 + index),
+            "loss_first": 6.1234 + index, "loss_last": 4.5678 + index, "validation_first": 6.2345 + index,
+            "validation_last": 4.6789 + index, "workers": [worker(0), worker(1)],
+        }
+        for index, name in enumerate(("align", "pretrain", "sft"))
+    ]  # fmt: skip
+    metrics = [
+        metric(model, role, value + index / 10)
+        for index, model in enumerate(("base", "align", "pretrain", "sft"))
+        for role, value in (("model", 3.2), ("control", 3.7), ("gap", 0.321))
+    ]
+    metrics += [
+        metric("sft", "model", 0.512, name="multiple_choice", unit="share right", lower_is_better=False, suite="demo"),
+        metric("sft", "chance", 0.25, name="multiple_choice", unit="share right", lower_is_better=False, suite="demo"),
+    ]
+    return {
+        "recipe": "demo",
+        "fingerprint": digest(1),
+        "started": "2026-11-28T14:03:21+00:00",
+        "seconds": 2261.4,
+        "launch": "ray",
+        "links": {"mlflow": "http://127.0.0.1:5000", "prefect": "http://127.0.0.1:4200", "endpoint": "http://h:8000"},
+        "prefect_flow_run": "0197f6c2-8f0e-7c31-9d2a-b7715a0d8f10",
+        "mlflow": {"parent_run": digest(2)[:32], "model": "vila-demo", "version": 3, "promoted": True},
+        "stages": stages,
+        "rooms": [
+            {"room": "prepare", "name": "align", "digest": digest(20), "seconds": 31.25, "reused": True, "workers": []},
+            {"room": "train_stage", "name": "sft", "digest": digest(12), "seconds": 191.3, "reused": False,
+             "workers": [worker(0), worker(1)]},
+        ],
+        "metrics": metrics,
+        "answer": {"question": "What is this?", "picture": picture, "truth": truth, "reply": truth.upper(),
+                   "model": digest(12), "curl": f"curl -s http://h:8000/v1 -d '{{\"url\": \"{picture}\"}}'"},
+        "serving": {"status": "ok", "replica": {"pid": 6120}},
+        "versions": {"torch": "2.13.0", "ray": "2.60.0"},
+    }  # fmt: skip
+
+
+def bare_summary() -> dict[str, Any]:
+    """An inline run without tracking, deployment or evaluation."""
+    summary = full_summary()
+    inline = {"launch": "inline", "rank": 0, "world_size": 1, "zero_stage": 0, "engine": "torch"}
+    missing = dict.fromkeys(("loss_first", "loss_last", "validation_first", "validation_last", "seconds"))
+    return {
+        **summary,
+        "launch": "inline",
+        "links": {"mlflow": None, "prefect": None, "endpoint": None},
+        "prefect_flow_run": None,
+        "mlflow": {"parent_run": None, "model": "tiny", "version": None, "promoted": False},
+        "stages": [{**stage, **missing, "workers": [inline]} for stage in summary["stages"]],
+        "rooms": [{**room, "workers": [{"launch": "inline"}]} for room in summary["rooms"]],
+        "metrics": [],
+        "answer": None,
+        "serving": {},
+        "versions": {},
+    }
+
+
+def curves(steps: int = 40) -> dict[str, list[dict[str, Any]]]:
+    rows: list[dict[str, Any]] = [{"step": 0, "validation_loss": 7.5}]
+    rows += [{"step": step, "loss": 7 / step + 1} for step in range(1, steps + 1)]
+    rows[-1]["validation_loss"] = 1.875
+    return {"align": rows, "pretrain": rows, "sft": rows}
+
+
+def gallery(count: int = 3) -> list[dict[str, str]]:
+    return [{"picture": p, "truth": t, "answer": f"{t} too", "control": "A bus."} for p, t in pictures()[:count]]
+
+
+def gap(value: float, low: float, high: float, **others: Any) -> dict[str, Any]:
+    return metric("sft", "gap", value, **{"low": low, "high": high, **others})
+
+
+def told(*metrics: dict[str, Any], **mlflow: Any) -> str:
+    summary = full_summary()
+    return verdict({**summary, "metrics": list(metrics), "mlflow": {**summary["mlflow"], **mlflow}}).sentence
+
+
+def test_every_number_of_the_tables_is_on_the_page() -> None:
+    summary = full_summary()
+    text = Page(render(summary, curves(), gallery())).text
+    for stage in summary["stages"]:
+        assert f"{stage['steps']:,}" in text
+        assert duration(stage["seconds"]) in text
+        for key in ("loss", "validation"):
+            assert f"{stage[f'{key}_first']:.3f}→ to {stage[f'{key}_last']:.3f}" in text
+        assert stage["digest"] in text
+    for shown in summary["metrics"]:
+        assert f"{shown['value']:.3f} [{shown['low']:.3f}, {shown['high']:.3f}]" in text
+        assert str(shown["n"]) in text
+    for room in summary["rooms"]:
+        assert duration(room["seconds"]) in text
+        assert room["digest"] in text
+    for name, version in summary["versions"].items():
+        assert f"{name} {version}" in text
+    for expected in ("37 min 41 s", "28 November 2026, 14:03 UTC", "Ray · world size 2 · ZeRO stage 2 · deepspeed",
+                     "7.500", "1.875", summary["mlflow"]["parent_run"], summary["prefect_flow_run"],
+                     f"actor {digest(81)[:12]} · pid 4101", "Lower is better.", "Higher is better.", "pid 6120",
+                     summary["answer"]["curl"], "the digest of stage sft", "same words as the reply"):  # fmt: skip
+        assert expected in text
+
+
+def test_page_loads_nothing_and_runs_nothing() -> None:
+    html = render(full_summary(), curves(), gallery())
+    page = Page(html)
+    assert not page.all("script")
+    assert "url(" not in html
+    assert "@import" not in html
+    for tag, attrs in page.tags:
+        assert not any(name.startswith("on") for name in attrs)
+        assert (attrs.get("src") or "data:").startswith("data:")
+        if tag == "link":
+            assert attrs["href"] == "data:,"
+    assert {a["href"] for a in page.all("a") if not (a["href"] or "").startswith("#")} == {
+        "http://127.0.0.1:5000",
+        "http://127.0.0.1:4200",
+        "http://h:8000",
+    }
+
+
+def test_page_can_be_read_without_seeing_it() -> None:
+    page = Page(render(full_summary(), curves(), gallery()))
+    assert page.all("html") == [{"lang": "en"}]
+    assert len(page.all("h1")) == 1
+    assert len(page.all("caption")) == len(page.all("table"))
+    assert all(image["alt"] for image in page.all("img"))
+    assert all(svg.get("aria-label") or svg.get("aria-hidden") or "viewbox" in svg for svg in page.all("svg"))
+    ids = {attrs["id"] for _, attrs in page.tags if "id" in attrs}
+    assert {(a["href"] or "")[1:] for a in page.all("a") if (a["href"] or "").startswith("#")} <= ids
+
+
+def test_hostile_strings_are_only_text() -> None:
+    summary = full_summary()
+    summary |= {"recipe": HOSTILE, "fingerprint": HOSTILE, "started": HOSTILE, "prefect_flow_run": HOSTILE}
+    summary["answer"] |= {"question": HOSTILE, "truth": HOSTILE, "reply": HOSTILE, "curl": HOSTILE, "model": HOSTILE}
+    summary["links"] |= {"mlflow": "javascript:alert(1)", "prefect": HOSTILE}
+    summary["versions"] = {HOSTILE: HOSTILE}
+    summary["serving"] = {HOSTILE: [HOSTILE, None, True, 0.5]}
+    summary["stages"][0] |= {"name": HOSTILE, "digest": HOSTILE, "workers": [{"launch": HOSTILE}]}
+    summary["rooms"][0] |= {"room": HOSTILE, "name": HOSTILE, "workers": [{"node": HOSTILE}]}
+    summary["metrics"] = [metric(HOSTILE, "model", 1.0, name=HOSTILE, unit=HOSTILE, suite=HOSTILE, split=HOSTILE)]
+    shown = [{**picture, "truth": HOSTILE, "answer": HOSTILE, "control": HOSTILE} for picture in gallery()]
+    page = Page(render(summary, {HOSTILE: curves()["sft"]}, shown))
+    assert not page.all("script")
+    assert len(page.all("img")) == 1 + len(shown)
+    assert not any("onerror" in attrs for _, attrs in page.tags)
+    assert not any((a["href"] or "").startswith("javascript") for a in page.all("a"))
+    assert page.text.count(HOSTILE) > 20
+
+
+def test_picture_by_reference_is_refused() -> None:
+    with pytest.raises(ValueError, match="not in the page"):
+        render(bare_summary(), {}, [{**gallery(1)[0], "picture": "https://example.org/a.png"}])
+
+
+def test_inline_run_without_optional_parts_renders() -> None:
+    page = Page(render(bare_summary(), {}, []))
+    assert "inline, in this process · world size 1 · ZeRO stage 0 · torch" in page.text
+    assert "no model version was registered" in page.text
+    assert "was not measured" in page.text
+    assert "Served answer" not in page.text
+    assert "None" not in page.text
+    assert "sft 1,202 – – –" in page.text
+    assert not page.all("img")
+    empty = {**bare_summary(), "stages": [], "rooms": []}
+    assert "This run trained no stage." in Page(render(empty, {}, [])).text
+
+
+def test_missing_values_show_as_a_dash() -> None:
+    summary = full_summary()
+    summary["metrics"] = [metric("sft", "model", None), metric("sft", "gap", None)]
+    summary["stages"][2]["validation_first"] = None
+    text = Page(render(summary, {}, [])).text
+    assert "sft – [–, –] 387" in text
+    assert f"–→ to {summary['stages'][2]['validation_last']:.3f}" in text
+    assert "None" not in text
+
+
+def test_gallery_keeps_its_order_and_its_bound() -> None:
+    html = render(full_summary(), curves(4000), gallery(MAX_PICTURES + 2))
+    page = Page(html)
+    alts = [image["alt"] for image in page.all("img")][1:]
+    assert alts == [f"Held-out picture, its true caption: {text}" for _, text in pictures()[:MAX_PICTURES]]
+    assert "The first 24 of 26." in page.text
+    assert len(html.encode()) < 3_000_000
+
+
+def test_verdict_says_what_the_interval_says() -> None:
+    assert "better than with another object’s" in told(gap(0.3, 0.2, 0.4))
+    assert "0.200 to 0.400, which excludes zero; version 3 of vila-demo was promoted." in told(gap(0.3, 0.2, 0.4))
+    assert "worse than with another object’s" in told(gap(-0.3, -0.4, -0.2))
+    for low, high in ((-0.1, 0.2), (0.0, 0.4), (-0.4, 0.0)):
+        assert "No difference is shown" in told(gap(0.1, low, high))
+        assert "which includes zero" in told(gap(0.1, low, high))
+    assert "was registered and not promoted" in told(gap(0.3, 0.2, 0.4), promoted=False)
+    assert "was not measured for the final model" in told(metric("align", "gap", 0.5))
+    assert "on 9 pictures of the test split" in told(gap(0.3, 0.2, 0.4, split="validation"), gap(0.1, -1, 1, n=9))
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(None, "–"), (math.nan, "–"), (0.0, "0.000"), (-0.25, "−0.250"), (0.0004, "0.0004"), (1e-7, "1e−07"), (12, "12"),
+     (1234, "1,234"), (1234.56, "1,234.6"), (2.0, "2.000")],
+)  # fmt: skip
+def test_number(value: float | None, shown: str) -> None:
+    assert number(value) == shown
+
+
+def test_words_of_time_and_place() -> None:
+    assert [duration(s) for s in (None, 0.04, 59.94, 59.96, 3599.4, 3600, 7325)] == [
+        "–", "0.0 s", "59.9 s", "1 min 00 s", "59 min 59 s", "1 h 00 min", "2 h 02 min",
+    ]  # fmt: skip
+    assert moment("2026-11-28T14:03:21") == "28 November 2026, 14:03"
+    assert moment("yesterday") == "yesterday"
+    assert short("10.244.103.112:8265") == "10.244.103.112:8265"
+    assert short(digest(5)) == digest(5)[:12]
+    assert where({"launch": "inline"}) == "inline"
+    assert where({"rank": 0, "node": None, "pid": 7}) == "rank 0 · pid 7"
+    assert same_words("A red  Bus.", "a red bus")
+    assert not same_words("a bus", "a red bus")
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [([0.21, 0.49], ["0.3", "0.4"]), ([0.2, 0.5], ["0.2", "0.3", "0.4", "0.5"]),
+     ([-0.1, 0.21], ["−0.1", "0.0", "0.1", "0.2"]),
+     ([0.0, 0.9], ["0.00", "0.25", "0.50", "0.75"]), ([3388.0, 6412.0], ["4,000", "5,000", "6,000"]),
+     ([0, 9], ["0.0", "2.5", "5.0", "7.5"]), ([0, 90], ["0", "25", "50", "75"])],
+)  # fmt: skip
+def test_axis_has_round_ticks(values: list[float], labels: list[str]) -> None:
+    found = axis(values, ticks=4)
+    assert [found.label(tick) for tick in found.ticks] == labels
+    assert [found.at(value) for value in values] == [5, 95]
+
+
+def test_axis_of_one_value_or_none_is_still_an_axis() -> None:
+    assert axis([3.0, 3.0], ticks=4).at(3.0) == pytest.approx(50)
+    assert len(axis([], ticks=4).ticks) >= 2
+
+
+def test_models_come_in_order_with_their_controls_and_one_chance() -> None:
+    metrics = [
+        metric(model, role, value, name="multiple_choice", lower_is_better=False)
+        for model in ("sft", "base", "align")
+        for role, value in (("model", 0.4), ("control", 0.3), ("chance", 0.25))
+    ]
+    (card,) = metric_cards(metrics, models=["base", "align", "sft"])
+    assert card.values is not None
+    assert [row.label for row in card.values.rows] == [
+        "base", "base, control", "align", "align, control", "sft", "sft, control", "chance",
+    ]  # fmt: skip
+    assert card.values.reference == card.values.axis.at(0.25)
+    assert card.gaps is None
+    assert not card.sizes_differ
+    others = metric_cards([*metrics, metric("new", "model", 0.1, name="multiple_choice", n=3)], models=["base"])
+    assert others[0].sizes_differ
+
+
+def test_plot_of_gaps_shows_zero() -> None:
+    card = metric_cards([metric("sft", "gap", 5.0)], models=["sft"])[0]
+    assert card.gaps is not None
+    assert card.gaps.axis.low <= 0
+    assert card.gaps.reference == card.gaps.axis.at(0)
+    assert card.values is None
+    assert forest([]).rows == []
+
+
+def test_stages_share_the_width_and_none_is_too_narrow() -> None:
+    assert widths([1, 1]) == [50, 50]
+    found = widths([1, 10_000, 10])
+    assert sum(found) == pytest.approx(100)
+    assert min(found) > 14
+
+
+def test_chart_keeps_every_stage_inside_its_part() -> None:
+    chart = loss_chart(curves())
+    assert chart is not None
+    assert [stage.name for stage in chart.stages] == ["align", "pretrain", "sft"]
+    for stage in chart.stages:
+        for line in (stage.raw, stage.smooth, stage.held_out):
+            points = [tuple(map(float, point.split(","))) for point in line.split()]
+            assert all(stage.left - 0.01 <= x <= stage.left + stage.width + 0.01 and 12 <= y <= 98 for x, y in points)
+        assert stage.validation == [(0, 7.5), (40, 1.875)]
+    assert loss_chart({}) is None
+    assert loss_chart({"align": []}) is None
+    assert loss_chart({"align": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": math.inf}]}) is not None
+
+
+def test_thinning_keeps_ends_and_extremes() -> None:
+    points = [(step, math.sin(step)) for step in range(10_000)]
+    points[5_001] = (5_001, 99.0)
+    kept = thin(points, limit=100)
+    assert len(kept) <= 104
+    assert (kept[0], kept[-1]) == (points[0], points[-1])
+    assert (5_001, 99.0) in kept
+    assert kept == sorted(kept)
+
+
+def test_smoothing_starts_at_the_first_value_and_keeps_a_constant() -> None:
+    assert smoothed([(1, 3.0), (2, 3.0), (3, 3.0)]) == [(1, 3.0), (2, 3.0), (3, 3.0)]
+    assert smoothed([(1, 8.0), (2, 0.0)])[0] == (1, 8.0)
+
+
+def test_no_number_of_a_drawing_is_broken() -> None:
+    html = render(full_summary(), curves(), gallery())
+    assert not re.search(r'="(?:nan|inf|-?\d+\.\d{6,})%?"', html)

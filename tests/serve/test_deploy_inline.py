@@ -1,0 +1,124 @@
+"""Deploying inline reconciles: what serves the right thing stays, what differs is replaced, strangers are named."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from vila_ops.artifacts.kinds import Checkpoint, ModelVersion
+from vila_ops.artifacts.store import CorruptArtifact, content
+from vila_ops.config import Resources, Service
+from vila_ops.serve.deploy import NotReady, deploy, undeploy
+
+SERVICE = Service(name="tiny-inline", max_new_tokens=8)
+
+Versions = tuple[ModelVersion, ModelVersion]
+
+
+@pytest.fixture
+def resources(tmp_path: Path) -> Iterator[Resources]:
+    """A store of this test; what was deployed into it ends with it."""
+    resources = Resources(launch="inline", store=str(tmp_path / "store"), serve_port=0)
+    yield resources
+    undeploy(SERVICE, resources)
+
+
+def pid_of(url: str) -> int:
+    """The process that answers."""
+    return int(httpx.get(f"{url}/health").json()["replica"]["pid"])
+
+
+def deploy_elsewhere(version: ModelVersion, resources: Resources) -> str:
+    """The address that another process deploys to, which is gone when this returns."""
+    code = (
+        "import sys; from vila_ops.config import *; from vila_ops.artifacts.kinds import *;"
+        "from vila_ops.serve.deploy import deploy;"
+        "s, v, r = (k.model_validate_json(t) for k, t in zip((Service, ModelVersion, Resources), sys.argv[1:]));"
+        "sys.stdout.write(deploy(s, v, r).url);"
+        "assert not {'torch', 'ray', 'transformers'} & set(sys.modules)"
+    )
+    arguments = [value.model_dump_json() for value in (SERVICE, version, resources)]
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
+
+
+def test_a_server_outlives_its_deployer_is_adopted_replaced_and_started_anew(
+    resources: Resources, versions: Versions
+) -> None:
+    url = deploy_elsewhere(versions[0], resources)
+    pid = pid_of(url)
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    answer = client.chat.completions.create(model="tiny-vila", messages=[{"role": "user", "content": "Hello"}])
+    assert answer.system_fingerprint == versions[0].checkpoint.digest
+    health = httpx.get(f"{url}/health").json()
+    assert health["replica"]["digest"] == health["model"] == versions[0].checkpoint.digest
+    assert "torch" in health["replica"]["versions"]
+
+    demoted = ModelVersion(**{**versions[0].model_dump(), "promoted": False})
+    adopted = deploy(SERVICE, demoted, resources)
+    assert (adopted.url, adopted.model, adopted.version) == (url, versions[0].checkpoint.digest, 1)
+    assert pid_of(url) == pid
+
+    second = deploy(SERVICE, versions[1], resources)
+    assert second.model == versions[1].checkpoint.digest
+    assert not psutil.pid_exists(pid)
+    replaced = pid_of(second.url)
+
+    os.kill(replaced, signal.SIGKILL)
+    again = deploy(SERVICE, versions[1], resources)
+    health = httpx.get(f"{again.url}/health").json()
+    assert health["model"] == versions[1].checkpoint.digest
+    assert health["replica"]["pid"] != replaced
+
+    undeploy(SERVICE, resources)
+    undeploy(SERVICE, resources)
+    assert not psutil.pid_exists(health["replica"]["pid"])
+
+
+def test_a_port_that_somebody_else_holds_is_an_error_that_names_the_process(
+    resources: Resources, versions: Versions
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        port = stranger.getsockname()[1]
+        taken = Resources(**{**resources.model_dump(), "serve_port": port})
+        with pytest.raises(ValueError, match=f"port {port} of 127.0.0.1 .* process {os.getpid()} listens there"):
+            deploy(SERVICE, versions[0], taken)
+
+
+def test_damaged_weights_are_refused_before_anything_is_touched(
+    resources: Resources, versions: Versions, tmp_path: Path
+) -> None:
+    good = versions[0].checkpoint
+    source = Path(good.uri)
+    copied = tmp_path / "copy"
+    subprocess.run(["cp", "-r", source, copied], check=True)
+    bad = Checkpoint(**{**good.model_dump(), "uri": str(copied)})
+    (content(bad) / "config.json").write_text("{}")
+    with pytest.raises(CorruptArtifact):
+        deploy(SERVICE, ModelVersion(**{**versions[0].model_dump(), "checkpoint": bad}), resources)
+    assert not list(Path(resources.store).rglob("*.json"))
+
+
+def test_a_server_that_dies_while_it_starts_tells_its_log(
+    resources: Resources, versions: Versions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho no memory left >&2\nexit 3\n")
+    python.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(NotReady, match=r"process \d+ ended\nno memory left"):
+        deploy(SERVICE, versions[0], resources)
+
+
+def test_a_service_name_that_is_no_file_name_is_refused(resources: Resources, versions: Versions) -> None:
+    with pytest.raises(ValueError, match="names files"):
+        deploy(Service(name="../up"), versions[0], resources)

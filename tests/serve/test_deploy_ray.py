@@ -1,0 +1,138 @@
+"""The same endpoint on a Ray cluster that is already up: it outlives the driver and is updated without a gap."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from vila_ops.artifacts.kinds import ModelVersion
+from vila_ops.cluster import connect
+from vila_ops.config import Resources, Service
+from vila_ops.serve import replicas
+from vila_ops.serve.deploy import deploy, undeploy
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[2]
+SERVICE = Service(name="tiny-ray", max_new_tokens=8, cpus_per_replica=1, request_timeout_seconds=30)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody holds now."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [one.getsockname()[1] for one in sockets]
+
+
+@pytest.fixture(scope="module")
+def resources() -> Iterator[Resources]:
+    """A cluster of this test, ended by its own processes' ids."""
+    names = ("port", "ray-client-server-port", "dashboard-agent-listen-port", "metrics-export-port")
+    gcs, *others, serve_port = free_ports(len(names) + 1)
+    ports = [text for name, port in zip(names, [gcs, *others], strict=True) for text in (f"--{name}", str(port))]
+    with tempfile.TemporaryDirectory(prefix="ray-t") as folder:  # short: Ray puts sockets there
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus", "4"]
+        options = ["--node-ip-address", "127.0.0.1", "--include-dashboard", "false", "--disable-usage-stats"]
+        options += ["--min-worker-port", "0", "--max-worker-port", "0", "--object-store-memory", "100000000"]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        head = subprocess.Popen([*command, *options, *ports, "--temp-dir", folder], env=env, stdout=subprocess.DEVNULL)
+        try:
+            yield Resources(launch="ray", ray_address=f"127.0.0.1:{gcs}", serve_port=_up(head, gcs, serve_port))
+        finally:
+            tree = [*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)]
+            for process in tree:
+                process.terminate()
+            for process in psutil.wait_procs(tree, timeout=5)[1]:
+                process.kill()
+            head.wait(10)
+
+
+def _up(head: "subprocess.Popen[bytes]", gcs: int, serve_port: int) -> int:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and head.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", gcs)) == 0:
+                return serve_port
+        time.sleep(0.1)
+    raise RuntimeError("Ray did not start")
+
+
+def ask(url: str) -> openai.types.chat.ChatCompletion:
+    """One short answer."""
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+    return client.chat.completions.create(
+        model="tiny-vila", messages=[{"role": "user", "content": "Hello"}], max_tokens=2
+    )
+
+
+def replica(url: str) -> dict[str, Any]:
+    """What the replica says of itself."""
+    said: dict[str, Any] = httpx.get(f"{url}/health").json()
+    return {**said["replica"], "model": said["model"]}
+
+
+def test_deploy_again_and_another_version_under_load(
+    resources: Resources, versions: tuple[ModelVersion, ModelVersion]
+) -> None:
+    first = deploy(SERVICE, versions[0], resources)
+    assert ask(first.url).system_fingerprint == versions[0].checkpoint.digest
+    before = replica(first.url)
+    assert before["model"] == before["digest"] == versions[0].checkpoint.digest
+    assert psutil.pid_exists(before["pid"])
+    assert len(before["node_id"]) == 56
+    assert len(before["actor_id"]) == 32
+
+    started = time.monotonic()
+    assert deploy(SERVICE, versions[0], resources) == first
+    assert time.monotonic() - started < 20
+    assert replica(first.url)["actor_id"] == before["actor_id"]
+
+    body = httpx.post(f"{first.url}/v1/chat/completions", content=b"{" + b" " * SERVICE.max_body_bytes)
+    assert body.status_code == 413
+    assert httpx.get(f"{first.url}/v1/nothing").json()["error"]["type"] == "invalid_request_error"
+
+    done, seen, failed = threading.Event(), [], []
+
+    def keep_asking() -> None:
+        while not done.is_set():
+            try:
+                seen.append(ask(first.url).system_fingerprint)
+            except openai.OpenAIError as error:
+                failed.append(error)
+            time.sleep(0.05)
+
+    with ExitStack() as stack:
+        clients = [threading.Thread(target=keep_asking) for _ in range(2)]
+        for one in clients:
+            one.start()
+            stack.callback(one.join)
+        stack.callback(done.set)
+        second = deploy(SERVICE, versions[1], resources)
+    assert not failed
+    assert set(seen) >= {versions[0].checkpoint.digest}
+    assert second.url == first.url
+    assert ask(second.url).system_fingerprint == versions[1].checkpoint.digest
+    after = replica(second.url)
+    assert after["actor_id"] != before["actor_id"]
+
+    elsewhere = Resources(**{**resources.model_dump(), "serve_port": free_ports(1)[0]})
+    with pytest.raises(ValueError, match="does not listen on"):
+        deploy(SERVICE, versions[1], elsewhere)
+    assert replica(second.url)["actor_id"] == after["actor_id"]
+
+    undeploy(SERVICE, resources)
+    undeploy(SERVICE, resources)
+    connect(resources)
+    assert not replicas.running(SERVICE.name)

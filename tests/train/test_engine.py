@@ -1,0 +1,146 @@
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlavaForConditionalGeneration
+
+from vila_ops.artifacts.kinds import Pretrained
+from vila_ops.artifacts.store import content
+from vila_ops.config import Stage
+from vila_ops.data.images import pixels
+from vila_ops.data.packing import pack
+from vila_ops.data.shards import read_index, read_sample
+from vila_ops.model import folder as model_folder
+from vila_ops.model.assemble import assemble
+from vila_ops.model.build import set_trainable
+from vila_ops.train.engine import PlainEngine
+from vila_ops.train.job import Job
+from vila_ops.train.loop import Batches
+from vila_ops.train.objective import Objective
+from vila_ops.train.optim import rate_factor
+
+
+def samples(bench: Any, source: str, count: int) -> list[Any]:
+    folder = content(bench.data)
+    rows = [row for row in read_index(folder).to_pylist() if row["source"] == source][:count]
+    return [read_sample(folder, shard=r["shard"], offset=r["offset"], key=r["key"]) for r in rows]
+
+
+def make_job(bench: Any, stage: Stage, init: Pretrained, root: Any) -> Job:
+    return Job(
+        stage=stage, data=bench.data, init=init, resources=bench.resources, attempt=str(root), resume=str(root),
+        run_id=None,
+    )  # fmt: skip
+
+
+def make_engine(bench: Any, stage: Stage, init: Pretrained, root: Any) -> tuple[PlainEngine, Batches]:
+    model = model_folder.load(content(init))
+    objective = Objective(model, bf16=False)
+    trained: Any = set_trainable(objective, stage.trainable)
+    batches = Batches(make_job(bench, stage, init, root), model, device=torch.device("cpu"))
+    return PlainEngine(objective, trained, stage), batches
+
+
+@pytest.mark.parametrize("source", ["pairs", "documents", "definitions"])
+def test_the_loss_is_that_of_stock_llava(
+    source: str, bench: Any, make_model: Any, make_stage: Any, tmp_path: Any
+) -> None:
+    """Summed over the samples of a packed row, against each alone through stock transformers with its own shift."""
+    init = assemble(make_model("clip", "mlp2x_gelu", patch_size=28), bench.resources)  # 4 tokens, as in the dataset
+    stage = make_stage(bench.mixture, row_tokens=384, trainable=["projector"])
+    engine, batches = make_engine(bench, stage, init, tmp_path)
+    chosen = samples(bench, source, 3)
+    stock = LlavaForConditionalGeneration.from_pretrained(content(init), dtype=torch.float32).eval()
+    mean, std = model_folder.normalisation(content(init))
+    expected = 0.0
+    for sample in chosen:
+        ids = torch.tensor([sample.input_ids])
+        labels = torch.where(torch.tensor([sample.is_target]), ids, -100)
+        images = torch.from_numpy(pixels(list(sample.images), mean=mean, std=std)) if sample.images else None
+        with torch.no_grad():
+            loss = stock(input_ids=ids, pixel_values=images, labels=labels).loss
+        expected += float(loss) * int((labels[:, 1:] >= 0).sum())
+    with torch.no_grad():
+        found = float(engine.loss(batches([pack(chosen, capacity=384)])))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_steps_equal_a_hand_written_loop(bench: Any, make_stage: Any, tmp_path: Any) -> None:
+    stage = make_stage(
+        bench.mixture, trainable=["projector", "language_model"], learning_rate=1e-2, weight_decay=0.1,
+        learning_rates={"projector": 3e-2}, max_grad_norm=0.5, betas=[0.8, 0.9],
+    )  # fmt: skip
+    rows = [pack(samples(bench, name, 2), capacity=128) for name in ("pairs", "definitions")]
+    engine, batches = make_engine(bench, stage, bench.init, tmp_path)
+    for step in range(3):
+        for row in rows:
+            engine.backward(engine.loss(batches([row])) / 20)
+        engine.step(rate_factor(step, stage))
+
+    twin, batches = make_engine(bench, stage, bench.init, tmp_path)
+    parameters = dict(twin.named)
+    first = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    second = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for step in range(3):
+        total = sum(twin.objective(batches([row])) for row in rows) / 20
+        gradients = dict(zip(parameters, torch.autograd.grad(total, list(parameters.values())), strict=True))
+        norm = torch.sqrt(sum((g**2).sum() for g in gradients.values()))
+        scale = min(1.0, 0.5 / (float(norm) + 1e-6))
+        for name, p in parameters.items():
+            rate = (3e-2 if "multi_modal_projector" in name else 1e-2) * rate_factor(step, stage)
+            g = gradients[name] * scale
+            with torch.no_grad():
+                if p.ndim >= 2:
+                    p.mul_(1 - rate * 0.1)
+                first[name] = 0.8 * first[name] + 0.2 * g
+                second[name] = 0.9 * second[name] + 0.1 * g**2
+                corrected = second[name] / (1 - 0.9 ** (step + 1))
+                p.sub_(rate * first[name] / (1 - 0.8 ** (step + 1)) / (corrected.sqrt() + 1e-8))
+    for name, p in engine.named:
+        assert torch.allclose(p, parameters[name], atol=2e-5), name
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip", "dinov2"])
+def test_a_tower_that_trains_gives_its_state_and_takes_it_back(
+    tower: str, bench: Any, make_model: Any, make_stage: Any, tmp_path: Any
+) -> None:
+    """Its last layer and its pooling are behind the state that is read, so they never get a gradient."""
+    init = assemble(make_model(tower, "mlp_downsample"), bench.resources)
+    stage = make_stage(bench.mixture, trainable=["vision_tower", "projector"], weight_decay=0.1)
+    row = pack(samples(bench, "pairs", 2), capacity=128)
+
+    def step(engine: PlainEngine, batches: Batches) -> None:
+        engine.backward(engine.loss(batches([row])) / 10)
+        engine.step(1.0)
+
+    engine, batches = make_engine(bench, stage, init, tmp_path)
+    step(engine, batches)
+    saved = {name: {key: t.clone() for key, t in tensors.items()} for name, tensors in engine.state()}
+    step(engine, batches)
+    again, batches = make_engine(bench, stage, init, tmp_path)
+    again.restore(saved, step=1)
+    step(again, batches)
+    moved = 0
+    for (name, p), (_, q) in zip(engine.named, again.named, strict=True):
+        assert torch.equal(p, q), name
+        moved += "vision_tower" in name and not torch.equal(p, saved[name]["param"])
+    assert moved > 10
+
+
+def test_a_row_without_pictures_gives_every_part_a_gradient(bench: Any, make_stage: Any, tmp_path: Any) -> None:
+    stage = make_stage(bench.mixture, trainable=["projector", "language_model"])
+    engine, batches = make_engine(bench, stage, bench.init, tmp_path)
+    engine.backward(engine.loss(batches([pack(samples(bench, "definitions", 1), capacity=128)])))
+    assert all(p.grad is not None for _, p in engine.named)
+    assert not any(p.grad.any() for name, p in engine.named if "multi_modal" in name and p.grad is not None)
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing(bench: Any, make_stage: Any, tmp_path: Any) -> None:
+    engine, _ = make_engine(bench, make_stage(bench.mixture), bench.init, tmp_path)
+    before = [p.detach().clone() for _, p in engine.named]
+    for (_, p), value in zip(engine.named, itertools.chain([float("nan")], itertools.repeat(1.0)), strict=False):
+        p.grad = torch.full_like(p, value)
+    with pytest.raises(RuntimeError, match="non-finite"):
+        engine.step(1.0)
+    assert all(torch.equal(p, old) for (_, p), old in zip(engine.named, before, strict=True))

@@ -1,0 +1,160 @@
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vila_ops.artifacts import store
+from vila_ops.artifacts.kinds import Checkpoint, Pretrained
+from vila_ops.artifacts.store import content, sha256, verify
+from vila_ops.config import Resources, Stage
+from vila_ops.data.shards import read_index
+from vila_ops.model import folder as model_folder
+from vila_ops.train.loop import NonFiniteLoss
+from vila_ops.train.stage import train_stage
+
+RUN = """
+import sys
+from vila_ops.train.job import Job
+from vila_ops.train.stage import train_stage
+from vila_ops.config import Model
+job, model = Job.model_validate_json(sys.argv[1]), Model.model_validate_json(sys.argv[2])
+train_stage(job.stage, model, job.data, job.init, job.resources)
+"""
+
+
+@pytest.fixture(scope="module")
+def stage(bench: Any, make_stage: Any) -> Stage:
+    """Forty steps, so that there is time to be killed in."""
+    made: Stage = make_stage(
+        bench.mixture, trainable=["projector", "language_model"], num_steps=40, save_every=3, validate_every=10
+    )
+    return made
+
+
+def elsewhere(bench: Any, root: Path, **more: Any) -> Resources:
+    """The same resources with an empty store; features may be shared."""
+    return Resources.model_validate({**bench.resources.model_dump(), "store": str(root), **more})
+
+
+def outcome(checkpoint: Checkpoint) -> tuple[str, str]:
+    folder = content(checkpoint)
+    return (folder / "curve.json").read_text(), sha256(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def unbroken(bench: Any, stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    resources = elsewhere(bench, tmp_path_factory.mktemp("unbroken"))
+    return train_stage(stage, bench.model, bench.data, bench.init, resources)
+
+
+def test_a_stage_trains_seals_and_is_not_trained_twice(bench: Any, stage: Stage, unbroken: Checkpoint) -> None:
+    verify(unbroken)
+    curve = json.loads((content(unbroken) / "curve.json").read_text())
+    losses = [float.fromhex(row["loss"]) for row in curve[1:]]
+    validations = {row["step"]: float.fromhex(row["validation_loss"]) for row in curve if "validation_loss" in row}
+    assert [row["step"] for row in curve] == list(range(41))
+    assert sorted(validations) == [0, 10, 20, 30, 40]
+    assert validations[40] < validations[0] - 0.5
+    assert sum(losses[-5:]) < sum(losses[:5]) - 2.5
+    before, after = (model_folder.load(content(m)).state_dict() for m in (bench.init, unbroken))
+    changed = {name.split(".")[1] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"multi_modal_projector", "language_model"} | (
+        {"weight"} if "lm_head.weight" in before else set()
+    )
+    root = Path(unbroken.uri).parents[1]
+    assert not list(root.glob("resume/*"))
+    stamp = (Path(unbroken.uri) / "manifest.json").stat().st_mtime_ns
+    again = train_stage(stage, bench.model, bench.data, bench.init, elsewhere(bench, root))
+    assert again == unbroken
+    assert (Path(unbroken.uri) / "manifest.json").stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_killed_at_a_random_step_and_started_again_gives_the_same_bytes(
+    damaged: bool, bench: Any, stage: Stage, unbroken: Checkpoint, tmp_path: Path
+) -> None:
+    resources = elsewhere(bench, tmp_path / "store")
+    job = {"stage": stage, "data": bench.data, "init": bench.init, "resources": resources}
+    given = {key: value.model_dump(mode="json") for key, value in job.items()}
+    text = json.dumps({**given, "attempt": "", "resume": "", "run_id": None})
+    worker = subprocess.Popen([sys.executable, "-c", RUN, text, bench.model.model_dump_json()])
+    at = random.randrange(6, 37, 3)
+    deadline = time.monotonic() + 120
+    try:
+        while not list(tmp_path.glob(f"store/resume/*/step-{at:06d}")):
+            assert worker.poll() is None, "it ended before it was killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        time.sleep(random.random() * 0.05)
+    finally:
+        worker.kill()
+        worker.wait()
+    assert not list(tmp_path.glob("store/checkpoint/*/manifest.json")), "it was sealed before it was killed"
+    saved = sorted(tmp_path.glob("store/resume/*/step-*"))
+    assert len(saved) >= 1
+    if damaged:
+        weights = saved[-1] / "rank-00000-of-00001.safetensors"
+        flipped = bytearray(weights.read_bytes())
+        flipped[-5] ^= 1
+        weights.write_bytes(flipped)
+    resumed = train_stage(stage, bench.model, bench.data, bench.init, resources)
+    assert outcome(resumed) == outcome(unbroken), f"killed after step {at}"
+    assert resumed.digest == unbroken.digest
+    shutil.rmtree(tmp_path / "store")
+
+
+def test_the_split_into_micro_batches_does_not_change_the_curve(bench: Any, stage: Stage, unbroken: Checkpoint,
+                                                                tmp_path: Path) -> None:  # fmt: skip
+    wide = train_stage(stage, bench.model, bench.data, bench.init, elsewhere(bench, tmp_path, micro_batch_size=2))
+    narrow, together = (json.loads(outcome(c)[0]) for c in (unbroken, wide))
+    for one, two in zip(narrow, together, strict=True):
+        for key in one.keys() - {"step"}:
+            assert float.fromhex(one[key]) == pytest.approx(
+                float.fromhex(two[key]), abs=1e-5 if one["step"] > 5 else 1e-6
+            )
+
+
+def test_a_loss_that_is_not_finite_stops_before_any_update_and_names_the_samples(
+    bench: Any, make_stage: Any, tmp_path: Path
+) -> None:
+    model = model_folder.load(content(bench.init))
+    with torch.no_grad():
+        model.model.language_model.norm.weight[0] = float("inf")
+    at = store.address(Pretrained, revision=0, recipe={"broken": True}, parents=())
+    attempt = store.begin(at, store=tmp_path)
+    names = {f"{n}": p for n, p in model.named_parameters() if n == "model.language_model.norm.weight"}
+    model_folder.save_trained(names, attempt, init=content(bench.init))
+    broken = store.seal(Pretrained, at, attempt, facts={}, execution={})
+    stage = make_stage(bench.mixture, global_batch_size=3, save_every=1)
+    with pytest.raises(NonFiniteLoss, match=r"at step 1; nothing was updated") as raised:
+        train_stage(stage, bench.model, bench.data, broken, elsewhere(bench, tmp_path))
+    keys = {row["key"] for row in read_index(content(bench.data)).to_pylist()}
+    assert any(key in str(raised.value) for key in keys)
+    assert not list(tmp_path.glob("checkpoint/*/manifest.json"))
+    assert not list(tmp_path.glob("resume/*/*"))
+
+
+def test_how_often_it_saves_is_no_part_of_the_question_and_all_else_is(
+    bench: Any, stage: Stage, unbroken: Checkpoint
+) -> None:
+    resources = elsewhere(bench, Path(unbroken.uri).parents[1])
+    often = Stage.model_validate({**stage.model_dump(), "save_every": 7})
+    assert train_stage(often, bench.model, bench.data, bench.init, resources) == unbroken
+
+
+def test_a_damaged_input_is_not_trained_on(bench: Any, stage: Stage, tmp_path: Path) -> None:
+    shutil.copytree(bench.data.uri, tmp_path / "data")
+    data = bench.data.model_validate({**bench.data.model_dump(), "uri": str(tmp_path / "data")})
+    shard = sorted(content(data).glob("*.tar"))[0]
+    flipped = bytearray(shard.read_bytes())
+    flipped[700] ^= 4
+    shard.write_bytes(flipped)
+    with pytest.raises(store.CorruptArtifact, match=shard.name):
+        train_stage(stage, bench.model, data, bench.init, elsewhere(bench, tmp_path / "store"))

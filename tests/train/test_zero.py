@@ -1,0 +1,106 @@
+"""DeepSpeed's ZeRO stages walk the curve of plain torch, and go on from each other's checkpoints."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from vila_ops.config import Resources, Run, load
+from vila_ops.data.prepare import prepare
+from vila_ops.model.assemble import assemble
+from vila_ops.train.job import Job, Place
+from vila_ops.train.loop import train
+
+ROOT = Path(__file__).parents[2]
+RECIPE, INLINE = ROOT / "configs/recipes/tiny.yaml", ROOT / "configs/resources/inline.yaml"
+ENV = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    store = tmp_path_factory.mktemp("zero")
+    where = (f"resources.store={store}/store", f"resources.cache={store}/cache", "resources.threads_per_worker=1")
+    return load(RECIPE, resources=INLINE, overrides=where)
+
+
+@pytest.fixture(scope="module")
+def plain(run: Run) -> Path:
+    """The stage `pretrain` in one process with plain torch."""
+    return _train_inline(run)
+
+
+def _job(run: Run, name: str, **resources: object) -> Job:
+    stage = run.recipe.stages["pretrain"]
+    folder = Path(run.resources.store) / name
+    (folder / "attempt").mkdir(parents=True)
+    return Job(
+        stage=stage,
+        data=prepare(stage.mixture, run.recipe.text(), run.resources),
+        init=assemble(run.recipe.model, run.resources),
+        resources=Resources.model_validate({**run.resources.model_dump(), **resources}),
+        attempt=str(folder / "attempt"),
+        resume=str(folder / "resume"),
+        run_id=None,
+    )
+
+
+def _train_inline(run: Run) -> Path:
+    job = _job(run, "plain")
+    train(job, Place())
+    return Path(job.attempt)
+
+
+def _train_ranks(job: Job, *, world_size: int, kill_at: int | None = None) -> None:
+    folder = Path(job.attempt).parent
+    told = folder / "job.json"
+    told.write_text(job.model_dump_json())
+    rendezvous = folder / f"rendezvous-{world_size}-{kill_at}"
+    command = [sys.executable, str(Path(__file__).parent / "one_rank.py"), str(told)]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(world_size), str(rendezvous)], env=ENV, cwd=ROOT)
+        for rank in range(world_size)
+    ]
+    if kill_at is not None:
+        wanted = Path(job.resume) / f"step-{kill_at:06d}"
+        while not wanted.exists():
+            assert all(rank.poll() is None for rank in ranks), "ended before it could be killed"
+        for rank in ranks:
+            rank.kill()
+    codes = [rank.wait(timeout=240) for rank in ranks]
+    assert kill_at is not None or codes == [0] * world_size
+
+
+def _losses(attempt: Path) -> list[float]:
+    return [float.fromhex(row["loss"]) for row in json.loads((attempt / "curve.json").read_text()) if "loss" in row]
+
+
+@pytest.mark.parametrize(("zero_stage", "world_size"), [(1, 2), (2, 1), (2, 2), (3, 2)])
+def test_zero_gives_the_curve_of_plain_torch(run: Run, plain: Path, zero_stage: int, world_size: int) -> None:
+    resources = {"launch": "ray", "ray_address": "127.0.0.1:1", "num_workers": world_size, "zero_stage": zero_stage}
+    job = _job(run, f"zero-{zero_stage}-{world_size}", **resources)
+    _train_ranks(job, world_size=world_size)
+    assert _losses(Path(job.attempt)) == pytest.approx(_losses(plain), rel=1e-6, abs=1e-6)
+    own, reference = (load_file(folder / "model.safetensors") for folder in (Path(job.attempt), plain))
+    assert own.keys() == reference.keys()
+    assert all((own[name] - reference[name]).abs().max() < 1e-5 for name in own)
+
+
+def test_a_killed_stage_goes_on_bit_for_bit_and_at_another_world_size(run: Run, plain: Path) -> None:
+    resources = {"launch": "ray", "ray_address": "127.0.0.1:1", "num_workers": 2, "zero_stage": 2}
+    unbroken = Path(run.resources.store) / "zero-2-2" / "attempt"
+    same = _job(run, "same", **resources)
+    _train_ranks(same, world_size=2, kill_at=2)
+    _train_ranks(same, world_size=2)
+    for name in ("curve.json", "model.safetensors"):
+        assert (Path(same.attempt) / name).read_bytes() == (unbroken / name).read_bytes()
+    other = _job(run, "other", **resources)
+    _train_ranks(other, world_size=2, kill_at=4)
+    alone = Job.model_validate(
+        {**other.model_dump(), "resources": {**other.resources.model_dump(), "num_workers": 1, "zero_stage": 1}}
+    )
+    _train_ranks(alone, world_size=1)
+    assert _losses(Path(other.attempt)) == pytest.approx(_losses(plain), rel=1e-6, abs=1e-6)

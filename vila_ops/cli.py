@@ -1,0 +1,182 @@
+"""`vila-ops`: each room as a command, the whole pipeline, and the servers of one box. Bodies of a few lines."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vila_ops import demo as demonstration
+from vila_ops import doctor as checks
+from vila_ops import local, pipeline
+from vila_ops.artifacts import store
+from vila_ops.config import Config, Run, load
+from vila_ops.config.local import load_local
+from vila_ops.data.prepare import export_for_dvc
+from vila_ops.serve.deploy import deploy as deploy_room
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Image-text data to a served VLM."
+)
+
+RecipeFile = Annotated[Path, typer.Argument(help="A file of configs/recipes")]
+ResourcesFile = Annotated[Path, typer.Option("-r", "--resources", help="A file of configs/resources")]
+Overrides = Annotated[list[str] | None, typer.Option("-s", "--set", help="KEY=VALUE, e.g. stages.sft.num_steps=20")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON handle and nothing else")]
+StageName = Annotated[str, typer.Option("--stage", help="Name of a stage, or `base` for the untrained model")]
+Servers = Annotated[Path, typer.Option("--servers", help="Ports and folders of this box's servers")]
+
+INLINE = Path("configs/resources/inline.yaml")
+LOCAL = Path("configs/local.yaml")
+
+
+@app.command()
+def show(
+    recipe: RecipeFile, resources: ResourcesFile = INLINE, overrides: Overrides = None, as_json: AsJson = False
+) -> None:
+    """Print the resolved run and its fingerprint, and do nothing."""
+    run = _load(recipe, resources, overrides)
+    resolved = {"fingerprint": run.recipe.fingerprint(), **run.model_dump(mode="json")}
+    print(json.dumps(resolved, indent=None if as_json else 2))
+
+
+@app.command()
+def fetch(
+    recipe: RecipeFile, resources: ResourcesFile = INLINE, overrides: Overrides = None, as_json: AsJson = False
+) -> None:
+    """Fetch every package that a recipe names, and put the untrained model together."""
+    run = _load(recipe, resources, overrides)
+    _print(pipeline.fetch(run), as_json)
+
+
+@app.command()
+def prepare(
+    recipe: RecipeFile,
+    mixture: Annotated[str, typer.Option("--mixture", help="Name of a mixture of the recipe")],
+    resources: ResourcesFile = INLINE,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Copy the dataset here too, for DVC")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prepare one mixture."""
+    dataset = pipeline.prepare_named(_load(recipe, resources, overrides), mixture)
+    if out is not None:
+        export_for_dvc(dataset, out)
+    _print(dataset, as_json)
+
+
+@app.command()
+def train(
+    recipe: RecipeFile,
+    stage: StageName,
+    resources: ResourcesFile = INLINE,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train up to a stage; what is sealed already is not made again."""
+    _print(pipeline.model_after(_load(recipe, resources, overrides), stage), as_json)
+
+
+@app.command()
+def evaluate(
+    recipe: RecipeFile,
+    stage: StageName,
+    resources: ResourcesFile = INLINE,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate the model after a stage."""
+    _print(pipeline.evaluate_stage(_load(recipe, resources, overrides), stage), as_json)
+
+
+@app.command()
+def register(
+    recipe: RecipeFile, resources: ResourcesFile, overrides: Overrides = None, as_json: AsJson = False
+) -> None:
+    """Register the last stage's model and let the gate judge it."""
+    _print(pipeline.register_last(_load(recipe, resources, overrides)), as_json)
+
+
+@app.command()
+def deploy(recipe: RecipeFile, resources: ResourcesFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Serve the registered model of a recipe."""
+    run = _load(recipe, resources, overrides)
+    _print(deploy_room(run.recipe.service, pipeline.register_last(run), run.resources), as_json)
+
+
+@app.command()
+def run(
+    recipe: RecipeFile, resources: ResourcesFile = INLINE, overrides: Overrides = None, as_json: AsJson = False
+) -> None:
+    """Every room in order, without Prefect; writes the report."""
+    from vila_ops.report import summary
+
+    loaded = _load(recipe, resources, overrides)
+    outcome = pipeline.run_pipeline(loaded, pipeline.Rooms())
+    page = summary.write(loaded, outcome)
+    _print(outcome, as_json)
+    print(f"report: {page.html}", file=sys.stderr)
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="A sealed folder of the store")]) -> None:
+    """Read every byte of a sealed folder and compare it with its manifest."""
+    store.verify_folder(folder)
+    print(f"{folder} is as it was sealed")
+
+
+@app.command()
+def doctor(servers: Servers = LOCAL, as_json: AsJson = False) -> None:
+    """Check this machine; each finding says how to mend it."""
+    findings = checks.examine(load_local(servers))
+    for finding in findings:
+        print(finding.model_dump_json() if as_json else f"{'ok  ' if finding.ok else 'BAD '} {finding.text}")
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def up(servers: Servers = LOCAL, as_json: AsJson = False) -> None:
+    """Start this box's servers, or adopt them where they run."""
+    _print(local.up(load_local(servers)), as_json)
+
+
+@app.command()
+def down(servers: Servers = LOCAL) -> None:
+    """End the servers that `up` started."""
+    local.down(load_local(servers))
+
+
+@app.command()
+def status(servers: Servers = LOCAL, as_json: AsJson = False) -> None:
+    """Which of this box's servers run."""
+    for server in local.status(load_local(servers)):
+        _print(server, as_json)
+
+
+@app.command()
+def demo(recipe: RecipeFile, resources: ResourcesFile, overrides: Overrides = None, servers: Servers = LOCAL) -> None:
+    """Bring the servers up and run the flow `vila` on them, with progress."""
+    demonstration.demo(_load(recipe, resources, overrides), load_local(servers), say=print)
+
+
+def main() -> None:
+    """Entry point: an error that a user can answer is one message, not a traceback."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    for noisy in ("httpx", "urllib3", "huggingface_hub"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        app()
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+def _load(recipe: Path, resources: Path, overrides: list[str] | None) -> Run:
+    return load(recipe, resources=resources, overrides=tuple(overrides or ()))
+
+
+def _print(made: Config, as_json: bool) -> None:
+    print(made.model_dump_json(indent=None if as_json else 2))

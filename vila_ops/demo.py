@@ -1,0 +1,101 @@
+"""The demo: servers up, the flow `vila` through its deployment, progress on the terminal, addresses at the end.
+
+It talks to Prefect over HTTP, as any client would, and so does not import it.
+"""
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from vila_ops import local
+from vila_ops.config import Run
+from vila_ops.config.local import LocalServers
+
+DEPLOYMENT = "vila/full-pipeline"
+POLL_SECONDS = 1.0
+WORTH_SAYING = re.compile(r"vila_ops[\w.]*:? (?:- )?(.*)$")
+Say = Callable[[str], None]
+
+
+def demo(run: Run, settings: LocalServers, *, say: Say) -> None:
+    """Run a recipe from servers to a served model. Raises RuntimeError with the log's place when the flow fails."""
+    started = time.monotonic()
+    say("starting MLflow, Prefect, its worker and Ray ...")
+    os.environ |= local.env(settings)
+    endpoints = local.up(settings)
+    say(f"servers are up after {time.monotonic() - started:.0f} s; this machine's pages:")
+    say(f"  MLflow  {endpoints.mlflow}\n  Prefect {endpoints.prefect}")
+    log = Path(settings.root) / "logs" / "worker.log"
+    lines = _new_lines(log)
+    with httpx.Client(base_url=f"{endpoints.prefect}/api", timeout=30) as api:
+        flow_run = _start(api, run)
+        say(f"flow run {flow_run['name']}: {endpoints.prefect}/runs/flow-run/{flow_run['id']}")
+        state = _follow(api, flow_run["id"], lines, say, started)
+    if state["type"] != "COMPLETED":
+        raise RuntimeError(f"flow run {flow_run['name']} is {state['name']}: {state.get('message')}; see {log}")
+    _say_results(run, endpoints, say, seconds=time.monotonic() - started)
+
+
+def _start(api: httpx.Client, run: Run) -> dict[str, Any]:
+    deployment = api.get(f"/deployments/name/{DEPLOYMENT}")
+    deployment.raise_for_status()
+    parameters = {"run": run.model_dump(mode="json")}
+    created = api.post(f"/deployments/{deployment.json()['id']}/create_flow_run", json={"parameters": parameters})
+    created.raise_for_status()
+    flow_run: dict[str, Any] = created.json()
+    return flow_run
+
+
+def _follow(api: httpx.Client, flow_run: str, lines: Iterator[str], say: Say, started: float) -> dict[str, Any]:
+    """Say what our rooms log until the flow run has ended; returns its last state."""
+    while True:
+        state: dict[str, Any] = api.get(f"/flow_runs/{flow_run}").raise_for_status().json()["state"]
+        for line in lines:
+            if not line:
+                break
+            if found := WORTH_SAYING.search(line):
+                elapsed = round(time.monotonic() - started)
+                say(f"{elapsed // 60:3d}:{elapsed % 60:02d}  {found.group(1)}")
+        if state["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
+            return state
+        time.sleep(POLL_SECONDS)
+
+
+def _new_lines(log: Path) -> Iterator[str]:
+    """Endless: the lines that a file grows by from now on, and "" whenever there is no more."""
+    place = log.stat().st_size if log.is_file() else 0
+    rest = ""
+    while True:
+        if log.is_file():
+            with log.open(errors="replace") as file:
+                file.seek(place)
+                rest += file.read()
+                place = file.tell()
+        *whole, rest = rest.split("\n")
+        yield from whole
+        yield ""
+
+
+def _say_results(run: Run, endpoints: local.Endpoints, say: Say, *, seconds: float) -> None:
+    folder = Path(run.resources.store) / run.recipe.name
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["seconds_with_servers"] = round(seconds, 1)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+    answer = summary["answer"]
+    (folder / "ask.json").write_text(answer["curl"].partition("-d '")[2].removesuffix("'"))
+    say(f"\ndone in {seconds / 60:.1f} minutes")
+    say(f"asked {answer['question']!r} about a held-out picture of {answer['truth']!r}; answer: {answer['reply']!r}")
+    say(f"  report    {folder / 'report.html'}")
+    say(f"  summary   {folder / 'summary.json'}")
+    say(f"  MLflow    {endpoints.mlflow}")
+    say(f"  Prefect   {endpoints.prefect}")
+    say(f"  endpoint  {answer['url']}/v1/chat/completions")
+    say(f"  try       curl -s {answer['url']}/v1/chat/completions -H 'Content-Type: application/json' "
+        f"-d @{folder / 'ask.json'}")  # fmt: skip
+    say("the servers stay up; `make down` ends them")

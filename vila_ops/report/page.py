@@ -1,0 +1,474 @@
+"""The report of one run as one HTML page. Pure: what it shows is computed here, `page.html.jinja` only writes it down.
+
+Positions are percent of the width or height of a drawing, so that a drawing fits any screen without scaling its text.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+Json = dict[str, Any]
+
+DASH = "–"
+MAX_PICTURES = 24
+MAX_POINTS = 400
+"""Of one stage's line, more than a screen can show; extremes of what is left out are kept."""
+SMOOTHING = 20
+"""The span of the exponential mean is a stage's steps divided by this."""
+LONG_ID = re.compile(r"[0-9a-f-]{16,}")
+
+
+@dataclass(frozen=True)
+class MetricText:
+    """What a reader must know of a metric."""
+
+    title: str
+    what: str
+    direction: str | None = None
+    """None: the metric's own `lower_is_better` says it."""
+
+
+METRICS = {
+    "caption_loss": MetricText("Caption loss", "Loss of the true caption, given its picture."),
+    "multiple_choice": MetricText(
+        "Choice of caption",
+        "Of four captions, does the true one gain most likelihood from the picture? Chance is one in four.",
+    ),
+    "cider": MetricText(
+        "Caption CIDEr-D",
+        "Generated captions against the true ones. Chance says the most frequent training caption every time.",
+    ),
+    "pope_accuracy": MetricText(
+        "Object questions: accuracy",
+        "“Is there a … in the image?”, half of them to be answered yes. Chance always says yes.",
+    ),
+    "pope_f1": MetricText("Object questions: F1", "F1 of the answer yes. Chance always says yes."),
+    "pope_yes_ratio": MetricText(
+        "Object questions: share of yes",
+        "How often the answer is yes.",
+        direction="Neither lower nor higher is better: half of the right answers are yes, so 0.5 is unbiased.",
+    ),
+    "text_multiple_choice": MetricText(
+        "Choice of a word’s meaning", "Text only, four meanings to choose from. Chance is one in four."
+    ),
+    "text_loss": MetricText("Text loss", "Loss on held-out words with their meanings, text only."),
+}
+
+
+def render(summary: Json, curves: dict[str, list[Json]], gallery: list[Json]) -> str:
+    """The page. It loads nothing from anywhere and runs no script. Raises ValueError for a picture by reference."""
+    answer = summary["answer"]
+    for picture in [shown["picture"] for shown in gallery] + ([answer["picture"]] if answer else []):
+        if not picture.startswith("data:image/"):
+            raise ValueError(f"picture {picture[:60]!r} is not in the page; give a data:image/... URL")
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": number, "duration": duration, "short": short, "moment": moment, "web": web, "workers": workers,
+        "where": where, "same": same_words, "plain": plain,
+    }  # fmt: skip
+    names = [stage["name"] for stage in summary["stages"]]
+    return environment.get_template("page.html.jinja").render(
+        summary=summary,
+        verdict=verdict(summary),
+        answered_by=answered_by(summary),
+        chart=loss_chart({name: curves[name] for name in [*names, *curves] if name in curves}),
+        cards=metric_cards(summary["metrics"], models=["base", *names]),
+        gallery=gallery[:MAX_PICTURES],
+        num_pictures=len(gallery),
+        longest=max((room["seconds"] or 0 for room in summary["rooms"]), default=0),
+    )
+
+
+# Words
+
+
+def number(value: float | None) -> str:
+    """A number to three decimals; one that would round to zero keeps two digits; None or NaN is a dash."""
+    if value is None or math.isnan(value):
+        return DASH
+    digits = f"{value:,.0f}" if isinstance(value, int) else f"{value:.3f}" if abs(value) < 1000 else f"{value:,.1f}"
+    if value and not float(digits.replace(",", "")):
+        digits = f"{value:.2g}"
+    return digits.replace("-", "−")
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds, minutes and seconds, or hours and minutes."""
+    if seconds is None:
+        return DASH
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def moment(iso: str) -> str:
+    """A time for people, in its own time zone; as it is when it is not ISO."""
+    try:
+        time = datetime.fromisoformat(iso)
+    except ValueError:
+        return iso
+    return f"{time.day} {time:%B %Y, %H:%M %Z}".strip()
+
+
+def short(name: str | None) -> str:
+    """The first twelve digits of a digest or an id; other names whole, because a cut address is another address."""
+    if not name:
+        return DASH
+    return name[:12] if LONG_ID.fullmatch(name) else name
+
+
+def web(url: str | None) -> str | None:
+    """The URL if a browser may follow it, which a database's or a script's it may not."""
+    return url if url and url.startswith(("http://", "https://")) else None
+
+
+def plain(value: object) -> str:
+    """A value of a free-form table."""
+    match value:
+        case None:
+            return DASH
+        case bool():
+            return "yes" if value else "no"
+        case float():
+            return number(value)
+        case dict():
+            return ", ".join(f"{key} {plain(item)}" for key, item in value.items()) or DASH
+        case list() | tuple():
+            return ", ".join(plain(item) for item in value) or DASH
+        case _:
+            return str(value)
+
+
+def workers(ran: Sequence[Json]) -> str:
+    """How a stage's workers were launched."""
+    if not ran:
+        return DASH
+    first = ran[0]
+    world = first.get("world_size", len(ran))
+    launch = {"inline": "inline, in this process", "ray": "Ray"}.get(first.get("launch", ""), first.get("launch"))
+    parts = [launch, f"world size {world}", f"ZeRO stage {first.get('zero_stage', DASH)}", first.get("engine")]
+    return " · ".join(str(part) for part in parts if part)
+
+
+def where(worker: Json) -> str:
+    """Where one worker ran, ids short."""
+    known = {key: worker[key] for key in ("rank", "node", "actor", "pid") if worker.get(key) is not None}
+    told = [f"{key} {short(str(value))}" for key, value in known.items()]
+    return " · ".join(told) or str(worker.get("launch") or DASH)
+
+
+def same_words(said: str, truth: str) -> bool:
+    """Whether two captions differ in nothing but capitals, punctuation and spaces."""
+    first, second = (re.findall(r"\w+", text.casefold()) for text in (said, truth))
+    return first == second
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the numbers say of the final model, and no more."""
+
+    tone: Literal["good", "bad", "open"]
+    headline: str
+    sentence: str
+    panel: "Panel | None"
+    """The gap it rests on."""
+
+
+def verdict(summary: Json) -> Verdict:
+    """Whether the interval of the final model's gap in caption loss excludes zero, and whether it was promoted."""
+    found = final_gap(summary)
+    promoted = promotion(summary["mlflow"])
+    if found is None:
+        sentence = f"The gap in caption loss to the control was not measured for the final model; {promoted}."
+        return Verdict("open", "Not compared with its control", sentence, None)
+    model, interval = found["model"], f"{number(found['low'])} to {number(found['high'])}"
+    measured = (
+        f"on {found['n']:,} pictures of the {found['split']} split the gap is {number(found['value'])} "
+        f"{found['unit']}, 95 % interval {interval}"
+    )
+    panel = forest([Row(model, "model", found)], zero=True)
+    if found["low"] <= 0 <= found["high"]:
+        told = f"No difference is shown between {model} with its own picture and with another object’s: {measured}"
+        return Verdict("open", "Not shown to beat its control", f"{told}, which includes zero; {promoted}.", panel)
+    better = found["low"] > 0
+    told = (
+        f"With its own picture, {model} predicts the true caption {'better' if better else 'worse'} "
+        f"than with another object’s: {measured}, which excludes zero; {promoted}."
+    )
+    headline = f"{'Beats' if better else 'Worse than'} its control in caption loss"
+    return Verdict("good" if better else "bad", headline, told, panel)
+
+
+def final_gap(summary: Json) -> Json | None:
+    """The last stage's gap in caption loss, of the test split if there are several."""
+    if not summary["stages"]:
+        return None
+    final = summary["stages"][-1]["name"]
+    found = [
+        metric
+        for metric in summary["metrics"]
+        if (metric["model"], metric["name"], metric["role"]) == (final, "caption_loss", "gap")
+        and None not in (metric["value"], metric["low"], metric["high"])
+    ]
+    return min(found, key=lambda metric: metric["split"] != "test", default=None)
+
+
+def promotion(mlflow: Json) -> str:
+    """What became of the model in the registry."""
+    if mlflow["version"] is None:
+        return "no model version was registered"
+    did = "was promoted" if mlflow["promoted"] else "was registered and not promoted"
+    return f"version {mlflow['version']} of {mlflow['model']} {did}"
+
+
+def answered_by(summary: Json) -> str | None:
+    """The stage whose checkpoint gave the answer, by digest."""
+    if summary["answer"] is None:
+        return None
+    names = [stage["name"] for stage in summary["stages"] if stage["digest"] == summary["answer"]["model"]]
+    return names[-1] if names else None
+
+
+# Metrics
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A scale with round ticks; `lowest` and `highest` percent stand for its ends."""
+
+    low: float
+    high: float
+    step: float
+    """Between ticks."""
+    lowest: float
+    highest: float
+
+    @property
+    def ticks(self) -> list[float]:
+        """The multiples of the step between the ends."""
+        first, last = math.ceil(self.low / self.step - 1e-9), math.floor(self.high / self.step + 1e-9)
+        return [index * self.step for index in range(first, last + 1)]
+
+    def at(self, value: float) -> float:
+        """Percent at which a value stands."""
+        share = (value - self.low) / (self.high - self.low)
+        return round(self.lowest + share * (self.highest - self.lowest), 2)
+
+    def label(self, tick: float) -> str:
+        """A tick with as many decimals as tell it from its neighbours."""
+        decimals = max(0, -math.floor(math.log10(self.step) + 1e-9))
+        decimals += not math.isclose(self.step, round(self.step, decimals))
+        return f"{tick:,.{decimals}f}".replace("-", "−")
+
+
+def axis(values: Iterable[float], *, ticks: int, lowest: float = 5, highest: float = 95) -> Axis:
+    """An axis from the least to the greatest value, with two ticks or more, and at most one more than `ticks`."""
+    known = [value for value in values if math.isfinite(value)] or [0.0]
+    low, high = min(known), max(known)
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    rough = (high - low) / ticks
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * digit for digit in (1, 2, 2.5, 5, 10) if power * digit >= rough * 0.999)
+    return Axis(low, high, step, lowest, highest)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a forest plot."""
+
+    label: str
+    kind: Literal["model", "control", "chance"]
+    metric: Json
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Rows on one axis."""
+
+    axis: Axis
+    rows: list[Row]
+    reference: float | None
+    """Percent of a line through all rows: chance, or zero in a plot of gaps."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """One metric on one split."""
+
+    text: MetricText
+    split: str
+    suites: str
+    unit: str
+    values: Panel | None
+    gaps: Panel | None
+    direction: str
+    sizes_differ: bool
+
+
+def metric_cards(metrics: Sequence[Json], *, models: Sequence[str]) -> list[Card]:
+    """One card for each metric and split, in the order of METRICS; others after them, in the order given."""
+    known = list(METRICS)
+    order = list(dict.fromkeys((metric["split"], metric["name"]) for metric in metrics))
+    order.sort(key=lambda of: known.index(of[1]) if of[1] in METRICS else len(known))
+    place = {name: index for index, name in enumerate(dict.fromkeys([*models, *(m["model"] for m in metrics)]))}
+    ranked = sorted(metrics, key=lambda m: (order.index((m["split"], m["name"])), place[m["model"]]))
+    return [_card(list(group)) for _, group in groupby(ranked, key=lambda m: (m["split"], m["name"]))]
+
+
+def _card(group: list[Json]) -> Card:
+    first = next((metric for metric in group if metric["role"] == "model"), group[0])
+    text = METRICS.get(first["name"], MetricText(first["name"].replace("_", " ").capitalize(), ""))
+    gaps = [Row(metric["model"], "model", metric) for metric in group if metric["role"] == "gap"]
+    rows = list(_rows(group))
+    suites = list(dict.fromkeys(metric["suite"] for metric in group))
+    return Card(
+        text=text,
+        split=first["split"],
+        suites=f"suite{'s' if len(suites) > 1 else ''} {' and '.join(suites)}",
+        unit=first["unit"],
+        values=forest(rows) if rows else None,
+        gaps=forest(gaps, zero=True) if gaps else None,
+        direction=text.direction or ("Lower is better." if first["lower_is_better"] else "Higher is better."),
+        sizes_differ=len({metric["n"] for metric in group if metric["role"] == "model"}) > 1,
+    )
+
+
+def _rows(group: list[Json]) -> Iterator[Row]:
+    """Each model with its control below it, then chance, once if it is the same for all."""
+    for metric in group:
+        if metric["role"] == "model":
+            yield Row(metric["model"], "model", metric)
+        elif metric["role"] == "control":
+            yield Row(f"{metric['model']}, control", "control", metric)
+    chances = [metric for metric in group if metric["role"] == "chance"]
+    distinct = {tuple(metric[key] for key in ("value", "low", "high", "n")): metric for metric in chances}
+    for metric in distinct.values():
+        yield Row("chance" if len(distinct) == 1 else f"chance for {metric['model']}", "chance", metric)
+
+
+def forest(rows: list[Row], *, zero: bool = False) -> Panel:
+    """Rows on a common axis with a line at chance, or at zero."""
+    values = [row.metric[key] for row in rows for key in ("value", "low", "high") if row.metric[key] is not None]
+    scale = axis([*values, 0.0] if zero else values, ticks=4)
+    chances = [row.metric["value"] for row in rows if row.kind == "chance" and row.metric["value"] is not None]
+    level = 0.0 if zero else chances[0] if len(chances) == 1 else None
+    return Panel(scale, rows, None if level is None else scale.at(level))
+
+
+# Loss curves
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class StageCurve:
+    """The part of the chart that belongs to one stage."""
+
+    name: str
+    steps: int
+    left: float
+    width: float
+    raw: str
+    smooth: str
+    held_out: str
+    """Lines as SVG points in a box of 100 by 100."""
+    points: list[Point]
+    validation: list[tuple[int, float]]
+    """Step and validation loss."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """All stages, one after another, on one loss axis."""
+
+    axis: Axis
+    stages: list[StageCurve]
+
+
+def loss_chart(curves: dict[str, list[Json]]) -> Chart | None:
+    """The chart; None when nothing was trained."""
+    curves = {name: rows for name, rows in curves.items() if rows}
+    losses = [row[key] for rows in curves.values() for row in rows for key in ("loss", "validation_loss") if key in row]
+    if not losses:
+        return None
+    scale = axis(losses, ticks=5, lowest=98, highest=12)
+    shares = widths([max(1, rows[-1]["step"]) for rows in curves.values()])
+    lefts = [sum(shares[:index]) for index in range(len(shares))]
+    parts = zip(curves.items(), lefts, shares, strict=True)
+    return Chart(scale, [_stage_curve(name, rows, scale, left=x, width=width) for (name, rows), x, width in parts])
+
+
+def widths(steps: Sequence[int], *, least: float = 20) -> list[float]:
+    """Percent of the width of each stage: by its steps, but wide enough to be read."""
+    total = sum(steps)
+    raw = [max(100 * step / total, min(least, 100 / len(steps))) for step in steps]
+    return [100 * share / sum(raw) for share in raw]
+
+
+def _stage_curve(name: str, rows: list[Json], scale: Axis, *, left: float, width: float) -> StageCurve:
+    steps = max(1, rows[-1]["step"])
+
+    def placed(points: Iterable[tuple[int, float]]) -> list[Point]:
+        return [(round(left + width * step / steps, 2), scale.at(loss)) for step, loss in points]
+
+    train = finite(rows, "loss")
+    held_out = finite(rows, "validation_loss")
+    return StageCurve(
+        name=name,
+        steps=steps,
+        left=left,
+        width=width,
+        raw=polyline(placed(thin(train))),
+        smooth=polyline(placed(thin(smoothed(train)))),
+        held_out=polyline(placed(held_out)),
+        points=placed(held_out),
+        validation=held_out,
+    )
+
+
+def finite(rows: list[Json], key: str) -> list[tuple[int, float]]:
+    """Step and value of the rows that have a finite one."""
+    return [(row["step"], row[key]) for row in rows if row.get(key) is not None and math.isfinite(row[key])]
+
+
+def smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Exponential mean, free of the pull of its start."""
+    keep = 1 - 2 / (max(3, len(points) // SMOOTHING) + 1)
+    total = weight = 0.0
+    out = []
+    for step, value in points:
+        total, weight = keep * total + value, keep * weight + 1
+        out.append((step, total / weight))
+    return out
+
+
+def thin(points: list[tuple[int, float]], *, limit: int = MAX_POINTS) -> list[tuple[int, float]]:
+    """At most about `limit` points: of each run of neighbours the lowest and the highest; both ends stay."""
+    if len(points) <= limit:
+        return points
+    size = math.ceil(2 * len(points) / limit)
+    kept = {0, len(points) - 1}
+    for start in range(0, len(points), size):
+        run = range(start, min(start + size, len(points)))
+        kept |= {min(run, key=lambda i: points[i][1]), max(run, key=lambda i: points[i][1])}
+    return [points[index] for index in sorted(kept)]
+
+
+def polyline(points: Iterable[Point]) -> str:
+    """Points as SVG writes them."""
+    return " ".join(f"{x},{y}" for x, y in points)

@@ -1,0 +1,168 @@
+"""The summary of a pipeline run, read from the sealed manifests and from the serving replica itself."""
+
+import base64
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from vila_ops.artifacts.execution import versions
+from vila_ops.artifacts.kinds import Artifact, Checkpoint, Dataset, EvalReport
+from vila_ops.artifacts.store import content, read_manifest
+from vila_ops.config import Run
+from vila_ops.data.shards import read_index, read_sample
+from vila_ops.eval.evaluate import read_report
+from vila_ops.pipeline import Outcome
+from vila_ops.report.page import render
+from vila_ops.serve.ask import curl
+
+GALLERY = 24
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Page:
+    """Where a report lies, and what it says."""
+
+    summary: Json
+    json: str
+    html: str
+
+
+def write(run: Run, outcome: Outcome) -> Page:
+    """Write summary.json and report.html into `<store>/<recipe name>`."""
+    folder = Path(run.resources.store) / run.recipe.name
+    folder.mkdir(parents=True, exist_ok=True)
+    found = summarise(run, outcome)
+    curves = {name: _curve(checkpoint) for name, checkpoint in outcome.checkpoints.items()}
+    html = render(found, curves, _gallery(run, outcome))
+    (folder / "summary.json").write_text(json.dumps(found, indent=1))
+    (folder / "report.html").write_text(html)
+    return Page(found, str(folder / "summary.json"), str(folder / "report.html"))
+
+
+def summarise(run: Run, outcome: Outcome) -> Json:
+    """Everything that the report shows, as JSON values."""
+    return {
+        "recipe": run.recipe.name,
+        "fingerprint": run.recipe.fingerprint(),
+        "started": outcome.started,
+        "seconds": outcome.seconds,
+        "launch": run.resources.launch,
+        "links": {
+            "mlflow": run.resources.tracking_uri,
+            "prefect": run.resources.prefect_page,
+            "endpoint": outcome.deployment.url if outcome.deployment else None,
+        },
+        "prefect_flow_run": outcome.flow_run,
+        "mlflow": {
+            "parent_run": outcome.parent_run,
+            "model": run.recipe.gate.model_name,
+            "version": outcome.version.version if outcome.version else None,
+            "promoted": bool(outcome.version and outcome.version.promoted),
+        },
+        "stages": [_stage(checkpoint) for checkpoint in outcome.checkpoints.values()],
+        "rooms": _rooms(outcome),
+        "metrics": [metric for name, report in outcome.reports.items() for metric in _metrics(name, report)],
+        "answer": _answer(outcome),
+        "serving": _serving(outcome),
+        "versions": versions(),
+    }
+
+
+def markdown(summary: Json) -> str:
+    """A few lines for Prefect's page."""
+    mlflow = summary["mlflow"]
+    lines = [f"# {summary['recipe']}: {summary['seconds']:.0f} s", ""]
+    if summary["links"]["mlflow"]:
+        lines.append(f"MLflow: [{mlflow['model']} version {mlflow['version']}]({summary['links']['mlflow']}/#/models)")
+    if summary["answer"]:
+        answer = summary["answer"]
+        lines += ["", f"*{answer['question']}* {answer['reply']} (truth: {answer['truth']})"]
+    return "\n".join(lines)
+
+
+def table(summary: Json) -> list[Json]:
+    """The stages for Prefect's page."""
+    shown = ("name", "steps", "seconds", "loss_first", "loss_last", "validation_first", "validation_last", "digest")
+    return [{key: stage[key] for key in shown} for stage in summary["stages"]]
+
+
+def _stage(checkpoint: Checkpoint) -> Json:
+    manifest = read_manifest(Path(checkpoint.uri))
+    rows = _curve(checkpoint)
+    losses = [row["loss"] for row in rows if "loss" in row]
+    held_out = [row["validation_loss"] for row in rows if "validation_loss" in row]
+    return {
+        "name": checkpoint.stage,
+        "steps": checkpoint.step,
+        "seconds": manifest["execution"]["seconds"],
+        "digest": checkpoint.digest,
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
+        "validation_first": held_out[0],
+        "validation_last": held_out[-1],
+        "workers": manifest["execution"]["workers"],
+        "mlflow_run": manifest["execution"].get("mlflow_run"),
+    }
+
+
+def _rooms(outcome: Outcome) -> list[Json]:
+    made: list[tuple[str, str, Artifact]] = [("assemble", "base", outcome.base)]
+    made += [("prepare", name, dataset) for name, dataset in outcome.datasets.items()]
+    made += [("train_stage", name, checkpoint) for name, checkpoint in outcome.checkpoints.items()]
+    made += [("evaluate", name, report) for name, report in outcome.reports.items()]
+    return [_room(room, name, artifact, outcome) for room, name, artifact in made]
+
+
+def _room(room: str, name: str, artifact: Artifact, outcome: Outcome) -> Json:
+    execution = read_manifest(Path(artifact.uri))["execution"]
+    return {
+        "room": room,
+        "name": name,
+        "digest": artifact.digest,
+        "seconds": execution["seconds"],
+        "reused": execution["sealed"] < outcome.started,
+        "workers": execution["workers"],
+    }
+
+
+def _metrics(name: str, report: EvalReport) -> list[Json]:
+    found = read_report(report)
+    return [{"model": name, "suite": found["suite"], "split": found["split"], **m} for m in found["metrics"]]
+
+
+def _answer(outcome: Outcome) -> Json | None:
+    if outcome.answer is None:
+        return None
+    return {**outcome.answer.model_dump(), "curl": curl(outcome.answer)}
+
+
+def _serving(outcome: Outcome) -> Json:
+    """What the replica says of itself, asked now."""
+    if outcome.deployment is None:
+        return {}
+    said: Json = httpx.get(f"{outcome.deployment.url}/health", timeout=30).raise_for_status().json()
+    return said
+
+
+def _curve(checkpoint: Checkpoint) -> list[Json]:
+    rows = json.loads((content(checkpoint) / "curve.json").read_text())
+    return [{key: float.fromhex(v) if isinstance(v, str) else v for key, v in row.items()} for row in rows]
+
+
+def _gallery(run: Run, outcome: Outcome) -> list[Json]:
+    """The final model's captions beside their pictures."""
+    answers = read_report(list(outcome.reports.values())[-1])["answers"][:GALLERY]
+    held_out = outcome.datasets[run.recipe.suite.mixture.name]
+    pictures = _pictures(held_out, {answer["key"] for answer in answers})
+    return [{**answer, "picture": pictures[answer["key"]]} for answer in answers]
+
+
+def _pictures(dataset: Dataset, keys: set[str]) -> dict[str, str]:
+    folder = content(dataset)
+    rows = [row for row in read_index(folder).to_pylist() if row["key"] in keys]
+    samples = [read_sample(folder, shard=row["shard"], offset=row["offset"], key=row["key"]) for row in rows]
+    return {s.key: "data:image/png;base64," + base64.b64encode(s.images[0]).decode() for s in samples}

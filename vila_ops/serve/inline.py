@@ -1,0 +1,22 @@
+"""The served process of launch inline: `python -m vila_ops.serve.inline SPEC_JSON HOST PORT`."""
+
+import logging
+import sys
+
+import uvicorn
+
+from vila_ops.serve.loading import load_app
+from vila_ops.serve.spec import Spec
+
+
+def main() -> None:
+    """Load the weights, then listen: a port that answers is ready."""
+    text, host, port = sys.argv[1:]
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    spec = Spec.model_validate_json(text)
+    app = load_app(spec, replica={})
+    uvicorn.run(app, host=host, port=int(port), access_log=False, server_header=False, timeout_graceful_shutdown=5)
+
+
+if __name__ == "__main__":
+    main()
