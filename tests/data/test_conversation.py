@@ -27,10 +27,11 @@ def document(*given: Part) -> Record:
 def by_hand(tokenizer: Tokenizer, said: list[tuple[Any, tuple[Part, ...]]]) -> tuple[str, list[tuple[int, int]]]:
     """ChatML written by hand: the text, and the character spans of what the assistant says."""
     text, spans = "", []
-    for role, given in said:
+    for role, spoken in said:
         body = ""
-        for is_text, run in groupby(given, key=lambda part: isinstance(part, str)):
-            body += tokenizer.neutral("".join(run)) if is_text else "<image>" * len(list(run))  # type: ignore[arg-type]
+        for is_text, group in groupby(spoken, key=lambda part: isinstance(part, str)):
+            run = list(group)
+            body += tokenizer.neutral("".join(map(str, run))) if is_text else "<image>" * len(run)
         text += f"<|im_start|>{role}\n"
         if role == "assistant":
             spans.append((len(text), len(text) + len(body) + len("<|im_end|>")))

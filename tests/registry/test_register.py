@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +29,11 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def resources(tmp_path: Path, empty_database: Path) -> Iterator[Resources]:
+def resources(tmp_path: Path, empty_database: Path) -> Resources:
     """A registry and a store of this test."""
     shutil.copyfile(empty_database, tmp_path / "mlflow.db")
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    yield Resources(launch="inline", store=str(tmp_path / "store"), tracking_uri=uri)
+    return Resources(launch="inline", store=str(tmp_path / "store"), tracking_uri=uri)
 
 
 def client(resources: Resources) -> MlflowClient:

@@ -1,13 +1,16 @@
 """Two versions of one registered model, of random weights, sealed once; and a picture."""
 
 import io
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 
 import pytest
 from PIL import Image as Pillow
 
 from vila_ops.artifacts.kinds import Checkpoint, ModelVersion
-from vila_ops.config import Model, Resources
+from vila_ops.config import Config, Model, Resources
 from vila_ops.model.assemble import assemble
 
 
@@ -34,3 +37,23 @@ def picture() -> bytes:
     out = io.BytesIO()
     Pillow.linear_gradient("L").resize((40, 30)).convert("RGB").save(out, "PNG")
     return out.getvalue()
+
+
+@pytest.fixture(scope="session")
+def deploy_elsewhere() -> Callable[..., str]:
+    """Deploys (service, version, resources) from a process that is gone when this returns the address."""
+
+    def run(*arguments: Config) -> str:
+        code = (
+            "import sys; from vila_ops.config import *; from vila_ops.artifacts.kinds import *;"
+            "from vila_ops.serve.deploy import deploy;"
+            "assert not {'torch', 'ray', 'transformers', 'fastapi', 'mlflow'} & set(sys.modules);"
+            "s, v, r = (k.model_validate_json(t) for k, t in zip((Service, ModelVersion, Resources), sys.argv[1:]));"
+            "open(sys.argv[4], 'w').write(deploy(s, v, r).url)"
+        )
+        with tempfile.NamedTemporaryFile("r") as out:
+            command = [sys.executable, "-c", code, *(value.model_dump_json() for value in arguments), out.name]
+            subprocess.run(command, check=True)
+            return out.read()
+
+    return run

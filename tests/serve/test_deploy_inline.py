@@ -5,7 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -36,25 +36,10 @@ def pid_of(url: str) -> int:
     return int(httpx.get(f"{url}/health").json()["replica"]["pid"])
 
 
-def deploy_elsewhere(version: ModelVersion, resources: Resources) -> str:
-    """The address that another process deploys to, which is gone when this returns."""
-    code = (
-        "import sys; from vila_ops.config import *; from vila_ops.artifacts.kinds import *;"
-        "from vila_ops.serve.deploy import deploy;"
-        "s, v, r = (k.model_validate_json(t) for k, t in zip((Service, ModelVersion, Resources), sys.argv[1:]));"
-        "sys.stdout.write(deploy(s, v, r).url);"
-        "assert not {'torch', 'ray', 'transformers'} & set(sys.modules)"
-    )
-    arguments = [value.model_dump_json() for value in (SERVICE, version, resources)]
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True, check=True
-    ).stdout
-
-
 def test_a_server_outlives_its_deployer_is_adopted_replaced_and_started_anew(
-    resources: Resources, versions: Versions
+    resources: Resources, versions: Versions, deploy_elsewhere: Callable[..., str]
 ) -> None:
-    url = deploy_elsewhere(versions[0], resources)
+    url = deploy_elsewhere(SERVICE, versions[0], resources)
     pid = pid_of(url)
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     answer = client.chat.completions.create(model="tiny-vila", messages=[{"role": "user", "content": "Hello"}])

@@ -35,6 +35,8 @@ class Resources(Config):
     zero_stage: Literal[0, 1, 2, 3] = 0
     micro_batch_size: PositiveInt = 1
     """Rows per forward pass."""
+    prepare_workers: PositiveInt = 2
+    """Shards that `prepare` makes at once."""
     max_failures: NonNegativeInt = 2
     """How often Ray Train restarts the workers before the stage fails."""
     host: str = "127.0.0.1"

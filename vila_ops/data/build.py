@@ -104,7 +104,8 @@ def _run_on_ray(job: Job, units: list[Unit], resources: Resources) -> list[dict[
 
     connect(resources)
     items = [{"job": job.model_dump_json(), "unit": unit.model_dump_json()} for unit in units]
-    shards = ray.data.from_items(items, override_num_blocks=len(items)).map(_ray_shard, num_cpus=1)
+    pool = ray.data.TaskPoolStrategy(size=resources.prepare_workers)
+    shards = ray.data.from_items(items, override_num_blocks=len(items)).map(_ray_shard, compute=pool)
     return [row["result"] for row in shards.iter_rows()]
 
 

@@ -32,16 +32,6 @@ class Metric:
     unit: str
 
 
-@dataclass(frozen=True)
-class CaptionScores:
-    """Of each picture: its true caption first, then its distractors."""
-
-    own: list[list[Score]]
-    control: list[list[Score]]
-    blind: list[list[Score]]
-    """Without any picture."""
-
-
 class Bench:
     """One model on one suite's items."""
 
@@ -52,15 +42,25 @@ class Bench:
         self.objects = [picture.object for picture in items.pictures]
 
     @cached_property
-    def captions(self) -> CaptionScores:
-        """Likelihoods of the four captions of each picture, in the format that pairs are trained in."""
-        pictures = self.items.pictures
-        choices = [[self._ending(text) for text in (p.caption, *p.distractors)] for p in pictures]
-        return CaptionScores(
-            own=self._score_captions([p.image for p in pictures], choices),
-            control=self._score_captions([p.other_image for p in pictures], choices),
-            blind=self.generator.score([(Prompt([self._bos()]), choice) for choice in choices]),
-        )
+    def own(self) -> list[list[Score]]:
+        """Of each picture its true caption first, then the distractors, in the format that pairs are trained in."""
+        return self._score_captions([picture.image for picture in self.items.pictures], self._choices)
+
+    @cached_property
+    def control(self) -> list[list[Score]]:
+        """The same with another object's picture; the distractors only where a choice among them is controlled."""
+        choosing = any(b.kind == "multiple_choice" and b.control != "none" for b in self.suite.benchmarks.values())
+        choices = self._choices if choosing else [choice[:1] for choice in self._choices]
+        return self._score_captions([picture.other_image for picture in self.items.pictures], choices)
+
+    @cached_property
+    def blind(self) -> list[list[Score]]:
+        """The same without any picture."""
+        return self.generator.score([(Prompt([self._bos()]), choice) for choice in self._choices])
+
+    @cached_property
+    def _choices(self) -> list[list[list[int]]]:
+        return [[self._ending(text) for text in (p.caption, *p.distractors)] for p in self.items.pictures]
 
     def caption_prompt(self, image: bytes) -> Prompt:
         """bos, the picture, a newline: what stands before a caption in the pairs."""

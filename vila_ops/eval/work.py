@@ -63,13 +63,13 @@ def run(job: Job) -> dict[str, Any]:
 def _measure(benchmark: Benchmark, bench: Bench) -> tuple[list[Metric], list[dict[str, str]]]:
     match benchmark:
         case CaptionLoss():
-            return caption_loss(bench), []
+            return caption_loss(bench, benchmark), []
         case MultipleChoice():
-            return multiple_choice(bench), []
+            return multiple_choice(bench, benchmark), []
         case CaptionCider():
             return caption_cider(bench, benchmark)
         case Pope():
-            return pope(bench), []
+            return pope(bench, benchmark), []
         case TextMultipleChoice():
             return text_multiple_choice(bench), []
         case TextLoss():

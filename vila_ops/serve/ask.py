@@ -21,6 +21,8 @@ class Answered(Config):
     """PNG as a data URL."""
     truth: str
     reply: str
+    name: str
+    """Under which it is served."""
     model: str
     """Digest that the answering replica loaded, as it said itself."""
     url: str
@@ -33,7 +35,8 @@ def ask(deployment: Deployment, held_out: Dataset, suite: Suite, *, question: st
     row = next(row for row in rows if row["split"] == suite.split and row["source"] in captioned)
     sample = read_sample(content(held_out), shard=row["shard"], offset=row["offset"], key=row["key"])
     picture = "data:image/png;base64," + base64.b64encode(sample.images[0]).decode()
-    response = httpx.post(f"{deployment.url}/v1/chat/completions", json=request(picture, question), timeout=120)
+    body = request(model_name(deployment.url), picture, question)
+    response = httpx.post(f"{deployment.url}/v1/chat/completions", json=body, timeout=120)
     response.raise_for_status()
     said = response.json()
     reply = said["choices"][0]["message"]["content"]
@@ -42,6 +45,7 @@ def ask(deployment: Deployment, held_out: Dataset, suite: Suite, *, question: st
         picture=picture,
         truth=sample.text,
         reply=reply,
+        name=said["model"],
         model=said["system_fingerprint"],
         url=deployment.url,
     )
@@ -49,11 +53,17 @@ def ask(deployment: Deployment, held_out: Dataset, suite: Suite, *, question: st
 
 def curl(answered: Answered) -> str:
     """The same question as one command line."""
-    body = json.dumps(request(answered.picture, answered.question))
+    body = json.dumps(request(answered.name, answered.picture, answered.question))
     return f"curl -s {answered.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
 
 
-def request(picture: str, question: str) -> dict[str, object]:
+def model_name(url: str) -> str:
+    """The name under which an endpoint serves its model."""
+    name: str = httpx.get(f"{url}/v1/models", timeout=30).raise_for_status().json()["data"][0]["id"]
+    return name
+
+
+def request(name: str, picture: str, question: str) -> dict[str, object]:
     """The body of the question."""
     parts = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": question}]
-    return {"model": "vila", "messages": [{"role": "user", "content": parts}], "max_tokens": 24}
+    return {"model": name, "messages": [{"role": "user", "content": parts}], "max_tokens": 24}

@@ -3,6 +3,8 @@
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,18 @@ log = logging.getLogger(__name__)
 
 class NotReady(RuntimeError):
     """What was deployed did not come up; the text ends with what it said last."""
+
+
+@dataclass(frozen=True)
+class _Watch:
+    """How something that was launched is doing."""
+
+    up: Callable[[], bool]
+    """Whether it can be asked by HTTP yet."""
+    failure: Callable[[], str | None]
+    """Why it will never be up; None while it still may."""
+    state: Callable[[], str]
+    """What it said last."""
 
 
 def deploy(service: Service, version: ModelVersion, resources: Resources) -> Deployment:
@@ -89,7 +103,7 @@ def _await_process(record: Record, spec: Spec, desk: Desk) -> None:
     def failure() -> str | None:
         return None if record.alive() else f"process {record.pid} ended"
 
-    _await(record.url(), spec, failure=failure, state=desk.tail)
+    _await(record.url(), spec, _Watch(up=lambda: True, failure=failure, state=desk.tail))
 
 
 def _deploy_on_ray(spec: Spec, resources: Resources) -> str:
@@ -104,34 +118,39 @@ def _deploy_on_ray(spec: Spec, resources: Resources) -> str:
     connect(resources)
     verify(spec.version.checkpoint)
     replicas.apply(spec, host=resources.host, port=resources.serve_port)
-    _await(url, spec, failure=lambda: replicas.failure(name), state=lambda: replicas.describe(name))
+    watch = _Watch(
+        up=partial(replicas.running, name),
+        failure=partial(replicas.failure, name),
+        state=partial(replicas.describe, name),
+    )
+    _await(url, spec, watch)
     return url
 
 
-def _await(url: str, spec: Spec, *, failure: Callable[[], str | None], state: Callable[[], str]) -> None:
+def _await(url: str, spec: Spec, watch: _Watch) -> None:
     """Wait until every replica is of the spec and a real question is answered."""
     deadline = time.monotonic() + START_SECONDS
     agreeing = 0
     while agreeing < 2 * spec.service.replicas:  # requests go round: an old replica would show up among these
-        if problem := failure():
-            raise NotReady(f"{spec.service.name} did not come up: {problem}\n{state()}")
+        if problem := watch.failure():
+            raise NotReady(f"{spec.service.name} did not come up: {problem}\n{watch.state()}")
         if time.monotonic() > deadline:
-            raise NotReady(f"{spec.service.name} was not ready after {START_SECONDS:.0f} seconds\n{state()}")
-        if _identities(url) == [spec.identity()]:
+            raise NotReady(f"{spec.service.name} was not ready after {START_SECONDS:.0f} seconds\n{watch.state()}")
+        if watch.up() and _identities(url) == [spec.identity()]:
             agreeing += 1
         else:
             agreeing = 0
             time.sleep(POLL_SECONDS)
-    _ask(url, spec, state=state)
+    _ask(url, spec, watch)
 
 
-def _ask(url: str, spec: Spec, *, state: Callable[[], str]) -> None:
+def _ask(url: str, spec: Spec, watch: _Watch) -> None:
     question = {"model": spec.version.name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
     try:
         answer = httpx.post(f"{url}/v1/chat/completions", json=question, timeout=ANSWER_SECONDS, trust_env=False)
         fingerprint = answer.raise_for_status().json()["system_fingerprint"]
     except httpx.HTTPError as error:
-        raise NotReady(f"{url} does not answer a question: {error!r}\n{state()}") from error
+        raise NotReady(f"{url} does not answer a question: {error!r}\n{watch.state()}") from error
     if fingerprint != spec.version.checkpoint.digest:
         raise NotReady(f"{url} answers with model {fingerprint}, not {spec.version.checkpoint.digest}")
 

@@ -28,7 +28,7 @@ def load_app(spec: Spec, *, replica: dict[str, Any]) -> FastAPI:
     started = time.monotonic()
     scratch = Path(tempfile.mkdtemp(prefix="vila-serve-"))
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-    generator = load_generator(spec.version.checkpoint, feature_root=scratch, threads=spec.threads, precision="fp32")
+    generator = load_generator(spec.version.checkpoint, feature_root=scratch, threads=spec.threads(), precision="fp32")
     generator.features = _bounded(generator.features, scratch)
     itself = {
         "pid": os.getpid(),

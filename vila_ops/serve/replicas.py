@@ -62,7 +62,7 @@ def failure(name: str) -> str | None:
     application = serve.status().applications.get(name)
     if application is None or application.status not in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
         return None
-    return describe(name)
+    return str(application.status.value)
 
 
 def describe(name: str) -> str:

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import PositiveInt
-
 from vila_ops import __version__
 from vila_ops.artifacts.kinds import ModelVersion
 from vila_ops.config import Config, Resources, Service
@@ -16,8 +14,6 @@ class Spec(Config):
     service: Service
     version: ModelVersion
     launch: Literal["inline", "ray"]
-    threads: PositiveInt
-    """torch's threads in each replica."""
     release: str
     """Version of the code that serves."""
 
@@ -31,9 +27,12 @@ class Spec(Config):
             service=service,
             version=ModelVersion(**{**version.model_dump(), "checkpoint": checkpoint}),
             launch=resources.launch,
-            threads=resources.threads_per_worker,
             release=__version__,
         )
+
+    def threads(self) -> int:
+        """torch's threads in each replica: as many as it reserves; more of them than free cores spin (3x the CPU)."""
+        return max(1, int(self.service.cpus_per_replica))
 
     def identity(self) -> str:
         """Fingerprint of everything that a replica does; whether the version is the champion is not part of it."""

@@ -35,6 +35,9 @@ class Engine(Protocol):
     def state(self) -> Iterator[State]:
         """Every trained parameter with its moments, the same on every rank; every rank must call it to the end."""
 
+    def facts(self) -> dict[str, Any]:
+        """What really ran, asked of the engine itself."""
+
     def restore(self, states: dict[str, dict[str, Tensor]], *, step: int) -> None:
         """Continue from states that `state` gave after `step` steps."""
 
@@ -71,6 +74,10 @@ class PlainEngine:
         for name, parameter in self.named:
             moments = self.optimizer.state.get(parameter) or dict.fromkeys(MOMENTS, torch.zeros_like(parameter))
             yield name, {"param": parameter.detach(), **{key: moments[key] for key in MOMENTS}}
+
+    def facts(self) -> dict[str, Any]:
+        """See Engine."""
+        return {"engine": "torch", "zero_stage": 0, "world_size": 1}
 
     def restore(self, states: dict[str, dict[str, Tensor]], *, step: int) -> None:
         """See Engine."""
@@ -128,6 +135,15 @@ class DeepSpeedEngine:
                 full = {"param": safe_get_full_fp32_param(parameter)}
                 full |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
                 yield name, {key: value.view(_shape(parameter)) for key, value in full.items()}
+
+    def facts(self) -> dict[str, Any]:
+        """See Engine."""
+        return {
+            "engine": f"deepspeed {self.deepspeed.__version__}",
+            "zero_stage": self.engine.zero_optimization_stage(),
+            "world_size": torch.distributed.get_world_size(),
+            "backend": torch.distributed.get_backend(),
+        }
 
     def restore(self, states: dict[str, dict[str, Tensor]], *, step: int) -> None:
         """See Engine."""

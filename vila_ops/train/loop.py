@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 CURVE = "curve.json"
 """The curve of a stage beside its model, floats in hex so that equal text means equal bits."""
+LINES = 20
+"""Progress lines of a stage."""
 Curve = list[dict[str, Any]]
 """Per step: its number, loss, and validation loss where there was one."""
 
@@ -43,8 +45,8 @@ class NonFiniteLoss(RuntimeError):
     """The loss of a step is not a number; nothing was updated."""
 
 
-def train(job: Job, place: Place) -> None:
-    """Train one stage to its end and leave the model in the attempt's folder (rank 0)."""
+def train(job: Job, place: Place) -> dict[str, Any]:
+    """Train one stage to its end and leave the model in the attempt's folder (rank 0); returns what really ran."""
     torch.set_num_threads(job.resources.threads_per_worker)
     torch.manual_seed(job.stage.seed)
     model, rows, batches = load(job)
@@ -64,11 +66,14 @@ def train(job: Job, place: Place) -> None:
             curve[-1]["validation_loss"] = validate(engine, batches, rows, place)
         if place.rank == 0:
             metrics.log({**curve[-1], "grad_norm": norm, "seconds_per_step": clock.tick()}, step=step)
-            log.info("%s step %d/%d  loss %.3f  %s", job.stage.name, step, job.stage.num_steps, loss, clock.left(step))
+            if step == 1 or step % max(1, job.stage.num_steps // LINES) == 0:
+                shown = (job.stage.name, step, job.stage.num_steps, loss, clock.left(step))
+                log.info("%s step %d/%d  loss %.3f  %s", *shown)
         if step % job.stage.save_every == 0 and step < job.stage.num_steps:
             checkpoint.save(Path(job.resume), step=step, states=engine.state(), curve=curve, place=place)
     metrics.flush()
     finish(engine, job, curve, place)
+    return {"rank": place.rank, **engine.facts()}
 
 
 def load(job: Job) -> tuple[VilaForConditionalGeneration, Rows, "Batches"]:

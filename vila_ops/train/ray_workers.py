@@ -53,14 +53,11 @@ def _worker(config: dict[str, str]) -> None:
     job = Job.model_validate_json(config["job"])
     context = ray.train.get_context()
     place = Place(rank=context.get_world_rank(), world_size=context.get_world_size())
-    train(job, place)
+    ran = train(job, place)
     runtime = ray.get_runtime_context()
     said = {
         "launch": "ray",
-        "rank": place.rank,
-        "world_size": place.world_size,
-        "zero_stage": job.resources.zero_stage,
-        "engine": "deepspeed",
+        **ran,
         "node": runtime.get_node_id(),
         "actor": runtime.get_actor_id(),
         "pid": os.getpid(),

@@ -73,8 +73,7 @@ def _launch(job: Job) -> list[dict[str, Any]]:
         return train_on_ray(job)
     from vila_ops.train.loop import train
 
-    train(job, Place())
-    return [{"launch": "inline", "rank": 0, "world_size": 1, "zero_stage": 0, "engine": "torch"}]
+    return [{"launch": "inline", **train(job, Place())}]
 
 
 def _own(stage: Stage) -> dict[str, Any]:

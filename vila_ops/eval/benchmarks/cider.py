@@ -1,33 +1,38 @@
 """CIDEr-D of greedy captions, of the control's, and of the most frequent training caption."""
 
 from vila_ops.config.eval import CaptionCider
-from vila_ops.eval.bench import Bench, Metric
+from vila_ops.eval.bench import Bench, Metric, Role
 from vila_ops.eval.metrics.cider import cider
+
+UNIT = "CIDEr-D (0 to 10)"
 
 
 def caption_cider(bench: Bench, config: CaptionCider) -> tuple[list[Metric], list[dict[str, str]]]:
     """The metrics, and each picture's caption beside the true one."""
     pictures = bench.items.pictures
     references = {picture.key: [picture.caption] for picture in pictures}
-    own = _captions(bench, [picture.image for picture in pictures], config)
-    control = _captions(bench, [picture.other_image for picture in pictures], config)
-    frequent = [bench.items.frequent_caption] * len(pictures)
-    scored = {
-        role: list(cider(dict(zip(references, said, strict=True)), references).items.values())
-        for role, said in (("model", own), ("control", control), ("chance", frequent))
+    said: dict[Role, list[str]] = {
+        "model": _captions(bench, [picture.image for picture in pictures], config),
+        "chance": [bench.items.frequent_caption] * len(pictures),
     }
-    unit = "CIDEr-D (0 to 10)"
+    if config.control == "deranged":
+        said["control"] = _captions(bench, [picture.other_image for picture in pictures], config)
+    scored = {
+        role: list(cider(dict(zip(references, texts, strict=True)), references).items.values())
+        for role, texts in said.items()
+    }
     metrics = [
-        bench.metric("cider", "model", scored["model"], statistic="mean", unit=unit, clusters=bench.objects),
-        bench.metric("cider", "control", scored["control"], statistic="mean", unit=unit, clusters=bench.objects),
-        bench.metric("cider", "chance", scored["chance"], statistic="mean", unit=unit, clusters=bench.objects),
-        bench.gap("cider", (scored["model"], scored["control"]), statistic="mean", unit=unit),
+        bench.metric("cider", role, scores, statistic="mean", unit=UNIT, clusters=bench.objects)
+        for role, scores in scored.items()
     ]
-    said = [
-        {"key": picture.key, "object": picture.object, "truth": picture.caption, "answer": answer, "control": swapped}
-        for picture, answer, swapped in zip(pictures, own, control, strict=True)
+    if config.control == "deranged":
+        metrics.append(bench.gap("cider", (scored["model"], scored["control"]), statistic="mean", unit=UNIT))
+    answers = [
+        {"key": p.key, "object": p.object, "truth": p.caption, "answer": said["model"][number]}
+        | ({"control": said["control"][number]} if "control" in said else {})
+        for number, p in enumerate(pictures)
     ]
-    return metrics, said
+    return metrics, answers
 
 
 def _captions(bench: Bench, images: list[bytes], config: CaptionCider) -> list[str]:

@@ -1,0 +1,207 @@
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from vila_ops.config import Run
+from vila_ops.config.load import load, merge, read
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "configs/recipes/tiny.yaml"
+INLINE = ROOT / "configs/resources/inline.yaml"
+
+
+def tiny(*overrides: str) -> Run:
+    return load(TINY, resources=INLINE, overrides=overrides)
+
+
+def write(folder: Path, **files: str) -> Path:
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_committed_recipe_loads(path: Path) -> None:
+    assert load(path, resources=INLINE).recipe.stages
+
+
+@pytest.mark.parametrize(
+    ("override", "place"),
+    [
+        ("stages.sft.learning_rat=1e-5", r"recipe\.stages\.sft\.learning_rat\n"),
+        ("stages.align.mixture.sources.pairs.wait=1", r"recipe\.stages\.align\.mixture\.sources\.pairs\.jsonl\.wait\n"),
+        ("resources.gpu=1", r"resources\.gpu\n"),
+        ("model.projector={kind: mpl}", r"recipe\.model\.projector\n"),
+    ],
+)
+def test_an_unknown_key_is_named_with_its_path(override: str, place: str) -> None:
+    with pytest.raises(ValidationError, match=place):
+        tiny(override)
+
+
+def test_overrides_change_what_they_name() -> None:
+    run = tiny(
+        "stages.sft.learning_rate=1e-5", "stages.align.trainable=[projector, language_model]",
+        "resources.threads_per_worker=2", "model.projector={kind: mlp_downsample, factor: 3}",
+    )  # fmt: skip
+    assert run.recipe.stages["sft"].learning_rate == 1e-5
+    assert run.recipe.stages["align"].trainable == ("projector", "language_model")
+    assert run.resources.threads_per_worker == 2
+    assert run.recipe.model.image_tokens() == 1
+
+
+def test_an_override_changes_nothing_else_where_an_anchor_is_shared() -> None:
+    """The tiny recipe gives suite and probe by one YAML anchor."""
+    run = tiny("suite.max_objects=3")
+    assert (run.recipe.suite.max_objects, run.recipe.probe.max_objects) == (3, 12)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.sft.learning_rate", r"has no '='"),
+        ("stages.nope.learning_rate=1", r"there is no 'nope'; keys here are \['align', 'pretrain', 'sft'\]"),
+        ("name.first=1", r"there is no 'name'|'name'"),
+        ("stages.sft.trainable=[projector", r"'\[projector' is not valid YAML"),
+        ("stages.sft.learning_rates={projector: 1, projector: 2}", r"given twice"),
+        ("stages.sft.learning_rate=fast", r"learning_rate\n"),
+        ("stages.sft.learning_rate=.nan", r"learning_rate\n"),
+        ("stages.sft.num_steps=0", r"num_steps\n"),
+    ],
+)
+def test_a_wrong_override_is_an_error_that_says_why(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny(override)
+
+
+def test_files_merge_left_to_right_and_the_own_keys_win(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        a="x: {one: 1, two: 1}\nlist: [1, 2]\n",
+        b="x: {two: 2, three: 2}\n",
+        own="extends: [a.yaml, b.yaml]\nx: {three: 3}\nlist: [3]\n",
+    )
+    assert read(tmp_path / "own.yaml") == {"x": {"one": 1, "two": 2, "three": 3}, "list": [3]}
+
+
+def test_a_mapping_whose_kind_changes_is_replaced_whole() -> None:
+    base = {"p": {"kind": "mlp_downsample", "factor": 3}, "q": 1}
+    assert merge(base, {"p": {"kind": "linear"}}) == {"p": {"kind": "linear"}, "q": 1}
+    assert merge(base, {"p": {"kind": "mlp_downsample"}}) == base
+    assert merge(base, {"p": {"factor": 2}}) == {"p": {"kind": "mlp_downsample", "factor": 2}, "q": 1}
+    assert merge(base, {"p": None}) == {"p": None, "q": 1}
+
+
+def test_a_file_may_be_extended_twice_but_never_by_itself(tmp_path: Path) -> None:
+    write(tmp_path, a="extends: [c.yaml]\n", b="extends: [c.yaml]\n", c="x: 1\n", d="extends: [a.yaml, b.yaml]\n")
+    assert read(tmp_path / "d.yaml") == {"x": 1}
+    write(tmp_path, c="extends: [d.yaml]\n")
+    with pytest.raises(ValueError, match="extends itself through"):
+        read(tmp_path / "d.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x: 1\nx: 2\n", r"key \['x'\] is given twice"),
+        ("x:\n  y: 1\n  y: 1\n", r"(?s)line 2.*key \['y'\] is given twice"),
+        ("extends: [gone.yaml]\n", r"no such config file: .*gone\.yaml \(extended by .*own\.yaml\)"),
+        ("extends: base.yaml\n", r"not a list of files"),
+        ("extends: [1]\n", r"not a list of files"),
+        ("", r"holds NoneType, not a mapping"),
+        ("- 1\n", r"holds list, not a mapping"),
+        ("x: [1\n", r"is not valid YAML"),
+        ("x: !!python/object/apply:os.getcwd []\n", r"is not valid YAML"),
+    ],
+)
+def test_a_wrong_file_is_an_error_that_names_it(text: str, message: str, tmp_path: Path) -> None:
+    write(tmp_path, own=text)
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / "own.yaml")
+    with pytest.raises(ValueError, match="no such config file"):
+        read(tmp_path / "elsewhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-5", 1e-5), ("1E6", 1e6), ("-2.5e+3", -2500.0), ("1_0", 10), ("e5", "e5")]
+)
+def test_numbers_are_those_of_yaml_1_2(text: str, value: Any, tmp_path: Path) -> None:
+    write(tmp_path, own=f"x: {text}\n")
+    assert read(tmp_path / "own.yaml") == {"x": value}
+
+
+@pytest.mark.parametrize(
+    ("resources", "batch", "nearest"),
+    [("micro_batch_size=3", 4, 3), ("micro_batch_size=8", 4, 8), ("micro_batch_size=4", 10, 8)],
+)
+def test_a_remainder_is_refused_with_a_batch_that_would_do(resources: str, batch: int, nearest: int) -> None:
+    overrides = [f"stages.{name}.global_batch_size={batch}" for name in ("align", "pretrain", "sft")]
+    with pytest.raises(
+        ValidationError, match=rf"'align': global_batch_size {batch} is not a multiple .* use {nearest},"
+    ):
+        tiny(f"resources.{resources}", *overrides)
+    good = [f"stages.{name}.global_batch_size={nearest}" for name in ("align", "pretrain", "sft")]
+    assert tiny(f"resources.{resources}", *good)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.sft.row_tokens=95", r"'sft' packs rows of 95 tokens but a sample may have 96; raise row_tokens"),
+        ("stages.sft.learning_rates={vision_tower: 1}", r"names \['vision_tower'\], which do not train"),
+        ("stages.sft.trainable=[projector, projector]", r"twice"),
+        ("stages.sft.mixture.split.salt=other", r"split objects differently"),
+        ("stages.sft.name=align", r"stage 'sft' is named 'align'; remove its name"),
+        ("model.image_size=30", r"not a multiple of patch_size 14; use 28 or 42"),
+        ("resources.zero_stage=1", r"zero_stage 1 needs DeepSpeed"),
+        ("resources.num_workers=2", r"launch inline is one worker, not 2"),
+        ("resources.launch=ray", r"set ray_address"),
+        ("gate.rules=[{metric: x}]", r"rule on 'x' asks nothing"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused(override: str, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        tiny(override)
+
+
+def test_only_the_recipe_is_identity() -> None:
+    run = tiny()
+    assert (
+        tiny("resources.threads_per_worker=3", "resources.store=/tmp/x").recipe.fingerprint()
+        == run.recipe.fingerprint()
+    )
+    for change in ("stages.sft.seed=1", "model.seed=1", "stages.align.precision=bf16", "suite.seed=5", "name=other"):
+        assert tiny(change).recipe.fingerprint() != run.recipe.fingerprint()
+    with pytest.raises(ValidationError, match="frozen"):
+        run.recipe.name = "x"  # type: ignore[misc]
+
+
+def test_the_order_of_the_stages_is_part_of_the_fingerprint(tmp_path: Path) -> None:
+    tree = read(TINY)
+    turned = {**tree, "stages": dict(reversed(tree["stages"].items()))}
+    (tmp_path / "turned.yaml").write_text(yaml.safe_dump(turned, sort_keys=False))
+    other = load(tmp_path / "turned.yaml", resources=INLINE)
+    assert list(other.recipe.stages) == ["sft", "pretrain", "align"]
+    assert other.recipe.fingerprint() != tiny().recipe.fingerprint()
+
+
+def test_fingerprints_are_equal_in_every_process() -> None:
+    code = (
+        "import sys; from pathlib import Path; from vila_ops.config import load;"
+        "sys.stdout.write(load(Path(sys.argv[1]), resources=Path(sys.argv[2])).recipe.fingerprint())"
+    )
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", code, str(TINY), str(INLINE)],
+            env={"PYTHONHASHSEED": seed},
+            capture_output=True,
+            check=True,
+        ).stdout.decode()
+        for seed in ("0", "1", "2")
+    }
+    assert told == {tiny().recipe.fingerprint()}

@@ -1,0 +1,152 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vila_ops.artifacts.store import content, export, verify
+from vila_ops.config import Mixture, Resources
+from vila_ops.data.prepare import prepare
+from vila_ops.data.shards import read_index, read_sample
+from vila_ops.data.split import split_of
+
+
+@pytest.fixture
+def resources(tmp_path: Path, make_resources: Callable[..., Resources]) -> Resources:
+    return make_resources(tmp_path / "work")
+
+
+def jsonl(path: Path, render: str = "caption") -> dict[str, Any]:
+    return {"kind": "jsonl", "path": str(path), "render": render}
+
+
+def mixture(sources: dict[str, Any], **more: Any) -> Mixture:
+    return Mixture.model_validate({"name": "own", "sources": sources, "shard_records": 16, **more})
+
+
+def test_records_become_samples_once(resources: Resources, make_mixture: Any, make_text: Any, tiny: Path) -> None:
+    chosen = make_mixture("pairs", "documents", "instructions", "definitions", long_documents="split")
+    made = prepare(chosen, make_text(), resources)
+    verify(made)
+    rows = read_index(content(made)).to_pylist()
+    assert made.num_samples == len(rows)
+    assert made.num_tokens == sum(row["num_tokens"] for row in rows)
+    assert len({row["key"] for row in rows}) == len(rows)
+    assert {row["shard"] for row in rows if row["source"] == "pairs"} == {f"pairs-0000{n}.tar" for n in range(3)}
+    for row in rows:
+        sample = read_sample(content(made), shard=row["shard"], offset=row["offset"], key=row["key"])
+        assert row["split"] == split_of(sample.object, chosen.split)
+        assert row["num_tokens"] == len(sample.input_ids) <= 128
+        assert sample.input_ids.count(3) == 16 * len(sample.images)
+        assert sample.licence
+    lines = (tiny / "pairs/records.jsonl").read_text(encoding="utf-8").splitlines()
+    objects = {json.loads(line)["object"] for line in lines}
+    assert {row["object"] for row in rows if row["source"] == "pairs"} == objects
+    summary = json.loads((content(made) / "summary.json").read_text())
+    assert summary["sources"]["pairs"]["records_seen"] == summary["sources"]["pairs"]["images"] == 48
+    assert summary["sources"]["pairs"]["dropped"] == {}
+    stamp = (Path(made.uri) / "manifest.json").stat().st_mtime_ns
+    assert prepare(chosen, make_text(), resources) == made
+    assert (Path(made.uri) / "manifest.json").stat().st_mtime_ns == stamp
+    assert len(list(Path(made.uri).iterdir())) == 2, "a second attempt was begun"
+
+
+def test_an_exported_dataset_is_found_first(resources: Resources, make_mixture: Any, make_text: Any) -> None:
+    chosen = make_mixture("definitions")
+    made = prepare(chosen, make_text(), resources)
+    out = Path(resources.data) / chosen.name
+    export(made, out)
+    shutil.rmtree(resources.store)
+    found = prepare(chosen, make_text(), resources)
+    assert (found.uri, found.digest) == (str(out), made.digest)
+    other = prepare(chosen, make_text(max_tokens=64), resources)
+    assert other.digest != made.digest
+    assert other.uri != str(out)
+
+
+def test_bytes_do_not_depend_on_place_or_attempt(
+    make_resources: Any, make_text: Any, tiny: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny / "pairs", tmp_path / "copy")
+    one = prepare(mixture({"p": jsonl(tiny / "pairs", "questions")}), make_text(), make_resources(tmp_path / "1"))
+    other = prepare(mixture({"p": jsonl(tmp_path / "copy", "questions")}), make_text(), make_resources(tmp_path / "2"))
+    assert one.digest == other.digest
+    assert Path(one.uri).name == Path(other.uri).name
+
+
+def test_the_order_in_which_sources_are_written_does_not_matter(
+    make_resources: Any, make_mixture: Any, make_text: Any, tmp_path: Path
+) -> None:
+    made = []
+    for names in (("pairs", "definitions"), ("definitions", "pairs")):
+        ordered = Mixture.model_validate({**make_mixture(*names).model_dump(), "name": "m"})
+        made.append(prepare(ordered, make_text(), make_resources(tmp_path / names[0])))
+    assert made[0].digest == made[1].digest
+
+
+def test_folders_that_change_places_are_another_dataset(resources: Resources, make_text: Any, tiny: Path) -> None:
+    """The same two contents under each other's names: weights and renders belong to names."""
+    pairs, definitions = tiny / "pairs", tiny / "definitions"
+    one = prepare(mixture({"a": jsonl(pairs), "b": jsonl(definitions)}), make_text(), resources)
+    other = prepare(mixture({"a": jsonl(definitions), "b": jsonl(pairs)}), make_text(), resources)
+    assert one.digest != other.digest
+
+
+def test_changed_files_are_prepared_anew_in_the_same_process(
+    resources: Resources, make_resources: Any, make_text: Any, tiny: Path, tmp_path: Path
+) -> None:
+    """Nothing read before may linger: the names that questions draw from are the new ones."""
+    folder = tmp_path / "pairs"
+    shutil.copytree(tiny / "pairs", folder)
+    asked = mixture({"p": jsonl(folder, "questions")})
+    before = prepare(asked, make_text(), resources)
+    records = folder / "records.jsonl"
+    records.write_text(
+        records.read_text(encoding="utf-8").replace('"object": "', '"object": "small '), encoding="utf-8"
+    )
+    after = prepare(asked, make_text(), resources)
+    assert after.digest != before.digest
+    for row in read_index(content(after)).to_pylist():
+        sample = read_sample(content(after), shard=row["shard"], offset=row["offset"], key=row["key"])
+        assert "Is there a" not in sample.text or "Is there a small " in sample.text
+
+
+def spoil(tiny: Path, folder: Path, count: int) -> Path:
+    """The tiny pairs with so many pictures that cannot be read."""
+    shutil.copytree(tiny / "pairs", folder)
+    for path in sorted(folder.glob("*.png"))[:count]:
+        path.write_bytes(path.read_bytes()[:100])
+    return folder
+
+
+@pytest.mark.parametrize("render", ["caption", "questions"])
+def test_an_unreadable_picture_is_a_counted_drop(
+    render: str, resources: Resources, make_text: Any, tiny: Path, tmp_path: Path
+) -> None:
+    folder = spoil(tiny, tmp_path / "pairs", 2)
+    made = prepare(mixture({"p": jsonl(folder, render)}, max_bad_share=2 / 48), make_text(), resources)
+    summary = json.loads((content(made) / "summary.json").read_text())["sources"]["p"]
+    assert summary["dropped"] == {"unreadable_image": 2}
+    assert summary["records_seen"] == 48
+    assert made.num_samples == 46 * (2 if render == "questions" else 1)
+
+
+@pytest.mark.parametrize("count", [3, 48])
+def test_too_many_bad_records_are_an_error_that_names_source_and_counts(
+    count: int, resources: Resources, make_text: Any, tiny: Path, tmp_path: Path
+) -> None:
+    bad = spoil(tiny, tmp_path / "pairs", count)
+    with pytest.raises(ValueError, match=rf"source 'p' dropped {count} of 48 .*unreadable_image.*max_bad_share 0.05"):
+        prepare(mixture({"p": jsonl(bad)}), make_text(), resources)
+    assert not list(Path(resources.store).rglob("manifest.json"))
+
+
+def test_a_missing_or_empty_source_is_an_error(resources: Resources, make_text: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no such folder: .*nowhere"):
+        prepare(mixture({"p": jsonl(tmp_path / "nowhere")}), make_text(), resources)
+    (tmp_path / "hollow").mkdir()
+    (tmp_path / "hollow/records.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="source 'p' has no records"):
+        prepare(mixture({"p": jsonl(tmp_path / "hollow")}), make_text(), resources)

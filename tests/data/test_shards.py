@@ -1,0 +1,112 @@
+import json
+import tarfile
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vila_ops.data.shards import CorruptShard, Sample, ShardWriter, mask, read_index, read_sample, runs, write_index
+
+
+def sample(number: int, *, images: tuple[bytes, ...] = ()) -> Sample:
+    return Sample(
+        key=f"s-00000-{number:06d}", source="s", object="dög", category="a/b", text="Ein Hund — 犬.", licence="CC0-1.0",
+        provenance="here", input_ids=[1, 40, 41, 2, number], is_target=[False, True, True, False, True], images=images,
+    )  # fmt: skip
+
+
+SAMPLES = [sample(0), sample(1, images=(b"one", b"two" * 300)), sample(2, images=(b"x" * 512,))]
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Path:
+    path = tmp_path / "s-00000.tar"
+    writer = ShardWriter(path)
+    for one in SAMPLES:
+        writer.add(one, split="train")
+    write_index(writer.close(), tmp_path)
+    return path
+
+
+def read(folder: Path, number: int) -> Sample:
+    row = read_index(folder).to_pylist()[number]
+    return read_sample(folder, shard=row["shard"], offset=row["offset"], key=row["key"])
+
+
+def test_samples_come_back_in_any_order(shard: Path) -> None:
+    for number in (2, 0, 1, 1):
+        assert read(shard.parent, number) == SAMPLES[number]
+    rows = read_index(shard.parent).to_pylist()
+    assert [(r["num_tokens"], r["num_targets"], r["num_images"]) for r in rows] == [(5, 3, 0), (5, 3, 2), (5, 3, 1)]
+    assert {(r["split"], r["source"], r["object"]) for r in rows} == {("train", "s", "dög")}
+
+
+def test_the_same_samples_give_the_same_bytes(shard: Path, tmp_path: Path) -> None:
+    (tmp_path / "again").mkdir()
+    writer = ShardWriter(tmp_path / "again/s-00000.tar")
+    for one in SAMPLES:
+        writer.add(one, split="train")
+    write_index(writer.close(), tmp_path / "again")
+    for name in ("s-00000.tar", "index.parquet"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_a_shard_is_a_plain_webdataset_tar(shard: Path) -> None:
+    with tarfile.open(shard) as tar:
+        assert tar.getnames() == [
+            "s-00000-000000.json",
+            "s-00000-000001.json", "s-00000-000001.0.png", "s-00000-000001.1.png",
+            "s-00000-000002.json", "s-00000-000002.0.png",
+        ]  # fmt: skip
+        member = tar.extractfile("s-00000-000001.1.png")
+        assert member is not None
+        assert member.read() == b"two" * 300
+        head = tar.extractfile("s-00000-000001.json")
+        assert head is not None
+        assert json.loads(head.read())["input_ids"] == [1, 40, 41, 2, 1]
+        assert {(m.mtime, m.uid, m.uname) for m in tar.getmembers()} == {(0, 0, "")}
+
+
+@pytest.mark.parametrize("damage", ["gone", "short", "head", "json", "swapped"])
+def test_a_damaged_shard_is_named_with_a_way_out(damage: str, shard: Path) -> None:
+    whole = shard.read_bytes()
+    row = read_index(shard.parent).to_pylist()[1]
+    offset, key = row["offset"], row["key"]
+    match damage:
+        case "gone":
+            shard.unlink()
+        case "short":
+            shard.write_bytes(whole[: offset + 600])
+        case "head":
+            shard.write_bytes(whole[: offset + 3] + b"\xff" + whole[offset + 4 :])
+        case "json":
+            shard.write_bytes(whole[: offset + 512] + b"[" + whole[offset + 513 :])
+        case "swapped":
+            key = "s-00000-000002"
+    with pytest.raises(CorruptShard, match=r"s-00000\.tar at byte .* prepare it again"):
+        read_sample(shard.parent, shard=shard.name, offset=offset, key=key)
+
+
+def test_a_dataset_that_was_replaced_is_read_anew(shard: Path, tmp_path: Path) -> None:
+    """A flow's process lives on while `data/<mixture>` is replaced."""
+    assert read(tmp_path, 0).input_ids[-1] == 0
+    shard.unlink()
+    writer = ShardWriter(shard)
+    writer.add(Sample(**{**vars(SAMPLES[0]), "input_ids": [1, 40, 41, 2, 9]}), split="train")
+    write_index(writer.close(), tmp_path)
+    assert read(tmp_path, 0).input_ids[-1] == 9
+
+
+@given(flags=st.lists(st.booleans(), max_size=40))
+def test_runs_are_the_flags(flags: list[bool]) -> None:
+    spans = runs(flags)
+    assert mask(spans, len(flags)) == flags
+    assert all(start < stop for start, stop in spans)
+    assert all(stop < start for (_, stop), (start, _) in pairwise(spans))
+
+
+def test_runs_by_hand() -> None:
+    assert runs([True, True, False, True]) == [(0, 2), (3, 4)]
+    assert runs([]) == []
