@@ -118,7 +118,9 @@ def test_mlflow_has_the_runs_and_the_champion(first: Json, servers: Json) -> Non
 
 def test_the_official_client_gets_an_answer(first: Json) -> None:
     client = OpenAI(base_url=f"{first['answer']['url']}/v1", api_key="none")
-    said = client.chat.completions.create(model=first["answer"]["name"], messages=[{"role": "user", "content": "hello"}], max_tokens=4)
+    said = client.chat.completions.create(
+        model=first["answer"]["name"], messages=[{"role": "user", "content": "hello"}], max_tokens=4
+    )
     assert said.system_fingerprint == first["stages"][-1]["digest"]
 
 

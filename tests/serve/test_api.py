@@ -25,6 +25,7 @@ from vila_ops.data.records import Image
 from vila_ops.generate.engine import Answer, Generator, Prompt
 from vila_ops.generate.load import load_generator
 from vila_ops.serve.api import create_app
+from vila_ops.serve.batching import Batcher
 from vila_ops.serve.spec import Spec
 
 SERVICE = Service(
@@ -90,6 +91,28 @@ def _fresh(watched: Watched) -> None:
 def client(url: str) -> openai.OpenAI:
     """The official client."""
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+@pytest.fixture
+def arrived(monkeypatch: pytest.MonkeyPatch) -> list[Prompt]:
+    """Prompts that came as far as the batcher."""
+    seen: list[Prompt] = []
+    answer = Batcher.answer
+
+    async def watch(self: Batcher, prompt: Prompt, *, max_new_tokens: int) -> Answer:
+        seen.append(prompt)
+        return await answer(self, prompt, max_new_tokens=max_new_tokens)
+
+    monkeypatch.setattr(Batcher, "answer", watch)
+    return seen
+
+
+def wait_for(count: int, arrived: list[Prompt]) -> None:
+    """Return when so many requests wait."""
+    deadline = time.monotonic() + 30
+    while len(arrived) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def data_url(data: bytes) -> str:
@@ -166,7 +189,7 @@ def test_the_model_list_and_health_name_the_digest(
 
 
 def test_concurrent_requests_share_batches_and_get_the_answers_that_they_get_alone(
-    client: openai.OpenAI, url: str, watched: Watched, picture: bytes
+    client: openai.OpenAI, url: str, watched: Watched, arrived: list[Prompt], picture: bytes
 ) -> None:
     def ask(number: int) -> tuple[str, str, int]:
         parts = [image(picture)] if number % 2 else []
@@ -178,9 +201,10 @@ def test_concurrent_requests_share_batches_and_get_the_answers_that_they_get_alo
     alone = [ask(number) for number in range(8)]
     watched.batches.clear()
     watched.gate.clear()
+    arrived.clear()
     with ThreadPoolExecutor(8) as pool:
         together = [pool.submit(ask, number) for number in range(8)]
-        time.sleep(0.5)
+        wait_for(8, arrived)
         assert httpx.get(f"{url}/health", timeout=5).status_code == 200  # while the generator is at work
         watched.gate.set()
         assert [one.result() for one in together] == alone
@@ -189,7 +213,9 @@ def test_concurrent_requests_share_batches_and_get_the_answers_that_they_get_alo
     assert max(watched.batches) == SERVICE.max_batch
 
 
-def test_a_request_that_breaks_the_generator_fails_alone_and_neutrally(client: openai.OpenAI, watched: Watched) -> None:
+def test_a_request_that_breaks_the_generator_fails_alone_and_neutrally(
+    client: openai.OpenAI, watched: Watched, arrived: list[Prompt]
+) -> None:
     watched.poison = watched.tokenizer.text_ids("zebra")[0]
     watched.gate.clear()
 
@@ -202,7 +228,7 @@ def test_a_request_that_breaks_the_generator_fails_alone_and_neutrally(client: o
 
     with ThreadPoolExecutor(4) as pool:
         answers = [pool.submit(ask, words) for words in ("hello", "zebra", "hello", "hello")]
-        time.sleep(0.3)
+        wait_for(4, arrived)
         watched.gate.set()
         first, broken, *others = [one.result() for one in answers]
     assert [first, *others] == [200, 200, 200]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,7 @@ def _train_ranks(job: Job, *, world_size: int, kill_at: int | None = None) -> No
         wanted = Path(job.resume) / f"step-{kill_at:06d}"
         while not wanted.exists():
             assert all(rank.poll() is None for rank in ranks), "ended before it could be killed"
+            time.sleep(0.01)
         for rank in ranks:
             rank.kill()
     codes = [rank.wait(timeout=240) for rank in ranks]

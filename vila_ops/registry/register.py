@@ -73,10 +73,10 @@ def _decide(
         "report.digest": report.digest,
     }
     for key, value in tags.items():
-        client.set_model_version_tag(name, str(number), key, value)
+        _set_tag(client, name, number, key, value)
     if verdict.passed and present != number:
         _promote(client, name, number, present=present)
-    client.set_model_version_tag(name, str(number), "ready", "true")
+    _set_tag(client, name, number, "ready", "true")
     log.info("%s version %d %s: %s", name, number, tags["gate.status"], tags["gate.reason"])
 
 
@@ -105,9 +105,8 @@ def _promote(client: Any, name: str, number: int, *, present: int | None) -> Non
     now = _champion_number(client, name)
     if now == present:
         if present is not None:
-            client.set_model_version_tag(name, str(number), "champion.previous", str(present))
-        client.set_registered_model_alias(name, CHAMPION, str(number))
-        now = _champion_number(client, name)
+            _set_tag(client, name, number, "champion.previous", str(present))
+        now = _set_champion(client, name, number)
     if now != number:
         raise ValueError(
             f"the champion of {name} became version {now} while version {number} was judged against version {present}; "
@@ -160,6 +159,28 @@ def _delete(client: Any, name: str, number: str) -> None:
     except MlflowException as error:  # another process deleted it first
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
+
+
+def _set_tag(client: Any, name: str, number: int, key: str, value: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.set_model_version_tag(name, str(number), key, value)
+    except MlflowException:  # MLflow lets only one of two processes insert the same new tag
+        if client.get_model_version(name, str(number)).tags.get(key) != value:
+            raise
+
+
+def _set_champion(client: Any, name: str, number: int) -> int | None:
+    """Point the alias to a version and read back where it points."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.set_registered_model_alias(name, CHAMPION, str(number))
+    except MlflowException:  # as for tags
+        if _champion_number(client, name) is None:
+            raise
+    return _champion_number(client, name)
 
 
 def _champion_number(client: Any, name: str) -> int | None:

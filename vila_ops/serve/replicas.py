@@ -1,16 +1,25 @@
 """The endpoint as a Ray Serve application on a running cluster; its controller and replicas outlive this process."""
 
+import time
+from contextlib import suppress
 from typing import Any
 
 import httpx
 import ray
 from ray import serve
-from ray.serve.schema import ApplicationStatus
+from ray.exceptions import RayActorError
+from ray.serve.schema import ApplicationStatus, ProxyStatus
 
 from vila_ops.serve.spec import Spec
 
 ONGOING_PER_BATCH = 4
 """Requests that a replica may hold, in batches: one is decoded while the next ones are read."""
+
+
+PROXY_SECONDS = 120.0
+"""How long Serve's HTTP proxy may take to come up."""
+PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30"}
+"""Of the controller with its proxy: after three checks of 5 s it kills one that still imports, on a busy machine."""
 
 
 class Replica:
@@ -33,8 +42,7 @@ class Replica:
 
 def apply(spec: Spec, *, host: str, port: int) -> None:
     """Ask for the application; Serve starts new replicas before it stops old ones, and drains those."""
-    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
-    _check_proxy(host, port)
+    _start_proxy(host, port)
     service = spec.service
     deployed = serve.deployment(
         name=service.name,
@@ -80,7 +88,13 @@ def remove(name: str) -> None:
         serve.delete(name)
 
 
-def _check_proxy(host: str, port: int) -> None:
+def _start_proxy(host: str, port: int) -> None:
+    options = {"runtime_env": {"env_vars": PATIENCE}}
+    with suppress(TimeoutError, RayActorError):  # the controller starts another proxy where one did not come up
+        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, controller_options=options)
+    deadline = time.monotonic() + PROXY_SECONDS
+    while ProxyStatus.HEALTHY not in serve.status().proxies.values() and time.monotonic() < deadline:
+        time.sleep(0.1)
     try:
         answer = httpx.get(f"http://{host}:{port}/-/healthz", trust_env=False)
         if answer.status_code in (httpx.codes.OK, httpx.codes.SERVICE_UNAVAILABLE):  # 503: no application yet

@@ -36,8 +36,8 @@ def folders(tmp_path: Path) -> dict[str, Path]:
     return {"@a/renders": renders, "names": names}
 
 
-def test_keys_are_things_without_people_and_skin_tones(folders: dict[str, Path]):
-    assert sources.keys(SOURCE, folders) == ["1f34e", "1f996", "2708-fe0f"]
+def test_keys_are_of_our_groups_without_skin_tones(folders: dict[str, Path]):
+    assert sources.keys(SOURCE, folders) == ["1f34e", "1f44b", "1f996", "2708-fe0f"]
 
 
 def test_a_render_is_captioned_with_its_name(folders: dict[str, Path]):

@@ -1,0 +1,65 @@
+"""What a suite asks about is held out, deranged and drawn from other held-out objects only."""
+
+from pathlib import Path
+
+import pytest
+
+from vila_ops.artifacts.store import content
+from vila_ops.config import Run, Suite, load
+from vila_ops.data.prepare import prepare
+from vila_ops.data.shards import read_index
+from vila_ops.eval.items import Items, read_items
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("items")
+    where = (f"resources.store={folder}/store", f"resources.cache={folder}/cache")
+    return load(ROOT / "configs/recipes/tiny.yaml", resources=ROOT / "configs/resources/inline.yaml", overrides=where)
+
+
+@pytest.fixture(scope="module")
+def folder(run: Run) -> Path:
+    suite = run.recipe.suite
+    return content(prepare(suite.mixture, run.recipe.text(max_tokens=suite.max_tokens), run.resources))
+
+
+@pytest.fixture(scope="module")
+def items(run: Run, folder: Path) -> Items:
+    return read_items(folder, run.recipe.suite)
+
+
+def test_objects_and_distractors_are_of_the_suites_side_only(run: Run, folder: Path, items: Items) -> None:
+    index = read_index(folder).to_pylist()
+    held_out = {row["object"] for row in index if row["split"] == "test"}
+    trained = {row["object"] for row in index if row["split"] == "train"}
+    objects = [picture.object for picture in items.pictures]
+    assert len(set(objects)) == len(objects) == 12
+    assert set(objects) <= held_out
+    assert not held_out & trained
+    captions = {picture.caption for picture in items.pictures}
+    for picture in items.pictures:
+        assert set(picture.distractors) <= captions - {picture.caption}
+        assert len(set(picture.distractors)) == 3
+        assert picture.absent in set(objects) - {picture.object}
+
+
+def test_the_control_shows_every_picture_once_and_never_the_own_one(items: Items) -> None:
+    own = [picture.image for picture in items.pictures]
+    other = [picture.other_image for picture in items.pictures]
+    assert sorted(own) == sorted(other)
+    assert all(one != two for one, two in zip(own, other, strict=True))
+
+
+def test_items_depend_on_data_and_seed_alone(run: Run, folder: Path, items: Items) -> None:
+    assert read_items(folder, run.recipe.suite) == items
+    reseeded = Suite.model_validate({**run.recipe.suite.model_dump(), "seed": 1})
+    assert [p.other_image for p in read_items(folder, reseeded).pictures] != [p.other_image for p in items.pictures]
+
+
+def test_words_have_three_other_meanings(items: Items) -> None:
+    assert len(items.words) == 12
+    for word in items.words:
+        assert len({word.meaning, *word.distractors}) == 4

@@ -1,0 +1,105 @@
+"""Answers and likelihoods are those of stock transformers, whatever shares a batch."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from vila_ops.artifacts.kinds import Pretrained
+from vila_ops.config import Model, Resources
+from vila_ops.data.images import square
+from vila_ops.data.records import Image
+from vila_ops.generate.engine import Generator, Prompt
+from vila_ops.generate.load import load_generator
+from vila_ops.model.assemble import assemble
+
+QUESTIONS = (
+    "What is this?",
+    "Is there a dog?",
+    "Name three colours, please.",
+    "Why?",
+    "Hello there, how are you today?",
+)
+
+
+@pytest.fixture(scope="module")
+def sealed(
+    make_model: Callable[..., Model], make_resources: Callable[..., Resources], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Pretrained, Path]:
+    folder = tmp_path_factory.mktemp("generate")
+    return assemble(make_model(), make_resources(folder)), folder
+
+
+@pytest.fixture(scope="module")
+def generator(sealed: tuple[Pretrained, Path]) -> Generator:
+    base, folder = sealed
+    made = load_generator(base, feature_root=folder / "features", threads=1, precision="fp32")
+    made.slots = 3  # fewer than there are prompts: rows have to join and leave
+    return made
+
+
+@pytest.fixture(scope="module")
+def prompts(generator: Generator, tiny: Path) -> list[Prompt]:
+    """Text only, one picture, two pictures, of mixed lengths."""
+    pictures = [
+        square(path.read_bytes(), size=generator.image_size) for path in sorted((tiny / "pairs").glob("*.png"))[:3]
+    ]
+    made = [Prompt(generator.tokenizer.prompt([("user", (question,))])) for question in QUESTIONS]
+    for used in (pictures[:1], pictures[1:], pictures):
+        parts = (*(Image(data) for data in used), "What is this?")
+        made.append(Prompt(generator.tokenizer.prompt([("user", parts)]), tuple(used)))
+    return made
+
+
+def _stock_logits(generator: Generator, ids: list[int], images: tuple[bytes, ...]) -> torch.Tensor:
+    """(T, V) of the whole row at once, from pixels, through transformers' own forward."""
+    values = torch.from_numpy(generator.features.pixels(list(images))) if images else None  # type: ignore[attr-defined]
+    with torch.no_grad():
+        out: torch.Tensor = generator.model(input_ids=torch.tensor([ids]), pixel_values=values).logits[0]
+    return out
+
+
+def test_greedy_answers_are_those_of_one_full_forward_a_token(generator: Generator, prompts: list[Prompt]) -> None:
+    answers = generator.generate(prompts, max_new_tokens=6)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = list(prompt.input_ids)
+        expected: list[int] = []
+        for _ in range(6):
+            logits = _stock_logits(generator, ids, prompt.images)[-1]
+            logits[generator.tokenizer.image_id] = -torch.inf
+            token = int(logits.argmax())
+            if token == generator.tokenizer.eos_id:
+                break
+            expected.append(token)
+            ids.append(token)
+        assert answer.ids == expected
+        assert answer.finished == (len(expected) < 6)
+
+
+def test_scores_are_those_of_each_continuation_alone(generator: Generator, prompts: list[Prompt]) -> None:
+    tokenizer = generator.tokenizer
+    continuations = [tokenizer.text_ids(text) for text in ("A dog.", "A red apple on a table.", "No")]
+    scored = generator.score([(prompt, continuations) for prompt in prompts])
+    for prompt, scores in zip(prompts, scored, strict=True):
+        for tokens, score in zip(continuations, scores, strict=True):
+            logits = _stock_logits(generator, prompt.input_ids + tokens, prompt.images).log_softmax(-1)
+            start = len(prompt.input_ids) - 1
+            expected = -sum(float(logits[start + place, token]) for place, token in enumerate(tokens))
+            assert score.nll == pytest.approx(expected, abs=2e-4)
+            assert score.tokens == len(tokens)
+
+
+def test_another_picture_gives_another_score(generator: Generator, prompts: list[Prompt]) -> None:
+    """Guards the tests above: the picture is not ignored."""
+    one, two = prompts[5], Prompt(prompts[5].input_ids, prompts[6].images[:1])
+    (first,), (second,) = generator.score([(prompt, [[5, 6, 7]]) for prompt in (one, two)])
+    assert abs(first.nll - second.nll) > 1e-4
+
+
+def test_what_does_not_fit_is_refused(generator: Generator) -> None:
+    with pytest.raises(ValueError, match="context of 2048"):
+        generator.generate([Prompt([1] * 2048)], max_new_tokens=1)
+    with pytest.raises(ValueError, match="at least one token"):
+        generator.score([(Prompt([1]), [[]])])
+    assert generator.generate([], max_new_tokens=4) == []
