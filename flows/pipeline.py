@@ -1,22 +1,24 @@
 """The flow `vila`: every room, from data to a served model."""
 
 import logging
+from pathlib import Path
 
 from prefect import flow, runtime
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from flows.tasks import ROOMS
-from vila_ops.config import Run
+from vila_ops.config import Run, load
 from vila_ops.pipeline import run_pipeline
 from vila_ops.report import summary
 
 
 @flow(name="vila", validate_parameters=True, persist_result=False)
-def vila(run: Run) -> dict[str, str]:
+def vila(run: Run | None = None) -> dict[str, str]:
     """Prepare, train stage by stage, evaluate after each, register, deploy; what is sealed already is not made again.
 
-    Returns the digests of what was made and where the report lies.
+    Without a run it is the demo's recipe on this box. Returns the digests of what was made and where the report lies.
     """
+    run = run or load(Path("configs/recipes/demo.yaml"), resources=Path("configs/resources/laptop.yaml"))
     logging.getLogger("vila_ops").setLevel(logging.INFO)  # Prefect gives the logger handlers, but no level
     outcome = run_pipeline(run, ROOMS, flow_run=runtime.flow_run.id)
     page = summary.write(run, outcome)

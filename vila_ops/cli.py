@@ -1,6 +1,5 @@
 """`vila-ops`: each room as a command, the whole pipeline, and the servers of one box. Bodies of a few lines."""
 
-import json
 import logging
 import sys
 from pathlib import Path
@@ -15,7 +14,6 @@ from vila_ops.artifacts import store
 from vila_ops.config import Config, Run, load
 from vila_ops.config.local import load_local
 from vila_ops.data.prepare import export_for_dvc
-from vila_ops.serve.deploy import deploy as deploy_room
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Image-text data to a served VLM."
@@ -38,8 +36,9 @@ def show(
 ) -> None:
     """Print the resolved run and its fingerprint, and do nothing."""
     run = _load(recipe, resources, overrides)
-    resolved = {"fingerprint": run.recipe.fingerprint(), **run.model_dump(mode="json")}
-    print(json.dumps(resolved, indent=None if as_json else 2))
+    if not as_json:
+        print(f"# fingerprint {run.recipe.fingerprint()}")
+    _print(run, as_json)
 
 
 @app.command()
@@ -101,9 +100,8 @@ def register(
 
 @app.command()
 def deploy(recipe: RecipeFile, resources: ResourcesFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Serve the registered model of a recipe."""
-    run = _load(recipe, resources, overrides)
-    _print(deploy_room(run.recipe.service, pipeline.register_last(run), run.resources), as_json)
+    """Serve the model of a recipe, or the champion where the gate refused it."""
+    _print(pipeline.deploy_champion(_load(recipe, resources, overrides)), as_json)
 
 
 @app.command()

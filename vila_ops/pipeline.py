@@ -74,8 +74,10 @@ def run_pipeline(run: Run, rooms: Rooms, *, flow_run: str | None = None) -> Outc
         rival = champion(recipe.gate, resources)
         against = rooms.evaluate(recipe.suite, rival.checkpoint, held_out, resources) if rival else None
         version = rooms.register(recipe.gate, model, reports[model.stage], against, resources)
-        deployment = rooms.deploy(recipe.service, version, resources)
-        answer = ask(deployment, held_out, recipe.suite)
+        served = version if version.promoted else champion(recipe.gate, resources)
+        if served is not None:  # a model that the gate refused is not served
+            deployment = rooms.deploy(recipe.service, served, resources)
+            answer = ask(deployment, held_out, recipe.suite)
     return Outcome(
         started=started,
         seconds=round(time.monotonic() - clock, 1),
@@ -143,6 +145,17 @@ def register_last(run: Run) -> ModelVersion:
     held_out = prepare_named(run, run.recipe.suite.mixture.name)
     against = evaluate(run.recipe.suite, rival.checkpoint, held_out, run.resources) if rival else None
     return register(run.recipe.gate, model, evaluate_stage(run, last), against, run.resources)
+
+
+def deploy_champion(run: Run) -> Deployment:
+    """Serve the model that the gate let through: the last stage's, or the champion that it did not beat."""
+    version = register_last(run)
+    served = version if version.promoted else champion(run.recipe.gate, run.resources)
+    if served is None:
+        raise ValueError(
+            f"the gate of {run.recipe.gate.model_name!r} has let no model through, so there is none to serve"
+        )
+    return deploy(run.recipe.service, served, run.resources)
 
 
 def _with_parent(run: Run, flow_run: str | None) -> Resources:

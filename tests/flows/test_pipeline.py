@@ -85,7 +85,7 @@ def test_the_summary_says_what_really_ran(first: Json, servers: Json) -> None:
     assert all(worker["node"] and worker["pid"] for worker in ran)
     assert all(room["seconds"] > 0 for room in first["rooms"])
     assert first["serving"]["model"] == first["answer"]["model"] == first["stages"][-1]["digest"]
-    assert first["serving"]["replica"]["actor"]
+    assert first["serving"]["replica"]["actor_id"]
     assert first["versions"]["deepspeed"]
     asked = httpx.get(f"{servers['resources']['prefect_page']}/api/flow_runs/{first['prefect_flow_run']}").json()
     assert asked["state"]["type"] == "COMPLETED"

@@ -16,6 +16,7 @@ import httpx
 import openai
 import psutil
 import pytest
+import ray
 
 from vila_ops.artifacts.kinds import ModelVersion
 from vila_ops.cluster import connect
@@ -51,6 +52,7 @@ def resources() -> Iterator[Resources]:
         try:
             yield Resources(launch="ray", ray_address=f"127.0.0.1:{gcs}", serve_port=_up(head, gcs, serve_port))
         finally:
+            ray.shutdown()  # a driver that is still connected is ended a minute after its cluster
             tree = [*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)]
             for process in tree:
                 process.terminate()
