@@ -6,6 +6,7 @@ It talks to Prefect over HTTP, as any client would, and so does not import it.
 import json
 import os
 import re
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from vila_ops.config.local import LocalServers
 
 DEPLOYMENT = "vila/full-pipeline"
 POLL_SECONDS = 1.0
+BUSY_TRIES = 30
 WORTH_SAYING = re.compile(r"vila_ops[\w.]*:? (?:- )?(.*)$")
 Say = Callable[[str], None]
 
@@ -45,8 +47,13 @@ def demo(run: Run, settings: LocalServers, *, say: Say) -> None:
 def _start(api: httpx.Client, run: Run) -> dict[str, Any]:
     deployment = api.get(f"/deployments/name/{DEPLOYMENT}")
     deployment.raise_for_status()
-    parameters = {"run": run.model_dump(mode="json")}
-    created = api.post(f"/deployments/{deployment.json()['id']}/create_flow_run", json={"parameters": parameters})
+    body = {"parameters": {"run": run.model_dump(mode="json")}, "idempotency_key": secrets.token_hex(8)}
+    url = f"/deployments/{deployment.json()['id']}/create_flow_run"
+    for last in (False,) * BUSY_TRIES + (True,):
+        created = api.post(url, json=body)
+        if created.status_code != httpx.codes.SERVICE_UNAVAILABLE or last:
+            break
+        time.sleep(POLL_SECONDS)  # Prefect's SQLite is locked by another writer, as it says with a 503
     created.raise_for_status()
     flow_run: dict[str, Any] = created.json()
     return flow_run
