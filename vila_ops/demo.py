@@ -45,24 +45,26 @@ def demo(run: Run, settings: LocalServers, *, say: Say) -> None:
 
 
 def _start(api: httpx.Client, run: Run) -> dict[str, Any]:
-    deployment = api.get(f"/deployments/name/{DEPLOYMENT}")
-    deployment.raise_for_status()
+    deployment = _ask(api, "GET", f"/deployments/name/{DEPLOYMENT}")
     body = {"parameters": {"run": run.model_dump(mode="json")}, "idempotency_key": secrets.token_hex(8)}
-    url = f"/deployments/{deployment.json()['id']}/create_flow_run"
-    for last in (False,) * BUSY_TRIES + (True,):
-        created = api.post(url, json=body)
-        if created.status_code != httpx.codes.SERVICE_UNAVAILABLE or last:
+    return _ask(api, "POST", f"/deployments/{deployment['id']}/create_flow_run", json=body)
+
+
+def _ask(api: httpx.Client, method: str, url: str, **request: Any) -> dict[str, Any]:
+    """Prefect's answer; asked again while its SQLite is locked by another writer, which it says with a 503."""
+    for _ in range(BUSY_TRIES):
+        response = api.request(method, url, **request)
+        if response.status_code != httpx.codes.SERVICE_UNAVAILABLE:
             break
-        time.sleep(POLL_SECONDS)  # Prefect's SQLite is locked by another writer, as it says with a 503
-    created.raise_for_status()
-    flow_run: dict[str, Any] = created.json()
-    return flow_run
+        time.sleep(POLL_SECONDS)
+    answer: dict[str, Any] = response.raise_for_status().json()
+    return answer
 
 
 def _follow(api: httpx.Client, flow_run: str, lines: Iterator[str], say: Say, started: float) -> dict[str, Any]:
     """Say what our rooms log until the flow run has ended; returns its last state."""
     while True:
-        state: dict[str, Any] = api.get(f"/flow_runs/{flow_run}").raise_for_status().json()["state"]
+        state: dict[str, Any] = _ask(api, "GET", f"/flow_runs/{flow_run}")["state"]
         for line in lines:
             if not line:
                 break
