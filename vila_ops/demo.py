@@ -19,9 +19,13 @@ from vila_ops.config import Run
 from vila_ops.config.local import LocalServers
 
 DEPLOYMENT = "vila/full-pipeline"
+TAG = "vila-ops-demo"
+"""On every flow run that a demo started."""
+ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 POLL_SECONDS = 1.0
 BUSY_TRIES = 30
 WORTH_SAYING = re.compile(r"vila_ops[\w.]*:? (?:- )?(.*)$")
+Json = dict[str, Any]
 Say = Callable[[str], None]
 
 
@@ -36,7 +40,7 @@ def demo(run: Run, settings: LocalServers, *, say: Say) -> None:
     log = Path(settings.root) / "logs" / "worker.log"
     lines = _new_lines(log)
     with httpx.Client(base_url=f"{endpoints.prefect}/api", timeout=30) as api:
-        flow_run = _start(api, run)
+        flow_run = _adopt(api, run, settings, say) or _start(api, run)
         say(f"flow run {flow_run['name']}: {endpoints.prefect}/runs/flow-run/{flow_run['id']}")
         state = _follow(api, flow_run["id"], lines, say, started)
     if state["type"] != "COMPLETED":
@@ -44,34 +48,66 @@ def demo(run: Run, settings: LocalServers, *, say: Say) -> None:
     _say_results(run, endpoints, say, seconds=time.monotonic() - started)
 
 
-def _start(api: httpx.Client, run: Run) -> dict[str, Any]:
-    deployment = _ask(api, "GET", f"/deployments/name/{DEPLOYMENT}")
-    body = {"parameters": {"run": run.model_dump(mode="json")}, "idempotency_key": secrets.token_hex(8)}
-    return _ask(api, "POST", f"/deployments/{deployment['id']}/create_flow_run", json=body)
+def _start(api: httpx.Client, run: Run) -> Json:
+    deployment: Json = _ask(api, "GET", f"/deployments/name/{DEPLOYMENT}")
+    body = {"parameters": _parameters(run), "idempotency_key": secrets.token_hex(8), "tags": [TAG]}
+    started: Json = _ask(api, "POST", f"/deployments/{deployment['id']}/create_flow_run", json=body)
+    return started
 
 
-def _ask(api: httpx.Client, method: str, url: str, **request: Any) -> dict[str, Any]:
+def _adopt(api: httpx.Client, run: Run, settings: LocalServers, say: Say) -> Json | None:
+    """The flow run of a demo that was killed, if it still works on the same; one that works on another is ended."""
+    wanted = {"tags": {"all_": [TAG]}, "state": {"type": {"any_": ["SCHEDULED", "PENDING", "RUNNING"]}}}
+    adopted = None
+    for found in _ask(api, "POST", "/flow_runs/filter", json={"flow_runs": wanted}):
+        works = found["infrastructure_pid"] is None or local.owns(settings, _pid(found))
+        if works and adopted is None and found["parameters"] == _parameters(run):
+            adopted = found
+            say(f"going on with flow run {found['name']}, which an earlier demo started")
+        else:
+            _end(api, found, works=works)
+            say(f"ended flow run {found['name']}, which an earlier demo started")
+    return adopted
+
+
+def _end(api: httpx.Client, flow_run: Json, *, works: bool) -> None:
+    """Let the worker end a flow run; one whose process is gone is only said to have crashed."""
+    state = {"type": "CANCELLING" if works else "CRASHED", "message": "ended by a later demo"}
+    _ask(api, "POST", f"/flow_runs/{flow_run['id']}/set_state", json={"state": state, "force": True})
+    while _ask(api, "GET", f"/flow_runs/{flow_run['id']}")["state"]["type"] not in ENDED:
+        time.sleep(POLL_SECONDS)
+
+
+def _pid(flow_run: Json) -> int:
+    """Prefect notes the process of a flow run as host:pid."""
+    return int(flow_run["infrastructure_pid"].rpartition(":")[2])
+
+
+def _parameters(run: Run) -> Json:
+    return {"run": run.model_dump(mode="json")}
+
+
+def _ask(api: httpx.Client, method: str, url: str, **request: Any) -> Any:
     """Prefect's answer; asked again while its SQLite is locked by another writer, which it says with a 503."""
     for _ in range(BUSY_TRIES):
         response = api.request(method, url, **request)
         if response.status_code != httpx.codes.SERVICE_UNAVAILABLE:
             break
         time.sleep(POLL_SECONDS)
-    answer: dict[str, Any] = response.raise_for_status().json()
-    return answer
+    return response.raise_for_status().json()
 
 
-def _follow(api: httpx.Client, flow_run: str, lines: Iterator[str], say: Say, started: float) -> dict[str, Any]:
+def _follow(api: httpx.Client, flow_run: str, lines: Iterator[str], say: Say, started: float) -> Json:
     """Say what our rooms log until the flow run has ended; returns its last state."""
     while True:
-        state: dict[str, Any] = _ask(api, "GET", f"/flow_runs/{flow_run}")["state"]
+        state: Json = _ask(api, "GET", f"/flow_runs/{flow_run}")["state"]
         for line in lines:
             if not line:
                 break
             if found := WORTH_SAYING.search(line):
                 elapsed = round(time.monotonic() - started)
                 say(f"{elapsed // 60:3d}:{elapsed % 60:02d}  {found.group(1)}")
-        if state["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
+        if state["type"] in ENDED:
             return state
         time.sleep(POLL_SECONDS)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vila_ops import tracking
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, Deployment, EvalReport, ModelVersion, Pretrained
-from vila_ops.config import Config, Gate, Mixture, Model, Resources, Run, Service, Stage, Suite, TextFormat
+from vila_ops.config import Config, Gate, Mixture, Model, Recipe, Resources, Run, Service, Stage, Suite, TextFormat
 from vila_ops.data import sources
 from vila_ops.data.prepare import prepare
 from vila_ops.eval.evaluate import evaluate
@@ -71,11 +71,8 @@ def run_pipeline(run: Run, rooms: Rooms, *, flow_run: str | None = None) -> Outc
         reports[name] = rooms.evaluate(suite, model, held_out, resources)
     version = deployment = answer = None
     if resources.tracking_uri is not None and isinstance(model, Checkpoint):
-        rival = champion(recipe.gate, resources)
-        against = rooms.evaluate(recipe.suite, rival.checkpoint, held_out, resources) if rival else None
-        version = rooms.register(recipe.gate, model, reports[model.stage], against, resources)
-        served = version if version.promoted else champion(recipe.gate, resources)
-        if served is not None:  # a model that the gate refused is not served
+        version = _register(recipe, model, reports[model.stage], held_out, resources, rooms)
+        if (served := _to_serve(recipe, version, resources)) is not None:
             deployment = rooms.deploy(recipe.service, served, resources)
             answer = ask(deployment, held_out, recipe.suite)
     return Outcome(
@@ -137,25 +134,38 @@ def evaluate_stage(run: Run, stage: str) -> EvalReport:
 
 def register_last(run: Run) -> ModelVersion:
     """The registered version of the last stage's model."""
-    last = list(run.recipe.stages)[-1]
-    model = model_after(run, last)
-    if not isinstance(model, Checkpoint):
-        raise ValueError(f"recipe {run.recipe.name!r} has no stage, so there is nothing to register")
-    rival = champion(run.recipe.gate, run.resources)
-    held_out = prepare_named(run, run.recipe.suite.mixture.name)
-    against = evaluate(run.recipe.suite, rival.checkpoint, held_out, run.resources) if rival else None
-    return register(run.recipe.gate, model, evaluate_stage(run, last), against, run.resources)
+    recipe, resources = run.recipe, run.resources
+    if not recipe.stages:
+        raise ValueError(f"recipe {recipe.name!r} has no stage, so there is nothing to register")
+    model = model_after(run, list(recipe.stages)[-1])
+    assert isinstance(model, Checkpoint)
+    held_out = prepare_named(run, recipe.suite.mixture.name)
+    report = evaluate(recipe.suite, model, held_out, resources)
+    return _register(recipe, model, report, held_out, resources, Rooms())
 
 
 def deploy_champion(run: Run) -> Deployment:
     """Serve the model that the gate let through: the last stage's, or the champion that it did not beat."""
-    version = register_last(run)
-    served = version if version.promoted else champion(run.recipe.gate, run.resources)
+    served = _to_serve(run.recipe, register_last(run), run.resources)
     if served is None:
         raise ValueError(
             f"the gate of {run.recipe.gate.model_name!r} has let no model through, so there is none to serve"
         )
     return deploy(run.recipe.service, served, run.resources)
+
+
+def _register(
+    recipe: Recipe, model: Checkpoint, report: EvalReport, held_out: Dataset, resources: Resources, rooms: Rooms
+) -> ModelVersion:
+    """Register a model against the present champion, which is evaluated on the same suite."""
+    rival = champion(recipe.gate, resources)
+    against = rooms.evaluate(recipe.suite, rival.checkpoint, held_out, resources) if rival else None
+    return rooms.register(recipe.gate, model, report, against, resources)
+
+
+def _to_serve(recipe: Recipe, version: ModelVersion, resources: Resources) -> ModelVersion | None:
+    """A model that the gate refused is not served: the champion is, if there is one."""
+    return version if version.promoted else champion(recipe.gate, resources)
 
 
 def _with_parent(run: Run, flow_run: str | None) -> Resources:

@@ -46,14 +46,29 @@ def servers(tmp_path_factory: pytest.TempPathFactory, free_servers: Callable[[Pa
     local.down(settings)
 
 
+def command(servers: Json, *overrides: str) -> list[str]:
+    """The demo on this test's own servers."""
+    files = ["-r", str(servers["folder"] / "resources.yaml"), "--servers", str(servers["folder"] / "local.yaml")]
+    sets = [word for override in overrides for word in ("-s", override)]
+    return [PROGRAM, "demo", "configs/recipes/tiny.yaml", *files, *sets]
+
+
+def kill_once_started(servers: Json, *overrides: str) -> str:
+    """SIGKILL to a demo as soon as its flow run is there; returns the flow run's id."""
+    with subprocess.Popen(command(servers, *overrides), cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        said = next(line for line in process.stdout if line.startswith("flow run "))
+        process.kill()
+    return said.strip().rpartition("/")[2]
+
+
 @pytest.fixture(scope="module")
 def demo(servers: Json) -> Demo:
     def run(*overrides: str) -> Json:
         folder = servers["folder"]
-        files = ["-r", str(folder / "resources.yaml"), "--servers", str(folder / "local.yaml")]
-        sets = [word for override in overrides for word in ("-s", override)]
-        command = [PROGRAM, "demo", "configs/recipes/tiny.yaml", *files, *sets]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=800, check=False)
+        done = subprocess.run(
+            command(servers, *overrides), cwd=ROOT, capture_output=True, text=True, timeout=800, check=False
+        )
         log = folder / "local/logs/worker.log"
         assert done.returncode == 0, done.stdout + done.stderr + (log.read_text()[-4000:] if log.exists() else "")
         summary: Json = json.loads((folder / "store/tiny/summary.json").read_text())
@@ -144,3 +159,15 @@ def test_one_changed_weight_makes_exactly_what_depends_on_it(first: Json, demo: 
     changed = demo("stages.sft.mixture.sources.instructions.weight=0.25")
     made = {(room["room"], room["name"]) for room in changed["rooms"] if not room["reused"]}
     assert made == {("prepare", "tiny_sft"), ("train_stage", "sft"), ("evaluate", "sft")}
+
+
+def test_a_killed_demo_is_gone_on_with_and_another_one_is_ended(first: Json, demo: Demo, servers: Json) -> None:
+    killed = kill_once_started(servers, "stages.sft.learning_rate=3e-4")
+    again = demo("stages.sft.learning_rate=3e-4")
+    assert again["prefect_flow_run"] == killed
+
+    other = kill_once_started(servers, "stages.sft.learning_rate=4e-4")
+    unchanged = demo()
+    assert unchanged["prefect_flow_run"] != other
+    asked = httpx.get(f"{servers['resources']['prefect_page']}/api/flow_runs/{other}").json()
+    assert asked["state"]["type"] == "CANCELLED"

@@ -1,11 +1,11 @@
 """The work of `prepare`: units of source keys become shards, in a loop or as Ray Data tasks."""
 
-import os
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from vila_ops.cluster import connect, whoami
 from vila_ops.config import Config, Mixture, Resources, Source, Split, TextFormat
 from vila_ops.data import sources
 from vila_ops.data.conversation import Tokenizer, tokenise
@@ -82,7 +82,8 @@ def write_shard(job: Job, unit: Unit) -> dict[str, Any]:
                     writer.add(sample, split=split)
             drops.update(reasons)
     rows = writer.close()
-    return {"source": unit.source, "shard": unit.shard, "rows": rows, "seen": seen, "drops": dict(drops), "ran": _who()}
+    found = {"source": unit.source, "shard": unit.shard, "rows": rows, "seen": seen, "drops": dict(drops)}
+    return {**found, "ran": whoami()}
 
 
 def _units(mixture: Mixture, *, cache: Path) -> list[Unit]:
@@ -99,8 +100,6 @@ def _units(mixture: Mixture, *, cache: Path) -> list[Unit]:
 
 def _run_on_ray(job: Job, units: list[Unit], resources: Resources) -> list[dict[str, Any]]:
     import ray.data
-
-    from vila_ops.cluster import connect
 
     connect(resources)
     items = [{"job": job.model_dump_json(), "unit": unit.model_dump_json()} for unit in units]
@@ -208,13 +207,3 @@ def _refuse_bad_sources(mixture: Mixture, summary: dict[str, Any]) -> None:
                 f"mixture {mixture.name!r}: source {name!r} dropped {bad} of {source['records_seen']} records "
                 f"({source['dropped']}), more than max_bad_share {mixture.max_bad_share}; mend the source or raise it"
             )
-
-
-def _who() -> dict[str, Any]:
-    """This worker, in its own words."""
-    if "RAY_JOB_ID" not in os.environ and "RAY_RAYLET_PID" not in os.environ:
-        return {"launch": "inline", "pid": os.getpid()}
-    import ray
-
-    context = ray.get_runtime_context()
-    return {"launch": "ray", "node": context.get_node_id(), "worker": context.get_worker_id(), "pid": os.getpid()}

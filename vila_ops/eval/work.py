@@ -1,12 +1,12 @@
 """The work of `evaluate`: one model through a suite's benchmarks, in this process."""
 
 import logging
-import os
 import time
 from pathlib import Path
 from typing import Any, assert_never
 
 from vila_ops.artifacts.store import content, verify
+from vila_ops.cluster import whoami
 from vila_ops.config.eval import (
     Benchmark,
     CaptionCider,
@@ -57,7 +57,7 @@ def run(job: Job) -> dict[str, Any]:
         "metrics": as_json(metrics),
         "answers": answers,
     }
-    return {"report": report, "ran": _who()}
+    return {"report": report, "ran": whoami()}
 
 
 def _measure(benchmark: Benchmark, bench: Bench) -> tuple[list[Metric], list[dict[str, str]]]:
@@ -76,14 +76,3 @@ def _measure(benchmark: Benchmark, bench: Bench) -> tuple[list[Metric], list[dic
             return text_loss(bench), []
         case _:
             assert_never(benchmark)
-
-
-def _who() -> dict[str, Any]:
-    """This process, in its own words."""
-    import ray
-
-    if not ray.is_initialized():
-        return {"launch": "inline", "pid": os.getpid()}
-    context = ray.get_runtime_context()
-    ids = {"node": context.get_node_id(), "actor": context.get_actor_id(), "worker": context.get_worker_id()}
-    return {"launch": "ray", **ids, "pid": os.getpid()}

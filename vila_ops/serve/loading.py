@@ -46,7 +46,7 @@ def _bounded(features: Callable[[Sequence[bytes]], Tensor], folder: Path) -> Cal
 
     def compute(images: Sequence[bytes]) -> Tensor:
         found = features(images)
-        paths = sorted(folder.rglob("*.npy"), key=lambda path: path.stat().st_mtime_ns)
+        paths = sorted(folder.rglob("*.npz"), key=lambda path: path.stat().st_mtime_ns)
         for path in paths[:-KEPT_PICTURES]:
             path.unlink()
         return found

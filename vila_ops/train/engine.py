@@ -49,7 +49,7 @@ class PlainEngine:
         self.objective = objective
         self.named = [pair for named in trained.values() for pair in named]
         self.max_grad_norm = stage.max_grad_norm
-        self.optimizer = torch.optim.AdamW(parameter_groups(stage, trained), betas=stage.betas)
+        self.optimizer = torch.optim.AdamW(parameter_groups(stage, trained), betas=stage.betas, fused=True)
 
     def loss(self, batch: Batch) -> Tensor:
         """See Engine."""
@@ -86,7 +86,7 @@ class PlainEngine:
             with torch.no_grad():
                 parameter.copy_(saved["param"])
             moments = {key: saved[key].to(parameter.device) for key in MOMENTS}
-            self.optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
+            self.optimizer.state[parameter] = {"step": _steps(step, parameter), **moments}
 
 
 class DeepSpeedEngine:
@@ -97,7 +97,7 @@ class DeepSpeedEngine:
         self.deepspeed = deepspeed
         self.named = [pair for named in trained.values() for pair in named]
         self.zero_stage = resources.zero_stage
-        optimizer = torch.optim.AdamW(parameter_groups(stage, trained), betas=stage.betas)
+        optimizer = torch.optim.AdamW(parameter_groups(stage, trained), betas=stage.betas, fused=True)
         self.engine, *_ = deepspeed.initialize(
             model=objective, optimizer=optimizer, config=deepspeed_config(stage, resources), dist_init_required=False
         )
@@ -171,7 +171,7 @@ class DeepSpeedEngine:
         for group in self.base.param_groups:
             for flat in group["params"]:
                 empty = {key: torch.zeros_like(flat) for key in MOMENTS}
-                self.base.state[flat] = {"step": torch.tensor(float(step)), **empty}
+                self.base.state[flat] = {"step": _steps(step, flat), **empty}
         if self.zero_stage in (1, 2):
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
@@ -208,6 +208,11 @@ def build_engine(objective: Objective, trained: Trained, stage: Stage, resources
 def _set_rates(optimizer: Any, factor: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
+
+
+def _steps(step: int, like: Tensor) -> Tensor:
+    """The count of steps as torch's fused AdamW keeps it."""
+    return torch.tensor(float(step), device=like.device)
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:

@@ -1,16 +1,14 @@
 """A stage's workers on the cluster: Ray Train starts, watches and restarts them; the loop is the same as inline."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-import ray
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from vila_ops.cluster import connect, log_to_driver
+from vila_ops.cluster import connect, log_to_driver, whoami
 from vila_ops.train.job import Job, Place
 
 
@@ -53,13 +51,5 @@ def _worker(config: dict[str, str]) -> None:
     job = Job.model_validate_json(config["job"])
     context = ray.train.get_context()
     place = Place(rank=context.get_world_rank(), world_size=context.get_world_size())
-    ran = train(job, place)
-    runtime = ray.get_runtime_context()
-    said = {
-        "launch": "ray",
-        **ran,
-        "node": runtime.get_node_id(),
-        "actor": runtime.get_actor_id(),
-        "pid": os.getpid(),
-    }
+    said = {**train(job, place), **whoami()}
     Path(f"{job.attempt}-rank-{place.rank}.json").write_text(json.dumps(said))

@@ -10,6 +10,7 @@ from vila_ops import tracking
 from vila_ops.artifacts import store
 from vila_ops.artifacts.execution import execution
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, Pretrained
+from vila_ops.cluster import whoami
 from vila_ops.config import Model, Resources, Stage
 from vila_ops.train.job import Job, Place
 
@@ -73,7 +74,7 @@ def _launch(job: Job) -> list[dict[str, Any]]:
         return train_on_ray(job)
     from vila_ops.train.loop import train
 
-    return [{"launch": "inline", **train(job, Place())}]
+    return [{**train(job, Place()), **whoami()}]
 
 
 def _own(stage: Stage) -> dict[str, Any]:

@@ -1,0 +1,179 @@
+"""Up, down and status of the servers of one box: started, adopted and ended by what was recorded."""
+
+import logging
+import shutil
+import time
+from collections.abc import Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from vila_ops.config.base import Config
+from vila_ops.config.local import LocalServers
+from vila_ops.local.deployments import deploy_flows, make_work_pool
+from vila_ops.local.process import (
+    NAMES,
+    Name,
+    Record,
+    end,
+    leader_of,
+    lock,
+    processes_of,
+    read_record,
+    root_of,
+    spawn,
+    tail,
+)
+from vila_ops.local.servers import QUICK_SECONDS, Endpoints, Server, endpoints, prepare_ray, ray_folder, servers_of
+
+log = logging.getLogger(__name__)
+
+
+class ServerStatus(Config):
+    """One server, as it is now."""
+
+    name: Name
+    state: Literal["healthy", "unhealthy", "stopped"]
+    url: str
+    pid: int | None
+    """None: it does not run."""
+    memory_bytes: int
+    """Of its whole process tree; pages that processes share are counted once."""
+
+
+def up(settings: LocalServers, *, only: Collection[Name] = NAMES) -> Endpoints:
+    """The servers run, answer and are as configured; those that were so already were left alone.
+
+    What became healthy stays up when another fails, so that the next call continues from there.
+    """
+    root = root_of(settings)
+    servers = {name: server for name, server in servers_of(settings).items() if name in only}
+    with lock(root), ThreadPoolExecutor() as pool:
+        _refuse_foreigners(settings, servers.values())
+        # All endings come before any start: a port may pass from one server to another.
+        up_already = dict(
+            zip(servers, pool.map(lambda server: _adopt(settings, server), servers.values()), strict=True)
+        )
+        missing = {name: server for name, server in servers.items() if not up_already[name]}
+        starts = {name: pool.submit(_start, settings, server) for name, server in missing.items() if name != "worker"}
+        pending = list(starts.values())
+        if "prefect" in servers and ("prefect" not in starts or starts["prefect"].exception() is None):
+            make_work_pool(settings)
+            pending.append(pool.submit(deploy_flows, settings))
+            if "worker" in missing:
+                pending.append(pool.submit(_start, settings, missing["worker"]))
+        errors = [error for future in pending if (error := future.exception())]
+    if errors:
+        raise RuntimeError("\n\n".join(str(error) for error in errors)) from errors[0]
+    return endpoints(settings)
+
+
+def down(settings: LocalServers) -> None:
+    """No process that `up` started is left, nor anything outside root; what they stored below root is kept."""
+    root = root_of(settings)
+    with lock(root):
+        records = [record for name in NAMES if (record := read_record(root, name))]
+        with ThreadPoolExecutor() as pool:
+            for future in [pool.submit(end, settings, record) for record in records]:
+                future.result()
+        shutil.rmtree(ray_folder(settings), ignore_errors=True)
+
+
+def status(settings: LocalServers) -> list[ServerStatus]:
+    """Every server as it is now; changes nothing."""
+    root = root_of(settings)
+    return [_status(server, read_record(root, name)) for name, server in servers_of(settings).items()]
+
+
+def owns(settings: LocalServers, pid: int) -> bool:
+    """Whether a process is one of the servers that `up` started, or was started by one."""
+    return pid in _processes(settings)
+
+
+def _processes(settings: LocalServers) -> set[int]:
+    records = [record for name in NAMES if (record := read_record(root_of(settings), name))]
+    return {process.pid for record in records for process in processes_of(record)}
+
+
+def _adopt(settings: LocalServers, server: Server) -> bool:
+    """Whether it runs as configured and answers; one that does not is ended."""
+    record = read_record(root_of(settings), server.name)
+    if record is None:
+        return False
+    if leader_of(record) and _as_configured(record, server) and server.healthy(record, QUICK_SECONDS):
+        log.info("%s: already up, pid %d, %s", server.name, record.pid, server.url)
+        return True
+    end(settings, record)
+    return False
+
+
+def _start(settings: LocalServers, server: Server) -> None:
+    """It runs and answers, or it is ended and the error shows its last words."""
+    root = root_of(settings)
+    if server.name == "ray":
+        prepare_ray(settings)
+    began = time.monotonic()
+    record = spawn(root, server.name, server.command, server.env)
+    while not server.healthy(record, settings.start_timeout_seconds):
+        alive = leader_of(record)
+        if not alive or time.monotonic() - began > settings.start_timeout_seconds:
+            end(settings, record)
+            reason = "did not answer in time" if alive else "ended"
+            raise RuntimeError(
+                f"{server.name} {reason} after {time.monotonic() - began:.0f} s; {tail(root, server.name)}"
+            )
+        time.sleep(0.1)
+    log.info("%s: up after %.1f s, pid %d, %s", server.name, time.monotonic() - began, record.pid, server.url)
+
+
+def _as_configured(record: Record, server: Server) -> bool:
+    return (record.command, record.env, record.directory) == (server.command, server.env, str(Path.cwd()))
+
+
+def _refuse_foreigners(settings: LocalServers, servers: Iterable[Server]) -> None:
+    """No port that we need is held by a process that `up` did not start."""
+    ours = _processes(settings)
+    listeners = {
+        connection.laddr.port: connection.pid
+        for connection in psutil.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and connection.laddr
+    }
+    wanted = {key: port for server in servers for key, port in server.ports.items()}
+    faults = [
+        f"port {port} is held by {_describe(listeners[port])}, which `vila-ops up` did not start; "
+        f"end it, or set {key} in configs/local.yaml to a free port"
+        for key, port in {**wanted, "serve_port": settings.serve_port}.items()
+        if port in listeners and listeners[port] not in ours
+    ]
+    if faults:
+        raise RuntimeError("\n".join(faults))
+
+
+def _describe(pid: int | None) -> str:
+    if pid is None:
+        return "a process of another user"
+    try:
+        return f"process {pid} ({' '.join(psutil.Process(pid).cmdline())})"
+    except psutil.Error:
+        return f"process {pid}"
+
+
+def _status(server: Server, record: Record | None) -> ServerStatus:
+    if record is None or not leader_of(record):
+        return ServerStatus(name=server.name, state="stopped", url=server.url, pid=None, memory_bytes=0)
+    return ServerStatus(
+        name=server.name,
+        state="healthy" if server.healthy(record, QUICK_SECONDS) else "unhealthy",
+        url=server.url,
+        pid=record.pid,
+        memory_bytes=sum(_memory_bytes(process) for process in processes_of(record)),
+    )
+
+
+def _memory_bytes(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_full_info().pss)
+    except psutil.Error:
+        return 0

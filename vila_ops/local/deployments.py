@@ -1,0 +1,57 @@
+"""Prefect's work pool and deployments on one box."""
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vila_ops.config.base import fingerprint
+from vila_ops.config.local import LocalServers
+from vila_ops.local.servers import QUICK_SECONDS, answers, endpoints, env, get_json
+
+log = logging.getLogger(__name__)
+
+
+def make_work_pool(settings: LocalServers) -> None:
+    """The pool is there; the worker fills in the rest of it when it starts."""
+    pools = f"{endpoints(settings).prefect}/api/work_pools"
+    if not answers(f"{pools}/{settings.work_pool}", QUICK_SECONDS):
+        get_json(f"{pools}/", settings.start_timeout_seconds, json={"name": settings.work_pool, "type": "process"})
+
+
+def deploy_flows(settings: LocalServers) -> None:
+    """Prefect's deployments are those of prefect_file, with the parameters that their flows have now."""
+    file = Path(settings.prefect_file)
+    if not file.is_file():
+        raise RuntimeError(f"no such file: {file}; run this in the checkout, or set prefect_file in configs/local.yaml")
+    wanted = yaml.safe_load(file.read_text())["deployments"]
+    digest = _flows_digest(file, wanted)
+    url = f"{endpoints(settings).prefect}/api/deployments/filter"
+    live = {found["name"]: found["version"] for found in get_json(url, QUICK_SECONDS, json={}) or []}
+    if all(live.get(deployment["name"]) == digest for deployment in wanted):
+        return
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)],
+        env={**os.environ, **env(settings), "PWD": str(Path.cwd()), "VILA_OPS_FLOWS": digest},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=settings.start_timeout_seconds,
+    )
+    if done.returncode:
+        raise RuntimeError(f"prefect deploy of {file} failed:\n{done.stdout[-4000:]}")
+    log.info("deployments: made from %s in %.1f s", file, time.monotonic() - began)
+
+
+def _flows_digest(file: Path, deployments: list[dict[str, Any]]) -> str:
+    """Changes when the file or the Python beside a flow does."""
+    folders = {Path(deployment["entrypoint"].partition(":")[0]).parent for deployment in deployments}
+    sources = sorted(source for folder in folders for source in folder.glob("*.py"))
+    return fingerprint([str(Path.cwd()), file.read_text(), *(source.read_text() for source in sources)])[:16]

@@ -1,0 +1,239 @@
+"""What runs on one box: MLflow, Prefect, its worker and a Ray head; how each is started and seen to work."""
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from vila_ops.config.base import Config
+from vila_ops.config.local import LocalServers
+from vila_ops.local.process import Name, Record, root_of, write_private
+
+QUICK_SECONDS = 5.0
+"""How long a server that is up may take to answer; MLflow's first answer, which makes its tables, takes longer."""
+TELEMETRY_OFF = {
+    "DO_NOT_TRACK": "1",
+    "DVC_NO_ANALYTICS": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+class Endpoints(Config):
+    """Where the servers of this box listen."""
+
+    mlflow: str
+    prefect: str
+    """The page; the API is below it at /api."""
+    ray: str
+    """host:port, for `ray_address`."""
+    ray_dashboard: str
+    serve: str
+    """Where `deploy` will listen."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """What should run: how to start it, what it listens on, and how to see that it works."""
+
+    name: Name
+    command: tuple[str, ...]
+    env: dict[str, str]
+    ports: dict[str, int]
+    """By the name of the setting, so that an error can say what to change."""
+    url: str
+    healthy: Callable[[Record, float], bool]
+    """Record, seconds to wait for an answer."""
+
+
+def env(settings: LocalServers) -> dict[str, str]:
+    """The environment of whatever uses these servers: set it before Prefect, MLflow or Ray are imported."""
+    root = root_of(settings)
+    asked = {name: os.environ[name] for name in ("HF_HUB_OFFLINE",) if name in os.environ}
+    return {
+        **TELEMETRY_OFF,
+        **asked,
+        "MLFLOW_TRACKING_URI": endpoints(settings).mlflow,
+        "PREFECT_API_URL": f"{endpoints(settings).prefect}/api",
+        "PREFECT_HOME": str(root / "prefect"),
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "vila_ops",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(_ray_token(root)),
+        # ray.train.report() waits for the next check: 2.0 s a call at the default of 2 s, 0.1 s at this (measured).
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    }
+
+
+def endpoints(settings: LocalServers) -> Endpoints:
+    """Where the servers listen, whether they run or not."""
+    host = settings.host
+    return Endpoints(
+        mlflow=f"http://{host}:{settings.mlflow_port}",
+        prefect=f"http://{host}:{settings.prefect_port}",
+        ray=f"{host}:{settings.ray_port}",
+        ray_dashboard=f"http://{host}:{settings.ray_dashboard_port}",
+        serve=f"http://{host}:{settings.serve_port}",
+    )
+
+
+def servers_of(settings: LocalServers) -> dict[Name, Server]:
+    found = (_mlflow(settings), _prefect(settings), _ray(settings), _worker(settings))
+    return {server.name: server for server in found}
+
+
+def _mlflow(settings: LocalServers) -> Server:
+    """MLflow's application under uvicorn, as `mlflow server` starts it, without the parent that `mlflow server` keeps.
+
+    That parent imports MLflow a second time: 6 s of CPU and 250 MB more (measured).
+    """
+    root = root_of(settings)
+    url = endpoints(settings).mlflow
+    serve = (sys.executable, "-m", "uvicorn", "--host", settings.host, "--port", str(settings.mlflow_port))
+    return Server(
+        name="mlflow",
+        command=(*serve, "--log-level", "warning", "mlflow.server.fastapi_app:app"),
+        env={
+            **env(settings),
+            "_MLFLOW_SERVER_FILE_STORE": f"sqlite:///{root / 'mlflow.db'}",
+            "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
+            "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(root / "mlflow-artifacts"),
+            "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
+            "_MLFLOW_SGI_NAME": "uvicorn",
+            # Eight processes more (600 MB), for judges that we do not use, and orphans after SIGTERM (measured).
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        },
+        ports={"mlflow_port": settings.mlflow_port},
+        url=url,
+        healthy=lambda _, seconds: answers(f"{url}/api/2.0/mlflow/experiments/search?max_results=1", seconds),
+    )
+
+
+def _prefect(settings: LocalServers) -> Server:
+    url = endpoints(settings).prefect
+    serve = ("server", "start", "--host", settings.host, "--port", str(settings.prefect_port))
+    return Server(
+        name="prefect",
+        command=(sys.executable, "-m", "prefect", *serve),
+        env=env(settings),
+        ports={"prefect_port": settings.prefect_port},
+        url=url,
+        healthy=lambda _, seconds: answers(f"{url}/api/health", seconds),
+    )
+
+
+def _worker(settings: LocalServers) -> Server:
+    serve = ("worker", "start", "--type", "process", "--pool", settings.work_pool, "--name", settings.work_pool)
+    return Server(
+        name="worker",
+        command=(sys.executable, "-m", "prefect", *serve, "--limit", str(settings.max_flow_runs)),
+        env={
+            **env(settings),
+            "PREFECT_WORKER_QUERY_SECONDS": str(settings.worker_poll_seconds),
+            "PWD": str(Path.cwd()),  # where prefect.yaml's set_working_directory takes a flow run
+        },
+        ports={},
+        url=f"{endpoints(settings).prefect}/work-pools/work-pool/{settings.work_pool}",
+        healthy=lambda record, seconds: _polls(settings, record, seconds),
+    )
+
+
+def _ray(settings: LocalServers) -> Server:
+    """`ray start --block`: one process tree whose leader ends it all on SIGTERM, and itself when a part of it dies."""
+    url = endpoints(settings).ray_dashboard
+    ports = {
+        "ray_port": settings.ray_port,
+        "ray_dashboard_port": settings.ray_dashboard_port,
+        "ray_agent_port": settings.ray_agent_port,
+        "ray_client_port": settings.ray_client_port,
+    }
+    listen = (
+        *("--node-ip-address", settings.host, "--port", str(settings.ray_port)),
+        *("--dashboard-host", settings.host, "--dashboard-port", str(settings.ray_dashboard_port)),
+        *("--dashboard-agent-listen-port", str(settings.ray_agent_port)),
+        *("--ray-client-server-port", str(settings.ray_client_port)),
+    )
+    size = (
+        *("--num-cpus", str(settings.ray_cpus)),
+        *("--object-store-memory", str(settings.ray_object_store_bytes)),
+    )
+    start = ("-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats", "--log-color", "false")
+    return Server(
+        name="ray",
+        command=(sys.executable, *start, *listen, *size, "--temp-dir", str(ray_folder(settings))),
+        env=env(settings),
+        ports=ports,
+        url=url,
+        healthy=lambda _, seconds: _has_live_node(settings, seconds),
+    )
+
+
+def ray_folder(settings: LocalServers) -> Path:
+    """Not below root: Ray puts sockets there, and the path of a socket may have 107 characters."""
+    digest = hashlib.sha256(str(root_of(settings)).encode()).hexdigest()[:8]
+    return Path(tempfile.gettempdir()) / f"vila-ops-ray-{os.getuid()}-{digest}"
+
+
+def _ray_token(root: Path) -> Path:
+    return root / "ray.token"
+
+
+def prepare_ray(settings: LocalServers) -> None:
+    """A token that only we can read, and an empty folder that is only ours.
+
+    Ray listens on every interface whatever it is told (`--node-ip-address 127.0.0.1` becomes the outer address), so
+    the token is what keeps others out.
+    """
+    token = _ray_token(root_of(settings))
+    if not token.exists():
+        write_private(token, secrets.token_hex(32))
+    folder = ray_folder(settings)
+    if folder.is_dir() and not folder.is_symlink() and folder.stat().st_uid == os.getuid():
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise RuntimeError(f"{folder} belongs to another user; set TMPDIR to a folder of your own")
+
+
+def get_json(url: str, seconds: float, **request: Any) -> Any:
+    """The JSON of an answer, None where there is no good one; proxies are not asked about loopback."""
+    try:
+        with httpx.Client(timeout=seconds, trust_env=False) as client:
+            answer = client.request("POST" if "json" in request else "GET", url, **request)
+            return answer.json() if answer.is_success else None
+    except (httpx.HTTPError, json.JSONDecodeError):
+        return None
+
+
+def answers(url: str, seconds: float) -> bool:
+    return get_json(url, seconds) is not None
+
+
+def _has_live_node(settings: LocalServers, seconds: float) -> bool:
+    """The head's own node is there, so that tasks and jobs can be placed; an answer alone comes seconds earlier."""
+    token = _ray_token(root_of(settings))
+    if not token.is_file():
+        return False
+    headers = {"Authorization": f"Bearer {token.read_text()}"}
+    answer = get_json(f"{endpoints(settings).ray_dashboard}/api/v0/nodes", seconds, headers=headers)
+    return answer is not None and any(node["state"] == "ALIVE" for node in answer["data"]["result"]["result"])
+
+
+def _polls(settings: LocalServers, record: Record, seconds: float) -> bool:
+    """Prefect hears from our worker, and has since this one was started."""
+    url = f"{endpoints(settings).prefect}/api/work_pools/{settings.work_pool}/workers/filter"
+    return any(
+        worker["status"] == "ONLINE"
+        and datetime.fromisoformat(worker["last_heartbeat_time"]).timestamp() >= record.started
+        for worker in get_json(url, seconds, json={}) or []
+    )
