@@ -137,7 +137,6 @@ def _say_results(run: Run, endpoints: local.Endpoints, say: Say, *, seconds: flo
     if answer is None:
         say(f"the gate refused the model and there is no champion to serve; see {endpoints.mlflow}")
         return
-    (folder / "ask.json").write_text(answer["curl"].partition("-d '")[2].removesuffix("'"))
     say(f"asked {answer['question']!r} about a held-out picture of {answer['truth']!r}; answer: {answer['reply']!r}")
     say(f"  report    {folder / 'report.html'}")
     say(f"  summary   {folder / 'summary.json'}")

@@ -16,7 +16,7 @@ from vila_ops.data.shards import read_index, read_sample
 from vila_ops.eval.evaluate import read_report
 from vila_ops.pipeline import Outcome
 from vila_ops.report.page import render
-from vila_ops.serve.ask import curl
+from vila_ops.serve.ask import body, curl
 
 GALLERY = 24
 Json = dict[str, Any]
@@ -32,7 +32,7 @@ class Page:
 
 
 def write(run: Run, outcome: Outcome) -> Page:
-    """Write summary.json and report.html into `<store>/<recipe name>`."""
+    """Write summary.json, report.html and, where something is served, ask.json into `<store>/<recipe name>`."""
     folder = Path(run.resources.store) / run.recipe.name
     folder.mkdir(parents=True, exist_ok=True)
     found = summarise(run, outcome)
@@ -40,6 +40,8 @@ def write(run: Run, outcome: Outcome) -> Page:
     html = render(found, curves, _gallery(run, outcome))
     (folder / "summary.json").write_text(json.dumps(found, indent=1))
     (folder / "report.html").write_text(html)
+    if outcome.answer:
+        (folder / "ask.json").write_text(body(outcome.answer))
     return Page(found, str(folder / "summary.json"), str(folder / "report.html"))
 
 

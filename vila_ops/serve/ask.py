@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shlex
 
 import httpx
 
@@ -35,8 +36,8 @@ def ask(deployment: Deployment, held_out: Dataset, suite: Suite, *, question: st
     row = next(row for row in rows if row["split"] == suite.split and row["source"] in captioned)
     sample = read_sample(content(held_out), shard=row["shard"], offset=row["offset"], key=row["key"])
     picture = "data:image/png;base64," + base64.b64encode(sample.images[0]).decode()
-    body = request(model_name(deployment.url), picture, question)
-    response = httpx.post(f"{deployment.url}/v1/chat/completions", json=body, timeout=120)
+    asked = request(model_name(deployment.url), picture, question)
+    response = httpx.post(f"{deployment.url}/v1/chat/completions", json=asked, timeout=120)
     response.raise_for_status()
     said = response.json()
     reply = said["choices"][0]["message"]["content"]
@@ -53,8 +54,13 @@ def ask(deployment: Deployment, held_out: Dataset, suite: Suite, *, question: st
 
 def curl(answered: Answered) -> str:
     """The same question as one command line."""
-    body = json.dumps(request(answered.name, answered.picture, answered.question))
-    return f"curl -s {answered.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+    where = f"{answered.url}/v1/chat/completions -H 'Content-Type: application/json'"
+    return f"curl -s {where} -d {shlex.quote(body(answered))}"
+
+
+def body(answered: Answered) -> str:
+    """The question as JSON."""
+    return json.dumps(request(answered.name, answered.picture, answered.question))
 
 
 def model_name(url: str) -> str:
