@@ -92,4 +92,4 @@ format: setup ## Let ruff rewrite what it can
 
 clean: ## Remove caches and build outputs; .venv, store and data stay
 	@rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
-	@find vila_ops flows tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find vila_ops flows tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,11 @@
 """The rooms as Prefect tasks: retries and names, nothing else. The store is the cache, so Prefect's stays off."""
 
-from prefect import task
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
 
 from vila_ops import pipeline
 from vila_ops.data.prepare import prepare
@@ -9,20 +13,33 @@ from vila_ops.eval.evaluate import evaluate
 from vila_ops.model.assemble import assemble
 from vila_ops.registry.register import register
 from vila_ops.serve.deploy import deploy
+from vila_ops.train.job import NonFiniteLoss
 from vila_ops.train.stage import train_stage
 
-# Only what a second try can mend is tried again; a wrong setting fails in the flow's first second (Run is validated).
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _a_retry_may_mend_it(_task: Task[..., Any], _run: TaskRun, failed: State[Any]) -> bool:
+    """Not a wrong value, a corrupted file or a loss that is not a number: they are the same at the second try."""
+    return not isinstance(failed.data, ValueError | NonFiniteLoss)
+
+
+def _task(room: Callable[P, R], *, name: str | None = None, retries: int = 2) -> Task[P, R]:
+    return task(
+        task_run_name=name,
+        retries=retries,
+        retry_delay_seconds=5,
+        retry_condition_fn=_a_retry_may_mend_it,
+        cache_policy=NO_CACHE,
+    )(room)
+
+
 ROOMS = pipeline.Rooms(
-    assemble=task(cache_policy=NO_CACHE, retries=1, retry_delay_seconds=5)(assemble),
-    prepare=task(
-        task_run_name="prepare {mixture.name}", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5
-    )(prepare),
-    train_stage=task(
-        task_run_name="train {stage.name}", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10
-    )(train_stage),
-    evaluate=task(
-        task_run_name="evaluate on {suite.name}", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5
-    )(evaluate),
-    register=task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2)(register),
-    deploy=task(cache_policy=NO_CACHE, retries=1, retry_delay_seconds=5)(deploy),
-)  # fmt: skip
+    assemble=_task(assemble),
+    prepare=_task(prepare, name="prepare {mixture.name}"),
+    train_stage=_task(train_stage, name="train {stage.name}"),
+    evaluate=_task(evaluate, name="evaluate on {suite.name}"),
+    register=_task(register),
+    deploy=_task(deploy, retries=1),
+)

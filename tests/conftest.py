@@ -1,6 +1,7 @@
 """Real small objects that many tests share: the tiny fixtures as configs, models and prepared data."""
 
 import contextlib
+import random
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from transformers import LlavaProcessor
 
 from vila_ops.config import Mixture, Model, Resources, Stage, TextFormat
-from vila_ops.config.local import RAY_WORKER_PORTS, LocalServers
+from vila_ops.config.local import LocalServers
 from vila_ops.data.conversation import Tokenizer
 from vila_ops.model.build import build_model
 from vila_ops.model.processing import build_processor, mean_std
@@ -169,11 +170,12 @@ def free_servers() -> Callable[[Path], LocalServers]:
 
 
 def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        ports: list[int] = []
-        while len(ports) < count:
-            listener = stack.enter_context(socket.socket())
-            listener.bind(("127.0.0.1", 0))
-            if (port := listener.getsockname()[1]) not in RAY_WORKER_PORTS:
-                ports.append(port)
-        return ports
+    """Below the ports that the kernel gives to outgoing connections, any of which may take one before it is used."""
+    ports: list[int] = []
+    for port in random.sample(range(20_000, 32_000), 1000):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise RuntimeError(f"fewer than {count} of 1000 ports are free")

@@ -1,83 +1,172 @@
-"""DVC: an unchanged repro does nothing, and an old revision's data comes back to be trained on."""
+"""DVC: stages know what their data is made from, and an old revision's data comes back to be trained on."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+
+from vila_ops.config import load
 
 ROOT = Path(__file__).parents[1]
+CLONED = (".dvc", ".dvcignore", ".gitignore", "configs", "dvc.yaml", "tests/tiny", "vila_ops/data/prepare.py")
 ENV = {
     **os.environ,
-    "DVC_NO_ANALYTICS": "1",
     "GIT_CONFIG_GLOBAL": os.devnull,
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     **{f"GIT_{who}_{what}": "vila@example.invalid" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
 }
+DEMO = ("align", "pretrain", "sft", "held_out")
 TINY = """\
 recipe: configs/recipes/tiny.yaml
 resources: configs/resources/inline.yaml
-mixtures: [tiny_align, tiny_held_out]
-local_sources: tests/tiny
+sources: tests/tiny
+mixtures:
+  tiny_align: &read_by_recipe {file: configs/recipes/tiny.yaml, reader: configs/recipes/tiny.yaml}
+  tiny_pretrain: *read_by_recipe
+  tiny_sft: *read_by_recipe
+  tiny_held_out: *read_by_recipe
 """
 
 
 @pytest.fixture
-def repository(tmp_path: Path) -> Path:
-    """A git and DVC repository with our configs and dvc.yaml, on the tiny recipe."""
-    for name in ("configs", "tests/tiny"):
-        shutil.copytree(ROOT / name, tmp_path / name)
-    shutil.copyfile(ROOT / "dvc.yaml", tmp_path / "dvc.yaml")
-    (tmp_path / "configs/versioned.yaml").write_text(TINY)
+def clone(tmp_path: Path) -> Path:
+    """A fresh clone, as far as DVC reads it; `vila-ops` itself is the one under test."""
+    for name in CLONED:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_file():
+            shutil.copyfile(ROOT / name, tmp_path / name)
+        else:
+            shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("tmp", "cache", "config.local"))
     _run(tmp_path, "git", "init", "-q")
-    _run(tmp_path, "dvc", "init", "-q")
+    _commit(tmp_path, "as cloned")
     return tmp_path
 
 
+@pytest.fixture
+def reproduced(clone: Path) -> Path:
+    """A clone in which DVC was told that these are the outputs of the demo's stages."""
+    for name in DEMO:
+        (clone / "data" / name).mkdir(parents=True)
+        (clone / f"data/{name}/manifest.json").write_text(name)
+        (clone / f"data/{name}.json").write_text("{}")
+        (clone / f"data/{name}.csv").write_text("part,samples\n")
+    _run(clone, "dvc", "commit", "-q", "--force")
+    _commit(clone, "as reproduced")
+    return clone
+
+
+def test_a_clone_has_a_stage_for_each_mixture_of_its_recipe(clone: Path) -> None:
+    names = _run(clone, "dvc", "stage", "list", "--name-only").split()
+    recipe = load(ROOT / "configs/recipes/demo.yaml", resources=ROOT / "configs/resources/inline.yaml").recipe
+    read = [*recipe.stages.values(), recipe.suite]
+    assert sorted(names) == sorted(f"prepare@{reader.mixture.name}" for reader in read)
+    assert sorted(names) == sorted(f"prepare@{name}" for name in DEMO)
+
+
+def test_a_change_is_seen_by_the_stages_that_it_concerns(reproduced: Path) -> None:
+    assert _changed(reproduced) == set()
+    concerned = {
+        ("configs/mixtures/pretrain.yaml", "sources.gcompris.weight"): {"pretrain"},
+        ("configs/mixtures/held_out.yaml", "sources.wordnet.limit"): {"held_out"},
+        ("configs/suites/demo.yaml", "max_tokens"): {"held_out"},
+        ("configs/recipes/demo.yaml", "max_tokens"): set(DEMO),
+        ("configs/mixtures/split.yaml", "split.test"): set(DEMO),
+        ("configs/models/demo.yaml", "image_size"): set(DEMO),
+        ("configs/sources/tux_paint.yaml", "sources.tux_paint.package.version"): set(DEMO),
+    }
+    for (file, key), stages in concerned.items():
+        _set(reproduced / file, key.split("."), 7)
+        assert _changed(reproduced) == stages, file
+        if file.split("/")[1] not in ("models", "sources"):
+            assert json.loads(_run(reproduced, "dvc", "params", "diff", "--json"))[file][key]["new"] == 7
+        _run(reproduced, "git", "checkout", "-q", ".")
+    room = reproduced / "vila_ops/data/prepare.py"
+    room.write_text(re.sub(r"^REVISION = .*$", "REVISION = 1000", room.read_text(), flags=re.MULTILINE))
+    assert _changed(reproduced) == set(DEMO)
+
+
+def test_what_a_stage_does_not_watch_says_nothing_of_its_data(reproduced: Path) -> None:
+    versioned = yaml.safe_load((reproduced / "configs/versioned.yaml").read_text())
+    files = set(_extended(reproduced / versioned["recipe"]))
+    for name, stage in yaml.safe_load((reproduced / "dvc.lock").read_text())["stages"].items():
+        watched = [reproduced / place for place in (*(dep["path"] for dep in stage["deps"]), *stage["params"])]
+        others = {reproduced / m["file"] for key, m in versioned["mixtures"].items() if name != f"prepare@{key}"}
+        for file in files - others:
+            if not any(file.is_relative_to(place) for place in watched):
+                assert not re.search(r"\b(mixture|sources|model):", file.read_text()), f"{name} does not watch {file}"
+
+
 @pytest.mark.slow
-def test_git_checkout_and_dvc_checkout_bring_back_the_data_that_is_trained_on(repository: Path) -> None:
-    _run(repository, "dvc", "repro", "-q")
-    _commit(repository, "first data")
-    assert "Data and pipelines are up to date" in _run(repository, "dvc", "repro")
-    first = _prepared(repository)
+def test_git_checkout_and_dvc_checkout_bring_back_the_data_that_is_trained_on(clone: Path) -> None:
+    (clone / "configs/versioned.yaml").write_text(TINY)
+    _run(clone, "dvc", "repro", "-q")
+    _commit(clone, "first data")
+    assert "Data and pipelines are up to date" in _run(clone, "dvc", "repro")
+    first = _digests(clone)
 
-    records = repository / "tests/tiny/pairs/records.jsonl"
+    records = clone / "tests/tiny/pairs/records.jsonl"
     records.write_text("".join(records.read_text().splitlines(keepends=True)[:40]))
-    _run(repository, "dvc", "repro", "-q")
-    _commit(repository, "fewer pairs")
-    second = _prepared(repository)
-    assert second["digest"] != first["digest"]
-    assert _metrics(repository)["num_samples"] == 40
-    changed = json.loads(_run(repository, "dvc", "metrics", "diff", "--json", "HEAD~1"))
+    _run(clone, "dvc", "repro", "-q")
+    _commit(clone, "fewer pairs")
+    assert not set(_digests(clone).items()) & set(first.items())
+    changed = json.loads(_run(clone, "dvc", "metrics", "diff", "--json", "HEAD~1"))
     assert changed["data/tiny_align.json"]["num_samples"] == {"old": 48, "new": 40, "diff": -8}
+    plots = json.loads(_run(clone, "dvc", "plots", "show", "--json"))["data"]
+    assert sorted(plots) == [f"data/{name}.csv" for name in sorted(first)]
+    (plot,) = plots["data/tiny_align.csv"]
+    assert sorted(bar["part"] for bar in plot["content"]["data"]["values"]) == [
+        *("pairs test", "pairs train", "pairs validation")
+    ]
 
-    _run(repository, "git", "checkout", "-q", "HEAD~1")
-    _run(repository, "dvc", "checkout", "-q")
-    shutil.rmtree(repository / "store")  # nothing but the checked-out data is left to train on
-    assert _prepared(repository) == first
-    assert not (repository / "store/dataset").exists()
-    trained = json.loads(
-        _run(repository, "vila-ops", "train", "configs/recipes/tiny.yaml", "--stage", "align", "--json")
-    )
-    assert first["digest"] in trained["parents"]
+    _run(clone, "git", "checkout", "-q", "HEAD~1")
+    _run(clone, "dvc", "checkout", "-q")
+    shutil.rmtree(clone / "store")  # nothing but the checked-out data is left to train on
+    made = json.loads(_run(clone, "vila-ops", "run", "configs/recipes/tiny.yaml", "--json"))
+    assert {name: dataset["digest"] for name, dataset in made["datasets"].items()} == first
+    for stage, checkpoint in made["checkpoints"].items():
+        assert first[f"tiny_{stage}"] in checkpoint["parents"]
+    assert not (clone / "store/dataset").exists()
+    rooms = json.loads((clone / "store/tiny/summary.json").read_text())["rooms"]
+    assert [room["reused"] for room in rooms if room["room"] == "prepare"] == [True] * 4
 
 
-def _prepared(repository: Path) -> dict[str, object]:
-    said = _run(repository, "vila-ops", "prepare", "configs/recipes/tiny.yaml", "--mixture", "tiny_align", "--json")
-    found: dict[str, object] = json.loads(said)
-    return found
+def _changed(repository: Path) -> set[str]:
+    """The mixtures whose stages would run again."""
+    said: dict[str, Any] = json.loads(_run(repository, "dvc", "status", "--json"))
+    return {stage.removeprefix("prepare@") for stage in said}
 
 
-def _metrics(repository: Path) -> dict[str, int]:
-    found: dict[str, int] = json.loads((repository / "data/tiny_align.json").read_text())
-    return found
+def _digests(repository: Path) -> dict[str, str]:
+    manifests = sorted((repository / "data").glob("*/manifest.json"))
+    return {path.parent.name: json.loads(path.read_text())["digest"] for path in manifests}
+
+
+def _extended(file: Path) -> Iterator[Path]:
+    """A config file and everything that it extends."""
+    yield file
+    for bases in re.findall(r"\bextends: \[(.*?)\]", file.read_text()):
+        for base in bases.split(","):
+            yield from _extended((file.parent / base.strip()).resolve())
+
+
+def _set(file: Path, path: list[str], value: int) -> None:
+    tree = node = yaml.safe_load(file.read_text())
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    file.write_text(yaml.safe_dump(tree, sort_keys=False))
 
 
 def _commit(repository: Path, message: str) -> None:
-    _run(repository, "git", "add", "--all", ":!store")
+    _run(repository, "git", "add", "--all")
     _run(repository, "git", "commit", "-qm", message)
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import psutil
@@ -107,6 +108,21 @@ def test_a_foreign_process_on_a_port_is_named_and_nothing_starts(
     assert alive(pid)
 
 
+def test_a_holder_that_cannot_be_seen_is_refused_unless_it_is_just_dying(
+    tmp_path: Path, free_servers: Callable[[Path], LocalServers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = LocalServers.model_validate({**free_servers(tmp_path).model_dump(), "stop_grace_seconds": 0.3})
+    address = SimpleNamespace(ip="127.0.0.1", port=settings.serve_port)
+    unseen = SimpleNamespace(laddr=address, status=psutil.CONN_LISTEN, pid=None)
+    seen = iter([[unseen], [unseen], []])
+    monkeypatch.setattr(psutil, "net_connections", lambda kind: next(seen, []))
+    local.up(settings, only=())
+    assert next(seen, None) is None
+    monkeypatch.setattr(psutil, "net_connections", lambda kind: [unseen])
+    with pytest.raises(RuntimeError, match=f"port {settings.serve_port} is held by a process of another user"):
+        local.up(settings, only=())
+
+
 def test_a_stranger_under_a_recorded_pid_is_left_alone(
     tmp_path: Path, listener: tuple[int, int], free_servers: Callable[[Path], LocalServers]
 ) -> None:
@@ -154,18 +170,13 @@ def test_ray_asks_for_the_token(box: LocalServers) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_the_worker_runs_the_deployment_in_the_checkout_with_our_environment(box: LocalServers) -> None:
-    api = local.env(box)["PREFECT_API_URL"]
-    with httpx.Client(trust_env=False) as client:
-        deployment = client.get(f"{api}/deployments/name/vila/full-pipeline").json()
-        assert [schedule["active"] for schedule in deployment["schedules"]] == [False]
-        run = {"parameters": {"suffix": "once"}, "state": {"type": "SCHEDULED"}}
-        flow_run = client.post(f"{api}/deployments/{deployment['id']}/create_flow_run", json=run).json()["id"]
-        deadline = time.monotonic() + 60
-        while (state := client.get(f"{api}/flow_runs/{flow_run}").json()["state_type"]) not in ("COMPLETED", "FAILED"):
-            assert time.monotonic() < deadline, state
-            time.sleep(0.2)
-    assert state == "COMPLETED"
     env = local.env(box)
+    deployment = httpx.get(f"{env['PREFECT_API_URL']}/deployments/name/vila/full-pipeline", trust_env=False).json()
+    assert [schedule["active"] for schedule in deployment["schedules"]] == [False]
+    prefect = str(Path(sys.executable).parent / "prefect")
+    command = [prefect, "deployment", "run", "vila/full-pipeline", "--param", "suffix=once", "--watch"]
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
     seen = [env["MLFLOW_TRACKING_URI"], env["RAY_AUTH_TOKEN_PATH"], env["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"]]
     assert Path("ran-once.txt").read_text().splitlines() == seen
 

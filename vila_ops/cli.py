@@ -1,7 +1,9 @@
 """`vila-ops`: each room as a command, the whole pipeline, and the servers of one box. Bodies of a few lines."""
 
+import json
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +16,7 @@ from vila_ops.artifacts import store
 from vila_ops.config import Config, Run, load
 from vila_ops.config.local import load_local
 from vila_ops.data.prepare import export_for_dvc
+from vila_ops.serve import deploy as serving
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Image-text data to a served VLM."
@@ -105,6 +108,13 @@ def deploy(recipe: RecipeFile, resources: ResourcesFile, overrides: Overrides = 
 
 
 @app.command()
+def undeploy(recipe: RecipeFile, resources: ResourcesFile, overrides: Overrides = None) -> None:
+    """End what serves a recipe's service."""
+    loaded = _load(recipe, resources, overrides)
+    serving.undeploy(loaded.recipe.service, loaded.resources)
+
+
+@app.command()
 def run(
     recipe: RecipeFile, resources: ResourcesFile = INLINE, overrides: Overrides = None, as_json: AsJson = False
 ) -> None:
@@ -129,8 +139,11 @@ def verify(folder: Annotated[Path, typer.Argument(help="A sealed folder of the s
 def doctor(servers: Servers = LOCAL, as_json: AsJson = False) -> None:
     """Check this machine; each finding says how to mend it."""
     findings = checks.examine(load_local(servers))
-    for finding in findings:
-        print(finding.model_dump_json() if as_json else f"{'ok  ' if finding.ok else 'BAD '} {finding.text}")
+    if as_json:
+        _print(findings, as_json)
+    else:
+        for finding in findings:
+            print(f"{'ok  ' if finding.ok else 'BAD '} {finding.text}")
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
 
@@ -150,8 +163,12 @@ def down(servers: Servers = LOCAL) -> None:
 @app.command()
 def status(servers: Servers = LOCAL, as_json: AsJson = False) -> None:
     """Which of this box's servers run."""
-    for server in local.status(load_local(servers)):
-        _print(server, as_json)
+    found = local.status(load_local(servers))
+    if as_json:
+        _print(found, as_json)
+    else:
+        for one in found:
+            print(f"{one.name:8} {one.state:10} {one.url}  pid {one.pid or '-'}  {one.memory_bytes >> 20} MiB")
 
 
 @app.command()
@@ -173,8 +190,12 @@ def main() -> None:
 
 
 def _load(recipe: Path, resources: Path, overrides: list[str] | None) -> Run:
-    return load(recipe, resources=resources, overrides=tuple(overrides or ()))
+    run = load(recipe, resources=resources, overrides=tuple(overrides or ()))
+    if run.resources.launch == "ray" and LOCAL.is_file():
+        local.join(load_local(LOCAL), ray_address=run.resources.ray_address)
+    return run
 
 
-def _print(made: Config, as_json: bool) -> None:
-    print(made.model_dump_json(indent=None if as_json else 2))
+def _print(made: Config | Sequence[Config], as_json: bool) -> None:
+    dumped = made.model_dump(mode="json") if isinstance(made, Config) else [one.model_dump(mode="json") for one in made]
+    print(json.dumps(dumped, indent=None if as_json else 2))

@@ -32,7 +32,8 @@ def connect(resources: Resources) -> None:
         )
     except ConnectionError as error:
         raise ValueError(
-            f"no Ray cluster answers at {resources.ray_address}; start one with `vila-ops up` or `ray start --head`"
+            f"no Ray cluster lets us in at {resources.ray_address}; start one with `vila-ops up` or "
+            f"`ray start --head`; for one that asks for a token set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE"
         ) from error
 
 

@@ -39,12 +39,20 @@ def demo(run: Run, settings: LocalServers, *, say: Say) -> None:
     say(f"  MLflow  {endpoints.mlflow}\n  Prefect {endpoints.prefect}")
     log = Path(settings.root) / "logs" / "worker.log"
     lines = _new_lines(log)
-    with httpx.Client(base_url=f"{endpoints.prefect}/api", timeout=30) as api:
-        flow_run = _adopt(api, run, settings, say) or _start(api, run)
-        say(f"flow run {flow_run['name']}: {endpoints.prefect}/runs/flow-run/{flow_run['id']}")
-        state = _follow(api, flow_run["id"], lines, say, started)
-    if state["type"] != "COMPLETED":
-        raise RuntimeError(f"flow run {flow_run['name']} is {state['name']}: {state.get('message')}; see {log}")
+    try:
+        with httpx.Client(base_url=f"{endpoints.prefect}/api", timeout=30) as api:
+            flow_run = _adopt(api, run, settings, say) or _start(api, run)
+            say(f"flow run {flow_run['name']}: {endpoints.prefect}/runs/flow-run/{flow_run['id']}")
+            for state in _states(api, flow_run["id"], settings):
+                last = state
+                _say_new(lines, say, started)
+    except httpx.HTTPError as error:
+        raise RuntimeError(
+            f"Prefect at {endpoints.prefect}: {error!r}; see {log.with_name('prefect.log')}, and start again: "
+            f"what is done is kept"
+        ) from error
+    if last["type"] != "COMPLETED":
+        raise RuntimeError(f"flow run {flow_run['name']} is {last['name']}: {last.get('message')}; see {log}")
     _say_results(run, endpoints, say, seconds=time.monotonic() - started)
 
 
@@ -65,17 +73,17 @@ def _adopt(api: httpx.Client, run: Run, settings: LocalServers, say: Say) -> Jso
             adopted = found
             say(f"going on with flow run {found['name']}, which an earlier demo started")
         else:
-            _end(api, found, works=works)
+            _end(api, found, settings, works=works)
             say(f"ended flow run {found['name']}, which an earlier demo started")
     return adopted
 
 
-def _end(api: httpx.Client, flow_run: Json, *, works: bool) -> None:
+def _end(api: httpx.Client, flow_run: Json, settings: LocalServers, *, works: bool) -> None:
     """Let the worker end a flow run; one whose process is gone is only said to have crashed."""
     state = {"type": "CANCELLING" if works else "CRASHED", "message": "ended by a later demo"}
     _ask(api, "POST", f"/flow_runs/{flow_run['id']}/set_state", json={"state": state, "force": True})
-    while _ask(api, "GET", f"/flow_runs/{flow_run['id']}")["state"]["type"] not in ENDED:
-        time.sleep(POLL_SECONDS)
+    for _ in _states(api, flow_run["id"], settings):
+        pass
 
 
 def _pid(flow_run: Json) -> int:
@@ -97,19 +105,30 @@ def _ask(api: httpx.Client, method: str, url: str, **request: Any) -> Any:
     return response.raise_for_status().json()
 
 
-def _follow(api: httpx.Client, flow_run: str, lines: Iterator[str], say: Say, started: float) -> Json:
-    """Say what our rooms log until the flow run has ended; returns its last state."""
+def _states(api: httpx.Client, flow_run: str, settings: LocalServers) -> Iterator[Json]:
+    """The state of a flow run, again and again until it has ended. Raises RuntimeError when nobody works on it."""
     while True:
+        works = local.runs(settings, "worker")  # before the question: it may end right after its answer
         state: Json = _ask(api, "GET", f"/flow_runs/{flow_run}")["state"]
-        for line in lines:
-            if not line:
-                break
-            if found := WORTH_SAYING.search(line):
-                elapsed = round(time.monotonic() - started)
-                say(f"{elapsed // 60:3d}:{elapsed % 60:02d}  {found.group(1)}")
+        yield state
         if state["type"] in ENDED:
-            return state
+            return
+        if not works:
+            raise RuntimeError(
+                f"Prefect's worker has ended, and with it the flow run; see {settings.root}/logs/worker.log, "
+                f"and start again: what is done is kept"
+            )
         time.sleep(POLL_SECONDS)
+
+
+def _say_new(lines: Iterator[str], say: Say, started: float) -> None:
+    """Say what our rooms have logged since the last time."""
+    for line in lines:
+        if not line:
+            return
+        if found := WORTH_SAYING.search(line):
+            elapsed = round(time.monotonic() - started)
+            say(f"{elapsed // 60:3d}:{elapsed % 60:02d}  {found.group(1)}")
 
 
 def _new_lines(log: Path) -> Iterator[str]:

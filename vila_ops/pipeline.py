@@ -1,7 +1,8 @@
 """All rooms in their order. The flow calls it with Prefect's tasks, `vila-ops run` with the bare rooms."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,7 +12,7 @@ from vila_ops.artifacts.kinds import Checkpoint, Dataset, Deployment, EvalReport
 from vila_ops.config import Config, Gate, Mixture, Model, Recipe, Resources, Run, Service, Stage, Suite, TextFormat
 from vila_ops.data import sources
 from vila_ops.data.prepare import prepare
-from vila_ops.eval.evaluate import evaluate
+from vila_ops.eval.evaluate import evaluate, read_report, tracked
 from vila_ops.model.assemble import assemble
 from vila_ops.packages.fetch import fetch_all
 from vila_ops.registry.register import champion, register
@@ -46,6 +47,8 @@ class Outcome(Config):
     """By stage, in order."""
     reports: dict[str, EvalReport]
     """By stage, `base` first."""
+    reconciled: dict[str, float]
+    """Seconds of the rooms that seal nothing: `register` (with the evaluation of a champion) and `deploy`."""
     version: ModelVersion | None
     """None without a tracking URI: there is no registry then."""
     deployment: Deployment | None
@@ -56,25 +59,29 @@ def run_pipeline(run: Run, rooms: Rooms, *, flow_run: str | None = None) -> Outc
     """Data, stages, evaluation after each, registration, deployment, and one question to what is served."""
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
     recipe = run.recipe
-    resources = _with_parent(run, flow_run)
-    base = rooms.assemble(recipe.model, resources)
-    model: Checkpoint | Pretrained = base
-    held_out = rooms.prepare(recipe.suite.mixture, recipe.text(max_tokens=recipe.suite.max_tokens), resources)
-    datasets = {recipe.suite.mixture.name: held_out}
-    reports = {"base": rooms.evaluate(recipe.probe, base, held_out, resources)}
-    checkpoints: dict[str, Checkpoint] = {}
-    for name, stage in recipe.stages.items():
-        datasets[stage.mixture.name] = rooms.prepare(stage.mixture, recipe.text(), resources)
-        checkpoints[name] = rooms.train_stage(stage, recipe.model, datasets[stage.mixture.name], model, resources)
-        model = checkpoints[name]
-        suite = recipe.suite if len(checkpoints) == len(recipe.stages) else recipe.probe
-        reports[name] = rooms.evaluate(suite, model, held_out, resources)
-    version = deployment = answer = None
-    if resources.tracking_uri is not None and isinstance(model, Checkpoint):
-        version = _register(recipe, model, reports[model.stage], held_out, resources, rooms)
-        if (served := _to_serve(recipe, version, resources)) is not None:
-            deployment = rooms.deploy(recipe.service, served, resources)
-            answer = ask(deployment, held_out, recipe.suite)
+    with _tracked(run, flow_run) as resources:
+        base = rooms.assemble(recipe.model, resources)
+        model: Checkpoint | Pretrained = base
+        held_out = rooms.prepare(recipe.suite.mixture, recipe.text(max_tokens=recipe.suite.max_tokens), resources)
+        datasets = {recipe.suite.mixture.name: held_out}
+        reports = {"base": rooms.evaluate(recipe.suite_after("base"), base, held_out, resources)}
+        checkpoints: dict[str, Checkpoint] = {}
+        for name, stage in recipe.stages.items():
+            datasets[stage.mixture.name] = rooms.prepare(stage.mixture, recipe.text(), resources)
+            checkpoints[name] = rooms.train_stage(stage, recipe.model, datasets[stage.mixture.name], model, resources)
+            model = checkpoints[name]
+            reports[name] = rooms.evaluate(recipe.suite_after(name), model, held_out, resources)
+        final = list(reports.values())[-1]
+        tracking.MetricLog.send(resources.tracking_uri, resources.parent_run, tracked(read_report(final)))
+        version = deployment = answer = None
+        reconciled: dict[str, float] = {}
+        if resources.tracking_uri is not None and isinstance(model, Checkpoint):
+            with _timed(reconciled, "register"):
+                version = _register(recipe, model, final, held_out, resources, rooms)
+            if (served := _to_serve(recipe, version, resources)) is not None:
+                with _timed(reconciled, "deploy"):
+                    deployment = rooms.deploy(recipe.service, served, resources)
+                answer = ask(deployment, held_out, recipe.suite)
     return Outcome(
         started=started,
         seconds=round(time.monotonic() - clock, 1),
@@ -84,6 +91,7 @@ def run_pipeline(run: Run, rooms: Rooms, *, flow_run: str | None = None) -> Outc
         datasets=datasets,
         checkpoints=checkpoints,
         reports=reports,
+        reconciled=reconciled,
         version=version,
         deployment=deployment,
         answer=answer,
@@ -127,9 +135,8 @@ def model_after(run: Run, stage: str) -> Checkpoint | Pretrained:
 
 def evaluate_stage(run: Run, stage: str) -> EvalReport:
     """The report of the model after a stage: the suite for the last one, the probe for the others."""
-    suite = run.recipe.suite if stage == list(run.recipe.stages)[-1] else run.recipe.probe
     held_out = prepare_named(run, run.recipe.suite.mixture.name)
-    return evaluate(suite, model_after(run, stage), held_out, run.resources)
+    return evaluate(run.recipe.suite_after(stage), model_after(run, stage), held_out, run.resources)
 
 
 def register_last(run: Run) -> ModelVersion:
@@ -137,6 +144,7 @@ def register_last(run: Run) -> ModelVersion:
     recipe, resources = run.recipe, run.resources
     if not recipe.stages:
         raise ValueError(f"recipe {recipe.name!r} has no stage, so there is nothing to register")
+    champion(recipe.gate, resources)  # without a registry it fails here, before anything is trained
     model = model_after(run, list(recipe.stages)[-1])
     assert isinstance(model, Checkpoint)
     held_out = prepare_named(run, recipe.suite.mixture.name)
@@ -168,17 +176,21 @@ def _to_serve(recipe: Recipe, version: ModelVersion, resources: Resources) -> Mo
     return version if version.promoted else champion(recipe.gate, resources)
 
 
-def _with_parent(run: Run, flow_run: str | None) -> Resources:
+@contextmanager
+def _tracked(run: Run, flow_run: str | None) -> Iterator[Resources]:
     """The resources with the MLflow run of this recipe, under which the rooms log: one for each fingerprint."""
-    if run.resources.tracking_uri is None:
-        return run.resources
-    print_ = run.recipe.fingerprint()
-    tags = {"recipe": print_, "prefect.flow_run": flow_run or ""}
-    parent = tracking.find_run(run.resources.tracking_uri, tag=("recipe", print_)) or tracking.start_run(
+    with tracking.whole_run(
         run.resources.tracking_uri,
         run.recipe.name,
-        parent=None,
-        params=run.recipe.model_dump(mode="json", include={"name", "max_tokens", "model"}),
-        tags=tags,
-    )
-    return Resources.model_validate({**run.resources.model_dump(), "parent_run": parent})
+        key=("recipe", run.recipe.fingerprint()),
+        params=run.recipe.model_dump(mode="json"),
+        tags={"prefect.flow_run": flow_run or ""},
+    ) as parent:
+        yield Resources.model_validate({**run.resources.model_dump(), "parent_run": parent})
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    seconds[name] = round(time.monotonic() - began, 3)

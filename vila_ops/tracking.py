@@ -1,6 +1,10 @@
 """The few calls to MLflow that we make. Without a tracking URI nothing is logged and MLflow is not imported."""
 
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 EXPERIMENT = "vila"
@@ -14,7 +18,11 @@ def start_run(
         return None
     client, entities = _client(tracking_uri)
     experiment = client.get_experiment_by_name(EXPERIMENT)
-    experiment_id = experiment.experiment_id if experiment else client.create_experiment(EXPERIMENT)
+    experiment_id = (
+        experiment.experiment_id
+        if experiment
+        else client.create_experiment(EXPERIMENT, artifact_location=_files_beside(tracking_uri))
+    )
     if parent:
         tags = {**tags, "mlflow.parentRunId": parent}
     run_id: str = client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
@@ -24,15 +32,45 @@ def start_run(
     return run_id
 
 
-def find_run(tracking_uri: str, *, tag: tuple[str, str]) -> str | None:
-    """The newest run with this tag."""
+@contextmanager
+def whole_run(
+    tracking_uri: str | None, name: str, *, key: tuple[str, str], params: dict[str, Any], tags: dict[str, str]
+) -> Iterator[str | None]:
+    """The run of a whole recipe: the one tagged with `key`, opened again, or a new one; closed as it ended."""
+    if tracking_uri is None:
+        yield None
+        return
+    run_id = _find_run(tracking_uri, key)
+    if run_id is None:
+        run_id = start_run(tracking_uri, name, parent=None, params=params, tags=dict([key]))
+    client, _ = _client(tracking_uri)
+    client.update_run(run_id, status="RUNNING")
+    for tag, value in tags.items():
+        client.set_tag(run_id, tag, value)
+    failed = True
+    try:
+        yield run_id
+        failed = False
+    finally:
+        end_run(tracking_uri, run_id, failed=failed)
+
+
+def _find_run(tracking_uri: str, key: tuple[str, str]) -> str | None:
     client, _ = _client(tracking_uri)
     experiment = client.get_experiment_by_name(EXPERIMENT)
     if experiment is None:
         return None
-    key, value = tag
-    found = client.search_runs([experiment.experiment_id], f"tags.{key} = '{value}'", max_results=1)
+    tag, value = key
+    found = client.search_runs([experiment.experiment_id], f"tags.{tag} = '{value}'", max_results=1)
     return found[0].info.run_id if found else None
+
+
+def page(tracking_uri: str | None, run_id: str | None) -> str | None:
+    """The address of a run's page; None where no server shows one."""
+    if not (tracking_uri and run_id and tracking_uri.startswith("http")):
+        return None
+    experiment = _client(tracking_uri)[0].get_run(run_id).info.experiment_id
+    return f"{tracking_uri}/#/experiments/{experiment}/runs/{run_id}"
 
 
 def end_run(tracking_uri: str | None, run_id: str | None, *, failed: bool) -> None:
@@ -45,14 +83,6 @@ def log_file(tracking_uri: str | None, run_id: str | None, path: str) -> None:
     """Attach a small file to a run; never weights, which stay in the store."""
     if tracking_uri and run_id:
         _client(tracking_uri)[0].log_artifact(run_id, path)
-
-
-def set_tags(tracking_uri: str | None, run_id: str | None, tags: dict[str, str]) -> None:
-    """Tag a run."""
-    if tracking_uri and run_id:
-        client, _ = _client(tracking_uri)
-        for key, value in tags.items():
-            client.set_tag(run_id, key, value)
 
 
 class MetricLog:
@@ -103,7 +133,14 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _files_beside(tracking_uri: str) -> str | None:
+    """Where files go with a database and no server: beside it, not into the working directory. A server decides."""
+    kind, _, path = tracking_uri.partition(":///")
+    return str(Path(path).resolve().parent / "mlflow-artifacts") if kind == "sqlite" else None
+
+
 def _client(tracking_uri: str) -> tuple[Any, Any]:
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # standard output is for our handles
     from mlflow import MlflowClient, entities
 
     return MlflowClient(tracking_uri), entities

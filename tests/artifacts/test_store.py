@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,22 @@ def test_exports_of_two_attempts_are_byte_identical_and_found_first(tmp_path: Pa
     assert found.digest == one.digest
     verify(found)
     assert find(Dataset, at(revision=2), store=tmp_path / "1", first=out) is None
+
+
+def test_an_export_is_a_copy_of_its_own_and_older_than_any_run(tmp_path: Path) -> None:
+    made, out = write(tmp_path / "store"), tmp_path / "data/mixture"
+    export(made, out)
+    found = find(Dataset, at(), store=tmp_path / "nowhere", first=out)
+    assert found is not None
+    execution = read_manifest(Path(found.uri))["execution"]
+    assert (execution["seconds"], execution["workers"]) == (0, [])
+    assert datetime.fromisoformat(execution["sealed"]) < datetime.fromisoformat("2020-01-01T00:00:00+00:00")
+    ours = content(made) / "sub/a.txt"
+    assert ours.stat().st_ino != (content(found) / "sub/a.txt").stat().st_ino
+    (content(found) / "sub/a.txt").write_text("hellO")
+    verify(made)
+    with pytest.raises(CorruptArtifact, match="sealed as"):
+        verify(found)
 
 
 def test_an_export_replaces_what_was_there(tmp_path: Path) -> None:

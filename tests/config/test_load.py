@@ -156,6 +156,13 @@ def test_a_remainder_is_refused_with_a_batch_that_would_do(resources: str, batch
         ("stages.sft.learning_rates={vision_tower: 1}", r"names \['vision_tower'\], which do not train"),
         ("stages.sft.trainable=[projector, projector]", r"twice"),
         ("stages.sft.mixture.split.salt=other", r"split objects differently"),
+        ("probe.max_tokens=100", r"give them the same mixture and max_tokens"),
+        (
+            "stages.sft.mixture.sources.words={kind: jsonl, path: tests/tiny/definitions, render: document}",
+            r"trains on \['words'\], by which suite 'tiny' measures text skill",
+        ),
+        ("name=../elsewhere", r"String should match pattern"),
+        ("stages.sft.mixture.name=a/b", r"String should match pattern"),
         ("stages.sft.name=align", r"stage 'sft' is named 'align'; remove its name"),
         ("model.image_size=30", r"not a multiple of patch_size 14; use 28 or 42"),
         ("resources.zero_stage=1", r"zero_stage 1 needs DeepSpeed"),

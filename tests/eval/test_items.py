@@ -40,10 +40,11 @@ def test_objects_and_distractors_are_of_the_suites_side_only(run: Run, folder: P
     assert set(objects) <= held_out
     assert not held_out & trained
     captions = {picture.caption for picture in items.pictures}
+    shown = {picture.image: picture.object for picture in items.pictures}
     for picture in items.pictures:
         assert set(picture.distractors) <= captions - {picture.caption}
         assert len(set(picture.distractors)) == 3
-        assert picture.absent in set(objects) - {picture.object}
+        assert picture.absent in set(objects) - {picture.object, shown[picture.other_image]}
 
 
 def test_the_control_shows_every_picture_once_and_never_the_own_one(items: Items) -> None:

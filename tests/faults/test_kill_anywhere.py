@@ -41,7 +41,7 @@ def test_killed_inline_it_ends_with_the_digests_of_an_unbroken_run(
     unbroken: tuple[Digests, float], tmp_path: Path
 ) -> None:
     digests, seconds = unbroken
-    _kill_and_finish(_inline(tmp_path), {}, digests=digests, kills=KILLS, within=seconds)
+    _kill_and_finish(lambda name: _inline(_made(tmp_path / name)), {}, digests=digests, kills=KILLS, within=seconds)
 
 
 @pytest.mark.ray
@@ -54,8 +54,9 @@ def test_killed_under_ray_it_ends_with_the_digests_of_an_unbroken_run(
     started = time.monotonic()
     digests = _run_to_the_end(_on_ray(tmp_path_factory.mktemp("whole"), address), env)
     seconds = time.monotonic() - started
+    killed = tmp_path_factory.mktemp("killed")
     _kill_and_finish(
-        _on_ray(tmp_path_factory.mktemp("killed"), address), env, digests=digests, kills=KILLS_RAY, within=seconds
+        lambda name: _on_ray(_made(killed / name), address), env, digests=digests, kills=KILLS_RAY, within=seconds
     )
 
 
@@ -71,21 +72,34 @@ def ray_cluster(
         local.down(settings)
 
 
-def _kill_and_finish(command: list[str], env: dict[str, str], *, digests: Digests, kills: int, within: float) -> None:
+def _kill_and_finish(
+    command_in: Callable[[str], list[str]], env: dict[str, str], *, digests: Digests, kills: int, within: float
+) -> None:
+    """So many kills of a pipeline at work; where one ended before its kill, the next is of a new one."""
     draw = random.Random(SEED)
-    moments = []
-    for _ in range(kills):
-        moments.append(draw.uniform(0, within))
-        running = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **env}, start_new_session=True, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+    moments: list[float] = []
+    pipelines = 0
+    while len(moments) < kills:
+        command = command_in(f"pipeline-{pipelines}")
+        pipelines += 1
+        while len(moments) < kills and (moment := _killed(command, env, after=draw.uniform(0, within))) is not None:
+            moments.append(moment)
+        assert _run_to_the_end(command, env) == digests, f"seed {SEED}, killed after {moments} s"
+
+
+def _killed(command: list[str], env: dict[str, str], *, after: float) -> float | None:
+    """The moment in seconds at which it was killed, with its whole process group; None where it had ended well."""
+    with subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, **env}, start_new_session=True, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as running:  # fmt: skip
         try:
-            running.wait(timeout=moments[-1])
+            assert running.wait(timeout=after) == 0, f"seed {SEED}"
         except subprocess.TimeoutExpired:
             os.killpg(running.pid, signal.SIGKILL)
-            running.wait()
-    assert _run_to_the_end(command, env) == digests, f"seed {SEED}, killed after {moments} s"
+            if running.wait() == -signal.SIGKILL:
+                return after
+    return None
 
 
 def _run_to_the_end(command: list[str], env: dict[str, str]) -> Digests:
@@ -99,6 +113,11 @@ def _run_to_the_end(command: list[str], env: dict[str, str]) -> Digests:
     return {
         f"{kind}/{name}": made["digest"] for kind in ("checkpoints", "reports") for name, made in outcome[kind].items()
     }
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 def _inline(folder: Path) -> list[str]:

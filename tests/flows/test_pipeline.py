@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,9 @@ def servers(tmp_path_factory: pytest.TempPathFactory, free_servers: Callable[[Pa
     }
     (folder / "resources.yaml").write_text(yaml.safe_dump(resources))
     (folder / "local.yaml").write_text(yaml.safe_dump(settings.model_dump()))
-    yield {"folder": folder, "settings": settings, "resources": resources}
+    yield {
+        "folder": folder, "settings": settings, "resources": resources, "endpoint": local.endpoints(settings).serve
+    }  # fmt: skip
     local.down(settings)
 
 
@@ -83,45 +86,67 @@ def first(demo: Demo) -> Json:
 
 
 def test_the_summary_says_what_really_ran(first: Json, servers: Json) -> None:
+    assert first["launch"] == "ray"
+    assert first["seconds"] > 0
     assert [stage["name"] for stage in first["stages"]] == ["align", "pretrain", "sft"]
     for stage in first["stages"]:
         assert stage["steps"] == 6
         assert len(stage["digest"]) == 64
-        assert all(isinstance(stage[key], float) for key in ("seconds", "loss_first", "validation_last"))
+        assert len(stage["mlflow_run"]) == 32
+        losses = ("loss_first", "loss_last", "validation_first", "validation_last")
+        assert all(isinstance(stage[key], float) for key in ("seconds", *losses))
         assert [worker["rank"] for worker in stage["workers"]] == [0, 1]
         for worker in stage["workers"]:
             assert worker["engine"].startswith("deepspeed")
             assert worker["zero_stage"] == 2
             assert worker["world_size"] == 2
-            assert worker["node"]
             assert worker["actor"]
-    ran = [worker for room in first["rooms"] if room["room"] != "assemble" for worker in room["workers"]]
-    assert {worker["launch"] for worker in ran} == {"ray"}
-    assert all(worker["node"] and worker["pid"] for worker in ran)
-    assert all(room["seconds"] > 0 for room in first["rooms"])
+    assert [(room["room"], room["name"]) for room in first["rooms"]] == [
+        ("assemble", "base"), *[("prepare", f"tiny_{name}") for name in ("held_out", "align", "pretrain", "sft")],
+        *[("train_stage", name) for name in ("align", "pretrain", "sft")],
+        *[("evaluate", name) for name in ("base", "align", "pretrain", "sft")],
+        ("register", "tiny 1"), ("deploy", servers["endpoint"]),
+    ]  # fmt: skip
+    for room in first["rooms"]:
+        assert room["seconds"] > 0
+        assert len(room["digest"]) == 64
+        if room["room"] in ("prepare", "train_stage", "evaluate"):
+            assert {worker["launch"] for worker in room["workers"]} == {"ray"}
+            assert all(worker["node"] and worker["pid"] for worker in room["workers"])
+    assert first["answer"]["reply"]
+    assert first["mlflow"]["version"] == 1
     assert first["serving"]["model"] == first["answer"]["model"] == first["stages"][-1]["digest"]
     assert first["serving"]["replica"]["actor_id"]
-    assert first["versions"]["deepspeed"]
+    assert first["serving"]["replica"]["node_id"]
+    ran = ("torch", "transformers", "deepspeed", "ray", "mlflow", "prefect", "dvc", "pyarrow", "pillow", "pydantic")
+    assert first["versions"] == {name: version(name) for name in ran}
     asked = httpx.get(f"{servers['resources']['prefect_page']}/api/flow_runs/{first['prefect_flow_run']}").json()
     assert asked["state"]["type"] == "COMPLETED"
 
 
 def test_every_metric_has_an_interval_for_model_control_and_chance(first: Json) -> None:
-    final = [metric for metric in first["metrics"] if metric["model"] == "sft"]
-    roles = {(metric["name"], metric["role"]) for metric in final}
-    for name in ("multiple_choice", "cider", "pope_accuracy", "pope_f1"):
-        assert {(name, role) for role in ("model", "control", "chance")} <= roles
-    assert {("caption_loss", role) for role in ("model", "control", "gap")} <= roles
-    assert {metric["model"] for metric in first["metrics"]} == {"base", "align", "pretrain", "sft"}
-    assert all(metric["low"] <= metric["value"] <= metric["high"] and metric["n"] for metric in first["metrics"])
+    for model in ("base", "align", "pretrain", "sft"):
+        metrics = [metric for metric in first["metrics"] if metric["model"] == model]
+        assert {(metric["name"], metric["role"]) for metric in metrics} == {
+            *((name, role) for name in ("caption_loss", "multiple_choice", "cider") for role in ("control", "gap")),
+            *((name, "control") for name in ("pope_accuracy", "pope_f1", "pope_yes_ratio")),
+            *((name, "chance") for name in ("multiple_choice", "cider", "text_multiple_choice")),
+            *((name, "chance") for name in ("pope_accuracy", "pope_f1", "pope_yes_ratio")),
+            *((name, "model") for name in ("caption_loss", "multiple_choice", "cider", "text_loss")),
+            *((name, "model") for name in ("pope_accuracy", "pope_f1", "pope_yes_ratio", "text_multiple_choice")),
+        }
+        assert all(metric["low"] <= metric["value"] <= metric["high"] and metric["n"] for metric in metrics)
 
 
 def test_mlflow_has_the_runs_and_the_champion(first: Json, servers: Json) -> None:
     client = MlflowClient(servers["resources"]["tracking_uri"], registry_uri=servers["resources"]["tracking_uri"])
-    children = client.search_runs(
-        [client.get_experiment_by_name("vila").experiment_id],
-        f"tags.mlflow.parentRunId = '{first['mlflow']['parent_run']}'",
-    )
+    parent = client.get_run(first["mlflow"]["parent_run"])
+    assert parent.info.status == "FINISHED"
+    assert parent.data.params["stages.sft.mixture.sources.instructions.weight"] == "0.5"
+    final = {metric["name"]: metric["value"] for metric in first["metrics"] if metric["model"] == "sft"
+             and metric["role"] == "model"}  # fmt: skip
+    assert {name: parent.data.metrics[name] for name in final} == pytest.approx(final)
+    children = client.search_runs([parent.info.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
     assert sorted(run.info.run_name for run in children) == sorted(
         ["align", "pretrain", "sft", *(f"evaluate {name}" for name in ("base", "align", "pretrain", "sft"))]
     )
@@ -129,6 +154,16 @@ def test_mlflow_has_the_runs_and_the_champion(first: Json, servers: Json) -> Non
     assert len(client.get_metric_history(trained.info.run_id, "loss")) == 6
     champion = client.get_model_version_by_alias("tiny", "champion")
     assert champion.tags["digest"] == first["stages"][-1]["digest"]
+
+
+def test_prefects_artifacts_link_to_mlflow(first: Json, servers: Json) -> None:
+    wanted = {"artifacts": {"flow_run_id": {"any_": [first["prefect_flow_run"]]}}}
+    found = httpx.post(f"{servers['resources']['prefect_page']}/api/artifacts/filter", json=wanted).json()
+    said = {artifact["key"]: artifact["data"] for artifact in found}
+    assert f"({first['mlflow']['page']})" in said["vila-report"]
+    assert first["mlflow"]["page"].endswith(f"/runs/{first['mlflow']['parent_run']}")
+    rows = json.loads(said["vila-stages"])
+    assert [row["mlflow"] for row in rows] == [f"[{s['mlflow_run']}]({s['mlflow_page']})" for s in first["stages"]]
 
 
 def test_the_official_client_gets_an_answer(first: Json) -> None:
@@ -139,14 +174,36 @@ def test_the_official_client_gets_an_answer(first: Json) -> None:
     assert said.system_fingerprint == first["stages"][-1]["digest"]
 
 
-def test_an_unchanged_run_makes_nothing_and_imports_nothing_heavy(first: Json, demo: Demo, servers: Json) -> None:
-    again = demo()
-    assert all(room["reused"] for room in again["rooms"])
-    assert [room["digest"] for room in again["rooms"]] == [room["digest"] for room in first["rooms"]]
+def test_a_killed_demo_is_gone_on_with_and_a_changed_weight_makes_exactly_what_depends_on_it(
+    first: Json, demo: Demo, servers: Json
+) -> None:
+    changed = "stages.sft.mixture.sources.instructions.weight=0.25"
+    killed = kill_once_started(servers, changed)
+    again = demo(changed)
+    assert again["prefect_flow_run"] == killed
+    made = {(room["room"], room["name"]) for room in again["rooms"] if room["reused"] is False}
+    assert made == {("prepare", "tiny_sft"), ("train_stage", "sft"), ("evaluate", "sft")}
+
+
+def test_a_killed_demo_of_another_run_is_ended_and_an_unchanged_run_makes_nothing(
+    first: Json, demo: Demo, servers: Json
+) -> None:
+    killed = kill_once_started(servers, "stages.sft.learning_rate=4e-4")
+    before = httpx.get(f"{servers['endpoint']}/health").json()
+    unchanged = demo()
+    assert httpx.get(f"{servers['endpoint']}/health").json()["replica"] == before["replica"]
+    sealing = [room for room in unchanged["rooms"] if room["room"] not in ("register", "deploy")]
+    assert all(room["reused"] for room in sealing)
+    assert [room["digest"] for room in sealing] == [room["digest"] for room in first["rooms"][: len(sealing)]]
+    assert unchanged["prefect_flow_run"] != killed
+    asked = httpx.get(f"{servers['resources']['prefect_page']}/api/flow_runs/{killed}").json()
+    assert asked["state"]["type"] == "CANCELLED"
+
+
+def test_an_unchanged_flow_imports_nothing_heavy(first: Json, servers: Json) -> None:
     program = (
-        "import sys; from pathlib import Path; from vila_ops.config import load; from vila_ops import pipeline;"
-        "run = load(Path('configs/recipes/tiny.yaml'), resources=Path(sys.argv[1]));"
-        "pipeline.run_pipeline(run, pipeline.Rooms());"
+        "import sys; from pathlib import Path; from vila_ops.config import load; from flows.pipeline import vila;"
+        "vila(load(Path('configs/recipes/tiny.yaml'), resources=Path(sys.argv[1])));"
         "heavy = {'torch', 'ray', 'transformers'} & set(sys.modules); assert not heavy, heavy"
     )
     command = [sys.executable, "-c", program, str(servers["folder"] / "resources.yaml")]
@@ -155,19 +212,21 @@ def test_an_unchanged_run_makes_nothing_and_imports_nothing_heavy(first: Json, d
     assert done.returncode == 0, done.stderr
 
 
-def test_one_changed_weight_makes_exactly_what_depends_on_it(first: Json, demo: Demo) -> None:
-    changed = demo("stages.sft.mixture.sources.instructions.weight=0.25")
-    made = {(room["room"], room["name"]) for room in changed["rooms"] if not room["reused"]}
-    assert made == {("prepare", "tiny_sft"), ("train_stage", "sft"), ("evaluate", "sft")}
-
-
-def test_a_killed_demo_is_gone_on_with_and_another_one_is_ended(first: Json, demo: Demo, servers: Json) -> None:
-    killed = kill_once_started(servers, "stages.sft.learning_rate=3e-4")
-    again = demo("stages.sft.learning_rate=3e-4")
-    assert again["prefect_flow_run"] == killed
-
-    other = kill_once_started(servers, "stages.sft.learning_rate=4e-4")
-    unchanged = demo()
-    assert unchanged["prefect_flow_run"] != other
-    asked = httpx.get(f"{servers['resources']['prefect_page']}/api/flow_runs/{other}").json()
-    assert asked["state"]["type"] == "CANCELLED"
+def test_a_corrupted_shard_is_named_and_not_tried_again(first: Json, demo: Demo, servers: Json) -> None:
+    (dataset,) = [room["digest"] for room in first["rooms"] if room["name"] == "tiny_sft"]
+    manifests = (servers["folder"] / "store/dataset").glob("*/manifest.json")
+    sealed = next(path for path in manifests if json.loads(path.read_text())["digest"] == dataset)
+    shard = next((sealed.parent / json.loads(sealed.read_text())["data"]).glob("*.tar"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    failed = subprocess.run(
+        command(servers, "stages.sft.seed=9"), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    shard.write_bytes(content)
+    assert failed.returncode == 1
+    assert "CorruptArtifact" in failed.stderr
+    assert str(shard) in failed.stderr
+    wanted = {"flow_runs": {"state": {"type": {"any_": ["FAILED"]}}}}
+    tasks = httpx.post(f"{servers['resources']['prefect_page']}/api/task_runs/filter", json=wanted).json()
+    (trained,) = [task for task in tasks if task["name"] == "train sft"]
+    assert trained["run_count"] == 1

@@ -16,7 +16,7 @@ from vila_ops.artifacts.store import content, sha256, verify
 from vila_ops.config import Resources, Stage
 from vila_ops.data.shards import read_index
 from vila_ops.model import folder as model_folder
-from vila_ops.train.loop import NonFiniteLoss
+from vila_ops.train.job import NonFiniteLoss
 from vila_ops.train.stage import train_stage
 
 RUN = """

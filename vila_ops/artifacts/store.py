@@ -27,6 +27,8 @@ KINDS: dict[type[Artifact], str] = {
     Checkpoint: "checkpoint",
     EvalReport: "report",
 }
+ANY_EXECUTION: dict[str, Any] = {"seconds": 0.0, "sealed": "1970-01-01T00:00:00+00:00", "workers": []}
+"""The execution of an exported manifest: no attempt's own, and older than any run, which so counts it as reused."""
 
 A = TypeVar("A", bound=Artifact)
 log = logging.getLogger(__name__)
@@ -156,7 +158,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def export(artifact: Artifact, target: Path) -> None:
-    """Copy a sealed folder to `target` (hard links where the disk can), manifest last, replacing what is there.
+    """Copy a sealed folder to `target`, manifest last, replacing what is there; an edit of the copy stays there.
 
     The copy's bytes do not depend on which attempt made them, so that DVC sees no change where there is none.
     """
@@ -166,9 +168,8 @@ def export(artifact: Artifact, target: Path) -> None:
     fresh.mkdir(parents=True)
     for name in manifest["files"]:
         (fresh / "files" / name).parent.mkdir(parents=True, exist_ok=True)
-        _link_or_copy(source / manifest["data"] / name, fresh / "files" / name)
-    plain = {key: value for key, value in manifest.items() if key != "execution"}
-    (fresh / MANIFEST).write_text(_sealed({**plain, "data": "files", "execution": {}}))
+        shutil.copyfile(source / manifest["data"] / name, fresh / "files" / name)
+    (fresh / MANIFEST).write_text(_sealed({**manifest, "data": "files", "execution": ANY_EXECUTION}))
     _sync_tree(fresh)
     if target.exists():
         old = target.with_name(f".{target.name}-old-{secrets.token_hex(6)}")
@@ -253,10 +254,3 @@ def _create_only(path: Path, text: str) -> bool:
         draft.unlink()
     sync(path.parent)
     return True
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

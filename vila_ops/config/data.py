@@ -1,10 +1,10 @@
 """What data is: pinned packages, sources, and weighted mixtures of them."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from vila_ops.config.base import Config
+from vila_ops.config.base import Config, Slug
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Rendering = Literal["caption", "document", "questions", "instructions", "definition"]
@@ -32,6 +32,10 @@ class SourceBase(Config):
     render: Rendering
     limit: PositiveInt | None = None
     """Take only so many keys, evenly spaced in key order; None takes all."""
+
+    def origin(self) -> dict[str, Any]:
+        """What is read, whatever is made of it."""
+        return self.model_dump(exclude={"weight", "render", "limit"})
 
 
 class TuxPaint(SourceBase):
@@ -102,7 +106,7 @@ class Split(Config):
 class Mixture(Config):
     """Sources blended by weight."""
 
-    name: str
+    name: Slug
     sources: dict[str, Source] = Field(min_length=1)
     split: Split = Split()
     max_bad_share: float = Field(default=0.05, ge=0, le=1)

@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import PositiveInt, model_validator
 
-from vila_ops.config.base import Config, fingerprint
+from vila_ops.config.base import Config, Slug, fingerprint
 from vila_ops.config.eval import Gate, Suite
 from vila_ops.config.model import Model, TextFormat
 from vila_ops.config.resources import Resources
@@ -15,7 +15,7 @@ from vila_ops.config.train import Stage
 class Recipe(Config):
     """Everything that changes the numbers."""
 
-    name: str
+    name: Slug
     model: Model
     max_tokens: PositiveInt
     """Longest training sample, image tokens included."""
@@ -49,6 +49,18 @@ class Recipe(Config):
                     f"stage {key!r} packs rows of {stage.row_tokens} tokens but a sample may have {self.max_tokens}; "
                     f"raise row_tokens or lower max_tokens"
                 )
+        if (self.probe.mixture, self.probe.max_tokens) != (self.suite.mixture, self.suite.max_tokens):
+            raise ValueError(
+                f"probe {self.probe.name!r} and suite {self.suite.name!r} read the same prepared data; "
+                f"give them the same mixture and max_tokens"
+            )
+        texts = [source.origin() for source in self.suite.mixture.sources.values() if source.render == "definition"]
+        for stage in self.stages.values():
+            if shared := [name for name, source in stage.mixture.sources.items() if source.origin() in texts]:
+                raise ValueError(
+                    f"stage {stage.name!r} trains on {shared}, by which suite {self.suite.name!r} measures text skill; "
+                    f"take it out of one of the two mixtures"
+                )
         for suite in (self.suite, self.probe):
             for stage in self.stages.values():
                 if stage.mixture.split != suite.mixture.split:
@@ -61,6 +73,10 @@ class Recipe(Config):
     def fingerprint(self) -> str:
         """As of any config, and of the order of the stages, which canonical JSON forgets."""
         return fingerprint([self.model_dump(mode="json"), list(self.stages)])
+
+    def suite_after(self, stage: str) -> Suite:
+        """What a model is measured by after a stage, `base` for the untrained one."""
+        return self.suite if [stage] == list(self.stages)[-1:] else self.probe
 
     def text(self, *, max_tokens: int | None = None) -> TextFormat:
         """How this recipe's model reads records; `max_tokens` differs between training and a suite."""

@@ -56,7 +56,7 @@ def build(
 
 
 def write_shard(job: Job, unit: Unit) -> dict[str, Any]:
-    """Read, render, tokenise and write one unit; returns index rows, drops by reason and who did it."""
+    """Read, render, tokenise and write one unit; returns index rows, licences, drops by reason and who did it."""
     source = job.mixture.sources[unit.source]
     folders = _folders(source, cache=Path(job.cache))
     tokenizer = _tokenizer(job.text, Path(job.cache))
@@ -64,6 +64,7 @@ def write_shard(job: Job, unit: Unit) -> dict[str, Any]:
     names = _names(source, job.mixture.split, Path(job.cache), attempt=job.folder) if asks else {}
     writer = ShardWriter(Path(job.folder) / unit.shard)
     drops: Counter[str] = Counter()
+    licences: Counter[str] = Counter()
     seen = 0
     for key in unit.keys:
         for record in sources.read(source, folders, key):
@@ -80,10 +81,11 @@ def write_shard(job: Job, unit: Unit) -> dict[str, Any]:
                     continue
                 for sample in made:
                     writer.add(sample, split=split)
+                    licences[sample.licence] += 1
             drops.update(reasons)
     rows = writer.close()
-    found = {"source": unit.source, "shard": unit.shard, "rows": rows, "seen": seen, "drops": dict(drops)}
-    return {**found, "ran": whoami()}
+    found = {"source": unit.source, "shard": unit.shard, "rows": rows, "seen": seen}
+    return {**found, "licences": dict(licences), "drops": dict(drops), "ran": whoami()}
 
 
 def _units(mixture: Mixture, *, cache: Path) -> list[Unit]:
@@ -181,14 +183,15 @@ def _summary(mixture: Mixture, done: list[dict[str, Any]], rows: list[dict[str, 
     for name, source in mixture.sources.items():
         results = [result for result in done if result["source"] == name]
         own = [row for row in rows if row["source"] == name]
-        drops = sum((Counter(result["drops"]) for result in results), Counter[str]())
         per_source[name] = {
             "weight": source.weight,
             "records_seen": sum(result["seen"] for result in results),
             "samples": dict(sorted(Counter(row["split"] for row in own).items())),
             "tokens": sum(row["num_tokens"] for row in own),
             "images": sum(row["num_images"] for row in own),
-            "dropped": dict(sorted(drops.items())),
+            "dropped": _total(results, "drops"),
+            "licences": _total(results, "licences"),
+            "packages": {f"{p.registry}:{p.name}@{p.version}": p.licence for p in sources.packages(source)},
         }
     return {
         "mixture": mixture.name,
@@ -197,6 +200,11 @@ def _summary(mixture: Mixture, done: list[dict[str, Any]], rows: list[dict[str, 
         "num_images": sum(row["num_images"] for row in rows),
         "sources": per_source,
     }
+
+
+def _total(results: list[dict[str, Any]], counted: str) -> dict[str, int]:
+    """The counts of all units, added up."""
+    return dict(sorted(sum((Counter(result[counted]) for result in results), Counter[str]()).items()))
 
 
 def _refuse_bad_sources(mixture: Mixture, summary: dict[str, Any]) -> None:

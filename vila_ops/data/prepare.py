@@ -13,7 +13,7 @@ from vila_ops.artifacts.kinds import Dataset
 from vila_ops.config import Mixture, Resources, TextFormat
 from vila_ops.data import sources
 
-REVISION = 1
+REVISION = 2
 log = logging.getLogger(__name__)
 
 
@@ -49,13 +49,13 @@ def export_for_dvc(dataset: Dataset, out: Path) -> None:
     """Copy a dataset to `out`, with its counts beside it: `out`.json for `dvc metrics`, `out`.csv for `dvc plots`."""
     store.export(dataset, out)
     summary = json.loads((store.content(dataset) / "summary.json").read_text())
-    out.with_suffix(".json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
+    out.with_name(f"{out.name}.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
     rows = [
-        f"{name},{split},{count}"
+        f"{name} {split},{count}"
         for name, source in summary["sources"].items()
         for split, count in source["samples"].items()
     ]
-    out.with_suffix(".csv").write_text("\n".join(["source,split,samples", *rows]) + "\n")
+    out.with_name(f"{out.name}.csv").write_text("\n".join(["part,samples", *rows]) + "\n")
 
 
 def _parents(mixture: Mixture, text: TextFormat) -> tuple[str, ...]:

@@ -13,18 +13,19 @@ from vila_ops.artifacts.kinds import Checkpoint, Dataset, EvalReport, Pretrained
 from vila_ops.config import Resources, Suite
 from vila_ops.eval.job import Job
 
-REVISION = 1
+REVISION = 2
 REPORT = "report.json"
 log = logging.getLogger(__name__)
 
 
 def evaluate(suite: Suite, model: Checkpoint | Pretrained, data: Dataset, resources: Resources) -> EvalReport:
-    """The report of a model on a suite; measured only if the store has it not yet."""
+    """The report of a model on a suite; measured only if the store has it not yet. Raises CorruptArtifact."""
     recipe = suite.model_dump(mode="json", exclude={"mixture"})
     at = store.address(EvalReport, revision=REVISION, recipe=recipe, parents=(model.digest, data.digest))
     root = Path(resources.store).resolve()
     if done := store.find(EvalReport, at, store=root):
         return done
+    store.verify(data)  # the model is verified by whoever loads it
     started = time.monotonic()
     attempt = store.begin(at, store=root)
     stage = model.stage if isinstance(model, Checkpoint) else "base"

@@ -24,7 +24,7 @@ class Picture:
     distractors: tuple[str, str, str]
     """Captions of three other held-out objects, near ones first."""
     absent: str
-    """Name of another held-out object, not in the picture."""
+    """Name of another held-out object, in neither picture."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ def _pictures(samples: list[Sample], *, seed: int) -> tuple[Picture, ...]:
         draw = random.Random(f"{seed}/{sample.key}")
         others = _near_first(number, [s.category for s in samples], draw)
         distractors = tuple(samples[i].text for i in others if samples[i].text != sample.text)[:3]
-        absent = next(samples[i].object for i in (others if draw.random() < 0.5 else others[::-1]))
+        unseen = [i for i in others if i != after[number]]  # nor is it in the control's picture
+        absent = samples[unseen[0 if draw.random() < 0.5 else -1]].object
         pictures.append(
             Picture(
                 key=sample.key,

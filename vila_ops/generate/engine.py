@@ -78,13 +78,14 @@ class Generator:
             return []
         longest = max(len(prompt.input_ids) for prompt in prompts) + max_new_tokens
         dtype = self.model.get_input_embeddings().weight.dtype
-        cache = SlotCache(self.model.config.text_config, slots=self.slots, capacity=longest, dtype=dtype)
+        slots = min(self.slots, len(prompts))
+        cache = SlotCache(self.model.config.text_config, slots=slots, capacity=longest, dtype=dtype)
         waiting = list(range(len(prompts)))[::-1]
         live: list[_Live] = []
         answers: dict[int, Answer] = {}
         while waiting or live:
-            if waiting and self.slots - len(live) >= min(len(waiting), max(1, self.slots // 4)):
-                joining = [waiting.pop() for _ in range(min(len(waiting), self.slots - len(live)))]
+            if waiting and slots - len(live) >= min(len(waiting), max(1, slots // 4)):
+                joining = [waiting.pop() for _ in range(min(len(waiting), slots - len(live)))]
                 first = self._prefill([prompts[i] for i in joining], cache)
                 live += [_Live(index) for index in joining]
                 self._settle(live[-len(joining) :], first, live, cache, answers, max_new_tokens=max_new_tokens)

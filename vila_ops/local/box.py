@@ -92,6 +92,12 @@ def owns(settings: LocalServers, pid: int) -> bool:
     return pid in _processes(settings)
 
 
+def runs(settings: LocalServers, name: Name) -> bool:
+    """Whether the process of a server lives; unlike `status` it asks nobody."""
+    record = read_record(root_of(settings), name)
+    return record is not None and leader_of(record) is not None
+
+
 def _processes(settings: LocalServers) -> set[int]:
     records = [record for name in NAMES if (record := read_record(root_of(settings), name))]
     return {process.pid for record in records for process in processes_of(record)}
@@ -134,21 +140,32 @@ def _as_configured(record: Record, server: Server) -> bool:
 
 def _refuse_foreigners(settings: LocalServers, servers: Iterable[Server]) -> None:
     """No port that we need is held by a process that `up` did not start."""
-    ours = _processes(settings)
-    listeners = {
-        connection.laddr.port: connection.pid
-        for connection in psutil.net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN and connection.laddr
-    }
     wanted = {key: port for server in servers for key, port in server.ports.items()}
+    wanted["serve_port"] = settings.serve_port
+    ours = _processes(settings)
+    held = _listeners(wanted.values())
+    # A process that is just dying (Ray's agents, after their head was killed) holds ports, but can't be seen any more.
+    began = time.monotonic()
+    while None in held.values() and time.monotonic() - began < settings.stop_grace_seconds:
+        time.sleep(0.1)
+        held = _listeners(wanted.values())
     faults = [
-        f"port {port} is held by {_describe(listeners[port])}, which `vila-ops up` did not start; "
+        f"port {port} is held by {_describe(held[port])}, which `vila-ops up` did not start; "
         f"end it, or set {key} in configs/local.yaml to a free port"
-        for key, port in {**wanted, "serve_port": settings.serve_port}.items()
-        if port in listeners and listeners[port] not in ours
+        for key, port in wanted.items()
+        if port in held and held[port] not in ours
     ]
     if faults:
         raise RuntimeError("\n".join(faults))
+
+
+def _listeners(ports: Collection[int]) -> dict[int, int | None]:
+    """Which of these ports are listened on, and by which process; None where that can't be seen."""
+    return {
+        connection.laddr.port: connection.pid
+        for connection in psutil.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port in ports
+    }
 
 
 def _describe(pid: int | None) -> str:

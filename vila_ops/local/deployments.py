@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from vila_ops.config import Run
 from vila_ops.config.base import fingerprint
 from vila_ops.config.local import LocalServers
 from vila_ops.local.servers import QUICK_SECONDS, answers, endpoints, env, get_json
@@ -51,7 +52,8 @@ def deploy_flows(settings: LocalServers) -> None:
 
 
 def _flows_digest(file: Path, deployments: list[dict[str, Any]]) -> str:
-    """Changes when the file or the Python beside a flow does."""
+    """Changes when the file, the Python beside a flow or the form of a run, which is its parameter, does."""
     folders = {Path(deployment["entrypoint"].partition(":")[0]).parent for deployment in deployments}
     sources = sorted(source for folder in folders for source in folder.glob("*.py"))
-    return fingerprint([str(Path.cwd()), file.read_text(), *(source.read_text() for source in sources)])[:16]
+    form = Run.model_json_schema()
+    return fingerprint([str(Path.cwd()), file.read_text(), form, *(source.read_text() for source in sources)])[:16]

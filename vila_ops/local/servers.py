@@ -75,6 +75,12 @@ def env(settings: LocalServers) -> dict[str, str]:
     }
 
 
+def join(settings: LocalServers, *, ray_address: str | None) -> None:
+    """This process uses these servers, if it is their cluster that it was told to use and they were started once."""
+    if ray_address == endpoints(settings).ray and _ray_token(root_of(settings)).is_file():
+        os.environ |= env(settings)
+
+
 def endpoints(settings: LocalServers) -> Endpoints:
     """Where the servers listen, whether they run or not."""
     host = settings.host

@@ -2,12 +2,14 @@
 
 import base64
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from vila_ops import tracking
 from vila_ops.artifacts.execution import versions
 from vila_ops.artifacts.kinds import Artifact, Checkpoint, Dataset, EvalReport
 from vila_ops.artifacts.store import content, read_manifest
@@ -61,11 +63,12 @@ def summarise(run: Run, outcome: Outcome) -> Json:
         "prefect_flow_run": outcome.flow_run,
         "mlflow": {
             "parent_run": outcome.parent_run,
+            "page": tracking.page(run.resources.tracking_uri, outcome.parent_run),
             "model": run.recipe.gate.model_name,
             "version": outcome.version.version if outcome.version else None,
             "promoted": bool(outcome.version and outcome.version.promoted),
         },
-        "stages": [_stage(checkpoint) for checkpoint in outcome.checkpoints.values()],
+        "stages": [_stage(checkpoint, run.resources.tracking_uri) for checkpoint in outcome.checkpoints.values()],
         "rooms": _rooms(outcome),
         "metrics": [metric for name, report in outcome.reports.items() for metric in _metrics(name, report)],
         "answer": _answer(outcome),
@@ -78,8 +81,9 @@ def markdown(summary: Json) -> str:
     """A few lines for Prefect's page."""
     mlflow = summary["mlflow"]
     lines = [f"# {summary['recipe']}: {summary['seconds']:.0f} s", ""]
-    if summary["links"]["mlflow"]:
-        lines.append(f"MLflow: [{mlflow['model']} version {mlflow['version']}]({summary['links']['mlflow']}/#/models)")
+    if mlflow["page"]:
+        model = f"{summary['links']['mlflow']}/#/models/{mlflow['model']}/versions/{mlflow['version']}"
+        lines.append(f"MLflow: [the run]({mlflow['page']}), [{mlflow['model']} version {mlflow['version']}]({model})")
     if summary["answer"]:
         answer = summary["answer"]
         lines += ["", f"*{answer['question']}* {answer['reply']} (truth: {answer['truth']})"]
@@ -87,16 +91,25 @@ def markdown(summary: Json) -> str:
 
 
 def table(summary: Json) -> list[Json]:
-    """The stages for Prefect's page."""
+    """The stages for Prefect's page, each with a link to its MLflow run."""
     shown = ("name", "steps", "seconds", "loss_first", "loss_last", "validation_first", "validation_last", "digest")
-    return [{key: stage[key] for key in shown} for stage in summary["stages"]]
+    return [
+        {key: stage[key] for key in shown}
+        | {
+            "mlflow": f"[{stage['mlflow_run']}]({stage['mlflow_page']})"
+            if stage["mlflow_page"]
+            else stage["mlflow_run"]
+        }
+        for stage in summary["stages"]
+    ]
 
 
-def _stage(checkpoint: Checkpoint) -> Json:
+def _stage(checkpoint: Checkpoint, tracking_uri: str | None) -> Json:
     manifest = read_manifest(Path(checkpoint.uri))
     rows = _curve(checkpoint)
     losses = [row["loss"] for row in rows if "loss" in row]
     held_out = [row["validation_loss"] for row in rows if "validation_loss" in row]
+    run_id = manifest["execution"].get("mlflow_run")
     return {
         "name": checkpoint.stage,
         "steps": checkpoint.step,
@@ -107,7 +120,8 @@ def _stage(checkpoint: Checkpoint) -> Json:
         "validation_first": held_out[0],
         "validation_last": held_out[-1],
         "workers": manifest["execution"]["workers"],
-        "mlflow_run": manifest["execution"].get("mlflow_run"),
+        "mlflow_run": run_id,
+        "mlflow_page": tracking.page(tracking_uri, run_id),
     }
 
 
@@ -116,10 +130,10 @@ def _rooms(outcome: Outcome) -> list[Json]:
     made += [("prepare", name, dataset) for name, dataset in outcome.datasets.items()]
     made += [("train_stage", name, checkpoint) for name, checkpoint in outcome.checkpoints.items()]
     made += [("evaluate", name, report) for name, report in outcome.reports.items()]
-    return [_room(room, name, artifact, outcome) for room, name, artifact in made]
+    return [_sealing(room, name, artifact, outcome) for room, name, artifact in made] + list(_reconciling(outcome))
 
 
-def _room(room: str, name: str, artifact: Artifact, outcome: Outcome) -> Json:
+def _sealing(room: str, name: str, artifact: Artifact, outcome: Outcome) -> Json:
     execution = read_manifest(Path(artifact.uri))["execution"]
     return {
         "room": room,
@@ -129,6 +143,20 @@ def _room(room: str, name: str, artifact: Artifact, outcome: Outcome) -> Json:
         "reused": execution["sealed"] < outcome.started,
         "workers": execution["workers"],
     }
+
+
+def _reconciling(outcome: Outcome) -> Iterator[Json]:
+    """`register` and `deploy`: they seal nothing, so nothing is reused; the digest is that of the model."""
+    if outcome.version:
+        name, digest = f"{outcome.version.name} {outcome.version.version}", outcome.version.checkpoint.digest
+        yield _reconciled("register", name, digest, outcome)
+    if outcome.deployment:
+        yield _reconciled("deploy", outcome.deployment.url, outcome.deployment.model, outcome)
+
+
+def _reconciled(room: str, name: str, digest: str, outcome: Outcome) -> Json:
+    seconds = outcome.reconciled[room]
+    return {"room": room, "name": name, "digest": digest, "seconds": seconds, "reused": None, "workers": []}
 
 
 def _metrics(name: str, report: EvalReport) -> list[Json]:

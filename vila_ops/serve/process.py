@@ -7,8 +7,9 @@ import re
 import secrets
 import socket
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +99,15 @@ class Desk:
 
     def stop(self, record: Record) -> None:
         """End the process, gracefully first, and forget it."""
+        for ending in (psutil.Process.terminate, psutil.Process.kill):
+            with suppress(psutil.NoSuchProcess):
+                if record.alive():
+                    ending(psutil.Process(record.pid))
+            deadline = time.monotonic() + STOP_SECONDS
+            while record.alive() and time.monotonic() < deadline:  # a zombie, which its parent has to reap, has ended
+                time.sleep(0.02)
         if record.alive():
-            process = psutil.Process(record.pid)
-            process.terminate()
-            try:
-                process.wait(STOP_SECONDS)
-            except psutil.TimeoutExpired:
-                process.kill()
-                process.wait(STOP_SECONDS)
+            raise RuntimeError(f"process {record.pid}, which serves {record.url()}, survives SIGKILL")
         self.record_path.unlink(missing_ok=True)
 
     def tail(self) -> str:

@@ -6,6 +6,10 @@ from vila_ops.artifacts.kinds import Checkpoint, Dataset, Pretrained
 from vila_ops.config import Config, Resources, Stage
 
 
+class NonFiniteLoss(RuntimeError):
+    """The loss of a step is not a number; nothing was updated."""
+
+
 class Place(Config):
     """Which of how many workers this is."""
 

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from vila_ops.cluster import connect, log_to_driver, whoami
-from vila_ops.train.job import Job, Place
+from vila_ops.train.job import Job, NonFiniteLoss, Place
 
 
 def train_on_ray(job: Job) -> list[dict[str, Any]]:
@@ -17,6 +17,7 @@ def train_on_ray(job: Job) -> list[dict[str, Any]]:
 
     A worker that dies makes Ray restart the group, `max_failures` times at most; the loop then goes on from its
     newest resume checkpoint. Weights never pass through Ray: rank 0 writes them into the attempt's folder.
+    Raises what a worker raised, where that says what is wrong, instead of Ray's report of it.
     """
     resources = job.resources
     connect(resources)
@@ -35,7 +36,13 @@ def train_on_ray(job: Job) -> list[dict[str, Any]]:
             failure_config=FailureConfig(max_failures=resources.max_failures),
         ),
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    except WorkerGroupError as error:
+        for failure in error.worker_failures.values():
+            if isinstance(failure, ValueError | OSError | NonFiniteLoss):
+                raise failure from error
+        raise
     said = [Path(f"{job.attempt}-rank-{rank}.json") for rank in range(resources.num_workers)]
     ran = [json.loads(path.read_text()) for path in said]
     for path in said:

@@ -31,6 +31,8 @@ def train_stage(
     root = Path(resources.store).resolve()
     if done := store.find(Checkpoint, at, store=root):
         return done
+    for parent in (data, init):
+        store.verify(parent)
     started = time.monotonic()
     attempt = store.begin(at, store=root)
     resume = root / "resume" / at.key

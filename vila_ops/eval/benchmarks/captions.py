@@ -2,7 +2,7 @@
 
 from vila_ops.config.eval import CaptionLoss, MultipleChoice
 from vila_ops.eval.bench import Bench, Metric, nll_and_tokens
-from vila_ops.eval.metrics.choice import pick
+from vila_ops.eval.metrics.choice import share_right
 from vila_ops.generate.engine import Score
 
 NATS, SHARE = "nats per token", "share right"
@@ -44,5 +44,5 @@ def _right(bench: Bench, seen: list[list[Score]]) -> list[float]:
     right = []
     for picture, given, without in zip(bench.items.pictures, seen, bench.blind, strict=True):
         gains = [blind.nll - score.nll for score, blind in zip(given, without, strict=True)]
-        right.append(float(pick(gains, item=picture.key) == 0))
+        right.append(share_right(gains, item=picture.key))
     return right

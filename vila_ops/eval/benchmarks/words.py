@@ -1,7 +1,7 @@
 """Text only: which meaning belongs to a word, and the loss on plain text. From a source that no stage trains on."""
 
 from vila_ops.eval.bench import Bench, Metric, nll_and_tokens
-from vila_ops.eval.metrics.choice import pick
+from vila_ops.eval.metrics.choice import share_right
 from vila_ops.generate.engine import Prompt
 
 
@@ -18,7 +18,7 @@ def text_multiple_choice(bench: Bench) -> list[Metric]:
     ]
     scores = bench.generator.score(asked)
     right = [
-        float(pick([-score.nll / score.tokens for score in options], item=word.key) == 0)
+        share_right([-score.nll / score.tokens for score in options], item=word.key)
         for word, options in zip(words, scores, strict=True)
     ]
     name, unit = "text_multiple_choice", "share right"

@@ -1,0 +1,39 @@
+"""The committed suites keep apart what is chosen by, what is reported, and what is trained on."""
+
+from pathlib import Path
+
+import pytest
+
+from vila_ops.config import Recipe, load
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(params=["demo", "demo_long"])
+def recipe(request: pytest.FixtureRequest) -> Recipe:
+    path = ROOT / f"configs/recipes/{request.param}.yaml"
+    return load(path, resources=ROOT / "configs/resources/inline.yaml").recipe
+
+
+def test_choices_are_made_on_validation_and_test_is_read_once(recipe: Recipe) -> None:
+    assert (recipe.suite.split, recipe.probe.split) == ("test", "validation")
+
+
+def test_the_suite_reads_300_objects_and_more(recipe: Recipe) -> None:
+    assert recipe.suite.max_objects >= 300
+
+
+def test_the_probe_measures_what_the_suite_measures_controls_included(recipe: Recipe) -> None:
+    assert recipe.probe.benchmarks == recipe.suite.benchmarks
+    kinds = {benchmark.kind for benchmark in recipe.suite.benchmarks.values()}
+    assert kinds == {"caption_loss", "multiple_choice", "cider", "pope", "text_multiple_choice", "text_loss"}
+    controls = {benchmark.control for benchmark in recipe.suite.benchmarks.values() if hasattr(benchmark, "control")}
+    assert controls == {"deranged"}
+
+
+def test_no_stage_trains_on_the_source_of_the_text_benchmarks(recipe: Recipe) -> None:
+    trained = [source for stage in recipe.stages.values() for source in stage.mixture.sources.values()]
+    for suite in (recipe.suite, recipe.probe):
+        words = [source for source in suite.mixture.sources.values() if source.render == "definition"]
+        assert words
+        assert not {source.kind for source in words} & {source.kind for source in trained}

@@ -1,0 +1,123 @@
+"""Every command on the tiny recipe, inline: what `run` made is what each room's own command then finds."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+from typer.testing import CliRunner
+
+from vila_ops.cli import app
+
+ROOT = Path(__file__).parents[1]
+TINY = "configs/recipes/tiny.yaml"
+PROGRAM = str(Path(sys.executable).parent / "vila-ops")
+Json = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="module")
+def resources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Inline, with a registry in a file, in a folder of this test's own; what is served ends with it."""
+    folder = tmp_path_factory.mktemp("inline")
+    file = folder / "resources.yaml"
+    places = {name: str(folder / name) for name in ("store", "cache", "data")}
+    file.write_text(
+        yaml.safe_dump({"launch": "inline", "tracking_uri": f"sqlite:///{folder}/mlflow.db", "serve_port": 0, **places})
+    )
+    yield file
+    subprocess.run([PROGRAM, "undeploy", TINY, "-r", str(file)], cwd=ROOT, check=True, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def ran(resources: Path) -> Json:
+    """Every room, by one command that prints one JSON object and nothing else."""
+    done = subprocess.run(
+        [PROGRAM, "run", TINY, "-r", str(resources), "--json"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    handle: Json = json.loads(done.stdout)
+    return handle
+
+
+def said(*arguments: str) -> Json:
+    """The one JSON object that a command prints."""
+    done = CliRunner().invoke(app, [*arguments, "--json"])
+    assert done.exit_code == 0, done.output
+    handle: Json = json.loads(done.stdout)
+    return handle
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60)
+def test_every_room_runs_inline_and_each_command_finds_what_it_made(ran: Json, resources: Path) -> None:
+    where = ("-r", str(resources))
+    assert said("fetch", TINY, *where) == ran["base"]
+    for name, dataset in ran["datasets"].items():
+        assert said("prepare", TINY, "--mixture", name, *where) == dataset
+    for name, checkpoint in ran["checkpoints"].items():
+        assert said("train", TINY, "--stage", name, *where) == checkpoint
+    for name, report in ran["reports"].items():
+        assert said("evaluate", TINY, "--stage", name, *where) == report
+    assert said("register", TINY, *where) == ran["version"]
+    assert said("deploy", TINY, *where) == ran["deployment"]
+    assert ran["version"]["promoted"]
+    assert ran["answer"]["model"] == ran["deployment"]["model"] == ran["checkpoints"]["sft"]["digest"]
+
+
+@pytest.mark.slow
+def test_two_runs_that_differ_in_one_setting_compare_in_mlflow(ran: Json, resources: Path) -> None:
+    other = said("run", TINY, "-r", str(resources), "-s", "stages.sft.learning_rate=4e-4")
+    client = MlflowClient(f"sqlite:///{resources.parent}/mlflow.db")
+    first, second = (client.get_run(run["parent_run"]) for run in (ran, other))
+    differing = {key for key in first.data.params if first.data.params[key] != second.data.params[key]}
+    assert first.data.params.keys() == second.data.params.keys()
+    assert differing == {"stages.sft.learning_rate"}
+    assert first.data.metrics.keys() == second.data.metrics.keys() >= {"caption_loss", "caption_loss.gap", "cider"}
+    assert {first.info.status, second.info.status} == {"FINISHED"}
+
+
+def test_show_prints_the_run_with_its_overrides() -> None:
+    shown = said("show", TINY, "-s", "stages.sft.learning_rate=4e-4")
+    assert shown["recipe"]["stages"]["sft"]["learning_rate"] == 4e-4
+    assert shown["resources"]["launch"] == "inline"
+
+
+def test_doctor_and_status_print_one_json_list(tmp_path: Path) -> None:
+    servers = tmp_path / "local.yaml"
+    servers.write_text(yaml.safe_dump({"root": str(tmp_path / "local")}))
+    done = CliRunner().invoke(app, ["status", "--servers", str(servers), "--json"])
+    assert [server["state"] for server in json.loads(done.stdout)] == ["stopped"] * 4
+    done = CliRunner().invoke(app, ["doctor", "--servers", str(servers), "--json"])
+    findings = json.loads(done.stdout)
+    assert {finding["ok"] for finding in findings} <= {True, False}
+    assert any("Python 3.11" in finding["text"] for finding in findings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["train", TINY, "--stage", "sftt"], "no stage 'sftt'; it has"),
+        (["prepare", TINY, "--mixture", "algin"], "no mixture 'algin'; it has"),
+        (["show", "configs/recipes/none.yaml"], "configs/recipes/none.yaml"),
+        (["show", TINY, "-s", "stages.sft.learning_rat=1"], "learning_rat"),
+        (["register", TINY, "-r", "configs/resources/inline.yaml"], "set resources.tracking_uri"),
+    ],
+)
+def test_a_wrong_argument_is_one_message_and_no_traceback(arguments: list[str], told: str) -> None:
+    done = subprocess.run([PROGRAM, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
