@@ -42,7 +42,8 @@ $(STAMP): pyproject.toml constraints.txt
 	fi
 	@$(find_python); [ -x $(BIN)/python ] || "$$python" -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	@$(UV) pip install --python $(BIN)/python --compile-bytecode --constraint constraints.txt --editable '.[dev]'
+	@echo "make setup: installing into .venv; this takes a minute or two"
+	@$(UV) pip install --quiet --python $(BIN)/python --compile-bytecode --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 constraints: setup ## Resolve pyproject.toml anew into constraints.txt

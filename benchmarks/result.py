@@ -1,0 +1,29 @@
+"""The one form of a benchmark's result: a JSON object, printed as the last line and kept in results/."""
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from vila_ops.artifacts.execution import versions
+
+
+def result(name: str, *, ours: float, peer: float, target: float, ok: bool, **more: Any) -> None:
+    """Print and keep what was measured; `ratio` is ours / peer."""
+    said = {
+        "name": name,
+        "ours": round(ours, 3),
+        "peer": round(peer, 3),
+        "ratio": round(ours / peer, 3),
+        "target": target,
+        "ok": ok,
+        **more,
+        "machine": f"{platform.machine()}, {psutil.cpu_count()} cores, {psutil.virtual_memory().total >> 30} GiB",
+        "versions": versions(),
+    }
+    folder = Path(__file__).parent / "results"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(said, indent=1) + "\n")
+    print(json.dumps(said))
