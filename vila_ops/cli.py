@@ -179,9 +179,8 @@ def demo(recipe: RecipeFile, resources: ResourcesFile, overrides: Overrides = No
 
 def main() -> None:
     """Entry point: an error that a user can answer is one message, not a traceback."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
-    for noisy in ("httpx", "urllib3", "huggingface_hub"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
+    logging.getLogger("vila_ops").setLevel(logging.INFO)
     try:
         app()
     except (ValueError, OSError, RuntimeError) as error:

@@ -26,7 +26,7 @@ def connect(resources: Resources) -> None:
     try:
         ray.init(
             address=resources.ray_address,
-            runtime_env={"env_vars": ALLOCATOR},
+            runtime_env={"env_vars": {**ALLOCATOR, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}},
             logging_level=logging.WARNING,
             log_to_driver=True,
         )
@@ -38,10 +38,9 @@ def connect(resources: Resources) -> None:
 
 
 def log_to_driver() -> None:
-    """Send this worker's log lines to its standard output, which Ray forwards to the driver."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(name)s: %(message)s", force=True)
-    for noisy in ("httpx", "urllib3", "huggingface_hub", "DeepSpeed"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    """Send what this worker's rooms log to its standard output, which Ray forwards to the driver."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stdout, format="%(name)s: %(message)s", force=True)
+    logging.getLogger("vila_ops").setLevel(logging.INFO)
 
 
 def whoami() -> dict[str, Any]:

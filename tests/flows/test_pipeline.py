@@ -163,7 +163,7 @@ def test_prefects_artifacts_link_to_mlflow(first: Json, servers: Json) -> None:
     assert f"({first['mlflow']['page']})" in said["vila-report"]
     assert first["mlflow"]["page"].endswith(f"/runs/{first['mlflow']['parent_run']}")
     rows = json.loads(said["vila-stages"])
-    assert [row["mlflow"] for row in rows] == [f"[{s['mlflow_run']}]({s['mlflow_page']})" for s in first["stages"]]
+    assert [row["MLflow"] for row in rows] == [f"[curves]({stage['mlflow_page']})" for stage in first["stages"]]
 
 
 def test_the_official_client_gets_an_answer(first: Json) -> None:

@@ -160,6 +160,25 @@ def test_no_network_is_told_apart_from_not_found(registry: str, tmp_path: Path, 
         fetch(package, cache=tmp_path / "cache")
 
 
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("apt-get") is None, reason="needs apt-get, and root to update it")
+def test_no_network_and_no_lists_of_apt_is_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "sources.list").write_text(f"deb [trusted=yes] {CLOSED_PORT} stable main\n")
+    for folder in ("lists/partial", "cache/archives/partial"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "apt.conf").write_text(
+        f'Dir::State::lists "{tmp_path}/lists"; Dir::Cache "{tmp_path}/cache"; '
+        f'Dir::Etc::sourcelist "{tmp_path}/sources.list"; Dir::Etc::sourceparts "{tmp_path}/none";'
+    )
+    monkeypatch.setenv("APT_CONFIG", str(tmp_path / "apt.conf"))
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    package = Package(registry="debian", name="wordnet-base", version="1:3.0-37", sha256="0" * 64, licence="WordNet")
+    with pytest.raises(
+        FetchError, match=r"debian package wordnet-base 1:3\.0-37: no network: .*; to do: check the net"
+    ):
+        fetch(package, cache=tmp_path / "fetched")
+
+
 def _fetch_in_a_process(package: Package, cache: Path) -> str:
     return (fetch(package, cache=cache) / "tiny_words/__init__.py").read_text()
 

@@ -167,7 +167,7 @@ def _apt_download(package: Package, workplace: Path, *, cache: Path) -> None:
         if os.geteuid() != 0:
             raise _failure(package, f"not found in apt's lists: {_last_lines(result)}", "run: sudo apt-get update")
         with _locked(cache / "locks" / "apt-get-update"):
-            _run(package, [apt, "update"], workplace)
+            _run(package, [apt, "update", "-o", "APT::Update::Error-Mode=any"], workplace)
         result = _call(package, command, workplace)
     _check(package, command, result)
 

@@ -92,13 +92,15 @@ def markdown(summary: Json) -> str:
 
 def table(summary: Json) -> list[Json]:
     """The stages for Prefect's page, each with a link to its MLflow run."""
-    shown = ("name", "steps", "seconds", "loss_first", "loss_last", "validation_first", "validation_last", "digest")
     return [
-        {key: stage[key] for key in shown}
-        | {
-            "mlflow": f"[{stage['mlflow_run']}]({stage['mlflow_page']})"
-            if stage["mlflow_page"]
-            else stage["mlflow_run"]
+        {
+            "stage": stage["name"],
+            "steps": stage["steps"],
+            "seconds": round(stage["seconds"], 1),
+            "training loss": f"{stage['loss_first']:.3f} to {stage['loss_last']:.3f}",
+            "validation loss": f"{stage['validation_first']:.3f} to {stage['validation_last']:.3f}",
+            "MLflow": f"[curves]({stage['mlflow_page']})" if stage["mlflow_page"] else "",
+            "digest": stage["digest"],
         }
         for stage in summary["stages"]
     ]
