@@ -158,6 +158,12 @@ def make_resources() -> Callable[..., Resources]:
 
 
 @pytest.fixture(scope="session")
+def free_ports() -> Callable[[int], list[int]]:
+    """Ports that nobody holds now."""
+    return _free_ports
+
+
+@pytest.fixture(scope="session")
 def free_servers() -> Callable[[Path], LocalServers]:
     """Settings of servers on free ports, in a folder of the test's own."""
 

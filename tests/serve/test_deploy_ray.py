@@ -30,15 +30,8 @@ ROOT = Path(__file__).parents[2]
 SERVICE = Service(name="tiny-ray", max_new_tokens=8, cpus_per_replica=1, request_timeout_seconds=30)
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody holds now."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [one.getsockname()[1] for one in sockets]
-
-
 @pytest.fixture(scope="module")
-def resources() -> Iterator[Resources]:
+def resources(free_ports: Callable[[int], list[int]]) -> Iterator[Resources]:
     """A cluster of this test, ended by its own processes' ids."""
     names = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port", "metrics-export-port")
     gcs, *others, serve_port = free_ports(len(names) + 1)
@@ -86,7 +79,10 @@ def replica(url: str) -> dict[str, Any]:
 
 
 def test_deploy_again_and_another_version_under_load(
-    resources: Resources, versions: tuple[ModelVersion, ModelVersion], deploy_elsewhere: Callable[..., str]
+    resources: Resources,
+    free_ports: Callable[[int], list[int]],
+    versions: tuple[ModelVersion, ModelVersion],
+    deploy_elsewhere: Callable[..., str],
 ) -> None:
     url = deploy_elsewhere(SERVICE, versions[0], resources)
     assert ask(url).system_fingerprint == versions[0].checkpoint.digest

@@ -1,10 +1,12 @@
 """DeepSpeed's ZeRO stages walk the curve of plain torch, and go on from each other's checkpoints."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,8 @@ from vila_ops.train.loop import train
 
 ROOT = Path(__file__).parents[2]
 RECIPE, INLINE = ROOT / "configs/recipes/tiny.yaml", ROOT / "configs/resources/inline.yaml"
+RAY = {"launch": "ray", "ray_address": "127.0.0.1:1"}
+"""Of several workers; the test starts them itself."""
 ENV = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
@@ -32,6 +36,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def plain(run: Run) -> Path:
     """The stage `pretrain` in one process with plain torch."""
     return _train_inline(run)
+
+
+@pytest.fixture(scope="module")
+def trained(run: Run) -> Callable[[int, int], Path]:
+    """The same stage with a ZeRO stage and a world size, trained once."""
+
+    @functools.cache
+    def attempt(zero_stage: int, world_size: int) -> Path:
+        resources = {**RAY, "num_workers": world_size, "zero_stage": zero_stage}
+        job = _job(run, f"zero-{zero_stage}-{world_size}", **resources)
+        _train_ranks(job, world_size=world_size)
+        return Path(job.attempt)
+
+    return attempt
 
 
 def _job(run: Run, name: str, **resources: object) -> Job:
@@ -81,19 +99,21 @@ def _losses(attempt: Path) -> list[float]:
 
 
 @pytest.mark.parametrize(("zero_stage", "world_size"), [(1, 2), (2, 1), (2, 2), (3, 2)])
-def test_zero_gives_the_curve_of_plain_torch(run: Run, plain: Path, zero_stage: int, world_size: int) -> None:
-    resources = {"launch": "ray", "ray_address": "127.0.0.1:1", "num_workers": world_size, "zero_stage": zero_stage}
-    job = _job(run, f"zero-{zero_stage}-{world_size}", **resources)
-    _train_ranks(job, world_size=world_size)
-    assert _losses(Path(job.attempt)) == pytest.approx(_losses(plain), rel=1e-6, abs=1e-6)
-    own, reference = (load_file(folder / "model.safetensors") for folder in (Path(job.attempt), plain))
+def test_zero_gives_the_curve_of_plain_torch(
+    trained: Callable[[int, int], Path], plain: Path, zero_stage: int, world_size: int
+) -> None:
+    attempt = trained(zero_stage, world_size)
+    assert _losses(attempt) == pytest.approx(_losses(plain), rel=1e-6, abs=1e-6)
+    own, reference = (load_file(folder / "model.safetensors") for folder in (attempt, plain))
     assert own.keys() == reference.keys()
     assert all((own[name] - reference[name]).abs().max() < 1e-5 for name in own)
 
 
-def test_a_killed_stage_goes_on_bit_for_bit_and_at_another_world_size(run: Run, plain: Path) -> None:
-    resources = {"launch": "ray", "ray_address": "127.0.0.1:1", "num_workers": 2, "zero_stage": 2}
-    unbroken = Path(run.resources.store) / "zero-2-2" / "attempt"
+def test_a_killed_stage_goes_on_bit_for_bit_and_at_another_world_size(
+    run: Run, plain: Path, trained: Callable[[int, int], Path]
+) -> None:
+    resources = {**RAY, "num_workers": 2, "zero_stage": 2}
+    unbroken = trained(2, 2)
     same = _job(run, "same", **resources)
     _train_ranks(same, world_size=2, kill_at=2)
     _train_ranks(same, world_size=2)
