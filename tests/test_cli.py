@@ -67,8 +67,9 @@ def test_every_room_runs_inline_and_each_command_finds_what_it_made(ran: Json, r
         assert said("prepare", TINY, "--mixture", name, *where) == dataset
     for name, checkpoint in ran["checkpoints"].items():
         assert said("train", TINY, "--stage", name, *where) == checkpoint
-    for name, report in ran["reports"].items():
+    for name, report in ran["probes"].items():
         assert said("evaluate", TINY, "--stage", name, *where) == report
+    assert said("evaluate", TINY, "--stage", "sft", "--final", *where) == ran["report"]
     assert said("register", TINY, *where) == ran["version"]
     assert said("deploy", TINY, *where) == ran["deployment"]
     assert ran["version"]["promoted"]

@@ -85,12 +85,13 @@ def train(
 def evaluate(
     recipe: RecipeFile,
     stage: StageName,
+    final: Annotated[bool, typer.Option("--final", help="The suite that decides, instead of the probe")] = False,
     resources: ResourcesFile = INLINE,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate the model after a stage."""
-    _print(pipeline.evaluate_stage(_load(recipe, resources, overrides), stage), as_json)
+    _print(pipeline.evaluate_stage(_load(recipe, resources, overrides), stage, final=final), as_json)
 
 
 @app.command()

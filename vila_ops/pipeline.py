@@ -45,8 +45,10 @@ class Outcome(Config):
     datasets: dict[str, Dataset]
     checkpoints: dict[str, Checkpoint]
     """By stage, in order."""
-    reports: dict[str, EvalReport]
+    probes: dict[str, EvalReport]
     """By stage, `base` first."""
+    report: EvalReport
+    """Of the last stage's model on the recipe's suite."""
     reconciled: dict[str, float]
     """Seconds of the rooms that seal nothing: `register` (with the evaluation of a champion) and `deploy`."""
     version: ModelVersion | None
@@ -64,20 +66,20 @@ def run_pipeline(run: Run, rooms: Rooms, *, flow_run: str | None = None) -> Outc
         model: Checkpoint | Pretrained = base
         held_out = rooms.prepare(recipe.suite.mixture, recipe.text(max_tokens=recipe.suite.max_tokens), resources)
         datasets = {recipe.suite.mixture.name: held_out}
-        reports = {"base": rooms.evaluate(recipe.suite_after("base"), base, held_out, resources)}
+        probes = {"base": rooms.evaluate(recipe.probe, base, held_out, resources)}
         checkpoints: dict[str, Checkpoint] = {}
         for name, stage in recipe.stages.items():
             datasets[stage.mixture.name] = rooms.prepare(stage.mixture, recipe.text(), resources)
             checkpoints[name] = rooms.train_stage(stage, recipe.model, datasets[stage.mixture.name], model, resources)
             model = checkpoints[name]
-            reports[name] = rooms.evaluate(recipe.suite_after(name), model, held_out, resources)
-        final = list(reports.values())[-1]
-        tracking.MetricLog.send(resources.tracking_uri, resources.parent_run, tracked(read_report(final)))
+            probes[name] = rooms.evaluate(recipe.probe, model, held_out, resources)
+        report = rooms.evaluate(recipe.suite, model, held_out, resources)
+        tracking.MetricLog.send(resources.tracking_uri, resources.parent_run, tracked(read_report(report)))
         version = deployment = answer = None
         reconciled: dict[str, float] = {}
         if resources.tracking_uri is not None and isinstance(model, Checkpoint):
             with _timed(reconciled, "register"):
-                version = _register(recipe, model, final, held_out, resources, rooms)
+                version = _register(recipe, model, report, held_out, resources, rooms)
             if (served := _to_serve(recipe, version, resources)) is not None:
                 with _timed(reconciled, "deploy"):
                     deployment = rooms.deploy(recipe.service, served, resources)
@@ -90,7 +92,8 @@ def run_pipeline(run: Run, rooms: Rooms, *, flow_run: str | None = None) -> Outc
         base=base,
         datasets=datasets,
         checkpoints=checkpoints,
-        reports=reports,
+        probes=probes,
+        report=report,
         reconciled=reconciled,
         version=version,
         deployment=deployment,
@@ -133,10 +136,11 @@ def model_after(run: Run, stage: str) -> Checkpoint | Pretrained:
     return model
 
 
-def evaluate_stage(run: Run, stage: str) -> EvalReport:
-    """The report of the model after a stage: the suite for the last one, the probe for the others."""
+def evaluate_stage(run: Run, stage: str, *, final: bool = False) -> EvalReport:
+    """The report of the model after a stage on the recipe's probe, or, `final`, on its suite."""
     held_out = prepare_named(run, run.recipe.suite.mixture.name)
-    return evaluate(run.recipe.suite_after(stage), model_after(run, stage), held_out, run.resources)
+    suite = run.recipe.suite if final else run.recipe.probe
+    return evaluate(suite, model_after(run, stage), held_out, run.resources)
 
 
 def register_last(run: Run) -> ModelVersion:

@@ -8,6 +8,7 @@ import yaml
 from pydantic import ValidationError
 
 from vila_ops.config import Run
+from vila_ops.config.eval import CaptionCider
 from vila_ops.config.load import load, merge, read
 
 ROOT = Path(__file__).parents[2]
@@ -56,9 +57,10 @@ def test_overrides_change_what_they_name() -> None:
 
 
 def test_an_override_changes_nothing_else_where_an_anchor_is_shared() -> None:
-    """The tiny recipe gives suite and probe by one YAML anchor."""
-    run = tiny("suite.max_objects=3")
-    assert (run.recipe.suite.max_objects, run.recipe.probe.max_objects) == (3, 12)
+    """The tiny recipe gives the benchmarks of suite and probe by one YAML anchor."""
+    run = tiny("suite.benchmarks.cider.max_new_tokens=3")
+    found = [suite.benchmarks["cider"] for suite in (run.recipe.suite, run.recipe.probe)]
+    assert found == [CaptionCider(max_new_tokens=3), CaptionCider(max_new_tokens=8)]
 
 
 @pytest.mark.parametrize(

@@ -110,9 +110,8 @@ def _run_to_the_end(command: list[str], env: dict[str, str]) -> Digests:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     outcome = json.loads(done.stdout.splitlines()[-1])
-    return {
-        f"{kind}/{name}": made["digest"] for kind in ("checkpoints", "reports") for name, made in outcome[kind].items()
-    }
+    made = {f"{kind}/{name}": one for kind in ("checkpoints", "probes") for name, one in outcome[kind].items()}
+    return {name: one["digest"] for name, one in {**made, "report": outcome["report"]}.items()}
 
 
 def _made(folder: Path) -> Path:

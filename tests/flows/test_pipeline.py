@@ -104,7 +104,8 @@ def test_the_summary_says_what_really_ran(first: Json, servers: Json) -> None:
     assert [(room["room"], room["name"]) for room in first["rooms"]] == [
         ("assemble", "base"), *[("prepare", f"tiny_{name}") for name in ("held_out", "align", "pretrain", "sft")],
         *[("train_stage", name) for name in ("align", "pretrain", "sft")],
-        *[("evaluate", name) for name in ("base", "align", "pretrain", "sft")],
+        *[("evaluate", f"{name} on tiny_probe") for name in ("base", "align", "pretrain", "sft")],
+        ("evaluate", "sft on tiny"),
         ("register", "tiny 1"), ("deploy", servers["endpoint"]),
     ]  # fmt: skip
     for room in first["rooms"]:
@@ -125,8 +126,9 @@ def test_the_summary_says_what_really_ran(first: Json, servers: Json) -> None:
 
 
 def test_every_metric_has_an_interval_for_model_control_and_chance(first: Json) -> None:
-    for model in ("base", "align", "pretrain", "sft"):
-        metrics = [metric for metric in first["metrics"] if metric["model"] == model]
+    probes = [(model, "validation") for model in ("base", "align", "pretrain", "sft")]
+    for model in (*probes, ("sft", "test")):
+        metrics = [metric for metric in first["metrics"] if (metric["model"], metric["split"]) == model]
         assert {(metric["name"], metric["role"]) for metric in metrics} == {
             *((name, role) for name in ("caption_loss", "multiple_choice", "cider") for role in ("control", "gap")),
             *((name, "control") for name in ("pope_accuracy", "pope_f1", "pope_yes_ratio")),
@@ -143,12 +145,13 @@ def test_mlflow_has_the_runs_and_the_champion(first: Json, servers: Json) -> Non
     parent = client.get_run(first["mlflow"]["parent_run"])
     assert parent.info.status == "FINISHED"
     assert parent.data.params["stages.sft.mixture.sources.instructions.weight"] == "0.5"
-    final = {metric["name"]: metric["value"] for metric in first["metrics"] if metric["model"] == "sft"
+    final = {metric["name"]: metric["value"] for metric in first["metrics"] if metric["split"] == "test"
              and metric["role"] == "model"}  # fmt: skip
     assert {name: parent.data.metrics[name] for name in final} == pytest.approx(final)
     children = client.search_runs([parent.info.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
     assert sorted(run.info.run_name for run in children) == sorted(
-        ["align", "pretrain", "sft", *(f"evaluate {name}" for name in ("base", "align", "pretrain", "sft"))]
+        ["align", "pretrain", "sft", "evaluate sft on tiny"]
+        + [f"evaluate {name} on tiny_probe" for name in ("base", "align", "pretrain", "sft")]
     )
     trained = next(run for run in children if run.info.run_name == "sft")
     assert len(client.get_metric_history(trained.info.run_id, "loss")) == 6
@@ -182,7 +185,9 @@ def test_a_killed_demo_is_gone_on_with_and_a_changed_weight_makes_exactly_what_d
     again = demo(changed)
     assert again["prefect_flow_run"] == killed
     made = {(room["room"], room["name"]) for room in again["rooms"] if room["reused"] is False}
-    assert made == {("prepare", "tiny_sft"), ("train_stage", "sft"), ("evaluate", "sft")}
+    assert made == {
+        ("prepare", "tiny_sft"), ("train_stage", "sft"), ("evaluate", "sft on tiny_probe"), ("evaluate", "sft on tiny"),
+    }  # fmt: skip
 
 
 def test_a_killed_demo_of_another_run_is_ended_and_an_unchanged_run_makes_nothing(

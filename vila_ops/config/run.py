@@ -22,9 +22,9 @@ class Recipe(Config):
     stages: dict[str, Stage]
     """In the order in which they run."""
     suite: Suite
-    """Of the last stage's model."""
+    """Of the last stage's model: what is promoted by and compared with others."""
     probe: Suite
-    """Of the base model and of the stages before the last."""
+    """Of the base model and after each stage: what a stage changed."""
     gate: Gate
     service: Service
 
@@ -73,10 +73,6 @@ class Recipe(Config):
     def fingerprint(self) -> str:
         """As of any config, and of the order of the stages, which canonical JSON forgets."""
         return fingerprint([self.model_dump(mode="json"), list(self.stages)])
-
-    def suite_after(self, stage: str) -> Suite:
-        """What a model is measured by after a stage, `base` for the untrained one."""
-        return self.suite if [stage] == list(self.stages)[-1:] else self.probe
 
     def text(self, *, max_tokens: int | None = None) -> TextFormat:
         """How this recipe's model reads records; `max_tokens` differs between training and a suite."""

@@ -31,7 +31,7 @@ def evaluate(suite: Suite, model: Checkpoint | Pretrained, data: Dataset, resour
     stage = model.stage if isinstance(model, Checkpoint) else "base"
     run_id = tracking.start_run(
         resources.tracking_uri,
-        f"evaluate {stage}",
+        f"evaluate {stage} on {suite.name}",
         parent=resources.parent_run,
         params={"suite": suite.name, "split": suite.split, "max_objects": suite.max_objects},
         tags={"room": "evaluate", "stage": stage, "model": model.digest, "data": data.digest},

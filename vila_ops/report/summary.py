@@ -70,7 +70,7 @@ def summarise(run: Run, outcome: Outcome) -> Json:
         },
         "stages": [_stage(checkpoint, run.resources.tracking_uri) for checkpoint in outcome.checkpoints.values()],
         "rooms": _rooms(outcome),
-        "metrics": [metric for name, report in outcome.reports.items() for metric in _metrics(name, report)],
+        "metrics": [metric for name, report in _reports(outcome) for metric in _metrics(name, report)],
         "answer": _answer(outcome),
         "serving": _serving(outcome),
         "versions": versions(),
@@ -131,7 +131,7 @@ def _rooms(outcome: Outcome) -> list[Json]:
     made: list[tuple[str, str, Artifact]] = [("assemble", "base", outcome.base)]
     made += [("prepare", name, dataset) for name, dataset in outcome.datasets.items()]
     made += [("train_stage", name, checkpoint) for name, checkpoint in outcome.checkpoints.items()]
-    made += [("evaluate", name, report) for name, report in outcome.reports.items()]
+    made += [("evaluate", f"{name} on {report.suite}", report) for name, report in _reports(outcome)]
     return [_sealing(room, name, artifact, outcome) for room, name, artifact in made] + list(_reconciling(outcome))
 
 
@@ -161,6 +161,11 @@ def _reconciled(room: str, name: str, digest: str, outcome: Outcome) -> Json:
     return {"room": room, "name": name, "digest": digest, "seconds": seconds, "reused": None, "workers": []}
 
 
+def _reports(outcome: Outcome) -> list[tuple[str, EvalReport]]:
+    """Every report with the name of its model, in the order of their making."""
+    return [*outcome.probes.items(), (list(outcome.probes)[-1], outcome.report)]
+
+
 def _metrics(name: str, report: EvalReport) -> list[Json]:
     found = read_report(report)
     return [{"model": name, "suite": found["suite"], "split": found["split"], **m} for m in found["metrics"]]
@@ -187,7 +192,7 @@ def _curve(checkpoint: Checkpoint) -> list[Json]:
 
 def _gallery(run: Run, outcome: Outcome) -> list[Json]:
     """The final model's captions beside their pictures."""
-    answers = read_report(list(outcome.reports.values())[-1])["answers"][:GALLERY]
+    answers = read_report(outcome.report)["answers"][:GALLERY]
     held_out = outcome.datasets[run.recipe.suite.mixture.name]
     pictures = _pictures(held_out, {answer["key"] for answer in answers})
     return [{**answer, "picture": pictures[answer["key"]]} for answer in answers]
