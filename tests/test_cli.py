@@ -88,6 +88,16 @@ def test_two_runs_that_differ_in_one_setting_compare_in_mlflow(ran: Json, resour
     assert {first.info.status, second.info.status} == {"FINISHED"}
 
 
+def test_a_run_tells_a_person_its_metrics_and_what_it_left_out(tmp_path: Path, ran: Json, resources: Path) -> None:
+    untracked = {**yaml.safe_load(resources.read_text()), "tracking_uri": None}
+    (tmp_path / "untracked.yaml").write_text(yaml.safe_dump(untracked))
+    done = CliRunner().invoke(app, ["run", TINY, "-r", str(tmp_path / "untracked.yaml")])
+    report = json.loads(next((resources.parent / "store/report").glob("*/attempt-*/report.json")).read_text())
+    assert len(done.stdout.splitlines()) == len(report["metrics"])
+    assert all(line.startswith("sft test") for line in done.stdout.splitlines())
+    assert "nothing was registered or deployed" in done.stderr
+
+
 def test_show_prints_the_run_with_its_overrides() -> None:
     shown = said("show", TINY, "-s", "stages.sft.learning_rate=4e-4")
     assert shown["recipe"]["stages"]["sft"]["learning_rate"] == 4e-4

@@ -39,8 +39,7 @@ def show(
 ) -> None:
     """Print the resolved run and its fingerprint, and do nothing."""
     run = _load(recipe, resources, overrides)
-    if not as_json:
-        print(f"# fingerprint {run.recipe.fingerprint()}")
+    print(f"fingerprint {run.recipe.fingerprint()}", file=sys.stderr)
     _print(run, as_json)
 
 
@@ -125,7 +124,12 @@ def run(
     loaded = _load(recipe, resources, overrides)
     outcome = pipeline.run_pipeline(loaded, pipeline.Rooms())
     page = summary.write(loaded, outcome)
-    _print(outcome, as_json)
+    if as_json:
+        _print(outcome, as_json)
+    else:
+        print(summary.lines(page.summary))
+    if outcome.version is None:
+        print("nothing was registered or deployed: these resources have no tracking_uri", file=sys.stderr)
     print(f"report: {page.html}", file=sys.stderr)
 
 

@@ -36,7 +36,7 @@ def _software() -> Iterator[Finding]:
     fastapi = tuple(int(part) for part in version("fastapi").split(".")[:2])
     yield Finding(
         ok=fastapi < (0, 151),
-        text=f"fastapi {version('fastapi')}; Prefect's server needs one below 0.151: pip install -c constraints.txt",
+        text=f"fastapi {version('fastapi')}; Prefect's server needs one below 0.151; `make setup` installs that",
     )
     for client, way in CLIENTS.items():
         place = shutil.which(client)

@@ -28,6 +28,9 @@ from vila_ops.local.process import (
 )
 from vila_ops.local.servers import QUICK_SECONDS, Endpoints, Server, endpoints, prepare_ray, ray_folder, servers_of
 
+SHOWN = 100
+"""Characters of a foreign process's command in an error."""
+
 log = logging.getLogger(__name__)
 
 
@@ -172,7 +175,8 @@ def _describe(pid: int | None) -> str:
     if pid is None:
         return "a process of another user"
     try:
-        return f"process {pid} ({' '.join(psutil.Process(pid).cmdline())})"
+        command = " ".join(" ".join(psutil.Process(pid).cmdline()).split())
+        return f"process {pid} ({command if len(command) <= SHOWN else command[: SHOWN - 3] + '...'})"
     except psutil.Error:
         return f"process {pid}"
 

@@ -90,6 +90,16 @@ def markdown(summary: Json) -> str:
     return "\n".join(lines)
 
 
+def lines(summary: Json) -> str:
+    """The last model's metrics on the recipe's suite, for a terminal: value, 95 % interval, number of items."""
+    final = [metric for metric in summary["metrics"] if metric["suite"] == summary["metrics"][-1]["suite"]]
+    return "\n".join(
+        f"{m['model']} {m['split']}  {m['name']:22} {m['role']:8} {m['value']:7.3f} [{m['low']:.3f}, {m['high']:.3f}]  "
+        f"n {m['n']}"
+        for m in final
+    )
+
+
 def table(summary: Json) -> list[Json]:
     """The stages for Prefect's page, each with a link to its MLflow run."""
     return [
