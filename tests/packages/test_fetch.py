@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vila_ops.config.data import Package
+from vila_ops.config.package import Package
 from vila_ops.packages.fetch import FetchError, fetch, fetch_all
 
 CLOSED_PORT = "https://127.0.0.1:9"

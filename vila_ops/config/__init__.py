@@ -2,18 +2,18 @@
 
 from vila_ops.config.base import Config as Config
 from vila_ops.config.base import fingerprint as fingerprint
-from vila_ops.config.data import Mixture as Mixture
-from vila_ops.config.data import Package as Package
-from vila_ops.config.data import Source as Source
-from vila_ops.config.data import Split as Split
 from vila_ops.config.eval import Gate as Gate
 from vila_ops.config.eval import Suite as Suite
 from vila_ops.config.load import load as load
+from vila_ops.config.mixture import Mixture as Mixture
+from vila_ops.config.mixture import Split as Split
 from vila_ops.config.model import Model as Model
 from vila_ops.config.model import Part as Part
 from vila_ops.config.model import TextFormat as TextFormat
+from vila_ops.config.package import Package as Package
 from vila_ops.config.resources import Resources as Resources
 from vila_ops.config.run import Recipe as Recipe
 from vila_ops.config.run import Run as Run
 from vila_ops.config.serve import Service as Service
+from vila_ops.config.sources import Source as Source
 from vila_ops.config.train import Stage as Stage

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from vila_ops.config.base import Config
-from vila_ops.config.data import Mixture
+from vila_ops.config.mixture import Mixture
 
 Control = Literal["none", "deranged"]
 """deranged: every picture is swapped for another object's by a fixed permutation without fixed points."""

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, assert_never
 from pydantic import Field, PositiveInt, model_validator
 
 from vila_ops.config.base import Config
-from vila_ops.config.data import Package
+from vila_ops.config.package import Package
 
 
 class PackagedTower(Config):

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from vila_ops.config.base import Config
-from vila_ops.config.data import Mixture
+from vila_ops.config.mixture import Mixture
 from vila_ops.config.model import Part
 
 

@@ -1,6 +1,7 @@
 """The one record layout behind every source: turns of text and image parts, in order."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 Role = Literal["document", "system", "user", "assistant"]
@@ -12,6 +13,8 @@ class Image:
     """One picture as the encoded bytes of its file (PNG, WebP, JPEG, ...)."""
 
     data: bytes
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """Columns of the source about this picture, such as the similarity to its sentence."""
 
 
 Part = str | Image
@@ -39,6 +42,8 @@ class Record:
     licence: str
     provenance: str
     """Where it came from: package, version and path inside it."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """Columns of the source that cleaning reads, such as clip_similarity_vitb32."""
 
 
 @dataclass(frozen=True)
@@ -48,3 +53,7 @@ class Dropped:
     id: str
     reason: str
     """A short fixed word ("unreadable_image", "no_text", ...): drops are counted by it."""
+    where: str = ""
+    """File, and line or row in it (from 1), so that what was dropped can be found: "docs/a.jsonl:17"."""
+    detail: str = ""
+    """The value, the rule and the way out, for a person."""

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, assert_never
 
-from vila_ops.config.data import Package
+from vila_ops.config.package import Package
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from vila_ops.config.data import FluentEmoji, Package
+from vila_ops.config.package import Package
+from vila_ops.config.sources import FluentEmoji
 from vila_ops.data import sources
 from vila_ops.data.records import Image, Record, Turn
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from vila_ops.config.data import GCompris, Package
+from vila_ops.config.package import Package
+from vila_ops.config.sources import GCompris
 from vila_ops.data import sources
 from vila_ops.data.records import Image, Record, Turn
 from vila_ops.data.sources.gcompris import RESOURCES, resource_nodes

@@ -4,7 +4,8 @@ from pathlib import Path
 import PIL.Image
 import pytest
 
-from vila_ops.config.data import GimpHelp, Package
+from vila_ops.config.package import Package
+from vila_ops.config.sources import GimpHelp
 from vila_ops.data import sources
 from vila_ops.data.records import Image, Record, Turn
 from vila_ops.data.sources.gimp_help import PAGES

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from vila_ops.config.data import GnomeHelp, Package
+from vila_ops.config.package import Package
+from vila_ops.config.sources import GnomeHelp
 from vila_ops.data import sources
 from vila_ops.data.records import Dropped, Record, Turn
 from vila_ops.data.sources.gnome_help import PAGES, question

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from vila_ops.config.data import JsonLines
+from vila_ops.config.sources import JsonLines
 from vila_ops.data import sources
 from vila_ops.data.records import Dropped, Image, Record, Turn
 

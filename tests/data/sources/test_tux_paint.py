@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from vila_ops.config.data import Package, TuxPaint
+from vila_ops.config.package import Package
+from vila_ops.config.sources import TuxPaint
 from vila_ops.data import sources
 from vila_ops.data.records import Dropped, Image, Record, Turn
 from vila_ops.data.sources.tux_paint import STAMPS, category, clean_caption

@@ -1,46 +1,67 @@
-"""Read sources: which packages one needs, its work items, and the records of an item. One file a source kind."""
+"""Read sources: which packages one needs, its raw files, and the records of a span. One file a source kind."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import assert_never
 
-from vila_ops.config.data import (
+from vila_ops.config import Package, Source, fingerprint
+from vila_ops.config.sources import (
     FluentEmoji,
     GCompris,
     GimpHelp,
     GnomeHelp,
     JsonLines,
-    Package,
-    Source,
     TuxPaint,
     WordNet,
 )
+from vila_ops.data.raw import RawFile, Span
 from vila_ops.data.records import Dropped, Record
 from vila_ops.data.sources import fluent_emoji, gcompris, gimp_help, gnome_help, jsonl, tux_paint, wordnet
 
+Packaged = TuxPaint | FluentEmoji | GimpHelp | GCompris | WordNet | GnomeHelp
+
 
 def packages(source: Source) -> tuple[Package, ...]:
-    """What must be fetched before the source can be read; nothing for a folder of one's own."""
+    """What must be fetched before the source can be read; nothing for files of one's own."""
     match source:
         case TuxPaint() | GimpHelp() | GCompris() | WordNet() | GnomeHelp():
             return (source.package,)
         case FluentEmoji():
             return (source.package, source.names)
-        case JsonLines():
+        case _:
             return ()
+
+
+def raw_files(source: Source, folders: Mapping[str, Path], *, cache: Path) -> list[RawFile]:
+    """The source's files in the order of their records; `folders` by package name.
+
+    A package is one file, whatever is in it. Raises ValueError where there is nothing to read.
+    """
+    match source:
+        case TuxPaint() | FluentEmoji() | GimpHelp() | GCompris() | WordNet() | GnomeHelp():
+            digest = fingerprint([package.sha256 for package in packages(source)])
+            count = len(_keys(source, folders))
+            return [RawFile(name="package", path="", digest=digest, count=count, images=count, marks=())]
+        case JsonLines():
+            return jsonl.raw_files(source, cache=cache)
         case _:
             assert_never(source)
 
 
-def keys(source: Source, folders: Mapping[str, Path]) -> list[str]:
-    """The source's work items in a fixed order, `limit` of them evenly spaced at most; `folders` by package name."""
-    every = _all_keys(source, folders)
-    if source.limit is None or source.limit >= len(every):
-        return every
-    return [every[place * len(every) // source.limit] for place in range(source.limit)]
+def read(source: Source, folders: Mapping[str, Path], span: Span) -> Iterator[list[Record | Dropped]]:
+    """For each raw record of a span, what it holds. Spans can be read in any order: nothing but the arguments matters."""
+    match source:
+        case TuxPaint() | FluentEmoji() | GimpHelp() | GCompris() | WordNet() | GnomeHelp():
+            for key in _keys(source, folders)[span.start : span.stop]:
+                yield list(_read_key(source, folders, key))
+        case JsonLines():
+            yield from jsonl.read(source, span)
+        case _:
+            assert_never(source)
 
 
-def _all_keys(source: Source, folders: Mapping[str, Path]) -> list[str]:
+def _keys(source: Packaged, folders: Mapping[str, Path]) -> list[str]:
+    """A packaged source's records by key, in a fixed order."""
     match source:
         case TuxPaint():
             return tux_paint.keys(folders[source.package.name])
@@ -54,14 +75,11 @@ def _all_keys(source: Source, folders: Mapping[str, Path]) -> list[str]:
             return wordnet.keys(folders[source.package.name])
         case GnomeHelp():
             return gnome_help.keys(folders[source.package.name])
-        case JsonLines():
-            return jsonl.keys(source)
         case _:
             assert_never(source)
 
 
-def read(source: Source, folders: Mapping[str, Path], key: str) -> Iterator[Record | Dropped]:
-    """The records of one work item. It depends on nothing but its arguments, so items can be read in any order."""
+def _read_key(source: Packaged, folders: Mapping[str, Path], key: str) -> Iterator[Record | Dropped]:
     match source:
         case TuxPaint():
             return tux_paint.read(source, folders[source.package.name], key)
@@ -75,7 +93,5 @@ def read(source: Source, folders: Mapping[str, Path], key: str) -> Iterator[Reco
             return wordnet.read(source, folders[source.package.name], key)
         case GnomeHelp():
             return gnome_help.read(source, folders[source.package.name], key)
-        case JsonLines():
-            return jsonl.read(source, key)
         case _:
             assert_never(source)

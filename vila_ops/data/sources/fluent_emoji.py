@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from vila_ops.config.data import FluentEmoji
+from vila_ops.config.sources import FluentEmoji
 from vila_ops.data.records import Dropped, Image, Record, Turn
 from vila_ops.data.sources.object_names import object_name
 from vila_ops.data.sources.provenance import provenance

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import PIL.Image
 
-from vila_ops.config.data import GimpHelp
+from vila_ops.config.sources import GimpHelp
 from vila_ops.data.records import Dropped, Image, Part, Record, Turn
 from vila_ops.data.sources.provenance import provenance
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
-from vila_ops.config.data import GnomeHelp
+from vila_ops.config.sources import GnomeHelp
 from vila_ops.data.records import Dropped, Record, Turn
 from vila_ops.data.sources.provenance import provenance
 

@@ -11,7 +11,9 @@ from pathlib import Path, PurePosixPath
 from pydantic import Field, ValidationError, field_validator
 
 from vila_ops.config.base import Config
-from vila_ops.config.data import JsonLines
+from vila_ops.config.sources import JsonLines
+from vila_ops.data.lines import every_line, lines
+from vila_ops.data.raw import STRIDE, RawFile, Scan, Span, scan_files
 from vila_ops.data.records import Dropped, Image, Part, Record, Role, Turn
 
 RECORDS = "records.jsonl"
@@ -56,34 +58,33 @@ class Line(Config):
     turns: tuple[TurnLine, ...] = Field(min_length=1)
 
 
-def keys(source: JsonLines) -> list[str]:
-    """LINE:OFFSET of all lines that are not blank, in the order of the file; LINE is padded, so they are sorted."""
-    found = []
-    offset = 0
-    with _records(source).open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                found.append(f"{number:09d}:{offset}")
-            offset += len(line)
-    return found
+def raw_files(source: JsonLines, *, cache: Path) -> list[RawFile]:
+    """The one file, with the pictures that its records name."""
+    path = Path(source.path) / RECORDS
+    if not path.is_file():
+        raise ValueError(f"no {RECORDS} in {source.path!r}; a jsonl source is a folder with that file")
+    return scan_files([(RECORDS, path)], source.kind, _scan, cache=cache)
 
 
-def read(source: JsonLines, key: str) -> Iterator[Record | Dropped]:
-    """The record of this line; dropped where a picture is missing; an error where the line is not a record."""
-    number, _, offset = key.partition(":")
-    with _records(source).open("rb") as lines:
-        lines.seek(int(offset))
-        text = lines.readline()
-    try:
-        line = Line.model_validate_json(text)
-    except ValidationError as error:
-        raise ValueError(f"{_records(source)} line {int(number)}: {error}") from error
-    folder = Path(source.path)
+def read(source: JsonLines, span: Span) -> Iterator[list[Record | Dropped]]:
+    """The record of each line; nothing of a blank one."""
+    for place, text in lines(span):
+        if not text.strip():
+            yield []
+            continue
+        try:
+            line = Line.model_validate_json(text)
+        except ValidationError as error:
+            yield [Dropped(id=place, reason="bad_line", where=place, detail=str(error))]
+            continue
+        yield [_record(Path(source.path), line, where=place)]
+
+
+def _record(folder: Path, line: Line, *, where: str) -> Record | Dropped:
     pictures = [part.image for turn in line.turns for part in turn.parts if isinstance(part, ImagePart)]
-    if not all((folder / picture).is_file() for picture in pictures):
-        yield Dropped(id=line.id, reason="missing_image")
-        return
-    yield Record(
+    if missing := [picture for picture in pictures if not (folder / picture).is_file()]:
+        return Dropped(id=line.id, reason="missing_image", where=where, detail=f"no file {missing[0]!r} in {folder}")
+    return Record(
         id=line.id,
         object=line.object.lower(),
         turns=tuple(Turn(turn.role, tuple(_part(folder, part) for part in turn.parts)) for turn in line.turns),
@@ -97,8 +98,20 @@ def _part(folder: Path, part: TextPart | ImagePart) -> Part:
     return part.text if isinstance(part, TextPart) else Image((folder / part.image).read_bytes())
 
 
-def _records(source: JsonLines) -> Path:
-    path = Path(source.path) / RECORDS
-    if not path.is_file():
-        raise ValueError(f"no {RECORDS} in {source.path!r}; a jsonl source is a folder with that file")
-    return path
+def _scan(path: Path) -> Scan:
+    """Every line; a faulty one names no pictures."""
+    pictures: dict[str, None] = {}
+    images = 0
+    counted = 0
+    marks: list[int] = []
+    for counted, (offset, text) in enumerate(every_line(path), start=1):
+        if (counted - 1) % STRIDE == 0:
+            marks.append(offset)
+        try:
+            line = Line.model_validate_json(text)
+        except ValidationError:
+            continue
+        named = [part.image for turn in line.turns for part in turn.parts if isinstance(part, ImagePart)]
+        images += len(named)
+        pictures.update(dict.fromkeys(str(path.parent / name) for name in named))
+    return Scan(count=counted, images=images, marks=tuple(marks), beside=tuple(pictures))

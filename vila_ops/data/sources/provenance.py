@@ -1,6 +1,6 @@
 """Say where a record came from. Pure."""
 
-from vila_ops.config.data import Package
+from vila_ops.config.package import Package
 
 
 def provenance(package: Package, path: str) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from vila_ops.config.data import TuxPaint
+from vila_ops.config.sources import TuxPaint
 from vila_ops.data.records import Dropped, Image, Record, Turn
 from vila_ops.data.sources.object_names import object_name
 from vila_ops.data.sources.provenance import provenance

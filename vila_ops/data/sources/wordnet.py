@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from vila_ops.config.data import WordNet
+from vila_ops.config.sources import WordNet
 from vila_ops.data.records import Dropped, Record, Turn
 from vila_ops.data.sources.provenance import provenance
 

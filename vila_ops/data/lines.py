@@ -1,0 +1,29 @@
+"""Files with one record a line, plain or gzipped: every line with its place, or those of a span."""
+
+import gzip
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from vila_ops.data.raw import Span
+
+
+def every_line(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(bytes before it, line) of each line, blank ones too; bytes of the inflated text where the file is gzipped."""
+    offset = 0
+    with _open(path) as file:
+        for line in file:
+            yield offset, line
+            offset += len(line)
+
+
+def lines(span: Span) -> Iterator[tuple[str, bytes]]:
+    """("FILE:NUMBER", line) of the lines of a span, blank ones too; NUMBER is the line's, from 1."""
+    with _open(Path(span.path)) as file:
+        file.seek(span.mark)
+        for number, line in zip(range(span.start + 1, span.stop + 1), file, strict=False):
+            yield f"{span.name}:{number}", line
+
+
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
