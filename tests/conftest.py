@@ -116,7 +116,7 @@ def make_mixture() -> Callable[..., Mixture]:
             }
             for name in names
         }
-        return Mixture.model_validate({"name": "-".join(names), "sources": sources, "shard_records": 16, **more})
+        return Mixture.model_validate({"name": "-".join(names), "sources": sources, "shard_bytes": 40_000, **more})
 
     return make
 

@@ -15,7 +15,7 @@ from vila_ops import local, pipeline
 from vila_ops.artifacts import store
 from vila_ops.config import Config, Run, load
 from vila_ops.config.local import load_local
-from vila_ops.data.prepare import export_for_dvc
+from vila_ops.data.revisions import export_for_dvc
 from vila_ops.serve import deploy as serving
 
 app = typer.Typer(

@@ -1,15 +1,18 @@
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from vila_ops.artifacts.store import content, export, verify
 from vila_ops.config import Mixture, Resources, load
-from vila_ops.data.prepare import REVISION, export_for_dvc, prepare
+from vila_ops.data.prepare import REVISION, prepare
+from vila_ops.data.revisions import export_for_dvc
 from vila_ops.data.shards import read_index, read_sample
 from vila_ops.data.split import split_of
 
@@ -28,7 +31,7 @@ def jsonl(path: Path, render: str = "caption") -> dict[str, Any]:
 
 
 def mixture(sources: dict[str, Any], **more: Any) -> Mixture:
-    return Mixture.model_validate({"name": "own", "sources": sources, "shard_records": 16, **more})
+    return Mixture.model_validate({"name": "own", "sources": sources, "shard_bytes": 40_000, **more})
 
 
 def test_records_become_samples_once(resources: Resources, make_mixture: Any, make_text: Any, tiny: Path) -> None:
@@ -39,7 +42,9 @@ def test_records_become_samples_once(resources: Resources, make_mixture: Any, ma
     assert made.num_samples == len(rows)
     assert made.num_tokens == sum(row["num_tokens"] for row in rows)
     assert len({row["key"] for row in rows}) == len(rows)
-    assert {row["shard"] for row in rows if row["source"] == "pairs"} == {f"pairs-0000{n}.tar" for n in range(3)}
+    shards = {row["shard"] for row in rows if row["source"] == "pairs"}
+    assert len(shards) == 3
+    assert all(re.fullmatch(r"pairs-[0-9a-f]{12}\.tar", shard) for shard in shards)
     for row in rows:
         sample = read_sample(content(made), shard=row["shard"], offset=row["offset"], key=row["key"])
         assert row["split"] == split_of(sample.object, chosen.split)
@@ -50,8 +55,9 @@ def test_records_become_samples_once(resources: Resources, make_mixture: Any, ma
     objects = {json.loads(line)["object"] for line in lines}
     assert {row["object"] for row in rows if row["source"] == "pairs"} == objects
     summary = json.loads((content(made) / "summary.json").read_text())
-    assert summary["sources"]["pairs"]["records_seen"] == summary["sources"]["pairs"]["images"] == 48
-    assert summary["sources"]["pairs"]["dropped"] == {}
+    pairs = summary["sources"]["pairs"]
+    assert pairs["records"] == sum(pairs["images"].values()) == sum(pairs["samples"].values()) == 48
+    assert pairs["bad"] == pairs["taken_out"] == {}
     stamp = (Path(made.uri) / "manifest.json").stat().st_mtime_ns
     assert prepare(chosen, make_text(), resources) == made
     assert (Path(made.uri) / "manifest.json").stat().st_mtime_ns == stamp
@@ -83,11 +89,13 @@ def test_a_dataset_is_exported_with_its_counts_beside_it(
 ) -> None:
     made = prepare(mixture({"p": jsonl(tiny / "pairs", "questions")}, name=name), make_text(), resources)
     export_for_dvc(made, tmp_path / "data" / name)
-    summary = json.loads((tmp_path / f"data/{name}.json").read_text())
-    assert summary == json.loads((content(made) / "summary.json").read_text())
-    counts = summary["sources"]["p"]["samples"]
-    bars = (tmp_path / f"data/{name}.csv").read_text().splitlines()
-    assert bars == ["part,samples", *(f"p {split},{count}" for split, count in counts.items())]
+    source = json.loads((tmp_path / f"data/{name}.json").read_text())["sources"]["p"]
+    whole = json.loads((content(made) / "summary.json").read_text())["sources"]["p"]
+    assert source == {key: whole[key] for key in whole if key not in ("examples", "packages")}
+    for table in ("samples", "tokens"):
+        bars = (tmp_path / f"data/{name}.{table}.csv").read_text().splitlines()
+        assert bars == [f"part,{table}", *(f"p {split},{count}" for split, count in source[table].items())]
+    assert (tmp_path / f"data/{name}.left_out.csv").read_text() == "part,left_out\n"
 
 
 def test_a_summary_names_the_licences_of_samples_and_packages(resources: Resources, make_text: Any, tiny: Path) -> None:
@@ -187,8 +195,11 @@ def test_an_unreadable_picture_is_a_counted_drop(
     folder = spoil(tiny, tmp_path / "pairs", 2)
     made = prepare(mixture({"p": jsonl(folder, render)}, max_bad_share=2 / 48), make_text(), resources)
     summary = json.loads((content(made) / "summary.json").read_text())["sources"]["p"]
-    assert summary["dropped"] == {"unreadable_image": 2}
-    assert summary["records_seen"] == 48
+    assert summary["bad"] == {"bad_image_truncated": 2}
+    assert summary["records"] == 48
+    dropped = pq.read_table(content(made) / "dropped.parquet").to_pylist()
+    assert [(row["source"], row["reason"]) for row in dropped] == [("p", "bad_image_truncated")] * 2
+    assert {row["id"] for row in dropped} == {path.stem for path in sorted(folder.glob("*.png"))[:2]}
     assert made.num_samples == 46 * (2 if render == "questions" else 1)
 
 
@@ -197,15 +208,16 @@ def test_too_many_bad_records_are_an_error_that_names_source_and_counts(
     count: int, resources: Resources, make_text: Any, tiny: Path, tmp_path: Path
 ) -> None:
     bad = spoil(tiny, tmp_path / "pairs", count)
-    with pytest.raises(ValueError, match=rf"source 'p' dropped {count} of 48 .*unreadable_image.*max_bad_share 0.05"):
+    with pytest.raises(ValueError, match=rf"{count} of 48 records of source 'p' are bad .*bad_image_truncated.*max_bad_share 0.05"):
         prepare(mixture({"p": jsonl(bad)}), make_text(), resources)
-    assert not list(Path(resources.store).rglob("manifest.json"))
+    assert not list((Path(resources.store) / "dataset").rglob("manifest.json"))
 
 
 def test_a_missing_or_empty_source_is_an_error(resources: Resources, make_text: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no such folder: .*nowhere"):
+    with pytest.raises(ValueError, match=r"no records.jsonl in .*nowhere"):
         prepare(mixture({"p": jsonl(tmp_path / "nowhere")}), make_text(), resources)
     (tmp_path / "hollow").mkdir()
-    (tmp_path / "hollow/records.jsonl").write_text("\n")
+    (tmp_path / "hollow/records.jsonl").write_text("")
     with pytest.raises(ValueError, match="source 'p' has no records"):
         prepare(mixture({"p": jsonl(tmp_path / "hollow")}), make_text(), resources)
+

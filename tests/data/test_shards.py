@@ -4,6 +4,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,7 +13,7 @@ from vila_ops.data.shards import CorruptShard, Sample, ShardWriter, mask, read_i
 
 def sample(number: int, *, images: tuple[bytes, ...] = ()) -> Sample:
     return Sample(
-        key=f"s-00000-{number:06d}", source="s", object="dög", category="a/b", text="Ein Hund — 犬.", licence="CC0-1.0",
+        id=f"r{number}", key=f"00000-{number:06d}", source="s", object="dög", category="a/b", text="Ein Hund — 犬.", licence="CC0-1.0",
         provenance="here", input_ids=[1, 40, 41, 2, number], is_target=[False, True, True, False, True], images=images,
     )  # fmt: skip
 
@@ -23,7 +24,7 @@ SAMPLES = [sample(0), sample(1, images=(b"one", b"two" * 300)), sample(2, images
 @pytest.fixture
 def shard(tmp_path: Path) -> Path:
     path = tmp_path / "s-00000.tar"
-    writer = ShardWriter(path)
+    writer = ShardWriter(path, name=path.name, suffix="webp")
     for one in SAMPLES:
         writer.add(one, split="train")
     write_index(writer.close(), tmp_path)
@@ -45,7 +46,7 @@ def test_samples_come_back_in_any_order(shard: Path) -> None:
 
 def test_the_same_samples_give_the_same_bytes(shard: Path, tmp_path: Path) -> None:
     (tmp_path / "again").mkdir()
-    writer = ShardWriter(tmp_path / "again/s-00000.tar")
+    writer = ShardWriter(tmp_path / "again/s-00000.tar", name="s-00000.tar", suffix="webp")
     for one in SAMPLES:
         writer.add(one, split="train")
     write_index(writer.close(), tmp_path / "again")
@@ -56,14 +57,14 @@ def test_the_same_samples_give_the_same_bytes(shard: Path, tmp_path: Path) -> No
 def test_a_shard_is_a_plain_webdataset_tar(shard: Path) -> None:
     with tarfile.open(shard) as tar:
         assert tar.getnames() == [
-            "s-00000-000000.json",
-            "s-00000-000001.json", "s-00000-000001.0.png", "s-00000-000001.1.png",
-            "s-00000-000002.json", "s-00000-000002.0.png",
+            "00000-000000.json",
+            "00000-000001.json", "00000-000001.0.webp", "00000-000001.1.webp",
+            "00000-000002.json", "00000-000002.0.webp",
         ]  # fmt: skip
-        member = tar.extractfile("s-00000-000001.1.png")
+        member = tar.extractfile("00000-000001.1.webp")
         assert member is not None
         assert member.read() == b"two" * 300
-        head = tar.extractfile("s-00000-000001.json")
+        head = tar.extractfile("00000-000001.json")
         assert head is not None
         assert json.loads(head.read())["input_ids"] == [1, 40, 41, 2, 1]
         assert {(m.mtime, m.uid, m.uname) for m in tar.getmembers()} == {(0, 0, "")}
@@ -84,16 +85,25 @@ def test_a_damaged_shard_is_named_with_a_way_out(damage: str, shard: Path) -> No
         case "json":
             shard.write_bytes(whole[: offset + 512] + b"[" + whole[offset + 513 :])
         case "swapped":
-            key = "s-00000-000002"
+            key = "00000-000002"
     with pytest.raises(CorruptShard, match=r"s-00000\.tar at byte .* prepare it again"):
         read_sample(shard.parent, shard=shard.name, offset=offset, key=key)
+
+
+def test_the_webdataset_library_reads_a_shard(shard: Path) -> None:
+    read = list(webdataset.WebDataset(str(shard), shardshuffle=False))
+    assert [one["__key__"] for one in read] == [one.key for one in SAMPLES]
+    assert [[one[f"{n}.webp"] for n in range(len(s.images))] for one, s in zip(read, SAMPLES, strict=True)] == [
+        list(one.images) for one in SAMPLES
+    ]
+    assert json.loads(read[1]["json"])["text"] == "Ein Hund — 犬."
 
 
 def test_a_dataset_that_was_replaced_is_read_anew(shard: Path, tmp_path: Path) -> None:
     """A flow's process lives on while `data/<mixture>` is replaced."""
     assert read(tmp_path, 0).input_ids[-1] == 0
     shard.unlink()
-    writer = ShardWriter(shard)
+    writer = ShardWriter(shard, name=shard.name, suffix="webp")
     writer.add(Sample(**{**vars(SAMPLES[0]), "input_ids": [1, 40, 41, 2, 9]}), split="train")
     write_index(writer.close(), tmp_path)
     assert read(tmp_path, 0).input_ids[-1] == 9

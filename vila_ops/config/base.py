@@ -15,6 +15,10 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    def __hash__(self) -> int:
+        """Of the value, also where it holds a mapping."""
+        return hash(self.model_dump_json())
+
     def fingerprint(self) -> str:
         """How this was asked for, defaults included: sha256 of the canonical JSON."""
         return fingerprint(self.model_dump(mode="json"))

@@ -47,6 +47,20 @@ class RawFile(Config):
     marks: tuple[int, ...]
 
 
+class Thinned(Config):
+    """Which records are taken where a source is limited: `limit` of `total`, evenly spaced."""
+
+    first: int
+    """Records of the source before the file."""
+    total: int
+    limit: int
+
+    def takes(self, number: int) -> bool:
+        """Whether record `number` of the file is one of them: places p * total // limit for p in [0, limit)."""
+        place = self.first + number
+        return (-(-place * self.limit // self.total)) * self.total // self.limit == place
+
+
 class Span(Config):
     """Some neighbouring records of one raw file."""
 
@@ -58,6 +72,11 @@ class Span(Config):
     stop: int
     mark: int
     """Bytes before the first record; 0 where the format finds a record by its number."""
+    thinned: Thinned | None = None
+
+    def takes(self, number: int) -> bool:
+        """Whether a record of the file, by its number in it, is wanted."""
+        return self.thinned is None or self.thinned.takes(number)
 
 
 def paths(root: Path, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
@@ -102,14 +121,6 @@ def scan_files(
                 )
             )
     return found
-
-
-def span(file: RawFile, *, start: int, stop: int) -> Span:
-    """The records [start, stop) of a file; start is a multiple of STRIDE."""
-    if start % STRIDE or not 0 <= start < stop <= file.count:
-        raise ValueError(f"{file.name}: no span [{start}, {stop}) of {file.count} records at steps of {STRIDE}")
-    mark = file.marks[start // STRIDE] if file.marks else 0
-    return Span(name=file.name, path=file.path, digest=file.digest, start=start, stop=stop, mark=mark)
 
 
 class _Notes:

@@ -1,6 +1,6 @@
 """The files of a prepared mixture: tar shards of samples, and one Parquet index over them.
 
-A shard is a plain WebDataset tar: `KEY.json` with the tokens, `KEY.0.png`, `KEY.1.png`, ... with the pictures.
+A shard is a plain WebDataset tar: `KEY.json` with the tokens, `KEY.0.webp`, `KEY.1.webp`, ... with the pictures.
 The index has one row a sample, so that any sample is one seek away.
 """
 
@@ -15,13 +15,19 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vila_ops.data.records import Dropped
+
+SHARD = "shard.tar"
 INDEX = "index.parquet"
+DROPPED = "dropped.parquet"
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
+        ("id", pa.string()),
         ("source", pa.string()),
         ("split", pa.string()),
         ("object", pa.string()),
+        ("licence", pa.string()),
         ("shard", pa.string()),
         ("offset", pa.int64()),
         ("num_tokens", pa.int32()),
@@ -29,6 +35,7 @@ SCHEMA = pa.schema(
         ("num_images", pa.int32()),
     ]
 )
+DROPPED_SCHEMA = pa.schema([(name, pa.string()) for name in ("source", "id", "reason", "where", "detail")])
 
 
 class CorruptShard(ValueError):
@@ -39,7 +46,8 @@ class CorruptShard(ValueError):
 class Sample:
     """One tokenised sample with its pictures, and what it was made from."""
 
-    key: str
+    id: str
+    """Of its record."""
     source: str
     object: str
     category: str
@@ -50,35 +58,43 @@ class Sample:
     input_ids: list[int]
     is_target: list[bool]
     images: tuple[bytes, ...]
-    """PNG squares, in the order of their placeholders."""
+    """Encoded squares, in the order of their placeholders."""
+    key: str = ""
+    """Unique in the dataset; given by the writer."""
 
 
 class ShardWriter:
     """Writes one shard; the same samples give the same bytes."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, name: str, suffix: str) -> None:
+        """name: of the shard in a dataset, SOURCE-STEM.tar; the samples' keys are STEM-NUMBER."""
+        self.name, self.suffix = name, suffix
+        self._stem = name.removesuffix(".tar").rpartition("-")[2]
         self.rows: list[dict[str, Any]] = []
         self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 closed by close()
 
     def add(self, sample: Sample, *, split: str) -> None:
         """Append one sample."""
+        key = f"{self._stem}-{len(self.rows):06d}"
         offset = self._tar.offset
-        head = asdict(sample)
+        head = asdict(sample) | {"key": key}
         for field in ("images", "is_target"):
             del head[field]
-        head["num_images"] = len(sample.images)
+        names = [f"{key}.{index}.{self.suffix}" for index in range(len(sample.images))]
+        head["pictures"] = names
         head["targets"] = runs(sample.is_target)
-        self._member(f"{sample.key}.json", json.dumps(head, sort_keys=True, ensure_ascii=False).encode())
-        for index, data in enumerate(sample.images):
-            self._member(f"{sample.key}.{index}.png", data)
+        self._member(f"{key}.json", json.dumps(head, sort_keys=True, ensure_ascii=False).encode())
+        for name, data in zip(names, sample.images, strict=True):
+            self._member(name, data)
         self.rows.append(
             {
-                "key": sample.key,
+                "key": key,
+                "id": sample.id,
                 "source": sample.source,
                 "split": split,
                 "object": sample.object,
-                "shard": self.path.name,
+                "licence": sample.licence,
+                "shard": self.name,
                 "offset": offset,
                 "num_tokens": len(sample.input_ids),
                 "num_targets": sum(sample.is_target[1:]),  # nothing predicts a first token
@@ -98,8 +114,14 @@ class ShardWriter:
 
 
 def write_index(rows: list[dict[str, Any]], folder: Path) -> None:
-    """Write the index of all shards."""
+    """Write the index of a shard."""
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), folder / INDEX, compression="zstd")
+
+
+def write_dropped(dropped: Sequence[Dropped], source: str, folder: Path) -> None:
+    """Write down every record that did not become a sample: which, why, and where it is found."""
+    rows = [{"source": source, **asdict(one)} for one in dropped]
+    pq.write_table(pa.Table.from_pylist(rows, schema=DROPPED_SCHEMA), folder / DROPPED, compression="zstd")
 
 
 def read_index(folder: Path) -> pa.Table:
@@ -113,7 +135,7 @@ def read_sample(folder: Path, *, shard: str, offset: int, key: str) -> Sample:
         with (folder / shard).open("rb") as file:
             file.seek(offset)
             head = json.loads(_next_member(file, f"{key}.json"))
-            images = [_next_member(file, f"{key}.{index}.png") for index in range(head.pop("num_images"))]
+            images = [_next_member(file, name) for name in head.pop("pictures")]
         targets = head.pop("targets")
         return Sample(**head, is_target=mask(targets, len(head["input_ids"])), images=tuple(images))
     except (tarfile.TarError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -4,6 +4,8 @@ import hashlib
 
 from vila_ops.config import Split
 
+SPLITS = ("train", "validation", "test")
+
 
 def split_of(name: str, split: Split) -> str:
     """The side on which an object stands: the same in every mixture with the same split config."""

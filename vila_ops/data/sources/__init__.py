@@ -19,6 +19,7 @@ from vila_ops.data.records import Dropped, Record
 from vila_ops.data.sources import fluent_emoji, gcompris, gimp_help, gnome_help, jsonl, tux_paint, wordnet
 
 Packaged = TuxPaint | FluentEmoji | GimpHelp | GCompris | WordNet | GnomeHelp
+Files = JsonLines
 
 
 def packages(source: Source) -> tuple[Package, ...]:
@@ -32,6 +33,13 @@ def packages(source: Source) -> tuple[Package, ...]:
             return ()
 
 
+def digest(source: Source, *, cache: Path) -> str:
+    """Of everything that the source reads."""
+    if wanted := packages(source):
+        return fingerprint([package.sha256 for package in wanted])
+    return fingerprint([[file.name, file.digest] for file in raw_files(source, {}, cache=cache)])
+
+
 def raw_files(source: Source, folders: Mapping[str, Path], *, cache: Path) -> list[RawFile]:
     """The source's files in the order of their records; `folders` by package name.
 
@@ -39,9 +47,8 @@ def raw_files(source: Source, folders: Mapping[str, Path], *, cache: Path) -> li
     """
     match source:
         case TuxPaint() | FluentEmoji() | GimpHelp() | GCompris() | WordNet() | GnomeHelp():
-            digest = fingerprint([package.sha256 for package in packages(source)])
-            count = len(_keys(source, folders))
-            return [RawFile(name="package", path="", digest=digest, count=count, images=count, marks=())]
+            own, count = digest(source, cache=cache), len(_keys(source, folders))
+            return [RawFile(name="package", path="", digest=own, count=count, images=count, marks=())]
         case JsonLines():
             return jsonl.raw_files(source, cache=cache)
         case _:
@@ -49,13 +56,22 @@ def raw_files(source: Source, folders: Mapping[str, Path], *, cache: Path) -> li
 
 
 def read(source: Source, folders: Mapping[str, Path], span: Span) -> Iterator[list[Record | Dropped]]:
-    """For each raw record of a span, what it holds. Spans can be read in any order: nothing but the arguments matters."""
+    """For each raw record of a span that is taken, what it holds. Spans can be read in any order."""
     match source:
         case TuxPaint() | FluentEmoji() | GimpHelp() | GCompris() | WordNet() | GnomeHelp():
-            for key in _keys(source, folders)[span.start : span.stop]:
-                yield list(_read_key(source, folders, key))
+            for number, key in enumerate(_keys(source, folders)[span.start : span.stop], start=span.start):
+                if span.takes(number):
+                    yield list(_read_key(source, folders, key))
+        case _:
+            for number, found in enumerate(_read_files(source, span), start=span.start):
+                if span.takes(number):
+                    yield found
+
+
+def _read_files(source: Files, span: Span) -> Iterator[list[Record | Dropped]]:
+    match source:
         case JsonLines():
-            yield from jsonl.read(source, span)
+            return jsonl.read(source, span)
         case _:
             assert_never(source)
 

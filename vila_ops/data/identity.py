@@ -1,0 +1,51 @@
+"""What a prepared mixture is made of, in words that do not depend on where things lie."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vila_ops.artifacts.folders import folder_digest
+from vila_ops.config import Mixture, Source, TextFormat
+from vila_ops.data import sources
+
+PLACES = frozenset({"path", "images"})
+"""Of a source: their content is hashed instead."""
+SHARES = frozenset({"weight", "repeats"})
+"""Of a source: how much of it an epoch has changes no sample."""
+
+
+def source_recipe(source: Source) -> dict[str, Any]:
+    """What a source makes of its raw files."""
+    return source.model_dump(mode="json", exclude=PLACES | SHARES)
+
+
+def mixture_recipe(mixture: Mixture) -> dict[str, Any]:
+    """The mixture without the places of its raw files, for which `parents` stands, and without shard sizes."""
+    dumped = mixture.model_dump(mode="json")
+    for group in (dumped["sources"], (dumped["contamination"] or {}).get("sources", {})):
+        for source in group.values():
+            for place in PLACES:
+                source.pop(place, None)
+    return dumped
+
+
+def text_recipe(text: TextFormat) -> dict[str, Any]:
+    """The text format; a local tokenizer by its content instead of its place."""
+    dumped = text.model_dump(mode="json")
+    match text.language_model.kind:
+        case "random":
+            content = folder_digest(Path(text.language_model.tokenizer))
+            dumped["language_model"] = {"kind": "random", "tokenizer": content}
+        case "package":
+            dumped["language_model"] = {"kind": "package", "sha256": text.language_model.package.sha256}
+        case "hub":
+            pass  # name and revision say what it is
+    return dumped
+
+
+def digests(mixture: Mixture, *, cache: Path) -> dict[str, str]:
+    """A digest of each source by its name: of all that is read from outside the config."""
+    read: Mapping[str, Source] = mixture.sources
+    against: Mapping[str, Source] = mixture.contamination.sources if mixture.contamination else {}
+    own = {name: sources.digest(source, cache=cache) for name, source in read.items()}
+    return own | {f"against {name}": sources.digest(source, cache=cache) for name, source in against.items()}
