@@ -1,16 +1,22 @@
 """Real small objects that many tests share: the tiny fixtures as configs, models and prepared data."""
 
 import contextlib
+import os
 import random
+import secrets
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from moto.server import DomainDispatcherApplication, create_backend_app
 from transformers import LlavaProcessor
+from werkzeug.serving import make_server
 
+from vila_ops.artifacts.s3_calls import client, client_of
 from vila_ops.config import Mixture, Model, Resources, Stage, TextFormat
 from vila_ops.config.local import LocalServers
 from vila_ops.data.conversation import Tokenizer
@@ -173,6 +179,49 @@ def free_servers() -> Callable[[Path], LocalServers]:
         return LocalServers.model_validate({"root": str(root), "ray_object_store_bytes": 100 * 2**20, **ports})
 
     return settings
+
+
+@pytest.fixture(scope="session")
+def moto_endpoint() -> Iterator[str]:
+    """moto's S3. One request at a time, because its conditional put looks first and writes then."""
+    app = DomainDispatcherApplication(create_backend_app)
+    server = make_server("127.0.0.1", 0, app, threaded=False)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.port}"
+    server.shutdown()
+    thread.join()
+
+
+@pytest.fixture
+def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., None]]:
+    """Sets what boto3 reads, in this process and those that it starts, and nothing of the user's own."""
+
+    def point(endpoint: str, *, key: str = "key", secret: str = "canary-secret") -> None:
+        for name, value in {
+            "AWS_ENDPOINT_URL": endpoint,
+            "AWS_ACCESS_KEY_ID": key,
+            "AWS_SECRET_ACCESS_KEY": secret,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "VILA_CACHE": str(tmp_path / "copies"),
+        }.items():
+            monkeypatch.setenv(name, value)
+        client_of.cache_clear()
+
+    yield point
+    client_of.cache_clear()
+
+
+@pytest.fixture
+def s3_store(moto_endpoint: str, aws: Callable[..., None]) -> str:
+    """An empty store in a bucket of its own."""
+    aws(moto_endpoint)
+    bucket = f"vila-{secrets.token_hex(6)}"
+    client().create_bucket(Bucket=bucket)
+    return f"s3://{bucket}/a/store"
 
 
 def _free_ports(count: int) -> list[int]:

@@ -13,7 +13,7 @@ from vila_ops import demo as demonstration
 from vila_ops import doctor as checks
 from vila_ops import local, pipeline
 from vila_ops.artifacts import store
-from vila_ops.config import Config, Run, load
+from vila_ops.config import Config, Run, load, load_resources
 from vila_ops.config.local import load_local
 from vila_ops.data.revisions import export_for_dvc
 from vila_ops.serve import deploy as serving
@@ -134,16 +134,16 @@ def run(
 
 
 @app.command()
-def verify(folder: Annotated[Path, typer.Argument(help="A sealed folder of the store")]) -> None:
+def verify(place: Annotated[str, typer.Argument(help="A sealed folder of the store, or s3://...")]) -> None:
     """Read every byte of a sealed folder and compare it with its manifest."""
-    store.verify_folder(folder)
-    print(f"{folder} is as it was sealed")
+    store.verify_folder(place.rstrip("/"))
+    print(f"{place} is as it was sealed")
 
 
 @app.command()
-def doctor(servers: Servers = LOCAL, as_json: AsJson = False) -> None:
-    """Check this machine; each finding says how to mend it."""
-    findings = checks.examine(load_local(servers))
+def doctor(servers: Servers = LOCAL, resources: ResourcesFile = INLINE, as_json: AsJson = False) -> None:
+    """Check this machine and the store of the resources; each finding says how to mend it."""
+    findings = checks.examine(load_local(servers), store=load_resources(resources).store)
     if as_json:
         _print(findings, as_json)
     else:

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 
 from vila_ops import local
+from vila_ops.artifacts.store import probe
 from vila_ops.config import Config
 from vila_ops.config.local import LocalServers
 
@@ -25,9 +26,9 @@ class Finding(Config):
     """What was found; where it is not ok, how to mend it."""
 
 
-def examine(settings: LocalServers) -> list[Finding]:
+def examine(settings: LocalServers, *, store: str) -> list[Finding]:
     """Everything, whatever fails."""
-    return [*_software(), *_room(), *_servers(settings)]
+    return [*_software(), *_room(), *_store(store), *_servers(settings)]
 
 
 def _software() -> Iterator[Finding]:
@@ -52,6 +53,13 @@ def _room() -> Iterator[Finding]:
     yield Finding(
         ok=memory >= MEMORY_BYTES, text=f"{memory / 2**30:.0f} GiB of memory; {MEMORY_BYTES / 2**30:.0f} are needed"
     )
+
+
+def _store(store: str) -> Iterator[Finding]:
+    try:
+        yield Finding(ok=True, text=probe(store))
+    except (ValueError, OSError) as error:
+        yield Finding(ok=False, text=str(error))
 
 
 def _servers(settings: LocalServers) -> Iterator[Finding]:

@@ -208,7 +208,9 @@ def test_too_many_bad_records_are_an_error_that_names_source_and_counts(
     count: int, resources: Resources, make_text: Any, tiny: Path, tmp_path: Path
 ) -> None:
     bad = spoil(tiny, tmp_path / "pairs", count)
-    with pytest.raises(ValueError, match=rf"{count} of 48 records of source 'p' are bad .*bad_image_truncated.*max_bad_share 0.05"):
+    with pytest.raises(
+        ValueError, match=rf"{count} of 48 records of source 'p' are bad .*bad_image_truncated.*max_bad_share 0.05"
+    ):
         prepare(mixture({"p": jsonl(bad)}), make_text(), resources)
     assert not list((Path(resources.store) / "dataset").rglob("manifest.json"))
 
@@ -220,4 +222,3 @@ def test_a_missing_or_empty_source_is_an_error(resources: Resources, make_text: 
     (tmp_path / "hollow/records.jsonl").write_text("")
     with pytest.raises(ValueError, match="source 'p' has no records"):
         prepare(mixture({"p": jsonl(tmp_path / "hollow")}), make_text(), resources)
-

@@ -43,7 +43,7 @@ def client(resources: Resources) -> MlflowClient:
 
 def checkpoint(resources: Resources, name: str) -> Checkpoint:
     """A sealed checkpoint whose weights are its name."""
-    root = Path(resources.store)
+    root = resources.store
     at = store.address(Checkpoint, revision=0, recipe=name, parents=("data", "init"))
     attempt = store.begin(at, store=root)
     (attempt / "model.safetensors").write_text(name)
@@ -52,7 +52,7 @@ def checkpoint(resources: Resources, name: str) -> Checkpoint:
 
 def report(resources: Resources, model: Checkpoint, pope: float, *, suite: str = "probe") -> EvalReport:
     """A sealed report with one number."""
-    root = Path(resources.store)
+    root = resources.store
     at = store.address(EvalReport, revision=0, recipe=[pope, suite], parents=(model.digest,))
     attempt = store.begin(at, store=root)
     metric = {"name": "pope", "value": pope, "low": 0.0, "high": 1.0, "n": 9, "role": "model"}

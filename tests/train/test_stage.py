@@ -128,7 +128,7 @@ def test_a_loss_that_is_not_finite_stops_before_any_update_and_names_the_samples
     with torch.no_grad():
         model.model.language_model.norm.weight[0] = float("inf")
     at = store.address(Pretrained, revision=0, recipe={"broken": True}, parents=())
-    attempt = store.begin(at, store=tmp_path)
+    attempt = store.begin(at, store=str(tmp_path))
     names = {f"{n}": p for n, p in model.named_parameters() if n == "model.language_model.norm.weight"}
     model_folder.save_trained(names, attempt, init=content(bench.init))
     broken = store.seal(Pretrained, at, attempt, facts={}, execution={})

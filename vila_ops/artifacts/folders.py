@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from vila_ops.artifacts.store import sha256
+from vila_ops.artifacts.disk import sha256
 from vila_ops.config import fingerprint
 
 

@@ -7,7 +7,7 @@ class Artifact(Config):
     """A sealed folder. Equal digest, equal bytes."""
 
     uri: str
-    """Folder with the manifest; see `store.content` for where the files lie."""
+    """Folder with the manifest, on disk or `s3://`; `store.content` and `store.file` bring its files here."""
     digest: str
     parents: tuple[str, ...] = ()
     """Digests of what it was made from."""
@@ -18,6 +18,12 @@ class Dataset(Artifact):
 
     num_samples: int
     num_tokens: int
+
+
+class Shard(Artifact):
+    """A unit of prepared data, sealed on its own so that a dataset can link to it."""
+
+    num_samples: int
 
 
 class Pretrained(Artifact):

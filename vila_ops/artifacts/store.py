@@ -1,28 +1,33 @@
-"""Ask, work, seal last: content-addressed folders with a manifest that is written once.
+"""Ask, work, seal last: content-addressed folders with a manifest that is written once, on disk or on S3.
 
-    store/<kind>/<key>/manifest.json       sealed: written by one create-only link(2)
-    store/<kind>/<key>/<attempt>/...       the files; an attempt without a manifest was never finished
+    STORE/<kind>/<key>/manifest.json       sealed: one create-only write, link(2) or If-None-Match
+    STORE/<kind>/<key>/<attempt>/...       the files; an attempt without a manifest was never finished
 
-The first seal of an address wins; a later one, also of a process that slept through it, is told what won.
+STORE is a folder or `s3://bucket/prefix`. The first seal of an address wins; a later one, also of a process that slept
+through it, is told what won.
 """
 
-import hashlib
 import json
 import logging
-import os
 import secrets
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from vila_ops.artifacts.kinds import Artifact, Checkpoint, Dataset, EvalReport, Pretrained
+from vila_ops.artifacts import disk
+from vila_ops.artifacts.backend import Backend, FileFacts, way_out
+from vila_ops.artifacts.backend import CorruptArtifact as CorruptArtifact
+from vila_ops.artifacts.copies import uri_of
+from vila_ops.artifacts.kinds import Artifact, Checkpoint, Dataset, EvalReport, Pretrained, Shard
 from vila_ops.config import fingerprint
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 KINDS: dict[type[Artifact], str] = {
     Dataset: "dataset",
+    Shard: "shard",
     Pretrained: "pretrained",
     Checkpoint: "checkpoint",
     EvalReport: "report",
@@ -30,12 +35,10 @@ KINDS: dict[type[Artifact], str] = {
 ANY_EXECUTION: dict[str, Any] = {"seconds": 0.0, "sealed": "1970-01-01T00:00:00+00:00", "workers": []}
 """The execution of an exported manifest: no attempt's own, and older than any run, which so counts it as reused."""
 
+Linked = tuple[Artifact, str]
+"""A sealed artifact and the name of one of its files."""
 A = TypeVar("A", bound=Artifact)
 log = logging.getLogger(__name__)
-
-
-class CorruptArtifact(ValueError):
-    """A sealed folder does not hold what its manifest says."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,9 @@ class Address:
     parents: tuple[str, ...]
     """Digests of what it is made from."""
 
-    def folder(self, store: Path) -> Path:
+    def uri(self, store: str) -> str:
         """The folder of this address in a store."""
-        return store / self.kind / self.key
+        return f"{root_of(store)}/{self.kind}/{self.key}"
 
 
 def address(kind: type[Artifact], *, revision: int, recipe: Any, parents: tuple[str, ...]) -> Address:
@@ -61,116 +64,148 @@ def address(kind: type[Artifact], *, revision: int, recipe: Any, parents: tuple[
     return Address(name, fingerprint(question)[:32], recipe, parents)
 
 
-def find(kind: type[A], at: Address, *, store: Path, first: Path | None = None) -> A | None:
+def root_of(store: str) -> str:
+    """A store as one string that means the same in every process: an absolute folder, or `s3://bucket/prefix`."""
+    return store.rstrip("/") if "://" in store else str(Path(store).resolve())
+
+
+def backend(uri: str) -> Backend:
+    """What can read and write at a place."""
+    match uri.partition("://"):
+        case (_, "", ""):
+            return disk
+        case ("s3", _, _):
+            from vila_ops.artifacts import s3  # heavy: boto3
+
+            return s3
+        case (scheme, _, _):
+            raise ValueError(f"{uri}: {scheme} is no kind of store; a store is a folder or s3://BUCKET/PREFIX")
+
+
+def find(kind: type[A], at: Address, *, store: str, first: Path | None = None) -> A | None:
     """The sealed artifact at an address, or None. `first` is a folder to look in before the store (DVC's output).
 
     Checks that every file is there with its size; `verify` reads the bytes.
     """
-    for folder in (first, at.folder(store)):
-        if folder is None or not (folder / MANIFEST).exists():
+    for uri in (None if first is None else str(first), at.uri(store)):
+        if uri is None or (manifest := _manifest(uri)) is None:
             continue
-        manifest = read_manifest(folder)
         if manifest["address"] == f"{at.kind}/{at.key}":
-            _check_sizes(folder, manifest)
-            return _handle(kind, folder, manifest)
+            _check_sizes(uri, manifest)
+            return _handle(kind, uri, manifest)
     return None
 
 
-def begin(at: Address, *, store: Path) -> Path:
-    """A fresh folder of this attempt, to work in until `seal`."""
-    folder = at.folder(store) / f"attempt-{secrets.token_hex(6)}"
-    folder.mkdir(parents=True)
-    return folder
+def begin(at: Address, *, store: str) -> Path:
+    """A fresh local folder of this attempt, to work in until `seal`.
+
+    For a store on S3 it is in this machine's cache. Raises UnsafeStore for one that ignores conditions.
+    """
+    uri = f"{at.uri(store)}/attempt-{secrets.token_hex(6)}"
+    return backend(uri).begin(uri)
 
 
-def seal(kind: type[A], at: Address, attempt: Path, *, facts: dict[str, Any], execution: dict[str, Any]) -> A:
-    """Publish an attempt: every file synced and hashed, then one create-only manifest.
+def seal(
+    kind: type[A],
+    at: Address,
+    attempt: Path,
+    *,
+    facts: dict[str, Any],
+    execution: dict[str, Any],
+    known: Mapping[str, FileFacts | Linked] | None = None,
+) -> A:
+    """Publish an attempt: every file hashed and made durable, then one create-only manifest.
 
-    facts are the handle's own fields and part of the digest; execution (times, machine, versions) is not.
+    facts are the handle's own fields and part of the digest; execution (times, machine, versions) is not. `known` are
+    files that need no hashing, by name: facts for a file of the attempt, or a file of another sealed artifact of the
+    same store. Such a file is not copied: on disk it is a hard link, on S3 the manifest points to it.
     Returns what is sealed at the address, which is another attempt's work if that one came first.
     """
-    folder = attempt.parent
-    files = {str(path.relative_to(attempt)): _measure(path) for path in _files(attempt)}
+    place = _place_of(attempt)
+    uri, _, data = place.rpartition("/")
+    files = _files(attempt, uri, known or {})
     manifest = {
         "format": FORMAT,
         "address": f"{at.kind}/{at.key}",
         "digest": _digest(at.kind, files, facts),
-        "data": attempt.name,
+        "data": data,
         "files": files,
         "parents": at.parents,
         "facts": facts,
         "recipe": at.recipe,
         "execution": execution,
     }
-    _sync_tree(attempt)
-    if not _create_only(folder / MANIFEST, _sealed(manifest)):
-        log.warning("%s was sealed by another attempt first; this one is dropped", folder)
-        shutil.rmtree(attempt)
-    return _handle(kind, folder, read_manifest(folder))
+    backend(uri).publish(attempt, place)
+    if not backend(uri).create(f"{uri}/{MANIFEST}", _sealed(manifest).encode()):
+        log.warning("%s was sealed by another attempt first; this one is dropped", uri)
+        backend(uri).discard(attempt, place)
+    return _handle(kind, uri, read_manifest(uri))
 
 
 def verify(artifact: Artifact) -> None:
-    """Read every byte of an artifact; raises CorruptArtifact that names the first file that differs."""
-    sealed = verify_folder(Path(artifact.uri))
+    """Read every byte of an artifact in its store; raises CorruptArtifact that names the first file that differs."""
+    sealed = verify_folder(artifact.uri)
     if sealed != artifact.digest:
         raise CorruptArtifact(f"{artifact.uri} holds digest {sealed}, not {artifact.digest}")
 
 
-def verify_folder(folder: Path) -> str:
+def verify_folder(uri: str) -> str:
     """Read every byte of a sealed folder; returns its digest, raises CorruptArtifact where something differs."""
-    manifest = read_manifest(folder)
-    _check_sizes(folder, manifest)
-    for name, expected in manifest["files"].items():
-        actual = sha256(folder / manifest["data"] / name)
+    manifest = read_manifest(uri)
+    _check_sizes(uri, manifest)
+    for place, expected in _places(uri, manifest).values():
+        actual = backend(uri).digest(place, expected)
         if actual != expected["sha256"]:
             raise CorruptArtifact(
-                f"{folder / manifest['data'] / name} has sha256 {actual[:12]}..., sealed as "
-                f"{expected['sha256'][:12]}...; {_way_out(folder)}"
+                f"{place} has sha256 {actual[:12]}..., sealed as {expected['sha256'][:12]}...; {way_out(uri)}"
             )
     stated = _digest(manifest["address"].split("/")[0], manifest["files"], manifest["facts"])
     if stated != manifest["digest"]:
-        raise CorruptArtifact(f"{folder / MANIFEST} was changed after sealing; {_way_out(folder)}")
+        raise CorruptArtifact(f"{uri}/{MANIFEST} was changed after sealing; {way_out(uri)}")
     return stated
 
 
 def content(artifact: Artifact) -> Path:
-    """The folder in which a sealed artifact's files lie."""
-    folder = Path(artifact.uri)
-    return folder / str(read_manifest(folder)["data"])
+    """A folder on this machine with all files of a sealed artifact.
+
+    From S3 each file is downloaded once a machine, and compared with its sha256 before it is there.
+    """
+    manifest = read_manifest(artifact.uri)
+    return backend(artifact.uri).folder(f"{artifact.uri}/{manifest['data']}", _places(artifact.uri, manifest))
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def file(artifact: Artifact, name: str) -> Path:
+    """One file of a sealed artifact on this machine; from S3 as by `content`, without the other files."""
+    files = _places(artifact.uri, read_manifest(artifact.uri))
+    if name not in files:
+        raise ValueError(f"{artifact.uri} has no file {name!r}; it has {sorted(files)[:5]}")
+    return backend(artifact.uri).local(*files[name])
+
+
+def read_manifest(uri: str) -> dict[str, Any]:
     """The manifest of a sealed folder."""
-    path = folder / MANIFEST
-    try:
-        text = path.read_text()
-        manifest: dict[str, Any] = json.loads(text)
-        written = manifest["format"]
-    except FileNotFoundError as error:
-        raise CorruptArtifact(f"{folder} has no {MANIFEST}: it was never finished, or it was removed") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptArtifact(f"{path} is not a manifest ({error}); {_way_out(folder)}") from error
-    if written != FORMAT:
-        raise CorruptArtifact(f"{path} has format {written}; this version reads {FORMAT}")
-    if text != _sealed(manifest):
-        raise CorruptArtifact(f"{path} was changed after sealing; {_way_out(folder)}")
+    manifest = _manifest(uri)
+    if manifest is None:
+        raise CorruptArtifact(f"{uri} has no {MANIFEST}: it was never finished, or it was removed")
     return manifest
 
 
 def export(artifact: Artifact, target: Path) -> None:
     """Copy a sealed folder to `target`, manifest last, replacing what is there; an edit of the copy stays there.
 
-    The copy's bytes do not depend on which attempt made them, so that DVC sees no change where there is none.
+    The copy's bytes do not depend on the store or on which attempt made them, so that DVC sees no change where there
+    is none.
     """
-    source = Path(artifact.uri)
-    manifest = read_manifest(source)
+    manifest = read_manifest(artifact.uri)
     fresh = target.with_name(f".{target.name}-{secrets.token_hex(6)}")
     fresh.mkdir(parents=True)
-    for name in manifest["files"]:
+    for name, (place, facts) in _places(artifact.uri, manifest).items():
         (fresh / "files" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / manifest["data"] / name, fresh / "files" / name)
-    (fresh / MANIFEST).write_text(_sealed({**manifest, "data": "files", "execution": ANY_EXECUTION}))
-    _sync_tree(fresh)
+        backend(artifact.uri).copy(place, facts, fresh / "files" / name)
+    files = {name: FileFacts(size=f["size"], sha256=f["sha256"]) for name, f in manifest["files"].items()}
+    exported = {**manifest, "files": files, "data": "files", "execution": ANY_EXECUTION}
+    (fresh / MANIFEST).write_text(_sealed(exported))
+    disk.publish(fresh, str(fresh))
     if target.exists():
         old = target.with_name(f".{target.name}-old-{secrets.token_hex(6)}")
         target.rename(old)
@@ -180,28 +215,95 @@ def export(artifact: Artifact, target: Path) -> None:
         fresh.rename(target)
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def probe(store: str) -> str:
+    """Try what sealing rests on in a store; a line that says so. Raises UnsafeStore, and OSError out of reach."""
+    root = root_of(store)
+    return backend(root).probe(root)
 
 
-def sync(path: Path) -> None:
-    """Force a file or folder to the disk (fsync)."""
-    descriptor = os.open(path, os.O_RDONLY)
+def _place_of(attempt: Path) -> str:
+    """The place in the store that `begin` made a local folder for."""
+    return uri_of(attempt) or str(attempt)
+
+
+def _files(attempt: Path, uri: str, known: Mapping[str, FileFacts | Linked]) -> dict[str, FileFacts]:
+    """The entries of a manifest: linked files, known files, and what else is in the attempt."""
+    found = {name: _link(attempt / name, uri, one) for name, one in known.items() if isinstance(one, tuple)}
+    facts = {name: one for name, one in known.items() if not isinstance(one, tuple)}
+    for path in sorted(path for path in attempt.rglob("*") if path.is_file()):
+        name, size = path.relative_to(attempt).as_posix(), path.stat().st_size
+        if name in found:
+            continue
+        if name in facts and facts[name]["size"] != size:
+            raise ValueError(f"{path} has {size} bytes, not the {facts[name]['size']} that are known of it")
+        found[name] = FileFacts(size=size, sha256=facts[name]["sha256"] if name in facts else disk.sha256(path))
+    if missing := sorted(set(facts) - set(found)):
+        raise ValueError(f"{attempt} has no files {missing[:3]}, of which facts are known")
+    return found
+
+
+def _link(target: Path, uri: str, linked: Linked) -> FileFacts:
+    """The entry of a file of another artifact; on disk the file itself, as a hard link."""
+    artifact, name = linked
+    if target.exists():
+        raise ValueError(f"{target} is to be linked from {artifact.uri}, but the attempt has a file of that name")
+    place, facts = _places(artifact.uri, read_manifest(artifact.uri))[name]
+    entry = FileFacts(size=facts["size"], sha256=facts["sha256"])
+    if backend(uri) is disk:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        disk.link(file(artifact, name), target)
+    elif place.startswith(f"{_root(uri)}/"):
+        entry["at"] = place.removeprefix(f"{_root(uri)}/")
+    else:
+        raise ValueError(f"{place} cannot be linked into {uri}: it is in another store; seal a copy of it there first")
+    return entry
+
+
+def _manifest(uri: str) -> dict[str, Any] | None:
+    """The manifest of a folder; None where there is none. Raises CorruptArtifact for one that was changed."""
+    place = f"{uri}/{MANIFEST}"
+    data = backend(uri).read(place)
+    if data is None:
+        return None
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        text = data.decode()
+        manifest: dict[str, Any] = json.loads(text)
+        written, names = manifest["format"], _names(manifest)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptArtifact(f"{place} is not a manifest ({error}); {way_out(uri)}") from error
+    if written != FORMAT:
+        raise CorruptArtifact(f"{place} has format {written}; this version reads {FORMAT}")
+    if text != _sealed(manifest):
+        raise CorruptArtifact(f"{place} was changed after sealing; {way_out(uri)}")
+    if outside := [name for name in names if name.startswith("/") or ".." in PurePosixPath(name).parts]:
+        raise CorruptArtifact(f"{place} names {outside[0]!r}, which is outside of it; do not use this store")
+    return manifest
 
 
-def _handle(kind: type[A], folder: Path, manifest: dict[str, Any]) -> A:
+def _names(manifest: dict[str, Any]) -> list[str]:
+    """Every name in a manifest that becomes part of a place."""
+    return [manifest["data"], *manifest["files"], *(f["at"] for f in manifest["files"].values() if "at" in f)]
+
+
+def _places(uri: str, manifest: dict[str, Any]) -> dict[str, tuple[str, FileFacts]]:
+    """Where the bytes of each file lie, and what they are."""
+    files: dict[str, FileFacts] = manifest["files"]
+    own = f"{uri}/{manifest['data']}"
+    return {name: (f"{_root(uri)}/{f['at']}" if "at" in f else f"{own}/{name}", f) for name, f in files.items()}
+
+
+def _root(uri: str) -> str:
+    """The store of an address's folder."""
+    return uri.rsplit("/", 2)[0]
+
+
+def _handle(kind: type[A], uri: str, manifest: dict[str, Any]) -> A:
     return kind.model_validate(
-        {"uri": str(folder), "digest": manifest["digest"], "parents": manifest["parents"], **manifest["facts"]}
+        {"uri": uri, "digest": manifest["digest"], "parents": manifest["parents"], **manifest["facts"]}
     )
 
 
-def _digest(kind: str, files: dict[str, Any], facts: dict[str, Any]) -> str:
+def _digest(kind: str, files: Mapping[str, FileFacts], facts: dict[str, Any]) -> str:
     return fingerprint({"kind": kind, "files": {name: file["sha256"] for name, file in files.items()}, "facts": facts})
 
 
@@ -211,46 +313,10 @@ def _sealed(manifest: dict[str, Any]) -> str:
     return json.dumps({**body, "checksum": fingerprint(body)}, indent=1, sort_keys=True)
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _measure(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": sha256(path)}
-
-
-def _check_sizes(folder: Path, manifest: dict[str, Any]) -> None:
-    for name, expected in manifest["files"].items():
-        path = folder / manifest["data"] / name
-        if not path.is_file():
-            raise CorruptArtifact(f"{path} is missing; {_way_out(folder)}")
-        if path.stat().st_size != expected["size"]:
-            raise CorruptArtifact(
-                f"{path} has {path.stat().st_size} bytes, sealed with {expected['size']}; {_way_out(folder)}"
-            )
-
-
-def _way_out(folder: Path) -> str:
-    return f"restore the file from a backup, or move {folder} away and run again to make it anew"
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in [*_files(folder), *(p for p in folder.rglob("*") if p.is_dir()), folder]:
-        sync(path)
-
-
-def _create_only(path: Path, text: str) -> bool:
-    """Write a file whole or not at all, and only if there is none: link(2) fails where the name is taken."""
-    draft = path.with_name(f".{path.name}-{secrets.token_hex(6)}")
-    with draft.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    try:
-        os.link(draft, path)
-    except FileExistsError:
-        return False
-    finally:
-        draft.unlink()
-    sync(path.parent)
-    return True
+def _check_sizes(uri: str, manifest: dict[str, Any]) -> None:
+    places = list(_places(uri, manifest).values())
+    for (place, expected), size in zip(places, backend(uri).sizes([place for place, _ in places]), strict=True):
+        if size is None:
+            raise CorruptArtifact(f"{place} is missing; {way_out(uri)}")
+        if size != expected["size"]:
+            raise CorruptArtifact(f"{place} has {size} bytes, sealed with {expected['size']}; {way_out(uri)}")

@@ -5,6 +5,7 @@ from vila_ops.config.base import fingerprint as fingerprint
 from vila_ops.config.eval import Gate as Gate
 from vila_ops.config.eval import Suite as Suite
 from vila_ops.config.load import load as load
+from vila_ops.config.load import load_resources as load_resources
 from vila_ops.config.mixture import Mixture as Mixture
 from vila_ops.config.mixture import Split as Split
 from vila_ops.config.model import Model as Model

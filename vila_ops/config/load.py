@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from vila_ops.config.resources import Resources
 from vila_ops.config.run import Run
 
 
@@ -26,6 +27,11 @@ def load(recipe: Path, *, resources: Path, overrides: tuple[str, ...] = ()) -> R
             raise ValueError(f"override {override!r}: {text!r} is not valid YAML: {error}") from error
         tree = _set(tree, path, value, override)
     return Run.model_validate(tree)
+
+
+def load_resources(path: Path) -> Resources:
+    """The resources of a file."""
+    return Resources.model_validate(read(path))
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -1,10 +1,14 @@
 """Where and how fast: execution, never hashed."""
 
+import re
+from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from vila_ops.config.base import Config
+
+S3_STORE = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_][A-Za-z0-9_.=-]*)*/?")
 
 
 class Resources(Config):
@@ -13,7 +17,7 @@ class Resources(Config):
     launch: Literal["inline", "ray"]
     """inline: this process, one worker, plain torch. ray: a cluster that is already up."""
     store: str = "store"
-    """Root folder of sealed artifacts."""
+    """Where sealed artifacts are: a folder, or `s3://bucket/prefix`."""
     data: str = "data"
     """Folder of DVC's outputs; a prepared mixture is looked for in `data/<mixture>` first."""
     cache: str = "~/.cache/vila-ops"
@@ -42,6 +46,22 @@ class Resources(Config):
     host: str = "127.0.0.1"
     """Where servers listen."""
     serve_port: int = Field(default=8000, ge=0, lt=65536)
+
+    def scratch(self) -> Path:
+        """Folder on this machine for what is not sealed: resume checkpoints, features, logs and the report.
+
+        The store itself where that is a folder; else a folder of the cache, which other machines do not see.
+        """
+        if "://" not in self.store:
+            return Path(self.store).resolve()
+        return Path(self.cache).expanduser().resolve() / "scratch" / self.store.partition("://")[2].strip("/")
+
+    @field_validator("store")
+    @classmethod
+    def _store_is_a_folder_or_on_s3(cls, store: str) -> str:
+        if "://" in store and not S3_STORE.fullmatch(store):
+            raise ValueError(f"store {store!r} is neither a folder nor s3://BUCKET/PREFIX")
+        return store
 
     @model_validator(mode="after")
     def _every_setting_has_an_effect(self) -> "Resources":

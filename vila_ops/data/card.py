@@ -1,6 +1,5 @@
 """What a prepared mixture holds: the summary for programs, and the data card for people."""
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ import pyarrow.parquet as pq
 
 from vila_ops.config import Mixture
 from vila_ops.data import sources
-from vila_ops.data.mixture import Share, Size, compose
+from vila_ops.data.mixture import Size, compose
 from vila_ops.data.shards import DROPPED
 from vila_ops.data.split import SPLITS
 
@@ -46,7 +45,10 @@ def summarise(mixture: Mixture, counted: Sequence[tuple[str, dict[str, Any]]]) -
         log.warning("mixture %s: %s", mixture.name, note)
     return {
         "mixture": mixture.name,
-        **{f"num_{key}": sum(sum(s[key].values()) for s in per_source.values()) for key in ("samples", "tokens", "images")},
+        **{
+            f"num_{key}": sum(sum(s[key].values()) for s in per_source.values())
+            for key in ("samples", "tokens", "images")
+        },
         "sources": per_source,
         "notes": list(composed.notes),
     }

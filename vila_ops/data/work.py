@@ -93,7 +93,7 @@ def write_shard(job: Job, work: Work) -> Shard:
         return done
     started = time.monotonic()
     attempt = store.begin(at, store=job.store)
-    counts = _Writer(job, work, attempt).write()
+    counts = _Writer(job, work, attempt, name=shard_name(work.unit.source, at.key)).write()
     (attempt / COUNTS).write_text(json.dumps(counts, indent=1, sort_keys=True))
     facts = {"num_samples": sum(counts["samples"].values())}
     ran = execution(launch=whoami()["launch"], seconds=time.monotonic() - started, ran=[whoami()])
@@ -108,15 +108,11 @@ def folders_of(source: Source, *, cache: Path) -> dict[str, Path]:
 class _Writer:
     """Writes the files of one shard."""
 
-    def __init__(self, job: Job, work: Work, folder: Path) -> None:
+    def __init__(self, job: Job, work: Work, folder: Path, *, name: str) -> None:
         self.job, self.work, self.folder = job, work, folder
         self.source = job.mixture.sources[work.unit.source]
         self.tokenizer = _tokenizer(job.text, Path(job.cache))
-        self.tar = ShardWriter(
-            folder / SHARD,
-            name=shard_name(work.unit.source, folder.parent.name),
-            suffix=suffix(job.mixture.pictures.encoding),
-        )
+        self.tar = ShardWriter(folder / SHARD, name=name, suffix=suffix(job.mixture.pictures.encoding))
         self.names: dict[str, Names] = {}
         if self.source.render == "questions":
             digest = sources.digest(self.source, cache=Path(self.job.cache))

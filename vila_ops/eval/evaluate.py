@@ -3,13 +3,13 @@
 import json
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 from vila_ops import tracking
 from vila_ops.artifacts import store
 from vila_ops.artifacts.execution import execution
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, EvalReport, Pretrained
+from vila_ops.artifacts.leases import hold
 from vila_ops.config import Resources, Suite
 from vila_ops.eval.job import Job
 
@@ -22,12 +22,18 @@ def evaluate(suite: Suite, model: Checkpoint | Pretrained, data: Dataset, resour
     """The report of a model on a suite; measured only if the store has it not yet. Raises CorruptArtifact."""
     recipe = suite.model_dump(mode="json", exclude={"mixture"})
     at = store.address(EvalReport, revision=REVISION, recipe=recipe, parents=(model.digest, data.digest))
-    root = Path(resources.store).resolve()
-    if done := store.find(EvalReport, at, store=root):
+    if done := store.find(EvalReport, at, store=resources.store):
         return done
+    with hold(at, store=resources.store):
+        return store.find(EvalReport, at, store=resources.store) or _evaluate(at, suite, model, data, resources)
+
+
+def _evaluate(
+    at: store.Address, suite: Suite, model: Checkpoint | Pretrained, data: Dataset, resources: Resources
+) -> EvalReport:
     store.verify(data)  # the model is verified by whoever loads it
     started = time.monotonic()
-    attempt = store.begin(at, store=root)
+    attempt = store.begin(at, store=resources.store)
     stage = model.stage if isinstance(model, Checkpoint) else "base"
     run_id = tracking.start_run(
         resources.tracking_uri,

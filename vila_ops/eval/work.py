@@ -2,7 +2,6 @@
 
 import logging
 import time
-from pathlib import Path
 from typing import Any, assert_never
 
 from vila_ops.artifacts.store import content
@@ -33,7 +32,7 @@ def run(job: Job) -> dict[str, Any]:
     items = read_items(content(job.data), job.suite)
     generator = load_generator(
         job.model,
-        feature_root=Path(job.resources.store) / "features",
+        feature_root=job.resources.scratch() / "features",
         threads=job.resources.threads_per_worker,
         precision=job.suite.precision,
     )

@@ -8,6 +8,7 @@ from vila_ops.artifacts import store
 from vila_ops.artifacts.execution import execution
 from vila_ops.artifacts.folders import folder_digest
 from vila_ops.artifacts.kinds import Pretrained
+from vila_ops.artifacts.leases import hold
 from vila_ops.config import Model, Resources
 
 REVISION = 1
@@ -22,14 +23,18 @@ def assemble(model: Model, resources: Resources) -> Pretrained:
         parents = (folder_digest(Path(model.language_model.tokenizer)),)
         del recipe["language_model"]["tokenizer"]  # its content is a parent, its place does not matter
     at = store.address(Pretrained, revision=REVISION, recipe=recipe, parents=parents)
-    root = Path(resources.store).resolve()
-    if done := store.find(Pretrained, at, store=root):
+    if done := store.find(Pretrained, at, store=resources.store):
         return done
+    with hold(at, store=resources.store):
+        return store.find(Pretrained, at, store=resources.store) or _assemble(at, model, resources)
+
+
+def _assemble(at: store.Address, model: Model, resources: Resources) -> Pretrained:
     from vila_ops.model import build, folder, processing  # heavy: torch, transformers
     from vila_ops.packages.tokenizer import IMAGE_TOKEN, build_tokenizer
 
     started = time.monotonic()
-    attempt = store.begin(at, store=root)
+    attempt = store.begin(at, store=resources.store)
     cache = Path(resources.cache).expanduser()
     tokenizer = build_tokenizer(model.language_model, chat_template=model.chat_template, cache=cache)
     whole = build.build_model(

@@ -4,7 +4,6 @@ import base64
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -34,8 +33,8 @@ class Page:
 
 
 def write(run: Run, outcome: Outcome) -> Page:
-    """Write summary.json, report.html and, where something is served, ask.json into `<store>/<recipe name>`."""
-    folder = Path(run.resources.store) / run.recipe.name
+    """Write summary.json, report.html and, where something is served, ask.json into `<scratch>/<recipe name>`."""
+    folder = run.resources.scratch() / run.recipe.name
     folder.mkdir(parents=True, exist_ok=True)
     found = summarise(run, outcome)
     curves = {name: _curve(checkpoint) for name, checkpoint in outcome.checkpoints.items()}
@@ -117,7 +116,7 @@ def table(summary: Json) -> list[Json]:
 
 
 def _stage(checkpoint: Checkpoint, tracking_uri: str | None) -> Json:
-    manifest = read_manifest(Path(checkpoint.uri))
+    manifest = read_manifest(checkpoint.uri)
     rows = _curve(checkpoint)
     losses = [row["loss"] for row in rows if "loss" in row]
     held_out = [row["validation_loss"] for row in rows if "validation_loss" in row]
@@ -146,7 +145,7 @@ def _rooms(outcome: Outcome) -> list[Json]:
 
 
 def _sealing(room: str, name: str, artifact: Artifact, outcome: Outcome) -> Json:
-    execution = read_manifest(Path(artifact.uri))["execution"]
+    execution = read_manifest(artifact.uri)["execution"]
     return {
         "room": room,
         "name": name,

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -60,14 +59,14 @@ def undeploy(service: Service, resources: Resources) -> None:
         connect(resources)
         replicas.remove(service.name)
         return
-    desk = Desk(Path(resources.store), service.name)
+    desk = Desk(resources.scratch(), service.name)
     with desk.locked():
         if record := desk.read():
             desk.stop(record)
 
 
 def _deploy_inline(spec: Spec, resources: Resources) -> str:
-    desk = Desk(Path(resources.store), spec.service.name)
+    desk = Desk(resources.scratch(), spec.service.name)
     with desk.locked():
         record = desk.read()
         if record is not None and _fits(record, spec, resources) and _adopted(record, spec, desk):

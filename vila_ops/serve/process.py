@@ -1,4 +1,4 @@
-"""A server process that outlives the one that started it, recorded by pid and start time in the store."""
+"""A server process that outlives the one that started it, recorded by pid and start time in the scratch folder."""
 
 import fcntl
 import json
@@ -51,10 +51,10 @@ class Record(Config):
 class Desk:
     """The record, the log and the lock of one inline service."""
 
-    def __init__(self, store: Path, name: str) -> None:
+    def __init__(self, root: Path, name: str) -> None:
         if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
             raise ValueError(f"service name {name!r} must be letters, digits, '.', '_' and '-': it names files")
-        self.folder = store.resolve() / "serve"
+        self.folder = root / "serve"
         self.record_path, self.log_path = self.folder / f"{name}.json", self.folder / f"{name}.log"
         self.lock_path = self.folder / f"{name}.lock"
 

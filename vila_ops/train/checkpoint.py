@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vila_ops.artifacts.store import MANIFEST, sha256, sync
+from vila_ops.artifacts.disk import sha256, sync
+from vila_ops.artifacts.store import MANIFEST
 from vila_ops.train.engine import State
 from vila_ops.train.job import Place
 

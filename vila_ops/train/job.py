@@ -33,4 +33,4 @@ class Job(Config):
 
     def feature_cache(self) -> Path:
         """Where features of frozen towers are kept."""
-        return Path(self.resources.store).resolve() / "features"
+        return self.resources.scratch() / "features"

@@ -32,7 +32,7 @@ def train_on_ray(job: Job) -> list[dict[str, Any]]:
         ),
         run_config=RunConfig(
             name=Path(job.attempt).name,
-            storage_path=str(Path(resources.store).resolve() / "ray_train"),
+            storage_path=str(resources.scratch() / "ray_train"),
             failure_config=FailureConfig(max_failures=resources.max_failures),
         ),
     )

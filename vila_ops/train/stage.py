@@ -3,13 +3,13 @@
 import logging
 import shutil
 import time
-from pathlib import Path
 from typing import Any
 
 from vila_ops import tracking
 from vila_ops.artifacts import store
 from vila_ops.artifacts.execution import execution
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, Pretrained
+from vila_ops.artifacts.leases import hold
 from vila_ops.cluster import whoami
 from vila_ops.config import Model, Resources, Stage
 from vila_ops.train.job import Job, Place
@@ -28,14 +28,20 @@ def train_stage(
     recipe = {"stage": _own(stage), "projector": model.projector.model_dump(mode="json")}
     parents = (data.digest, init.digest)
     at = store.address(Checkpoint, revision=REVISION, recipe=recipe, parents=parents)
-    root = Path(resources.store).resolve()
-    if done := store.find(Checkpoint, at, store=root):
+    if done := store.find(Checkpoint, at, store=resources.store):
         return done
+    with hold(at, store=resources.store):
+        return store.find(Checkpoint, at, store=resources.store) or _train(at, stage, data, init, resources)
+
+
+def _train(
+    at: store.Address, stage: Stage, data: Dataset, init: Checkpoint | Pretrained, resources: Resources
+) -> Checkpoint:
     for parent in (data, init):
         store.verify(parent)
     started = time.monotonic()
-    attempt = store.begin(at, store=root)
-    resume = root / "resume" / at.key
+    attempt = store.begin(at, store=resources.store)
+    resume = resources.scratch() / "resume" / at.key
     run_id = tracking.start_run(
         resources.tracking_uri, stage.name, parent=resources.parent_run, params=stage.model_dump(mode="json"),
         tags={"room": "train_stage", "stage": stage.name, "address": at.key, "data": data.digest, "init": init.digest},

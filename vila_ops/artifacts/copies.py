@@ -1,0 +1,46 @@
+"""Where copies of what lies on S3 are on this machine: `s3://bucket/prefix/...` is $VILA_CACHE/s3/bucket/prefix/...
+
+$VILA_CACHE is ~/.cache/vila-ops unless it is set. Light: no boto3.
+"""
+
+import fcntl
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+SCHEME = "s3://"
+
+
+def copy_of(uri: str) -> Path:
+    """Where the copy of a place on S3 lies."""
+    return _cache() / "s3" / uri.removeprefix(SCHEME)
+
+
+def uri_of(path: Path) -> str | None:
+    """The place whose copy a path is; None for a path that is no copy."""
+    copies = _cache() / "s3"
+    return f"{SCHEME}{path.relative_to(copies).as_posix()}" if path.is_relative_to(copies) else None
+
+
+def draft() -> Path:
+    """A fresh name on the same file system as the copies, but not among them."""
+    folder = _cache() / "drafts"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / secrets.token_hex(8)
+
+
+@contextmanager
+def one_at_a_time(uri: str) -> Iterator[None]:
+    """One thread of one process of this machine at a time; a lock goes with the process that held it."""
+    lock = _cache() / "locks" / hashlib.sha256(uri.encode()).hexdigest()[:32]
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("VILA_CACHE", "~/.cache/vila-ops")).expanduser().resolve()

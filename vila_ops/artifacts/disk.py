@@ -1,0 +1,164 @@
+"""A store on disk. What is created is created whole or not at all, by link(2), which also NFS does atomically."""
+
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from vila_ops.artifacts.backend import FileFacts, UnsafeStore, Versioned
+
+KEPT_VERSIONS = 8
+"""Of a register: a reader that lists its folder while versions come and go still sees one that stays."""
+
+
+def read(uri: str) -> bytes | None:
+    """The bytes of a file; None where there is none."""
+    try:
+        return Path(uri).read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def create(uri: str, data: bytes) -> bool:
+    """Write a file whole or not at all, and only if there is none: link(2) fails where the name is taken."""
+    path = Path(uri)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}-{secrets.token_hex(6)}")
+    with draft.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        return os.stat(draft).st_nlink == 2  # NFS did it, lost its answer and was asked again
+    finally:
+        draft.unlink()
+    sync(path.parent)
+    return True
+
+
+def load(uri: str) -> Versioned | None:
+    """The newest version of a register, which is a folder of numbered files."""
+    while number := _newest(Path(uri)):
+        data = read(_version(uri, number))
+        if data is not None:  # else a newer one replaced it just now
+            return Versioned(data, str(number))
+    return None
+
+
+def swap(uri: str, data: bytes, tag: str | None) -> str | None:
+    """Replace the version that is called `tag` (None: there is none yet); None if another one is there by now."""
+    own = int(tag or 0) + 1
+    if not create(_version(uri, own), data):
+        return None
+    newest = _newest(Path(uri))
+    if newest != own:  # `tag` was replaced long ago, and its successor removed
+        Path(_version(uri, own)).unlink(missing_ok=True)
+        return None
+    for path in Path(uri).iterdir():
+        if path.name.isdecimal() and int(path.name) <= own - KEPT_VERSIONS:
+            path.unlink(missing_ok=True)
+    return str(own)
+
+
+def begin(uri: str) -> Path:
+    """The folder of a new attempt: files are written where they stay."""
+    folder = Path(uri)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def publish(attempt: Path, uri: str) -> None:
+    """Force every file of an attempt to the disk."""
+    for path in [*(p for p in sorted(attempt.rglob("*")) if p.is_file() or p.is_dir()), attempt]:
+        sync(path)
+
+
+def discard(attempt: Path, uri: str) -> None:
+    """Remove an attempt that came second."""
+    shutil.rmtree(attempt)
+
+
+def sizes(uris: Sequence[str]) -> list[int | None]:
+    """Bytes of each file, None for one that is not there."""
+    return [path.stat().st_size if path.is_file() else None for path in map(Path, uris)]
+
+
+def digest(uri: str, expected: FileFacts) -> str:
+    """sha256 of the bytes of a file."""
+    return sha256(Path(uri))
+
+
+def local(uri: str, facts: FileFacts) -> Path:
+    """The file itself."""
+    return Path(uri)
+
+
+def folder(uri: str, files: Mapping[str, tuple[str, FileFacts]]) -> Path:
+    """The folder itself."""
+    return Path(uri)
+
+
+def copy(uri: str, facts: FileFacts, target: Path) -> None:
+    """Copy a file, so that an edit of the copy stays there."""
+    shutil.copyfile(uri, target)
+
+
+def link(source: Path, target: Path) -> None:
+    """The same file under another name; a copy where that is on another file system."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.copyfile(source, target)
+
+
+def probe(root: str) -> str:
+    """Try what sealing rests on. Raises UnsafeStore for a file system whose link(2) is missing or overwrites."""
+    folder = Path(root)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".probe-", dir=folder) as scratch:
+        taken = f"{scratch}/taken"
+        way_out = "use a folder of a local disk or of NFS, or a store on S3"
+        try:
+            first, second = create(taken, b"first"), create(taken, b"second")
+        except OSError as error:
+            raise UnsafeStore(
+                f"store {root}: link(2) and fsync(2) are needed and failed ({error.strerror}); {way_out}"
+            ) from error
+        if (first, second, read(taken)) != (True, False, b"first"):
+            raise UnsafeStore(f"store {root}: link(2) overwrote a file that was there; {way_out}")
+    return f"store {root}: links are create-only and fsync works"
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Force a file or folder to the disk (fsync)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _newest(folder: Path) -> int:
+    """Number of the newest version in a register's folder; 0 where there is none."""
+    try:
+        return max((int(name) for name in os.listdir(folder) if name.isdecimal()), default=0)
+    except FileNotFoundError:
+        return 0
+
+
+def _version(uri: str, number: int) -> str:
+    return f"{uri}/{number:012d}"

@@ -1,0 +1,240 @@
+"""A store on S3. What is created is created by one conditional put; files lie on this machine as verified copies.
+
+An attempt is made in the very folder that its copy would have, so that what was sealed here need not be fetched.
+"""
+
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import TypeVar
+
+from botocore.exceptions import ClientError
+
+from vila_ops.artifacts import disk
+from vila_ops.artifacts.backend import CorruptArtifact, FileFacts, UnsafeStore, Versioned, way_out
+from vila_ops.artifacts.copies import copy_of, draft, one_at_a_time
+from vila_ops.artifacts.s3_calls import (
+    NO_KEY,
+    TRANSFER,
+    OtherBytes,
+    again,
+    client,
+    code_of,
+    get,
+    place,
+    put,
+    told,
+    whole,
+)
+
+AT_ONCE = 8
+"""Files on their way at the same time."""
+CHUNK_BYTES = 2**20
+T = TypeVar("T")
+WAY_OUT = (
+    "use a store whose PutObject honours If-None-Match and If-Match (AWS, MinIO, Ceph, ...), or a folder as the store"
+)
+
+
+def read(uri: str) -> bytes | None:
+    """The bytes of an object; None where there is none."""
+    found = get(uri)
+    return None if found is None else found.data
+
+
+def create(uri: str, data: bytes) -> bool:
+    """Put an object only where there is none (If-None-Match: *)."""
+    return put(uri, data, {"IfNoneMatch": "*"}) is not None
+
+
+def load(uri: str) -> Versioned | None:
+    """What a register holds, and its ETag."""
+    return get(uri)
+
+
+def swap(uri: str, data: bytes, tag: str | None) -> str | None:
+    """Replace the object with this ETag (If-Match; None: make it); None if it is another one by now."""
+    return put(uri, data, {"IfNoneMatch": "*"} if tag is None else {"IfMatch": tag})
+
+
+def begin(uri: str) -> Path:
+    """A fresh local folder, where the copy of the attempt will have been. Raises UnsafeStore."""
+    guard(uri)
+    attempt = copy_of(uri)
+    attempt.mkdir(parents=True)
+    return attempt
+
+
+def publish(attempt: Path, uri: str) -> None:
+    """Upload every file of the local folder. Raises UnsafeStore before the first."""
+    guard(uri)
+
+    def upload(path: Path) -> None:
+        target = f"{uri}/{path.relative_to(attempt)}"
+        with told(target), path.open("rb") as file:
+            sent = {"ExtraArgs": {"ChecksumAlgorithm": "SHA256"}, "Config": TRANSFER}
+            client().upload_fileobj(file, **place(target), **sent)
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(upload, [path for path in sorted(attempt.rglob("*")) if path.is_file()]))
+
+
+def discard(attempt: Path, uri: str) -> None:
+    """Remove an attempt that came second: its objects and its local folder."""
+    bucket, prefix = place(f"{uri}/").values()
+    with told(uri):
+        for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+            for found in page.get("Contents", []):
+                client().delete_object(Bucket=bucket, Key=found["Key"])
+    shutil.rmtree(attempt)
+
+
+def sizes(uris: Sequence[str]) -> list[int | None]:
+    """Bytes of each object, None for one that is not there."""
+
+    def size(uri: str) -> int | None:
+        with told(uri):
+            try:
+                return int(client().head_object(**place(uri))["ContentLength"])
+            except ClientError as error:
+                if code_of(error) in NO_KEY:
+                    return None
+                raise
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(size, uris))
+
+
+def digest(uri: str, expected: FileFacts) -> str:
+    """sha256 of an object, streamed and not kept; read again where it is not the expected one."""
+    seen = ""
+
+    def once() -> None:
+        nonlocal seen
+        hashed = hashlib.sha256()
+        body = client().get_object(**place(uri))["Body"]
+        with whole():
+            for chunk in body.iter_chunks(CHUNK_BYTES):
+                hashed.update(chunk)
+        seen = hashed.hexdigest()
+        if seen != expected["sha256"]:
+            raise OtherBytes("not those that were sealed")
+
+    with told(uri), suppress(OtherBytes):
+        again(once)
+    return seen
+
+
+def local(uri: str, facts: FileFacts) -> Path:
+    """The copy of an object on this machine, downloaded if it is not there or not as it was sealed.
+
+    A copy that was there is hashed once a process. Processes that want the same one wait for one download.
+    """
+    path = copy_of(uri)
+    with one_at_a_time(uri):
+        if not _is_as_sealed(path, facts):
+            fresh = draft()
+            _download(uri, facts, fresh)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(fresh, path)
+    return path
+
+
+def folder(uri: str, files: Mapping[str, tuple[str, FileFacts]]) -> Path:
+    """The local copy of an attempt's folder; files that lie elsewhere in the store are linked into it."""
+    whole_folder = copy_of(uri)
+    whole_folder.mkdir(parents=True, exist_ok=True)
+
+    def fetch(name: str) -> None:
+        path, target = local(*files[name]), whole_folder / name
+        if path != target and not (target.exists() and path.samefile(target)):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            fresh = draft()
+            os.link(path, fresh)
+            os.replace(fresh, target)
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(fetch, files))
+    return whole_folder
+
+
+def copy(uri: str, facts: FileFacts, target: Path) -> None:
+    """An object to `target`, from the copy on this machine where there is one."""
+    path = copy_of(uri)
+    if _is_as_sealed(path, facts):
+        shutil.copyfile(path, target)
+    else:
+        _download(uri, facts, target)
+
+
+@lru_cache(maxsize=64)
+def probe(root: str) -> str:
+    """Try, with an object of its own, what sealing and leases rest on. Raises UnsafeStore, StoreRefused."""
+    uri = f"{root}/.probe/{secrets.token_hex(8)}"
+    first = _expect(put(uri, b"first", {"IfNoneMatch": "*"}), root, "refuses If-None-Match where nothing is")
+    try:
+        if put(uri, b"second", {"IfNoneMatch": "*"}) is not None:
+            raise UnsafeStore(
+                f"store {root} ignores If-None-Match: a second put overwrote the first, so that what is sealed could "
+                f"change, and of two processes that seal the same address the later one would win; {WAY_OUT}"
+            )
+        _expect(get(uri) == Versioned(b"first", first), root, "does not read back what was just put")
+        second = _expect(put(uri, b"second", {"IfMatch": first}), root, "refuses If-Match with the object's own ETag")
+        if put(uri, b"third", {"IfMatch": first}) is not None:
+            raise UnsafeStore(f"store {root} ignores If-Match: two processes could hold one lease; {WAY_OUT}")
+        _expect(get(uri) == Versioned(b"second", second), root, "does not read back what was just replaced")
+    finally:
+        with told(uri):
+            client().delete_object(**place(uri))
+    return f"store {root}: conditional puts are honoured, and what was put is read back"
+
+
+def guard(attempt: str) -> None:
+    """Probe the store of an attempt, the first time that this process makes something for it."""
+    probe(attempt.rsplit("/", 3)[0])
+
+
+def _expect(found: T | None, root: str, fault: str) -> T:
+    if not found:
+        raise UnsafeStore(f"store {root} {fault}; {WAY_OUT}")
+    return found
+
+
+def _download(uri: str, facts: FileFacts, target: Path) -> None:
+    """An object's bytes to `target`. Raises CorruptArtifact where they are not, or stay other than they were sealed."""
+
+    def once() -> None:
+        with target.open("wb") as file, whole():
+            client().download_fileobj(**place(uri), Fileobj=file, Config=TRANSFER)
+        if disk.sha256(target) != facts["sha256"]:
+            raise OtherBytes(f"sha256 {facts['sha256'][:12]}...")
+
+    with told(uri):
+        try:
+            again(once)
+        except OtherBytes as error:
+            raise CorruptArtifact(f"{uri} holds other bytes than were sealed ({error}); {way_out(uri)}") from error
+        except ClientError as error:
+            if code_of(error) in NO_KEY:
+                raise CorruptArtifact(f"{uri} is missing; {way_out(uri)}") from error
+            raise
+
+
+def _is_as_sealed(path: Path, facts: FileFacts) -> bool:
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return False
+    return stat.st_size == facts["size"] and _hash_of(path, stat.st_mtime_ns, stat.st_ino) == facts["sha256"]
+
+
+@lru_cache(maxsize=2**16)
+def _hash_of(path: Path, changed: int, inode: int) -> str:
+    """The sha256 of a copy; read once a process, and again when the file has changed."""
+    return disk.sha256(path)
