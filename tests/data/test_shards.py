@@ -13,8 +13,9 @@ from vila_ops.data.shards import CorruptShard, Sample, ShardWriter, mask, read_i
 
 def sample(number: int, *, images: tuple[bytes, ...] = ()) -> Sample:
     return Sample(
-        id=f"r{number}", key=f"00000-{number:06d}", source="s", object="dög", category="a/b", text="Ein Hund — 犬.", licence="CC0-1.0",
-        provenance="here", input_ids=[1, 40, 41, 2, number], is_target=[False, True, True, False, True], images=images,
+        id=f"r{number}", key=f"00000-{number:06d}", source="s", object="dög", category="a/b", text="Ein Hund — 犬.",
+        licence="CC0-1.0", provenance="here", input_ids=[1, 40, 41, 2, number],
+        is_target=[False, True, True, False, True], images=images,
     )  # fmt: skip
 
 

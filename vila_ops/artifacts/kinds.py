@@ -26,6 +26,12 @@ class Shard(Artifact):
     num_samples: int
 
 
+class Survey(Artifact):
+    """What rules over all records need to know of a unit of raw records, or of the evaluation sets."""
+
+    num_records: int
+
+
 class Pretrained(Artifact):
     """Tower, fresh projector and language model put together, before any training of ours."""
 

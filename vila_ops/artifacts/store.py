@@ -20,7 +20,7 @@ from vila_ops.artifacts import disk
 from vila_ops.artifacts.backend import Backend, FileFacts, way_out
 from vila_ops.artifacts.backend import CorruptArtifact as CorruptArtifact
 from vila_ops.artifacts.copies import uri_of
-from vila_ops.artifacts.kinds import Artifact, Checkpoint, Dataset, EvalReport, Pretrained, Shard
+from vila_ops.artifacts.kinds import Artifact, Checkpoint, Dataset, EvalReport, Pretrained, Shard, Survey
 from vila_ops.config import fingerprint
 
 FORMAT = 1
@@ -28,6 +28,7 @@ MANIFEST = "manifest.json"
 KINDS: dict[type[Artifact], str] = {
     Dataset: "dataset",
     Shard: "shard",
+    Survey: "survey",
     Pretrained: "pretrained",
     Checkpoint: "checkpoint",
     EvalReport: "report",

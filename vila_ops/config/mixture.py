@@ -6,6 +6,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from vila_ops.config.base import Config, Slug
 from vila_ops.config.clean import NearDuplicates
+from vila_ops.config.images import Decoding, ImageEncoding, Webp
 from vila_ops.config.sources import Source
 
 
@@ -54,6 +55,13 @@ class Contamination(Config):
     """A text that shares a run of so many words with an evaluation text is contaminated."""
 
 
+class Pictures(Config):
+    """How pictures are kept in a shard: as squares of the size that the model sees."""
+
+    encoding: ImageEncoding = Webp()
+    decode: Decoding = "exact"
+
+
 class Mixture(Config):
     """Sources blended into one set of samples."""
 
@@ -61,6 +69,7 @@ class Mixture(Config):
     sources: dict[Slug, Source] = Field(min_length=1)
     split: Split = Split()
     blend: Blend = ByWeight()
+    pictures: Pictures = Pictures()
     near_duplicates: NearDuplicates | None = None
     contamination: Contamination | None = None
     max_bad_share: float = Field(default=0.05, ge=0, le=1)

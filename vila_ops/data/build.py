@@ -1,4 +1,4 @@
-"""The work of `prepare`: units of raw records become sealed shards, in a loop or as Ray Data tasks, then one dataset."""
+"""The work of `prepare`: units of raw records become sealed shards, in a loop or as Ray Data tasks, then a dataset."""
 
 import json
 import logging
@@ -10,45 +10,44 @@ import pyarrow.parquet as pq
 
 from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import Shard
-from vila_ops.cluster import connect, log_to_driver
 from vila_ops.config import Mixture, Resources, TextFormat
-from vila_ops.data import sources, survey
-from vila_ops.data.card import card, summarise
-from vila_ops.data.images import bytes_per_picture
+from vila_ops.data import sources
+from vila_ops.data.card import SUMMARY, card, summarise
+from vila_ops.data.parallel import each
 from vila_ops.data.shards import DROPPED, INDEX, SHARD
-from vila_ops.data.units import Unit, plan_units
-from vila_ops.data.work import COUNTS, Job, Work, folders_of, shard_address, shard_name, write_shard
+from vila_ops.data.survey import survey
+from vila_ops.data.units import Unit, picture_bytes, plan_units
+from vila_ops.data.work import COUNTS, Job, Task, folders_of, shard_address, shard_name, write_shard
 from vila_ops.packages.resolve import tokenizer_folder
 
-SUMMARY = "summary.json"
 log = logging.getLogger(__name__)
 
 
 def build(
     mixture: Mixture, text: TextFormat, resources: Resources, *, folder: Path
 ) -> tuple[dict[str, Any], dict[str, tuple[Shard, str]], list[dict[str, Any]]]:
-    """Make every shard that is not sealed yet, and write what binds them into `folder`: index, drops, summary and card.
+    """Make every shard that is not sealed yet, and write what binds them into `folder`: index, drops, summary, card.
 
-    Returns the summary, for each shard's name in the dataset the sealed shard and its file, and what each worker said of
-    itself. Broken off anywhere, the next call goes on at the first unit that is not sealed.
+    Returns the summary, for each shard's name in the dataset the sealed shard and its file, and what each worker said
+    of itself. Broken off anywhere, the next call goes on at the first unit that is not sealed.
     """
     cache = Path(resources.cache).expanduser()
     tokenizer_folder(text.language_model, cache=cache)  # once, before the workers would race for it
     job = Job(mixture=mixture, text=text, cache=str(cache), store=resources.store)
     units = [unit for name in mixture.sources for unit in _units(name, mixture, text, cache=cache)]
-    drops = survey.survey(job, units, resources)
-    work = [Work(unit=unit, drops=drops.get(number, ())) for number, unit in enumerate(units)]
-    shards = _write(job, work, resources)
+    drops = survey(job, units, resources)
+    tasks = [Task(job=job, unit=unit, drops=drops.get(number, ())) for number, unit in enumerate(units)]
+    shards = _write(tasks, resources)
     named = {
-        shard_name(one.unit.source, shard_address(job, one).key): (shard, SHARD)
-        for one, shard in zip(work, shards, strict=True)
+        shard_name(task.unit.source, shard_address(task).key): (shard, SHARD)
+        for task, shard in zip(tasks, shards, strict=True)
         if shard.num_samples
     }
     for file in (INDEX, DROPPED):
         _concatenate([store.file(shard, file) for shard in shards], folder / file)
     counted = [
-        (one.unit.source, json.loads(store.file(shard, COUNTS).read_text()))
-        for one, shard in zip(work, shards, strict=True)
+        (task.unit.source, json.loads(store.file(shard, COUNTS).read_text()))
+        for task, shard in zip(tasks, shards, strict=True)
     ]
     summary = summarise(mixture, counted)
     (folder / SUMMARY).write_text(json.dumps(summary, indent=1, sort_keys=True))
@@ -68,42 +67,20 @@ def _units(name: str, mixture: Mixture, text: TextFormat, *, cache: Path) -> Ite
         name,
         files,
         shard_bytes=mixture.shard_bytes,
-        image_bytes=bytes_per_picture(text.image_size, mixture.pictures.encoding),
+        image_bytes=picture_bytes(text.image_size, mixture.pictures.encoding),
         limit=source.limit,
     )
 
 
-def _write(job: Job, work: list[Work], resources: Resources) -> list[Shard]:
+def _write(tasks: list[Task], resources: Resources) -> list[Shard]:
     """The sealed shards, in order; only those are made that are not there."""
-    found = [store.find(Shard, shard_address(job, one), store=job.store) for one in work]
+    found = [store.find(Shard, shard_address(task), store=task.job.store) for task in tasks]
     missing = [number for number, shard in enumerate(found) if shard is None]
     if missing:
-        log.info("%s: %d of %d shards to make", job.mixture.name, len(missing), len(work))
-    if resources.launch == "ray" and missing:
-        made = _write_on_ray(job, [work[number] for number in missing], resources)
-    else:
-        made = (write_shard(job, work[number]) for number in missing)
+        log.info("%s: %d of %d shards to make", tasks[0].job.mixture.name, len(missing), len(tasks))
+    made = each(write_shard, [tasks[number] for number in missing], makes=Shard, resources=resources)
     fresh = dict(zip(missing, made, strict=True))
     return [shard or fresh[number] for number, shard in enumerate(found)]
-
-
-def _write_on_ray(job: Job, work: list[Work], resources: Resources) -> Iterator[Shard]:
-    """One task a unit that reads, decodes, resizes, tokenises and writes; only addresses travel, never pictures."""
-    import ray.data
-
-    connect(resources)
-    said = job.model_dump_json()
-    items = [{"number": number, "job": said, "work": one.model_dump_json()} for number, one in enumerate(work)]
-    pool = ray.data.TaskPoolStrategy(size=resources.prepare_workers)
-    made = ray.data.from_items(items, override_num_blocks=len(items)).map(_ray_shard, compute=pool)
-    rows = sorted(made.iter_rows(), key=lambda row: int(row["number"]))
-    return (Shard.model_validate_json(row["shard"]) for row in rows)
-
-
-def _ray_shard(row: dict[str, Any]) -> dict[str, Any]:
-    log_to_driver()
-    shard = write_shard(Job.model_validate_json(row["job"]), Work.model_validate_json(row["work"]))
-    return {"number": row["number"], "shard": shard.model_dump_json()}
 
 
 def _concatenate(files: list[Path], target: Path) -> None:

@@ -15,6 +15,8 @@ from vila_ops.data.mixture import Size, compose
 from vila_ops.data.shards import DROPPED
 from vila_ops.data.split import SPLITS
 
+SUMMARY = "summary.json"
+LEFT_OUT = {"bad": "bad record", "taken_out": "record, by a rule", "pictures_out": "picture of a document, by a rule"}
 EXAMPLES = 3
 """Texts of each source in a card."""
 EXAMPLE_CHARACTERS = 200
@@ -28,7 +30,7 @@ def summarise(mixture: Mixture, counted: Sequence[tuple[str, dict[str, Any]]]) -
         own = [counts for of, counts in counted if of == name]
         found = {
             "records": sum(counts["records"] for counts in own),
-            **{key: _total(own, key) for key in ("samples", "tokens", "images", "licences", "bad", "taken_out")},
+            **{key: _total(own, key) for key in ("samples", "tokens", "images", "licences", *LEFT_OUT)},
             "packages": {f"{p.registry}:{p.name}@{p.version}": p.licence for p in sources.packages(source)},
             "examples": [text for counts in own for text in counts["examples"]][:EXAMPLES],
         }
@@ -45,10 +47,7 @@ def summarise(mixture: Mixture, counted: Sequence[tuple[str, dict[str, Any]]]) -
         log.warning("mixture %s: %s", mixture.name, note)
     return {
         "mixture": mixture.name,
-        **{
-            f"num_{key}": sum(sum(s[key].values()) for s in per_source.values())
-            for key in ("samples", "tokens", "images")
-        },
+        **{f"num_{key}": _whole(per_source, key) for key in ("samples", "tokens", "images")},
         "sources": per_source,
         "notes": list(composed.notes),
     }
@@ -62,7 +61,8 @@ def card(mixture: Mixture, summary: dict[str, Any], folder: Path) -> str:
         f"{summary['num_samples']:,} samples, {summary['num_tokens']:,} tokens, {summary['num_images']:,} pictures, "
         f"split by object: {mixture.split.validation:.0%} validation, {mixture.split.test:.0%} test.",
         "",
-        "| source | format | records | train | validation | test | tokens | pictures | epoch: samples | tokens | repeats |",
+        "| source | format | records | train | validation | test | tokens | pictures "
+        "| epoch: samples | tokens | repeats |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
         *(_row(name, mixture, found) for name, found in summary["sources"].items()),
         "",
@@ -119,12 +119,12 @@ def _left_out(summary: dict[str, Any], folder: Path) -> list[str]:
     rows = [
         f"| {name} | {kind} | {reason} | {count:,} | {_first(folder, name, reason)} |"
         for name, found in summary["sources"].items()
-        for key, kind in (("bad", "bad"), ("taken_out", "by a rule"))
+        for key, kind in LEFT_OUT.items()
         for reason, count in found[key].items()
     ]
     if not rows:
         return ["Nothing."]
-    return ["| source | | reason | records | first |", "|---|---|---|--:|---|", *rows, "", f"Each one: `{DROPPED}`."]
+    return ["| source | what | reason | count | first |", "|---|---|---|--:|---|", *rows, "", f"Each one: `{DROPPED}`."]
 
 
 def _first(folder: Path, source: str, reason: str) -> str:
@@ -139,6 +139,10 @@ def _one_line(text: str) -> str:
     return line if len(line) <= EXAMPLE_CHARACTERS else f"{line[:EXAMPLE_CHARACTERS]}…"
 
 
+def _whole(per_source: dict[str, Any], key: str) -> int:
+    return sum(sum(found[key].values()) for found in per_source.values())
+
+
 def _total(counts: list[dict[str, Any]], key: str) -> dict[str, int]:
     """One mapping of counts of all shards, added up, its keys sorted."""
     return dict(sorted(sum((Counter(one[key]) for one in counts), Counter[str]()).items()))
@@ -148,7 +152,7 @@ def _refuse_bad(mixture: Mixture, name: str, found: dict[str, Any]) -> None:
     bad = sum(found["bad"].values())
     if bad > mixture.max_bad_share * found["records"]:
         raise ValueError(
-            f"mixture {mixture.name!r}: {bad} of {found['records']} records of source {name!r} are bad ({found['bad']}), "
-            f"more than max_bad_share {mixture.max_bad_share}; see them with `vila-ops data lint`, mend the source or "
-            f"raise max_bad_share"
+            f"mixture {mixture.name!r}: {bad} of {found['records']} records of source {name!r} are bad "
+            f"({found['bad']}), more than max_bad_share {mixture.max_bad_share}; see them with `vila-ops data lint`, "
+            f"mend the source or raise max_bad_share"
         )

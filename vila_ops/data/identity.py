@@ -8,9 +8,9 @@ from vila_ops.artifacts.folders import folder_digest
 from vila_ops.config import Mixture, Source, TextFormat
 from vila_ops.data import sources
 
-PLACES = frozenset({"path", "images"})
+PLACES = {"path", "images"}
 """Of a source: their content is hashed instead."""
-SHARES = frozenset({"weight", "repeats"})
+SHARES = {"weight", "repeats"}
 """Of a source: how much of it an epoch has changes no sample."""
 
 

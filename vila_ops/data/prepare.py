@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def prepare(mixture: Mixture, text: TextFormat, resources: Resources) -> Dataset:
-    """The prepared mixture; made only if it is not in `data/<mixture>` or in the store already, and of it only what is new.
+    """The prepared mixture, found in `data/<mixture>` or the store, or made; of its shards only the new ones are made.
 
     Raises ValueError when more than the mixture's max_bad_share of a source's records are bad.
     """
@@ -36,7 +36,7 @@ def prepare(mixture: Mixture, text: TextFormat, resources: Resources) -> Dataset
         attempt,
         facts={"num_samples": facts["num_samples"], "num_tokens": facts["num_tokens"]},
         execution=execution(launch=resources.launch, seconds=time.monotonic() - started, ran=ran),
-        linked=shards,
+        known=shards,
     )
     log.info("prepared %s: %d samples, %d tokens", mixture.name, dataset.num_samples, dataset.num_tokens)
     return dataset

@@ -8,7 +8,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vila_ops.artifacts.store import sha256
+from vila_ops.artifacts.disk import sha256
 from vila_ops.config import Config, fingerprint
 
 STRIDE = 16

@@ -1,4 +1,4 @@
-"""Datasets under DVC: written out with what `dvc metrics` and `dvc plots` compare, and made anew when raw data arrives."""
+"""Datasets under DVC: written out with what `dvc metrics` and `dvc plots` compare, made anew when raw data arrives."""
 
 import json
 import logging
@@ -10,9 +10,9 @@ from typing import Any
 
 from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import Dataset
+from vila_ops.data.card import LEFT_OUT, SUMMARY
 from vila_ops.data.raw import UNFINISHED
 
-SUMMARY = "summary.json"
 log = logging.getLogger(__name__)
 
 
@@ -69,7 +69,7 @@ def _numbers(found: dict[str, Any]) -> dict[str, Any]:
 
 def _bars(summary: dict[str, Any], table: str) -> Iterator[tuple[str, int]]:
     for name, found in summary["sources"].items():
-        counted = {**found["bad"], **found["taken_out"]} if table == "left_out" else found[table]
+        counted = found[table] if table in found else {k: n for kind in LEFT_OUT for k, n in found[kind].items()}
         for key, count in counted.items():
             yield f"{name} {key}", count
 

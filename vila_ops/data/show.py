@@ -13,7 +13,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import Dataset
 from vila_ops.data.conversation import Tokenizer
-from vila_ops.data.images import media_type
 from vila_ops.data.shards import Sample, read_index, read_sample
 
 
@@ -80,5 +79,6 @@ def _pieces(sample: Sample, tokenizer: Tokenizer) -> Iterator[Piece]:
             continue
         for _ in range(len(ids) // tokenizer.image_tokens):  # pictures may stand side by side
             data = next(pictures)
-            address = f"data:{media_type(data)};base64,{base64.b64encode(data).decode()}"
+            kind_of = "jpeg" if data.startswith(b"\xff\xd8") else "webp"
+            address = f"data:image/{kind_of};base64,{base64.b64encode(data).decode()}"
             yield Piece(kind, tokenizer.image_tokens, address=address)

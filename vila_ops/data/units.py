@@ -5,12 +5,28 @@ neighbours, and every other shard is found again.
 """
 
 from collections.abc import Iterator
+from typing import assert_never
 
 from vila_ops.config import Config
+from vila_ops.config.images import ImageEncoding, Jpeg, Webp
 from vila_ops.data.raw import STRIDE, RawFile, Span, Thinned
 
 RECORD_BYTES = 1500
 """Of a record in a shard, without its pictures: tokens, text and tar headers (measured on captions and documents)."""
+
+
+def picture_bytes(side: int, encoding: ImageEncoding) -> float:
+    """About what a square of `side` pixels takes in a shard (measured on photos; drawings take less)."""
+    match encoding:
+        case Jpeg(quality=quality):
+            per_pixel = 0.5 * 2 ** ((quality - 95) / 10)
+        case Webp(quality=None):
+            per_pixel = 1.2
+        case Webp():
+            per_pixel = 0.2
+        case _:
+            assert_never(encoding)
+    return side * side * per_pixel
 
 
 class Unit(Config):

@@ -1,4 +1,4 @@
-"""What one worker does: the records of a unit are read, rendered, tokenised, their pictures squared, and sealed as a shard."""
+"""What a worker does: a unit's records are read, rendered and tokenised, pictures squared, and sealed as a shard."""
 
 import json
 import time
@@ -15,7 +15,7 @@ from vila_ops.artifacts.store import Address
 from vila_ops.cluster import whoami
 from vila_ops.config import Config, Mixture, Source, Split, TextFormat
 from vila_ops.data import sources
-from vila_ops.data.clean import check
+from vila_ops.data.clean import clean
 from vila_ops.data.conversation import Tokenizer, Tokens, tokenise
 from vila_ops.data.identity import source_recipe, text_recipe
 from vila_ops.data.images import BadImage, square, suffix
@@ -57,25 +57,26 @@ class Drop(Config):
     detail: str
 
 
-class Work(Config):
-    """A unit, and which of its records are not to be kept."""
+class Task(Config):
+    """A unit to be written, and which of its records are not to be kept."""
 
+    job: Job
     unit: Unit
     drops: tuple[Drop, ...] = ()
 
 
-def shard_address(job: Job, work: Work) -> Address:
-    """Of the shard: what is in the raw files and what is made of it, but not where they lie nor what else is mixed in."""
-    mixture = job.mixture
-    source = mixture.sources[work.unit.source]
+def shard_address(task: Task) -> Address:
+    """Of a shard: what is in the raw files and what is made of it, not where they lie nor what else is mixed in."""
+    job, mixture = task.job, task.job.mixture
+    source = mixture.sources[task.unit.source]
     recipe = {
-        "source": {"name": work.unit.source, **source_recipe(source)},
-        "spans": [span.model_dump(mode="json", exclude={"path", "mark"}) for span in work.unit.spans],
-        "drops": [drop.model_dump(mode="json") for drop in work.drops],
+        "source": {"name": task.unit.source, **source_recipe(source)},
+        "spans": [span.model_dump(mode="json", exclude={"path", "mark"}) for span in task.unit.spans],
+        "drops": [drop.model_dump(mode="json") for drop in task.drops],
         "text": text_recipe(job.text),
         "mixture": mixture.model_dump(mode="json", include={"split", "long_documents", "pictures", "seed"}),
     }
-    digests = {span.digest for span in work.unit.spans}
+    digests = {span.digest for span in task.unit.spans}
     if source.render == "questions":  # wrong answers are drawn from the names of the whole source
         digests.add(sources.digest(source, cache=Path(job.cache)))
     return store.address(Shard, revision=SHARD_REVISION, recipe=recipe, parents=tuple(sorted(digests)))
@@ -86,14 +87,14 @@ def shard_name(source: str, key: str) -> str:
     return f"{source}-{key[:12]}.tar"
 
 
-def write_shard(job: Job, work: Work) -> Shard:
+def write_shard(task: Task) -> Shard:
     """The sealed shard of a unit; made only if it is not there."""
-    at = shard_address(job, work)
-    if done := store.find(Shard, at, store=job.store):
+    at = shard_address(task)
+    if done := store.find(Shard, at, store=task.job.store):
         return done
     started = time.monotonic()
-    attempt = store.begin(at, store=job.store)
-    counts = _Writer(job, work, attempt, name=shard_name(work.unit.source, at.key)).write()
+    attempt = store.begin(at, store=task.job.store)
+    counts = _Writer(task, attempt, name=shard_name(task.unit.source, at.key)).write()
     (attempt / COUNTS).write_text(json.dumps(counts, indent=1, sort_keys=True))
     facts = {"num_samples": sum(counts["samples"].values())}
     ran = execution(launch=whoami()["launch"], seconds=time.monotonic() - started, ran=[whoami()])
@@ -108,9 +109,10 @@ def folders_of(source: Source, *, cache: Path) -> dict[str, Path]:
 class _Writer:
     """Writes the files of one shard."""
 
-    def __init__(self, job: Job, work: Work, folder: Path, *, name: str) -> None:
-        self.job, self.work, self.folder = job, work, folder
-        self.source = job.mixture.sources[work.unit.source]
+    def __init__(self, task: Task, folder: Path, *, name: str) -> None:
+        job = self.job = task.job
+        self.task, self.folder = task, folder
+        self.source = job.mixture.sources[task.unit.source]
         self.tokenizer = _tokenizer(job.text, Path(job.cache))
         self.tar = ShardWriter(folder / SHARD, name=name, suffix=suffix(job.mixture.pictures.encoding))
         self.names: dict[str, Names] = {}
@@ -121,6 +123,7 @@ class _Writer:
         self.dropped: list[Dropped] = []
         self.bad: Counter[str] = Counter()
         self.taken_out: Counter[str] = Counter()
+        self.pictures_out: Counter[str] = Counter()
 
     def write(self) -> dict[str, Any]:
         """Every record of the unit; returns the counts."""
@@ -131,13 +134,11 @@ class _Writer:
                 self._take_out(record, drop.reason, drop.detail)
             elif isinstance(record, Dropped):
                 self._drop(record)
-            elif fault := check(record, self.source.clean):
-                self._take_out(record, *fault)
             else:
-                self._add(record)
+                self._clean(record)
         rows = self.tar.close()
         write_index(rows, self.folder)
-        write_dropped(self.dropped, self.work.unit.source, self.folder)
+        write_dropped(self.dropped, self.task.unit.source, self.folder)
         return {
             "records": seen,
             "samples": dict(Counter(row["split"] for row in rows)),
@@ -147,14 +148,25 @@ class _Writer:
             "examples": self.examples,
             "bad": dict(self.bad),
             "taken_out": dict(self.taken_out),
+            "pictures_out": dict(self.pictures_out),
         }
 
     def _records(self) -> Iterator[tuple[Record | Dropped, Drop | None]]:
-        drops = {(drop.span, drop.number, drop.part): drop for drop in self.work.drops}
+        drops = {(drop.span, drop.number, drop.part): drop for drop in self.task.drops}
         folders = folders_of(self.source, cache=Path(self.job.cache))
-        for place, span in enumerate(self.work.unit.spans):
+        for place, span in enumerate(self.task.unit.spans):
             for number, part, record in numbered(self.source, folders, span):
                 yield record, drops.get((place, number, part))
+
+    def _clean(self, record: Record) -> None:
+        cleaned = clean(record, self.source.clean)
+        for picture in cleaned.left_out:
+            self.pictures_out[picture.reason] += 1
+            self.dropped.append(picture)
+        if isinstance(cleaned.record, Dropped):
+            self._take_out(cleaned.record, cleaned.record.reason, cleaned.record.detail)
+        else:
+            self._add(cleaned.record)
 
     def _add(self, record: Record) -> None:
         """Its samples; a record that fails in more than one of its renderings counts once."""
@@ -198,7 +210,7 @@ class _Writer:
     def _sample(self, record: Record, piece: Tokens, squares: dict[int, bytes]) -> Sample:
         return Sample(
             id=record.id,
-            source=self.work.unit.source,
+            source=self.task.unit.source,
             object=record.object,
             category=record.category,
             text="\n".join(part for turn in record.turns for part in turn.parts if isinstance(part, str)),

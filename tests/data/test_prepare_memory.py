@@ -1,0 +1,69 @@
+"""Prepare streams: its memory does not grow with the data."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+SIDE, PICTURES = 2400, 60
+PROGRAM = """
+import json, resource, sys
+from vila_ops.config import Mixture, Resources, TextFormat
+from vila_ops.data.prepare import prepare
+from vila_ops.artifacts.store import content
+asked = json.loads(sys.argv[1])
+made = prepare(
+    Mixture.model_validate(asked["mixture"]), TextFormat.model_validate(asked["text"]),
+    Resources.model_validate(asked["resources"]),
+)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps({"samples": made.num_samples, "peak": peak * 1024}))
+"""
+
+
+@pytest.mark.slow
+def test_ten_times_the_pictures_need_no_more_memory(tmp_path: Path, tiny: Path) -> None:
+    """The ratio of 20 GB of pictures under 2 GB: PICTURES files of 17 MB in steps of a tenth and all."""
+    noise = np.random.default_rng(0)
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    lines = []
+    for number in range(PICTURES):
+        pixels = noise.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(raw / f"{number}.bmp")
+        record = {
+            "id": str(number),
+            "object": f"thing {number}",
+            "category": "",
+            "licence": "CC0-1.0",
+            "provenance": "here",
+        }
+        parts = [{"image": f"{number}.bmp"}, {"text": f"Noise number {number}."}]
+        lines.append(json.dumps({**record, "turns": [{"role": "document", "parts": parts}]}))
+    total = sum(path.stat().st_size for path in raw.glob("*.bmp"))
+    assert total > 10**9
+    peaks = {}
+    for count in (PICTURES // 10, PICTURES):
+        (raw / "records.jsonl").write_text("\n".join(lines[:count]) + "\n")
+        asked = {
+            "mixture": {"name": f"m{count}", "sources": {"p": {"kind": "jsonl", "path": str(raw), "render": "caption"}}},
+            "text": {
+                "language_model": {"kind": "random", "tokenizer": str(tiny / "tokenizer")}, "chat_template": "chatml",
+                "image_size": 336, "image_tokens": 16, "max_tokens": 64,
+            },
+            "resources": {"launch": "inline", **{name: str(tmp_path / name) for name in ("store", "data", "cache")}},
+        }  # fmt: skip
+        run = [sys.executable, "-c", PROGRAM, json.dumps(asked)]
+        done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        said = json.loads(done.stdout.splitlines()[-1])
+        assert said["samples"] == count
+        peaks[count] = said["peak"]
+    growth = peaks[PICTURES] - peaks[PICTURES // 10]
+    assert growth < total / 20, f"{growth / 2**20:.0f} MiB more for {total / 2**20:.0f} MiB of pictures"
+    assert peaks[PICTURES] < 2 * 2**30

@@ -1,0 +1,87 @@
+"""Prepare as Ray Data tasks on two nodes: two raylets on this machine, with workers of their own."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+from vila_ops.artifacts.store import read_manifest, verify
+from vila_ops.config import Resources
+from vila_ops.data.prepare import prepare
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[2]
+RAY = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", "2", "--disable-usage-stats"]
+OPTIONS = ["--node-ip-address", "127.0.0.1", "--object-store-memory", "100000000"]
+OPTIONS += ["--min-worker-port", "0", "--max-worker-port", "0"]
+
+
+@contextmanager
+def node(*arguments: str) -> Iterator[None]:
+    """A Ray node of this test, ended by its own processes' ids."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([*RAY, *OPTIONS, *arguments], env=env, stdout=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        for one in tree:
+            one.terminate()
+        for one in psutil.wait_procs(tree, timeout=5)[1]:
+            one.kill()
+        process.wait(10)
+
+
+@pytest.fixture
+def two_nodes(free_ports: Callable[[int], list[int]]) -> Iterator[str]:
+    """The address of a cluster of two nodes."""
+    ports = free_ports(7)
+    address = f"127.0.0.1:{ports[0]}"
+    names = ("port", "ray-client-server-port", "dashboard-agent-listen-port", "metrics-export-port")
+    head = [text for name, port in zip(names, ports, strict=False) for text in (f"--{name}", str(port))]
+    other = ["--dashboard-agent-listen-port", str(ports[4]), "--metrics-export-port", str(ports[5])]
+    with ExitStack() as stack:
+        folders = [stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-t")) for _ in range(2)]
+        stack.enter_context(node("--head", "--include-dashboard", "false", *head, "--temp-dir", folders[0]))
+        _wait(address, nodes=1)
+        stack.enter_context(node("--address", address, *other))
+        _wait(address, nodes=2)
+        yield address
+        ray.shutdown()  # a driver that is still connected is ended a minute after its cluster
+
+
+def _wait(address: str, *, nodes: int) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        try:
+            ray.init(address=address, log_to_driver=False, ignore_reinit_error=True)
+        except ConnectionError:
+            time.sleep(1)
+            continue
+        if sum(one["Alive"] for one in ray.nodes()) == nodes:
+            return
+        time.sleep(0.5)
+    raise TimeoutError(f"no cluster of {nodes} nodes at {address} within 90 s")
+
+
+def test_two_nodes_make_the_dataset_of_one_process(
+    two_nodes: str, make_mixture: Any, make_text: Any, make_resources: Callable[..., Resources], tmp_path: Path
+) -> None:
+    asked = make_mixture("pairs", "documents", "instructions", shard_bytes=40_000)
+    alone = prepare(asked, make_text(), make_resources(tmp_path / "alone"))
+    on_ray = make_resources(tmp_path / "ray", launch="ray", ray_address=two_nodes, prepare_workers=4)
+    together = prepare(asked, make_text(), on_ray)
+    verify(together)
+    assert together.digest == alone.digest
+    workers = read_manifest(together.uri)["execution"]["workers"]
+    assert len({worker["node"] for worker in workers}) == 2, workers

@@ -1,0 +1,35 @@
+"""Units of work in this process, or as Ray Data tasks on the nodes of a cluster. Only addresses travel, never pictures."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+from vila_ops.cluster import connect, log_to_driver
+from vila_ops.config import Config, Resources
+
+Asked = TypeVar("Asked", bound=Config)
+Made = TypeVar("Made", bound=Config)
+
+
+def each(
+    work: Callable[[Asked], Made], asked: Sequence[Asked], *, makes: type[Made], resources: Resources
+) -> list[Made]:
+    """What `work`, a function of a module, makes of each, in their order; `prepare_workers` at once on Ray."""
+    if resources.launch == "inline" or not asked:
+        return [work(one) for one in asked]
+    import ray.data
+
+    connect(resources)
+    items = [{"number": number, "asked": one.model_dump_json()} for number, one in enumerate(asked)]
+    pool = ray.data.TaskPoolStrategy(size=resources.prepare_workers)
+    tasks = ray.data.from_items(items, override_num_blocks=len(items)).map(
+        partial(_task, work=work, kind=type(asked[0])), compute=pool
+    )
+    made = {int(row["number"]): row["made"] for row in tasks.iter_rows()}
+    return [makes.model_validate_json(made[number]) for number in range(len(asked))]
+
+
+def _task(row: dict[str, Any], *, work: Callable[[Any], Config], kind: type[Config]) -> dict[str, Any]:
+    log_to_driver()
+    made = work(kind.model_validate_json(row["asked"]))
+    return {"number": row["number"], "made": made.model_dump_json()}
