@@ -1,0 +1,242 @@
+"""The downloader against a real server with faults: every outcome as the server's plan says."""
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from vila_ops.data.download import download, download_source, key_of
+
+URLS = int(os.environ.get("VILA_URLS", "1000"))
+KILLS = 5
+PROGRAM = """
+import asyncio, json, pathlib, sys
+from vila_ops.config.download import DownloadSettings
+from vila_ops.data.download import download
+
+async def here(host, port):
+    return ["127.0.0.1"] if host.endswith(".test") else [host]
+
+asked = json.load(sys.stdin)
+settings = DownloadSettings.model_validate(asked["settings"])
+print("begins", flush=True)
+asyncio.run(download(asked["urls"], pathlib.Path(asked["out"]), settings=settings, resolve=here))
+"""
+
+
+def rows_of(out: Path) -> dict[str, dict]:
+    return {row["url"]: row for row in pq.read_table(out.with_name(out.name + ".parquet")).to_pylist()}
+
+
+def check(cases, server, out: Path) -> None:
+    """Every row and every member of the tar against the plan."""
+    rows = rows_of(out)
+    assert list(rows) == [case.url(server.port) for case in cases]
+    wrong = []
+    for case in cases:
+        row = rows[case.url(server.port)]
+        final = row["url"] if case.moved_to is None else case.moved_to.format(port=server.port)
+        if final.startswith("/"):
+            final = final if case.kind == "moved_here" else f"http://ok-png.test:{server.port}{final}"
+        found = (row["outcome"], row["http_status"], row["final_url"].removeprefix(f"http://{case.host}:{server.port}"))
+        said = (case.outcome, case.status, final.removeprefix(f"http://{case.host}:{server.port}"))
+        sha256 = hashlib.sha256(case.body).hexdigest() if case.outcome == "ok" else None
+        if found != said or row["sha256"] != sha256:
+            wrong.append((case.kind, found, said, row["detail"]))
+    assert not wrong
+    with tarfile.open(out.with_name(out.name + ".tar")) as tar:
+        members = {member.name: member for member in tar}
+        assert [name.partition(".")[0] for name in members] == [row["key"] for row in rows.values() if row["sha256"]]
+        for row in rows.values():
+            if row["sha256"]:
+                member = members[f"{row['key']}.{row['extension']}"]
+                assert (member.offset, member.size) == (row["offset"], row["bytes"])
+                assert hashlib.sha256(tar.extractfile(member).read()).hexdigest() == row["sha256"]
+
+
+def test_every_outcome_is_what_the_server_did(server, plan, make_settings, names, tmp_path):
+    cases = plan(URLS)
+    urls = server.plan(cases)
+    work = download(urls, tmp_path / "a", settings=make_settings(), resolve=names)
+    canary = asyncio.run(_with_canary(server.port, work))
+    check(cases, server, tmp_path / "a")
+    assert canary == 0
+    rows = rows_of(tmp_path / "a")
+    asked = {case.path: case.requests for case in cases if case.kind != "ok_png"}  # others redirect to that
+    assert {path: server.seen[path] for path in asked} == asked
+    attempts = {
+        case.path: rows[case.url(server.port)]["attempts"] for case in cases if case.kind not in ("ok_png", "loop")
+    }
+    assert attempts == {path: asked[path] for path in attempts}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.parquet", "a.tar"]
+
+
+def test_a_url_is_asked_once_however_often_it_stands_in_the_file(server, case, make_settings, names, tmp_path):
+    first, second = server.plan([case("ok_png", 1), case("ok_jpeg", 2)])
+    work = download([second, first, second, second, first], tmp_path / "a", settings=make_settings(), resolve=names)
+    outcomes = asyncio.run(work)
+    assert (outcomes.counts, sum(server.seen.values())) == ({"ok": 2}, 2)
+    assert list(rows_of(tmp_path / "a")) == [second, first]
+
+
+def test_what_is_finished_asks_nothing(server, plan, make_settings, names, tmp_path):
+    urls = server.plan([case for case in plan(100) if case.kind.startswith("ok")])
+    done = asyncio.run(download(urls, tmp_path / "a", settings=make_settings(), resolve=names))
+    server.plan([])
+    assert asyncio.run(download(urls, tmp_path / "a", settings=make_settings(), resolve=names)) == done
+    assert not server.seen
+
+
+def test_the_same_answers_give_the_same_bytes_in_whatever_order_they_come(server, plan, make_settings, names, tmp_path):
+    cases = [case for case in plan(150) if case.outcome != "timeout" and case.kind != "busy"]
+    for name, concurrency, delay in (("a", 1, 0.0), ("b", 32, 0.02)):
+        urls = server.plan(cases, delay_seconds=delay)
+        settings = make_settings(concurrency=concurrency)
+        asyncio.run(download(urls, tmp_path / name, settings=settings, resolve=names))
+    for kind in ("tar", "parquet"):
+        assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
+
+
+def test_retry_asks_again_for_those_outcomes_only(server, case, make_settings, names, tmp_path):
+    good, other, lost = case("ok_png"), case("missing"), case("failing")
+    urls = server.plan([good, lost, other])
+    asyncio.run(download(urls, tmp_path / "a", settings=make_settings(), resolve=names))
+    healed = dataclasses.replace(case("ok_gif"), kind="failing", outcome="ok")
+    server.plan([good, healed, other])
+    work = download(urls, tmp_path / "a", settings=make_settings(), resolve=names, retry=("server_error", "timeout"))
+    outcomes = asyncio.run(work)
+    assert (outcomes.counts, dict(server.seen)) == ({"not_found": 1, "ok": 2}, {healed.path: 1})
+    check([good, healed, other], server, tmp_path / "a")
+
+
+def test_a_host_has_no_more_in_flight_than_it_may(server, case, make_settings, names, tmp_path):
+    urls = server.plan([case("ok_png", number) for number in range(40)], delay_seconds=0.02)
+    settings = make_settings(per_host_concurrency=3)
+    asyncio.run(download(urls, tmp_path / "a", settings=settings, resolve=names))
+    assert server.most_in_flight["ok-png.test"] == 3
+
+
+def test_a_host_is_asked_no_faster_than_it_may(server, case, make_settings, names, tmp_path):
+    urls = server.plan([case("ok_png", number) for number in range(21)])
+    begun = time.monotonic()
+    settings = make_settings(per_host_per_second=20)
+    asyncio.run(download(urls, tmp_path / "a", settings=settings, resolve=names))
+    assert time.monotonic() - begun >= 20 / 20
+
+
+def test_nothing_is_taken_from_the_environment_and_no_cookie_is_kept(
+    server, case, make_settings, names, tmp_path, monkeypatch
+):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    cases = [dataclasses.replace(case("ok_png", number), send=sets_a_cookie) for number in range(5)]
+    settings = make_settings(concurrency=1)
+    outcomes = asyncio.run(download(server.plan(cases), tmp_path / "a", settings=settings, resolve=names))
+    assert outcomes.counts == {"ok": 5}
+    for head in server.heads:
+        names_of = {line.partition(":")[0].lower() for line in head.split("\r\n")[1:] if line}
+        assert names_of == {"host", "user-agent", "accept", "accept-encoding"}
+
+
+def test_a_manifest_of_other_urls_is_not_taken_for_this_file(server, case, make_settings, names, tmp_path):
+    urls = server.plan([case("ok_png"), case("ok_gif")])
+    asyncio.run(download(urls, tmp_path / "a", settings=make_settings(), resolve=names))
+    with pytest.raises(ValueError, match="of other URLs"):
+        asyncio.run(download(urls[:1], tmp_path / "a", settings=make_settings(), resolve=names))
+
+
+def test_more_urls_in_flight_than_open_files_is_refused_before_it_begins(make_settings, tmp_path):
+    with pytest.raises(ValueError, match="ulimit -n"):
+        asyncio.run(download(["http://a.test/"], tmp_path / "a", settings=make_settings(concurrency=10**7)))
+
+
+def test_a_killed_download_asks_nothing_again_that_it_had_written_down(server, plan, make_settings, names, tmp_path):
+    cases = [case for case in plan(400) if case.outcome != "timeout" and case.kind != "busy"]
+    cases += [dataclasses.replace(case, number=case.number + 1000) for case in cases if case.kind == "ok_jpeg"]
+    urls = server.plan(cases, delay_seconds=0.06)
+    settings = make_settings(concurrency=8)
+    draw = random.Random(0)
+    vouched: dict[str, int] = {}
+    for _ in range(KILLS):
+        process = _start(urls, tmp_path / "a", settings)
+        time.sleep(draw.uniform(0.05, 0.4))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        journal = tmp_path / "a.journal.jsonl"
+        lines = journal.read_text().splitlines(keepends=True) if journal.exists() else []
+        for line in lines:
+            if line.endswith("\n"):
+                path = "/" + json.loads(line)["url"].split("/", 3)[3]
+                vouched.setdefault(path, server.seen[path])
+    assert _start(urls, tmp_path / "a", settings).wait(60) == 0
+    assert 0 < len(vouched) < len(cases)
+    direct = {path: count for path, count in vouched.items() if not path.startswith("/ok_png/")}
+    assert {path: server.seen[path] for path in direct} == direct
+    check(cases, server, tmp_path / "a")
+
+
+def test_mmc4_and_coyo_files_become_a_tar_and_a_manifest_each(server, case, make_settings, tmp_path, monkeypatch):
+    cases = [case("ok_png"), case("ok_jpeg"), case("missing")]
+    server.plan(cases)
+    good, other, lost = (f"http://127.0.0.1:{server.port}{case.path}" for case in cases)
+    documents = [{"image_info": [{"raw_url": good}, {"raw_url": lost}]}, {"image_info": [{"raw_url": good}]}]
+    for folder in ("mmc4", "coyo"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "mmc4/docs_shard_7_v2.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    pq.write_table(pa.table({"id": [1, 2], "url": [other, None]}), tmp_path / "coyo/part-0.snappy.parquet")
+    settings, out = make_settings(), tmp_path / "out"
+    (mmc4,) = download_source("mmc4", tmp_path / "mmc4", out, settings=settings)
+    (coyo,) = download_source("coyo", tmp_path / "coyo", out, settings=settings)
+    assert (mmc4.name, mmc4.counts, mmc4.bytes) == ("docs_shard_7_v2", {"not_found": 1, "ok": 1}, len(cases[0].body))
+    assert (coyo.name, coyo.counts, coyo.bytes) == ("part-0.snappy", {"ok": 1}, len(cases[1].body))
+    key = hashlib.sha256(good.encode()).hexdigest()[:24]
+    assert key_of(good) == key
+    with tarfile.open(out / "docs_shard_7_v2.tar") as tar:
+        assert tar.getnames() == [f"{key}.png"]
+    with pytest.raises(ValueError, match="a folder of its own"):
+        download_source("coyo", tmp_path / "coyo", tmp_path / "coyo", settings=settings)
+
+
+async def sets_a_cookie(writer, case, seen) -> None:
+    head = f"HTTP/1.1 200 OK\r\nSet-Cookie: id=1; Path=/\r\nContent-Length: {len(case.body)}\r\n\r\n"
+    writer.write(head.encode() + case.body)
+
+
+def _start(urls: list[str], out: Path, settings) -> subprocess.Popen:
+    """The downloader in a process of its own; returns when it begins."""
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    asked = {"urls": urls, "out": str(out), "settings": settings.model_dump(mode="json")}
+    process.stdin.write(json.dumps(asked).encode())
+    process.stdin.close()
+    assert process.stdout.readline() == b"begins\n"
+    return process
+
+
+async def _with_canary(port: int, work) -> int:
+    """Connections to the addresses that redirects point to while the work runs."""
+    connections = []
+
+    async def caught(reader, writer):
+        connections.append(writer.get_extra_info("sockname"))
+        writer.close()
+
+    servers = [await asyncio.start_server(caught, "127.0.0.2", port)]
+    with contextlib.suppress(OSError):  # a machine without IPv6
+        servers.append(await asyncio.start_server(caught, "::1", port))
+    await work
+    for server in servers:
+        server.close()
+    return len(connections)

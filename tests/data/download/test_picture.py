@@ -1,0 +1,71 @@
+"""What is a picture is told by its bytes, and hostile bytes get a word."""
+
+import io
+import random
+import struct
+import zlib
+from pathlib import Path
+
+import pytest
+from PIL import Image as Pillow
+from PIL import PngImagePlugin
+
+from vila_ops.data.download.outcome import Failure
+from vila_ops.data.download.picture import picture_format
+
+WORDS = {"not_a_picture", "broken_picture", "too_many_pixels"}
+
+
+def encoded(format: str, **more) -> bytes:
+    out = io.BytesIO()
+    Pillow.radial_gradient("L").convert("RGB").save(out, format, **more)
+    return out.getvalue()
+
+
+def word(data: bytes, max_pixels: int = 1_000_000) -> str:
+    try:
+        return picture_format(data, max_pixels=max_pixels)
+    except Failure as failure:
+        return failure.outcome
+
+
+@pytest.mark.parametrize(
+    ("format", "extension"), [("PNG", "png"), ("JPEG", "jpg"), ("WEBP", "webp"), ("GIF", "gif"), ("BMP", "bmp")]
+)
+def test_a_picture_is_told_by_its_bytes_and_must_be_whole(format, extension):
+    data = encoded(format)
+    assert word(data) == extension
+    assert word(data, max_pixels=256 * 256) == extension
+    assert word(data, max_pixels=256 * 256 - 1) == "too_many_pixels"
+    assert word(data[: len(data) // 2]) == "broken_picture"
+
+
+@pytest.mark.parametrize("format", ["TIFF", "ICO", "PPM", "EPS", "PDF", "TGA"])
+def test_other_formats_are_none_of_ours(format):
+    assert word(encoded(format)) == "not_a_picture"
+
+
+def test_the_committed_pictures_are_pictures(tiny: Path):
+    assert {word(path.read_bytes()) for path in tiny.rglob("*.png")} == {"png"}
+
+
+def test_a_text_chunk_that_unpacks_to_a_gigabyte_is_broken():
+    bomb = PngImagePlugin.PngInfo()
+    bomb.add_text("Comment", "x" * 30_000_000, zip=True)
+    assert word(encoded("PNG", pnginfo=bomb)) == "broken_picture"
+
+
+def test_a_header_that_announces_a_billion_pixels_is_refused_before_they_are_decoded():
+    size = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    header = struct.pack(">I", 13) + b"IHDR" + size + struct.pack(">I", zlib.crc32(b"IHDR" + size))
+    assert word(b"\x89PNG\r\n\x1a\n" + header + b"\0\0\0\0IEND\xaeB`\x82") == "too_many_pixels"
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+def test_flipped_bytes_give_a_format_or_a_word(format):
+    draw, data = random.Random(0), encoded(format)
+    for _ in range(60):
+        flipped = bytearray(data)
+        for _ in range(draw.randint(1, 8)):
+            flipped[draw.randrange(min(len(data), 400))] = draw.randrange(256)
+        assert word(bytes(flipped)) in WORDS | {"png", "jpg", "webp", "gif", "bmp"}

@@ -1,0 +1,125 @@
+"""What was fetched so far, safe against a kill at any moment.
+
+    NAME.bodies.partial   the pictures, one after another as they came
+    NAME.journal.jsonl    one line a URL, written when its picture is on the disk: the line vouches for it
+
+What the journal does not vouch for is cut off when it is opened again: a torn last line, bytes behind the last picture.
+"""
+
+import asyncio
+import fcntl
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from vila_ops.data.download.outcome import Record
+
+
+class Journal:
+    """The records of one raw file, by URL. One process at a time."""
+
+    def __init__(self, out: Path) -> None:
+        """Open or begin; `out` is the path without suffixes. Raises ValueError while another process has it open."""
+        self._bodies_path = out.with_name(f"{out.name}.bodies.partial")
+        self._lines_path = out.with_name(f"{out.name}.journal.jsonl")
+        self.records: dict[str, Record] = {}
+        self._offsets: dict[str, int] = {}
+        self._waiting: list[tuple[Record, bytes]] = []
+        self._writing = asyncio.Lock()
+        self._lines = self._lines_path.open("ab+")
+        try:
+            fcntl.flock(self._lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lines.close()
+            raise ValueError(f"{self._lines_path}: another process downloads into it; wait for that one") from error
+        self._bodies = self._bodies_path.open("ab+")
+        self._recover()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bodies.close()
+        self._lines.close()
+
+    async def add(self, record: Record, body: bytes) -> None:
+        """Returns when the record is on the disk. Records that wait for the disk meanwhile go there together."""
+        self._waiting.append((record, body))
+        async with self._writing:
+            batch, self._waiting = self._waiting, []
+            if batch:
+                await asyncio.to_thread(self.write, batch)
+
+    def write(self, batch: list[tuple[Record, bytes]]) -> None:
+        """Put records on the disk: first the pictures, then the lines that vouch for them."""
+        lines = []
+        self._bodies.seek(0, os.SEEK_END)
+        for record, body in batch:
+            self._offsets[record.url] = self._bodies.tell()
+            self._bodies.write(body)
+            lines.append(json.dumps({**asdict(record), "offset": self._offsets[record.url]}) + "\n")
+        _sync(self._bodies)
+        self._lines.write("".join(lines).encode())
+        _sync(self._lines)
+        self.records.update((record.url, record) for record, _ in batch)
+
+    def body(self, url: str) -> bytes:
+        """A picture, checked; raises ValueError when it is not what was written."""
+        record = self.records[url]
+        self._bodies.seek(self._offsets[url])
+        data = self._bodies.read(record.bytes or 0)
+        if hashlib.sha256(data).hexdigest() != record.sha256:
+            raise ValueError(
+                f"{self._bodies_path}: the picture of {url} has changed on the disk; "
+                f"remove this file and {self._lines_path.name}, and download again"
+            )
+        return data
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.records, self._offsets = {}, {}
+        self._lines.truncate(0)
+        self._bodies.truncate(0)
+
+    def remove(self) -> None:
+        """Delete both files; what they held is elsewhere now."""
+        self._lines_path.unlink(missing_ok=True)
+        self._bodies_path.unlink(missing_ok=True)
+
+    def _recover(self) -> None:
+        size = os.fstat(self._bodies.fileno()).st_size
+        lines_end = bodies_end = 0
+        for length, record, offset in self._whole_lines():
+            end = offset + (record.bytes or 0)
+            if end > size:
+                break
+            self.records[record.url], self._offsets[record.url] = record, offset
+            lines_end, bodies_end = lines_end + length, max(bodies_end, end)
+        self._lines.truncate(lines_end)
+        self._bodies.truncate(bodies_end)
+
+    def _whole_lines(self) -> Iterator[tuple[int, Record, int]]:
+        """(bytes of the line, record, offset of its picture) up to the first line that was not finished."""
+        self._lines.seek(0)
+        for line in self._lines:
+            if not line.endswith(b"\n"):
+                return
+            try:
+                fields = json.loads(line)
+                offset = int(fields.pop("offset"))
+                yield len(line), Record(**fields), offset
+            except (ValueError, KeyError, TypeError, AttributeError):
+                return  # blocks of a power cut; nothing after them was vouched for
+
+
+def _sync(file: io.BufferedRandom) -> None:
+    file.flush()
+    os.fsync(file.fileno())

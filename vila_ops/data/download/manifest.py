@@ -1,0 +1,142 @@
+"""What is kept of one raw file: a tar of its pictures and a table of what became of every URL.
+
+    NAME.tar       a WebDataset tar: KEY.jpg, KEY.png, ... with the bytes as they were sent
+    NAME.parquet   one row a distinct URL, in the order of first appearance; written last, so that it means: done
+
+The same answers give the same bytes, whatever their order in time.
+"""
+
+import hashlib
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from vila_ops.data.download.journal import Journal
+from vila_ops.data.download.outcome import Outcome, Record
+
+SCHEMA = pa.schema(
+    [
+        ("url", pa.string()),
+        ("key", pa.string()),  # the member's name without its extension
+        ("outcome", pa.string()),
+        ("detail", pa.string()),
+        ("http_status", pa.int16()),
+        ("attempts", pa.int16()),
+        ("final_url", pa.string()),
+        ("extension", pa.string()),
+        ("bytes", pa.int64()),
+        ("sha256", pa.string()),
+        ("offset", pa.int64()),  # of the member's header in the tar
+    ]
+)
+TAR_BYTES = b"tar_bytes"
+REOPEN_ROWS = 64
+"""Whose pictures are in memory together."""
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What became of the URLs of one raw file."""
+
+    name: str
+    counts: dict[Outcome, int]
+    """Distinct URLs by outcome; their sum is all of them."""
+    bytes: int
+    """Of the pictures."""
+
+
+def key_of(url: str) -> str:
+    """The name of a URL's picture in the tar, without the extension."""
+    return hashlib.sha256(url.encode()).hexdigest()[:24]
+
+
+def manifest_path(out: Path) -> Path:
+    """Where the table of a raw file lies; `out` is the path without suffixes."""
+    return out.with_name(f"{out.name}.parquet")
+
+
+def tar_path(out: Path) -> Path:
+    """Where its pictures lie."""
+    return out.with_name(f"{out.name}.tar")
+
+
+def write_manifest(journal: Journal, urls: Sequence[str], out: Path) -> None:
+    """Write tar and table of distinct URLs, which all have their record in the journal."""
+    rows = []
+    temporary = tar_path(out).with_suffix(".tar.partial")
+    with temporary.open("wb") as tar:
+        for url in urls:
+            record = journal.records[url]
+            row = {**asdict(record), "key": key_of(url), "offset": None}
+            if record.outcome == "ok":
+                row["offset"] = tar.tell()
+                _add_member(tar, f"{key_of(url)}.{record.extension}", journal.body(url))
+            rows.append(row)
+        tar.write(bytes(2 * tarfile.BLOCKSIZE))
+        tar_bytes = tar.tell()
+    _publish(temporary, tar_path(out))
+    temporary = manifest_path(out).with_suffix(".parquet.partial")
+    schema = SCHEMA.with_metadata({TAR_BYTES: str(tar_bytes)})
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary, compression="zstd")
+    _publish(temporary, manifest_path(out))
+
+
+def read_outcomes(urls: Sequence[str], out: Path) -> Outcomes:
+    """The counts of a finished raw file. Raises ValueError when it is of other URLs, or the tar not of the table."""
+    table = pq.read_table(manifest_path(out), columns=["url", "outcome", "bytes"])
+    if table["url"].to_pylist() != urls:
+        raise ValueError(
+            f"{manifest_path(out)} is of other URLs than the raw file has now; move it and "
+            f"{tar_path(out).name} away, or download into another folder"
+        )
+    tar_bytes = int(table.schema.metadata[TAR_BYTES])
+    if not tar_path(out).is_file() or tar_path(out).stat().st_size != tar_bytes:
+        raise ValueError(
+            f"{tar_path(out)} is missing or not of the {tar_bytes} bytes that {manifest_path(out).name} "
+            f"says; move both away and download again"
+        )
+    counts = Counter(table["outcome"].to_pylist())
+    return Outcomes(out.name, dict(sorted(counts.items())), sum(filter(None, table["bytes"].to_pylist())))
+
+
+def reopen(journal: Journal, out: Path, *, retry: Collection[Outcome]) -> None:
+    """Turn a finished raw file back into an unfinished one that lacks what ended in one of the `retry` outcomes."""
+    journal.clear()  # left by a kill just before its removal, or within this function; all of it is in the manifest
+    kept = pq.read_table(manifest_path(out)).filter(~pc.field("outcome").isin(list(retry)))
+    with tar_path(out).open("rb") as tar:
+        for some in kept.to_batches(max_chunksize=REOPEN_ROWS):
+            batch = []
+            for row in some.to_pylist():
+                record = Record(**{field.name: row[field.name] for field in fields(Record)})
+                tar.seek((row["offset"] or 0) + tarfile.BLOCKSIZE)
+                batch.append((record, tar.read(record.bytes or 0)))
+            journal.write(batch)
+    manifest_path(out).unlink()
+
+
+def _add_member(tar: BinaryIO, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)  # owner, mode and time stay at their constants
+    info.size = len(data)
+    tar.write(info.tobuf(tarfile.USTAR_FORMAT))
+    tar.write(data)
+    tar.write(bytes(-len(data) % tarfile.BLOCKSIZE))
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """Appears whole or not at all, also after a power cut."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(final)
+    folder = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,165 @@
+"""Fetch the pictures that raw files name by URL: resumable, polite, and safe against what URLs and servers can do."""
+
+import asyncio
+import hashlib
+import logging
+import random
+import resource
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from vila_ops.config.download import DownloadSettings
+from vila_ops.data.download.address import Resolve, SystemResolver, parse
+from vila_ops.data.download.fetch import Attempt, Fetcher
+from vila_ops.data.download.journal import Journal
+from vila_ops.data.download.manifest import Outcomes, manifest_path, read_outcomes, reopen, write_manifest
+from vila_ops.data.download.outcome import MAY_PASS, Failure, Outcome, Record
+from vila_ops.data.download.sources import Format, raw_files, urls_of
+from vila_ops.data.download.turns import Job, Turns
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_SECONDS = 10.0
+OTHER_OPEN_FILES = 100
+
+
+def download_source(
+    source: Format, path: Path, out: Path, *, settings: DownloadSettings, retry: Collection[Outcome] = ()
+) -> list[Outcomes]:
+    """Fetch the pictures of every raw file of a folder (or of one file) into `out`: NAME.tar and NAME.parquet for each.
+
+    Ended at any moment and started again, it goes on where it was; what is finished is not asked again, except for
+    the URLs that ended in one of the `retry` outcomes. Raises ValueError for raw files of another form, and OSError
+    when the disk cannot take more.
+    """
+    if out.resolve() == (path.parent if path.is_file() else path).resolve():
+        raise ValueError(f"{out} holds the raw files; download into a folder of its own")
+    resolve = SystemResolver()
+    finished = []
+    for file in raw_files(source, path):
+        urls = urls_of(source, file)
+        finished.append(asyncio.run(download(urls, out / file.stem, settings=settings, resolve=resolve, retry=retry)))
+        logger.info("%s: %s", file.name, finished[-1].counts)
+    return finished
+
+
+async def download(
+    urls: Sequence[str],
+    out: Path,
+    *,
+    settings: DownloadSettings,
+    resolve: Resolve | None = None,
+    retry: Collection[Outcome] = (),
+) -> Outcomes:
+    """Fetch the pictures of one raw file; `out` is the path of what is made, without suffixes. A URL is asked once.
+
+    `resolve` stands in for the machine's own resolver. Raises ValueError when `out` is of other URLs or in use.
+    """
+    _check_open_files(settings)
+    distinct = list(dict.fromkeys(urls))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with Journal(out) as journal:
+        if manifest_path(out).exists() and read_outcomes(distinct, out).counts.keys() & set(retry):
+            reopen(journal, out, retry=retry)
+        if not manifest_path(out).exists():
+            async with Fetcher(settings, resolve=resolve or SystemResolver()) as fetcher:
+                await _Run(distinct, journal, fetcher, settings).run()
+            write_manifest(journal, distinct, out)
+        outcomes = read_outcomes(distinct, out)
+        journal.remove()
+    return outcomes
+
+
+def _check_open_files(settings: DownloadSettings) -> None:
+    """Else the machine's lack of them would be written down as the servers' failure."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if allowed < settings.concurrency + OTHER_OPEN_FILES:
+        raise ValueError(
+            f"concurrency {settings.concurrency} needs {settings.concurrency + OTHER_OPEN_FILES} open files and "
+            f"`ulimit -n` is {allowed}; raise that or lower concurrency"
+        )
+
+
+class _Run:
+    """The URLs of one raw file on their way into its journal."""
+
+    def __init__(self, urls: Sequence[str], journal: Journal, fetcher: Fetcher, settings: DownloadSettings) -> None:
+        self._urls = urls
+        self._journal = journal
+        self._fetcher = fetcher
+        self._settings = settings
+        self._slots = asyncio.Semaphore(settings.concurrency)
+        self._reported = 0.0
+
+    async def run(self) -> None:
+        """Ask until every URL has its record."""
+        turns = Turns(
+            await self._jobs(),
+            per_host=self._settings.per_host_concurrency,
+            per_second=self._settings.per_host_per_second,
+        )
+        try:
+            async with asyncio.TaskGroup() as group:
+                await self._slots.acquire()
+                while (job := await turns.next()) is not None:
+                    group.create_task(self._ask(job, turns))
+                    await self._slots.acquire()
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from errors
+
+    async def _jobs(self) -> list[Job]:
+        """What is to be asked: neither recorded already nor refused at sight, which is recorded here."""
+        jobs, refused = [], []
+        for url in self._urls:
+            if url in self._journal.records:
+                continue
+            try:
+                jobs.append(Job(url, host=parse(url, ports=self._settings.ports).raw_host))
+            except Failure as failure:
+                attempt = Attempt(final_url=url, outcome=failure.outcome, detail=failure.detail)
+                refused.append((_record(url, attempt, attempts=0), b""))
+        await asyncio.to_thread(self._journal.write, refused)
+        return jobs
+
+    async def _ask(self, job: Job, turns: Turns) -> None:
+        try:
+            attempt = await self._fetcher.attempt(job.url)
+            if attempt.outcome in MAY_PASS and job.attempts < self._settings.attempts:
+                turns.again(
+                    job,
+                    seconds=self._wait_seconds(job, attempt),
+                    pause_host=attempt.outcome == "rate_limited" or attempt.retry_after_seconds is not None,
+                )
+                return
+            await self._journal.add(_record(job.url, attempt, attempts=job.attempts), attempt.body)
+            turns.done(job)
+            self._report()
+        finally:
+            self._slots.release()
+
+    def _wait_seconds(self, job: Job, attempt: Attempt) -> float:
+        """Exponential backoff with full jitter, and at least what the server asks for, up to the cap."""
+        limit = self._settings.max_wait_seconds
+        backoff = random.uniform(0, min(limit, self._settings.backoff_seconds * 2 ** (job.attempts - 1)))
+        return max(backoff, min(limit, attempt.retry_after_seconds or 0.0))
+
+    def _report(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._reported >= PROGRESS_SECONDS:
+            self._reported = now
+            logger.info("%d of %d URLs done", len(self._journal.records), len(self._urls))
+
+
+def _record(url: str, attempt: Attempt, *, attempts: int) -> Record:
+    is_picture = attempt.outcome == "ok"
+    return Record(
+        url=url,
+        outcome=attempt.outcome,
+        detail=attempt.detail,
+        http_status=attempt.http_status,
+        attempts=attempts,
+        final_url=attempt.final_url,
+        extension=attempt.extension,
+        bytes=len(attempt.body) if is_picture else None,
+        sha256=hashlib.sha256(attempt.body).hexdigest() if is_picture else None,
+    )
