@@ -80,7 +80,7 @@ status: setup ## Which of those servers run
 	@$(BIN)/vila-ops status
 
 faults: setup ## Kill things on purpose and see that the results stay right
-	@VILA_KILLS=100 VILA_KILLS_RAY=5 $(BIN)/python -m pytest tests/faults -v
+	@VILA_KILLS=100 VILA_KILLS_RAY=5 VILA_URLS=10000 $(BIN)/python -m pytest tests/faults tests/data/download -v
 
 bench: setup ## One benchmark: make bench NAME=packing
 	@if [ ! -f "benchmarks/$(NAME).py" ]; then \

@@ -31,6 +31,9 @@ class DownloadSettings(Config):
     """Upper end of the wait after the first attempt, doubled after each; the wait is uniform from 0 (full jitter)."""
     max_wait_seconds: PositiveFloat = 30.0
     """Longest wait between attempts, also when the server's Retry-After asks for more."""
+    host_failures: PositiveInt = 20
+    """A host that in so many attempts in a row was not reached, gave no answer in time or said 429 is asked no more.
+    Its other URLs end as host_given_up, so that one dead host cannot hold up a file for hours."""
     max_redirects: Annotated[int, Field(ge=0)] = 5
     max_bytes: PositiveInt = 20_000_000
     """Longest body, counted while it comes."""

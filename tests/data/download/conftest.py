@@ -333,6 +333,7 @@ def make_settings(server: FaultyServer) -> Callable[..., DownloadSettings]:
                 "deadline_seconds": DEADLINE_SECONDS,
                 "attempts": ATTEMPTS,
                 "backoff_seconds": 0.05,
+                "host_failures": 1_000_000,
                 "max_bytes": MAX_BYTES,
                 "max_pixels": 1_000_000,
                 "ports": [80, 443, server.port],

@@ -8,6 +8,7 @@ Outcome = Literal[
     "bad_url",  # not http(s), not a URL, or one that two readers may understand differently; never asked
     "address_refused",  # its port, or an address of its name, is one that must not be connected to; never asked
     "redirect_refused",  # redirected too often, to nowhere, or to what is refused as above
+    "host_given_up",  # not asked (again), because its host failed too often in a row
     "dns",  # the name does not exist
     "unreachable",  # no connection, or no answer from the name server
     "tls",  # no handshake, or a certificate that does not hold for the name
@@ -25,6 +26,8 @@ Outcome = Literal[
 ]
 MAY_PASS: frozenset[Outcome] = frozenset({"unreachable", "timeout", "reset", "rate_limited", "server_error"})
 """Worth another attempt."""
+HOST_FAILS: frozenset[Outcome] = frozenset({"unreachable", "timeout", "rate_limited"})
+"""Speaks against the whole host."""
 REFUSED: frozenset[Outcome] = frozenset({"bad_url", "address_refused"})
 """Decided before anything is sent."""
 

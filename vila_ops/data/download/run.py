@@ -5,6 +5,7 @@ import hashlib
 import logging
 import random
 import resource
+from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from vila_ops.data.download.address import Resolve, SystemResolver, parse
 from vila_ops.data.download.fetch import Attempt, Fetcher
 from vila_ops.data.download.journal import Journal
 from vila_ops.data.download.manifest import Outcomes, manifest_path, read_outcomes, reopen, write_manifest
-from vila_ops.data.download.outcome import MAY_PASS, Failure, Outcome, Record
+from vila_ops.data.download.outcome import HOST_FAILS, MAY_PASS, Failure, Outcome, Record
 from vila_ops.data.download.sources import Format, raw_files, urls_of
 from vila_ops.data.download.turns import Job, Turns
 
@@ -89,6 +90,7 @@ class _Run:
         self._fetcher = fetcher
         self._settings = settings
         self._slots = asyncio.Semaphore(settings.concurrency)
+        self._failures: Counter[bytes] = Counter()
         self._reported = 0.0
 
     async def run(self) -> None:
@@ -123,7 +125,13 @@ class _Run:
 
     async def _ask(self, job: Job, turns: Turns) -> None:
         try:
-            attempt = await self._fetcher.attempt(job.url)
+            if self._failures[job.host] >= self._settings.host_failures:
+                detail = f"the host failed {self._settings.host_failures} times in a row"
+                attempt = Attempt(final_url=job.url, outcome="host_given_up", detail=detail)
+                job.attempts -= 1
+            else:
+                attempt = await self._fetcher.attempt(job.url)
+                self._failures[job.host] = self._failures[job.host] + 1 if attempt.outcome in HOST_FAILS else 0
             if attempt.outcome in MAY_PASS and job.attempts < self._settings.attempts:
                 turns.again(
                     job,
