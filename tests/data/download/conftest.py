@@ -109,19 +109,23 @@ def moves(status: int, to: str) -> Send:
 
 
 async def trickles(writer: asyncio.StreamWriter, case: Case, seen: int) -> None:
-    writer.write(answer(200, b"", length=10_000))
-    for _ in range(200):
-        writer.write(b"x")
+    """The whole picture, in twice the time that there is, and never silent for long."""
+    writer.write(answer(200, b"", length=len(case.body)))
+    step = len(case.body) // 60 + 1
+    for start in range(0, len(case.body), step):
+        await asyncio.sleep(2 * DEADLINE_SECONDS / 60)
+        writer.write(case.body[start : start + step])
         await writer.drain()
-        await asyncio.sleep(0.1)
 
 
 async def trickles_headers(writer: asyncio.StreamWriter, case: Case, seen: int) -> None:
+    """The same, in its headers."""
     writer.write(b"HTTP/1.1 200 OK\r\n")
-    for number in range(200):
+    for number in range(60):
+        await asyncio.sleep(2 * DEADLINE_SECONDS / 60)
         writer.write(b"X-%d: x\r\n" % number)
         await writer.drain()
-        await asyncio.sleep(0.1)
+    writer.write(b"Content-Length: %d\r\n\r\n" % len(case.body) + case.body)
 
 
 async def stops(writer: asyncio.StreamWriter, case: Case, seen: int) -> None:
