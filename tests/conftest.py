@@ -93,6 +93,7 @@ def make_text(make_model: MakeModel) -> Callable[..., TextFormat]:
         return TextFormat(
             language_model=model.language_model,
             chat_template=model.chat_template,
+            after_image=model.after_image,
             image_size=model.image_size,
             image_tokens=model.image_tokens(),
             max_tokens=max_tokens,
@@ -105,7 +106,7 @@ def make_text(make_model: MakeModel) -> Callable[..., TextFormat]:
 def tokenizer(make_model: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """The tiny tokenizer, with pictures of four tokens."""
     fast = build_tokenizer(make_model().language_model, chat_template="chatml", cache=tmp_path_factory.mktemp("cache"))
-    return Tokenizer(fast, image_tokens=4)
+    return Tokenizer(fast, image_tokens=4, after_image="")
 
 
 @pytest.fixture(scope="session")

@@ -101,7 +101,10 @@ class Model(Config):
     feature_layer: int = Field(default=-2, le=-1)
     """Which hidden state of the tower feeds the projector, counted from the end."""
     chat_template: str = "chatml"
-    """Name of a template in vila_ops/templates."""
+    """Name of a template in vila_ops/templates, or `tokenizer`: the template that the language model's tokenizer
+    brings."""
+    after_image: str = ""
+    """What follows a picture in a document, not learnt: nothing in VILA's recipe, a newline in NVILA's."""
     seed: int = 0
     """Of the projector's (and any random part's) initial weights."""
 
@@ -133,6 +136,7 @@ class TextFormat(Config):
     language_model: LanguageModel
     """Whose tokenizer it is."""
     chat_template: str
+    after_image: str
     image_size: PositiveInt
     """Side in pixels of the square that the tower sees."""
     image_tokens: PositiveInt

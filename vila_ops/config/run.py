@@ -79,6 +79,7 @@ class Recipe(Config):
         return TextFormat(
             language_model=self.model.language_model,
             chat_template=self.model.chat_template,
+            after_image=self.model.after_image,
             image_size=self.model.image_size,
             image_tokens=self.model.image_tokens(),
             max_tokens=self.max_tokens if max_tokens is None else max_tokens,

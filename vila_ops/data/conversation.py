@@ -2,14 +2,23 @@
 
 # T tokens of a sample
 
+import copy
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
 from vila_ops.data.records import Dropped, Image, Part, Record
+from vila_ops.data.rendering import Message, render, render_learnt
 from vila_ops.packages.tokenizer import IMAGE_TOKEN
+
+
+class BadText(ValueError):
+    """Text that no tokenizer can read."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +34,9 @@ class Tokens:
 
 
 class Tokenizer:
-    """A fast tokenizer whose chat template marks the assistant's words, and the length of a picture in tokens."""
+    """A fast tokenizer with a chat template, and what a picture is in tokens."""
 
-    def __init__(self, fast: PreTrainedTokenizerFast, *, image_tokens: int) -> None:
+    def __init__(self, fast: PreTrainedTokenizerFast, *, image_tokens: int, after_image: str) -> None:
         self.fast = fast
         self.image_tokens = image_tokens
         self.image_id: int = fast.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -37,14 +46,25 @@ class Tokenizer:
             )
         self.bos_id: int = fast.bos_token_id
         self.eos_id: int = fast.eos_token_id
-        self._controls = sorted(fast.get_added_vocab(), key=len, reverse=True)
+        self._controls: dict[str, int] = {token: id for token, id in fast.get_added_vocab().items() if token.strip()}
+        self._neutral = _neutral_forms(self._controls)
+        self.picture = [self.image_id] * image_tokens + self.text_ids(after_image)
+        """A picture in a document."""
 
     def neutral(self, text: str) -> str:
-        """Text whose literal control tokens are upper-cased, so that they are read as words (VILA's rule)."""
-        for token in self._controls:
-            if token in text:
-                changed = token.upper()
-                text = text.replace(token, changed if changed != token else token.lower())
+        """Text whose literal control tokens are upper-cased, so that they are read as words (VILA's rule).
+
+        Raises BadText for a lone surrogate.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise BadText(
+                f"{text[error.start]!r} at character {error.start} is half of a surrogate pair, which is no text; "
+                f"mend the encoding of the source"
+            ) from error
+        for token, changed in self._neutral.items():
+            text = text.replace(token, changed)
         return text
 
     def text_ids(self, text: str) -> list[int]:
@@ -52,65 +72,119 @@ class Tokenizer:
         ids: list[int] = self.fast(self.neutral(text), add_special_tokens=False)["input_ids"]
         return ids
 
-    def document(self, record: Record) -> Tokens:
-        """bos, then text and pictures in their order, then eos; every text token is a target.
+    def document(self, record: Record, *, at_most: int | None = None) -> Tokens:
+        """bos, then text and pictures in their order, then eos; every text token is a target, no picture is.
 
-        A picture is followed by a newline that is not learnt.
+        Only the first `at_most` tokens are promised, so that a huge record costs no more than a large one.
         """
         ids, targets = [self.bos_id], [False]
-        images: list[int] = []
-        for part in (part for turn in record.turns for part in turn.parts):
-            if isinstance(part, Image):
-                block = [self.image_id] * self.image_tokens + self.text_ids("\n")
-                images.append(len(images))
-                ids += block
-                targets += [False] * len(block)
-            else:
-                block = self.text_ids(part)
-                ids += block
-                targets += [True] * len(block)
-        return Tokens([*ids, self.eos_id], [*targets, True], images)
+        images = 0
+        for part in _runs(part for turn in record.turns for part in turn.parts):
+            if at_most is not None and len(ids) >= at_most:
+                break
+            is_image = isinstance(part, Image)
+            block = self.picture if isinstance(part, Image) else self.text_ids(part[: self._characters(at_most)])
+            images += is_image
+            ids += block
+            targets += [not is_image] * len(block)
+        return Tokens([*ids, self.eos_id], [*targets, True], list(range(images)))
 
-    def chat(self, record: Record) -> Tokens:
-        """A conversation through the chat template; only the assistant's tokens are targets."""
-        rendered = self._render([_message(turn.role, turn.parts, self) for turn in record.turns], prompt=False)
-        count = sum(isinstance(part, Image) for turn in record.turns for part in turn.parts)
-        ids, targets = self._expand(rendered["input_ids"], [bool(m) for m in rendered["assistant_masks"]], count)
-        if not any(targets):
-            raise ValueError(f"record {record.id!r}: the chat template marks no assistant token")
-        return Tokens(ids, targets, list(range(count)))
+    def chat(self, record: Record, *, at_most: int | None = None) -> Tokens:
+        """A conversation through the chat template; targets are the assistant's words and ends of turn.
 
-    def prompt(self, turns: list[tuple[str, tuple[Part, ...]]]) -> list[int]:
+        It is rendered once and tokenised once; a token is a target if it holds any character that the assistant says.
+        Raises ValueError, with the record's id, where that cannot be told. Only the first `at_most` tokens are
+        promised.
+        """
+        try:
+            messages = [self._message(turn.role, turn.parts) for turn in record.turns]
+            ids, targets = self._learnt(messages, at_most=at_most)
+        except BadText:
+            raise
+        except ValueError as error:
+            raise ValueError(f"record {record.id!r}: {error}") from error
+        ids, targets = self._expand(ids, targets)
+        return Tokens(ids, targets, list(range(ids.count(self.image_id) // self.image_tokens)))
+
+    def prompt(self, turns: Sequence[tuple[str, tuple[Part, ...]]]) -> list[int]:
         """The ids of a conversation (role, parts), opened for the assistant's next answer."""
-        rendered = self._render([_message(role, parts, self) for role, parts in turns], prompt=True)
-        count = sum(isinstance(part, Image) for _, parts in turns for part in parts)
-        ids, _ = self._expand(rendered["input_ids"], [False] * len(rendered["input_ids"]), count)
-        return ids
+        messages = [self._message(role, parts) for role, parts in turns]
+        text = render(self.fast, messages, prompt=True)
+        ids: list[int] = self.fast(text, add_special_tokens=False)["input_ids"]
+        self._check_pictures(messages, text, ids)
+        return self._expand(ids, [False] * len(ids))[0]
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids at which an answer ends: eos, and the token with which the chat template ends a turn."""
+        probe: list[Message] = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "Yes."}]
+        ids, targets = self._learnt(probe, at_most=None)
+        last = [token for token, target in zip(ids, targets, strict=True) if target][-1]
+        return frozenset({self.eos_id, last} if last in self._controls.values() else {self.eos_id})
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens left out."""
         text: str = self.fast.decode(ids, skip_special_tokens=True)
         return text
 
-    def _render(self, messages: list[dict[str, Any]], *, prompt: bool) -> dict[str, list[int]]:
-        rendered: dict[str, list[int]] = self.fast.apply_chat_template(
-            messages,
-            tokenize=True,
-            return_dict=True,
-            add_generation_prompt=prompt,
-            return_assistant_tokens_mask=not prompt,
-        )
-        return rendered
+    def _learnt(self, messages: list[Message], *, at_most: int | None) -> tuple[list[int], list[bool]]:
+        """Ids of a conversation, a picture one of them, and whether each is learnt."""
+        ends = [token for token in self._controls if token not in (IMAGE_TOKEN, self.fast.bos_token)]
+        rendered = render_learnt(self.fast, messages, ends=ends)
+        text = rendered.text[: self._characters(at_most)]
+        encoding = self._untrimmed.encode(text, add_special_tokens=False)
+        ids: list[int] = encoding.ids
+        self._check_pictures(messages, rendered.text, ids, kept=text)
+        controls = set(self._controls.values())
+        targets = [False] * len(ids)
+        offsets = encoding.offsets
+        for first, last in rendered.spans:
+            start = bisect_right(offsets, first, key=lambda offset: offset[1])
+            stop = bisect_left(offsets, last, key=lambda offset: offset[0])
+            if start < stop and ids[start] in controls and offsets[start][0] < first:
+                start += 1  # the template's token, which strips the blanks beside it and so reaches into the answer
+            if start >= stop and last <= len(text):
+                raise ValueError(f"no token holds the answer {text[first:last]!r}; the tokenizer does not read it")
+            targets[start:stop] = [token != self.image_id for token in ids[start:stop]]
+        return ids, targets
 
-    def _expand(self, ids: list[int], targets: list[bool], count: int) -> tuple[list[int], list[bool]]:
-        if ids.count(self.image_id) != count:
-            raise ValueError(f"{count} images but {ids.count(self.image_id)} placeholders after the chat template")
+    @cached_property
+    def _untrimmed(self) -> Any:
+        """The tokenizer without its post-processor, which may take the blanks out of the offsets (GPT-2's does)."""
+        backend = copy.deepcopy(self.fast.backend_tokenizer)
+        backend.post_processor = None
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(map(len, self.fast.get_vocab()))
+
+    def _characters(self, tokens: int | None) -> int | None:
+        """Characters that hold at least so many tokens."""
+        return None if tokens is None else tokens * self._longest
+
+    def _message(self, role: str, parts: tuple[Part, ...]) -> Message:
+        content = [IMAGE_TOKEN if isinstance(part, Image) else self.neutral(part) for part in _runs(parts)]
+        return {"role": role, "content": "".join(content)}
+
+    def _check_pictures(self, messages: list[Message], text: str, ids: list[int], *, kept: str | None = None) -> None:
+        count = sum(message["content"].count(IMAGE_TOKEN) for message in messages)
+        if text.count(IMAGE_TOKEN) != count or ids.count(self.image_id) != (kept or text).count(IMAGE_TOKEN):
+            raise ValueError(
+                f"{count} images but {text.count(IMAGE_TOKEN)} placeholders after the chat template, of which "
+                f"{ids.count(self.image_id)} are image tokens; the template must write every part of a turn"
+            )
+
+    def _expand(self, ids: list[int], targets: list[bool]) -> tuple[list[int], list[bool]]:
+        """With `image_tokens` image tokens for each picture."""
         out_ids: list[int] = []
         out_targets: list[bool] = []
         for token, target in zip(ids, targets, strict=True):
             copies = self.image_tokens if token == self.image_id else 1
             out_ids += [token] * copies
-            out_targets += [target and token != self.image_id] * copies
+            out_targets += [target] * copies
         return out_ids, out_targets
 
 
@@ -118,11 +192,19 @@ def tokenise(record: Record, tokenizer: Tokenizer, *, max_tokens: int, split: bo
     """The samples of one record, none longer than max_tokens.
 
     A long document is truncated, or split into several samples when `split`; a picture is never cut, and one that
-    nothing follows is left out. A long conversation is truncated; without any target left it is dropped.
+    nothing follows is left out. A long conversation is truncated. Dropped are a record with half a surrogate pair
+    (bad_text), and one with nothing to learn: no assistant turn, or none before it is truncated (no_target).
     """
     is_document = record.turns[0].role == "document"
-    tokens = tokenizer.document(record) if is_document else tokenizer.chat(record)
-    pieces = _pieces(tokens, tokenizer, max_tokens=max_tokens, many=split and is_document)
+    if not is_document and all(turn.role != "assistant" for turn in record.turns):
+        return Dropped(record.id, "no_target", detail="no turn is the assistant's, so there is nothing to learn")
+    many = split and is_document
+    read = tokenizer.document if is_document else tokenizer.chat
+    try:
+        tokens = read(record, at_most=None if many else max_tokens)
+    except BadText as error:
+        return Dropped(record.id, "bad_text", detail=str(error))
+    pieces = _pieces(tokens, tokenizer, max_tokens=max_tokens, many=many)
     kept = [piece for piece in pieces if any(piece.is_target)]
     return kept or Dropped(record.id, "no_target")
 
@@ -147,11 +229,20 @@ def _pieces(tokens: Tokens, tokenizer: Tokenizer, *, max_tokens: int, many: bool
     return pieces
 
 
-def _message(role: str, parts: tuple[Part, ...], tokenizer: Tokenizer) -> dict[str, Any]:
-    content: list[dict[str, str]] = []
-    for is_image, run in groupby(parts, key=lambda part: isinstance(part, Image)):
-        if is_image:
-            content += [{"type": "image"} for _ in run]
-        else:  # joined first, or a control token could hide in two parts
-            content.append({"type": "text", "text": tokenizer.neutral("".join(map(str, run)))})
-    return {"role": role, "content": content}
+def _runs(parts: Iterable[Part]) -> Iterator[Part]:
+    """The pictures, and neighbouring texts joined: or a control token could hide in two of them."""
+    for is_text, run in groupby(parts, key=lambda part: isinstance(part, str)):
+        if is_text:
+            yield "".join(map(str, run))
+        else:
+            yield from run
+
+
+def _neutral_forms(controls: Iterable[str]) -> dict[str, str]:
+    """For each control token, the longest first, a form of it in which there is none."""
+    longest_first = sorted(controls, key=len, reverse=True)
+    forms = {}
+    for token in longest_first:
+        candidates = (token.upper(), token.lower(), f"{token[0]} {token[1:]}", " ")
+        forms[token] = next(form for form in candidates if not any(control in form for control in longest_first))
+    return forms

@@ -63,10 +63,8 @@ class Bench:
         return [[self._ending(text) for text in (p.caption, *p.distractors)] for p in self.items.pictures]
 
     def caption_prompt(self, image: bytes) -> Prompt:
-        """bos, the picture, a newline: what stands before a caption in the pairs."""
-        tokenizer = self.generator.tokenizer
-        ids = [self._bos(), *[tokenizer.image_id] * tokenizer.image_tokens, *tokenizer.text_ids("\n")]
-        return Prompt(ids, (image,))
+        """bos and the picture: what stands before a caption in the pairs."""
+        return Prompt([self._bos(), *self.generator.tokenizer.picture], (image,))
 
     def chat_prompt(self, question: str, image: bytes | None) -> Prompt:
         """A question, after a picture if there is one, through the chat template."""

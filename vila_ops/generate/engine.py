@@ -162,7 +162,7 @@ class Generator:
     ) -> None:
         """Give each row its token; a row that ended leaves its slot to the last live one."""
         for row, token in zip(rows, tokens, strict=True):
-            finished = token == self.tokenizer.eos_id
+            finished = token in self.tokenizer.stop_ids
             if not finished:
                 row.ids.append(token)
             if finished or len(row.ids) == max_new_tokens:

@@ -35,5 +35,6 @@ def load_generator(
     tokenizer = Tokenizer(
         PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True),
         image_tokens=vila.config.image_seq_length,
+        after_image=vila.config.after_image,
     )
     return Generator(vila, tokenizer, features=cache)

@@ -92,6 +92,7 @@ def _config(model: Model, tower: Any, language_model: Any, *, image_id: int, eos
         vision_feature_select_strategy=select_strategy(tower.config),
         mm_projector_type=model.projector.kind,
         mm_downsample=getattr(model.projector, "factor", 1),
+        after_image=model.after_image,
         vision_side=model.image_size,
         tie_word_embeddings=tied,
         eos_token_id=eos_id,

@@ -1,4 +1,4 @@
-"""The language model's tokenizer with an image token and our chat template."""
+"""The language model's tokenizer with an image token and a chat template."""
 
 from pathlib import Path
 
@@ -9,14 +9,24 @@ from vila_ops.packages.resolve import tokenizer_folder
 
 IMAGE_TOKEN = "<image>"
 TEMPLATES = Path(__file__).parent.parent / "templates"
+OWN_TEMPLATE = "tokenizer"
+"""Not one of ours: the template that comes with the tokenizer."""
+TEMPLATE_TOKENS: dict[str, tuple[str, ...]] = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "llama_3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "plain": (),
+    "vicuna_v1": ("</s>",),
+}
+"""Our templates, each with the control tokens that it writes."""
 
 
 def build_tokenizer(language_model: LanguageModel, *, chat_template: str, cache: Path) -> PreTrainedTokenizerFast:
-    """Raises ValueError when the model has no fast tokenizer or the template is unknown."""
-    template = TEMPLATES / f"{chat_template}.jinja"
-    if not template.is_file():
-        known = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
-        raise ValueError(f"no chat template {chat_template!r}; there are {known}")
+    """Raises ValueError when the model has no fast tokenizer, or the template is unknown or unfit for it."""
+    if chat_template not in (*TEMPLATE_TOKENS, OWN_TEMPLATE):
+        raise ValueError(
+            f"no chat template {chat_template!r}; there are {sorted(TEMPLATE_TOKENS)}, and {OWN_TEMPLATE!r} for the "
+            f"tokenizer's own"
+        )
     folder = tokenizer_folder(language_model, cache=cache)
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(f"{folder} has no tokenizer.json; only fast tokenizers are supported")
@@ -24,5 +34,22 @@ def build_tokenizer(language_model: LanguageModel, *, chat_template: str, cache:
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     tokenizer.image_token = IMAGE_TOKEN
-    tokenizer.chat_template = template.read_text()
+    tokenizer.chat_template = _template(chat_template, tokenizer, folder)
     return tokenizer
+
+
+def _template(name: str, tokenizer: PreTrainedTokenizerFast, folder: Path) -> str:
+    if name == OWN_TEMPLATE:
+        if not tokenizer.chat_template:
+            raise ValueError(
+                f"the tokenizer in {folder} has no chat template of its own; choose one of {sorted(TEMPLATE_TOKENS)}"
+            )
+        own: str = tokenizer.get_chat_template()
+        return own
+    if missing := [token for token in TEMPLATE_TOKENS[name] if token not in tokenizer.get_added_vocab()]:
+        fit = [other for other, tokens in TEMPLATE_TOKENS.items() if set(tokens) <= set(tokenizer.get_added_vocab())]
+        raise ValueError(
+            f"chat template {name!r} writes {missing}, which the tokenizer in {folder} does not have as tokens; "
+            f"choose one of {sorted(fit)}, or {OWN_TEMPLATE!r}"
+        )
+    return (TEMPLATES / f"{name}.jinja").read_text()
