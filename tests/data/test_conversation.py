@@ -178,6 +178,7 @@ def test_a_prompt_and_the_learnt_answer_are_what_is_trained(fast_with: Make, tem
             assert answer.pop() in tokenizer.stop_ids
         assert not set(answer) & tokenizer.stop_ids
         assert tokenizer.decode(answer).strip() == said[stop - 1][1][0]
+        assert tokenizer.answer_ids(str(said[stop - 1][1][0])) == answer
 
 
 def test_an_answer_ends_at_eos_and_at_the_end_of_a_turn(fast_with: Make) -> None:

@@ -77,6 +77,17 @@ def test_greedy_answers_are_those_of_one_full_forward_a_token(generator: Generat
         assert answer.finished == (len(expected) < 6)
 
 
+def test_an_answer_ends_at_any_token_that_stops_it(
+    generator: Generator, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (whole,) = generator.generate(prompts[:1], max_new_tokens=4)
+    stop = whole.ids[2]
+    monkeypatch.setitem(vars(generator.tokenizer), "stop_ids", frozenset({stop}))
+    (answer,) = generator.generate(prompts[:1], max_new_tokens=4)
+    assert answer.finished
+    assert answer.ids == whole.ids[: whole.ids.index(stop)]
+
+
 def test_scores_are_those_of_each_continuation_alone(generator: Generator, prompts: list[Prompt]) -> None:
     tokenizer = generator.tokenizer
     continuations = [tokenizer.text_ids(text) for text in ("A dog.", "A red apple on a table.", "No")]

@@ -136,7 +136,8 @@ class TextFormat(Config):
     language_model: LanguageModel
     """Whose tokenizer it is."""
     chat_template: str
-    after_image: str
+    after_image: str = ""
+    """What follows a picture in a document."""
     image_size: PositiveInt
     """Side in pixels of the square that the tower sees."""
     image_tokens: PositiveInt

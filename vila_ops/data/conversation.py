@@ -117,15 +117,23 @@ class Tokenizer:
     @cached_property
     def stop_ids(self) -> frozenset[int]:
         """Ids at which an answer ends: eos, and the token with which the chat template ends a turn."""
-        probe: list[Message] = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "Yes."}]
-        ids, targets = self._learnt(probe, at_most=None)
-        last = [token for token, target in zip(ids, targets, strict=True) if target][-1]
+        last = self._answer("Yes.")[-1]
         return frozenset({self.eos_id, last} if last in self._controls.values() else {self.eos_id})
+
+    def answer_ids(self, text: str) -> list[int]:
+        """The ids of an answer that follow a prompt, as they are learnt; without its end-of-turn token."""
+        ids = self._answer(text)
+        return ids[:-1] if ids[-1] in self.stop_ids else ids
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens left out."""
         text: str = self.fast.decode(ids, skip_special_tokens=True)
         return text
+
+    def _answer(self, text: str) -> list[int]:
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": self.neutral(text)}]
+        ids, targets = self._learnt(messages, at_most=None)
+        return [token for token, target in zip(ids, targets, strict=True) if target]
 
     def _learnt(self, messages: list[Message], *, at_most: int | None) -> tuple[list[int], list[bool]]:
         """Ids of a conversation, a picture one of them, and whether each is learnt."""

@@ -250,7 +250,7 @@ def _sums(rows: list[dict[str, Any]], column: str) -> dict[str, int]:
 @lru_cache(maxsize=4)
 def _tokenizer(text: TextFormat, cache: Path) -> Tokenizer:
     fast = build_tokenizer(text.language_model, chat_template=text.chat_template, cache=cache)
-    return Tokenizer(fast, image_tokens=text.image_tokens)
+    return Tokenizer(fast, image_tokens=text.image_tokens, after_image=text.after_image)
 
 
 @lru_cache(maxsize=4)

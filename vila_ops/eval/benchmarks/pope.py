@@ -36,7 +36,7 @@ def pope(bench: Bench, config: Pope) -> list[Metric]:
 def _answers(bench: Bench, *, control: bool) -> list[tuple[str, str]]:
     """Per question the likelier of the two answers."""
     tokenizer = bench.generator.tokenizer
-    choices = [tokenizer.text_ids("Yes."), tokenizer.text_ids("No.")]
+    choices = [tokenizer.answer_ids("Yes."), tokenizer.answer_ids("No.")]
     pictures = bench.items.pictures
     prompts = [
         bench.chat_prompt(YES_NO.format(name=_name(number, p)), p.other_image if control else p.image)
