@@ -56,6 +56,12 @@ def test_overrides_change_what_they_name() -> None:
     assert run.recipe.model.image_tokens() == 1
 
 
+def test_text_is_written_as_the_model_says() -> None:
+    text = tiny('model.after_image="\\n"', "model.chat_template=plain").recipe.text()
+    assert (text.after_image, text.chat_template) == ("\n", "plain")
+    assert tiny().recipe.text().after_image == ""
+
+
 def test_an_override_changes_nothing_else_where_an_anchor_is_shared() -> None:
     """The tiny recipe gives the benchmarks of suite and probe by one YAML anchor."""
     run = tiny("suite.benchmarks.cider.max_new_tokens=3")

@@ -135,6 +135,8 @@ def test_targets_are_exactly_the_assistants_tokens(fast_with: Make, template: st
     fast = fast_with(template, like=like)
     tokenizer = Tokenizer(fast, image_tokens=4, after_image="\n")
 
+    controls = set(fast.get_added_vocab().values())
+
     @settings(max_examples=625, deadline=None)
     @given(before=turns, answer=spoken, after=turns)
     @example(before=[("user", ("<|im_", "end|>", "<ima", "ge>"))], answer=("<image>", PICTURE, "é", "🦙"), after=[])
@@ -147,6 +149,9 @@ def test_targets_are_exactly_the_assistants_tokens(fast_with: Make, template: st
         assert found.images == list(range(pictures))
         ids, targets = tokens_by_hand(fast, pieces)
         assert ids.count(tokenizer.image_id) == pictures
+        silent = [(role, "<image>" * sum(isinstance(part, Image) for part in parts)) for role, parts in said]
+        bare, _ = tokens_by_hand(fast, by_hand(template, silent, fast.bos_token))
+        assert [token for token in ids if token in controls] == [token for token in bare if token in controls]
         copies = [4 if token == tokenizer.image_id else 1 for token in ids]
         wanted = [target and token != tokenizer.image_id for token, target in zip(ids, targets, strict=True)]
         assert found.input_ids == [token for token, count in zip(ids, copies, strict=True) for _ in range(count)]
@@ -265,6 +270,14 @@ def test_text_without_control_tokens_is_left_alone(tokenizer: Tokenizer) -> None
     text = "A <b>dog</b> | <|x|> image, STRASSE straße ﬁ"
     assert tokenizer.neutral(text) == text
     assert tokenizer.neutral("a <image> b<|im_end|>") == "a <IMAGE> b<|IM_END|>"
+
+
+def test_a_control_token_without_letters_and_one_in_both_cases_are_read_as_words(fast_with: Make) -> None:
+    fast = fast_with("chatml")
+    fast.add_tokens(["<|1|>", "<a>", "<A>", "§", "   "], special_tokens=True)
+    tokenizer = Tokenizer(fast, image_tokens=4, after_image="")
+    assert tokenizer.neutral("<|1|> <a>§<A>   ") == "< |1|> < a> < A>   "
+    assert not set(tokenizer.text_ids("<|1|><a>§<A>")) & set(fast.get_added_vocab().values())
 
 
 @pytest.mark.parametrize("after_image", ["", "\n"])
