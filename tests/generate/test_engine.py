@@ -8,6 +8,7 @@ import torch
 
 from vila_ops.artifacts.kinds import Pretrained
 from vila_ops.config import Model, Resources
+from vila_ops.config.images import Webp
 from vila_ops.data.images import square
 from vila_ops.data.records import Image
 from vila_ops.generate.engine import Generator, Prompt
@@ -43,7 +44,8 @@ def generator(sealed: tuple[Pretrained, Path]) -> Generator:
 def prompts(generator: Generator, tiny: Path) -> list[Prompt]:
     """Text only, one picture, two pictures, of mixed lengths."""
     pictures = [
-        square(path.read_bytes(), size=generator.image_size) for path in sorted((tiny / "pairs").glob("*.png"))[:3]
+        square(path.read_bytes(), size=generator.image_size, encoding=Webp())
+        for path in sorted((tiny / "pairs").glob("*.png"))[:3]
     ]
     made = [Prompt(generator.tokenizer.prompt([("user", (question,))])) for question in QUESTIONS]
     for used in (pictures[:1], pictures[1:], pictures):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
 from vila_ops.artifacts.store import CorruptArtifact
+from vila_ops.config.images import Webp
 from vila_ops.data.images import pixels, square
 from vila_ops.model import folder as model_folder
 from vila_ops.model.vila import VilaForConditionalGeneration
@@ -74,7 +75,9 @@ def test_save_and_load_are_exact(
 def test_plain_folders_load_in_stock_transformers_and_give_our_logits(
     make_model: Any, build: Callable[..., Any], tiny: Path, tmp_path: Path
 ) -> None:
-    squares = {name: square((tiny / f"pairs/{name}.png").read_bytes(), size=56) for name in ("dog", "cat")}
+    squares = {
+        name: square((tiny / f"pairs/{name}.png").read_bytes(), size=56, encoding=Webp()) for name in ("dog", "cat")
+    }
     for name, data in squares.items():
         (tmp_path / f"{name}.png").write_bytes(data)
     paths = {case: [str(tmp_path / f"{name}.png") for name in names] for case, names in PICTURES.items()}

@@ -20,6 +20,7 @@ from PIL import Image as Pillow
 
 from vila_ops.artifacts.kinds import ModelVersion
 from vila_ops.config import Resources, Service
+from vila_ops.config.images import Webp
 from vila_ops.data.images import square
 from vila_ops.data.records import Image
 from vila_ops.generate.engine import Answer, Generator, Prompt
@@ -147,7 +148,7 @@ def test_a_picture_and_a_question_get_the_greedy_answer_with_real_numbers(
 ) -> None:
     messages = user(text("Look: "), image(picture), text("What is it?"))
     answer = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=6)
-    small = square(picture, size=watched.image_size)
+    small = square(picture, size=watched.image_size, encoding=Webp())
     ids = watched.tokenizer.prompt([("user", ("Look: ", Image(small), "What is it?"))])
     expected = watched.real.generate([Prompt(ids, (small,))], max_new_tokens=6)[0]
     assert ids.count(watched.tokenizer.image_id) == watched.tokenizer.image_tokens == 16
@@ -304,11 +305,11 @@ URL = "messages[0].content[0].image_url.url"
         ("file:///etc/passwd", "nothing is fetched"),
         ("data:image/png,abc", "base64"),
         ("data:image/png;base64,@@@", "not valid base64"),
-        (data_url(b"not a picture"), "not a readable picture"),
-        (data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "not a readable picture"),
-        (data_url(png(40, 30)[:60]), "not a readable picture"),
+        (data_url(b"not a picture"), "none of the formats"),
+        (data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "none of the formats"),
+        (data_url(png(40, 30)[:60]), "a PNG that ends before its IEND"),
         (data_url(png(101, 100)), "101 x 100 pixels"),
-        (data_url(png(9000, 1)), "the square around it"),
+        (data_url(png(9000, 1)), "so narrow"),
     ],
 )
 def test_a_picture_that_is_not_taken_is_named(client: openai.OpenAI, watched: Watched, address: str, says: str) -> None:

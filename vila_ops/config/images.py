@@ -7,8 +7,8 @@ from pydantic import Field
 from vila_ops.config.base import Config
 
 Decoding = Literal["exact", "scaled"]
-"""exact: every pixel of the file is decoded. scaled: a JPEG much larger than the square is decoded at 1/2, 1/4 or 1/8 of
-its size, which is several times faster; the error is stated at data.images.SCALED_MARGIN."""
+"""exact: every pixel of the file is decoded. scaled: a JPEG much larger than the square is decoded at 1/2, 1/4 or 1/8
+of its size, several times faster; the error is stated at data.images.SCALED_MARGIN."""
 
 
 class Jpeg(Config):

@@ -3,56 +3,171 @@
 # I images, S side in pixels
 
 import io
+import math
+from dataclasses import dataclass
+from typing import Literal, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as Pillow
-from PIL import ImageOps, UnidentifiedImageError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-"""Decoded by content, never by file name; formats that can run programs (EPS, SVG, PDF) are not among them."""
+from vila_ops.config.images import Decoding, ImageEncoding, Jpeg, Webp
+from vila_ops.data.containers import BadImage, Reason, Stripped, strip
+
 MAX_PIXELS = 40_000_000
+BYTES_PER_PIXEL = 16
+"""Memory that squaring one picture takes at most, beside the file: 640 MB at MAX_PIXELS (measured; WebP, turned)."""
+SCALED_MARGIN = 2
+"""A scaled decode leaves the longer side at least so many times as long as the square's.
+
+Squares then differ from those of an exact decode by at most 12 of 255 and by less than 1 on average: measured on photos
+of 4000 x 3000 with detail down to the pixel, on noise of 1/f, 1/f^2 and white, for sizes of 224, 336 and 448."""
+BAND_ROWS = 128
+"""Rows that are made RGB and narrowed at once; so a picture needs no second copy of itself."""
+WHITE = (255, 255, 255)
+BICUBIC = Pillow.Resampling.BICUBIC
+TURNS = {
+    2: Pillow.Transpose.FLIP_LEFT_RIGHT,
+    3: Pillow.Transpose.ROTATE_180,
+    4: Pillow.Transpose.FLIP_TOP_BOTTOM,
+    5: Pillow.Transpose.TRANSPOSE,
+    6: Pillow.Transpose.ROTATE_270,
+    7: Pillow.Transpose.TRANSVERSE,
+    8: Pillow.Transpose.ROTATE_90,
+}
+"""What undoes each orientation (EXIF 2.3, tag 0x0112)."""
 
 
-class BadImage(ValueError):
-    """A picture that cannot be decoded safely."""
+def square(
+    data: bytes, *, size: int, encoding: ImageEncoding, decode: Decoding = "exact", max_pixels: int = MAX_PIXELS
+) -> bytes:
+    """One encoded picture as a size x size RGB square: upright, transparent on white, padded with white, bicubic.
+
+    Of an animation the first frame is taken. Raises BadImage, by whose `reason` such pictures are counted.
+    """
+    stripped = strip(data)
+    width, height = stripped.width, stripped.height
+    if width * height > max_pixels:
+        raise BadImage("too_many_pixels", f"{width} x {height} pixels, more than {max_pixels}")
+    if max(width, height) ** 2 > 2 * max_pixels:
+        raise BadImage("too_narrow", f"{width} x {height} pixels: so narrow that its square would fill memory")
+    factor = _factor(stripped, size=size) if decode == "scaled" else 1
+    turned = (height, width) if stripped.orientation >= 5 else (width, height)
+    return _encode(_fit(_decode(stripped, factor=factor), turned, size=size, factor=factor), encoding)
 
 
-def square(data: bytes, *, size: int, max_pixels: int = MAX_PIXELS) -> bytes:
-    """One encoded picture to a size x size RGB PNG: upright, transparent on white, padded with white, bicubic."""
-    picture = _decode(data, max_pixels=max_pixels)
-    side = max(picture.size)
-    canvas = Pillow.new("RGB", (side, side), (255, 255, 255))
-    canvas.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-    out = io.BytesIO()
-    canvas.resize((size, size), Pillow.Resampling.BICUBIC).save(out, "PNG", compress_level=6)
-    return out.getvalue()
+def suffix(encoding: ImageEncoding) -> Literal["jpg", "webp"]:
+    """What the file of such a picture is called."""
+    match encoding:
+        case Jpeg():
+            return "jpg"
+        case Webp():
+            return "webp"
+        case _:
+            assert_never(encoding)
 
 
 def pixels(squares: list[bytes], *, mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float32]:
-    """PNG squares to normalised pixel values (I, 3, S, S): (x / 255 - mean) / std for each channel."""
-    arrays = [np.asarray(Pillow.open(io.BytesIO(data), formats=("PNG",)).convert("RGB")) for data in squares]
+    """Encoded squares to normalised pixel values (I, 3, S, S): (x / 255 - mean) / std for each channel."""
+    arrays = [
+        np.asarray(Pillow.open(io.BytesIO(data), formats=("WEBP", "JPEG", "PNG")).convert("RGB")) for data in squares
+    ]
     scaled = np.stack(arrays).astype(np.float32) / np.float32(255)
     normalised = (scaled - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
     return np.ascontiguousarray(normalised.transpose(0, 3, 1, 2))
 
 
-def _decode(data: bytes, *, max_pixels: int) -> Pillow.Image:
+def _factor(stripped: Stripped, *, size: int) -> int:
+    """By how much the decoder shrinks both sides: 8, 4, 2 or 1. It divides both: no picture ends inside a pixel."""
+    sides = (stripped.width, stripped.height)
+    if stripped.format != "JPEG" or min(sides) < 64:  # below 8 x 8 pixels draft would round the factor itself
+        return 1
+    most = max(1, max(sides) // (SCALED_MARGIN * size))
+    return next(factor for factor in (8, 4, 2, 1) if factor <= most and not any(side % factor for side in sides))
+
+
+def _decode(stripped: Stripped, *, factor: int) -> Pillow.Image:
+    """The upright picture, its sides divided by the factor."""
     try:
-        with Pillow.open(io.BytesIO(data), formats=FORMATS) as opened:
-            if opened.width * opened.height > max_pixels:
-                raise BadImage(f"{opened.width} x {opened.height} pixels, more than {max_pixels}")
-            if max(opened.size) ** 2 > 2 * max_pixels:
-                raise BadImage(f"{opened.width} x {opened.height} pixels: so narrow that its square would fill memory")
-            upright = ImageOps.exif_transpose(opened)
-            if upright.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to white instead of scale
-                upright = Pillow.fromarray((np.asarray(upright) >> 8).clip(0, 255).astype(np.uint8))
-            if "transparency" in upright.info or upright.mode in ("RGBA", "LA", "PA"):
-                rgba = upright.convert("RGBA")
-                white = Pillow.new("RGBA", rgba.size, (255, 255, 255, 255))
-                return Pillow.alpha_composite(white, rgba).convert("RGB")
-            return upright.convert("RGB")
-    except BadImage:
-        raise
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Pillow.DecompressionBombError) as error:
-        raise BadImage(f"not a readable picture of the formats {', '.join(FORMATS)}") from error
+        with Pillow.open(io.BytesIO(stripped.data), formats=(stripped.format,)) as picture:
+            if picture.size != (stripped.width, stripped.height):
+                raise BadImage("corrupt", f"a {stripped.format} with two sizes")
+            if factor > 1:
+                picture.draft(None, (stripped.width // factor, stripped.height // factor))
+            picture.load()
+            turn = TURNS.get(stripped.orientation)
+            return picture if turn is None else picture.transpose(turn)
+    except (OSError, ValueError) as error:  # all that 150,000 damaged files made Pillow raise
+        reason: Reason = "truncated" if "truncated" in str(error).lower() else "corrupt"
+        raise BadImage(reason, f"a {stripped.format} that is {reason}") from error
+
+
+def _fit(picture: Pillow.Image, whole: tuple[int, int], *, size: int, factor: int) -> Pillow.Image:
+    """White around the picture to a square, then bicubic: to the bit what Pillow makes of the padded picture.
+
+    Pillow resizes rows first, then columns, and rounds between: so the rows of the padding, which stay white, need not
+    be resized, and the others can be taken in bands.
+    """
+    side = max(whole)
+    across, down = _pad(whole[0], side, factor=factor), _pad(whole[1], side, factor=factor)
+    column = Pillow.new("RGB", (size, down.length), WHITE)
+    is_ready = _is_rgb(picture) and picture.width == across.length
+    step = picture.height if is_ready else BAND_ROWS
+    for top in range(0, picture.height, step):
+        rows = picture
+        if not is_ready:
+            cut = _rgb(picture.crop((0, top, picture.width, min(top + step, picture.height))))
+            rows = Pillow.new("RGB", (across.length, cut.height), WHITE)
+            rows.paste(cut, (across.before, 0))
+        box = (across.start, 0, across.stop, rows.height)
+        column.paste(rows.resize((size, rows.height), BICUBIC, box=box), (0, down.before + top))
+    return column.resize((size, size), BICUBIC, box=(0, down.start, size, down.stop))
+
+
+@dataclass(frozen=True)
+class _Pad:
+    """One side of the padded picture, in decoded pixels: its length, where the picture begins, what is resized."""
+
+    length: int
+    before: int
+    start: float
+    stop: float
+
+
+def _pad(length: int, side: int, *, factor: int) -> _Pad:
+    """Half of the padding, rounded down, comes first; with a factor it is a fraction of decoded pixels."""
+    first = (side - length) // 2 / factor
+    before = math.ceil(first)
+    stop = before - first + side / factor
+    return _Pad(length=math.ceil(stop), before=before, start=before - first, stop=stop)
+
+
+def _is_rgb(picture: Pillow.Image) -> bool:
+    return picture.mode == "RGB" and "transparency" not in picture.info
+
+
+def _rgb(picture: Pillow.Image) -> Pillow.Image:
+    """On white, in eight bits a channel."""
+    if picture.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to white instead of scale
+        picture = Pillow.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
+    if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA"):
+        rgba = picture.convert("RGBA")
+        white = Pillow.new("RGBA", rgba.size, (*WHITE, 255))
+        return Pillow.alpha_composite(white, rgba).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _encode(picture: Pillow.Image, encoding: ImageEncoding) -> bytes:
+    out = io.BytesIO()
+    match encoding:
+        case Jpeg(quality=quality):
+            picture.save(out, "JPEG", quality=quality, subsampling=0)
+        case Webp(quality=None):
+            # A fifth of the time of PNG at level 6, and smaller for photos. Method 1 takes four times as long for 4 %
+            # (photos) to 40 % (drawings) fewer bytes.
+            picture.save(out, "WEBP", lossless=True, quality=0, method=0)
+        case Webp(quality=quality):
+            picture.save(out, "WEBP", quality=quality, method=2)  # 4 takes twice as long for 1 % fewer bytes
+        case _:
+            assert_never(encoding)
+    return out.getvalue()

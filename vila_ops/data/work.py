@@ -16,9 +16,10 @@ from vila_ops.cluster import whoami
 from vila_ops.config import Config, Mixture, Source, Split, TextFormat
 from vila_ops.data import sources
 from vila_ops.data.clean import clean
+from vila_ops.data.containers import BadImage
 from vila_ops.data.conversation import Tokenizer, Tokens, tokenise
 from vila_ops.data.identity import source_recipe, text_recipe
-from vila_ops.data.images import BadImage, square, suffix
+from vila_ops.data.images import square, suffix
 from vila_ops.data.questions import Names, questions
 from vila_ops.data.raw import Span
 from vila_ops.data.records import Dropped, Image, Record

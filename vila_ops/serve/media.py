@@ -2,14 +2,12 @@
 
 import base64
 import binascii
-import contextlib
-import io
 import re
 
-from PIL import Image as Pillow
-
 from vila_ops.config import Service
-from vila_ops.data.images import FORMATS, BadImage, square
+from vila_ops.config.images import Webp
+from vila_ops.data.containers import BadImage
+from vila_ops.data.images import square
 from vila_ops.data.records import Image
 from vila_ops.generate.engine import Generator, Prompt
 from vila_ops.serve.errors import ApiError
@@ -43,8 +41,7 @@ def _parts(message: Message, where: str, *, size: int, max_pixels: int) -> tuple
             raise ApiError(400, f"{param}: only a user's message may have images", param=param, code="invalid_value")
         data = _bytes(part.image_url.url, param)
         try:
-            _check_side(data, max_pixels=max_pixels)
-            parts.append(Image(square(data, size=size, max_pixels=max_pixels)))
+            parts.append(Image(square(data, size=size, encoding=Webp(), max_pixels=max_pixels)))
         except BadImage as error:
             raise ApiError(400, f"{param}: {error}", param=param, code="invalid_image") from None
     return tuple(parts)
@@ -59,13 +56,3 @@ def _bytes(url: str, param: str) -> bytes:
         return base64.b64decode(url[start.end() :], validate=True)
     except (binascii.Error, ValueError):
         raise ApiError(400, f"{param}: not valid base64", param=param, code="invalid_image") from None
-
-
-def _check_side(data: bytes, *, max_pixels: int) -> None:
-    """Refuse a long thin picture before it is padded to a square of many more pixels than it has itself."""
-    width = height = 0
-    unreadable = (OSError, ValueError, SyntaxError, Pillow.DecompressionBombError)  # square() tells of these
-    with contextlib.suppress(*unreadable), Pillow.open(io.BytesIO(data), formats=FORMATS) as opened:
-        width, height = opened.size
-    if max(width, height) ** 2 > max_pixels:
-        raise BadImage(f"{width} x {height} pixels; the square around it has more than {max_pixels}")

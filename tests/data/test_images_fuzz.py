@@ -1,0 +1,119 @@
+"""Hostile and damaged picture files: each becomes a square or is refused with a reason, within limits.
+
+All are decoded in one other process (hostile_pictures.py), so that a crash or a hang is found and named.
+VILA_FUZZ sets how many damaged files (`make faults`: 10 000).
+"""
+
+import os
+import resource
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from vila_ops.data.containers import Reason
+from vila_ops.data.images import BYTES_PER_PIXEL
+
+FUZZED = int(os.environ.get("VILA_FUZZ", "1000"))
+SCRIPT = Path(__file__).with_name("hostile_pictures.py")
+ADDRESS_SPACE = 4 * 2**30
+SLACK = 64 * 2**20
+EXPECTED = {
+    "empty": "empty",
+    "one_pixel": "picture",
+    "one_pixel_os2_bmp": "picture",
+    "narrow_jpeg": "too_narrow",
+    "narrow_png": "too_many_pixels",
+    "no_width": "corrupt",
+    "huge_png": "too_many_pixels",
+    "huge_jpeg": "too_many_pixels",
+    "huge_webp": "too_many_pixels",
+    "huge_gif": "too_many_pixels",
+    "huge_gif_frame": "too_many_pixels",
+    "huge_bmp": "too_many_pixels",
+    "large_png_without_data": "truncated",
+    "large_webp": "picture",
+    "large_jpeg_turned": "picture",
+    "text_bomb_ztxt": "picture",
+    "text_bomb_itxt": "picture",
+    "icc_bomb": "picture",
+    "exif_bomb_png": "picture",
+    "exif_bomb_jpeg": "picture",
+    "exif_bomb_webp": "picture",
+    "exif_broken": "picture",
+    "icc_broken": "picture",
+    "metadata_of_58_mb": "picture",
+    "segments_without_end": "too_complex",
+    "chunks_without_end": "too_complex",
+    "data_in_crumbs": "too_complex",
+    "comments_without_end": "too_complex",
+    "stray_bytes": "too_complex",
+    "sixty_five_mb": "too_many_bytes",
+    "scans_1000_small": "picture",
+    "scans_1000_large": "too_complex",
+    "scans_1000_largest": "too_complex",
+    "runs_without_end": "corrupt",
+    "runs_of_many_pixels": "too_complex",
+    "arithmetic_jpeg": "unsupported",
+    "lossless_jpeg": "unsupported",
+    "half_with_end": "truncated",
+    "followed_by_zip": "picture",
+    "png_without_data": "corrupt",
+    "png_wrong_checksum": "corrupt",
+    **dict.fromkeys(("tiff", "ico", "avif", "svg", "pdf", "eps", "html", "zip", "zero_bytes"), "not_a_picture"),
+}
+"""What becomes of each named file. A whole seed (one of every format and mode that is read) becomes a picture."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the other process said of one file."""
+
+    name: str
+    outcome: str
+    cpu_seconds: float
+    memory_bytes: int
+    """Growth of resident memory at its peak."""
+
+
+def run(*arguments: str) -> list[Outcome]:
+    """The outcomes; fails with the file's name when the process ends inside one."""
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[2])},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE)),
+    )
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, f"ended with {done.returncode} at {lines[-1:]}: {done.stderr[-2000:]}"
+    assert done.stderr == "", "a decoder wrote something"
+    found = [(name, said.split()) for name, said in zip(lines[::2], lines[1::2], strict=True)]
+    return [Outcome(name, said[1], float(said[2]), int(said[3])) for name, said in found]
+
+
+def test_every_named_attack_ends_as_it_should() -> None:
+    outcomes = run("named")
+    whole = len(outcomes) - len(EXPECTED)
+    found = {outcome.name: outcome.outcome for outcome in outcomes}
+    assert whole == 30
+    assert found == {**dict.fromkeys(list(found)[:whole], "picture"), **EXPECTED}
+    for outcome in outcomes:
+        pixels = 10_000_000 if outcome.name.startswith("large") else 1_000_000
+        assert outcome.memory_bytes < BYTES_PER_PIXEL * pixels + SLACK, outcome
+
+
+@pytest.mark.timeout(600 + FUZZED // 10)
+def test_damaged_files_become_squares_or_are_refused_with_a_reason() -> None:
+    outcomes = run("fuzzed", str(FUZZED))
+    counts = Counter(outcome.outcome for outcome in outcomes)
+    assert sum(counts.values()) == FUZZED
+    assert set(counts) <= {"picture", *get_args(Reason)}, [o for o in outcomes if ":" in o.outcome][:5]
+    assert counts["picture"] > FUZZED / 10, "the damage is so great that no decoder was reached"
+    worst = max(outcomes, key=lambda outcome: outcome.memory_bytes)
+    assert worst.memory_bytes < BYTES_PER_PIXEL * 1_000_000 + SLACK, worst

@@ -1,0 +1,275 @@
+"""Encoded pictures without what their pixels do not need, so that nothing else ever reaches a decoder.
+
+A decoder reads everything that a file brings: texts and profiles that inflate to gigabytes, a million empty segments,
+EXIF tables that point at each other, second frames. Here each container is walked once, in time linear in its bytes and
+without inflating anything; what stays is the header, the palette, the transparency and the data of the first frame, and
+of the rest one number: how the camera was held.
+"""
+
+import re
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Format = Literal["PNG", "JPEG", "WEBP", "GIF", "BMP"]
+"""Told by content, never by file name. Formats that can run programs (EPS, SVG, PDF) are not among them, nor is TIFF,
+which is dozens of codecs behind one name. A phone's MPO is read as the JPEG that it starts with."""
+Reason = Literal[
+    "empty", "not_a_picture", "unsupported", "truncated", "corrupt", "too_many_bytes", "too_many_pixels", "too_narrow",
+    "too_complex",
+]  # fmt: skip
+
+MAX_BYTES = 64 * 2**20
+MAX_PARTS = 2**17
+"""Segments, chunks or sub-blocks of one file, each of which costs a decoder about 2 us."""
+MAX_SCAN_PIXELS = 500_000_000
+"""Scans x pixels of a progressive JPEG: every scan visits every block, at 1 to 4 ns a pixel (measured)."""
+MAX_RLE_PIXELS = 1_000_000
+"""Of a run-length coded BMP, which Pillow decodes in Python at up to 0.2 us a pixel."""
+
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff])", re.DOTALL)
+JPEG_FRAMES = {0xC0, 0xC1, 0xC2}
+"""Baseline, extended and progressive, in Huffman codes. Lossless, hierarchical and arithmetic ones no browser shows."""
+JPEG_OTHER_FRAMES = {*range(0xC3, 0xD0)} - {0xC4, 0xC8, 0xCC}
+JPEG_BARE = {0x01, *range(0xD0, 0xD9)}
+"""Markers without a length: TEM, RST0-7, SOI."""
+XMP_HEAD = b"http://ns.adobe.com/xap/1.0/\x00"
+XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
+ORIENTATION = 0x0112
+EXIF_INTEGERS = {3: "H", 4: "L", 6: "b", 8: "h", 9: "l"}
+"""TIFF 6.0 types SHORT, LONG, SBYTE, SSHORT and SLONG, as struct letters."""
+
+
+class BadImage(ValueError):
+    """A picture that cannot be decoded safely; `reason` is one fixed word, by which such pictures are counted."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.reason: Reason = reason
+
+
+@dataclass(frozen=True)
+class Stripped:
+    """A picture file that holds one picture and nothing else."""
+
+    format: Format
+    data: bytes
+    width: int
+    height: int
+    orientation: int
+    """EXIF 2.3 tag 0x0112; 1 where the file names none."""
+
+
+def strip(data: bytes) -> Stripped:
+    """The file without metadata and without all frames but the first; raises BadImage."""
+    if not data:
+        raise BadImage("empty", "no bytes at all")
+    if len(data) > MAX_BYTES:
+        raise BadImage("too_many_bytes", f"{len(data)} bytes, more than {MAX_BYTES}")
+    if data.startswith(PNG_MAGIC):
+        return _png(data)
+    if data.startswith(b"\xff\xd8\xff"):
+        return _jpeg(data)
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return _webp(data)
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return _gif(data)
+    if data.startswith(b"BM"):
+        return _bmp(data)
+    raise BadImage("not_a_picture", f"none of the formats {', '.join(get_args(Format))}")
+
+
+def exif_orientation(exif: bytes) -> int | None:
+    """The orientation in a block of EXIF (a TIFF header and its first table); None where it names none or is broken."""
+    while exif.startswith(b"Exif\x00\x00"):
+        exif = exif[6:]
+    order = {b"II": "<", b"MM": ">"}.get(exif[:2])
+    if order is None or len(exif) < 10 or struct.unpack_from(order + "H", exif, 2) != (42,):
+        return None
+    (start,) = struct.unpack_from(order + "L", exif, 4)
+    if start + 2 > len(exif):
+        return None
+    (count,) = struct.unpack_from(order + "H", exif, start)
+    table = exif[start + 2 : start + 2 + 12 * count]
+    found: int | None = None
+    for tag, kind, values, value in struct.iter_unpack(order + "HHL4s", table[: len(table) // 12 * 12]):
+        if tag == ORIENTATION and values == 1 and kind in EXIF_INTEGERS:
+            (found,) = struct.unpack_from(order + EXIF_INTEGERS[kind], value)
+    return found
+
+
+def _oriented(exif: bytes, xmp: bytes) -> int:
+    """EXIF's word, or where it has none XMP's."""
+    found = exif_orientation(exif)
+    if found is None and (match := XMP_ORIENTATION.search(xmp)):
+        found = int(match[1])
+    return 1 if found is None else found
+
+
+def _png(data: bytes) -> Stripped:
+    """Chunks are length, name, body, CRC. The CRCs of what stays are checked: Pillow does not check those of IDAT."""
+    kept = [PNG_MAGIC]
+    exif = xmp = b""
+    at = len(PNG_MAGIC)
+    for _ in range(MAX_PARTS):
+        head = data[at : at + 8]
+        end = at + 12 + int.from_bytes(head[:4])
+        if len(head) < 8 or end > len(data):
+            raise BadImage("truncated", "a PNG that ends before its IEND")
+        name = head[4:]
+        if name in PNG_KEPT:
+            chunk = data[at:end]
+            if zlib.crc32(chunk[4:-4]) != int.from_bytes(chunk[-4:]):
+                raise BadImage("corrupt", f"a PNG whose {name.decode()} does not have its checksum")
+            kept.append(chunk)
+        elif name == b"eXIf":
+            exif = data[at + 8 : end - 4]
+        elif name == b"iTXt" and data.startswith(b"XML:com.adobe.xmp\x00", at + 8):
+            xmp = data[at + 8 : end - 4]
+        if name == b"IEND":
+            if len(kept) < 2 or len(kept[1]) != 25:
+                raise BadImage("corrupt", "a PNG that does not begin with its IHDR")
+            width, height = struct.unpack_from(">LL", kept[1], 8)
+            return Stripped("PNG", b"".join(kept), width, height, _oriented(exif, xmp))
+        at = end
+    raise BadImage("too_complex", f"a PNG of more than {MAX_PARTS} chunks")
+
+
+def _jpeg(data: bytes) -> Stripped:
+    """Segments up to the first scan; from there on only entropy-coded data and tables follow."""
+    kept = [b"\xff\xd8"]
+    exif = xmp = frame = b""
+    at = 2
+    for _ in range(MAX_PARTS):
+        marker = JPEG_MARKER.search(data, at)
+        if marker is None:
+            raise BadImage("truncated", "a JPEG that ends before its first scan")
+        code, at = marker[1][0], marker.end()
+        if code in JPEG_BARE:
+            continue
+        segment = data[at : at + int.from_bytes(data[at : at + 2])]
+        if code == 0xD9 or code in JPEG_OTHER_FRAMES:
+            word: Reason = "corrupt" if code == 0xD9 else "unsupported"
+            raise BadImage(word, f"a JPEG with marker {code:#x} before its first scan")
+        if len(segment) < 2 or len(segment) < int.from_bytes(segment[:2]):
+            raise BadImage("truncated", "a JPEG that ends inside its header")
+        body = segment[2:]
+        if code == 0xDA:
+            if len(frame) < 6:
+                raise BadImage("corrupt", "a JPEG whose first scan stands before its frame")
+            kept.append(_scans(data[marker.end() - 2 :], frame=frame, progressive=b"\xff\xc2" in kept))
+            height, width = struct.unpack_from(">HH", frame, 1)
+            return Stripped("JPEG", b"".join(kept), width, height, _oriented(exif, xmp))
+        if code in JPEG_FRAMES:
+            frame = body
+        if code == 0xE1 and body.startswith(b"Exif\x00\x00"):
+            exif = exif or body
+        elif code == 0xE1 and body.startswith(XMP_HEAD):
+            xmp = body
+        elif code < 0xE0 or body.startswith((b"JFIF\x00", b"Adobe")):  # the last two say what the colours are
+            kept += [bytes((0xFF, code)), segment]
+        at += len(segment)
+    raise BadImage("too_complex", f"a JPEG of more than {MAX_PARTS} segments")
+
+
+def _scans(data: bytes, *, frame: bytes, progressive: bool) -> bytes:
+    """What follows the header of a JPEG, changed so that lost data is noticed.
+
+    libjpeg fills what is missing before the end marker with grey and only warns, which Pillow does not pass on. Without
+    that marker it asks for more data instead, and Pillow refuses the file. The zeros are what a decoder reads ahead.
+    """
+    if not progressive and data[4:5] == frame[5:6]:  # one scan has all components
+        end = data.rfind(b"\xff\xd9")
+        return data if end < 0 else data[:end] + bytes(16)
+    height, width = struct.unpack_from(">HH", frame, 1)
+    scans = data.count(b"\xff\xda")  # in coded data 0xff is always followed by 0
+    if scans * width * height > MAX_SCAN_PIXELS:
+        raise BadImage("too_complex", f"a JPEG of {width} x {height} pixels in {scans} scans")
+    return data
+
+
+def _webp(data: bytes) -> Stripped:
+    """RIFF chunks. libwebp keeps metadata unread and gives the first frame without decoding others: nothing is cut."""
+    exif = xmp = b""
+    size = int.from_bytes(data[4:8], "little") + 8
+    if size > len(data):
+        raise BadImage("truncated", f"a WebP of {size} bytes, of which {len(data)} are there")
+    at = 12
+    for _ in range(MAX_PARTS):
+        if at + 8 > size:
+            return Stripped("WEBP", data, *_webp_size(data), _oriented(exif, xmp))
+        name, length = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
+        if name == b"EXIF":
+            exif = data[at + 8 : at + 8 + length]
+        elif name == b"XMP ":
+            xmp = data[at + 8 : at + 8 + length]
+        at += 8 + length + length % 2
+    raise BadImage("too_complex", f"a WebP of more than {MAX_PARTS} chunks")
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Of the canvas (RFC 9649): 2 x 24 bits less one, or 2 x 14 bits: lossy after a start code, lossless less one."""
+    name = data[12:16]
+    if name == b"VP8X" and len(data) >= 30:
+        return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
+    if name == b"VP8 " and data[23:26] == b"\x9d\x01\x2a" and len(data) >= 30:
+        width, height = struct.unpack_from("<HH", data, 26)
+        return width & 0x3FFF, height & 0x3FFF
+    if name == b"VP8L" and data[20:21] == b"\x2f" and len(data) >= 25:
+        bits = int.from_bytes(data[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    raise BadImage("corrupt", "a WebP without the header of a picture")
+
+
+def _gif(data: bytes) -> Stripped:
+    """The screen, its palette, the last graphic control before the first image, and that image."""
+    at = 13
+    if len(data) < at:
+        raise BadImage("truncated", "a GIF that ends inside its header")
+    if data[10] & 0x80:
+        at += 3 << ((data[10] & 7) + 1)
+    head, control = data[:at], b""
+    parts = 0
+    while at < len(data) and data[at] != 0x3B:
+        start = at
+        parts += 1
+        if parts > MAX_PARTS:
+            raise BadImage("too_complex", f"a GIF of more than {MAX_PARTS} blocks before its first image ends")
+        if data[at] == 0x21:
+            at += 2
+        elif data[at] == 0x2C:
+            flags = data[at + 9] if at + 9 < len(data) else 0
+            at += 11 + (3 << ((flags & 7) + 1) if flags & 0x80 else 0)
+        else:  # a stray byte: decoders skip it
+            at += 1
+            continue
+        while at < len(data) and data[at]:
+            parts += 1
+            at += 1 + data[at]
+        at += 1
+        if at > len(data):
+            break
+        if data[start] == 0x2C:
+            left, top, wide, high = struct.unpack_from("<HHHH", data, start + 1)
+            width, height = struct.unpack_from("<HH", data, 6)
+            size = max(width, left + wide), max(height, top + high)  # the screen grows to hold its image
+            return Stripped("GIF", head + control + data[start:at] + b";", *size, 1)
+        if data[start + 1] == 0xF9:
+            control = data[start:at]
+    raise BadImage("truncated", "a GIF that ends before its first image does")
+
+
+def _bmp(data: bytes) -> Stripped:
+    """Nothing to cut; only run-length codes can be slow. A header of 12 bytes is OS/2's, longer ones are Windows's."""
+    if len(data) < 26:
+        raise BadImage("truncated", "a BMP that ends inside its header")
+    is_old = struct.unpack_from("<L", data, 14) == (12,)
+    width, height = struct.unpack_from("<HH" if is_old else "<Ll", data, 18)
+    height = abs(height)  # below zero: rows from the top
+    is_coded = not is_old and data[30:31] in (b"\x01", b"\x02")
+    if is_coded and (width * height > MAX_RLE_PIXELS or len(data) > 2 * MAX_RLE_PIXELS):
+        raise BadImage("too_complex", f"a run-length coded BMP of {width} x {height} pixels, {len(data)} bytes")
+    return Stripped("BMP", data, width, height, 1)
