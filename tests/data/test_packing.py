@@ -4,47 +4,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from vila_ops.data.packing import WINDOW, attention_mask, pack, plan_rows
+from vila_ops.data.packing import attention_mask, pack
 from vila_ops.data.shards import Sample
 
 
 def sample(key: str, ids: list[int], targets: list[bool] | None = None, images: tuple[bytes, ...] = ()) -> Sample:
     return Sample(
-        key=key, source="s", object="o", category="", text="", licence="", provenance="", input_ids=ids,
+        id=key, key=key, source="s", object="o", category="", text="", licence="", provenance="", input_ids=ids,
         is_target=targets or [False] + [True] * (len(ids) - 1), images=images,
     )  # fmt: skip
 
 
-@given(lengths=st.lists(st.integers(1, 50), max_size=400), capacity=st.integers(50, 200))
-def test_every_sample_stands_in_exactly_one_row_and_no_row_is_over_full(lengths: list[int], capacity: int) -> None:
-    rows = plan_rows(lengths, capacity=capacity)
-    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
-    assert all(0 < sum(lengths[i] for i in row) <= capacity for row in rows)
-
-
-def test_rows_are_filled_well() -> None:
-    lengths = np.random.default_rng(0).integers(5, 120, 3000).tolist()
-    rows = plan_rows(lengths, capacity=256)
-    assert sum(lengths) / (len(rows) * 256) > 0.97
-
-
-def test_the_best_fitting_row_is_taken() -> None:
-    assert plan_rows([6, 8, 2, 4, 1], capacity=10) == [[0, 3], [1, 2], [4]]
-
-
-def test_only_so_many_rows_are_open() -> None:
-    lengths = [6] * WINDOW + [7, 4]  # the 65th closes the first; then 4 fits into the fullest that is still open
-    rows = plan_rows(lengths, capacity=10)
-    assert rows[0] == [0]
-    assert [1, WINDOW + 1] in rows
-
-
-def test_a_sample_longer_than_a_row_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"sample 1 has 11 tokens, a row holds 10; raise row_tokens"):
-        plan_rows([3, 11], capacity=10)
+def test_samples_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="11 tokens do not fit"):
         pack([sample("a", list(range(11)))], capacity=10)
 

@@ -5,7 +5,19 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "deepspeed", "ray", "mlflow", "prefect", "dvc", "pyarrow", "pillow", "pydantic")
+PACKAGES = (
+    "numpy",
+    "torch",
+    "transformers",
+    "deepspeed",
+    "ray",
+    "mlflow",
+    "prefect",
+    "dvc",
+    "pyarrow",
+    "pillow",
+    "pydantic",
+)
 
 
 def execution(*, launch: str, seconds: float, ran: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,99 +1,113 @@
-"""The order of samples and rows: a pure function of (data digest, seed, epoch), the same for any world size.
+"""The packed rows of one dataset for one stage. Resuming takes one integer, the step.
 
-Resuming takes one integer, the step: step k reads rows [k * B, (k + 1) * B) of one endless stream.
+Step k reads rows [k * B, (k + 1) * B) of one endless stream; `order.py` says which samples those are.
 """
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vila_ops.config import Stage
-from vila_ops.data.packing import Row, pack, plan_rows
-from vila_ops.data.shards import read_index, read_sample
+from vila_ops.data.arrays import DamagedCache, discard
+from vila_ops.data.index import Index
+from vila_ops.data.mixture import Size, compose
+from vila_ops.data.order import Asked, Epoch, epoch_plan, random_state
+from vila_ops.data.packing import Row, pack
+from vila_ops.data.planner import plan
+from vila_ops.data.shards import read_sample
 
-
-@dataclass(frozen=True)
-class Entry:
-    """Where one sample lies."""
-
-    key: str
-    shard: str
-    offset: int
-    num_tokens: int
-    num_targets: int
+T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class Rows:
     """The packed rows of one dataset for one stage."""
 
-    def __init__(self, folder: Path, *, digest: str, stage: Stage) -> None:
-        """Raises ValueError when a source has no training sample or the dataset no validation sample."""
+    def __init__(self, folder: Path, *, digest: str, stage: Stage, cache: Path) -> None:
+        """`cache` keeps the index and the plans of epochs as arrays; ranks of a machine and attempts share it.
+
+        Raises ValueError when a source has no training sample or the dataset no validation sample.
+        """
         self.folder = folder
-        self.stage = stage
         self.digest = digest
-        index = read_index(folder).to_pylist()
-        weights = {name: source.weight for name, source in sorted(stage.mixture.sources.items())}
-        self._train = {name: _entries(index, split="train", source=name) for name in weights}
-        if empty := [name for name, entries in self._train.items() if not entries]:
-            raise ValueError(f"stage {stage.name!r}: sources {empty} have no training sample; remove them")
-        self._held_out = _entries(index, split="validation", source=None)
-        if not self._held_out:
-            raise ValueError(f"stage {stage.name!r}: mixture {stage.mixture.name!r} has no validation sample")
-        self._per_epoch = _per_epoch({name: len(entries) for name, entries in self._train.items()}, weights)
+        self.stage = stage
+        self.cache = cache
+        self._open()
+
+    def _open(self) -> None:
+        self._index = Index(self.folder, digest=self.digest, cache=self.cache)
+        train = {group.source: group for group in self._index.groups if group.split == "train"}
+        sizes = {name: Size(group.samples, group.tokens) for name, group in train.items()}
+        self.composition = compose(self.stage.mixture, sizes)
+        """What an epoch is made of."""
+        per_epoch = {name: share.samples_per_epoch for name, share in self.composition.shares.items()}
+        self._asked = Asked(self.digest, self.stage.seed, self.stage.row_tokens, per_epoch)
+        self._num_rows: list[int] = []  # of the epochs reached so far
         self._epoch = lru_cache(maxsize=2)(self._plan)
-        self._num_rows: list[int] = []  # of the epochs planned so far
+        if not any(group.split == "validation" for group in self._index.groups):
+            name = self.stage.mixture.name
+            raise ValueError(f"stage {self.stage.name!r}: mixture {name!r} has no validation sample")
+        self._held_out = lru_cache(maxsize=1)(self._validation_rows)
 
     def batch(self, step: int, *, rank: int = 0, world_size: int = 1) -> tuple[list[Row], int]:
         """This rank's rows of the global batch of a step, and the number of targets in the whole of it."""
-        size = self.stage.global_batch_size
-        rows = [self._row(number) for number in range(step * size, (step + 1) * size)]
-        share = size // world_size
-        own = rows[rank * share : (rank + 1) * share]
-        return [self._pack(row) for row in own], sum(entry.num_targets for row in rows for entry in row)
+
+        def read() -> tuple[list[Row], int]:
+            size = self.stage.global_batch_size
+            rows = [self._row(number) for number in range(step * size, (step + 1) * size)]
+            num_targets = sum(self._index.num_targets(number) for row in rows for number in row)
+            share = size // world_size
+            return [self._pack(row) for row in rows[rank * share : (rank + 1) * share]], num_targets
+
+        return self._healed(read)
 
     def validation(self) -> list[Row]:
         """The rows of the validation split that every validation reads, always the same."""
-        order = np.random.default_rng(_seed(self.digest, 0, 0, "validation")).permutation(len(self._held_out))
-        entries = [self._held_out[i] for i in order]
-        rows = plan_rows([entry.num_tokens for entry in entries], capacity=self.stage.row_tokens)
-        return [self._pack([entries[i] for i in row]) for row in rows[: self.stage.validation_rows]]
+        return self._healed(lambda: [self._pack(row) for row in self._held_out()])
 
-    def _row(self, number: int) -> list[Entry]:
+    def _healed(self, read: Callable[[], T]) -> T:
+        """What `read` returns; a damaged cache is made anew, as nothing is in it that cannot be."""
+        try:
+            return read()
+        except DamagedCache as error:
+            log.warning("%s; it is made anew", error)
+            discard(error.folder)
+            self._open()
+            return read()
+
+    def _row(self, number: int) -> list[int]:
         epoch = 0
         while True:
             if epoch == len(self._num_rows):
                 self._num_rows.append(len(self._epoch(epoch)))
             if number < self._num_rows[epoch]:
-                return self._epoch(epoch)[number]
+                samples: list[int] = self._epoch(epoch).row(number).tolist()
+                return samples
             number -= self._num_rows[epoch]
             epoch += 1
 
-    def _plan(self, epoch: int) -> list[list[Entry]]:
-        drawn = [
-            entries[i]
-            for name, entries in self._train.items()
-            for i in self._cycle(name, start=epoch * self._per_epoch[name], count=self._per_epoch[name])
-        ]
-        draw = np.random.default_rng(_seed(self.digest, self.stage.seed, epoch, "order"))
-        drawn = [drawn[i] for i in draw.permutation(len(drawn))]
-        rows = plan_rows([entry.num_tokens for entry in drawn], capacity=self.stage.row_tokens)
-        return [[drawn[i] for i in rows[place]] for place in draw.permutation(len(rows))]
+    def _plan(self, epoch: int) -> Epoch:
+        return epoch_plan(self._asked, epoch, index=self._index, cache=self.cache)
 
-    def _cycle(self, name: str, *, start: int, count: int) -> list[int]:
-        """`count` places of the endless stream of a source's permutations, from `start` on."""
-        size = len(self._train[name])
-        found: list[int] = []
-        for place in range(start // size, (start + count - 1) // size + 1):
-            order = np.random.default_rng(_seed(self.digest, self.stage.seed, place, name)).permutation(size)
-            found += order[max(0, start - place * size) : start + count - place * size].tolist()
-        return found
+    def _validation_rows(self) -> list[list[int]]:
+        groups = [self._index.numbers(group) for group in self._index.groups if group.split == "validation"]
+        held_out = np.concatenate(groups)
+        seed = random_state(self.digest, seed=0, number=0, name="validation")
+        np.random.default_rng(seed).shuffle(held_out)
+        capacity, wanted = self.stage.row_tokens, self.stage.validation_rows
+        lengths = self._index.num_tokens()[held_out]
+        enough = int(np.searchsorted(np.cumsum(lengths, dtype=np.int64), wanted * capacity)) + 1
+        made = plan(lengths[:enough], capacity=capacity, seed=seed)
+        return [held_out[made.row(row)].tolist() for row in range(min(len(made), wanted))]
 
-    def _pack(self, entries: list[Entry]) -> Row:
-        samples = [read_sample(self.folder, shard=e.shard, offset=e.offset, key=e.key) for e in entries]
+    def _pack(self, numbers: list[int]) -> Row:
+        places = [self._index.place(number) for number in numbers]
+        samples = [read_sample(self.folder, shard=at.shard, offset=at.offset, key=at.key) for at in places]
         return pack(samples, capacity=self.stage.row_tokens)
 
 
@@ -101,21 +115,3 @@ def stack(rows: list[Row]) -> tuple[NDArray[np.int64], ...]:
     """(B, T) arrays of some rows: input_ids, position_ids, segment_ids, labels."""
     fields = ("input_ids", "position_ids", "segment_ids", "labels")
     return tuple(np.stack([getattr(row, field) for row in rows]) for field in fields)
-
-
-def _entries(index: list[dict[str, Any]], *, split: str, source: str | None) -> list[Entry]:
-    return [
-        Entry(row["key"], row["shard"], row["offset"], row["num_tokens"], row["num_targets"])
-        for row in index
-        if row["split"] == split and source in (None, row["source"])
-    ]
-
-
-def _per_epoch(sizes: dict[str, int], weights: dict[str, float]) -> dict[str, int]:
-    """Samples of each source in one epoch: as many as there are in all, shared by weight, at least one each."""
-    total, mass = sum(sizes.values()), sum(weights.values())
-    return {name: max(1, round(total * weights[name] / mass)) for name in sizes}
-
-
-def _seed(digest: str, seed: int, number: int, name: str) -> list[int]:
-    return [int(digest[:16], 16), seed, number, *name.encode()]

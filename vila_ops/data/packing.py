@@ -1,4 +1,4 @@
-"""Samples to packed rows: which samples share a row, and what the model reads of a row. Pure.
+"""Samples to packed rows: what the model reads of samples that share a row. Pure.
 
 B rows, T tokens of a row, I images.
 """
@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 from vila_ops.data.shards import Sample
 
 IGNORE_INDEX = -100
-WINDOW = 64
-"""Rows kept open at once while packing; more fill better and mix samples over a longer stretch."""
 
 
 @dataclass(frozen=True)
@@ -32,30 +30,6 @@ class Row:
     """PNG squares, in order of their placeholders."""
     keys: tuple[str, ...]
     """Of the samples, in order."""
-
-
-def plan_rows(lengths: Sequence[int], *, capacity: int) -> list[list[int]]:
-    """Best fit in order of arrival: the samples (as indices into `lengths`) of each row, none over `capacity`.
-
-    At most WINDOW rows are open; the fullest is closed first. Every sample stands in exactly one row.
-    """
-    closed: list[list[int]] = []
-    rows: list[tuple[int, list[int]]] = []  # free tokens, members
-    for index, length in enumerate(lengths):
-        if length > capacity:
-            raise ValueError(f"sample {index} has {length} tokens, a row holds {capacity}; raise row_tokens")
-        fitting = [place for place, (free, _) in enumerate(rows) if free >= length]
-        if fitting:
-            best = min(fitting, key=lambda place: rows[place][0])
-            free, members = rows[best]
-            members.append(index)
-            rows[best] = (free - length, members)
-        else:
-            if len(rows) == WINDOW:
-                fullest = min(range(WINDOW), key=lambda place: rows[place][0])
-                closed.append(rows.pop(fullest)[1])
-            rows.append((capacity - length, [index]))
-    return closed + [members for _, members in rows]
 
 
 def pack(samples: Sequence[Sample], *, capacity: int) -> Row:

@@ -34,3 +34,7 @@ class Job(Config):
     def feature_cache(self) -> Path:
         """Where features of frozen towers are kept."""
         return self.resources.scratch() / "features"
+
+    def plan_cache(self) -> Path:
+        """Where the order of samples is kept."""
+        return self.resources.scratch() / "plans"

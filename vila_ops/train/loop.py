@@ -46,6 +46,9 @@ def train(job: Job, place: Place) -> dict[str, Any]:
     torch.set_num_threads(job.resources.threads_per_worker)
     torch.manual_seed(job.stage.seed)
     model, rows, batches = load(job)
+    if place.rank == 0:
+        for note in rows.composition.notes:
+            log.warning("%s: %s", job.stage.name, note)
     objective = Objective(model, bf16=job.stage.precision == "bf16")
     trained = set_trainable(objective, job.stage.trainable)
     engine = build_engine(objective, trained, job.stage, job.resources)
@@ -69,13 +72,14 @@ def train(job: Job, place: Place) -> dict[str, Any]:
             checkpoint.save(Path(job.resume), step=step, states=engine.state(), curve=curve, place=place)
     metrics.flush()
     finish(engine, job, curve, place)
-    return {"rank": place.rank, **engine.facts()}
+    said = {"composition": rows.composition.model_dump(mode="json")} if place.rank == 0 else {}
+    return {"rank": place.rank, **engine.facts(), **said}
 
 
 def load(job: Job) -> tuple[VilaForConditionalGeneration, Rows, "Batches"]:
     """Model, rows and batches of a stage."""
     device = torch.device("cuda", torch.cuda.current_device()) if job.resources.gpus_per_worker else torch.device("cpu")
-    rows = Rows(content(job.data), digest=job.data.digest, stage=job.stage)
+    rows = Rows(content(job.data), digest=job.data.digest, stage=job.stage, cache=job.plan_cache())
     model = model_folder.load(content(job.init))
     batches = Batches(job, model, device=device)
     if isinstance(job.init, Pretrained) and "projector" in job.stage.trainable:

@@ -14,7 +14,7 @@ from vila_ops.cluster import whoami
 from vila_ops.config import Model, Resources, Stage
 from vila_ops.train.job import Job, Place
 
-REVISION = 1
+REVISION = 2
 log = logging.getLogger(__name__)
 
 

@@ -1,0 +1,116 @@
+"""Folders of arrays in a cache: there whole or not at all, opened without being read, verified where they are read.
+
+NAME.npy      the arrays, which numpy reads too
+header.json   what is known of them, their sizes and the CRC-32 of every PIECE of them; its own checksum
+"""
+
+import errno
+import json
+import os
+import secrets
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vila_ops.artifacts.disk import sync
+from vila_ops.config.base import fingerprint
+
+HEADER = "header.json"
+PIECE = 2**16
+"""Bytes verified at once, the first time that one of them is read."""
+
+
+class DamagedCache(ValueError):
+    """A cached array is not what was written."""
+
+    def __init__(self, folder: Path, what: str) -> None:
+        super().__init__(f"the cache {folder} is damaged: {what}")
+        self.folder = folder
+
+
+class Arrays:
+    """The arrays of one folder, one dimension each, mapped and not read."""
+
+    def __init__(self, folder: Path, make: Callable[[Path], dict[str, Any]]) -> None:
+        """`make` fills an empty folder with NAME.npy and returns `facts`; called where there is no whole folder yet.
+
+        Processes may race: each makes the same, and the first one's stays.
+        """
+        self.folder = folder
+        header = _header(folder) or _made(folder, make)
+        self.facts: dict[str, Any] = header["facts"]
+        self._checks: dict[str, list[int]] = header["checks"]
+        self._arrays = {name: _map(folder / f"{name}.npy") for name in self._checks}
+        self._seen = {name: bytearray(len(checks)) for name, checks in self._checks.items()}
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Elements of an array; raises DamagedCache."""
+        array = self._arrays[name]
+        stop = len(array) if stop is None else stop
+        first, last = start * array.itemsize // PIECE, -(-stop * array.itemsize // PIECE)
+        if self._seen[name].count(0, first, last):
+            whole = array.data.cast("B")
+            for piece in range(first, last):
+                if zlib.crc32(whole[piece * PIECE : (piece + 1) * PIECE]) != self._checks[name][piece]:
+                    raise DamagedCache(self.folder, f"{name} differs from its CRC-32 in piece {piece}")
+                self._seen[name][piece] = 1
+        return array[start:stop]
+
+
+def _header(folder: Path) -> dict[str, Any] | None:
+    """What is known of a folder; None where there is none, or not all of it."""
+    try:
+        header: dict[str, Any] = json.loads((folder / HEADER).read_text())
+        whole = header.pop("checksum") == fingerprint(header)
+        return header if whole and header["sizes"] == _sizes(folder, header["sizes"]) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _made(folder: Path, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    draft = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
+    draft.mkdir(parents=True)
+    try:
+        facts = make(draft)
+        names = sorted(path.stem for path in draft.glob("*.npy"))
+        checks = {name: _checks(draft / f"{name}.npy") for name in names}
+        header = {"facts": facts, "sizes": _sizes(draft, [f"{name}.npy" for name in names]), "checks": checks}
+        (draft / HEADER).write_text(json.dumps({**header, "checksum": fingerprint(header)}))
+        for path in (*draft.iterdir(), draft):
+            sync(path)
+        try:
+            os.rename(draft, folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            if (first := _header(folder)) is not None:
+                return first
+            discard(folder)
+            os.rename(draft, folder)
+        return header
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def discard(folder: Path) -> None:
+    """Take a folder away; whoever has mapped it keeps what is mapped."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _checks(path: Path) -> list[int]:
+    whole = _map(path).data.cast("B")
+    return [zlib.crc32(whole[start : start + PIECE]) for start in range(0, len(whole), PIECE)]
+
+
+def _map(path: Path) -> NDArray[Any]:
+    array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    return array
+
+
+def _sizes(folder: Path, names: Any) -> dict[str, int]:
+    return {name: (folder / name).stat().st_size for name in names}
