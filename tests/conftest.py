@@ -1,6 +1,8 @@
 """Real small objects that many tests share: the tiny fixtures as configs, models and prepared data."""
 
 import contextlib
+import io
+import logging
 import os
 import random
 import secrets
@@ -16,6 +18,7 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from transformers import LlavaProcessor
 from werkzeug.serving import make_server
 
+from vila_ops.artifacts import s3_calls
 from vila_ops.artifacts.s3_calls import client, client_of
 from vila_ops.config import Mixture, Model, Resources, Stage, TextFormat
 from vila_ops.config.local import LocalServers
@@ -185,9 +188,16 @@ def free_servers() -> Callable[[Path], LocalServers]:
 @pytest.fixture(scope="session")
 def moto_endpoint() -> Iterator[str]:
     """moto's S3. One request at a time, because its conditional put looks first and writes then."""
-    app = DomainDispatcherApplication(create_backend_app)
-    server = make_server("127.0.0.1", 0, app, threaded=False)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    moto, lock = DomainDispatcherApplication(create_backend_app), threading.Lock()
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        with lock:  # not while it waits for a client, which may be stopped
+            return list(moto({**environ, "wsgi.input": io.BytesIO(body)}, start_response))
+
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{server.port}"
     server.shutdown()
@@ -210,6 +220,7 @@ def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..
             "VILA_CACHE": str(tmp_path / "copies"),
         }.items():
             monkeypatch.setenv(name, value)
+        monkeypatch.setattr(s3_calls, "WAIT_SECONDS", 0.01)
         client_of.cache_clear()
 
     yield point

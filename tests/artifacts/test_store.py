@@ -1,3 +1,6 @@
+"""What a store promises, on disk and on S3."""
+
+import hashlib
 import json
 import multiprocessing
 import os
@@ -7,14 +10,17 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from vila_ops.artifacts.backend import FileFacts
 from vila_ops.artifacts.folders import folder_digest
-from vila_ops.artifacts.kinds import Checkpoint, Dataset
+from vila_ops.artifacts.kinds import Checkpoint, Dataset, Shard
+from vila_ops.artifacts.s3_calls import client, place
 from vila_ops.artifacts.store import (
     Address,
     CorruptArtifact,
@@ -22,14 +28,24 @@ from vila_ops.artifacts.store import (
     begin,
     content,
     export,
+    file,
     find,
+    probe,
     read_manifest,
     seal,
     verify,
 )
+from vila_ops.config import fingerprint
 
 RECIPE = {"rate": 1e-05, "name": "é"}
 FACTS = {"num_samples": 1, "num_tokens": 2}
+
+
+@pytest.fixture(params=["disk", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty store of each kind."""
+    made: str = str(tmp_path / "store") if request.param == "disk" else request.getfixturevalue("s3_store")
+    return made
 
 
 def at(**more: Any) -> Address:
@@ -44,14 +60,40 @@ def write(store: Path | str, text: str = "hello", *, where: Address | None = Non
     return seal(Dataset, where or at(), attempt, facts=FACTS, execution={"seconds": time.time()})
 
 
-def test_sealed_is_found_and_reads_back(tmp_path: Path) -> None:
-    assert find(Dataset, at(), store=str(tmp_path)) is None
-    made = write(tmp_path)
-    assert find(Dataset, at(), store=str(tmp_path)) == made
+def stored(uri: str) -> dict[str, bytes]:
+    """Every file below a place of a store."""
+    if "://" not in uri:
+        return tree(Path(uri))
+    bucket, prefix = place(f"{uri}/").values()
+    keys = [found["Key"] for found in client().list_objects_v2(Bucket=bucket, Prefix=prefix).get("Contents", [])]
+    return {key.removeprefix(prefix): client().get_object(Bucket=bucket, Key=key)["Body"].read() for key in keys}
+
+
+def overwrite(uri: str, data: bytes | None) -> None:
+    """Other bytes at a place of a store, or none."""
+    match "://" in uri, data:
+        case False, None:
+            Path(uri).unlink()
+        case False, bytes(data):
+            Path(uri).write_bytes(data)
+        case True, None:
+            client().delete_object(**place(uri))
+        case True, bytes(data):
+            client().put_object(**place(uri), Body=data)
+
+
+def test_sealed_is_found_and_reads_back(store: str) -> None:
+    assert find(Dataset, at(), store=store) is None
+    made = write(store)
+    assert find(Dataset, at(), store=store) == made
     assert (made.num_samples, made.num_tokens, made.parents) == (1, 2, ("p",))
-    assert (content(made) / "sub/a.txt").read_text() == "hello"
+    assert tree(content(made)) == {"sub/a.txt": b"hello", "b.bin": bytes(range(256))}
+    assert file(made, "sub/a.txt").read_text() == "hello"
     verify(made)
-    assert not list(tmp_path.rglob(".manifest*"))
+    attempt = content(made).name
+    assert set(stored(made.uri)) == {f"{attempt}/sub/a.txt", f"{attempt}/b.bin", "manifest.json"}
+    with pytest.raises(ValueError, match=r"has no file 'c'; it has \['b.bin', 'sub/a.txt'\]"):
+        file(made, "c")
 
 
 def test_an_address_is_kind_revision_recipe_and_parents() -> None:
@@ -63,13 +105,14 @@ def test_an_address_is_kind_revision_recipe_and_parents() -> None:
     assert at(recipe=dict(reversed(RECIPE.items()))).key == at().key
 
 
-def test_a_digest_is_of_bytes_names_and_facts_and_nothing_else(tmp_path: Path) -> None:
+def test_a_digest_is_of_bytes_names_and_facts_and_nothing_else(tmp_path: Path, s3_store: str) -> None:
     one = write(tmp_path / "a")
+    assert write(s3_store).digest == one.digest
     assert write(tmp_path / "b", where=at(revision=2)).digest == one.digest
     assert write(tmp_path / "c", "hellO").digest != one.digest
 
 
-def race(arguments: tuple[Path, int]) -> tuple[str, str]:
+def race(arguments: tuple[str, int]) -> tuple[str, str]:
     store, number = arguments
     attempt = begin(at(), store=str(store))
     (attempt / "a.txt").write_text(f"{number}" * 1000)
@@ -77,39 +120,45 @@ def race(arguments: tuple[Path, int]) -> tuple[str, str]:
     return made.digest, (content(made) / "a.txt").read_text()[:1]
 
 
-def test_of_eight_racing_processes_one_seals_and_all_agree(tmp_path: Path) -> None:
+def test_of_eight_racing_processes_one_seals_and_all_agree(store: str) -> None:
     with multiprocessing.get_context("fork").Pool(8) as pool:
-        for turn in range(5):
-            told = set(pool.map(race, [(tmp_path / str(turn), number) for number in range(8)], chunksize=1))
+        for turn in range(2 if "://" in store else 5):
+            told = set(pool.map(race, [(f"{store}/{turn}", number) for number in range(8)], chunksize=1))
             assert len(told) == 1
-            found = find(Dataset, at(), store=str(tmp_path / str(turn)))
+            found = find(Dataset, at(), store=f"{store}/{turn}")
             assert found is not None
             verify(found)
-            assert sorted(path.name for path in Path(found.uri).iterdir()) == [content(found).name, "manifest.json"]
+            assert sorted(stored(found.uri)) == [f"{content(found).name}/a.txt", "manifest.json"]
 
 
-def sleeper(store: Path) -> None:
-    attempt = begin(at(), store=str(store))
+def test_of_eight_racing_threads_one_seals_and_all_agree(store: str) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(race, [(store, number) for number in range(8)]))) == 1
+
+
+def sleeper(store: str) -> None:
+    attempt = begin(at(), store=store)
     (attempt / "a.txt").write_text("from before")
     os.kill(os.getpid(), signal.SIGSTOP)
     seal(Dataset, at(), attempt, facts=FACTS, execution={})
 
 
-def test_a_writer_that_slept_loses_and_its_attempt_is_removed(tmp_path: Path) -> None:
-    process = multiprocessing.get_context("fork").Process(target=sleeper, args=(tmp_path,))
+def test_a_writer_that_slept_loses_and_its_attempt_is_removed(store: str) -> None:
+    process = multiprocessing.get_context("fork").Process(target=sleeper, args=(store,))
     process.start()
     assert process.pid is not None
     _, status = os.waitpid(process.pid, os.WUNTRACED)
     assert os.WIFSTOPPED(status)
-    assert find(Dataset, at(), store=str(tmp_path)) is None
-    made = write(tmp_path)
-    before = (Path(made.uri) / "manifest.json").read_bytes()
+    assert find(Dataset, at(), store=store) is None
+    made = write(store)
+    before = stored(made.uri)["manifest.json"]
     os.kill(process.pid, signal.SIGCONT)
     process.join(30)
     assert process.exitcode == 0
-    assert (Path(made.uri) / "manifest.json").read_bytes() == before
     verify(made)
-    assert sorted(path.name for path in Path(made.uri).iterdir()) == [content(made).name, "manifest.json"]
+    left = stored(made.uri)
+    assert left.pop("manifest.json") == before
+    assert {name.partition("/")[0] for name in left} == {content(made).name}
 
 
 def test_a_crash_before_the_manifest_leaves_nothing_to_find(tmp_path: Path) -> None:
@@ -129,45 +178,37 @@ def test_a_crash_before_the_manifest_leaves_nothing_to_find(tmp_path: Path) -> N
     assert find(Dataset, at(), store=str(tmp_path)) == made
 
 
-def test_any_flipped_bit_of_files_or_manifest_is_found(tmp_path: Path) -> None:
-    made = write(tmp_path)
+def test_any_flipped_bit_of_files_or_manifest_is_found(store: str) -> None:
+    made = write(store)
     draw = random.Random(0)
-    files = [Path(made.uri) / "manifest.json", *(path for path in content(made).rglob("*") if path.is_file())]
-    for turn in range(400):
-        path = files[turn % 2] if turn % 2 == 0 else draw.choice(files[1:])
-        whole = path.read_bytes()
-        flipped = bytearray(whole)
+    files = stored(made.uri)
+    for turn in range(20 if "://" in store else 400):
+        name = "manifest.json" if turn % 2 == 0 else draw.choice(sorted(files)[:-1])
+        flipped = bytearray(files[name])
         flipped[draw.randrange(len(flipped))] ^= 1 << draw.randrange(8)
-        path.write_bytes(flipped)
+        overwrite(f"{made.uri}/{name}", bytes(flipped))
         with pytest.raises(CorruptArtifact, match=r"\S"):
             verify(made)
-        path.write_bytes(whole)
+        overwrite(f"{made.uri}/{name}", files[name])
     verify(made)
 
 
-@pytest.mark.parametrize("damage", ["short", "gone", "no_folder"])
-def test_a_truncated_or_missing_file_is_found_at_once(damage: str, tmp_path: Path) -> None:
-    made = write(tmp_path)
-    path = content(made) / "b.bin"
-    match damage:
-        case "short":
-            path.write_bytes(path.read_bytes()[:-1])
-        case "gone":
-            path.unlink()
-        case "no_folder":
-            shutil.rmtree(content(made))
-    with pytest.raises(CorruptArtifact, match=r"run again to make it anew"):
-        find(Dataset, at(), store=str(tmp_path))
+@pytest.mark.parametrize("left", [b"short", None])
+def test_a_truncated_or_missing_file_is_found_at_once(left: bytes | None, store: str) -> None:
+    made = write(store)
+    overwrite(f"{made.uri}/{content(made).name}/b.bin", left)
+    with pytest.raises(CorruptArtifact, match=r"b\.bin (is missing|has 5 bytes).*run again to make it anew"):
+        find(Dataset, at(), store=store)
 
 
-def test_another_artifact_at_the_handle_is_refused(tmp_path: Path) -> None:
-    made = write(tmp_path)
-    other = write(tmp_path, "other", where=at(revision=2))
+def test_another_artifact_at_the_handle_is_refused(store: str) -> None:
+    made = write(store)
+    other = write(store, "other", where=at(revision=2))
     swapped = Dataset.model_validate({**made.model_dump(), "uri": other.uri})
     with pytest.raises(CorruptArtifact, match=f"holds digest {other.digest}, not {made.digest}"):
         verify(swapped)
     with pytest.raises(CorruptArtifact, match="never finished"):
-        verify(Dataset.model_validate({**made.model_dump(), "uri": str(tmp_path / "nowhere")}))
+        verify(Dataset.model_validate({**made.model_dump(), "uri": f"{made.uri}/nowhere"}))
 
 
 def test_a_manifest_of_another_format_is_refused(tmp_path: Path) -> None:
@@ -182,8 +223,8 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_exports_of_two_attempts_are_byte_identical_and_found_first(tmp_path: Path) -> None:
-    one, other = write(tmp_path / "1"), write(tmp_path / "2")
+def test_exports_of_two_attempts_are_byte_identical_and_found_first(tmp_path: Path, store: str) -> None:
+    one, other = write(tmp_path / "1"), write(store)
     assert content(one).name != content(other).name
     out = tmp_path / "data/mixture"
     export(one, out)
@@ -220,6 +261,81 @@ def test_an_export_replaces_what_was_there(tmp_path: Path) -> None:
     export(write(tmp_path), tmp_path / "data/mixture")
     assert (tmp_path / "data/mixture/files/sub/a.txt").read_text() == "hello"
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["mixture"]
+
+
+def shard(store: str, number: int) -> Shard:
+    where = address(Shard, revision=1, recipe={"number": number}, parents=())
+    attempt = begin(where, store=store)
+    (attempt / "shard.tar").write_bytes(bytes([number]) * 1000)
+    return seal(Shard, where, attempt, facts={"num_samples": number}, execution={})
+
+
+def test_files_of_other_artifacts_are_listed_and_not_copied(store: str, tmp_path: Path) -> None:
+    shards = {f"shards/{number}.tar": (shard(store, number), "shard.tar") for number in range(3)}
+    attempt = begin(at(), store=store)
+    (attempt / "index").write_text("0 1 2")
+    made = seal(Dataset, at(), attempt, facts=FACTS, execution={}, known=shards)
+    whole = {"index": b"0 1 2", **{f"shards/{number}.tar": bytes([number]) * 1000 for number in range(3)}}
+    assert find(Dataset, at(), store=store) == made
+    verify(made)
+    assert file(made, "shards/1.tar").read_bytes() == whole["shards/1.tar"]
+    assert tree(content(made)) == whole
+    if "://" in store:
+        assert set(stored(made.uri)) == {f"{content(made).name}/index", "manifest.json"}
+    else:
+        assert os.stat(file(made, "shards/1.tar")).st_nlink == 2
+    export(made, tmp_path / "data")
+    copied = begin(at(revision=2), store=str(tmp_path / "copied"))
+    (copied / "shards").mkdir()
+    for name, data in whole.items():
+        (copied / name).write_bytes(data)
+    plain = seal(Dataset, at(), copied, facts=FACTS, execution={})
+    export(plain, tmp_path / "plain")
+    assert plain.digest == made.digest
+    assert tree(tmp_path / "plain") == tree(tmp_path / "data")
+    part, name = shards["shards/2.tar"]
+    overwrite(f"{part.uri}/{content(part).name}/{name}", b"\0" * 1000)
+    with pytest.raises(CorruptArtifact, match=r"tar has sha256 .*sealed as"):
+        verify(made)
+
+
+def test_known_facts_stand_for_hashing_and_have_to_fit(store: str) -> None:
+    attempt = begin(at(), store=store)
+    (attempt / "a").write_bytes(b"abc")
+    facts = FileFacts(size=3, sha256=hashlib.sha256(b"abc").hexdigest())
+    for wrong, told in (({"a": {**facts, "size": 4}}, "has 3 bytes, not the 4"), ({"b": facts}, r"no files \['b'\]")):
+        with pytest.raises(ValueError, match=told):
+            seal(Dataset, at(), attempt, facts=FACTS, execution={}, known=wrong)
+    made = seal(Dataset, at(), attempt, facts=FACTS, execution={}, known={"a": facts})
+    verify(made)
+    assert read_manifest(made.uri)["files"] == {"a": facts}
+
+
+def test_a_link_into_another_store_is_refused_on_s3_and_made_on_disk(tmp_path: Path, s3_store: str) -> None:
+    linked = {"a.tar": (shard(s3_store, 1), "shard.tar")}
+    on_disk = begin(at(), store=str(tmp_path))
+    made = seal(Dataset, at(), on_disk, facts=FACTS, execution={}, known=linked)
+    assert (content(made) / "a.tar").read_bytes() == b"\1" * 1000
+    elsewhere = begin(at(), store=f"{s3_store}/other")
+    with pytest.raises(ValueError, match="is in another store"):
+        seal(Dataset, at(), elsewhere, facts=FACTS, execution={}, known=linked)
+
+
+@pytest.mark.parametrize("name", ["../../../escaped", "/tmp/escaped"])
+def test_a_manifest_that_names_what_is_outside_is_refused(name: str, store: str) -> None:
+    made = write(store)
+    manifest = json.loads(stored(made.uri)["manifest.json"])
+    manifest["files"][name] = manifest["files"]["b.bin"]
+    body = {key: value for key, value in manifest.items() if key != "checksum"}
+    forged = json.dumps({**body, "checksum": fingerprint(body)}, indent=1, sort_keys=True)
+    overwrite(f"{made.uri}/manifest.json", forged.encode())
+    with pytest.raises(CorruptArtifact, match="escaped', which is outside of it"):
+        content(made)
+
+
+def test_a_sound_store_passes_the_probe_and_keeps_nothing_of_it(store: str) -> None:
+    assert store in probe(store)
+    assert stored(store) == {}
 
 
 def test_folder_digests_are_of_names_and_bytes(tmp_path: Path) -> None:

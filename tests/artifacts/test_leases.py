@@ -1,0 +1,211 @@
+"""Leases save work; what they promise is the same on disk and on S3."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from vila_ops.artifacts.kinds import Dataset
+from vila_ops.artifacts.leases import Holder, Pace, hold
+from vila_ops.artifacts.store import Address, CorruptArtifact, address, backend, begin, content, find, seal
+
+FORK = multiprocessing.get_context("fork")
+ROUNDS = int(os.environ.get("VILA_ZOMBIES", "50"))
+FACTS = {"num_samples": 1, "num_tokens": 2}
+
+
+class Clock:
+    """Time that passes only when somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    def now(self) -> float:
+        return self.time
+
+    def sleep(self, seconds: float) -> None:
+        self.time += seconds
+
+
+@pytest.fixture(params=["disk", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty store of each kind."""
+    made: str = str(tmp_path / "store") if request.param == "disk" else request.getfixturevalue("s3_store")
+    return made
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Holders of this process seem to be of another host, so that nobody can see whether they live."""
+    monkeypatch.setattr(Holder, "is_gone", lambda _: False)
+
+
+def at(number: int = 0) -> Address:
+    return address(Dataset, revision=1, recipe={"number": number}, parents=())
+
+
+def register(store: str) -> str:
+    return f"{store}/leases/{at().kind}/{at().key}"
+
+
+def test_a_lease_is_held_once_and_fencing_grows_by_one_with_each_holder(store: str) -> None:
+    for fencing in (1, 2, 3):
+        with hold(at(), store=store) as lease:
+            assert (lease.fencing, lease.lost) == (fencing, False)
+            lease.beat()
+    with hold(at(1), store=store) as other:
+        assert other.fencing == 1
+
+
+def test_a_holder_that_gives_no_sign_expires_and_finds_its_lease_lost(store: str, elsewhere: None) -> None:
+    clock = Clock()
+    pace = Pace(expiry_seconds=60, poll_seconds=1, now=clock.now, sleep=clock.sleep)
+    with hold(at(), store=store, pace=pace) as first:
+        with hold(at(), store=store, pace=pace) as second:
+            assert clock.time == pytest.approx(61)
+            assert (second.fencing, second.lost) == (2, False)
+            assert first.lost, "no beat for as long as a lease lives"
+            first.beat()
+            assert first.lost, "taken over"
+            second.beat()
+            assert not second.lost
+        with hold(at(), store=store, pace=pace) as third:
+            assert third.fencing == 3
+    assert clock.time == pytest.approx(61), "a released lease is not waited for"
+
+
+def test_a_holder_that_beats_is_waited_for(store: str, elsewhere: None) -> None:
+    clock = Clock()
+    with hold(at(), store=store, pace=Pace(now=clock.now)) as first:
+
+        def sleep(seconds: float) -> None:
+            clock.sleep(seconds)
+            if clock.time < 1000:
+                first.beat()
+
+        pace = Pace(expiry_seconds=60, poll_seconds=10, now=clock.now, sleep=sleep)
+        with hold(at(), store=store, pace=pace) as second:
+            assert second.fencing == 2
+    assert 1060 <= clock.time < 1100
+
+
+def test_the_heartbeat_keeps_a_lease_over_many_expiries(store: str, elsewhere: None) -> None:
+    pace = Pace(expiry_seconds=0.6, poll_seconds=0.05)
+    with hold(at(), store=store, pace=pace) as lease:
+        before = backend(store).load(register(store))
+        time.sleep(2)
+        assert not lease.lost
+        assert backend(store).load(register(store)) != before
+    if "://" not in store:
+        assert len(list(Path(register(store)).iterdir())) <= 8, "old versions are removed"
+
+
+def test_the_lease_of_a_process_that_was_killed_is_free_at_once(store: str) -> None:
+    code = (
+        "import os, sys; from vila_ops.artifacts.leases import hold; from vila_ops.artifacts.store import address; "
+        "from vila_ops.artifacts.kinds import Dataset; "
+        "hold(address(Dataset, revision=1, recipe={'number': 0}, parents=()), store=sys.argv[1]).__enter__(); "
+        "os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, store], check=False).returncode == -9
+
+    def never(_: float) -> None:
+        raise AssertionError("it waits for a dead process")
+
+    with hold(at(), store=store, pace=Pace(sleep=never)) as lease:
+        assert lease.fencing == 2
+
+
+def work(store: str, told: Connection) -> None:
+    """Make what is not there yet, slowly."""
+    with hold(at(), store=store, pace=Pace(expiry_seconds=30, poll_seconds=0.05)) as lease:
+        found = find(Dataset, at(), store=store)
+        if found is None:
+            attempt = begin(at(), store=store)
+            time.sleep(0.5)
+            (attempt / "a").write_text("made")
+            found = seal(Dataset, at(), attempt, facts=FACTS, execution={})
+            told.send(("made", lease.fencing, found.digest))
+        else:
+            told.send(("found", lease.fencing, found.digest))
+
+
+def test_of_processes_that_want_the_same_one_works_and_the_others_find_it(store: str) -> None:
+    ends = [FORK.Pipe() for _ in range(4)]
+    processes = [FORK.Process(target=work, args=(store, end)) for _, end in ends]
+    for process in processes:
+        process.start()
+    said = [mine.recv() for mine, _ in ends]
+    for process in processes:
+        process.join(30)
+        assert process.exitcode == 0
+    assert sorted(kind for kind, _, _ in said) == ["found", "found", "found", "made"]
+    assert sorted(fencing for _, fencing, _ in said) == [1, 2, 3, 4]
+    assert len({digest for _, _, digest in said}) == 1
+
+
+def zombie(store: str, number: int, told: Connection) -> None:
+    """Hold, work, sleep through the expiry, and seal."""
+    with hold(at(number), store=store, pace=Pace(expiry_seconds=0.1, poll_seconds=0.01)) as lease:
+        attempt = begin(at(number), store=store)
+        (attempt / "a").write_text("from before")
+        os.kill(os.getpid(), signal.SIGSTOP)
+        lost = lease.lost
+        made = seal(Dataset, at(number), attempt, facts=FACTS, execution={})
+    told.send((lost, lease.lost, lease.fencing, made.digest))
+
+
+@pytest.mark.timeout(120 + ROUNDS)
+def test_a_zombie_never_overwrites_and_its_fencing_number_is_the_lower(store: str) -> None:
+    for number in range(ROUNDS if "://" not in store else max(3, ROUNDS // 10)):
+        mine, theirs = FORK.Pipe()
+        process = FORK.Process(target=zombie, args=(store, number, theirs))
+        process.start()
+        assert process.pid is not None
+        _, status = os.waitpid(process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        try:
+            with hold(at(number), store=store, pace=Pace(expiry_seconds=0.1, poll_seconds=0.01)) as lease:
+                attempt = begin(at(number), store=store)
+                (attempt / "a").write_text("from after")
+                made = seal(Dataset, at(number), attempt, facts=FACTS, execution={})
+                os.kill(process.pid, signal.SIGCONT)
+                assert mine.poll(30)
+                assert mine.recv() == (True, True, lease.fencing - 1, made.digest)
+                process.join(30)
+        finally:
+            process.kill()
+        assert process.exitcode == 0
+        assert find(Dataset, at(number), store=store) == made
+        assert (content(made) / "a").read_text() == "from after"
+
+
+def test_a_register_that_is_no_lease_is_named(store: str) -> None:
+    backend(store).swap(register(store), b"{}", None)
+    with pytest.raises(CorruptArtifact, match=f"{register(store)} is not a lease; remove it"), hold(at(), store=store):
+        pass
+
+
+def test_a_register_changes_only_from_the_version_that_is_there(store: str) -> None:
+    place = f"{store}/register"
+    store_of = backend(store)
+    assert store_of.load(place) is None
+    first = store_of.swap(place, b"1", None)
+    assert first is not None
+    assert store_of.swap(place, b"other", None) is None
+    tags = [first]
+    for number in range(2, 30):
+        tag = store_of.swap(place, str(number).encode(), tags[-1])
+        assert tag is not None
+        tags.append(tag)
+    for stale in (tags[0], tags[10], tags[-2]):
+        assert store_of.swap(place, b"stale", stale) is None
+    found = store_of.load(place)
+    assert found is not None
+    assert (found.data, found.tag) == (b"29", tags[-1])

@@ -1,0 +1,267 @@
+"""S3 that fails: through a proxy that answers errors, hangs, breaks off and lies, what is sealed ends right.
+
+VILA_FAULTS sets how many faulty calls (60; `make faults`: 500), VILA_FAULT_SEED which.
+"""
+
+import hashlib
+import http.client
+import os
+import random
+import shutil
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import pytest
+from boto3.s3.transfer import TransferConfig
+from botocore.retries.standard import ExponentialBackoff
+
+from vila_ops.artifacts import s3, s3_calls
+from vila_ops.artifacts.kinds import Dataset
+from vila_ops.artifacts.leases import hold
+from vila_ops.artifacts.s3_calls import TRIES, StoreRefused, StoreUnreachable
+from vila_ops.artifacts.store import Address, CorruptArtifact, address, begin, content, find, seal, verify
+
+FAULTS = int(os.environ.get("VILA_FAULTS", "60"))
+SEED = int(os.environ.get("VILA_FAULT_SEED", str(time.time_ns() % 10**6)))
+SHARE = 0.4
+"""Of calls that fail."""
+IN_A_ROW = 3
+"""Faults of one call after another, so that no call can fail as often as it is tried."""
+Fault = Literal["error", "slow_down", "conflict", "hang", "reset", "lost", "partial", "lie"]
+"""error, slow_down, conflict: an answer of S3's own. hang, reset: no answer, nothing done. lost: done, and no answer.
+partial: half of the answer's body. lie: a body with a bit flipped."""
+READ_SECONDS = 0.5
+ANSWERS = {
+    "error": (500, "InternalError"),
+    "slow_down": (503, "SlowDown"),
+    "conflict": (409, "ConditionalRequestConflict"),
+}
+Choose = Callable[[str, str], Fault | None]
+"""Method and target of a call to its fault."""
+
+
+class Proxy(ThreadingHTTPServer):
+    """Forwards to another server; `choose` says what to do to each call, `calls` what was asked."""
+
+    daemon_threads = True
+
+    def __init__(self, endpoint: str) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.upstream = endpoint.removeprefix("http://")
+        self.choose: Choose = lambda _method, _target: None
+        self.calls: list[tuple[str, str]] = []
+        self.endpoint = f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away is no news."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One call."""
+
+    protocol_version = "HTTP/1.1"
+    server: Proxy
+
+    def handle_call(self) -> None:
+        """Forward it, or not, and answer, or not."""
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.calls.append((self.command, self.path))
+        match self.server.choose(self.command, self.path):
+            case "error" | "slow_down" | "conflict" as fault:
+                status, code = ANSWERS[fault]
+                self.reply(status, {}, f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode())
+            case "hang":
+                time.sleep(2 * READ_SECONDS)
+                self.reset()
+            case "reset":
+                self.reset()
+            case "lost":
+                self.forward(body)
+                self.reset()
+            case "partial":
+                status, headers, answer = self.forward(body)
+                self.reply(status, headers, answer, cut=len(answer) // 2)
+            case "lie":
+                status, headers, answer = self.forward(body)
+                self.reply(status, headers, bytes([answer[0] ^ 1]) + answer[1:] if answer else answer)
+            case None:
+                self.reply(*self.forward(body))
+
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_call
+
+    def forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        """What the server behind answers."""
+        upstream = http.client.HTTPConnection(self.server.upstream, timeout=30)
+        upstream.request(self.command, self.path, body, dict(self.headers.items()))
+        answer = upstream.getresponse()
+        read = answer.read()
+        upstream.close()
+        kept = ("content-length", "connection", "transfer-encoding", "date", "server")
+        headers = {name: value for name, value in answer.getheaders() if name.lower() not in kept}
+        if self.command == "HEAD":
+            headers["Content-Length"] = answer.getheader("Content-Length", "0")
+        return answer.status, headers, read
+
+    def reply(self, status: int, headers: dict[str, str], body: bytes, *, cut: int | None = None) -> None:
+        """Answer; `cut` ends the connection after so many bytes."""
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(body))} | headers | {"Connection": "close"}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body[:cut])
+        self.close_connection = True
+
+    def reset(self) -> None:
+        """End the connection with RST."""
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+        self.close_connection = True
+
+    def log_message(self, *_: Any) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def proxy(
+    s3_store: str, moto_endpoint: str, aws: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Proxy]:
+    """Between boto3 and moto, with short waits."""
+    monkeypatch.setattr(s3_calls, "READ_SECONDS", READ_SECONDS)
+    monkeypatch.setattr(s3, "TRANSFER", TransferConfig(multipart_threshold=5 * 2**20, multipart_chunksize=5 * 2**20))
+    monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0.01)
+    server = Proxy(moto_endpoint)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    aws(server.endpoint)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def at(number: int) -> Address:
+    return address(Dataset, revision=1, recipe={"number": number}, parents=())
+
+
+def write(store: str, files: dict[str, bytes], *, number: int = 0) -> Dataset:
+    attempt = begin(at(number), store=store)
+    for name, data in files.items():
+        (attempt / name).parent.mkdir(parents=True, exist_ok=True)
+        (attempt / name).write_bytes(data)
+    return seal(Dataset, at(number), attempt, facts={"num_samples": 1, "num_tokens": 1}, execution={})
+
+
+def forget(tmp_path: Path) -> None:
+    """Remove this machine's copies."""
+    shutil.rmtree(tmp_path / "copies")
+
+
+def at_random(draw: random.Random, injected: Counter[Fault]) -> Choose:
+    """Each call fails with a chance of SHARE, but not more than IN_A_ROW times in a row."""
+    in_a_row: Counter[tuple[str, str]] = Counter()
+    lock = threading.Lock()
+
+    def choose(method: str, target: str) -> Fault | None:
+        with lock:
+            call = (method, target.partition("?")[0] if method == "GET" else target)
+            if draw.random() > SHARE or in_a_row[call] >= IN_A_ROW:
+                in_a_row[call] = 0
+                return None
+            of_body = method == "GET" and "?" not in target
+            kinds = [f for f in get_args(Fault) if f != "conflict" and (of_body or f not in ("partial", "lie"))]
+            fault: Fault = draw.choice(kinds)
+            in_a_row[call] += 1
+            injected[fault] += 1
+            return fault
+
+    return choose
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60 + 4 * FAULTS)
+def test_through_faults_of_every_kind_the_sealed_bytes_are_right(proxy: Proxy, s3_store: str, tmp_path: Path) -> None:
+    draw = random.Random(SEED)
+    injected: Counter[Fault] = Counter()
+    proxy.choose = at_random(draw, injected)
+    number = 0
+    while injected.total() < FAULTS or number < 3:
+        files = {f"sub/{n}": draw.randbytes(draw.randrange(1, 5000)) for n in range(4)}
+        if number == 0:
+            files["large"] = draw.randbytes(11 * 2**20)
+        made = write(s3_store, files, number=number)
+        forget(tmp_path)
+        assert find(Dataset, at(number), store=s3_store) == made, SEED
+        read = {str(p.relative_to(content(made))): p.read_bytes() for p in content(made).rglob("*") if p.is_file()}
+        assert {n: hashlib.sha256(b).digest() for n, b in read.items()} == {
+            n: hashlib.sha256(b).digest() for n, b in files.items()
+        }, SEED
+        verify(made)
+        number += 1
+    assert len(injected) >= 6, injected
+
+
+@pytest.mark.parametrize("fault", ["lost", "conflict", "error", "reset"])
+def test_a_seal_whose_first_answer_failed_has_won(fault: Fault, proxy: Proxy, s3_store: str) -> None:
+    failed: list[str] = []
+
+    def once(method: str, target: str) -> Fault | None:
+        if method == "PUT" and target.endswith("manifest.json") and not failed:
+            failed.append(target)
+            return fault
+        return None
+
+    proxy.choose = once
+    made = write(s3_store, {"a": b"mine"})
+    assert len(failed) == 1
+    assert (content(made) / "a").read_bytes() == b"mine"
+    assert write(s3_store, {"a": b"later"}).digest == made.digest
+    verify(made)
+
+
+def test_a_lease_whose_beat_was_not_answered_is_still_held(proxy: Proxy, s3_store: str) -> None:
+    with hold(at(0), store=s3_store) as lease:
+        left = ["lost", "lost"]
+        proxy.choose = lambda method, _: left.pop() if method == "PUT" and left else None  # type: ignore[return-value]
+        lease.beat()
+        assert (lease.lost, left) == (False, [])
+    with hold(at(0), store=s3_store) as second:
+        assert second.fencing == 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"), [("slow_down", r"still answers SlowDown \(503\)"), ("hang", "did not answer")]
+)
+def test_a_store_that_stays_down_is_given_up_after_a_bound_and_told(
+    fault: Fault, told: str, proxy: Proxy, s3_store: str
+) -> None:
+    proxy.choose = lambda *_: fault
+    with pytest.raises(StoreUnreachable, match=told) as raised:
+        find(Dataset, at(0), store=s3_store)
+    assert s3_store in str(raised.value)
+    assert len(proxy.calls) == TRIES
+
+
+def test_bytes_that_stay_wrong_are_never_handed_out(proxy: Proxy, s3_store: str, tmp_path: Path) -> None:
+    made = write(s3_store, {"a": b"right"})
+    forget(tmp_path)
+    proxy.choose = lambda method, target: "lie" if method == "GET" and target.endswith("/a") else None
+    with pytest.raises(CorruptArtifact, match="/a holds other bytes than were sealed"):
+        content(made)
+    assert not any(path.is_file() for path in (tmp_path / "copies/s3").rglob("*"))
+    with pytest.raises(CorruptArtifact, match="sealed as"):
+        verify(made)
+    proxy.choose = lambda *_: None
+    assert (content(made) / "a").read_bytes() == b"right"
+
+
+def test_no_server_and_no_bucket_are_told_apart(proxy: Proxy, aws: Callable[..., None]) -> None:
+    with pytest.raises(StoreRefused, match=r"has no bucket 'vila-none'; make it, or change resources.store"):
+        begin(at(0), store="s3://vila-none/x")
+    aws("http://127.0.0.1:9")
+    with pytest.raises(StoreUnreachable, match=r"http://127.0.0.1:9 is up and reachable"):
+        begin(at(0), store="s3://vila-none/y")
