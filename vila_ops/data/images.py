@@ -45,15 +45,27 @@ def square(
 
     Of an animation the first frame is taken. Raises BadImage, by whose `reason` such pictures are counted.
     """
-    stripped = strip(data)
-    width, height = stripped.width, stripped.height
-    if width * height > max_pixels:
-        raise BadImage("too_many_pixels", f"{width} x {height} pixels, more than {max_pixels}")
-    if max(width, height) ** 2 > 2 * max_pixels:
-        raise BadImage("too_narrow", f"{width} x {height} pixels: so narrow that its square would fill memory")
+    stripped = _checked(data, max_pixels=max_pixels)
     factor = _factor(stripped, size=size) if decode == "scaled" else 1
-    turned = (height, width) if stripped.orientation >= 5 else (width, height)
-    return _encode(_fit(_decode(stripped, factor=factor), turned, size=size, factor=factor), encoding)
+    whole = upright_size(stripped)
+    return _encode(_fit(_decode(stripped, factor=factor), whole, size=size, factor=factor), encoding)
+
+
+def rgb(data: bytes, *, at_least: int, max_pixels: int = MAX_PIXELS) -> Pillow.Image:
+    """One encoded picture upright, transparent on white. Raises BadImage.
+
+    A JPEG may come at 1/2, 1/4 or 1/8 of its size, its sides `at_least` pixels or more: far quicker.
+    """
+    stripped = _checked(data, max_pixels=max_pixels)
+    sides = (stripped.width, stripped.height)
+    most = min(sides) // at_least if stripped.format == "JPEG" and min(sides) >= 64 else 1
+    return _rgb(_decode(stripped, factor=next((factor for factor in (8, 4, 2) if factor <= most), 1)))
+
+
+def upright_size(stripped: Stripped) -> tuple[int, int]:
+    """Width and height in pixels as the picture is seen."""
+    sides = (stripped.width, stripped.height)
+    return sides[::-1] if stripped.orientation >= 5 else sides
 
 
 def suffix(encoding: ImageEncoding) -> Literal["jpg", "webp"]:
@@ -75,6 +87,17 @@ def pixels(squares: list[bytes], *, mean: tuple[float, ...], std: tuple[float, .
     scaled = np.stack(arrays).astype(np.float32) / np.float32(255)
     normalised = (scaled - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
     return np.ascontiguousarray(normalised.transpose(0, 3, 1, 2))
+
+
+def _checked(data: bytes, *, max_pixels: int) -> Stripped:
+    """The picture's file, stripped, if decoding it takes bounded memory."""
+    stripped = strip(data)
+    width, height = stripped.width, stripped.height
+    if width * height > max_pixels:
+        raise BadImage("too_many_pixels", f"{width} x {height} pixels, more than {max_pixels}")
+    if max(width, height) ** 2 > 2 * max_pixels:
+        raise BadImage("too_narrow", f"{width} x {height} pixels: so narrow that its square would fill memory")
+    return stripped
 
 
 def _factor(stripped: Stripped, *, size: int) -> int:

@@ -1,13 +1,10 @@
 """Whether bytes are a picture: told by the bytes, never by a name or a Content-Type."""
 
-import io
-import struct
+from typing import assert_never
 
-from PIL import Image as Pillow
-from PIL import UnidentifiedImageError
-
-from vila_ops.data.download.outcome import Failure
-from vila_ops.data.images import FORMATS
+from vila_ops.data.containers import BadImage, strip
+from vila_ops.data.download.outcome import Failure, Outcome
+from vila_ops.data.images import rgb
 
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
 
@@ -18,16 +15,19 @@ def picture_format(data: bytes, *, max_pixels: int) -> str:
     Raises Failure (not_a_picture, too_many_pixels, broken_picture).
     """
     try:
-        with Pillow.open(io.BytesIO(data), formats=FORMATS) as picture:
-            if picture.width * picture.height > max_pixels:
-                raise Failure("too_many_pixels", f"{picture.width} x {picture.height} pixels, more than {max_pixels}")
-            picture.draft(None, (1, 1))  # a JPEG is then read whole, but to an eighth of its size
-            picture.load()
-            return EXTENSIONS[str(picture.format)]
-    except UnidentifiedImageError as error:
-        raise Failure("not_a_picture", f"the bytes are none of {', '.join(FORMATS)}") from error
-    except Pillow.DecompressionBombError as error:
-        raise Failure("too_many_pixels", f"more than {max_pixels} pixels") from error
-    # What Pillow's readers raise for hostile bytes, besides what they say that they raise.
-    except (OSError, EOFError, ValueError, SyntaxError, LookupError, TypeError, ArithmeticError, struct.error) as error:
-        raise Failure("broken_picture", "begins as a picture and cannot be decoded to its end") from error
+        rgb(data, at_least=1, max_pixels=max_pixels)
+        return EXTENSIONS[strip(data).format]
+    except BadImage as error:
+        raise Failure(_outcome(error), str(error)) from error
+
+
+def _outcome(error: BadImage) -> Outcome:
+    match error.reason:
+        case "empty" | "not_a_picture" | "unsupported":
+            return "not_a_picture"
+        case "too_many_pixels" | "too_narrow" | "too_many_bytes":
+            return "too_many_pixels"
+        case "truncated" | "corrupt" | "too_complex":
+            return "broken_picture"
+        case _:
+            assert_never(error.reason)
