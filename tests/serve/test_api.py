@@ -171,7 +171,7 @@ def test_an_answer_that_ends_by_itself_says_stop(
     messages: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
     ids = watched.tokenizer.prompt([("system", ("Be brief.",)), ("user", ("Hello",))])
     said = watched.real.generate([Prompt(ids)], max_new_tokens=16)[0].ids
-    monkeypatch.setattr(watched.real.tokenizer, "eos_id", said[0])
+    monkeypatch.setitem(vars(watched.real.tokenizer), "stop_ids", frozenset({said[0]}))
     answer = client.chat.completions.create(model=MODEL, messages=messages, max_completion_tokens=16)
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage is not None
