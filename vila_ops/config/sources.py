@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from vila_ops.config.base import Config
 from vila_ops.config.clean import Clean
@@ -93,7 +93,7 @@ class JsonLines(SourceBase):
 
 
 class Llava(OwnFiles):
-    """LLaVA's conversation JSON: a list of {id, image, conversations}; no image, one, or a list of them."""
+    """LLaVA's conversation JSON: a list of {id, image, conversations}, or one a line; no image, one, or a list."""
 
     kind: Literal["llava"] = "llava"
     images: str | None = None
@@ -149,8 +149,11 @@ class Vflan(OwnFiles):
     answer)."""
 
     kind: Literal["vflan"] = "vflan"
+    images: str | None = None
+    """Folder that pictures which are paths and not base64 are relative to; None where there are none."""
     render: Literal["conversation"] = "conversation"
     max_images: PositiveInt = 8
+    """A record with more pictures is dropped."""
 
 
 class Messages(OwnFiles):
@@ -199,6 +202,12 @@ class Table(OwnFiles):
     question: str | None = None
     """Column of the question; then the records are conversations."""
     render: Literal["caption", "conversation"] = "caption"
+
+    @model_validator(mode="after")
+    def _question_and_conversation(self) -> "Table":
+        if (self.question is None) != (self.render == "caption"):
+            raise ValueError("question and render conversation need each other; set both, or neither")
+        return self
 
 
 Source = Annotated[

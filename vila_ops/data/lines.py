@@ -27,3 +27,20 @@ def lines(span: Span) -> Iterator[tuple[str, bytes]]:
 
 def _open(path: Path) -> BinaryIO:
     return cast(BinaryIO, gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+
+
+class LineNumbers:
+    """Numbers of the lines, from 1, on which bytes of a plain file stand: asked for in growing order, read once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset, self._number = 0, 1
+
+    def at(self, offset: int) -> int:
+        """The line of the byte after the first `offset` ones."""
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            while block := file.read(min(1 << 20, offset - self._offset)):
+                self._number += block.count(b"\n")
+                self._offset += len(block)
+        return self._number

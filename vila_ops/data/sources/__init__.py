@@ -6,20 +6,40 @@ from typing import assert_never
 
 from vila_ops.config import Package, Source, fingerprint
 from vila_ops.config.sources import (
+    Flan,
     FluentEmoji,
     GCompris,
     GimpHelp,
     GnomeHelp,
     JsonLines,
+    Llava,
+    LlavaCc3m,
+    Messages,
+    Table,
     TuxPaint,
+    Vflan,
     WordNet,
 )
 from vila_ops.data.raw import RawFile, Span
 from vila_ops.data.records import Dropped, Record
-from vila_ops.data.sources import fluent_emoji, gcompris, gimp_help, gnome_help, jsonl, tux_paint, wordnet
+from vila_ops.data.sources import (
+    flan,
+    fluent_emoji,
+    gcompris,
+    gimp_help,
+    gnome_help,
+    jsonl,
+    llava,
+    llava_cc3m,
+    messages,
+    table,
+    tux_paint,
+    vflan,
+    wordnet,
+)
 
 Packaged = TuxPaint | FluentEmoji | GimpHelp | GCompris | WordNet | GnomeHelp
-Files = JsonLines
+Files = JsonLines | Llava | LlavaCc3m | Flan | Vflan | Messages | Table
 
 
 def packages(source: Source) -> tuple[Package, ...]:
@@ -51,6 +71,18 @@ def raw_files(source: Source, folders: Mapping[str, Path], *, cache: Path) -> li
             return [RawFile(name="package", path="", digest=own, count=count, images=count, marks=())]
         case JsonLines():
             return jsonl.raw_files(source, cache=cache)
+        case Llava():
+            return llava.raw_files(source, cache=cache)
+        case LlavaCc3m():
+            return llava_cc3m.raw_files(source, cache=cache)
+        case Flan():
+            return flan.raw_files(source, cache=cache)
+        case Vflan():
+            return vflan.raw_files(source, cache=cache)
+        case Messages():
+            return messages.raw_files(source, cache=cache)
+        case Table():
+            return table.raw_files(source, cache=cache)
         case _:
             assert_never(source)
 
@@ -72,6 +104,18 @@ def _read_files(source: Files, span: Span) -> Iterator[list[Record | Dropped]]:
     match source:
         case JsonLines():
             return jsonl.read(source, span)
+        case Llava():
+            return llava.read(source, span)
+        case LlavaCc3m():
+            return llava_cc3m.read(source, span)
+        case Flan():
+            return flan.read(source, span)
+        case Vflan():
+            return vflan.read(source, span)
+        case Messages():
+            return messages.read(source, span)
+        case Table():
+            return table.read(source, span)
         case _:
             assert_never(source)
 

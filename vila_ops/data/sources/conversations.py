@@ -1,0 +1,24 @@
+"""What every conversation keeps to, in whichever layout it comes. Pure."""
+
+from collections.abc import Sequence
+
+from vila_ops.data.records import Role
+from vila_ops.data.sources.faults import Fault, checked
+
+PLACEHOLDER = "<image>"
+
+
+def check_order(roles: Sequence[Role]) -> None:
+    """Raises Fault unless user and assistant take turns, after a system turn at most; the last may be the user's."""
+    spoken = roles[1:] if roles[:1] == ["system"] else roles
+    if any(role != ("user", "assistant")[number % 2] for number, role in enumerate(spoken)) or len(spoken) < 2:
+        raise Fault(
+            "turn_order", f"user and assistant take turns, the user first; here {', '.join(roles[:9]) or 'none'}"
+        )
+
+
+def check_text(role: Role, text: str, *, number: int, pictures: int) -> None:
+    """Raises Fault where the text of a turn is damaged, or empty; a user may show a picture without a word."""
+    checked(text, what=f"turn {number} ({role})")
+    if not text.strip() and (role != "user" or not pictures):
+        raise Fault("no_text", f"turn {number} ({role}) is empty")

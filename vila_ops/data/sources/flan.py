@@ -1,0 +1,81 @@
+"""FLAN: text-only instructions, a row of Parquet or a line of jsonl with `inputs` and `targets`.
+
+Whitespace after the question and the answer is cut, as VILA's loader does.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from vila_ops.config.sources import Flan
+from vila_ops.data.raw import RawFile, Scan, Span, paths, scan_files
+from vila_ops.data.records import Dropped, Record, Turn
+from vila_ops.data.sources.conversations import check_text
+from vila_ops.data.sources.faults import Fault
+from vila_ops.data.sources.json_files import object_id, read_objects, record, scan_objects
+from vila_ops.data.sources.rows import open_parquet, rows
+
+COLUMNS = ("inputs", "targets")
+TASKS = ("_task_name", "task", "_task_source")
+"""Columns that name the task, of which the first is the record's category."""
+PARQUET = ".parquet"
+
+
+def raw_files(source: Flan, *, cache: Path) -> list[RawFile]:
+    """The Parquet and jsonl files."""
+    return scan_files(paths(Path(source.path), (PARQUET, ".jsonl", ".jsonl.gz")), "flan", _scan, cache=cache)
+
+
+def read(source: Flan, span: Span) -> Iterator[list[Record | Dropped]]:
+    """The conversation of each row or line."""
+    if not span.path.lower().endswith(PARQUET):
+        yield from read_objects(span, lambda value, place: _record(source, value, place))
+        return
+    with open_parquet(Path(span.path)) as file:
+        columns = [name for name in file.schema_arrow.names if name in (*COLUMNS, *TASKS, "id", "licence", "license")]
+    for number, (place, row) in enumerate(rows(span, columns), start=span.start):
+        if not span.takes(number):
+            yield []
+        elif isinstance(row, Fault):
+            yield [row.dropped(place, where=place)]
+        else:
+            yield [_made(source, row, place)]
+
+
+def _made(source: Flan, row: dict[str, Any], place: str) -> Record | Dropped:
+    try:
+        return _record(source, row, place)
+    except Fault as error:
+        return error.dropped(object_id(row, place), where=place)
+
+
+def _record(source: Flan, value: dict[str, Any], place: str) -> Record:
+    question, answer = (_text(value, column) for column in COLUMNS)
+    check_text("user", question, number=1, pictures=0)
+    check_text("assistant", answer, number=2, pictures=0)
+    made = record(
+        value,
+        place,
+        object=object_id(value, place).lower(),
+        turns=(Turn("user", (question,)), Turn("assistant", (answer,))),
+        licence=source.licence,
+    )
+    task = next((value[name] for name in TASKS if isinstance(value.get(name), str)), "")
+    return replace(made, category=task)
+
+
+def _text(value: Mapping[str, Any], column: str) -> str:
+    text = value.get(column)
+    if not isinstance(text, str):
+        raise Fault("malformed_turns", f"{column!r} is {repr(text)[:80]}; inputs and targets are texts")
+    return text.rstrip()
+
+
+def _scan(path: Path) -> Scan:
+    if not path.name.lower().endswith(PARQUET):
+        return scan_objects(path, lambda _: [])
+    with open_parquet(path) as file:
+        if missing := [name for name in COLUMNS if name not in file.schema_arrow.names]:
+            raise ValueError(f"{path} has no column {missing[0]!r}; it has {', '.join(file.schema_arrow.names)}")
+        return Scan(count=file.metadata.num_rows, images=0)

@@ -1,0 +1,108 @@
+"""Files of JSON objects, one array or one object a line: how they are scanned, and read to records."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from vila_ops.data.json_array import Broken, elements, is_array
+from vila_ops.data.lines import LineNumbers, every_line, lines
+from vila_ops.data.raw import STRIDE, Scan, Span
+from vila_ops.data.records import Dropped, Record, Turn
+from vila_ops.data.sources.faults import Fault
+from vila_ops.data.text import fault, json_object
+
+Object = dict[str, Any]
+SUFFIXES = (".json", ".jsonl", ".jsonl.gz")
+
+
+def scan_objects(path: Path, pictures: Callable[[Object], list[Path | None]]) -> Scan:
+    """One pass. `pictures` gives the path of each picture of an object, None for one that lies in the object itself."""
+    beside: dict[str, None] = {}
+    marks: list[int] = []
+    count = images = 0
+    for count, (offset, value) in enumerate(_values(path), start=1):
+        if (count - 1) % STRIDE == 0:
+            marks.append(offset)
+        if not isinstance(value, dict):
+            continue
+        try:
+            named = pictures(value)
+        except Fault:  # said where the record is read
+            continue
+        images += len(named)
+        beside.update(dict.fromkeys(str(picture) for picture in named if picture is not None))
+    return Scan(count=count, images=images, marks=tuple(marks), beside=tuple(beside))
+
+
+def read_objects(span: Span, make: Callable[[Object, str], Record]) -> Iterator[list[Record | Dropped]]:
+    """For each object of a span what `make(object, place)` makes of it, Dropped where it raises Fault.
+
+    The place is FILE:LINE, or FILE[INDEX] in an array, whose faults tell the line too: FILE:LINE[INDEX].
+    """
+    return _read_array(span, make) if is_array(Path(span.path)) else _read_lines(span, make)
+
+
+def record(value: Object, place: str, *, object: str, turns: tuple[Turn, ...], licence: str) -> Record:
+    """The record with the id, licence and address that the object states; the place and `licence` where it does not."""
+    stated = value.get("licence") or value.get("license")
+    url = value.get("url")
+    return Record(
+        id=object_id(value, place),
+        object=object,
+        turns=turns,
+        category="",
+        licence=stated if isinstance(stated, str) else licence,
+        provenance=f"{place} {url}" if isinstance(url, str) and url else place,
+    )
+
+
+def object_id(value: Object, place: str) -> str:
+    """The object's own id; its place where it has none."""
+    own = value.get("id")
+    name = str(own) if isinstance(own, str | int) and not isinstance(own, bool) else ""
+    return name if name and not fault(name) else place
+
+
+def _values(path: Path) -> Iterator[tuple[int, Any]]:
+    """(bytes before it, value) of each element, or of each line; anything but a dict is faulty or blank."""
+    if is_array(path):
+        yield from elements(path)
+    else:
+        for offset, line in every_line(path):
+            yield offset, json_object(line, where="") if line.strip() else None
+
+
+def _read_lines(span: Span, make: Callable[[Object, str], Record]) -> Iterator[list[Record | Dropped]]:
+    for number, (place, line) in enumerate(lines(span), start=span.start):
+        if not line.strip() or not span.takes(number):
+            yield []
+            continue
+        value = json_object(line, where=place)
+        yield [value if isinstance(value, Dropped) else _made(value, place, make)]
+
+
+def _read_array(span: Span, make: Callable[[Object, str], Record]) -> Iterator[list[Record | Dropped]]:
+    path = Path(span.path)
+    numbers = LineNumbers(path)
+    for number, (offset, value) in zip(range(span.start, span.stop), elements(path, start=span.mark), strict=False):
+        if not span.takes(number):
+            yield []
+            continue
+        place = f"{span.name}[{number}]"
+        made = _made(value, place, make)
+        if isinstance(made, Dropped):
+            made = replace(made, where=f"{span.name}:{numbers.at(offset)}[{number}]")
+        yield [made]
+
+
+def _made(value: Any, place: str, make: Callable[[Object, str], Record]) -> Record | Dropped:
+    if isinstance(value, Broken):
+        return Dropped(place, value.reason, place, value.detail)
+    if not isinstance(value, dict):
+        kind = type(value).__name__
+        return Dropped(place, "not_an_object", place, f"a JSON {kind}; a record is an object, {{...}}")
+    try:
+        return make(value, place)
+    except Fault as error:
+        return error.dropped(object_id(value, place), where=place)

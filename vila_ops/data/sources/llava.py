@@ -1,0 +1,111 @@
+"""LLaVA's conversations: {id, image, conversations: [{from, value}]}, as one array or one object a line.
+
+`<image>` in a turn is where a picture stands, and stays there. There are as many as pictures: LLaVA's own loader passes
+a picture without a placeholder over in silence (prepare_inputs_labels_for_multimodal), here such a record is dropped.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from vila_ops.config.sources import Llava
+from vila_ops.data.raw import RawFile, Span, paths, scan_files
+from vila_ops.data.records import Dropped, Image, Part, Record, Role, Turn
+from vila_ops.data.sources.conversations import PLACEHOLDER, check_order, check_text
+from vila_ops.data.sources.faults import Fault
+from vila_ops.data.sources.json_files import SUFFIXES, Object, object_id, read_objects, record, scan_objects
+from vila_ops.data.sources.pictures import object_of, path_inside, read_picture
+
+ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant", "system": "system"}
+
+
+def raw_files(source: Llava, *, cache: Path) -> list[RawFile]:
+    """The JSON files, with the pictures that their records name."""
+    return scan_files(
+        paths(Path(source.path), SUFFIXES),
+        f"llava:{source.images}",
+        lambda path: scan_objects(path, lambda value: picture_paths(value, source.images)),
+        cache=cache,
+    )
+
+
+def read(source: Llava, span: Span) -> Iterator[list[Record | Dropped]]:
+    """The record of each object."""
+    return read_objects(
+        span,
+        lambda value, place: conversation(
+            value, place, images=source.images, licence=source.licence, caption=source.render == "caption"
+        ),
+    )
+
+
+def picture_paths(value: Object, images: str | None) -> list[Path | None]:
+    """Where the object's pictures lie."""
+    return [path_inside(images, name) for name in _names(value)]
+
+
+def conversation(value: Object, place: str, *, images: str | None, licence: str, caption: bool) -> Record:
+    """The record of an object; with `caption` the picture and the answer alone, as LLaVA's `plain` has it."""
+    if "video" in value:
+        raise Fault("video", "videos are not read; sample its frames, and name them as a list in `image`")
+    names = _names(value)
+    said = _said(value.get("conversations"))
+    _check_placeholders(sum(text.count(PLACEHOLDER) for _, text in said), len(names))
+    if caption and (len(names) != 1 or len(said) != 2 or PLACEHOLDER in said[1][1]):
+        raise Fault(
+            "not_a_caption",
+            f"{len(names)} pictures, {len(said)} turns; a caption is 1 question with 1 picture, 1 answer",
+        )
+    pictures = [read_picture(images, name) for name in names]
+    if caption:
+        turns: tuple[Turn, ...] = (Turn("document", (pictures[0], said[1][1])),)
+    else:
+        turns = tuple(_turns(said, pictures))
+    shown = object_of(names[0] if names else None, turns, id=object_id(value, place))
+    return record(value, place, object=shown, turns=turns, licence=licence)
+
+
+def _names(value: Object) -> list[str]:
+    match value.get("image"):
+        case None:
+            return []
+        case str(name):
+            return [name]
+        case list(names) if all(isinstance(name, str) for name in names):
+            return names
+        case other:
+            raise Fault("malformed_image", f"`image` is a path or a list of paths, not {repr(other)[:80]}")
+
+
+def _said(conversations: object) -> list[tuple[Role, str]]:
+    if not isinstance(conversations, list):
+        raise Fault("malformed_turns", f"`conversations` is a list of turns, not {repr(conversations)[:80]}")
+    said = []
+    for number, turn in enumerate(conversations, start=1):
+        match turn:
+            case {"from": str(role), "value": str(text)} if role in ROLES:
+                check_text(ROLES[role], text.replace(PLACEHOLDER, ""), number=number, pictures=text.count(PLACEHOLDER))
+                said.append((ROLES[role], text))
+            case {"from": str(role), "value": str()}:
+                raise Fault("unknown_role", f"turn {number} is from {role!r}; known are {', '.join(ROLES)}")
+            case _:
+                raise Fault("malformed_turns", f"turn {number} is no {{from, value}} of two texts: {repr(turn)[:80]}")
+    check_order([role for role, _ in said])
+    return said
+
+
+def _check_placeholders(placeholders: int, pictures: int) -> None:
+    if placeholders != pictures:
+        reason = "too_few_placeholders" if placeholders < pictures else "too_many_placeholders"
+        raise Fault(
+            reason, f"{placeholders} of {PLACEHOLDER} for {pictures} pictures; each needs one, where it belongs"
+        )
+
+
+def _turns(said: list[tuple[Role, str]], pictures: list[Image]) -> Iterator[Turn]:
+    left = iter(pictures)
+    for role, text in said:
+        first, *rest = text.split(PLACEHOLDER)
+        parts: list[Part] = [first]
+        for piece in rest:
+            parts += [next(left), piece]
+        yield Turn(role, tuple(part for part in parts if part != ""))

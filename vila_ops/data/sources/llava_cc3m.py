@@ -1,0 +1,72 @@
+"""LLaVA-CC3M-Pretrain-595K: chat.json in LLaVA's layout, and metadata.json with the addresses of the pictures."""
+
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from vila_ops.config.sources import LlavaCc3m
+from vila_ops.data.json_array import elements, is_array
+from vila_ops.data.raw import RawFile, Scan, Span, scan_files
+from vila_ops.data.records import Dropped, Record
+from vila_ops.data.sources.json_files import Object, read_objects, scan_objects
+from vila_ops.data.sources.llava import conversation, picture_paths
+
+CHAT, METADATA = "chat.json", "metadata.json"
+
+
+def raw_files(source: LlavaCc3m, *, cache: Path) -> list[RawFile]:
+    """chat.json alone; metadata.json and the pictures lie beside it."""
+    path = Path(source.path) / CHAT
+    if not path.is_file() or not is_array(path):
+        raise ValueError(
+            f"no {CHAT} with a JSON array in {source.path!r}; `path` is the folder of the downloaded files"
+        )
+    return scan_files([(CHAT, path)], f"llava_cc3m:{source.path}:{source.images}", lambda _: _scan(source), cache=cache)
+
+
+def read(source: LlavaCc3m, span: Span) -> Iterator[list[Record | Dropped]]:
+    """The record of each object; its provenance ends with the picture's address, where metadata.json tells it."""
+    urls = _urls(Path(source.path) / METADATA, _stems(span))
+    caption = source.render == "caption"
+
+    def make(value: Object, place: str) -> Record:
+        told = {**value, "url": urls.get(_stem(value))}
+        return conversation(told, place, images=source.images, licence=source.licence, caption=caption)
+
+    return read_objects(span, make)
+
+
+def _scan(source: LlavaCc3m) -> Scan:
+    found = scan_objects(Path(source.path) / CHAT, lambda value: picture_paths(value, source.images))
+    metadata = Path(source.path) / METADATA
+    if not metadata.is_file():
+        return found
+    for _ in elements(metadata):  # raises now, not in the middle of a read, where it was cut off
+        pass
+    return Scan(found.count, found.images, found.marks, beside=(str(metadata), *found.beside))
+
+
+def _stems(span: Span) -> set[str]:
+    places = zip(range(span.start, span.stop), elements(Path(span.path), start=span.mark), strict=False)
+    return {_stem(value) for number, (_, value) in places if span.takes(number)} - {""}
+
+
+def _urls(metadata: Path, stems: set[str]) -> dict[str, str]:
+    """Addresses by picture name, of these pictures. The file is as long as chat.json, and only passes by."""
+    urls: dict[str, str] = {}
+    if not metadata.is_file():
+        return urls
+    for _, value in elements(metadata):
+        stem = _stem(value)
+        if stem in stems:
+            url = value.get("url") or value.get("URL")
+            urls[stem] = url if isinstance(url, str) else ""
+            if len(urls) == len(stems):
+                break
+    return urls
+
+
+def _stem(value: Any) -> str:
+    """The picture's name without its suffix, which is the id too: GCC_train_000000123."""
+    name = (value.get("image") or value.get("id")) if isinstance(value, dict) else None
+    return PurePosixPath(name).stem if isinstance(name, str) else ""

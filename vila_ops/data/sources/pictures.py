@@ -1,0 +1,59 @@
+"""Pictures that records name by a path inside one folder, or hold as base64."""
+
+import base64
+import binascii
+import hashlib
+from pathlib import Path, PurePosixPath
+
+from vila_ops.data.records import Image, Turn
+from vila_ops.data.sources.faults import Fault
+from vila_ops.data.text import fault
+
+MAX_BYTES = 1 << 26
+"""Of one encoded picture."""
+
+
+def path_inside(folder: str | None, name: str) -> Path:
+    """Where a picture should lie. Raises Fault where the name leads out of the folder, or there is none."""
+    if folder is None:
+        raise Fault("missing_image", f"the record names {name!r}, but the source has no `images`; set that folder")
+    path = PurePosixPath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts or fault(name):
+        raise Fault("bad_image_path", f"{name!r} is not a path inside {folder}; write it relative to it, without '..'")
+    return Path(folder) / path
+
+
+def read_picture(folder: str | None, name: str) -> Image:
+    """The picture of that name. Raises Fault: missing_image, bad_image_path (a link out of it too), image_too_big."""
+    path = path_inside(folder, name)
+    if not path.is_file():
+        raise Fault("missing_image", f"no file {name!r} in {folder}")
+    if not path.resolve().is_relative_to(Path(folder or "").resolve()):
+        raise Fault("bad_image_path", f"{name!r} is a link out of {folder}; put the picture itself there")
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise Fault("image_too_big", f"{name!r} has {size} bytes, more than {MAX_BYTES}; scale it down")
+    return Image(path.read_bytes())
+
+
+def from_base64(text: str) -> Image:
+    """The picture of a base64 text, white space in it aside. Raises Fault: bad_base64, image_too_big."""
+    if len(text) > MAX_BYTES * 4 // 3 + 4:
+        raise Fault("image_too_big", f"{len(text)} characters of base64, more than {MAX_BYTES} bytes; scale it down")
+    try:
+        data = base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Fault("bad_base64", f"{text[:20]!r}... is no base64 ({error})") from error
+    if not data:
+        raise Fault("bad_base64", "no bytes; a picture is the base64 of an image file")
+    return Image(data)
+
+
+def object_of(name: str | None, turns: tuple[Turn, ...], *, id: str) -> str:
+    """The split's key: the first picture's file name, or its digest where it has no name; the id where there is none.
+
+    So one picture never stands on two sides, in whichever source, record or folder it is met.
+    """
+    if name is not None:
+        return PurePosixPath(name).name.lower()
+    first = next((part for turn in turns for part in turn.parts if isinstance(part, Image)), None)
+    return id.lower() if first is None else hashlib.sha256(first.data).hexdigest()

@@ -1,0 +1,183 @@
+"""A CSV (commas) or TSV (tabs) with a header, and a folder of pictures: a row is a picture and its caption.
+
+With `question` a row is a picture, a question about it and the answer. Columns `licence` and `url` are the row's own;
+further columns with numbers are scores that cleaning may use.
+"""
+
+import csv
+from collections.abc import Iterator
+from math import isfinite
+from pathlib import Path
+from typing import IO
+
+from vila_ops.config.sources import Table
+from vila_ops.data.lines import LineNumbers
+from vila_ops.data.raw import STRIDE, RawFile, Scan, Span, paths, scan_files
+from vila_ops.data.records import Dropped, Record, Turn
+from vila_ops.data.sources.conversations import check_text
+from vila_ops.data.sources.faults import Fault
+from vila_ops.data.sources.pictures import object_of, path_inside, read_picture
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+MAX_FIELD = 1 << 26
+"""Characters; a longer field has lost its closing quote."""
+
+
+def raw_files(source: Table, *, cache: Path) -> list[RawFile]:
+    """The tables, with the pictures that their rows name. Raises ValueError where a column is missing."""
+    return scan_files(
+        paths(Path(source.path), tuple(DELIMITERS)),
+        f"table:{source.images}:{source.image}:{source.text}:{source.question}",
+        lambda path: _scan(source, path),
+        cache=cache,
+    )
+
+
+def read(source: Table, span: Span) -> Iterator[list[Record | Dropped]]:
+    """The record of each row; nothing of a blank one. A row's place is FILE#ROW, of a faulty one FILE:LINE#ROW."""
+    path = Path(span.path)
+    header, body = read_header(path)
+    lines = LineNumbers(path)
+    for number, (offset, fields) in zip(range(span.start, span.stop), _rows(path, span.mark or body), strict=False):
+        if not fields or not span.takes(number):
+            yield []
+            continue
+        place = f"{span.name}#{number + 1}"
+        try:
+            yield [_record(source, _named(header, fields), place)]
+        except Fault as error:
+            yield [error.dropped(place, where=f"{span.name}:{lines.at(offset)}#{number + 1}")]
+
+
+def read_header(path: Path) -> tuple[list[str], int]:
+    """The names of the columns, and how many bytes they take. Raises ValueError where there are none."""
+    with path.open("rb") as file:
+        lines = _Lines(file)
+        try:
+            header: list[str] = next(_reader(path, lines), [])
+        except csv.Error as error:
+            raise ValueError(
+                f"{path}:1: the header cannot be read ({error}); it names the columns, each once"
+            ) from error
+    if not header or len(set(header)) < len(header):
+        raise ValueError(f"{path}:1: a table begins with the names of its columns, each once, not with {header!r}")
+    return header, lines.offset
+
+
+class _Lines:
+    """Lines of text, and how many bytes they took; bytes that are not UTF-8 stand in them as lone surrogates."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.offset = file.tell()
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        line = self._file.readline()
+        if not line:
+            raise StopIteration
+        text = line.decode("utf-8", "surrogateescape")
+        text = text.removeprefix("\ufeff") if self.offset == 0 else text
+        self.offset += len(line)
+        return text
+
+
+def _reader(path: Path, lines: _Lines) -> Iterator[list[str]]:
+    csv.field_size_limit(MAX_FIELD)
+    return csv.reader(lines, delimiter=DELIMITERS[path.suffix.lower()], strict=True)
+
+
+def _rows(path: Path, start: int) -> Iterator[tuple[int, list[str] | Fault]]:
+    """(bytes before it, fields) of each row from a byte on; none of a blank one, a Fault where quotes are broken."""
+    with path.open("rb") as file:
+        file.seek(start)
+        lines = _Lines(file)
+        reader = _reader(path, lines)
+        while True:
+            offset = lines.offset
+            try:
+                yield offset, next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                hint = (
+                    "; a quote is never closed, and what follows is lost in it" if "end of data" in str(error) else ""
+                )
+                yield offset, Fault("bad_csv", f"{error}{hint}")
+
+
+def _named(header: list[str], fields: list[str] | Fault) -> dict[str, str]:
+    if isinstance(fields, Fault):
+        raise fields
+    if len(fields) != len(header):
+        raise Fault(
+            "bad_row", f"{len(fields)} fields, but {len(header)} columns; quote a field that has the delimiter in it"
+        )
+    try:
+        "".join(fields).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise Fault("invalid_utf8", "the row is not UTF-8; save the file in UTF-8") from error
+    return dict(zip(header, fields, strict=True))
+
+
+def _record(source: Table, row: dict[str, str], place: str) -> Record:
+    name, text = row[source.image], row[source.text]
+    check_text("assistant", text, number=2 if source.question else 1, pictures=0)
+    question = row[source.question] if source.question else ""
+    if source.question:
+        check_text("user", question, number=1, pictures=0)
+    picture = read_picture(source.images, name)
+    if source.question:
+        turns: tuple[Turn, ...] = (Turn("user", (picture, question)), Turn("assistant", (text,)))
+    else:
+        turns = (Turn("document", (picture, text)),)
+    url = row.get("url")
+    return Record(
+        id=place,
+        object=object_of(name, turns, id=place),
+        turns=turns,
+        category="",
+        licence=row.get("licence") or row.get("license") or source.licence,
+        provenance=f"{place} {url}" if url else place,
+        scores=_scores({key: value for key, value in row.items() if key not in _used(source)}),
+    )
+
+
+def _used(source: Table) -> tuple[str | None, ...]:
+    return (source.image, source.text, source.question)
+
+
+def _scores(row: dict[str, str]) -> dict[str, float]:
+    found = {}
+    for column, value in row.items():
+        try:
+            number = float(value)
+        except ValueError:
+            continue
+        if isfinite(number):
+            found[column] = number
+    return found
+
+
+def _scan(source: Table, path: Path) -> Scan:
+    header, body = read_header(path)
+    for column in _used(source):
+        if column is not None and column not in header:
+            hint = "; it looks separated by semicolons: save it with commas" if ";" in header[0] else ""
+            raise ValueError(f"{path} has no column {column!r}; it has {', '.join(map(repr, header))}{hint}")
+    beside: dict[str, None] = {}
+    marks: list[int] = []
+    count = images = 0
+    for count, (offset, fields) in enumerate(_rows(path, body), start=1):
+        if (count - 1) % STRIDE == 0:
+            marks.append(offset)
+        if not fields:
+            continue
+        try:
+            beside[str(path_inside(source.images, _named(header, fields)[source.image]))] = None
+        except Fault:  # said where the row is read
+            continue
+        images += 1
+    return Scan(count=count, images=images, marks=tuple(marks), beside=tuple(beside))

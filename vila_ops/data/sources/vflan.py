@@ -1,0 +1,121 @@
+"""Visual instructions with pictures as base64, one a line: M3IT's own keys, or those of VILA's VFLAN.
+
+    {"instruction": "What is it? ", "inputs": "", "image_base64_str": ["..."], "outputs": "A cat."}
+    {"question": "What is it?", "answer": "A cat.", "image": ["..."]}
+
+As VILA's loader: instruction and inputs are joined as they are; placeholders in the text are taken out, and every
+picture stands before the question, each followed by a newline; visual dialogs are split into their turns.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vila_ops.config.sources import Vflan
+from vila_ops.data.raw import RawFile, Span, paths, scan_files
+from vila_ops.data.records import Dropped, Part, Record, Turn
+from vila_ops.data.sources.conversations import PLACEHOLDER, check_text
+from vila_ops.data.sources.faults import Fault
+from vila_ops.data.sources.json_files import SUFFIXES, Object, object_id, read_objects, record, scan_objects
+from vila_ops.data.sources.pictures import from_base64, object_of, path_inside, read_picture
+
+PICKLES = (".pkl", ".pickle")
+QUESTIONS, ANSWERS = ("question",), ("answer", "answer:", "outputs")
+PICTURES = ("image", "image:", "image_base64_str")
+DIALOG = "Image Descriptions"
+"""Stands in every question of M3IT's visual dialogs."""
+
+
+def raw_files(source: Vflan, *, cache: Path) -> list[RawFile]:
+    """The JSON files. Raises ValueError where a pickle is among them."""
+    root = Path(source.path)
+    for path in [root] if root.is_file() else sorted(root.rglob("*")):
+        if path.name.lower().endswith(PICKLES):
+            raise ValueError(
+                f"{path} is a pickle, and to read one is to run whatever its maker put into it. Where you trust it, "
+                f"write it as jsonl, one {{question, answer, image}} a line, and move the pickle out of the folder"
+            )
+    return scan_files(
+        paths(root, SUFFIXES),
+        f"vflan:{source.images}",
+        lambda path: scan_objects(path, lambda value: _picture_paths(value, source.images)),
+        cache=cache,
+    )
+
+
+def read(source: Vflan, span: Span) -> Iterator[list[Record | Dropped]]:
+    """The conversation of each object."""
+    return read_objects(span, lambda value, place: _record(source, value, place))
+
+
+def _record(source: Vflan, value: Object, place: str) -> Record:
+    question, answer = _question(value), _text(value, ANSWERS).rstrip()
+    said = [question, answer] if DIALOG not in question else _dialog(question, answer)
+    pictures = _pictures(value)
+    if len(pictures) > source.max_images:
+        raise Fault("too_many_images", f"{len(pictures)} pictures; max_images is {source.max_images}")
+    for number, text in enumerate(said, start=1):
+        check_text(("assistant", "user")[number % 2], text, number=number, pictures=len(pictures))
+    images = [read_picture(source.images, one) if _is_path(one) else from_base64(one) for one in pictures]
+    front = [part for image in images for part in (image, "\n")]
+    turns = tuple(_turn(number, text, front if number == 0 else []) for number, text in enumerate(said))
+    name = pictures[0] if pictures and _is_path(pictures[0]) else None
+    shown = object_of(name, turns, id=object_id(value, place))
+    return record(value, place, object=shown, turns=turns, licence=source.licence)
+
+
+def _turn(number: int, text: str, front: list[Part]) -> Turn:
+    parts = [*front, text] if text else front
+    return Turn("assistant" if number % 2 else "user", tuple(parts))
+
+
+def _question(value: Object) -> str:
+    """Without placeholders, and without the newline on one side of each (VILA's LazyVFlanDataset)."""
+    if "instruction" in value:
+        text = _text(value, ("instruction",)) + _text(value, ("inputs",))
+    else:
+        text = _text(value, QUESTIONS)
+    text = text.rstrip()
+    for written in (f"{PLACEHOLDER}\n", f"\n{PLACEHOLDER}", PLACEHOLDER):
+        text = text.replace(written, "")
+    return text
+
+
+def _dialog(question: str, answer: str) -> list[str]:
+    """Questions and answers in turns: "...\\nQuestion: q\\nAnswer: a\\nQuestion: q" and the last answer."""
+    rounds = [one.split("\nAnswer: ") for one in question.split("\nQuestion: ")[1:]]
+    if not rounds or len(rounds[-1]) != 1 or any(len(one) != 2 for one in rounds[:-1]):
+        raise Fault(
+            "malformed_turns", "a visual dialog is '\\nQuestion: ...\\nAnswer: ...' again and again, then a question"
+        )
+    rounds[-1] = [rounds[-1][0].replace("\n", ""), answer]
+    return [text for one in rounds for text in one]
+
+
+def _text(value: Object, keys: tuple[str, ...]) -> str:
+    text = next((value[key] for key in keys if key in value), None)
+    if not isinstance(text, str):
+        stated = ", ".join(map(repr, value))
+        raise Fault("malformed_turns", f"{keys[0]!r} is missing or no text; the record has {stated[:200]}")
+    return text
+
+
+def _pictures(value: Object) -> list[str]:
+    found: Any = next((value[key] for key in PICTURES if key in value), None)
+    match found:
+        case None:
+            return []
+        case str(one):
+            return [one]
+        case list(many) if all(isinstance(one, str) for one in many):
+            return many
+        case _:
+            raise Fault("malformed_image", f"pictures are base64 or a list of it, not {repr(found)[:80]}")
+
+
+def _is_path(picture: str) -> bool:
+    return "." in picture[-5:]  # base64 has no dot
+
+
+def _picture_paths(value: Object, images: str | None) -> list[Path | None]:
+    return [path_inside(images, one) if _is_path(one) else None for one in _pictures(value)]
