@@ -74,9 +74,8 @@ class _Window:
         """Move behind the bracket that opens the array."""
         if self.next_character() == "\ufeff":
             self.move(1)
-        if self.next_character() != "[":
-            begin = self._text[self._position : self._position + 20]
-            raise ValueError(f"{self._path} is no JSON array in UTF-8: it begins with {begin!r}, not with '['")
+        if (first := self.next_character()) != "[":
+            raise ValueError(f"{self._path} is no JSON array in UTF-8: it begins with {first!r}, not with '['")
         self.move(1)
 
     def next_character(self) -> str:

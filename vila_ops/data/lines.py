@@ -40,7 +40,7 @@ class LineNumbers:
         """The line of the byte after the first `offset` ones."""
         with self._path.open("rb") as file:
             file.seek(self._offset)
-            while block := file.read(min(1 << 20, offset - self._offset)):
+            while block := file.read(max(0, min(1 << 20, offset - self._offset))):
                 self._number += block.count(b"\n")
                 self._offset += len(block)
         return self._number

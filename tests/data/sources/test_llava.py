@@ -1,0 +1,277 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vila_ops.config.sources import Llava
+from vila_ops.data.raw import RawFile
+from vila_ops.data.records import Dropped, Image, Record, Turn
+
+ReadAll = Callable[[Llava], list[list[Record | Dropped]]]
+Scan = Callable[[Llava], list[RawFile]]
+
+SINGLE = {
+    "id": "s-000001", "image": "img/000001.png",
+    "conversations": [
+        {"from": "human", "value": "<image>\nHow many squares?"},
+        {"from": "gpt", "value": "Three."},
+    ],
+}  # fmt: skip
+SEVERAL = {
+    "id": "m-7", "image": ["a.png", "b.png"],
+    "conversations": [
+        {"from": "human", "value": "Image 1: <image>\nImage 2: <image>\nWhat differs?"},
+        {"from": "gpt", "value": "The circle is red in the second."},
+    ],
+}  # fmt: skip
+TEXT = {
+    "id": "T-1",
+    "conversations": [{"from": "human", "value": "What is 2 + 2?"}, {"from": "gpt", "value": "4"}],
+}
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    (folder / "img").mkdir(parents=True)
+    for name in ("img/000001.png", "a.png", "b.png"):
+        (folder / name).write_bytes(name.encode())
+    return folder
+
+
+def source(path: Path, images: Path | None, **settings: Any) -> Llava:
+    return Llava(path=str(path), licence="CC-BY-4.0", images=None if images is None else str(images), **settings)
+
+
+def array(folder: Path, *records: Any, name: str = "train.json") -> Path:
+    path = folder / name
+    path.write_text(json.dumps(records, indent=1), encoding="utf-8")
+    return path
+
+
+def only(found: list[list[Record | Dropped]]) -> Record | Dropped:
+    ((record,),) = found
+    return record
+
+
+def test_pictures_stand_where_their_placeholders_stood(tmp_path: Path, images: Path, read_all: ReadAll) -> None:
+    found = read_all(source(array(tmp_path, SINGLE, SEVERAL, TEXT), images))
+    assert found == [
+        [
+            Record(
+                id="s-000001",
+                object="000001.png",
+                turns=(
+                    Turn("user", (Image(b"img/000001.png"), "\nHow many squares?")),
+                    Turn("assistant", ("Three.",)),
+                ),
+                category="",
+                licence="CC-BY-4.0",
+                provenance="train.json[0]",
+            )
+        ],
+        [
+            Record(
+                id="m-7",
+                object="a.png",
+                turns=(
+                    Turn(
+                        "user",
+                        ("Image 1: ", Image(b"a.png"), "\nImage 2: ", Image(b"b.png"), "\nWhat differs?"),
+                    ),
+                    Turn("assistant", ("The circle is red in the second.",)),
+                ),
+                category="",
+                licence="CC-BY-4.0",
+                provenance="train.json[1]",
+            )
+        ],
+        [
+            Record(
+                id="T-1",
+                object="t-1",
+                turns=(Turn("user", ("What is 2 + 2?",)), Turn("assistant", ("4",))),
+                category="",
+                licence="CC-BY-4.0",
+                provenance="train.json[2]",
+            )
+        ],
+    ]
+
+
+def test_pictures_of_later_turns_stay_there(tmp_path: Path, images: Path, read_all: ReadAll) -> None:
+    said = [
+        ("system", "Be brief."),
+        ("human", "Look: <image>"),
+        ("gpt", "A."),
+        ("human", "And <image> this?"),
+        ("gpt", "B."),
+    ]
+    record = {**SEVERAL, "conversations": [{"from": role, "value": text} for role, text in said]}
+    made = only(read_all(source(array(tmp_path, record), images)))
+    assert isinstance(made, Record)
+    assert [(turn.role, turn.parts) for turn in made.turns] == [
+        ("system", ("Be brief.",)),
+        ("user", ("Look: ", Image(b"a.png"))),
+        ("assistant", ("A.",)),
+        ("user", ("And ", Image(b"b.png"), " this?")),
+        ("assistant", ("B.",)),
+    ]
+
+
+def test_one_object_a_line_reads_like_an_array(tmp_path: Path, images: Path, read_all: ReadAll) -> None:
+    lines = tmp_path / "train.jsonl"
+    lines.write_text("\n".join(["", json.dumps(SINGLE), json.dumps({**TEXT, "conversations": []}), ""]))
+    blank, (single,), (empty,) = read_all(source(lines, images))
+    assert blank == []
+    assert isinstance(single, Record)
+    assert single.provenance == "train.jsonl:2"
+    assert isinstance(empty, Dropped)
+    assert (empty.reason, empty.where) == ("turn_order", "train.jsonl:3")
+
+
+def test_caption_is_the_picture_and_the_answer(tmp_path: Path, images: Path, read_all: ReadAll) -> None:
+    plain, text, several = read_all(source(array(tmp_path, SINGLE, TEXT, SEVERAL), images, render="caption"))
+    (record,) = plain
+    assert isinstance(record, Record)
+    assert record.turns == (Turn("document", (Image(b"img/000001.png"), "Three.")),)
+    for (dropped,) in (text, several):
+        assert isinstance(dropped, Dropped)
+        assert dropped.reason == "not_a_caption"
+
+
+def test_what_an_object_says_of_itself_wins(tmp_path: Path, images: Path, read_all: ReadAll) -> None:
+    stated = {**SINGLE, "id": 7, "licence": "CC0-1.0", "url": "http://ex.test/1", "model": "gpt-4", "width_list": [1]}
+    unnamed = {key: value for key, value in TEXT.items() if key != "id"}
+    (record,), (place,) = read_all(source(array(tmp_path, stated, unnamed), images))
+    assert isinstance(record, Record)
+    assert (record.id, record.licence, record.provenance) == ("7", "CC0-1.0", "train.json[0] http://ex.test/1")
+    assert isinstance(place, Record)
+    assert (place.id, place.object) == ("train.json[1]", "train.json[1]")
+
+
+def turns(*said: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"from": role, "value": text} for role, text in said]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "told"),
+    [
+        ({"image": ["a.png", "b.png"]}, "too_few_placeholders", "1 of <image> for 2 pictures"),
+        ({"conversations": turns(("human", "How many?"), ("gpt", "3"))}, "too_few_placeholders", "0 of <image> for 1"),
+        ({"image": None}, "too_many_placeholders", "1 of <image> for 0 pictures"),
+        ({"conversations": turns(("human", "<image><image>?"), ("gpt", "3"))}, "too_many_placeholders", "2 of <image>"),
+        ({"image": "gone.png"}, "missing_image", "no file 'gone.png'"),
+        ({"image": "../secret.png"}, "bad_image_path", "'../secret.png' is not a path inside"),
+        ({"image": "img/../../secret.png"}, "bad_image_path", "without '..'"),
+        ({"image": "/etc/passwd"}, "bad_image_path", "is not a path inside"),
+        ({"image": ""}, "bad_image_path", "'' is not"),
+        ({"image": "a\0.png"}, "bad_image_path", "is not a path inside"),
+        ({"image": "\ud800.png"}, "bad_image_path", "is not a path inside"),
+        ({"image": "linked.png"}, "bad_image_path", "is a link out of"),
+        ({"image": "img"}, "missing_image", "no file 'img'"),
+        ({"image": 7}, "malformed_image", "a path or a list of paths, not 7"),
+        ({"image": [None]}, "malformed_image", "not [None]"),
+        ({"video": "v.mp4"}, "video", "sample its frames"),
+        ({"conversations": None}, "malformed_turns", "a list of turns, not None"),
+        ({"conversations": ["hello"]}, "malformed_turns", "turn 1"),
+        ({"conversations": [{"from": "human", "value": None}]}, "malformed_turns", "turn 1"),
+        ({"conversations": turns(("human", "<image>?"), ("bing", "3"))}, "unknown_role", "turn 2 is from 'bing'"),
+        ({"conversations": turns(("gpt", "<image>"), ("human", "?"))}, "no_text", "turn 1 (assistant) is empty"),
+        ({"conversations": turns(("gpt", "<image> 3"), ("human", "?"))}, "turn_order", "assistant, user"),
+        ({"conversations": turns(("human", "<image>"), ("human", "?"))}, "turn_order", "user, user"),
+        ({"conversations": turns(("human", "<image>"))}, "turn_order", "here user"),
+        ({"conversations": []}, "turn_order", "here none"),
+        ({"conversations": turns(("human", "<image>?"), ("gpt", " \n"))}, "no_text", "turn 2 (assistant) is empty"),
+        ({"conversations": turns(("human", "<image>\0"), ("gpt", "3"))}, "nul_in_text", "turn 1 (user)"),
+        ({"conversations": turns(("human", "<image>"), ("gpt", "\ud800"))}, "lone_surrogate", "turn 2 (assistant)"),
+    ],
+)  # fmt: skip
+def test_a_faulty_record_is_dropped_with_its_line_and_stops_no_other(
+    change: dict[str, Any], reason: str, told: str, tmp_path: Path, images: Path, read_all: ReadAll
+) -> None:
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    (images / "linked.png").symlink_to(tmp_path / "secret.png")
+    path = array(tmp_path, TEXT, {**SINGLE, **change}, SINGLE)
+    line = path.read_text().split("\n").index('  "id": "s-000001",')  # its object begins one line above
+    (before,), (dropped,), (after,) = read_all(source(path, images))
+    assert isinstance(before, Record)
+    assert isinstance(after, Record)
+    assert isinstance(dropped, Dropped)
+    assert (dropped.id, dropped.reason, dropped.where) == ("s-000001", reason, f"train.json:{line}[1]")
+    assert told in dropped.detail
+
+
+@pytest.mark.parametrize(
+    ("element", "reason"), [(b"[1]", "not_an_object"), (b'{"id": }', "bad_json"), (b'{"id": "\xff"}', "invalid_utf8")]
+)
+def test_an_element_that_is_no_object_is_dropped(
+    element: bytes, reason: str, tmp_path: Path, images: Path, read_all: ReadAll
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(b"[\n" + element + b",\n" + json.dumps(TEXT).encode() + b"]")
+    (dropped,), (record,) = read_all(source(path, images))
+    assert isinstance(dropped, Dropped)
+    assert (dropped.reason, dropped.where) == (reason, "a.json:2[0]")
+    assert isinstance(record, Record)
+
+
+def test_a_picture_without_a_folder_of_pictures_says_what_to_set(tmp_path: Path, read_all: ReadAll) -> None:
+    dropped = only(read_all(source(array(tmp_path, SINGLE), None)))
+    assert isinstance(dropped, Dropped)
+    assert dropped.reason == "missing_image"
+    assert "set that folder" in dropped.detail
+
+
+def test_a_turn_of_ten_megabytes_is_kept(tmp_path: Path, read_all: ReadAll) -> None:
+    long = {**TEXT, "conversations": turns(("human", "?"), ("gpt", "ä" * 5_000_000))}
+    record = only(read_all(source(array(tmp_path, long), None)))
+    assert isinstance(record, Record)
+    assert record.turns[1].parts == ("ä" * 5_000_000,)
+
+
+def test_files_of_a_folder_are_read_in_the_order_of_their_names(
+    tmp_path: Path, images: Path, scan: Scan, read_all: ReadAll
+) -> None:
+    data = tmp_path / "data"
+    (data / "b").mkdir(parents=True)
+    array(data, SINGLE, name="c.json")
+    array(data, *[{**TEXT, "id": str(number)} for number in range(40)], name="b/a.json")
+    array(data, TEXT, name="half.json.part")
+    files = scan(source(data, images))
+    assert [(file.name, file.count, file.images, len(file.marks)) for file in files] == [
+        ("b/a.json", 40, 0, 3),
+        ("c.json", 1, 1, 1),
+    ]
+    ids = [record.id for (record,) in read_all(source(data, images))]
+    assert ids == [*map(str, range(40)), "s-000001"]
+
+
+def test_the_digest_is_that_of_the_records_and_of_the_pictures_that_they_name(
+    tmp_path: Path, images: Path, scan: Scan
+) -> None:
+    ours = source(array(tmp_path, SINGLE, {**SINGLE, "image": "gone.png"}, {**SINGLE, "image": "../x.png"}), images)
+    (before,) = scan(ours)
+    assert before.images == 2
+    (images / "b.png").write_bytes(b"another picture, which no record names")
+    (images / "new.txt").write_text("unrelated")
+    assert scan(ours) == [before]
+    (images / "img/000001.png").write_bytes(b"repainted")
+    (repainted,) = scan(ours)
+    assert repainted.digest != before.digest
+    (images / "gone.png").write_bytes(b"found")
+    (found,) = scan(ours)
+    assert found.digest not in (before.digest, repainted.digest)
+
+
+@pytest.mark.parametrize("content", ["", '[{"id": "s', "[] []"])
+def test_a_file_that_is_not_whole_is_an_error_that_names_it(content: str, tmp_path: Path, scan: Scan) -> None:
+    path = tmp_path / "cut.json"
+    path.write_text(content)
+    if content:
+        with pytest.raises(ValueError, match=r"cut\.json"):
+            scan(source(path, None))
+    else:
+        assert scan(source(path, None))[0].count == 0

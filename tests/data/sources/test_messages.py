@@ -1,0 +1,159 @@
+import base64
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vila_ops.config.sources import Messages
+from vila_ops.data.raw import RawFile
+from vila_ops.data.records import Dropped, Image, Record, Turn
+from vila_ops.data.sources import pictures
+
+ReadAll = Callable[[Messages], list[list[Record | Dropped]]]
+Scan = Callable[[Messages], list[RawFile]]
+Json = dict[str, Any]
+
+DATA = "data:image/png;base64," + base64.b64encode(b"inline").decode()
+OK = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
+
+
+def image(url: str, **more: str) -> Json:
+    return {"type": "image_url", "image_url": {"url": url, **more}}
+
+
+def text(said: str) -> Json:
+    return {"type": "text", "text": said}
+
+
+def user(*content: Json, answer: Any = "Yes.") -> Json:
+    return {"messages": [{"role": "user", "content": list(content)}, {"role": "assistant", "content": answer}]}
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Messages]:
+    def made(*records: Any) -> Messages:
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        (tmp_path / "pictures/Dog.png").write_bytes(b"dog")
+        (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps(record) for record in records))
+        return Messages(path=str(tmp_path / "chats.jsonl"), licence="CC0-1.0", images=str(tmp_path / "pictures"))
+
+    return made
+
+
+def test_parts_keep_their_order(write: Callable[..., Messages], read_all: ReadAll) -> None:
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [text("First: "), image("Dog.png", detail="low"), text(" Second: "), image(DATA)]},
+        {"role": "assistant", "content": [text("A dog "), text("and <image>.")]},
+        {"role": "user", "content": "Sure?"},
+        {"role": "assistant", "content": "Yes.", "weight": 1},
+    ]
+    assert read_all(write({"id": "c-1", "messages": messages})) == [
+        [
+            Record(
+                id="c-1",
+                object="dog.png",
+                turns=(
+                    Turn("system", ("Be brief.",)),
+                    Turn("user", ("First: ", Image(b"dog"), " Second: ", Image(b"inline"))),
+                    Turn("assistant", ("A dog ", "and <image>.")),
+                    Turn("user", ("Sure?",)),
+                    Turn("assistant", ("Yes.",)),
+                ),
+                category="",
+                licence="CC0-1.0",
+                provenance="chats.jsonl:1",
+            )
+        ]
+    ]
+
+
+def test_a_picture_without_a_name_is_split_by_its_content(write: Callable[..., Messages], read_all: ReadAll) -> None:
+    (inline,), (words,) = read_all(write(user(image(DATA)), OK))
+    assert isinstance(inline, Record)
+    assert isinstance(words, Record)
+    assert inline.object == hashlib.sha256(b"inline").hexdigest()
+    assert (words.id, words.object) == ("chats.jsonl:2", "chats.jsonl:2")
+
+
+@pytest.mark.parametrize(
+    ("record", "reason", "told"),
+    [
+        (user(image("http://ex.test/a.png")), "remote_image", "download it first"),
+        (user(image("HTTPS://ex.test/a.png")), "remote_image", "download it first"),
+        (user(image("file:///etc/passwd")), "remote_image", "write a path"),
+        (user(image("/etc/passwd")), "bad_image_path", "is not a path inside"),
+        (user(image("../chats.jsonl")), "bad_image_path", "without '..'"),
+        (user(image("gone.png")), "missing_image", "no file 'gone.png'"),
+        (user(image("data:image/png,abc")), "bad_base64", "is no data:TYPE;base64"),
+        (user(image("data:image/png;base64")), "bad_base64", "is no data:TYPE;base64"),
+        (user(image("data:image/png;base64,a")), "bad_base64", "is no base64"),
+        (user({"type": "image_url", "image_url": {}}), "malformed_turns", "a part is of type text or image_url"),
+        (user({"type": "input_audio"}), "malformed_turns", "a part is of type text or image_url"),
+        (user({"type": "video_url", "video_url": {"url": "v.mp4"}}), "video", "sample its frames"),
+        (user(text("?"), answer=None), "malformed_turns", "message 2 has None as content"),
+        (user(text("?"), answer=""), "no_text", "turn 2 (assistant) is empty"),
+        (user(text("?"), answer=[]), "no_text", "turn 2 (assistant) is empty"),
+        (user(text(" ")), "no_text", "turn 1 (user) is empty"),
+        (user(text("\0")), "nul_in_text", "turn 1 (user)"),
+        (user(text("?"), answer="\udfff"), "lone_surrogate", "turn 2 (assistant)"),
+        ({"messages": OK["messages"][1:]}, "turn_order", "here assistant"),
+        ({"messages": OK["messages"][:1] * 2}, "turn_order", "user, user"),
+        ({"messages": []}, "turn_order", "here none"),
+        ({"messages": "Hi"}, "malformed_turns", "a list of messages"),
+        ({"conversations": []}, "malformed_turns", "a list of messages, not None"),
+        ({"messages": ["Hi"]}, "unknown_role", "message 1 has the role None"),
+        ({"messages": [{"role": "User", "content": "Hi"}]}, "unknown_role", "'User'"),
+        ({"messages": [*OK["messages"], {"role": "tool", "content": "4"}]}, "tool_call", "message 3"),
+        (
+            {"messages": [*OK["messages"][:1], {"role": "assistant", "content": None, "tool_calls": [{}]}]},
+            "tool_call", "message 2",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!", "weight": 0}]},
+            "weight", "message 2",
+        ),
+    ],
+)  # fmt: skip
+def test_a_faulty_conversation_is_dropped_with_its_line(
+    record: Json, reason: str, told: str, write: Callable[..., Messages], read_all: ReadAll
+) -> None:
+    (before,), (dropped,), (after,) = read_all(write(OK, {"id": "x", **record}, OK))
+    assert isinstance(before, Record)
+    assert isinstance(after, Record)
+    assert isinstance(dropped, Dropped)
+    assert (dropped.id, dropped.reason, dropped.where) == ("x", reason, "chats.jsonl:2")
+    assert told in dropped.detail
+
+
+def test_only_data_addresses_are_read_without_a_folder(tmp_path: Path, read_all: ReadAll) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps(record) for record in (user(image(DATA)), user(image("Dog.png")))))
+    (inline,), (named,) = read_all(Messages(path=str(path), licence="CC0-1.0"))
+    assert isinstance(inline, Record)
+    assert isinstance(named, Dropped)
+    assert (named.reason, named.where) == ("missing_image", "a.jsonl:2")
+
+
+def test_a_picture_over_the_limit_is_dropped(
+    write: Callable[..., Messages], read_all: ReadAll, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "MAX_BYTES", 5)
+    (inline,), (named,) = read_all(write(user(image(DATA + "AAAAAAAA")), user(image("Dog.png"))))
+    assert isinstance(inline, Dropped)
+    assert inline.reason == "image_too_big"
+    assert isinstance(named, Record)
+
+
+def test_spans_and_digest(write: Callable[..., Messages], read_all: ReadAll, scan: Scan, tmp_path: Path) -> None:
+    source = write(*[{"id": str(n), **user(image("Dog.png" if n % 2 else DATA))} for n in range(40)])
+    assert [record.id for (record,) in read_all(source)] == [str(n) for n in range(40)]
+    (before,) = scan(source)
+    assert (before.count, before.images, len(before.marks)) == (40, 40, 3)
+    (tmp_path / "pictures/cat.png").write_bytes(b"unrelated")
+    assert scan(source) == [before]
+    (tmp_path / "pictures/Dog.png").write_bytes(b"another dog")
+    assert scan(source)[0].digest != before.digest
