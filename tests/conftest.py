@@ -7,6 +7,7 @@ import os
 import random
 import secrets
 import socket
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +35,18 @@ SIDE, PATCH = 56, 14
 
 MakeModel = Callable[..., Model]
 Whole = tuple[VilaForConditionalGeneration, LlavaProcessor]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Clusters of these tests ask for a token of these tests, whatever Ray keeps in the home folder.
+
+    Set before a test module imports Ray, which reads it only once.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="ray-token-")
+    config.add_cleanup(folder.cleanup)
+    token = Path(folder.name) / "token"
+    token.write_text(secrets.token_hex(32))
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
 
 
 @pytest.fixture(scope="session", autouse=True)

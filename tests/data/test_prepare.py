@@ -15,6 +15,7 @@ from vila_ops.data.prepare import REVISION, prepare
 from vila_ops.data.revisions import export_for_dvc
 from vila_ops.data.shards import read_index, read_sample
 from vila_ops.data.split import split_of
+from vila_ops.data.work import SHARD_REVISION
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/golden/tiny_datasets.json"
@@ -71,15 +72,17 @@ def test_the_tiny_datasets_are_the_golden_ones(resources: Resources, monkeypatch
     asked.append((recipe.suite.mixture, recipe.text(max_tokens=recipe.suite.max_tokens)))
     digests = {mixture.name: prepare(mixture, text, resources).digest for mixture, text in asked}
     golden = json.loads(GOLDEN.read_text())
-    assert golden["revision"] != REVISION or golden["digests"] == digests, (
-        f"the room `prepare` makes other bytes than golden under the same REVISION {REVISION}; bump it in "
-        f"vila_ops/data/prepare.py if that is meant, and then: {REWRITE}"
+    revisions = {"prepare": REVISION, "shard": SHARD_REVISION}
+    assert golden["revisions"] != revisions or golden["digests"] == digests, (
+        f"the room `prepare` makes other bytes than golden under the same revisions {revisions}; if that is meant, bump "
+        f"SHARD_REVISION in vila_ops/data/work.py, or REVISION in vila_ops/data/prepare.py where the shards are as they "
+        f"were, and then: {REWRITE}"
     )
     if os.environ.get("VILA_GOLDEN") == "write":
-        golden = {"revision": REVISION, "digests": digests}
+        golden = {"revisions": revisions, "digests": digests}
         GOLDEN.write_text(json.dumps(golden, indent=2) + "\n")
-    assert golden["revision"] == REVISION, (
-        f"REVISION is {REVISION}, {GOLDEN.name} is of {golden['revision']}; rewrite it: {REWRITE}"
+    assert golden["revisions"] == revisions, (
+        f"the revisions are {revisions}, {GOLDEN.name} is of {golden['revisions']}; rewrite it: {REWRITE}"
     )
 
 

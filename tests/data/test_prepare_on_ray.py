@@ -1,6 +1,7 @@
 """Prepare as Ray Data tasks on two nodes: two raylets on this machine, with workers of their own."""
 
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ import pytest
 import ray
 
 from vila_ops.artifacts.store import read_manifest, verify
+from vila_ops.cluster import connect
 from vila_ops.config import Resources
 from vila_ops.data.prepare import prepare
 
@@ -53,25 +55,24 @@ def two_nodes(free_ports: Callable[[int], list[int]]) -> Iterator[str]:
     with ExitStack() as stack:
         folders = [stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-t")) for _ in range(2)]
         stack.enter_context(node("--head", "--include-dashboard", "false", *head, "--temp-dir", folders[0]))
-        _wait(address, nodes=1)
+        _wait(lambda: _listens(ports[0]))
+        connect(Resources(launch="ray", ray_address=address))
         stack.enter_context(node("--address", address, *other))
-        _wait(address, nodes=2)
+        _wait(lambda: sum(one["Alive"] for one in ray.nodes()) == 2)
         yield address
         ray.shutdown()  # a driver that is still connected is ended a minute after its cluster
 
 
-def _wait(address: str, *, nodes: int) -> None:
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _wait(is_so: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        try:
-            ray.init(address=address, log_to_driver=False, ignore_reinit_error=True)
-        except ConnectionError:
-            time.sleep(1)
-            continue
-        if sum(one["Alive"] for one in ray.nodes()) == nodes:
-            return
-        time.sleep(0.5)
-    raise TimeoutError(f"no cluster of {nodes} nodes at {address} within 90 s")
+    while not is_so():
+        assert time.monotonic() < deadline, "no cluster of two nodes within 90 s"
+        time.sleep(0.2)
 
 
 def test_two_nodes_make_the_dataset_of_one_process(

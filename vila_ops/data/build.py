@@ -34,7 +34,7 @@ def build(
     cache = Path(resources.cache).expanduser()
     tokenizer_folder(text.language_model, cache=cache)  # once, before the workers would race for it
     job = Job(mixture=mixture, text=text, cache=str(cache), store=resources.store)
-    units = [unit for name in mixture.sources for unit in _units(name, mixture, text, cache=cache)]
+    units = [unit for name in sorted(mixture.sources) for unit in _units(name, mixture, text, cache=cache)]
     drops = survey(job, units, resources)
     tasks = [Task(job=job, unit=unit, drops=drops.get(number, ())) for number, unit in enumerate(units)]
     shards = _write(tasks, resources)

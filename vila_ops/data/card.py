@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 def summarise(mixture: Mixture, counted: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
     """The counts of all shards, (source, counts) each, added up by source; refuses a source with too much bad data."""
     per_source: dict[str, Any] = {}
-    for name, source in mixture.sources.items():
+    for name, source in sorted(mixture.sources.items()):
         own = [counts for of, counts in counted if of == name]
         found = {
             "records": sum(counts["records"] for counts in own),
@@ -36,21 +36,29 @@ def summarise(mixture: Mixture, counted: Sequence[tuple[str, dict[str, Any]]]) -
         }
         _refuse_bad(mixture, name, found)
         per_source[name] = found
-    sizes = {
-        name: Size(samples=found["samples"].get("train", 0), tokens=found["tokens"].get("train", 0))
-        for name, found in per_source.items()
-    }
-    composed = compose(mixture, sizes)
-    for name, share in composed.shares.items():
-        per_source[name]["epoch"] = share.model_dump(mode="json")
-    for note in composed.notes:
+    notes = _epoch(mixture, per_source)
+    for note in notes:
         log.warning("mixture %s: %s", mixture.name, note)
     return {
         "mixture": mixture.name,
         **{f"num_{key}": _whole(per_source, key) for key in ("samples", "tokens", "images")},
         "sources": per_source,
-        "notes": list(composed.notes),
+        "notes": notes,
     }
+
+
+def _epoch(mixture: Mixture, per_source: dict[str, Any]) -> list[str]:
+    """Note beside each source its share of an epoch; returns what a reader may not expect."""
+    sizes = {
+        name: Size(samples=found["samples"].get("train", 0), tokens=found["tokens"].get("train", 0))
+        for name, found in per_source.items()
+    }
+    if idle := [name for name, size in sizes.items() if not size.samples]:  # good to evaluate on, not to train on
+        return [f"sources {idle} have no training sample, so this mixture has no epoch"]
+    composed = compose(mixture, sizes)
+    for name, share in composed.shares.items():
+        per_source[name]["epoch"] = share.model_dump(mode="json")
+    return list(composed.notes)
 
 
 def card(mixture: Mixture, summary: dict[str, Any], folder: Path) -> str:
@@ -86,7 +94,10 @@ def card(mixture: Mixture, summary: dict[str, Any], folder: Path) -> str:
 
 def _row(name: str, mixture: Mixture, found: dict[str, Any]) -> str:
     split = [f"{found['samples'].get(side, 0):,}" for side in SPLITS]
-    epoch = found["epoch"]
+    epoch = found.get("epoch")
+    shares = ["", "", ""]
+    if epoch:
+        shares = [f"{epoch['sample_share']:.1%}", f"{epoch['token_share']:.1%}", f"{epoch['repeats']:.2f}"]
     cells = [
         name,
         mixture.sources[name].kind,
@@ -94,9 +105,7 @@ def _row(name: str, mixture: Mixture, found: dict[str, Any]) -> str:
         *split,
         f"{sum(found['tokens'].values()):,}",
         f"{sum(found['images'].values()):,}",
-        f"{epoch['sample_share']:.1%}",
-        f"{epoch['token_share']:.1%}",
-        f"{epoch['repeats']:.2f}",
+        *shares,
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -4,6 +4,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -183,7 +184,7 @@ class _Writer:
                 if split == "train" and len(self.examples) < EXAMPLES:
                     self.examples.append(sample.text[:EXAMPLE_CHARACTERS])
         for dropped in failed.values():
-            self._drop(dropped)
+            self._drop(replace(dropped, id=record.id))
 
     def _render(self, record: Record, split: str) -> list[Record]:
         if self.source.render != "questions":
