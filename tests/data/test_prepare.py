@@ -74,9 +74,9 @@ def test_the_tiny_datasets_are_the_golden_ones(resources: Resources, monkeypatch
     golden = json.loads(GOLDEN.read_text())
     revisions = {"prepare": REVISION, "shard": SHARD_REVISION}
     assert golden["revisions"] != revisions or golden["digests"] == digests, (
-        f"the room `prepare` makes other bytes than golden under the same revisions {revisions}; if that is meant, bump "
-        f"SHARD_REVISION in vila_ops/data/work.py, or REVISION in vila_ops/data/prepare.py where the shards are as they "
-        f"were, and then: {REWRITE}"
+        f"the room `prepare` makes other bytes than golden under the same revisions {revisions}; if that is meant, "
+        f"bump SHARD_REVISION in vila_ops/data/work.py, or REVISION in vila_ops/data/prepare.py where the shards are "
+        f"as they were, and then: {REWRITE}"
     )
     if os.environ.get("VILA_GOLDEN") == "write":
         golden = {"revisions": revisions, "digests": digests}

@@ -51,7 +51,9 @@ def test_ten_times_the_pictures_need_no_more_memory(tmp_path: Path, tiny: Path) 
     for count in (PICTURES // 10, PICTURES):
         (raw / "records.jsonl").write_text("\n".join(lines[:count]) + "\n")
         asked = {
-            "mixture": {"name": f"m{count}", "sources": {"p": {"kind": "jsonl", "path": str(raw), "render": "caption"}}},
+            "mixture": {
+                "name": f"m{count}", "sources": {"p": {"kind": "jsonl", "path": str(raw), "render": "caption"}},
+            },
             "text": {
                 "language_model": {"kind": "random", "tokenizer": str(tiny / "tokenizer")}, "chat_template": "chatml",
                 "image_size": 336, "image_tokens": 16, "max_tokens": 64,
