@@ -114,7 +114,7 @@ def _decode(stripped: Stripped, *, factor: int) -> Pillow.Image:
     try:
         with Pillow.open(io.BytesIO(stripped.data), formats=(stripped.format,)) as picture:
             if picture.size != (stripped.width, stripped.height):
-                raise BadImage("corrupt", f"a {stripped.format} with two sizes")
+                raise ValueError("the decoder reads another size than we do")
             if factor > 1:
                 picture.draft(None, (stripped.width // factor, stripped.height // factor))
             picture.load()

@@ -77,7 +77,7 @@ class ShardWriter:
         """Append one sample."""
         key = f"{self._stem}-{len(self.rows):06d}"
         offset = self._tar.offset
-        head = asdict(sample) | {"key": key}
+        head = {**vars(sample), "key": key}  # asdict would copy every token, for 0.6 ms
         for field in ("images", "is_target"):
             del head[field]
         names = [f"{key}.{index}.{self.suffix}" for index in range(len(sample.images))]
@@ -147,8 +147,14 @@ def read_sample(folder: Path, *, shard: str, offset: int, key: str) -> Sample:
 
 def runs(flags: Sequence[bool]) -> list[tuple[int, int]]:
     """The (start, stop) runs of True."""
-    edges = [i for i in range(len(flags) + 1) if (i > 0 and flags[i - 1]) != (i < len(flags) and flags[i])]
-    return list(zip(edges[::2], edges[1::2], strict=True))
+    marks = bytes(flags) + b"\0"
+    found: list[tuple[int, int]] = []
+    start = marks.find(1)
+    while start >= 0:
+        stop = marks.find(0, start)
+        found.append((start, stop))
+        start = marks.find(1, stop)
+    return found
 
 
 def mask(spans: Sequence[tuple[int, int]], length: int) -> list[bool]:
