@@ -13,7 +13,7 @@ from vila_ops import demo as demonstration
 from vila_ops import doctor as checks
 from vila_ops import local, pipeline
 from vila_ops.artifacts import store
-from vila_ops.config import Config, Run, load, load_resources
+from vila_ops.config import Config, Resources, Run, load, load_resources
 from vila_ops.config.local import load_local
 from vila_ops.data.revisions import export_for_dvc
 from vila_ops.serve import deploy as serving
@@ -21,6 +21,9 @@ from vila_ops.serve import deploy as serving
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Image-text data to a served VLM."
 )
+
+data = typer.Typer(no_args_is_help=True, help="Look at data before it is prepared, and after.")
+app.add_typer(data, name="data")
 
 RecipeFile = Annotated[Path, typer.Argument(help="A file of configs/recipes")]
 ResourcesFile = Annotated[Path, typer.Option("-r", "--resources", help="A file of configs/resources")]
@@ -131,6 +134,27 @@ def run(
     if outcome.version is None:
         print("nothing was registered or deployed: these resources have no tracking_uri", file=sys.stderr)
     print(f"report: {page.html}", file=sys.stderr)
+
+
+@data.command("lint")
+def data_lint(
+    uri: Annotated[str, typer.Argument(help="A file or folder of raw data")],
+    kind: Annotated[str | None, typer.Option("--format", help="Its format; else told by its content")] = None,
+    images: Annotated[str | None, typer.Option("--images", help="Folder of the pictures that its records name")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line")] = False,
+) -> None:
+    """List every fault of raw data with its file and line; ends with 1 if there is any."""
+    from vila_ops.data.guess import guess
+    from vila_ops.data.lint import Fault, lines, lint
+
+    source = guess(uri, kind=kind, images=images)
+    print(f"format {source.kind}", file=sys.stderr)
+    faulty = False
+    for found in lint(source, cache=Path(Resources(launch="inline").cache).expanduser()):
+        print(found.model_dump_json() if as_json else lines(found), flush=True)
+        faulty |= isinstance(found, Fault)
+    if faulty:
+        raise typer.Exit(1)
 
 
 @app.command()

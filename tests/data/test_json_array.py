@@ -1,5 +1,6 @@
 import json
 import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,19 @@ def test_an_element_without_end_is_given_up_before_it_fills_memory(
 def test_a_turn_of_ten_megabytes_is_an_element_like_any_other(tmp_path: Path) -> None:
     document = [{"a": "ä" * 10_000_000}, {"b": 1}]
     assert values(written(tmp_path, json.dumps(document, ensure_ascii=False).encode())) == document
+
+
+def test_memory_is_that_of_a_few_blocks_however_long_the_file_is(tmp_path: Path) -> None:
+    path = written(tmp_path, json.dumps([{"id": number, "text": "ä" * 500} for number in range(20_000)]).encode())
+    block = 1 << 16
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in elements(path, block=block)) == 20_000
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert path.stat().st_size > 500 * block
+    assert peak < 16 * block
 
 
 @pytest.mark.parametrize("content", [b"[]", b" [ ]\n", b"\xef\xbb\xbf[\n]"])

@@ -1,4 +1,5 @@
 import gzip
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +33,7 @@ def flan(path: Path) -> Flan:
 def record(place: str, **changed: Any) -> Record:
     facts: dict[str, Any] = {
         "id": place,
-        "object": place,
+        "object": hashlib.sha256(b"Translate to French: cat").hexdigest(),
         "turns": (Turn("user", ("Translate to French: cat",)), Turn("assistant", ("chat",))),
         "category": "task1_translation",
         "licence": "CC-BY-4.0",

@@ -1,3 +1,4 @@
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -69,7 +70,7 @@ def test_pictures_stand_where_their_placeholders_stood(tmp_path: Path, images: P
                 ),
                 category="",
                 licence="CC-BY-4.0",
-                provenance="train.json[0]",
+                provenance="train.json:2[0]",
             )
         ],
         [
@@ -85,7 +86,7 @@ def test_pictures_stand_where_their_placeholders_stood(tmp_path: Path, images: P
                 ),
                 category="",
                 licence="CC-BY-4.0",
-                provenance="train.json[1]",
+                provenance="train.json:16[1]",
             )
         ],
         [
@@ -95,7 +96,7 @@ def test_pictures_stand_where_their_placeholders_stood(tmp_path: Path, images: P
                 turns=(Turn("user", ("What is 2 + 2?",)), Turn("assistant", ("4",))),
                 category="",
                 licence="CC-BY-4.0",
-                provenance="train.json[2]",
+                provenance="train.json:33[2]",
             )
         ],
     ]
@@ -147,9 +148,10 @@ def test_what_an_object_says_of_itself_wins(tmp_path: Path, images: Path, read_a
     unnamed = {key: value for key, value in TEXT.items() if key != "id"}
     (record,), (place,) = read_all(source(array(tmp_path, stated, unnamed), images))
     assert isinstance(record, Record)
-    assert (record.id, record.licence, record.provenance) == ("7", "CC0-1.0", "train.json[0] http://ex.test/1")
+    assert (record.id, record.licence, record.provenance) == ("7", "CC0-1.0", "train.json:2[0] http://ex.test/1")
     assert isinstance(place, Record)
-    assert (place.id, place.object) == ("train.json[1]", "train.json[1]")
+    assert place.id == "train.json:22[1]"
+    assert place.object == hashlib.sha256(b"What is 2 + 2?").hexdigest()
 
 
 def turns(*said: tuple[str, str]) -> list[dict[str, str]]:

@@ -48,7 +48,7 @@ def test_a_record_is_the_picture_and_its_raw_caption(write: Callable[..., LlavaC
                 turns=(Turn("document", (Image(f"{NAME}.jpg".encode()), "a blue cup on a table")),),
                 category="",
                 licence="other",
-                provenance=f"chat.json[0] http://ex.test/{NAME}.jpg",
+                provenance=f"chat.json:1[0] http://ex.test/{NAME}.jpg",
             )
         ]
     ]
@@ -76,7 +76,7 @@ def test_addresses_are_found_by_name_and_what_has_none_is_kept(
     facts = [metadata(name) for name in reversed(names) if name != names[17]]  # in another order, one missing
     found = read_all(write([chat(name) for name in names], facts))
     assert [record.provenance for (record,) in found if isinstance(record, Record)] == [
-        f"chat.json[{number}]" + ("" if number == 17 else f" http://ex.test/{name}.jpg")
+        f"chat.json:1[{number}]" + ("" if number == 17 else f" http://ex.test/{name}.jpg")
         for number, name in enumerate(names)
     ]
 
@@ -84,7 +84,7 @@ def test_addresses_are_found_by_name_and_what_has_none_is_kept(
 def test_without_metadata_the_provenance_is_the_place(write: Callable[..., LlavaCc3m], read_all: ReadAll) -> None:
     ((record,),) = read_all(write([chat()], None))
     assert isinstance(record, Record)
-    assert record.provenance == "chat.json[0]"
+    assert record.provenance == "chat.json:1[0]"
 
 
 def test_a_missing_picture_is_dropped_with_its_line(

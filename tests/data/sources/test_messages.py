@@ -76,7 +76,7 @@ def test_a_picture_without_a_name_is_split_by_its_content(write: Callable[..., M
     assert isinstance(inline, Record)
     assert isinstance(words, Record)
     assert inline.object == hashlib.sha256(b"inline").hexdigest()
-    assert (words.id, words.object) == ("chats.jsonl:2", "chats.jsonl:2")
+    assert (words.id, words.object) == ("chats.jsonl:2", hashlib.sha256(b"Hi").hexdigest())
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,8 @@ def write(folder: Path, content: str | bytes, name: str = "captions.csv") -> Pat
     return path
 
 
-def caption(name: str, text: str, row: int, **changed: Any) -> Record:
-    place = f"captions.csv#{row}"
+def caption(name: str, text: str, line: int, **changed: Any) -> Record:
+    place = f"captions.csv:{line}"
     facts: dict[str, Any] = {
         "id": place,
         "object": Path(name).name.lower(),
@@ -54,10 +54,10 @@ def test_a_row_is_a_picture_and_its_caption(
     lines = ["image,text", "Dog.jpg,A dog.", 'sub/cat.jpg,"A cat, ""Tom"".\nOn a mat."', "", "Dog.jpg,Ein Hünd.", ""]
     path = write(tmp_path, mark + end.join(lines).encode())
     assert read_all(table(path, images)) == [
-        [caption("Dog.jpg", "A dog.", 1)],
-        [caption("sub/cat.jpg", 'A cat, "Tom".\nOn a mat.', 2)],
+        [caption("Dog.jpg", "A dog.", 2)],
+        [caption("sub/cat.jpg", 'A cat, "Tom".\nOn a mat.', 3)],
         [],
-        [caption("Dog.jpg", "Ein Hünd.", 4)],
+        [caption("Dog.jpg", "Ein Hünd.", 6)],
     ]
 
 
@@ -77,8 +77,8 @@ def test_further_columns_are_licence_address_and_scores(tmp_path: Path, images: 
     assert isinstance(first, Record)
     assert first.scores == {"clip": 0.31, "width": 640.0}
     assert first.licence == "CC-BY-4.0"
-    assert first.provenance == "captions.csv#1 http://ex.test/d.jpg"
-    assert second == caption("Dog.jpg", "B", 2)
+    assert first.provenance == "captions.csv:2 http://ex.test/d.jpg"
+    assert second == caption("Dog.jpg", "B", 3)
 
 
 def test_with_a_question_a_row_is_a_conversation(tmp_path: Path, images: Path, read_all: ReadAll) -> None:
@@ -88,7 +88,7 @@ def test_with_a_question_a_row_is_a_conversation(tmp_path: Path, images: Path, r
     assert isinstance(record, Record)
     assert record.turns == (Turn("user", (Image(b"Dog.jpg"), "What is it?")), Turn("assistant", ("A dog.",)))
     assert isinstance(dropped, Dropped)
-    assert (dropped.reason, dropped.where) == ("no_text", "captions.csv:3#2")
+    assert (dropped.reason, dropped.where) == ("no_text", "captions.csv:3")
 
 
 @pytest.mark.parametrize("settings", [{"question": "q"}, {"render": "conversation"}])
@@ -111,7 +111,7 @@ def test_a_question_without_conversation_has_no_effect_and_is_refused(settings: 
         (b'Dog.jpg,"A dog" brown', "bad_csv", "expected after"),
         (b"Dog.jpg,A dog\rbrown", "bad_csv", "new-line"),
         (b"Dog.jpg,\xff", "invalid_utf8", "save the file in UTF-8"),
-        (b"Dog.jpg,A\0dog", "nul_in_text", "turn 1"),
+        (b"Dog.jpg,A\0dog", "nul_in_text", "column 'text'"),
     ],
 )
 def test_a_faulty_row_is_dropped_with_its_line_and_stops_no_other(
@@ -119,10 +119,10 @@ def test_a_faulty_row_is_dropped_with_its_line_and_stops_no_other(
 ) -> None:
     path = write(tmp_path, b'image,text\nDog.jpg,"Two\nlines."\n' + row + b"\nDog.jpg,A dog.\n")
     before, (dropped,), after = read_all(table(path, images))
-    assert before == [caption("Dog.jpg", "Two\nlines.", 1)]
-    assert after == [caption("Dog.jpg", "A dog.", 3)]
+    assert before == [caption("Dog.jpg", "Two\nlines.", 2)]
+    assert after == [caption("Dog.jpg", "A dog.", 5)]
     assert isinstance(dropped, Dropped)
-    assert (dropped.id, dropped.reason, dropped.where) == ("captions.csv#2", reason, "captions.csv:4#2")
+    assert (dropped.id, dropped.reason, dropped.where) == ("captions.csv:4", reason, "captions.csv:4")
     assert told in dropped.detail
 
 
@@ -130,7 +130,7 @@ def test_a_quote_that_is_never_closed_is_told_where_it_opens(tmp_path: Path, ima
     path = write(tmp_path, 'image,text\nDog.jpg,A dog.\nDog.jpg,"A dog.\nDog.jpg,B\nDog.jpg,C\n')
     _, (dropped,) = read_all(table(path, images))
     assert isinstance(dropped, Dropped)
-    assert (dropped.reason, dropped.where) == ("bad_csv", "captions.csv:3#2")
+    assert (dropped.reason, dropped.where) == ("bad_csv", "captions.csv:3")
     assert "never closed" in dropped.detail
 
 

@@ -13,7 +13,7 @@ from vila_ops.data.raw import RawFile, Scan, Span, paths, scan_files
 from vila_ops.data.records import Dropped, Record, Turn
 from vila_ops.data.sources.conversations import check_text
 from vila_ops.data.sources.faults import Fault
-from vila_ops.data.sources.json_files import object_id, read_objects, record, scan_objects
+from vila_ops.data.sources.json_files import own_id, read_objects, record, scan_objects
 from vila_ops.data.sources.rows import open_parquet, rows
 
 COLUMNS = ("inputs", "targets")
@@ -47,20 +47,15 @@ def _made(source: Flan, row: dict[str, Any], place: str) -> Record | Dropped:
     try:
         return _record(source, row, place)
     except Fault as error:
-        return error.dropped(object_id(row, place), where=place)
+        return error.dropped(own_id(row) or place, where=place)
 
 
 def _record(source: Flan, value: dict[str, Any], place: str) -> Record:
     question, answer = (_text(value, column) for column in COLUMNS)
     check_text("user", question, number=1, pictures=0)
     check_text("assistant", answer, number=2, pictures=0)
-    made = record(
-        value,
-        place,
-        object=object_id(value, place).lower(),
-        turns=(Turn("user", (question,)), Turn("assistant", (answer,))),
-        licence=source.licence,
-    )
+    turns = (Turn("user", (question,)), Turn("assistant", (answer,)))
+    made = record(value, place, turns=turns, picture=None, licence=source.licence)
     task = next((value[name] for name in TASKS if isinstance(value.get(name), str)), "")
     return replace(made, category=task)
 

@@ -1,7 +1,6 @@
 """Files of JSON objects, one array or one object a line: how they are scanned, and read to records."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from vila_ops.data.lines import LineNumbers, every_line, lines
 from vila_ops.data.raw import STRIDE, Scan, Span
 from vila_ops.data.records import Dropped, Record, Turn
 from vila_ops.data.sources.faults import Fault
+from vila_ops.data.sources.pictures import object_of
 from vila_ops.data.text import fault, json_object
 
 Object = dict[str, Any]
@@ -38,18 +38,21 @@ def scan_objects(path: Path, pictures: Callable[[Object], list[Path | None]]) ->
 def read_objects(span: Span, make: Callable[[Object, str], Record]) -> Iterator[list[Record | Dropped]]:
     """For each object of a span what `make(object, place)` makes of it, Dropped where it raises Fault.
 
-    The place is FILE:LINE, or FILE[INDEX] in an array, whose faults tell the line too: FILE:LINE[INDEX].
+    The place is FILE:LINE, or FILE:LINE[INDEX] in an array.
     """
     return _read_array(span, make) if is_array(Path(span.path)) else _read_lines(span, make)
 
 
-def record(value: Object, place: str, *, object: str, turns: tuple[Turn, ...], licence: str) -> Record:
-    """The record with the id, licence and address that the object states; the place and `licence` where it does not."""
+def record(value: Object, place: str, *, turns: tuple[Turn, ...], picture: str | None, licence: str) -> Record:
+    """The record with the id, licence and address that the object states; the place and `licence` where it does not.
+
+    `picture` is the name of the first picture's file, None where it has none.
+    """
     stated = value.get("licence") or value.get("license")
     url = value.get("url")
     return Record(
-        id=object_id(value, place),
-        object=object,
+        id=own_id(value) or place,
+        object=object_of(picture, turns, id=own_id(value)),
         turns=turns,
         category="",
         licence=stated if isinstance(stated, str) else licence,
@@ -57,11 +60,11 @@ def record(value: Object, place: str, *, object: str, turns: tuple[Turn, ...], l
     )
 
 
-def object_id(value: Object, place: str) -> str:
-    """The object's own id; its place where it has none."""
-    own = value.get("id")
-    name = str(own) if isinstance(own, str | int) and not isinstance(own, bool) else ""
-    return name if name and not fault(name) else place
+def own_id(value: Object) -> str:
+    """The id that the object states; empty where it states none."""
+    stated = value.get("id")
+    text = str(stated) if isinstance(stated, str | int) and not isinstance(stated, bool) else ""
+    return "" if fault(text) else text
 
 
 def _values(path: Path) -> Iterator[tuple[int, Any]]:
@@ -89,11 +92,7 @@ def _read_array(span: Span, make: Callable[[Object, str], Record]) -> Iterator[l
         if not span.takes(number):
             yield []
             continue
-        place = f"{span.name}[{number}]"
-        made = _made(value, place, make)
-        if isinstance(made, Dropped):
-            made = replace(made, where=f"{span.name}:{numbers.at(offset)}[{number}]")
-        yield [made]
+        yield [_made(value, f"{span.name}:{numbers.at(offset)}[{number}]", make)]
 
 
 def _made(value: Any, place: str, make: Callable[[Object, str], Record]) -> Record | Dropped:
@@ -105,4 +104,4 @@ def _made(value: Any, place: str, make: Callable[[Object, str], Record]) -> Reco
     try:
         return make(value, place)
     except Fault as error:
-        return error.dropped(object_id(value, place), where=place)
+        return error.dropped(own_id(value) or place, where=place)

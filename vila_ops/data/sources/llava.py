@@ -12,8 +12,8 @@ from vila_ops.data.raw import RawFile, Span, paths, scan_files
 from vila_ops.data.records import Dropped, Image, Part, Record, Role, Turn
 from vila_ops.data.sources.conversations import PLACEHOLDER, check_order, check_text
 from vila_ops.data.sources.faults import Fault
-from vila_ops.data.sources.json_files import SUFFIXES, Object, object_id, read_objects, record, scan_objects
-from vila_ops.data.sources.pictures import object_of, path_inside, read_picture
+from vila_ops.data.sources.json_files import SUFFIXES, Object, read_objects, record, scan_objects
+from vila_ops.data.sources.pictures import path_inside, read_picture
 
 ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant", "system": "system"}
 
@@ -60,8 +60,7 @@ def conversation(value: Object, place: str, *, images: str | None, licence: str,
         turns: tuple[Turn, ...] = (Turn("document", (pictures[0], said[1][1])),)
     else:
         turns = tuple(_turns(said, pictures))
-    shown = object_of(names[0] if names else None, turns, id=object_id(value, place))
-    return record(value, place, object=shown, turns=turns, licence=licence)
+    return record(value, place, turns=turns, picture=names[0] if names else None, licence=licence)
 
 
 def _names(value: Object) -> list[str]:

@@ -13,8 +13,8 @@ from vila_ops.data.raw import RawFile, Span, paths, scan_files
 from vila_ops.data.records import Dropped, Image, Part, Record, Role, Turn
 from vila_ops.data.sources.conversations import check_order, check_text
 from vila_ops.data.sources.faults import Fault
-from vila_ops.data.sources.json_files import SUFFIXES, Object, object_id, read_objects, record, scan_objects
-from vila_ops.data.sources.pictures import from_base64, object_of, path_inside, read_picture
+from vila_ops.data.sources.json_files import SUFFIXES, Object, read_objects, record, scan_objects
+from vila_ops.data.sources.pictures import from_base64, path_inside, read_picture
 
 ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 TOOLS = ("tool", "function")
@@ -45,8 +45,7 @@ def _record(source: Messages, value: Object, place: str) -> Record:
     turns = tuple(Turn(role, tuple(_parts(content, source.images))) for role, content in contents)
     first = next((said for _, content in contents for kind, said in content if kind == "image_url"), None)
     name = None if first is None or first.startswith("data:") else first
-    shown = object_of(name, turns, id=object_id(value, place))
-    return record(value, place, object=shown, turns=turns, licence=source.licence)
+    return record(value, place, turns=turns, picture=name, licence=source.licence)
 
 
 def _messages(value: Object) -> list[Any]:

@@ -27,7 +27,7 @@ def read_picture(folder: str | None, name: str) -> Image:
     """The picture of that name. Raises Fault: missing_image, bad_image_path (a link out of it too), image_too_big."""
     path = path_inside(folder, name)
     if not path.is_file():
-        raise Fault("missing_image", f"no file {name!r} in {folder}")
+        raise Fault("missing_image", f"no file {name!r} in {folder}; put it there, or set `images` to its folder")
     if not path.resolve().is_relative_to(Path(folder or "").resolve()):
         raise Fault("bad_image_path", f"{name!r} is a link out of {folder}; put the picture itself there")
     if (size := path.stat().st_size) > MAX_BYTES:
@@ -48,12 +48,14 @@ def from_base64(text: str) -> Image:
     return Image(data)
 
 
-def object_of(name: str | None, turns: tuple[Turn, ...], *, id: str) -> str:
-    """The split's key: the first picture's file name, or its digest where it has no name; the id where there is none.
+def object_of(picture: str | None, turns: tuple[Turn, ...], *, id: str) -> str:
+    """The split's key: the name of the first picture's file, its digest where it has none; of text the id, or a digest.
 
-    So one picture never stands on two sides, in whichever source, record or folder it is met.
+    So one picture, and one text without an id, never stands on two sides, wherever in the source it is met again.
     """
-    if name is not None:
-        return PurePosixPath(name).name.lower()
-    first = next((part for turn in turns for part in turn.parts if isinstance(part, Image)), None)
-    return id.lower() if first is None else hashlib.sha256(first.data).hexdigest()
+    if picture is not None:
+        return PurePosixPath(picture).name.lower()
+    parts = [part for turn in turns for part in turn.parts]
+    if images := [part for part in parts if isinstance(part, Image)]:
+        return hashlib.sha256(images[0].data).hexdigest()
+    return id.lower() or hashlib.sha256(str(parts[0]).encode()).hexdigest()

@@ -14,8 +14,7 @@ from vila_ops.config.sources import Table
 from vila_ops.data.lines import LineNumbers
 from vila_ops.data.raw import STRIDE, RawFile, Scan, Span, paths, scan_files
 from vila_ops.data.records import Dropped, Record, Turn
-from vila_ops.data.sources.conversations import check_text
-from vila_ops.data.sources.faults import Fault
+from vila_ops.data.sources.faults import Fault, checked
 from vila_ops.data.sources.pictures import object_of, path_inside, read_picture
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -34,7 +33,7 @@ def raw_files(source: Table, *, cache: Path) -> list[RawFile]:
 
 
 def read(source: Table, span: Span) -> Iterator[list[Record | Dropped]]:
-    """The record of each row; nothing of a blank one. A row's place is FILE#ROW, of a faulty one FILE:LINE#ROW."""
+    """The record of each row; nothing of a blank one. A row's place is FILE:LINE, the line on which it begins."""
     path = Path(span.path)
     header, body = read_header(path)
     lines = LineNumbers(path)
@@ -42,11 +41,11 @@ def read(source: Table, span: Span) -> Iterator[list[Record | Dropped]]:
         if not fields or not span.takes(number):
             yield []
             continue
-        place = f"{span.name}#{number + 1}"
+        place = f"{span.name}:{lines.at(offset)}"
         try:
             yield [_record(source, _named(header, fields), place)]
         except Fault as error:
-            yield [error.dropped(place, where=f"{span.name}:{lines.at(offset)}#{number + 1}")]
+            yield [error.dropped(place, where=place)]
 
 
 def read_header(path: Path) -> tuple[list[str], int]:
@@ -123,11 +122,8 @@ def _named(header: list[str], fields: list[str] | Fault) -> dict[str, str]:
 
 
 def _record(source: Table, row: dict[str, str], place: str) -> Record:
-    name, text = row[source.image], row[source.text]
-    check_text("assistant", text, number=2 if source.question else 1, pictures=0)
-    question = row[source.question] if source.question else ""
-    if source.question:
-        check_text("user", question, number=1, pictures=0)
+    name, text = row[source.image], _text(row, source.text)
+    question = _text(row, source.question) if source.question else ""
     picture = read_picture(source.images, name)
     if source.question:
         turns: tuple[Turn, ...] = (Turn("user", (picture, question)), Turn("assistant", (text,)))
@@ -143,6 +139,13 @@ def _record(source: Table, row: dict[str, str], place: str) -> Record:
         provenance=f"{place} {url}" if url else place,
         scores=_scores({key: value for key, value in row.items() if key not in _used(source)}),
     )
+
+
+def _text(row: dict[str, str], column: str) -> str:
+    text = checked(row[column], what=f"column {column!r}")
+    if not text.strip():
+        raise Fault("no_text", f"column {column!r} is empty; fill it, or take the row out")
+    return text
 
 
 def _used(source: Table) -> tuple[str | None, ...]:

@@ -16,8 +16,8 @@ from vila_ops.data.raw import RawFile, Span, paths, scan_files
 from vila_ops.data.records import Dropped, Part, Record, Turn
 from vila_ops.data.sources.conversations import PLACEHOLDER, check_text
 from vila_ops.data.sources.faults import Fault
-from vila_ops.data.sources.json_files import SUFFIXES, Object, object_id, read_objects, record, scan_objects
-from vila_ops.data.sources.pictures import from_base64, object_of, path_inside, read_picture
+from vila_ops.data.sources.json_files import SUFFIXES, Object, read_objects, record, scan_objects
+from vila_ops.data.sources.pictures import from_base64, path_inside, read_picture
 
 PICKLES = (".pkl", ".pickle")
 QUESTIONS, ANSWERS = ("question",), ("answer", "answer:", "outputs")
@@ -60,8 +60,7 @@ def _record(source: Vflan, value: Object, place: str) -> Record:
     front = [part for image in images for part in (image, "\n")]
     turns = tuple(_turn(number, text, front if number == 0 else []) for number, text in enumerate(said))
     name = pictures[0] if pictures and _is_path(pictures[0]) else None
-    shown = object_of(name, turns, id=object_id(value, place))
-    return record(value, place, object=shown, turns=turns, licence=source.licence)
+    return record(value, place, turns=turns, picture=name, licence=source.licence)
 
 
 def _turn(number: int, text: str, front: list[Part]) -> Turn:
