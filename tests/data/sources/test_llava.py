@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from vila_ops.config.sources import Llava
-from vila_ops.data.raw import RawFile
+from vila_ops.data import sources
+from vila_ops.data.raw import RawFile, Span, Thinned
 from vila_ops.data.records import Dropped, Image, Record, Turn
 
 ReadAll = Callable[[Llava], list[list[Record | Dropped]]]
@@ -249,6 +250,15 @@ def test_files_of_a_folder_are_read_in_the_order_of_their_names(
     ]
     ids = [record.id for (record,) in read_all(source(data, images))]
     assert ids == [*map(str, range(40)), "s-000001"]
+
+
+def test_of_a_thinned_source_only_the_wanted_records_are_read(tmp_path: Path, images: Path, scan: Scan) -> None:
+    ours = source(array(tmp_path, *[{**SINGLE, "id": str(number)} for number in range(40)]), images)
+    (file,) = scan(ours)
+    thinned = Thinned(first=0, total=40, limit=4)
+    place = {"name": file.name, "path": file.path, "digest": file.digest, "thinned": thinned}
+    span = Span(**place, start=16, stop=40, mark=file.marks[1])
+    assert [record.id for (record,) in sources.read(ours, {}, span)] == ["20", "30"]
 
 
 def test_the_digest_is_that_of_the_records_and_of_the_pictures_that_they_name(

@@ -13,7 +13,7 @@ from vila_ops.data.raw import RawFile, Scan, Span, paths, scan_files
 from vila_ops.data.records import Dropped, Record, Turn
 from vila_ops.data.sources.conversations import check_text
 from vila_ops.data.sources.faults import Fault
-from vila_ops.data.sources.json_files import own_id, read_objects, record, scan_objects
+from vila_ops.data.sources.json_files import own_id, read_objects, record, scan_objects, stated
 from vila_ops.data.sources.rows import open_parquet, rows
 
 COLUMNS = ("inputs", "targets")
@@ -56,8 +56,7 @@ def _record(source: Flan, value: dict[str, Any], place: str) -> Record:
     check_text("assistant", answer, number=2, pictures=0)
     turns = (Turn("user", (question,)), Turn("assistant", (answer,)))
     made = record(value, place, turns=turns, picture=None, licence=source.licence)
-    task = next((value[name] for name in TASKS if isinstance(value.get(name), str)), "")
-    return replace(made, category=task)
+    return replace(made, category=stated(value, *TASKS))
 
 
 def _text(value: Mapping[str, Any], column: str) -> str:

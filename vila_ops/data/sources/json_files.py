@@ -48,23 +48,27 @@ def record(value: Object, place: str, *, turns: tuple[Turn, ...], picture: str |
 
     `picture` is the name of the first picture's file, None where it has none.
     """
-    stated = value.get("licence") or value.get("license")
-    url = value.get("url")
+    url = stated(value, "url")
     return Record(
         id=own_id(value) or place,
         object=object_of(picture, turns, id=own_id(value)),
         turns=turns,
         category="",
-        licence=stated if isinstance(stated, str) else licence,
-        provenance=f"{place} {url}" if isinstance(url, str) and url else place,
+        licence=stated(value, "licence", "license") or licence,
+        provenance=f"{place} {url}" if url else place,
     )
 
 
 def own_id(value: Object) -> str:
-    """The id that the object states; empty where it states none."""
-    stated = value.get("id")
-    text = str(stated) if isinstance(stated, str | int) and not isinstance(stated, bool) else ""
-    return "" if fault(text) else text
+    """The id that the object states, as text; empty where it states none."""
+    number = value.get("id")
+    return str(number) if isinstance(number, int) and not isinstance(number, bool) else stated(value, "id")
+
+
+def stated(value: Object, *keys: str) -> str:
+    """The first of these that is text; empty where none is, or it is damaged."""
+    texts = (value[key] for key in keys if isinstance(value.get(key), str))
+    return next((text for text in texts if not fault(text)), "")
 
 
 def _values(path: Path) -> Iterator[tuple[int, Any]]:

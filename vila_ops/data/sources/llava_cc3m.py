@@ -8,7 +8,7 @@ from vila_ops.config.sources import LlavaCc3m
 from vila_ops.data.json_array import elements, is_array
 from vila_ops.data.raw import RawFile, Scan, Span, scan_files
 from vila_ops.data.records import Dropped, Record
-from vila_ops.data.sources.json_files import Object, read_objects, scan_objects
+from vila_ops.data.sources.json_files import Object, read_objects, scan_objects, stated
 from vila_ops.data.sources.llava import conversation, picture_paths
 
 CHAT, METADATA = "chat.json", "metadata.json"
@@ -59,8 +59,7 @@ def _urls(metadata: Path, stems: set[str]) -> dict[str, str]:
     for _, value in elements(metadata):
         stem = _stem(value)
         if stem in stems:
-            url = value.get("url") or value.get("URL")
-            urls[stem] = url if isinstance(url, str) else ""
+            urls[stem] = stated(value, "url", "URL")
             if len(urls) == len(stems):
                 break
     return urls

@@ -60,7 +60,7 @@ def _role(number: int, message: Any) -> Role:
     if role in TOOLS or (isinstance(message, dict) and (message.get("tool_calls") or message.get("function_call"))):
         raise Fault("tool_call", f"message {number} calls a tool or answers for one, which is not learnt; take it out")
     if not isinstance(role, str) or role not in ROLES:
-        raise Fault("unknown_role", f"message {number} has the role {role!r}; known are {', '.join(ROLES)}")
+        raise Fault("unknown_role", f"message {number} has the role {repr(role)[:80]}; known are {', '.join(ROLES)}")
     if message.get("weight", 1) != 1:
         raise Fault("weight", f"message {number} has a weight; every answer is learnt alike: take the message out")
     return ROLES[role]
