@@ -30,7 +30,7 @@ class Summary(Config):
     """What a source has, faults among it."""
 
     records: int
-    """Without faulty ones."""
+    """That could be read, pictures that do not decode among them."""
     images: int
     faults: dict[str, int]
     """By reason, the most frequent first."""
