@@ -3,7 +3,6 @@
 import contextlib
 import io
 import logging
-import os
 import random
 import secrets
 import socket
@@ -221,14 +220,17 @@ def moto_endpoint() -> Iterator[str]:
 def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., None]]:
     """Sets what boto3 reads, in this process and those that it starts, and nothing of the user's own."""
 
+    nobody = tmp_path / "aws-config"
+    nobody.touch()
+
     def point(endpoint: str, *, key: str = "key", secret: str = "canary-secret") -> None:
         for name, value in {
             "AWS_ENDPOINT_URL": endpoint,
             "AWS_ACCESS_KEY_ID": key,
             "AWS_SECRET_ACCESS_KEY": secret,
             "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_CONFIG_FILE": os.devnull,
-            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+            "AWS_CONFIG_FILE": str(nobody),
+            "AWS_SHARED_CREDENTIALS_FILE": str(nobody),
             "AWS_EC2_METADATA_DISABLED": "true",
             "VILA_CACHE": str(tmp_path / "copies"),
         }.items():

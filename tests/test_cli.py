@@ -113,6 +113,7 @@ def test_doctor_and_status_print_one_json_list(tmp_path: Path) -> None:
     findings = json.loads(done.stdout)
     assert {finding["ok"] for finding in findings} <= {True, False}
     assert any("Python 3.11" in finding["text"] for finding in findings)
+    assert any("links are create-only" in finding["text"] for finding in findings)
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import yaml
 
+from vila_ops.artifacts.kinds import Dataset
+from vila_ops.artifacts.store import address, begin, export, find, seal, verify
 from vila_ops.config import load
 
 ROOT = Path(__file__).parents[1]
 CLONED = (".dvc", ".dvcignore", ".gitignore", "configs", "dvc.yaml", "tests/tiny", "vila_ops/data/prepare.py")
 ENV = {
-    **os.environ,
     "GIT_CONFIG_GLOBAL": os.devnull,
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     **{f"GIT_{who}_{what}": "vila@example.invalid" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
@@ -138,6 +139,34 @@ def test_git_checkout_and_dvc_checkout_bring_back_the_data_that_is_trained_on(cl
     assert [room["reused"] for room in rooms if room["room"] == "prepare"] == [True] * 4
 
 
+@pytest.mark.slow
+def test_a_dataset_comes_back_from_s3_into_an_empty_cache(s3_store: str, tmp_path: Path) -> None:
+    at = address(Dataset, revision=1, recipe={}, parents=())
+    attempt = begin(at, store=f"{s3_store}/store")
+    for number in range(3):
+        (attempt / f"{number}.tar").write_bytes(os.urandom(2**20))
+    made = seal(Dataset, at, attempt, facts={"num_samples": 3, "num_tokens": 3}, execution={})
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.mkdir()
+    _run(one, "git", "init", "-q")
+    _run(one, "dvc", "init", "-q")
+    _run(one, "dvc", "remote", "add", "-q", "--default", "team", f"{s3_store}/dvc")
+    export(made, one / "data/mixture")
+    _run(one, "dvc", "add", "-q", "data/mixture")
+    _commit(one, "data")
+    _run(one, "dvc", "push", "-q")
+    _run(tmp_path, "git", "clone", "-q", str(one), str(other))
+    assert not (other / "data/mixture").exists()
+    _run(other, "dvc", "pull", "-q")
+    whole = {path.name: path.read_bytes() for path in (one / "data/mixture").rglob("*") if path.is_file()}
+    assert {p.name: p.read_bytes() for p in (other / "data/mixture").rglob("*") if p.is_file()} == whole
+    assert len(whole) == 4
+    found = find(Dataset, at, store=str(tmp_path / "empty"), first=other / "data/mixture")
+    assert found is not None
+    verify(found)
+    assert found.digest == made.digest
+
+
 def _changed(repository: Path) -> set[str]:
     """The mixtures whose stages would run again."""
     said: dict[str, Any] = json.loads(_run(repository, "dvc", "status", "--json"))
@@ -171,6 +200,8 @@ def _commit(repository: Path, message: str) -> None:
 
 
 def _run(folder: Path, *command: str) -> str:
-    done = subprocess.run(command, cwd=folder, env=ENV, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, **ENV}, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, f"{command}: {done.stdout}\n{done.stderr}"
     return done.stdout

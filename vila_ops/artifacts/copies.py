@@ -7,11 +7,14 @@ import fcntl
 import hashlib
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 SCHEME = "s3://"
+PATIENCE_SECONDS = 600.0
+"""For a copy that another process makes; two that make it at once only do the work twice."""
 
 
 def copy_of(uri: str) -> Path:
@@ -34,11 +37,20 @@ def draft() -> Path:
 
 @contextmanager
 def one_at_a_time(uri: str) -> Iterator[None]:
-    """One thread of one process of this machine at a time; a lock goes with the process that held it."""
+    """One thread of one process of this machine at a time, so that a file is downloaded once.
+
+    A lock goes with the process that held it, and one that is stopped is not waited for longer than PATIENCE_SECONDS.
+    """
     lock = _cache() / "locks" / hashlib.sha256(uri.encode()).hexdigest()[:32]
     lock.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + PATIENCE_SECONDS
     with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
         yield
 
 

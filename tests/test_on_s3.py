@@ -1,0 +1,49 @@
+"""The rooms with a store on S3 make what they make with a folder."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vila_ops.artifacts.store import read_manifest, verify
+from vila_ops.config import Run, load
+from vila_ops.eval.evaluate import read_report
+from vila_ops.pipeline import evaluate_stage, model_after, prepare_named
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def run_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Run]:
+    """The tiny recipe, two steps of its first stage, on a store."""
+    monkeypatch.chdir(ROOT)
+
+    def make(store: str) -> Run:
+        where = [f"resources.{name}={tmp_path / name}" for name in ("data", "cache")]
+        settings = ["stages.align.num_steps=2", "resources.threads_per_worker=1", f"resources.store={store}", *where]
+        resources = ROOT / "configs/resources/inline.yaml"
+        return load(ROOT / "configs/recipes/tiny.yaml", resources=resources, overrides=tuple(settings))
+
+    return make
+
+
+@pytest.mark.slow
+def test_prepare_train_and_evaluate_on_s3_as_on_disk(
+    run_in: Callable[[str], Run], s3_store: str, tmp_path: Path
+) -> None:
+    on_s3, on_disk = run_in(s3_store), run_in(str(tmp_path / "store"))
+    data, model = prepare_named(on_s3, "tiny_align"), model_after(on_s3, "align")
+    for made in (data, model):
+        assert made.uri.startswith(f"{s3_store}/")
+        verify(made)
+    assert data.digest == prepare_named(on_disk, "tiny_align").digest
+    assert model.digest == model_after(on_disk, "align").digest
+    sealed = read_manifest(model.uri)["execution"]["sealed"]
+    shutil.rmtree(tmp_path / "copies")  # as on another machine
+    assert model_after(on_s3, "align") == model
+    assert read_manifest(model.uri)["execution"]["sealed"] == sealed
+    assert not (tmp_path / "copies/s3").exists(), "what is found is not fetched"
+    there, here = evaluate_stage(on_s3, "align"), evaluate_stage(on_disk, "align")
+    assert read_report(there) == read_report(here)
+    assert there.digest == here.digest
