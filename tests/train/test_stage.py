@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from vila_ops.artifacts import store
+from vila_ops.artifacts.disk import sha256
 from vila_ops.artifacts.kinds import Checkpoint, Pretrained
-from vila_ops.artifacts.store import content, sha256, verify
+from vila_ops.artifacts.store import content, verify
 from vila_ops.config import Resources, Stage
 from vila_ops.data.shards import read_index
 from vila_ops.model import folder as model_folder
