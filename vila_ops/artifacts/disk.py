@@ -7,6 +7,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from vila_ops.artifacts.backend import FileFacts, UnsafeStore, Versioned
@@ -119,6 +120,7 @@ def link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
+@lru_cache(maxsize=64)
 def probe(root: str) -> str:
     """Try what sealing rests on. Raises UnsafeStore for a file system whose link(2) is missing or overwrites."""
     folder = Path(root)

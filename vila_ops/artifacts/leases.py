@@ -20,7 +20,7 @@ import psutil
 from pydantic import ValidationError
 
 from vila_ops.artifacts.backend import Backend, CorruptArtifact
-from vila_ops.artifacts.store import Address, backend, root_of
+from vila_ops.artifacts.store import Address, backend, probe, root_of
 from vila_ops.config import Config
 
 BEATS_PER_EXPIRY = 4
@@ -111,9 +111,9 @@ class Lease:
 def hold(at: Address, *, store: str, pace: Pace = Pace()) -> Iterator[Lease]:
     """Hold the lease of an address while the body runs; waits while another process holds it.
 
-    After a wait that process has probably sealed: ask `find` inside, before any work. Raises OSError when the store
-    is out of reach.
+    After a wait that process has probably sealed: ask `find` inside, before any work. Raises what `probe` does.
     """
+    probe(store)
     lease = _acquire(f"{root_of(store)}/leases/{at.kind}/{at.key}", pace)
     done = threading.Event()
     beating = threading.Thread(target=_beat_until, args=(done, lease, pace), daemon=True)

@@ -64,16 +64,14 @@ def swap(uri: str, data: bytes, tag: str | None) -> str | None:
 
 
 def begin(uri: str) -> Path:
-    """A fresh local folder, where the copy of the attempt will have been. Raises UnsafeStore."""
-    guard(uri)
+    """A fresh local folder, where the copy of the attempt will have been."""
     attempt = copy_of(uri)
     attempt.mkdir(parents=True)
     return attempt
 
 
 def publish(attempt: Path, uri: str) -> None:
-    """Upload every file of the local folder. Raises UnsafeStore before the first."""
-    guard(uri)
+    """Upload every file of the local folder."""
 
     def upload(path: Path) -> None:
         target = f"{uri}/{path.relative_to(attempt)}"
@@ -193,11 +191,6 @@ def probe(root: str) -> str:
         with told(uri):
             client().delete_object(**place(uri))
     return f"store {root}: conditional puts are honoured, and what was put is read back"
-
-
-def guard(attempt: str) -> None:
-    """Probe the store of an attempt, the first time that this process makes something for it."""
-    probe(attempt.rsplit("/", 3)[0])
 
 
 def _expect(found: T | None, root: str, fault: str) -> T:

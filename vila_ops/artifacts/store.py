@@ -12,6 +12,7 @@ import logging
 import secrets
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -38,6 +39,8 @@ ANY_EXECUTION: dict[str, Any] = {"seconds": 0.0, "sealed": "1970-01-01T00:00:00+
 
 Linked = tuple[Artifact, str]
 """A sealed artifact and the name of one of its files."""
+AT_ONCE = 8
+"""Files that are read at the same time."""
 A = TypeVar("A", bound=Artifact)
 log = logging.getLogger(__name__)
 
@@ -98,10 +101,11 @@ def find(kind: type[A], at: Address, *, store: str, first: Path | None = None) -
 
 
 def begin(at: Address, *, store: str) -> Path:
-    """A fresh local folder of this attempt, to work in until `seal`.
+    """A fresh local folder of this attempt, to work in until `seal`; for a store on S3, in this machine's cache.
 
-    For a store on S3 it is in this machine's cache. Raises UnsafeStore for one that ignores conditions.
+    Raises UnsafeStore, as `seal` does, for a store on which a later seal could overwrite an earlier one.
     """
+    probe(store)
     uri = f"{at.uri(store)}/attempt-{secrets.token_hex(6)}"
     return backend(uri).begin(uri)
 
@@ -124,6 +128,7 @@ def seal(
     """
     place = _place_of(attempt)
     uri, _, data = place.rpartition("/")
+    backend(uri).probe(_root(uri))
     files = _files(attempt, uri, known or {})
     manifest = {
         "format": FORMAT,
@@ -154,8 +159,10 @@ def verify_folder(uri: str) -> str:
     """Read every byte of a sealed folder; returns its digest, raises CorruptArtifact where something differs."""
     manifest = read_manifest(uri)
     _check_sizes(uri, manifest)
-    for place, expected in _places(uri, manifest).values():
-        actual = backend(uri).digest(place, expected)
+    places = list(_places(uri, manifest).values())
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        digests = list(pool.map(lambda one: backend(uri).digest(*one), places))
+    for (place, expected), actual in zip(places, digests, strict=True):
         if actual != expected["sha256"]:
             raise CorruptArtifact(
                 f"{place} has sha256 {actual[:12]}..., sealed as {expected['sha256'][:12]}...; {way_out(uri)}"
@@ -217,7 +224,10 @@ def export(artifact: Artifact, target: Path) -> None:
 
 
 def probe(store: str) -> str:
-    """Try what sealing rests on in a store; a line that says so. Raises UnsafeStore, and OSError out of reach."""
+    """Try, once a process, what sealing rests on in a store; a line that says so.
+
+    Raises UnsafeStore, StoreRefused (a ValueError as that is), and OSError for a store out of reach.
+    """
     root = root_of(store)
     return backend(root).probe(root)
 
@@ -229,7 +239,10 @@ def _place_of(attempt: Path) -> str:
 
 def _files(attempt: Path, uri: str, known: Mapping[str, FileFacts | Linked]) -> dict[str, FileFacts]:
     """The entries of a manifest: linked files, known files, and what else is in the attempt."""
-    found = {name: _link(attempt / name, uri, one) for name, one in known.items() if isinstance(one, tuple)}
+    linked = {name: one for name, one in known.items() if isinstance(one, tuple)}
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        entries = pool.map(lambda name: _link(attempt / name, uri, linked[name]), linked)
+        found = dict(zip(linked, entries, strict=True))
     facts = {name: one for name, one in known.items() if not isinstance(one, tuple)}
     for path in sorted(path for path in attempt.rglob("*") if path.is_file()):
         name, size = path.relative_to(attempt).as_posix(), path.stat().st_size
