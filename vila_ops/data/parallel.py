@@ -1,4 +1,4 @@
-"""Units of work in this process, or as Ray Data tasks on the nodes of a cluster. Only addresses travel, never pictures."""
+"""Units of work in this process, or as Ray Data tasks on a cluster's nodes. Only addresses travel, never pictures."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
