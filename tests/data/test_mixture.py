@@ -45,7 +45,8 @@ def test_tokens_are_shared_where_the_blend_says_so() -> None:
     assert drawn(made) == {"coyo": 2_833_389, "mmc4": 607_140}
     assert [share.token_share for share in made.shares.values()] == pytest.approx([0.5, 0.5], abs=1e-6)
     assert made.notes == (
-        "source 'coyo' has 1000000 samples, too few for 50.0% of the tokens of an epoch: each is seen 2.83 times an epoch",
+        "source 'coyo' has 1000000 samples, too few for 50.0% of the tokens of an epoch: "
+        "each is seen 2.83 times an epoch",
     )
 
 
@@ -86,8 +87,12 @@ def test_a_source_with_nothing_to_train_on_is_named() -> None:
         compose(mixture(a={}, b={}, c={}), {"a": Size(1, 1), "b": Size(0, 0)})
 
 
+SIZES = st.tuples(st.integers(1, 10**6), st.integers(1, 3000))
+"""Samples, and tokens of each."""
+
+
 @given(
-    counts=st.dictionaries(st.sampled_from("abcdef"), st.tuples(st.integers(1, 10**6), st.integers(1, 3000)), min_size=1),
+    counts=st.dictionaries(st.sampled_from("abcdef"), SIZES, min_size=1),
     blend=st.sampled_from(
         [{"kind": kind, "unit": unit, **more} for unit in ("samples", "tokens") for kind, more in
          (("weight", {}), ("size", {}), ("size", {"temperature": 3.0}))]
