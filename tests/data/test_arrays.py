@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vila_ops.data.arrays import HEADER, PIECE, Arrays, DamagedCache
+from vila_ops.data.arrays import CHECKS, HEADER, PIECE, Arrays, DamagedCache
 
-VALUES = np.arange(100_000, dtype=np.uint32)  # seven pieces
+VALUES = np.arange(100_000, dtype=np.uint32)  # 25 pieces
 
 
 class Maker:
@@ -40,7 +40,7 @@ def test_arrays_are_made_once_and_read_in_part(tmp_path: Path, make: Maker) -> N
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["one"], "no drafts are left"
 
 
-@pytest.mark.parametrize("damage", ["shorter", "gone", "header", "no header"])
+@pytest.mark.parametrize("damage", ["shorter", "gone", "header", "no header", "no checks", "other checks"])
 def test_a_folder_that_is_not_whole_is_made_anew(damage: str, tmp_path: Path, make: Maker) -> None:
     folder = Arrays(tmp_path / "one", make).folder
     match damage:
@@ -50,6 +50,11 @@ def test_a_folder_that_is_not_whole_is_made_anew(damage: str, tmp_path: Path, ma
             (folder / "values.npy").unlink()
         case "header":
             (folder / HEADER).write_text((folder / HEADER).read_text().replace("numbers", "letters"))
+        case "no checks":
+            (folder / f"values{CHECKS}").unlink()
+        case "other checks":
+            path = folder / f"values{CHECKS}"
+            path.write_bytes(path.read_bytes()[:-1] + b"?")
         case "no header":
             (folder / HEADER).unlink()
     arrays = Arrays(folder, make)
@@ -69,7 +74,7 @@ def test_a_flipped_bit_is_found_where_it_is_read_and_nowhere_else(element: int, 
     far = 50_000
     assert abs(far - element) > piece
     assert arrays.read("values", far, far + 2).tolist() == [far, far + 1]
-    with pytest.raises(DamagedCache, match=r"values differs from its CRC-32 in piece \d"):
+    with pytest.raises(DamagedCache, match=r"values differs from its CRC-32 in piece \d+"):
         arrays.read("values", element, element + 1)
     with pytest.raises(DamagedCache, match="values differs"):
         arrays.read("values")

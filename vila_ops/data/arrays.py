@@ -1,7 +1,8 @@
 """Folders of arrays in a cache: there whole or not at all, opened without being read, verified where they are read.
 
-NAME.npy      the arrays, which numpy reads too
-header.json   what is known of them, their sizes and the CRC-32 of every PIECE of them; its own checksum
+NAME.npy          the arrays, which numpy reads too
+NAME.checks.npy   the CRC-32 of every PIECE of one
+header.json       what is known of the arrays, the sizes of all files, the CRC-32 of the checks, and its own checksum
 """
 
 import errno
@@ -21,7 +22,8 @@ from vila_ops.artifacts.disk import sync
 from vila_ops.config.base import fingerprint
 
 HEADER = "header.json"
-PIECE = 2**16
+CHECKS = ".checks.npy"
+PIECE = 2**14
 """Bytes verified at once, the first time that one of them is read."""
 
 
@@ -44,8 +46,8 @@ class Arrays:
         self.folder = folder
         header = _header(folder) or _made(folder, make)
         self.facts: dict[str, Any] = header["facts"]
-        self._checks: dict[str, list[int]] = header["checks"]
-        self._arrays = {name: _map(folder / f"{name}.npy") for name in self._checks}
+        self._arrays = {name: _map(folder / f"{name}.npy") for name in header["checks"]}
+        self._checks = {name: _load_checks(folder, name) for name in header["checks"]}
         self._seen = {name: bytearray(len(checks)) for name, checks in self._checks.items()}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
@@ -66,8 +68,10 @@ def _header(folder: Path) -> dict[str, Any] | None:
     """What is known of a folder; None where there is none, or not all of it."""
     try:
         header: dict[str, Any] = json.loads((folder / HEADER).read_text())
-        whole = header.pop("checksum") == fingerprint(header)
-        return header if whole and header["sizes"] == _sizes(folder, header["sizes"]) else None
+        if header.pop("checksum") != fingerprint(header) or header["sizes"] != _sizes(folder, header["sizes"]):
+            return None
+        whole = all(zlib.crc32(_load_checks(folder, name).data) == check for name, check in header["checks"].items())
+        return header if whole else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -77,9 +81,15 @@ def _made(folder: Path, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any
     draft.mkdir(parents=True)
     try:
         facts = make(draft)
-        names = sorted(path.stem for path in draft.glob("*.npy"))
-        checks = {name: _checks(draft / f"{name}.npy") for name in names}
-        header = {"facts": facts, "sizes": _sizes(draft, [f"{name}.npy" for name in names]), "checks": checks}
+        checks = {path.stem: _checks(path) for path in sorted(draft.glob("*.npy"))}
+        for name, found in checks.items():
+            np.save(draft / f"{name}{CHECKS}", found)
+        sizes = _sizes(draft, [path.name for path in sorted(draft.iterdir())])
+        header = {
+            "facts": facts,
+            "sizes": sizes,
+            "checks": {name: zlib.crc32(found.data) for name, found in checks.items()},
+        }
         (draft / HEADER).write_text(json.dumps({**header, "checksum": fingerprint(header)}))
         for path in (*draft.iterdir(), draft):
             sync(path)
@@ -102,9 +112,14 @@ def discard(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _checks(path: Path) -> list[int]:
+def _checks(path: Path) -> NDArray[np.uint32]:
     whole = _map(path).data.cast("B")
-    return [zlib.crc32(whole[start : start + PIECE]) for start in range(0, len(whole), PIECE)]
+    return np.array([zlib.crc32(whole[start : start + PIECE]) for start in range(0, len(whole), PIECE)], np.uint32)
+
+
+def _load_checks(folder: Path, name: str) -> NDArray[np.uint32]:
+    checks: NDArray[np.uint32] = np.load(folder / f"{name}{CHECKS}", allow_pickle=False)
+    return checks
 
 
 def _map(path: Path) -> NDArray[Any]:

@@ -113,9 +113,12 @@ def _write_keys(file: pq.ParquetFile, folder: Path, *, size: int) -> None:
     keys = open_memmap(folder / "keys.npy", "w+", np.uint8, (size,))
     start = 0
     for batch in file.iter_batches(BATCH, columns=["key"]):
-        text = np.frombuffer("".join(batch["key"].to_pylist()).encode(), np.uint8)
-        keys[start : start + len(text)] = text
-        start += len(text)
+        column = batch["key"]
+        _, ends, text = column.buffers()
+        first, last = np.frombuffer(ends, np.int32)[[column.offset, column.offset + len(column)]].tolist()
+        if first < last:
+            keys[start : start + last - first] = np.frombuffer(text, np.uint8)[first:last]
+        start += last - first
 
 
 def _codes(column: pa.Array, known: dict[str, int]) -> NDArray[np.integer]:
