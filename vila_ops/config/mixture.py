@@ -5,7 +5,7 @@ from typing import Annotated, Literal, assert_never
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from vila_ops.config.base import Config, Slug
-from vila_ops.config.clean import NearDuplicates
+from vila_ops.config.clean import MAX_IMAGE_BITS, NearDuplicates
 from vila_ops.config.images import Decoding, ImageEncoding, Webp
 from vila_ops.config.sources import Source
 
@@ -49,10 +49,11 @@ class Contamination(Config):
 
     sources: dict[str, Source] = Field(min_length=1)
     """The evaluation sets."""
-    image_bits: int = Field(default=6, ge=0, le=64)
-    """Pictures whose 64-bit perceptual hashes differ in at most so many bits are the same picture."""
+    image_bits: int = Field(default=6, ge=0, le=MAX_IMAGE_BITS)
+    """Pictures that look alike and whose 64-bit perceptual hashes differ in at most so many bits are one picture."""
     ngram_words: PositiveInt = 13
-    """A text that shares a run of so many words with an evaluation text is contaminated."""
+    """A text that shares a run of so many words with an evaluation text is contaminated (13 as for GPT-3). A shorter
+    evaluation text without a picture is searched as a whole text; one with a picture is known by its picture alone."""
 
 
 class Pictures(Config):

@@ -1,0 +1,107 @@
+"""The rules that look at one record alone: what is left of it, or why it goes. Pictures are judged by their headers."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import isfinite
+
+from vila_ops.config.clean import Bounds, Clean
+from vila_ops.data.containers import BadImage, strip
+from vila_ops.data.records import Dropped, Image, Record, Turn
+
+Fault = tuple[str, str]
+"""The fixed word that drops are counted by, and the value, the rule and the way out."""
+
+
+@dataclass(frozen=True)
+class Cleaned:
+    """A record after its source's rules."""
+
+    record: Record | Dropped
+    left_out: tuple[Dropped, ...] = ()
+    """Pictures taken out of a document that stays; counted apart from records."""
+
+
+def clean(record: Record, rules: Clean) -> Cleaned:
+    """The record as the rules leave it.
+
+    A picture that breaks a rule is left out of a document (all turns `document`) that keeps another picture. Everywhere
+    else the text speaks of its pictures, so it costs the record. Reasons: few_words, many_words, small_image,
+    narrow_image, and of scores low_COLUMN, high_COLUMN, missing_COLUMN, low_sum.
+    """
+    for reason, detail in _record_faults(record, rules):
+        return Cleaned(Dropped(record.id, reason, where=record.provenance, detail=detail))
+    pictures = [part for turn in record.turns for part in turn.parts if isinstance(part, Image)]
+    faults = [next(_picture_faults(picture, record, rules), None) for picture in pictures]
+    left_out = [
+        Dropped(record.id, fault[0], where=record.provenance, detail=f"picture {number}: {fault[1]}")
+        for number, fault in enumerate(faults, start=1)
+        if fault
+    ]
+    if not left_out:
+        return Cleaned(record)
+    is_document = all(turn.role == "document" for turn in record.turns)
+    if not is_document or len(left_out) == len(pictures):
+        return Cleaned(left_out[0])
+    verdicts = iter(faults)
+    turns = tuple(
+        Turn(turn.role, tuple(part for part in turn.parts if not (isinstance(part, Image) and next(verdicts))))
+        for turn in record.turns
+    )
+    return Cleaned(replace(record, turns=tuple(turn for turn in turns if turn.parts)), tuple(left_out))
+
+
+def score_sum(record: Record, columns: tuple[str, ...]) -> float | None:
+    """What `top_share` ranks by; None where the record lacks a column or has no finite value in it."""
+    values = [record.scores.get(column) for column in columns]
+    found = [value for value in values if value is not None and isfinite(value)]
+    return sum(found) if len(found) == len(values) else None
+
+
+def _record_faults(record: Record, rules: Clean) -> Iterator[Fault]:
+    for column, bounds in rules.scores.items():
+        if not _is_of_pictures(column, record):
+            yield from _score_faults(record.scores, column, bounds)
+    if rules.top_share:
+        for column in rules.top_share.columns:
+            yield from _score_faults(record.scores, column, None)
+        total, above = score_sum(record, rules.top_share.columns), rules.top_share.above
+        if total is not None and above is not None and total <= above:
+            yield "low_sum", f"{' + '.join(rules.top_share.columns)} is {total:.4g}, not above {above}"
+    words = sum(len(part.split()) for turn in record.turns for part in turn.parts if isinstance(part, str))
+    if rules.min_words is not None and words < rules.min_words:
+        yield "few_words", f"{words} words, fewer than min_words {rules.min_words}"
+    if rules.max_words is not None and words > rules.max_words:
+        yield "many_words", f"{words} words, more than max_words {rules.max_words}"
+
+
+def _picture_faults(picture: Image, record: Record, rules: Clean) -> Iterator[Fault]:
+    for column, bounds in rules.scores.items():
+        if _is_of_pictures(column, record):
+            yield from _score_faults(picture.scores, column, bounds)
+    if rules.min_side is None and rules.max_aspect is None:
+        return
+    try:
+        stripped = strip(picture.data)
+    except BadImage:
+        return  # no matter of taste: whoever decodes it counts it as bad
+    width, height = stripped.width, stripped.height
+    if rules.min_side is not None and min(width, height) < rules.min_side:
+        yield "small_image", f"{width} x {height} pixels, its shorter side below min_side {rules.min_side}"
+    if rules.max_aspect is not None and max(width, height) > rules.max_aspect * min(width, height):
+        yield "narrow_image", f"{width} x {height} pixels, its sides beyond max_aspect {rules.max_aspect}"
+
+
+def _is_of_pictures(column: str, record: Record) -> bool:
+    parts = (part for turn in record.turns for part in turn.parts)
+    return column not in record.scores and any(isinstance(part, Image) and column in part.scores for part in parts)
+
+
+def _score_faults(scores: Mapping[str, float], column: str, bounds: Bounds | None) -> Iterator[Fault]:
+    """Without bounds, any finite value will do."""
+    value = scores.get(column)
+    if value is None or not isfinite(value):
+        yield f"missing_{column}", f"{column} is {value}; take the rule out if the source does not have it"
+    elif bounds and bounds.at_least is not None and value < bounds.at_least:
+        yield f"low_{column}", f"{column} is {value:.4g}, below at_least {bounds.at_least}"
+    elif bounds and bounds.at_most is not None and value > bounds.at_most:
+        yield f"high_{column}", f"{column} is {value:.4g}, above at_most {bounds.at_most}"
