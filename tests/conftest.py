@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import os
 import random
 import secrets
 import socket
