@@ -37,9 +37,7 @@ AT_ONCE = 8
 """Files on their way at the same time."""
 CHUNK_BYTES = 2**20
 T = TypeVar("T")
-WAY_OUT = (
-    "use a store whose PutObject honours If-None-Match and If-Match (AWS, MinIO, Ceph, ...), or a folder as the store"
-)
+WAY_OUT = "use a store whose PutObject honours If-None-Match and If-Match (AWS and MinIO do), or a folder as the store"
 
 
 def read(uri: str) -> bytes | None:

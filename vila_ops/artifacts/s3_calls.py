@@ -38,7 +38,7 @@ WAIT_SECONDS = 0.2
 CONNECT_SECONDS = 10.0
 READ_SECONDS = 60.0
 """Between two bytes of an answer."""
-CONNECTIONS = 32
+CONNECTIONS = 64
 PART_BYTES = 16 * 2**20
 TRANSFER = TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=8)
 NO_KEY = ("NoSuchKey", "404")
