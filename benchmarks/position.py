@@ -88,9 +88,9 @@ if which == "torchdata":
     read = next(iter(first))
     state = first.state_dict()
     # Where it stands, without reading a million samples: what the state counts, as many times further.
-    text = state["_sampler_iter_state"]
     state["_num_yielded"] = state["_sampler_iter_yielded"] = step
-    text["samples_yielded"] = step * batch_size
+    state["_sampler_iter_state"]["samples_yielded"] = step * batch_size
+    state["_sampler_iter_state"]["sampler_iter_state"]["yielded"] = step * batch_size
     start = time.perf_counter()
     loader = make()
     loader.load_state_dict(state)
