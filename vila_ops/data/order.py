@@ -4,6 +4,7 @@ An epoch draws from each source the next stretch of its endless permutations, pa
 rows. That plan is made once for each epoch and kept in a cache, where any row of it is one read away.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -67,12 +68,14 @@ def epoch_plan(asked: Asked, epoch: int, *, index: Index, cache: Path) -> Epoch:
 def draws(asked: Asked, epoch: int, index: Index) -> NDArray[np.uint32]:
     """The samples of an epoch, source by source."""
     groups = {group.source: group for group in index.groups if group.split == "train"}
-    found = [
-        index.numbers(groups[name])[passed]
-        for name, count in asked.samples_per_epoch.items()
-        for passed in _passes(asked, name, size=groups[name].samples, start=epoch * count, count=count)
-    ]
-    return np.concatenate(found)
+    drawn = np.empty(sum(asked.samples_per_epoch.values()), np.uint32)
+    start = 0
+    for name, count in asked.samples_per_epoch.items():
+        numbers = index.numbers(groups[name])
+        for passed in _passes(asked, name, size=len(numbers), start=epoch * count, count=count):
+            drawn[start : start + len(passed)] = numbers[passed]
+            start += len(passed)
+    return drawn
 
 
 def random_state(digest: str, *, seed: int, number: int, name: str) -> list[int]:
@@ -80,17 +83,15 @@ def random_state(digest: str, *, seed: int, number: int, name: str) -> list[int]
     return [int(digest[:16], 16), seed, number, *name.encode()]
 
 
-def _passes(asked: Asked, name: str, *, size: int, start: int, count: int) -> list[NDArray[np.uint32]]:
+def _passes(asked: Asked, name: str, *, size: int, start: int, count: int) -> Iterator[NDArray[np.uint32]]:
     """`count` places of the endless stream of a source's permutations, from `start` on, pass by pass.
 
     So k epochs see each sample of a source floor or ceil of k * count / size times.
     """
-    found = []
     for number in range(start // size, (start + count - 1) // size + 1):
         order = np.arange(size, dtype=np.uint32)
         np.random.default_rng(random_state(asked.digest, seed=asked.seed, number=number, name=name)).shuffle(order)
-        found.append(order[max(0, start - number * size) : start + count - number * size])
-    return found
+        yield order[max(0, start - number * size) : start + count - number * size]
 
 
 def _plan(asked: Asked, epoch: int, index: Index) -> Plan:
