@@ -108,7 +108,8 @@ def scan_files(
     with _notes(cache) as notes:
         for name, path in files:
             own = notes.digest(path)
-            seen = notes.scan(f"{kind}:{SCAN_REVISION}:{own}", lambda path=path: scan(path))  # type: ignore[misc]
+            key = f"{kind}:{SCAN_REVISION}:{path}:{own}"  # the path too: where other files lie may follow from it
+            seen = notes.scan(key, lambda path=path: scan(path))  # type: ignore[misc]
             beside = [[Path(other).name, notes.digest(Path(other))] for other in seen.beside]
             found.append(
                 RawFile(
