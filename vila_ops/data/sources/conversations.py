@@ -22,3 +22,12 @@ def check_text(role: Role, text: str, *, number: int, pictures: int) -> None:
     checked(text, what=f"turn {number} ({role})")
     if not text.strip() and (role != "user" or not pictures):
         raise Fault("no_text", f"turn {number} ({role}) is empty")
+
+
+def check_placeholders(placeholders: int, pictures: int) -> None:
+    """Raises Fault unless each picture has its place."""
+    if placeholders != pictures:
+        reason = "too_few_placeholders" if placeholders < pictures else "too_many_placeholders"
+        raise Fault(
+            reason, f"{placeholders} of {PLACEHOLDER} for {pictures} pictures; each needs one, where it belongs"
+        )

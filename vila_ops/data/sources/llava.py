@@ -10,7 +10,7 @@ from pathlib import Path
 from vila_ops.config.sources import Llava
 from vila_ops.data.raw import RawFile, Span, paths, scan_files
 from vila_ops.data.records import Dropped, Image, Part, Record, Role, Turn
-from vila_ops.data.sources.conversations import PLACEHOLDER, check_order, check_text
+from vila_ops.data.sources.conversations import PLACEHOLDER, check_order, check_placeholders, check_text
 from vila_ops.data.sources.faults import Fault
 from vila_ops.data.sources.json_files import SUFFIXES, Object, read_objects, record, scan_objects
 from vila_ops.data.sources.pictures import path_inside, read_picture
@@ -49,7 +49,7 @@ def conversation(value: Object, place: str, *, images: str | None, licence: str,
         raise Fault("video", "videos are not read; sample its frames, and name them as a list in `image`")
     names = _names(value)
     said = _said(value.get("conversations"))
-    _check_placeholders(sum(text.count(PLACEHOLDER) for _, text in said), len(names))
+    check_placeholders(sum(text.count(PLACEHOLDER) for _, text in said), len(names))
     if caption and (len(names) != 1 or len(said) != 2 or PLACEHOLDER in said[1][1]):
         raise Fault(
             "not_a_caption",
@@ -90,14 +90,6 @@ def _said(conversations: object) -> list[tuple[Role, str]]:
                 raise Fault("malformed_turns", f"turn {number} is no {{from, value}} of two texts: {repr(turn)[:80]}")
     check_order([role for role, _ in said])
     return said
-
-
-def _check_placeholders(placeholders: int, pictures: int) -> None:
-    if placeholders != pictures:
-        reason = "too_few_placeholders" if placeholders < pictures else "too_many_placeholders"
-        raise Fault(
-            reason, f"{placeholders} of {PLACEHOLDER} for {pictures} pictures; each needs one, where it belongs"
-        )
 
 
 def _turns(said: list[tuple[Role, str]], pictures: list[Image]) -> Iterator[Turn]:

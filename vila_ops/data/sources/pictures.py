@@ -11,6 +11,8 @@ from vila_ops.data.text import fault
 
 MAX_BYTES = 1 << 26
 """Of one encoded picture."""
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4000
+"""What file systems take: of a file's or folder's name, and of all together."""
 
 
 def path_inside(folder: str | None, name: str) -> Path:
@@ -18,9 +20,16 @@ def path_inside(folder: str | None, name: str) -> Path:
     if folder is None:
         raise Fault("missing_image", f"the record names {name!r}, but the source has no `images`; set that folder")
     path = PurePosixPath(name)
-    if not path.parts or path.is_absolute() or ".." in path.parts or fault(name):
-        raise Fault("bad_image_path", f"{name!r} is not a path inside {folder}; write it relative to it, without '..'")
+    if not path.parts or path.is_absolute() or ".." in path.parts or fault(name) or _is_too_long(path):
+        raise Fault(
+            "bad_image_path", f"{name[:200]!r} is not a path inside {folder}; write it relative to it, without '..'"
+        )
     return Path(folder) / path
+
+
+def _is_too_long(path: PurePosixPath) -> bool:
+    """Whether no file can be called so; to ask a file system for it would be an error."""
+    return len(str(path).encode()) > MAX_PATH_BYTES or any(len(part.encode()) > MAX_NAME_BYTES for part in path.parts)
 
 
 def read_picture(folder: str | None, name: str) -> Image:

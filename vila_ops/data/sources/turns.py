@@ -1,12 +1,12 @@
-"""Conversations as columns and JSON hold them (LLaVA, chat messages, question-answer pairs) to turns. Pure."""
+"""Conversations beside their pictures, as columns and members hold them, to turns. Pure."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vila_ops.data.records import Image, Part, Role, Turn
-from vila_ops.data.sources.faults import Fault, checked
+from vila_ops.data.sources.conversations import PLACEHOLDER, check_order, check_placeholders, check_text
+from vila_ops.data.sources.faults import Fault
 
-PLACEHOLDER = "<image>"
 ROLES: dict[str, Role] = {
     "human": "user",
     "user": "user",
@@ -15,33 +15,43 @@ ROLES: dict[str, Role] = {
     "system": "system",
 }
 
-_Slots = list[tuple[Role, list[str | None]]]
-"""What each side says; None is where the next picture belongs."""
+_Slots = list[str | None]
+"""What one side says; None is where the next picture belongs."""
 
 
 def turns(conversation: object, pictures: Sequence[Image]) -> tuple[Turn, ...]:
     """The turns of one conversation, each picture where its placeholder stands.
 
-    A list of {from, value} (LLaVA), {role, content} (chat messages; content is text or a list of {type: text | image})
-    or {user, assistant}. `<image>` in text is a placeholder; without any, all pictures stand before the first question.
-    Raises Fault: malformed_turns, turn_order, image_count, no_text, nul_in_text or lone_surrogate.
+    A list of {from, value} (LLaVA), of {role, content} (chat messages; content is text, or a list of {type: text} and
+    {type: image}), or of {user, assistant} (The Cauldron, whose pictures have no placeholders and stand before the
+    first question). `<image>` in text is a placeholder. Raises Fault: malformed_turns, turn_order,
+    too_few_placeholders, too_many_placeholders, no_text, nul_in_text or lone_surrogate.
     """
     if not isinstance(conversation, list) or not conversation:
         raise Fault("malformed_turns", f"a conversation is a list of turns, not {_short(conversation)}")
     slots = [slot for turn in conversation for slot in _turn(turn)]
-    _check_order([role for role, _ in slots])
-    return _filled(slots, pictures)
+    check_order([role for role, _ in slots])
+    if isinstance(conversation[0], dict) and "assistant" in conversation[0]:
+        slots[0][1][:0] = [None] * len(pictures)
+    check_placeholders(sum(parts.count(None) for _, parts in slots), len(pictures))
+    left = iter(pictures)
+    made = []
+    for number, (role, parts) in enumerate(slots, start=1):
+        check_text(role, "".join(part or "" for part in parts), number=number, pictures=parts.count(None))
+        filled: tuple[Part, ...] = tuple(next(left) if part is None else part for part in parts if part != "")
+        made.append(Turn(role, filled))
+    return tuple(made)
 
 
-def _turn(turn: object) -> Iterator[tuple[Role, list[str | None]]]:
+def _turn(turn: object) -> Iterator[tuple[Role, _Slots]]:
     match turn:
         case {"from": str(role), "value": str(text)} | {"role": str(role), "content": str(text)} if role in ROLES:
             yield ROLES[role], _split(text)
         case {"role": str(role), "content": list(parts)} if role in ROLES:
             yield ROLES[role], [_content(part) for part in parts]
         case {"user": str(question), "assistant": str(answer)}:
-            yield "user", _split(question)
-            yield "assistant", _split(answer)
+            yield "user", [question]
+            yield "assistant", [answer]
         case _:
             forms = "{from, value}, {role, content} or {user, assistant}"
             raise Fault("malformed_turns", f"a turn is {forms} with the roles {', '.join(ROLES)}: {_short(turn)}")
@@ -57,42 +67,13 @@ def _content(part: object) -> str | None:
             raise Fault("malformed_turns", f"a part of a message is of type text or image: {_short(part)}")
 
 
-def _split(text: str) -> list[str | None]:
+def _split(text: str) -> _Slots:
     """The text around placeholders, which become None."""
     first, *rest = text.split(PLACEHOLDER)
-    slots: list[str | None] = [first]
+    slots: _Slots = [first]
     for piece in rest:
         slots += [None, piece]
     return slots
-
-
-def _check_order(roles: list[Role]) -> None:
-    spoken = roles[1:] if roles[0] == "system" else roles
-    if not spoken or len(spoken) % 2 or spoken != ["user", "assistant"] * (len(spoken) // 2):
-        raise Fault("turn_order", f"user and assistant take turns, the user first: {', '.join(roles[:20])}")
-
-
-def _filled(slots: _Slots, pictures: Sequence[Image]) -> tuple[Turn, ...]:
-    wanted = sum(part is None for _, parts in slots for part in parts)
-    if wanted == 0 and pictures:
-        first = next(parts for role, parts in slots if role == "user")
-        first[:0] = [None] * len(pictures)
-    elif wanted != len(pictures):
-        raise Fault("image_count", f"{wanted} placeholders, {len(pictures)} pictures; each picture needs one")
-    left = iter(pictures)
-    made = []
-    for role, parts in slots:
-        filled: tuple[Part, ...] = tuple(next(left) if part is None else part for part in parts if part != "")
-        _check_text(role, [part for part in filled if isinstance(part, str)], has_picture=None in parts)
-        made.append(Turn(role, filled))
-    return tuple(made)
-
-
-def _check_text(role: Role, texts: list[str], *, has_picture: bool) -> None:
-    for text in texts:
-        checked(text, what=role)
-    if not any(text.strip() for text in texts) and (role == "assistant" or not has_picture):
-        raise Fault("no_text", f"an empty turn of the {role}")
 
 
 def _short(value: Any) -> str:
