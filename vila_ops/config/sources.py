@@ -188,6 +188,8 @@ class Html(OwnFiles):
 
     kind: Literal["html"] = "html"
     render: Literal["document"] = "document"
+    missing_images: Literal["drop_document", "drop_image"] = "drop_document"
+    """What one picture costs that is on another host, or not there, or none."""
 
 
 class Table(OwnFiles):

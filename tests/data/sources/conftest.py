@@ -1,16 +1,23 @@
 """Sources read as `prepare` reads them: scanned once, then by spans."""
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 
 from vila_ops.config import Source
 from vila_ops.data import sources
+from vila_ops.data.download.journal import Journal
+from vila_ops.data.download.manifest import write_manifest
+from vila_ops.data.download.outcome import Outcome
+from vila_ops.data.download.outcome import Record as Fetched
 from vila_ops.data.raw import STRIDE, RawFile, Span
 from vila_ops.data.records import Dropped, Record
 
 Scan = Callable[[Source], list[RawFile]]
 ReadAll = Callable[[Source], list[list[Record | Dropped]]]
+Download = Callable[[Path, Mapping[str, bytes | Outcome]], None]
 
 
 @pytest.fixture
@@ -42,3 +49,23 @@ def _read(source: Source, file: RawFile, start: int, stop: int) -> list[list[Rec
     mark = file.marks[start // STRIDE] if file.marks and stop else 0
     span = Span(name=file.name, path=file.path, digest=file.digest, start=start, stop=stop, mark=mark)
     return list(sources.read(source, {}, span))
+
+
+@pytest.fixture
+def download() -> Download:
+    """Puts what became of URLs where the downloader puts it, by its own code: the bytes of a picture, or an outcome."""
+
+    def put(out: Path, became: Mapping[str, bytes | Outcome]) -> None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with Journal(out) as journal:
+            for url, what in became.items():
+                if isinstance(what, bytes):
+                    sha256 = hashlib.sha256(what).hexdigest()
+                    record = Fetched(url, "ok", "", 200, 1, url, extension="jpg", bytes=len(what), sha256=sha256)
+                    journal.write([(record, what)])
+                else:
+                    journal.write([(Fetched(url, what, "asked in vain", None, 1, url), b"")])
+            write_manifest(journal, list(became), out)
+            journal.remove()
+
+    return put

@@ -6,40 +6,50 @@ from typing import assert_never
 
 from vila_ops.config import Package, Source, fingerprint
 from vila_ops.config.sources import (
+    Coyo,
     Flan,
     FluentEmoji,
     GCompris,
     GimpHelp,
     GnomeHelp,
+    HfParquet,
+    Html,
     JsonLines,
     Llava,
     LlavaCc3m,
     Messages,
+    Mmc4,
     Table,
     TuxPaint,
     Vflan,
+    WebDataset,
     WordNet,
 )
 from vila_ops.data.raw import RawFile, Span
 from vila_ops.data.records import Dropped, Record
 from vila_ops.data.sources import (
+    coyo,
     flan,
     fluent_emoji,
     gcompris,
     gimp_help,
     gnome_help,
+    hf_parquet,
+    html,
     jsonl,
     llava,
     llava_cc3m,
     messages,
+    mmc4,
     table,
     tux_paint,
     vflan,
+    webdataset,
     wordnet,
 )
 
 Packaged = TuxPaint | FluentEmoji | GimpHelp | GCompris | WordNet | GnomeHelp
-Files = JsonLines | Llava | LlavaCc3m | Flan | Vflan | Messages | Table
+Files = JsonLines | Llava | LlavaCc3m | Mmc4 | Coyo | Flan | Vflan | Messages | WebDataset | HfParquet | Html | Table
 
 
 def packages(source: Source) -> tuple[Package, ...]:
@@ -83,6 +93,16 @@ def raw_files(source: Source, folders: Mapping[str, Path], *, cache: Path) -> li
             return messages.raw_files(source, cache=cache)
         case Table():
             return table.raw_files(source, cache=cache)
+        case Mmc4():
+            return mmc4.raw_files(source, cache=cache)
+        case Coyo():
+            return coyo.raw_files(source, cache=cache)
+        case WebDataset():
+            return webdataset.raw_files(source, cache=cache)
+        case HfParquet():
+            return hf_parquet.raw_files(source, cache=cache)
+        case Html():
+            return html.raw_files(source, cache=cache)
         case _:
             assert_never(source)
 
@@ -116,6 +136,16 @@ def _read_files(source: Files, span: Span) -> Iterator[list[Record | Dropped]]:
             return messages.read(source, span)
         case Table():
             return table.read(source, span)
+        case Mmc4():
+            return mmc4.read(source, span)
+        case Coyo():
+            return coyo.read(source, span)
+        case WebDataset():
+            return webdataset.read(source, span)
+        case HfParquet():
+            return hf_parquet.read(source, span)
+        case Html():
+            return html.read(source, span)
         case _:
             assert_never(source)
 

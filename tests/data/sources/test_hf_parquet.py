@@ -1,0 +1,212 @@
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from vila_ops.config.sources import HfParquet
+from vila_ops.data.raw import RawFile
+from vila_ops.data.records import Dropped, Image, Record, Turn
+
+Found = list[list[Record | Dropped]]
+ReadAll = Callable[[HfParquet], Found]
+Scan = Callable[[HfParquet], list[RawFile]]
+
+IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+"""How `datasets` stores its Image feature."""
+SPEAKER = pa.list_(pa.struct({"from": pa.string(), "value": pa.string()}))
+MESSAGES = pa.list_(
+    pa.struct({"content": pa.list_(pa.struct({"text": pa.string(), "type": pa.string()})), "role": pa.string()})
+)
+EXCHANGES = pa.list_(pa.struct({"user": pa.string(), "assistant": pa.string(), "source": pa.string()}))
+
+
+def features(**columns: Any) -> dict[bytes, bytes]:
+    """The note that `datasets` leaves in a file's schema."""
+    return {b"huggingface": json.dumps({"info": {"features": columns}}).encode()}
+
+
+def write(path: Path, rows: list[dict[str, Any]], group: int = 100, **columns: pa.DataType) -> None:
+    schema = pa.schema(columns, metadata=features(image={"_type": "Image"}, text={"dtype": "string", "_type": "Value"}))
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, row_group_size=group)
+
+
+def source(path: Path, **more: Any) -> HfParquet:
+    return HfParquet(path=str(path), licence="MIT", **more)
+
+
+def embedded(data: bytes, path: str | None = None) -> dict[str, Any]:
+    return {"bytes": data, "path": path}
+
+
+def turns(found: Found) -> tuple[Turn, ...]:
+    ((record,),) = found
+    assert isinstance(record, Record), record
+    return record.turns
+
+
+def test_a_row_of_the_image_feature_and_text_is_a_captioned_picture(read_all: ReadAll, tmp_path: Path):
+    row = {"image": embedded(b"cat", "Cat.JPG"), "text": "a cat\n", "score": 0.5, "label": 3, "ok": True}
+    kinds = {"score": pa.float64(), "label": pa.int64(), "ok": pa.bool_()}
+    write(tmp_path / "train-00000-of-00001.parquet", [row], image=IMAGE, text=pa.string(), **kinds)
+    assert read_all(source(tmp_path)) == [
+        [
+            Record(
+                id="train-00000-of-00001.parquet:1",
+                object="cat.jpg",
+                turns=(Turn("document", (Image(b"cat"), "a cat")),),
+                category="",
+                licence="MIT",
+                provenance="train-00000-of-00001.parquet:1",
+                scores={"score": 0.5, "label": 3.0},
+            )
+        ]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "cell", "pictures"),
+    [
+        (pa.binary(), b"a", [b"a"]),
+        (pa.large_binary(), b"a", [b"a"]),
+        (pa.list_(IMAGE), [embedded(b"a"), embedded(b"b")], [b"a", b"b"]),
+        (pa.large_list(pa.binary()), [b"a", b"b"], [b"a", b"b"]),
+    ],
+)
+def test_pictures_may_be_plain_bytes_and_several(
+    kind: pa.DataType, cell: Any, pictures: list[bytes], read_all: ReadAll, tmp_path: Path
+):
+    write(tmp_path / "a.parquet", [{"jpg": cell, "caption": "x"}], jpg=kind, caption=pa.large_string())
+    ((record,),) = read_all(source(tmp_path, image="jpg", text="caption"))
+    assert isinstance(record, Record)
+    assert record.turns == (Turn("document", (*map(Image, pictures), "x")),)
+    assert hashlib.sha256(b"a").hexdigest().startswith(record.object)
+
+
+def test_conversations_of_the_cauldron_show_their_pictures_before_the_first_question(read_all: ReadAll, tmp_path: Path):
+    texts = [
+        {"user": "Question: what?", "assistant": "Two cats.", "source": "x"},
+        {"user": "And?", "assistant": "A dog.", "source": "x"},
+    ]
+    row = {"images": [embedded(b"a"), embedded(b"b")], "texts": texts}
+    write(tmp_path / "a.parquet", [row], images=pa.list_(IMAGE), texts=EXCHANGES)
+    found = read_all(source(tmp_path, image="images", text="texts", render="conversation"))
+    assert turns(found) == (
+        Turn("user", (Image(b"a"), Image(b"b"), "Question: what?")),
+        Turn("assistant", ("Two cats.",)),
+        Turn("user", ("And?",)),
+        Turn("assistant", ("A dog.",)),
+    )
+
+
+def test_chat_messages_keep_pictures_where_their_parts_stand(read_all: ReadAll, tmp_path: Path):
+    messages = [
+        {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+        {"role": "user", "content": [{"type": "text", "text": "Is <image> this"}, {"type": "image", "text": None}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]},
+    ]
+    row = {"images": [embedded(b"a")], "messages": messages}
+    write(tmp_path / "a.parquet", [row], images=pa.list_(IMAGE), messages=MESSAGES)
+    found = read_all(source(tmp_path, image="images", text="messages", render="conversation"))
+    assert turns(found) == (
+        Turn("system", ("Be brief.",)),
+        Turn("user", ("Is <image> this", Image(b"a"))),
+        Turn("assistant", ("Yes.",)),
+    )
+
+
+def test_llavas_turns_keep_pictures_where_their_placeholders_stand(read_all: ReadAll, tmp_path: Path):
+    said = [{"from": "human", "value": "What is\n<image>?"}, {"from": "gpt", "value": "A cup."}]
+    rows = [
+        {"image": embedded(b"a"), "conversations": said},
+        {"image": None, "conversations": [{**said[0], "value": "Hi"}, said[1]]},
+    ]
+    write(tmp_path / "a.parquet", rows, image=IMAGE, conversations=SPEAKER)
+    (first,), (second,) = read_all(source(tmp_path, text="conversations", render="conversation"))
+    assert isinstance(first, Record)
+    assert isinstance(second, Record)
+    assert first.turns == (Turn("user", ("What is\n", Image(b"a"), "?")), Turn("assistant", ("A cup.",)))
+    assert second.turns == (Turn("user", ("Hi",)), Turn("assistant", ("A cup.",)))
+
+
+@pytest.mark.parametrize(
+    ("row", "reason", "detail"),
+    [
+        ({"image": embedded(b"", "/data/cat.jpg"), "text": "x"}, "external_image", "/data/cat.jpg"),
+        ({"image": {"bytes": None, "path": "cat.jpg"}, "text": "x"}, "external_image", "embedded"),
+        ({"image": {"bytes": None, "path": None}, "text": "x"}, "no_image", "without bytes"),
+        ({"image": None, "text": "x"}, "no_image", "'image'"),
+        ({"image": embedded(b"a"), "text": None}, "no_text", "'text'"),
+        ({"image": embedded(b"a"), "text": " \n"}, "no_text", ""),
+        ({"image": embedded(b"a"), "text": "a\0"}, "nul_in_text", ""),
+    ],
+)
+def test_a_faulty_row_is_dropped_with_its_number_and_its_neighbours_are_not(
+    row: dict[str, Any], reason: str, detail: str, read_all: ReadAll, tmp_path: Path
+):
+    good = {"image": embedded(b"a"), "text": "x"}
+    write(tmp_path / "a.parquet", [good, row, good], image=IMAGE, text=pa.string())
+    first, (fault,), last = read_all(source(tmp_path))
+    assert isinstance(fault, Dropped)
+    assert (fault.reason, fault.where) == (reason, "a.parquet:2")
+    assert detail in fault.detail
+    assert isinstance(first[0], Record)
+    assert isinstance(last[0], Record)
+
+
+def test_a_damaged_row_group_costs_its_rows_and_no_others(read_all: ReadAll, tmp_path: Path):
+    rows = [{"image": embedded(b"<%d>" % n * 300), "text": f"t{n}"} for n in range(40)]
+    schema = pa.schema({"image": IMAGE, "text": pa.string()})
+    pq.write_table(
+        pa.Table.from_pylist(rows, schema=schema), tmp_path / "a.parquet", row_group_size=10, use_dictionary=False
+    )
+    path = tmp_path / "a.parquet"
+    column = pq.ParquetFile(path).metadata.row_group(2).column(0)
+    data = bytearray(path.read_bytes())
+    start = column.data_page_offset
+    data[start : start + 8] = b"\xff" * 8
+    path.write_bytes(data)
+    found = [held[0] for held in read_all(source(tmp_path))]
+    assert [one.reason if isinstance(one, Dropped) else "" for one in found] == [""] * 20 + ["damaged_rows"] * 10 + [
+        ""
+    ] * 10
+
+
+def test_spans_are_slices_of_the_whole_across_row_groups(read_all: ReadAll, scan: Scan, tmp_path: Path):
+    rows = [{"image": embedded(b"%d" % n), "text": f"t{n}"} for n in range(75)]
+    write(tmp_path / "a.parquet", rows, group=7, image=IMAGE, text=pa.string())
+    found = read_all(source(tmp_path))  # which compares spans of 16 with the whole
+    assert [one.turns[0].parts[1] for (one,) in found if isinstance(one, Record)] == [f"t{n}" for n in range(75)]
+    (file,) = scan(source(tmp_path))
+    assert (file.count, file.images) == (75, 75)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image": "picture"}, r"a\.parquet has no column 'picture' but image, text, paths; name the columns"),
+        ({"image": "paths"}, r"column 'paths' is string, not pictures"),
+        ({"text": "image"}, r"column 'image' is struct<.*>, not text"),
+        ({"render": "conversation"}, r"column 'text' is string, not a list of \{role, content\}"),
+    ],
+)
+def test_columns_of_another_kind_are_an_error_that_names_them(
+    settings: dict[str, Any], message: str, scan: Scan, tmp_path: Path
+):
+    row = {"image": embedded(b"a"), "text": "x", "paths": "a.jpg"}
+    write(tmp_path / "a.parquet", [row], image=IMAGE, text=pa.string(), paths=pa.string())
+    with pytest.raises(ValueError, match=message):
+        scan(source(tmp_path, **settings))
+
+
+def test_a_new_shard_leaves_the_digests_of_others_alone(scan: Scan, tmp_path: Path):
+    write(tmp_path / "a.parquet", [{"image": embedded(b"a"), "text": "x"}], image=IMAGE, text=pa.string())
+    (before,) = scan(source(tmp_path))
+    write(tmp_path / "b.parquet", [{"image": embedded(b"b"), "text": "x"}], image=IMAGE, text=pa.string())
+    same, other = scan(source(tmp_path))
+    assert same == before
+    assert other.digest != before.digest

@@ -1,0 +1,129 @@
+"""Parquet shards of a Hugging Face data set: pictures in the rows, with captions or conversations.
+
+The image column is an Image feature, which is stored as struct<bytes, path>, or plain binary, or a list of either. The
+text column is a string, or a list of turns: chat messages {role, content}, LLaVA's {from, value}, or The Cauldron's
+{user, assistant}. Columns of numbers become scores, for cleaning to choose by.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, assert_never
+
+import pyarrow as pa
+
+from vila_ops.config.sources import HfParquet
+from vila_ops.data.raw import RawFile, Scan, Span, paths, scan_files
+from vila_ops.data.records import Dropped, Image, Record, Turn
+from vila_ops.data.sources.faults import Fault, checked, numbers
+from vila_ops.data.sources.rows import is_text, number_columns, open_parquet, rows
+from vila_ops.data.sources.turns import turns
+
+
+def raw_files(source: HfParquet, *, cache: Path) -> list[RawFile]:
+    """The shards. Raises ValueError for one without the source's columns, or with columns of other types."""
+    kind = f"{source.kind}:{source.image}:{source.text}:{source.render}"
+    return scan_files(paths(Path(source.path), (".parquet",)), kind, lambda path: _scan(source, path), cache=cache)
+
+
+def read(source: HfParquet, span: Span) -> Iterator[list[Record | Dropped]]:
+    """The record of each row."""
+    with open_parquet(Path(span.path)) as file:
+        scores = number_columns(file.schema_arrow)
+    for number, (where, row) in enumerate(rows(span, [source.image, source.text, *scores]), start=span.start):
+        if not span.takes(number):
+            yield []
+            continue
+        try:
+            yield [_record(source, row, where=where)]
+        except Fault as fault:
+            yield [fault.dropped(where, where=where)]
+
+
+def _record(source: HfParquet, row: dict[str, Any] | Fault, *, where: str) -> Record:
+    if isinstance(row, Fault):
+        raise row
+    cell = row.pop(source.image)
+    cells = cell if isinstance(cell, list) else [] if cell is None else [cell]
+    pictures = [_picture(one) for one in cells]
+    said = row.pop(source.text)
+    made: tuple[Turn, ...]
+    match source.render:
+        case "caption":
+            if not pictures:
+                raise Fault("no_image", f"the column {source.image!r} is empty")
+            if not said or not said.strip():
+                raise Fault("no_text", f"the column {source.text!r} is empty")
+            made = (Turn("document", (*pictures, checked(said.strip(), what="the caption"))),)
+        case "conversation":
+            made = turns(said, pictures)
+        case _:
+            assert_never(source.render)
+    return Record(
+        id=where,
+        object=(_shown(cells[0]) if cells else where).lower(),
+        turns=made,
+        category="",
+        licence=source.licence,
+        provenance=where,
+        scores=numbers(row),
+    )
+
+
+def _picture(cell: dict[str, Any] | bytes | None) -> Image:
+    data = cell.get("bytes") if isinstance(cell, dict) else cell
+    if data:
+        return Image(data)
+    path = cell.get("path") if isinstance(cell, dict) else None
+    if path:
+        way = "write the data set with its pictures embedded (datasets: embed_external_files=True)"
+        raise Fault("external_image", f"{path[:200]!r} is outside of the file; {way}")
+    raise Fault("no_image", "a picture without bytes and without a path")
+
+
+def _shown(cell: dict[str, Any] | bytes) -> str:
+    """What a picture is called: its path, or its content."""
+    if isinstance(cell, dict):
+        return checked(cell["path"], what="the path") if cell.get("path") else _shown(cell["bytes"])
+    return hashlib.sha256(cell).hexdigest()[:24]
+
+
+def _scan(source: HfParquet, path: Path) -> Scan:
+    with open_parquet(path) as file:
+        schema, count = file.schema_arrow, file.metadata.num_rows
+    for column, is_fit, wanted in (
+        (source.image, _holds_pictures, "pictures (struct<bytes, path>, binary, or a list of them)"),
+        (source.text, *_TEXTS[source.render]),
+    ):
+        if column not in schema.names:
+            raise ValueError(
+                f"{path} has no column {column!r} but {', '.join(schema.names)}; name the columns in the source"
+            )
+        if not is_fit(kind := schema.field(column).type):
+            raise ValueError(f"{path}: column {column!r} is {kind}, not {wanted}; name another column, or set render")
+    return Scan(count=count, images=count)
+
+
+def _holds_pictures(kind: pa.DataType) -> bool:
+    one = kind.value_type if _is_list(kind) else kind
+    if pa.types.is_struct(one):
+        return one.get_field_index("bytes") >= 0 and _is_binary(one.field("bytes").type)
+    return _is_binary(one)
+
+
+def _holds_turns(kind: pa.DataType) -> bool:
+    return _is_list(kind) and pa.types.is_struct(kind.value_type)
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+_TEXTS = {
+    "caption": (is_text, "text"),
+    "conversation": (_holds_turns, "a list of {role, content}, {from, value} or {user, assistant}"),
+}

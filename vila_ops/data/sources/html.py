@@ -1,0 +1,149 @@
+"""A folder of HTML pages and the pictures that they show: each page an interleaved document.
+
+Text blocks and pictures stand in reading order; alt texts are left out, as are pictures with a side below 64 pixels,
+navigation, scripts and styles. A picture is found by its `src`, relative to the page or, with a slash, to the folder;
+one that is elsewhere is not fetched.
+"""
+
+import posixpath
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import SplitResult, unquote, urlsplit
+
+from vila_ops.config.sources import Html
+from vila_ops.data.containers import BadImage, strip
+from vila_ops.data.raw import RawFile, Scan, Span, paths, scan_files
+from vila_ops.data.records import Dropped, Image, Part, Record, Turn
+from vila_ops.data.sources.faults import Fault
+from vila_ops.data.sources.html_page import Shown, page
+from vila_ops.data.sources.pictures import from_base64, path_inside, read_picture
+
+SUFFIXES = (".html", ".htm", ".xhtml")
+MIN_FIGURE_PIXELS = 64
+"""Shorter side; what is smaller is an icon."""
+MAX_PAGE_BYTES = 16 * 2**20
+
+
+def raw_files(source: Html, *, cache: Path) -> list[RawFile]:
+    """The pages, each with the picture files that it names."""
+    root = _root(source)
+    kind = f"{source.kind}:{root}"
+    return scan_files(paths(Path(source.path), SUFFIXES), kind, lambda path: _scan(root, path), cache=cache)
+
+
+def read(source: Html, span: Span) -> Iterator[list[Record | Dropped]]:
+    """The one document of a page."""
+    try:
+        yield [_record(source, span)]
+    except Fault as fault:
+        yield [fault.dropped(span.name, where=span.name)]
+
+
+def _record(source: Html, span: Span) -> Record:
+    parts = _parts(source, Path(span.path))
+    if not any(isinstance(part, str) for part in parts):
+        raise Fault("no_text", "the page has no text outside of navigation, scripts and the like")
+    return Record(
+        id=span.name,
+        object=span.name.lower(),
+        turns=(Turn("document", parts),),
+        category="",
+        licence=source.licence,
+        provenance=span.name,
+    )
+
+
+def _parts(source: Html, path: Path) -> tuple[Part, ...]:
+    """Text and figures; the text between two figures is one part, a block a line."""
+    parts: list[Part] = []
+    lines: list[str] = []
+    for item in _page(path):
+        if isinstance(item, str):
+            lines.append(item)
+        elif picture := _picture(source, path, item):
+            if lines:
+                parts.append("\n".join(lines))
+                lines = []
+            parts.append(picture)
+    return (*parts, "\n".join(lines)) if lines else tuple(parts)
+
+
+def _page(path: Path) -> list[str | Shown]:
+    if (size := path.stat().st_size) > MAX_PAGE_BYTES:
+        raise Fault("oversized", f"{size} bytes; {MAX_PAGE_BYTES} at most: cut the page into several")
+    return page(path.read_bytes())
+
+
+def _picture(source: Html, path: Path, shown: Shown) -> Image | None:
+    """The picture; None for an icon, and for one that cannot be had where the source says so."""
+    try:
+        picture = _found(_root(source), path, shown)
+        return picture if _shorter_side(picture) >= MIN_FIGURE_PIXELS else None
+    except Fault:
+        if source.missing_images == "drop_document":
+            raise
+        return None
+
+
+def _shorter_side(picture: Image) -> int:
+    try:
+        stripped = strip(picture.data)
+    except BadImage as error:
+        raise Fault(f"bad_image_{error.reason}", str(error)) from error
+    return min(stripped.width, stripped.height)
+
+
+def _found(root: Path, path: Path, shown: Shown) -> Image:
+    url = _url(shown)
+    if url.scheme == "data":
+        return _inline(url)
+    return read_picture(str(root), _name(root, path, url))
+
+
+def _url(shown: Shown) -> SplitResult:
+    try:
+        return urlsplit(shown.src.replace("\\", "/"))
+    except ValueError as error:
+        raise Fault("bad_url", f"{shown.src[:200]!r}: {error}") from error
+
+
+def _inline(url: SplitResult) -> Image:
+    """The content of a data: address, https://www.rfc-editor.org/rfc/rfc2397."""
+    kind, _, content = url.path.partition(",")
+    if not kind.lower().replace(" ", "").endswith(";base64"):
+        raise Fault("bad_url", f"a data: address of {kind[:60]!r}; pictures are read as base64 only")
+    return from_base64(unquote(content))
+
+
+def _name(root: Path, path: Path, url: SplitResult) -> str:
+    """The name of the file at an address, relative to the root."""
+    if url.scheme or url.netloc:
+        raise Fault("remote_image", f"{url.geturl()[:200]!r} is elsewhere; save it beside the page and show that")
+    wanted = unquote(url.path)
+    if wanted.startswith("/"):
+        return posixpath.normpath(wanted.lstrip("/"))
+    return posixpath.normpath(posixpath.join(path.parent.relative_to(root).as_posix(), wanted))
+
+
+def _root(source: Html) -> Path:
+    path = Path(source.path)
+    return path.parent if path.is_file() else path
+
+
+def _scan(root: Path, path: Path) -> Scan:
+    """The pictures of one page; a page that cannot be read names none."""
+    files: dict[str, None] = {}
+    images = 0
+    try:
+        shown = [item for item in _page(path) if isinstance(item, Shown)]
+    except Fault:
+        shown = []
+    for item in shown:
+        try:
+            url = _url(item)
+            if url.scheme != "data":
+                files[str(path_inside(str(root), _name(root, path, url)))] = None
+            images += 1
+        except Fault:  # said where the page is read
+            continue
+    return Scan(count=1, images=images, marks=(0,), beside=tuple(files))

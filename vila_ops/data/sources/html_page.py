@@ -1,0 +1,151 @@
+"""An HTML page to its lines of text and its pictures' addresses, in reading order, as forgiving as a browser. Pure."""
+
+import codecs
+import re
+from dataclasses import dataclass
+
+from vila_ops.data.sources.faults import Fault, checked
+from vila_ops.data.sources.html_tokens import End, Start, tokens
+
+SKIPPED = (
+    "title",
+    "script",
+    "style",
+    "template",
+    "nav",
+    "svg",
+    "math",
+    "iframe",
+    "object",
+    "select",
+    "textarea",
+    "button",
+)
+"""Elements that are not running text; their content is passed over, pictures too. So is role="navigation"."""
+BLOCKS = (
+    *("address", "article", "aside", "blockquote", "body", "br", "caption", "center", "dd", "details", "dialog", "div"),
+    *("dl", "dt", "fieldset", "figcaption", "figure", "footer", "form", "h1", "h2", "h3", "h4", "h5", "h6", "header"),
+    *("hr", "legend", "li", "main", "menu", "ol", "p", "pre", "section", "summary", "table", "tbody", "tfoot", "thead"),
+    *("tr", "ul"),
+)
+"""Elements that begin and end a line."""
+_VOID = ("area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr")
+_BOMS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
+_CHARSET = re.compile(rb"""<meta\s[^>]{0,200}?charset\s{0,9}=\s{0,9}["']?\s{0,9}([a-z0-9_:.-]{1,40})""", re.IGNORECASE)
+_CHARSET_BYTES = 1024
+"""https://html.spec.whatwg.org/#charset: the declaration lies within the first so many bytes."""
+_CODECS = (
+    *("utf-8", "cp866", "iso8859-2", "iso8859-3", "iso8859-4", "iso8859-5", "iso8859-6", "iso8859-7", "iso8859-8"),
+    *("iso8859-10", "iso8859-13", "iso8859-14", "iso8859-15", "iso8859-16", "koi8-r", "koi8-u", "mac-roman"),
+    *(
+        "mac-cyrillic",
+        "cp874",
+        "cp1250",
+        "cp1251",
+        "cp1252",
+        "cp1253",
+        "cp1254",
+        "cp1255",
+        "cp1256",
+        "cp1257",
+        "cp1258",
+    ),
+    *("gbk", "gb18030", "big5", "euc_jp", "iso2022_jp", "shift_jis", "euc_kr"),
+)
+"""Python's names of https://encoding.spec.whatwg.org/#names-and-labels."""
+_READ_AS = {"ascii": "cp1252", "iso8859-1": "cp1252", "iso8859-9": "cp1254", "gb2312": "gbk"}
+"""As browsers do, by the same standard; a declared UTF-16 is UTF-8, or its declaration could not have been read."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture that a page shows."""
+
+    src: str
+
+
+def page(data: bytes) -> list[str | Shown]:
+    """Lines of text with single spaces, and pictures. Raises Fault (bad_encoding, nul_in_text, lone_surrogate)."""
+    reader = _Reader()
+    for token in tokens(checked(decoded(data), what="the page")):
+        reader.take(token)
+    return reader.finished()
+
+
+def decoded(data: bytes) -> str:
+    """A page's text: by its byte order mark, else by its <meta charset>, else UTF-8. Raises Fault (bad_encoding)."""
+    bom, name = next(((bom, name) for bom, name in _BOMS if data.startswith(bom)), (b"", ""))
+    name = name or _declared(data)
+    try:
+        return data[len(bom) :].decode(name)
+    except UnicodeDecodeError as error:
+        place = f"byte {len(bom) + error.start}"
+        raise Fault(
+            "bad_encoding", f"{place} is not {name} ({error.reason}); declare the page's own charset"
+        ) from error
+
+
+def _declared(data: bytes) -> str:
+    found = _CHARSET.search(data[:_CHARSET_BYTES])
+    if found is None:
+        return "utf-8"
+    label = found.group(1).decode("ascii").lower()
+    if label.startswith("utf-16"):
+        return "utf-8"
+    try:
+        name = codecs.lookup(label).name
+    except LookupError:
+        name = label
+    name = _READ_AS.get(name, name)
+    if name not in _CODECS:
+        raise Fault("bad_encoding", f"the charset {label!r} is not one of the web's; save the page as UTF-8")
+    return name
+
+
+class _Reader:
+    """What was read so far, and whether what comes is passed over."""
+
+    def __init__(self) -> None:
+        self._found: list[str | Shown] = []
+        self._words: list[str] = []
+        self._skipped, self._depth = "", 0
+
+    def take(self, token: Start | End | str) -> None:
+        """Read on."""
+        match token:
+            case Start(name) if self._depth:
+                self._depth += name == self._skipped
+            case End(name) if self._depth:
+                self._depth -= name == self._skipped
+            case str() if self._depth:
+                return
+            case Start():
+                self._start(token)
+            case End(name):
+                if name in BLOCKS:
+                    self._end_line()
+            case str():
+                self._words.append(token)
+
+    def finished(self) -> list[str | Shown]:
+        """All that was read."""
+        self._end_line()
+        return self._found
+
+    def _start(self, tag: Start) -> None:
+        if tag.name in SKIPPED or (tag.attributes.get("role") == "navigation" and tag.name not in _VOID):
+            self._skipped, self._depth = tag.name, 1
+        elif tag.name == "img":
+            self._end_line()
+            if src := tag.attributes.get("src", "").strip():
+                self._found.append(Shown(src))
+        elif tag.name in BLOCKS:
+            self._end_line()
+        elif tag.name in ("td", "th"):
+            self._words.append(" ")
+
+    def _end_line(self) -> None:
+        line = " ".join("".join(self._words).split())
+        self._words = []
+        if line:
+            self._found.append(line)

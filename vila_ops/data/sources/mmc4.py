@@ -1,0 +1,157 @@
+"""Multimodal C4: jsonl of documents, each a list of sentences and pictures matched to them.
+
+{"url": "http://ex.test/p", "text_list": ["Intro.", "A red ball.", "The end."],
+ "image_info": [{"image_name": "ab12.jpg", "raw_url": "http://ex.test/b.jpg", "matched_text_index": 1,
+                 "matched_sim": 0.31, "face_detections": null}],
+ "similarity_matrix": [[0.18, 0.31, 0.12]], "could_have_url_duplicate": 0}
+
+The matrix has a row a picture and a column a sentence. The pictures come from the downloader.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import assert_never
+
+from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, ValidationError, model_validator
+
+from vila_ops.config.sources import Mmc4
+from vila_ops.data.downloaded import Downloaded, Missing, companions, out_of
+from vila_ops.data.interleave import Match, image_first, pairs, place
+from vila_ops.data.lines import every_line, lines
+from vila_ops.data.raw import STRIDE, RawFile, Scan, Span, scan_files
+from vila_ops.data.records import Dropped, Image, Part, Record, Turn
+from vila_ops.data.sources.faults import Fault, checked, json_of
+
+
+class Picture(BaseModel, frozen=True, strict=True):
+    """One of image_info."""
+
+    raw_url: str = Field(min_length=1)
+    matched_text_index: NonNegativeInt
+    matched_sim: FiniteFloat
+
+
+class Document(BaseModel, frozen=True, strict=True):
+    """One line; what else it holds (faces, shard numbers) is not read."""
+
+    url: str = ""
+    text_list: list[str] = Field(min_length=1)
+    image_info: list[Picture]
+    similarity_matrix: list[list[FiniteFloat]]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Document":
+        pictures, sentences = len(self.image_info), len(self.text_list)
+        widths = {len(row) for row in self.similarity_matrix}
+        if len(self.similarity_matrix) != pictures or widths - {sentences}:
+            raise ValueError(
+                f"similarity_matrix is not {pictures} rows (image_info) of {sentences} numbers (text_list)"
+            )
+        beyond = [picture.matched_text_index for picture in self.image_info if picture.matched_text_index >= sentences]
+        if beyond:
+            raise ValueError(f"matched_text_index {beyond[0]}, but text_list has {sentences} sentences, counted from 0")
+        return self
+
+
+def raw_files(source: Mmc4, *, cache: Path) -> list[RawFile]:
+    """The shards, each with its tar and manifest. Raises ValueError for one whose pictures were not downloaded."""
+    beside = companions(Path(source.path), ".jsonl", images=source.images)
+    by_path = {path: files for (_, path), files in beside.items()}
+    kind = f"{source.kind}:{source.images}:{source.max_images}:{source.min_similarity}"
+    return scan_files(beside, kind, lambda path: _scan(source, path, by_path[path]), cache=cache)
+
+
+def read(source: Mmc4, span: Span) -> Iterator[list[Record | Dropped]]:
+    """The document of each line, or its pairs; nothing of a blank line."""
+    found = [
+        (where, _parsed(line) if line.strip() and span.takes(number) else None)
+        for number, (where, line) in enumerate(lines(span), start=span.start)
+    ]
+    urls = {picture.raw_url for _, line in found if isinstance(line, Document) for picture in line.image_info}
+    with Downloaded(out_of(source.images, span.name), urls) as pictures:
+        for where, line in found:
+            try:
+                yield _records(source, line, pictures, where=where) if line else []
+            except Fault as fault:
+                yield [fault.dropped(where, where=where)]
+
+
+def _parsed(line: bytes) -> Document | Fault:
+    try:
+        document = Document.model_validate(json_of(line, what="the line"))
+        for text in (document.url, *document.text_list, *(picture.raw_url for picture in document.image_info)):
+            checked(text, what="the document")
+    except Fault as fault:
+        return fault
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        reason = "lone_surrogate" if first["type"] == "string_unicode" else "bad_document"
+        return Fault(reason, f"{where}: {first['msg']}".removeprefix(": "))
+    return document
+
+
+def _records(source: Mmc4, line: Document | Fault, pictures: Downloaded, *, where: str) -> list[Record | Dropped]:
+    if isinstance(line, Fault):
+        raise line
+    matches = _matches(source, line, pictures)
+    match source.order:
+        case "interleaved":
+            return [_record(source, line, place(line.text_list, matches, max_images=source.max_images), where=where)]
+        case "image_first":
+            parts = image_first(line.text_list, matches, max_images=source.max_images)
+            return [_record(source, line, parts, where=where)]
+        case "pairs":
+            found = pairs(line.text_list, matches, max_images=source.max_images)
+            if not found:
+                raise Fault("no_text", "the sentences of all pictures are blank")
+            return [_record(source, line, pair, where=where, number=n) for n, pair in enumerate(found)]
+        case _:
+            assert_never(source.order)
+
+
+def _record(source: Mmc4, line: Document, parts: Sequence[Part], *, where: str, number: int | None = None) -> Record:
+    if not any(isinstance(part, Image) for part in parts):
+        raise Fault("no_image", "no text follows any picture, or there are none that may be used")
+    return Record(
+        id=where if number is None else f"{where}#{number}",
+        object=(line.url or where).lower(),
+        turns=(Turn("document", tuple(parts)),),
+        category="",
+        licence=source.licence,
+        provenance=f"{where} {line.url}".rstrip(),
+    )
+
+
+def _chosen(source: Mmc4, line: Document) -> list[Picture]:
+    """The pictures that are similar enough to their sentence."""
+    least = source.min_similarity
+    return [picture for picture in line.image_info if least is None or picture.matched_sim >= least]
+
+
+def _matches(source: Mmc4, line: Document, pictures: Downloaded) -> list[Match]:
+    """The pictures that are there; all must be, also those behind the first max_images, where documents are dropped."""
+    found: list[Match] = []
+    for picture in _chosen(source, line):
+        if source.missing_images == "drop_image" and len(found) == source.max_images:
+            break
+        data = pictures.picture(picture.raw_url)
+        if not isinstance(data, Missing):
+            if len(found) < source.max_images:
+                found.append((picture.matched_text_index, Image(data, {"similarity": picture.matched_sim})))
+        elif source.missing_images == "drop_document":
+            raise Fault("not_downloaded", f"{picture.raw_url}: {data.outcome} {data.detail}".strip())
+    return found
+
+
+def _scan(source: Mmc4, path: Path, beside: tuple[str, ...]) -> Scan:
+    """Every line; a faulty one has no pictures."""
+    marks: list[int] = []
+    images = counted = 0
+    for counted, (offset, text) in enumerate(every_line(path), start=1):
+        if (counted - 1) % STRIDE == 0:
+            marks.append(offset)
+        document = _parsed(text)
+        if isinstance(document, Document):
+            images += min(source.max_images, len(_chosen(source, document)))
+    return Scan(count=counted, images=images, marks=tuple(marks), beside=beside)

@@ -1,0 +1,154 @@
+"""WebDataset tars: the neighbouring members of one key are a record, KEY.jpg with KEY.txt or KEY.json.
+
+The key is the name up to the first dot of its last part, as the webdataset library has it. KEY.txt is a caption;
+KEY.json holds `caption` or `text`, or LLaVA's `conversations`, and may hold `license`, `url` and numbers about the
+picture, as img2dataset writes them. Pictures KEY.0.jpg, KEY.1.jpg, ... stand in the order of their numbers, others in
+that of the tar.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any, BinaryIO, assert_never
+
+from vila_ops.config.sources import WebDataset
+from vila_ops.data.raw import STRIDE, RawFile, Scan, Span, paths, scan_files
+from vila_ops.data.records import Dropped, Image, Record, Turn
+from vila_ops.data.sources.faults import Fault, checked, json_of, numbers
+from vila_ops.data.sources.json_files import stated
+from vila_ops.data.sources.pictures import MAX_BYTES
+from vila_ops.data.sources.turns import turns
+from vila_ops.data.tars import BadTar, Member, members
+
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+MAX_TEXT_BYTES = 16 * 2**20
+_META = re.compile(r"__[^/]*__($|/)")
+"""Names of members about the tar, which the webdataset library passes over."""
+
+
+def raw_files(source: WebDataset, *, cache: Path) -> list[RawFile]:
+    """The tars. Raises ValueError for one that is damaged, compressed, or holds more than regular files and folders."""
+    return scan_files(paths(Path(source.path), (".tar", *COMPRESSED)), source.kind, _scan, cache=cache)
+
+
+def read(source: WebDataset, span: Span) -> Iterator[list[Record | Dropped]]:
+    """The record of each key."""
+    with Path(span.path).open("rb") as file:
+        groups = _groups(members(file, start=span.mark))
+        for number, (key, found) in zip(range(span.start, span.stop), groups, strict=False):
+            if not span.takes(number):
+                yield []
+                continue
+            place = f"{span.name}:{key}"
+            try:
+                yield [_record(source, file, found, key=key, place=place)]
+            except Fault as fault:
+                yield [fault.dropped(place, where=place)]
+
+
+def _record(source: WebDataset, file: BinaryIO, found: list[Member], *, key: str, place: str) -> Record:
+    by_suffix = {_split(member.name)[1]: member for member in found}
+    if len(by_suffix) < len(found):
+        raise Fault("duplicate_member", f"several members of one suffix: {', '.join(m.name for m in found[:20])}")
+    pictures = _pictures(file, by_suffix)
+    said = _json(file, by_suffix)
+    made: tuple[Turn, ...]
+    match source.render:
+        case "caption":
+            made = (Turn("document", (*pictures, _caption(file, by_suffix, said, pictures))),)
+        case "conversation":
+            made = turns(said.get("conversations"), pictures)
+        case _:
+            assert_never(source.render)
+    return Record(
+        id=place,
+        object=key.lower(),
+        turns=made,
+        category="",
+        licence=stated(said, "licence", "license") or source.licence,
+        provenance=f"{place} {stated(said, 'url')}".rstrip(),
+        scores=numbers(said),
+    )
+
+
+def _pictures(file: BinaryIO, by_suffix: dict[str, Member]) -> list[Image]:
+    names = [suffix for suffix in by_suffix if _is_picture(suffix)]
+    return [Image(_content(file, by_suffix[name], MAX_BYTES)) for name in sorted(names, key=_number)]
+
+
+def _json(file: BinaryIO, by_suffix: dict[str, Member]) -> dict[str, Any]:
+    """What KEY.json says; nothing where there is none."""
+    if "json" not in by_suffix:
+        return {}
+    member = by_suffix["json"]
+    return json_of(_content(file, member, MAX_TEXT_BYTES), what=member.name)
+
+
+def _caption(file: BinaryIO, by_suffix: dict[str, Member], said: dict[str, Any], pictures: list[Image]) -> str:
+    if not pictures:
+        raise Fault("no_image", f"no member with one of the suffixes {', '.join(PICTURES)}")
+    if "txt" in by_suffix:
+        try:
+            text = _content(file, by_suffix["txt"], MAX_TEXT_BYTES).decode()
+        except UnicodeDecodeError as error:
+            raise Fault("invalid_utf8", f"the .txt: byte {error.start} is not UTF-8 ({error.reason})") from error
+    else:
+        text = next((said[name] for name in ("caption", "text") if isinstance(said.get(name), str)), "")
+    if not text.strip():
+        raise Fault("no_text", "no .txt, and no caption or text in a .json; render: conversation reads conversations")
+    return checked(text.strip(), what="the caption")
+
+
+def _content(file: BinaryIO, member: Member, limit: int) -> bytes:
+    if member.size > limit:
+        raise Fault("oversized", f"{member.name} has {member.size} bytes; {limit} at most")
+    file.seek(member.data)
+    return file.read(member.size)
+
+
+def _is_picture(suffix: str) -> bool:
+    return suffix.rpartition(".")[2] in PICTURES
+
+
+def _number(suffix: str) -> int:
+    """Of the picture among those of its key."""
+    first = suffix.partition(".")[0]
+    return int(first) if len(first) < 19 and first.isascii() and first.isdigit() else -1
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Key and suffix; the suffix is empty where the member belongs to no record."""
+    folder, slash, last = name.rpartition("/")
+    stem, _, suffix = last.partition(".")
+    if not stem or _META.match(name):
+        return name, ""
+    return f"{folder}{slash}{stem}", suffix.lower()
+
+
+def _groups(found: Iterable[Member]) -> Iterator[tuple[str, list[Member]]]:
+    """Keys with their members."""
+    belonging = (member for member in found if _split(member.name)[1])
+    for key, group in groupby(belonging, key=lambda member: _split(member.name)[0]):
+        yield key, list(group)
+
+
+def _scan(path: Path) -> Scan:
+    if path.name.lower().endswith(COMPRESSED):
+        raise ValueError(f"{path} is compressed; records are found by their place, so unpack it to a plain .tar")
+    keys: set[str] = set()
+    marks: list[int] = []
+    images = 0
+    with path.open("rb") as file:
+        try:
+            for key, group in _groups(members(file)):
+                if key in keys:
+                    raise BadTar(f"the key {key!r} comes back at byte {group[0].head}; sort the members by name")
+                if len(keys) % STRIDE == 0:
+                    marks.append(group[0].head)
+                keys.add(key)
+                images += sum(_is_picture(_split(member.name)[1]) for member in group)
+        except BadTar as error:
+            raise ValueError(f"{path}: {error}") from error
+    return Scan(count=len(keys), images=images, marks=tuple(marks))
