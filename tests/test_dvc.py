@@ -18,12 +18,16 @@ from vila_ops.artifacts.store import address, begin, export, find, seal, verify
 from vila_ops.config import load
 
 ROOT = Path(__file__).parents[1]
-CLONED = (".dvc", ".dvcignore", ".gitignore", "configs", "dvc.yaml", "tests/tiny", "vila_ops/data/prepare.py")
+CLONED = (
+    *(".dvc", ".dvcignore", ".gitignore", "configs", "dvc.yaml", "tests/tiny"),
+    *("vila_ops/data/prepare.py", "vila_ops/data/work.py"),
+)
 ENV = {
     "GIT_CONFIG_GLOBAL": os.devnull,
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     **{f"GIT_{who}_{what}": "vila@example.invalid" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
 }
+TABLES = ("samples", "tokens", "left_out")
 DEMO = ("align", "pretrain", "sft", "held_out")
 TINY = """\
 recipe: configs/recipes/tiny.yaml
@@ -58,7 +62,8 @@ def reproduced(clone: Path) -> Path:
         (clone / "data" / name).mkdir(parents=True)
         (clone / f"data/{name}/manifest.json").write_text(name)
         (clone / f"data/{name}.json").write_text("{}")
-        (clone / f"data/{name}.csv").write_text("part,samples\n")
+        for table in TABLES:
+            (clone / f"data/{name}.{table}.csv").write_text(f"part,{table}\n")
     _run(clone, "dvc", "commit", "-q", "--force")
     _commit(clone, "as reproduced")
     return clone
@@ -89,9 +94,11 @@ def test_a_change_is_seen_by_the_stages_that_it_concerns(reproduced: Path) -> No
         if file.split("/")[1] not in ("models", "sources"):
             assert json.loads(_run(reproduced, "dvc", "params", "diff", "--json"))[file][key]["new"] == 7
         _run(reproduced, "git", "checkout", "-q", ".")
-    room = reproduced / "vila_ops/data/prepare.py"
-    room.write_text(re.sub(r"^REVISION = .*$", "REVISION = 1000", room.read_text(), flags=re.MULTILINE))
-    assert _changed(reproduced) == set(DEMO)
+    for file, key in (("prepare.py", "REVISION"), ("work.py", "SHARD_REVISION")):
+        room = reproduced / "vila_ops/data" / file
+        room.write_text(re.sub(rf"^{key} = .*$", f"{key} = 1000", room.read_text(), flags=re.MULTILINE))
+        assert _changed(reproduced) == set(DEMO), file
+        _run(reproduced, "git", "checkout", "-q", ".")
 
 
 def test_what_a_stage_does_not_watch_says_nothing_of_its_data(reproduced: Path) -> None:
@@ -121,11 +128,11 @@ def test_git_checkout_and_dvc_checkout_bring_back_the_data_that_is_trained_on(cl
     changed = json.loads(_run(clone, "dvc", "metrics", "diff", "--json", "HEAD~1"))
     assert changed["data/tiny_align.json"]["num_samples"] == {"old": 48, "new": 40, "diff": -8}
     plots = json.loads(_run(clone, "dvc", "plots", "show", "--json"))["data"]
-    assert sorted(plots) == [f"data/{name}.csv" for name in sorted(first)]
-    (plot,) = plots["data/tiny_align.csv"]
-    assert sorted(bar["part"] for bar in plot["content"]["data"]["values"]) == [
-        *("pairs test", "pairs train", "pairs validation")
-    ]
+    assert sorted(plots) == sorted(f"data/{name}.{table}.csv" for name in first for table in TABLES)
+    (plot,) = plots["data/tiny_align.samples.csv"]
+    bars = {bar["part"]: int(bar["samples"]) for bar in plot["content"]["data"]["values"]}
+    assert sorted(bars) == ["pairs test", "pairs train", "pairs validation"]
+    assert sum(bars.values()) == 40
 
     _run(clone, "git", "checkout", "-q", "HEAD~1")
     _run(clone, "dvc", "checkout", "-q")
