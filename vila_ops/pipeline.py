@@ -111,14 +111,18 @@ def fetch(run: Run) -> Pretrained:
 
 def prepare_named(run: Run, mixture: str) -> Dataset:
     """The mixture of a recipe by its name, prepared."""
-    recipe = run.recipe
-    if mixture == recipe.suite.mixture.name:
-        return prepare(recipe.suite.mixture, recipe.text(max_tokens=recipe.suite.max_tokens), run.resources)
+    return prepare(*mixture_named(run.recipe, mixture), run.resources)
+
+
+def mixture_named(recipe: Recipe, name: str) -> tuple[Mixture, TextFormat]:
+    """The mixture of a recipe by its name, and how its records are read."""
+    if name == recipe.suite.mixture.name:
+        return recipe.suite.mixture, recipe.text(max_tokens=recipe.suite.max_tokens)
     for stage in recipe.stages.values():
-        if stage.mixture.name == mixture:
-            return prepare(stage.mixture, recipe.text(), run.resources)
+        if stage.mixture.name == name:
+            return stage.mixture, recipe.text()
     known = [recipe.suite.mixture.name, *(stage.mixture.name for stage in recipe.stages.values())]
-    raise ValueError(f"recipe {recipe.name!r} has no mixture {mixture!r}; it has {known}")
+    raise ValueError(f"recipe {recipe.name!r} has no mixture {name!r}; it has {known}")
 
 
 def model_after(run: Run, stage: str) -> Checkpoint | Pretrained:

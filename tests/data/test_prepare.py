@@ -1,15 +1,19 @@
 import json
+import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
-from vila_ops.artifacts.store import content, export, verify
+from vila_ops.artifacts.leases import hold
+from vila_ops.artifacts.store import Address, content, export, verify
 from vila_ops.config import Mixture, Resources, load
 from vila_ops.data.prepare import REVISION, prepare
 from vila_ops.data.revisions import export_for_dvc
@@ -63,6 +67,27 @@ def test_records_become_samples_once(resources: Resources, make_mixture: Any, ma
     assert prepare(chosen, make_text(), resources) == made
     assert (Path(made.uri) / "manifest.json").stat().st_mtime_ns == stamp
     assert len(list(Path(made.uri).iterdir())) == 2, "a second attempt was begun"
+
+
+def test_of_two_that_ask_for_a_dataset_one_works(
+    make_resources: Any, make_mixture: Any, make_text: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chosen, shared = make_mixture("definitions"), make_resources(tmp_path / "shared")
+    known = prepare(chosen, make_text(), make_resources(tmp_path / "elsewhere"))
+    at = Address("dataset", Path(known.uri).name, None, ())
+    caplog.set_level(logging.INFO, "vila_ops")
+    caplog.clear()
+    with ThreadPoolExecutor(2) as pool:
+        with hold(at, store=shared.store):
+            asked = [pool.submit(prepare, chosen, make_text(), shared) for _ in range(2)]
+            while sum("is at it; waiting" in line for line in caplog.messages) < 2:
+                assert not any(one.done() for one in asked)
+                time.sleep(0.01)
+            assert not Path(at.uri(shared.store)).exists(), "a process that waits has begun"
+        made = [one.result() for one in asked]
+    assert made[0] == made[1]
+    assert made[0].digest == known.digest
+    assert sum(line.startswith("prepared ") for line in caplog.messages) == 1
 
 
 def test_the_tiny_datasets_are_the_golden_ones(resources: Resources, monkeypatch: pytest.MonkeyPatch) -> None:

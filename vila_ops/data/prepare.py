@@ -7,6 +7,7 @@ from pathlib import Path
 from vila_ops.artifacts import store
 from vila_ops.artifacts.execution import execution
 from vila_ops.artifacts.kinds import Dataset
+from vila_ops.artifacts.leases import hold
 from vila_ops.config import Mixture, Resources, TextFormat
 from vila_ops.data.identity import digests, mixture_recipe, text_recipe
 
@@ -25,6 +26,11 @@ def prepare(mixture: Mixture, text: TextFormat, resources: Resources) -> Dataset
     at = store.address(Dataset, revision=REVISION, recipe=recipe, parents=tuple(sorted(set(read.values()))))
     if done := store.find(Dataset, at, store=resources.store, first=Path(resources.data).resolve() / mixture.name):
         return done
+    with hold(at, store=resources.store):
+        return store.find(Dataset, at, store=resources.store) or _prepare(at, mixture, text, resources)
+
+
+def _prepare(at: store.Address, mixture: Mixture, text: TextFormat, resources: Resources) -> Dataset:
     from vila_ops.data import build  # heavy: Ray, tokenizer, pictures
 
     started = time.monotonic()

@@ -108,6 +108,13 @@ def folders_of(source: Source, *, cache: Path) -> dict[str, Path]:
     return {package.name: fetch(package, cache=cache) for package in sources.packages(source)}
 
 
+@lru_cache(maxsize=4)
+def tokenizer_of(text: TextFormat, *, cache: Path) -> Tokenizer:
+    """The tokenizer that reads records in a text format, loaded once per process."""
+    fast = build_tokenizer(text.language_model, chat_template=text.chat_template, cache=cache)
+    return Tokenizer(fast, image_tokens=text.image_tokens, after_image=text.after_image)
+
+
 class _Writer:
     """Writes the files of one shard."""
 
@@ -115,7 +122,7 @@ class _Writer:
         job = self.job = task.job
         self.task, self.folder = task, folder
         self.source = job.mixture.sources[task.unit.source]
-        self.tokenizer = _tokenizer(job.text, Path(job.cache))
+        self.tokenizer = tokenizer_of(job.text, cache=Path(job.cache))
         self.tar = ShardWriter(folder / SHARD, name=name, suffix=suffix(job.mixture.pictures.encoding))
         self.names: dict[str, Names] = {}
         if self.source.render == "questions":
@@ -247,12 +254,6 @@ def _sums(rows: list[dict[str, Any]], column: str) -> dict[str, int]:
     for row in rows:
         total[row["split"]] += row[column]
     return dict(total)
-
-
-@lru_cache(maxsize=4)
-def _tokenizer(text: TextFormat, cache: Path) -> Tokenizer:
-    fast = build_tokenizer(text.language_model, chat_template=text.chat_template, cache=cache)
-    return Tokenizer(fast, image_tokens=text.image_tokens, after_image=text.after_image)
 
 
 @lru_cache(maxsize=4)
