@@ -15,40 +15,40 @@ from vila_ops.data.download.outcome import Record as Fetched
 from vila_ops.data.raw import STRIDE, RawFile, Span
 from vila_ops.data.records import Dropped, Record
 
-Scan = Callable[[Source], list[RawFile]]
-ReadAll = Callable[[Source], list[list[Record | Dropped]]]
+Scan = Callable[..., list[RawFile]]
+ReadAll = Callable[..., list[list[Record | Dropped]]]
 Download = Callable[[Path, Mapping[str, bytes | Outcome]], None]
+NO_FOLDERS: Mapping[str, Path] = {}
 
 
 @pytest.fixture
 def scan(tmp_path_factory: pytest.TempPathFactory) -> Scan:
-    """The raw files of a source; what is noted of them outlives a call."""
+    """The raw files of a source and its packages' folders; what is noted of them outlives a call."""
     cache = tmp_path_factory.mktemp("cache")
-    return lambda source: sources.raw_files(source, {}, cache=cache)
+    return lambda source, folders=NO_FOLDERS: sources.raw_files(source, folders, cache=cache)
 
 
 @pytest.fixture
 def read_all(scan: Scan) -> ReadAll:
     """What each raw record of a source holds; every file is read whole, and must come out the same by short spans."""
 
-    def read(source: Source) -> list[list[Record | Dropped]]:
+    def read(source: Source, folders: Mapping[str, Path] = NO_FOLDERS) -> list[list[Record | Dropped]]:
         found = []
-        for file in scan(source):
-            whole = _read(source, file, 0, file.count)
+        for file in scan(source, folders):
+            whole = list(sources.read(source, folders, _span(file, 0, file.count)))
             assert len(whole) == file.count
             for start in range(0, file.count, STRIDE):
                 stop = min(file.count, start + STRIDE)
-                assert _read(source, file, start, stop) == whole[start:stop]
+                assert list(sources.read(source, folders, _span(file, start, stop))) == whole[start:stop]
             found += whole
         return found
 
     return read
 
 
-def _read(source: Source, file: RawFile, start: int, stop: int) -> list[list[Record | Dropped]]:
-    mark = file.marks[start // STRIDE] if file.marks and stop else 0
-    span = Span(name=file.name, path=file.path, digest=file.digest, start=start, stop=stop, mark=mark)
-    return list(sources.read(source, {}, span))
+def _span(file: RawFile, start: int, stop: int) -> Span:
+    mark = file.marks[start // STRIDE] if file.marks else 0
+    return Span(name=file.name, path=file.path, digest=file.digest, start=start, stop=stop, mark=mark)
 
 
 @pytest.fixture

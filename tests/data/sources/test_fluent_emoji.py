@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,10 @@ import pytest
 from vila_ops.config.package import Package
 from vila_ops.config.sources import FluentEmoji
 from vila_ops.data import sources
-from vila_ops.data.records import Image, Record, Turn
+from vila_ops.data.records import Dropped, Image, Record, Turn
+from vila_ops.data.sources.fluent_emoji import keys
+
+ReadAll = Callable[[FluentEmoji, dict[str, Path]], list[list[Record | Dropped]]]
 
 RENDERS = Package(registry="npm", name="@a/renders", version="1.0.0", sha256="0" * 64, licence="MIT")
 NAMES = Package(registry="npm", name="names", version="2.0.0", sha256="1" * 64, licence="MIT")
@@ -38,11 +42,11 @@ def folders(tmp_path: Path) -> dict[str, Path]:
 
 
 def test_keys_are_of_our_groups_without_skin_tones(folders: dict[str, Path]):
-    assert sources.keys(SOURCE, folders) == ["1f34e", "1f44b", "1f996", "2708-fe0f"]
+    assert keys(folders["@a/renders"], folders["names"]) == ["1f34e", "1f44b", "1f996", "2708-fe0f"]
 
 
-def test_a_render_is_captioned_with_its_name(folders: dict[str, Path]):
-    assert list(sources.read(SOURCE, folders, "1f34e")) == [
+def test_a_render_is_captioned_with_its_name(folders: dict[str, Path], read_all: ReadAll):
+    assert read_all(SOURCE, folders)[0] == [
         Record(
             id="1f34e",
             object="apple",
@@ -54,9 +58,10 @@ def test_a_render_is_captioned_with_its_name(folders: dict[str, Path]):
     ]
 
 
-def test_capitals_of_a_name_are_kept_and_the_variation_selector_does_not_matter(folders: dict[str, Path]):
-    (rex,) = sources.read(SOURCE, folders, "1f996")
-    (airplane,) = sources.read(SOURCE, folders, "2708-fe0f")
+def test_capitals_of_a_name_are_kept_and_the_variation_selector_does_not_matter(
+    folders: dict[str, Path], read_all: ReadAll
+):
+    _, _, (rex,), (airplane,) = read_all(SOURCE, folders)
     assert isinstance(rex, Record)
     assert isinstance(airplane, Record)
     assert (rex.turns[0].parts[1], airplane.turns[0].parts[1]) == ("T-Rex.", "Airplane.")

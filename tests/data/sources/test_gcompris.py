@@ -1,14 +1,16 @@
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from vila_ops.config.package import Package
 from vila_ops.config.sources import GCompris
-from vila_ops.data import sources
-from vila_ops.data.records import Image, Record, Turn
-from vila_ops.data.sources.gcompris import RESOURCES, resource_nodes
+from vila_ops.data.records import Dropped, Image, Record, Turn
+from vila_ops.data.sources.gcompris import RESOURCES, keys, resource_nodes
+
+ReadAll = Callable[[GCompris, dict[str, Path]], list[list[Record | Dropped]]]
 
 PACKAGE = Package(
     registry="debian", name="gcompris-qt-data", version="3.1-2", sha256="0" * 64, licence="GPL-3.0-or-later"
@@ -83,11 +85,11 @@ def key(number: int) -> str:
 
 
 def test_keys_are_the_entries_with_title_and_text(folders: dict[str, Path]):
-    assert sources.keys(SOURCE, folders) == [key(0), key(2), key(3)]
+    assert keys(folders["gcompris-qt-data"]) == [key(0), key(2), key(3)]
 
 
-def test_an_entry_is_its_photo_title_and_paragraph(folders: dict[str, Path]):
-    assert list(sources.read(SOURCE, folders, key(0))) == [
+def test_an_entry_is_its_photo_title_and_paragraph(folders: dict[str, Path], read_all: ReadAll):
+    assert read_all(SOURCE, folders)[0] == [
         Record(
             id=key(0),
             object="bear",
@@ -99,15 +101,15 @@ def test_an_entry_is_its_photo_title_and_paragraph(folders: dict[str, Path]):
     ]
 
 
-def test_an_entry_whose_photo_is_not_in_the_package_is_text(folders: dict[str, Path]):
-    (moose,) = sources.read(SOURCE, folders, key(2))
+def test_an_entry_whose_photo_is_not_in_the_package_is_text(folders: dict[str, Path], read_all: ReadAll):
+    ((moose,),) = read_all(SOURCE, folders)[1:2]
     assert isinstance(moose, Record)
     assert moose.turns == (Turn("document", ("Moose. It is tall.",)),)
     assert moose.licence == "GPL-3.0-or-later"
 
 
-def test_a_photo_of_which_no_readme_speaks_has_the_packages_licence(folders: dict[str, Path]):
-    (owl,) = sources.read(SOURCE, folders, key(3))
+def test_a_photo_of_which_no_readme_speaks_has_the_packages_licence(folders: dict[str, Path], read_all: ReadAll):
+    ((owl,),) = read_all(SOURCE, folders)[2:]
     assert isinstance(owl, Record)
     assert owl.turns[0].parts[0] == Image(b"owl")
     assert owl.licence == "GPL-3.0-or-later (text), GPL-3.0-or-later (photo)"

@@ -1,4 +1,5 @@
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import PIL.Image
@@ -6,9 +7,10 @@ import pytest
 
 from vila_ops.config.package import Package
 from vila_ops.config.sources import GimpHelp
-from vila_ops.data import sources
-from vila_ops.data.records import Image, Record, Turn
-from vila_ops.data.sources.gimp_help import PAGES
+from vila_ops.data.records import Dropped, Image, Record, Turn
+from vila_ops.data.sources.gimp_help import PAGES, keys
+
+ReadAll = Callable[[GimpHelp, dict[str, Path]], list[list[Record | Dropped]]]
 
 PACKAGE = Package(registry="debian", name="gimp-help-en", version="2-1", sha256="0" * 64, licence="GFDL")
 SOURCE = GimpHelp(render="document", package=PACKAGE)
@@ -48,11 +50,12 @@ def folders(tmp_path: Path) -> dict[str, Path]:
 
 
 def test_keys_are_the_pages_with_a_figure(folders: dict[str, Path]):
-    assert sources.keys(SOURCE, folders) == ["blur"]
+    assert keys(folders["gimp-help-en"]) == ["blur"]
 
 
-def test_a_page_is_text_and_figures_in_reading_order(folders: dict[str, Path]):
-    assert list(sources.read(SOURCE, folders, "blur")) == [
+def test_a_page_is_text_and_figures_in_reading_order(folders: dict[str, Path], read_all: ReadAll):
+    (blur,) = read_all(SOURCE, folders)
+    assert blur == [
         Record(
             id="blur",
             object="blur",

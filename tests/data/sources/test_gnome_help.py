@@ -1,12 +1,14 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from vila_ops.config.package import Package
 from vila_ops.config.sources import GnomeHelp
-from vila_ops.data import sources
 from vila_ops.data.records import Dropped, Record, Turn
-from vila_ops.data.sources.gnome_help import PAGES, question
+from vila_ops.data.sources.gnome_help import PAGES, keys, question
+
+ReadAll = Callable[[GnomeHelp, dict[str, Path]], list[list[Record | Dropped]]]
 
 PACKAGE = Package(registry="debian", name="gnome-user-docs", version="43", sha256="0" * 64, licence="CC-BY-SA-3.0")
 SOURCE = GnomeHelp(render="instructions", package=PACKAGE)
@@ -42,10 +44,10 @@ def folders(tmp_path: Path) -> dict[str, Path]:
 
 
 def test_keys_are_the_topic_pages(folders: dict[str, Path]):
-    assert sources.keys(SOURCE, folders) == ["empty", "files-rename"]
+    assert keys(folders["gnome-user-docs"]) == ["empty", "files-rename"]
 
 
-def test_a_page_is_a_question_and_its_answer(folders: dict[str, Path]):
+def test_a_page_is_a_question_and_its_answer(folders: dict[str, Path], read_all: ReadAll):
     answer = (
         "Use Files; see Other things or this.\n"
         "To rename:\n"
@@ -57,7 +59,7 @@ def test_a_page_is_a_question_and_its_answer(folders: dict[str, Path]):
         "- One.\n"
         "Take care."
     )
-    assert list(sources.read(SOURCE, folders, "files-rename")) == [
+    assert read_all(SOURCE, folders)[1] == [
         Record(
             id="files-rename",
             object="files-rename",
@@ -69,8 +71,8 @@ def test_a_page_is_a_question_and_its_answer(folders: dict[str, Path]):
     ]
 
 
-def test_a_page_without_text_is_dropped(folders: dict[str, Path]):
-    assert list(sources.read(SOURCE, folders, "empty")) == [Dropped("empty", "no_text")]
+def test_a_page_without_text_is_dropped(folders: dict[str, Path], read_all: ReadAll):
+    assert read_all(SOURCE, folders)[0] == [Dropped("empty", "no_text")]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,17 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from vila_ops.config.sources import JsonLines
 from vila_ops.data import sources
+from vila_ops.data.raw import RawFile, Span
 from vila_ops.data.records import Dropped, Image, Record, Turn
+from vila_ops.data.units import plan_units
+
+ReadAll = Callable[[JsonLines], list[list[Record | Dropped]]]
+Scan = Callable[[JsonLines], list[RawFile]]
 
 DOG = {
     "id": "1",
@@ -28,12 +34,11 @@ def source(folder: Path, *lines: object) -> JsonLines:
     return JsonLines(render="questions", path=str(folder))
 
 
-def test_a_line_is_a_record(tmp_path: Path):
-    ours = source(tmp_path, {**DOG, "id": "0", "object": "Bär"}, "", DOG)
-    first, second = sources.keys(ours, {})
-    assert first == "000000001:0"
-    assert second.startswith("000000003:")
-    assert list(sources.read(ours, {}, second)) == [
+def test_a_line_is_a_record(tmp_path: Path, read_all: ReadAll):
+    bear, blank, dog = read_all(source(tmp_path, {**DOG, "id": "0", "object": "Bär"}, "", DOG))
+    assert [record.object for record in bear if isinstance(record, Record)] == ["bär"]
+    assert blank == []
+    assert dog == [
         Record(
             id="1",
             object="dog",
@@ -46,37 +51,70 @@ def test_a_line_is_a_record(tmp_path: Path):
             provenance="my camera",
         )
     ]
-    (bear,) = sources.read(ours, {}, first)
-    assert isinstance(bear, Record)
-    assert bear.object == "bär"
 
 
-def test_a_record_whose_picture_is_missing_is_dropped(tmp_path: Path):
+def test_the_file_is_counted_by_lines_and_pictures_with_a_mark_every_16_lines(tmp_path: Path, scan: Scan):
+    ours = source(tmp_path, *[DOG] * 7, "", "{not json", *[{**DOG, "object": "Bär"}] * 24)
+    (file,) = scan(ours)
+    lines = (tmp_path / "records.jsonl").read_bytes().splitlines(keepends=True)
+    assert (file.name, file.path) == ("records.jsonl", str(tmp_path / "records.jsonl"))
+    assert (file.count, file.images) == (33, 31)
+    assert file.marks == (0, len(b"".join(lines[:16])), len(b"".join(lines[:32])))
+
+
+def test_a_span_reads_its_own_lines_from_its_mark(tmp_path: Path, scan: Scan):
+    ours = source(tmp_path, *[{**DOG, "id": str(number), "object": "ä" * number} for number in range(1, 41)])
+    (file,) = scan(ours)
+    span = Span(name=file.name, path=file.path, digest=file.digest, start=16, stop=19, mark=file.marks[1])
+    assert [record.id for found in sources.read(ours, {}, span) for record in found] == ["17", "18", "19"]
+
+
+def test_a_limit_takes_evenly_spaced_lines(tmp_path: Path, scan: Scan):
+    ours = source(tmp_path, *[{**DOG, "id": str(number)} for number in range(10)])
+    (unit,) = plan_units("ours", scan(ours), shard_bytes=10**6, image_bytes=1, limit=4)
+    (span,) = unit.spans
+    assert [record.id for found in sources.read(ours, {}, span) for record in found] == ["0", "2", "5", "7"]
+
+
+def test_a_picture_that_changes_changes_the_digest(tmp_path: Path, scan: Scan):
+    ours = source(tmp_path, DOG)
+    (before,) = scan(ours)
+    (tmp_path / "photos/dog.png").write_bytes(b"cat")
+    (after,) = scan(ours)
+    assert after.digest != before.digest
+
+
+def test_a_record_whose_picture_is_missing_is_dropped(tmp_path: Path, read_all: ReadAll):
     ours = source(tmp_path, {**DOG, "turns": [{"role": "document", "parts": [{"image": "gone.png"}]}]})
-    assert list(sources.read(ours, {}, sources.keys(ours, {})[0])) == [Dropped("1", "missing_image")]
+    detail = f"no file 'gone.png' in {tmp_path}"
+    assert read_all(ours) == [[Dropped("1", "missing_image", where="records.jsonl:1", detail=detail)]]
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "fault"),
     [
         ("{not json", "Invalid JSON"),
-        ({**DOG, "turns": []}, "turns"),
-        ({**DOG, "colour": "brown"}, "colour"),
-        ({key: value for key, value in DOG.items() if key != "licence"}, "licence"),
-        ({**DOG, "turns": [{"role": "narrator", "parts": [{"text": "x"}]}]}, "role"),
+        ({**DOG, "turns": []}, "turns\n"),
+        ({**DOG, "colour": "brown"}, "colour\n"),
+        ({key: value for key, value in DOG.items() if key != "licence"}, "licence\n"),
+        ({**DOG, "turns": [{"role": "narrator", "parts": [{"text": "x"}]}]}, "turns.0.role\n"),
         ({**DOG, "turns": [{"role": "user", "parts": [{"image": "../secret.png"}]}]}, "not a path inside the folder"),
         ({**DOG, "turns": [{"role": "user", "parts": [{"image": "/etc/passwd"}]}]}, "not a path inside the folder"),
     ],
 )
-def test_a_bad_line_is_an_error_that_names_it(line: object, message: str, tmp_path: Path):
-    ours = source(tmp_path, DOG, line)
-    with pytest.raises(ValueError, match=rf"(?s)records\.jsonl line 2: .*{message}"):
-        list(sources.read(ours, {}, sources.keys(ours, {})[1]))
+def test_a_bad_line_is_dropped_with_its_place_and_its_fault(
+    line: object, fault: str, tmp_path: Path, read_all: ReadAll
+):
+    before, (dropped,), after = read_all(source(tmp_path, DOG, line, DOG))
+    assert isinstance(dropped, Dropped)
+    assert (dropped.reason, dropped.where) == ("bad_line", "records.jsonl:2")
+    assert fault in dropped.detail
+    assert before == after == read_all(source(tmp_path, DOG))[0]
 
 
-def test_a_folder_without_records_is_an_error(tmp_path: Path):
+def test_a_folder_without_records_is_an_error(tmp_path: Path, scan: Scan):
     with pytest.raises(ValueError, match=r"no records\.jsonl in"):
-        sources.keys(JsonLines(render="questions", path=str(tmp_path)), {})
+        scan(JsonLines(render="questions", path=str(tmp_path)))
 
 
 def test_it_needs_no_package(tmp_path: Path):

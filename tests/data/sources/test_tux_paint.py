@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -5,11 +6,17 @@ import pytest
 from vila_ops.config.package import Package
 from vila_ops.config.sources import TuxPaint
 from vila_ops.data import sources
+from vila_ops.data.raw import RawFile
 from vila_ops.data.records import Dropped, Image, Record, Turn
-from vila_ops.data.sources.tux_paint import STAMPS, category, clean_caption
+from vila_ops.data.sources.tux_paint import STAMPS, category, clean_caption, keys
+from vila_ops.data.units import plan_units
+
+ReadAll = Callable[[TuxPaint, dict[str, Path]], list[list[Record | Dropped]]]
+Scan = Callable[[TuxPaint, dict[str, Path]], list[RawFile]]
 
 PACKAGE = Package(registry="debian", name="stamps", version="1-2", sha256="0" * 64, licence="GPL-2.0-or-later")
 SOURCE = TuxPaint(render="caption", package=PACKAGE)
+TUX, OWL, SILENT = "animals/birds/cartoon/tux.png", "animals/birds/owl.png", "town/silent.png"
 
 
 @pytest.fixture
@@ -35,16 +42,26 @@ def folders(tmp_path: Path) -> dict[str, Path]:
 
 
 def test_keys_are_captioned_png_stamps_without_symbols(folders: dict[str, Path]):
-    expected = ["animals/birds/cartoon/tux.png", "animals/birds/owl.png", "town/silent.png"]
-    assert sources.keys(SOURCE, folders) == expected
-    limited = TuxPaint(render="caption", package=PACKAGE, limit=1)
-    assert sources.keys(limited, folders) == expected[:1]
+    assert keys(folders["stamps"]) == [TUX, OWL, SILENT]
 
 
-def test_a_stamp_is_a_picture_and_its_english_sentence(folders: dict[str, Path]):
-    assert list(sources.read(SOURCE, folders, "animals/birds/owl.png")) == [
+def test_a_package_is_one_file_of_as_many_records_as_keys(folders: dict[str, Path], scan: Scan, read_all: ReadAll):
+    (file,) = scan(SOURCE, folders)
+    assert (file.name, file.count, file.marks) == ("package", 3, ())
+    assert [record.id for found in read_all(SOURCE, folders) for record in found] == [TUX, OWL, SILENT]
+
+
+@pytest.mark.parametrize(("limit", "taken"), [(1, [TUX]), (2, [TUX, OWL]), (3, [TUX, OWL, SILENT])])
+def test_a_limit_takes_evenly_spaced_stamps(limit: int, taken: list[str], folders: dict[str, Path], scan: Scan):
+    units = plan_units("stamps", scan(SOURCE, folders), shard_bytes=10**6, image_bytes=1, limit=limit)
+    found = [sources.read(SOURCE, folders, span) for unit in units for span in unit.spans]
+    assert [record.id for span in found for records in span for record in records] == taken
+
+
+def test_a_stamp_is_a_picture_and_its_english_sentence(folders: dict[str, Path], read_all: ReadAll):
+    assert read_all(SOURCE, folders)[1] == [
         Record(
-            id="animals/birds/owl.png",
+            id=OWL,
             object="owl",
             turns=(Turn("document", (Image(b"owl"), "An owl.")),),
             category="animals/birds",
@@ -54,8 +71,8 @@ def test_a_stamp_is_a_picture_and_its_english_sentence(folders: dict[str, Path])
     ]
 
 
-def test_a_stamp_without_words_is_dropped(folders: dict[str, Path]):
-    assert list(sources.read(SOURCE, folders, "town/silent.png")) == [Dropped("town/silent.png", "no_text")]
+def test_a_stamp_without_words_is_dropped(folders: dict[str, Path], read_all: ReadAll):
+    assert read_all(SOURCE, folders)[2] == [Dropped(SILENT, "no_text")]
 
 
 def test_its_package_is_all_it_needs():

@@ -1,12 +1,14 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from vila_ops.config.package import Package
 from vila_ops.config.sources import WordNet
-from vila_ops.data import sources
 from vila_ops.data.records import Dropped, Record, Turn
-from vila_ops.data.sources.wordnet import DATA, definition
+from vila_ops.data.sources.wordnet import DATA, definition, keys, read
+
+ReadAll = Callable[[WordNet, dict[str, Path]], list[list[Record | Dropped]]]
 
 PACKAGE = Package(registry="debian", name="wordnet-base", version="1:3.0-37", sha256="0" * 64, licence="WordNet")
 SOURCE = WordNet(render="document", package=PACKAGE)
@@ -32,12 +34,13 @@ def folders(tmp_path: Path) -> dict[str, Path]:
 def test_keys_are_the_offsets_of_the_synsets(folders: dict[str, Path]):
     first = len(HEADER)
     second = first + len(LINES[0].format(0))
-    assert sources.keys(SOURCE, folders)[:2] == [f"{first:08d}", f"{second:08d}"]
+    assert keys(folders["wordnet-base"])[:2] == [f"{first:08d}", f"{second:08d}"]
 
 
-def test_a_synset_is_its_first_lemma_and_its_definition(folders: dict[str, Path]):
-    bear, einstein, blank = sources.keys(SOURCE, folders)
-    assert list(sources.read(SOURCE, folders, bear)) == [
+def test_a_synset_is_its_first_lemma_and_its_definition(folders: dict[str, Path], read_all: ReadAll):
+    bear, einstein, blank = keys(folders["wordnet-base"])
+    of_bear, (record,), of_blank = read_all(SOURCE, folders)
+    assert of_bear == [
         Record(
             id=bear,
             object="polar bear",
@@ -47,17 +50,17 @@ def test_a_synset_is_its_first_lemma_and_its_definition(folders: dict[str, Path]
             provenance=f"debian:wordnet-base@1:3.0-37/{DATA}#{bear}",
         )
     ]
-    (record,) = sources.read(SOURCE, folders, einstein)
     assert isinstance(record, Record)
+    assert record.id == einstein
     assert record.object == "einstein"
     assert record.category == "noun.person"
     assert record.turns[0].parts == ("Einstein: physicist of relativity (1879-1955); born in Ulm",)
-    assert list(sources.read(SOURCE, folders, blank)) == [Dropped(blank, "no_text")]
+    assert of_blank == [Dropped(blank, "no_text")]
 
 
 def test_a_key_that_is_no_synset_is_an_error(folders: dict[str, Path]):
     with pytest.raises(ValueError, match="no synset at byte 00000060"):
-        list(sources.read(SOURCE, folders, "00000060"))
+        list(read(SOURCE, folders["wordnet-base"], "00000060"))
 
 
 @pytest.mark.parametrize(
