@@ -61,6 +61,7 @@ def test_a_tar_is_a_webdataset(tmp_path: Path) -> None:
 
 def test_pages_and_their_pictures_are_html(tmp_path: Path) -> None:
     (tmp_path / "p.htm").write_text("<!DOCTYPE html>\n<HTML><body><img src='a.png'>Text</body></HTML>")
+    (tmp_path / "q.html").write_text("<h1>Tags may be left out</h1><p>Text")
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n\0")
     assert guess(str(tmp_path)) == Html(path=str(tmp_path), licence="NOASSERTION")
 

@@ -75,7 +75,7 @@ class Mixture(Config):
     contamination: Contamination | None = None
     max_bad_share: float = Field(default=0.05, ge=0, le=1)
     """Stop when more than this share of a source's records had to be dropped as bad. What a rule of `clean`,
-    `near_duplicates` or `contamination` takes out is not bad."""
+    `near_duplicates` or `contamination` takes out is not bad, nor is a picture that could not be downloaded."""
     long_documents: Literal["truncate", "split"] = "truncate"
     """What becomes of a document longer than max_tokens; the recipe truncates. A picture is never cut either way."""
     shard_bytes: PositiveInt = 128 * 2**20

@@ -13,6 +13,7 @@ from vila_ops.config.sources import JsonLines, OwnFiles, Source
 from vila_ops.data.json_array import elements, is_array
 from vila_ops.data.lines import every_line
 from vila_ops.data.raw import UNFINISHED
+from vila_ops.data.sources.html import SUFFIXES as PAGES
 from vila_ops.data.sources.jsonl import RECORDS
 from vila_ops.data.sources.llava_cc3m import CHAT, METADATA
 from vila_ops.data.sources.rows import open_parquet
@@ -111,7 +112,7 @@ def _kind_of_file(path: Path) -> str | None:
     if text.startswith(b"{"):
         line = next(line for _, line in every_line(path) if line.strip())
         return _kind_of_object(json_object(line, where=str(path)))
-    if text[:1] == b"<" and (b"<html" in text.lower() or b"<body" in text.lower()):
+    if text[:1] == b"<" and (path.suffix.lower() in PAGES or b"<html" in text.lower() or b"<body" in text.lower()):
         return "html"
     return "table" if path.suffix.lower() in DELIMITERS else None
 

@@ -46,6 +46,10 @@ class Record:
     """Columns of the source that cleaning reads, such as clip_similarity_vitb32."""
 
 
+NOT_DOWNLOADED = "not_downloaded"
+"""Reason of records whose picture is gone from the web: a fact about the web, not a fault of the data."""
+
+
 @dataclass(frozen=True)
 class Dropped:
     """A record that cannot be used, and why; counted, never replaced by another."""

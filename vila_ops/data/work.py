@@ -23,7 +23,7 @@ from vila_ops.data.identity import source_recipe, text_recipe
 from vila_ops.data.images import square, suffix
 from vila_ops.data.questions import Names, questions
 from vila_ops.data.raw import Span
-from vila_ops.data.records import Dropped, Image, Record
+from vila_ops.data.records import NOT_DOWNLOADED, Dropped, Image, Record
 from vila_ops.data.shards import SHARD, Sample, ShardWriter, write_dropped, write_index
 from vila_ops.data.split import split_of
 from vila_ops.data.units import Unit
@@ -141,6 +141,8 @@ class _Writer:
             seen += 1
             if drop is not None:
                 self._take_out(record, drop.reason, drop.detail)
+            elif isinstance(record, Dropped) and record.reason == NOT_DOWNLOADED:
+                self._take_out(record, record.reason, record.detail)
             elif isinstance(record, Dropped):
                 self._drop(record)
             else:

@@ -12,7 +12,7 @@ from typing import Any
 from vila_ops.config.sources import Coyo
 from vila_ops.data.downloaded import Downloaded, Missing, companions, out_of
 from vila_ops.data.raw import RawFile, Scan, Span, scan_files
-from vila_ops.data.records import Dropped, Image, Record, Turn
+from vila_ops.data.records import NOT_DOWNLOADED, Dropped, Image, Record, Turn
 from vila_ops.data.sources.faults import Fault, checked, numbers
 from vila_ops.data.sources.rows import is_text, number_columns, open_parquet, rows
 
@@ -51,7 +51,7 @@ def _record(source: Coyo, row: dict[str, Any] | Fault, pictures: Downloaded, *, 
     checked(text, what="the alt text")
     data = pictures.picture(checked(url, what="the url"))
     if isinstance(data, Missing):
-        raise Fault("not_downloaded", f"{url}: {data.outcome} {data.detail}".strip())
+        raise Fault(NOT_DOWNLOADED, f"{url}: {data.outcome} {data.detail}".strip())
     return Record(
         id=place,
         object=url.lower(),

@@ -19,7 +19,7 @@ from vila_ops.data.downloaded import Downloaded, Missing, companions, out_of
 from vila_ops.data.interleave import Match, image_first, pairs, place
 from vila_ops.data.lines import every_line, lines
 from vila_ops.data.raw import STRIDE, RawFile, Scan, Span, scan_files
-from vila_ops.data.records import Dropped, Image, Part, Record, Turn
+from vila_ops.data.records import NOT_DOWNLOADED, Dropped, Image, Part, Record, Turn
 from vila_ops.data.sources.faults import Fault, checked, json_of
 
 
@@ -140,7 +140,7 @@ def _matches(source: Mmc4, line: Document, pictures: Downloaded) -> list[Match]:
             if len(found) < source.max_images:
                 found.append((picture.matched_text_index, Image(data, {"similarity": picture.matched_sim})))
         elif source.missing_images == "drop_document":
-            raise Fault("not_downloaded", f"{picture.raw_url}: {data.outcome} {data.detail}".strip())
+            raise Fault(NOT_DOWNLOADED, f"{picture.raw_url}: {data.outcome} {data.detail}".strip())
     return found
 
 
