@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from vila_ops.config.sources import HfParquet
-from vila_ops.data.raw import RawFile
+from vila_ops.data import sources
+from vila_ops.data.raw import RawFile, Span
 from vila_ops.data.records import Dropped, Image, Record, Turn
 
 Found = list[list[Record | Dropped]]
@@ -183,6 +184,20 @@ def test_spans_are_slices_of_the_whole_across_row_groups(read_all: ReadAll, scan
     assert [one.turns[0].parts[1] for (one,) in found if isinstance(one, Record)] == [f"t{n}" for n in range(75)]
     (file,) = scan(source(tmp_path))
     assert (file.count, file.images) == (75, 75)
+
+
+def test_pages_and_not_row_groups_are_held_in_memory(scan: Scan, tmp_path: Path):
+    schema = pa.schema({"image": IMAGE, "text": pa.string()})
+    rows = [{"image": embedded(bytes([n]) * 2**20), "text": "x"} for n in range(64)]
+    small_pages = {"write_batch_size": 4, "use_dictionary": False, "compression": "none"}
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "a.parquet", **small_pages)
+    del rows
+    (file,) = scan(source(tmp_path))
+    span = Span(name=file.name, path=file.path, digest=file.digest, start=0, stop=64, mark=0)
+    before = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in sources.read(source(tmp_path), {}, span)]
+    assert len(held) == 64
+    assert max(held) < 32 * 2**20
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""Parquet files with one record a row: those of a span, a few at a time, however large a row group is."""
+"""Parquet files with one record a row: those of a span, a few at a time.
+
+In memory is a page of each column, however large a row group is; pyarrow writes pages of up to 1024 rows.
+"""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,13 +15,13 @@ from vila_ops.data.sources.faults import Fault
 
 BATCH_ROWS = 16
 BUFFER_BYTES = 2**20
-"""Columns are read through a buffer of so many bytes, not a row group's worth at once."""
+"""Columns are read through a buffer of so many bytes, not a row group's worth at once; a page is decoded whole."""
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
     """The file; its footer is all that is read. Raises ValueError where it is damaged or of another format."""
     try:
-        return pq.ParquetFile(path, buffer_size=BUFFER_BYTES)
+        return pq.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(
             f"{path} is not a readable Parquet file ({error}); it may be cut off: fetch it anew"
