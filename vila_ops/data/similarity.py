@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image as Pillow
 
-from vila_ops.config.clean import Clean, NearDuplicates
+from vila_ops.config.clean import MAX_IMAGE_BITS, Clean, NearDuplicates
 from vila_ops.config.mixture import Contamination
 from vila_ops.data.clean import clean, score_sum
 from vila_ops.data.containers import BadImage
@@ -45,7 +45,8 @@ SCHEMA = pa.schema(
 
 _DEAD_ZONE = 128.0
 """A cosine of half a grey level over 32 x 32 pixels: what re-encoding makes of nothing."""
-_MIN_ONES = 8
+_MIN_ONES = MAX_IMAGE_BITS // 2 + 2
+"""Two pictures with fewer bits set, of which the mean's is set always, never differ in more than MAX_IMAGE_BITS."""
 _DECODED_SIDE = 128
 _UNSPACED = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
