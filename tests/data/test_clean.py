@@ -128,7 +128,7 @@ def test_an_unreadable_picture_is_not_judged_here() -> None:
         lambda: Clean(min_words=5, max_words=4),
         lambda: Clean(max_aspect=0.5),
         lambda: NearDuplicates(),
-        lambda: NearDuplicates(image_bits=9),
+        lambda: NearDuplicates(image_bits=7),
         lambda: NearDuplicates(text_similarity=0.4),
     ],
 )

@@ -120,8 +120,8 @@ def test_an_empty_table_and_an_evaluation_set_without_pictures_or_texts_drop_not
 
 
 def test_a_rule_looks_only_at_what_the_rules_before_it_left() -> None:
-    """Record 0 is the best twin of all others, but goes for its rank: so 1 stays although it equals 0. 2 is a leak, so 3
-    stays although it equals 2; 4 has the picture of 3, so 5 stays although it has the text of 4."""
+    """0 goes for its rank, so 1 stays although it shows the same. 2 is a leak, so 3 stays although it says the same.
+    4 has the picture of 3, so 5 stays although it has the text of 4."""
     one, two = minima("a b c d e f g h"), minima("q r s t u v w x")
     signatures = rows(
         {"rank": 0.1, "hashes": (A,)},

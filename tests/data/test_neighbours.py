@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from vila_ops.config.clean import MAX_IMAGE_BITS
 from vila_ops.data.neighbours import THUMBNAIL_TOLERANCE, Pictures, first_copies, first_similar
 
 
@@ -22,7 +23,7 @@ def pictures(of: NDArray[np.uint64], **more: NDArray[np.uint8]) -> Pictures:
     return Pictures(record=np.arange(len(of)), hashes=of, thumbnails=thumbnails)
 
 
-@pytest.mark.parametrize("bits", range(9))
+@pytest.mark.parametrize("bits", range(MAX_IMAGE_BITS + 1))
 def test_exactly_the_hashes_within_the_bits_are_found(bits: int) -> None:
     known, own = hashes(1500, seed=bits), hashes(1000, seed=bits + 100)
     own[::4] = known[:250] ^ np.uint64((1 << bits) - 1)

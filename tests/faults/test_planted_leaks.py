@@ -1,6 +1,6 @@
 """Evaluation sets planted in training data, changed as the web changes things: how many are found, and what else is.
 
-VILA_LEAKS says how many pictures, and ten times as many texts that are no leaks; 300 unless `make faults` asks for more.
+VILA_LEAKS says how many pictures and texts leak, 300 unless `make faults` asks for more.
 """
 
 import io

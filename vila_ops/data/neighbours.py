@@ -5,7 +5,6 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import combinations, pairwise
-from math import comb
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +16,11 @@ THUMBNAIL_TOLERANCE = 12
 anew 99.5 % are within it, and of different pictures with like hashes (one shape in two colours) one pair in ten."""
 _SURE = 0.999
 """Share of the pairs at the threshold that must become candidates."""
+_KEY_BITS = 20
+"""Of a hash, that must be equal before two are compared: a million hashes then meet by chance about once each."""
+_MOST = 256
+"""Comparisons of one item under one key. Copies are found at the first or second; where so many things share a key and
+are not the same (pages of one template), the rest of them cost time without end."""
 _BLOCK = 1 << 18
 """Pairs compared at a time, so that memory stays bounded."""
 
@@ -44,7 +48,7 @@ class _Runs:
 
 
 def first_copies(pictures: Pictures, *, among: Pictures | None, bits: int) -> NDArray[np.int64]:
-    """For each picture the place of a copy among others, -1 where there is none: (P,).
+    """For each picture (P,) the place of a copy among others, -1 where there is none.
 
     `among` None: among the pictures of earlier records.
     """
@@ -61,7 +65,7 @@ def first_copies(pictures: Pictures, *, among: Pictures | None, bits: int) -> ND
         return close
 
     def runs() -> Iterator[_Runs]:
-        for mask in _masks(bits, count=len(known.hashes)):
+        for mask in _masks(bits):
             if among is None:
                 yield _runs_among(pictures.hashes & mask)
             else:
@@ -95,13 +99,13 @@ def first_similar(minima: NDArray[np.uint16], *, similarity: float) -> NDArray[n
 def _first_same(tables: Iterator[_Runs], same: Same, *, count: int) -> NDArray[np.int64]:
     """Compare every item with the others of its run, first to last, until one is the same: (count,) places or -1.
 
-    A cluster of copies costs one comparison each, with its first; memory is that of one table.
+    A cluster of copies costs one comparison each, with its first; memory is that of one table of runs.
     """
     found = np.full(count, -1, np.int64)
     for runs in tables:
         step = 0
         waiting = np.flatnonzero((found[runs.items] < 0) & (runs.first < runs.stop))
-        while len(waiting):
+        while len(waiting) and step < _MOST:
             for start in range(0, len(waiting), _BLOCK):
                 part = waiting[start : start + _BLOCK]
                 items, others = runs.items[part], runs.order[runs.first[part] + step]
@@ -129,18 +133,12 @@ def _runs_between(keys: NDArray[np.uint64], known: NDArray[np.uint64]) -> _Runs:
     return _Runs(items=np.arange(len(keys)), first=first, stop=stop, order=order)
 
 
-def _masks(bits: int, *, count: int) -> list[np.uint64]:
+def _masks(bits: int) -> list[np.uint64]:
     """Masks of which one at least hides all differences of two hashes that differ in at most `bits` bits.
 
-    Of m blocks of the 64 bits, m - bits are then equal (pigeonhole): a mask for each choice of those. With more blocks
-    there are more masks and fewer chance meetings under each; m is what costs least among `count` hashes.
+    Of m blocks of the 64 bits, m - bits are then equal (pigeonhole): a mask for each choice of those.
     """
-
-    def cost(blocks: int) -> float:
-        chance_meetings: float = count / 2.0 ** (64 * (blocks - bits) / blocks)
-        return comb(blocks, bits) * (1 + chance_meetings)
-
-    blocks = min(range(bits + 1, bits + 6), key=cost)
+    blocks = next(m for m in range(bits + 1, 65) if 64 * (m - bits) >= _KEY_BITS * m)
     edges = [64 * number // blocks for number in range(blocks + 1)]
     pieces = [(1 << stop) - (1 << start) for start, stop in pairwise(edges)]
     return [np.uint64(sum(chosen)) for chosen in combinations(pieces, blocks - bits)]

@@ -47,7 +47,8 @@ _DEAD_ZONE = 128.0
 """A cosine of half a grey level over 32 x 32 pixels: what re-encoding makes of nothing."""
 _MIN_ONES = MAX_IMAGE_BITS // 2 + 2
 """Two pictures with fewer bits set, of which the mean's is set always, never differ in more than MAX_IMAGE_BITS."""
-_DECODED_SIDE = 128
+_SIDE = 128
+"""Pixels of the shorter side that are enough: more cost time and change no hash by more than a bit or two."""
 _UNSPACED = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
 """Letters and digits; in Chinese and Japanese, which set no spaces, each character is a word."""
@@ -94,24 +95,39 @@ def signature(record: Record, wanted: Wanted, *, number: int, file: int) -> Sign
         return Signature(number, file, rank, is_clean=False)
     parts = [part for turn in kept.turns for part in turn.parts]
     pictures = [part for part in parts if isinstance(part, Image)]
+    words = word_hashes(" ".join(part for part in parts if isinstance(part, str)))
     near, gate = wanted.near_duplicates, wanted.contamination
-    compares_text = near is not None and near.text_similarity is not None
-    words = word_hashes(" ".join(part for part in parts if isinstance(part, str))) if compares_text or gate else None
     seen: list[tuple[int, bytes]] = []
     if gate or (near and near.image_bits is not None):
         try:
             seen = [picture_signature(picture.data) for picture in pictures]
         except BadImage:
             return Signature(number, file, rank, is_clean=False)
-    minima, ngrams = None, np.empty(0, np.uint64)
-    if words is not None and compares_text and len(words) >= (MIN_WORDS_BESIDE_PICTURES if pictures else 1):
-        minima = minhash(ngram_hashes(words, size=min(SHINGLE_WORDS, len(words)))).tobytes()
-    if words is not None and gate and (len(words) >= gate.ngram_words or not pictures):
-        ngrams = np.unique(ngram_hashes(words, size=min(gate.ngram_words, len(words))))
-        if wanted.known_ngrams is not None:
-            ngrams = ngrams[is_in_sorted(ngrams, wanted.known_ngrams)]
-    hashes, thumbnails = tuple(value for value, _ in seen), tuple(thumbnail for _, thumbnail in seen)
-    return Signature(number, file, rank, True, hashes, thumbnails, minima, tuple(ngrams.tolist()))
+    return Signature(
+        number,
+        file,
+        rank,
+        hashes=tuple(value for value, _ in seen),
+        thumbnails=tuple(thumbnail for _, thumbnail in seen),
+        minima=_minima(words, beside=pictures) if near and near.text_similarity is not None else None,
+        ngrams=_ngrams(words, gate, wanted.known_ngrams, beside=pictures) if gate else (),
+    )
+
+
+def _minima(words: NDArray[np.uint64], *, beside: list[Image]) -> bytes | None:
+    if len(words) < (MIN_WORDS_BESIDE_PICTURES if beside else 1):
+        return None
+    return minhash(ngram_hashes(words, size=min(SHINGLE_WORDS, len(words)))).tobytes()
+
+
+def _ngrams(
+    words: NDArray[np.uint64], gate: Contamination, known: NDArray[np.uint64] | None, *, beside: list[Image]
+) -> tuple[int, ...]:
+    """Of a short text itself as a whole, but nothing where it stands beside pictures."""
+    if len(words) < gate.ngram_words and beside:
+        return ()
+    ngrams = np.unique(ngram_hashes(words, size=min(gate.ngram_words, len(words))))
+    return tuple((ngrams if known is None else ngrams[is_in_sorted(ngrams, known)]).tolist())
 
 
 def table(signatures: Iterable[Signature]) -> pa.Table:
@@ -125,7 +141,9 @@ def picture_signature(data: bytes) -> tuple[int, bytes]:
     A picture with next to no structure (one colour, a faint shade) gets a hash of its bytes instead: all such pictures
     look alike, so only its exact copies are the same.
     """
-    picture = rgb(data, at_least=_DECODED_SIDE)
+    picture = rgb(data, at_least=_SIDE)
+    if (factor := min(picture.size) // _SIDE) > 1:
+        picture = picture.reduce(factor)
     thumbnail = picture.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Pillow.Resampling.BOX).tobytes()
     value = perceptual_hash(picture)
     if value.bit_count() < _MIN_ONES:
