@@ -32,25 +32,18 @@ DEMO = ("align", "pretrain", "sft", "held_out")
 TINY = """\
 recipe: configs/recipes/tiny.yaml
 resources: configs/resources/inline.yaml
-sources: tests/tiny
 mixtures:
-  tiny_align: &read_by_recipe {file: configs/recipes/tiny.yaml, reader: configs/recipes/tiny.yaml}
-  tiny_pretrain: *read_by_recipe
-  tiny_sft: *read_by_recipe
-  tiny_held_out: *read_by_recipe
+  tiny_align: &tiny {file: configs/recipes/tiny.yaml, reader: configs/recipes/tiny.yaml, raw: tests/tiny}
+  tiny_pretrain: *tiny
+  tiny_sft: *tiny
+  tiny_held_out: *tiny
 """
 
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
     """A fresh clone, as far as DVC reads it; `vila-ops` itself is the one under test."""
-    for name in CLONED:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        if (ROOT / name).is_file():
-            shutil.copyfile(ROOT / name, tmp_path / name)
-        else:
-            shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("tmp", "cache", "config.local"))
-    _run(tmp_path, "git", "init", "-q")
+    _clone(tmp_path)
     _commit(tmp_path, "as cloned")
     return tmp_path
 
@@ -172,6 +165,16 @@ def test_a_dataset_comes_back_from_s3_into_an_empty_cache(s3_store: str, tmp_pat
     assert found is not None
     verify(found)
     assert found.digest == made.digest
+
+
+def _clone(folder: Path) -> None:
+    for name in CLONED:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_file():
+            shutil.copyfile(ROOT / name, folder / name)
+        else:
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("tmp", "cache", "config.local"))
+    _run(folder, "git", "init", "-q")
 
 
 def _changed(repository: Path) -> set[str]:

@@ -2,7 +2,10 @@
 
 import json
 import logging
+import os
+import stat
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +13,9 @@ from typing import Any
 
 from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import Dataset
+from vila_ops.config import Config, Mixture
 from vila_ops.data.card import LEFT_OUT, SUMMARY
+from vila_ops.data.identity import PLACES
 from vila_ops.data.raw import UNFINISHED
 
 log = logging.getLogger(__name__)
@@ -27,23 +32,58 @@ def export_for_dvc(dataset: Dataset, out: Path) -> None:
         _beside(out, f"{table}.csv").write_text("\n".join([f"part,{table}", *rows]) + "\n")
 
 
-def revise(stage: str, *, commit: bool, folder: Path) -> bool:
-    """Make a DVC stage anew where what it is made from has changed; False where nothing has.
+class Revision(Config):
+    """What a look at raw data led to."""
 
-    Every shard whose raw records did not change is found and not made again. `commit` records the revision in git.
+    stage: str
+    digest: str
+    """Of the dataset that was made, or found where a change made no difference to it."""
+    num_samples: int
+    num_tokens: int
+    commit: str | None
+    """In git; None where it was not asked for, or where nothing that git records has changed."""
+
+
+def watch(
+    mixture: Mixture, *, folder: Path, every_seconds: float, settle_seconds: float, commit: bool
+) -> Iterator[Revision | None]:
+    """Look at a mixture's raw data again and again; each look ends with a new revision, or None where nothing changed.
+
+    The DVC stage is `prepare@NAME` of the repository in `folder`. A look begins when nothing has moved in the raw
+    folders for `settle_seconds`. Raises ValueError where there is no folder to watch, and what `revise` does.
     """
-    if not json.loads(_run(folder, "dvc", "status", "--json", stage)):
-        return False
-    log.info("%s: raw data has changed", stage)
-    _run(folder, "dvc", "repro", stage)
-    for line in _run(folder, "dvc", "metrics", "diff", "--md").splitlines():
-        log.info("%s", line)
-    if commit:
-        name = stage.rpartition("@")[2]
-        made = [str(path.relative_to(folder)) for path in sorted((folder / "data").glob(f"{name}.*")) if path.is_file()]
-        _run(folder, "git", "add", "dvc.lock", *made)
-        _run(folder, "git", "commit", "--quiet", "-m", f"Data: a new revision of {name}", "--", "dvc.lock", *made)
-    return True
+    roots = raw_roots(mixture)
+    if not roots:
+        raise ValueError(f"mixture {mixture.name!r} is made of pinned packages alone; there is no folder to watch")
+    while True:
+        wait_until_quiet([folder / root for root in roots], seconds=settle_seconds)
+        yield revise(f"prepare@{mixture.name}", commit=commit, folder=folder)
+        time.sleep(every_seconds)
+
+
+def raw_roots(mixture: Mixture) -> list[str]:
+    """Where the raw files of a mixture lie, those that it is compared against among them."""
+    against = mixture.contamination.sources if mixture.contamination else {}
+    read = [*mixture.sources.values(), *against.values()]
+    return sorted({place for source in read for key in PLACES if (place := getattr(source, key, None)) is not None})
+
+
+def revise(stage: str, *, commit: bool, folder: Path) -> Revision | None:
+    """Make a DVC stage `prepare@NAME` anew where what it is made from has changed; None where nothing has.
+
+    Every shard whose raw records did not change is found and not made again. `commit` records in git what DVC wrote,
+    and nothing else. Raises RuntimeError with what `dvc` or `git` said where one of them fails, such as for raw data
+    that `prepare` refuses.
+    """
+    if not json.loads(_run(folder, "dvc", "--wait-for-lock", "status", "--json", stage)):
+        return None
+    log.info("%s: what it is made from has changed", stage)
+    name = stage.rpartition("@")[2]
+    _run(folder, "dvc", "--wait-for-lock", "repro", stage)
+    manifest = store.read_manifest(str(folder / "data" / name))
+    facts = {key: manifest["facts"][key] for key in ("num_samples", "num_tokens")}
+    recorded = _commit(folder, name) if commit else None
+    return Revision(stage=stage, digest=manifest["digest"], **facts, commit=recorded)
 
 
 def wait_until_quiet(roots: list[Path], *, seconds: float) -> None:
@@ -57,9 +97,26 @@ def wait_until_quiet(roots: list[Path], *, seconds: float) -> None:
 def _files(roots: list[Path]) -> Iterator[tuple[str, int, int]]:
     for root in roots:
         for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
-            if path.is_file() and not path.name.endswith(UNFINISHED):
+            if path.name.endswith(UNFINISHED):
+                continue
+            try:
                 status = path.stat()
+            except FileNotFoundError:  # it went while we looked, and its absence is then what is compared
+                continue
+            if stat.S_ISREG(status.st_mode):
                 yield str(path), status.st_size, status.st_mtime_ns
+
+
+def _commit(folder: Path, name: str) -> str | None:
+    """Commit what DVC wrote: its lock, the counts beside the dataset, and the .dvc files of raw data under DVC."""
+    beside = [path for path in (folder / "data").glob(f"{name}.*") if path.is_file()]
+    made = ["dvc.lock", *(str(path.relative_to(folder)) for path in (*beside, folder / "data/.gitignore"))]
+    made += _run(folder, "git", "ls-files", "--modified", "*.dvc").splitlines()
+    _run(folder, "git", "add", "--", *made)
+    if not _run(folder, "git", "diff", "--cached", "--name-only", "--", *made):
+        return None
+    _run(folder, "git", "commit", "--quiet", "-m", f"Data: a new revision of {name}", "--", *made)
+    return _run(folder, "git", "rev-parse", "HEAD").strip()
 
 
 def _numbers(found: dict[str, Any]) -> dict[str, Any]:
@@ -80,7 +137,9 @@ def _beside(out: Path, suffix: str) -> Path:
 
 def _run(folder: Path, *command: str) -> str:
     """What a command printed; raises RuntimeError with what it said where it fails."""
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    own = str(Path(sys.executable).parent)  # `dvc`, and the `vila-ops` that it calls, of this environment
+    env = {**os.environ, "PATH": os.pathsep.join(filter(None, [own, os.environ.get("PATH")]))}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"`{' '.join(command)}` failed: {(done.stderr or done.stdout).strip()}")
     return done.stdout

@@ -53,6 +53,15 @@ class Outcomes:
     """Of the pictures."""
 
 
+def table(finished: Sequence[Outcomes]) -> list[str]:
+    """Lines for a person: how many URLs of all raw files ended how, the most frequent first, and their sum."""
+    counts = sum((Counter(one.counts) for one in finished), Counter[str]())
+    whole = sum(counts.values())
+    rows = [f"{outcome:17} {count:11,} {count / whole:7.2%}" for outcome, count in counts.most_common()]
+    size = sum(one.bytes for one in finished) / 1e6
+    return [*rows, f"{'all':17} {whole:11,}         of {len(finished)} raw files, {size:,.1f} MB of pictures"]
+
+
 def key_of(url: str) -> str:
     """The name of a URL's picture in the tar, without the extension."""
     return hashlib.sha256(url.encode()).hexdigest()[:24]

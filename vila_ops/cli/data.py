@@ -1,0 +1,154 @@
+"""`vila-ops data`: raw data checked, downloaded and watched, prepared data shown."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import TypeAdapter
+
+from vila_ops import pipeline
+from vila_ops.cli.options import (
+    INLINE,
+    AsJson,
+    JsonLines,
+    MixtureName,
+    Overrides,
+    RecipeFile,
+    ResourcesFile,
+    load_run,
+    print_handle,
+)
+from vila_ops.config import Resources
+from vila_ops.config.download import DownloadSettings
+from vila_ops.config.load import read
+from vila_ops.data import revisions
+from vila_ops.data.download import Format, Outcome, download_source, table
+
+data = typer.Typer(no_args_is_help=True, help="Look at data before it is prepared, and after.")
+
+DEFAULTS = DownloadSettings()
+OUTCOMES: TypeAdapter[list[Outcome]] = TypeAdapter(list[Outcome])
+
+
+@data.command("lint")
+def lint(
+    uri: Annotated[str, typer.Argument(help="A file or folder of raw data")],
+    kind: Annotated[str | None, typer.Option("--format", help="Its format; else told by its content")] = None,
+    images: Annotated[str | None, typer.Option("--images", help="Folder of the pictures that its records name")] = None,
+    as_json: JsonLines = False,
+) -> None:
+    """List every fault of raw data with its file and line; ends with 1 if there is any."""
+    from vila_ops.data.guess import guess
+    from vila_ops.data.lint import Fault, lines
+    from vila_ops.data.lint import lint as check
+
+    source = guess(uri, kind=kind, images=images)
+    print(f"format {source.kind}", file=sys.stderr)
+    faulty = False
+    for found in check(source, cache=Path(Resources(launch="inline").cache).expanduser()):
+        print(found.model_dump_json() if as_json else lines(found), flush=True)
+        faulty |= isinstance(found, Fault)
+    if faulty:
+        raise typer.Exit(1)
+
+
+@data.command("show")
+def show(
+    recipe: RecipeFile,
+    mixture: MixtureName,
+    out: Annotated[Path, typer.Option("--out", help="The HTML page to write")],
+    per_source: Annotated[int, typer.Option("--per-source", min=1, help="Samples of each source and split")] = 5,
+    resources: ResourcesFile = INLINE,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a page of samples as the model will see them; prepares the mixture if it is not yet."""
+    from vila_ops.data.show import show as write
+    from vila_ops.data.work import tokenizer_of
+
+    run = load_run(recipe, resources, overrides)
+    _, text = pipeline.mixture_named(run.recipe, mixture)
+    dataset = pipeline.prepare_named(run, mixture)
+    tokenizer = tokenizer_of(text, cache=Path(run.resources.cache).expanduser())
+    page = write(dataset, tokenizer, out, per_source=per_source)
+    print(f"page: {page}", file=sys.stderr)
+    print_handle(dataset, as_json)
+
+
+@data.command("download")
+def download(
+    source: Annotated[Format, typer.Argument(help="Format of the raw files")],
+    path: Annotated[Path, typer.Argument(help="A raw file, or a folder of them")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for a tar of pictures and a table for each raw file")],
+    settings: Annotated[
+        Path | None, typer.Option("--settings", help="A YAML file of DownloadSettings, for what has no option here")
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option("--concurrency", help=f"Addresses asked at once ({DEFAULTS.concurrency})")
+    ] = None,
+    per_host_per_second: Annotated[
+        float | None,
+        typer.Option("--per-host-per-second", help=f"Of one host ({DEFAULTS.per_host_per_second:g})"),
+    ] = None,
+    attempts: Annotated[
+        int | None, typer.Option("--attempts", help=f"At one address ({DEFAULTS.attempts})")
+    ] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option("--max-bytes", help=f"Of one picture ({DEFAULTS.max_bytes})")
+    ] = None,
+    retry: Annotated[
+        list[str] | None,
+        typer.Option("--retry", help="Ask again what ended so; may be given several times", metavar="OUTCOME"),
+    ] = None,
+    as_json: JsonLines = False,
+) -> None:
+    """Fetch the pictures that raw files name by address, and tell what became of them.
+
+    Ended at any moment, the same command goes on where it was. OUTCOME is a word of the table that it ends with.
+    """
+    given = {
+        "concurrency": concurrency,
+        "per_host_per_second": per_host_per_second,
+        "attempts": attempts,
+        "max_bytes": max_bytes,
+    }
+    chosen = DownloadSettings.model_validate(
+        (read(settings) if settings else {}) | {key: value for key, value in given.items() if value is not None}
+    )
+    finished = download_source(source, path, out, settings=chosen, retry=OUTCOMES.validate_python(retry or []))
+    if as_json:
+        for one in finished:
+            print(json.dumps(asdict(one)))
+    else:
+        print("\n".join(table(finished)))
+
+
+@data.command("watch")
+def watch(
+    recipe: RecipeFile,
+    mixture: MixtureName,
+    every: Annotated[float, typer.Option("--every", min=0, help="Seconds between two looks")] = 60,
+    settle: Annotated[
+        float, typer.Option("--settle", min=0, help="Seconds without any change after which raw files are whole")
+    ] = 10,
+    once: Annotated[bool, typer.Option("--once", help="Look once")] = False,
+    commit: Annotated[bool, typer.Option("--commit", help="Record each revision in git")] = False,
+    as_json: JsonLines = False,
+) -> None:
+    """Make a new revision of a mixture, DVC's stage `prepare@MIXTURE`, whenever its raw files have changed.
+
+    Run it where dvc.yaml lies. Every shard whose raw records are the same is used again. Files that end in .part, .tmp,
+    .partial or .crdownload are not there yet: copy under such a name, then rename.
+    """
+    chosen, _ = pipeline.mixture_named(load_run(recipe, INLINE, None).recipe, mixture)
+    looks = revisions.watch(chosen, folder=Path.cwd(), every_seconds=every, settle_seconds=settle, commit=commit)
+    for found in looks:
+        if found is not None:
+            print(found.model_dump_json() if as_json else f"{found.stage}: {found.num_samples} samples", flush=True)
+        elif once:
+            print("nothing has changed", file=sys.stderr)
+        if once:
+            break

@@ -1,0 +1,36 @@
+"""What the commands share: options, a run from its files, and a handle printed."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vila_ops import local
+from vila_ops.config import Config, Run, load
+from vila_ops.config.local import load_local
+
+INLINE = Path("configs/resources/inline.yaml")
+LOCAL = Path("configs/local.yaml")
+
+RecipeFile = Annotated[Path, typer.Argument(help="A file of configs/recipes")]
+MixtureName = Annotated[str, typer.Option("--mixture", help="Name of a mixture of the recipe")]
+ResourcesFile = Annotated[Path, typer.Option("-r", "--resources", help="A file of configs/resources")]
+Overrides = Annotated[list[str] | None, typer.Option("-s", "--set", help="KEY=VALUE, e.g. stages.sft.num_steps=20")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON handle and nothing else")]
+JsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON object a line and nothing else")]
+
+
+def load_run(recipe: Path, resources: Path, overrides: list[str] | None) -> Run:
+    """The run of a recipe on resources; a cluster of this box's own servers is joined with its token."""
+    run = load(recipe, resources=resources, overrides=tuple(overrides or ()))
+    if run.resources.launch == "ray" and LOCAL.is_file():
+        local.join(load_local(LOCAL), ray_address=run.resources.ray_address)
+    return run
+
+
+def print_handle(made: Config | Sequence[Config], as_json: bool) -> None:
+    """What a command made, on one line or for a person."""
+    dumped = made.model_dump(mode="json") if isinstance(made, Config) else [one.model_dump(mode="json") for one in made]
+    print(json.dumps(dumped, indent=None if as_json else 2))
