@@ -27,10 +27,13 @@ def test_mmc4_names_pictures_in_order_and_each_once(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["{", "[]", "{}", '{"image_info": 3}', '{"image_info": [{}]}', "\xff"])
-def test_a_line_that_is_no_mmc4_document_is_named(tmp_path, line):
+def test_a_line_that_is_no_mmc4_document_is_named_and_costs_no_other(tmp_path, line, caplog):
     path = tmp_path / "docs.jsonl"
     path.write_bytes(json.dumps(MMC4).encode() + b"\n" + line.encode("latin-1") + b"\n")
-    with pytest.raises(ValueError, match=r"docs\.jsonl, line 2: not an MMC4 document"):
+    assert urls_of("mmc4", path) == ["http://ex.test/b.jpg", "http://ex.test/c.jpg"]
+    assert "docs.jsonl:2 is not an MMC4 document" in caplog.text
+    path.write_bytes(line.encode("latin-1") + b"\n")
+    with pytest.raises(ValueError, match=r"docs\.jsonl: none of 1 lines is an MMC4 document"):
         urls_of("mmc4", path)
 
 

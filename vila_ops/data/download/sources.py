@@ -1,6 +1,7 @@
 """Which URLs the raw files of a format name."""
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, assert_never
@@ -8,6 +9,7 @@ from typing import Literal, assert_never
 import pyarrow.parquet as pq
 
 Format = Literal["mmc4", "coyo"]
+log = logging.getLogger(__name__)
 
 
 def raw_files(source: Format, path: Path) -> list[Path]:
@@ -32,18 +34,21 @@ def urls_of(source: Format, path: Path) -> list[str]:
 
 
 def _mmc4(path: Path) -> Iterator[str]:
-    """image_info[].raw_url of each line."""
+    """image_info[].raw_url of each line; a damaged line, which `prepare` will drop, is said and passed over."""
+    damaged = good = 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 urls = [image["raw_url"] for image in json.loads(line)["image_info"]]
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{path}, line {number}: not an MMC4 document with image_info[].raw_url ({error!r}); "
-                    f"take the line out, or fetch the file anew if it was cut"
-                ) from error
+                damaged += 1
+                log.warning("%s:%d is not an MMC4 document with image_info[].raw_url (%r)", path, number, error)
+                continue
+            good += 1
             for url in urls:
                 yield _text(url)
+    if damaged and not good:
+        raise ValueError(f"{path}: none of {damaged} lines is an MMC4 document with image_info[].raw_url")
 
 
 def _coyo(path: Path) -> Iterator[str]:
