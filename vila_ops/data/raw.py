@@ -103,7 +103,10 @@ def paths(root: Path, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
 def scan_files(
     files: Iterable[tuple[str, Path]], kind: str, scan: Callable[[Path], Scan], *, cache: Path
 ) -> list[RawFile]:
-    """Every file looked at once; what is known of a file that did not change is taken from the cache."""
+    """Every file looked at once; what is known of a file that did not change is taken from the cache.
+
+    kind: the format, with whatever a scan depends on but the file, such as the folder of pictures.
+    """
     found = []
     with _notes(cache) as notes:
         for name, path in files:
@@ -160,6 +163,5 @@ class _Notes:
 def _notes(cache: Path) -> Iterator[_Notes]:
     cache.mkdir(parents=True, exist_ok=True)
     with closing(sqlite3.connect(cache / "raw.sqlite", timeout=120, isolation_level=None)) as database:
-        database.execute("pragma journal_mode = wal")
         database.execute("pragma synchronous = off")  # a power cut costs another look, nothing else
         yield _Notes(database)
