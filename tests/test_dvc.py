@@ -1,14 +1,18 @@
 """DVC: stages know what their data is made from, and an old revision's data comes back to be trained on."""
 
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
+from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
@@ -27,7 +31,7 @@ ENV = {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     **{f"GIT_{who}_{what}": "vila@example.invalid" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
 }
-TABLES = ("samples", "tokens", "left_out")
+TABLES = ("samples", "tokens", "images", "left_out")
 DEMO = ("align", "pretrain", "sft", "held_out")
 TINY = """\
 recipe: configs/recipes/tiny.yaml
@@ -38,6 +42,36 @@ mixtures:
   tiny_sft: *tiny
   tiny_held_out: *tiny
 """
+OWN = {
+    "name": "own",
+    "split": {"salt": "tiny", "validation": 0.2, "test": 0.3},
+    "shard_bytes": 40_000,
+    "sources": {
+        "grows": {"kind": "flan", "path": "raw/grows", "licence": "MIT"},
+        "shrinks": {"kind": "jsonl", "path": "raw/shrinks", "render": "instructions"},
+        "spoils": {"kind": "jsonl", "path": "raw/spoils", "render": "caption"},
+        "tars": {"kind": "webdataset", "path": "raw/tars", "licence": "MIT"},
+    },
+}
+"""64 texts in 2 shards, 24 texts in 1, 48 pictures in 3, 32 in 2: what `revised` then does is in the names."""
+OWN_VERSIONED = """\
+recipe: configs/recipes/own.yaml
+resources: configs/resources/inline.yaml
+mixtures:
+  own: {file: configs/recipes/own.yaml, reader: configs/recipes/own.yaml, raw: raw}
+"""
+WATCH = (
+    "vila-ops",
+    "data",
+    "watch",
+    "configs/recipes/own.yaml",
+    "--mixture",
+    "own",
+    "--once",
+    "--settle",
+    "0",
+    "--json",
+)
 
 
 @pytest.fixture
@@ -55,11 +89,62 @@ def reproduced(clone: Path) -> Path:
         (clone / "data" / name).mkdir(parents=True)
         (clone / f"data/{name}/manifest.json").write_text(name)
         (clone / f"data/{name}.json").write_text("{}")
+        (clone / f"data/{name}.md").write_text(f"# {name}")
         for table in TABLES:
             (clone / f"data/{name}.{table}.csv").write_text(f"part,{table}\n")
     _run(clone, "dvc", "commit", "-q", "--force")
     _commit(clone, "as reproduced")
     return clone
+
+
+class Revised(NamedTuple):
+    """A clone that `data watch` committed three revisions in, one a look, and what it left after each."""
+
+    folder: Path
+    looks: list[dict[str, Any]]
+    """What it printed."""
+    shards: list[dict[str, tuple[int, int]]]
+    """Inode and time of the manifest of every shard in the store."""
+
+    def diff(self, command: str, *options: str) -> dict[str, Any]:
+        """What `dvc COMMAND` says of the first and the second revision."""
+        revisions = [look["commit"] for look in self.looks[:2]]
+        said: dict[str, Any] = json.loads(_run(self.folder, "dvc", *command.split(), *options, "--json", *revisions))
+        return said
+
+
+@pytest.fixture(scope="module")
+def revised(tmp_path_factory: pytest.TempPathFactory) -> Revised:
+    """A first revision; one source grows, one loses records, of one two pictures are cut; then two files are whole."""
+    folder = tmp_path_factory.mktemp("revised")
+    _clone(folder)
+    recipe = yaml.safe_load((folder / "configs/recipes/tiny.yaml").read_text())
+    recipe["stages"]["align"]["mixture"] = OWN
+    (folder / "configs/recipes/own.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "configs/versioned.yaml").write_text(OWN_VERSIONED)
+    _commit(folder, "as cloned")
+    raw, made = folder / "raw", Revised(folder, [], [])
+    shutil.copytree(ROOT / "tests/tiny/instructions", raw / "shrinks")
+    shutil.copytree(ROOT / "tests/tiny/pairs", raw / "spoils")
+    _flan(raw / "grows/a.jsonl", 64)
+    _tar(raw / "tars/a.tar", sorted((ROOT / "tests/tiny/pairs").glob("*.png"))[:32])
+    _look(made)
+
+    _flan(raw / "grows/b.jsonl", 48)
+    (raw / "grows/c.jsonl.part").write_text('{"id": "c-0", "inp')
+    (raw / "tars/b.tar.part").write_bytes((raw / "tars/a.tar").read_bytes()[:5000])
+    records = raw / "shrinks/records.jsonl"
+    records.write_text("".join(records.read_text().splitlines(keepends=True)[4:]))
+    for picture in sorted((raw / "spoils").glob("*.png"))[:2]:
+        picture.write_bytes(picture.read_bytes()[:100])
+    _look(made)
+
+    _flan(raw / "grows/c.jsonl.part", 16)
+    _tar(raw / "tars/b.tar.part", sorted((ROOT / "tests/tiny/pairs").glob("*.png"))[-32:])
+    for path in raw.glob("*/*.part"):
+        path.rename(path.with_suffix(""))
+    _look(made)
+    return made
 
 
 def test_a_clone_has_a_stage_for_each_mixture_of_its_recipe(clone: Path) -> None:
@@ -140,6 +225,86 @@ def test_git_checkout_and_dvc_checkout_bring_back_the_data_that_is_trained_on(cl
 
 
 @pytest.mark.slow
+def test_metrics_of_two_revisions_say_what_changed_of_each_source(revised: Revised) -> None:
+    changed = revised.diff("metrics diff")["data/own.json"]
+
+    def of(key: str) -> dict[str, int]:
+        """What is more or less of it now, by source."""
+        total: Counter[str] = Counter()
+        for name, one in changed.items():
+            if re.fullmatch(rf"sources\.\w+\.{key}(\.\w+)?", name):
+                total[name.split(".")[1]] += one["diff"]
+        return dict(total)
+
+    assert changed["num_samples"] == {"old": 64 + 24 + 48 + 32, "new": 112 + 20 + 46 + 32, "diff": 42}
+    assert changed["num_images"] == {"old": 48 + 32, "new": 46 + 32, "diff": -2}
+    assert of("records") == {"grows": 48, "shrinks": -4}
+    assert of("samples") == {"grows": 48, "shrinks": -4, "spoils": -2}
+    assert of("images") == {"spoils": -2}
+    assert changed["sources.grows.licences.MIT"] == {"old": 64, "new": 112, "diff": 48}
+    assert changed["sources.spoils.bad.bad_image_truncated"] == {"old": None, "new": 2}
+    assert of("tokens").keys() == {"grows", "shrinks", "spoils"}
+    assert sum(of("tokens").values()) == changed["num_tokens"]["diff"]
+    sides = {side: changed[f"sources.grows.tokens.{side}"] for side in ("train", "validation", "test")}
+    old, new = (sum(one[when] for one in sides.values()) for when in ("old", "new"))
+    assert new * 64 == old * 112, "all its texts have as many tokens"
+
+
+@pytest.mark.slow
+def test_plots_of_two_revisions_draw_what_changed_of_each_source(revised: Revised) -> None:
+    plots = revised.diff("plots diff")["data"]
+    assert sorted(plots) == sorted(f"data/own.{table}.csv" for table in TABLES)
+    bars: dict[str, dict[str, dict[str, int]]] = {}
+    for table in TABLES:
+        (plot,) = plots[f"data/own.{table}.csv"]
+        for bar in plot["content"]["data"]["values"]:
+            source = bars.setdefault(table, {}).setdefault(bar["part"].split()[0], {})
+            source[bar["rev"]] = source.get(bar["rev"], 0) + int(bar[table])
+    first, second = (look["commit"] for look in revised.looks[:2])
+    assert bars["samples"] == {
+        "grows": {first: 64, second: 112},
+        "shrinks": {first: 24, second: 20},
+        "spoils": {first: 48, second: 46},
+        "tars": {first: 32, second: 32},
+    }
+    assert bars["images"]["spoils"] == {first: 48, second: 46}
+    assert bars["left_out"] == {"spoils": {second: 2}}
+    for when, look in ((first, revised.looks[0]), (second, revised.looks[1])):
+        assert sum(source[when] for source in bars["tokens"].values()) == look["num_tokens"]
+    page = _run(revised.folder, "dvc", "plots", "diff", first, second).strip()
+    html = Path(page.removeprefix("file://")).read_text()
+    assert html.count("vegaEmbed(") == len(TABLES)
+    assert "Records left out of own by source and reason" in html
+
+
+@pytest.mark.slow
+def test_raw_files_that_arrive_make_a_revision_that_uses_every_unchanged_shard_again(revised: Revised) -> None:
+    assert [look["num_samples"] for look in revised.looks] == [168, 210, 258]
+    assert len({look["digest"] for look in revised.looks}) == 3
+    assert [len(shards) for shards in revised.shards] == [8, 8 + 2 + 1 + 3, 14 + 1 + 2], "unchanged ones were made"
+    for before, after in pairwise(revised.shards):
+        assert before.items() <= after.items(), "a sealed shard was made again"
+    added = {one["path"] for one in revised.diff("diff")["added"]}
+    assert sorted(Path(path).name.split("-")[0] for path in added) == [*["grows"] * 2, "shrinks", *["spoils"] * 3]
+    commits = [look["commit"] for look in revised.looks]
+    assert _run(revised.folder, "git", "rev-list", "--reverse", "HEAD").split()[1:] == commits
+    files = _run(revised.folder, "git", "show", "--name-only", "--format=", commits[2]).split()
+    assert set(files) <= {"dvc.lock", "data/own.json", "data/own.md", *(f"data/own.{table}.csv" for table in TABLES)}
+    assert _run(revised.folder, "git", "status", "--short").split() == ["??", "raw/"]
+
+
+@pytest.mark.slow
+def test_an_earlier_revision_comes_back_and_a_look_at_nothing_new_makes_none(revised: Revised) -> None:
+    assert _run(revised.folder, *WATCH, "--commit") == ""
+    assert _run(revised.folder, "git", "rev-parse", "HEAD").strip() == revised.looks[2]["commit"]
+    for look in (revised.looks[1], revised.looks[2]):
+        _run(revised.folder, "git", "checkout", "-q", look["commit"])
+        _run(revised.folder, "dvc", "checkout", "-q")
+        assert _digests(revised.folder) == {"own": look["digest"]}
+        assert f"{look['num_samples']:,} samples" in (revised.folder / "data/own.md").read_text()
+
+
+@pytest.mark.slow
 def test_a_dataset_comes_back_from_s3_into_an_empty_cache(s3_store: str, tmp_path: Path) -> None:
     at = address(Dataset, revision=1, recipe={}, parents=())
     attempt = begin(at, store=f"{s3_store}/store")
@@ -175,6 +340,33 @@ def _clone(folder: Path) -> None:
         else:
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("tmp", "cache", "config.local"))
     _run(folder, "git", "init", "-q")
+
+
+def _flan(path: Path, count: int) -> None:
+    """Conversations that differ in nothing but their ids."""
+    path.parent.mkdir(exist_ok=True)
+    lines = [
+        json.dumps({"id": f"{path.name[0]}-{number}", "inputs": "Is it so?", "targets": "Yes."})
+        for number in range(count)
+    ]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def _tar(path: Path, pictures: list[Path]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for picture in pictures:
+            caption = tarfile.TarInfo(f"{picture.stem}.txt")
+            caption.size = len(picture.stem)
+            tar.add(picture, picture.name)
+            tar.addfile(caption, io.BytesIO(picture.stem.encode()))
+
+
+def _look(made: Revised) -> None:
+    """One look at the raw data, and what is there after it."""
+    made.looks.append(json.loads(_run(made.folder, *WATCH, "--commit")))
+    manifests = made.folder.glob("store/shard/*/manifest.json")
+    made.shards.append({str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in manifests})
 
 
 def _changed(repository: Path) -> set[str]:

@@ -93,12 +93,8 @@ def download(
         float | None,
         typer.Option("--per-host-per-second", help=f"Of one host ({DEFAULTS.per_host_per_second:g})"),
     ] = None,
-    attempts: Annotated[
-        int | None, typer.Option("--attempts", help=f"At one address ({DEFAULTS.attempts})")
-    ] = None,
-    max_bytes: Annotated[
-        int | None, typer.Option("--max-bytes", help=f"Of one picture ({DEFAULTS.max_bytes})")
-    ] = None,
+    attempts: Annotated[int | None, typer.Option("--attempts", help=f"At one address ({DEFAULTS.attempts})")] = None,
+    max_bytes: Annotated[int | None, typer.Option("--max-bytes", help=f"Of one picture ({DEFAULTS.max_bytes})")] = None,
     retry: Annotated[
         list[str] | None,
         typer.Option("--retry", help="Ask again what ended so; may be given several times", metavar="OUTCOME"),

@@ -12,7 +12,7 @@ from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import Shard
 from vila_ops.config import Mixture, Resources, TextFormat
 from vila_ops.data import sources
-from vila_ops.data.card import SUMMARY, card, summarise
+from vila_ops.data.card import CARD, SUMMARY, card, summarise
 from vila_ops.data.parallel import each
 from vila_ops.data.shards import DROPPED, INDEX, SHARD
 from vila_ops.data.survey import survey
@@ -53,7 +53,7 @@ def build(
     (folder / SUMMARY).write_text(json.dumps(summary, indent=1, sort_keys=True))
     if not summary["num_samples"]:
         raise ValueError(f"mixture {mixture.name!r} has no samples at all: {summary['sources']}")
-    (folder / "README.md").write_text(card(mixture, summary, folder))
+    (folder / CARD).write_text(card(mixture, summary, folder))
     ran = {json.dumps(one): one for shard in shards for one in store.read_manifest(shard.uri)["execution"]["workers"]}
     return summary, named, list(ran.values())
 

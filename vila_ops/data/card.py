@@ -15,7 +15,7 @@ from vila_ops.data.mixture import Size, compose
 from vila_ops.data.shards import DROPPED
 from vila_ops.data.split import SPLITS
 
-SUMMARY = "summary.json"
+SUMMARY, CARD = "summary.json", "README.md"
 LEFT_OUT = {"bad": "bad record", "taken_out": "record, by a rule", "pictures_out": "picture of a document, by a rule"}
 EXAMPLES = 3
 """Texts of each source in a card."""

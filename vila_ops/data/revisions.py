@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -14,20 +15,23 @@ from typing import Any
 from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import Dataset
 from vila_ops.config import Config, Mixture
-from vila_ops.data.card import LEFT_OUT, SUMMARY
+from vila_ops.data.card import CARD, LEFT_OUT, SUMMARY
 from vila_ops.data.identity import PLACES
 from vila_ops.data.raw import UNFINISHED
 
+TABLES = ("samples", "tokens", "images", "left_out")
+"""Bars that `dvc plots` draws, by source and split, or by source and reason."""
 log = logging.getLogger(__name__)
 
 
 def export_for_dvc(dataset: Dataset, out: Path) -> None:
-    """Copy a dataset to `out`, and beside it its counts: `out`.json for `dvc metrics`, three CSVs for `dvc plots`."""
+    """Copy a dataset to `out`, and beside it, for git, its card and its counts for `dvc metrics` and `plots`."""
     store.export(dataset, out)
+    shutil.copyfile(store.file(dataset, CARD), _beside(out, "md"))
     summary = json.loads(store.file(dataset, SUMMARY).read_text())
     numbers = {**summary, "sources": {name: _numbers(found) for name, found in summary["sources"].items()}}
     _beside(out, "json").write_text(json.dumps(numbers, indent=1, sort_keys=True) + "\n")
-    for table in ("samples", "tokens", "left_out"):
+    for table in TABLES:
         rows = [f"{part},{count}" for part, count in _bars(summary, table)]
         _beside(out, f"{table}.csv").write_text("\n".join([f"part,{table}", *rows]) + "\n")
 
