@@ -44,6 +44,7 @@ def test_tokens_are_shared_where_the_blend_says_so() -> None:
     # Half of 3392.7e6 tokens each: 1696.35e6 / 598.7 and 1696.35e6 / 2794 samples.
     assert drawn(made) == {"coyo": 2_833_389, "mmc4": 607_140}
     assert [share.token_share for share in made.shares.values()] == pytest.approx([0.5, 0.5], abs=1e-6)
+    assert [share.wanted for share in made.shares.values()] == pytest.approx([0.5, 0.5])
     assert made.notes == (
         "source 'coyo' has 1000000 samples, too few for 50.0% of the tokens of an epoch: "
         "each is seen 2.83 times an epoch",
@@ -56,6 +57,7 @@ def test_temperature_makes_sizes_more_equal() -> None:
     assert drawn(compose(by_size, sizes)) == {"large": 90_000, "small": 10_000}
     softer = mixture({"kind": "size", "temperature": 2}, large={}, small={})
     assert drawn(compose(softer, sizes)) == {"large": 75_000, "small": 25_000}  # sqrt(9) : 1
+    assert [share.wanted for share in compose(softer, sizes).shares.values()] == pytest.approx([0.75, 0.25])
     tokens = mixture({"kind": "size", "unit": "tokens", "temperature": 2}, large={}, small={})
     # sqrt(90) : sqrt(40) = 3 : 2 of 130 000 tokens, of 1 and of 4 tokens a sample
     assert drawn(compose(tokens, sizes)) == {"large": 78_000, "small": 13_000}
@@ -67,6 +69,7 @@ def test_repeats_are_whole_passes_and_a_part_of_one() -> None:
     )
     assert drawn(made) == {"a": 100, "b": 4, "c": 40}
     assert [share.repeats for share in made.shares.values()] == [2.5, 0.1, 1.0]
+    assert [share.wanted for share in made.shares.values()] == pytest.approx([100 / 144, 4 / 144, 40 / 144])
     assert made.notes == (), "what was asked for needs no note"
 
 

@@ -12,9 +12,10 @@ from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import Shard
 from vila_ops.config import Mixture, Resources, TextFormat
 from vila_ops.data import sources
-from vila_ops.data.card import CARD, SUMMARY, card, summarise
+from vila_ops.data.card import CARD, card
 from vila_ops.data.parallel import each
 from vila_ops.data.shards import DROPPED, INDEX, SHARD
+from vila_ops.data.summary import SUMMARY, summarise
 from vila_ops.data.survey import survey
 from vila_ops.data.units import Unit, picture_bytes, plan_units
 from vila_ops.data.work import COUNTS, Job, Task, folders_of, shard_address, shard_name, write_shard
@@ -53,7 +54,7 @@ def build(
     (folder / SUMMARY).write_text(json.dumps(summary, indent=1, sort_keys=True))
     if not summary["num_samples"]:
         raise ValueError(f"mixture {mixture.name!r} has no samples at all: {summary['sources']}")
-    (folder / CARD).write_text(card(mixture, summary, folder))
+    (folder / CARD).write_text(card(mixture, summary, folder), encoding="utf-8")
     ran = {json.dumps(one): one for shard in shards for one in store.read_manifest(shard.uri)["execution"]["workers"]}
     return summary, named, list(ran.values())
 

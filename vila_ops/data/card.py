@@ -1,80 +1,46 @@
-"""What a prepared mixture holds: the summary for programs, and the data card for people."""
+"""The data card of a prepared mixture, for people: its summary in Markdown."""
 
-import logging
-from collections import Counter
-from collections.abc import Sequence
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vila_ops.config import Mixture
-from vila_ops.data import sources
-from vila_ops.data.mixture import Size, compose
+from vila_ops.config.mixture import ByRepeats, BySize, ByWeight
 from vila_ops.data.shards import DROPPED
 from vila_ops.data.split import SPLITS
+from vila_ops.data.summary import LEFT_OUT
 
-SUMMARY, CARD = "summary.json", "README.md"
-LEFT_OUT = {"bad": "bad record", "taken_out": "record, by a rule", "pictures_out": "picture of a document, by a rule"}
-EXAMPLES = 3
-"""Texts of each source in a card."""
-EXAMPLE_CHARACTERS = 200
-log = logging.getLogger(__name__)
-
-
-def summarise(mixture: Mixture, counted: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
-    """The counts of all shards, (source, counts) each, added up by source; refuses a source with too much bad data."""
-    per_source: dict[str, Any] = {}
-    for name, source in sorted(mixture.sources.items()):
-        own = [counts for of, counts in counted if of == name]
-        found = {
-            "records": sum(counts["records"] for counts in own),
-            **{key: _total(own, key) for key in ("samples", "tokens", "images", "licences", *LEFT_OUT)},
-            "packages": {f"{p.registry}:{p.name}@{p.version}": p.licence for p in sources.packages(source)},
-            "examples": [text for counts in own for text in counts["examples"]][:EXAMPLES],
-        }
-        _refuse_bad(mixture, name, found)
-        per_source[name] = found
-    notes = _epoch(mixture, per_source)
-    for note in notes:
-        log.warning("mixture %s: %s", mixture.name, note)
-    return {
-        "mixture": mixture.name,
-        **{f"num_{key}": _whole(per_source, key) for key in ("samples", "tokens", "images")},
-        "sources": per_source,
-        "notes": notes,
-    }
-
-
-def _epoch(mixture: Mixture, per_source: dict[str, Any]) -> list[str]:
-    """Note beside each source its share of an epoch; returns what a reader may not expect."""
-    sizes = {
-        name: Size(samples=found["samples"].get("train", 0), tokens=found["tokens"].get("train", 0))
-        for name, found in per_source.items()
-    }
-    if idle := [name for name, size in sizes.items() if not size.samples]:  # good to evaluate on, not to train on
-        return [f"sources {idle} have no training sample, so this mixture has no epoch"]
-    composed = compose(mixture, sizes)
-    for name, share in composed.shares.items():
-        per_source[name]["epoch"] = share.model_dump(mode="json")
-    return list(composed.notes)
+CARD = "README.md"
+CHARACTERS = 240
+"""Of a text that stands in a card."""
+_ENTITIES = str.maketrans(
+    {character: f"&#{ord(character)};" for character in "&<>|`"} | {mark: f"\\{mark}" for mark in "\\*_[]~#$"}
+)
+_LIST = re.compile(r"^(\d*)([-+=.)])")
+"""What at the beginning of a line makes it an item or a heading."""
 
 
 def card(mixture: Mixture, summary: dict[str, Any], folder: Path) -> str:
-    """The data card in Markdown: sources, licences, counts, shares, what was left out and why, and examples."""
+    """The data card in Markdown: sources, counts, shares asked for and reached, licences, what was left out, examples.
+
+    `folder` holds the list of what was left out. Texts of the data stand in the card as they are, whatever they hold.
+    """
     lines = [
         f"# {mixture.name}",
         "",
-        f"{summary['num_samples']:,} samples, {summary['num_tokens']:,} tokens, {summary['num_images']:,} pictures, "
-        f"split by object: {mixture.split.validation:.0%} validation, {mixture.split.test:.0%} test.",
+        f"{summary['num_samples']:,} samples, {summary['num_tokens']:,} tokens, {summary['num_images']:,} pictures. "
+        f"Split by object: {mixture.split.validation:.0%} for validation, {mixture.split.test:.0%} for test.",
         "",
-        "| source | format | records | train | validation | test | tokens | pictures "
-        "| epoch: samples | tokens | repeats |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-        *(_row(name, mixture, found) for name, found in summary["sources"].items()),
+        "## Sources",
         "",
-        *(f"**Note.** {note}" for note in summary["notes"]),
+        *_sources(mixture, summary),
+        "",
+        "## An epoch",
+        "",
+        *_epoch(mixture, summary),
         "",
         "## Licences",
         "",
@@ -85,83 +51,113 @@ def card(mixture: Mixture, summary: dict[str, Any], folder: Path) -> str:
         *_left_out(summary, folder),
         "",
         "## Examples",
-        "",
     ]
     for name, found in summary["sources"].items():
-        lines += [f"### {name}", "", *(f"> {_one_line(text)}\n" for text in found["examples"])]
+        lines += ["", f"### {name}", *(line for text in found["examples"] for line in ("", *_quoted(text)))]
     return "\n".join(lines) + "\n"
 
 
-def _row(name: str, mixture: Mixture, found: dict[str, Any]) -> str:
-    split = [f"{found['samples'].get(side, 0):,}" for side in SPLITS]
-    epoch = found.get("epoch")
-    shares = ["", "", ""]
-    if epoch:
-        shares = [f"{epoch['sample_share']:.1%}", f"{epoch['token_share']:.1%}", f"{epoch['repeats']:.2f}"]
-    cells = [
-        name,
-        mixture.sources[name].kind,
-        f"{found['records']:,}",
-        *split,
-        f"{sum(found['tokens'].values()):,}",
-        f"{sum(found['images'].values()):,}",
-        *shares,
+def _sources(mixture: Mixture, summary: dict[str, Any]) -> list[str]:
+    rows = [
+        [
+            name,
+            f"{mixture.sources[name].kind}, {mixture.sources[name].render}",
+            f"{found['records']:,}",
+            f"{sum(found['samples'].values()):,}",
+            *(f"{found['samples'].get(side, 0):,}" for side in SPLITS),
+            f"{sum(found['tokens'].values()):,}",
+            f"{sum(found['images'].values()):,}",
+        ]
+        for name, found in summary["sources"].items()
     ]
-    return f"| {' | '.join(cells)} |"
+    sides = [f">{side}" for side in SPLITS]
+    return _table(["source", "format, read as", ">records", ">samples", *sides, ">tokens", ">pictures"], rows)
+
+
+def _epoch(mixture: Mixture, summary: dict[str, Any]) -> list[str]:
+    epochs = {name: found["epoch"] for name, found in summary["sources"].items() if "epoch" in found}
+    notes = [f"- {note}" for note in summary["notes"]]
+    if not epochs:
+        return notes
+    match mixture.blend:
+        case ByWeight(unit=unit):
+            said = f"Blended by the sources' weights, in {unit}."
+        case BySize(unit=unit, temperature=temperature):
+            said = f"Blended by the sources' sizes to the power 1 / {temperature:g}, in {unit}."
+        case ByRepeats():
+            unit, said = "samples", "Each source is seen as often as its `repeats` says."
+        case _:
+            assert_never(mixture.blend)
+    rows = [
+        [
+            name,
+            f"{epoch['wanted']:.2%}",
+            f"{epoch['sample_share']:.2%}",
+            f"{epoch['token_share']:.2%}",
+            f"{epoch['samples_per_epoch']:,}",
+            f"{epoch['samples']:,}",
+            f"{epoch['repeats']:.2f}",
+        ]
+        for name, epoch in epochs.items()
+    ]
+    head = [f">wanted of {unit}", ">reached of samples", ">of tokens", ">samples drawn", ">of", ">times seen"]
+    return [said, "", *_table(["source", *head], rows), *([""] if notes else []), *notes]
 
 
 def _licences(summary: dict[str, Any]) -> list[str]:
     rows = [
-        f"| {name} | {licence} | {count:,} |"
+        [name, _inline(licence), f"{count:,}"]
         for name, found in summary["sources"].items()
         for licence, count in found["licences"].items()
     ]
-    packages = [
-        f"- {package}: {licence}"
+    packages = {
+        f"- {_inline(package)}: {_inline(licence)}": None
         for found in summary["sources"].values()
         for package, licence in found["packages"].items()
-    ]
-    return ["| source | licence | samples |", "|---|---|--:|", *rows, "", *dict.fromkeys(packages)]
+    }
+    made_from = ["", "Made from these packages:", "", *packages] if packages else []
+    return [*_table(["source", "licence", ">samples"], rows), *made_from]
 
 
 def _left_out(summary: dict[str, Any], folder: Path) -> list[str]:
     rows = [
-        f"| {name} | {kind} | {reason} | {count:,} | {_first(folder, name, reason)} |"
+        [name, kind, f"`{reason}`", f"{count:,}", _first(folder, name, reason)]
         for name, found in summary["sources"].items()
         for key, kind in LEFT_OUT.items()
         for reason, count in found[key].items()
     ]
     if not rows:
         return ["Nothing."]
-    return ["| source | what | reason | count | first |", "|---|---|---|--:|---|", *rows, "", f"Each one: `{DROPPED}`."]
+    return [
+        *_table(["source", "what", "reason", ">count", "the first"], rows),
+        "",
+        f"Each of them, with its place: `{DROPPED}` of the dataset.",
+    ]
 
 
 def _first(folder: Path, source: str, reason: str) -> str:
     rule = (pc.field("source") == source) & (pc.field("reason") == reason)
     row = pq.read_table(folder / DROPPED, filters=rule).slice(0, 1).to_pylist()[0]
-    return _one_line(f"{row['where'] or row['id']}: {row['detail']}")
+    return _inline(f"{row['where'] or row['id']}: {row['detail']}".removesuffix(": "))
 
 
-def _one_line(text: str) -> str:
-    """Text as a table or a quotation can hold it."""
-    line = " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
-    return line if len(line) <= EXAMPLE_CHARACTERS else f"{line[:EXAMPLE_CHARACTERS]}…"
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """A table; a column whose head begins with `>` is of numbers."""
+    rule = ["--:" if name.startswith(">") else "---" for name in head]
+    return [f"| {' | '.join(cells)} |" for cells in ([name.removeprefix(">") for name in head], rule, *rows)]
 
 
-def _whole(per_source: dict[str, Any], key: str) -> int:
-    return sum(sum(found[key].values()) for found in per_source.values())
+def _quoted(text: str) -> list[str]:
+    """Text as a quotation with its own lines."""
+    lines = [_inline(line) for line in _short(text).splitlines() if line.strip()]
+    return [f"> {line}{'' if number == len(lines) else '  '}" for number, line in enumerate(lines, start=1)]
 
 
-def _total(counts: list[dict[str, Any]], key: str) -> dict[str, int]:
-    """One mapping of counts of all shards, added up, its keys sorted."""
-    return dict(sorted(sum((Counter(one[key]) for one in counts), Counter[str]()).items()))
+def _inline(text: str) -> str:
+    """Text as one line of Markdown that shows it and does nothing else, in a table too."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in _short(text)).split())
+    return _LIST.sub(r"\1\\\2", line.translate(_ENTITIES))
 
 
-def _refuse_bad(mixture: Mixture, name: str, found: dict[str, Any]) -> None:
-    bad = sum(found["bad"].values())
-    if bad > mixture.max_bad_share * found["records"]:
-        raise ValueError(
-            f"mixture {mixture.name!r}: {bad} of {found['records']} records of source {name!r} are bad "
-            f"({found['bad']}), more than max_bad_share {mixture.max_bad_share}; see them with `vila-ops data lint`, "
-            f"mend the source or raise max_bad_share"
-        )
+def _short(text: str) -> str:
+    return text if len(text) <= CHARACTERS else f"{text[:CHARACTERS]}…"

@@ -25,6 +25,8 @@ class Share(Config):
     tokens: int
     """Of those samples."""
     samples_per_epoch: int
+    wanted: float
+    """Share of the blend's unit (samples where it shares none) that was asked for."""
     repeats: float
     """How often an epoch sees each sample, in the mean."""
     sample_share: float
@@ -49,13 +51,16 @@ def compose(mixture: Mixture, sizes: Mapping[str, Size]) -> Composition:
     sizes = {name: sizes.get(name, Size(0, 0)) for name in sorted(mixture.sources)}
     if empty := [name for name, size in sizes.items() if not size.samples]:
         raise ValueError(f"mixture {mixture.name!r}: sources {empty} have no training sample; remove them")
-    drawn = {name: max(1, round(count)) for name, count in _samples_per_epoch(mixture, sizes).items()}
+    asked = _samples_per_epoch(mixture, sizes)
+    drawn = {name: max(1, round(count)) for name, count in asked.items()}
+    masses = {name: count * _mass(mixture, sizes[name]) for name, count in asked.items()}
     tokens = {name: drawn[name] * size.tokens / size.samples for name, size in sizes.items()}
     shares = {
         name: Share(
             samples=size.samples,
             tokens=size.tokens,
             samples_per_epoch=drawn[name],
+            wanted=masses[name] / sum(masses.values()),
             repeats=drawn[name] / size.samples,
             sample_share=drawn[name] / sum(drawn.values()),
             token_share=tokens[name] / sum(tokens.values()),
@@ -77,18 +82,21 @@ def _samples_per_epoch(mixture: Mixture, sizes: Mapping[str, Size]) -> dict[str,
         case _:
             assert_never(blend)
     whole = sum(getattr(size, blend.unit) for size in sizes.values()) / sum(masses.values())
-    # In tokens a sample counts its source's mean length.
-    units = {name: getattr(size, blend.unit) / size.samples for name, size in sizes.items()}
-    return {name: whole * masses[name] / units[name] for name in sizes}
+    return {name: whole * masses[name] / _mass(mixture, size) for name, size in sizes.items()}
+
+
+def _mass(mixture: Mixture, size: Size) -> float:
+    """What a sample of a source counts in the blend: in tokens its source's mean length."""
+    tokens = not isinstance(mixture.blend, ByRepeats) and mixture.blend.unit == "tokens"
+    return size.tokens / size.samples if tokens else 1.0
 
 
 def _notes(mixture: Mixture, shares: Mapping[str, Share]) -> tuple[str, ...]:
     if isinstance(mixture.blend, ByRepeats):
         return ()
     unit = mixture.blend.unit
-    wanted = {name: share.sample_share if unit == "samples" else share.token_share for name, share in shares.items()}
     return tuple(
-        f"source {name!r} has {share.samples} samples, too few for {wanted[name]:.1%} of the {unit} of an epoch: "
+        f"source {name!r} has {share.samples} samples, too few for {share.wanted:.1%} of the {unit} of an epoch: "
         f"each is seen {share.repeats:.3g} times an epoch"
         for name, share in shares.items()
         if share.repeats > 1 + TOLERANCE

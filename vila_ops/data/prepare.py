@@ -11,7 +11,7 @@ from vila_ops.artifacts.leases import hold
 from vila_ops.config import Mixture, Resources, TextFormat
 from vila_ops.data.identity import digests, mixture_recipe, text_recipe
 
-REVISION = 3
+REVISION = 4
 log = logging.getLogger(__name__)
 
 
