@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from result import result
 
 from vila_ops.config.clean import MAX_IMAGE_BITS, NearDuplicates
-from vila_ops.data.duplicates import duplicated
-from vila_ops.data.similarity import MINIMA, SCHEMA, THUMBNAIL_BYTES
+from vila_ops.data.cleaning.duplicates import duplicated
+from vila_ops.data.cleaning.similarity import MINIMA, SCHEMA, THUMBNAIL_BYTES
 
 COUNT = 10**6
 COPIES = COUNT // 10

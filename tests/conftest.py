@@ -23,7 +23,7 @@ from vila_ops.artifacts import s3_calls
 from vila_ops.artifacts.s3_calls import client, client_of
 from vila_ops.config import Mixture, Model, Resources, Stage, TextFormat
 from vila_ops.config.local import LocalServers
-from vila_ops.data.conversation import Tokenizer
+from vila_ops.data.text.conversation import Tokenizer
 from vila_ops.model.build import build_model
 from vila_ops.model.processing import build_processor, mean_std
 from vila_ops.model.vila import VilaForConditionalGeneration

@@ -15,11 +15,11 @@ import pytest
 from vila_ops.artifacts.leases import hold
 from vila_ops.artifacts.store import Address, content, export, verify
 from vila_ops.config import Mixture, Resources, load
+from vila_ops.data.making.work import SHARD_REVISION
 from vila_ops.data.prepare import REVISION, prepare
 from vila_ops.data.revisions import export_for_dvc
 from vila_ops.data.shards import read_index, read_sample
 from vila_ops.data.split import split_of
-from vila_ops.data.work import SHARD_REVISION
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/golden/tiny_datasets.json"
@@ -100,8 +100,8 @@ def test_the_tiny_datasets_are_the_golden_ones(resources: Resources, monkeypatch
     revisions = {"prepare": REVISION, "shard": SHARD_REVISION}
     assert golden["revisions"] != revisions or golden["digests"] == digests, (
         f"the room `prepare` makes other bytes than golden under the same revisions {revisions}; if that is meant, "
-        f"bump SHARD_REVISION in vila_ops/data/work.py, or REVISION in vila_ops/data/prepare.py where the shards are "
-        f"as they were, and then: {REWRITE}"
+        f"bump SHARD_REVISION in vila_ops/data/making/work.py, or REVISION in vila_ops/data/prepare.py where shards "
+        f"are as they were, and then: {REWRITE}"
     )
     if os.environ.get("VILA_GOLDEN") == "write":
         golden = {"revisions": revisions, "digests": digests}

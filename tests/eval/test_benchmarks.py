@@ -11,10 +11,10 @@ from pycocoevalcap.cider.cider import Cider as Official
 from vila_ops.artifacts.store import content
 from vila_ops.config import Suite, load
 from vila_ops.config.eval import CaptionCider, CaptionLoss, MultipleChoice, Pope
-from vila_ops.data.conversation import Tokenizer
 from vila_ops.data.prepare import prepare
-from vila_ops.data.questions import YES_NO
 from vila_ops.data.records import Image, Record, Turn
+from vila_ops.data.text.conversation import Tokenizer
+from vila_ops.data.text.questions import YES_NO
 from vila_ops.eval.bench import Bench, Metric
 from vila_ops.eval.benchmarks.captions import caption_loss, multiple_choice
 from vila_ops.eval.benchmarks.cider import caption_cider

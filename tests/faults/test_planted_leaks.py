@@ -18,9 +18,9 @@ from PIL import ImageDraw
 
 from vila_ops.config.clean import Clean
 from vila_ops.config.mixture import Contamination
-from vila_ops.data.duplicates import contaminated, known_ngrams
+from vila_ops.data.cleaning.duplicates import contaminated, known_ngrams
+from vila_ops.data.cleaning.similarity import Wanted, signature, table
 from vila_ops.data.records import Image, Part, Record, Turn
-from vila_ops.data.similarity import Wanted, signature, table
 
 COUNT = int(os.environ.get("VILA_LEAKS", "300"))
 GATE = Contamination.model_validate({"sources": {"unread": {"kind": "jsonl", "path": ".", "render": "caption"}}})

@@ -9,7 +9,7 @@ from vila_ops.artifacts.kinds import Pretrained
 from vila_ops.artifacts.store import content
 from vila_ops.config import Stage
 from vila_ops.data.images import pixels
-from vila_ops.data.packing import pack
+from vila_ops.data.order.packing import pack
 from vila_ops.data.shards import read_index, read_sample
 from vila_ops.model import folder as model_folder
 from vila_ops.model.assemble import assemble

@@ -41,9 +41,9 @@ def lint(
     as_json: JsonLines = False,
 ) -> None:
     """List every fault of raw data with its file and line; ends with 1 if there is any."""
-    from vila_ops.data.guess import guess
-    from vila_ops.data.lint import Fault, lines
-    from vila_ops.data.lint import lint as check
+    from vila_ops.data.view.guess import guess
+    from vila_ops.data.view.lint import Fault, lines
+    from vila_ops.data.view.lint import lint as check
 
     source = guess(uri, kind=kind, images=images)
     print(f"format {source.kind}", file=sys.stderr)
@@ -66,8 +66,8 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Write a page of samples as the model will see them; prepares the mixture if it is not yet."""
-    from vila_ops.data.show import show as write
-    from vila_ops.data.work import tokenizer_of
+    from vila_ops.data.making.work import tokenizer_of
+    from vila_ops.data.view.show import show as write
 
     run = load_run(recipe, resources, overrides)
     _, text = pipeline.mixture_named(run.recipe, mixture)

@@ -9,7 +9,7 @@ from vila_ops.artifacts.execution import execution
 from vila_ops.artifacts.kinds import Dataset
 from vila_ops.artifacts.leases import hold
 from vila_ops.config import Mixture, Resources, TextFormat
-from vila_ops.data.identity import digests, mixture_recipe, text_recipe
+from vila_ops.data.making.identity import digests, mixture_recipe, text_recipe
 
 REVISION = 4
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def prepare(mixture: Mixture, text: TextFormat, resources: Resources) -> Dataset
 
 
 def _prepare(at: store.Address, mixture: Mixture, text: TextFormat, resources: Resources) -> Dataset:
-    from vila_ops.data import build  # heavy: Ray, tokenizer, pictures
+    from vila_ops.data.making import build  # heavy: Ray, tokenizer, pictures
 
     started = time.monotonic()
     attempt = store.begin(at, store=resources.store)

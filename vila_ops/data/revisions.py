@@ -15,10 +15,10 @@ from typing import Any
 from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import Dataset
 from vila_ops.config import Config, Mixture
-from vila_ops.data.card import CARD
-from vila_ops.data.identity import PLACES
-from vila_ops.data.raw import UNFINISHED
-from vila_ops.data.summary import LEFT_OUT, SUMMARY
+from vila_ops.data.making.card import CARD
+from vila_ops.data.making.identity import PLACES
+from vila_ops.data.making.summary import LEFT_OUT, SUMMARY
+from vila_ops.data.raw.files import UNFINISHED
 
 TABLES = ("samples", "tokens", "images", "left_out")
 """Bars that `dvc plots` draws, by source and split, or by source and reason."""

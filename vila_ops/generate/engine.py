@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vila_ops.data.conversation import Tokenizer
-from vila_ops.data.packing import attention_mask
+from vila_ops.data.order.packing import attention_mask
+from vila_ops.data.text.conversation import Tokenizer
 from vila_ops.generate.cache import SlotCache
 from vila_ops.model.vila import VilaForConditionalGeneration
 

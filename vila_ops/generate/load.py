@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from vila_ops.artifacts.kinds import Checkpoint, Pretrained
 from vila_ops.artifacts.store import content, verify
-from vila_ops.data.conversation import Tokenizer
 from vila_ops.data.images import pixels
+from vila_ops.data.text.conversation import Tokenizer
 from vila_ops.generate.engine import Generator
 from vila_ops.model import folder as model_folder
 from vila_ops.model.features import FeatureCache

@@ -1,7 +1,7 @@
 """The training loop of one worker: open this first.
 
-Order of rows, loss and optimizer step are the same for one process and for many; see `data/loader.py` for the order,
-`objective.py` for the loss and `engine.py` for the step.
+Order of rows, loss and optimizer step are the same for one process and for many; see `data/order/loader.py` for the
+order, `objective.py` for the loss and `engine.py` for the step.
 """
 
 import functools
@@ -17,8 +17,8 @@ import torch
 from vila_ops.artifacts.kinds import Pretrained
 from vila_ops.artifacts.store import content
 from vila_ops.data.images import pixels
-from vila_ops.data.loader import Rows, stack
-from vila_ops.data.packing import Row, attention_mask
+from vila_ops.data.order.loader import Rows, stack
+from vila_ops.data.order.packing import Row, attention_mask
 from vila_ops.model import folder as model_folder
 from vila_ops.model.build import embedding_std, set_trainable
 from vila_ops.model.features import FeatureCache

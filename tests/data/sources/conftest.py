@@ -12,7 +12,7 @@ from vila_ops.data.download.journal import Journal
 from vila_ops.data.download.manifest import write_manifest
 from vila_ops.data.download.outcome import Outcome
 from vila_ops.data.download.outcome import Record as Fetched
-from vila_ops.data.raw import STRIDE, RawFile, Span
+from vila_ops.data.raw.files import STRIDE, RawFile, Span
 from vila_ops.data.records import Dropped, Record
 
 Scan = Callable[..., list[RawFile]]

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from vila_ops.config.sources import Flan
-from vila_ops.data.raw import RawFile
+from vila_ops.data.raw.files import RawFile
 from vila_ops.data.records import Dropped, Record, Turn
 
 ReadAll = Callable[[Flan], list[list[Record | Dropped]]]

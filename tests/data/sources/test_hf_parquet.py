@@ -10,7 +10,7 @@ import pytest
 
 from vila_ops.config.sources import HfParquet
 from vila_ops.data import sources
-from vila_ops.data.raw import RawFile, Span
+from vila_ops.data.raw.files import RawFile, Span
 from vila_ops.data.records import Dropped, Image, Record, Turn
 
 Found = list[list[Record | Dropped]]

@@ -6,9 +6,9 @@ import pytest
 
 from vila_ops.config.sources import JsonLines
 from vila_ops.data import sources
-from vila_ops.data.raw import RawFile, Span
+from vila_ops.data.making.units import plan_units
+from vila_ops.data.raw.files import RawFile, Span
 from vila_ops.data.records import Dropped, Image, Record, Turn
-from vila_ops.data.units import plan_units
 
 ReadAll = Callable[[JsonLines], list[list[Record | Dropped]]]
 Scan = Callable[[JsonLines], list[RawFile]]

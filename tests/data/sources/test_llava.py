@@ -8,7 +8,7 @@ import pytest
 
 from vila_ops.config.sources import Llava
 from vila_ops.data import sources
-from vila_ops.data.raw import RawFile, Span, Thinned
+from vila_ops.data.raw.files import RawFile, Span, Thinned
 from vila_ops.data.records import Dropped, Image, Record, Turn
 
 ReadAll = Callable[[Llava], list[list[Record | Dropped]]]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from vila_ops.config.sources import LlavaCc3m
-from vila_ops.data.raw import RawFile
+from vila_ops.data.raw.files import RawFile
 from vila_ops.data.records import Dropped, Image, Record, Turn
 
 ReadAll = Callable[[LlavaCc3m], list[list[Record | Dropped]]]

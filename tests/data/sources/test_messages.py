@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vila_ops.config.sources import Messages
-from vila_ops.data.raw import RawFile
+from vila_ops.data.raw.files import RawFile
 from vila_ops.data.records import Dropped, Image, Record, Turn
 from vila_ops.data.sources import pictures
 

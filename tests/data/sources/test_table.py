@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from vila_ops.config.sources import Table
-from vila_ops.data.raw import RawFile
+from vila_ops.data.raw.files import RawFile
 from vila_ops.data.records import Dropped, Image, Record, Turn
 
 ReadAll = Callable[[Table], list[list[Record | Dropped]]]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from vila_ops.config.sources import Vflan
-from vila_ops.data.raw import RawFile
+from vila_ops.data.raw.files import RawFile
 from vila_ops.data.records import Dropped, Image, Record, Turn
 
 ReadAll = Callable[[Vflan], list[list[Record | Dropped]]]

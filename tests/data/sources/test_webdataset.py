@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vila_ops.config.sources import WebDataset
-from vila_ops.data.raw import RawFile
+from vila_ops.data.raw.files import RawFile
 from vila_ops.data.records import Dropped, Image, Record, Turn
 from vila_ops.data.sources.webdataset import MAX_TEXT_BYTES
 

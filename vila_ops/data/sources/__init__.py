@@ -25,7 +25,7 @@ from vila_ops.config.sources import (
     WebDataset,
     WordNet,
 )
-from vila_ops.data.raw import RawFile, Span
+from vila_ops.data.raw.files import RawFile, Span
 from vila_ops.data.records import Dropped, Record
 from vila_ops.data.sources import (
     coyo,

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from vila_ops.config.sources import Coyo
-from vila_ops.data.downloaded import Downloaded, Missing, companions, out_of
-from vila_ops.data.raw import RawFile, Scan, Span, scan_files
+from vila_ops.data.raw.downloaded import Downloaded, Missing, companions, out_of
+from vila_ops.data.raw.files import RawFile, Scan, Span, scan_files
 from vila_ops.data.records import NOT_DOWNLOADED, Dropped, Image, Record, Turn
 from vila_ops.data.sources.faults import Fault, checked, numbers
 from vila_ops.data.sources.rows import is_text, number_columns, open_parquet, rows

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from math import isfinite
 from typing import Any
 
+from vila_ops.data.raw.text import fault, json_object
 from vila_ops.data.records import Dropped
-from vila_ops.data.text import fault, json_object
 
 
 class Fault(ValueError):

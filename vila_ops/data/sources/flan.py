@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vila_ops.config.sources import Flan
-from vila_ops.data.raw import RawFile, Scan, Span, paths, scan_files
+from vila_ops.data.raw.files import RawFile, Scan, Span, paths, scan_files
 from vila_ops.data.records import Dropped, Record, Turn
 from vila_ops.data.sources.conversations import check_text
 from vila_ops.data.sources.faults import Fault

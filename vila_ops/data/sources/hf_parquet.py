@@ -13,7 +13,7 @@ from typing import Any, assert_never
 import pyarrow as pa
 
 from vila_ops.config.sources import HfParquet
-from vila_ops.data.raw import RawFile, Scan, Span, paths, scan_files
+from vila_ops.data.raw.files import RawFile, Scan, Span, paths, scan_files
 from vila_ops.data.records import Dropped, Image, Record, Turn
 from vila_ops.data.sources.faults import Fault, checked, numbers
 from vila_ops.data.sources.rows import is_text, number_columns, open_parquet, rows

@@ -12,7 +12,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 from vila_ops.config.sources import Html
 from vila_ops.data.containers import BadImage, strip
-from vila_ops.data.raw import RawFile, Scan, Span, paths, scan_files
+from vila_ops.data.raw.files import RawFile, Scan, Span, paths, scan_files
 from vila_ops.data.records import Dropped, Image, Part, Record, Turn
 from vila_ops.data.sources.faults import Fault
 from vila_ops.data.sources.html_page import Shown, page

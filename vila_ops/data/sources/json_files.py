@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vila_ops.data.json_array import Broken, elements, is_array
-from vila_ops.data.lines import LineNumbers, every_line, lines
-from vila_ops.data.raw import STRIDE, Scan, Span
+from vila_ops.data.raw.files import STRIDE, Scan, Span
+from vila_ops.data.raw.json_array import Broken, elements, is_array
+from vila_ops.data.raw.lines import LineNumbers, every_line, lines
+from vila_ops.data.raw.text import fault, json_object
 from vila_ops.data.records import Dropped, Record, Turn
 from vila_ops.data.sources.faults import Fault
 from vila_ops.data.sources.pictures import object_of
-from vila_ops.data.text import fault, json_object
 
 Object = dict[str, Any]
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz")

@@ -12,8 +12,8 @@ from pydantic import Field, ValidationError, field_validator
 
 from vila_ops.config.base import Config
 from vila_ops.config.sources import JsonLines
-from vila_ops.data.lines import every_line, lines
-from vila_ops.data.raw import STRIDE, RawFile, Scan, Span, scan_files
+from vila_ops.data.raw.files import STRIDE, RawFile, Scan, Span, scan_files
+from vila_ops.data.raw.lines import every_line, lines
 from vila_ops.data.records import Dropped, Image, Part, Record, Role, Turn
 
 RECORDS = "records.jsonl"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vila_ops.config.sources import Llava
-from vila_ops.data.raw import RawFile, Span, paths, scan_files
+from vila_ops.data.raw.files import RawFile, Span, paths, scan_files
 from vila_ops.data.records import Dropped, Image, Part, Record, Role, Turn
 from vila_ops.data.sources.conversations import PLACEHOLDER, check_order, check_placeholders, check_text
 from vila_ops.data.sources.faults import Fault

@@ -5,8 +5,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vila_ops.config.sources import LlavaCc3m
-from vila_ops.data.json_array import elements, is_array
-from vila_ops.data.raw import RawFile, Scan, Span, scan_files
+from vila_ops.data.raw.files import RawFile, Scan, Span, scan_files
+from vila_ops.data.raw.json_array import elements, is_array
 from vila_ops.data.records import Dropped, Record
 from vila_ops.data.sources.json_files import Object, read_objects, scan_objects, stated
 from vila_ops.data.sources.llava import conversation, picture_paths

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vila_ops.config.sources import Messages
-from vila_ops.data.raw import RawFile, Span, paths, scan_files
+from vila_ops.data.raw.files import RawFile, Span, paths, scan_files
 from vila_ops.data.records import Dropped, Image, Part, Record, Role, Turn
 from vila_ops.data.sources.conversations import check_order, check_text
 from vila_ops.data.sources.faults import Fault

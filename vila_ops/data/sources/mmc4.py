@@ -15,12 +15,12 @@ from typing import assert_never
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, ValidationError, model_validator
 
 from vila_ops.config.sources import Mmc4
-from vila_ops.data.downloaded import Downloaded, Missing, companions, out_of
-from vila_ops.data.interleave import Match, image_first, pairs, place
-from vila_ops.data.lines import every_line, lines
-from vila_ops.data.raw import STRIDE, RawFile, Scan, Span, scan_files
+from vila_ops.data.raw.downloaded import Downloaded, Missing, companions, out_of
+from vila_ops.data.raw.files import STRIDE, RawFile, Scan, Span, scan_files
+from vila_ops.data.raw.lines import every_line, lines
 from vila_ops.data.records import NOT_DOWNLOADED, Dropped, Image, Part, Record, Turn
 from vila_ops.data.sources.faults import Fault, checked, json_of
+from vila_ops.data.text.interleave import Match, image_first, pairs, place
 
 
 class Picture(BaseModel, frozen=True, strict=True):

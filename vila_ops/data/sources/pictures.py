@@ -5,9 +5,9 @@ import binascii
 import hashlib
 from pathlib import Path, PurePosixPath
 
+from vila_ops.data.raw.text import fault
 from vila_ops.data.records import Image, Turn
 from vila_ops.data.sources.faults import Fault
-from vila_ops.data.text import fault
 
 MAX_BYTES = 1 << 26
 """Of one encoded picture."""

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vila_ops.data.raw import Span
+from vila_ops.data.raw.files import Span
 from vila_ops.data.sources.faults import Fault
 
 BATCH_ROWS = 16

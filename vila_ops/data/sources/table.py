@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import IO
 
 from vila_ops.config.sources import Table
-from vila_ops.data.lines import LineNumbers
-from vila_ops.data.raw import STRIDE, RawFile, Scan, Span, paths, scan_files
+from vila_ops.data.raw.files import STRIDE, RawFile, Scan, Span, paths, scan_files
+from vila_ops.data.raw.lines import LineNumbers
 from vila_ops.data.records import Dropped, Record, Turn
 from vila_ops.data.sources.faults import Fault, checked
 from vila_ops.data.sources.pictures import object_of, path_inside, read_picture

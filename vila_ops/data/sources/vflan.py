@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vila_ops.config.sources import Vflan
-from vila_ops.data.raw import RawFile, Span, paths, scan_files
+from vila_ops.data.raw.files import RawFile, Span, paths, scan_files
 from vila_ops.data.records import Dropped, Part, Record, Turn
 from vila_ops.data.sources.conversations import PLACEHOLDER, check_text
 from vila_ops.data.sources.faults import Fault

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, assert_never
 
 from vila_ops.config.sources import WebDataset
-from vila_ops.data.raw import STRIDE, RawFile, Scan, Span, paths, scan_files
+from vila_ops.data.raw.files import STRIDE, RawFile, Scan, Span, paths, scan_files
+from vila_ops.data.raw.tars import BadTar, Member, members
 from vila_ops.data.records import Dropped, Image, Record, Turn
 from vila_ops.data.sources.faults import Fault, checked, json_of, numbers
 from vila_ops.data.sources.json_files import stated
 from vila_ops.data.sources.pictures import MAX_BYTES
 from vila_ops.data.sources.turns import turns
-from vila_ops.data.tars import BadTar, Member, members
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")

@@ -3,7 +3,7 @@
 import numpy as np
 
 from vila_ops.config.eval import Pope
-from vila_ops.data.questions import YES_NO
+from vila_ops.data.text.questions import YES_NO
 from vila_ops.eval.bench import Bench, Metric, Role
 from vila_ops.eval.items import Picture
 from vila_ops.eval.metrics import pope as counts

@@ -1,0 +1,147 @@
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image as Pillow
+from PIL import ImageDraw
+from scipy.fft import dctn  # type: ignore[import-untyped]
+
+from vila_ops.config.clean import MAX_IMAGE_BITS, Clean, NearDuplicates
+from vila_ops.config.mixture import Contamination
+from vila_ops.data.cleaning.similarity import (
+    MINIMA,
+    Wanted,
+    minhash,
+    ngram_hashes,
+    perceptual_hash,
+    picture_signature,
+    signature,
+    word_hashes,
+)
+from vila_ops.data.images import rgb
+from vila_ops.data.records import Image, Part, Record, Turn
+
+IMAGEHASH = {
+    "accordion": 0xFB9C84E795239438,
+    "bicycle": 0xBCB2DB18EC443B19,
+    "cat": 0xEB9EC161272D94B4,
+    "duck": 0xBE90E10FC46EC12F,
+    "polar-bear": 0xBBCDD832C43C8738,
+    "scarf": 0xB8E09772C29FC89C,
+    "taxi": 0xE9819C6EC169A71E,
+}
+"""imagehash 4.3.2: phash of the tiny pictures on white, hash_size 8, highfreq_factor 4."""
+GATE = Contamination.model_validate({"sources": {"unread": {"kind": "jsonl", "path": ".", "render": "caption"}}})
+
+
+def document(*parts: Part) -> Record:
+    return Record("d", "thing", (Turn("document", parts),), category="", licence="", provenance="")
+
+
+def encoded(picture: Pillow.Image, kind: str = "PNG", **more: int) -> bytes:
+    out = io.BytesIO()
+    picture.save(out, kind, **more)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("name", IMAGEHASH)
+def test_a_hash_is_imagehash_s_less_the_bits_within_half_a_grey_level_of_the_median(name: str, tiny: Path) -> None:
+    picture = rgb((tiny / "pairs" / f"{name}.png").read_bytes(), at_least=56)
+    ours, theirs = perceptual_hash(picture), IMAGEHASH[name]
+    assert ours & ~theirs == 0
+    grey = np.asarray(picture.convert("L").resize((32, 32), Pillow.Resampling.LANCZOS), np.float64)
+    coefficients = dctn(grey)[:8, :8] / 4  # scipy's are 2 sum x cos in each direction
+    unsure = coefficients - np.median(coefficients) <= 128
+    left_out = np.unpackbits(np.frombuffer((theirs & ~ours).to_bytes(8, "big"), np.uint8)).reshape(8, 8)
+    assert np.all(unsure[left_out == 1])
+    assert not np.any(unsure & (np.unpackbits(np.frombuffer(ours.to_bytes(8, "big"), np.uint8)).reshape(8, 8) == 1))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_large_picture_seen_small_has_the_hash_of_the_whole(kind: str, seed: int) -> None:
+    field = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    whole = Pillow.fromarray(field).resize((1000, 750), Pillow.Resampling.BICUBIC)
+    quick, _ = picture_signature(encoded(whole, kind))
+    assert (quick ^ perceptual_hash(whole)).bit_count() <= 2
+
+
+def test_pictures_without_structure_are_the_same_only_as_exact_copies() -> None:
+    white = Pillow.new("RGB", (200, 100), "white")
+    spot = white.copy()
+    ImageDraw.Draw(spot).point((50, 50), "black")
+    faint = Pillow.fromarray(np.random.default_rng(0).integers(250, 255, (100, 200, 3), dtype=np.uint8))
+    kinds = [encoded(picture, kind) for picture in (white, spot, faint) for kind in ("PNG", "JPEG")]
+    hashes = [picture_signature(data)[0] for data in kinds]
+    assert [picture_signature(data)[0] for data in kinds] == hashes
+    apart = [(one ^ other).bit_count() for at, one in enumerate(hashes) for other in hashes[:at]]
+    assert min(apart) > MAX_IMAGE_BITS
+
+
+def test_words_are_the_same_in_any_case_punctuation_spacing_and_compatibility_form() -> None:
+    plain = word_hashes("what is the naïve fish of 10 km")
+    assert np.array_equal(word_hashes("  What is -- the “NAI\u0308VE”\n\uff46\uff49\uff53\uff48 (of 10 km)?!"), plain)
+    assert len(np.unique(plain)) == 8
+    assert len(word_hashes("猫は snow_ball を見る")) == 2 + 2 + 3
+    assert len(word_hashes("?! …")) == 0
+
+
+def test_ngrams_are_the_same_only_for_the_same_words_in_the_same_order() -> None:
+    words = word_hashes("a b c d a b c")
+    trigrams = ngram_hashes(words, size=3)
+    assert len(trigrams) == 5
+    assert trigrams[0] == trigrams[4]
+    assert len(np.unique(np.concatenate([trigrams, ngram_hashes(words, size=2)]))) == 4 + 4
+    assert ngram_hashes(words[::-1].copy(), size=7) != ngram_hashes(words, size=7)
+    assert len(ngram_hashes(words, size=8)) == len(ngram_hashes(words[:0], size=0)) == 0
+
+
+@pytest.mark.parametrize("shared", [0, 100, 500, 900, 1000])
+def test_minhash_estimates_the_jaccard_similarity(shared: int) -> None:
+    """Each side has 1000 shingles, so J = shared / (2000 - shared); five standard deviations of 20 x 128 minima."""
+    rng = np.random.default_rng(shared)
+    agree = []
+    for _ in range(20):
+        pool = rng.integers(0, 2**64, 2000 - shared, dtype=np.uint64)
+        agree.append(minhash(pool[:1000]) == minhash(pool[-1000:]))
+    jaccard = shared / (2000 - shared)
+    deviation = (jaccard * (1 - jaccard) / (20 * MINIMA)) ** 0.5
+    assert abs(float(np.mean(agree)) - jaccard) <= 5 * deviation + 2**-16
+
+
+def test_a_long_text_has_the_minima_of_its_pieces() -> None:
+    shingles = np.random.default_rng(0).integers(0, 2**64, 5000, dtype=np.uint64)
+    shuffled = np.random.default_rng(1).permutation(np.concatenate([shingles, shingles[:100]]))
+    assert np.array_equal(minhash(shuffled), minhash(shingles))
+
+
+def test_a_signature_holds_what_the_rules_ask_for_and_nothing_else(tiny: Path) -> None:
+    picture = Image((tiny / "pairs/cat.png").read_bytes())
+    words = [f"w{number}" for number in range(20)]
+    long, short = document(picture, " ".join(words)), document(picture, " ".join(words[:12]))
+    by_image = Wanted(Clean(), near_duplicates=NearDuplicates(image_bits=4))
+    by_text = Wanted(Clean(), near_duplicates=NearDuplicates(text_similarity=0.8))
+    made = signature(long, by_image, number=7, file=3)
+    assert (made.record, made.file, len(made.hashes), made.minima, made.ngrams) == (7, 3, 1, None, ())
+    made = signature(long, by_text, number=0, file=0)
+    assert (made.hashes, made.ngrams, len(made.minima or b"")) == ((), (), 2 * MINIMA)
+    assert signature(short, by_text, number=0, file=0).minima is None  # a caption recurs under other pictures
+    assert signature(document(" ".join(words[:2])), by_text, number=0, file=0).minima
+    evaluation = Wanted(Clean(), contamination=GATE)
+    assert len(signature(long, evaluation, number=0, file=0).ngrams) == 8
+    assert signature(short, evaluation, number=0, file=0).ngrams == ()  # known by its picture alone
+    assert len(signature(document("short text"), evaluation, number=0, file=0).ngrams) == 1
+    known = np.sort(ngram_hashes(word_hashes(" ".join(words[:14])), size=13))
+    training = Wanted(Clean(), contamination=GATE, known_ngrams=known)
+    assert sorted(signature(long, training, number=0, file=0).ngrams) == known.tolist()
+
+
+def test_a_record_that_another_rule_drops_is_ranked_and_otherwise_not_there() -> None:
+    rules = Clean.model_validate({"min_words": 2, "top_share": {"columns": ["clip"], "share": 0.5}})
+    few = Record("d", "x", (Turn("document", ("word",)),), category="", licence="", provenance="", scores={"clip": 0.5})
+    wanted = Wanted(rules, NearDuplicates(text_similarity=0.8), GATE)
+    made = signature(few, wanted, number=0, file=0)
+    assert (made.rank, made.is_clean, made.minima, made.ngrams) == (0.5, False, None, ())
+    damaged = signature(document(Image(b"no picture"), "two words"), Wanted(Clean(), None, GATE), number=0, file=0)
+    assert not damaged.is_clean

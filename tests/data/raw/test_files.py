@@ -1,0 +1,225 @@
+import hashlib
+import multiprocessing
+import os
+import time
+from itertools import pairwise
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vila_ops.config.sources import JsonLines
+from vila_ops.data import sources
+from vila_ops.data.raw.files import RawFile, Scan, Span, Thinned, paths, scan_files
+
+HOUR_NS = 3600 * 10**9
+EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+"""sha256 of nothing, and of "abc" (FIPS 180-2, appendix B.1)."""
+ABD = hashlib.sha256(b"abd").hexdigest()
+
+
+class Lines:
+    """Scans files as one record a line, and notes which it looked at."""
+
+    def __init__(self, cache: Path, *, beside: tuple[Path, ...] = ()) -> None:
+        self.cache = cache
+        self.beside = tuple(str(path) for path in beside)
+        self.looked_at: list[str] = []
+
+    def files(self, root: Path, *, kind: str = "lines") -> list[RawFile]:
+        return scan_files(paths(root, (".txt", ".csv")), kind, self._scan, cache=self.cache)
+
+    def _scan(self, path: Path) -> Scan:
+        self.looked_at.append(path.name)
+        count = len(path.read_bytes().splitlines())
+        return Scan(count=count, images=2 * count, marks=(0,), beside=self.beside)
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> Lines:
+    return Lines(tmp_path / "cache")
+
+
+def write(path: Path, content: bytes, *, age_ns: int = HOUR_NS) -> Path:
+    """A file that was written so long ago."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    changed = time.time_ns() - age_ns
+    os.utime(path, ns=(changed, changed))
+    return path
+
+
+def test_a_file_is_told_with_its_digest_and_what_its_scan_found(raw: Path, lines: Lines):
+    write(raw / "a.txt", b"abc")
+    write(raw / "b.txt", b"")
+    assert lines.files(raw) == [
+        RawFile(name="a.txt", path=str(raw / "a.txt"), digest=ABC, count=1, images=2, marks=(0,)),
+        RawFile(name="b.txt", path=str(raw / "b.txt"), digest=EMPTY, count=0, images=0, marks=(0,)),
+    ]
+
+
+def test_files_come_in_the_order_of_their_names_whatever_the_order_on_the_disk(raw: Path):
+    for name in ("b/2.txt", "b.txt", "a/z.TXT", "10.txt", "9.txt", "b/10.csv"):
+        write(raw / name, b"")
+    assert [name for name, _ in paths(raw, (".txt", ".csv"))] == [
+        "10.txt", "9.txt", "a/z.TXT", "b.txt", "b/10.csv", "b/2.txt",
+    ]  # fmt: skip
+
+
+def test_hidden_and_half_files_and_other_formats_are_left_out(raw: Path):
+    for name in ("a.txt", ".hidden.txt", ".git/b.txt", "sub/.c/d.txt", "e.txt.part", "f.txt.crdownload", "g.json"):
+        write(raw / name, b"")
+    (raw / "folder.txt").mkdir()
+    assert paths(raw, (".txt",)) == [("a.txt", raw / "a.txt")]
+
+
+def test_a_file_may_be_named_itself(raw: Path):
+    assert paths(write(raw / "one.data", b""), (".txt",)) == [("one.data", raw / "one.data")]
+
+
+def test_what_is_not_there_is_an_error_that_says_where_it_was_looked_for(raw: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(raw)
+    with pytest.raises(ValueError, match=f"no such file or folder: gone .looked for in {raw}"):
+        paths(Path("gone"), (".txt",))
+    write(raw / "a.json", b"")
+    with pytest.raises(ValueError, match=r"has no file that ends in \.txt or \.csv"):
+        paths(raw, (".txt", ".csv"))
+
+
+def test_a_file_is_scanned_again_only_when_its_content_changes(raw: Path, lines: Lines):
+    path = write(raw / "a.txt", b"1\n2\n")
+    before = lines.files(raw)
+    os.utime(path)
+    assert lines.files(raw) == before
+    assert lines.looked_at == ["a.txt"]
+    write(path, b"1\n\n\n", age_ns=HOUR_NS // 2)
+    (after,) = lines.files(raw)
+    assert (after.count, before[0].count) == (3, 2)
+    assert after.digest != before[0].digest
+    assert lines.looked_at == ["a.txt", "a.txt"]
+
+
+def test_a_young_file_that_changes_under_its_size_and_time_is_seen(raw: Path, lines: Lines):
+    path = write(raw / "a.txt", b"abc", age_ns=-HOUR_NS)
+    stamp = path.stat()
+    (before,) = lines.files(raw)
+    path.write_bytes(b"abd")
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert path.stat().st_ino == stamp.st_ino
+    (after,) = lines.files(raw)
+    assert before.digest == ABC
+    assert after.digest == ABD
+
+
+def test_an_old_file_is_not_read_again(raw: Path, lines: Lines):
+    path = write(raw / "a.txt", b"abc")
+    stamp = path.stat()
+    (before,) = lines.files(raw)
+    path.write_bytes(b"abd")
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert lines.files(raw) == [before], "its size, time and inode are as they were: only reading it tells"
+
+
+def test_the_same_bytes_are_scanned_once_for_each_format_settings_and_place(raw: Path, lines: Lines):
+    write(raw / "a.txt", b"1\n2\n")
+    write(raw / "c.csv", b"1\n2\n")
+    first, second = lines.files(raw)
+    assert first.digest == second.digest
+    assert lines.looked_at == ["a.txt", "c.csv"]
+    lines.files(raw, kind="lines:other-settings")
+    assert lines.looked_at == ["a.txt", "c.csv"] * 2
+    lines.files(raw)
+    assert lines.looked_at == ["a.txt", "c.csv"] * 2
+
+
+def test_a_file_beside_changes_the_digest_when_it_comes_changes_or_goes(tmp_path: Path, raw: Path):
+    picture = tmp_path / "pictures/dog.png"
+    write(raw / "a.txt", b"abc")
+    lines = Lines(tmp_path / "cache", beside=(picture,))
+
+    def digest() -> str:
+        (file,) = lines.files(raw)
+        return file.digest
+
+    missing = digest()
+    write(picture, b"dog")
+    there = digest()
+    write(picture, b"cat", age_ns=HOUR_NS // 2)
+    changed = digest()
+    assert len({ABC, missing, there, changed}) == 4
+    write(picture, b"dog", age_ns=HOUR_NS // 4)
+    assert digest() == there
+    picture.unlink()
+    assert digest() == missing
+    assert lines.looked_at == ["a.txt"]
+
+
+def test_the_digest_does_not_depend_on_where_the_files_lie(tmp_path: Path, raw: Path):
+    found = []
+    for place in ("here", "there"):
+        write(tmp_path / place / "a.txt", b"abc")
+        beside = write(tmp_path / place / "pictures/dog.png", b"dog")
+        found.append(Lines(tmp_path / f"cache-{place}", beside=(beside,)).files(tmp_path / place)[0].digest)
+    assert found[0] == found[1]
+
+
+def test_two_folders_with_the_same_records_have_their_own_pictures(tmp_path: Path):
+    digests = []
+    line = (
+        b'{"id": "1", "object": "dog", "category": "", "licence": "CC0-1.0", "provenance": "", '
+        b'"turns": [{"role": "document", "parts": [{"image": "dog.png"}]}]}\n'
+    )
+    for place, picture in [("a", b"dog"), ("b", b"another dog"), ("c", b"dog")]:
+        write(tmp_path / place / "records.jsonl", line)
+        write(tmp_path / place / "dog.png", picture)
+        source = JsonLines(render="document", path=str(tmp_path / place))
+        digests.append(sources.digest(source, cache=tmp_path / "cache"))
+    assert digests[0] == digests[2] != digests[1]
+
+
+def _scan_at_once(barrier: Barrier, root: Path, caches: list[Path]) -> None:
+    for cache in caches:
+        barrier.wait(30)
+        files = Lines(cache).files(root)
+        assert [(file.name, file.count) for file in files] == [(f"{number:02d}.txt", number) for number in range(20)]
+
+
+def test_processes_may_scan_with_one_cache_at_once(tmp_path: Path, raw: Path):
+    for number in range(20):
+        write(raw / f"{number:02d}.txt", b"line\n" * number)
+    caches = [tmp_path / f"cache-{number}" for number in range(10)]
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(4)
+    processes = [context.Process(target=_scan_at_once, args=(barrier, raw, caches)) for _ in range(barrier.parties)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * barrier.parties
+
+
+@given(st.integers(1, 300), st.integers(1, 400), st.lists(st.integers(0, 300), max_size=4))
+def test_a_limit_takes_evenly_spaced_places_over_all_files(total: int, limit: int, cuts: list[int]):
+    expected = {place * total // limit for place in range(limit)}
+    borders = sorted({0, total, *(cut for cut in cuts if cut < total)})
+    taken = set()
+    for first, end in pairwise(borders):
+        thinned = Thinned(first=first, total=total, limit=limit)
+        taken |= {first + number for number in range(end - first) if thinned.takes(number)}
+    assert taken == expected
+    assert len(taken) == min(limit, total)
+
+
+def test_a_span_takes_every_record_where_its_source_is_not_limited():
+    span = Span(name="a.txt", path="a.txt", digest=ABC, start=0, stop=3, mark=0)
+    assert [number for number in range(3) if span.takes(number)] == [0, 1, 2]

@@ -1,0 +1,49 @@
+import json
+
+import pytest
+
+from vila_ops.data.raw.text import fault, json_object
+from vila_ops.data.records import Dropped
+
+
+@pytest.mark.parametrize("text", ["", "a", "ä 犬 🐕", "\ud7ff\ue000", "\u202eright to left", "x" * 10_000_000])
+def test_text_that_utf8_can_hold_is_no_fault(text: str) -> None:
+    assert fault(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("a\0b", "nul_in_text"), ("\0", "nul_in_text"), ("\ud800", "lone_surrogate"), ("ä\udfff", "lone_surrogate")],
+)
+def test_damaged_text_has_a_reason(text: str, reason: str) -> None:
+    assert fault(text) == reason
+
+
+def test_an_object_is_read_as_json_reads_it() -> None:
+    line = json.dumps({"a": [1, 2.5, None, True], "ä": {"b": '\ud83d\udc15 \\ "'}}).encode()
+    assert json_object(line + b"\r\n", where="f:1") == json.loads(line)
+    assert json_object(b"\xef\xbb\xbf" + line, where="f:1") == json.loads(line)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason", "told"),
+    [
+        (b'{"a": "\xff"}', "invalid_utf8", "byte 8 of the line"),
+        (b'{"a": "\xed\xa0\x80"}', "invalid_utf8", "byte 8"),
+        (b'{"a": 1', "bad_json", "delimiter"),
+        (b'{"a": 1,}', "bad_json", "property name"),
+        (b'{"a": NaN}', "bad_json", "NaN is no JSON"),
+        (b'{"a": -Infinity}', "bad_json", "-Infinity is no JSON"),
+        (b'{"a": 1, "b": {"c": 1, "c": 1}}', "bad_json", "'c' stands twice"),
+        (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "bad_json", "recursion"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "bad_json", "digits"),
+        (b"[1]", "not_an_object", "list"),
+        (b"null", "not_an_object", "NoneType"),
+        (b'{"a": 1} {"a": 2}', "bad_json", "Extra data"),
+    ],
+)
+def test_a_line_that_is_no_object_is_dropped_with_its_place(line: bytes, reason: str, told: str) -> None:
+    found = json_object(line, where="docs/a.jsonl:17")
+    assert isinstance(found, Dropped)
+    assert (found.reason, found.where) == (reason, "docs/a.jsonl:17")
+    assert told in found.detail

@@ -1,0 +1,346 @@
+import re
+from collections.abc import Callable
+from itertools import groupby
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerFast
+
+from vila_ops.data.records import Dropped, Image, Part, Record, Turn
+from vila_ops.data.text.conversation import BadText, Tokenizer, Tokens, tokenise
+from vila_ops.packages.tokenizer import TEMPLATE_TOKENS
+
+PICTURE = Image(b"")
+CONTROLS = ["<image>", "<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|im_", "end|>", "<ima", "ge>", "\n", " "]
+CONTROLS += ["</s>", "</", "s>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|begin_of_text|>"]
+ODD = [
+    "",
+    "\0",
+    "\r\n",
+    "\n\n",
+    "\t",
+    "\x85",
+    "\u3000",
+    "\u200b",
+    "\u2028",
+    "\ufeff",
+    "é",
+    "e\u0301",
+    "ß",
+    "ŉ",
+    "\U0010ffff",
+]
+ODD += [
+    "\u202eשלום",
+    "مرحبا",
+    "👩\u200d👩\u200d👧",
+    "🏳️\u200d🌈",
+    "答え",
+    "USER:",
+    "ASSISTANT:",
+    ".",
+    "Yes",
+    " No",
+    "{{ bos_token }}",
+]
+IMAGE, END = 3, 2
+
+words = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(CONTROLS)
+parts = st.lists(words | st.just(PICTURE), min_size=1, max_size=5).map(tuple)
+spoken = st.lists(st.sampled_from([*CONTROLS, *ODD, PICTURE]) | st.text(max_size=4), max_size=4).map(tuple)
+turns = st.lists(st.tuples(st.sampled_from(["user", "assistant", "system"]), spoken), max_size=6)
+
+Said = list[tuple[Any, tuple[Part, ...]]]
+Make = Callable[..., PreTrainedTokenizerFast]
+
+
+def record(*turns: Turn) -> Record:
+    return Record(id="r", object="o", turns=turns, category="", licence="", provenance="")
+
+
+def document(*given: Part) -> Record:
+    return record(Turn("document", given))
+
+
+def body(tokenizer: Tokenizer, parts: tuple[Part, ...]) -> str:
+    """What is said, a picture as its placeholder."""
+    text = ""
+    for is_text, group in groupby(parts, key=lambda part: isinstance(part, str)):
+        run = list(group)
+        text += tokenizer.neutral("".join(map(str, run))) if is_text else "<image>" * len(run)
+    return text
+
+
+SENTENCE = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
+
+
+def by_hand(template: str, said: list[tuple[str, str]], bos: str) -> list[tuple[str, bool]]:
+    """The four templates written by hand: pieces of text, and whether they are the assistant's."""
+    if template == "chatml":
+        return [
+            piece
+            for role, text in said
+            for piece in ((f"<|im_start|>{role}\n", False), (f"{text}<|im_end|>", role == "assistant"), ("\n", False))
+        ]
+    if template == "llama_3":
+        opened = [(f"<|start_header_id|>{role}<|end_header_id|>\n\n", False) for role, _ in said]
+        closed = [(f"{text.strip()}<|eot_id|>", role == "assistant") for role, text in said]
+        return [(bos, False), *[piece for pair in zip(opened, closed, strict=True) for piece in pair]]
+    if template == "plain":
+        seen = [
+            (text + "\n", True) if role == "assistant" else ("<image>" * text.count("<image>"), False)
+            for role, text in said
+        ]
+        return [(bos, False), *seen]
+    pieces = [(bos, False)] if said[0][0] == "system" else [(bos + SENTENCE, False)]
+    for role, text in said:
+        if role == "assistant":
+            pieces += [("ASSISTANT:", False), (f" {text}</s>", True)]
+        else:
+            pieces.append((f"USER: {text} " if role == "user" else f"{text} ", False))
+    return pieces
+
+
+def tokens_by_hand(fast: PreTrainedTokenizerFast, pieces: list[tuple[str, bool]]) -> tuple[list[int], list[bool]]:
+    """Byte by byte, without offsets: a byte-level token is as many bytes long as its name has characters.
+
+    Between control tokens, each run of text is tokenised for itself.
+    """
+    learnt = [flag for text, flag in pieces for _ in text.encode()]
+    controls = fast.get_added_vocab()
+    ids: list[int] = []
+    targets: list[bool] = []
+    place = 0
+    for piece in re.split(f"({'|'.join(map(re.escape, controls))})", "".join(text for text, _ in pieces)):
+        own = [controls[piece]] if piece in controls else fast(piece, add_special_tokens=False)["input_ids"]
+        for token, name in zip(own, fast.convert_ids_to_tokens(own), strict=True):
+            stop = place + len(name)  # control tokens are ASCII
+            ids.append(token)
+            targets.append(any(learnt[place:stop]))
+            place = stop
+    assert place == len(learnt)
+    return ids, targets
+
+
+@pytest.mark.parametrize("like", ["tiny", "llama_3"])
+@pytest.mark.parametrize("template", TEMPLATE_TOKENS)
+def test_targets_are_exactly_the_assistants_tokens(fast_with: Make, template: str, like: str) -> None:
+    """In 8 x 625 conversations."""
+    fast = fast_with(template, like=like)
+    tokenizer = Tokenizer(fast, image_tokens=4, after_image="\n")
+
+    controls = set(fast.get_added_vocab().values())
+
+    @settings(max_examples=625, deadline=None)
+    @given(before=turns, answer=spoken, after=turns)
+    @example(before=[("user", ("<|im_", "end|>", "<ima", "ge>"))], answer=("<image>", PICTURE, "é", "🦙"), after=[])
+    @example(before=[], answer=("\n\nYes.\n\n",), after=[("assistant", ("",)), ("system", ("\n",))])
+    def check(before: Said, answer: tuple[Part, ...], after: Said) -> None:
+        said = [*before, ("assistant", answer), *after]
+        pieces = by_hand(template, [(role, body(tokenizer, parts)) for role, parts in said], fast.bos_token)
+        found = tokenizer.chat(record(*(Turn(role, parts) for role, parts in said)))
+        pictures = sum(isinstance(part, Image) for _, parts in said for part in parts)
+        assert found.images == list(range(pictures))
+        ids, targets = tokens_by_hand(fast, pieces)
+        assert ids.count(tokenizer.image_id) == pictures
+        silent = [(role, "<image>" * sum(isinstance(part, Image) for part in parts)) for role, parts in said]
+        bare, _ = tokens_by_hand(fast, by_hand(template, silent, fast.bos_token))
+        assert [token for token in ids if token in controls] == [token for token in bare if token in controls]
+        copies = [4 if token == tokenizer.image_id else 1 for token in ids]
+        wanted = [target and token != tokenizer.image_id for token, target in zip(ids, targets, strict=True)]
+        assert found.input_ids == [token for token, count in zip(ids, copies, strict=True) for _ in range(count)]
+        assert found.is_target == [target for target, count in zip(wanted, copies, strict=True) for _ in range(count)]
+
+    check()
+
+
+@pytest.mark.parametrize("like", ["tiny", "llama_3"])
+@pytest.mark.parametrize("template", TEMPLATE_TOKENS)
+def test_a_prompt_and_the_learnt_answer_are_what_is_trained(fast_with: Make, template: str, like: str) -> None:
+    """Generation sees the tokens that training saw, up to the answer, and stops where the answer's turn ends."""
+    tokenizer = Tokenizer(fast_with(template, like=like), image_tokens=4, after_image="")
+    said: Said = [
+        ("system", ("Be brief.",)),
+        ("user", (PICTURE, "What is it?")),
+        ("assistant", ("A dog 🦙.",)),
+        ("user", ("And ", PICTURE, "?\n")),
+        ("assistant", ("A cat.",)),
+    ]
+    for stop in (3, 5):
+        trained = tokenizer.chat(record(*(Turn(role, parts) for role, parts in said[:stop])))
+        prompt = tokenizer.prompt(said[: stop - 1])
+        assert trained.input_ids[: len(prompt)] == prompt
+        end = len(trained.is_target) - trained.is_target[::-1].index(True)
+        assert all(trained.is_target[len(prompt) : end])
+        answer = trained.input_ids[len(prompt) : end]
+        if template != "plain":
+            assert answer.pop() in tokenizer.stop_ids
+        assert not set(answer) & tokenizer.stop_ids
+        assert tokenizer.decode(answer).strip() == said[stop - 1][1][0]
+        assert tokenizer.answer_ids(str(said[stop - 1][1][0])) == answer
+
+
+def test_an_answer_ends_at_eos_and_at_the_end_of_a_turn(fast_with: Make) -> None:
+    stops = {}
+    for template in TEMPLATE_TOKENS:
+        tokenizer = Tokenizer(fast_with(template), image_tokens=4, after_image="")
+        stops[template] = tokenizer.fast.convert_ids_to_tokens(sorted(tokenizer.stop_ids))
+    eos = ["<|im_end|>"]
+    assert stops == {"chatml": eos, "llama_3": [*eos, "<|eot_id|>"], "plain": eos, "vicuna_v1": [*eos, "</s>"]}
+
+
+def test_a_control_token_that_swallows_blanks_is_not_the_assistants(fast_with: Make) -> None:
+    """Phi-3's `<|assistant|>` strips the blanks behind it, into the answer."""
+    template = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
+    fast = fast_with(template)
+    fast.add_tokens([AddedToken(f"<|{name}|>", rstrip=True, special=True) for name in ("user", "assistant", "end")])
+    tokenizer = Tokenizer(fast, image_tokens=4, after_image="")
+    found = tokenizer.chat(record(Turn("user", ("Dog?",)), Turn("assistant", ("  Yes.",))))
+    learnt = [token for token, target in zip(found.input_ids, found.is_target, strict=True) if target]
+    assert fast.decode(learnt) == "Yes.<|end|>"
+
+
+def test_blanks_at_the_end_of_an_answer_are_learnt(fast_with: Make) -> None:
+    """A post-processor like Llama 3's trims them off the offsets, and this template marks nothing behind them."""
+    marked = "{% generation %}{{ m.content }}{% endgeneration %}"
+    fast = fast_with(f"{{% for m in messages %}}{marked}{{{{ '</s>' }}}}{{% endfor %}}", like="llama_3")
+    found = Tokenizer(fast, image_tokens=4, after_image="").chat(record(Turn("assistant", ("Yes. ",))))
+    learnt = [token for token, target in zip(found.input_ids, found.is_target, strict=True) if target]
+    assert fast.decode(learnt) == "Yes. "
+
+
+def test_a_mask_that_cannot_be_built_names_the_record(fast_with: Make) -> None:
+    tokenizer = Tokenizer(
+        fast_with("{% for m in messages %}{{ m.content }}{% endfor %}"), image_tokens=4, after_image=""
+    )
+    with pytest.raises(ValueError, match=r"record 'r': the chat template writes '' after an answer and no end-of-turn"):
+        tokenizer.chat(record(Turn("user", ("Dog?",)), Turn("assistant", ("Yes.",))))
+
+
+def test_a_template_that_loses_a_picture_is_refused(fast_with: Make) -> None:
+    template = "{% for m in messages %}{{ (m.content if m.role == 'assistant' else '') + '</s>' }}{% endfor %}"
+    tokenizer = Tokenizer(fast_with(template), image_tokens=4, after_image="")
+    with pytest.raises(ValueError, match="record 'r': 1 images but 0 placeholders"):
+        tokenizer.chat(record(Turn("user", (PICTURE,)), Turn("assistant", ("Yes.",))))
+
+
+@pytest.mark.parametrize("role", ["document", "assistant", "user"])
+def test_half_a_surrogate_pair_is_dropped_with_its_place(tokenizer: Tokenizer, role: Any) -> None:
+    broken = record(Turn(role, ("A \ud83d dog",)), Turn("assistant", ("Yes.",)))
+    found = tokenise(broken, tokenizer, max_tokens=99, split=True)
+    assert isinstance(found, Dropped)
+    assert (found.reason, found.id) == ("bad_text", "r")
+    assert "'\\ud83d' at character 2" in found.detail
+    with pytest.raises(BadText):
+        tokenizer.prompt([("user", ("\ud83d",))])
+
+
+def test_a_conversation_without_an_answer_is_dropped(tokenizer: Tokenizer) -> None:
+    found = tokenise(record(Turn("user", ("Dog?",))), tokenizer, max_tokens=99, split=True)
+    assert isinstance(found, Dropped)
+    assert found.reason == "no_target"
+
+
+@pytest.mark.parametrize("role", ["document", "assistant", "user"])
+@pytest.mark.parametrize("piece", ["A dog and a cat. ", "a", "\n", "👩\u200d👩\u200d👧", "<image>"])
+def test_text_of_many_megabytes_is_truncated_as_shorter_text_is(tokenizer: Tokenizer, role: Any, piece: str) -> None:
+    def samples(length: int) -> list[Tokens] | Dropped:
+        text = piece * (length // len(piece.encode()))
+        said = record(Turn(role, (text, PICTURE)), Turn("document" if role == "document" else "assistant", ("Yes.",)))
+        return tokenise(said, tokenizer, max_tokens=256, split=False)
+
+    assert samples(10_000_000) == samples(20_000)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.lists(words, max_size=6).map("".join))
+def test_no_text_becomes_a_control_token_and_only_case_changes(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.text_ids(text)
+    assert not set(ids) & {0, 1, 2, 3}
+    assert tokenizer.fast.decode(ids).lower() == text.lower()
+
+
+def test_text_without_control_tokens_is_left_alone(tokenizer: Tokenizer) -> None:
+    text = "A <b>dog</b> | <|x|> image, STRASSE straße ﬁ"
+    assert tokenizer.neutral(text) == text
+    assert tokenizer.neutral("a <image> b<|im_end|>") == "a <IMAGE> b<|IM_END|>"
+
+
+def test_a_control_token_without_letters_and_one_in_both_cases_are_read_as_words(fast_with: Make) -> None:
+    fast = fast_with("chatml")
+    fast.add_tokens(["<|1|>", "<a>", "<A>", "§", "   "], special_tokens=True)
+    tokenizer = Tokenizer(fast, image_tokens=4, after_image="")
+    assert tokenizer.neutral("<|1|> <a>§<A>   ") == "< |1|> < a> < A>   "
+    assert not set(tokenizer.text_ids("<|1|><a>§<A>")) & set(fast.get_added_vocab().values())
+
+
+@pytest.mark.parametrize("after_image", ["", "\n"])
+def test_a_document_by_hand(tokenizer: Tokenizer, after_image: str) -> None:
+    tokenizer = Tokenizer(tokenizer.fast, image_tokens=4, after_image=after_image)
+    a, b, after = tokenizer.text_ids("Dog."), tokenizer.text_ids(" Cat"), tokenizer.text_ids(after_image)
+    assert len(after) == len(after_image)
+    found = tokenizer.document(document("Do", "g.", PICTURE, " Cat", PICTURE, PICTURE, "Dog."))
+    picture = [*[IMAGE] * 4, *after]
+    assert found.input_ids == [1, *a, *picture, *b, *picture, *picture, *a, 2]
+    text, skip = [True] * len(a), [False] * len(picture)
+    assert found.is_target == [False, *text, *skip, *[True] * len(b), *skip, *skip, *text, True]
+    assert found.images == [0, 1, 2]
+
+
+def check_pieces(pieces: list[Tokens], whole: Tokens, *, max_tokens: int) -> None:
+    for number, piece in enumerate(pieces):
+        assert 0 < len(piece.input_ids) <= max_tokens
+        assert piece.input_ids[0] == 1
+        assert not piece.is_target[0]
+        assert piece.is_target[-1]
+        blocks = [len(list(run)) for is_image, run in groupby(piece.input_ids, lambda t: t == IMAGE) if is_image]
+        assert all(length % 4 == 0 for length in blocks)
+        assert sum(blocks) == 4 * len(piece.images)
+        if number == 0:
+            assert piece.input_ids == whole.input_ids[: len(piece.input_ids)]
+
+
+@settings(max_examples=300, deadline=None)
+@given(given=st.lists(words | st.just(PICTURE), min_size=1, max_size=25).map(tuple), max_tokens=st.integers(12, 60))
+def test_long_documents_are_cut_between_pictures_and_nothing_learnt_is_lost(
+    tokenizer: Tokenizer, given: tuple[Part, ...], max_tokens: int
+) -> None:
+    made = document(*given)
+    whole = tokenizer.document(made)
+    cut = tokenise(made, tokenizer, max_tokens=max_tokens, split=False)
+    if isinstance(cut, Dropped):
+        assert not any(whole.is_target[:max_tokens])
+    else:
+        (piece,) = cut
+        check_pieces([piece], whole, max_tokens=max_tokens)
+        assert sum(piece.is_target) == sum(whole.is_target[:max_tokens])
+    pieces = tokenise(made, tokenizer, max_tokens=max_tokens, split=True)
+    assert not isinstance(pieces, Dropped)
+    check_pieces(pieces, whole, max_tokens=max_tokens) if not isinstance(cut, Dropped) else None
+    learnt = [t for p in pieces for t, is_target in zip(p.input_ids, p.is_target, strict=True) if is_target]
+    assert learnt == [t for t, is_target in zip(whole.input_ids, whole.is_target, strict=True) if is_target]
+    images = [image for piece in pieces for image in piece.images]
+    assert images == sorted(set(images))
+
+
+def test_pictures_stay_with_their_places_when_some_are_passed_over(tokenizer: Tokenizer) -> None:
+    """Three pictures in a row do not fit into 12 tokens: they are passed over, and the fourth is still the fourth."""
+    made = document("Dog.", *[PICTURE] * 3, "Cat.", PICTURE, "Dog.")
+    pieces = tokenise(made, tokenizer, max_tokens=12, split=True)
+    assert isinstance(pieces, list)
+    assert [piece.images for piece in pieces if piece.images] == [[3]]
+
+
+def test_a_long_conversation_is_truncated_and_without_an_answer_left_it_is_dropped(tokenizer: Tokenizer) -> None:
+    said = record(Turn("user", ("Dog?",)), Turn("assistant", ("Yes. " * 30,)), Turn("user", ("Cat?",)))
+    (piece,) = tokenise(said, tokenizer, max_tokens=40, split=True)
+    assert len(piece.input_ids) == 40
+    assert piece.is_target[-1]
+    question = record(Turn("user", ("Dog? " * 30,)), Turn("assistant", ("Yes.",)))
+    assert tokenise(question, tokenizer, max_tokens=40, split=True) == Dropped("r", "no_target")

@@ -1,0 +1,1 @@
+"""What is taken out: rules on one record, and decisions over all of them."""

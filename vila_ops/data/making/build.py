@@ -1,0 +1,94 @@
+"""The work of `prepare`: units of raw records become sealed shards, in a loop or as Ray Data tasks, then a dataset."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from vila_ops.artifacts import store
+from vila_ops.artifacts.kinds import Shard
+from vila_ops.config import Mixture, Resources, TextFormat
+from vila_ops.data import sources
+from vila_ops.data.making.card import CARD, card
+from vila_ops.data.making.parallel import each
+from vila_ops.data.making.summary import SUMMARY, summarise
+from vila_ops.data.making.survey import survey
+from vila_ops.data.making.units import Unit, picture_bytes, plan_units
+from vila_ops.data.making.work import COUNTS, Job, Task, folders_of, shard_address, shard_name, write_shard
+from vila_ops.data.shards import DROPPED, INDEX, SHARD
+from vila_ops.packages.resolve import tokenizer_folder
+
+log = logging.getLogger(__name__)
+
+
+def build(
+    mixture: Mixture, text: TextFormat, resources: Resources, *, folder: Path
+) -> tuple[dict[str, Any], dict[str, tuple[Shard, str]], list[dict[str, Any]]]:
+    """Make every shard that is not sealed yet, and write what binds them into `folder`: index, drops, summary, card.
+
+    Returns the summary, for each shard's name in the dataset the sealed shard and its file, and what each worker said
+    of itself. Broken off anywhere, the next call goes on at the first unit that is not sealed.
+    """
+    cache = Path(resources.cache).expanduser()
+    tokenizer_folder(text.language_model, cache=cache)  # once, before the workers would race for it
+    job = Job(mixture=mixture, text=text, cache=str(cache), store=resources.store)
+    units = [unit for name in sorted(mixture.sources) for unit in _units(name, mixture, text, cache=cache)]
+    drops = survey(job, units, resources)
+    tasks = [Task(job=job, unit=unit, drops=drops.get(number, ())) for number, unit in enumerate(units)]
+    shards = _write(tasks, resources)
+    named = {
+        shard_name(task.unit.source, shard_address(task).key): (shard, SHARD)
+        for task, shard in zip(tasks, shards, strict=True)
+        if shard.num_samples
+    }
+    for file in (INDEX, DROPPED):
+        _concatenate([store.file(shard, file) for shard in shards], folder / file)
+    counted = [
+        (task.unit.source, json.loads(store.file(shard, COUNTS).read_text()))
+        for task, shard in zip(tasks, shards, strict=True)
+    ]
+    summary = summarise(mixture, counted)
+    (folder / SUMMARY).write_text(json.dumps(summary, indent=1, sort_keys=True))
+    if not summary["num_samples"]:
+        raise ValueError(f"mixture {mixture.name!r} has no samples at all: {summary['sources']}")
+    (folder / CARD).write_text(card(mixture, summary, folder), encoding="utf-8")
+    ran = {json.dumps(one): one for shard in shards for one in store.read_manifest(shard.uri)["execution"]["workers"]}
+    return summary, named, list(ran.values())
+
+
+def _units(name: str, mixture: Mixture, text: TextFormat, *, cache: Path) -> Iterator[Unit]:
+    source = mixture.sources[name]
+    files = sources.raw_files(source, folders_of(source, cache=cache), cache=cache)
+    if not sum(file.count for file in files):
+        raise ValueError(f"mixture {mixture.name!r}: source {name!r} has no records")
+    yield from plan_units(
+        name,
+        files,
+        shard_bytes=mixture.shard_bytes,
+        image_bytes=picture_bytes(text.image_size, mixture.pictures.encoding),
+        limit=source.limit,
+    )
+
+
+def _write(tasks: list[Task], resources: Resources) -> list[Shard]:
+    """The sealed shards, in order; only those are made that are not there."""
+    found = [store.find(Shard, shard_address(task), store=task.job.store) for task in tasks]
+    missing = [number for number, shard in enumerate(found) if shard is None]
+    if missing:
+        log.info("%s: %d of %d shards to make", tasks[0].job.mixture.name, len(missing), len(tasks))
+    made = each(write_shard, [tasks[number] for number in missing], makes=Shard, resources=resources)
+    fresh = dict(zip(missing, made, strict=True))
+    return [shard or fresh[number] for number, shard in enumerate(found)]
+
+
+def _concatenate(files: list[Path], target: Path) -> None:
+    """One Parquet file of many of the same columns, a row group each: never all of them in memory."""
+    schema = pq.read_schema(files[0])
+    with pq.ParquetWriter(target, schema, compression="zstd") as writer:
+        for file in files:
+            table = pq.read_table(file, schema=schema)
+            if table.num_rows:
+                writer.write_table(table)

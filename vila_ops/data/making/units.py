@@ -1,0 +1,79 @@
+"""Raw files to units: what becomes one shard. Pure.
+
+Where a unit begins depends on the files near it alone, so that a file that is dropped in changes no unit but its
+neighbours, and every other shard is found again.
+"""
+
+from collections.abc import Iterator
+from typing import assert_never
+
+from vila_ops.config import Config
+from vila_ops.config.images import ImageEncoding, Jpeg, Webp
+from vila_ops.data.raw.files import STRIDE, RawFile, Span, Thinned
+
+RECORD_BYTES = 1500
+"""Of a record in a shard, without its pictures: tokens, text and tar headers (measured on captions and documents)."""
+
+
+def picture_bytes(side: int, encoding: ImageEncoding) -> float:
+    """About what a square of `side` pixels takes in a shard (measured on photos; drawings take less)."""
+    match encoding:
+        case Jpeg(quality=quality):
+            per_pixel = 0.5 * 2 ** ((quality - 95) / 10)
+        case Webp(quality=None):
+            per_pixel = 1.2
+        case Webp():
+            per_pixel = 0.2
+        case _:
+            assert_never(encoding)
+    return side * side * per_pixel
+
+
+class Unit(Config):
+    """One shard's worth of work: neighbouring records of one source."""
+
+    source: str
+    spans: tuple[Span, ...]
+
+
+def plan_units(
+    source: str, files: list[RawFile], *, shard_bytes: int, image_bytes: float, limit: int | None = None
+) -> list[Unit]:
+    """The units of a source in the order of its records, each of about `shard_bytes` as a shard.
+
+    image_bytes: of one encoded picture, estimated. Long files are cut; short ones are put together, and a unit ends
+    with a file whose digest says so once half of shard_bytes is reached: with 1 file in 4, or at 1.5 shard_bytes.
+    """
+    total = sum(file.count for file in files)
+    thin = 1.0 if limit is None else min(1.0, limit / max(1, total))
+    units: list[Unit] = []
+    spans: list[Span] = []
+    size = 0.0
+    first = 0
+    for file in files:
+        weight = thin * (file.images * image_bytes + file.count * RECORD_BYTES)
+        thinned = None if thin == 1.0 else Thinned(first=first, total=total, limit=limit or 0)
+        cuts = list(_cuts(file, pieces=round(weight / shard_bytes)))
+        for start, stop in cuts:
+            spans.append(_span(file, start, stop, thinned))
+            size += weight / len(cuts)
+            ends = len(cuts) > 1 or int(file.digest[:8], 16) % 4 == 0 or size >= 1.5 * shard_bytes
+            if ends and size >= shard_bytes / 2:
+                units.append(Unit(source=source, spans=tuple(spans)))
+                spans, size = [], 0.0
+        first += file.count
+    return [*units, Unit(source=source, spans=tuple(spans))] if spans else units
+
+
+def _cuts(file: RawFile, *, pieces: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) of equal pieces of a file, at multiples of STRIDE."""
+    step = -(-file.count // max(1, pieces))
+    step = -(-step // STRIDE) * STRIDE
+    for start in range(0, file.count, step):
+        yield start, min(file.count, start + step)
+
+
+def _span(file: RawFile, start: int, stop: int, thinned: Thinned | None) -> Span:
+    mark = file.marks[start // STRIDE] if file.marks else 0
+    where = {"name": file.name, "path": file.path, "digest": file.digest}
+    return Span(**where, start=start, stop=stop, mark=mark, thinned=thinned)

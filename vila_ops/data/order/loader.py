@@ -1,0 +1,117 @@
+"""The packed rows of one dataset for one stage. Resuming takes one integer, the step.
+
+Step k reads rows [k * B, (k + 1) * B) of one endless stream; `order.py` says which samples those are.
+"""
+
+import logging
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vila_ops.config import Stage
+from vila_ops.data.order.arrays import DamagedCache, discard
+from vila_ops.data.order.index import Index
+from vila_ops.data.order.mixture import Size, compose
+from vila_ops.data.order.order import Asked, Epoch, epoch_plan, random_state
+from vila_ops.data.order.packing import Row, pack
+from vila_ops.data.order.planner import plan
+from vila_ops.data.shards import read_sample
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class Rows:
+    """The packed rows of one dataset for one stage."""
+
+    def __init__(self, folder: Path, *, digest: str, stage: Stage, cache: Path) -> None:
+        """`cache` keeps the index and the plans of epochs as arrays; ranks of a machine and attempts share it.
+
+        Raises ValueError when a source has no training sample or the dataset no validation sample.
+        """
+        self.folder = folder
+        self.digest = digest
+        self.stage = stage
+        self.cache = cache
+        self._open()
+
+    def _open(self) -> None:
+        self._index = Index(self.folder, digest=self.digest, cache=self.cache)
+        train = {group.source: group for group in self._index.groups if group.split == "train"}
+        sizes = {name: Size(group.samples, group.tokens) for name, group in train.items()}
+        self.composition = compose(self.stage.mixture, sizes)
+        """What an epoch is made of."""
+        per_epoch = {name: share.samples_per_epoch for name, share in self.composition.shares.items()}
+        self._asked = Asked(self.digest, self.stage.seed, self.stage.row_tokens, per_epoch)
+        self._num_rows: list[int] = []  # of the epochs reached so far
+        self._epoch = lru_cache(maxsize=2)(self._plan)
+        if not any(group.split == "validation" for group in self._index.groups):
+            name = self.stage.mixture.name
+            raise ValueError(f"stage {self.stage.name!r}: mixture {name!r} has no validation sample")
+        self._held_out = lru_cache(maxsize=1)(self._validation_rows)
+
+    def batch(self, step: int, *, rank: int = 0, world_size: int = 1) -> tuple[list[Row], int]:
+        """This rank's rows of the global batch of a step, and the number of targets in the whole of it."""
+
+        def read() -> tuple[list[Row], int]:
+            size = self.stage.global_batch_size
+            rows = [self._row(number) for number in range(step * size, (step + 1) * size)]
+            num_targets = sum(self._index.num_targets(number) for row in rows for number in row)
+            share = size // world_size
+            return [self._pack(row) for row in rows[rank * share : (rank + 1) * share]], num_targets
+
+        return self._healed(read)
+
+    def validation(self) -> list[Row]:
+        """The rows of the validation split that every validation reads, always the same."""
+        return self._healed(lambda: [self._pack(row) for row in self._held_out()])
+
+    def _healed(self, read: Callable[[], T]) -> T:
+        """What `read` returns; a damaged cache is made anew, as nothing is in it that cannot be."""
+        try:
+            return read()
+        except DamagedCache as error:
+            log.warning("%s; it is made anew", error)
+            discard(error.folder)
+            self._open()
+            return read()
+
+    def _row(self, number: int) -> list[int]:
+        epoch = 0
+        while True:
+            if epoch == len(self._num_rows):
+                self._num_rows.append(len(self._epoch(epoch)))
+            if number < self._num_rows[epoch]:
+                samples: list[int] = self._epoch(epoch).row(number).tolist()
+                return samples
+            number -= self._num_rows[epoch]
+            epoch += 1
+
+    def _plan(self, epoch: int) -> Epoch:
+        return epoch_plan(self._asked, epoch, index=self._index, cache=self.cache)
+
+    def _validation_rows(self) -> list[list[int]]:
+        groups = [self._index.numbers(group) for group in self._index.groups if group.split == "validation"]
+        held_out = np.concatenate(groups)
+        seed = random_state(self.digest, seed=0, number=0, name="validation")
+        np.random.default_rng(seed).shuffle(held_out)
+        capacity, wanted = self.stage.row_tokens, self.stage.validation_rows
+        lengths = self._index.num_tokens()[held_out]
+        enough = int(np.searchsorted(np.cumsum(lengths, dtype=np.int64), wanted * capacity)) + 1
+        made = plan(lengths[:enough], capacity=capacity, seed=seed)
+        return [held_out[made.row(row)].tolist() for row in range(min(len(made), wanted))]
+
+    def _pack(self, numbers: list[int]) -> Row:
+        places = [self._index.place(number) for number in numbers]
+        samples = [read_sample(self.folder, shard=at.shard, offset=at.offset, key=at.key) for at in places]
+        return pack(samples, capacity=self.stage.row_tokens)
+
+
+def stack(rows: list[Row]) -> tuple[NDArray[np.int64], ...]:
+    """(B, T) arrays of some rows: input_ids, position_ids, segment_ids, labels."""
+    fields = ("input_ids", "position_ids", "segment_ids", "labels")
+    return tuple(np.stack([getattr(row, field) for row in rows]) for field in fields)

@@ -1,0 +1,171 @@
+"""A file that is one array of JSON, element by element: however long it is, one element is in memory at a time."""
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from vila_ops.data.raw.lines import LineNumbers
+from vila_ops.data.raw.text import DECODER
+
+BLOCK = 1 << 20
+"""Bytes that are read at once."""
+MAX_ELEMENT = 1 << 26
+"""Characters of one element; what is longer has lost its end."""
+_SPACE = re.compile(r"[ \t\n\r]*")
+_STRUCTURE = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[]["{},]', re.DOTALL)
+"""Whole strings, and what opens, closes and parts values outside of them; a lone quote opens a string without end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """An element that is no JSON; those after it are."""
+
+    reason: str
+    """bad_json or invalid_utf8."""
+    detail: str
+
+
+def is_array(path: Path) -> bool:
+    """Whether a file's first character, byte order mark and white space aside, opens an array."""
+    with path.open("rb") as file:
+        return file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip(b" \t\n\r").startswith(b"[")
+
+
+def elements(path: Path, *, start: int = 0, block: int = BLOCK) -> Iterator[tuple[int, Any]]:
+    """(bytes before it, value) of each element, from the first or the one at byte `start`; Broken for a broken one.
+
+    Raises ValueError where the file is no array, where its end is missing, and where something stands after the end.
+    """
+    with path.open("rb") as file:
+        window = _Window(path, file, start=start, block=block)
+        if start == 0:
+            window.open_array()
+        if window.next_character() == "]":
+            window.move(1)
+        else:
+            while True:
+                window.next_character()
+                yield window.offset, window.take()
+                closing = window.next_character() == "]"
+                window.move(1)
+                if closing:
+                    break
+        if window.next_character():
+            raise ValueError(
+                f"{window.place()}: the array ended before it; a file holds one array, or one object a line (jsonl)"
+            )
+
+
+class _Window:
+    """Part of a file's text, and a position in it. Bytes that are not UTF-8 stand in it as lone surrogates."""
+
+    def __init__(self, path: Path, file: IO[bytes], *, start: int, block: int) -> None:
+        self._path, self._file, self._block = path, file, block
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape")
+        self._text, self._position, self._ended = "", 0, False
+        self.offset = file.seek(start)
+        """Bytes before the position."""
+
+    def open_array(self) -> None:
+        """Move behind the bracket that opens the array."""
+        if self.next_character() == "\ufeff":
+            self.move(1)
+        if (first := self.next_character()) != "[":
+            raise ValueError(f"{self._path} is no JSON array in UTF-8: it begins with {first!r}, not with '['")
+        self.move(1)
+
+    def next_character(self) -> str:
+        """What stands next behind white space; "" at the end of the file."""
+        while True:
+            space = _SPACE.match(self._text, self._position)
+            self.move((space.end() if space else self._position) - self._position)
+            if self._position < len(self._text):
+                return self._text[self._position]
+            if not self._more():
+                return ""
+
+    def take(self) -> Any:
+        """The element at the position, which moves to the comma or bracket behind it."""
+        while True:
+            value, end, problem = self._decode()
+            if end is None:
+                end, value = self._end_by_structure(), Broken("bad_json", problem)
+            if end is not None:
+                return self._checked(value, self._text[self._position : end])
+            if len(self._text) - self._position > MAX_ELEMENT or not self._more():
+                raise ValueError(
+                    f"{self.place()}: an element begins that has no end; the file was cut off there, "
+                    f"or a quote or bracket is missing: mend it, or fetch the file anew"
+                )
+
+    def move(self, characters: int) -> None:
+        """Forward by so many."""
+        passed = self._text[self._position : self._position + characters]
+        self.offset += len(passed.encode("utf-8", "surrogateescape"))
+        self._position += characters
+
+    def place(self) -> str:
+        """The position, for a person."""
+        return f"{self._path}:{LineNumbers(self._path).at(self.offset)} (byte {self.offset})"
+
+    def _decode(self) -> tuple[Any, int | None, str]:
+        """Value and end, where JSON and then a comma or bracket stand there; else what is wrong with it."""
+        try:
+            value, end = DECODER.raw_decode(self._text, self._position)
+        except RecursionError:
+            return None, None, "nested too deeply"
+        except ValueError as error:
+            return None, None, self._told(error)
+        space = _SPACE.match(self._text, end)
+        end = space.end() if space else end
+        if self._text[end : end + 1] in (",", "]"):
+            return value, end, ""
+        return None, None, f"no comma after the value that ends at {self._byte(end)}"
+
+    def _told(self, error: ValueError) -> str:
+        if isinstance(error, json.JSONDecodeError):  # whose line and column are those of the window
+            return f"{error.msg} at {self._byte(error.pos)}"
+        return str(error)
+
+    def _byte(self, place: int) -> str:
+        before = self._text[self._position : place].encode("utf-8", "surrogateescape")
+        return f"byte {self.offset + len(before)} of the file"
+
+    def _end_by_structure(self) -> int | None:
+        """Where a broken element ends: at the comma or bracket outside of all its strings, brackets and braces."""
+        depth = 0
+        for token in _STRUCTURE.finditer(self._text, self._position):
+            match token.group():
+                case "[" | "{":
+                    depth += 1
+                case "]" | "}" if depth:
+                    depth -= 1
+                case "]" | "," if not depth:
+                    return token.start()
+                case '"':
+                    return None
+        return None
+
+    def _checked(self, value: Any, raw: str) -> Any:
+        before = self.offset
+        self.move(len(raw))
+        try:
+            raw.encode("utf-8")
+        except UnicodeEncodeError as error:
+            place = before + len(raw[: error.start].encode("utf-8"))
+            return Broken("invalid_utf8", f"byte {place} of the file is not UTF-8; save the file in UTF-8")
+        return value
+
+    def _more(self) -> bool:
+        """Read as much again as there is, and forget what lies behind the position; False at the end of the file."""
+        if self._ended:
+            return False
+        rest = self._text[self._position :]
+        data = self._file.read(max(self._block, len(rest)))
+        self._ended = not data
+        self._text, self._position = rest + self._decoder.decode(data, final=self._ended), 0
+        return True

@@ -1,0 +1,1 @@
+"""Records to tokens: interleaving, chat templates, what is learnt."""

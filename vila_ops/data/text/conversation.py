@@ -1,0 +1,256 @@
+"""Records to tokens: image placeholders expanded, targets marked. Pure apart from reading the tokenizer."""
+
+# T tokens of a sample
+
+import copy
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from vila_ops.data.records import Dropped, Image, Part, Record
+from vila_ops.data.text.rendering import Message, render, render_learnt
+from vila_ops.packages.tokenizer import IMAGE_TOKEN
+
+
+class BadText(ValueError):
+    """Text that no tokenizer can read."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One tokenised sample: ids, which of them are learnt, and where its pictures stand."""
+
+    input_ids: list[int]
+    """(T,); a picture is `image_tokens` copies of the image token."""
+    is_target: list[bool]
+    """(T,): whether the loss is taken where this token is predicted."""
+    images: list[int]
+    """Which of the record's pictures the placeholders stand for, in order of appearance."""
+
+
+class Tokenizer:
+    """A fast tokenizer with a chat template, and what a picture is in tokens."""
+
+    def __init__(self, fast: PreTrainedTokenizerFast, *, image_tokens: int, after_image: str) -> None:
+        self.fast = fast
+        self.image_tokens = image_tokens
+        self.image_id: int = fast.convert_tokens_to_ids(IMAGE_TOKEN)
+        if fast.bos_token_id is None or fast.eos_token_id is None:
+            raise ValueError(
+                f"the tokenizer of {fast.name_or_path} names no bos or no eos token; set both in its folder"
+            )
+        self.bos_id: int = fast.bos_token_id
+        self.eos_id: int = fast.eos_token_id
+        self._controls: dict[str, int] = {token: id for token, id in fast.get_added_vocab().items() if token.strip()}
+        self._neutral = _neutral_forms(self._controls)
+        self.picture = [self.image_id] * image_tokens + self.text_ids(after_image)
+        """A picture in a document."""
+
+    def neutral(self, text: str) -> str:
+        """Text whose literal control tokens are upper-cased, so that they are read as words (VILA's rule).
+
+        Raises BadText for a lone surrogate.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise BadText(
+                f"{text[error.start]!r} at character {error.start} is half of a surrogate pair, which is no text; "
+                f"mend the encoding of the source"
+            ) from error
+        for token, changed in self._neutral.items():
+            text = text.replace(token, changed)
+        return text
+
+    def text_ids(self, text: str) -> list[int]:
+        """The ids of plain text, without special tokens."""
+        ids: list[int] = self.fast(self.neutral(text), add_special_tokens=False)["input_ids"]
+        return ids
+
+    def document(self, record: Record, *, at_most: int | None = None) -> Tokens:
+        """bos, then text and pictures in their order, then eos; every text token is a target, no picture is.
+
+        Only the first `at_most` tokens are promised, so that a huge record costs no more than a large one.
+        """
+        ids, targets = [self.bos_id], [False]
+        images = 0
+        for part in _runs(part for turn in record.turns for part in turn.parts):
+            if at_most is not None and len(ids) >= at_most:
+                break
+            is_image = isinstance(part, Image)
+            block = self.picture if isinstance(part, Image) else self.text_ids(part[: self._characters(at_most)])
+            images += is_image
+            ids += block
+            targets += [not is_image] * len(block)
+        return Tokens([*ids, self.eos_id], [*targets, True], list(range(images)))
+
+    def chat(self, record: Record, *, at_most: int | None = None) -> Tokens:
+        """A conversation through the chat template; targets are the assistant's words and ends of turn.
+
+        It is rendered once and tokenised once; a token is a target if it holds any character that the assistant says.
+        Raises ValueError, with the record's id, where that cannot be told. Only the first `at_most` tokens are
+        promised.
+        """
+        try:
+            messages = [self._message(turn.role, turn.parts) for turn in record.turns]
+            ids, targets = self._learnt(messages, at_most=at_most)
+        except BadText:
+            raise
+        except ValueError as error:
+            raise ValueError(f"record {record.id!r}: {error}") from error
+        ids, targets = self._expand(ids, targets)
+        return Tokens(ids, targets, list(range(ids.count(self.image_id) // self.image_tokens)))
+
+    def prompt(self, turns: Sequence[tuple[str, tuple[Part, ...]]]) -> list[int]:
+        """The ids of a conversation (role, parts), opened for the assistant's next answer."""
+        messages = [self._message(role, parts) for role, parts in turns]
+        text = render(self.fast, messages, prompt=True)
+        ids: list[int] = self.fast(text, add_special_tokens=False)["input_ids"]
+        self._check_pictures(messages, text, ids)
+        return self._expand(ids, [False] * len(ids))[0]
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids at which an answer ends: eos, and the token with which the chat template ends a turn."""
+        last = self._answer("Yes.")[-1]
+        return frozenset({self.eos_id, last} if last in self._controls.values() else {self.eos_id})
+
+    def answer_ids(self, text: str) -> list[int]:
+        """The ids of an answer that follow a prompt, as they are learnt; without its end-of-turn token."""
+        ids = self._answer(text)
+        return ids[:-1] if ids[-1] in self.stop_ids else ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids, special tokens left out."""
+        text: str = self.fast.decode(ids, skip_special_tokens=True)
+        return text
+
+    def _answer(self, text: str) -> list[int]:
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": self.neutral(text)}]
+        ids, targets = self._learnt(messages, at_most=None)
+        return [token for token, target in zip(ids, targets, strict=True) if target]
+
+    def _learnt(self, messages: list[Message], *, at_most: int | None) -> tuple[list[int], list[bool]]:
+        """Ids of a conversation, a picture one of them, and whether each is learnt."""
+        ends = [token for token in self._controls if token not in (IMAGE_TOKEN, self.fast.bos_token)]
+        rendered = render_learnt(self.fast, messages, ends=ends)
+        text = rendered.text[: self._characters(at_most)]
+        encoding = self._untrimmed.encode(text, add_special_tokens=False)
+        ids: list[int] = encoding.ids
+        self._check_pictures(messages, rendered.text, ids, kept=text)
+        controls = set(self._controls.values())
+        targets = [False] * len(ids)
+        offsets = encoding.offsets
+        for first, last in rendered.spans:
+            start = bisect_right(offsets, first, key=lambda offset: offset[1])
+            stop = bisect_left(offsets, last, key=lambda offset: offset[0])
+            if start < stop and ids[start] in controls and offsets[start][0] < first:
+                start += 1  # the template's token, which strips the blanks beside it and so reaches into the answer
+            if start >= stop and last <= len(text):
+                raise ValueError(f"no token holds the answer {text[first:last]!r}; the tokenizer does not read it")
+            targets[start:stop] = [token != self.image_id for token in ids[start:stop]]
+        return ids, targets
+
+    @cached_property
+    def _untrimmed(self) -> Any:
+        """The tokenizer without its post-processor, which may take the blanks out of the offsets (GPT-2's does)."""
+        backend = copy.deepcopy(self.fast.backend_tokenizer)
+        backend.post_processor = None
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(map(len, self.fast.get_vocab()))
+
+    def _characters(self, tokens: int | None) -> int | None:
+        """Characters that hold at least so many tokens."""
+        return None if tokens is None else tokens * self._longest
+
+    def _message(self, role: str, parts: tuple[Part, ...]) -> Message:
+        content = [IMAGE_TOKEN if isinstance(part, Image) else self.neutral(part) for part in _runs(parts)]
+        return {"role": role, "content": "".join(content)}
+
+    def _check_pictures(self, messages: list[Message], text: str, ids: list[int], *, kept: str | None = None) -> None:
+        count = sum(message["content"].count(IMAGE_TOKEN) for message in messages)
+        if text.count(IMAGE_TOKEN) != count or ids.count(self.image_id) != (kept or text).count(IMAGE_TOKEN):
+            raise ValueError(
+                f"{count} images but {text.count(IMAGE_TOKEN)} placeholders after the chat template, of which "
+                f"{ids.count(self.image_id)} are image tokens; the template must write every part of a turn"
+            )
+
+    def _expand(self, ids: list[int], targets: list[bool]) -> tuple[list[int], list[bool]]:
+        """With `image_tokens` image tokens for each picture."""
+        out_ids: list[int] = []
+        out_targets: list[bool] = []
+        for token, target in zip(ids, targets, strict=True):
+            copies = self.image_tokens if token == self.image_id else 1
+            out_ids += [token] * copies
+            out_targets += [target] * copies
+        return out_ids, out_targets
+
+
+def tokenise(record: Record, tokenizer: Tokenizer, *, max_tokens: int, split: bool) -> list[Tokens] | Dropped:
+    """The samples of one record, none longer than max_tokens.
+
+    A long document is truncated, or split into several samples when `split`; a picture is never cut, and one that
+    nothing follows is left out. A long conversation is truncated. Dropped are a record with half a surrogate pair
+    (bad_text), and one with nothing to learn: no assistant turn, or none before it is truncated (no_target).
+    """
+    is_document = record.turns[0].role == "document"
+    if not is_document and all(turn.role != "assistant" for turn in record.turns):
+        return Dropped(record.id, "no_target", detail="no turn is the assistant's, so there is nothing to learn")
+    many = split and is_document
+    read = tokenizer.document if is_document else tokenizer.chat
+    try:
+        tokens = read(record, at_most=None if many else max_tokens)
+    except BadText as error:
+        return Dropped(record.id, "bad_text", detail=str(error))
+    pieces = _pieces(tokens, tokenizer, max_tokens=max_tokens, many=many)
+    kept = [piece for piece in pieces if any(piece.is_target)]
+    return kept or Dropped(record.id, "no_target")
+
+
+def _pieces(tokens: Tokens, tokenizer: Tokenizer, *, max_tokens: int, many: bool) -> list[Tokens]:
+    """Windows of at most max_tokens, each ending at a target: so no picture is cut, and none trails unlearnt."""
+    ids, targets, images = tokens.input_ids, tokens.is_target, tokens.images
+    pieces: list[Tokens] = []
+    start = 0
+    while start < len(ids) and (many or start == 0):
+        head = [tokenizer.bos_id] if start else []
+        end = min(len(ids), start + max_tokens - len(head))
+        stop = next((i for i in range(end, start, -1) if targets[i - 1]), start)
+        if stop > start:
+            count = ids[start:stop].count(tokenizer.image_id) // tokenizer.image_tokens
+            pieces.append(Tokens(head + ids[start:stop], [False] * len(head) + targets[start:stop], images[:count]))
+        else:  # a run of pictures longer than a sample: go on at the next text
+            stop = next((i for i in range(end, len(ids)) if targets[i]), len(ids))
+            count = ids[start:stop].count(tokenizer.image_id) // tokenizer.image_tokens
+        images = images[count:]
+        start = stop
+    return pieces
+
+
+def _runs(parts: Iterable[Part]) -> Iterator[Part]:
+    """The pictures, and neighbouring texts joined: or a control token could hide in two of them."""
+    for is_text, run in groupby(parts, key=lambda part: isinstance(part, str)):
+        if is_text:
+            yield "".join(map(str, run))
+        else:
+            yield from run
+
+
+def _neutral_forms(controls: Iterable[str]) -> dict[str, str]:
+    """For each control token, the longest first, a form of it in which there is none."""
+    longest_first = sorted(controls, key=len, reverse=True)
+    forms = {}
+    for token in longest_first:
+        candidates = (token.upper(), token.lower(), f"{token[0]} {token[1:]}", " ")
+        forms[token] = next(form for form in candidates if not any(control in form for control in longest_first))
+    return forms

@@ -1,0 +1,156 @@
+"""Which format a path has: told by what is in its files, not by their names alone."""
+
+import gzip
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pyarrow as pa
+from pydantic import TypeAdapter
+
+from vila_ops.config.sources import JsonLines, OwnFiles, Source
+from vila_ops.data.raw.files import UNFINISHED
+from vila_ops.data.raw.json_array import elements, is_array
+from vila_ops.data.raw.lines import every_line
+from vila_ops.data.raw.text import json_object
+from vila_ops.data.sources.html import SUFFIXES as PAGES
+from vila_ops.data.sources.jsonl import RECORDS
+from vila_ops.data.sources.llava_cc3m import CHAT, METADATA
+from vila_ops.data.sources.rows import open_parquet
+from vila_ops.data.sources.table import DELIMITERS, read_header
+from vila_ops.data.sources.vflan import PICKLES
+
+UNKNOWN_LICENCE = "NOASSERTION"
+"""What SPDX calls a licence that nobody stated."""
+_SAMPLES = 3
+"""Files of each suffix that are looked into."""
+_HEAD = 1 << 16
+_CLASSES: dict[str, type[OwnFiles | JsonLines]] = {
+    kind.model_fields["kind"].default: kind
+    for kind in get_args(get_args(Source)[0])
+    if issubclass(kind, OwnFiles | JsonLines)
+}
+KINDS = tuple(sorted(_CLASSES))
+
+
+def guess(uri: str, *, kind: str | None = None, images: str | None = None) -> Source:
+    """The source at a file or folder, of the given kind or of the one that its content tells.
+
+    Pictures lie in `images`, or else are named relative to the folder itself. Raises ValueError where there is nothing,
+    where the content is of no format or of several, and where `images` would have no effect.
+    """
+    if "://" in uri:
+        raise ValueError(
+            f"{uri} is not on this machine; copy it here first (`aws s3 sync`, `dvc pull`), and name the copy"
+        )
+    path = Path(uri)
+    if not path.exists():
+        raise ValueError(f"no such file or folder: {uri}")
+    if kind is not None and kind not in _CLASSES:
+        raise ValueError(f"no format {kind!r}; there are {', '.join(KINDS)}")
+    kind = kind or _kind_of(path)
+    fields = _CLASSES[kind].model_fields
+    folder = path if path.is_dir() else path.parent
+    settings: dict[str, Any] = {"kind": kind, "path": uri, "licence": UNKNOWN_LICENCE}
+    if kind == "jsonl":
+        settings = {"kind": kind, "path": str(folder), "render": "conversation"}
+    if "images" in fields:
+        settings["images"] = images or str(folder)
+    elif images is not None:
+        raise ValueError(f"--images has no effect on the format {kind}, whose pictures lie in or beside its files")
+    if kind == "table" and _has_questions(path):
+        settings |= {"question": "question", "render": "conversation"}
+    source: Source = TypeAdapter(Source).validate_python(settings)
+    return source
+
+
+def _kind_of(path: Path) -> str:
+    if path.is_dir():
+        if (path / RECORDS).is_file():
+            return "jsonl"
+        if (path / CHAT).is_file() and (path / METADATA).is_file():
+            return "llava_cc3m"
+    found = {kind: file for file in _samples(path) if (kind := _kind_of_file(file)) is not None}
+    if len(found) != 1:
+        seen = " and ".join(f"{kind} ({file.name})" for kind, file in sorted(found.items())) or "nothing that is known"
+        raise ValueError(f"cannot tell the format of {path}: found {seen}; name it with --format: {', '.join(KINDS)}")
+    return next(iter(found))
+
+
+def _samples(path: Path) -> Iterator[Path]:
+    """The file itself, or the first files of each suffix of a folder."""
+    if path.is_file():
+        yield path
+        return
+    seen: Counter[str] = Counter()
+    for file in sorted(path.rglob("*")):
+        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        if hidden or file.name.endswith(UNFINISHED) or not file.is_file():
+            continue
+        seen[file.suffix.lower()] += 1
+        if seen[file.suffix.lower()] <= _SAMPLES:
+            yield file
+
+
+def _kind_of_file(path: Path) -> str | None:
+    """None where the file is of no format, such as a picture or a note."""
+    if path.name.lower().endswith(PICKLES):
+        return "vflan"  # which says why it does not read them
+    with path.open("rb") as file:
+        head = file.read(_HEAD)
+    if head.startswith(b"PAR1"):
+        return _kind_of_parquet(path)
+    if head[257:262] == b"ustar":
+        return "webdataset"
+    if head.startswith(b"\x1f\x8b"):
+        with gzip.open(path) as unpacked:
+            head = unpacked.read(_HEAD)
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if text.startswith(b"["):
+        return _kind_of_object(next((value for _, value in elements(path)), None)) if is_array(path) else None
+    if text.startswith(b"{"):
+        line = next(line for _, line in every_line(path) if line.strip())
+        return _kind_of_object(json_object(line, where=str(path)))
+    if text[:1] == b"<" and (path.suffix.lower() in PAGES or b"<html" in text.lower() or b"<body" in text.lower()):
+        return "html"
+    return "table" if path.suffix.lower() in DELIMITERS else None
+
+
+def _kind_of_object(value: Any) -> str | None:
+    match value:
+        case {"messages": list()}:
+            return "messages"
+        case {"conversations": list()}:
+            return "llava"
+        case {"text_list": _, "image_info": _}:
+            return "mmc4"
+        case {"turns": list(), "provenance": _}:
+            return "jsonl"
+        case {"inputs": _, "targets": _}:
+            return "flan"
+        case {"instruction": _, "outputs": _} | {"question": _, "answer": _} | {"question": _, "answer:": _}:
+            return "vflan"
+        case _:
+            return None
+
+
+def _kind_of_parquet(path: Path) -> str | None:
+    with open_parquet(path) as file:
+        schema = file.schema_arrow
+    names = set(schema.names)
+    if {"inputs", "targets"} <= names:
+        return "flan"
+    if {"url", "text", "clip_similarity_vitb32"} <= names:
+        return "coyo"
+    return "hf_parquet" if any(_holds_pictures(field.type) for field in schema) else None
+
+
+def _holds_pictures(kind: pa.DataType) -> bool:
+    """Whether a column is one of datasets' Image features, {bytes, path}, or a list of them."""
+    inner = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
+    return pa.types.is_struct(inner) and {"bytes", "path"} <= {field.name for field in inner}
+
+
+def _has_questions(path: Path) -> bool:
+    return any("question" in read_header(file)[0] for file in _samples(path) if file.suffix.lower() in DELIMITERS)

@@ -1,0 +1,84 @@
+"""A page of samples as the model will see them: pictures in their places, what is learnt in colour, tokens counted."""
+
+import base64
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from vila_ops.artifacts import store
+from vila_ops.artifacts.kinds import Dataset
+from vila_ops.data.shards import Sample, read_index, read_sample
+from vila_ops.data.text.conversation import Tokenizer
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What stands together in a sample: text that is learnt, text that is not, or a picture."""
+
+    kind: str
+    """target, context or picture."""
+    tokens: int
+    text: str = ""
+    address: str = ""
+    """data: address of the picture."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One sample on the page."""
+
+    row: dict[str, Any]
+    """Its row of the index."""
+    provenance: str
+    pieces: list[Piece]
+
+
+def show(dataset: Dataset, tokenizer: Tokenizer, out: Path, *, per_source: int) -> Path:
+    """Write the page: of each source and split the first samples, in the order of the dataset."""
+    index = read_index(store.content(dataset))
+    groups: dict[str, list[Shown]] = {}
+    for row in _chosen(index, per_source):
+        shard = store.file(dataset, row["shard"])
+        sample = read_sample(shard.parent, shard=shard.name, offset=row["offset"], key=row["key"])
+        groups.setdefault(row["source"], []).append(Shown(row, sample.provenance, list(_pieces(sample, tokenizer))))
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    page = environment.get_template("show.html.jinja").render(dataset=dataset, groups=groups, name=out.stem)
+    out.write_text(page, encoding="utf-8")
+    return out
+
+
+def _chosen(index: pa.Table, per_source: int) -> list[dict[str, Any]]:
+    """Rows of the index: the first of each source and split."""
+    kept: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for batch in index.to_batches(max_chunksize=4096):
+        for row in batch.to_pylist():
+            group = kept.setdefault((row["source"], row["split"]), [])
+            if len(group) < per_source:
+                group.append(row)
+    return [row for _, rows in sorted(kept.items()) for row in rows]
+
+
+def _pieces(sample: Sample, tokenizer: Tokenizer) -> Iterator[Piece]:
+    """The sample's tokens in their order; neighbours that are treated alike are one piece."""
+    pictures = iter(sample.images)
+    places = [
+        ("picture" if token == tokenizer.image_id else "target" if learnt else "context", token)
+        for token, learnt in zip(sample.input_ids, sample.is_target, strict=True)
+    ]
+    for kind, run in groupby(places, key=lambda place: place[0]):
+        ids = [token for _, token in run]
+        if kind != "picture":
+            yield Piece(kind, len(ids), text=tokenizer.fast.decode(ids, skip_special_tokens=False))
+            continue
+        for _ in range(len(ids) // tokenizer.image_tokens):  # pictures may stand side by side
+            data = next(pictures)
+            kind_of = "jpeg" if data.startswith(b"\xff\xd8") else "webp"
+            address = f"data:image/{kind_of};base64,{base64.b64encode(data).decode()}"
+            yield Piece(kind, tokenizer.image_tokens, address=address)
