@@ -1,14 +1,33 @@
+import base64
+import io
 import json
+import shutil
 import tarfile
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image as Pillow
 
-from vila_ops.data.shards import CorruptShard, Sample, ShardWriter, mask, read_index, read_sample, runs, write_index
+from vila_ops.artifacts.store import read_manifest
+from vila_ops.data.prepare import prepare
+from vila_ops.data.shards import (
+    CorruptShard,
+    Sample,
+    ShardWriter,
+    data_url,
+    index_of,
+    mask,
+    read_index,
+    read_sample,
+    runs,
+    samples_of,
+    write_index,
+)
 
 
 def sample(number: int, *, images: tuple[bytes, ...] = ()) -> Sample:
@@ -121,3 +140,25 @@ def test_runs_are_the_flags(flags: list[bool]) -> None:
 def test_runs_by_hand() -> None:
     assert runs([True, True, False, True]) == [(0, 2), (3, 4)]
     assert runs([]) == []
+
+
+def test_samples_of_a_dataset_on_s3_bring_only_their_shards(
+    s3_store: str, make_mixture: Any, make_text: Any, make_resources: Any, tmp_path: Path
+) -> None:
+    made = prepare(make_mixture("pairs"), make_text(), make_resources(tmp_path / "work", store=s3_store))
+    assert len([name for name in read_manifest(made.uri)["files"] if name.endswith(".tar")]) == 3
+    shutil.rmtree(tmp_path / "copies")  # as on another machine
+    rows = index_of(made).to_pylist()
+    wanted = [row for row in rows if row["shard"] == rows[-1]["shard"]][::-2]
+    assert [sample.id for sample in samples_of(made, wanted)] == [row["id"] for row in wanted]
+    copies = [path.suffix for path in (tmp_path / "copies/s3").rglob("*") if path.is_file() and path.stat().st_size]
+    assert sorted(copies) == [".parquet", ".tar"]
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "webp"])
+def test_a_picture_as_a_url_says_its_true_type(kind: str) -> None:
+    file = io.BytesIO()
+    Pillow.new("RGB", (4, 4)).save(file, kind)
+    head, _, data = data_url(file.getvalue()).partition(",")
+    assert head == f"data:image/{kind};base64"
+    assert base64.b64decode(data) == file.getvalue()

@@ -8,7 +8,6 @@ from typing import Any, cast
 import pytest
 from pycocoevalcap.cider.cider import Cider as Official
 
-from vila_ops.artifacts.store import content
 from vila_ops.config import Suite, load
 from vila_ops.config.eval import CaptionCider, CaptionLoss, MultipleChoice, Pope
 from vila_ops.data.prepare import prepare
@@ -344,7 +343,7 @@ def tiny_items(tmp_path_factory: pytest.TempPathFactory) -> Items:
     run = load(ROOT / "configs/recipes/tiny.yaml", resources=ROOT / "configs/resources/inline.yaml", overrides=where)
     suite = run.recipe.suite
     data = prepare(suite.mixture, run.recipe.text(max_tokens=suite.max_tokens), run.resources)
-    return read_items(content(data), suite)
+    return read_items(data, suite)
 
 
 def test_a_model_that_knows_every_picture_is_perfect_and_its_control_never_sees_the_object(

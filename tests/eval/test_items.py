@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from vila_ops.artifacts.store import content
+from vila_ops.artifacts.kinds import Dataset
 from vila_ops.config import Run, Suite, load
 from vila_ops.data.prepare import prepare
-from vila_ops.data.shards import read_index
+from vila_ops.data.shards import index_of
 from vila_ops.eval.items import Items, read_items
 
 ROOT = Path(__file__).parents[2]
@@ -21,18 +21,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.fixture(scope="module")
-def folder(run: Run) -> Path:
+def dataset(run: Run) -> Dataset:
     suite = run.recipe.suite
-    return content(prepare(suite.mixture, run.recipe.text(max_tokens=suite.max_tokens), run.resources))
+    return prepare(suite.mixture, run.recipe.text(max_tokens=suite.max_tokens), run.resources)
 
 
 @pytest.fixture(scope="module")
-def items(run: Run, folder: Path) -> Items:
-    return read_items(folder, run.recipe.suite)
+def items(run: Run, dataset: Dataset) -> Items:
+    return read_items(dataset, run.recipe.suite)
 
 
-def test_objects_and_distractors_are_of_the_suites_side_only(run: Run, folder: Path, items: Items) -> None:
-    index = read_index(folder).to_pylist()
+def test_objects_and_distractors_are_of_the_suites_side_only(run: Run, dataset: Dataset, items: Items) -> None:
+    index = index_of(dataset).to_pylist()
     held_out = {row["object"] for row in index if row["split"] == "test"}
     trained = {row["object"] for row in index if row["split"] == "train"}
     objects = [picture.object for picture in items.pictures]
@@ -54,10 +54,10 @@ def test_the_control_shows_every_picture_once_and_never_the_own_one(items: Items
     assert all(one != two for one, two in zip(own, other, strict=True))
 
 
-def test_items_depend_on_data_and_seed_alone(run: Run, folder: Path, items: Items) -> None:
-    assert read_items(folder, run.recipe.suite) == items
+def test_items_depend_on_data_and_seed_alone(run: Run, dataset: Dataset, items: Items) -> None:
+    assert read_items(dataset, run.recipe.suite) == items
     reseeded = Suite.model_validate({**run.recipe.suite.model_dump(), "seed": 1})
-    assert [p.other_image for p in read_items(folder, reseeded).pictures] != [p.other_image for p in items.pictures]
+    assert [p.other_image for p in read_items(dataset, reseeded).pictures] != [p.other_image for p in items.pictures]
 
 
 def test_words_have_three_other_meanings(items: Items) -> None:

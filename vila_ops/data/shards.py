@@ -4,10 +4,11 @@ A shard is a plain WebDataset tar: `KEY.json` with the tokens, `KEY.0.webp`, `KE
 The index has one row a sample, so that any sample is one seek away.
 """
 
+import base64
 import io
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +16,8 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vila_ops.artifacts import store
+from vila_ops.artifacts.kinds import Dataset
 from vila_ops.data.records import Dropped
 
 SHARD = "shard.tar"
@@ -143,6 +146,27 @@ def read_sample(folder: Path, *, shard: str, offset: int, key: str) -> Sample:
             f"{folder / shard} at byte {offset} does not hold sample {key!r} ({error}); "
             f"verify the dataset, move its folder away and prepare it again"
         ) from error
+
+
+def index_of(dataset: Dataset) -> pa.Table:
+    """The index of a sealed dataset, one row a sample; from S3 nothing else comes here."""
+    return read_index(store.file(dataset, INDEX).parent)
+
+
+def samples_of(dataset: Dataset, rows: Iterable[Mapping[str, Any]]) -> Iterator[Sample]:
+    """The samples of some rows of a sealed dataset's index; from S3 only their shards come here."""
+    shards: dict[str, Path] = {}
+    for row in rows:
+        name = row["shard"]
+        if name not in shards:
+            shards[name] = store.file(dataset, name)
+        yield read_sample(shards[name].parent, shard=shards[name].name, offset=row["offset"], key=row["key"])
+
+
+def data_url(picture: bytes) -> str:
+    """An encoded square of a sample, JPEG or WebP, as a data: URL."""
+    kind = "jpeg" if picture.startswith(b"\xff\xd8") else "webp"
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
 def runs(flags: Sequence[bool]) -> list[tuple[int, int]]:

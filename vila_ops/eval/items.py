@@ -3,11 +3,11 @@
 import random
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from vila_ops.artifacts.kinds import Dataset
 from vila_ops.config import Suite
-from vila_ops.data.shards import Sample, read_index, read_sample
+from vila_ops.data.shards import Sample, index_of, samples_of
 
 
 @dataclass(frozen=True)
@@ -47,21 +47,21 @@ class Items:
     """The most frequent caption of the training side: what an answer without looking would be."""
 
 
-def read_items(folder: Path, suite: Suite) -> Items:
+def read_items(dataset: Dataset, suite: Suite) -> Items:
     """The suite's items. Raises ValueError when there are too few to draw distractors from."""
     sources = suite.mixture.sources
     captioned = {name for name, source in sources.items() if source.render == "caption"}
     worded = {name for name, source in sources.items() if source.render == "definition"}
-    index = read_index(folder).to_pylist()
+    index = index_of(dataset).to_pylist()
     held_out = [row for row in index if row["split"] == suite.split]
     shown = _one_each([row for row in held_out if row["source"] in captioned])[: suite.max_objects]
-    pictures = [read_sample(folder, shard=r["shard"], offset=r["offset"], key=r["key"]) for r in shown]
+    pictures = list(samples_of(dataset, shown))
     defined = _one_each([row for row in held_out if row["source"] in worded])[: suite.max_words]
-    words = [read_sample(folder, shard=r["shard"], offset=r["offset"], key=r["key"]) for r in defined]
+    words = list(samples_of(dataset, defined))
     return Items(
         pictures=_pictures(pictures, seed=suite.seed),
         words=_words(words, seed=suite.seed),
-        frequent_caption=_frequent_caption(folder, [row for row in index if row["source"] in captioned]),
+        frequent_caption=_frequent_caption(dataset, [row for row in index if row["source"] in captioned]),
     )
 
 
@@ -127,9 +127,9 @@ def _three(found: tuple[str, ...], key: str) -> tuple[str, str, str]:
     return found[0], found[1], found[2]
 
 
-def _frequent_caption(folder: Path, rows: list[dict[str, Any]]) -> str:
+def _frequent_caption(dataset: Dataset, rows: list[dict[str, Any]]) -> str:
     train = [row for row in rows if row["split"] == "train"]
-    texts = [read_sample(folder, shard=r["shard"], offset=r["offset"], key=r["key"]).text for r in train]
+    texts = [sample.text for sample in samples_of(dataset, train)]
     if not texts:
         raise ValueError("no training caption to take the most frequent one from")
     counts = Counter(texts)

@@ -4,7 +4,6 @@ import logging
 import time
 from typing import Any, assert_never
 
-from vila_ops.artifacts.store import content
 from vila_ops.cluster import whoami
 from vila_ops.config.eval import (
     Benchmark,
@@ -29,7 +28,7 @@ log = logging.getLogger(__name__)
 
 def run(job: Job) -> dict[str, Any]:
     """The report: metrics with intervals, and what the model said."""
-    items = read_items(content(job.data), job.suite)
+    items = read_items(job.data, job.suite)
     generator = load_generator(
         job.model,
         feature_root=job.resources.scratch() / "features",

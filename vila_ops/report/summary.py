@@ -1,6 +1,5 @@
 """The summary of a pipeline run, read from the sealed manifests and from the serving replica itself."""
 
-import base64
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from vila_ops.artifacts.execution import versions
 from vila_ops.artifacts.kinds import Artifact, Checkpoint, Dataset, EvalReport
 from vila_ops.artifacts.store import content, read_manifest
 from vila_ops.config import Run
-from vila_ops.data.shards import read_index, read_sample
+from vila_ops.data.shards import data_url, index_of, samples_of
 from vila_ops.eval.evaluate import read_report
 from vila_ops.pipeline import Outcome
 from vila_ops.report.page import render
@@ -208,7 +207,5 @@ def _gallery(run: Run, outcome: Outcome) -> list[Json]:
 
 
 def _pictures(dataset: Dataset, keys: set[str]) -> dict[str, str]:
-    folder = content(dataset)
-    rows = [row for row in read_index(folder).to_pylist() if row["key"] in keys]
-    samples = [read_sample(folder, shard=row["shard"], offset=row["offset"], key=row["key"]) for row in rows]
-    return {s.key: "data:image/png;base64," + base64.b64encode(s.images[0]).decode() for s in samples}
+    rows = [row for row in index_of(dataset).to_pylist() if row["key"] in keys]
+    return {sample.key: data_url(sample.images[0]) for sample in samples_of(dataset, rows)}

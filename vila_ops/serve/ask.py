@@ -1,15 +1,13 @@
 """One question about a held-out picture to a served model, over HTTP as any client would."""
 
-import base64
 import json
 import shlex
 
 import httpx
 
 from vila_ops.artifacts.kinds import Dataset, Deployment
-from vila_ops.artifacts.store import content
 from vila_ops.config import Config, Suite
-from vila_ops.data.shards import read_index, read_sample
+from vila_ops.data.shards import data_url, index_of, samples_of
 
 QUESTION = "What is this?"
 
@@ -19,7 +17,7 @@ class Answered(Config):
 
     question: str
     picture: str
-    """PNG as a data URL."""
+    """As a data URL."""
     truth: str
     reply: str
     name: str
@@ -32,10 +30,10 @@ class Answered(Config):
 def ask(deployment: Deployment, held_out: Dataset, suite: Suite, *, question: str = QUESTION) -> Answered:
     """Ask about the first picture of the suite's side of the split. Raises httpx.HTTPStatusError when refused."""
     captioned = {name for name, source in suite.mixture.sources.items() if source.render == "caption"}
-    rows = read_index(content(held_out)).to_pylist()
+    rows = index_of(held_out).to_pylist()
     row = next(row for row in rows if row["split"] == suite.split and row["source"] in captioned)
-    sample = read_sample(content(held_out), shard=row["shard"], offset=row["offset"], key=row["key"])
-    picture = "data:image/png;base64," + base64.b64encode(sample.images[0]).decode()
+    (sample,) = samples_of(held_out, [row])
+    picture = data_url(sample.images[0])
     asked = request(model_name(deployment.url), picture, question)
     response = httpx.post(f"{deployment.url}/v1/chat/completions", json=asked, timeout=120)
     response.raise_for_status()

@@ -1,6 +1,5 @@
 """A page of samples as the model will see them: pictures in their places, what is learnt in colour, tokens counted."""
 
-import base64
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -10,9 +9,8 @@ from typing import Any
 import pyarrow as pa
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import Dataset
-from vila_ops.data.shards import Sample, read_index, read_sample
+from vila_ops.data.shards import Sample, data_url, index_of, samples_of
 from vila_ops.data.text.conversation import Tokenizer
 
 
@@ -40,11 +38,9 @@ class Shown:
 
 def show(dataset: Dataset, tokenizer: Tokenizer, out: Path, *, per_source: int) -> Path:
     """Write the page: of each source and split the first samples, in the order of the dataset."""
-    index = read_index(store.content(dataset))
+    rows = _chosen(index_of(dataset), per_source)
     groups: dict[str, list[Shown]] = {}
-    for row in _chosen(index, per_source):
-        shard = store.file(dataset, row["shard"])
-        sample = read_sample(shard.parent, shard=shard.name, offset=row["offset"], key=row["key"])
+    for row, sample in zip(rows, samples_of(dataset, rows), strict=True):
         groups.setdefault(row["source"], []).append(Shown(row, sample.provenance, list(_pieces(sample, tokenizer))))
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -78,7 +74,4 @@ def _pieces(sample: Sample, tokenizer: Tokenizer) -> Iterator[Piece]:
             yield Piece(kind, len(ids), text=tokenizer.fast.decode(ids, skip_special_tokens=False))
             continue
         for _ in range(len(ids) // tokenizer.image_tokens):  # pictures may stand side by side
-            data = next(pictures)
-            kind_of = "jpeg" if data.startswith(b"\xff\xd8") else "webp"
-            address = f"data:image/{kind_of};base64,{base64.b64encode(data).decode()}"
-            yield Piece(kind, tokenizer.image_tokens, address=address)
+            yield Piece(kind, tokenizer.image_tokens, address=data_url(next(pictures)))
