@@ -104,6 +104,14 @@ def test_show_prints_the_run_with_its_overrides() -> None:
     assert shown["resources"]["launch"] == "inline"
 
 
+def test_data_show_writes_a_page_of_the_mixture_that_was_prepared(tmp_path: Path, ran: Json, resources: Path) -> None:
+    page = tmp_path / "samples.html"
+    asked = ("--mixture", "tiny_align", "-r", str(resources), "--out", str(page), "--per-source", "1")
+    assert said("data", "show", TINY, *asked) == ran["datasets"]["tiny_align"]
+    assert "<h1>tiny_align</h1>" in page.read_text()
+    assert page.read_text().count("<article>") == 3  # one of each split
+
+
 def test_doctor_and_status_print_one_json_list(tmp_path: Path) -> None:
     servers = tmp_path / "local.yaml"
     servers.write_text(yaml.safe_dump({"root": str(tmp_path / "local")}))
@@ -121,6 +129,8 @@ def test_doctor_and_status_print_one_json_list(tmp_path: Path) -> None:
     [
         (["train", TINY, "--stage", "sftt"], "no stage 'sftt'; it has"),
         (["prepare", TINY, "--mixture", "algin"], "no mixture 'algin'; it has"),
+        (["data", "show", TINY, "--mixture", "algin", "--out", "page.html"], "no mixture 'algin'; it has"),
+        (["data", "watch", "configs/recipes/demo.yaml", "--mixture", "align"], "made of pinned packages alone"),
         (["show", "configs/recipes/none.yaml"], "configs/recipes/none.yaml"),
         (["show", TINY, "-s", "stages.sft.learning_rat=1"], "learning_rat"),
         (["register", TINY, "-r", "configs/resources/inline.yaml"], "set resources.tracking_uri"),

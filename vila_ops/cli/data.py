@@ -143,7 +143,10 @@ def watch(
     looks = revisions.watch(chosen, folder=Path.cwd(), every_seconds=every, settle_seconds=settle, commit=commit)
     for found in looks:
         if found is not None:
-            print(found.model_dump_json() if as_json else f"{found.stage}: {found.num_samples} samples", flush=True)
+            line = (
+                f"{found.stage}: {found.num_samples:,} samples, {found.num_tokens:,} tokens, data {found.digest[:12]}"
+            )
+            print(found.model_dump_json() if as_json else line, flush=True)
         elif once:
             print("nothing has changed", file=sys.stderr)
         if once:

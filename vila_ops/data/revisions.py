@@ -85,6 +85,8 @@ def revise(stage: str, *, commit: bool, folder: Path) -> Revision | None:
     log.info("%s: what it is made from has changed", stage)
     name = stage.rpartition("@")[2]
     _run(folder, "dvc", "--wait-for-lock", "repro", stage)
+    for line in _run(folder, "dvc", "--wait-for-lock", "metrics", "diff", "--md").splitlines():
+        log.info("%s", line)
     manifest = store.read_manifest(str(folder / "data" / name))
     facts = {key: manifest["facts"][key] for key in ("num_samples", "num_tokens")}
     recorded = _commit(folder, name) if commit else None

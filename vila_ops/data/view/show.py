@@ -1,5 +1,6 @@
 """A page of samples as the model will see them: pictures in their places, what is learnt in colour, tokens counted."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -9,7 +10,9 @@ from typing import Any
 import pyarrow as pa
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import Dataset
+from vila_ops.data.making.summary import SUMMARY
 from vila_ops.data.shards import Sample, data_url, index_of, samples_of
 from vila_ops.data.text.conversation import Tokenizer
 
@@ -42,10 +45,11 @@ def show(dataset: Dataset, tokenizer: Tokenizer, out: Path, *, per_source: int) 
     groups: dict[str, list[Shown]] = {}
     for row, sample in zip(rows, samples_of(dataset, rows), strict=True):
         groups.setdefault(row["source"], []).append(Shown(row, sample.provenance, list(_pieces(sample, tokenizer))))
+    name = json.loads(store.file(dataset, SUMMARY).read_text())["mixture"]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    page = environment.get_template("show.html.jinja").render(dataset=dataset, groups=groups, name=out.stem)
+    page = environment.get_template("show.html.jinja").render(dataset=dataset, groups=groups, name=name)
     out.write_text(page, encoding="utf-8")
     return out
 

@@ -1,0 +1,52 @@
+"""`vila-ops data download` against the faulty server."""
+
+import json
+from pathlib import Path
+
+import yaml
+from typer.testing import CliRunner
+
+from vila_ops.cli import app
+
+KINDS = ("ok_png", "ok_jpeg", "missing", "missing", "failing", "ok_gif")
+
+
+def test_the_command_tells_what_became_of_the_urls_and_asks_again_what_it_is_told_to(
+    server, case, make_settings, tmp_path: Path
+) -> None:
+    cases = [case(kind, number) for number, kind in enumerate(KINDS)]
+    server.plan(cases)
+    urls = [f"http://127.0.0.1:{server.port}{one.path}" for one in cases]
+    raw, settings = tmp_path / "raw", tmp_path / "settings.yaml"
+    raw.mkdir()
+    settings.write_text(yaml.safe_dump(make_settings().model_dump(mode="json")))
+    for name, some in (("a", urls[:3]), ("b", urls[3:])):
+        line = {"text_list": [], "image_info": [{"raw_url": url} for url in some]}
+        (raw / f"{name}.jsonl").write_text(json.dumps(line) + "\n")
+    asked = ("data", "download", "mmc4", str(raw), "--out", str(tmp_path / "out"), "--settings", str(settings))
+
+    done = CliRunner().invoke(app, [*asked, "--attempts", "1"])
+    assert done.exit_code == 0, done.output
+    sizes = [len(one.body) for one in cases]
+    megabytes = (sizes[0] + sizes[1] + sizes[5]) / 1e6
+    assert [" ".join(line.split()) for line in done.stdout.splitlines()] == [
+        "ok 3 50.00%",
+        "not_found 2 33.33%",
+        "server_error 1 16.67%",
+        f"all 6 of 2 raw files, {megabytes:,.1f} MB of pictures",
+    ]
+    assert server.seen[cases[4].path] == 1, "--attempts was not heard"
+
+    done = CliRunner().invoke(app, [*asked, "--retry", "not_found", "--retry", "server_error", "--json"])
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [
+        {"name": "a", "counts": {"not_found": 1, "ok": 2}, "bytes": sizes[0] + sizes[1]},
+        {"name": "b", "counts": {"not_found": 1, "ok": 1, "server_error": 1}, "bytes": sizes[5]},
+    ]
+    assert [server.seen[one.path] for one in cases] == [1, 1, 2, 2, 1 + make_settings().attempts, 1]
+
+
+def test_a_word_that_is_no_outcome_is_refused(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["data", "download", "mmc4", ".", "--out", str(tmp_path / "out"), "--retry", "slow"])
+    assert isinstance(done.exception, ValueError)
+    assert "'not_found'" in str(done.exception)
+    assert not (tmp_path / "out").exists()
