@@ -172,7 +172,7 @@ def test_a_change_is_seen_by_the_stages_that_it_concerns(reproduced: Path) -> No
         if file.split("/")[1] not in ("models", "sources"):
             assert json.loads(_run(reproduced, "dvc", "params", "diff", "--json"))[file][key]["new"] == 7
         _run(reproduced, "git", "checkout", "-q", ".")
-    for file, key in (("prepare.py", "REVISION"), ("work.py", "SHARD_REVISION")):
+    for file, key in (("prepare.py", "REVISION"), ("making/work.py", "SHARD_REVISION")):
         room = reproduced / "vila_ops/data" / file
         room.write_text(re.sub(rf"^{key} = .*$", f"{key} = 1000", room.read_text(), flags=re.MULTILINE))
         assert _changed(reproduced) == set(DEMO), file
