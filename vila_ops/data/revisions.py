@@ -22,6 +22,8 @@ from vila_ops.data.raw.files import UNFINISHED
 
 TABLES = ("samples", "tokens", "images", "left_out")
 """Bars that `dvc plots` draws, by source and split, or by source and reason."""
+BESIDE = ("json", "md", *(f"{table}.csv" for table in TABLES))
+"""Files beside a dataset that git keeps, by what follows its name."""
 log = logging.getLogger(__name__)
 
 
@@ -85,7 +87,9 @@ def revise(stage: str, *, commit: bool, folder: Path) -> Revision | None:
     log.info("%s: what it is made from has changed", stage)
     name = stage.rpartition("@")[2]
     _run(folder, "dvc", "--wait-for-lock", "repro", stage)
-    for line in _run(folder, "dvc", "--wait-for-lock", "metrics", "diff", "--md").splitlines():
+    for line in _run(
+        folder, "dvc", "--wait-for-lock", "metrics", "diff", "--md", "--targets", f"data/{name}.json"
+    ).splitlines():
         log.info("%s", line)
     manifest = store.read_manifest(str(folder / "data" / name))
     facts = {key: manifest["facts"][key] for key in ("num_samples", "num_tokens")}
@@ -116,8 +120,7 @@ def _files(roots: list[Path]) -> Iterator[tuple[str, int, int]]:
 
 def _commit(folder: Path, name: str) -> str | None:
     """Commit what DVC wrote: its lock, the counts beside the dataset, and the .dvc files of raw data under DVC."""
-    beside = [path for path in (folder / "data").glob(f"{name}.*") if path.is_file()]
-    made = ["dvc.lock", *(str(path.relative_to(folder)) for path in (*beside, folder / "data/.gitignore"))]
+    made = ["dvc.lock", "data/.gitignore", *(f"data/{name}.{suffix}" for suffix in BESIDE)]
     made += _run(folder, "git", "ls-files", "--modified", "*.dvc").splitlines()
     _run(folder, "git", "add", "--", *made)
     if not _run(folder, "git", "diff", "--cached", "--name-only", "--", *made):
