@@ -17,7 +17,7 @@ import ray
 
 from vila_ops.artifacts.store import read_manifest, verify
 from vila_ops.cluster import connect
-from vila_ops.config import Resources
+from vila_ops.config import Mixture, Resources
 from vila_ops.data.prepare import prepare
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -75,7 +75,7 @@ def _wait(is_so: Callable[[], bool]) -> None:
         time.sleep(0.2)
 
 
-def test_two_nodes_make_the_dataset_of_one_process(
+def test_two_nodes_make_the_dataset_of_one_process_and_refuse_what_it_refuses(
     two_nodes: str, make_mixture: Any, make_text: Any, make_resources: Callable[..., Resources], tmp_path: Path
 ) -> None:
     asked = make_mixture("pairs", "documents", "instructions", shard_bytes=40_000)
@@ -86,3 +86,7 @@ def test_two_nodes_make_the_dataset_of_one_process(
     assert together.digest == alone.digest
     workers = read_manifest(together.uri)["execution"]["workers"]
     assert len({worker["node"] for worker in workers}) == 2, workers
+    told = asked.model_dump()["sources"]["instructions"]
+    wrong = Mixture.model_validate({"name": "wrong", "sources": {"told": {**told, "render": "questions"}}})
+    with pytest.raises(ValueError, match=r"^record '[^']*' is not one picture with a caption, which render questions"):
+        prepare(wrong, make_text(), on_ray)

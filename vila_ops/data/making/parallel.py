@@ -14,7 +14,10 @@ Made = TypeVar("Made", bound=Config)
 def each(
     work: Callable[[Asked], Made], asked: Sequence[Asked], *, makes: type[Made], resources: Resources
 ) -> list[Made]:
-    """What `work`, a function of a module, makes of each, in their order; `prepare_workers` at once on Ray."""
+    """What `work`, a function of a module, makes of each, in their order; `prepare_workers` at once on Ray.
+
+    Raises the ValueError that `work` raises, wherever it runs; of several on Ray the first that is heard of.
+    """
     if resources.launch == "inline" or not asked:
         return [work(one) for one in asked]
     import ray.data
@@ -25,11 +28,18 @@ def each(
     tasks = ray.data.from_items(items, override_num_blocks=len(items)).map(
         partial(_task, work=work, kind=type(asked[0])), compute=pool
     )
-    made = {int(row["number"]): row["made"] for row in tasks.iter_rows()}
-    return [makes.model_validate_json(made[number]) for number in range(len(asked))]
+    made: dict[int, Made] = {}
+    for row in tasks.iter_rows():
+        if not row["is_made"]:
+            raise ValueError(row["said"])
+        made[int(row["number"])] = makes.model_validate_json(row["said"])
+    return [made[number] for number in range(len(asked))]
 
 
 def _task(row: dict[str, Any], *, work: Callable[[Any], Config], kind: type[Config]) -> dict[str, Any]:
     log_to_driver()
-    made = work(kind.model_validate_json(row["asked"]))
-    return {"number": row["number"], "made": made.model_dump_json()}
+    try:
+        is_made, said = True, work(kind.model_validate_json(row["asked"])).model_dump_json()
+    except ValueError as error:  # wrong data or a wrong setting: Ray would hand it on as an error of its own
+        is_made, said = False, str(error)
+    return {"number": row["number"], "is_made": is_made, "said": said}
