@@ -14,8 +14,8 @@ import pytest
 
 from vila_ops.artifacts.leases import hold
 from vila_ops.artifacts.store import Address, content, export, verify
-from vila_ops.config import Mixture, Resources, load
-from vila_ops.data.making.work import SHARD_REVISION
+from vila_ops.config import Mixture, Resources, TextFormat, load
+from vila_ops.data.making.work import SHARD_REVISION, tokenizer_of
 from vila_ops.data.prepare import REVISION, prepare
 from vila_ops.data.revisions import export_for_dvc
 from vila_ops.data.shards import read_index, read_sample
@@ -209,6 +209,30 @@ def test_changed_files_are_prepared_anew_in_the_same_process(
         assert "Is there a" not in sample.text or "Is there a small " in sample.text
 
 
+def test_a_changed_tokenizer_is_read_anew_in_the_same_process(
+    resources: Resources, make_mixture: Any, make_text: Any, tiny: Path, tmp_path: Path
+) -> None:
+    """Else the old tokens would be sealed under the address of the new ones."""
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(tiny / "tokenizer", folder)
+    text = make_text()
+    own = TextFormat.model_validate(
+        {**text.model_dump(), "language_model": {"kind": "random", "tokenizer": str(folder)}}
+    )
+    prepare(make_mixture("definitions"), own, resources)
+    path = folder / "tokenizer.json"
+    told = json.loads(path.read_text())
+    assert told["normalizer"] is None
+    path.write_text(json.dumps({**told, "normalizer": {"type": "Replace", "pattern": {"String": "e"}, "content": "x"}}))
+    after = prepare(make_mixture("definitions"), own, resources)
+    row = read_index(content(after)).to_pylist()[0]
+    sample = read_sample(content(after), shard=row["shard"], offset=row["offset"], key=row["key"])
+    read = tokenizer_of(own, cache=Path(resources.cache)).decode(sample.input_ids)
+    assert "e" in sample.text
+    assert "e" not in read
+    assert "x" in read
+
+
 def spoil(tiny: Path, folder: Path, count: int) -> Path:
     """The tiny pairs with so many pictures that cannot be read."""
     shutil.copytree(tiny / "pairs", folder)
@@ -230,6 +254,36 @@ def test_an_unreadable_picture_is_a_counted_drop(
     assert [(row["source"], row["reason"]) for row in dropped] == [("p", "bad_image_truncated")] * 2
     assert {row["id"] for row in dropped} == {path.stem for path in sorted(folder.glob("*.png"))[:2]}
     assert made.num_samples == 46 * (2 if render == "questions" else 1)
+
+
+def test_every_record_is_a_sample_or_is_found_among_those_left_out(
+    resources: Resources, make_text: Any, tmp_path: Path
+) -> None:
+    """Each ends in one place: read, by a rule of its source, or where its tokens are made."""
+    said = {
+        "asked.jsonl": ["user", "user"],  # no answer
+        "cut.jsonl": ["user", "assistant"],  # the answer lies behind max_tokens
+        "short.jsonl": ["user", "assistant"],
+        "whole.jsonl": ["user", "assistant"],
+    }
+    turns = {name: [{"role": role, "parts": [{"text": "A word."}]} for role in roles] for name, roles in said.items()}
+    turns["cut.jsonl"][0]["parts"][0]["text"] = "many " * 200
+    turns["short.jsonl"] = [{"role": role, "parts": [{"text": "x"}]} for role in said["short.jsonl"]]
+    shared = {"object": "thing", "category": "", "licence": "CC0-1.0"}
+    lines = [json.dumps({"id": name, "provenance": f"{name}:1", "turns": own, **shared}) for name, own in turns.items()]
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/records.jsonl").write_text("\n".join([*lines, "", "no JSON"]))
+    source = jsonl(tmp_path / "raw", "conversation") | {"clean": {"min_words": 3}}
+    made = prepare(mixture({"p": source}, max_bad_share=1), make_text(), resources)
+    found = json.loads((content(made) / "summary.json").read_text())["sources"]["p"]
+    assert found["bad"] == {"bad_line": 1, "no_target": 2}
+    assert found["taken_out"] == {"few_words": 1}
+    assert found["records"] == 5 == made.num_samples + 3 + 1
+    gone = {row["id"]: row["where"] for row in pq.read_table(content(made) / "dropped.parquet").to_pylist()}
+    assert gone == {
+        **{name: f"{name}:1" for name in ("asked.jsonl", "cut.jsonl", "short.jsonl")},
+        "records.jsonl:6": "records.jsonl:6",
+    }
 
 
 @pytest.mark.parametrize("count", [3, 48])

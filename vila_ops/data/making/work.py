@@ -14,7 +14,7 @@ from vila_ops.artifacts.execution import execution
 from vila_ops.artifacts.kinds import Shard
 from vila_ops.artifacts.store import Address
 from vila_ops.cluster import whoami
-from vila_ops.config import Config, Mixture, Source, Split, TextFormat
+from vila_ops.config import Config, Mixture, Source, Split, TextFormat, fingerprint
 from vila_ops.data import sources
 from vila_ops.data.cleaning.clean import clean
 from vila_ops.data.containers import BadImage
@@ -108,9 +108,13 @@ def folders_of(source: Source, *, cache: Path) -> dict[str, Path]:
     return {package.name: fetch(package, cache=cache) for package in sources.packages(source)}
 
 
-@lru_cache(maxsize=4)
 def tokenizer_of(text: TextFormat, *, cache: Path) -> Tokenizer:
-    """The tokenizer that reads records in a text format, loaded once per process."""
+    """The tokenizer that reads records in a text format, loaded once per process and content of its folder."""
+    return _tokenizer(text, cache, content=fingerprint(text_recipe(text)))
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(text: TextFormat, cache: Path, *, content: str) -> Tokenizer:
     fast = build_tokenizer(text.language_model, chat_template=text.chat_template, cache=cache)
     return Tokenizer(fast, image_tokens=text.image_tokens, after_image=text.after_image)
 
@@ -180,20 +184,20 @@ class _Writer:
             self._add(cleaned.record)
 
     def _add(self, record: Record) -> None:
-        """Its samples; a record that fails in more than one of its renderings counts once."""
+        """Its samples; a record that fails in more than one of its renderings counts once, for the first reason."""
         split = split_of(record.object, self.job.mixture.split)
-        failed: dict[str, Dropped] = {}
+        failed: list[Dropped] = []
         for rendered in self._render(record, split):
             made = self._samples(rendered)
             if isinstance(made, Dropped):
-                failed.setdefault(made.reason, made)
+                failed.append(made)
                 continue
             for sample in made:
                 self.tar.add(sample, split=split)
                 if split == "train" and len(self.examples) < EXAMPLES:
                     self.examples.append(sample.text[:EXAMPLE_CHARACTERS])
-        for dropped in failed.values():
-            self._drop(replace(dropped, id=record.id))
+        for dropped in failed[:1]:
+            self._drop(replace(dropped, id=record.id, where=record.provenance))
 
     def _render(self, record: Record, split: str) -> list[Record]:
         if self.source.render != "questions":
@@ -211,7 +215,7 @@ class _Writer:
         try:
             squares = {index: self._square(pictures[index].data) for index in kept}
         except BadImage as error:
-            return Dropped(record.id, f"bad_image_{error.reason}", where=record.provenance, detail=str(error))
+            return Dropped(record.id, f"bad_image_{error.reason}", detail=str(error))
         return [self._sample(record, piece, squares) for piece in pieces]
 
     def _square(self, data: bytes) -> bytes:
