@@ -98,6 +98,12 @@ def test_a_missing_picture_is_dropped_with_its_line(
     assert isinstance(record, Record)
 
 
+def test_metadata_that_comes_later_changes_the_digest(write: Callable[..., LlavaCc3m], scan: Scan) -> None:
+    (without,) = scan(write([chat()], None))
+    (beside,) = scan(write([chat()], [metadata()]))
+    assert without.digest != beside.digest
+
+
 def test_the_digest_covers_the_metadata(tmp_path: Path, write: Callable[..., LlavaCc3m], scan: Scan) -> None:
     (before,) = scan(write([chat()], [metadata()]))
     (other,) = scan(write([chat()], [metadata(url="http://ex.test/moved.jpg")]))

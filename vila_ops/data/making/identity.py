@@ -20,7 +20,7 @@ def source_recipe(source: Source) -> dict[str, Any]:
 
 
 def mixture_recipe(mixture: Mixture) -> dict[str, Any]:
-    """The mixture without the places of its raw files, for which `parents` stands, and without shard sizes."""
+    """The mixture without the places of its raw files, for which `parents` stands."""
     dumped = mixture.model_dump(mode="json")
     for group in (dumped["sources"], (dumped["contamination"] or {}).get("sources", {})):
         for source in group.values():
@@ -37,7 +37,8 @@ def text_recipe(text: TextFormat) -> dict[str, Any]:
             content = folder_digest(Path(text.language_model.tokenizer))
             dumped["language_model"] = {"kind": "random", "tokenizer": content}
         case "package":
-            dumped["language_model"] = {"kind": "package", "sha256": text.language_model.package.sha256}
+            package, gguf = text.language_model.package, text.language_model.gguf
+            dumped["language_model"] = {"kind": "package", "sha256": package.sha256, "gguf": gguf}
         case "hub":
             pass  # name and revision say what it is
     return dumped

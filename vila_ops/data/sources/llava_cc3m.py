@@ -39,10 +39,10 @@ def read(source: LlavaCc3m, span: Span) -> Iterator[list[Record | Dropped]]:
 def _scan(source: LlavaCc3m) -> Scan:
     found = scan_objects(Path(source.path) / CHAT, lambda value: picture_paths(value, source.images))
     metadata = Path(source.path) / METADATA
-    if not metadata.is_file():
-        return found
-    for _ in elements(metadata):  # raises now, not in the middle of a read, where it was cut off
-        pass
+    if metadata.is_file():
+        for _ in elements(metadata):  # raises now, not in the middle of a read, where it was cut off
+            pass
+    # named also where it is not there: the scan is kept, and must notice when it comes
     return Scan(found.count, found.images, found.marks, beside=(str(metadata), *found.beside))
 
 
