@@ -24,7 +24,7 @@ from vila_ops.config import load
 ROOT = Path(__file__).parents[1]
 CLONED = (
     *(".dvc", ".dvcignore", ".gitignore", "configs", "dvc.yaml", "tests/tiny"),
-    *("vila_ops/data/prepare.py", "vila_ops/data/making/work.py"),
+    *("vila_ops/data/prepare.py", "vila_ops/data/making/identity.py"),
 )
 ENV = {
     "GIT_CONFIG_GLOBAL": os.devnull,
@@ -172,10 +172,11 @@ def test_a_change_is_seen_by_the_stages_that_it_concerns(reproduced: Path) -> No
         if file.split("/")[1] not in ("models", "sources"):
             assert json.loads(_run(reproduced, "dvc", "params", "diff", "--json"))[file][key]["new"] == 7
         _run(reproduced, "git", "checkout", "-q", ".")
-    for file, key in (("prepare.py", "REVISION"), ("making/work.py", "SHARD_REVISION")):
+    making = "making/identity.py"
+    for file, key in (("prepare.py", "REVISION"), (making, "SHARD_REVISION"), (making, "SURVEY_REVISION")):
         room = reproduced / "vila_ops/data" / file
         room.write_text(re.sub(rf"^{key} = .*$", f"{key} = 1000", room.read_text(), flags=re.MULTILINE))
-        assert _changed(reproduced) == set(DEMO), file
+        assert _changed(reproduced) == set(DEMO), key
         _run(reproduced, "git", "checkout", "-q", ".")
 
 

@@ -15,7 +15,8 @@ import pytest
 from vila_ops.artifacts.leases import hold
 from vila_ops.artifacts.store import Address, content, export, verify
 from vila_ops.config import Mixture, Resources, TextFormat, load
-from vila_ops.data.making.work import SHARD_REVISION, tokenizer_of
+from vila_ops.data.making.identity import SHARD_REVISION
+from vila_ops.data.making.work import tokenizer_of
 from vila_ops.data.prepare import REVISION, prepare
 from vila_ops.data.revisions import export_for_dvc
 from vila_ops.data.shards import read_index, read_sample
@@ -100,8 +101,8 @@ def test_the_tiny_datasets_are_the_golden_ones(resources: Resources, monkeypatch
     revisions = {"prepare": REVISION, "shard": SHARD_REVISION}
     assert golden["revisions"] != revisions or golden["digests"] == digests, (
         f"the room `prepare` makes other bytes than golden under the same revisions {revisions}; if that is meant, "
-        f"bump SHARD_REVISION in vila_ops/data/making/work.py, or REVISION in vila_ops/data/prepare.py where shards "
-        f"are as they were, and then: {REWRITE}"
+        f"bump SHARD_REVISION in vila_ops/data/making/identity.py, or REVISION in vila_ops/data/prepare.py where "
+        f"shards are as they were, and then: {REWRITE}"
     )
     if os.environ.get("VILA_GOLDEN") == "write":
         golden = {"revisions": revisions, "digests": digests}
@@ -231,6 +232,18 @@ def test_a_changed_tokenizer_is_read_anew_in_the_same_process(
     assert "e" in sample.text
     assert "e" not in read
     assert "x" in read
+
+
+def test_shards_of_a_new_revision_make_another_dataset(
+    resources: Resources, make_mixture: Any, make_text: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that is there is of the old ones."""
+    before = prepare(make_mixture("definitions"), make_text(), resources)
+    for module in ("prepare", "making.work"):
+        monkeypatch.setattr(f"vila_ops.data.{module}.SHARD_REVISION", 1000)
+    after = prepare(make_mixture("definitions"), make_text(), resources)
+    assert after.uri != before.uri
+    assert after.digest != before.digest
 
 
 def spoil(tiny: Path, folder: Path, count: int) -> Path:

@@ -9,9 +9,10 @@ from vila_ops.artifacts.execution import execution
 from vila_ops.artifacts.kinds import Dataset
 from vila_ops.artifacts.leases import hold
 from vila_ops.config import Mixture, Resources, TextFormat
-from vila_ops.data.making.identity import digests, mixture_recipe, text_recipe
+from vila_ops.data.making.identity import SHARD_REVISION, SURVEY_REVISION, digests, mixture_recipe, text_recipe
 
 REVISION = 4
+"""Bumped when the same shards become another dataset."""
 log = logging.getLogger(__name__)
 
 
@@ -22,7 +23,8 @@ def prepare(mixture: Mixture, text: TextFormat, resources: Resources) -> Dataset
     """
     cache = Path(resources.cache).expanduser()
     read = digests(mixture, cache=cache)
-    recipe = {"mixture": mixture_recipe(mixture), "text": text_recipe(text), "sources": read}
+    made_by = {"shards": SHARD_REVISION, "survey": SURVEY_REVISION}
+    recipe = {"mixture": mixture_recipe(mixture), "text": text_recipe(text), "sources": read, "made_by": made_by}
     at = store.address(Dataset, revision=REVISION, recipe=recipe, parents=tuple(sorted(set(read.values()))))
     if done := store.find(Dataset, at, store=resources.store, first=Path(resources.data).resolve() / mixture.name):
         return done

@@ -8,6 +8,10 @@ from vila_ops.artifacts.folders import folder_digest
 from vila_ops.config import Mixture, Source, TextFormat
 from vila_ops.data import sources
 
+SHARD_REVISION = 1
+"""Bumped when the same records become other samples."""
+SURVEY_REVISION = 1
+"""Bumped when the rules over all records take out others."""
 PLACES = {"path", "images"}
 """Of a source: their content is hashed instead."""
 SHARES = {"weight", "repeats"}

@@ -22,13 +22,12 @@ from vila_ops.config.clean import TopShare
 from vila_ops.data import sources
 from vila_ops.data.cleaning.duplicates import decide, known_ngrams
 from vila_ops.data.cleaning.similarity import Signature, Wanted, signature, table
-from vila_ops.data.making.identity import source_recipe
+from vila_ops.data.making.identity import SURVEY_REVISION, source_recipe
 from vila_ops.data.making.parallel import each
 from vila_ops.data.making.units import Unit, plan_units
 from vila_ops.data.making.work import Drop, Job, folders_of, numbered
 from vila_ops.data.records import Dropped
 
-SURVEY_REVISION = 1
 SIGNATURES, PLACES, NGRAMS = "signatures.parquet", "places.parquet", "ngrams.npy"
 PLACES_SCHEMA = pa.schema(
     [("span", pa.int32()), ("number", pa.int64()), ("part", pa.int32()), ("id", pa.string()), ("where", pa.string())]

@@ -19,7 +19,7 @@ from vila_ops.data import sources
 from vila_ops.data.cleaning.clean import clean
 from vila_ops.data.containers import BadImage
 from vila_ops.data.images import square, suffix
-from vila_ops.data.making.identity import source_recipe, text_recipe
+from vila_ops.data.making.identity import SHARD_REVISION, source_recipe, text_recipe
 from vila_ops.data.making.units import Unit
 from vila_ops.data.raw.files import Span
 from vila_ops.data.records import NOT_DOWNLOADED, Dropped, Image, Record
@@ -30,8 +30,6 @@ from vila_ops.data.text.questions import Names, questions
 from vila_ops.packages.fetch import fetch
 from vila_ops.packages.tokenizer import build_tokenizer
 
-SHARD_REVISION = 1
-"""Bumped when the same records become other samples."""
 COUNTS = "counts.json"
 EXAMPLES, EXAMPLE_CHARACTERS = 3, 300
 """Texts of a shard that a data card may show."""
