@@ -106,6 +106,15 @@ def test_what_an_evaluation_set_asks_is_not_trained_on(
     assert made.num_samples == 47
 
 
+def test_an_evaluation_set_without_records_is_an_error(
+    resources: Resources, make_mixture: Any, make_text: Any, tmp_path: Path
+) -> None:
+    hollow = {"kind": "jsonl", "render": "caption", "path": str(folder(tmp_path / "hollow", [], {}))}
+    asked = make_mixture("definitions", contamination={"sources": {"e": hollow}})
+    with pytest.raises(ValueError, match="evaluation set 'e' has no records to compare with"):
+        prepare(asked, make_text(), resources)
+
+
 def test_only_what_a_rule_needs_is_looked_at_again(resources: Resources, make_mixture: Any, make_text: Any) -> None:
     prepare(make_mixture("pairs"), make_text(), resources)
     assert not (Path(resources.store) / "survey").exists()

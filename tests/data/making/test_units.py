@@ -51,6 +51,14 @@ def test_shards_of_large_sources_have_64_to_256_mebibytes(count: int, images: in
     assert sizes[-1] <= 256 * MIB
 
 
+def test_what_a_rule_takes_out_makes_no_shard_smaller() -> None:
+    """COYO's best fifth."""
+    file = raw("a", 5_000_000, 5_000_000)
+    units = plan_units("s", [file], shard_bytes=128 * MIB, image_bytes=IMAGE, share=0.2)
+    assert records(units) == [("a", number) for number in range(5_000_000)]
+    assert all(64 * MIB <= 0.2 * size(unit, {"a": file}) <= 256 * MIB for unit in units)
+
+
 def test_a_file_that_is_dropped_in_changes_few_units() -> None:
     old = [raw(f"{number:05d}-{random.Random(number).random():.6f}", 320, 1280) for number in range(300)]
     fresh = raw("00150-aa", 320, 1280)

@@ -13,7 +13,7 @@ from vila_ops.artifacts.kinds import Shard
 from vila_ops.config import Mixture, Resources, TextFormat
 from vila_ops.data import sources
 from vila_ops.data.making.card import CARD, card
-from vila_ops.data.making.parallel import each
+from vila_ops.data.making.parallel import at_once, each, files
 from vila_ops.data.making.summary import SUMMARY, summarise
 from vila_ops.data.making.survey import survey
 from vila_ops.data.making.units import Unit, picture_bytes, plan_units
@@ -45,37 +45,37 @@ def build(
         if shard.num_samples
     }
     for file in (INDEX, DROPPED):
-        _concatenate([store.file(shard, file) for shard in shards], folder / file)
-    counted = [
-        (task.unit.source, json.loads(store.file(shard, COUNTS).read_text()))
-        for task, shard in zip(tasks, shards, strict=True)
-    ]
+        _concatenate(files(shards, file), folder / file)
+    counts = [json.loads(path.read_text()) for path in files(shards, COUNTS)]
+    counted = [(task.unit.source, one) for task, one in zip(tasks, counts, strict=True)]
     summary = summarise(mixture, counted)
     (folder / SUMMARY).write_text(json.dumps(summary, indent=1, sort_keys=True))
     if not summary["num_samples"]:
         raise ValueError(f"mixture {mixture.name!r} has no samples at all: {summary['sources']}")
     (folder / CARD).write_text(card(mixture, summary, folder), encoding="utf-8")
-    ran = {json.dumps(one): one for shard in shards for one in store.read_manifest(shard.uri)["execution"]["workers"]}
+    workers = at_once(lambda shard: store.read_manifest(shard.uri)["execution"]["workers"], shards)
+    ran = {json.dumps(one): one for of_shard in workers for one in of_shard}
     return summary, named, list(ran.values())
 
 
 def _units(name: str, mixture: Mixture, text: TextFormat, *, cache: Path) -> Iterator[Unit]:
     source = mixture.sources[name]
-    files = sources.raw_files(source, folders_of(source, cache=cache), cache=cache)
-    if not sum(file.count for file in files):
+    raw = sources.raw_files(source, folders_of(source, cache=cache), cache=cache)
+    if not sum(file.count for file in raw):
         raise ValueError(f"mixture {mixture.name!r}: source {name!r} has no records")
     yield from plan_units(
         name,
-        files,
+        raw,
         shard_bytes=mixture.shard_bytes,
         image_bytes=picture_bytes(text.image_size, mixture.pictures.encoding),
         limit=source.limit,
+        share=source.clean.top_share.share if source.clean.top_share else 1.0,
     )
 
 
 def _write(tasks: list[Task], resources: Resources) -> list[Shard]:
     """The sealed shards, in order; only those are made that are not there."""
-    found = [store.find(Shard, shard_address(task), store=task.job.store) for task in tasks]
+    found = at_once(lambda task: store.find(Shard, shard_address(task), store=task.job.store), tasks)
     missing = [number for number, shard in enumerate(found) if shard is None]
     if missing:
         log.info("%s: %d of %d shards to make", tasks[0].job.mixture.name, len(missing), len(tasks))
@@ -84,11 +84,11 @@ def _write(tasks: list[Task], resources: Resources) -> list[Shard]:
     return [shard or fresh[number] for number, shard in enumerate(found)]
 
 
-def _concatenate(files: list[Path], target: Path) -> None:
+def _concatenate(parts: list[Path], target: Path) -> None:
     """One Parquet file of many of the same columns, a row group each: never all of them in memory."""
-    schema = pq.read_schema(files[0])
+    schema = pq.read_schema(parts[0])
     with pq.ParquetWriter(target, schema, compression="zstd") as writer:
-        for file in files:
-            table = pq.read_table(file, schema=schema)
+        for part in parts:
+            table = pq.read_table(part, schema=schema)
             if table.num_rows:
                 writer.write_table(table)

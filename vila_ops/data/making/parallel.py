@@ -1,14 +1,20 @@
 """Units of work in this process, or as Ray Data tasks on a cluster's nodes. Only addresses travel, never pictures."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
+from vila_ops.artifacts import store
+from vila_ops.artifacts.kinds import Artifact
 from vila_ops.cluster import connect, log_to_driver
 from vila_ops.config import Config, Resources
 
 Asked = TypeVar("Asked", bound=Config)
 Made = TypeVar("Made", bound=Config)
+Place = TypeVar("Place")
+Answer = TypeVar("Answer")
 
 
 def each(
@@ -34,6 +40,17 @@ def each(
             raise ValueError(row["said"])
         made[int(row["number"])] = makes.model_validate_json(row["said"])
     return [made[number] for number in range(len(asked))]
+
+
+def at_once(ask: Callable[[Place], Answer], places: Iterable[Place]) -> list[Answer]:
+    """The store's answers about many places, in their order: on S3 almost all of each is waiting."""
+    with ThreadPoolExecutor(store.AT_ONCE) as pool:
+        return list(pool.map(ask, places))
+
+
+def files(made: Iterable[Artifact], name: str) -> list[Path]:
+    """The file of that name of each sealed artifact, on this machine."""
+    return at_once(lambda one: store.file(one, name), made)
 
 
 def _task(row: dict[str, Any], *, work: Callable[[Any], Config], kind: type[Config]) -> dict[str, Any]:

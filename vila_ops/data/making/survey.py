@@ -23,7 +23,7 @@ from vila_ops.data import sources
 from vila_ops.data.cleaning.duplicates import decide, known_ngrams
 from vila_ops.data.cleaning.similarity import Signature, Wanted, signature, table
 from vila_ops.data.making.identity import SURVEY_REVISION, source_recipe
-from vila_ops.data.making.parallel import each
+from vila_ops.data.making.parallel import each, files
 from vila_ops.data.making.units import Unit, plan_units
 from vila_ops.data.making.work import Drop, Job, folders_of, numbered
 from vila_ops.data.records import Dropped
@@ -63,10 +63,10 @@ def survey(job: Job, units: list[Unit], resources: Resources) -> dict[int, tuple
         Look(job=job, unit=units[number], source=mixture.sources[units[number].source], ngrams=ngrams)
         for number in chosen
     ]
-    signatures, places, files = _gather(each(survey_unit, looks, makes=Survey, resources=resources), looks)
+    signatures, places, numbers = _gather(each(survey_unit, looks, makes=Survey, resources=resources), looks)
     drops = decide(
         signatures,
-        shares=_shares(shares, files),
+        shares=_shares(shares, numbers),
         evaluation=evaluation,
         contamination=mixture.contamination,
         near_duplicates=mixture.near_duplicates,
@@ -118,35 +118,38 @@ def _address(look: Look) -> Address:
 
 def _evaluation(job: Job) -> Iterator[Look]:
     assert job.mixture.contamination
-    for name, source in job.mixture.contamination.sources.items():
+    for name, source in sorted(job.mixture.contamination.sources.items()):
         cache = Path(job.cache)
-        files = sources.raw_files(source, folders_of(source, cache=cache), cache=cache)
-        for unit in plan_units(name, files, shard_bytes=EVALUATION_BYTES, image_bytes=10**5, limit=source.limit):
+        raw = sources.raw_files(source, folders_of(source, cache=cache), cache=cache)
+        if not sum(file.count for file in raw):
+            raise ValueError(f"mixture {job.mixture.name!r}: evaluation set {name!r} has no records to compare with")
+        for unit in plan_units(name, raw, shard_bytes=EVALUATION_BYTES, image_bytes=10**5, limit=source.limit):
             yield Look(job=job, unit=unit, source=source)
 
 
 def _gather(made: list[Survey], looks: list[Look]) -> tuple[pa.Table, pa.Table, dict[tuple[str, str], int]]:
     """All signatures, records and files numbered through; the place of each record; the number of each file."""
-    files: dict[tuple[str, str], int] = {}
+    numbers: dict[tuple[str, str], int] = {}
     signatures, places = [], []
     first = 0
-    for number, (one, look) in enumerate(zip(made, looks, strict=True)):
-        own = pq.read_table(store.file(one, SIGNATURES))
-        of_spans = [files.setdefault((look.unit.source, span.name), len(files)) for span in look.unit.spans]
+    found = zip(files(made, SIGNATURES), files(made, PLACES), looks, strict=True)
+    for number, (signatures_of, places_of, look) in enumerate(found):
+        own = pq.read_table(signatures_of)
+        of_spans = [numbers.setdefault((look.unit.source, span.name), len(numbers)) for span in look.unit.spans]
         file = np.asarray(of_spans, np.int64)[own["file"].to_numpy()]
         own = own.set_column(own.schema.get_field_index("file"), "file", pa.array(file))
         own = own.set_column(
             own.schema.get_field_index("record"), "record", pa.array(own["record"].to_numpy() + first, pa.int64())
         )
         signatures.append(own)
-        where = pq.read_table(store.file(one, PLACES))
+        where = pq.read_table(places_of)
         places.append(where.append_column("look", pa.array(np.full(len(where), number, np.int64))))
         first += len(own)
-    return pa.concat_tables(signatures), pa.concat_tables(places), files
+    return pa.concat_tables(signatures), pa.concat_tables(places), numbers
 
 
-def _shares(shares: Mapping[str, TopShare | None], files: Mapping[tuple[str, str], int]) -> dict[int, TopShare]:
-    return {number: rule for (source, _), number in files.items() if (rule := shares[source])}
+def _shares(shares: Mapping[str, TopShare | None], numbers: Mapping[tuple[str, str], int]) -> dict[int, TopShare]:
+    return {number: rule for (source, _), number in numbers.items() if (rule := shares[source])}
 
 
 def _placed(drops: pa.Table, places: pa.Table, against: pa.Table) -> Iterator[tuple[int, Drop]]:

@@ -37,12 +37,19 @@ class Unit(Config):
 
 
 def plan_units(
-    source: str, files: list[RawFile], *, shard_bytes: int, image_bytes: float, limit: int | None = None
+    source: str,
+    files: list[RawFile],
+    *,
+    shard_bytes: int,
+    image_bytes: float,
+    limit: int | None = None,
+    share: float = 1.0,
 ) -> list[Unit]:
     """The units of a source in the order of its records, each of about `shard_bytes` as a shard.
 
-    image_bytes: of one encoded picture, estimated. Long files are cut; short ones are put together, and a unit ends
-    with a file whose digest says so once half of shard_bytes is reached: with 1 file in 4, or at 1.5 shard_bytes.
+    image_bytes: of one encoded picture, estimated. share: of the records, how many a rule (top_share) keeps.
+    Long files are cut; short ones are put together, and a unit ends with a file whose digest says so once half of
+    shard_bytes is reached: with 1 file in 4, or at 1.5 shard_bytes.
     """
     total = sum(file.count for file in files)
     thin = 1.0 if limit is None else min(1.0, limit / max(1, total))
@@ -51,7 +58,7 @@ def plan_units(
     size = 0.0
     first = 0
     for file in files:
-        weight = thin * (file.images * image_bytes + file.count * RECORD_BYTES)
+        weight = thin * share * (file.images * image_bytes + file.count * RECORD_BYTES)
         thinned = None if thin == 1.0 else Thinned(first=first, total=total, limit=limit or 0)
         cuts = list(_cuts(file, pieces=round(weight / shard_bytes)))
         for start, stop in cuts:
