@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 
 from vila_ops import demo as demonstration
 from vila_ops import doctor as checks
@@ -20,6 +21,7 @@ from vila_ops.cli.options import (
     Overrides,
     RecipeFile,
     ResourcesFile,
+    faults_of,
     load_run,
     print_handle,
 )
@@ -192,6 +194,9 @@ def main() -> None:
     logging.getLogger("vila_ops").setLevel(logging.INFO)
     try:
         app()
+    except ValidationError as error:
+        print(f"error: {faults_of(error)}", file=sys.stderr)
+        raise SystemExit(1) from error
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from error

@@ -23,7 +23,7 @@ from vila_ops.cli.options import (
 )
 from vila_ops.config import Resources
 from vila_ops.config.download import DownloadSettings
-from vila_ops.config.load import read
+from vila_ops.config.load import key_and_value, read
 from vila_ops.data import revisions
 from vila_ops.data.download import Format, Outcome, download_source, table
 
@@ -38,6 +38,9 @@ def lint(
     uri: Annotated[str, typer.Argument(help="A file or folder of raw data")],
     kind: Annotated[str | None, typer.Option("--format", help="Its format; else told by its content")] = None,
     images: Annotated[str | None, typer.Option("--images", help="Folder of the pictures that its records name")] = None,
+    own: Annotated[
+        list[str] | None, typer.Option("-s", "--set", help="A setting of the source, e.g. image=file or question=q")
+    ] = None,
     as_json: JsonLines = False,
 ) -> None:
     """List every fault of raw data with its file and line; ends with 1 if there is any."""
@@ -45,8 +48,10 @@ def lint(
     from vila_ops.data.view.lint import Fault, lines
     from vila_ops.data.view.lint import lint as check
 
-    source = guess(uri, kind=kind, images=images)
-    print(f"format {source.kind}", file=sys.stderr)
+    source = guess(uri, kind=kind, images=images, own=dict(map(key_and_value, own or ())))
+    settings = source.model_dump(mode="json", exclude_defaults=True, exclude={"kind", "path", "licence"})
+    read_as = ", ".join(f"{key}: {value}" for key, value in settings.items())
+    print(f"format {source.kind}, read with {read_as}", file=sys.stderr)
     faulty = False
     for found in check(source, cache=Path(Resources(launch="inline").cache).expanduser()):
         print(found.model_dump_json() if as_json else lines(found), flush=True)

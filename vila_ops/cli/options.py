@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 
 from vila_ops import local
 from vila_ops.config import Config, Run, load
@@ -28,6 +29,14 @@ def load_run(recipe: Path, resources: Path, overrides: list[str] | None) -> Run:
     if run.resources.launch == "ray" and LOCAL.is_file():
         local.join(load_local(LOCAL), ray_address=run.resources.ray_address)
     return run
+
+
+def faults_of(error: ValidationError) -> str:
+    """Each setting that is wrong and why, a line each, without what pydantic adds for programmers."""
+    return "\n".join(
+        f"{'.'.join(map(str, fault['loc'])) or error.title}: {fault['msg'].removeprefix('Value error, ')}"
+        for fault in error.errors(include_url=False, include_context=False, include_input=False)
+    )
 
 
 def print_handle(made: Config | Sequence[Config], as_json: bool) -> None:

@@ -17,16 +17,21 @@ def load(recipe: Path, *, resources: Path, overrides: tuple[str, ...] = ()) -> R
     """
     tree = {"recipe": read(recipe), "resources": read(resources)}
     for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator:
-            raise ValueError(f"override {override!r} has no '='; write it like stages.sft.learning_rate=1e-5")
+        key, value = key_and_value(override)
         path = key.split(".") if key.startswith("resources.") else ["recipe", *key.split(".")]
-        try:
-            value = yaml.load(text, Loader=_Loader)
-        except (yaml.YAMLError, ValueError) as error:
-            raise ValueError(f"override {override!r}: {text!r} is not valid YAML: {error}") from error
         tree = _set(tree, path, value, override)
     return Run.model_validate(tree)
+
+
+def key_and_value(override: str) -> tuple[str, Any]:
+    """The parts of KEY=VALUE, the value as YAML reads it."""
+    key, separator, text = override.partition("=")
+    if not separator:
+        raise ValueError(f"override {override!r} has no '='; write it like stages.sft.learning_rate=1e-5")
+    try:
+        return key, yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"override {override!r}: {text!r} is not valid YAML: {error}") from error
 
 
 def load_resources(path: Path) -> Resources:

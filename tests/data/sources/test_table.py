@@ -137,7 +137,10 @@ def test_a_quote_that_is_never_closed_is_told_where_it_opens(tmp_path: Path, ima
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("picture,text\nDog.jpg,A\n", r"captions\.csv has no column 'image'; it has 'picture', 'text'$"),
+        (
+            "picture,text\nDog.jpg,A\n",
+            r"captions\.csv has no column 'image'; it has 'picture', 'text'; name the columns in",
+        ),
         ("image;text\nDog.jpg;A\n", "separated by semicolons: save it with commas"),
         ("image,text,image\n", "captions.csv:1: a table begins with the names of its columns, each once"),
         ("", "captions.csv:1: a table begins"),

@@ -124,7 +124,7 @@ def test_what_cannot_be_told_is_an_error_that_lists_the_formats(
         (".", {"kind": "flan", "images": "photos"}, "--images has no effect on the format flan"),
     ],
 )
-def test_an_argument_that_cannot_be_is_an_error(uri: str, settings: dict[str, str], told: str) -> None:
+def test_an_argument_that_cannot_be_is_an_error(uri: str, settings: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         guess(uri, **settings)
 

@@ -157,3 +157,12 @@ def test_the_command_prints_one_json_object_a_line(folder: Path) -> None:
 def test_the_command_ends_with_0_where_there_is_no_fault(folder: Path) -> None:
     jsonl("docs/a.jsonl", record("1"))
     assert said("docs", "--format", "llava", "--images", "docs/images") == (0, ["1 records, 1 pictures, 0 faults"])
+
+
+def test_the_settings_of_a_source_are_given_by_set(folder: Path) -> None:
+    Path("docs/own.csv").write_text("file,caption\nnone.jpg,A cat.\n")
+    code, lines = said("docs/own.csv")
+    assert (code, "name the columns in the source" in lines[0]) == (1, True)
+    code, lines = said("docs/own.csv", "-s", "image=file", "--set", "text=caption")
+    assert code == 1
+    assert lines[0].startswith("docs/own.csv:2  missing_image")

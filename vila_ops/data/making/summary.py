@@ -70,5 +70,5 @@ def _refuse_bad(mixture: Mixture, name: str, found: dict[str, Any]) -> None:
         raise ValueError(
             f"mixture {mixture.name!r}: {bad} of {found['records']} records of source {name!r} are bad "
             f"({found['bad']}), more than max_bad_share {mixture.max_bad_share}; see them with `vila-ops data lint`, "
-            f"mend the source or raise max_bad_share"
+            "mend the source or raise max_bad_share of the mixture"
         )

@@ -168,8 +168,9 @@ def _scan(source: Table, path: Path) -> Scan:
     header, body = read_header(path)
     for column in _used(source):
         if column is not None and column not in header:
-            hint = "; it looks separated by semicolons: save it with commas" if ";" in header[0] else ""
-            raise ValueError(f"{path} has no column {column!r}; it has {', '.join(map(repr, header))}{hint}")
+            semicolons = "it looks separated by semicolons: save it with commas"
+            hint = semicolons if ";" in header[0] else "name the columns in the source"
+            raise ValueError(f"{path} has no column {column!r}; it has {', '.join(map(repr, header))}; {hint}")
     beside: dict[str, None] = {}
     marks: list[int] = []
     count = images = 0

@@ -2,7 +2,7 @@
 
 import gzip
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -34,10 +34,13 @@ _CLASSES: dict[str, type[OwnFiles | JsonLines]] = {
 KINDS = tuple(sorted(_CLASSES))
 
 
-def guess(uri: str, *, kind: str | None = None, images: str | None = None) -> Source:
+def guess(
+    uri: str, *, kind: str | None = None, images: str | None = None, own: Mapping[str, Any] | None = None
+) -> Source:
     """The source at a file or folder, of the given kind or of the one that its content tells.
 
-    Pictures lie in `images`, or else are named relative to the folder itself. Raises ValueError where there is nothing,
+    Pictures lie in `images`, or else are named relative to the folder itself. `own` are further settings
+    of the source, and win. Raises ValueError where there is nothing,
     where the content is of no format or of several, and where `images` would have no effect.
     """
     if "://" in uri:
@@ -61,7 +64,7 @@ def guess(uri: str, *, kind: str | None = None, images: str | None = None) -> So
         raise ValueError(f"--images has no effect on the format {kind}, whose pictures lie in or beside its files")
     if kind == "table" and _has_questions(path):
         settings |= {"question": "question", "render": "conversation"}
-    source: Source = TypeAdapter(Source).validate_python(settings)
+    source: Source = TypeAdapter(Source).validate_python(settings | dict(own or {}))
     return source
 
 
