@@ -228,11 +228,16 @@ def test_a_picture_without_a_folder_of_pictures_says_what_to_set(tmp_path: Path,
     assert "set that folder" in dropped.detail
 
 
-def test_a_turn_of_ten_megabytes_is_kept(tmp_path: Path, read_all: ReadAll) -> None:
-    long = {**TEXT, "conversations": turns(("human", "?"), ("gpt", "ä" * 5_000_000))}
-    record = only(read_all(source(array(tmp_path, long), None)))
+def test_a_turn_of_a_million_characters_is_kept_and_one_of_ten_megabytes_is_dropped(
+    tmp_path: Path, read_all: ReadAll
+) -> None:
+    long, huge = ({**TEXT, "conversations": turns(("human", "?"), ("gpt", "ä" * n))} for n in (1_000_000, 5_000_000))
+    (record,), (dropped,) = read_all(source(array(tmp_path, long, huge), None))
     assert isinstance(record, Record)
-    assert record.turns[1].parts == ("ä" * 5_000_000,)
+    assert record.turns[1].parts == ("ä" * 1_000_000,)
+    assert isinstance(dropped, Dropped)
+    assert (dropped.reason, dropped.where) == ("huge_turn", "train.json:15[1]")
+    assert "turn 2 (assistant) has 5,000,000 characters, more than 1,000,000" in dropped.detail
 
 
 def test_files_of_a_folder_are_read_in_the_order_of_their_names(

@@ -6,6 +6,8 @@ from vila_ops.data.records import Role
 from vila_ops.data.sources.faults import Fault, checked
 
 PLACEHOLDER = "<image>"
+MAX_TURN = 1_000_000
+"""Characters: a hundred times what a sample holds. A longer turn is a dump, or a file that lost its line breaks."""
 
 
 def check_order(roles: Sequence[Role]) -> None:
@@ -18,7 +20,9 @@ def check_order(roles: Sequence[Role]) -> None:
 
 
 def check_text(role: Role, text: str, *, number: int, pictures: int) -> None:
-    """Raises Fault where the text of a turn is damaged, or empty; a user may show a picture without a word."""
+    """Raises Fault where the text of a turn is damaged, huge or empty; a user may show a picture without a word."""
+    if len(text) > MAX_TURN:
+        raise Fault("huge_turn", f"turn {number} ({role}) has {len(text):,} characters, more than {MAX_TURN:,}; cut it")
     checked(text, what=f"turn {number} ({role})")
     if not text.strip() and (role != "user" or not pictures):
         raise Fault("no_text", f"turn {number} ({role}) is empty")
