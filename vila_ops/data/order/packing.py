@@ -27,7 +27,7 @@ class Row:
     labels: NDArray[np.int64]
     """(T,): the token to predict at this position, that is the next one of the same sample, or IGNORE_INDEX."""
     images: tuple[bytes, ...]
-    """PNG squares, in order of their placeholders."""
+    """Encoded squares, in order of their placeholders."""
     keys: tuple[str, ...]
     """Of the samples, in order."""
 
