@@ -32,7 +32,8 @@ OPTIONS += ["--min-worker-port", "0", "--max-worker-port", "0"]
 def node(*arguments: str) -> Iterator[None]:
     """A Ray node of this test, ended by its own processes' ids."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([*RAY, *OPTIONS, *arguments], env=env, stdout=subprocess.DEVNULL)
+    started = [*RAY, *OPTIONS, *arguments]
+    process = subprocess.Popen(started, env=env, cwd=tempfile.gettempdir(), stdout=subprocess.DEVNULL)
     try:
         yield
     finally:
@@ -76,17 +77,29 @@ def _wait(is_so: Callable[[], bool]) -> None:
 
 
 def test_two_nodes_make_the_dataset_of_one_process_and_refuse_what_it_refuses(
-    two_nodes: str, make_mixture: Any, make_text: Any, make_resources: Callable[..., Resources], tmp_path: Path
+    two_nodes: str,
+    make_mixture: Any,
+    make_text: Any,
+    make_resources: Callable[..., Resources],
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked = make_mixture("pairs", "documents", "instructions", shard_bytes=40_000)
+    """All places are relative to the driver's working directory, which is not that of the nodes."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "raw").symlink_to(tiny)
+    told = make_mixture("pairs", "documents", "instructions", shard_bytes=40_000).model_dump()
+    relative = {name: {**source, "path": f"raw/{name}"} for name, source in told["sources"].items()}
+    asked = Mixture.model_validate({**told, "sources": relative})
     alone = prepare(asked, make_text(), make_resources(tmp_path / "alone"))
-    on_ray = make_resources(tmp_path / "ray", launch="ray", ray_address=two_nodes, prepare_workers=4)
+    on_ray = make_resources(Path("ray"), launch="ray", ray_address=two_nodes, prepare_workers=4)
     together = prepare(asked, make_text(), on_ray)
     verify(together)
     assert together.digest == alone.digest
     workers = read_manifest(together.uri)["execution"]["workers"]
     assert len({worker["node"] for worker in workers}) == 2, workers
-    told = asked.model_dump()["sources"]["instructions"]
-    wrong = Mixture.model_validate({"name": "wrong", "sources": {"told": {**told, "render": "questions"}}})
+    wrong = Mixture.model_validate(
+        {"name": "wrong", "sources": {"told": {**relative["instructions"], "render": "questions"}}}
+    )
     with pytest.raises(ValueError, match=r"^record '[^']*' is not one picture with a caption, which render questions"):
         prepare(wrong, make_text(), on_ray)

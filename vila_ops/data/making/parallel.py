@@ -1,5 +1,6 @@
 """Units of work in this process, or as Ray Data tasks on a cluster's nodes. Only addresses travel, never pictures."""
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -29,7 +30,8 @@ def each(
     import ray.data
 
     connect(resources)
-    items = [{"number": number, "asked": one.model_dump_json()} for number, one in enumerate(asked)]
+    here = os.getcwd()
+    items = [{"number": number, "asked": one.model_dump_json(), "here": here} for number, one in enumerate(asked)]
     pool = ray.data.TaskPoolStrategy(size=resources.prepare_workers)
     tasks = ray.data.from_items(items, override_num_blocks=len(items)).map(
         partial(_task, work=work, kind=type(asked[0])), compute=pool
@@ -55,6 +57,8 @@ def files(made: Iterable[Artifact], name: str) -> list[Path]:
 
 def _task(row: dict[str, Any], *, work: Callable[[Any], Config], kind: type[Config]) -> dict[str, Any]:
     log_to_driver()
+    if os.path.isdir(row["here"]):  # what is relative is so to the driver's folder; a node starts workers in its own
+        os.chdir(row["here"])
     try:
         is_made, said = True, work(kind.model_validate_json(row["asked"])).model_dump_json()
     except ValueError as error:  # wrong data or a wrong setting: Ray would hand it on as an error of its own
