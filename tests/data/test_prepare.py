@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from vila_ops.artifacts.leases import hold
 from vila_ops.artifacts.store import Address, content, export, verify
@@ -126,6 +127,26 @@ def test_a_dataset_is_exported_with_its_counts_beside_it(
         bars = (tmp_path / f"data/{name}.{table}.csv").read_text().splitlines()
         assert bars == [f"part,{table}", *(f"p {split},{count}" for split, count in source[table].items())]
     assert (tmp_path / f"data/{name}.left_out.csv").read_text() == "part,left_out\n"
+
+
+def test_a_reason_for_pictures_and_for_records_is_one_bar_of_both(
+    resources: Resources, make_text: Any, tmp_path: Path
+) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for side in (8, 64):
+        Image.new("RGB", (side, side), "red").save(raw / f"{side}.png")
+    pictures = {"both": [8, 64], "small": [8], "large": [64]}
+    shared = {"category": "", "licence": "CC0-1.0", "provenance": "here"}
+    turns = {
+        name: [{"role": "document", "parts": [*({"image": f"{side}.png"} for side in sides), {"text": "Red."}]}]
+        for name, sides in pictures.items()
+    }
+    lines = [json.dumps({"id": name, "object": name, "turns": told, **shared}) for name, told in turns.items()]
+    (raw / "records.jsonl").write_text("\n".join(lines))
+    asked = mixture({"p": jsonl(raw, "document") | {"clean": {"min_side": 16}}})
+    export_for_dvc(prepare(asked, make_text(), resources), tmp_path / "data/own")
+    assert (tmp_path / "data/own.left_out.csv").read_text() == "part,left_out\np small_image,2\n"
 
 
 def test_a_summary_names_the_licences_of_samples_and_packages(resources: Resources, make_text: Any, tiny: Path) -> None:

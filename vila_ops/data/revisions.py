@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,7 @@ def _numbers(found: dict[str, Any]) -> dict[str, Any]:
 
 def _bars(summary: dict[str, Any], table: str) -> Iterator[tuple[str, int]]:
     for name, found in summary["sources"].items():
-        counted = found[table] if table in found else {k: n for kind in LEFT_OUT for k, n in found[kind].items()}
+        counted = found[table] if table in found else sum((Counter(found[kind]) for kind in LEFT_OUT), Counter[str]())
         for key, count in counted.items():
             yield f"{name} {key}", count
 
