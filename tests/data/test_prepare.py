@@ -20,7 +20,7 @@ from vila_ops.data.making.identity import SHARD_REVISION
 from vila_ops.data.making.work import tokenizer_of
 from vila_ops.data.prepare import REVISION, prepare
 from vila_ops.data.revisions import export_for_dvc
-from vila_ops.data.shards import read_index, read_sample
+from vila_ops.data.shards import read_index, read_sample, samples_of
 from vila_ops.data.split import split_of
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +69,20 @@ def test_records_become_samples_once(resources: Resources, make_mixture: Any, ma
     assert prepare(chosen, make_text(), resources) == made
     assert (Path(made.uri) / "manifest.json").stat().st_mtime_ns == stamp
     assert len(list(Path(made.uri).iterdir())) == 2, "a second attempt was begun"
+
+
+def test_a_piece_of_a_long_document_holds_its_own_words(resources: Resources, make_text: Any, tmp_path: Path) -> None:
+    """With the whole document in each, a page of 16 MB would fill gigabytes."""
+    words = [f"word {number}" for number in range(200)]
+    line = {"id": "1", "object": "page", "category": "", "licence": "CC0-1.0", "provenance": "here"}
+    turns = [{"role": "document", "parts": [{"text": " ".join(words)}]}]
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/records.jsonl").write_text(json.dumps({**line, "turns": turns}))
+    asked = mixture({"p": jsonl(tmp_path / "raw", "document")}, long_documents="split")
+    made = prepare(asked, make_text(), resources)
+    assert made.num_samples > 5
+    texts = [sample.text for sample in samples_of(made, read_index(content(made)).to_pylist())]
+    assert "".join(texts).replace(" ", "") == "".join(words).replace(" ", "")
 
 
 def test_of_two_that_ask_for_a_dataset_one_works(

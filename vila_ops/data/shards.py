@@ -55,7 +55,7 @@ class Sample:
     object: str
     category: str
     text: str
-    """The record's text parts, joined: what a benchmark asks about."""
+    """The record's text parts, joined: what a benchmark asks about; of a piece of a long document its own words."""
     licence: str
     provenance: str
     input_ids: list[int]

@@ -8,7 +8,7 @@ from vila_ops.artifacts.folders import folder_digest
 from vila_ops.config import Mixture, Source, TextFormat
 from vila_ops.data import sources
 
-SHARD_REVISION = 1
+SHARD_REVISION = 2
 """Bumped when the same records become other samples."""
 SURVEY_REVISION = 1
 """Bumped when the rules over all records take out others."""

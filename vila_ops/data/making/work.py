@@ -203,9 +203,9 @@ class _Writer:
         return questions(record, self.names[split], seed=self.job.mixture.seed)
 
     def _samples(self, record: Record) -> list[Sample] | Dropped:
-        text = self.job.text
+        longest = self.job.text.max_tokens
         split_long = self.job.mixture.long_documents == "split"
-        pieces = tokenise(record, self.tokenizer, max_tokens=text.max_tokens, split=split_long)
+        pieces = tokenise(record, self.tokenizer, max_tokens=longest, split=split_long)
         if isinstance(pieces, Dropped):
             return pieces
         pictures = [part for turn in record.turns for part in turn.parts if isinstance(part, Image)]
@@ -214,19 +214,22 @@ class _Writer:
             squares = {index: self._square(pictures[index].data) for index in kept}
         except BadImage as error:
             return Dropped(record.id, f"bad_image_{error.reason}", detail=str(error))
-        return [self._sample(record, piece, squares) for piece in pieces]
+        text = "\n".join(part for turn in record.turns for part in turn.parts if isinstance(part, str))
+        # each piece with its own words: all of them in every piece would grow with the square of the document
+        texts = [text] if len(pieces) == 1 else [self.tokenizer.decode(piece.input_ids) for piece in pieces]
+        return [self._sample(record, own, piece, squares) for own, piece in zip(texts, pieces, strict=True)]
 
     def _square(self, data: bytes) -> bytes:
         pictures = self.job.mixture.pictures
         return square(data, size=self.job.text.image_size, encoding=pictures.encoding, decode=pictures.decode)
 
-    def _sample(self, record: Record, piece: Tokens, squares: dict[int, bytes]) -> Sample:
+    def _sample(self, record: Record, text: str, piece: Tokens, squares: dict[int, bytes]) -> Sample:
         return Sample(
             id=record.id,
             source=self.task.unit.source,
             object=record.object,
             category=record.category,
-            text="\n".join(part for turn in record.turns for part in turn.parts if isinstance(part, str)),
+            text=text,
             licence=record.licence,
             provenance=record.provenance,
             input_ids=piece.input_ids,
