@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, NotRequired, Protocol, TypedDict
 
+AT_ONCE = 8
+"""Files that are read, sent or asked about at the same time."""
+
 
 class FileFacts(TypedDict):
     """What a manifest says of one file."""

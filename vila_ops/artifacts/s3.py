@@ -17,7 +17,7 @@ from typing import TypeVar
 from botocore.exceptions import ClientError
 
 from vila_ops.artifacts import disk
-from vila_ops.artifacts.backend import CorruptArtifact, FileFacts, UnsafeStore, Versioned, way_out
+from vila_ops.artifacts.backend import AT_ONCE, CorruptArtifact, FileFacts, UnsafeStore, Versioned, way_out
 from vila_ops.artifacts.copies import copy_of, draft, one_at_a_time
 from vila_ops.artifacts.s3_calls import (
     NO_KEY,
@@ -33,8 +33,6 @@ from vila_ops.artifacts.s3_calls import (
     whole,
 )
 
-AT_ONCE = 8
-"""Files on their way at the same time."""
 CHUNK_BYTES = 2**20
 T = TypeVar("T")
 WAY_OUT = "use a store whose PutObject honours If-None-Match and If-Match (AWS and MinIO do), or a folder as the store"

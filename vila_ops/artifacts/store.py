@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from vila_ops.artifacts import disk
-from vila_ops.artifacts.backend import Backend, FileFacts, way_out
+from vila_ops.artifacts.backend import AT_ONCE, Backend, FileFacts, way_out
 from vila_ops.artifacts.backend import CorruptArtifact as CorruptArtifact
 from vila_ops.artifacts.copies import uri_of
 from vila_ops.artifacts.kinds import Artifact, Checkpoint, Dataset, EvalReport, Pretrained, Shard, Survey
@@ -39,8 +39,6 @@ ANY_EXECUTION: dict[str, Any] = {"seconds": 0.0, "sealed": "1970-01-01T00:00:00+
 
 Linked = tuple[Artifact, str]
 """A sealed artifact and the name of one of its files."""
-AT_ONCE = 8
-"""Files that are read at the same time."""
 A = TypeVar("A", bound=Artifact)
 log = logging.getLogger(__name__)
 

@@ -40,7 +40,7 @@ def build(
     tasks = [Task(job=job, unit=unit, drops=drops.get(number, ())) for number, unit in enumerate(units)]
     shards = _write(tasks, resources)
     named = {
-        shard_name(task.unit.source, shard_address(task).key): (shard, SHARD)
+        shard_name(task.unit.source, shard.uri.rpartition("/")[2]): (shard, SHARD)
         for task, shard in zip(tasks, shards, strict=True)
         if shard.num_samples
     }

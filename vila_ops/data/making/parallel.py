@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vila_ops.artifacts import store
+from vila_ops.artifacts.backend import AT_ONCE
 from vila_ops.artifacts.kinds import Artifact
 from vila_ops.cluster import connect, log_to_driver
 from vila_ops.config import Config, Resources
@@ -46,7 +47,7 @@ def each(
 
 def at_once(ask: Callable[[Place], Answer], places: Iterable[Place]) -> list[Answer]:
     """The store's answers about many places, in their order: on S3 almost all of each is waiting."""
-    with ThreadPoolExecutor(store.AT_ONCE) as pool:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
         return list(pool.map(ask, places))
 
 
