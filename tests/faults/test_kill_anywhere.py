@@ -109,7 +109,7 @@ def _run_to_the_end(command: list[str], env: dict[str, str]) -> Digests:
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    outcome = json.loads(done.stdout.splitlines()[-1])
+    outcome = json.loads(done.stdout)
     made = {f"{kind}/{name}": one for kind in ("checkpoints", "probes") for name, one in outcome[kind].items()}
     return {name: one["digest"] for name, one in {**made, "report": outcome["report"]}.items()}
 

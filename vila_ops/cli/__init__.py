@@ -24,6 +24,7 @@ from vila_ops.cli.options import (
     faults_of,
     load_run,
     print_handle,
+    say,
 )
 from vila_ops.config import load_resources
 from vila_ops.config.local import load_local
@@ -133,7 +134,7 @@ def run(
     if as_json:
         print_handle(outcome, as_json)
     else:
-        print(summary.lines(page.summary))
+        say(summary.lines(page.summary))
     if outcome.version is None:
         print("nothing was registered or deployed: these resources have no tracking_uri", file=sys.stderr)
     print(f"report: {page.html}", file=sys.stderr)
@@ -185,7 +186,7 @@ def status(servers: Servers = LOCAL, as_json: AsJson = False) -> None:
 @app.command()
 def demo(recipe: RecipeFile, resources: ResourcesFile, overrides: Overrides = None, servers: Servers = LOCAL) -> None:
     """Bring the servers up and run the flow `vila` on them, with progress."""
-    demonstration.demo(load_run(recipe, resources, overrides), load_local(servers), say=print)
+    demonstration.demo(load_run(recipe, resources, overrides), load_local(servers), say=say)
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from vila_ops.cli.options import (
     ResourcesFile,
     load_run,
     print_handle,
+    say,
 )
 from vila_ops.config import Resources
 from vila_ops.config.download import DownloadSettings
@@ -151,7 +152,7 @@ def watch(
             line = (
                 f"{found.stage}: {found.num_samples:,} samples, {found.num_tokens:,} tokens, data {found.digest[:12]}"
             )
-            print(found.model_dump_json() if as_json else line, flush=True)
+            say(found.model_dump_json() if as_json else line)
         elif once:
             print("nothing has changed", file=sys.stderr)
         if once:

@@ -1,9 +1,11 @@
 """What the commands share: options, a run from its files, and a handle printed."""
 
+import io
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 from pydantic import ValidationError
@@ -23,12 +25,30 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON handle and 
 JsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON object a line and nothing else")]
 
 
+class _ResultsApart(io.TextIOBase):
+    """Standard output that only `say` writes to: Ray prints its workers' lines to sys.stdout, at any moment."""
+
+    def __init__(self, results: TextIO) -> None:
+        self.results = results
+
+    def write(self, text: str) -> int:
+        """What others print goes to standard error."""
+        return sys.stderr.write(text)
+
+
 def load_run(recipe: Path, resources: Path, overrides: list[str] | None) -> Run:
     """The run of a recipe on resources; a cluster of this box's own servers is joined with its token."""
     run = load(recipe, resources=resources, overrides=tuple(overrides or ()))
     if run.resources.launch == "ray" and LOCAL.is_file():
         local.join(load_local(LOCAL), ray_address=run.resources.ray_address)
+    if run.resources.launch == "ray" and not isinstance(sys.stdout, _ResultsApart):
+        sys.stdout = _ResultsApart(sys.stdout)
     return run
+
+
+def say(text: str) -> None:
+    """Print a line of a command's result."""
+    print(text, file=sys.stdout.results if isinstance(sys.stdout, _ResultsApart) else sys.stdout, flush=True)
 
 
 def faults_of(error: ValidationError) -> str:
@@ -42,4 +62,4 @@ def faults_of(error: ValidationError) -> str:
 def print_handle(made: Config | Sequence[Config], as_json: bool) -> None:
     """What a command made, on one line or for a person."""
     dumped = made.model_dump(mode="json") if isinstance(made, Config) else [one.model_dump(mode="json") for one in made]
-    print(json.dumps(dumped, indent=None if as_json else 2))
+    say(json.dumps(dumped, indent=None if as_json else 2))
