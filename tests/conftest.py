@@ -65,7 +65,7 @@ def tiny() -> Path:
 def make_model() -> MakeModel:
     """The config of a random model: a tower, a projector, a Llama of two layers."""
 
-    def make(tower: str = "clip", projector: str = "mlp2x_gelu", factor: int = 2, **more: Any) -> Model:
+    def make(tower: str = "clip", projector: str = "mlp_gelu", factor: int = 2, **more: Any) -> Model:
         shape = {"factor": factor} if projector == "mlp_downsample" else {}
         return Model.model_validate(
             {

@@ -172,7 +172,6 @@ def test_a_remainder_is_refused_with_a_batch_that_would_do(resources: str, batch
         ("name=../elsewhere", r"String should match pattern"),
         ("stages.sft.mixture.name=a/b", r"String should match pattern"),
         ("stages.sft.name=align", r"stage 'sft' is named 'align'; remove its name"),
-        ("model.image_size=30", r"not a multiple of patch_size 14; use 28 or 42"),
         ("resources.zero_stage=1", r"zero_stage 1 needs DeepSpeed"),
         ("resources.num_workers=2", r"launch inline is one worker, not 2"),
         ("resources.launch=ray", r"set ray_address"),

@@ -9,7 +9,7 @@ from vila_ops.model.assemble import assemble
 
 
 @pytest.mark.parametrize("after_image", ["", "\n"])
-@pytest.mark.parametrize("projector", ["mlp2x_gelu", "mlp_downsample"])
+@pytest.mark.parametrize("projector", ["mlp_gelu", "mlp_downsample"])
 def test_a_folder_carries_how_text_and_pictures_are_written(
     make_model: Callable[..., Model],
     make_resources: Callable[..., Resources],

@@ -19,7 +19,7 @@ from vila_ops.model import folder as model_folder
 from vila_ops.model.vila import VilaForConditionalGeneration
 
 TOWERS = ("clip", "siglip", "dinov2")
-PROJECTORS = ("linear", "mlp2x_gelu", "mlp_downsample")
+PROJECTORS = ("linear", "mlp_gelu", "mlp_downsample")
 TEXTS = {"one": ["<image>\nA dog."], "many": ["A dog <image> and <image>, <image>"], "none": ["No picture here."]}
 PICTURES = {"one": ["dog"], "many": ["cat", "dog", "cat"], "none": []}
 
@@ -83,7 +83,7 @@ def test_plain_folders_load_in_stock_transformers_and_give_our_logits(
     paths = {case: [str(tmp_path / f"{name}.png") for name in names] for case, names in PICTURES.items()}
     folders: list[Path] = []
     for tower in TOWERS:
-        for projector in ("linear", "mlp2x_gelu"):
+        for projector in ("linear", "mlp_gelu"):
             folders.append(tmp_path / f"{tower}-{projector}")
             whole, processor = build(make_model(tower, projector))
             model_folder.save(whole, folders[-1], processor=processor)
@@ -138,7 +138,7 @@ def test_a_checkpoint_replaces_what_trained_and_keeps_the_rest_to_the_bit(
         model_folder.save_trained({"model.nothing": torch.zeros(1)}, tmp_path, init=init)
 
 
-@pytest.mark.parametrize("projector", ["linear", "mlp2x_gelu", "mlp_downsample"])
+@pytest.mark.parametrize("projector", ["linear", "mlp_gelu", "mlp_downsample"])
 @pytest.mark.parametrize("change", ["missing", "extra", "shape", "garbage"])
 def test_a_wrong_set_of_weights_is_refused(
     projector: str, change: str, make_model: Any, build: Callable[..., Any], tmp_path: Path

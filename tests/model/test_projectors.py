@@ -29,7 +29,7 @@ def test_patches_that_are_no_square_are_refused() -> None:
         merge_patches(torch.zeros(1, 12, 2), 2)
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu", "mlp_downsample"])
+@pytest.mark.parametrize("kind", ["linear", "mlp_gelu", "mlp_downsample"])
 def test_a_fitted_projector_gives_twice_the_width_of_the_embeddings(
     kind: str, make_model: Any, build: Callable[..., Any]
 ) -> None:
@@ -42,7 +42,7 @@ def test_a_fitted_projector_gives_twice_the_width_of_the_embeddings(
 
 
 def test_fitting_centres_and_scales_what_the_first_layer_sees(make_model: Any, build: Callable[..., Any]) -> None:
-    whole, _ = build(make_model("clip", "mlp2x_gelu"))
+    whole, _ = build(make_model("clip", "mlp_gelu"))
     projector = whole.model.multi_modal_projector
     weight, bias = projector.linear_1.weight.detach().clone(), projector.linear_1.bias.detach().clone()
     features = torch.randn(5, 16, 32, generator=torch.Generator().manual_seed(1)) * 30 + 7

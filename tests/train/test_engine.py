@@ -47,7 +47,7 @@ def test_the_loss_is_that_of_stock_llava(
     source: str, bench: Any, make_model: Any, make_stage: Any, tmp_path: Any
 ) -> None:
     """Summed over the samples of a packed row, against each alone through stock transformers with its own shift."""
-    init = assemble(make_model("clip", "mlp2x_gelu", patch_size=28), bench.resources)  # 4 tokens, as in the dataset
+    init = assemble(make_model("clip", "mlp_gelu", patch_size=28), bench.resources)  # 4 tokens, as in the dataset
     stage = make_stage(bench.mixture, row_tokens=384, trainable=["projector"])
     engine, batches = make_engine(bench, stage, init, tmp_path)
     chosen = samples(bench, source, 3)

@@ -7,6 +7,9 @@ from pydantic import Field, PositiveInt, model_validator
 from vila_ops.config.base import Config
 from vila_ops.config.package import Package
 
+Shape = dict[str, int | float | bool | str]
+"""Fields of a transformers config, `model_type` among them."""
+
 
 class PackagedTower(Config):
     """A tower whose weights lie in a package of a registry, converted once to a transformers folder."""
@@ -23,13 +26,15 @@ class HubTower(Config):
     name: str
     revision: str
     """Commit of the hub repository; for a local folder, any label."""
+    shape: Shape | None = None
+    """What its config says, as far as it decides the number of parameters: known without fetching anything."""
 
 
 class RandomTower(Config):
     """A small ViT with random weights: for tests."""
 
     kind: Literal["random"] = "random"
-    architecture: Literal["clip", "siglip", "dinov2"] = "clip"
+    architecture: Literal["clip", "siglip", "dinov2", "internvit"] = "clip"
     hidden_size: PositiveInt = 32
     num_layers: PositiveInt = 2
     num_heads: PositiveInt = 2
@@ -50,6 +55,8 @@ class HubLanguageModel(Config):
     kind: Literal["hub"] = "hub"
     name: str
     revision: str
+    shape: Shape | None = None
+    """As of a HubTower."""
 
 
 class RandomLanguageModel(Config):
@@ -70,22 +77,52 @@ class LinearProjector(Config):
 
 
 class MlpProjector(Config):
-    """Linear, GELU, linear (the released scripts' mlp2x_gelu)."""
+    """Linear layers with GELU between them: two are LLaVA-1.5's and the released scripts' mlp2x_gelu."""
 
-    kind: Literal["mlp2x_gelu"] = "mlp2x_gelu"
+    kind: Literal["mlp_gelu"] = "mlp_gelu"
+    depth: int = Field(default=2, ge=2, le=8)
+    """Linear layers."""
+
+
+class TransformerProjector(Config):
+    """Transformer blocks over the patches of one picture, then a linear layer (the paper's Table 1 a to c)."""
+
+    kind: Literal["transformer"] = "transformer"
+    num_layers: PositiveInt = 1
+    num_heads: PositiveInt = 16
 
 
 class DownsampleProjector(Config):
-    """factor x factor neighbouring patches concatenated on channels, layer norm, linear, GELU, linear."""
+    """factor x factor neighbouring patches concatenated on channels, then `depth` linear layers.
+
+    1: that layer alone (the paper's Table 7). 2: layer norm, linear, GELU, linear (mlp_downsample of VILA-1.5, 2x2 of
+    NVILA). 3: NVILA's 3x3, which narrows to factor x the tower's channels first.
+    """
 
     kind: Literal["mlp_downsample"] = "mlp_downsample"
     factor: int = Field(default=2, ge=2, le=8)
+    depth: Literal[1, 2, 3] = 2
+    token_order: Literal["rows", "columns"] = "rows"
+    """In which order the merged patches follow each other. VILA-1.5's checkpoints have columns: its code returned the
+    grid transposed."""
 
 
+ImageFit = Literal["pad", "squash", "crop"]
+"""pad: the whole picture, the rest in the mean colour of the tower (VILA v1). squash: both sides to the square's
+(SigLIP; `resize` of VILA-1.5). crop: the shorter side to the square's, the middle of the longer (CLIP)."""
 VisionTower = Annotated[PackagedTower | HubTower | RandomTower, Field(discriminator="kind")]
 LanguageModel = Annotated[PackagedLanguageModel | HubLanguageModel | RandomLanguageModel, Field(discriminator="kind")]
-Projector = Annotated[LinearProjector | MlpProjector | DownsampleProjector, Field(discriminator="kind")]
+Projector = Annotated[
+    LinearProjector | MlpProjector | TransformerProjector | DownsampleProjector, Field(discriminator="kind")
+]
 Part = Literal["vision_tower", "projector", "language_model"]
+
+
+class FolderWeights(Config):
+    """All weights from a whole model's folder, as `vila-ops import` or a stage writes it."""
+
+    kind: Literal["folder"] = "folder"
+    path: str
 
 
 class Model(Config):
@@ -100,6 +137,10 @@ class Model(Config):
     """Side in pixels of the tower's patch; checked against the tower when it is built."""
     feature_layer: int = Field(default=-2, le=-1)
     """Which hidden state of the tower feeds the projector, counted from the end."""
+    image_fit: ImageFit = "pad"
+    """How a picture becomes a square."""
+    weights: FolderWeights | None = None
+    """Where the whole model starts from; None: its parts' own weights and a fresh projector."""
     chat_template: str = "chatml"
     """Name of a template in vila_ops/templates, or `tokenizer`: the template that the language model's tokenizer
     brings."""
@@ -108,24 +149,17 @@ class Model(Config):
     seed: int = 0
     """Of the projector's (and any random part's) initial weights."""
 
-    @model_validator(mode="after")
-    def _patches_fill_the_image(self) -> "Model":
-        if self.image_size % self.patch_size:
-            lower = self.image_size // self.patch_size * self.patch_size
-            raise ValueError(
-                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; "
-                f"use {lower} or {lower + self.patch_size}"
-            )
-        return self
+    def grid(self) -> int:
+        """Patches along a side. Pixels beyond the last whole patch are not seen: 384 / 14 gives 27."""
+        return self.image_size // self.patch_size
 
     def image_tokens(self) -> int:
-        """Positions of one image in the text: (side / patch)^2, fewer where the projector merges patches."""
-        side = self.image_size // self.patch_size
+        """Positions of one image in the text: grid^2, or ceil(grid / factor)^2 where the projector merges patches."""
         match self.projector:
-            case LinearProjector() | MlpProjector():
-                return side * side
+            case LinearProjector() | MlpProjector() | TransformerProjector():
+                return self.grid() ** 2
             case DownsampleProjector(factor=factor):
-                return (-(-side // factor)) ** 2
+                return int(-(-self.grid() // factor)) ** 2
             case _:
                 assert_never(self.projector)
 
@@ -140,6 +174,8 @@ class TextFormat(Config):
     """What follows a picture in a document."""
     image_size: PositiveInt
     """Side in pixels of the square that the tower sees."""
+    image_fit: ImageFit = "pad"
+    """How a picture becomes that square."""
     image_tokens: PositiveInt
     """Positions that one image takes in the text stream."""
     max_tokens: PositiveInt

@@ -11,6 +11,14 @@ from vila_ops.config.base import Config
 S3_STORE = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_][A-Za-z0-9_.=-]*)*/?")
 
 
+class StageResources(Config):
+    """What one stage needs otherwise than the rest; None: as the rest."""
+
+    num_workers: PositiveInt | None = None
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    micro_batch_size: PositiveInt | None = None
+
+
 class Resources(Config):
     """What a run may use. Nothing here changes what is computed, only where and how fast."""
 
@@ -39,6 +47,8 @@ class Resources(Config):
     zero_stage: Literal[0, 1, 2, 3] = 0
     micro_batch_size: PositiveInt = 1
     """Rows per forward pass."""
+    stages: dict[str, StageResources] = {}
+    """By stage of the recipe."""
     prepare_workers: PositiveInt = 2
     """Shards that `prepare` makes at once."""
     max_failures: NonNegativeInt = 2

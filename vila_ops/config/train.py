@@ -1,6 +1,6 @@
 """What one training stage is: what trains, on what, how long, how fast."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
@@ -9,17 +9,55 @@ from vila_ops.config.mixture import Mixture
 from vila_ops.config.model import Part
 
 
+class FullTuning(Config):
+    """Every weight of the language model trains."""
+
+    kind: Literal["full"] = "full"
+
+
+class Lora(Config):
+    """Low-rank adapters on every linear layer of the language model but the head; sealed merged, and as an adapter."""
+
+    kind: Literal["lora"] = "lora"
+    rank: PositiveInt = 64
+    alpha: PositiveFloat = 16.0
+    """Adapters count alpha / rank times (NVlabs' default: 16 at rank 64)."""
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+    quantise: Literal["nf4"] | None = None
+    """Keep the frozen weights in 4 bits while training (QLoRA); needs bitsandbytes."""
+
+
+class VisualExpert(Config):
+    """A second set of QKV and FFN weights for image tokens trains; the language model's own stay as they are.
+
+    The paper's Table 8, after CogVLM. It starts as a copy, and a model that has one keeps it in later stages.
+    """
+
+    kind: Literal["visual_expert"] = "visual_expert"
+
+
+Tuning = Annotated[FullTuning | Lora | VisualExpert, Field(discriminator="kind")]
+
+
 class Stage(Config):
     """One training stage. Everything here changes the numbers; what only changes the speed is in Resources."""
 
     name: str
     mixture: Mixture
     trainable: tuple[Part, ...] = Field(min_length=1)
-    num_steps: PositiveInt
+    tuning: Tuning = FullTuning()
+    """How the language model trains where it does."""
+    image_size: PositiveInt | None = None
+    """Side in pixels of the squares from this stage on; None: as before it. The tower's positions are interpolated."""
+    num_steps: PositiveInt | None = None
+    epochs: PositiveFloat | None = None
+    """Passes over the mixture, instead of num_steps; the last step takes what is left."""
     global_batch_size: PositiveInt
-    """Packed rows per optimizer step, over all workers and micro-batches."""
+    """Rows per optimizer step, over all workers and micro-batches; without packing a row is a sample."""
+    pack: bool = True
+    """Several samples in a row, as many as fit. False: one, as in the paper's runs."""
     row_tokens: PositiveInt
-    """Length of a packed row, image tokens included."""
+    """Length of a row, image tokens included."""
     learning_rate: PositiveFloat
     """Peak rate; of every part that has no rate of its own."""
     learning_rates: dict[Part, PositiveFloat] = {}
@@ -29,8 +67,8 @@ class Stage(Config):
     """The cosine ends at this share of the peak rate."""
     weight_decay: NonNegativeFloat = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
-    max_grad_norm: PositiveFloat = 1.0
-    """Global norm that the gradient is clipped to."""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Global norm that the gradient is clipped to; None: not clipped."""
     precision: Literal["fp32", "bf16"]
     """Of the forward and backward pass; master weights and moments are fp32 either way."""
     save_every: PositiveInt

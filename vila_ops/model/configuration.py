@@ -1,20 +1,31 @@
 """The transformers config of VILA: LLaVA's, plus the choice of projector."""
 
-from typing import Literal
+from typing import Any
 
+from pydantic import TypeAdapter
 from transformers import AutoConfig, LlavaConfig
+
+from vila_ops.config.model import Projector
+
+PROJECTOR: TypeAdapter[Projector] = TypeAdapter(Projector)
 
 
 class VilaConfig(LlavaConfig):  # type: ignore[misc]
     """LLaVA's config with VILA's projectors."""
 
     model_type = "vila_llava"
-    mm_projector_type: Literal["linear", "mlp2x_gelu", "mlp_downsample"] = "mlp2x_gelu"
-    mm_downsample: int = 1
+    projector: dict[str, Any] | None = None
+    """The recipe's projector, as its config class dumps it; None: LLaVA's two layers."""
+    visual_expert: bool = False
+    """The language model has a second set of weights for image tokens."""
     after_image: str = ""
     """What follows a picture in a document: prompts of that form need it."""
     vision_side: int = 336
     """Side in pixels of the square that the tower sees; its position table may be of another size."""
+
+    def projector_choice(self) -> Projector:
+        """The projector as a config class."""
+        return PROJECTOR.validate_python(self.projector or {"kind": "mlp_gelu"})
 
 
 AutoConfig.register(VilaConfig.model_type, VilaConfig)

@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import LlavaConfig, LlavaProcessor
 
 from vila_ops.artifacts.store import CorruptArtifact
+from vila_ops.config.model import LinearProjector, MlpProjector
 from vila_ops.model.configuration import VilaConfig
 from vila_ops.model.vila import VilaForConditionalGeneration
 
 PREFIX = "model.multi_modal_projector."
-OURS = ("mm_projector_type", "mm_downsample", "vision_side")
+OURS = ("projector", "visual_expert", "vision_side")
 """Config fields that LLaVA's format does not know."""
 HEAD = "lm_head.weight"
 
@@ -26,11 +27,20 @@ def save(model: VilaForConditionalGeneration, folder: Path, *, processor: LlavaP
     """Write weights (safetensors), config, processor, tokenizer and chat template."""
     config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
     config["architectures"] = [type(model).__name__]
-    if model.config.mm_projector_type in ("linear", "mlp2x_gelu"):
+    if is_plain(model.config):
         config = _plain(config)
     processor.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     _write_weights(dict(model.state_dict()), folder, tied=model.config.tie_word_embeddings)
+
+
+def is_plain(config: VilaConfig) -> bool:
+    """Whether LLaVA's own format can hold the model."""
+    match config.projector_choice():
+        case LinearProjector() | MlpProjector(depth=2):
+            return not config.visual_expert
+        case _:
+            return False
 
 
 def save_trained(trained: dict[str, Tensor], folder: Path, *, init: Path) -> None:
@@ -75,9 +85,9 @@ def _read_config(folder: Path) -> VilaConfig:
     stated: dict[str, Any] = json.loads((folder / "config.json").read_text())
     kind = stated.pop("model_type")
     if kind == LlavaConfig.model_type:
-        projector = "linear" if stated["projector_hidden_act"] == "linear" else "mlp2x_gelu"
+        projector = {"kind": "linear" if stated["projector_hidden_act"] == "linear" else "mlp_gelu"}
         size = json.loads((folder / "processor_config.json").read_text())["image_processor"]["size"]
-        return VilaConfig(**stated, mm_projector_type=projector, vision_side=size["height"])
+        return VilaConfig(**stated, projector=projector, vision_side=size["height"])
     if kind != VilaConfig.model_type:
         raise ValueError(
             f"{folder} holds a {kind!r} model; we read {LlavaConfig.model_type} and {VilaConfig.model_type}"
@@ -88,7 +98,7 @@ def _read_config(folder: Path) -> VilaConfig:
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
     """The same config in LLaVA's own terms, for stock transformers."""
     plain = {key: value for key, value in config.items() if key not in OURS}
-    act = "linear" if config["mm_projector_type"] == "linear" else "gelu"
+    act = "linear" if config["projector"]["kind"] == "linear" else "gelu"
     stock = {"model_type": LlavaConfig.model_type, "architectures": ["LlavaForConditionalGeneration"]}
     return {**plain, **stock, "projector_hidden_act": act}
 
@@ -100,7 +110,7 @@ def _read_weights(folder: Path, config: VilaConfig) -> dict[str, Tensor]:
             state.update(load_file(path))
         except SafetensorError as error:
             raise CorruptArtifact(f"{path} is not a readable safetensors file ({error})") from error
-    return _mlp_as_linear(state, folder) if config.mm_projector_type == "linear" else state
+    return _mlp_as_linear(state, folder) if isinstance(config.projector_choice(), LinearProjector) else state
 
 
 def _write_weights(state: dict[str, Tensor], folder: Path, *, tied: bool) -> None:

@@ -8,7 +8,7 @@ from transformers import AutoProcessor, LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from vila_ops.config import Model
-from vila_ops.config.model import RandomTower
+from vila_ops.config.model import DownsampleProjector, RandomTower
 from vila_ops.model.configuration import VilaConfig
 from vila_ops.packages.resolve import vision_tower_folder
 
@@ -68,8 +68,8 @@ def build_processor(config: VilaConfig, tokenizer: PreTrainedTokenizerFast, *, m
         "chat_template": tokenizer.chat_template,
         "num_additional_image_tokens": 1 if strategy == "default" else 0,
     }
-    if config.mm_projector_type == "mlp_downsample":
-        return VilaProcessor(**shared, downsample=config.mm_downsample)
+    if isinstance(choice := config.projector_choice(), DownsampleProjector):
+        return VilaProcessor(**shared, downsample=choice.factor)
     return LlavaProcessor(**shared)
 
 

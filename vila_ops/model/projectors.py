@@ -2,10 +2,14 @@
 
 # I images, P patches, C tower channels, Q tokens after the projector, D language model dim
 
+from itertools import pairwise
+from typing import assert_never
+
 import torch
 from torch import Tensor, nn
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from vila_ops.config.model import DownsampleProjector, LinearProjector, MlpProjector, TransformerProjector
 from vila_ops.model.configuration import VilaConfig
 
 
@@ -15,9 +19,9 @@ class Downsample(nn.Module):
     P must be a square; an odd side is padded with zeros (VILA-1.5's mlp_downsample, tokens in row order).
     """
 
-    def __init__(self, config: VilaConfig) -> None:
+    def __init__(self, config: VilaConfig, choice: DownsampleProjector) -> None:
         super().__init__()
-        self.factor = config.mm_downsample
+        self.factor = choice.factor
         wide = config.vision_config.hidden_size * self.factor**2
         dim = config.text_config.hidden_size
         self.norm = nn.LayerNorm(wide)
@@ -43,18 +47,34 @@ class Linear(nn.Module):
         return out
 
 
+class Mlp(nn.Sequential):
+    """`depth` linear layers with GELU between them. (I, P, C) -> (I, P, D)."""
+
+    def __init__(self, config: VilaConfig, *, depth: int) -> None:
+        dim = config.text_config.hidden_size
+        widths = [config.vision_config.hidden_size, *[dim] * depth]
+        layers: list[nn.Module] = []
+        for before, after in pairwise(widths):
+            layers += [nn.GELU(), nn.Linear(before, after)]
+        super().__init__(*layers[1:])
+
+
 def build_projector(config: VilaConfig) -> nn.Module:
     """The projector that a config names."""
-    match config.mm_projector_type:
-        case "linear":
+    match config.projector_choice():
+        case LinearProjector():
             return Linear(config)
-        case "mlp2x_gelu":
-            projector: nn.Module = LlavaMultiModalProjector(config)
-            return projector
-        case "mlp_downsample":
-            return Downsample(config)
+        case MlpProjector(depth=2):
+            stock: nn.Module = LlavaMultiModalProjector(config)
+            return stock
+        case MlpProjector(depth=depth):
+            return Mlp(config, depth=depth)
+        case TransformerProjector():
+            raise NotImplementedError
+        case DownsampleProjector() as choice:
+            return Downsample(config, choice)
         case other:
-            raise ValueError(f"no projector {other!r}; there are linear, mlp2x_gelu and mlp_downsample")
+            assert_never(other)
 
 
 def merge_patches(features_IPC: Tensor, factor: int) -> Tensor:
