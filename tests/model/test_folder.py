@@ -16,6 +16,7 @@ from vila_ops.artifacts.store import CorruptArtifact
 from vila_ops.config.images import Webp
 from vila_ops.data.images import pixels, square
 from vila_ops.model import folder as model_folder
+from vila_ops.model.change import Change
 from vila_ops.model.vila import VilaForConditionalGeneration
 
 TOWERS = ("clip", "siglip", "dinov2")
@@ -127,7 +128,7 @@ def test_a_checkpoint_replaces_what_trained_and_keeps_the_rest_to_the_bit(
     out.mkdir()
     model_folder.save(whole, init, processor=processor)
     name = "model.multi_modal_projector.linear.weight"
-    model_folder.save_trained({name: torch.full_like(whole.state_dict()[name], 0.25)}, out, init=init)
+    model_folder.save_trained({name: torch.full_like(whole.state_dict()[name], 0.25)}, out, init=init, change=Change())
     before, after = model_folder.load(init).state_dict(), model_folder.load(out).state_dict()
     assert (after[name] == 0.25).all()
     assert all(torch.equal(before[key], after[key]) for key in before if key != name)
@@ -135,7 +136,7 @@ def test_a_checkpoint_replaces_what_trained_and_keeps_the_rest_to_the_bit(
     assert {path.name for path in out.iterdir()} == names
     assert all((init / n).read_bytes() == (out / n).read_bytes() for n in names - {"model.safetensors"})
     with pytest.raises(ValueError, match="no parameters"):
-        model_folder.save_trained({"model.nothing": torch.zeros(1)}, tmp_path, init=init)
+        model_folder.save_trained({"model.nothing": torch.zeros(1)}, tmp_path, init=init, change=Change())
 
 
 @pytest.mark.parametrize("projector", ["linear", "mlp_gelu", "mlp_downsample"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from vila_ops.model.build import part_of, set_trainable
+from vila_ops.model.trainable import part_of, set_trainable
 from vila_ops.model.vila import losses
 
 

@@ -1,11 +1,10 @@
 """A config to a model: tower and language model put together around a fresh projector."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -17,13 +16,11 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from vila_ops.config import Model, Part
+from vila_ops.config import Model
 from vila_ops.config.model import RandomLanguageModel, RandomTower
 from vila_ops.model.configuration import VilaConfig
 from vila_ops.model.vila import VilaForConditionalGeneration
 from vila_ops.packages.resolve import language_model_folder, vision_tower_folder
-
-log = logging.getLogger(__name__)
 
 VOCABULARY_MULTIPLE = 64
 """The embedding is padded to a multiple of this; odd widths make slow matrix products."""
@@ -48,28 +45,6 @@ def build_model(
     whole.lm_head.weight = language_model.get_output_embeddings().weight
     built: VilaForConditionalGeneration = whole.float().eval()
     return built
-
-
-def set_trainable(model: nn.Module, parts: tuple[Part, ...]) -> dict[Part, list[tuple[str, nn.Parameter]]]:
-    """Freeze everything but the parts; returns the trained parameters by part, in the model's order."""
-    trained: dict[Part, list[tuple[str, nn.Parameter]]] = {part: [] for part in parts}
-    total = 0
-    for name, parameter in model.named_parameters():
-        part = part_of(name)
-        parameter.requires_grad_(part in parts)
-        total += parameter.numel()
-        if part in parts:
-            trained[part].append((name, parameter))
-    counts = {part: sum(p.numel() for _, p in found) for part, found in trained.items()}
-    log.info("trainable %s of %d parameters", counts, total)
-    return trained
-
-
-def part_of(name: str) -> Part:
-    """The part that a parameter belongs to, by its name in the whole model."""
-    if "vision_tower." in name:
-        return "vision_tower"
-    return "projector" if "multi_modal_projector." in name else "language_model"
 
 
 def select_strategy(vision_config: Any) -> str:

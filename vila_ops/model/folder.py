@@ -14,6 +14,7 @@ from transformers import LlavaConfig, LlavaProcessor
 
 from vila_ops.artifacts.store import CorruptArtifact
 from vila_ops.config.model import LinearProjector, MlpProjector
+from vila_ops.model.change import Change, changed
 from vila_ops.model.configuration import VilaConfig
 from vila_ops.model.vila import VilaForConditionalGeneration
 
@@ -43,26 +44,32 @@ def is_plain(config: VilaConfig) -> bool:
             return False
 
 
-def save_trained(trained: dict[str, Tensor], folder: Path, *, init: Path) -> None:
-    """Write a copy of the model folder `init` in which the named parameters are replaced; the rest to the bit."""
+def save_trained(trained: dict[str, Tensor], folder: Path, *, init: Path, change: Change) -> None:
+    """Write a copy of the model folder `init` in which the named parameters are replaced; the rest to the bit.
+
+    `change` is what the stage changed of the model before it trained.
+    """
     for path in init.iterdir():
         if path.suffix != ".safetensors" and not path.name.endswith(".index.json"):
             shutil.copyfile(path, folder / path.name)
-    config = _read_config(init)
-    state = _read_weights(init, config)
+    stated = _read_config(init)
+    config, state = changed(stated, _read_weights(init, stated), change)
     if unknown := sorted(set(trained) - set(state)):
         raise ValueError(f"{init} has no parameters {unknown[:3]} that were trained")
     state |= {name: tensor.to(state[name].dtype) for name, tensor in trained.items()}
     _write_weights(state, folder, tied=config.tie_word_embeddings)
 
 
-def load(folder: Path, *, dtype: torch.dtype = torch.float32) -> VilaForConditionalGeneration:
+def load(
+    folder: Path, *, dtype: torch.dtype = torch.float32, change: Change | None = None
+) -> VilaForConditionalGeneration:
     """The model of a folder, plain LLaVA or ours, in eval mode. Raises CorruptArtifact on a wrong set of weights."""
-    config = _read_config(folder)
+    stated = _read_config(folder)
+    config, state = changed(stated, _read_weights(folder, stated), change or Change())
     model, info = VilaForConditionalGeneration.from_pretrained(
         None,
         config=config,
-        state_dict=_read_weights(folder, config),
+        state_dict=state,
         dtype=dtype,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are in the info, and refused below

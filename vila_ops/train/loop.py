@@ -16,13 +16,16 @@ import torch
 
 from vila_ops.artifacts.kinds import Pretrained
 from vila_ops.artifacts.store import content
+from vila_ops.config import Stage
 from vila_ops.data.images import pixels
 from vila_ops.data.order.loader import Rows, stack
 from vila_ops.data.order.packing import Row, attention_mask
 from vila_ops.model import folder as model_folder
-from vila_ops.model.build import embedding_std, set_trainable
+from vila_ops.model.build import embedding_std
+from vila_ops.model.change import Change
 from vila_ops.model.features import FeatureCache
 from vila_ops.model.projectors import fit_to
+from vila_ops.model.trainable import set_trainable
 from vila_ops.model.vila import VilaForConditionalGeneration
 from vila_ops.tracking import MetricLog
 from vila_ops.train import checkpoint
@@ -50,7 +53,7 @@ def train(job: Job, place: Place) -> dict[str, Any]:
         for note in rows.composition.notes:
             log.warning("%s: %s", job.stage.name, note)
     objective = Objective(model, bf16=job.stage.precision == "bf16")
-    trained = set_trainable(objective, job.stage.trainable)
+    trained = set_trainable(objective, job.stage.trainable, job.stage.tuning)
     engine = build_engine(objective, trained, job.stage, job.resources)
     step, curve = restore(engine, Path(job.resume))
     metrics = MetricLog(job.resources.tracking_uri, job.run_id if place.rank == 0 else None)
@@ -80,7 +83,7 @@ def load(job: Job) -> tuple[VilaForConditionalGeneration, Rows, "Batches"]:
     """Model, rows and batches of a stage."""
     device = torch.device("cuda", torch.cuda.current_device()) if job.resources.gpus_per_worker else torch.device("cpu")
     rows = Rows(content(job.data), digest=job.data.digest, stage=job.stage, cache=job.plan_cache())
-    model = model_folder.load(content(job.init))
+    model = model_folder.load(content(job.init), change=change_of(job.stage))
     batches = Batches(job, model, device=device)
     if isinstance(job.init, Pretrained) and "projector" in job.stage.trainable:
         first, _ = rows.batch(0)
@@ -91,6 +94,11 @@ def load(job: Job) -> tuple[VilaForConditionalGeneration, Rows, "Batches"]:
         model.model.language_model.to(torch.bfloat16)  # frozen, it needs no fp32 master
         model.lm_head.to(torch.bfloat16)
     return model.to(device), rows, batches
+
+
+def change_of(stage: Stage) -> Change:
+    """What a stage changes of the model that it starts from."""
+    return Change(image_size=stage.image_size, visual_expert=stage.tuning.kind == "visual_expert")
 
 
 def train_step(
@@ -194,7 +202,7 @@ def finish(engine: Engine, job: Job, curve: Curve, place: Place) -> None:
     if place.rank:
         return
     attempt = Path(job.attempt)
-    model_folder.save_trained(trained, attempt, init=content(job.init))
+    model_folder.save_trained(trained, attempt, init=content(job.init), change=change_of(job.stage))
     exact = [{key: value.hex() if isinstance(value, float) else value for key, value in row.items()} for row in curve]
     (attempt / CURVE).write_text(json.dumps(exact, indent=1))
 
