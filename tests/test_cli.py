@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -70,6 +71,12 @@ def test_every_room_runs_inline_and_each_command_finds_what_it_made(ran: Json, r
     for name, report in ran["probes"].items():
         assert said("evaluate", TINY, "--stage", name, *where) == report
     assert said("evaluate", TINY, "--stage", "sft", "--final", *where) == ran["report"]
+    plot = resources.parent / "alignment.svg"
+    points = said("alignment", TINY, "--out", str(plot), *where)["layers"]
+    assert [point["model"] for point in points if point["role"] == "model" and point["layer"] == 2] == [
+        "base", "align", "pretrain", "sft",
+    ]  # fmt: skip
+    assert ElementTree.parse(plot).getroot().attrib["role"] == "img"
     assert said("register", TINY, *where) == ran["version"]
     assert said("deploy", TINY, *where) == ran["deployment"]
     assert ran["version"]["promoted"]

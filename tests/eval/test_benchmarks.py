@@ -5,16 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 from pycocoevalcap.cider.cider import Cider as Official
 
 from vila_ops.config import Suite, load
-from vila_ops.config.eval import CaptionCider, CaptionLoss, MultipleChoice, Pope
+from vila_ops.config.eval import Alignment, CaptionCider, CaptionLoss, MultipleChoice, Pope
 from vila_ops.data.prepare import prepare
 from vila_ops.data.records import Image, Record, Turn
 from vila_ops.data.text.conversation import Tokenizer
 from vila_ops.data.text.questions import YES_NO
 from vila_ops.eval.bench import Bench, Metric
+from vila_ops.eval.benchmarks.alignment import alignment
 from vila_ops.eval.benchmarks.captions import caption_loss, multiple_choice
 from vila_ops.eval.benchmarks.cider import caption_cider
 from vila_ops.eval.benchmarks.pope import pope
@@ -43,6 +45,18 @@ Scores = Callable[[str, str, str], Score]
 MakeBench = Callable[..., Bench]
 
 
+def known_states(picture: str, prompt: list[int], caption: list[int], image_id: int) -> np.ndarray:
+    """Three layers of two dimensions: the picture's tokens turn towards the caption's, each picture's its own way."""
+    turn = NAMES.index(picture) * 0.1
+    visual = np.array(prompt) == image_id
+    layers = []
+    for angle in (np.pi / 2, np.pi / 3 + turn, turn):
+        states = np.tile([0.0, 7.0], (len(prompt), 1))
+        states[visual] = 3 * np.array([np.cos(angle), np.sin(angle)])
+        layers.append(np.concatenate([states, np.tile([2.0, 0.0], (len(caption), 1))]))
+    return np.stack(layers)
+
+
 class StandIn:
     """In place of a Generator: scores and captions are given, and what was scored is kept."""
 
@@ -51,6 +65,9 @@ class StandIn:
         self.scores = scores
         self.said = said
         self.asked: list[tuple[Prompt, Sequence[list[int]]]] = []
+
+    def states(self, prompt: Prompt, continuation: list[int]) -> np.ndarray:
+        return known_states(_picture(prompt), prompt.input_ids, continuation, self.tokenizer.image_id)
 
     def score(self, items: Sequence[tuple[Prompt, Sequence[list[int]]]]) -> list[list[Score]]:
         self.asked += items
@@ -333,6 +350,34 @@ def test_pope_asks_as_the_questions_are_trained(make_bench: MakeBench, tokenizer
         whole = tokenizer.chat(trained)
         assert whole.input_ids[: len(prompt.input_ids + ids)] == prompt.input_ids + ids
         assert whole.is_target.index(True) == len(prompt.input_ids)
+
+
+def test_alignment_is_between_the_picture_and_the_caption_alone_and_deepens_as_the_states_do(
+    make_bench: MakeBench,
+) -> None:
+    metrics, layers = alignment(make_bench(choice_scores), Alignment(max_pictures=4))
+    shown = NAMES[:4]
+    own, other = ([0.1 * NAMES.index(name) for name in names] for names in (shown, [AFTER[name] for name in shown]))
+    # the caption's states all point along x: a similarity is the cosine of the angle between them and the picture's
+    expected = {
+        role: [np.cos(np.pi / 2), np.mean(np.cos(np.pi / 3 + np.array(turns))), np.mean(np.cos(turns))]
+        for role, turns in (("model", own), ("control", other))
+    }
+    for role, values_by_layer in expected.items():
+        line = [point for point in layers if point["role"] == role]
+        assert [point["layer"] for point in line] == [0, 1, 2]
+        assert [point["value"] for point in line] == pytest.approx(values_by_layer)
+        assert all(point["low"] <= point["value"] + 1e-12 and point["value"] <= point["high"] + 1e-12 for point in line)
+    found = values(metrics)
+    deep = {role: np.mean(line[1:]) for role, line in expected.items()}  # layers 1 and 2 of 0, 1, 2
+    assert found == pytest.approx(
+        {
+            ("alignment", "model"): deep["model"],
+            ("alignment", "control"): deep["control"],
+            ("alignment", "gap"): deep["model"] - deep["control"],
+        }
+    )
+    assert {metric.n for metric in metrics} == {4}
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,8 @@ def test_the_suite_reads_300_objects_and_more(recipe: Recipe) -> None:
 def test_the_probe_measures_what_the_suite_measures_controls_included(recipe: Recipe) -> None:
     assert recipe.probe.benchmarks == recipe.suite.benchmarks
     kinds = {benchmark.kind for benchmark in recipe.suite.benchmarks.values()}
-    assert kinds == {"caption_loss", "multiple_choice", "cider", "pope", "text_multiple_choice", "text_loss"}
+    text = {"text_multiple_choice", "text_loss"}
+    assert kinds == {"caption_loss", "multiple_choice", "cider", "pope", "alignment"} | text
     controls = {benchmark.control for benchmark in recipe.suite.benchmarks.values() if hasattr(benchmark, "control")}
     assert controls == {"deranged"}
 

@@ -54,6 +54,19 @@ def prompts(generator: Generator, tiny: Path) -> list[Prompt]:
     return made
 
 
+def test_states_are_those_that_transformers_gives_layer_by_layer(generator: Generator, prompts: list[Prompt]) -> None:
+    said = generator.tokenizer.text_ids("A dog.")
+    for prompt in (prompts[0], prompts[-1]):
+        states = generator.states(prompt, said)
+        ids = torch.tensor([[*prompt.input_ids, *said]])
+        values = torch.from_numpy(generator.features.pixels(list(prompt.images))) if prompt.images else None  # type: ignore[attr-defined]
+        with torch.no_grad():
+            stock = generator.model(input_ids=ids, pixel_values=values, output_hidden_states=True).hidden_states
+        assert len(states) == len(stock) == 3  # the embeddings and two layers
+        for ours, theirs in zip(states, stock, strict=True):
+            assert torch.allclose(torch.from_numpy(ours).float(), theirs[0], atol=1e-5)
+
+
 def _stock_logits(generator: Generator, ids: list[int], images: tuple[bytes, ...]) -> torch.Tensor:
     """(T, V) of the whole row at once, from pixels, through transformers' own forward."""
     values = torch.from_numpy(generator.features.pixels(list(images))) if images else None  # type: ignore[attr-defined]

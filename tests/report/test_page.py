@@ -134,11 +134,23 @@ def full_summary() -> dict[str, Any]:
              "workers": [worker(0), worker(1)]},
         ],
         "metrics": metrics,
+        "layers": layers(),
         "answer": {"question": "What is this?", "picture": picture, "truth": truth, "reply": truth.upper(),
                    "model": digest(12), "curl": f"curl -s http://h:8000/v1 -d '{{\"url\": \"{picture}\"}}'"},
         "serving": {"status": "ok", "replica": {"pid": 6120}},
         "versions": {"torch": "2.13.0", "ray": "2.60.0"},
     }  # fmt: skip
+
+
+def layers() -> list[dict[str, Any]]:
+    """Alignment of two models and their controls over five layers."""
+    return [
+        {"model": model, "role": role, "layer": layer, "value": v, "low": v - 0.02, "high": v + 0.02}
+        for model, start in (("base", 0.1), ("align", 0.3))
+        for role, less in (("model", 0.0), ("control", 0.05))
+        for layer in range(5)
+        for v in [start + 0.06 * layer - less]
+    ]
 
 
 def bare_summary() -> dict[str, Any]:
@@ -155,6 +167,7 @@ def bare_summary() -> dict[str, Any]:
         "stages": [{**stage, **missing, "workers": [inline]} for stage in summary["stages"]],
         "rooms": [{**room, "workers": [{"launch": "inline"}]} for room in summary["rooms"]],
         "metrics": [],
+        "layers": [],
         "answer": None,
         "serving": {},
         "versions": {},

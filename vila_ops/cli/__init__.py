@@ -1,5 +1,6 @@
 """`vila-ops`: each room as a command, the whole pipeline, and the servers of one box. Bodies of a few lines."""
 
+import json
 import logging
 import sys
 from pathlib import Path
@@ -98,6 +99,24 @@ def evaluate(
 ) -> None:
     """Evaluate the model after a stage."""
     print_handle(pipeline.evaluate_stage(load_run(recipe, resources, overrides), stage, final=final), as_json)
+
+
+@app.command()
+def alignment(
+    recipe: RecipeFile,
+    out: Annotated[Path, typer.Option("--out", help="The SVG to write")],
+    resources: ResourcesFile = INLINE,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw how alike pictures and captions are in each layer, for the base and the model after every stage."""
+    from vila_ops.report.summary import draw_layers
+
+    shown = draw_layers(load_run(recipe, resources, overrides), out)
+    if as_json:
+        say(json.dumps(shown))
+    else:
+        say(f"{out}: {len(shown['layers'])} points")
 
 
 @app.command()

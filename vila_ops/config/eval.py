@@ -55,8 +55,22 @@ class TextLoss(Config):
     kind: Literal["text_loss"] = "text_loss"
 
 
+class Alignment(Config):
+    """How alike the language model's states of a picture and of its caption are, layer by layer (the paper's Fig. 3).
+
+    Chamfer similarity over pairwise cosines, after each layer. The report's number is the mean over the deeper half of
+    the layers, where the paper finds what training the language model in pre-training changes.
+    """
+
+    kind: Literal["alignment"] = "alignment"
+    control: Control = "deranged"
+    max_pictures: PositiveInt = 50
+    """The suite's first pictures; each is a pass of its own."""
+
+
 Benchmark = Annotated[
-    CaptionLoss | MultipleChoice | CaptionCider | Pope | TextMultipleChoice | TextLoss, Field(discriminator="kind")
+    CaptionLoss | MultipleChoice | CaptionCider | Pope | TextMultipleChoice | TextLoss | Alignment,
+    Field(discriminator="kind"),
 ]
 
 

@@ -78,11 +78,18 @@ class Bench:
         found = cluster_bootstrap(values, clusters, statistic=statistic, resamples=self._resamples, seed=self._seed)
         return _metric(name, role, found, unit)
 
-    def gap(self, name: str, values: tuple[ArrayLike, ArrayLike], *, statistic: Statistic, unit: str) -> Metric:
-        """The first minus the second on the same pictures, with the interval of that difference."""
-        found = paired_difference(
-            *values, self.objects, statistic=statistic, resamples=self._resamples, seed=self._seed
-        )
+    def gap(
+        self,
+        name: str,
+        values: tuple[ArrayLike, ArrayLike],
+        *,
+        statistic: Statistic,
+        unit: str,
+        clusters: Sequence[str] | None = None,
+    ) -> Metric:
+        """The first minus the second on the same pictures (all, unless `clusters` names fewer), with its interval."""
+        objects = self.objects if clusters is None else clusters
+        found = paired_difference(*values, objects, statistic=statistic, resamples=self._resamples, seed=self._seed)
         return _metric(name, "gap", found, unit)
 
     @property

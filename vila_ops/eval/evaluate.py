@@ -13,7 +13,7 @@ from vila_ops.artifacts.leases import hold
 from vila_ops.config import Resources, Suite
 from vila_ops.eval.job import Job
 
-REVISION = 2
+REVISION = 3
 REPORT = "report.json"
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def _evaluate(
     try:
         result = _launch(Job(suite=suite, model=model, data=data, resources=resources))
         (attempt / REPORT).write_text(json.dumps(result["report"], indent=1, sort_keys=True))
-        tracking.MetricLog.send(resources.tracking_uri, run_id, tracked(result["report"]))
+        _track(result["report"], resources.tracking_uri, run_id)
         tracking.log_file(resources.tracking_uri, run_id, str(attempt / REPORT))
         failed = False
     finally:
@@ -72,6 +72,16 @@ def read_report(report: EvalReport) -> dict[str, Any]:
 def tracked(report: dict[str, Any]) -> dict[str, float]:
     """Metric names as MLflow shows them: the model's plain, the others with their role behind."""
     return {m["name"] if m["role"] == "model" else f"{m['name']}.{m['role']}": m["value"] for m in report["metrics"]}
+
+
+def _track(report: dict[str, Any], tracking_uri: str | None, run_id: str | None) -> None:
+    """Send the metrics, and those that have a value for each layer as curves whose step is the layer."""
+    metrics = tracking.MetricLog(tracking_uri, run_id)
+    metrics.log(tracked(report), step=0)
+    for point in report["layers"]:
+        role = "" if point["role"] == "model" else f".{point['role']}"
+        metrics.log({f"{point['name']}_by_layer{role}": point["value"]}, step=point["layer"])
+    metrics.flush()
 
 
 def _launch(job: Job) -> dict[str, Any]:

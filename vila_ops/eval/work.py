@@ -2,10 +2,12 @@
 
 import logging
 import time
+from dataclasses import dataclass, field
 from typing import Any, assert_never
 
 from vila_ops.cluster import whoami
 from vila_ops.config.eval import (
+    Alignment,
     Benchmark,
     CaptionCider,
     CaptionLoss,
@@ -15,6 +17,7 @@ from vila_ops.config.eval import (
     TextMultipleChoice,
 )
 from vila_ops.eval.bench import Bench, Metric, as_json
+from vila_ops.eval.benchmarks.alignment import alignment
 from vila_ops.eval.benchmarks.captions import caption_loss, multiple_choice
 from vila_ops.eval.benchmarks.cider import caption_cider
 from vila_ops.eval.benchmarks.pope import pope
@@ -38,11 +41,13 @@ def run(job: Job) -> dict[str, Any]:
     bench = Bench(generator, items, job.suite)
     metrics: list[Metric] = []
     answers: list[dict[str, str]] = []
+    layers: list[dict[str, Any]] = []
     for name, benchmark in job.suite.benchmarks.items():
         started = time.monotonic()
-        found, said = _measure(benchmark, bench)
-        metrics += found
-        answers += said
+        found = _measure(benchmark, bench)
+        metrics += found.metrics
+        answers += found.answers
+        layers += found.layers
         log.info("%s: %s in %.0f s", job.suite.name, name, time.monotonic() - started)
     report = {
         "suite": job.suite.name,
@@ -52,24 +57,38 @@ def run(job: Job) -> dict[str, Any]:
         "pictures": len(items.pictures),
         "objects": len(set(bench.objects)),
         "metrics": as_json(metrics),
+        "layers": layers,
         "answers": answers,
     }
     return {"report": report, "ran": whoami()}
 
 
-def _measure(benchmark: Benchmark, bench: Bench) -> tuple[list[Metric], list[dict[str, str]]]:
+@dataclass(frozen=True)
+class _Found:
+    """What a benchmark found."""
+
+    metrics: list[Metric]
+    answers: list[dict[str, str]] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+
+
+def _measure(benchmark: Benchmark, bench: Bench) -> _Found:
     match benchmark:
         case CaptionLoss():
-            return caption_loss(bench, benchmark), []
+            return _Found(caption_loss(bench, benchmark))
         case MultipleChoice():
-            return multiple_choice(bench, benchmark), []
+            return _Found(multiple_choice(bench, benchmark))
         case CaptionCider():
-            return caption_cider(bench, benchmark)
+            metrics, answers = caption_cider(bench, benchmark)
+            return _Found(metrics, answers=answers)
         case Pope():
-            return pope(bench, benchmark), []
+            return _Found(pope(bench, benchmark))
         case TextMultipleChoice():
-            return text_multiple_choice(bench), []
+            return _Found(text_multiple_choice(bench))
         case TextLoss():
-            return text_loss(bench), []
+            return _Found(text_loss(bench))
+        case Alignment():
+            metrics, layers = alignment(bench, benchmark)
+            return _Found(metrics, layers=layers)
         case _:
             assert_never(benchmark)

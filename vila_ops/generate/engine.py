@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vila_ops.data.order.packing import attention_mask
@@ -113,6 +114,19 @@ class Generator:
             scores |= dict(zip(batch, nlls, strict=True))
             start = stop
         return [scores[index] for index in range(len(items))]
+
+    @torch.inference_mode()
+    def states(self, prompt: Prompt, continuation: list[int]) -> NDArray[np.float64]:
+        """Hidden states (layers + 1, T, D) of a prompt and what follows it: the embeddings, then each layer's output.
+
+        The last is after the final norm, as the head reads it.
+        """
+        ids = [*prompt.input_ids, *continuation]
+        self._check_lengths([len(ids)])
+        embeddings = self.model.embed(torch.tensor([ids]), self.features(prompt.images) if prompt.images else None)
+        layers = self.model.hidden(embeddings, use_cache=False, output_hidden_states=True).hidden_states
+        found: NDArray[np.float64] = torch.cat(layers).double().numpy()
+        return found
 
     def _check_lengths(self, lengths: list[int]) -> None:
         if lengths and max(lengths) > self.max_tokens:

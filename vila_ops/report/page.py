@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from vila_ops.report.drawing import Axis, Point, axis, polyline
+from vila_ops.report.layers import draw
 
 Json = dict[str, Any]
 
@@ -58,6 +62,11 @@ METRICS = {
     "text_multiple_choice": MetricText(
         "Choice of a word’s meaning", "Text only, four meanings to choose from. Chance is one in four."
     ),
+    "alignment": MetricText(
+        "Alignment in the language model",
+        "How alike its states of a picture and of its caption are, over the deeper half of its layers.",
+        direction="Higher means more alike; the paper finds it where the language model trains in pre-training.",
+    ),
     "text_loss": MetricText("Text loss", "Loss on held-out words with their meanings, text only."),
 }
 
@@ -86,6 +95,7 @@ def render(summary: Json, curves: dict[str, list[Json]], gallery: list[Json]) ->
         answered_by=answered_by(summary),
         chart=loss_chart({name: curves[name] for name in [*names, *curves] if name in curves}),
         cards=metric_cards(summary["metrics"], models=["base", *names]),
+        layers=Markup(layers) if (layers := draw(summary["layers"])) else None,
         gallery=gallery[:MAX_PICTURES],
         num_pictures=len(gallery),
         longest=max((room["seconds"] or 0 for room in summary["rooms"]), default=0),
@@ -247,47 +257,6 @@ def answered_by(summary: Json) -> str | None:
 
 
 @dataclass(frozen=True)
-class Axis:
-    """A scale with round ticks; `lowest` and `highest` percent stand for its ends."""
-
-    low: float
-    high: float
-    step: float
-    """Between ticks."""
-    lowest: float
-    highest: float
-
-    @property
-    def ticks(self) -> list[float]:
-        """The multiples of the step between the ends."""
-        first, last = math.ceil(self.low / self.step - 1e-9), math.floor(self.high / self.step + 1e-9)
-        return [index * self.step for index in range(first, last + 1)]
-
-    def at(self, value: float) -> float:
-        """Percent at which a value stands."""
-        share = (value - self.low) / (self.high - self.low)
-        return round(self.lowest + share * (self.highest - self.lowest), 2)
-
-    def label(self, tick: float) -> str:
-        """A tick with as many decimals as tell it from its neighbours."""
-        decimals = max(0, -math.floor(math.log10(self.step) + 1e-9))
-        decimals += not math.isclose(self.step, round(self.step, decimals))
-        return f"{tick:,.{decimals}f}".replace("-", "−")
-
-
-def axis(values: Iterable[float], *, ticks: int, lowest: float = 5, highest: float = 95) -> Axis:
-    """An axis from the least to the greatest value, with two ticks or more, and at most one more than `ticks`."""
-    known = [value for value in values if math.isfinite(value)] or [0.0]
-    low, high = min(known), max(known)
-    if low == high:
-        low, high = low - 0.5, high + 0.5
-    rough = (high - low) / ticks
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * digit for digit in (1, 2, 2.5, 5, 10) if power * digit >= rough * 0.999)
-    return Axis(low, high, step, lowest, highest)
-
-
-@dataclass(frozen=True)
 class Row:
     """One line of a forest plot."""
 
@@ -371,8 +340,6 @@ def forest(rows: list[Row], *, zero: bool = False) -> Panel:
 
 
 # Loss curves
-
-Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -467,8 +434,3 @@ def thin(points: list[tuple[int, float]], *, limit: int = MAX_POINTS) -> list[tu
         run = range(start, min(start + size, len(points)))
         kept |= {min(run, key=lambda i: points[i][1]), max(run, key=lambda i: points[i][1])}
     return [points[index] for index in sorted(kept)]
-
-
-def polyline(points: Iterable[Point]) -> str:
-    """Points as SVG writes them."""
-    return " ".join(f"{x},{y}" for x, y in points)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,7 +15,8 @@ from vila_ops.artifacts.store import content, read_manifest
 from vila_ops.config import Run
 from vila_ops.data.shards import data_url, index_of, samples_of
 from vila_ops.eval.evaluate import read_report
-from vila_ops.pipeline import Outcome
+from vila_ops.pipeline import Outcome, evaluate_stage
+from vila_ops.report.layers import draw
 from vila_ops.report.page import render
 from vila_ops.serve.ask import body, curl
 
@@ -69,10 +71,27 @@ def summarise(run: Run, outcome: Outcome) -> Json:
         "stages": [_stage(checkpoint, run.resources.tracking_uri) for checkpoint in outcome.checkpoints.values()],
         "rooms": _rooms(outcome),
         "metrics": [metric for name, report in _reports(outcome) for metric in _metrics(name, report)],
+        "layers": [point for name, report in outcome.probes.items() for point in layers_of(name, report)],
         "answer": _answer(outcome),
         "serving": _serving(outcome),
         "versions": versions(),
     }
+
+
+def draw_layers(run: Run, out: Path) -> Json:
+    """Write the alignment by layer of the base and of every stage's model as an SVG; returns what it shows.
+
+    What is not trained or measured yet is. Raises ValueError when the recipe's probe does not measure it.
+    """
+    names = ["base", *run.recipe.stages]
+    points = [point for name in names for point in layers_of(name, evaluate_stage(run, name))]
+    drawn = draw(points)
+    if drawn is None:
+        raise ValueError(
+            f"probe {run.recipe.probe.name!r} has no benchmark of kind alignment; add one to its benchmarks"
+        )
+    out.write_text(drawn)
+    return {"plot": str(out), "layers": points}
 
 
 def markdown(summary: Json) -> str:
@@ -177,6 +196,11 @@ def _reports(outcome: Outcome) -> list[tuple[str, EvalReport]]:
 def _metrics(name: str, report: EvalReport) -> list[Json]:
     found = read_report(report)
     return [{"model": name, "suite": found["suite"], "split": found["split"], **m} for m in found["metrics"]]
+
+
+def layers_of(name: str, report: EvalReport) -> list[Json]:
+    """What a report measured at each layer, with the name of its model."""
+    return [{"model": name, **point} for point in read_report(report)["layers"]]
 
 
 def _answer(outcome: Outcome) -> Json | None:
