@@ -1,4 +1,5 @@
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -76,7 +77,7 @@ def test_steps_equal_a_hand_written_loop(bench: Any, make_stage: Any, tmp_path: 
     for step in range(3):
         for row in rows:
             engine.backward(engine.loss(batches([row])) / 20)
-        engine.step(rate_factor(step, stage))
+        engine.step(rate_factor(step, stage, num_steps=8))
 
     twin, batches = make_engine(bench, stage, bench.init, tmp_path)
     parameters = dict(twin.named)
@@ -88,7 +89,7 @@ def test_steps_equal_a_hand_written_loop(bench: Any, make_stage: Any, tmp_path: 
         norm = torch.sqrt(sum((g**2).sum() for g in gradients.values()))
         scale = min(1.0, 0.5 / (float(norm) + 1e-6))
         for name, p in parameters.items():
-            rate = (3e-2 if "multi_modal_projector" in name else 1e-2) * rate_factor(step, stage)
+            rate = (3e-2 if "multi_modal_projector" in name else 1e-2) * rate_factor(step, stage, num_steps=8)
             g = gradients[name] * scale
             with torch.no_grad():
                 if p.ndim >= 2:
@@ -141,6 +142,5 @@ def test_a_gradient_that_is_not_finite_moves_nothing(bench: Any, make_stage: Any
     before = [p.detach().clone() for _, p in engine.named]
     for (_, p), value in zip(engine.named, itertools.chain([float("nan")], itertools.repeat(1.0)), strict=False):
         p.grad = torch.full_like(p, value)
-    with pytest.raises(RuntimeError, match="non-finite"):
-        engine.step(1.0)
+    assert math.isnan(engine.step(1.0))
     assert all(torch.equal(p, old) for (_, p), old in zip(engine.named, before, strict=True))

@@ -15,8 +15,8 @@ def stage(make_mixture: Any, make_stage: Any) -> Callable[..., Stage]:
 
 def test_rate_by_hand(stage: Callable[..., Stage]) -> None:
     # 10 steps, 2 of them warm-up, then half a cosine from 1 to 0.2 whose quarter points are known
-    chosen = stage(num_steps=10, warmup_ratio=0.2, final_ratio=0.2)
-    found = [rate_factor(step, chosen) for step in range(11)]
+    chosen = stage(warmup_ratio=0.2, final_ratio=0.2)
+    found = [rate_factor(step, chosen, num_steps=10) for step in range(11)]
     assert found[:3] == [0.5, 1.0, 1.0]
     assert found[4] == pytest.approx(0.2 + 0.8 * (1 + 2**-0.5) / 2)
     assert found[6] == pytest.approx(0.6)
@@ -25,14 +25,14 @@ def test_rate_by_hand(stage: Callable[..., Stage]) -> None:
 
 
 def test_warm_up_is_rounded_up_and_no_warm_up_starts_at_the_peak(stage: Callable[..., Stage]) -> None:
-    assert [rate_factor(s, stage(num_steps=10, warmup_ratio=0.11)) for s in (0, 1, 2)] == [0.5, 1.0, 1.0]
-    assert rate_factor(0, stage(num_steps=10, warmup_ratio=0)) == 1.0
-    assert rate_factor(0, stage(num_steps=1, warmup_ratio=0)) == 1.0
+    assert [rate_factor(s, stage(warmup_ratio=0.11), num_steps=10) for s in (0, 1, 2)] == [0.5, 1.0, 1.0]
+    assert rate_factor(0, stage(warmup_ratio=0), num_steps=10) == 1.0
+    assert rate_factor(0, stage(warmup_ratio=0), num_steps=1) == 1.0
 
 
 def test_every_rate_of_a_stage_moves_the_weights(stage: Callable[..., Stage]) -> None:
-    chosen = stage(num_steps=7, warmup_ratio=0.5)
-    assert all(rate_factor(step, chosen) > 0 for step in range(7))
+    chosen = stage(warmup_ratio=0.5)
+    assert all(rate_factor(step, chosen, num_steps=7) > 0 for step in range(7))
 
 
 def test_matrices_decay_and_vectors_do_not_and_parts_have_their_rates(stage: Callable[..., Stage]) -> None:

@@ -17,6 +17,7 @@ from vila_ops.artifacts.store import content, verify
 from vila_ops.config import Resources, Stage
 from vila_ops.data.shards import read_index
 from vila_ops.model import folder as model_folder
+from vila_ops.model.change import Change
 from vila_ops.train.job import NonFiniteLoss
 from vila_ops.train.stage import train_stage
 
@@ -131,7 +132,7 @@ def test_a_loss_that_is_not_finite_stops_before_any_update_and_names_the_samples
     at = store.address(Pretrained, revision=0, recipe={"broken": True}, parents=())
     attempt = store.begin(at, store=str(tmp_path))
     names = {f"{n}": p for n, p in model.named_parameters() if n == "model.language_model.norm.weight"}
-    model_folder.save_trained(names, attempt, init=content(bench.init))
+    model_folder.save_trained(names, attempt, init=content(bench.init), change=Change())
     broken = store.seal(Pretrained, at, attempt, facts={}, execution={})
     stage = make_stage(bench.mixture, global_batch_size=3, save_every=1)
     with pytest.raises(NonFiniteLoss, match=r"at step 1; nothing was updated") as raised:

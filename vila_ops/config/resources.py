@@ -57,6 +57,11 @@ class Resources(Config):
     """Where servers listen."""
     serve_port: int = Field(default=8000, ge=0, lt=65536)
 
+    def for_stage(self, name: str) -> "Resources":
+        """What a stage may use: what `stages` says of it, the rest as here."""
+        own = self.stages[name].model_dump(exclude_none=True) if name in self.stages else {}
+        return Resources.model_validate({**self.model_dump(), "stages": {}, **own})
+
     def scratch(self) -> Path:
         """Folder on this machine for what is not sealed: resume checkpoints, features, logs and the report.
 
@@ -76,10 +81,15 @@ class Resources(Config):
     @model_validator(mode="after")
     def _every_setting_has_an_effect(self) -> "Resources":
         if self.launch == "inline":
-            if self.num_workers != 1:
-                raise ValueError(f"launch inline is one worker, not {self.num_workers}; use launch ray")
-            if self.zero_stage:
-                raise ValueError(f"zero_stage {self.zero_stage} needs DeepSpeed, which launch inline does not use")
+            asked: dict[str, Resources | StageResources] = {"": self}
+            asked |= {f" of stage {name!r}": own for name, own in self.stages.items()}
+            for place, own in asked.items():
+                if own.num_workers not in (None, 1):
+                    raise ValueError(f"launch inline is one worker, not {own.num_workers}{place}; use launch ray")
+                if own.zero_stage:
+                    raise ValueError(
+                        f"zero_stage {own.zero_stage}{place} needs DeepSpeed, which launch inline does not use"
+                    )
             if self.ray_address is not None:
                 raise ValueError("ray_address has no effect with launch inline; remove it or use launch ray")
         elif self.ray_address is None:

@@ -93,14 +93,24 @@ class Run(Config):
     resources: Resources
 
     @model_validator(mode="after")
+    def _resources_are_of_its_stages(self) -> "Run":
+        if unknown := [name for name in self.resources.stages if name not in self.recipe.stages]:
+            raise ValueError(
+                f"resources.stages names {unknown}, which recipe {self.recipe.name!r} has not; "
+                f"its stages are {list(self.recipe.stages)}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _batches_divide(self) -> "Run":
-        per_pass = self.resources.micro_batch_size * self.resources.num_workers
         for stage in self.recipe.stages.values():
+            resources = self.resources.for_stage(stage.name)
+            per_pass = resources.micro_batch_size * resources.num_workers
             if stage.global_batch_size % per_pass:
                 nearest = max(1, stage.global_batch_size // per_pass) * per_pass
                 raise ValueError(
                     f"stage {stage.name!r}: global_batch_size {stage.global_batch_size} is not a multiple of "
-                    f"micro_batch_size {self.resources.micro_batch_size} x num_workers {self.resources.num_workers}; "
+                    f"micro_batch_size {resources.micro_batch_size} x num_workers {resources.num_workers}; "
                     f"use {nearest}, or change the resources"
                 )
         return self

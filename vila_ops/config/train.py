@@ -50,14 +50,15 @@ class Stage(Config):
     image_size: PositiveInt | None = None
     """Side in pixels of the squares from this stage on; None: as before it. The tower's positions are interpolated."""
     num_steps: PositiveInt | None = None
+    """Optimizer steps; either these or epochs."""
     epochs: PositiveFloat | None = None
-    """Passes over the mixture, instead of num_steps; the last step takes what is left."""
+    """Passes over the mixture; what the last step lacks of a global batch are the first rows of the next pass."""
     global_batch_size: PositiveInt
     """Rows per optimizer step, over all workers and micro-batches; without packing a row is a sample."""
     pack: bool = True
     """Several samples in a row, as many as fit. False: one, as in the paper's runs."""
     row_tokens: PositiveInt
-    """Length of a row, image tokens included."""
+    """Length of a row, image tokens included; without packing the most that a row may have."""
     learning_rate: PositiveFloat
     """Peak rate; of every part that has no rate of its own."""
     learning_rates: dict[Part, PositiveFloat] = {}
@@ -76,9 +77,16 @@ class Stage(Config):
     validate_every: PositiveInt
     """Steps between validations; the stage also validates before its first and after its last step."""
     validation_rows: PositiveInt = 16
-    """Packed rows of the validation split that a validation reads."""
+    """Rows of the validation split that a validation reads."""
     seed: int = 0
     """Of the sample order."""
+
+    @model_validator(mode="after")
+    def _its_length_is_given_once(self) -> "Stage":
+        if (self.num_steps is None) == (self.epochs is None):
+            given = "neither is" if self.num_steps is None else f"{self.num_steps} and {self.epochs} are"
+            raise ValueError(f"a stage has num_steps or epochs, and {given} given; set one, and the other to null")
+        return self
 
     @model_validator(mode="after")
     def _rates_have_an_effect(self) -> "Stage":

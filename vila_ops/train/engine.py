@@ -4,6 +4,7 @@ Both see the same objective, the same groups and the same loss scaling; both giv
 in fp32 and whole, so that a checkpoint fits any world size. The only importer of DeepSpeed.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, Protocol
@@ -30,7 +31,10 @@ class Engine(Protocol):
         """Add the gradients of a loss that is already divided by the global number of tokens."""
 
     def step(self, factor: float) -> float:
-        """Clip and update at `factor` of the peak rates; returns the gradient norm before clipping."""
+        """Clip and update at `factor` of the peak rates; returns the gradient norm before clipping.
+
+        Where that is not finite nothing moves, on any rank.
+        """
 
     def state(self) -> Iterator[State]:
         """Every trained parameter with its moments, the same on every rank; every rank must call it to the end."""
@@ -62,12 +66,12 @@ class PlainEngine:
 
     def step(self, factor: float) -> float:
         """See Engine."""
-        parameters = [p for _, p in self.named]
-        norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm, error_if_nonfinite=True)
-        _set_rates(self.optimizer, factor)
-        self.optimizer.step()
+        norm = _clip([p for _, p in self.named], self.max_grad_norm)
+        if math.isfinite(norm):
+            _set_rates(self.optimizer, factor)
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return norm
 
     def state(self) -> Iterator[State]:
         """See Engine."""
@@ -97,6 +101,7 @@ class DeepSpeedEngine:
         self.deepspeed = deepspeed
         self.named = [pair for named in trained.values() for pair in named]
         self.zero_stage = resources.zero_stage
+        self.max_grad_norm = stage.max_grad_norm
         optimizer = torch.optim.AdamW(parameter_groups(stage, trained), betas=stage.betas, fused=True)
         self.engine, *_ = deepspeed.initialize(
             model=objective, optimizer=optimizer, config=deepspeed_config(stage, resources), dist_init_required=False
@@ -117,11 +122,15 @@ class DeepSpeedEngine:
             self.engine.step()  # counts the micro-batch
 
     def step(self, factor: float) -> float:
-        """See Engine."""
+        """See Engine. ZeRO 1 to 3 skip an update whose norm is not finite; without ZeRO DeepSpeed has no norm."""
         _set_rates(self.engine.optimizer, factor)
+        if self.zero_stage == 0:
+            norm = _clip([p for _, p in self.named], self.max_grad_norm)
+            if math.isfinite(norm):
+                self.engine.step()
+            return norm
         self.engine.step()
-        norm = self.engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        return float(self.engine.get_global_grad_norm())
 
     def state(self) -> Iterator[State]:
         """See Engine."""
@@ -190,7 +199,7 @@ def deepspeed_config(stage: Stage, resources: Resources) -> dict[str, Any]:
         "train_batch_size": stage.global_batch_size,
         "train_micro_batch_size_per_gpu": resources.micro_batch_size,
         "gradient_accumulation_steps": stage.global_batch_size // per_pass,
-        "gradient_clipping": stage.max_grad_norm,
+        "gradient_clipping": (stage.max_grad_norm or 0.0) if resources.zero_stage else 0.0,  # 0: it does not clip
         "zero_optimization": {"stage": resources.zero_stage},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -203,6 +212,14 @@ def build_engine(objective: Objective, trained: Trained, stage: Stage, resources
     if resources.launch == "inline":
         return PlainEngine(objective, trained, stage)
     return DeepSpeedEngine(objective, trained, stage, resources)
+
+
+def _clip(parameters: list[nn.Parameter], most: float | None) -> float:
+    """The norm of all gradients together, after which they are scaled down to `most`."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if most is not None:
+        nn.utils.clip_grads_with_norm_(parameters, most, norm)
+    return float(norm)
 
 
 def _set_rates(optimizer: Any, factor: float) -> None:

@@ -7,7 +7,7 @@ from vila_ops.config import Config, Resources, Stage
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss of a step is not a number; nothing was updated."""
+    """The loss of a step, or its gradient, is not a number; nothing was updated."""
 
 
 class Place(Config):

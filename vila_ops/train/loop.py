@@ -57,26 +57,32 @@ def train(job: Job, place: Place) -> dict[str, Any]:
     engine = build_engine(objective, trained, job.stage, job.resources)
     step, curve = restore(engine, Path(job.resume))
     metrics = MetricLog(job.resources.tracking_uri, job.run_id if place.rank == 0 else None)
+    num_steps = rows.num_steps()
+    metrics.log({"num_steps": num_steps}, step=step)
     if step == 0:
         curve.append({"step": 0, "validation_loss": validate(engine, batches, rows, place)})
-    clock = Clock(step, job.stage.num_steps)
-    while step < job.stage.num_steps:
-        loss, norm = train_step(engine, batches, rows, job, step=step, place=place)
+    clock = Clock(step, num_steps)
+    while step < num_steps:
+        loss = add_gradients(engine, batches, rows, job, step=step, place=place)
+        norm = engine.step(rate_factor(step, job.stage, num_steps=num_steps))
+        if not math.isfinite(norm):
+            raise _not_finite(f"gradient norm {norm}", rows, step=step, place=place)
         step += 1
         curve.append({"step": step, "loss": loss})
-        if step % job.stage.validate_every == 0 or step == job.stage.num_steps:
+        if step % job.stage.validate_every == 0 or step == num_steps:
             curve[-1]["validation_loss"] = validate(engine, batches, rows, place)
         if place.rank == 0:
             metrics.log({**curve[-1], "grad_norm": norm, "seconds_per_step": clock.tick()}, step=step)
-            if step == 1 or step % max(1, job.stage.num_steps // LINES) == 0:
-                shown = (job.stage.name, step, job.stage.num_steps, loss, clock.left(step))
+            if step == 1 or step % max(1, num_steps // LINES) == 0:
+                shown = (job.stage.name, step, num_steps, loss, clock.left(step))
                 log.info("%s step %d/%d  loss %.3f  %s", *shown)
-        if step % job.stage.save_every == 0 and step < job.stage.num_steps:
+        if step % job.stage.save_every == 0 and step < num_steps:
             checkpoint.save(Path(job.resume), step=step, states=engine.state(), curve=curve, place=place)
     metrics.flush()
     finish(engine, job, curve, place)
     said = {"composition": rows.composition.model_dump(mode="json")} if place.rank == 0 else {}
-    return {"rank": place.rank, **engine.facts(), **said}
+    ran = {"rank": place.rank, "steps": num_steps, "micro_batch_size": job.resources.micro_batch_size}
+    return {**ran, **engine.facts(), **said}
 
 
 def load(job: Job) -> tuple[VilaForConditionalGeneration, Rows, "Batches"]:
@@ -101,10 +107,8 @@ def change_of(stage: Stage) -> Change:
     return Change(image_size=stage.image_size, visual_expert=stage.tuning.kind == "visual_expert")
 
 
-def train_step(
-    engine: Engine, batches: "Batches", rows: Rows, job: Job, *, step: int, place: Place
-) -> tuple[float, float]:
-    """One optimizer step on the global batch; returns its loss in nats per token, and the gradient norm."""
+def add_gradients(engine: Engine, batches: "Batches", rows: Rows, job: Job, *, step: int, place: Place) -> float:
+    """Forward and backward passes over the global batch of a step; returns its loss in nats per token."""
     own, num_targets = rows.batch(step, rank=place.rank, world_size=place.world_size)
     size = job.resources.micro_batch_size
     value = 0.0
@@ -114,12 +118,9 @@ def train_step(
         if start + size >= len(own):
             value = _sum(value)
             if not math.isfinite(value):
-                keys = [key for row in own for key in row.keys]
-                raise NonFiniteLoss(
-                    f"loss {value} at step {step + 1}; nothing was updated. This rank's samples: {keys}"
-                )
+                raise _not_finite(f"loss {value}", rows, step=step, place=place)
         engine.backward(loss)
-    return value, engine.step(rate_factor(step, job.stage))
+    return value
 
 
 @torch.no_grad()
@@ -205,6 +206,12 @@ def finish(engine: Engine, job: Job, curve: Curve, place: Place) -> None:
     model_folder.save_trained(trained, attempt, init=content(job.init), change=change_of(job.stage))
     exact = [{key: value.hex() if isinstance(value, float) else value for key, value in row.items()} for row in curve]
     (attempt / CURVE).write_text(json.dumps(exact, indent=1))
+
+
+def _not_finite(what: str, rows: Rows, *, step: int, place: Place) -> NonFiniteLoss:
+    own, _ = rows.batch(step, rank=place.rank, world_size=place.world_size)
+    keys = [key for row in own for key in row.keys]
+    return NonFiniteLoss(f"{what} at step {step + 1}; nothing was updated. This rank's samples: {keys}")
 
 
 def _sum(value: float) -> float:

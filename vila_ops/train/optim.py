@@ -23,10 +23,10 @@ def parameter_groups(stage: Stage, trained: Trained) -> list[dict[str, object]]:
     return groups
 
 
-def rate_factor(step: int, stage: Stage) -> float:
-    """Share of the peak rate at a step (from 0): linear warm-up, then half a cosine down to final_ratio."""
-    warmup = math.ceil(stage.warmup_ratio * stage.num_steps)
+def rate_factor(step: int, stage: Stage, *, num_steps: int) -> float:
+    """Share of the peak rate at a step (from 0) of `num_steps`: linear warm-up, then half a cosine to final_ratio."""
+    warmup = math.ceil(stage.warmup_ratio * num_steps)
     if step < warmup:
         return (step + 1) / warmup
-    progress = (step - warmup) / max(1, stage.num_steps - warmup)
+    progress = (step - warmup) / max(1, num_steps - warmup)
     return stage.final_ratio + (1 - stage.final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))

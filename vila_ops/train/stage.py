@@ -25,6 +25,7 @@ def train_stage(
 
     Raises NonFiniteLoss, CorruptArtifact, and ValueError for settings that do not fit together.
     """
+    resources = resources.for_stage(stage.name)
     recipe = {"stage": _own(stage), "projector": model.projector.model_dump(mode="json")}
     parents = (data.digest, init.digest)
     at = store.address(Checkpoint, revision=REVISION, recipe=recipe, parents=parents)
@@ -65,7 +66,7 @@ def _train(
         Checkpoint,
         at,
         attempt,
-        facts={"stage": stage.name, "step": stage.num_steps},
+        facts={"stage": stage.name, "step": ran[0]["steps"]},
         execution=execution(launch=resources.launch, seconds=time.monotonic() - started, ran=ran)
         | {"mlflow_run": run_id},
     )

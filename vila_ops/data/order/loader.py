@@ -1,10 +1,13 @@
-"""The packed rows of one dataset for one stage. Resuming takes one integer, the step.
+"""The rows of one dataset for one stage. Resuming takes one integer, the step.
 
-Step k reads rows [k * B, (k + 1) * B) of one endless stream; `order.py` says which samples those are.
+Step k reads rows [k * B, (k + 1) * B) of one endless stream; `order.py` says which samples those are. Epochs follow
+each other without a gap, so a step may take the last rows of one and the first of the next.
 """
 
 import logging
+import math
 from collections.abc import Callable
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
@@ -17,7 +20,7 @@ from vila_ops.data.order.arrays import DamagedCache, discard
 from vila_ops.data.order.index import Index
 from vila_ops.data.order.mixture import Size, compose
 from vila_ops.data.order.order import Asked, Epoch, epoch_plan, random_state
-from vila_ops.data.order.packing import Row, pack
+from vila_ops.data.order.packing import IGNORE_INDEX, Row, pack
 from vila_ops.data.order.planner import plan
 from vila_ops.data.shards import read_sample
 
@@ -26,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class Rows:
-    """The packed rows of one dataset for one stage."""
+    """The rows of one dataset for one stage."""
 
     def __init__(self, folder: Path, *, digest: str, stage: Stage, cache: Path) -> None:
         """`cache` keeps the index and the plans of epochs as arrays; ranks of a machine and attempts share it.
@@ -46,13 +49,26 @@ class Rows:
         self.composition = compose(self.stage.mixture, sizes)
         """What an epoch is made of."""
         per_epoch = {name: share.samples_per_epoch for name, share in self.composition.shares.items()}
-        self._asked = Asked(self.digest, self.stage.seed, self.stage.row_tokens, per_epoch)
-        self._num_rows: list[int] = []  # of the epochs reached so far
+        capacity = self.stage.row_tokens if self.stage.pack else None
+        self._asked = Asked(self.digest, self.stage.seed, capacity, per_epoch)
+        self._num_rows = lru_cache(maxsize=None)(self._count_rows)
         self._epoch = lru_cache(maxsize=2)(self._plan)
         if not any(group.split == "validation" for group in self._index.groups):
             name = self.stage.mixture.name
             raise ValueError(f"stage {self.stage.name!r}: mixture {name!r} has no validation sample")
         self._held_out = lru_cache(maxsize=1)(self._validation_rows)
+
+    def num_steps(self) -> int:
+        """Optimizer steps of the stage: those it asks for, or as many as read the rows of its epochs.
+
+        ceil(rows / global_batch_size), where part of an epoch counts as that part of its rows.
+        """
+        if self.stage.num_steps is not None:
+            return self.stage.num_steps
+        epochs = Fraction(str(self.stage.epochs))  # as it is written: as a float 1.1 is more than 11 tenths
+        shares = [min(Fraction(1), epochs - epoch) for epoch in range(math.ceil(epochs))]
+        rows = self._healed(lambda: sum(share * self._num_rows(epoch) for epoch, share in enumerate(shares)))
+        return math.ceil(rows / self.stage.global_batch_size)
 
     def batch(self, step: int, *, rank: int = 0, world_size: int = 1) -> tuple[list[Row], int]:
         """This rank's rows of the global batch of a step, and the number of targets in the whole of it."""
@@ -83,13 +99,15 @@ class Rows:
     def _row(self, number: int) -> list[int]:
         epoch = 0
         while True:
-            if epoch == len(self._num_rows):
-                self._num_rows.append(len(self._epoch(epoch)))
-            if number < self._num_rows[epoch]:
+            if number < self._num_rows(epoch):
                 samples: list[int] = self._epoch(epoch).row(number).tolist()
                 return samples
-            number -= self._num_rows[epoch]
+            number -= self._num_rows(epoch)
             epoch += 1
+
+    def _count_rows(self, epoch: int) -> int:
+        """Rows of an epoch, for which packing has to be planned."""
+        return len(self._epoch(epoch)) if self.stage.pack else sum(self._asked.samples_per_epoch.values())
 
     def _plan(self, epoch: int) -> Epoch:
         return epoch_plan(self._asked, epoch, index=self._index, cache=self.cache)
@@ -100,6 +118,8 @@ class Rows:
         seed = random_state(self.digest, seed=0, number=0, name="validation")
         np.random.default_rng(seed).shuffle(held_out)
         capacity, wanted = self.stage.row_tokens, self.stage.validation_rows
+        if not self.stage.pack:
+            return [[number] for number in held_out[:wanted].tolist()]
         lengths = self._index.num_tokens()[held_out]
         enough = int(np.searchsorted(np.cumsum(lengths, dtype=np.int64), wanted * capacity)) + 1
         made = plan(lengths[:enough], capacity=capacity, seed=seed)
@@ -108,10 +128,18 @@ class Rows:
     def _pack(self, numbers: list[int]) -> Row:
         places = [self._index.place(number) for number in numbers]
         samples = [read_sample(self.folder, shard=at.shard, offset=at.offset, key=at.key) for at in places]
-        return pack(samples, capacity=self.stage.row_tokens)
+        most = self.stage.row_tokens
+        return pack(samples, capacity=most if self.stage.pack else min(most, len(samples[0].input_ids)))
 
 
 def stack(rows: list[Row]) -> tuple[NDArray[np.int64], ...]:
-    """(B, T) arrays of some rows: input_ids, position_ids, segment_ids, labels."""
-    fields = ("input_ids", "position_ids", "segment_ids", "labels")
-    return tuple(np.stack([getattr(row, field) for row in rows]) for field in fields)
+    """(B, T) arrays of some rows, as long as the longest: input_ids, position_ids, segment_ids, labels."""
+    padding = {"input_ids": 0, "position_ids": 0, "segment_ids": 0, "labels": IGNORE_INDEX}
+    return tuple(_padded([getattr(row, field) for row in rows], fill=fill) for field, fill in padding.items())
+
+
+def _padded(arrays: list[NDArray[np.int64]], *, fill: int) -> NDArray[np.int64]:
+    whole = np.full((len(arrays), max(map(len, arrays))), fill, np.int64)
+    for row, array in zip(whole, arrays, strict=True):
+        row[: len(array)] = array
+    return whole

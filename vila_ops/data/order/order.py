@@ -1,7 +1,8 @@
 """The order of samples and rows: a pure function of (data digest, seed, epoch), the same for any world size.
 
-An epoch draws from each source the next stretch of its endless permutations, packs all draws into rows and shuffles the
-rows. That plan is made once for each epoch and kept in a cache, where any row of it is one read away.
+An epoch draws from each source the next stretch of its endless permutations, packs all draws into rows, or gives each
+a row, and shuffles the rows. That plan is made once for each epoch and kept in a cache, where any row of it is one read
+away.
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from vila_ops.config.base import fingerprint
 from vila_ops.data.order.arrays import Arrays
 from vila_ops.data.order.index import Index
-from vila_ops.data.order.planner import PLAN_REVISION, Plan, plan
+from vila_ops.data.order.planner import PLAN_REVISION, Plan, one_each, plan
 
 KEPT_FROM = 100_000
 """Samples of an epoch; smaller ones are planned (0.1 s) rather than kept."""
@@ -26,8 +27,8 @@ class Asked(NamedTuple):
     digest: str
     """Of the data."""
     seed: int
-    capacity: int
-    """Tokens of a row."""
+    capacity: int | None
+    """Tokens of a row; None: a row is one sample."""
     samples_per_epoch: dict[str, int]
     """Of each source."""
 
@@ -96,7 +97,10 @@ def _passes(asked: Asked, name: str, *, size: int, start: int, count: int) -> It
 
 def _plan(asked: Asked, epoch: int, index: Index) -> Plan:
     seed = random_state(asked.digest, seed=asked.seed, number=epoch, name="order")
-    return plan(index.num_tokens(), capacity=asked.capacity, seed=seed, draws=draws(asked, epoch, index))
+    drawn = draws(asked, epoch, index)
+    if asked.capacity is None:
+        return one_each(drawn, seed=seed)
+    return plan(index.num_tokens(), capacity=asked.capacity, seed=seed, draws=drawn)
 
 
 def _write(made: Plan, folder: Path) -> dict[str, Any]:

@@ -50,6 +50,13 @@ class Plan:
         return self.members[self.starts[number] : self.starts[number + 1]]
 
 
+def one_each(draws: NDArray[np.uint32], *, seed: Sequence[int]) -> Plan:
+    """A row for each draw, in random order."""
+    members = np.array(draws, np.uint32)
+    np.random.default_rng(list(seed)).shuffle(members)
+    return Plan(np.arange(len(members) + 1, dtype=np.int64), members)
+
+
 def plan(lengths: Integers, *, capacity: int, seed: Sequence[int], draws: NDArray[np.uint32] | None = None) -> Plan:
     """Rows of at most `capacity` tokens that hold every draw exactly once, in random order.
 
