@@ -7,7 +7,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from vila_ops.config import Run
+from vila_ops.config import Resources, Run
 from vila_ops.config.eval import CaptionCider
 from vila_ops.config.load import load, merge, read
 
@@ -160,7 +160,7 @@ def test_a_remainder_is_refused_with_a_batch_that_would_do(resources: str, batch
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("stages.sft.row_tokens=95", r"'sft' packs rows of 95 tokens but a sample may have 96; raise row_tokens"),
+        ("stages.sft.row_tokens=95", r"'sft' has rows of 95 tokens but a sample may have 96; raise row_tokens"),
         ("stages.sft.learning_rates={vision_tower: 1}", r"names \['vision_tower'\], which do not train"),
         ("stages.sft.trainable=[projector, projector]", r"twice"),
         ("stages.sft.mixture.split.salt=other", r"split objects differently"),
@@ -175,12 +175,40 @@ def test_a_remainder_is_refused_with_a_batch_that_would_do(resources: str, batch
         ("resources.zero_stage=1", r"zero_stage 1 needs DeepSpeed"),
         ("resources.num_workers=2", r"launch inline is one worker, not 2"),
         ("resources.launch=ray", r"set ray_address"),
+        ("resources.stages={sft: {num_workers: 2}}", r"launch inline is one worker, not 2 of stage 'sft'"),
+        ("resources.stages={sft: {zero_stage: 3}}", r"zero_stage 3 of stage 'sft' needs DeepSpeed"),
+        ("resources.stages={stf: {micro_batch_size: 2}}", r"names \['stf'\], which .* \['align', 'pretrain', 'sft'\]"),
+        ("resources.stages={sft: {micro_batch_size: 3}}", r"'sft': global_batch_size 2 is .* micro_batch_size 3 x"),
+        ("stages.sft.epochs=1", r"num_steps or epochs, and 6 and 1.0 are given; set one"),
+        ("stages.sft.num_steps=null", r"num_steps or epochs, and neither is given; set one"),
         ("gate.rules=[{metric: x}]", r"rule on 'x' asks nothing"),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(override: str, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         tiny(override)
+
+
+def test_a_stage_has_resources_of_its_own_and_the_rest_of_all() -> None:
+    """The paper's runs: ZeRO-2 for align, ZeRO-3 after it."""
+    cluster = {"launch": "ray", "ray_address": "head:1", "num_workers": 4, "zero_stage": 3, "micro_batch_size": 2}
+    own = {"align": {"zero_stage": 2, "num_workers": 2}, "sft": {"micro_batch_size": 1}}
+    whole = Resources.model_validate({**cluster, "stages": own})
+    found = [whole.for_stage(name) for name in ("align", "pretrain", "sft")]
+    assert [(one.num_workers, one.zero_stage, one.micro_batch_size) for one in found] == [
+        (2, 2, 2),
+        (4, 3, 2),
+        (4, 3, 1),
+    ]
+    assert found[1] == Resources.model_validate(cluster)
+    assert found[0].for_stage("align") == found[0]
+    with pytest.raises(ValidationError, match=r"resources\.stages\.align\.num_worker\n"):
+        tiny("resources.stages={align: {num_worker: 1}}")
+
+
+def test_the_batch_of_a_stage_is_divided_by_its_own_resources() -> None:
+    three = "resources.stages={sft: {micro_batch_size: 3}}"
+    assert tiny("stages.sft.global_batch_size=3", "resources.micro_batch_size=2", three)
 
 
 def test_only_the_recipe_is_identity() -> None:

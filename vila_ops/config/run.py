@@ -46,7 +46,7 @@ class Recipe(Config):
                 raise ValueError(f"stage {key!r} is named {stage.name!r}; remove its name")
             if stage.row_tokens < self.max_tokens:
                 raise ValueError(
-                    f"stage {key!r} packs rows of {stage.row_tokens} tokens but a sample may have {self.max_tokens}; "
+                    f"stage {key!r} has rows of {stage.row_tokens} tokens but a sample may have {self.max_tokens}; "
                     f"raise row_tokens or lower max_tokens"
                 )
         if (self.probe.mixture, self.probe.max_tokens) != (self.suite.mixture, self.suite.max_tokens):

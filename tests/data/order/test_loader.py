@@ -1,3 +1,4 @@
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable
@@ -69,12 +70,13 @@ def same(left: Any, right: Any) -> bool:
     )
 
 
+@pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
-def test_global_batches_are_the_same_for_any_world_size(world_size: int, make_rows: MakeRows) -> None:
-    rows = make_rows()
+def test_global_batches_are_the_same_for_any_world_size(world_size: int, pack: bool, make_rows: MakeRows) -> None:
+    rows = make_rows(pack=pack)
     for step in (0, 1, 5, 9):
         whole, targets = rows.batch(step)
-        ranks = [make_rows() for _ in range(world_size)]
+        ranks = [make_rows(pack=pack) for _ in range(world_size)]
         shares = [own.batch(step, rank=rank, world_size=world_size) for rank, own in enumerate(ranks)]
         assert all(same(x, y) for x, y in zip(whole, [row for share, _ in shares for row in share], strict=True))
         assert {number for _, number in shares} == {targets}
@@ -82,7 +84,9 @@ def test_global_batches_are_the_same_for_any_world_size(world_size: int, make_ro
         assert any(row.images for row in whole)
 
 
-def test_any_step_is_reached_at_once_and_the_order_is_a_pure_function(make_rows: MakeRows) -> None:
+@pytest.mark.parametrize("pack", [True, False])
+def test_any_step_is_reached_at_once_and_the_order_is_a_pure_function(pack: bool, make_rows: MakeRows) -> None:
+    make_rows = functools.partial(make_rows, pack=pack)
     sequential = make_rows()
     keys = [[row.keys for row in sequential.batch(step)[0]] for step in range(40)]  # several epochs
     for step in (39, 0, 17, 18, 3):
@@ -112,6 +116,76 @@ def test_samples_come_whole_and_as_they_were_written(folder: Path, make_rows: Ma
             assert int((row.input_ids == IMAGE).sum()) == 4 * len(images)
             seen += len(images)
     assert seen > 50
+
+
+def epoch_of(rows: Rows) -> Counter[str]:
+    """How often an epoch, the first one, has each sample; read row by row."""
+    whole = sum(share.samples_per_epoch for share in rows.composition.shares.values())
+    seen: Counter[str] = Counter()
+    for step in itertools.count():
+        if seen.total() == whole:
+            return seen
+        seen.update(rows.batch(step)[0][0].keys)
+    raise AssertionError
+
+
+def test_without_packing_a_row_is_a_sample_and_an_epoch_has_the_same_samples(folder: Path, make_rows: MakeRows) -> None:
+    weights = {"a": 1.0, "b": 2.0, "c": 1.0}
+    packed, single = (make_rows(weights, pack=pack, global_batch_size=1) for pack in (True, False))
+    assert epoch_of(single) == epoch_of(packed)
+    lengths = {row["key"]: row["num_tokens"] for row in read_index(folder).to_pylist()}
+    for row in [single.batch(step)[0][0] for step in range(100)] + single.validation():
+        assert [len(row.input_ids)] == [lengths[key] for key in row.keys]
+        assert (row.segment_ids == 1).all()
+    held_out = make_rows(pack=False, validation_rows=100).validation()
+    assert len({row.keys for row in held_out}) == 15
+    with pytest.raises(ValueError, match=r"tokens do not fit into a row of 4"):
+        make_rows(pack=False, row_tokens=4).batch(0)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "batch", "steps"),
+    [(1, 8, 8), (1, 60, 1), (2, 60, 2), (1.5, 8, 12), (0.5, 60, 1), (0.001, 8, 1), (1.1, 66, 1), (2.2, 4, 33)],
+)
+def test_epochs_without_packing_are_counted_by_hand(
+    epochs: float, batch: int, steps: int, make_rows: MakeRows, tmp_path: Path
+) -> None:
+    """Of 60 samples; 1.1 passes are 66 of them, though the float is a little more than eleven tenths."""
+    rows = make_rows({"a": 1}, pack=False, num_steps=None, epochs=epochs, global_batch_size=batch)
+    assert rows.num_steps() == steps
+    assert not list(tmp_path.glob("cache/plan-*")), "it takes no plan to know"
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 5])
+def test_the_steps_of_packed_epochs_read_every_sample_so_often(epochs: int, make_rows: MakeRows) -> None:
+    rows = make_rows({"a": 1}, num_steps=None, epochs=epochs, global_batch_size=1)
+    seen: Counter[str] = Counter()
+    for step in range(rows.num_steps()):
+        seen.update(rows.batch(step)[0][0].keys)
+    assert set(seen.values()) == {epochs}
+    assert len(seen) == 60
+    assert rows.num_steps() == make_rows({"a": 1}, num_steps=None, epochs=epochs, global_batch_size=1).num_steps()
+
+
+def test_the_last_step_of_an_epoch_is_filled_with_the_first_rows_of_the_next(make_rows: MakeRows) -> None:
+    rows = make_rows({"a": 1}, pack=False, num_steps=None, epochs=1)
+    keys = [row.keys for step in range(rows.num_steps()) for row in rows.batch(step)[0]]
+    one_by_one = make_rows({"a": 1}, pack=False, global_batch_size=1)
+    assert keys == [one_by_one.batch(step)[0][0].keys for step in range(64)]
+    assert len(set(keys[:60])) == 60
+    assert len(set(keys[60:])) == 4
+
+
+def test_a_kept_plan_is_made_once_for_counting_and_for_reading(make_rows: MakeRows, tmp_path: Path) -> None:
+    rows = make_rows(num_steps=None, epochs=2)
+    steps = rows.num_steps()
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cache/plan-*")}
+    assert len(made) == (2 if order.KEPT_FROM == 0 else 0)
+    again = make_rows(num_steps=None, epochs=2)
+    assert again.num_steps() == steps
+    for step in range(steps - 1):
+        again.batch(step)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("cache/plan-*")} == made
 
 
 def test_weights_give_the_shares_asked_for(make_rows: MakeRows) -> None:
@@ -192,3 +266,16 @@ def test_rows_are_stacked(make_rows: MakeRows) -> None:
     arrays = stack(rows)
     assert [array.shape for array in arrays] == [(8, 64)] * 4
     assert (arrays[3][2] == rows[2].labels).all()
+
+
+def test_rows_of_different_lengths_are_padded_to_the_longest(make_rows: MakeRows) -> None:
+    rows, _ = make_rows(pack=False).batch(0)
+    lengths = [len(row.input_ids) for row in rows]
+    assert len(set(lengths)) > 1
+    for array, name, padding in zip(
+        stack(rows), ("input_ids", "position_ids", "segment_ids", "labels"), (0, 0, 0, -100), strict=True
+    ):
+        assert array.shape == (8, max(lengths))
+        for row, padded in zip(rows, array.tolist(), strict=True):
+            own = getattr(row, name).tolist()
+            assert padded == own + [padding] * (max(lengths) - len(own))
