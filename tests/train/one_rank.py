@@ -17,3 +17,4 @@ if __name__ == "__main__":
         "gloo", init_method=f"file://{rendezvous}", rank=place.rank, world_size=place.world_size
     )
     train(Job.model_validate_json(Path(job).read_text()), place)
+    torch.distributed.destroy_process_group()  # else gloo's threads may outlive the interpreter, which aborts it

@@ -67,17 +67,41 @@ def test_the_loss_is_that_of_stock_llava(
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_steps_equal_a_hand_written_loop(bench: Any, make_stage: Any, tmp_path: Any) -> None:
+def test_samples_in_rows_of_their_own_give_loss_and_gradients_of_a_packed_row(
+    bench: Any, make_stage: Any, tmp_path: Any
+) -> None:
+    stage = make_stage(bench.mixture, trainable=["projector", "language_model"])
+    chosen = [sample for source in ("pairs", "documents", "definitions") for sample in samples(bench, source, 2)]
+    targets = sum(sum(sample.is_target[1:]) for sample in chosen)
+    together = [pack(chosen, capacity=512)]
+    alone = [pack([sample], capacity=len(sample.input_ids)) for sample in chosen]
+    assert len({len(row.input_ids) for row in alone}) > 1, "none is padded"
+    found = []
+    for rows in (together, alone):
+        engine, batches = make_engine(bench, stage, bench.init, tmp_path)
+        loss = engine.loss(batches(rows)) / targets
+        engine.backward(loss)
+        found.append((float(loss.detach()), {name: p.grad for name, p in engine.named}))
+    (packed, gradients), (single, others) = found
+    assert single == pytest.approx(packed, abs=1e-6)
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, others[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("most", [0.5, None])
+def test_steps_equal_a_hand_written_loop(most: float | None, bench: Any, make_stage: Any, tmp_path: Any) -> None:
+    """The gradients' norm is far more than half, so that clipping has an effect."""
     stage = make_stage(
         bench.mixture, trainable=["projector", "language_model"], learning_rate=1e-2, weight_decay=0.1,
-        learning_rates={"projector": 3e-2}, max_grad_norm=0.5, betas=[0.8, 0.9],
+        learning_rates={"projector": 3e-2}, max_grad_norm=most, betas=[0.8, 0.9],
     )  # fmt: skip
     rows = [pack(samples(bench, name, 2), capacity=128) for name in ("pairs", "definitions")]
     engine, batches = make_engine(bench, stage, bench.init, tmp_path)
+    norms = []
     for step in range(3):
         for row in rows:
             engine.backward(engine.loss(batches([row])) / 20)
-        engine.step(rate_factor(step, stage, num_steps=8))
+        norms.append(engine.step(rate_factor(step, stage, num_steps=8)))
 
     twin, batches = make_engine(bench, stage, bench.init, tmp_path)
     parameters = dict(twin.named)
@@ -87,7 +111,9 @@ def test_steps_equal_a_hand_written_loop(bench: Any, make_stage: Any, tmp_path: 
         total = sum(twin.objective(batches([row])) for row in rows) / 20
         gradients = dict(zip(parameters, torch.autograd.grad(total, list(parameters.values())), strict=True))
         norm = torch.sqrt(sum((g**2).sum() for g in gradients.values()))
-        scale = min(1.0, 0.5 / (float(norm) + 1e-6))
+        assert norms[step] == pytest.approx(float(norm), rel=1e-4)
+        assert float(norm) > 1
+        scale = 1.0 if most is None else min(1.0, most / (float(norm) + 1e-6))
         for name, p in parameters.items():
             rate = (3e-2 if "multi_modal_projector" in name else 1e-2) * rate_factor(step, stage, num_steps=8)
             g = gradients[name] * scale

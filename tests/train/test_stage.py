@@ -123,6 +123,21 @@ def test_the_split_into_micro_batches_does_not_change_the_curve(
             assert float.fromhex(one[key]) == pytest.approx(float.fromhex(two[key]), abs=near)
 
 
+def test_a_stage_of_epochs_without_packing_seals_its_steps_and_says_what_it_ran_with(
+    bench: Any, make_stage: Any, tmp_path: Path
+) -> None:
+    stage = make_stage(bench.mixture, num_steps=None, epochs=0.5, pack=False, global_batch_size=6, max_grad_norm=None)
+    resources = elsewhere(bench, tmp_path, stages={stage.name: {"micro_batch_size": 3}})
+    trained = train_stage(stage, bench.model, bench.data, bench.init, resources)
+    (worker,) = json.loads((Path(trained.uri) / "manifest.json").read_text())["execution"]["workers"]
+    samples = sum(share["samples_per_epoch"] for share in worker["composition"]["shares"].values())
+    assert trained.step == worker["steps"] == -(-samples // 12)
+    assert worker["micro_batch_size"] == 3
+    curve = json.loads((content(trained) / "curve.json").read_text())
+    assert [row["step"] for row in curve] == list(range(trained.step + 1))
+    assert "validation_loss" in curve[-1]
+
+
 def test_a_loss_that_is_not_finite_stops_before_any_update_and_names_the_samples(
     bench: Any, make_stage: Any, tmp_path: Path
 ) -> None:

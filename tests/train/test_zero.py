@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from vila_ops.config import Resources, Run, load
@@ -126,3 +128,31 @@ def test_a_killed_stage_goes_on_bit_for_bit_and_at_another_world_size(
     )
     _train_ranks(alone, world_size=1)
     assert _losses(Path(other.attempt)) == pytest.approx(_losses(plain), rel=1e-6, abs=1e-6)
+
+
+def test_every_engine_clips_as_asked_and_stops_before_a_gradient_that_is_not_finite(run: Run) -> None:
+    """Told by the first moment, which is a tenth of the gradient; Adam's first step hardly depends on its size."""
+    cases = [(0, None), (0, 0.01), (2, None), (3, None)]
+    script = str(Path(__file__).parent / "engines_step.py")
+    processes, attempts = [], []
+    for world_size, resources in ((1, {}), (2, {**RAY, "num_workers": 2})):
+        job = _job(run, f"steps-{world_size}", **resources)
+        attempts.append(Path(job.attempt))
+        told, rendezvous = attempts[-1].parent / "job.json", attempts[-1].parent / "rendezvous"
+        told.write_text(job.model_dump_json())
+        for rank in range(world_size):
+            command = [sys.executable, script, told, str(rank), str(world_size), rendezvous, json.dumps(cases)]
+            processes.append(subprocess.Popen(command, env=ENV, cwd=ROOT))
+    assert [process.wait(timeout=240) for process in processes] == [0, 0, 0]
+    for number, (_, most) in enumerate(cases):
+        plain, zero = (json.loads((attempt / f"{number}.json").read_text()) for attempt in attempts)
+        assert zero["norm"] == pytest.approx(plain["norm"], rel=1e-5)
+        assert plain["norm"] > 10 * (most or 0.01), "clipping has no effect"
+        for own in (plain, zero):
+            assert not math.isfinite(own["broken"])
+            assert own["moved"] == []
+        expected, found = (load_file(attempt / f"{number}.safetensors") for attempt in attempts)
+        assert found.keys() == expected.keys()
+        for name in [name for name in expected if name.startswith("exp_avg/")]:
+            near = 1e-5 * float(expected[name].abs().max())
+            assert torch.allclose(found[name], expected[name], rtol=1e-4, atol=near), name
