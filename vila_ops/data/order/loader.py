@@ -6,6 +6,7 @@ each other without a gap, so a step may take the last rows of one and the first 
 
 import logging
 import math
+from bisect import bisect_right
 from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
@@ -51,6 +52,7 @@ class Rows:
         per_epoch = {name: share.samples_per_epoch for name, share in self.composition.shares.items()}
         capacity = self.stage.row_tokens if self.stage.pack else None
         self._asked = Asked(self.digest, self.stage.seed, capacity, per_epoch)
+        self._starts = [0]  # rows before each of the epochs that were reached
         self._num_rows = lru_cache(maxsize=None)(self._count_rows)
         self._epoch = lru_cache(maxsize=2)(self._plan)
         if not any(group.split == "validation" for group in self._index.groups):
@@ -97,13 +99,11 @@ class Rows:
             return read()
 
     def _row(self, number: int) -> list[int]:
-        epoch = 0
-        while True:
-            if number < self._num_rows(epoch):
-                samples: list[int] = self._epoch(epoch).row(number).tolist()
-                return samples
-            number -= self._num_rows(epoch)
-            epoch += 1
+        while self._starts[-1] <= number:
+            self._starts.append(self._starts[-1] + self._num_rows(len(self._starts) - 1))
+        epoch = bisect_right(self._starts, number) - 1
+        samples: list[int] = self._epoch(epoch).row(number - self._starts[epoch]).tolist()
+        return samples
 
     def _count_rows(self, epoch: int) -> int:
         """Rows of an epoch, for which packing has to be planned."""
