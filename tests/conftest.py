@@ -25,8 +25,9 @@ from vila_ops.config import Mixture, Model, Resources, Stage, TextFormat
 from vila_ops.config.local import LocalServers
 from vila_ops.data.text.conversation import Tokenizer
 from vila_ops.model.build import build_model
-from vila_ops.model.processing import build_processor, mean_std
+from vila_ops.model.processing import build_processor
 from vila_ops.model.vila import VilaForConditionalGeneration
+from vila_ops.packages.normalisation import mean_std
 from vila_ops.packages.tokenizer import IMAGE_TOKEN, build_tokenizer
 
 TINY = Path(__file__).parent / "tiny"
@@ -95,7 +96,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Model], Whole]:
             eos_id=fast.eos_token_id,
             cache=cache,
         )
-        return whole, build_processor(whole.config, fast, mean_std=mean_std(model, cache=cache))
+        return whole, build_processor(whole.config, fast, mean_std=mean_std(model.vision_tower))
 
     return make
 
@@ -108,9 +109,11 @@ def make_text(make_model: MakeModel) -> Callable[..., TextFormat]:
         model = make_model(**more)
         return TextFormat(
             language_model=model.language_model,
+            vision_tower=model.vision_tower,
             chat_template=model.chat_template,
             after_image=model.after_image,
             image_size=model.image_size,
+            image_fit=model.image_fit,
             image_tokens=model.image_tokens(),
             max_tokens=max_tokens,
         )

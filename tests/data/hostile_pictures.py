@@ -20,13 +20,14 @@ from typing import Any
 
 from PIL import Image as Pillow
 
-from vila_ops.config.images import Jpeg, Webp
+from vila_ops.config.images import Decoding, Jpeg, Webp
 from vila_ops.data.containers import BadImage
-from vila_ops.data.images import MAX_PIXELS, square
+from vila_ops.data.images import MAX_PIXELS, Fit, square
 
 CPU_SECONDS = 2.0
 FUZZED_MAX_PIXELS = 1_000_000
 SIDE = 32
+FITS = (Fit("pad", (0.5, 0.5, 0.5)), Fit("squash", (0.5, 0.5, 0.5)), Fit("crop", (0.5, 0.5, 0.5)))
 PAIRS = Path(__file__).parents[1] / "tiny/pairs"
 
 
@@ -34,7 +35,9 @@ def main() -> None:
     files = named() if sys.argv[1] == "named" else fuzzed(int(sys.argv[2]))
     max_pixels = MAX_PIXELS if sys.argv[1] == "named" else FUZZED_MAX_PIXELS
     warnings.simplefilter("error")
-    square(next(iter(seeds().values())), size=SIDE, encoding=Jpeg())  # what decoders load once counts for no file
+    square(
+        next(iter(seeds().values())), size=SIDE, fit=FITS[0], encoding=Jpeg()
+    )  # what decoders load once counts for no file
     for number, (name, make) in enumerate(files):
         data = make()
         print(name, flush=True)  # noqa: T201 what the test reads
@@ -42,18 +45,17 @@ def main() -> None:
         Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
         started = time.process_time()
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # its signal ends the process, inside C code too
-        found = outcome(data, max_pixels=max_pixels, scaled=number % 2 == 1)
+        found = outcome(data, max_pixels=max_pixels, scaled=number % 2 == 1, fit=FITS[number % 3])
         signal.setitimer(signal.ITIMER_PROF, 0)
         growth = max(0, _memory("VmHWM") - before)
         print("=", found, f"{time.process_time() - started:.3f}", growth, flush=True)  # noqa: T201
 
 
-def outcome(data: bytes, *, max_pixels: int, scaled: bool) -> str:
+def outcome(data: bytes, *, max_pixels: int, scaled: bool, fit: Fit) -> str:
     """`picture`, or the reason, or the exception that should not have come."""
     try:
-        made = square(
-            data, size=SIDE, encoding=Webp(), decode="scaled" if scaled else "exact", max_pixels=max_pixels
-        )  # fmt: skip
+        decode: Decoding = "scaled" if scaled else "exact"
+        made = square(data, size=SIDE, fit=fit, encoding=Webp(), decode=decode, max_pixels=max_pixels)
     except BadImage as error:
         return error.reason
     except BaseException as error:  # noqa: BLE001 that nothing else is raised is what is tested

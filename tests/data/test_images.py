@@ -9,11 +9,18 @@ from PIL import Image as Pillow
 from PIL import ImageOps
 from sklearn.datasets import load_sample_image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from vila_ops.config.images import Decoding, ImageEncoding, Jpeg, Webp
 from vila_ops.data.containers import BadImage
-from vila_ops.data.images import pixels, square, suffix
+from vila_ops.data.images import MOST_CROPPED, Fit, pixels, square, suffix
 
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""Of openai/clip-vit-large-patch14's preprocessor_config.json."""
+CLIP_COLOUR = (122, 116, 104)
+"""255 times that mean, rounded down."""
+FITS = [Fit("pad", CLIP_MEAN), Fit("squash", CLIP_MEAN), Fit("crop", CLIP_MEAN)]
+PAD = FITS[0]
 FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP"]
 TURNED = [(kind, turn) for kind in ("PNG", "JPEG", "WEBP") for turn in range(1, 9)]
 
@@ -24,9 +31,9 @@ def encoded(picture: Pillow.Image, kind: str = "PNG", **more: Any) -> bytes:
     return out.getvalue()
 
 
-def squared(data: bytes, *, size: int, decode: Decoding = "exact") -> NDArray[np.uint8]:
+def squared(data: bytes, *, size: int, fit: Fit = PAD, decode: Decoding = "exact") -> NDArray[np.uint8]:
     """The pixels of the lossless square."""
-    return opened(square(data, size=size, encoding=Webp(), decode=decode), "WEBP")
+    return opened(square(data, size=size, fit=fit, encoding=Webp(), decode=decode), "WEBP")
 
 
 def opened(data: bytes, kind: str) -> NDArray[np.uint8]:
@@ -46,7 +53,7 @@ def exif(turn: int) -> Pillow.Exif:
 
 
 def plain(data: bytes, size: int) -> NDArray[np.uint8]:
-    """What a square is, in Pillow's own words: upright, on white, padded to a square, resized."""
+    """What a padded square is, in Pillow's own words: upright, on white, padded to a square, resized."""
     with Pillow.open(io.BytesIO(data)) as picture:
         upright = ImageOps.exif_transpose(picture)
         if upright.mode.startswith("I"):
@@ -56,7 +63,7 @@ def plain(data: bytes, size: int) -> NDArray[np.uint8]:
             upright = Pillow.alpha_composite(Pillow.new("RGBA", rgba.size, "white"), rgba)
         rgb = upright.convert("RGB")
     side = max(rgb.size)
-    padded = Pillow.new("RGB", (side, side), "white")
+    padded = Pillow.new("RGB", (side, side), CLIP_COLOUR)
     padded.paste(rgb, ((side - rgb.width) // 2, (side - rgb.height) // 2))
     return np.asarray(padded.resize((size, size), Pillow.Resampling.BICUBIC))
 
@@ -81,9 +88,32 @@ def test_the_pixels_are_those_of_padding_then_resizing(mode: str, kind: str, wid
         assert (squared(data, size=size) == plain(data, size)).all()
 
 
-def test_a_square_of_the_asked_size_is_left_alone() -> None:
+ASPECTS = [(333, 250), (97, 401), (300, 300), (1, 1), (20, 11), (1, 64), (64, 1), (7, 440), (447, 7), (1031, 640)]
+
+
+@pytest.mark.parametrize("fit", FITS, ids=lambda fit: fit.kind)
+@pytest.mark.parametrize(("width", "height"), ASPECTS)
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
+def test_the_pixels_are_those_of_the_stock_processor(fit: Fit, width: int, height: int, mode: str) -> None:
+    channels = {"RGB": (3,), "L": (), "RGBA": (4,)}[mode]
+    picture = Pillow.fromarray(noise(height, width, *channels), mode)
+    for size in (8, 57, 336):
+        both = {"height": size, "width": size}
+        kept: Any = {"do_normalize": False, "do_rescale": False, "image_mean": CLIP_MEAN}
+        stock = {
+            "pad": LlavaImageProcessorPil(do_pad=True, do_center_crop=False, size=both, **kept),
+            "squash": CLIPImageProcessorPil(size=both, do_center_crop=False, **kept),
+            "crop": CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=both, **kept),
+        }[fit.kind]
+        expected = np.asarray(stock(picture)["pixel_values"][0]).transpose(1, 2, 0)
+        assert expected.shape == (size, size, 3)
+        assert (squared(encoded(picture), size=size, fit=fit) == expected).all()
+
+
+@pytest.mark.parametrize("fit", FITS, ids=lambda fit: fit.kind)
+def test_a_square_of_the_asked_size_is_left_alone(fit: Fit) -> None:
     array = noise(8, 8, 3)
-    assert (squared(encoded(Pillow.fromarray(array)), size=8) == array).all()
+    assert (squared(encoded(Pillow.fromarray(array)), size=8, fit=fit) == array).all()
 
 
 def test_transparency_is_laid_on_white() -> None:
@@ -108,12 +138,12 @@ def test_grey_with_alpha() -> None:
     assert squared(encoded(grey), size=2)[..., 0].tolist() == [[7, 255], [255, 9]]
 
 
-def test_padding_is_white_and_centred() -> None:
+def test_padding_has_the_mean_colour_and_is_centred() -> None:
     for turned in (False, True):
         picture = Pillow.new("RGB", (2, 6) if turned else (6, 2), (0, 0, 9))
         found = squared(encoded(picture), size=6)
         found = found.transpose(1, 0, 2) if turned else found
-        assert (found[[0, 1, 4, 5]] == 255).all()
+        assert (found[[0, 1, 4, 5]] == CLIP_COLOUR).all()
         assert (found[2:4] == (0, 0, 9)).all()
 
 
@@ -129,7 +159,7 @@ def test_exif_turns_are_undone(kind: str, turn: int, decode: Decoding) -> None:
     ][turn - 1]  # fmt: skip
     lossless: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
     data = encoded(Pillow.fromarray(np.ascontiguousarray(stored)), kind, exif=exif(turn), **lossless)
-    expected = np.full((16, 16, 3), 255, np.uint8)
+    expected = np.full((16, 16, 3), CLIP_COLOUR, np.uint8)
     expected[2:14] = upright[::8, ::8]
     centres = np.ix_([3, 4, 10, 11], [1, 5, 10, 14])  # away from edges, where bicubic overshoots
     error = np.abs(squared(data, size=16, decode=decode)[centres].astype(int) - expected[centres])
@@ -162,7 +192,7 @@ def test_the_first_frame_is_taken(kind: str) -> None:
 @pytest.mark.parametrize("kind", FORMATS)
 def test_the_same_bytes_give_the_same_square(kind: str) -> None:
     data = encoded(Pillow.new("RGB", (8, 8), (0, 128, 0)), kind)
-    assert square(data, size=8, encoding=Jpeg()) == square(data, size=8, encoding=Jpeg())
+    assert square(data, size=8, fit=PAD, encoding=Jpeg()) == square(data, size=8, fit=PAD, encoding=Jpeg())
     assert np.abs(squared(data, size=8)[4, 4].astype(int) - (0, 128, 0)).max() <= 3
 
 
@@ -173,11 +203,12 @@ def photo(name: str) -> Pillow.Image:
     return Pillow.fromarray(np.tile(np.concatenate([tile, tile[::-1]]), (4, 2, 1))[:1920, :2560])
 
 
+@pytest.mark.parametrize("fit", FITS, ids=lambda fit: fit.kind)
 @pytest.mark.parametrize("name", ["china.jpg", "flower.jpg"])
-def test_scaled_decoding_errs_as_little_as_stated(name: str) -> None:
+def test_scaled_decoding_errs_as_little_as_stated(name: str, fit: Fit) -> None:
     for turn in (1, 6):
         data = encoded(photo(name), "JPEG", quality=92, exif=exif(turn))
-        error = np.abs(squared(data, size=224, decode="scaled").astype(int) - squared(data, size=224))
+        error = np.abs(squared(data, size=224, fit=fit, decode="scaled").astype(int) - squared(data, size=224, fit=fit))
         assert 0 < error.max() <= 12
         assert error.mean() < 1
 
@@ -195,7 +226,7 @@ def test_scaled_decoding_changes_nothing_where_it_has_nothing_to_win() -> None:
 )  # fmt: skip
 def test_squares_are_kept_as_asked(encoding: ImageEncoding, kind: str, name: str, error: float) -> None:
     data = encoded(photo("china.jpg").crop((0, 0, 640, 427)))
-    found = opened(square(data, size=336, encoding=encoding), kind)
+    found = opened(square(data, size=336, fit=PAD, encoding=encoding), kind)
     assert np.abs(found.astype(int) - plain(data, 336)).mean() <= error
     assert suffix(encoding) == name
 
@@ -204,7 +235,7 @@ def test_kept_jpegs_have_all_of_their_colour() -> None:
     """One column red, one blue: halved chroma would mix them to purple."""
     stripes = np.zeros((16, 16, 3), np.uint8)
     stripes[:, ::2, 0] = stripes[:, 1::2, 2] = 200
-    found = opened(square(encoded(Pillow.fromarray(stripes)), size=16, encoding=Jpeg()), "JPEG")
+    found = opened(square(encoded(Pillow.fromarray(stripes)), size=16, fit=PAD, encoding=Jpeg()), "JPEG")
     assert np.abs(found.astype(int) - stripes).max() <= 25
 
 
@@ -235,23 +266,34 @@ def test_lost_data_is_noticed_although_the_end_marker_is_there() -> None:
 
 def test_the_pixel_limit_is_exact() -> None:
     picture = encoded(Pillow.new("L", (30, 20)))
-    assert square(picture, size=8, encoding=Webp(), max_pixels=600)
+    assert square(picture, size=8, fit=PAD, encoding=Webp(), max_pixels=600)
     with pytest.raises(BadImage, match="30 x 20 pixels, more than 599"):
-        square(picture, size=8, encoding=Webp(), max_pixels=599)
+        square(picture, size=8, fit=PAD, encoding=Webp(), max_pixels=599)
     with pytest.raises(BadImage, match="so narrow"):
-        square(encoded(Pillow.new("L", (60_000, 1))), size=8, encoding=Webp())
+        square(encoded(Pillow.new("L", (60_000, 1))), size=8, fit=PAD, encoding=Webp())
 
 
-@pytest.mark.parametrize("mean", [(0.5, 0.5, 0.5), (0.48145466, 0.4578275, 0.40821073)])
+@pytest.mark.parametrize("sides", [(MOST_CROPPED + 1, 1), (1, MOST_CROPPED + 1)])
+def test_a_strip_is_not_cropped_to_its_middle(sides: tuple[int, int]) -> None:
+    picture = encoded(Pillow.new("L", sides))
+    pad, squash, crop = FITS
+    assert squared(picture, size=8, fit=pad).shape == squared(picture, size=8, fit=squash).shape == (8, 8, 3)
+    with pytest.raises(BadImage, match="so narrow that its middle") as refused:
+        squared(picture, size=8, fit=crop)
+    assert refused.value.reason == "too_narrow"
+
+
+@pytest.mark.parametrize("mean", [(0.5, 0.5, 0.5), CLIP_MEAN])
 @pytest.mark.parametrize("encoding", [Jpeg(), Webp()])
-def test_pixels_are_those_of_the_stock_processor(mean: tuple[float, ...], encoding: ImageEncoding, tiny: Path) -> None:
-    std = (0.26862954, 0.26130258, 0.27577711)
+def test_pixels_are_normalised_as_by_the_stock_processor(
+    mean: tuple[float, ...], encoding: ImageEncoding, tiny: Path
+) -> None:
     paths = sorted((tiny / "pairs").glob("*.png"))[:8]
-    squares = [square(path.read_bytes(), size=28, encoding=encoding) for path in paths]
+    squares = [square(path.read_bytes(), size=28, fit=PAD, encoding=encoding) for path in paths]
     size = {"height": 28, "width": 28}
-    stock = CLIPImageProcessorPil(size=size, do_center_crop=False, image_mean=list(mean), image_std=list(std))
+    stock = CLIPImageProcessorPil(size=size, do_center_crop=False, image_mean=list(mean), image_std=list(CLIP_STD))
     expected = stock([Pillow.open(io.BytesIO(data)) for data in squares], return_tensors="np")["pixel_values"]
-    found = pixels(squares, mean=mean, std=std)
+    found = pixels(squares, mean=mean, std=CLIP_STD)
     assert found.dtype == np.float32
     assert found.shape == expected.shape == (8, 3, 28, 28)
     assert np.abs(found - expected).max() <= 1e-6

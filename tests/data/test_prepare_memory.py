@@ -56,7 +56,7 @@ def test_ten_times_the_pictures_need_no_more_memory(tmp_path: Path, tiny: Path) 
             },
             "text": {
                 "language_model": {"kind": "random", "tokenizer": str(tiny / "tokenizer")}, "chat_template": "chatml",
-                "image_size": 336, "image_tokens": 16, "max_tokens": 64,
+                "vision_tower": {"kind": "random"}, "image_size": 336, "image_tokens": 16, "max_tokens": 64,
             },
             "resources": {"launch": "inline", **{name: str(tmp_path / name) for name in ("store", "data", "cache")}},
         }  # fmt: skip

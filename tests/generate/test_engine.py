@@ -44,7 +44,7 @@ def generator(sealed: tuple[Pretrained, Path]) -> Generator:
 def prompts(generator: Generator, tiny: Path) -> list[Prompt]:
     """Text only, one picture, two pictures, of mixed lengths."""
     pictures = [
-        square(path.read_bytes(), size=generator.image_size, encoding=Webp())
+        square(path.read_bytes(), size=generator.image_size, fit=generator.image_fit, encoding=Webp())
         for path in sorted((tiny / "pairs").glob("*.png"))[:3]
     ]
     made = [Prompt(generator.tokenizer.prompt([("user", (question,))])) for question in QUESTIONS]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vila_ops.config.images import Webp
-from vila_ops.data.images import pixels, square
+from vila_ops.data.images import Fit, pixels, square
 from vila_ops.model import folder as model_folder
 from vila_ops.model.features import FeatureCache, tower_digest
 
@@ -20,7 +20,8 @@ def to_pixels(mean: tuple[float, ...] = HALF) -> Any:
 
 @pytest.fixture(scope="module")
 def squares(tiny: Path) -> list[bytes]:
-    return [square(path.read_bytes(), size=56, encoding=Webp()) for path in sorted((tiny / "pairs").glob("*.png"))]
+    paths = sorted((tiny / "pairs").glob("*.png"))
+    return [square(path.read_bytes(), size=56, fit=Fit("pad", HALF), encoding=Webp()) for path in paths]
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip", "dinov2"])

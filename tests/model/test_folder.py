@@ -14,10 +14,11 @@ from transformers import AutoProcessor
 
 from vila_ops.artifacts.store import CorruptArtifact
 from vila_ops.config.images import Webp
-from vila_ops.data.images import pixels, square
+from vila_ops.data.images import Fit, pixels, square
 from vila_ops.model import folder as model_folder
 from vila_ops.model.change import Change
 from vila_ops.model.vila import VilaForConditionalGeneration
+from vila_ops.packages.normalisation import HALVES
 
 TOWERS = ("clip", "siglip", "dinov2")
 PROJECTORS = ("linear", "mlp_gelu", "mlp_downsample")
@@ -76,8 +77,10 @@ def test_save_and_load_are_exact(
 def test_plain_folders_load_in_stock_transformers_and_give_our_logits(
     make_model: Any, build: Callable[..., Any], tiny: Path, tmp_path: Path
 ) -> None:
+    pad = Fit("pad", HALVES[0])
     squares = {
-        name: square((tiny / f"pairs/{name}.png").read_bytes(), size=56, encoding=Webp()) for name in ("dog", "cat")
+        name: square((tiny / f"pairs/{name}.png").read_bytes(), size=56, fit=pad, encoding=Webp())
+        for name in ("dog", "cat")
     }
     for name, data in squares.items():
         (tmp_path / f"{name}.png").write_bytes(data)

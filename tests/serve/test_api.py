@@ -148,7 +148,7 @@ def test_a_picture_and_a_question_get_the_greedy_answer_with_real_numbers(
 ) -> None:
     messages = user(text("Look: "), image(picture), text("What is it?"))
     answer = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=6)
-    small = square(picture, size=watched.image_size, encoding=Webp())
+    small = square(picture, size=watched.image_size, fit=watched.real.image_fit, encoding=Webp())
     ids = watched.tokenizer.prompt([("user", ("Look: ", Image(small), "What is it?"))])
     expected = watched.real.generate([Prompt(ids, (small,))], max_new_tokens=6)[0]
     assert ids.count(watched.tokenizer.image_id) == watched.tokenizer.image_tokens == 16

@@ -169,6 +169,8 @@ class TextFormat(Config):
 
     language_model: LanguageModel
     """Whose tokenizer it is."""
+    vision_tower: VisionTower
+    """Whose mean colour pads."""
     chat_template: str
     after_image: str = ""
     """What follows a picture in a document."""

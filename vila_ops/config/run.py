@@ -78,9 +78,11 @@ class Recipe(Config):
         """How this recipe's model reads records; `max_tokens` differs between training and a suite."""
         return TextFormat(
             language_model=self.model.language_model,
+            vision_tower=self.model.vision_tower,
             chat_template=self.model.chat_template,
             after_image=self.model.after_image,
             image_size=self.model.image_size,
+            image_fit=self.model.image_fit,
             image_tokens=self.model.image_tokens(),
             max_tokens=self.max_tokens if max_tokens is None else max_tokens,
         )

@@ -12,19 +12,23 @@ from numpy.typing import NDArray
 from PIL import Image as Pillow
 
 from vila_ops.config.images import Decoding, ImageEncoding, Jpeg, Webp
+from vila_ops.config.model import ImageFit
 from vila_ops.data.containers import BadImage, Reason, Stripped, strip
 
 MAX_PIXELS = 40_000_000
 BYTES_PER_PIXEL = 16
 """Memory that squaring one picture takes at most, beside the file: 640 MB at MAX_PIXELS (measured; WebP, turned)."""
 SCALED_MARGIN = 2
-"""A scaled decode leaves the longer side at least so many times as long as the square's.
+"""A scaled decode leaves the picture at least so many times as long as its part of the square, on both sides.
 
 Squares then differ from those of an exact decode by at most 12 of 255 and by less than 1 on average: measured on photos
 of 4000 x 3000 with detail down to the pixel, on noise of 1/f, 1/f^2 and white, for sizes of 224, 336 and 448."""
 BAND_ROWS = 128
-"""Rows that are made RGB and narrowed at once; so a picture needs no second copy of itself."""
-WHITE = (255, 255, 255)
+"""Rows that are made RGB at once."""
+MOST_CROPPED = 64
+"""A picture may be so many times as long as wide where all but its middle is cropped: all of it is resized first."""
+Colour = tuple[int, int, int]
+WHITE: Colour = (255, 255, 255)
 BICUBIC = Pillow.Resampling.BICUBIC
 TURNS = {
     2: Pillow.Transpose.FLIP_LEFT_RIGHT,
@@ -38,17 +42,41 @@ TURNS = {
 """What undoes each orientation (EXIF 2.3, tag 0x0112)."""
 
 
+@dataclass(frozen=True)
+class Fit:
+    """How a picture becomes a square: to the bit as transformers' image processors in Pillow do it.
+
+    They are LlavaImageProcessorPil with do_pad, and CLIPImageProcessorPil with a size of two sides or of the shortest.
+    """
+
+    kind: ImageFit
+    mean: tuple[float, ...]
+    """Of the tower's channels, in [0, 1]: the colour that pads."""
+
+    @property
+    def colour(self) -> Colour:
+        """Rounded down, as LLaVA does."""
+        red, green, blue = (int(value * 255) for value in self.mean)
+        return red, green, blue
+
+
 def square(
-    data: bytes, *, size: int, encoding: ImageEncoding, decode: Decoding = "exact", max_pixels: int = MAX_PIXELS
+    data: bytes,
+    *,
+    size: int,
+    fit: Fit,
+    encoding: ImageEncoding,
+    decode: Decoding = "exact",
+    max_pixels: int = MAX_PIXELS,
 ) -> bytes:
-    """One encoded picture as a size x size RGB square: upright, transparent on white, padded with white, bicubic.
+    """One encoded picture as a size x size RGB square: upright, transparent on white, bicubic.
 
     Of an animation the first frame is taken. Raises BadImage, by whose `reason` such pictures are counted.
     """
     stripped = _checked(data, max_pixels=max_pixels)
-    factor = _factor(stripped, size=size) if decode == "scaled" else 1
-    whole = upright_size(stripped)
-    return _encode(_fit(_decode(stripped, factor=factor), whole, size=size, factor=factor), encoding)
+    factor = _factor(stripped, size=size, fit=fit) if decode == "scaled" else 1
+    decoded, whole = _decode(stripped, factor=factor), upright_size(stripped)
+    return _encode(_fit(decoded, whole, size=size, fit=fit, factor=factor), encoding)
 
 
 def rgb(data: bytes, *, at_least: int, max_pixels: int = MAX_PIXELS) -> Pillow.Image:
@@ -100,12 +128,13 @@ def _checked(data: bytes, *, max_pixels: int) -> Stripped:
     return stripped
 
 
-def _factor(stripped: Stripped, *, size: int) -> int:
+def _factor(stripped: Stripped, *, size: int, fit: Fit) -> int:
     """By how much the decoder shrinks both sides: 8, 4, 2 or 1. It divides both: no picture ends inside a pixel."""
     sides = (stripped.width, stripped.height)
     if stripped.format != "JPEG" or min(sides) < 64:  # below 8 x 8 pixels draft would round the factor itself
         return 1
-    most = max(1, max(sides) // (SCALED_MARGIN * size))
+    becomes_size = max(sides) if fit.kind == "pad" else min(sides)
+    most = max(1, becomes_size // (SCALED_MARGIN * size))
     return next(factor for factor in (8, 4, 2, 1) if factor <= most and not any(side % factor for side in sides))
 
 
@@ -125,22 +154,43 @@ def _decode(stripped: Stripped, *, factor: int) -> Pillow.Image:
         raise BadImage(reason, f"a {stripped.format} that is {reason}") from error
 
 
-def _fit(picture: Pillow.Image, whole: tuple[int, int], *, size: int, factor: int) -> Pillow.Image:
-    """White around the picture to a square, then bicubic: to the bit what Pillow makes of the padded picture.
+def _fit(picture: Pillow.Image, whole: tuple[int, int], *, size: int, fit: Fit, factor: int) -> Pillow.Image:
+    """A decoded picture, which is `whole` pixels wide and high but for the factor, as a square."""
+    match fit.kind:
+        case "pad":
+            return _pad_and_resize(picture, whole, size=size, factor=factor, colour=fit.colour)
+        case "squash":
+            return _whole_rgb(picture).resize((size, size), BICUBIC)
+        case "crop":
+            if max(whole) > MOST_CROPPED * min(whole):
+                text = f"{whole[0]} x {whole[1]} pixels: so narrow that its middle shows next to nothing"
+                raise BadImage("too_narrow", text)
+            width, height = (int(size * side / min(whole)) for side in whole)
+            left, top = (width - size) // 2, (height - size) // 2
+            resized = _whole_rgb(picture).resize((width, height), BICUBIC)
+            return resized.crop((left, top, left + size, top + size))
+        case _:
+            assert_never(fit.kind)
 
-    Pillow resizes rows first, then columns, and rounds between: so the rows of the padding, which stay white, need not
-    be resized, and the others can be taken in bands.
+
+def _pad_and_resize(
+    picture: Pillow.Image, whole: tuple[int, int], *, size: int, factor: int, colour: Colour
+) -> Pillow.Image:
+    """To the bit what Pillow makes of the padded picture.
+
+    Pillow resizes rows of a square first, then columns, and rounds between: so the rows of the padding, which keep
+    their colour, need not be resized, and the others can be taken in bands.
     """
     side = max(whole)
     across, down = _pad(whole[0], side, factor=factor), _pad(whole[1], side, factor=factor)
-    column = Pillow.new("RGB", (size, down.length), WHITE)
+    column = Pillow.new("RGB", (size, down.length), colour)
     is_ready = _is_rgb(picture) and picture.width == across.length
     step = picture.height if is_ready else BAND_ROWS
     for top in range(0, picture.height, step):
         rows = picture
         if not is_ready:
             cut = _rgb(picture.crop((0, top, picture.width, min(top + step, picture.height))))
-            rows = Pillow.new("RGB", (across.length, cut.height), WHITE)
+            rows = Pillow.new("RGB", (across.length, cut.height), colour)
             rows.paste(cut, (across.before, 0))
         box = (across.start, 0, across.stop, rows.height)
         column.paste(rows.resize((size, rows.height), BICUBIC, box=box), (0, down.before + top))
@@ -163,6 +213,16 @@ def _pad(length: int, side: int, *, factor: int) -> _Pad:
     before = math.ceil(first)
     stop = before - first + side / factor
     return _Pad(length=math.ceil(stop), before=before, start=before - first, stop=stop)
+
+
+def _whole_rgb(picture: Pillow.Image) -> Pillow.Image:
+    """As _rgb, in bands: what lies between would fill memory."""
+    if _is_rgb(picture):
+        return picture
+    whole = Pillow.new("RGB", picture.size)
+    for top in range(0, picture.height, BAND_ROWS):
+        whole.paste(_rgb(picture.crop((0, top, picture.width, min(top + BAND_ROWS, picture.height)))), (0, top))
+    return whole
 
 
 def _is_rgb(picture: Pillow.Image) -> bool:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vila_ops.data.images import Fit
 from vila_ops.data.order.packing import attention_mask
 from vila_ops.data.text.conversation import Tokenizer
 from vila_ops.generate.cache import SlotCache
@@ -25,7 +26,7 @@ class Prompt:
 
     input_ids: list[int]
     images: tuple[bytes, ...] = ()
-    """PNG squares of the model's side, in the order of their placeholders."""
+    """Encoded squares of the model's side and fit, in the order of their placeholders."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Generator:
         tokenizer: Tokenizer,
         *,
         features: Callable[[Sequence[bytes]], Tensor],
+        image_fit: Fit,
         slots: int = 16,
     ) -> None:
         self.model = model
@@ -69,6 +71,7 @@ class Generator:
         self.features = features
         self.slots = slots
         self.image_size: int = model.config.vision_side
+        self.image_fit = image_fit
         self.max_tokens: int = model.config.text_config.max_position_embeddings
 
     @torch.inference_mode()

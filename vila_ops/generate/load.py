@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from vila_ops.artifacts.kinds import Checkpoint, Pretrained
 from vila_ops.artifacts.store import content, verify
-from vila_ops.data.images import pixels
+from vila_ops.data.images import Fit, pixels
 from vila_ops.data.text.conversation import Tokenizer
 from vila_ops.generate.engine import Generator
 from vila_ops.model import folder as model_folder
@@ -37,4 +37,4 @@ def load_generator(
         image_tokens=vila.config.image_seq_length,
         after_image=vila.config.after_image,
     )
-    return Generator(vila, tokenizer, features=cache)
+    return Generator(vila, tokenizer, features=cache, image_fit=Fit(vila.config.image_fit, mean))

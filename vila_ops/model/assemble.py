@@ -11,7 +11,7 @@ from vila_ops.artifacts.kinds import Pretrained
 from vila_ops.artifacts.leases import hold
 from vila_ops.config import Model, Resources
 
-REVISION = 1
+REVISION = 2
 log = logging.getLogger(__name__)
 
 
@@ -31,6 +31,7 @@ def assemble(model: Model, resources: Resources) -> Pretrained:
 
 def _assemble(at: store.Address, model: Model, resources: Resources) -> Pretrained:
     from vila_ops.model import build, folder, processing  # heavy: torch, transformers
+    from vila_ops.packages.normalisation import mean_std
     from vila_ops.packages.tokenizer import IMAGE_TOKEN, build_tokenizer
 
     started = time.monotonic()
@@ -44,7 +45,7 @@ def _assemble(at: store.Address, model: Model, resources: Resources) -> Pretrain
         eos_id=tokenizer.eos_token_id,
         cache=cache,
     )
-    processor = processing.build_processor(whole.config, tokenizer, mean_std=processing.mean_std(model, cache=cache))
+    processor = processing.build_processor(whole.config, tokenizer, mean_std=mean_std(model.vision_tower))
     folder.save(whole, attempt, processor=processor)
     log.info("assembled %s + %s", model.vision_tower.kind, model.language_model.kind)
     return store.seal(

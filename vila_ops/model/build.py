@@ -68,6 +68,7 @@ def _config(model: Model, tower: Any, language_model: Any, *, image_id: int, eos
         projector=model.projector.model_dump(mode="json"),
         after_image=model.after_image,
         vision_side=model.image_size,
+        image_fit=model.image_fit,
         tie_word_embeddings=tied,
         eos_token_id=eos_id,
         pad_token_id=eos_id,

@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import TypeAdapter
 from transformers import AutoConfig, LlavaConfig
 
-from vila_ops.config.model import Projector
+from vila_ops.config.model import ImageFit, Projector
 
 PROJECTOR: TypeAdapter[Projector] = TypeAdapter(Projector)
 
@@ -22,6 +22,8 @@ class VilaConfig(LlavaConfig):  # type: ignore[misc]
     """What follows a picture in a document: prompts of that form need it."""
     vision_side: int = 336
     """Side in pixels of the square that the tower sees; its position table may be of another size."""
+    image_fit: ImageFit = "pad"
+    """How a picture becomes that square, as the processor beside it does it."""
 
     def projector_choice(self) -> Projector:
         """The projector as a config class."""

@@ -16,10 +16,11 @@ from vila_ops.artifacts.store import CorruptArtifact
 from vila_ops.config.model import LinearProjector, MlpProjector
 from vila_ops.model.change import Change, changed
 from vila_ops.model.configuration import VilaConfig
+from vila_ops.model.processing import read_fit
 from vila_ops.model.vila import VilaForConditionalGeneration
 
 PREFIX = "model.multi_modal_projector."
-OURS = ("projector", "visual_expert", "vision_side")
+OURS = ("projector", "visual_expert", "vision_side", "image_fit")
 """Config fields that LLaVA's format does not know."""
 HEAD = "lm_head.weight"
 
@@ -93,8 +94,9 @@ def _read_config(folder: Path) -> VilaConfig:
     kind = stated.pop("model_type")
     if kind == LlavaConfig.model_type:
         projector = {"kind": "linear" if stated["projector_hidden_act"] == "linear" else "mlp_gelu"}
-        size = json.loads((folder / "processor_config.json").read_text())["image_processor"]["size"]
-        return VilaConfig(**stated, projector=projector, vision_side=size["height"])
+        images = json.loads((folder / "processor_config.json").read_text())["image_processor"]
+        fit, side = read_fit(images)
+        return VilaConfig(**stated, projector=projector, vision_side=side, image_fit=fit)
     if kind != VilaConfig.model_type:
         raise ValueError(
             f"{folder} holds a {kind!r} model; we read {LlavaConfig.model_type} and {VilaConfig.model_type}"

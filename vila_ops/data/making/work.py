@@ -19,7 +19,7 @@ from vila_ops.data import sources
 from vila_ops.data.cleaning.clean import clean
 from vila_ops.data.containers import BadImage
 from vila_ops.data.images import square, suffix
-from vila_ops.data.making.identity import SHARD_REVISION, source_recipe, text_recipe
+from vila_ops.data.making.identity import SHARD_REVISION, fit_of, source_recipe, text_recipe
 from vila_ops.data.making.units import Unit
 from vila_ops.data.raw.files import Span
 from vila_ops.data.records import NOT_DOWNLOADED, Dropped, Image, Record
@@ -125,6 +125,7 @@ class _Writer:
         self.task, self.folder = task, folder
         self.source = job.mixture.sources[task.unit.source]
         self.tokenizer = tokenizer_of(job.text, cache=Path(job.cache))
+        self.fit = fit_of(job.text)
         self.tar = ShardWriter(folder / SHARD, name=name, suffix=suffix(job.mixture.pictures.encoding))
         self.names: dict[str, Names] = {}
         if self.source.render == "questions":
@@ -220,8 +221,8 @@ class _Writer:
         return [self._sample(record, own, piece, squares) for own, piece in zip(texts, pieces, strict=True)]
 
     def _square(self, data: bytes) -> bytes:
-        pictures = self.job.mixture.pictures
-        return square(data, size=self.job.text.image_size, encoding=pictures.encoding, decode=pictures.decode)
+        size, kept = self.job.text.image_size, self.job.mixture.pictures
+        return square(data, size=size, fit=self.fit, encoding=kept.encoding, decode=kept.decode)
 
     def _sample(self, record: Record, text: str, piece: Tokens, squares: dict[int, bytes]) -> Sample:
         return Sample(

