@@ -14,15 +14,20 @@ from transformers import LlavaConfig, LlavaProcessor
 
 from vila_ops.artifacts.store import CorruptArtifact
 from vila_ops.config.model import LinearProjector, MlpProjector
+from vila_ops.config.train import Lora, Tuning
+from vila_ops.model import lora
 from vila_ops.model.change import Change, changed
 from vila_ops.model.configuration import VilaConfig
 from vila_ops.model.processing import read_fit
+from vila_ops.model.trainable import LORA
 from vila_ops.model.vila import VilaForConditionalGeneration
 
 PREFIX = "model.multi_modal_projector."
 OURS = ("projector", "visual_expert", "vision_side", "image_fit")
 """Config fields that LLaVA's format does not know."""
 HEAD = "lm_head.weight"
+ADAPTER = "adapter"
+"""Folder inside the folder of a model that a LoRA stage trained."""
 
 
 def save(model: VilaForConditionalGeneration, folder: Path, *, processor: LlavaProcessor) -> None:
@@ -45,20 +50,32 @@ def is_plain(config: VilaConfig) -> bool:
             return False
 
 
-def save_trained(trained: dict[str, Tensor], folder: Path, *, init: Path, change: Change) -> None:
+def save_trained(
+    trained: dict[str, Tensor], folder: Path, *, init: Path, change: Change, tuning: Tuning | None = None
+) -> None:
     """Write a copy of the model folder `init` in which the named parameters are replaced; the rest to the bit.
 
-    `change` is what the stage changed of the model before it trained.
+    `change` is what the stage changed of the model before it trained. LoRA's parameters are merged into the weights of
+    `init`, and are written beside them as a PEFT adapter, which makes the same model of `init`, unless that changed.
     """
     for path in init.iterdir():
+        if path.is_dir():
+            continue  # an earlier stage's adapter, which is in the weights
         if path.suffix != ".safetensors" and not path.name.endswith(".index.json"):
             shutil.copyfile(path, folder / path.name)
     stated = _read_config(init)
     config, state = changed(stated, _read_weights(init, stated), change)
-    if unknown := sorted(set(trained) - set(state)):
+    whole = {name: tensor for name, tensor in trained.items() if LORA not in name}
+    if unknown := sorted(set(whole) - set(state)):
         raise ValueError(f"{init} has no parameters {unknown[:3]} that were trained")
-    state |= {name: tensor.to(state[name].dtype) for name, tensor in trained.items()}
-    _write_weights(state, folder, tied=config.tie_word_embeddings)
+    state |= {name: tensor.to(state[name].dtype) for name, tensor in whole.items()}
+    if not isinstance(tuning, Lora):
+        _write_weights(state, folder, tied=config.tie_word_embeddings)
+        return
+    adapter = lora.adapter_of(trained, tuning)
+    written = _write_weights(lora.merge(state, adapter), folder, tied=config.tie_word_embeddings)
+    modules = tuple({".".join(name.split(".")[:2]) + "." for name in whole})
+    lora.write(adapter, folder / ADAPTER, whole={name: t for name, t in written.items() if name.startswith(modules)})
 
 
 def load(
@@ -122,12 +139,15 @@ def _read_weights(folder: Path, config: VilaConfig) -> dict[str, Tensor]:
     return _mlp_as_linear(state, folder) if isinstance(config.projector_choice(), LinearProjector) else state
 
 
-def _write_weights(state: dict[str, Tensor], folder: Path, *, tied: bool) -> None:
+def _write_weights(state: dict[str, Tensor], folder: Path, *, tied: bool) -> dict[str, Tensor]:
+    """Write weights as LLaVA's format names them; returns them so."""
     if f"{PREFIX}linear.weight" in state:
         state = _linear_as_mlp(state)
     if tied:
         state.pop(HEAD, None)  # the embedding again
-    save_torch_state_dict({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, folder)
+    written = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_torch_state_dict(written, folder)
+    return written
 
 
 def _linear_as_mlp(state: dict[str, Tensor]) -> dict[str, Tensor]:

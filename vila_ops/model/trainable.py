@@ -3,6 +3,7 @@
 import logging
 from typing import assert_never
 
+import torch
 from torch import nn
 
 from vila_ops.config import Part
@@ -23,7 +24,7 @@ def set_trainable(
     total = 0
     for name, parameter in model.named_parameters():
         part = part_of(name)
-        trains = part in parts and (part != "language_model" or _tuned(name, tuning or FullTuning()))
+        trains = _trains(name, parts, tuning or FullTuning())
         parameter.requires_grad_(trains)
         total += parameter.numel()
         if trains:
@@ -33,11 +34,26 @@ def set_trainable(
     return trained
 
 
+def keep_frozen_in(dtype: torch.dtype, model: nn.Module, parts: tuple[Part, ...], tuning: Tuning) -> None:
+    """Keep the language model's frozen parameters in the dtype that it computes in: they need no fp32 master.
+
+    Buffers stay: rotary frequencies are too coarse in bf16.
+    """
+    for name, parameter in model.named_parameters():
+        if part_of(name) == "language_model" and not _trains(name, parts, tuning):
+            parameter.data = parameter.data.to(dtype)
+
+
 def part_of(name: str) -> Part:
     """The part that a parameter belongs to, by its name in the whole model."""
     if "vision_tower." in name:
         return "vision_tower"
     return "projector" if "multi_modal_projector." in name else "language_model"
+
+
+def _trains(name: str, parts: tuple[Part, ...], tuning: Tuning) -> bool:
+    part = part_of(name)
+    return part in parts and (part != "language_model" or _tuned(name, tuning))
 
 
 def _tuned(name: str, tuning: Tuning) -> bool:

@@ -17,15 +17,17 @@ import torch
 from vila_ops.artifacts.kinds import Pretrained
 from vila_ops.artifacts.store import content
 from vila_ops.config import Stage
+from vila_ops.config.train import Lora
 from vila_ops.data.images import pixels
 from vila_ops.data.order.loader import Rows, stack
 from vila_ops.data.order.packing import Row, attention_mask
 from vila_ops.model import folder as model_folder
+from vila_ops.model import lora
 from vila_ops.model.build import embedding_std
 from vila_ops.model.change import Change
 from vila_ops.model.features import FeatureCache
 from vila_ops.model.projectors import fit_to
-from vila_ops.model.trainable import set_trainable
+from vila_ops.model.trainable import keep_frozen_in, set_trainable
 from vila_ops.model.vila import VilaForConditionalGeneration
 from vila_ops.tracking import MetricLog
 from vila_ops.train import checkpoint
@@ -96,9 +98,10 @@ def load(job: Job) -> tuple[VilaForConditionalGeneration, Rows, "Batches"]:
         images = [image for row in first for image in row.images]
         if images:
             fit_to(model.model.multi_modal_projector, batches.cache(images), embedding_std(model))
-    if job.stage.precision == "bf16" and "language_model" not in job.stage.trainable:
-        model.model.language_model.to(torch.bfloat16)  # frozen, it needs no fp32 master
-        model.lm_head.to(torch.bfloat16)
+    dtype = torch.bfloat16 if job.stage.precision == "bf16" else torch.float32
+    if isinstance(job.stage.tuning, Lora) and "language_model" in job.stage.trainable:
+        lora.add(model, job.stage.tuning, seed=job.stage.seed, dtype=dtype)
+    keep_frozen_in(dtype, model, job.stage.trainable, job.stage.tuning)
     return model.to(device), rows, batches
 
 
@@ -113,7 +116,7 @@ def add_gradients(engine: Engine, batches: "Batches", rows: Rows, job: Job, *, s
     size = job.resources.micro_batch_size
     value = 0.0
     for start in range(0, len(own), size):
-        loss = engine.loss(batches(own[start : start + size])) / num_targets
+        loss = engine.loss(batches(own[start : start + size], step=step)) / num_targets
         value += float(loss.detach())
         if start + size >= len(own):
             value = _sum(value)
@@ -141,13 +144,13 @@ class Batches:
 
     def __init__(self, job: Job, model: VilaForConditionalGeneration, *, device: torch.device) -> None:
         mean, std = model_folder.normalisation(content(job.init))
-        self.device = device
+        self.device, self.seed = device, job.stage.seed
         self.pixels = functools.partial(pixels, mean=mean, std=std)
         self.tower_trains = "vision_tower" in job.stage.trainable
         self.cache = FeatureCache(model, self.pixels, root=job.feature_cache())
 
-    def __call__(self, rows: list[Row]) -> Batch:
-        """One micro-batch."""
+    def __call__(self, rows: list[Row], *, step: int | None = None) -> Batch:
+        """One micro-batch of a training step, or, without one, of a validation."""
         input_ids, position_ids, segment_ids, labels = (torch.from_numpy(array) for array in stack(rows))
         images = [image for row in rows for image in row.images]
         features = pixel_values = None
@@ -163,6 +166,7 @@ class Batches:
             labels=labels.to(self.device),
             features=features,
             pixel_values=pixel_values,
+            draws=None if step is None else tuple(lora.draw(self.seed, step, row.keys) for row in rows),
         )
 
 
@@ -203,7 +207,8 @@ def finish(engine: Engine, job: Job, curve: Curve, place: Place) -> None:
     if place.rank:
         return
     attempt = Path(job.attempt)
-    model_folder.save_trained(trained, attempt, init=content(job.init), change=change_of(job.stage))
+    stage = job.stage
+    model_folder.save_trained(trained, attempt, init=content(job.init), change=change_of(stage), tuning=stage.tuning)
     exact = [{key: value.hex() if isinstance(value, float) else value for key, value in row.items()} for row in curve]
     (attempt / CURVE).write_text(json.dumps(exact, indent=1))
 

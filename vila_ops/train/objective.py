@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vila_ops.model.lora import set_draws
 from vila_ops.model.vila import VilaForConditionalGeneration, losses
 
 
@@ -26,6 +27,8 @@ class Batch:
     """(I, P, C) of a frozen tower; None without pictures."""
     pixel_values: Tensor | None
     """(I, 3, S, S) for a tower that trains; None without pictures."""
+    draws: tuple[int, ...] | None = None
+    """(B,) what dropout of each row draws from; None: no dropout."""
 
 
 class Objective(nn.Module):
@@ -39,6 +42,7 @@ class Objective(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Sum of the token losses in nats, fp32; divide by the tokens of the whole global step."""
         device = batch.input_ids.device.type
+        set_draws(self.model, batch.draws)
         with torch.autocast(device, dtype=torch.bfloat16, enabled=self.bf16):
             features = batch.features
             if batch.pixel_values is not None:

@@ -3,6 +3,7 @@
 import logging
 import shutil
 import time
+from importlib.util import find_spec
 from typing import Any
 
 from vila_ops import tracking
@@ -12,9 +13,10 @@ from vila_ops.artifacts.kinds import Checkpoint, Dataset, Pretrained
 from vila_ops.artifacts.leases import hold
 from vila_ops.cluster import whoami
 from vila_ops.config import Model, Resources, Stage
+from vila_ops.config.train import Lora
 from vila_ops.train.job import Job, Place
 
-REVISION = 2
+REVISION = 3
 log = logging.getLogger(__name__)
 
 
@@ -26,6 +28,7 @@ def train_stage(
     Raises NonFiniteLoss, CorruptArtifact, and ValueError for settings that do not fit together.
     """
     resources = resources.for_stage(stage.name)
+    _check_quantised(stage, resources)
     recipe = {"stage": _own(stage), "projector": model.projector.model_dump(mode="json")}
     parents = (data.digest, init.digest)
     at = store.address(Checkpoint, revision=REVISION, recipe=recipe, parents=parents)
@@ -73,6 +76,22 @@ def _train(
     shutil.rmtree(resume, ignore_errors=True)
     log.info("trained %s: %s", stage.name, checkpoint.digest[:12])
     return checkpoint
+
+
+def _check_quantised(stage: Stage, resources: Resources) -> None:
+    """Refuse before any work what 4-bit weights cannot do here."""
+    if not (isinstance(stage.tuning, Lora) and stage.tuning.quantise):
+        return
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"stage {stage.name!r} has tuning.quantise {stage.tuning.quantise}, which needs bitsandbytes; "
+            f"pip install 'vila-ops[qlora]', or set tuning.quantise to null"
+        )
+    if resources.zero_stage == 3:
+        raise ValueError(
+            f"stage {stage.name!r} has tuning.quantise {stage.tuning.quantise} with zero_stage 3, which would spread "
+            f"the 4-bit weights over the workers without their scales; use zero_stage 2 or less"
+        )
 
 
 def _launch(job: Job) -> list[dict[str, Any]]:

@@ -1,0 +1,284 @@
+"""LoRA through the real room: killed and resumed, over many workers, merged, and as an adapter for stock PEFT."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vila_ops.artifacts.kinds import Checkpoint
+from vila_ops.artifacts.store import content
+from vila_ops.config import Stage
+from vila_ops.data.prepare import prepare
+from vila_ops.model import folder as model_folder
+from vila_ops.model import lora
+from vila_ops.model.assemble import assemble
+from vila_ops.train.job import Job
+from vila_ops.train.loop import load
+from vila_ops.train.stage import train_stage
+
+LORA = {"kind": "lora", "rank": 4, "alpha": 8, "dropout": 0.3}
+ROOT = Path(__file__).parents[2]
+ENV = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+RUN = """
+import sys
+from vila_ops.train.job import Job
+from vila_ops.train.stage import train_stage
+from vila_ops.config import Model
+job, model = Job.model_validate_json(sys.argv[1]), Model.model_validate_json(sys.argv[2])
+train_stage(job.stage, model, job.data, job.init, job.resources)
+"""
+STOCK = """
+import sys
+import numpy as np, torch
+from peft import PeftModel
+from transformers import LlavaForConditionalGeneration
+torch.set_num_threads(1)
+init, trained, out = sys.argv[1:]
+ids = torch.tensor([[1, 40, *[3] * 16, 41, 2], [1, *[3] * 16, 7, 8, 2]])
+values = torch.rand(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, pixel_values=values).logits.numpy()
+base = LlavaForConditionalGeneration.from_pretrained(init, dtype=torch.float32)
+found = {"base": logits(base), "adapter": logits(PeftModel.from_pretrained(base, trained + "/adapter"))}
+found["merged"] = logits(LlavaForConditionalGeneration.from_pretrained(trained, dtype=torch.float32))
+np.savez(out, **found)
+assert "vila_ops" not in sys.modules
+"""
+
+Train = Callable[..., Checkpoint]
+
+
+@pytest.fixture(scope="module")
+def plain(
+    bench: Any, make_model: Any, make_text: Any, make_resources: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Any:
+    """The bench with a projector that stock LLaVA has."""
+    model = make_model("clip", "mlp_gelu")
+    resources = make_resources(tmp_path_factory.mktemp("plain"))
+    data = prepare(bench.mixture, make_text(projector="mlp_gelu"), resources)
+    return replace(bench, model=model, data=data, init=assemble(model, resources), resources=resources)
+
+
+@pytest.fixture(scope="module")
+def stage(bench: Any, make_stage: Any) -> Callable[..., Stage]:
+    def make(tuning: dict[str, Any] = LORA, **more: Any) -> Stage:
+        given = {"trainable": ["projector", "language_model"], "num_steps": 12, "save_every": 2, "tuning": tuning}
+        made: Stage = make_stage(bench.mixture, **{**given, **more})
+        return made
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def train(plain: Any, tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """A stage through the room, in a store of its own."""
+
+    def run(stage: Stage, *, bench: Any = plain, init: Any = None, **more: Any) -> Checkpoint:
+        store = str(tmp_path_factory.mktemp("store"))
+        resources = bench.resources.model_validate({**bench.resources.model_dump(), "store": store, **more})
+        return train_stage(stage, bench.model, bench.data, init or bench.init, resources)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def unbroken(train: Train, stage: Callable[..., Stage]) -> Checkpoint:
+    return train(stage())
+
+
+def values(folder: Path, key: str = "loss") -> list[float]:
+    return [float.fromhex(row[key]) for row in json.loads((folder / "curve.json").read_text()) if key in row]
+
+
+def stock_logits(init: Path, trained: Path, out: Path) -> Any:
+    subprocess.run([sys.executable, "-c", STOCK, str(init), str(trained), str(out)], check=True, cwd=out.parent)
+    return np.load(out)
+
+
+def test_only_the_language_model_s_linear_layers_and_the_projector_change(plain: Any, unbroken: Checkpoint) -> None:
+    assert values(content(unbroken), "validation_loss")[-1] < values(content(unbroken), "validation_loss")[0] - 0.3
+    before, after = (load_file(content(made) / "model.safetensors") for made in (plain.init, unbroken))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        adapted = "language_model" in name and name.endswith("_proj.weight")
+        assert torch.equal(tensor, after[name]) != (adapted or "multi_modal_projector" in name), name
+
+
+@pytest.mark.parametrize("parts", [("projector", "language_model"), ("vision_tower", "projector", "language_model")])
+@pytest.mark.parametrize("projector", ["mlp_gelu", "linear"])
+def test_stock_peft_makes_the_merged_model_of_the_first_one_and_the_adapter(
+    projector: str, parts: tuple[str, ...], plain: Any, stage: Any, train: Train, make_model: Any, tmp_path: Path
+) -> None:
+    model = make_model("clip", projector)
+    given = replace(plain, model=model, init=assemble(model, plain.resources))
+    made = train(stage(trainable=parts, num_steps=4, learning_rate=1e-2), bench=given)
+    found = stock_logits(content(given.init), content(made), tmp_path / "logits.npz")
+    assert np.abs(found["merged"] - found["base"]).max() > 1e-2
+    assert np.abs(found["merged"] - found["adapter"]).max() < 1e-5
+
+
+def test_unmerge_takes_a_checkpoint_back_to_the_language_model_that_it_started_from(
+    plain: Any, unbroken: Checkpoint
+) -> None:
+    before, after = (load_file(content(made) / "model.safetensors") for made in (plain.init, unbroken))
+    back = lora.unmerge(after, lora.read(content(unbroken) / "adapter"))
+    changed = [name for name in before if "language_model" in name and not torch.equal(before[name], after[name])]
+    assert len(changed) == 14
+    assert all(float((back[name] - before[name]).abs().max()) < 1e-6 for name in before if "language_model" in name)
+
+
+def test_a_later_stage_does_not_carry_the_adapter_along(
+    unbroken: Checkpoint, train: Train, stage: Callable[..., Stage]
+) -> None:
+    full = train(stage({"kind": "full"}, num_steps=1), init=unbroken)
+    assert not (content(full) / "adapter").exists()
+    own = train(stage({**LORA, "rank": 2}, num_steps=1), init=unbroken)
+    assert lora.read(content(own) / "adapter").tuning.rank == 2
+
+
+def test_killed_and_started_again_gives_the_same_bytes_with_dropout(
+    plain: Any, stage: Callable[..., Stage], unbroken: Checkpoint, tmp_path: Path
+) -> None:
+    resources = plain.resources.model_validate({**plain.resources.model_dump(), "store": str(tmp_path / "store")})
+    job = {"stage": stage(), "data": plain.data, "init": plain.init, "resources": resources}
+    given = {key: value.model_dump(mode="json") for key, value in job.items()}
+    text = json.dumps({**given, "attempt": "", "resume": "", "run_id": None})
+    worker = subprocess.Popen([sys.executable, "-c", RUN, text, plain.model.model_dump_json()])
+    at = random.choice((2, 4, 6, 8))
+    deadline = time.monotonic() + 120
+    try:
+        while not list(tmp_path.glob(f"store/resume/*/step-{at:06d}")):
+            assert worker.poll() is None, "it ended before it was killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    finally:
+        worker.kill()
+        worker.wait()
+    assert not list(tmp_path.glob("store/checkpoint/*/manifest.json")), "it was sealed before it was killed"
+    resumed = train_stage(stage(), plain.model, plain.data, plain.init, resources)
+    assert resumed.digest == unbroken.digest, f"killed after step {at}"
+
+
+def test_dropout_acts_in_training_and_not_in_validation_nor_by_micro_batch(
+    train: Train, stage: Callable[..., Stage], unbroken: Checkpoint
+) -> None:
+    without = content(train(stage({**LORA, "dropout": 0.0})))
+    curve, plain_curve = values(content(unbroken)), values(without)
+    assert curve[0] == plain_curve[0]  # B is 0 at first, so what A reads does not matter
+    assert all(one != other for one, other in zip(curve[2:], plain_curve[2:], strict=True))
+    first, last = (values(folder, "validation_loss") for folder in (content(unbroken), without))
+    assert first[0] == last[0]
+    together = content(train(stage(), micro_batch_size=2))
+    assert values(together) == pytest.approx(curve, abs=1e-5)
+
+
+@pytest.mark.parametrize(("zero_stage", "precision"), [(2, "fp32"), (3, "fp32"), (2, "bf16"), (3, "bf16")])
+def test_two_workers_walk_the_curve_of_one_dropout_included(
+    zero_stage: int, precision: str, plain: Any, stage: Callable[..., Stage], train: Train, tmp_path: Path
+) -> None:
+    short = stage(num_steps=4, precision=precision)
+    alone = content(train(short))
+    job = _job(plain, short, tmp_path, launch="ray", ray_address="127.0.0.1:1", num_workers=2, zero_stage=zero_stage)
+    _train_ranks(job, tmp_path)
+    near = 1e-6 if precision == "fp32" else 1e-2
+    assert values(Path(job.attempt)) == pytest.approx(values(alone), rel=near, abs=near)
+    own, reference = (load_file(folder / "model.safetensors") for folder in (Path(job.attempt), alone))
+    assert own.keys() == reference.keys()
+    if precision == "fp32":
+        assert all((own[name] - reference[name]).abs().max() < 1e-5 for name in own)
+        adapters = (load_file(folder / "adapter/adapter_model.safetensors") for folder in (Path(job.attempt), alone))
+        one, other = adapters
+        assert all((one[name] - other[name]).abs().max() < 1e-5 for name in other)
+
+
+def _job(bench: Any, stage: Stage, folder: Path, **resources: Any) -> Job:
+    (folder / "attempt").mkdir()
+    return Job(
+        stage=stage,
+        data=bench.data,
+        init=bench.init,
+        resources=bench.resources.model_validate({**bench.resources.model_dump(), **resources}),
+        attempt=str(folder / "attempt"),
+        resume=str(folder / "resume"),
+        run_id=None,
+    )
+
+
+def _train_ranks(job: Job, folder: Path) -> None:
+    (folder / "job.json").write_text(job.model_dump_json())
+    command = [sys.executable, str(Path(__file__).parent / "one_rank.py"), str(folder / "job.json")]
+    ranks = [
+        subprocess.Popen([*command, str(rank), "2", str(folder / "rendezvous")], env=ENV, cwd=ROOT) for rank in range(2)
+    ]
+    assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
+
+
+def test_a_frozen_base_is_kept_in_bf16_while_it_trains_and_merged_in_full(
+    plain: Any, stage: Callable[..., Stage], train: Train, tmp_path: Path
+) -> None:
+    half = stage(precision="bf16", num_steps=2, learning_rate=1e-2)
+    model, _, _ = load(_job(plain, half, tmp_path))
+    dtypes = {("lora_" in n, p.dtype) for n, p in model.model.language_model.named_parameters()}
+    assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
+    made = content(train(half))
+    before, after = (load_file(folder / "model.safetensors") for folder in (content(plain.init), made))
+    _is_base_plus_adapter(before, after, made)
+
+
+def _is_base_plus_adapter(before: dict[str, Any], after: dict[str, Any], made: Path) -> None:
+    """By hand: W + 8 / 4 * B A of the adapter file, in fp32, whatever the base was kept in while it trained."""
+    tensors = load_file(made / "adapter/adapter_model.safetensors")
+    layers = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
+    assert len(layers) == 14
+    for layer in layers:
+        name = f"{layer.removeprefix('base_model.model.')}.weight"
+        product = tensors[f"{layer}.lora_B.weight"].double() @ tensors[f"{layer}.lora_A.weight"].double()
+        assert float(product.abs().max()) > 1e-4
+        assert float((after[name].double() - before[name].double() - 2 * product).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_qlora_trains_on_4_bit_weights_and_merges_into_the_full_ones(
+    precision: str, plain: Any, stage: Callable[..., Stage], train: Train, tmp_path: Path
+) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes (extra qlora)")
+    quantised = stage({**LORA, "quantise": "nf4"}, num_steps=2, learning_rate=1e-2, precision=precision)
+    model, _, _ = load(_job(plain, quantised, tmp_path))
+    kept = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    assert len(kept) == 14
+    assert all(layer.weight.dtype == torch.uint8 and layer.weight.quant_state.nested for layer in kept)
+    made = content(train(quantised))
+    assert not any(torch.isnan(torch.tensor(values(made))))
+    before, after = (load_file(folder / "model.safetensors") for folder in (content(plain.init), made))
+    _is_base_plus_adapter(before, after, made)
+    exact = content(train(stage(num_steps=2, learning_rate=1e-2, precision=precision)))
+    assert values(made) != values(exact)
+    assert values(made) == pytest.approx(values(exact), abs=0.1)
+    assert not model_folder.load(made).training
+
+
+def test_qlora_is_refused_at_once_where_it_cannot_be(
+    plain: Any, stage: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    quantised = stage({**LORA, "quantise": "nf4"})
+    wide = {"launch": "ray", "ray_address": "127.0.0.1:1", "num_workers": 2, "zero_stage": 3, "store": str(tmp_path)}
+    spread = plain.resources.model_validate({**plain.resources.model_dump(), **wide})
+    pytest.importorskip("bitsandbytes", reason="the first refusal is of bitsandbytes itself")
+    with pytest.raises(ValueError, match=r"zero_stage 3, which would spread the 4-bit weights"):
+        train_stage(quantised, plain.model, plain.data, plain.init, spread)
+    monkeypatch.setattr("vila_ops.train.stage.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs bitsandbytes; pip install 'vila-ops\[qlora\]'"):
+        train_stage(quantised, plain.model, plain.data, plain.init, plain.resources)
+    assert not list(tmp_path.iterdir())
