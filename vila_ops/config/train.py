@@ -96,6 +96,15 @@ class Stage(Config):
             raise ValueError(f"trainable names a part twice: {list(self.trainable)}")
         return self
 
+    @model_validator(mode="after")
+    def _tuning_has_an_effect(self) -> "Stage":
+        if self.tuning.kind != "full" and "language_model" not in self.trainable:
+            raise ValueError(
+                f"tuning {self.tuning.kind!r} is of the language model, which does not train; trainable is "
+                f"{list(self.trainable)}: add language_model, or leave tuning out"
+            )
+        return self
+
     def peak_rate(self, part: Part) -> float:
         """The peak learning rate of a part."""
         return self.learning_rates.get(part, self.learning_rate)

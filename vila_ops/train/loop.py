@@ -99,7 +99,7 @@ def load(job: Job) -> tuple[VilaForConditionalGeneration, Rows, "Batches"]:
         if images:
             fit_to(model.model.multi_modal_projector, batches.cache(images), embedding_std(model))
     dtype = torch.bfloat16 if job.stage.precision == "bf16" else torch.float32
-    if isinstance(job.stage.tuning, Lora) and "language_model" in job.stage.trainable:
+    if isinstance(job.stage.tuning, Lora):
         lora.add(model, job.stage.tuning, seed=job.stage.seed, dtype=dtype)
     keep_frozen_in(dtype, model, job.stage.trainable, job.stage.tuning)
     return model.to(device), rows, batches

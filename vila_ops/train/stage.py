@@ -28,7 +28,7 @@ def train_stage(
     Raises NonFiniteLoss, CorruptArtifact, and ValueError for settings that do not fit together.
     """
     resources = resources.for_stage(stage.name)
-    _check_quantised(stage, resources)
+    _check_quantised(stage)
     recipe = {"stage": _own(stage), "projector": model.projector.model_dump(mode="json")}
     parents = (data.digest, init.digest)
     at = store.address(Checkpoint, revision=REVISION, recipe=recipe, parents=parents)
@@ -78,19 +78,12 @@ def _train(
     return checkpoint
 
 
-def _check_quantised(stage: Stage, resources: Resources) -> None:
-    """Refuse before any work what 4-bit weights cannot do here."""
-    if not (isinstance(stage.tuning, Lora) and stage.tuning.quantise):
-        return
-    if find_spec("bitsandbytes") is None:
+def _check_quantised(stage: Stage) -> None:
+    """Refuse 4-bit weights before any work where their library is missing."""
+    if isinstance(stage.tuning, Lora) and stage.tuning.quantise and find_spec("bitsandbytes") is None:
         raise ValueError(
             f"stage {stage.name!r} has tuning.quantise {stage.tuning.quantise}, which needs bitsandbytes; "
             f"pip install 'vila-ops[qlora]', or set tuning.quantise to null"
-        )
-    if resources.zero_stage == 3:
-        raise ValueError(
-            f"stage {stage.name!r} has tuning.quantise {stage.tuning.quantise} with zero_stage 3, which would spread "
-            f"the 4-bit weights over the workers without their scales; use zero_stage 2 or less"
         )
 
 
