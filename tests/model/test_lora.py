@@ -194,3 +194,10 @@ def test_a_language_model_without_linear_layers_is_refused(fresh: Make) -> None:
     model.model.language_model.layers = nn.ModuleList()
     with pytest.raises(ValueError, match="no linear layer"):
         lora.add(model, TUNING, seed=0, dtype=torch.float32)
+
+
+def test_a_model_with_a_visual_expert_is_refused(fresh: Make) -> None:
+    model = fresh()
+    model.config.visual_expert = True
+    with pytest.raises(ValueError, match="two weights in a layer, and LoRA adapts one"):
+        lora.add(model, TUNING, seed=0, dtype=torch.float32)

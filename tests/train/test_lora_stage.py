@@ -78,7 +78,7 @@ def stage(bench: Any, make_stage: Any) -> Callable[..., Stage]:
     def make(tuning: dict[str, Any] = LORA, **more: Any) -> Stage:
         given = {
             "trainable": ["projector", "language_model"],
-            "num_steps": 12,
+            "num_steps": 24,
             "save_every": 2,
             "tuning": tuning,
             "learning_rate": 1e-2,
@@ -166,7 +166,7 @@ def test_killed_and_started_again_gives_the_same_bytes_with_dropout(
     given = {key: value.model_dump(mode="json") for key, value in job.items()}
     text = json.dumps({**given, "attempt": "", "resume": "", "run_id": None})
     worker = subprocess.Popen([sys.executable, "-c", RUN, text, plain.model.model_dump_json()])
-    at = random.choice((2, 4, 6, 8))
+    at = random.choice((2, 4, 6, 8, 10))
     deadline = time.monotonic() + 120
     try:
         while not list(tmp_path.glob(f"store/resume/*/step-{at:06d}")):
@@ -194,7 +194,7 @@ def test_dropout_acts_in_training_and_not_in_validation_nor_by_micro_batch(
     assert values(together) == pytest.approx(curve, abs=1e-5)
 
 
-@pytest.mark.parametrize(("zero_stage", "quantise"), [(2, None), (3, None), (3, "nf4")])
+@pytest.mark.parametrize(("zero_stage", "quantise"), [(2, None), (3, "nf4")])
 def test_two_workers_walk_the_curve_of_one_dropout_included(
     zero_stage: int, quantise: str | None, plain: Any, stage: Callable[..., Stage], train: Train, tmp_path: Path
 ) -> None:

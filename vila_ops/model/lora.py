@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,22 +45,24 @@ def add(model: VilaForConditionalGeneration, tuning: Lora, *, seed: int, dtype: 
 
     In place; nothing changes yet in what the model computes, because B is 0. The adapters of a seed are the same in
     every process. With `quantise` the frozen layers become 4-bit ones that compute in `dtype`; they are rounded when
-    the model is moved to its device. Raises ValueError for a language model without linear layers.
+    the model is moved to its device. Raises ValueError for a language model without linear layers, or with a visual
+    expert.
     """
     from peft import inject_adapter_in_model  # takes a second
     from peft.tuners.lora import LoraLayer
 
-    config = _peft_config(tuning, targets=_targets(model))
+    linear = _linear_layers(model)
     if tuning.quantise:
-        _quantise(model, dtype)
+        for name, layer in linear.items():
+            model.set_submodule(name, _quantised(layer, dtype))
         model.is_loaded_in_4bit = True  # PEFT asks for it
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(config, model)
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    for number, layer in enumerate(layers):
-        if tuning.dropout:
-            layer.lora_dropout["default"] = Dropout(tuning.dropout, number)
+        inject_adapter_in_model(_peft_config(tuning, layers=linear), model)
+    if tuning.dropout:
+        adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        for number, module in enumerate(adapted):
+            module.lora_dropout["default"] = Dropout(tuning.dropout, number)
 
 
 class Dropout(nn.Module):
@@ -135,10 +137,9 @@ def write(adapter: Adapter, folder: Path, *, whole: dict[str, Tensor]) -> None:
     `whole` are parameters of modules that trained as a whole, by name; they become `modules_to_save`. The config names
     no base model: the checkpoint's manifest holds its digest, and a path would be of this machine.
     """
-    layers = sorted({layer.rpartition(".")[2] for layer in adapter.layers})
     modules = sorted({name.split(".")[1] for name in whole})
     folder.mkdir()
-    _peft_config(adapter.tuning, targets=layers, modules_to_save=modules or None).save_pretrained(folder)
+    _peft_config(adapter.tuning, layers=adapter.layers, modules_to_save=modules or None).save_pretrained(folder)
     tensors = dict(whole)
     for layer, (a, b) in adapter.layers.items():
         tensors |= {f"{layer}{LORA}A.weight": a, f"{layer}{LORA}B.weight": b}
@@ -178,18 +179,23 @@ def _moved(state: dict[str, Tensor], adapter: Adapter, *, sign: int) -> dict[str
     return moved
 
 
-def _targets(model: nn.Module) -> list[str]:
-    """Last names of the language model's linear layers."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not (own := {name.rpartition(".")[2] for name in linear if name.startswith(LANGUAGE_MODEL)}):
+def _linear_layers(model: VilaForConditionalGeneration) -> dict[str, nn.Linear]:
+    """The layers that get an adapter, by name."""
+    if model.config.visual_expert:
+        raise ValueError(
+            "a model with a visual expert has two weights in a layer, and LoRA adapts one; use tuning full"
+        )
+    named = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not (own := {name: layer for name, layer in named if name.startswith(LANGUAGE_MODEL)}):
         raise ValueError("the language model has no linear layer that an adapter could sit on; use tuning full")
-    return sorted(own)
+    return own
 
 
-def _peft_config(tuning: Lora, *, targets: Sequence[str], modules_to_save: list[str] | None = None) -> Any:
-    """PEFT's config; the tower has layers of the same last names, so the pattern holds the whole name."""
+def _peft_config(tuning: Lora, *, layers: Iterable[str], modules_to_save: list[str] | None = None) -> Any:
+    """PEFT's config for adapters of layers by name. Its pattern is of whole names: the tower has a q_proj too."""
     from peft import LoraConfig
 
+    targets = sorted({name.rpartition(".")[2] for name in layers})
     return LoraConfig(
         r=tuning.rank,
         lora_alpha=int(tuning.alpha) if tuning.alpha.is_integer() else tuning.alpha,  # other readers expect an int
@@ -200,16 +206,13 @@ def _peft_config(tuning: Lora, *, targets: Sequence[str], modules_to_save: list[
     )
 
 
-def _quantise(model: nn.Module, dtype: torch.dtype) -> None:
-    """Turn the language model's linear layers into 4-bit ones: nf4 with double quantisation (arXiv:2305.14314)."""
-    import bitsandbytes
+def _quantised(layer: nn.Linear, dtype: torch.dtype) -> nn.Linear:
+    """A 4-bit layer in its place: nf4 with double quantisation (Dettmers et al. 2023, arXiv:2305.14314)."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
 
     settings: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": True}
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear) and name.startswith(LANGUAGE_MODEL):
-            small = bitsandbytes.nn.Linear4bit(
-                layer.in_features, layer.out_features, bias=False, compute_dtype=dtype, device="meta", **settings
-            )
-            small.weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, **settings)
-            small.bias = layer.bias
-            model.set_submodule(name, small)
+    shape = (layer.in_features, layer.out_features)
+    small: nn.Linear = Linear4bit(*shape, bias=False, compute_dtype=dtype, device="meta", **settings)
+    small.weight = Params4bit(layer.weight.data, requires_grad=False, **settings)
+    small.bias = layer.bias
+    return small
