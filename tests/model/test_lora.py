@@ -165,7 +165,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
     assert float((dropped == 0).float().mean()) == pytest.approx(0.25, abs=5 * (0.25 * 0.75 / 100_000) ** 0.5)
 
 
-def test_a_row_s_mask_depends_on_its_draw_and_layer_and_not_on_its_neighbours() -> None:
+def test_a_row_s_mask_depends_on_its_draw_and_layer_and_not_on_its_neighbours_or_padding() -> None:
     first, second = lora.Dropout(0.5, 0), lora.Dropout(0.5, 1)
     x = torch.ones(3, 8, 64)
     for dropout in (first, second):
@@ -176,6 +176,7 @@ def test_a_row_s_mask_depends_on_its_draw_and_layer_and_not_on_its_neighbours() 
     assert not torch.equal(together[0], second(x)[0])
     first.draws = (2,)
     assert torch.equal(first(x[:1])[0], together[1])
+    assert torch.equal(first(x[:1, :5])[0], together[1, :5])  # padded to another length
     with pytest.raises(ValueError, match=r"sees 3 rows of a batch of 1; set tuning.dropout to 0"):
         first(x)
 

@@ -97,8 +97,9 @@ class Dropout(nn.Module):
 def draw(seed: int, step: int, keys: Sequence[str]) -> int:
     """What dropout of one row draws from, in 63 bits: a function of seed, step and the row's samples alone.
 
-    So a resumed stage goes on bit for bit, and the masks are the same at any world size and micro-batch size. They
-    differ between CPU and GPU, whose generators differ.
+    So a resumed stage goes on bit for bit, and the masks are the same at any world size and micro-batch size. But they
+    differ between CPU and GPU, whose generators differ, and a GPU's deals by the shape of the whole mask: there a row
+    that is padded to another length (`pack: false`) has another mask.
     """
     text = json.dumps([seed, step, *keys])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
