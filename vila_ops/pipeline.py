@@ -10,6 +10,7 @@ from pathlib import Path
 from vila_ops import tracking
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, Deployment, EvalReport, ModelVersion, Pretrained
 from vila_ops.config import Config, Gate, Mixture, Model, Recipe, Resources, Run, Service, Stage, Suite, TextFormat
+from vila_ops.config.run import BASE
 from vila_ops.data import sources
 from vila_ops.data.prepare import prepare
 from vila_ops.eval.evaluate import evaluate, read_report, tracked
@@ -43,6 +44,7 @@ class Outcome(Config):
     flow_run: str | None
     base: Pretrained
     datasets: dict[str, Dataset]
+    """By mixture; the suite's as the last stage's model sees it."""
     checkpoints: dict[str, Checkpoint]
     """By stage, in order."""
     probes: dict[str, EvalReport]
@@ -64,14 +66,17 @@ def run_pipeline(run: Run, rooms: Rooms, *, flow_run: str | None = None) -> Outc
     with _tracked(run, flow_run) as resources:
         base = rooms.assemble(recipe.model, resources)
         model: Checkpoint | Pretrained = base
-        held_out = rooms.prepare(recipe.suite.mixture, recipe.text(max_tokens=recipe.suite.max_tokens), resources)
+        text = _suite_text(recipe, BASE)
+        held_out = rooms.prepare(recipe.suite.mixture, text, resources)
         datasets = {recipe.suite.mixture.name: held_out}
         probes = {"base": rooms.evaluate(recipe.probe, base, held_out, resources)}
         checkpoints: dict[str, Checkpoint] = {}
         for name, stage in recipe.stages.items():
-            datasets[stage.mixture.name] = rooms.prepare(stage.mixture, recipe.text(), resources)
-            checkpoints[name] = rooms.train_stage(stage, recipe.model, datasets[stage.mixture.name], model, resources)
-            model = checkpoints[name]
+            data = datasets[stage.mixture.name] = rooms.prepare(stage.mixture, recipe.text(name), resources)
+            model = checkpoints[name] = rooms.train_stage(stage, recipe.model_of(name), data, model, resources)
+            if (now := _suite_text(recipe, name)) != text:  # the stage changed the size of pictures
+                text = now
+                held_out = datasets[recipe.suite.mixture.name] = rooms.prepare(recipe.suite.mixture, text, resources)
             probes[name] = rooms.evaluate(recipe.probe, model, held_out, resources)
         report = rooms.evaluate(recipe.suite, model, held_out, resources)
         tracking.MetricLog.send(resources.tracking_uri, resources.parent_run, tracked(read_report(report)))
@@ -115,26 +120,26 @@ def prepare_named(run: Run, mixture: str) -> Dataset:
 
 
 def mixture_named(recipe: Recipe, name: str) -> tuple[Mixture, TextFormat]:
-    """The mixture of a recipe by its name, and how its records are read."""
+    """The mixture of a recipe by its name, and how its records are read (the suite's: by the last stage's model)."""
     if name == recipe.suite.mixture.name:
-        return recipe.suite.mixture, recipe.text(max_tokens=recipe.suite.max_tokens)
+        return recipe.suite.mixture, _suite_text(recipe, _last(recipe))
     for stage in recipe.stages.values():
         if stage.mixture.name == name:
-            return stage.mixture, recipe.text()
+            return stage.mixture, recipe.text(stage.name)
     known = [recipe.suite.mixture.name, *(stage.mixture.name for stage in recipe.stages.values())]
     raise ValueError(f"recipe {recipe.name!r} has no mixture {name!r}; it has {known}")
 
 
 def model_after(run: Run, stage: str) -> Checkpoint | Pretrained:
     """The model after a stage (`base`: before the first), with every stage before it."""
-    if stage not in ("base", *run.recipe.stages):
+    if stage not in (BASE, *run.recipe.stages):
         raise ValueError(f"recipe {run.recipe.name!r} has no stage {stage!r}; it has {list(run.recipe.stages)}")
     model: Checkpoint | Pretrained = assemble(run.recipe.model, run.resources)
     for name, config in run.recipe.stages.items():
-        if stage == "base":
+        if stage == BASE:
             break
         data = prepare_named(run, config.mixture.name)
-        model = train_stage(config, run.recipe.model, data, model, run.resources)
+        model = train_stage(config, run.recipe.model_of(name), data, model, run.resources)
         if name == stage:
             break
     return model
@@ -142,9 +147,10 @@ def model_after(run: Run, stage: str) -> Checkpoint | Pretrained:
 
 def evaluate_stage(run: Run, stage: str, *, final: bool = False) -> EvalReport:
     """The report of the model after a stage on the recipe's probe, or, `final`, on its suite."""
-    held_out = prepare_named(run, run.recipe.suite.mixture.name)
+    model = model_after(run, stage)
+    held_out = prepare(run.recipe.suite.mixture, _suite_text(run.recipe, stage), run.resources)
     suite = run.recipe.suite if final else run.recipe.probe
-    return evaluate(suite, model_after(run, stage), held_out, run.resources)
+    return evaluate(suite, model, held_out, run.resources)
 
 
 def register_last(run: Run) -> ModelVersion:
@@ -153,7 +159,7 @@ def register_last(run: Run) -> ModelVersion:
     if not recipe.stages:
         raise ValueError(f"recipe {recipe.name!r} has no stage, so there is nothing to register")
     champion(recipe.gate, resources)  # without a registry it fails here, before anything is trained
-    model = model_after(run, list(recipe.stages)[-1])
+    model = model_after(run, _last(recipe))
     assert isinstance(model, Checkpoint)
     held_out = prepare_named(run, recipe.suite.mixture.name)
     report = evaluate(recipe.suite, model, held_out, resources)
@@ -168,6 +174,16 @@ def deploy_champion(run: Run) -> Deployment:
             f"the gate of {run.recipe.gate.model_name!r} has let no model through, so there is none to serve"
         )
     return deploy(run.recipe.service, served, run.resources)
+
+
+def _last(recipe: Recipe) -> str:
+    """The last stage of a recipe."""
+    return list(recipe.stages)[-1] if recipe.stages else BASE
+
+
+def _suite_text(recipe: Recipe, stage: str) -> TextFormat:
+    """How the model of a stage reads the held-out records."""
+    return recipe.text(stage, max_tokens=recipe.suite.max_tokens)
 
 
 def _register(

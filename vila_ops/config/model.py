@@ -85,11 +85,15 @@ class MlpProjector(Config):
 
 
 class TransformerProjector(Config):
-    """Transformer blocks over the patches of one picture, then a linear layer (the paper's Table 1 a to c)."""
+    """Transformer blocks over the patches of one picture, then a linear layer (the paper's Table 1 a to c).
+
+    The paper shows no details: these are pre-norm blocks as wide as the tower, every patch seeing every other.
+    """
 
     kind: Literal["transformer"] = "transformer"
     num_layers: PositiveInt = 1
     num_heads: PositiveInt = 16
+    """Must divide the tower's channels."""
 
 
 class DownsampleProjector(Config):
@@ -97,6 +101,8 @@ class DownsampleProjector(Config):
 
     1: that layer alone (the paper's Table 7). 2: layer norm, linear, GELU, linear (mlp_downsample of VILA-1.5, 2x2 of
     NVILA). 3: NVILA's 3x3, which narrows to factor x the tower's channels first.
+    A side that factor does not divide is padded: 336 / 14 gives 144 tokens at factor 2; 384 / 14 gives 196, and 81 at
+    factor 3; 448 / 14 gives 256, and 121 at factor 3.
     """
 
     kind: Literal["mlp_downsample"] = "mlp_downsample"
@@ -154,14 +160,28 @@ class Model(Config):
         return self.image_size // self.patch_size
 
     def image_tokens(self) -> int:
-        """Positions of one image in the text: grid^2, or ceil(grid / factor)^2 where the projector merges patches."""
-        match self.projector:
-            case LinearProjector() | MlpProjector() | TransformerProjector():
-                return self.grid() ** 2
-            case DownsampleProjector(factor=factor):
-                return int(-(-self.grid() // factor)) ** 2
-            case _:
-                assert_never(self.projector)
+        """Positions of one image in the text: 224 / 14 gives 256, 336 / 14 gives 576 where no patches are merged."""
+        return tokens_of_grid(self.grid(), self.projector)
+
+    @model_validator(mode="after")
+    def _a_patch_fits(self) -> "Model":
+        if self.image_size < self.patch_size:
+            raise ValueError(
+                f"image_size {self.image_size} is less than one patch of {self.patch_size} pixels; "
+                f"use a multiple of {self.patch_size}"
+            )
+        return self
+
+
+def tokens_of_grid(grid: int, projector: Projector) -> int:
+    """Tokens that a projector makes of grid x grid patches: grid^2, or ceil(grid / factor)^2 where it merges them."""
+    match projector:
+        case LinearProjector() | MlpProjector() | TransformerProjector():
+            return grid**2
+        case DownsampleProjector(factor=factor):
+            return int(-(-grid // factor)) ** 2
+        case _:
+            assert_never(projector)
 
 
 class TextFormat(Config):

@@ -11,6 +11,9 @@ from vila_ops.config.resources import Resources
 from vila_ops.config.serve import Service
 from vila_ops.config.train import Stage
 
+BASE = "base"
+"""The model before the first stage, where a stage is named."""
+
 
 class Recipe(Config):
     """Everything that changes the numbers."""
@@ -38,6 +41,21 @@ class Recipe(Config):
             }
             return {**value, "stages": stages}
         return value
+
+    @model_validator(mode="after")
+    def _image_sizes_fit(self) -> "Recipe":
+        if BASE in self.stages:
+            raise ValueError(f"{BASE!r} is the model before the first stage; name the stage otherwise")
+        sizes: dict[str, tuple[str, int]] = {}
+        for name, stage in self.stages.items():
+            size = self.model_of(name).image_size
+            other, before = sizes.setdefault(stage.mixture.name, (name, size))
+            if size != before:
+                raise ValueError(
+                    f"stages {other!r} and {name!r} read mixture {stage.mixture.name!r} with pictures of {before} and "
+                    f"{size} pixels, which are two data sets; give one of them another name"
+                )
+        return self
 
     @model_validator(mode="after")
     def _stages_fit(self) -> "Recipe":
@@ -74,16 +92,23 @@ class Recipe(Config):
         """As of any config, and of the order of the stages, which canonical JSON forgets."""
         return fingerprint([self.model_dump(mode="json"), list(self.stages)])
 
-    def text(self, *, max_tokens: int | None = None) -> TextFormat:
-        """How this recipe's model reads records; `max_tokens` differs between training and a suite."""
+    def model_of(self, stage: str) -> Model:
+        """The model as it is in and after a stage (`base`: before the first): stages may change its image size."""
+        names = list(self.stages)[: list(self.stages).index(stage) + 1] if stage != BASE else []
+        sizes = [size for name in names if (size := self.stages[name].image_size) is not None]
+        return Model.model_validate({**self.model.model_dump(), "image_size": sizes[-1]}) if sizes else self.model
+
+    def text(self, stage: str = BASE, *, max_tokens: int | None = None) -> TextFormat:
+        """How the model of a stage reads records; `max_tokens` differs between training and a suite."""
+        model = self.model_of(stage)
         return TextFormat(
-            language_model=self.model.language_model,
-            vision_tower=self.model.vision_tower,
-            chat_template=self.model.chat_template,
-            after_image=self.model.after_image,
-            image_size=self.model.image_size,
-            image_fit=self.model.image_fit,
-            image_tokens=self.model.image_tokens(),
+            language_model=model.language_model,
+            vision_tower=model.vision_tower,
+            chat_template=model.chat_template,
+            after_image=model.after_image,
+            image_size=model.image_size,
+            image_fit=model.image_fit,
+            image_tokens=model.image_tokens(),
             max_tokens=self.max_tokens if max_tokens is None else max_tokens,
         )
 

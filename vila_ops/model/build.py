@@ -5,22 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    CLIPVisionConfig,
-    Dinov2Config,
-    LlamaConfig,
-    PreTrainedModel,
-    SiglipVisionConfig,
-)
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from vila_ops.config import Model
-from vila_ops.config.model import RandomLanguageModel, RandomTower
+from vila_ops.config.model import RandomLanguageModel
 from vila_ops.model.configuration import VilaConfig
+from vila_ops.model.towers import build_tower, select_strategy
 from vila_ops.model.vila import VilaForConditionalGeneration
-from vila_ops.packages.resolve import language_model_folder, vision_tower_folder
+from vila_ops.packages.resolve import language_model_folder
 
 VOCABULARY_MULTIPLE = 64
 """The embedding is padded to a multiple of this; odd widths make slow matrix products."""
@@ -34,7 +26,7 @@ def build_model(
     vocabulary is the number of token ids in use, image_id the id of the image token.
     """
     torch.manual_seed(model.seed)
-    tower = _tower(model, cache=cache)
+    tower = build_tower(model, cache=cache)
     language_model = _language_model(model, vocabulary=vocabulary, cache=cache)
     padded = -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     language_model.resize_token_embeddings(padded, mean_resizing=False)
@@ -47,16 +39,7 @@ def build_model(
     return built
 
 
-def select_strategy(vision_config: Any) -> str:
-    """default drops the class token that the tower puts first; full keeps all (SigLIP has none)."""
-    return "full" if "siglip" in vision_config.model_type else "default"
-
-
 def _config(model: Model, tower: Any, language_model: Any, *, image_id: int, eos_id: int) -> VilaConfig:
-    if tower.config.patch_size != model.patch_size:
-        raise ValueError(
-            f"the tower has patches of {tower.config.patch_size} pixels, the recipe says {model.patch_size}"
-        )
     tied = bool(language_model.config.tie_word_embeddings)
     return VilaConfig(
         vision_config=tower.config,
@@ -73,30 +56,6 @@ def _config(model: Model, tower: Any, language_model: Any, *, image_id: int, eos
         eos_token_id=eos_id,
         pad_token_id=eos_id,
     )
-
-
-def _tower(model: Model, *, cache: Path) -> PreTrainedModel:
-    if not isinstance(model.vision_tower, RandomTower):
-        folder = vision_tower_folder(model.vision_tower, cache=cache)
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        vision = getattr(config, "vision_config", config)  # a CLIP folder holds its text side too
-        if vision is not config:
-            vision.architectures = None
-        return AutoModel.from_pretrained(folder, config=vision, local_files_only=True, dtype=torch.float32)
-    shape = {
-        "hidden_size": model.vision_tower.hidden_size,
-        "num_hidden_layers": model.vision_tower.num_layers,
-        "num_attention_heads": model.vision_tower.num_heads,
-        "image_size": model.image_size,
-        "patch_size": model.patch_size,
-    }
-    match model.vision_tower.architecture:
-        case "clip":
-            return AutoModel.from_config(CLIPVisionConfig(**shape, intermediate_size=2 * shape["hidden_size"]))
-        case "siglip":
-            return AutoModel.from_config(SiglipVisionConfig(**shape, intermediate_size=2 * shape["hidden_size"]))
-        case "dinov2":
-            return AutoModel.from_config(Dinov2Config(**shape, mlp_ratio=2))
 
 
 def _language_model(model: Model, *, vocabulary: int, cache: Path) -> PreTrainedModel:

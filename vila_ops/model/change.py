@@ -1,10 +1,13 @@
 """What a stage changes of a model before it trains: the resolution, a visual expert. On files' tensors, so pure."""
 
+import copy
 import dataclasses
 
 from torch import Tensor
 
+from vila_ops.config.model import tokens_of_grid
 from vila_ops.model.configuration import VilaConfig
+from vila_ops.model.towers import at_image_size, sized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +23,17 @@ class Change:
 def changed(config: VilaConfig, state: dict[str, Tensor], change: Change) -> tuple[VilaConfig, dict[str, Tensor]]:
     """Config and weights of a model after a change; the same objects where nothing changes."""
     if change.image_size is not None and change.image_size != config.vision_side:
-        raise NotImplementedError
+        config, state = _resized(config, state, change.image_size)
     if change.visual_expert and not config.visual_expert:
         raise NotImplementedError
     return config, state
+
+
+def _resized(config: VilaConfig, state: dict[str, Tensor], side: int) -> tuple[VilaConfig, dict[str, Tensor]]:
+    """For pictures of another size: the tower's positions are interpolated, and a picture has as many tokens."""
+    out = copy.deepcopy(config)
+    out.vision_config, out.vision_side = sized(config.vision_config, side), side
+    if not out.grid():
+        raise ValueError(f"pictures of {side} pixels are less than one patch of the tower")
+    out.image_seq_length = tokens_of_grid(out.grid(), config.projector_choice())
+    return out, at_image_size(state, config.vision_config, side)

@@ -6,6 +6,7 @@ from pydantic import TypeAdapter
 from transformers import AutoConfig, LlavaConfig
 
 from vila_ops.config.model import ImageFit, Projector
+from vila_ops.model.towers import patch_side
 
 PROJECTOR: TypeAdapter[Projector] = TypeAdapter(Projector)
 
@@ -24,6 +25,10 @@ class VilaConfig(LlavaConfig):  # type: ignore[misc]
     """Side in pixels of the square that the tower sees; its position table may be of another size."""
     image_fit: ImageFit = "pad"
     """How a picture becomes that square, as the processor beside it does it."""
+
+    def grid(self) -> int:
+        """Patches along a side of a picture; pixels beyond the last whole patch are not seen."""
+        return self.vision_side // patch_side(self.vision_config)
 
     def projector_choice(self) -> Projector:
         """The projector as a config class."""

@@ -32,12 +32,8 @@ ADAPTER = "adapter"
 
 def save(model: VilaForConditionalGeneration, folder: Path, *, processor: LlavaProcessor) -> None:
     """Write weights (safetensors), config, processor, tokenizer and chat template."""
-    config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
-    config["architectures"] = [type(model).__name__]
-    if is_plain(model.config):
-        config = _plain(config)
     processor.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    _write_config(model.config, folder)
     _write_weights(dict(model.state_dict()), folder, tied=model.config.tie_word_embeddings)
 
 
@@ -69,6 +65,9 @@ def save_trained(
     if unknown := sorted(set(whole) - set(state)):
         raise ValueError(f"{init} has no parameters {unknown[:3]} that were trained")
     state |= {name: tensor.to(state[name].dtype) for name, tensor in whole.items()}
+    if config is not stated:
+        _write_config(config, folder)
+        _set_processor_size(folder, config.vision_side)
     if not isinstance(tuning, Lora):
         _write_weights(state, folder, tied=config.tie_word_embeddings)
         return
@@ -119,6 +118,24 @@ def _read_config(folder: Path) -> VilaConfig:
             f"{folder} holds a {kind!r} model; we read {LlavaConfig.model_type} and {VilaConfig.model_type}"
         )
     return VilaConfig(**stated)
+
+
+def _write_config(config: VilaConfig, folder: Path) -> None:
+    stated: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    stated["architectures"] = [VilaForConditionalGeneration.__name__]
+    if is_plain(config):
+        stated = _plain(stated)
+    (folder / "config.json").write_text(json.dumps(stated, indent=2, sort_keys=True) + "\n")
+
+
+def _set_processor_size(folder: Path, side: int) -> None:
+    """Pictures of another size: every side that the image processor names becomes `side` pixels."""
+    path = folder / "processor_config.json"
+    stated = json.loads(path.read_text())
+    for key in {"size", "crop_size"} & stated["image_processor"].keys():
+        if stated["image_processor"][key]:
+            stated["image_processor"][key] = dict.fromkeys(stated["image_processor"][key], side)
+    path.write_text(json.dumps(stated, indent=2, sort_keys=True) + "\n")
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from vila_ops.config.model import DownsampleProjector, ImageFit
 from vila_ops.model.configuration import VilaConfig
+from vila_ops.model.towers import class_tokens, patch_side
 
 BICUBIC = 3
 """As image processors number it."""
@@ -51,10 +52,10 @@ def build_processor(config: VilaConfig, tokenizer: PreTrainedTokenizerFast, *, m
     shared = {
         "image_processor": image_processor(config.image_fit, side=config.vision_side, mean_std=mean_std),
         "tokenizer": tokenizer,
-        "patch_size": config.vision_config.patch_size,
+        "patch_size": patch_side(config.vision_config),
         "vision_feature_select_strategy": strategy,
         "chat_template": tokenizer.chat_template,
-        "num_additional_image_tokens": 1 if strategy == "default" else 0,
+        "num_additional_image_tokens": class_tokens(config.vision_config),
     }
     if isinstance(choice := config.projector_choice(), DownsampleProjector):
         return VilaProcessor(**shared, downsample=choice.factor)

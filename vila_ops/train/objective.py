@@ -64,5 +64,4 @@ class Objective(nn.Module):
         side = config.vision_side
         if any(p.requires_grad for p in self.model.model.vision_tower.parameters()):
             return self.model.tower_features(torch.zeros(1, 3, side, side, device=device))
-        patches = (side // config.vision_config.patch_size) ** 2
-        return torch.zeros(1, patches, config.vision_config.hidden_size, device=device)
+        return torch.zeros(1, config.grid() ** 2, config.vision_config.hidden_size, device=device)
