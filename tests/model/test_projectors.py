@@ -3,8 +3,37 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.functional import gelu, layer_norm, linear
+from transformers import CLIPVisionConfig, LlamaConfig
 
-from vila_ops.model.projectors import fit_to, merge_patches
+from vila_ops.model.configuration import PROJECTOR, VilaConfig
+from vila_ops.model.projectors import build_projector, fit_to, merge_patches
+
+KINDS: list[dict[str, Any]] = [
+    {"kind": "linear"},
+    {"kind": "mlp_gelu"},
+    {"kind": "mlp_gelu", "depth": 3},
+    {"kind": "transformer", "num_layers": 2, "num_heads": 4},
+    *({"kind": "mlp_downsample", "depth": depth} for depth in (1, 2, 3)),
+    {"kind": "mlp_downsample", "factor": 3, "depth": 3, "token_order": "columns"},
+]
+CHANNELS, DIM = 32, 48
+
+
+def projector(choice: dict[str, Any], *, channels: int = CHANNELS) -> torch.nn.Module:
+    """One alone, between a tower and a language model of small widths; weights of a size that matters."""
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(hidden_size=channels, num_attention_heads=2, intermediate_size=64)
+    text = LlamaConfig(hidden_size=DIM, num_attention_heads=2, intermediate_size=64)
+    built = build_projector(VilaConfig(vision_config=vision, text_config=text, projector=choice)).eval()
+    for parameter in built.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return built
+
+
+def features(patches: int, *, channels: int = CHANNELS) -> torch.Tensor:
+    return torch.randn(2, patches, channels, generator=torch.Generator().manual_seed(patches))
 
 
 def test_merged_blocks_by_hand() -> None:
@@ -29,16 +58,135 @@ def test_patches_that_are_no_square_are_refused() -> None:
         merge_patches(torch.zeros(1, 12, 2), 2)
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp_gelu", "mlp_downsample"])
-def test_a_fitted_projector_gives_twice_the_width_of_the_embeddings(
-    kind: str, make_model: Any, build: Callable[..., Any]
-) -> None:
-    whole, _ = build(make_model("clip", kind))
-    features = torch.randn(5, 16, 32, generator=torch.Generator().manual_seed(1)) * torch.linspace(1, 50, 32) + 7
-    fit_to(whole.model.multi_modal_projector, features, 0.02)
+def test_blocks_of_three_by_three_by_hand() -> None:
+    # 4 x 4 numbered from 1: padded to 6 x 6, so the four blocks hold 9, 3, 3 and 1 of the patches
+    grid = torch.arange(1.0, 17.0).view(1, 16, 1)
+    expected = [
+        [1, 2, 3, 5, 6, 7, 9, 10, 11],
+        [4, 0, 0, 8, 0, 0, 12, 0, 0],
+        [13, 14, 15, 0, 0, 0, 0, 0, 0],
+        [16, 0, 0, 0, 0, 0, 0, 0, 0],
+    ]
+    assert merge_patches(grid, 3).tolist() == [expected]
+
+
+def test_the_order_by_columns_is_that_of_vila_1_5() -> None:
+    """Its code returned the grid transposed: blocks go down the picture first, and inside a block nothing changes."""
+    even = torch.arange(16.0).view(1, 16, 1)
+    by_hand = [[0, 1, 4, 5], [8, 9, 12, 13], [2, 3, 6, 7], [10, 11, 14, 15]]
+    assert merge_patches(even, 2, token_order="columns").tolist() == [by_hand]
+    odd = torch.arange(1.0, 10.0).view(1, 9, 1)
+    by_hand = [[1, 2, 4, 5], [7, 8, 0, 0], [3, 0, 6, 0], [9, 0, 0, 0]]
+    assert merge_patches(odd, 2, token_order="columns").tolist() == [by_hand]
+
+
+@pytest.mark.parametrize("choice", KINDS, ids=str)
+def test_shapes_of_the_papers_resolutions(choice: dict[str, Any]) -> None:
+    built = projector(choice)
+    factor = PROJECTOR.validate_python(choice).model_dump().get("factor", 1)
+    expected = {
+        1: {256: 256, 576: 576, 729: 729, 1024: 1024},
+        2: {256: 64, 576: 144, 729: 196, 1024: 256},
+        3: {256: 36, 576: 64, 729: 81, 1024: 121},
+    }[factor]
     with torch.no_grad():
-        out = whole.model.multi_modal_projector(features)
+        assert {patches: built(features(patches)).shape[1] for patches in expected} == expected
+        assert built(features(256)).shape == (2, expected[256], DIM)
+
+
+@torch.no_grad()
+def test_downsampling_by_its_formula() -> None:
+    """As NVlabs/VILA writes its layers: no norm at depth 1, one at 2, two and a narrow middle at 3."""
+    read = features(9, channels=4)
+    for factor, depth in ((2, 1), (2, 2), (3, 3), (2, 3)):
+        built = projector({"kind": "mlp_downsample", "factor": factor, "depth": depth}, channels=4)
+        w = dict(built.named_parameters())
+        merged = merge_patches(read, factor)
+        wide, narrow = 4 * factor**2, 4 * factor
+        if depth == 1:
+            expected = linear(merged, w["linear_1.weight"], w["linear_1.bias"])
+        else:
+            normed = layer_norm(merged, (wide,), w["norm.weight"], w["norm.bias"])
+            expected = gelu(linear(normed, w["linear_1.weight"], w["linear_1.bias"]))
+        if depth == 3:
+            assert w["linear_1.weight"].shape == (narrow, wide)
+            expected = layer_norm(expected, (narrow,), w["norm_2.weight"], w["norm_2.bias"])
+            expected = gelu(linear(expected, w["linear_2.weight"], w["linear_2.bias"]))
+        if depth > 1:
+            expected = linear(expected, w[f"linear_{depth}.weight"], w[f"linear_{depth}.bias"])
+        assert torch.allclose(built(read), expected, atol=1e-6)
+        assert (
+            sum(p.numel() for p in built.parameters())
+            == {
+                1: wide * DIM + DIM,
+                2: 2 * wide + (wide + 1) * DIM + (DIM + 1) * DIM,
+                3: 2 * wide + (wide + 1) * narrow + 2 * narrow + (narrow + 1) * DIM + (DIM + 1) * DIM,
+            }[depth]
+        )
+
+
+@torch.no_grad()
+def test_the_transformer_is_torchs_pre_norm_encoder() -> None:
+    built = projector({"kind": "transformer", "num_layers": 2, "num_heads": 4})
+    state = built.state_dict()
+    hidden = features(16)
+    for number in range(2):
+        torchs = nn.TransformerEncoderLayer(
+            CHANNELS, 4, 4 * CHANNELS, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        own = {key.removeprefix(f"blocks.{number}."): value for key, value in state.items()}
+        renamed = {}
+        for kind in ("weight", "bias"):
+            renamed[f"self_attn.in_proj_{kind}"] = torch.cat([own[f"self_attn.{n}_proj.{kind}"] for n in "qkv"])
+            renamed[f"self_attn.out_proj.{kind}"] = own[f"self_attn.out_proj.{kind}"]
+            renamed |= {f"linear{n}.{kind}": own[f"mlp.fc{n}.{kind}"] for n in (1, 2)}
+            renamed |= {f"norm{n}.{kind}": own[f"layer_norm{n}.{kind}"] for n in (1, 2)}
+        torchs.load_state_dict(renamed)
+        hidden = torchs.train()(hidden)  # training, so that it takes no fused path
+    expected = linear(
+        layer_norm(hidden, (CHANNELS,), state["norm.weight"], state["norm.bias"]),
+        state["out.weight"],
+        state["out.bias"],
+    )
+    assert torch.allclose(built(features(16)), expected, atol=2e-5)
+
+
+@torch.no_grad()
+def test_the_transformer_sees_all_patches_of_a_picture_and_of_no_other() -> None:
+    built = projector({"kind": "transformer", "num_heads": 4})
+    read = features(16)
+    changed = read.clone()
+    changed[0, -1] *= -1
+    before, after = built(read), built(changed)
+    assert (before[0] != after[0]).any(dim=-1).all(), "the first patch sees the last one"
+    assert torch.equal(before[1], after[1])
+
+
+def test_heads_that_do_not_divide_the_tower_are_refused() -> None:
+    with pytest.raises(ValueError, match="32 channels do not divide into 5 heads"):
+        projector({"kind": "transformer", "num_heads": 5})
+
+
+@pytest.mark.parametrize("choice", KINDS, ids=str)
+def test_a_fitted_projector_gives_twice_the_width_of_the_embeddings(choice: dict[str, Any]) -> None:
+    built = projector(choice)
+    seen = torch.randn(5, 16, 32, generator=torch.Generator().manual_seed(1)) * torch.linspace(1, 50, 32) + 7
+    fit_to(built, seen, 0.02)
+    with torch.no_grad():
+        out = built(seen)
     assert float(out.std()) == pytest.approx(0.04, rel=1e-4)
+
+
+@pytest.mark.parametrize("choice", KINDS, ids=str)
+def test_fitting_changes_no_layer_behind_a_norm_but_the_last(choice: dict[str, Any]) -> None:
+    built = projector(choice)
+    before = {name: parameter.detach().clone() for name, parameter in built.named_parameters()}
+    fit_to(built, features(16) * 30 + 7, 0.02)
+    changed = {
+        name.rpartition(".")[0] for name, parameter in built.named_parameters() if (parameter != before[name]).any()
+    }
+    last = list(before)[-1].rpartition(".")[0]
+    assert changed == ({last, next(iter(before)).rpartition(".")[0]} if choice["kind"] == "mlp_gelu" else {last})
 
 
 def test_fitting_centres_and_scales_what_the_first_layer_sees(make_model: Any, build: Callable[..., Any]) -> None:
