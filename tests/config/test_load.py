@@ -181,6 +181,9 @@ def test_a_remainder_is_refused_with_a_batch_that_would_do(resources: str, batch
         ("resources.stages={sft: {micro_batch_size: 3}}", r"'sft': global_batch_size 2 is .* micro_batch_size 3 x"),
         ("stages.sft.epochs=1", r"num_steps or epochs, and 6 and 1.0 are given; set one"),
         ("stages.sft.num_steps=null", r"num_steps or epochs, and neither is given; set one"),
+        ("model.image_size=13", r"image_size 13 is less than one patch of 14 pixels"),
+        ("stages.sft.image_size=13", r"image_size 13 is less than one patch of 14 pixels"),
+        ("stages.sft.image_size=140", r"an image takes 100 tokens but max_tokens is 96"),
         ("gate.rules=[{metric: x}]", r"rule on 'x' asks nothing"),
     ],
 )
@@ -209,6 +212,25 @@ def test_a_stage_has_resources_of_its_own_and_the_rest_of_all() -> None:
 def test_the_batch_of_a_stage_is_divided_by_its_own_resources() -> None:
     three = "resources.stages={sft: {micro_batch_size: 3}}"
     assert tiny("stages.sft.global_batch_size=3", "resources.micro_batch_size=2", three)
+
+
+def test_a_stage_sees_pictures_of_the_size_that_it_or_the_last_one_before_it_names() -> None:
+    recipe = tiny("stages.pretrain.image_size=56", "model.projector={kind: mlp_downsample, factor: 3}").recipe
+    found = {name: recipe.text(name) for name in ("base", *recipe.stages)}
+    assert {name: (text.image_size, text.image_tokens) for name, text in found.items()} == {
+        "base": (28, 1), "align": (28, 1), "pretrain": (56, 4), "sft": (56, 4)
+    }  # fmt: skip
+    assert recipe.model_of("align") == recipe.model
+    assert recipe.model_of("sft").model_dump() == {**recipe.model.model_dump(), "image_size": 56}
+    back = tiny("stages.pretrain.image_size=56", "stages.sft.image_size=28").recipe
+    assert back.text("sft") == back.text("base") == back.text()
+
+
+def test_one_mixture_at_two_sizes_is_refused_since_it_would_be_two_data_sets_of_one_name() -> None:
+    shared = "stages.sft.mixture.name=tiny_align"
+    assert tiny(shared)
+    with pytest.raises(ValidationError, match=r"'align' and 'sft' read mixture 'tiny_align' .* of 28 and 56 pixels"):
+        tiny(shared, "stages.sft.image_size=56")
 
 
 def test_only_the_recipe_is_identity() -> None:

@@ -48,7 +48,7 @@ class Recipe(Config):
             raise ValueError(f"{BASE!r} is the model before the first stage; name the stage otherwise")
         sizes: dict[str, tuple[str, int]] = {}
         for name, stage in self.stages.items():
-            size = self.model_of(name).image_size
+            size = self.text(name).image_size
             other, before = sizes.setdefault(stage.mixture.name, (name, size))
             if size != before:
                 raise ValueError(

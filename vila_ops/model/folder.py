@@ -129,12 +129,12 @@ def _write_config(config: VilaConfig, folder: Path) -> None:
 
 
 def _set_processor_size(folder: Path, side: int) -> None:
-    """Pictures of another size: every side that the image processor names becomes `side` pixels."""
+    """Pictures of another size: every side that the image processor uses becomes `side` pixels."""
     path = folder / "processor_config.json"
     stated = json.loads(path.read_text())
-    for key in {"size", "crop_size"} & stated["image_processor"].keys():
-        if stated["image_processor"][key]:
-            stated["image_processor"][key] = dict.fromkeys(stated["image_processor"][key], side)
+    images = stated["image_processor"]
+    for key in ("size", "crop_size") if images.get("do_center_crop") else ("size",):
+        images[key] = dict.fromkeys(images[key], side)
     path.write_text(json.dumps(stated, indent=2, sort_keys=True) + "\n")
 
 

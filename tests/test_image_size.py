@@ -1,0 +1,103 @@
+"""A change of resolution between two stages, through the rooms: 28 pixels are 4 tokens, 56 are 16."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image as Pillow
+from safetensors.torch import load_file
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from vila_ops.artifacts.kinds import Dataset
+from vila_ops.artifacts.store import content, read_manifest
+from vila_ops.config import Run, load
+from vila_ops.data.shards import read_index
+from vila_ops.eval.evaluate import read_report
+from vila_ops.model.towers import POSITIONS, resize_positions
+from vila_ops.pipeline import Outcome, Rooms, evaluate_stage, mixture_named, prepare_named, run_pipeline
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """The tiny recipe: align at 28 pixels, pretrain of the projector alone at 56."""
+    folder = tmp_path_factory.mktemp("sizes")
+    short = [f"stages.{name}.{key}" for name in ("align", "pretrain", "sft") for key in ("num_steps=2", "save_every=2")]
+    settings = [
+        *short, "stages.pretrain.image_size=56", "stages.pretrain.trainable=[projector]",
+        *(f"resources.{name}={folder / name}" for name in ("store", "data", "cache")),
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        yield load(
+            ROOT / "configs/recipes/tiny.yaml",
+            resources=ROOT / "configs/resources/inline.yaml",
+            overrides=tuple(settings),
+        )
+
+
+@pytest.fixture(scope="module")
+def outcome(run: Run) -> Outcome:
+    return run_pipeline(run, Rooms())
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return load_file(content(model) / "model.safetensors")
+
+
+def tokens_of(data: Dataset) -> dict[str, int]:
+    """Length of every sample of the pairs, by the record's id."""
+    rows = read_index(content(data)).to_pylist()
+    return {row["id"]: row["num_tokens"] for row in rows if row["source"] == "pairs"}
+
+
+def test_the_second_stage_sees_more_of_a_picture_and_keeps_every_weight_it_does_not_train(outcome: Outcome) -> None:
+    first, second = outcome.checkpoints["align"], outcome.checkpoints["pretrain"]
+    before, after = weights(first), weights(second)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        if name.endswith(POSITIONS):
+            assert torch.equal(after[name], resize_positions(tensor, 4, class_tokens=1))
+        else:
+            assert torch.equal(after[name], tensor) != ("multi_modal_projector" in name), name
+    assert {read_manifest(m.uri)["recipe"]["stage"]["image_size"] for m in (first, second)} == {None, 56}
+    curve = json.loads((content(second) / "curve.json").read_text())
+    assert all(0 < float.fromhex(row["loss"]) < 20 for row in curve[1:])
+
+
+def test_the_second_checkpoint_is_a_stock_folder_of_sixteen_tokens_a_picture(outcome: Outcome) -> None:
+    folder = content(outcome.checkpoints["pretrain"])
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    picture = Pillow.new("RGB", (60, 40), "red")
+    inputs = AutoProcessor.from_pretrained(folder)(text="<image> a dog", images=[picture], return_tensors="pt")
+    assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == 16
+    with torch.no_grad():
+        assert model(**inputs).logits.isfinite().all()
+
+
+def test_every_data_set_is_prepared_at_the_size_of_the_model_that_reads_it(run: Run, outcome: Outcome) -> None:
+    sizes = {name: mixture_named(run.recipe, name)[1] for name in outcome.datasets}
+    assert {name: (text.image_size, text.image_tokens) for name, text in sizes.items()} == {
+        "tiny_align": (28, 4), "tiny_pretrain": (56, 16), "tiny_sft": (56, 16), "tiny_held_out": (56, 16)
+    }  # fmt: skip
+    assert {name: prepare_named(run, name) for name in sizes} == outcome.datasets
+    small, large = (tokens_of(outcome.datasets[name]) for name in ("tiny_align", "tiny_pretrain"))
+    assert len(small) > 20
+    assert {large[key] - small[key] for key in small} == {12}, "the same captions, with 16 tokens a picture for 4"
+
+
+def test_the_held_out_data_are_prepared_once_for_each_size_and_every_model_is_measured_at_its_own(
+    run: Run, outcome: Outcome
+) -> None:
+    assert len(list(Path(run.resources.store).glob("dataset/*/manifest.json"))) == 3 + 2
+    data = {name: report.parents[1] for name, report in outcome.probes.items()}
+    assert data["base"] == data["align"] != data["pretrain"] == data["sft"] == outcome.report.parents[1]
+    for report in outcome.probes.values():
+        scored = {m["name"]: m["value"] for m in read_report(report)["metrics"] if m["role"] == "model"}
+        assert 0 < scored["caption_loss"] < 20
+    assert evaluate_stage(run, "align") == outcome.probes["align"], "a command asks as the pipeline does"
+    assert evaluate_stage(run, "sft", final=True) == outcome.report

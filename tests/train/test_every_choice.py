@@ -1,0 +1,90 @@
+"""Every choice that a stage or a model offers, by two steps of the real room. A new choice is a new line of CASES."""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from vila_ops.artifacts.kinds import Checkpoint
+from vila_ops.artifacts.store import content
+from vila_ops.config import TextFormat
+from vila_ops.data.prepare import prepare
+from vila_ops.model import folder as model_folder
+from vila_ops.model.assemble import assemble
+from vila_ops.model.change import Change
+from vila_ops.model.trainable import part_of
+from vila_ops.train.stage import train_stage
+
+SIDE = 70  # 5 x 5 patches, which neither 2 nor 3 divides
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What of model and stage is otherwise than in the plain case, and which parameters the stage moves."""
+
+    name: str
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    stage: dict[str, Any] = dataclasses.field(default_factory=dict)
+    moved: tuple[str, ...] = ("projector",)
+
+
+def projector(**choice: Any) -> dict[str, Any]:
+    return {"projector": choice}
+
+
+CASES = [
+    Case("linear", projector(kind="linear")),
+    Case("mlp", projector(kind="mlp_gelu")),
+    Case("mlp-3", projector(kind="mlp_gelu", depth=3)),
+    Case("transformer", projector(kind="transformer", num_layers=2, num_heads=4)),
+    *(
+        Case(f"downsample-{depth}-{order}", projector(kind="mlp_downsample", depth=depth, token_order=order))
+        for depth in (1, 2, 3)
+        for order in ("rows", "columns")
+    ),
+    Case("downsample-3x3", projector(kind="mlp_downsample", depth=3, factor=3)),
+    Case("internvit", {"vision_tower": {"kind": "random", "architecture": "internvit"}}),
+    Case("larger-pictures", stage={"image_size": 84}),
+]
+
+
+@pytest.fixture(scope="module")
+def trained(bench: Any, make_model: Any, make_stage: Any) -> Any:
+    """A case to the folder that its stage starts from, and to its checkpoint."""
+
+    def train(case: Case) -> tuple[Any, Checkpoint]:
+        model = make_model(image_size=SIDE)
+        model = model.model_validate({**model.model_dump(), **case.model})
+        stage = make_stage(bench.mixture, num_steps=2, validate_every=1, validation_rows=1, **case.stage)
+        seen = model.model_validate({**model.model_dump(), "image_size": stage.image_size or SIDE})
+        text = TextFormat(
+            language_model=seen.language_model,
+            chat_template=seen.chat_template,
+            image_size=seen.image_size,
+            image_tokens=seen.image_tokens(),
+            max_tokens=128,
+        )
+        data = prepare(bench.mixture, text, bench.resources)
+        init = assemble(model, bench.resources)
+        return init, train_stage(stage, seen, data, init, bench.resources)
+
+    return train
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_two_steps_train_what_the_stage_names_and_keep_all_else_bit_for_bit(case: Case, trained: Any) -> None:
+    init, checkpoint = trained(case)
+    curve = json.loads((content(checkpoint) / "curve.json").read_text())
+    assert [row["step"] for row in curve] == [0, 1, 2]
+    assert all(math.isfinite(float.fromhex(row["validation_loss"])) for row in curve)
+    change = Change(image_size=case.stage.get("image_size"))
+    before = model_folder.load(content(init), change=change).state_dict()
+    after = model_folder.load(content(checkpoint)).state_dict()
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    trained_ones = {name for name in before if part_of(name) in case.moved}
+    assert moved <= trained_ones
+    assert {name for name in trained_ones if name.endswith("weight")} <= moved
