@@ -125,6 +125,18 @@ def test_downsampling_by_its_formula() -> None:
         )
 
 
+@pytest.mark.parametrize("depth", [2, 3, 8])
+@torch.no_grad()
+def test_an_mlp_of_any_depth_by_its_formula(depth: int) -> None:
+    built = projector({"kind": "mlp_gelu", "depth": depth})
+    weights = list(built.parameters())
+    assert len(weights) == 2 * depth
+    expected = features(9)
+    for number in range(depth):
+        expected = linear(gelu(expected) if number else expected, weights[2 * number], weights[2 * number + 1])
+    assert torch.allclose(built(features(9)), expected, atol=1e-6)
+
+
 @torch.no_grad()
 def test_the_transformer_is_torchs_pre_norm_encoder() -> None:
     built = projector({"kind": "transformer", "num_layers": 2, "num_heads": 4})

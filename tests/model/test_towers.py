@@ -7,12 +7,14 @@ import torch
 from PIL import Image as Pillow
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModel,
     AutoProcessor,
     CLIPConfig,
     CLIPModel,
     Dinov2WithRegistersConfig,
     InternVLConfig,
     InternVLForConditionalGeneration,
+    InternVLVisionConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
     Siglip2VisionConfig,
@@ -22,7 +24,7 @@ from transformers import (
 
 from vila_ops.config.model import DownsampleProjector, tokens_of_grid
 from vila_ops.model import folder as model_folder
-from vila_ops.model.towers import POSITIONS, build_tower, class_tokens, resize_positions
+from vila_ops.model.towers import POSITIONS, at_image_size, build_tower, class_tokens, resize_positions
 
 FAMILIES = ("clip", "siglip", "dinov2", "internvit")
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -96,6 +98,20 @@ def test_a_small_table_by_hand() -> None:
 def test_positions_of_no_square_are_refused() -> None:
     with pytest.raises(ValueError, match="7 positions are not a square grid"):
         resize_positions(torch.zeros(8, 2), 4, class_tokens=1)
+
+
+def test_weights_without_a_position_table_are_refused(make_tower: MakeTower) -> None:
+    tower = make_tower("dinov2", size=56)
+    state = {name: tensor for name, tensor in tower.state_dict().items() if not name.endswith(POSITIONS)}
+    with pytest.raises(ValueError, match=r"one position table is needed .* found \[\]"):
+        at_image_size(state, tower.config, 84)
+
+
+def test_a_tower_of_pictures_that_are_no_squares_is_refused(make_model: Any, tmp_path: Path) -> None:
+    """InternViT's config has room for them, LLaVA's processor and the merging of patches have not."""
+    AutoModel.from_config(InternVLVisionConfig(**SHAPE, image_size=(56, 84), patch_size=14)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"height and width \(56, 84\) are not a square"):
+        build_tower(as_hub(make_model, tmp_path), cache=tmp_path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
