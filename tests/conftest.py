@@ -106,17 +106,7 @@ def make_text(make_model: MakeModel) -> Callable[..., TextFormat]:
     """How the tiny model reads records."""
 
     def make(max_tokens: int = 128, **more: Any) -> TextFormat:
-        model = make_model(**more)
-        return TextFormat(
-            language_model=model.language_model,
-            vision_tower=model.vision_tower,
-            chat_template=model.chat_template,
-            after_image=model.after_image,
-            image_size=model.image_size,
-            image_fit=model.image_fit,
-            image_tokens=model.image_tokens(),
-            max_tokens=max_tokens,
-        )
+        return make_model(**more).text(max_tokens=max_tokens)
 
     return make
 

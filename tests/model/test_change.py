@@ -1,7 +1,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -9,8 +9,10 @@ import torch
 from PIL import Image as Pillow
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from vila_ops.config.model import ImageFit
 from vila_ops.model import folder as model_folder
 from vila_ops.model.change import Change, changed
+from vila_ops.model.processing import read_fit
 from vila_ops.model.towers import POSITIONS
 
 FAMILIES = ("clip", "siglip", "dinov2", "internvit")
@@ -82,9 +84,10 @@ def test_a_folder_at_another_image_size_is_a_whole_folder_again(
         assert torch.allclose(found, expected, atol=1e-5)
 
 
-def test_there_and_back_again_says_what_it_said_before(make_model: Any, build: Build, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fit", get_args(ImageFit))
+def test_there_and_back_again_says_what_it_said_before(fit: str, make_model: Any, build: Build, tmp_path: Path) -> None:
     """All but the position table, which is interpolated twice, is to the byte as it was."""
-    whole, processor = build(make_model("clip", "mlp_downsample"))
+    whole, processor = build(make_model("clip", "mlp_downsample", image_fit=fit))
     folders = [tmp_path / name for name in ("init", "there", "back")]
     model_folder.save(whole, folders[0], processor=processor)
     for before, after, size in zip(folders, folders[1:], (84, 56), strict=False):
@@ -94,3 +97,5 @@ def test_there_and_back_again_says_what_it_said_before(make_model: Any, build: B
         if path.suffix != ".safetensors":
             assert (folders[2] / path.name).read_bytes() == path.read_bytes(), path.name
     assert json.loads((folders[1] / "config.json").read_text())["vision_side"] == 84
+    images = json.loads((folders[1] / "processor_config.json").read_text())["image_processor"]
+    assert read_fit(images) == (fit, 84)

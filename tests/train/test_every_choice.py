@@ -10,7 +10,7 @@ import torch
 
 from vila_ops.artifacts.kinds import Checkpoint, Pretrained
 from vila_ops.artifacts.store import content
-from vila_ops.config import Stage, TextFormat
+from vila_ops.config import Stage
 from vila_ops.data.prepare import prepare
 from vila_ops.model import folder as model_folder
 from vila_ops.model.assemble import assemble
@@ -59,14 +59,7 @@ def trained(bench: Any, make_model: Any, make_stage: Any) -> Any:
         model = model.model_validate({**model.model_dump(), **case.model})
         stage = make_stage(bench.mixture, num_steps=2, validate_every=1, validation_rows=1, **case.stage)
         seen = model.model_validate({**model.model_dump(), "image_size": stage.image_size or SIDE})
-        text = TextFormat(
-            language_model=seen.language_model,
-            chat_template=seen.chat_template,
-            image_size=seen.image_size,
-            image_tokens=seen.image_tokens(),
-            max_tokens=128,
-        )
-        data = prepare(bench.mixture, text, bench.resources)
+        data = prepare(bench.mixture, seen.text(max_tokens=128), bench.resources)
         init = assemble(model, bench.resources)
         return stage, init, train_stage(stage, seen, data, init, bench.resources)
 

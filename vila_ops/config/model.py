@@ -163,6 +163,19 @@ class Model(Config):
         """Positions of one image in the text: 224 / 14 gives 256, 336 / 14 gives 576 where no patches are merged."""
         return tokens_of_grid(self.grid(), self.projector)
 
+    def text(self, *, max_tokens: int) -> "TextFormat":
+        """How the model reads records."""
+        return TextFormat(
+            language_model=self.language_model,
+            vision_tower=self.vision_tower,
+            chat_template=self.chat_template,
+            after_image=self.after_image,
+            image_size=self.image_size,
+            image_fit=self.image_fit,
+            image_tokens=self.image_tokens(),
+            max_tokens=max_tokens,
+        )
+
     @model_validator(mode="after")
     def _a_patch_fits(self) -> "Model":
         if self.image_size < self.patch_size:
@@ -185,7 +198,7 @@ def tokens_of_grid(grid: int, projector: Projector) -> int:
 
 
 class TextFormat(Config):
-    """Everything that decides how a record becomes tokens and pixels. Derived by `Recipe.text`, not written by hand."""
+    """Everything that decides how a record becomes tokens and pixels. Derived by `Model.text`, not written by hand."""
 
     language_model: LanguageModel
     """Whose tokenizer it is."""

@@ -100,17 +100,7 @@ class Recipe(Config):
 
     def text(self, stage: str = BASE, *, max_tokens: int | None = None) -> TextFormat:
         """How the model of a stage reads records; `max_tokens` differs between training and a suite."""
-        model = self.model_of(stage)
-        return TextFormat(
-            language_model=model.language_model,
-            vision_tower=model.vision_tower,
-            chat_template=model.chat_template,
-            after_image=model.after_image,
-            image_size=model.image_size,
-            image_fit=model.image_fit,
-            image_tokens=model.image_tokens(),
-            max_tokens=self.max_tokens if max_tokens is None else max_tokens,
-        )
+        return self.model_of(stage).text(max_tokens=self.max_tokens if max_tokens is None else max_tokens)
 
 
 class Run(Config):

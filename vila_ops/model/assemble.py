@@ -11,7 +11,7 @@ from vila_ops.artifacts.kinds import Pretrained
 from vila_ops.artifacts.leases import hold
 from vila_ops.config import Model, Resources
 
-REVISION = 2
+REVISION = 3
 log = logging.getLogger(__name__)
 
 

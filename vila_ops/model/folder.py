@@ -134,7 +134,7 @@ def _set_processor_size(folder: Path, side: int) -> None:
     stated = json.loads(path.read_text())
     images = stated["image_processor"]
     for key in ("size", "crop_size") if images.get("do_center_crop") else ("size",):
-        images[key] = dict.fromkeys(images[key], side)
+        images[key] = {name: value and side for name, value in images[key].items()}
     path.write_text(json.dumps(stated, indent=2, sort_keys=True) + "\n")
 
 
