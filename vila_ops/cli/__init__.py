@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from pydantic import ValidationError
@@ -26,6 +26,7 @@ from vila_ops.cli.options import (
     load_run,
     print_handle,
     say,
+    section,
 )
 from vila_ops.config import load_resources
 from vila_ops.config.local import load_local
@@ -58,6 +59,31 @@ def fetch(
     """Fetch every package that a recipe names, and put the untrained model together."""
     run = load_run(recipe, resources, overrides)
     print_handle(pipeline.fetch(run), as_json)
+
+
+@app.command("import")
+def import_model(
+    source: Annotated[Path, typer.Argument(help="Folder of an NVlabs VILA or a LLaVA-HF checkpoint")],
+    out: Annotated[Path, typer.Option("--out", help="The model folder to write; must not be there")],
+    token_order: Annotated[
+        Literal["rows", "columns"] | None,
+        typer.Option("--token-order", help="Of mlp_downsample, where the checkpoint does not tell"),
+    ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option("--chat-template", help="Name of a template, where the checkpoint does not tell")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a model folder of somebody else's checkpoint, and print the recipe's `model:` that starts from it."""
+    from vila_ops.model.importing import import_checkpoint
+
+    made = import_checkpoint(source, out, token_order=token_order, chat_template=chat_template)
+    for note in made.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if as_json:
+        print_handle(made, as_json)
+    else:
+        say(section("model", made.model))
 
 
 @app.command()

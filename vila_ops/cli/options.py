@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, TextIO
 
 import typer
+import yaml
 from pydantic import ValidationError
 
 from vila_ops import local
@@ -57,6 +58,11 @@ def faults_of(error: ValidationError) -> str:
         f"{'.'.join(map(str, fault['loc'])) or error.title}: {fault['msg'].removeprefix('Value error, ')}"
         for fault in error.errors(include_url=False, include_context=False, include_input=False)
     )
+
+
+def section(name: str, config: Config) -> str:
+    """A config as the section of a YAML file."""
+    return yaml.safe_dump({name: config.model_dump(mode="json", exclude_none=True)}, sort_keys=False).rstrip()
 
 
 def print_handle(made: Config | Sequence[Config], as_json: bool) -> None:

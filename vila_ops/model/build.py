@@ -30,7 +30,7 @@ def build_model(
     language_model = _language_model(model, vocabulary=vocabulary, cache=cache)
     padded = -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     language_model.resize_token_embeddings(padded, mean_resizing=False)
-    config = _config(model, tower, language_model, image_id=image_id, eos_id=eos_id)
+    config = config_of(model, tower, language_model, image_id=image_id, eos_id=eos_id)
     whole = VilaForConditionalGeneration(config)
     whole.model.vision_tower = tower
     whole.model.language_model = language_model.get_decoder()
@@ -39,7 +39,8 @@ def build_model(
     return built
 
 
-def _config(model: Model, tower: Any, language_model: Any, *, image_id: int, eos_id: int) -> VilaConfig:
+def config_of(model: Model, tower: Any, language_model: Any, *, image_id: int, eos_id: int) -> VilaConfig:
+    """The config of tower and language model put together."""
     tied = bool(language_model.config.tie_word_embeddings)
     return VilaConfig(
         vision_config=tower.config,

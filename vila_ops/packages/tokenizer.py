@@ -13,7 +13,9 @@ OWN_TEMPLATE = "tokenizer"
 """Not one of ours: the template that comes with the tokenizer."""
 TEMPLATE_TOKENS: dict[str, tuple[str, ...]] = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
+    "hermes_2": ("<|im_start|>", "<|im_end|>"),
     "llama_3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "llama_3_vila": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"),
     "plain": (),
     "vicuna_v1": ("</s>",),
 }
@@ -22,15 +24,22 @@ TEMPLATE_TOKENS: dict[str, tuple[str, ...]] = {
 
 def build_tokenizer(language_model: LanguageModel, *, chat_template: str, cache: Path) -> PreTrainedTokenizerFast:
     """Raises ValueError when the model has no fast tokenizer, or the template is unknown or unfit for it."""
+    folder = tokenizer_folder(language_model, cache=cache)
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"{folder} has no tokenizer.json; only fast tokenizers are supported")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    return with_image_token(tokenizer, chat_template=chat_template, folder=folder)
+
+
+def with_image_token(
+    tokenizer: PreTrainedTokenizerFast, *, chat_template: str, folder: Path
+) -> PreTrainedTokenizerFast:
+    """The same tokenizer, read from `folder`, with the image token, added if it is not there, and a chat template."""
     if chat_template not in (*TEMPLATE_TOKENS, OWN_TEMPLATE):
         raise ValueError(
             f"no chat template {chat_template!r}; there are {sorted(TEMPLATE_TOKENS)}, and {OWN_TEMPLATE!r} for the "
             f"tokenizer's own"
         )
-    folder = tokenizer_folder(language_model, cache=cache)
-    if not (folder / "tokenizer.json").is_file():
-        raise ValueError(f"{folder} has no tokenizer.json; only fast tokenizers are supported")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     tokenizer.image_token = IMAGE_TOKEN

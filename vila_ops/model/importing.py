@@ -1,0 +1,144 @@
+"""Somebody else's checkpoint to a model folder of ours, and to the `model:` section of a recipe that starts from it."""
+
+import os
+import secrets
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from vila_ops.artifacts.store import CorruptArtifact
+from vila_ops.config import Config, Model
+from vila_ops.config.model import FolderWeights, HubLanguageModel, HubTower, Shape
+from vila_ops.model import build, folder, llava_hf, nvlabs, processing
+from vila_ops.model.nvlabs import TokenOrder
+from vila_ops.model.parts import Parts, side_of
+from vila_ops.model.vila import VilaForConditionalGeneration
+from vila_ops.packages.tokenizer import IMAGE_TOKEN, with_image_token
+
+REVISION = "imported"
+SHAPE = (
+    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings", "max_position_embeddings", "image_size",
+    "patch_size", "attention_bias", "mlp_bias", "use_qk_norm", "norm_type", "vision_use_head",
+)  # fmt: skip
+"""The fields of a transformers config that decide the number of parameters, of towers and language models alike."""
+
+
+class Imported(Config):
+    """What an import made."""
+
+    path: str
+    """The folder."""
+    model: Model
+    """The section `model:` of a recipe that starts from it."""
+    notes: tuple[str, ...]
+    """How things were told that the checkpoint does not say, and what is not taken over."""
+
+
+def import_checkpoint(
+    source: Path, out: Path, *, token_order: TokenOrder | None = None, chat_template: str | None = None
+) -> Imported:
+    """Write the model of an NVlabs VILA or a LLaVA-HF folder to `out`, a folder that is not there yet.
+
+    The folder appears by one rename, so it is whole whenever it exists; weights keep the precision that they have.
+    Raises ValueError or CorruptArtifact, with the reason, for what cannot be held exactly.
+    """
+    if out.exists():
+        raise ValueError(f"{out} is there already; name a new folder")
+    parts = _read(source, token_order=token_order, chat_template=chat_template)
+    tokenizer = with_image_token(parts.tokenizer, chat_template=parts.chat_template, folder=source)
+    _grow_vocabulary(parts.language_model, len(tokenizer))
+    model = _section(parts, out)
+    whole = _put_together(
+        parts, model, image_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), eos_id=tokenizer.eos_token_id
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
+    draft.mkdir()
+    try:
+        processor = processing.build_processor(whole.config, tokenizer, mean_std=parts.mean_std)
+        folder.save(whole, draft, processor=processor)
+        os.rename(draft, out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return Imported(path=str(out), model=model, notes=parts.notes)
+
+
+def shape_of(config: PreTrainedConfig) -> Shape:
+    """What a config says, as far as it decides the number of parameters."""
+    stated = config.to_dict()
+    shape: Shape = {name: stated[name] for name in SHAPE if isinstance(stated.get(name), int | float | str)}
+    sides = {name: side_of(stated[name]) for name in ("image_size", "patch_size") if stated.get(name)}
+    return {**shape, **sides}
+
+
+def _read(source: Path, *, token_order: TokenOrder | None, chat_template: str | None) -> Parts:
+    if not source.is_dir():
+        raise ValueError(f"no such folder: {source}; download the repository and give its folder")
+    if nvlabs.is_nvlabs(source):
+        return nvlabs.read(source, token_order=token_order, chat_template=chat_template)
+    if token_order is not None:
+        raise ValueError("--token-order is for checkpoints of NVlabs/VILA; a LLaVA-HF folder has one order")
+    return llava_hf.read(source, chat_template=chat_template)
+
+
+def _grow_vocabulary(language_model: PreTrainedModel, vocabulary: int) -> None:
+    """Rows for tokens that the checkpoint has none for (v1's pictures had no token): zeros, never looked up or learnt.
+
+    A checkpoint that has enough keeps its own number of rows.
+    """
+    rows = language_model.get_input_embeddings().weight.shape[0]
+    if vocabulary <= rows:
+        return
+    padded = -(-vocabulary // build.VOCABULARY_MULTIPLE) * build.VOCABULARY_MULTIPLE
+    language_model.resize_token_embeddings(padded, mean_resizing=False)
+    with torch.no_grad():
+        for matrix in (language_model.get_input_embeddings().weight, language_model.get_output_embeddings().weight):
+            matrix[rows:] = 0
+
+
+def _section(parts: Parts, out: Path) -> Model:
+    vision = parts.tower.config
+    return Model(
+        vision_tower=HubTower(name=str(out), revision=REVISION, shape=shape_of(vision)),
+        projector=parts.projector,
+        language_model=HubLanguageModel(name=str(out), revision=REVISION, shape=shape_of(parts.language_model.config)),
+        image_size=side_of(vision.image_size),
+        patch_size=side_of(vision.patch_size),
+        feature_layer=parts.feature_layer,
+        image_fit=parts.image_fit,
+        weights=FolderWeights(path=str(out)),
+        chat_template=parts.chat_template,
+        after_image=parts.after_image,
+    )
+
+
+def _put_together(parts: Parts, model: Model, *, image_id: int, eos_id: int | None) -> VilaForConditionalGeneration:
+    if eos_id is None:
+        raise ValueError("the tokenizer names no eos token, so no answer would end; set it in tokenizer_config.json")
+    config = build.config_of(model, parts.tower, parts.language_model, image_id=image_id, eos_id=eos_id)
+    config.dtype = parts.language_model.dtype
+    with torch.device("meta"):
+        whole = VilaForConditionalGeneration(config)
+    whole.model.vision_tower = parts.tower
+    whole.model.language_model = parts.language_model.get_decoder()
+    whole.lm_head.weight = parts.language_model.get_output_embeddings().weight
+    _fill(whole.model.multi_modal_projector, parts.layers)
+    ready: VilaForConditionalGeneration = whole.eval()
+    return ready
+
+
+def _fill(projector: nn.Module, layers: list[dict[str, Tensor]]) -> None:
+    """Give a projector its weights: norms and linear layers in the order in which they are applied."""
+    wanted = [module for module in projector.modules() if isinstance(module, nn.LayerNorm | nn.Linear)]
+    if len(wanted) != len(layers):
+        raise CorruptArtifact(f"the projector has {len(wanted)} layers with weights, the checkpoint {len(layers)}")
+    for number, (module, held) in enumerate(zip(wanted, layers, strict=True)):
+        shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in held.items()}
+        if shapes != found:
+            raise CorruptArtifact(f"layer {number} of the projector is {shapes} by its type, {found} in the checkpoint")
+        module.load_state_dict(held, assign=True)

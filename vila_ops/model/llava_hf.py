@@ -1,0 +1,142 @@
+"""LLaVA folders in transformers' own format (llava-hf, and what stock transformers or we save), as parts."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from torch import Tensor, equal, eye
+from transformers import LlavaConfig, PreTrainedTokenizerFast
+
+from vila_ops.config.model import ImageFit, LinearProjector, MlpProjector, Projector
+from vila_ops.model import parts
+from vila_ops.model.parts import MeanStd, Parts, read_json
+from vila_ops.packages.tokenizer import IMAGE_TOKEN, OWN_TEMPLATE, TEMPLATE_TOKENS, TEMPLATES
+
+PLACES = (
+    (r"(?:model\.)?vision_tower\.", "vision_tower", ""),
+    (r"(?:model\.)?multi_modal_projector\.", "projector", ""),
+    (r"model\.language_model\.", "language_model", "model."),
+    (r"language_model\.(?=model\.|lm_head\.)", "language_model", ""),
+    (r"(?=lm_head\.)", "language_model", ""),
+)
+"""How a tensor's name begins, of which part it is, and how the part's own name begins; before 4.52 too."""
+QUESTION, ANSWER = "What is it", "A dog"
+
+
+def read(folder: Path, *, chat_template: str | None) -> Parts:
+    """The parts of a folder. Raises ValueError for a LLaVA that we do not hold, with the reason."""
+    stated = read_json(folder / "config.json")
+    if stated.get("model_type") != LlavaConfig.model_type:
+        raise ValueError(
+            f"{folder} holds a {stated.get('model_type')!r} model; imported are NVlabs' VILA and folders of type "
+            f"{LlavaConfig.model_type!r}"
+        )
+    config = LlavaConfig(**{key: value for key, value in stated.items() if key not in ("model_type", "auto_map")})
+    states = _by_part(parts.read_state(folder), folder)
+    tower = parts.strict("vision_tower", config.vision_config, states["vision_tower"], folder)
+    projector, layers = _projector(config, states["projector"], folder)
+    _check_selected(config)
+    tokenizer = _tokenizer(config, folder)
+    mean_std, fit = _pictures(folder)
+    return Parts(
+        tower=tower,
+        projector=projector,
+        layers=layers,
+        language_model=parts.strict("language_model", config.text_config, states["language_model"], folder),
+        tokenizer=tokenizer,
+        mean_std=mean_std,
+        feature_layer=config.vision_feature_layer,
+        image_fit=fit,
+        chat_template=chat_template or _template(tokenizer),
+        after_image=stated.get("after_image", ""),
+        notes=(f"image_fit {fit}: what the folder's processor does; LLaVA-1.5 and VILA v1 were trained with pad",),
+    )
+
+
+def _by_part(state: dict[str, Tensor], folder: Path) -> dict[str, dict[str, Tensor]]:
+    states: dict[str, dict[str, Tensor]] = {"vision_tower": {}, "projector": {}, "language_model": {}}
+    for name, tensor in state.items():
+        for begins, part, own in PLACES:
+            if found := re.match(begins, name):
+                states[part][own + name[found.end() :]] = tensor
+                break
+        else:
+            raise ValueError(f"{folder} holds {name!r}, which is no tensor of a LLaVA")
+    return states
+
+
+def _projector(
+    config: LlavaConfig, state: dict[str, Tensor], folder: Path
+) -> tuple[Projector, list[dict[str, Tensor]]]:
+    """Two layers with GELU; with no activation and an identity behind it, one (how a linear one is saved as LLaVA)."""
+    wanted = {f"linear_{number}.{kind}" for number in (1, 2) for kind in ("weight", "bias")}
+    if set(state) != wanted:
+        raise ValueError(f"{folder}: the projector holds {sorted(state)}, not {sorted(wanted)}")
+    layers = [{kind: state[f"linear_{number}.{kind}"] for kind in ("weight", "bias")} for number in (1, 2)]
+    if config.projector_hidden_act == "gelu":
+        return MlpProjector(), layers
+    second = layers[1]["weight"]
+    is_identity = equal(second, eye(len(second), dtype=second.dtype)) and not layers[1]["bias"].any()
+    if config.projector_hidden_act != "linear" or not is_identity:
+        raise ValueError(
+            f"{folder}: projector_hidden_act {config.projector_hidden_act!r}; we hold gelu, and linear in front of an "
+            f"identity"
+        )
+    return LinearProjector(), layers[:1]
+
+
+def _check_selected(config: LlavaConfig) -> None:
+    layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
+    fits = "full" if "siglip" in config.vision_config.model_type else "default"
+    if not isinstance(layer, int) or layer >= 0:
+        raise ValueError(f"vision_feature_layer {layer}: we read one state of the tower, counted from the end")
+    if strategy != fits:
+        raise ValueError(
+            f"vision_feature_select_strategy {strategy!r} of a {config.vision_config.model_type} tower: we hold "
+            f"{fits!r}, which gives each patch and nothing else"
+        )
+
+
+def _tokenizer(config: LlavaConfig, folder: Path) -> PreTrainedTokenizerFast:
+    tokenizer = parts.load_tokenizer(folder)
+    named = tokenizer.convert_ids_to_tokens(config.image_token_id) if config.image_token_id < len(tokenizer) else None
+    if named != IMAGE_TOKEN:
+        raise ValueError(
+            f"{folder}: the image token {config.image_token_id} of the config is {named!r} in the tokenizer, not "
+            f"{IMAGE_TOKEN!r}"
+        )
+    return tokenizer
+
+
+def _pictures(folder: Path) -> tuple[MeanStd, ImageFit]:
+    """Mean and deviation, and how the folder's image processor makes a square."""
+    whole = folder / "processor_config.json"
+    stated: dict[str, Any] = read_json(whole).get("image_processor", {}) if whole.is_file() else {}
+    if not stated:
+        stated = read_json(folder / "preprocessor_config.json")
+    if "image_mean" not in stated or "image_std" not in stated:
+        raise ValueError(f"{folder}: the image processor's config names no image_mean or no image_std")
+    mean_std = tuple(stated["image_mean"]), tuple(stated["image_std"])
+    if stated.get("do_pad"):
+        return mean_std, "pad"
+    return mean_std, "crop" if stated.get("do_center_crop", "crop_size" in stated) else "squash"
+
+
+def _template(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The name of our template that the folder holds, or its own if that can say plain text."""
+    own = tokenizer.chat_template
+    for name in TEMPLATE_TOKENS:
+        if own == (TEMPLATES / f"{name}.jinja").read_text():
+            return name
+    messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False) if own else ""
+    except TemplateError:
+        text = ""
+    if QUESTION in text and ANSWER in text:
+        return OWN_TEMPLATE
+    raise ValueError(
+        f"the folder has no chat template, or one that does not read messages of plain text; say --chat-template, one "
+        f"of {sorted(TEMPLATE_TOKENS)} (LLaVA-1.5 and VILA v1: vicuna_v1)"
+    )

@@ -1,0 +1,172 @@
+"""The parts of somebody else's checkpoint, read from their folders: safetensors alone, no code run, every key used."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from vila_ops.artifacts.store import CorruptArtifact
+from vila_ops.config.model import ImageFit, Part, Projector
+from vila_ops.model.internvit import INTERNVIT, translated, translated_config
+
+MeanStd = tuple[tuple[float, ...], tuple[float, ...]]
+DERIVED = ("position_ids", "rotary_emb.inv_freq")
+"""Ends of keys that old transformers saved though they follow from the config."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+INTERNVIT_MEAN_STD: MeanStd = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Fixed in NVlabs' code (intern_encoder.py); its preprocessor_config.json does not tell them."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a checkpoint holds, in our terms."""
+
+    tower: PreTrainedModel
+    projector: Projector
+    layers: list[dict[str, Tensor]]
+    """Weight and bias of the projector's norms and linear layers, in the order in which they are applied."""
+    language_model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    mean_std: MeanStd
+    feature_layer: int
+    image_fit: ImageFit
+    chat_template: str
+    """Name of a template of ours, or `tokenizer`."""
+    after_image: str
+    notes: tuple[str, ...]
+    """What the user should know: how things were told, and what is not taken over."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ValueError that names the file where there is none."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    try:
+        found = json.loads(path.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return found
+
+
+def read_state(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's safetensors files. Pickles are never opened; a folder of nothing else is refused."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+        raise ValueError(
+            f"{folder} has no safetensors file"
+            + (f"; its {pickles} are pickles, which may run code and are never opened" if pickles else "")
+            + "; save the weights as safetensors, where you trust the code, and import that"
+        )
+    state: dict[str, Tensor] = {}
+    for path in files:
+        try:
+            held = load_file(path)
+        except SafetensorError as error:
+            raise CorruptArtifact(f"{path} is not a readable safetensors file ({error})") from error
+        if twice := sorted(set(held) & set(state)):
+            raise CorruptArtifact(f"{path} holds {twice[:3]}, which another file of the folder holds too")
+        state |= held
+    return state
+
+
+def load_tower(folder: Path) -> PreTrainedModel:
+    """The vision tower of a folder; InternViT's own format becomes transformers' InternVL tower."""
+    stated = read_json(folder / "config.json")
+    state = read_state(folder)
+    if stated.get("model_type") == INTERNVIT:
+        return strict("vision_tower", translated_config(stated), translated(state), folder)
+    return strict("vision_tower", _native_config(folder), state, folder)
+
+
+def load_language_model(folder: Path) -> PreTrainedModel:
+    """The causal language model of a folder."""
+    stated = read_json(folder / "config.json")
+    if method := stated.get("quantization_config"):
+        name = method.get("quant_method") if isinstance(method, dict) else method
+        raise ValueError(f"{folder} is quantised ({name}); import the checkpoint that it was made from")
+    return strict("language_model", _native_config(folder), read_state(folder), folder)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder, from tokenizer.json, sentencepiece's tokenizer.model, or vocab.json and merges.txt."""
+    if (folder / "tokenizer.json").is_file():
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(f"{folder} has no tokenizer: none of {list(TOKENIZER_FILES)}")
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, legacy=False)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"{folder}: {type(tokenizer).__name__} is no fast tokenizer, the only kind that is supported")
+    return tokenizer
+
+
+def mean_std_of(folder: Path) -> MeanStd:
+    """Channel mean and deviation by a tower folder's preprocessor_config.json."""
+    stated = read_json(folder / "preprocessor_config.json")
+    if "image_mean" not in stated or "image_std" not in stated:
+        if read_json(folder / "config.json").get("model_type") == INTERNVIT:
+            return INTERNVIT_MEAN_STD
+        raise ValueError(f"{folder / 'preprocessor_config.json'} names no image_mean or no image_std")
+    return tuple(stated["image_mean"]), tuple(stated["image_std"])
+
+
+def _native_config(folder: Path) -> PreTrainedConfig:
+    """A folder's config by transformers' own class; `auto_map` in it is never followed."""
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (KeyError, ValueError) as error:
+        kind = read_json(folder / "config.json").get("model_type")
+        raise ValueError(
+            f"{folder} holds a model of type {kind!r}, for which transformers has no class of its own; code that comes "
+            f"with a checkpoint is not run"
+        ) from error
+
+
+def side_of(size: int | list[int] | tuple[int, ...]) -> int:
+    """The side of a square that a config gives as a number, or, as InternVL's does, as height and width."""
+    sides = {size} if isinstance(size, int) else set(size)
+    if len(sides) != 1:
+        raise ValueError(f"height and width {size} are not a square")
+    return sides.pop()
+
+
+def strict(part: Part, config: PreTrainedConfig, state: dict[str, Tensor], folder: Path) -> PreTrainedModel:
+    """A tower or language model of exactly these weights, in the precision that they have.
+
+    Raises CorruptArtifact that names what is missing, unknown or misshapen.
+    """
+    state = {name: tensor for name, tensor in state.items() if not name.endswith(DERIVED)}
+    precisions = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    config.architectures = None
+    with torch.device("meta"):
+        auto = AutoModelForCausalLM if part == "language_model" else AutoModel
+        empty = auto.from_config(config, trust_remote_code=False)
+    model, info = type(empty).from_pretrained(
+        None,
+        config=config,
+        state_dict=state,
+        dtype=max(precisions, key=lambda dtype: dtype.itemsize),
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are in the info, and refused below
+    )
+    wrong = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
+    if wrong:
+        raise CorruptArtifact(f"{folder} does not hold the {part} that its config names: {wrong}")
+    loaded: PreTrainedModel = model.eval()
+    return loaded
