@@ -6,6 +6,7 @@ The formulas are those of base_projector.py (vila1.5 and b760c34) and llava_arch
 import json
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ def write(folder: Path, config: dict[str, Any], *, projector: str, tower: str = 
         _dump(folder / "vision_tower" / "preprocessor_config.json", {"image_mean": [0.4] * 3, "image_std": [0.6] * 3})
     _dump(folder / "mm_projector" / "config.json", {"model_type": "v2l_projector", "mm_projector_type": projector})
     scales = len(str(config.get("s2_scales") or "1").split(","))
-    save_file(projector_state(projector, CHANNELS * scales), folder / "mm_projector" / "model.safetensors")
+    channels = 128 if tower == "clip128" else CHANNELS
+    save_file(projector_state(projector, channels * scales), folder / "mm_projector" / "model.safetensors")
 
 
 def projector_state(kind: str, channels: int) -> dict[str, Tensor]:
@@ -79,7 +81,7 @@ def projector_state(kind: str, channels: int) -> dict[str, Tensor]:
         return {f"layers.{name}": tensor for name, tensor in _linear(channels, DIM).items()}
     if not factor:
         widths = [channels, *[DIM] * int(kind[3])]
-        layers = {2 * n: _linear(a, b) for n, (a, b) in enumerate(zip(widths, widths[1:], strict=False))}
+        layers = {2 * n: _linear(a, b) for n, (a, b) in enumerate(pairwise(widths))}
     elif factor == 2:
         wide = 4 * channels
         layers = {1: _norm(wide), 2: _linear(wide, DIM), 4: _linear(DIM, DIM)}
@@ -179,9 +181,7 @@ def _internvit_states(held: dict[str, Tensor], stated: dict[str, Any], pixels: T
         joint = linear(rms(at + "norm1.weight", x), held[at + "attn.qkv.weight"])
         query, key, value = joint.view(images, tokens, 3, channels).unbind(2)
         query, key = rms(at + "attn.q_norm.weight", query), rms(at + "attn.k_norm.weight", key)
-        query, key, value = (
-            each.view(images, tokens, heads, -1).transpose(1, 2) for each in (query, key, value)
-        )
+        query, key, value = (each.view(images, tokens, heads, -1).transpose(1, 2) for each in (query, key, value))
         weights = (query @ key.transpose(-2, -1) * (channels // heads) ** -0.5).softmax(-1)
         seen = (weights @ value).transpose(1, 2).reshape(images, tokens, channels)
         seen = linear(seen, held[at + "attn.proj.weight"], held[at + "attn.proj.bias"])
@@ -223,6 +223,8 @@ def _tower(kind: str) -> PreTrainedModel:
     size = {"image_size": SIDE, "patch_size": PATCH}
     if kind == "siglip":
         return _spread(SiglipVisionModel(SiglipVisionConfig(**shape, **size)))
+    if kind == "clip128":  # heads of 64 channels, as OpenAI's
+        shape |= {"hidden_size": 128}
     return _spread(CLIPVisionModel(CLIPVisionConfig(**shape, **size)))
 
 

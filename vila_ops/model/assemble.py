@@ -16,12 +16,19 @@ log = logging.getLogger(__name__)
 
 
 def assemble(model: Model, resources: Resources) -> Pretrained:
-    """Tower, fresh projector and language model put together; made only if the store has it not yet."""
+    """Tower, projector and language model put together, or the folder that the recipe starts from.
+
+    Made only if the store has it not yet. Of a folder the content is a parent; its place does not matter.
+    """
     recipe = model.model_dump(mode="json")
     parents: tuple[str, ...] = ()
+    if model.weights is not None:
+        parents = (folder_digest(Path(model.weights.path)),)
+        for part in ("weights", "vision_tower", "language_model"):
+            recipe[part] = {key: value for key, value in recipe[part].items() if value != model.weights.path}
     if model.language_model.kind == "random":
-        parents = (folder_digest(Path(model.language_model.tokenizer)),)
-        del recipe["language_model"]["tokenizer"]  # its content is a parent, its place does not matter
+        parents = (*parents, folder_digest(Path(model.language_model.tokenizer)))
+        del recipe["language_model"]["tokenizer"]
     at = store.address(Pretrained, revision=REVISION, recipe=recipe, parents=parents)
     if done := store.find(Pretrained, at, store=resources.store):
         return done
@@ -30,13 +37,30 @@ def assemble(model: Model, resources: Resources) -> Pretrained:
 
 
 def _assemble(at: store.Address, model: Model, resources: Resources) -> Pretrained:
-    from vila_ops.model import build, folder, processing  # heavy: torch, transformers
-    from vila_ops.packages.normalisation import mean_std
-    from vila_ops.packages.tokenizer import IMAGE_TOKEN, build_tokenizer
+    from vila_ops.model.start import start_from  # heavy: torch, transformers
 
     started = time.monotonic()
     attempt = store.begin(at, store=resources.store)
     cache = Path(resources.cache).expanduser()
+    if model.weights is not None:
+        start_from(model, Path(model.weights.path), attempt, cache=cache)
+    else:
+        _put_together(model, attempt, cache=cache)
+    log.info("assembled %s + %s", model.vision_tower.kind, model.language_model.kind)
+    return store.seal(
+        Pretrained,
+        at,
+        attempt,
+        facts={},
+        execution=execution(launch="inline", seconds=time.monotonic() - started, ran=[]),
+    )
+
+
+def _put_together(model: Model, out: Path, *, cache: Path) -> None:
+    from vila_ops.model import build, folder, processing  # heavy: torch, transformers
+    from vila_ops.packages.normalisation import mean_std
+    from vila_ops.packages.tokenizer import IMAGE_TOKEN, build_tokenizer
+
     tokenizer = build_tokenizer(model.language_model, chat_template=model.chat_template, cache=cache)
     whole = build.build_model(
         model,
@@ -46,12 +70,4 @@ def _assemble(at: store.Address, model: Model, resources: Resources) -> Pretrain
         cache=cache,
     )
     processor = processing.build_processor(whole.config, tokenizer, mean_std=mean_std(model.vision_tower))
-    folder.save(whole, attempt, processor=processor)
-    log.info("assembled %s + %s", model.vision_tower.kind, model.language_model.kind)
-    return store.seal(
-        Pretrained,
-        at,
-        attempt,
-        facts={},
-        execution=execution(launch="inline", seconds=time.monotonic() - started, ran=[]),
-    )
+    folder.save(whole, out, processor=processor)

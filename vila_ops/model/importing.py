@@ -14,7 +14,8 @@ from vila_ops.config import Config, Model
 from vila_ops.config.model import FolderWeights, HubLanguageModel, HubTower, Shape
 from vila_ops.model import build, folder, llava_hf, nvlabs, processing
 from vila_ops.model.nvlabs import TokenOrder
-from vila_ops.model.parts import Parts, side_of
+from vila_ops.model.parts import Parts
+from vila_ops.model.towers import square_side
 from vila_ops.model.vila import VilaForConditionalGeneration
 from vila_ops.packages.tokenizer import IMAGE_TOKEN, with_image_token
 
@@ -71,7 +72,7 @@ def shape_of(config: PreTrainedConfig) -> Shape:
     """What a config says, as far as it decides the number of parameters."""
     stated = config.to_dict()
     shape: Shape = {name: stated[name] for name in SHAPE if isinstance(stated.get(name), int | float | str)}
-    sides = {name: side_of(stated[name]) for name in ("image_size", "patch_size") if stated.get(name)}
+    sides = {name: square_side(stated[name]) for name in ("image_size", "patch_size") if stated.get(name)}
     return {**shape, **sides}
 
 
@@ -106,8 +107,8 @@ def _section(parts: Parts, out: Path) -> Model:
         vision_tower=HubTower(name=str(out), revision=REVISION, shape=shape_of(vision)),
         projector=parts.projector,
         language_model=HubLanguageModel(name=str(out), revision=REVISION, shape=shape_of(parts.language_model.config)),
-        image_size=side_of(vision.image_size),
-        patch_size=side_of(vision.patch_size),
+        image_size=square_side(vision.image_size),
+        patch_size=square_side(vision.patch_size),
         feature_layer=parts.feature_layer,
         image_fit=parts.image_fit,
         weights=FolderWeights(path=str(out)),

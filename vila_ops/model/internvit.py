@@ -58,7 +58,7 @@ def translated(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if found := QKV.match(name):
             layer = found[1].replace("encoder.layers.", "encoder.layer.")
             for part, third in zip("qkv", tensor.chunk(3), strict=True):
-                out[f"{layer}.attention.{part}_proj.{found[2]}"] = third.contiguous()
+                out[f"{layer}.attention.{part}_proj.{found[2]}"] = third.clone()
             continue
         for pattern, new in NAMES:
             name = re.sub(pattern, new, name)

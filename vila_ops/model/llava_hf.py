@@ -11,6 +11,7 @@ from transformers import LlavaConfig, PreTrainedTokenizerFast
 from vila_ops.config.model import ImageFit, LinearProjector, MlpProjector, Projector
 from vila_ops.model import parts
 from vila_ops.model.parts import MeanStd, Parts, read_json
+from vila_ops.model.towers import select_strategy
 from vila_ops.packages.tokenizer import IMAGE_TOKEN, OWN_TEMPLATE, TEMPLATE_TOKENS, TEMPLATES
 
 PLACES = (
@@ -88,7 +89,7 @@ def _projector(
 
 def _check_selected(config: LlavaConfig) -> None:
     layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
-    fits = "full" if "siglip" in config.vision_config.model_type else "default"
+    fits = select_strategy(config.vision_config)
     if not isinstance(layer, int) or layer >= 0:
         raise ValueError(f"vision_feature_layer {layer}: we read one state of the tower, counted from the end")
     if strategy != fits:

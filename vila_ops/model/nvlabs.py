@@ -16,6 +16,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedModel, PreTrai
 from vila_ops.config.model import DownsampleProjector, ImageFit, LinearProjector, MlpProjector, Projector
 from vila_ops.model import parts
 from vila_ops.model.parts import Parts, read_json
+from vila_ops.model.towers import class_tokens, square_side
 from vila_ops.packages.tokenizer import OWN_TEMPLATE, TEMPLATE_TOKENS
 
 TokenOrder = Literal["rows", "columns"]
@@ -176,7 +177,7 @@ def _one_scale(
     own, repeated; its scale and shift and the sum over the copies go into the linear layer behind it.
     """
     scales = sorted(int(scale) for scale in str(config.get("s2_scales")).split(","))
-    side = parts.side_of(tower.config.image_size)
+    side = square_side(tower.config.image_size)
     if scales[0] != side:
         raise ValueError(f"the tiles of Dynamic-S2 have {scales[0]} pixels, the tower's pictures {side}")
     norm, linear, *rest = layers
@@ -199,7 +200,7 @@ def _one_scale(
 def _check_selected(config: dict[str, Any], tower: PreTrainedModel) -> None:
     """`patch` drops the first token, which must be the class token; `cls_patch` keeps all, so there must be none."""
     selected = config.get("mm_vision_select_feature", "patch")
-    fits = "cls_patch" if "siglip" in tower.config.model_type else "patch"
+    fits = "patch" if class_tokens(tower.config) else "cls_patch"
     if selected != fits:
         raise ValueError(
             f"mm_vision_select_feature {selected!r} of a {tower.config.model_type} tower: we hold {fits!r}, which "

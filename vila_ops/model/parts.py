@@ -138,14 +138,6 @@ def _native_config(folder: Path) -> PreTrainedConfig:
         ) from error
 
 
-def side_of(size: int | list[int] | tuple[int, ...]) -> int:
-    """The side of a square that a config gives as a number, or, as InternVL's does, as height and width."""
-    sides = {size} if isinstance(size, int) else set(size)
-    if len(sides) != 1:
-        raise ValueError(f"height and width {size} are not a square")
-    return sides.pop()
-
-
 def strict(part: Part, config: PreTrainedConfig, state: dict[str, Tensor], folder: Path) -> PreTrainedModel:
     """A tower or language model of exactly these weights, in the precision that they have.
 

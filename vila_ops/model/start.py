@@ -1,0 +1,101 @@
+"""A whole model's folder as what a recipe starts from: copied, if it is the model that the recipe describes."""
+
+import shutil
+from pathlib import Path
+from typing import Any, assert_never
+
+from transformers import PreTrainedTokenizerFast
+
+from vila_ops.config import Model
+from vila_ops.config.model import (
+    HubLanguageModel,
+    HubTower,
+    LanguageModel,
+    PackagedLanguageModel,
+    PackagedTower,
+    RandomLanguageModel,
+    RandomTower,
+    Shape,
+    VisionTower,
+)
+from vila_ops.model import folder
+from vila_ops.model.configuration import VilaConfig
+from vila_ops.model.towers import patch_side, square_side
+from vila_ops.packages.tokenizer import IMAGE_TOKEN, OWN_TEMPLATE, build_tokenizer
+
+SUFFIXES = (".json", ".safetensors", ".jinja", ".txt", ".model")
+"""Of the files that make a model's folder; anything else in it is left behind."""
+SIZED_BY_THE_MODEL = {"image_size", "vocab_size"}
+"""Of a part's shape: its position table and its embedding have grown to what the whole needs."""
+
+
+def start_from(model: Model, source: Path, out: Path, *, cache: Path) -> None:
+    """Copy the model in `source` to `out`, to the byte.
+
+    Raises CorruptArtifact if its weights are not those that its config names, ValueError that lists every difference
+    from the recipe, both values told.
+    """
+    config = folder.load(source).config
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(source, local_files_only=True)
+    wanted = build_tokenizer(model.language_model, chat_template=model.chat_template, cache=cache)
+    if found := [*_in_the_config(model, config), *_in_the_tokenizer(model, config, tokenizer, wanted)]:
+        raise ValueError(f"the model in {source} is not the recipe's: " + "; ".join(found))
+    for path in sorted(source.iterdir()):
+        if path.suffix in SUFFIXES and path.is_file():
+            shutil.copyfile(path, out / path.name)
+
+
+def _in_the_config(model: Model, config: VilaConfig) -> list[str]:
+    pairs: dict[str, tuple[Any, Any]] = {
+        "projector": (config.projector_choice().model_dump(), model.projector.model_dump()),
+        "image_size": (config.vision_side, model.image_size),
+        "patch_size": (patch_side(config.vision_config), model.patch_size),
+        "feature_layer": (config.vision_feature_layer, model.feature_layer),
+        "after_image": (config.after_image, model.after_image),
+    }
+    shapes = {"vision_tower": _tower_shape(model.vision_tower), "language_model": _text_shape(model.language_model)}
+    stated = {"vision_tower": config.vision_config.to_dict(), "language_model": config.text_config.to_dict()}
+    for part, shape in shapes.items():
+        for name in sorted(set(shape) & set(stated[part]) - SIZED_BY_THE_MODEL):
+            its = stated[part][name]
+            pairs[f"{part} {name}"] = (square_side(its) if isinstance(its, list | tuple) else its, shape[name])
+    return [f"its {name} is {its!r}, the recipe's {ours!r}" for name, (its, ours) in pairs.items() if its != ours]
+
+
+def _in_the_tokenizer(
+    model: Model, config: VilaConfig, its: PreTrainedTokenizerFast, ours: PreTrainedTokenizerFast
+) -> list[str]:
+    found = []
+    if its.get_vocab() != ours.get_vocab():
+        other = sorted(set(its.get_vocab().items()) ^ set(ours.get_vocab().items()))[:2]
+        found.append(f"its tokenizer has {len(its)} tokens, the recipe's {len(ours)}; they differ in {other}")
+    if config.image_token_id != (image_id := ours.convert_tokens_to_ids(IMAGE_TOKEN)):
+        found.append(f"its image token is {config.image_token_id}, the recipe's {image_id}")
+    if its.chat_template != ours.chat_template:
+        found.append(f"its chat template is not the recipe's {model.chat_template!r}; `{OWN_TEMPLATE}` keeps its own")
+    return found
+
+
+def _tower_shape(tower: VisionTower) -> Shape:
+    """What a recipe says of the shape of its tower, in transformers' words."""
+    match tower:
+        case HubTower(shape=shape):
+            return shape or {}
+        case RandomTower(hidden_size=hidden, num_layers=layers, num_heads=heads):
+            return {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
+        case PackagedTower():
+            return {}
+        case _:
+            assert_never(tower)
+
+
+def _text_shape(language_model: LanguageModel) -> Shape:
+    match language_model:
+        case HubLanguageModel(shape=shape):
+            return shape or {}
+        case RandomLanguageModel(hidden_size=hidden, num_layers=layers, num_heads=heads):
+            return {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
+        case PackagedLanguageModel():
+            return {}
+        case _:
+            assert_never(language_model)
