@@ -7,16 +7,18 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CLIPVisionModel
 
 from tests.model.nvlabs_layout import DIM, IMAGE, NVILA, PROJECTORS, SIDE, TINY, V15, logits, project, write
 from vila_ops import pipeline
-from vila_ops.artifacts.store import CorruptArtifact
+from vila_ops.artifacts.store import CorruptArtifact, content
 from vila_ops.cli.options import section
 from vila_ops.config import Model, load
 from vila_ops.model import folder as model_folder
 from vila_ops.model.importing import import_checkpoint
+from vila_ops.packages.tokenizer import build_tokenizer
 
 IDS = [1, 40, IMAGE, 41, 99, IMAGE, 42, 2]
 """One row with two pictures."""
@@ -40,8 +42,11 @@ def pixels() -> Tensor:
     return torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-@pytest.mark.parametrize("projector", PROJECTORS)
-@pytest.mark.parametrize(("tower", "llm"), [("siglip", "qwen2"), ("clip", "llama"), ("internvit", "llama")])
+@pytest.mark.parametrize(
+    ("projector", "tower", "llm"),
+    [*[(kind, "siglip", "qwen2") for kind in PROJECTORS], ("linear", "clip", "llama"),
+     ("mlp_downsample_3x3_fix", "clip", "qwen2"), ("mlp_downsample_2x2_fix", "internvit", "llama")],
+)  # fmt: skip
 def test_logits_are_those_of_nvlabs_order_of_work(
     projector: str, tower: str, llm: str, pixels: Tensor, tmp_path: Path
 ) -> None:
@@ -96,15 +101,17 @@ def test_a_projector_of_one_order_takes_no_other(tmp_path: Path) -> None:
         import_checkpoint(tmp_path / "a", tmp_path / "ours", chat_template="chatml", token_order="columns")
 
 
-@pytest.mark.parametrize("projector", ["mlp_downsample", "mlp_downsample_3x3_fix"])
-def test_dynamic_s2_is_exact_for_pictures_of_one_tile(projector: str, pixels: Tensor, tmp_path: Path) -> None:
+def test_dynamic_s2_is_exact_for_pictures_of_one_tile(pixels: Tensor, tmp_path: Path) -> None:
     s2 = {**NVILA, "dynamic_s2": True, "s2_scales": f"{SIDE},{2 * SIDE},{3 * SIDE}", "image_aspect_ratio": "dynamic_s2"}
-    write(tmp_path / "a", s2, projector=projector)
+    write(tmp_path / "a", s2, projector="mlp_downsample")
     made = import_checkpoint(tmp_path / "a", tmp_path / "ours", chat_template="chatml")
     assert any("one tile" in note for note in made.notes)
     with torch.no_grad():
         expected = logits(tmp_path / "a", pixels, IDS)
     assert torch.allclose(ours(tmp_path / "ours", pixels, IDS), expected, atol=1e-5, rtol=0)
+    write(tmp_path / "b", s2, projector="mlp_downsample_3x3_fix")
+    with pytest.raises(ValueError, match="Dynamic-S2 in front of a 3x3 projector"):
+        import_checkpoint(tmp_path / "b", tmp_path / "again", chat_template="chatml")
 
 
 @pytest.mark.parametrize("projector", ["linear", "mlp2x_gelu"])
@@ -248,7 +255,8 @@ def test_a_wrong_set_of_weights_is_refused(part: str, fault: str, tmp_path: Path
         path.write_bytes(path.read_bytes()[:-64])
     if fault == "pickle":
         path.rename(path.with_name("pytorch_model.bin"))
-    with pytest.raises((ValueError, CorruptArtifact), match="pickles, which may run code" if fault == "pickle" else ""):
+    reason = "pickles, which may run code" if fault == "pickle" else f"{part}|projector|something.weight"
+    with pytest.raises((ValueError, CorruptArtifact), match=reason):
         import_checkpoint(tmp_path / "a", tmp_path / "ours")
     assert [each.name for each in tmp_path.iterdir()] == ["a"]
 
@@ -268,6 +276,7 @@ def test_code_that_comes_with_a_checkpoint_is_not_run(part: str, tmp_path: Path)
         with pytest.raises(ValueError, match="code that comes with a checkpoint is not run"):
             import_checkpoint(tmp_path / "a", tmp_path / "again")
     assert not marker.exists()
+    assert not Path("ran").exists()
     assert "auto_map" not in (tmp_path / "ours/config.json").read_text()
 
 
@@ -295,7 +304,30 @@ def test_the_printed_section_in_a_recipe_trains(tmp_path: Path) -> None:
         overrides=(f"resources.store={tmp_path / 'store'}", "stages.align.num_steps=2", "stages.align.save_every=2"),
     )
     trained = pipeline.model_after(run, "align")
-    before, after = model_folder.load(tmp_path / "ours").state_dict(), model_folder.load(Path(trained.uri)).state_dict()
+    before, after = model_folder.load(tmp_path / "ours").state_dict(), model_folder.load(content(trained)).state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
     assert all("multi_modal_projector" in name for name in changed)
+
+
+def test_a_tokenizer_of_sentencepiece_becomes_a_fast_one_of_the_same_ids(tmp_path: Path) -> None:
+    write(tmp_path / "a", V15, projector="linear")
+    llm = tmp_path / "a/llm"
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (llm / name).unlink()
+    corpus = (Path(__file__).read_text() + Path("README.md").read_text()).split("\n")
+    (tmp_path / "corpus").write_text("\n".join(corpus))
+    SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus"), model_prefix=str(llm / "tokenizer"), vocab_size=600, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=True, minloglevel=2,
+    )  # fmt: skip
+    (llm / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"})
+    )
+    made = import_checkpoint(tmp_path / "a", tmp_path / "ours")
+    assert made.model.chat_template == "vicuna_v1"
+    theirs = SentencePieceProcessor(model_file=str(llm / "tokenizer.model"))
+    fast = build_tokenizer(made.model.language_model, chat_template="vicuna_v1", cache=tmp_path)
+    assert fast.convert_tokens_to_ids("<image>") == 600
+    for text in ("A dog by the sea.", "def test(x): return 3", "Grüße 🦙"):
+        assert fast(text, add_special_tokens=False)["input_ids"] == theirs.encode(text)

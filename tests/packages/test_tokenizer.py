@@ -51,11 +51,12 @@ def test_a_template_whose_control_tokens_the_tokenizer_lacks_is_refused(
     tiny: Path, template: str, missing: str
 ) -> None:
     with pytest.raises(
-        ValueError, match=rf"writes \[{missing}\], .* choose one of \['chatml', 'plain'\]".replace("|", r"\|")
+        ValueError,
+        match=rf"writes \[{missing}\], .* choose one of \['chatml', 'hermes_2', 'plain'\]".replace("|", r"\|"),
     ):
         build(tiny / "tokenizer", template)
 
 
 def test_an_unknown_template_is_refused_with_those_there_are(tiny: Path) -> None:
-    with pytest.raises(ValueError, match=r"no chat template 'chatlm'; there are \['chatml', 'llama_3'"):
+    with pytest.raises(ValueError, match=r"no chat template 'chatlm'; there are \['chatml', 'hermes_2', 'llama_3'"):
         build(tiny / "tokenizer", "chatlm")

@@ -21,7 +21,9 @@ PLACES = (
     (r"language_model\.(?=model\.|lm_head\.)", "language_model", ""),
     (r"(?=lm_head\.)", "language_model", ""),
 )
-"""How a tensor's name begins, of which part it is, and how the part's own name begins; before 4.52 too."""
+"""How a tensor's name begins, of which part it is, and how the part's own name begins.
+
+transformers 5 writes as before 4.52, 4.52 and we as its modules are called."""
 QUESTION, ANSWER = "What is it", "A dog"
 
 

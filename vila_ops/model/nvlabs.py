@@ -180,6 +180,8 @@ def _one_scale(
     side = square_side(tower.config.image_size)
     if scales[0] != side:
         raise ValueError(f"the tiles of Dynamic-S2 have {scales[0]} pixels, the tower's pictures {side}")
+    if len(layers) != 3:
+        raise ValueError("Dynamic-S2 in front of a 3x3 projector, whose narrow layer is wider than ours by the scales")
     norm, linear, *rest = layers
     channels = tower.config.hidden_size
     repeated = linear["weight"].shape[1]

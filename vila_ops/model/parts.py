@@ -145,7 +145,9 @@ def strict(part: Part, config: PreTrainedConfig, state: dict[str, Tensor], folde
     """
     state = {name: tensor for name, tensor in state.items() if not name.endswith(DERIVED)}
     precisions = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
-    config.architectures = None
+    config.architectures, config._name_or_path = None, ""  # theirs, and this machine's
+    if hasattr(config, "auto_map"):
+        del config.auto_map
     with torch.device("meta"):
         auto = AutoModelForCausalLM if part == "language_model" else AutoModel
         empty = auto.from_config(config, trust_remote_code=False)

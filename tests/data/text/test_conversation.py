@@ -79,9 +79,16 @@ SENTENCE = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "
 )
 
+VILA_SYSTEM = (
+    "<|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. You are able to "
+    "understand the visual content that the user provides, and assist the user with a variety of tasks using natural "
+    "language.<|eot_id|>"
+)
+"""As in NVlabs' conversation.py."""
+
 
 def by_hand(template: str, said: list[tuple[str, str]], bos: str) -> list[tuple[str, bool]]:
-    """The four templates written by hand: pieces of text, and whether they are the assistant's."""
+    """The templates written by hand: pieces of text, and whether they are the assistant's."""
     if template == "chatml":
         return [
             piece
@@ -92,6 +99,21 @@ def by_hand(template: str, said: list[tuple[str, str]], bos: str) -> list[tuple[
         opened = [(f"<|start_header_id|>{role}<|end_header_id|>\n\n", False) for role, _ in said]
         closed = [(f"{text.strip()}<|eot_id|>", role == "assistant") for role, text in said]
         return [(bos, False), *[piece for pair in zip(opened, closed, strict=True) for piece in pair]]
+    if template == "hermes_2":
+        silent = [] if said[0][0] == "system" else [("<|im_start|>system\nAnswer the questions.<|im_end|>", False)]
+        each = [
+            piece
+            for role, text in said
+            for piece in ((f"<|im_start|>{role}\n", False), (f"{text}<|im_end|>", role == "assistant"))
+        ]
+        return [*silent, *each]
+    if template == "llama_3_vila":
+        opened = [(f"<|start_header_id|>{role}<|end_header_id|>\n\n", False) for role, _ in said]
+        ends = ["<|eot_id|>"] * len(said)
+        ends[-1] = "<|end_of_text|>" if said[-1][0] == "assistant" else "<|eot_id|>"
+        closed = [(text + end, role == "assistant") for (role, text), end in zip(said, ends, strict=True)]
+        first = [(bos, False)] if said[0][0] == "system" else [(bos + VILA_SYSTEM, False)]
+        return [*first, *[piece for pair in zip(opened, closed, strict=True) for piece in pair]]
     if template == "plain":
         seen = [
             (text + "\n", True) if role == "assistant" else ("<image>" * text.count("<image>"), False)
@@ -192,7 +214,14 @@ def test_an_answer_ends_at_eos_and_at_the_end_of_a_turn(fast_with: Make) -> None
         tokenizer = Tokenizer(fast_with(template), image_tokens=4, after_image="")
         stops[template] = tokenizer.fast.convert_ids_to_tokens(sorted(tokenizer.stop_ids))
     eos = ["<|im_end|>"]
-    assert stops == {"chatml": eos, "llama_3": [*eos, "<|eot_id|>"], "plain": eos, "vicuna_v1": [*eos, "</s>"]}
+    assert stops == {
+        "chatml": eos,
+        "hermes_2": eos,
+        "llama_3": [*eos, "<|eot_id|>"],
+        "llama_3_vila": [*eos, "<|end_of_text|>"],
+        "plain": eos,
+        "vicuna_v1": [*eos, "</s>"],
+    }
 
 
 def test_a_control_token_that_swallows_blanks_is_not_the_assistants(fast_with: Make) -> None:
