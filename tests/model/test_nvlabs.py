@@ -10,10 +10,12 @@ from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CLIPVisionModel
+from typer.testing import CliRunner
 
 from tests.model.nvlabs_layout import DIM, IMAGE, NVILA, PROJECTORS, SIDE, TINY, V15, logits, project, write
 from vila_ops import pipeline
 from vila_ops.artifacts.store import CorruptArtifact, content
+from vila_ops.cli import app
 from vila_ops.cli.options import section
 from vila_ops.config import Model, load
 from vila_ops.model import folder as model_folder
@@ -22,6 +24,8 @@ from vila_ops.packages.tokenizer import build_tokenizer
 
 IDS = [1, 40, IMAGE, 41, 99, IMAGE, 42, 2]
 """One row with two pictures."""
+ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "[BOS]", "[PAD]", "<vila/sentinel>", "<image>", "<vila/video>")
+"""NVILA's, in the order of constants.py."""
 
 
 def ours(folder: Path, pixels: Tensor, ids: list[int]) -> Tensor:
@@ -331,3 +335,45 @@ def test_a_tokenizer_of_sentencepiece_becomes_a_fast_one_of_the_same_ids(tmp_pat
     assert fast.convert_tokens_to_ids("<image>") == 600
     for text in ("A dog by the sea.", "def test(x): return 3", "Grüße 🦙"):
         assert fast(text, add_special_tokens=False)["input_ids"] == theirs.encode(text)
+
+
+def test_a_tokenizer_of_vocabulary_and_merges_keeps_its_added_ids(tmp_path: Path) -> None:
+    """NVILA's: Qwen2's files, with its own tokens behind the vocabulary."""
+    write(tmp_path / "a", NVILA, projector="linear", llm="qwen2")
+    llm = tmp_path / "a/llm"
+    own = json.loads((llm / "tokenizer.json").read_text())
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (llm / name).unlink()
+    words = {word: number for number, word in enumerate(sorted(set(own["model"]["vocab"]) - set(ADDED)))}
+    (llm / "vocab.json").write_text(json.dumps(words))
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in own["model"]["merges"]]
+    (llm / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    decoder = {str(len(words) + at): {"content": token, "special": True} for at, token in enumerate(ADDED)}
+    (llm / "tokenizer_config.json").write_text(
+        json.dumps(
+            {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": decoder, "bos_token": "[BOS]",
+             "eos_token": "<|im_end|>", "pad_token": "[PAD]", "chat_template": "{{ messages[0].content }}"}
+        )
+    )  # fmt: skip
+    made = import_checkpoint(tmp_path / "a", tmp_path / "ours")
+    assert made.model.chat_template == "tokenizer"
+    fast = build_tokenizer(made.model.language_model, chat_template="tokenizer", cache=tmp_path)
+    assert fast.convert_tokens_to_ids(list(ADDED)) == [len(words) + at for at in range(len(ADDED))]
+    assert (fast.bos_token, fast.eos_token) == ("[BOS]", "<|im_end|>")
+    image = json.loads((tmp_path / "ours/config.json").read_text())["image_token_index"]
+    assert image == fast.convert_tokens_to_ids("<image>")
+    assert len(load_file(tmp_path / "ours/model.safetensors")["model.language_model.embed_tokens.weight"]) == 640
+
+
+def test_the_command_prints_the_section_alone_and_a_refusal_is_an_error(tmp_path: Path) -> None:
+    write(tmp_path / "a", V15, projector="mlp_downsample")
+    command = ["import", str(tmp_path / "a"), "--out"]
+    done = CliRunner().invoke(app, [*command, str(tmp_path / "b")])
+    assert done.exit_code == 0
+    made = Model.model_validate(yaml.safe_load(done.stdout)["model"])
+    assert "note: token order columns" in done.stderr
+    told = json.loads(CliRunner().invoke(app, [*command, str(tmp_path / "c"), "--json"]).stdout)
+    assert told["path"] == str(tmp_path / "c")
+    assert told["model"]["projector"] == made.projector.model_dump()
+    refused = CliRunner().invoke(app, [*command, str(tmp_path / "c")])
+    assert isinstance(refused.exception, ValueError)
