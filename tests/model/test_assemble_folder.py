@@ -67,6 +67,7 @@ def test_the_content_of_the_folder_is_what_counts_not_its_place(
         ({"factor": 3}, r"its projector is .*'factor': 2.*, the recipe's .*'factor': 3"),
         ({"image_size": 70}, "its image_size is 56, the recipe's 70"),
         ({"patch_size": 28}, "its patch_size is 14, the recipe's 28"),
+        ({"image_fit": "crop"}, "its image_fit is 'pad', the recipe's 'crop'"),
         ({"feature_layer": -1}, "its feature_layer is -2, the recipe's -1"),
         ({"after_image": ""}, r"its after_image is '\\n', the recipe's ''"),
         ({"chat_template": "plain"}, "its chat template is not the recipe's 'plain'"),
@@ -75,7 +76,7 @@ def test_the_content_of_the_folder_is_what_counts_not_its_place(
             "its vision_tower hidden_size is 32, the recipe's 64",
         ),
         (
-            {"vision_tower": {"kind": "hub", "name": "x", "revision": "y", "shape": {"model_type": "dinov2"}}},
+            {"vision_tower": {"kind": "hub", "name": "WHOLE", "revision": "y", "shape": {"model_type": "dinov2"}}},
             "its vision_tower model_type is 'clip_vision_model', the recipe's 'dinov2'",
         ),
     ],
@@ -88,8 +89,19 @@ def test_each_difference_from_the_recipe_is_told_with_both_values(
     make_resources: Callable[..., Resources],
     tmp_path: Path,
 ) -> None:
+    if more.get("vision_tower", {}).get("name") == "WHOLE":
+        more = {"vision_tower": {**more["vision_tower"], "name": str(whole)}}
     with pytest.raises(ValueError, match=why):
         assemble(start(whole, **more), make_resources(tmp_path))
+
+
+def test_a_tower_that_wants_other_pixels_is_told(
+    whole: Path, start: Callable[..., Model], make_resources: Callable[..., Resources], tmp_path: Path
+) -> None:
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.5]}')
+    tower = {"kind": "hub", "name": str(tmp_path), "revision": "y"}
+    with pytest.raises(ValueError, match=r"its mean and deviation is .*0\.5.*, the recipe's .*0\.1, 0\.2, 0\.3"):
+        assemble(start(whole, vision_tower=tower), make_resources(tmp_path / "more"))
 
 
 def test_all_differences_are_told_at_once(

@@ -13,6 +13,12 @@ from vila_ops.model.importing import import_checkpoint
 
 TINY = Path(__file__).parent.parent / "tiny"
 IDS = [1, 40, *[3] * 16, 41, 99, 2]
+CROP = {
+    "image_processor_type": "CLIPImageProcessor",
+    "size": {"shortest_edge": 56},
+    "crop_size": {"height": 56, "width": 56},
+    "do_center_crop": True,
+}
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -29,7 +35,7 @@ def write(folder: Path, **more: Any) -> LlavaForConditionalGeneration:
     whole = LlavaForConditionalGeneration(config).eval()
     whole.save_pretrained(folder)
     shutil.copytree(TINY / "tokenizer", folder, dirs_exist_ok=True)
-    processor = {"image_mean": [0.4] * 3, "image_std": [0.6] * 3, "do_center_crop": True, "crop_size": {"height": 56}}
+    processor = {"image_mean": [0.4] * 3, "image_std": [0.6] * 3, **CROP}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return whole
 
@@ -66,7 +72,7 @@ def test_a_folder_of_ours_comes_back_the_same(projector: str, make_model: Any, b
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "ours"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    same = ("projector", "image_size", "patch_size", "feature_layer", "after_image", "chat_template")
+    same = ("projector", "image_fit", "image_size", "patch_size", "feature_layer", "after_image", "chat_template")
     assert {name: getattr(made.model, name) for name in same} == {name: getattr(model, name) for name in same}
 
 

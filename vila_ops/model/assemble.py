@@ -28,7 +28,7 @@ def assemble(model: Model, resources: Resources) -> Pretrained:
             recipe[part] = {key: value for key, value in recipe[part].items() if value != model.weights.path}
     if model.language_model.kind == "random":
         parents = (*parents, folder_digest(Path(model.language_model.tokenizer)))
-        del recipe["language_model"]["tokenizer"]
+        recipe["language_model"].pop("tokenizer", None)
     at = store.address(Pretrained, revision=REVISION, recipe=recipe, parents=parents)
     if done := store.find(Pretrained, at, store=resources.store):
         return done

@@ -6,12 +6,13 @@ from typing import Any
 
 from jinja2 import TemplateError
 from torch import Tensor, equal, eye
-from transformers import LlavaConfig, PreTrainedTokenizerFast
+from transformers import LlavaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from vila_ops.config.model import ImageFit, LinearProjector, MlpProjector, Projector
 from vila_ops.model import parts
-from vila_ops.model.parts import MeanStd, Parts, read_json
-from vila_ops.model.towers import select_strategy
+from vila_ops.model.parts import Parts, read_json
+from vila_ops.model.processing import read_fit
+from vila_ops.model.towers import select_strategy, square_side
 from vila_ops.packages.tokenizer import IMAGE_TOKEN, OWN_TEMPLATE, TEMPLATE_TOKENS, TEMPLATES
 
 PLACES = (
@@ -41,19 +42,21 @@ def read(folder: Path, *, chat_template: str | None) -> Parts:
     projector, layers = _projector(config, states["projector"], folder)
     _check_selected(config)
     tokenizer = _tokenizer(config, folder)
-    mean_std, fit = _pictures(folder)
+    fit = _image_fit(tower, folder)
     return Parts(
         tower=tower,
         projector=projector,
         layers=layers,
         language_model=parts.strict("language_model", config.text_config, states["language_model"], folder),
         tokenizer=tokenizer,
-        mean_std=mean_std,
+        mean_std=parts.mean_std_of(folder),
         feature_layer=config.vision_feature_layer,
         image_fit=fit,
         chat_template=chat_template or _template(tokenizer),
         after_image=stated.get("after_image", ""),
-        notes=(f"image_fit {fit}: what the folder's processor does; LLaVA-1.5 and VILA v1 were trained with pad",),
+        notes=(f"image_fit {fit}: what the folder's processor does; LLaVA-1.5 and VILA v1 were trained with pad",)
+        if fit == "crop"
+        else (),
     )
 
 
@@ -112,18 +115,14 @@ def _tokenizer(config: LlavaConfig, folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _pictures(folder: Path) -> tuple[MeanStd, ImageFit]:
-    """Mean and deviation, and how the folder's image processor makes a square."""
+def _image_fit(tower: PreTrainedModel, folder: Path) -> ImageFit:
+    """How the folder's image processor makes a square."""
     whole = folder / "processor_config.json"
     stated: dict[str, Any] = read_json(whole).get("image_processor", {}) if whole.is_file() else {}
-    if not stated:
-        stated = read_json(folder / "preprocessor_config.json")
-    if "image_mean" not in stated or "image_std" not in stated:
-        raise ValueError(f"{folder}: the image processor's config names no image_mean or no image_std")
-    mean_std = tuple(stated["image_mean"]), tuple(stated["image_std"])
-    if stated.get("do_pad"):
-        return mean_std, "pad"
-    return mean_std, "crop" if stated.get("do_center_crop", "crop_size" in stated) else "squash"
+    fit, side = read_fit(stated or read_json(folder / "preprocessor_config.json"))
+    if side != (own := square_side(tower.config.image_size)):
+        raise ValueError(f"{folder}: the image processor makes squares of {side} pixels, the tower sees {own}")
+    return fit
 
 
 def _template(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -20,15 +20,14 @@ from transformers import (
 )
 
 from vila_ops.artifacts.store import CorruptArtifact
-from vila_ops.config.model import ImageFit, Part, Projector
+from vila_ops.config.model import HubTower, ImageFit, Part, Projector
 from vila_ops.model.internvit import INTERNVIT, translated, translated_config
+from vila_ops.packages.normalisation import IMAGENET, Channels, mean_std
 
-MeanStd = tuple[tuple[float, ...], tuple[float, ...]]
+MeanStd = tuple[Channels, Channels]
 DERIVED = ("position_ids", "rotary_emb.inv_freq")
 """Ends of keys that old transformers saved though they follow from the config."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-INTERNVIT_MEAN_STD: MeanStd = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""Fixed in NVlabs' code (intern_encoder.py); its preprocessor_config.json does not tell them."""
 
 
 @dataclass(frozen=True)
@@ -117,13 +116,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def mean_std_of(folder: Path) -> MeanStd:
-    """Channel mean and deviation by a tower folder's preprocessor_config.json."""
-    stated = read_json(folder / "preprocessor_config.json")
-    if "image_mean" not in stated or "image_std" not in stated:
-        if read_json(folder / "config.json").get("model_type") == INTERNVIT:
-            return INTERNVIT_MEAN_STD
-        raise ValueError(f"{folder / 'preprocessor_config.json'} names no image_mean or no image_std")
-    return tuple(stated["image_mean"]), tuple(stated["image_std"])
+    """Channel mean and deviation of a tower's pixels, by its folder."""
+    if read_json(folder / "config.json").get("model_type") == INTERNVIT:
+        return IMAGENET  # fixed in NVlabs' intern_encoder.py; its preprocessor_config.json tells nothing
+    return mean_std(HubTower(name=str(folder), revision="local"))
 
 
 def _native_config(folder: Path) -> PreTrainedConfig:

@@ -21,6 +21,7 @@ from vila_ops.config.model import (
 from vila_ops.model import folder
 from vila_ops.model.configuration import VilaConfig
 from vila_ops.model.towers import patch_side, square_side
+from vila_ops.packages.normalisation import mean_std
 from vila_ops.packages.tokenizer import IMAGE_TOKEN, OWN_TEMPLATE, build_tokenizer
 
 SUFFIXES = (".json", ".safetensors", ".jinja", ".txt", ".model")
@@ -38,19 +39,21 @@ def start_from(model: Model, source: Path, out: Path, *, cache: Path) -> None:
     config = folder.load(source).config
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source, local_files_only=True)
     wanted = build_tokenizer(model.language_model, chat_template=model.chat_template, cache=cache)
-    if found := [*_in_the_config(model, config), *_in_the_tokenizer(model, config, tokenizer, wanted)]:
+    if found := [*_in_the_config(model, config, source), *_in_the_tokenizer(model, config, tokenizer, wanted)]:
         raise ValueError(f"the model in {source} is not the recipe's: " + "; ".join(found))
     for path in sorted(source.iterdir()):
         if path.suffix in SUFFIXES and path.is_file():
             shutil.copyfile(path, out / path.name)
 
 
-def _in_the_config(model: Model, config: VilaConfig) -> list[str]:
+def _in_the_config(model: Model, config: VilaConfig, source: Path) -> list[str]:
     pairs: dict[str, tuple[Any, Any]] = {
         "projector": (config.projector_choice().model_dump(), model.projector.model_dump()),
         "image_size": (config.vision_side, model.image_size),
         "patch_size": (patch_side(config.vision_config), model.patch_size),
         "feature_layer": (config.vision_feature_layer, model.feature_layer),
+        "image_fit": (config.image_fit, model.image_fit),
+        "mean and deviation": (folder.normalisation(source), mean_std(model.vision_tower)),
         "after_image": (config.after_image, model.after_image),
     }
     shapes = {"vision_tower": _tower_shape(model.vision_tower), "language_model": _text_shape(model.language_model)}
