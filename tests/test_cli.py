@@ -111,6 +111,23 @@ def test_show_prints_the_run_with_its_overrides() -> None:
     assert shown["resources"]["launch"] == "inline"
 
 
+def test_show_tells_a_person_what_trains_and_how_large_the_parts_are() -> None:
+    """After the run itself, which programs read; the numbers are Llama-2's and CLIP's, and mlp2x_gelu's by hand."""
+    done = CliRunner().invoke(app, ["show", "configs/recipes/vila-7b.yaml", "-r", "configs/resources/vila_128.yaml"])
+    printed, table = done.stdout.split("\nrecipe vila-7b\n")
+    assert json.loads(printed) == said("show", "configs/recipes/vila-7b.yaml", "-r", "configs/resources/vila_128.yaml")
+    lines = [line.split() for line in table.splitlines() if line]
+    align = "projector 20.98 M / 7.063 G (0.3%) 336 px, 576 tokens 256 x 4096 0.001 1 epoch 2 8 x 32"
+    assert " ".join(lines[1][1:]) == align
+    assert [line[0] for line in lines[:4]] == ["stage", "align", "pretrain", "sft"]
+    assert [line[:2] for line in lines[5:9]] == [
+        ["language_model", "6,738,415,616"],
+        ["vision_tower", "303,507,456"],
+        ["projector", "20,979,712"],
+        ["together", "7,062,902,784"],
+    ]
+
+
 def test_data_show_writes_a_page_of_the_mixture_that_was_prepared(tmp_path: Path, ran: Json, resources: Path) -> None:
     page = tmp_path / "samples.html"
     asked = ("--mixture", "tiny_align", "-r", str(resources), "--out", str(page), "--per-source", "1")

@@ -46,10 +46,15 @@ Servers = Annotated[Path, typer.Option("--servers", help="Ports and folders of t
 def show(
     recipe: RecipeFile, resources: ResourcesFile = INLINE, overrides: Overrides = None, as_json: AsJson = False
 ) -> None:
-    """Print the resolved run and its fingerprint, and do nothing."""
+    """Print the resolved run and its fingerprint, what each stage trains and how large the parts are; do nothing."""
     run = load_run(recipe, resources, overrides)
     print(f"fingerprint {run.recipe.fingerprint()}", file=sys.stderr)
     print_handle(run, as_json)
+    if not as_json:
+        from vila_ops.cli.show import summary  # heavy: torch, transformers
+        from vila_ops.model.count import count
+
+        say("\n".join(["", *summary(run, count(run.recipe.model, cache=Path(run.resources.cache).expanduser()))]))
 
 
 @app.command()

@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from vila_ops.config import Model
-from vila_ops.config.model import RandomLanguageModel
+from vila_ops.config.model import HubLanguageModel, RandomLanguageModel
 from vila_ops.model.configuration import VilaConfig
+from vila_ops.model.shapes import check_shape
 from vila_ops.model.towers import build_tower, select_strategy
 from vila_ops.model.vila import VilaForConditionalGeneration
 from vila_ops.packages.resolve import language_model_folder
@@ -28,8 +29,7 @@ def build_model(
     torch.manual_seed(model.seed)
     tower = build_tower(model, cache=cache)
     language_model = _language_model(model, vocabulary=vocabulary, cache=cache)
-    padded = -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    language_model.resize_token_embeddings(padded, mean_resizing=False)
+    language_model.resize_token_embeddings(padded(vocabulary), mean_resizing=False)
     config = config_of(model, tower, language_model, image_id=image_id, eos_id=eos_id)
     whole = VilaForConditionalGeneration(config)
     whole.model.vision_tower = tower
@@ -37,6 +37,11 @@ def build_model(
     whole.lm_head.weight = language_model.get_output_embeddings().weight
     built: VilaForConditionalGeneration = whole.float().eval()
     return built
+
+
+def padded(vocabulary: int) -> int:
+    """Rows of the embedding for so many token ids."""
+    return -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 def config_of(model: Model, tower: Any, language_model: Any, *, image_id: int, eos_id: int) -> VilaConfig:
@@ -60,20 +65,26 @@ def config_of(model: Model, tower: Any, language_model: Any, *, image_id: int, e
 
 
 def _language_model(model: Model, *, vocabulary: int, cache: Path) -> PreTrainedModel:
-    if not isinstance(model.language_model, RandomLanguageModel):
-        folder = language_model_folder(model.language_model, cache=cache)
-        return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-    config = LlamaConfig(
+    if isinstance(model.language_model, RandomLanguageModel):
+        return AutoModelForCausalLM.from_config(random_language_model(model.language_model, vocabulary=vocabulary))
+    folder = language_model_folder(model.language_model, cache=cache)
+    if isinstance(model.language_model, HubLanguageModel):
+        check_shape(model.language_model, AutoConfig.from_pretrained(folder, local_files_only=True))
+    return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+
+
+def random_language_model(config: RandomLanguageModel, *, vocabulary: int) -> LlamaConfig:
+    """The shape of a random language model with so many token ids."""
+    return LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=model.language_model.hidden_size,
-        intermediate_size=2 * model.language_model.hidden_size,
-        num_hidden_layers=model.language_model.num_layers,
-        num_attention_heads=model.language_model.num_heads,
-        num_key_value_heads=model.language_model.num_heads,
+        hidden_size=config.hidden_size,
+        intermediate_size=2 * config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_heads,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
     )
-    return AutoModelForCausalLM.from_config(config)
 
 
 def embedding_std(model: VilaForConditionalGeneration) -> float:

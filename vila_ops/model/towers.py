@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from vila_ops.config import Model
-from vila_ops.config.model import RandomTower
+from vila_ops.config.model import HubTower, RandomTower
+from vila_ops.model.shapes import check_shape
 from vila_ops.packages.resolve import vision_tower_folder
 
 CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0, "dinov2": 1, "internvl_vision": 1}
@@ -123,6 +124,8 @@ def _load(model: Model, cache: Path) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     vision = getattr(config, "vision_config", config)  # the folder of a CLIP holds its text side too
     class_tokens(vision)
+    if isinstance(model.vision_tower, HubTower):
+        check_shape(model.vision_tower, vision)
     vision.architectures = None
     tower, info = AutoModel.from_pretrained(
         folder,

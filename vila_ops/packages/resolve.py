@@ -52,6 +52,49 @@ def vision_tower_folder(config: PackagedTower | HubTower, *, cache: Path) -> Pat
             assert_never(config)
 
 
+def cached_language_model(config: PackagedLanguageModel | HubLanguageModel, *, cache: Path) -> Path | None:
+    """The transformers folder of a language model where it is on this machine already; None: it has to be fetched."""
+    match config:
+        case PackagedLanguageModel(package=package, gguf=gguf):
+            from vila_ops.packages import weights  # heavy: torch, transformers
+
+            return _if_there(weights.converted_language_model(gguf, cache=cache, digest=package.sha256))
+        case HubLanguageModel(name=name, revision=revision):
+            return _hub_cached(name, revision)
+        case _:
+            assert_never(config)
+
+
+def cached_vision_tower(config: PackagedTower | HubTower, *, cache: Path) -> Path | None:
+    """As of a language model."""
+    match config:
+        case PackagedTower(package=package):
+            from vila_ops.packages import weights  # heavy: torch, transformers
+
+            return _if_there(weights.converted_vision_tower(cache=cache, digest=package.sha256))
+        case HubTower(name=name, revision=revision):
+            return _hub_cached(name, revision)
+        case _:
+            assert_never(config)
+
+
+def _if_there(folder: Path) -> Path | None:
+    return folder if folder.is_dir() else None
+
+
+def _hub_cached(name: str, revision: str) -> Path | None:
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    return folder if (folder / "config.json").is_file() else None
+
+
 def hub_folder(name: str, revision: str, *, files: Sequence[str] = SAFE_FILES) -> Path:
     """The local folder of that name, or one with those files of the hub's repository."""
     return Path(name) if Path(name).is_dir() else _snapshot(name, revision, tuple(files))

