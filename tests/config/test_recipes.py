@@ -3,6 +3,7 @@
 VILA_GOLDEN=write writes the golden files anew.
 """
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,7 @@ DIFFERENCES: dict[str, tuple[str, set[str]]] = {
 }
 
 
+@functools.cache
 def recipe(name: str) -> Recipe:
     return load(BY_NAME[name], resources=INLINE).recipe
 
@@ -206,6 +208,13 @@ def test_an_ablation_is_one_line_beside_its_base_and_name(path: Path) -> None:
     assert len(lines) <= 3
     assert len(lines) == 2 or yaml.safe_load(lines[2])
     assert path.read_text().startswith("# ")
+
+
+def test_the_documentation_names_every_recipe_and_ablation() -> None:
+    text = (ROOT / "docs/recipes.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    for name in BY_NAME:
+        assert any(f"`{name}`" in row.split("|")[1] for row in rows), name
 
 
 @pytest.mark.parametrize(
