@@ -73,6 +73,14 @@ def test_projectors_have_what_a_hand_counts(recipe: str) -> None:
     assert of(recipe).projector == PROJECTORS[recipe]
 
 
+def test_projectors_of_the_ablations_have_what_a_hand_counts() -> None:
+    linear = 1024 * 4096 + 4096
+    block = 4 * (1024 * 1024 + 1024) + (1024 * 4096 + 4096) + (4096 * 1024 + 1024) + 2 * 2 * 1024
+    files = ("base", "table1-c", "table7-336-linear", "table7-336-downsample")
+    found = [count(model_of(f"ablations/{name}"), cache=Path("nowhere")).projector for name in files]
+    assert found == [linear, block + 2 * 1024 + linear, linear, 4096 * 4096 + 4096]
+
+
 def test_every_part_of_a_built_model_is_counted() -> None:
     model = model_of("recipes/tiny")
     tokenizer = build_tokenizer(model.language_model, chat_template=model.chat_template, cache=Path("nowhere"))

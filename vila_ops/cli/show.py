@@ -1,6 +1,6 @@
 """What a run would train, for a person: its stages as one table, its model's parameters as another."""
 
-from vila_ops.config import Model, Run, Stage
+from vila_ops.config import Run, Stage
 from vila_ops.config.model import HubLanguageModel, HubTower
 from vila_ops.config.train import FullTuning, Lora, Tuning, VisualExpert
 from vila_ops.model.count import Counts
@@ -22,11 +22,9 @@ _HEADER = ("stage", "trains", "trained / total", "image", "batch x length", "rat
 def _stage_rows(run: Run, counts: Counts) -> list[Row]:
     rows: list[Row] = []
     before: tuple[Stage, ...] = ()
-    side = run.recipe.model.image_size
     for stage in run.recipe.stages.values():
         before = (*before, stage)
-        side = stage.image_size or side
-        model = Model.model_validate({**run.recipe.model.model_dump(), "image_size": side})
+        model = run.recipe.model_of(stage.name)
         trained, total = counts.trained(before), counts.total(before)
         share = f" ({trained / total:.1%})" if trained is not None and total else ""
         own = run.resources.for_stage(stage.name)
@@ -35,7 +33,7 @@ def _stage_rows(run: Run, counts: Counts) -> list[Row]:
                 stage.name,
                 " + ".join(_trains(part, stage.tuning) for part in stage.trainable),
                 f"{_short(trained)} / {_short(total)}{share}",
-                f"{side} px, {model.image_tokens()} tokens",
+                f"{model.image_size} px, {model.image_tokens()} tokens",
                 f"{stage.global_batch_size} x {stage.row_tokens}{' packed' if stage.pack else ''}",
                 " ".join([f"{stage.learning_rate:g}", *(f"{k} {v:g}" for k, v in stage.learning_rates.items())]),
                 _length(stage),
