@@ -14,7 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vila_ops.config import Resources, Run, load
+from tests.train.mixed_ranks import set_out, walk
+from vila_ops.artifacts.store import content
+from vila_ops.config import Resources, Run, Stage, load
 from vila_ops.data.prepare import prepare
 from vila_ops.model.assemble import assemble
 from vila_ops.train.job import Job, Place
@@ -156,3 +158,65 @@ def test_every_engine_clips_as_asked_and_stops_before_a_gradient_that_is_not_fin
         for name in [name for name in expected if name.startswith("exp_avg/")]:
             near = 1e-5 * float(expected[name].abs().max())
             assert torch.allclose(found[name], expected[name], rtol=1e-4, atol=near), name
+
+
+PARTS = {
+    "projector and language model": {"trainable": ["projector", "language_model"]},
+    "projector": {"trainable": ["projector"]},
+    "tower": {"trainable": ["vision_tower", "projector", "language_model"]},
+    "expert": {"trainable": ["projector", "language_model"], "tuning": {"kind": "visual_expert"}},
+}
+MIXED = [
+    *[("projector and language model", zero_stage) for zero_stage in (0, 1, 2, 3)],
+    *[(parts, zero_stage) for parts in ("projector", "tower", "expert") for zero_stage in (2, 3)],
+]
+
+
+def _mixed_stage(run: Run, parts: str) -> Stage:
+    changes = {"global_batch_size": 4, "weight_decay": 0.1, "learning_rate": 1e-3, "num_steps": 4, **PARTS[parts]}
+    return Stage.model_validate({**run.recipe.stages["pretrain"].model_dump(), **changes, "learning_rates": {}})
+
+
+@pytest.fixture(scope="module")
+def mixed(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]:
+    """What two ranks leave of each case, all in one pair of processes: only their start takes time."""
+    folder = tmp_path_factory.mktemp("mixed")
+    resources = {**run.resources.model_dump(), **RAY, "num_workers": 2, "micro_batch_size": 1}
+    init = assemble(run.recipe.model, run.resources)
+
+    def place(parts: str, zero_stage: int) -> Path:
+        return folder / f"{parts}-{zero_stage}.safetensors"
+
+    cases = [
+        {
+            "stage": _mixed_stage(run, parts).model_dump(mode="json"),
+            "resources": {**resources, "zero_stage": zero_stage},
+            "folder": str(content(init)),
+            "out": str(place(parts, zero_stage)),
+        }
+        for parts, zero_stage in MIXED
+    ]
+    (folder / "cases.json").write_text(json.dumps(cases))
+    command = [sys.executable, str(Path(__file__).parent / "mixed_ranks.py"), str(folder / "cases.json")]
+    ranks = [subprocess.Popen([*command, str(rank), str(folder / "meet")], env=ENV, cwd=ROOT) for rank in range(2)]
+    try:
+        assert [rank.wait(timeout=100) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return place
+
+
+@pytest.mark.parametrize(("parts", "zero_stage"), MIXED)
+def test_ranks_with_and_without_pictures_walk_the_way_of_one_process(
+    mixed: Callable[[str, int], Path], run: Run, parts: str, zero_stage: int
+) -> None:
+    """Among the steps is one without any picture, and one whose first pass has none; moments are compared too."""
+    init = content(assemble(run.recipe.model, run.resources))
+    expected = walk(*set_out(str(init), _mixed_stage(run, parts), run.resources), ranks=(0, 1))
+    found = load_file(mixed(parts, zero_stage))
+    assert found.keys() == expected.keys()
+    moved = [name for name in found if name.startswith("exp_avg/") and found[name].any()]
+    assert len(moved) > 3
+    for name, tensor in expected.items():
+        assert (tensor - found[name]).abs().max() < 1e-5, name

@@ -142,7 +142,8 @@ class Generator:
             input_ids[row, : lengths[row]] = torch.tensor(prompt.input_ids)
         images = [image for prompt in prompts for image in prompt.images]
         embeddings = self.model.embed(input_ids, self.features(images) if images else None)
-        out = self.model.hidden(embeddings, use_cache=True)  # right-padded and causal: padding is never seen
+        # right-padded and causal: padding is never seen
+        out = self.model.hidden(embeddings, use_cache=True, **self.model.routing(input_ids))
         layers = [(layer.keys, layer.values) for layer in out.past_key_values.layers]
         cache.add(layers, lengths)
         last = out.last_hidden_state[torch.arange(len(prompts)), torch.tensor(lengths) - 1]
@@ -157,6 +158,7 @@ class Generator:
             attention_mask=cache.mask(),
             past_key_values=cache,
             use_cache=True,
+            **self.model.routing(input_ids),
         )
         cache.lengths[: cache.live] += 1
         return self._greedy(out.last_hidden_state[:, -1])
@@ -202,8 +204,9 @@ class Generator:
         mask |= torch.from_numpy(sees_prompt)[:, None]
         features = self.features(images) if images else None
         embeddings = self.model.embed(input_ids, features)
+        routing = self.model.routing(input_ids)
         hidden = self.model.hidden(
-            embeddings, position_ids=positions, attention_mask=mask, use_cache=False
+            embeddings, position_ids=positions, attention_mask=mask, use_cache=False, **routing
         ).last_hidden_state
         return [self._row_scores(hidden[number], row) for number, row in enumerate(rows)]
 

@@ -8,6 +8,10 @@ from torch import Tensor
 from vila_ops.config.model import tokens_of_grid
 from vila_ops.model.configuration import VilaConfig
 from vila_ops.model.towers import at_image_size, sized
+from vila_ops.model.trainable import EXPERT
+from vila_ops.model.visual_expert import expert_names
+
+DECODER = "model.language_model."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +29,7 @@ def changed(config: VilaConfig, state: dict[str, Tensor], change: Change) -> tup
     if change.image_size is not None and change.image_size != config.vision_side:
         config, state = _resized(config, state, change.image_size)
     if change.visual_expert and not config.visual_expert:
-        raise NotImplementedError
+        return _with_expert(config, state)
     return config, state
 
 
@@ -37,3 +41,11 @@ def _resized(config: VilaConfig, state: dict[str, Tensor], side: int) -> tuple[V
         raise ValueError(f"pictures of {side} pixels are less than one patch of the tower")
     out.image_seq_length = tokens_of_grid(out.grid(), config.projector_choice())
     return out, at_image_size(state, config.vision_config, side)
+
+
+def _with_expert(config: VilaConfig, state: dict[str, Tensor]) -> tuple[VilaConfig, dict[str, Tensor]]:
+    """An expert that is a copy of the language model's own weights, so the whole computes what it did."""
+    after = copy.deepcopy(config)
+    after.visual_expert = True
+    names = [f"{DECODER}{name}" for name in expert_names(config.text_config)]
+    return after, state | {name: state[name.replace(EXPERT, ".")].clone() for name in names}

@@ -2,6 +2,7 @@
 
 # B rows, T tokens, I images, P patches, C tower channels, D language model dim
 
+import functools
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 
 from vila_ops.model.configuration import VilaConfig
 from vila_ops.model.projectors import build_projector
+from vila_ops.model.visual_expert import add_visual_expert, route
 
 
 class VilaForConditionalGeneration(LlavaForConditionalGeneration):  # type: ignore[misc]
@@ -23,6 +25,8 @@ class VilaForConditionalGeneration(LlavaForConditionalGeneration):  # type: igno
     def __init__(self, config: VilaConfig) -> None:
         super().__init__(config)
         self.model.multi_modal_projector = build_projector(config)
+        if config.visual_expert:
+            add_visual_expert(self.model.language_model)
         self.post_init()
 
     def tower_features(self, pixel_values: Tensor) -> Tensor:
@@ -49,8 +53,30 @@ class VilaForConditionalGeneration(LlavaForConditionalGeneration):  # type: igno
         return embeddings.masked_scatter(is_image[..., None], projected)
 
     def hidden(self, embeddings: Tensor, **kwargs: Any) -> Any:
-        """The language model's output (last_hidden_state (B, T, D), cache) for embeddings (B, T, D)."""
+        """The language model's output (last_hidden_state (B, T, D), cache) for embeddings (B, T, D).
+
+        With a visual expert it has to be told the routes: see `routing`.
+        """
         return self.model.language_model(inputs_embeds=embeddings, **kwargs)
+
+    def routing(self, input_ids: Tensor, *, everywhere: bool = False) -> dict[str, Any]:
+        """What `hidden` has to be told of ids (B, T) beside their embeddings: the visual expert's positions, if any.
+
+        Without image tokens the expert is not run, unless `everywhere`: where one rank runs it, all have to.
+        """
+        if not self.config.visual_expert:
+            return {}
+        is_image = input_ids == self.config.image_token_id
+        return {"routes": route(is_image) if everywhere or is_image.any() else None}
+
+    @functools.wraps(LlavaForConditionalGeneration.forward)  # generate reads from its signature what it takes
+    def forward(self, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """LLaVA's forward pass. Raises ValueError without input_ids where there is a visual expert."""
+        if self.config.visual_expert:
+            if input_ids is None:
+                raise ValueError("a visual expert is routed by token ids; give input_ids, not inputs_embeds")
+            kwargs |= self.routing(input_ids)
+        return super().forward(input_ids, *args, **kwargs)
 
 
 def losses(model: VilaForConditionalGeneration, hidden: Tensor, labels: Tensor) -> Tensor:

@@ -62,10 +62,14 @@ class PlainEngine:
 
     def backward(self, loss: Tensor) -> None:
         """See Engine."""
-        torch.autograd.backward(loss)
+        if loss.requires_grad:  # text alone gives none where only what pictures pass through trains
+            torch.autograd.backward(loss)
 
     def step(self, factor: float) -> float:
-        """See Engine."""
+        """See Engine. A parameter that no row reached has a gradient of zero, as it has under ZeRO."""
+        for _, parameter in self.named:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         norm = _clip([p for _, p in self.named], self.max_grad_norm)
         if math.isfinite(norm):
             _set_rates(self.optimizer, factor)
@@ -130,6 +134,9 @@ class DeepSpeedEngine:
                 self.engine.step()
             return norm
         self.engine.step()
+        if self.zero_stage == 3:
+            # It would keep the gradients of this step for parameters that get none in the next (0.19.8).
+            self.engine.optimizer.grad_partitions_flat_buffer.zero_()
         return float(self.engine.get_global_grad_norm())
 
     def state(self) -> Iterator[State]:

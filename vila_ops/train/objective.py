@@ -2,12 +2,14 @@
 
 # B rows, T tokens, I images, P patches, C tower channels, S side in pixels
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from vila_ops.model.lora import set_draws
+from vila_ops.model.trainable import EXPERT, part_of
 from vila_ops.model.vila import VilaForConditionalGeneration, losses
 
 
@@ -40,26 +42,50 @@ class Objective(nn.Module):
         self.bf16 = bf16
 
     def forward(self, batch: Batch) -> Tensor:
-        """Sum of the token losses in nats, fp32; divide by the tokens of the whole global step."""
-        device = batch.input_ids.device.type
-        set_draws(self.model, batch.draws)
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.bf16):
+        """Sum of the token losses in nats, fp32; divide by the tokens of the whole global step.
+
+        Of a batch without pictures neither tower nor projector nor a visual expert is run, unless another rank runs it.
+        """
+        model, device = self.model, batch.input_ids.device
+        set_draws(model, batch.draws)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16):
             features = batch.features
+            joins = self._joins(features is not None or batch.pixel_values is not None, device)
             if batch.pixel_values is not None:
-                features = self.model.tower_features(batch.pixel_values)
-            embeddings = self.model.embed(batch.input_ids, features)
-            if features is None:
-                # Every rank must give every gradient, or ZeRO's reductions would wait for each other for ever.
-                blank = self.model.model.multi_modal_projector(self._blank(batch.input_ids.device))
-                embeddings = embeddings + 0.0 * blank.sum().to(embeddings.dtype)
-            hidden = self.model.hidden(
-                embeddings, position_ids=batch.position_ids, attention_mask=batch.mask, use_cache=False
+                features = model.tower_features(batch.pixel_values)
+            blank = self._blank(device) if joins and features is None else None
+            embeddings = model.embed(batch.input_ids, features)
+            if blank is not None:  # its gradients are zeros; run in the order of a picture, as ZeRO-3 gathers weights
+                embeddings = embeddings + model.model.multi_modal_projector(blank)[:0].sum().to(embeddings.dtype)
+            hidden = model.hidden(
+                embeddings,
+                position_ids=batch.position_ids,
+                attention_mask=batch.mask,
+                use_cache=False,
+                **model.routing(batch.input_ids, everywhere=joins),
             ).last_hidden_state
-            total = losses(self.model, hidden, batch.labels).sum()
+            total = losses(model, hidden, batch.labels).sum()
         return total
 
+    def _joins(self, has_pictures: bool, device: torch.device) -> bool:
+        """Whether this rank runs what pictures pass through: where one rank does, all must.
+
+        They would wait for each other's gradients (ZeRO-1 and 2) or weights (ZeRO-3) for ever.
+        """
+        if not torch.distributed.is_initialized():
+            return has_pictures
+        anyone = torch.tensor(float(has_pictures), device=device)
+        torch.distributed.all_reduce(anyone, op=torch.distributed.ReduceOp.MAX)
+        return bool(anyone) or not self.text_trains  # DeepSpeed has no backward pass of a loss without gradients
+
+    @functools.cached_property
+    def text_trains(self) -> bool:
+        """Whether text alone gives a gradient. Read once, in the first pass, when it is settled what trains."""
+        named = self.model.named_parameters()
+        return any(p.requires_grad and part_of(n) == "language_model" and EXPERT not in n for n, p in named)
+
     def _blank(self, device: torch.device) -> Tensor:
-        """Features of no picture, for rows that have none."""
+        """Features of a picture that is none."""
         config = self.model.config
         side = config.vision_side
         if any(p.requires_grad for p in self.model.model.vision_tower.parameters()):

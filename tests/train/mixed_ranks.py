@@ -1,0 +1,80 @@
+"""One of two ranks whose rows have pictures and have none: `python mixed_ranks.py CASES.json RANK RENDEZVOUS`.
+
+`walk` is the same for one process with plain torch, which the test compares with.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from vila_ops.config import Resources, Stage
+from vila_ops.data.order.packing import attention_mask
+from vila_ops.model import folder as model_folder
+from vila_ops.model.trainable import set_trainable
+from vila_ops.train.engine import Engine, PlainEngine, build_engine
+from vila_ops.train.loop import change_of
+from vila_ops.train.objective import Batch, Objective
+
+STEPS = (("PT", "TP"), ("TT", "TT"), ("TT", "PT"), ("PP", "TT"))
+"""Per optimizer step its passes, per pass the row of each rank: with a picture (P) or text alone (T)."""
+
+
+def make_batch(objective: Objective, kind: str, seed: int) -> Batch:
+    """One row; pixels where the tower trains, else features."""
+    config = objective.model.config
+    random = torch.Generator().manual_seed(seed)
+    ids = torch.randint(10, 200, (1, 24), generator=random)
+    pixels = torch.rand(1, 3, config.vision_side, config.vision_side, generator=random)
+    features = torch.randn(1, config.image_seq_length, config.vision_config.hidden_size, generator=random)
+    tower_trains = any(p.requires_grad for p in objective.model.model.vision_tower.parameters())
+    labels = ids.clone()
+    labels[:, :8] = -100
+    if kind == "P":
+        ids[:, 2 : 2 + config.image_seq_length] = config.image_token_id
+    return Batch(
+        input_ids=ids,
+        position_ids=torch.arange(24)[None],
+        mask=torch.from_numpy(attention_mask(torch.ones(1, 24).numpy())),
+        labels=labels,
+        features=features if kind == "P" and not tower_trains else None,
+        pixel_values=pixels if kind == "P" and tower_trains else None,
+    )
+
+
+def walk(engine: Engine, objective: Objective, *, ranks: tuple[int, ...]) -> dict[str, Any]:
+    """Take all steps with the rows of some ranks; returns the state by name."""
+    for number, passes in enumerate(STEPS):
+        for micro, kinds in enumerate(passes):
+            for rank in ranks:
+                batch = make_batch(objective, kinds[rank], seed=100 * number + 10 * micro + rank)
+                engine.backward(engine.loss(batch) / 60)
+        engine.step(1.0)
+    states = {name: {k: t.clone() for k, t in tensors.items()} for name, tensors in engine.state()}
+    return {f"{kind}/{name}": t.contiguous() for name, tensors in states.items() for kind, t in tensors.items()}
+
+
+def set_out(folder: str, stage: Stage, resources: Resources) -> tuple[Engine, Objective]:
+    """Model and engine of a stage."""
+    model = model_folder.load(Path(folder), change=change_of(stage))
+    objective = Objective(model, bf16=False)
+    trained = set_trainable(objective, stage.trainable, stage.tuning)
+    inline = resources.launch == "inline"
+    engine = PlainEngine(objective, trained, stage) if inline else build_engine(objective, trained, stage, resources)
+    return engine, objective
+
+
+if __name__ == "__main__":
+    told, rank, rendezvous = sys.argv[1:]
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=int(rank), world_size=2)
+    for case in json.loads(Path(told).read_text()):
+        stage, resources = Stage.model_validate(case["stage"]), Resources.model_validate(case["resources"])
+        found = walk(*set_out(case["folder"], stage, resources), ranks=(int(rank),))
+        if rank == "0":
+            save_file(found, case["out"])
