@@ -5,15 +5,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoProcessor
 
+from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import Pretrained
+from vila_ops.artifacts.store import content
 from vila_ops.config import Model, Resources
 from vila_ops.config.images import Webp
 from vila_ops.data.images import square
 from vila_ops.data.records import Image
 from vila_ops.generate.engine import Generator, Prompt
 from vila_ops.generate.load import load_generator
+from vila_ops.model import folder as model_folder
 from vila_ops.model.assemble import assemble
+from vila_ops.model.change import Change
+from vila_ops.model.trainable import EXPERT
 
 QUESTIONS = (
     "What is this?",
@@ -32,9 +38,12 @@ def sealed(
     return assemble(make_model(), make_resources(folder)), folder
 
 
-@pytest.fixture(scope="module")
-def generator(sealed: tuple[Pretrained, Path]) -> Generator:
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "expert"])
+def generator(request: pytest.FixtureRequest, sealed: tuple[Pretrained, Path]) -> Generator:
+    """Of a plain model, and of one with a visual expert that differs from the text weights."""
     base, folder = sealed
+    if request.param:
+        base = _with_expert(base, folder)
     made = load_generator(base, feature_root=folder / "features", threads=1, precision="fp32")
     made.slots = 3  # fewer than there are prompts: rows have to join and leave
     return made
@@ -65,6 +74,20 @@ def test_states_are_those_that_transformers_gives_layer_by_layer(generator: Gene
         assert len(states) == len(stock) == 3  # the embeddings and two layers
         for ours, theirs in zip(states, stock, strict=True):
             assert torch.allclose(torch.from_numpy(ours).float(), theirs[0], atol=1e-5)
+
+
+def _with_expert(base: Pretrained, root: Path) -> Pretrained:
+    model = model_folder.load(content(base), change=Change(visual_expert=True))
+    processor = AutoProcessor.from_pretrained(content(base))
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if EXPERT in name:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=random))
+    at = store.address(Pretrained, revision=0, recipe={"expert": True}, parents=(base.digest,))
+    attempt = store.begin(at, store=str(root / "store"))
+    model_folder.save(model, attempt, processor=processor)
+    return store.seal(Pretrained, at, attempt, facts={}, execution={})
 
 
 def _stock_logits(generator: Generator, ids: list[int], images: tuple[bytes, ...]) -> torch.Tensor:
@@ -114,6 +137,21 @@ def test_scores_are_those_of_each_continuation_alone(generator: Generator, promp
             expected = -sum(float(logits[start + place, token]) for place, token in enumerate(tokens))
             assert score.nll == pytest.approx(expected, abs=2e-4)
             assert score.tokens == len(tokens)
+
+
+def test_questions_of_text_alone_run_neither_tower_nor_projector(generator: Generator, prompts: list[Prompt]) -> None:
+    seen: list[str] = []
+    parts = (generator.model.model.vision_tower, generator.model.model.multi_modal_projector)
+    hooks = [part.register_forward_pre_hook(lambda part, _: seen.append(type(part).__name__)) for part in parts]
+    try:
+        generator.generate(prompts[:4], max_new_tokens=3)
+        generator.score([(prompt, [[5, 6, 7]]) for prompt in prompts[:4]])
+        assert seen == []
+        generator.generate(prompts[-1:], max_new_tokens=1)
+        assert seen  # guards the line above
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def test_another_picture_gives_another_score(generator: Generator, prompts: list[Prompt]) -> None:

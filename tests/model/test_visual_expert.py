@@ -21,6 +21,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from vila_ops.config.train import VisualExpert
 from vila_ops.model import folder as model_folder
 from vila_ops.model.change import Change
 from vila_ops.model.trainable import EXPERT, set_trainable
@@ -162,7 +163,7 @@ def test_a_gradient_checkpoint_routes_again_as_it_did() -> None:
     gradients = []
     for kept in ("everything", "checkpoints", "reentrant checkpoints"):
         if kept != "everything":
-            decoder.gradient_checkpointing_enable({"use_reentrant": kept.startswith("reentrant")})
+            decoder.activation_checkpointing_enable({"use_reentrant": kept.startswith("reentrant")})
         decoder.zero_grad()
         out = decoder(inputs_embeds=embeddings, routes=route(IMAGES), use_cache=False).last_hidden_state
         decoder(inputs_embeds=embeddings, routes=route(~IMAGES), use_cache=False)  # another pass before the backward
@@ -190,9 +191,8 @@ def test_an_exception_and_another_thread_leave_no_routes_behind() -> None:
     expected = [run(routes) for routes in kinds]
     with pytest.raises(IndexError):
         run(route(torch.ones(3, 30, dtype=torch.bool)))  # of another batch
-    x = torch.randn(2, 8, 32)
-    q = decoder.layers[0].self_attn.q_proj
-    assert torch.equal(q(x), nn.functional.linear(x, q.weight))
+    with pytest.raises(LookupError):
+        decoder.layers[0].self_attn.q_proj(embeddings)  # of no layer's pass: nothing is left of the one that failed
     wrong: list[int] = []
 
     def repeat(number: int) -> None:
@@ -220,10 +220,7 @@ def test_a_fresh_expert_changes_no_logit(make_model: Any, build: Callable[..., A
 def test_only_the_expert_trains_and_text_alone_comes_out_as_before(whole: Any) -> None:
     model, plain_folder = whole
     plain = model_folder.load(plain_folder)
-    tuning = {"kind": "visual_expert"}
-    from vila_ops.config.train import VisualExpert
-
-    trained = set_trainable(model, ("projector", "language_model"), VisualExpert.model_validate(tuning))
+    trained = set_trainable(model, ("projector", "language_model"), VisualExpert())
     names = {name for name, _ in trained["language_model"]}
     assert names == {f"model.language_model.{name}" for name in expert_names(model.config.text_config)}
     inputs = read(model, 2, 0)

@@ -155,12 +155,35 @@ def test_a_tower_that_trains_gives_its_state_and_takes_it_back(
     assert moved > 10
 
 
-def test_a_row_without_pictures_gives_every_part_a_gradient(bench: Any, make_stage: Any, tmp_path: Any) -> None:
-    stage = make_stage(bench.mixture, trainable=["projector", "language_model"])
+@pytest.mark.parametrize("part", ["projector", "language_model"])
+def test_a_step_without_pictures_is_a_gradient_of_zero_and_runs_neither_tower_nor_projector(
+    part: str, bench: Any, make_stage: Any, tmp_path: Any
+) -> None:
+    """AdamW by hand: moments shrink by their betas, and the weights go on by what is left of the first."""
+    trainable = ["projector", *([part] if part != "projector" else [])]
+    stage = make_stage(bench.mixture, trainable=trainable, learning_rate=1e-2, weight_decay=0.1, betas=[0.8, 0.9])
     engine, batches = make_engine(bench, stage, bench.init, tmp_path)
-    engine.backward(engine.loss(batches([pack(samples(bench, "definitions", 1), capacity=128)])))
-    assert all(p.grad is not None for _, p in engine.named)
-    assert not any(p.grad.any() for name, p in engine.named if "multi_modal" in name and p.grad is not None)
+    seen: list[str] = []
+    whole = engine.objective.model.model
+    for source in ("pairs", "definitions"):
+        states = engine.state() if seen else []
+        before = {name: {key: t.clone() for key, t in tensors.items()} for name, tensors in states}
+        seen.clear()
+        hooks = [m.register_forward_pre_hook(lambda m, _: seen.append(type(m).__name__)) for m in whole.children()]
+        engine.backward(engine.loss(batches([pack(samples(bench, source, 1), capacity=128)])) / 10)
+        for hook in hooks:
+            hook.remove()
+        engine.step(1.0)
+    assert seen == ["LlamaModel"]
+    for name, after in engine.state():
+        if "multi_modal_projector" not in name:
+            continue
+        first, second = 0.8 * before[name]["exp_avg"], 0.9 * before[name]["exp_avg_sq"]
+        assert torch.allclose(after["exp_avg"], first, rtol=1e-6)
+        assert torch.allclose(after["exp_avg_sq"], second, rtol=1e-6)
+        decayed = before[name]["param"] * ((1 - 1e-2 * 0.1) if after["param"].ndim >= 2 else 1)
+        step = (first / (1 - 0.8**2)) / ((second / (1 - 0.9**2)).sqrt() + 1e-8)
+        assert torch.allclose(after["param"], decayed - 1e-2 * step, atol=1e-6)
 
 
 def test_a_gradient_that_is_not_finite_moves_nothing(bench: Any, make_stage: Any, tmp_path: Any) -> None:

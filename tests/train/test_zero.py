@@ -168,7 +168,7 @@ PARTS = {
 }
 MIXED = [
     *[("projector and language model", zero_stage) for zero_stage in (0, 1, 2, 3)],
-    *[(parts, zero_stage) for parts in ("projector", "tower", "expert") for zero_stage in (2, 3)],
+    *[("projector", 2), ("tower", 3), ("expert", 2), ("expert", 3)],
 ]
 
 
@@ -200,7 +200,7 @@ def mixed(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, 
     command = [sys.executable, str(Path(__file__).parent / "mixed_ranks.py"), str(folder / "cases.json")]
     ranks = [subprocess.Popen([*command, str(rank), str(folder / "meet")], env=ENV, cwd=ROOT) for rank in range(2)]
     try:
-        assert [rank.wait(timeout=100) for rank in ranks] == [0, 0]
+        assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
     finally:
         for rank in ranks:
             rank.kill()
