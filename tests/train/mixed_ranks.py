@@ -1,22 +1,22 @@
-"""One of two ranks whose rows have pictures and have none: `python mixed_ranks.py CASES.json RANK RENDEZVOUS`.
+"""Ranks whose rows have pictures and have none: `python mixed_ranks.py CASES.json RANK WORLD_SIZE RENDEZVOUS`.
 
-`walk` is the same for one process with plain torch, which the test compares with.
+A world of one is plain torch on the rows of both ranks. Rank 0 leaves the state after the steps of each case.
 """
 
 import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from vila_ops.config import Resources, Stage
 from vila_ops.data.order.packing import attention_mask
 from vila_ops.model import folder as model_folder
 from vila_ops.model.trainable import set_trainable
-from vila_ops.train.engine import Engine, PlainEngine, build_engine
+from vila_ops.train.engine import Engine, build_engine
 from vila_ops.train.loop import change_of
 from vila_ops.train.objective import Batch, Objective
 
@@ -46,7 +46,7 @@ def make_batch(objective: Objective, kind: str, seed: int) -> Batch:
     )
 
 
-def walk(engine: Engine, objective: Objective, *, ranks: tuple[int, ...]) -> dict[str, Any]:
+def walk(engine: Engine, objective: Objective, *, ranks: tuple[int, ...]) -> dict[str, Tensor]:
     """Take all steps with the rows of some ranks; returns the state by name."""
     for number, passes in enumerate(STEPS):
         for micro, kinds in enumerate(passes):
@@ -63,18 +63,21 @@ def set_out(folder: str, stage: Stage, resources: Resources) -> tuple[Engine, Ob
     model = model_folder.load(Path(folder), change=change_of(stage))
     objective = Objective(model, bf16=False)
     trained = set_trainable(objective, stage.trainable, stage.tuning)
-    inline = resources.launch == "inline"
-    engine = PlainEngine(objective, trained, stage) if inline else build_engine(objective, trained, stage, resources)
-    return engine, objective
+    return build_engine(objective, trained, stage, resources), objective
 
 
 if __name__ == "__main__":
-    told, rank, rendezvous = sys.argv[1:]
-    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+    told, rank, world_size, rendezvous = sys.argv[1:]
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=int(rank), world_size=2)
+    ranks = (0, 1)  # of one process, which takes the rows of both
+    if world_size == "2":
+        os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
+        torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=int(rank), world_size=2)
+        ranks = (int(rank),)
     for case in json.loads(Path(told).read_text()):
         stage, resources = Stage.model_validate(case["stage"]), Resources.model_validate(case["resources"])
-        found = walk(*set_out(case["folder"], stage, resources), ranks=(int(rank),))
+        found = walk(*set_out(case["folder"], stage, resources), ranks=ranks)
         if rank == "0":
             save_file(found, case["out"])
+    if world_size == "2":
+        torch.distributed.destroy_process_group()

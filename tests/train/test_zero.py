@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.train.mixed_ranks import set_out, walk
 from vila_ops.artifacts.store import content
 from vila_ops.config import Resources, Run, Stage, load
 from vila_ops.data.prepare import prepare
@@ -172,51 +171,46 @@ MIXED = [
 ]
 
 
-def _mixed_stage(run: Run, parts: str) -> Stage:
-    changes = {"global_batch_size": 4, "weight_decay": 0.1, "learning_rate": 1e-3, "num_steps": 4, **PARTS[parts]}
-    return Stage.model_validate({**run.recipe.stages["pretrain"].model_dump(), **changes, "learning_rates": {}})
-
-
 @pytest.fixture(scope="module")
-def mixed(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]:
-    """What two ranks leave of each case, all in one pair of processes: only their start takes time."""
+def mixed(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int | None], Path]:
+    """What two ranks, and one process (None), leave of each case; all cases in the same processes."""
     folder = tmp_path_factory.mktemp("mixed")
-    resources = {**run.resources.model_dump(), **RAY, "num_workers": 2, "micro_batch_size": 1}
     init = assemble(run.recipe.model, run.resources)
+    resources = {**run.resources.model_dump(), "micro_batch_size": 1}
 
-    def place(parts: str, zero_stage: int) -> Path:
+    def place(parts: str, zero_stage: int | None) -> Path:
         return folder / f"{parts}-{zero_stage}.safetensors"
 
-    cases = [
-        {
-            "stage": _mixed_stage(run, parts).model_dump(mode="json"),
-            "resources": {**resources, "zero_stage": zero_stage},
-            "folder": str(content(init)),
-            "out": str(place(parts, zero_stage)),
-        }
-        for parts, zero_stage in MIXED
-    ]
-    (folder / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, str(Path(__file__).parent / "mixed_ranks.py"), str(folder / "cases.json")]
-    ranks = [subprocess.Popen([*command, str(rank), str(folder / "meet")], env=ENV, cwd=ROOT) for rank in range(2)]
+    def case(parts: str, zero_stage: int | None) -> dict[str, object]:
+        changes = {"global_batch_size": 4, "weight_decay": 0.1, "learning_rate": 1e-3, **PARTS[parts]}
+        stage = Stage.model_validate({**run.recipe.stages["pretrain"].model_dump(), **changes})
+        ranks = {} if zero_stage is None else {**RAY, "num_workers": 2, "zero_stage": zero_stage}
+        own = {"stage": stage.model_dump(mode="json"), "resources": {**resources, **ranks}}
+        return {**own, "folder": str(content(init)), "out": str(place(parts, zero_stage))}
+
+    processes = []
+    for world_size, cases in ((1, [case(parts, None) for parts in PARTS]), (2, [case(*one) for one in MIXED])):
+        told = folder / f"{world_size}.json"
+        told.write_text(json.dumps(cases))
+        for rank in range(world_size):
+            command = [sys.executable, str(Path(__file__).parent / "mixed_ranks.py"), told, str(rank)]
+            command += [str(world_size), folder / f"rendezvous-{world_size}"]
+            processes.append(subprocess.Popen(command, env=ENV, cwd=ROOT))
     try:
-        assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
+        assert [process.wait(timeout=240) for process in processes] == [0, 0, 0]
     finally:
-        for rank in ranks:
-            rank.kill()
+        for process in processes:
+            process.kill()
     return place
 
 
 @pytest.mark.parametrize(("parts", "zero_stage"), MIXED)
 def test_ranks_with_and_without_pictures_walk_the_way_of_one_process(
-    mixed: Callable[[str, int], Path], run: Run, parts: str, zero_stage: int
+    mixed: Callable[[str, int | None], Path], parts: str, zero_stage: int
 ) -> None:
     """Among the steps is one without any picture, and one whose first pass has none; moments are compared too."""
-    init = content(assemble(run.recipe.model, run.resources))
-    expected = walk(*set_out(str(init), _mixed_stage(run, parts), run.resources), ranks=(0, 1))
-    found = load_file(mixed(parts, zero_stage))
+    expected, found = load_file(mixed(parts, None)), load_file(mixed(parts, zero_stage))
     assert found.keys() == expected.keys()
-    moved = [name for name in found if name.startswith("exp_avg/") and found[name].any()]
-    assert len(moved) > 3
+    assert len([name for name in found if name.startswith("exp_avg/") and found[name].any()]) > 3
     for name, tensor in expected.items():
         assert (tensor - found[name]).abs().max() < 1e-5, name

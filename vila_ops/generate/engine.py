@@ -126,8 +126,10 @@ class Generator:
         """
         ids = [*prompt.input_ids, *continuation]
         self._check_lengths([len(ids)])
-        embeddings = self.model.embed(torch.tensor([ids]), self.features(prompt.images) if prompt.images else None)
-        layers = self.model.hidden(embeddings, use_cache=False, output_hidden_states=True).hidden_states
+        input_ids = torch.tensor([ids])
+        embeddings = self.model.embed(input_ids, self.features(prompt.images) if prompt.images else None)
+        routing = self.model.routing(input_ids)
+        layers = self.model.hidden(embeddings, use_cache=False, output_hidden_states=True, **routing).hidden_states
         found: NDArray[np.float64] = torch.cat(layers).double().numpy()
         return found
 
