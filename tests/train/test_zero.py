@@ -47,7 +47,8 @@ def trained(run: Run) -> Callable[[int, int], Path]:
 
     @functools.cache
     def attempt(zero_stage: int, world_size: int) -> Path:
-        resources = {**RAY, "num_workers": world_size, "zero_stage": zero_stage}
+        empty = f"{run.resources.store}/features-{zero_stage}-{world_size}"  # so that the ranks run the tower
+        resources = {**RAY, "num_workers": world_size, "zero_stage": zero_stage, "store": empty}
         job = _job(run, f"zero-{zero_stage}-{world_size}", **resources)
         _train_ranks(job, world_size=world_size)
         return Path(job.attempt)

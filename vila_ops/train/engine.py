@@ -6,7 +6,7 @@ in fp32 and whole, so that a checkpoint fits any world size. The only importer o
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -107,9 +107,11 @@ class DeepSpeedEngine:
         self.zero_stage = resources.zero_stage
         self.max_grad_norm = stage.max_grad_norm
         optimizer = torch.optim.AdamW(parameter_groups(stage, trained), betas=stage.betas, fused=True)
-        self.engine, *_ = deepspeed.initialize(
-            model=objective, optimizer=optimizer, config=deepspeed_config(stage, resources), dist_init_required=False
-        )
+        config = deepspeed_config(stage, resources)
+        with _without_frozen_tower(objective):
+            self.engine, *_ = deepspeed.initialize(
+                model=objective, optimizer=optimizer, config=config, dist_init_required=False
+            )
         self.base = optimizer
         self.world_size = torch.distributed.get_world_size()
         self._make_moments(step=0)
@@ -227,6 +229,22 @@ def _clip(parameters: list[nn.Parameter], most: float | None) -> float:
     if most is not None:
         nn.utils.clip_grads_with_norm_(parameters, most, norm)
     return float(norm)
+
+
+@contextmanager
+def _without_frozen_tower(objective: Objective) -> Iterator[None]:
+    """A frozen tower stays whole: each rank reads its own pictures' features by it when the cache has them not.
+
+    ZeRO-3 wants every rank to run the same modules, and stops where the one runs the tower and the other does not.
+    """
+    whole = objective.model.model
+    tower = whole.vision_tower
+    trains = any(p.requires_grad for p in tower.parameters())
+    whole.vision_tower = tower if trains else None
+    try:
+        yield
+    finally:
+        whole.vision_tower = tower
 
 
 def _set_rates(optimizer: Any, factor: float) -> None:
