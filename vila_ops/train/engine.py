@@ -4,9 +4,10 @@ Both see the same objective, the same groups and the same loss scaling; both giv
 in fp32 and whole, so that a checkpoint fits any world size. The only importer of DeepSpeed.
 """
 
+import copy
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -107,11 +108,10 @@ class DeepSpeedEngine:
         self.zero_stage = resources.zero_stage
         self.max_grad_norm = stage.max_grad_norm
         optimizer = torch.optim.AdamW(parameter_groups(stage, trained), betas=stage.betas, fused=True)
-        config = deepspeed_config(stage, resources)
-        with _without_frozen_tower(objective):
-            self.engine, *_ = deepspeed.initialize(
-                model=objective, optimizer=optimizer, config=config, dist_init_required=False
-            )
+        shared, config = _without_frozen_tower(objective), deepspeed_config(stage, resources)
+        self.engine, *_ = deepspeed.initialize(
+            model=shared, optimizer=optimizer, config=config, dist_init_required=False
+        )
         self.base = optimizer
         self.world_size = torch.distributed.get_world_size()
         self._make_moments(step=0)
@@ -231,20 +231,19 @@ def _clip(parameters: list[nn.Parameter], most: float | None) -> float:
     return float(norm)
 
 
-@contextmanager
-def _without_frozen_tower(objective: Objective) -> Iterator[None]:
-    """A frozen tower stays whole: each rank reads its own pictures' features by it when the cache has them not.
+def _without_frozen_tower(objective: Objective) -> Objective:
+    """The same objective over the same parameters, but a frozen tower's, which stay whole on every rank.
 
-    ZeRO-3 wants every rank to run the same modules, and stops where the one runs the tower and the other does not.
+    A rank reads its own pictures' features by the tower when the cache has them not. ZeRO-3 wants every rank to run
+    the same modules, and stops where one runs the tower and another does not.
     """
-    whole = objective.model.model
-    tower = whole.vision_tower
-    trains = any(p.requires_grad for p in tower.parameters())
-    whole.vision_tower = tower if trains else None
-    try:
-        yield
-    finally:
-        whole.vision_tower = tower
+    if any(p.requires_grad for p in objective.model.model.vision_tower.parameters()):
+        return objective
+    outer, whole, inner = (copy.copy(module) for module in (objective, objective.model, objective.model.model))
+    for module in (outer, whole, inner):
+        module._modules = dict(module._modules)
+    inner.vision_tower, whole.model, outer.model = None, inner, whole
+    return outer
 
 
 def _set_rates(optimizer: Any, factor: float) -> None:

@@ -88,6 +88,6 @@ class Objective(nn.Module):
         """Features of a picture that is none."""
         config = self.model.config
         side = config.vision_side
-        if any(p.requires_grad for p in self.model.model.vision_tower.parameters()):
+        if any(p.requires_grad for name, p in self.model.named_parameters() if part_of(name) == "vision_tower"):
             return self.model.tower_features(torch.zeros(1, 3, side, side, device=device))
         return torch.zeros(1, config.grid() ** 2, config.vision_config.hidden_size, device=device)
