@@ -14,6 +14,7 @@ from vila_ops.config import Stage
 from vila_ops.data.prepare import prepare
 from vila_ops.model import folder as model_folder
 from vila_ops.model.assemble import assemble
+from vila_ops.model.trainable import EXPERT
 from vila_ops.train.loop import change_of
 from vila_ops.train.stage import train_stage
 
@@ -47,6 +48,11 @@ CASES = [
     Case("downsample-3x3", projector(kind="mlp_downsample", depth=3, factor=3)),
     Case("internvit", {"vision_tower": {"kind": "random", "architecture": "internvit"}}),
     Case("larger-pictures", stage={"image_size": 84}),
+    Case(
+        "visual-expert",
+        stage={"trainable": ["projector", "language_model"], "tuning": {"kind": "visual_expert"}},
+        moves=("multi_modal_projector.", EXPERT),
+    ),
 ]
 
 
