@@ -19,7 +19,7 @@ find_python = for python in "$(PYTHON)" python3 ""; do \
 	  if [ -z "$$python" ] || "$$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; \
 	  then break; fi; done
 
-.PHONY: help setup constraints test lint types layers demo demo-long up down status faults bench format clean
+.PHONY: help setup constraints test lint types layers demo demo-long up down status faults bench interop format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -87,6 +87,9 @@ bench: setup ## One benchmark: make bench NAME=packing
 	@if [ ! -f "benchmarks/$(NAME).py" ]; then \
 	  echo "make bench NAME=..., one of:" $$(cd benchmarks && ls *.py 2>/dev/null | sed 's/\.py$$//') >&2; exit 2; fi
 	@$(BIN)/python benchmarks/$(NAME).py
+
+interop: setup ## Write the table of docs/interop.md: who loads our models
+	@$(BIN)/python docs/interop.py
 
 format: setup ## Let ruff rewrite what it can
 	@$(BIN)/ruff check --fix .

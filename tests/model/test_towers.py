@@ -164,7 +164,7 @@ def test_a_folder_without_all_weights_of_its_tower_is_refused(
     state = load_file(path)
     del state["encoder.layers.0.mlp.fc1.bias"]
     save_file(state, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"does not hold the tower's weights .*mlp\.fc1\.bias"):
+    with pytest.raises(ValueError, match=r"asks for \d+ numbers, its files hold \d+"):
         build_tower(as_hub(make_model, tmp_path), cache=tmp_path)
 
 

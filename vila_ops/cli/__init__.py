@@ -14,6 +14,7 @@ from vila_ops import doctor as checks
 from vila_ops import local, pipeline
 from vila_ops.artifacts import store
 from vila_ops.cli.data import data
+from vila_ops.cli.model import export
 from vila_ops.cli.options import (
     INLINE,
     LOCAL,
@@ -37,6 +38,7 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Image-text data to a served VLM."
 )
 app.add_typer(data, name="data")
+app.command()(export)
 
 StageName = Annotated[str, typer.Option("--stage", help="Name of a stage, or `base` for the untrained model")]
 Servers = Annotated[Path, typer.Option("--servers", help="Ports and folders of this box's servers")]

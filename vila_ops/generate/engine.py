@@ -78,6 +78,7 @@ class Generator:
     def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[Answer]:
         """Greedy answers, in the order of the prompts. Rows join and leave between steps."""
         self._check_lengths([len(prompt.input_ids) + max_new_tokens for prompt in prompts])
+        self._check_pictures(prompts)
         if not prompts:
             return []
         longest = max(len(prompt.input_ids) for prompt in prompts) + max_new_tokens
@@ -105,6 +106,7 @@ class Generator:
         """
         rows = [_row(prompt.input_ids, continuations) for prompt, continuations in items]
         self._check_lengths([len(row.input_ids) for row in rows])
+        self._check_pictures([prompt for prompt, _ in items])
         order = sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids))
         scores: dict[int, list[Score]] = {}
         start = 0
@@ -136,6 +138,16 @@ class Generator:
     def _check_lengths(self, lengths: list[int]) -> None:
         if lengths and max(lengths) > self.max_tokens:
             raise ValueError(f"{max(lengths)} tokens, more than the model's context of {self.max_tokens}")
+
+    def _check_pictures(self, prompts: Sequence[Prompt]) -> None:
+        """Each prompt for itself: one row's picture must not fill another row's place."""
+        for number, prompt in enumerate(prompts):
+            places = prompt.input_ids.count(self.tokenizer.image_id)
+            if places != len(prompt.images) * self.tokenizer.image_tokens:
+                raise ValueError(
+                    f"prompt {number} has {places} image positions for {len(prompt.images)} pictures of "
+                    f"{self.tokenizer.image_tokens} each; write one placeholder for each picture"
+                )
 
     def _prefill(self, prompts: list[Prompt], cache: SlotCache) -> list[int]:
         lengths = [len(prompt.input_ids) for prompt in prompts]

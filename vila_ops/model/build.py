@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 from vila_ops.config import Model
 from vila_ops.config.model import HubLanguageModel, RandomLanguageModel
 from vila_ops.model.configuration import VilaConfig
+from vila_ops.model.part import read_part
 from vila_ops.model.shapes import check_shape
 from vila_ops.model.towers import build_tower, select_strategy
 from vila_ops.model.vila import VilaForConditionalGeneration
@@ -68,9 +69,10 @@ def _language_model(model: Model, *, vocabulary: int, cache: Path) -> PreTrained
     if isinstance(model.language_model, RandomLanguageModel):
         return AutoModelForCausalLM.from_config(random_language_model(model.language_model, vocabulary=vocabulary))
     folder = language_model_folder(model.language_model, cache=cache)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if isinstance(model.language_model, HubLanguageModel):
-        check_shape(model.language_model, AutoConfig.from_pretrained(folder, local_files_only=True))
-    return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        check_shape(model.language_model, config)
+    return read_part(AutoModelForCausalLM, folder, config)
 
 
 def random_language_model(config: RandomLanguageModel, *, vocabulary: int) -> LlamaConfig:

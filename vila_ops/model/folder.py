@@ -6,14 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlavaConfig, LlavaProcessor
 
 from vila_ops.artifacts.store import CorruptArtifact
-from vila_ops.config.model import LinearProjector, MlpProjector
+from vila_ops.config.model import ImageFit, LinearProjector, MlpProjector
 from vila_ops.config.train import Lora, Tuning
 from vila_ops.model import lora
 from vila_ops.model.change import Change, changed
@@ -21,20 +18,27 @@ from vila_ops.model.configuration import VilaConfig
 from vila_ops.model.processing import read_fit
 from vila_ops.model.trainable import LORA
 from vila_ops.model.vila import VilaForConditionalGeneration
+from vila_ops.model.weights import on_meta, read_weights, write_weights
+from vila_ops.packages.tokenizer import stop_ids
+from vila_ops.packages.untrusted import check_folder, check_layers, read_json, stored_tensors
 
-PREFIX = "model.multi_modal_projector."
 OURS = ("projector", "visual_expert", "vision_side", "image_fit")
 """Config fields that LLaVA's format does not know."""
-HEAD = "lm_head.weight"
 ADAPTER = "adapter"
 """Folder inside the folder of a model that a LoRA stage trained."""
+OF_READING = ("is_local", "local_files_only", "name_or_path")
+"""What transformers writes of how a tokenizer was read, into the tokenizer's own settings."""
+MAX_SIDE = 4096
 
 
 def save(model: VilaForConditionalGeneration, folder: Path, *, processor: LlavaProcessor) -> None:
     """Write weights (safetensors), config, processor, tokenizer and chat template."""
     processor.save_pretrained(folder)
-    _write_config(model.config, folder)
-    _write_weights(dict(model.state_dict()), folder, tied=model.config.tie_word_embeddings)
+    words = read_json(folder / "tokenizer_config.json")
+    _write_json(folder / "tokenizer_config.json", {key: words[key] for key in words if key not in OF_READING})
+    _write_config(model.config, folder, dtype=model.dtype)
+    _write_json(folder / "generation_config.json", _generation(model.config, processor))
+    write_weights(dict(model.state_dict()), folder, config=model.config)
 
 
 def is_plain(config: VilaConfig) -> bool:
@@ -59,20 +63,20 @@ def save_trained(
             continue  # an earlier stage's adapter, which is in the weights
         if path.suffix != ".safetensors" and not path.name.endswith(".index.json"):
             shutil.copyfile(path, folder / path.name)
-    stated = _read_config(init)
-    config, state = changed(stated, _read_weights(init, stated), change)
+    stated = read_config(init)
+    config, state = changed(stated, read_weights(init, stated), change)
     whole = {name: tensor for name, tensor in trained.items() if LORA not in name}
     if unknown := sorted(set(whole) - set(state)):
         raise ValueError(f"{init} has no parameters {unknown[:3]} that were trained")
     state |= {name: tensor.to(state[name].dtype) for name, tensor in whole.items()}
     if config is not stated:
-        _write_config(config, folder)
+        _write_config(config, folder, dtype=next(iter(state.values())).dtype)
         _set_processor_size(folder, config.vision_side)
     if not isinstance(tuning, Lora):
-        _write_weights(state, folder, tied=config.tie_word_embeddings)
+        write_weights(state, folder, config=config)
         return
     adapter = lora.adapter_of(trained, tuning)
-    written = _write_weights(lora.merge(state, adapter), folder, tied=config.tie_word_embeddings)
+    written = write_weights(lora.merge(state, adapter), folder, config=config)
     modules = tuple({".".join(name.split(".")[:2]) + "." for name in whole})
     lora.write(adapter, folder / ADAPTER, whole={name: t for name, t in written.items() if name.startswith(modules)})
 
@@ -80,9 +84,13 @@ def save_trained(
 def load(
     folder: Path, *, dtype: torch.dtype = torch.float32, change: Change | None = None
 ) -> VilaForConditionalGeneration:
-    """The model of a folder, plain LLaVA or ours, in eval mode. Raises CorruptArtifact on a wrong set of weights."""
-    stated = _read_config(folder)
-    config, state = changed(stated, _read_weights(folder, stated), change or Change())
+    """The model of a folder, plain LLaVA (of any writer) or ours, in eval mode.
+
+    Everything is looked at before memory is taken: files, settings, headers, and shapes by a pass without data. Raises
+    CorruptArtifact, or ValueError for a kind of model that we do not read.
+    """
+    stated = read_config(folder)
+    config, state = changed(stated, read_weights(folder, stated), change or Change())
     model, info = VilaForConditionalGeneration.from_pretrained(
         None,
         config=config,
@@ -101,89 +109,128 @@ def load(
 
 def normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Channel mean and deviation that a model folder's processor applies."""
-    stated = json.loads((folder / "processor_config.json").read_text())["image_processor"]
-    return tuple(stated["image_mean"]), tuple(stated["image_std"])
+    stated = image_processor(folder)
+    found: list[Any] = [stated.get(key) for key in ("image_mean", "image_std")]
+    for values in found:
+        if not isinstance(values, list) or len(values) != 3 or not all(isinstance(one, int | float) for one in values):
+            raise CorruptArtifact(
+                f"{folder}: its image processor has image_mean and image_std {found}, not 3 numbers each"
+            )
+    mean, std = (tuple(map(float, values)) for values in found)
+    if min(std) <= 0:
+        raise CorruptArtifact(f"{folder}: its image processor has image_std {std}; deviations are above 0")
+    return mean, std
 
 
-def _read_config(folder: Path) -> VilaConfig:
-    stated: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    kind = stated.pop("model_type")
+def image_processor(folder: Path) -> dict[str, Any]:
+    """The settings of a folder's image processor, in the file of today or in that of transformers 4."""
+    today = folder / "processor_config.json"
+    stated = read_json(today).get("image_processor") if today.is_file() else None
+    stated = read_json(folder / "preprocessor_config.json") if stated is None else stated
+    if not isinstance(stated, dict):
+        raise CorruptArtifact(f"{today}: image_processor is no object")
+    return stated
+
+
+def read_config(folder: Path) -> VilaConfig:
+    """The config of a folder, proved by a pass without data. Raises CorruptArtifact or ValueError."""
+    check_folder(folder)
+    stated = read_json(folder / "config.json")
+    check_layers(stated, len(stored_tensors(folder)), folder / "config.json")
+    kind = stated.pop("model_type", None)
     if kind == LlavaConfig.model_type:
-        projector = {"kind": "linear" if stated["projector_hidden_act"] == "linear" else "mlp_gelu"}
-        images = json.loads((folder / "processor_config.json").read_text())["image_processor"]
-        fit, side = read_fit(images)
-        return VilaConfig(**stated, projector=projector, vision_side=side, image_fit=fit)
-    if kind != VilaConfig.model_type:
+        act = stated.get("projector_hidden_act", "gelu")
+        fit, side = fit_of(folder)
+        stated |= {"projector": {"kind": "linear" if act == "linear" else "mlp_gelu"}}
+        stated |= {"vision_side": side, "image_fit": fit}
+    elif kind != VilaConfig.model_type:
         raise ValueError(
             f"{folder} holds a {kind!r} model; we read {LlavaConfig.model_type} and {VilaConfig.model_type}"
         )
-    return VilaConfig(**stated)
+    try:
+        config = VilaConfig(**stated)
+        tokens = _image_tokens(config)
+    except Exception as error:  # transformers' and torch's classes raise what they like for settings that do not fit
+        raise CorruptArtifact(
+            f"{folder / 'config.json'} describes no model that can be ({type(error).__name__}: {str(error)[:300]})"
+        ) from error
+    if kind == LlavaConfig.model_type:
+        config.image_seq_length = tokens  # older writers do not say, and stock computes it too
+    if tokens != config.image_seq_length:
+        raise CorruptArtifact(
+            f"{folder / 'config.json'} says {config.image_seq_length} tokens a picture, but its tower and projector "
+            f"give {tokens}"
+        )
+    return config
 
 
-def _write_config(config: VilaConfig, folder: Path) -> None:
+def _image_tokens(config: VilaConfig) -> int:
+    """Tokens of a picture, found by a pass on the meta device through tower, projector and language model."""
+    if not 0 <= config.image_token_index < config.text_config.vocab_size:
+        raise ValueError(f"image token {config.image_token_index} of {config.text_config.vocab_size} tokens")
+    model = on_meta(config)
+    with torch.device("meta"):
+        features = model.tower_features(torch.empty(1, 3, config.vision_side, config.vision_side))
+        projected: Tensor = model.model.multi_modal_projector(features)
+        count = projected.shape[1]
+        mask = torch.ones(1, 1, count, count, dtype=torch.bool)  # given, or transformers looks into the data for it
+        hidden = model.hidden(projected, attention_mask=mask, use_cache=False).last_hidden_state
+        model.lm_head(hidden)
+    return count
+
+
+def fit_of(folder: Path) -> tuple[ImageFit, int]:
+    """How a folder's image processor makes a square of a picture, and the square's side. Raises CorruptArtifact."""
+    stated = image_processor(folder)
+    try:
+        fit, side = read_fit(stated)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CorruptArtifact(f"{folder}: its image processor is none that we have ({error})") from error
+    if type(side) is not int or not 0 < side <= MAX_SIDE:
+        raise CorruptArtifact(
+            f"{folder}: its image processor makes squares of {side} pixels; from 1 to {MAX_SIDE} are read"
+        )
+    return fit, side
+
+
+def _write_config(config: VilaConfig, folder: Path, *, dtype: torch.dtype) -> None:
     stated: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     stated["architectures"] = [VilaForConditionalGeneration.__name__]
-    if is_plain(config):
-        stated = _plain(stated)
-    (folder / "config.json").write_text(json.dumps(stated, indent=2, sort_keys=True) + "\n")
+    stated.pop("_name_or_path", None)  # where it was read from is no part of it
+    for part in (stated, stated["text_config"], stated["vision_config"]):
+        part["dtype"] = str(dtype).removeprefix("torch.")
+    _write_json(folder / "config.json", _plain(stated) if is_plain(config) else stated)
 
 
 def _set_processor_size(folder: Path, side: int) -> None:
     """Pictures of another size: every side that the image processor uses becomes `side` pixels."""
     path = folder / "processor_config.json"
-    stated = json.loads(path.read_text())
+    stated = read_json(path)
     images = stated["image_processor"]
     for key in ("size", "crop_size") if images.get("do_center_crop") else ("size",):
         images[key] = {name: value and side for name, value in images[key].items()}
-    path.write_text(json.dumps(stated, indent=2, sort_keys=True) + "\n")
+    _write_json(path, stated)
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
     """The same config in LLaVA's own terms, for stock transformers."""
     plain = {key: value for key, value in config.items() if key not in OURS}
-    act = "linear" if config["projector"]["kind"] == "linear" else "gelu"
+    act = "linear" if config["projector"]["kind"] == "linear" else config["projector_hidden_act"]
     stock = {"model_type": LlavaConfig.model_type, "architectures": ["LlavaForConditionalGeneration"]}
     return {**plain, **stock, "projector_hidden_act": act}
 
 
-def _read_weights(folder: Path, config: VilaConfig) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            state.update(load_file(path))
-        except SafetensorError as error:
-            raise CorruptArtifact(f"{path} is not a readable safetensors file ({error})") from error
-    return _mlp_as_linear(state, folder) if isinstance(config.projector_choice(), LinearProjector) else state
+def _generation(config: VilaConfig, processor: LlavaProcessor) -> dict[str, Any]:
+    """What makes stock `generate` say and stop as our generator does: it never says a picture, nor a padding id."""
+    tokenizer = processor.tokenizer
+    unsaid = [config.image_token_index, *range(len(tokenizer), config.text_config.vocab_size)]
+    return {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": stop_ids(tokenizer),
+        "pad_token_id": config.pad_token_id,
+        "suppress_tokens": unsaid,
+    }
 
 
-def _write_weights(state: dict[str, Tensor], folder: Path, *, tied: bool) -> dict[str, Tensor]:
-    """Write weights as LLaVA's format names them; returns them so."""
-    if f"{PREFIX}linear.weight" in state:
-        state = _linear_as_mlp(state)
-    if tied:
-        state.pop(HEAD, None)  # the embedding again
-    written = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    save_torch_state_dict(written, folder)
-    return written
-
-
-def _linear_as_mlp(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A linear projector is an MLP with identity activation and an identity second layer: exact."""
-    out = {name: tensor for name, tensor in state.items() if not name.startswith(PREFIX)}
-    weight, bias = state[f"{PREFIX}linear.weight"], state[f"{PREFIX}linear.bias"]
-    out[f"{PREFIX}linear_1.weight"], out[f"{PREFIX}linear_1.bias"] = weight, bias
-    out[f"{PREFIX}linear_2.weight"] = torch.eye(len(weight), dtype=weight.dtype)
-    out[f"{PREFIX}linear_2.bias"] = torch.zeros(len(weight), dtype=weight.dtype)
-    return out
-
-
-def _mlp_as_linear(state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    out = {name: tensor for name, tensor in state.items() if not name.startswith(PREFIX)}
-    if missing := sorted({f"{PREFIX}linear_{n}.{kind}" for n in (1, 2) for kind in ("weight", "bias")} - set(state)):
-        raise CorruptArtifact(f"{folder} does not hold {missing}")
-    second = state[f"{PREFIX}linear_2.weight"]
-    if not torch.equal(second, torch.eye(len(second), dtype=second.dtype)) or state[f"{PREFIX}linear_2.bias"].any():
-        raise ValueError(f"{folder}: the projector's second layer is not the identity, so it is no linear projector")
-    out[f"{PREFIX}linear.weight"] = state[f"{PREFIX}linear_1.weight"]
-    out[f"{PREFIX}linear.bias"] = state[f"{PREFIX}linear_1.bias"]
-    return out
+def _write_json(path: Path, settings: dict[str, Any]) -> None:
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")

@@ -22,7 +22,7 @@ from vila_ops.model import folder
 from vila_ops.model.configuration import VilaConfig
 from vila_ops.model.towers import patch_side, square_side
 from vila_ops.packages.normalisation import mean_std
-from vila_ops.packages.tokenizer import IMAGE_TOKEN, OWN_TEMPLATE, build_tokenizer
+from vila_ops.packages.tokenizer import IMAGE_TOKEN, OWN_TEMPLATE, build_tokenizer, read_tokenizer
 
 SUFFIXES = (".json", ".safetensors", ".jinja", ".txt", ".model")
 """Of the files that make a model's folder; anything else in it is left behind."""
@@ -37,7 +37,7 @@ def start_from(model: Model, source: Path, out: Path, *, cache: Path) -> None:
     from the recipe, both values told.
     """
     config = folder.load(source).config
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(source, local_files_only=True)
+    tokenizer = read_tokenizer(source)
     wanted = build_tokenizer(model.language_model, chat_template=model.chat_template, cache=cache)
     if found := [*_in_the_config(model, config, source), *_in_the_tokenizer(model, config, tokenizer, wanted)]:
         raise ValueError(f"the model in {source} is not the recipe's: " + "; ".join(found))

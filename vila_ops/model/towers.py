@@ -26,6 +26,7 @@ from transformers import (
 
 from vila_ops.config import Model
 from vila_ops.config.model import HubTower, RandomTower
+from vila_ops.model.part import read_part
 from vila_ops.model.shapes import check_shape
 from vila_ops.packages.resolve import vision_tower_folder
 
@@ -127,19 +128,7 @@ def _load(model: Model, cache: Path) -> PreTrainedModel:
     if isinstance(model.vision_tower, HubTower):
         check_shape(model.vision_tower, vision)
     vision.architectures = None
-    tower, info = AutoModel.from_pretrained(
-        folder,
-        config=vision,
-        local_files_only=True,
-        use_safetensors=True,
-        dtype=torch.float32,
-        key_mapping=IN_A_WHOLE_MODEL,
-        output_loading_info=True,
-    )
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{folder} does not hold the tower's weights {missing[:3]}; is it the folder of a tower?")
-    loaded: PreTrainedModel = tower
-    return loaded
+    return read_part(AutoModel, folder, vision, key_mapping=IN_A_WHOLE_MODEL)
 
 
 def _random(model: Model, tower: RandomTower) -> PreTrainedModel:

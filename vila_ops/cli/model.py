@@ -1,0 +1,44 @@
+"""`vila-ops export`: a model for other programs."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from vila_ops.artifacts import store
+from vila_ops.artifacts.kinds import Artifact
+from vila_ops.cli.options import AsJson, print_handle, say
+from vila_ops.model import export as exports
+
+Checkpoint = Annotated[str, typer.Argument(help="A sealed model's place in the store, s3://..., or any model folder")]
+
+
+def export(
+    checkpoint: Checkpoint,
+    out: Annotated[Path | None, typer.Option("--out", help="Copy the model's own files here")] = None,
+    check: Annotated[
+        Literal["transformers", "vllm", "gguf"] | None,
+        typer.Option("--check", help="Only this program; 1 if it cannot"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say which programs load a model, and why others do not; with --out, write it without our manifest."""
+    folder = _folder(checkpoint.rstrip("/"))
+    findings = [exports.check(folder, target) for target in ([check] if check else exports.TARGETS)]
+    if out is not None:
+        exports.write_plain(folder, out)
+    if as_json:
+        print_handle(findings, as_json)
+    else:
+        for finding in findings:
+            say(f"{finding.target:12} {'yes' if finding.loads else 'no '}  {'; '.join(finding.reasons)}")
+    if check and not findings[0].loads:
+        raise typer.Exit(1)
+
+
+def _folder(place: str) -> Path:
+    """The files of a sealed folder, every byte compared with its manifest, or the folder itself."""
+    if not place.startswith("s3://") and (Path(place) / "config.json").is_file():
+        return Path(place)
+    digest = store.verify_folder(place)
+    return store.content(Artifact(uri=place, digest=digest))

