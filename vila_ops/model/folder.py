@@ -174,7 +174,8 @@ def _image_tokens(config: VilaConfig) -> int:
         projected: Tensor = model.model.multi_modal_projector(features)
         count = projected.shape[1]
         mask = torch.ones(1, 1, count, count, dtype=torch.bool)  # given, or transformers looks into the data for it
-        hidden = model.hidden(projected, attention_mask=mask, use_cache=False).last_hidden_state
+        routing = {"routes": None} if config.visual_expert else {}
+        hidden = model.hidden(projected, attention_mask=mask, use_cache=False, **routing).last_hidden_state
         model.lm_head(hidden)
     return count
 
