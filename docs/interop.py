@@ -1,7 +1,5 @@
 """Makes the table of docs/interop.md: `make interop`. Builds a tiny model of every choice, asks and measures."""
 
-import json
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -15,53 +13,64 @@ from vila_ops.artifacts.store import content
 from vila_ops.config import Model, Resources
 from vila_ops.model import folder as model_folder
 from vila_ops.model.assemble import assemble
+from vila_ops.model.change import Change
 from vila_ops.model.export import CHECKED_WITH, TARGETS, check
 
 PAGE = Path(__file__).with_name("interop.md")
 START, END = "<!-- made by docs/interop.py -->", "<!-- end -->"
 TOKENIZER = Path(__file__).parents[1] / "tests/tiny/tokenizer"
 TOWERS = ("clip", "siglip", "dinov2")
-PROJECTORS: tuple[dict[str, Any], ...] = (
-    {"kind": "mlp_gelu"},
-    {"kind": "linear"},
+PROJECTORS: tuple[dict[str, Any], ...] = ({"kind": "mlp_gelu"}, {"kind": "linear"})
+OWN_PROJECTORS: tuple[dict[str, Any], ...] = (
+    {"kind": "mlp_gelu", "depth": 3},
+    {"kind": "transformer", "num_heads": 4},
     {"kind": "mlp_downsample", "factor": 2},
+    {"kind": "mlp_downsample", "factor": 3, "depth": 3},
 )
+"""What LLaVA's format cannot hold."""
+Row = tuple[str, Path]
 
 
 def main() -> None:
     """Write the table between its marks."""
     with tempfile.TemporaryDirectory() as root:
-        lines = [f"{row} {difference(folder)} |" for row, folder in rows(Path(root))]
+        models = list(rows(Path(root)))
+        lines = table(models, [difference(folder) for _, folder in models])
     before, _, rest = PAGE.read_text().partition(START)
-    PAGE.write_text("\n".join([before + START, *head(), *lines, END]) + rest.partition(END)[2])
+    PAGE.write_text("\n".join([before + START, *lines, END]) + rest.partition(END)[2])
 
 
-def head() -> list[str]:
-    """The first two lines of the table."""
+def table(models: list[Row], differences: list[str]) -> list[str]:
+    """The table's lines, and below it each reason once, by the number that a cell gives."""
     names = [f"{target} ({CHECKED_WITH[target]})" for target in TARGETS]
-    return [f"| model | {' | '.join(names)} | logits, stock against ours |", f"|{' --- |' * (len(TARGETS) + 2)}"]
+    reasons: dict[str, int] = {}
+    lines = [f"| model | {' | '.join(names)} | logits, stock against ours |", f"|{' --- |' * (len(TARGETS) + 2)}"]
+    for (name, folder), gap in zip(models, differences, strict=True):
+        found = [check(folder, target) for target in TARGETS]
+        numbers = [[reasons.setdefault(reason, len(reasons) + 1) for reason in one.reasons] for one in found]
+        cells = [
+            "yes" if one.loads else f"no ({', '.join(map(str, no))})" for one, no in zip(found, numbers, strict=True)
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} | {gap} |")
+    return [*lines, "", *(f"{number}. {reason}" for reason, number in reasons.items())]
 
 
-def rows(root: Path) -> Iterator[tuple[str, Path]]:
-    """Each model's line without what is measured, and its folder."""
+def rows(root: Path) -> Iterator[Row]:
+    """Each model's name and its folder."""
     for tower in TOWERS:
         for projector in PROJECTORS:
-            folder = built(tower, projector, root)
-            name = f"{tower}, {' '.join(str(value) for value in projector.values())}"
-            yield row(name, folder), folder
-    expert = root / "expert"
-    shutil.copytree(built("clip", {"kind": "mlp_gelu"}, root), expert)
-    stated = json.loads((expert / "config.json").read_text())
-    stated |= {"model_type": "vila_llava", "projector": {"kind": "mlp_gelu", "depth": 2}, "visual_expert": True}
-    (expert / "config.json").write_text(json.dumps(stated))
-    yield row("clip, mlp_gelu, visual expert", expert), expert
+            yield f"{tower}, {projector['kind']}", built(tower, projector, root)
+    for projector in OWN_PROJECTORS:
+        kind, *values = projector.items()
+        yield f"clip, {kind[1]}, {', '.join(f'{key} {value}' for key, value in values)}", built("clip", projector, root)
+    yield "clip, mlp_gelu, visual expert", with_expert(built("clip", {"kind": "mlp_gelu"}, root), root / "expert")
 
 
-def row(name: str, folder: Path) -> str:
-    """What each program does with a folder."""
-    found = [check(folder, target) for target in TARGETS]
-    cells = ["yes" if one.loads else f"no: {'; '.join(one.reasons)}" for one in found]
-    return f"| {name} | {' | '.join(cells)} |"
+def with_expert(folder: Path, out: Path) -> Path:
+    """The model of a folder as a stage with a visual expert leaves it."""
+    out.mkdir()
+    model_folder.save_trained({}, out, init=folder, change=Change(visual_expert=True))
+    return out
 
 
 def built(tower: str, projector: dict[str, Any], root: Path) -> Path:
