@@ -17,7 +17,7 @@ TALK: list[Message] = [
     {"role": "user", "content": "And <image>?"},
     {"role": "assistant", "content": "A cat."},
 ]
-ENDS = ["<|im_end|>", "<|eot_id|>", "</s>"]
+ENDS = ["<|im_end|>", "<|eot_id|>", "</s>", "<|end_of_text|>"]
 LLAMA_2 = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content | trim + ' [/INST]' }}"
     "{% else %}{{ ' ' + m.content | trim + ' </s>' }}{% endif %}{% endfor %}"
