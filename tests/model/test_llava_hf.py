@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
 from vila_ops.model import folder as model_folder
-from vila_ops.model.importing import import_checkpoint
+from vila_ops.model.importing.checkpoint import import_checkpoint
 
 TINY = Path(__file__).parent.parent / "tiny"
 IDS = [1, 40, *[3] * 16, 41, 99, 2]

@@ -19,7 +19,7 @@ from vila_ops.cli import app
 from vila_ops.cli.options import section
 from vila_ops.config import Model, load
 from vila_ops.model import folder as model_folder
-from vila_ops.model.importing import import_checkpoint
+from vila_ops.model.importing.checkpoint import import_checkpoint
 from vila_ops.packages.tokenizer import build_tokenizer
 
 IDS = [1, 40, IMAGE, 41, 99, IMAGE, 42, 2]

@@ -82,7 +82,7 @@ def import_model(
     as_json: AsJson = False,
 ) -> None:
     """Make a model folder of somebody else's checkpoint, and print the recipe's `model:` that starts from it."""
-    from vila_ops.model.importing import import_checkpoint
+    from vila_ops.model.importing.checkpoint import import_checkpoint
 
     made = import_checkpoint(source, out, token_order=token_order, chat_template=chat_template)
     for note in made.notes:

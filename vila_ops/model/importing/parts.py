@@ -1,12 +1,9 @@
 """The parts of somebody else's checkpoint, read from their folders: safetensors alone, no code run, every key used."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
@@ -21,8 +18,9 @@ from transformers import (
 
 from vila_ops.artifacts.store import CorruptArtifact
 from vila_ops.config.model import HubTower, ImageFit, Part, Projector
-from vila_ops.model.internvit import INTERNVIT, translated, translated_config
+from vila_ops.model.importing.internvit import INTERNVIT, translated, translated_config
 from vila_ops.packages.normalisation import IMAGENET, Channels, mean_std
+from vila_ops.packages.untrusted import check_layers, read_header, read_json
 
 MeanStd = tuple[Channels, Channels]
 DERIVED = ("position_ids", "rotary_emb.inv_freq")
@@ -50,19 +48,6 @@ class Parts:
     """What the user should know: how things were told, and what is not taken over."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ValueError that names the file where there is none."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing")
-    try:
-        found = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return found
-
-
 def read_state(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder's safetensors files. Pickles are never opened; a folder of nothing else is refused."""
     files = sorted(folder.glob("*.safetensors"))
@@ -75,10 +60,8 @@ def read_state(folder: Path) -> dict[str, Tensor]:
         )
     state: dict[str, Tensor] = {}
     for path in files:
-        try:
-            held = load_file(path)
-        except SafetensorError as error:
-            raise CorruptArtifact(f"{path} is not a readable safetensors file ({error})") from error
+        read_header(path)  # refuses what lies about itself, before any of it is loaded
+        held = load_file(path)
         if twice := sorted(set(held) & set(state)):
             raise CorruptArtifact(f"{path} holds {twice[:3]}, which another file of the folder holds too")
         state |= held
@@ -139,6 +122,7 @@ def strict(part: Part, config: PreTrainedConfig, state: dict[str, Tensor], folde
 
     Raises CorruptArtifact that names what is missing, unknown or misshapen.
     """
+    check_layers(config.to_dict(), len(state), folder / "config.json")
     state = {name: tensor for name, tensor in state.items() if not name.endswith(DERIVED)}
     precisions = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
     config.architectures, config._name_or_path = None, ""  # theirs, and this machine's

@@ -14,10 +14,11 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from vila_ops.config.model import DownsampleProjector, ImageFit, LinearProjector, MlpProjector, Projector
-from vila_ops.model import parts
-from vila_ops.model.parts import Parts, read_json
+from vila_ops.model.importing import parts
+from vila_ops.model.importing.parts import Parts
 from vila_ops.model.towers import class_tokens, square_side
 from vila_ops.packages.tokenizer import OWN_TEMPLATE, TEMPLATE_TOKENS
+from vila_ops.packages.untrusted import read_json
 
 TokenOrder = Literal["rows", "columns"]
 Vintage = Literal["v1.0", "v1.5", "nvila"]

@@ -12,9 +12,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from vila_ops.artifacts.store import CorruptArtifact
 from vila_ops.config import Config, Model
 from vila_ops.config.model import FolderWeights, HubLanguageModel, HubTower, Shape
-from vila_ops.model import build, folder, llava_hf, nvlabs, processing
-from vila_ops.model.nvlabs import TokenOrder
-from vila_ops.model.parts import Parts
+from vila_ops.model import build, folder, processing
+from vila_ops.model.importing import llava_hf, nvlabs
+from vila_ops.model.importing.nvlabs import TokenOrder
+from vila_ops.model.importing.parts import Parts
 from vila_ops.model.towers import square_side
 from vila_ops.model.vila import VilaForConditionalGeneration
 from vila_ops.packages.tokenizer import IMAGE_TOKEN, with_image_token

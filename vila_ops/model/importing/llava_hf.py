@@ -9,11 +9,12 @@ from torch import Tensor, equal, eye
 from transformers import LlavaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from vila_ops.config.model import ImageFit, LinearProjector, MlpProjector, Projector
-from vila_ops.model import parts
-from vila_ops.model.parts import Parts, read_json
+from vila_ops.model.importing import parts
+from vila_ops.model.importing.parts import Parts
 from vila_ops.model.processing import read_fit
 from vila_ops.model.towers import select_strategy, square_side
 from vila_ops.packages.tokenizer import IMAGE_TOKEN, OWN_TEMPLATE, TEMPLATE_TOKENS, TEMPLATES
+from vila_ops.packages.untrusted import read_json
 
 PLACES = (
     (r"(?:model\.)?vision_tower\.", "vision_tower", ""),
