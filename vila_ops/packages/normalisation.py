@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from vila_ops.config.model import HubTower, PackagedTower, RandomTower, VisionTower
+from vila_ops.packages.imagenet import IMAGENET, Channels
 from vila_ops.packages.resolve import hub_folder
 from vila_ops.packages.untrusted import read_json
 
-Channels = tuple[float, float, float]
-IMAGENET: tuple[Channels, Channels] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALVES: tuple[Channels, Channels] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 """Of a tower that states none (random towers of tests)."""
 FILES = ("preprocessor_config.json", "processor_config.json")

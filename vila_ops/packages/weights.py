@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitImageProcessorP
 from transformers.utils.quantization_config import GgufConfig
 
 from vila_ops.config.base import fingerprint
-from vila_ops.packages.normalisation import IMAGENET
+from vila_ops.packages.imagenet import IMAGENET
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ from transformers import (
 from vila_ops.artifacts.store import CorruptArtifact
 from vila_ops.config.model import HubTower, ImageFit, Part, Projector
 from vila_ops.model.importing.internvit import INTERNVIT, translated, translated_config
-from vila_ops.packages.normalisation import IMAGENET, Channels, mean_std
+from vila_ops.packages.imagenet import IMAGENET, Channels
+from vila_ops.packages.normalisation import mean_std
 from vila_ops.packages.untrusted import check_layers, read_header, read_json
 
 MeanStd = tuple[Channels, Channels]
