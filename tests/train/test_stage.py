@@ -14,9 +14,10 @@ from vila_ops.artifacts import store
 from vila_ops.artifacts.disk import sha256
 from vila_ops.artifacts.kinds import Checkpoint, Pretrained
 from vila_ops.artifacts.store import content, verify
-from vila_ops.config import Resources, Stage
+from vila_ops.config import Model, Resources, Stage
 from vila_ops.data.shards import read_index
 from vila_ops.model import folder as model_folder
+from vila_ops.model.assemble import assemble
 from vila_ops.model.change import Change
 from vila_ops.train.job import NonFiniteLoss
 from vila_ops.train.stage import train_stage
@@ -136,6 +137,19 @@ def test_a_stage_of_epochs_without_packing_seals_its_steps_and_says_what_it_ran_
     curve = json.loads((content(trained) / "curve.json").read_text())
     assert [row["step"] for row in curve] == list(range(trained.step + 1))
     assert "validation_loss" in curve[-1]
+
+
+def test_a_projector_that_a_recipe_starts_from_is_trained_on_as_it_is(
+    bench: Any, make_stage: Any, unbroken: Checkpoint, tmp_path: Path
+) -> None:
+    resources = elsewhere(bench, tmp_path)
+    weights = {"kind": "folder", "path": str(content(unbroken))}
+    model = Model.model_validate({**bench.model.model_dump(), "weights": weights})
+    goes_on = train_stage(
+        make_stage(bench.mixture, num_steps=1), model, bench.data, assemble(model, resources), resources
+    )
+    before, after = (json.loads(outcome(checkpoint)[0]) for checkpoint in (unbroken, goes_on))
+    assert after[0]["validation_loss"] == before[-1]["validation_loss"]
 
 
 def test_a_loss_that_is_not_finite_stops_before_any_update_and_names_the_samples(

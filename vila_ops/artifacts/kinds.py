@@ -33,7 +33,7 @@ class Survey(Artifact):
 
 
 class Pretrained(Artifact):
-    """Tower, fresh projector and language model put together, before any training of ours."""
+    """Tower, projector and language model before any stage: put together, or the folder that a recipe starts from."""
 
 
 class Checkpoint(Artifact):

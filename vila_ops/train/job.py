@@ -30,6 +30,8 @@ class Job(Config):
     """Folder of resume checkpoints; attempts share it."""
     run_id: str | None
     """MLflow run that rank 0 logs to."""
+    fresh_projector: bool = False
+    """The projector has random weights: nothing has trained it yet."""
 
     def feature_cache(self) -> Path:
         """Where features of frozen towers are kept."""

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from vila_ops.artifacts.kinds import Pretrained
 from vila_ops.artifacts.store import content
 from vila_ops.config import Stage
 from vila_ops.config.train import Lora
@@ -93,7 +92,7 @@ def load(job: Job) -> tuple[VilaForConditionalGeneration, Rows, "Batches"]:
     rows = Rows(content(job.data), digest=job.data.digest, stage=job.stage, cache=job.plan_cache())
     model = model_folder.load(content(job.init), change=change_of(job.stage))
     batches = Batches(job, model, device=device)
-    if isinstance(job.init, Pretrained) and "projector" in job.stage.trainable:
+    if job.fresh_projector and "projector" in job.stage.trainable:
         first, _ = rows.batch(0)
         images = [image for row in first for image in row.images]
         if images:

@@ -29,17 +29,20 @@ def train_stage(
     """
     resources = resources.for_stage(stage.name)
     _check_quantised(stage)
-    recipe = {"stage": _own(stage), "projector": model.projector.model_dump(mode="json")}
+    fresh = isinstance(init, Pretrained) and model.weights is None
+    recipe = {"stage": _own(stage), "projector": model.projector.model_dump(mode="json"), "fresh_projector": fresh}
     parents = (data.digest, init.digest)
     at = store.address(Checkpoint, revision=REVISION, recipe=recipe, parents=parents)
     if done := store.find(Checkpoint, at, store=resources.store):
         return done
     with hold(at, store=resources.store):
-        return store.find(Checkpoint, at, store=resources.store) or _train(at, stage, data, init, resources)
+        return store.find(Checkpoint, at, store=resources.store) or _train(
+            at, stage, data, init, resources, fresh=fresh
+        )
 
 
 def _train(
-    at: store.Address, stage: Stage, data: Dataset, init: Checkpoint | Pretrained, resources: Resources
+    at: store.Address, stage: Stage, data: Dataset, init: Checkpoint | Pretrained, resources: Resources, *, fresh: bool
 ) -> Checkpoint:
     for parent in (data, init):
         store.verify(parent)
@@ -58,6 +61,7 @@ def _train(
         attempt=str(attempt),
         resume=str(resume),
         run_id=run_id,
+        fresh_projector=fresh,
     )
     failed = True
     try:
