@@ -222,6 +222,7 @@ def _sum(value: float) -> float:
     """Sum over all ranks."""
     if not torch.distributed.is_initialized():
         return value
-    total = torch.tensor(value, dtype=torch.float64)
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"  # NCCL takes nothing from the host
+    total = torch.tensor(value, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(total)
     return float(total)
