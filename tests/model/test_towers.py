@@ -174,6 +174,13 @@ def test_a_tower_of_another_patch_size_is_refused(make_tower: MakeTower, make_mo
         build_tower(as_hub(make_model, tmp_path), cache=tmp_path)
 
 
+def test_a_feature_layer_that_the_tower_has_not_is_refused(make_model: Any, tmp_path: Path) -> None:
+    """Two layers have three states: what enters the first, and what leaves each."""
+    assert build_tower(make_model("clip", feature_layer=-3), cache=tmp_path)
+    with pytest.raises(ValueError, match="feature_layer -4 of a tower that has 3 states; use -1 to -3"):
+        build_tower(make_model("clip", feature_layer=-4), cache=tmp_path)
+
+
 @pytest.mark.parametrize("config", [Siglip2VisionConfig(), Dinov2WithRegistersConfig()])
 def test_a_tower_that_llavas_format_cannot_hold_is_refused(config: Any) -> None:
     """SigLIP 2 of any resolution takes patches, not pictures; registers stand between class token and patches."""

@@ -41,11 +41,16 @@ IN_A_WHOLE_MODEL = {r"^(model\.)?(vision_(tower|model)\.)+": ""}
 def build_tower(model: Model, *, cache: Path) -> PreTrainedModel:
     """The tower of a config, fp32, at the config's image size.
 
-    Raises ValueError for a tower of another patch size or of a kind not known, and for a folder without its weights.
+    Raises ValueError for a tower of another patch size, of too few layers or of a kind not known, and for a folder
+    without its weights.
     """
     tower = _random(model, model.vision_tower) if isinstance(model.vision_tower, RandomTower) else _load(model, cache)
     if (patch := patch_side(tower.config)) != model.patch_size:
         raise ValueError(f"the tower has patches of {patch} pixels, the recipe says {model.patch_size}")
+    if -model.feature_layer > (states := tower.config.num_hidden_layers + 1):
+        raise ValueError(
+            f"feature_layer {model.feature_layer} of a tower that has {states} states; use -1 to -{states}"
+        )
     if square_side(tower.config.image_size) == model.image_size:
         return tower
     state = at_image_size(tower.state_dict(), tower.config, model.image_size)
