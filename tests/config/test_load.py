@@ -192,6 +192,14 @@ def test_settings_that_do_not_fit_together_are_refused(override: str, message: s
         tiny(override)
 
 
+def test_lora_after_a_visual_expert_is_refused_before_anything_is_trained() -> None:
+    expert = "stages.pretrain.tuning={kind: visual_expert}"
+    with pytest.raises(ValidationError, match=r"'sft' has tuning lora after stage 'pretrain' gave .* a visual expert"):
+        tiny(expert, "stages.sft.tuning={kind: lora}")
+    assert tiny(expert, "stages.sft.tuning={kind: full}")
+    assert tiny("stages.pretrain.tuning={kind: lora}", "stages.sft.tuning={kind: visual_expert}")
+
+
 def test_a_stage_has_resources_of_its_own_and_the_rest_of_all() -> None:
     """The paper's runs: ZeRO-2 for align, ZeRO-3 after it."""
     cluster = {"launch": "ray", "ray_address": "head:1", "num_workers": 4, "zero_stage": 3, "micro_batch_size": 2}

@@ -88,6 +88,19 @@ class Recipe(Config):
                     )
         return self
 
+    @model_validator(mode="after")
+    def _tunings_follow_each_other(self) -> "Recipe":
+        expert = ""
+        for name, stage in self.stages.items():
+            if expert and stage.tuning.kind == "lora":
+                raise ValueError(
+                    f"stage {name!r} has tuning lora after stage {expert!r} gave the model a visual expert, and LoRA "
+                    f"adapts one weight of a layer, not two; give it tuning full or visual_expert"
+                )
+            if stage.tuning.kind == "visual_expert":
+                expert = name
+        return self
+
     def fingerprint(self) -> str:
         """As of any config, and of the order of the stages, which canonical JSON forgets."""
         return fingerprint([self.model_dump(mode="json"), list(self.stages)])
