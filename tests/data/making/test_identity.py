@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any, get_args
 
@@ -78,3 +79,20 @@ def test_an_address_holds_the_fit_and_the_colour_that_pads_but_not_the_tower(mak
     assert len({json.dumps(recipes[fit, MEAN]) for fit in get_args(ImageFit)}) == 3
     for fit in get_args(ImageFit):
         assert text_recipe(text_with(text, other, fit)) == recipes[fit, MEAN]
+
+
+def test_a_language_model_in_a_folder_counts_by_its_tokenizer_not_by_its_place_or_shape(
+    make_text: Any, tiny: Path, tmp_path: Path
+) -> None:
+    def recipe(folder: Path, **more: Any) -> Any:
+        language_model = {"kind": "hub", "name": str(folder), "revision": "imported", **more}
+        return text_recipe(TextFormat.model_validate({**make_text().model_dump(), "language_model": language_model}))
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        shutil.copytree(tiny / "tokenizer", folder)
+    (two / "model.safetensors").write_bytes(b"weights make no token")
+    assert recipe(one) == recipe(two) == recipe(one, shape={"model_type": "llama"})
+    path = two / "tokenizer.json"
+    path.write_text(path.read_text().replace("<image>", "<picture>"))
+    assert recipe(one) != recipe(two)

@@ -4,14 +4,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vila_ops.artifacts.disk import sha256
 from vila_ops.artifacts.folders import folder_digest
 from vila_ops.config import Mixture, Source, TextFormat
+from vila_ops.config.base import fingerprint
 from vila_ops.data import sources
 from vila_ops.data.images import Fit
 from vila_ops.packages.normalisation import mean_std
 
 SHARD_REVISION = 3
 """Bumped when the same records become other samples."""
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+"""All that transformers reads of a model's folder to make a fast tokenizer and its chat template."""
 SURVEY_REVISION = 1
 """Bumped when the rules over all records take out others."""
 PLACES = {"path", "images"}
@@ -48,8 +55,16 @@ def text_recipe(text: TextFormat) -> dict[str, Any]:
             package, gguf = text.language_model.package, text.language_model.gguf
             dumped["language_model"] = {"kind": "package", "sha256": package.sha256, "gguf": gguf}
         case "hub":
-            pass  # name and revision say what it is
+            folder = Path(text.language_model.name)
+            if folder.is_dir():  # its revision is a label, which says nothing of what lies there now
+                dumped["language_model"] = {"kind": "hub", "tokenizer": _tokenizer_digest(folder)}
+            else:
+                dumped["language_model"].pop("shape")
     return dumped
+
+
+def _tokenizer_digest(folder: Path) -> str:
+    return fingerprint({name: sha256(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()})
 
 
 def fit_of(text: TextFormat) -> Fit:
