@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -202,3 +205,17 @@ def test_a_model_with_a_visual_expert_is_refused(fresh: Make) -> None:
     model.config.visual_expert = True
     with pytest.raises(ValueError, match="two weights in a layer, and LoRA adapts one"):
         lora.add(model, TUNING, seed=0, dtype=torch.float32)
+
+
+def test_lora_fetches_no_code_from_the_hub_where_kernels_is_installed(tmp_path: Path) -> None:
+    (tmp_path / "kernels.py").write_text("def get_kernel(*args, **more):\n    print('fetched')\n    raise OSError\n")
+    code = (
+        "import sys, vila_ops.model.lora as lora\n"
+        "lora._import_bitsandbytes()\n"
+        "assert 'bitsandbytes' in sys.modules\n"
+        "import kernels\n"
+        "print('kernels as before')"
+    )
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=paths)
+    assert done.stdout == "kernels as before\n"

@@ -8,8 +8,11 @@ An adapted layer gives W x + alpha / rank * B A x, with W frozen. Layer and file
 import dataclasses
 import hashlib
 import json
+import logging
 import re
+import sys
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +51,7 @@ def add(model: VilaForConditionalGeneration, tuning: Lora, *, seed: int, dtype: 
     the model is moved to its device. Raises ValueError for a language model without linear layers, or with a visual
     expert.
     """
+    _import_bitsandbytes()
     from peft import inject_adapter_in_model  # takes a second
     from peft.tuners.lora import LoraLayer
 
@@ -63,6 +67,27 @@ def add(model: VilaForConditionalGeneration, tuning: Lora, *, seed: int, dtype: 
         adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
         for number, module in enumerate(adapted):
             module.lora_dropout["default"] = Dropout(tuning.dropout, number)
+
+
+def _import_bitsandbytes() -> None:
+    """Import bitsandbytes, which PEFT does wherever it is, without what it fetches by itself.
+
+    As it is imported on a CPU it downloads compiled code from the hub where the package `kernels` is installed, and
+    warns where it is not (0.50.2).
+    """
+    if find_spec("bitsandbytes") is None or "bitsandbytes" in sys.modules:
+        return
+    logger = logging.getLogger("bitsandbytes")
+    known, level = sys.modules.get("kernels"), logger.level
+    sys.modules["kernels"] = None  # type: ignore[assignment] # an import of it fails
+    logger.setLevel(logging.ERROR)
+    try:
+        import bitsandbytes  # noqa: F401
+    finally:
+        logger.setLevel(level)
+        del sys.modules["kernels"]
+        if known is not None:
+            sys.modules["kernels"] = known
 
 
 class Dropout(nn.Module):
