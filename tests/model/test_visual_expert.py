@@ -26,7 +26,7 @@ from vila_ops.model import folder as model_folder
 from vila_ops.model.change import Change
 from vila_ops.model.trainable import EXPERT, set_trainable
 from vila_ops.model.vila import VilaForConditionalGeneration
-from vila_ops.model.visual_expert import add_visual_expert, expert_names, parameter_ratio, route
+from vila_ops.model.visual_expert import add_visual_expert, expert_names, expert_parameters, route
 
 SHAPE = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -308,6 +308,7 @@ def test_without_token_ids_nobody_knows_what_is_an_image(whole: Any) -> None:
 def test_a_language_model_of_another_build_is_refused(config: PretrainedConfig, missing: str) -> None:
     with torch.device("meta"):
         decoder = AutoModel.from_config(config)
+    assert expert_parameters(decoder) is None
     with pytest.raises(ValueError, match=missing):
         add_visual_expert(decoder)
 
@@ -318,5 +319,10 @@ def test_llama_2_7b_grows_as_the_paper_says() -> None:
         vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
     )
     added = 32 * (3 * 4096**2 + 3 * 4096 * 11008)
-    assert parameter_ratio(config) == pytest.approx((6_738_415_616 + added) / 6_738_415_616, rel=1e-9)
-    assert round(parameter_ratio(config), 1) == 1.9
+    with torch.device("meta"):
+        decoder = AutoModel.from_config(config)
+    assert expert_parameters(decoder) == added
+    before = sum(parameter.numel() for parameter in decoder.parameters())
+    add_visual_expert(decoder)
+    assert sum(parameter.numel() for parameter in decoder.parameters()) == before + added
+    assert round((6_738_415_616 + added) / 6_738_415_616, 1) == 1.9

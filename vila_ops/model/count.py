@@ -23,11 +23,9 @@ from vila_ops.model.configuration import VilaConfig
 from vila_ops.model.projectors import build_projector
 from vila_ops.model.shapes import config_of
 from vila_ops.model.towers import build_tower, sized
+from vila_ops.model.visual_expert import expert_parameters
 from vila_ops.packages.resolve import cached_language_model, cached_vision_tower
 from vila_ops.packages.tokenizer import build_tokenizer
-
-EXPERT_PARTS = (".q_proj.", ".k_proj.", ".v_proj.", ".mlp.")
-"""In the names of what a visual expert has a second time: QKV and FFN."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Counts:
     language_model: int | None
     """As published; the built model adds rows for <image>, padded to a multiple of 64, to embedding and head."""
     expert: int | None
-    """What a visual expert would add: a second set of QKV and FFN weights."""
+    """What a visual expert would add; None too where the language model can have none."""
     adapted_width: int | None
     """Inputs and outputs of all linear layers of the language model but the head: LoRA adds so many times its rank."""
 
@@ -92,7 +90,7 @@ def count(model: Model, *, cache: Path) -> Counts:
         vision_tower=_parameters(tower),
         projector=_parameters(projector),
         language_model=_parameters(language_model),
-        expert=_expert(decoder) if decoder else None,
+        expert=expert_parameters(decoder) if decoder else None,
         adapted_width=_adapted_width(decoder) if decoder else None,
     )
 
@@ -133,11 +131,6 @@ def _text_config(model: Model, cache: Path) -> PreTrainedConfig | None:
 
 def _parameters(module: nn.Module | None) -> int | None:
     return None if module is None else sum(parameter.numel() for parameter in module.parameters())
-
-
-def _expert(decoder: nn.Module) -> int:
-    named = decoder.named_parameters()
-    return sum(parameter.numel() for name, parameter in named if any(part in name for part in EXPERT_PARTS))
 
 
 def _adapted_width(decoder: nn.Module) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModel, PretrainedConfig
 
 from vila_ops.model.trainable import EXPERT
 
@@ -100,14 +100,18 @@ def add_visual_expert(decoder: nn.Module) -> None:
 
     Raises ValueError where a layer has not the parts of a Llama: separate q, k and v, and an MLP of linear layers.
     """
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise ValueError(f"{type(decoder).__name__} has no list `layers`; a visual expert needs a decoder like Llama's")
-    for layer in layers:
+    for layer in _layers(decoder):
         for parent, name in _linears(layer):
             setattr(parent, name, RoutedLinear(getattr(parent, name)))
         kind = type(layer)
         layer.__class__ = type(kind.__name__, (RoutedLayer, kind), {"__module__": kind.__module__})
+
+
+def _layers(decoder: nn.Module) -> nn.ModuleList:
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(f"{type(decoder).__name__} has no list `layers`; a visual expert needs a decoder like Llama's")
+    return layers
 
 
 def _linears(layer: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -139,10 +143,11 @@ def expert_names(config: PretrainedConfig) -> list[str]:
     return [name for name in decoder.state_dict() if EXPERT in name]
 
 
-def parameter_ratio(config: PretrainedConfig) -> float:
-    """Parameters of a causal language model with an expert over those without; the paper states 1.9 for Llama-2-7B."""
-    with torch.device("meta"):
-        whole = AutoModelForCausalLM.from_config(config)
-        before = whole.num_parameters()
-        add_visual_expert(whole.get_decoder())
-    return float(whole.num_parameters() / before)
+def expert_parameters(decoder: nn.Module) -> int | None:
+    """How many parameters an expert adds to a decoder; None where the decoder can have none."""
+    try:
+        linears = [pair for layer in _layers(decoder) for pair in _linears(layer)]
+    except ValueError:
+        return None
+    twins: list[nn.Module] = [getattr(parent, name) for parent, name in linears]
+    return sum(weight.numel() for linear in twins for weight in linear.parameters())
