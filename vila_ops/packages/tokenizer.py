@@ -32,15 +32,19 @@ def build_tokenizer(language_model: LanguageModel, *, chat_template: str, cache:
     return with_image_token(read_tokenizer(folder), chat_template=chat_template, folder=folder)
 
 
+def check_template_name(name: str) -> None:
+    """Refuse what is no chat template of ours. Raises ValueError."""
+    if name not in (*TEMPLATE_TOKENS, OWN_TEMPLATE):
+        raise ValueError(
+            f"no chat template {name!r}; there are {sorted(TEMPLATE_TOKENS)}, and {OWN_TEMPLATE!r} for the tokenizer's own"
+        )
+
+
 def with_image_token(
     tokenizer: PreTrainedTokenizerFast, *, chat_template: str, folder: Path
 ) -> PreTrainedTokenizerFast:
     """The same tokenizer, read from `folder`, with the image token, added if it is not there, and a chat template."""
-    if chat_template not in (*TEMPLATE_TOKENS, OWN_TEMPLATE):
-        raise ValueError(
-            f"no chat template {chat_template!r}; there are {sorted(TEMPLATE_TOKENS)}, and {OWN_TEMPLATE!r} for the "
-            f"tokenizer's own"
-        )
+    check_template_name(chat_template)
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     tokenizer.image_token = IMAGE_TOKEN

@@ -18,7 +18,7 @@ from vila_ops.model.importing.nvlabs import TokenOrder
 from vila_ops.model.importing.parts import Parts
 from vila_ops.model.towers import square_side
 from vila_ops.model.vila import VilaForConditionalGeneration
-from vila_ops.packages.tokenizer import IMAGE_TOKEN, with_image_token
+from vila_ops.packages.tokenizer import IMAGE_TOKEN, check_template_name, with_image_token
 
 REVISION = "imported"
 SHAPE = (
@@ -50,6 +50,8 @@ def import_checkpoint(
     """
     if out.exists():
         raise ValueError(f"{out} is there already; name a new folder")
+    if chat_template is not None:
+        check_template_name(chat_template)  # before gigabytes are read
     parts = _read(source, token_order=token_order, chat_template=chat_template)
     tokenizer = with_image_token(parts.tokenizer, chat_template=parts.chat_template, folder=source)
     _grow_vocabulary(parts.language_model, len(tokenizer))
