@@ -36,7 +36,8 @@ def check_template_name(name: str) -> None:
     """Refuse what is no chat template of ours. Raises ValueError."""
     if name not in (*TEMPLATE_TOKENS, OWN_TEMPLATE):
         raise ValueError(
-            f"no chat template {name!r}; there are {sorted(TEMPLATE_TOKENS)}, and {OWN_TEMPLATE!r} for the tokenizer's own"
+            f"no chat template {name!r}; there are {sorted(TEMPLATE_TOKENS)}, and {OWN_TEMPLATE!r} for the "
+            f"tokenizer's own"
         )
 
 
