@@ -13,7 +13,8 @@ import yaml
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from vila_ops.cli import app
+from vila_ops.cli import app, main
+from vila_ops.config import load
 
 ROOT = Path(__file__).parents[1]
 TINY = "configs/recipes/tiny.yaml"
@@ -113,10 +114,12 @@ def test_show_prints_the_run_with_its_overrides() -> None:
 
 def test_show_tells_a_person_what_trains_and_how_large_the_parts_are() -> None:
     """After the run itself, which programs read; the numbers are Llama-2's and CLIP's, and mlp2x_gelu's by hand."""
+    recipe = load(Path("configs/recipes/vila-7b.yaml"), resources=Path("configs/resources/vila_128.yaml")).recipe
     done = CliRunner().invoke(app, ["show", "configs/recipes/vila-7b.yaml", "-r", "configs/resources/vila_128.yaml"])
-    printed, table = done.stdout.split("\nrecipe vila-7b\n")
+    printed, table = done.stdout.split("\nrecipe vila-7b, ")
     assert json.loads(printed) == said("show", "configs/recipes/vila-7b.yaml", "-r", "configs/resources/vila_128.yaml")
-    lines = [line.split() for line in table.splitlines() if line]
+    assert table.splitlines()[0] == f"fingerprint {recipe.fingerprint()}"
+    lines = [line.split() for line in table.splitlines()[1:] if line]
     align = "projector 20.98 M / 7.063 G (0.3%) 336 px, 576 tokens 256 x 4096 0.001 1 epoch 2 8 x 32"
     assert " ".join(lines[1][1:]) == align
     assert [line[0] for line in lines[:4]] == ["stage", "align", "pretrain", "sft"]
@@ -126,6 +129,25 @@ def test_show_tells_a_person_what_trains_and_how_large_the_parts_are() -> None:
         ["projector", "20,979,712"],
         ["together", "7,062,902,784"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("stages.sft.learning_rate=-1", "stages.sft.learning_rate: Input should be greater than 0; it is -1"),
+        ("stages.sft.lr=3", "stages.sft.lr: there is no such setting; docs/settings.md lists them"),
+        ("stages.sft.tuning=lora", "tuning: a mapping is wanted here, such as {kind: ...}, not 'lora'"),
+        ("stages.sft.pack=maybe", "unable to interpret input; it is 'maybe'"),
+        ("model.image_size=448", "raise max_tokens, or lower image_size, or merge patches"),
+    ],
+)
+def test_a_wrong_setting_is_told_with_its_value_and_the_way_out(
+    override: str, told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["vila-ops", "show", TINY, "-s", override])
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    assert told in capsys.readouterr().err
 
 
 def test_data_show_writes_a_page_of_the_mixture_that_was_prepared(tmp_path: Path, ran: Json, resources: Path) -> None:

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from pydantic import ValidationError
 from vila_ops.config import Resources, Run
 from vila_ops.config.eval import CaptionCider
 from vila_ops.config.load import load, merge, read
+from vila_ops.config.model import LinearProjector
+from vila_ops.config.train import Lora
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs/recipes/tiny.yaml"
@@ -70,8 +73,34 @@ def test_an_override_changes_nothing_else_where_an_anchor_is_shared() -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "of", "value"),
+    [
+        (["stages.sft.tuning.kind=lora"], lambda run: run.recipe.stages["sft"].tuning, Lora()),
+        (
+            ["stages.sft.tuning.kind=lora", "stages.sft.tuning.rank=4"],
+            lambda run: run.recipe.stages["sft"].tuning,
+            Lora(rank=4),
+        ),
+        (["resources.stages.sft.micro_batch_size=2"], lambda run: run.resources.for_stage("sft").micro_batch_size, 2),
+        (["stages.sft.learning_rates.projector=1"], lambda run: run.recipe.stages["sft"].peak_rate("projector"), 1),
+        (
+            ["model.projector={kind: mlp_gelu, depth: 3}", "model.projector.kind=linear"],
+            lambda run: run.recipe.model.projector,
+            LinearProjector(),
+        ),
+    ],
+)
+def test_an_override_reaches_what_the_files_leave_out_and_replaces_a_mapping_whose_kind_changes(
+    overrides: list[str], of: Callable[[Run], Any], value: Any
+) -> None:
+    assert of(tiny(*overrides)) == value
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("stages.sft.tunings.kind=lora", r"there is no 'tunings'; keys here are \['global_batch_size'"),
+        ("resources.stages.nope.micro_batch_size=2", r"resources.stages names \['nope'\]"),
         ("stages.sft.learning_rate", r"has no '='"),
         ("stages.nope.learning_rate=1", r"there is no 'nope'; keys here are \['align', 'pretrain', 'sft'\]"),
         ("name.first=1", r"there is no 'name'|'name'"),

@@ -37,7 +37,7 @@ torch.set_num_threads(1)
 texts, pictures, count, folders = json.loads(sys.argv[1])
 told = {}
 for folder in folders:
-    processor = AutoProcessor.from_pretrained(folder, padding_side="left")
+    processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     images = [[Image.open(path) for path in paths] for paths in pictures]
     inputs = processor(text=texts, images=[one for row in images for one in row], padding=True, return_tensors="pt")

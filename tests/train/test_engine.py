@@ -31,7 +31,7 @@ def samples(bench: Any, source: str, count: int) -> list[Any]:
 def make_job(bench: Any, stage: Stage, init: Pretrained, root: Any) -> Job:
     return Job(
         stage=stage, data=bench.data, init=init, resources=bench.resources, attempt=str(root), resume=str(root),
-        run_id=None,
+        run_id=None, fresh_projector=True,
     )  # fmt: skip
 
 

@@ -221,6 +221,7 @@ def _job(bench: Any, stage: Stage, folder: Path, **resources: Any) -> Job:
         attempt=str(folder / "attempt"),
         resume=str(folder / "resume"),
         run_id=None,
+        fresh_projector=True,
     )
 
 

@@ -68,6 +68,7 @@ def _job(run: Run, name: str, **resources: object) -> Job:
         attempt=str(folder / "attempt"),
         resume=str(folder / "resume"),
         run_id=None,
+        fresh_projector=True,
     )
 
 

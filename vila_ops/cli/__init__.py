@@ -50,13 +50,16 @@ def show(
 ) -> None:
     """Print the resolved run and its fingerprint, what each stage trains and how large the parts are; do nothing."""
     run = load_run(recipe, resources, overrides)
-    print(f"fingerprint {run.recipe.fingerprint()}", file=sys.stderr)
-    print_handle(run, as_json)
-    if not as_json:
-        from vila_ops.cli.show import summary  # heavy: torch, transformers
-        from vila_ops.model.count import count
+    if as_json:
+        print(f"fingerprint {run.recipe.fingerprint()}", file=sys.stderr)
+        print_handle(run, as_json)
+        return
+    from vila_ops.cli.show import summary  # heavy: torch, transformers
+    from vila_ops.model.count import count
 
-        say("\n".join(["", *summary(run, count(run.recipe.model, cache=Path(run.resources.cache).expanduser()))]))
+    lines = summary(run, count(run.recipe.model, cache=Path(run.resources.cache).expanduser()))
+    print_handle(run, as_json)
+    say("\n".join(["", *lines]))
 
 
 @app.command()

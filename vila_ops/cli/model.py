@@ -40,5 +40,7 @@ def _folder(place: str) -> Path:
     """The files of a sealed folder, every byte compared with its manifest, or the folder itself."""
     if not place.startswith("s3://") and (Path(place) / "config.json").is_file():
         return Path(place)
+    if not (place.startswith("s3://") or (Path(place) / store.MANIFEST).is_file()):
+        raise ValueError(f"{place} holds no model: neither config.json nor, of a sealed one, {store.MANIFEST}")
     digest = store.verify_folder(place)
     return store.content(Artifact(uri=place, digest=digest))

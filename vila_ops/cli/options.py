@@ -10,6 +10,7 @@ from typing import Annotated, TextIO
 import typer
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from vila_ops import local
 from vila_ops.config import Config, Run, load
@@ -55,9 +56,25 @@ def say(text: str) -> None:
 def faults_of(error: ValidationError) -> str:
     """Each setting that is wrong and why, a line each, without what pydantic adds for programmers."""
     return "\n".join(
-        f"{'.'.join(map(str, fault['loc'])) or error.title}: {fault['msg'].removeprefix('Value error, ')}"
-        for fault in error.errors(include_url=False, include_context=False, include_input=False)
+        f"{'.'.join(map(str, fault['loc'])) or error.title}: {_told(fault)}"
+        for fault in error.errors(include_url=False, include_context=False)
     )
+
+
+def _told(fault: ErrorDetails) -> str:
+    """What is wrong with one setting, the value with it."""
+    given = fault["input"]
+    match fault["type"]:
+        case "value_error":
+            return fault["msg"].removeprefix("Value error, ")
+        case "extra_forbidden":
+            return "there is no such setting; docs/settings.md lists them"
+        case "model_attributes_type" | "model_type" | "dict_type":
+            return f"a mapping is wanted here, such as {{kind: ...}}, not {given!r}; see docs/settings.md"
+        case _ if isinstance(given, str | int | float | None):
+            return f"{fault['msg']}; it is {given!r}"
+        case _:
+            return fault["msg"]
 
 
 def section(name: str, config: Config) -> str:

@@ -1,7 +1,7 @@
 """What a run would train, for a person: its stages as one table, its model's parameters as another."""
 
 from vila_ops.config import Run, Stage
-from vila_ops.config.model import HubLanguageModel, HubTower
+from vila_ops.config.model import HubLanguageModel, HubTower, Model, Projector
 from vila_ops.config.train import FullTuning, Lora, Tuning, VisualExpert
 from vila_ops.model.count import Counts
 
@@ -13,10 +13,16 @@ Row = tuple[str, ...]
 def summary(run: Run, counts: Counts) -> list[str]:
     """The lines of both tables."""
     stages = [_HEADER, *_stage_rows(run, counts)]
-    return [f"recipe {run.recipe.name}", "", *_table(stages), "", *_table(_part_rows(run, counts))]
+    return [
+        f"recipe {run.recipe.name}, fingerprint {run.recipe.fingerprint()}",
+        "",
+        *_table(stages),
+        "",
+        *_table(_part_rows(run, counts)),
+    ]
 
 
-_HEADER = ("stage", "trains", "trained / total", "image", "batch x length", "rate", "for", "ZeRO", "GPUs x rows")
+_HEADER = ("stage", "trains", "trained / total", "image", "batch x length", "rate", "for", "ZeRO", "workers x rows")
 
 
 def _stage_rows(run: Run, counts: Counts) -> list[Row]:
@@ -33,7 +39,7 @@ def _stage_rows(run: Run, counts: Counts) -> list[Row]:
                 stage.name,
                 " + ".join(_trains(part, stage.tuning) for part in stage.trainable),
                 f"{_short(trained)} / {_short(total)}{share}",
-                f"{model.image_size} px, {model.image_tokens()} tokens",
+                f"{_picture(model)}, {model.image_tokens()} tokens",
                 f"{stage.global_batch_size} x {stage.row_tokens}{' packed' if stage.pack else ''}",
                 " ".join([f"{stage.learning_rate:g}", *(f"{k} {v:g}" for k, v in stage.learning_rates.items())]),
                 _length(stage),
@@ -42,6 +48,12 @@ def _stage_rows(run: Run, counts: Counts) -> list[Row]:
             )
         )
     return rows
+
+
+def _picture(model: Model) -> str:
+    """The side of a picture, and what of it the tower sees where patches do not fill it."""
+    seen = model.grid() * model.patch_size
+    return f"{model.image_size} px" if seen == model.image_size else f"{model.image_size} px ({seen} seen)"
 
 
 def _length(stage: Stage) -> str:
@@ -66,7 +78,7 @@ def _part_rows(run: Run, counts: Counts) -> list[Row]:
         ("part", "parameters", "what"),
         ("language_model", _exact(counts.language_model), _named(model.language_model)),
         ("vision_tower", _exact(counts.vision_tower), _named(model.vision_tower)),
-        ("projector", _exact(counts.projector), model.projector.kind),
+        ("projector", _exact(counts.projector), _choice(model.projector)),
         ("together", _exact(counts.total()), "without the rows that <image> and padding to 64 add to the vocabulary"),
     ]
     if any(isinstance(stage.tuning, VisualExpert) for stage in stages):
@@ -84,6 +96,11 @@ def _named(part: object) -> str:
     if isinstance(part, HubTower | HubLanguageModel):
         return f"{part.name} at {part.revision}"
     return str(getattr(part, "kind", ""))
+
+
+def _choice(projector: Projector) -> str:
+    """A projector's kind with its settings."""
+    return " ".join(str(value) if key == "kind" else f"{key} {value}" for key, value in projector.model_dump().items())
 
 
 def _exact(count: int | None) -> str:

@@ -2,10 +2,12 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 
+from vila_ops.config.base import Config
 from vila_ops.config.resources import Resources
 from vila_ops.config.run import Run
 
@@ -19,7 +21,7 @@ def load(recipe: Path, *, resources: Path, overrides: tuple[str, ...] = ()) -> R
     for override in overrides:
         key, value = key_and_value(override)
         path = key.split(".") if key.startswith("resources.") else ["recipe", *key.split(".")]
-        tree = _set(tree, path, value, override)
+        tree = _set(tree, path, value, override, Run)
     return Run.model_validate(tree)
 
 
@@ -100,12 +102,46 @@ def _resolve(node: Any, path: Path, seen: tuple[Path, ...]) -> Any:
     return merge(merged, own)
 
 
-def _set(tree: dict[str, Any], path: list[str], value: Any, override: str) -> dict[str, Any]:
-    """A new tree: one that a YAML anchor shares between two keys must not change under both."""
+def _set(tree: dict[str, Any], path: list[str], value: Any, override: str, annotation: Any) -> dict[str, Any]:
+    """A new tree: one that a YAML anchor shares between two keys must not change under both.
+
+    `annotation` is the type of what the tree describes: a mapping that the files leave to its default may be entered.
+    """
     key, *rest = path
     if not rest:
-        return {**tree, key: value}
-    child = tree.get(key)
+        return {"kind": value} if key == "kind" and tree.get(key, value) != value else {**tree, key: value}
+    inner, may_be_new = _under(annotation, key)
+    child = tree.get(key, {} if may_be_new else None)
     if not isinstance(child, dict):
         raise ValueError(f"override {override!r}: there is no {key!r}; keys here are {sorted(tree)}")
-    return {**tree, key: _set(child, rest, value, override)}
+    return {**tree, key: _set(child, rest, value, override, inner)}
+
+
+def _under(annotation: Any, key: str) -> tuple[Any, bool]:
+    """The type of what stands under a key of a mapping of some type, and whether it may be left out of a file."""
+    found, may_be_new = [], False
+    for member in _members(annotation):
+        if get_origin(member) is dict:
+            found.append(get_args(member)[1])
+            may_be_new |= not any(field.is_required() for c in _configs(found[-1]) for field in c.model_fields.values())
+        elif key in (fields := member.model_fields if _is_config(member) else {}):
+            found.append(fields[key].annotation)
+            may_be_new |= bool(_configs(found[-1])) or get_origin(found[-1]) is dict
+    return Union[tuple(found)] if found else Any, may_be_new  # noqa: UP007 of a list of types
+
+
+def _configs(annotation: Any) -> list[type[Config]]:
+    return [member for member in _members(annotation) if _is_config(member)]
+
+
+def _is_config(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Config)
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The types of a union, without what annotates them."""
+    if get_origin(annotation) is Annotated:
+        return _members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [inner for member in get_args(annotation) for inner in _members(member)]
+    return [annotation]

@@ -220,6 +220,7 @@ class TextFormat(Config):
     def _an_image_fits(self) -> "TextFormat":
         if self.image_tokens + 8 > self.max_tokens:
             raise ValueError(
-                f"an image takes {self.image_tokens} tokens but max_tokens is {self.max_tokens}; raise max_tokens"
+                f"an image takes {self.image_tokens} tokens but max_tokens is {self.max_tokens}; raise max_tokens, "
+                f"or lower image_size, or merge patches (projector mlp_downsample)"
             )
         return self

@@ -11,7 +11,7 @@ from vila_ops.artifacts.kinds import Pretrained
 from vila_ops.artifacts.leases import hold
 from vila_ops.config import Model, Resources
 
-REVISION = 3
+REVISION = 4
 log = logging.getLogger(__name__)
 
 

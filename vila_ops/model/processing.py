@@ -49,6 +49,7 @@ AutoProcessor.register(VilaConfig, VilaProcessor)
 def build_processor(config: VilaConfig, tokenizer: PreTrainedTokenizerFast, *, mean_std: Any) -> LlavaProcessor:
     """The processor of a model: stock LLaVA's where its projector keeps every patch, ours where it merges them."""
     strategy = config.vision_feature_select_strategy
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # stock `generate` goes on from the right
     shared = {
         "image_processor": image_processor(config.image_fit, side=config.vision_side, mean_std=mean_std),
         "tokenizer": tokenizer,

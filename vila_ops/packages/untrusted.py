@@ -8,6 +8,7 @@ import stat
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -184,14 +185,20 @@ def _check_settings(settings: Any, path: Path) -> None:
         _check_settings(value, path)
 
 
-def _check_classes(key: str, value: Any, path: Path) -> None:
+@cache
+def _public_names() -> frozenset[str]:
+    """Of transformers; none of them is imported for it."""
     import transformers  # heavy
 
+    return frozenset(dir(transformers))
+
+
+def _check_classes(key: str, value: Any, path: Path) -> None:
     for name in value if isinstance(value, list) else [value]:
         if name is None:
             continue
         if not isinstance(name, str) or not (
-            name in OWN_CLASSES or OLD_CLASSES.fullmatch(name) or (name.isidentifier() and hasattr(transformers, name))
+            name in OWN_CLASSES or OLD_CLASSES.fullmatch(name) or name in _public_names()
         ):
             raise CorruptArtifact(f"{path}: {key} names {name!r}, which is no class of transformers or ours")
 

@@ -46,7 +46,8 @@ def draw(points: Sequence[Json]) -> str | None:
         name = escape(model if role == "model" else f"{model}, control")
         drawn.append(f'<text x="{WIDTH - RIGHT + 8}" y="{y + 4:.1f}" fill="{_colour(models, model)}">{name}</text>')
     label = escape(f"Similarity by layer: {'; '.join(_words(of, line) for of, line in lines.items())}.")
-    axis_name = f'<text x="{LEFT}" y="{HEIGHT - 6}">layer of the language model; 0: what enters it</text>'
+    told = "layer of the language model; 0: what enters it. Chamfer similarity, 95 % band; dashed: another’s picture"
+    axis_name = f'<text x="{LEFT}" y="{HEIGHT - 6}">{told}</text>'
     style = 'font-family="system-ui, sans-serif" font-size="13" style="fill: var(--soft, #565e6c)"'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="100%" role="img" {style} '

@@ -90,6 +90,7 @@ def draw_layers(run: Run, out: Path) -> Json:
         raise ValueError(
             f"probe {run.recipe.probe.name!r} has no benchmark of kind alignment; add one to its benchmarks"
         )
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(drawn)
     return {"plot": str(out), "layers": points}
 

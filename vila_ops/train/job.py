@@ -30,7 +30,7 @@ class Job(Config):
     """Folder of resume checkpoints; attempts share it."""
     run_id: str | None
     """MLflow run that rank 0 logs to."""
-    fresh_projector: bool = False
+    fresh_projector: bool
     """The projector has random weights: nothing has trained it yet."""
 
     def feature_cache(self) -> Path:

@@ -51,7 +51,7 @@ def train(job: Job, place: Place) -> dict[str, Any]:
     torch.manual_seed(job.stage.seed)
     model, rows, batches = load(job)
     if place.rank == 0:
-        for note in rows.composition.notes:
+        for note in (*rows.composition.notes, *rows.notes()):
             log.warning("%s: %s", job.stage.name, note)
     objective = Objective(model, bf16=job.stage.precision == "bf16")
     trained = set_trainable(objective, job.stage.trainable, job.stage.tuning)

@@ -156,6 +156,14 @@ def test_epochs_without_packing_are_counted_by_hand(
     assert not list(tmp_path.glob("cache/plan-*")), "it takes no plan to know"
 
 
+def test_an_epoch_that_does_not_fill_a_batch_is_said_to_be_repeated(make_rows: MakeRows) -> None:
+    asked = {"pack": False, "num_steps": None, "epochs": 1}
+    (note,) = make_rows({"a": 1}, **asked, global_batch_size=240).notes()
+    assert "an epoch has 60 rows, fewer than the global batch of 240: each of them is read about 4 times" in note
+    assert make_rows({"a": 1}, **asked, global_batch_size=60).notes() == ()
+    assert make_rows({"a": 1}, global_batch_size=240).notes() == ()
+
+
 @pytest.mark.parametrize("epochs", [1, 2, 5])
 def test_the_steps_of_packed_epochs_read_every_sample_so_often(epochs: int, make_rows: MakeRows) -> None:
     rows = make_rows({"a": 1}, num_steps=None, epochs=epochs, global_batch_size=1)

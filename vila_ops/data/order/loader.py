@@ -72,6 +72,14 @@ class Rows:
         rows = self._healed(lambda: sum(share * self._num_rows(epoch) for epoch, share in enumerate(shares)))
         return math.ceil(rows / self.stage.global_batch_size)
 
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know of a stage by epochs: where one does not fill a single global batch."""
+        size = self.stage.global_batch_size
+        if self.stage.epochs is None or (rows := self._healed(lambda: self._num_rows(0))) >= size:
+            return ()
+        repeats = f"each of them is read about {size / rows:.3g} times a step"
+        return (f"an epoch has {rows} rows, fewer than the global batch of {size}: {repeats}; lower it",)
+
     def batch(self, step: int, *, rank: int = 0, world_size: int = 1) -> tuple[list[Row], int]:
         """This rank's rows of the global batch of a step, and the number of targets in the whole of it."""
 
