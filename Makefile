@@ -19,7 +19,7 @@ find_python = for python in "$(PYTHON)" python3 ""; do \
 	  if [ -z "$$python" ] || "$$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; \
 	  then break; fi; done
 
-.PHONY: help setup constraints test lint types layers demo demo-long up down status faults bench interop format clean
+.PHONY: help setup constraints test lint types layers demo demo-long up down status faults bench interop settings format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -90,6 +90,9 @@ bench: setup ## One benchmark: make bench NAME=packing
 
 interop: setup ## Write the table of docs/interop.md: who loads our models
 	@$(BIN)/python docs/interop.py
+
+settings: setup ## Write the tables of docs/settings.md: what a recipe may say
+	@$(BIN)/python docs/settings.py
 
 format: setup ## Let ruff rewrite what it can
 	@$(BIN)/ruff check --fix .

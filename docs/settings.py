@@ -1,0 +1,251 @@
+"""Makes the tables of docs/settings.md: `make settings`. What the config classes say, in the order of a recipe."""
+
+import ast
+import inspect
+import json
+import re
+import sys
+from collections.abc import Iterator
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType, NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import IPvAnyNetwork
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from vila_ops.config import clean, download, images, local, mixture, model, package, resources, run, serve, train
+from vila_ops.config import eval as evaluation
+from vila_ops.config import sources as source
+from vila_ops.config.base import Config
+
+PAGE = Path(__file__).with_name("settings.md")
+START, END = "<!-- made by docs/settings.py -->", "<!-- end -->"
+ALIASES: tuple[ModuleType, ...] = (evaluation, images, model, source)
+"""Modules whose named types have a text under them."""
+GROUPS: dict[str, tuple[Any, ...]] = {
+    "A recipe": (run.Recipe,),
+    "Its stages": (train.Stage, train.Tuning),
+    "Its model": (
+        model.Model,
+        model.Projector,
+        model.VisionTower,
+        model.LanguageModel,
+        model.FolderWeights,
+        package.Package,
+    ),
+    "Its mixtures": (
+        mixture.Mixture,
+        mixture.Split,
+        mixture.Blend,
+        mixture.Pictures,
+        images.ImageEncoding,
+        clean.NearDuplicates,
+        mixture.Contamination,
+    ),
+    "Sources of a mixture": (
+        source.SourceBase,
+        clean.Clean,
+        clean.Bounds,
+        clean.TopShare,
+        source.OwnFiles,
+        source.Source,
+    ),
+    "Suite, gate and service": (
+        evaluation.Suite,
+        evaluation.Benchmark,
+        evaluation.Gate,
+        evaluation.Rule,
+        serve.Service,
+    ),
+    "Where it runs": (resources.Resources, resources.StageResources),
+    "Files of their own": (download.DownloadSettings, local.LocalServers),
+}
+WORDS = {
+    str: "text",
+    int: "whole number",
+    float: "number",
+    bool: "`true` or `false`",
+    NoneType: "`null`",
+    IPvAnyNetwork: "network such as `10.0.0.0/8`",
+}
+PATTERNS = {
+    "^[A-Za-z0-9][A-Za-z0-9_.-]*$": "name of letters, digits, `_`, `.` and `-`",
+    "^[0-9a-f]{64}$": "64 hexadecimal digits",
+    r"^[\x20-\x7e]+$": "printable ASCII",
+}
+LIMITS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+NAMES = (*LIMITS, "pattern", "min_length")
+NOT_WRITTEN = {(train.Stage, "name"): "The stage's key under `stages`: leave it out."}
+
+
+def main() -> None:
+    """Write the tables between their marks."""
+    before, _, rest = PAGE.read_text().partition(START)
+    PAGE.write_text("\n".join([before + START, *lines(), END]) + rest.partition(END)[2])
+
+
+def lines() -> Iterator[str]:
+    """The part of the page that is made."""
+    yield from ("", " · ".join(f"[{title}](#{title.lower().replace(' ', '-').replace(',', '')})" for title in GROUPS))
+    for title, kinds in GROUPS.items():
+        yield from ("", f"## {title}")
+        if source.Source in kinds:
+            yield from ("", *renderings())
+        for kind in kinds:
+            for one in members(kind):
+                yield from ("", *section(one, chosen=len(members(kind)) > 1))
+    yield ""
+
+
+def members(kind: Any) -> tuple[type[Config], ...]:
+    """The classes of a choice by `kind`; of a class, itself."""
+    return get_args(get_args(kind)[0]) if get_origin(kind) is Annotated else (kind,)
+
+
+def renderings() -> list[str]:
+    """Each kind of source with what `render` may be."""
+    rows = ["| `kind` | `render` may be | default |", "| --- | --- | --- |"]
+    for one in members(source.Source):
+        field = one.model_fields["render"]
+        rows.append(f"| {named(one)} | {allowed(field.annotation)} | {default(field)} |")
+    return rows
+
+
+def section(one: type[Config], *, chosen: bool) -> list[str]:
+    """A class: its text, and a row for each field that it does not have from a class before it."""
+    own = [name for name in inspect.get_annotations(one) if name in one.model_fields]
+    above = [parent for parent in one.__bases__ if parent is not Config]
+    found = [f"### {one.__name__}", "", shown(inspect.getdoc(one) or "")]
+    found += (
+        ["", *(f"Besides: what [{parent.__name__}](#{parent.__name__.lower()}) lists." for parent in above)]
+        if above
+        else []
+    )
+    if not own:
+        return found
+    found += ["", "| key | may be | default | meaning |", "| --- | --- | --- | --- |"]
+    for name in own:
+        field = one.model_fields[name]
+        given = "required" if chosen and name == "kind" else default(field)
+        meaning = meanings(one).get(name, "")
+        if (one, name) in NOT_WRITTEN:
+            given, meaning = "its key", NOT_WRITTEN[one, name]
+        found.append(f"| `{name}` | {allowed(field.annotation, field.metadata)} | {given} | {shown(meaning)} |")
+    return found
+
+
+def allowed(kind: Any, limits: Any = ()) -> str:
+    """A type in plain words."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        inner = [limit for one in args[1:] for limit in (one.metadata if isinstance(one, FieldInfo) else [one])]
+        return allowed(args[0], [*inner, *limits])
+    if origin in (Union, UnionType):
+        told = either([allowed(one, limits) for one in args if one is not NoneType])
+        return f"{told}, or `null`" if NoneType in args else told
+    if origin is Literal:
+        return either([f"`{one}`" for one in args])
+    if origin is tuple and args[-1] is not Ellipsis:
+        return f"list of {len(args)}: {', '.join(allowed(one) for one in args)}"
+    if origin is tuple:
+        return f"{limited('list', limits)}, each: {allowed(args[0])}"
+    if origin is dict:
+        return f"{limited('mapping', limits)}, key: {allowed(args[0])}; value: {allowed(args[1])}"
+    if issubclass(kind, Config):
+        return named(kind)
+    return limited(WORDS[kind], limits)
+
+
+def named(one: type[Config]) -> str:
+    """A class as a link: by its kind where it has one."""
+    word = one.model_fields["kind"].default if "kind" in one.model_fields else one.__name__
+    return f"[`{word}`](#{one.__name__.lower()})"
+
+
+def limited(word: str, limits: Any) -> str:
+    """A type's word with its limits, which pydantic keeps one an object."""
+    told = {name: value for one in limits for name in NAMES if (value := getattr(one, name, None)) is not None}
+    if "pattern" in told:
+        return PATTERNS[told["pattern"]]
+    if "min_length" in told:
+        return f"{word} of at least {told['min_length']}"
+    if told.keys() == {"ge", "le"}:
+        return f"{word} from {told['ge']} to {told['le']}"
+    signs = ", ".join(f"{sign} {told[name]}" for name, sign in LIMITS.items() if name in told)
+    return f"{word} {signs}".rstrip()
+
+
+def either(words: list[str]) -> str:
+    """a, b or c."""
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def default(field: FieldInfo) -> str:
+    """What holds where the key is left out."""
+    match field.default:
+        case value if value is PydanticUndefined:
+            return "required"
+        case Config() as value if "kind" in type(value).model_fields:
+            return named(type(value))
+        case Config():
+            return "its defaults"
+        case str(value) if value:
+            return f"`{value}`"
+        case value:
+            return f"`{json.dumps(value)}`"
+
+
+@cache
+def meanings(one: type[Config]) -> dict[str, str]:
+    """The text under each field; under its type's name where the field has none."""
+    found: dict[str, str] = {}
+    body = ast.parse(inspect.getsource(one)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    own = texts(body.body)
+    for node in body.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names = [part.id for part in ast.walk(node.annotation) if isinstance(part, ast.Name)]
+            of_type = [aliases()[name] for name in names if name in aliases()]
+            found[node.target.id] = " ".join(([own[node.target.id]] if node.target.id in own else []) + of_type)
+    return found
+
+
+@cache
+def aliases() -> dict[str, str]:
+    """The text under each named type of the config modules."""
+    return {name: text for one in ALIASES for name, text in texts(ast.parse(inspect.getsource(one)).body).items()}
+
+
+def texts(body: list[ast.stmt]) -> dict[str, str]:
+    """The string under each assignment."""
+    found: dict[str, str] = {}
+    for node, after in pairwise(body):
+        target = (
+            node.target
+            if isinstance(node, ast.AnnAssign)
+            else node.targets[0]
+            if isinstance(node, ast.Assign)
+            else None
+        )
+        if isinstance(target, ast.Name) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            found[target.id] = inspect.cleandoc(str(after.value.value)).replace("\n", " ")
+    return found
+
+
+def shown(text: str) -> str:
+    """Text in Markdown, Python's words for values in YAML's; what stands in backticks stays as it is."""
+    parts = text.replace("|", "\\|").split("`")
+    parts[::2] = [re.sub(r"([<*])", r"\\\1", re.sub(r"\b(None|True|False)\b", yaml_word, part)) for part in parts[::2]]
+    return "`".join(parts)
+
+
+def yaml_word(found: re.Match[str]) -> str:
+    """None, True and False as YAML writes them."""
+    return {"None": "`null`", "True": "`true`", "False": "`false`"}[found[1]]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
