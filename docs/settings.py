@@ -119,18 +119,13 @@ def section(one: type[Config], *, chosen: bool) -> list[str]:
     own = [name for name in inspect.get_annotations(one) if name in one.model_fields]
     above = [parent for parent in one.__bases__ if parent is not Config]
     found = [f"### {one.__name__}", "", shown(inspect.getdoc(one) or "")]
-    found += (
-        ["", *(f"Besides: what [{parent.__name__}](#{parent.__name__.lower()}) lists." for parent in above)]
-        if above
-        else []
-    )
-    if not own:
-        return found
+    for parent in above:
+        found += ["", f"Besides: what [{parent.__name__}](#{parent.__name__.lower()}) lists."]
     found += ["", "| key | may be | default | meaning |", "| --- | --- | --- | --- |"]
     for name in own:
         field = one.model_fields[name]
         given = "required" if chosen and name == "kind" else default(field)
-        meaning = meanings(one).get(name, "")
+        meaning = meanings(one)[name] or of_class(field.annotation)
         if (one, name) in NOT_WRITTEN:
             given, meaning = "its key", NOT_WRITTEN[one, name]
         found.append(f"| `{name}` | {allowed(field.annotation, field.metadata)} | {given} | {shown(meaning)} |")
@@ -200,7 +195,7 @@ def default(field: FieldInfo) -> str:
 
 @cache
 def meanings(one: type[Config]) -> dict[str, str]:
-    """The text under each field; under its type's name where the field has none."""
+    """The text under each field, and under the name of its type."""
     found: dict[str, str] = {}
     body = ast.parse(inspect.getsource(one)).body[0]
     assert isinstance(body, ast.ClassDef)
@@ -208,9 +203,15 @@ def meanings(one: type[Config]) -> dict[str, str]:
     for node in body.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             names = [part.id for part in ast.walk(node.annotation) if isinstance(part, ast.Name)]
-            of_type = [aliases()[name] for name in names if name in aliases()]
-            found[node.target.id] = " ".join(([own[node.target.id]] if node.target.id in own else []) + of_type)
+            of_types = [aliases()[name] for name in names if name in aliases()]
+            found[node.target.id] = " ".join([own.get(node.target.id, ""), *of_types]).strip()
     return found
+
+
+def of_class(kind: Any) -> str:
+    """What a class says of itself in its first paragraph, where a field takes no other."""
+    kinds = [one for one in get_args(kind) or (kind,) if isinstance(one, type) and issubclass(one, Config)]
+    return (inspect.getdoc(kinds[0]) or "").partition("\n\n")[0].replace("\n", " ") if len(kinds) == 1 else ""
 
 
 @cache
@@ -223,15 +224,12 @@ def texts(body: list[ast.stmt]) -> dict[str, str]:
     """The string under each assignment."""
     found: dict[str, str] = {}
     for node, after in pairwise(body):
-        target = (
-            node.target
-            if isinstance(node, ast.AnnAssign)
-            else node.targets[0]
-            if isinstance(node, ast.Assign)
-            else None
-        )
-        if isinstance(target, ast.Name) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-            found[target.id] = inspect.cleandoc(str(after.value.value)).replace("\n", " ")
+        match node, after:
+            case (
+                ast.AnnAssign(target=ast.Name(id=name)) | ast.Assign(targets=[ast.Name(id=name)]),
+                ast.Expr(value=ast.Constant(value=str(text))),
+            ):
+                found[name] = inspect.cleandoc(text).replace("\n", " ")
     return found
 
 
