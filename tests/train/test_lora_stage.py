@@ -164,7 +164,7 @@ def test_killed_and_started_again_gives_the_same_bytes_with_dropout(
     resources = plain.resources.model_validate({**plain.resources.model_dump(), "store": str(tmp_path / "store")})
     job = {"stage": stage(), "data": plain.data, "init": plain.init, "resources": resources}
     given = {key: value.model_dump(mode="json") for key, value in job.items()}
-    text = json.dumps({**given, "attempt": "", "resume": "", "run_id": None})
+    text = json.dumps({**given, "attempt": "", "resume": "", "run_id": None, "fresh_projector": True})
     worker = subprocess.Popen([sys.executable, "-c", RUN, text, plain.model.model_dump_json()])
     at = random.choice((2, 4, 6, 8, 10))
     deadline = time.monotonic() + 120
