@@ -86,7 +86,7 @@ def test_killed_at_a_random_step_and_started_again_gives_the_same_bytes(
     resources = elsewhere(bench, tmp_path / "store")
     job = {"stage": stage, "data": bench.data, "init": bench.init, "resources": resources}
     given = {key: value.model_dump(mode="json") for key, value in job.items()}
-    text = json.dumps({**given, "attempt": "", "resume": "", "run_id": None})
+    text = json.dumps({**given, "attempt": "", "resume": "", "run_id": None, "fresh_projector": True})
     worker = subprocess.Popen([sys.executable, "-c", RUN, text, bench.model.model_dump_json()])
     at = random.choice((4, 8, 12, 16))
     deadline = time.monotonic() + 120
