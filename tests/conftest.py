@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from moto.server import DomainDispatcherApplication, create_backend_app
 from transformers import LlavaProcessor
 from werkzeug.serving import make_server
@@ -41,8 +42,12 @@ Whole = tuple[VilaForConditionalGeneration, LlavaProcessor]
 def pytest_configure(config: pytest.Config) -> None:
     """Clusters of these tests ask for a token of these tests, whatever Ray keeps in the home folder.
 
-    Set before a test module imports Ray, which reads it only once.
+    Set before a test module imports Ray, which reads it only once. Properties are tried with the same examples always;
+    `make faults` (VILA_FUZZ) draws others.
     """
+    settings.register_profile("repeatable", derandomize=True, deadline=None)
+    if "VILA_FUZZ" not in os.environ:
+        settings.load_profile("repeatable")
     folder = tempfile.TemporaryDirectory(prefix="ray-token-")
     config.add_cleanup(folder.cleanup)
     token = Path(folder.name) / "token"

@@ -26,6 +26,8 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 MAX_ADDRESSES = 4
 """Of one name tried in turn."""
 RESOLVER_THREADS = 16
+_NAME = re.compile(r"[A-Za-z0-9._:-]+")
+"""A host's name, in punycode, or an IPv6 address. Browsers take no `<` or `%` either (https://url.spec.whatwg.org)."""
 _NUMBER = re.compile(r"(?:^|\.)(?:[0-9]+|0x[0-9a-f]*)\.?$")
 """A host that ends in a number is an IPv4 address, https://url.spec.whatwg.org/#ends-in-a-number-checker."""
 # Python's is_global says yes to these (3.11) although IANA's registries say otherwise, or although they carry an IPv4
@@ -51,6 +53,8 @@ def parse(text: str, *, ports: Iterable[int], base: httpx.URL | None = None) -> 
     host = url.raw_host.decode("ascii")
     if not host:
         raise Failure("bad_url", "has no host")
+    if not _NAME.fullmatch(host):
+        raise Failure("bad_url", f"host {host[:40]!r} holds characters that no host has")
     if _NUMBER.search(host) and not _is_address(host):
         raise Failure("bad_url", f"host {host[:40]!r} is an address in a form other than a.b.c.d")
     port = url.port or DEFAULT_PORTS[url.scheme]
