@@ -6,11 +6,11 @@ both norms and what the second step moved, and NUMBER.safetensors, the state aft
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
 import torch
+from process_group import end, join
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -52,17 +52,14 @@ def state(engine: Engine) -> dict[str, Tensor]:
 def main(path: Path, place: Place, rendezvous: str, cases: list[tuple[int, float | None]]) -> None:
     given = Job.model_validate_json(path.read_text())
     if given.resources.launch == "ray":
-        os.environ |= {"RANK": str(place.rank), "LOCAL_RANK": str(place.rank), "WORLD_SIZE": str(place.world_size)}
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{rendezvous}", rank=place.rank, world_size=place.world_size
-        )
+        join(place.rank, place.world_size, rendezvous)
     for number, (zero_stage, most) in enumerate(cases):
         zero = {"zero_stage": zero_stage} if given.resources.launch == "ray" else {}
         stage = Stage.model_validate({**given.stage.model_dump(), "max_grad_norm": most})
         resources = Resources.model_validate({**given.resources.model_dump(), **zero})
         take_steps(Job.model_validate({**given.model_dump(), "stage": stage, "resources": resources}), place, number)
     if given.resources.launch == "ray":
-        torch.distributed.destroy_process_group()
+        end()
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@ A world of one is plain torch on the rows of both ranks. Rank 0 leaves the state
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
 import torch
+from process_group import end, join
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -71,8 +71,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     ranks = (0, 1)  # of one process, which takes the rows of both
     if world_size == "2":
-        os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
-        torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=int(rank), world_size=2)
+        join(int(rank), 2, rendezvous)
         ranks = (int(rank),)
     for case in json.loads(Path(told).read_text()):
         stage, resources = Stage.model_validate(case["stage"]), Resources.model_validate(case["resources"])
@@ -80,4 +79,4 @@ if __name__ == "__main__":
         if rank == "0":
             save_file(found, case["out"])
     if world_size == "2":
-        torch.distributed.destroy_process_group()
+        end()
