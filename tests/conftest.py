@@ -1,6 +1,7 @@
 """Real small objects that many tests share: the tiny fixtures as configs, models and prepared data."""
 
 import contextlib
+import importlib.util
 import io
 import logging
 import os
@@ -11,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -59,6 +61,21 @@ def pytest_configure(config: pytest.Config) -> None:
 def _few_threads() -> None:
     """Two cores are shared; results of one thread are also the same on any machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def docs_script() -> Callable[[str], ModuleType]:
+    """A script of docs/ by its name, as a module that is imported nowhere else."""
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"docs_{name}", TINY.parents[1] / "docs" / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,10 @@
 """docs/settings.md: its tables are those of the classes, and its recipe is one."""
 
-import importlib.util
 import json
 import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
@@ -51,15 +50,6 @@ def run(*words: str | Path) -> str:
     return result.stdout
 
 
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("settings_tables", ROOT / "docs/settings.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def reachable(kind: Any) -> Iterator[type[Config]]:
     """The config classes that a type leads to."""
     if isinstance(kind, type) and issubclass(kind, Config):
@@ -79,8 +69,8 @@ def rows() -> dict[str, dict[str, list[str]]]:
     return found
 
 
-def test_the_page_is_what_make_settings_writes() -> None:
-    made = script()
+def test_the_page_is_what_make_settings_writes(docs_script: Callable[[str], ModuleType]) -> None:
+    made = docs_script("settings")
     assert PAGE.partition(made.START)[2].partition(made.END)[0].strip() == "\n".join(made.lines()).strip()
 
 

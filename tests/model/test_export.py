@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -42,15 +41,6 @@ def edit(folder: Path, part: str | None = None, **fields: Any) -> None:
     stated = json.loads((folder / "config.json").read_text())
     (stated if part is None else stated[part]).update(fields)
     (folder / "config.json").write_text(json.dumps(stated))
-
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("interop_table", DOCS / "interop.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_a_sealed_siglip_mlp2x_model_loads_in_transformers_and_vllm_and_not_in_llama_cpp(sealed: Any) -> None:
@@ -114,8 +104,8 @@ def test_a_bad_folder_ends_with_its_reason(copied: Path, tmp_path: Path) -> None
     assert run(str(tmp_path / "nothing"))[0] == 1
 
 
-def test_the_page_s_table_is_what_the_rules_give(tmp_path: Path) -> None:
-    script = load_script()
+def test_the_page_s_table_is_what_the_rules_give(docs_script: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    script = docs_script("interop")
     page = (DOCS / "interop.md").read_text().partition(script.START)[2].partition(script.END)[0].strip().splitlines()
     models = list(script.rows(tmp_path))
     written = [line.split(" | ")[-1].removesuffix(" |") for line in page[2 : 2 + len(models)]]  # measured, not asked
@@ -123,4 +113,4 @@ def test_the_page_s_table_is_what_the_rules_give(tmp_path: Path) -> None:
     stock = [number != "-" for number in written]
     assert stock == [export.check(folder, "transformers").loads for _, folder in models]
     assert all(float(number) <= 1e-5 for number in written if number != "-")
-    assert "interop_table" not in sys.modules
+    assert "docs_interop" not in sys.modules

@@ -56,7 +56,7 @@ def _in_the_config(model: Model, config: VilaConfig, source: Path) -> list[str]:
         "mean and deviation": (folder.normalisation(source), mean_std(model.vision_tower)),
         "after_image": (config.after_image, model.after_image),
     }
-    shapes = {"vision_tower": _tower_shape(model.vision_tower), "language_model": _text_shape(model.language_model)}
+    shapes = {"vision_tower": _shape(model.vision_tower), "language_model": _shape(model.language_model)}
     stated = {"vision_tower": config.vision_config.to_dict(), "language_model": config.text_config.to_dict()}
     for part, shape in shapes.items():
         for name in sorted(set(shape) & set(stated[part]) - SIZED_BY_THE_MODEL):
@@ -79,26 +79,15 @@ def _in_the_tokenizer(
     return found
 
 
-def _tower_shape(tower: VisionTower) -> Shape:
-    """What a recipe says of the shape of its tower, in transformers' words."""
-    match tower:
-        case HubTower(shape=shape):
+def _shape(part: VisionTower | LanguageModel) -> Shape:
+    """What a recipe says of the shape of a part, in transformers' words."""
+    match part:
+        case HubTower(shape=shape) | HubLanguageModel(shape=shape):
             return shape or {}
-        case RandomTower(hidden_size=hidden, num_layers=layers, num_heads=heads):
-            return {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
-        case PackagedTower():
+        case RandomTower() | RandomLanguageModel():
+            heads = part.num_heads
+            return {"hidden_size": part.hidden_size, "num_hidden_layers": part.num_layers, "num_attention_heads": heads}
+        case PackagedTower() | PackagedLanguageModel():
             return {}
         case _:
-            assert_never(tower)
-
-
-def _text_shape(language_model: LanguageModel) -> Shape:
-    match language_model:
-        case HubLanguageModel(shape=shape):
-            return shape or {}
-        case RandomLanguageModel(hidden_size=hidden, num_layers=layers, num_heads=heads):
-            return {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
-        case PackagedLanguageModel():
-            return {}
-        case _:
-            assert_never(language_model)
+            assert_never(part)
