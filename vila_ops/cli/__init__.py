@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from pydantic import ValidationError
@@ -14,7 +14,7 @@ from vila_ops import doctor as checks
 from vila_ops import local, pipeline
 from vila_ops.artifacts import store
 from vila_ops.cli.data import data
-from vila_ops.cli.model import export
+from vila_ops.cli.model import export, import_model
 from vila_ops.cli.options import (
     INLINE,
     LOCAL,
@@ -27,7 +27,6 @@ from vila_ops.cli.options import (
     load_run,
     print_handle,
     say,
-    section,
 )
 from vila_ops.config import load_resources
 from vila_ops.config.local import load_local
@@ -38,7 +37,6 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Image-text data to a served VLM."
 )
 app.add_typer(data, name="data")
-app.command()(export)
 
 StageName = Annotated[str, typer.Option("--stage", help="Name of a stage, or `base` for the untrained model")]
 Servers = Annotated[Path, typer.Option("--servers", help="Ports and folders of this box's servers")]
@@ -69,31 +67,6 @@ def fetch(
     """Fetch every package that a recipe names, and put the untrained model together."""
     run = load_run(recipe, resources, overrides)
     print_handle(pipeline.fetch(run), as_json)
-
-
-@app.command("import")
-def import_model(
-    source: Annotated[Path, typer.Argument(help="Folder of an NVlabs VILA or a LLaVA-HF checkpoint")],
-    out: Annotated[Path, typer.Option("--out", help="The model folder to write; must not be there")],
-    token_order: Annotated[
-        Literal["rows", "columns"] | None,
-        typer.Option("--token-order", help="Of mlp_downsample, where the checkpoint does not tell"),
-    ] = None,
-    chat_template: Annotated[
-        str | None, typer.Option("--chat-template", help="Name of a template, where the checkpoint does not tell")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Make a model folder of somebody else's checkpoint, and print the recipe's `model:` that starts from it."""
-    from vila_ops.model.importing.checkpoint import import_checkpoint
-
-    made = import_checkpoint(source, out, token_order=token_order, chat_template=chat_template)
-    for note in made.notes:
-        print(f"note: {note}", file=sys.stderr)
-    if as_json:
-        print_handle(made, as_json)
-    else:
-        say(section("model", made.model))
 
 
 @app.command()
@@ -193,6 +166,10 @@ def run(
     if outcome.version is None:
         print("nothing was registered or deployed: these resources have no tracking_uri", file=sys.stderr)
     print(f"report: {page.html}", file=sys.stderr)
+
+
+app.command("import")(import_model)
+app.command()(export)
 
 
 @app.command()

@@ -1,5 +1,6 @@
-"""`vila-ops export`: a model for other programs."""
+"""`vila-ops import` and `export`: models from other programs, and for them."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -7,10 +8,34 @@ import typer
 
 from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import Artifact
-from vila_ops.cli.options import AsJson, print_handle, say
+from vila_ops.cli.options import AsJson, print_handle, say, section
 from vila_ops.model import export as exports
 
 Checkpoint = Annotated[str, typer.Argument(help="A sealed model's place in the store, s3://..., or any model folder")]
+
+
+def import_model(
+    source: Annotated[Path, typer.Argument(help="Folder of an NVlabs VILA or a LLaVA-HF checkpoint")],
+    out: Annotated[Path, typer.Option("--out", help="The model folder to write; must not be there")],
+    token_order: Annotated[
+        Literal["rows", "columns"] | None,
+        typer.Option("--token-order", help="Of mlp_downsample, where the checkpoint does not tell"),
+    ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option("--chat-template", help="Name of a template, where the checkpoint does not tell")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a model folder of somebody else's checkpoint, and print the recipe's `model:` that starts from it."""
+    from vila_ops.model.importing.checkpoint import import_checkpoint
+
+    made = import_checkpoint(source, out, token_order=token_order, chat_template=chat_template)
+    for note in made.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if as_json:
+        print_handle(made, as_json)
+    else:
+        say(section("model", made.model))
 
 
 def export(
