@@ -15,9 +15,9 @@ from vila_ops.data.shards import read_index, read_sample
 from vila_ops.model import folder as model_folder
 from vila_ops.model.assemble import assemble
 from vila_ops.model.trainable import set_trainable
+from vila_ops.train.batches import Batches
 from vila_ops.train.engine import PlainEngine
 from vila_ops.train.job import Job
-from vila_ops.train.loop import Batches
 from vila_ops.train.objective import Objective
 from vila_ops.train.optim import rate_factor
 

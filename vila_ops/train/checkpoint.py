@@ -19,11 +19,37 @@ from torch import Tensor
 
 from vila_ops.artifacts.disk import sha256, sync
 from vila_ops.artifacts.store import MANIFEST
-from vila_ops.train.engine import State
-from vila_ops.train.job import Place
+from vila_ops.train.engine import Engine, State
+from vila_ops.train.job import Job, Place
 
 KEEP = 2
+Curve = list[dict[str, Any]]
+"""Per step: its number, loss, and validation loss where there was one."""
 log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The resume checkpoints of one stage; every rank has one, and calls it as often as the others."""
+
+    def __init__(self, job: Job, place: Place) -> None:
+        self.folder, self.place = Path(job.resume), place
+
+    def restore(self, engine: Engine) -> tuple[int, Curve]:
+        """Steps done and their curve: 0 and nothing when there is no checkpoint to resume from."""
+        found = newest(self.folder)
+        if found is None:
+            return 0, []
+        states, manifest = found
+        engine.restore(states, step=manifest["step"])
+        log.info("resuming after step %d", manifest["step"])
+        return manifest["step"], manifest["curve"]
+
+    def save(self, engine: Engine, *, step: int, curve: Curve) -> None:
+        """Keep the state after `step` steps."""
+        save(self.folder, step=step, states=engine.state(), curve=curve, place=self.place)
+
+    def close(self) -> None:
+        """Wait for what is still being written."""
 
 
 def save(folder: Path, *, step: int, states: Iterable[State], curve: list[dict[str, Any]], place: Place) -> None:

@@ -1,0 +1,47 @@
+"""Rows to tensors on the device, with the features of their pictures."""
+
+import functools
+
+import torch
+
+from vila_ops.artifacts.store import content
+from vila_ops.data.images import pixels
+from vila_ops.data.order.loader import stack
+from vila_ops.data.order.packing import Row, attention_mask
+from vila_ops.model import folder as model_folder
+from vila_ops.model import lora
+from vila_ops.model.features import FeatureCache
+from vila_ops.model.vila import VilaForConditionalGeneration
+from vila_ops.train.job import Job
+from vila_ops.train.objective import Batch
+
+
+class Batches:
+    """Rows to tensors on the device, with the features of their pictures."""
+
+    def __init__(self, job: Job, model: VilaForConditionalGeneration, *, device: torch.device) -> None:
+        mean, std = model_folder.normalisation(content(job.init))
+        self.device, self.seed = device, job.stage.seed
+        self.pixels = functools.partial(pixels, mean=mean, std=std)
+        self.tower_trains = "vision_tower" in job.stage.trainable
+        self.cache = FeatureCache(model, self.pixels, root=job.feature_cache())
+
+    def __call__(self, rows: list[Row], *, step: int | None = None) -> Batch:
+        """One micro-batch of a training step, or, without one, of a validation."""
+        input_ids, position_ids, segment_ids, labels = (torch.from_numpy(array) for array in stack(rows))
+        images = [image for row in rows for image in row.images]
+        features = pixel_values = None
+        if images and self.tower_trains:
+            pixel_values = torch.from_numpy(self.pixels(images)).to(self.device)
+        elif images:
+            features = self.cache(images).to(self.device)
+        mask = torch.from_numpy(attention_mask(segment_ids.numpy()))
+        return Batch(
+            input_ids=input_ids.to(self.device),
+            position_ids=position_ids.to(self.device),
+            mask=mask.to(self.device),
+            labels=labels.to(self.device),
+            features=features,
+            pixel_values=pixel_values,
+            draws=None if step is None else tuple(lora.draw(self.seed, step, row.keys) for row in rows),
+        )
