@@ -20,7 +20,6 @@ from vila_ops.train.engine import Engine, build_engine
 from vila_ops.train.job import Job, Place
 from vila_ops.train.loop import add_gradients, load
 from vila_ops.train.objective import Objective
-from vila_ops.train.watch import Watch
 
 
 def take_steps(job: Job, place: Place, number: int) -> None:
@@ -28,7 +27,7 @@ def take_steps(job: Job, place: Place, number: int) -> None:
     objective = Objective(model, bf16=False)
     trained = set_trainable(objective, job.stage.trainable, job.stage.tuning)
     engine = build_engine(objective, trained, job.stage, job.resources)
-    add_gradients(engine, batches, Watch(rows, place), job, step=0)
+    add_gradients(engine, batches, rows, job, step=0, place=place)
     norm = engine.step(1.0)
     before = state(engine)
     own, _ = rows.batch(1, rank=place.rank, world_size=place.world_size)

@@ -20,7 +20,7 @@ from torch import Tensor
 from vila_ops.artifacts.disk import sha256, sync
 from vila_ops.artifacts.store import MANIFEST
 from vila_ops.train.engine import Engine, State
-from vila_ops.train.job import Job, Place
+from vila_ops.train.job import Place
 
 KEEP = 2
 Curve = list[dict[str, Any]]
@@ -28,31 +28,18 @@ Curve = list[dict[str, Any]]
 log = logging.getLogger(__name__)
 
 
-class Checkpoints:
-    """The resume checkpoints of one stage; every rank has one, and calls it as often as the others."""
-
-    def __init__(self, job: Job, place: Place) -> None:
-        self.folder, self.place = Path(job.resume), place
-
-    def restore(self, engine: Engine) -> tuple[int, Curve]:
-        """Steps done and their curve: 0 and nothing when there is no checkpoint to resume from."""
-        found = newest(self.folder)
-        if found is None:
-            return 0, []
-        states, manifest = found
-        engine.restore(states, step=manifest["step"])
-        log.info("resuming after step %d", manifest["step"])
-        return manifest["step"], manifest["curve"]
-
-    def save(self, engine: Engine, *, step: int, curve: Curve) -> None:
-        """Keep the state after `step` steps."""
-        save(self.folder, step=step, states=engine.state(), curve=curve, place=self.place)
-
-    def close(self) -> None:
-        """Wait for what is still being written."""
+def restore(engine: Engine, folder: Path) -> tuple[int, Curve]:
+    """Steps done and their curve: 0 and nothing when there is no checkpoint to resume from."""
+    found = newest(folder)
+    if found is None:
+        return 0, []
+    states, manifest = found
+    engine.restore(states, step=manifest["step"])
+    log.info("resuming after step %d", manifest["step"])
+    return manifest["step"], manifest["curve"]
 
 
-def save(folder: Path, *, step: int, states: Iterable[State], curve: list[dict[str, Any]], place: Place) -> None:
+def save(folder: Path, *, step: int, states: Iterable[State], curve: Curve, place: Place) -> None:
     """Write the state after `step` steps; every rank calls it. Afterwards the newest KEEP checkpoints are left."""
     target = folder / f"step-{step:06d}"
     draft = folder / f".step-{step:06d}"

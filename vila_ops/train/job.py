@@ -1,6 +1,5 @@
 """What every worker of a stage is told: configs and handles, small enough to travel anywhere."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, Pretrained
@@ -16,16 +15,6 @@ class Place(Config):
 
     rank: int = 0
     world_size: int = 1
-
-
-@dataclass(frozen=True)
-class Taken:
-    """One optimizer step, the same on all ranks."""
-
-    loss: float
-    """Nats per target token of the global batch."""
-    norm: float
-    """Of the gradient, before clipping."""
 
 
 class Job(Config):

@@ -6,6 +6,7 @@ order, `objective.py` for the loss and `engine.py` for the step.
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,14 @@ from vila_ops.model.change import Change
 from vila_ops.model.projectors import fit_to
 from vila_ops.model.trainable import keep_frozen_in, set_trainable
 from vila_ops.model.vila import VilaForConditionalGeneration
+from vila_ops.train import checkpoint
 from vila_ops.train.batches import Batches
-from vila_ops.train.checkpoint import Checkpoints, Curve
+from vila_ops.train.checkpoint import Curve
 from vila_ops.train.engine import Engine, build_engine
-from vila_ops.train.job import Job, Place, Taken
+from vila_ops.train.job import Job, NonFiniteLoss, Place
 from vila_ops.train.meter import Meter
 from vila_ops.train.objective import Objective
 from vila_ops.train.optim import rate_factor
-from vila_ops.train.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -48,36 +49,29 @@ def train(job: Job, place: Place) -> dict[str, Any]:
     objective = Objective(model, bf16=job.stage.precision == "bf16")
     trained = set_trainable(objective, job.stage.trainable, job.stage.tuning)
     engine = build_engine(objective, trained, job.stage, job.resources)
-    checkpoints = Checkpoints(job, place)
-    step, curve = checkpoints.restore(engine)
+    step, curve = checkpoint.restore(engine, Path(job.resume))
     num_steps = rows.num_steps()
-    meter = Meter(job, place, rows, step=step)
-    watch = Watch(rows, place)
     if step == 0:
         curve.append({"step": 0, "validation_loss": validate(engine, batches, rows, place)})
+    meter = Meter(job, step=step, num_steps=num_steps) if place.rank == 0 else None
     while step < num_steps:
-        taken = take_step(engine, batches, watch, job, step=step)
+        loss = add_gradients(engine, batches, rows, job, step=step, place=place)
+        norm = engine.step(rate_factor(step, job.stage, num_steps=num_steps))
+        _check_finite("gradient norm", norm, rows, step=step, place=place)
         step += 1
-        curve.append({"step": step, "loss": taken.loss})
+        curve.append({"step": step, "loss": loss})
         if step % job.stage.validate_every == 0 or step == num_steps:
             curve[-1]["validation_loss"] = validate(engine, batches, rows, place)
-        meter.count(taken, step=step, validation_loss=curve[-1].get("validation_loss"))
+        if meter:
+            meter.count(curve[-1], norm=norm)
         if step % job.stage.save_every == 0 and step < num_steps:
-            checkpoints.save(engine, step=step, curve=curve)
-    checkpoints.close()
-    meter.close()
+            checkpoint.save(Path(job.resume), step=step, states=engine.state(), curve=curve, place=place)
+    if meter:
+        meter.close()
     finish(engine, job, curve, place)
     said = {"composition": rows.composition.model_dump(mode="json")} if place.rank == 0 else {}
     ran = {"rank": place.rank, "steps": num_steps, "micro_batch_size": job.resources.micro_batch_size}
     return {**ran, **engine.facts(), **said}
-
-
-def take_step(engine: Engine, batches: Batches, watch: Watch, job: Job, *, step: int) -> Taken:
-    """One optimizer step; raises NonFiniteLoss before anything moves."""
-    loss = add_gradients(engine, batches, watch, job, step=step)
-    norm = engine.step(rate_factor(step, job.stage, num_steps=watch.rows.num_steps()))
-    watch.check("gradient norm", norm, step=step)
-    return Taken(loss=loss, norm=norm)
 
 
 def load(job: Job) -> tuple[VilaForConditionalGeneration, Rows, Batches]:
@@ -103,18 +97,17 @@ def change_of(stage: Stage) -> Change:
     return Change(image_size=stage.image_size, visual_expert=stage.tuning.kind == "visual_expert")
 
 
-def add_gradients(engine: Engine, batches: Batches, watch: Watch, job: Job, *, step: int) -> float:
+def add_gradients(engine: Engine, batches: Batches, rows: Rows, job: Job, *, step: int, place: Place) -> float:
     """Forward and backward passes over the global batch of a step; returns its loss in nats per token."""
-    place = watch.place
-    own, num_targets = watch.rows.batch(step, rank=place.rank, world_size=place.world_size)
+    own, num_targets = rows.batch(step, rank=place.rank, world_size=place.world_size)
     size = job.resources.micro_batch_size
     value = 0.0
     for start in range(0, len(own), size):
         loss = engine.loss(batches(own[start : start + size], step=step)) / num_targets
         value += float(loss.detach())
         if start + size >= len(own):
-            value = sum_over_ranks(value)
-            watch.check("loss", value, step=step)
+            value = _sum(value)
+            _check_finite("loss", value, rows, step=step, place=place)
         engine.backward(loss)
     return value
 
@@ -129,7 +122,7 @@ def validate(engine: Engine, batches: Batches, rows: Rows, place: Place) -> floa
         row = held_out[min(start + place.rank, len(held_out) - 1)]
         loss = float(engine.loss(batches([row])))
         value += loss if start + place.rank < len(held_out) else 0.0
-    return sum_over_ranks(value) / num_targets
+    return _sum(value) / num_targets
 
 
 def finish(engine: Engine, job: Job, curve: Curve, place: Place) -> None:
@@ -144,7 +137,16 @@ def finish(engine: Engine, job: Job, curve: Curve, place: Place) -> None:
     (attempt / CURVE).write_text(json.dumps(exact, indent=1))
 
 
-def sum_over_ranks(value: float) -> float:
+def _check_finite(what: str, value: float, rows: Rows, *, step: int, place: Place) -> None:
+    """Raise NonFiniteLoss, with this rank's samples of the step, where a value of all ranks is no number."""
+    if math.isfinite(value):
+        return
+    own, _ = rows.batch(step, rank=place.rank, world_size=place.world_size)
+    keys = [key for row in own for key in row.keys]
+    raise NonFiniteLoss(f"{what} {value} at step {step + 1}; nothing was updated. This rank's samples: {keys}")
+
+
+def _sum(value: float) -> float:
     """Sum over all ranks."""
     if not torch.distributed.is_initialized():
         return value

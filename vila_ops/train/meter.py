@@ -1,11 +1,10 @@
-"""What a stage's steps cost and how fast they are: to MLflow, and as a line for who watches."""
+"""How fast a stage's steps are and what came of them: to MLflow, and as a line for who watches."""
 
 import logging
 import time
 
-from vila_ops.data.order.loader import Rows
 from vila_ops.tracking import MetricLog
-from vila_ops.train.job import Job, Place, Taken
+from vila_ops.train.job import Job
 
 log = logging.getLogger(__name__)
 
@@ -14,27 +13,24 @@ LINES = 20
 
 
 class Meter:
-    """Rank 0 logs every step; the others only count."""
+    """Of rank 0, from its making on: the time before the first step is not counted."""
 
-    def __init__(self, job: Job, place: Place, rows: Rows, *, step: int) -> None:
-        """`step` steps are done already."""
-        self.name, self.rank = job.stage.name, place.rank
-        self.first, self.num_steps = step, rows.num_steps()
-        self.metrics = MetricLog(job.resources.tracking_uri, job.run_id if place.rank == 0 else None)
-        self.metrics.log({"num_steps": self.num_steps}, step=step)
+    def __init__(self, job: Job, *, step: int, num_steps: int) -> None:
+        """`step` of `num_steps` are done already."""
+        self.name = job.stage.name
+        self.first, self.num_steps = step, num_steps
+        self.metrics = MetricLog(job.resources.tracking_uri, job.run_id)
+        self.metrics.log({"num_steps": num_steps}, step=step)
         self.started = self.last = time.monotonic()
 
-    def count(self, taken: Taken, *, step: int, validation_loss: float | None = None) -> None:
-        """A step was taken; every rank says so."""
+    def count(self, row: dict[str, float], *, norm: float) -> None:
+        """A step was taken: its row of the curve, and the norm of its gradient."""
         now = time.monotonic()
         seconds, self.last = now - self.last, now
-        if self.rank:
-            return
-        values = {"loss": taken.loss, "grad_norm": taken.norm, "seconds_per_step": seconds}
-        values |= {} if validation_loss is None else {"validation_loss": validation_loss}
-        self.metrics.log(values, step=step)
+        step = int(row["step"])
+        self.metrics.log({**row, "grad_norm": norm, "seconds_per_step": seconds}, step=step)
         if step == 1 or step % max(1, self.num_steps // LINES) == 0:
-            log.info("%s step %d/%d  loss %.3f  %s", self.name, step, self.num_steps, taken.loss, self._left(step))
+            log.info("%s step %d/%d  loss %.3f  %s", self.name, step, self.num_steps, row["loss"], self._left(step))
 
     def close(self) -> None:
         """Send what waits."""
