@@ -60,7 +60,14 @@ GROUPS: dict[str, tuple[Any, ...]] = {
         evaluation.Rule,
         serve.Service,
     ),
-    "Where it runs": (resources.Resources, resources.StageResources),
+    "Where it runs": (
+        resources.Resources,
+        resources.StageResources,
+        resources.Accelerator,
+        resources.Retention,
+        resources.Watchdog,
+        resources.Network,
+    ),
     "Files of their own": (download.DownloadSettings, local.LocalServers),
 }
 WORDS = {

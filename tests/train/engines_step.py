@@ -32,7 +32,7 @@ def take_steps(job: Job, place: Place, number: int) -> None:
     before = state(engine)
     own, _ = rows.batch(1, rank=place.rank, world_size=place.world_size)
     for row in own:
-        engine.backward(engine.loss(batches([row])) * (float("nan") if place.rank == place.world_size - 1 else 1.0))
+        engine.backward(engine.loss(batches([row]))[0] * (float("nan") if place.rank == place.world_size - 1 else 1.0))
     broken = engine.step(1.0)
     after = state(engine)
     moved = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]

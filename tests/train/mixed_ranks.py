@@ -52,7 +52,7 @@ def walk(engine: Engine, objective: Objective, *, ranks: tuple[int, ...]) -> dic
         for micro, kinds in enumerate(passes):
             for rank in ranks:
                 batch = make_batch(objective, kinds[rank], seed=100 * number + 10 * micro + rank)
-                engine.backward(engine.loss(batch) / 60)
+                engine.backward(engine.loss(batch)[0] / 60)
         engine.step(1.0)
     states = {name: {k: t.clone() for k, t in tensors.items()} for name, tensors in engine.state()}
     return {f"{kind}/{name}": t.contiguous() for name, tensors in states.items() for kind, t in tensors.items()}

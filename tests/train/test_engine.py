@@ -63,7 +63,7 @@ def test_the_loss_is_that_of_stock_llava(
             loss = stock(input_ids=ids, pixel_values=images, labels=labels).loss
         expected += float(loss) * int((labels[:, 1:] >= 0).sum())
     with torch.no_grad():
-        found = float(engine.loss(batches([pack(chosen, capacity=384)])))
+        found = float(engine.loss(batches([pack(chosen, capacity=384)]))[0])
     assert found == pytest.approx(expected, rel=1e-5)
 
 
@@ -79,7 +79,7 @@ def test_samples_in_rows_of_their_own_give_loss_and_gradients_of_a_packed_row(
     found = []
     for rows in (together, alone):
         engine, batches = make_engine(bench, stage, bench.init, tmp_path)
-        loss = engine.loss(batches(rows)) / targets
+        loss = engine.loss(batches(rows))[0] / targets
         engine.backward(loss)
         found.append((float(loss.detach()), {name: p.grad for name, p in engine.named}))
     (packed, gradients), (single, others) = found
@@ -100,7 +100,7 @@ def test_steps_equal_a_hand_written_loop(most: float | None, bench: Any, make_st
     norms = []
     for step in range(3):
         for row in rows:
-            engine.backward(engine.loss(batches([row])) / 20)
+            engine.backward(engine.loss(batches([row]))[0] / 20)
         norms.append(engine.step(rate_factor(step, stage, num_steps=8)))
 
     twin, batches = make_engine(bench, stage, bench.init, tmp_path)
@@ -108,7 +108,7 @@ def test_steps_equal_a_hand_written_loop(most: float | None, bench: Any, make_st
     first = {name: torch.zeros_like(p) for name, p in parameters.items()}
     second = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for step in range(3):
-        total = sum(twin.objective(batches([row])) for row in rows) / 20
+        total = sum(twin.objective(batches([row]))[0] for row in rows) / 20
         gradients = dict(zip(parameters, torch.autograd.grad(total, list(parameters.values())), strict=True))
         norm = torch.sqrt(sum((g**2).sum() for g in gradients.values()))
         assert norms[step] == pytest.approx(float(norm), rel=1e-4)
@@ -138,7 +138,7 @@ def test_a_tower_that_trains_gives_its_state_and_takes_it_back(
     row = pack(samples(bench, "pairs", 2), capacity=128)
 
     def step(engine: PlainEngine, batches: Batches) -> None:
-        engine.backward(engine.loss(batches([row])) / 10)
+        engine.backward(engine.loss(batches([row]))[0] / 10)
         engine.step(1.0)
 
     engine, batches = make_engine(bench, stage, init, tmp_path)
@@ -170,7 +170,7 @@ def test_a_step_without_pictures_is_a_gradient_of_zero_and_runs_neither_tower_no
         before = {name: {key: t.clone() for key, t in tensors.items()} for name, tensors in states}
         seen.clear()
         hooks = [m.register_forward_pre_hook(lambda m, _: seen.append(type(m).__name__)) for m in whole.children()]
-        engine.backward(engine.loss(batches([pack(samples(bench, source, 1), capacity=128)])) / 10)
+        engine.backward(engine.loss(batches([pack(samples(bench, source, 1), capacity=128)]))[0] / 10)
         for hook in hooks:
             hook.remove()
         engine.step(1.0)

@@ -4,11 +4,74 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from vila_ops.config.base import Config
 
 S3_STORE = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_][A-Za-z0-9_.=-]*)*/?")
+
+
+Offloaded = Literal["none", "optimizer", "parameters"]
+"""What ZeRO keeps in the host's memory: nothing, the optimizer's state, or that and the parameters (ZeRO-3)."""
+NETWORK_VARIABLES = ("NCCL_", "TORCH_NCCL_", "GLOO_", "TP_")
+"""Prefixes of the variables that a network may set: NCCL's, torch's for it, and gloo's with its transport."""
+
+
+class Accelerator(Config):
+    """One GPU, as the planner counts with it and as MFU is told of."""
+
+    name: str
+    memory_gib: PositiveFloat
+    peak_tflops: PositiveFloat
+    """Dense bf16, as its maker says."""
+    price_per_hour: NonNegativeFloat = 0.0
+    """Of one GPU, in whatever currency."""
+
+
+class Retention(Config):
+    """Which resume checkpoints of a stage stay while it trains; one that is kept for any reason stays."""
+
+    last: PositiveInt = 2
+    """The newest ones: with 1 a damaged one has none before it."""
+    every: PositiveInt | None = None
+    """And those of every so many steps."""
+    best: NonNegativeInt = 0
+    """And so many with the least validation loss."""
+
+
+class Watchdog(Config):
+    """When a step counts as hung: every rank's stacks are written to the log and the stage fails, to be tried again."""
+
+    factor: PositiveFloat = 20.0
+    """Times the median step so far."""
+    at_least_seconds: PositiveFloat = 600.0
+    """Never sooner; the first step has this alone."""
+
+
+class Network(Config):
+    """How ranks find each other."""
+
+    interface: str | None = None
+    """Network interface of gloo and NCCL; None: what they choose."""
+    timeout_seconds: PositiveFloat = 1800.0
+    """A collective that takes longer fails."""
+    env: dict[str, str] = {}
+    """More variables of NCCL and gloo for every worker, such as `NCCL_IB_HCA`."""
+
+    @field_validator("env")
+    @classmethod
+    def _only_of_the_network(cls, env: dict[str, str]) -> dict[str, str]:
+        if other := [name for name in env if not name.startswith(NETWORK_VARIABLES)]:
+            raise ValueError(f"network.env sets {other}; names here begin with one of {list(NETWORK_VARIABLES)}")
+        return env
 
 
 class StageResources(Config):
@@ -17,13 +80,16 @@ class StageResources(Config):
     num_workers: PositiveInt | None = None
     zero_stage: Literal[0, 1, 2, 3] | None = None
     micro_batch_size: PositiveInt | None = None
+    gradient_checkpointing: bool | None = None
+    offload: Offloaded | None = None
 
 
 class Resources(Config):
     """What a run may use. Nothing here changes what is computed, only where and how fast."""
 
-    launch: Literal["inline", "ray"]
-    """inline: this process, one worker, plain torch. ray: a cluster that is already up."""
+    launch: Literal["inline", "ray", "ray_job"]
+    """inline: this process, one worker, plain torch. ray: a cluster that is already up, driven from this process.
+    ray_job: the same cluster, driven by one job per attempt, which goes on when this process ends."""
     store: str = "store"
     """Where sealed artifacts are: a folder, or `s3://bucket/prefix`."""
     data: str = "data"
@@ -38,6 +104,8 @@ class Resources(Config):
     """MLflow run that the runs of the rooms are children of."""
     ray_address: str | None = None
     """Address of the cluster's head, host:port."""
+    job_address: str | None = None
+    """Address of the cluster's job server, http://host:8265, for launch ray_job."""
     num_workers: PositiveInt = 1
     gpus_per_worker: NonNegativeInt = 0
     cpus_per_worker: PositiveFloat = 1
@@ -47,6 +115,23 @@ class Resources(Config):
     zero_stage: Literal[0, 1, 2, 3] = 0
     micro_batch_size: PositiveInt = 1
     """Rows per forward pass."""
+    gradient_checkpointing: bool = False
+    """Keep only the inputs of the layers and compute the rest anew in the backward pass."""
+    offload: Offloaded = "none"
+    optimizer: Literal["fused", "torch"] = "fused"
+    """AdamW in one kernel, or torch's own operations one after another: slower, for comparison."""
+    attention: Literal["auto", "sdpa", "flash", "flex"] = "auto"
+    """Kernel for packed rows; auto: FlashAttention where it is installed and a GPU is there, else FlexAttention on a
+    GPU, else SDPA with an explicit mask."""
+    keep: Retention = Retention()
+    watchdog: Watchdog = Watchdog()
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """How Ray lays the workers over nodes."""
+    network: Network = Network()
+    accelerator: Accelerator | None = None
+    """The GPU of each worker, for plan, MFU and cost; None: a CPU, of which neither is told."""
+    mfu: float = Field(default=0.4, gt=0, le=1)
+    """Share of the peak that the planner counts with."""
     stages: dict[str, StageResources] = {}
     """By stage of the recipe."""
     prepare_workers: PositiveInt = 2
@@ -81,17 +166,28 @@ class Resources(Config):
     @model_validator(mode="after")
     def _every_setting_has_an_effect(self) -> "Resources":
         if self.launch == "inline":
-            asked: dict[str, Resources | StageResources] = {"": self}
-            asked |= {f" of stage {name!r}": own for name, own in self.stages.items()}
-            for place, own in asked.items():
-                if own.num_workers not in (None, 1):
-                    raise ValueError(f"launch inline is one worker, not {own.num_workers}{place}; use launch ray")
-                if own.zero_stage:
-                    raise ValueError(
-                        f"zero_stage {own.zero_stage}{place} needs DeepSpeed, which launch inline does not use"
-                    )
-            if self.ray_address is not None:
-                raise ValueError("ray_address has no effect with launch inline; remove it or use launch ray")
+            self._needs_no_cluster()
         elif self.ray_address is None:
-            raise ValueError("launch ray drives a cluster that is already up: set ray_address (host:port)")
+            raise ValueError(f"launch {self.launch} drives a cluster that is already up: set ray_address (host:port)")
+        if (self.launch == "ray_job") != (self.job_address is not None):
+            wanted = "needs job_address (http://host:8265)" if self.job_address is None else "does not use job_address"
+            raise ValueError(f"launch {self.launch} {wanted}")
+        least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        if self.zero_stage < least:
+            raise ValueError(f"offload {self.offload} needs zero_stage {least} or more, not {self.zero_stage}")
+        for name in self.stages:
+            self.for_stage(name)
         return self
+
+    def _needs_no_cluster(self) -> None:
+        asked: dict[str, Resources | StageResources] = {"": self}
+        asked |= {f" of stage {name!r}": own for name, own in self.stages.items()}
+        for place, own in asked.items():
+            if own.num_workers not in (None, 1):
+                raise ValueError(f"launch inline is one worker, not {own.num_workers}{place}; use launch ray")
+            if own.zero_stage:
+                raise ValueError(
+                    f"zero_stage {own.zero_stage}{place} needs DeepSpeed, which launch inline does not use"
+                )
+        if self.ray_address is not None:
+            raise ValueError("ray_address has no effect with launch inline; remove it or use launch ray")

@@ -26,7 +26,7 @@ class Spec(Config):
         return cls(
             service=service,
             version=ModelVersion(**{**version.model_dump(), "checkpoint": checkpoint}),
-            launch=resources.launch,
+            launch="inline" if resources.launch == "inline" else "ray",  # replicas live on the cluster either way
             release=__version__,
         )
 

@@ -25,8 +25,8 @@ State = tuple[str, dict[str, Tensor]]
 class Engine(Protocol):
     """Forward, backward, step, and the whole state by name."""
 
-    def loss(self, batch: Batch) -> Tensor:
-        """Summed token loss of this rank's micro-batch."""
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Summed token loss of this rank's micro-batch, and the losses of its tokens: see Objective."""
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss that is already divided by the global number of tokens."""
@@ -56,10 +56,10 @@ class PlainEngine:
         self.max_grad_norm = stage.max_grad_norm
         self.optimizer = torch.optim.AdamW(parameter_groups(stage, trained), betas=stage.betas, fused=True)
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """See Engine."""
-        total: Tensor = self.objective(batch)
-        return total
+        total, each = self.objective(batch)
+        return total, each
 
     def backward(self, loss: Tensor) -> None:
         """See Engine."""
@@ -116,10 +116,10 @@ class DeepSpeedEngine:
         self.world_size = torch.distributed.get_world_size()
         self._make_moments(step=0)
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """See Engine."""
-        total: Tensor = self.engine(batch)
-        return total
+        total, each = self.engine(batch)
+        return total, each
 
     def backward(self, loss: Tensor) -> None:
         """See Engine. DeepSpeed averages over ranks, so the sum needs the world size back."""

@@ -103,7 +103,8 @@ def add_gradients(engine: Engine, batches: Batches, rows: Rows, job: Job, *, ste
     size = job.resources.micro_batch_size
     value = 0.0
     for start in range(0, len(own), size):
-        loss = engine.loss(batches(own[start : start + size], step=step)) / num_targets
+        total, _ = engine.loss(batches(own[start : start + size], step=step))
+        loss = total / num_targets
         value += float(loss.detach())
         if start + size >= len(own):
             value = _sum(value)
@@ -120,8 +121,8 @@ def validate(engine: Engine, batches: Batches, rows: Rows, place: Place) -> floa
     value = 0.0
     for start in range(0, len(held_out), place.world_size):  # every rank passes equally often, as ZeRO-3 needs
         row = held_out[min(start + place.rank, len(held_out) - 1)]
-        loss = float(engine.loss(batches([row])))
-        value += loss if start + place.rank < len(held_out) else 0.0
+        loss, _ = engine.loss(batches([row]))
+        value += float(loss) if start + place.rank < len(held_out) else 0.0
     return _sum(value) / num_targets
 
 

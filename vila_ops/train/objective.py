@@ -41,8 +41,10 @@ class Objective(nn.Module):
         self.model = model
         self.bf16 = bf16
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Sum of the token losses in nats, fp32; divide by the tokens of the whole global step.
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sum of the token losses in nats, fp32, to divide by the tokens of the whole global step; and those losses.
+
+        The latter are (N,), without gradients, of the labels that are not negative, row by row.
 
         Of a batch without pictures neither tower nor projector nor a visual expert is run, unless another rank runs it.
         """
@@ -64,8 +66,8 @@ class Objective(nn.Module):
                 use_cache=False,
                 **model.routing(batch.input_ids, everywhere=joins),
             ).last_hidden_state
-            total = losses(model, hidden, batch.labels).sum()
-        return total
+            each = losses(model, hidden, batch.labels)
+        return each.sum(), each.detach()
 
     def _joins(self, has_pictures: bool, device: torch.device) -> bool:
         """Whether this rank runs what pictures pass through: where one rank does, all must.
