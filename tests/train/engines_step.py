@@ -1,6 +1,6 @@
 """Steps of one engine after another: `python engines_step.py JOB.json RANK WORLD_SIZE RENDEZVOUS CASES`.
 
-CASES are ZeRO stages and norms to clip to, as JSON; launched inline, plain torch takes the place of all ZeRO stages.
+CASES are resources and norms to clip to, as JSON; launched inline, plain torch takes the place of all resources.
 Each takes a step, and then one whose gradient is not finite on the last rank alone. Rank 0 leaves NUMBER.json, with
 both norms and what the second step moved, and NUMBER.safetensors, the state after the first, in the attempt's folder.
 """
@@ -49,12 +49,12 @@ def state(engine: Engine) -> dict[str, Tensor]:
     }
 
 
-def main(path: Path, place: Place, rendezvous: str, cases: list[tuple[int, float | None]]) -> None:
+def main(path: Path, place: Place, rendezvous: str, cases: list[tuple[dict[str, object], float | None]]) -> None:
     given = Job.model_validate_json(path.read_text())
     if given.resources.launch == "ray":
         join(place.rank, place.world_size, rendezvous)
-    for number, (zero_stage, most) in enumerate(cases):
-        zero = {"zero_stage": zero_stage} if given.resources.launch == "ray" else {}
+    for number, (own, most) in enumerate(cases):
+        zero = own if given.resources.launch == "ray" else {}
         stage = Stage.model_validate({**given.stage.model_dump(), "max_grad_norm": most})
         resources = Resources.model_validate({**given.resources.model_dump(), **zero})
         take_steps(Job.model_validate({**given.model_dump(), "stage": stage, "resources": resources}), place, number)

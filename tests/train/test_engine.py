@@ -40,7 +40,7 @@ def make_engine(bench: Any, stage: Stage, init: Pretrained, root: Any) -> tuple[
     objective = Objective(model, bf16=False)
     trained: Any = set_trainable(objective, stage.trainable)
     batches = Batches(make_job(bench, stage, init, root), model, device=torch.device("cpu"))
-    return PlainEngine(objective, trained, stage), batches
+    return PlainEngine(objective, trained, stage, bench.resources), batches
 
 
 @pytest.mark.parametrize("source", ["pairs", "documents", "definitions"])

@@ -135,7 +135,9 @@ def test_a_killed_stage_goes_on_bit_for_bit_and_at_another_world_size(
 
 def test_every_engine_clips_as_asked_and_stops_before_a_gradient_that_is_not_finite(run: Run) -> None:
     """Told by the first moment, which is a tenth of the gradient; Adam's first step hardly depends on its size."""
-    cases = [(0, None), (0, 0.01), (2, None), (3, None)]
+    zero: list[dict[str, object]] = [{"zero_stage": zero_stage} for zero_stage in (0, 2, 3)]
+    offloaded = [{**own, "offload": "optimizer"} for own in zero if own["zero_stage"]]
+    cases = [(own, most) for own in (*zero, *offloaded) for most in (None, 0.01)]
     script = str(Path(__file__).parent / "engines_step.py")
     processes, attempts = [], []
     for world_size, resources in ((1, {}), (2, {**RAY, "num_workers": 2})):
@@ -167,31 +169,39 @@ PARTS = {
     "tower": {"trainable": ["vision_tower", "projector", "language_model"]},
     "expert": {"trainable": ["projector", "language_model"], "tuning": {"kind": "visual_expert"}},
 }
-MIXED = [
-    *[("projector and language model", zero_stage) for zero_stage in (0, 1, 2, 3)],
-    *[("projector", 2), ("tower", 3), ("expert", 2), ("expert", 3)],
+MIXED: list[tuple[str, dict[str, object]]] = [
+    *[("projector and language model", {"zero_stage": zero_stage}) for zero_stage in (0, 1, 2, 3)],
+    *[("projector and language model", {"zero_stage": own, "offload": "optimizer"}) for own in (1, 2, 3)],
+    ("projector", {"zero_stage": 2}),
+    ("projector", {"zero_stage": 2, "gradient_checkpointing": True}),
+    ("tower", {"zero_stage": 3}),
+    ("tower", {"zero_stage": 3, "offload": "parameters", "gradient_checkpointing": True}),
+    ("expert", {"zero_stage": 2}),
+    ("expert", {"zero_stage": 3}),
+    ("expert", {"zero_stage": 3, "gradient_checkpointing": True}),
 ]
 
 
 @pytest.fixture(scope="module")
-def mixed(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int | None], Path]:
-    """What two ranks, and one process (None), leave of each case; all cases in the same processes."""
+def mixed(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """What one process leaves of the parts by name, and two ranks of each case by number; all in the same processes."""
     folder = tmp_path_factory.mktemp("mixed")
     init = assemble(run.recipe.model, run.resources)
     resources = {**run.resources.model_dump(), "micro_batch_size": 1}
 
-    def place(parts: str, zero_stage: int | None) -> Path:
-        return folder / f"{parts}-{zero_stage}.safetensors"
+    def place(name: str) -> Path:
+        return folder / f"{name}.safetensors"
 
-    def case(parts: str, zero_stage: int | None) -> dict[str, object]:
+    def case(name: str, parts: str, own: dict[str, object]) -> dict[str, object]:
         changes = {"global_batch_size": 4, "weight_decay": 0.1, "learning_rate": 1e-3, **PARTS[parts]}
         stage = Stage.model_validate({**run.recipe.stages["pretrain"].model_dump(), **changes})
-        ranks = {} if zero_stage is None else {**RAY, "num_workers": 2, "zero_stage": zero_stage}
-        own = {"stage": stage.model_dump(mode="json"), "resources": {**resources, **ranks}}
-        return {**own, "folder": str(content(init)), "out": str(place(parts, zero_stage))}
+        given = {"stage": stage.model_dump(mode="json"), "resources": {**resources, **own}}
+        return {**given, "folder": str(content(init)), "out": str(place(name))}
 
+    alone = [case(parts, parts, {}) for parts in PARTS]
+    two = [case(str(n), parts, {**RAY, "num_workers": 2, **own}) for n, (parts, own) in enumerate(MIXED)]
     processes = []
-    for world_size, cases in ((1, [case(parts, None) for parts in PARTS]), (2, [case(*one) for one in MIXED])):
+    for world_size, cases in ((1, alone), (2, two)):
         told = folder / f"{world_size}.json"
         told.write_text(json.dumps(cases))
         for rank in range(world_size):
@@ -206,12 +216,10 @@ def mixed(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, 
     return place
 
 
-@pytest.mark.parametrize(("parts", "zero_stage"), MIXED)
-def test_ranks_with_and_without_pictures_walk_the_way_of_one_process(
-    mixed: Callable[[str, int | None], Path], parts: str, zero_stage: int
-) -> None:
+@pytest.mark.parametrize("number", range(len(MIXED)), ids=lambda number: f"{MIXED[number]}")
+def test_ranks_with_and_without_pictures_walk_the_way_of_one_process(mixed: Callable[[str], Path], number: int) -> None:
     """Among the steps is one without any picture, and one whose first pass has none; moments are compared too."""
-    expected, found = load_file(mixed(parts, None)), load_file(mixed(parts, zero_stage))
+    expected, found = load_file(mixed(MIXED[number][0])), load_file(mixed(str(number)))
     assert found.keys() == expected.keys()
     assert len([name for name in found if name.startswith("exp_avg/") and found[name].any()]) > 3
     for name, tensor in expected.items():

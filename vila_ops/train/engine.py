@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from vila_ops.config import Resources, Stage
+from vila_ops.config.resources import Offloaded
+from vila_ops.model.recompute import recompute, recomputed_layers
 from vila_ops.train.objective import Batch, Objective
-from vila_ops.train.optim import Trained, parameter_groups
+from vila_ops.train.optim import Trained, build_optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 State = tuple[str, dict[str, Tensor]]
@@ -50,11 +52,11 @@ class Engine(Protocol):
 class PlainEngine:
     """One process, plain torch."""
 
-    def __init__(self, objective: Objective, trained: Trained, stage: Stage) -> None:
+    def __init__(self, objective: Objective, trained: Trained, stage: Stage, resources: Resources) -> None:
         self.objective = objective
         self.named = [pair for named in trained.values() for pair in named]
         self.max_grad_norm = stage.max_grad_norm
-        self.optimizer = torch.optim.AdamW(parameter_groups(stage, trained), betas=stage.betas, fused=True)
+        self.optimizer = build_optimizer(stage, trained, resources)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """See Engine."""
@@ -86,7 +88,8 @@ class PlainEngine:
 
     def facts(self) -> dict[str, Any]:
         """See Engine."""
-        return {"engine": "torch", "zero_stage": 0, "world_size": 1}
+        ran = {"engine": "torch", "zero_stage": 0, "world_size": 1, "offload": "none"}
+        return ran | _asked(self.optimizer, self.objective)
 
     def restore(self, states: dict[str, dict[str, Tensor]], *, step: int) -> None:
         """See Engine."""
@@ -107,7 +110,7 @@ class DeepSpeedEngine:
         self.named = [pair for named in trained.values() for pair in named]
         self.zero_stage = resources.zero_stage
         self.max_grad_norm = stage.max_grad_norm
-        optimizer = torch.optim.AdamW(parameter_groups(stage, trained), betas=stage.betas, fused=True)
+        optimizer = build_optimizer(stage, trained, resources)
         shared, config = _without_frozen_tower(objective), deepspeed_config(stage, resources)
         self.engine, *_ = deepspeed.initialize(
             model=shared, optimizer=optimizer, config=config, dist_init_required=False
@@ -136,9 +139,7 @@ class DeepSpeedEngine:
                 self.engine.step()
             return norm
         self.engine.step()
-        if self.zero_stage == 3:
-            # It would keep the gradients of this step for parameters that get none in the next (0.19.8).
-            self.engine.optimizer.grad_partitions_flat_buffer.zero_()
+        self._forget_gradients()
         return float(self.engine.get_global_grad_norm())
 
     def state(self) -> Iterator[State]:
@@ -156,12 +157,14 @@ class DeepSpeedEngine:
 
     def facts(self) -> dict[str, Any]:
         """See Engine."""
-        return {
+        ran = {
             "engine": f"deepspeed {self.deepspeed.__version__}",
             "zero_stage": self.engine.zero_optimization_stage(),
             "world_size": torch.distributed.get_world_size(),
             "backend": torch.distributed.get_backend(),
+            "offload": self._offloaded(),
         }
+        return ran | _asked(self.base, self.engine.module)
 
     def restore(self, states: dict[str, dict[str, Tensor]], *, step: int) -> None:
         """See Engine."""
@@ -194,6 +197,23 @@ class DeepSpeedEngine:
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
+    def _forget_gradients(self) -> None:
+        """DeepSpeed would keep the gradients of a step for parameters that get none in the next (0.19.8)."""
+        optimizer = self.engine.optimizer
+        kept = optimizer.fp32_partitioned_groups_flat if self.zero_stage == 3 else optimizer.single_partition_of_fp32_groups
+        for flat in kept:
+            if flat.grad is not None:
+                flat.grad.zero_()
+        if self.zero_stage == 3:
+            optimizer.grad_partitions_flat_buffer.zero_()
+
+    def _offloaded(self) -> Offloaded:
+        """What the optimizer of DeepSpeed says that it keeps in the host's memory."""
+        if getattr(self.engine.optimizer, "offload_param", False):
+            return "parameters"
+        name = "offload_optimizer" if self.zero_stage == 3 else "cpu_offload"
+        return "optimizer" if getattr(self.engine.optimizer, name, False) else "none"
+
     def _whole(self, parameters: list[nn.Parameter]) -> Any:
         """ZeRO-3 keeps a share of each parameter; inside this context it is whole on every rank."""
         if self.zero_stage < 3:
@@ -204,23 +224,42 @@ class DeepSpeedEngine:
 def deepspeed_config(stage: Stage, resources: Resources) -> dict[str, Any]:
     """DeepSpeed's own config: a pure function of stage and resources."""
     per_pass = resources.micro_batch_size * resources.num_workers
+    zero: dict[str, Any] = {"stage": resources.zero_stage}
+    if resources.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if resources.offload == "parameters":
+        zero["offload_param"] = {"device": "cpu"}
     return {
         "train_batch_size": stage.global_batch_size,
         "train_micro_batch_size_per_gpu": resources.micro_batch_size,
         "gradient_accumulation_steps": stage.global_batch_size // per_pass,
         "gradient_clipping": (stage.max_grad_norm or 0.0) if resources.zero_stage else 0.0,  # 0: it does not clip
-        "zero_optimization": {"stage": resources.zero_stage},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW updates on the CPU too; DeepSpeed's is compiled first
         "steps_per_print": 2**31,
     }
 
 
 def build_engine(objective: Objective, trained: Trained, stage: Stage, resources: Resources) -> Engine:
-    """The engine that the resources ask for."""
+    """The engine that the resources ask for. Where they say so, the layers that gradients pass are computed anew."""
+    if resources.gradient_checkpointing:
+        recompute(objective.model.model.language_model)
+        if "vision_tower" in trained:
+            recompute(objective.model.model.vision_tower)
     if resources.launch == "inline":
-        return PlainEngine(objective, trained, stage)
+        return PlainEngine(objective, trained, stage, resources)
     return DeepSpeedEngine(objective, trained, stage, resources)
+
+
+def _asked(optimizer: torch.optim.Optimizer, objective: nn.Module) -> dict[str, Any]:
+    """What an engine says of its optimizer and its model."""
+    kind = type(optimizer)
+    return {
+        "optimizer": f"{kind.__module__}.{kind.__name__}",
+        "fused": all(bool(group["fused"]) for group in optimizer.param_groups),
+        "recomputed_layers": recomputed_layers(objective),
+    }
 
 
 def _clip(parameters: list[nn.Parameter], most: float | None) -> float:

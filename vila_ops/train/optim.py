@@ -1,13 +1,20 @@
-"""Parameter groups and the learning-rate schedule. Pure."""
+"""The optimizer with its parameter groups, and the learning-rate schedule."""
 
 import math
 
+import torch
 from torch import nn
 
-from vila_ops.config import Part, Stage
+from vila_ops.config import Part, Resources, Stage
 
 Trained = dict[Part, list[tuple[str, nn.Parameter]]]
 """The trained parameters with their names, by part."""
+
+
+def build_optimizer(stage: Stage, trained: Trained, resources: Resources) -> torch.optim.AdamW:
+    """AdamW of a stage: one kernel over all parameters, or torch's own operations on one after another."""
+    kernel = {"fused": True} if resources.optimizer == "fused" else {"fused": False, "foreach": False}
+    return torch.optim.AdamW(parameter_groups(stage, trained), betas=stage.betas, **kernel)
 
 
 def parameter_groups(stage: Stage, trained: Trained) -> list[dict[str, object]]:
