@@ -1,20 +1,13 @@
-"""Steps of one engine after another: `python engines_step.py JOB.json RANK WORLD_SIZE RENDEZVOUS CASES`.
-
-CASES are resources and norms to clip to, as JSON; launched inline, plain torch takes the place of all resources.
-Each takes a step, and then one whose gradient is not finite on the last rank alone. Rank 0 leaves NUMBER.json, with
-both norms and what the second step moved, and NUMBER.safetensors, the state after the first, in the attempt's folder.
-"""
+"""Steps of engines, for `ranks.py`."""
 
 import json
-import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from process_group import end, join
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vila_ops.config import Resources, Stage
 from vila_ops.model.trainable import set_trainable
 from vila_ops.train.engine import Engine, build_engine
 from vila_ops.train.job import Job, Place
@@ -22,7 +15,13 @@ from vila_ops.train.loop import add_gradients, load
 from vila_ops.train.objective import Objective
 
 
-def take_steps(job: Job, place: Place, number: int) -> None:
+def run(task: dict[str, Any], place: Place) -> None:
+    """Take a step, and then one whose gradient is not finite on the last rank alone.
+
+    Rank 0 leaves norms.json, with both norms and what the second step moved, and state.safetensors, the state after
+    the first, in the attempt's folder.
+    """
+    job = Job.model_validate(task)
     model, rows, batches = load(job)
     objective = Objective(model, bf16=False)
     trained = set_trainable(objective, job.stage.trainable, job.stage.tuning)
@@ -37,8 +36,8 @@ def take_steps(job: Job, place: Place, number: int) -> None:
     after = state(engine)
     moved = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
     if place.rank == 0:
-        (Path(job.attempt) / f"{number}.json").write_text(json.dumps({"norm": norm, "broken": broken, "moved": moved}))
-        save_file(before, Path(job.attempt) / f"{number}.safetensors")
+        (Path(job.attempt) / "norms.json").write_text(json.dumps({"norm": norm, "broken": broken, "moved": moved}))
+        save_file(before, Path(job.attempt) / "state.safetensors")
 
 
 def state(engine: Engine) -> dict[str, Tensor]:
@@ -47,21 +46,3 @@ def state(engine: Engine) -> dict[str, Tensor]:
         for name, own in engine.state()
         for key, tensor in own.items()
     }
-
-
-def main(path: Path, place: Place, rendezvous: str, cases: list[tuple[dict[str, object], float | None]]) -> None:
-    given = Job.model_validate_json(path.read_text())
-    if given.resources.launch == "ray":
-        join(place.rank, place.world_size, rendezvous)
-    for number, (own, most) in enumerate(cases):
-        zero = own if given.resources.launch == "ray" else {}
-        stage = Stage.model_validate({**given.stage.model_dump(), "max_grad_norm": most})
-        resources = Resources.model_validate({**given.resources.model_dump(), **zero})
-        take_steps(Job.model_validate({**given.model_dump(), "stage": stage, "resources": resources}), place, number)
-    if given.resources.launch == "ray":
-        end()
-
-
-if __name__ == "__main__":
-    job, rank, world_size, rendezvous, cases = sys.argv[1:]
-    main(Path(job), Place(rank=int(rank), world_size=int(world_size)), rendezvous, json.loads(cases))

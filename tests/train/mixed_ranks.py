@@ -1,14 +1,9 @@
-"""Ranks whose rows have pictures and have none: `python mixed_ranks.py CASES.json RANK WORLD_SIZE RENDEZVOUS`.
+"""Two ranks whose rows have pictures and have none, for `ranks.py`."""
 
-A world of one is plain torch on the rows of both ranks. Rank 0 leaves the state after the steps of each case.
-"""
-
-import json
-import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from process_group import end, join
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -17,6 +12,7 @@ from vila_ops.data.order.packing import attention_mask
 from vila_ops.model import folder as model_folder
 from vila_ops.model.trainable import set_trainable
 from vila_ops.train.engine import Engine, build_engine
+from vila_ops.train.job import Place
 from vila_ops.train.loop import change_of
 from vila_ops.train.objective import Batch, Objective
 
@@ -66,17 +62,10 @@ def set_out(folder: str, stage: Stage, resources: Resources) -> tuple[Engine, Ob
     return build_engine(objective, trained, stage, resources), objective
 
 
-if __name__ == "__main__":
-    told, rank, world_size, rendezvous = sys.argv[1:]
-    torch.set_num_threads(1)
-    ranks = (0, 1)  # of one process, which takes the rows of both
-    if world_size == "2":
-        join(int(rank), 2, rendezvous)
-        ranks = (int(rank),)
-    for case in json.loads(Path(told).read_text()):
-        stage, resources = Stage.model_validate(case["stage"]), Resources.model_validate(case["resources"])
-        found = walk(*set_out(case["folder"], stage, resources), ranks=ranks)
-        if rank == "0":
-            save_file(found, case["out"])
-    if world_size == "2":
-        end()
+def run(task: dict[str, Any], place: Place) -> None:
+    """Leave the state after the steps of a case; a world of one takes the rows of both ranks."""
+    stage, resources = Stage.model_validate(task["stage"]), Resources.model_validate(task["resources"])
+    ranks = (0, 1) if place.world_size == 1 else (place.rank,)
+    found = walk(*set_out(task["folder"], stage, resources), ranks=ranks)
+    if place.rank == 0:
+        save_file(found, task["out"])

@@ -8,7 +8,7 @@ from transformers import LlavaForConditionalGeneration
 
 from vila_ops.artifacts.kinds import Pretrained
 from vila_ops.artifacts.store import content
-from vila_ops.config import Stage
+from vila_ops.config import Resources, Stage
 from vila_ops.data.images import pixels
 from vila_ops.data.order.packing import pack
 from vila_ops.data.shards import read_index, read_sample
@@ -16,8 +16,9 @@ from vila_ops.model import folder as model_folder
 from vila_ops.model.assemble import assemble
 from vila_ops.model.trainable import set_trainable
 from vila_ops.train.batches import Batches
-from vila_ops.train.engine import PlainEngine
+from vila_ops.train.engine import PlainEngine, build_engine, deepspeed_config
 from vila_ops.train.job import Job
+from vila_ops.train.loop import load
 from vila_ops.train.objective import Objective
 from vila_ops.train.optim import rate_factor
 
@@ -126,6 +127,164 @@ def test_steps_equal_a_hand_written_loop(most: float | None, bench: Any, make_st
                 p.sub_(rate * first[name] / (1 - 0.8 ** (step + 1)) / (corrected.sqrt() + 1e-8))
     for name, p in engine.named:
         assert torch.allclose(p, parameters[name], atol=2e-5), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_twenty_steps_equal_stock_torch(precision: str, bench: Any, make_stage: Any, tmp_path: Any) -> None:
+    """AdamW by groups, `clip_grad_norm_`, torch's schedulers and autocast, over two passes a step."""
+    stage = make_stage(
+        bench.mixture, trainable=["projector", "language_model"], learning_rate=1e-3, weight_decay=0.1, num_steps=20,
+        learning_rates={"projector": 3e-3}, max_grad_norm=0.1, warmup_ratio=0.2, precision=precision,
+    )  # fmt: skip
+    rows = [pack(samples(bench, name, 2), capacity=128) for name in ("pairs", "definitions")]
+    engine, batches = make_engine(bench, stage, bench.init, tmp_path)
+    engine.objective.bf16 = precision == "bf16"
+    targets = sum(int((row.labels >= 0).sum()) for row in rows)
+    found = []
+    for step in range(20):
+        passes = [engine.loss(batches([row]))[0] / targets for row in rows]
+        for loss in passes:
+            engine.backward(loss)
+        found.append(sum(float(loss.detach()) for loss in passes))
+        engine.step(rate_factor(step, stage, num_steps=20))
+
+    twin, batches = make_engine(bench, stage, bench.init, tmp_path)
+    named = dict(twin.named)
+    chosen = [(True, 1e-3, 0.1), (False, 1e-3, 0.0), (True, 3e-3, 0.1), (False, 3e-3, 0.0)]
+    groups = [
+        {
+            "params": [p for n, p in named.items() if (p.ndim > 1) == matrix and ("projector" in n) == (rate == 3e-3)],
+            "lr": rate, "weight_decay": decay,
+        }
+        for matrix, rate, decay in chosen
+    ]  # fmt: skip
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
+    warm = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / 4, total_iters=3)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=16)
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, cosine], milestones=[4])
+    expected = []
+    for _ in range(20):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+            loss = sum(twin.objective(batches([row]))[0] for row in rows) / targets
+        loss.backward()
+        expected.append(float(loss.detach()))
+        assert torch.nn.utils.clip_grad_norm_(named.values(), 0.1) > 0.2
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    assert found == pytest.approx(expected, abs=1e-6 if precision == "fp32" else 1e-3)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "language model": {"trainable": ["projector", "language_model"]},
+    "frozen language model": {"trainable": ["projector"]},
+    "tower": {"trainable": ["vision_tower", "projector"]},
+    "lora": {"trainable": ["projector", "language_model"], "tuning": {"kind": "lora", "rank": 4, "dropout": 0.2}},
+    "expert": {"trainable": ["projector", "language_model"], "tuning": {"kind": "visual_expert"}},
+    "bf16": {"trainable": ["projector", "language_model"], "precision": "bf16"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_that_are_computed_anew_give_the_same_bits_from_fewer_kept_bytes(
+    kind: str, bench: Any, make_stage: Any, tmp_path: Any
+) -> None:
+    """Beside the gradients of a pass: how often each layer begins to run, and what the graph keeps until then."""
+    stage = make_stage(bench.mixture, **KINDS[kind])
+    kept, begun, gradients = [], [], []
+    for again in (False, True):
+        engine, loss, runs, bytes_kept = _forward(bench, stage, tmp_path, gradient_checkpointing=again)
+        engine.backward(loss)
+        kept.append(bytes_kept)
+        begun.append(runs)
+        gradients.append({name: p.grad for name, p in engine.named})
+        assert engine.facts()["recomputed_layers"] == (0 if not again else 4 if kind == "tower" else 2)
+    once, twice = begun
+    assert set(once.values()) == {1}
+    anew = {name for name in once if kind == "tower" or "language_model" in name}
+    last = {
+        name for name in anew if name.endswith("vision_tower.encoder.layers.1.mlp")
+    }  # behind the state that is read
+    assert twice == {name: 2 if name in anew - last else 1 for name in once}
+    assert kept[1] < 0.7 * kept[0]
+    plain, other = gradients
+    assert {name for name, g in plain.items() if g is not None and g.any()}
+    for name, gradient in plain.items():
+        assert (gradient is None) == (other[name] is None), name
+        assert gradient is None or torch.equal(gradient, other[name]), name
+
+
+def _forward(
+    bench: Any, stage: Stage, root: Any, **resources: Any
+) -> tuple[PlainEngine, torch.Tensor, dict[str, int], int]:
+    """A pass over two rows with pictures: engine, loss, how often each MLP has begun to run, which is counted on, and
+    the bytes that the graph keeps."""
+    own = Resources.model_validate({**bench.resources.model_dump(), **resources})
+    job = Job.model_validate({**make_job(bench, stage, bench.init, root).model_dump(), "resources": own.model_dump()})
+    torch.manual_seed(0)
+    model, _, batches = load(job)
+    objective = Objective(model, bf16=stage.precision == "bf16")
+    trained = set_trainable(objective, stage.trainable, stage.tuning)
+    engine = build_engine(objective, trained, stage, own)
+    assert isinstance(engine, PlainEngine)
+    for name, p in engine.named:
+        if ".lora_B." in name:
+            torch.nn.init.normal_(p, std=0.1)
+    batch = batches([pack(samples(bench, "pairs", 4), capacity=128)] * 2, step=0)
+    runs: dict[str, int] = {}
+
+    def begins(name: str) -> Any:
+        return lambda *_: runs.update({name: runs.get(name, 0) + 1})
+
+    for name, module in model.named_modules():
+        if name.endswith(".mlp"):
+            module.register_forward_pre_hook(begins(name))
+    storages: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = engine.loss(batch)[0] / 20
+    return engine, loss, runs, sum(size for at, size in storages.items() if at not in weights)
+
+
+ZERO = {"launch": "ray", "ray_address": "head:1", "num_workers": 4, "micro_batch_size": 2}
+COMMON = {
+    "train_batch_size": 32, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4,
+    "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 2147483648,
+}  # fmt: skip
+CPU = {"device": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("resources", "most", "own"),
+    [
+        ({"zero_stage": 0}, 0.5, {"gradient_clipping": 0.0, "zero_optimization": {"stage": 0}}),
+        ({"zero_stage": 1}, 0.5, {"gradient_clipping": 0.5, "zero_optimization": {"stage": 1}}),
+        ({"zero_stage": 3}, None, {"gradient_clipping": 0.0, "zero_optimization": {"stage": 3}}),
+        (
+            {"zero_stage": 2, "offload": "optimizer", "optimizer": "torch", "gradient_checkpointing": True},
+            1.0,
+            {"gradient_clipping": 1.0, "zero_optimization": {"stage": 2, "offload_optimizer": CPU}},
+        ),
+        (
+            {"zero_stage": 3, "offload": "parameters"},
+            1.0,
+            {
+                "gradient_clipping": 1.0,
+                "zero_optimization": {"stage": 3, "offload_optimizer": CPU, "offload_param": CPU},
+            },
+        ),
+    ],
+)
+def test_deepspeed_s_config_by_hand(
+    resources: dict[str, Any], most: float | None, own: dict[str, Any], make_stage: Any, make_mixture: Any
+) -> None:
+    stage = make_stage(make_mixture("pairs"), global_batch_size=32, max_grad_norm=most)
+    assert deepspeed_config(stage, Resources.model_validate({**ZERO, **resources})) == {**COMMON, **own}
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip", "dinov2"])

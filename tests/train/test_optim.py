@@ -3,9 +3,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import get_cosine_schedule_with_warmup
 
-from vila_ops.config import Stage
-from vila_ops.train.optim import parameter_groups, rate_factor
+from vila_ops.config import Resources, Stage
+from vila_ops.train.optim import build_optimizer, parameter_groups, rate_factor
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +23,38 @@ def test_rate_by_hand(stage: Callable[..., Stage]) -> None:
     assert found[6] == pytest.approx(0.6)
     assert found[8] == pytest.approx(0.2 + 0.8 * (1 - 2**-0.5) / 2)
     assert found[10] == pytest.approx(0.2)
+
+
+def _rates(schedule: torch.optim.lr_scheduler.LRScheduler, *, num_steps: int) -> list[float]:
+    rates = []
+    for _ in range(num_steps):
+        rates.append(schedule.get_last_lr()[0])
+        schedule.optimizer.step()
+        schedule.step()
+    return rates
+
+
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")  # torch calls itself so in SequentialLR
+def test_rates_are_those_of_torch_s_schedulers(stage: Callable[..., Stage]) -> None:
+    sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    warm = torch.optim.lr_scheduler.LinearLR(sgd, start_factor=1 / 6, total_iters=5)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, T_max=34, eta_min=0.1)
+    both = torch.optim.lr_scheduler.SequentialLR(sgd, [warm, cosine], milestones=[6])
+    chosen = stage(warmup_ratio=0.15, final_ratio=0.1)
+    found = [rate_factor(step, chosen, num_steps=40) for step in range(40)]
+    assert found == pytest.approx(_rates(both, num_steps=40), abs=1e-12)
+
+
+def test_rates_are_those_of_transformers_but_that_the_warm_up_does_not_begin_with_zero(
+    stage: Callable[..., Stage],
+) -> None:
+    """transformers' first step moves nothing; here the warm-up is a step ahead, and the cosine is the same."""
+    sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    stock = _rates(get_cosine_schedule_with_warmup(sgd, 6, 40), num_steps=40)
+    found = [rate_factor(step, stage(warmup_ratio=0.15), num_steps=40) for step in range(40)]
+    assert found[:6] == pytest.approx(stock[1:7], abs=1e-12)
+    assert found[6:] == pytest.approx(stock[6:], abs=1e-12)
+    assert stock[0] == 0.0
 
 
 def test_warm_up_is_rounded_up_and_no_warm_up_starts_at_the_peak(stage: Callable[..., Stage]) -> None:
@@ -47,3 +80,24 @@ def test_matrices_decay_and_vectors_do_not_and_parts_have_their_rates(stage: Cal
     groups = parameter_groups(chosen, trained)  # type: ignore[arg-type]
     seen = [(len(g["params"]), g["lr"], g["weight_decay"]) for g in groups]  # type: ignore[arg-type]
     assert seen == [(1, 0.5, 0.1), (1, 0.5, 0.0), (2, 0.25, 0.0)]
+
+
+@pytest.mark.parametrize(("kind", "implementation"), [("fused", (True, None)), ("torch", (False, False))])
+def test_the_optimizer_is_torch_s_adamw_as_the_resources_ask(
+    kind: str, implementation: tuple[bool, bool | None], stage: Callable[..., Stage]
+) -> None:
+    """Five steps of random gradients, against AdamW with torch's own choice of implementation."""
+    random = torch.Generator().manual_seed(0)
+    start = torch.randn(4, 3, generator=random)
+    mine, stock = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    chosen = stage(learning_rate=0.1, weight_decay=0.2, betas=[0.8, 0.9])
+    own = build_optimizer(chosen, {"projector": [("w", mine)]}, Resources(launch="inline", optimizer=kind))  # type: ignore[arg-type]
+    other = torch.optim.AdamW([stock], lr=0.1, weight_decay=0.2, betas=(0.8, 0.9))
+    assert [(group["fused"], group["foreach"]) for group in own.param_groups] == [implementation]
+    for _ in range(5):
+        mine.grad = torch.randn(4, 3, generator=random)
+        stock.grad = mine.grad.clone()
+        own.step()
+        other.step()
+    assert torch.allclose(mine, stock, atol=1e-6)
+    assert not torch.allclose(mine, start, atol=0.1)

@@ -189,23 +189,27 @@ class DeepSpeedEngine:
         torch makes them at the first step, group by group; DeepSpeed ties them to parameters by name as soon as the
         first group has them, and then finds those of the other groups missing (0.19.8). So they are made here.
         """
-        for group in self.base.param_groups:
-            for flat in group["params"]:
-                empty = {key: torch.zeros_like(flat) for key in MOMENTS}
-                self.base.state[flat] = {"step": _steps(step, flat), **empty}
+        for flat in self._updated():
+            empty = {key: torch.zeros_like(flat) for key in MOMENTS}
+            self.base.state[flat] = {"step": _steps(step, flat), **empty}
         if self.zero_stage in (1, 2):
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _forget_gradients(self) -> None:
-        """DeepSpeed would keep the gradients of a step for parameters that get none in the next (0.19.8)."""
-        optimizer = self.engine.optimizer
-        kept = optimizer.fp32_partitioned_groups_flat if self.zero_stage == 3 else optimizer.single_partition_of_fp32_groups
-        for flat in kept:
+        """DeepSpeed would keep gradients of a step for parameters that get none in the next: all of ZeRO-3, and those
+        that are in the host's memory (0.19.8)."""
+        for flat in self._updated():
             if flat.grad is not None:
                 flat.grad.zero_()
         if self.zero_stage == 3:
-            optimizer.grad_partitions_flat_buffer.zero_()
+            self.engine.optimizer.grad_partitions_flat_buffer.zero_()
+
+    def _updated(self) -> list[Tensor]:
+        """What the optimizer updates: whole parameters, or under ZeRO this rank's share of each group, flat."""
+        if self.zero_stage == 3:  # which puts a share into its group only while it updates it
+            return list(self.engine.optimizer.fp32_partitioned_groups_flat)
+        return [flat for group in self.base.param_groups for flat in group["params"]]
 
     def _offloaded(self) -> Offloaded:
         """What the optimizer of DeepSpeed says that it keeps in the host's memory."""

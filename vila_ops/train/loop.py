@@ -101,16 +101,16 @@ def add_gradients(engine: Engine, batches: Batches, rows: Rows, job: Job, *, ste
     """Forward and backward passes over the global batch of a step; returns its loss in nats per token."""
     own, num_targets = rows.batch(step, rank=place.rank, world_size=place.world_size)
     size = job.resources.micro_batch_size
-    value = 0.0
+    value: torch.Tensor | float = 0.0
     for start in range(0, len(own), size):
         total, _ = engine.loss(batches(own[start : start + size], step=step))
         loss = total / num_targets
-        value += float(loss.detach())
+        value = value + loss.detach().double()  # stays on the device: reading it waits for all that was asked of a GPU
         if start + size >= len(own):
-            value = _sum(value)
+            value = _sum(float(value))
             _check_finite("loss", value, rows, step=step, place=place)
         engine.backward(loss)
-    return value
+    return float(value)
 
 
 @torch.no_grad()

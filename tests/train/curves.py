@@ -1,0 +1,29 @@
+"""Whole stages, for `ranks.py`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vila_ops.train import loop
+from vila_ops.train.engine import DeepSpeedEngine
+from vila_ops.train.job import Job, Place
+
+honest = DeepSpeedEngine.backward
+
+
+def run(task: dict[str, Any], place: Place) -> None:
+    """Train a job; rank 0 leaves ran.json, what the stage says of itself, beside the curve.
+
+    `scale` is what the last rank multiplies its loss by before it takes gradients.
+    """
+    job, scale = Job.model_validate(task["job"]), task["scale"] if place.rank == place.world_size - 1 else 1.0
+
+    def backward(engine: DeepSpeedEngine, loss: Tensor) -> None:
+        honest(engine, loss * scale)
+
+    DeepSpeedEngine.backward = backward if scale != 1 else honest  # type: ignore[method-assign]
+    ran = loop.train(job, place)
+    if place.rank == 0:
+        (Path(job.attempt) / "ran.json").write_text(json.dumps(ran))
