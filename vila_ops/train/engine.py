@@ -138,6 +138,9 @@ class DeepSpeedEngine:
             if math.isfinite(norm):
                 self.engine.step()
             return norm
+        if self._offloaded() != "none" and self.zero_stage > 1:
+            # It took into the host's memory only what the last pass reached (0.19.8).
+            self.engine.optimizer.finalize_gradient_accumulation_boundary()
         self.engine.step()
         self._forget_gradients()
         return float(self.engine.get_global_grad_norm())
@@ -197,11 +200,15 @@ class DeepSpeedEngine:
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _forget_gradients(self) -> None:
-        """DeepSpeed would keep gradients of a step for parameters that get none in the next: all of ZeRO-3, and those
-        that are in the host's memory (0.19.8)."""
+        """DeepSpeed would keep gradients of a step for parameters that get none, or not at first, in the next (0.19.8).
+
+        All of them under ZeRO-3, else those that are in the host's memory.
+        """
         for flat in self._updated():
             if flat.grad is not None:
                 flat.grad.zero_()
+        for gradient in getattr(self.engine.optimizer, "accumulated_grads_in_cpu", {}).values():
+            gradient.zero_()
         if self.zero_stage == 3:
             self.engine.optimizer.grad_partitions_flat_buffer.zero_()
 
