@@ -8,7 +8,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vila_ops.config import Resources, Stage
-from vila_ops.data.order.packing import attention_mask
 from vila_ops.model import folder as model_folder
 from vila_ops.model.trainable import set_trainable
 from vila_ops.train.engine import Engine, build_engine
@@ -35,7 +34,7 @@ def make_batch(objective: Objective, kind: str, seed: int) -> Batch:
     return Batch(
         input_ids=ids,
         position_ids=torch.arange(24)[None],
-        mask=torch.from_numpy(attention_mask(torch.ones(1, 24).numpy())),
+        segment_ids=torch.ones(1, 24, dtype=torch.long),
         labels=labels,
         features=features if kind == "P" and not tower_trains else None,
         pixel_values=pixels if kind == "P" and tower_trains else None,

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vila_ops.data.images import Fit
-from vila_ops.data.order.packing import attention_mask
 from vila_ops.data.text.conversation import Tokenizer
 from vila_ops.generate.cache import SlotCache
+from vila_ops.model.attention import attention_mask
 from vila_ops.model.vila import VilaForConditionalGeneration
 
 PASS_TOKENS = 2048
@@ -213,9 +213,8 @@ class Generator:
             for name in ("input_ids", "position_ids")
         )
         segments = np.stack([np.pad(row.segment_ids, p, constant_values=-1) for row, p in zip(rows, pad, strict=True)])
-        mask = torch.from_numpy(attention_mask(segments))
         sees_prompt = (segments[:, :, None] > 0) & (segments[:, None, :] == 0)
-        mask |= torch.from_numpy(sees_prompt)[:, None]
+        mask = attention_mask(torch.from_numpy(segments)) | torch.from_numpy(sees_prompt)[:, None]
         features = self.features(images) if images else None
         embeddings = self.model.embed(input_ids, features)
         routing = self.model.routing(input_ids)

@@ -5,11 +5,11 @@
 import functools
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from vila_ops.model.configuration import VilaConfig
+from vila_ops.model.loss import Head
 from vila_ops.model.projectors import build_projector
 from vila_ops.model.visual_expert import add_visual_expert, route
 
@@ -25,6 +25,7 @@ class VilaForConditionalGeneration(LlavaForConditionalGeneration):  # type: igno
     def __init__(self, config: VilaConfig) -> None:
         super().__init__(config)
         self.model.multi_modal_projector = build_projector(config)
+        self.lm_head.__class__ = Head  # the same layer and weights; a new one would draw random numbers
         if config.visual_expert:
             add_visual_expert(self.model.language_model)
         self.post_init()
@@ -79,14 +80,15 @@ class VilaForConditionalGeneration(LlavaForConditionalGeneration):  # type: igno
         return super().forward(input_ids, *args, **kwargs)
 
 
-def losses(model: VilaForConditionalGeneration, hidden: Tensor, labels: Tensor) -> Tensor:
-    """Negative log-likelihoods (N,) in nats, fp32, of the labels (B, T) that are not negative.
+def losses(model: VilaForConditionalGeneration, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """What the labels (B, T) that are not negative cost after hidden states (B, T, D), in nats, fp32: see Head.
 
-    The head is applied at those positions only: logits of a whole row never stand in memory.
+    The sum, to differentiate, and the N negative log-likelihoods, row by row. The head is applied at those positions
+    only.
     """
     wanted = labels >= 0
-    logits = model.lm_head(hidden[wanted]).float()
-    return torch.nn.functional.cross_entropy(logits, labels[wanted], reduction="none")
+    total, each = model.lm_head(hidden[wanted], labels[wanted])
+    return total, each
 
 
 AutoModelForImageTextToText.register(VilaConfig, VilaForConditionalGeneration)

@@ -7,7 +7,7 @@ import torch
 from vila_ops.artifacts.store import content
 from vila_ops.data.images import pixels
 from vila_ops.data.order.loader import stack
-from vila_ops.data.order.packing import Row, attention_mask
+from vila_ops.data.order.packing import Row
 from vila_ops.model import folder as model_folder
 from vila_ops.model import lora
 from vila_ops.model.features import FeatureCache
@@ -35,11 +35,10 @@ class Batches:
             pixel_values = torch.from_numpy(self.pixels(images)).to(self.device)
         elif images:
             features = self.cache(images).to(self.device)
-        mask = torch.from_numpy(attention_mask(segment_ids.numpy()))
         return Batch(
             input_ids=input_ids.to(self.device),
             position_ids=position_ids.to(self.device),
-            mask=mask.to(self.device),
+            segment_ids=segment_ids.to(self.device),
             labels=labels.to(self.device),
             features=features,
             pixel_values=pixel_values,

@@ -16,8 +16,8 @@ from vila_ops.artifacts.store import content
 from vila_ops.config import Stage
 from vila_ops.config.train import Lora
 from vila_ops.data.order.loader import Rows
+from vila_ops.model import attention, lora
 from vila_ops.model import folder as model_folder
-from vila_ops.model import lora
 from vila_ops.model.build import embedding_std
 from vila_ops.model.change import Change
 from vila_ops.model.projectors import fit_to
@@ -79,6 +79,7 @@ def load(job: Job) -> tuple[VilaForConditionalGeneration, Rows, Batches]:
     device = torch.device("cuda", torch.cuda.current_device()) if job.resources.gpus_per_worker else torch.device("cpu")
     rows = Rows(content(job.data), digest=job.data.digest, stage=job.stage, cache=job.plan_cache())
     model = model_folder.load(content(job.init), change=change_of(job.stage))
+    attention.use(model, attention.choose(job.resources.attention, device, job.stage.precision))
     batches = Batches(job, model, device=device)
     if job.fresh_projector and "projector" in job.stage.trainable:
         first, _ = rows.batch(0)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vila_ops.model.attention import kept_apart
 from vila_ops.model.lora import set_draws
 from vila_ops.model.trainable import EXPERT, part_of
 from vila_ops.model.vila import VilaForConditionalGeneration, losses
@@ -21,8 +22,8 @@ class Batch:
     """(B, T)"""
     position_ids: Tensor
     """(B, T), from 0 in each sample."""
-    mask: Tensor
-    """(B, 1, T, T) bool."""
+    segment_ids: Tensor
+    """(B, T), by sample."""
     labels: Tensor
     """(B, T), IGNORE_INDEX where nothing is learnt."""
     features: Tensor | None
@@ -62,12 +63,11 @@ class Objective(nn.Module):
             hidden = model.hidden(
                 embeddings,
                 position_ids=batch.position_ids,
-                attention_mask=batch.mask,
                 use_cache=False,
+                **kept_apart(model, batch.segment_ids),
                 **model.routing(batch.input_ids, everywhere=joins),
             ).last_hidden_state
-            each = losses(model, hidden, batch.labels)
-        return each.sum(), each.detach()
+            return losses(model, hidden, batch.labels)
 
     def _joins(self, has_pictures: bool, device: torch.device) -> bool:
         """Whether this rank runs what pictures pass through: where one rank does, all must.

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from vila_ops.data.order.packing import attention_mask, pack
+from vila_ops.data.order.packing import pack
 from vila_ops.data.shards import Sample
+from vila_ops.model.attention import attention_mask
 
 
 def sample(key: str, ids: list[int], targets: list[bool] | None = None, images: tuple[bytes, ...] = ()) -> Sample:
@@ -34,13 +35,6 @@ def test_a_row_by_hand() -> None:
     assert row.keys == ("a", "b")
 
 
-def test_a_mask_by_hand() -> None:
-    found = attention_mask(np.array([[1, 1, 2, 2, 0]]))
-    expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
-    assert found.shape == (1, 1, 5, 5)
-    assert found[0, 0].astype(int).tolist() == expected
-
-
 def test_packed_logits_are_those_of_the_samples_alone(make_model: Any, build: Callable[..., Any]) -> None:
     """And with a mask of ones they are not, which shows that this test can fail."""
     whole, _ = build(make_model("clip", "mlp_downsample"))
@@ -55,7 +49,7 @@ def test_packed_logits_are_those_of_the_samples_alone(make_model: Any, build: Ca
     stacked = {
         name: torch.from_numpy(np.stack([getattr(row, name) for row in rows])) for name in ("input_ids", "position_ids")
     }
-    mask = torch.from_numpy(attention_mask(np.stack([row.segment_ids for row in rows])))
+    mask = attention_mask(torch.from_numpy(np.stack([row.segment_ids for row in rows])))
 
     def logits(input_ids: torch.Tensor, shown_features: torch.Tensor | None, **more: Any) -> torch.Tensor:
         with torch.no_grad():

@@ -52,14 +52,3 @@ def pack(samples: Sequence[Sample], *, capacity: int) -> Row:
         start = stop
     images = tuple(image for sample in samples for image in sample.images)
     return Row(input_ids, position_ids, segment_ids, labels, images, tuple(sample.key for sample in samples))
-
-
-def attention_mask(segment_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Block-diagonal causal mask (B, 1, T, T) of segment ids (B, T): True where a query sees a key.
-
-    Passed explicitly, as transformers infers one only without a mask and without a cache, and leaks silently
-    otherwise. Padding sees itself, so that no softmax is empty.
-    """
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    causal = np.tril(np.ones((segment_ids.shape[1],) * 2, np.bool_))
-    return np.asarray((same & causal)[:, None])

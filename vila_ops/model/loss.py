@@ -1,0 +1,131 @@
+"""The language model's head, with a loss made chunk after chunk: logits of a long row never stand in memory whole.
+
+The loss is the end of the network, so its gradients are known as soon as it is: they are made in the forward pass,
+beside one chunk's logits at a time, and the backward pass only scales them (as Liger Kernel does, arXiv:2410.10989).
+"""
+
+# N tokens, D language model dim, V vocabulary, C tokens of a chunk
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+LEAST_CHUNK = 64
+"""Tokens; products of fewer are slow."""
+SLICE = 4096
+"""Rows of the weight's gradient."""
+
+
+class Head(nn.Linear):
+    """Hidden states to logits, or at once to the losses of labels.
+
+    Losses are made inside its forward pass, because ZeRO-3 has the weight whole only there.
+    """
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Any:
+        """Logits (..., V) of hidden states (..., D); with labels (N,) of hidden states (N, D), what they cost.
+
+        That is the sum, of which backward may be called once, and the negative log-likelihoods (N,) without gradients;
+        both in nats and fp32. Under no_grad no gradient is made.
+        """
+        if labels is None:
+            return super().forward(hidden)
+        return _Losses.apply(hidden, self.weight, self.bias, labels, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+
+
+class _Losses(torch.autograd.Function):
+    """Sum and losses of a head's labels; it computes in the dtype that autocast would."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, differentiable: bool
+    ) -> tuple[Tensor, Tensor]:
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        needs = [differentiable and needed for needed in ctx.needs_input_grad[:3]]
+        make = _by_liger if hidden.is_cuda and find_spec("liger_kernel") else _by_chunks
+        with torch.no_grad(), torch.autocast(kind, enabled=False):
+            each, gradients = make(
+                hidden.detach().to(dtype).requires_grad_(needs[0]),
+                weight.detach().to(dtype).requires_grad_(needs[1]),
+                None if bias is None else bias.detach().to(dtype).requires_grad_(needs[2]),
+                labels,
+            )
+        ctx.gradients = [
+            gradient.to(tensor.dtype) if need and tensor is not None and gradient is not None else None
+            for need, tensor, gradient in zip(needs, (hidden, weight, bias), gradients, strict=True)
+        ]
+        ctx.mark_non_differentiable(each)
+        return each.sum(), each
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        # In place and let go of: a copy of the weight's gradient would be the largest thing in memory.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("backward was called twice of one loss, whose gradients are given away the first time")
+        return *(None if gradient is None else gradient.mul_(upstream) for gradient in gradients), None, None
+
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Of hidden states, weight and bias."""
+
+
+def _by_chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, Gradients]:
+    """Losses (N,) and the gradients of their sum, of those inputs that require one.
+
+    A chunk has a third as many tokens as the hidden states are wide: its logits are then small beside the weight's
+    gradient, and its products still large enough to be fast.
+    """
+    of_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
+    of_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
+    of_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and bias.requires_grad else None
+    each = hidden.new_empty(len(hidden), dtype=torch.float32)
+    size = max(LEAST_CHUNK, hidden.shape[1] // 3)
+    for start in range(0, len(hidden), size):
+        chunk = slice(start, start + size)
+        logits_CV = nn.functional.linear(hidden[chunk], weight, bias).float()
+        each[chunk] = _losses_in_place(logits_CV, labels[chunk, None])
+        if of_bias is not None:
+            of_bias += logits_CV.sum(0)
+        of_logits_CV = logits_CV.to(hidden.dtype)
+        del logits_CV
+        if of_hidden is not None:
+            torch.mm(of_logits_CV, weight, out=of_hidden[chunk])
+        if of_weight is not None:
+            _add_product(of_weight, of_logits_CV.T, hidden[chunk])
+    return each, (of_hidden, of_weight, of_bias)
+
+
+def _add_product(total_VD: Tensor, left_VC: Tensor, right_CD: Tensor) -> None:
+    """Add a product to a sum in place; of 16 bits to a sum of 32 in slices, each of which is a tensor of its own."""
+    if total_VD.dtype == left_VC.dtype:
+        total_VD.addmm_(left_VC, right_CD)
+        return
+    for total, left in zip(torch.split(total_VD, SLICE), torch.split(left_VC, SLICE), strict=True):
+        total += left @ right_CD
+
+
+def _losses_in_place(logits_CV: Tensor, labels_C1: Tensor) -> Tensor:
+    """Losses (C,); the logits become the gradients of their sum: softmax less one at the label."""
+    logits_CV -= logits_CV.amax(1, keepdim=True)
+    of_label = logits_CV.gather(1, labels_C1)
+    total = logits_CV.exp_().sum(1, keepdim=True)
+    logits_CV /= total
+    logits_CV.scatter_add_(1, labels_C1, torch.full_like(of_label, -1.0))
+    return (total.log() - of_label)[:, 0]
+
+
+def _by_liger(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, Gradients]:
+    """The same by Liger's kernels, which need Triton and so a GPU."""
+    from liger_kernel.ops.fused_linear_cross_entropy import fused_linear_cross_entropy_forward
+
+    found = fused_linear_cross_entropy_forward(
+        hidden, weight, labels, bias=bias, reduction="none", accum_dtype=torch.float32
+    )
+    each, gradients = found[0], found[-3:]  # what stands between differs from version to version
+    return each, gradients
