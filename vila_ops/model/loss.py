@@ -78,26 +78,34 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 def _by_chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, Gradients]:
     """Losses (N,) and the gradients of their sum, of those inputs that require one.
 
-    A chunk has a third as many tokens as the hidden states are wide: its logits are then small beside the weight's
+    A chunk has a quarter as many tokens as the hidden states are wide: its logits are then small beside the weight's
     gradient, and its products still large enough to be fast.
     """
     of_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
     of_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
     of_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and bias.requires_grad else None
     each = hidden.new_empty(len(hidden), dtype=torch.float32)
-    size = max(LEAST_CHUNK, hidden.shape[1] // 3)
+    size = max(LEAST_CHUNK, hidden.shape[1] // 4)
+    products = hidden.new_empty(min(size, len(hidden)), len(weight))  # one for all chunks: new memory is slow memory
+    whole = products if products.dtype == torch.float32 else products.float()
     for start in range(0, len(hidden), size):
-        chunk = slice(start, start + size)
-        logits_CV = nn.functional.linear(hidden[chunk], weight, bias).float()
-        each[chunk] = _losses_in_place(logits_CV, labels[chunk, None])
+        own, wanted = hidden[start : start + size], labels[start : start + size, None]
+        product_CV, logits_CV = products[: len(own)], whole[: len(own)]
+        if bias is None:
+            torch.mm(own, weight.T, out=product_CV)
+        else:
+            torch.addmm(bias, own, weight.T, out=product_CV)
+        if whole is not products:
+            logits_CV.copy_(product_CV)
+        each[start : start + size] = _losses_in_place(logits_CV, wanted)
         if of_bias is not None:
             of_bias += logits_CV.sum(0)
-        of_logits_CV = logits_CV.to(hidden.dtype)
-        del logits_CV
+        if whole is not products:
+            product_CV.copy_(logits_CV)
         if of_hidden is not None:
-            torch.mm(of_logits_CV, weight, out=of_hidden[chunk])
+            torch.mm(product_CV, weight, out=of_hidden[start : start + size])
         if of_weight is not None:
-            _add_product(of_weight, of_logits_CV.T, hidden[chunk])
+            _add_product(of_weight, product_CV.T, own)
     return each, (of_hidden, of_weight, of_bias)
 
 
