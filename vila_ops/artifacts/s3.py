@@ -4,15 +4,16 @@ An attempt is made in the very folder that its copy would have, so that what was
 """
 
 import hashlib
+import io
 import os
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, Any, TypeVar
 
 from botocore.exceptions import ClientError
 
@@ -21,6 +22,7 @@ from vila_ops.artifacts.backend import AT_ONCE, CorruptArtifact, FileFacts, Unsa
 from vila_ops.artifacts.copies import copy_of, draft, one_at_a_time
 from vila_ops.artifacts.s3_calls import (
     NO_KEY,
+    PART_BYTES,
     TRANSFER,
     OtherBytes,
     again,
@@ -70,10 +72,8 @@ def publish(attempt: Path, uri: str) -> None:
     """Upload every file of the local folder."""
 
     def upload(path: Path) -> None:
-        target = f"{uri}/{path.relative_to(attempt)}"
-        with told(target), path.open("rb") as file:
-            sent = {"ExtraArgs": {"ChecksumAlgorithm": "SHA256"}, "Config": TRANSFER}
-            client().upload_fileobj(file, **place(target), **sent)
+        with path.open("rb") as file:
+            _send(file, f"{uri}/{path.relative_to(attempt)}")
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         list(pool.map(upload, [path for path in sorted(attempt.rglob("*")) if path.is_file()]))
@@ -81,12 +81,55 @@ def publish(attempt: Path, uri: str) -> None:
 
 def discard(attempt: Path, uri: str) -> None:
     """Remove an attempt that came second: its objects and its local folder."""
+    remove(uri)
+    shutil.rmtree(attempt)
+
+
+def names(uri: str) -> list[str]:
+    """Names of all objects below a place, relative to it."""
     bucket, prefix = place(f"{uri}/").values()
     with told(uri):
-        for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-            for found in page.get("Contents", []):
-                client().delete_object(Bucket=bucket, Key=found["Key"])
-    shutil.rmtree(attempt)
+        pages = client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        return [found["Key"].removeprefix(prefix) for page in pages for found in page.get("Contents", [])]
+
+
+def remove(uri: str) -> None:
+    """Remove the object at a place and all objects below it, where there are any."""
+    for target in (uri, *(f"{uri}/{name}" for name in names(uri))):
+        with told(target):
+            client().delete_object(**place(target))
+
+
+def write(uri: str, chunks: Iterable[memoryview]) -> None:
+    """Put an object of chunks that are made one after another; replaces what is there."""
+    _send(io.BufferedReader(_Chunks(chunks), PART_BYTES), uri)
+
+
+class _Chunks(io.RawIOBase):
+    """Chunks as a file that is read once."""
+
+    def __init__(self, chunks: Iterable[memoryview]) -> None:
+        self.chunks, self.rest = iter(chunks), memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.rest:
+            try:
+                self.rest = next(self.chunks)
+            except StopIteration:
+                return 0
+        size = min(len(buffer), len(self.rest))
+        buffer[:size], self.rest = self.rest[:size], self.rest[size:]
+        return size
+
+
+def _send(file: IO[bytes], uri: str) -> None:
+    """Upload an open file; each part is sent with its sha256."""
+    sent = {"ExtraArgs": {"ChecksumAlgorithm": "SHA256"}, "Config": TRANSFER}
+    with told(uri):
+        client().upload_fileobj(file, **place(uri), **sent)
 
 
 def sizes(uris: Sequence[str]) -> list[int | None]:

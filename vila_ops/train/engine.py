@@ -27,6 +27,9 @@ State = tuple[str, dict[str, Tensor]]
 class Engine(Protocol):
     """Forward, backward, step, and the whole state by name."""
 
+    live: bool
+    """Whether `state` gives the very tensors that `step` changes, and not gathered copies of them."""
+
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed token loss of this rank's micro-batch, and the losses of its tokens: see Objective."""
 
@@ -55,6 +58,7 @@ class PlainEngine:
     def __init__(self, objective: Objective, trained: Trained, stage: Stage, resources: Resources) -> None:
         self.objective = objective
         self.named = [pair for named in trained.values() for pair in named]
+        self.live = True
         self.max_grad_norm = stage.max_grad_norm
         self.optimizer = build_optimizer(stage, trained, resources)
 
@@ -109,6 +113,7 @@ class DeepSpeedEngine:
         self.deepspeed = deepspeed
         self.named = [pair for named in trained.values() for pair in named]
         self.zero_stage = resources.zero_stage
+        self.live = self.zero_stage == 0
         self.max_grad_norm = stage.max_grad_norm
         optimizer = build_optimizer(stage, trained, resources)
         shared, config = _without_frozen_tower(objective), deepspeed_config(stage, resources)

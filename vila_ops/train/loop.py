@@ -23,9 +23,8 @@ from vila_ops.model.change import Change
 from vila_ops.model.projectors import fit_to
 from vila_ops.model.trainable import keep_frozen_in, set_trainable
 from vila_ops.model.vila import VilaForConditionalGeneration
-from vila_ops.train import checkpoint
 from vila_ops.train.batches import Batches
-from vila_ops.train.checkpoint import Curve
+from vila_ops.train.checkpoint.saver import Checkpoints, Curve
 from vila_ops.train.engine import Engine, build_engine
 from vila_ops.train.job import Job, NonFiniteLoss, Place
 from vila_ops.train.meter import Meter
@@ -49,13 +48,15 @@ def train(job: Job, place: Place) -> dict[str, Any]:
     objective = Objective(model, bf16=job.stage.precision == "bf16")
     trained = set_trainable(objective, job.stage.trainable, job.stage.tuning)
     engine = build_engine(objective, trained, job.stage, job.resources)
-    step, curve = checkpoint.restore(engine, Path(job.resume))
+    checkpoints = Checkpoints(job, place, live=engine.live)
+    step, curve = checkpoints.restore(engine)
     num_steps = rows.num_steps()
     if step == 0:
         curve.append({"step": 0, "validation_loss": validate(engine, batches, rows, place)})
     meter = Meter(job, step=step, num_steps=num_steps) if place.rank == 0 else None
     while step < num_steps:
         loss = add_gradients(engine, batches, rows, job, step=step, place=place)
+        checkpoints.settle()
         norm = engine.step(rate_factor(step, job.stage, num_steps=num_steps))
         _check_finite("gradient norm", norm, rows, step=step, place=place)
         step += 1
@@ -65,7 +66,8 @@ def train(job: Job, place: Place) -> dict[str, Any]:
         if meter:
             meter.count(curve[-1], norm=norm)
         if step % job.stage.save_every == 0 and step < num_steps:
-            checkpoint.save(Path(job.resume), step=step, states=engine.state(), curve=curve, place=place)
+            checkpoints.save(step, engine.state(), curve)
+    checkpoints.close()
     if meter:
         meter.close()
     finish(engine, job, curve, place)

@@ -1,7 +1,6 @@
 """The room `train_stage`: one stage from its data and what it starts from. Light: the work is in `loop`."""
 
 import logging
-import shutil
 import time
 from importlib.util import find_spec
 from typing import Any
@@ -14,6 +13,7 @@ from vila_ops.artifacts.leases import hold
 from vila_ops.cluster import whoami
 from vila_ops.config import Model, Resources, Stage
 from vila_ops.config.train import Lora
+from vila_ops.train.checkpoint.shelves import remove_all
 from vila_ops.train.job import Job, Place
 
 REVISION = 3
@@ -48,7 +48,7 @@ def _train(
         store.verify(parent)
     started = time.monotonic()
     attempt = store.begin(at, store=resources.store)
-    resume = resources.scratch() / "resume" / at.key
+    resume = f"{store.root_of(resources.store)}/resume/{at.key}"
     run_id = tracking.start_run(
         resources.tracking_uri, stage.name, parent=resources.parent_run, params=stage.model_dump(mode="json"),
         tags={"room": "train_stage", "stage": stage.name, "address": at.key, "data": data.digest, "init": init.digest},
@@ -59,7 +59,7 @@ def _train(
         init=init,
         resources=resources,
         attempt=str(attempt),
-        resume=str(resume),
+        resume=resume,
         run_id=run_id,
         fresh_projector=fresh,
     )
@@ -77,7 +77,7 @@ def _train(
         execution=execution(launch=resources.launch, seconds=time.monotonic() - started, ran=ran)
         | {"mlflow_run": run_id},
     )
-    shutil.rmtree(resume, ignore_errors=True)
+    remove_all(resume)
     log.info("trained %s: %s", stage.name, checkpoint.digest[:12])
     return checkpoint
 
