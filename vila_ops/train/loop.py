@@ -48,7 +48,7 @@ def train(job: Job, place: Place) -> dict[str, Any]:
     objective = Objective(model, bf16=job.stage.precision == "bf16")
     trained = set_trainable(objective, job.stage.trainable, job.stage.tuning)
     engine = build_engine(objective, trained, job.stage, job.resources)
-    checkpoints = Checkpoints(job, place, live=engine.live)
+    checkpoints = Checkpoints(job.resume, place, job.resources, live=engine.live)
     step, curve = checkpoints.restore(engine)
     num_steps = rows.num_steps()
     if step == 0:

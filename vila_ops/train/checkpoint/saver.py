@@ -17,12 +17,13 @@ from torch import Tensor
 
 from vila_ops.artifacts.backend import AT_ONCE, CorruptArtifact, FileFacts
 from vila_ops.artifacts.store import MANIFEST
+from vila_ops.config import Resources
 from vila_ops.config.resources import Retention
 from vila_ops.train.checkpoint.ranks import Ranks
 from vila_ops.train.checkpoint.share import Copies, Share
 from vila_ops.train.checkpoint.shelves import shelf_of
 from vila_ops.train.engine import Engine, State
-from vila_ops.train.job import Job, Place
+from vila_ops.train.job import Place
 
 FORMAT = 1
 Curve = list[dict[str, Any]]
@@ -40,12 +41,12 @@ class Checkpoints:
     under way. What fails in the thread is logged there, and raised on every rank by its next `save` or by `close`.
     """
 
-    def __init__(self, job: Job, place: Place, *, live: bool) -> None:
+    def __init__(self, resume: str, place: Place, resources: Resources, *, live: bool) -> None:
         self.stall_seconds = 0.0
         """How long the loop waited for checkpoints so far."""
-        self._place, self._keep, self._live = place, job.resources.keep, live
-        self._shelf = shelf_of(job.resume)
-        self._ranks = Ranks(place, timeout_seconds=job.resources.network.timeout_seconds)
+        self._place, self._keep, self._live = place, resources.keep, live
+        self._shelf = shelf_of(resume)
+        self._ranks = Ranks(place, timeout_seconds=resources.network.timeout_seconds)
         self._attempt = self._ranks.gather(secrets.token_hex(4))[0]
         self._copies = Copies()
         self._copied = threading.Event()

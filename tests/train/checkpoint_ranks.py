@@ -1,0 +1,89 @@
+"""Two ranks that save: `python checkpoint_ranks.py FOLDER RANK`. Rank 1 dies by its own hand at the end.
+
+What each says lies in FOLDER/said-RANK.json.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from process_group import join
+
+from vila_ops.config import Resources
+from vila_ops.train.checkpoint.saver import Checkpoints
+from vila_ops.train.job import Place
+
+NAMES = ("model.a.weight", "model.b/odd.weight")
+KINDS = ("param", "exp_avg", "exp_avg_sq")
+RESOURCES = {"launch": "ray", "ray_address": "127.0.0.1:1", "num_workers": 2, "network": {"timeout_seconds": 60}}
+
+
+def make(resume: Path, rank: int) -> Checkpoints:
+    """The checkpoints of one more attempt."""
+    resources = Resources.model_validate({**RESOURCES, "store": str(resume.parent)})
+    return Checkpoints(str(resume), Place(rank=rank, world_size=2), resources, live=True)
+
+
+def save(checkpoints: Checkpoints, step: int) -> None:
+    """One save to its end."""
+    states = {name: {key: torch.full((2, 3), float(step + n)) for n, key in enumerate(KINDS)} for name in NAMES}
+    checkpoints.save(step, iter(states.items()), [])
+    checkpoints.close()
+
+
+def newest_step(resume: Path, rank: int) -> int | None:
+    """Of the newest one that is whole."""
+    found = make(resume, rank).newest()
+    return None if found is None else found[1]["step"]
+
+
+def main(folder: Path, rank: int) -> None:
+    """Save, resume, and fail."""
+    said: dict[str, Any] = {}
+    join(rank, 2, str(folder / "rendezvous"))
+    for step in (2, 4):
+        save(make(folder / "whole", rank), step)
+    said["found"] = newest_step(folder / "whole", rank)
+
+    open_file = Path.open
+
+    def damaged(path: Path, *mode: Any, **more: Any) -> Any:
+        """Rank 1's own disk reads another file than was written."""
+        other = path.parent.with_name("step-000002") / path.name if "step-000004" in path.parent.name else path
+        return open_file(other, *mode, **more)
+
+    if rank == 1:
+        Path.open = damaged  # type: ignore[method-assign]
+    said["passed over"] = newest_step(folder / "whole", rank)
+    Path.open = open_file  # type: ignore[method-assign]
+
+    save(make(folder / "broken", rank), 2)
+    full = make(folder / "broken", rank)
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, most))
+    try:
+        save(full, 6)
+    except OSError as error:
+        said["failed"] = str(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    (folder / f"said-{rank}.json").write_text(json.dumps(said))
+
+    dying = make(folder / "broken", rank)
+    if rank == 1:
+        os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        save(dying, 8)
+    except RuntimeError as error:
+        said["died"] = repr(error)
+    (folder / f"said-{rank}.json").write_text(json.dumps(said))
+    os._exit(0)  # not through an interpreter with gloo's threads in it
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
