@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import pytest
+import torch
 from boto3.s3.transfer import TransferConfig
 from botocore.retries.standard import ExponentialBackoff
 
@@ -27,6 +28,9 @@ from vila_ops.artifacts.kinds import Dataset
 from vila_ops.artifacts.leases import hold
 from vila_ops.artifacts.s3_calls import TRIES, StoreRefused, StoreUnreachable
 from vila_ops.artifacts.store import Address, CorruptArtifact, address, begin, content, find, seal, verify
+from vila_ops.config import Resources
+from vila_ops.train.checkpoint.saver import Checkpoints
+from vila_ops.train.job import Place
 
 FAULTS = int(os.environ.get("VILA_FAULTS", "60"))
 SEED = int(os.environ.get("VILA_FAULT_SEED", str(time.time_ns() % 10**6)))
@@ -203,6 +207,58 @@ def test_through_faults_of_every_kind_the_sealed_bytes_are_right(proxy: Proxy, s
         verify(made)
         number += 1
     assert len(injected) >= 6, injected
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60 + 4 * FAULTS)
+def test_through_faults_of_every_kind_resume_checkpoints_come_back_whole(
+    proxy: Proxy, s3_store: str, make_resources: Callable[..., Resources], tmp_path: Path
+) -> None:
+    draw, resume = random.Random(SEED), f"{s3_store}/resume/address"
+    injected: Counter[Fault] = Counter()
+    proxy.choose = at_random(draw, injected)
+    step = 0
+    while injected.total() < FAULTS or step < 3:
+        step += 1
+        states = {name: {"param": torch.randn(1_500_000 if name == "large" else 50)} for name in ("large", "small")}
+        saving = Checkpoints(resume, Place(), make_resources(tmp_path), live=True)
+        saving.save(step, iter(states.items()), [{"step": step, "loss": 1 / step}])
+        saving.close()
+        loading = Checkpoints(resume, Place(), make_resources(tmp_path), live=True)
+        found = loading.newest()
+        assert found is not None
+        tensors, manifest = found
+        assert manifest["curve"] == [{"step": step, "loss": 1 / step}], SEED
+        assert all(torch.equal(tensors[name]["param"], one["param"]) for name, one in states.items()), SEED
+        forget(tmp_path)
+    assert len(injected) >= 6, injected
+    proxy.choose = lambda *_: None
+    left = {name.partition("/")[0].rpartition("-")[0] for name in s3.names(resume)}
+    assert left == {f"step-{step - 1:06d}", f"step-{step:06d}"}, "others were removed, and no draft is left"
+
+
+def test_a_store_that_stays_down_fails_the_save_and_never_counts_as_damage(
+    proxy: Proxy, s3_store: str, make_resources: Callable[..., Resources], tmp_path: Path
+) -> None:
+    def attempt() -> Checkpoints:
+        return Checkpoints(f"{s3_store}/resume/address", Place(), make_resources(tmp_path), live=True)
+
+    def save(step: int) -> None:
+        checkpoints = attempt()
+        checkpoints.save(step, iter([("w", {"param": torch.ones(5)})]), [])
+        checkpoints.close()
+
+    save(2)
+    for down in (".safetensors", "manifest.json"):
+        proxy.choose = lambda method, target, down=down: "error" if down in target else None  # type: ignore[misc]
+        with pytest.raises(StoreUnreachable, match=f"resume/address/step-000004-.*{down}.*500"):
+            save(4)
+        with pytest.raises(StoreUnreachable, match=f"resume/address/step-000002-.*{down}.*500"):
+            attempt().newest()
+        proxy.choose = lambda *_: None
+        found = attempt().newest()
+        assert found is not None
+        assert found[1]["step"] == 2
 
 
 @pytest.mark.parametrize("fault", ["lost", "conflict", "error", "reset"])

@@ -1,5 +1,7 @@
 import json
+import logging
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from vila_ops.artifacts import store
+from vila_ops.artifacts import s3, store
 from vila_ops.artifacts.disk import sha256
 from vila_ops.artifacts.kinds import Checkpoint, Pretrained
 from vila_ops.artifacts.store import content, verify
@@ -41,7 +43,7 @@ def stage(bench: Any, make_stage: Any) -> Stage:
     return made
 
 
-def elsewhere(bench: Any, root: Path, **more: Any) -> Resources:
+def elsewhere(bench: Any, root: Path | str, **more: Any) -> Resources:
     """The same resources with an empty store; features may be shared."""
     return Resources.model_validate({**bench.resources.model_dump(), "store": str(root), **more})
 
@@ -170,6 +172,46 @@ def test_a_loss_that_is_not_finite_stops_before_any_update_and_names_the_samples
     assert any(key in str(raised.value) for key in keys)
     assert not list(tmp_path.glob("checkpoint/*/manifest.json"))
     assert not list(tmp_path.glob("resume/*/*"))
+
+
+def test_a_stage_that_cannot_be_protected_stops_and_goes_on_when_it_can(
+    bench: Any, stage: Stage, unbroken: Checkpoint, tmp_path: Path
+) -> None:
+    (tmp_path / "resume").write_text("in the way")
+    resources = elsewhere(bench, tmp_path)
+    with pytest.raises(OSError, match=r"resume/\w+/\.step-000004-\w+/rank-00000-of-00001.safetensors was not written"):
+        train_stage(stage, bench.model, bench.data, bench.init, resources)
+    assert not list(tmp_path.glob("checkpoint/*/manifest.json"))
+    (tmp_path / "resume").unlink()
+    assert train_stage(stage, bench.model, bench.data, bench.init, resources).digest == unbroken.digest
+
+
+def test_on_s3_another_machine_goes_on_where_a_killed_stage_was(
+    bench: Any, stage: Stage, unbroken: Checkpoint, s3_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    resources = elsewhere(bench, s3_store)
+    job = {"stage": stage, "data": bench.data, "init": bench.init, "resources": resources}
+    given = {key: value.model_dump(mode="json") for key, value in job.items()}
+    text = json.dumps({**given, "attempt": "", "resume": "", "run_id": None, "fresh_projector": True})
+    worker = subprocess.Popen([sys.executable, "-c", RUN, text, bench.model.model_dump_json()])
+    deadline = time.monotonic() + 120
+    try:
+        while not any(
+            "step-000008" in name and name.endswith("manifest.json") for name in s3.names(f"{s3_store}/resume")
+        ):
+            assert worker.poll() is None, "it ended before it was killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        worker.kill()
+        worker.wait()
+    monkeypatch.setenv("VILA_CACHE", str(tmp_path / "other"))
+    with caplog.at_level(logging.INFO):
+        resumed = train_stage(stage, bench.model, bench.data, bench.init, resources)
+    assert re.search(r"resuming after step (8|12|16|20)", caplog.text)
+    assert resumed.digest == unbroken.digest
+    assert s3.names(f"{s3_store}/resume") == []
 
 
 def test_how_often_it_saves_is_no_part_of_the_question_and_all_else_is(

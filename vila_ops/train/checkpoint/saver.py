@@ -103,10 +103,9 @@ class Checkpoints:
         self.stall_seconds += time.monotonic() - started
 
     def close(self) -> None:
-        """Wait for the save that is under way."""
+        """Wait for the save that is under way: to be called at the end."""
         started = time.monotonic()
         self._finish()
-        self._writer.shutdown()
         self.stall_seconds += time.monotonic() - started
 
     def _finish(self) -> None:
