@@ -28,6 +28,7 @@ from vila_ops.cli.options import (
     print_handle,
     say,
 )
+from vila_ops.cli.plan import plan
 from vila_ops.config import load_resources
 from vila_ops.config.local import load_local
 from vila_ops.data.revisions import export_for_dvc
@@ -168,6 +169,7 @@ def run(
     print(f"report: {page.html}", file=sys.stderr)
 
 
+app.command()(plan)
 app.command("import")(import_model)
 app.command()(export)
 

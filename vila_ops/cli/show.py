@@ -16,9 +16,9 @@ def summary(run: Run, counts: Counts) -> list[str]:
     return [
         f"recipe {run.recipe.name}, fingerprint {run.recipe.fingerprint()}",
         "",
-        *_table(stages),
+        *table(stages),
         "",
-        *_table(_part_rows(run, counts)),
+        *table(_part_rows(run, counts)),
     ]
 
 
@@ -117,6 +117,7 @@ def _short(count: int | None) -> str:
     return str(count)
 
 
-def _table(rows: list[Row]) -> list[str]:
+def table(rows: list[Row]) -> list[str]:
+    """Columns as wide as their widest cell."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

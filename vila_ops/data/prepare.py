@@ -21,15 +21,27 @@ def prepare(mixture: Mixture, text: TextFormat, resources: Resources) -> Dataset
 
     Raises ValueError when more than the mixture's max_bad_share of a source's records are bad.
     """
-    cache = Path(resources.cache).expanduser()
-    read = digests(mixture, cache=cache)
-    made_by = {"shards": SHARD_REVISION, "survey": SURVEY_REVISION}
-    recipe = {"mixture": mixture_recipe(mixture), "text": text_recipe(text), "sources": read, "made_by": made_by}
-    at = store.address(Dataset, revision=REVISION, recipe=recipe, parents=tuple(sorted(set(read.values()))))
-    if done := store.find(Dataset, at, store=resources.store, first=Path(resources.data).resolve() / mixture.name):
+    at = _address(mixture, text, resources)
+    if done := _find(at, mixture, resources):
         return done
     with hold(at, store=resources.store):
         return store.find(Dataset, at, store=resources.store) or _prepare(at, mixture, text, resources)
+
+
+def prepared(mixture: Mixture, text: TextFormat, resources: Resources) -> Dataset | None:
+    """The prepared mixture where it is there already; nothing is made."""
+    return _find(_address(mixture, text, resources), mixture, resources)
+
+
+def _address(mixture: Mixture, text: TextFormat, resources: Resources) -> store.Address:
+    read = digests(mixture, cache=Path(resources.cache).expanduser())
+    made_by = {"shards": SHARD_REVISION, "survey": SURVEY_REVISION}
+    recipe = {"mixture": mixture_recipe(mixture), "text": text_recipe(text), "sources": read, "made_by": made_by}
+    return store.address(Dataset, revision=REVISION, recipe=recipe, parents=tuple(sorted(set(read.values()))))
+
+
+def _find(at: store.Address, mixture: Mixture, resources: Resources) -> Dataset | None:
+    return store.find(Dataset, at, store=resources.store, first=Path(resources.data).resolve() / mixture.name)
 
 
 def _prepare(at: store.Address, mixture: Mixture, text: TextFormat, resources: Resources) -> Dataset:

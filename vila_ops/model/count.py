@@ -76,8 +76,8 @@ class Counts:
 
 def count(model: Model, *, cache: Path) -> Counts:
     """The parameters of a model's parts: from their shapes, or from their folders where they are in the cache."""
-    vision = _vision_config(model, cache)
-    text = _text_config(model, cache)
+    vision = vision_config(model, cache)
+    text = text_config(model, cache)
     with torch.device("meta"):
         tower = AutoModel.from_config(vision) if vision else None
         language_model = AutoModelForCausalLM.from_config(text) if text else None
@@ -95,7 +95,7 @@ def count(model: Model, *, cache: Path) -> Counts:
     )
 
 
-def _vision_config(model: Model, cache: Path) -> PreTrainedConfig | None:
+def vision_config(model: Model, cache: Path) -> PreTrainedConfig | None:
     """The tower's config at the recipe's image size; None where it is not known yet."""
     match model.vision_tower:
         case RandomTower():
@@ -114,7 +114,7 @@ def _vision_config(model: Model, cache: Path) -> PreTrainedConfig | None:
     return sized(config, model.image_size)
 
 
-def _text_config(model: Model, cache: Path) -> PreTrainedConfig | None:
+def text_config(model: Model, cache: Path) -> PreTrainedConfig | None:
     """The language model's config; None where it is not known yet."""
     match model.language_model:
         case RandomLanguageModel() as random:

@@ -22,6 +22,7 @@ class Block:
 
     width: int
     """Of the residual stream."""
+    heads: int
     attention: int
     """Heads x head dimension."""
     key_value: int
@@ -89,7 +90,7 @@ def shapes_of(config: VilaConfig) -> Shapes:
         tower_tokens=config.grid() ** 2 + class_tokens(vision),
         patches=config.grid() ** 2,
         patch=(3 * patch_side(vision) ** 2, channels),
-        projector_blocks=tuple(Block(channels, channels, channels, tuple(_linear(block.mlp))) for block in blocks),
+        projector_blocks=tuple(_projector_block(channels, block) for block in blocks),
         projector=tuple(
             _matrix(one) for one in projector.modules() if isinstance(one, nn.Linear) and id(one) not in within
         ),
@@ -107,7 +108,7 @@ def _block(layer: Any, config: PreTrainedConfig) -> Block:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     groups = getattr(config, "num_key_value_heads", None) or heads
     mlp = getattr(layer, "mlp", nn.Module())
-    block = Block(config.hidden_size, heads * head_dim, groups * head_dim, tuple(_linear(mlp)))
+    block = Block(config.hidden_size, heads, heads * head_dim, groups * head_dim, tuple(_linear(mlp)))
     held = sum(p.numel() for p in layer.parameters() if p.ndim >= 2)
     if held != (told := sum(inputs * outputs for inputs, outputs in block.matrices)):
         raise ValueError(
@@ -115,6 +116,10 @@ def _block(layer: Any, config: PreTrainedConfig) -> Block:
             f"of an MLP would be {told}: the planner counts no others"
         )
     return block
+
+
+def _projector_block(channels: int, block: Any) -> Block:
+    return Block(channels, block.self_attn.num_heads, channels, channels, tuple(_linear(block.mlp)))
 
 
 def _linear(module: nn.Module) -> list[Matrix]:

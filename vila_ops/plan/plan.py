@@ -1,0 +1,297 @@
+"""What a run will take, stage by stage: `vila-ops plan`."""
+
+import itertools
+import math
+from fractions import Fraction
+from pathlib import Path
+
+from vila_ops.artifacts import store
+from vila_ops.config import Config, Model, Resources, Run, Stage
+from vila_ops.config.lengths import Lengths
+from vila_ops.data.order.loader import Rows as OrderedRows
+from vila_ops.data.prepare import prepared as prepared_dataset
+from vila_ops.model.build import padded
+from vila_ops.model.configuration import VilaConfig
+from vila_ops.model.count import Counts, count, text_config, vision_config
+from vila_ops.plan import lengths as data
+from vila_ops.plan.flops import Flops, Load, flops
+from vila_ops.plan.memory import MicroBatch, Weights, memory
+from vila_ops.plan.shapes import Shapes, shapes_of
+
+RESERVED = 1.5 * 2**30
+"""Bytes of a GPU that the CUDA context, NCCL and the allocator's gaps take."""
+GIB = 2**30
+ZERO, OFFLOADED = (0, 1, 2, 3), ("none", "optimizer", "parameters")
+MOST_WORKERS = 4096
+
+
+class MemoryPlan(Config):
+    """GiB of one worker at the peak of a step."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    copies: float
+    activations: float
+    buffers: float
+    host: float
+    total: float
+
+
+class StagePlan(Config):
+    """What one stage takes."""
+
+    stage: str
+    lengths: str
+    """Where they are from: `prepared` or `declared`."""
+    samples: float
+    tokens: float
+    """Image tokens included, padding not."""
+    targets: float
+    images: float
+    padding: float
+    """Share of the positions that are computed."""
+    steps: int
+    model_flops: float
+    """What MFU counts."""
+    machine_flops: float
+    """With padding and what is computed anew: what hours are of."""
+    memory: MemoryPlan
+    fits: bool | None
+    """None: no accelerator is named."""
+    nearest: dict[str, int | str | bool] | None
+    """Where it does not fit: the settings of the stage with which it would; empty where none would."""
+    hours: float | None
+    mfu: float | None
+    """Of the model's FLOPs, in those hours."""
+    cost: float | None
+    resume_bytes: float
+    """Of resume checkpoints that stand at once, one that is being written among them."""
+    model_bytes: float
+    """Of the sealed checkpoint."""
+    data_bytes: float | None
+    """Of the prepared mixture; None before it is."""
+    feature_bytes: float
+    """Of the frozen tower's features on disk."""
+
+
+class Plan(Config):
+    """What a run takes."""
+
+    recipe: str
+    recipe_fingerprint: str
+    workers: dict[str, int]
+    """By stage."""
+    stages: tuple[StagePlan, ...]
+    hours: float | None
+    gpu_hours: float | None
+    cost: float | None
+    storage_bytes: float
+
+
+def plan_run(run: Run, lengths: Lengths | None = None) -> Plan:
+    """The plan of a run, from lengths and shapes alone: those declared, or of the mixtures prepared already.
+
+    Raises ValueError for a mixture of which neither is there, and for a part whose shape is not known.
+    """
+    counts = count(run.recipe.model, cache=Path(run.resources.cache).expanduser())
+    stages: list[StagePlan] = []
+    before: tuple[Stage, ...] = ()
+    for name, stage in run.recipe.stages.items():
+        before = (*before, stage)
+        shapes = shapes_of(_config(run.recipe.model_of(name), run.resources))
+        weights, total = _weights(counts, before)
+        stages.append(_Stage(run, stage, shapes, weights).plan(lengths, total=total))
+    workers = {stage.name: run.resources.for_stage(stage.name).num_workers for stage in run.recipe.stages.values()}
+    hours = [(one.hours, one.hours * workers[one.stage]) for one in stages if one.hours is not None]
+    costs = [one.cost for one in stages if one.cost is not None]
+    return Plan(
+        recipe=run.recipe.name,
+        recipe_fingerprint=run.recipe.fingerprint(),
+        workers=workers,
+        stages=tuple(stages),
+        hours=sum(wall for wall, _ in hours) if hours else None,
+        gpu_hours=sum(gpu for _, gpu in hours) if hours else None,
+        cost=sum(costs) if costs else None,
+        storage_bytes=sum(one.model_bytes + (one.data_bytes or 0) for one in stages)
+        + max(one.resume_bytes for one in stages)
+        + max(one.feature_bytes for one in stages),
+    )
+
+
+def refusals(plan: Plan) -> list[str]:
+    """A line for each stage that does not fit its GPUs, with the nearest settings with which it would."""
+    lines = []
+    for one in plan.stages:
+        if one.fits is False:
+            way = ", ".join(f"{key} {value}" for key, value in (one.nearest or {}).items())
+            found = f"nearest that fits, in resources.stages.{one.stage}: {way}" if way else "no setting makes it fit"
+            lines.append(f"stage {one.stage!r} needs {one.memory.total:.1f} GiB, more than its GPU has; {found}")
+    return lines
+
+
+class _Stage:
+    """One stage on its resources."""
+
+    def __init__(self, run: Run, stage: Stage, shapes: Shapes, weights: Weights) -> None:
+        self.run, self.stage, self.shapes, self.weights = run, stage, shapes, weights
+        self.resources = run.resources.for_stage(stage.name)
+
+    def plan(self, lengths: Lengths | None, *, total: int) -> StagePlan:
+        """`total` parameters has the model while the stage trains."""
+        stage, resources = self.stage, self.resources
+        text = self.run.recipe.text(stage.name)
+        steps = data_bytes = None
+        if lengths is not None:
+            epoch = data.declared(
+                lengths,
+                stage.mixture,
+                image_tokens=text.image_tokens,
+                max_tokens=min(text.max_tokens, stage.row_tokens),
+            )
+        else:
+            dataset = prepared_dataset(stage.mixture, text, resources)
+            if dataset is None:
+                raise ValueError(
+                    f"mixture {stage.mixture.name!r} is not prepared, so its lengths are not known; run `vila-ops "
+                    f"prepare` with --mixture {stage.mixture.name}, or say them in a file with --lengths"
+                )
+            epoch = data.prepared(dataset, stage.mixture)
+            folder = store.content(dataset)
+            cache = resources.scratch() / "plans"
+            steps = OrderedRows(folder, digest=dataset.digest, stage=stage, cache=cache).num_steps()
+            data_bytes = float(sum(path.stat().st_size for path in folder.iterdir() if path.is_file()))
+        most = stage.row_tokens // text.image_tokens
+        rows = data.rows_of(epoch, stage, micro_batch_size=resources.micro_batch_size, most_images=most)
+        if steps is None:
+            steps = stage.num_steps or math.ceil(
+                Fraction(str(stage.epochs)) * Fraction(rows.rows) / stage.global_batch_size
+            )
+        epochs = steps * stage.global_batch_size / rows.rows
+        first = epoch.distinct * min(1.0, 1 / epochs)
+        useful, machine = (self._flops(loads, epochs, first) for loads in (rows.useful, rows.padded))
+        seconds = None
+        if (card := resources.accelerator) is not None:
+            seconds = self._machine(machine) / (card.peak_tflops * 1e12 * resources.mfu * resources.num_workers)
+        largest = MicroBatch(resources.micro_batch_size, rows.longest, resources.micro_batch_size * rows.most_images)
+        peak = memory(self.shapes, self.weights, stage, resources, largest)
+        fits = None if card is None else peak.total <= card.memory_gib * GIB - RESERVED
+        images = epochs * sum(one.images for one in rows.useful)
+        tokens = epochs * sum(one.tokens for one in rows.useful)
+        computed = epochs * sum(one.tokens for one in rows.padded)
+        return StagePlan(
+            stage=stage.name,
+            lengths="prepared" if lengths is None else "declared",
+            samples=epochs * len(epoch.tokens) * epoch.times,
+            tokens=tokens,
+            targets=epochs * sum(one.targets for one in rows.useful),
+            images=images,
+            padding=1 - tokens / computed,
+            steps=steps,
+            model_flops=useful.model,
+            machine_flops=self._machine(machine),
+            memory=MemoryPlan(**{name: value / GIB for name, value in vars(peak).items()}, total=peak.total / GIB),
+            fits=fits,
+            nearest=self._nearest(largest) if fits is False else None,
+            hours=None if seconds is None else seconds / 3600,
+            mfu=useful.model / (seconds * card.peak_tflops * 1e12 * resources.num_workers)
+            if seconds and card
+            else None,
+            cost=seconds / 3600 * resources.num_workers * card.price_per_hour if seconds and card else None,
+            resume_bytes=3 * 4 * self.weights.trained * _kept(stage, resources, steps),
+            model_bytes=4.0 * total,
+            data_bytes=data_bytes,
+            feature_bytes=self._feature_bytes(images * first),
+        )
+
+    def _flops(self, loads: tuple[Load, ...], epochs: float, first: float) -> Flops:
+        """Of all steps; `first` is the share of pictures that a frozen tower has not seen before."""
+        all_of_it = Flops(0, 0, 0)
+        for load in loads:
+            whole = Load(*(epochs * getattr(load, name) for name in ("tokens", "pairs", "images", "targets")))
+            cached = flops(self.shapes, self.stage, whole, features_cached=True)
+            tower = flops(self.shapes, self.stage, whole).forward - cached.forward
+            all_of_it = all_of_it + cached + Flops(first * tower, 0, 0)
+        return all_of_it
+
+    def _machine(self, counted: Flops) -> float:
+        return counted.machine if self.resources.gradient_checkpointing else counted.model
+
+    def _feature_bytes(self, images: float) -> float:
+        if "vision_tower" in self.stage.trainable:
+            return 0.0
+        return 4 * images * self.shapes.patches * self.shapes.tower.width
+
+    def _nearest(self, largest: MicroBatch) -> dict[str, int | str | bool]:
+        """Settings that fit, otherwise than now in what costs least: first micro-batch and ZeRO, then recomputation,
+        then offload, then more workers."""
+        now, card = self.resources, self.resources.accelerator
+        assert card is not None
+        inline = now.launch == "inline"
+        sizes = [size for size in range(now.micro_batch_size, 0, -1) if self.stage.global_batch_size % size == 0]
+        more = [now.num_workers * 2**power for power in range(13) if now.num_workers * 2**power <= MOST_WORKERS]
+        found: list[tuple[tuple[float, ...], dict[str, int | str | bool]]] = []
+        for workers, offload, again, zero, size in itertools.product(
+            [1] if inline else more,
+            ["none"] if inline else OFFLOADED[OFFLOADED.index(now.offload) :],
+            [now.gradient_checkpointing] if now.gradient_checkpointing else [False, True],
+            [0] if inline else ZERO[now.zero_stage :],
+            sizes,
+        ):
+            if (
+                self.stage.global_batch_size % (workers * size)
+                or zero < {"none": 0, "optimizer": 1, "parameters": 3}[offload]
+            ):
+                continue
+            asked = {
+                "num_workers": workers, "offload": offload, "gradient_checkpointing": again, "zero_stage": zero,
+                "micro_batch_size": size,
+            }  # fmt: skip
+            other = Resources.model_validate({**now.model_dump(), **asked})
+            batch = MicroBatch(size, largest.tokens, largest.images * size // largest.rows)
+            if memory(self.shapes, self.weights, self.stage, other, batch).total <= card.memory_gib * GIB - RESERVED:
+                changed = {key: value for key, value in asked.items() if value != getattr(now, key)}
+                slower = (
+                    workers,
+                    OFFLOADED.index(offload),
+                    again,
+                    now.micro_batch_size / size * 1.5 ** (zero - now.zero_stage),
+                )
+                found.append((slower, changed))
+        return min(found, key=lambda one: one[0])[1] if found else {}
+
+
+def _kept(stage: Stage, resources: Resources, steps: int) -> int:
+    """Resume checkpoints that stand at once, one that is being written among them."""
+    written = max(0, (steps - 1) // stage.save_every)
+    keep = resources.keep
+    return min(written, keep.last + keep.best + (steps // keep.every if keep.every else 0) + 1)
+
+
+def _config(model: Model, resources: Resources) -> VilaConfig:
+    """The config that the whole model would have."""
+    cache = Path(resources.cache).expanduser()
+    vision, text = vision_config(model, cache), text_config(model, cache)
+    if vision is None or text is None:
+        part = "vision_tower" if vision is None else "language_model"
+        raise ValueError(f"the shape of {part} is not known here; run `vila-ops fetch`, or give it a `shape`")
+    text.vocab_size = padded(text.vocab_size + (model.language_model.kind != "random"))  # <image>
+    return VilaConfig(
+        vision_config=vision,
+        text_config=text,
+        projector=model.projector.model_dump(mode="json"),
+        vision_feature_layer=model.feature_layer,
+        vision_side=model.image_size,
+        tie_word_embeddings=bool(text.tie_word_embeddings),
+    )
+
+
+def _weights(counts: Counts, stages: tuple[Stage, ...]) -> tuple[Weights, int]:
+    """Parameters while the last of these stages trains, and all of them."""
+    trained, total, parts = counts.trained(stages), counts.total(stages), stages[-1].trainable
+    assert trained is not None
+    assert total is not None
+    assert counts.vision_tower is not None
+    assert counts.projector is not None
+    rest = counts.vision_tower * ("vision_tower" not in parts) + counts.projector * ("projector" not in parts)
+    return Weights(trained, total - trained - rest, rest), total
