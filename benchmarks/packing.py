@@ -97,12 +97,12 @@ def llava_share(lengths: NDArray[np.uint16], shows: NDArray[np.bool_], *, ranks:
         mega = ranks * batch_size
         for start in range(0, len(order), mega):
             part = sorted(order[start : start + mega], reverse=True)
-            for batch in _even_chunks(part, ranks, batch_size) if len(part) == mega else [part]:
+            for batch in even_chunks(part, ranks, batch_size) if len(part) == mega else [part]:
                 computed += max(batch) * len(batch)
     return int(lengths.sum(dtype=np.int64)) / computed
 
 
-def _even_chunks(part: list[int], ranks: int, batch_size: int) -> list[list[int]]:
+def even_chunks(part: list[int], ranks: int, batch_size: int) -> list[list[int]]:
     chunks: list[list[int]] = [[] for _ in range(ranks)]
     sums = [0.0] * ranks
     for length in part:

@@ -65,6 +65,7 @@ class StagePlan(Config):
     mfu: float | None
     """Of the model's FLOPs, in those hours."""
     cost: float | None
+    """None without a price, too."""
     resume_bytes: float
     """Of resume checkpoints that stand at once, one that is being written among them."""
     model_bytes: float
@@ -99,7 +100,7 @@ def plan_run(run: Run, lengths: Lengths | None = None) -> Plan:
     before: tuple[Stage, ...] = ()
     for name, stage in run.recipe.stages.items():
         before = (*before, stage)
-        shapes = shapes_of(_config(run.recipe.model_of(name), run.resources))
+        shapes = shapes_of(config_of(run.recipe.model_of(name), run.resources))
         weights, total = _weights(counts, before)
         stages.append(_Stage(run, stage, shapes, weights).plan(lengths, total=total))
     workers = {stage.name: run.resources.for_stage(stage.name).num_workers for stage in run.recipe.stages.values()}
@@ -197,7 +198,9 @@ class _Stage:
             mfu=useful.model / (seconds * card.peak_tflops * 1e12 * resources.num_workers)
             if seconds and card
             else None,
-            cost=seconds / 3600 * resources.num_workers * card.price_per_hour if seconds and card else None,
+            cost=None
+            if seconds is None or card is None or not card.price_per_hour
+            else seconds / 3600 * resources.num_workers * card.price_per_hour,
             resume_bytes=3 * 4 * self.weights.trained * _kept(stage, resources, steps),
             model_bytes=4.0 * total,
             data_bytes=data_bytes,
@@ -268,7 +271,7 @@ def _kept(stage: Stage, resources: Resources, steps: int) -> int:
     return min(written, keep.last + keep.best + (steps // keep.every if keep.every else 0) + 1)
 
 
-def _config(model: Model, resources: Resources) -> VilaConfig:
+def config_of(model: Model, resources: Resources) -> VilaConfig:
     """The config that the whole model would have."""
     cache = Path(resources.cache).expanduser()
     vision, text = vision_config(model, cache), text_config(model, cache)
