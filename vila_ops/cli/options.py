@@ -41,9 +41,9 @@ class _ResultsApart(io.TextIOBase):
 def load_run(recipe: Path, resources: Path, overrides: list[str] | None) -> Run:
     """The run of a recipe on resources; a cluster of this box's own servers is joined with its token."""
     run = load(recipe, resources=resources, overrides=tuple(overrides or ()))
-    if run.resources.launch == "ray" and LOCAL.is_file():
+    if run.resources.launch != "inline" and LOCAL.is_file():
         local.join(load_local(LOCAL), ray_address=run.resources.ray_address)
-    if run.resources.launch == "ray" and not isinstance(sys.stdout, _ResultsApart):
+    if run.resources.launch != "inline" and not isinstance(sys.stdout, _ResultsApart):
         sys.stdout = _ResultsApart(sys.stdout)
     return run
 

@@ -60,11 +60,11 @@ class Network(Config):
     """How ranks find each other."""
 
     interface: str | None = None
-    """Network interface of gloo and NCCL; None: what they choose."""
+    """Network interface of gloo and NCCL, such as `eth0`; None: what they choose."""
     timeout_seconds: PositiveFloat = 1800.0
     """A collective that takes longer fails."""
     env: dict[str, str] = {}
-    """More variables of NCCL and gloo for every worker, such as `NCCL_IB_HCA`."""
+    """More variables of NCCL and gloo for every worker, such as `NCCL_IB_HCA`; they win over `interface`."""
 
     @field_validator("env")
     @classmethod
@@ -89,7 +89,8 @@ class Resources(Config):
 
     launch: Literal["inline", "ray", "ray_job"]
     """inline: this process, one worker, plain torch. ray: a cluster that is already up, driven from this process.
-    ray_job: the same cluster, driven by one job per attempt, which goes on when this process ends."""
+    ray_job: the same, but each stage is trained by a job of the cluster, which goes on when this process ends and is
+    found again by the next that asks for the stage."""
     store: str = "store"
     """Where sealed artifacts are: a folder, or `s3://bucket/prefix`."""
     data: str = "data"
@@ -138,6 +139,8 @@ class Resources(Config):
     """Shards that `prepare` makes at once."""
     max_failures: NonNegativeInt = 2
     """How often Ray Train restarts the workers before the stage fails."""
+    start_timeout_seconds: PositiveFloat = 1800.0
+    """How long a stage waits, in whole minutes, for nodes with room for all its workers; a lost node may come back."""
     host: str = "127.0.0.1"
     """Where servers listen."""
     serve_port: int = Field(default=8000, ge=0, lt=65536)
@@ -189,5 +192,7 @@ class Resources(Config):
                 raise ValueError(
                     f"zero_stage {own.zero_stage}{place} needs DeepSpeed, which launch inline does not use"
                 )
+        if self.placement != "PACK" or self.network != Network():
+            raise ValueError("placement and network have no effect with launch inline; remove them or use launch ray")
         if self.ray_address is not None:
             raise ValueError("ray_address has no effect with launch inline; remove it or use launch ray")

@@ -85,7 +85,7 @@ def _track(report: dict[str, Any], tracking_uri: str | None, run_id: str | None)
 
 
 def _launch(job: Job) -> dict[str, Any]:
-    if job.resources.launch == "ray":
+    if job.resources.launch != "inline":
         from vila_ops.eval.ray_actor import run_on_ray
 
         return run_on_ray(job)

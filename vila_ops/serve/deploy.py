@@ -47,13 +47,13 @@ def deploy(service: Service, version: ModelVersion, resources: Resources) -> Dep
     Raises CorruptArtifact before anything changes, NotReady, and ValueError for a port that another process holds.
     """
     spec = Spec.of(service, version, resources)
-    url = _deploy_on_ray(spec, resources) if resources.launch == "ray" else _deploy_inline(spec, resources)
+    url = _deploy_inline(spec, resources) if resources.launch == "inline" else _deploy_on_ray(spec, resources)
     return Deployment(url=url, model=version.checkpoint.digest, version=version.version)
 
 
 def undeploy(service: Service, resources: Resources) -> None:
     """End what serves a service; a service that does not run is fine."""
-    if resources.launch == "ray":
+    if resources.launch != "inline":
         from vila_ops.serve import replicas
 
         connect(resources)
@@ -107,7 +107,9 @@ def _await_process(record: Record, spec: Spec, desk: Desk) -> None:
 
 def _deploy_on_ray(spec: Spec, resources: Resources) -> str:
     if not resources.serve_port:
-        raise ValueError("launch ray needs a fixed serve_port: Ray Serve keeps its port for as long as it runs")
+        raise ValueError(
+            f"launch {resources.launch} needs a fixed serve_port: Ray Serve keeps its port for as long as it runs"
+        )
     url, name = f"http://{resources.host}:{resources.serve_port}", spec.service.name
     if _identities(url) == [spec.identity()]:  # it says so itself, so Ray need not be asked
         log.info("%s already serves version %d", url, spec.version.version)

@@ -1,15 +1,23 @@
 """A stage's workers on the cluster: Ray Train starts, watches and restarts them; the loop is the same as inline."""
 
 import json
+import math
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import ray.train
-from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from vila_ops.cluster import connect, log_to_driver, whoami
+from vila_ops.config import Resources
 from vila_ops.train.job import Job, NonFiniteLoss, Place
+
+TRY_SECONDS = float(os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60"))
+"""How long Ray Train waits for nodes with room for all workers before it asks for them anew."""
 
 
 def train_on_ray(job: Job) -> list[dict[str, Any]]:
@@ -17,23 +25,33 @@ def train_on_ray(job: Job) -> list[dict[str, Any]]:
 
     A worker that dies makes Ray restart the group, `max_failures` times at most; the loop then goes on from its
     newest resume checkpoint. Weights never pass through Ray: rank 0 writes them into the attempt's folder.
-    Raises what a worker raised, where that says what is wrong, instead of Ray's report of it.
+    Raises what a worker raised, where that says what is wrong, instead of Ray's report of it, and TimeoutError where
+    the cluster has no room for the workers.
     """
     resources = job.resources
     connect(resources)
+    storage = resources.scratch() / "ray_train" / Path(job.resume).name
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"job": job.model_dump_json()},
-        torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
+        train_loop_config={"job": job.model_dump_json(), "here": os.getcwd()},
+        torch_config=TorchConfig(
+            backend="nccl" if resources.gpus_per_worker else "gloo",
+            timeout_s=math.ceil(resources.network.timeout_seconds),
+        ),
         scaling_config=ScalingConfig(
             num_workers=resources.num_workers,
             use_gpu=bool(resources.gpus_per_worker),
             resources_per_worker={"CPU": resources.cpus_per_worker},
+            placement_strategy=resources.placement,
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]  # mypy reads that of version 1, which is not what is imported
             name=Path(job.attempt).name,
-            storage_path=str(resources.scratch() / "ray_train"),
-            failure_config=FailureConfig(max_failures=resources.max_failures),
+            storage_path=str(storage),
+            failure_config=FailureConfig(  # type: ignore[call-arg]
+                max_failures=resources.max_failures,
+                controller_failure_limit=math.ceil(resources.start_timeout_seconds / TRY_SECONDS) - 1,
+            ),
+            worker_runtime_env={"env_vars": network_variables(resources)},
         ),
     )
     try:
@@ -43,6 +61,12 @@ def train_on_ray(job: Job) -> list[dict[str, Any]]:
             if isinstance(failure, ValueError | OSError | NonFiniteLoss):
                 raise failure from error
         raise
+    except ControllerError as error:
+        if not isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
+            raise
+        raise TimeoutError(_no_room(resources)) from error
+    finally:
+        shutil.rmtree(storage, ignore_errors=True)  # also what attempts left that were killed
     said = [Path(f"{job.attempt}-rank-{rank}.json") for rank in range(resources.num_workers)]
     ran = [json.loads(path.read_text()) for path in said]
     for path in said:
@@ -50,11 +74,31 @@ def train_on_ray(job: Job) -> list[dict[str, Any]]:
     return ran
 
 
+def network_variables(resources: Resources) -> dict[str, str]:
+    """What every worker has in its environment from its start on, before it meets the others."""
+    interface = resources.network.interface
+    own = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}
+    return own | resources.network.env
+
+
+def _no_room(resources: Resources) -> str:
+    each = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
+    alive = [one["Resources"] for one in ray.nodes() if one["Alive"]]  # type: ignore[no-untyped-call]
+    nodes = [{kind: one.get(kind, 0) for kind in each} for one in alive]
+    return (
+        f"no room for {resources.num_workers} workers of {each} with placement {resources.placement} within "
+        f"{resources.start_timeout_seconds:.0f} s; the nodes alive have {nodes}. Add nodes and ask again, or change "
+        f"num_workers, cpus_per_worker or placement"
+    )
+
+
 def _worker(config: dict[str, str]) -> None:
     """One worker: the same loop as inline, in its place."""
     from vila_ops.train.loop import train  # heavy, and only needed here
 
     log_to_driver()
+    if os.path.isdir(config["here"]):  # what is relative is so to the driver's folder; Ray Train has one of its own
+        os.chdir(config["here"])
     job = Job.model_validate_json(config["job"])
     context = ray.train.get_context()
     place = Place(rank=context.get_world_rank(), world_size=context.get_world_size())

@@ -1,6 +1,7 @@
 """The room `train_stage`: one stage from its data and what it starts from. Light: the work is in `loop`."""
 
 import logging
+import os
 import time
 from importlib.util import find_spec
 from typing import Any
@@ -35,6 +36,8 @@ def train_stage(
     at = store.address(Checkpoint, revision=REVISION, recipe=recipe, parents=parents)
     if done := store.find(Checkpoint, at, store=resources.store):
         return done
+    if resources.launch == "ray_job":
+        return _as_job(at, stage, model, data, init, resources)
     with hold(at, store=resources.store):
         return store.find(Checkpoint, at, store=resources.store) or _train(
             at, stage, data, init, resources, fresh=fresh
@@ -89,6 +92,21 @@ def _check_quantised(stage: Stage) -> None:
             f"stage {stage.name!r} has tuning.quantise {stage.tuning.quantise}, which needs bitsandbytes; "
             f"pip install 'vila-ops[qlora]', or set tuning.quantise to null"
         )
+
+
+def _as_job(
+    at: store.Address, stage: Stage, model: Model, data: Dataset, init: Checkpoint | Pretrained, resources: Resources
+) -> Checkpoint:
+    """What a job of the cluster seals, which is this room under launch `ray`."""
+    from vila_ops.train.ray_job import Asked, train_as_job
+
+    train_as_job(at.key, Asked(stage=stage, model=model, data=data, init=init, resources=resources, here=os.getcwd()))
+    if done := store.find(Checkpoint, at, store=resources.store):
+        return done
+    raise RuntimeError(
+        f"the job of {at.kind}/{at.key} has ended well, but {resources.store} here does not have it; "
+        f"set a store that the cluster's head and this machine both see"
+    )
 
 
 def _launch(job: Job) -> list[dict[str, Any]]:

@@ -1,0 +1,146 @@
+"""A stage as a job of the cluster: it goes on when the process that asked for it ends, and a new one finds it again.
+
+The job is the whole room under launch `ray`, on the cluster's head: it takes the lease, trains and seals. So the
+process that asked only watches, and a stage that ends while nobody does is in the store all the same. Also the job
+itself: `python -m vila_ops.train.ray_job` reads what was asked for from the environment.
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+from contextlib import suppress
+
+import requests
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from vila_ops.artifacts.kinds import Checkpoint, Dataset, Pretrained
+from vila_ops.artifacts.store import CorruptArtifact
+from vila_ops.cluster import log_to_driver
+from vila_ops.config import Config, Model, Resources, Stage
+from vila_ops.train.job import NonFiniteLoss
+from vila_ops.train.stage import train_stage
+
+ASKED = "VILA_OPS_STAGE"
+"""Variable of the job that says which stage; it holds no secret, and is in no command line."""
+POLL_SECONDS = 2.0
+UNHEARD_SECONDS = 60.0
+"""A job server that does not answer for so long is given up; the job may well go on."""
+WRONG: dict[str, type[Exception]] = {"NonFiniteLoss": NonFiniteLoss, "CorruptArtifact": CorruptArtifact}
+"""Errors by their names that a second try does not mend; others of that kind are told as ValueError."""
+
+log = logging.getLogger(__name__)
+
+
+class Asked(Config):
+    """What a job is told."""
+
+    stage: Stage
+    model: Model
+    data: Dataset
+    init: Checkpoint | Pretrained
+    resources: Resources
+    here: str
+    """Working directory of who asks: what is relative is so to it, if the head has such a folder."""
+
+
+def train_as_job(key: str, asked: Asked) -> None:
+    """Return when the stage of this address is sealed, by a job that runs already or a new one.
+
+    A job outlives this process, however that ends, Ctrl-C included; `ray job stop ID` ends one. Raises what the room
+    raised where another try would raise it again (ValueError, NonFiniteLoss), else RuntimeError, and OSError where the
+    job server does not answer.
+    """
+    address = asked.resources.job_address
+    try:
+        client = JobSubmissionClient(address)
+    except ConnectionError as error:
+        raise ConnectionError(f"no job server answers at {address}; job_address is that of the dashboard") from error
+    name = newest_live(client.list_jobs(), key) or _submit(client, key, asked)
+    log.info("stage %s is job %s; `ray job stop %s --address %s` ends it", asked.stage.name, name, name, address)
+    job = _watch(client, name)
+    if job.status == JobStatus.STOPPED:
+        raise RuntimeError(f"job {name} was stopped; asked for again, {asked.stage.name} goes on from its checkpoint")
+    if job.driver_exit_code == os.EX_DATAERR:
+        told = json.loads(client.get_job_logs(name).splitlines()[-1])
+        raise WRONG.get(told["error"], ValueError)(told["text"])
+    if job.status != JobStatus.SUCCEEDED:
+        raise RuntimeError(f"job {name} failed: {job.message}")
+
+
+def newest_live(jobs: list[JobDetails], key: str) -> str | None:
+    """The id of an address's newest job that has not ended; None where there is none."""
+    live = [number for number, job in _attempts(jobs, key).items() if not job.status.is_terminal()]
+    return f"{key}-{max(live)}" if live else None
+
+
+def next_attempt(jobs: list[JobDetails], key: str) -> str:
+    """The id of an address's next job."""
+    return f"{key}-{1 + max(_attempts(jobs, key), default=0)}"
+
+
+def _attempts(jobs: list[JobDetails], key: str) -> dict[int, JobDetails]:
+    """Jobs of an address by attempt; their ids are ADDRESS-ATTEMPT."""
+    ids = [(job, *(job.submission_id or "").rpartition("-")) for job in jobs]
+    return {int(number): job for job, own, _, number in ids if own == key and number.isdecimal()}
+
+
+def _submit(client: JobSubmissionClient, key: str, asked: Asked) -> str:
+    """The id of a new job, or of the one that another process submitted at the same moment."""
+    name = next_attempt(client.list_jobs(), key)
+    told = {"env_vars": {ASKED: asked.model_dump_json()}}
+    try:
+        client.submit_job(
+            entrypoint="python -m vila_ops.train.ray_job",
+            submission_id=name,
+            runtime_env=told,
+            metadata={"stage": asked.stage.name, "address": key},
+        )
+    except RuntimeError:
+        if name not in {job.submission_id for job in client.list_jobs()}:
+            raise
+    return name
+
+
+def _watch(client: JobSubmissionClient, name: str) -> JobDetails:
+    """The job when it has ended. Until then its lines go to the log, on its first look those from before too."""
+    shown, heard = 0, time.monotonic()
+    while True:
+        try:
+            job = client.get_job_info(name)
+            lines = client.get_job_logs(name).splitlines(keepends=True)
+        except (requests.RequestException, RuntimeError) as error:
+            if time.monotonic() - heard > UNHEARD_SECONDS:
+                raise ConnectionError(f"the job server says nothing of job {name} any more: {error}") from error
+            time.sleep(POLL_SECONDS)
+            continue
+        heard = time.monotonic()
+        whole = len(lines) if job.status.is_terminal() or not lines or lines[-1].endswith("\n") else len(lines) - 1
+        for line in lines[shown:whole]:
+            log.info("%s", line.rstrip("\n"))
+        shown = whole
+        if job.status.is_terminal():
+            return job
+        time.sleep(POLL_SECONDS)
+
+
+def main() -> None:
+    """The job: the room, and where it says what is wrong, that as the last line."""
+    log_to_driver()
+    asked = Asked.model_validate_json(os.environ.pop(ASKED))
+    with suppress(FileNotFoundError):
+        os.chdir(asked.here)
+    resources = Resources.model_validate({**asked.resources.model_dump(), "launch": "ray", "job_address": None})
+    try:
+        train_stage(asked.stage, asked.model, asked.data, asked.init, resources)
+    except (ValueError, NonFiniteLoss) as error:
+        import ray
+
+        ray.shutdown()  # its workers' lines would come after ours
+        sys.stdout.write("\n" + json.dumps({"error": type(error).__name__, "text": str(error)}))
+        sys.exit(os.EX_DATAERR)
+
+
+if __name__ == "__main__":
+    main()
