@@ -1,0 +1,270 @@
+"""Clusters of several nodes on this machine: workers, nodes, the head and the flow die, and the curve stays that of one process.
+
+A node is a raylet with processes and resources of its own. VILA_KILLS_NODES sets how many kills of each kind
+(`make faults`: 20); without it one run takes one of each kind but the head's.
+"""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from vila_ops.artifacts.kinds import Checkpoint
+from vila_ops.artifacts.store import content, read_manifest
+from vila_ops.config import Resources, Run, Stage, load
+from vila_ops.data.prepare import prepare
+from vila_ops.model.assemble import assemble
+from vila_ops.train.ray_job import Asked
+from vila_ops.train.stage import train_stage
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[2]
+KILLS = int(os.environ.get("VILA_KILLS_NODES", "0"))
+SEED = int(os.environ.get("VILA_KILL_SEED", str(time.time_ns() % 10**6)))
+RAY = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", "--num-cpus", "2"]
+OPTIONS = ["--node-ip-address", "127.0.0.1", "--object-store-memory", "80000000"]
+OPTIONS += ["--min-worker-port", "0", "--max-worker-port", "0"]
+ENV = {
+    **os.environ,
+    "PYTHONPATH": str(ROOT),
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    "OMP_NUM_THREADS": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+}
+STEPS_A_KILL = 6
+PATIENCE_SECONDS = 240
+
+
+class Nodes:
+    """A cluster of this test: a head and further nodes, all of whose processes are ended by their ids."""
+
+    def __init__(self, free_ports: Callable[[int], list[int]], *, count: int) -> None:
+        self.free_ports, self.count = free_ports, count
+        self.gcs, self.dashboard, self.client = free_ports(3)
+        self.address, self.jobs = f"127.0.0.1:{self.gcs}", f"http://127.0.0.1:{self.dashboard}"
+        self.started: list[subprocess.Popen[bytes]] = []
+        self.folder = ""
+
+    def up(self) -> None:
+        """The head, which is node 0, and then the others, once it answers."""
+        head = ["--head", "--port", str(self.gcs), "--temp-dir", self.folder, "--dashboard-port", str(self.dashboard)]
+        self._start(*head, "--ray-client-server-port", str(self.client))
+        _wait(lambda: _listens(self.gcs) and _listens(self.dashboard), "a head")
+        for _ in range(self.count - 1):
+            self.add()
+
+    def add(self) -> None:
+        """One more node, which joins within seconds."""
+        self._start("--address", self.address)
+
+    def kill(self, number: int) -> None:
+        """SIGKILL to the raylet of a node, or, of the head, to all that it is."""
+        tree = _tree(self.started.pop(number))
+        for process in tree:
+            if number == 0 or process.name() == "raylet":
+                process.kill()
+        _end(tree)
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes that train."""
+        found = [process for one in self.started for process in _tree(one)]
+        return [process for process in found if "RayTrainWorker" in "".join(_words(process))]
+
+    def end(self) -> None:
+        """Every process, the head's last."""
+        for one in reversed(self.started):
+            _end(_tree(one))
+        self.started.clear()
+
+    def _start(self, *arguments: str) -> None:
+        agent, metrics = self.free_ports(2)
+        ports = ["--dashboard-agent-listen-port", str(agent), "--metrics-export-port", str(metrics)]
+        command = [*RAY, *OPTIONS, *arguments, *ports]
+        self.started.append(subprocess.Popen(command, env=ENV, cwd=self.folder, stdout=subprocess.DEVNULL))
+
+
+def _words(process: psutil.Process) -> list[str]:
+    with suppress(psutil.NoSuchProcess):
+        return process.cmdline()
+    return []
+
+
+def _tree(process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
+    with suppress(psutil.NoSuchProcess):
+        whole = psutil.Process(process.pid)
+        return [whole, *whole.children(recursive=True)]
+    return []
+
+
+def _end(tree: list[psutil.Process]) -> None:
+    for process in tree:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    for process in psutil.wait_procs(tree, timeout=5)[1]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _wait(is_so: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not is_so():
+        assert time.monotonic() < deadline, f"no {what} within {PATIENCE_SECONDS} s, seed {SEED}"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def cluster_of(free_ports: Callable[[int], list[int]]) -> Iterator[Callable[[int], Nodes]]:
+    """Starts a cluster of so many nodes."""
+    with ExitStack() as stack:
+
+        def start(count: int) -> Nodes:
+            nodes = Nodes(free_ports, count=count)
+            nodes.folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-t", ignore_cleanup_errors=True))
+            stack.callback(nodes.end)
+            nodes.up()
+            return nodes
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Asked]:
+    """A stage of so many steps, inline, that saves after each."""
+    root = tmp_path_factory.mktemp("asked")
+    inline = ROOT / "configs/resources/inline.yaml"
+    where = (f"resources.store={root}/store", f"resources.cache={root}/cache", "resources.threads_per_worker=1")
+    run: Run = load(ROOT / "configs/recipes/tiny.yaml", resources=inline, overrides=where)
+    whole = run.recipe.stages["pretrain"]
+
+    def make(num_steps: int) -> Asked:
+        changes = {"num_steps": num_steps, "save_every": 1, "validate_every": num_steps, "global_batch_size": 16}
+        return Asked(
+            stage=Stage.model_validate({**whole.model_dump(), **changes}),
+            model=run.recipe.model_of("pretrain"),
+            data=prepare(whole.mixture, run.recipe.text(), run.resources),
+            init=assemble(run.recipe.model, run.resources),
+            resources=run.resources,
+            here=str(ROOT),
+        )
+
+    return make
+
+
+class Flow:
+    """A process that asks for a stage, again after its death."""
+
+    def __init__(self, asked: Asked, folder: Path, **resources: object) -> None:
+        told = {**asked.resources.model_dump(), "store": str(folder / "store"), **resources}
+        self.asked = Asked.model_validate({**asked.model_dump(), "resources": Resources.model_validate(told)})
+        self.folder, self.lives = folder, 0
+        (folder / "asked.json").write_text(self.asked.model_dump_json())
+
+    def start(self) -> None:
+        """A new life."""
+        self.lives += 1
+        self.log = self.folder / f"flow-{self.lives}.log"
+        command = [sys.executable, str(Path(__file__).parent / "asked_stage.py"), str(self.folder / "asked.json")]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, env=ENV, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+
+    def steps(self) -> int:
+        """Of the newest resume checkpoint."""
+        found = [int(path.parent.name[5:]) for path in self.folder.glob("store/resume/*/step-*/manifest.json")]
+        return max(found, default=0)
+
+    def await_steps(self, least: int) -> None:
+        """Until the checkpoint of a step is there."""
+
+        def is_so() -> bool:
+            assert self.process.poll() is None, f"ended too early, seed {SEED}: {self.log.read_text()[-4000:]}"
+            return self.steps() >= least
+
+        _wait(is_so, f"step {least}")
+
+    def result(self) -> Checkpoint:
+        """What the last life ended with."""
+        assert self.process.wait(PATIENCE_SECONDS) == 0, self.log.read_text()[-4000:]
+        return Checkpoint.model_validate_json(self.log.read_text().splitlines()[-1])
+
+    @contextmanager
+    def running(self) -> Iterator["Flow"]:
+        """Started; ended with the block."""
+        self.start()
+        try:
+            yield self
+        finally:
+            self.process.kill()
+            self.process.wait()
+
+
+def _losses(checkpoint: Checkpoint) -> list[float]:
+    curve = json.loads((content(checkpoint) / "curve.json").read_text())
+    return [float.fromhex(row["loss"]) for row in curve if "loss" in row]
+
+
+def _is_that_of_one_process(made: Checkpoint, asked: Asked, *, num_nodes: int) -> None:
+    """Its curve; nothing was sealed twice, every node had one worker, and nothing is left of the way there."""
+    alone = train_stage(asked.stage, asked.model, asked.data, asked.init, asked.resources)
+    assert _losses(made) == pytest.approx(_losses(alone), rel=1e-6, abs=1e-6), f"seed {SEED}"
+    store = Path(made.uri).parents[1]
+    assert len(list(store.glob("checkpoint/*/manifest.json"))) == 1
+    assert not list(store.glob("resume/*"))
+    assert not list(store.glob("ray_train/*"))
+    workers = read_manifest(made.uri)["execution"]["workers"]
+    assert len({worker["node"] for worker in workers}) == len(workers) == num_nodes
+    assert {worker["backend"] for worker in workers} == {"gloo"}
+
+
+@pytest.mark.timeout(600)
+def test_a_job_outlives_its_flow_a_worker_and_a_node(
+    cluster_of: Callable[[int], Nodes], asked: Callable[[int], Asked], tmp_path: Path
+) -> None:
+    """One job all the time, though three things die: a second flow finds it, and Ray Train waits for a node."""
+    nodes, stage = cluster_of(2), asked(24)
+    flow = Flow(
+        stage, tmp_path, launch="ray_job", ray_address=nodes.address, job_address=nodes.jobs, num_workers=2,
+        zero_stage=1, placement="STRICT_SPREAD", network={"interface": "lo", "env": {"TP_SOCKET_IFNAME": "lo"}},
+        max_failures=5,
+    )  # fmt: skip
+    with flow.running():
+        flow.await_steps(2)
+        flow.process.kill()
+        flow.process.wait()
+        flow.start()
+        workers = nodes.workers()
+        assert len(workers) == 2
+        for worker in workers:
+            found = worker.environ()  # as its process began
+            assert [found[name] for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")] == [
+                "lo"
+            ] * 3
+        workers[0].kill()
+        before = flow.steps()
+        flow.await_steps(before + 2)
+        nodes.kill(1)
+        nodes.add()
+        made = flow.result()
+    _is_that_of_one_process(made, stage, num_nodes=2)
+    (job,) = [job for job in JobSubmissionClient(nodes.jobs).list_jobs() if job.submission_id]
+    assert job.status == JobStatus.SUCCEEDED
+    assert job.submission_id == f"{Path(made.uri).name}-1"
+    for life in (1, 2):
+        assert f"is job {job.submission_id};" in (tmp_path / f"flow-{life}.log").read_text()
