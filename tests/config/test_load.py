@@ -204,6 +204,8 @@ def test_a_remainder_is_refused_with_a_batch_that_would_do(resources: str, batch
         ("resources.zero_stage=1", r"zero_stage 1 needs DeepSpeed"),
         ("resources.num_workers=2", r"launch inline is one worker, not 2"),
         ("resources.launch=ray", r"set ray_address"),
+        ("resources.placement=SPREAD", r"placement and network have no effect with launch inline"),
+        ("resources.network={interface: eth0}", r"placement and network have no effect with launch inline"),
         ("resources.stages={sft: {num_workers: 2}}", r"launch inline is one worker, not 2 of stage 'sft'"),
         ("resources.stages={sft: {zero_stage: 3}}", r"zero_stage 3 of stage 'sft' needs DeepSpeed"),
         ("resources.stages={stf: {micro_batch_size: 2}}", r"names \['stf'\], which .* \['align', 'pretrain', 'sft'\]"),

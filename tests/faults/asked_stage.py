@@ -1,4 +1,4 @@
-"""A flow that asks for one stage: `python asked_stage.py ASKED.json`; prints the checkpoint's handle as its last line."""
+"""A flow that asks for one stage: `python asked_stage.py ASKED.json MADE.json`; writes the checkpoint's handle."""
 
 import logging
 import sys
@@ -12,4 +12,4 @@ if __name__ == "__main__":
     logging.getLogger("vila_ops").setLevel(logging.INFO)
     asked = Asked.model_validate_json(Path(sys.argv[1]).read_text())
     made = train_stage(asked.stage, asked.model, asked.data, asked.init, asked.resources)
-    sys.stdout.write(f"\n{made.model_dump_json()}\n")
+    Path(sys.argv[2]).write_text(made.model_dump_json())

@@ -24,6 +24,8 @@ from vila_ops.train.stage import train_stage
 
 ASKED = "VILA_OPS_STAGE"
 """Variable of the job that says which stage; it holds no secret, and is in no command line."""
+SAYS = "vila-ops says "
+"""Before what is wrong, on a line of its own: Ray may print workers' lines around it."""
 POLL_SECONDS = 2.0
 UNHEARD_SECONDS = 60.0
 """A job server that does not answer for so long is given up; the job may well go on."""
@@ -63,7 +65,8 @@ def train_as_job(key: str, asked: Asked) -> None:
     if job.status == JobStatus.STOPPED:
         raise RuntimeError(f"job {name} was stopped; asked for again, {asked.stage.name} goes on from its checkpoint")
     if job.driver_exit_code == os.EX_DATAERR:
-        told = json.loads(client.get_job_logs(name).splitlines()[-1])
+        lines = client.get_job_logs(name).splitlines()
+        told = json.loads(next(line for line in reversed(lines) if line.startswith(SAYS)).removeprefix(SAYS))
         raise WRONG.get(told["error"], ValueError)(told["text"])
     if job.status != JobStatus.SUCCEEDED:
         raise RuntimeError(f"job {name} failed: {job.message}")
@@ -126,7 +129,7 @@ def _watch(client: JobSubmissionClient, name: str) -> JobDetails:
 
 
 def main() -> None:
-    """The job: the room, and where it says what is wrong, that as the last line."""
+    """The job: the room, and where it says what is wrong, that on a line of its own."""
     log_to_driver()
     asked = Asked.model_validate_json(os.environ.pop(ASKED))
     with suppress(FileNotFoundError):
@@ -135,10 +138,7 @@ def main() -> None:
     try:
         train_stage(asked.stage, asked.model, asked.data, asked.init, resources)
     except (ValueError, NonFiniteLoss) as error:
-        import ray
-
-        ray.shutdown()  # its workers' lines would come after ours
-        sys.stdout.write("\n" + json.dumps({"error": type(error).__name__, "text": str(error)}))
+        sys.stdout.write(f"\n{SAYS}{json.dumps({'error': type(error).__name__, 'text': str(error)})}\n")
         sys.exit(os.EX_DATAERR)
 
 
