@@ -13,6 +13,7 @@ import time
 from contextlib import suppress
 
 import requests
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, Pretrained
@@ -59,6 +60,10 @@ def train_as_job(key: str, asked: Asked) -> None:
         client = JobSubmissionClient(address)
     except ConnectionError as error:
         raise ConnectionError(f"no job server answers at {address}; job_address is that of the dashboard") from error
+    except AuthenticationError as error:
+        raise ValueError(
+            f"the job server at {address} asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE"
+        ) from error
     name = newest_live(client.list_jobs(), key) or _submit(client, key, asked)
     log.info("stage %s is job %s; `ray job stop %s --address %s` ends it", asked.stage.name, name, name, address)
     job = _watch(client, name)
