@@ -13,7 +13,7 @@ from vila_ops.eval.evaluate import evaluate
 from vila_ops.model.assemble import assemble
 from vila_ops.registry.register import register
 from vila_ops.serve.deploy import deploy
-from vila_ops.train.job import NonFiniteLoss
+from vila_ops.train.job import FINAL
 from vila_ops.train.stage import train_stage
 
 P = ParamSpec("P")
@@ -22,7 +22,7 @@ R = TypeVar("R")
 
 def _a_retry_may_mend_it(_task: Task[..., Any], _run: TaskRun, failed: State[Any]) -> bool:
     """Not a wrong value, a corrupted file or a loss that is not a number: they are the same at the second try."""
-    return not isinstance(failed.data, ValueError | NonFiniteLoss)
+    return not isinstance(failed.data, FINAL)
 
 
 def _task(room: Callable[P, R], *, name: str | None = None, retries: int = 2) -> Task[P, R]:

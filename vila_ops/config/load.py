@@ -1,6 +1,7 @@
 """YAML files to a frozen Run: one composition rule, `extends`, and dotted overrides."""
 
 import re
+import shlex
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -22,7 +23,14 @@ def load(recipe: Path, *, resources: Path, overrides: tuple[str, ...] = ()) -> R
         key, value = key_and_value(override)
         path = key.split(".") if key.startswith("resources.") else ["recipe", *key.split(".")]
         tree = _set(tree, path, value, override, Run)
+    tree["resources"].setdefault("asked_for", _asked_for(recipe, resources, overrides))
     return Run.model_validate(tree)
+
+
+def _asked_for(recipe: Path, resources: Path, overrides: tuple[str, ...]) -> str:
+    """The arguments of a command that loads the same run."""
+    settings = [part for override in overrides for part in ("-s", override)]
+    return shlex.join([str(recipe), "-r", str(resources), *settings])
 
 
 def key_and_value(override: str) -> tuple[str, Any]:

@@ -1,5 +1,7 @@
 """Weighted mixtures of sources, and their split."""
 
+import operator
+from collections import Counter
 from typing import Annotated, Literal, assert_never
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -71,6 +73,11 @@ class Mixture(Config):
     split: Split = Split()
     blend: Blend = ByWeight()
     pictures: Pictures = Pictures()
+    quarantine: dict[Slug, Annotated[tuple[str, ...], Field(min_length=1)]] = Field(
+        default={}, exclude_if=operator.not_
+    )
+    """By source, the ids of records that are left out, such as those that broke a training step. What is made of the
+    others stays byte for byte. `vila-ops data quarantine` writes them into a file of their own."""
     near_duplicates: NearDuplicates | None = None
     contamination: Contamination | None = None
     max_bad_share: float = Field(default=0.05, ge=0, le=1)
@@ -82,6 +89,18 @@ class Mixture(Config):
     """What a shard aims at; the unit of parallel work and of reuse. Shards of 64 to 256 MiB suit disks and S3 best."""
     seed: int = 0
     """Of everything drawn while rendering (questions, distractors)."""
+
+    @model_validator(mode="after")
+    def _quarantine_has_an_effect(self) -> "Mixture":
+        if unknown := [name for name in self.quarantine if name not in self.sources]:
+            raise ValueError(
+                f"mixture {self.name!r}: quarantine names {unknown}, which are no sources of it; "
+                f"those are {list(self.sources)}"
+            )
+        for name, ids in self.quarantine.items():
+            if twice := [one for one, count in Counter(ids).items() if count > 1]:
+                raise ValueError(f"mixture {self.name!r}: quarantine names {twice} of {name!r} twice")
+        return self
 
     @model_validator(mode="after")
     def _every_share_has_an_effect(self) -> "Mixture":

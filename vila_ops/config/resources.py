@@ -101,6 +101,8 @@ class Resources(Config):
     """MLflow server or sqlite URI; None logs nothing."""
     prefect_page: str | None = None
     """Address of Prefect's page, for links."""
+    asked_for: str | None = None
+    """Recipe and options of the command that was given, for commands that messages tell; `load` fills it in."""
     parent_run: str | None = None
     """MLflow run that the runs of the rooms are children of."""
     ray_address: str | None = None

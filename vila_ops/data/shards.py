@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vila_ops.artifacts import store
@@ -130,6 +131,14 @@ def write_dropped(dropped: Sequence[Dropped], source: str, folder: Path) -> None
 def read_index(folder: Path) -> pa.Table:
     """The index of a prepared mixture, one row a sample."""
     return pq.read_table(folder / INDEX, schema=SCHEMA)
+
+
+def find_rows(folder: Path, keys: Iterable[str]) -> list[dict[str, Any]]:
+    """Key, source, record id and split of samples by their keys, in no order; a key that is not there is left out."""
+    wanted = pc.field("key").isin(list(keys))
+    columns = ["key", "source", "id", "split"]
+    rows: list[dict[str, Any]] = pq.read_table(folder / INDEX, columns=columns, filters=wanted).to_pylist()
+    return rows
 
 
 def read_sample(folder: Path, *, shard: str, offset: int, key: str) -> Sample:

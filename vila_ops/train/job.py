@@ -5,9 +5,23 @@ from pathlib import Path
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, Pretrained
 from vila_ops.config import Config, Resources, Stage
 
+HUNG = 75
+"""Exit code of a process whose step hung: EX_TEMPFAIL of sysexits.h, so that whoever started it may try again."""
+
 
 class NonFiniteLoss(RuntimeError):
     """The loss of a step, or its gradient, is not a number; nothing was updated."""
+
+
+class HungStep(RuntimeError):
+    """A step took far longer than those before it, and its processes were ended; another try may mend it."""
+
+
+FINAL = (ValueError, NonFiniteLoss)
+"""What is the same at the second try: wrong settings, damaged or bad data, a loss that is no number.
+
+Anything else may be mended by another try: a worker that died, a step that hung, a disk or a network that failed.
+"""
 
 
 class Place(Config):
@@ -36,6 +50,10 @@ class Job(Config):
     def feature_cache(self) -> Path:
         """Where features of frozen towers are kept."""
         return self.resources.scratch() / "features"
+
+    def watch(self) -> Path:
+        """What the ranks say of themselves while they train, and of steps that went wrong; attempts share it."""
+        return self.resources.scratch() / "watch" / Path(self.resume).name
 
     def plan_cache(self) -> Path:
         """Where the order of samples is kept."""

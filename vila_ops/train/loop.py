@@ -6,7 +6,6 @@ order, `objective.py` for the loss and `engine.py` for the step.
 
 import json
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,14 @@ from vila_ops.model.projectors import fit_to
 from vila_ops.model.trainable import keep_frozen_in, set_trainable
 from vila_ops.model.vila import VilaForConditionalGeneration
 from vila_ops.train.batches import Batches
+from vila_ops.train.blame import Blame
 from vila_ops.train.checkpoint.saver import Checkpoints, Curve
 from vila_ops.train.engine import Engine, build_engine
-from vila_ops.train.job import Job, NonFiniteLoss, Place
+from vila_ops.train.job import Job, Place
 from vila_ops.train.meter import Meter
 from vila_ops.train.objective import Objective
 from vila_ops.train.optim import rate_factor
+from vila_ops.train.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,11 @@ CURVE = "curve.json"
 
 def train(job: Job, place: Place) -> dict[str, Any]:
     """Train one stage to its end and leave the model in the attempt's folder (rank 0); returns what really ran."""
+    with Watch(job, place) as watch:
+        return _train(job, place, watch)
+
+
+def _train(job: Job, place: Place, watch: Watch) -> dict[str, Any]:
     torch.set_num_threads(job.resources.threads_per_worker)
     torch.manual_seed(job.stage.seed)
     model, rows, batches = load(job)
@@ -50,23 +56,30 @@ def train(job: Job, place: Place) -> dict[str, Any]:
     engine = build_engine(objective, trained, job.stage, job.resources)
     checkpoints = Checkpoints(job.resume, place, job.resources, live=engine.live)
     step, curve = checkpoints.restore(engine)
+    blame = Blame(job, watch, rows, curve)
     num_steps = rows.num_steps()
+    watch.beat(step, "validate")
     if step == 0:
         curve.append({"step": 0, "validation_loss": validate(engine, batches, rows, place)})
     meter = Meter(job, step=step, num_steps=num_steps) if place.rank == 0 else None
     while step < num_steps:
-        loss = add_gradients(engine, batches, rows, job, step=step, place=place)
+        watch.beat(step, "train")
+        loss = add_gradients(engine, batches, rows, job, step=step, blame=blame)
         checkpoints.settle()
         norm = engine.step(rate_factor(step, job.stage, num_steps=num_steps))
-        _check_finite("gradient norm", norm, rows, step=step, place=place)
+        blame.check("gradient norm", norm, step=step)
         step += 1
         curve.append({"step": step, "loss": loss})
+        blame.look(step, loss)
         if step % job.stage.validate_every == 0 or step == num_steps:
+            watch.beat(step, "validate")
             curve[-1]["validation_loss"] = validate(engine, batches, rows, place)
         if meter:
             meter.count(curve[-1], norm=norm)
         if step % job.stage.save_every == 0 and step < num_steps:
+            watch.beat(step, "save")
             checkpoints.save(step, engine.state(), curve)
+    watch.beat(step, "finish")
     checkpoints.close()
     if meter:
         meter.close()
@@ -100,18 +113,22 @@ def change_of(stage: Stage) -> Change:
     return Change(image_size=stage.image_size, visual_expert=stage.tuning.kind == "visual_expert")
 
 
-def add_gradients(engine: Engine, batches: Batches, rows: Rows, job: Job, *, step: int, place: Place) -> float:
+def add_gradients(engine: Engine, batches: Batches, rows: Rows, job: Job, *, step: int, blame: Blame) -> float:
     """Forward and backward passes over the global batch of a step; returns its loss in nats per token."""
+    place = blame.watch.place
     own, num_targets = rows.batch(step, rank=place.rank, world_size=place.world_size)
+    blame.begin(own)
     size = job.resources.micro_batch_size
     value: torch.Tensor | float = 0.0
     for start in range(0, len(own), size):
-        total, _ = engine.loss(batches(own[start : start + size], step=step))
+        micro = own[start : start + size]
+        total, each = engine.loss(batches(micro, step=step))
+        blame.saw(micro, each)
         loss = total / num_targets
         value = value + loss.detach().double()  # stays on the device: reading it waits for all that was asked of a GPU
         if start + size >= len(own):
             value = _sum(float(value))
-            _check_finite("loss", value, rows, step=step, place=place)
+            blame.check("loss", value, step=step)
         engine.backward(loss)
     return float(value)
 
@@ -139,15 +156,6 @@ def finish(engine: Engine, job: Job, curve: Curve, place: Place) -> None:
     model_folder.save_trained(trained, attempt, init=content(job.init), change=change_of(stage), tuning=stage.tuning)
     exact = [{key: value.hex() if isinstance(value, float) else value for key, value in row.items()} for row in curve]
     (attempt / CURVE).write_text(json.dumps(exact, indent=1))
-
-
-def _check_finite(what: str, value: float, rows: Rows, *, step: int, place: Place) -> None:
-    """Raise NonFiniteLoss, with this rank's samples of the step, where a value of all ranks is no number."""
-    if math.isfinite(value):
-        return
-    own, _ = rows.batch(step, rank=place.rank, world_size=place.world_size)
-    keys = [key for row in own for key in row.keys]
-    raise NonFiniteLoss(f"{what} {value} at step {step + 1}; nothing was updated. This rank's samples: {keys}")
 
 
 def _sum(value: float) -> float:

@@ -2,10 +2,12 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vila_ops.artifacts import store
@@ -14,11 +16,12 @@ from vila_ops.config import Mixture, Resources, TextFormat
 from vila_ops.data import sources
 from vila_ops.data.making.card import CARD, card
 from vila_ops.data.making.parallel import at_once, each, files
+from vila_ops.data.making.quarantine import Quarantined
 from vila_ops.data.making.summary import SUMMARY, summarise
 from vila_ops.data.making.survey import survey
 from vila_ops.data.making.units import Unit, picture_bytes, plan_units
 from vila_ops.data.making.work import COUNTS, Job, Task, folders_of, shard_address, shard_name, write_shard
-from vila_ops.data.shards import DROPPED, INDEX, SHARD
+from vila_ops.data.shards import DROPPED, DROPPED_SCHEMA, INDEX, SCHEMA, SHARD
 from vila_ops.packages.resolve import tokenizer_folder
 
 log = logging.getLogger(__name__)
@@ -44,9 +47,13 @@ def build(
         for task, shard in zip(tasks, shards, strict=True)
         if shard.num_samples
     }
-    for file in (INDEX, DROPPED):
-        _concatenate(files(shards, file), folder / file)
+    quarantined = Quarantined(mixture)
     counts = [json.loads(path.read_text()) for path in files(shards, COUNTS)]
+    indexes = zip(tasks, files(shards, INDEX), counts, strict=True)
+    kept = (quarantined.leave_out(task.unit.source, pq.read_table(path), counted) for task, path, counted in indexes)
+    _concatenate(kept, folder / INDEX, schema=SCHEMA)
+    dropped = (pq.read_table(path) for path in files(shards, DROPPED))
+    _concatenate(chain(dropped, quarantined.dropped()), folder / DROPPED, schema=DROPPED_SCHEMA)
     counted = [(task.unit.source, one) for task, one in zip(tasks, counts, strict=True)]
     summary = summarise(mixture, counted)
     (folder / SUMMARY).write_text(json.dumps(summary, indent=1, sort_keys=True))
@@ -84,11 +91,9 @@ def _write(tasks: list[Task], resources: Resources) -> list[Shard]:
     return [shard or fresh[number] for number, shard in enumerate(found)]
 
 
-def _concatenate(parts: list[Path], target: Path) -> None:
-    """One Parquet file of many of the same columns, a row group each: never all of them in memory."""
-    schema = pq.read_schema(parts[0])
+def _concatenate(parts: Iterable[pa.Table], target: Path, *, schema: pa.Schema) -> None:
+    """One Parquet file of many tables of the same columns, a row group each: never all of them in memory."""
     with pq.ParquetWriter(target, schema, compression="zstd") as writer:
-        for part in parts:
-            table = pq.read_table(part, schema=schema)
+        for table in parts:
             if table.num_rows:
                 writer.write_table(table)

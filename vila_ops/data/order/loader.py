@@ -92,6 +92,12 @@ class Rows:
 
         return self._healed(read)
 
+    def keys(self, step: int) -> list[tuple[str, ...]]:
+        """The keys of the samples in each row of the global batch of a step; no sample is read."""
+        size = self.stage.global_batch_size
+        numbers = range(step * size, (step + 1) * size)
+        return self._healed(lambda: [tuple(self._index.place(one).key for one in self._row(n)) for n in numbers])
+
     def validation(self) -> list[Row]:
         """The rows of the validation split that every validation reads, always the same."""
         return self._healed(lambda: [self._pack(row) for row in self._held_out()])

@@ -1,0 +1,67 @@
+"""Records of a mixture that are left out by name: their samples leave the index, their bytes stay in the shards.
+
+So no shard is made anew, and every other sample keeps its key, its split and its bytes.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from vila_ops.config import Mixture
+from vila_ops.data.shards import DROPPED_SCHEMA
+
+REASON = "quarantined"
+
+
+class Quarantined:
+    """What is left out of the shards of a mixture, one after the other."""
+
+    def __init__(self, mixture: Mixture) -> None:
+        self.mixture = mixture
+        self._places: dict[tuple[str, str], list[str]] = {}
+        """Of each record that was found (source, id), where its samples stand."""
+
+    def leave_out(self, source: str, index: pa.Table, counts: dict[str, Any]) -> pa.Table:
+        """The index of a shard without the records that are left out, which are taken off its counts."""
+        if source not in self.mixture.quarantine:
+            return index
+        out = pc.is_in(index["id"], pa.array(self.mixture.quarantine[source], pa.string()))
+        rows = index.filter(out).to_pylist()
+        for key, column in (("samples", None), ("tokens", "num_tokens"), ("images", "num_images")):
+            counts[key] = _without(counts[key], rows, "split", column)
+        counts["licences"] = _without(counts["licences"], rows, "licence", None)
+        for row in rows:
+            self._places.setdefault((source, row["id"]), []).append(f"{row['shard']}:{row['key']}")
+        if rows:
+            counts["taken_out"][REASON] = len({row["id"] for row in rows})
+        return index.filter(pc.invert(out))
+
+    def dropped(self) -> Iterator[pa.Table]:
+        """The records that were left out, for the list of what was dropped; ask after all shards.
+
+        Raises ValueError for one that has no sample in any shard.
+        """
+        asked = [(source, one) for source, ids in self.mixture.quarantine.items() for one in ids]
+        if unknown := [pair for pair in asked if pair not in self._places]:
+            source, one = unknown[0]
+            raise ValueError(
+                f"mixture {self.mixture.name!r}: quarantine names {one!r} of source {source!r}, of which there is no "
+                f"sample ({len(unknown)} such in all); take it out of quarantine, or correct its id"
+            )
+        rows = [
+            {"source": source, "id": one, "reason": REASON, "where": " ".join(self._places[source, one]), "detail": ""}
+            for source, one in asked
+        ]
+        yield pa.Table.from_pylist(rows, schema=DROPPED_SCHEMA)
+
+
+def _without(counts: dict[str, int], rows: list[dict[str, Any]], key: str, column: str | None) -> dict[str, int]:
+    """Counts by a key of the rows, less those rows; a row counts as what stands in a column, or 1."""
+    taken: Counter[str] = Counter()
+    for row in rows:
+        taken[row[key]] += 1 if column is None else row[column]
+    left = {name: count - taken[name] for name, count in counts.items()}
+    return {name: count for name, count in left.items() if count or not taken[name]}
