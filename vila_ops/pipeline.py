@@ -1,18 +1,34 @@
 """All rooms in their order. The flow calls it with Prefect's tasks, `vila-ops run` with the bare rooms."""
 
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from vila_ops import tracking
+from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, Deployment, EvalReport, ModelVersion, Pretrained
-from vila_ops.config import Config, Gate, Mixture, Model, Recipe, Resources, Run, Service, Stage, Suite, TextFormat
+from vila_ops.config import (
+    Config,
+    Gate,
+    Mixture,
+    Model,
+    Recipe,
+    Resources,
+    Run,
+    Service,
+    Stage,
+    Suite,
+    TextFormat,
+    quarantine,
+)
 from vila_ops.config.run import BASE
 from vila_ops.data import sources
 from vila_ops.data.prepare import prepare
+from vila_ops.data.shards import INDEX, find_rows
 from vila_ops.eval.evaluate import evaluate, read_report, tracked
 from vila_ops.model.assemble import assemble
 from vila_ops.packages.fetch import fetch_all
@@ -117,6 +133,48 @@ def fetch(run: Run) -> Pretrained:
 def prepare_named(run: Run, mixture: str) -> Dataset:
     """The mixture of a recipe by its name, prepared."""
     return prepare(*mixture_named(run.recipe, mixture), run.resources)
+
+
+class LeftOut(Config):
+    """A new revision of a mixture, without some records."""
+
+    before: Dataset
+    data: Dataset
+    files: tuple[str, ...]
+    """Of the config, that were written or got a line."""
+
+
+def leave_out(
+    recipe: Path, mixture: str, records: Mapping[str, Sequence[str]], *, keys: Sequence[str], load: Callable[[], Run]
+) -> LeftOut:
+    """Put records, by source, and those of samples, by key, into the quarantine of a mixture, and prepare it anew.
+
+    `load` reads the run, whose recipe is the file. Where anything fails, the files of the config are as they were.
+    """
+    before = prepare_named(load(), mixture)
+    wanted = {name: list(ids) for name, ids in records.items()}
+    found = {row["key"]: row for row in find_rows(store.file(before, INDEX).parent, keys)}
+    if unknown := [key for key in keys if key not in found]:
+        raise ValueError(
+            f"mixture {mixture!r} has no samples {unknown}: data {before.digest[:12]} in {before.uri}; "
+            f"keys stand in {INDEX} of a dataset, and are of one revision's shards"
+        )
+    for row in found.values():
+        wanted.setdefault(row["source"], []).append(row["id"])
+    changed = quarantine.add(recipe, mixture, wanted)
+    try:
+        run = load()
+        has = mixture_named(run.recipe, mixture)[0].quarantine
+        if missing := {name: ids for name, ids in wanted.items() if not set(ids) <= set(has.get(name, ()))}:
+            raise ValueError(
+                f"mixture {mixture!r} has a quarantine of its own, which overrides the file that would name {missing}; "
+                f"write them into it, or move it into {next(iter(changed))}"
+            )
+        data = prepare_named(run, mixture)
+    except BaseException:
+        quarantine.restore(changed)
+        raise
+    return LeftOut(before=before, data=data, files=tuple(os.path.relpath(path) for path in changed))
 
 
 def mixture_named(recipe: Recipe, name: str) -> tuple[Mixture, TextFormat]:

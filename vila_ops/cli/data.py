@@ -27,6 +27,7 @@ from vila_ops.config.download import DownloadSettings
 from vila_ops.config.load import key_and_value, read
 from vila_ops.data import revisions
 from vila_ops.data.download import Format, Outcome, download_source, table
+from vila_ops.train.job import Stopped
 
 data = typer.Typer(no_args_is_help=True, help="Look at data before it is prepared, and after.")
 
@@ -157,3 +158,43 @@ def watch(
             print("nothing has changed", file=sys.stderr)
         if once:
             break
+
+
+@data.command("quarantine")
+def quarantine(
+    recipe: RecipeFile,
+    mixture: Annotated[str | None, typer.Option("--mixture", help="Its name; with --from it is known")] = None,
+    samples: Annotated[
+        list[str] | None, typer.Option("--sample", help="Key of a sample; may be given several times", metavar="KEY")
+    ] = None,
+    blamed: Annotated[Path | None, typer.Option("--from", help="What a stage that stopped wrote down")] = None,
+    resources: ResourcesFile = INLINE,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a new revision of a mixture without the records of some samples.
+
+    Their ids go into quarantine/MIXTURE.yaml beside the file that describes the mixture, which names it from then on.
+    No shard is made anew, and every other sample stays as it is.
+    """
+    stopped = Stopped.model_validate_json(blamed.read_text()) if blamed else None
+    name = stopped.mixture if stopped and mixture is None else mixture
+    if name is None or not (samples or stopped):
+        raise ValueError("say which samples: --from FILE of a stage that stopped, or --mixture NAME and --sample KEY")
+    if stopped and stopped.mixture != name:
+        raise ValueError(f"{blamed} is of mixture {stopped.mixture!r}, not {name!r}")
+    records: dict[str, list[str]] = {}
+    for one in stopped.samples if stopped else ():
+        records.setdefault(one.source, []).append(one.id)
+    made = pipeline.leave_out(
+        recipe, name, records, keys=samples or [], load=lambda: load_run(recipe, resources, overrides)
+    )
+    print_handle(made.data if as_json else made, as_json)
+    if not as_json:
+        gone = made.before.num_samples - made.data.num_samples
+        print(
+            f"{name}: {gone} samples fewer, data {made.before.digest[:12]} -> {made.data.digest[:12]}; the same "
+            f"command as before trains on it. To keep it: `dvc repro prepare@{name}` where DVC versions it, then "
+            f"`git add {' '.join(made.files)}` and commit",
+            file=sys.stderr,
+        )

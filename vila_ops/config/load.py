@@ -12,6 +12,9 @@ from vila_ops.config.base import Config
 from vila_ops.config.resources import Resources
 from vila_ops.config.run import Run
 
+BASES = "extends"
+"""The key of a mapping that names the files to merge into it."""
+
 
 def load(recipe: Path, *, resources: Path, overrides: tuple[str, ...] = ()) -> Run:
     """The run of a recipe file on a resources file, with overrides like `stages.sft.learning_rate=1e-5`.
@@ -39,7 +42,7 @@ def key_and_value(override: str) -> tuple[str, Any]:
     if not separator:
         raise ValueError(f"override {override!r} has no '='; write it like stages.sft.learning_rate=1e-5")
     try:
-        return key, yaml.load(text, Loader=_Loader)
+        return key, yaml.load(text, Loader=Loader)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"override {override!r}: {text!r} is not valid YAML: {error}") from error
 
@@ -63,7 +66,7 @@ def merge(base: Any, over: Any) -> Any:
     return {**base, **{key: merge(base[key], value) if key in base else value for key, value in over.items()}}
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """YAML 1.2's floats (1e-5 is a number), and a doubled key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -73,7 +76,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-_Loader.add_implicit_resolver(
+Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)$"),
     list("-+0123456789."),
@@ -87,26 +90,26 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         origin = f" (extended by {seen[-1]})" if seen else ""
         raise ValueError(f"no such config file: {path}{origin}")
     try:
-        own = yaml.load(path.read_text(), Loader=_Loader)
+        own = yaml.load(path.read_text(), Loader=Loader)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(own, dict):
         raise ValueError(f"{path} holds {type(own).__name__}, not a mapping")
-    resolved: dict[str, Any] = _resolve(own, path, seen)
+    resolved: dict[str, Any] = resolve(own, path, seen)
     return resolved
 
 
-def _resolve(node: Any, path: Path, seen: tuple[Path, ...]) -> Any:
-    """A mapping with what it extends merged in, at every depth."""
+def resolve(node: Any, path: Path, seen: tuple[Path, ...] = ()) -> Any:
+    """A mapping of a file with what it extends merged in, at every depth."""
     if not isinstance(node, dict):
         return node
-    bases = node.get("extends", [])
+    bases = node.get(BASES, [])
     if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
         raise ValueError(f"{path}: extends is {bases!r}, not a list of files")
     merged: dict[str, Any] = {}
     for base in bases:
         merged = merge(merged, _read((path.parent / base).resolve(), (*seen, path)))
-    own = {key: _resolve(value, path, seen) for key, value in node.items() if key != "extends"}
+    own = {key: resolve(value, path, seen) for key, value in node.items() if key != BASES}
     return merge(merged, own)
 
 

@@ -11,6 +11,8 @@ from vila_ops.config.clean import MAX_IMAGE_BITS, NearDuplicates
 from vila_ops.config.images import Decoding, ImageEncoding, Webp
 from vila_ops.config.sources import Source
 
+RecordIds = Annotated[tuple[str, ...], Field(min_length=1)]
+
 
 class Split(Config):
     """Train / validation / test by object name, so that an object never stands on both sides."""

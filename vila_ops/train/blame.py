@@ -25,7 +25,7 @@ from vila_ops.data.order.loader import Rows
 from vila_ops.data.order.packing import Row
 from vila_ops.data.shards import find_rows
 from vila_ops.train.checkpoint import Curve
-from vila_ops.train.job import Job, NonFiniteLoss
+from vila_ops.train.job import Blamed, Job, NonFiniteLoss, Stopped
 from vila_ops.train.watch import Watch
 
 WINDOW, LEAST = 128, 32
@@ -87,10 +87,17 @@ class Blame:
         keys = [key for key, bad in zip(losses.keys, broken, strict=True) if bad or not broken.any()]
         named = self._records(keys)
         path = self.watch.folder / f"stopped-step-{step + 1:06d}.json"
-        record = {"stage": self.job.stage.name, "mixture": self.job.stage.mixture.name, "step": step + 1}
-        record |= {"data": self.job.data.digest, what.replace(" ", "_"): str(value), "samples": named}
+        record = Stopped(
+            stage=self.job.stage.name,
+            mixture=self.job.stage.mixture.name,
+            data=self.job.data.digest,
+            step=step + 1,
+            what=what,
+            value=str(value),
+            samples=tuple(named),
+        )
         if self.watch.place.rank == 0:
-            path.write_text(json.dumps(record, indent=1))
+            path.write_text(record.model_dump_json(indent=1))
             self._attach(path)
         if broken.all():
             why = f"All {len(keys)} samples of the step have such a loss, so it is rather the weights than the data"
@@ -98,7 +105,7 @@ class Blame:
             why = f"{len(keys)} of the {len(losses.keys)} samples of the step have such a loss"
         else:
             why = f"Each of the {len(keys)} samples of the step has a finite loss, so all of them are named"
-        told = ", ".join(f"{one['source']} {one['id']!r} ({one['key']})" for one in named[:NAMED])
+        told = ", ".join(f"{one.source} {one.id!r} ({one.key})" for one in named[:NAMED])
         more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
         recipe = self.job.resources.asked_for or "RECIPE"
         raise NonFiniteLoss(
@@ -118,8 +125,11 @@ class Blame:
             return
         mean = losses.sums / np.maximum(losses.targets, 1)
         worst = np.argsort(-mean, kind="stable")[:WORST].tolist()
-        named = {one["key"]: one for one in self._records([losses.keys[number] for number in worst])}
-        samples = [{**named[losses.keys[n]], "loss": float(mean[n]), "targets": int(losses.targets[n])} for n in worst]
+        named = {one.key: one for one in self._records([losses.keys[number] for number in worst])}
+        samples = [
+            {**named[losses.keys[n]].model_dump(), "loss": float(mean[n]), "targets": int(losses.targets[n])}
+            for n in worst
+        ]
         record = {"step": step, "loss": loss, "median": float(np.median(before)), "samples": samples}
         path = self.watch.folder / "spikes.jsonl"
         with path.open("a") as file:
@@ -151,10 +161,10 @@ class Blame:
         sums, targets = whole.numpy()
         return Losses([key for row in keys for key in row], sums, targets)
 
-    def _records(self, keys: Sequence[str]) -> list[dict[str, str]]:
+    def _records(self, keys: Sequence[str]) -> list[Blamed]:
         """Key, source and record of samples, in their order, each once."""
         found = {row["key"]: row for row in find_rows(content(self.job.data), keys)}
-        return [{name: found[key][name] for name in ("key", "source", "id")} for key in dict.fromkeys(keys)]
+        return [Blamed(key=key, source=found[key]["source"], id=found[key]["id"]) for key in dict.fromkeys(keys)]
 
     def _attach(self, path: Path) -> None:
         """Give the run a copy; without one the file is still there."""

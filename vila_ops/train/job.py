@@ -31,6 +31,28 @@ class Place(Config):
     world_size: int = 1
 
 
+class Blamed(Config):
+    """A sample of a step that went wrong."""
+
+    key: str
+    source: str
+    id: str
+    """Of its record."""
+
+
+class Stopped(Config):
+    """A step whose loss or gradient was no number, beside the run: `vila-ops data quarantine --from` reads it."""
+
+    stage: str
+    mixture: str
+    data: str
+    """Digest of the dataset."""
+    step: int
+    what: str
+    value: str
+    samples: tuple[Blamed, ...]
+
+
 class Job(Config):
     """One attempt at one stage."""
 

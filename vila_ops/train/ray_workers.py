@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from vila_ops.cluster import connect, log_to_driver, whoami
 from vila_ops.config import Resources
-from vila_ops.train.job import Job, NonFiniteLoss, Place
+from vila_ops.train.job import FINAL, HungStep, Job, Place
 
 TRY_SECONDS = float(os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60"))
 """How long Ray Train waits for nodes with room for all workers before it asks for them anew."""
@@ -25,8 +26,9 @@ def train_on_ray(job: Job) -> list[dict[str, Any]]:
 
     A worker that dies makes Ray restart the group, `max_failures` times at most; the loop then goes on from its
     newest resume checkpoint. Weights never pass through Ray: rank 0 writes them into the attempt's folder.
-    Raises what a worker raised, where that says what is wrong, instead of Ray's report of it, and TimeoutError where
-    the cluster has no room for the workers.
+    Raises what a worker raised, where that says what is wrong, instead of Ray's report of it: one of FINAL at once,
+    anything else when no restart is left, HungStep where the last of them ended in a step that hung, and TimeoutError
+    where the cluster has no room for the workers.
     """
     resources = job.resources
     connect(resources)
@@ -54,12 +56,19 @@ def train_on_ray(job: Job) -> list[dict[str, Any]]:
             worker_runtime_env={"env_vars": network_variables(resources)},
         ),
     )
+    started = time.time()
     try:
         trainer.fit()
     except WorkerGroupError as error:
+        _raise_final(job, error)
         for failure in error.worker_failures.values():
-            if isinstance(failure, ValueError | OSError | NonFiniteLoss):
+            if isinstance(failure, OSError):
                 raise failure from error
+        if stacks := [str(path) for path in job.watch().glob("*.stacks") if path.stat().st_mtime > started]:
+            raise HungStep(
+                f"stage {job.stage.name!r}: a step hung in each of {resources.max_failures + 1} tries; where its "
+                f"threads stood: {', '.join(sorted(stacks))}. See watchdog of the resources for what counts as hung"
+            ) from error
         raise
     except ControllerError as error:
         if not isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
@@ -67,6 +76,7 @@ def train_on_ray(job: Job) -> list[dict[str, Any]]:
         raise TimeoutError(_no_room(resources)) from error
     finally:
         shutil.rmtree(storage, ignore_errors=True)  # also what attempts left that were killed
+    _raise_final(job)
     said = [Path(f"{job.attempt}-rank-{rank}.json") for rank in range(resources.num_workers)]
     ran = [json.loads(path.read_text()) for path in said]
     for path in said:
@@ -92,6 +102,19 @@ def _no_room(resources: Resources) -> str:
     )
 
 
+def _raise_final(job: Job, report: WorkerGroupError | None = None) -> None:
+    """Raise the error of FINAL that a worker left behind."""
+    failed = _failed(job)
+    if failed.exists():
+        said = json.loads(failed.read_text())
+        kinds = {kind.__name__: kind for kind in FINAL}
+        raise kinds.get(said["kind"], ValueError)(said["message"]) from report
+
+
+def _failed(job: Job) -> Path:
+    return Path(f"{job.attempt}-failed.json")
+
+
 def _worker(config: dict[str, str]) -> None:
     """One worker: the same loop as inline, in its place."""
     from vila_ops.train.loop import train  # heavy, and only needed here
@@ -102,5 +125,13 @@ def _worker(config: dict[str, str]) -> None:
     job = Job.model_validate_json(config["job"])
     context = ray.train.get_context()
     place = Place(rank=context.get_world_rank(), world_size=context.get_world_size())
-    said = {**train(job, place), **whoami()}
+    if _failed(job).exists():  # Ray Train has no error that it does not retry: the restart that it insists on is empty
+        return
+    try:
+        said = {**train(job, place), **whoami()}
+    except FINAL as error:
+        draft = Path(f"{job.attempt}-failed-{place.rank}.draft")
+        draft.write_text(json.dumps({"kind": type(error).__name__, "message": str(error)}))
+        draft.replace(_failed(job))
+        raise
     Path(f"{job.attempt}-rank-{place.rank}.json").write_text(json.dumps(said))

@@ -1,7 +1,7 @@
 """Whether a rank still moves: it says so in a file, and a step that hangs ends the process, its stacks written down.
 
 SCRATCH/watch/<address>/rank-000.json     what a rank is doing, written anew every second; gone when it has ended
-SCRATCH/watch/<address>/rank-000.stacks   where each thread of a rank stood when a step hung
+SCRATCH/watch/<address>/rank-000.stacks   where each thread of a rank stood when a step hung last
 """
 
 import faulthandler
@@ -64,7 +64,6 @@ class Watch:
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._stacks().unlink(missing_ok=True)  # of an attempt before this one
         self._thread.start()
         return self
 

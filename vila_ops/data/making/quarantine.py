@@ -30,8 +30,10 @@ class Quarantined:
             return index
         out = pc.is_in(index["id"], pa.array(self.mixture.quarantine[source], pa.string()))
         rows = index.filter(out).to_pylist()
-        for key, column in (("samples", None), ("tokens", "num_tokens"), ("images", "num_images")):
-            counts[key] = _without(counts[key], rows, "split", column)
+        counts["samples"] = _without(counts["samples"], rows, "split", None)
+        for key, column in (("tokens", "num_tokens"), ("images", "num_images")):
+            left = _without(counts[key], rows, "split", column)
+            counts[key] = {split: left.get(split, 0) for split in counts["samples"]}
         counts["licences"] = _without(counts["licences"], rows, "licence", None)
         for row in rows:
             self._places.setdefault((source, row["id"]), []).append(f"{row['shard']}:{row['key']}")
@@ -63,5 +65,4 @@ def _without(counts: dict[str, int], rows: list[dict[str, Any]], key: str, colum
     taken: Counter[str] = Counter()
     for row in rows:
         taken[row[key]] += 1 if column is None else row[column]
-    left = {name: count - taken[name] for name, count in counts.items()}
-    return {name: count for name, count in left.items() if count or not taken[name]}
+    return {name: left for name, count in counts.items() if (left := count - taken[name])}
