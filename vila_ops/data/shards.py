@@ -133,9 +133,9 @@ def read_index(folder: Path) -> pa.Table:
     return pq.read_table(folder / INDEX, schema=SCHEMA)
 
 
-def find_rows(folder: Path, keys: Iterable[str]) -> list[dict[str, Any]]:
+def find_rows(folder: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
     """Key, source, record id and split of samples by their keys, in no order; a key that is not there is left out."""
-    wanted = pc.field("key").isin(list(keys))
+    wanted = pc.field("key").isin(pa.array(keys, pa.string()))
     columns = ["key", "source", "id", "split"]
     rows: list[dict[str, Any]] = pq.read_table(folder / INDEX, columns=columns, filters=wanted).to_pylist()
     return rows

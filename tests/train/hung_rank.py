@@ -1,0 +1,35 @@
+"""One rank as one_rank.py starts it, but rank 1 sleeps in the data of its third step: `python hung_rank.py ...`."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from process_group import end, join
+
+from vila_ops.train import loop
+from vila_ops.train.batches import Batches
+from vila_ops.train.job import Job, Place
+
+
+def sleeps_for_ever() -> None:
+    time.sleep(3600)
+
+
+class Stuck(Batches):
+    """The batches of a source that stops to answer."""
+
+    def __call__(self, rows: Any, *, step: int | None = None) -> Any:
+        if step == 2:
+            sleeps_for_ever()
+        return super().__call__(rows, step=step)
+
+
+if __name__ == "__main__":
+    job, rank, world_size, rendezvous = sys.argv[1:]
+    place = Place(rank=int(rank), world_size=int(world_size))
+    if place.rank == 1:
+        loop.Batches = Stuck  # type: ignore[misc]
+    join(place.rank, place.world_size, rendezvous)
+    loop.train(Job.model_validate_json(Path(job).read_text()), place)
+    end()
