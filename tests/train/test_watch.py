@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ import yaml
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from vila_ops import tracking
+from vila_ops import local, tracking
 from vila_ops.artifacts.kinds import Checkpoint, Dataset
 from vila_ops.artifacts.store import content
 from vila_ops.cli import app
 from vila_ops.config import Resources, Run, load
+from vila_ops.config.local import LocalServers
 from vila_ops.data.order.packing import pack
 from vila_ops.data.prepare import prepare
 from vila_ops.data.shards import read_index, samples_of
@@ -350,3 +352,59 @@ def test_a_spike_is_written_down_once_with_its_worst_samples_and_training_goes_o
     client = MlflowClient(database)
     assert [one.step for one in client.get_metric_history(run_id, "loss_spike")] == [2, 5]
     assert [file.path for file in client.list_artifacts(run_id)] == ["spikes.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def ray_cluster(
+    tmp_path_factory: pytest.TempPathFactory, free_servers: Callable[[Path], LocalServers]
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """A Ray head of these tests' own: its address and the environment that may use it."""
+    settings = free_servers(tmp_path_factory.mktemp("servers"))
+    try:
+        yield local.up(settings, only=("ray",)).ray, local.env(settings)
+    finally:
+        local.down(settings)
+
+
+def on_ray(folder: Path, cluster: tuple[str, dict[str, str]], *more: str) -> subprocess.Popen[str]:
+    """`vila-ops train` of the tiny recipe's first stage by two workers, in a folder of its own."""
+    address, env = cluster
+    resources = folder / "resources.yaml"
+    places = {name: str(folder / name) for name in ("store", "cache", "data")}
+    resources.write_text(yaml.safe_dump({**TWO, **places, "ray_address": address, "max_failures": 50}))
+    command = [str(Path(sys.executable).parent / "vila-ops"), "train", str(TINY), "--stage", "align", "--json"]
+    command += ["-r", str(resources), *more]
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **env}, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ray_tries_a_hung_step_again_and_a_loss_that_is_no_number_not(
+    ray_cluster: tuple[str, dict[str, str]], tmp_path: Path
+) -> None:
+    """One of two workers is stopped and the stage ends all the same; then all features are broken, and it ends at once.
+
+    With fifty restarts allowed the second would take longer than this test has.
+    """
+    bound = ("-s", "resources.watchdog.at_least_seconds=8", "-s", "resources.watchdog.factor=1")
+    with on_ray(tmp_path, ray_cluster, *bound, "-s", "stages.align.num_steps=40") as training:
+        wait_for(lambda: list(tmp_path.glob("store/resume/*/step-000004")))
+        (said,) = tmp_path.glob("store/watch/*/rank-001.json")
+        os.kill(json.loads(said.read_text())["pid"], signal.SIGSTOP)
+        told = training.communicate(timeout=240)[1]
+    assert training.returncode == 0, told
+    assert "rank 0 of 2 hangs" in told
+    assert list(tmp_path.glob("store/watch/*/rank-000.stacks"))
+    assert not list(tmp_path.glob("store/watch/*/rank-*.json"))
+
+    for path in tmp_path.glob("store/features/*/*/*.npz"):
+        with np.load(path) as file:
+            np.savez(path, features=np.full_like(file["features"], np.inf))
+    with on_ray(tmp_path, ray_cluster, "-s", "stages.align.seed=1") as training:
+        told = training.communicate(timeout=240)[1]
+    assert training.returncode == 1
+    (error,) = re.findall(r"^error: (.*)$", told, re.MULTILINE)
+    assert re.match(r"align: loss nan at step 1; nothing was updated\. All \d+ samples of the step have such", error)
+    assert "vila-ops data quarantine" in error
+    assert not list(tmp_path.glob("store/checkpoint/*/attempt-*-failed*"))

@@ -107,6 +107,7 @@ def _raise_final(job: Job, report: WorkerGroupError | None = None) -> None:
     failed = _failed(job)
     if failed.exists():
         said = json.loads(failed.read_text())
+        failed.unlink()
         kinds = {kind.__name__: kind for kind in FINAL}
         raise kinds.get(said["kind"], ValueError)(said["message"]) from report
 
