@@ -24,7 +24,7 @@ from vila_ops.artifacts.store import content
 from vila_ops.data.order.loader import Rows
 from vila_ops.data.order.packing import Row
 from vila_ops.data.shards import find_rows
-from vila_ops.train.checkpoint import Curve
+from vila_ops.train.checkpoint.saver import Curve
 from vila_ops.train.job import Blamed, Job, NonFiniteLoss, Stopped
 from vila_ops.train.watch import Watch
 
