@@ -6,7 +6,8 @@ from fractions import Fraction
 from pathlib import Path
 
 from vila_ops.artifacts import store
-from vila_ops.config import Config, Model, Resources, Run, Stage
+from vila_ops.artifacts.kinds import Dataset
+from vila_ops.config import Config, Model, Resources, Run, Stage, TextFormat
 from vila_ops.config.lengths import Lengths
 from vila_ops.data.order.loader import Rows as OrderedRows
 from vila_ops.data.prepare import prepared as prepared_dataset
@@ -151,12 +152,7 @@ class _Stage:
                 max_tokens=min(text.max_tokens, stage.row_tokens),
             )
         else:
-            dataset = prepared_dataset(stage.mixture, text, resources)
-            if dataset is None:
-                raise ValueError(
-                    f"mixture {stage.mixture.name!r} is not prepared, so its lengths are not known; run `vila-ops "
-                    f"prepare` with --mixture {stage.mixture.name}, or say them in a file with --lengths"
-                )
+            dataset = self._prepared(text)
             epoch = data.prepared(dataset, stage.mixture)
             folder = store.content(dataset)
             cache = resources.scratch() / "plans"
@@ -205,6 +201,19 @@ class _Stage:
             model_bytes=4.0 * total,
             data_bytes=data_bytes,
             feature_bytes=self._feature_bytes(images * first),
+        )
+
+    def _prepared(self, text: TextFormat) -> Dataset:
+        mixture = self.stage.mixture
+        why = "it is not prepared"
+        try:
+            if dataset := prepared_dataset(mixture, text, self.resources):
+                return dataset
+        except (ValueError, OSError) as error:
+            why = str(error)  # of raw data that is not here
+        raise ValueError(
+            f"the lengths of mixture {mixture.name!r} are not known: {why}; run `vila-ops prepare` with --mixture "
+            f"{mixture.name}, or say them in a file with --lengths"
         )
 
     def _flops(self, loads: tuple[Load, ...], epochs: float, first: float) -> Flops:
