@@ -1,4 +1,6 @@
 import functools
+import multiprocessing
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,13 +11,18 @@ import torch
 from vila_ops.config.images import Webp
 from vila_ops.data.images import Fit, pixels, square
 from vila_ops.model import folder as model_folder
-from vila_ops.model.features import FeatureCache, tower_digest
+from vila_ops.model.features import BATCH, SUFFIX, FeatureCache, tower_digest
+from vila_ops.model.vila import VilaForConditionalGeneration
 
 HALF = (0.5, 0.5, 0.5)
 
 
 def to_pixels(mean: tuple[float, ...] = HALF) -> Any:
     return functools.partial(pixels, mean=mean, std=HALF)
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +55,52 @@ def test_a_picture_asked_for_twice_is_given_twice_and_computed_once(
     found = cache([squares[0], squares[1], squares[0]])
     assert torch.equal(found[0], found[2])
     assert not torch.equal(found[0], found[1])
-    assert len(list(tmp_path.rglob("*.npz"))) == 2
-    assert not list(tmp_path.rglob(".*.npz"))
-    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")}
+    stamps = {path: path.stat().st_mtime_ns for path in files(tmp_path)}
+    assert len(stamps) == 2
+    assert all(path.suffix == SUFFIX for path in stamps)
     assert torch.equal(FeatureCache(whole, to_pixels(), root=tmp_path)([squares[1]])[0], found[1])
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")} == stamps
+    assert {path: path.stat().st_mtime_ns for path in files(tmp_path)} == stamps
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_features_from_disk_are_those_that_the_tower_gave_bit_for_bit(
+    precision: Any, squares: list[bytes], make_model: Any, build: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Beside them the tower's own in a batch as large, which is what they are computed in; each takes its dtype."""
+    whole, _ = build(make_model())
+    first, again = (FeatureCache(whole, to_pixels(), root=tmp_path, precision=precision)(squares) for _ in range(2))
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    filled = [*squares, *squares[:1] * BATCH][:BATCH]
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+        direct = whole.tower_features(torch.from_numpy(to_pixels()(filled))).to(dtype)[: len(squares)]
+    assert len(squares) <= BATCH
+    assert first.dtype == dtype
+    assert torch.equal(first, direct)
+    assert torch.equal(again, direct)
+    assert {path.stat().st_size for path in files(tmp_path)} == {16 * 32 * dtype.itemsize + 4}
+
+
+def _fill(whole: VilaForConditionalGeneration, squares: list[bytes], root: Path) -> None:
+    FeatureCache(whole, to_pixels(), root=root)(squares)
+
+
+def test_writers_at_once_and_a_killed_one_leave_whole_files(
+    squares: list[bytes], make_model: Any, build: Callable[..., Any], tmp_path: Path
+) -> None:
+    whole, _ = build(make_model())
+    expected = FeatureCache(whole, to_pixels(), root=tmp_path / "alone")(squares)
+    forked = multiprocessing.get_context("fork")
+    for seconds in (0.0, 0.02, 0.05, None):
+        writers = [forked.Process(target=_fill, args=(whole, squares, tmp_path / "shared")) for _ in range(2)]
+        for writer in writers:
+            writer.start()
+        if seconds is not None:
+            time.sleep(seconds)
+            writers[0].kill()
+        for writer in writers:
+            writer.join()
+        assert writers[1].exitcode == 0
+        assert torch.equal(FeatureCache(whole, to_pixels(), root=tmp_path / "shared")(squares), expected)
 
 
 def test_what_changes_features_changes_their_place(
@@ -88,11 +136,11 @@ def test_a_damaged_file_is_computed_again(
     whole, _ = build(make_model())
     cache = FeatureCache(whole, to_pixels(), root=tmp_path)
     found = cache(squares[:1])
-    (path,) = tmp_path.rglob("*.npz")
+    (path,) = files(tmp_path)
     whole_bytes = path.read_bytes()
     flipped = bytearray(whole_bytes)
     flipped[len(flipped) // 2] ^= 1
-    for damaged in (b"", whole_bytes[:50], whole_bytes[:-1], bytes(flipped)):
+    for damaged in (b"", whole_bytes[:50], whole_bytes[:-1], whole_bytes + b"0", bytes(flipped)):
         path.write_bytes(damaged)
         assert torch.equal(cache(squares[:1]), found)
         assert path.read_bytes() == whole_bytes

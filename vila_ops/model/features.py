@@ -7,9 +7,10 @@ import io
 import json
 import os
 import secrets
-import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ from vila_ops.model.vila import VilaForConditionalGeneration
 BATCH = 16
 """Pictures per tower pass, always, padded with blanks: a picture's features then depend on nothing but itself."""
 
+SUFFIX = ".features"
+"""Of the file of a picture."""
+
 NOT_SHAPE = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
 Pixels = Callable[[Sequence[bytes]], NDArray[np.float32]]
@@ -29,48 +33,71 @@ Pixels = Callable[[Sequence[bytes]], NDArray[np.float32]]
 
 
 class FeatureCache:
-    """Tower features by the sha256 of a picture's bytes, fp32, one file each (npz: it carries a checksum)."""
+    """Tower features by the sha256 of a picture's bytes, one file each: the raw values, then their CRC-32."""
 
-    def __init__(self, model: VilaForConditionalGeneration, pixels: Pixels, *, root: Path) -> None:
+    def __init__(
+        self,
+        model: VilaForConditionalGeneration,
+        pixels: Pixels,
+        *,
+        root: Path,
+        precision: Literal["fp32", "bf16"] = "fp32",
+    ) -> None:
+        """The tower computes in `precision`, and its features are kept in it."""
         self.model = model
         self.pixels = pixels
-        self.folder = root / f"{tower_digest(model)}-{_pixels_digest(pixels)}"
+        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.shape = (model.config.grid() ** 2, model.config.vision_config.hidden_size)
+        self.folder = root / f"{tower_digest(model)}-{_pixels_digest(pixels)}-{precision}"
 
     @torch.no_grad()
     def __call__(self, images: Sequence[bytes]) -> Tensor:
         """Features (I, P, C) of encoded squares, in their order; computed where they are not on disk yet."""
         keys = [hashlib.sha256(image).hexdigest() for image in images]
-        found = {key: self._read(key) for key in keys}
-        missing = [(key, image) for key, image in dict(zip(keys, images, strict=True)).items() if found[key] is None]
-        for start in range(0, len(missing), BATCH):
-            found |= self._compute(missing[start : start + BATCH])
-        return torch.from_numpy(np.stack([feature for key in keys if (feature := found[key]) is not None]))
+        found = torch.empty(len(images), *self.shape, dtype=self.dtype)
+        missing = [place for place, key in enumerate(keys) if not self._read(key, found[place])]
+        pictures = list({keys[place]: images[place] for place in missing}.items())
+        for start in range(0, len(pictures), BATCH):
+            made = self._compute(pictures[start : start + BATCH])
+            for place in missing:
+                if keys[place] in made:
+                    found[place] = made[keys[place]]
+        return found
 
-    def _compute(self, batch: list[tuple[str, bytes]]) -> dict[str, NDArray[np.float32]]:
+    def _compute(self, batch: list[tuple[str, bytes]]) -> dict[str, Tensor]:
         values = torch.from_numpy(self.pixels([image for _, image in batch]))
         padded = torch.cat([values, values.new_zeros(BATCH - len(values), *values.shape[1:])])
         device = next(self.model.model.vision_tower.parameters()).device
-        features = self.model.tower_features(padded.to(device)).float().cpu().numpy()
-        found = {key: feature for (key, _), feature in zip(batch, features, strict=False)}
-        for key, feature in found.items():
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            features = self.model.tower_features(padded.to(device)).to("cpu", self.dtype)
+        made = {key: feature for (key, _), feature in zip(batch, features, strict=False)}
+        for key, feature in made.items():
             path = self._path(key)
             path.parent.mkdir(parents=True, exist_ok=True)
-            draft = path.with_name(f".{key}-{secrets.token_hex(4)}.npz")
-            np.savez(draft, features=feature)
+            draft = path.with_name(f".{key}-{secrets.token_hex(4)}")
+            raw = _bytes_of(feature.contiguous())
+            draft.write_bytes(raw.tobytes() + zlib.crc32(raw).to_bytes(4, "little"))
             os.replace(draft, path)
-        return found
+        return made
 
-    def _read(self, key: str) -> NDArray[np.float32] | None:
-        """Features from disk; None where they are not, or not whole."""
+    def _read(self, key: str, place: Tensor) -> bool:
+        """Read features from disk into their place; False where they are not, or not whole."""
+        raw = _bytes_of(place)
         try:
-            with self._path(key).open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-                features: NDArray[np.float32] = file["features"]
-                return features
-        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
-            return None
+            with self._path(key).open("rb", buffering=0) as file:
+                whole = file.readinto(memoryview(raw)) == len(raw)
+                return whole and file.read(5) == zlib.crc32(raw).to_bytes(4, "little")
+        except OSError:
+            return False
 
     def _path(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key}.npz"
+        return self.folder / key[:2] / f"{key}{SUFFIX}"
+
+
+def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
+    """The memory of a contiguous tensor; numpy has no bf16."""
+    raw: NDArray[np.uint8] = tensor.view(torch.uint8).flatten().numpy()
+    return raw
 
 
 def tower_digest(model: VilaForConditionalGeneration) -> str:

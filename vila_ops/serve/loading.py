@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vila_ops.artifacts.execution import versions
 from vila_ops.generate.load import load_generator
+from vila_ops.model.features import SUFFIX
 from vila_ops.serve.api import create_app
 from vila_ops.serve.spec import Spec
 
@@ -46,7 +47,7 @@ def _bounded(features: Callable[[Sequence[bytes]], Tensor], folder: Path) -> Cal
 
     def compute(images: Sequence[bytes]) -> Tensor:
         found = features(images)
-        paths = sorted(folder.rglob("*.npz"), key=lambda path: path.stat().st_mtime_ns)
+        paths = sorted(folder.rglob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime_ns)
         for path in paths[:-KEPT_PICTURES]:
             path.unlink()
         return found

@@ -24,7 +24,7 @@ class Batches:
         self.device, self.seed = device, job.stage.seed
         self.pixels = functools.partial(pixels, mean=mean, std=std)
         self.tower_trains = "vision_tower" in job.stage.trainable
-        self.cache = FeatureCache(model, self.pixels, root=job.feature_cache())
+        self.cache = FeatureCache(model, self.pixels, root=job.feature_cache(), precision=job.stage.precision)
 
     def __call__(self, rows: list[Row], *, step: int | None = None) -> Batch:
         """One micro-batch of a training step, or, without one, of a validation."""
