@@ -208,16 +208,19 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
 
 def test_training_goes_on_while_a_slow_disk_writes_what_was(make: Make, held: threading.Event, tmp_path: Path) -> None:
-    own, checkpoints = states(4.0), make()
+    """Large, and changed from the end: a copy that was not waited for would have the change in it."""
+    own = {f"w{n}": {"param": torch.full((4_000_000,), float(n))} for n in range(4)}
+    checkpoints = make()
     checkpoints.save(4, iter(own.items()), CURVE)
     checkpoints.settle()
-    for tensors in own.values():
-        for tensor in tensors.values():
-            tensor.fill_(-1.0)  # the next step
+    for tensors in reversed(own.values()):
+        tensors["param"].fill_(-1.0)  # the next step
     assert not list(tmp_path.glob("resume/step-*")), "it is not sealed before its bytes are on the disk"
     held.set()
     checkpoints.close()
-    assert newest_step(make()) == 4
+    found = make().newest()
+    assert found is not None
+    assert all((found[0][f"w{n}"]["param"] == n).all() for n in range(4))
 
 
 def test_a_second_save_waits_for_the_first(make: Make, held: threading.Event, tmp_path: Path) -> None:
