@@ -95,7 +95,8 @@ def run_pipeline(run: Run, rooms: Rooms, *, flow_run: str | None = None) -> Outc
                 held_out = datasets[recipe.suite.mixture.name] = rooms.prepare(recipe.suite.mixture, text, resources)
             probes[name] = rooms.evaluate(recipe.probe, model, held_out, resources)
         report = rooms.evaluate(recipe.suite, model, held_out, resources)
-        tracking.MetricLog.send(resources.tracking_uri, resources.parent_run, tracked(read_report(report)))
+        with tracking.MetricLog(resources, resources.parent_run) as metrics:
+            metrics.log(tracked(read_report(report)), step=0)
         version = deployment = answer = None
         reconciled: dict[str, float] = {}
         if resources.tracking_uri is not None and isinstance(model, Checkpoint):
@@ -262,7 +263,7 @@ def _to_serve(recipe: Recipe, version: ModelVersion, resources: Resources) -> Mo
 def _tracked(run: Run, flow_run: str | None) -> Iterator[Resources]:
     """The resources with the MLflow run of this recipe, under which the rooms log: one for each fingerprint."""
     with tracking.whole_run(
-        run.resources.tracking_uri,
+        run.resources,
         run.recipe.name,
         key=("recipe", run.recipe.fingerprint()),
         params=run.recipe.model_dump(mode="json"),

@@ -36,21 +36,23 @@ def _evaluate(
     attempt = store.begin(at, store=resources.store)
     stage = model.stage if isinstance(model, Checkpoint) else "base"
     run_id = tracking.start_run(
-        resources.tracking_uri,
+        resources,
         f"evaluate {stage} on {suite.name}",
         parent=resources.parent_run,
         params={"suite": suite.name, "split": suite.split, "max_objects": suite.max_objects},
         tags={"room": "evaluate", "stage": stage, "model": model.digest, "data": data.digest},
     )
+    tracking.log_input(resources, run_id, data, name=suite.mixture.name, context="eval")
     failed = True
     try:
         result = _launch(Job(suite=suite, model=model, data=data, resources=resources))
         (attempt / REPORT).write_text(json.dumps(result["report"], indent=1, sort_keys=True))
-        _track(result["report"], resources.tracking_uri, run_id)
-        tracking.log_file(resources.tracking_uri, run_id, str(attempt / REPORT))
+        with tracking.MetricLog(resources, run_id) as metrics:
+            _track(result["report"], metrics)
+            metrics.attach(attempt / REPORT)
         failed = False
     finally:
-        tracking.end_run(resources.tracking_uri, run_id, failed=failed)
+        tracking.end_run(resources, run_id, failed=failed)
     report = store.seal(
         EvalReport,
         at,
@@ -74,14 +76,12 @@ def tracked(report: dict[str, Any]) -> dict[str, float]:
     return {m["name"] if m["role"] == "model" else f"{m['name']}.{m['role']}": m["value"] for m in report["metrics"]}
 
 
-def _track(report: dict[str, Any], tracking_uri: str | None, run_id: str | None) -> None:
-    """Send the metrics, and those that have a value for each layer as curves whose step is the layer."""
-    metrics = tracking.MetricLog(tracking_uri, run_id)
+def _track(report: dict[str, Any], metrics: tracking.MetricLog) -> None:
+    """Log the metrics, and those that have a value for each layer as curves whose step is the layer."""
     metrics.log(tracked(report), step=0)
     for point in report["layers"]:
         role = "" if point["role"] == "model" else f".{point['role']}"
         metrics.log({f"{point['name']}_by_layer{role}": point["value"]}, step=point["layer"])
-    metrics.flush()
 
 
 def _launch(job: Job) -> dict[str, Any]:

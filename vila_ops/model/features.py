@@ -48,6 +48,8 @@ class FeatureCache:
         self.pixels = pixels
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.shape = (model.config.grid() ** 2, model.config.vision_config.hidden_size)
+        self.passed = 0
+        """Pictures that went through the tower so far."""
         self.folder = root / f"{tower_digest(model)}-{_pixels_digest(pixels)}-{precision}"
 
     @torch.no_grad()
@@ -71,6 +73,7 @@ class FeatureCache:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             features = self.model.tower_features(padded.to(device)).to("cpu", self.dtype)
         made = {key: feature for (key, _), feature in zip(batch, features, strict=False)}
+        self.passed += len(made)
         for key, feature in made.items():
             path = self._path(key)
             path.parent.mkdir(parents=True, exist_ok=True)

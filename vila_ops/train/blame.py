@@ -19,11 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vila_ops import tracking
 from vila_ops.artifacts.store import content
 from vila_ops.data.order.loader import Rows
 from vila_ops.data.order.packing import Row
 from vila_ops.data.shards import find_rows
+from vila_ops.tracking import MetricLog
 from vila_ops.train.checkpoint.saver import Curve
 from vila_ops.train.job import Blamed, Job, NonFiniteLoss, Stopped
 from vila_ops.train.watch import Watch
@@ -58,9 +58,9 @@ class Losses(NamedTuple):
 class Blame:
     """Of one rank of a stage; every rank asks it the same questions."""
 
-    def __init__(self, job: Job, watch: Watch, rows: Rows, curve: Curve) -> None:
-        """`curve` is what was trained before: a stage that goes on compares with it."""
-        self.job, self.watch, self.rows = job, watch, rows
+    def __init__(self, job: Job, watch: Watch, rows: Rows, curve: Curve, metrics: MetricLog) -> None:
+        """`curve` is what was trained before: a stage that goes on compares with it. Rank 0's `metrics` are told."""
+        self.job, self.watch, self.rows, self.metrics = job, watch, rows, metrics
         self._before = deque((row["loss"] for row in curve if "loss" in row), maxlen=WINDOW)
         self._seen: list[tuple[list[Row], Tensor]] = []
         self._high = False
@@ -98,7 +98,7 @@ class Blame:
         )
         if self.watch.place.rank == 0:
             path.write_text(record.model_dump_json(indent=1))
-            self._attach(path)
+            self.metrics.attach(path)
         if broken.all():
             why = f"All {len(keys)} samples of the step have such a loss, so it is rather the weights than the data"
         elif broken.any():
@@ -140,10 +140,8 @@ class Blame:
             self.job.stage.name, loss, step, record["median"], first["source"], first["id"], first["key"],
             first["loss"], path,
         )  # fmt: skip
-        metrics = tracking.MetricLog(self.job.resources.tracking_uri, self.job.run_id)
-        metrics.log({"loss_spike": loss}, step=step)
-        metrics.flush()
-        self._attach(path)
+        self.metrics.log({"loss_spike": loss}, step=step)
+        self.metrics.attach(path)
 
     def _of_all_ranks(self, step: int) -> Losses:
         """The loss of each sample of the global batch; every rank must ask. Each fills in its own samples."""
@@ -165,13 +163,6 @@ class Blame:
         """Key, source and record of samples, in their order, each once."""
         found = {row["key"]: row for row in find_rows(content(self.job.data), keys)}
         return [Blamed(key=key, source=found[key]["source"], id=found[key]["id"]) for key in dict.fromkeys(keys)]
-
-    def _attach(self, path: Path) -> None:
-        """Give the run a copy; without one the file is still there."""
-        try:
-            tracking.log_file(self.job.resources.tracking_uri, self.job.run_id, str(path))
-        except Exception as error:  # noqa: BLE001  the server is away in many ways, and what happened must be told
-            log.warning("%s could not be attached to the run: %s", path, error)
 
 
 def is_spike(loss: float, before: Sequence[float]) -> bool:

@@ -22,12 +22,14 @@ from vila_ops.model.change import Change
 from vila_ops.model.projectors import fit_to
 from vila_ops.model.trainable import keep_frozen_in, set_trainable
 from vila_ops.model.vila import VilaForConditionalGeneration
+from vila_ops.tracking import MetricLog
+from vila_ops.tracking.system import SystemMetrics
 from vila_ops.train.batches import Batches
 from vila_ops.train.blame import Blame
 from vila_ops.train.checkpoint.saver import Checkpoints, Curve
 from vila_ops.train.engine import Engine, build_engine
 from vila_ops.train.job import Job, Place
-from vila_ops.train.meter import Meter
+from vila_ops.train.meter import Meter, Seen, Tally
 from vila_ops.train.objective import Objective
 from vila_ops.train.optim import rate_factor
 from vila_ops.train.watch import Watch
@@ -40,11 +42,12 @@ CURVE = "curve.json"
 
 def train(job: Job, place: Place) -> dict[str, Any]:
     """Train one stage to its end and leave the model in the attempt's folder (rank 0); returns what really ran."""
-    with Watch(job, place) as watch:
-        return _train(job, place, watch)
+    metrics = MetricLog(job.resources, None if place.rank else job.run_id, system=SystemMetrics())
+    with Watch(job, place) as watch, metrics:
+        return _train(job, place, watch, metrics)
 
 
-def _train(job: Job, place: Place, watch: Watch) -> dict[str, Any]:
+def _train(job: Job, place: Place, watch: Watch, metrics: MetricLog) -> dict[str, Any]:
     torch.set_num_threads(job.resources.threads_per_worker)
     torch.manual_seed(job.stage.seed)
     model, rows, batches = load(job)
@@ -56,33 +59,37 @@ def _train(job: Job, place: Place, watch: Watch) -> dict[str, Any]:
     engine = build_engine(objective, trained, job.stage, job.resources)
     checkpoints = Checkpoints(job.resume, place, job.resources, live=engine.live)
     step, curve = checkpoints.restore(engine)
-    blame = Blame(job, watch, rows, curve)
+    blame = Blame(job, watch, rows, curve, metrics)
     num_steps = rows.num_steps()
+    tally = Tally(job, model, batches, rows.sources())
     watch.beat(step, "validate")
     if step == 0:
-        curve.append({"step": 0, "validation_loss": validate(engine, batches, rows, place)})
-    meter = Meter(job, step=step, num_steps=num_steps) if place.rank == 0 else None
+        held_out = validate(engine, tally, rows, place)
+        curve.append({"step": 0, "validation_loss": held_out.loss})
+    meter = Meter(job, metrics, step=step, num_steps=num_steps) if place.rank == 0 else None
     while step < num_steps:
         watch.beat(step, "train")
-        loss = add_gradients(engine, batches, rows, job, step=step, blame=blame)
+        seen = add_gradients(engine, tally, rows, job, step=step, blame=blame)
         checkpoints.settle()
-        norm = engine.step(rate_factor(step, job.stage, num_steps=num_steps))
+        factor = rate_factor(step, job.stage, num_steps=num_steps)
+        norm = engine.step(factor)
         blame.check("gradient norm", norm, step=step)
         step += 1
-        curve.append({"step": step, "loss": loss})
-        blame.look(step, loss)
+        curve.append({"step": step, "loss": seen.loss})
+        blame.look(step, seen.loss)
+        if meter:
+            meter.count(step, seen, norm=norm, factor=factor, stalled=checkpoints.stall_seconds)
         if step % job.stage.validate_every == 0 or step == num_steps:
             watch.beat(step, "validate")
-            curve[-1]["validation_loss"] = validate(engine, batches, rows, place)
-        if meter:
-            meter.count(curve[-1], norm=norm)
+            held_out = validate(engine, tally, rows, place)
+            curve[-1]["validation_loss"] = held_out.loss
+            if meter:
+                meter.validated(step, held_out)
         if step % job.stage.save_every == 0 and step < num_steps:
             watch.beat(step, "save")
             checkpoints.save(step, engine.state(), curve)
     watch.beat(step, "finish")
     checkpoints.close()
-    if meter:
-        meter.close()
     finish(engine, job, curve, place)
     said = {"composition": rows.composition.model_dump(mode="json")} if place.rank == 0 else {}
     ran = {"rank": place.rank, "steps": num_steps, "micro_batch_size": job.resources.micro_batch_size}
@@ -113,37 +120,37 @@ def change_of(stage: Stage) -> Change:
     return Change(image_size=stage.image_size, visual_expert=stage.tuning.kind == "visual_expert")
 
 
-def add_gradients(engine: Engine, batches: Batches, rows: Rows, job: Job, *, step: int, blame: Blame) -> float:
-    """Forward and backward passes over the global batch of a step; returns its loss in nats per token."""
+def add_gradients(engine: Engine, tally: Tally, rows: Rows, job: Job, *, step: int, blame: Blame) -> Seen:
+    """Forward and backward passes over the global batch of a step; its loss is in nats per token."""
     place = blame.watch.place
-    own, num_targets = rows.batch(step, rank=place.rank, world_size=place.world_size)
+    with tally.waiting():
+        own, num_targets = rows.batch(step, rank=place.rank, world_size=place.world_size)
     blame.begin(own)
     size = job.resources.micro_batch_size
-    value: torch.Tensor | float = 0.0
     for start in range(0, len(own), size):
         micro = own[start : start + size]
-        total, each = engine.loss(batches(micro, step=step))
-        blame.saw(micro, each)
+        total, each = engine.loss(tally.batch(micro, step=step))
         loss = total / num_targets
-        value = value + loss.detach().double()  # stays on the device: reading it waits for all that was asked of a GPU
+        tally.add(micro, loss, each)
+        blame.saw(micro, each)
         if start + size >= len(own):
-            value = _sum(float(value))
-            blame.check("loss", value, step=step)
+            seen = tally.read()
+            blame.check("loss", seen.loss, step=step)
         engine.backward(loss)
-    return float(value)
+    return seen
 
 
 @torch.no_grad()
-def validate(engine: Engine, batches: Batches, rows: Rows, place: Place) -> float:
+def validate(engine: Engine, tally: Tally, rows: Rows, place: Place) -> Seen:
     """Mean loss in nats per token over the validation rows, which the ranks share."""
     held_out = rows.validation()
-    num_targets = sum(int((row.labels >= 0).sum()) for row in held_out)
-    value = 0.0
     for start in range(0, len(held_out), place.world_size):  # every rank passes equally often, as ZeRO-3 needs
         row = held_out[min(start + place.rank, len(held_out) - 1)]
-        loss, _ = engine.loss(batches([row]))
-        value += float(loss) if start + place.rank < len(held_out) else 0.0
-    return _sum(value) / num_targets
+        loss, each = engine.loss(tally.batch([row]))
+        if start + place.rank < len(held_out):
+            tally.add([row], loss, each)
+    seen = tally.read()
+    return seen._replace(loss=seen.loss / seen.targets)
 
 
 def finish(engine: Engine, job: Job, curve: Curve, place: Place) -> None:
@@ -156,13 +163,3 @@ def finish(engine: Engine, job: Job, curve: Curve, place: Place) -> None:
     model_folder.save_trained(trained, attempt, init=content(job.init), change=change_of(stage), tuning=stage.tuning)
     exact = [{key: value.hex() if isinstance(value, float) else value for key, value in row.items()} for row in curve]
     (attempt / CURVE).write_text(json.dumps(exact, indent=1))
-
-
-def _sum(value: float) -> float:
-    """Sum over all ranks."""
-    if not torch.distributed.is_initialized():
-        return value
-    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"  # NCCL takes nothing from the host
-    total = torch.tensor(value, dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(total)
-    return float(total)

@@ -53,9 +53,10 @@ def _train(
     attempt = store.begin(at, store=resources.store)
     resume = f"{store.root_of(resources.store)}/resume/{at.key}"
     run_id = tracking.start_run(
-        resources.tracking_uri, stage.name, parent=resources.parent_run, params=stage.model_dump(mode="json"),
+        resources, stage.name, parent=resources.parent_run, params=stage.model_dump(mode="json"),
         tags={"room": "train_stage", "stage": stage.name, "address": at.key, "data": data.digest, "init": init.digest},
     )  # fmt: skip
+    tracking.log_input(resources, run_id, data, name=stage.mixture.name, context="train")
     job = Job(
         stage=stage,
         data=data,
@@ -71,7 +72,7 @@ def _train(
         ran = _launch(job)
         failed = False
     finally:
-        tracking.end_run(resources.tracking_uri, run_id, failed=failed)
+        tracking.end_run(resources, run_id, failed=failed)
     checkpoint = store.seal(
         Checkpoint,
         at,

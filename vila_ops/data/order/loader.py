@@ -60,6 +60,10 @@ class Rows:
             raise ValueError(f"stage {self.stage.name!r}: mixture {name!r} has no validation sample")
         self._held_out = lru_cache(maxsize=1)(self._validation_rows)
 
+    def sources(self) -> list[str]:
+        """Of all samples, validation's too."""
+        return sorted({group.source for group in self._index.groups})
+
     def num_steps(self) -> int:
         """Optimizer steps of the stage: those it asks for, or as many as read the rows of its epochs.
 

@@ -30,6 +30,8 @@ class Row:
     """Encoded squares, in order of their placeholders."""
     keys: tuple[str, ...]
     """Of the samples, in order."""
+    sources: tuple[str, ...]
+    """Of the samples, in order."""
 
 
 def pack(samples: Sequence[Sample], *, capacity: int) -> Row:
@@ -51,4 +53,5 @@ def pack(samples: Sequence[Sample], *, capacity: int) -> Row:
         labels[start : stop - 1] = np.where(sample.is_target[1:], ids[1:], IGNORE_INDEX)
         start = stop
     images = tuple(image for sample in samples for image in sample.images)
-    return Row(input_ids, position_ids, segment_ids, labels, images, tuple(sample.key for sample in samples))
+    keys, sources = tuple(sample.key for sample in samples), tuple(sample.source for sample in samples)
+    return Row(input_ids, position_ids, segment_ids, labels, images, keys, sources)

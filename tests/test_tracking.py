@@ -1,0 +1,257 @@
+"""What MLflow is told arrives once and in order, whatever becomes of the server or of who tells it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+
+from vila_ops import tracking
+from vila_ops.artifacts.kinds import Dataset
+from vila_ops.config import Resources
+from vila_ops.config.local import LocalServers
+from vila_ops.local import servers
+from vila_ops.tracking import MetricLog, outbox
+from vila_ops.tracking.outbox import Spool
+from vila_ops.tracking.system import SystemMetrics
+
+KILLED = """
+import os, signal, sys
+from vila_ops.config import Resources
+from vila_ops.tracking import MetricLog
+metrics = MetricLog(Resources.model_validate_json(sys.argv[1]), sys.argv[2])
+for step in range(100):
+    metrics.log({"loss": step / 8}, step=step)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+FULL = """
+import resource, signal, sys
+from vila_ops.config import Resources
+from vila_ops.tracking import MetricLog
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+with MetricLog(Resources.model_validate_json(sys.argv[1]), sys.argv[2]) as metrics:
+    for step in range(100):
+        metrics.log({"loss": step / 8}, step=step)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbox, "SEND_SECONDS", 0.1)
+    monkeypatch.setattr(outbox, "RETRY_SECONDS", 0.1)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+
+
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's tables, made once: that takes seconds."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def resources(tmp_path: Path, empty_database: Path) -> Resources:
+    shutil.copyfile(empty_database, tmp_path / "mlflow.db")
+    return Resources(launch="inline", store=f"{tmp_path}/store", tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+
+
+@pytest.fixture
+def away(resources: Resources, free_ports: Callable[[int], list[int]]) -> Resources:
+    """The same place, but the server does not answer."""
+    (port,) = free_ports(1)
+    return Resources.model_validate({**resources.model_dump(), "tracking_uri": f"http://u:secret@127.0.0.1:{port}"})
+
+
+def begin(resources: Resources) -> str:
+    run_id = tracking.start_run(resources, "align", parent=None, params={"a": {"b": 1}}, tags={"room": "train_stage"})
+    assert run_id is not None
+    return run_id
+
+
+def history(resources: Resources, run_id: str, name: str = "loss") -> list[Metric]:
+    """In the order in which they were logged."""
+    assert resources.tracking_uri is not None
+    found = MlflowClient(resources.tracking_uri).get_metric_history(run_id, name)
+    return sorted(found, key=lambda metric: (metric.timestamp, metric.step))
+
+
+def kept(resources: Resources) -> list[Path]:
+    return sorted((resources.scratch() / "metrics").glob("*"))
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@dataclass
+class Server:
+    """MLflow's server, on the same database and port each time."""
+
+    told: servers.Server
+    started: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def start(self) -> None:
+        self.started.append(subprocess.Popen(self.told.command, env={**os.environ, **self.told.env}))
+        until(lambda: self.told.healthy(self.started[-1].pid, 1.0))
+
+    def kill(self) -> None:
+        self.started[-1].kill()
+        self.started[-1].wait()
+
+
+@pytest.fixture
+def server(tmp_path: Path, free_servers: Callable[[Path], LocalServers], empty_database: Path) -> Iterator[Server]:
+    root = tmp_path / "servers"
+    root.mkdir()
+    shutil.copyfile(empty_database, root / "mlflow.db")
+    one = Server(servers.servers_of(free_servers(root))["mlflow"])
+    yield one
+    one.kill()
+
+
+def test_a_server_that_is_killed_and_comes_back_has_everything_once(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    resources = Resources(launch="inline", store=f"{tmp_path}/store", tracking_uri=server.told.url)
+    server.start()
+    run_id = begin(resources)
+    with MetricLog(resources, run_id) as metrics:
+        for step in range(10):
+            metrics.log({"loss": step / 8, "norm": float("inf")}, step=step)
+        until(lambda: len(history(resources, run_id)) == 10)
+        server.kill()
+        for step in range(10, 30):
+            metrics.log({"loss": step / 8}, step=step)
+        until(lambda: "takes nothing" in caplog.text)
+        (file,) = kept(resources)
+        waiting = [json.loads(line)["metrics"][0][3] for line in file.read_text().splitlines()]
+        assert waiting[-20:] == list(range(10, 30))
+        metrics.end(failed=False)
+        metrics.log({"loss": 30 / 8}, step=30)
+        server.start()
+        until(lambda: "answers again" in caplog.text)
+        metrics.log({"loss": 31 / 8}, step=31)
+    found = history(resources, run_id)
+    assert [(metric.step, metric.value) for metric in found] == [(step, step / 8) for step in range(32)]
+    assert [metric.timestamp for metric in found] == sorted(metric.timestamp for metric in found)
+    assert len(history(resources, run_id, "norm")) == 10
+    assert MlflowClient(resources.tracking_uri).get_run(run_id).info.status == "FINISHED"
+    assert kept(resources) == []
+
+
+def test_what_a_killed_writer_left_is_sent_by_the_next_and_never_twice(resources: Resources) -> None:
+    run_id = begin(resources)
+    told = [sys.executable, "-c", KILLED, resources.model_dump_json(), run_id]
+    assert subprocess.run(told, check=False).returncode == -9
+    (file,) = kept(resources)
+    whole = file.read_bytes()
+    assert len(history(resources, run_id)) == 0
+    file.write_bytes(whole + b'{"metrics": [["loss", 1')
+    with MetricLog(resources, run_id) as metrics:
+        metrics.log({"loss": 100 / 8}, step=100)
+    assert [(one.step, one.value) for one in history(resources, run_id)] == [(n, n / 8) for n in range(101)]
+    assert kept(resources) == []
+    file.write_bytes(whole)  # as if its writer was killed when all was sent and the file not emptied yet
+    tracking.end_run(resources, run_id, failed=True)
+    assert len(history(resources, run_id)) == 101
+    assert kept(resources) == []
+
+
+def test_a_run_that_ends_while_the_server_is_away_is_closed_by_the_next(
+    resources: Resources, away: Resources, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    run_id = begin(resources)
+    (tmp_path / "report.json").write_text("{}")
+    with MetricLog(away, run_id) as metrics:
+        metrics.log({"loss": 2.5}, step=1)
+        metrics.attach(tmp_path / "report.json")
+    before = int(time.time() * 1000)
+    tracking.end_run(away, run_id, failed=False)
+    after = int(time.time() * 1000)
+    assert "has not taken all of run" in caplog.text
+    assert "secret" not in caplog.text
+    assert len(kept(resources)) == 2
+    client = MlflowClient(resources.tracking_uri)
+    assert client.get_run(run_id).info.status == "RUNNING"
+    other = begin(resources)
+    tracking.end_run(resources, other, failed=True)
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert before <= run.info.end_time <= after
+    assert run.data.metrics == {"loss": 2.5}
+    assert [file.path for file in client.list_artifacts(run_id)] == ["report.json"]
+    assert client.get_run(other).info.status == "FAILED"
+    assert kept(resources) == []
+
+
+def test_nothing_is_taken_from_a_writer_that_lives(resources: Resources, away: Resources) -> None:
+    run_id = begin(resources)
+    with MetricLog(away, run_id) as alive:
+        alive.log({"loss": 1.0}, step=1)
+        (file,) = kept(resources)
+        assert Spool.left(file) is None
+        tracking.end_run(resources, run_id, failed=False)
+        assert kept(resources) == [file]
+    assert history(resources, run_id) == []
+
+
+def test_a_full_disk_loses_metrics_and_nothing_else(resources: Resources, away: Resources) -> None:
+    told = [sys.executable, "-c", FULL, away.model_dump_json(), "0" * 32]
+    done = subprocess.run(told, check=True, capture_output=True, text=True)
+    assert done.stderr.count("cannot be kept") == 1
+    (file,) = kept(resources)
+    lines = file.read_bytes().splitlines(keepends=True)
+    assert all(line.endswith(b"}\n") and json.loads(line) for line in lines)
+    assert 900 < file.stat().st_size <= 1000
+
+
+def test_a_server_that_is_away_at_the_start_is_an_error_that_says_what_to_do(away: Resources) -> None:
+    with pytest.raises(ConnectionError, match=r"nothing was computed for it yet.*tracking_uri") as raised:
+        begin(away)
+    assert "secret" not in str(raised.value)
+    with pytest.raises(ConnectionError), tracking.whole_run(away, "vila", key=("a", "b"), params={}, tags={}):
+        raise AssertionError
+
+
+def test_a_run_names_the_data_that_it_read(resources: Resources) -> None:
+    run_id = begin(resources)
+    data = Dataset(uri=f"{resources.store}/dataset/x", digest="0123456789abcdef" * 4, num_samples=1, num_tokens=1)
+    tracking.log_input(resources, run_id, data, name="pairs", context="train")
+    run = MlflowClient(resources.tracking_uri).get_run(run_id)
+    (found,) = run.inputs.dataset_inputs
+    assert (found.dataset.name, found.dataset.source) == ("pairs", data.uri)
+    assert found.dataset.digest == data.digest[:36]
+    assert {tag.key: tag.value for tag in found.tags} == {"mlflow.data.context": "train", "digest": data.digest}
+    assert run.data.params == {"a.b": "1"}
+
+
+def test_the_machines_load_is_logged_while_a_run_is_open(resources: Resources) -> None:
+    run_id = begin(resources)
+    with MetricLog(resources, run_id, system=SystemMetrics()) as metrics:
+        metrics.log({"loss": 1.0}, step=7)
+    metrics_of = MlflowClient(resources.tracking_uri).get_run(run_id).data.metrics
+    assert 0 <= metrics_of["system/cpu_utilization_percentage"] <= 100
+    assert 0 < metrics_of["system/system_memory_usage_percentage"] < 100
+    assert {metric.step for metric in history(resources, run_id, "system/disk_usage_percentage")} <= {0, 7}
+
+
+def test_without_a_tracking_uri_nothing_is_written(tmp_path: Path) -> None:
+    resources = Resources(launch="inline", store=f"{tmp_path}/store")
+    assert tracking.start_run(resources, "align", parent=None, params={}, tags={}) is None
+    with MetricLog(resources, None) as metrics:
+        metrics.log({"loss": 1.0}, step=1)
+    tracking.end_run(resources, None, failed=False)
+    assert list(tmp_path.iterdir()) == []

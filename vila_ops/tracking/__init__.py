@@ -1,0 +1,145 @@
+"""The few calls to MLflow that we make. Without a tracking URI nothing is logged and MLflow is not imported.
+
+A run has to be begun with MLflow; from then on nothing waits for it: see `outbox`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from vila_ops.artifacts.kinds import Artifact
+from vila_ops.config import Resources
+from vila_ops.tracking.outbox import MetricLog as MetricLog
+from vila_ops.tracking.outbox import connect, shown
+
+EXPERIMENT = "vila"
+DIGEST_SIZE = 36
+"""Characters that MLflow keeps of a data set's digest."""
+
+
+def start_run(
+    resources: Resources, name: str, *, parent: str | None, params: dict[str, Any], tags: dict[str, str]
+) -> str | None:
+    """A new run under `parent`; returns its id. Raises ConnectionError where MLflow does not take it."""
+    if resources.tracking_uri is None:
+        return None
+    client, entities = connect(resources.tracking_uri)
+    if parent:
+        tags = {**tags, "mlflow.parentRunId": parent}
+    with _answers(resources.tracking_uri, f"the run {name!r}"):
+        experiment_id = _experiment(resources.tracking_uri)
+        run_id: str = client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
+        flat = [entities.Param(key, str(value)[:500]) for key, value in flatten(params).items()]
+        for start in range(0, len(flat), 100):  # the server's limit for one call
+            client.log_batch(run_id, params=flat[start : start + 100])
+    return run_id
+
+
+def log_input(
+    resources: Resources, run_id: str | None, data: Artifact, *, name: str, context: Literal["train", "eval"]
+) -> None:
+    """Say which data a run reads, with its digest. Raises ConnectionError where MLflow does not take it."""
+    if resources.tracking_uri is None or run_id is None:
+        return
+    client, entities = connect(resources.tracking_uri)
+    dataset = entities.Dataset(
+        name=name,
+        digest=data.digest[:DIGEST_SIZE],
+        source_type="s3" if data.uri.startswith("s3://") else "local",
+        source=data.uri,
+    )
+    tags = [entities.InputTag("mlflow.data.context", context), entities.InputTag("digest", data.digest)]
+    with _answers(resources.tracking_uri, f"the input {name!r}"):
+        client.log_inputs(run_id, [entities.DatasetInput(dataset, tags)])
+
+
+@contextmanager
+def whole_run(
+    resources: Resources, name: str, *, key: tuple[str, str], params: dict[str, Any], tags: dict[str, str]
+) -> Iterator[str | None]:
+    """The run of a whole recipe: the one tagged with `key`, opened again, or a new one; closed as it ended."""
+    if resources.tracking_uri is None:
+        yield None
+        return
+    with _answers(resources.tracking_uri, f"the run {name!r}"):
+        run_id = _find_run(resources.tracking_uri, key)
+    if run_id is None:
+        run_id = start_run(resources, name, parent=None, params=params, tags=dict([key]))
+    client, _ = connect(resources.tracking_uri)
+    with _answers(resources.tracking_uri, f"the run {name!r}"):
+        client.update_run(run_id, status="RUNNING")
+        for tag, value in tags.items():
+            client.set_tag(run_id, tag, value)
+    failed = True
+    try:
+        yield run_id
+        failed = False
+    finally:
+        end_run(resources, run_id, failed=failed)
+
+
+def _find_run(tracking_uri: str, key: tuple[str, str]) -> str | None:
+    client, _ = connect(tracking_uri)
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    if experiment is None:
+        return None
+    tag, value = key
+    found = client.search_runs([experiment.experiment_id], f"tags.{tag} = '{value}'", max_results=1)
+    return found[0].info.run_id if found else None
+
+
+def page(tracking_uri: str | None, run_id: str | None) -> str | None:
+    """The address of a run's page; None where no server shows one."""
+    if not (tracking_uri and run_id and tracking_uri.startswith("http")):
+        return None
+    experiment = connect(tracking_uri)[0].get_run(run_id).info.experiment_id
+    return f"{tracking_uri}/#/experiments/{experiment}/runs/{run_id}"
+
+
+def end_run(resources: Resources, run_id: str | None, *, failed: bool) -> None:
+    """Close a run; one that MLflow does not take now is closed when it does: see `outbox`."""
+    with MetricLog(resources, run_id) as run:
+        run.end(failed=failed)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings to dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+@contextmanager
+def _answers(tracking_uri: str, what: str) -> Iterator[None]:
+    """Say what to do where MLflow refuses or does not answer before there is anything to keep."""
+    from mlflow.exceptions import MlflowException  # heavy
+
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        raise ConnectionError(
+            f"MLflow at {shown(tracking_uri)} does not take {what}; nothing was computed for it yet: {shown(error)}. "
+            f"See that it runs (`vila-ops up`, or tracking_uri in the resources), or set tracking_uri to null"
+        ) from error
+
+
+def _experiment(tracking_uri: str) -> str:
+    client, _ = connect(tracking_uri)
+    found = client.get_experiment_by_name(EXPERIMENT)
+    made: str = (
+        found.experiment_id
+        if found
+        else client.create_experiment(EXPERIMENT, artifact_location=_files_beside(tracking_uri))
+    )
+    return made
+
+
+def _files_beside(tracking_uri: str) -> str | None:
+    """Where files go with a database and no server: beside it, not into the working directory. A server decides."""
+    kind, _, path = tracking_uri.partition(":///")
+    return str(Path(path).resolve().parent / "mlflow-artifacts") if kind == "sqlite" else None
