@@ -122,6 +122,7 @@ def server(tmp_path: Path, free_servers: Callable[[Path], LocalServers], empty_d
     one.kill()
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_and_comes_back_has_everything_once(
     server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
