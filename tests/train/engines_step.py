@@ -9,10 +9,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vila_ops.model.trainable import set_trainable
+from vila_ops.tracking import MetricLog
 from vila_ops.train.blame import Blame
 from vila_ops.train.engine import Engine, build_engine
 from vila_ops.train.job import Job, Place
 from vila_ops.train.loop import add_gradients, load
+from vila_ops.train.meter import Tally
 from vila_ops.train.objective import Objective
 from vila_ops.train.watch import Watch
 
@@ -28,7 +30,9 @@ def run(task: dict[str, Any], place: Place) -> None:
     objective = Objective(model, bf16=False)
     trained = set_trainable(objective, job.stage.trainable, job.stage.tuning)
     engine = build_engine(objective, trained, job.stage, job.resources)
-    add_gradients(engine, batches, rows, job, step=0, blame=Blame(job, Watch(job, place), rows, []))
+    tally = Tally(job, model, batches, rows.sources())
+    blame = Blame(job, Watch(job, place), rows, [], MetricLog(job.resources, None))
+    add_gradients(engine, tally, rows, job, step=0, blame=blame)
     norm = engine.step(1.0)
     before = state(engine)
     own, _ = rows.batch(1, rank=place.rank, world_size=place.world_size)

@@ -316,13 +316,14 @@ def test_a_spike_is_written_down_once_with_its_worst_samples_and_training_goes_o
 ) -> None:
     database = f"sqlite:///{tmp_path}/mlflow.db"
     job = job_of(run, "spike", tracking_uri=database)
-    run_id = tracking.start_run(database, "spike", parent=None, params={}, tags={})
+    run_id = tracking.start_run(job.resources, "spike", parent=None, params={}, tags={})
     job = Job.model_validate({**job.model_dump(), "run_id": run_id})
     model, rows, batches = load_stage(job)
     objective = Objective(model, bf16=False)
     curve = [{"step": step, "loss": 1.0 + step % 5 / 100} for step in range(1, 41)]
-    with Watch(job, Place()) as watch, caplog.at_level(logging.WARNING), torch.no_grad():
-        blame = Blame(job, watch, rows, curve)
+    metrics = tracking.MetricLog(job.resources, job.run_id)
+    with Watch(job, Place()) as watch, metrics, caplog.at_level(logging.WARNING), torch.no_grad():
+        blame = Blame(job, watch, rows, curve, metrics)
         for step, loss in ((1, 1.02), (2, 5.0), (3, 5.1), (4, 1.01), (5, 6.0)):
             own, _ = rows.batch(step - 1)
             blame.begin(own)

@@ -88,7 +88,7 @@ class FeatureCache:
         raw = _bytes_of(place)
         try:
             with self._path(key).open("rb", buffering=0) as file:
-                whole = file.readinto(memoryview(raw)) == len(raw)
+                whole = file.readinto(raw) == len(raw)
                 return whole and file.read(5) == zlib.crc32(raw).to_bytes(4, "little")
         except OSError:
             return False
@@ -97,10 +97,9 @@ class FeatureCache:
         return self.folder / key[:2] / f"{key}{SUFFIX}"
 
 
-def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
+def _bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor; numpy has no bf16."""
-    raw: NDArray[np.uint8] = tensor.view(torch.uint8).flatten().numpy()
-    return raw
+    return tensor.view(torch.uint8).flatten().numpy().data
 
 
 def tower_digest(model: VilaForConditionalGeneration) -> str:

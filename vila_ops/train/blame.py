@@ -11,7 +11,6 @@ import logging
 import math
 from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
