@@ -66,14 +66,12 @@ def test_a_picture_asked_for_twice_is_given_twice_and_computed_once(
 def test_features_from_disk_are_those_that_the_tower_gave_bit_for_bit(
     precision: Any, squares: list[bytes], make_model: Any, build: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """Beside them the tower's own in a batch as large, which is what they are computed in; each takes its dtype."""
     whole, _ = build(make_model())
-    first, again = (FeatureCache(whole, to_pixels(), root=tmp_path, precision=precision)(squares) for _ in range(2))
+    batch = squares[:BATCH]
+    first, again = (FeatureCache(whole, to_pixels(), root=tmp_path, precision=precision)(batch) for _ in range(2))
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    filled = [*squares, *squares[:1] * BATCH][:BATCH]
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
-        direct = whole.tower_features(torch.from_numpy(to_pixels()(filled))).to(dtype)[: len(squares)]
-    assert len(squares) <= BATCH
+        direct = whole.tower_features(torch.from_numpy(to_pixels()(batch))).to(dtype)
     assert first.dtype == dtype
     assert torch.equal(first, direct)
     assert torch.equal(again, direct)
@@ -144,3 +142,15 @@ def test_a_damaged_file_is_computed_again(
         path.write_bytes(damaged)
         assert torch.equal(cache(squares[:1]), found)
         assert path.read_bytes() == whole_bytes
+
+
+@pytest.mark.parametrize("projector", ["linear", "mlp_gelu", "mlp_downsample", "transformer"])
+def test_every_projector_takes_features_in_16_bits(projector: str, make_model: Any, build: Callable[..., Any]) -> None:
+    """As it takes those of a tower that trains, which are of 32 bits where autocast leaves a sum in them."""
+    more = {"num_layers": 1, "num_heads": 4} if projector == "transformer" else {}
+    model = make_model()
+    whole, _ = build(model.model_validate({**model.model_dump(), "projector": {"kind": projector, **more}}))
+    features = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wide, narrow = (whole.model.multi_modal_projector(f).float() for f in (features, features.bfloat16()))
+    assert (narrow - wide).norm() <= 2**-6 * wide.norm()

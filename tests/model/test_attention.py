@@ -1,0 +1,126 @@
+import re
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
+
+from vila_ops.model import attention
+from vila_ops.model.vila import VilaForConditionalGeneration
+
+SEGMENTS = torch.tensor([[1] * 50 + [2] * 70 + [3] * 60 + [0] * 20, [1] * 140 + [2] * 60])
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def positions(segments: Tensor) -> Tensor:
+    """From 0 in each segment."""
+    return torch.stack([torch.cat([torch.arange(int(n)) for n in row.unique_consecutive(return_counts=True)[1]])
+                        for row in segments])  # fmt: skip
+
+
+def hidden_of(whole: VilaForConditionalGeneration, kernel: Any, segments: Tensor = SEGMENTS) -> Tensor:
+    """Last hidden states of the same random tokens with a kernel."""
+    attention.use(whole, kernel)
+    device = whole.lm_head.weight.device
+    ids = torch.randint(4, 500, SEGMENTS.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    kept_apart = attention.kept_apart(whole, segments.to(device))
+    place = positions(SEGMENTS).to(device)
+    states: Tensor = whole.hidden(whole.embed(ids, None), position_ids=place, use_cache=False, **kept_apart)[0]
+    return states
+
+
+def test_a_mask_by_hand() -> None:
+    found = attention.attention_mask(torch.tensor([[1, 1, 2, 2, 0]]))
+    expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
+    assert found.shape == (1, 1, 5, 5)
+    assert found[0, 0].int().tolist() == expected
+
+
+def test_lengths_for_flash_attention_are_those_that_transformers_reads_from_positions() -> None:
+    (bounds, _), (longest, _) = prepare_fa_kwargs_from_position_ids(positions(SEGMENTS))
+    found = attention._lengths(SEGMENTS)
+    assert found["cu_seq_lens_q"].tolist() == bounds.tolist() == [0, 50, 120, 180, 200, 340, 400]
+    assert found["cu_seq_lens_q"].dtype == torch.int32
+    assert found["max_length_q"] == int(longest) == 140
+
+
+def test_blocks_for_flex_attention_are_those_of_the_mask() -> None:
+    blocks = attention._blocks(SEGMENTS)
+    padded = torch.nn.functional.pad(attention.attention_mask(SEGMENTS), (0, 56, 0, 56))
+    expected = padded.view(2, 1, 2, 128, 2, 128).any(5).any(3)
+    assert blocks.to_dense().bool().tolist() == expected.tolist()
+
+
+@pytest.mark.slow
+def test_flex_attention_gives_what_sdpa_gives(make_model: Any, build: Callable[..., Any]) -> None:
+    """Without gradients, which it has not on a CPU; where all were one segment it does not."""
+    whole, _ = build(make_model())
+    with torch.no_grad():
+        flex, sdpa = (hidden_of(whole.train(), kernel) for kernel in ("flex", "sdpa"))
+        leaking = hidden_of(whole, "sdpa", torch.ones_like(SEGMENTS))
+    assert (flex - sdpa).abs().max() <= 1e-5
+    assert (leaking - flex).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "installed", "precision", "chosen"),
+    [
+        ("auto", CPU, True, "bf16", "sdpa"),
+        ("auto", GPU, True, "bf16", "flash"),
+        ("auto", GPU, True, "fp32", "flex"),
+        ("auto", GPU, False, "bf16", "flex"),
+        ("sdpa", GPU, True, "bf16", "sdpa"),
+        ("flex", GPU, False, "fp32", "flex"),
+        ("flash", GPU, True, "bf16", "flash"),
+    ],
+)
+def test_the_fastest_kernel_that_can_train_here_is_chosen(
+    asked: Any, device: torch.device, installed: bool, precision: Any, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "find_spec", lambda name: object() if installed else None)
+    assert attention.choose(asked, device, precision) == chosen
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "installed", "precision", "said"),
+    [
+        ("flash", CPU, True, "bf16", "attention flash: FlashAttention runs on a GPU, and this stage has none; use"),
+        ("flex", CPU, True, "bf16", "attention flex: FlexAttention has no backward pass on a CPU"),
+        ("flash", GPU, False, "bf16", "attention flash needs the package flash-attn; install it, or use auto"),
+        ("flash", GPU, True, "fp32", "attention flash computes in 16 bits, and the stage's precision is fp32; use"),
+    ],
+)
+def test_a_kernel_that_cannot_train_here_is_refused(
+    asked: Any, device: torch.device, installed: bool, precision: Any, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "find_spec", lambda name: object() if installed else None)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        attention.choose(asked, device, precision)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize(("kernel", "amp"), [("flex", False), ("flex", True), ("flash", True)])
+def test_on_a_gpu_every_kernel_gives_states_and_gradients_of_sdpa(
+    kernel: str, amp: bool, make_model: Any, build: Callable[..., Any]
+) -> None:
+    if kernel == "flash" and find_spec("flash_attn") is None:
+        pytest.skip("needs the package flash-attn")
+    whole, _ = build(make_model())
+    whole.to("cuda").train()
+    found = []
+    for name in (kernel, "sdpa"):
+        whole.zero_grad()
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=amp):
+            states = hidden_of(whole, name)
+            wanted = SEGMENTS.cuda() > 0  # what padding gives is nobody's
+            loss = cross_entropy(whole.lm_head(states[wanted]).float(), torch.ones_like(SEGMENTS).cuda()[wanted])
+        torch.autograd.backward(loss)
+        gradients = [p.grad.clone() for p in whole.model.language_model.layers.parameters()]
+        found.append([states[wanted].detach().float(), *gradients])
+    for own, other in zip(*found, strict=True):
+        assert (own - other).norm() <= (2**-6 if amp else 1e-4) * other.norm()

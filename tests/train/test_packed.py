@@ -1,0 +1,131 @@
+"""A packed row is its samples and nothing else, and a step's gradient is the same however its rows are split."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from vila_ops.artifacts.store import content
+from vila_ops.config import Resources
+from vila_ops.data.order.loader import Rows, stack
+from vila_ops.data.order.packing import Row, pack
+from vila_ops.data.shards import Sample, read_index, read_sample
+from vila_ops.model import folder as model_folder
+from vila_ops.model.trainable import set_trainable
+from vila_ops.train.batches import Batches
+from vila_ops.train.engine import PlainEngine
+from vila_ops.train.job import Job, Place
+from vila_ops.train.loop import add_gradients
+from vila_ops.train.objective import Objective
+
+BATCH = 8
+
+
+@pytest.fixture
+def job(bench: Any, make_stage: Any, tmp_path: Path) -> Job:
+    trainable = ["projector", "language_model"]
+    return Job(
+        stage=make_stage(bench.mixture, trainable=trainable, global_batch_size=BATCH, row_tokens=256),
+        data=bench.data, init=bench.init, resources=bench.resources, attempt=str(tmp_path), resume=str(tmp_path),
+        run_id=None, fresh_projector=True,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def objective(job: Job) -> Objective:
+    """In train mode, with a cache by default; its matrices are larger, so that a leak is no rounding."""
+    model = model_folder.load(content(job.init))
+    for parameter in model.model.language_model.parameters():
+        if parameter.ndim == 2:
+            parameter.data *= 4
+    assert model.config.text_config.use_cache
+    return Objective(model, bf16=False).train()
+
+
+def chosen(job: Job) -> list[Sample]:
+    """Two of each source, and so some with pictures and some without."""
+    table = read_index(content(job.data)).to_pylist()
+    picked = [
+        row for source in ("pairs", "documents", "definitions") for row in
+        [row for row in table if row["source"] == source][:2]
+    ]  # fmt: skip
+    return [read_sample(content(job.data), shard=r["shard"], offset=r["offset"], key=r["key"]) for r in picked]
+
+
+def logits_of(objective: Objective, batches: Batches, row: Row) -> Tensor:
+    """(T, V) of what the objective's own pass gives the head."""
+    seen: list[Tensor] = []
+    hook = objective.model.model.language_model.register_forward_hook(lambda *args: seen.append(args[-1][0]))
+    objective(batches([row]))
+    hook.remove()
+    found: Tensor = objective.model.lm_head(seen[0][0])
+    return found
+
+
+def test_logits_of_a_packed_row_are_those_of_its_samples_alone(job: Job, objective: Objective) -> None:
+    batches = Batches(job, objective.model, device=torch.device("cpu"))
+    samples = chosen(job)
+    assert {bool(sample.images) for sample in samples} == {True, False}
+    length = sum(len(sample.input_ids) for sample in samples)
+    packed = logits_of(objective, batches, pack(samples, capacity=length + 9))
+    assert packed.abs().max() > 1
+    start = 0
+    for sample in samples:
+        stop = start + len(sample.input_ids)
+        alone = logits_of(objective, batches, pack([sample], capacity=stop - start))
+        assert (packed[start:stop] - alone).abs().max() <= 1e-4
+        start = stop
+    assert start == length
+
+
+def test_the_call_that_leaves_mask_and_cache_to_transformers_leaks(job: Job, objective: Objective) -> None:
+    """Which is why the mask is always given, and shows that the test above can fail."""
+    batches = Batches(job, objective.model, device=torch.device("cpu"))
+    first, *_, last = chosen(job)
+    row = pack([first, last], capacity=len(first.input_ids) + len(last.input_ids))
+    batch, model = batches([row]), objective.model
+    embeddings = model.embed(batch.input_ids, batch.features)
+    leaking = model.lm_head(model.hidden(embeddings, position_ids=batch.position_ids).last_hidden_state)[0]
+    alone = logits_of(objective, batches, pack([last], capacity=len(last.input_ids)))
+    assert (leaking[len(first.input_ids) :] - alone).abs().max() > 0.1
+    assert (logits_of(objective, batches, row)[len(first.input_ids) :] - alone).abs().max() <= 1e-4
+
+
+def gradients(engine: PlainEngine) -> dict[str, Tensor]:
+    """What was added up, which is then forgotten."""
+    found = {name: parameter.grad.clone() for name, parameter in engine.named if parameter.grad is not None}
+    engine.optimizer.zero_grad(set_to_none=True)
+    return found
+
+
+def test_a_steps_gradient_is_the_same_for_any_split_into_ranks_micro_batches_and_accumulation(
+    job: Job, objective: Objective
+) -> None:
+    """The mean over all targets of the step, by stock cross-entropy of full logits of all rows at once.
+
+    Ranks take their turns in one process, where gradients add up as an all-reduce adds them.
+    """
+    trained = set_trainable(objective, job.stage.trainable)
+    engine = PlainEngine(objective, trained, job.stage)
+    batches = Batches(job, objective.model, device=torch.device("cpu"))
+    rows = Rows(content(job.data), digest=job.data.digest, stage=job.stage, cache=job.plan_cache())
+    everything, num_targets = rows.batch(0)
+    logits = torch.stack([logits_of(objective, batches, row) for row in everything])
+    loss = cross_entropy(logits.mT, torch.from_numpy(stack(everything)[3]))
+    torch.autograd.backward(loss)
+    expected = gradients(engine)
+    per_row = {int((row.labels >= 0).sum()) for row in everything}
+    assert len(per_row) > 1, "a mean of the rows' means would do"
+    splits = [(ranks, size) for ranks in (1, 2, 4) for size in (1, 2, 4, 8) if ranks * size <= BATCH]
+    for ranks, size in splits:
+        resources = Resources.model_validate({**job.resources.model_dump(), "micro_batch_size": size})
+        own = Job.model_validate({**job.model_dump(), "resources": resources})
+        places = [Place(rank=rank, world_size=ranks) for rank in range(ranks)]
+        value = sum(add_gradients(engine, batches, rows, own, step=0, place=place) for place in places)
+        assert value == pytest.approx(float(loss.detach()), rel=1e-6)
+        for name, gradient in gradients(engine).items():
+            assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), (ranks, size, name)
+    assert num_targets == sum(int((row.labels >= 0).sum()) for row in everything)
