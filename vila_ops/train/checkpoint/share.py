@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,7 +63,11 @@ class Copies:
         """The buffer of this name with the tensor's values; without waiting, once the current stream came so far."""
         if name not in self._buffers:
             self._buffers[name] = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=tensor.is_cuda)
-        return self._buffers[name].copy_(tensor, non_blocking=not wait)
+        buffer = self._buffers[name]
+        if tensor.is_cuda:
+            return buffer.copy_(tensor, non_blocking=not wait)
+        np.copyto(buffer.numpy(), tensor.numpy())  # torch would start a second team of threads beside the loop's
+        return buffer
 
     def take_all(self, tensors: Mapping[str, Tensor], *, since: torch.cuda.Event | None) -> dict[str, Tensor]:
         """Copies of all; from a GPU on a stream of its own, beside the loop's, and not before `since`."""
