@@ -106,6 +106,31 @@ def test_a_run_tells_a_person_its_metrics_and_what_it_left_out(tmp_path: Path, r
     assert "nothing was registered or deployed" in done.stderr
 
 
+@pytest.mark.slow
+def test_verify_resume_tells_each_kill_and_leaves_the_store_as_it_was(ran: Json, resources: Path) -> None:
+    store = resources.parent / "store"
+    before = sorted(store.glob("*/*/manifest.json"))
+    asked = ["train", "verify-resume", TINY, "--kills", "2", "--steps", "8", "-r", str(resources)]
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 0, done.output
+    told = done.stderr.splitlines()
+    assert told[0].startswith("stage align of tiny, with num_steps 8 instead of 6, save_every 1 instead of 2")
+    assert [line[:11] for line in told if line.startswith("kill ")] == ["kill 1 of 2", "kill 2 of 2"]
+    assert done.stdout.startswith("equal: 2 kills in ")
+    assert "the samples of 8 steps" in done.stdout
+    assert sorted(store.glob("*/*/manifest.json")) == before
+    assert not list((store / "verify-resume").iterdir())
+
+
+def test_train_is_a_recipe_up_to_a_stage_or_a_command() -> None:
+    told = CliRunner().invoke(app, ["train", "--help"]).stdout
+    assert "vila-ops train RECIPE --stage NAME" in told
+    assert "verify-resume" in told
+    for arguments in (["train", "--stage", "sftt", TINY], ["train", "stage", TINY, "--stage", "sftt"]):
+        failed = CliRunner().invoke(app, arguments)
+        assert "no stage 'sftt'" in str(failed.exception)
+
+
 def test_show_prints_the_run_with_its_overrides() -> None:
     shown = said("show", TINY, "-s", "stages.sft.learning_rate=4e-4")
     assert shown["recipe"]["stages"]["sft"]["learning_rate"] == 4e-4
@@ -174,6 +199,7 @@ def test_doctor_and_status_print_one_json_list(tmp_path: Path) -> None:
     ("arguments", "told"),
     [
         (["train", TINY, "--stage", "sftt"], "no stage 'sftt'; it has"),
+        (["train", "verify-resume", TINY, "--stage", "base"], "no stage 'base'; it has"),
         (["prepare", TINY, "--mixture", "algin"], "no mixture 'algin'; it has"),
         (["data", "show", TINY, "--mixture", "algin", "--out", "page.html"], "no mixture 'algin'; it has"),
         (["data", "watch", "configs/recipes/demo.yaml", "--mixture", "align"], "made of pinned packages alone"),

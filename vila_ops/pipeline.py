@@ -191,8 +191,7 @@ def mixture_named(recipe: Recipe, name: str) -> tuple[Mixture, TextFormat]:
 
 def model_after(run: Run, stage: str) -> Checkpoint | Pretrained:
     """The model after a stage (`base`: before the first), with every stage before it."""
-    if stage not in (BASE, *run.recipe.stages):
-        raise ValueError(f"recipe {run.recipe.name!r} has no stage {stage!r}; it has {list(run.recipe.stages)}")
+    _check_stage(run.recipe, stage, (BASE, *run.recipe.stages))
     model: Checkpoint | Pretrained = assemble(run.recipe.model, run.resources)
     for name, config in run.recipe.stages.items():
         if stage == BASE:
@@ -202,6 +201,14 @@ def model_after(run: Run, stage: str) -> Checkpoint | Pretrained:
         if name == stage:
             break
     return model
+
+
+def inputs_of(run: Run, stage: str) -> tuple[Dataset, Checkpoint | Pretrained]:
+    """The data of a stage and the model that it starts from, with every stage before it."""
+    names = [BASE, *run.recipe.stages]
+    _check_stage(run.recipe, stage, names[1:])
+    model = model_after(run, names[names.index(stage) - 1])
+    return prepare_named(run, run.recipe.stages[stage].mixture.name), model
 
 
 def evaluate_stage(run: Run, stage: str, *, final: bool = False) -> EvalReport:
@@ -233,6 +240,11 @@ def deploy_champion(run: Run) -> Deployment:
             f"the gate of {run.recipe.gate.model_name!r} has let no model through, so there is none to serve"
         )
     return deploy(run.recipe.service, served, run.resources)
+
+
+def _check_stage(recipe: Recipe, stage: str, known: Sequence[str]) -> None:
+    if stage not in known:
+        raise ValueError(f"recipe {recipe.name!r} has no stage {stage!r}; it has {list(recipe.stages)}")
 
 
 def _last(recipe: Recipe) -> str:

@@ -23,12 +23,14 @@ from vila_ops.cli.options import (
     Overrides,
     RecipeFile,
     ResourcesFile,
+    StageName,
     faults_of,
     load_run,
     print_handle,
     say,
 )
 from vila_ops.cli.plan import plan
+from vila_ops.cli.train import train
 from vila_ops.config import load_resources
 from vila_ops.config.local import load_local
 from vila_ops.data.revisions import export_for_dvc
@@ -38,8 +40,8 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Image-text data to a served VLM."
 )
 app.add_typer(data, name="data")
+app.add_typer(train, name="train")
 
-StageName = Annotated[str, typer.Option("--stage", help="Name of a stage, or `base` for the untrained model")]
 Servers = Annotated[Path, typer.Option("--servers", help="Ports and folders of this box's servers")]
 
 
@@ -84,18 +86,6 @@ def prepare(
     if out is not None:
         export_for_dvc(dataset, out)
     print_handle(dataset, as_json)
-
-
-@app.command()
-def train(
-    recipe: RecipeFile,
-    stage: StageName,
-    resources: ResourcesFile = INLINE,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-) -> None:
-    """Train up to a stage; what is sealed already is not made again."""
-    print_handle(pipeline.model_after(load_run(recipe, resources, overrides), stage), as_json)
 
 
 @app.command()

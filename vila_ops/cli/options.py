@@ -20,6 +20,7 @@ INLINE = Path("configs/resources/inline.yaml")
 LOCAL = Path("configs/local.yaml")
 
 RecipeFile = Annotated[Path, typer.Argument(help="A file of configs/recipes")]
+StageName = Annotated[str, typer.Option("--stage", help="Name of a stage, or `base` for the untrained model")]
 MixtureName = Annotated[str, typer.Option("--mixture", help="Name of a mixture of the recipe")]
 ResourcesFile = Annotated[Path, typer.Option("-r", "--resources", help="A file of configs/resources")]
 Overrides = Annotated[list[str] | None, typer.Option("-s", "--set", help="KEY=VALUE, e.g. stages.sft.num_steps=20")]

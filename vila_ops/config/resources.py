@@ -126,6 +126,8 @@ class Resources(Config):
     attention: Literal["auto", "sdpa", "flash", "flex"] = "auto"
     """Kernel for packed rows; auto: FlashAttention where it is installed and a GPU is there, else FlexAttention on a
     GPU, else SDPA with an explicit mask."""
+    record_samples: bool = False
+    """Each rank writes down which samples each step read, in `samples` beside the resume checkpoints."""
     keep: Retention = Retention()
     watchdog: Watchdog = Watchdog()
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"

@@ -14,6 +14,7 @@ from vila_ops.model.features import FeatureCache
 from vila_ops.model.vila import VilaForConditionalGeneration
 from vila_ops.train.job import Job
 from vila_ops.train.objective import Batch
+from vila_ops.train.samples import SampleLog
 
 
 class Batches:
@@ -25,9 +26,12 @@ class Batches:
         self.pixels = functools.partial(pixels, mean=mean, std=std)
         self.tower_trains = "vision_tower" in job.stage.trainable
         self.cache = FeatureCache(model, self.pixels, root=job.feature_cache(), precision=job.stage.precision)
+        self.samples = SampleLog(job) if job.resources.record_samples else None
 
     def __call__(self, rows: list[Row], *, step: int | None = None) -> Batch:
         """One micro-batch of a training step, or, without one, of a validation."""
+        if self.samples and step is not None:
+            self.samples.write(step, rows)
         input_ids, position_ids, segment_ids, labels = (torch.from_numpy(array) for array in stack(rows))
         images = [image for row in rows for image in row.images]
         features = pixel_values = None

@@ -80,3 +80,7 @@ class Job(Config):
     def plan_cache(self) -> Path:
         """Where the order of samples is kept."""
         return self.resources.scratch() / "plans"
+
+    def samples(self) -> Path:
+        """Where ranks write down which samples they read; attempts share it."""
+        return self.resources.scratch() / "samples" / Path(self.resume).name

@@ -1,0 +1,138 @@
+"""Stopped and gone on with other numbers of processes and ZeRO stages, a stage walks the way of one process.
+
+The order of samples is the same. Losses agree to 1e-6 in fp32, not bit for bit: ranks add their gradients in another
+order than one process does. VILA_ELASTIC sets how many random sequences are tried (`make faults`: 30).
+"""
+
+import json
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from vila_ops.artifacts.store import content
+from vila_ops.config import Resources
+from vila_ops.data.shards import read_index
+from vila_ops.train.job import Job
+from vila_ops.train.samples import Read, batches_of, first_stray, read_samples
+from vila_ops.train.verify_resume import Asked
+
+SEQUENCES = int(os.environ.get("VILA_ELASTIC", "0"))
+SEED = int(os.environ.get("VILA_KILL_SEED", str(time.time_ns() % 10**6)))
+LEG_STEPS = 3
+Fork = Callable[..., list[int]]
+
+
+class Leg(NamedTuple):
+    """How a part of the way is gone."""
+
+    world_size: int = 1
+    zero_stage: int | None = None
+    """None: plain torch."""
+    micro_batch_size: int = 1
+    threads: int = 1
+
+
+ONE_TWO_ONE_FOUR = [Leg(1, 0), Leg(2, 2), Leg(1, 3), Leg(4, 1)]
+OTHER_SETTINGS = [Leg(threads=1), Leg(micro_batch_size=4), Leg(micro_batch_size=2, threads=2), Leg()]
+
+
+def drawn(seed: int) -> list[Leg]:
+    """Four legs, each with another number of processes than the one before."""
+    draw = random.Random(seed)
+    legs: list[Leg] = []
+    while len(legs) < 4:
+        size = draw.choice([size for size in (1, 2, 4) if not legs or size != legs[-1].world_size])
+        zero_stage = draw.choice([0, 1, 2, 3] if size > 1 else [None, 0, 1, 2, 3])
+        legs.append(Leg(size, zero_stage, micro_batch_size=draw.choice([n for n in (1, 2, 4) if n * size <= 4])))
+    return legs
+
+
+WAYS = {"1-2-1-4": ONE_TWO_ONE_FOUR, "other-settings": OTHER_SETTINGS}
+WAYS |= {f"seed-{SEED + number}": drawn(SEED + number) for number in range(SEQUENCES)}
+
+
+@pytest.fixture(scope="module")
+def asked(ask: Callable[..., Asked], tmp_path_factory: pytest.TempPathFactory) -> Asked:
+    """Documents alone, which every epoch reads once, over more than two epochs."""
+    return ask(
+        tmp_path_factory.mktemp("elastic") / "store",
+        sources=["documents"], num_steps=4 * LEG_STEPS, global_batch_size=4, save_every=1, validate_every=6,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(asked: Asked, fork: Fork, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], list[Read]]:
+    """Losses and samples of one process with plain torch that nobody stops."""
+    folder = tmp_path_factory.mktemp("alone")
+    job = _job(asked, folder, 0, Leg())
+    assert fork(job=job.model_dump(mode="json")) == [0]
+    return _losses(job), read_samples(job.samples())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WAYS)
+def test_the_way_is_that_of_one_process(
+    name: str, asked: Asked, alone: tuple[list[float], list[Read]], fork: Fork, tmp_path: Path
+) -> None:
+    losses, batches = alone[0], batches_of(alone[1])
+    legs = WAYS[name]
+    for number, leg in enumerate(legs):
+        job = _job(asked, tmp_path, number, leg)
+        stop = (number + 1) * LEG_STEPS if number + 1 < len(legs) else None
+        codes = fork(
+            job=job.model_dump(mode="json"), world_size=leg.world_size, rendezvous=f"{tmp_path}/met-{number}",
+            until=stop, moment=random.random() * 0.02,
+        )  # fmt: skip
+        assert codes == [0 if stop is None else -9] * leg.world_size, leg
+    reads = read_samples(job.samples())
+    assert first_stray(reads, batches) is None
+    starts = [min(read.step for read in reads if read.attempt == f"attempt-{number}") for number in range(len(legs))]
+    assert starts[0] == 0
+    assert all(a < b for a, b in pairwise(starts)), f"no leg went on from a checkpoint: {starts}"
+    last = {step: max(read.attempt for read in reads if read.step == step) for step in batches}
+    walked = batches_of(read for read in reads if read.attempt == last[read.step])
+    assert walked == batches
+    _check_epochs([key for step in sorted(walked) for row in walked[step] for key in row], asked)
+    found = _losses(job)
+    assert len(found) == len(losses) == len(batches)
+    assert found == pytest.approx(losses, rel=1e-6, abs=1e-6)
+
+
+def _check_epochs(keys: list[str], asked: Asked) -> None:
+    """Every sample of the data once in each epoch: between two reads of it lie all others but those of one row."""
+    train = {row["key"] for row in read_index(content(asked.data)).to_pylist() if row["split"] == "train"}
+    whole = len(keys) // len(train)
+    assert whole >= 2
+    for epoch in range(whole):
+        own = keys[epoch * len(train) : (epoch + 1) * len(train)]
+        assert Counter(own) == Counter(train)
+
+
+def _job(asked: Asked, folder: Path, number: int, leg: Leg) -> Job:
+    cluster = {} if leg.zero_stage is None else {"launch": "ray", "ray_address": "127.0.0.1:1"}
+    own = {"num_workers": leg.world_size, "zero_stage": leg.zero_stage or 0, "micro_batch_size": leg.micro_batch_size}
+    given = {**asked.resources.model_dump(), **own, **cluster, "threads_per_worker": leg.threads}
+    attempt = folder / f"attempt-{number}"
+    attempt.mkdir()
+    return Job(
+        stage=asked.stage,
+        data=asked.data,
+        init=asked.init,
+        resources=Resources.model_validate({**given, "store": str(folder)}),
+        attempt=str(attempt),
+        resume=str(folder / "resume"),
+        run_id=None,
+        fresh_projector=True,
+    )
+
+
+def _losses(job: Job) -> list[float]:
+    curve = json.loads((Path(job.attempt) / "curve.json").read_text())
+    return [float.fromhex(row["loss"]) for row in curve if "loss" in row]

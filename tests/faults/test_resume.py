@@ -1,0 +1,86 @@
+"""Where a resume is easily wrong: at the end of an epoch, before the last step, of another rhythm or recipe."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vila_ops.config import Stage
+from vila_ops.train.samples import batches_of, first_stray
+from vila_ops.train.verify_resume import Asked
+
+Fork = Callable[..., list[int]]
+
+
+@pytest.fixture
+def trained_and_killed(fork: Fork, ask: Callable[..., Asked], tmp_path: Path) -> Callable[..., tuple[Asked, Asked]]:
+    """A stage that nobody killed, and one that was as soon as its checkpoint after `step` steps was there."""
+
+    def make(*, step: int, **changes: Any) -> tuple[Asked, Asked]:
+        whole, killed = (ask(tmp_path / name, **changes) for name in ("whole", "killed"))
+        assert fork(stage=whole.model_dump(mode="json"), points=str(tmp_path / "points")) == [0]
+        points = (tmp_path / "points").read_text().splitlines()
+        there = next(point for point in points if re.match(rf"(rename|replace) /resume/.*step-{step:06d}", point))
+        assert fork(stage=killed.model_dump(mode="json"), kill=[there, "after"]) == [-9]
+        return whole, killed
+
+    return make
+
+
+def changed(asked: Asked, **settings: Any) -> Asked:
+    stage = Stage.model_validate({**asked.stage.model_dump(), **settings})
+    return Asked.model_validate({**asked.model_dump(), "stage": stage.model_dump()})
+
+
+def check(whole: Asked, resumed: Asked, *, step: int) -> None:
+    """The second went on after so many steps, and ended as the first."""
+    attempts = {read.attempt: [] for read in resumed.reads()}
+    for read in resumed.reads():
+        attempts[read.attempt].append(read.step)
+    assert sorted(min(steps) for steps in attempts.values()) == [0, step]
+    assert first_stray(resumed.reads(), batches_of(whole.reads())) is None
+    assert resumed.train().digest == whole.train().digest
+
+
+@pytest.mark.parametrize(
+    ("step", "num_steps"),
+    [
+        pytest.param(4, 9, id="at the end of an epoch"),
+        pytest.param(8, 9, id="before the last step, at the end of the second epoch"),
+    ],
+)
+def test_it_goes_on_with_the_next_epoch(
+    step: int, num_steps: int, trained_and_killed: Callable[..., tuple[Asked, Asked]], fork: Fork
+) -> None:
+    rows = {"sources": ["pairs"], "pack": False, "row_tokens": 96, "validate_every": 20}
+    whole, killed = trained_and_killed(step=step, num_steps=num_steps, save_every=step, global_batch_size=6, **rows)
+    samples = 24
+    seen = [key for step in range(4) for row in batches_of(whole.reads())[step] for key in row]
+    assert len(set(seen)) == len(seen) == samples, "four steps are one epoch"
+    assert fork(stage=killed.model_dump(mode="json")) == [0]
+    check(whole, killed, step=step)
+
+
+def test_another_rhythm_of_saves_does_not_matter(
+    trained_and_killed: Callable[..., tuple[Asked, Asked]], fork: Fork
+) -> None:
+    whole, killed = trained_and_killed(step=4, num_steps=9, save_every=4)
+    often = changed(killed, save_every=1)
+    assert fork(stage=often.model_dump(mode="json")) == [0]
+    check(whole, often, step=4)
+
+
+def test_another_recipe_does_not_go_on_from_this_one_s_checkpoint(
+    trained_and_killed: Callable[..., tuple[Asked, Asked]], fork: Fork
+) -> None:
+    """Not even with one step more, nor in the same store: they have other addresses."""
+    whole, killed = trained_and_killed(step=4, num_steps=9, save_every=4)
+    longer = changed(killed, num_steps=10)
+    seen = len(killed.reads())
+    assert fork(stage=longer.model_dump(mode="json")) == [0]
+    assert longer.train().step == 10
+    assert len(longer.reads()) == seen + 10 * 1
+    assert fork(stage=killed.model_dump(mode="json")) == [0]
+    assert killed.train().digest == whole.train().digest
