@@ -1,4 +1,4 @@
-"""One rank as one_rank.py starts it, but rank 1 sleeps in the data of its third step: `python hung_rank.py ...`."""
+"""One rank as one_rank.py starts it, but rank 1 sleeps in the data of its first step: `python hung_rank.py ...`."""
 
 import sys
 import time
@@ -20,7 +20,7 @@ class Stuck(Batches):
     """The batches of a source that stops to answer."""
 
     def __call__(self, rows: Any, *, step: int | None = None) -> Any:
-        if step == 2:
+        if step is not None:
             sleeps_for_ever()
         return super().__call__(rows, step=step)
 

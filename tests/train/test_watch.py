@@ -80,7 +80,7 @@ def start(job: Job, script: str = "one_rank.py", *, stderr: int | None = None) -
     return [subprocess.Popen(one, env=ENV, cwd=ROOT, stderr=stderr, text=True) for one in arguments]
 
 
-def wait_for(found: Any, *, seconds: float = 120) -> None:
+def wait_for(found: Any, *, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not found():
         assert time.monotonic() < deadline
@@ -89,9 +89,12 @@ def wait_for(found: Any, *, seconds: float = 120) -> None:
 
 def test_hung_ranks_end_with_their_stacks_and_the_next_try_walks_the_same_curve(run: Run) -> None:
     """First a rank that is stopped from outside, then one that sleeps; either leaves the step to be tried again."""
-    plain = job_of(run, "plain")
+    longer = {"num_steps": 24}
+    plain = job_of(run, "plain", stage=longer)
     train(plain, Place())
-    job = job_of(run, "hung", **TWO, watchdog={"factor": 1.0, "at_least_seconds": 4.0})
+    patient = job_of(run, "hung", stage=longer, **TWO)
+    hasty = {**patient.resources.model_dump(), "watchdog": {"factor": 1.0, "at_least_seconds": 8.0}}
+    job = Job.model_validate({**patient.model_dump(), "resources": hasty})
     folder = job.watch()
 
     ranks = start(job)
@@ -99,40 +102,40 @@ def test_hung_ranks_end_with_their_stacks_and_the_next_try_walks_the_same_curve(
         wait_for(lambda: (Path(job.resume) / "step-000002").exists())
         ranks[1].send_signal(signal.SIGSTOP)
         stopped = time.monotonic()
-        assert ranks[0].wait(60) == HUNG
-        assert 4 < time.monotonic() - stopped < 30
+        assert ranks[0].wait(120) == HUNG
+        assert 8 < time.monotonic() - stopped < 60
         said = json.loads((folder / "rank-001.json").read_text())
         assert said["pid"] == ranks[1].pid
         assert not (folder / "rank-001.stacks").exists(), "it was stopped, so it did not see itself hang"
         ranks[1].send_signal(signal.SIGCONT)
-        assert ranks[1].wait(60) != 0
+        assert ranks[1].wait(120) != 0
     finally:
         for rank in ranks:
             rank.kill()
     first = (folder / "rank-000.stacks").read_text()
-    assert re.search(r"rank 0 of 2 hangs in phase (train|save|validate) after step [2-6]", first)
+    assert re.search(r"rank 0 of 2 hangs in phase (train|save|validate) after step \d+", first)
     assert re.search(r"line \d+ in (_sum|step|backward|_barrier|all_reduce|barrier)\n", first), first
-    keys = {row["key"] for row in read_index(content(job.data)).to_pylist()}
-    assert any(key in first.partition("Its samples: ")[2] for key in keys)
-
     ranks = start(job, "hung_rank.py")
     try:
-        assert [rank.wait(60) for rank in ranks] == [HUNG, HUNG]
+        assert [rank.wait(240) for rank in ranks] == [HUNG, HUNG]
     finally:
         for rank in ranks:
             rank.kill()
     stacks = [(folder / f"rank-00{rank}.stacks").read_text() for rank in range(2)]
-    assert "rank 1 of 2 hangs in phase train after step 2" in stacks[1]
+    assert "rank 1 of 2 hangs in phase train after step" in stacks[1]
     assert "in sleeps_for_ever" in stacks[1]
     assert "in sleeps_for_ever" not in stacks[0]
     assert stacks[0] != first, "of a step that hung before"
+    keys = {row["key"] for row in read_index(content(job.data)).to_pylist()}
+    for text in stacks:
+        assert any(key in text.partition("Its samples: ")[2].partition("\n")[0] for key in keys)
 
-    ranks = start(job)
-    assert [rank.wait(120) for rank in ranks] == [0, 0]
+    ranks = start(patient)
+    assert [rank.wait(240) for rank in ranks] == [0, 0]
     assert not list(folder.glob("rank-*.json")), "nobody lives"
     one, two = (json.loads((Path(own.attempt) / "curve.json").read_text()) for own in (plain, job))
     losses = [[float.fromhex(row["loss"]) for row in curve[1:]] for curve in (one, two)]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-6, abs=1e-6)
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
 def test_a_process_that_was_stopped_and_a_phase_without_bound_are_not_ended(run: Run) -> None:
@@ -251,7 +254,7 @@ def test_two_ranks_name_the_samples_of_both(run: Run) -> None:
     batches.cache(list(known))
     poison(job, next(image for image in row.images if image not in known), float("inf"))
     ranks = start(job, stderr=subprocess.PIPE)
-    told = [rank.communicate(timeout=120)[1] for rank in ranks]
+    told = [rank.communicate(timeout=240)[1] for rank in ranks]
     assert all(rank.returncode != 0 for rank in ranks)
     size = sum(len(other.keys) for other in steps[step])
     for text in told:
@@ -389,7 +392,7 @@ def test_ray_tries_a_hung_step_again_and_a_loss_that_is_no_number_not(
     """
     bound = ("-s", "resources.watchdog.at_least_seconds=8", "-s", "resources.watchdog.factor=1")
     with on_ray(tmp_path, ray_cluster, *bound, "-s", "stages.align.num_steps=40") as training:
-        wait_for(lambda: list(tmp_path.glob("store/resume/*/step-000004")), seconds=300)
+        wait_for(lambda: list(tmp_path.glob("store/resume/*/step-000004")))
         (said,) = tmp_path.glob("store/watch/*/rank-001.json")
         os.kill(json.loads(said.read_text())["pid"], signal.SIGSTOP)
         told = training.communicate(timeout=400)[1]
