@@ -19,6 +19,8 @@ from pathlib import Path
 import psutil
 import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.util.state import list_nodes
+from ray.util.state.exception import RayStateApiException
 
 from vila_ops.artifacts.kinds import Checkpoint
 from vila_ops.artifacts.store import CorruptArtifact, content, read_manifest
@@ -44,11 +46,13 @@ ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     "RAY_health_check_period_ms": "1000",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
+    "RAY_raylet_start_wait_time_s": "120",
 }
-"""Of nodes and flows. The last two: the head misses a node, and others miss the head, sooner than by default."""
+"""Of nodes and flows. The last three: the head misses a node, and others the head, sooner than by default; a node may
+take longer to start, as four of them do on a busy machine."""
 WORKER, DRIVER = "RayTrainWorker", "vila_ops.train.ray_job"
 STEPS_A_KILL = 6
-PATIENCE_SECONDS = 240
+PATIENCE_SECONDS = 400
 
 
 class Nodes:
@@ -62,12 +66,14 @@ class Nodes:
         self.folder = ""
 
     def up(self) -> None:
-        """The head, which is node 0, and then the others, once it answers."""
+        """The head, which is node 0, and then the others, one after another: starting together they may run late."""
         head = ["--head", "--port", str(self.gcs), "--temp-dir", self.folder, "--dashboard-port", str(self.dashboard)]
         self._start(*head, "--ray-client-server-port", str(self.client))
         _wait(lambda: _listens(self.gcs) and _listens(self.dashboard), "a head")
-        for _ in range(self.count - 1):
+        _wait(lambda: self._alive() == 1, "a node on the head")
+        for number in range(1, self.count):
             self.add()
+            _wait(lambda wanted=number + 1: self._alive() == wanted, f"{number + 1} nodes")
 
     def add(self) -> None:
         """One more node, which joins within seconds."""
@@ -91,6 +97,12 @@ class Nodes:
         for one in reversed(self.started):
             _end(_tree(one))
         self.started.clear()
+
+    def _alive(self) -> int:
+        try:
+            return len(list_nodes(self.jobs, filters=[("state", "=", "ALIVE")]))
+        except RayStateApiException:
+            return 0
 
     def _start(self, *arguments: str) -> None:
         agent, metrics = self.free_ports(2)
