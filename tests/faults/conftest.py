@@ -44,7 +44,7 @@ def fork() -> Iterator[Callable[..., list[int]]]:
             return codes
 
         yield run
-        into.close()
+        server.kill()
 
 
 @pytest.fixture(scope="session")

@@ -97,7 +97,7 @@ def _fork(task: Task, rank: int) -> int:
 
 
 def _rank(task: Task, rank: int) -> None:
-    job, place = Job.model_validate(task["job"]), Place(rank=rank, world_size=task["world_size"])
+    job, place = Job.model_validate(task["job"]), Place(rank=rank, world_size=task.get("world_size", 1))
     if job.resources.launch == "ray":
         process_group.join(rank, place.world_size, task["rendezvous"])
     loop.train(job, place)

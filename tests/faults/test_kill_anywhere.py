@@ -1,4 +1,6 @@
-"""SIGKILL at random moments: started again, the pipeline ends with the digests of an unbroken run.
+"""SIGKILL at random moments: started again, the pipeline ends with the digests and the samples of an unbroken run.
+
+The curve of a stage is a file of its checkpoint, so that equal digests are equal losses, bit for bit.
 
 VILA_KILLS and VILA_KILLS_RAY set how many (`make faults`: 100 and 5), VILA_KILL_SEED which moments.
 """
@@ -12,12 +14,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import yaml
 
 from vila_ops import local
 from vila_ops.config.local import LocalServers
+from vila_ops.train.samples import Keys, Read, batches_of, first_stray, read_samples
 
 ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("VILA_KILLS", "5"))
@@ -25,39 +29,42 @@ KILLS_RAY = int(os.environ.get("VILA_KILLS_RAY", "1"))
 SEED = int(os.environ.get("VILA_KILL_SEED", str(time.time_ns() % 10**6)))
 TIMEOUT_SECONDS = 600
 Digests = dict[str, str]
+Samples = dict[str, dict[int, tuple[Keys, ...]]]
+"""By stage (its address) and step: the samples of the global batch."""
+
+
+class Whole(NamedTuple):
+    """A run that nobody kills."""
+
+    digests: Digests
+    samples: Samples
+    seconds: float
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Digests, float]:
-    """The digests of a run that nobody kills, and its seconds."""
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """In one process."""
     folder = tmp_path_factory.mktemp("unbroken")
-    started = time.monotonic()
-    return _run_to_the_end(_inline(folder), {}), time.monotonic() - started
+    return _whole(folder, _inline(folder), {})
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(4 * TIMEOUT_SECONDS + 60 * KILLS)
-def test_killed_inline_it_ends_with_the_digests_of_an_unbroken_run(
-    unbroken: tuple[Digests, float], tmp_path: Path
-) -> None:
-    digests, seconds = unbroken
-    _kill_and_finish(lambda name: _inline(_made(tmp_path / name)), {}, digests=digests, kills=KILLS, within=seconds)
+def test_killed_inline_it_ends_as_an_unbroken_run(unbroken: Whole, tmp_path: Path) -> None:
+    _kill_and_finish(tmp_path, _inline, {}, whole=unbroken, kills=KILLS)
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(4 * TIMEOUT_SECONDS + 180 * KILLS_RAY)
-def test_killed_under_ray_it_ends_with_the_digests_of_an_unbroken_run(
+def test_killed_under_ray_it_ends_as_an_unbroken_run(
     ray_cluster: tuple[str, dict[str, str]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     address, env = ray_cluster
-    started = time.monotonic()
-    digests = _run_to_the_end(_on_ray(tmp_path_factory.mktemp("whole"), address), env)
-    seconds = time.monotonic() - started
+    folder = tmp_path_factory.mktemp("whole")
+    whole = _whole(folder, _on_ray(folder, address), env)
     killed = tmp_path_factory.mktemp("killed")
-    _kill_and_finish(
-        lambda name: _on_ray(_made(killed / name), address), env, digests=digests, kills=KILLS_RAY, within=seconds
-    )
+    _kill_and_finish(killed, lambda folder: _on_ray(folder, address), env, whole=whole, kills=KILLS_RAY)
 
 
 @pytest.fixture(scope="module")
@@ -72,19 +79,35 @@ def ray_cluster(
         local.down(settings)
 
 
+def _whole(folder: Path, command: list[str], env: dict[str, str]) -> Whole:
+    started = time.monotonic()
+    digests = _run_to_the_end(command, env)
+    seconds = time.monotonic() - started
+    return Whole(digests, {stage: batches_of(reads) for stage, reads in _reads(folder).items()}, seconds)
+
+
 def _kill_and_finish(
-    command_in: Callable[[str], list[str]], env: dict[str, str], *, digests: Digests, kills: int, within: float
+    root: Path, command_in: Callable[[Path], list[str]], env: dict[str, str], *, whole: Whole, kills: int
 ) -> None:
     """So many kills of a pipeline at work; where one ended before its kill, the next is of a new one."""
     draw = random.Random(SEED)
     moments: list[float] = []
     pipelines = 0
     while len(moments) < kills:
-        command = command_in(f"pipeline-{pipelines}")
+        folder = _made(root / f"pipeline-{pipelines}")
+        command = command_in(folder)
         pipelines += 1
-        while len(moments) < kills and (moment := _killed(command, env, after=draw.uniform(0, within))) is not None:
+        while len(moments) < kills:
+            moment = _killed(command, env, after=draw.uniform(0, whole.seconds))
+            if moment is None:
+                break
             moments.append(moment)
-        assert _run_to_the_end(command, env) == digests, f"seed {SEED}, killed after {moments} s"
+        assert _run_to_the_end(command, env) == whole.digests, f"seed {SEED}, killed after {moments} s"
+        reads = _reads(folder)
+        assert reads.keys() == whole.samples.keys()
+        for stage, own in reads.items():
+            assert first_stray(own, whole.samples[stage]) is None, f"seed {SEED}, killed after {moments} s"
+            assert {read.step for read in own} == whole.samples[stage].keys()
 
 
 def _killed(command: list[str], env: dict[str, str], *, after: float) -> float | None:
@@ -114,6 +137,11 @@ def _run_to_the_end(command: list[str], env: dict[str, str]) -> Digests:
     return {name: one["digest"] for name, one in {**made, "report": outcome["report"]}.items()}
 
 
+def _reads(folder: Path) -> dict[str, list[Read]]:
+    """The samples that each stage of a pipeline read."""
+    return {stage.name: read_samples(stage) for stage in (folder / "store/samples").iterdir()}
+
+
 def _made(folder: Path) -> Path:
     folder.mkdir()
     return folder
@@ -130,6 +158,7 @@ def _on_ray(folder: Path, address: str) -> list[str]:
 
 def _command(folder: Path, resources: dict[str, object]) -> list[str]:
     file = folder / "resources.yaml"
-    file.write_text(yaml.safe_dump({**resources, "store": str(folder / "store"), "cache": str(folder / "cache")}))
+    places = {"store": str(folder / "store"), "cache": str(folder / "cache"), "record_samples": True}
+    file.write_text(yaml.safe_dump({**resources, **places}))
     program = Path(sys.executable).parent / "vila-ops"
     return [str(program), "run", "configs/recipes/tiny.yaml", "-r", str(file), "--json"]
