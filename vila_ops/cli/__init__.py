@@ -215,7 +215,8 @@ def demo(recipe: RecipeFile, resources: ResourcesFile, overrides: Overrides = No
 
 def main() -> None:
     """Entry point: an error that a user can answer is one message, not a traceback."""
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
+    over_progress = "\r\x1b[K" if sys.stderr.isatty() else ""  # a stage's line, which is rewritten in place
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format=f"{over_progress}%(message)s")
     logging.getLogger("vila_ops").setLevel(logging.INFO)
     try:
         app()

@@ -93,17 +93,19 @@ class Tally:
 
     def add(self, rows: Sequence[Row], loss: Tensor, each: Tensor) -> None:
         """A micro-batch with its loss, and the losses (N,) of its targets, row by row."""
-        numbers = np.concatenate([self._sources_of_targets(row) for row in rows])
+        of_rows = [self._sources_of_targets(row) for row in rows]
+        numbers = np.concatenate(of_rows)
         index = torch.from_numpy(numbers)
         if each.is_cuda:
             index = index.pin_memory()  # else the copy waits for what the GPU has still to do
         self._losses[0] += loss.detach()
         self._losses[1:].index_add_(0, index.to(each.device, non_blocking=True), each.double())
         self._targets += np.bincount(numbers, minlength=len(self.sources))
-        self._tokens += sum(int((row.segment_ids > 0).sum()) for row in rows)
+        self._tokens += sum(np.count_nonzero(row.segment_ids) for row in rows)
         self._positions += len(rows) * max(len(row.segment_ids) for row in rows)
         if self.shapes is not None:
-            self._flops += sum(self._flops_of(self.shapes, row) for row in rows)
+            for row, own in zip(rows, of_rows, strict=True):
+                self._flops += self._flops_of(self.shapes, row, targets=len(own))
 
     def read(self) -> Seen:
         """What was added on all ranks, every one of which must ask; the next reading starts anew."""
@@ -126,10 +128,9 @@ class Tally:
         of_segment = np.array([self._number[source] for source in row.sources], np.int64)
         return of_segment[row.segment_ids[row.labels >= 0] - 1]
 
-    def _flops_of(self, shapes: Shapes, row: Row) -> float:
+    def _flops_of(self, shapes: Shapes, row: Row, *, targets: int) -> float:
         """A frozen tower's not: they are counted in the step in which it ran."""
         lengths = np.bincount(row.segment_ids)[1:].tolist()
-        targets = int((row.labels >= 0).sum())
         return training_flops(
             shapes, self.stage, segments=lengths, images=len(row.images), targets=targets, features_cached=True
         )
