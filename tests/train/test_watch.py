@@ -153,6 +153,7 @@ def test_a_process_that_was_stopped_and_a_phase_without_bound_are_not_ended(run:
     )
     assert process.stdout
     assert process.stdout.readline() == "begun\n"
+    time.sleep(0.7)  # so that the beat has been seen
     process.send_signal(signal.SIGSTOP)
     time.sleep(3)
     process.send_signal(signal.SIGCONT)
