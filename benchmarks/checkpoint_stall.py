@@ -40,10 +40,11 @@ def main() -> None:
     torch.set_num_threads(2)
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SMOLLM2))
-    engine = PlainEngine(model, {"language_model": list(model.named_parameters())}, Stage.model_validate(STAGE))
+    stage, resources = Stage.model_validate(STAGE), Resources(launch="inline")
+    engine = PlainEngine(model, {"language_model": list(model.named_parameters())}, stage, resources)
     ids = torch.randint(0, 49_152, (1, TOKENS))
     with tempfile.TemporaryDirectory() as folder:
-        checkpoints = Checkpoints(f"{folder}/resume", Place(), Resources(launch="inline"), live=engine.live)
+        checkpoints = Checkpoints(f"{folder}/resume", Place(), resources, live=engine.live)
         quiet = [_step(engine, model, ids, checkpoints) for _ in range(3)][1:]
         first = _save(checkpoints, engine, 1)
         awaited, beside, stepped = [], [], []

@@ -15,11 +15,15 @@ from vila_ops.data.order.packing import Row, pack
 from vila_ops.data.shards import Sample, read_index, read_sample
 from vila_ops.model import folder as model_folder
 from vila_ops.model.trainable import set_trainable
+from vila_ops.tracking import MetricLog
 from vila_ops.train.batches import Batches
+from vila_ops.train.blame import Blame
 from vila_ops.train.engine import PlainEngine
 from vila_ops.train.job import Job, Place
 from vila_ops.train.loop import add_gradients
+from vila_ops.train.meter import Tally
 from vila_ops.train.objective import Objective
+from vila_ops.train.watch import Watch
 
 BATCH = 8
 
@@ -109,9 +113,10 @@ def test_a_steps_gradient_is_the_same_for_any_split_into_ranks_micro_batches_and
     Ranks take their turns in one process, where gradients add up as an all-reduce adds them.
     """
     trained = set_trainable(objective, job.stage.trainable)
-    engine = PlainEngine(objective, trained, job.stage)
+    engine = PlainEngine(objective, trained, job.stage, job.resources)
     batches = Batches(job, objective.model, device=torch.device("cpu"))
     rows = Rows(content(job.data), digest=job.data.digest, stage=job.stage, cache=job.plan_cache())
+    tally = Tally(job, objective.model, batches, rows.sources())
     everything, num_targets = rows.batch(0)
     logits = torch.stack([logits_of(objective, batches, row) for row in everything])
     loss = cross_entropy(logits.mT, torch.from_numpy(stack(everything)[3]))
@@ -123,8 +128,11 @@ def test_a_steps_gradient_is_the_same_for_any_split_into_ranks_micro_batches_and
     for ranks, size in splits:
         resources = Resources.model_validate({**job.resources.model_dump(), "micro_batch_size": size})
         own = Job.model_validate({**job.model_dump(), "resources": resources})
-        places = [Place(rank=rank, world_size=ranks) for rank in range(ranks)]
-        value = sum(add_gradients(engine, batches, rows, own, step=0, place=place) for place in places)
+        value = 0.0
+        for rank in range(ranks):
+            watch = Watch(own, Place(rank=rank, world_size=ranks))
+            blame = Blame(own, watch, rows, [], MetricLog(own.resources, None))
+            value += add_gradients(engine, tally, rows, own, step=0, blame=blame).loss
         assert value == pytest.approx(float(loss.detach()), rel=1e-6)
         for name, gradient in gradients(engine).items():
             assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), (ranks, size, name)

@@ -98,9 +98,10 @@ class Checkpoints:
 
     def settle(self) -> None:
         """Wait until the state is copied: to be called before what changes it, the engine's step."""
-        started = time.monotonic()
-        self._copied.wait()
-        self.stall_seconds += time.monotonic() - started
+        if not self._copied.is_set():
+            started = time.monotonic()
+            self._copied.wait()
+            self.stall_seconds += time.monotonic() - started
 
     def close(self) -> None:
         """Wait for the save that is under way: to be called at the end."""
