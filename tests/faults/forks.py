@@ -35,7 +35,7 @@ from vila_ops.train.samples import read_samples
 from vila_ops.train.verify_resume import Asked
 
 CALLS = ("fsync", "rename", "replace", "link", "unlink", "rmdir")
-RANDOM = re.compile(r"[0-9a-f]{8,}|(?<=\.probe-)\w+|(?<=tmp)\w{8}")
+RANDOM = re.compile(r"[0-9a-f]{8,}|(?<=/)[0-9a-f]{2}(?=/)|(?<=\.probe-)\w+|(?<=tmp)\w{8}")
 POLL_SECONDS = 0.005
 Task = dict[str, Any]
 

@@ -22,6 +22,10 @@ TIMES = int(os.environ.get("VILA_FAILPOINTS", "0"))
 FEW = 6
 SEED = int(os.environ.get("VILA_KILL_SEED", str(time.time_ns() % 10**6)))
 SIDES = ("before", "after")
+MOST = 4
+"""Calls of one name: the feature of every picture is put in its place by the same one."""
+TIMED = ("/leases/", "/watch/")
+"""Signs of life: how many there are depends on how long a stage takes."""
 Fork = Callable[..., list[int]]
 
 
@@ -31,7 +35,8 @@ def whole(fork: Fork, ask: Callable[..., Asked], tmp_path_factory: pytest.TempPa
     folder = tmp_path_factory.mktemp("whole")
     asked = ask(folder / "store", save_every=1, num_steps=5)
     assert fork(stage=asked.model_dump(mode="json"), points=str(folder / "points")) == [0]
-    return asked, (folder / "points").read_text().splitlines()
+    points = (folder / "points").read_text().splitlines()
+    return asked, [point for point in points if int(point.rpartition("#")[2]) <= MOST]
 
 
 def test_the_calls_are_those_that_a_checkpoint_and_a_seal_rest_on(whole: tuple[Asked, list[str]]) -> None:
@@ -63,7 +68,7 @@ def test_killed_before_or_after_any_of_them_it_ends_with_the_same_bytes(
         asked = unbroken.elsewhere(str(tmp_path / "store"))
         stage = asked.model_dump(mode="json")
         codes = fork(stage=stage, kill=[point, side])
-        assert codes == [-9] or (codes == [0] and "/leases/" in point), f"not {told}: {codes}"  # it may beat less often
+        assert codes == [-9] or (codes == [0] and any(timed in point for timed in TIMED)), f"not {told}: {codes}"
         assert fork(stage=stage) == [0], told
         assert asked.train().digest == expected, told
         assert first_stray(asked.reads(), batches) is None, told
