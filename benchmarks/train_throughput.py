@@ -1,0 +1,364 @@
+"""Useful tokens a second in training: our loop beside HF Trainer with stock LLaVA, with the same weights and samples.
+
+A step is one global batch: the samples of ROWS_PER_STEP packed rows. The Trainer gets just those as its data set and
+accumulates over it, so that both take one optimizer step on the same samples; ours packs them into rows, the peer pads
+micro-batches of 16 (its default sampler, its group_by_length, which here sorts the whole step: its best case) or takes
+one sample at a time, unpadded. Lengths are LLaVA-like (benchmarks/peers.py), all divided by 9, as a picture is 64
+tokens here and 576 there. bf16 autocast over fp32 weights, fused AdamW, clipping at 1, frozen tower; the language model
+is SmolLM2-135M, real weights. `loss_per_token` is that of the first step, before anything was updated.
+
+Targets: 1.5 times the default sampler; no slower than group_by_length, unpadded, and ourselves unpacked; the loop
+costs 3 % at most over a bare torch loop on ready batches; from the second epoch on the tower's features take 2 % of a
+step at most; the loss of 2,048 x 49,152 logits needs 250 MiB at most and no more time than full logits.
+VILA_BENCH_ROUNDS (3) makes it smaller.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peers import llava_like
+from PIL import Image as Pillow
+from result import result
+from sklearn.datasets import load_sample_images
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
+
+from vila_ops.artifacts.kinds import Dataset, Pretrained
+from vila_ops.artifacts.store import content
+from vila_ops.config import Mixture, Resources, Stage, load
+from vila_ops.data.images import pixels
+from vila_ops.data.order.packing import IGNORE_INDEX, Row, pack
+from vila_ops.data.prepare import prepare
+from vila_ops.data.shards import Sample, read_index, read_sample
+from vila_ops.model import folder as model_folder
+from vila_ops.model.assemble import assemble
+from vila_ops.model.trainable import set_trainable
+from vila_ops.train import loop
+from vila_ops.train.engine import build_engine
+from vila_ops.train.job import Job, Place
+from vila_ops.train.objective import Objective
+from vila_ops.train.optim import parameter_groups
+
+ROOT = Path(__file__).parents[1]
+ROUNDS = int(os.environ.get("VILA_BENCH_ROUNDS", "3"))
+THREADS = 2
+SCALE = 9
+TARGET = 1.5
+SAMPLES, ROWS_PER_STEP, ROW_TOKENS, SIDE = 600, 8, 512, 112
+PEERS: dict[str, dict[str, Any]] = {
+    "default": {"per_device_train_batch_size": 16},
+    "group_by_length": {"per_device_train_batch_size": 16, "train_sampling_strategy": "group_by_length"},
+    "unpadded": {"per_device_train_batch_size": 1},
+}
+WORDS = ["the", "of", "and", "to", "in", "is", "that", "for", "it", "was", "on", "are", "as", "with", "his", "they"]
+
+
+def main() -> None:
+    torch.set_num_threads(THREADS)
+    with tempfile.TemporaryDirectory(prefix="vila") as name:
+        ours = Ours(*prepared(Path(name)), Path(name))
+        losses = {"ours": ours.loss(step=0)}
+        for name, how in PEERS.items():
+            _, losses[name] = peer(ours.init, ours.samples(step=0), how, out=Path(ours.job.attempt))
+        rates: dict[str, list[float]] = {}
+        shares: dict[str, list[float]] = {"loop": [], "tower": []}
+        for step in range(1, ROUNDS + 1):
+            samples = ours.samples(step=step)
+            tokens = sum(len(sample.input_ids) for sample in samples)
+            seconds = {"ours": ours.seconds(step=step), "ours_from_second_epoch": ours.seconds(step=step)}
+            shares["tower"].append(ours.tower_seconds(step=step) / seconds["ours_from_second_epoch"])
+            shares["loop"].append(ours.seconds(step=step) / ours.bare_seconds(step=step) - 1)
+            seconds["ours_unpacked"] = ours.unpacked_seconds(samples)
+            for name, how in PEERS.items():
+                seconds[name], _ = peer(ours.init, samples, how, out=Path(ours.job.attempt))
+            for name, took in seconds.items():
+                rates.setdefault(name, []).append(round(tokens / took, 1))
+            print({name: values[-1] for name, values in (rates | shares).items()}, flush=True)
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    ratios = {name: round(medians["ours"] / medians[name], 3) for name in (*PEERS, "ours_unpacked")}
+    loop_share, tower_share = (round(statistics.median(values), 4) for values in shares.values())
+    logits = of_the_loss()
+    ok = (
+        ratios["default"] >= TARGET
+        and min(ratios.values()) >= 1.0
+        and loop_share <= 0.03
+        and tower_share <= 0.02
+        and logits["mib"] <= 250
+        and logits["seconds"] <= logits["full_seconds"]
+    )
+    result(
+        "train_throughput", ours=medians["ours"], peer=medians["default"], target=TARGET, ok=ok,
+        unit="useful tokens/s", rates=rates, ratios=ratios, loss_per_token=losses, loop_overhead=loop_share,
+        tower_share_from_second_epoch=tower_share, loss_of_2048_x_49152=logits,
+    )  # fmt: skip
+
+
+def prepared(root: Path) -> tuple[Dataset, Pretrained, Stage, Resources]:
+    """LLaVA records with lengths like LLaVA's, as our data room makes them, and the model."""
+    places = tuple(f"{name}={root / name}" for name in ("store", "data"))
+    run = load(
+        ROOT / "configs/recipes/demo.yaml",
+        resources=ROOT / "configs/resources/inline.yaml",
+        overrides=(f"model.image_size={SIDE}",),
+    )
+    resources = Resources.model_validate({**run.resources.model_dump(), **dict(place.split("=") for place in places)})
+    records(root / "llava.json", images=root / "images")
+    mixture = Mixture.model_validate(
+        {
+            "name": "llava",
+            "split": {"salt": "bench", "validation": 0.02, "test": 0.02},
+            "sources": {
+                "llava": {
+                    "kind": "llava",
+                    "path": str(root / "llava.json"),
+                    "images": str(root / "images"),
+                    "licence": "CC0-1.0",
+                }
+            },
+        }
+    )
+    model = run.recipe.model
+    data = prepare(mixture, model.text(max_tokens=ROW_TOKENS), resources)
+    own = {"name": "bench", "mixture": mixture.model_dump(), "num_steps": 100, "global_batch_size": ROWS_PER_STEP}
+    stage = Stage.model_validate({**run.recipe.stages["sft"].model_dump(), **own})
+    return data, assemble(model, resources), stage, resources
+
+
+def records(path: Path, *, images: Path) -> None:
+    """A conversation a sample: the text has as many words as LLaVA's has tokens, over SCALE."""
+    images.mkdir()
+    draw = np.random.default_rng(0)
+    photos = [np.asarray(photo) for photo in load_sample_images().images]
+    made = []
+    for number, (length, shows) in enumerate(zip(*llava_like(SAMPLES), strict=True)):
+        words = max(8, (int(length) - 576 * int(shows)) // SCALE)
+        said = draw.choice(WORDS, words).tolist()
+        asked, answered = " ".join(said[: words // 4]), " ".join(said[words // 4 :])
+        turns = [
+            {"from": "human", "value": f"<image>\n{asked}" if shows else asked},
+            {"from": "gpt", "value": answered},
+        ]
+        record: dict[str, Any] = {"id": f"s{number}", "conversations": turns}
+        if shows:
+            photo = photos[number % 2]
+            top, left = (int(draw.integers(0, side - SIDE)) for side in photo.shape[:2])
+            Pillow.fromarray(photo[top : top + SIDE, left : left + SIDE]).save(images / f"{number}.jpg", quality=95)
+            record["image"] = f"{number}.jpg"
+        made.append(record)
+    path.write_text(json.dumps(made))
+
+
+class Ours:
+    """The parts of a stage as `loop.train` puts them together."""
+
+    def __init__(self, data: Dataset, init: Pretrained, stage: Stage, resources: Resources, root: Path) -> None:
+        self.init = init
+        (root / "attempt").mkdir()
+        self.job = Job(
+            stage=stage, data=data, init=init, resources=resources, attempt=str(root / "attempt"),
+            resume=str(root / "resume"), run_id=None, fresh_projector=False,
+        )  # fmt: skip
+        model, self.rows, self.batches = loop.load(self.job)
+        self.objective = Objective(model, bf16=stage.precision == "bf16")
+        self.trained = set_trainable(self.objective, stage.trainable, stage.tuning)
+        self.engine = build_engine(self.objective, self.trained, stage, resources)
+        self.bare = torch.optim.AdamW(parameter_groups(stage, self.trained), betas=stage.betas, fused=True)
+        self.index = {row["key"]: row for row in read_index(content(data)).to_pylist()}
+
+    def samples(self, *, step: int) -> list[Sample]:
+        """Those of a step's rows."""
+        rows, _ = self.rows.batch(step)
+        found = [self.index[key] for row in rows for key in row.keys]
+        folder = content(self.job.data)
+        return [read_sample(folder, shard=row["shard"], offset=row["offset"], key=row["key"]) for row in found]
+
+    @torch.no_grad()
+    def loss(self, *, step: int) -> float:
+        """Nats per token of a step's samples."""
+        rows, num_targets = self.rows.batch(step)
+        return sum(float(self.engine.loss(self.batches([row]))[0]) for row in rows) / num_targets
+
+    def seconds(self, *, step: int, rows: Any = None) -> float:
+        """Of one step of our loop."""
+        started = time.perf_counter()
+        loop.add_gradients(self.engine, self.batches, rows or self.rows, self.job, step=step, place=Place())
+        self.engine.step(0.0)
+        return time.perf_counter() - started
+
+    def unpacked_seconds(self, samples: list[Sample]) -> float:
+        """Of one step with a row for each sample."""
+        return self.seconds(step=0, rows=Alone(samples))
+
+    def bare_seconds(self, *, step: int) -> float:
+        """Of forward and backward passes over batches that are ready, clipping and an update; nothing else."""
+        rows, num_targets = self.rows.batch(step)
+        ready = [self.batches([row], step=step) for row in rows]
+        started = time.perf_counter()
+        for batch in ready:
+            (self.objective(batch)[0] / num_targets).backward()
+        nn.utils.clip_grad_norm_([p for group in self.bare.param_groups for p in group["params"]], 1.0)
+        for group in self.bare.param_groups:
+            group["lr"] = 0.0
+        self.bare.step()
+        self.bare.zero_grad(set_to_none=True)
+        return time.perf_counter() - started
+
+    def tower_seconds(self, *, step: int) -> float:
+        """Of reading a step's features that are in the cache."""
+        rows, _ = self.rows.batch(step)
+        started = time.perf_counter()
+        for row in rows:
+            if row.images:
+                self.batches.cache(row.images)
+        return time.perf_counter() - started
+
+
+class Alone:
+    """Rows as `loop.add_gradients` asks for them, one sample in each."""
+
+    def __init__(self, samples: list[Sample]) -> None:
+        self.rows = [pack([sample], capacity=len(sample.input_ids)) for sample in samples]
+
+    def batch(self, step: int, *, rank: int, world_size: int) -> tuple[list[Row], int]:
+        """All of them."""
+        return self.rows, sum(int((row.labels >= 0).sum()) for row in self.rows)
+
+
+class Samples(torch.utils.data.Dataset[dict[str, Any]]):
+    """Our samples as HF's Trainer reads them."""
+
+    def __init__(self, samples: list[Sample]) -> None:
+        self.items = [
+            {
+                "input_ids": list(sample.input_ids),
+                "labels": [
+                    i if told else IGNORE_INDEX for i, told in zip(sample.input_ids, sample.is_target, strict=True)
+                ],
+                "images": list(sample.images),
+            }
+            for sample in samples
+        ]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return self.items[number]
+
+
+def collate(items: list[dict[str, Any]], *, pad: int, mean: Any, std: Any) -> dict[str, Tensor]:
+    """A micro-batch padded to its longest."""
+    longest = max(len(item["input_ids"]) for item in items)
+
+    def padded(key: str, value: int) -> Tensor:
+        return torch.tensor([item[key] + [value] * (longest - len(item[key])) for item in items])
+
+    batch = {"input_ids": padded("input_ids", pad), "labels": padded("labels", IGNORE_INDEX)}
+    lengths = torch.tensor([len(item["input_ids"]) for item in items])
+    batch["attention_mask"] = (torch.arange(longest)[None] < lengths[:, None]).long()
+    if images := [image for item in items for image in item["images"]]:
+        batch["pixel_values"] = torch.from_numpy(pixels(images, mean=mean, std=std))
+    return batch
+
+
+class Clock(TrainerCallback):
+    """The seconds of the one step, reading of its samples included."""
+
+    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds = time.perf_counter() - self.started
+
+
+def peer(init: Pretrained, samples: list[Sample], how: dict[str, Any], *, out: Path) -> tuple[float, float]:
+    """Seconds and loss per token of one step of HF's Trainer over the samples, from the initial weights."""
+    model = LlavaForConditionalGeneration.from_pretrained(content(init), dtype=torch.float32)
+    model.requires_grad_(True)
+    model.model.vision_tower.requires_grad_(False)
+    mean, std = model_folder.normalisation(content(init))
+    clock = Clock()
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(out),
+            gradient_accumulation_steps=-(-len(samples) // how["per_device_train_batch_size"]),
+            max_steps=1,
+            learning_rate=1e-5,
+            max_grad_norm=1.0,
+            optim="adamw_torch_fused",
+            bf16=True,
+            use_cpu=True,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            **how,
+        ),
+        train_dataset=Samples(samples),
+        data_collator=partial(collate, pad=0, mean=mean, std=std),
+        callbacks=[clock],
+    )
+    trainer.train()
+    return clock.seconds, round(trainer.state.log_history[0]["loss"], 4)
+
+
+def of_the_loss() -> dict[str, float]:
+    """Peak MiB over the inputs, and seconds, of forward and backward of the head with its loss in fp32, and in full."""
+    said = subprocess.run([sys.executable, "-c", LOSS], check=True, capture_output=True, text=True).stdout
+    found: dict[str, float] = json.loads(said.splitlines()[-1])
+    return found
+
+
+LOSS = f"""
+import json, re, statistics, time
+from pathlib import Path
+import torch
+from vila_ops.model.loss import Head
+
+torch.set_num_threads({THREADS})
+torch.manual_seed(0)
+head = Head(576, 49_152, bias=False)
+hidden = torch.randn(2048, 576, requires_grad=True)
+labels = torch.randint(49_152, (2048,))
+
+def ours():
+    head(hidden, labels)[0].backward()
+
+def full():
+    torch.nn.functional.cross_entropy(head(hidden), labels, reduction="sum").backward()
+
+def resident(kind):
+    return int(re.search(kind + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+def measured(step):
+    hidden.grad = head.weight.grad = None
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
+    before, started = resident("VmRSS"), time.perf_counter()
+    step()
+    return resident("VmHWM") - before, time.perf_counter() - started
+
+found = {{"ours": [], "full": []}}
+for number in range(6):
+    for name, step in (("ours", ours), ("full", full)):
+        found[name].append(measured(step))
+medians = {{name: [statistics.median(column) for column in zip(*rows[1:])] for name, rows in found.items()}}
+(mib, seconds), (full_mib, full_seconds) = medians["ours"], medians["full"]
+kept = {{"mib": mib, "seconds": seconds, "full_mib": full_mib, "full_seconds": full_seconds}}
+print(json.dumps({{name: round(value, 3) for name, value in kept.items()}}))
+"""
+
+if __name__ == "__main__":
+    main()
