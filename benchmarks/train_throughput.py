@@ -43,11 +43,15 @@ from vila_ops.data.shards import Sample, read_index, read_sample
 from vila_ops.model import folder as model_folder
 from vila_ops.model.assemble import assemble
 from vila_ops.model.trainable import set_trainable
+from vila_ops.tracking import MetricLog
 from vila_ops.train import loop
+from vila_ops.train.blame import Blame
 from vila_ops.train.engine import build_engine
 from vila_ops.train.job import Job, Place
+from vila_ops.train.meter import Meter, Tally
 from vila_ops.train.objective import Objective
 from vila_ops.train.optim import parameter_groups
+from vila_ops.train.watch import Watch
 
 ROOT = Path(__file__).parents[1]
 ROUNDS = int(os.environ.get("VILA_BENCH_ROUNDS", "3"))
@@ -172,6 +176,10 @@ class Ours:
         self.objective = Objective(model, bf16=stage.precision == "bf16")
         self.trained = set_trainable(self.objective, stage.trainable, stage.tuning)
         self.engine = build_engine(self.objective, self.trained, stage, resources)
+        self.tally = Tally(self.job, model, self.batches, self.rows.sources())
+        metrics = MetricLog(resources, None)
+        self.blame = Blame(self.job, Watch(self.job, Place()), self.rows, [], metrics)
+        self.meter = Meter(self.job, metrics, step=0, num_steps=stage.num_steps or 0)
         self.bare = torch.optim.AdamW(parameter_groups(stage, self.trained), betas=stage.betas, fused=True)
         self.index = {row["key"]: row for row in read_index(content(data)).to_pylist()}
 
@@ -189,10 +197,14 @@ class Ours:
         return sum(float(self.engine.loss(self.batches([row]))[0]) for row in rows) / num_targets
 
     def seconds(self, *, step: int, rows: Any = None) -> float:
-        """Of one step of our loop."""
+        """Of one step as `loop.train` takes it, metrics included."""
         started = time.perf_counter()
-        loop.add_gradients(self.engine, self.batches, rows or self.rows, self.job, step=step, place=Place())
-        self.engine.step(0.0)
+        self.blame.watch.beat(step, "train")
+        seen = loop.add_gradients(self.engine, self.tally, rows or self.rows, self.job, step=step, blame=self.blame)
+        norm = self.engine.step(0.0)
+        self.blame.check("gradient norm", norm, step=step)
+        self.blame.look(step, seen.loss)
+        self.meter.count(step, seen, norm=norm, factor=0.0, stalled=0.0)
         return time.perf_counter() - started
 
     def unpacked_seconds(self, samples: list[Sample]) -> float:
