@@ -17,7 +17,7 @@ from vila_ops.config.train import Lora
 from vila_ops.train.checkpoint.shelves import remove_all
 from vila_ops.train.job import Job, Place
 
-REVISION = 3
+REVISION = 4
 log = logging.getLogger(__name__)
 
 
