@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from vila_ops.data.order.packing import pack
 from vila_ops.data.prepare import prepare
 from vila_ops.data.shards import read_index, samples_of
 from vila_ops.model.assemble import assemble
+from vila_ops.model.features import SUFFIX
 from vila_ops.train.blame import LEAST, Blame, by_sample, is_spike
 from vila_ops.train.job import HUNG, Job, NonFiniteLoss, Place, Stopped
 from vila_ops.train.loop import load as load_stage
@@ -188,12 +190,19 @@ def test_the_loss_of_each_sample_is_what_it_is_alone(run: Run) -> None:
 def poison(job: Job, picture: bytes, value: float) -> Path:
     """Replace the features of a picture in the cache, which no later step computes anew."""
     sha256 = hashlib.sha256(picture).hexdigest()
-    (known, *_) = job.feature_cache().glob("*/*/*.npz")
-    path = known.parents[1] / sha256[:2] / f"{sha256}.npz"
+    (known, *_) = job.feature_cache().glob(f"*/*/*{SUFFIX}")
+    path = known.parents[1] / sha256[:2] / f"{sha256}{SUFFIX}"
     path.parent.mkdir(exist_ok=True)
-    with np.load(known) as file:
-        np.savez(path, features=np.full_like(file["features"], value))
+    path.write_bytes(filled(known, value))
     return path
+
+
+def filled(known: Path, value: float) -> bytes:
+    """The file of features that are all one value, as many as another file has."""
+    dtype = torch.bfloat16 if known.parents[1].name.endswith("-bf16") else torch.float32
+    values = torch.full(((known.stat().st_size - 4) // dtype.itemsize,), value, dtype=dtype)
+    raw = values.view(torch.uint8).numpy().tobytes()
+    return raw + zlib.crc32(raw).to_bytes(4, "little")
 
 
 def test_a_broken_sample_is_named_and_the_command_of_the_message_trains_without_it(
@@ -404,9 +413,8 @@ def test_ray_tries_a_hung_step_again_and_a_loss_that_is_no_number_not(
     assert list(tmp_path.glob("store/watch/*/rank-000.stacks"))
     assert not list(tmp_path.glob("store/watch/*/rank-*.json"))
 
-    for path in tmp_path.glob("store/features/*/*/*.npz"):
-        with np.load(path) as file:
-            np.savez(path, features=np.full_like(file["features"], np.inf))
+    for path in tmp_path.glob(f"store/features/*/*/*{SUFFIX}"):
+        path.write_bytes(filled(path, np.inf))
     with on_ray(tmp_path, ray_cluster, "-s", "stages.align.seed=1") as training:
         told = training.communicate(timeout=400)[1]
     assert training.returncode == 1
