@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 ROUNDS = 7
 TARGET = 1.2
 SAVED = 2
+"""Steps between checkpoints; a process that resumes ends before the next."""
 MODEL = {"hidden_size": 768, "num_layers": 12, "num_heads": 12}
 TRAIN = """
 import os, sys, time
@@ -62,9 +63,9 @@ def main() -> None:
         folder = Path(name)
         job = _job(folder)
         saved = Path(job.resume)
-        _start(job, folder, steps=SAVED + 6)  # long enough that its checkpoint is sealed; caches are filled
-        assert (saved / f"step-{SAVED:06d}").exists(), "the first run ended before its checkpoint was sealed"
-        size = sum(path.stat().st_size for path in saved.glob("*/*"))
+        _start(job, folder, steps=4 * SAVED)  # so long that a checkpoint is sealed; caches are filled
+        newest = max(saved.glob("step-*"))
+        size = sum(path.stat().st_size for path in newest.iterdir())
         times: dict[str, list[tuple[float, float]]] = {"resumed": [], "cold": []}
         for _ in range(ROUNDS):
             times["resumed"].append(_start(job, folder))

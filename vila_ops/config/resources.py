@@ -155,7 +155,7 @@ class Resources(Config):
         return Resources.model_validate({**self.model_dump(), "stages": {}, **own})
 
     def scratch(self) -> Path:
-        """Folder on this machine for what is not sealed: resume checkpoints, features, logs and the report.
+        """Folder on this machine for what is not sealed but can be made anew: features, plans, logs and the report.
 
         The store itself where that is a folder; else a folder of the cache, which other machines do not see.
         """

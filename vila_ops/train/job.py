@@ -63,7 +63,7 @@ class Job(Config):
     attempt: str
     """Folder that rank 0 fills with the trained model."""
     resume: str
-    """Folder of resume checkpoints; attempts share it."""
+    """Place of resume checkpoints, a folder or on S3; attempts share it."""
     run_id: str | None
     """MLflow run that rank 0 logs to."""
     fresh_projector: bool
