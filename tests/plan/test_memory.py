@@ -14,6 +14,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from vila_ops.config import Resources, Stage
 from vila_ops.model import lora
 from vila_ops.model.configuration import VilaConfig
+from vila_ops.model.recompute import recompute
 from vila_ops.model.trainable import keep_frozen_in, part_of, set_trainable
 from vila_ops.model.vila import VilaForConditionalGeneration
 from vila_ops.model.visual_expert import add_visual_expert
@@ -95,8 +96,7 @@ def test_the_forecast_is_what_is_alive_at_the_peak_of_a_step(case: Case, make_st
     shapes = shapes_of(config)
     objective, weights = built(config, stage)
     if case.recomputed:
-        objective.train()
-        objective.model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute(objective.model.model.language_model)
     resources = Resources(launch="inline", micro_batch_size=ROWS, gradient_checkpointing=case.recomputed)
     told = memory(shapes, weights, stage, resources, MicroBatch(ROWS, TOKENS, ROWS)).total
     assert told == pytest.approx(peak(objective, stage, case.accumulated), rel=case.within)
@@ -144,7 +144,7 @@ def peak(objective: Objective, stage: Stage, accumulated: int) -> int:
                 batch = Batch(
                     input_ids=ids,
                     position_ids=torch.arange(TOKENS).expand(ROWS, TOKENS),
-                    mask=torch.ones(TOKENS, TOKENS).tril().bool().expand(ROWS, 1, TOKENS, TOKENS),
+                    segment_ids=torch.ones_like(ids),
                     labels=labels,
                     features=features,
                     pixel_values=pixels,
