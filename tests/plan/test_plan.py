@@ -136,7 +136,7 @@ def test_hours_money_and_storage_are_arithmetic(planned: Any) -> None:
     assert plan["cost"] == pytest.approx(2 * plan["gpu_hours"])
     assert sft["model_bytes"] == pytest.approx(4 * (6_738_415_616 + 303_507_456 + 20_979_712), rel=0.001)  # fp32
     assert sft["resume_bytes"] == pytest.approx(3 * 12 * (6_738_415_616 + 20_979_712), rel=0.001)
-    assert align["feature_bytes"] == pytest.approx(align["images"] * 576 * 1024 * 4, rel=0.001)
+    assert align["feature_bytes"] == pytest.approx(align["images"] * 576 * 1024 * 2, rel=0.001)
     assert align["resume_bytes"] == 0  # 24,000 steps are more than it has
 
 

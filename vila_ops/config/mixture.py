@@ -75,9 +75,7 @@ class Mixture(Config):
     split: Split = Split()
     blend: Blend = ByWeight()
     pictures: Pictures = Pictures()
-    quarantine: dict[Slug, Annotated[tuple[str, ...], Field(min_length=1)]] = Field(
-        default={}, exclude_if=operator.not_
-    )
+    quarantine: dict[Slug, RecordIds] = Field(default={}, exclude_if=operator.not_)
     """By source, the ids of records that are left out, such as those that broke a training step. What is made of the
     others stays byte for byte. `vila-ops data quarantine` writes them into a file of their own."""
     near_duplicates: NearDuplicates | None = None

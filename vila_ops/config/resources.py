@@ -21,6 +21,8 @@ S3_STORE = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_][A-Za
 
 Offloaded = Literal["none", "optimizer", "parameters"]
 """What ZeRO keeps in the host's memory: nothing, the optimizer's state, or that and the parameters (ZeRO-3)."""
+LEAST_ZERO: dict[Offloaded, int] = {"none": 0, "optimizer": 1, "parameters": 3}
+"""ZeRO stage that each needs."""
 NETWORK_VARIABLES = ("NCCL_", "TORCH_NCCL_", "GLOO_", "TP_")
 """Prefixes of the variables that a network may set: NCCL's, torch's for it, and gloo's with its transport."""
 
@@ -136,7 +138,7 @@ class Resources(Config):
     accelerator: Accelerator | None = None
     """The GPU of each worker, for plan, MFU and cost; None: a CPU, of which neither is told."""
     mfu: float = Field(default=0.4, gt=0, le=1)
-    """Share of the peak that the planner counts with."""
+    """Share of the peak that the planner counts with, of all that is computed: padding and recomputation too."""
     stages: dict[str, StageResources] = {}
     """By stage of the recipe."""
     prepare_workers: PositiveInt = 2
@@ -163,6 +165,10 @@ class Resources(Config):
             return Path(self.store).resolve()
         return Path(self.cache).expanduser().resolve() / "scratch" / self.store.partition("://")[2].strip("/")
 
+    def plan_cache(self) -> Path:
+        """Where the order of samples is kept."""
+        return self.scratch() / "plans"
+
     @field_validator("store")
     @classmethod
     def _store_is_a_folder_or_on_s3(cls, store: str) -> str:
@@ -179,17 +185,19 @@ class Resources(Config):
         if (self.launch == "ray_job") != (self.job_address is not None):
             wanted = "needs job_address (http://host:8265)" if self.job_address is None else "does not use job_address"
             raise ValueError(f"launch {self.launch} {wanted}")
-        least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
-        if self.zero_stage < least:
-            raise ValueError(f"offload {self.offload} needs zero_stage {least} or more, not {self.zero_stage}")
-        for name in self.stages:
-            self.for_stage(name)
+        for place, own in self._asked().items():
+            offload = self.offload if own.offload is None else own.offload
+            zero = self.zero_stage if own.zero_stage is None else own.zero_stage
+            if zero < LEAST_ZERO[offload]:
+                raise ValueError(f"offload {offload}{place} needs zero_stage {LEAST_ZERO[offload]} or more, not {zero}")
         return self
 
+    def _asked(self) -> "dict[str, Resources | StageResources]":
+        """Everything that says what a stage may use, by how it is named in an error."""
+        return {"": self, **{f" of stage {name!r}": own for name, own in self.stages.items()}}
+
     def _needs_no_cluster(self) -> None:
-        asked: dict[str, Resources | StageResources] = {"": self}
-        asked |= {f" of stage {name!r}": own for name, own in self.stages.items()}
-        for place, own in asked.items():
+        for place, own in self._asked().items():
             if own.num_workers not in (None, 1):
                 raise ValueError(f"launch inline is one worker, not {own.num_workers}{place}; use launch ray")
             if own.zero_stage:

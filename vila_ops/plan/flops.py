@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from vila_ops.config import Stage
 from vila_ops.config.train import FullTuning, Lora, VisualExpert
-from vila_ops.plan.shapes import Matrix, Shapes
+from vila_ops.plan.shapes import Shapes, numbers, widths
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def flops(shapes: Shapes, stage: Stage, load: Load, *, features_cached: bool = F
     whole = isinstance(tuning, FullTuning)
     into_embeddings = whole or projector_trains or tower_trains
     decoder = _decoder(shapes, tuning, load, into_embeddings=into_embeddings)
-    head = load.targets * _weights([(shapes.decoder.width, shapes.vocabulary)])
+    head = load.targets * numbers([(shapes.decoder.width, shapes.vocabulary)])
     passed = into_embeddings or tuning is not None
     return (
         decoder
@@ -100,17 +100,17 @@ def _decoder(
     shapes: Shapes, tuning: FullTuning | Lora | VisualExpert | None, load: Load, *, into_embeddings: bool
 ) -> Flops:
     block, layers = shapes.decoder, shapes.layers
-    products = layers * load.tokens * _weights(block.matrices)
-    first = load.tokens * _weights(block.qkv)
+    products = layers * load.tokens * numbers(block.matrices)
+    first = load.tokens * numbers(block.qkv)
     trained = 0.0
     if isinstance(tuning, FullTuning):
         trained = products
     elif isinstance(tuning, Lora):
-        trained = layers * load.tokens * tuning.rank * _widths(block.matrices)
+        trained = layers * load.tokens * tuning.rank * widths(block.matrices)
         products += trained
         first += load.tokens * tuning.rank * sum(inputs for inputs, _ in block.qkv)
     elif isinstance(tuning, VisualExpert):
-        trained = layers * load.images * shapes.image_tokens * _weights((*block.qkv, *block.mlp))
+        trained = layers * load.images * shapes.image_tokens * numbers((*block.qkv, *block.mlp))
     attention = layers * load.pairs * 2 * block.attention
     if not into_embeddings and tuning is None:
         return _twice(Flops(products + attention, 0, 0))
@@ -121,12 +121,12 @@ def _decoder(
 def _projector(shapes: Shapes, images: float, *, trains: bool, passes: bool) -> Flops:
     """`passes`: the gradient goes on to the tower."""
     attention = images * shapes.patches**2 * sum(2 * block.attention for block in shapes.projector_blocks)
-    in_blocks = images * shapes.patches * sum(_weights(block.matrices) for block in shapes.projector_blocks)
-    after = images * shapes.image_tokens * _weights(shapes.projector)
+    in_blocks = images * shapes.patches * sum(numbers(block.matrices) for block in shapes.projector_blocks)
+    after = images * shapes.image_tokens * numbers(shapes.projector)
     products = in_blocks + after
     if not trains and not passes:
         return _twice(Flops(products + attention, 0, 0))
-    first = 0 if shapes.projector_norm else images * shapes.image_tokens * _weights(shapes.projector[:1])
+    first = 0 if shapes.projector_norm else images * shapes.image_tokens * numbers(shapes.projector[:1])
     passed = products if passes else products - first
     return _twice(Flops(products + attention, passed + trains * products + 2 * attention, 0))
 
@@ -135,8 +135,8 @@ def _tower(shapes: Shapes, images: float, *, trains: bool, cached: bool) -> Flop
     if cached:
         return Flops(0, 0, 0)
     layers, block = shapes.tower_layers, shapes.tower
-    patches = images * shapes.patches * _weights([shapes.patch])
-    products = images * layers * shapes.tower_tokens * _weights(block.matrices)
+    patches = images * shapes.patches * numbers([shapes.patch])
+    products = images * layers * shapes.tower_tokens * numbers(block.matrices)
     attention = images * layers * shapes.tower_tokens**2 * 2 * block.attention
     forward = patches + products + attention
     if not trains:
@@ -146,11 +146,3 @@ def _tower(shapes: Shapes, images: float, *, trains: bool, cached: bool) -> Flop
 
 def _twice(multiply_adds: Flops) -> Flops:
     return Flops(2 * multiply_adds.forward, 2 * multiply_adds.backward, 2 * multiply_adds.recomputed)
-
-
-def _weights(matrices: Sequence[Matrix]) -> int:
-    return sum(inputs * outputs for inputs, outputs in matrices)
-
-
-def _widths(matrices: Sequence[Matrix]) -> int:
-    return sum(inputs + outputs for inputs, outputs in matrices)

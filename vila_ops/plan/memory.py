@@ -19,18 +19,20 @@ token in a layer, with width D, attention width A, key-value width K, inner widt
 and with gradient checkpointing the input of every layer and all of one.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vila_ops.config import Resources, Stage
+from pydantic import computed_field
+
+from vila_ops.config import Config, Resources, Stage
 from vila_ops.config.train import FullTuning, Lora, VisualExpert
 from vila_ops.model.features import BATCH
-from vila_ops.plan.shapes import Block, Shapes
+from vila_ops.plan.shapes import Block, Shapes, numbers, widths
 
 BUCKET = 500_000_000
 """DeepSpeed's default `reduce_bucket_size`, in numbers."""
 LIVE = 1_000_000_000
 """DeepSpeed's default `stage3_max_live_parameters`."""
+GIB = 2**30
 FP32, BF16 = 4, 2
 NF4 = 0.52
 """Bytes of a weight in 4 bits, with its share of a block's scale (arXiv:2305.14314)."""
@@ -57,9 +59,8 @@ class MicroBatch:
     """Of all rows."""
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one worker at the peak of a step."""
+class Memory(Config):
+    """Of one worker at the peak of a step, in bytes or GiB."""
 
     weights: float
     gradients: float
@@ -73,15 +74,19 @@ class Memory:
     host: float
     """Offloaded, in the host's memory."""
 
+    @computed_field  # type: ignore[prop-decorator]  # mypy knows no decorated property
     @property
     def total(self) -> float:
         """On the GPU."""
         return self.weights + self.gradients + self.optimizer + self.copies + self.activations + self.buffers
 
+    def in_gib(self) -> "Memory":
+        """The same of a memory in bytes."""
+        return Memory(**{name: value / GIB for name, value in self})
+
 
 def memory(shapes: Shapes, weights: Weights, stage: Stage, resources: Resources, largest: MicroBatch) -> Memory:
     """The peak of a step of a stage on `resources.for_stage`'s settings."""
-    bf16 = stage.precision == "bf16"
     zero, workers = resources.zero_stage, resources.num_workers
     trained, frozen = FP32 * weights.trained, _frozen(weights, stage)
     parted = [workers if zero >= least else 1 for least in (1, 2, 3)]  # optimizer, gradients, weights
@@ -98,7 +103,7 @@ def memory(shapes: Shapes, weights: Weights, stage: Stage, resources: Resources,
         host, held = host + held, 0.0
     held += live * (trained + frozen)
     whole = FP32 * weights.frozen_rest
-    copies = BF16 * _trained_matrices(shapes, stage) if bf16 else 0
+    copies = BF16 * _trained_matrices(shapes, stage) if value_bytes(stage) == BF16 else 0
     kept = activations(shapes, stage, resources, largest)
     per_pass = resources.micro_batch_size * workers
     if stage.global_batch_size == per_pass and zero in (0, 1):
@@ -115,11 +120,16 @@ def memory(shapes: Shapes, weights: Weights, stage: Stage, resources: Resources,
     )
 
 
+def value_bytes(stage: Stage) -> int:
+    """Of a number in the precision of a stage: activations, frozen weights, and features in the cache."""
+    return BF16 if stage.precision == "bf16" else FP32
+
+
 def _frozen(weights: Weights, stage: Stage) -> float:
     """Bytes of the language model's frozen weights."""
     if isinstance(stage.tuning, Lora) and stage.tuning.quantise and "language_model" in stage.trainable:
         return NF4 * weights.frozen_decoder
-    return (BF16 if stage.precision == "bf16" else FP32) * weights.frozen_decoder
+    return value_bytes(stage) * weights.frozen_decoder
 
 
 def _trained_matrices(shapes: Shapes, stage: Stage) -> int:
@@ -129,21 +139,21 @@ def _trained_matrices(shapes: Shapes, stage: Stage) -> int:
     if "language_model" in stage.trainable:
         match stage.tuning:
             case FullTuning():
-                total += shapes.layers * _numbers(block.matrices) + shapes.vocabulary * block.width
+                total += shapes.layers * numbers(block.matrices) + shapes.vocabulary * block.width
             case Lora(rank=rank):
-                total += shapes.layers * rank * sum(inputs + outputs for inputs, outputs in block.matrices)
+                total += shapes.layers * rank * widths(block.matrices)
             case VisualExpert():
-                total += shapes.layers * _numbers((*block.qkv, *block.mlp))
+                total += shapes.layers * numbers((*block.qkv, *block.mlp))
     if "projector" in stage.trainable:
-        total += sum(_numbers(one.matrices) for one in shapes.projector_blocks) + _numbers(shapes.projector)
+        total += sum(numbers(one.matrices) for one in shapes.projector_blocks) + numbers(shapes.projector)
     if "vision_tower" in stage.trainable:
-        total += shapes.tower_layers * _numbers(shapes.tower.matrices) + _numbers([shapes.patch])
+        total += shapes.tower_layers * numbers(shapes.tower.matrices) + numbers([shapes.patch])
     return total
 
 
 def activations(shapes: Shapes, stage: Stage, resources: Resources, largest: MicroBatch) -> float:
     """Bytes that the forward pass of a micro-batch keeps for its backward pass."""
-    b = BF16 if stage.precision == "bf16" else FP32
+    b = value_bytes(stage)
     tokens, block = largest.rows * largest.tokens, shapes.decoder
     tunes = "language_model" in stage.trainable
     full = tunes and isinstance(stage.tuning, FullTuning)
@@ -192,8 +202,7 @@ def _beside(tuning: Lora | VisualExpert | FullTuning, block: Block, b: int) -> f
 def _projector_and_tower(shapes: Shapes, stage: Stage, resources: Resources, largest: MicroBatch, b: int) -> float:
     kept = 0.0
     if "projector" in stage.trainable or "vision_tower" in stage.trainable:
-        inputs = sum(inputs + outputs for inputs, outputs in shapes.projector)
-        kept += largest.images * shapes.image_tokens * inputs * b
+        kept += largest.images * shapes.image_tokens * widths(shapes.projector) * b
         kept += largest.images * shapes.patches * sum(_vit(block, b) for block in shapes.projector_blocks)
     if "vision_tower" in stage.trainable:
         tokens = largest.images * shapes.tower_tokens
@@ -225,7 +234,3 @@ def tower_pass(shapes: Shapes, stage: Stage, largest: MicroBatch) -> float:
         return 0.0
     tokens = BATCH * shapes.tower_tokens
     return FP32 * tokens * (shapes.tower.width * (shapes.tower_layers + 2) + 2 * shapes.tower.mlp[0][1])
-
-
-def _numbers(matrices: Sequence[tuple[int, int]]) -> int:
-    return sum(inputs * outputs for inputs, outputs in matrices)

@@ -9,6 +9,7 @@ from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import Dataset
 from vila_ops.config import Config, Model, Resources, Run, Stage, TextFormat
 from vila_ops.config.lengths import Lengths
+from vila_ops.config.resources import LEAST_ZERO, Accelerator, Offloaded
 from vila_ops.data.order.loader import Rows as OrderedRows
 from vila_ops.data.prepare import prepared as prepared_dataset
 from vila_ops.model.build import padded
@@ -16,27 +17,13 @@ from vila_ops.model.configuration import VilaConfig
 from vila_ops.model.count import Counts, count, text_config, vision_config
 from vila_ops.plan import lengths as data
 from vila_ops.plan.flops import Flops, Load, flops
-from vila_ops.plan.memory import MicroBatch, Weights, memory
+from vila_ops.plan.memory import GIB, Memory, MicroBatch, Weights, memory, value_bytes
 from vila_ops.plan.shapes import Shapes, shapes_of
 
-RESERVED = 1.5 * 2**30
+RESERVED = 1.5 * GIB
 """Bytes of a GPU that the CUDA context, NCCL and the allocator's gaps take."""
-GIB = 2**30
-ZERO, OFFLOADED = (0, 1, 2, 3), ("none", "optimizer", "parameters")
+OFFLOADED: tuple[Offloaded, ...] = tuple(LEAST_ZERO)
 MOST_WORKERS = 4096
-
-
-class MemoryPlan(Config):
-    """GiB of one worker at the peak of a step."""
-
-    weights: float
-    gradients: float
-    optimizer: float
-    copies: float
-    activations: float
-    buffers: float
-    host: float
-    total: float
 
 
 class StagePlan(Config):
@@ -57,7 +44,8 @@ class StagePlan(Config):
     """What MFU counts."""
     machine_flops: float
     """With padding and what is computed anew: what hours are of."""
-    memory: MemoryPlan
+    memory: Memory
+    """GiB."""
     fits: bool | None
     """None: no accelerator is named."""
     nearest: dict[str, int | str | bool] | None
@@ -143,21 +131,9 @@ class _Stage:
         """`total` parameters has the model while the stage trains."""
         stage, resources = self.stage, self.resources
         text = self.run.recipe.text(stage.name)
-        steps = data_bytes = None
-        if lengths is not None:
-            epoch = data.declared(
-                lengths,
-                stage.mixture,
-                image_tokens=text.image_tokens,
-                max_tokens=min(text.max_tokens, stage.row_tokens),
-            )
-        else:
-            dataset = self._prepared(text)
-            epoch = data.prepared(dataset, stage.mixture)
-            folder = store.content(dataset)
-            cache = resources.scratch() / "plans"
-            steps = OrderedRows(folder, digest=dataset.digest, stage=stage, cache=cache).num_steps()
-            data_bytes = float(sum(path.stat().st_size for path in folder.iterdir() if path.is_file()))
+        epoch, steps, data_bytes = (
+            self._prepared(text) if lengths is None else (self._declared(lengths, text), None, None)
+        )
         most = stage.row_tokens // text.image_tokens
         rows = data.rows_of(epoch, stage, micro_batch_size=resources.micro_batch_size, most_images=most)
         if steps is None:
@@ -167,12 +143,10 @@ class _Stage:
         epochs = steps * stage.global_batch_size / rows.rows
         first = epoch.distinct * min(1.0, 1 / epochs)
         useful, machine = (self._flops(loads, epochs, first) for loads in (rows.useful, rows.padded))
-        seconds = None
-        if (card := resources.accelerator) is not None:
-            seconds = self._machine(machine) / (card.peak_tflops * 1e12 * resources.mfu * resources.num_workers)
+        hours, mfu, cost = self._time(useful, machine)
         largest = MicroBatch(resources.micro_batch_size, rows.longest, resources.micro_batch_size * rows.most_images)
         peak = memory(self.shapes, self.weights, stage, resources, largest)
-        fits = None if card is None else peak.total <= card.memory_gib * GIB - RESERVED
+        fits = _fits(peak, resources.accelerator) if resources.accelerator else None
         images = epochs * sum(one.images for one in rows.useful)
         tokens = epochs * sum(one.tokens for one in rows.useful)
         computed = epochs * sum(one.tokens for one in rows.padded)
@@ -187,23 +161,31 @@ class _Stage:
             steps=steps,
             model_flops=useful.model,
             machine_flops=self._machine(machine),
-            memory=MemoryPlan(**{name: value / GIB for name, value in vars(peak).items()}, total=peak.total / GIB),
+            memory=peak.in_gib(),
             fits=fits,
             nearest=self._nearest(largest) if fits is False else None,
-            hours=None if seconds is None else seconds / 3600,
-            mfu=useful.model / (seconds * card.peak_tflops * 1e12 * resources.num_workers)
-            if seconds and card
-            else None,
-            cost=None
-            if seconds is None or card is None or not card.price_per_hour
-            else seconds / 3600 * resources.num_workers * card.price_per_hour,
+            hours=hours,
+            mfu=mfu,
+            cost=cost,
             resume_bytes=3 * 4 * self.weights.trained * _kept(stage, resources, steps),
             model_bytes=4.0 * total,
             data_bytes=data_bytes,
             feature_bytes=self._feature_bytes(images * first),
         )
 
-    def _prepared(self, text: TextFormat) -> Dataset:
+    def _declared(self, lengths: Lengths, text: TextFormat) -> data.Epoch:
+        longest = min(text.max_tokens, self.stage.row_tokens)
+        return data.declared(lengths, self.stage.mixture, image_tokens=text.image_tokens, max_tokens=longest)
+
+    def _prepared(self, text: TextFormat) -> tuple[data.Epoch, int, float]:
+        """An epoch of the prepared mixture, the steps of the stage as the loop counts them, and the bytes on disk."""
+        dataset = self._dataset(text)
+        folder = store.content(dataset)
+        rows = OrderedRows(folder, digest=dataset.digest, stage=self.stage, cache=self.resources.plan_cache())
+        data_bytes = float(sum(path.stat().st_size for path in folder.iterdir() if path.is_file()))
+        return data.prepared(dataset, self.stage.mixture), rows.num_steps(), data_bytes
+
+    def _dataset(self, text: TextFormat) -> Dataset:
         mixture = self.stage.mixture
         why = "it is not prepared"
         try:
@@ -214,6 +196,19 @@ class _Stage:
         raise ValueError(
             f"the lengths of mixture {mixture.name!r} are not known: {why}; run `vila-ops prepare` with --mixture "
             f"{mixture.name}, or say them in a file with --lengths"
+        )
+
+    def _time(self, useful: Flops, machine: Flops) -> tuple[float | None, float | None, float | None]:
+        """Hours, MFU and cost; None where no accelerator is named, and no cost where it has no price."""
+        if (card := self.resources.accelerator) is None:
+            return None, None, None
+        workers = self.resources.num_workers
+        peak_flops = card.peak_tflops * 1e12 * workers
+        seconds = self._machine(machine) / (peak_flops * self.resources.mfu)
+        return (
+            seconds / 3600,
+            useful.model / (seconds * peak_flops),
+            seconds / 3600 * workers * card.price_per_hour or None,
         )
 
     def _flops(self, loads: tuple[Load, ...], epochs: float, first: float) -> Flops:
@@ -232,7 +227,7 @@ class _Stage:
     def _feature_bytes(self, images: float) -> float:
         if "vision_tower" in self.stage.trainable:
             return 0.0
-        return 4 * images * self.shapes.patches * self.shapes.tower.width
+        return value_bytes(self.stage) * images * self.shapes.patches * self.shapes.tower.width
 
     def _nearest(self, largest: MicroBatch) -> dict[str, int | str | bool]:
         """Settings that fit, otherwise than now in what costs least: first micro-batch and ZeRO, then recomputation,
@@ -245,15 +240,12 @@ class _Stage:
         found: list[tuple[tuple[float, ...], dict[str, int | str | bool]]] = []
         for workers, offload, again, zero, size in itertools.product(
             [1] if inline else more,
-            ["none"] if inline else OFFLOADED[OFFLOADED.index(now.offload) :],
+            OFFLOADED[:1] if inline else OFFLOADED[OFFLOADED.index(now.offload) :],
             [now.gradient_checkpointing] if now.gradient_checkpointing else [False, True],
-            [0] if inline else ZERO[now.zero_stage :],
+            [0] if inline else range(now.zero_stage, 4),
             sizes,
         ):
-            if (
-                self.stage.global_batch_size % (workers * size)
-                or zero < {"none": 0, "optimizer": 1, "parameters": 3}[offload]
-            ):
+            if self.stage.global_batch_size % (workers * size) or zero < LEAST_ZERO[offload]:
                 continue
             asked = {
                 "num_workers": workers, "offload": offload, "gradient_checkpointing": again, "zero_stage": zero,
@@ -261,7 +253,7 @@ class _Stage:
             }  # fmt: skip
             other = Resources.model_validate({**now.model_dump(), **asked})
             batch = MicroBatch(size, largest.tokens, largest.images * size // largest.rows)
-            if memory(self.shapes, self.weights, self.stage, other, batch).total <= card.memory_gib * GIB - RESERVED:
+            if _fits(memory(self.shapes, self.weights, self.stage, other, batch), card):
                 changed = {key: value for key, value in asked.items() if value != getattr(now, key)}
                 slower = (
                     workers,
@@ -271,6 +263,10 @@ class _Stage:
                 )
                 found.append((slower, changed))
         return min(found, key=lambda one: one[0])[1] if found else {}
+
+
+def _fits(peak: Memory, card: Accelerator) -> bool:
+    return peak.total <= card.memory_gib * GIB - RESERVED
 
 
 def _kept(stage: Stage, resources: Resources, steps: int) -> int:

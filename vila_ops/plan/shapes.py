@@ -1,5 +1,6 @@
 """The widths of a model's matrices, from its config: what FLOPs and memory are counted by."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,16 @@ from vila_ops.model.towers import class_tokens, patch_side
 
 Matrix = tuple[int, int]
 """Inputs and outputs of a linear layer."""
+
+
+def numbers(matrices: Sequence[Matrix]) -> int:
+    """Weights of linear layers; as many multiply-adds a token."""
+    return sum(inputs * outputs for inputs, outputs in matrices)
+
+
+def widths(matrices: Sequence[Matrix]) -> int:
+    """Inputs and outputs of linear layers together: times a rank, the weights of their adapters."""
+    return sum(inputs + outputs for inputs, outputs in matrices)
 
 
 @dataclass(frozen=True)
@@ -110,7 +121,7 @@ def _block(layer: Any, config: PreTrainedConfig) -> Block:
     mlp = getattr(layer, "mlp", nn.Module())
     block = Block(config.hidden_size, heads, heads * head_dim, groups * head_dim, tuple(_linear(mlp)))
     held = sum(p.numel() for p in layer.parameters() if p.ndim >= 2)
-    if held != (told := sum(inputs * outputs for inputs, outputs in block.matrices)):
+    if held != (told := numbers(block.matrices)):
         raise ValueError(
             f"a layer of {config.model_type} has {held} weights in its matrices; q, k, v, output and the linear layers "
             f"of an MLP would be {told}: the planner counts no others"
