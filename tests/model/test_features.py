@@ -144,6 +144,26 @@ def test_a_damaged_file_is_computed_again(
         assert path.read_bytes() == whole_bytes
 
 
+def test_a_disk_without_room_keeps_no_features_and_gives_the_same(
+    squares: list[bytes],
+    make_model: Any,
+    build: Callable[..., Any],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    whole, _ = build(make_model())
+    expected = FeatureCache(whole, to_pixels(), root=tmp_path / "kept", leave_free=0)(squares)
+    assert len(files(tmp_path / "kept")) == len(squares)
+    assert not caplog.records
+    full = FeatureCache(whole, to_pixels(), root=tmp_path / "full", leave_free=1)  # no disk is free as a whole
+    for times in (1, 2):
+        assert torch.equal(full(squares), expected)
+        assert full.passed == times * len(squares)
+    assert files(tmp_path / "full") == []
+    assert [record.message for record in caplog.records if "features_leave_free" not in record.message] == []
+    assert len(caplog.records) == 1
+
+
 @pytest.mark.parametrize("projector", ["linear", "mlp_gelu", "mlp_downsample", "transformer"])
 def test_every_projector_takes_features_in_16_bits(projector: str, make_model: Any, build: Callable[..., Any]) -> None:
     """As it takes those of a tower that trains, which are of 32 bits where autocast leaves a sum in them."""

@@ -130,6 +130,9 @@ class Resources(Config):
     GPU, else SDPA with an explicit mask."""
     record_samples: bool = False
     """Each rank writes down which samples each step read, in `samples` beside the resume checkpoints."""
+    features_leave_free: float = Field(default=0.1, ge=0, le=1)
+    """Share of the disk that the kept features of frozen towers leave free; those of more pictures are computed each
+    time. 1 keeps none: right where each picture is seen once."""
     keep: Retention = Retention()
     watchdog: Watchdog = Watchdog()
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"

@@ -1,12 +1,14 @@
-"""Features of a frozen tower, computed once for each picture and kept on disk."""
+"""Features of a frozen tower, computed once for each picture and kept on disk while there is room."""
 
 # I images, P patches, C tower channels, S side in pixels
 
 import hashlib
 import io
 import json
+import logging
 import os
 import secrets
+import shutil
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from vila_ops.model.vila import VilaForConditionalGeneration
 
+log = logging.getLogger(__name__)
 BATCH = 16
 """Pictures per tower pass, always, padded with blanks: a picture's features then depend on nothing but itself."""
 
@@ -42,14 +45,20 @@ class FeatureCache:
         *,
         root: Path,
         precision: Literal["fp32", "bf16"] = "fp32",
+        leave_free: float = 0.1,
     ) -> None:
-        """The tower computes in `precision`, and its features are kept in it."""
+        """The tower computes in `precision`, and its features are kept in it.
+
+        `leave_free` is the share of the disk under `root` that is left: with less than that free, features are
+        computed and not kept.
+        """
         self.model = model
         self.pixels = pixels
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.shape = (model.config.grid() ** 2, model.config.vision_config.hidden_size)
         self.passed = 0
         """Pictures that went through the tower so far."""
+        self.root, self.leave_free, self.full = root, leave_free, False
         self.folder = root / f"{tower_digest(model)}-{_pixels_digest(pixels)}-{precision}"
 
     @torch.no_grad()
@@ -74,7 +83,7 @@ class FeatureCache:
             features = self.model.tower_features(padded.to(device)).to("cpu", self.dtype)
         made = {key: feature for (key, _), feature in zip(batch, features, strict=False)}
         self.passed += len(made)
-        for key, feature in made.items():
+        for key, feature in made.items() if self._has_room() else ():
             path = self._path(key)
             path.parent.mkdir(parents=True, exist_ok=True)
             draft = path.with_name(f".{key}-{secrets.token_hex(4)}")
@@ -82,6 +91,18 @@ class FeatureCache:
             draft.write_bytes(raw.tobytes() + zlib.crc32(raw).to_bytes(4, "little"))
             os.replace(draft, path)
         return made
+
+    def _has_room(self) -> bool:
+        self.root.mkdir(parents=True, exist_ok=True)
+        disk = shutil.disk_usage(self.root)
+        was_full, self.full = self.full, disk.free < self.leave_free * disk.total
+        if self.full and not was_full:
+            log.warning(
+                "%s has %.0f GB free of %.0f, less than the share of %g that kept features leave; those of others "
+                "are computed anew each time (features_leave_free of the resources)",
+                self.root, disk.free / 1e9, disk.total / 1e9, self.leave_free,
+            )  # fmt: skip
+        return not self.full
 
     def _read(self, key: str, place: Tensor) -> bool:
         """Read features from disk into their place; False where they are not, or not whole."""

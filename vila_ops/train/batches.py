@@ -25,7 +25,13 @@ class Batches:
         self.device, self.seed = device, job.stage.seed
         self.pixels = functools.partial(pixels, mean=mean, std=std)
         self.tower_trains = "vision_tower" in job.stage.trainable
-        self.cache = FeatureCache(model, self.pixels, root=job.feature_cache(), precision=job.stage.precision)
+        self.cache = FeatureCache(
+            model,
+            self.pixels,
+            root=job.feature_cache(),
+            precision=job.stage.precision,
+            leave_free=job.resources.features_leave_free,
+        )
         self.samples = SampleLog(job) if job.resources.record_samples else None
 
     def __call__(self, rows: list[Row], *, step: int | None = None) -> Batch:
