@@ -22,6 +22,7 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from transformers import LlavaProcessor
 from werkzeug.serving import make_server
 
+from vila_ops import local
 from vila_ops.artifacts import s3_calls
 from vila_ops.artifacts.s3_calls import client, client_of
 from vila_ops.config import Mixture, Model, Resources, Stage, TextFormat
@@ -211,6 +212,18 @@ def free_servers() -> Callable[[Path], LocalServers]:
         return LocalServers.model_validate({"root": str(root), "ray_object_store_bytes": 100 * 2**20, **ports})
 
     return settings
+
+
+@pytest.fixture(scope="module")
+def ray_cluster(
+    tmp_path_factory: pytest.TempPathFactory, free_servers: Callable[[Path], LocalServers]
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """A Ray head of a module's own: its address and the environment that may use it."""
+    settings = free_servers(tmp_path_factory.mktemp("servers"))
+    try:
+        yield local.up(settings, only=("ray",)).ray, local.env(settings)
+    finally:
+        local.down(settings)
 
 
 @pytest.fixture(scope="session")

@@ -12,15 +12,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import yaml
 
-from vila_ops import local
-from vila_ops.config.local import LocalServers
 from vila_ops.train.samples import Keys, Read, batches_of, first_stray, read_samples
 
 ROOT = Path(__file__).parents[2]
@@ -65,18 +63,6 @@ def test_killed_under_ray_it_ends_as_an_unbroken_run(
     whole = _whole(folder, _on_ray(folder, address), env)
     killed = tmp_path_factory.mktemp("killed")
     _kill_and_finish(killed, lambda folder: _on_ray(folder, address), env, whole=whole, kills=KILLS_RAY)
-
-
-@pytest.fixture(scope="module")
-def ray_cluster(
-    tmp_path_factory: pytest.TempPathFactory, free_servers: Callable[[Path], LocalServers]
-) -> Iterator[tuple[str, dict[str, str]]]:
-    """A Ray head of this test's own: its address and the environment that may use it."""
-    settings = free_servers(tmp_path_factory.mktemp("servers"))
-    try:
-        yield local.up(settings, only=("ray",)).ray, local.env(settings)
-    finally:
-        local.down(settings)
 
 
 def _whole(folder: Path, command: list[str], env: dict[str, str]) -> Whole:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,11 @@ import yaml
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from vila_ops import local, tracking
+from vila_ops import tracking
 from vila_ops.artifacts.kinds import Checkpoint, Dataset
 from vila_ops.artifacts.store import content
 from vila_ops.cli import app
 from vila_ops.config import Resources, Run, load
-from vila_ops.config.local import LocalServers
 from vila_ops.data.order.packing import pack
 from vila_ops.data.prepare import prepare
 from vila_ops.data.shards import read_index, samples_of
@@ -367,18 +365,6 @@ def test_a_spike_is_written_down_once_with_its_worst_samples_and_training_goes_o
     client = MlflowClient(database)
     assert [one.step for one in client.get_metric_history(run_id, "loss_spike")] == [2, 5]
     assert [file.path for file in client.list_artifacts(run_id)] == ["spikes.jsonl"]
-
-
-@pytest.fixture(scope="module")
-def ray_cluster(
-    tmp_path_factory: pytest.TempPathFactory, free_servers: Callable[[Path], LocalServers]
-) -> Iterator[tuple[str, dict[str, str]]]:
-    """A Ray head of these tests' own: its address and the environment that may use it."""
-    settings = free_servers(tmp_path_factory.mktemp("servers"))
-    try:
-        yield local.up(settings, only=("ray",)).ray, local.env(settings)
-    finally:
-        local.down(settings)
 
 
 def on_ray(folder: Path, cluster: tuple[str, dict[str, str]], *more: str) -> subprocess.Popen[str]:
