@@ -134,9 +134,9 @@ def read_index(folder: Path) -> pa.Table:
 
 
 def find_rows(folder: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """Key, source, record id and split of samples by their keys, in no order; a key that is not there is left out."""
+    """Key, source and record id of samples by their keys, in no order; a key that is not there is left out."""
     wanted = pc.field("key").isin(pa.array(keys, pa.string()))
-    columns = ["key", "source", "id", "split"]
+    columns = ["key", "source", "id"]
     rows: list[dict[str, Any]] = pq.read_table(folder / INDEX, columns=columns, filters=wanted).to_pylist()
     return rows
 

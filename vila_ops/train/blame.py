@@ -178,7 +178,7 @@ def by_sample(rows: Sequence[Row], each: Tensor) -> NDArray[np.float64]:
     losses = each.detach().double().cpu().numpy()
     parts, start = [], 0
     for row in rows:
-        sample = row.segment_ids[row.labels >= 0] - 1
+        sample = row.samples_of_targets()
         own = losses[start : start + len(sample)]
         start += len(sample)
         sums = np.bincount(sample, weights=own, minlength=len(row.keys))

@@ -125,8 +125,8 @@ class Tally:
 
     def _sources_of_targets(self, row: Row) -> NDArray[np.int64]:
         """(N,) the number of each target's source."""
-        of_segment = np.array([self._number[source] for source in row.sources], np.int64)
-        return of_segment[row.segment_ids[row.labels >= 0] - 1]
+        of_sample = np.array([self._number[source] for source in row.sources], np.int64)
+        return of_sample[row.samples_of_targets()]
 
     def _flops_of(self, shapes: Shapes, row: Row, *, targets: int) -> float:
         """A frozen tower's not: they are counted in the step in which it ran."""

@@ -88,19 +88,18 @@ class Rows:
         """This rank's rows of the global batch of a step, and the number of targets in the whole of it."""
 
         def read() -> tuple[list[Row], int]:
-            size = self.stage.global_batch_size
-            rows = [self._row(number) for number in range(step * size, (step + 1) * size)]
+            rows = self._global_batch(step)
             num_targets = sum(self._index.num_targets(number) for row in rows for number in row)
-            share = size // world_size
+            share = len(rows) // world_size
             return [self._pack(row) for row in rows[rank * share : (rank + 1) * share]], num_targets
 
         return self._healed(read)
 
     def keys(self, step: int) -> list[tuple[str, ...]]:
         """The keys of the samples in each row of the global batch of a step; no sample is read."""
-        size = self.stage.global_batch_size
-        numbers = range(step * size, (step + 1) * size)
-        return self._healed(lambda: [tuple(self._index.place(one).key for one in self._row(n)) for n in numbers])
+        return self._healed(
+            lambda: [tuple(self._index.place(number).key for number in row) for row in self._global_batch(step)]
+        )
 
     def validation(self) -> list[Row]:
         """The rows of the validation split that every validation reads, always the same."""
@@ -115,6 +114,11 @@ class Rows:
             discard(error.folder)
             self._open()
             return read()
+
+    def _global_batch(self, step: int) -> list[list[int]]:
+        """The samples of each row of a step."""
+        size = self.stage.global_batch_size
+        return [self._row(number) for number in range(step * size, (step + 1) * size)]
 
     def _row(self, number: int) -> list[int]:
         while self._starts[-1] <= number:

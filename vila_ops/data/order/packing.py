@@ -33,6 +33,10 @@ class Row:
     sources: tuple[str, ...]
     """Of the samples, in order."""
 
+    def samples_of_targets(self) -> NDArray[np.int64]:
+        """(N,), from 0: the sample of each label that is not negative, in order."""
+        return self.segment_ids[self.labels >= 0] - 1
+
 
 def pack(samples: Sequence[Sample], *, capacity: int) -> Row:
     """One row of `capacity` positions from samples that fit into it; the rest is padding."""
