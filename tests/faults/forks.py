@@ -3,7 +3,7 @@
 Importing torch and DeepSpeed takes many times as long as a tiny stage does. A task is answered on a line with the exit
 code of each of its processes. It has either
 
-    stage    what `Asked` of verify_resume holds: the room `train_stage` in one process, or
+    stage    what `Trial` of verify_resume holds: the room `train_stage` in one process, or
     job      of vila_ops.train.job: the training loop of `world_size` ranks that meet at `rendezvous`,
 
 and may have
@@ -32,7 +32,7 @@ import torch
 from vila_ops.train import engine, loop
 from vila_ops.train.job import Job, Place
 from vila_ops.train.samples import read_samples
-from vila_ops.train.verify_resume import Asked
+from vila_ops.train.verify_resume import Trial
 
 CALLS = ("fsync", "rename", "replace", "link", "unlink", "rmdir")
 RANDOM = re.compile(r"[0-9a-f]{8,}|(?<=/)[0-9a-f]{2}(?=/)|(?<=\.probe-)\w+|(?<=tmp)\w{8}")
@@ -86,7 +86,7 @@ def _fork(task: Task, rank: int) -> int:
         if "points" in task or "kill" in task:
             _count_calls(task)
         if "stage" in task:
-            Asked.model_validate(task["stage"]).train()
+            Trial.model_validate(task["stage"]).train()
         else:
             _rank(task, rank)
         code = 0
@@ -112,7 +112,7 @@ def _count_calls(task: Task) -> None:
     """
     seen: Counter[str] = Counter()
     lock = threading.Lock()
-    root = Asked.model_validate(task["stage"]).resources.store
+    root = Trial.model_validate(task["stage"]).resources.store
     point, side = task.get("kill", (None, None))
 
     def counted(name: str, honest: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,7 +21,7 @@ from vila_ops.config import Resources
 from vila_ops.data.shards import read_index
 from vila_ops.train.job import Job
 from vila_ops.train.samples import Read, batches_of, first_stray, read_samples
-from vila_ops.train.verify_resume import Asked
+from vila_ops.train.verify_resume import Trial
 
 SEQUENCES = int(os.environ.get("VILA_ELASTIC", "0"))
 SEED = int(os.environ.get("VILA_KILL_SEED", str(time.time_ns() % 10**6)))
@@ -59,7 +59,7 @@ WAYS |= {f"seed-{SEED + number}": drawn(SEED + number) for number in range(SEQUE
 
 
 @pytest.fixture(scope="module")
-def asked(ask: Callable[..., Asked], tmp_path_factory: pytest.TempPathFactory) -> Asked:
+def asked(ask: Callable[..., Trial], tmp_path_factory: pytest.TempPathFactory) -> Trial:
     """Documents alone, which every epoch reads once, over more than two epochs."""
     return ask(
         tmp_path_factory.mktemp("elastic") / "store",
@@ -68,7 +68,7 @@ def asked(ask: Callable[..., Asked], tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="module")
-def alone(asked: Asked, fork: Fork, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], list[Read]]:
+def alone(asked: Trial, fork: Fork, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], list[Read]]:
     """Losses and samples of one process with plain torch that nobody stops."""
     folder = tmp_path_factory.mktemp("alone")
     job = _job(asked, folder, 0, Leg())
@@ -79,7 +79,7 @@ def alone(asked: Asked, fork: Fork, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WAYS)
 def test_the_way_is_that_of_one_process(
-    name: str, asked: Asked, alone: tuple[list[float], list[Read]], fork: Fork, tmp_path: Path
+    name: str, asked: Trial, alone: tuple[list[float], list[Read]], fork: Fork, tmp_path: Path
 ) -> None:
     losses, batches = alone[0], batches_of(alone[1])
     legs = WAYS[name]
@@ -105,7 +105,7 @@ def test_the_way_is_that_of_one_process(
     assert found == pytest.approx(losses, rel=1e-6, abs=1e-6)
 
 
-def _check_epochs(keys: list[str], asked: Asked) -> None:
+def _check_epochs(keys: list[str], asked: Trial) -> None:
     """Every sample of the data once in each epoch: between two reads of it lie all others but those of one row."""
     train = {row["key"] for row in read_index(content(asked.data)).to_pylist() if row["split"] == "train"}
     whole = len(keys) // len(train)
@@ -115,7 +115,7 @@ def _check_epochs(keys: list[str], asked: Asked) -> None:
         assert Counter(own) == Counter(train)
 
 
-def _job(asked: Asked, folder: Path, number: int, leg: Leg) -> Job:
+def _job(asked: Trial, folder: Path, number: int, leg: Leg) -> Job:
     cluster = {} if leg.zero_stage is None else {"launch": "ray", "ray_address": "127.0.0.1:1"}
     own = {"num_workers": leg.world_size, "zero_stage": leg.zero_stage or 0, "micro_batch_size": leg.micro_batch_size}
     given = {**asked.resources.model_dump(), **own, **cluster, "threads_per_worker": leg.threads}

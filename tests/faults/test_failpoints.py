@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from vila_ops.train.samples import batches_of, first_stray
-from vila_ops.train.verify_resume import Asked
+from vila_ops.train.verify_resume import Trial
 
 TIMES = int(os.environ.get("VILA_FAILPOINTS", "0"))
 FEW = 6
@@ -30,7 +30,7 @@ Fork = Callable[..., list[int]]
 
 
 @pytest.fixture(scope="module")
-def whole(fork: Fork, ask: Callable[..., Asked], tmp_path_factory: pytest.TempPathFactory) -> tuple[Asked, list[str]]:
+def whole(fork: Fork, ask: Callable[..., Trial], tmp_path_factory: pytest.TempPathFactory) -> tuple[Trial, list[str]]:
     """A stage that nobody killed, with checkpoints that come and go, and its calls in order of time."""
     folder = tmp_path_factory.mktemp("whole")
     asked = ask(folder / "store", save_every=1, num_steps=5)
@@ -39,7 +39,7 @@ def whole(fork: Fork, ask: Callable[..., Asked], tmp_path_factory: pytest.TempPa
     return asked, [point for point in points if int(point.rpartition("#")[2]) <= MOST]
 
 
-def test_the_calls_are_those_that_a_checkpoint_and_a_seal_rest_on(whole: tuple[Asked, list[str]]) -> None:
+def test_the_calls_are_those_that_a_checkpoint_and_a_seal_rest_on(whole: tuple[Trial, list[str]]) -> None:
     _, points = whole
     assert len(set(points)) == len(points)
     for wanted in (
@@ -58,7 +58,7 @@ def test_the_calls_are_those_that_a_checkpoint_and_a_seal_rest_on(whole: tuple[A
 @pytest.mark.slow
 @pytest.mark.timeout(600 + 600 * TIMES)
 def test_killed_before_or_after_any_of_them_it_ends_with_the_same_bytes(
-    whole: tuple[Asked, list[str]], fork: Fork, tmp_path: Path
+    whole: tuple[Trial, list[str]], fork: Fork, tmp_path: Path
 ) -> None:
     unbroken, points = whole
     batches, expected = batches_of(unbroken.reads()), unbroken.train().digest

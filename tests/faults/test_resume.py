@@ -9,16 +9,16 @@ import pytest
 
 from vila_ops.config import Stage
 from vila_ops.train.samples import batches_of, first_stray
-from vila_ops.train.verify_resume import Asked
+from vila_ops.train.verify_resume import Trial
 
 Fork = Callable[..., list[int]]
 
 
 @pytest.fixture
-def trained_and_killed(fork: Fork, ask: Callable[..., Asked], tmp_path: Path) -> Callable[..., tuple[Asked, Asked]]:
+def trained_and_killed(fork: Fork, ask: Callable[..., Trial], tmp_path: Path) -> Callable[..., tuple[Trial, Trial]]:
     """A stage that nobody killed, and one that was as soon as its checkpoint after `step` steps was there."""
 
-    def make(*, step: int, **changes: Any) -> tuple[Asked, Asked]:
+    def make(*, step: int, **changes: Any) -> tuple[Trial, Trial]:
         whole, killed = (ask(tmp_path / name, **changes) for name in ("whole", "killed"))
         assert fork(stage=whole.model_dump(mode="json"), points=str(tmp_path / "points")) == [0]
         points = (tmp_path / "points").read_text().splitlines()
@@ -29,12 +29,12 @@ def trained_and_killed(fork: Fork, ask: Callable[..., Asked], tmp_path: Path) ->
     return make
 
 
-def changed(asked: Asked, **settings: Any) -> Asked:
+def changed(asked: Trial, **settings: Any) -> Trial:
     stage = Stage.model_validate({**asked.stage.model_dump(), **settings})
-    return Asked.model_validate({**asked.model_dump(), "stage": stage.model_dump()})
+    return Trial.model_validate({**asked.model_dump(), "stage": stage.model_dump()})
 
 
-def check(whole: Asked, resumed: Asked, *, step: int) -> None:
+def check(whole: Trial, resumed: Trial, *, step: int) -> None:
     """The second went on after so many steps, and ended as the first."""
     attempts = {read.attempt: [] for read in resumed.reads()}
     for read in resumed.reads():
@@ -52,7 +52,7 @@ def check(whole: Asked, resumed: Asked, *, step: int) -> None:
     ],
 )
 def test_it_goes_on_with_the_next_epoch(
-    step: int, num_steps: int, trained_and_killed: Callable[..., tuple[Asked, Asked]], fork: Fork
+    step: int, num_steps: int, trained_and_killed: Callable[..., tuple[Trial, Trial]], fork: Fork
 ) -> None:
     rows = {"sources": ["pairs"], "pack": False, "row_tokens": 96, "validate_every": 20}
     whole, killed = trained_and_killed(step=step, num_steps=num_steps, save_every=step, global_batch_size=6, **rows)
@@ -64,7 +64,7 @@ def test_it_goes_on_with_the_next_epoch(
 
 
 def test_another_rhythm_of_saves_does_not_matter(
-    trained_and_killed: Callable[..., tuple[Asked, Asked]], fork: Fork
+    trained_and_killed: Callable[..., tuple[Trial, Trial]], fork: Fork
 ) -> None:
     whole, killed = trained_and_killed(step=4, num_steps=9, save_every=4)
     often = changed(killed, save_every=1)
@@ -73,7 +73,7 @@ def test_another_rhythm_of_saves_does_not_matter(
 
 
 def test_another_recipe_does_not_go_on_from_this_one_s_checkpoint(
-    trained_and_killed: Callable[..., tuple[Asked, Asked]], fork: Fork
+    trained_and_killed: Callable[..., tuple[Trial, Trial]], fork: Fork
 ) -> None:
     """Not even with one step more, nor in the same store: they have other addresses."""
     whole, killed = trained_and_killed(step=4, num_steps=9, save_every=4)

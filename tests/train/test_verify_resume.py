@@ -7,7 +7,7 @@ import pytest
 
 from vila_ops.config import Stage
 from vila_ops.train.samples import batches_of, first_stray
-from vila_ops.train.verify_resume import Asked, lines, short, verify_resume
+from vila_ops.train.verify_resume import Trial, lines, short, verify_resume
 
 INEXACT = """
 import torch
@@ -22,13 +22,13 @@ PlainEngine.restore = restore
 
 
 @pytest.fixture
-def asked(bench: Any, make_stage: Any, tmp_path: Path) -> Asked:
+def asked(bench: Any, make_stage: Any, tmp_path: Path) -> Trial:
     stage = make_stage(bench.mixture, trainable=["projector", "language_model"], num_steps=None, epochs=2)
     resources = {**bench.resources.model_dump(), "store": str(tmp_path / "store")}
-    return Asked(stage=short(stage, steps=16), model=bench.model, data=bench.data, init=bench.init, resources=resources)
+    return Trial(stage=short(stage, steps=16), model=bench.model, data=bench.data, init=bench.init, resources=resources)
 
 
-def test_a_resume_that_is_not_exact_is_found(asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resume_that_is_not_exact_is_found(asked: Trial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sitecustomize.py").write_text(INEXACT)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[2]}")
     said: list[str] = []
@@ -43,11 +43,11 @@ def test_a_resume_that_is_not_exact_is_found(asked: Asked, tmp_path: Path, monke
     assert lines(verdict)[0].startswith("NOT EQUAL")
 
 
-def test_what_a_stage_read_is_told_by_rank_and_step(asked: Asked, tmp_path: Path) -> None:
+def test_what_a_stage_read_is_told_by_rank_and_step(asked: Trial, tmp_path: Path) -> None:
     """One that draws in another order is not taken for the same, nor is the next step for this one."""
     one = asked.elsewhere(str(tmp_path / "one"))
     seed = Stage.model_validate({**one.stage.model_dump(), "seed": 1, "num_steps": 2})
-    other = Asked.model_validate({**one.elsewhere(str(tmp_path / "two")).model_dump(), "stage": seed.model_dump()})
+    other = Trial.model_validate({**one.elsewhere(str(tmp_path / "two")).model_dump(), "stage": seed.model_dump()})
     for each in (one, other):
         each.train()
     batches = batches_of(one.reads())

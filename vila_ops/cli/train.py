@@ -72,7 +72,7 @@ def verify_resume(
     run = load_run(recipe, resources, overrides)
     chosen = stage or next(iter(run.recipe.stages), "")
     data, init = pipeline.inputs_of(run, chosen)
-    asked = proof.Asked(
+    asked = proof.Trial(
         stage=proof.short(run.recipe.stages[chosen], steps=steps),
         model=run.recipe.model_of(chosen),
         data=data,

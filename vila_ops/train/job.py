@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, Pretrained
-from vila_ops.config import Config, Resources, Stage
+from vila_ops.artifacts.store import CorruptArtifact
+from vila_ops.config import Config, Model, Resources, Stage
 
 HUNG = 75
 """Exit code of a process whose step hung: EX_TEMPFAIL of sysexits.h, so that whoever started it may try again."""
@@ -22,6 +23,33 @@ FINAL = (ValueError, NonFiniteLoss)
 
 Anything else may be mended by another try: a worker that died, a step that hung, a disk or a network that failed.
 """
+
+
+class Told(Config):
+    """An error of FINAL on its way from one process to another."""
+
+    kind: str
+    message: str
+
+    @classmethod
+    def of(cls, error: Exception) -> "Told":
+        """What tells of an error."""
+        return cls(kind=type(error).__name__, message=str(error))
+
+    def again(self) -> Exception:
+        """The error to raise here; one of a kind with no name in this module is told as ValueError, which it is."""
+        kinds = {kind.__name__: kind for kind in (NonFiniteLoss, CorruptArtifact)}
+        return kinds.get(self.kind, ValueError)(self.message)
+
+
+class Asked(Config):
+    """A stage with all that it needs."""
+
+    stage: Stage
+    model: Model
+    data: Dataset
+    init: Checkpoint | Pretrained
+    resources: Resources
 
 
 class Place(Config):
@@ -75,12 +103,16 @@ class Job(Config):
 
     def watch(self) -> Path:
         """What the ranks say of themselves while they train, and of steps that went wrong; attempts share it."""
-        return self.resources.scratch() / "watch" / Path(self.resume).name
-
-    def plan_cache(self) -> Path:
-        """Where the order of samples is kept."""
-        return self.resources.scratch() / "plans"
+        return self._shared("watch")
 
     def samples(self) -> Path:
         """Where ranks write down which samples they read; attempts share it."""
-        return self.resources.scratch() / "samples" / Path(self.resume).name
+        return self._shared("samples")
+
+    def ray_train(self) -> Path:
+        """What Ray Train keeps of its own while it trains."""
+        return self._shared("ray_train")
+
+    def _shared(self, kind: str) -> Path:
+        """Of the stage's address, not of one attempt."""
+        return self.resources.scratch() / kind / Path(self.resume).name

@@ -99,7 +99,7 @@ def _train(job: Job, place: Place, watch: Watch, metrics: MetricLog) -> dict[str
 def load(job: Job) -> tuple[VilaForConditionalGeneration, Rows, Batches]:
     """Model, rows and batches of a stage."""
     device = torch.device("cuda", torch.cuda.current_device()) if job.resources.gpus_per_worker else torch.device("cpu")
-    rows = Rows(content(job.data), digest=job.data.digest, stage=job.stage, cache=job.plan_cache())
+    rows = Rows(content(job.data), digest=job.data.digest, stage=job.stage, cache=job.resources.plan_cache())
     model = model_folder.load(content(job.init), change=change_of(job.stage))
     attention.use(model, attention.choose(job.resources.attention, device, job.stage.precision))
     batches = Batches(job, model, device=device)

@@ -5,7 +5,6 @@ process that asked only watches, and a stage that ends while nobody does is in t
 itself: `python -m vila_ops.train.ray_job` reads what was asked for from the environment.
 """
 
-import json
 import logging
 import os
 import sys
@@ -16,11 +15,9 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from vila_ops.artifacts.kinds import Checkpoint, Dataset, Pretrained
-from vila_ops.artifacts.store import CorruptArtifact
 from vila_ops.cluster import log_to_driver
-from vila_ops.config import Config, Model, Resources, Stage
-from vila_ops.train.job import NonFiniteLoss
+from vila_ops.config import Resources
+from vila_ops.train.job import FINAL, Asked, Told
 from vila_ops.train.stage import train_stage
 
 ASKED = "VILA_OPS_STAGE"
@@ -30,29 +27,22 @@ SAYS = "vila-ops says "
 POLL_SECONDS = 2.0
 UNHEARD_SECONDS = 60.0
 """A job server that does not answer for so long is given up; the job may well go on."""
-WRONG: dict[str, type[Exception]] = {"NonFiniteLoss": NonFiniteLoss, "CorruptArtifact": CorruptArtifact}
-"""Errors by their names that a second try does not mend; others of that kind are told as ValueError."""
 
 log = logging.getLogger(__name__)
 
 
-class Asked(Config):
+class AskedHere(Asked):
     """What a job is told."""
 
-    stage: Stage
-    model: Model
-    data: Dataset
-    init: Checkpoint | Pretrained
-    resources: Resources
     here: str
     """Working directory of who asks: what is relative is so to it, if the head has such a folder."""
 
 
-def train_as_job(key: str, asked: Asked) -> None:
+def train_as_job(key: str, asked: AskedHere) -> None:
     """Return when the stage of this address is sealed, by a job that runs already or a new one.
 
     A job outlives this process, however that ends, Ctrl-C included; `ray job stop ID` ends one. Raises what the room
-    raised where another try would raise it again (ValueError, NonFiniteLoss), else RuntimeError, and OSError where the
+    raised where another try would raise it again (FINAL), else RuntimeError, and OSError where the
     job server does not answer.
     """
     address = asked.resources.job_address
@@ -71,8 +61,8 @@ def train_as_job(key: str, asked: Asked) -> None:
         raise RuntimeError(f"job {name} was stopped; asked for again, {asked.stage.name} goes on from its checkpoint")
     if job.driver_exit_code == os.EX_DATAERR:
         lines = client.get_job_logs(name).splitlines()
-        told = json.loads(next(line for line in reversed(lines) if line.startswith(SAYS)).removeprefix(SAYS))
-        raise WRONG.get(told["error"], ValueError)(told["text"])
+        said = next(line for line in reversed(lines) if line.startswith(SAYS)).removeprefix(SAYS)
+        raise Told.model_validate_json(said).again()
     if job.status != JobStatus.SUCCEEDED:
         raise RuntimeError(f"job {name} failed: {job.message}")
 
@@ -94,7 +84,7 @@ def _attempts(jobs: list[JobDetails], key: str) -> dict[int, JobDetails]:
     return {int(number): job for job, own, _, number in ids if own == key and number.isdecimal()}
 
 
-def _submit(client: JobSubmissionClient, key: str, asked: Asked) -> str:
+def _submit(client: JobSubmissionClient, key: str, asked: AskedHere) -> str:
     """The id of a new job, or of the one that another process submitted at the same moment."""
     name = next_attempt(client.list_jobs(), key)
     told = {"env_vars": {ASKED: asked.model_dump_json()}}
@@ -136,14 +126,14 @@ def _watch(client: JobSubmissionClient, name: str) -> JobDetails:
 def main() -> None:
     """The job: the room, and where it says what is wrong, that on a line of its own."""
     log_to_driver()
-    asked = Asked.model_validate_json(os.environ.pop(ASKED))
+    asked = AskedHere.model_validate_json(os.environ.pop(ASKED))
     with suppress(FileNotFoundError):
         os.chdir(asked.here)
     resources = Resources.model_validate({**asked.resources.model_dump(), "launch": "ray", "job_address": None})
     try:
         train_stage(asked.stage, asked.model, asked.data, asked.init, resources)
-    except (ValueError, NonFiniteLoss) as error:
-        sys.stdout.write(f"\n{SAYS}{json.dumps({'error': type(error).__name__, 'text': str(error)})}\n")
+    except FINAL as error:
+        sys.stdout.write(f"\n{SAYS}{Told.of(error).model_dump_json()}\n")
         sys.exit(os.EX_DATAERR)
 
 

@@ -15,7 +15,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from vila_ops.cluster import connect, log_to_driver, whoami
 from vila_ops.config import Resources
-from vila_ops.train.job import FINAL, HungStep, Job, Place
+from vila_ops.train.job import FINAL, HungStep, Job, Place, Told
 
 TRY_SECONDS = float(os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60"))
 """How long Ray Train waits for nodes with room for all workers before it asks for them anew."""
@@ -30,10 +30,31 @@ def train_on_ray(job: Job) -> list[dict[str, Any]]:
     anything else when no restart is left, HungStep where the last of them ended in a step that hung, and TimeoutError
     where the cluster has no room for the workers.
     """
+    connect(job.resources)
+    started = time.time()
+    try:
+        _trainer(job).fit()
+    except WorkerGroupError as error:
+        _raise_final(job, error)
+        _raise_cause(job, error, since=started)
+        raise
+    except ControllerError as error:
+        if not isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
+            raise
+        raise TimeoutError(_no_room(job.resources)) from error
+    finally:
+        shutil.rmtree(job.ray_train(), ignore_errors=True)  # also what attempts left that were killed
+    _raise_final(job)
+    said = [Path(f"{job.attempt}-rank-{rank}.json") for rank in range(job.resources.num_workers)]
+    ran = [json.loads(path.read_text()) for path in said]
+    for path in said:
+        path.unlink()
+    return ran
+
+
+def _trainer(job: Job) -> TorchTrainer:
     resources = job.resources
-    connect(resources)
-    storage = resources.scratch() / "ray_train" / Path(job.resume).name
-    trainer = TorchTrainer(
+    return TorchTrainer(
         _worker,
         train_loop_config={"job": job.model_dump_json(), "here": os.getcwd()},
         torch_config=TorchConfig(
@@ -48,7 +69,7 @@ def train_on_ray(job: Job) -> list[dict[str, Any]]:
         ),
         run_config=RunConfig(  # type: ignore[call-arg]  # mypy reads that of version 1, which is not what is imported
             name=Path(job.attempt).name,
-            storage_path=str(storage),
+            storage_path=str(job.ray_train()),
             failure_config=FailureConfig(  # type: ignore[call-arg]
                 max_failures=resources.max_failures,
                 controller_failure_limit=math.ceil(resources.start_timeout_seconds / TRY_SECONDS) - 1,
@@ -56,32 +77,6 @@ def train_on_ray(job: Job) -> list[dict[str, Any]]:
             worker_runtime_env={"env_vars": network_variables(resources)},
         ),
     )
-    started = time.time()
-    try:
-        trainer.fit()
-    except WorkerGroupError as error:
-        _raise_final(job, error)
-        for failure in error.worker_failures.values():
-            if isinstance(failure, OSError):
-                raise failure from error
-        if stacks := [str(path) for path in job.watch().glob("*.stacks") if path.stat().st_mtime > started]:
-            raise HungStep(
-                f"stage {job.stage.name!r}: a step hung in each of {resources.max_failures + 1} tries; where its "
-                f"threads stood: {', '.join(sorted(stacks))}. See watchdog of the resources for what counts as hung"
-            ) from error
-        raise
-    except ControllerError as error:
-        if not isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
-            raise
-        raise TimeoutError(_no_room(resources)) from error
-    finally:
-        shutil.rmtree(storage, ignore_errors=True)  # also what attempts left that were killed
-    _raise_final(job)
-    said = [Path(f"{job.attempt}-rank-{rank}.json") for rank in range(resources.num_workers)]
-    ran = [json.loads(path.read_text()) for path in said]
-    for path in said:
-        path.unlink()
-    return ran
 
 
 def network_variables(resources: Resources) -> dict[str, str]:
@@ -106,10 +101,21 @@ def _raise_final(job: Job, report: WorkerGroupError | None = None) -> None:
     """Raise the error of FINAL that a worker left behind."""
     failed = _failed(job)
     if failed.exists():
-        said = json.loads(failed.read_text())
+        told = Told.model_validate_json(failed.read_text())
         failed.unlink()
-        kinds = {kind.__name__: kind for kind in FINAL}
-        raise kinds.get(said["kind"], ValueError)(said["message"]) from report
+        raise told.again() from report
+
+
+def _raise_cause(job: Job, report: WorkerGroupError, *, since: float) -> None:
+    """Raise a worker's OSError, or HungStep where a step hung since then, the last time that Ray tried."""
+    for failure in report.worker_failures.values():
+        if isinstance(failure, OSError):
+            raise failure from report
+    if stacks := [str(path) for path in job.watch().glob("*.stacks") if path.stat().st_mtime > since]:
+        raise HungStep(
+            f"stage {job.stage.name!r}: a step hung in each of {job.resources.max_failures + 1} tries; where its "
+            f"threads stood: {', '.join(sorted(stacks))}. See watchdog of the resources for what counts as hung"
+        ) from report
 
 
 def _failed(job: Job) -> Path:
@@ -132,7 +138,7 @@ def _worker(config: dict[str, str]) -> None:
         said = {**train(job, place), **whoami()}
     except FINAL as error:
         draft = Path(f"{job.attempt}-failed-{place.rank}.draft")
-        draft.write_text(json.dumps({"kind": type(error).__name__, "message": str(error)}))
+        draft.write_text(Told.of(error).model_dump_json())
         draft.replace(_failed(job))
         raise
     Path(f"{job.attempt}-rank-{place.rank}.json").write_text(json.dumps(said))

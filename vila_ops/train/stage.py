@@ -99,9 +99,10 @@ def _as_job(
     at: store.Address, stage: Stage, model: Model, data: Dataset, init: Checkpoint | Pretrained, resources: Resources
 ) -> Checkpoint:
     """What a job of the cluster seals, which is this room under launch `ray`."""
-    from vila_ops.train.ray_job import Asked, train_as_job
+    from vila_ops.train.ray_job import AskedHere, train_as_job
 
-    train_as_job(at.key, Asked(stage=stage, model=model, data=data, init=init, resources=resources, here=os.getcwd()))
+    asked = AskedHere(stage=stage, model=model, data=data, init=init, resources=resources, here=os.getcwd())
+    train_as_job(at.key, asked)
     if done := store.find(Checkpoint, at, store=resources.store):
         return done
     raise RuntimeError(

@@ -20,9 +20,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TextIO
 
-from vila_ops.artifacts.kinds import Checkpoint, Dataset, Pretrained
+from vila_ops.artifacts.kinds import Checkpoint
 from vila_ops.artifacts.store import backend, content, read_manifest, root_of
-from vila_ops.config import Config, Model, Resources, Stage
+from vila_ops.config import Config, Resources, Stage
+from vila_ops.train.job import Asked
 from vila_ops.train.loop import CURVE
 from vila_ops.train.samples import Read, batches_of, first_stray, read_samples
 from vila_ops.train.stage import train_stage
@@ -34,26 +35,20 @@ LINES = 30
 Say = Callable[[str], None]
 
 
-class Asked(Config):
-    """A stage with all that it needs."""
-
-    stage: Stage
-    model: Model
-    data: Dataset
-    init: Checkpoint | Pretrained
-    resources: Resources
+class Trial(Asked):
+    """A stage to try."""
 
     def train(self) -> Checkpoint:
         """The model after the stage; found where it is trained already."""
         return train_stage(self.stage, self.model, self.data, self.init, self.resources)
 
-    def elsewhere(self, store: str) -> "Asked":
+    def elsewhere(self, store: str) -> "Trial":
         """The same with a store of its own, without MLflow, driven from this machine, samples written down."""
         own = {"store": store, "tracking_uri": None, "parent_run": None, "record_samples": True}
         if self.resources.launch == "ray_job":
             own |= {"launch": "ray", "job_address": None}
         resources = Resources.model_validate({**self.resources.model_dump(), **own})
-        return Asked.model_validate({**self.model_dump(), "resources": resources})
+        return Trial.model_validate({**self.model_dump(), "resources": resources})
 
     def reads(self) -> list[Read]:
         """The samples that were read so far, as far as this machine can see."""
@@ -107,7 +102,7 @@ def lines(verdict: Verdict) -> list[str]:
     ]
 
 
-def verify_resume(asked: Asked, *, kills: int, say: Say) -> Verdict:
+def verify_resume(asked: Trial, *, kills: int, say: Say) -> Verdict:
     """Train a stage unbroken and under so many kills, in a store of its own beside the others; compare.
 
     `say` is told a line for each kill. Raises RuntimeError where a process fails by itself.
@@ -142,7 +137,7 @@ def verify_resume(asked: Asked, *, kills: int, say: Say) -> Verdict:
     return verdict
 
 
-def _to_its_end(asked: Asked) -> float:
+def _to_its_end(asked: Trial) -> float:
     """Train; returns the seconds from where the process had loaded its code."""
     with _process(asked) as process:
         started = time.monotonic()
@@ -150,7 +145,7 @@ def _to_its_end(asked: Asked) -> float:
         return time.monotonic() - started
 
 
-def _killed(asked: Asked, *, after: float, say: Say) -> str | None:
+def _killed(asked: Trial, *, after: float, say: Say) -> str | None:
     """Train and kill after so many seconds; returns where that was, None where the stage had ended before."""
     before = {read.attempt for read in asked.reads()}
     with _process(asked) as process:
@@ -167,7 +162,7 @@ def _killed(asked: Asked, *, after: float, say: Say) -> str | None:
 
 
 @contextmanager
-def _process(asked: Asked) -> Iterator[subprocess.Popen[str]]:
+def _process(asked: Trial) -> Iterator[subprocess.Popen[str]]:
     """A process that trains, its code loaded; killed at the end. Raises RuntimeError where it failed by itself."""
     folder = asked.resources.scratch()
     folder.mkdir(parents=True, exist_ok=True)
@@ -196,7 +191,7 @@ def _said(log: TextIO) -> str:
     return f"a process of the stage failed; the last that it said:\n{''.join(log.readlines()[-LINES:])}"
 
 
-def _differences(unbroken: Asked, killed: Asked) -> Iterator[str]:
+def _differences(unbroken: Trial, killed: Trial) -> Iterator[str]:
     """What is not the same in two stages that were trained to their ends, a line each."""
     one, two = unbroken.train(), killed.train()
     curves = [json.loads((content(checkpoint) / CURVE).read_text()) for checkpoint in (one, two)]
@@ -214,7 +209,7 @@ def _differences(unbroken: Asked, killed: Asked) -> Iterator[str]:
 
 def main() -> None:
     """The process that is killed. What anything prints from now on goes to the log."""
-    asked = Asked.model_validate_json(Path(sys.argv[1]).read_text())
+    asked = Trial.model_validate_json(Path(sys.argv[1]).read_text())
     sys.stdout.write("loaded\n")
     sys.stdout.flush()
     os.dup2(2, 1)
