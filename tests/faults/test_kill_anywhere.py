@@ -2,7 +2,8 @@
 
 The curve of a stage is a file of its checkpoint, so that equal digests are equal losses, bit for bit.
 
-VILA_KILLS and VILA_KILLS_RAY set how many (`make faults`: 100 and 5), VILA_KILL_SEED which moments.
+VILA_KILLS and VILA_KILLS_RAY set how many (`make faults`: 100 and 5; under Ray none without it, as that takes minutes
+and the flow's test kills a run there too), VILA_KILL_SEED which moments.
 """
 
 import json
@@ -23,7 +24,7 @@ from vila_ops.train.samples import Keys, Read, batches_of, first_stray, read_sam
 
 ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("VILA_KILLS", "5"))
-KILLS_RAY = int(os.environ.get("VILA_KILLS_RAY", "1"))
+KILLS_RAY = int(os.environ.get("VILA_KILLS_RAY", "0"))
 SEED = int(os.environ.get("VILA_KILL_SEED", str(time.time_ns() % 10**6)))
 TIMEOUT_SECONDS = 600
 Digests = dict[str, str]
@@ -55,6 +56,7 @@ def test_killed_inline_it_ends_as_an_unbroken_run(unbroken: Whole, tmp_path: Pat
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(4 * TIMEOUT_SECONDS + 180 * KILLS_RAY)
+@pytest.mark.skipif(not KILLS_RAY, reason="VILA_KILLS_RAY says how many kills")
 def test_killed_under_ray_it_ends_as_an_unbroken_run(
     ray_cluster: tuple[str, dict[str, str]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
