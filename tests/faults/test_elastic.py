@@ -83,14 +83,7 @@ def test_the_way_is_that_of_one_process(
 ) -> None:
     losses, batches = alone[0], batches_of(alone[1])
     legs = WAYS[name]
-    for number, leg in enumerate(legs):
-        job = _job(asked, tmp_path, number, leg)
-        stop = (number + 1) * LEG_STEPS if number + 1 < len(legs) else None
-        codes = fork(
-            job=job.model_dump(mode="json"), world_size=leg.world_size, rendezvous=f"{tmp_path}/met-{number}",
-            until=stop, moment=random.random() * 0.02,
-        )  # fmt: skip
-        assert codes == [0 if stop is None else -9] * leg.world_size, leg
+    job = _walk(legs, asked, fork, tmp_path)
     reads = read_samples(job.samples())
     assert first_stray(reads, batches) is None
     starts = [min(read.step for read in reads if read.attempt == f"attempt-{number}") for number in range(len(legs))]
@@ -103,6 +96,36 @@ def test_the_way_is_that_of_one_process(
     found = _losses(job)
     assert len(found) == len(losses) == len(batches)
     assert found == pytest.approx(losses, rel=0, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_zero_3_goes_on_where_its_ranks_do_not_divide_the_weights(
+    ask: Callable[..., Trial], fork: Fork, tmp_path: Path
+) -> None:
+    """Of a vector of 64 numbers two of three ranks have 22, and the last has 20."""
+    asked = ask(
+        tmp_path / "store", sources=["documents"], num_steps=2 * LEG_STEPS, global_batch_size=3, save_every=1,
+        validate_every=6,
+    )  # fmt: skip
+    ways: dict[str, list[Leg]] = {"alone": [Leg()], "thirds": [Leg(3, 3), Leg(3, 3)]}
+    losses = {}
+    for name, legs in ways.items():
+        (tmp_path / name).mkdir()
+        losses[name] = _losses(_walk(legs, asked, fork, tmp_path / name))
+    assert losses["thirds"] == pytest.approx(losses["alone"], rel=0, abs=1e-6)
+
+
+def _walk(legs: list[Leg], asked: Trial, fork: Fork, folder: Path) -> Job:
+    """Train leg after leg, each of them killed but the last; returns the last one's job."""
+    for number, leg in enumerate(legs):
+        job = _job(asked, folder, number, leg)
+        stop = (number + 1) * LEG_STEPS if number + 1 < len(legs) else None
+        codes = fork(
+            job=job.model_dump(mode="json"), world_size=leg.world_size, rendezvous=f"{folder}/met-{number}",
+            until=stop, moment=random.random() * 0.02,
+        )  # fmt: skip
+        assert codes == [0 if stop is None else -9] * leg.world_size, leg
+    return job
 
 
 def _check_epochs(keys: list[str], asked: Trial) -> None:

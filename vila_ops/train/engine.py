@@ -101,7 +101,7 @@ class PlainEngine:
             saved = states[name]
             with torch.no_grad():
                 parameter.copy_(saved["param"])
-            moments = {key: saved[key].to(parameter.device) for key in MOMENTS}
+            moments = {key: saved[key].to(parameter.device, copy=True) for key in MOMENTS}  # no map of a file
             self.optimizer.state[parameter] = {"step": _steps(step, parameter), **moments}
 
 
@@ -176,20 +176,31 @@ class DeepSpeedEngine:
 
     def restore(self, states: dict[str, dict[str, Tensor]], *, step: int) -> None:
         """See Engine."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
         self._make_moments(step=step)
         for name, parameter in self.named:
             saved = states[name]
             with self._whole([parameter]), torch.no_grad():
                 parameter.copy_(saved["param"].view(parameter.shape))
+            self._set(parameter, saved)
+
+    def _set(self, parameter: nn.Parameter, saved: dict[str, Tensor]) -> None:
+        """What the optimizer keeps of a parameter. Under ZeRO-3 that is a share, the last one filled up with zeros."""
+        from deepspeed import utils
+
+        if self.zero_stage == 0:
             for key in MOMENTS:
-                if self.zero_stage == 0:
-                    self.base.state[parameter][key].copy_(saved[key])
-                else:
-                    safe_set_full_optimizer_state(parameter, saved[key], key)
-            if self.zero_stage:
-                safe_set_full_fp32_param(parameter, saved["param"])
+                self.base.state[parameter][key].copy_(saved[key])
+        elif self.zero_stage < 3:
+            utils.safe_set_full_fp32_param(parameter, saved["param"])
+            for key in MOMENTS:
+                utils.safe_set_full_optimizer_state(parameter, saved[key], key)
+        else:  # DeepSpeed's setters of whole values cut beyond the end of one that the ranks do not divide (0.19.8)
+            size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]  # which DeepSpeed adds
+            rank = torch.distributed.get_rank()
+            own = {key: _share_of(value, size=size, rank=rank) for key, value in saved.items()}
+            utils.safe_set_local_fp32_param(parameter, own["param"])
+            for key in MOMENTS:
+                utils.safe_set_local_optimizer_state(parameter, own[key], key)
 
     def _make_moments(self, *, step: int) -> None:
         """Zero moments of every group after `step` steps.
@@ -309,6 +320,12 @@ def _set_rates(optimizer: Any, factor: float) -> None:
 def _steps(step: int, like: Tensor) -> Tensor:
     """The count of steps as torch's fused AdamW keeps it."""
     return torch.tensor(float(step), device=like.device)
+
+
+def _share_of(whole: Tensor, *, size: int, rank: int) -> Tensor:
+    """(size,) numbers of a rank, zeros beyond the end."""
+    own = whole.flatten()[rank * size : (rank + 1) * size]
+    return nn.functional.pad(own, (0, size - len(own)))
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:
