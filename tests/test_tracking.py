@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric
@@ -198,6 +199,28 @@ def test_a_run_that_ends_while_the_server_is_away_is_closed_by_the_next(
     assert kept(resources) == []
 
 
+@pytest.mark.parametrize("how", ["deleted", "never there"])
+def test_what_is_left_of_a_run_that_is_no_more_is_put_aside(
+    how: str, resources: Resources, away: Resources, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_id = begin(resources)
+    if how == "deleted":
+        MlflowClient(resources.tracking_uri).delete_run(run_id)
+    else:
+        run_id = "0" * 32
+    with MetricLog(away, run_id) as metrics:
+        metrics.log({"loss": 2.5}, step=1)
+    other = begin(resources)
+    tracking.end_run(resources, other, failed=False)
+    assert [path.suffix for path in kept(resources)] == [".refused"]
+    assert caplog.text.count(f"has no run {run_id} any more") == 1
+    again = begin(resources)
+    with MetricLog(resources, again) as metrics:
+        metrics.log({"loss": 1.5}, step=1)
+    assert caplog.text.count("any more") == 1
+    assert [metric.value for metric in history(resources, again)] == [1.5]
+
+
 def test_nothing_is_taken_from_a_writer_that_lives(resources: Resources, away: Resources) -> None:
     run_id = begin(resources)
     with MetricLog(away, run_id) as alive:
@@ -247,6 +270,20 @@ def test_the_machines_load_is_logged_while_a_run_is_open(resources: Resources) -
     assert 0 <= metrics_of["system/cpu_utilization_percentage"] <= 100
     assert 0 < metrics_of["system/system_memory_usage_percentage"] < 100
     assert {metric.step for metric in history(resources, run_id, "system/disk_usage_percentage")} <= {0, 7}
+
+
+def test_a_load_that_cannot_be_read_stops_nothing_else(
+    resources: Resources, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken() -> None:
+        raise AttributeError("no counters of a network that is not there")
+
+    monkeypatch.setattr(psutil, "net_io_counters", broken)
+    run_id = begin(resources)
+    with MetricLog(resources, run_id, system=SystemMetrics()) as metrics:
+        metrics.log({"loss": 1.0}, step=7)
+    assert [metric.value for metric in history(resources, run_id)] == [1.0]
+    assert caplog.text.count("load is not told any more") == 1
 
 
 def test_without_a_tracking_uri_nothing_is_written(tmp_path: Path) -> None:

@@ -132,9 +132,27 @@ class MetricLog:
         """Send what writers left that are no more."""
         for path in sorted(self._folder.glob("*.jsonl")):
             if (spool := Spool.left(path)) is not None:
-                if self._send(spool, path.name.partition(".")[0]):
+                run_id = path.name.partition(".")[0]
+                if self._send(spool, run_id):
                     log.info("MLflow was sent what %s kept", path)
+                elif self._has_no(run_id):
+                    refused = path.rename(path.with_suffix(".refused"))
+                    log.warning(
+                        "MLflow at %s has no run %s any more; %s is not tried again", shown(self._uri), run_id, refused
+                    )
                 spool.close()
+
+    def _has_no(self, run_id: str) -> bool:
+        """Whether MLflow answers that a run is not there, or was deleted."""
+        from mlflow.exceptions import MlflowException  # heavy
+
+        client, _ = connect(self._uri)
+        try:
+            return bool(client.get_run(run_id).info.lifecycle_stage == "deleted")
+        except MlflowException as error:
+            return bool(error.error_code == "RESOURCE_DOES_NOT_EXIST")
+        except OSError:
+            return False
 
 
 class Spool:
