@@ -70,6 +70,7 @@ class Case:
     accumulated: int = 2
     recomputed: bool = False
     within: float = 0.03
+    vocabulary: int = 256
 
 
 CASES = [
@@ -81,6 +82,20 @@ CASES = [
     Case("everything", ("vision_tower", *LANGUAGE)),
     Case("lora", LANGUAGE, tuning={"kind": "lora", "rank": 8, "dropout": 0.0}, within=0.07),
     Case("expert", LANGUAGE, tuning={"kind": "visual_expert"}),
+    *(
+        Case(f"a vocabulary of {size}, {precision}", LANGUAGE, precision, vocabulary=size)
+        for size in (8192, 32768)
+        for precision in ("bf16", "fp32")
+    ),
+    Case("align, a large vocabulary", ("projector",), within=0.07, vocabulary=32768),
+    Case(
+        "lora, a large vocabulary",
+        LANGUAGE,
+        tuning={"kind": "lora", "rank": 8, "dropout": 0.0},
+        within=0.07,
+        vocabulary=32768,
+    ),
+    Case("expert, a large vocabulary", LANGUAGE, tuning={"kind": "visual_expert"}, vocabulary=32768),
 ]
 
 
@@ -91,8 +106,9 @@ def test_the_forecast_is_what_is_alive_at_the_peak_of_a_step(case: Case, make_st
         global_batch_size=ROWS * case.accumulated, row_tokens=TOKENS,
     )  # fmt: skip
     config = VilaConfig(
-        vision_config=CLIP, text_config=LLAMA, image_token_index=250, vision_side=SIDE, tie_word_embeddings=False
-    )
+        vision_config=CLIP, text_config={**LLAMA.to_dict(), "vocab_size": case.vocabulary}, image_token_index=250,
+        vision_side=SIDE, tie_word_embeddings=False,
+    )  # fmt: skip
     shapes = shapes_of(config)
     objective, weights = built(config, stage)
     if case.recomputed:

@@ -15,6 +15,16 @@ from torch.autograd.function import once_differentiable
 
 LEAST_CHUNK = 64
 """Tokens; products of fewer are slow."""
+
+
+def chunk_tokens(width: int) -> int:
+    """C, at most: a quarter of D.
+
+    A chunk's logits are then small beside the weight's gradient, and its products still large enough to be fast.
+    """
+    return max(LEAST_CHUNK, width // 4)
+
+
 SLICE = 4096
 """Rows of the weight's gradient."""
 
@@ -76,16 +86,12 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def _by_chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, Gradients]:
-    """Losses (N,) and the gradients of their sum, of those inputs that require one.
-
-    A chunk has a quarter as many tokens as the hidden states are wide: its logits are then small beside the weight's
-    gradient, and its products still large enough to be fast.
-    """
+    """Losses (N,) and the gradients of their sum, of those inputs that require one."""
     of_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
     of_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
     of_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and bias.requires_grad else None
     each = hidden.new_empty(len(hidden), dtype=torch.float32)
-    size = max(LEAST_CHUNK, hidden.shape[1] // 4)
+    size = chunk_tokens(hidden.shape[1])
     products = hidden.new_empty(min(size, len(hidden)), len(weight))  # one for all chunks: new memory is slow memory
     whole = products if products.dtype == torch.float32 else products.float()
     for start in range(0, len(hidden), size):

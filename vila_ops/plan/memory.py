@@ -26,6 +26,7 @@ from pydantic import computed_field
 from vila_ops.config import Config, Resources, Stage
 from vila_ops.config.train import FullTuning, Lora, VisualExpert
 from vila_ops.model.features import BATCH
+from vila_ops.model.loss import chunk_tokens
 from vila_ops.plan.shapes import Block, Shapes, numbers, widths
 
 BUCKET = 500_000_000
@@ -60,7 +61,7 @@ class MicroBatch:
 
 
 class Memory(Config):
-    """Of one worker at the peak of a step, in bytes or GiB."""
+    """Of one worker, in bytes or GiB; where nothing else is said, at the peak of a step."""
 
     weights: float
     gradients: float
@@ -71,14 +72,17 @@ class Memory(Config):
     activations: float
     buffers: float
     """DeepSpeed's, and the tower's pass over pictures where that is more than the activations."""
+    loading: float
+    """Before the first step: the model is whole on each GPU until ZeRO-3 takes its share."""
     host: float
     """Offloaded, in the host's memory."""
 
     @computed_field  # type: ignore[prop-decorator]  # mypy knows no decorated property
     @property
     def total(self) -> float:
-        """On the GPU."""
-        return self.weights + self.gradients + self.optimizer + self.copies + self.activations + self.buffers
+        """The most that is on the GPU at once."""
+        step = self.weights + self.gradients + self.optimizer + self.copies + self.activations + self.buffers
+        return max(self.loading, step)
 
     def in_gib(self) -> "Memory":
         """The same of a memory in bytes."""
@@ -116,6 +120,7 @@ def memory(shapes: Shapes, weights: Weights, stage: Stage, resources: Resources,
         copies=copies,
         activations=kept,
         buffers=bucket + max(0.0, tower_pass(shapes, stage, largest) - kept - copies),
+        loading=trained + frozen + whole,
         host=host,
     )
 
@@ -220,12 +225,10 @@ def _vit(block: Block, b: int) -> float:
 
 
 def _head(shapes: Shapes, tokens: int, b: int, *, trains: bool) -> float:
-    """The loss chunk by chunk: a chunk's logits in the dtype, in fp32, and their gradient; gradients of its inputs."""
-    width = shapes.decoder.width
-    chunk = min(tokens, max(64, width // 3))
-    return (
-        chunk * shapes.vocabulary * (b + 8) + tokens * width * 2 * b + (shapes.vocabulary * width * b if trains else 0)
-    )
+    """The loss chunk by chunk: a chunk's logits in fp32 and in 16 bits, its inputs' gradients, the weight's in fp32."""
+    width, vocabulary = shapes.decoder.width, shapes.vocabulary
+    logits = min(tokens, chunk_tokens(width)) * vocabulary * (FP32 if b == FP32 else FP32 + b)
+    return logits + tokens * width * 2 * b + trains * vocabulary * width * FP32
 
 
 def tower_pass(shapes: Shapes, stage: Stage, largest: MicroBatch) -> float:

@@ -105,7 +105,7 @@ def plan_run(run: Run, lengths: Lengths | None = None) -> Plan:
         cost=sum(costs) if costs else None,
         storage_bytes=sum(one.model_bytes + (one.data_bytes or 0) for one in stages)
         + max(one.resume_bytes for one in stages)
-        + max(one.feature_bytes for one in stages),
+        + sum(one.feature_bytes for one in stages),
     )
 
 
@@ -141,7 +141,7 @@ class _Stage:
                 Fraction(str(stage.epochs)) * Fraction(rows.rows) / stage.global_batch_size
             )
         epochs = steps * stage.global_batch_size / rows.rows
-        first = epoch.distinct * min(1.0, 1 / epochs)
+        first = epoch.distinct * min(1.0, 1 / epochs) if self._keeps_features() else 1.0
         useful, machine = (self._flops(loads, epochs, first) for loads in (rows.useful, rows.padded))
         hours, mfu, cost = self._time(useful, machine)
         largest = MicroBatch(resources.micro_batch_size, rows.longest, resources.micro_batch_size * rows.most_images)
@@ -225,9 +225,12 @@ class _Stage:
         return counted.machine if self.resources.gradient_checkpointing else counted.model
 
     def _feature_bytes(self, images: float) -> float:
-        if "vision_tower" in self.stage.trainable:
+        if "vision_tower" in self.stage.trainable or not self._keeps_features():
             return 0.0
         return value_bytes(self.stage) * images * self.shapes.patches * self.shapes.tower.width
+
+    def _keeps_features(self) -> bool:
+        return self.resources.features_leave_free < 1
 
     def _nearest(self, largest: MicroBatch) -> dict[str, int | str | bool]:
         """Settings that fit, otherwise than now in what costs least: first micro-batch and ZeRO, then recomputation,
@@ -273,7 +276,8 @@ def _kept(stage: Stage, resources: Resources, steps: int) -> int:
     """Resume checkpoints that stand at once, one that is being written among them."""
     written = max(0, (steps - 1) // stage.save_every)
     keep = resources.keep
-    return min(written, keep.last + keep.best + (steps // keep.every if keep.every else 0) + 1)
+    spaced = steps // math.lcm(keep.every, stage.save_every) if keep.every else 0
+    return min(written, keep.last + keep.best + spaced + 1)
 
 
 def config_of(model: Model, resources: Resources) -> VilaConfig:
