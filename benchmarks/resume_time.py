@@ -38,9 +38,9 @@ from vila_ops.train.job import Job, Place
 started, job, last = float(sys.argv[1]), Job.model_validate_json(Path(sys.argv[2]).read_text()), int(sys.argv[3])
 step, validate, validated, steps = PlainEngine.step, loop.validate, [], []
 
-def timed_validate(*given):
+def timed_validate(*given, **named):
     begun = time.time()
-    loss = validate(*given)
+    loss = validate(*given, **named)
     validated.append(time.time() - begun)
     return loss
 

@@ -138,6 +138,23 @@ def test_hung_ranks_end_with_their_stacks_and_the_next_try_walks_the_same_curve(
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
+def test_a_hung_process_ends_where_its_stacks_cannot_be_written(run: Run) -> None:
+    job = job_of(run, "full", watchdog={"factor": 1.0, "at_least_seconds": 0.5})
+    (job.watch() / "rank-000.stacks").mkdir(parents=True)
+    script = (
+        "import sys, time; from vila_ops.train import watch as w; from vila_ops.train.job import Job, Place\n"
+        "w.TICK_SECONDS = 0.1\n"
+        "with w.Watch(Job.model_validate_json(sys.argv[1]), Place()) as watch:\n"
+        "    watch.beat(0, 'train'); time.sleep(600)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, job.model_dump_json()], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == HUNG
+    assert "hangs in phase train after step 0" in done.stderr
+    assert "Is a directory" in done.stderr
+
+
 def test_a_process_that_was_stopped_and_a_phase_without_bound_are_not_ended(run: Run) -> None:
     """Only a process of its own can be stopped; the load lasts longer than the bound, and so does the stop."""
     job = job_of(run, "alone", watchdog={"factor": 1.0, "at_least_seconds": 2.0})

@@ -112,7 +112,8 @@ class Resources(Config):
     job_address: str | None = None
     """Address of the cluster's job server, http://host:8265, for launch ray_job."""
     num_workers: PositiveInt = 1
-    gpus_per_worker: NonNegativeInt = 0
+    gpus_per_worker: int = Field(default=0, ge=0, le=1)
+    """1: each worker has a GPU of its own."""
     cpus_per_worker: PositiveFloat = 1
     """Logical CPUs that Ray reserves per worker."""
     threads_per_worker: PositiveInt = 1

@@ -69,10 +69,14 @@ def _blocks(segment_ids: Tensor) -> Any:
 
 
 def _lengths(segment_ids: Tensor) -> dict[str, Any]:
-    """The same as the places where segments begin, in all rows end to end (`flash_attn_varlen_func`)."""
+    """The same as the places where segments begin, in all rows end to end (`flash_attn_varlen_func`).
+
+    Its backward pass adds in any order unless it is told otherwise, and a resumed curve would not be the same.
+    """
     starts = torch.ones_like(segment_ids, dtype=torch.bool)
     starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
     places = starts.flatten().nonzero()[:, 0]
     bounds = torch.nn.functional.pad(places, (0, 1), value=segment_ids.numel()).to(torch.int32)
     longest = int(bounds.diff().max())
-    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+    ends = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+    return {**ends, "deterministic": True}

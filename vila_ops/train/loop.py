@@ -42,8 +42,8 @@ CURVE = "curve.json"
 
 def train(job: Job, place: Place) -> dict[str, Any]:
     """Train one stage to its end and leave the model in the attempt's folder (rank 0); returns what really ran."""
-    metrics = MetricLog(job.resources, None if place.rank else job.run_id, system=SystemMetrics())
-    with Watch(job, place) as watch, metrics:
+    run_id = None if place.rank else job.run_id
+    with Watch(job, place) as watch, MetricLog(job.resources, run_id, system=SystemMetrics()) as metrics:
         return _train(job, place, watch, metrics)
 
 
@@ -62,9 +62,8 @@ def _train(job: Job, place: Place, watch: Watch, metrics: MetricLog) -> dict[str
     blame = Blame(job, watch, rows, curve, metrics)
     num_steps = rows.num_steps()
     tally = Tally(job, model, batches, rows.sources())
-    watch.beat(step, "validate")
     if step == 0:
-        held_out = validate(engine, tally, rows, place)
+        held_out = validate(engine, tally, rows, watch, step=step)
         curve.append({"step": 0, "validation_loss": held_out.loss})
     meter = Meter(job, metrics, step=step, num_steps=num_steps) if place.rank == 0 else None
     while step < num_steps:
@@ -80,8 +79,7 @@ def _train(job: Job, place: Place, watch: Watch, metrics: MetricLog) -> dict[str
         if meter:
             meter.count(step, seen, norm=norm, factor=factor, stalled=checkpoints.stall_seconds)
         if step % job.stage.validate_every == 0 or step == num_steps:
-            watch.beat(step, "validate")
-            held_out = validate(engine, tally, rows, place)
+            held_out = validate(engine, tally, rows, watch, step=step)
             curve[-1]["validation_loss"] = held_out.loss
             if meter:
                 meter.validated(step, held_out)
@@ -107,6 +105,7 @@ def load(job: Job) -> tuple[VilaForConditionalGeneration, Rows, Batches]:
         first, _ = rows.batch(0)
         images = [image for row in first for image in row.images]
         if images:
+            model.model.vision_tower.to(device)
             fit_to(model.model.multi_modal_projector, batches.cache(images), embedding_std(model))
     dtype = torch.bfloat16 if job.stage.precision == "bf16" else torch.float32
     if isinstance(job.stage.tuning, Lora):
@@ -141,10 +140,11 @@ def add_gradients(engine: Engine, tally: Tally, rows: Rows, job: Job, *, step: i
 
 
 @torch.no_grad()
-def validate(engine: Engine, tally: Tally, rows: Rows, place: Place) -> Seen:
-    """Mean loss in nats per token over the validation rows, which the ranks share."""
-    held_out = rows.validation()
+def validate(engine: Engine, tally: Tally, rows: Rows, watch: Watch, *, step: int) -> Seen:
+    """Mean loss in nats per token over the validation rows, which the ranks share, after `step` steps."""
+    place, held_out = watch.place, rows.validation()
     for start in range(0, len(held_out), place.world_size):  # every rank passes equally often, as ZeRO-3 needs
+        watch.beat(step, "validate")
         row = held_out[min(start + place.rank, len(held_out) - 1)]
         loss, each = engine.loss(tally.batch([row]))
         if start + place.rank < len(held_out):
@@ -155,7 +155,10 @@ def validate(engine: Engine, tally: Tally, rows: Rows, place: Place) -> Seen:
 
 def finish(engine: Engine, job: Job, curve: Curve, place: Place) -> None:
     """Rank 0 writes the trained model and the curve; the other ranks help to gather."""
-    trained = {name.removeprefix("model."): tensors["param"].cpu().clone() for name, tensors in engine.state()}
+    trained = {}
+    for name, tensors in engine.state():
+        if place.rank == 0:
+            trained[name.removeprefix("model.")] = tensors["param"].to("cpu", copy=True)
     if place.rank:
         return
     attempt = Path(job.attempt)

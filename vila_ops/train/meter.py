@@ -152,6 +152,9 @@ class Meter:
         self.stage, self.resources, self.metrics = job.stage, job.resources, metrics
         self.first, self.num_steps = step, num_steps
         self.metrics.log({"num_steps": num_steps}, step=step)
+        self.on_gpu = bool(job.resources.gpus_per_worker)
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()  # of a stage before it in this process
         self.live = sys.stderr.isatty()
         self.stalled = 0.0
         self.shown = float("-inf")
@@ -176,7 +179,7 @@ class Meter:
             "train/padding_fraction": 1 - seen.tokens / seen.positions,
             "data/wait_fraction": seen.waited / seconds,
             "ckpt/stall_s": stall,
-            **peak_memory(),
+            **peak_memory(on_gpu=self.on_gpu),
         }
         if (accelerator := self.resources.accelerator) is not None:
             number = self.resources.num_workers
@@ -200,7 +203,7 @@ class Meter:
                 line = self._line(step, values)[: shutil.get_terminal_size().columns - 1]
                 sys.stderr.write(f"\r{line}\x1b[K" + "\n" * (step == self.num_steps))
                 sys.stderr.flush()
-        elif step == 1 or step % -(-self.num_steps // LINES) == 0:
+        elif step in (1, self.num_steps) or step % -(-self.num_steps // (LINES - 2)) == 0:
             log.info("%s", self._line(step, values))
 
     def _line(self, step: int, values: dict[str, float]) -> str:
@@ -222,9 +225,9 @@ class Meter:
         return f"{seconds // 60}:{seconds % 60:02d} left"
 
 
-def peak_memory() -> dict[str, float]:
+def peak_memory(*, on_gpu: bool) -> dict[str, float]:
     """In GiB so far, by the name of what is measured; asks no GPU."""
-    if torch.cuda.is_available():
+    if on_gpu:
         return {"memory/peak_gpu_gib": torch.cuda.max_memory_allocated() / 2**30}
     unit = 1 if sys.platform == "darwin" else 2**10  # of ru_maxrss, in bytes
     return {"memory/peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}

@@ -27,8 +27,8 @@ def train_on_ray(job: Job) -> list[dict[str, Any]]:
     A worker that dies makes Ray restart the group, `max_failures` times at most; the loop then goes on from its
     newest resume checkpoint. Weights never pass through Ray: rank 0 writes them into the attempt's folder.
     Raises what a worker raised, where that says what is wrong, instead of Ray's report of it: one of FINAL at once,
-    anything else when no restart is left, HungStep where the last of them ended in a step that hung, and TimeoutError
-    where the cluster has no room for the workers.
+    anything else when no restart is left, HungStep where a step hung in one of them, and
+    TimeoutError where the cluster has no room for the workers.
     """
     connect(job.resources)
     started = time.time()
@@ -107,14 +107,14 @@ def _raise_final(job: Job, report: WorkerGroupError | None = None) -> None:
 
 
 def _raise_cause(job: Job, report: WorkerGroupError, *, since: float) -> None:
-    """Raise a worker's OSError, or HungStep where a step hung since then, the last time that Ray tried."""
+    """Raise a worker's OSError, or HungStep where a step hung since then."""
     for failure in report.worker_failures.values():
         if isinstance(failure, OSError):
             raise failure from report
     if stacks := [str(path) for path in job.watch().glob("*.stacks") if path.stat().st_mtime > since]:
         raise HungStep(
-            f"stage {job.stage.name!r}: a step hung in each of {job.resources.max_failures + 1} tries; where its "
-            f"threads stood: {', '.join(sorted(stacks))}. See watchdog of the resources for what counts as hung"
+            f"stage {job.stage.name!r} failed in each of {job.resources.max_failures + 1} tries, and a step hung; "
+            f"where its threads stood: {', '.join(sorted(stacks))}; watchdog of the resources says what counts as hung"
         ) from report
 
 

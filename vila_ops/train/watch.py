@@ -26,8 +26,8 @@ STEPS = 100
 GRACE = 0.1
 """Of the bound, before a hung rank ends: the others hang with it, and its end would break off what they hang in."""
 Phase = Literal["load", "train", "validate", "save", "finish"]
-UNBOUND = ("load", "finish")
-"""Phases that take as long as a model takes to be read and written."""
+UNBOUND = ("load", "save", "finish")
+"""Phases that take as long as a model takes to be read and written: `save` waits for the one before it."""
 log = logging.getLogger(__name__)
 
 
@@ -113,7 +113,6 @@ class Watch:
 
         Not by an exception: the loop waits in a call that never returns to Python.
         """
-        path = self._stacks()
         head = (
             f"{self.name}: rank {self.place.rank} of {self.place.world_size} hangs in phase {beat.phase} after step "
             f"{beat.step}: no sign of life for {waited:.0f} s, where {beat.limit:.0f} s are the most (watchdog.factor "
@@ -121,13 +120,21 @@ class Watch:
             f"{self._rule.at_least_seconds:g}). This process ends with code {HUNG}; the last resume checkpoint is what "
             f"the next try goes on from. Its samples: {list(beat.keys)}"
         )
+        try:
+            self._write_stacks(head)
+        except OSError as error:  # where a disk is full or gone, steps hang
+            log.error("%s; where its threads stand could not be written: %s", head, error)
+        finally:
+            time.sleep(max(TICK_SECONDS * 2, GRACE * beat.limit))
+            os._exit(HUNG)
+
+    def _write_stacks(self, head: str) -> None:
+        path = self._stacks()
         with path.open("w") as file:
             file.write(f"{head}\n\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
         log.error("%s: %s", path, path.read_text())
-        time.sleep(max(TICK_SECONDS * 2, GRACE * beat.limit))
-        os._exit(HUNG)
 
     def _said(self) -> Path:
         return self.folder / f"rank-{self.place.rank:03d}.json"
