@@ -116,7 +116,7 @@ def test_verify_resume_tells_each_kill_and_leaves_the_store_as_it_was(ran: Json,
     told = done.stderr.splitlines()
     assert told[0].startswith("stage align of tiny, with num_steps 8 instead of 6, save_every 1 instead of 2")
     assert [line[:11] for line in told if line.startswith("kill ")] == ["kill 1 of 2", "kill 2 of 2"]
-    assert done.stdout.startswith("equal: 2 kills in ")
+    assert done.stdout.startswith("equal: 2 kills, 8 steps of align trained ")
     assert "the samples of 8 steps" in done.stdout
     assert sorted(store.glob("*/*/manifest.json")) == before
     assert not list((store / "verify-resume").iterdir())

@@ -32,7 +32,7 @@ class _RecipeOrCommand(TyperGroup):
 train = typer.Typer(
     cls=_RecipeOrCommand,
     no_args_is_help=True,
-    help="Train a recipe up to a stage: `vila-ops train RECIPE --stage NAME`, which is `train stage`.",
+    help="Train a recipe up to a stage: `vila-ops train RECIPE --stage NAME`, which is `train stage`; see its --help.",
 )
 
 
@@ -80,11 +80,14 @@ def verify_resume(
         resources=run.resources,
     )
     variant = proof.changes(run.recipe.stages[chosen], asked.stage)
-    print(f"stage {chosen} of {run.recipe.name}, with {variant}", file=sys.stderr)
+    saves = f"a checkpoint every {asked.stage.save_every} steps, MLflow not told"
+    print(f"stage {chosen} of {run.recipe.name}, with {variant}; {saves}", file=sys.stderr)
     verdict = proof.verify_resume(asked, kills=kills, say=lambda line: print(line, file=sys.stderr, flush=True))
     if as_json:
         print_handle(verdict, as_json)
     else:
         say("\n".join(proof.lines(verdict)))
+    if verdict.compared_steps and not verdict.resumed:
+        print("no kill came after the first checkpoint: ask for more --kills or --steps", file=sys.stderr)
     if verdict.differences:
         raise typer.Exit(1)

@@ -65,6 +65,8 @@ class Verdict(Config):
     kills: int
     passes: int
     """How often the stage was trained to its end under kills."""
+    resumed: int
+    """How often it went on from a checkpoint, as far as this machine can see; the other kills were before the first."""
     compared_steps: int
     """Of which the samples are known: 0 where the ranks wrote them down on other machines."""
     differences: tuple[str, ...]
@@ -96,7 +98,8 @@ def lines(verdict: Verdict) -> list[str]:
         return [f"NOT EQUAL after {verdict.kills} kills", *verdict.differences, f"both are kept in {verdict.kept}"]
     samples = f"the samples of {verdict.compared_steps} steps"
     return [
-        f"equal: {verdict.kills} kills in {verdict.passes} passes over {verdict.steps} steps of {verdict.stage}",
+        f"equal: {verdict.kills} kills, {verdict.steps} steps of {verdict.stage} trained {verdict.passes} times to the "
+        f"end, gone on {verdict.resumed} times from a checkpoint",
         f"bit for bit the same: the loss of every step, every validation loss, the model, "
         f"{samples if verdict.compared_steps else 'but samples were written down on other machines'}",
     ]
@@ -112,7 +115,7 @@ def verify_resume(asked: Trial, *, kills: int, say: Say) -> Verdict:
     unbroken = asked.elsewhere(f"{root}/unbroken")
     seconds = _to_its_end(unbroken)
     say(f"unbroken: {unbroken.train().step} steps in {seconds:.1f} s")
-    done, passes = 0, 0
+    done, passes, resumed = 0, 0, 0
     differences: list[str] = []
     while done < kills and not differences:
         passes += 1
@@ -121,6 +124,8 @@ def verify_resume(asked: Trial, *, kills: int, say: Say) -> Verdict:
             done += 1
             say(f"kill {done} of {kills}: {moment}")
         _to_its_end(killed)
+        starts = _starts(killed)
+        resumed += sum(step > 0 for step in starts.values())
         differences = list(_differences(unbroken, killed))
         say(f"pass {passes} ended: {'not equal' if differences else 'equal'}")
     verdict = Verdict(
@@ -128,6 +133,7 @@ def verify_resume(asked: Trial, *, kills: int, say: Say) -> Verdict:
         steps=unbroken.train().step,
         kills=done,
         passes=passes,
+        resumed=resumed,
         compared_steps=len(batches_of(unbroken.reads())),
         differences=tuple(differences),
         kept=root if differences else None,
@@ -157,8 +163,18 @@ def _killed(asked: Trial, *, after: float, say: Say) -> str | None:
             if process.wait() == 0:
                 return None
     own = [read.step for read in asked.reads() if read.attempt not in before]
-    where = f"in step {max(own) + 1}, gone on from step {min(own)}" if own else "before its first step"
-    return f"after {after:.2f} s, {where}"
+    if not own:
+        return f"after {after:.2f} s, before this try's first step"
+    began = f"went on after step {min(own)}" if min(own) else "began with the first"
+    return f"after {after:.2f} s in step {max(own) + 1}; this try {began}"
+
+
+def _starts(asked: Trial) -> dict[str, int]:
+    """By try the steps that were done when it began."""
+    starts: dict[str, int] = {}
+    for read in asked.reads():
+        starts[read.attempt] = min(read.step, starts.get(read.attempt, read.step))
+    return starts
 
 
 @contextmanager
