@@ -57,9 +57,10 @@ def lines(plan: "Plan") -> list[str]:
         held.append(
             (one.stage, f"{memory.total:.1f} GiB", f"{memory.activations:.1f}",
              "-" if one.fits is None else "yes" if one.fits else "NO", f"{memory.host:.1f} GiB",
-             *map(_bytes, (one.resume_bytes, one.model_bytes, one.data_bytes, one.feature_bytes)))
+             _bytes(one.resume_bytes) if one.resume_bytes else "never",
+             *map(_bytes, (one.model_bytes, one.data_bytes, one.feature_bytes)))
         )  # fmt: skip
-    hours = _known(plan.hours, "{:.4g} hours, ") + _known(plan.gpu_hours, "{:.4g} GPU hours, ")
+    hours = _known(plan.hours, "{:.1f} hours, ") + _known(plan.gpu_hours, "{:.0f} GPU hours, ")
     if plan.hours is None:
         hours = "hours unknown: the resources name no accelerator; "
     cost = f"{plan.cost:.0f} of money, " if plan.cost else ""

@@ -193,7 +193,8 @@ class Resources(Config):
             offload = self.offload if own.offload is None else own.offload
             zero = self.zero_stage if own.zero_stage is None else own.zero_stage
             if zero < LEAST_ZERO[offload]:
-                raise ValueError(f"offload {offload}{place} needs zero_stage {LEAST_ZERO[offload]} or more, not {zero}")
+                wanted = " or ".join(map(str, range(LEAST_ZERO[offload], 4)))
+                raise ValueError(f"offload {offload}{place} needs zero_stage {wanted}, not {zero}")
         return self
 
     def _asked(self) -> "dict[str, Resources | StageResources]":
@@ -204,10 +205,12 @@ class Resources(Config):
         for place, own in self._asked().items():
             if own.num_workers not in (None, 1):
                 raise ValueError(f"launch inline is one worker, not {own.num_workers}{place}; use launch ray")
-            if own.zero_stage:
-                raise ValueError(
-                    f"zero_stage {own.zero_stage}{place} needs DeepSpeed, which launch inline does not use"
-                )
+            for key, asked in (("zero_stage", own.zero_stage or None), ("offload", own.offload)):
+                if asked not in (None, "none"):
+                    raise ValueError(
+                        f"{key} {asked}{place} needs DeepSpeed, which launch inline does not use; remove it or use "
+                        f"launch ray"
+                    )
         if self.placement != "PACK" or self.network != Network():
             raise ValueError("placement and network have no effect with launch inline; remove them or use launch ray")
         if self.ray_address is not None:

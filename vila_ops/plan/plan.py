@@ -194,8 +194,8 @@ class _Stage:
         except (ValueError, OSError) as error:
             why = str(error)  # of raw data that is not here
         raise ValueError(
-            f"the lengths of mixture {mixture.name!r} are not known: {why}; run `vila-ops prepare` with --mixture "
-            f"{mixture.name}, or say them in a file with --lengths"
+            f"the lengths of mixture {mixture.name!r} are not known: {why}; run `vila-ops prepare "
+            f"{self.resources.asked_for or 'RECIPE'} --mixture {mixture.name}`, or say them in a file with --lengths"
         )
 
     def _time(self, useful: Flops, machine: Flops) -> tuple[float | None, float | None, float | None]:
