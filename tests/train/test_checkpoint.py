@@ -143,6 +143,18 @@ def test_one_that_was_passed_over_does_not_count_as_one_of_the_last(make: Make, 
     assert newest_step(make()) == 6
 
 
+def test_an_attempt_that_was_taken_for_lost_removes_none_of_the_one_that_took_over(make: Make, resume: str) -> None:
+    lost, other = make(resume), make(resume)
+    save(lost, 2, 4)
+    assert newest_step(other) == 4
+    save(other, 6, 8)
+    save(lost, 5)
+    assert names(resume) == ["step-000005", "step-000006", "step-000008"]
+    save(other, 10)
+    assert names(resume) == ["step-000005", "step-000008", "step-000010"]
+    assert newest_step(make(resume)) == 10
+
+
 def test_a_damaged_one_is_passed_over_and_written_again(make: Make, resume: str) -> None:
     save(make(resume), 2, 4)
     if "://" in resume:

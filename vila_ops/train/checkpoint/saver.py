@@ -48,6 +48,9 @@ class Checkpoints:
         self._shelf = shelf_of(resume)
         self._ranks = Ranks(place, timeout_seconds=resources.network.timeout_seconds)
         self._attempt = self._ranks.gather(secrets.token_hex(4))[0]
+        self._own: set[int] = set()
+        """Steps of the checkpoints that rank 0 found at the start or sealed. It removes no others: those of an attempt
+        that took over from this one, while this one was cut off and took it for lost."""
         self._copies = Copies()
         self._copied = threading.Event()
         self._copied.set()
@@ -145,6 +148,7 @@ class Checkpoints:
             manifest = {"format": FORMAT, "step": step, "world_size": world_size, "files": files, "curve": curve}
             sizes = {name: file["size"] for name, file in files.items()}
             self._ranks.together(lambda: self._shelf.seal(draft, _text(manifest), sizes) if first else None)
+            self._own.add(step)
         except (OSError, ValueError):
             if first:
                 self._shelf.discard(draft)
@@ -156,7 +160,7 @@ class Checkpoints:
         sealed = self._shelf.sealed()
         stay = to_keep([one.step for one in sealed if one.step <= step], curve, self._keep)
         for one in sealed:
-            if one.step not in stay:
+            if one.step in self._own - stay:
                 self._shelf.remove(one.name)
 
     def _look(self) -> list[str]:
@@ -164,7 +168,9 @@ class Checkpoints:
         if self._place.rank:
             return []
         self._shelf.clear()
-        return [one.name for one in self._shelf.sealed()]
+        sealed = self._shelf.sealed()
+        self._own = {one.step for one in sealed}
+        return [one.name for one in sealed]
 
     def _read(self, name: str) -> tuple[States, dict[str, Any]]:
         """Tensors and manifest of a checkpoint. Raises CorruptArtifact."""
