@@ -49,6 +49,7 @@ def ran(resources: Path) -> Json:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     handle: Json = json.loads(done.stdout)
+    assert f"served at {handle['deployment']['url']} until `vila-ops undeploy {TINY} -r {resources}`" in done.stderr
     return handle
 
 

@@ -134,7 +134,7 @@ def deploy(recipe: RecipeFile, resources: ResourcesFile, overrides: Overrides = 
 
 
 @app.command()
-def undeploy(recipe: RecipeFile, resources: ResourcesFile, overrides: Overrides = None) -> None:
+def undeploy(recipe: RecipeFile, resources: ResourcesFile = INLINE, overrides: Overrides = None) -> None:
     """End what serves a recipe's service."""
     loaded = load_run(recipe, resources, overrides)
     serving.undeploy(loaded.recipe.service, loaded.resources)
@@ -156,6 +156,9 @@ def run(
         say(summary.lines(page.summary))
     if outcome.version is None:
         print("nothing was registered or deployed: these resources have no tracking_uri", file=sys.stderr)
+    if outcome.deployment is not None:
+        asked = loaded.resources.asked_for or recipe
+        print(f"served at {outcome.deployment.url} until `vila-ops undeploy {asked}`", file=sys.stderr)
     print(f"report: {page.html}", file=sys.stderr)
 
 
