@@ -48,9 +48,8 @@ class Checkpoints:
         self._shelf = shelf_of(resume)
         self._ranks = Ranks(place, timeout_seconds=resources.network.timeout_seconds)
         self._attempt = self._ranks.gather(secrets.token_hex(4))[0]
-        self._own: set[int] = set()
-        """Steps of the checkpoints that rank 0 found at the start or sealed. It removes no others: those of an attempt
-        that took over from this one, while this one was cut off and took it for lost."""
+        self._found: set[int] = set()
+        """Steps of the checkpoints that were there when this attempt began, as rank 0 saw them."""
         self._copies = Copies()
         self._copied = threading.Event()
         self._copied.set()
@@ -148,7 +147,6 @@ class Checkpoints:
             manifest = {"format": FORMAT, "step": step, "world_size": world_size, "files": files, "curve": curve}
             sizes = {name: file["size"] for name, file in files.items()}
             self._ranks.together(lambda: self._shelf.seal(draft, _text(manifest), sizes) if first else None)
-            self._own.add(step)
         except (OSError, ValueError):
             if first:
                 self._shelf.discard(draft)
@@ -156,11 +154,15 @@ class Checkpoints:
         self._ranks.together(lambda: self._tidy(step, curve) if first else None)
 
     def _tidy(self, step: int, curve: Curve) -> None:
-        """Remove what need not stay. One of a later step is damaged: this attempt went on from one before it."""
+        """Remove what need not stay.
+
+        One of a later step is damaged if it was there when this attempt began, which went on from one before it; else
+        it is of an attempt that took over while this one was cut off, and stays.
+        """
         sealed = self._shelf.sealed()
         stay = to_keep([one.step for one in sealed if one.step <= step], curve, self._keep)
         for one in sealed:
-            if one.step in self._own - stay:
+            if one.step not in stay and (one.step <= step or one.step in self._found):
                 self._shelf.remove(one.name)
 
     def _look(self) -> list[str]:
@@ -169,7 +171,7 @@ class Checkpoints:
             return []
         self._shelf.clear()
         sealed = self._shelf.sealed()
-        self._own = {one.step for one in sealed}
+        self._found = {one.step for one in sealed}
         return [one.name for one in sealed]
 
     def _read(self, name: str) -> tuple[States, dict[str, Any]]:
