@@ -26,8 +26,8 @@ STEPS = 100
 GRACE = 0.1
 """Of the bound, before a hung rank ends: the others hang with it, and its end would break off what they hang in."""
 Phase = Literal["load", "train", "validate", "save", "finish"]
-UNBOUND = ("load", "save", "finish")
-"""Phases that take as long as a model takes to be read and written: `save` waits for the one before it."""
+UNBOUND = ("load", "finish")
+"""Phases that take as long as a model takes to be read and written."""
 log = logging.getLogger(__name__)
 
 
