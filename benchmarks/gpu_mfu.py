@@ -31,8 +31,8 @@ from vila_ops.model.trainable import set_trainable
 from vila_ops.model.vila import VilaForConditionalGeneration
 from vila_ops.plan.flops import training_flops
 from vila_ops.plan.memory import MicroBatch, Weights, memory
-from vila_ops.plan.shapes import shapes_of
-from vila_ops.train.engine import build_engine
+from vila_ops.plan.shapes import Shapes, shapes_of
+from vila_ops.train.engine import Engine, build_engine
 from vila_ops.train.objective import Batch, Objective
 
 SMALL = bool(os.environ.get("VILA_BENCH_SMALL"))
@@ -64,11 +64,7 @@ def main() -> None:
     torch.manual_seed(0)
     stage = Stage.model_validate(STAGE)
     resources = Resources(launch="inline", micro_batch_size=ROWS, gpus_per_worker=int(device.type == "cuda"))
-    config = VilaConfig(
-        vision_config=CLIPVisionConfig(**TOWER, image_size=SIDE, patch_size=14),
-        text_config=LlamaConfig(**DECODER, num_key_value_heads=DECODER["num_attention_heads"] // 4, vocab_size=32_000),
-        image_token_index=IMAGE_TOKEN, vision_side=SIDE, tie_word_embeddings=False,
-    )  # fmt: skip
+    config = _config()
     with device:
         model = VilaForConditionalGeneration(config)
     attention.use(model, attention.choose(resources.attention, device, stage.precision))
@@ -77,25 +73,9 @@ def main() -> None:
     draw = np.random.default_rng(0)
     passes = [[_row(draw) for _ in range(ROWS)] for _ in range(PASSES)]
     batches = [_batch(rows, device) for rows in passes]
-    targets = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches)
     shapes = shapes_of(config)
-    flops = sum(
-        training_flops(
-            shapes, stage, segments=[length for length, _ in row], images=sum(shows for _, shows in row),
-            targets=sum(_targets(length, shows) for length, shows in row),
-        )
-        for rows in passes
-        for row in rows
-    )  # fmt: skip
-    seconds = []
-    for step in range(WARM_UP + STEPS):
-        started = time.perf_counter()
-        for batch in batches:
-            engine.backward(engine.loss(batch)[0] / targets)
-        engine.step(1.0)  # returns the gradient's norm, for which the device is waited for
-        if step >= WARM_UP:
-            seconds.append(time.perf_counter() - started)
-    took = statistics.median(seconds)
+    flops = sum(_flops(row, shapes, stage) for rows in passes for row in rows)
+    took = statistics.median([_step(engine, batches) for _ in range(WARM_UP + STEPS)][WARM_UP:])
     most = max(sum(shows for row in rows for _, shows in row) for rows in passes)
     weights = Weights(sum(p.numel() for p in model.parameters()), 0, 0)
     forecast = memory(shapes, weights, stage, resources, MicroBatch(ROWS, ROW_TOKENS, most)).total
@@ -118,6 +98,31 @@ def main() -> None:
     said["device"] = torch.cuda.get_device_name()
     ok = mfu >= TARGET and abs(forecast / held - 1) <= MEMORY_TARGET
     result("gpu_mfu", ours=mfu, peer=1.0, target=TARGET, ok=ok, **said)
+
+
+def _config() -> VilaConfig:
+    return VilaConfig(
+        vision_config=CLIPVisionConfig(**TOWER, image_size=SIDE, patch_size=14),
+        text_config=LlamaConfig(**DECODER, num_key_value_heads=DECODER["num_attention_heads"] // 4, vocab_size=32_000),
+        image_token_index=IMAGE_TOKEN, vision_side=SIDE, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def _step(engine: Engine, batches: list[Batch]) -> float:
+    """Seconds of one."""
+    targets = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches)
+    started = time.perf_counter()
+    for batch in batches:
+        engine.backward(engine.loss(batch)[0] / targets)
+    engine.step(1.0)  # returns the gradient's norm, for which the device is waited for
+    return time.perf_counter() - started
+
+
+def _flops(row: list[tuple[int, bool]], shapes: Shapes, stage: Stage) -> float:
+    return training_flops(
+        shapes, stage, segments=[length for length, _ in row], images=sum(shows for _, shows in row),
+        targets=sum(_targets(length, shows) for length, shows in row),
+    )  # fmt: skip
 
 
 def _row(draw: np.random.Generator) -> list[tuple[int, bool]]:

@@ -205,8 +205,8 @@ class Resources(Config):
         for place, own in self._asked().items():
             if own.num_workers not in (None, 1):
                 raise ValueError(f"launch inline is one worker, not {own.num_workers}{place}; use launch ray")
-            for key, asked in (("zero_stage", own.zero_stage or None), ("offload", own.offload)):
-                if asked not in (None, "none"):
+            for key, asked in (("zero_stage", own.zero_stage), ("offload", own.offload)):
+                if asked not in (None, 0, "none"):
                     raise ValueError(
                         f"{key} {asked}{place} needs DeepSpeed, which launch inline does not use; remove it or use "
                         f"launch ray"

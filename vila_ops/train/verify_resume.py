@@ -124,8 +124,7 @@ def verify_resume(asked: Trial, *, kills: int, say: Say) -> Verdict:
             done += 1
             say(f"kill {done} of {kills}: {moment}")
         _to_its_end(killed)
-        starts = _starts(killed)
-        resumed += sum(step > 0 for step in starts.values())
+        resumed += sum(step > 0 for step in _starts(killed).values())
         differences = list(_differences(unbroken, killed))
         say(f"pass {passes} ended: {'not equal' if differences else 'equal'}")
     verdict = Verdict(
