@@ -20,6 +20,7 @@ def vila(run: Run | None = None) -> dict[str, str]:
     """
     run = run or load(Path("configs/recipes/demo.yaml"), resources=Path("configs/resources/laptop.yaml"))
     logging.getLogger("vila_ops").setLevel(logging.INFO)  # Prefect gives the logger handlers, but no level
+    summary.check(run)
     outcome = run_pipeline(run, ROOMS, flow_run=runtime.flow_run.id)
     page = summary.write(run, outcome)
     create_markdown_artifact(key="vila-report", markdown=summary.markdown(page.summary), description="The run")

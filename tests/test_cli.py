@@ -74,7 +74,8 @@ def test_every_room_runs_inline_and_each_command_finds_what_it_made(ran: Json, r
         assert said("evaluate", TINY, "--stage", name, *where) == report
     assert said("evaluate", TINY, "--stage", "sft", "--final", *where) == ran["report"]
     plot = resources.parent / "alignment.svg"
-    points = said("alignment", TINY, "--out", str(plot), *where)["layers"]
+    for _ in range(2):  # one of our own is replaced
+        points = said("alignment", TINY, "--out", str(plot), *where)["layers"]
     assert [point["model"] for point in points if point["role"] == "model" and point["layer"] == 2] == [
         "base", "align", "pretrain", "sft",
     ]  # fmt: skip
@@ -182,6 +183,83 @@ def test_data_show_writes_a_page_of_the_mixture_that_was_prepared(tmp_path: Path
     assert said("data", "show", TINY, *asked) == ran["datasets"]["tiny_align"]
     assert "<h1>tiny_align</h1>" in page.read_text()
     assert page.read_text().count("<article>") == 3  # one of each split
+
+
+STRANGERS = {
+    "folder": ("data/tiny_align/photo.jpg", ["prepare", "--mixture", "tiny_align", "--out", "data/tiny_align"]),
+    "raw data": ("data/tiny_align.json", ["prepare", "--mixture", "tiny_align", "--out", "data/tiny_align"]),
+    "note": ("data/tiny_align.md", ["prepare", "--mixture", "tiny_align", "--out", "data/tiny_align"]),
+    "table": ("data/tiny_align.left_out.csv", ["prepare", "--mixture", "tiny_align", "--out", "data/tiny_align"]),
+    "page": ("page.html", ["data", "show", "--mixture", "tiny_align", "--out", "page.html"]),
+    "drawing": ("plot.svg", ["alignment", "--out", "plot.svg"]),
+    "summary": ("store/tiny/summary.json", ["run"]),
+    "report": ("store/tiny/report.html", ["run"]),
+    "question": ("store/tiny/ask.json", ["run"]),
+}
+"""A file of the user's, and the command that would replace it."""
+
+
+def paths(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def untouched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Options for a store, cache and data folder that are not there yet, from a folder of the test's own."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "resources.yaml"
+    file.write_text(yaml.safe_dump({"launch": "inline", "store": "store", "cache": "cache", "data": "data"}))
+    return [str(ROOT / TINY), "-r", str(file)]
+
+
+@pytest.mark.parametrize("of", STRANGERS)
+def test_a_file_of_the_user_s_is_told_before_any_work_and_survives(
+    of: str, untouched: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, command = STRANGERS[of]
+    mine = tmp_path / name
+    mine.parent.mkdir(parents=True, exist_ok=True)
+    mine.write_text("<html>mine</html>")
+    words = 2 if command[0] == "data" else 1
+    monkeypatch.setattr(sys, "argv", ["vila-ops", *command[:words], *untouched, *command[words:]])
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert mine.name in told
+    assert "vila-ops did not write" in told
+    assert "move th" in told
+    assert mine.read_text() == "<html>mine</html>"
+    assert paths(tmp_path) == sorted([name, "resources.yaml"])
+
+
+@pytest.mark.parametrize("place", [".", "..", "store", "cache", "~"])
+def test_a_dataset_is_not_written_over_a_folder_in_use(
+    place: str, untouched: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    out = str(Path(place).expanduser())
+    done = CliRunner().invoke(app, ["prepare", *untouched, "--mixture", "tiny_align", "--out", out])
+    assert done.exit_code == 1
+    assert f"{out} is or holds " in str(done.exception)
+    assert paths(tmp_path) == ["resources.yaml"]
+
+
+def test_what_we_wrote_is_replaced_without_a_word(tmp_path: Path, ran: Json, resources: Path) -> None:
+    where = ("-r", str(resources), "--mixture", "tiny_align", "--out")
+    for _ in range(2):
+        assert said("prepare", TINY, *where, str(tmp_path / "mine")) == ran["datasets"]["tiny_align"]
+        said("data", "show", TINY, *where, str(tmp_path / "page.html"))
+    beside = ["json", "md", *(f"{table}.csv" for table in ("samples", "tokens", "images", "left_out"))]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ["mine", "page.html", *(f"mine.{suffix}" for suffix in beside)]
+    )
+    before = paths(tmp_path / "mine")
+    (tmp_path / "mine.json").write_text('{"images": [{"file_name": "a.jpg"}]}')
+    refused = CliRunner().invoke(app, ["prepare", TINY, *where, str(tmp_path / "mine")])
+    assert f"{tmp_path / 'mine.json'} is there already" in str(refused.exception)
+    assert paths(tmp_path / "mine") == before
 
 
 def test_doctor_and_status_print_one_json_list(tmp_path: Path) -> None:

@@ -136,7 +136,8 @@ def test_a_dataset_is_exported_with_its_counts_beside_it(
     source = json.loads((tmp_path / f"data/{name}.json").read_text())["sources"]["p"]
     whole = json.loads((content(made) / "summary.json").read_text())["sources"]["p"]
     assert source == {key: whole[key] for key in whole if key not in ("examples", "packages")}
-    assert (tmp_path / f"data/{name}.md").read_text() == (content(made) / "README.md").read_text()
+    card = (content(made) / "README.md").read_text()
+    assert (tmp_path / f"data/{name}.md").read_text() == f"<!-- written by vila-ops -->\n{card}"
     for table in ("samples", "tokens", "images"):
         bars = (tmp_path / f"data/{name}.{table}.csv").read_text().splitlines()
         assert bars == [f"part,{table}", *(f"p {split},{count}" for split, count in source[table].items())]

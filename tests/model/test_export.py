@@ -59,8 +59,17 @@ def test_out_writes_the_files_without_our_manifest(sealed: Any, tmp_path: Path) 
     assert code == 0
     files = {path.name: path.read_bytes() for path in content(sealed).iterdir()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
-    with pytest.raises(ValueError, match="exists already"):
-        export.write_plain(content(sealed), tmp_path / "out")
+
+
+def test_out_with_another_s_file_is_refused_before_the_model_is_read(sealed: Any, tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").write_text("mine")
+    for place in (sealed.uri, str(tmp_path / "nothing")):
+        refused = CliRunner().invoke(app, ["export", place, "--out", str(tmp_path)])
+        assert refused.exit_code == 1
+        assert f"{tmp_path} holds photo.jpg" in str(refused.exception)
+    with pytest.raises(ValueError, match=r"holds photo\.jpg"):
+        export.write_plain(content(sealed), tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"photo.jpg": "mine"}
 
 
 def test_a_folder_in_transformers_5_own_names_is_not_for_vllm(copied: Path) -> None:

@@ -10,14 +10,13 @@ through it, is told what won.
 import json
 import logging
 import secrets
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from vila_ops.artifacts import disk
+from vila_ops.artifacts import disk, output
 from vila_ops.artifacts.backend import AT_ONCE, Backend, FileFacts, way_out
 from vila_ops.artifacts.backend import CorruptArtifact as CorruptArtifact
 from vila_ops.artifacts.copies import uri_of
@@ -26,6 +25,8 @@ from vila_ops.config import fingerprint
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+EXPORTED = "files"
+"""Folder of the files of an export; no attempt is called so."""
 KINDS: dict[type[Artifact], str] = {
     Dataset: "dataset",
     Shard: "shard",
@@ -197,28 +198,30 @@ def read_manifest(uri: str) -> dict[str, Any]:
 
 
 def export(artifact: Artifact, target: Path) -> None:
-    """Copy a sealed folder to `target`, manifest last, replacing what is there; an edit of the copy stays there.
+    """Copy a sealed folder to `target`, manifest last, replacing an earlier export; an edit of the copy stays there.
 
     The copy's bytes do not depend on the store or on which attempt made them, so that DVC sees no change where there
-    is none.
+    is none. Raises ValueError as `check_target` does.
     """
-    manifest = read_manifest(artifact.uri)
-    fresh = target.with_name(f".{target.name}-{secrets.token_hex(6)}")
-    fresh.mkdir(parents=True)
-    for name, (place, facts) in _places(artifact.uri, manifest).items():
-        (fresh / "files" / name).parent.mkdir(parents=True, exist_ok=True)
-        backend(artifact.uri).copy(place, facts, fresh / "files" / name)
-    files = {name: FileFacts(size=f["size"], sha256=f["sha256"]) for name, f in manifest["files"].items()}
-    exported = {**manifest, "files": files, "data": "files", "execution": ANY_EXECUTION}
-    (fresh / MANIFEST).write_text(_sealed(exported))
-    disk.publish(fresh, str(fresh))
-    if target.exists():
-        old = target.with_name(f".{target.name}-old-{secrets.token_hex(6)}")
-        target.rename(old)
-        fresh.rename(target)
-        shutil.rmtree(old)
-    else:
-        fresh.rename(target)
+    with output.draft_of(check_target(target)) as fresh:
+        manifest = read_manifest(artifact.uri)
+        for name, (place, facts) in _places(artifact.uri, manifest).items():
+            (fresh / EXPORTED / name).parent.mkdir(parents=True, exist_ok=True)
+            backend(artifact.uri).copy(place, facts, fresh / EXPORTED / name)
+        files = {name: FileFacts(size=f["size"], sha256=f["sha256"]) for name, f in manifest["files"].items()}
+        exported = {**manifest, "files": files, "data": EXPORTED, "execution": ANY_EXECUTION}
+        (fresh / MANIFEST).write_text(_sealed(exported))
+        disk.publish(fresh, str(fresh))
+        output.replace(check_target(target), fresh)  # checked again: a copy may take long
+
+
+def check_target(target: Path, *, apart: Sequence[Path] = ()) -> Path:
+    """The absolute path of a folder that `export` may write: absent, empty, or an earlier export and nothing else.
+
+    Raises ValueError for any other, and for one that is or holds a folder of `apart`. An artifact sealed in a store is
+    no export.
+    """
+    return output.check_folder(target, ours=_exported(target), apart=apart)
 
 
 def probe(store: str) -> str:
@@ -269,6 +272,17 @@ def _link(target: Path, uri: str, linked: Linked) -> FileFacts:
     else:
         raise ValueError(f"{place} cannot be linked into {uri}: it is in another store; seal a copy of it there first")
     return entry
+
+
+def _exported(folder: Path) -> frozenset[str]:
+    """Names of the files in a folder that `export` wrote; none where its manifest is not one of an export."""
+    try:
+        manifest = _manifest(str(folder)) if folder.is_dir() else None
+    except CorruptArtifact:  # another program's manifest.json: nothing is known to be ours
+        return frozenset()
+    if manifest is None or manifest["data"] != EXPORTED:
+        return frozenset()
+    return frozenset({MANIFEST, *(f"{EXPORTED}/{name}" for name in manifest["files"])})
 
 
 def _manifest(uri: str) -> dict[str, Any] | None:

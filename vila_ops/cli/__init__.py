@@ -33,7 +33,7 @@ from vila_ops.cli.plan import plan
 from vila_ops.cli.train import train
 from vila_ops.config import load_resources
 from vila_ops.config.local import load_local
-from vila_ops.data.revisions import export_for_dvc
+from vila_ops.data.revisions import check_export, export_for_dvc
 from vila_ops.serve import deploy as serving
 
 app = typer.Typer(
@@ -82,7 +82,10 @@ def prepare(
     as_json: AsJson = False,
 ) -> None:
     """Prepare one mixture."""
-    dataset = pipeline.prepare_named(load_run(recipe, resources, overrides), mixture)
+    run = load_run(recipe, resources, overrides)
+    if out is not None:
+        check_export(out, apart=run.resources.folders())
+    dataset = pipeline.prepare_named(run, mixture)
     if out is not None:
         export_for_dvc(dataset, out)
     print_handle(dataset, as_json)
@@ -148,6 +151,7 @@ def run(
     from vila_ops.report import summary
 
     loaded = load_run(recipe, resources, overrides)
+    summary.check(loaded)
     outcome = pipeline.run_pipeline(loaded, pipeline.Rooms())
     page = summary.write(loaded, outcome)
     if as_json:

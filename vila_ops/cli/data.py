@@ -10,6 +10,7 @@ import typer
 from pydantic import TypeAdapter
 
 from vila_ops import pipeline
+from vila_ops.artifacts import output
 from vila_ops.cli.options import (
     INLINE,
     AsJson,
@@ -76,6 +77,7 @@ def show(
     from vila_ops.data.making.work import tokenizer_of
     from vila_ops.data.view.show import show as write
 
+    output.check_file(out, begins=output.HTML)
     run = load_run(recipe, resources, overrides)
     _, text = pipeline.mixture_named(run.recipe, mixture)
     dataset = pipeline.prepare_named(run, mixture)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from vila_ops.artifacts import store
+from vila_ops.artifacts import output, store
 from vila_ops.artifacts.kinds import Artifact
 from vila_ops.cli.options import AsJson, print_handle, say, section
 from vila_ops.model import export as exports
@@ -16,7 +16,7 @@ Checkpoint = Annotated[str, typer.Argument(help="A sealed model's place in the s
 
 def import_model(
     source: Annotated[Path, typer.Argument(help="Folder of an NVlabs VILA or a LLaVA-HF checkpoint")],
-    out: Annotated[Path, typer.Option("--out", help="The model folder to write; must not be there")],
+    out: Annotated[Path, typer.Option("--out", help="The model folder to write; absent or empty")],
     token_order: Annotated[
         Literal["rows", "columns"] | None,
         typer.Option("--token-order", help="Of mlp_downsample, where the checkpoint does not tell"),
@@ -40,7 +40,7 @@ def import_model(
 
 def export(
     checkpoint: Checkpoint,
-    out: Annotated[Path | None, typer.Option("--out", help="Copy the model's own files here")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Copy the model's own files here; absent or empty")] = None,
     check: Annotated[
         Literal["transformers", "vllm", "gguf"] | None,
         typer.Option("--check", help="Only this program; 1 if it cannot"),
@@ -48,6 +48,8 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Say which programs load a model, and why others do not; with --out, write it without our manifest."""
+    if out is not None:
+        output.check_folder(out)
     folder = _folder(checkpoint.rstrip("/"))
     findings = [exports.check(folder, target) for target in ([check] if check else exports.TARGETS)]
     if out is not None:

@@ -169,6 +169,10 @@ class Resources(Config):
             return Path(self.store).resolve()
         return Path(self.cache).expanduser().resolve() / "scratch" / self.store.partition("://")[2].strip("/")
 
+    def folders(self) -> tuple[Path, ...]:
+        """The folders of this machine that are worked in: the cache, and the store where it is one."""
+        return (Path(self.cache).expanduser(), *(() if "://" in self.store else (Path(self.store),)))
+
     def plan_cache(self) -> Path:
         """Where the order of samples is kept."""
         return self.scratch() / "plans"

@@ -3,17 +3,16 @@
 import json
 import logging
 import os
-import shutil
 import stat
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vila_ops.artifacts import store
+from vila_ops.artifacts import output, store
 from vila_ops.artifacts.kinds import Dataset
 from vila_ops.config import Config, Mixture
 from vila_ops.data.making.card import CARD
@@ -23,21 +22,36 @@ from vila_ops.data.raw.files import UNFINISHED
 
 TABLES = ("samples", "tokens", "images", "left_out")
 """Bars that `dvc plots` draws, by source and split, or by source and reason."""
-BESIDE = ("json", "md", *(f"{table}.csv" for table in TABLES))
-"""Files beside a dataset that git keeps, by what follows its name."""
+BESIDE = {"json": '{\n "mixture": "', "md": output.MARK, **{f"{table}.csv": f"part,{table}\n" for table in TABLES}}
+"""Files beside a dataset that git keeps, by what follows its name, and how each begins."""
 log = logging.getLogger(__name__)
 
 
 def export_for_dvc(dataset: Dataset, out: Path) -> None:
-    """Copy a dataset to `out`, and beside it, for git, its card and its counts for `dvc metrics` and `plots`."""
+    """Copy a dataset to `out`, and beside it, for git, its card and its counts for `dvc metrics` and `plots`.
+
+    Raises ValueError as `check_export` does.
+    """
+    check_export(out)
     store.export(dataset, out)
-    shutil.copyfile(store.file(dataset, CARD), _beside(out, "md"))
+    _write(out, "md", output.MARK + store.file(dataset, CARD).read_text(encoding="utf-8"))
     summary = json.loads(store.file(dataset, SUMMARY).read_text())
     numbers = {**summary, "sources": {name: _numbers(found) for name, found in summary["sources"].items()}}
-    _beside(out, "json").write_text(json.dumps(numbers, indent=1, sort_keys=True) + "\n")
+    _write(out, "json", json.dumps(numbers, indent=1, sort_keys=True) + "\n")
     for table in TABLES:
         rows = [f"{part},{count}" for part, count in _bars(summary, table)]
-        _beside(out, f"{table}.csv").write_text("\n".join([f"part,{table}", *rows]) + "\n")
+        _write(out, f"{table}.csv", "\n".join([f"part,{table}", *rows]) + "\n")
+
+
+def check_export(out: Path, *, apart: Sequence[Path] = ()) -> None:
+    """Raise ValueError where `export_for_dvc` would replace a folder or a file beside it that it did not write.
+
+    `apart` are folders that `out` may neither be nor hold.
+    """
+    store.check_target(out, apart=apart)
+    if out.parent.is_dir():
+        for suffix, begins in BESIDE.items():
+            output.check_file(_beside(out, suffix), begins=begins)
 
 
 class Revision(Config):
@@ -140,6 +154,10 @@ def _bars(summary: dict[str, Any], table: str) -> Iterator[tuple[str, int]]:
         counted = found[table] if table in found else sum((Counter(found[kind]) for kind in LEFT_OUT), Counter[str]())
         for key, count in counted.items():
             yield f"{name} {key}", count
+
+
+def _write(out: Path, suffix: str, text: str) -> None:
+    output.write_file(_beside(out, suffix), text, begins=BESIDE[suffix])
 
 
 def _beside(out: Path, suffix: str) -> Path:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, assert_never
 
+from vila_ops.artifacts import output
 from vila_ops.artifacts.store import CorruptArtifact
 from vila_ops.config.base import Config
 from vila_ops.packages.untrusted import check_folder, read_json, stored_tensors
@@ -54,11 +55,10 @@ def check(folder: Path, target: Target) -> Finding:
 
 
 def write_plain(folder: Path, out: Path) -> None:
-    """Copy a model folder's own files to a new folder. Raises ValueError where there is one already."""
+    """Copy a model folder's own files to a new folder, whole or not at all. Raises ValueError for one with files."""
     check_folder(folder)
-    if out.exists():
-        raise ValueError(f"{out} exists already; name a folder that is not there yet")
-    shutil.copytree(folder, out)
+    with output.new_folder(out) as draft:
+        shutil.copytree(folder, draft, dirs_exist_ok=True)
 
 
 def _why_not(config: dict[str, Any], folder: Path, target: Target) -> Iterator[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 
 from vila_ops import tracking
+from vila_ops.artifacts import output
 from vila_ops.artifacts.execution import versions
 from vila_ops.artifacts.kinds import Artifact, Checkpoint, Dataset, EvalReport
 from vila_ops.artifacts.store import content, read_manifest
@@ -21,6 +22,8 @@ from vila_ops.report.page import render
 from vila_ops.serve.ask import body, curl
 
 GALLERY = 24
+BEGINS = {"summary.json": '{\n "recipe": "', "report.html": output.HTML, "ask.json": '{"model": "'}
+"""The files of a report, and how each begins."""
 Json = dict[str, Any]
 
 
@@ -35,16 +38,24 @@ class Page:
 
 def write(run: Run, outcome: Outcome) -> Page:
     """Write summary.json, report.html and, where something is served, ask.json into `<scratch>/<recipe name>`."""
-    folder = run.resources.scratch() / run.recipe.name
+    folder = _folder(run)
     folder.mkdir(parents=True, exist_ok=True)
     found = summarise(run, outcome)
     curves = {name: _curve(checkpoint) for name, checkpoint in outcome.checkpoints.items()}
     html = render(found, curves, _gallery(run, outcome))
-    (folder / "summary.json").write_text(json.dumps(found, indent=1))
-    (folder / "report.html").write_text(html)
+    texts = {"summary.json": json.dumps(found, indent=1), "report.html": html}
     if outcome.answer:
-        (folder / "ask.json").write_text(body(outcome.answer))
+        texts["ask.json"] = body(outcome.answer)
+    for name, text in texts.items():
+        output.write_file(folder / name, text, begins=BEGINS[name])
     return Page(found, str(folder / "summary.json"), str(folder / "report.html"))
+
+
+def check(run: Run) -> None:
+    """Raise ValueError where `write` would replace a file that it did not write."""
+    if _folder(run).is_dir():
+        for name, begins in BEGINS.items():
+            output.check_file(_folder(run) / name, begins=begins)
 
 
 def summarise(run: Run, outcome: Outcome) -> Json:
@@ -81,8 +92,10 @@ def summarise(run: Run, outcome: Outcome) -> Json:
 def draw_layers(run: Run, out: Path) -> Json:
     """Write the alignment by layer of the base and of every stage's model as an SVG; returns what it shows.
 
-    What is not trained or measured yet is. Raises ValueError when the recipe's probe does not measure it.
+    What is not trained or measured yet is. Raises ValueError when the recipe's probe does not measure it, and, before
+    anything is, for a file that is not ours to replace.
     """
+    output.check_file(out, begins=output.MARK)
     names = ["base", *run.recipe.stages]
     points = [point for name in names for point in layers_of(name, evaluate_stage(run, name))]
     drawn = draw(points)
@@ -90,8 +103,7 @@ def draw_layers(run: Run, out: Path) -> Json:
         raise ValueError(
             f"probe {run.recipe.probe.name!r} has no benchmark of kind alignment; add one to its benchmarks"
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(drawn)
+    output.write_file(out, output.MARK + drawn, begins=output.MARK)
     return {"plot": str(out), "layers": points}
 
 
@@ -132,6 +144,10 @@ def table(summary: Json) -> list[Json]:
         }
         for stage in summary["stages"]
     ]
+
+
+def _folder(run: Run) -> Path:
+    return run.resources.scratch() / run.recipe.name
 
 
 def _stage(checkpoint: Checkpoint, tracking_uri: str | None) -> Json:

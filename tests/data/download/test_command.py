@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
 import yaml
 from typer.testing import CliRunner
 
@@ -50,3 +53,32 @@ def test_a_word_that_is_no_outcome_is_refused(tmp_path: Path) -> None:
     assert isinstance(done.exception, ValueError)
     assert "'not_found'" in str(done.exception)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["b.tar", "b.tar.partial", "b.parquet", "b.parquet.partial", "b.journal.jsonl", "b.bodies.partial"]
+)
+def test_a_file_that_no_download_wrote_survives_and_nothing_is_asked(
+    name: str, server, case, make_settings, tmp_path: Path
+) -> None:
+    cases = [case("ok_png", number) for number in range(2)]
+    server.plan(cases)
+    raw, out, settings = tmp_path / "raw", tmp_path / "out", tmp_path / "settings.yaml"
+    raw.mkdir()
+    out.mkdir()
+    settings.write_text(yaml.safe_dump(make_settings().model_dump(mode="json")))
+    for stem, one in zip("ab", cases, strict=True):
+        line = {"text_list": [], "image_info": [{"raw_url": f"http://127.0.0.1:{server.port}{one.path}"}]}
+        (raw / f"{stem}.jsonl").write_text(json.dumps(line) + "\n")
+    if name == "b.parquet":  # as COYO's own files are
+        pq.write_table(pa.table({"url": ["http://there/x.png"]}), out / name)
+    else:
+        (out / name).write_bytes(b"mine")
+    before = (out / name).read_bytes()
+    asked = ["data", "download", "mmc4", str(raw), "--out", str(out), "--settings", str(settings)]
+    done = CliRunner().invoke(app, asked)
+    assert isinstance(done.exception, ValueError)
+    assert f"{out / name} is there already and no download wrote it" in str(done.exception)
+    assert [path.name for path in out.iterdir()] == [name]
+    assert (out / name).read_bytes() == before
+    assert not any(server.seen[one.path] for one in cases)

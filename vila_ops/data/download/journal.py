@@ -20,14 +20,35 @@ from typing import Self
 
 from vila_ops.data.download.outcome import Record
 
+BEGINS = b'{"url": '
+"""How a journal begins that has a line."""
+
+
+def journal_path(out: Path) -> Path:
+    """Where the lines of a raw file lie; `out` is the path without suffixes."""
+    return out.with_name(f"{out.name}.journal.jsonl")
+
+
+def bodies_path(out: Path) -> Path:
+    """Where its pictures lie."""
+    return out.with_name(f"{out.name}.bodies.partial")
+
+
+def is_journal(out: Path) -> bool:
+    """Whether there are lines that a `Journal` wrote, down to none and to a torn first one."""
+    if not journal_path(out).is_file():
+        return False
+    with journal_path(out).open("rb") as file:
+        return BEGINS.startswith(file.read(len(BEGINS)))
+
 
 class Journal:
     """The records of one raw file, by URL. One process at a time."""
 
     def __init__(self, out: Path) -> None:
         """Open or begin; `out` is the path without suffixes. Raises ValueError while another process has it open."""
-        self._bodies_path = out.with_name(f"{out.name}.bodies.partial")
-        self._lines_path = out.with_name(f"{out.name}.journal.jsonl")
+        self._bodies_path = bodies_path(out)
+        self._lines_path = journal_path(out)
         self.records: dict[str, Record] = {}
         self._offsets: dict[str, int] = {}
         self._waiting: list[tuple[Record, bytes]] = []

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vila_ops.data.download.journal import Journal
+from vila_ops.data.download.journal import Journal, bodies_path, is_journal, journal_path
 from vila_ops.data.download.outcome import Outcome, Record
 
 SCHEMA = pa.schema(
@@ -77,10 +77,28 @@ def tar_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.tar")
 
 
+def check_ours(out: Path) -> None:
+    """Raise ValueError where a file that is to be written is there and was not written by a download.
+
+    A table tells it by its metadata, a journal by its first line; tar, pictures and drafts by standing beside one.
+    """
+    tables = [manifest_path(out)] if manifest_path(out).exists() else []
+    journals = [journal_path(out)] if journal_path(out).exists() else []
+    foreign = [path for path in tables if not _is_table(path)] + [path for path in journals if not is_journal(out)]
+    if not tables and not journals:
+        others = (tar_path(out), _draft(tar_path(out)), _draft(manifest_path(out)), bodies_path(out))
+        foreign = [path for path in others if path.exists()]
+    if foreign:
+        raise ValueError(
+            f"{foreign[0]} is there already and no download wrote it; it would be overwritten: name another folder, or "
+            f"move it away"
+        )
+
+
 def write_manifest(journal: Journal, urls: Sequence[str], out: Path) -> None:
     """Write tar and table of distinct URLs, which all have their record in the journal."""
     rows = []
-    temporary = tar_path(out).with_suffix(".tar.partial")
+    temporary = _draft(tar_path(out))
     with temporary.open("wb") as tar:
         for url in urls:
             record = journal.records[url]
@@ -92,7 +110,7 @@ def write_manifest(journal: Journal, urls: Sequence[str], out: Path) -> None:
         tar.write(bytes(2 * tarfile.BLOCKSIZE))
         tar_bytes = tar.tell()
     _publish(temporary, tar_path(out))
-    temporary = manifest_path(out).with_suffix(".parquet.partial")
+    temporary = _draft(manifest_path(out))
     schema = SCHEMA.with_metadata({TAR_BYTES: str(tar_bytes)})
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary, compression="zstd")
     _publish(temporary, manifest_path(out))
@@ -137,6 +155,17 @@ def _add_member(tar: BinaryIO, name: str, data: bytes) -> None:
     tar.write(info.tobuf(tarfile.USTAR_FORMAT))
     tar.write(data)
     tar.write(bytes(-len(data) % tarfile.BLOCKSIZE))
+
+
+def _is_table(path: Path) -> bool:
+    try:
+        return TAR_BYTES in (pq.read_schema(path).metadata or {})
+    except (pa.ArrowInvalid, OSError):
+        return False
+
+
+def _draft(final: Path) -> Path:
+    return final.with_name(f"{final.name}.partial")
 
 
 def _publish(temporary: Path, final: Path) -> None:

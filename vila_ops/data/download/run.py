@@ -13,7 +13,7 @@ from vila_ops.config.download import DownloadSettings
 from vila_ops.data.download.address import Resolve, SystemResolver, parse
 from vila_ops.data.download.fetch import Attempt, Fetcher
 from vila_ops.data.download.journal import Journal
-from vila_ops.data.download.manifest import Outcomes, manifest_path, read_outcomes, reopen, write_manifest
+from vila_ops.data.download.manifest import Outcomes, check_ours, manifest_path, read_outcomes, reopen, write_manifest
 from vila_ops.data.download.outcome import HOST_FAILS, MAY_PASS, Failure, Outcome, Record
 from vila_ops.data.download.sources import Format, raw_files, urls_of
 from vila_ops.data.download.turns import Job, Turns
@@ -31,13 +31,16 @@ def download_source(
 
     Ended at any moment and started again, it goes on where it was; what is finished is not asked again, except for
     the URLs that ended in one of the `retry` outcomes. Raises ValueError for raw files of another form, and OSError
-    when the disk cannot take more.
+    when the disk cannot take more. A file in `out` that no download wrote is refused before anything is asked.
     """
     if out.resolve() == (path.parent if path.is_file() else path).resolve():
         raise ValueError(f"{out} holds the raw files; download into a folder of its own")
+    raw = raw_files(source, path)
+    for file in raw:
+        check_ours(out / file.stem)
     resolve = SystemResolver()
     finished = []
-    for file in raw_files(source, path):
+    for file in raw:
         urls = urls_of(source, file)
         finished.append(asyncio.run(download(urls, out / file.stem, settings=settings, resolve=resolve, retry=retry)))
         logger.info("%s: %s", file.name, finished[-1].counts)

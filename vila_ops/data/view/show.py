@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from vila_ops.artifacts import store
+from vila_ops.artifacts import output, store
 from vila_ops.artifacts.kinds import Dataset
 from vila_ops.data.making.summary import SUMMARY
 from vila_ops.data.shards import Sample, data_url, index_of, samples_of
@@ -40,7 +40,10 @@ class Shown:
 
 
 def show(dataset: Dataset, tokenizer: Tokenizer, out: Path, *, per_source: int) -> Path:
-    """Write the page: of each source and split the first samples, in the order of the dataset."""
+    """Write the page: of each source and split the first samples, in the order of the dataset.
+
+    Raises ValueError for a file that is there and not such a page.
+    """
     rows = _chosen(index_of(dataset), per_source)
     groups: dict[str, list[Shown]] = {}
     for row, sample in zip(rows, samples_of(dataset, rows), strict=True):
@@ -50,7 +53,7 @@ def show(dataset: Dataset, tokenizer: Tokenizer, out: Path, *, per_source: int) 
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     page = environment.get_template("show.html.jinja").render(dataset=dataset, groups=groups, name=name)
-    out.write_text(page, encoding="utf-8")
+    output.write_file(out, page, begins=output.HTML)
     return out
 
 

@@ -1,14 +1,12 @@
 """Somebody else's checkpoint to a model folder of ours, and to the `model:` section of a recipe that starts from it."""
 
-import os
-import secrets
-import shutil
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from vila_ops.artifacts import output
 from vila_ops.artifacts.store import CorruptArtifact
 from vila_ops.config import Config, Model
 from vila_ops.config.model import FolderWeights, HubLanguageModel, HubTower, Shape
@@ -43,15 +41,14 @@ class Imported(Config):
 def import_checkpoint(
     source: Path, out: Path, *, token_order: TokenOrder | None = None, chat_template: str | None = None
 ) -> Imported:
-    """Write the model of an NVlabs VILA or a LLaVA-HF folder to `out`, a folder that is not there yet.
+    """Write the model of an NVlabs VILA or a LLaVA-HF folder to `out`, a folder that is absent or empty.
 
     The folder appears by one rename, so it is whole whenever it exists; weights keep the precision that they have.
     Raises ValueError or CorruptArtifact, with the reason, for what cannot be held exactly.
     """
-    if out.exists():
-        raise ValueError(f"{out} is there already; name a new folder")
+    output.check_folder(out)  # before gigabytes are read
     if chat_template is not None:
-        check_template_name(chat_template)  # before gigabytes are read
+        check_template_name(chat_template)
     parts = _read(source, token_order=token_order, chat_template=chat_template)
     tokenizer = with_image_token(parts.tokenizer, chat_template=parts.chat_template, folder=source)
     _grow_vocabulary(parts.language_model, len(tokenizer))
@@ -59,15 +56,9 @@ def import_checkpoint(
     whole = _put_together(
         parts, model, image_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), eos_id=tokenizer.eos_token_id
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
-    draft.mkdir()
-    try:
+    with output.new_folder(out) as draft:
         processor = processing.build_processor(whole.config, tokenizer, mean_std=parts.mean_std)
         folder.save(whole, draft, processor=processor)
-        os.rename(draft, out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return Imported(path=str(out), model=model, notes=parts.notes)
 
 

@@ -1,0 +1,139 @@
+"""Nothing that we did not write is replaced or removed."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from vila_ops.artifacts.kinds import Dataset
+from vila_ops.artifacts.output import MARK, check_file, check_folder, new_folder, write_file
+from vila_ops.artifacts.store import address, begin, check_target, export, seal
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Dataset:
+    """A sealed dataset of one file."""
+    at = address(Dataset, revision=1, recipe={}, parents=())
+    attempt = begin(at, store=str(tmp_path / "store"))
+    (attempt / "a.txt").write_text("hello")
+    return seal(Dataset, at, attempt, facts={"num_samples": 1, "num_tokens": 1}, execution={})
+
+
+@pytest.mark.parametrize("stranger", ["photo.jpg", "files/photo.jpg", "files/deep/.hidden", "linked"])
+def test_a_file_among_those_of_an_export_survives_the_next_export(stranger: str, made: Dataset, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export(made, out)
+    export(made, out)  # nothing but ours: replaced
+    (out / stranger).parent.mkdir(exist_ok=True)
+    if stranger == "linked":
+        (out / stranger).symlink_to(tmp_path / "store")
+    else:
+        (out / stranger).write_text("mine")
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match=f"{out} holds {stranger}, which vila-ops did not write there"):
+        export(made, out)
+    assert tree(tmp_path) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "store"]
+
+
+@pytest.mark.parametrize("text", ['{"name": "A web app", "icons": []}', "[]", "no JSON"])
+def test_another_program_s_manifest_is_not_ours(text: str, made: Dataset, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match=r"holds manifest\.json"):
+        export(made, out)
+    assert tree(out) == {"manifest.json": text.encode()}
+
+
+def test_an_artifact_that_is_sealed_in_a_store_is_not_replaced(made: Dataset) -> None:
+    before = tree(Path(made.uri))
+    with pytest.raises(ValueError, match="vila-ops did not write there"):
+        export(made, Path(made.uri))
+    assert tree(Path(made.uri)) == before
+
+
+def test_a_link_is_not_followed_into_a_removal(made: Dataset, tmp_path: Path) -> None:
+    export(made, tmp_path / "real")
+    before = tree(tmp_path / "real")
+    for name, target in (("link", "real"), ("dangling", "nothing")):
+        (tmp_path / name).symlink_to(tmp_path / target)
+        with pytest.raises(ValueError, match="symbolic link"):
+            export(made, tmp_path / name)
+        assert (tmp_path / name).is_symlink()
+    assert tree(tmp_path / "real") == before
+
+
+def test_folders_that_are_in_use_are_refused_even_if_empty_and_absent_or_empty_ones_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, home, store = (tmp_path / name for name in ("one/here", "two/home", "three/store"))
+    for folder in (here, home, tmp_path / "empty"):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(home))
+    refused = [(Path(), "current"), (Path(".."), "current"), (here, "current"), (home, "home"), (home.parent, "home")]
+    refused += [(store, "in use"), (store.parent, "in use")]
+    for folder, why in refused:
+        with pytest.raises(ValueError, match=f"is or holds .*{why}"):
+            check_target(folder, apart=[store])
+    assert check_folder(Path("new/deep")) == here / "new/deep"
+    assert check_folder(tmp_path / "empty") == tmp_path / "empty"
+
+
+def test_a_file_where_a_folder_is_to_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file/below/it"):
+        with pytest.raises(ValueError, match="is a file; name another folder"):
+            check_folder(out)
+
+
+def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    def fill(out: Path, *, beside: Path) -> None:
+        with new_folder(out) as draft:
+            (draft / "half").write_text("")
+            beside.mkdir()  # fails if it is there
+            (beside / "photo.jpg").write_text("mine")
+
+    with pytest.raises(FileExistsError):
+        fill(tmp_path / "out", beside=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    with new_folder(tmp_path / "out") as draft:
+        (draft / "whole").write_text("")
+    assert tree(tmp_path) == {"out/whole": b""}
+    with pytest.raises(ValueError, match="holds whole"), new_folder(tmp_path / "out"):
+        pass
+    with pytest.raises(OSError, match="not empty"):
+        fill(tmp_path / "late", beside=tmp_path / "late")
+    assert tree(tmp_path) == {"out/whole": b"", "late/photo.jpg": b"mine"}
+
+
+def test_a_file_is_replaced_only_where_it_begins_as_ours_do(tmp_path: Path) -> None:
+    out = tmp_path / "page.svg"
+    for text in (f"{MARK}one", f"{MARK}two"):
+        write_file(out, text, begins=MARK)
+        assert out.read_text() == text
+    for mine in ("<svg/>", "", MARK[:-2]):
+        out.write_text(mine)
+        with pytest.raises(ValueError, match="vila-ops did not write it"):
+            write_file(out, f"{MARK}three", begins=MARK)
+        assert out.read_text() == mine
+    with pytest.raises(ValueError, match="would not begin with"):
+        write_file(tmp_path / "other", "<svg/>", begins=MARK)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_what_is_no_file_is_refused_as_one(tmp_path: Path) -> None:
+    ours, link, pipe = tmp_path / "ours", tmp_path / "link", tmp_path / "pipe"
+    write_file(ours, MARK, begins=MARK)
+    link.symlink_to(ours)
+    os.mkfifo(pipe)
+    for out in (tmp_path, link, pipe):
+        with pytest.raises(ValueError, match="a folder, a link or a device"):
+            check_file(out, begins=MARK)
+    with pytest.raises(ValueError, match="there is no folder"):
+        check_file(tmp_path / "none/page.html", begins=MARK)

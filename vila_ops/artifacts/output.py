@@ -1,0 +1,115 @@
+"""What a command may write outside of the store: nothing that it did not write itself is replaced or removed.
+
+A folder may be replaced where it is empty, or where an earlier export's manifest names every file in it. A file may be
+replaced where it begins as the files of its kind do that we write. Callers check before any work, and the functions
+that write check again.
+"""
+
+import os
+import secrets
+import shutil
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+MARK = "<!-- written by vila-ops -->\n"
+"""How an SVG and a Markdown file of ours begin; an HTML page has it as its second line."""
+HTML = f"<!doctype html>\n{MARK}"
+"""How an HTML page of ours begins."""
+
+
+def check_folder(out: Path, *, ours: Collection[str] = (), apart: Sequence[Path] = ()) -> Path:
+    """The absolute path of a folder that may be written or replaced; raises ValueError, with the reason, for another.
+
+    `ours` are the names of the files in it that we wrote. `apart` are folders that are in use meanwhile, such as the
+    store: `out` may be neither one of them nor hold one.
+    """
+    if out.is_symlink():
+        raise ValueError(f"{out} is a symbolic link, which is not replaced; name the folder that it points to")
+    place = out.resolve()
+    if not next(parent for parent in (place, *place.parents) if parent.exists()).is_dir():
+        raise ValueError(f"{out} is to be a folder, but it or what holds it is a file; name another folder")
+    in_use = {"the current folder": Path.cwd(), "the home folder": Path.home()}
+    in_use |= {f"{folder}, which is in use": folder.resolve() for folder in apart}
+    for name, folder in in_use.items():
+        if folder.is_relative_to(place):
+            raise ValueError(f"{out} is or holds {name}, so it is not replaced; name another folder")
+    if stranger := next((name for name in _names(place) if name not in ours), None):
+        raise ValueError(
+            f"{out} holds {stranger}, which vila-ops did not write there; only an empty folder, or one whose manifest "
+            f"names every file in it, is replaced: name another folder, or move the file away"
+        )
+    return place
+
+
+@contextmanager
+def draft_of(place: Path) -> Iterator[Path]:
+    """A folder beside `place` to write in until `replace`; it is removed where it was not put in place."""
+    draft = place.with_name(f".{place.name}-{secrets.token_hex(6)}")
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A draft of the folder `out`, absent or empty as yet; it becomes `out` by one rename when the block ends well."""
+    place = check_folder(out)
+    with draft_of(place) as draft:
+        yield draft
+        draft.rename(place)  # fails where the folder is no longer empty
+
+
+def replace(place: Path, draft: Path) -> None:
+    """Put a draft in place of a folder that `check_folder` has just let pass."""
+    if not place.exists():
+        draft.rename(place)
+        return
+    old = place.with_name(f".{place.name}-old-{secrets.token_hex(6)}")
+    place.rename(old)
+    draft.rename(place)
+    shutil.rmtree(old)
+
+
+def check_file(out: Path, *, begins: str) -> None:
+    """Raise ValueError, with the reason, where a file may not be written; `begins` is how ours of this kind begin."""
+    if not out.parent.is_dir():
+        raise ValueError(f"{out}: there is no folder {out.parent}; make it, or name a file in another one")
+    if not (out.exists() or out.is_symlink()):
+        return
+    if out.is_symlink() or not out.is_file():
+        raise ValueError(f"{out} is a folder, a link or a device; name a file")
+    with out.open("rb") as file:
+        if file.read(len(begins.encode())) != begins.encode():
+            raise ValueError(
+                f"{out} is there already and vila-ops did not write it: it does not begin with {begins!r}; name "
+                f"another file, or move this one away"
+            )
+
+
+def write_file(out: Path, text: str, *, begins: str) -> None:
+    """Write a file whole or not at all, if `check_file` lets it pass."""
+    if not text.startswith(begins):
+        raise ValueError(f"{out} would not begin with {begins!r}, so a later run could not tell that it is ours")
+    check_file(out, begins=begins)
+    draft = out.with_name(f".{out.name}-{secrets.token_hex(6)}")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(out)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _names(folder: Path) -> Iterator[str]:
+    """Every file and link below a folder, relative to it; raises OSError for what cannot be listed."""
+    if not folder.exists():
+        return
+    for here, folders, files in os.walk(folder, onerror=_fail):
+        links = [name for name in folders if (Path(here) / name).is_symlink()]
+        yield from ((Path(here) / name).relative_to(folder).as_posix() for name in sorted([*links, *files]))
+
+
+def _fail(error: OSError) -> None:
+    raise error
