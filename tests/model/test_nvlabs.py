@@ -287,8 +287,11 @@ def test_code_that_comes_with_a_checkpoint_is_not_run(part: str, tmp_path: Path)
 def test_a_quantised_language_model_and_a_taken_name_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "a", V15, projector="linear")
     (tmp_path / "there").mkdir()
-    with pytest.raises(ValueError, match="there is there already"):
-        import_checkpoint(tmp_path / "a", tmp_path / "there")
+    (tmp_path / "there/photo.jpg").write_text("mine")
+    for source in ("a", "nothing"):  # told before the checkpoint is looked at
+        with pytest.raises(ValueError, match=r"there holds photo\.jpg, which vila-ops did not write"):
+            import_checkpoint(tmp_path / source, tmp_path / "there")
+    assert [(path.name, path.read_text()) for path in (tmp_path / "there").iterdir()] == [("photo.jpg", "mine")]
     edit(tmp_path / "a/llm/config.json", quantization_config={"quant_method": "awq"})
     with pytest.raises(ValueError, match=r"quantised \(awq\)"):
         import_checkpoint(tmp_path / "a", tmp_path / "ours")
