@@ -44,7 +44,7 @@ stage = Stage.model_validate({
     "validate_every": 1,
 })
 start = time.perf_counter()
-rows = Rows(folder, digest="ab" * 32, stage=stage, cache=folder / "cache")
+rows = Rows(folder.joinpath, digest="ab" * 32, stage=stage, cache=folder / "cache")
 opened = time.perf_counter() - start
 batch, targets = rows.batch(step)
 seconds = time.perf_counter() - start

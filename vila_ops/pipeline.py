@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from vila_ops import tracking
-from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, Deployment, EvalReport, ModelVersion, Pretrained
 from vila_ops.config import (
     Config,
@@ -154,7 +153,7 @@ def leave_out(
     """
     before = prepare_named(load(), mixture)
     wanted = {name: list(ids) for name, ids in records.items()}
-    found = {row["key"]: row for row in find_rows(store.file(before, INDEX).parent, keys)}
+    found = {row["key"]: row for row in find_rows(before, keys)}
     if unknown := [key for key in keys if key not in found]:
         raise ValueError(
             f"mixture {mixture!r} has no samples {unknown}: data {before.digest[:12]} in {before.uri}; "

@@ -197,7 +197,7 @@ def test_any_flipped_bit_of_files_or_manifest_is_found(store: str) -> None:
 def test_a_truncated_or_missing_file_is_found_at_once(left: bytes | None, store: str) -> None:
     made = write(store)
     overwrite(f"{made.uri}/{content(made).name}/b.bin", left)
-    with pytest.raises(CorruptArtifact, match=r"b\.bin (is missing|has 5 bytes).*run again to make it anew"):
+    with pytest.raises(CorruptArtifact, match=r"b\.bin (is missing|has 5 bytes).*run again to rebuild it"):
         find(Dataset, at(), store=store)
 
 

@@ -12,7 +12,7 @@ import yaml
 from typer.testing import CliRunner
 
 from vila_ops import pipeline
-from vila_ops.artifacts.store import content
+from vila_ops.artifacts.store import content, opened
 from vila_ops.cli import app
 from vila_ops.config import load
 from vila_ops.config.lengths import Lengths
@@ -61,7 +61,7 @@ def test_the_plan_of_prepared_data_is_what_training_will_read(tmp_path: Path) ->
     assert made["align"].steps == 6
     data, stage = datasets["align"], run.recipe.stages["align"]
     index = pq.read_table(content(data) / "index.parquet", filters=[("split", "=", "train")])
-    rows = Rows(content(data), digest=data.digest, stage=stage, cache=tmp_path / "plans")
+    rows = Rows(opened(data).file, digest=data.digest, stage=stage, cache=tmp_path / "plans")
     read = [row for step in range(6) for row in rows.batch(step)[0]]
     ours = made["align"]
     assert ours.tokens == pytest.approx(sum(int((row.segment_ids > 0).sum()) for row in read), rel=0.1)
@@ -70,7 +70,10 @@ def test_the_plan_of_prepared_data_is_what_training_will_read(tmp_path: Path) ->
     )
     assert ours.images / ours.samples == 1
     sft = Rows(
-        content(datasets["sft"]), digest=datasets["sft"].digest, stage=run.recipe.stages["sft"], cache=tmp_path / "p"
+        opened(datasets["sft"]).file,
+        digest=datasets["sft"].digest,
+        stage=run.recipe.stages["sft"],
+        cache=tmp_path / "p",
     )
     assert made["sft"].steps == sft.num_steps()
     assert made["sft"].hours is None

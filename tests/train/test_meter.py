@@ -16,7 +16,7 @@ import torch
 from mlflow import MlflowClient
 
 from vila_ops import tracking
-from vila_ops.artifacts.store import content
+from vila_ops.artifacts.store import content, opened
 from vila_ops.config import Resources, Stage
 from vila_ops.data.order.loader import Rows
 from vila_ops.data.order.packing import Row, pack
@@ -130,7 +130,7 @@ def metered(bench: Any, stage: Stage, resources: Resources) -> tuple[Histories, 
 def steps(bench: Any, stage: Stage, resources: Resources) -> list[list[Row]]:
     """The rows of each step."""
     cache = resources.scratch() / "plans"
-    rows = Rows(content(bench.data), digest=bench.data.digest, stage=stage, cache=cache)
+    rows = Rows(opened(bench.data).file, digest=bench.data.digest, stage=stage, cache=cache)
     return [rows.batch(step)[0] for step in range(stage.num_steps or 0)]
 
 

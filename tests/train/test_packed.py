@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from vila_ops.artifacts.store import content
+from vila_ops.artifacts.store import content, opened
 from vila_ops.config import Resources
 from vila_ops.data.order.loader import Rows, stack
 from vila_ops.data.order.packing import Row, pack
@@ -115,7 +115,7 @@ def test_a_steps_gradient_is_the_same_for_any_split_into_ranks_micro_batches_and
     trained = set_trainable(objective, job.stage.trainable)
     engine = PlainEngine(objective, trained, job.stage, job.resources)
     batches = Batches(job, objective.model, device=torch.device("cpu"))
-    rows = Rows(content(job.data), digest=job.data.digest, stage=job.stage, cache=job.resources.plan_cache())
+    rows = Rows(opened(job.data).file, digest=job.data.digest, stage=job.stage, cache=job.resources.plan_cache())
     tally = Tally(job, objective.model, batches, rows.sources())
     everything, num_targets = rows.batch(0)
     logits = torch.stack([logits_of(objective, batches, row) for row in everything])

@@ -1,6 +1,6 @@
 """What a store has to be able to do. `disk` and `s3` are the two modules that can; places are URIs in one string."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, NotRequired, Protocol, TypedDict
 
@@ -29,13 +29,29 @@ class CorruptArtifact(ValueError):
     """A sealed folder does not hold what its manifest says."""
 
 
+class DamagedFile(CorruptArtifact):
+    """A file of a store is missing, or holds other bytes than were sealed."""
+
+    def __init__(self, place: str, what: str) -> None:
+        super().__init__(place, what)
+        self.place, self.what = place, what
+
+    def __str__(self) -> str:
+        return " ".join(self.args)
+
+
 class UnsafeStore(ValueError):
     """The store does not keep what sealing rests on, so nothing may be sealed there."""
 
 
-def way_out(uri: str) -> str:
-    """What to do about a damaged place of a store."""
-    return f"restore it from a backup, or move {uri} away and run again to make it anew"
+def way_out(uri: str, *sharing: str) -> str:
+    """What to do about a damaged sealed folder; `sharing` are the others that hold the same damaged file."""
+    if not sharing:
+        return f"restore it from a backup, or move {uri} away and run again to rebuild it"
+    return (
+        f"it is one file of {1 + len(sharing)} sealed folders: restore it from a backup, or move all of "
+        f"{', '.join((uri, *sharing))} away and run again to rebuild them"
+    )
 
 
 class Backend(Protocol):
@@ -68,14 +84,20 @@ class Backend(Protocol):
     def digest(self, uri: str, expected: FileFacts) -> str:
         """sha256 of the bytes that the store holds; they are read again where it is not the expected one."""
 
+    def check(self, uri: str, facts: FileFacts) -> None:
+        """Compare the bytes that the store holds with their sha256, once a process. Raises DamagedFile."""
+
     def local(self, uri: str, facts: FileFacts) -> Path:
-        """The file on this machine, with the bytes that were sealed."""
+        """The file on this machine, compared with its sha256 once a process. Raises DamagedFile."""
 
     def folder(self, uri: str, files: Mapping[str, tuple[str, FileFacts]]) -> Path:
-        """A folder on this machine with all these files, each given with its place, under their names."""
+        """A folder on this machine with all these files, each given with its place and as by `local`."""
 
     def copy(self, uri: str, facts: FileFacts, target: Path) -> None:
-        """Copy a file to `target`."""
+        """Copy a file, as by `local`, to `target`."""
+
+    def sharing(self, uri: str, root: str, kinds: Iterable[str]) -> list[str]:
+        """The folders STORE/KIND/KEY that hold this very file, as a hard link or because it lies there."""
 
     def probe(self, root: str) -> str:
         """Try what sealing rests on; a line that says so. Raises UnsafeStore."""

@@ -6,14 +6,23 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
-from vila_ops.artifacts.backend import FileFacts, UnsafeStore, Versioned
+from vila_ops.artifacts.backend import AT_ONCE, DamagedFile, FileFacts, UnsafeStore, Versioned
 
 KEPT_VERSIONS = 8
 """Of a register: a reader that lists its folder while versions come and go still sees one that stays."""
+
+SETTLED_SECONDS = 2.0
+"""A file that changed later than that could change again within the same tick of its file system's clock."""
+MOST_KNOWN = 2**17
+"""Digests that a process remembers; one more and it begins again."""
+_known: dict[tuple[int, ...], str] = {}
+"""sha256 by device, inode, size, mtime and ctime, so that hard links of one file are read once."""
 
 
 def read(uri: str) -> bytes | None:
@@ -91,23 +100,48 @@ def sizes(uris: Sequence[str]) -> list[int | None]:
 
 
 def digest(uri: str, expected: FileFacts) -> str:
-    """sha256 of the bytes of a file."""
-    return sha256(Path(uri))
+    """sha256 of the bytes of a file, which are read again."""
+    return _remembered(Path(uri), os.stat(uri))
+
+
+def check(uri: str, facts: FileFacts) -> None:
+    """Compare a file with its sha256, once a process and content. Raises DamagedFile."""
+    try:
+        found = known_sha256(Path(uri))
+    except FileNotFoundError as error:
+        raise DamagedFile(uri, "is missing") from error
+    if found != facts["sha256"]:
+        raise DamagedFile(uri, f"has sha256 {found[:12]}..., sealed as {facts['sha256'][:12]}...")
 
 
 def local(uri: str, facts: FileFacts) -> Path:
-    """The file itself."""
+    """The file itself, checked."""
+    check(uri, facts)
     return Path(uri)
 
 
 def folder(uri: str, files: Mapping[str, tuple[str, FileFacts]]) -> Path:
-    """The folder itself."""
+    """The folder itself, every file checked."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(lambda one: check(*one), files.values()))
     return Path(uri)
 
 
 def copy(uri: str, facts: FileFacts, target: Path) -> None:
     """Copy a file, so that an edit of the copy stays there."""
-    shutil.copyfile(uri, target)
+    shutil.copyfile(local(uri, facts), target)
+
+
+def sharing(uri: str, root: str, kinds: Iterable[str]) -> list[str]:
+    """The folders ROOT/KIND/KEY with a hard link of this file; link(2) leaves no other trace of where it came from."""
+    try:
+        own = os.stat(uri)
+    except FileNotFoundError:
+        return []
+    if own.st_nlink == 1:
+        return []
+    folders = [folder for kind in kinds for folder in sorted(Path(root, kind).glob("*"))]
+    return [str(folder) for folder in folders if any(os.path.samestat(own, p.lstat()) for p in folder.rglob("*"))]
 
 
 def link(source: Path, target: Path) -> None:
@@ -145,6 +179,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def known_sha256(path: Path) -> str:
+    """Hex digest of a file's bytes, read once a process and again when the file has changed."""
+    found = path.stat()
+    return _known.get(_identity(found)) or _remembered(path, found)
+
+
 def sync(path: Path) -> None:
     """Force a file or folder to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -152,6 +192,21 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _identity(found: os.stat_result) -> tuple[int, ...]:
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+def _remembered(path: Path, before: os.stat_result) -> str:
+    """sha256 of a file that looked so before; remembered if no later change could leave it looking the same."""
+    settled = abs(time.time() - before.st_ctime) > SETTLED_SECONDS
+    found = sha256(path)
+    if settled:
+        if len(_known) >= MOST_KNOWN:
+            _known.clear()
+        _known[_identity(before)] = found
+    return found
 
 
 def _newest(folder: Path) -> int:

@@ -18,7 +18,7 @@ from typing import IO, Any, TypeVar
 from botocore.exceptions import ClientError
 
 from vila_ops.artifacts import disk
-from vila_ops.artifacts.backend import AT_ONCE, CorruptArtifact, FileFacts, UnsafeStore, Versioned, way_out
+from vila_ops.artifacts.backend import AT_ONCE, DamagedFile, FileFacts, UnsafeStore, Versioned
 from vila_ops.artifacts.copies import copy_of, draft, one_at_a_time
 from vila_ops.artifacts.s3_calls import (
     NO_KEY,
@@ -37,6 +37,8 @@ from vila_ops.artifacts.s3_calls import (
 
 CHUNK_BYTES = 2**20
 T = TypeVar("T")
+_checked: set[tuple[str, str]] = set()
+"""Objects, with their sha256, that this process read whole."""
 WAY_OUT = "use a store whose PutObject honours If-None-Match and If-Match (AWS and MinIO do), or a folder as the store"
 
 
@@ -149,7 +151,10 @@ def sizes(uris: Sequence[str]) -> list[int | None]:
 
 
 def digest(uri: str, expected: FileFacts) -> str:
-    """sha256 of an object, streamed and not kept; read again where it is not the expected one."""
+    """sha256 of an object, streamed and not kept; read again where it is not the expected one.
+
+    Raises DamagedFile where there is none.
+    """
     seen = ""
 
     def once() -> None:
@@ -164,8 +169,23 @@ def digest(uri: str, expected: FileFacts) -> str:
             raise OtherBytes("not those that were sealed")
 
     with told(uri), suppress(OtherBytes):
-        again(once)
+        try:
+            again(once)
+        except ClientError as error:
+            if code_of(error) in NO_KEY:
+                raise DamagedFile(uri, "is missing") from error
+            raise
     return seen
+
+
+def check(uri: str, facts: FileFacts) -> None:
+    """Compare an object with its sha256, once a process. Raises DamagedFile."""
+    if (uri, facts["sha256"]) in _checked:
+        return
+    found = digest(uri, facts)
+    if found != facts["sha256"]:
+        raise DamagedFile(uri, f"has sha256 {found[:12]}..., sealed as {facts['sha256'][:12]}...")
+    _checked.add((uri, facts["sha256"]))
 
 
 def local(uri: str, facts: FileFacts) -> Path:
@@ -210,6 +230,12 @@ def copy(uri: str, facts: FileFacts, target: Path) -> None:
         _download(uri, facts, target)
 
 
+def sharing(uri: str, root: str, kinds: Iterable[str]) -> list[str]:
+    """The folder ROOT/KIND/KEY that the object lies in; others point to it from their manifests."""
+    kind, key, *_ = uri.removeprefix(f"{root}/").split("/")
+    return [f"{root}/{kind}/{key}"]
+
+
 @lru_cache(maxsize=64)
 def probe(root: str) -> str:
     """Try, with an object of its own, what sealing and leases rest on. Raises UnsafeStore, StoreRefused."""
@@ -251,10 +277,10 @@ def _download(uri: str, facts: FileFacts, target: Path) -> None:
         try:
             again(once)
         except OtherBytes as error:
-            raise CorruptArtifact(f"{uri} holds other bytes than were sealed ({error}); {way_out(uri)}") from error
+            raise DamagedFile(uri, f"holds other bytes than were sealed ({error})") from error
         except ClientError as error:
             if code_of(error) in NO_KEY:
-                raise CorruptArtifact(f"{uri} is missing; {way_out(uri)}") from error
+                raise DamagedFile(uri, "is missing") from error
             raise
 
 
@@ -263,10 +289,4 @@ def _is_as_sealed(path: Path, facts: FileFacts) -> bool:
         stat = path.stat()
     except FileNotFoundError:
         return False
-    return stat.st_size == facts["size"] and _hash_of(path, stat.st_mtime_ns, stat.st_ino) == facts["sha256"]
-
-
-@lru_cache(maxsize=2**16)
-def _hash_of(path: Path, changed: int, inode: int) -> str:
-    """The sha256 of a copy; read once a process, and again when the file has changed."""
-    return disk.sha256(path)
+    return stat.st_size == facts["size"] and disk.known_sha256(path) == facts["sha256"]

@@ -10,14 +10,15 @@ through it, is told what won.
 import json
 import logging
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from vila_ops.artifacts import disk, output
-from vila_ops.artifacts.backend import AT_ONCE, Backend, FileFacts, way_out
+from vila_ops.artifacts.backend import AT_ONCE, Backend, DamagedFile, FileFacts, way_out
 from vila_ops.artifacts.backend import CorruptArtifact as CorruptArtifact
 from vila_ops.artifacts.copies import uri_of
 from vila_ops.artifacts.kinds import Artifact, Checkpoint, Dataset, EvalReport, Pretrained, Shard, Survey
@@ -88,7 +89,7 @@ def backend(uri: str) -> Backend:
 def find(kind: type[A], at: Address, *, store: str, first: Path | None = None) -> A | None:
     """The sealed artifact at an address, or None. `first` is a folder to look in before the store (DVC's output).
 
-    Checks that every file is there with its size; `verify` reads the bytes.
+    Checks that every file is there with its size; its bytes are compared when they are read.
     """
     for uri in (None if first is None else str(first), at.uri(store)):
         if uri is None or (manifest := _manifest(uri)) is None:
@@ -122,8 +123,9 @@ def seal(
 
     facts are the handle's own fields and part of the digest; execution (times, machine, versions) is not. `known` are
     files that need no hashing, by name: facts for a file of the attempt, or a file of another sealed artifact of the
-    same store. Such a file is not copied: on disk it is a hard link, on S3 the manifest points to it.
-    Returns what is sealed at the address, which is another attempt's work if that one came first.
+    same store. Such a file is read, not copied: on disk it is a hard link, on S3 the manifest points to it.
+    Returns what is sealed at the address, which is another attempt's work if that one came first. Raises
+    CorruptArtifact where a file of another artifact is not as it was sealed.
     """
     place = _place_of(attempt)
     uri, _, data = place.rpartition("/")
@@ -159,34 +161,56 @@ def verify_folder(uri: str) -> str:
     manifest = read_manifest(uri)
     _check_sizes(uri, manifest)
     places = list(_places(uri, manifest).values())
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with _naming(uri), ThreadPoolExecutor(AT_ONCE) as pool:
         digests = list(pool.map(lambda one: backend(uri).digest(*one), places))
     for (place, expected), actual in zip(places, digests, strict=True):
         if actual != expected["sha256"]:
-            raise CorruptArtifact(
-                f"{place} has sha256 {actual[:12]}..., sealed as {expected['sha256'][:12]}...; {way_out(uri)}"
-            )
+            raise _damaged(uri, place, f"has sha256 {actual[:12]}..., sealed as {expected['sha256'][:12]}...")
     stated = _digest(manifest["address"].split("/")[0], manifest["files"], manifest["facts"])
     if stated != manifest["digest"]:
         raise CorruptArtifact(f"{uri}/{MANIFEST} was changed after sealing; {way_out(uri)}")
     return stated
 
 
-def content(artifact: Artifact) -> Path:
-    """A folder on this machine with all files of a sealed artifact.
+@dataclass(frozen=True)
+class Opened:
+    """The files of a sealed artifact, whose manifest was read. Each is compared with its sha256 once a process."""
 
-    From S3 each file is downloaded once a machine, and compared with its sha256 before it is there.
-    """
+    uri: str
+    data: str
+    """The place of its own files, those that it does not link."""
+    places: Mapping[str, tuple[str, FileFacts]]
+    """Where the bytes of each file lie, and what they are."""
+
+    def file(self, name: str) -> Path:
+        """One file on this machine; from S3 downloaded once a machine. Raises CorruptArtifact."""
+        if name not in self.places:
+            raise ValueError(f"{self.uri} has no file {name!r}; it has {sorted(self.places)[:5]}")
+        with _naming(self.uri):
+            return backend(self.uri).local(*self.places[name])
+
+    def folder(self) -> Path:
+        """A folder on this machine with all files. Raises CorruptArtifact."""
+        with _naming(self.uri):
+            return backend(self.uri).folder(self.data, self.places)
+
+
+def opened(artifact: Artifact) -> Opened:
+    """The files of a sealed artifact, none of them read yet. Raises CorruptArtifact where another one lies there."""
     manifest = read_manifest(artifact.uri)
-    return backend(artifact.uri).folder(f"{artifact.uri}/{manifest['data']}", _places(artifact.uri, manifest))
+    if manifest["digest"] != artifact.digest:
+        raise CorruptArtifact(f"{artifact.uri} holds digest {manifest['digest']}, not {artifact.digest}; run again")
+    return Opened(artifact.uri, f"{artifact.uri}/{manifest['data']}", _places(artifact.uri, manifest))
+
+
+def content(artifact: Artifact) -> Path:
+    """A folder on this machine with all files of a sealed artifact, each compared with its sha256 once a process."""
+    return opened(artifact).folder()
 
 
 def file(artifact: Artifact, name: str) -> Path:
-    """One file of a sealed artifact on this machine; from S3 as by `content`, without the other files."""
-    files = _places(artifact.uri, read_manifest(artifact.uri))
-    if name not in files:
-        raise ValueError(f"{artifact.uri} has no file {name!r}; it has {sorted(files)[:5]}")
-    return backend(artifact.uri).local(*files[name])
+    """One file of a sealed artifact on this machine, as by `content`, without the other files."""
+    return opened(artifact).file(name)
 
 
 def read_manifest(uri: str) -> dict[str, Any]:
@@ -207,7 +231,8 @@ def export(artifact: Artifact, target: Path) -> None:
         manifest = read_manifest(artifact.uri)
         for name, (place, facts) in _places(artifact.uri, manifest).items():
             (fresh / EXPORTED / name).parent.mkdir(parents=True, exist_ok=True)
-            backend(artifact.uri).copy(place, facts, fresh / EXPORTED / name)
+            with _naming(artifact.uri):
+                backend(artifact.uri).copy(place, facts, fresh / EXPORTED / name)
         files = {name: FileFacts(size=f["size"], sha256=f["sha256"]) for name, f in manifest["files"].items()}
         exported = {**manifest, "files": files, "data": EXPORTED, "execution": ANY_EXECUTION}
         (fresh / MANIFEST).write_text(_sealed(exported))
@@ -258,16 +283,19 @@ def _files(attempt: Path, uri: str, known: Mapping[str, FileFacts | Linked]) -> 
 
 
 def _link(target: Path, uri: str, linked: Linked) -> FileFacts:
-    """The entry of a file of another artifact; on disk the file itself, as a hard link."""
+    """The entry of a file of another artifact, its bytes compared; on disk the file itself, as a hard link."""
     artifact, name = linked
     if target.exists():
         raise ValueError(f"{target} is to be linked from {artifact.uri}, but the attempt has a file of that name")
-    place, facts = _places(artifact.uri, read_manifest(artifact.uri))[name]
+    source = opened(artifact)
+    place, facts = source.places[name]
     entry = FileFacts(size=facts["size"], sha256=facts["sha256"])
     if backend(uri) is disk:
         target.parent.mkdir(parents=True, exist_ok=True)
-        disk.link(file(artifact, name), target)
+        disk.link(source.file(name), target)
     elif place.startswith(f"{_root(uri)}/"):
+        with _naming(artifact.uri):
+            backend(uri).check(place, facts)
         entry["at"] = place.removeprefix(f"{_root(uri)}/")
     else:
         raise ValueError(f"{place} cannot be linked into {uri}: it is in another store; seal a copy of it there first")
@@ -343,6 +371,31 @@ def _check_sizes(uri: str, manifest: dict[str, Any]) -> None:
     places = list(_places(uri, manifest).values())
     for (place, expected), size in zip(places, backend(uri).sizes([place for place, _ in places]), strict=True):
         if size is None:
-            raise CorruptArtifact(f"{place} is missing; {way_out(uri)}")
+            raise _damaged(uri, place, "is missing")
         if size != expected["size"]:
-            raise CorruptArtifact(f"{place} has {size} bytes, sealed with {expected['size']}; {way_out(uri)}")
+            raise _damaged(uri, place, f"has {size} bytes, sealed with {expected['size']}")
+
+
+@contextmanager
+def _naming(uri: str) -> Iterator[None]:
+    """Name the sealed folder, and what else shares the file, where one of its files is damaged."""
+    try:
+        yield
+    except DamagedFile as error:
+        raise _damaged(uri, error.place, error.what) from error
+
+
+def _damaged(uri: str, place: str, what: str) -> CorruptArtifact:
+    """The error of a damaged file: every sealed folder that holds it has to go before a rebuilt one is sound."""
+    root = _root(uri)
+    others = [other for other in backend(uri).sharing(place, root, KINDS.values()) if other != uri and _stands(other)]
+    return CorruptArtifact(f"{place} {what}; {way_out(uri, *others)}")
+
+
+def _stands(uri: str) -> bool:
+    """Whether a folder is what is found at its address; one that was renamed is not."""
+    try:
+        manifest = _manifest(uri)
+    except CorruptArtifact:
+        return True
+    return manifest is not None and uri.endswith(f"/{manifest['address']}")

@@ -133,11 +133,11 @@ def read_index(folder: Path) -> pa.Table:
     return pq.read_table(folder / INDEX, schema=SCHEMA)
 
 
-def find_rows(folder: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
+def find_rows(dataset: Dataset, keys: Sequence[str]) -> list[dict[str, Any]]:
     """Key, source and record id of samples by their keys, in no order; a key that is not there is left out."""
     wanted = pc.field("key").isin(pa.array(keys, pa.string()))
     columns = ["key", "source", "id"]
-    rows: list[dict[str, Any]] = pq.read_table(folder / INDEX, columns=columns, filters=wanted).to_pylist()
+    rows: list[dict[str, Any]] = pq.read_table(store.file(dataset, INDEX), columns=columns, filters=wanted).to_pylist()
     return rows
 
 
@@ -164,11 +164,12 @@ def index_of(dataset: Dataset) -> pa.Table:
 
 def samples_of(dataset: Dataset, rows: Iterable[Mapping[str, Any]]) -> Iterator[Sample]:
     """The samples of some rows of a sealed dataset's index; from S3 only their shards come here."""
+    files = store.opened(dataset)
     shards: dict[str, Path] = {}
     for row in rows:
         name = row["shard"]
         if name not in shards:
-            shards[name] = store.file(dataset, name)
+            shards[name] = files.file(name)
         yield read_sample(shards[name].parent, shard=shards[name].name, offset=row["offset"], key=row["key"])
 
 

@@ -66,8 +66,8 @@ def _evaluate(
 
 
 def read_report(report: EvalReport) -> dict[str, Any]:
-    """The content of a report."""
-    found: dict[str, Any] = json.loads((store.content(report) / REPORT).read_text())
+    """The content of a report. Raises CorruptArtifact."""
+    found: dict[str, Any] = json.loads(store.file(report, REPORT).read_text())
     return found
 
 

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from vila_ops.artifacts.kinds import Checkpoint, Pretrained
-from vila_ops.artifacts.store import content, verify
+from vila_ops.artifacts.store import content
 from vila_ops.data.images import Fit, pixels
 from vila_ops.data.text.conversation import Tokenizer
 from vila_ops.generate.engine import Generator
@@ -25,7 +25,6 @@ def load_generator(
 
     bf16 is of the language model; the tower stays fp32, so that its cached features serve training too.
     """
-    verify(model)
     return generator_of(content(model), feature_root=feature_root, threads=threads, precision=precision)
 
 

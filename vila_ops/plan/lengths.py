@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vila_ops.artifacts.kinds import Dataset
-from vila_ops.artifacts.store import content
+from vila_ops.artifacts.store import file
 from vila_ops.config import Mixture, Stage
 from vila_ops.config.lengths import Group, Lengths
 from vila_ops.data.order.mixture import Size, compose
@@ -55,7 +55,7 @@ class Rows:
 def prepared(dataset: Dataset, mixture: Mixture) -> Epoch:
     """An epoch of prepared data: the samples that it holds, as often as the mixture's blend shows them."""
     columns = ["source", "split", "num_tokens", "num_targets", "num_images"]
-    table = pq.read_table(content(dataset) / INDEX, columns=columns, filters=[("split", "=", "train")])
+    table = pq.read_table(file(dataset, INDEX), columns=columns, filters=[("split", "=", "train")])
     source = table["source"].to_numpy()
     arrays = [table[name].to_numpy().astype(np.int64) for name in columns[2:]]
     own = {name: np.flatnonzero(source == name) for name in mixture.sources}

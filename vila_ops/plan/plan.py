@@ -180,9 +180,9 @@ class _Stage:
     def _prepared(self, text: TextFormat) -> tuple[data.Epoch, int, float]:
         """An epoch of the prepared mixture, the steps of the stage as the loop counts them, and the bytes on disk."""
         dataset = self._dataset(text)
-        folder = store.content(dataset)
-        rows = OrderedRows(folder, digest=dataset.digest, stage=self.stage, cache=self.resources.plan_cache())
-        data_bytes = float(sum(path.stat().st_size for path in folder.iterdir() if path.is_file()))
+        files = store.opened(dataset)
+        rows = OrderedRows(files.file, digest=dataset.digest, stage=self.stage, cache=self.resources.plan_cache())
+        data_bytes = float(sum(facts["size"] for _, facts in files.places.values()))
         return data.prepared(dataset, self.stage.mixture), rows.num_steps(), data_bytes
 
     def _dataset(self, text: TextFormat) -> Dataset:

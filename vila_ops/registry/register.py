@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vila_ops.artifacts.kinds import Checkpoint, EvalReport, ModelVersion
-from vila_ops.artifacts.store import content, verify
+from vila_ops.artifacts.store import file, verify
 from vila_ops.config import Gate, Resources, fingerprint
 from vila_ops.registry.gate import Verdict, judge, metrics_of
 
@@ -209,7 +209,7 @@ def _handle(client: Any, name: str, number: int) -> ModelVersion:
 
 
 def _metrics(report: EvalReport) -> dict[str, Any]:
-    return metrics_of(json.loads((content(report) / "report.json").read_text()))
+    return metrics_of(json.loads(file(report, "report.json").read_text()))
 
 
 def _client(resources: Resources) -> Any:

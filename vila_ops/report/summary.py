@@ -12,7 +12,7 @@ from vila_ops import tracking
 from vila_ops.artifacts import output
 from vila_ops.artifacts.execution import versions
 from vila_ops.artifacts.kinds import Artifact, Checkpoint, Dataset, EvalReport
-from vila_ops.artifacts.store import content, read_manifest
+from vila_ops.artifacts.store import file, read_manifest
 from vila_ops.config import Run
 from vila_ops.data.shards import data_url, index_of, samples_of
 from vila_ops.eval.evaluate import read_report
@@ -235,7 +235,7 @@ def _serving(outcome: Outcome) -> Json:
 
 
 def _curve(checkpoint: Checkpoint) -> list[Json]:
-    rows = json.loads((content(checkpoint) / "curve.json").read_text())
+    rows = json.loads(file(checkpoint, "curve.json").read_text())
     return [{key: float.fromhex(v) if isinstance(v, str) else v for key, v in row.items()} for row in rows]
 
 

@@ -18,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vila_ops.artifacts.store import content
 from vila_ops.data.order.loader import Rows
 from vila_ops.data.order.packing import Row
 from vila_ops.data.shards import find_rows
@@ -160,7 +159,7 @@ class Blame:
 
     def _records(self, keys: Sequence[str]) -> list[Blamed]:
         """Key, source and record of samples, in their order, each once."""
-        found = {row["key"]: row for row in find_rows(content(self.job.data), keys)}
+        found = {row["key"]: row for row in find_rows(self.job.data, keys)}
         return [Blamed(key=key, source=found[key]["source"], id=found[key]["id"]) for key in dict.fromkeys(keys)]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vila_ops.artifacts.store import content
+from vila_ops.artifacts.store import content, opened
 from vila_ops.config import Stage
 from vila_ops.config.train import Lora
 from vila_ops.data.order.loader import Rows
@@ -97,7 +97,9 @@ def _train(job: Job, place: Place, watch: Watch, metrics: MetricLog) -> dict[str
 def load(job: Job) -> tuple[VilaForConditionalGeneration, Rows, Batches]:
     """Model, rows and batches of a stage."""
     device = torch.device("cuda", torch.cuda.current_device()) if job.resources.gpus_per_worker else torch.device("cpu")
-    rows = Rows(content(job.data), digest=job.data.digest, stage=job.stage, cache=job.resources.plan_cache())
+    if "://" in job.data.uri:
+        content(job.data)  # every shard is downloaded before the first step, whose time the watchdog limits
+    rows = Rows(opened(job.data).file, digest=job.data.digest, stage=job.stage, cache=job.resources.plan_cache())
     model = model_folder.load(content(job.init), change=change_of(job.stage))
     attention.use(model, attention.choose(job.resources.attention, device, job.stage.precision))
     batches = Batches(job, model, device=device)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TextIO
 
 from vila_ops.artifacts.kinds import Checkpoint
-from vila_ops.artifacts.store import backend, content, read_manifest, root_of
+from vila_ops.artifacts.store import backend, file, read_manifest, root_of
 from vila_ops.config import Config, Resources, Stage
 from vila_ops.train.job import Asked
 from vila_ops.train.loop import CURVE
@@ -209,7 +209,7 @@ def _said(log: TextIO) -> str:
 def _differences(unbroken: Trial, killed: Trial) -> Iterator[str]:
     """What is not the same in two stages that were trained to their ends, a line each."""
     one, two = unbroken.train(), killed.train()
-    curves = [json.loads((content(checkpoint) / CURVE).read_text()) for checkpoint in (one, two)]
+    curves = [json.loads(file(checkpoint, CURVE).read_text()) for checkpoint in (one, two)]
     for own, other in zip_longest(*curves):
         if own != other:
             yield f"the curves differ first at step {(own or other)['step']}: unbroken {own}, killed {other}"

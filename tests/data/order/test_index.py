@@ -45,7 +45,7 @@ def test_the_arrays_say_what_the_index_says(
 ) -> None:
     monkeypatch.setattr(module, "BATCH", batch)
     for _ in ("made", "opened"):
-        index = Index(folder, digest=DIGEST, cache=tmp_path / "cache")
+        index = Index(folder.joinpath, digest=DIGEST, cache=tmp_path / "cache")
         rows = read_index(folder).to_pylist()
         assert index.num_tokens().tolist() == [row["num_tokens"] for row in rows]
         for number, row in enumerate(rows):
@@ -61,14 +61,14 @@ def test_the_arrays_say_what_the_index_says(
 
 def test_an_empty_index_has_no_groups(tmp_path: Path) -> None:
     write_index([], tmp_path)
-    assert Index(tmp_path, digest=DIGEST, cache=tmp_path / "cache").groups == []
+    assert Index(tmp_path.joinpath, digest=DIGEST, cache=tmp_path / "cache").groups == []
 
 
 def test_datasets_do_not_share_arrays(folder: Path, tmp_path: Path) -> None:
-    Index(folder, digest=DIGEST, cache=tmp_path / "cache")
+    Index(folder.joinpath, digest=DIGEST, cache=tmp_path / "cache")
     write_index([], folder)
-    assert len(Index(folder, digest=DIGEST, cache=tmp_path / "cache").groups) == 6
-    assert Index(folder, digest="cd" * 32, cache=tmp_path / "cache").groups == []
+    assert len(Index(folder.joinpath, digest=DIGEST, cache=tmp_path / "cache").groups) == 6
+    assert Index(folder.joinpath, digest="cd" * 32, cache=tmp_path / "cache").groups == []
 
 
 OPEN = """
@@ -78,7 +78,7 @@ from vila_ops.data.order.index import Index
 
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()
-index = Index(Path(sys.argv[1]), digest="ab" * 32, cache=Path(sys.argv[1]) / "cache")
+index = Index(Path(sys.argv[1]).joinpath, digest="ab" * 32, cache=Path(sys.argv[1]) / "cache")
 place = index.place(400_000)
 print(json.dumps({"key": place.key, "kib": peak() - before}))
 """

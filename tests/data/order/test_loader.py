@@ -59,7 +59,7 @@ def make_rows(request: Any, folder: Path, make_stage: Any, tmp_path: Path, monke
         }
         mixture = Mixture.model_validate({"name": "m", "sources": sources})
         stage: Stage = make_stage(mixture, **{"row_tokens": 64, "global_batch_size": 8, **more})
-        return Rows(folder, digest=digest, stage=stage, cache=tmp_path / cache)
+        return Rows(folder.joinpath, digest=digest, stage=stage, cache=tmp_path / cache)
 
     return make
 
@@ -248,7 +248,7 @@ def test_a_dataset_without_validation_samples_is_named(make_stage: Any, folder: 
     source = {"kind": "jsonl", "path": "x", "render": "caption"}
     stage = make_stage(Mixture.model_validate({"name": "m", "sources": {"a": source}}))
     with pytest.raises(ValueError, match="mixture 'm' has no validation sample"):
-        Rows(tmp_path, digest=DIGEST, stage=stage, cache=tmp_path / "cache")
+        Rows(tmp_path.joinpath, digest=DIGEST, stage=stage, cache=tmp_path / "cache")
 
 
 @pytest.mark.parametrize("array", ["members", "starts", "num_targets", "keys", "numbers"])

@@ -23,7 +23,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
         for i, (source, split) in enumerate(splits)
     ]  # fmt: skip
     write_index(rows, folder)
-    return Index(folder, digest="ab" * 32, cache=folder / "cache")
+    return Index(folder.joinpath, digest="ab" * 32, cache=folder / "cache")
 
 
 def asked(*, seed: int = 0, digest: str = "ab" * 32, capacity: int = 20, **samples_per_epoch: int) -> Asked:

@@ -8,7 +8,7 @@ key_end (N,), keys (S,)        its key is keys[key_end[i - 1] : key_end[i]], UTF
 numbers (N,)                   the samples grouped by split and source
 """
 
-import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,9 +51,9 @@ class Group(NamedTuple):
 class Index:
     """The index of one dataset."""
 
-    def __init__(self, folder: Path, *, digest: str, cache: Path) -> None:
-        """`digest` is that of the dataset whose files are in `folder`; `cache` is where its arrays are kept."""
-        self._arrays = Arrays(cache / f"index-{digest[:32]}-{LAYOUT}", functools.partial(_write, folder / INDEX))
+    def __init__(self, file: Callable[[str], Path], *, digest: str, cache: Path) -> None:
+        """`file` gives the files of the dataset with this digest by name; `cache` is where its arrays are kept."""
+        self._arrays = Arrays(cache / f"index-{digest[:32]}-{LAYOUT}", lambda folder: _write(file(INDEX), folder))
         self.groups = [Group(*group) for group in self._arrays.facts["groups"]]
         self._shards: list[str] = self._arrays.facts["shards"]
 

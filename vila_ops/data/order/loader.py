@@ -8,6 +8,7 @@ import logging
 import math
 from bisect import bisect_right
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -16,9 +17,10 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from vila_ops.artifacts.backend import AT_ONCE
 from vila_ops.config import Stage
 from vila_ops.data.order.arrays import DamagedCache, discard
-from vila_ops.data.order.index import Index
+from vila_ops.data.order.index import Index, Place
 from vila_ops.data.order.mixture import Size, compose
 from vila_ops.data.order.order import Asked, Epoch, epoch_plan, random_state
 from vila_ops.data.order.packing import IGNORE_INDEX, Row, pack
@@ -32,19 +34,21 @@ log = logging.getLogger(__name__)
 class Rows:
     """The rows of one dataset for one stage."""
 
-    def __init__(self, folder: Path, *, digest: str, stage: Stage, cache: Path) -> None:
-        """`cache` keeps the index and the plans of epochs as arrays; ranks of a machine and attempts share it.
+    def __init__(self, file: Callable[[str], Path], *, digest: str, stage: Stage, cache: Path) -> None:
+        """`file` gives the dataset's files by name, and is asked once for each that is read.
 
+        `cache` keeps the index and the plans of epochs as arrays; ranks of a machine and attempts share it.
         Raises ValueError when a source has no training sample or the dataset no validation sample.
         """
-        self.folder = folder
+        self._file = file
+        self._shards: dict[str, Path] = {}
         self.digest = digest
         self.stage = stage
         self.cache = cache
         self._open()
 
     def _open(self) -> None:
-        self._index = Index(self.folder, digest=self.digest, cache=self.cache)
+        self._index = Index(self._file, digest=self.digest, cache=self.cache)
         train = {group.source: group for group in self._index.groups if group.split == "train"}
         sizes = {name: Size(group.samples, group.tokens) for name, group in train.items()}
         self.composition = compose(self.stage.mixture, sizes)
@@ -91,7 +95,7 @@ class Rows:
             rows = self._global_batch(step)
             num_targets = sum(self._index.num_targets(number) for row in rows for number in row)
             share = len(rows) // world_size
-            return [self._pack(row) for row in rows[rank * share : (rank + 1) * share]], num_targets
+            return self._packed(rows[rank * share : (rank + 1) * share]), num_targets
 
         return self._healed(read)
 
@@ -103,7 +107,7 @@ class Rows:
 
     def validation(self) -> list[Row]:
         """The rows of the validation split that every validation reads, always the same."""
-        return self._healed(lambda: [self._pack(row) for row in self._held_out()])
+        return self._healed(lambda: self._packed(self._held_out()))
 
     def _healed(self, read: Callable[[], T]) -> T:
         """What `read` returns; a damaged cache is made anew, as nothing is in it that cannot be."""
@@ -147,9 +151,19 @@ class Rows:
         made = plan(lengths[:enough], capacity=capacity, seed=seed)
         return [held_out[made.row(row)].tolist() for row in range(min(len(made), wanted))]
 
-    def _pack(self, numbers: list[int]) -> Row:
-        places = [self._index.place(number) for number in numbers]
-        samples = [read_sample(self.folder, shard=at.shard, offset=at.offset, key=at.key) for at in places]
+    def _packed(self, rows: list[list[int]]) -> list[Row]:
+        places = [[self._index.place(number) for number in row] for row in rows]
+        if fresh := sorted({at.shard for row in places for at in row} - self._shards.keys()):
+            with ThreadPoolExecutor(AT_ONCE) as pool:  # each is read whole, to be compared with its sha256
+                self._shards.update(zip(fresh, pool.map(self._file, fresh), strict=True))
+        return [self._pack(row) for row in places]
+
+    def _pack(self, places: list[Place]) -> Row:
+        shards = [self._shards[at.shard] for at in places]
+        samples = [
+            read_sample(path.parent, shard=path.name, offset=at.offset, key=at.key)
+            for path, at in zip(shards, places, strict=True)
+        ]
         most = self.stage.row_tokens
         return pack(samples, capacity=most if self.stage.pack else min(most, len(samples[0].input_ids)))
 
