@@ -85,7 +85,7 @@ class Backend(Protocol):
         """sha256 of the bytes that the store holds; they are read again where it is not the expected one."""
 
     def check(self, uri: str, facts: FileFacts) -> None:
-        """Compare the bytes that the store holds with their sha256, once a process. Raises DamagedFile."""
+        """Compare the bytes that the store holds with their sha256. Raises DamagedFile."""
 
     def local(self, uri: str, facts: FileFacts) -> Path:
         """The file on this machine, compared with its sha256 once a process. Raises DamagedFile."""
