@@ -82,13 +82,9 @@ def test_the_way_out_of_a_damaged_dataset_works(prepared: Prepare, make_stage: A
     index = index_of(made).to_pylist()
     tar = opened(made).places[index[0]["shard"]][0]
     flip(Path(tar), Path(tar).stat().st_size // 2)
-    stage: Stage = make_stage(
-        Mixture.model_validate(
-            {"name": "own", "sources": {"pairs": {"kind": "jsonl", "path": "unread", "render": "caption"}}}
-        ),
-        global_batch_size=16,
-        num_steps=4,
-    )
+    source = {"kind": "jsonl", "path": "unread", "render": "caption"}
+    mixture = Mixture.model_validate({"name": "own", "sources": {"pairs": source}})
+    stage: Stage = make_stage(mixture, global_batch_size=16, num_steps=4)
     rows = Rows(opened(made).file, digest=made.digest, stage=stage, cache=tmp_path / "plans")
     shared = next(path for path in tmp_path.glob("work/**/shard/*/*/shard.tar") if path.samefile(tar))
     for read in (lambda: list(samples_of(made, index)), lambda: [rows.batch(step) for step in range(4)]):
