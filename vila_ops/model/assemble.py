@@ -3,6 +3,7 @@
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 from vila_ops.artifacts import store
 from vila_ops.artifacts.execution import execution
@@ -11,29 +12,37 @@ from vila_ops.artifacts.kinds import Pretrained
 from vila_ops.artifacts.leases import hold
 from vila_ops.config import Model, Resources
 
-REVISION = 4
+REVISION = 5
 log = logging.getLogger(__name__)
 
 
 def assemble(model: Model, resources: Resources) -> Pretrained:
     """Tower, projector and language model put together, or the folder that the recipe starts from.
 
-    Made only if the store has it not yet. Of a folder the content is a parent; its place does not matter.
+    Made only if the store has it not yet. Of a local folder the content is a parent; its place does not matter.
     """
-    recipe = model.model_dump(mode="json")
-    parents: tuple[str, ...] = ()
-    if model.weights is not None:
-        parents = (folder_digest(Path(model.weights.path)),)
-        for part in ("weights", "vision_tower", "language_model"):
-            recipe[part] = {key: value for key, value in recipe[part].items() if value != model.weights.path}
-    if model.language_model.kind == "random":
-        parents = (*parents, folder_digest(Path(model.language_model.tokenizer)))
-        recipe["language_model"].pop("tokenizer", None)
+    recipe, parents = _identity(model)
     at = store.address(Pretrained, revision=REVISION, recipe=recipe, parents=parents)
     if done := store.find(Pretrained, at, store=resources.store):
         return done
     with hold(at, store=resources.store):
         return store.find(Pretrained, at, store=resources.store) or _assemble(at, model, resources)
+
+
+def _identity(model: Model) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The recipe without places of this machine, and the digests of the local folders that stood there."""
+    recipe = model.model_dump(mode="json")
+    folders: list[str] = []
+    if model.weights is not None:
+        folders.append(recipe["weights"].pop("path"))
+    for part in (recipe["vision_tower"], recipe["language_model"]):
+        if part["kind"] == "hub" and Path(part["name"]).is_dir():
+            folders.append(part.pop("name"))
+            part.pop("revision")  # a label, which says nothing of what lies there now
+        elif "tokenizer" in part:
+            folders.append(part.pop("tokenizer"))
+    digests = {folder: folder_digest(Path(folder)) for folder in dict.fromkeys(folders)}
+    return recipe, tuple(digests[folder] for folder in folders)
 
 
 def _assemble(at: store.Address, model: Model, resources: Resources) -> Pretrained:

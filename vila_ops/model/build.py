@@ -5,12 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from vila_ops.config import Model
 from vila_ops.config.model import HubLanguageModel, RandomLanguageModel
 from vila_ops.model.configuration import VilaConfig
 from vila_ops.model.part import read_part
+from vila_ops.model.projectors import initialise
+from vila_ops.model.seeds import generator, isolated
 from vila_ops.model.shapes import check_shape
 from vila_ops.model.towers import build_tower, select_strategy
 from vila_ops.model.vila import VilaForConditionalGeneration
@@ -23,19 +25,21 @@ VOCABULARY_MULTIPLE = 64
 def build_model(
     model: Model, *, vocabulary: int, image_id: int, eos_id: int, cache: Path
 ) -> VilaForConditionalGeneration:
-    """The untrained whole, fp32, in eval mode; equal for equal config and weights.
+    """The untrained whole, fp32, in eval mode; equal for equal config and weights, whatever the process did before.
 
     vocabulary is the number of token ids in use, image_id the id of the image token.
     """
-    torch.manual_seed(model.seed)
     tower = build_tower(model, cache=cache)
     language_model = _language_model(model, vocabulary=vocabulary, cache=cache)
-    language_model.resize_token_embeddings(padded(vocabulary), mean_resizing=False)
+    _resize_vocabulary(language_model, padded(vocabulary), seed=model.seed)
     config = config_of(model, tower, language_model, image_id=image_id, eos_id=eos_id)
-    whole = VilaForConditionalGeneration(config)
+    with torch.device("meta"):
+        whole = VilaForConditionalGeneration(config)
     whole.model.vision_tower = tower
     whole.model.language_model = language_model.get_decoder()
     whole.lm_head.weight = language_model.get_output_embeddings().weight
+    whole.model.multi_modal_projector.to_empty(device="cpu")
+    initialise(whole.model.multi_modal_projector, std=_std(config), seed=model.seed)
     built: VilaForConditionalGeneration = whole.float().eval()
     return built
 
@@ -67,12 +71,35 @@ def config_of(model: Model, tower: Any, language_model: Any, *, image_id: int, e
 
 def _language_model(model: Model, *, vocabulary: int, cache: Path) -> PreTrainedModel:
     if isinstance(model.language_model, RandomLanguageModel):
-        return AutoModelForCausalLM.from_config(random_language_model(model.language_model, vocabulary=vocabulary))
+        config = random_language_model(model.language_model, vocabulary=vocabulary)
+        with isolated(model.seed, "language_model"):
+            return AutoModelForCausalLM.from_config(config)
     folder = language_model_folder(model.language_model, cache=cache)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if isinstance(model.language_model, HubLanguageModel):
         check_shape(model.language_model, config)
     return read_part(AutoModelForCausalLM, folder, config)
+
+
+@torch.no_grad()
+def _resize_vocabulary(language_model: PreTrainedModel, rows: int, *, seed: int) -> None:
+    """Cut embedding and head to so many rows, or draw new rows as transformers does: normal, of the config's width."""
+    old = language_model.get_input_embeddings().weight.shape[0]
+    with isolated(seed, "resize"):  # what it draws is replaced
+        language_model.resize_token_embeddings(rows, mean_resizing=False)
+    matrices = {
+        "embedding": language_model.get_input_embeddings().weight,
+        "lm_head": language_model.get_output_embeddings().weight,
+    }
+    if language_model.config.tie_word_embeddings:
+        matrices.pop("lm_head")
+    for name, matrix in matrices.items():
+        matrix[old:].normal_(0, _std(language_model.config), generator=generator(seed, name))
+
+
+def _std(config: PreTrainedConfig) -> float:
+    """Standard deviation of new weights, as transformers takes it from the language model's config."""
+    return float(getattr(config.get_text_config(), "initializer_range", 0.02))
 
 
 def random_language_model(config: RandomLanguageModel, *, vocabulary: int) -> LlamaConfig:

@@ -55,10 +55,16 @@ def check(folder: Path, target: Target) -> Finding:
 
 
 def write_plain(folder: Path, out: Path) -> None:
-    """Copy a model folder's own files to a new folder, whole or not at all. Raises ValueError for one with files."""
+    """Copy a model folder's own files to a new folder, whole or not at all, without paths of this machine.
+
+    Raises ValueError for a folder with files.
+    """
+    from vila_ops.model.folder import drop_places  # heavy: torch, transformers
+
     check_folder(folder)
     with output.new_folder(out) as draft:
         shutil.copytree(folder, draft, dirs_exist_ok=True)
+        drop_places(draft)
 
 
 def _why_not(config: dict[str, Any], folder: Path, target: Target) -> Iterator[str]:

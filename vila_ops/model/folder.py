@@ -26,19 +26,43 @@ OURS = ("projector", "visual_expert", "vision_side", "image_fit")
 """Config fields that LLaVA's format does not know."""
 ADAPTER = "adapter"
 """Folder inside the folder of a model that a LoRA stage trained."""
-OF_READING = ("is_local", "local_files_only", "name_or_path")
-"""What transformers writes of how a tokenizer was read, into the tokenizer's own settings."""
+OF_READING = (
+    "is_local", "local_files_only", "name_or_path", "tokenizer_file", "special_tokens_map_file", "vocab_file",
+    "merges_file",
+)  # fmt: skip
+"""What transformers writes of where and how a tokenizer was read, into the tokenizer's own settings."""
+PLACE = "_name_or_path"
+"""What transformers writes into a config of where it was read: a path of one machine."""
 MAX_SIDE = 4096
 
 
 def save(model: VilaForConditionalGeneration, folder: Path, *, processor: LlavaProcessor) -> None:
     """Write weights (safetensors), config, processor, tokenizer and chat template."""
     processor.save_pretrained(folder)
-    words = read_json(folder / "tokenizer_config.json")
-    _write_json(folder / "tokenizer_config.json", {key: words[key] for key in words if key not in OF_READING})
+    drop_places(folder)
     _write_config(model.config, folder, dtype=model.dtype)
     _write_json(folder / "generation_config.json", _generation(model.config, processor))
     write_weights(dict(model.state_dict()), folder, config=model.config)
+
+
+def drop_places(folder: Path) -> None:
+    """Remove from a folder's settings where they were read; a file that does not say it keeps its bytes."""
+    for name in ("config.json", "tokenizer_config.json"):
+        if not (path := folder / name).is_file():
+            continue
+        stated = read_json(path)
+        kept = without_place(stated)
+        if name == "tokenizer_config.json":
+            kept = {key: value for key, value in kept.items() if key not in OF_READING}
+        if kept != stated:
+            _write_json(path, kept)
+
+
+def without_place(stated: Any) -> Any:
+    """Settings without PLACE, at any depth."""
+    if isinstance(stated, dict):
+        return {key: without_place(value) for key, value in stated.items() if key != PLACE}
+    return [without_place(one) for one in stated] if isinstance(stated, list) else stated
 
 
 def is_plain(config: VilaConfig) -> bool:
@@ -197,10 +221,9 @@ def fit_of(folder: Path) -> tuple[ImageFit, int]:
 def _write_config(config: VilaConfig, folder: Path, *, dtype: torch.dtype) -> None:
     stated: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     stated["architectures"] = [VilaForConditionalGeneration.__name__]
-    stated.pop("_name_or_path", None)  # where it was read from is no part of it
     for part in (stated, stated["text_config"], stated["vision_config"]):
         part["dtype"] = str(dtype).removeprefix("torch.")
-    _write_json(folder / "config.json", _plain(stated) if is_plain(config) else stated)
+    _write_json(folder / "config.json", without_place(_plain(stated) if is_plain(config) else stated))
 
 
 def _set_processor_size(folder: Path, side: int) -> None:

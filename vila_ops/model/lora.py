@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vila_ops.config.train import Lora
+from vila_ops.model.seeds import generator, isolated
 from vila_ops.model.trainable import LORA
 from vila_ops.model.vila import VilaForConditionalGeneration
 
@@ -60,12 +62,13 @@ def add(model: VilaForConditionalGeneration, tuning: Lora, *, seed: int, dtype: 
         for name, layer in linear.items():
             model.set_submodule(name, _quantised(layer, dtype))
         model.is_loaded_in_4bit = True  # PEFT asks for it
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with isolated(seed, "peft"):  # what it draws is replaced
         inject_adapter_in_model(_peft_config(tuning, layers=linear), model)
-    if tuning.dropout:
-        adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
-        for number, module in enumerate(adapted):
+    adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    for number, (name, module) in enumerate(adapted):
+        own = generator(seed, f"{name}{LORA}A")
+        nn.init.kaiming_uniform_(module.lora_A["default"].weight, a=math.sqrt(5), generator=own)  # as PEFT does
+        if tuning.dropout:
             module.lora_dropout["default"] = Dropout(tuning.dropout, number)
 
 

@@ -23,6 +23,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from vila_ops.config.model import DownsampleProjector, LinearProjector, MlpProjector, TransformerProjector
 from vila_ops.model.configuration import VilaConfig
+from vila_ops.model.seeds import generator
 
 
 class Downsample(nn.Sequential):
@@ -135,6 +136,28 @@ def build_projector(config: VilaConfig) -> nn.Module:
             return Downsample(config, choice)
         case other:
             assert_never(other)
+
+
+@torch.no_grad()
+def initialise(projector: nn.Module, *, std: float, seed: int) -> None:
+    """Draw fresh weights as transformers does (normal with that deviation; biases 0, norms 1), in place.
+
+    Each matrix has a generator of its own, seeded by its name. Raises ValueError for a parameter of no linear layer
+    or norm.
+    """
+    begun: set[str] = set()
+    for name, module in projector.named_modules():
+        if isinstance(module, nn.Linear):
+            module.weight.normal_(0, std, generator=generator(seed, f"multi_modal_projector.{name}"))
+        elif isinstance(module, nn.LayerNorm):
+            module.weight.fill_(1)
+        else:
+            continue
+        if module.bias is not None:
+            module.bias.zero_()
+        begun |= {f"{name}.{own}" for own, _ in module.named_parameters()}
+    if left := sorted({name for name, _ in projector.named_parameters()} - begun):
+        raise ValueError(f"the projector's parameters {left[:3]} are of no linear layer or norm; draw them here too")
 
 
 def merge_patches(features_IPC: Tensor, factor: int, *, token_order: Literal["rows", "columns"] = "rows") -> Tensor:

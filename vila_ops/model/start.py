@@ -31,7 +31,7 @@ SIZED_BY_THE_MODEL = {"image_size", "vocab_size"}
 
 
 def start_from(model: Model, source: Path, out: Path, *, cache: Path) -> None:
-    """Copy the model in `source` to `out`, to the byte.
+    """Copy the model in `source` to `out`, to the byte, but for what its settings say of where they were read.
 
     Raises CorruptArtifact if its weights are not those that its config names, ValueError that lists every difference
     from the recipe, both values told.
@@ -44,6 +44,7 @@ def start_from(model: Model, source: Path, out: Path, *, cache: Path) -> None:
     for path in sorted(source.iterdir()):
         if path.suffix in SUFFIXES and path.is_file():
             shutil.copyfile(path, out / path.name)
+    folder.drop_places(out)
 
 
 def _in_the_config(model: Model, config: VilaConfig, source: Path) -> list[str]:

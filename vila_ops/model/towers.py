@@ -27,6 +27,7 @@ from transformers import (
 from vila_ops.config import Model
 from vila_ops.config.model import HubTower, RandomTower
 from vila_ops.model.part import read_part
+from vila_ops.model.seeds import isolated
 from vila_ops.model.shapes import check_shape
 from vila_ops.packages.resolve import vision_tower_folder
 
@@ -156,5 +157,6 @@ def _random(model: Model, tower: RandomTower) -> PreTrainedModel:
             config = InternVLVisionConfig(**shape, intermediate_size=wide)
         case _:
             assert_never(tower.architecture)
-    built: PreTrainedModel = AutoModel.from_config(config)
+    with isolated(model.seed, "vision_tower"):
+        built: PreTrainedModel = AutoModel.from_config(config)
     return built

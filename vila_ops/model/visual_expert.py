@@ -66,7 +66,7 @@ class RoutedLinear(nn.Linear):
         shape = (linear.in_features, linear.out_features, linear.bias is not None)
         super().__init__(*shape, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        self.image = nn.Linear(*shape, device=old.device, dtype=old.dtype)
+        self.image = nn.Linear(*shape, device="meta", dtype=old.dtype).to_empty(device=old.device)
         if not old.is_meta:
             self.image.load_state_dict(linear.state_dict())
 

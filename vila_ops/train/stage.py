@@ -17,7 +17,7 @@ from vila_ops.config.train import Lora
 from vila_ops.train.checkpoint.shelves import remove_all
 from vila_ops.train.job import Job, Place
 
-REVISION = 4
+REVISION = 5
 log = logging.getLogger(__name__)
 
 

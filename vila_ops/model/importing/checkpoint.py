@@ -14,6 +14,7 @@ from vila_ops.model import build, folder, processing
 from vila_ops.model.importing import llava_hf, nvlabs
 from vila_ops.model.importing.nvlabs import TokenOrder
 from vila_ops.model.importing.parts import Parts
+from vila_ops.model.seeds import isolated
 from vila_ops.model.towers import square_side
 from vila_ops.model.vila import VilaForConditionalGeneration
 from vila_ops.packages.tokenizer import IMAGE_TOKEN, check_template_name, with_image_token
@@ -89,7 +90,8 @@ def _grow_vocabulary(language_model: PreTrainedModel, vocabulary: int) -> None:
     if vocabulary <= rows:
         return
     padded = -(-vocabulary // build.VOCABULARY_MULTIPLE) * build.VOCABULARY_MULTIPLE
-    language_model.resize_token_embeddings(padded, mean_resizing=False)
+    with isolated(0, "resize"):  # what it draws is replaced
+        language_model.resize_token_embeddings(padded, mean_resizing=False)
     with torch.no_grad():
         for matrix in (language_model.get_input_embeddings().weight, language_model.get_output_embeddings().weight):
             matrix[rows:] = 0
