@@ -1,4 +1,4 @@
-"""The package never draws from a generator that the whole process shares, for its results would depend on who drew before."""
+"""The package draws from no generator that the whole process shares: results would depend on who drew before."""
 
 import ast
 from collections.abc import Iterator
