@@ -12,7 +12,7 @@ from vila_ops.data import sources
 from vila_ops.data.images import Fit
 from vila_ops.packages.normalisation import mean_std
 
-SHARD_REVISION = 3
+SHARD_REVISION = 4
 """Bumped when the same records become other samples."""
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",

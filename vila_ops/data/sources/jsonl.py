@@ -83,7 +83,9 @@ def read(source: JsonLines, span: Span) -> Iterator[list[Record | Dropped]]:
 def _record(folder: Path, line: Line, *, where: str) -> Record | Dropped:
     pictures = [part.image for turn in line.turns for part in turn.parts if isinstance(part, ImagePart)]
     if missing := [picture for picture in pictures if not (folder / picture).is_file()]:
-        return Dropped(id=line.id, reason="missing_image", where=where, detail=f"no file {missing[0]!r} in {folder}")
+        return Dropped(
+            id=line.id, reason="missing_image", where=where, detail=f"no file {missing[0]!r} beside {RECORDS}"
+        )
     return Record(
         id=line.id,
         object=line.object.lower(),

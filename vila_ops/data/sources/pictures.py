@@ -1,4 +1,8 @@
-"""Pictures that records name by a path inside one folder, or hold as base64."""
+"""Pictures that records name by a path inside one folder, or hold as base64.
+
+A fault says the name in the record, not where the folder lies: it is sealed with the dataset, whose digest has to be
+the same on every machine.
+"""
 
 import base64
 import binascii
@@ -22,7 +26,8 @@ def path_inside(folder: str | None, name: str) -> Path:
     path = PurePosixPath(name)
     if not path.parts or path.is_absolute() or ".." in path.parts or fault(name) or _is_too_long(path):
         raise Fault(
-            "bad_image_path", f"{name[:200]!r} is not a path inside {folder}; write it relative to it, without '..'"
+            "bad_image_path",
+            f"{name[:200]!r} is not a path inside the folder `images`; write it relative to it, without '..'",
         )
     return Path(folder) / path
 
@@ -36,9 +41,11 @@ def read_picture(folder: str | None, name: str) -> Image:
     """The picture of that name. Raises Fault: missing_image, bad_image_path (a link out of it too), image_too_big."""
     path = path_inside(folder, name)
     if not path.is_file():
-        raise Fault("missing_image", f"no file {name!r} in {folder}; put it there, or set `images` to its folder")
+        raise Fault(
+            "missing_image", f"no file {name!r} in the folder `images`; put it there, or set `images` to its folder"
+        )
     if not path.resolve().is_relative_to(Path(folder or "").resolve()):
-        raise Fault("bad_image_path", f"{name!r} is a link out of {folder}; put the picture itself there")
+        raise Fault("bad_image_path", f"{name!r} is a link out of the folder `images`; put the picture itself there")
     if (size := path.stat().st_size) > MAX_BYTES:
         raise Fault("image_too_big", f"{name!r} has {size} bytes, more than {MAX_BYTES}; scale it down")
     return Image(path.read_bytes())
