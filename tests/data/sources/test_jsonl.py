@@ -86,7 +86,7 @@ def test_a_picture_that_changes_changes_the_digest(tmp_path: Path, scan: Scan):
 
 def test_a_record_whose_picture_is_missing_is_dropped(tmp_path: Path, read_all: ReadAll):
     ours = source(tmp_path, {**DOG, "turns": [{"role": "document", "parts": [{"image": "gone.png"}]}]})
-    detail = f"no file 'gone.png' in {tmp_path}"
+    detail = "no file 'gone.png' beside records.jsonl"
     assert read_all(ours) == [[Dropped("1", "missing_image", where="records.jsonl:1", detail=detail)]]
 
 

@@ -1,0 +1,100 @@
+"""A process that makes one of each artifact under a folder: `made_elsewhere.py ROOT`. Their digests are in made.json.
+
+The recipe is the same wherever ROOT lies; torch's, numpy's and Python's global generators begin anywhere.
+"""
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vila_ops.artifacts.store import content, export
+from vila_ops.config import Mixture, Model, Resources, Stage, Suite
+from vila_ops.data.prepare import prepare
+from vila_ops.eval.evaluate import evaluate
+from vila_ops.model.assemble import assemble
+from vila_ops.model.export import write_plain
+from vila_ops.train.stage import train_stage
+
+SPLIT = {"salt": "tiny", "validation": 0.2, "test": 0.2}
+
+
+def model(root: Path, **more: Any) -> Model:
+    """A random tower and language model, or the parts in `more`."""
+    return Model.model_validate(
+        {
+            "vision_tower": {"kind": "random", "architecture": "clip"},
+            "projector": {"kind": "mlp_gelu"},
+            "language_model": {"kind": "random", "tokenizer": str(root / "tiny/tokenizer")},
+            "image_size": 56,
+            "patch_size": 14,
+            **more,
+        }
+    )
+
+
+def mixture(root: Path) -> Mixture:
+    """Captions, some of whose records and pictures are damaged."""
+    tiny = root / "tiny"
+    llava = {"kind": "llava", "path": str(tiny / "llava.json"), "images": str(tiny / "pairs"), "licence": "CC0-1.0"}
+    sources = {
+        "pairs": {"kind": "jsonl", "path": str(tiny / "pairs"), "render": "caption"},
+        "documents": {"kind": "jsonl", "path": str(tiny / "documents"), "render": "document"},
+        "llava": llava,
+    }
+    more = {"shard_bytes": 40_000, "split": SPLIT, "max_bad_share": 0.5}
+    return Mixture.model_validate({"name": "mixed", "sources": sources, **more})
+
+
+def stage(mixed: Mixture) -> Stage:
+    """Two steps of projector and adapters."""
+    return Stage.model_validate(
+        {
+            "name": "sft",
+            "mixture": mixed.model_dump(),
+            "trainable": ["projector", "language_model"],
+            "tuning": {"kind": "lora", "rank": 2, "alpha": 4, "dropout": 0.1},
+            "num_steps": 2,
+            "global_batch_size": 2,
+            "row_tokens": 128,
+            "learning_rate": 1e-3,
+            "precision": "fp32",
+            "save_every": 1,
+            "validate_every": 2,
+            "validation_rows": 2,
+        }
+    )
+
+
+def main(root: Path) -> None:
+    """Make everything, twice with the cache cold and warm for what is converted."""
+    torch.set_num_threads(1)
+    torch.manual_seed(random.getrandbits(60))
+    np.random.seed(random.getrandbits(32))
+    before = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
+    resources = Resources(launch="inline", store=f"{root}/store", cache=f"{root}/cache", data=f"{root}/data")
+    again = Resources(launch="inline", store=f"{root}/again", cache=f"{root}/cache", data=f"{root}/data")
+    packaged = model(root, **json.loads((root / "packaged.json").read_text()))
+    folders = model(root, **json.loads((root / "folders.json").read_text()))
+    mixed = mixture(root)
+    made: dict[str, Any] = {"cold": assemble(packaged, resources), "warm": assemble(packaged, again)}
+    made |= {"folders": assemble(folders, resources), "base": assemble(model(root), resources)}
+    made["data"] = prepare(mixed, model(root).text(max_tokens=128), resources)
+    made["trained"] = train_stage(stage(mixed), model(root), made["data"], made["base"], resources)
+    suite = {"name": "suite", "mixture": mixed.model_dump(), "split": "validation", "max_tokens": 128}
+    asked = Suite.model_validate({**suite, "benchmarks": {"caption_loss": {"kind": "caption_loss"}}})
+    made["report"] = evaluate(asked, made["trained"], made["data"], resources)
+    write_plain(content(made["trained"]), root / "exported/model")
+    export(made["data"], root / "exported/data")
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1:] == (random.getstate(), str(np.random.get_state()))
+    digests = {name: [one.uri.rpartition("/")[2], one.digest] for name, one in made.items()}
+    (root / "made.json").write_text(json.dumps(digests))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
