@@ -3,14 +3,14 @@
 import contextlib
 import importlib.util
 import io
+import itertools
 import logging
 import os
-import random
 import secrets
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +22,7 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from transformers import LlavaProcessor
 from werkzeug.serving import make_server
 
+from tests.seed import SEED
 from vila_ops import local
 from vila_ops.artifacts import s3_calls
 from vila_ops.artifacts.s3_calls import client, client_of
@@ -37,6 +38,8 @@ from vila_ops.packages.tokenizer import IMAGE_TOKEN, build_tokenizer
 TINY = Path(__file__).parent / "tiny"
 RENDERS = {"pairs": "caption", "documents": "document", "instructions": "instructions", "definitions": "document"}
 SIDE, PATCH = 56, 14
+THREADS = int(os.environ.get("VILA_TEST_THREADS", "1"))
+"""torch's threads in every test, and in the workers of the stages that it trains."""
 
 MakeModel = Callable[..., Model]
 Whole = tuple[VilaForConditionalGeneration, LlavaProcessor]
@@ -58,10 +61,19 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Tell with each failure which draws it was made of."""
+    report = yield
+    if report.failed:
+        report.sections.append(("seed", f"VILA_SEED={SEED}"))
+    return report
+
+
+@pytest.fixture(autouse=True)
 def _few_threads() -> None:
-    """Two cores are shared; results of one thread are also the same on any machine."""
-    torch.set_num_threads(1)
+    """Two cores are shared. For each test, because whatever loads a model in this process sets the number too."""
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")
@@ -191,24 +203,42 @@ def make_resources() -> Callable[..., Resources]:
 
     def make(root: Path, **more: Any) -> Resources:
         places = {name: str(root / name) for name in ("store", "data", "cache")}
-        return Resources.model_validate({"launch": "inline", **places, **more})
+        return Resources.model_validate({"launch": "inline", "threads_per_worker": THREADS, **places, **more})
 
     return make
 
 
 @pytest.fixture(scope="session")
-def free_ports() -> Callable[[int], list[int]]:
-    """Ports that nobody holds now."""
-    return _free_ports
+def free_ports() -> Iterator[Callable[[int], list[int]]]:
+    """Ports that nobody holds now, and that no other test nor another run of these tests is given.
+
+    They lie below those that the kernel gives to outgoing connections, any of which may take one before it is used; a
+    port that the kernel chooses (by asking for port 0) is one of those. A run marks its ports by names in the abstract
+    namespace of Unix sockets, which the kernel forgets when the run ends, however it ends.
+    """
+    ports = iter(range(20_000, 32_000))
+    with contextlib.ExitStack() as marks:
+
+        def is_free(port: int) -> bool:
+            mark = marks.enter_context(socket.socket(socket.AF_UNIX))
+            with socket.socket() as listener:
+                try:
+                    mark.bind(f"\0vila-ops-tests-{port}")
+                    listener.bind(("127.0.0.1", port))
+                except OSError:
+                    return False
+            return True
+
+        yield lambda count: list(itertools.islice(filter(is_free, ports), count))
 
 
 @pytest.fixture(scope="session")
-def free_servers() -> Callable[[Path], LocalServers]:
+def free_servers(free_ports: Callable[[int], list[int]]) -> Callable[[Path], LocalServers]:
     """Settings of servers on free ports, in a folder of the test's own."""
 
     def settings(root: Path) -> LocalServers:
         names = [name for name in LocalServers.model_fields if name.endswith("_port")]
-        ports = dict(zip(names, _free_ports(len(names)), strict=True))
+        ports = dict(zip(names, free_ports(len(names)), strict=True))
         return LocalServers.model_validate({"root": str(root), "ray_object_store_bytes": 100 * 2**20, **ports})
 
     return settings
@@ -278,15 +308,3 @@ def s3_store(moto_endpoint: str, aws: Callable[..., None]) -> str:
     bucket = f"vila-{secrets.token_hex(6)}"
     client().create_bucket(Bucket=bucket)
     return f"s3://{bucket}/a/store"
-
-
-def _free_ports(count: int) -> list[int]:
-    """Below the ports that the kernel gives to outgoing connections, any of which may take one before it is used."""
-    ports: list[int] = []
-    for port in random.sample(range(20_000, 32_000), 1000):
-        with socket.socket() as listener, contextlib.suppress(OSError):
-            listener.bind(("127.0.0.1", port))
-            ports.append(port)
-        if len(ports) == count:
-            return ports
-    raise RuntimeError(f"fewer than {count} of 1000 ports are free")

@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,13 @@ from typing import Any
 import pytest
 import torch
 
+from tests.seed import SEED
 from vila_ops.config import Resources
 from vila_ops.train.checkpoint.saver import Checkpoints
 from vila_ops.train.job import Place
 
 HERE = Path(__file__).parent
 COUNT = int(os.environ.get("VILA_DISK", "12"))
-SEED = int(os.environ.get("VILA_DISK_SEED", str(time.time_ns() % 10**6)))
 DISK_BYTES = 1_000_000
 
 

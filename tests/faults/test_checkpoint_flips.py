@@ -6,13 +6,13 @@ VILA_FLIPS sets how many bits (60; `make faults`: 1000), on S3 a tenth of it, VI
 import logging
 import os
 import random
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.seed import SEED
 from vila_ops.artifacts import s3
 from vila_ops.artifacts.s3_calls import client, place
 from vila_ops.config import Resources
@@ -20,7 +20,6 @@ from vila_ops.train.checkpoint.saver import Checkpoints
 from vila_ops.train.job import Place
 
 FLIPS = int(os.environ.get("VILA_FLIPS", "60"))
-SEED = int(os.environ.get("VILA_FLIP_SEED", str(time.time_ns() % 10**6)))
 Attempt = Callable[[], Checkpoints]
 
 

@@ -7,7 +7,6 @@ order than one process does. VILA_ELASTIC sets how many random sequences are tri
 import json
 import os
 import random
-import time
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
@@ -16,6 +15,7 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.seed import SEED
 from vila_ops.artifacts.store import content
 from vila_ops.config import Resources
 from vila_ops.data.shards import read_index
@@ -24,7 +24,6 @@ from vila_ops.train.samples import Read, batches_of, first_stray, read_samples
 from vila_ops.train.verify_resume import Trial
 
 SEQUENCES = int(os.environ.get("VILA_ELASTIC", "0"))
-SEED = int(os.environ.get("VILA_KILL_SEED", str(time.time_ns() % 10**6)))
 LEG_STEPS = 3
 Fork = Callable[..., list[int]]
 
@@ -117,12 +116,13 @@ def test_zero_3_goes_on_where_its_ranks_do_not_divide_the_weights(
 
 def _walk(legs: list[Leg], asked: Trial, fork: Fork, folder: Path) -> Job:
     """Train leg after leg, each of them killed but the last; returns the last one's job."""
+    draw = random.Random(SEED)
     for number, leg in enumerate(legs):
         job = _job(asked, folder, number, leg)
         stop = (number + 1) * LEG_STEPS if number + 1 < len(legs) else None
         codes = fork(
             job=job.model_dump(mode="json"), world_size=leg.world_size, rendezvous=f"{folder}/met-{number}",
-            until=stop, moment=random.random() * 0.02,
+            until=stop, moment=draw.random() * 0.02,
         )  # fmt: skip
         assert codes == [0 if stop is None else -9] * leg.world_size, leg
     return job

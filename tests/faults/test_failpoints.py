@@ -9,18 +9,17 @@ import os
 import random
 import re
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.seed import SEED
 from vila_ops.train.samples import batches_of, first_stray
 from vila_ops.train.verify_resume import Trial
 
 TIMES = int(os.environ.get("VILA_FAILPOINTS", "0"))
 FEW = 6
-SEED = int(os.environ.get("VILA_KILL_SEED", str(time.time_ns() % 10**6)))
 SIDES = ("before", "after")
 MOST = 4
 """Calls of one name: the feature of every picture is put in its place by the same one."""
@@ -64,7 +63,7 @@ def test_killed_before_or_after_any_of_them_it_ends_with_the_same_bytes(
     batches, expected = batches_of(unbroken.reads()), unbroken.train().digest
     every = [(point, side) for point in points for side in SIDES]
     for point, side in every * TIMES or random.Random(SEED).sample(every, FEW):
-        told = f"killed {side} {point} (VILA_KILL_SEED={SEED})"
+        told = f"killed {side} {point} (VILA_SEED={SEED})"
         asked = unbroken.elsewhere(str(tmp_path / "store"))
         stage = asked.model_dump(mode="json")
         codes = fork(stage=stage, kill=[point, side])

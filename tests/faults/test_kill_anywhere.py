@@ -3,7 +3,7 @@
 The curve of a stage is a file of its checkpoint, so that equal digests are equal losses, bit for bit.
 
 VILA_KILLS and VILA_KILLS_RAY set how many (`make faults`: 100 and 5; under Ray none without it, as that takes minutes
-and the flow's test kills a run there too), VILA_KILL_SEED which moments.
+and the flow's test kills a run there too), VILA_SEED which moments.
 """
 
 import json
@@ -20,12 +20,12 @@ from typing import NamedTuple
 import pytest
 import yaml
 
+from tests.seed import SEED
 from vila_ops.train.samples import Keys, Read, batches_of, first_stray, read_samples
 
 ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("VILA_KILLS", "5"))
 KILLS_RAY = int(os.environ.get("VILA_KILLS_RAY", "0"))
-SEED = int(os.environ.get("VILA_KILL_SEED", str(time.time_ns() % 10**6)))
 TIMEOUT_SECONDS = 600
 Digests = dict[str, str]
 Samples = dict[str, dict[int, tuple[Keys, ...]]]

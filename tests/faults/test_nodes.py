@@ -22,6 +22,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.state import list_nodes
 from ray.util.state.exception import RayStateApiException
 
+from tests.seed import SEED
 from vila_ops.artifacts.kinds import Checkpoint
 from vila_ops.artifacts.store import CorruptArtifact, content, read_manifest
 from vila_ops.config import Resources, Run, Stage, load
@@ -34,7 +35,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("VILA_KILLS_NODES", "0"))
-SEED = int(os.environ.get("VILA_KILL_SEED", str(time.time_ns() % 10**6)))
 RAY = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", "--num-cpus", "2"]
 OPTIONS = ["--node-ip-address", "127.0.0.1", "--object-store-memory", "80000000"]
 OPTIONS += ["--min-worker-port", "0", "--max-worker-port", "0"]

@@ -23,6 +23,7 @@ import torch
 from boto3.s3.transfer import TransferConfig
 from botocore.retries.standard import ExponentialBackoff
 
+from tests.seed import SEED
 from vila_ops.artifacts import s3, s3_calls
 from vila_ops.artifacts.kinds import Dataset
 from vila_ops.artifacts.leases import hold
@@ -33,7 +34,6 @@ from vila_ops.train.checkpoint.saver import Checkpoints
 from vila_ops.train.job import Place
 
 FAULTS = int(os.environ.get("VILA_FAULTS", "60"))
-SEED = int(os.environ.get("VILA_FAULT_SEED", str(time.time_ns() % 10**6)))
 SHARE = 0.4
 """Of calls that fail."""
 IN_A_ROW = 3

@@ -16,6 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.seed import SEED
+from tests.train.closeness import ROUNDING, apart, way
 from vila_ops.artifacts.kinds import Checkpoint
 from vila_ops.artifacts.store import content
 from vila_ops.config import Stage
@@ -166,7 +168,7 @@ def test_killed_and_started_again_gives_the_same_bytes_with_dropout(
     given = {key: value.model_dump(mode="json") for key, value in job.items()}
     text = json.dumps({**given, "attempt": "", "resume": "", "run_id": None, "fresh_projector": True})
     worker = subprocess.Popen([sys.executable, "-c", RUN, text, plain.model.model_dump_json()])
-    at = random.choice((2, 4, 6, 8, 10))
+    at = random.Random(SEED).choice((2, 4, 6, 8, 10))
     deadline = time.monotonic() + 120
     try:
         while not list(tmp_path.glob(f"store/resume/*/step-{at:06d}")):
@@ -204,11 +206,11 @@ def test_two_workers_walk_the_curve_of_one_dropout_included(
     alone = content(train(short))
     job = _job(plain, short, tmp_path, launch="ray", ray_address="127.0.0.1:1", num_workers=2, zero_stage=zero_stage)
     _train_ranks(job, tmp_path)
-    assert values(Path(job.attempt)) == pytest.approx(values(alone), rel=1e-6, abs=1e-6)
+    for key in ("loss", "validation_loss"):
+        assert values(Path(job.attempt), key) == pytest.approx(values(alone, key), rel=1e-6, abs=1e-6)
     for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
         own, reference = (load_file(folder / file) for folder in (Path(job.attempt), alone))
-        assert own.keys() == reference.keys()
-        assert all((own[name] - reference[name]).abs().max() < 1e-5 for name in own)
+        assert apart(own, reference, way=way(short)) < ROUNDING
 
 
 def _job(bench: Any, stage: Stage, folder: Path, **resources: Any) -> Job:
