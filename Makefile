@@ -79,11 +79,13 @@ down: setup ## End what `make up` started
 status: setup ## Which of those servers run
 	@$(BIN)/vila-ops status
 
-faults: setup ## Kill things and feed damaged data on purpose, and see that the results stay right
-	@VILA_KILLS=100 VILA_KILLS_RAY=5 VILA_FAILPOINTS=3 VILA_ELASTIC=30 VILA_FLIPS=1000 VILA_DISK=50 VILA_KILLS_NODES=20 \
+faults: setup ## Kill things, feed damaged data, then test as on other processors (VILA_SEED=N repeats a run's draws)
+	@export VILA_SEED=$${VILA_SEED:-$$RANDOM}; echo "VILA_SEED=$$VILA_SEED"; \
+	VILA_KILLS=100 VILA_KILLS_RAY=5 VILA_FAILPOINTS=3 VILA_ELASTIC=30 VILA_FLIPS=1000 VILA_DISK=50 VILA_KILLS_NODES=20 \
 	  VILA_URLS=10000 VILA_FUZZ=10000 VILA_LEAKS=5000 VILA_FAULTS=500 VILA_PARITY=all \
 	  $(BIN)/python -m pytest -v tests/faults tests/train/test_zero.py tests/train/test_watch.py \
-	  tests/data/download tests/data/test_images_fuzz.py
+	  tests/data/download tests/data/test_images_fuzz.py; \
+	$(BIN)/python tests/faults/processors.py
 
 bench: setup ## One benchmark: make bench NAME=packing
 	@if [ ! -f "benchmarks/$(NAME).py" ]; then \

@@ -62,7 +62,6 @@ def said(*arguments: str) -> Json:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(60)
 def test_every_room_runs_inline_and_each_command_finds_what_it_made(ran: Json, resources: Path) -> None:
     where = ("-r", str(resources))
     assert said("fetch", TINY, *where) == ran["base"]

@@ -142,10 +142,8 @@ def test_a_stranger_under_a_recorded_pid_is_left_alone(
 def test_every_server_is_healthy_and_a_second_up_adopts_it(box: LocalServers) -> None:
     assert states(box) == {"healthy"}
     before = pids(box)
-    began = time.monotonic()
     local.up(box)
     assert pids(box) == before
-    assert time.monotonic() - began < 5
 
 
 @pytest.mark.ray

@@ -48,7 +48,7 @@ def nanio(tmp_path_factory: pytest.TempPathFactory, free_ports: Callable[[int], 
         yield endpoint
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)
 
 
 @pytest.fixture

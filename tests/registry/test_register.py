@@ -185,7 +185,7 @@ def test_four_processes_at_once_make_one_version(resources: Resources) -> None:
     for process in processes:
         process.join(120)
     assert [process.exitcode for process in processes] == [0] * 4
-    answers = [ModelVersion.model_validate_json(out.get(timeout=10)) for _ in processes]
+    answers = [ModelVersion.model_validate_json(out.get(timeout=120)) for _ in processes]
     left = client(resources).search_model_versions()
     assert len(left) == 1
     assert left[0].tags["ready"] == "true"

@@ -55,7 +55,7 @@ def resources(free_ports: Callable[[int], list[int]]) -> Iterator[Resources]:
 
 
 def _up(head: "subprocess.Popen[bytes]", gcs: int, serve_port: int) -> int:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline and head.poll() is None:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", gcs)) == 0:

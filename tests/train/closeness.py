@@ -14,8 +14,9 @@ ROUNDING = 1e-4
 
 A gradient summed over some hundred terms in another order differs by d = 1e-6 of its root mean square s (about the
 square root of 300 times 2^-24). Adam's update of a number with gradient g then differs by min(2, d s / |g|) of the
-rate; the mean of that over a normal g is 0.8 d (1 + ln(2 / d)) = 1.2e-5. Steps pass it on, and gradients have more
-numbers near zero than a normal distribution: eight times that. A loss that is 1 % too large on one rank gives more.
+rate at most; the mean of that over a normal g is 0.8 d (1 + ln(2 / d)) = 1.2e-5. Small tensors have a worse mean.
+Measured after twenty steps: 4e-7 between engines, with kernels for AVX2 and for SSE4.1; 4e-3 where one of two ranks
+has gradients that are 1 % too large.
 """
 
 

@@ -93,7 +93,7 @@ def test_killed_at_a_random_step_and_started_again_gives_the_same_bytes(
     worker = subprocess.Popen([sys.executable, "-c", RUN, text, bench.model.model_dump_json()])
     draw = random.Random(SEED)
     at = draw.choice((4, 8, 12, 16))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     try:
         while not list(tmp_path.glob(f"store/resume/*/step-{at:06d}")):
             assert worker.poll() is None, "it ended before it was killed"
@@ -197,7 +197,7 @@ def test_on_s3_another_machine_goes_on_where_a_killed_stage_was(
     given = {key: value.model_dump(mode="json") for key, value in job.items()}
     text = json.dumps({**given, "attempt": "", "resume": "", "run_id": None, "fresh_projector": True})
     worker = subprocess.Popen([sys.executable, "-c", RUN, text, bench.model.model_dump_json()])
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     try:
         while not any(
             "step-000008" in name and name.endswith("manifest.json") for name in s3.names(f"{s3_store}/resume")

@@ -233,12 +233,16 @@ def test_a_killed_download_asks_nothing_again_that_it_had_written_down(server, p
     settings = make_settings(concurrency=8)
     draw = random.Random(0)
     vouched: dict[str, int] = {}
-    for _ in range(KILLS):
+    journal = tmp_path / "a.journal.jsonl"
+    for number in range(KILLS):
+        size = _size(journal)
         process = _start(urls, tmp_path / "a", settings)
+        while number and _size(journal) <= size:  # but the first, which may die before it has written any
+            assert process.poll() is None
+            time.sleep(0.005)
         time.sleep(draw.uniform(0.05, 0.4))
         process.send_signal(signal.SIGKILL)
         process.wait()
-        journal = tmp_path / "a.journal.jsonl"
         lines = journal.read_text().splitlines(keepends=True) if journal.exists() else []
         for line in lines:
             if line.endswith("\n"):
@@ -286,6 +290,10 @@ def _start(urls: list[str], out: Path, settings) -> subprocess.Popen:
     process.stdin.close()
     assert process.stdout.readline() == b"begins\n"
     return process
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 async def _with_canary(port: int, work) -> int:
