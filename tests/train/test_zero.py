@@ -30,7 +30,8 @@ RAY = {"launch": "ray", "ray_address": "127.0.0.1:1"}
 """Of several workers; the test starts them itself."""
 ENV = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
-
+pytestmark = pytest.mark.timeout(1800)
+"""Of the first test, which waits for all that `done` starts: nine minutes on two cores beside other work."""
 Settings = dict[str, Any]
 
 
