@@ -16,9 +16,9 @@ from result import result
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vila_ops.config import Resources, Stage
-from vila_ops.train.checkpoint.saver import Checkpoints
+from vila_ops.train.checkpoint.saver import Checkpointer
 from vila_ops.train.engine import PlainEngine
-from vila_ops.train.job import Place
+from vila_ops.train.job import RankInfo
 
 ROUNDS = 5
 STEPS = 6
@@ -31,7 +31,7 @@ SMOLLM2 = {
 }  # fmt: skip
 STAGE = {
     "name": "s", "mixture": {"name": "m", "sources": {"a": {"kind": "jsonl", "path": "x", "render": "caption"}}},
-    "trainable": ["language_model"], "num_steps": 10**6, "global_batch_size": 1, "row_tokens": TOKENS,
+    "trainable": ["language_model"], "num_steps": 10**6, "global_batch_size": 1, "sequence_length": TOKENS,
     "learning_rate": 1e-4, "precision": "fp32", "save_every": STEPS, "validate_every": 1,
 }  # fmt: skip
 
@@ -44,7 +44,7 @@ def main() -> None:
     engine = PlainEngine(model, {"language_model": list(model.named_parameters())}, stage, resources)
     ids = torch.randint(0, 49_152, (1, TOKENS))
     with tempfile.TemporaryDirectory() as folder:
-        checkpoints = Checkpoints(f"{folder}/resume", Place(), resources, live=engine.live)
+        checkpoints = Checkpointer(f"{folder}/resume", RankInfo(), resources, live=engine.live)
         quiet = [_step(engine, model, ids, checkpoints) for _ in range(3)][1:]
         first = _save(checkpoints, engine, 1)
         awaited, beside, stepped = [], [], []
@@ -75,7 +75,7 @@ def main() -> None:
     )
 
 
-def _save(checkpoints: Checkpoints, engine: PlainEngine, step: int) -> float:
+def _save(checkpoints: Checkpointer, engine: PlainEngine, step: int) -> float:
     """Seconds of a save that is awaited."""
     started = time.perf_counter()
     checkpoints.save(step, engine.state(), [])
@@ -83,7 +83,7 @@ def _save(checkpoints: Checkpoints, engine: PlainEngine, step: int) -> float:
     return time.perf_counter() - started
 
 
-def _step(engine: PlainEngine, model: LlamaForCausalLM, ids: torch.Tensor, checkpoints: Checkpoints) -> float:
+def _step(engine: PlainEngine, model: LlamaForCausalLM, ids: torch.Tensor, checkpoints: Checkpointer) -> float:
     """Seconds of one step, as the loop takes it."""
     started = time.perf_counter()
     engine.backward(model(input_ids=ids, labels=ids).loss)

@@ -1,4 +1,4 @@
-"""Near duplicates among a million pictures and texts: seconds and memory. Targets: 60 s and 2 GB.
+"""Near duplicates among a million images and texts: seconds and memory. Targets: 60 s and 2 GB.
 
 Peer: comparing all pairs of hashes in numpy, timed on some and scaled to all; it does not look at texts.
 """
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def _signatures() -> tuple[NDArray[np.uint64], pa.Table]:
-    """Random ones, a tenth of them copies of others: half by picture, half by text."""
+    """Random ones, a tenth of them copies of others: half by image, half by text."""
     rng = np.random.default_rng(0)
     hashes = rng.integers(0, 2**64, COUNT, dtype=np.uint64)
     thumbnails = rng.integers(0, 256, (COUNT, THUMBNAIL_BYTES), dtype=np.uint8)

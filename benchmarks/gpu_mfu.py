@@ -1,6 +1,6 @@
 """MFU of training on one GPU: a language model of 1.2 billion weights with a tower of 400 million, all random, bf16.
 
-Rows of 4,096 tokens are packed from samples with LLaVA-like lengths (benchmarks/peers.py), a picture is 576 tokens, and
+Rows of 4,096 tokens are packed from samples with LLaVA-like lengths (benchmarks/peers.py), an image is 576 tokens, and
 tower, projector and language model all train, by the same step as in a stage. FLOPs by the rule of
 `vila_ops/plan/flops.py`: padding and recomputation are none. `ours` is the MFU and `peer` the peak that it is a share
 of, dense bf16 of an H100 or H200. Target: 0.45. `memory` has the planner's forecast beside what torch's allocator held
@@ -43,7 +43,7 @@ WARM_UP, STEPS = (1, 2) if SMALL else (5, 20)
 ROW_TOKENS, ROWS, PASSES = (768, 1, 2) if SMALL else (4096, 2, 4)
 """Rows of a forward pass, and passes a step."""
 SIDE = 336
-"""(336 / 14)^2 = 576 tokens a picture."""
+"""(336 / 14)^2 = 576 tokens an image."""
 IMAGE_TOKEN = 5
 TOWER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
 DECODER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -53,7 +53,7 @@ if not SMALL:
 STAGE = {
     "name": "gpu_mfu", "mixture": {"name": "m", "sources": {"a": {"kind": "jsonl", "path": "x", "render": "caption"}}},
     "trainable": ["vision_tower", "projector", "language_model"], "num_steps": 100, "global_batch_size": ROWS * PASSES,
-    "row_tokens": ROW_TOKENS, "learning_rate": 1e-5, "precision": "bf16", "save_every": 100, "validate_every": 100,
+    "sequence_length": ROW_TOKENS, "learning_rate": 1e-5, "precision": "bf16", "save_every": 100, "validate_every": 100,
 }  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def _flops(row: list[tuple[int, bool]], shapes: Shapes, stage: Stage) -> float:
 
 
 def _row(draw: np.random.Generator) -> list[tuple[int, bool]]:
-    """Samples of a packed row: tokens, and whether a picture is among them; the last one is cut to fill the row."""
+    """Samples of a packed row: tokens, and whether an image is among them; the last one is cut to fill the row."""
     row: list[tuple[int, bool]] = []
     left = ROW_TOKENS
     lengths, shown = llava_like(64, seed=int(draw.integers(2**31)))
@@ -145,7 +145,7 @@ def _targets(length: int, shows: bool) -> int:
 
 
 def _batch(rows: list[list[tuple[int, bool]]], device: torch.device) -> Batch:
-    """A forward pass's rows: a picture stands at the second token of its sample, what is learnt at its end."""
+    """A forward pass's rows: an image stands at the second token of its sample, what is learnt at its end."""
     shape = (len(rows), ROW_TOKENS)
     ids, positions, segments = torch.randint(6, 32_000, shape), torch.zeros(shape).long(), torch.zeros(shape).long()
     labels = torch.full(shape, IGNORE_INDEX)

@@ -123,27 +123,27 @@ def bound(lengths: NDArray[np.uint16], capacity: int, *, width: int = 8) -> floa
     counts = np.bincount(lengths // width)
     sizes = np.flatnonzero(counts)
     sizes = sizes[sizes > 0]
-    room = capacity // width
-    patterns = [np.eye(len(sizes))[i] * (room // size) for i, size in enumerate(sizes)]
+    task = capacity // width
+    patterns = [np.eye(len(sizes))[i] * (task // size) for i, size in enumerate(sizes)]
     rows = 0.0
     while True:
         use = -csc_matrix(np.array(patterns).T)
         solved = linprog(np.ones(len(patterns)), A_ub=use, b_ub=-counts[sizes].astype(float))
-        worth, chosen = _knapsack(-solved.ineqlin.marginals, sizes, room)
+        worth, chosen = _knapsack(-solved.ineqlin.marginals, sizes, task)
         rows = max(rows, solved.fun / max(1.0, worth[-1]))  # Farley's bound, which holds before the end
         if solved.fun * capacity <= total or solved.fun * 0.9999 <= rows:
             return min(1.0, total / (rows * capacity))
-        for free in range(room, max(room - 40, 0), -1):
+        for free in range(task, max(task - 40, 0), -1):
             if worth[free] > 1 + 1e-9:
                 patterns.append(_pattern(chosen, sizes, free))
 
 
 def _knapsack(
-    prices: NDArray[np.float64], sizes: NDArray[np.int64], room: int
+    prices: NDArray[np.float64], sizes: NDArray[np.int64], task: int
 ) -> tuple[NDArray[np.float64], list[int]]:
-    """The most that fits into 0, 1, ... room, and the last class taken for it (-1: one token less does as well)."""
-    worth, chosen = np.zeros(room + 1), [-1] * (room + 1)
-    for free in range(1, room + 1):
+    """The most that fits into 0, 1, ... task, and the last class taken for it (-1: one token less does as well)."""
+    worth, chosen = np.zeros(task + 1), [-1] * (task + 1)
+    for free in range(1, task + 1):
         fits = sizes <= free
         values = worth[free - sizes[fits]] + prices[fits]
         worth[free] = worth[free - 1]

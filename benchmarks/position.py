@@ -40,7 +40,7 @@ folder, step = Path(sys.argv[1]), int(sys.argv[2])
 source = {"kind": "jsonl", "path": "x", "render": "caption"}
 stage = Stage.model_validate({
     "name": "s", "mixture": {"name": "m", "sources": {"a": source}}, "trainable": ["projector"], "num_steps": 10**6,
-    "global_batch_size": 16, "row_tokens": 4096, "learning_rate": 1e-3, "precision": "fp32", "save_every": 1,
+    "global_batch_size": 16, "sequence_length": 4096, "learning_rate": 1e-3, "precision": "fp32", "save_every": 1,
     "validate_every": 1,
 })
 start = time.perf_counter()

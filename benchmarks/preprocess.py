@@ -1,11 +1,11 @@
-"""Captioned pictures to shards, images a second: `prepare` on Ray beside a torch DataLoader with as many processes.
+"""Captioned images to shards, images a second: `prepare` on Ray beside a torch DataLoader with as many processes.
 
 Both read a JPEG, decode it, pad it with grey to a square, resize it (bicubic) to 336, encode it (JPEG 95, 4:4:4),
-tokenise its caption and write a WebDataset tar; the bytes of the pictures are equal, which is checked. The DataLoader's
+tokenise its caption and write a WebDataset tar; the bytes of the images are equal, which is checked. The DataLoader's
 workers do all but the writing, which its main process does. Both are timed after their start: from the first tenth of
 the DataLoader's samples, and from the first shard of each of our workers, to the end.
 
-Part 1: pictures of 640 x 480, exact. Part 2: photos of 4000 x 3000, ours with scaled decoding, whose error is printed.
+Part 1: images of 640 x 480, exact. Part 2: photos of 4000 x 3000, ours with scaled decoding, whose error is printed.
 VILA_BENCH_IMAGES (20 000) and VILA_BENCH_ROUNDS (3) make it smaller.
 """
 
@@ -70,9 +70,9 @@ def main() -> None:
             runtime_env={"env_vars": {**ALLOCATOR, "PYTHONPATH": str(ROOT)}},
         )
         try:
-            small = source(folder / "small", draw=picture, distinct=DISTINCT, count=IMAGES)
+            small = source(folder / "small", draw=image, distinct=DISTINCT, count=IMAGES)
             photos = source(folder / "photos", draw=photo, distinct=DISTINCT_PHOTOS, count=max(48, IMAGES // 50))
-            warm = source(folder / "warm", draw=picture, distinct=8, count=64)
+            warm = source(folder / "warm", draw=image, distinct=8, count=64)
             run_ours(warm, folder / "out", decode="exact")
             exact = rounds(small, folder / "out", decode="exact")
             scaled = rounds(photos, folder / "out", decode="scaled")
@@ -91,18 +91,18 @@ def main() -> None:
 
 
 def rounds(files: Path, out: Path, *, decode: str) -> dict[str, list[float]]:
-    """Rates of both, in turn; of the first round of exact decoding the pictures are compared."""
+    """Rates of both, in turn; of the first round of exact decoding the images are compared."""
     rates: dict[str, list[float]] = {"ours": [], "peer": []}
     for number in range(ROUNDS):
         rate, written = run_peer(files, out)
         rates["peer"].append(rate)
-        theirs = dict(pictures(written, first=DISTINCT))
+        theirs = dict(images(written, first=DISTINCT))
         rate, shards = run_ours(files, out, decode=decode)
         rates["ours"].append(rate)
         if decode == "exact" and number == 0:
-            same = [data == theirs[drawn] for drawn, data in pictures(shards[0], first=DISTINCT)]
+            same = [data == theirs[drawn] for drawn, data in images(shards[0], first=DISTINCT)]
             if not all(same):
-                raise RuntimeError(f"{sum(same)} of {len(same)} pictures are equal")
+                raise RuntimeError(f"{sum(same)} of {len(same)} images are equal")
         print(decode, {name: round(rate[-1], 1) for name, rate in rates.items()}, flush=True)
     return {name: [round(rate, 1) for rate in of_one] for name, of_one in rates.items()}
 
@@ -115,7 +115,7 @@ def run_ours(files: Path, out: Path, *, decode: str) -> tuple[float, list[Path]]
         {
             "name": "bench",
             "sources": {"own": {"kind": "jsonl", "path": str(files), "render": "caption"}},
-            "pictures": {"encoding": {"kind": "jpeg"}, "decode": decode},
+            "images": {"encoding": {"kind": "jpeg"}, "decode": decode},
             "shard_bytes": max(2**16, count * 58_000 // SHARDS),
         }
     )
@@ -150,10 +150,10 @@ class Captions(Dataset[dict[str, Any]]):
         record = json.loads(self.lines[index])
         image, caption = record["turns"][0]["parts"]
         with Pillow.open(self.files / image["image"]) as opened:
-            picture = opened.convert("RGB")
-        side = max(picture.size)
+            rgb = opened.convert("RGB")
+        side = max(rgb.size)
         padded = Pillow.new("RGB", (side, side), GREY)
-        padded.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+        padded.paste(rgb, ((side - rgb.width) // 2, (side - rgb.height) // 2))
         out = io.BytesIO()
         padded.resize((SIDE, SIDE), Pillow.Resampling.BICUBIC).save(out, "JPEG", quality=95, subsampling=0)
         ids = self.tokenizer(caption["text"], add_special_tokens=False)["input_ids"]
@@ -172,8 +172,8 @@ def run_peer(files: Path, out: Path) -> tuple[float, Path]:
             if not started and done >= skip:
                 started, skip = time.monotonic(), done
             for sample in batch:
-                picture = sample.pop("image")
-                for suffix, data in (("json", json.dumps(sample).encode()), ("0.jpg", picture)):
+                image = sample.pop("image")
+                for suffix, data in (("json", json.dumps(sample).encode()), ("0.jpg", image)):
                     info = tarfile.TarInfo(f"{sample['id']}.{suffix}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
@@ -182,8 +182,8 @@ def run_peer(files: Path, out: Path) -> tuple[float, Path]:
     return (done - skip) / seconds, out / "peer.tar"
 
 
-def pictures(shard: Path, *, first: int) -> Iterator[tuple[int, bytes]]:
-    """Which of the distinct pictures, and its encoded square, of the first samples of a shard."""
+def images(shard: Path, *, first: int) -> Iterator[tuple[int, bytes]]:
+    """Which of the distinct images, and its encoded square, of the first samples of a shard."""
     with tarfile.open(shard) as tar:
         drawn = 0
         for member in tar:
@@ -212,7 +212,7 @@ def text() -> TextFormat:
 
 
 def source(folder: Path, *, draw: Callable[[int], Pillow.Image], distinct: int, count: int) -> Path:
-    """A folder of `count` captioned pictures, of which so many are distinct files."""
+    """A folder of `count` captioned images, of which so many are distinct files."""
     folder.mkdir(parents=True)
     for number in range(distinct):
         draw(number).save(folder / f"{number:03d}.jpg", quality=85)
@@ -225,7 +225,7 @@ def source(folder: Path, *, draw: Callable[[int], Pillow.Image], distinct: int, 
     return folder
 
 
-def picture(seed: int) -> Pillow.Image:
+def image(seed: int) -> Pillow.Image:
     """A part of a real photo, mirrored or not, brighter or darker, at 640 x 480."""
     draw = np.random.default_rng(seed)
     photos = load_sample_images().images

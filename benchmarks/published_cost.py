@@ -28,7 +28,7 @@ from result import result
 from vila_ops.config import Mixture, load
 from vila_ops.config.lengths import Lengths, load_lengths
 from vila_ops.plan.flops import Load, flops
-from vila_ops.plan.lengths import Epoch, declared
+from vila_ops.plan.lengths import EpochLengths, declared
 from vila_ops.plan.plan import config_of
 from vila_ops.plan.shapes import shapes_of
 
@@ -123,7 +123,7 @@ def _flops(figure: Figure) -> tuple[float, float]:
     return useful, machine
 
 
-def _epoch(figure: Figure, mixture: Mixture, *, image_tokens: int) -> Epoch:
+def _epoch(figure: Figure, mixture: Mixture, *, image_tokens: int) -> EpochLengths:
     lengths = load_lengths(CONFIGS / "lengths/vila.yaml")
     most = {"max_tokens": 4096, "image_tokens": image_tokens}
     if figure.data == "vila":

@@ -20,7 +20,7 @@ from result import result
 from vila_ops.config import load
 from vila_ops.data.prepare import prepare
 from vila_ops.model.assemble import assemble
-from vila_ops.train.job import Job
+from vila_ops.train.job import TrainJob
 
 ROOT = Path(__file__).parents[1]
 ROUNDS = 7
@@ -33,9 +33,9 @@ import os, sys, time
 from pathlib import Path
 from vila_ops.train import loop
 from vila_ops.train.engine import PlainEngine
-from vila_ops.train.job import Job, Place
+from vila_ops.train.job import TrainJob, Place
 
-started, job, last = float(sys.argv[1]), Job.model_validate_json(Path(sys.argv[2]).read_text()), int(sys.argv[3])
+started, job, last = float(sys.argv[1]), TrainJob.model_validate_json(Path(sys.argv[2]).read_text()), int(sys.argv[3])
 step, validate, validated, steps = PlainEngine.step, loop.validate, [], []
 
 def timed_validate(*given, **named):
@@ -87,7 +87,7 @@ def main() -> None:
     )
 
 
-def _job(folder: Path) -> Job:
+def _job(folder: Path) -> TrainJob:
     """The stage `pretrain` of the tiny recipe with a larger model, its parents made."""
     where = [f"resources.{name}={folder / name}" for name in ("store", "data", "cache")]
     larger = [f"model.language_model.{key}={value}" for key, value in MODEL.items()]
@@ -96,7 +96,7 @@ def _job(folder: Path) -> Job:
     run = load(ROOT / "configs/recipes/tiny.yaml", resources=resources, overrides=(*where, *larger, *stage))
     pretrain = run.recipe.stages["pretrain"]
     (folder / "attempt").mkdir()
-    return Job(
+    return TrainJob(
         stage=pretrain.model_validate({**pretrain.model_dump(), "save_every": SAVED, "validate_every": 1000}),
         data=prepare(pretrain.mixture, run.recipe.text(), run.resources),
         init=assemble(run.recipe.model, run.resources),
@@ -108,7 +108,7 @@ def _job(folder: Path) -> Job:
     )
 
 
-def _start(job: Job, folder: Path, *, steps: int = 1) -> tuple[float, float]:
+def _start(job: TrainJob, folder: Path, *, steps: int = 1) -> tuple[float, float]:
     """Seconds to the first step, and of validation, of a process that ends after so many."""
     told = folder / "job.json"
     told.write_text(job.model_dump_json())

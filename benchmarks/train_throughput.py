@@ -3,7 +3,7 @@
 A step is one global batch: the samples of ROWS_PER_STEP packed rows. The Trainer gets just those as its data set and
 accumulates over it, so that both take one optimizer step on the same samples; ours packs them into rows, the peer pads
 micro-batches of 16 (its default sampler, its group_by_length, which here sorts the whole step: its best case) or takes
-one sample at a time, unpadded. Lengths are LLaVA-like (benchmarks/peers.py), all divided by 9, as a picture is 64
+one sample at a time, unpadded. Lengths are LLaVA-like (benchmarks/peers.py), all divided by 9, as an image is 64
 tokens here and 576 there. bf16 autocast over fp32 weights, fused AdamW, clipping at 1, frozen tower; the language model
 is SmolLM2-135M, real weights. `loss_per_token` is that of the first step, before anything was updated.
 
@@ -38,7 +38,7 @@ from vila_ops.artifacts.kinds import Dataset, Pretrained
 from vila_ops.artifacts.store import content
 from vila_ops.config import Mixture, Resources, Stage, load
 from vila_ops.data.images import pixels
-from vila_ops.data.order.packing import IGNORE_INDEX, Row, pack
+from vila_ops.data.order.packing import IGNORE_INDEX, PackedRow, pack
 from vila_ops.data.prepare import prepare
 from vila_ops.data.shards import Sample, read_index, read_sample
 from vila_ops.model import folder as model_folder
@@ -46,13 +46,13 @@ from vila_ops.model.assemble import assemble
 from vila_ops.model.trainable import set_trainable
 from vila_ops.tracking import MetricLog
 from vila_ops.train import loop
-from vila_ops.train.blame import Blame
+from vila_ops.train.blame import BadSampleFinder
 from vila_ops.train.engine import build_engine
-from vila_ops.train.job import Job, Place
-from vila_ops.train.meter import Meter, Tally
+from vila_ops.train.job import RankInfo, TrainJob
+from vila_ops.train.meter import LossAccumulator, MetricsLogger
 from vila_ops.train.objective import Objective
 from vila_ops.train.optim import parameter_groups
-from vila_ops.train.watch import Watch
+from vila_ops.train.watch import StepWatchdog
 
 ROOT = Path(__file__).parents[1]
 ROUNDS = int(os.environ.get("VILA_BENCH_ROUNDS", "3"))
@@ -113,7 +113,7 @@ def main() -> None:
 
 
 def prepared(root: Path) -> tuple[Dataset, Pretrained, Stage, Resources]:
-    """LLaVA records with lengths like LLaVA's, as our data room makes them, and the model."""
+    """LLaVA records with lengths like LLaVA's, as our data task makes them, and the model."""
     places = tuple(f"{name}={root / name}" for name in ("store", "data"))
     run = load(
         ROOT / "configs/recipes/demo.yaml",
@@ -173,7 +173,7 @@ class Ours:
     def __init__(self, data: Dataset, init: Pretrained, stage: Stage, resources: Resources, root: Path) -> None:
         self.init = init
         (root / "attempt").mkdir(parents=True)
-        self.job = Job(
+        self.job = TrainJob(
             stage=stage, data=data, init=init, resources=resources, attempt=str(root / "attempt"),
             resume=str(root / "resume"), run_id=None, fresh_projector=False,
         )  # fmt: skip
@@ -181,10 +181,10 @@ class Ours:
         self.objective = Objective(model, bf16=stage.precision == "bf16")
         self.trained = set_trainable(self.objective, stage.trainable, stage.tuning)
         self.engine = build_engine(self.objective, self.trained, stage, resources)
-        self.tally = Tally(self.job, model, self.batches, self.rows.sources())
+        self.tally = LossAccumulator(self.job, model, self.batches, self.rows.sources())
         metrics = MetricLog(resources, None)
-        self.blame = Blame(self.job, Watch(self.job, Place()), self.rows, [], metrics)
-        self.meter = Meter(self.job, metrics, step=0, num_steps=stage.num_steps or 0)
+        self.blame = BadSampleFinder(self.job, StepWatchdog(self.job, RankInfo()), self.rows, [], metrics)
+        self.meter = MetricsLogger(self.job, metrics, step=0, num_steps=stage.num_steps or 0)
         self.bare = torch.optim.AdamW(parameter_groups(stage, self.trained), betas=stage.betas, fused=True)
         self.index = {row["key"]: row for row in read_index(content(data)).to_pylist()}
 
@@ -258,7 +258,7 @@ class Alone:
     def __init__(self, samples: list[Sample]) -> None:
         self.rows = [pack([sample], capacity=len(sample.input_ids)) for sample in samples]
 
-    def batch(self, step: int, *, rank: int, world_size: int) -> tuple[list[Row], int]:
+    def batch(self, step: int, *, rank: int, world_size: int) -> tuple[list[PackedRow], int]:
         """All of them."""
         return self.rows, sum(int((row.labels >= 0).sum()) for row in self.rows)
 

@@ -1,7 +1,7 @@
 """An unchanged pipeline run again: seconds from RUNNING to COMPLETED, as Prefect noted them. Target: 10 s at most.
 
-Peer: a Prefect flow of as many tasks as we have rooms that do nothing, each found in Prefect's own result cache. Ours
-looks every room up in the store, asks the registry and the replica, asks the served model a question and writes the
+Peer: a Prefect flow of as many tasks as we have tasks that do nothing, each found in Prefect's own result cache. Ours
+looks every task up in the store, asks the registry and the replica, asks the served model a question and writes the
 report; that is what it may cost beyond the peer.
 """
 
@@ -29,14 +29,14 @@ from prefect import flow, task
 from prefect.cache_policies import INPUTS
 
 @task(cache_policy=INPUTS, persist_result=True)
-def room(number: int, before: str | None) -> str:
+def task(number: int, before: str | None) -> str:
     return f"digest {{number}}"
 
 @flow(name="peer")
 def peer() -> None:
     last = None
     for number in range({ROOMS}):
-        last = room(number, last)
+        last = task(number, last)
 
 peer()
 """

@@ -89,7 +89,7 @@ def built(tower: str, projector: dict[str, Any], root: Path) -> Path:
 
 
 def difference(folder: Path) -> str:
-    """Largest difference of logits of stock transformers and ours, fp32, one picture; a dash where stock cannot."""
+    """Largest difference of logits of stock transformers and ours, fp32, one image; a dash where stock cannot."""
     if not check(folder, "transformers").loads:
         return "-"
     stock = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()

@@ -40,7 +40,7 @@ GROUPS: dict[str, tuple[Any, ...]] = {
         mixture.Mixture,
         mixture.Split,
         mixture.Blend,
-        mixture.Pictures,
+        mixture.ImageStorage,
         images.ImageEncoding,
         clean.NearDuplicates,
         mixture.Contamination,

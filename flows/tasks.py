@@ -1,4 +1,4 @@
-"""The rooms as Prefect tasks: retries and names, nothing else. The store is the cache, so Prefect's stays off."""
+"""The tasks as Prefect tasks: retries and names, nothing else. The store is the cache, so Prefect's stays off."""
 
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -25,17 +25,17 @@ def _a_retry_may_mend_it(_task: Task[..., Any], _run: TaskRun, failed: State[Any
     return not isinstance(failed.data, FINAL)
 
 
-def _task(room: Callable[P, R], *, name: str | None = None, retries: int = 2) -> Task[P, R]:
+def _task(function: Callable[P, R], *, name: str | None = None, retries: int = 2) -> Task[P, R]:
     return task(
         task_run_name=name,
         retries=retries,
         retry_delay_seconds=5,
         retry_condition_fn=_a_retry_may_mend_it,
         cache_policy=NO_CACHE,
-    )(room)
+    )(function)
 
 
-ROOMS = pipeline.Rooms(
+TASKS = pipeline.Tasks(
     assemble=_task(assemble),
     prepare=_task(prepare, name="prepare {mixture.name}"),
     train_stage=_task(train_stage, name="train {stage.name}"),

@@ -148,7 +148,7 @@ def make_text(make_model: MakeModel) -> Callable[..., TextFormat]:
 
 @pytest.fixture(scope="session")
 def tokenizer(make_model: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """The tiny tokenizer, with pictures of four tokens."""
+    """The tiny tokenizer, with images of four tokens."""
     fast = build_tokenizer(make_model().language_model, chat_template="chatml", cache=tmp_path_factory.mktemp("cache"))
     return Tokenizer(fast, image_tokens=4, after_image="")
 
@@ -184,7 +184,7 @@ def make_stage() -> Callable[..., Stage]:
                 "trainable": ["projector"],
                 "num_steps": 8,
                 "global_batch_size": 2,
-                "row_tokens": 128,
+                "sequence_length": 128,
                 "learning_rate": 1e-3,
                 "precision": "fp32",
                 "save_every": 2,

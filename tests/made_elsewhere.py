@@ -38,7 +38,7 @@ def model(root: Path, **more: Any) -> Model:
 
 
 def mixture(root: Path) -> Mixture:
-    """Captions, some of whose records and pictures are damaged."""
+    """Captions, some of whose records and images are damaged."""
     tiny = root / "tiny"
     llava = {"kind": "llava", "path": str(tiny / "llava.json"), "images": str(tiny / "pairs"), "licence": "CC0-1.0"}
     sources = {
@@ -60,7 +60,7 @@ def stage(mixed: Mixture) -> Stage:
             "tuning": {"kind": "lora", "rank": 2, "alpha": 4, "dropout": 0.1},
             "num_steps": 2,
             "global_batch_size": 2,
-            "row_tokens": 128,
+            "sequence_length": 128,
             "learning_rate": 1e-3,
             "precision": "fp32",
             "save_every": 1,

@@ -1,4 +1,4 @@
-"""Every command on the tiny recipe, inline: what `run` made is what each room's own command then finds."""
+"""Every command on the tiny recipe, inline: what `run` made is what each task's own command then finds."""
 
 import json
 import subprocess
@@ -42,7 +42,7 @@ def resources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def ran(resources: Path) -> Json:
-    """Every room, by one command that prints one JSON object and nothing else."""
+    """Every task, by one command that prints one JSON object and nothing else."""
     done = subprocess.run(
         [PROGRAM, "run", TINY, "-r", str(resources), "--json"],
         cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
@@ -62,7 +62,7 @@ def said(*arguments: str) -> Json:
 
 
 @pytest.mark.slow
-def test_every_room_runs_inline_and_each_command_finds_what_it_made(ran: Json, resources: Path) -> None:
+def test_every_task_runs_inline_and_each_command_finds_what_it_made(ran: Json, resources: Path) -> None:
     where = ("-r", str(resources))
     assert said("fetch", TINY, *where) == ran["base"]
     for name, dataset in ran["datasets"].items():

@@ -53,7 +53,7 @@ OWN = {
         "tars": {"kind": "webdataset", "path": "raw/tars", "licence": "MIT"},
     },
 }
-"""64 texts in 2 shards, 24 texts in 1, 48 pictures in 3, 32 in 2: what `revised` then does is in the names."""
+"""64 texts in 2 shards, 24 texts in 1, 48 images in 3, 32 in 2: what `revised` then does is in the names."""
 OWN_VERSIONED = """\
 recipe: configs/recipes/own.yaml
 resources: configs/resources/inline.yaml
@@ -115,7 +115,7 @@ class Revised(NamedTuple):
 
 @pytest.fixture(scope="module")
 def revised(tmp_path_factory: pytest.TempPathFactory) -> Revised:
-    """A first revision; one source grows, one loses records, of one two pictures are cut; then two files are whole."""
+    """A first revision; one source grows, one loses records, of one two images are cut; then two files are whole."""
     folder = tmp_path_factory.mktemp("revised")
     _clone(folder)
     recipe = yaml.safe_load((folder / "configs/recipes/tiny.yaml").read_text())
@@ -135,8 +135,8 @@ def revised(tmp_path_factory: pytest.TempPathFactory) -> Revised:
     (raw / "tars/b.tar.part").write_bytes((raw / "tars/a.tar").read_bytes()[:5000])
     records = raw / "shrinks/records.jsonl"
     records.write_text("".join(records.read_text().splitlines(keepends=True)[4:]))
-    for picture in sorted((raw / "spoils").glob("*.png"))[:2]:
-        picture.write_bytes(picture.read_bytes()[:100])
+    for image in sorted((raw / "spoils").glob("*.png"))[:2]:
+        image.write_bytes(image.read_bytes()[:100])
     _look(made)
 
     _flan(raw / "grows/c.jsonl.part", 16)
@@ -150,7 +150,7 @@ def revised(tmp_path_factory: pytest.TempPathFactory) -> Revised:
 def test_a_clone_has_a_stage_for_each_mixture_of_its_recipe(clone: Path) -> None:
     names = _run(clone, "dvc", "stage", "list", "--name-only").split()
     recipe = load(ROOT / "configs/recipes/demo.yaml", resources=ROOT / "configs/resources/inline.yaml").recipe
-    read = [*recipe.stages.values(), recipe.suite]
+    read = [*recipe.stages.values(), recipe.final_suite]
     assert sorted(names) == sorted(f"prepare@{reader.mixture.name}" for reader in read)
     assert sorted(names) == sorted(f"prepare@{name}" for name in DEMO)
 
@@ -174,8 +174,8 @@ def test_a_change_is_seen_by_the_stages_that_it_concerns(reproduced: Path) -> No
         _run(reproduced, "git", "checkout", "-q", ".")
     making = "making/identity.py"
     for file, key in (("prepare.py", "REVISION"), (making, "SHARD_REVISION"), (making, "SURVEY_REVISION")):
-        room = reproduced / "vila_ops/data" / file
-        room.write_text(re.sub(rf"^{key} = .*$", f"{key} = 1000", room.read_text(), flags=re.MULTILINE))
+        task = reproduced / "vila_ops/data" / file
+        task.write_text(re.sub(rf"^{key} = .*$", f"{key} = 1000", task.read_text(), flags=re.MULTILINE))
         assert _changed(reproduced) == set(DEMO), key
         _run(reproduced, "git", "checkout", "-q", ".")
 
@@ -221,8 +221,8 @@ def test_git_checkout_and_dvc_checkout_bring_back_the_data_that_is_trained_on(cl
     for stage, checkpoint in made["checkpoints"].items():
         assert first[f"tiny_{stage}"] in checkpoint["parents"]
     assert not (clone / "store/dataset").exists()
-    rooms = json.loads((clone / "store/tiny/summary.json").read_text())["rooms"]
-    assert [room["reused"] for room in rooms if room["room"] == "prepare"] == [True] * 4
+    tasks = json.loads((clone / "store/tiny/summary.json").read_text())["tasks"]
+    assert [task["reused"] for task in tasks if task["task"] == "prepare"] == [True] * 4
 
 
 @pytest.mark.slow
@@ -353,14 +353,14 @@ def _flan(path: Path, count: int) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def _tar(path: Path, pictures: list[Path]) -> None:
+def _tar(path: Path, images: list[Path]) -> None:
     path.parent.mkdir(exist_ok=True)
     with tarfile.open(path, "w") as tar:
-        for picture in pictures:
-            caption = tarfile.TarInfo(f"{picture.stem}.txt")
-            caption.size = len(picture.stem)
-            tar.add(picture, picture.name)
-            tar.addfile(caption, io.BytesIO(picture.stem.encode()))
+        for image in images:
+            caption = tarfile.TarInfo(f"{image.stem}.txt")
+            caption.size = len(image.stem)
+            tar.add(image, image.name)
+            tar.addfile(caption, io.BytesIO(image.stem.encode()))
 
 
 def _look(made: Revised) -> None:

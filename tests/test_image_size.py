@@ -1,4 +1,4 @@
-"""A change of resolution between two stages, through the rooms: 28 pixels are 4 tokens, 56 are 16."""
+"""A change of resolution between two stages, through the tasks: 28 pixels are 4 tokens, 56 are 16."""
 
 import json
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from vila_ops.config import Run, load
 from vila_ops.data.shards import read_index
 from vila_ops.eval.evaluate import read_report
 from vila_ops.model.towers import POSITIONS, resize_positions
-from vila_ops.pipeline import Outcome, Rooms, evaluate_stage, mixture_named, prepare_named, run_pipeline
+from vila_ops.pipeline import Outcome, Tasks, evaluate_stage, mixture_named, prepare_named, run_pipeline
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 @pytest.fixture(scope="module")
 def outcome(run: Run) -> Outcome:
-    return run_pipeline(run, Rooms())
+    return run_pipeline(run, Tasks())
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
@@ -55,7 +55,7 @@ def tokens_of(data: Dataset) -> dict[str, int]:
     return {row["id"]: row["num_tokens"] for row in rows if row["source"] == "pairs"}
 
 
-def test_the_second_stage_sees_more_of_a_picture_and_keeps_every_weight_it_does_not_train(outcome: Outcome) -> None:
+def test_the_second_stage_sees_more_of_a_image_and_keeps_every_weight_it_does_not_train(outcome: Outcome) -> None:
     first, second = outcome.checkpoints["align"], outcome.checkpoints["pretrain"]
     before, after = weights(first), weights(second)
     assert before.keys() == after.keys()
@@ -69,11 +69,11 @@ def test_the_second_stage_sees_more_of_a_picture_and_keeps_every_weight_it_does_
     assert all(0 < float.fromhex(row["loss"]) < 20 for row in curve[1:])
 
 
-def test_the_second_checkpoint_is_a_stock_folder_of_sixteen_tokens_a_picture(outcome: Outcome) -> None:
+def test_the_second_checkpoint_is_a_stock_folder_of_sixteen_tokens_a_image(outcome: Outcome) -> None:
     folder = content(outcome.checkpoints["pretrain"])
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    picture = Pillow.new("RGB", (60, 40), "red")
-    inputs = AutoProcessor.from_pretrained(folder)(text="<image> a dog", images=[picture], return_tensors="pt")
+    image = Pillow.new("RGB", (60, 40), "red")
+    inputs = AutoProcessor.from_pretrained(folder)(text="<image> a dog", images=[image], return_tensors="pt")
     assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == 16
     with torch.no_grad():
         assert model(**inputs).logits.isfinite().all()
@@ -87,7 +87,7 @@ def test_every_data_set_is_prepared_at_the_size_of_the_model_that_reads_it(run: 
     assert {name: prepare_named(run, name) for name in sizes} == outcome.datasets
     small, large = (tokens_of(outcome.datasets[name]) for name in ("tiny_align", "tiny_pretrain"))
     assert len(small) > 20
-    assert {large[key] - small[key] for key in small} == {12}, "the same captions, with 16 tokens a picture for 4"
+    assert {large[key] - small[key] for key in small} == {12}, "the same captions, with 16 tokens an image for 4"
 
 
 def test_the_held_out_data_are_prepared_once_for_each_size_and_every_model_is_measured_at_its_own(

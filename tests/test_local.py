@@ -1,4 +1,4 @@
-"""The servers of one box, really started: on free ports, in a folder of this test."""
+"""The servers of one machine, really started: on free ports, in a folder of this test."""
 
 import contextlib
 import json

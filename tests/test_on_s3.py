@@ -1,4 +1,4 @@
-"""The rooms with a store on S3 make what they make with a folder."""
+"""The tasks with a store on S3 make what they make with a folder."""
 
 import shutil
 from collections.abc import Callable

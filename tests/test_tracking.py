@@ -74,7 +74,7 @@ def away(resources: Resources, free_ports: Callable[[int], list[int]]) -> Resour
 
 
 def begin(resources: Resources) -> str:
-    run_id = tracking.start_run(resources, "align", parent=None, params={"a": {"b": 1}}, tags={"room": "train_stage"})
+    run_id = tracking.start_run(resources, "align", parent=None, params={"a": {"b": 1}}, tags={"task": "train_stage"})
     assert run_id is not None
     return run_id
 

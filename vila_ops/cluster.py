@@ -15,7 +15,7 @@ model on a CPU takes 1.7x as long, most of it page faults (measured)."""
 def connect(resources: Resources) -> None:
     """Connect this process to the cluster of the resources, until the process ends or another cluster is asked for.
 
-    Rooms of one flow share the connection: Ray then gives them the same worker processes, imports done already.
+    Tasks of one flow share the connection: Ray then gives them the same worker processes, imports done already.
     """
     import ray
 
@@ -38,7 +38,7 @@ def connect(resources: Resources) -> None:
 
 
 def log_to_driver() -> None:
-    """Send what this worker's rooms log to its standard output, which Ray forwards to the driver."""
+    """Send what this worker's tasks log to its standard output, which Ray forwards to the driver."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stdout, format="%(name)s: %(message)s", force=True)
     logging.getLogger("vila_ops").setLevel(logging.INFO)
 

@@ -122,7 +122,7 @@ def _states(api: httpx.Client, flow_run: str, settings: LocalServers) -> Iterato
 
 
 def _say_new(lines: Iterator[str], say: Say, started: float) -> None:
-    """Say what our rooms have logged since the last time."""
+    """Say what our tasks have logged since the last time."""
     for line in lines:
         if not line:
             return
@@ -156,7 +156,7 @@ def _say_results(run: Run, endpoints: local.Endpoints, say: Say, *, seconds: flo
     if answer is None:
         say(f"the gate refused the model and there is no champion to serve; see {endpoints.mlflow}")
         return
-    say(f"asked {answer['question']!r} about a held-out picture of {answer['truth']!r}; answer: {answer['reply']!r}")
+    say(f"asked {answer['question']!r} about a held-out image of {answer['truth']!r}; answer: {answer['reply']!r}")
     say(f"  report    {folder / 'report.html'}")
     say(f"  summary   {folder / 'summary.json'}")
     say(f"  MLflow    {endpoints.mlflow}")

@@ -1,4 +1,4 @@
-"""What this machine lacks, and how to mend it."""
+"""What this machine lacks, and how to fix it."""
 
 import shutil
 import sys
@@ -23,7 +23,7 @@ class Finding(Config):
 
     ok: bool
     text: str
-    """What was found; where it is not ok, how to mend it."""
+    """What was found; where it is not ok, how to fix it."""
 
 
 def examine(settings: LocalServers, *, store: str) -> list[Finding]:

@@ -1,4 +1,4 @@
-"""All rooms in their order. The flow calls it with Prefect's tasks, `vila-ops run` with the bare rooms."""
+"""All tasks in their order. The flow calls it with Prefect's tasks, `vila-ops run` with the bare tasks."""
 
 import os
 import time
@@ -32,14 +32,14 @@ from vila_ops.eval.evaluate import evaluate, read_report, tracked
 from vila_ops.model.assemble import assemble
 from vila_ops.packages.fetch import fetch_all
 from vila_ops.registry.register import champion, register
-from vila_ops.serve.ask import Answered, ask
+from vila_ops.serve.ask import SampleAnswer, query_sample
 from vila_ops.serve.deploy import deploy
 from vila_ops.train.stage import train_stage
 
 
 @dataclass(frozen=True)
-class Rooms:
-    """The rooms as callables: bare, or wrapped by whoever decides when and again."""
+class Tasks:
+    """The tasks as callables: bare, or wrapped by whoever decides when and again."""
 
     assemble: Callable[[Model, Resources], Pretrained] = assemble
     prepare: Callable[[Mixture, TextFormat, Resources], Dataset] = prepare
@@ -67,44 +67,46 @@ class Outcome(Config):
     report: EvalReport
     """Of the last stage's model on the recipe's suite."""
     reconciled: dict[str, float]
-    """Seconds of the rooms that seal nothing: `register` (with the evaluation of a champion) and `deploy`."""
+    """Seconds of the tasks that seal nothing: `register` (with the evaluation of a champion) and `deploy`."""
     version: ModelVersion | None
     """None without a tracking URI: there is no registry then."""
     deployment: Deployment | None
-    answer: Answered | None
+    answer: SampleAnswer | None
 
 
-def run_pipeline(run: Run, rooms: Rooms, *, flow_run: str | None = None) -> Outcome:
+def run_pipeline(run: Run, tasks: Tasks, *, flow_run: str | None = None) -> Outcome:
     """Data, stages, evaluation after each, registration, deployment, and one question to what is served."""
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
     recipe = run.recipe
     with _tracked(run, flow_run) as resources:
-        base = rooms.assemble(recipe.model, resources)
+        base = tasks.assemble(recipe.model, resources)
         model: Checkpoint | Pretrained = base
         text = _suite_text(recipe, BASE)
-        held_out = rooms.prepare(recipe.suite.mixture, text, resources)
-        datasets = {recipe.suite.mixture.name: held_out}
-        probes = {"base": rooms.evaluate(recipe.probe, base, held_out, resources)}
+        held_out = tasks.prepare(recipe.final_suite.mixture, text, resources)
+        datasets = {recipe.final_suite.mixture.name: held_out}
+        probes = {"base": tasks.evaluate(recipe.stage_suite, base, held_out, resources)}
         checkpoints: dict[str, Checkpoint] = {}
         for name, stage in recipe.stages.items():
-            data = datasets[stage.mixture.name] = rooms.prepare(stage.mixture, recipe.text(name), resources)
-            model = checkpoints[name] = rooms.train_stage(stage, recipe.model_of(name), data, model, resources)
-            if (now := _suite_text(recipe, name)) != text:  # the stage changed the size of pictures
+            data = datasets[stage.mixture.name] = tasks.prepare(stage.mixture, recipe.text(name), resources)
+            model = checkpoints[name] = tasks.train_stage(stage, recipe.model_of(name), data, model, resources)
+            if (now := _suite_text(recipe, name)) != text:  # the stage changed the size of images
                 text = now
-                held_out = datasets[recipe.suite.mixture.name] = rooms.prepare(recipe.suite.mixture, text, resources)
-            probes[name] = rooms.evaluate(recipe.probe, model, held_out, resources)
-        report = rooms.evaluate(recipe.suite, model, held_out, resources)
+                held_out = datasets[recipe.final_suite.mixture.name] = tasks.prepare(
+                    recipe.final_suite.mixture, text, resources
+                )
+            probes[name] = tasks.evaluate(recipe.stage_suite, model, held_out, resources)
+        report = tasks.evaluate(recipe.final_suite, model, held_out, resources)
         with tracking.MetricLog(resources, resources.parent_run) as metrics:
             metrics.log(tracked(read_report(report)), step=0)
         version = deployment = answer = None
         reconciled: dict[str, float] = {}
         if resources.tracking_uri is not None and isinstance(model, Checkpoint):
             with _timed(reconciled, "register"):
-                version = _register(recipe, model, report, held_out, resources, rooms)
+                version = _register(recipe, model, report, held_out, resources, tasks)
             if (served := _to_serve(recipe, version, resources)) is not None:
                 with _timed(reconciled, "deploy"):
-                    deployment = rooms.deploy(recipe.service, served, resources)
-                answer = ask(deployment, held_out, recipe.suite)
+                    deployment = tasks.deploy(recipe.service, served, resources)
+                answer = query_sample(deployment, held_out, recipe.final_suite)
     return Outcome(
         started=started,
         seconds=round(time.monotonic() - clock, 1),
@@ -124,7 +126,7 @@ def run_pipeline(run: Run, rooms: Rooms, *, flow_run: str | None = None) -> Outc
 
 def fetch(run: Run) -> Pretrained:
     """Every package of a recipe in the cache, and the untrained model put together."""
-    mixtures = [run.recipe.suite.mixture, *(stage.mixture for stage in run.recipe.stages.values())]
+    mixtures = [run.recipe.final_suite.mixture, *(stage.mixture for stage in run.recipe.stages.values())]
     wanted = [p for mixture in mixtures for source in mixture.sources.values() for p in sources.packages(source)]
     fetch_all(wanted, cache=Path(run.resources.cache).expanduser())
     return assemble(run.recipe.model, run.resources)
@@ -179,12 +181,12 @@ def leave_out(
 
 def mixture_named(recipe: Recipe, name: str) -> tuple[Mixture, TextFormat]:
     """The mixture of a recipe by its name, and how its records are read (the suite's: by the last stage's model)."""
-    if name == recipe.suite.mixture.name:
-        return recipe.suite.mixture, _suite_text(recipe, _last(recipe))
+    if name == recipe.final_suite.mixture.name:
+        return recipe.final_suite.mixture, _suite_text(recipe, _last(recipe))
     for stage in recipe.stages.values():
         if stage.mixture.name == name:
             return stage.mixture, recipe.text(stage.name)
-    known = [recipe.suite.mixture.name, *(stage.mixture.name for stage in recipe.stages.values())]
+    known = [recipe.final_suite.mixture.name, *(stage.mixture.name for stage in recipe.stages.values())]
     raise ValueError(f"recipe {recipe.name!r} has no mixture {name!r}; it has {known}")
 
 
@@ -213,8 +215,8 @@ def inputs_of(run: Run, stage: str) -> tuple[Dataset, Checkpoint | Pretrained]:
 def evaluate_stage(run: Run, stage: str, *, final: bool = False) -> EvalReport:
     """The report of the model after a stage on the recipe's probe, or, `final`, on its suite."""
     model = model_after(run, stage)
-    held_out = prepare(run.recipe.suite.mixture, _suite_text(run.recipe, stage), run.resources)
-    suite = run.recipe.suite if final else run.recipe.probe
+    held_out = prepare(run.recipe.final_suite.mixture, _suite_text(run.recipe, stage), run.resources)
+    suite = run.recipe.final_suite if final else run.recipe.stage_suite
     return evaluate(suite, model, held_out, run.resources)
 
 
@@ -226,9 +228,9 @@ def register_last(run: Run) -> ModelVersion:
     champion(recipe.gate, resources)  # without a registry it fails here, before anything is trained
     model = model_after(run, _last(recipe))
     assert isinstance(model, Checkpoint)
-    held_out = prepare_named(run, recipe.suite.mixture.name)
-    report = evaluate(recipe.suite, model, held_out, resources)
-    return _register(recipe, model, report, held_out, resources, Rooms())
+    held_out = prepare_named(run, recipe.final_suite.mixture.name)
+    report = evaluate(recipe.final_suite, model, held_out, resources)
+    return _register(recipe, model, report, held_out, resources, Tasks())
 
 
 def deploy_champion(run: Run) -> Deployment:
@@ -253,16 +255,16 @@ def _last(recipe: Recipe) -> str:
 
 def _suite_text(recipe: Recipe, stage: str) -> TextFormat:
     """How the model of a stage reads the held-out records."""
-    return recipe.text(stage, max_tokens=recipe.suite.max_tokens)
+    return recipe.text(stage, max_tokens=recipe.final_suite.max_tokens)
 
 
 def _register(
-    recipe: Recipe, model: Checkpoint, report: EvalReport, held_out: Dataset, resources: Resources, rooms: Rooms
+    recipe: Recipe, model: Checkpoint, report: EvalReport, held_out: Dataset, resources: Resources, tasks: Tasks
 ) -> ModelVersion:
     """Register a model against the present champion, which is evaluated on the same suite."""
     rival = champion(recipe.gate, resources)
-    against = rooms.evaluate(recipe.suite, rival.checkpoint, held_out, resources) if rival else None
-    return rooms.register(recipe.gate, model, report, against, resources)
+    against = tasks.evaluate(recipe.final_suite, rival.checkpoint, held_out, resources) if rival else None
+    return tasks.register(recipe.gate, model, report, against, resources)
 
 
 def _to_serve(recipe: Recipe, version: ModelVersion, resources: Resources) -> ModelVersion | None:
@@ -272,7 +274,7 @@ def _to_serve(recipe: Recipe, version: ModelVersion, resources: Resources) -> Mo
 
 @contextmanager
 def _tracked(run: Run, flow_run: str | None) -> Iterator[Resources]:
-    """The resources with the MLflow run of this recipe, under which the rooms log: one for each fingerprint."""
+    """The resources with the MLflow run of this recipe, under which the tasks log: one for each fingerprint."""
     with tracking.whole_run(
         run.resources,
         run.recipe.name,

@@ -68,7 +68,7 @@ def test_text_is_written_as_the_model_says() -> None:
 def test_an_override_changes_nothing_else_where_an_anchor_is_shared() -> None:
     """The tiny recipe gives the benchmarks of suite and probe by one YAML anchor."""
     run = tiny("suite.benchmarks.cider.max_new_tokens=3")
-    found = [suite.benchmarks["cider"] for suite in (run.recipe.suite, run.recipe.probe)]
+    found = [suite.benchmarks["cider"] for suite in (run.recipe.final_suite, run.recipe.stage_suite)]
     assert found == [CaptionCider(max_new_tokens=3), CaptionCider(max_new_tokens=8)]
 
 
@@ -189,7 +189,7 @@ def test_a_remainder_is_refused_with_a_batch_that_would_do(resources: str, batch
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("stages.sft.row_tokens=95", r"'sft' has rows of 95 tokens but a sample may have 96; raise row_tokens"),
+        ("stages.sft.sequence_length=95", r"'sft' has a sequence_length of 95 tokens but a sample may have 96; raise"),
         ("stages.sft.learning_rates={vision_tower: 1}", r"names \['vision_tower'\], which do not train"),
         ("stages.sft.trainable=[projector, projector]", r"twice"),
         ("stages.sft.mixture.split.salt=other", r"split objects differently"),
@@ -253,7 +253,7 @@ def test_the_batch_of_a_stage_is_divided_by_its_own_resources() -> None:
     assert tiny("stages.sft.global_batch_size=3", "resources.micro_batch_size=2", three)
 
 
-def test_a_stage_sees_pictures_of_the_size_that_it_or_the_last_one_before_it_names() -> None:
+def test_a_stage_sees_images_of_the_size_that_it_or_the_last_one_before_it_names() -> None:
     recipe = tiny("stages.pretrain.image_size=56", "model.projector={kind: mlp_downsample, factor: 3}").recipe
     found = {name: recipe.text(name) for name in ("base", *recipe.stages)}
     assert {name: (text.image_size, text.image_tokens) for name, text in found.items()} == {

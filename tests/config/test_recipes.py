@@ -60,16 +60,16 @@ STAGES: dict[str, dict[str, tuple[tuple[str, ...], int, int, float, float, float
         "sft": ((V, P, L), 2048, 4096, 2e-5, 0, None, 100),
     },
 }
-# image size, tokens a picture, feature layer, image fit, chat template, projector
+# image size, tokens an image, feature layer, image fit, chat template, projector
 MODELS: dict[str, tuple[int, int, int, str, str, str]] = {
     "vila-7b": (336, 576, -2, "pad", "vicuna_v1", "mlp_gelu"),
     "vila-13b": (336, 576, -2, "pad", "vicuna_v1", "mlp_gelu"),
-    "vila1.5-3b": (384, 196, -2, "squash", "vicuna_v1", "mlp_downsample"),
-    "vila1.5-8b": (384, 196, -2, "squash", "llama_3_vila", "mlp_downsample"),
-    "vila1.5-13b": (384, 196, -2, "squash", "vicuna_v1", "mlp_downsample"),
-    "vila1.5-40b": (448, 256, -1, "squash", "hermes_2", "mlp_downsample"),
-    "nvila-8b": (448, 256, -2, "squash", "chatml", "mlp_downsample"),
-    "nvila-lite-8b": (448, 121, -2, "squash", "chatml", "mlp_downsample"),
+    "vila1.5-3b": (384, 196, -2, "resize", "vicuna_v1", "mlp_downsample"),
+    "vila1.5-8b": (384, 196, -2, "resize", "llama_3_vila", "mlp_downsample"),
+    "vila1.5-13b": (384, 196, -2, "resize", "vicuna_v1", "mlp_downsample"),
+    "vila1.5-40b": (448, 256, -1, "resize", "hermes_2", "mlp_downsample"),
+    "nvila-8b": (448, 256, -2, "resize", "chatml", "mlp_downsample"),
+    "nvila-lite-8b": (448, 121, -2, "resize", "chatml", "mlp_downsample"),
     "base": (224, 256, -2, "pad", "vicuna_v1", "linear"),
     "table7-336-linear": (336, 576, -2, "pad", "vicuna_v1", "linear"),
     "table7-336-downsample": (336, 144, -2, "pad", "vicuna_v1", "mlp_downsample"),
@@ -163,7 +163,7 @@ def test_an_ablation_resolves_to_its_base_with_what_its_golden_file_says(name: s
 def test_stages_have_the_numbers_of_the_scripts(name: str) -> None:
     told = {}
     for key, stage in recipe(name).stages.items():
-        told[key] = (stage.trainable, stage.global_batch_size, stage.row_tokens, stage.learning_rate)
+        told[key] = (stage.trainable, stage.global_batch_size, stage.sequence_length, stage.learning_rate)
         told[key] += (stage.weight_decay, stage.max_grad_norm, stage.save_every)
     assert told == STAGES[name]
     assert list(told) == list(STAGES[name])
@@ -178,9 +178,9 @@ def test_every_stage_is_one_epoch_of_single_samples_in_bf16_under_a_cosine(name:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_models_see_pictures_as_the_paper_says(name: str) -> None:
+def test_models_see_images_as_the_paper_says(name: str) -> None:
     model = recipe(name).model
-    seen = (model.image_size, model.image_tokens(), model.feature_layer, model.image_fit, model.chat_template)
+    seen = (model.image_size, model.image_tokens(), model.feature_layer, model.image_aspect_ratio, model.chat_template)
     assert (*seen, model.projector.kind) == MODELS[name]
 
 
@@ -190,7 +190,7 @@ def test_projectors_merge_patches_in_the_order_of_their_release() -> None:
 
 
 def test_pretraining_is_balanced_as_in_the_paper() -> None:
-    """25M pictures of each; a slot of the loader is a document of MMC4 or 4 samples of COYO."""
+    """25M images of each; a slot of the loader is a document of MMC4 or 4 samples of COYO."""
     mixture = recipe("vila-7b").stages["pretrain"].mixture.model_dump()
     assert mixture["blend"] == {"kind": "weight", "unit": "samples"}
     assert {name: source["weight"] or 1 for name, source in mixture["sources"].items()} == {"mmc4": 1, "coyo": 4}

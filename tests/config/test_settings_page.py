@@ -102,7 +102,7 @@ def test_no_link_of_the_page_leads_nowhere() -> None:
         ("Model", "weights", ["[`folder`](#folderweights), or `null`", "`null`"]),
         ("Mixture", "split", ["[`Split`](#split)", "its defaults"]),
         ("Recipe", "stages", ["mapping, key: text; value: [`Stage`](#stage)", "required"]),
-        ("Rule", "max_loss", ["number ≥ 0, or `null`", "`null`"]),
+        ("Rule", "max_regression", ["number ≥ 0, or `null`", "`null`"]),
         ("Package", "sha256", ["64 hexadecimal digits", "required"]),
         ("Table", "render", ["`caption` or `conversation`", "`caption`"]),
     ],
@@ -114,7 +114,7 @@ def test_a_row_says_in_words_what_its_field_takes(heading: str, key: str, cells:
 def test_the_text_under_a_field_or_its_type_is_its_meaning() -> None:
     table = rows()
     assert table["Stage"]["num_steps"][2] == "Optimizer steps; either these or epochs."
-    assert table["Model"]["image_fit"][2].startswith("How a picture becomes a square. pad: the whole picture")
+    assert table["Model"]["image_aspect_ratio"][2].startswith("How an image becomes a square. pad: the whole image")
     assert "`null`: not clipped" in table["Stage"]["max_grad_norm"][2]
 
 
@@ -130,12 +130,12 @@ def test_the_page_s_recipe_loads_and_shows_what_it_trains(recipe: Path, resource
 
 
 def test_the_page_s_recipe_trains(recipe: Path, resources: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """On the pictures and the table that it names, with a micro-model in the place of the demo's."""
+    """On the images and the table that it names, with a micro-model in the place of the demo's."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine/pictures").mkdir(parents=True)
+    (tmp_path / "mine/images").mkdir(parents=True)
     names = [f"{number}.png" for number in range(40)]
     for number, name in enumerate(names):
-        Image.new("RGB", (30, 20), (number * 6, 0, 0)).save(tmp_path / "mine/pictures" / name)
+        Image.new("RGB", (30, 20), (number * 6, 0, 0)).save(tmp_path / "mine/images" / name)
     (tmp_path / "mine/captions.csv").write_text("image,text\n" + "".join(f"{name},A red square.\n" for name in names))
     made = json.loads(run("train", recipe, "-r", resources, "--stage", "align", "-s", MICRO_MODEL, "--json"))
     assert made["stage"] == "align"

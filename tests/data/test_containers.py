@@ -74,7 +74,7 @@ def private(kind: str) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF"])
-def test_a_stripped_file_is_the_picture_and_nothing_else(kind: str) -> None:
+def test_a_stripped_file_is_the_image_and_nothing_else(kind: str) -> None:
     data = private(kind)
     stripped = strip(data)
     assert b"secret" in data

@@ -11,7 +11,7 @@ import pytest
 from vila_ops.artifacts.kinds import Dataset
 from vila_ops.artifacts.store import CorruptArtifact, opened, verify
 from vila_ops.config import Mixture, Resources, Stage, TextFormat
-from vila_ops.data.order.loader import Rows
+from vila_ops.data.order.loader import RowLoader
 from vila_ops.data.prepare import prepare
 from vila_ops.data.shards import index_of, samples_of
 
@@ -85,7 +85,7 @@ def test_the_way_out_of_a_damaged_dataset_works(prepared: Prepare, make_stage: A
     source = {"kind": "jsonl", "path": "unread", "render": "caption"}
     mixture = Mixture.model_validate({"name": "own", "sources": {"pairs": source}})
     stage: Stage = make_stage(mixture, global_batch_size=16, num_steps=4)
-    rows = Rows(opened(made).file, digest=made.digest, stage=stage, cache=tmp_path / "plans")
+    rows = RowLoader(opened(made).file, digest=made.digest, stage=stage, cache=tmp_path / "plans")
     shared = next(path for path in tmp_path.glob("work/**/shard/*/*/shard.tar") if path.samefile(tar))
     for read in (lambda: list(samples_of(made, index)), lambda: [rows.batch(step) for step in range(4)]):
         with pytest.raises(CorruptArtifact, match=rf"{tar} has sha256") as told:

@@ -19,15 +19,15 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 """Of openai/clip-vit-large-patch14's preprocessor_config.json."""
 CLIP_COLOUR = (122, 116, 104)
 """255 times that mean, rounded down."""
-FITS = [Fit("pad", CLIP_MEAN), Fit("squash", CLIP_MEAN), Fit("crop", CLIP_MEAN)]
+FITS = [Fit("pad", CLIP_MEAN), Fit("resize", CLIP_MEAN), Fit("crop", CLIP_MEAN)]
 PAD = FITS[0]
 FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP"]
 TURNED = [(kind, turn) for kind in ("PNG", "JPEG", "WEBP") for turn in range(1, 9)]
 
 
-def encoded(picture: Pillow.Image, kind: str = "PNG", **more: Any) -> bytes:
+def encoded(image: Pillow.Image, kind: str = "PNG", **more: Any) -> bytes:
     out = io.BytesIO()
-    picture.save(out, kind, **more)
+    image.save(out, kind, **more)
     return out.getvalue()
 
 
@@ -37,9 +37,9 @@ def squared(data: bytes, *, size: int, fit: Fit = PAD, decode: Decoding = "exact
 
 
 def opened(data: bytes, kind: str) -> NDArray[np.uint8]:
-    with Pillow.open(io.BytesIO(data)) as picture:
-        assert (picture.format, picture.mode) == (kind, "RGB")
-        return np.asarray(picture).copy()
+    with Pillow.open(io.BytesIO(data)) as image:
+        assert (image.format, image.mode) == (kind, "RGB")
+        return np.asarray(image).copy()
 
 
 def noise(*shape: int, seed: int = 0, depth: Any = np.uint8) -> NDArray[Any]:
@@ -54,8 +54,8 @@ def exif(turn: int) -> Pillow.Exif:
 
 def plain(data: bytes, size: int) -> NDArray[np.uint8]:
     """What a padded square is, in Pillow's own words: upright, on white, padded to a square, resized."""
-    with Pillow.open(io.BytesIO(data)) as picture:
-        upright = ImageOps.exif_transpose(picture)
+    with Pillow.open(io.BytesIO(data)) as image:
+        upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I"):
             upright = Pillow.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
         if "transparency" in upright.info or upright.mode in ("RGBA", "LA"):
@@ -80,10 +80,10 @@ def test_the_pixels_are_those_of_padding_then_resizing(mode: str, kind: str, wid
     channels = {"RGB": 3, "RGBA": 4, "L": 1, "LA": 2, "P": 3, "1": 3, "CMYK": 4, "I;16": 1}[mode]
     array = noise(height, width, channels, depth=np.uint16 if mode == "I;16" else np.uint8)
     drawn = None if channels == 1 else {"P": "RGB", "1": "RGB"}.get(mode, mode)
-    picture = Pillow.fromarray(array.squeeze(2) if channels == 1 else array, drawn)
+    image = Pillow.fromarray(array.squeeze(2) if channels == 1 else array, drawn)
     more: dict[str, Any] = {"exif": exif(1 + width % 8)} if kind in ("JPEG", "WEBP") else {}
     more |= {"transparency": 3} if mode == "P" and kind != "BMP" else {}
-    data = encoded(picture.convert(mode), kind, **more)
+    data = encoded(image.convert(mode), kind, **more)
     for size in (8, 56, 336):
         assert (squared(data, size=size) == plain(data, size)).all()
 
@@ -96,18 +96,18 @@ ASPECTS = [(333, 250), (97, 401), (300, 300), (1, 1), (20, 11), (1, 64), (64, 1)
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
 def test_the_pixels_are_those_of_the_stock_processor(fit: Fit, width: int, height: int, mode: str) -> None:
     channels = {"RGB": (3,), "L": (), "RGBA": (4,)}[mode]
-    picture = Pillow.fromarray(noise(height, width, *channels), mode)
+    image = Pillow.fromarray(noise(height, width, *channels), mode)
     for size in (8, 57, 336):
         both = {"height": size, "width": size}
         kept: Any = {"do_normalize": False, "do_rescale": False, "image_mean": CLIP_MEAN}
         stock = {
             "pad": LlavaImageProcessorPil(do_pad=True, do_center_crop=False, size=both, **kept),
-            "squash": CLIPImageProcessorPil(size=both, do_center_crop=False, **kept),
+            "resize": CLIPImageProcessorPil(size=both, do_center_crop=False, **kept),
             "crop": CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=both, **kept),
         }[fit.kind]
-        expected = np.asarray(stock(picture)["pixel_values"][0]).transpose(1, 2, 0)
+        expected = np.asarray(stock(image)["pixel_values"][0]).transpose(1, 2, 0)
         assert expected.shape == (size, size, 3)
-        assert (squared(encoded(picture), size=size, fit=fit) == expected).all()
+        assert (squared(encoded(image), size=size, fit=fit) == expected).all()
 
 
 @pytest.mark.parametrize("fit", FITS, ids=lambda fit: fit.kind)
@@ -140,8 +140,8 @@ def test_grey_with_alpha() -> None:
 
 def test_padding_has_the_mean_colour_and_is_centred() -> None:
     for turned in (False, True):
-        picture = Pillow.new("RGB", (2, 6) if turned else (6, 2), (0, 0, 9))
-        found = squared(encoded(picture), size=6)
+        image = Pillow.new("RGB", (2, 6) if turned else (6, 2), (0, 0, 9))
+        found = squared(encoded(image), size=6)
         found = found.transpose(1, 0, 2) if turned else found
         assert (found[[0, 1, 4, 5]] == CLIP_COLOUR).all()
         assert (found[2:4] == (0, 0, 9)).all()
@@ -265,21 +265,21 @@ def test_lost_data_is_noticed_although_the_end_marker_is_there() -> None:
 
 
 def test_the_pixel_limit_is_exact() -> None:
-    picture = encoded(Pillow.new("L", (30, 20)))
-    assert square(picture, size=8, fit=PAD, encoding=Webp(), max_pixels=600)
+    image = encoded(Pillow.new("L", (30, 20)))
+    assert square(image, size=8, fit=PAD, encoding=Webp(), max_pixels=600)
     with pytest.raises(BadImage, match="30 x 20 pixels, more than 599"):
-        square(picture, size=8, fit=PAD, encoding=Webp(), max_pixels=599)
+        square(image, size=8, fit=PAD, encoding=Webp(), max_pixels=599)
     with pytest.raises(BadImage, match="so narrow"):
         square(encoded(Pillow.new("L", (60_000, 1))), size=8, fit=PAD, encoding=Webp())
 
 
 @pytest.mark.parametrize("sides", [(MOST_CROPPED + 1, 1), (1, MOST_CROPPED + 1)])
 def test_a_strip_is_not_cropped_to_its_middle(sides: tuple[int, int]) -> None:
-    picture = encoded(Pillow.new("L", sides))
-    pad, squash, crop = FITS
-    assert squared(picture, size=8, fit=pad).shape == squared(picture, size=8, fit=squash).shape == (8, 8, 3)
+    image = encoded(Pillow.new("L", sides))
+    pad, resize, crop = FITS
+    assert squared(image, size=8, fit=pad).shape == squared(image, size=8, fit=resize).shape == (8, 8, 3)
     with pytest.raises(BadImage, match="so narrow that its middle") as refused:
-        squared(picture, size=8, fit=crop)
+        squared(image, size=8, fit=crop)
     assert refused.value.reason == "too_narrow"
 
 

@@ -1,6 +1,6 @@
-"""Hostile and damaged picture files: each becomes a square or is refused with a reason, within limits.
+"""Hostile and damaged image files: each becomes a square or is refused with a reason, within limits.
 
-All are decoded in one other process (hostile_pictures.py), so that a crash or a hang is found and named.
+All are decoded in one other process (hostile_images.py), so that a crash or a hang is found and named.
 VILA_FUZZ sets how many damaged files (`make faults`: 10 000).
 """
 
@@ -19,13 +19,13 @@ from vila_ops.data.containers import Reason
 from vila_ops.data.images import BYTES_PER_PIXEL
 
 FUZZED = int(os.environ.get("VILA_FUZZ", "1000"))
-SCRIPT = Path(__file__).with_name("hostile_pictures.py")
+SCRIPT = Path(__file__).with_name("hostile_images.py")
 ADDRESS_SPACE = 4 * 2**30
 SLACK = 64 * 2**20
 EXPECTED = {
     "empty": "empty",
-    "one_pixel": "picture",
-    "one_pixel_os2_bmp": "picture",
+    "one_pixel": "image",
+    "one_pixel_os2_bmp": "image",
     "narrow_jpeg": "too_narrow",
     "narrow_png": "too_many_pixels",
     "no_width": "corrupt",
@@ -36,24 +36,24 @@ EXPECTED = {
     "huge_gif_frame": "too_many_pixels",
     "huge_bmp": "too_many_pixels",
     "large_png_without_data": "truncated",
-    "large_webp": "picture",
-    "large_jpeg_turned": "picture",
-    "text_bomb_ztxt": "picture",
-    "text_bomb_itxt": "picture",
-    "icc_bomb": "picture",
-    "exif_bomb_png": "picture",
-    "exif_bomb_jpeg": "picture",
-    "exif_bomb_webp": "picture",
-    "exif_broken": "picture",
-    "icc_broken": "picture",
-    "metadata_of_58_mb": "picture",
+    "large_webp": "image",
+    "large_jpeg_turned": "image",
+    "text_bomb_ztxt": "image",
+    "text_bomb_itxt": "image",
+    "icc_bomb": "image",
+    "exif_bomb_png": "image",
+    "exif_bomb_jpeg": "image",
+    "exif_bomb_webp": "image",
+    "exif_broken": "image",
+    "icc_broken": "image",
+    "metadata_of_58_mb": "image",
     "segments_without_end": "too_complex",
     "chunks_without_end": "too_complex",
     "data_in_crumbs": "too_complex",
     "comments_without_end": "too_complex",
     "stray_bytes": "too_complex",
     "sixty_five_mb": "too_many_bytes",
-    "scans_1000_small": "picture",
+    "scans_1000_small": "image",
     "scans_1000_large": "too_complex",
     "scans_1000_largest": "too_complex",
     "runs_without_end": "corrupt",
@@ -61,12 +61,12 @@ EXPECTED = {
     "arithmetic_jpeg": "unsupported",
     "lossless_jpeg": "unsupported",
     "half_with_end": "truncated",
-    "followed_by_zip": "picture",
+    "followed_by_zip": "image",
     "png_without_data": "corrupt",
     "png_wrong_checksum": "corrupt",
-    **dict.fromkeys(("tiff", "ico", "avif", "svg", "pdf", "eps", "html", "zip", "zero_bytes"), "not_a_picture"),
+    **dict.fromkeys(("tiff", "ico", "avif", "svg", "pdf", "eps", "html", "zip", "zero_bytes"), "not_an_image"),
 }
-"""What becomes of each named file. A whole seed (one of every format and mode that is read) becomes a picture."""
+"""What becomes of each named file. A whole seed (one of every format and mode that is read) becomes an image."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def test_every_named_attack_ends_as_it_should() -> None:
     whole = len(outcomes) - len(EXPECTED)
     found = {outcome.name: outcome.outcome for outcome in outcomes}
     assert whole == 30
-    assert found == {**dict.fromkeys(list(found)[:whole], "picture"), **EXPECTED}
+    assert found == {**dict.fromkeys(list(found)[:whole], "image"), **EXPECTED}
     for outcome in outcomes:
         pixels = 10_000_000 if outcome.name.startswith("large") else 1_000_000
         assert outcome.memory_bytes < BYTES_PER_PIXEL * pixels + SLACK, outcome
@@ -113,7 +113,7 @@ def test_damaged_files_become_squares_or_are_refused_with_a_reason() -> None:
     outcomes = run("fuzzed", str(FUZZED))
     counts = Counter(outcome.outcome for outcome in outcomes)
     assert sum(counts.values()) == FUZZED
-    assert set(counts) <= {"picture", *get_args(Reason)}, [o for o in outcomes if ":" in o.outcome][:5]
-    assert counts["picture"] > FUZZED / 10, "the damage is so great that no decoder was reached"
+    assert set(counts) <= {"image", *get_args(Reason)}, [o for o in outcomes if ":" in o.outcome][:5]
+    assert counts["image"] > FUZZED / 10, "the damage is so great that no decoder was reached"
     worst = max(outcomes, key=lambda outcome: outcome.memory_bytes)
     assert worst.memory_bytes < BYTES_PER_PIXEL * 1_000_000 + SLACK, worst

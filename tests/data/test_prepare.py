@@ -110,12 +110,12 @@ def test_the_tiny_datasets_are_the_golden_ones(resources: Resources, monkeypatch
     monkeypatch.chdir(ROOT)  # the recipe's folders are relative to it
     recipe = load(Path("configs/recipes/tiny.yaml"), resources=Path("configs/resources/inline.yaml")).recipe
     asked = [(stage.mixture, recipe.text()) for stage in recipe.stages.values()]
-    asked.append((recipe.suite.mixture, recipe.text(max_tokens=recipe.suite.max_tokens)))
+    asked.append((recipe.final_suite.mixture, recipe.text(max_tokens=recipe.final_suite.max_tokens)))
     digests = {mixture.name: prepare(mixture, text, resources).digest for mixture, text in asked}
     golden = json.loads(GOLDEN.read_text())
     revisions = {"prepare": REVISION, "shard": SHARD_REVISION}
     assert golden["revisions"] != revisions or golden["digests"] == digests, (
-        f"the room `prepare` makes other bytes than golden under the same revisions {revisions}; if that is meant, "
+        f"the task `prepare` makes other bytes than golden under the same revisions {revisions}; if that is meant, "
         f"bump SHARD_REVISION in vila_ops/data/making/identity.py, or REVISION in vila_ops/data/prepare.py where "
         f"shards are as they were, and then: {REWRITE}"
     )
@@ -144,18 +144,18 @@ def test_a_dataset_is_exported_with_its_counts_beside_it(
     assert (tmp_path / f"data/{name}.left_out.csv").read_text() == "part,left_out\n"
 
 
-def test_a_reason_for_pictures_and_for_records_is_one_bar_of_both(
+def test_a_reason_for_images_and_for_records_is_one_bar_of_both(
     resources: Resources, make_text: Any, tmp_path: Path
 ) -> None:
     raw = tmp_path / "raw"
     raw.mkdir()
     for side in (8, 64):
         Image.new("RGB", (side, side), "red").save(raw / f"{side}.png")
-    pictures = {"both": [8, 64], "small": [8], "large": [64]}
+    images = {"both": [8, 64], "small": [8], "large": [64]}
     shared = {"category": "", "licence": "CC0-1.0", "provenance": "here"}
     turns = {
         name: [{"role": "document", "parts": [*({"image": f"{side}.png"} for side in sides), {"text": "Red."}]}]
-        for name, sides in pictures.items()
+        for name, sides in images.items()
     }
     lines = [json.dumps({"id": name, "object": name, "turns": told, **shared}) for name, told in turns.items()]
     (raw / "records.jsonl").write_text("\n".join(lines))
@@ -283,7 +283,7 @@ def test_shards_of_a_new_revision_make_another_dataset(
 
 
 def spoil(tiny: Path, folder: Path, count: int) -> Path:
-    """The tiny pairs with so many pictures that cannot be read."""
+    """The tiny pairs with so many images that cannot be read."""
     shutil.copytree(tiny / "pairs", folder)
     for path in sorted(folder.glob("*.png"))[:count]:
         path.write_bytes(path.read_bytes()[:100])
@@ -291,7 +291,7 @@ def spoil(tiny: Path, folder: Path, count: int) -> Path:
 
 
 @pytest.mark.parametrize("render", ["caption", "questions"])
-def test_an_unreadable_picture_is_a_counted_drop(
+def test_an_unreadable_image_is_a_counted_drop(
     render: str, resources: Resources, make_text: Any, tiny: Path, tmp_path: Path
 ) -> None:
     folder = spoil(tiny, tmp_path / "pairs", 2)

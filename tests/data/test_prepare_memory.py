@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-SIDE, PICTURES = 2400, 60
+SIDE, IMAGES = 2400, 60
 PROGRAM = """
 import json, sys
 from pathlib import Path
@@ -29,13 +29,13 @@ print(json.dumps({"samples": made.num_samples, "peak": int(peak) * 1024}))
 
 
 @pytest.mark.slow
-def test_ten_times_the_pictures_need_no_more_memory(tmp_path: Path, tiny: Path) -> None:
-    """The ratio of 20 GB of pictures under 2 GB: PICTURES files of 17 MB in steps of a tenth and all."""
+def test_ten_times_the_images_need_no_more_memory(tmp_path: Path, tiny: Path) -> None:
+    """The ratio of 20 GB of images under 2 GB: IMAGES files of 17 MB in steps of a tenth and all."""
     noise = np.random.default_rng(0)
     raw = tmp_path / "raw"
     raw.mkdir()
     lines = []
-    for number in range(PICTURES):
+    for number in range(IMAGES):
         pixels = noise.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(raw / f"{number}.bmp")
         record = {
@@ -50,7 +50,7 @@ def test_ten_times_the_pictures_need_no_more_memory(tmp_path: Path, tiny: Path) 
     total = sum(path.stat().st_size for path in raw.glob("*.bmp"))
     assert total > 10**9
     peaks = {}
-    for count in (PICTURES // 10, PICTURES):
+    for count in (IMAGES // 10, IMAGES):
         (raw / "records.jsonl").write_text("\n".join(lines[:count]) + "\n")
         asked = {
             "mixture": {
@@ -68,6 +68,6 @@ def test_ten_times_the_pictures_need_no_more_memory(tmp_path: Path, tiny: Path) 
         said = json.loads(done.stdout.splitlines()[-1])
         assert said["samples"] == count
         peaks[count] = said["peak"]
-    growth = peaks[PICTURES] - peaks[PICTURES // 10]
-    assert growth < total / 20, f"{growth / 2**20:.0f} MiB more for {total / 2**20:.0f} MiB of pictures"
-    assert peaks[PICTURES] < total / 2, "about 200 MiB, most of which are imports"
+    growth = peaks[IMAGES] - peaks[IMAGES // 10]
+    assert growth < total / 20, f"{growth / 2**20:.0f} MiB more for {total / 2**20:.0f} MiB of images"
+    assert peaks[IMAGES] < total / 2, "about 200 MiB, most of which are imports"

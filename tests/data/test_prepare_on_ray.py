@@ -101,5 +101,5 @@ def test_two_nodes_make_the_dataset_of_one_process_and_refuse_what_it_refuses(
     wrong = Mixture.model_validate(
         {"name": "wrong", "sources": {"told": {**relative["instructions"], "render": "questions"}}}
     )
-    with pytest.raises(ValueError, match=r"^record '[^']*' is not one picture with a caption, which render questions"):
+    with pytest.raises(ValueError, match=r"^record '[^']*' is not one image with a caption, which render questions"):
         prepare(wrong, make_text(), on_ray)

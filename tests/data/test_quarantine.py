@@ -43,7 +43,7 @@ def index(dataset: Dataset) -> list[dict[str, Any]]:
 def test_all_but_the_records_that_are_left_out_stays_byte_for_byte(
     whole: Dataset, make_mixture: Any, make_text: Any, resources: Resources
 ) -> None:
-    """Two records with a picture and a document of several pieces; every number is told from the rows that are left."""
+    """Two records with an image and a document of several pieces; every number is told from the rows that are left."""
     rows = index(whole)
     pieces = Counter(row["id"] for row in rows if row["source"] == "documents")
     document = max(pieces, key=lambda one: pieces[one])
@@ -110,7 +110,7 @@ BLOCK = """\
 # Mine, and what I think of it.
 name: mine   # the name
 sources:
-  pairs: {kind: jsonl, path: tests/tiny/pairs, render: caption}  # pictures
+  pairs: {kind: jsonl, path: tests/tiny/pairs, render: caption}  # images
 """
 RECIPES = {
     "file": ("stages:\n  align: {mixture: {extends: [mine.yaml], name: mine}}\n", 2),

@@ -16,16 +16,16 @@ def mixture(**sources: dict[str, object]) -> Mixture:
     return Mixture.model_validate({"name": "own", "sources": sources})
 
 
-def test_records_and_pictures_of_all_sources_are_watched_those_compared_against_too() -> None:
+def test_records_and_images_of_all_sources_are_watched_those_compared_against_too() -> None:
     chosen = mixture(
-        one={**LLAVA, "path": "raw/one.json", "images": "raw/pictures"},
+        one={**LLAVA, "path": "raw/one.json", "images": "raw/images"},
         other={"kind": "flan", "licence": "MIT", "path": "raw/flan"},
         pinned={"kind": "wordnet", "package": PACKAGE, "render": "document"},
     )
-    against = {"pope": {**LLAVA, "path": "eval/pope.json", "images": "raw/pictures"}}
+    against = {"pope": {**LLAVA, "path": "eval/pope.json", "images": "raw/images"}}
     guarded = Mixture.model_validate({**chosen.model_dump(), "contamination": {"sources": against}})
-    assert raw_roots(chosen) == ["raw/flan", "raw/one.json", "raw/pictures"]
-    assert raw_roots(guarded) == ["eval/pope.json", "raw/flan", "raw/one.json", "raw/pictures"]
+    assert raw_roots(chosen) == ["raw/flan", "raw/one.json", "raw/images"]
+    assert raw_roots(guarded) == ["eval/pope.json", "raw/flan", "raw/one.json", "raw/images"]
 
 
 def test_a_mixture_of_packages_cannot_be_watched(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_samples_of_a_dataset_on_s3_bring_only_their_shards(
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "webp"])
-def test_a_picture_as_a_url_says_its_true_type(kind: str) -> None:
+def test_a_image_as_a_url_says_its_true_type(kind: str) -> None:
     file = io.BytesIO()
     Pillow.new("RGB", (4, 4)).save(file, kind)
     head, _, data = data_url(file.getvalue()).partition(",")

@@ -10,19 +10,19 @@ import pytest
 from pycocoevalcap.cider.cider import Cider as Official
 
 from vila_ops.config import Suite, load
-from vila_ops.config.eval import Alignment, CaptionCider, CaptionLoss, MultipleChoice, Pope
+from vila_ops.config.eval import Alignment, CaptionCider, CaptionLoss, MultipleChoice, PopeBenchmark
 from vila_ops.data.prepare import prepare
 from vila_ops.data.records import Image, Record, Turn
 from vila_ops.data.text.conversation import Tokenizer
 from vila_ops.data.text.questions import YES_NO
-from vila_ops.eval.bench import Bench, Metric
+from vila_ops.eval.bench import BenchmarkRunner, Metric
 from vila_ops.eval.benchmarks.alignment import alignment
 from vila_ops.eval.benchmarks.captions import caption_loss, multiple_choice
 from vila_ops.eval.benchmarks.cider import caption_cider
 from vila_ops.eval.benchmarks.pope import pope
 from vila_ops.eval.benchmarks.words import text_loss, text_multiple_choice
-from vila_ops.eval.items import Items, Picture, Word, read_items
-from vila_ops.generate.engine import Answer, Generator, Prompt, Score
+from vila_ops.eval.items import ImageItem, Items, WordItem, read_items
+from vila_ops.generate.engine import Answer, Generator, Loglikelihood, Prompt
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,18 +36,18 @@ CAPTIONS = {
 OBJECT = {caption: name for name, caption in CAPTIONS.items()}
 NAMES = list(CAPTIONS)
 AFTER = dict(zip(NAMES, [*NAMES[1:], NAMES[0]], strict=True))
-"""Whose picture is the control's, and the first of the three distractors."""
+"""Whose image is the control's, and the first of the three distractors."""
 ABSENT = {"cat": "car", "dog": "boat", "car": "dog", "boat": "tree", "tree": "cat"}
 """POPE asks the second (dog) and the fourth (boat) for it; the control of the boat shows the tree."""
 
-Scores = Callable[[str, str, str], Score]
-"""Of the picture's name ("" for none), the text of the prompt, and that of the continuation."""
-MakeBench = Callable[..., Bench]
+Scores = Callable[[str, str, str], Loglikelihood]
+"""Of the image's name ("" for none), the text of the prompt, and that of the continuation."""
+MakeBench = Callable[..., BenchmarkRunner]
 
 
-def known_states(picture: str, prompt: list[int], caption: list[int], image_id: int) -> np.ndarray:
-    """Three layers of two dimensions: the picture's tokens turn towards the caption's, each picture's its own way."""
-    turn = NAMES.index(picture) * 0.1
+def known_states(image: str, prompt: list[int], caption: list[int], image_id: int) -> np.ndarray:
+    """Three layers of two dimensions: the image's tokens turn towards the caption's, each image's its own way."""
+    turn = NAMES.index(image) * 0.1
     visual = np.array(prompt) == image_id
     layers = []
     for angle in (np.pi / 2, np.pi / 3 + turn, turn):
@@ -67,38 +67,40 @@ class StandIn:
         self.asked: list[tuple[Prompt, Sequence[list[int]]]] = []
 
     def states(self, prompt: Prompt, continuation: list[int]) -> np.ndarray:
-        return known_states(_picture(prompt), prompt.input_ids, continuation, self.tokenizer.image_id)
+        return known_states(_image(prompt), prompt.input_ids, continuation, self.tokenizer.image_id)
 
-    def score(self, items: Sequence[tuple[Prompt, Sequence[list[int]]]]) -> list[list[Score]]:
+    def score(self, items: Sequence[tuple[Prompt, Sequence[list[int]]]]) -> list[list[Loglikelihood]]:
         self.asked += items
         text = self.tokenizer.decode
         return [
-            [self.scores(_picture(prompt), text(prompt.input_ids), text(ids)) for ids in continuations]
+            [self.scores(_image(prompt), text(prompt.input_ids), text(ids)) for ids in continuations]
             for prompt, continuations in items
         ]
 
     def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[Answer]:
-        ids = [self.tokenizer.text_ids(f" {self.said[_picture(prompt)]}\n") for prompt in prompts]
+        ids = [self.tokenizer.text_ids(f" {self.said[_image(prompt)]}\n") for prompt in prompts]
         return [Answer(answer[:max_new_tokens], finished=len(answer) <= max_new_tokens) for answer in ids]
 
 
-def _picture(prompt: Prompt) -> str:
+def _image(prompt: Prompt) -> str:
     return b"".join(prompt.images).decode("latin-1")
 
 
-def _item(name: str) -> Picture:
+def _item(name: str) -> ImageItem:
     near = AFTER[name]
     distractors = (CAPTIONS[near], CAPTIONS[AFTER[near]], CAPTIONS[AFTER[AFTER[near]]])
-    return Picture(name, name, "", name.encode(), near.encode(), CAPTIONS[name], distractors, ABSENT[name])
+    return ImageItem(name, name, "", name.encode(), near.encode(), CAPTIONS[name], distractors, ABSENT[name])
 
 
 ITEMS = Items(
-    pictures=tuple(_item(name) for name in NAMES),
-    words=tuple(Word(name, name, f"what a {name} is", ("first", "second", "third")) for name in ("cat", "dog", "car")),
+    images=tuple(_item(name) for name in NAMES),
+    words=tuple(
+        WordItem(name, name, f"what a {name} is", ("first", "second", "third")) for name in ("cat", "dog", "car")
+    ),
     frequent_caption="a red cat",
 )
-TWICE = replace(ITEMS, pictures=(*ITEMS.pictures, *(replace(p, key=f"{p.key} again") for p in ITEMS.pictures)))
-"""Two pictures of each object; POPE asks for the object in one of them and for another object in the other."""
+TWICE = replace(ITEMS, images=(*ITEMS.images, *(replace(p, key=f"{p.key} again") for p in ITEMS.images)))
+"""Two images of each object; POPE asks for the object in one of them and for another object in the other."""
 
 
 @pytest.fixture(scope="module")
@@ -112,13 +114,13 @@ def suite(make_mixture: Callable[..., Any]) -> Suite:
 def make_bench(tokenizer: Tokenizer, suite: Suite) -> MakeBench:
     """A stand-in on items."""
 
-    def make(scores: Scores, *, items: Items = ITEMS, said: Mapping[str, str] = CAPTIONS) -> Bench:
-        return Bench(cast("Generator", StandIn(tokenizer, scores=scores, said=said)), items, suite)
+    def make(scores: Scores, *, items: Items = ITEMS, said: Mapping[str, str] = CAPTIONS) -> BenchmarkRunner:
+        return BenchmarkRunner(cast("Generator", StandIn(tokenizer, scores=scores, said=said)), items, suite)
 
     return make
 
 
-def asked(bench: Bench) -> list[tuple[Prompt, Sequence[list[int]]]]:
+def asked(bench: BenchmarkRunner) -> list[tuple[Prompt, Sequence[list[int]]]]:
     return cast("StandIn", bench.generator).asked
 
 
@@ -134,13 +136,13 @@ def record(role: Any, *parts: Image | str, answer: str | None = None) -> Record:
 
 
 CAPTION_NATS = {"cat": (2, 10, 4), "dog": (12, 14, 6), "car": (3, 6, 3), "boat": (1, 8, 5), "tree": (9, 12, 2)}
-"""Of the true caption: nats given its own picture, nats given another's, tokens."""
+"""Of the true caption: nats given its own image, nats given another's, tokens."""
 
 
-def caption_scores(picture: str, prompt: str, caption: str) -> Score:
+def caption_scores(image: str, prompt: str, caption: str) -> Loglikelihood:
     own, foreign, tokens = CAPTION_NATS[OBJECT[caption]]
     seen = {OBJECT[caption]: own, AFTER[OBJECT[caption]]: foreign}
-    return Score(seen.get(picture, 1000), tokens)
+    return Loglikelihood(seen.get(image, 1000), tokens)
 
 
 def test_caption_loss_is_all_nats_by_all_tokens_and_the_gap_is_control_minus_model(make_bench: MakeBench) -> None:
@@ -158,23 +160,23 @@ def test_caption_loss_is_all_nats_by_all_tokens_and_the_gap_is_control_minus_mod
 
 
 BLIND_NATS = {"cat": 40, "dog": 50, "car": 45, "boat": 12, "tree": 48}
-"""Without a picture: the boat's caption is the likeliest, whatever is shown."""
+"""Without an image: the boat's caption is the likeliest, whatever is shown."""
 GAINS = {**{(name, name): 10.0 for name in NAMES}, ("dog", "tree"): 15.0, ("car", "dog"): 12.0}
-"""Of (picture, caption) in nats; 1 where it is not named."""
+"""Of (image, caption) in nats; 1 where it is not named."""
 
 
-def choice_scores(picture: str, prompt: str, caption: str) -> Score:
+def choice_scores(image: str, prompt: str, caption: str) -> Loglikelihood:
     name = OBJECT[caption]
-    gain = GAINS.get((picture, name), 1.0) if picture else 0.0
-    return Score(BLIND_NATS[name] - gain, tokens=20 if name == "cat" else 1)
+    gain = GAINS.get((image, name), 1.0) if image else 0.0
+    return Loglikelihood(BLIND_NATS[name] - gain, tokens=20 if name == "cat" else 1)
 
 
-def test_the_caption_that_gains_most_from_the_picture_is_chosen(make_bench: MakeBench) -> None:
+def test_the_caption_that_gains_most_from_the_image_is_chosen(make_bench: MakeBench) -> None:
     metrics = multiple_choice(make_bench(choice_scores), MultipleChoice())
-    # Model: the true caption gains 10 and the others 1, but the dog's picture gives the tree's caption 15: 4 of 5.
+    # Model: the true caption gains 10 and the others 1, but the dog's image gives the tree's caption 15: 4 of 5.
     # By likelihood alone the boat's caption would win wherever it is a choice: for the cat it costs 12 - 1 = 11 nats,
     # the true one 40 - 10 = 30. By gain per token the cat would lose too: 10 / 20 against 1 / 1.
-    # Control: the caption of the picture shown gains 10 and is never the true one; but the car's picture, which is the
+    # Control: the caption of the image shown gains 10 and is never the true one; but the car's image, which is the
     # dog's control, gives the dog's caption 12: 1 of 5.
     assert values(metrics) == pytest.approx(
         {
@@ -229,16 +231,16 @@ def test_captions_are_cut_at_the_configs_length(make_bench: MakeBench, tokenizer
     assert answers[0]["answer"] == cut != CAPTIONS["cat"]
 
 
-def yes_where_it_is(picture: str, prompt: str, answer: str) -> Score:
-    is_there = YES_NO.format(name=picture) in prompt
-    return Score(1.0 if (answer == "Yes.") == is_there else 3.0, tokens=1)
+def yes_where_it_is(image: str, prompt: str, answer: str) -> Loglikelihood:
+    is_there = YES_NO.format(name=image) in prompt
+    return Loglikelihood(1.0 if (answer == "Yes.") == is_there else 3.0, tokens=1)
 
 
 def test_pope_asks_for_what_is_there_and_for_what_is_not_by_turns(make_bench: MakeBench) -> None:
-    metrics = pope(make_bench(yes_where_it_is), Pope())
-    # Cat, car and tree are asked for where they are, a boat on the dog's picture and a tree on the boat's: 3 of 5 yes.
+    metrics = pope(make_bench(yes_where_it_is), PopeBenchmark())
+    # Cat, car and tree are asked for where they are, a boat on the dog's image and a tree on the boat's: 3 of 5 yes.
     yes = 3 / 5
-    # Control: three times no for yes, no for the boat on the car's picture, yes for the tree on the tree's.
+    # Control: three times no for yes, no for the boat on the car's image, yes for the tree on the tree's.
     assert values(metrics) == pytest.approx(
         {
             ("pope_accuracy", "model"): 1,
@@ -257,16 +259,19 @@ def test_pope_asks_for_what_is_there_and_for_what_is_not_by_turns(make_bench: Ma
 
 
 MEANING_SCORES = {
-    "cat": {"what a cat is": Score(6, 6), "first": Score(4, 2)},  # 1 and 2 nats a token, though 6 and 4 in all
-    "dog": {"what a dog is": Score(2, 4)},
-    "car": {"what a car is": Score(10, 2)},  # 5 nats a token
+    "cat": {
+        "what a cat is": Loglikelihood(6, 6),
+        "first": Loglikelihood(4, 2),
+    },  # 1 and 2 nats a token, though 6 and 4 in all
+    "dog": {"what a dog is": Loglikelihood(2, 4)},
+    "car": {"what a car is": Loglikelihood(10, 2)},  # 5 nats a token
 }
 
 
-def meaning_scores(picture: str, prompt: str, continuation: str) -> Score:
+def meaning_scores(image: str, prompt: str, continuation: str) -> Loglikelihood:
     word, colon = prompt[:-1], prompt[-1]
-    assert (picture, colon, continuation[0]) == ("", ":", " ")
-    return MEANING_SCORES[word].get(continuation[1:], Score(9, 3))
+    assert (image, colon, continuation[0]) == ("", ":", " ")
+    return MEANING_SCORES[word].get(continuation[1:], Loglikelihood(9, 3))
 
 
 def test_a_words_meaning_is_chosen_by_likelihood_per_token(make_bench: MakeBench) -> None:
@@ -278,7 +283,7 @@ def test_a_words_meaning_is_chosen_by_likelihood_per_token(make_bench: MakeBench
 
 
 def test_text_loss_is_all_nats_by_all_tokens(make_bench: MakeBench) -> None:
-    running = {"cat": Score(2, 4), "dog": Score(12, 6), "car": Score(6, 2)}
+    running = {"cat": Loglikelihood(2, 4), "dog": Loglikelihood(12, 6), "car": Loglikelihood(6, 2)}
     known = {("", "", f"{name}: what a {name} is"): score for name, score in running.items()}
     metrics = text_loss(make_bench(lambda *what: known[what]))
     # The mean of the three ratios would be 5.5 / 3.
@@ -292,14 +297,14 @@ def test_text_loss_is_all_nats_by_all_tokens(make_bench: MakeBench) -> None:
         lambda bench: caption_loss(bench, CaptionLoss(control="none")),
         lambda bench: multiple_choice(bench, MultipleChoice(control="none")),
         lambda bench: caption_cider(bench, CaptionCider(control="none"))[0],
-        lambda bench: pope(bench, Pope(control="none")),
+        lambda bench: pope(bench, PopeBenchmark(control="none")),
     ],
     ids=["caption_loss", "multiple_choice", "cider", "pope"],
 )
 def test_without_a_control_there_is_no_control_and_no_gap(
-    measure: Callable[[Bench], list[Metric]], make_bench: MakeBench
+    measure: Callable[[BenchmarkRunner], list[Metric]], make_bench: MakeBench
 ) -> None:
-    metrics = measure(make_bench(lambda *what: Score(1.0, 1)))
+    metrics = measure(make_bench(lambda *what: Loglikelihood(1.0, 1)))
     assert "model" in {metric.role for metric in metrics} <= {"model", "chance"}
 
 
@@ -312,10 +317,10 @@ def test_without_a_control_there_is_no_control_and_no_gap(
     ],
     ids=["caption_loss", "multiple_choice", "cider"],
 )
-def test_two_pictures_of_an_object_are_two_items_of_one_cluster(
-    scores: Scores, measure: Callable[[Bench], list[Metric]], make_bench: MakeBench
+def test_two_images_of_an_object_are_two_items_of_one_cluster(
+    scores: Scores, measure: Callable[[BenchmarkRunner], list[Metric]], make_bench: MakeBench
 ) -> None:
-    """The same picture twice says nothing new: the interval is that of the object once, not a narrower one."""
+    """The same image twice says nothing new: the interval is that of the object once, not a narrower one."""
     once, twice = (measure(make_bench(scores, items=items)) for items in (ITEMS, TWICE))
     assert any(metric.low < metric.high for metric in once)
     for one, two in zip(once, twice, strict=True):
@@ -324,7 +329,7 @@ def test_two_pictures_of_an_object_are_two_items_of_one_cluster(
 
 
 def test_pope_draws_the_questions_of_an_object_together(make_bench: MakeBench) -> None:
-    metrics = pope(make_bench(yes_where_it_is, items=TWICE), Pope())
+    metrics = pope(make_bench(yes_where_it_is, items=TWICE), PopeBenchmark())
     # One question of each object is a yes, so that always yes is right on half of any draw of objects.
     (chance,) = [m for m in metrics if (m.name, m.role) == ("pope_accuracy", "chance")]
     assert (chance.n, chance.value, chance.low, chance.high) == (10, 0.5, 0.5, 0.5)
@@ -343,7 +348,7 @@ def test_captions_are_scored_as_the_pairs_are_trained(make_bench: MakeBench, tok
 
 def test_pope_asks_as_the_questions_are_trained(make_bench: MakeBench, tokenizer: Tokenizer) -> None:
     bench = make_bench(yes_where_it_is)
-    pope(bench, Pope(control="none"))
+    pope(bench, PopeBenchmark(control="none"))
     prompt, (yes, no) = asked(bench)[0]
     for ids, answer in ((yes, "Yes."), (no, "No.")):
         trained = record("user", Image(b"cat"), YES_NO.format(name="cat"), answer=answer)
@@ -352,13 +357,13 @@ def test_pope_asks_as_the_questions_are_trained(make_bench: MakeBench, tokenizer
         assert whole.is_target.index(True) == len(prompt.input_ids)
 
 
-def test_alignment_is_between_the_picture_and_the_caption_alone_and_deepens_as_the_states_do(
+def test_alignment_is_between_the_image_and_the_caption_alone_and_deepens_as_the_states_do(
     make_bench: MakeBench,
 ) -> None:
-    metrics, layers = alignment(make_bench(choice_scores), Alignment(max_pictures=4))
+    metrics, layers = alignment(make_bench(choice_scores), Alignment(max_images=4))
     shown = NAMES[:4]
     own, other = ([0.1 * NAMES.index(name) for name in names] for names in (shown, [AFTER[name] for name in shown]))
-    # the caption's states all point along x: a similarity is the cosine of the angle between them and the picture's
+    # the caption's states all point along x: a similarity is the cosine of the angle between them and the image's
     expected = {
         role: [np.cos(np.pi / 2), np.mean(np.cos(np.pi / 3 + np.array(turns))), np.mean(np.cos(turns))]
         for role, turns in (("model", own), ("control", other))
@@ -386,21 +391,21 @@ def tiny_items(tmp_path_factory: pytest.TempPathFactory) -> Items:
     folder = tmp_path_factory.mktemp("items")
     where = (f"resources.store={folder}/store", f"resources.cache={folder}/cache")
     run = load(ROOT / "configs/recipes/tiny.yaml", resources=ROOT / "configs/resources/inline.yaml", overrides=where)
-    suite = run.recipe.suite
+    suite = run.recipe.final_suite
     data = prepare(suite.mixture, run.recipe.text(max_tokens=suite.max_tokens), run.resources)
     return read_items(data, suite)
 
 
-def test_a_model_that_knows_every_picture_is_perfect_and_its_control_never_sees_the_object(
+def test_a_model_that_knows_every_image_is_perfect_and_its_control_never_sees_the_object(
     make_bench: MakeBench, tiny_items: Items
 ) -> None:
-    shown = {picture.image.decode("latin-1"): picture for picture in tiny_items.pictures}
-    assert len(shown) == len(tiny_items.pictures) == 12
+    shown = {image.image.decode("latin-1"): image for image in tiny_items.images}
+    assert len(shown) == len(tiny_items.images) == 12
 
-    def knows(picture: str, prompt: str, text: str) -> Score:
-        return Score(1.0 if picture and text == shown[picture].caption else 5.0, tokens=1)
+    def knows(image: str, prompt: str, text: str) -> Loglikelihood:
+        return Loglikelihood(1.0 if image and text == shown[image].caption else 5.0, tokens=1)
 
-    bench = make_bench(knows, items=tiny_items, said={picture: item.caption for picture, item in shown.items()})
+    bench = make_bench(knows, items=tiny_items, said={image: item.caption for image, item in shown.items()})
     assert values(caption_loss(bench, CaptionLoss())) == {
         ("caption_loss", "model"): 1,
         ("caption_loss", "control"): 5,
@@ -410,12 +415,12 @@ def test_a_model_that_knows_every_picture_is_perfect_and_its_control_never_sees_
     _, answers = caption_cider(bench, CaptionCider(max_new_tokens=100))
     assert all(answer["answer"] == answer["truth"] != answer["control"] for answer in answers)
     assert sorted(answer["answer"] for answer in answers) == sorted(answer["control"] for answer in answers)
-    for item in tiny_items.pictures:
+    for item in tiny_items.images:
         assert shown[item.other_image.decode("latin-1")].object != item.object
 
-    def sees(picture: str, prompt: str, answer: str) -> Score:
-        is_there = YES_NO.format(name=shown[picture].object) in prompt
-        return Score(1.0 if (answer == "Yes.") == is_there else 3.0, tokens=1)
+    def sees(image: str, prompt: str, answer: str) -> Loglikelihood:
+        is_there = YES_NO.format(name=shown[image].object) in prompt
+        return Loglikelihood(1.0 if (answer == "Yes.") == is_there else 3.0, tokens=1)
 
-    found = values(pope(make_bench(sees, items=tiny_items), Pope()))
+    found = values(pope(make_bench(sees, items=tiny_items), PopeBenchmark()))
     assert [found[f"pope_{name}", "model"] for name in ("accuracy", "f1", "yes_ratio")] == [1, 1, 0.5]

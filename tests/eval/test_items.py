@@ -1,4 +1,4 @@
-"""What a suite asks about is held out, deranged and drawn from other held-out objects only."""
+"""What a suite asks about is held out, shuffled and drawn from other held-out objects only."""
 
 from pathlib import Path
 
@@ -22,42 +22,42 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def dataset(run: Run) -> Dataset:
-    suite = run.recipe.suite
+    suite = run.recipe.final_suite
     return prepare(suite.mixture, run.recipe.text(max_tokens=suite.max_tokens), run.resources)
 
 
 @pytest.fixture(scope="module")
 def items(run: Run, dataset: Dataset) -> Items:
-    return read_items(dataset, run.recipe.suite)
+    return read_items(dataset, run.recipe.final_suite)
 
 
 def test_objects_and_distractors_are_of_the_suites_side_only(run: Run, dataset: Dataset, items: Items) -> None:
     index = index_of(dataset).to_pylist()
     held_out = {row["object"] for row in index if row["split"] == "test"}
     trained = {row["object"] for row in index if row["split"] == "train"}
-    objects = [picture.object for picture in items.pictures]
+    objects = [image.object for image in items.images]
     assert len(set(objects)) == len(objects) == 12
     assert set(objects) <= held_out
     assert not held_out & trained
-    captions = {picture.caption for picture in items.pictures}
-    shown = {picture.image: picture.object for picture in items.pictures}
-    for picture in items.pictures:
-        assert set(picture.distractors) <= captions - {picture.caption}
-        assert len(set(picture.distractors)) == 3
-        assert picture.absent in set(objects) - {picture.object, shown[picture.other_image]}
+    captions = {image.caption for image in items.images}
+    shown = {image.image: image.object for image in items.images}
+    for image in items.images:
+        assert set(image.distractors) <= captions - {image.caption}
+        assert len(set(image.distractors)) == 3
+        assert image.absent in set(objects) - {image.object, shown[image.other_image]}
 
 
-def test_the_control_shows_every_picture_once_and_never_the_own_one(items: Items) -> None:
-    own = [picture.image for picture in items.pictures]
-    other = [picture.other_image for picture in items.pictures]
+def test_the_control_shows_every_image_once_and_never_the_own_one(items: Items) -> None:
+    own = [image.image for image in items.images]
+    other = [image.other_image for image in items.images]
     assert sorted(own) == sorted(other)
     assert all(one != two for one, two in zip(own, other, strict=True))
 
 
 def test_items_depend_on_data_and_seed_alone(run: Run, dataset: Dataset, items: Items) -> None:
-    assert read_items(dataset, run.recipe.suite) == items
-    reseeded = Suite.model_validate({**run.recipe.suite.model_dump(), "seed": 1})
-    assert [p.other_image for p in read_items(dataset, reseeded).pictures] != [p.other_image for p in items.pictures]
+    assert read_items(dataset, run.recipe.final_suite) == items
+    reseeded = Suite.model_validate({**run.recipe.final_suite.model_dump(), "seed": 1})
+    assert [p.other_image for p in read_items(dataset, reseeded).images] != [p.other_image for p in items.images]
 
 
 def test_words_have_three_other_meanings(items: Items) -> None:

@@ -4,12 +4,12 @@ import logging
 import sys
 from pathlib import Path
 
-from vila_ops.train.ray_job import AskedHere
+from vila_ops.train.ray_job import JobPayload
 from vila_ops.train.stage import train_stage
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, stream=sys.stdout, format="%(message)s")
     logging.getLogger("vila_ops").setLevel(logging.INFO)
-    asked = AskedHere.model_validate_json(Path(sys.argv[1]).read_text())
+    asked = JobPayload.model_validate_json(Path(sys.argv[1]).read_text())
     made = train_stage(asked.stage, asked.model, asked.data, asked.init, asked.resources)
     Path(sys.argv[2]).write_text(made.model_dump_json())

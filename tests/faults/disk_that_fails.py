@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from vila_ops.config import Resources
-from vila_ops.train.checkpoint.saver import Checkpoints
-from vila_ops.train.job import Place
+from vila_ops.train.checkpoint.saver import Checkpointer
+from vila_ops.train.job import RankInfo
 
 CALLS = {"open": 2, "write": 5, "fsync": 4, "mkdir": 1, "rename": 2, "read": 3}
 """What a save (or, of `read`, a resume) calls, and how often at least."""
@@ -42,10 +42,10 @@ def newest(folder: Path) -> int | None:
     return int(manifest["step"])
 
 
-def attempt(folder: Path) -> Checkpoints:
+def attempt(folder: Path) -> Checkpointer:
     """The checkpoints of one attempt. One stays, so that a save removes too; where reading fails, two."""
     resources = Resources.model_validate({"launch": "inline", "keep": {"last": 2 if "read" in folder.name else 1}})
-    return Checkpoints(str(folder), Place(), resources, live=True)
+    return Checkpointer(str(folder), RankInfo(), resources, live=True)
 
 
 def main(root: Path, count: int, seed: int) -> None:

@@ -3,7 +3,7 @@
 Importing torch and DeepSpeed takes many times as long as a tiny stage does. A task is answered on a line with the exit
 code of each of its processes. It has either
 
-    stage    what `Trial` of verify_resume holds: the room `train_stage` in one process, or
+    stage    what `Trial` of verify_resume holds: the task `train_stage` in one process, or
     job      of vila_ops.train.job: the training loop of `world_size` ranks that meet at `rendezvous`,
 
 and may have
@@ -30,7 +30,7 @@ import process_group
 import torch
 
 from vila_ops.train import engine, loop
-from vila_ops.train.job import Job, Place
+from vila_ops.train.job import RankInfo, TrainJob
 from vila_ops.train.samples import read_samples
 from vila_ops.train.verify_resume import Trial
 
@@ -72,7 +72,7 @@ def _run(task: Task) -> list[int]:
 
 def _reached(task: Task) -> int:
     """The last step for which samples were read, counted from 1, in this attempt."""
-    job = Job.model_validate(task["job"])
+    job = TrainJob.model_validate(task["job"])
     steps = [read.step for read in read_samples(job.samples()) if read.attempt == Path(job.attempt).name]
     return 1 + max(steps, default=-1)
 
@@ -97,7 +97,7 @@ def _fork(task: Task, rank: int) -> int:
 
 
 def _rank(task: Task, rank: int) -> None:
-    job, place = Job.model_validate(task["job"]), Place(rank=rank, world_size=task.get("world_size", 1))
+    job, place = TrainJob.model_validate(task["job"]), RankInfo(rank=rank, world_size=task.get("world_size", 1))
     if job.resources.launch == "ray":
         process_group.join(rank, place.world_size, task["rendezvous"])
     loop.train(job, place)

@@ -17,8 +17,8 @@ import torch
 
 from tests.seed import SEED
 from vila_ops.config import Resources
-from vila_ops.train.checkpoint.saver import Checkpoints
-from vila_ops.train.job import Place
+from vila_ops.train.checkpoint.saver import Checkpointer
+from vila_ops.train.job import RankInfo
 
 HERE = Path(__file__).parent
 COUNT = int(os.environ.get("VILA_DISK", "12"))
@@ -76,8 +76,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_and_a_read_only_disk(small_disk: Path, make_resources: Callable[..., Resources]) -> None:
     resume = small_disk / "resume"
 
-    def attempt() -> Checkpoints:
-        return Checkpoints(str(resume), Place(), make_resources(small_disk), live=True)
+    def attempt() -> Checkpointer:
+        return Checkpointer(str(resume), RankInfo(), make_resources(small_disk), live=True)
 
     def save(step: int) -> None:
         checkpoints = attempt()

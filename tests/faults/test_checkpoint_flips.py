@@ -16,11 +16,11 @@ from tests.seed import SEED
 from vila_ops.artifacts import s3
 from vila_ops.artifacts.s3_calls import client, place
 from vila_ops.config import Resources
-from vila_ops.train.checkpoint.saver import Checkpoints
-from vila_ops.train.job import Place
+from vila_ops.train.checkpoint.saver import Checkpointer
+from vila_ops.train.job import RankInfo
 
 FLIPS = int(os.environ.get("VILA_FLIPS", "60"))
-Attempt = Callable[[], Checkpoints]
+Attempt = Callable[[], Checkpointer]
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -37,8 +37,8 @@ def test_every_flipped_bit_is_found(
     flips = FLIPS // 10 if on_s3 else FLIPS
     curve = [{"step": step, "loss": draw.random() * 10.0**-step} for step in range(1, 9)]
 
-    def attempt() -> Checkpoints:
-        return Checkpoints(resume, Place(), make_resources(tmp_path), live=True)
+    def attempt() -> Checkpointer:
+        return Checkpointer(resume, RankInfo(), make_resources(tmp_path), live=True)
 
     for step in (2, 4):
         checkpoints = attempt()

@@ -19,7 +19,7 @@ from tests.seed import SEED
 from vila_ops.artifacts.store import content
 from vila_ops.config import Resources
 from vila_ops.data.shards import read_index
-from vila_ops.train.job import Job
+from vila_ops.train.job import TrainJob
 from vila_ops.train.samples import Read, batches_of, first_stray, read_samples
 from vila_ops.train.verify_resume import Trial
 
@@ -114,7 +114,7 @@ def test_zero_3_goes_on_where_its_ranks_do_not_divide_the_weights(
     assert losses["thirds"] == pytest.approx(losses["alone"], rel=0, abs=1e-6)
 
 
-def _walk(legs: list[Leg], asked: Trial, fork: Fork, folder: Path) -> Job:
+def _walk(legs: list[Leg], asked: Trial, fork: Fork, folder: Path) -> TrainJob:
     """Train leg after leg, each of them killed but the last; returns the last one's job."""
     draw = random.Random(SEED)
     for number, leg in enumerate(legs):
@@ -138,13 +138,13 @@ def _check_epochs(keys: list[str], asked: Trial) -> None:
         assert Counter(own) == Counter(train)
 
 
-def _job(asked: Trial, folder: Path, number: int, leg: Leg) -> Job:
+def _job(asked: Trial, folder: Path, number: int, leg: Leg) -> TrainJob:
     cluster = {} if leg.zero_stage is None else {"launch": "ray", "ray_address": "127.0.0.1:1"}
     own = {"num_workers": leg.world_size, "zero_stage": leg.zero_stage or 0, "micro_batch_size": leg.micro_batch_size}
     given = {**asked.resources.model_dump(), **own, **cluster, "threads_per_worker": leg.threads}
     attempt = folder / f"attempt-{number}"
     attempt.mkdir()
-    return Job(
+    return TrainJob(
         stage=asked.stage,
         data=asked.data,
         init=asked.init,
@@ -156,6 +156,6 @@ def _job(asked: Trial, folder: Path, number: int, leg: Leg) -> Job:
     )
 
 
-def _losses(job: Job) -> list[float]:
+def _losses(job: TrainJob) -> list[float]:
     curve = json.loads((Path(job.attempt) / "curve.json").read_text())
     return [float.fromhex(row["loss"]) for row in curve if "loss" in row]

@@ -22,7 +22,7 @@ TIMES = int(os.environ.get("VILA_FAILPOINTS", "0"))
 FEW = 6
 SIDES = ("before", "after")
 MOST = 4
-"""Calls of one name: the feature of every picture is put in its place by the same one."""
+"""Calls of one name: the feature of every image is put in its place by the same one."""
 TIMED = ("/leases/", "/watch/")
 """Signs of life: how many there are depends on how long a stage takes."""
 Fork = Callable[..., list[int]]

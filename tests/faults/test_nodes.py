@@ -28,7 +28,7 @@ from vila_ops.artifacts.store import CorruptArtifact, content, read_manifest
 from vila_ops.config import Resources, Run, Stage, load
 from vila_ops.data.prepare import prepare
 from vila_ops.model.assemble import assemble
-from vila_ops.train.ray_job import AskedHere
+from vila_ops.train.ray_job import JobPayload
 from vila_ops.train.stage import train_stage
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -160,7 +160,7 @@ def cluster_of(free_ports: Callable[[int], list[int]]) -> Iterator[Callable[[int
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], AskedHere]:
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], JobPayload]:
     """A stage of so many steps, inline, that saves after each."""
     root = tmp_path_factory.mktemp("asked")
     inline = ROOT / "configs/resources/inline.yaml"
@@ -168,9 +168,9 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], AskedHere
     run: Run = load(ROOT / "configs/recipes/tiny.yaml", resources=inline, overrides=where)
     whole = run.recipe.stages["pretrain"]
 
-    def make(num_steps: int) -> AskedHere:
+    def make(num_steps: int) -> JobPayload:
         changes = {"num_steps": num_steps, "save_every": 1, "validate_every": num_steps, "global_batch_size": 32}
-        return AskedHere(
+        return JobPayload(
             stage=Stage.model_validate({**whole.model_dump(), **changes}),
             model=run.recipe.model_of("pretrain"),
             data=prepare(whole.mixture, run.recipe.text(), run.resources),
@@ -185,9 +185,9 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], AskedHere
 class Flow:
     """A process that asks for a stage, again after its death."""
 
-    def __init__(self, asked: AskedHere, folder: Path, **resources: object) -> None:
+    def __init__(self, asked: JobPayload, folder: Path, **resources: object) -> None:
         told = {**asked.resources.model_dump(), "store": str(folder / "store"), **resources}
-        self.asked = AskedHere.model_validate({**asked.model_dump(), "resources": Resources.model_validate(told)})
+        self.asked = JobPayload.model_validate({**asked.model_dump(), "resources": Resources.model_validate(told)})
         self.folder, self.lives = folder, 0
         (folder / "asked.json").write_text(self.asked.model_dump_json())
 
@@ -235,7 +235,7 @@ def _losses(checkpoint: Checkpoint) -> list[float]:
     return [float.fromhex(row["loss"]) for row in curve if "loss" in row]
 
 
-def _is_that_of_one_process(made: Checkpoint, asked: AskedHere, *, num_nodes: int) -> None:
+def _is_that_of_one_process(made: Checkpoint, asked: JobPayload, *, num_nodes: int) -> None:
     """Its curve; nothing was sealed twice, every node had one worker, and nothing is left of the way there."""
     alone = train_stage(asked.stage, asked.model, asked.data, asked.init, asked.resources)
     assert _losses(made) == pytest.approx(_losses(alone), rel=1e-6, abs=1e-6), f"seed {SEED}"
@@ -250,7 +250,7 @@ def _is_that_of_one_process(made: Checkpoint, asked: AskedHere, *, num_nodes: in
 
 @pytest.mark.timeout(600)
 def test_a_job_outlives_its_flow_a_worker_and_a_node(
-    cluster_of: Callable[[int], Nodes], asked: Callable[[int], AskedHere], tmp_path: Path
+    cluster_of: Callable[[int], Nodes], asked: Callable[[int], JobPayload], tmp_path: Path
 ) -> None:
     """One job all the time, though three things die: a second flow finds it, and Ray Train waits for a node."""
     nodes, stage = cluster_of(2), asked(16)
@@ -278,8 +278,8 @@ def test_a_job_outlives_its_flow_a_worker_and_a_node(
         nodes.add()
         made = flow.result()
     _is_that_of_one_process(made, stage, num_nodes=2)
-    # Worth no second try: the room says so, not Ray.
-    damaged = AskedHere.model_validate(
+    # Worth no second try: the task says so, not Ray.
+    damaged = JobPayload.model_validate(
         {**flow.asked.model_dump(), "data": {**stage.data.model_dump(), "digest": "0" * 64}}
     )
     with pytest.raises(CorruptArtifact, match=f"{'0' * 64}"):
@@ -301,7 +301,7 @@ def test_a_job_outlives_its_flow_a_worker_and_a_node(
     [("worker", 2), ("worker", 4), ("node", 2), ("node", 4), ("head", 2), ("flow", 2)],
 )
 def test_killed_again_and_again_it_goes_on(
-    what: str, num_nodes: int, cluster_of: Callable[[int], Nodes], asked: Callable[[int], AskedHere], tmp_path: Path
+    what: str, num_nodes: int, cluster_of: Callable[[int], Nodes], asked: Callable[[int], JobPayload], tmp_path: Path
 ) -> None:
     """One stage with all the kills of a kind. After the head's death the cluster and the flow are started anew."""
     draw = random.Random(SEED)
@@ -340,7 +340,7 @@ def test_killed_again_and_again_it_goes_on(
 
 @pytest.mark.skipif(not KILLS, reason="long: VILA_KILLS_NODES asks for it")
 def test_a_cluster_without_room_is_an_error_that_says_so(
-    cluster_of: Callable[[int], Nodes], asked: Callable[[int], AskedHere], tmp_path: Path
+    cluster_of: Callable[[int], Nodes], asked: Callable[[int], JobPayload], tmp_path: Path
 ) -> None:
     nodes = cluster_of(1)
     flow = Flow(

@@ -1,6 +1,6 @@
 """Evaluation sets planted in training data, changed as the web changes things: how many are found, and what else is.
 
-VILA_LEAKS says how many pictures and texts leak, 300 unless `make faults` asks for more.
+VILA_LEAKS says how many images and texts leak, 300 unless `make faults` asks for more.
 """
 
 import io
@@ -38,7 +38,7 @@ def signed(records: list[Record], known: NDArray[np.uint64] | None) -> pa.Table:
 
 
 @lru_cache(maxsize=1000)
-def picture(seed: int) -> Pillow.Image:
+def image(seed: int) -> Pillow.Image:
     """A photo-like field of noise (amplitude 1 / frequency) in its own colours, with some shapes on it."""
     rng = np.random.default_rng(seed)
     size = tuple(int(side) for side in rng.integers(96, 320, 2))
@@ -80,14 +80,14 @@ CHANGES: dict[str, Change] = {
 
 @pytest.fixture(scope="module")
 def evaluation() -> pa.Table:
-    return signed([record(Image(encoded(picture(seed), "BMP"))) for seed in range(COUNT)], None)
+    return signed([record(Image(encoded(image(seed), "BMP"))) for seed in range(COUNT)], None)
 
 
 @pytest.mark.parametrize("kind", CHANGES)
-def test_copies_of_evaluation_pictures_are_found_and_no_others(kind: str, evaluation: pa.Table) -> None:
+def test_copies_of_evaluation_images_are_found_and_no_others(kind: str, evaluation: pa.Table) -> None:
     draw = random.Random(kind)
-    copies = [record(Image(CHANGES[kind](picture(seed), draw))) for seed in range(COUNT)]
-    others = [record(Image(CHANGES[kind](picture(COUNT + seed), draw))) for seed in range(COUNT)]
+    copies = [record(Image(CHANGES[kind](image(seed), draw))) for seed in range(COUNT)]
+    others = [record(Image(CHANGES[kind](image(COUNT + seed), draw))) for seed in range(COUNT)]
     found = contaminated(signed(copies + others, known_ngrams(evaluation)), evaluation, GATE)
     right = [row["record"] for row in found.to_pylist() if row["record"] == row["twin"]]
     assert len(right) >= 0.99 * COUNT, "recall"

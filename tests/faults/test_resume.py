@@ -54,7 +54,7 @@ def check(whole: Trial, resumed: Trial, *, step: int) -> None:
 def test_it_goes_on_with_the_next_epoch(
     step: int, num_steps: int, trained_and_killed: Callable[..., tuple[Trial, Trial]], fork: Fork
 ) -> None:
-    rows = {"sources": ["pairs"], "pack": False, "row_tokens": 96, "validate_every": 20}
+    rows = {"sources": ["pairs"], "pack": False, "sequence_length": 96, "validate_every": 20}
     whole, killed = trained_and_killed(step=step, num_steps=num_steps, save_every=step, global_batch_size=6, **rows)
     samples = 24
     seen = [key for step in range(4) for row in batches_of(whole.reads())[step] for key in row]

@@ -30,8 +30,8 @@ from vila_ops.artifacts.leases import hold
 from vila_ops.artifacts.s3_calls import TRIES, StoreRefused, StoreUnreachable
 from vila_ops.artifacts.store import Address, CorruptArtifact, address, begin, content, find, seal, verify
 from vila_ops.config import Resources
-from vila_ops.train.checkpoint.saver import Checkpoints
-from vila_ops.train.job import Place
+from vila_ops.train.checkpoint.saver import Checkpointer
+from vila_ops.train.job import RankInfo
 
 FAULTS = int(os.environ.get("VILA_FAULTS", "60"))
 SHARE = 0.4
@@ -221,10 +221,10 @@ def test_through_faults_of_every_kind_resume_checkpoints_come_back_whole(
     while injected.total() < FAULTS or step < 3:
         step += 1
         states = {name: {"param": torch.randn(1_500_000 if name == "large" else 50)} for name in ("large", "small")}
-        saving = Checkpoints(resume, Place(), make_resources(tmp_path), live=True)
+        saving = Checkpointer(resume, RankInfo(), make_resources(tmp_path), live=True)
         saving.save(step, iter(states.items()), [{"step": step, "loss": 1 / step}])
         saving.close()
-        loading = Checkpoints(resume, Place(), make_resources(tmp_path), live=True)
+        loading = Checkpointer(resume, RankInfo(), make_resources(tmp_path), live=True)
         found = loading.newest()
         assert found is not None
         tensors, manifest = found
@@ -240,8 +240,8 @@ def test_through_faults_of_every_kind_resume_checkpoints_come_back_whole(
 def test_a_store_that_stays_down_fails_the_save_and_never_counts_as_damage(
     proxy: Proxy, s3_store: str, make_resources: Callable[..., Resources], tmp_path: Path
 ) -> None:
-    def attempt() -> Checkpoints:
-        return Checkpoints(f"{s3_store}/resume/address", Place(), make_resources(tmp_path), live=True)
+    def attempt() -> Checkpointer:
+        return Checkpointer(f"{s3_store}/resume/address", RankInfo(), make_resources(tmp_path), live=True)
 
     def save(step: int) -> None:
         checkpoints = attempt()

@@ -101,19 +101,19 @@ def test_the_summary_says_what_really_ran(first: Json, servers: Json) -> None:
             assert worker["zero_stage"] == 2
             assert worker["world_size"] == 2
             assert worker["actor"]
-    assert [(room["room"], room["name"]) for room in first["rooms"]] == [
+    assert [(task["task"], task["name"]) for task in first["tasks"]] == [
         ("assemble", "base"), *[("prepare", f"tiny_{name}") for name in ("held_out", "align", "pretrain", "sft")],
         *[("train_stage", name) for name in ("align", "pretrain", "sft")],
         *[("evaluate", f"{name} on tiny_probe") for name in ("base", "align", "pretrain", "sft")],
         ("evaluate", "sft on tiny"),
         ("register", "tiny 1"), ("deploy", servers["endpoint"]),
     ]  # fmt: skip
-    for room in first["rooms"]:
-        assert room["seconds"] > 0
-        assert len(room["digest"]) == 64
-        if room["room"] in ("prepare", "train_stage", "evaluate"):
-            assert {worker["launch"] for worker in room["workers"]} == {"ray"}
-            assert all(worker["node"] and worker["pid"] for worker in room["workers"])
+    for task in first["tasks"]:
+        assert task["seconds"] > 0
+        assert len(task["digest"]) == 64
+        if task["task"] in ("prepare", "train_stage", "evaluate"):
+            assert {worker["launch"] for worker in task["workers"]} == {"ray"}
+            assert all(worker["node"] and worker["pid"] for worker in task["workers"])
     assert first["answer"]["reply"]
     assert first["mlflow"]["version"] == 1
     assert first["serving"]["model"] == first["answer"]["model"] == first["stages"][-1]["digest"]
@@ -186,7 +186,7 @@ def test_a_killed_demo_is_gone_on_with_and_a_changed_weight_makes_exactly_what_d
     killed = kill_once_started(servers, changed)
     again = demo(changed)
     assert again["prefect_flow_run"] == killed
-    made = {(room["room"], room["name"]) for room in again["rooms"] if room["reused"] is False}
+    made = {(task["task"], task["name"]) for task in again["tasks"] if task["reused"] is False}
     assert made == {
         ("prepare", "tiny_sft"), ("train_stage", "sft"), ("evaluate", "sft on tiny_probe"), ("evaluate", "sft on tiny"),
     }  # fmt: skip
@@ -200,8 +200,8 @@ def test_a_killed_demo_of_another_run_is_ended_and_an_unchanged_run_makes_nothin
     unchanged = demo()
     assert httpx.get(f"{servers['endpoint']}/health").json()["replica"] == before["replica"]
     sealing = [room for room in unchanged["rooms"] if room["room"] not in ("register", "deploy")]
-    assert all(room["reused"] for room in sealing)
-    assert [room["digest"] for room in sealing] == [room["digest"] for room in first["rooms"][: len(sealing)]]
+    assert all(task["reused"] for task in sealing)
+    assert [task["digest"] for task in sealing] == [task["digest"] for task in first["tasks"][: len(sealing)]]
     assert unchanged["prefect_flow_run"] != killed
     asked = httpx.get(f"{servers['resources']['prefect_page']}/api/flow_runs/{killed}").json()
     assert asked["state"]["type"] == "CANCELLED"
@@ -220,7 +220,7 @@ def test_an_unchanged_flow_imports_nothing_heavy(first: Json, servers: Json) -> 
 
 
 def test_a_corrupted_shard_is_named_and_not_tried_again(first: Json, demo: Demo, servers: Json) -> None:
-    (dataset,) = [room["digest"] for room in first["rooms"] if room["name"] == "tiny_sft"]
+    (dataset,) = [task["digest"] for task in first["tasks"] if task["name"] == "tiny_sft"]
     manifests = (servers["folder"] / "store/dataset").glob("*/manifest.json")
     sealed = next(path for path in manifests if json.loads(path.read_text())["digest"] == dataset)
     shard = next((sealed.parent / json.loads(sealed.read_text())["data"]).glob("*.tar"))

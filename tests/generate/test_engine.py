@@ -51,13 +51,13 @@ def generator(request: pytest.FixtureRequest, sealed: tuple[Pretrained, Path]) -
 
 @pytest.fixture(scope="module")
 def prompts(generator: Generator, tiny: Path) -> list[Prompt]:
-    """Text only, one picture, two pictures, of mixed lengths."""
-    pictures = [
-        square(path.read_bytes(), size=generator.image_size, fit=generator.image_fit, encoding=Webp())
+    """Text only, one image, two images, of mixed lengths."""
+    images = [
+        square(path.read_bytes(), size=generator.image_size, fit=generator.image_aspect_ratio, encoding=Webp())
         for path in sorted((tiny / "pairs").glob("*.png"))[:3]
     ]
     made = [Prompt(generator.tokenizer.prompt([("user", (question,))])) for question in QUESTIONS]
-    for used in (pictures[:1], pictures[1:], pictures):
+    for used in (images[:1], images[1:], images):
         parts = (*(Image(data) for data in used), "What is this?")
         made.append(Prompt(generator.tokenizer.prompt([("user", parts)]), tuple(used)))
     return made
@@ -154,8 +154,8 @@ def test_questions_of_text_alone_run_neither_tower_nor_projector(generator: Gene
             hook.remove()
 
 
-def test_another_picture_gives_another_score(generator: Generator, prompts: list[Prompt]) -> None:
-    """Guards the tests above: the picture is not ignored."""
+def test_another_image_gives_another_score(generator: Generator, prompts: list[Prompt]) -> None:
+    """Guards the tests above: the image is not ignored."""
     one, two = prompts[5], Prompt(prompts[5].input_ids, prompts[6].images[:1])
     (first,), (second,) = generator.score([(prompt, [[5, 6, 7]]) for prompt in (one, two)])
     assert abs(first.nll - second.nll) > 1e-4

@@ -10,7 +10,7 @@ from vila_ops.model.assemble import assemble
 
 @pytest.mark.parametrize("after_image", ["", "\n"])
 @pytest.mark.parametrize("projector", ["mlp_gelu", "mlp_downsample"])
-def test_a_folder_carries_how_text_and_pictures_are_written(
+def test_a_folder_carries_how_text_and_images_are_written(
     make_model: Callable[..., Model],
     make_resources: Callable[..., Resources],
     tmp_path: Path,
@@ -20,5 +20,5 @@ def test_a_folder_carries_how_text_and_pictures_are_written(
     model = make_model(projector=projector, after_image=after_image, chat_template="plain")
     sealed = assemble(model, make_resources(tmp_path))
     tokenizer = load_generator(sealed, feature_root=tmp_path, threads=1, precision="fp32").tokenizer
-    assert tokenizer.picture == [tokenizer.image_id] * model.image_tokens() + tokenizer.text_ids(after_image)
+    assert tokenizer.image == [tokenizer.image_id] * model.image_tokens() + tokenizer.text_ids(after_image)
     assert tokenizer.prompt([("user", ("Dog?",))]) == [tokenizer.bos_id]  # plain leaves questions out

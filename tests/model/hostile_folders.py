@@ -376,7 +376,7 @@ def projectors() -> Iterator[Attack]:
         yield Attack(f"projector_{name}", edit("config.json", projector=projector), "config.json|weights", "merging")
     not_square = edit("config.json", vision_feature_select_strategy="full")
     yield Attack("patches_not_square", not_square, "not a square grid", "merging")
-    yield Attack("seq_length_wrong", edit("config.json", image_seq_length=576), "tokens a picture", "merging")
+    yield Attack("seq_length_wrong", edit("config.json", image_seq_length=576), "tokens an image", "merging")
     for side in (-56, 0, 10**9, "56", 42):
         yield Attack(f"side_{side}", edit("config.json", vision_side=side), "config.json", "merging")
 

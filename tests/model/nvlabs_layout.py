@@ -98,7 +98,7 @@ def projector_state(kind: str, channels: int) -> dict[str, Tensor]:
 
 
 def logits(folder: Path, pixels: Tensor, ids: list[int], *, transposed: bool = False, layer: int = -2) -> Tensor:
-    """Logits (T, V) of one row: parts read from the checkpoint, run in NVlabs' order; each IMAGE is one picture."""
+    """Logits (T, V) of one row: parts read from the checkpoint, run in NVlabs' order; each IMAGE is one image."""
     stated = json.loads((folder / "config.json").read_text())
     features = tower_states(folder / "vision_tower", pixels)[layer]
     if stated["mm_vision_select_feature"] == "patch":
@@ -107,10 +107,10 @@ def logits(folder: Path, pixels: Tensor, ids: list[int], *, transposed: bool = F
         features = features.repeat(1, 1, len(stated["s2_scales"].split(",")))
     kind = json.loads((folder / "mm_projector" / "config.json").read_text())["mm_projector_type"]
     held = load_file(folder / "mm_projector" / "model.safetensors")
-    pictures = iter(project(kind, held, features, transposed=transposed))
+    images = iter(project(kind, held, features, transposed=transposed))
     language_model = AutoModelForCausalLM.from_pretrained(folder / "llm", dtype=torch.float32).eval()
     table = language_model.get_input_embeddings().weight
-    row = torch.cat([next(pictures) if token == IMAGE else table[token][None] for token in ids])
+    row = torch.cat([next(images) if token == IMAGE else table[token][None] for token in ids])
     out: Tensor = language_model(inputs_embeds=row[None]).logits[0]
     return out
 

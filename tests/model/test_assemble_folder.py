@@ -67,7 +67,7 @@ def test_the_content_of_the_folder_is_what_counts_not_its_place(
         ({"factor": 3}, r"its projector is .*'factor': 2.*, the recipe's .*'factor': 3"),
         ({"image_size": 70}, "its image_size is 56, the recipe's 70"),
         ({"patch_size": 28}, "its patch_size is 14, the recipe's 28"),
-        ({"image_fit": "crop"}, "its image_fit is 'pad', the recipe's 'crop'"),
+        ({"image_aspect_ratio": "crop"}, "its image_aspect_ratio is 'pad', the recipe's 'crop'"),
         ({"feature_layer": -1}, "its feature_layer is -2, the recipe's -1"),
         ({"after_image": ""}, r"its after_image is '\\n', the recipe's ''"),
         ({"chat_template": "plain"}, "its chat template is not the recipe's 'plain'"),
@@ -123,7 +123,7 @@ def test_a_language_model_of_another_shape_or_tokenizer_is_told(
         assemble(start(whole, language_model=random), make_resources(tmp_path))
     shutil.copytree(tiny / "tokenizer", tmp_path / "other")
     path = tmp_path / "other/tokenizer.json"
-    path.write_text(path.read_text().replace("<image>", "<picture>"))
+    path.write_text(path.read_text().replace("<image>", "<image>"))
     random = {"kind": "random", "tokenizer": str(tmp_path / "other")}
     with pytest.raises(
         ValueError, match=r"its tokenizer has 512 tokens, the recipe's 513; .*its image token is 3, .*512"

@@ -30,7 +30,7 @@ def test_where_nothing_is_to_be_otherwise_the_very_objects_come_back(make_model:
 
 @pytest.mark.parametrize("projector", ["linear", "mlp_downsample"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_another_image_size_changes_the_position_table_and_what_the_config_says_of_pictures(
+def test_another_image_size_changes_the_position_table_and_what_the_config_says_of_images(
     family: str, projector: str, make_model: Any, build: Build
 ) -> None:
     whole, _ = build(make_model(family, projector))
@@ -52,7 +52,7 @@ def test_another_image_size_changes_the_position_table_and_what_the_config_says_
 
 def test_less_than_one_patch_is_refused(make_model: Any, build: Build) -> None:
     whole, _ = build(make_model())
-    with pytest.raises(ValueError, match="pictures of 13 pixels are less than one patch"):
+    with pytest.raises(ValueError, match="images of 13 pixels are less than one patch"):
         changed(whole.config, whole.state_dict(), Change(image_size=13))
 
 
@@ -87,7 +87,7 @@ def test_a_folder_at_another_image_size_is_a_whole_folder_again(
 @pytest.mark.parametrize("fit", get_args(ImageFit))
 def test_there_and_back_again_says_what_it_said_before(fit: str, make_model: Any, build: Build, tmp_path: Path) -> None:
     """All but the position table, which is interpolated twice, is to the byte as it was."""
-    whole, processor = build(make_model("clip", "mlp_downsample", image_fit=fit))
+    whole, processor = build(make_model("clip", "mlp_downsample", image_aspect_ratio=fit))
     folders = [tmp_path / name for name in ("init", "there", "back")]
     model_folder.save(whole, folders[0], processor=processor)
     for before, after, size in zip(folders, folders[1:], (84, 56), strict=False):

@@ -32,7 +32,7 @@ def squares(tiny: Path) -> list[bytes]:
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip", "dinov2"])
-def test_features_do_not_depend_on_the_batch_a_picture_came_in(
+def test_features_do_not_depend_on_the_batch_a_image_came_in(
     tower: str, squares: list[bytes], make_model: Any, build: Callable[..., Any], tmp_path: Path
 ) -> None:
     whole, _ = build(make_model(tower))
@@ -47,7 +47,7 @@ def test_features_do_not_depend_on_the_batch_a_picture_came_in(
     assert torch.allclose(together, direct, atol=1e-5)
 
 
-def test_a_picture_asked_for_twice_is_given_twice_and_computed_once(
+def test_a_image_asked_for_twice_is_given_twice_and_computed_once(
     squares: list[bytes], make_model: Any, build: Callable[..., Any], tmp_path: Path
 ) -> None:
     whole, _ = build(make_model())

@@ -22,8 +22,8 @@ from vila_ops.packages.normalisation import HALVES
 
 TOWERS = ("clip", "siglip", "dinov2")
 PROJECTORS = ("linear", "mlp_gelu", "mlp_downsample")
-TEXTS = {"one": ["<image>\nA dog."], "many": ["A dog <image> and <image>, <image>"], "none": ["No picture here."]}
-PICTURES = {"one": ["dog"], "many": ["cat", "dog", "cat"], "none": []}
+TEXTS = {"one": ["<image>\nA dog."], "many": ["A dog <image> and <image>, <image>"], "none": ["No image here."]}
+IMAGES = {"one": ["dog"], "many": ["cat", "dog", "cat"], "none": []}
 
 STOCK = """
 import json, sys
@@ -84,7 +84,7 @@ def test_plain_folders_load_in_stock_transformers_and_give_our_logits(
     }
     for name, data in squares.items():
         (tmp_path / f"{name}.png").write_bytes(data)
-    paths = {case: [str(tmp_path / f"{name}.png") for name in names] for case, names in PICTURES.items()}
+    paths = {case: [str(tmp_path / f"{name}.png") for name in names] for case, names in IMAGES.items()}
     folders: list[Path] = []
     for tower in TOWERS:
         for projector in ("linear", "mlp_gelu"):
@@ -100,7 +100,7 @@ def test_plain_folders_load_in_stock_transformers_and_give_our_logits(
         stock = np.load(f"{folder}.npz")
         ours = model_folder.load(folder)
         mean, std = model_folder.normalisation(folder)
-        for case, names in PICTURES.items():
+        for case, names in IMAGES.items():
             ids = torch.from_numpy(stock[f"{case}.ids"])
             assert int((ids == 3).sum()) == 16 * len(names)
             chosen = [squares[name] for name in names]
@@ -115,8 +115,8 @@ def test_our_processor_comes_back_and_places_as_many_tokens_as_the_projector_giv
     whole, processor = build(make_model("clip", "mlp_downsample", factor=3))  # a grid of 4 x 4: padded to 6 x 6
     model_folder.save(whole, tmp_path, processor=processor)
     again = AutoProcessor.from_pretrained(tmp_path)
-    picture = Pillow.open(tiny / "pairs/dog.png").convert("RGB")
-    inputs = again(text=["A dog <image>"], images=[picture], return_tensors="pt")
+    image = Pillow.open(tiny / "pairs/dog.png").convert("RGB")
+    inputs = again(text=["A dog <image>"], images=[image], return_tensors="pt")
     assert int((inputs["input_ids"] == 3).sum()) == 4
     with torch.no_grad():
         assert model_folder.load(tmp_path)(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]

@@ -24,9 +24,9 @@ from vila_ops.model import folder as model_folder
 from vila_ops.packages.tokenizer import build_tokenizer, stop_ids
 
 NEW_TOKENS = 20
-TEXTS = ["<image>\nA dog.", "A dog <image> and <image>, <image>", "No picture here.", "<image> What is it?"]
-PICTURES = [["dog"], ["cat", "dog", "cat"], [], ["cat"]]
-SQUASH = Fit("squash", (0.5, 0.5, 0.5))
+TEXTS = ["<image>\nA dog.", "A dog <image> and <image>, <image>", "No image here.", "<image> What is it?"]
+IMAGES = [["dog"], ["cat", "dog", "cat"], [], ["cat"]]
+SQUASH = Fit("resize", (0.5, 0.5, 0.5))
 open_generator = functools.partial(generator_of, threads=1, precision="fp32")
 
 STOCK = """
@@ -34,12 +34,12 @@ import json, sys, torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 torch.set_num_threads(1)
-texts, pictures, count, folders = json.loads(sys.argv[1])
+texts, named, count, folders = json.loads(sys.argv[1])
 told = {}
 for folder in folders:
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    images = [[Image.open(path) for path in paths] for paths in pictures]
+    images = [[Image.open(path) for path in paths] for paths in named]
     inputs = processor(text=texts, images=[one for row in images for one in row], padding=True, return_tensors="pt")
     answers = model.generate(**inputs, max_new_tokens=count, do_sample=False)[:, inputs["input_ids"].shape[1]:]
     asked = [row[mask.bool()].tolist() for row, mask in zip(inputs["input_ids"], inputs["attention_mask"])]
@@ -77,7 +77,7 @@ HF_TEMPLATE = (
     "{% endfor %}{% if message['role'] == 'assistant' %}{{ '<|im_end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-"""In the form of llava-hf's: a message is a list of parts, and all its pictures come first."""
+"""In the form of llava-hf's: a message is a list of parts, and all its images come first."""
 
 
 def words_that_vary(whole: Any) -> Any:
@@ -105,7 +105,7 @@ def test_stock_generates_word_for_word_what_our_generator_says(
         folders.append(tmp_path / tower)
         folders[-1].mkdir()
         model_folder.save(words_that_vary(whole), folders[-1], processor=processor)
-    paths = [[str(tmp_path / f"{name}.png") for name in names] for names in PICTURES]
+    paths = [[str(tmp_path / f"{name}.png") for name in names] for names in IMAGES]
     asked = json.dumps([TEXTS, paths, NEW_TOKENS, list(map(str, folders))])
     ran = subprocess.run([sys.executable, "-c", STOCK, asked], check=True, cwd=tmp_path, capture_output=True, text=True)
     told = json.loads(ran.stdout.rpartition("TOLD")[2])
@@ -114,8 +114,8 @@ def test_stock_generates_word_for_word_what_our_generator_says(
         prompts, theirs, stops = told[str(folder)]
         generator = open_generator(folder, feature_root=tmp_path / "features")
         assert set(stops) == generator.tokenizer.stop_ids
-        images = [tuple(squares[name] for name in names) for names in PICTURES]
-        asking = [Prompt(ids, pictures) for ids, pictures in zip(prompts, images, strict=True)]
+        images = [tuple(squares[name] for name in names) for names in IMAGES]
+        asking = [Prompt(ids, shown) for ids, shown in zip(prompts, images, strict=True)]
         for answer, ids in zip(generator.generate(asking, max_new_tokens=NEW_TOKENS), theirs, strict=True):
             end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
             assert answer.ids == ids[:end]
@@ -229,15 +229,15 @@ def test_stock_stops_where_training_ends_a_turn(template: str, make_model: Any, 
 
 
 @pytest.mark.parametrize("projector", ["mlp_gelu", "mlp_downsample"])
-def test_more_pictures_than_placeholders_are_refused_everywhere(
+def test_more_images_than_placeholders_are_refused_everywhere(
     projector: str, make_model: Any, build: Callable[..., Any], tiny: Path, tmp_path: Path
 ) -> None:
     whole, processor = build(make_model("clip", projector))
     model_folder.save(whole, tmp_path, processor=processor)
-    picture = Pillow.open(tiny / "pairs/dog.png").convert("RGB")
-    for text in ("A dog <image>", "No picture", "<image> and <image> and <image>"):
+    image = Pillow.open(tiny / "pairs/dog.png").convert("RGB")
+    for text in ("A dog <image>", "No image", "<image> and <image> and <image>"):
         with pytest.raises((ValueError, IndexError, StopIteration)):
-            AutoProcessor.from_pretrained(tmp_path)(text=[text], images=[picture] * 2, return_tensors="pt")
+            AutoProcessor.from_pretrained(tmp_path)(text=[text], images=[image] * 2, return_tensors="pt")
     generator = open_generator(tmp_path, feature_root=tmp_path / "features")
     data = square((tiny / "pairs/dog.png").read_bytes(), size=56, encoding=Webp(), fit=SQUASH)
     one = [generator.tokenizer.image_id] * generator.tokenizer.image_tokens

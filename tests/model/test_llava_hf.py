@@ -54,7 +54,7 @@ def test_a_stock_folder_gives_the_same_logits(siglip: bool, names_of_4_52: bool,
         save_file(new, path)
     made = import_checkpoint(tmp_path / "a", tmp_path / "ours")
     assert made.model.chat_template == "chatml"
-    assert made.model.image_fit == "crop"
+    assert made.model.image_aspect_ratio == "crop"
     assert model_folder.normalisation(tmp_path / "ours") == ((0.4,) * 3, (0.6,) * 3)
     given = {"input_ids": torch.tensor([IDS]), "pixel_values": torch.rand(1, 3, 56, 56)}
     with torch.no_grad():
@@ -72,7 +72,15 @@ def test_a_folder_of_ours_comes_back_the_same(projector: str, make_model: Any, b
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "ours"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    same = ("projector", "image_fit", "image_size", "patch_size", "feature_layer", "after_image", "chat_template")
+    same = (
+        "projector",
+        "image_aspect_ratio",
+        "image_size",
+        "patch_size",
+        "feature_layer",
+        "after_image",
+        "chat_template",
+    )
     assert {name: getattr(made.model, name) for name in same} == {name: getattr(model, name) for name in same}
 
 

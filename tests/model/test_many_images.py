@@ -1,4 +1,4 @@
-"""Any number of pictures anywhere: through our own path, through transformers' forward pass and generate."""
+"""Any number of images anywhere: through our own path, through transformers' forward pass and generate."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,11 +17,11 @@ from vila_ops.model.change import Change
 from vila_ops.model.vila import VilaForConditionalGeneration
 
 SIDE, PATCH, TOKENS = 336, 14, 576
-FEW_SHOT = "".join(f"<image>\nA picture of the {name}. " for name in ("cat", "dog", "sun", "sea")) + "<image>\nA"
+FEW_SHOT = "".join(f"<image>\nA image of the {name}. " for name in ("cat", "dog", "sun", "sea")) + "<image>\nA"
 
 
 def paint(count: int, *, side: int = SIDE) -> list[Pillow.Image]:
-    """Pictures of noise, each another."""
+    """Images of noise, each another."""
     random = np.random.default_rng(0)
     return [Pillow.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(count)]
 
@@ -30,7 +30,7 @@ def paint(count: int, *, side: int = SIDE) -> list[Pillow.Image]:
 def large(
     request: pytest.FixtureRequest, make_model: Any, build: Callable[..., Any], tmp_path_factory: Any
 ) -> tuple[VilaForConditionalGeneration, LlavaProcessor]:
-    """A small model that sees 336 pixels as 576 tokens, and remembers five pictures; with an expert of its own too."""
+    """A small model that sees 336 pixels as 576 tokens, and remembers five images; with an expert of its own too."""
     whole, processor = build(make_model(image_size=SIDE, patch_size=PATCH))
     whole.config.text_config.max_position_embeddings = 4096
     assert whole.config.image_seq_length == TOKENS
@@ -74,8 +74,8 @@ def own_logits(model: VilaForConditionalGeneration, ids: Tensor, pixels: Tensor 
 
 def test_four_shots_and_a_query_stand_in_order_and_count(large: Any) -> None:
     model, processor = large
-    pictures = paint(5)
-    inputs = processor(text=FEW_SHOT, images=pictures, return_tensors="pt")
+    images = paint(5)
+    inputs = processor(text=FEW_SHOT, images=images, return_tensors="pt")
     ids = inputs["input_ids"]
     is_image = ids[0] == model.config.image_token_id
     starts = [i for i in range(len(is_image)) if is_image[i] and (i == 0 or not is_image[i - 1])]
@@ -90,8 +90,8 @@ def test_four_shots_and_a_query_stand_in_order_and_count(large: Any) -> None:
             assert torch.allclose(embeddings[0, start : start + TOKENS], one, atol=1e-5)
         logits = model(**inputs).logits
         assert torch.allclose(logits, own_logits(model, ids, inputs["pixel_values"]), atol=1e-5)
-        pictures[1], pictures[3] = pictures[3], pictures[1]
-        swapped = model(**processor(text=FEW_SHOT, images=pictures, return_tensors="pt")).logits
+        images[1], images[3] = images[3], images[1]
+        swapped = model(**processor(text=FEW_SHOT, images=images, return_tensors="pt")).logits
     assert torch.allclose(swapped[0, : starts[1]], logits[0, : starts[1]], atol=1e-5)
     assert (swapped[0, starts[1]] - logits[0, starts[1]]).abs().max() > 1e-2
     assert (swapped[0, -1] - logits[0, -1]).abs().max() > 1e-4
@@ -114,22 +114,22 @@ def test_few_shot_generation_with_a_cache_is_the_full_forward_pass(large: Any) -
 
 
 @pytest.mark.parametrize("expert", [False, True])
-def test_rows_with_none_one_and_three_pictures_are_what_they_are_alone(
+def test_rows_with_none_one_and_three_images_are_what_they_are_alone(
     expert: bool, make_model: Any, build: Callable[..., Any], tmp_path: Path
 ) -> None:
     model, processor = build(make_model("siglip", "mlp_downsample"))
     if expert:
         model_folder.save(model, tmp_path, processor=processor)
         model = model_folder.load(tmp_path, change=Change(visual_expert=True))
-    pictures = paint(4, side=56)
-    texts = ["No picture here at all.", "One <image> is here.", "<image> A dog <image> and a cat, and <image>"]
-    shown: Sequence[list[Pillow.Image]] = ([], pictures[:1], pictures[1:])
+    images = paint(4, side=56)
+    texts = ["No image here at all.", "One <image> is here.", "<image> A dog <image> and a cat, and <image>"]
+    shown: Sequence[list[Pillow.Image]] = ([], images[:1], images[1:])
     processor.tokenizer.padding_side = "right"
-    batch = processor(text=texts, images=pictures, padding=True, return_tensors="pt")
+    batch = processor(text=texts, images=images, padding=True, return_tensors="pt")
     with torch.no_grad():
         together = model(**batch).logits
-    for row, (text, images) in enumerate(zip(texts, shown, strict=True)):
-        alone = processor(text=text, images=images or None, return_tensors="pt")
+    for row, (text, own) in enumerate(zip(texts, shown, strict=True)):
+        alone = processor(text=text, images=own or None, return_tensors="pt")
         with torch.no_grad():
             expected = model(**alone).logits[0]
         assert torch.allclose(together[row, : len(expected)], expected, atol=1e-5)
@@ -139,7 +139,7 @@ def test_rows_with_none_one_and_three_pictures_are_what_they_are_alone(
 
 def test_text_alone_runs_neither_tower_nor_projector(large: Any) -> None:
     model, processor = large
-    text = processor(text="No picture here.", return_tensors="pt")
+    text = processor(text="No image here.", return_tensors="pt")
     with calls(model) as seen, torch.no_grad():
         model(**text)
         model.generate(**text, max_new_tokens=3)

@@ -23,7 +23,7 @@ from vila_ops.model.importing.checkpoint import import_checkpoint
 from vila_ops.packages.tokenizer import build_tokenizer
 
 IDS = [1, 40, IMAGE, 41, 99, IMAGE, 42, 2]
-"""One row with two pictures."""
+"""One row with two images."""
 ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "[BOS]", "[PAD]", "<vila/sentinel>", "<image>", "<vila/video>")
 """NVILA's, in the order of constants.py."""
 
@@ -105,7 +105,7 @@ def test_a_projector_of_one_order_takes_no_other(tmp_path: Path) -> None:
         import_checkpoint(tmp_path / "a", tmp_path / "ours", chat_template="chatml", token_order="columns")
 
 
-def test_dynamic_s2_is_exact_for_pictures_of_one_tile(pixels: Tensor, tmp_path: Path) -> None:
+def test_dynamic_s2_is_exact_for_images_of_one_tile(pixels: Tensor, tmp_path: Path) -> None:
     s2 = {**NVILA, "dynamic_s2": True, "s2_scales": f"{SIDE},{2 * SIDE},{3 * SIDE}", "image_aspect_ratio": "dynamic_s2"}
     write(tmp_path / "a", s2, projector="mlp_downsample")
     made = import_checkpoint(tmp_path / "a", tmp_path / "ours", chat_template="chatml")
@@ -135,18 +135,18 @@ def test_v1_is_one_state_with_a_clip_tower_in_it(projector: str, pixels: Tensor,
     state |= {f"model.vision_tower.vision_tower.vision_model.{name}": tensor for name, tensor in tower.items()}
     save_file(state, flat / "model.safetensors")
     made = import_checkpoint(flat, tmp_path / "ours", chat_template="chatml")
-    assert made.model.image_fit == "pad"
+    assert made.model.image_aspect_ratio == "pad"
     with torch.no_grad():
         features = CLIPVisionModel.from_pretrained(parts / "vision_tower").eval()(pixels, output_hidden_states=True)
-        pictures = iter(project(projector, held, features.hidden_states[-2][:, 1:], transposed=False))
+        images = iter(project(projector, held, features.hidden_states[-2][:, 1:], transposed=False))
         language_model = AutoModelForCausalLM.from_pretrained(parts / "llm").eval()
         table = language_model.get_input_embeddings().weight
-        row = torch.cat([next(pictures) if token == IMAGE else table[token][None] for token in IDS])
+        row = torch.cat([next(images) if token == IMAGE else table[token][None] for token in IDS])
         expected = language_model(inputs_embeds=row[None]).logits[0]
     assert torch.allclose(ours(tmp_path / "ours", pixels, IDS), expected, atol=1e-5, rtol=0)
 
 
-def test_a_picture_without_a_token_gets_one_and_the_embedding_rows_for_it(tmp_path: Path) -> None:
+def test_a_image_without_a_token_gets_one_and_the_embedding_rows_for_it(tmp_path: Path) -> None:
     write(tmp_path / "a", V15, projector="mlp2x_gelu")
     path = tmp_path / "a/llm/tokenizer.json"
     path.write_text(path.read_text().replace("<image>", "<other>"))
@@ -177,13 +177,13 @@ def test_precision_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("tower", "asked", "fit"),
-    [("siglip", "pad", "pad"), ("siglip", "resize", "squash"), ("siglip", "dynamic", "squash"),
-     ("siglip", None, "squash"), ("clip", None, "crop"), ("internvit", "square", "squash")],
+    [("siglip", "pad", "pad"), ("siglip", "resize", "resize"), ("siglip", "dynamic", "resize"),
+     ("siglip", None, "resize"), ("clip", None, "crop"), ("internvit", "square", "resize")],
 )  # fmt: skip
-def test_how_a_picture_becomes_a_square(tower: str, asked: str | None, fit: str, tmp_path: Path) -> None:
+def test_how_a_image_becomes_a_square(tower: str, asked: str | None, fit: str, tmp_path: Path) -> None:
     write(tmp_path / "a", {**V15, "image_aspect_ratio": asked}, projector="linear", tower=tower)
     made = import_checkpoint(tmp_path / "a", tmp_path / "ours")
-    assert made.model.image_fit == fit
+    assert made.model.image_aspect_ratio == fit
     mean = model_folder.normalisation(tmp_path / "ours")[0]
     assert mean == pytest.approx((0.485, 0.456, 0.406) if tower == "internvit" else (0.4, 0.4, 0.4))
 
@@ -193,7 +193,7 @@ def test_how_a_picture_becomes_a_square(tower: str, asked: str | None, fit: str,
     [(NVILA["image_encoder"], "\n"), ({"_target_": "a.BasicImageEncoder", "end_tokens": " "}, " "),
      ('{"_target_": "a.BasicImageEncoder", "end_tokens": null}', "")],
 )  # fmt: skip
-def test_what_nvila_puts_behind_a_picture(encoder: Any, after: str, tmp_path: Path) -> None:
+def test_what_nvila_puts_behind_a_image(encoder: Any, after: str, tmp_path: Path) -> None:
     write(tmp_path / "a", {**NVILA, "image_encoder": encoder}, projector="linear")
     assert import_checkpoint(tmp_path / "a", tmp_path / "ours", chat_template="chatml").model.after_image == after
 
@@ -217,8 +217,8 @@ def test_nvila_keeps_its_tokenizers_template_and_v15_has_its_conversation(tmp_pa
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end"),
         ({"mm_vision_select_feature": "patch"}, "we hold 'cls_patch'"),
         ({"dynamic_s2": True, "s2_scales": "384,768"}, "tiles of Dynamic-S2 have 384 pixels"),
-        ({"image_encoder": {"_target_": "x.BasicImageEncoder", "start_tokens": "<s>"}}, "puts more around a picture"),
-        ({"image_encoder": {"_target_": "x.TSPImageEncoder"}}, "puts more around a picture"),
+        ({"image_encoder": {"_target_": "x.BasicImageEncoder", "start_tokens": "<s>"}}, "puts more around an image"),
+        ({"image_encoder": {"_target_": "x.TSPImageEncoder"}}, "puts more around an image"),
     ],
 )
 def test_what_we_cannot_hold_exactly_is_refused(config: dict[str, Any], why: str, tmp_path: Path) -> None:

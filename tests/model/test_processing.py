@@ -1,4 +1,4 @@
-"""What stock transformers makes of a picture with the processor that lies beside a model: the pixels that it saw."""
+"""What stock transformers makes of an image with the processor that lies beside a model: the pixels that it saw."""
 
 import io
 import json
@@ -34,7 +34,7 @@ for folder, kind in json.loads(sys.argv[1]).items():
     images = AutoImageProcessor.from_pretrained(folder)
     if kind == "stock":
         processor = AutoProcessor.from_pretrained(folder)
-        images = lambda picture, **more: processor(text="<image>", images=[picture], **more)
+        images = lambda image, **more: processor(text="<image>", images=[image], **more)
     found = {name: images(Image.open(name + ".png"), return_tensors="np")["pixel_values"] for name in sys.argv[2:]}
     np.savez(folder + ".npz", **found)
 assert "vila_ops" not in sys.modules
@@ -42,7 +42,7 @@ assert "vila_ops" not in sys.modules
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> dict[str, bytes]:
+def images(tmp_path: Path) -> dict[str, bytes]:
     """Opaque noise of several aspects, also as files; one with transparent parts."""
     draw = np.random.default_rng(0)
     shapes = {name: (height, width, 3) for name, (width, height) in ASPECTS.items()} | {"clear": (30, 50, 4)}
@@ -56,37 +56,37 @@ def pictures(tmp_path: Path) -> dict[str, bytes]:
 
 
 def test_stock_transformers_makes_the_pixels_that_the_model_trained_on(
-    make_model: Any, build: Callable[..., Any], pictures: dict[str, bytes], tmp_path: Path
+    make_model: Any, build: Callable[..., Any], images: dict[str, bytes], tmp_path: Path
 ) -> None:
     asked = {}
     for fit in FITS:
         for projector in ("mlp_gelu", "mlp_downsample"):
-            model = make_model("clip", projector, image_fit=fit)
+            model = make_model("clip", projector, image_aspect_ratio=fit)
             whole, _ = build(model)
             fast = build_tokenizer(model.language_model, chat_template=model.chat_template, cache=tmp_path)
             folder = tmp_path / f"{fit}-{projector}"
             model_folder.save(whole, folder, processor=build_processor(whole.config, fast, mean_std=CLIP))
             asked[str(folder)] = "stock" if projector == "mlp_gelu" else "ours"
-    subprocess.run([sys.executable, "-c", STOCK, json.dumps(asked), *pictures], check=True, cwd=tmp_path)
+    subprocess.run([sys.executable, "-c", STOCK, json.dumps(asked), *images], check=True, cwd=tmp_path)
     for name in asked:
         config = model_folder.load(Path(name)).config
-        assert config.image_fit == Path(name).name.split("-")[0]
+        assert config.image_aspect_ratio == Path(name).name.split("-")[0]
         mean, std = model_folder.normalisation(Path(name))
         assert (mean, std) == CLIP
         found = np.load(f"{name}.npz")
-        for picture, data in pictures.items():
-            seen = square(data, size=config.vision_side, fit=Fit(config.image_fit, mean), encoding=Webp())
+        for image, data in images.items():
+            seen = square(data, size=config.vision_side, fit=Fit(config.image_aspect_ratio, mean), encoding=Webp())
             expected = pixels([seen], mean=mean, std=std)
-            assert found[picture].shape == expected.shape == (1, 3, 56, 56)
-            assert np.abs(found[picture] - expected).max() <= 1e-6, (name, picture)
+            assert found[image].shape == expected.shape == (1, 3, 56, 56)
+            assert np.abs(found[image] - expected).max() <= 1e-6, (name, image)
 
 
 def test_a_generator_squares_as_its_model_was_trained(make_model: Any, make_resources: Any, tmp_path: Path) -> None:
     for fit in FITS:
-        sealed = assemble(make_model(image_fit=fit), make_resources(tmp_path))
+        sealed = assemble(make_model(image_aspect_ratio=fit), make_resources(tmp_path))
         generator = load_generator(sealed, feature_root=tmp_path / "features", threads=1, precision="fp32")
-        assert generator.image_fit == Fit(fit, normalisation.mean_std(RandomTower())[0])
-        assert generator.image_fit.colour == (127, 127, 127)
+        assert generator.image_aspect_ratio == Fit(fit, normalisation.mean_std(RandomTower())[0])
+        assert generator.image_aspect_ratio.colour == (127, 127, 127)
 
 
 @pytest.mark.parametrize("fit", FITS)
@@ -114,7 +114,7 @@ STATED: dict[str, tuple[dict[str, Any], tuple[ImageFit, int]]] = {
             "image_processor_type": "SiglipImageProcessor", "do_resize": True, "resample": 3,
             "size": {"height": 384, "width": 384},
         },
-        ("squash", 384),
+        ("resize", 384),
     ),
     "LLaVA's own padding": (
         {

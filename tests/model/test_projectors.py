@@ -71,7 +71,7 @@ def test_blocks_of_three_by_three_by_hand() -> None:
 
 
 def test_the_order_by_columns_is_that_of_vila_1_5() -> None:
-    """Its code returned the grid transposed: blocks go down the picture first, and inside a block nothing changes."""
+    """Its code returned the grid transposed: blocks go down the image first, and inside a block nothing changes."""
     even = torch.arange(16.0).view(1, 16, 1)
     by_hand = [[0, 1, 4, 5], [8, 9, 12, 13], [2, 3, 6, 7], [10, 11, 14, 15]]
     assert merge_patches(even, 2, token_order="columns").tolist() == [by_hand]
@@ -164,7 +164,7 @@ def test_the_transformer_is_torchs_pre_norm_encoder() -> None:
 
 
 @torch.no_grad()
-def test_the_transformer_sees_all_patches_of_a_picture_and_of_no_other() -> None:
+def test_the_transformer_sees_all_patches_of_a_image_and_of_no_other() -> None:
     built = projector({"kind": "transformer", "num_heads": 4})
     read = features(16)
     changed = read.clone()

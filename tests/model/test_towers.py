@@ -53,13 +53,13 @@ def as_hub(make_model: Any, folder: Path, **more: Any) -> Any:
 
 
 def placed(processor: Any, config: Any, size: int) -> int:
-    """Image tokens that a processor puts for one picture."""
-    picture = Pillow.new("RGB", (size, size))
-    inputs = processor(text="<image>", images=[picture], return_tensors="pt")
+    """Image tokens that a processor puts for one image."""
+    image = Pillow.new("RGB", (size, size))
+    inputs = processor(text="<image>", images=[image], return_tensors="pt")
     return int((inputs["input_ids"] == config.image_token_id).sum())
 
 
-def pictures(size: int) -> torch.Tensor:
+def images(size: int) -> torch.Tensor:
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(size))
 
 
@@ -76,8 +76,8 @@ def test_a_tower_of_another_size_gives_what_transformers_interpolates_in_its_for
     ours = build_tower(as_hub(make_model, tmp_path, image_size=size, patch_size=patch), cache=tmp_path)
     flag = {"interpolate_pos_encoding": True} if family in ("clip", "siglip") else {}  # the others always do
     with torch.no_grad():
-        theirs = tower(pictures(size), output_hidden_states=True, **flag).hidden_states
-        found = ours(pictures(size), output_hidden_states=True).hidden_states
+        theirs = tower(images(size), output_hidden_states=True, **flag).hidden_states
+        found = ours(images(size), output_hidden_states=True).hidden_states
     assert found[0].shape == (2, (size // patch) ** 2 + (family != "siglip"), 32)
     for one, two in zip(theirs, found, strict=True):
         assert torch.equal(one, two)
@@ -107,7 +107,7 @@ def test_weights_without_a_position_table_are_refused(make_tower: MakeTower) -> 
         at_image_size(state, tower.config, 84)
 
 
-def test_a_tower_of_pictures_that_are_no_squares_is_refused(make_model: Any, tmp_path: Path) -> None:
+def test_a_tower_of_images_that_are_no_squares_is_refused(make_model: Any, tmp_path: Path) -> None:
     """InternViT's config has room for them, LLaVA's processor and the merging of patches have not."""
     AutoModel.from_config(InternVLVisionConfig(**SHAPE, image_size=(56, 84), patch_size=14)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"height and width \(56, 84\) are not a square"):
@@ -124,7 +124,7 @@ def test_stock_llava_reads_the_same_patches_of_every_family(
     whole, processor = build(as_hub(make_model, tmp_path / "tower", image_size=58))
     model_folder.save(whole, tmp_path / "whole", processor=processor)
     stock = LlavaForConditionalGeneration.from_pretrained(tmp_path / "whole", dtype=torch.float32).eval()
-    values = pictures(58)
+    values = images(58)
     with torch.no_grad():
         features = whole.tower_features(values)
         theirs = stock.get_image_features(
@@ -183,7 +183,7 @@ def test_a_feature_layer_that_the_tower_has_not_is_refused(make_model: Any, tmp_
 
 @pytest.mark.parametrize("config", [Siglip2VisionConfig(), Dinov2WithRegistersConfig()])
 def test_a_tower_that_llavas_format_cannot_hold_is_refused(config: Any) -> None:
-    """SigLIP 2 of any resolution takes patches, not pictures; registers stand between class token and patches."""
+    """SigLIP 2 of any resolution takes patches, not images; registers stand between class token and patches."""
     with pytest.raises(ValueError, match="is not known; one whose output is at most a class token"):
         class_tokens(config)
 
@@ -198,7 +198,7 @@ def test_a_tower_that_llavas_format_cannot_hold_is_refused(config: Any) -> None:
         (384, 16, {1: 576, 2: 144, 3: 64}),
     ],
 )
-def test_tokens_of_a_picture(
+def test_tokens_of_a_image(
     size: int, patch: int, tokens: dict[int, int], make_model: Any, build: Callable[..., Any]
 ) -> None:
     """As many in the config, of the projector, and placed by the processor; pixels beyond the last patch are unseen."""
@@ -208,7 +208,7 @@ def test_tokens_of_a_picture(
         model = plain.model_validate({**plain.model_dump(), "projector": kinds[factor]})
         whole, processor = build(model)
         with torch.no_grad():
-            made = whole.model.multi_modal_projector(whole.tower_features(pictures(size)[:1]))
+            made = whole.model.multi_modal_projector(whole.tower_features(images(size)[:1]))
         assert model.image_tokens() == whole.config.image_seq_length == made.shape[1] == expected
         assert placed(processor, whole.config, size) == expected
     assert tokens_of_grid(1, DownsampleProjector(factor=3)) == 1

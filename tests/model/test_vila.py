@@ -34,13 +34,13 @@ def test_features_stand_where_the_placeholders_are_in_order(make_model: Any, bui
     assert torch.equal(embeddings[text], words[text])
 
 
-@pytest.mark.parametrize(("places", "pictures"), [(4, 0), (4, 2), (3, 1), (0, 1), (8, 1)])
+@pytest.mark.parametrize(("places", "images"), [(4, 0), (4, 2), (3, 1), (0, 1), (8, 1)])
 def test_a_wrong_number_of_placeholders_is_refused(
-    places: int, pictures: int, make_model: Any, build: Callable[..., Any]
+    places: int, images: int, make_model: Any, build: Callable[..., Any]
 ) -> None:
     whole, _ = build(make_model("clip", "mlp_downsample"))
     ids = torch.tensor([[1, *[whole.config.image_token_id] * places, 2]])
-    features = torch.zeros(pictures, 16, 32) if pictures else None
+    features = torch.zeros(images, 16, 32) if images else None
     with pytest.raises(ValueError, match="image positions but"):
         whole.embed(ids, features)
 
@@ -77,7 +77,7 @@ def test_losses_are_the_cross_entropies_of_the_wanted_positions(make_model: Any,
     assert torch.allclose(found, expected[labels.view(10) >= 0], atol=1e-6)
 
 
-def test_importing_a_room_does_not_import_its_heavy_work() -> None:
+def test_importing_a_task_does_not_import_its_heavy_work() -> None:
     code = (
         "import sys, vila_ops.data.prepare, vila_ops.train.stage, vila_ops.model.assemble;"
         "assert not {'torch', 'ray', 'deepspeed', 'transformers', 'mlflow'} & set(sys.modules), sorted(sys.modules)"

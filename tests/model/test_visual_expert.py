@@ -64,12 +64,12 @@ def whole(make_model: Any, build: Callable[..., Any], tmp_path: Path) -> tuple[V
     return model, tmp_path / "plain"
 
 
-def read(model: VilaForConditionalGeneration, *pictures: int, text: int = 6) -> dict[str, Tensor]:
-    """Ids and pixels of one row per number of pictures."""
+def read(model: VilaForConditionalGeneration, *images: int, text: int = 6) -> dict[str, Tensor]:
+    """Ids and pixels of one row per number of images."""
     random = torch.Generator().manual_seed(1)
-    count, places = sum(pictures), model.config.image_seq_length
+    count, places = sum(images), model.config.image_seq_length
     rows = []
-    for number in pictures:
+    for number in images:
         row = torch.randint(10, 200, (text,), generator=random).tolist()
         for at in range(number):
             row[1 + at : 1 + at] = [model.config.image_token_id] * places

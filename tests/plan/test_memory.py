@@ -103,7 +103,7 @@ CASES = [
 def test_the_forecast_is_what_is_alive_at_the_peak_of_a_step(case: Case, make_stage: Any, make_mixture: Any) -> None:
     stage = make_stage(
         make_mixture("pairs"), trainable=case.trainable, tuning=case.tuning, precision=case.precision,
-        global_batch_size=ROWS * case.accumulated, row_tokens=TOKENS,
+        global_batch_size=ROWS * case.accumulated, sequence_length=TOKENS,
     )  # fmt: skip
     config = VilaConfig(
         vision_config=CLIP, text_config={**LLAMA.to_dict(), "vocab_size": case.vocabulary}, image_token_index=250,

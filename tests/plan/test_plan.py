@@ -16,8 +16,8 @@ from vila_ops.artifacts.store import content, opened
 from vila_ops.cli import app
 from vila_ops.config import load
 from vila_ops.config.lengths import Lengths
-from vila_ops.data.order.loader import Rows
-from vila_ops.plan.lengths import Epoch, declared, rows_of
+from vila_ops.data.order.loader import RowLoader
+from vila_ops.plan.lengths import EpochLengths, declared, rows_of
 from vila_ops.plan.plan import plan_run
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +61,7 @@ def test_the_plan_of_prepared_data_is_what_training_will_read(tmp_path: Path) ->
     assert made["align"].steps == 6
     data, stage = datasets["align"], run.recipe.stages["align"]
     index = pq.read_table(content(data) / "index.parquet", filters=[("split", "=", "train")])
-    rows = Rows(opened(data).file, digest=data.digest, stage=stage, cache=tmp_path / "plans")
+    rows = RowLoader(opened(data).file, digest=data.digest, stage=stage, cache=tmp_path / "plans")
     read = [row for step in range(6) for row in rows.batch(step)[0]]
     ours = made["align"]
     assert ours.tokens == pytest.approx(sum(int((row.segment_ids > 0).sum()) for row in read), rel=0.1)
@@ -69,7 +69,7 @@ def test_the_plan_of_prepared_data_is_what_training_will_read(tmp_path: Path) ->
         sum(index["num_targets"].to_pylist()) / sum(index["num_tokens"].to_pylist())
     )
     assert ours.images / ours.samples == 1
-    sft = Rows(
+    sft = RowLoader(
         opened(datasets["sft"]).file,
         digest=datasets["sft"].digest,
         stage=run.recipe.stages["sft"],
@@ -83,8 +83,8 @@ def test_the_plan_of_prepared_data_is_what_training_will_read(tmp_path: Path) ->
 def test_rows_without_packing_are_padded_to_the_longest_of_their_micro_batch(
     make_stage: Any, make_mixture: Any
 ) -> None:
-    epoch = Epoch(np.array([10, 30]), np.array([3, 4]), np.array([1, 0]), times=2.0, distinct=1.0)
-    stage = make_stage(make_mixture("pairs"), pack=False, row_tokens=64)
+    epoch = EpochLengths(np.array([10, 30]), np.array([3, 4]), np.array([1, 0]), times=2.0, distinct=1.0)
+    stage = make_stage(make_mixture("pairs"), pack=False, sequence_length=64)
     rows = rows_of(epoch, stage, micro_batch_size=2, most_images=9)
     assert (rows.rows, rows.longest, rows.most_images) == (4, 30, 1)
     assert [(one.tokens, one.pairs, one.images, one.targets) for one in rows.useful] == [
@@ -95,8 +95,8 @@ def test_rows_without_packing_are_padded_to_the_longest_of_their_micro_batch(
 
 
 def test_packed_rows_are_those_of_the_planner(make_stage: Any, make_mixture: Any) -> None:
-    epoch = Epoch(np.array([40, 24, 30, 34]), np.ones(4, int), np.zeros(4, int), times=1.0, distinct=1.0)
-    rows = rows_of(epoch, make_stage(make_mixture("pairs"), row_tokens=64), micro_batch_size=1, most_images=4)
+    epoch = EpochLengths(np.array([40, 24, 30, 34]), np.ones(4, int), np.zeros(4, int), times=1.0, distinct=1.0)
+    rows = rows_of(epoch, make_stage(make_mixture("pairs"), sequence_length=64), micro_batch_size=1, most_images=4)
     assert rows.rows == 2
     assert rows.useful == rows.padded
 

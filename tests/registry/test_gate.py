@@ -7,9 +7,9 @@ import pytest
 
 from vila_ops.config import Gate
 from vila_ops.config.eval import Rule
-from vila_ops.registry.gate import Metric, judge, metrics_of
+from vila_ops.registry.gate import GateMetric, judge, metrics_of
 
-BETTER, WORSE = Metric(0.9), Metric(0.4)
+BETTER, WORSE = GateMetric(0.9), GateMetric(0.4)
 
 
 def gate(*rules: Rule) -> Gate:
@@ -33,8 +33,8 @@ def test_only_the_models_own_numbers_are_read() -> None:
         ]
     }
     metrics = metrics_of(report)
-    assert metrics["pope"] == Metric(0.75)
-    assert metrics["loss"] == Metric(2.5, lower_is_better=True)
+    assert metrics["pope"] == GateMetric(0.75)
+    assert metrics["loss"] == GateMetric(2.5, lower_is_better=True)
     assert math.isnan(metrics["cider"].value)
 
 
@@ -52,12 +52,12 @@ def test_a_metric_that_stands_twice_in_a_report_is_an_error() -> None:
         (Rule(metric="pope", at_most=0.7), 0.71, False),
         (Rule(metric="pope", at_least=0.7), math.nan, False),
         (Rule(metric="pope", at_most=0.7), math.nan, False),
-        (Rule(metric="pope", max_loss=1.0), math.nan, False),
-        (Rule(metric="pope", max_loss=0.0), 0.1, True),
+        (Rule(metric="pope", max_regression=1.0), math.nan, False),
+        (Rule(metric="pope", max_regression=0.0), 0.1, True),
     ],
 )
 def test_bounds_without_a_champion(rule: Rule, value: float, passes: bool) -> None:
-    verdict = judge(gate(rule), {"pope": Metric(value)}, None)
+    verdict = judge(gate(rule), {"pope": GateMetric(value)}, None)
     assert verdict.passed is passes
     assert len(verdict.reasons) == 1
 
@@ -77,13 +77,13 @@ def test_bounds_without_a_champion(rule: Rule, value: float, passes: bool) -> No
 def test_max_loss_looks_in_the_direction_of_the_metric(
     own: float, champion: float, lower_is_better: bool, passes: bool
 ) -> None:
-    metrics = {"m": Metric(own, lower_is_better=lower_is_better)}
-    champion_metrics = {"m": Metric(champion, lower_is_better=lower_is_better)}
-    assert judge(gate(Rule(metric="m", max_loss=0.125)), metrics, champion_metrics).passed is passes
+    metrics = {"m": GateMetric(own, lower_is_better=lower_is_better)}
+    champion_metrics = {"m": GateMetric(champion, lower_is_better=lower_is_better)}
+    assert judge(gate(Rule(metric="m", max_regression=0.125)), metrics, champion_metrics).passed is passes
 
 
 def test_one_rule_that_fails_is_enough_and_every_rule_gives_its_reason() -> None:
-    rules = (Rule(metric="a", at_least=0.5, max_loss=0.1), Rule(metric="b", at_least=0.5))
+    rules = (Rule(metric="a", at_least=0.5, max_regression=0.1), Rule(metric="b", at_least=0.5))
     verdict = judge(gate(*rules), {"a": BETTER, "b": WORSE}, {"a": BETTER})
     assert not verdict.passed
     assert verdict.reasons == (
@@ -100,10 +100,10 @@ def test_a_metric_that_the_report_lacks_is_an_error_with_the_names_there_are() -
 
 def test_a_metric_that_only_the_champion_lacks_is_an_error_where_it_is_compared() -> None:
     with pytest.raises(ValueError, match=r"which the champion's report lacks; it has \[\]"):
-        judge(gate(Rule(metric="a", max_loss=0.5)), {"a": BETTER}, {})
+        judge(gate(Rule(metric="a", max_regression=0.5)), {"a": BETTER}, {})
     assert judge(gate(Rule(metric="a", at_least=0.5)), {"a": BETTER}, {}).passed
 
 
 def test_reports_that_disagree_on_the_direction_are_not_compared() -> None:
     with pytest.raises(ValueError, match="disagree"):
-        judge(gate(Rule(metric="a", max_loss=0.5)), {"a": BETTER}, {"a": Metric(0.9, lower_is_better=True)})
+        judge(gate(Rule(metric="a", max_regression=0.5)), {"a": BETTER}, {"a": GateMetric(0.9, lower_is_better=True)})

@@ -14,10 +14,10 @@ from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import Checkpoint, EvalReport, ModelVersion
 from vila_ops.config import Gate, Resources
 from vila_ops.config.eval import Rule
-from vila_ops.registry import register as room
+from vila_ops.registry import register as task
 from vila_ops.registry.register import champion, register, report_of
 
-GATE = Gate(model_name="toy's model", rules=(Rule(metric="pope", at_least=0.5, max_loss=0.05),))
+GATE = Gate(model_name="toy's model", rules=(Rule(metric="pope", at_least=0.5, max_regression=0.05),))
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +62,7 @@ def report(resources: Resources, model: Checkpoint, pope: float, *, suite: str =
 
 
 def registered(resources: Resources, name: str, pope: float, *, against: EvalReport | None = None) -> ModelVersion:
-    """A checkpoint through the room."""
+    """A checkpoint through the task."""
     model = checkpoint(resources, name)
     return register(GATE, model, report(resources, model, pope), against, resources)
 
@@ -119,7 +119,7 @@ def test_a_registration_that_died_half_way_is_finished(resources: Resources, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(room, "_promote", die)
+        patch.setattr(task, "_promote", die)
         with pytest.raises(KeyboardInterrupt):
             registered(resources, "one", 0.75)
     assert client(resources).get_model_version(GATE.model_name, "1").tags["ready"] == "false"

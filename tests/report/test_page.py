@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vila_ops.report.page import (
-    MAX_PICTURES,
+    MAX_IMAGES,
     axis,
     duration,
     forest,
@@ -69,8 +69,8 @@ class Page(HTMLParser):
         return [attrs for name, attrs in self.tags if name == tag]
 
 
-def pictures() -> list[tuple[str, str]]:
-    """The committed pictures as data URLs, with their captions."""
+def images() -> list[tuple[str, str]]:
+    """The committed images as data URLs, with their captions."""
     found = []
     for line in (PAIRS / "records.jsonl").read_text().splitlines():
         image, text = json.loads(line)["turns"][0]["parts"]
@@ -100,7 +100,7 @@ def worker(rank: int) -> dict[str, Any]:
 
 
 def full_summary() -> dict[str, Any]:
-    picture, truth = pictures()[3]
+    image, truth = images()[3]
     stages = [
         {
             "name": name, "steps": 1200 + index, "seconds": 71.3 + 60 * index, "digest": digest(10 + index),
@@ -128,15 +128,15 @@ def full_summary() -> dict[str, Any]:
         "prefect_flow_run": "0197f6c2-8f0e-7c31-9d2a-b7715a0d8f10",
         "mlflow": {"parent_run": digest(2)[:32], "model": "vila-demo", "version": 3, "promoted": True},
         "stages": stages,
-        "rooms": [
-            {"room": "prepare", "name": "align", "digest": digest(20), "seconds": 31.25, "reused": True, "workers": []},
-            {"room": "train_stage", "name": "sft", "digest": digest(12), "seconds": 191.3, "reused": False,
+        "tasks": [
+            {"task": "prepare", "name": "align", "digest": digest(20), "seconds": 31.25, "reused": True, "workers": []},
+            {"task": "train_stage", "name": "sft", "digest": digest(12), "seconds": 191.3, "reused": False,
              "workers": [worker(0), worker(1)]},
         ],
         "metrics": metrics,
         "layers": layers(),
-        "answer": {"question": "What is this?", "picture": picture, "truth": truth, "reply": truth.upper(),
-                   "model": digest(12), "curl": f"curl -s http://h:8000/v1 -d '{{\"url\": \"{picture}\"}}'"},
+        "answer": {"question": "What is this?", "image": image, "truth": truth, "reply": truth.upper(),
+                   "model": digest(12), "curl": f"curl -s http://h:8000/v1 -d '{{\"url\": \"{image}\"}}'"},
         "serving": {"status": "ok", "replica": {"pid": 6120}},
         "versions": {"torch": "2.13.0", "ray": "2.60.0"},
     }  # fmt: skip
@@ -165,7 +165,7 @@ def bare_summary() -> dict[str, Any]:
         "prefect_flow_run": None,
         "mlflow": {"parent_run": None, "model": "tiny", "version": None, "promoted": False},
         "stages": [{**stage, **missing, "workers": [inline]} for stage in summary["stages"]],
-        "rooms": [{**room, "workers": [{"launch": "inline"}]} for room in summary["rooms"]],
+        "tasks": [{**task, "workers": [{"launch": "inline"}]} for task in summary["tasks"]],
         "metrics": [],
         "layers": [],
         "answer": None,
@@ -182,7 +182,7 @@ def curves(steps: int = 40) -> dict[str, list[dict[str, Any]]]:
 
 
 def gallery(count: int = 3) -> list[dict[str, str]]:
-    return [{"picture": p, "truth": t, "answer": f"{t} too", "control": "A bus."} for p, t in pictures()[:count]]
+    return [{"image": p, "truth": t, "answer": f"{t} too", "control": "A bus."} for p, t in images()[:count]]
 
 
 def gap(value: float, low: float, high: float, **others: Any) -> dict[str, Any]:
@@ -206,9 +206,9 @@ def test_every_number_of_the_tables_is_on_the_page() -> None:
     for shown in summary["metrics"]:
         assert f"{shown['value']:.3f} [{shown['low']:.3f}, {shown['high']:.3f}]" in text
         assert str(shown["n"]) in text
-    for room in summary["rooms"]:
-        assert duration(room["seconds"]) in text
-        assert room["digest"] in text
+    for task in summary["tasks"]:
+        assert duration(task["seconds"]) in text
+        assert task["digest"] in text
     for name, version in summary["versions"].items():
         assert f"{name} {version}" in text
     for expected in ("37 min 41 s", "28 November 2026, 14:03 UTC", "Ray · world size 2 · ZeRO stage 2 · deepspeed",
@@ -255,9 +255,9 @@ def test_hostile_strings_are_only_text() -> None:
     summary["versions"] = {HOSTILE: HOSTILE}
     summary["serving"] = {HOSTILE: [HOSTILE, None, True, 0.5]}
     summary["stages"][0] |= {"name": HOSTILE, "digest": HOSTILE, "workers": [{"launch": HOSTILE}]}
-    summary["rooms"][0] |= {"room": HOSTILE, "name": HOSTILE, "workers": [{"node": HOSTILE}]}
+    summary["tasks"][0] |= {"task": HOSTILE, "name": HOSTILE, "workers": [{"node": HOSTILE}]}
     summary["metrics"] = [metric(HOSTILE, "model", 1.0, name=HOSTILE, unit=HOSTILE, suite=HOSTILE, split=HOSTILE)]
-    shown = [{**picture, "truth": HOSTILE, "answer": HOSTILE, "control": HOSTILE} for picture in gallery()]
+    shown = [{**image, "truth": HOSTILE, "answer": HOSTILE, "control": HOSTILE} for image in gallery()]
     page = Page(render(summary, {HOSTILE: curves()["sft"]}, shown))
     assert not page.all("script")
     assert len(page.all("img")) == 1 + len(shown)
@@ -266,9 +266,9 @@ def test_hostile_strings_are_only_text() -> None:
     assert page.text.count(HOSTILE) > 20
 
 
-def test_picture_by_reference_is_refused() -> None:
+def test_image_by_reference_is_refused() -> None:
     with pytest.raises(ValueError, match="not in the page"):
-        render(bare_summary(), {}, [{**gallery(1)[0], "picture": "https://example.org/a.png"}])
+        render(bare_summary(), {}, [{**gallery(1)[0], "image": "https://example.org/a.png"}])
 
 
 def test_inline_run_without_optional_parts_renders() -> None:
@@ -280,7 +280,7 @@ def test_inline_run_without_optional_parts_renders() -> None:
     assert "None" not in page.text
     assert "sft 1,202 – – –" in page.text
     assert not page.all("img")
-    empty = {**bare_summary(), "stages": [], "rooms": []}
+    empty = {**bare_summary(), "stages": [], "tasks": []}
     assert "This run trained no stage." in Page(render(empty, {}, [])).text
 
 
@@ -295,10 +295,10 @@ def test_missing_values_show_as_a_dash() -> None:
 
 
 def test_gallery_keeps_its_order_and_its_bound() -> None:
-    html = render(full_summary(), curves(4000), gallery(MAX_PICTURES + 2))
+    html = render(full_summary(), curves(4000), gallery(MAX_IMAGES + 2))
     page = Page(html)
     alts = [image["alt"] for image in page.all("img")][1:]
-    assert alts == [f"Held-out picture, its true caption: {text}" for _, text in pictures()[:MAX_PICTURES]]
+    assert alts == [f"Held-out image, its true caption: {text}" for _, text in images()[:MAX_IMAGES]]
     assert "The first 24 of 26." in page.text
     assert len(html.encode()) < 3_000_000
 
@@ -312,7 +312,7 @@ def test_verdict_says_what_the_interval_says() -> None:
         assert "which includes zero" in told(gap(0.1, low, high))
     assert "was registered and not promoted" in told(gap(0.3, 0.2, 0.4), promoted=False)
     assert "was not measured for the final model" in told(metric("align", "gap", 0.5))
-    assert "on 9 pictures of the test split" in told(gap(0.3, 0.2, 0.4, split="validation"), gap(0.1, -1, 1, n=9))
+    assert "on 9 images of the test split" in told(gap(0.3, 0.2, 0.4, split="validation"), gap(0.1, -1, 1, n=9))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Two versions of one registered model, of random weights, sealed once; and a picture."""
+"""Two versions of one registered model, of random weights, sealed once; and an image."""
 
 import io
 import subprocess
@@ -32,7 +32,7 @@ def versions(
 
 
 @pytest.fixture(scope="session")
-def picture() -> bytes:
+def image() -> bytes:
     """A small PNG."""
     out = io.BytesIO()
     Pillow.linear_gradient("L").resize((40, 30)).convert("RGB").save(out, "PNG")

@@ -117,11 +117,11 @@ def wait_for(count: int, arrived: list[Prompt]) -> None:
 
 
 def data_url(data: bytes) -> str:
-    """A picture as clients send it."""
+    """An image as clients send it."""
     return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
-def image(data: bytes) -> dict[str, Any]:
+def image_part(data: bytes) -> dict[str, Any]:
     """A part of a message."""
     return {"type": "image_url", "image_url": {"url": data_url(data)}}
 
@@ -137,18 +137,18 @@ def user(*parts: dict[str, Any]) -> list[Any]:
 
 
 def png(width: int, height: int) -> bytes:
-    """A white picture."""
+    """A white image."""
     out = io.BytesIO()
     Pillow.new("RGB", (width, height), "white").save(out, "PNG")
     return out.getvalue()
 
 
-def test_a_picture_and_a_question_get_the_greedy_answer_with_real_numbers(
-    client: openai.OpenAI, watched: Watched, versions: tuple[ModelVersion, ModelVersion], picture: bytes
+def test_a_image_and_a_question_get_the_greedy_answer_with_real_numbers(
+    client: openai.OpenAI, watched: Watched, versions: tuple[ModelVersion, ModelVersion], image: bytes
 ) -> None:
-    messages = user(text("Look: "), image(picture), text("What is it?"))
+    messages = user(text("Look: "), image_part(image), text("What is it?"))
     answer = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=6)
-    small = square(picture, size=watched.image_size, fit=watched.real.image_fit, encoding=Webp())
+    small = square(image, size=watched.image_size, fit=watched.real.image_aspect_ratio, encoding=Webp())
     ids = watched.tokenizer.prompt([("user", ("Look: ", Image(small), "What is it?"))])
     expected = watched.real.generate([Prompt(ids, (small,))], max_new_tokens=6)[0]
     assert ids.count(watched.tokenizer.image_id) == watched.tokenizer.image_tokens == 16
@@ -190,10 +190,10 @@ def test_the_model_list_and_health_name_the_digest(
 
 
 def test_concurrent_requests_share_batches_and_get_the_answers_that_they_get_alone(
-    client: openai.OpenAI, url: str, watched: Watched, arrived: list[Prompt], picture: bytes
+    client: openai.OpenAI, url: str, watched: Watched, arrived: list[Prompt], image: bytes
 ) -> None:
     def ask(number: int) -> tuple[str, str, int]:
-        parts = [image(picture)] if number % 2 else []
+        parts = [image_part(image)] if number % 2 else []
         messages = user(*parts, text("word " * (3 * number + 1)))
         answer = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=2 * number + 1)
         assert answer.usage is not None
@@ -305,14 +305,14 @@ URL = "messages[0].content[0].image_url.url"
         ("file:///etc/passwd", "nothing is fetched"),
         ("data:image/png,abc", "base64"),
         ("data:image/png;base64,@@@", "not valid base64"),
-        (data_url(b"not a picture"), "none of the formats"),
+        (data_url(b"not an image"), "none of the formats"),
         (data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "none of the formats"),
         (data_url(png(40, 30)[:60]), "a PNG that ends before its IEND"),
         (data_url(png(101, 100)), "101 x 100 pixels"),
         (data_url(png(9000, 1)), "so narrow"),
     ],
 )
-def test_a_picture_that_is_not_taken_is_named(client: openai.OpenAI, watched: Watched, address: str, says: str) -> None:
+def test_a_image_that_is_not_taken_is_named(client: openai.OpenAI, watched: Watched, address: str, says: str) -> None:
     error = refused(client, messages=user({"type": "image_url", "image_url": {"url": address}}))
     assert (error["status"], error["param"]) == (400, URL)
     assert says in error["message"]
@@ -320,11 +320,9 @@ def test_a_picture_that_is_not_taken_is_named(client: openai.OpenAI, watched: Wa
     assert not watched.batches
 
 
-def test_too_many_pictures_and_pictures_of_others_than_the_user_are_refused(
-    client: openai.OpenAI, picture: bytes
-) -> None:
-    assert refused(client, messages=user(*[image(picture)] * 3))["code"] == "too_many_images"
-    conversation = [{"role": "assistant", "content": [image(picture)]}]
+def test_too_many_images_and_images_of_others_than_the_user_are_refused(client: openai.OpenAI, image: bytes) -> None:
+    assert refused(client, messages=user(*[image_part(image)] * 3))["code"] == "too_many_images"
+    conversation = [{"role": "assistant", "content": [image_part(image)]}]
     assert "only a user's message" in refused(client, messages=conversation)["message"]
 
 

@@ -30,14 +30,14 @@ EMOJIBASE = "npm emojibase-data 17.0.0"
 WORDNET = "debian wordnet-base 1:3.0-37"
 GNOME = "debian gnome-user-docs 43.0-2"
 
-PICTURE_SIDE = 56
-PICTURE_COLOURS = 48
+IMAGE_SIDE = 56
+IMAGE_COLOURS = 48
 VOCABULARY = 512
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
 """In the order of their ids, the first three as in SmolLM2."""
 
 # fmt: off
-PICTURED = {
+IMAGED = {
     "dog": 1, "cat": 1, "horse": 1, "elephant": 1, "lion": 1, "polar bear": 1,
     "penguin": 1, "owl": 1, "duck": 1, "swan": 1, "flamingo": 1, "parrot": 1,
     "banana": 2, "lemon": 1, "pineapple": 2, "strawberry": 1, "pear": 1, "kiwi fruit": 1,
@@ -47,7 +47,7 @@ PICTURED = {
     "hammer": 2, "axe": 1, "wrench": 3, "screwdriver": 1, "ladder": 1, "magnet": 1,
     "scarf": 1, "crown": 4, "top hat": 1, "glasses": 1, "backpack": 1, "running shoe": 1,
 }
-"""The emoji, by CLDR name, and the WordNet sense of that name that the picture shows; six of each category in turn."""
+"""The emoji, by CLDR name, and the WordNet sense of that name that the image shows; six of each category in turn."""
 
 DEFINED = {
     "whale": 2, "frog": 1, "spider": 1, "tiger": 2, "eagle": 1, "bee": 1,
@@ -59,7 +59,7 @@ DEFINED = {
     "fern": 1, "moss": 1, "rose": 1, "daisy": 1, "tulip": 1, "bamboo": 2,
     "rain": 1, "wind": 1, "fog": 1, "snow": 1, "breeze": 1, "storm": 1,
 }
-"""Nouns without a picture and the WordNet sense to define."""
+"""Nouns without an image and the WordNet sense to define."""
 
 HELP_PAGES = (
     "a11y-contrast", "a11y-font-size", "a11y-mag", "a11y-slowkeys", "accounts-remove", "color-calibrate-screen",
@@ -84,15 +84,15 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Emoji:
-    """One picture and what CLDR says of it."""
+    """One image and what CLDR says of it."""
 
     name: str
     category: str
-    picture: Path
+    image: Path
 
     @property
     def file(self) -> str:
-        """Name of the picture in our folders."""
+        """Name of the image in our folders."""
         return self.name.replace(" ", "-") + ".png"
 
 
@@ -149,36 +149,36 @@ def listing(names: list[str]) -> str:
 
 
 def read_emoji(fluent: Path, emojibase: Path) -> list[Emoji]:
-    """The pictured emoji, in the order of `PICTURED`."""
+    """The imaged emoji, in the order of `IMAGED`."""
     data = json.loads((emojibase / "package/en/data.json").read_text(encoding="utf-8"))
     groups = json.loads((emojibase / "package/meta/groups.json").read_text(encoding="utf-8"))
     by_name = {entry["label"]: entry for entry in data}
     found = []
-    for name in PICTURED:
+    for name in IMAGED:
         entry = by_name[name]
         category = groups["groups"][str(entry["group"])] + "/" + groups["subgroups"][str(entry["subgroup"])]
-        picture = fluent / "package/assets" / (entry["hexcode"].lower() + ".webp")
-        found.append(Emoji(name=name, category=category, picture=picture))
+        image = fluent / "package/assets" / (entry["hexcode"].lower() + ".webp")
+        found.append(Emoji(name=name, category=category, image=image))
     return found
 
 
-def write_picture(emoji: Emoji, folder: Path) -> None:
+def write_image(emoji: Emoji, folder: Path) -> None:
     """A small RGBA PNG of few colours, its background transparent."""
-    with Image.open(emoji.picture) as picture:
-        side = (PICTURE_SIDE, PICTURE_SIDE)
-        small = picture.convert("RGBA").resize(side, Image.Resampling.LANCZOS)
-    few_colours = small.quantize(PICTURE_COLOURS, Image.Quantize.FASTOCTREE).convert("RGBA")
+    with Image.open(emoji.image) as image:
+        side = (IMAGE_SIDE, IMAGE_SIDE)
+        small = image.convert("RGBA").resize(side, Image.Resampling.LANCZOS)
+    few_colours = small.quantize(IMAGE_COLOURS, Image.Quantize.FASTOCTREE).convert("RGBA")
     few_colours.save(folder / emoji.file, optimize=True)
 
 
 def turn(role: str, *parts: str | Emoji) -> Json:
-    """One turn of the record layout; an emoji stands for its picture."""
+    """One turn of the record layout; an emoji stands for its image."""
     return {"role": role, "parts": [{"text": p} if isinstance(p, str) else {"image": p.file} for p in parts]}
 
 
 def fluent_provenance(emoji: Emoji) -> str:
-    """Where a picture and its name come from."""
-    return f"{FLUENT}: assets/{emoji.picture.name}; {EMOJIBASE}: en/data.json"
+    """Where an image and its name come from."""
+    return f"{FLUENT}: assets/{emoji.image.name}; {EMOJIBASE}: en/data.json"
 
 
 def wordnet_provenance(senses: Iterable[Sense]) -> str:
@@ -187,7 +187,7 @@ def wordnet_provenance(senses: Iterable[Sense]) -> str:
 
 
 def pair(emoji: Emoji) -> Json:
-    """A picture and its name."""
+    """An image and its name."""
     return {
         "id": emoji.name.replace(" ", "-"),
         "object": emoji.name,
@@ -199,18 +199,18 @@ def pair(emoji: Emoji) -> Json:
 
 
 def paragraph(emoji: Emoji, sense: Sense) -> str:
-    """What WordNet says of a pictured object."""
+    """What WordNet says of an imaged object."""
     return f"{sentence(emoji.name)}: {sense.definition}. It is a kind of {sense.hypernym}."
 
 
-def document(name: str, shown: list[Emoji], senses: list[Sense], picture_first: bool) -> Json:
-    """A heading, then a paragraph and a picture of each object, all pictures on the same side of their paragraphs."""
+def document(name: str, shown: list[Emoji], senses: list[Sense], image_first: bool) -> Json:
+    """A heading, then a paragraph and an image of each object, all images on the same side of their paragraphs."""
     heading = sentence(listing([emoji.name for emoji in shown]))
     parts: list[str | Emoji] = []
     for emoji, sense in zip(shown, senses, strict=True):
         text = paragraph(emoji, sense)
-        parts += [emoji, text] if picture_first else [text, emoji]
-    parts = [heading, *parts] if picture_first else [f"{heading}\n{parts[0]}", *parts[1:]]
+        parts += [emoji, text] if image_first else [text, emoji]
+    parts = [heading, *parts] if image_first else [f"{heading}\n{parts[0]}", *parts[1:]]
     return {
         "id": name,
         "object": shown[0].name,
@@ -226,9 +226,9 @@ def documents(emojis: list[Emoji], wordnet: WordNet) -> Iterator[Json]:
     for category, group in groupby(emojis, key=lambda emoji: emoji.category):
         members = list(group)
         for number, shown in enumerate([members[0:3], members[2:4], members[4:6]]):
-            senses = [wordnet.sense(emoji.name, PICTURED[emoji.name]) for emoji in shown]
+            senses = [wordnet.sense(emoji.name, IMAGED[emoji.name]) for emoji in shown]
             name = f"{category.split('/')[1]}-{number}"
-            yield document(name, shown, senses, picture_first=number == 1)
+            yield document(name, shown, senses, image_first=number == 1)
 
 
 def definition(noun: str, sense: Sense) -> Json:
@@ -285,14 +285,14 @@ def instruction(page: str, gnome: Path) -> Json:
     }
 
 
-def write_records(folder: Path, records: Iterable[Json], pictures: Iterable[Emoji] = ()) -> None:
-    """Replace a folder by these records and the pictures they name."""
+def write_records(folder: Path, records: Iterable[Json], images: Iterable[Emoji] = ()) -> None:
+    """Replace a folder by these records and the images they name."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     (folder / "records.jsonl").write_text(text, encoding="utf-8")
-    for emoji in pictures:
-        write_picture(emoji, folder)
+    for emoji in images:
+        write_image(emoji, folder)
 
 
 def texts(records: Iterable[Json]) -> list[str]:
@@ -332,8 +332,8 @@ def make(fluent: Path, emojibase: Path, wordnet_root: Path, gnome: Path, out: Pa
     interleaved = list(documents(emojis, wordnet))
     instructions = [instruction(page, gnome) for page in HELP_PAGES]
     definitions = [definition(noun, wordnet.sense(noun, number)) for noun, number in DEFINED.items()]
-    write_records(out / "pairs", pairs, pictures=emojis)
-    write_records(out / "documents", interleaved, pictures=emojis)
+    write_records(out / "pairs", pairs, images=emojis)
+    write_records(out / "documents", interleaved, images=emojis)
     write_records(out / "instructions", instructions)
     write_records(out / "definitions", definitions)
     write_tokenizer(out / "tokenizer", texts([*pairs, *interleaved, *instructions, *definitions]))

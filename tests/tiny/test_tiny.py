@@ -19,7 +19,7 @@ TINY = Path(__file__).parent
 CHAT_TEMPLATE = TINY.parents[1] / "vila_ops/templates/chatml.jinja"
 COUNTS = {"pairs": 48, "documents": 24, "instructions": 24, "definitions": 48}
 FOLDER_BYTES = 700_000
-PICTURE_BYTES = 6_000
+IMAGE_BYTES = 6_000
 IM_END = "<|im_end|>"
 
 Messages = list[dict[str, Any]]
@@ -56,8 +56,8 @@ def parts(record: Record) -> list[Part]:
     return [part for turn in record.turns for part in turn.parts]
 
 
-def pictures(record: Record) -> list[Image]:
-    """All pictures of a record in order."""
+def images(record: Record) -> list[Image]:
+    """All images of a record in order."""
     return [part for part in parts(record) if isinstance(part, Image)]
 
 
@@ -93,14 +93,14 @@ def test_every_record_parses_and_ids_are_unique(name: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_pictures_decode_and_none_is_left_over(name: str) -> None:
-    named = [picture.data for record in records(name) for picture in pictures(record)]
+def test_images_decode_and_none_is_left_over(name: str) -> None:
+    named = [image.data for record in records(name) for image in images(record)]
     assert set(named) == {path.read_bytes() for path in (TINY / name).glob("*.png")}
     for data in set(named):
-        assert len(data) < PICTURE_BYTES
-        with Pillow.open(io.BytesIO(data)) as picture:
-            picture.load()
-            assert (picture.format, picture.mode, picture.size) == ("PNG", "RGBA", (56, 56))
+        assert len(data) < IMAGE_BYTES
+        with Pillow.open(io.BytesIO(data)) as image:
+            image.load()
+            assert (image.format, image.mode, image.size) == ("PNG", "RGBA", (56, 56))
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -112,7 +112,7 @@ def test_every_licence_has_its_section(name: str) -> None:
 
 def test_pairs_are_six_distinct_objects_of_each_category() -> None:
     read = records("pairs")
-    assert len({record.object for record in read}) == len({pictures(record)[0].data for record in read}) == len(read)
+    assert len({record.object for record in read}) == len({images(record)[0].data for record in read}) == len(read)
     categories = [record.category for record in read]
     assert {categories.count(category) for category in categories} == {6}
     for record in read:
@@ -121,11 +121,11 @@ def test_pairs_are_six_distinct_objects_of_each_category() -> None:
         assert turn.parts[1:] == (record.object.capitalize() + ".",)
 
 
-def test_documents_interleave_two_or_three_pictures_with_text() -> None:
+def test_documents_interleave_two_or_three_images_with_text() -> None:
     for record in records("documents"):
         (turn,) = record.turns
         assert turn.role == "document"
-        assert len(pictures(record)) in (2, 3)
+        assert len(images(record)) in (2, 3)
         kinds = [isinstance(part, Image) for part in turn.parts]
         assert all(kind != following for kind, following in pairwise(kinds))
 

@@ -15,21 +15,21 @@ import torch
 from process_group import join
 
 from vila_ops.config import Resources
-from vila_ops.train.checkpoint.saver import Checkpoints
-from vila_ops.train.job import Place
+from vila_ops.train.checkpoint.saver import Checkpointer
+from vila_ops.train.job import RankInfo
 
 NAMES = ("model.a.weight", "model.b/odd.weight")
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 RESOURCES = {"launch": "ray", "ray_address": "127.0.0.1:1", "num_workers": 2, "network": {"timeout_seconds": 60}}
 
 
-def make(resume: Path, rank: int) -> Checkpoints:
+def make(resume: Path, rank: int) -> Checkpointer:
     """The checkpoints of one more attempt."""
     resources = Resources.model_validate({**RESOURCES, "store": str(resume.parent)})
-    return Checkpoints(str(resume), Place(rank=rank, world_size=2), resources, live=True)
+    return Checkpointer(str(resume), RankInfo(rank=rank, world_size=2), resources, live=True)
 
 
-def save(checkpoints: Checkpoints, step: int) -> None:
+def save(checkpoints: Checkpointer, step: int) -> None:
     """One save to its end."""
     states = {name: {key: torch.full((2, 3), float(step + n)) for n, key in enumerate(KINDS)} for name in NAMES}
     checkpoints.save(step, iter(states.items()), [])

@@ -7,7 +7,7 @@ goes, and it may end anywhere within the rates of the steps: no bound on each si
 from torch import Tensor
 
 from vila_ops.config import Stage
-from vila_ops.train.optim import rate_factor
+from vila_ops.train.optim import lr_multiplier
 
 ROUNDING = 1e-4
 """The share of its way by which rounding may part a tensor's numbers, on the mean.
@@ -23,7 +23,7 @@ has gradients that are 1 % too large.
 def way(stage: Stage) -> float:
     """How far Adam moves a number at most in a stage, if its update is never larger than the rate."""
     assert stage.num_steps is not None
-    return sum(stage.learning_rate * rate_factor(n, stage, num_steps=stage.num_steps) for n in range(stage.num_steps))
+    return sum(stage.learning_rate * lr_multiplier(n, stage, num_steps=stage.num_steps) for n in range(stage.num_steps))
 
 
 def apart(own: dict[str, Tensor], reference: dict[str, Tensor], *, way: float) -> float:

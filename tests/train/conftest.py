@@ -29,7 +29,7 @@ class Bench:
 def bench(
     make_model: Any, make_mixture: Any, make_text: Any, make_resources: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Bench:
-    """Captions and text alone, so that some rows have no picture."""
+    """Captions and text alone, so that some rows have no image."""
     root: Path = tmp_path_factory.mktemp("bench")
     resources = make_resources(root)
     model = make_model("clip", "mlp_downsample")

@@ -8,17 +8,17 @@ from torch import Tensor
 
 from vila_ops.train import loop
 from vila_ops.train.engine import DeepSpeedEngine
-from vila_ops.train.job import Job, Place
+from vila_ops.train.job import RankInfo, TrainJob
 
 honest = DeepSpeedEngine.backward
 
 
-def run(task: dict[str, Any], place: Place) -> None:
+def run(task: dict[str, Any], place: RankInfo) -> None:
     """Train a job; rank 0 leaves ran.json, what the stage says of itself, beside the curve.
 
     `scale` is what the last rank multiplies its loss by before it takes gradients.
     """
-    job, scale = Job.model_validate(task["job"]), task["scale"] if place.rank == place.world_size - 1 else 1.0
+    job, scale = TrainJob.model_validate(task["job"]), task["scale"] if place.rank == place.world_size - 1 else 1.0
 
     def backward(engine: DeepSpeedEngine, loss: Tensor) -> None:
         honest(engine, loss * scale)

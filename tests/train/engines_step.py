@@ -10,28 +10,28 @@ from torch import Tensor
 
 from vila_ops.model.trainable import set_trainable
 from vila_ops.tracking import MetricLog
-from vila_ops.train.blame import Blame
+from vila_ops.train.blame import BadSampleFinder
 from vila_ops.train.engine import Engine, build_engine
-from vila_ops.train.job import Job, Place
+from vila_ops.train.job import RankInfo, TrainJob
 from vila_ops.train.loop import add_gradients, load
-from vila_ops.train.meter import Tally
+from vila_ops.train.meter import LossAccumulator
 from vila_ops.train.objective import Objective
-from vila_ops.train.watch import Watch
+from vila_ops.train.watch import StepWatchdog
 
 
-def run(task: dict[str, Any], place: Place) -> None:
+def run(task: dict[str, Any], place: RankInfo) -> None:
     """Take a step, and then one whose gradient is not finite on the last rank alone.
 
     Rank 0 leaves norms.json, with both norms and what the second step moved, and state.safetensors, the state after
     the first, in the attempt's folder.
     """
-    job = Job.model_validate(task)
+    job = TrainJob.model_validate(task)
     model, rows, batches = load(job)
     objective = Objective(model, bf16=False)
     trained = set_trainable(objective, job.stage.trainable, job.stage.tuning)
     engine = build_engine(objective, trained, job.stage, job.resources)
-    tally = Tally(job, model, batches, rows.sources())
-    blame = Blame(job, Watch(job, place), rows, [], MetricLog(job.resources, None))
+    tally = LossAccumulator(job, model, batches, rows.sources())
+    blame = BadSampleFinder(job, StepWatchdog(job, place), rows, [], MetricLog(job.resources, None))
     add_gradients(engine, tally, rows, job, step=0, blame=blame)
     norm = engine.step(1.0)
     before = state(engine)

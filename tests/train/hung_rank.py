@@ -8,15 +8,15 @@ from typing import Any
 from process_group import end, join
 
 from vila_ops.train import loop
-from vila_ops.train.batches import Batches
-from vila_ops.train.job import Job, Place
+from vila_ops.train.batches import BatchBuilder
+from vila_ops.train.job import RankInfo, TrainJob
 
 
 def sleeps_for_ever() -> None:
     time.sleep(3600)
 
 
-class Stuck(Batches):
+class Stuck(BatchBuilder):
     """The batches of a source that stops to answer."""
 
     def __call__(self, rows: Any, *, step: int | None = None) -> Any:
@@ -27,9 +27,9 @@ class Stuck(Batches):
 
 if __name__ == "__main__":
     job, rank, world_size, rendezvous = sys.argv[1:]
-    place = Place(rank=int(rank), world_size=int(world_size))
+    place = RankInfo(rank=int(rank), world_size=int(world_size))
     if place.rank == 1:
         loop.Batches = Stuck  # type: ignore[misc]
     join(place.rank, place.world_size, rendezvous)
-    loop.train(Job.model_validate_json(Path(job).read_text()), place)
+    loop.train(TrainJob.model_validate_json(Path(job).read_text()), place)
     end()

@@ -1,4 +1,4 @@
-"""Two ranks whose rows have pictures and have none, for `ranks.py`."""
+"""Two ranks whose rows have images and have none, for `ranks.py`."""
 
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,12 @@ from vila_ops.config import Resources, Stage
 from vila_ops.model import folder as model_folder
 from vila_ops.model.trainable import set_trainable
 from vila_ops.train.engine import Engine, build_engine
-from vila_ops.train.job import Place
+from vila_ops.train.job import RankInfo
 from vila_ops.train.loop import change_of
 from vila_ops.train.objective import Batch, Objective
 
 STEPS = (("PT", "TP"), ("TT", "TT"), ("TT", "PT"), ("PP", "TT"))
-"""Per optimizer step its passes, per pass the row of each rank: with a picture (P) or text alone (T)."""
+"""Per optimizer step its passes, per pass the row of each rank: with an image (P) or text alone (T)."""
 
 
 def make_batch(objective: Objective, kind: str, seed: int) -> Batch:
@@ -61,7 +61,7 @@ def set_out(folder: str, stage: Stage, resources: Resources) -> tuple[Engine, Ob
     return build_engine(objective, trained, stage, resources), objective
 
 
-def run(task: dict[str, Any], place: Place) -> None:
+def run(task: dict[str, Any], place: RankInfo) -> None:
     """Leave the state after the steps of a case; a world of one takes the rows of both ranks."""
     stage, resources = Stage.model_validate(task["stage"]), Resources.model_validate(task["resources"])
     ranks = (0, 1) if place.world_size == 1 else (place.rank,)

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from process_group import end, join
 
-from vila_ops.train.job import Job, Place
+from vila_ops.train.job import RankInfo, TrainJob
 from vila_ops.train.loop import train
 
 if __name__ == "__main__":
     job, rank, world_size, rendezvous = sys.argv[1:]
-    place = Place(rank=int(rank), world_size=int(world_size))
+    place = RankInfo(rank=int(rank), world_size=int(world_size))
     join(place.rank, place.world_size, rendezvous)
-    train(Job.model_validate_json(Path(job).read_text()), place)
+    train(TrainJob.model_validate_json(Path(job).read_text()), place)
     end()

@@ -18,21 +18,21 @@ from safetensors.torch import load_file, save_file
 from vila_ops.artifacts import disk, s3
 from vila_ops.config import Resources
 from vila_ops.config.resources import Retention
-from vila_ops.train.checkpoint.saver import Checkpoints, to_keep
-from vila_ops.train.checkpoint.share import Share
-from vila_ops.train.job import Place
+from vila_ops.train.checkpoint.saver import Checkpointer, to_keep
+from vila_ops.train.checkpoint.share import RankFile
+from vila_ops.train.job import RankInfo
 
 CURVE: list[dict[str, Any]] = [{"step": 0, "validation_loss": 1 / 3}, {"step": 1, "loss": 1e-05}]
 NAMES = ("model.a.weight", "model.b/odd.weight")
-Make = Callable[..., Checkpoints]
+Make = Callable[..., Checkpointer]
 
 
 @pytest.fixture
 def make(make_resources: Callable[..., Resources], tmp_path: Path) -> Make:
     """The checkpoints of an attempt of one worker, in `tmp_path/resume` or in another place."""
 
-    def attempt(resume: str = str(tmp_path / "resume"), *, live: bool = True, **keep: Any) -> Checkpoints:
-        return Checkpoints(resume, Place(), make_resources(tmp_path, keep=keep), live=live)
+    def attempt(resume: str = str(tmp_path / "resume"), *, live: bool = True, **keep: Any) -> Checkpointer:
+        return Checkpointer(resume, RankInfo(), make_resources(tmp_path, keep=keep), live=live)
 
     return attempt
 
@@ -50,14 +50,14 @@ def states(value: float) -> dict[str, dict[str, torch.Tensor]]:
     return {name: {key: torch.full((2, 3), value + n) for n, key in enumerate(kinds)} for name in NAMES}
 
 
-def save(checkpoints: Checkpoints, *steps: int, curve: list[dict[str, Any]] = CURVE) -> None:
+def save(checkpoints: Checkpointer, *steps: int, curve: list[dict[str, Any]] = CURVE) -> None:
     """Save the steps one after another, each to its end."""
     for step in steps:
         checkpoints.save(step, iter(states(float(step)).items()), curve)
     checkpoints.close()
 
 
-def newest_step(checkpoints: Checkpoints) -> int | None:
+def newest_step(checkpoints: Checkpointer) -> int | None:
     """The step of the newest whole checkpoint, whose tensors are those of that step."""
     found = checkpoints.newest()
     if found is None:
@@ -95,7 +95,7 @@ def test_the_bytes_of_a_share_hold_what_stock_safetensors_writes(tmp_path: Path)
     shapes = [(), (0,), (7,), (3, 5), (1100, 1000), (2, 3, 4)]
     tensors = {f"t{n}": torch.randn(shape, generator=draw) for n, shape in enumerate(shapes)}
     tensors["transposed"] = torch.randn(5, 3, generator=draw).T
-    share = Share(tensors)
+    share = RankFile(tensors)
     (tmp_path / "ours").write_bytes(b"".join(share))
     assert share.facts() == {"size": (tmp_path / "ours").stat().st_size, "sha256": disk.sha256(tmp_path / "ours")}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "stock")

@@ -16,12 +16,12 @@ from vila_ops.data.shards import read_index, read_sample
 from vila_ops.model import folder as model_folder
 from vila_ops.model.assemble import assemble
 from vila_ops.model.trainable import set_trainable
-from vila_ops.train.batches import Batches
+from vila_ops.train.batches import BatchBuilder
 from vila_ops.train.engine import PlainEngine, build_engine, deepspeed_config
-from vila_ops.train.job import Job
+from vila_ops.train.job import TrainJob
 from vila_ops.train.loop import load
 from vila_ops.train.objective import Objective
-from vila_ops.train.optim import rate_factor
+from vila_ops.train.optim import lr_multiplier
 
 
 def samples(bench: Any, source: str, count: int) -> list[Any]:
@@ -30,18 +30,18 @@ def samples(bench: Any, source: str, count: int) -> list[Any]:
     return [read_sample(folder, shard=r["shard"], offset=r["offset"], key=r["key"]) for r in rows]
 
 
-def make_job(bench: Any, stage: Stage, init: Pretrained, root: Any) -> Job:
-    return Job(
+def make_job(bench: Any, stage: Stage, init: Pretrained, root: Any) -> TrainJob:
+    return TrainJob(
         stage=stage, data=bench.data, init=init, resources=bench.resources, attempt=str(root), resume=str(root),
         run_id=None, fresh_projector=True,
     )  # fmt: skip
 
 
-def make_engine(bench: Any, stage: Stage, init: Pretrained, root: Any) -> tuple[PlainEngine, Batches]:
+def make_engine(bench: Any, stage: Stage, init: Pretrained, root: Any) -> tuple[PlainEngine, BatchBuilder]:
     model = model_folder.load(content(init))
     objective = Objective(model, bf16=False)
     trained: Any = set_trainable(objective, stage.trainable)
-    batches = Batches(make_job(bench, stage, init, root), model, device=torch.device("cpu"))
+    batches = BatchBuilder(make_job(bench, stage, init, root), model, device=torch.device("cpu"))
     return PlainEngine(objective, trained, stage, bench.resources), batches
 
 
@@ -51,7 +51,7 @@ def test_the_loss_is_that_of_stock_llava(
 ) -> None:
     """Summed over the samples of a packed row, against each alone through stock transformers with its own shift."""
     init = assemble(make_model("clip", "mlp_gelu", patch_size=28), bench.resources)  # 4 tokens, as in the dataset
-    stage = make_stage(bench.mixture, row_tokens=384, trainable=["projector"])
+    stage = make_stage(bench.mixture, sequence_length=384, trainable=["projector"])
     engine, batches = make_engine(bench, stage, init, tmp_path)
     chosen = samples(bench, source, 3)
     stock = LlavaForConditionalGeneration.from_pretrained(content(init), dtype=torch.float32).eval()
@@ -103,7 +103,7 @@ def test_steps_equal_a_hand_written_loop(most: float | None, bench: Any, make_st
     for step in range(3):
         for row in rows:
             engine.backward(engine.loss(batches([row]))[0] / 20)
-        norms.append(engine.step(rate_factor(step, stage, num_steps=8)))
+        norms.append(engine.step(lr_multiplier(step, stage, num_steps=8)))
 
     twin, batches = make_engine(bench, stage, bench.init, tmp_path)
     parameters = dict(twin.named)
@@ -117,7 +117,7 @@ def test_steps_equal_a_hand_written_loop(most: float | None, bench: Any, make_st
         assert float(norm) > 1
         scale = 1.0 if most is None else min(1.0, most / (float(norm) + 1e-6))
         for name, p in parameters.items():
-            rate = (3e-2 if "multi_modal_projector" in name else 1e-2) * rate_factor(step, stage, num_steps=8)
+            rate = (3e-2 if "multi_modal_projector" in name else 1e-2) * lr_multiplier(step, stage, num_steps=8)
             g = gradients[name] * scale
             with torch.no_grad():
                 if p.ndim >= 2:
@@ -152,7 +152,7 @@ def test_twenty_steps_equal_stock_torch(precision: str, bench: Any, make_stage: 
         for loss in passes:
             engine.backward(loss)
         found.append(sum(float(loss.detach()) for loss in passes))
-        engine.step(rate_factor(step, stage, num_steps=20))
+        engine.step(lr_multiplier(step, stage, num_steps=20))
 
     twin, batches = make_engine(bench, stage, bench.init, tmp_path)
     twin.objective.bf16 = precision == "bf16"
@@ -223,10 +223,12 @@ def test_layers_that_are_computed_anew_give_the_same_bits_from_fewer_kept_bytes(
 def _forward(
     bench: Any, stage: Stage, root: Any, **resources: Any
 ) -> tuple[PlainEngine, torch.Tensor, dict[str, int], int]:
-    """A pass over two rows with pictures: engine, loss, how often each MLP has begun to run, which is counted on, and
+    """A pass over two rows with images: engine, loss, how often each MLP has begun to run, which is counted on, and
     the bytes that the graph keeps."""
     own = Resources.model_validate({**bench.resources.model_dump(), **resources})
-    job = Job.model_validate({**make_job(bench, stage, bench.init, root).model_dump(), "resources": own.model_dump()})
+    job = TrainJob.model_validate(
+        {**make_job(bench, stage, bench.init, root).model_dump(), "resources": own.model_dump()}
+    )
     torch.manual_seed(0)
     model, _, batches = load(job)
     objective = Objective(model, bf16=stage.precision == "bf16")
@@ -302,7 +304,7 @@ def test_a_tower_that_trains_gives_its_state_and_takes_it_back(
     stage = make_stage(bench.mixture, trainable=["vision_tower", "projector"], weight_decay=0.1)
     row = pack(samples(bench, "pairs", 2), capacity=128)
 
-    def step(engine: PlainEngine, batches: Batches) -> None:
+    def step(engine: PlainEngine, batches: BatchBuilder) -> None:
         engine.backward(engine.loss(batches([row]))[0] / 10)
         engine.step(1.0)
 
@@ -321,7 +323,7 @@ def test_a_tower_that_trains_gives_its_state_and_takes_it_back(
 
 
 @pytest.mark.parametrize("part", ["projector", "language_model"])
-def test_a_step_without_pictures_is_a_gradient_of_zero_and_runs_neither_tower_nor_projector(
+def test_a_step_without_images_is_a_gradient_of_zero_and_runs_neither_tower_nor_projector(
     part: str, bench: Any, make_stage: Any, tmp_path: Any
 ) -> None:
     """AdamW by hand: moments shrink by their betas, and the weights go on by what is left of the first."""

@@ -1,4 +1,4 @@
-"""Every choice that a stage or a model offers, by two steps of the real room. A new choice is a new line of CASES."""
+"""Every choice that a stage or a model offers, by two steps of the real task. A new choice is a new line of CASES."""
 
 import dataclasses
 import json
@@ -47,7 +47,7 @@ CASES = [
     ),
     Case("downsample-3x3", projector(kind="mlp_downsample", depth=3, factor=3)),
     Case("internvit", {"vision_tower": {"kind": "random", "architecture": "internvit"}}),
-    Case("larger-pictures", stage={"image_size": 84}),
+    Case("larger-images", stage={"image_size": 84}),
     Case(
         "visual-expert",
         stage={"trainable": ["projector", "language_model"], "tuning": {"kind": "visual_expert"}},

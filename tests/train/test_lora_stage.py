@@ -1,4 +1,4 @@
-"""LoRA through the real room: killed and resumed, over many workers, merged, and as an adapter for stock PEFT."""
+"""LoRA through the real task: killed and resumed, over many workers, merged, and as an adapter for stock PEFT."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from vila_ops.model import folder as model_folder
 from vila_ops.model import lora
 from vila_ops.model.assemble import assemble
 from vila_ops.model.trainable import set_trainable
-from vila_ops.train.job import Job
+from vila_ops.train.job import TrainJob
 from vila_ops.train.loop import load
 from vila_ops.train.optim import parameter_groups
 from vila_ops.train.stage import train_stage
@@ -36,10 +36,10 @@ ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 RUN = """
 import sys
-from vila_ops.train.job import Job
+from vila_ops.train.job import TrainJob
 from vila_ops.train.stage import train_stage
 from vila_ops.config import Model
-job, model = Job.model_validate_json(sys.argv[1]), Model.model_validate_json(sys.argv[2])
+job, model = TrainJob.model_validate_json(sys.argv[1]), Model.model_validate_json(sys.argv[2])
 train_stage(job.stage, model, job.data, job.init, job.resources)
 """
 STOCK = """
@@ -93,7 +93,7 @@ def stage(bench: Any, make_stage: Any) -> Callable[..., Stage]:
 
 @pytest.fixture(scope="module")
 def train(plain: Any, tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """A stage through the room, in a store of its own."""
+    """A stage through the task, in a store of its own."""
 
     def run(stage: Stage, *, bench: Any = plain, init: Any = None, **more: Any) -> Checkpoint:
         store = str(tmp_path_factory.mktemp("store"))
@@ -213,9 +213,9 @@ def test_two_workers_walk_the_curve_of_one_dropout_included(
         assert apart(own, reference, way=way(short)) < ROUNDING
 
 
-def _job(bench: Any, stage: Stage, folder: Path, **resources: Any) -> Job:
+def _job(bench: Any, stage: Stage, folder: Path, **resources: Any) -> TrainJob:
     (folder / "attempt").mkdir()
-    return Job(
+    return TrainJob(
         stage=stage,
         data=bench.data,
         init=bench.init,
@@ -227,7 +227,7 @@ def _job(bench: Any, stage: Stage, folder: Path, **resources: Any) -> Job:
     )
 
 
-def _train_ranks(job: Job, folder: Path) -> None:
+def _train_ranks(job: TrainJob, folder: Path) -> None:
     (folder / "job.json").write_text(job.model_dump_json())
     command = [sys.executable, str(Path(__file__).parent / "one_rank.py"), str(folder / "job.json")]
     ranks = [

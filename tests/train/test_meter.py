@@ -18,17 +18,17 @@ from mlflow import MlflowClient
 from vila_ops import tracking
 from vila_ops.artifacts.store import content, opened
 from vila_ops.config import Resources, Stage
-from vila_ops.data.order.loader import Rows
-from vila_ops.data.order.packing import Row, pack
+from vila_ops.data.order.loader import RowLoader
+from vila_ops.data.order.packing import PackedRow, pack
 from vila_ops.data.shards import Sample, read_index, read_sample
 from vila_ops.model import folder as model_folder
 from vila_ops.plan.flops import training_flops
 from vila_ops.plan.shapes import shapes_of
 from vila_ops.tracking import MetricLog
-from vila_ops.train.batches import Batches
-from vila_ops.train.job import Job
-from vila_ops.train.meter import LINES, Meter, Seen, Tally
-from vila_ops.train.optim import rate_factor
+from vila_ops.train.batches import BatchBuilder
+from vila_ops.train.job import TrainJob
+from vila_ops.train.meter import LINES, LossAccumulator, MetricsLogger, StepMetrics
+from vila_ops.train.optim import lr_multiplier
 from vila_ops.train.stage import train_stage
 
 ROOT = Path(__file__).parents[2]
@@ -42,9 +42,9 @@ def stage(bench: Any, make_stage: Any) -> Stage:
     return made
 
 
-def job_of(bench: Any, stage: Stage, root: Path, **resources: Any) -> Job:
+def job_of(bench: Any, stage: Stage, root: Path, **resources: Any) -> TrainJob:
     root.mkdir(parents=True, exist_ok=True)
-    return Job(
+    return TrainJob(
         stage=stage,
         data=bench.data,
         init=bench.init,
@@ -56,10 +56,10 @@ def job_of(bench: Any, stage: Stage, root: Path, **resources: Any) -> Job:
     )
 
 
-def tally_of(job: Job) -> Tally:
+def tally_of(job: TrainJob) -> LossAccumulator:
     model = model_folder.load(content(job.init))
-    batches = Batches(job, model, device=torch.device("cpu"))
-    return Tally(job, model, batches, ["definitions", "documents", "pairs"])
+    batches = BatchBuilder(job, model, device=torch.device("cpu"))
+    return LossAccumulator(job, model, batches, ["definitions", "documents", "pairs"])
 
 
 def sample(source: str, targets: list[bool]) -> Sample:
@@ -75,9 +75,9 @@ def test_a_sources_loss_is_the_mean_over_its_own_targets(bench: Any, stage: Stag
     tally.add([first], each[:3].sum() / 4, each[:3])
     tally.add([second], each[3:].sum() / 4, each[3:])
     seen = tally.read()._replace(waited=0)
-    assert seen == Seen(15 / 4, {"documents": 6.0, "pairs": 3.0}, 4, 10, 16, 0, 0)
+    assert seen == StepMetrics(15 / 4, {"documents": 6.0, "pairs": 3.0}, 4, 10, 16, 0, 0)
     tally.add([first], each[:3].sum(), each[:3])
-    assert tally.read()._replace(waited=0) == Seen(9.0, {"documents": 6.0, "pairs": 1.5}, 3, 6, 8, 0, 0)
+    assert tally.read()._replace(waited=0) == StepMetrics(9.0, {"documents": 6.0, "pairs": 1.5}, 3, 6, 8, 0, 0)
 
 
 def test_a_frozen_tower_counts_where_it_ran(bench: Any, stage: Stage, tmp_path: Path) -> None:
@@ -127,15 +127,15 @@ def metered(bench: Any, stage: Stage, resources: Resources) -> tuple[Histories, 
 
 
 @pytest.fixture(scope="module")
-def steps(bench: Any, stage: Stage, resources: Resources) -> list[list[Row]]:
+def steps(bench: Any, stage: Stage, resources: Resources) -> list[list[PackedRow]]:
     """The rows of each step."""
     cache = resources.scratch() / "plans"
-    rows = Rows(opened(bench.data).file, digest=bench.data.digest, stage=stage, cache=cache)
+    rows = RowLoader(opened(bench.data).file, digest=bench.data.digest, stage=stage, cache=cache)
     return [rows.batch(step)[0] for step in range(stage.num_steps or 0)]
 
 
 def test_the_sources_losses_weighted_by_their_targets_are_the_loss_of_the_step(
-    bench: Any, metered: tuple[Histories, Any, float], steps: list[list[Row]]
+    bench: Any, metered: tuple[Histories, Any, float], steps: list[list[PackedRow]]
 ) -> None:
     found, *_ = metered
     source_of = {row["key"]: row["source"] for row in read_index(content(bench.data)).to_pylist()}
@@ -161,7 +161,7 @@ def test_the_sources_losses_weighted_by_their_targets_are_the_loss_of_the_step(
 
 
 def test_speed_padding_mfu_rates_and_cost_are_those_of_the_rows_and_the_clock(
-    bench: Any, stage: Stage, metered: tuple[Histories, Any, float], steps: list[list[Row]]
+    bench: Any, stage: Stage, metered: tuple[Histories, Any, float], steps: list[list[PackedRow]]
 ) -> None:
     found, _, seconds = metered
     shapes = shapes_of(model_folder.load(content(bench.init)).config)
@@ -184,7 +184,7 @@ def test_speed_padding_mfu_rates_and_cost_are_those_of_the_rows_and_the_clock(
         )  # fmt: skip
         assert least * 0.999 <= found["train/mfu"][step] * took * PEAK * 1e12 <= most * 1.001
         for part in stage.trainable:
-            rate = stage.peak_rate(part) * rate_factor(step - 1, stage, num_steps=6)
+            rate = stage.peak_rate(part) * lr_multiplier(step - 1, stage, num_steps=6)
             assert found[f"learning_rate/{part}"][step] == pytest.approx(rate)
         assert 0 < found["data/wait_fraction"][step] < 1
         assert found["memory/peak_rss_gib"][step] > 0.1
@@ -209,7 +209,7 @@ def test_two_ranks_tell_what_one_process_tells(
     ranks = {"launch": "ray", "ray_address": "127.0.0.1:1", "num_workers": 2, "micro_batch_size": 1, "zero_stage": 1}
     job = job_of(bench, stage, tmp_path / "store", **ranks, tracking_uri=resources.tracking_uri, accelerator=CARD)
     run_id = tracking.start_run(job.resources, "two", parent=None, params={}, tags={})
-    job = Job.model_validate({**job.model_dump(), "run_id": run_id, "fresh_projector": True})
+    job = TrainJob.model_validate({**job.model_dump(), "run_id": run_id, "fresh_projector": True})
     (tmp_path / "job.json").write_text(job.model_dump_json())
     command = [sys.executable, str(ROOT / "tests/train/one_rank.py"), str(tmp_path / "job.json")]
     env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
@@ -225,18 +225,18 @@ def test_two_ranks_tell_what_one_process_tells(
         for name in ("train/tokens_per_s", "train/target_tokens_per_s"):
             assert together[name][step] * took == pytest.approx(alone[name][step] * alone["seconds_per_step"][step])
         counted = [of["train/mfu"][step] * of["seconds_per_step"][step] for of in (together, alone)]
-        assert counted[0] * 2 == pytest.approx(counted[1], rel=0.05)  # of two; pictures of their own reach the tower
+        assert counted[0] * 2 == pytest.approx(counted[1], rel=0.05)  # of two; images of their own reach the tower
 
 
-def count_all(meter: Meter, num_steps: int) -> None:
+def count_all(meter: MetricsLogger, num_steps: int) -> None:
     for step in range(1, num_steps + 1):
-        meter.count(step, Seen(2.5, {}, 10, 30, 40, 1e9, 0.0), norm=1.0, factor=1.0, stalled=0.0)
+        meter.count(step, StepMetrics(2.5, {}, 10, 30, 40, 1e9, 0.0), norm=1.0, factor=1.0, stalled=0.0)
 
 
 def test_a_log_gets_few_lines(bench: Any, stage: Stage, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     job = job_of(bench, stage, tmp_path, accelerator=CARD)
     caplog.set_level(logging.INFO)
-    count_all(Meter(job, MetricLog(job.resources, None), step=0, num_steps=39), 39)
+    count_all(MetricsLogger(job, MetricLog(job.resources, None), step=0, num_steps=39), 39)
     lines = [record.message for record in caplog.records if record.name == "vila_ops.train.meter"]
     assert lines[0].startswith("align step 1/39  loss 2.500  ")
     assert "tokens/s  75 % useful  MFU " in lines[0]
@@ -253,7 +253,7 @@ def test_a_terminal_gets_one_line_that_is_rewritten(
         patched.setattr(sys, "stderr", terminal)
         patched.setenv("COLUMNS", "50")
         caplog.set_level(logging.INFO)
-        count_all(Meter(job, MetricLog(job.resources, None), step=0, num_steps=500), 500)
+        count_all(MetricsLogger(job, MetricLog(job.resources, None), step=0, num_steps=500), 500)
     written = ""
     with contextlib.suppress(OSError):  # what Linux says at the end of a terminal
         while piece := os.read(ours, 2**16):

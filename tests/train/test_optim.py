@@ -6,7 +6,7 @@ import torch
 from transformers import get_cosine_schedule_with_warmup
 
 from vila_ops.config import Resources, Stage
-from vila_ops.train.optim import build_optimizer, parameter_groups, rate_factor
+from vila_ops.train.optim import build_optimizer, lr_multiplier, parameter_groups
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def stage(make_mixture: Any, make_stage: Any) -> Callable[..., Stage]:
 def test_rate_by_hand(stage: Callable[..., Stage]) -> None:
     # 10 steps, 2 of them warm-up, then half a cosine from 1 to 0.2 whose quarter points are known
     chosen = stage(warmup_ratio=0.2, final_ratio=0.2)
-    found = [rate_factor(step, chosen, num_steps=10) for step in range(11)]
+    found = [lr_multiplier(step, chosen, num_steps=10) for step in range(11)]
     assert found[:3] == [0.5, 1.0, 1.0]
     assert found[4] == pytest.approx(0.2 + 0.8 * (1 + 2**-0.5) / 2)
     assert found[6] == pytest.approx(0.6)
@@ -41,7 +41,7 @@ def test_rates_are_those_of_torch_s_schedulers(stage: Callable[..., Stage]) -> N
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, T_max=34, eta_min=0.1)
     both = torch.optim.lr_scheduler.SequentialLR(sgd, [warm, cosine], milestones=[6])
     chosen = stage(warmup_ratio=0.15, final_ratio=0.1)
-    found = [rate_factor(step, chosen, num_steps=40) for step in range(40)]
+    found = [lr_multiplier(step, chosen, num_steps=40) for step in range(40)]
     assert found == pytest.approx(_rates(both, num_steps=40), abs=1e-12)
 
 
@@ -51,21 +51,21 @@ def test_rates_are_those_of_transformers_but_that_the_warm_up_does_not_begin_wit
     """transformers' first step moves nothing; here the warm-up is a step ahead, and the cosine is the same."""
     sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     stock = _rates(get_cosine_schedule_with_warmup(sgd, 6, 40), num_steps=40)
-    found = [rate_factor(step, stage(warmup_ratio=0.15), num_steps=40) for step in range(40)]
+    found = [lr_multiplier(step, stage(warmup_ratio=0.15), num_steps=40) for step in range(40)]
     assert found[:6] == pytest.approx(stock[1:7], abs=1e-12)
     assert found[6:] == pytest.approx(stock[6:], abs=1e-12)
     assert stock[0] == 0.0
 
 
 def test_warm_up_is_rounded_up_and_no_warm_up_starts_at_the_peak(stage: Callable[..., Stage]) -> None:
-    assert [rate_factor(s, stage(warmup_ratio=0.11), num_steps=10) for s in (0, 1, 2)] == [0.5, 1.0, 1.0]
-    assert rate_factor(0, stage(warmup_ratio=0), num_steps=10) == 1.0
-    assert rate_factor(0, stage(warmup_ratio=0), num_steps=1) == 1.0
+    assert [lr_multiplier(s, stage(warmup_ratio=0.11), num_steps=10) for s in (0, 1, 2)] == [0.5, 1.0, 1.0]
+    assert lr_multiplier(0, stage(warmup_ratio=0), num_steps=10) == 1.0
+    assert lr_multiplier(0, stage(warmup_ratio=0), num_steps=1) == 1.0
 
 
 def test_every_rate_of_a_stage_moves_the_weights(stage: Callable[..., Stage]) -> None:
     chosen = stage(warmup_ratio=0.5)
-    assert all(rate_factor(step, chosen, num_steps=7) > 0 for step in range(7))
+    assert all(lr_multiplier(step, chosen, num_steps=7) > 0 for step in range(7))
 
 
 def test_matrices_decay_and_vectors_do_not_and_parts_have_their_rates(stage: Callable[..., Stage]) -> None:

@@ -10,36 +10,36 @@ from torch.nn.functional import cross_entropy
 
 from vila_ops.artifacts.store import content, opened
 from vila_ops.config import Resources
-from vila_ops.data.order.loader import Rows, stack
-from vila_ops.data.order.packing import Row, pack
+from vila_ops.data.order.loader import RowLoader, stack
+from vila_ops.data.order.packing import PackedRow, pack
 from vila_ops.data.shards import Sample, read_index, read_sample
 from vila_ops.model import folder as model_folder
 from vila_ops.model.trainable import set_trainable
 from vila_ops.tracking import MetricLog
-from vila_ops.train.batches import Batches
-from vila_ops.train.blame import Blame
+from vila_ops.train.batches import BatchBuilder
+from vila_ops.train.blame import BadSampleFinder
 from vila_ops.train.engine import PlainEngine
-from vila_ops.train.job import Job, Place
+from vila_ops.train.job import RankInfo, TrainJob
 from vila_ops.train.loop import add_gradients
-from vila_ops.train.meter import Tally
+from vila_ops.train.meter import LossAccumulator
 from vila_ops.train.objective import Objective
-from vila_ops.train.watch import Watch
+from vila_ops.train.watch import StepWatchdog
 
 BATCH = 8
 
 
 @pytest.fixture
-def job(bench: Any, make_stage: Any, tmp_path: Path) -> Job:
+def job(bench: Any, make_stage: Any, tmp_path: Path) -> TrainJob:
     trainable = ["projector", "language_model"]
-    return Job(
-        stage=make_stage(bench.mixture, trainable=trainable, global_batch_size=BATCH, row_tokens=256),
+    return TrainJob(
+        stage=make_stage(bench.mixture, trainable=trainable, global_batch_size=BATCH, sequence_length=256),
         data=bench.data, init=bench.init, resources=bench.resources, attempt=str(tmp_path), resume=str(tmp_path),
         run_id=None, fresh_projector=True,
     )  # fmt: skip
 
 
 @pytest.fixture
-def objective(job: Job) -> Objective:
+def objective(job: TrainJob) -> Objective:
     """In train mode, with a cache by default; its matrices are larger, so that a leak is no rounding."""
     model = model_folder.load(content(job.init))
     for parameter in model.model.language_model.parameters():
@@ -49,8 +49,8 @@ def objective(job: Job) -> Objective:
     return Objective(model, bf16=False).train()
 
 
-def chosen(job: Job) -> list[Sample]:
-    """Two of each source, and so some with pictures and some without."""
+def chosen(job: TrainJob) -> list[Sample]:
+    """Two of each source, and so some with images and some without."""
     table = read_index(content(job.data)).to_pylist()
     picked = [
         row for source in ("pairs", "documents", "definitions") for row in
@@ -59,7 +59,7 @@ def chosen(job: Job) -> list[Sample]:
     return [read_sample(content(job.data), shard=r["shard"], offset=r["offset"], key=r["key"]) for r in picked]
 
 
-def logits_of(objective: Objective, batches: Batches, row: Row) -> Tensor:
+def logits_of(objective: Objective, batches: BatchBuilder, row: PackedRow) -> Tensor:
     """(T, V) of what the objective's own pass gives the head."""
     seen: list[Tensor] = []
     hook = objective.model.model.language_model.register_forward_hook(lambda *args: seen.append(args[-1][0]))
@@ -69,8 +69,8 @@ def logits_of(objective: Objective, batches: Batches, row: Row) -> Tensor:
     return found
 
 
-def test_logits_of_a_packed_row_are_those_of_its_samples_alone(job: Job, objective: Objective) -> None:
-    batches = Batches(job, objective.model, device=torch.device("cpu"))
+def test_logits_of_a_packed_row_are_those_of_its_samples_alone(job: TrainJob, objective: Objective) -> None:
+    batches = BatchBuilder(job, objective.model, device=torch.device("cpu"))
     samples = chosen(job)
     assert {bool(sample.images) for sample in samples} == {True, False}
     length = sum(len(sample.input_ids) for sample in samples)
@@ -85,9 +85,9 @@ def test_logits_of_a_packed_row_are_those_of_its_samples_alone(job: Job, objecti
     assert start == length
 
 
-def test_the_call_that_leaves_mask_and_cache_to_transformers_leaks(job: Job, objective: Objective) -> None:
+def test_the_call_that_leaves_mask_and_cache_to_transformers_leaks(job: TrainJob, objective: Objective) -> None:
     """Which is why the mask is always given, and shows that the test above can fail."""
-    batches = Batches(job, objective.model, device=torch.device("cpu"))
+    batches = BatchBuilder(job, objective.model, device=torch.device("cpu"))
     first, *_, last = chosen(job)
     row = pack([first, last], capacity=len(first.input_ids) + len(last.input_ids))
     batch, model = batches([row]), objective.model
@@ -106,7 +106,7 @@ def gradients(engine: PlainEngine) -> dict[str, Tensor]:
 
 
 def test_a_steps_gradient_is_the_same_for_any_split_into_ranks_micro_batches_and_accumulation(
-    job: Job, objective: Objective
+    job: TrainJob, objective: Objective
 ) -> None:
     """The mean over all targets of the step, by stock cross-entropy of full logits of all rows at once.
 
@@ -114,9 +114,9 @@ def test_a_steps_gradient_is_the_same_for_any_split_into_ranks_micro_batches_and
     """
     trained = set_trainable(objective, job.stage.trainable)
     engine = PlainEngine(objective, trained, job.stage, job.resources)
-    batches = Batches(job, objective.model, device=torch.device("cpu"))
-    rows = Rows(opened(job.data).file, digest=job.data.digest, stage=job.stage, cache=job.resources.plan_cache())
-    tally = Tally(job, objective.model, batches, rows.sources())
+    batches = BatchBuilder(job, objective.model, device=torch.device("cpu"))
+    rows = RowLoader(opened(job.data).file, digest=job.data.digest, stage=job.stage, cache=job.resources.plan_cache())
+    tally = LossAccumulator(job, objective.model, batches, rows.sources())
     everything, num_targets = rows.batch(0)
     logits = torch.stack([logits_of(objective, batches, row) for row in everything])
     loss = cross_entropy(logits.mT, torch.from_numpy(stack(everything)[3]))
@@ -127,11 +127,11 @@ def test_a_steps_gradient_is_the_same_for_any_split_into_ranks_micro_batches_and
     splits = [(ranks, size) for ranks in (1, 2, 4) for size in (1, 2, 4, 8) if ranks * size <= BATCH]
     for ranks, size in splits:
         resources = Resources.model_validate({**job.resources.model_dump(), "micro_batch_size": size})
-        own = Job.model_validate({**job.model_dump(), "resources": resources})
+        own = TrainJob.model_validate({**job.model_dump(), "resources": resources})
         value = 0.0
         for rank in range(ranks):
-            watch = Watch(own, Place(rank=rank, world_size=ranks))
-            blame = Blame(own, watch, rows, [], MetricLog(own.resources, None))
+            watch = StepWatchdog(own, RankInfo(rank=rank, world_size=ranks))
+            blame = BadSampleFinder(own, watch, rows, [], MetricLog(own.resources, None))
             value += add_gradients(engine, tally, rows, own, step=0, blame=blame).loss
         assert value == pytest.approx(float(loss.detach()), rel=1e-6)
         for name, gradient in gradients(engine).items():

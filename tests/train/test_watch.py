@@ -31,12 +31,12 @@ from vila_ops.data.prepare import prepare
 from vila_ops.data.shards import read_index, samples_of
 from vila_ops.model.assemble import assemble
 from vila_ops.model.features import SUFFIX
-from vila_ops.train.blame import LEAST, Blame, by_sample, is_spike
-from vila_ops.train.job import HUNG, Job, NonFiniteLoss, Place, Stopped
+from vila_ops.train.blame import LEAST, BadSampleFinder, by_sample, is_spike
+from vila_ops.train.job import HUNG, NonFiniteLoss, RankInfo, Stopped, TrainJob
 from vila_ops.train.loop import load as load_stage
 from vila_ops.train.loop import train
 from vila_ops.train.objective import Objective
-from vila_ops.train.watch import Watch
+from vila_ops.train.watch import StepWatchdog
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs/recipes/tiny.yaml"
@@ -52,13 +52,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return load(TINY, resources=ROOT / "configs/resources/inline.yaml", overrides=tuple(places))
 
 
-def job_of(run: Run, name: str, *, stage: dict[str, Any] | None = None, **resources: Any) -> Job:
+def job_of(run: Run, name: str, *, stage: dict[str, Any] | None = None, **resources: Any) -> TrainJob:
     """The stage `pretrain`, its packed rows of captions and documents, in a store of its own."""
     folder = Path(run.resources.store).parent / name
     (folder / "attempt").mkdir(parents=True)
     chosen = run.recipe.stages["pretrain"]
     own = {**run.resources.model_dump(), "store": str(folder / "store"), **resources}
-    return Job(
+    return TrainJob(
         stage=chosen.model_validate({**chosen.model_dump(), **(stage or {})}),
         data=prepare(chosen.mixture, run.recipe.text(), run.resources),
         init=assemble(run.recipe.model, run.resources),
@@ -70,7 +70,7 @@ def job_of(run: Run, name: str, *, stage: dict[str, Any] | None = None, **resour
     )
 
 
-def start(job: Job, script: str = "one_rank.py", *, stderr: int | None = None) -> list[subprocess.Popen[str]]:
+def start(job: TrainJob, script: str = "one_rank.py", *, stderr: int | None = None) -> list[subprocess.Popen[str]]:
     """Two ranks in a group of their own."""
     folder = Path(job.attempt).parent
     (folder / "job.json").write_text(job.model_dump_json())
@@ -91,10 +91,10 @@ def test_hung_ranks_end_with_their_stacks_and_the_next_try_walks_the_same_curve(
     """First a rank that is stopped from outside, then one that sleeps; either leaves the step to be tried again."""
     longer = {"num_steps": 24}
     plain = job_of(run, "plain", stage=longer)
-    train(plain, Place())
+    train(plain, RankInfo())
     patient = job_of(run, "hung", stage=longer, **TWO)
     hasty = {**patient.resources.model_dump(), "watchdog": {"factor": 1.0, "at_least_seconds": 8.0}}
-    job = Job.model_validate({**patient.model_dump(), "resources": hasty})
+    job = TrainJob.model_validate({**patient.model_dump(), "resources": hasty})
     folder = job.watch()
 
     ranks = start(job)
@@ -143,9 +143,10 @@ def test_a_hung_process_ends_where_its_stacks_cannot_be_written(run: Run) -> Non
     job = job_of(run, "full", watchdog={"factor": 1.0, "at_least_seconds": 0.5})
     (job.watch() / "rank-000.stacks").mkdir(parents=True)
     script = (
-        "import sys, time; from vila_ops.train import watch as w; from vila_ops.train.job import Job, Place\n"
+        "import sys, time; from vila_ops.train import watch as w\n"
+        "from vila_ops.train.job import TrainJob, RankInfo\n"
         "w.TICK_SECONDS = 0.1\n"
-        "with w.Watch(Job.model_validate_json(sys.argv[1]), Place()) as watch:\n"
+        "with w.StepWatchdog(TrainJob.model_validate_json(sys.argv[1]), RankInfo()) as watch:\n"
         "    watch.beat(0, 'train'); time.sleep(600)"
     )
     done = subprocess.run(
@@ -160,9 +161,10 @@ def test_a_process_that_was_stopped_and_a_phase_without_bound_are_not_ended(run:
     """Only a process of its own can be stopped; the load lasts longer than the bound, and so does the stop."""
     job = job_of(run, "alone", watchdog={"factor": 1.0, "at_least_seconds": 3.0})
     script = (
-        "import sys, time; from vila_ops.train import watch as w; from vila_ops.train.job import Job, Place\n"
+        "import sys, time; from vila_ops.train import watch as w\n"
+        "from vila_ops.train.job import TrainJob, RankInfo\n"
         "w.TICK_SECONDS = 0.2\n"
-        "with w.Watch(Job.model_validate_json(sys.argv[1]), Place()) as watch:\n"
+        "with w.StepWatchdog(TrainJob.model_validate_json(sys.argv[1]), RankInfo()) as watch:\n"
         "    time.sleep(4)\n"
         "    watch.beat(0, 'train'); print('begun', flush=True); sys.stdin.readline(); print('ended', flush=True)"
     )
@@ -209,9 +211,9 @@ def test_the_loss_of_each_sample_is_what_it_is_alone(run: Run) -> None:
         assert sums[number] == pytest.approx(float(alone), rel=1e-4)
 
 
-def poison(job: Job, picture: bytes, value: float) -> Path:
-    """Replace the features of a picture in the cache, which no later step computes anew."""
-    sha256 = hashlib.sha256(picture).hexdigest()
+def poison(job: TrainJob, image: bytes, value: float) -> Path:
+    """Replace the features of an image in the cache, which no later step computes anew."""
+    sha256 = hashlib.sha256(image).hexdigest()
     (known, *_) = job.feature_cache().glob(f"*/*/*{SUFFIX}")
     path = known.parents[1] / sha256[:2] / f"{sha256}{SUFFIX}"
     path.parent.mkdir(exist_ok=True)
@@ -244,13 +246,13 @@ def test_a_broken_sample_is_named_and_the_command_of_the_message_trains_without_
     data = prepare(stage.mixture, run.recipe.text("align"), run.resources)
     job = job_of(load(recipe, resources=asked, overrides=(f"resources.store={tmp_path}/other/store",)), "none")
     step = 4
-    rows = load_stage(Job.model_validate({**job.model_dump(), "stage": stage, "data": data}))[1]
+    rows = load_stage(TrainJob.model_validate({**job.model_dump(), "stage": stage, "data": data}))[1]
     keys = [key for row in rows.keys(step) for key in row]
     before = {key for other in range(step) for row in rows.keys(other) for key in row}
     assert keys[1] not in before
     row = next(row for row in read_index(content(data)).to_pylist() if row["key"] == keys[1])
     (sample,) = samples_of(data, [row])
-    inline = Job.model_validate({**job.model_dump(), "resources": run.resources})
+    inline = TrainJob.model_validate({**job.model_dump(), "resources": run.resources})
     poison(inline, sample.images[0], float("nan"))
 
     failed = CliRunner().invoke(app, command)
@@ -272,15 +274,15 @@ def test_a_broken_sample_is_named_and_the_command_of_the_message_trains_without_
     assert pasted.exit_code == 0, pasted.exception
     made = Dataset.model_validate_json(pasted.stdout)
     assert made.num_samples == data.num_samples - 1
-    mended = CliRunner().invoke(app, [*command, "--json"])
-    assert mended.exit_code == 0, mended.exception
-    assert Checkpoint.model_validate_json(mended.stdout).parents[0] == made.digest
+    fixed = CliRunner().invoke(app, [*command, "--json"])
+    assert fixed.exit_code == 0, fixed.exception
+    assert Checkpoint.model_validate_json(fixed.stdout).parents[0] == made.digest
 
 
 def test_two_ranks_name_the_samples_of_both(run: Run) -> None:
-    """The features of one picture are broken; each rank stops, and says the same of the whole global batch."""
+    """The features of one image are broken; each rank stops, and says the same of the whole global batch."""
     job = job_of(run, "broken", **TWO)
-    job = Job.model_validate({**job.model_dump(), "fresh_projector": False})
+    job = TrainJob.model_validate({**job.model_dump(), "fresh_projector": False})
     _, rows, batches = load_stage(job)
     steps = [rows.batch(step)[0] for step in range(rows.num_steps())]
     known = {image for row in steps[0] for image in row.images}
@@ -354,13 +356,13 @@ def test_a_spike_is_written_down_once_with_its_worst_samples_and_training_goes_o
     database = f"sqlite:///{tmp_path}/mlflow.db"
     job = job_of(run, "spike", tracking_uri=database)
     run_id = tracking.start_run(job.resources, "spike", parent=None, params={}, tags={})
-    job = Job.model_validate({**job.model_dump(), "run_id": run_id})
+    job = TrainJob.model_validate({**job.model_dump(), "run_id": run_id})
     model, rows, batches = load_stage(job)
     objective = Objective(model, bf16=False)
     curve = [{"step": step, "loss": 1.0 + step % 5 / 100} for step in range(1, 41)]
     metrics = tracking.MetricLog(job.resources, job.run_id)
-    with Watch(job, Place()) as watch, metrics, caplog.at_level(logging.WARNING), torch.no_grad():
-        blame = Blame(job, watch, rows, curve, metrics)
+    with StepWatchdog(job, RankInfo()) as watch, metrics, caplog.at_level(logging.WARNING), torch.no_grad():
+        blame = BadSampleFinder(job, watch, rows, curve, metrics)
         for step, loss in ((1, 1.02), (2, 5.0), (3, 5.1), (4, 1.01), (5, 6.0)):
             own, _ = rows.batch(step - 1)
             blame.begin(own)

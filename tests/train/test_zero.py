@@ -22,7 +22,7 @@ from vila_ops.artifacts.store import content
 from vila_ops.config import Resources, Run, Stage, load
 from vila_ops.data.prepare import prepare
 from vila_ops.model.assemble import assemble
-from vila_ops.train.job import Job
+from vila_ops.train.job import TrainJob
 
 ROOT = Path(__file__).parents[2]
 RECIPE, INLINE = ROOT / "configs/recipes/tiny.yaml", ROOT / "configs/resources/inline.yaml"
@@ -157,7 +157,7 @@ def _run_ranks(folder: Path, tasks: dict[int, list[tuple[str, Settings]]]) -> No
             process.kill()
 
 
-def _curve_job(run: Run, name: str, curve: Curve) -> Job:
+def _curve_job(run: Run, name: str, curve: Curve) -> TrainJob:
     resources = {**curve.resources, "store": f"{run.resources.store}/features-{name}"}  # so that it runs the tower
     if curve.world_size:
         resources |= {**RAY, "num_workers": curve.world_size}
@@ -165,7 +165,7 @@ def _curve_job(run: Run, name: str, curve: Curve) -> Job:
         return _job(run, name, **resources)
     job = _job(run, name, {**TWENTY_STEPS, **curve.stage}, micro_batch_size=MICRO_BATCH[curve.world_size], **resources)
     resume = str(Path(run.resources.store) / curve.resumes / "resume") if curve.resumes else job.resume
-    return Job.model_validate({**job.model_dump(), "resume": resume})
+    return TrainJob.model_validate({**job.model_dump(), "resume": resume})
 
 
 def _mixed_task(run: Run, name: str, parts: str, **resources: Any) -> Settings:
@@ -179,15 +179,15 @@ def _init(run: Run) -> Path:
     return content(assemble(run.recipe.model, run.resources))
 
 
-def _as_json(job: Job) -> Settings:
+def _as_json(job: TrainJob) -> Settings:
     return job.model_dump(mode="json")
 
 
-def _job(run: Run, name: str, changes: Settings | None = None, **resources: Any) -> Job:
+def _job(run: Run, name: str, changes: Settings | None = None, **resources: Any) -> TrainJob:
     stage = Stage.model_validate({**run.recipe.stages["pretrain"].model_dump(), **(changes or {})})
     folder = Path(run.resources.store) / name
     (folder / "attempt").mkdir(parents=True)
-    return Job(
+    return TrainJob(
         stage=stage,
         data=prepare(stage.mixture, run.recipe.text(), run.resources),
         init=assemble(run.recipe.model, run.resources),
@@ -199,7 +199,7 @@ def _job(run: Run, name: str, changes: Settings | None = None, **resources: Any)
     )
 
 
-def _train_ranks(job: Job, *, world_size: int, kill_at: int | None = None) -> None:
+def _train_ranks(job: TrainJob, *, world_size: int, kill_at: int | None = None) -> None:
     folder = Path(job.attempt).parent
     told = folder / "job.json"
     told.write_text(job.model_dump_json())
@@ -240,7 +240,7 @@ def _weights_apart(run: Run, done: Path, one: str, other: str) -> float:
 
 @pytest.mark.parametrize("name", SAME)
 def test_every_engine_walks_the_curve_of_plain_torch(name: str, run: Run, done: Path) -> None:
-    """Rows with pictures and without, several passes a step, clipped, warmed up; to 1e-6 nats of about 6."""
+    """Rows with images and without, several passes a step, clipped, warmed up; to 1e-6 nats of about 6."""
     like = SAME[name].like
     assert _apart(done, name, like) <= 1e-6
     assert _weights_apart(run, done, name, like) < ROUNDING
@@ -293,7 +293,7 @@ def test_a_killed_stage_goes_on_bit_for_bit_and_at_another_world_size(run: Run, 
         assert (Path(same.attempt) / name).read_bytes() == (unbroken / name).read_bytes()
     other = _job(run, "other", **resources)
     _train_ranks(other, world_size=2, kill_at=4)
-    alone = Job.model_validate(
+    alone = TrainJob.model_validate(
         {**other.model_dump(), "resources": {**other.resources.model_dump(), "num_workers": 1, "zero_stage": 1}}
     )
     _train_ranks(alone, world_size=1)
@@ -319,8 +319,8 @@ def test_every_engine_clips_as_asked_and_stops_before_a_gradient_that_is_not_fin
 
 
 @pytest.mark.parametrize("number", range(len(MIXED)), ids=lambda number: f"{MIXED[number]}")
-def test_ranks_with_and_without_pictures_walk_the_way_of_one_process(number: int, done: Path) -> None:
-    """Among the steps is one without any picture, and one whose first pass has none; moments are compared too."""
+def test_ranks_with_and_without_images_walk_the_way_of_one_process(number: int, done: Path) -> None:
+    """Among the steps is one without any image, and one whose first pass has none; moments are compared too."""
     names = MIXED[number][0], f"mixed-{number}"
     expected, found = (load_file(done / name / "attempt/state.safetensors") for name in names)
     assert found.keys() == expected.keys()

@@ -1,4 +1,4 @@
-"""The small handles that pass between rooms: an address, a digest, and what it was made from."""
+"""The small handles that pass between tasks: an address, a digest, and what it was made from."""
 
 from vila_ops.config.base import Config
 

@@ -57,7 +57,7 @@ class Holder(Config):
             return True
 
 
-class Record(Config):
+class LeaseRecord(Config):
     """What the register of an address holds."""
 
     holder: Holder
@@ -81,7 +81,7 @@ class Pace:
 class Lease:
     """A held lease. `lost` tells whether it is still held; nothing else stops a holder that was taken over."""
 
-    def __init__(self, register: str, record: Record, tag: str, pace: Pace) -> None:
+    def __init__(self, register: str, record: LeaseRecord, tag: str, pace: Pace) -> None:
         self.fencing = record.fencing
         self._register, self._record, self._tag, self._pace = register, record, tag, pace
         self._backend: Backend = backend(register)
@@ -98,7 +98,9 @@ class Lease:
         if self._taken:
             return
         now = self._pace.now()
-        record = Record(holder=self._record.holder, fencing=self.fencing, beat=self._record.beat + 1, released=released)
+        record = LeaseRecord(
+            holder=self._record.holder, fencing=self.fencing, beat=self._record.beat + 1, released=released
+        )
         tag = self._backend.swap(self._register, _bytes(record), self._tag)
         if tag is None:
             self._taken = True
@@ -138,7 +140,7 @@ def _acquire(register: str, pace: Pace) -> Lease:
         if tag != watched:
             watched, since = tag, pace.now()
         if record is None or record.released or record.holder.is_gone() or pace.now() - since > pace.expiry_seconds:
-            mine = Record(holder=own, fencing=1 if record is None else record.fencing + 1, beat=0)
+            mine = LeaseRecord(holder=own, fencing=1 if record is None else record.fencing + 1, beat=0)
             swapped = backend(register).swap(register, _bytes(mine), tag)
             if swapped is not None:
                 return Lease(register, mine, swapped, pace)
@@ -149,12 +151,12 @@ def _acquire(register: str, pace: Pace) -> Lease:
         pace.sleep(pace.poll_seconds)
 
 
-def _load(register: str) -> tuple[Record | None, str | None]:
+def _load(register: str) -> tuple[LeaseRecord | None, str | None]:
     found = backend(register).load(register)
     if found is None:
         return None, None
     try:
-        return Record.model_validate_json(found.data), found.tag
+        return LeaseRecord.model_validate_json(found.data), found.tag
     except ValidationError as error:
         raise CorruptArtifact(f"{register} is not a lease; remove it, while nothing works on it: {error}") from error
 
@@ -167,5 +169,5 @@ def _beat_until(done: threading.Event, lease: Lease, pace: Pace) -> None:
             log.warning("a beat did not come through: %s", error)
 
 
-def _bytes(record: Record) -> bytes:
+def _bytes(record: LeaseRecord) -> bytes:
     return json.dumps(record.model_dump(mode="json"), sort_keys=True).encode()

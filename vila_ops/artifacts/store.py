@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Address:
-    """Where the answer to one question lies: kind + hash(room revision, recipe part, parents' digests)."""
+    """Where the answer to one question lies: kind + hash(task revision, recipe part, parents' digests)."""
 
     kind: str
     key: str
@@ -62,7 +62,7 @@ class Address:
 
 
 def address(kind: type[Artifact], *, revision: int, recipe: Any, parents: tuple[str, ...]) -> Address:
-    """The address of what a room of this revision makes of a recipe part (JSON values) and of these parents."""
+    """The address of what a task of this revision makes of a recipe part (JSON values) and of these parents."""
     name = KINDS[kind]
     question = {"kind": name, "revision": revision, "recipe": recipe, "parents": parents}
     return Address(name, fingerprint(question)[:32], recipe, parents)

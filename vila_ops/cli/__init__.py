@@ -1,4 +1,4 @@
-"""`vila-ops`: each room as a command, the whole pipeline, and the servers of one box. Bodies of a few lines."""
+"""`vila-ops`: each task as a command, the whole pipeline, and the servers of one machine. Bodies of a few lines."""
 
 import json
 import logging
@@ -42,7 +42,7 @@ app = typer.Typer(
 app.add_typer(data, name="data")
 app.add_typer(train, name="train")
 
-Servers = Annotated[Path, typer.Option("--servers", help="Ports and folders of this box's servers")]
+Servers = Annotated[Path, typer.Option("--servers", help="Ports and folders of this machine's servers")]
 
 
 @app.command()
@@ -112,7 +112,7 @@ def alignment(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Draw how alike pictures and captions are in each layer, for the base and the model after every stage."""
+    """Draw how alike images and captions are in each layer, for the base and the model after every stage."""
     from vila_ops.report.summary import draw_layers
 
     shown = draw_layers(load_run(recipe, resources, overrides), out)
@@ -147,12 +147,12 @@ def undeploy(recipe: RecipeFile, resources: ResourcesFile = INLINE, overrides: O
 def run(
     recipe: RecipeFile, resources: ResourcesFile = INLINE, overrides: Overrides = None, as_json: AsJson = False
 ) -> None:
-    """Every room in order, without Prefect; writes the report."""
+    """Every task in order, without Prefect; writes the report."""
     from vila_ops.report import summary
 
     loaded = load_run(recipe, resources, overrides)
     summary.check(loaded)
-    outcome = pipeline.run_pipeline(loaded, pipeline.Rooms())
+    outcome = pipeline.run_pipeline(loaded, pipeline.Tasks())
     page = summary.write(loaded, outcome)
     if as_json:
         print_handle(outcome, as_json)
@@ -180,7 +180,7 @@ def verify(place: Annotated[str, typer.Argument(help="A sealed folder of the sto
 
 @app.command()
 def doctor(servers: Servers = LOCAL, resources: ResourcesFile = INLINE, as_json: AsJson = False) -> None:
-    """Check this machine and the store of the resources; each finding says how to mend it."""
+    """Check this machine and the store of the resources; each finding says how to fix it."""
     findings = checks.examine(load_local(servers), store=load_resources(resources).store)
     if as_json:
         print_handle(findings, as_json)
@@ -193,7 +193,7 @@ def doctor(servers: Servers = LOCAL, resources: ResourcesFile = INLINE, as_json:
 
 @app.command()
 def up(servers: Servers = LOCAL, as_json: AsJson = False) -> None:
-    """Start this box's servers, or adopt them where they run."""
+    """Start this machine's servers, or adopt them where they run."""
     print_handle(local.up(load_local(servers)), as_json)
 
 
@@ -205,7 +205,7 @@ def down(servers: Servers = LOCAL) -> None:
 
 @app.command()
 def status(servers: Servers = LOCAL, as_json: AsJson = False) -> None:
-    """Which of this box's servers run."""
+    """Which of this machine's servers run."""
     found = local.status(load_local(servers))
     if as_json:
         print_handle(found, as_json)

@@ -40,7 +40,7 @@ OUTCOMES: TypeAdapter[list[Outcome]] = TypeAdapter(list[Outcome])
 def lint(
     uri: Annotated[str, typer.Argument(help="A file or folder of raw data")],
     kind: Annotated[str | None, typer.Option("--format", help="Its format; else told by its content")] = None,
-    images: Annotated[str | None, typer.Option("--images", help="Folder of the pictures that its records name")] = None,
+    images: Annotated[str | None, typer.Option("--images", help="Folder of the images that its records name")] = None,
     own: Annotated[
         list[str] | None, typer.Option("-s", "--set", help="A setting of the source, e.g. image=file or question=q")
     ] = None,
@@ -48,7 +48,7 @@ def lint(
 ) -> None:
     """List every fault of raw data with its file and line; ends with 1 if there is any."""
     from vila_ops.data.view.guess import guess
-    from vila_ops.data.view.lint import Fault, lines
+    from vila_ops.data.view.lint import LintFault, lines
     from vila_ops.data.view.lint import lint as check
 
     source = guess(uri, kind=kind, images=images, own=dict(map(key_and_value, own or ())))
@@ -58,7 +58,7 @@ def lint(
     faulty = False
     for found in check(source, cache=Path(Resources(launch="inline").cache).expanduser()):
         print(found.model_dump_json() if as_json else lines(found), flush=True)
-        faulty |= isinstance(found, Fault)
+        faulty |= isinstance(found, LintFault)
     if faulty:
         raise typer.Exit(1)
 
@@ -91,7 +91,7 @@ def show(
 def download(
     source: Annotated[Format, typer.Argument(help="Format of the raw files")],
     path: Annotated[Path, typer.Argument(help="A raw file, or a folder of them")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for a tar of pictures and a table for each raw file")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for a tar of images and a table for each raw file")],
     settings: Annotated[
         Path | None, typer.Option("--settings", help="A YAML file of DownloadSettings, for what has no option here")
     ] = None,
@@ -103,14 +103,14 @@ def download(
         typer.Option("--per-host-per-second", help=f"Of one host ({DEFAULTS.per_host_per_second:g})"),
     ] = None,
     attempts: Annotated[int | None, typer.Option("--attempts", help=f"At one address ({DEFAULTS.attempts})")] = None,
-    max_bytes: Annotated[int | None, typer.Option("--max-bytes", help=f"Of one picture ({DEFAULTS.max_bytes})")] = None,
+    max_bytes: Annotated[int | None, typer.Option("--max-bytes", help=f"Of one image ({DEFAULTS.max_bytes})")] = None,
     retry: Annotated[
         list[str] | None,
         typer.Option("--retry", help="Ask again what ended so; may be given several times", metavar="OUTCOME"),
     ] = None,
     as_json: JsonLines = False,
 ) -> None:
-    """Fetch the pictures that raw files name by address, and tell what became of them.
+    """Fetch the images that raw files name by address, and tell what became of them.
 
     Ended at any moment, the same command goes on where it was. OUTCOME is a word of the table that it ends with.
     """
@@ -177,7 +177,7 @@ def quarantine(
     """Make a new revision of a mixture without the records of some samples.
 
     Their ids go into quarantine/MIXTURE.yaml beside the file that describes the mixture, which names it from then on.
-    No shard is made anew, and every other sample stays as it is.
+    No shard is rebuilt, and every other sample stays as it is.
     """
     stopped = Stopped.model_validate_json(blamed.read_text()) if blamed else None
     name = stopped.mixture if stopped and mixture is None else mixture

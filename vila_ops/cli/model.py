@@ -26,7 +26,7 @@ def import_model(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a model folder of somebody else's checkpoint, and print the recipe's `model:` that starts from it."""
+    """Make a model folder of third-party checkpoint, and print the recipe's `model:` that starts from it."""
     from vila_ops.model.importing.checkpoint import import_checkpoint
 
     made = import_checkpoint(source, out, token_order=token_order, chat_template=chat_template)

@@ -40,7 +40,7 @@ class _ResultsApart(io.TextIOBase):
 
 
 def load_run(recipe: Path, resources: Path, overrides: list[str] | None) -> Run:
-    """The run of a recipe on resources; a cluster of this box's own servers is joined with its token."""
+    """The run of a recipe on resources; a cluster of this machine's own servers is joined with its token."""
     run = load(recipe, resources=resources, overrides=tuple(overrides or ()))
     if run.resources.launch != "inline" and LOCAL.is_file():
         local.join(load_local(LOCAL), ray_address=run.resources.ray_address)

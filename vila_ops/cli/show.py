@@ -39,8 +39,8 @@ def _stage_rows(run: Run, counts: Counts) -> list[Row]:
                 stage.name,
                 " + ".join(_trains(part, stage.tuning) for part in stage.trainable),
                 f"{_short(trained)} / {_short(total)}{share}",
-                f"{_picture(model)}, {model.image_tokens()} tokens",
-                f"{stage.global_batch_size} x {stage.row_tokens}{' packed' if stage.pack else ''}",
+                f"{_image(model)}, {model.image_tokens()} tokens",
+                f"{stage.global_batch_size} x {stage.sequence_length}{' packed' if stage.pack else ''}",
                 " ".join([f"{stage.learning_rate:g}", *(f"{k} {v:g}" for k, v in stage.learning_rates.items())]),
                 _length(stage),
                 str(own.zero_stage),
@@ -50,8 +50,8 @@ def _stage_rows(run: Run, counts: Counts) -> list[Row]:
     return rows
 
 
-def _picture(model: Model) -> str:
-    """The side of a picture, and what of it the tower sees where patches do not fill it."""
+def _image(model: Model) -> str:
+    """The side of an image, and what of it the tower sees where patches do not fill it."""
     seen = model.grid() * model.patch_size
     return f"{model.image_size} px" if seen == model.image_size else f"{model.image_size} px ({seen} seen)"
 

@@ -34,11 +34,11 @@ class TopShare(Config):
 class Clean(Config):
     """Rules that look at one record of a source, or at its raw file. Nothing set, nothing dropped.
 
-    A picture that breaks a rule is left out of a document that has others; else it costs the record.
+    An image that breaks a rule is left out of a document that has others; else it costs the record.
     """
 
     min_side: PositiveInt | None = None
-    """Pixels of a picture's shorter side."""
+    """Pixels of an image's shorter side."""
     max_aspect: float | None = Field(default=None, ge=1)
     """Longer side by shorter side."""
     min_words: PositiveInt | None = None
@@ -46,7 +46,7 @@ class Clean(Config):
     max_words: PositiveInt | None = None
     scores: dict[str, Bounds] = {}
     """By column of the source, such as clip_similarity_vitb32, watermark_score, nsfw_score_opennsfw2; a column that a
-    source has for each picture is a rule about pictures."""
+    source has for each image is a rule about images."""
     top_share: TopShare | None = None
 
     @model_validator(mode="after")
@@ -64,12 +64,12 @@ class NearDuplicates(Config):
     """A record that nearly equals an earlier one is dropped, in the order of sources, files and lines."""
 
     image_bits: int | None = Field(default=None, ge=0, le=MAX_IMAGE_BITS)
-    """Pictures that look alike and whose 64-bit perceptual hashes differ in at most so many bits are the same picture.
-    A record is dropped when all its pictures were seen before; so leave it unset where a data set has several
-    conversations about one picture."""
+    """Images that look alike and whose 64-bit perceptual hashes differ in at most so many bits are the same image.
+    A record is dropped when all its images were seen before; so leave it unset where a data set has several
+    conversations about one image."""
     text_similarity: float | None = Field(default=None, ge=0.5, le=1)
     """Texts whose word 5-grams have at least this Jaccard similarity (estimated by MinHash) are the same text. Short
-    texts of records with pictures are not compared: captions and questions recur under other pictures."""
+    texts of records with images are not compared: captions and questions recur under other images."""
 
     @model_validator(mode="after")
     def _compare_something(self) -> "NearDuplicates":

@@ -1,4 +1,4 @@
-"""How pictures are fetched by URL: how hard a host is asked, how long and how much, and what is never asked."""
+"""How images are fetched by URL: how hard a host is asked, how long and how much, and what is never asked."""
 
 from typing import Annotated
 

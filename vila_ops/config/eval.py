@@ -7,40 +7,40 @@ from pydantic import Field, PositiveInt, model_validator
 from vila_ops.config.base import Config
 from vila_ops.config.mixture import Mixture
 
-Control = Literal["none", "deranged"]
-"""deranged: every picture is swapped for another object's by a fixed permutation without fixed points."""
+Control = Literal["none", "shuffled"]
+"""shuffled: every image is swapped for another object's by a fixed permutation without fixed points."""
 
 
 class CaptionLoss(Config):
-    """Mean negative log-likelihood (nats per token) of the true caption given its picture."""
+    """Mean negative log-likelihood (nats per token) of the true caption given its image."""
 
     kind: Literal["caption_loss"] = "caption_loss"
-    control: Control = "deranged"
+    control: Control = "shuffled"
 
 
 class MultipleChoice(Config):
-    """Which of four captions belongs to the picture; distractors are captions of other held-out objects.
+    """Which of four captions belongs to the image; distractors are captions of other held-out objects.
 
-    Rule, fixed before any training: the option with the highest log p(caption | picture) - log p(caption | no picture).
+    Rule, fixed before any training: the option with the highest log p(caption | image) - log p(caption | no image).
     """
 
     kind: Literal["multiple_choice"] = "multiple_choice"
-    control: Control = "deranged"
+    control: Control = "shuffled"
 
 
 class CaptionCider(Config):
     """CIDEr-D of greedy captions; chance is the most frequent training caption."""
 
     kind: Literal["cider"] = "cider"
-    control: Control = "deranged"
+    control: Control = "shuffled"
     max_new_tokens: PositiveInt = 16
 
 
-class Pope(Config):
+class PopeBenchmark(Config):
     """ "Is there a X in the image?", half yes, half no: accuracy, F1 and yes-ratio; chance is always yes."""
 
     kind: Literal["pope"] = "pope"
-    control: Control = "deranged"
+    control: Control = "shuffled"
 
 
 class TextMultipleChoice(Config):
@@ -56,20 +56,20 @@ class TextLoss(Config):
 
 
 class Alignment(Config):
-    """How alike the language model's states of a picture and of its caption are, layer by layer (the paper's Fig. 3).
+    """How alike the language model's states of an image and of its caption are, layer by layer (the paper's Fig. 3).
 
     Chamfer similarity over pairwise cosines, after each layer. The report's number is the mean over the deeper half of
     the layers, where the paper finds what training the language model in pre-training changes.
     """
 
     kind: Literal["alignment"] = "alignment"
-    control: Control = "deranged"
-    max_pictures: PositiveInt = 50
-    """The suite's first pictures; each is a pass of its own."""
+    control: Control = "shuffled"
+    max_images: PositiveInt = 50
+    """The suite's first images; each is a pass of its own."""
 
 
 Benchmark = Annotated[
-    CaptionLoss | MultipleChoice | CaptionCider | Pope | TextMultipleChoice | TextLoss | Alignment,
+    CaptionLoss | MultipleChoice | CaptionCider | PopeBenchmark | TextMultipleChoice | TextLoss | Alignment,
     Field(discriminator="kind"),
 ]
 
@@ -83,7 +83,7 @@ class Suite(Config):
     """Choices of recipe are made on validation; test is read once per committed recipe."""
     benchmarks: dict[str, Benchmark] = Field(min_length=1)
     max_objects: PositiveInt = 400
-    """Objects read by the picture benchmarks, in the order of their hash."""
+    """Objects read by the image benchmarks, in the order of their hash."""
     max_words: PositiveInt = 200
     """Words read by the text benchmarks."""
     max_tokens: PositiveInt = 512
@@ -92,7 +92,7 @@ class Suite(Config):
     """Of the language model while it is evaluated."""
     bootstrap_resamples: PositiveInt = 2000
     seed: int = 0
-    """Of distractors, derangement and bootstrap."""
+    """Of distractors, shuffle and bootstrap."""
 
 
 class Rule(Config):
@@ -101,13 +101,13 @@ class Rule(Config):
     metric: str
     at_least: float | None = None
     at_most: float | None = None
-    max_loss: float | None = Field(default=None, ge=0)
+    max_regression: float | None = Field(default=None, ge=0)
     """How much worse than the champion's value it may be; passes where there is no champion."""
 
     @model_validator(mode="after")
     def _asks_something(self) -> "Rule":
-        if self.at_least is None and self.at_most is None and self.max_loss is None:
-            raise ValueError(f"rule on {self.metric!r} asks nothing; set at_least, at_most or max_loss")
+        if self.at_least is None and self.at_most is None and self.max_regression is None:
+            raise ValueError(f"rule on {self.metric!r} asks nothing; set at_least, at_most or max_regression")
         return self
 
 

@@ -1,4 +1,4 @@
-"""How prepared pictures are decoded and kept."""
+"""How prepared images are decoded and kept."""
 
 from typing import Annotated, Literal
 

@@ -8,14 +8,14 @@ from vila_ops.config.base import Config, Slug
 from vila_ops.config.load import read
 
 
-class Group(Config):
+class LengthGroup(Config):
     """Samples of a source that are alike."""
 
     samples: PositiveInt
     images: NonNegativeFloat = 0.0
-    """Pictures of a sample, in the mean."""
+    """Images of a sample, in the mean."""
     text_tokens: PositiveFloat
-    """Tokens beside the pictures' of a sample, in the mean."""
+    """Tokens beside the images' of a sample, in the mean."""
     spread: NonNegativeFloat = 0.0
     """Of their lognormal distribution: the deviation of their logarithm. 0: all are the mean."""
     target_share: float = Field(default=1.0, gt=0, le=1)
@@ -25,7 +25,7 @@ class Group(Config):
 class Lengths(Config):
     """By source of the recipe's mixtures."""
 
-    sources: dict[Slug, tuple[Group, ...]] = Field(min_length=1)
+    sources: dict[Slug, tuple[LengthGroup, ...]] = Field(min_length=1)
 
 
 def load_lengths(path: Path) -> Lengths:

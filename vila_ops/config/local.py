@@ -1,4 +1,4 @@
-"""The servers of one box: where they listen and what they may use. Execution, never hashed."""
+"""The servers of one machine: where they listen and what they may use. Execution, never hashed."""
 
 import ipaddress
 from pathlib import Path
@@ -66,5 +66,5 @@ class LocalServers(Config):
 
 
 def load_local(path: Path) -> LocalServers:
-    """The servers of this box, from a YAML file."""
+    """The servers of this machine, from a YAML file."""
     return LocalServers.model_validate(read(path))

@@ -54,14 +54,14 @@ class Contamination(Config):
     sources: dict[str, Source] = Field(min_length=1)
     """The evaluation sets."""
     image_bits: int = Field(default=6, ge=0, le=MAX_IMAGE_BITS)
-    """Pictures that look alike and whose 64-bit perceptual hashes differ in at most so many bits are one picture."""
+    """Images that look alike and whose 64-bit perceptual hashes differ in at most so many bits are one image."""
     ngram_words: PositiveInt = 13
     """A text that shares a run of so many words with an evaluation text is contaminated (13 as for GPT-3). A shorter
-    evaluation text without a picture is searched as a whole text; one with a picture is known by its picture alone."""
+    evaluation text without an image is searched as a whole text; one with an image is known by its image alone."""
 
 
-class Pictures(Config):
-    """How pictures are kept in a shard: as squares of the size that the model sees."""
+class ImageStorage(Config):
+    """How images are kept in a shard: as squares of the size that the model sees."""
 
     encoding: ImageEncoding = Webp()
     decode: Decoding = "exact"
@@ -74,7 +74,7 @@ class Mixture(Config):
     sources: dict[Slug, Source] = Field(min_length=1)
     split: Split = Split()
     blend: Blend = ByWeight()
-    pictures: Pictures = Pictures()
+    images: ImageStorage = ImageStorage()
     quarantine: dict[Slug, RecordIds] = Field(default={}, exclude_if=operator.not_)
     """By source, the ids of records that are left out, such as those that broke a training step. What is made of the
     others stays byte for byte. `vila-ops data quarantine` writes them into a file of their own."""
@@ -82,9 +82,9 @@ class Mixture(Config):
     contamination: Contamination | None = None
     max_bad_share: float = Field(default=0.05, ge=0, le=1)
     """Stop when more than this share of a source's records had to be dropped as bad. What a rule of `clean`,
-    `near_duplicates` or `contamination` takes out is not bad, nor is a picture that could not be downloaded."""
+    `near_duplicates` or `contamination` takes out is not bad, nor is an image that could not be downloaded."""
     long_documents: Literal["truncate", "split"] = "truncate"
-    """What becomes of a document longer than max_tokens; the recipe truncates. A picture is never cut either way."""
+    """What becomes of a document longer than max_tokens; the recipe truncates. An image is never cut either way."""
     shard_bytes: PositiveInt = 128 * 2**20
     """What a shard aims at; the unit of parallel work and of reuse. Shards of 64 to 256 MiB suit disks and S3 best."""
     seed: int = 0

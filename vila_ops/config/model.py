@@ -85,7 +85,7 @@ class MlpProjector(Config):
 
 
 class TransformerProjector(Config):
-    """Transformer blocks over the patches of one picture, then a linear layer (the paper's Table 1 a to c).
+    """Transformer blocks over the patches of one image, then a linear layer (the paper's Table 1 a to c).
 
     The paper shows no details: these are pre-norm blocks as wide as the tower, every patch seeing every other.
     """
@@ -113,8 +113,8 @@ class DownsampleProjector(Config):
     grid transposed."""
 
 
-ImageFit = Literal["pad", "squash", "crop"]
-"""pad: the whole picture, the rest in the mean colour of the tower (VILA v1). squash: both sides to the square's
+ImageFit = Literal["pad", "resize", "crop"]
+"""pad: the whole image, the rest in the mean colour of the tower (VILA v1). resize: both sides to the square's
 (SigLIP; `resize` of VILA-1.5). crop: the shorter side to the square's, the middle of the longer (CLIP)."""
 VisionTower = Annotated[PackagedTower | HubTower | RandomTower, Field(discriminator="kind")]
 LanguageModel = Annotated[PackagedLanguageModel | HubLanguageModel | RandomLanguageModel, Field(discriminator="kind")]
@@ -143,15 +143,15 @@ class Model(Config):
     """Side in pixels of the tower's patch; checked against the tower when it is built."""
     feature_layer: int = Field(default=-2, le=-1)
     """Which hidden state of the tower feeds the projector, counted from the end."""
-    image_fit: ImageFit = "pad"
-    """How a picture becomes a square."""
+    image_aspect_ratio: ImageFit = "pad"
+    """How an image becomes a square."""
     weights: FolderWeights | None = None
     """Where the whole model starts from; None: its parts' own weights and a fresh projector."""
     chat_template: str = "chatml"
     """Name of a template in vila_ops/templates, or `tokenizer`: the template that the language model's tokenizer
     brings."""
     after_image: str = ""
-    """What follows a picture in a document, not learnt: nothing in VILA's recipe, a newline in NVILA's."""
+    """What follows an image in a document, not learnt: nothing in VILA's recipe, a newline in NVILA's."""
     seed: int = 0
     """Of the projector's (and any random part's) initial weights."""
 
@@ -171,7 +171,7 @@ class Model(Config):
             chat_template=self.chat_template,
             after_image=self.after_image,
             image_size=self.image_size,
-            image_fit=self.image_fit,
+            image_aspect_ratio=self.image_aspect_ratio,
             image_tokens=self.image_tokens(),
             max_tokens=max_tokens,
         )
@@ -206,18 +206,18 @@ class TextFormat(Config):
     """Whose mean colour pads."""
     chat_template: str
     after_image: str = ""
-    """What follows a picture in a document."""
+    """What follows an image in a document."""
     image_size: PositiveInt
     """Side in pixels of the square that the tower sees."""
-    image_fit: ImageFit = "pad"
-    """How a picture becomes that square."""
+    image_aspect_ratio: ImageFit = "pad"
+    """How an image becomes that square."""
     image_tokens: PositiveInt
     """Positions that one image takes in the text stream."""
     max_tokens: PositiveInt
     """Longest sample, image tokens included."""
 
     @model_validator(mode="after")
-    def _an_image_fits(self) -> "TextFormat":
+    def _an_image_aspect_ratios(self) -> "TextFormat":
         if self.image_tokens + 8 > self.max_tokens:
             raise ValueError(
                 f"an image takes {self.image_tokens} tokens but max_tokens is {self.max_tokens}; raise max_tokens, "

@@ -15,7 +15,7 @@ HEAD = """\
 """
 
 
-class Place(NamedTuple):
+class YamlSpan(NamedTuple):
     """Where a file describes a mixture."""
 
     path: Path
@@ -63,7 +63,7 @@ def restore(before: Mapping[Path, str | None]) -> None:
             path.write_text(text, encoding="utf-8")
 
 
-def _places(path: Path, mixture: str) -> Iterator[Place]:
+def _places(path: Path, mixture: str) -> Iterator[YamlSpan]:
     """Every mapping of a file, and of those that it extends, that describes the mixture."""
     text = path.read_text(encoding="utf-8")
     for node in _mappings(yaml.compose(text, Loader)):
@@ -72,7 +72,7 @@ def _places(path: Path, mixture: str) -> Iterator[Place]:
         keys = {key.value: key for key, _ in node.value}
         if own.get("name") == mixture and "sources" in resolve(own, path):
             mark = keys["name"].start_mark
-            yield Place(path, mark.index, mark.column, bool(node.flow_style), "quarantine" in keys)
+            yield YamlSpan(path, mark.index, mark.column, bool(node.flow_style), "quarantine" in keys)
         for base in own.get(BASES, ()):
             yield from _places((path.parent / base).resolve(), mixture)
 

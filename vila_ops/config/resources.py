@@ -106,7 +106,7 @@ class Resources(Config):
     asked_for: str | None = None
     """Recipe and options of the command that was given, for commands that messages tell; `load` fills it in."""
     parent_run: str | None = None
-    """MLflow run that the runs of the rooms are children of."""
+    """MLflow run that the runs of the tasks are children of."""
     ray_address: str | None = None
     """Address of the cluster's head, host:port."""
     job_address: str | None = None
@@ -132,8 +132,8 @@ class Resources(Config):
     record_samples: bool = False
     """Each rank writes down which samples each step read, in `samples` beside the resume checkpoints."""
     features_leave_free: float = Field(default=0.1, ge=0, le=1)
-    """Share of the disk that the kept features of frozen towers leave free; those of more pictures are computed each
-    time. 1 keeps none: right where each picture is seen once."""
+    """Share of the disk that the kept features of frozen towers leave free; those of more images are computed each
+    time. 1 keeps none: right where each image is seen once."""
     keep: Retention = Retention()
     watchdog: Watchdog = Watchdog()
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
@@ -161,7 +161,7 @@ class Resources(Config):
         return Resources.model_validate({**self.model_dump(), "stages": {}, **own})
 
     def scratch(self) -> Path:
-        """Folder on this machine for what is not sealed but can be made anew: features, plans, logs and the report.
+        """Folder on this machine for what is not sealed but can be rebuilt: features, plans, logs and the report.
 
         The store itself where that is a folder; else a folder of the cache, which other machines do not see.
         """

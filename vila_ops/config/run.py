@@ -24,9 +24,9 @@ class Recipe(Config):
     """Longest training sample, image tokens included."""
     stages: dict[str, Stage]
     """In the order in which they run."""
-    suite: Suite
+    final_suite: Suite
     """Of the last stage's model: what is promoted by and compared with others."""
-    probe: Suite
+    stage_suite: Suite
     """Of the base model and after each stage: what a stage changed."""
     gate: Gate
     service: Service
@@ -52,7 +52,7 @@ class Recipe(Config):
             other, before = sizes.setdefault(stage.mixture.name, (name, size))
             if size != before:
                 raise ValueError(
-                    f"stages {other!r} and {name!r} read mixture {stage.mixture.name!r} with pictures of {before} and "
+                    f"stages {other!r} and {name!r} read mixture {stage.mixture.name!r} with images of {before} and "
                     f"{size} pixels, which are two data sets; give one of them another name"
                 )
         return self
@@ -62,24 +62,29 @@ class Recipe(Config):
         for key, stage in self.stages.items():
             if stage.name != key:
                 raise ValueError(f"stage {key!r} is named {stage.name!r}; remove its name")
-            if stage.row_tokens < self.max_tokens:
+            if stage.sequence_length < self.max_tokens:
                 raise ValueError(
-                    f"stage {key!r} has rows of {stage.row_tokens} tokens but a sample may have {self.max_tokens}; "
-                    f"raise row_tokens or lower max_tokens"
+                    f"stage {key!r} has a sequence_length of {stage.sequence_length} tokens but a sample may have "
+                    f"{self.max_tokens}; raise sequence_length or lower max_tokens"
                 )
-        if (self.probe.mixture, self.probe.max_tokens) != (self.suite.mixture, self.suite.max_tokens):
+        if (self.stage_suite.mixture, self.stage_suite.max_tokens) != (
+            self.final_suite.mixture,
+            self.final_suite.max_tokens,
+        ):
             raise ValueError(
-                f"probe {self.probe.name!r} and suite {self.suite.name!r} read the same prepared data; "
-                f"give them the same mixture and max_tokens"
+                f"stage_suite {self.stage_suite.name!r} and final_suite {self.final_suite.name!r} read the same "
+                f"prepared data; give them the same mixture and max_tokens"
             )
-        texts = [source.origin() for source in self.suite.mixture.sources.values() if source.render == "definition"]
+        texts = [
+            source.origin() for source in self.final_suite.mixture.sources.values() if source.render == "definition"
+        ]
         for stage in self.stages.values():
             if shared := [name for name, source in stage.mixture.sources.items() if source.origin() in texts]:
                 raise ValueError(
-                    f"stage {stage.name!r} trains on {shared}, by which suite {self.suite.name!r} measures text skill; "
-                    f"take it out of one of the two mixtures"
+                    f"stage {stage.name!r} trains on {shared}, by which suite {self.final_suite.name!r} measures text "
+                    f"skill; take it out of one of the two mixtures"
                 )
-        for suite in (self.suite, self.probe):
+        for suite in (self.final_suite, self.stage_suite):
             for stage in self.stages.values():
                 if stage.mixture.split != suite.mixture.split:
                     raise ValueError(

@@ -10,7 +10,7 @@ from vila_ops.config.package import Package
 
 Rendering = Literal["caption", "document", "questions", "conversation", "instructions", "definition"]
 """What a source's records become: image + caption, an interleaved document, visual questions made of a caption, turns
-with pictures, text-only turns, or a word with its meaning."""
+with images, text-only turns, or a word with its meaning."""
 
 
 class SourceBase(Config):
@@ -85,7 +85,7 @@ class OwnFiles(SourceBase):
 
 
 class JsonLines(SourceBase):
-    """A folder with `records.jsonl` in our own record layout and the pictures it names (see data/sources/jsonl.py)."""
+    """A folder with `records.jsonl` in our own record layout and the images it names (see data/sources/jsonl.py)."""
 
     kind: Literal["jsonl"] = "jsonl"
     path: str
@@ -99,37 +99,37 @@ class Llava(OwnFiles):
     images: str | None = None
     """Folder that the image paths are relative to; None where no record has an image."""
     render: Literal["conversation", "caption"] = "conversation"
-    """caption is LLaVA's `plain`: the picture and the answer, the question left out."""
+    """caption is LLaVA's `plain`: the image and the answer, the question left out."""
 
 
 class LlavaCc3m(OwnFiles):
-    """LLaVA-CC3M-Pretrain-595K: a folder with chat.json and metadata.json, and its pictures."""
+    """LLaVA-CC3M-Pretrain-595K: a folder with chat.json and metadata.json, and its images."""
 
     kind: Literal["llava_cc3m"] = "llava_cc3m"
     images: str
-    """Folder of the pictures."""
+    """Folder of the images."""
     render: Literal["conversation", "caption"] = "caption"
 
 
 class Mmc4(OwnFiles):
-    """Multimodal C4: jsonl shards of documents, with the pictures that `vila-ops data download` brought."""
+    """Multimodal C4: jsonl shards of documents, with the images that `vila-ops data download` brought."""
 
     kind: Literal["mmc4"] = "mmc4"
     images: str
     """Folder of the downloaded tars and manifests, one pair a shard."""
     render: Literal["document"] = "document"
     order: Literal["interleaved", "pairs", "image_first"] = "interleaved"
-    """The recipe, or what the paper compares it with: one sample a picture with its sentence, or all pictures first."""
+    """The recipe, or what the paper compares it with: one sample an image with its sentence, or all images first."""
     max_images: PositiveInt = 6
     """The first so many of a document, in the order of the file."""
     missing_images: Literal["drop_document", "drop_image"] = "drop_document"
-    """What one picture that could not be had costs; the recipe keeps only documents that have all of theirs."""
+    """What one image that could not be had costs; the recipe keeps only documents that have all of theirs."""
     min_similarity: float | None = None
-    """Of a picture to its sentence (CLIP); a picture below it is left out."""
+    """Of an image to its sentence (CLIP); an image below it is left out."""
 
 
 class Coyo(OwnFiles):
-    """COYO-700M: parquet shards of picture addresses, alt texts and scores, with the pictures that were downloaded."""
+    """COYO-700M: parquet shards of image addresses, alt texts and scores, with the images that were downloaded."""
 
     kind: Literal["coyo"] = "coyo"
     images: str
@@ -145,19 +145,19 @@ class Flan(OwnFiles):
 
 
 class Vflan(OwnFiles):
-    """Visual instructions with pictures as base64: jsonl of M3IT (instruction, inputs, outputs) or of VFLAN (question,
+    """Visual instructions with images as base64: jsonl of M3IT (instruction, inputs, outputs) or of VFLAN (question,
     answer)."""
 
     kind: Literal["vflan"] = "vflan"
     images: str | None = None
-    """Folder that pictures which are paths and not base64 are relative to; None where there are none."""
+    """Folder that images which are paths and not base64 are relative to; None where there are none."""
     render: Literal["conversation"] = "conversation"
     max_images: PositiveInt = 8
-    """A record with more pictures is dropped."""
+    """A record with more images is dropped."""
 
 
 class Messages(OwnFiles):
-    """OpenAI chat messages, one conversation a line of jsonl; pictures as data: addresses or as files."""
+    """OpenAI chat messages, one conversation a line of jsonl; images as data: addresses or as files."""
 
     kind: Literal["messages"] = "messages"
     images: str | None = None
@@ -173,27 +173,27 @@ class WebDataset(OwnFiles):
 
 
 class HfParquet(OwnFiles):
-    """Parquet shards of a Hugging Face data set: pictures in the rows, as its Image feature stores them."""
+    """Parquet shards of a Hugging Face data set: images in the rows, as its Image feature stores them."""
 
     kind: Literal["hf_parquet"] = "hf_parquet"
     image: str = "image"
-    """Column of a picture or of a list of pictures."""
+    """Column of an image or of a list of images."""
     text: str = "text"
     """Column of the caption, or of the conversation where render is conversation."""
     render: Literal["caption", "conversation"] = "caption"
 
 
 class Html(OwnFiles):
-    """A folder of HTML pages and the pictures that they show: interleaved documents."""
+    """A folder of HTML pages and the images that they show: interleaved documents."""
 
     kind: Literal["html"] = "html"
     render: Literal["document"] = "document"
     missing_images: Literal["drop_document", "drop_image"] = "drop_document"
-    """What one picture costs that is on another host, or not there, or none."""
+    """What one image costs that is on another host, or not there, or none."""
 
 
 class Table(OwnFiles):
-    """A CSV or TSV with a header, a line a picture: its file and its caption, or a question and an answer."""
+    """A CSV or TSV with a header, a line an image: its file and its caption, or a question and an answer."""
 
     kind: Literal["table"] = "table"
     images: str

@@ -57,7 +57,7 @@ class Stage(Config):
     """Rows per optimizer step, over all workers and micro-batches; without packing a row is a sample."""
     pack: bool = True
     """Several samples in a row, as many as fit. False: one, as in the paper's runs."""
-    row_tokens: PositiveInt
+    sequence_length: PositiveInt
     """Length of a row, image tokens included; without packing the most that a row may have."""
     learning_rate: PositiveFloat
     """Peak rate; of every part that has no rate of its own."""

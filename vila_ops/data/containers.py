@@ -1,4 +1,4 @@
-"""Encoded pictures without what their pixels do not need, so that nothing else ever reaches a decoder.
+"""Encoded images without what their pixels do not need, so that nothing else ever reaches a decoder.
 
 A decoder reads everything that a file brings: texts and profiles that inflate to gigabytes, a million empty segments,
 EXIF tables that point at each other, second frames. Here each container is walked once, in time linear in its bytes and
@@ -16,7 +16,7 @@ Format = Literal["PNG", "JPEG", "WEBP", "GIF", "BMP"]
 """Told by content, never by file name. Formats that can run programs (EPS, SVG, PDF) are not among them, nor is TIFF,
 which is dozens of codecs behind one name. A phone's MPO is read as the JPEG that it starts with."""
 Reason = Literal[
-    "empty", "not_a_picture", "unsupported", "truncated", "corrupt", "too_many_bytes", "too_many_pixels", "too_narrow",
+    "empty", "not_an_image", "unsupported", "truncated", "corrupt", "too_many_bytes", "too_many_pixels", "too_narrow",
     "too_complex",
 ]  # fmt: skip
 
@@ -44,7 +44,7 @@ EXIF_INTEGERS = {3: "H", 4: "L", 6: "b", 8: "h", 9: "l"}
 
 
 class BadImage(ValueError):
-    """A picture that cannot be decoded safely; `reason` is one fixed word, by which such pictures are counted."""
+    """An image that cannot be decoded safely; `reason` is one fixed word, by which such images are counted."""
 
     def __init__(self, reason: Reason, message: str) -> None:
         super().__init__(message)
@@ -53,7 +53,7 @@ class BadImage(ValueError):
 
 @dataclass(frozen=True)
 class Stripped:
-    """A picture file that holds one picture and nothing else."""
+    """An image file that holds one image and nothing else."""
 
     format: Format
     data: bytes
@@ -79,7 +79,7 @@ def strip(data: bytes) -> Stripped:
         return _gif(data)
     if data.startswith(b"BM"):
         return _bmp(data)
-    raise BadImage("not_a_picture", f"none of the formats {', '.join(get_args(Format))}")
+    raise BadImage("not_an_image", f"none of the formats {', '.join(get_args(Format))}")
 
 
 def exif_orientation(exif: bytes) -> int | None:
@@ -221,7 +221,7 @@ def _webp_size(data: bytes) -> tuple[int, int]:
     if name == b"VP8L" and data[20:21] == b"\x2f" and len(data) >= 25:
         bits = int.from_bytes(data[21:25], "little")
         return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    raise BadImage("corrupt", "a WebP without the header of a picture")
+    raise BadImage("corrupt", "a WebP without the header of an image")
 
 
 def _gif(data: bytes) -> Stripped:

@@ -1,4 +1,4 @@
-"""Encoded pictures to the squares that the tower sees. Pure: the same bytes give the same pixels everywhere."""
+"""Encoded images to the squares that the tower sees. Pure: the same bytes give the same pixels everywhere."""
 
 # I images, S side in pixels
 
@@ -17,16 +17,16 @@ from vila_ops.data.containers import BadImage, Reason, Stripped, strip
 
 MAX_PIXELS = 40_000_000
 BYTES_PER_PIXEL = 16
-"""Memory that squaring one picture takes at most, beside the file: 640 MB at MAX_PIXELS (measured; WebP, turned)."""
+"""Memory that squaring one image takes at most, beside the file: 640 MB at MAX_PIXELS (measured; WebP, turned)."""
 SCALED_MARGIN = 2
-"""A scaled decode leaves the picture at least so many times as long as its part of the square, on both sides.
+"""A scaled decode leaves the image at least so many times as long as its part of the square, on both sides.
 
 Squares then differ from those of an exact decode by at most 12 of 255 and by less than 1 on average: measured on photos
 of 4000 x 3000 with detail down to the pixel, on noise of 1/f, 1/f^2 and white, for sizes of 224, 336 and 448."""
 BAND_ROWS = 128
 """Rows that are made RGB at once."""
 MOST_CROPPED = 64
-"""A picture may be so many times as long as wide where all but its middle is cropped: all of it is resized first."""
+"""An image may be so many times as long as wide where all but its middle is cropped: all of it is resized first."""
 Colour = tuple[int, int, int]
 WHITE: Colour = (255, 255, 255)
 BICUBIC = Pillow.Resampling.BICUBIC
@@ -44,7 +44,7 @@ TURNS = {
 
 @dataclass(frozen=True)
 class Fit:
-    """How a picture becomes a square: to the bit as transformers' image processors in Pillow do it.
+    """How an image becomes a square: to the bit as transformers' image processors in Pillow do it.
 
     They are LlavaImageProcessorPil with do_pad, and CLIPImageProcessorPil with a size of two sides or of the shortest.
     """
@@ -69,9 +69,9 @@ def square(
     decode: Decoding = "exact",
     max_pixels: int = MAX_PIXELS,
 ) -> bytes:
-    """One encoded picture as a size x size RGB square: upright, transparent on white, bicubic.
+    """One encoded image as a size x size RGB square: upright, transparent on white, bicubic.
 
-    Of an animation the first frame is taken. Raises BadImage, by whose `reason` such pictures are counted.
+    Of an animation the first frame is taken. Raises BadImage, by whose `reason` such images are counted.
     """
     stripped = _checked(data, max_pixels=max_pixels)
     factor = _factor(stripped, size=size, fit=fit) if decode == "scaled" else 1
@@ -80,7 +80,7 @@ def square(
 
 
 def rgb(data: bytes, *, at_least: int, max_pixels: int = MAX_PIXELS) -> Pillow.Image:
-    """One encoded picture upright, transparent on white. Raises BadImage.
+    """One encoded image upright, transparent on white. Raises BadImage.
 
     A JPEG may come at 1/2, 1/4 or 1/8 of its size, its sides `at_least` pixels or more: far quicker.
     """
@@ -91,13 +91,13 @@ def rgb(data: bytes, *, at_least: int, max_pixels: int = MAX_PIXELS) -> Pillow.I
 
 
 def upright_size(stripped: Stripped) -> tuple[int, int]:
-    """Width and height in pixels as the picture is seen."""
+    """Width and height in pixels as the image is seen."""
     sides = (stripped.width, stripped.height)
     return sides[::-1] if stripped.orientation >= 5 else sides
 
 
 def suffix(encoding: ImageEncoding) -> Literal["jpg", "webp"]:
-    """What the file of such a picture is called."""
+    """What the file of such an image is called."""
     match encoding:
         case Jpeg():
             return "jpg"
@@ -118,7 +118,7 @@ def pixels(squares: list[bytes], *, mean: tuple[float, ...], std: tuple[float, .
 
 
 def _checked(data: bytes, *, max_pixels: int) -> Stripped:
-    """The picture's file, stripped, if decoding it takes bounded memory."""
+    """The image's file, stripped, if decoding it takes bounded memory."""
     stripped = strip(data)
     width, height = stripped.width, stripped.height
     if width * height > max_pixels:
@@ -129,7 +129,7 @@ def _checked(data: bytes, *, max_pixels: int) -> Stripped:
 
 
 def _factor(stripped: Stripped, *, size: int, fit: Fit) -> int:
-    """By how much the decoder shrinks both sides: 8, 4, 2 or 1. It divides both: no picture ends inside a pixel."""
+    """By how much the decoder shrinks both sides: 8, 4, 2 or 1. It divides both: no image ends inside a pixel."""
     sides = (stripped.width, stripped.height)
     if stripped.format != "JPEG" or min(sides) < 64:  # below 8 x 8 pixels draft would round the factor itself
         return 1
@@ -139,44 +139,44 @@ def _factor(stripped: Stripped, *, size: int, fit: Fit) -> int:
 
 
 def _decode(stripped: Stripped, *, factor: int) -> Pillow.Image:
-    """The upright picture, its sides divided by the factor."""
+    """The upright image, its sides divided by the factor."""
     try:
-        with Pillow.open(io.BytesIO(stripped.data), formats=(stripped.format,)) as picture:
-            if picture.size != (stripped.width, stripped.height):
+        with Pillow.open(io.BytesIO(stripped.data), formats=(stripped.format,)) as image:
+            if image.size != (stripped.width, stripped.height):
                 raise ValueError("the decoder reads another size than we do")
             if factor > 1:
-                picture.draft(None, (stripped.width // factor, stripped.height // factor))
-            picture.load()
+                image.draft(None, (stripped.width // factor, stripped.height // factor))
+            image.load()
             turn = TURNS.get(stripped.orientation)
-            return picture if turn is None else picture.transpose(turn)
+            return image if turn is None else image.transpose(turn)
     except (OSError, ValueError) as error:  # all that 150,000 damaged files made Pillow raise
         reason: Reason = "truncated" if "truncated" in str(error).lower() else "corrupt"
         raise BadImage(reason, f"a {stripped.format} that is {reason}") from error
 
 
-def _fit(picture: Pillow.Image, whole: tuple[int, int], *, size: int, fit: Fit, factor: int) -> Pillow.Image:
-    """A decoded picture, which is `whole` pixels wide and high but for the factor, as a square."""
+def _fit(image: Pillow.Image, whole: tuple[int, int], *, size: int, fit: Fit, factor: int) -> Pillow.Image:
+    """A decoded image, which is `whole` pixels wide and high but for the factor, as a square."""
     match fit.kind:
         case "pad":
-            return _pad_and_resize(picture, whole, size=size, factor=factor, colour=fit.colour)
-        case "squash":
-            return _whole_rgb(picture).resize((size, size), BICUBIC)
+            return _pad_and_resize(image, whole, size=size, factor=factor, colour=fit.colour)
+        case "resize":
+            return _whole_rgb(image).resize((size, size), BICUBIC)
         case "crop":
             if max(whole) > MOST_CROPPED * min(whole):
                 text = f"{whole[0]} x {whole[1]} pixels: so narrow that its middle shows next to nothing"
                 raise BadImage("too_narrow", text)
             width, height = (int(size * side / min(whole)) for side in whole)
             left, top = (width - size) // 2, (height - size) // 2
-            resized = _whole_rgb(picture).resize((width, height), BICUBIC)
+            resized = _whole_rgb(image).resize((width, height), BICUBIC)
             return resized.crop((left, top, left + size, top + size))
         case _:
             assert_never(fit.kind)
 
 
 def _pad_and_resize(
-    picture: Pillow.Image, whole: tuple[int, int], *, size: int, factor: int, colour: Colour
+    image: Pillow.Image, whole: tuple[int, int], *, size: int, factor: int, colour: Colour
 ) -> Pillow.Image:
-    """To the bit what Pillow makes of the padded picture.
+    """To the bit what Pillow makes of the padded image.
 
     Pillow resizes rows of a square first, then columns, and rounds between: so the rows of the padding, which keep
     their colour, need not be resized, and the others can be taken in bands.
@@ -184,12 +184,12 @@ def _pad_and_resize(
     side = max(whole)
     across, down = _pad(whole[0], side, factor=factor), _pad(whole[1], side, factor=factor)
     column = Pillow.new("RGB", (size, down.length), colour)
-    is_ready = _is_rgb(picture) and picture.width == across.length
-    step = picture.height if is_ready else BAND_ROWS
-    for top in range(0, picture.height, step):
-        rows = picture
+    is_ready = _is_rgb(image) and image.width == across.length
+    step = image.height if is_ready else BAND_ROWS
+    for top in range(0, image.height, step):
+        rows = image
         if not is_ready:
-            cut = _rgb(picture.crop((0, top, picture.width, min(top + step, picture.height))))
+            cut = _rgb(image.crop((0, top, image.width, min(top + step, image.height))))
             rows = Pillow.new("RGB", (across.length, cut.height), colour)
             rows.paste(cut, (across.before, 0))
         box = (across.start, 0, across.stop, rows.height)
@@ -199,7 +199,7 @@ def _pad_and_resize(
 
 @dataclass(frozen=True)
 class _Pad:
-    """One side of the padded picture, in decoded pixels: its length, where the picture begins, what is resized."""
+    """One side of the padded image, in decoded pixels: its length, where the image begins, what is resized."""
 
     length: int
     before: int
@@ -215,42 +215,42 @@ def _pad(length: int, side: int, *, factor: int) -> _Pad:
     return _Pad(length=math.ceil(stop), before=before, start=before - first, stop=stop)
 
 
-def _whole_rgb(picture: Pillow.Image) -> Pillow.Image:
+def _whole_rgb(image: Pillow.Image) -> Pillow.Image:
     """As _rgb, in bands: what lies between would fill memory."""
-    if _is_rgb(picture):
-        return picture
-    whole = Pillow.new("RGB", picture.size)
-    for top in range(0, picture.height, BAND_ROWS):
-        whole.paste(_rgb(picture.crop((0, top, picture.width, min(top + BAND_ROWS, picture.height)))), (0, top))
+    if _is_rgb(image):
+        return image
+    whole = Pillow.new("RGB", image.size)
+    for top in range(0, image.height, BAND_ROWS):
+        whole.paste(_rgb(image.crop((0, top, image.width, min(top + BAND_ROWS, image.height)))), (0, top))
     return whole
 
 
-def _is_rgb(picture: Pillow.Image) -> bool:
-    return picture.mode == "RGB" and "transparency" not in picture.info
+def _is_rgb(image: Pillow.Image) -> bool:
+    return image.mode == "RGB" and "transparency" not in image.info
 
 
-def _rgb(picture: Pillow.Image) -> Pillow.Image:
+def _rgb(image: Pillow.Image) -> Pillow.Image:
     """On white, in eight bits a channel."""
-    if picture.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to white instead of scale
-        picture = Pillow.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
-    if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA"):
-        rgba = picture.convert("RGBA")
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to white instead of scale
+        image = Pillow.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
+        rgba = image.convert("RGBA")
         white = Pillow.new("RGBA", rgba.size, (*WHITE, 255))
         return Pillow.alpha_composite(white, rgba).convert("RGB")
-    return picture.convert("RGB")
+    return image.convert("RGB")
 
 
-def _encode(picture: Pillow.Image, encoding: ImageEncoding) -> bytes:
+def _encode(image: Pillow.Image, encoding: ImageEncoding) -> bytes:
     out = io.BytesIO()
     match encoding:
         case Jpeg(quality=quality):
-            picture.save(out, "JPEG", quality=quality, subsampling=0)
+            image.save(out, "JPEG", quality=quality, subsampling=0)
         case Webp(quality=None):
             # A fifth of the time of PNG at level 6, and smaller for photos. Method 1 takes four times as long for 4 %
             # (photos) to 40 % (drawings) fewer bytes.
-            picture.save(out, "WEBP", lossless=True, quality=0, method=0)
+            image.save(out, "WEBP", lossless=True, quality=0, method=0)
         case Webp(quality=quality):
-            picture.save(out, "WEBP", quality=quality, method=2)  # 4 takes twice as long for 1 % fewer bytes
+            image.save(out, "WEBP", quality=quality, method=2)  # 4 takes twice as long for 1 % fewer bytes
         case _:
             assert_never(encoding)
     return out.getvalue()

@@ -1,4 +1,4 @@
-"""The room `prepare`: a mixture's sources become tokenised, sharded, split samples. Light: work is in `build`."""
+"""The task `prepare`: a mixture's sources become tokenised, sharded, split samples. Light: work is in `build`."""
 
 import logging
 import time
@@ -45,7 +45,7 @@ def _find(at: store.Address, mixture: Mixture, resources: Resources) -> Dataset 
 
 
 def _prepare(at: store.Address, mixture: Mixture, text: TextFormat, resources: Resources) -> Dataset:
-    from vila_ops.data.making import build  # heavy: Ray, tokenizer, pictures
+    from vila_ops.data.making import build  # heavy: Ray, tokenizer, images
 
     started = time.monotonic()
     attempt = store.begin(at, store=resources.store)

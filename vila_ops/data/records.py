@@ -10,11 +10,11 @@ Role = Literal["document", "system", "user", "assistant"]
 
 @dataclass(frozen=True)
 class Image:
-    """One picture as the encoded bytes of its file (PNG, WebP, JPEG, ...)."""
+    """One image as the encoded bytes of its file (PNG, WebP, JPEG, ...)."""
 
     data: bytes
     scores: Mapping[str, float] = field(default_factory=dict)
-    """Columns of the source about this picture, such as the similarity to its sentence."""
+    """Columns of the source about this image, such as the similarity to its sentence."""
 
 
 Part = str | Image
@@ -22,7 +22,7 @@ Part = str | Image
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says: text and pictures in their order."""
+    """What one side says: text and images in their order."""
 
     role: Role
     parts: tuple[Part, ...]
@@ -30,7 +30,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Record:
-    """One document, captioned picture or conversation, before it is tokenised."""
+    """One document, captioned image or conversation, before it is tokenised."""
 
     id: str
     """Unique inside its source."""
@@ -47,7 +47,7 @@ class Record:
 
 
 NOT_DOWNLOADED = "not_downloaded"
-"""Reason of records whose picture is gone from the web: a fact about the web, not a fault of the data."""
+"""Reason of records whose image is gone from the web: a fact about the web, not a fault of the data."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Datasets under DVC: written out with what `dvc metrics` and `dvc plots` compare, made anew when raw data arrives."""
+"""Datasets under DVC: written out with what `dvc metrics` and `dvc plots` compare, rebuilt when raw data arrives."""
 
 import json
 import logging

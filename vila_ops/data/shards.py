@@ -1,6 +1,6 @@
 """The files of a prepared mixture: tar shards of samples, and one Parquet index over them.
 
-A shard is a plain WebDataset tar: `KEY.json` with the tokens, `KEY.0.webp`, `KEY.1.webp`, ... with the pictures.
+A shard is a plain WebDataset tar: `KEY.json` with the tokens, `KEY.0.webp`, `KEY.1.webp`, ... with the images.
 The index has one row a sample, so that any sample is one seek away.
 """
 
@@ -48,7 +48,7 @@ class CorruptShard(ValueError):
 
 @dataclass(frozen=True)
 class Sample:
-    """One tokenised sample with its pictures, and what it was made from."""
+    """One tokenised sample with its images, and what it was made from."""
 
     id: str
     """Of its record."""
@@ -85,7 +85,7 @@ class ShardWriter:
         for field in ("images", "is_target"):
             del head[field]
         names = [f"{key}.{index}.{self.suffix}" for index in range(len(sample.images))]
-        head["pictures"] = names
+        head["images"] = names
         head["targets"] = runs(sample.is_target)
         self._member(f"{key}.json", json.dumps(head, sort_keys=True, ensure_ascii=False).encode())
         for name, data in zip(names, sample.images, strict=True):
@@ -147,7 +147,7 @@ def read_sample(folder: Path, *, shard: str, offset: int, key: str) -> Sample:
         with (folder / shard).open("rb") as file:
             file.seek(offset)
             head = json.loads(_next_member(file, f"{key}.json"))
-            images = [_next_member(file, name) for name in head.pop("pictures")]
+            images = [_next_member(file, name) for name in head.pop("images")]
         targets = head.pop("targets")
         return Sample(**head, is_target=mask(targets, len(head["input_ids"])), images=tuple(images))
     except (tarfile.TarError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -173,10 +173,10 @@ def samples_of(dataset: Dataset, rows: Iterable[Mapping[str, Any]]) -> Iterator[
         yield read_sample(shards[name].parent, shard=shards[name].name, offset=row["offset"], key=row["key"])
 
 
-def data_url(picture: bytes) -> str:
+def data_url(image: bytes) -> str:
     """An encoded square of a sample, JPEG or WebP, as a data: URL."""
-    kind = "jpeg" if picture.startswith(b"\xff\xd8") else "webp"
-    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+    kind = "jpeg" if image.startswith(b"\xff\xd8") else "webp"
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
 def runs(flags: Sequence[bool]) -> list[tuple[int, int]]:

@@ -12,10 +12,10 @@ from vila_ops.config import Suite
 from vila_ops.data.records import Image
 from vila_ops.eval.items import Items
 from vila_ops.eval.statistics import Interval, Statistic, cluster_bootstrap, paired_difference
-from vila_ops.generate.engine import Generator, Prompt, Score
+from vila_ops.generate.engine import Generator, Loglikelihood, Prompt
 
 Role = Literal["model", "control", "chance", "gap"]
-"""gap is control minus model for losses and model minus control for the rest: above zero, the picture is used."""
+"""gap is control minus model for losses and model minus control for the rest: above zero, the image is used."""
 
 
 @dataclass(frozen=True)
@@ -32,42 +32,42 @@ class Metric:
     unit: str
 
 
-class Bench:
+class BenchmarkRunner:
     """One model on one suite's items."""
 
     def __init__(self, generator: Generator, items: Items, suite: Suite) -> None:
         self.generator = generator
         self.items = items
         self.suite = suite
-        self.objects = [picture.object for picture in items.pictures]
+        self.objects = [image.object for image in items.images]
 
     @cached_property
-    def own(self) -> list[list[Score]]:
-        """Of each picture its true caption first, then the distractors, in the format that pairs are trained in."""
-        return self._score_captions([picture.image for picture in self.items.pictures], self._choices)
+    def own(self) -> list[list[Loglikelihood]]:
+        """Of each image its true caption first, then the distractors, in the format that pairs are trained in."""
+        return self._score_captions([image.image for image in self.items.images], self._choices)
 
     @cached_property
-    def control(self) -> list[list[Score]]:
-        """The same with another object's picture; the distractors only where a choice among them is controlled."""
+    def control(self) -> list[list[Loglikelihood]]:
+        """The same with another object's image; the distractors only where a choice among them is controlled."""
         choosing = any(b.kind == "multiple_choice" and b.control != "none" for b in self.suite.benchmarks.values())
         choices = self._choices if choosing else [choice[:1] for choice in self._choices]
-        return self._score_captions([picture.other_image for picture in self.items.pictures], choices)
+        return self._score_captions([image.other_image for image in self.items.images], choices)
 
     @cached_property
-    def blind(self) -> list[list[Score]]:
-        """The same without any picture."""
+    def blind(self) -> list[list[Loglikelihood]]:
+        """The same without any image."""
         return self.generator.score([(Prompt([self._bos()]), choice) for choice in self._choices])
 
     @cached_property
     def _choices(self) -> list[list[list[int]]]:
-        return [[self._ending(text) for text in (p.caption, *p.distractors)] for p in self.items.pictures]
+        return [[self._ending(text) for text in (p.caption, *p.distractors)] for p in self.items.images]
 
     def caption_prompt(self, image: bytes) -> Prompt:
-        """bos and the picture: what stands before a caption in the pairs."""
-        return Prompt([self._bos(), *self.generator.tokenizer.picture], (image,))
+        """bos and the image: what stands before a caption in the pairs."""
+        return Prompt([self._bos(), *self.generator.tokenizer.image], (image,))
 
     def chat_prompt(self, question: str, image: bytes | None) -> Prompt:
-        """A question, after a picture if there is one, through the chat template."""
+        """A question, after an image if there is one, through the chat template."""
         parts = (question,) if image is None else (Image(image), question)
         return Prompt(self.generator.tokenizer.prompt([("user", parts)]), () if image is None else (image,))
 
@@ -87,7 +87,7 @@ class Bench:
         unit: str,
         clusters: Sequence[str] | None = None,
     ) -> Metric:
-        """The first minus the second on the same pictures (all, unless `clusters` names fewer), with its interval."""
+        """The first minus the second on the same images (all, unless `clusters` names fewer), with its interval."""
         objects = self.objects if clusters is None else clusters
         found = paired_difference(*values, objects, statistic=statistic, resamples=self._resamples, seed=self._seed)
         return _metric(name, "gap", found, unit)
@@ -100,7 +100,7 @@ class Bench:
     def _seed(self) -> int:
         return self.suite.seed
 
-    def _score_captions(self, images: list[bytes], choices: list[list[list[int]]]) -> list[list[Score]]:
+    def _score_captions(self, images: list[bytes], choices: list[list[list[int]]]) -> list[list[Loglikelihood]]:
         return self.generator.score(
             [(self.caption_prompt(image), choice) for image, choice in zip(images, choices, strict=True)]
         )
@@ -112,7 +112,7 @@ class Bench:
         return self.generator.tokenizer.bos_id
 
 
-def nll_and_tokens(scores: Sequence[Score]) -> Any:
+def nll_and_tokens(scores: Sequence[Loglikelihood]) -> Any:
     """(N, 2) for a ratio statistic: nats and tokens of each item."""
     return np.array([[score.nll, score.tokens] for score in scores], float)
 

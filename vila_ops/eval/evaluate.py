@@ -1,4 +1,4 @@
-"""The room `evaluate`: a model and a suite to a report with intervals. Light: the work is in `work`."""
+"""The task `evaluate`: a model and a suite to a report with intervals. Light: the work is in `work`."""
 
 import json
 import logging
@@ -11,7 +11,7 @@ from vila_ops.artifacts.execution import execution
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, EvalReport, Pretrained
 from vila_ops.artifacts.leases import hold
 from vila_ops.config import Resources, Suite
-from vila_ops.eval.job import Job
+from vila_ops.eval.job import EvalJob
 
 REVISION = 3
 REPORT = "report.json"
@@ -40,12 +40,12 @@ def _evaluate(
         f"evaluate {stage} on {suite.name}",
         parent=resources.parent_run,
         params={"suite": suite.name, "split": suite.split, "max_objects": suite.max_objects},
-        tags={"room": "evaluate", "stage": stage, "model": model.digest, "data": data.digest},
+        tags={"task": "evaluate", "stage": stage, "model": model.digest, "data": data.digest},
     )
     tracking.log_input(resources, run_id, data, name=suite.mixture.name, context="eval")
     failed = True
     try:
-        result = _launch(Job(suite=suite, model=model, data=data, resources=resources))
+        result = _launch(EvalJob(suite=suite, model=model, data=data, resources=resources))
         (attempt / REPORT).write_text(json.dumps(result["report"], indent=1, sort_keys=True))
         with tracking.MetricLog(resources, run_id) as metrics:
             _track(result["report"], metrics)
@@ -84,7 +84,7 @@ def _track(report: dict[str, Any], metrics: tracking.MetricLog) -> None:
         metrics.log({f"{point['name']}_by_layer{role}": point["value"]}, step=point["layer"])
 
 
-def _launch(job: Job) -> dict[str, Any]:
+def _launch(job: EvalJob) -> dict[str, Any]:
     if job.resources.launch != "inline":
         from vila_ops.eval.ray_actor import run_on_ray
 

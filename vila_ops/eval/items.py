@@ -1,4 +1,4 @@
-"""What a suite asks about: held-out pictures and held-out words, read from a prepared mixture."""
+"""What a suite asks about: held-out images and held-out words, read from a prepared mixture."""
 
 import random
 from collections import Counter
@@ -11,24 +11,24 @@ from vila_ops.data.shards import Sample, index_of, samples_of
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One held-out object: its picture, its caption, and what it is confused with."""
+class ImageItem:
+    """One held-out object: its image, its caption, and what it is confused with."""
 
     key: str
     object: str
     category: str
     image: bytes
     other_image: bytes
-    """The control's picture: another object's, by a fixed permutation without fixed points."""
+    """The control's image: another object's, by a fixed permutation without fixed points."""
     caption: str
     distractors: tuple[str, str, str]
     """Captions of three other held-out objects, near ones first."""
     absent: str
-    """Name of another held-out object, in neither picture."""
+    """Name of another held-out object, in neither image."""
 
 
 @dataclass(frozen=True)
-class Word:
+class WordItem:
     """One held-out word with its meaning and three other words' meanings of the same category."""
 
     key: str
@@ -41,8 +41,8 @@ class Word:
 class Items:
     """Everything that the benchmarks of a suite read."""
 
-    pictures: tuple[Picture, ...]
-    words: tuple[Word, ...]
+    images: tuple[ImageItem, ...]
+    words: tuple[WordItem, ...]
     frequent_caption: str
     """The most frequent caption of the training side: what an answer without looking would be."""
 
@@ -55,11 +55,11 @@ def read_items(dataset: Dataset, suite: Suite) -> Items:
     index = index_of(dataset).to_pylist()
     held_out = [row for row in index if row["split"] == suite.split]
     shown = _one_each([row for row in held_out if row["source"] in captioned])[: suite.max_objects]
-    pictures = list(samples_of(dataset, shown))
+    images = list(samples_of(dataset, shown))
     defined = _one_each([row for row in held_out if row["source"] in worded])[: suite.max_words]
     words = list(samples_of(dataset, defined))
     return Items(
-        pictures=_pictures(pictures, seed=suite.seed),
+        images=_images(images, seed=suite.seed),
         words=_words(words, seed=suite.seed),
         frequent_caption=_frequent_caption(dataset, [row for row in index if row["source"] in captioned]),
     )
@@ -75,21 +75,21 @@ def _one_each(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [first[name] for name in names]
 
 
-def _pictures(samples: list[Sample], *, seed: int) -> tuple[Picture, ...]:
+def _images(samples: list[Sample], *, seed: int) -> tuple[ImageItem, ...]:
     if len(samples) < 5:
-        raise ValueError(f"{len(samples)} held-out pictures, at least 5 objects are needed; enlarge the split")
+        raise ValueError(f"{len(samples)} held-out images, at least 5 objects are needed; enlarge the split")
     order = list(range(len(samples)))
     random.Random(f"{seed}/derangement").shuffle(order)
     after = {order[place]: order[(place + 1) % len(order)] for place in range(len(order))}  # one cycle: no fixed point
-    pictures = []
+    images = []
     for number, sample in enumerate(samples):
         draw = random.Random(f"{seed}/{sample.key}")
         others = _near_first(number, [s.category for s in samples], draw)
         distractors = tuple(samples[i].text for i in others if samples[i].text != sample.text)[:3]
-        unseen = [i for i in others if i != after[number]]  # nor is it in the control's picture
+        unseen = [i for i in others if i != after[number]]  # nor is it in the control's image
         absent = samples[unseen[0 if draw.random() < 0.5 else -1]].object
-        pictures.append(
-            Picture(
+        images.append(
+            ImageItem(
                 key=sample.key,
                 object=sample.object,
                 category=sample.category,
@@ -100,17 +100,17 @@ def _pictures(samples: list[Sample], *, seed: int) -> tuple[Picture, ...]:
                 absent=absent,
             )
         )
-    return tuple(pictures)
+    return tuple(images)
 
 
-def _words(samples: list[Sample], *, seed: int) -> tuple[Word, ...]:
+def _words(samples: list[Sample], *, seed: int) -> tuple[WordItem, ...]:
     words = []
     meanings = [sample.text.partition(": ")[2] for sample in samples]
     for number, sample in enumerate(samples):
         others = _near_first(number, [s.category for s in samples], random.Random(f"{seed}/{sample.key}"))
         distractors = tuple(meanings[i] for i in others if meanings[i] != meanings[number])[:3]
         word = sample.text.partition(": ")[0]
-        words.append(Word(sample.key, word, meanings[number], _three(distractors, sample.key)))
+        words.append(WordItem(sample.key, word, meanings[number], _three(distractors, sample.key)))
     return tuple(words)
 
 

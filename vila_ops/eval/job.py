@@ -4,7 +4,7 @@ from vila_ops.artifacts.kinds import Checkpoint, Dataset, Pretrained
 from vila_ops.config import Config, Resources, Suite
 
 
-class Job(Config):
+class EvalJob(Config):
     """One evaluation, small enough to travel."""
 
     suite: Suite

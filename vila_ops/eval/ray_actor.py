@@ -5,10 +5,10 @@ from typing import Any
 import ray
 
 from vila_ops.cluster import connect, log_to_driver
-from vila_ops.eval.job import Job
+from vila_ops.eval.job import EvalJob
 
 
-def run_on_ray(job: Job) -> dict[str, Any]:
+def run_on_ray(job: EvalJob) -> dict[str, Any]:
     """The report, made by an actor with one worker's share of the cluster."""
     connect(job.resources)
     actor = Evaluator.options(  # type: ignore[attr-defined]
@@ -28,4 +28,4 @@ class Evaluator:
         from vila_ops.eval.work import run  # heavy, and only needed here
 
         log_to_driver()
-        return run(Job.model_validate_json(job))
+        return run(EvalJob.model_validate_json(job))

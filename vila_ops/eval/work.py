@@ -12,24 +12,24 @@ from vila_ops.config.eval import (
     CaptionCider,
     CaptionLoss,
     MultipleChoice,
-    Pope,
+    PopeBenchmark,
     TextLoss,
     TextMultipleChoice,
 )
-from vila_ops.eval.bench import Bench, Metric, as_json
+from vila_ops.eval.bench import BenchmarkRunner, Metric, as_json
 from vila_ops.eval.benchmarks.alignment import alignment
 from vila_ops.eval.benchmarks.captions import caption_loss, multiple_choice
 from vila_ops.eval.benchmarks.cider import caption_cider
 from vila_ops.eval.benchmarks.pope import pope
 from vila_ops.eval.benchmarks.words import text_loss, text_multiple_choice
 from vila_ops.eval.items import read_items
-from vila_ops.eval.job import Job
+from vila_ops.eval.job import EvalJob
 from vila_ops.generate.load import load_generator
 
 log = logging.getLogger(__name__)
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: EvalJob) -> dict[str, Any]:
     """The report: metrics with intervals, and what the model said."""
     items = read_items(job.data, job.suite)
     generator = load_generator(
@@ -38,7 +38,7 @@ def run(job: Job) -> dict[str, Any]:
         threads=job.resources.threads_per_worker,
         precision=job.suite.precision,
     )
-    bench = Bench(generator, items, job.suite)
+    bench = BenchmarkRunner(generator, items, job.suite)
     metrics: list[Metric] = []
     answers: list[dict[str, str]] = []
     layers: list[dict[str, Any]] = []
@@ -54,7 +54,7 @@ def run(job: Job) -> dict[str, Any]:
         "split": job.suite.split,
         "model": job.model.digest,
         "data": job.data.digest,
-        "pictures": len(items.pictures),
+        "images": len(items.images),
         "objects": len(set(bench.objects)),
         "metrics": as_json(metrics),
         "layers": layers,
@@ -72,7 +72,7 @@ class _Found:
     layers: list[dict[str, Any]] = field(default_factory=list)
 
 
-def _measure(benchmark: Benchmark, bench: Bench) -> _Found:
+def _measure(benchmark: Benchmark, bench: BenchmarkRunner) -> _Found:
     match benchmark:
         case CaptionLoss():
             return _Found(caption_loss(bench, benchmark))
@@ -81,7 +81,7 @@ def _measure(benchmark: Benchmark, bench: Bench) -> _Found:
         case CaptionCider():
             metrics, answers = caption_cider(bench, benchmark)
             return _Found(metrics, answers=answers)
-        case Pope():
+        case PopeBenchmark():
             return _Found(pope(bench, benchmark))
         case TextMultipleChoice():
             return _Found(text_multiple_choice(bench))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class SlotCache:
+class KVCache:
     """Keys and values of up to N sequences. The model sees it as its past: one new token per live row and pass.
 
     The caller gives mask and positions explicitly, so `update` is all that the model's layers use.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vila_ops.data.images import Fit
 from vila_ops.data.text.conversation import Tokenizer
-from vila_ops.generate.cache import SlotCache
+from vila_ops.generate.cache import KVCache
 from vila_ops.model.attention import attention_mask
 from vila_ops.model.vila import VilaForConditionalGeneration
 
@@ -40,7 +40,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Score:
+class Loglikelihood:
     """Negative log-likelihood of a continuation."""
 
     nll: float
@@ -49,7 +49,7 @@ class Score:
 
 
 @dataclass
-class _Live:
+class RequestState:
     index: int
     ids: list[int] = field(default_factory=list)
 
@@ -63,7 +63,7 @@ class Generator:
         tokenizer: Tokenizer,
         *,
         features: Callable[[Sequence[bytes]], Tensor],
-        image_fit: Fit,
+        image_aspect_ratio: Fit,
         slots: int = 16,
     ) -> None:
         self.model = model
@@ -71,44 +71,44 @@ class Generator:
         self.features = features
         self.slots = slots
         self.image_size: int = model.config.vision_side
-        self.image_fit = image_fit
+        self.image_aspect_ratio = image_aspect_ratio
         self.max_tokens: int = model.config.text_config.max_position_embeddings
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[Answer]:
         """Greedy answers, in the order of the prompts. Rows join and leave between steps."""
         self._check_lengths([len(prompt.input_ids) + max_new_tokens for prompt in prompts])
-        self._check_pictures(prompts)
+        self._check_images(prompts)
         if not prompts:
             return []
         longest = max(len(prompt.input_ids) for prompt in prompts) + max_new_tokens
         dtype = self.model.get_input_embeddings().weight.dtype
         slots = min(self.slots, len(prompts))
-        cache = SlotCache(self.model.config.text_config, slots=slots, capacity=longest, dtype=dtype)
+        cache = KVCache(self.model.config.text_config, slots=slots, capacity=longest, dtype=dtype)
         waiting = list(range(len(prompts)))[::-1]
-        live: list[_Live] = []
+        live: list[RequestState] = []
         answers: dict[int, Answer] = {}
         while waiting or live:
             if waiting and slots - len(live) >= min(len(waiting), max(1, slots // 4)):
                 joining = [waiting.pop() for _ in range(min(len(waiting), slots - len(live)))]
                 first = self._prefill([prompts[i] for i in joining], cache)
-                live += [_Live(index) for index in joining]
+                live += [RequestState(index) for index in joining]
                 self._settle(live[-len(joining) :], first, live, cache, answers, max_new_tokens=max_new_tokens)
             if live:
                 self._settle(list(live), self._step(live, cache), live, cache, answers, max_new_tokens=max_new_tokens)
         return [answers[index] for index in range(len(prompts))]
 
     @torch.inference_mode()
-    def score(self, items: Sequence[tuple[Prompt, Sequence[list[int]]]]) -> list[list[Score]]:
+    def score(self, items: Sequence[tuple[Prompt, Sequence[list[int]]]]) -> list[list[Loglikelihood]]:
         """Likelihoods of each item's continuations given its prompt.
 
         A prompt is read once for all its continuations: they stand behind it in one row and see it and themselves.
         """
         rows = [_row(prompt.input_ids, continuations) for prompt, continuations in items]
         self._check_lengths([len(row.input_ids) for row in rows])
-        self._check_pictures([prompt for prompt, _ in items])
+        self._check_images([prompt for prompt, _ in items])
         order = sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids))
-        scores: dict[int, list[Score]] = {}
+        scores: dict[int, list[Loglikelihood]] = {}
         start = 0
         while start < len(order):
             stop = start + 1
@@ -139,17 +139,17 @@ class Generator:
         if lengths and max(lengths) > self.max_tokens:
             raise ValueError(f"{max(lengths)} tokens, more than the model's context of {self.max_tokens}")
 
-    def _check_pictures(self, prompts: Sequence[Prompt]) -> None:
-        """Each prompt for itself: one row's picture must not fill another row's place."""
+    def _check_images(self, prompts: Sequence[Prompt]) -> None:
+        """Each prompt for itself: one row's image must not fill another row's place."""
         for number, prompt in enumerate(prompts):
             places = prompt.input_ids.count(self.tokenizer.image_id)
             if places != len(prompt.images) * self.tokenizer.image_tokens:
                 raise ValueError(
-                    f"prompt {number} has {places} image positions for {len(prompt.images)} pictures of "
-                    f"{self.tokenizer.image_tokens} each; write one placeholder for each picture"
+                    f"prompt {number} has {places} image positions for {len(prompt.images)} images of "
+                    f"{self.tokenizer.image_tokens} each; write one placeholder for each image"
                 )
 
-    def _prefill(self, prompts: list[Prompt], cache: SlotCache) -> list[int]:
+    def _prefill(self, prompts: list[Prompt], cache: KVCache) -> list[int]:
         lengths = [len(prompt.input_ids) for prompt in prompts]
         input_ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
         for row, prompt in enumerate(prompts):
@@ -163,7 +163,7 @@ class Generator:
         last = out.last_hidden_state[torch.arange(len(prompts)), torch.tensor(lengths) - 1]
         return self._greedy(last)
 
-    def _step(self, live: list[_Live], cache: SlotCache) -> list[int]:
+    def _step(self, live: list[RequestState], cache: KVCache) -> list[int]:
         input_ids = torch.tensor([[row.ids[-1]] for row in live])
         positions = cache.lengths[: cache.live, None]
         out = self.model.hidden(
@@ -179,16 +179,16 @@ class Generator:
 
     def _greedy(self, hidden: Tensor) -> list[int]:
         logits = self.model.lm_head(hidden)
-        logits[:, self.tokenizer.image_id] = -torch.inf  # a picture cannot be said
+        logits[:, self.tokenizer.image_id] = -torch.inf  # an image cannot be said
         ids: list[int] = logits[:, : len(self.tokenizer.fast)].argmax(-1).tolist()
         return ids
 
     def _settle(
         self,
-        rows: list[_Live],
+        rows: list[RequestState],
         tokens: list[int],
-        live: list[_Live],
-        cache: SlotCache,
+        live: list[RequestState],
+        cache: KVCache,
         answers: dict[int, Answer],
         *,
         max_new_tokens: int,
@@ -205,7 +205,7 @@ class Generator:
                 live[place] = live[-1]
                 live.pop()
 
-    def _nlls(self, rows: list["_Row"], images: list[bytes]) -> list[list[Score]]:
+    def _nlls(self, rows: list["_ScoreRow"], images: list[bytes]) -> list[list[Loglikelihood]]:
         width = max(len(row.input_ids) for row in rows)
         pad = [(0, width - len(row.input_ids)) for row in rows]
         input_ids, positions = (
@@ -223,17 +223,17 @@ class Generator:
         ).last_hidden_state
         return [self._row_scores(hidden[number], row) for number, row in enumerate(rows)]
 
-    def _row_scores(self, hidden: Tensor, row: "_Row") -> list[Score]:
+    def _row_scores(self, hidden: Tensor, row: "_ScoreRow") -> list[Loglikelihood]:
         before = torch.tensor([place for places in row.predicted_at for place in places])
         wanted = torch.tensor([token for tokens in row.continuations for token in tokens])
         logits = self.model.lm_head(hidden[before]).float()
         nll = torch.nn.functional.cross_entropy(logits, wanted, reduction="none").double()
         parts = torch.split(nll, [len(tokens) for tokens in row.continuations])
-        return [Score(float(part.sum()), len(part)) for part in parts]
+        return [Loglikelihood(float(part.sum()), len(part)) for part in parts]
 
 
 @dataclass(frozen=True)
-class _Row:
+class _ScoreRow:
     """A prompt and its continuations, end to end."""
 
     input_ids: np.ndarray
@@ -245,7 +245,7 @@ class _Row:
     """For each continuation's tokens, the positions whose hidden state predicts them."""
 
 
-def _row(prompt: list[int], continuations: Sequence[list[int]]) -> _Row:
+def _row(prompt: list[int], continuations: Sequence[list[int]]) -> _ScoreRow:
     if not prompt or not all(continuations):
         raise ValueError("a score needs a prompt and continuations of at least one token")
     ids, positions, segments = list(prompt), list(range(len(prompt))), [0] * len(prompt)
@@ -257,4 +257,4 @@ def _row(prompt: list[int], continuations: Sequence[list[int]]) -> _Row:
         positions += range(len(prompt), len(prompt) + len(tokens))
         segments += [number] * len(tokens)
     arrays = [np.asarray(values, np.int64) for values in (ids, positions, segments)]
-    return _Row(arrays[0], arrays[1], arrays[2], [list(tokens) for tokens in continuations], predicted_at)
+    return _ScoreRow(arrays[0], arrays[1], arrays[2], [list(tokens) for tokens in continuations], predicted_at)

@@ -47,11 +47,11 @@ def generator_of(folder: Path, *, feature_root: Path, threads: int, precision: L
         image_tokens=vila.config.image_seq_length,
         after_image=vila.config.after_image,
     )
-    return Generator(vila, tokenizer, features=cache, image_fit=Fit(vila.config.image_fit, mean))
+    return Generator(vila, tokenizer, features=cache, image_aspect_ratio=Fit(vila.config.image_aspect_ratio, mean))
 
 
 def _check_tokens(fast: PreTrainedTokenizerFast, config: VilaConfig, folder: Path) -> None:
-    """The tokenizer's ids are the model's: a picture where the model expects it, and no id beyond the embedding."""
+    """The tokenizer's ids are the model's: an image where the model expects it, and no id beyond the embedding."""
     vocabulary: dict[str, int] = fast.get_vocab()
     if IMAGE_TOKEN not in vocabulary:
         raise ValueError(f"the tokenizer of {folder} has no token {IMAGE_TOKEN!r}; add it as config.json numbers it")

@@ -1,4 +1,4 @@
-"""The servers of one box, and what they listen on."""
+"""The servers of one machine, and what they listen on."""
 
 from vila_ops.local.box import ServerStatus as ServerStatus
 from vila_ops.local.box import down as down
@@ -6,7 +6,7 @@ from vila_ops.local.box import owns as owns
 from vila_ops.local.box import runs as runs
 from vila_ops.local.box import status as status
 from vila_ops.local.box import up as up
-from vila_ops.local.process import Record as Record
+from vila_ops.local.process import ProcessRecord as ProcessRecord
 from vila_ops.local.servers import Endpoints as Endpoints
 from vila_ops.local.servers import endpoints as endpoints
 from vila_ops.local.servers import env as env

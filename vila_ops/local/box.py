@@ -1,4 +1,4 @@
-"""Up, down and status of the servers of one box: started, adopted and ended by what was recorded."""
+"""Up, down and status of the servers of one machine: started, adopted and ended by what was recorded."""
 
 import logging
 import shutil
@@ -16,7 +16,7 @@ from vila_ops.local.deployments import deploy_flows, make_work_pool
 from vila_ops.local.process import (
     NAMES,
     Name,
-    Record,
+    ProcessRecord,
     end,
     leader_of,
     lock,
@@ -137,7 +137,7 @@ def _start(settings: LocalServers, server: Server) -> None:
     log.info("%s: up after %.1f s, pid %d, %s", server.name, time.monotonic() - began, record.pid, server.url)
 
 
-def _as_configured(record: Record, server: Server) -> bool:
+def _as_configured(record: ProcessRecord, server: Server) -> bool:
     return (record.command, record.env, record.directory) == (server.command, server.env, str(Path.cwd()))
 
 
@@ -181,7 +181,7 @@ def _describe(pid: int | None) -> str:
         return f"process {pid}"
 
 
-def _status(server: Server, record: Record | None) -> ServerStatus:
+def _status(server: Server, record: ProcessRecord | None) -> ServerStatus:
     if record is None or not leader_of(record):
         return ServerStatus(name=server.name, state="stopped", url=server.url, pid=None, memory_bytes=0)
     return ServerStatus(

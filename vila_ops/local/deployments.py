@@ -1,4 +1,4 @@
-"""Prefect's work pool and deployments on one box."""
+"""Prefect's work pool and deployments on one machine."""
 
 import logging
 import os

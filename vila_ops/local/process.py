@@ -28,7 +28,7 @@ START_TIME_SLACK_SECONDS = 1.0
 """The kernel's start times shift a little when the clock is set."""
 
 
-class Record(Config):
+class ProcessRecord(Config):
     """A server that `up` started, as kept in root/pids/NAME.json."""
 
     name: Name
@@ -41,7 +41,7 @@ class Record(Config):
     """Working directory: two checkouts may not share one root."""
 
 
-def spawn(root: Path, name: Name, command: tuple[str, ...], env: dict[str, str]) -> Record:
+def spawn(root: Path, name: Name, command: tuple[str, ...], env: dict[str, str]) -> ProcessRecord:
     """Start it in a session of its own and record it; the log of its last life is kept beside the new one."""
     logs = root / "logs"
     logs.mkdir(exist_ok=True)
@@ -63,7 +63,7 @@ def spawn(root: Path, name: Name, command: tuple[str, ...], env: dict[str, str])
         )
     finally:
         os.close(output)
-    record = Record(
+    record = ProcessRecord(
         name=name,
         pid=pid,
         started=psutil.Process(pid).create_time(),
@@ -75,7 +75,7 @@ def spawn(root: Path, name: Name, command: tuple[str, ...], env: dict[str, str])
     return record
 
 
-def end(settings: LocalServers, record: Record) -> None:
+def end(settings: LocalServers, record: ProcessRecord) -> None:
     """End the recorded server and everything that it started; forget it."""
     began = time.monotonic()
     leader = leader_of(record)
@@ -97,7 +97,7 @@ def end(settings: LocalServers, record: Record) -> None:
     log.info("%s: ended after %.1f s", record.name, time.monotonic() - began)
 
 
-def leader_of(record: Record) -> psutil.Process | None:
+def leader_of(record: ProcessRecord) -> psutil.Process | None:
     """The recorded process, if it still lives; a later owner of its pid is not it."""
     try:
         process = psutil.Process(record.pid)
@@ -107,7 +107,7 @@ def leader_of(record: Record) -> psutil.Process | None:
         return None
 
 
-def processes_of(record: Record) -> list[psutil.Process]:
+def processes_of(record: ProcessRecord) -> list[psutil.Process]:
     """The recorded process, the rest of its session, and their descendants in sessions of their own.
 
     A session outlives its leader (Ray's agents do when their head is killed), and as long as it does the kernel gives
@@ -159,10 +159,10 @@ def record_path(root: Path, name: Name) -> Path:
     return root / "pids" / f"{name}.json"
 
 
-def read_record(root: Path, name: Name) -> Record | None:
+def read_record(root: Path, name: Name) -> ProcessRecord | None:
     path = record_path(root, name)
     try:
-        return Record.model_validate_json(path.read_text())
+        return ProcessRecord.model_validate_json(path.read_text())
     except FileNotFoundError:
         return None
 

@@ -1,4 +1,4 @@
-"""What runs on one box: MLflow, Prefect, its worker and a Ray head; how each is started and seen to work."""
+"""What runs on one machine: MLflow, Prefect, its worker and a Ray head; how each is started and seen to work."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ import httpx
 
 from vila_ops.config.base import Config
 from vila_ops.config.local import LocalServers
-from vila_ops.local.process import Name, Record, root_of, write_private
+from vila_ops.local.process import Name, ProcessRecord, root_of, write_private
 
 QUICK_SECONDS = 5.0
 """How long a server that is up may take to answer; MLflow's first answer, which makes its tables, takes longer."""
@@ -31,7 +31,7 @@ TELEMETRY_OFF = {
 
 
 class Endpoints(Config):
-    """Where the servers of this box listen."""
+    """Where the servers of this machine listen."""
 
     mlflow: str
     prefect: str
@@ -53,7 +53,7 @@ class Server:
     ports: dict[str, int]
     """By the name of the setting, so that an error can say what to change."""
     url: str
-    healthy: Callable[[Record, float], bool]
+    healthy: Callable[[ProcessRecord, float], bool]
     """Record, seconds to wait for an answer."""
 
 
@@ -235,7 +235,7 @@ def _has_live_node(settings: LocalServers, seconds: float) -> bool:
     return answer is not None and any(node["state"] == "ALIVE" for node in answer["data"]["result"]["result"])
 
 
-def _polls(settings: LocalServers, record: Record, seconds: float) -> bool:
+def _polls(settings: LocalServers, record: ProcessRecord, seconds: float) -> bool:
     """Prefect hears from our worker, and has since this one was started."""
     url = f"{endpoints(settings).prefect}/api/work_pools/{settings.work_pool}/workers/filter"
     return any(

@@ -38,7 +38,7 @@ def choose(asked: Literal["auto"] | Kernel, device: torch.device, precision: Lit
     return asked
 
 
-def kept_apart(model: VilaForConditionalGeneration, segment_ids: Tensor) -> dict[str, Any]:
+def document_mask(model: VilaForConditionalGeneration, segment_ids: Tensor) -> dict[str, Any]:
     """What the language model's kernel has to be told, so that a token sees its own segment up to itself.
 
     segment_ids are (B, T); padding is a segment like others, so that no softmax is empty. Always explicit: transformers

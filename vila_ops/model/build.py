@@ -62,7 +62,7 @@ def config_of(model: Model, tower: Any, language_model: Any, *, image_id: int, e
         projector=model.projector.model_dump(mode="json"),
         after_image=model.after_image,
         vision_side=model.image_size,
-        image_fit=model.image_fit,
+        image_aspect_ratio=model.image_aspect_ratio,
         tie_word_embeddings=tied,
         eos_token_id=eos_id,
         pad_token_id=eos_id,

@@ -34,11 +34,11 @@ def changed(config: VilaConfig, state: dict[str, Tensor], change: Change) -> tup
 
 
 def _resized(config: VilaConfig, state: dict[str, Tensor], side: int) -> tuple[VilaConfig, dict[str, Tensor]]:
-    """For pictures of another size: the tower's positions are interpolated, and a picture has as many tokens."""
+    """For images of another size: the tower's positions are interpolated, and an image has as many tokens."""
     out = copy.deepcopy(config)
     out.vision_config, out.vision_side = sized(config.vision_config, side), side
     if not out.grid():
-        raise ValueError(f"pictures of {side} pixels are less than one patch of the tower")
+        raise ValueError(f"images of {side} pixels are less than one patch of the tower")
     out.image_seq_length = tokens_of_grid(out.grid(), config.projector_choice())
     return out, at_image_size(state, config.vision_config, side)
 

@@ -20,14 +20,14 @@ class VilaConfig(LlavaConfig):  # type: ignore[misc]
     visual_expert: bool = False
     """The language model has a second set of weights for image tokens."""
     after_image: str = ""
-    """What follows a picture in a document: prompts of that form need it."""
+    """What follows an image in a document: prompts of that form need it."""
     vision_side: int = 336
     """Side in pixels of the square that the tower sees; its position table may be of another size."""
-    image_fit: ImageFit = "pad"
-    """How a picture becomes that square, as the processor beside it does it."""
+    image_aspect_ratio: ImageFit = "pad"
+    """How an image becomes that square, as the processor beside it does it."""
 
     def grid(self) -> int:
-        """Patches along a side of a picture; pixels beyond the last whole patch are not seen."""
+        """Patches along a side of an image; pixels beyond the last whole patch are not seen."""
         return self.vision_side // patch_side(self.vision_config)
 
     def projector_choice(self) -> Projector:

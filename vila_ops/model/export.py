@@ -31,7 +31,7 @@ GGUF_TOWERS = ("pixtral",)
 GGUF_TEXTS = ("llama", "mistral", "mixtral")
 
 
-class Finding(Config):
+class ExportFinding(Config):
     """Whether one program loads a folder."""
 
     target: Target
@@ -41,7 +41,7 @@ class Finding(Config):
     checked_with: str
 
 
-def check(folder: Path, target: Target) -> Finding:
+def check(folder: Path, target: Target) -> ExportFinding:
     """Whether `target` loads a model folder, by its config. Raises CorruptArtifact for a folder that nobody should."""
     check_folder(folder)
     stored_tensors(folder)
@@ -51,7 +51,7 @@ def check(folder: Path, target: Target) -> Finding:
             raise CorruptArtifact(f"{folder / 'config.json'}: {part} is no object")
     why_not = tuple(_why_not(config, folder, target))
     notes = why_not or tuple(_notes(target))
-    return Finding(target=target, loads=not why_not, reasons=notes, checked_with=CHECKED_WITH[target])
+    return ExportFinding(target=target, loads=not why_not, reasons=notes, checked_with=CHECKED_WITH[target])
 
 
 def write_plain(folder: Path, out: Path) -> None:
@@ -116,7 +116,7 @@ def _not_vllm(config: dict[str, Any], folder: Path) -> Iterator[str]:
     if (kind := text.get("model_type", "llama")) not in VLLM_TEXTS:
         yield f"{kind} is not among the language models that we know it to have ({', '.join(VLLM_TEXTS)})"
     if (side := _side(folder)) != tower.get("image_size", 336):
-        yield f"it wants pictures of the tower's own {tower.get('image_size', 336)} pixels a side; these are of {side}"
+        yield f"it wants images of the tower's own {tower.get('image_size', 336)} pixels a side; these are of {side}"
 
 
 def _not_gguf(config: dict[str, Any]) -> Iterator[str]:

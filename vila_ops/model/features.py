@@ -1,4 +1,4 @@
-"""Features of a frozen tower, computed once for each picture and kept on disk while there is room."""
+"""Features of a frozen tower, computed once for each image and kept on disk while there is room."""
 
 # I images, P patches, C tower channels, S side in pixels
 
@@ -24,10 +24,10 @@ from vila_ops.model.vila import VilaForConditionalGeneration
 
 log = logging.getLogger(__name__)
 BATCH = 16
-"""Pictures per tower pass, always, padded with blanks: a picture's features then depend on nothing but itself."""
+"""Images per tower pass, always, padded with blanks: an image's features then depend on nothing but itself."""
 
 SUFFIX = ".features"
-"""Of the file of a picture."""
+"""Of the file of an image."""
 
 NOT_SHAPE = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
@@ -36,7 +36,7 @@ Pixels = Callable[[Sequence[bytes]], NDArray[np.float32]]
 
 
 class FeatureCache:
-    """Tower features by the sha256 of a picture's bytes, one file each: the raw values, then their CRC-32."""
+    """Tower features by the sha256 of an image's bytes, one file each: the raw values, then their CRC-32."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class FeatureCache:
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.shape = (model.config.grid() ** 2, model.config.vision_config.hidden_size)
         self.passed = 0
-        """Pictures that went through the tower so far."""
+        """Images that went through the tower so far."""
         self.root, self.leave_free, self.full = root, leave_free, False
         self.folder = root / f"{tower_digest(model)}-{_pixels_digest(pixels)}-{precision}"
 
@@ -67,9 +67,9 @@ class FeatureCache:
         keys = [hashlib.sha256(image).hexdigest() for image in images]
         found = torch.empty(len(images), *self.shape, dtype=self.dtype)
         missing = [place for place, key in enumerate(keys) if not self._read(key, found[place])]
-        pictures = list({keys[place]: images[place] for place in missing}.items())
-        for start in range(0, len(pictures), BATCH):
-            made = self._compute(pictures[start : start + BATCH])
+        new = list({keys[place]: images[place] for place in missing}.items())
+        for start in range(0, len(new), BATCH):
+            made = self._compute(new[start : start + BATCH])
             for place in missing:
                 if keys[place] in made:
                     found[place] = made[keys[place]]
@@ -99,7 +99,7 @@ class FeatureCache:
         if self.full and not was_full:
             log.warning(
                 "%s has %.0f GB free of %.0f, less than the share of %g that kept features leave; those of others "
-                "are computed anew each time (features_leave_free of the resources)",
+                "are recompute each time (features_leave_free of the resources)",
                 self.root, disk.free / 1e9, disk.total / 1e9, self.leave_free,
             )  # fmt: skip
         return not self.full

@@ -22,7 +22,7 @@ from vila_ops.model.weights import on_meta, read_weights, write_weights
 from vila_ops.packages.tokenizer import stop_ids
 from vila_ops.packages.untrusted import check_folder, check_layers, read_json, stored_tensors
 
-OURS = ("projector", "visual_expert", "vision_side", "image_fit")
+OURS = ("projector", "visual_expert", "vision_side", "image_aspect_ratio")
 """Config fields that LLaVA's format does not know."""
 ADAPTER = "adapter"
 """Folder inside the folder of a model that a LoRA stage trained."""
@@ -166,7 +166,7 @@ def read_config(folder: Path) -> VilaConfig:
         act = stated.get("projector_hidden_act", "gelu")
         fit, side = fit_of(folder)
         stated |= {"projector": {"kind": "linear" if act == "linear" else "mlp_gelu"}}
-        stated |= {"vision_side": side, "image_fit": fit}
+        stated |= {"vision_side": side, "image_aspect_ratio": fit}
     elif kind != VilaConfig.model_type:
         raise ValueError(
             f"{folder} holds a {kind!r} model; we read {LlavaConfig.model_type} and {VilaConfig.model_type}"
@@ -182,14 +182,14 @@ def read_config(folder: Path) -> VilaConfig:
         config.image_seq_length = tokens  # older writers do not say, and stock computes it too
     if tokens != config.image_seq_length:
         raise CorruptArtifact(
-            f"{folder / 'config.json'} says {config.image_seq_length} tokens a picture, but its tower and projector "
+            f"{folder / 'config.json'} says {config.image_seq_length} tokens an image, but its tower and projector "
             f"give {tokens}"
         )
     return config
 
 
 def _image_tokens(config: VilaConfig) -> int:
-    """Tokens of a picture, found by a pass on the meta device through tower, projector and language model."""
+    """Tokens of an image, found by a pass on the meta device through tower, projector and language model."""
     if not 0 <= config.image_token_index < config.text_config.vocab_size:
         raise ValueError(f"image token {config.image_token_index} of {config.text_config.vocab_size} tokens")
     model = on_meta(config)
@@ -205,7 +205,7 @@ def _image_tokens(config: VilaConfig) -> int:
 
 
 def fit_of(folder: Path) -> tuple[ImageFit, int]:
-    """How a folder's image processor makes a square of a picture, and the square's side. Raises CorruptArtifact."""
+    """How a folder's image processor makes a square of an image, and the square's side. Raises CorruptArtifact."""
     stated = image_processor(folder)
     try:
         fit, side = read_fit(stated)
@@ -227,7 +227,7 @@ def _write_config(config: VilaConfig, folder: Path, *, dtype: torch.dtype) -> No
 
 
 def _set_processor_size(folder: Path, side: int) -> None:
-    """Pictures of another size: every side that the image processor uses becomes `side` pixels."""
+    """Images of another size: every side that the image processor uses becomes `side` pixels."""
     path = folder / "processor_config.json"
     stated = read_json(path)
     images = stated["image_processor"]
@@ -245,7 +245,7 @@ def _plain(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _generation(config: VilaConfig, processor: LlavaProcessor) -> dict[str, Any]:
-    """What makes stock `generate` say and stop as our generator does: it never says a picture, nor a padding id."""
+    """What makes stock `generate` say and stop as our generator does: it never says an image, nor a padding id."""
     tokenizer = processor.tokenizer
     unsaid = [config.image_token_index, *range(len(tokenizer), config.text_config.vocab_size)]
     return {

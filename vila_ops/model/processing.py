@@ -36,7 +36,7 @@ class VilaProcessor(LlavaProcessor):  # type: ignore[misc]
         self.downsample = downsample
 
     def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
-        """The placeholders of one picture: ceil(side / patch / downsample)^2 image tokens."""
+        """The placeholders of one image: ceil(side / patch / downsample)^2 image tokens."""
         height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
         rows, columns = (-(-(side // self.patch_size) // self.downsample) for side in (height, width))
         token: str = self.image_token
@@ -51,7 +51,7 @@ def build_processor(config: VilaConfig, tokenizer: PreTrainedTokenizerFast, *, m
     strategy = config.vision_feature_select_strategy
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # stock `generate` goes on from the right
     shared = {
-        "image_processor": image_processor(config.image_fit, side=config.vision_side, mean_std=mean_std),
+        "image_processor": image_processor(config.image_aspect_ratio, side=config.vision_side, mean_std=mean_std),
         "tokenizer": tokenizer,
         "patch_size": patch_side(config.vision_config),
         "vision_feature_select_strategy": strategy,
@@ -71,7 +71,7 @@ def image_processor(fit: ImageFit, *, side: int, mean_std: Any) -> CLIPImageProc
     match fit:
         case "pad":
             return LlavaImageProcessorPil(do_pad=True, size=both, do_center_crop=False, **shared)
-        case "squash":
+        case "resize":
             return CLIPImageProcessorPil(size=both, do_center_crop=False, **shared)
         case "crop":
             return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=both, do_center_crop=True, **shared)
@@ -80,7 +80,7 @@ def image_processor(fit: ImageFit, *, side: int, mean_std: Any) -> CLIPImageProc
 
 
 def read_fit(stated: dict[str, Any]) -> tuple[ImageFit, int]:
-    """How an image processor's file says that a picture becomes a square, and the square's side in pixels.
+    """How an image processor's file says that an image becomes a square, and the square's side in pixels.
 
     What the file leaves out is as its class has it. Raises ValueError where that is none of our three ways.
     """
@@ -95,12 +95,12 @@ def read_fit(stated: dict[str, Any]) -> tuple[ImageFit, int]:
         if kind.startswith("Llava") and stated.get("do_pad", False) and size in (both, shortest):
             return "pad", side
         if size == both:
-            return "squash", side
+            return "resize", side
         if size == shortest and crops:
             return "crop", side
     raise ValueError(
         f"the image processor {kind} with size {size}, crop {crop if crops else None} and resampling "
-        f"{stated.get('resample', BICUBIC)} does not make squares in a way that we have: pad, squash or crop, bicubic"
+        f"{stated.get('resample', BICUBIC)} does not make squares in a way that we have: pad, resize or crop, bicubic"
     )
 
 

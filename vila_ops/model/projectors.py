@@ -1,6 +1,6 @@
 """The projectors: patch features of the tower to token embeddings of the language model.
 
-Tokens of a picture, by its side / the patch's in pixels:
+Tokens of an image, by its side / the patch's in pixels:
 
 | | 224/14 | 336/14 | 384/14 | 448/14 |
 |---|---|---|---|---|
@@ -65,7 +65,7 @@ class Downsample(nn.Sequential):
 
 
 class Transformer(nn.Module):
-    """Pre-norm transformer blocks over the patches of one picture, all seeing all. (I, P, C) -> (I, P, D).
+    """Pre-norm transformer blocks over the patches of one image, all seeing all. (I, P, C) -> (I, P, D).
 
     The blocks are CLIP's, with GELU and 4 C inside; a norm and a linear layer follow them.
     """

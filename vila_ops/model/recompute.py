@@ -23,15 +23,15 @@ class RecomputedLayer(nn.Module):
 
 
 def recompute(part: nn.Module) -> None:
-    """Let every layer of a tower or decoder be computed anew. Raises ValueError where transformers names no layers."""
+    """Let every layer of a tower or decoder be recompute. Raises ValueError where transformers names no layers."""
     layers = [module for module in part.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
-        raise ValueError(f"{type(part).__name__} has no layers to compute anew; set gradient_checkpointing to false")
+        raise ValueError(f"{type(part).__name__} has no layers to recompute; set gradient_checkpointing to false")
     for layer in layers:
         kind = type(layer)
         layer.__class__ = type(kind.__name__, (RecomputedLayer, kind), {"__module__": kind.__module__})
 
 
 def recomputed_layers(model: nn.Module) -> int:
-    """How many layers of a model are computed anew."""
+    """How many layers of a model are recompute."""
     return sum(isinstance(module, RecomputedLayer) for module in model.modules())

@@ -53,7 +53,7 @@ def _in_the_config(model: Model, config: VilaConfig, source: Path) -> list[str]:
         "image_size": (config.vision_side, model.image_size),
         "patch_size": (patch_side(config.vision_config), model.patch_size),
         "feature_layer": (config.vision_feature_layer, model.feature_layer),
-        "image_fit": (config.image_fit, model.image_fit),
+        "image_aspect_ratio": (config.image_aspect_ratio, model.image_aspect_ratio),
         "mean and deviation": (folder.normalisation(source), mean_std(model.vision_tower)),
         "after_image": (config.after_image, model.after_image),
     }

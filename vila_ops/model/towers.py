@@ -1,6 +1,6 @@
 """Vision towers: how one is built, which of its tokens are patches, and its positions at another image size.
 
-A tower's position table is always as large as the grid of the pictures it is given: one made for another size is
+A tower's position table is always as large as the grid of the images it is given: one made for another size is
 interpolated once, when the model is built or a stage changes the size, not in every forward pass. The folder then
 needs no flag to be read, and stock LLaVA, which sets none, gives the same features.
 """

@@ -121,7 +121,7 @@ def _check_shapes(held: dict[str, Stored], config: VilaConfig, folder: Path) -> 
     }
     if told := {kind: _some(names) for kind, names in wrong.items() if names}:
         raise CorruptArtifact(
-            f"{folder} does not hold the weights that its config.json names: {told}; fetch it again, or mend the config"
+            f"{folder} does not hold the weights that its config.json names: {told}; fetch it again, or fix the config"
         )
 
 

@@ -37,7 +37,7 @@ FLATTEN = (
     "{%- set flat.messages = flat.messages + [dict(message, content=content)] -%}"
     "{%- endfor -%}{%- set messages = flat.messages -%}"
 )
-"""Put before a template that reads a message as a list of parts, as LLaVA-HF's do: we write pictures in the text."""
+"""Put before a template that reads a message as a list of parts, as LLaVA-HF's do: we write images in the text."""
 
 
 class _Spent(Exception):

@@ -69,7 +69,7 @@ def training_flops(
 ) -> float:
     """Model FLOPs of forward and backward passes over one row, by the rule above.
 
-    `segments` are the tokens of each sample in it, image tokens included, `images` its pictures, `targets` its
+    `segments` are the tokens of each sample in it, image tokens included, `images` its images, `targets` its
     positions with a label; `features_cached`: a frozen tower is not run.
     """
     load = Load(sum(segments), sum(length * (length + 1) / 2 for length in segments), images, targets)
@@ -77,7 +77,7 @@ def training_flops(
 
 
 def flops(shapes: Shapes, stage: Stage, load: Load, *, features_cached: bool = False) -> Flops:
-    """Of rows that all have pictures, or all have none: without them nothing goes through tower and projector."""
+    """Of rows that all have images, or all have none: without them nothing goes through tower and projector."""
     parts = stage.trainable if load.images else tuple(set(stage.trainable) & {"language_model"})
     tower_trains, projector_trains = "vision_tower" in parts, "projector" in parts
     tuning = stage.tuning if "language_model" in parts else None

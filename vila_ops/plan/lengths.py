@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from vila_ops.artifacts.kinds import Dataset
 from vila_ops.artifacts.store import file
 from vila_ops.config import Mixture, Stage
-from vila_ops.config.lengths import Group, Lengths
+from vila_ops.config.lengths import LengthGroup, Lengths
 from vila_ops.data.order.mixture import Size, compose
 from vila_ops.data.order.planner import plan
 from vila_ops.data.shards import INDEX
@@ -23,7 +23,7 @@ Array = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Epoch:
+class EpochLengths:
     """N samples of an epoch, each of which stands for `times`."""
 
     tokens: Array
@@ -34,16 +34,16 @@ class Epoch:
     """(N,)"""
     times: float
     distinct: float
-    """Share of the epoch's pictures that it shows for the first time."""
+    """Share of the epoch's images that it shows for the first time."""
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowStatistics:
     """What an epoch is to the model."""
 
     rows: float
     useful: tuple[Load, ...]
-    """Without padding: of rows with pictures and of rows without."""
+    """Without padding: of rows with images and of rows without."""
     padded: tuple[Load, ...]
     """With it."""
     longest: int
@@ -52,7 +52,7 @@ class Rows:
     """Of a row."""
 
 
-def prepared(dataset: Dataset, mixture: Mixture) -> Epoch:
+def prepared(dataset: Dataset, mixture: Mixture) -> EpochLengths:
     """An epoch of prepared data: the samples that it holds, as often as the mixture's blend shows them."""
     columns = ["source", "split", "num_tokens", "num_targets", "num_images"]
     table = pq.read_table(file(dataset, INDEX), columns=columns, filters=[("split", "=", "train")])
@@ -63,8 +63,8 @@ def prepared(dataset: Dataset, mixture: Mixture) -> Epoch:
     return _drawn(mixture, sizes, {name: [array[at] for array in arrays] for name, at in own.items()})
 
 
-def declared(lengths: Lengths, mixture: Mixture, *, image_tokens: int, max_tokens: int) -> Epoch:
-    """An epoch of samples drawn from declared lengths, cut at `max_tokens`; pictures that do not fit are left out.
+def declared(lengths: Lengths, mixture: Mixture, *, image_tokens: int, max_tokens: int) -> EpochLengths:
+    """An epoch of samples drawn from declared lengths, cut at `max_tokens`; images that do not fit are left out.
 
     Raises ValueError for a source of the mixture of which nothing is declared.
     """
@@ -87,15 +87,15 @@ def declared(lengths: Lengths, mixture: Mixture, *, image_tokens: int, max_token
     return _drawn(mixture, sizes, pools)
 
 
-def _group(group: Group, count: int, draw: np.random.Generator, *, most: int) -> tuple[Array, Array, Array]:
-    """Text tokens, targets and pictures of some samples."""
+def _group(group: LengthGroup, count: int, draw: np.random.Generator, *, most: int) -> tuple[Array, Array, Array]:
+    """Text tokens, targets and images of some samples."""
     mean = math.log(group.text_tokens) - group.spread**2 / 2
     text = np.maximum(1, np.rint(draw.lognormal(mean, group.spread, count))).astype(np.int64)
     images = np.minimum(most, np.floor(group.images + draw.random(count))).astype(np.int64)
     return text, np.maximum(1, np.rint(text * group.target_share)).astype(np.int64), images
 
 
-def _drawn(mixture: Mixture, sizes: dict[str, Size], pools: dict[str, list[Array]]) -> Epoch:
+def _drawn(mixture: Mixture, sizes: dict[str, Size], pools: dict[str, list[Array]]) -> EpochLengths:
     """The samples of an epoch from those of each source, which are all of them or stand for all."""
     shares = compose(mixture, sizes).shares
     times = max(1.0, sum(share.samples_per_epoch for share in shares.values()) / DRAWN)
@@ -111,27 +111,27 @@ def _drawn(mixture: Mixture, sizes: dict[str, Size], pools: dict[str, list[Array
         seen += images
         new += images * min(1.0, 1 / share.repeats)
     tokens, targets, images_ = (np.concatenate(column) for column in zip(*taken, strict=True))
-    return Epoch(tokens, targets, images_, times, new / seen if seen else 1.0)
+    return EpochLengths(tokens, targets, images_, times, new / seen if seen else 1.0)
 
 
-def rows_of(epoch: Epoch, stage: Stage, *, micro_batch_size: int, most_images: int) -> Rows:
+def rows_of(epoch: EpochLengths, stage: Stage, *, micro_batch_size: int, most_images: int) -> RowStatistics:
     """The rows that an epoch fills: packed by the planner, or one a sample, as long as the longest of its micro-batch.
 
     `most_images` fit into a packed row.
     """
     if stage.pack:
-        number = len(plan(epoch.tokens, capacity=stage.row_tokens, seed=[0]))
-        padding = number * stage.row_tokens - int(epoch.tokens.sum())
+        number = len(plan(epoch.tokens, capacity=stage.sequence_length, seed=[0]))
+        padding = number * stage.sequence_length - int(epoch.tokens.sum())
         useful = _load(epoch, np.ones(len(epoch.tokens), np.bool_), epoch.tokens)
         padded = Load(useful.tokens + padding * epoch.times, useful.pairs, useful.images, useful.targets)
-        return Rows(number * epoch.times, (useful,), (padded,), stage.row_tokens, most_images)
+        return RowStatistics(number * epoch.times, (useful,), (padded,), stage.sequence_length, most_images)
     order = np.random.default_rng([2]).permutation(len(epoch.tokens))
     longest = np.empty_like(epoch.tokens)
     for start in range(0, len(order), micro_batch_size):
         batch = order[start : start + micro_batch_size]
         longest[batch] = epoch.tokens[batch].max()
     kinds = [kind for kind in (epoch.images > 0, epoch.images == 0) if kind.any()]
-    return Rows(
+    return RowStatistics(
         rows=len(epoch.tokens) * epoch.times,
         useful=tuple(_load(epoch, kind, epoch.tokens) for kind in kinds),
         padded=tuple(_load(epoch, kind, longest) for kind in kinds),
@@ -140,7 +140,7 @@ def rows_of(epoch: Epoch, stage: Stage, *, micro_batch_size: int, most_images: i
     )
 
 
-def _load(epoch: Epoch, kind: NDArray[np.bool_], lengths: Array) -> Load:
+def _load(epoch: EpochLengths, kind: NDArray[np.bool_], lengths: Array) -> Load:
     own = lengths[kind]
     return Load(*_sums(epoch.times, own, own * (own + 1) / 2, epoch.images[kind], epoch.targets[kind]))
 

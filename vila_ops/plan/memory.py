@@ -71,7 +71,7 @@ class Memory(Config):
     """bf16 copies of the trained matrices."""
     activations: float
     buffers: float
-    """DeepSpeed's, and the tower's pass over pictures where that is more than the activations."""
+    """DeepSpeed's, and the tower's pass over images where that is more than the activations."""
     loading: float
     """Before the first step: the model is whole on each GPU until ZeRO-3 takes its share."""
     host: float

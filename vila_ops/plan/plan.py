@@ -10,7 +10,7 @@ from vila_ops.artifacts.kinds import Dataset
 from vila_ops.config import Config, Model, Resources, Run, Stage, TextFormat
 from vila_ops.config.lengths import Lengths
 from vila_ops.config.resources import LEAST_ZERO, Accelerator, Offloaded
-from vila_ops.data.order.loader import Rows as OrderedRows
+from vila_ops.data.order.loader import RowLoader as OrderedRows
 from vila_ops.data.prepare import prepared as prepared_dataset
 from vila_ops.model.build import padded
 from vila_ops.model.configuration import VilaConfig
@@ -43,7 +43,7 @@ class StagePlan(Config):
     model_flops: float
     """What MFU counts."""
     machine_flops: float
-    """With padding and what is computed anew: what hours are of."""
+    """With padding and what is recompute: what hours are of."""
     memory: Memory
     """GiB."""
     fits: bool | None
@@ -134,7 +134,7 @@ class _Stage:
         epoch, steps, data_bytes = (
             self._prepared(text) if lengths is None else (self._declared(lengths, text), None, None)
         )
-        most = stage.row_tokens // text.image_tokens
+        most = stage.sequence_length // text.image_tokens
         rows = data.rows_of(epoch, stage, micro_batch_size=resources.micro_batch_size, most_images=most)
         if steps is None:
             steps = stage.num_steps or math.ceil(
@@ -173,11 +173,11 @@ class _Stage:
             feature_bytes=self._feature_bytes(images * first),
         )
 
-    def _declared(self, lengths: Lengths, text: TextFormat) -> data.Epoch:
-        longest = min(text.max_tokens, self.stage.row_tokens)
+    def _declared(self, lengths: Lengths, text: TextFormat) -> data.EpochLengths:
+        longest = min(text.max_tokens, self.stage.sequence_length)
         return data.declared(lengths, self.stage.mixture, image_tokens=text.image_tokens, max_tokens=longest)
 
-    def _prepared(self, text: TextFormat) -> tuple[data.Epoch, int, float]:
+    def _prepared(self, text: TextFormat) -> tuple[data.EpochLengths, int, float]:
         """An epoch of the prepared mixture, the steps of the stage as the loop counts them, and the bytes on disk."""
         dataset = self._dataset(text)
         files = store.opened(dataset)
@@ -212,7 +212,7 @@ class _Stage:
         )
 
     def _flops(self, loads: tuple[Load, ...], epochs: float, first: float) -> Flops:
-        """Of all steps; `first` is the share of pictures that a frozen tower has not seen before."""
+        """Of all steps; `first` is the share of images that a frozen tower has not seen before."""
         all_of_it = Flops(0, 0, 0)
         for load in loads:
             whole = Load(*(epochs * getattr(load, name) for name in ("tokens", "pairs", "images", "targets")))

@@ -65,7 +65,7 @@ class Shapes:
     tower_layers: int
     """Up to the state that the projector reads; those above it are of no use."""
     tower_tokens: int
-    """Of a picture: patches and class tokens."""
+    """Of an image: patches and class tokens."""
     patches: int
     patch: Matrix
     """Pixels of a patch to the tower's width."""
@@ -76,7 +76,7 @@ class Shapes:
     projector_norm: bool
     """A norm stands before its first matrix."""
     image_tokens: int
-    """Of a picture, after the projector."""
+    """Of an image, after the projector."""
 
 
 def shapes_of(config: VilaConfig) -> Shapes:

@@ -1,4 +1,4 @@
-"""The room `register`: one version of the MLflow registry for each checkpoint, and the alias of the best one.
+"""The task `register`: one version of the MLflow registry for each checkpoint, and the alias of the best one.
 
 Decided once for (gate, checkpoint, report): a later run of an old recipe does not take the alias back. The tag `ready`
 is set last, so that a version without it is finished by the next call.
@@ -12,7 +12,7 @@ from typing import Any
 from vila_ops.artifacts.kinds import Checkpoint, EvalReport, ModelVersion
 from vila_ops.artifacts.store import file, verify
 from vila_ops.config import Gate, Resources, fingerprint
-from vila_ops.registry.gate import Verdict, judge, metrics_of
+from vila_ops.registry.gate import GateVerdict, judge, metrics_of
 
 CHAMPION = "champion"
 SCHEME = "vila-store://"
@@ -80,10 +80,12 @@ def _decide(
     log.info("%s version %d %s: %s", name, number, tags["gate.status"], tags["gate.reason"])
 
 
-def _verdict(gate: Gate, report: EvalReport, champion_report: EvalReport | None, rival: ModelVersion | None) -> Verdict:
+def _verdict(
+    gate: Gate, report: EvalReport, champion_report: EvalReport | None, rival: ModelVersion | None
+) -> GateVerdict:
     """Against the champion, unless there is none or the model is the champion itself."""
     own = _metrics(report)
-    if rival is None or all(rule.max_loss is None for rule in gate.rules):
+    if rival is None or all(rule.max_regression is None for rule in gate.rules):
         return judge(gate, own, None)
     if champion_report is None or champion_report.model != rival.checkpoint.digest:
         given = f"of model {champion_report.model[:12]}" if champion_report else "missing"

@@ -1,4 +1,4 @@
-"""Similarity of pictures and captions by layer as one SVG, which stands alone or inside the report. Pure."""
+"""Similarity of images and captions by layer as one SVG, which stands alone or inside the report. Pure."""
 
 from collections.abc import Sequence
 from html import escape
@@ -46,7 +46,7 @@ def draw(points: Sequence[Json]) -> str | None:
         name = escape(model if role == "model" else f"{model}, control")
         drawn.append(f'<text x="{WIDTH - RIGHT + 8}" y="{y + 4:.1f}" fill="{_colour(models, model)}">{name}</text>')
     label = escape(f"Similarity by layer: {'; '.join(_words(of, line) for of, line in lines.items())}.")
-    told = "layer of the language model; 0: what enters it. Chamfer similarity, 95 % band; dashed: another’s picture"
+    told = "layer of the language model; 0: what enters it. Chamfer similarity, 95 % band; dashed: another’s image"
     axis_name = f'<text x="{LEFT}" y="{HEIGHT - 6}">{told}</text>'
     style = 'font-family="system-ui, sans-serif" font-size="13" style="fill: var(--soft, #565e6c)"'
     return (

@@ -21,7 +21,7 @@ from vila_ops.report.layers import draw
 Json = dict[str, Any]
 
 DASH = "–"
-MAX_PICTURES = 24
+MAX_IMAGES = 24
 MAX_POINTS = 400
 """Of one stage's line, more than a screen can show; extremes of what is left out are kept."""
 SMOOTHING = 20
@@ -40,10 +40,10 @@ class MetricText:
 
 
 METRICS = {
-    "caption_loss": MetricText("Caption loss", "Loss of the true caption, given its picture."),
+    "caption_loss": MetricText("Caption loss", "Loss of the true caption, given its image."),
     "multiple_choice": MetricText(
         "Choice of caption",
-        "Of four captions, does the true one gain most likelihood from the picture? Chance is one in four.",
+        "Of four captions, does the true one gain most likelihood from the image? Chance is one in four.",
     ),
     "cider": MetricText(
         "Caption CIDEr-D",
@@ -64,7 +64,7 @@ METRICS = {
     ),
     "alignment": MetricText(
         "Alignment in the language model",
-        "How alike its states of a picture and of its caption are, over the deeper half of its layers.",
+        "How alike its states of an image and of its caption are, over the deeper half of its layers.",
         direction="Higher means more alike; the paper finds it where the language model trains in pre-training.",
     ),
     "text_loss": MetricText("Text loss", "Loss on held-out words with their meanings, text only."),
@@ -72,11 +72,11 @@ METRICS = {
 
 
 def render(summary: Json, curves: dict[str, list[Json]], gallery: list[Json]) -> str:
-    """The page. It loads nothing from anywhere and runs no script. Raises ValueError for a picture by reference."""
+    """The page. It loads nothing from anywhere and runs no script. Raises ValueError for an image by reference."""
     answer = summary["answer"]
-    for picture in [shown["picture"] for shown in gallery] + ([answer["picture"]] if answer else []):
-        if not picture.startswith("data:image/"):
-            raise ValueError(f"picture {picture[:60]!r} is not in the page; give a data:image/... URL")
+    for image in [shown["image"] for shown in gallery] + ([answer["image"]] if answer else []):
+        if not image.startswith("data:image/"):
+            raise ValueError(f"image {image[:60]!r} is not in the page; give a data:image/... URL")
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -96,9 +96,9 @@ def render(summary: Json, curves: dict[str, list[Json]], gallery: list[Json]) ->
         chart=loss_chart({name: curves[name] for name in [*names, *curves] if name in curves}),
         cards=metric_cards(summary["metrics"], models=["base", *names]),
         layers=Markup(layers) if (layers := draw(summary["layers"])) else None,
-        gallery=gallery[:MAX_PICTURES],
-        num_pictures=len(gallery),
-        longest=max((room["seconds"] or 0 for room in summary["rooms"]), default=0),
+        gallery=gallery[:MAX_IMAGES],
+        num_images=len(gallery),
+        longest=max((task["seconds"] or 0 for task in summary["tasks"]), default=0),
     )
 
 
@@ -188,7 +188,7 @@ def same_words(said: str, truth: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Headline:
     """What the numbers say of the final model, and no more."""
 
     tone: Literal["good", "bad", "open"]
@@ -198,29 +198,29 @@ class Verdict:
     """The gap it rests on."""
 
 
-def verdict(summary: Json) -> Verdict:
+def verdict(summary: Json) -> Headline:
     """Whether the interval of the final model's gap in caption loss excludes zero, and whether it was promoted."""
     found = final_gap(summary)
     promoted = promotion(summary["mlflow"])
     if found is None:
         sentence = f"The gap in caption loss to the control was not measured for the final model; {promoted}."
-        return Verdict("open", "Not compared with its control", sentence, None)
+        return Headline("open", "Not compared with its control", sentence, None)
     model, interval = found["model"], f"{number(found['low'])} to {number(found['high'])}"
     measured = (
-        f"on {found['n']:,} pictures of the {found['split']} split the gap is {number(found['value'])} "
+        f"on {found['n']:,} images of the {found['split']} split the gap is {number(found['value'])} "
         f"{found['unit']}, 95 % interval {interval}"
     )
-    panel = forest([Row(model, "model", found)], zero=True)
+    panel = forest([ReportRow(model, "model", found)], zero=True)
     if found["low"] <= 0 <= found["high"]:
-        told = f"No difference is shown between {model} with its own picture and with another object’s: {measured}"
-        return Verdict("open", "Not shown to beat its control", f"{told}, which includes zero; {promoted}.", panel)
+        told = f"No difference is shown between {model} with its own image and with another object’s: {measured}"
+        return Headline("open", "Not shown to beat its control", f"{told}, which includes zero; {promoted}.", panel)
     better = found["low"] > 0
     told = (
-        f"With its own picture, {model} predicts the true caption {'better' if better else 'worse'} "
+        f"With its own image, {model} predicts the true caption {'better' if better else 'worse'} "
         f"than with another object’s: {measured}, which excludes zero; {promoted}."
     )
     headline = f"{'Beats' if better else 'Worse than'} its control in caption loss"
-    return Verdict("good" if better else "bad", headline, told, panel)
+    return Headline("good" if better else "bad", headline, told, panel)
 
 
 def final_gap(summary: Json) -> Json | None:
@@ -257,7 +257,7 @@ def answered_by(summary: Json) -> str | None:
 
 
 @dataclass(frozen=True)
-class Row:
+class ReportRow:
     """One line of a forest plot."""
 
     label: str
@@ -270,7 +270,7 @@ class Panel:
     """Rows on one axis."""
 
     axis: Axis
-    rows: list[Row]
+    rows: list[ReportRow]
     reference: float | None
     """Percent of a line through all rows: chance, or zero in a plot of gaps."""
 
@@ -302,7 +302,7 @@ def metric_cards(metrics: Sequence[Json], *, models: Sequence[str]) -> list[Card
 def _card(group: list[Json]) -> Card:
     first = next((metric for metric in group if metric["role"] == "model"), group[0])
     text = METRICS.get(first["name"], MetricText(first["name"].replace("_", " ").capitalize(), ""))
-    gaps = [Row(metric["model"], "model", metric) for metric in group if metric["role"] == "gap"]
+    gaps = [ReportRow(metric["model"], "model", metric) for metric in group if metric["role"] == "gap"]
     rows = list(_rows(group))
     suites = list(dict.fromkeys(metric["suite"] for metric in group))
     return Card(
@@ -317,20 +317,20 @@ def _card(group: list[Json]) -> Card:
     )
 
 
-def _rows(group: list[Json]) -> Iterator[Row]:
+def _rows(group: list[Json]) -> Iterator[ReportRow]:
     """Each model with its control below it, then chance, once if it is the same for all."""
     for metric in group:
         if metric["role"] == "model":
-            yield Row(metric["model"], "model", metric)
+            yield ReportRow(metric["model"], "model", metric)
         elif metric["role"] == "control":
-            yield Row(f"{metric['model']}, control", "control", metric)
+            yield ReportRow(f"{metric['model']}, control", "control", metric)
     chances = [metric for metric in group if metric["role"] == "chance"]
     distinct = {tuple(metric[key] for key in ("value", "low", "high", "n")): metric for metric in chances}
     for metric in distinct.values():
-        yield Row("chance" if len(distinct) == 1 else f"chance for {metric['model']}", "chance", metric)
+        yield ReportRow("chance" if len(distinct) == 1 else f"chance for {metric['model']}", "chance", metric)
 
 
-def forest(rows: list[Row], *, zero: bool = False) -> Panel:
+def forest(rows: list[ReportRow], *, zero: bool = False) -> Panel:
     """Rows on a common axis with a line at chance, or at zero."""
     values = [row.metric[key] for row in rows for key in ("value", "low", "high") if row.metric[key] is not None]
     scale = axis([*values, 0.0] if zero else values, ticks=4)

@@ -80,7 +80,7 @@ def summarise(run: Run, outcome: Outcome) -> Json:
             "promoted": bool(outcome.version and outcome.version.promoted),
         },
         "stages": [_stage(checkpoint, run.resources.tracking_uri) for checkpoint in outcome.checkpoints.values()],
-        "rooms": _rooms(outcome),
+        "tasks": _tasks(outcome),
         "metrics": [metric for name, report in _reports(outcome) for metric in _metrics(name, report)],
         "layers": [point for name, report in outcome.probes.items() for point in layers_of(name, report)],
         "answer": _answer(outcome),
@@ -101,7 +101,7 @@ def draw_layers(run: Run, out: Path) -> Json:
     drawn = draw(points)
     if drawn is None:
         raise ValueError(
-            f"probe {run.recipe.probe.name!r} has no benchmark of kind alignment; add one to its benchmarks"
+            f"probe {run.recipe.stage_suite.name!r} has no benchmark of kind alignment; add one to its benchmarks"
         )
     output.write_file(out, output.MARK + drawn, begins=output.MARK)
     return {"plot": str(out), "layers": points}
@@ -171,18 +171,18 @@ def _stage(checkpoint: Checkpoint, tracking_uri: str | None) -> Json:
     }
 
 
-def _rooms(outcome: Outcome) -> list[Json]:
+def _tasks(outcome: Outcome) -> list[Json]:
     made: list[tuple[str, str, Artifact]] = [("assemble", "base", outcome.base)]
     made += [("prepare", name, dataset) for name, dataset in outcome.datasets.items()]
     made += [("train_stage", name, checkpoint) for name, checkpoint in outcome.checkpoints.items()]
     made += [("evaluate", f"{name} on {report.suite}", report) for name, report in _reports(outcome)]
-    return [_sealing(room, name, artifact, outcome) for room, name, artifact in made] + list(_reconciling(outcome))
+    return [_sealing(task, name, artifact, outcome) for task, name, artifact in made] + list(_reconciling(outcome))
 
 
-def _sealing(room: str, name: str, artifact: Artifact, outcome: Outcome) -> Json:
+def _sealing(task: str, name: str, artifact: Artifact, outcome: Outcome) -> Json:
     execution = read_manifest(artifact.uri)["execution"]
     return {
-        "room": room,
+        "task": task,
         "name": name,
         "digest": artifact.digest,
         "seconds": execution["seconds"],
@@ -200,9 +200,9 @@ def _reconciling(outcome: Outcome) -> Iterator[Json]:
         yield _reconciled("deploy", outcome.deployment.url, outcome.deployment.model, outcome)
 
 
-def _reconciled(room: str, name: str, digest: str, outcome: Outcome) -> Json:
-    seconds = outcome.reconciled[room]
-    return {"room": room, "name": name, "digest": digest, "seconds": seconds, "reused": None, "workers": []}
+def _reconciled(task: str, name: str, digest: str, outcome: Outcome) -> Json:
+    seconds = outcome.reconciled[task]
+    return {"task": task, "name": name, "digest": digest, "seconds": seconds, "reused": None, "workers": []}
 
 
 def _reports(outcome: Outcome) -> list[tuple[str, EvalReport]]:
@@ -240,13 +240,13 @@ def _curve(checkpoint: Checkpoint) -> list[Json]:
 
 
 def _gallery(run: Run, outcome: Outcome) -> list[Json]:
-    """The final model's captions beside their pictures."""
+    """The final model's captions beside their images."""
     answers = read_report(outcome.report)["answers"][:GALLERY]
-    held_out = outcome.datasets[run.recipe.suite.mixture.name]
-    pictures = _pictures(held_out, {answer["key"] for answer in answers})
-    return [{**answer, "picture": pictures[answer["key"]]} for answer in answers]
+    held_out = outcome.datasets[run.recipe.final_suite.mixture.name]
+    images = _images(held_out, {answer["key"] for answer in answers})
+    return [{**answer, "image": images[answer["key"]]} for answer in answers]
 
 
-def _pictures(dataset: Dataset, keys: set[str]) -> dict[str, str]:
+def _images(dataset: Dataset, keys: set[str]) -> dict[str, str]:
     rows = [row for row in index_of(dataset).to_pylist() if row["key"] in keys]
     return {sample.key: data_url(sample.images[0]) for sample in samples_of(dataset, rows)}

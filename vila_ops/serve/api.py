@@ -61,7 +61,7 @@ class _Chat:
 
     async def complete(self, body: bytes) -> dict[str, Any]:
         """Raises ApiError for a request that cannot be answered."""
-        request, prompt = await asyncio.to_thread(self._read, body)  # pictures take long to decode
+        request, prompt = await asyncio.to_thread(self._read, body)  # images take long to decode
         max_new_tokens = self._bound(request, prompt)
         seconds = self.spec.service.request_timeout_seconds
         try:

@@ -1,4 +1,4 @@
-"""The room `deploy`: ask what is served, change only what differs, and wait until it answers. Light at import."""
+"""The task `deploy`: ask what is served, change only what differs, and wait until it answers. Light at import."""
 
 import logging
 import time
@@ -13,7 +13,7 @@ from vila_ops.artifacts.kinds import Deployment, ModelVersion
 from vila_ops.artifacts.store import verify
 from vila_ops.cluster import connect
 from vila_ops.config import Resources, Service
-from vila_ops.serve.process import Desk, Record, free_port
+from vila_ops.serve.process import ProcessManager, ServiceRecord, free_port
 from vila_ops.serve.spec import Spec
 
 START_SECONDS = 300.0
@@ -59,14 +59,14 @@ def undeploy(service: Service, resources: Resources) -> None:
         connect(resources)
         replicas.remove(service.name)
         return
-    desk = Desk(resources.scratch(), service.name)
+    desk = ProcessManager(resources.scratch(), service.name)
     with desk.locked():
         if record := desk.read():
             desk.stop(record)
 
 
 def _deploy_inline(spec: Spec, resources: Resources) -> str:
-    desk = Desk(resources.scratch(), spec.service.name)
+    desk = ProcessManager(resources.scratch(), spec.service.name)
     with desk.locked():
         record = desk.read()
         if record is not None and _fits(record, spec, resources) and _adopted(record, spec, desk):
@@ -81,12 +81,12 @@ def _deploy_inline(spec: Spec, resources: Resources) -> str:
         return record.url()
 
 
-def _fits(record: Record, spec: Spec, resources: Resources) -> bool:
+def _fits(record: ServiceRecord, spec: Spec, resources: Resources) -> bool:
     wanted = (spec.identity(), resources.host, resources.serve_port or record.port)
     return (record.identity, record.host, record.port) == wanted
 
 
-def _adopted(record: Record, spec: Spec, desk: Desk) -> bool:
+def _adopted(record: ServiceRecord, spec: Spec, desk: ProcessManager) -> bool:
     """Whether a process that should serve the spec does; one that still loads is waited for."""
     if _identities(record.url()) == [spec.identity()]:
         return True
@@ -98,7 +98,7 @@ def _adopted(record: Record, spec: Spec, desk: Desk) -> bool:
     return True
 
 
-def _await_process(record: Record, spec: Spec, desk: Desk) -> None:
+def _await_process(record: ServiceRecord, spec: Spec, desk: ProcessManager) -> None:
     def failure() -> str | None:
         return None if record.alive() else f"process {record.pid} ended"
 

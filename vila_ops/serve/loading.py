@@ -20,8 +20,8 @@ from vila_ops.model.features import SUFFIX
 from vila_ops.serve.api import create_app
 from vila_ops.serve.spec import Spec
 
-KEPT_PICTURES = 256
-"""Users' pictures whose features a replica keeps, on its own disk and for its own life only."""
+KEPT_IMAGES = 256
+"""Users' images whose features a replica keeps, on its own disk and for its own life only."""
 
 
 def load_app(spec: Spec, *, replica: dict[str, Any]) -> FastAPI:
@@ -43,12 +43,12 @@ def load_app(spec: Spec, *, replica: dict[str, Any]) -> FastAPI:
 
 
 def _bounded(features: Callable[[Sequence[bytes]], Tensor], folder: Path) -> Callable[[Sequence[bytes]], Tensor]:
-    """The same features, of which only the last pictures' stay on disk."""
+    """The same features, of which only the last images' stay on disk."""
 
     def compute(images: Sequence[bytes]) -> Tensor:
         found = features(images)
         paths = sorted(folder.rglob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime_ns)
-        for path in paths[:-KEPT_PICTURES]:
+        for path in paths[:-KEPT_IMAGES]:
             path.unlink()
         return found
 

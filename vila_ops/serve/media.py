@@ -17,7 +17,7 @@ DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,", re.ASCII | re.IGNORECAS
 
 
 def build_prompt(request: ChatRequest, service: Service, generator: Generator) -> Prompt:
-    """Pictures decoded, text tokenised, placeholders expanded; raises ApiError 400 that names the message and part."""
+    """Images decoded, text tokenised, placeholders expanded; raises ApiError 400 that names the message and part."""
     count = sum(isinstance(part, ImagePart) for message in request.messages for part in message.content)
     if count > service.max_images:
         text = f"{count} images, more than the {service.max_images} that one request may have"
@@ -31,7 +31,7 @@ def build_prompt(request: ChatRequest, service: Service, generator: Generator) -
 
 
 def _parts(message: Message, where: str, generator: Generator, *, max_pixels: int) -> tuple[str | Image, ...]:
-    size, fit = generator.image_size, generator.image_fit
+    size, fit = generator.image_size, generator.image_aspect_ratio
     parts: list[str | Image] = []
     for number, part in enumerate(message.content):
         if not isinstance(part, ImagePart):

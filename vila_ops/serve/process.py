@@ -24,7 +24,7 @@ STOP_SECONDS = 10.0
 TAIL_BYTES = 4000
 
 
-class Record(Config):
+class ServiceRecord(Config):
     """What runs for a service."""
 
     pid: int
@@ -48,7 +48,7 @@ class Record(Config):
             return False
 
 
-class Desk:
+class ProcessManager:
     """The record, the log and the lock of one inline service."""
 
     def __init__(self, root: Path, name: str) -> None:
@@ -66,21 +66,21 @@ class Desk:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def read(self) -> Record | None:
+    def read(self) -> ServiceRecord | None:
         """The record of a process that still runs."""
         try:
-            record = Record.model_validate_json(self.record_path.read_text())
+            record = ServiceRecord.model_validate_json(self.record_path.read_text())
         except FileNotFoundError:
             return None
         return record if record.alive() else None
 
-    def write(self, record: Record) -> None:
+    def write(self, record: ServiceRecord) -> None:
         """Replace the record."""
         draft = self.record_path.with_name(f".{self.record_path.name}-{secrets.token_hex(4)}")
         draft.write_text(json.dumps(record.model_dump(), indent=1))
         draft.replace(self.record_path)
 
-    def start(self, spec: Spec, *, host: str, port: int) -> Record:
+    def start(self, spec: Spec, *, host: str, port: int) -> ServiceRecord:
         """A detached `python -m vila_ops.serve.inline`, recorded before it is ready."""
         package = str(Path(vila_ops.__file__).parents[1])
         paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -93,11 +93,11 @@ class Desk:
             setsid=True,
         )
         started = psutil.Process(pid).create_time()
-        record = Record(pid=pid, started=started, host=host, port=port, identity=spec.identity())
+        record = ServiceRecord(pid=pid, started=started, host=host, port=port, identity=spec.identity())
         self.write(record)
         return record
 
-    def stop(self, record: Record) -> None:
+    def stop(self, record: ServiceRecord) -> None:
         """End the process, gracefully first, and forget it."""
         for ending in (psutil.Process.terminate, psutil.Process.kill):
             with suppress(psutil.NoSuchProcess):

@@ -19,15 +19,15 @@ class TextPart(_Closed):
 
 
 class ImageUrl(_Closed):
-    """Where a picture's bytes are."""
+    """Where an image's bytes are."""
 
     url: str
     detail: Literal["auto", "low", "high"] = "auto"
-    """Accepted because clients send it; a picture always becomes one square of the model's side."""
+    """Accepted because clients send it; an image always becomes one square of the model's side."""
 
 
 class ImagePart(_Closed):
-    """A picture of a message."""
+    """An image of a message."""
 
     type: Literal["image_url"]
     image_url: ImageUrl

@@ -1,4 +1,4 @@
-"""Rows to tensors on the device, with the features of their pictures."""
+"""Rows to tensors on the device, with the features of their images."""
 
 import functools
 
@@ -7,20 +7,20 @@ import torch
 from vila_ops.artifacts.store import content
 from vila_ops.data.images import pixels
 from vila_ops.data.order.loader import stack
-from vila_ops.data.order.packing import Row
+from vila_ops.data.order.packing import PackedRow
 from vila_ops.model import folder as model_folder
 from vila_ops.model import lora
 from vila_ops.model.features import FeatureCache
 from vila_ops.model.vila import VilaForConditionalGeneration
-from vila_ops.train.job import Job
+from vila_ops.train.job import TrainJob
 from vila_ops.train.objective import Batch
 from vila_ops.train.samples import SampleLog
 
 
-class Batches:
-    """Rows to tensors on the device, with the features of their pictures."""
+class BatchBuilder:
+    """Rows to tensors on the device, with the features of their images."""
 
-    def __init__(self, job: Job, model: VilaForConditionalGeneration, *, device: torch.device) -> None:
+    def __init__(self, job: TrainJob, model: VilaForConditionalGeneration, *, device: torch.device) -> None:
         mean, std = model_folder.normalisation(content(job.init))
         self.device, self.seed = device, job.stage.seed
         self.pixels = functools.partial(pixels, mean=mean, std=std)
@@ -34,7 +34,7 @@ class Batches:
         )
         self.samples = SampleLog(job) if job.resources.record_samples else None
 
-    def __call__(self, rows: list[Row], *, step: int | None = None) -> Batch:
+    def __call__(self, rows: list[PackedRow], *, step: int | None = None) -> Batch:
         """One micro-batch of a training step, or, without one, of a validation."""
         if self.samples and step is not None:
             self.samples.write(step, rows)

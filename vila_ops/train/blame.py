@@ -18,13 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vila_ops.data.order.loader import Rows
-from vila_ops.data.order.packing import Row
+from vila_ops.data.order.loader import RowLoader
+from vila_ops.data.order.packing import PackedRow
 from vila_ops.data.shards import find_rows
 from vila_ops.tracking import MetricLog
 from vila_ops.train.checkpoint.saver import Curve
-from vila_ops.train.job import Blamed, Job, NonFiniteLoss, Stopped
-from vila_ops.train.watch import Watch
+from vila_ops.train.job import BadSamples, NonFiniteLoss, Stopped, TrainJob
+from vila_ops.train.watch import StepWatchdog
 
 WINDOW, LEAST = 128, 32
 """Steps before a step that it is compared with, and how many there must be."""
@@ -42,7 +42,7 @@ NAMED = 8
 log = logging.getLogger(__name__)
 
 
-class Losses(NamedTuple):
+class LossHistory(NamedTuple):
     """Of each sample of the global batch of a step."""
 
     keys: list[str]
@@ -53,22 +53,22 @@ class Losses(NamedTuple):
     """(S,) tokens"""
 
 
-class Blame:
+class BadSampleFinder:
     """Of one rank of a stage; every rank asks it the same questions."""
 
-    def __init__(self, job: Job, watch: Watch, rows: Rows, curve: Curve, metrics: MetricLog) -> None:
+    def __init__(self, job: TrainJob, watch: StepWatchdog, rows: RowLoader, curve: Curve, metrics: MetricLog) -> None:
         """`curve` is what was trained before: a stage that goes on compares with it. Rank 0's `metrics` are told."""
         self.job, self.watch, self.rows, self.metrics = job, watch, rows, metrics
         self._before = deque((row["loss"] for row in curve if "loss" in row), maxlen=WINDOW)
-        self._seen: list[tuple[list[Row], Tensor]] = []
+        self._seen: list[tuple[list[PackedRow], Tensor]] = []
         self._high = False
 
-    def begin(self, own: list[Row]) -> None:
+    def begin(self, own: list[PackedRow]) -> None:
         """A step begins with these rows of this rank."""
         self._seen = []
         self.watch.reads(tuple(key for row in own for key in row.keys))
 
-    def saw(self, rows: list[Row], each: Tensor) -> None:
+    def saw(self, rows: list[PackedRow], each: Tensor) -> None:
         """A micro-batch and the losses of its targets (N,), which stay where they are until somebody asks."""
         self._seen.append((rows, each))
 
@@ -141,7 +141,7 @@ class Blame:
         self.metrics.log({"loss_spike": loss}, step=step)
         self.metrics.attach(path)
 
-    def _of_all_ranks(self, step: int) -> Losses:
+    def _of_all_ranks(self, step: int) -> LossHistory:
         """The loss of each sample of the global batch; every rank must ask. Each fills in its own samples."""
         place = self.watch.place
         keys = self.rows.keys(step)
@@ -155,12 +155,12 @@ class Blame:
             torch.distributed.all_reduce(on_device)
             whole = on_device.cpu()
         sums, targets = whole.numpy()
-        return Losses([key for row in keys for key in row], sums, targets)
+        return LossHistory([key for row in keys for key in row], sums, targets)
 
-    def _records(self, keys: Sequence[str]) -> list[Blamed]:
+    def _records(self, keys: Sequence[str]) -> list[BadSamples]:
         """Key, source and record of samples, in their order, each once."""
         found = {row["key"]: row for row in find_rows(self.job.data, keys)}
-        return [Blamed(key=key, source=found[key]["source"], id=found[key]["id"]) for key in dict.fromkeys(keys)]
+        return [BadSamples(key=key, source=found[key]["source"], id=found[key]["id"]) for key in dict.fromkeys(keys)]
 
 
 def is_spike(loss: float, before: Sequence[float]) -> bool:
@@ -172,7 +172,7 @@ def is_spike(loss: float, before: Sequence[float]) -> bool:
     return loss - median > DEVIATIONS * max(deviation, FLAT * median)
 
 
-def by_sample(rows: Sequence[Row], each: Tensor) -> NDArray[np.float64]:
+def by_sample(rows: Sequence[PackedRow], each: Tensor) -> NDArray[np.float64]:
     """(2, S): the summed loss of each sample of some rows, and its targets, of the losses of all targets (N,)."""
     losses = each.detach().double().cpu().numpy()
     parts, start = [], 0

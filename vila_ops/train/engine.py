@@ -69,7 +69,7 @@ class PlainEngine:
 
     def backward(self, loss: Tensor) -> None:
         """See Engine."""
-        if loss.requires_grad:  # text alone gives none where only what pictures pass through trains
+        if loss.requires_grad:  # text alone gives none where only what images pass through trains
             torch.autograd.backward(loss)
 
     def step(self, factor: float) -> float:
@@ -269,7 +269,7 @@ def deepspeed_config(stage: Stage, resources: Resources) -> dict[str, Any]:
 
 
 def build_engine(objective: Objective, trained: Trained, stage: Stage, resources: Resources) -> Engine:
-    """The engine that the resources ask for. Where they say so, the layers that gradients pass are computed anew."""
+    """The engine that the resources ask for. Where they say so, the layers that gradients pass are recompute."""
     if resources.gradient_checkpointing:
         recompute(objective.model.model.language_model)
         if "vision_tower" in trained:
@@ -300,7 +300,7 @@ def _clip(parameters: list[nn.Parameter], most: float | None) -> float:
 def _without_frozen_tower(objective: Objective) -> Objective:
     """The same objective over the same parameters, but a frozen tower's, which stay whole on every rank.
 
-    A rank reads its own pictures' features by the tower when the cache has them not. ZeRO-3 wants every rank to run
+    A rank reads its own images' features by the tower when the cache has them not. ZeRO-3 wants every rank to run
     the same modules, and stops where one runs the tower and another does not.
     """
     if any(p.requires_grad for p in objective.model.model.vision_tower.parameters()):

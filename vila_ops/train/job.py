@@ -15,24 +15,24 @@ class NonFiniteLoss(RuntimeError):
 
 
 class HungStep(RuntimeError):
-    """A step took far longer than those before it, and its processes were ended; another try may mend it."""
+    """A step took far longer than those before it, and its processes were ended; another try may fix it."""
 
 
 FINAL = (ValueError, NonFiniteLoss)
 """What is the same at the second try: wrong settings, damaged or bad data, a loss that is no number.
 
-Anything else may be mended by another try: a worker that died, a step that hung, a disk or a network that failed.
+Anything else may be fixed by another try: a worker that died, a step that hung, a disk or a network that failed.
 """
 
 
-class Told(Config):
+class RemoteError(Config):
     """An error of FINAL on its way from one process to another."""
 
     kind: str
     message: str
 
     @classmethod
-    def of(cls, error: Exception) -> "Told":
+    def of(cls, error: Exception) -> "RemoteError":
         """What tells of an error."""
         return cls(kind=type(error).__name__, message=str(error))
 
@@ -42,7 +42,7 @@ class Told(Config):
         return kinds.get(self.kind, ValueError)(self.message)
 
 
-class Asked(Config):
+class StageInputs(Config):
     """A stage with all that it needs."""
 
     stage: Stage
@@ -52,14 +52,14 @@ class Asked(Config):
     resources: Resources
 
 
-class Place(Config):
+class RankInfo(Config):
     """Which of how many workers this is."""
 
     rank: int = 0
     world_size: int = 1
 
 
-class Blamed(Config):
+class BadSamples(Config):
     """A sample of a step that went wrong."""
 
     key: str
@@ -78,10 +78,10 @@ class Stopped(Config):
     step: int
     what: str
     value: str
-    samples: tuple[Blamed, ...]
+    samples: tuple[BadSamples, ...]
 
 
-class Job(Config):
+class TrainJob(Config):
     """One attempt at one stage."""
 
     stage: Stage

@@ -14,7 +14,7 @@ import torch
 from vila_ops.artifacts.store import content, opened
 from vila_ops.config import Stage
 from vila_ops.config.train import Lora
-from vila_ops.data.order.loader import Rows
+from vila_ops.data.order.loader import RowLoader
 from vila_ops.model import attention, lora
 from vila_ops.model import folder as model_folder
 from vila_ops.model.build import embedding_std
@@ -24,15 +24,15 @@ from vila_ops.model.trainable import keep_frozen_in, set_trainable
 from vila_ops.model.vila import VilaForConditionalGeneration
 from vila_ops.tracking import MetricLog
 from vila_ops.tracking.system import SystemMetrics
-from vila_ops.train.batches import Batches
-from vila_ops.train.blame import Blame
-from vila_ops.train.checkpoint.saver import Checkpoints, Curve
+from vila_ops.train.batches import BatchBuilder
+from vila_ops.train.blame import BadSampleFinder
+from vila_ops.train.checkpoint.saver import Checkpointer, Curve
 from vila_ops.train.engine import Engine, build_engine
-from vila_ops.train.job import Job, Place
-from vila_ops.train.meter import Meter, Seen, Tally
+from vila_ops.train.job import RankInfo, TrainJob
+from vila_ops.train.meter import LossAccumulator, MetricsLogger, StepMetrics
 from vila_ops.train.objective import Objective
-from vila_ops.train.optim import rate_factor
-from vila_ops.train.watch import Watch
+from vila_ops.train.optim import lr_multiplier
+from vila_ops.train.watch import StepWatchdog
 
 log = logging.getLogger(__name__)
 
@@ -40,14 +40,14 @@ CURVE = "curve.json"
 """The curve of a stage beside its model, floats in hex so that equal text means equal bits."""
 
 
-def train(job: Job, place: Place) -> dict[str, Any]:
+def train(job: TrainJob, place: RankInfo) -> dict[str, Any]:
     """Train one stage to its end and leave the model in the attempt's folder (rank 0); returns what really ran."""
     run_id = None if place.rank else job.run_id
-    with Watch(job, place) as watch, MetricLog(job.resources, run_id, system=SystemMetrics()) as metrics:
+    with StepWatchdog(job, place) as watch, MetricLog(job.resources, run_id, system=SystemMetrics()) as metrics:
         return _train(job, place, watch, metrics)
 
 
-def _train(job: Job, place: Place, watch: Watch, metrics: MetricLog) -> dict[str, Any]:
+def _train(job: TrainJob, place: RankInfo, watch: StepWatchdog, metrics: MetricLog) -> dict[str, Any]:
     torch.set_num_threads(job.resources.threads_per_worker)
     model, rows, batches = load(job)
     if place.rank == 0:
@@ -56,20 +56,20 @@ def _train(job: Job, place: Place, watch: Watch, metrics: MetricLog) -> dict[str
     objective = Objective(model, bf16=job.stage.precision == "bf16")
     trained = set_trainable(objective, job.stage.trainable, job.stage.tuning)
     engine = build_engine(objective, trained, job.stage, job.resources)
-    checkpoints = Checkpoints(job.resume, place, job.resources, live=engine.live)
+    checkpoints = Checkpointer(job.resume, place, job.resources, live=engine.live)
     step, curve = checkpoints.restore(engine)
-    blame = Blame(job, watch, rows, curve, metrics)
+    blame = BadSampleFinder(job, watch, rows, curve, metrics)
     num_steps = rows.num_steps()
-    tally = Tally(job, model, batches, rows.sources())
+    tally = LossAccumulator(job, model, batches, rows.sources())
     if step == 0:
         held_out = validate(engine, tally, rows, watch, step=step)
         curve.append({"step": 0, "validation_loss": held_out.loss})
-    meter = Meter(job, metrics, step=step, num_steps=num_steps) if place.rank == 0 else None
+    meter = MetricsLogger(job, metrics, step=step, num_steps=num_steps) if place.rank == 0 else None
     while step < num_steps:
         watch.beat(step, "train")
         seen = add_gradients(engine, tally, rows, job, step=step, blame=blame)
         checkpoints.settle()
-        factor = rate_factor(step, job.stage, num_steps=num_steps)
+        factor = lr_multiplier(step, job.stage, num_steps=num_steps)
         norm = engine.step(factor)
         blame.check("gradient norm", norm, step=step)
         step += 1
@@ -93,15 +93,15 @@ def _train(job: Job, place: Place, watch: Watch, metrics: MetricLog) -> dict[str
     return {**ran, **engine.facts(), **said}
 
 
-def load(job: Job) -> tuple[VilaForConditionalGeneration, Rows, Batches]:
+def load(job: TrainJob) -> tuple[VilaForConditionalGeneration, RowLoader, BatchBuilder]:
     """Model, rows and batches of a stage."""
     device = torch.device("cuda", torch.cuda.current_device()) if job.resources.gpus_per_worker else torch.device("cpu")
     if "://" in job.data.uri:
         content(job.data)  # every shard is downloaded before the first step, whose time the watchdog limits
-    rows = Rows(opened(job.data).file, digest=job.data.digest, stage=job.stage, cache=job.resources.plan_cache())
+    rows = RowLoader(opened(job.data).file, digest=job.data.digest, stage=job.stage, cache=job.resources.plan_cache())
     model = model_folder.load(content(job.init), change=change_of(job.stage))
     attention.use(model, attention.choose(job.resources.attention, device, job.stage.precision))
-    batches = Batches(job, model, device=device)
+    batches = BatchBuilder(job, model, device=device)
     if job.fresh_projector and "projector" in job.stage.trainable:
         first, _ = rows.batch(0)
         images = [image for row in first for image in row.images]
@@ -120,7 +120,9 @@ def change_of(stage: Stage) -> Change:
     return Change(image_size=stage.image_size, visual_expert=stage.tuning.kind == "visual_expert")
 
 
-def add_gradients(engine: Engine, tally: Tally, rows: Rows, job: Job, *, step: int, blame: Blame) -> Seen:
+def add_gradients(
+    engine: Engine, tally: LossAccumulator, rows: RowLoader, job: TrainJob, *, step: int, blame: BadSampleFinder
+) -> StepMetrics:
     """Forward and backward passes over the global batch of a step; its loss is in nats per token."""
     place = blame.watch.place
     with tally.waiting():
@@ -141,7 +143,7 @@ def add_gradients(engine: Engine, tally: Tally, rows: Rows, job: Job, *, step: i
 
 
 @torch.no_grad()
-def validate(engine: Engine, tally: Tally, rows: Rows, watch: Watch, *, step: int) -> Seen:
+def validate(engine: Engine, tally: LossAccumulator, rows: RowLoader, watch: StepWatchdog, *, step: int) -> StepMetrics:
     """Mean loss in nats per token over the validation rows, which the ranks share, after `step` steps."""
     place, held_out = watch.place, rows.validation()
     for start in range(0, len(held_out), place.world_size):  # every rank passes equally often, as ZeRO-3 needs
@@ -154,7 +156,7 @@ def validate(engine: Engine, tally: Tally, rows: Rows, watch: Watch, *, step: in
     return seen._replace(loss=seen.loss / seen.targets)
 
 
-def finish(engine: Engine, job: Job, curve: Curve, place: Place) -> None:
+def finish(engine: Engine, job: TrainJob, curve: Curve, place: RankInfo) -> None:
     """Rank 0 writes the trained model and the curve; the other ranks help to gather."""
     trained = {}
     for name, tensors in engine.state():

@@ -28,13 +28,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vila_ops.data.order.packing import Row
+from vila_ops.data.order.packing import PackedRow
 from vila_ops.model.vila import VilaForConditionalGeneration
 from vila_ops.plan.flops import training_flops
 from vila_ops.plan.shapes import Shapes, shapes_of
 from vila_ops.tracking import MetricLog
-from vila_ops.train.batches import Batches
-from vila_ops.train.job import Job
+from vila_ops.train.batches import BatchBuilder
+from vila_ops.train.job import TrainJob
 from vila_ops.train.objective import Batch
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ REWRITE_SECONDS = 0.2
 """Between two states of a line that can."""
 
 
-class Seen(NamedTuple):
+class StepMetrics(NamedTuple):
     """What all ranks together saw of a step, or of a validation."""
 
     loss: float
@@ -62,10 +62,12 @@ class Seen(NamedTuple):
     """Seconds for batches, mean over ranks."""
 
 
-class Tally:
+class LossAccumulator:
     """Of one rank: what it saw since the last reading. Losses stay on their device until then: a GPU waits once."""
 
-    def __init__(self, job: Job, model: VilaForConditionalGeneration, batches: Batches, sources: Sequence[str]) -> None:
+    def __init__(
+        self, job: TrainJob, model: VilaForConditionalGeneration, batches: BatchBuilder, sources: Sequence[str]
+    ) -> None:
         """`sources` are the same on every rank."""
         self.stage, self.sources, self.batches = job.stage, list(sources), batches
         self.shapes = _shapes(model) if job.resources.accelerator else None
@@ -86,12 +88,12 @@ class Tally:
         yield
         self._waited += time.perf_counter() - began
 
-    def batch(self, rows: list[Row], *, step: int | None = None) -> Batch:
+    def batch(self, rows: list[PackedRow], *, step: int | None = None) -> Batch:
         """See Batches; the loop waits for it."""
         with self.waiting():
             return self.batches(rows, step=step)
 
-    def add(self, rows: Sequence[Row], loss: Tensor, each: Tensor) -> None:
+    def add(self, rows: Sequence[PackedRow], loss: Tensor, each: Tensor) -> None:
         """A micro-batch with its loss, and the losses (N,) of its targets, row by row."""
         of_rows = [self._sources_of_targets(row) for row in rows]
         numbers = np.concatenate(of_rows)
@@ -107,7 +109,7 @@ class Tally:
             for row, own in zip(rows, of_rows, strict=True):
                 self._flops += self._flops_of(self.shapes, row, targets=len(own))
 
-    def read(self) -> Seen:
+    def read(self) -> StepMetrics:
         """What was added on all ranks, every one of which must ask; the next reading starts anew."""
         passed, self._passed = self.batches.cache.passed - self._passed, self.batches.cache.passed
         if self.shapes is not None:
@@ -121,14 +123,14 @@ class Tally:
         targets, loss, losses = rest[:size], rest[size], rest[size + 1 :]
         self._clear()
         by_source = {s: total / n for s, total, n in zip(self.sources, losses, targets, strict=True) if n}
-        return Seen(loss, by_source, sum(targets), tokens, positions, flops, waited / ranks)
+        return StepMetrics(loss, by_source, sum(targets), tokens, positions, flops, waited / ranks)
 
-    def _sources_of_targets(self, row: Row) -> NDArray[np.int64]:
+    def _sources_of_targets(self, row: PackedRow) -> NDArray[np.int64]:
         """(N,) the number of each target's source."""
         of_sample = np.array([self._number[source] for source in row.sources], np.int64)
         return of_sample[row.samples_of_targets()]
 
-    def _flops_of(self, shapes: Shapes, row: Row, *, targets: int) -> float:
+    def _flops_of(self, shapes: Shapes, row: PackedRow, *, targets: int) -> float:
         """A frozen tower's not: they are counted in the step in which it ran."""
         lengths = np.bincount(row.segment_ids)[1:].tolist()
         return training_flops(
@@ -136,7 +138,7 @@ class Tally:
         )
 
     def _flops_of_tower(self, shapes: Shapes) -> float:
-        """Of a frozen one, for one picture."""
+        """Of a frozen one, for one image."""
         ran, cached = (
             training_flops(shapes, self.stage, segments=[], images=1, targets=0, features_cached=known)
             for known in (False, True)
@@ -144,10 +146,10 @@ class Tally:
         return ran - cached
 
 
-class Meter:
+class MetricsLogger:
     """Of rank 0, from its making on: the time before the first step is not counted."""
 
-    def __init__(self, job: Job, metrics: MetricLog, *, step: int, num_steps: int) -> None:
+    def __init__(self, job: TrainJob, metrics: MetricLog, *, step: int, num_steps: int) -> None:
         """`step` of `num_steps` are done already."""
         self.stage, self.resources, self.metrics = job.stage, job.resources, metrics
         self.first, self.num_steps = step, num_steps
@@ -160,7 +162,7 @@ class Meter:
         self.shown = float("-inf")
         self.started = self.last = time.monotonic()
 
-    def count(self, step: int, seen: Seen, *, norm: float, factor: float, stalled: float) -> None:
+    def count(self, step: int, seen: StepMetrics, *, norm: float, factor: float, stalled: float) -> None:
         """A step was taken: what came of it, its gradient's norm, its share of the peak rates.
 
         `stalled` are the seconds that the loop has waited for checkpoints so far.
@@ -189,7 +191,7 @@ class Meter:
         self.metrics.log(values, step=step)
         self._show(step, values)
 
-    def validated(self, step: int, seen: Seen) -> None:
+    def validated(self, step: int, seen: StepMetrics) -> None:
         """A validation is over; its time is no step's."""
         by_source = {f"validation_loss/{source}": mean for source, mean in seen.by_source.items()}
         self.metrics.log({"validation_loss": seen.loss, **by_source}, step=step)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vila_ops.model.attention import kept_apart
+from vila_ops.model.attention import document_mask
 from vila_ops.model.lora import set_draws
 from vila_ops.model.trainable import EXPERT, part_of
 from vila_ops.model.vila import VilaForConditionalGeneration, losses
@@ -27,9 +27,9 @@ class Batch:
     labels: Tensor
     """(B, T), IGNORE_INDEX where nothing is learnt."""
     features: Tensor | None
-    """(I, P, C) of a frozen tower; None without pictures."""
+    """(I, P, C) of a frozen tower; None without images."""
     pixel_values: Tensor | None
-    """(I, 3, S, S) for a tower that trains; None without pictures."""
+    """(I, 3, S, S) for a tower that trains; None without images."""
     draws: tuple[int, ...] | None = None
     """(B,) what dropout of each row draws from; None: no dropout."""
 
@@ -47,7 +47,7 @@ class Objective(nn.Module):
 
         The latter are (N,), without gradients, of the labels that are not negative, row by row.
 
-        Of a batch without pictures neither tower nor projector nor a visual expert is run, unless another rank runs it.
+        Of a batch without images neither tower nor projector nor a visual expert is run, unless another rank runs it.
         """
         model, device = self.model, batch.input_ids.device
         set_draws(model, batch.draws)
@@ -58,25 +58,25 @@ class Objective(nn.Module):
                 features = model.tower_features(batch.pixel_values)
             blank = self._blank(device) if joins and features is None else None
             embeddings = model.embed(batch.input_ids, features)
-            if blank is not None:  # its gradients are zeros; run in the order of a picture, as ZeRO-3 gathers weights
+            if blank is not None:  # its gradients are zeros; run in the order of an image, as ZeRO-3 gathers weights
                 embeddings = embeddings + model.model.multi_modal_projector(blank)[:0].sum().to(embeddings.dtype)
             hidden = model.hidden(
                 embeddings,
                 position_ids=batch.position_ids,
                 use_cache=False,
-                **kept_apart(model, batch.segment_ids),
+                **document_mask(model, batch.segment_ids),
                 **model.routing(batch.input_ids, everywhere=joins),
             ).last_hidden_state
             return losses(model, hidden, batch.labels)
 
-    def _joins(self, has_pictures: bool, device: torch.device) -> bool:
-        """Whether this rank runs what pictures pass through: where one rank does, all must.
+    def _joins(self, has_images: bool, device: torch.device) -> bool:
+        """Whether this rank runs what images pass through: where one rank does, all must.
 
         They would wait for each other's gradients (ZeRO-1 and 2) or weights (ZeRO-3) for ever.
         """
         if not torch.distributed.is_initialized():
-            return has_pictures
-        anyone = torch.tensor(float(has_pictures), device=device)
+            return has_images
+        anyone = torch.tensor(float(has_images), device=device)
         torch.distributed.all_reduce(anyone, op=torch.distributed.ReduceOp.MAX)
         return bool(anyone) or not self.text_trains  # DeepSpeed has no backward pass of a loss without gradients
 
@@ -87,7 +87,7 @@ class Objective(nn.Module):
         return any(p.requires_grad and part_of(n) == "language_model" and EXPERT not in n for n, p in named)
 
     def _blank(self, device: torch.device) -> Tensor:
-        """Features of a picture that is none."""
+        """Features of an image that is none."""
         config = self.model.config
         side = config.vision_side
         if any(p.requires_grad for name, p in self.model.named_parameters() if part_of(name) == "vision_tower"):

@@ -30,7 +30,7 @@ def parameter_groups(stage: Stage, trained: Trained) -> list[dict[str, object]]:
     return groups
 
 
-def rate_factor(step: int, stage: Stage, *, num_steps: int) -> float:
+def lr_multiplier(step: int, stage: Stage, *, num_steps: int) -> float:
     """Share of the peak rate at a step (from 0) of `num_steps`: linear warm-up, then half a cosine to final_ratio."""
     warmup = math.ceil(stage.warmup_ratio * num_steps)
     if step < warmup:

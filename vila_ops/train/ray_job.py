@@ -1,6 +1,6 @@
 """A stage as a job of the cluster: it goes on when the process that asked for it ends, and a new one finds it again.
 
-The job is the whole room under launch `ray`, on the cluster's head: it takes the lease, trains and seals. So the
+The job is the whole task under launch `ray`, on the cluster's head: it takes the lease, trains and seals. So the
 process that asked only watches, and a stage that ends while nobody does is in the store all the same. Also the job
 itself: `python -m vila_ops.train.ray_job` reads what was asked for from the environment.
 """
@@ -17,7 +17,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from vila_ops.cluster import log_to_driver
 from vila_ops.config import Resources
-from vila_ops.train.job import FINAL, Asked, Told
+from vila_ops.train.job import FINAL, RemoteError, StageInputs
 from vila_ops.train.stage import train_stage
 
 ASKED = "VILA_OPS_STAGE"
@@ -31,17 +31,17 @@ UNHEARD_SECONDS = 60.0
 log = logging.getLogger(__name__)
 
 
-class AskedHere(Asked):
+class JobPayload(StageInputs):
     """What a job is told."""
 
     here: str
     """Working directory of who asks: what is relative is so to it, if the head has such a folder."""
 
 
-def train_as_job(key: str, asked: AskedHere) -> None:
+def train_as_job(key: str, asked: JobPayload) -> None:
     """Return when the stage of this address is sealed, by a job that runs already or a new one.
 
-    A job outlives this process, however that ends, Ctrl-C included; `ray job stop ID` ends one. Raises what the room
+    A job outlives this process, however that ends, Ctrl-C included; `ray job stop ID` ends one. Raises what the task
     raised where another try would raise it again (FINAL), else RuntimeError, and OSError where the
     job server does not answer.
     """
@@ -62,7 +62,7 @@ def train_as_job(key: str, asked: AskedHere) -> None:
     if job.driver_exit_code == os.EX_DATAERR:
         lines = client.get_job_logs(name).splitlines()
         said = next(line for line in reversed(lines) if line.startswith(SAYS)).removeprefix(SAYS)
-        raise Told.model_validate_json(said).again()
+        raise RemoteError.model_validate_json(said).again()
     if job.status != JobStatus.SUCCEEDED:
         raise RuntimeError(f"job {name} failed: {job.message}")
 
@@ -84,7 +84,7 @@ def _attempts(jobs: list[JobDetails], key: str) -> dict[int, JobDetails]:
     return {int(number): job for job, own, _, number in ids if own == key and number.isdecimal()}
 
 
-def _submit(client: JobSubmissionClient, key: str, asked: AskedHere) -> str:
+def _submit(client: JobSubmissionClient, key: str, asked: JobPayload) -> str:
     """The id of a new job, or of the one that another process submitted at the same moment."""
     name = next_attempt(client.list_jobs(), key)
     told = {"env_vars": {ASKED: asked.model_dump_json()}}
@@ -124,16 +124,16 @@ def _watch(client: JobSubmissionClient, name: str) -> JobDetails:
 
 
 def main() -> None:
-    """The job: the room, and where it says what is wrong, that on a line of its own."""
+    """The job: the task, and where it says what is wrong, that on a line of its own."""
     log_to_driver()
-    asked = AskedHere.model_validate_json(os.environ.pop(ASKED))
+    asked = JobPayload.model_validate_json(os.environ.pop(ASKED))
     with suppress(FileNotFoundError):
         os.chdir(asked.here)
     resources = Resources.model_validate({**asked.resources.model_dump(), "launch": "ray", "job_address": None})
     try:
         train_stage(asked.stage, asked.model, asked.data, asked.init, resources)
     except FINAL as error:
-        sys.stdout.write(f"\n{SAYS}{Told.of(error).model_dump_json()}\n")
+        sys.stdout.write(f"\n{SAYS}{RemoteError.of(error).model_dump_json()}\n")
         sys.exit(os.EX_DATAERR)
 
 

@@ -15,13 +15,13 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from vila_ops.cluster import connect, log_to_driver, whoami
 from vila_ops.config import Resources
-from vila_ops.train.job import FINAL, HungStep, Job, Place, Told
+from vila_ops.train.job import FINAL, HungStep, RankInfo, RemoteError, TrainJob
 
 TRY_SECONDS = float(os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60"))
 """How long Ray Train waits for nodes with room for all workers before it asks for them anew."""
 
 
-def train_on_ray(job: Job) -> list[dict[str, Any]]:
+def train_on_ray(job: TrainJob) -> list[dict[str, Any]]:
     """Train with `num_workers` workers; returns what each of them said of itself.
 
     A worker that dies makes Ray restart the group, `max_failures` times at most; the loop then goes on from its
@@ -52,7 +52,7 @@ def train_on_ray(job: Job) -> list[dict[str, Any]]:
     return ran
 
 
-def _trainer(job: Job) -> TorchTrainer:
+def _trainer(job: TrainJob) -> TorchTrainer:
     resources = job.resources
     return TorchTrainer(
         _worker,
@@ -97,16 +97,16 @@ def _no_room(resources: Resources) -> str:
     )
 
 
-def _raise_final(job: Job, report: WorkerGroupError | None = None) -> None:
+def _raise_final(job: TrainJob, report: WorkerGroupError | None = None) -> None:
     """Raise the error of FINAL that a worker left behind."""
     failed = _failed(job)
     if failed.exists():
-        told = Told.model_validate_json(failed.read_text())
+        told = RemoteError.model_validate_json(failed.read_text())
         failed.unlink()
         raise told.again() from report
 
 
-def _raise_cause(job: Job, report: WorkerGroupError, *, since: float) -> None:
+def _raise_cause(job: TrainJob, report: WorkerGroupError, *, since: float) -> None:
     """Raise a worker's OSError, or HungStep where a step hung since then."""
     for failure in report.worker_failures.values():
         if isinstance(failure, OSError):
@@ -118,7 +118,7 @@ def _raise_cause(job: Job, report: WorkerGroupError, *, since: float) -> None:
         ) from report
 
 
-def _failed(job: Job) -> Path:
+def _failed(job: TrainJob) -> Path:
     return Path(f"{job.attempt}-failed.json")
 
 
@@ -129,16 +129,16 @@ def _worker(config: dict[str, str]) -> None:
     log_to_driver()
     if os.path.isdir(config["here"]):  # what is relative is so to the driver's folder; Ray Train has one of its own
         os.chdir(config["here"])
-    job = Job.model_validate_json(config["job"])
+    job = TrainJob.model_validate_json(config["job"])
     context = ray.train.get_context()
-    place = Place(rank=context.get_world_rank(), world_size=context.get_world_size())
+    place = RankInfo(rank=context.get_world_rank(), world_size=context.get_world_size())
     if _failed(job).exists():  # Ray Train has no error that it does not retry: the restart that it insists on is empty
         return
     try:
         said = {**train(job, place), **whoami()}
     except FINAL as error:
         draft = Path(f"{job.attempt}-failed-{place.rank}.draft")
-        draft.write_text(Told.of(error).model_dump_json())
+        draft.write_text(RemoteError.of(error).model_dump_json())
         draft.replace(_failed(job))
         raise
     Path(f"{job.attempt}-rank-{place.rank}.json").write_text(json.dumps(said))

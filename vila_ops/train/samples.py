@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from vila_ops.data.order.packing import Row
-from vila_ops.train.job import Job
+from vila_ops.data.order.packing import PackedRow
+from vila_ops.train.job import TrainJob
 
 Keys = tuple[str, ...]
 """Of the samples in one row."""
@@ -33,7 +33,7 @@ class Read(NamedTuple):
 class SampleLog:
     """Of one rank."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: TrainJob) -> None:
         ranks = torch.distributed.is_initialized()
         rank = torch.distributed.get_rank() if ranks else 0
         world_size = torch.distributed.get_world_size() if ranks else 1
@@ -42,7 +42,7 @@ class SampleLog:
         self._file = folder / f"{Path(job.attempt).name}-rank-{rank:05d}-of-{world_size:05d}.jsonl"
         self._write(None)
 
-    def write(self, step: int, rows: list[Row]) -> None:
+    def write(self, step: int, rows: list[PackedRow]) -> None:
         """A micro-batch after `step` steps. The kernel has it at once, where a kill of this process does not reach."""
         self._write({"step": step, "rows": [row.keys for row in rows]})
 

@@ -1,4 +1,4 @@
-"""The room `train_stage`: one stage from its data and what it starts from. Light: the work is in `loop`."""
+"""The task `train_stage`: one stage from its data and what it starts from. Light: the work is in `loop`."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ from vila_ops.cluster import whoami
 from vila_ops.config import Model, Resources, Stage
 from vila_ops.config.train import Lora
 from vila_ops.train.checkpoint.shelves import remove_all
-from vila_ops.train.job import Job, Place
+from vila_ops.train.job import RankInfo, TrainJob
 
 REVISION = 5
 log = logging.getLogger(__name__)
@@ -54,10 +54,10 @@ def _train(
     resume = f"{store.root_of(resources.store)}/resume/{at.key}"
     run_id = tracking.start_run(
         resources, stage.name, parent=resources.parent_run, params=stage.model_dump(mode="json"),
-        tags={"room": "train_stage", "stage": stage.name, "address": at.key, "data": data.digest, "init": init.digest},
+        tags={"task": "train_stage", "stage": stage.name, "address": at.key, "data": data.digest, "init": init.digest},
     )  # fmt: skip
     tracking.log_input(resources, run_id, data, name=stage.mixture.name, context="train")
-    job = Job(
+    job = TrainJob(
         stage=stage,
         data=data,
         init=init,
@@ -99,9 +99,9 @@ def _as_job(
     at: store.Address, stage: Stage, model: Model, data: Dataset, init: Checkpoint | Pretrained, resources: Resources
 ) -> Checkpoint:
     """What a job of the cluster seals, which is this room under launch `ray`."""
-    from vila_ops.train.ray_job import AskedHere, train_as_job
+    from vila_ops.train.ray_job import JobPayload, train_as_job
 
-    asked = AskedHere(stage=stage, model=model, data=data, init=init, resources=resources, here=os.getcwd())
+    asked = JobPayload(stage=stage, model=model, data=data, init=init, resources=resources, here=os.getcwd())
     train_as_job(at.key, asked)
     if done := store.find(Checkpoint, at, store=resources.store):
         return done
@@ -111,7 +111,7 @@ def _as_job(
     )
 
 
-def _launch(job: Job) -> list[dict[str, Any]]:
+def _launch(job: TrainJob) -> list[dict[str, Any]]:
     """Run the workers to their end; returns what each said of itself."""
     if job.resources.launch == "ray":
         from vila_ops.train.ray_workers import train_on_ray
@@ -119,7 +119,7 @@ def _launch(job: Job) -> list[dict[str, Any]]:
         return train_on_ray(job)
     from vila_ops.train.loop import train
 
-    return [{**train(job, Place()), **whoami()}]
+    return [{**train(job, RankInfo()), **whoami()}]
 
 
 def _own(stage: Stage) -> dict[str, Any]:

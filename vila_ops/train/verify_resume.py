@@ -23,7 +23,7 @@ from typing import TextIO
 from vila_ops.artifacts.kinds import Checkpoint
 from vila_ops.artifacts.store import backend, file, read_manifest, root_of
 from vila_ops.config import Config, Resources, Stage
-from vila_ops.train.job import Asked
+from vila_ops.train.job import StageInputs
 from vila_ops.train.loop import CURVE
 from vila_ops.train.samples import Read, batches_of, first_stray, read_samples
 from vila_ops.train.stage import train_stage
@@ -35,7 +35,7 @@ LINES = 30
 Say = Callable[[str], None]
 
 
-class Trial(Asked):
+class Trial(StageInputs):
     """A stage to try."""
 
     def train(self) -> Checkpoint:
@@ -57,7 +57,7 @@ class Trial(Asked):
         ]
 
 
-class Verdict(Config):
+class ResumeVerdict(Config):
     """What came of it."""
 
     stage: str
@@ -92,7 +92,7 @@ def changes(stage: Stage, variant: Stage) -> str:
     return ", ".join(f"{key} {two[key]} instead of {one[key]}" for key in one if one[key] != two[key]) or "no change"
 
 
-def lines(verdict: Verdict) -> list[str]:
+def lines(verdict: ResumeVerdict) -> list[str]:
     """A verdict for a person."""
     if verdict.differences:
         return [f"NOT EQUAL after {verdict.kills} kills", *verdict.differences, f"both are kept in {verdict.kept}"]
@@ -105,7 +105,7 @@ def lines(verdict: Verdict) -> list[str]:
     ]
 
 
-def verify_resume(asked: Trial, *, kills: int, say: Say) -> Verdict:
+def verify_resume(asked: Trial, *, kills: int, say: Say) -> ResumeVerdict:
     """Train a stage unbroken and under so many kills, in a store of its own beside the others; compare.
 
     `say` is told a line for each kill. Raises RuntimeError where a process fails by itself.
@@ -127,7 +127,7 @@ def verify_resume(asked: Trial, *, kills: int, say: Say) -> Verdict:
         resumed += sum(step > 0 for step in _starts(killed).values())
         differences = list(_differences(unbroken, killed))
         say(f"pass {passes} ended: {'not equal' if differences else 'equal'}")
-    verdict = Verdict(
+    verdict = ResumeVerdict(
         stage=asked.stage.name,
         steps=unbroken.train().step,
         kills=done,

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, NamedTuple, Self
 
-from vila_ops.train.job import HUNG, Job, Place
+from vila_ops.train.job import HUNG, RankInfo, TrainJob
 
 TICK_SECONDS = 1.0
 """Between two looks at a rank, and between two writings of its file."""
@@ -31,7 +31,7 @@ UNBOUND = ("load", "finish")
 log = logging.getLogger(__name__)
 
 
-class Beat(NamedTuple):
+class Heartbeat(NamedTuple):
     """A sign of life."""
 
     step: int
@@ -45,20 +45,20 @@ class Beat(NamedTuple):
     """Samples that the rank is at."""
 
 
-class Watch:
+class StepWatchdog:
     """Of one rank, inside its `with`. A thread looks once a second whether the loop has given another beat.
 
     Only time in which this process could run is counted, so that one that was stopped (Ctrl-Z, a debugger) goes on. A
     call that never gives up the interpreter's lock stops the thread as well; the other ranks then see the hang.
     """
 
-    def __init__(self, job: Job, place: Place) -> None:
+    def __init__(self, job: TrainJob, place: RankInfo) -> None:
         self.place = place
         self.name = job.stage.name
         self.folder = job.watch()
         self._rule = job.resources.watchdog
         self._took: deque[float] = deque(maxlen=STEPS)
-        self._beat = Beat(0, "load", time.monotonic(), float("inf"))
+        self._beat = Heartbeat(0, "load", time.monotonic(), float("inf"))
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
 
@@ -79,7 +79,7 @@ class Watch:
             self._took.append(now - self._beat.at)
         longest = self._rule.factor * statistics.median(self._took) if self._took else 0.0
         limit = float("inf") if phase in UNBOUND else max(self._rule.at_least_seconds, longest)
-        self._beat = Beat(step, phase, now, limit)
+        self._beat = Heartbeat(step, phase, now, limit)
 
     def reads(self, keys: tuple[str, ...]) -> None:
         """The samples that this rank has of the step."""
@@ -96,7 +96,7 @@ class Watch:
             if waited > beat.limit:
                 self._end(beat, waited)
 
-    def _say(self, beat: Beat, waited: float) -> None:
+    def _say(self, beat: Heartbeat, waited: float) -> None:
         said = {
             "time": time.time(), "step": beat.step, "phase": beat.phase, "seconds_in_phase": round(waited, 1),
             "pid": os.getpid(), "host": socket.gethostname(),
@@ -108,7 +108,7 @@ class Watch:
         except OSError as error:
             log.warning("rank %d could not say that it lives: %s", self.place.rank, error)
 
-    def _end(self, beat: Beat, waited: float) -> None:
+    def _end(self, beat: Heartbeat, waited: float) -> None:
         """Write down where every thread stands, give the other ranks time to do so, and end the process.
 
         Not by an exception: the loop waits in a call that never returns to Python.

@@ -88,16 +88,16 @@ def test_coyo_rows_need_both_columns_and_a_sum_above_the_floor() -> None:
     assert score_sum(one_only, COLUMNS) is None
 
 
-def test_a_bad_picture_is_left_out_of_a_document_that_keeps_another() -> None:
+def test_a_bad_image_is_left_out_of_a_document_that_keeps_another() -> None:
     good, small = png(80, 80), png(8, 80)
     cleaned = clean(document("one ", small, "two ", good, "three"), rules(min_side=64))
     assert isinstance(cleaned.record, Record)
     assert cleaned.record.turns == (Turn("document", ("one ", "two ", good, "three")),)
     assert [(out.id, out.reason, out.where) for out in cleaned.left_out] == [("d", "small_image", "a:1")]
-    assert cleaned.left_out[0].detail.startswith("picture 1: 8 x 80 pixels")
+    assert cleaned.left_out[0].detail.startswith("image 1: 8 x 80 pixels")
 
 
-def test_the_last_picture_of_a_document_and_any_of_a_conversation_cost_the_record() -> None:
+def test_the_last_image_of_a_document_and_any_of_a_conversation_cost_the_record() -> None:
     small, good = png(8, 8), png(80, 80)
     assert reason(clean(document(small, "A dog.", small), rules(min_side=64))) == "small_image"
     turns = (Turn("user", (good, small, "Which is larger?")), Turn("assistant", ("The first.",)))
@@ -107,7 +107,7 @@ def test_the_last_picture_of_a_document_and_any_of_a_conversation_cost_the_recor
     assert cleaned.left_out == ()
 
 
-def test_a_column_of_each_picture_is_a_rule_about_pictures() -> None:
+def test_a_column_of_each_image_is_a_rule_about_images() -> None:
     near, far, unknown = png(8, 8, similarity=0.3), png(8, 8, similarity=0.1), png(8, 8)
     cleaned = clean(document(far, "a", near, "b", unknown), rules(scores={"similarity": {"at_least": 0.24}}))
     assert isinstance(cleaned.record, Record)
@@ -115,8 +115,8 @@ def test_a_column_of_each_picture_is_a_rule_about_pictures() -> None:
     assert [out.reason for out in cleaned.left_out] == ["low_similarity", "missing_similarity"]
 
 
-def test_an_unreadable_picture_is_not_judged_here() -> None:
-    one = document(Image(b"no picture"), "A dog.")
+def test_an_unreadable_image_is_not_judged_here() -> None:
+    one = document(Image(b"no image"), "A dog.")
     assert clean(one, rules(min_side=64, max_aspect=2)).record == one
 
 

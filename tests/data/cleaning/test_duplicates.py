@@ -75,7 +75,7 @@ def test_a_copy_is_dropped_for_the_first_in_order_whatever_the_order_of_rows() -
         assert both == [(2, "duplicate_image", 0), (3, "duplicate_image", 0)]
 
 
-def test_a_document_goes_only_when_all_its_pictures_were_seen_in_earlier_ones() -> None:
+def test_a_document_goes_only_when_all_its_images_were_seen_in_earlier_ones() -> None:
     signatures = rows(
         {"hashes": (A, A)},  # twice the same, in itself
         {"hashes": (A, B)},
@@ -87,7 +87,7 @@ def test_a_document_goes_only_when_all_its_pictures_were_seen_in_earlier_ones() 
     assert pairs(duplicated(signatures, NearDuplicates(image_bits=0))) == [(2, "duplicate_image", 1)]
 
 
-def test_pictures_with_like_hashes_but_other_colours_are_two() -> None:
+def test_images_with_like_hashes_but_other_colours_are_two() -> None:
     blue = bytes((0, 0, 120) * 16)
     signatures = rows({"hashes": (A,)}, {"hashes": (A,), "thumbnails": (blue,)}, {"hashes": (A,)})
     assert pairs(duplicated(signatures, NearDuplicates(image_bits=4))) == [(2, "duplicate_image", 0)]
@@ -126,7 +126,7 @@ def test_how_an_evaluation_set_words_all_its_questions_gives_nothing_away() -> N
     assert known_ngrams(evaluation).tolist() == [1, *range(100, 100 + TEMPLATE_RECORDS)]
 
 
-def test_an_empty_table_and_an_evaluation_set_without_pictures_or_texts_drop_nothing() -> None:
+def test_an_empty_table_and_an_evaluation_set_without_images_or_texts_drop_nothing() -> None:
     near = NearDuplicates(image_bits=4, text_similarity=0.8)
     for signatures in (SCHEMA.empty_table(), rows({}, {"hashes": (A,)}, {"ngrams": (1,)})):
         for evaluation in (SCHEMA.empty_table(), rows({})):
@@ -136,7 +136,7 @@ def test_an_empty_table_and_an_evaluation_set_without_pictures_or_texts_drop_not
 
 def test_a_rule_looks_only_at_what_the_rules_before_it_left() -> None:
     """0 goes for its rank, so 1 stays although it shows the same. 2 is a leak, so 3 stays although it says the same.
-    4 has the picture of 3, so 5 stays although it has the text of 4."""
+    4 has the image of 3, so 5 stays although it has the text of 4."""
     one, two = minima("a b c d e f g h"), minima("q r s t u v w x")
     signatures = rows(
         {"rank": 0.1, "hashes": (A,)},

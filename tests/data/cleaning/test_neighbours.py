@@ -3,7 +3,7 @@ import pytest
 from numpy.typing import NDArray
 
 from vila_ops.config.clean import MAX_IMAGE_BITS
-from vila_ops.data.cleaning.neighbours import THUMBNAIL_TOLERANCE, Pictures, first_copies, first_similar
+from vila_ops.data.cleaning.neighbours import THUMBNAIL_TOLERANCE, ImageSignatures, first_copies, first_similar
 
 
 def hashes(count: int, *, seed: int) -> NDArray[np.uint64]:
@@ -18,9 +18,9 @@ def hashes(count: int, *, seed: int) -> NDArray[np.uint64]:
     return rng.permutation(made)
 
 
-def pictures(of: NDArray[np.uint64], **more: NDArray[np.uint8]) -> Pictures:
+def images(of: NDArray[np.uint64], **more: NDArray[np.uint8]) -> ImageSignatures:
     thumbnails = more.get("thumbnails", np.zeros((len(of), 48), np.uint8))
-    return Pictures(record=np.arange(len(of)), hashes=of, thumbnails=thumbnails)
+    return ImageSignatures(record=np.arange(len(of)), hashes=of, thumbnails=thumbnails)
 
 
 @pytest.mark.parametrize("bits", range(MAX_IMAGE_BITS + 1))
@@ -29,20 +29,20 @@ def test_exactly_the_hashes_within_the_bits_are_found(bits: int) -> None:
     own[::4] = known[:250] ^ np.uint64((1 << bits) - 1)
     near = np.bitwise_count(known[:, None] ^ known[None, :]) <= bits
     earlier = np.tril(near, k=-1)
-    found = first_copies(pictures(known), among=None, bits=bits)
+    found = first_copies(images(known), among=None, bits=bits)
     assert np.array_equal(found >= 0, earlier.any(axis=1))
     assert all(earlier[place, twin] for place, twin in enumerate(found) if twin >= 0)
     between = np.bitwise_count(own[:, None] ^ known[None, :]) <= bits
-    found = first_copies(pictures(own), among=pictures(known), bits=bits)
+    found = first_copies(images(own), among=images(known), bits=bits)
     assert np.array_equal(found >= 0, between.any(axis=1))
     assert all(between[place, twin] for place, twin in enumerate(found) if twin >= 0)
 
 
-def test_a_channel_beyond_the_tolerance_makes_two_pictures_of_one_hash() -> None:
+def test_a_channel_beyond_the_tolerance_makes_two_images_of_one_hash() -> None:
     thumbnails = np.full((3, 48), 100, np.uint8)
     thumbnails[1, 47] += THUMBNAIL_TOLERANCE
     thumbnails[2, 0] -= THUMBNAIL_TOLERANCE + 1
-    found = first_copies(pictures(np.zeros(3, np.uint64), thumbnails=thumbnails), among=None, bits=0)
+    found = first_copies(images(np.zeros(3, np.uint64), thumbnails=thumbnails), among=None, bits=0)
     assert found.tolist() == [-1, 0, -1]
 
 

@@ -12,10 +12,10 @@ from vila_ops.config.mixture import Contamination
 from vila_ops.data.cleaning.similarity import (
     MINIMA,
     Wanted,
+    image_signature,
     minhash,
     ngram_hashes,
     perceptual_hash,
-    picture_signature,
     signature,
     word_hashes,
 )
@@ -31,7 +31,7 @@ IMAGEHASH = {
     "scarf": 0xB8E09772C29FC89C,
     "taxi": 0xE9819C6EC169A71E,
 }
-"""imagehash 4.3.2: phash of the tiny pictures on white, hash_size 8, highfreq_factor 4."""
+"""imagehash 4.3.2: phash of the tiny images on white, hash_size 8, highfreq_factor 4."""
 GATE = Contamination.model_validate({"sources": {"unread": {"kind": "jsonl", "path": ".", "render": "caption"}}})
 
 
@@ -39,18 +39,18 @@ def document(*parts: Part) -> Record:
     return Record("d", "thing", (Turn("document", parts),), category="", licence="", provenance="")
 
 
-def encoded(picture: Pillow.Image, kind: str = "PNG", **more: int) -> bytes:
+def encoded(image: Pillow.Image, kind: str = "PNG", **more: int) -> bytes:
     out = io.BytesIO()
-    picture.save(out, kind, **more)
+    image.save(out, kind, **more)
     return out.getvalue()
 
 
 @pytest.mark.parametrize("name", IMAGEHASH)
 def test_a_hash_is_imagehash_s_less_the_bits_within_half_a_grey_level_of_the_median(name: str, tiny: Path) -> None:
-    picture = rgb((tiny / "pairs" / f"{name}.png").read_bytes(), at_least=56)
-    ours, theirs = perceptual_hash(picture), IMAGEHASH[name]
+    image = rgb((tiny / "pairs" / f"{name}.png").read_bytes(), at_least=56)
+    ours, theirs = perceptual_hash(image), IMAGEHASH[name]
     assert ours & ~theirs == 0
-    grey = np.asarray(picture.convert("L").resize((32, 32), Pillow.Resampling.LANCZOS), np.float64)
+    grey = np.asarray(image.convert("L").resize((32, 32), Pillow.Resampling.LANCZOS), np.float64)
     coefficients = dctn(grey)[:8, :8] / 4  # scipy's are 2 sum x cos in each direction
     unsure = coefficients - np.median(coefficients) <= 128
     left_out = np.unpackbits(np.frombuffer((theirs & ~ours).to_bytes(8, "big"), np.uint8)).reshape(8, 8)
@@ -60,21 +60,21 @@ def test_a_hash_is_imagehash_s_less_the_bits_within_half_a_grey_level_of_the_med
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_a_large_picture_seen_small_has_the_hash_of_the_whole(kind: str, seed: int) -> None:
+def test_a_large_image_seen_small_has_the_hash_of_the_whole(kind: str, seed: int) -> None:
     field = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8)
     whole = Pillow.fromarray(field).resize((1000, 750), Pillow.Resampling.BICUBIC)
-    quick, _ = picture_signature(encoded(whole, kind))
+    quick, _ = image_signature(encoded(whole, kind))
     assert (quick ^ perceptual_hash(whole)).bit_count() <= 2
 
 
-def test_pictures_without_structure_are_the_same_only_as_exact_copies() -> None:
+def test_images_without_structure_are_the_same_only_as_exact_copies() -> None:
     white = Pillow.new("RGB", (200, 100), "white")
     spot = white.copy()
     ImageDraw.Draw(spot).point((50, 50), "black")
     faint = Pillow.fromarray(np.random.default_rng(0).integers(250, 255, (100, 200, 3), dtype=np.uint8))
-    kinds = [encoded(picture, kind) for picture in (white, spot, faint) for kind in ("PNG", "JPEG")]
-    hashes = [picture_signature(data)[0] for data in kinds]
-    assert [picture_signature(data)[0] for data in kinds] == hashes
+    kinds = [encoded(image, kind) for image in (white, spot, faint) for kind in ("PNG", "JPEG")]
+    hashes = [image_signature(data)[0] for data in kinds]
+    assert [image_signature(data)[0] for data in kinds] == hashes
     apart = [(one ^ other).bit_count() for at, one in enumerate(hashes) for other in hashes[:at]]
     assert min(apart) > MAX_IMAGE_BITS
 
@@ -117,20 +117,20 @@ def test_a_long_text_has_the_minima_of_its_pieces() -> None:
 
 
 def test_a_signature_holds_what_the_rules_ask_for_and_nothing_else(tiny: Path) -> None:
-    picture = Image((tiny / "pairs/cat.png").read_bytes())
+    image = Image((tiny / "pairs/cat.png").read_bytes())
     words = [f"w{number}" for number in range(20)]
-    long, short = document(picture, " ".join(words)), document(picture, " ".join(words[:12]))
+    long, short = document(image, " ".join(words)), document(image, " ".join(words[:12]))
     by_image = Wanted(Clean(), near_duplicates=NearDuplicates(image_bits=4))
     by_text = Wanted(Clean(), near_duplicates=NearDuplicates(text_similarity=0.8))
     made = signature(long, by_image, number=7, file=3)
     assert (made.record, made.file, len(made.hashes), made.minima, made.ngrams) == (7, 3, 1, None, ())
     made = signature(long, by_text, number=0, file=0)
     assert (made.hashes, made.ngrams, len(made.minima or b"")) == ((), (), 2 * MINIMA)
-    assert signature(short, by_text, number=0, file=0).minima is None  # a caption recurs under other pictures
+    assert signature(short, by_text, number=0, file=0).minima is None  # a caption recurs under other images
     assert signature(document(" ".join(words[:2])), by_text, number=0, file=0).minima
     evaluation = Wanted(Clean(), contamination=GATE)
     assert len(signature(long, evaluation, number=0, file=0).ngrams) == 8
-    assert signature(short, evaluation, number=0, file=0).ngrams == ()  # known by its picture alone
+    assert signature(short, evaluation, number=0, file=0).ngrams == ()  # known by its image alone
     assert len(signature(document("short text"), evaluation, number=0, file=0).ngrams) == 1
     known = np.sort(ngram_hashes(word_hashes(" ".join(words[:14])), size=13))
     training = Wanted(Clean(), contamination=GATE, known_ngrams=known)
@@ -143,5 +143,5 @@ def test_a_record_that_another_rule_drops_is_ranked_and_otherwise_not_there() ->
     wanted = Wanted(rules, NearDuplicates(text_similarity=0.8), GATE)
     made = signature(few, wanted, number=0, file=0)
     assert (made.rank, made.is_clean, made.minima, made.ngrams) == (0.5, False, None, ())
-    damaged = signature(document(Image(b"no picture"), "two words"), Wanted(Clean(), None, GATE), number=0, file=0)
+    damaged = signature(document(Image(b"no image"), "two words"), Wanted(Clean(), None, GATE), number=0, file=0)
     assert not damaged.is_clean

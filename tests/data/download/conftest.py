@@ -1,4 +1,4 @@
-"""A real server on the loopback that does what a plan says: good pictures, and every fault of the web that we know."""
+"""A real server on the loopback that does what a plan says: good images, and every fault of the web that we know."""
 
 import asyncio
 import gzip
@@ -56,8 +56,8 @@ class Case:
         return f"http://{self.host}:{port}{self.path}"
 
 
-def picture(format: str, number: int) -> bytes:
-    """A small picture, different for each number."""
+def image(format: str, number: int) -> bytes:
+    """A small image, different for each number."""
     noise = np.random.default_rng(number).integers(0, 256, (16 + number % 48, 16 + number % 31, 3), np.uint8)
     out = io.BytesIO()
     Pillow.fromarray(noise).save(out, format)
@@ -90,7 +90,7 @@ def says(status: int, *headers: str, length: int | None = None) -> Send:
 
 
 def first(status: int, *headers: str) -> Send:
-    """Fails the first time, and then gives the picture."""
+    """Fails the first time, and then gives the image."""
 
     async def send(writer: asyncio.StreamWriter, case: Case, seen: int) -> None:
         writer.write(answer(status, b"later", *headers) if seen == 1 else answer(200, case.body))
@@ -109,7 +109,7 @@ def moves(status: int, to: str) -> Send:
 
 
 async def trickles(writer: asyncio.StreamWriter, case: Case, seen: int) -> None:
-    """The whole picture, in twice the time that there is, and never silent for long."""
+    """The whole image, in twice the time that there is, and never silent for long."""
     writer.write(answer(200, b"", length=len(case.body)))
     step = len(case.body) // 60 + 1
     for start in range(0, len(case.body), step):
@@ -167,14 +167,14 @@ async def in_chunks(writer: asyncio.StreamWriter, case: Case, seen: int) -> None
     writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n")
 
 
-HTML = b"<!doctype html><title>Not here</title>" + b"<p>This picture has moved.</p>" * 20
+HTML = b"<!doctype html><title>Not here</title>" + b"<p>This image has moved.</p>" * 20
 SVG = b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'
 GZIP_BOMB = gzip.compress(bytes(50_000_000))
 FORMATS = ("png", "jpeg", "webp", "gif", "bmp")
 FORBIDDEN = ("http://127.0.0.2:{port}/x", "http://[::1]:{port}/x", "http://169.254.169.254/latest", "http://10.0.0.1/x")
 # kind -> (sender, body of a number or None for a PNG, outcome, more)
 KINDS: dict[str, tuple[Send, Callable[[int], bytes] | None, str, dict[str, Any]]] = {
-    **{f"ok_{name}": (says(200), lambda i, f=name: picture(f, i), "ok", {}) for name in FORMATS},
+    **{f"ok_{name}": (says(200), lambda i, f=name: image(f, i), "ok", {}) for name in FORMATS},
     "ok_chunked": (in_chunks, None, "ok", {}),
     "lying_html": (says(200, "Content-Type: text/html"), None, "ok", {}),
     "flaky": (first(500), None, "ok", {"requests": 2}),
@@ -187,7 +187,7 @@ KINDS: dict[str, tuple[Send, Callable[[int], bytes] | None, str, dict[str, Any]]
     "failing": (says(500), lambda i: HTML, "server_error", {"status": 500, "requests": ATTEMPTS}),
     "always_limited": (says(429), lambda i: b"", "rate_limited", {"status": 429, "requests": ATTEMPTS}),
     "partial": (says(206), None, "unexpected_status", {"status": 206}),
-    "reset": (resets, lambda i: picture("BMP", i), "reset", {"requests": ATTEMPTS}),
+    "reset": (resets, lambda i: image("BMP", i), "reset", {"requests": ATTEMPTS}),
     "closed": (closes, None, "reset", {"status": None, "requests": ATTEMPTS}),
     "nonsense": (talks_nonsense, None, "reset", {"status": None, "requests": ATTEMPTS}),
     "cut": (says(200, length=100_000), None, "reset", {"requests": ATTEMPTS}),
@@ -199,12 +199,12 @@ KINDS: dict[str, tuple[Send, Callable[[int], bytes] | None, str, dict[str, Any]]
         f"to_private_{number}": (moves(302, to), None, "redirect_refused", {"status": None, "moved_to": to})
         for number, to in enumerate(FORBIDDEN)
     },
-    "lying_jpeg": (says(200, "Content-Type: image/jpeg"), lambda i: HTML, "not_a_picture", {}),
-    "empty": (says(200, "Content-Type: image/png"), lambda i: b"", "not_a_picture", {}),
-    "svg": (says(200, "Content-Type: image/svg+xml"), lambda i: SVG, "not_a_picture", {}),
-    "gzip_bomb": (says(200, "Content-Encoding: gzip"), lambda i: GZIP_BOMB, "not_a_picture", {}),
-    "truncated": (says(200), lambda i: picture("JPEG", i)[:-200], "broken_picture", {}),
-    "short_length": (says(200, length=500), lambda i: picture("PNG", i + 20), "broken_picture", {}),
+    "lying_jpeg": (says(200, "Content-Type: image/jpeg"), lambda i: HTML, "not_an_image", {}),
+    "empty": (says(200, "Content-Type: image/png"), lambda i: b"", "not_an_image", {}),
+    "svg": (says(200, "Content-Type: image/svg+xml"), lambda i: SVG, "not_an_image", {}),
+    "gzip_bomb": (says(200, "Content-Encoding: gzip"), lambda i: GZIP_BOMB, "not_an_image", {}),
+    "truncated": (says(200), lambda i: image("JPEG", i)[:-200], "broken_image", {}),
+    "short_length": (says(200, length=500), lambda i: image("PNG", i + 20), "broken_image", {}),
     "pixel_bomb": (says(200), lambda i: png_header(30_000, 30_000), "too_many_pixels", {}),
     "pixel_bomb_small": (says(200), lambda i: png_header(1_001, 1_000), "too_many_pixels", {}),
     "announced": (says(200, length=10**12), None, "too_large", {}),
@@ -231,7 +231,7 @@ def _case(kind: str, number: int) -> Case:
     send, body, outcome, more = {**KINDS, **SLOW_KINDS}[kind]
     if "moved_to" in more:
         more = {**more, "moved_to": more["moved_to"].replace("{number}", str(number))}
-    return Case(kind, number, send, body(number) if body else picture("PNG", number), outcome, **more)
+    return Case(kind, number, send, body(number) if body else image("PNG", number), outcome, **more)
 
 
 class FaultyServer:

@@ -36,7 +36,7 @@ def test_the_command_tells_what_became_of_the_urls_and_asks_again_what_it_is_tol
         "ok 3 50.00%",
         "not_found 2 33.33%",
         "server_error 1 16.67%",
-        f"all 6 of 2 raw files, {megabytes:,.1f} MB of pictures",
+        f"all 6 of 2 raw files, {megabytes:,.1f} MB of images",
     ]
     assert server.seen[cases[4].path] == 1, "--attempts was not heard"
 

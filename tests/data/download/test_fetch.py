@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from vila_ops.data.download.fetch import Fetcher, _location, _retry_after
 
-NAME = "pictures.test"
+NAME = "images.test"
 
 
 @pytest.fixture
 def certificate(tmp_path):
-    """A self-signed certificate for pictures.test, and its key, in one file."""
+    """A self-signed certificate for images.test, and its key, in one file."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, NAME)])
     now = datetime.datetime.now(datetime.UTC)
@@ -38,7 +38,7 @@ def certificate(tmp_path):
 
 @pytest.fixture
 def ask(certificate, case, make_settings, names):
-    """Ask a server with that certificate for a picture under a name; the attempt, and the names that TLS was told."""
+    """Ask a server with that certificate for an image under a name; the attempt, and the names that TLS was told."""
 
     def one(host: str, scheme: str = "https"):
         told = []

@@ -6,22 +6,22 @@ import hashlib
 import pytest
 
 from vila_ops.data.download.journal import Journal
-from vila_ops.data.download.outcome import Record
+from vila_ops.data.download.outcome import DownloadRecord
 
 
-def entry(number: int, body: bytes) -> tuple[Record, bytes]:
+def entry(number: int, body: bytes) -> tuple[DownloadRecord, bytes]:
     sha256 = hashlib.sha256(body).hexdigest()
     url = f"http://ä.test/{number}"
-    return Record(url, "ok", "", 200, 1, url, "png", len(body), sha256), body
+    return DownloadRecord(url, "ok", "", 200, 1, url, "png", len(body), sha256), body
 
 
 ENTRIES = [entry(number, bytes([number]) * (number + 1)) for number in range(6)]
-LOST = (Record("http://lost.test/", "not_found", "status 404", 404, 1, "http://lost.test/"), b"")
+LOST = (DownloadRecord("http://lost.test/", "not_found", "status 404", 404, 1, "http://lost.test/"), b"")
 
 
 @pytest.fixture
 def written(tmp_path):
-    """A journal of six pictures and one failure, as its two files' bytes."""
+    """A journal of six images and one failure, as its two files' bytes."""
     with Journal(tmp_path / "a") as journal:
         for one in [*ENTRIES, LOST]:
             asyncio.run(journal.add(*one))
@@ -33,7 +33,7 @@ def test_cut_anywhere_it_holds_the_records_that_were_whole(written, tmp_path):
     ends = {place + more for place, byte in enumerate(lines) if byte == 10 for more in (0, 1, 2)}
     for cut in sorted({0, 1, len(lines) // 2, *ends}):
         (tmp_path / "b.journal.jsonl").write_bytes(lines[:cut])
-        (tmp_path / "b.bodies.partial").write_bytes(bodies + b"of a picture that nobody vouched for")
+        (tmp_path / "b.bodies.partial").write_bytes(bodies + b"of an image that nobody vouched for")
         with Journal(tmp_path / "b") as journal:
             whole = lines[:cut].count(b"\n")
             assert list(journal.records.values()) == [record for record, _ in [*ENTRIES, LOST]][:whole]
@@ -57,14 +57,14 @@ def test_it_goes_on_behind_what_a_power_cut_left(written, tmp_path, rubbish):
         assert journal.body("http://ä.test/9") == b"nine"
 
 
-def test_a_line_whose_picture_is_not_there_vouches_for_nothing(written, tmp_path):
+def test_a_line_whose_image_is_not_there_vouches_for_nothing(written, tmp_path):
     _, bodies = written
     (tmp_path / "a.bodies.partial").write_bytes(bodies[:-1])
     with Journal(tmp_path / "a") as journal:
         assert len(journal.records) == 5
 
 
-def test_a_picture_that_changed_on_the_disk_is_not_handed_out(written, tmp_path):
+def test_a_image_that_changed_on_the_disk_is_not_handed_out(written, tmp_path):
     _, bodies = written
     (tmp_path / "a.bodies.partial").write_bytes(b"X" + bodies[1:])
     with Journal(tmp_path / "a") as journal, pytest.raises(ValueError, match="changed on the disk"):

@@ -8,7 +8,7 @@ import pytest
 
 from vila_ops.data.download.sources import raw_files, urls_of
 
-# The layouts of MMC4 and COYO-700M as published: one document a line, one picture a row.
+# The layouts of MMC4 and COYO-700M as published: one document a line, one image a row.
 MMC4 = {
     "url": "http://ex.test/p",
     "text_list": ["Intro.", "A red ball."],
@@ -20,7 +20,7 @@ MMC4 = {
 }
 
 
-def test_mmc4_names_pictures_in_order_and_each_once(tmp_path):
+def test_mmc4_names_images_in_order_and_each_once(tmp_path):
     path = tmp_path / "docs_shard_1_v2.jsonl"
     path.write_text("\n".join(json.dumps(document) for document in (MMC4, {**MMC4, "image_info": []}, MMC4)))
     assert urls_of("mmc4", path) == ["http://ex.test/b.jpg", "http://ex.test/c.jpg"]

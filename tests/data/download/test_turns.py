@@ -2,11 +2,11 @@
 
 import asyncio
 
-from vila_ops.data.download.turns import Job, Turns
+from vila_ops.data.download.turns import FetchJob, Turns
 
 
-def jobs(*hosts: str) -> list[Job]:
-    return [Job(f"http://{host}/{number}", host.encode()) for number, host in enumerate(hosts)]
+def jobs(*hosts: str) -> list[FetchJob]:
+    return [FetchJob(f"http://{host}/{number}", host.encode()) for number, host in enumerate(hosts)]
 
 
 def test_a_host_that_is_full_lets_the_next_one_go_first():

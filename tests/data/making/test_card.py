@@ -30,7 +30,7 @@ HOSTILE = [
     "`code`, ``two`` and ```three\n```\nfence\n```\n~~~",
     "# heading\nunder\n===\nand\n---",
     "1. one\n2) two\n- three\n+ four\n* five\n- [x] six",
-    "![picture](http://example.com/x.png) [link](http://example.com) [ref]: http://example.com",
+    "![image](http://example.com/x.png) [link](http://example.com) [ref]: http://example.com",
     "&lt;not a tag&gt; &amp; &#124;",
     "a\\|b \\ c\\\\| **bold** _it_ ~~gone~~ $x$ <http://example.com>",
     "> quoted\n>> twice\n    indented",
@@ -46,7 +46,7 @@ def counts(records: int, samples: dict[str, int], tokens: dict[str, int], **more
         "examples": [],
         "bad": {},
         "taken_out": {},
-        "pictures_out": {},
+        "images_out": {},
     }
     return {"records": records, "samples": samples, "tokens": tokens, **empty, **more}
 
@@ -96,7 +96,7 @@ def rows(tokens: list[Token]) -> list[list[str]]:
 
 
 def test_counts_of_shards_are_added_up_and_wanted_shares_stand_beside_reached_ones(tmp_path: Path) -> None:
-    left_out = {"taken_out": {"too_small": 3}, "pictures_out": {"too_wide": 1}}
+    left_out = {"taken_out": {"too_small": 3}, "images_out": {"too_wide": 1}}
     licences = {"MIT": 2, "CC0-1.0": 3}
     counted = [
         ("short", counts(8, {"train": 6, "test": 2}, {"train": 60, "test": 20}, licences={"MIT": 8})),
@@ -110,7 +110,7 @@ def test_counts_of_shards_are_added_up_and_wanted_shares_stand_beside_reached_on
     ]
     seen = read(written(tmp_path, counted, dropped))
     assert texts(seen["own"]) == [
-        "18 samples, 430 tokens, 7 pictures. Split by object: 20% for validation, 30% for test."
+        "18 samples, 430 tokens, 7 images. Split by object: 20% for validation, 30% for test."
     ]
     assert rows(seen["Sources"])[1:] == [
         ["long", "html, document", "8", "5", "5", "0", "0", "300", "7"],
@@ -126,7 +126,7 @@ def test_counts_of_shards_are_added_up_and_wanted_shares_stand_beside_reached_on
     assert rows(seen["Licences"])[1:] == [["long", "CC0-1.0", "3"], ["long", "MIT", "2"], ["short", "MIT", "13"]]
     assert rows(seen["Left out"])[1:] == [
         ["long", "record, by a rule", "too_small", "3", "a.html:1: 64 x 12 pixels"],
-        ["long", "picture of a document, by a rule", "too_wide", "1", "d3"],
+        ["long", "image of a document, by a rule", "too_wide", "1", "d3"],
     ]
 
 

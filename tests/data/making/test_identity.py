@@ -29,30 +29,30 @@ def text_with(text: TextFormat, folder: Path, fit: ImageFit, mean: tuple[float, 
     folder.mkdir(exist_ok=True)
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean, "image_std": [0.5] * 3}))
     tower = {"kind": "hub", "name": str(folder), "revision": "here"}
-    return TextFormat.model_validate({**text.model_dump(), "vision_tower": tower, "image_fit": fit})
+    return TextFormat.model_validate({**text.model_dump(), "vision_tower": tower, "image_aspect_ratio": fit})
 
 
-def stock(fit: ImageFit, picture: Pillow.Image) -> Any:
+def stock(fit: ImageFit, image: Pillow.Image) -> Any:
     kept: Any = {"do_normalize": False, "do_rescale": False}
     match fit:
         case "pad":
             made = LlavaImageProcessorPil(do_pad=True, do_center_crop=False, size=BOTH, image_mean=MEAN, **kept)
-        case "squash":
+        case "resize":
             made = CLIPImageProcessorPil(do_center_crop=False, size=BOTH, **kept)
         case "crop":
             made = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=BOTH, **kept)
-    return np.asarray(made(picture)["pixel_values"][0]).transpose(1, 2, 0)
+    return np.asarray(made(image)["pixel_values"][0]).transpose(1, 2, 0)
 
 
 @pytest.mark.parametrize("fit", get_args(ImageFit))
-def test_a_prepared_picture_is_that_of_the_stock_processor(
+def test_a_prepared_image_is_that_of_the_stock_processor(
     fit: ImageFit, make_resources: Any, make_text: Any, tmp_path: Path
 ) -> None:
     draw = np.random.default_rng(0)
-    picture = Pillow.fromarray(draw.integers(0, 256, (90, 160, 3), dtype=np.uint8))
+    image = Pillow.fromarray(draw.integers(0, 256, (90, 160, 3), dtype=np.uint8))
     raw = tmp_path / "raw"
     raw.mkdir()
-    picture.save(raw / "0.png")
+    image.save(raw / "0.png")
     turns = [{"role": "document", "parts": [{"image": "0.png"}, {"text": "Noise."}]}]
     record = {"id": "0", "object": "noise", "category": "", "licence": "CC0-1.0", "provenance": "here", "turns": turns}
     (raw / "records.jsonl").write_text(json.dumps(record))
@@ -63,7 +63,7 @@ def test_a_prepared_picture_is_that_of_the_stock_processor(
     (row,) = read_index(content(made)).to_pylist()
     sample = read_sample(content(made), shard=row["shard"], offset=row["offset"], key=row["key"])
     with Pillow.open(io.BytesIO(sample.images[0])) as kept:
-        assert (np.asarray(kept) == stock(fit, picture)).all()
+        assert (np.asarray(kept) == stock(fit, image)).all()
 
 
 def test_an_address_holds_the_fit_and_the_colour_that_pads_but_not_the_tower(make_text: Any, tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_an_address_holds_the_fit_and_the_colour_that_pads_but_not_the_tower(mak
         for mean in (MEAN, (0.5, 0.5, 0.5))
     }
     assert recipes["pad", MEAN] != recipes["pad", (0.5, 0.5, 0.5)]
-    assert recipes["squash", MEAN] == recipes["squash", (0.5, 0.5, 0.5)]
+    assert recipes["resize", MEAN] == recipes["resize", (0.5, 0.5, 0.5)]
     assert recipes["crop", MEAN] == recipes["crop", (0.5, 0.5, 0.5)]
     assert len({json.dumps(recipes[fit, MEAN]) for fit in get_args(ImageFit)}) == 3
     for fit in get_args(ImageFit):
@@ -94,5 +94,5 @@ def test_a_language_model_in_a_folder_counts_by_its_tokenizer_not_by_its_place_o
     (two / "model.safetensors").write_bytes(b"weights make no token")
     assert recipe(one) == recipe(two) == recipe(one, shape={"model_type": "llama"})
     path = two / "tokenizer.json"
-    path.write_text(path.read_text().replace("<image>", "<picture>"))
+    path.write_text(path.read_text().replace("<image>", "<image>"))
     assert recipe(one) != recipe(two)

@@ -24,9 +24,9 @@ def resources(tmp_path: Path, make_resources: Callable[..., Resources]) -> Resou
     return make_resources(tmp_path / "work")
 
 
-def folder(root: Path, lines: list[dict[str, Any]], pictures: dict[str, bytes]) -> Path:
+def folder(root: Path, lines: list[dict[str, Any]], images: dict[str, bytes]) -> Path:
     root.mkdir(parents=True)
-    for name, data in pictures.items():
+    for name, data in images.items():
         (root / name).write_bytes(data)
     (root / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return root
@@ -39,9 +39,9 @@ def line(name: str, *parts: dict[str, str]) -> dict[str, Any]:
 
 def smaller(path: Path) -> bytes:
     """A copy at half the size, as JPEG."""
-    with Image.open(path) as picture:
-        flat = Image.new("RGB", picture.size, (255, 255, 255))
-        flat.paste(picture, mask=picture.getchannel("A") if picture.mode == "RGBA" else None)
+    with Image.open(path) as image:
+        flat = Image.new("RGB", image.size, (255, 255, 255))
+        flat.paste(image, mask=image.getchannel("A") if image.mode == "RGBA" else None)
     out = io.BytesIO()
     flat.resize((flat.width // 2, flat.height // 2)).save(out, "JPEG", quality=80)
     return out.getvalue()
@@ -52,18 +52,18 @@ def dropped(dataset: Any) -> dict[str, tuple[str, str]]:
     return {row["id"]: (row["reason"], row["detail"]) for row in rows}
 
 
-def test_a_second_copy_of_a_picture_and_of_a_text_go(
+def test_a_second_copy_of_a_image_and_of_a_text_go(
     resources: Resources, make_text: Any, tiny: Path, tmp_path: Path
 ) -> None:
     names = ["dog", "cat", "bus", "crown"]
-    pictures = {f"{name}.png": (tiny / f"pairs/{name}.png").read_bytes() for name in names}
-    pictures["other.jpg"] = smaller(tiny / "pairs/cat.png")
+    images = {f"{name}.png": (tiny / f"pairs/{name}.png").read_bytes() for name in names}
+    images["other.jpg"] = smaller(tiny / "pairs/cat.png")
     lines = [line(name, {"image": f"{name}.png"}, {"text": f"A {name}."}) for name in names]
     lines.append(line("again", {"image": "other.jpg"}, {"text": "Another word for it."}))
     lines += [
         line(name, {"text": f"{start} {QUESTION}, and nobody knew."}) for name, start in (("t1", "So"), ("t2", "So"))
     ]
-    raw = folder(tmp_path / "raw", lines, pictures)
+    raw = folder(tmp_path / "raw", lines, images)
     asked = {"kind": "jsonl", "path": str(raw), "render": "caption"}
     mixture = {"name": "m", "sources": {"p": asked}, "near_duplicates": {"image_bits": 4, "text_similarity": 0.8}}
     made = prepare(Mixture.model_validate(mixture), make_text(), resources)
@@ -84,11 +84,11 @@ def test_what_an_evaluation_set_asks_is_not_trained_on(
     leaked = json.loads((raw / "records.jsonl").read_text().splitlines()[0])
     with (raw / "records.jsonl").open("a") as records:
         records.write(json.dumps(line("leak", {"text": f"We read: {QUESTION.upper()}? The third."})) + "\n")
-    picture = leaked["turns"][0]["parts"][0]["image"]
+    image = leaked["turns"][0]["parts"][0]["image"]
     evaluation = folder(
         tmp_path / "evaluation",
         [line("asked", {"image": "e.jpg"}, {"text": "What is it?"}), line("read", {"text": QUESTION})],
-        {"e.jpg": smaller(raw / picture)},
+        {"e.jpg": smaller(raw / image)},
     )
     source = {"kind": "jsonl", "render": "caption"}
     mixture = {

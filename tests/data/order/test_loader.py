@@ -10,19 +10,19 @@ import pytest
 
 from vila_ops.config import Mixture, Stage
 from vila_ops.data.order import order
-from vila_ops.data.order.loader import Rows, stack
+from vila_ops.data.order.loader import RowLoader, stack
 from vila_ops.data.shards import Sample, ShardWriter, read_index, read_sample, write_index
 
 COUNTS = {"a": 60, "b": 30, "c": 10}
 DIGEST = "0123456789abcdef" * 4
 IMAGE = 501
-"""Stands for a picture's placeholder."""
-MakeRows = Callable[..., Rows]
+"""Stands for an image's placeholder."""
+MakeRows = Callable[..., RowLoader]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three sources of samples with lengths of their own; a third of them starts with a picture of four tokens."""
+    """Three sources of samples with lengths of their own; a third of them starts with an image of four tokens."""
     root: Path = tmp_path_factory.mktemp("rows")
     draw = np.random.default_rng(0)
     rows = []
@@ -52,14 +52,14 @@ def make_rows(request: Any, folder: Path, make_stage: Any, tmp_path: Path, monke
 
     def make(
         weights: dict[str, float] | None = None, *, digest: str = DIGEST, cache: str = "cache", **more: Any
-    ) -> Rows:
+    ) -> RowLoader:
         sources = {
             name: {"kind": "jsonl", "path": "x", "render": "caption", "weight": weight}
             for name, weight in (weights or {"a": 1, "b": 1, "c": 1}).items()
         }
         mixture = Mixture.model_validate({"name": "m", "sources": sources})
-        stage: Stage = make_stage(mixture, **{"row_tokens": 64, "global_batch_size": 8, **more})
-        return Rows(folder.joinpath, digest=digest, stage=stage, cache=tmp_path / cache)
+        stage: Stage = make_stage(mixture, **{"sequence_length": 64, "global_batch_size": 8, **more})
+        return RowLoader(folder.joinpath, digest=digest, stage=stage, cache=tmp_path / cache)
 
     return make
 
@@ -101,7 +101,7 @@ def test_any_step_is_reached_at_once_and_the_order_is_a_pure_function(pack: bool
 
 
 def test_samples_come_whole_and_as_they_were_written(folder: Path, make_rows: MakeRows) -> None:
-    """So a picture is never split: its tokens stand together in one row, and the row has its bytes."""
+    """So an image is never split: its tokens stand together in one row, and the row has its bytes."""
     written = {row["key"]: row for row in read_index(folder).to_pylist()}
     seen = 0
     for step in range(10):
@@ -118,7 +118,7 @@ def test_samples_come_whole_and_as_they_were_written(folder: Path, make_rows: Ma
     assert seen > 50
 
 
-def epoch_of(rows: Rows) -> Counter[str]:
+def epoch_of(rows: RowLoader) -> Counter[str]:
     """How often an epoch, the first one, has each sample; read row by row."""
     whole = sum(share.samples_per_epoch for share in rows.composition.shares.values())
     seen: Counter[str] = Counter()
@@ -140,7 +140,7 @@ def test_without_packing_a_row_is_a_sample_and_an_epoch_has_the_same_samples(fol
     held_out = make_rows(pack=False, validation_rows=100).validation()
     assert len({row.keys for row in held_out}) == 15
     with pytest.raises(ValueError, match=r"tokens do not fit into a row of 4"):
-        make_rows(pack=False, row_tokens=4).batch(0)
+        make_rows(pack=False, sequence_length=4).batch(0)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_a_dataset_without_validation_samples_is_named(make_stage: Any, folder: 
     source = {"kind": "jsonl", "path": "x", "render": "caption"}
     stage = make_stage(Mixture.model_validate({"name": "m", "sources": {"a": source}}))
     with pytest.raises(ValueError, match="mixture 'm' has no validation sample"):
-        Rows(tmp_path.joinpath, digest=DIGEST, stage=stage, cache=tmp_path / "cache")
+        RowLoader(tmp_path.joinpath, digest=DIGEST, stage=stage, cache=tmp_path / "cache")
 
 
 @pytest.mark.parametrize("array", ["members", "starts", "num_targets", "keys", "numbers"])
@@ -266,7 +266,7 @@ def test_a_damaged_cache_is_made_anew(
     assert all(same(x, y) for x, y in zip(rows, expected[0], strict=True))
     kept = order.KEPT_FROM == 0
     read = {"members": kept, "starts": kept, "numbers": not kept}.get(array, True)  # a kept plan needs no numbers
-    assert ("it is made anew" in caplog.text) == read
+    assert ("it is rebuilt" in caplog.text) == read
 
 
 def test_rows_are_stacked(make_rows: MakeRows) -> None:

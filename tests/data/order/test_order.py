@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vila_ops.data.order.index import Index
-from vila_ops.data.order.order import Asked, draws, epoch_plan
+from vila_ops.data.order.order import EpochRequest, draws, epoch_plan
 from vila_ops.data.shards import write_index
 
 
@@ -26,8 +26,8 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
     return Index(folder.joinpath, digest="ab" * 32, cache=folder / "cache")
 
 
-def asked(*, seed: int = 0, digest: str = "ab" * 32, capacity: int = 20, **samples_per_epoch: int) -> Asked:
-    return Asked(digest, seed, capacity, samples_per_epoch)
+def asked(*, seed: int = 0, digest: str = "ab" * 32, capacity: int = 20, **samples_per_epoch: int) -> EpochRequest:
+    return EpochRequest(digest, seed, capacity, samples_per_epoch)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

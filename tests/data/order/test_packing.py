@@ -44,7 +44,7 @@ def test_packed_logits_are_those_of_the_samples_alone(make_model: Any, build: Ca
     ids = [[1, *draw.integers(4, 500, n).tolist()] for n in (9, 5, 12, 7)]
     ids[1] += [image] * 4 + [44, 45]
     ids[2] = [1, *[image] * 4, 50, *[image] * 4, *ids[2]]
-    shown = [0, 1, 2, 0]  # pictures of each sample
+    shown = [0, 1, 2, 0]  # images of each sample
     rows = [pack([sample(str(i), ids[i]) for i in group], capacity=48) for group in ((0, 1), (2, 3))]
     stacked = {
         name: torch.from_numpy(np.stack([getattr(row, name) for row in rows])) for name in ("input_ids", "position_ids")

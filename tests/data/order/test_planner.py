@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from vila_ops.data.order import planner
-from vila_ops.data.order.planner import Plan, plan
+from vila_ops.data.order.planner import PackingPlan, plan
 
 SEED = [7]
 
@@ -23,13 +23,13 @@ def llava_like(count: int) -> NDArray[np.uint16]:
     return np.minimum(2048, np.where(shows, with_image, np.maximum(1, draw.lognormal(6.2, 0.8, count)))).astype("u2")
 
 
-def tokens(made: Plan, lengths: NDArray[np.uint16]) -> NDArray[np.int64]:
+def tokens(made: PackingPlan, lengths: NDArray[np.uint16]) -> NDArray[np.int64]:
     """Of each row."""
     return np.add.reduceat(lengths[made.members].astype(np.int64), made.starts[:-1])
 
 
 def rows_of_best_fit_decreasing(lengths: NDArray[np.uint16], capacity: int) -> int:
-    """The textbook rule, in the order of the lengths: a sample goes where the least room is left that it fits into."""
+    """The textbook rule, in the order of the lengths: a sample goes where the least task is left that it fits into."""
     free: Counter[int] = Counter()
     for length in sorted(lengths.tolist(), reverse=True):
         best = min((room for room, count in free.items() if count and room >= length), default=capacity)
@@ -84,7 +84,7 @@ def test_no_more_rows_are_needed_than_best_fit_decreasing_needs(lengths: list[in
 
 @pytest.mark.parametrize("trial", [200, 2**17])
 def test_that_is_so_where_exact_fits_use_up_what_long_samples_need(trial: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Documents of up to six pictures of 576 tokens in rows of seven; the second way is seen on some of them."""
+    """Documents of up to six images of 576 tokens in rows of seven; the second way is seen on some of them."""
     monkeypatch.setattr(planner, "TRIAL", trial)
     draw = np.random.default_rng(3)
     lengths = np.minimum(4096, draw.integers(1, 7, 3000) * 576 + draw.lognormal(5, 0.9, 3000)).astype(np.uint16)
@@ -160,7 +160,7 @@ def test_nothing_makes_no_rows() -> None:
 
 
 def test_a_sample_that_no_row_holds_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"sample 1 has 11 tokens, a row holds 10; raise row_tokens"):
+    with pytest.raises(ValueError, match=r"sample 1 has 11 tokens, a row holds 10; raise sequence_length"):
         plan(np.array([3, 11]), capacity=10, seed=SEED)
     with pytest.raises(ValueError, match=r"sample 2 has 0 tokens"):
         plan(np.array([3, 1, 0]), capacity=10, seed=SEED)

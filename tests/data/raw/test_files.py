@@ -143,23 +143,23 @@ def test_the_same_bytes_are_scanned_once_for_each_format_settings_and_place(raw:
 
 
 def test_a_file_beside_changes_the_digest_when_it_comes_changes_or_goes(tmp_path: Path, raw: Path):
-    picture = tmp_path / "pictures/dog.png"
+    image = tmp_path / "images/dog.png"
     write(raw / "a.txt", b"abc")
-    lines = Lines(tmp_path / "cache", beside=(picture,))
+    lines = Lines(tmp_path / "cache", beside=(image,))
 
     def digest() -> str:
         (file,) = lines.files(raw)
         return file.digest
 
     missing = digest()
-    write(picture, b"dog")
+    write(image, b"dog")
     there = digest()
-    write(picture, b"cat", age_ns=HOUR_NS // 2)
+    write(image, b"cat", age_ns=HOUR_NS // 2)
     changed = digest()
     assert len({ABC, missing, there, changed}) == 4
-    write(picture, b"dog", age_ns=HOUR_NS // 4)
+    write(image, b"dog", age_ns=HOUR_NS // 4)
     assert digest() == there
-    picture.unlink()
+    image.unlink()
     assert digest() == missing
     assert lines.looked_at == ["a.txt"]
 
@@ -168,20 +168,20 @@ def test_the_digest_does_not_depend_on_where_the_files_lie(tmp_path: Path, raw: 
     found = []
     for place in ("here", "there"):
         write(tmp_path / place / "a.txt", b"abc")
-        beside = write(tmp_path / place / "pictures/dog.png", b"dog")
+        beside = write(tmp_path / place / "images/dog.png", b"dog")
         found.append(Lines(tmp_path / f"cache-{place}", beside=(beside,)).files(tmp_path / place)[0].digest)
     assert found[0] == found[1]
 
 
-def test_two_folders_with_the_same_records_have_their_own_pictures(tmp_path: Path):
+def test_two_folders_with_the_same_records_have_their_own_images(tmp_path: Path):
     digests = []
     line = (
         b'{"id": "1", "object": "dog", "category": "", "licence": "CC0-1.0", "provenance": "", '
         b'"turns": [{"role": "document", "parts": [{"image": "dog.png"}]}]}\n'
     )
-    for place, picture in [("a", b"dog"), ("b", b"another dog"), ("c", b"dog")]:
+    for place, image in [("a", b"dog"), ("b", b"another dog"), ("c", b"dog")]:
         write(tmp_path / place / "records.jsonl", line)
-        write(tmp_path / place / "dog.png", picture)
+        write(tmp_path / place / "dog.png", image)
         source = JsonLines(render="document", path=str(tmp_path / place))
         digests.append(sources.digest(source, cache=tmp_path / "cache"))
     assert digests[0] == digests[2] != digests[1]

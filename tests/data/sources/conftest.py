@@ -10,8 +10,8 @@ from vila_ops.config import Source
 from vila_ops.data import sources
 from vila_ops.data.download.journal import Journal
 from vila_ops.data.download.manifest import write_manifest
+from vila_ops.data.download.outcome import DownloadRecord as Fetched
 from vila_ops.data.download.outcome import Outcome
-from vila_ops.data.download.outcome import Record as Fetched
 from vila_ops.data.raw.files import STRIDE, RawFile, Span
 from vila_ops.data.records import Dropped, Record
 
@@ -53,7 +53,7 @@ def _span(file: RawFile, start: int, stop: int) -> Span:
 
 @pytest.fixture
 def download() -> Download:
-    """Puts what became of URLs where the downloader puts it, by its own code: the bytes of a picture, or an outcome."""
+    """Puts what became of URLs where the downloader puts it, by its own code: the bytes of an image, or an outcome."""
 
     def put(out: Path, became: Mapping[str, bytes | Outcome]) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -37,34 +37,32 @@ def row(number: int, **more: Any) -> dict[str, Any]:
     return {**numbers, **texts, **more}
 
 
-def picture(number: int) -> tuple[str, bytes]:
-    return f"http://EX.test/{number}.jpg", b"picture %d" % number
+def image(number: int) -> tuple[str, bytes]:
+    return f"http://EX.test/{number}.jpg", b"image %d" % number
 
 
 @pytest.fixture
 def made(tmp_path: Path, download: Download) -> Callable[..., Coyo]:
-    """A source of rows in row groups of ten, with a picture of each, or what `became` says instead."""
+    """A source of rows in row groups of ten, with an image of each, or what `became` says instead."""
 
     def make(*rows: dict[str, Any], became: Mapping[str, Any] | None = None, name: str = "part-0") -> Coyo:
         (tmp_path / "raw").mkdir(exist_ok=True)
         table = pa.Table.from_pylist(list(rows), schema=SCHEMA)
         pq.write_table(table, tmp_path / f"raw/{name}.parquet", row_group_size=10)
-        download(tmp_path / f"images/{name}", {**dict(map(picture, range(len(rows)))), **(became or {})})
+        download(tmp_path / f"images/{name}", {**dict(map(image, range(len(rows)))), **(became or {})})
         return Coyo(path=str(tmp_path / "raw"), images=str(tmp_path / "images"), licence="CC-BY-4.0")
 
     return make
 
 
-def test_a_row_is_a_captioned_picture_with_its_columns_of_numbers_as_scores(
-    read_all: ReadAll, made: Callable[..., Coyo]
-):
+def test_a_row_is_a_captioned_image_with_its_columns_of_numbers_as_scores(read_all: ReadAll, made: Callable[..., Coyo]):
     scores = {"watermark_score": None, "nsfw_score_gantman": float("nan"), "width": 640}
     assert read_all(made(row(0, text=" a green tree\n", **scores))) == [
         [
             Record(
                 id="part-0.parquet:1",
                 object="http://ex.test/0.jpg",
-                turns=(Turn("document", (Image(b"picture 0"), "a green tree")),),
+                turns=(Turn("document", (Image(b"image 0"), "a green tree")),),
                 category="",
                 licence="CC-BY-4.0",
                 provenance="part-0.parquet:1 http://EX.test/0.jpg",
@@ -123,13 +121,11 @@ def test_spans_are_slices_of_the_whole_across_row_groups(read_all: ReadAll, scan
     assert (file.count, file.images) == (53, 53)
 
 
-def test_a_new_shard_leaves_the_digests_of_others_alone_but_a_new_picture_does_not(
-    scan: Scan, made: Callable[..., Coyo]
-):
+def test_a_new_shard_leaves_the_digests_of_others_alone_but_a_new_image_does_not(scan: Scan, made: Callable[..., Coyo]):
     (before,) = scan(made(row(0)))
     same, other = scan(made(row(0), name="part-1"))
     assert same == before
-    changed, _ = scan(made(row(0), became={picture(0)[0]: b"another"}))
+    changed, _ = scan(made(row(0), became={image(0)[0]: b"another"}))
     assert changed.digest != before.digest
     assert other.count == 1
 

@@ -28,13 +28,13 @@ PAGE = """<?xml version="1.0" encoding="UTF-8"?>
 """
 
 
-def picture(width: int, height: int, kind: str) -> bytes:
+def image(width: int, height: int, kind: str) -> bytes:
     buffer = io.BytesIO()
     PIL.Image.new("RGB", (width, height), "red").save(buffer, kind)
     return buffer.getvalue()
 
 
-WIDE, ICON, PHOTO = picture(200, 64, "png"), picture(200, 63, "png"), picture(80, 90, "jpeg")
+WIDE, ICON, PHOTO = image(200, 64, "png"), image(200, 63, "png"), image(80, 90, "jpeg")
 
 
 @pytest.fixture

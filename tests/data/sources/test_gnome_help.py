@@ -17,7 +17,7 @@ RENAME = """<page xmlns="http://projectmallard.org/1.0/" xmlns:if="http://projec
 <info><desc>Change a name.</desc></info>
 <title>Rename your file</title>
 <p>Use <app>Files</app>; see <link xref="other"/> or <link xref="other#part">this</link>.</p>
-<media type="image" src="x.svg"><p>A picture</p></media>
+<media type="image" src="x.svg"><p>An image</p></media>
 <steps><title>To rename:</title>
   <item><p>Press <keyseq><key>Ctrl</key><key>F2</key></keyseq>.</p></item>
   <item><p>Choose <guiseq><gui>File</gui><gui>Save</gui></guiseq>.</p><p>Wait.</p></item>

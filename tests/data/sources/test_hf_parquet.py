@@ -50,7 +50,7 @@ def turns(found: Found) -> tuple[Turn, ...]:
     return record.turns
 
 
-def test_a_row_of_the_image_feature_and_text_is_a_captioned_picture(read_all: ReadAll, tmp_path: Path):
+def test_a_row_of_the_image_feature_and_text_is_a_captioned_image(read_all: ReadAll, tmp_path: Path):
     row = {"image": embedded(b"cat", "Cat.JPG"), "text": "a cat\n", "score": 0.5, "label": 3, "ok": True}
     kinds = {"score": pa.float64(), "label": pa.int64(), "ok": pa.bool_()}
     write(tmp_path / "train-00000-of-00001.parquet", [row], image=IMAGE, text=pa.string(), **kinds)
@@ -70,7 +70,7 @@ def test_a_row_of_the_image_feature_and_text_is_a_captioned_picture(read_all: Re
 
 
 @pytest.mark.parametrize(
-    ("kind", "cell", "pictures"),
+    ("kind", "cell", "images"),
     [
         (pa.binary(), b"a", [b"a"]),
         (pa.large_binary(), b"a", [b"a"]),
@@ -78,17 +78,17 @@ def test_a_row_of_the_image_feature_and_text_is_a_captioned_picture(read_all: Re
         (pa.large_list(pa.binary()), [b"a", b"b"], [b"a", b"b"]),
     ],
 )
-def test_pictures_may_be_plain_bytes_and_several(
-    kind: pa.DataType, cell: Any, pictures: list[bytes], read_all: ReadAll, tmp_path: Path
+def test_images_may_be_plain_bytes_and_several(
+    kind: pa.DataType, cell: Any, images: list[bytes], read_all: ReadAll, tmp_path: Path
 ):
     write(tmp_path / "a.parquet", [{"jpg": cell, "caption": "x"}], jpg=kind, caption=pa.large_string())
     ((record,),) = read_all(source(tmp_path, image="jpg", text="caption"))
     assert isinstance(record, Record)
-    assert record.turns == (Turn("document", (*map(Image, pictures), "x")),)
+    assert record.turns == (Turn("document", (*map(Image, images), "x")),)
     assert hashlib.sha256(b"a").hexdigest().startswith(record.object)
 
 
-def test_conversations_of_the_cauldron_show_their_pictures_before_the_first_question(read_all: ReadAll, tmp_path: Path):
+def test_conversations_of_the_cauldron_show_their_images_before_the_first_question(read_all: ReadAll, tmp_path: Path):
     texts = [
         {"user": "Question: what?", "assistant": "Two cats.", "source": "x"},
         {"user": "And?", "assistant": "A dog.", "source": "x"},
@@ -104,7 +104,7 @@ def test_conversations_of_the_cauldron_show_their_pictures_before_the_first_ques
     )
 
 
-def test_chat_messages_keep_pictures_where_their_parts_stand(read_all: ReadAll, tmp_path: Path):
+def test_chat_messages_keep_images_where_their_parts_stand(read_all: ReadAll, tmp_path: Path):
     messages = [
         {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
         {"role": "user", "content": [{"type": "text", "text": "Is <image> this"}, {"type": "image", "text": None}]},
@@ -120,7 +120,7 @@ def test_chat_messages_keep_pictures_where_their_parts_stand(read_all: ReadAll, 
     )
 
 
-def test_llavas_turns_keep_pictures_where_their_placeholders_stand(read_all: ReadAll, tmp_path: Path):
+def test_llavas_turns_keep_images_where_their_placeholders_stand(read_all: ReadAll, tmp_path: Path):
     said = [{"from": "human", "value": "What is\n<image>?"}, {"from": "gpt", "value": "A cup."}]
     rows = [
         {"image": embedded(b"a"), "conversations": said},
@@ -203,8 +203,8 @@ def test_pages_and_not_row_groups_are_held_in_memory(scan: Scan, tmp_path: Path)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image": "picture"}, r"a\.parquet has no column 'picture' but image, text, paths; name the columns"),
-        ({"image": "paths"}, r"column 'paths' is string, not pictures"),
+        ({"image": "image"}, r"a\.parquet has no column 'image' but image, text, paths; name the columns"),
+        ({"image": "paths"}, r"column 'paths' is string, not images"),
         ({"text": "image"}, r"column 'image' is struct<.*>, not text"),
         ({"render": "conversation"}, r"column 'text' is string, not a list of \{role, content\}"),
     ],

@@ -19,13 +19,13 @@ ReadAll = Callable[[Html], Found]
 Scan = Callable[[Html], list[RawFile]]
 
 
-def picture(width: int, height: int, kind: str = "png") -> bytes:
+def image(width: int, height: int, kind: str = "png") -> bytes:
     buffer = io.BytesIO()
     PIL.Image.new("RGB", (width, height), "red").save(buffer, kind)
     return buffer.getvalue()
 
 
-WIDE, ICON, PHOTO = picture(200, 64), picture(200, 63), picture(80, 90, "jpeg")
+WIDE, ICON, PHOTO = image(200, 64), image(200, 63), image(80, 90, "jpeg")
 PAGE = """<!DOCTYPE html><html><head><title>Blur</title><style>p {color: red}</style>
 <link rel=icon href=icon.png><body class=x>
 <nav><ul><li><a href=/>Home</a> <img src=img/wide.png></ul></nav>
@@ -43,7 +43,7 @@ The end."""
 
 @pytest.fixture
 def made(tmp_path: Path) -> Callable[..., Html]:
-    """A folder with guide/page.html and its pictures."""
+    """A folder with guide/page.html and its images."""
 
     def make(text: str | bytes, **settings: Any) -> Html:
         folder = tmp_path / "site/guide/img"
@@ -52,7 +52,7 @@ def made(tmp_path: Path) -> Callable[..., Html]:
             "wide.png": WIDE,
             "icon.png": ICON,
             "my photo.jpg": PHOTO,
-            "text.png": b"no picture",
+            "text.png": b"no image",
         }.items():
             (folder / name).write_bytes(data)
         (tmp_path / "secret.png").write_bytes(WIDE)
@@ -97,7 +97,7 @@ def test_a_page_is_text_and_figures_in_reading_order_without_icons_and_navigatio
     ]
 
 
-def test_pictures_in_data_addresses_are_read(read_all: ReadAll, made: Callable[..., Html]):
+def test_images_in_data_addresses_are_read(read_all: ReadAll, made: Callable[..., Html]):
     photo, icon = (base64.b64encode(data).decode() for data in (PHOTO, ICON))
     page = f"""<p>a<img src='data:image/jpeg;base64,{photo[:9]}
     {photo[9:]}'>b<img src='data:image/png;base64,{icon}'>c"""
@@ -142,13 +142,13 @@ def test_the_encoding_is_that_of_the_mark_or_the_declaration(
         (f"<p>a<img src={'a/' * 3000}a.png>", "bad_image_path", "aaa"[:1]),
         ("<p>a<img src=img/gone.png>", "missing_image", "guide/img/gone.png"),
         ("<p>a<img src=img>", "missing_image", "guide/img"),
-        ("<p>a<img src=img/text.png>", "bad_image_not_a_picture", ""),
+        ("<p>a<img src=img/text.png>", "bad_image_not_a_image", ""),
         ("<p>a<img src=link.png>", "bad_image_path", "link"),
         ("<p>a<img src=data:image/png,abc>", "bad_url", "base64"),
         ("<p>a<img src=data:image/png;base64,a>", "bad_base64", ""),
     ],
 )  # fmt: skip
-def test_a_picture_that_cannot_be_had_costs_the_page_or_itself(
+def test_a_image_that_cannot_be_had_costs_the_page_or_itself(
     page: str, reason: str, detail: str, read_all: ReadAll, made: Callable[..., Html], tmp_path: Path
 ):
     source = made(page)
@@ -196,7 +196,7 @@ def test_a_page_may_be_named_alone(read_all: ReadAll, made: Callable[..., Html],
     assert parts(found) == ("a", Image(WIDE), "b")
 
 
-def test_the_digest_is_of_the_page_and_its_pictures_and_of_no_other_file(
+def test_the_digest_is_of_the_page_and_its_images_and_of_no_other_file(
     scan: Scan, made: Callable[..., Html], tmp_path: Path
 ):
     source = made("a<img src=img/wide.png><img src=img/late.png>")

@@ -53,7 +53,7 @@ def test_a_line_is_a_record(tmp_path: Path, read_all: ReadAll):
     ]
 
 
-def test_the_file_is_counted_by_lines_and_pictures_with_a_mark_every_16_lines(tmp_path: Path, scan: Scan):
+def test_the_file_is_counted_by_lines_and_images_with_a_mark_every_16_lines(tmp_path: Path, scan: Scan):
     ours = source(tmp_path, *[DOG] * 7, "", "{not json", *[{**DOG, "object": "Bär"}] * 24)
     (file,) = scan(ours)
     lines = (tmp_path / "records.jsonl").read_bytes().splitlines(keepends=True)
@@ -76,7 +76,7 @@ def test_a_limit_takes_evenly_spaced_lines(tmp_path: Path, scan: Scan):
     assert [record.id for found in sources.read(ours, {}, span) for record in found] == ["0", "2", "5", "7"]
 
 
-def test_a_picture_that_changes_changes_the_digest(tmp_path: Path, scan: Scan):
+def test_a_image_that_changes_changes_the_digest(tmp_path: Path, scan: Scan):
     ours = source(tmp_path, DOG)
     (before,) = scan(ours)
     (tmp_path / "photos/dog.png").write_bytes(b"cat")
@@ -84,7 +84,7 @@ def test_a_picture_that_changes_changes_the_digest(tmp_path: Path, scan: Scan):
     assert after.digest != before.digest
 
 
-def test_a_record_whose_picture_is_missing_is_dropped(tmp_path: Path, read_all: ReadAll):
+def test_a_record_whose_image_is_missing_is_dropped(tmp_path: Path, read_all: ReadAll):
     ours = source(tmp_path, {**DOG, "turns": [{"role": "document", "parts": [{"image": "gone.png"}]}]})
     detail = "no file 'gone.png' beside records.jsonl"
     assert read_all(ours) == [[Dropped("1", "missing_image", where="records.jsonl:1", detail=detail)]]

@@ -58,7 +58,7 @@ def only(found: list[list[Record | Dropped]]) -> Record | Dropped:
     return record
 
 
-def test_pictures_stand_where_their_placeholders_stood(tmp_path: Path, images: Path, read_all: ReadAll) -> None:
+def test_images_stand_where_their_placeholders_stood(tmp_path: Path, images: Path, read_all: ReadAll) -> None:
     found = read_all(source(array(tmp_path, SINGLE, SEVERAL, TEXT), images))
     assert found == [
         [
@@ -103,7 +103,7 @@ def test_pictures_stand_where_their_placeholders_stood(tmp_path: Path, images: P
     ]
 
 
-def test_pictures_of_later_turns_stay_there(tmp_path: Path, images: Path, read_all: ReadAll) -> None:
+def test_images_of_later_turns_stay_there(tmp_path: Path, images: Path, read_all: ReadAll) -> None:
     said = [
         ("system", "Be brief."),
         ("human", "Look: <image>"),
@@ -134,7 +134,7 @@ def test_one_object_a_line_reads_like_an_array(tmp_path: Path, images: Path, rea
     assert (empty.reason, empty.where) == ("turn_order", "train.jsonl:3")
 
 
-def test_caption_is_the_picture_and_the_answer(tmp_path: Path, images: Path, read_all: ReadAll) -> None:
+def test_caption_is_the_image_and_the_answer(tmp_path: Path, images: Path, read_all: ReadAll) -> None:
     plain, text, several = read_all(source(array(tmp_path, SINGLE, TEXT, SEVERAL), images, render="caption"))
     (record,) = plain
     assert isinstance(record, Record)
@@ -162,9 +162,9 @@ def turns(*said: tuple[str, str]) -> list[dict[str, str]]:
 @pytest.mark.parametrize(
     ("change", "reason", "told"),
     [
-        ({"image": ["a.png", "b.png"]}, "too_few_placeholders", "1 of <image> for 2 pictures"),
+        ({"image": ["a.png", "b.png"]}, "too_few_placeholders", "1 of <image> for 2 images"),
         ({"conversations": turns(("human", "How many?"), ("gpt", "3"))}, "too_few_placeholders", "0 of <image> for 1"),
-        ({"image": None}, "too_many_placeholders", "1 of <image> for 0 pictures"),
+        ({"image": None}, "too_many_placeholders", "1 of <image> for 0 images"),
         ({"conversations": turns(("human", "<image><image>?"), ("gpt", "3"))}, "too_many_placeholders", "2 of <image>"),
         ({"image": "gone.png"}, "missing_image", "no file 'gone.png'"),
         ({"image": "../secret.png"}, "bad_image_path", "'../secret.png' is not a path inside"),
@@ -221,7 +221,7 @@ def test_an_element_that_is_no_object_is_dropped(
     assert isinstance(record, Record)
 
 
-def test_a_picture_without_a_folder_of_pictures_says_what_to_set(tmp_path: Path, read_all: ReadAll) -> None:
+def test_a_image_without_a_folder_of_images_says_what_to_set(tmp_path: Path, read_all: ReadAll) -> None:
     dropped = only(read_all(source(array(tmp_path, SINGLE), None)))
     assert isinstance(dropped, Dropped)
     assert dropped.reason == "missing_image"
@@ -266,13 +266,13 @@ def test_of_a_thinned_source_only_the_wanted_records_are_read(tmp_path: Path, im
     assert [record.id for (record,) in sources.read(ours, {}, span)] == ["20", "30"]
 
 
-def test_the_digest_is_that_of_the_records_and_of_the_pictures_that_they_name(
+def test_the_digest_is_that_of_the_records_and_of_the_images_that_they_name(
     tmp_path: Path, images: Path, scan: Scan
 ) -> None:
     ours = source(array(tmp_path, SINGLE, {**SINGLE, "image": "gone.png"}, {**SINGLE, "image": "../x.png"}), images)
     (before,) = scan(ours)
     assert before.images == 2
-    (images / "b.png").write_bytes(b"another picture, which no record names")
+    (images / "b.png").write_bytes(b"another image, which no record names")
     (images / "new.txt").write_text("unrelated")
     assert scan(ours) == [before]
     (images / "img/000001.png").write_bytes(b"repainted")

@@ -39,7 +39,7 @@ def write(tmp_path: Path) -> Callable[..., LlavaCc3m]:
     return made
 
 
-def test_a_record_is_the_picture_and_its_raw_caption(write: Callable[..., LlavaCc3m], read_all: ReadAll) -> None:
+def test_a_record_is_the_image_and_its_raw_caption(write: Callable[..., LlavaCc3m], read_all: ReadAll) -> None:
     assert read_all(write([chat()], [metadata(blip_caption="a cup")])) == [
         [
             Record(
@@ -61,7 +61,7 @@ def test_a_record_is_the_picture_and_its_raw_caption(write: Callable[..., LlavaC
         ("<image>\nWhat is this?", (Image(f"{NAME}.jpg".encode()), "\nWhat is this?")),
     ],
 )
-def test_a_conversation_keeps_the_instruction_and_the_picture_before_or_after_it(
+def test_a_conversation_keeps_the_instruction_and_the_image_before_or_after_it(
     question: str, parts: tuple[Any, ...], write: Callable[..., LlavaCc3m], read_all: ReadAll
 ) -> None:
     ((record,),) = read_all(write([chat(question=question)], [metadata()], render="conversation"))
@@ -87,7 +87,7 @@ def test_without_metadata_the_provenance_is_the_place(write: Callable[..., Llava
     assert record.provenance == "chat.json:1[0]"
 
 
-def test_a_missing_picture_is_dropped_with_its_line(
+def test_a_missing_image_is_dropped_with_its_line(
     tmp_path: Path, write: Callable[..., LlavaCc3m], read_all: ReadAll
 ) -> None:
     source = write([chat(), chat("GCC_train_000000124")], [metadata()])

@@ -10,7 +10,7 @@ import pytest
 from vila_ops.config.sources import Messages
 from vila_ops.data.raw.files import RawFile
 from vila_ops.data.records import Dropped, Image, Record, Turn
-from vila_ops.data.sources import pictures
+from vila_ops.data.sources import images
 
 ReadAll = Callable[[Messages], list[list[Record | Dropped]]]
 Scan = Callable[[Messages], list[RawFile]]
@@ -35,10 +35,10 @@ def user(*content: Json, answer: Any = "Yes.") -> Json:
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Messages]:
     def made(*records: Any) -> Messages:
-        (tmp_path / "pictures").mkdir(exist_ok=True)
-        (tmp_path / "pictures/Dog.png").write_bytes(b"dog")
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "images/Dog.png").write_bytes(b"dog")
         (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps(record) for record in records))
-        return Messages(path=str(tmp_path / "chats.jsonl"), licence="CC0-1.0", images=str(tmp_path / "pictures"))
+        return Messages(path=str(tmp_path / "chats.jsonl"), licence="CC0-1.0", images=str(tmp_path / "images"))
 
     return made
 
@@ -71,7 +71,7 @@ def test_parts_keep_their_order(write: Callable[..., Messages], read_all: ReadAl
     ]
 
 
-def test_a_picture_without_a_name_is_split_by_its_content(write: Callable[..., Messages], read_all: ReadAll) -> None:
+def test_a_image_without_a_name_is_split_by_its_content(write: Callable[..., Messages], read_all: ReadAll) -> None:
     (inline,), (words,) = read_all(write(user(image(DATA)), OK))
     assert isinstance(inline, Record)
     assert isinstance(words, Record)
@@ -138,10 +138,10 @@ def test_only_data_addresses_are_read_without_a_folder(tmp_path: Path, read_all:
     assert (named.reason, named.where) == ("missing_image", "a.jsonl:2")
 
 
-def test_a_picture_over_the_limit_is_dropped(
+def test_a_image_over_the_limit_is_dropped(
     write: Callable[..., Messages], read_all: ReadAll, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pictures, "MAX_BYTES", 5)
+    monkeypatch.setattr(images, "MAX_BYTES", 5)
     (inline,), (named,) = read_all(write(user(image(DATA + "AAAAAAAA")), user(image("Dog.png"))))
     assert isinstance(inline, Dropped)
     assert inline.reason == "image_too_big"
@@ -153,7 +153,7 @@ def test_spans_and_digest(write: Callable[..., Messages], read_all: ReadAll, sca
     assert [record.id for (record,) in read_all(source)] == [str(n) for n in range(40)]
     (before,) = scan(source)
     assert (before.count, before.images, len(before.marks)) == (40, 40, 3)
-    (tmp_path / "pictures/cat.png").write_bytes(b"unrelated")
+    (tmp_path / "images/cat.png").write_bytes(b"unrelated")
     assert scan(source) == [before]
-    (tmp_path / "pictures/Dog.png").write_bytes(b"another dog")
+    (tmp_path / "images/Dog.png").write_bytes(b"another dog")
     assert scan(source)[0].digest != before.digest

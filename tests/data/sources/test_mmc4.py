@@ -26,7 +26,7 @@ B = "http://ex.test/b.jpg"
 
 
 def document(sentences: int, *matches: int, **more: Any) -> dict[str, Any]:
-    """Picture n is at http://ex.test/n.jpg, and n tenths similar to its sentence."""
+    """Image n is at http://ex.test/n.jpg, and n tenths similar to its sentence."""
     infos = [
         {"raw_url": f"http://ex.test/{n}.jpg", "matched_text_index": match, "matched_sim": n / 10}
         for n, match in enumerate(matches)
@@ -42,22 +42,22 @@ def document(sentences: int, *matches: int, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def made(tmp_path: Path, download: Download) -> Callable[..., Mmc4]:
-    """A source of lines, with the pictures 0.jpg to 9.jpg and b.jpg downloaded, or what `became` says instead."""
+    """A source of lines, with the images 0.jpg to 9.jpg and b.jpg downloaded, or what `became` says instead."""
 
     def make(*lines: Any, became: Mapping[str, Any] | None = None, **settings: Any) -> Mmc4:
         raw = tmp_path / "raw"
         raw.mkdir(exist_ok=True)
         texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
         (raw / "docs_shard_0_v2.jsonl").write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
-        pictures = {B: b"ball", **{f"http://ex.test/{n}.jpg": b"%d" % n for n in range(10)}}
-        download(tmp_path / "images/docs_shard_0_v2", {**pictures, **(became or {})})
+        images = {B: b"ball", **{f"http://ex.test/{n}.jpg": b"%d" % n for n in range(10)}}
+        download(tmp_path / "images/docs_shard_0_v2", {**images, **(became or {})})
         return Mmc4(path=str(raw), images=str(tmp_path / "images"), licence="ODC-BY-1.0", **settings)
 
     return make
 
 
 def parts(found: Found) -> tuple[Any, ...]:
-    """Of the only record: pictures as their bytes."""
+    """Of the only record: images as their bytes."""
     ((record,),) = found
     assert isinstance(record, Record), record
     (turn,) = record.turns
@@ -68,7 +68,7 @@ def faults(found: Found) -> list[tuple[str, str]]:
     return [(one.reason, one.where) for held in found for one in held if isinstance(one, Dropped)]
 
 
-def test_the_worked_example_is_text_with_the_picture_before_its_sentence(read_all: ReadAll, made: Callable[..., Mmc4]):
+def test_the_worked_example_is_text_with_the_image_before_its_sentence(read_all: ReadAll, made: Callable[..., Mmc4]):
     assert read_all(made(EXAMPLE)) == [
         [
             Record(
@@ -83,7 +83,7 @@ def test_the_worked_example_is_text_with_the_picture_before_its_sentence(read_al
     ]
 
 
-def test_the_first_six_pictures_in_file_order_are_kept_and_stand_by_sentence(
+def test_the_first_six_images_in_file_order_are_kept_and_stand_by_sentence(
     read_all: ReadAll, made: Callable[..., Mmc4]
 ):
     source = made(document(4, 3, 0, 1, 1, 2, 0, 3, 0))
@@ -91,9 +91,7 @@ def test_the_first_six_pictures_in_file_order_are_kept_and_stand_by_sentence(
     assert parts(read_all(made(document(2, 1, 0), max_images=1))) == ("S0.", b"0", "S1.")
 
 
-def test_pairs_are_a_record_each_and_image_first_puts_all_pictures_in_front(
-    read_all: ReadAll, made: Callable[..., Mmc4]
-):
+def test_pairs_are_a_record_each_and_image_first_puts_all_images_in_front(read_all: ReadAll, made: Callable[..., Mmc4]):
     line = document(4, 1, 3)  # text1 img1 text2 text3 img2 text4
     (found,) = read_all(made(line, order="pairs"))
     assert [(one.id, one.turns[0].parts) for one in found if isinstance(one, Record)] == [
@@ -103,7 +101,7 @@ def test_pairs_are_a_record_each_and_image_first_puts_all_pictures_in_front(
     assert parts(read_all(made(line, order="image_first"))) == (b"0", b"1", "S0. S1. S2. S3.")
 
 
-def test_a_document_with_a_picture_that_is_not_there_is_dropped_with_the_downloaders_word(
+def test_a_document_with_a_image_that_is_not_there_is_dropped_with_the_downloaders_word(
     read_all: ReadAll, made: Callable[..., Mmc4]
 ):
     gone = {"http://ex.test/7.jpg": "not_found"}  # the eighth, which would not be shown anyway
@@ -119,7 +117,7 @@ def test_a_document_with_a_picture_that_is_not_there_is_dropped_with_the_downloa
     )
 
 
-def test_or_the_picture_alone_is_left_out_and_the_next_takes_its_place(read_all: ReadAll, made: Callable[..., Mmc4]):
+def test_or_the_image_alone_is_left_out_and_the_next_takes_its_place(read_all: ReadAll, made: Callable[..., Mmc4]):
     gone = {"http://ex.test/1.jpg": "timeout"}
     source = made(document(4, 0, 1, 2, 3), became=gone, missing_images="drop_image", max_images=2)
     assert parts(read_all(source)) == (b"0", "S0. S1.", b"2", "S2. S3.")
@@ -127,14 +125,12 @@ def test_or_the_picture_alone_is_left_out_and_the_next_takes_its_place(read_all:
     assert faults(read_all(none)) == [("no_image", "docs_shard_0_v2.jsonl:1")]
 
 
-def test_pictures_below_min_similarity_are_left_out_before_they_are_missed(
-    read_all: ReadAll, made: Callable[..., Mmc4]
-):
+def test_images_below_min_similarity_are_left_out_before_they_are_missed(read_all: ReadAll, made: Callable[..., Mmc4]):
     source = made(document(3, 0, 1, 2), became={"http://ex.test/0.jpg": "dns"}, min_similarity=0.1)
     assert parts(read_all(source)) == ("S0.", b"1", "S1.", b"2", "S2.")
 
 
-def test_a_picture_that_changed_on_the_disk_is_not_taken(read_all: ReadAll, made: Callable[..., Mmc4], tmp_path: Path):
+def test_a_image_that_changed_on_the_disk_is_not_taken(read_all: ReadAll, made: Callable[..., Mmc4], tmp_path: Path):
     source = made(EXAMPLE)
     tar = tmp_path / "images/docs_shard_0_v2.tar"
     tar.write_bytes(tar.read_bytes().replace(b"ball", b"bell"))
@@ -190,7 +186,7 @@ def test_bytes_that_are_not_utf_8_are_dropped_with_their_line(
     assert faults(read_all(source)) == [("invalid_utf8", "docs_shard_0_v2.jsonl:1")]
 
 
-def test_spans_of_many_lines_are_slices_of_the_whole_and_pictures_are_counted(
+def test_spans_of_many_lines_are_slices_of_the_whole_and_images_are_counted(
     read_all: ReadAll, scan: Scan, made: Callable[..., Mmc4]
 ):
     source = made(*(document(2, *[0] * (n % 9)) if n % 7 else "{" for n in range(100)))
@@ -201,7 +197,7 @@ def test_spans_of_many_lines_are_slices_of_the_whole_and_pictures_are_counted(
     assert len(file.marks) == 7
 
 
-def test_the_digest_is_of_the_shard_and_its_pictures_and_of_no_other_file(
+def test_the_digest_is_of_the_shard_and_its_images_and_of_no_other_file(
     scan: Scan, made: Callable[..., Mmc4], download: Download, tmp_path: Path
 ):
     source = made(EXAMPLE)
@@ -217,7 +213,7 @@ def test_the_digest_is_of_the_shard_and_its_pictures_and_of_no_other_file(
     assert scan(source)[1] == other
 
 
-def test_shards_of_equal_content_have_the_pictures_of_their_own_names(
+def test_shards_of_equal_content_have_the_images_of_their_own_names(
     read_all: ReadAll, made: Callable[..., Mmc4], download: Download, tmp_path: Path
 ):
     source = made(EXAMPLE)

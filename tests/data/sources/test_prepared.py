@@ -20,7 +20,7 @@ Download = Callable[[Path, Mapping[str, Any]], None]
 RECORDS = 20
 
 
-def picture(number: int) -> bytes:
+def image(number: int) -> bytes:
     buffer = io.BytesIO()
     PIL.Image.new("RGB", (80, 70), (number, 0, 0)).save(buffer, "jpeg")
     return buffer.getvalue()
@@ -28,7 +28,7 @@ def picture(number: int) -> bytes:
 
 @pytest.fixture
 def raw(tmp_path: Path, download: Download) -> Path:
-    """A folder a format, a picture a record; half of COYO's addresses are dead, and one of MMC4's."""
+    """A folder a format, an image a record; half of COYO's addresses are dead, and one of MMC4's."""
     urls = [f"http://ex.test/{n}.jpg" for n in range(RECORDS)]
     for name in ("mmc4", "coyo", "webdataset", "hf_parquet", "html"):
         (tmp_path / name).mkdir()
@@ -38,16 +38,16 @@ def raw(tmp_path: Path, download: Download) -> Path:
         for url in urls
     ]  # fmt: skip
     (tmp_path / "mmc4/shard.jsonl").write_text("\n".join(map(json.dumps, documents)))
-    download(tmp_path / "images/shard", {url: picture(n) if n else "timeout" for n, url in enumerate(urls)})
+    download(tmp_path / "images/shard", {url: image(n) if n else "timeout" for n, url in enumerate(urls)})
     pq.write_table(pa.table({"url": urls, "text": ["a ball"] * RECORDS}), tmp_path / "coyo/part.parquet")
-    download(tmp_path / "images/part", {url: picture(n) if n % 2 else "not_found" for n, url in enumerate(urls)})
+    download(tmp_path / "images/part", {url: image(n) if n % 2 else "not_found" for n, url in enumerate(urls)})
     with webdataset.TarWriter(str(tmp_path / "webdataset/a.tar")) as sink:
         for n in range(RECORDS):
-            sink.write({"__key__": f"{n:04}", "jpg": picture(n), "txt": "a ball"})
-    images = [{"bytes": picture(n), "path": f"{n}.jpg"} for n in range(RECORDS)]
+            sink.write({"__key__": f"{n:04}", "jpg": image(n), "txt": "a ball"})
+    images = [{"bytes": image(n), "path": f"{n}.jpg"} for n in range(RECORDS)]
     pq.write_table(pa.table({"image": images, "text": ["a ball"] * RECORDS}), tmp_path / "hf_parquet/a.parquet")
     for n in range(RECORDS):
-        (tmp_path / f"html/{n}.jpg").write_bytes(picture(n))
+        (tmp_path / f"html/{n}.jpg").write_bytes(image(n))
         (tmp_path / f"html/{n}.html").write_text(f"<h1>Page {n}</h1><img src={n}.jpg><p>A ball.")
     return tmp_path
 

@@ -48,7 +48,7 @@ def caption(name: str, text: str, line: int, **changed: Any) -> Record:
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_a_row_is_a_picture_and_its_caption(
+def test_a_row_is_a_image_and_its_caption(
     mark: bytes, end: str, tmp_path: Path, images: Path, read_all: ReadAll
 ) -> None:
     lines = ["image,text", "Dog.jpg,A dog.", 'sub/cat.jpg,"A cat, ""Tom"".\nOn a mat."', "", "Dog.jpg,Ein Hünd.", ""]
@@ -138,8 +138,8 @@ def test_a_quote_that_is_never_closed_is_told_where_it_opens(tmp_path: Path, ima
     ("content", "told"),
     [
         (
-            "picture,text\nDog.jpg,A\n",
-            r"captions\.csv has no column 'image'; it has 'picture', 'text'; name the columns in",
+            "image,text\nDog.jpg,A\n",
+            r"captions\.csv has no column 'image'; it has 'image', 'text'; name the columns in",
         ),
         ("image;text\nDog.jpg;A\n", "separated by semicolons: save it with commas"),
         ("image,text,image\n", "captions.csv:1: a table begins with the names of its columns, each once"),
@@ -170,7 +170,7 @@ def test_a_field_of_ten_megabytes_is_kept(tmp_path: Path, images: Path, read_all
     assert record.turns[0].parts[1] == "x" * 10_000_000
 
 
-def test_the_digest_is_that_of_the_rows_and_their_pictures(tmp_path: Path, images: Path, scan: Scan) -> None:
+def test_the_digest_is_that_of_the_rows_and_their_images(tmp_path: Path, images: Path, scan: Scan) -> None:
     ours = table(write(tmp_path, "image,text\nDog.jpg,A dog.\nDog.jpg,A dog.\n../x,B\n"), images)
     (before,) = scan(ours)
     assert (before.count, before.images) == (3, 2)

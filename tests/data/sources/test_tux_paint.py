@@ -58,7 +58,7 @@ def test_a_limit_takes_evenly_spaced_stamps(limit: int, taken: list[str], folder
     assert [record.id for span in found for records in span for record in records] == taken
 
 
-def test_a_stamp_is_a_picture_and_its_english_sentence(folders: dict[str, Path], read_all: ReadAll):
+def test_a_stamp_is_a_image_and_its_english_sentence(folders: dict[str, Path], read_all: ReadAll):
     assert read_all(SOURCE, folders)[1] == [
         Record(
             id=OWL,

@@ -18,7 +18,7 @@ def encoded(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-A, B = encoded(b"picture a"), encoded(b"picture b")
+A, B = encoded(b"image a"), encoded(b"image b")
 M3IT = {"instruction": "Answer the question. ", "inputs": "What is it?\n", "image_base64_str": [A], "outputs": "A cat."}
 VFLAN = {"question": "What is it?", "answer": "A cat. ", "image": [A, B]}
 
@@ -33,12 +33,12 @@ def only(found: list[list[Record | Dropped]]) -> Record | Dropped:
     return record
 
 
-def test_m3it_joins_instruction_and_inputs_behind_the_picture(tmp_path: Path, read_all: ReadAll) -> None:
+def test_m3it_joins_instruction_and_inputs_behind_the_image(tmp_path: Path, read_all: ReadAll) -> None:
     assert only(read_all(write(tmp_path, M3IT))) == Record(
         id="a.jsonl:1",
-        object="18a88088d3957a1c15a1cd35b85f90522c1762cc33a44c77e07a3b990b39c41b",  # sha256 of "picture a"
+        object="18a88088d3957a1c15a1cd35b85f90522c1762cc33a44c77e07a3b990b39c41b",  # sha256 of "image a"
         turns=(
-            Turn("user", (Image(b"picture a"), "\n", "Answer the question. What is it?")),
+            Turn("user", (Image(b"image a"), "\n", "Answer the question. What is it?")),
             Turn("assistant", ("A cat.",)),
         ),
         category="",
@@ -50,12 +50,12 @@ def test_m3it_joins_instruction_and_inputs_behind_the_picture(tmp_path: Path, re
 @pytest.mark.parametrize(
     "keys", [("answer", "image"), ("answer:", "image"), ("answer", "image:"), ("answer:", "image:")]
 )
-def test_vflan_puts_every_picture_before_the_question(keys: tuple[str, str], tmp_path: Path, read_all: ReadAll) -> None:
+def test_vflan_puts_every_image_before_the_question(keys: tuple[str, str], tmp_path: Path, read_all: ReadAll) -> None:
     answer, image = keys
     record = only(read_all(write(tmp_path, {"question": "What is it?", answer: "A cat. ", image: [A, B]})))
     assert isinstance(record, Record)
     assert record.turns == (
-        Turn("user", (Image(b"picture a"), "\n", Image(b"picture b"), "\n", "What is it?")),
+        Turn("user", (Image(b"image a"), "\n", Image(b"image b"), "\n", "What is it?")),
         Turn("assistant", ("A cat.",)),
     )
 
@@ -72,7 +72,7 @@ def test_vflan_puts_every_picture_before_the_question(keys: tuple[str, str], tmp
 def test_placeholders_in_the_text_are_taken_out(written: str, read: str, tmp_path: Path, read_all: ReadAll) -> None:
     record = only(read_all(write(tmp_path, {**VFLAN, "question": written, "image": A})))
     assert isinstance(record, Record)
-    assert record.turns[0].parts == (Image(b"picture a"), "\n", read)
+    assert record.turns[0].parts == (Image(b"image a"), "\n", read)
 
 
 def test_text_only_records_are_split_by_their_id(tmp_path: Path, read_all: ReadAll) -> None:
@@ -90,7 +90,7 @@ def test_a_visual_dialog_becomes_its_turns(tmp_path: Path, read_all: ReadAll) ->
     record = only(read_all(write(tmp_path, {"question": question, "answer": "No.", "image": [A]})))
     assert isinstance(record, Record)
     assert [(turn.role, turn.parts) for turn in record.turns] == [
-        ("user", (Image(b"picture a"), "\n", "Is it brown?")),
+        ("user", (Image(b"image a"), "\n", "Is it brown?")),
         ("assistant", ("Yes.",)),
         ("user", ("Is it big?",)),
         ("assistant", ("No.",)),
@@ -103,7 +103,7 @@ def test_an_entry_with_a_dot_is_a_file(tmp_path: Path, read_all: ReadAll, scan: 
     record = only(read_all(source))
     assert isinstance(record, Record)
     assert record.object == "frame.jpg"
-    assert record.turns[0].parts[:3] == (Image(b"frame"), "\n", Image(b"picture a"))
+    assert record.turns[0].parts[:3] == (Image(b"frame"), "\n", Image(b"image a"))
     (before,) = scan(source)
     assert before.images == 2
     (tmp_path / "other.jpg").write_bytes(b"unrelated")
@@ -112,12 +112,12 @@ def test_an_entry_with_a_dot_is_a_file(tmp_path: Path, read_all: ReadAll, scan: 
     assert scan(source)[0].digest != before.digest
 
 
-def test_more_pictures_than_the_recipe_takes_are_dropped(tmp_path: Path, read_all: ReadAll) -> None:
+def test_more_images_than_the_recipe_takes_are_dropped(tmp_path: Path, read_all: ReadAll) -> None:
     (kept,), (dropped,) = read_all(write(tmp_path, {**VFLAN, "image": [A] * 8}, {**VFLAN, "image": [A] * 9}))
     assert isinstance(kept, Record)
     assert isinstance(dropped, Dropped)
     assert (dropped.reason, dropped.where) == ("too_many_images", "a.jsonl:2")
-    assert "9 pictures; max_images is 8" in dropped.detail
+    assert "9 images; max_images is 8" in dropped.detail
 
 
 @pytest.mark.parametrize(

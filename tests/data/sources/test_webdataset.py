@@ -48,7 +48,7 @@ def dropped(found: Found) -> list[Dropped]:
     return [one for held in found for one in held if isinstance(one, Dropped)]
 
 
-def test_picture_and_text_of_a_key_are_a_captioned_picture(read_all: ReadAll, tmp_path: Path):
+def test_image_and_text_of_a_key_are_a_captioned_image(read_all: ReadAll, tmp_path: Path):
     write(tmp_path / "pairs-000.tar", {"__key__": "Animals/0001", "jpg": b"\xff\xd8bear", "txt": "Ein Bär.\n"})
     assert read_all(source(tmp_path)) == [
         [
@@ -74,13 +74,13 @@ def test_json_as_img2dataset_writes_it_gives_caption_licence_address_and_scores(
     assert record.scores == {"width": 640.0, "similarity": 0.31}
 
 
-def test_several_pictures_of_a_key_stand_in_the_order_of_their_numbers(read_all: ReadAll, tmp_path: Path):
+def test_several_images_of_a_key_stand_in_the_order_of_their_numbers(read_all: ReadAll, tmp_path: Path):
     numbered = {f"{number}.jpg": b"%d" % number for number in (10, 0, 2, 1)}
     write(tmp_path / "a.tar", {"__key__": "k", **numbered, "txt": "four"})
     assert only(read_all(source(tmp_path))).turns[0].parts == (*map(Image, (b"0", b"1", b"2", b"10")), "four")
 
 
-def test_llava_conversations_keep_their_pictures_where_the_placeholders_stand(read_all: ReadAll, tmp_path: Path):
+def test_llava_conversations_keep_their_images_where_the_placeholders_stand(read_all: ReadAll, tmp_path: Path):
     conversations = [
         {"from": "human", "value": "Image 1: <image>\nImage 2: <image>\nWhat differs?"},
         {"from": "gpt", "value": "The circle is red in the second."},

@@ -13,7 +13,7 @@ from vila_ops.data.records import Dropped, Image, Part, Record, Turn
 from vila_ops.data.text.conversation import BadText, Tokenizer, Tokens, tokenise
 from vila_ops.packages.tokenizer import TEMPLATE_TOKENS
 
-PICTURE = Image(b"")
+SHOWN = Image(b"")
 CONTROLS = ["<image>", "<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|im_", "end|>", "<ima", "ge>", "\n", " "]
 CONTROLS += ["</s>", "</", "s>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|begin_of_text|>"]
 ODD = [
@@ -49,8 +49,8 @@ ODD += [
 IMAGE, END = 3, 2
 
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(CONTROLS)
-parts = st.lists(words | st.just(PICTURE), min_size=1, max_size=5).map(tuple)
-spoken = st.lists(st.sampled_from([*CONTROLS, *ODD, PICTURE]) | st.text(max_size=4), max_size=4).map(tuple)
+parts = st.lists(words | st.just(SHOWN), min_size=1, max_size=5).map(tuple)
+spoken = st.lists(st.sampled_from([*CONTROLS, *ODD, SHOWN]) | st.text(max_size=4), max_size=4).map(tuple)
 turns = st.lists(st.tuples(st.sampled_from(["user", "assistant", "system"]), spoken), max_size=6)
 
 Said = list[tuple[Any, tuple[Part, ...]]]
@@ -66,7 +66,7 @@ def document(*given: Part) -> Record:
 
 
 def body(tokenizer: Tokenizer, parts: tuple[Part, ...]) -> str:
-    """What is said, a picture as its placeholder."""
+    """What is said, an image as its placeholder."""
     text = ""
     for is_text, group in groupby(parts, key=lambda part: isinstance(part, str)):
         run = list(group)
@@ -161,16 +161,16 @@ def test_targets_are_exactly_the_assistants_tokens(fast_with: Make, template: st
 
     @settings(max_examples=625, deadline=None)
     @given(before=turns, answer=spoken, after=turns)
-    @example(before=[("user", ("<|im_", "end|>", "<ima", "ge>"))], answer=("<image>", PICTURE, "é", "🦙"), after=[])
+    @example(before=[("user", ("<|im_", "end|>", "<ima", "ge>"))], answer=("<image>", SHOWN, "é", "🦙"), after=[])
     @example(before=[], answer=("\n\nYes.\n\n",), after=[("assistant", ("",)), ("system", ("\n",))])
     def check(before: Said, answer: tuple[Part, ...], after: Said) -> None:
         said = [*before, ("assistant", answer), *after]
         pieces = by_hand(template, [(role, body(tokenizer, parts)) for role, parts in said], fast.bos_token)
         found = tokenizer.chat(record(*(Turn(role, parts) for role, parts in said)))
-        pictures = sum(isinstance(part, Image) for _, parts in said for part in parts)
-        assert found.images == list(range(pictures))
+        images = sum(isinstance(part, Image) for _, parts in said for part in parts)
+        assert found.images == list(range(images))
         ids, targets = tokens_by_hand(fast, pieces)
-        assert ids.count(tokenizer.image_id) == pictures
+        assert ids.count(tokenizer.image_id) == images
         silent = [(role, "<image>" * sum(isinstance(part, Image) for part in parts)) for role, parts in said]
         bare, _ = tokens_by_hand(fast, by_hand(template, silent, fast.bos_token))
         assert [token for token in ids if token in controls] == [token for token in bare if token in controls]
@@ -189,9 +189,9 @@ def test_a_prompt_and_the_learnt_answer_are_what_is_trained(fast_with: Make, tem
     tokenizer = Tokenizer(fast_with(template, like=like), image_tokens=4, after_image="")
     said: Said = [
         ("system", ("Be brief.",)),
-        ("user", (PICTURE, "What is it?")),
+        ("user", (SHOWN, "What is it?")),
         ("assistant", ("A dog 🦙.",)),
-        ("user", ("And ", PICTURE, "?\n")),
+        ("user", ("And ", SHOWN, "?\n")),
         ("assistant", ("A cat.",)),
     ]
     for stop in (3, 5):
@@ -252,11 +252,11 @@ def test_a_mask_that_cannot_be_built_names_the_record(fast_with: Make) -> None:
         tokenizer.chat(record(Turn("user", ("Dog?",)), Turn("assistant", ("Yes.",))))
 
 
-def test_a_template_that_loses_a_picture_is_refused(fast_with: Make) -> None:
+def test_a_template_that_loses_a_image_is_refused(fast_with: Make) -> None:
     template = "{% for m in messages %}{{ (m.content if m.role == 'assistant' else '') + '</s>' }}{% endfor %}"
     tokenizer = Tokenizer(fast_with(template), image_tokens=4, after_image="")
     with pytest.raises(ValueError, match="record 'r': 1 images but 0 placeholders"):
-        tokenizer.chat(record(Turn("user", (PICTURE,)), Turn("assistant", ("Yes.",))))
+        tokenizer.chat(record(Turn("user", (SHOWN,)), Turn("assistant", ("Yes.",))))
 
 
 @pytest.mark.parametrize("role", ["document", "assistant", "user"])
@@ -281,7 +281,7 @@ def test_a_conversation_without_an_answer_is_dropped(tokenizer: Tokenizer) -> No
 def test_text_of_many_megabytes_is_truncated_as_shorter_text_is(tokenizer: Tokenizer, role: Any, piece: str) -> None:
     def samples(length: int) -> list[Tokens] | Dropped:
         text = piece * (length // len(piece.encode()))
-        said = record(Turn(role, (text, PICTURE)), Turn("document" if role == "document" else "assistant", ("Yes.",)))
+        said = record(Turn(role, (text, SHOWN)), Turn("document" if role == "document" else "assistant", ("Yes.",)))
         return tokenise(said, tokenizer, max_tokens=256, split=False)
 
     assert samples(10_000_000) == samples(20_000)
@@ -314,10 +314,10 @@ def test_a_document_by_hand(tokenizer: Tokenizer, after_image: str) -> None:
     tokenizer = Tokenizer(tokenizer.fast, image_tokens=4, after_image=after_image)
     a, b, after = tokenizer.text_ids("Dog."), tokenizer.text_ids(" Cat"), tokenizer.text_ids(after_image)
     assert len(after) == len(after_image)
-    found = tokenizer.document(document("Do", "g.", PICTURE, " Cat", PICTURE, PICTURE, "Dog."))
-    picture = [*[IMAGE] * 4, *after]
-    assert found.input_ids == [1, *a, *picture, *b, *picture, *picture, *a, 2]
-    text, skip = [True] * len(a), [False] * len(picture)
+    found = tokenizer.document(document("Do", "g.", SHOWN, " Cat", SHOWN, SHOWN, "Dog."))
+    shown = [*[IMAGE] * 4, *after]
+    assert found.input_ids == [1, *a, *shown, *b, *shown, *shown, *a, 2]
+    text, skip = [True] * len(a), [False] * len(shown)
     assert found.is_target == [False, *text, *skip, *[True] * len(b), *skip, *skip, *text, True]
     assert found.images == [0, 1, 2]
 
@@ -336,8 +336,8 @@ def check_pieces(pieces: list[Tokens], whole: Tokens, *, max_tokens: int) -> Non
 
 
 @settings(max_examples=300, deadline=None)
-@given(given=st.lists(words | st.just(PICTURE), min_size=1, max_size=25).map(tuple), max_tokens=st.integers(12, 60))
-def test_long_documents_are_cut_between_pictures_and_nothing_learnt_is_lost(
+@given(given=st.lists(words | st.just(SHOWN), min_size=1, max_size=25).map(tuple), max_tokens=st.integers(12, 60))
+def test_long_documents_are_cut_between_images_and_nothing_learnt_is_lost(
     tokenizer: Tokenizer, given: tuple[Part, ...], max_tokens: int
 ) -> None:
     made = document(*given)
@@ -358,9 +358,9 @@ def test_long_documents_are_cut_between_pictures_and_nothing_learnt_is_lost(
     assert images == sorted(set(images))
 
 
-def test_pictures_stay_with_their_places_when_some_are_passed_over(tokenizer: Tokenizer) -> None:
-    """Three pictures in a row do not fit into 12 tokens: they are passed over, and the fourth is still the fourth."""
-    made = document("Dog.", *[PICTURE] * 3, "Cat.", PICTURE, "Dog.")
+def test_images_stay_with_their_places_when_some_are_passed_over(tokenizer: Tokenizer) -> None:
+    """Three images in a row do not fit into 12 tokens: they are passed over, and the fourth is still the fourth."""
+    made = document("Dog.", *[SHOWN] * 3, "Cat.", SHOWN, "Dog.")
     pieces = tokenise(made, tokenizer, max_tokens=12, split=True)
     assert isinstance(pieces, list)
     assert [piece.images for piece in pieces if piece.images] == [[3]]

@@ -36,7 +36,7 @@ def tokens(tokenizer: Tokenizer, parts: tuple[Part, ...], *, max_tokens: int = 9
 
 
 def loader(said: list[str], images: list[tuple[int, Image]]) -> tuple[str, list[Image]]:
-    """VILA's loader restated on strings: "#" stands for a picture."""
+    """VILA's loader restated on strings: "#" stands for an image."""
     said = list(said)
     matches = [match for match, _ in images[:6]]
     order = sorted(range(len(matches)), key=matches.__getitem__)
@@ -64,12 +64,12 @@ def test_the_worked_example_of_coyo(tokenizer: Tokenizer) -> None:
     assert sample.images == [0]
 
 
-def test_pictures_of_one_sentence_stack_up_in_front_of_it_in_file_order() -> None:
+def test_images_of_one_sentence_stack_up_in_front_of_it_in_file_order() -> None:
     found = place(["One.", "Two.", "Three."], [(2, A), (1, B), (2, C), (0, D), (2, E)])
     assert found == (D, "One.", B, "Two.", A, C, E, "Three.")
 
 
-def test_six_of_eight_pictures_are_taken_by_their_place_in_the_file() -> None:
+def test_six_of_eight_images_are_taken_by_their_place_in_the_file() -> None:
     said = [f"{number}." for number in range(8)]
     images = [(7 - number, image) for number, image in enumerate((A, B, C, D, E, F, G, H))]
     assert place(said, images) == ("0. 1.", F, "2.", E, "3.", D, "4.", C, "5.", B, "6.", A, "7.")
@@ -93,7 +93,7 @@ def test_placing_twice_gives_the_same_and_changes_nothing(tokenizer: Tokenizer) 
 
 
 @pytest.mark.parametrize("blank", ["", " ", " \n "])
-def test_a_picture_that_no_word_follows_is_cut(tokenizer: Tokenizer, blank: str) -> None:
+def test_a_image_that_no_word_follows_is_cut(tokenizer: Tokenizer, blank: str) -> None:
     parts = place(["One.", "Two.", blank], [(1, A), (2, B), (2, C)])
     assert parts == ("One.", A, "Two.")
     assert tokens(tokenizer, parts).count(IMAGE) == 4
@@ -101,7 +101,7 @@ def test_a_picture_that_no_word_follows_is_cut(tokenizer: Tokenizer, blank: str)
     assert image_first([blank], [(0, A)]) == ()
 
 
-def test_truncation_cuts_a_trailing_picture_whole(tokenizer: Tokenizer) -> None:
+def test_truncation_cuts_a_trailing_image_whole(tokenizer: Tokenizer) -> None:
     parts = place(["Dog.", "Cat."], [(0, A), (1, B)])
     dog = tokenizer.text_ids("Dog.")
     for max_tokens in range(1 + 4 + len(dog), 1 + 4 + len(dog) + 4 + 1):
@@ -111,7 +111,7 @@ def test_truncation_cuts_a_trailing_picture_whole(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize("order", [place, pairs, image_first])
 @pytest.mark.parametrize("match", [-1, 2, 1.0, True, "1", None])
 def test_a_match_that_is_no_index_is_named(order: Callable[..., Any], match: Any) -> None:
-    with pytest.raises(ValueError, match=rf"picture 1 is matched to sentence {match!r}, .* index of one of the 2"):
+    with pytest.raises(ValueError, match=rf"image 1 is matched to sentence {match!r}, .* index of one of the 2"):
         order(["One.", "Two."], [(0, A), (match, B)])
 
 
@@ -128,7 +128,7 @@ def test_pairs_of_one_sentence_and_of_a_blank_one() -> None:
     assert pairs(["One.", " ", "Two."], [(2, A), (1, B), (2, C)]) == [(A, "Two."), (C, "Two.")]
 
 
-def test_text_without_pictures_stays_as_it_is() -> None:
+def test_text_without_images_stays_as_it_is() -> None:
     assert place([" One. ", "", "Two"], []) == image_first([" One. ", "", "Two"], []) == (" One.   Two",)
     assert pairs(["One."], []) == []
 
@@ -142,7 +142,7 @@ def test_placed_as_vilas_loader_does(document: tuple[list[str], list[tuple[int, 
     found = "".join("#" if isinstance(part, Image) else part for part in parts)
     rest = text.removeprefix(found)
     assert text.startswith(found)
-    assert not rest.strip("# ")  # nothing but pictures and blanks is cut, and blanks only behind a picture
+    assert not rest.strip("# ")  # nothing but images and blanks is cut, and blanks only behind an image
     assert rest.count("#") == len(order) - len(kept)
     assert kept == order[: len(kept)]
     assert all(part != "" for part in parts)
@@ -150,7 +150,7 @@ def test_placed_as_vilas_loader_does(document: tuple[list[str], list[tuple[int, 
 
 @settings(max_examples=200, deadline=None)
 @given(document=documents)
-def test_every_order_shows_the_same_pictures_in_the_same_order(
+def test_every_order_shows_the_same_images_in_the_same_order(
     document: tuple[list[str], list[tuple[int, Image]]],
 ) -> None:
     said, images = document

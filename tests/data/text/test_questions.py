@@ -7,26 +7,26 @@ from vila_ops.data.records import Image, Record, Turn
 from vila_ops.data.text.questions import DESCRIBE, Names, questions
 
 NAMES = Names({"animals": ("cat", "dog", "owl"), "food": ("kiwi", "pear")})
-PICTURE = Image(b"png")
+IMAGE = Image(b"png")
 
 
 def record(number: int, name: str = "dog", *parts: str | Image) -> Record:
-    said = (Turn("document", parts or (PICTURE, "Dog.")),)
+    said = (Turn("document", parts or (IMAGE, "Dog.")),)
     return Record(id=str(number), object=name, turns=said, category="animals", licence="l", provenance="p")
 
 
 def asked(number: int, seed: int = 0) -> tuple[str, str]:
     _, yes_no = questions(record(number), NAMES, seed=seed)
-    (picture, question), (answer,) = (turn.parts for turn in yes_no.turns)
-    assert picture == PICTURE
+    (image, question), (answer,) = (turn.parts for turn in yes_no.turns)
+    assert image == IMAGE
     return str(question), str(answer)
 
 
-def test_two_conversations_of_one_picture() -> None:
+def test_two_conversations_of_one_image() -> None:
     describe, yes_no = questions(record(1), NAMES, seed=0)
     assert (describe.id, yes_no.id) == ("1#describe", "1#yes_no")
     assert describe.turns[0].role == yes_no.turns[0].role == "user"
-    assert describe.turns[0].parts[0] == PICTURE
+    assert describe.turns[0].parts[0] == IMAGE
     assert describe.turns[0].parts[1] in DESCRIBE
     assert describe.turns[1] == Turn("assistant", ("Dog.",))
 
@@ -63,10 +63,10 @@ def test_draws_depend_on_seed_and_id_alone() -> None:
 
 
 def test_what_cannot_be_asked_about_is_named() -> None:
-    with pytest.raises(ValueError, match=r"record '7' is not one picture with a caption"):
+    with pytest.raises(ValueError, match=r"record '7' is not one image with a caption"):
         questions(record(7, "dog", "Only words."), NAMES, seed=0)
-    with pytest.raises(ValueError, match=r"record '7' is not one picture"):
-        questions(record(7, "dog", PICTURE), NAMES, seed=0)
+    with pytest.raises(ValueError, match=r"record '7' is not one image"):
+        questions(record(7, "dog", IMAGE), NAMES, seed=0)
     alone = Names({"animals": ("dog",)})
     denied = next(number for number in range(20) if asked(number)[1] == "No.")
     with pytest.raises(ValueError, match="no other object to ask about"):

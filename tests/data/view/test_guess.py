@@ -20,11 +20,11 @@ LINES: dict[str, dict[str, Any]] = {
     "flan": {"inputs": "Translate to French: cat", "targets": "chat"},
     "vflan": {"question": "What is it?", "answer": "A cat.", "image": ["QQ=="]},
 }
-PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 TABLES = {
     "flan": {"inputs": ["a"], "targets": ["b"], "_template_idx": [1]},
     "coyo": {"id": [1], "url": ["http://ex.test/c.jpg"], "text": ["a"], "clip_similarity_vitb32": [0.3]},
-    "hf_parquet": {"image": pa.array([{"bytes": b"x", "path": "a.png"}], PICTURE), "text": ["a"]},
+    "hf_parquet": {"image": pa.array([{"bytes": b"x", "path": "a.png"}], IMAGE), "text": ["a"]},
 }
 
 
@@ -59,7 +59,7 @@ def test_a_tar_is_a_webdataset(tmp_path: Path) -> None:
     assert guess(str(tmp_path)).kind == "webdataset"
 
 
-def test_pages_and_their_pictures_are_html(tmp_path: Path) -> None:
+def test_pages_and_their_images_are_html(tmp_path: Path) -> None:
     (tmp_path / "p.htm").write_text("<!DOCTYPE html>\n<HTML><body><img src='a.png'>Text</body></HTML>")
     (tmp_path / "q.html").write_text("<h1>Tags may be left out</h1><p>Text")
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n\0")
@@ -70,7 +70,7 @@ def test_pages_and_their_pictures_are_html(tmp_path: Path) -> None:
     ("header", "more"),
     [("image,text", {}), ("image,question,text", {"question": "question", "render": "conversation"})],
 )
-def test_a_csv_is_a_table_and_its_pictures_lie_beside_it(header: str, more: dict[str, str], tmp_path: Path) -> None:
+def test_a_csv_is_a_table_and_its_images_lie_beside_it(header: str, more: dict[str, str], tmp_path: Path) -> None:
     path = tmp_path / "captions.csv"
     path.write_text(f"{header}\n")
     expected = Table.model_validate({"path": str(path), "licence": "NOASSERTION", "images": str(tmp_path), **more})

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from vila_ops.cli import app
 from vila_ops.config import Source
 from vila_ops.config.sources import JsonLines, Llava, Table
-from vila_ops.data.view.lint import Fault, Summary, lint
+from vila_ops.data.view.lint import LintFault, Summary, lint
 
 
 def png() -> bytes:
@@ -21,7 +21,7 @@ def png() -> bytes:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, with a picture and half of one."""
+    """The working directory, with an image and half of one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "docs/images").mkdir(parents=True)
@@ -46,8 +46,8 @@ def found(source: Source, folder: Path) -> tuple[list[tuple[str, str]], Summary]
     """(where, reason) of each fault, and the summary, which is the last."""
     *faults, summary = lint(source, cache=folder / "cache")
     assert isinstance(summary, Summary)
-    assert all(isinstance(fault, Fault) and fault.detail for fault in faults)
-    return [(fault.where, fault.reason) for fault in faults if isinstance(fault, Fault)], summary
+    assert all(isinstance(fault, LintFault) and fault.detail for fault in faults)
+    return [(fault.where, fault.reason) for fault in faults if isinstance(fault, LintFault)], summary
 
 
 def llava(path: str) -> Llava:
@@ -82,20 +82,20 @@ def test_an_id_that_stands_twice_is_told_with_both_places(folder: Path) -> None:
     jsonl("docs/a.jsonl", record("x"), record("y"))
     jsonl("docs/b.jsonl", record("z"), record("x"))
     fault, summary = lint(llava("docs"), cache=folder / "cache")
-    assert isinstance(fault, Fault)
+    assert isinstance(fault, LintFault)
     assert (fault.where, fault.reason) == ("docs/b.jsonl:2", "duplicate_id")
     assert "'x' is that of a.jsonl:1 too" in fault.detail
     assert summary == Summary(records=4, images=4, faults={"duplicate_id": 1})
 
 
-def test_a_picture_that_does_not_decode_is_told_with_its_record(folder: Path) -> None:
+def test_a_image_that_does_not_decode_is_told_with_its_record(folder: Path) -> None:
     records = [record("1"), record("2", image=["a.png", "half.png"], question="<image><image>")]
     Path("docs/a.json").write_text(json.dumps(records, indent=1))
     fault, summary = lint(llava("docs/a.json"), cache=folder / "cache")
-    assert isinstance(fault, Fault)
+    assert isinstance(fault, LintFault)
     assert fault.where == "docs/a.json:16[1]"
     assert fault.reason == "bad_image_truncated"
-    assert "picture 2" in fault.detail
+    assert "image 2" in fault.detail
     assert summary == Summary(records=2, images=3, faults={"bad_image_truncated": 1})
 
 
@@ -109,11 +109,11 @@ def test_a_file_without_a_record_is_a_fault(content: str, folder: Path) -> None:
 def test_what_is_not_of_the_format_at_all_is_a_fault_that_ends_the_list(folder: Path) -> None:
     Path("docs/a.json").write_text('[{"id": 1}, {"id"')
     fault, summary = lint(llava("docs"), cache=folder / "cache")
-    assert isinstance(fault, Fault)
+    assert isinstance(fault, LintFault)
     assert (fault.where, fault.reason) == ("docs", "not_readable")
     assert "docs/a.json:1 (byte 12): an element begins that has no end" in fault.detail
     assert summary == Summary(records=0, images=0, faults={"not_readable": 1})
-    Path("docs/a.csv").write_text("picture,text\n")
+    Path("docs/a.csv").write_text("image,text\n")
     ((where, reason),) = found(Table(path="docs/a.csv", images="docs", licence="CC0-1.0"), folder)[0]
     assert (where, reason) == ("docs", "not_readable")
 
@@ -142,7 +142,7 @@ def test_the_command_lists_a_fault_a_line_and_ends_with_1(folder: Path) -> None:
         ["docs/a.jsonl:2", "too_few_placeholders"],
         ["docs/a.jsonl:3", "too_few_placeholders"],
     ]
-    assert lines[2:] == ["1 records, 1 pictures, 2 faults", "      2  too_few_placeholders"]
+    assert lines[2:] == ["1 records, 1 images, 2 faults", "      2  too_few_placeholders"]
 
 
 def test_the_command_prints_one_json_object_a_line(folder: Path) -> None:
@@ -156,7 +156,7 @@ def test_the_command_prints_one_json_object_a_line(folder: Path) -> None:
 
 def test_the_command_ends_with_0_where_there_is_no_fault(folder: Path) -> None:
     jsonl("docs/a.jsonl", record("1"))
-    assert said("docs", "--format", "llava", "--images", "docs/images") == (0, ["1 records, 1 pictures, 0 faults"])
+    assert said("docs", "--format", "llava", "--images", "docs/images") == (0, ["1 records, 1 images, 0 faults"])
 
 
 def test_the_settings_of_a_source_are_given_by_set(folder: Path) -> None:

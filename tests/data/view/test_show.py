@@ -1,4 +1,4 @@
-"""The page of samples shows what the shards hold: every picture in its place, the learnt tokens and no others."""
+"""The page of samples shows what the shards hold: every image in its place, the learnt tokens and no others."""
 
 import base64
 import json
@@ -22,7 +22,7 @@ HOSTILE = """</span><script>alert("1")</script>'&<img src=x onerror=alert(1)>"""
 
 
 class Page(HTMLParser):
-    """The samples of a page: pieces in their order, (class, title, text) or the picture's address."""
+    """The samples of a page: pieces in their order, (class, title, text) or the image's address."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -93,16 +93,16 @@ def test_each_sample_is_shown_as_it_lies_in_its_shard(resources: Resources, make
     assert sum(row["num_images"] for row in rows) > 12
     for row, pieces, facts in zip(rows, page.samples, page.facts, strict=True):
         sample = sample_of(made, row)
-        pictures = [piece for piece in pieces if isinstance(piece, str)]
-        assert [base64.b64decode(url.split(",", 1)[1]) for url in pictures] == list(sample.images)
-        assert all(url.startswith("data:image/webp;base64,") for url in pictures)
+        images = [piece for piece in pieces if isinstance(piece, str)]
+        assert [base64.b64decode(url.split(",", 1)[1]) for url in images] == list(sample.images)
+        assert all(url.startswith("data:image/webp;base64,") for url in images)
         ids = [t for t, on in zip(sample.input_ids, sample.is_target, strict=True) if on]
         learnt = [piece for piece in pieces if piece[0] == "target"]
         assert "".join(piece[2] for piece in learnt) == tokenizer.fast.decode(ids)
         assert sum(int(piece[1].removesuffix(" tokens")) for piece in learnt) == sum(sample.is_target)
-        written = "".join("<picture>" if isinstance(piece, str) else piece[2] for piece in pieces)
+        written = "".join("<image>" if isinstance(piece, str) else piece[2] for piece in pieces)
         assert written == tokenizer.fast.decode(sample.input_ids).replace(
-            tokenizer.fast.decode([tokenizer.image_id]) * tokenizer.image_tokens, "<picture>"
+            tokenizer.fast.decode([tokenizer.image_id]) * tokenizer.image_tokens, "<image>"
         )
         tokens = sum(
             tokenizer.image_tokens if isinstance(piece, str) else int(piece[1].removesuffix(" tokens"))

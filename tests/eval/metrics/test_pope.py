@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from vila_ops.eval.metrics.pope import (
     Answer,
-    Pope,
+    PopeCounts,
     accuracy,
     count,
     f1,
@@ -68,23 +68,23 @@ def test_numbers_by_hand() -> None:
     counts = count(answers, LABELS)
     assert counts.argmax(axis=1).tolist() == [0, 0, 3, 1, 2]
     assert counts.sum(axis=1).tolist() == [1] * 5
-    assert pope(counts) == Pope(accuracy=3 / 5, precision=2 / 3, recall=2 / 3, f1=4 / 6, yes_ratio=3 / 5, items=5)
+    assert pope(counts) == PopeCounts(accuracy=3 / 5, precision=2 / 3, recall=2 / 3, f1=4 / 6, yes_ratio=3 / 5, items=5)
 
 
 def test_always_yes_is_half_right_on_balanced_labels() -> None:
     labels: list[tuple[str, Answer]] = [("1", "yes"), ("2", "no")]
     result = pope(count([("1", ""), ("2", "")], labels))
-    assert result == Pope(accuracy=0.5, precision=0.5, recall=1, f1=2 / 3, yes_ratio=1, items=2)
+    assert result == PopeCounts(accuracy=0.5, precision=0.5, recall=1, f1=2 / 3, yes_ratio=1, items=2)
 
 
 def test_always_no_has_no_precision_and_no_f1() -> None:
     result = pope(count([(id_, "no") for id_, _ in LABELS], LABELS))
-    assert result == Pope(accuracy=2 / 5, precision=0, recall=0, f1=0, yes_ratio=0, items=5)
+    assert result == PopeCounts(accuracy=2 / 5, precision=0, recall=0, f1=0, yes_ratio=0, items=5)
 
 
 def test_labels_that_are_all_no_have_no_recall() -> None:
     result = pope(count([("1", "no"), ("2", "no")], [("1", "no"), ("2", "no")]))
-    assert result == Pope(accuracy=1, precision=0, recall=0, f1=0, yes_ratio=0, items=2)
+    assert result == PopeCounts(accuracy=1, precision=0, recall=0, f1=0, yes_ratio=0, items=2)
 
 
 def test_f1_is_the_harmonic_mean_of_precision_and_recall() -> None:

@@ -1,4 +1,4 @@
-"""The rules that look at one record alone: what is left of it, or why it goes. Pictures are judged by their headers."""
+"""The rules that look at one record alone: what is left of it, or why it goes. Images are judged by their headers."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -18,29 +18,29 @@ class Cleaned:
 
     record: Record | Dropped
     left_out: tuple[Dropped, ...] = ()
-    """Pictures taken out of a document that stays; counted apart from records."""
+    """Images taken out of a document that stays; counted apart from records."""
 
 
 def clean(record: Record, rules: Clean) -> Cleaned:
     """The record as the rules leave it.
 
-    A picture that breaks a rule is left out of a document (all turns `document`) that keeps another picture. Everywhere
-    else the text speaks of its pictures, so it costs the record. Reasons: few_words, many_words, small_image,
+    An image that breaks a rule is left out of a document (all turns `document`) that keeps another image. Everywhere
+    else the text speaks of its images, so it costs the record. Reasons: few_words, many_words, small_image,
     narrow_image, and of scores low_COLUMN, high_COLUMN, missing_COLUMN, low_sum.
     """
     for reason, detail in _record_faults(record, rules):
         return Cleaned(Dropped(record.id, reason, where=record.provenance, detail=detail))
-    pictures = [part for turn in record.turns for part in turn.parts if isinstance(part, Image)]
-    faults = [next(_picture_faults(picture, record, rules), None) for picture in pictures]
+    images = [part for turn in record.turns for part in turn.parts if isinstance(part, Image)]
+    faults = [next(_image_faults(image, record, rules), None) for image in images]
     left_out = [
-        Dropped(record.id, fault[0], where=record.provenance, detail=f"picture {number}: {fault[1]}")
+        Dropped(record.id, fault[0], where=record.provenance, detail=f"image {number}: {fault[1]}")
         for number, fault in enumerate(faults, start=1)
         if fault
     ]
     if not left_out:
         return Cleaned(record)
     is_document = all(turn.role == "document" for turn in record.turns)
-    if not is_document or len(left_out) == len(pictures):
+    if not is_document or len(left_out) == len(images):
         return Cleaned(left_out[0])
     verdicts = iter(faults)
     turns = tuple(
@@ -59,7 +59,7 @@ def score_sum(record: Record, columns: tuple[str, ...]) -> float | None:
 
 def _record_faults(record: Record, rules: Clean) -> Iterator[Fault]:
     for column, bounds in rules.scores.items():
-        if not _is_of_pictures(column, record):
+        if not _is_of_images(column, record):
             yield from _score_faults(record.scores, column, bounds)
     if rules.top_share:
         for column in rules.top_share.columns:
@@ -74,14 +74,14 @@ def _record_faults(record: Record, rules: Clean) -> Iterator[Fault]:
         yield "many_words", f"{words} words, more than max_words {rules.max_words}"
 
 
-def _picture_faults(picture: Image, record: Record, rules: Clean) -> Iterator[Fault]:
+def _image_faults(image: Image, record: Record, rules: Clean) -> Iterator[Fault]:
     for column, bounds in rules.scores.items():
-        if _is_of_pictures(column, record):
-            yield from _score_faults(picture.scores, column, bounds)
+        if _is_of_images(column, record):
+            yield from _score_faults(image.scores, column, bounds)
     if rules.min_side is None and rules.max_aspect is None:
         return
     try:
-        stripped = strip(picture.data)
+        stripped = strip(image.data)
     except BadImage:
         return  # no matter of taste: whoever decodes it counts it as bad
     width, height = stripped.width, stripped.height
@@ -91,7 +91,7 @@ def _picture_faults(picture: Image, record: Record, rules: Clean) -> Iterator[Fa
         yield "narrow_image", f"{width} x {height} pixels, its sides beyond max_aspect {rules.max_aspect}"
 
 
-def _is_of_pictures(column: str, record: Record) -> bool:
+def _is_of_images(column: str, record: Record) -> bool:
     parts = (part for turn in record.turns for part in turn.parts)
     return column not in record.scores and any(isinstance(part, Image) and column in part.scores for part in parts)
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from vila_ops.config.clean import NearDuplicates, TopShare
 from vila_ops.config.mixture import Contamination
-from vila_ops.data.cleaning.neighbours import Pictures, first_copies, first_similar
+from vila_ops.data.cleaning.neighbours import ImageSignatures, first_copies, first_similar
 from vila_ops.data.cleaning.similarity import MINIMA, THUMBNAIL_BYTES, is_in_sorted
 
 DROPS = pa.schema([("record", pa.int64()), ("reason", pa.string()), ("twin", pa.int64())])
@@ -79,12 +79,12 @@ def known_ngrams(evaluation: pa.Table) -> NDArray[np.uint64]:
 
 
 def contaminated(signatures: pa.Table, evaluation: pa.Table, rules: Contamination) -> pa.Table:
-    """Drops "contaminated_image": one of the pictures is a copy of an evaluation picture; "contaminated_text": the text
+    """Drops "contaminated_image": one of the images is a copy of an evaluation image; "contaminated_text": the text
     shares an n-gram with an evaluation text that tells something.
 
     The signatures must have been made with known_ngrams(evaluation), else they lack what is to be found.
     """
-    own, known = _pictures(signatures), _pictures(evaluation)
+    own, known = _images(signatures), _images(evaluation)
     found = first_copies(own, among=known, bits=rules.image_bits)
     copies = np.flatnonzero(found >= 0)
     records, first = np.unique(own.record[copies], return_index=True)
@@ -98,15 +98,15 @@ def contaminated(signatures: pa.Table, evaluation: pa.Table, rules: Contaminatio
 
 
 def duplicated(signatures: pa.Table, rules: NearDuplicates) -> pa.Table:
-    """Drops "duplicate_image": every picture is a copy of one in an earlier record; then, of what is left,
+    """Drops "duplicate_image": every image is a copy of one in an earlier record; then, of what is left,
     "duplicate_text": the text is as similar to an earlier one as the rules say."""
     drops = _drops(np.empty(0, np.int64), "duplicate_image", np.empty(0, np.int64))
     if rules.image_bits is not None:
-        pictures = _pictures(signatures)
-        found = first_copies(pictures, among=None, bits=rules.image_bits)
-        records, first = np.unique(pictures.record, return_index=True)
+        images = _images(signatures)
+        found = first_copies(images, among=None, bits=rules.image_bits)
+        records, first = np.unique(images.record, return_index=True)
         all_found = np.logical_and.reduceat(found >= 0, first) if len(first) else np.empty(0, np.bool_)
-        drops = _drops(records[all_found], "duplicate_image", pictures.record[found[first[all_found]]])
+        drops = _drops(records[all_found], "duplicate_image", images.record[found[first[all_found]]])
     if rules.text_similarity is None:
         return drops
     rows = _clean_rows(without(signatures, drops))
@@ -126,11 +126,11 @@ def _telling_ngrams(evaluation: pa.Table) -> tuple[NDArray[np.uint64], NDArray[n
     return ngrams[telling], record[first[telling]]
 
 
-def _pictures(signatures: pa.Table) -> Pictures:
+def _images(signatures: pa.Table) -> ImageSignatures:
     rows = _clean_rows(signatures)
     record, hashes = _lists(rows, "hashes")
     thumbnails = _bytes(rows["thumbnails"].combine_chunks().flatten(), width=THUMBNAIL_BYTES)
-    return Pictures(record=record, hashes=hashes, thumbnails=thumbnails)
+    return ImageSignatures(record=record, hashes=hashes, thumbnails=thumbnails)
 
 
 def _clean_rows(signatures: pa.Table) -> pa.Table:

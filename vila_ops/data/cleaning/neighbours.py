@@ -1,6 +1,6 @@
-"""For each picture or text an earlier one that nearly equals it, among millions: sorted keys, never all pairs."""
+"""For each image or text an earlier one that nearly equals it, among millions: sorted keys, never all pairs."""
 
-# P pictures, T texts, K minima
+# P images, T texts, K minima
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from vila_ops.data.cleaning.similarity import MINIMA, mix
 
 THUMBNAIL_TOLERANCE = 12
 """Levels of 255 by which no channel of two 4 x 4 thumbnails may differ. Of copies made smaller or larger and encoded
-anew 99.5 % are within it, and of different pictures with like hashes (one shape in two colours) one pair in ten."""
+anew 99.5 % are within it, and of different images with like hashes (one shape in two colours) one pair in ten."""
 _SURE = 0.999
 """Share of the pairs at the threshold that must become candidates."""
 _KEY_BITS = 20
@@ -29,8 +29,8 @@ Same = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.bool_]]
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Pictures in the order of their records."""
+class ImageSignatures:
+    """Images in the order of their records."""
 
     record: NDArray[np.int64]  # (P,)
     hashes: NDArray[np.uint64]  # (P,)
@@ -47,19 +47,19 @@ class _Runs:
     order: NDArray[np.int64]
 
 
-def first_copies(pictures: Pictures, *, among: Pictures | None, bits: int) -> NDArray[np.int64]:
-    """For each picture (P,) the place of a copy among others, -1 where there is none.
+def first_copies(images: ImageSignatures, *, among: ImageSignatures | None, bits: int) -> NDArray[np.int64]:
+    """For each image (P,) the place of a copy among others, -1 where there is none.
 
-    `among` None: among the pictures of earlier records.
+    `among` None: among the images of earlier records.
     """
-    known = among or pictures
+    known = among or images
 
     def same(items: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.bool_]:
-        close: NDArray[np.bool_] = np.bitwise_count(pictures.hashes[items] ^ known.hashes[others]) <= bits
+        close: NDArray[np.bool_] = np.bitwise_count(images.hashes[items] ^ known.hashes[others]) <= bits
         if among is None:
-            close &= pictures.record[items] != known.record[others]
+            close &= images.record[items] != known.record[others]
         pairs = np.flatnonzero(close)
-        thumbnails = pictures.thumbnails[items[pairs]].astype(np.int16)
+        thumbnails = images.thumbnails[items[pairs]].astype(np.int16)
         apart = np.abs(thumbnails - known.thumbnails[others[pairs]]).max(axis=1, initial=0)
         close[pairs] = apart <= THUMBNAIL_TOLERANCE
         return close
@@ -67,11 +67,11 @@ def first_copies(pictures: Pictures, *, among: Pictures | None, bits: int) -> ND
     def runs() -> Iterator[_Runs]:
         for mask in _masks(bits):
             if among is None:
-                yield _runs_among(pictures.hashes & mask)
+                yield _runs_among(images.hashes & mask)
             else:
-                yield _runs_between(pictures.hashes & mask, among.hashes & mask)
+                yield _runs_between(images.hashes & mask, among.hashes & mask)
 
-    return _first_same(runs(), same, count=len(pictures.hashes))
+    return _first_same(runs(), same, count=len(images.hashes))
 
 
 def first_similar(minima: NDArray[np.uint16], *, similarity: float) -> NDArray[np.int64]:

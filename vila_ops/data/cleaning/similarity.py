@@ -1,6 +1,6 @@
 """Signatures: a few numbers for each record in which copies agree. Pure: the same record, the same numbers."""
 
-# I pictures, W words, N n-grams, K minima
+# I images, W words, N n-grams, K minima
 
 import hashlib
 import re
@@ -27,8 +27,8 @@ THUMBNAIL_BYTES = 3 * THUMBNAIL_SIDE**2
 MINIMA = 128
 """The estimate of a Jaccard similarity J has a standard deviation of sqrt(J (1 - J) / 128), at most 0.044."""
 SHINGLE_WORDS = 5
-MIN_WORDS_BESIDE_PICTURES = 20
-"""Shorter texts recur under other pictures ("What colour is the car? Red."): they make no record a duplicate."""
+MIN_WORDS_BESIDE_IMAGES = 20
+"""Shorter texts recur under other images ("What colour is the car? Red."): they make no record a duplicate."""
 
 SCHEMA = pa.schema(
     [
@@ -46,7 +46,7 @@ SCHEMA = pa.schema(
 _DEAD_ZONE = 128.0
 """A cosine of half a grey level over 32 x 32 pixels: what re-encoding makes of nothing."""
 _MIN_ONES = MAX_IMAGE_BITS // 2 + 2
-"""Two pictures with fewer bits set, of which the mean's is set always, never differ in more than MAX_IMAGE_BITS."""
+"""Two images with fewer bits set, of which the mean's is set always, never differ in more than MAX_IMAGE_BITS."""
 _SIDE = 128
 """Pixels of the shorter side that are enough: more cost time and change no hash by more than a bit or two."""
 _UNSPACED = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
@@ -87,20 +87,20 @@ class Signature:
 
 
 def signature(record: Record, wanted: Wanted, *, number: int, file: int) -> Signature:
-    """What the wanted rules need to know of a record; an unreadable picture makes it unclean, as writing will find."""
+    """What the wanted rules need to know of a record; an unreadable image makes it unclean, as writing will find."""
     top_share = wanted.clean.top_share
     rank = score_sum(record, top_share.columns) if top_share else None
     kept = clean(record, wanted.clean).record
     if not isinstance(kept, Record):
         return Signature(number, file, rank, is_clean=False)
     parts = [part for turn in kept.turns for part in turn.parts]
-    pictures = [part for part in parts if isinstance(part, Image)]
+    images = [part for part in parts if isinstance(part, Image)]
     words = word_hashes(" ".join(part for part in parts if isinstance(part, str)))
     near, gate = wanted.near_duplicates, wanted.contamination
     seen: list[tuple[int, bytes]] = []
     if gate or (near and near.image_bits is not None):
         try:
-            seen = [picture_signature(picture.data) for picture in pictures]
+            seen = [image_signature(image.data) for image in images]
         except BadImage:
             return Signature(number, file, rank, is_clean=False)
     return Signature(
@@ -109,13 +109,13 @@ def signature(record: Record, wanted: Wanted, *, number: int, file: int) -> Sign
         rank,
         hashes=tuple(value for value, _ in seen),
         thumbnails=tuple(thumbnail for _, thumbnail in seen),
-        minima=_minima(words, beside=pictures) if near and near.text_similarity is not None else None,
-        ngrams=_ngrams(words, gate, wanted.known_ngrams, beside=pictures) if gate else (),
+        minima=_minima(words, beside=images) if near and near.text_similarity is not None else None,
+        ngrams=_ngrams(words, gate, wanted.known_ngrams, beside=images) if gate else (),
     )
 
 
 def _minima(words: NDArray[np.uint64], *, beside: list[Image]) -> bytes | None:
-    if len(words) < (MIN_WORDS_BESIDE_PICTURES if beside else 1):
+    if len(words) < (MIN_WORDS_BESIDE_IMAGES if beside else 1):
         return None
     return minhash(ngram_hashes(words, size=min(SHINGLE_WORDS, len(words)))).tobytes()
 
@@ -123,7 +123,7 @@ def _minima(words: NDArray[np.uint64], *, beside: list[Image]) -> bytes | None:
 def _ngrams(
     words: NDArray[np.uint64], gate: Contamination, known: NDArray[np.uint64] | None, *, beside: list[Image]
 ) -> tuple[int, ...]:
-    """Of a short text itself as a whole, but nothing where it stands beside pictures."""
+    """Of a short text itself as a whole, but nothing where it stands beside images."""
     if len(words) < gate.ngram_words and beside:
         return ()
     ngrams = np.unique(ngram_hashes(words, size=min(gate.ngram_words, len(words))))
@@ -135,30 +135,30 @@ def table(signatures: Iterable[Signature]) -> pa.Table:
     return pa.Table.from_pylist([vars(one) for one in signatures], schema=SCHEMA)
 
 
-def picture_signature(data: bytes) -> tuple[int, bytes]:
-    """64-bit perceptual hash and 4 x 4 RGB thumbnail of an encoded picture. Raises BadImage.
+def image_signature(data: bytes) -> tuple[int, bytes]:
+    """64-bit perceptual hash and 4 x 4 RGB thumbnail of an encoded image. Raises BadImage.
 
-    A picture with next to no structure (one colour, a faint shade) gets a hash of its bytes instead: all such pictures
+    An image with next to no structure (one colour, a faint shade) gets a hash of its bytes instead: all such images
     look alike, so only its exact copies are the same.
     """
-    picture = rgb(data, at_least=_SIDE)
-    if (factor := min(picture.size) // _SIDE) > 1:
-        picture = picture.reduce(factor)
-    thumbnail = picture.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Pillow.Resampling.BOX).tobytes()
-    value = perceptual_hash(picture)
+    image = rgb(data, at_least=_SIDE)
+    if (factor := min(image.size) // _SIDE) > 1:
+        image = image.reduce(factor)
+    thumbnail = image.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Pillow.Resampling.BOX).tobytes()
+    value = perceptual_hash(image)
     if value.bit_count() < _MIN_ONES:
         value = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
     return value, thumbnail
 
 
-def perceptual_hash(picture: Pillow.Image) -> int:
+def perceptual_hash(image: Pillow.Image) -> int:
     """The DCT hash of imagehash.phash, but a bit is set only where the coefficient is clear of the median.
 
-    Coefficients that are zero but for noise, as the odd ones of a symmetric picture, fall on either side of the median
+    Coefficients that are zero but for noise, as the odd ones of a symmetric image, fall on either side of the median
     as the encoder likes; a dead zone of half a grey level keeps their bits at 0. Of 5 800 renders, photos and
     screenshots re-encoded as WebP of quality 30 to 95, 99.9 % are then within 6 of 64 bits instead of 98.6 %.
     """
-    grey = picture.convert("L").resize((32, 32), Pillow.Resampling.LANCZOS)
+    grey = image.convert("L").resize((32, 32), Pillow.Resampling.LANCZOS)
     coefficients = _cosines() @ np.asarray(grey, np.float64) @ _cosines().T
     bits = coefficients > np.median(coefficients) + _DEAD_ZONE
     return int.from_bytes(np.packbits(bits).tobytes(), "big")

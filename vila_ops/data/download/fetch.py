@@ -1,4 +1,4 @@
-"""One attempt at one URL: followed by hand through redirects, within limits of time and size, to a picture or a word.
+"""One attempt at one URL: followed by hand through redirects, within limits of time and size, to an image or a word.
 
 httpcore is what httpx sends its requests with. It is used without httpx's client because only it lets us open the
 connections (see address.py), and because it has no cookies, proxies or decompression that would have to be turned off.
@@ -20,8 +20,8 @@ import httpx
 
 from vila_ops.config.download import DownloadSettings
 from vila_ops.data.download.address import CheckedNetwork, Resolve, parse
+from vila_ops.data.download.image import image_format
 from vila_ops.data.download.outcome import REFUSED, Failure, Outcome
-from vila_ops.data.download.picture import picture_format
 
 REDIRECTS = (301, 302, 303, 307, 308)
 MAX_DETAIL = 200
@@ -41,7 +41,7 @@ class Attempt:
     http_status: int | None = None
     retry_after_seconds: float | None = None
     body: bytes = b""
-    """The picture, as it was sent."""
+    """The image, as it was sent."""
     extension: str | None = None
 
 
@@ -75,7 +75,7 @@ class Fetcher:
                 body = await self._follow(attempt)
             loop = asyncio.get_running_loop()  # decoding may wait for its turn, which is not the server's fault
             attempt.extension = await loop.run_in_executor(
-                self._decoders, lambda: picture_format(body, max_pixels=self._settings.max_pixels)
+                self._decoders, lambda: image_format(body, max_pixels=self._settings.max_pixels)
             )
             attempt.body = body
         except (Failure, TimeoutError, *NETWORK_ERRORS) as error:

@@ -1,9 +1,9 @@
 """What was fetched so far, safe against a kill at any moment.
 
-    NAME.bodies.partial   the pictures, one after another as they came
-    NAME.journal.jsonl    one line a URL, written when its picture is on the disk: the line vouches for it
+    NAME.bodies.partial   the images, one after another as they came
+    NAME.journal.jsonl    one line a URL, written when its image is on the disk: the line vouches for it
 
-What the journal does not vouch for is cut off when it is opened again: a torn last line, bytes behind the last picture.
+What the journal does not vouch for is cut off when it is opened again: a torn last line, bytes behind the last image.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from vila_ops.data.download.outcome import Record
+from vila_ops.data.download.outcome import DownloadRecord
 
 BEGINS = b'{"url": '
 """How a journal begins that has a line."""
@@ -30,7 +30,7 @@ def journal_path(out: Path) -> Path:
 
 
 def bodies_path(out: Path) -> Path:
-    """Where its pictures lie."""
+    """Where its images lie."""
     return out.with_name(f"{out.name}.bodies.partial")
 
 
@@ -49,9 +49,9 @@ class Journal:
         """Open or begin; `out` is the path without suffixes. Raises ValueError while another process has it open."""
         self._bodies_path = bodies_path(out)
         self._lines_path = journal_path(out)
-        self.records: dict[str, Record] = {}
+        self.records: dict[str, DownloadRecord] = {}
         self._offsets: dict[str, int] = {}
-        self._waiting: list[tuple[Record, bytes]] = []
+        self._waiting: list[tuple[DownloadRecord, bytes]] = []
         self._writing = asyncio.Lock()
         self._lines = self._lines_path.open("ab+")
         try:
@@ -71,7 +71,7 @@ class Journal:
         self._bodies.close()
         self._lines.close()
 
-    async def add(self, record: Record, body: bytes) -> None:
+    async def add(self, record: DownloadRecord, body: bytes) -> None:
         """Returns when the record is on the disk. Records that wait for the disk meanwhile go there together."""
         self._waiting.append((record, body))
         async with self._writing:
@@ -79,8 +79,8 @@ class Journal:
             if batch:
                 await asyncio.to_thread(self.write, batch)
 
-    def write(self, batch: list[tuple[Record, bytes]]) -> None:
-        """Put records on the disk: first the pictures, then the lines that vouch for them."""
+    def write(self, batch: list[tuple[DownloadRecord, bytes]]) -> None:
+        """Put records on the disk: first the images, then the lines that vouch for them."""
         lines = []
         self._bodies.seek(0, os.SEEK_END)
         for record, body in batch:
@@ -93,13 +93,13 @@ class Journal:
         self.records.update((record.url, record) for record, _ in batch)
 
     def body(self, url: str) -> bytes:
-        """A picture, checked; raises ValueError when it is not what was written."""
+        """An image, checked; raises ValueError when it is not what was written."""
         record = self.records[url]
         self._bodies.seek(self._offsets[url])
         data = self._bodies.read(record.bytes or 0)
         if hashlib.sha256(data).hexdigest() != record.sha256:
             raise ValueError(
-                f"{self._bodies_path}: the picture of {url} has changed on the disk; "
+                f"{self._bodies_path}: the image of {url} has changed on the disk; "
                 f"remove this file and {self._lines_path.name}, and download again"
             )
         return data
@@ -127,8 +127,8 @@ class Journal:
         self._lines.truncate(lines_end)
         self._bodies.truncate(bodies_end)
 
-    def _whole_lines(self) -> Iterator[tuple[int, Record, int]]:
-        """(bytes of the line, record, offset of its picture) up to the first line that was not finished."""
+    def _whole_lines(self) -> Iterator[tuple[int, DownloadRecord, int]]:
+        """(bytes of the line, record, offset of its image) up to the first line that was not finished."""
         self._lines.seek(0)
         for line in self._lines:
             if not line.endswith(b"\n"):
@@ -136,7 +136,7 @@ class Journal:
             try:
                 fields = json.loads(line)
                 offset = int(fields.pop("offset"))
-                yield len(line), Record(**fields), offset
+                yield len(line), DownloadRecord(**fields), offset
             except (ValueError, KeyError, TypeError, AttributeError):
                 return  # blocks of a power cut; nothing after them was vouched for
 

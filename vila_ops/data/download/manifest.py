@@ -1,4 +1,4 @@
-"""What is kept of one raw file: a tar of its pictures and a table of what became of every URL.
+"""What is kept of one raw file: a tar of its images and a table of what became of every URL.
 
     NAME.tar       a WebDataset tar: KEY.jpg, KEY.png, ... with the bytes as they were sent
     NAME.parquet   one row a distinct URL, in the order of first appearance; written last, so that it means: done
@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vila_ops.data.download.journal import Journal, bodies_path, is_journal, journal_path
-from vila_ops.data.download.outcome import Outcome, Record
+from vila_ops.data.download.outcome import DownloadRecord, Outcome
 
 SCHEMA = pa.schema(
     [
@@ -39,7 +39,7 @@ SCHEMA = pa.schema(
 )
 TAR_BYTES = b"tar_bytes"
 REOPEN_ROWS = 64
-"""Whose pictures are in memory together."""
+"""Whose images are in memory together."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Outcomes:
     counts: dict[Outcome, int]
     """Distinct URLs by outcome; their sum is all of them."""
     bytes: int
-    """Of the pictures."""
+    """Of the images."""
 
 
 def table(finished: Sequence[Outcomes]) -> list[str]:
@@ -59,11 +59,11 @@ def table(finished: Sequence[Outcomes]) -> list[str]:
     whole = sum(counts.values())
     rows = [f"{outcome:17} {count:11,} {count / whole:7.2%}" for outcome, count in counts.most_common()]
     size = sum(one.bytes for one in finished) / 1e6
-    return [*rows, f"{'all':17} {whole:11,}         of {len(finished)} raw files, {size:,.1f} MB of pictures"]
+    return [*rows, f"{'all':17} {whole:11,}         of {len(finished)} raw files, {size:,.1f} MB of images"]
 
 
 def key_of(url: str) -> str:
-    """The name of a URL's picture in the tar, without the extension."""
+    """The name of a URL's image in the tar, without the extension."""
     return hashlib.sha256(url.encode()).hexdigest()[:24]
 
 
@@ -73,14 +73,14 @@ def manifest_path(out: Path) -> Path:
 
 
 def tar_path(out: Path) -> Path:
-    """Where its pictures lie."""
+    """Where its images lie."""
     return out.with_name(f"{out.name}.tar")
 
 
 def check_ours(out: Path) -> None:
     """Raise ValueError where a file that is to be written is there and was not written by a download.
 
-    A table tells it by its metadata, a journal by its first line; tar, pictures and drafts by standing beside one.
+    A table tells it by its metadata, a journal by its first line; tar, images and drafts by standing beside one.
     """
     tables = [manifest_path(out)] if manifest_path(out).exists() else []
     journals = [journal_path(out)] if journal_path(out).exists() else []
@@ -142,7 +142,7 @@ def reopen(journal: Journal, out: Path, *, retry: Collection[Outcome]) -> None:
         for some in kept.to_batches(max_chunksize=REOPEN_ROWS):
             batch = []
             for row in some.to_pylist():
-                record = Record(**{field.name: row[field.name] for field in fields(Record)})
+                record = DownloadRecord(**{field.name: row[field.name] for field in fields(DownloadRecord)})
                 tar.seek((row["offset"] or 0) + tarfile.BLOCKSIZE)
                 batch.append((record, tar.read(record.bytes or 0)))
             journal.write(batch)

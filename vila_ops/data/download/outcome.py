@@ -20,8 +20,8 @@ Outcome = Literal[
     "server_error",  # 5xx
     "unexpected_status",  # neither 200 nor one of the above
     "too_large",
-    "not_a_picture",  # of none of the formats, by its bytes
-    "broken_picture",  # begins as a picture and cannot be decoded to its end
+    "not_an_image",  # of none of the formats, by its bytes
+    "broken_image",  # begins as an image and cannot be decoded to its end
     "too_many_pixels",
 ]
 MAY_PASS: frozenset[Outcome] = frozenset({"unreachable", "timeout", "reset", "rate_limited", "server_error"})
@@ -33,7 +33,7 @@ REFUSED: frozenset[Outcome] = frozenset({"bad_url", "address_refused"})
 
 
 class Failure(Exception):
-    """A URL gave no picture."""
+    """A URL gave no image."""
 
     def __init__(self, outcome: Outcome, detail: str) -> None:
         super().__init__(f"{outcome}: {detail}")
@@ -42,7 +42,7 @@ class Failure(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class DownloadRecord:
     """What became of one URL."""
 
     url: str
@@ -54,6 +54,6 @@ class Record:
     final_url: str
     """The last URL that was asked, after redirects."""
     extension: str | None = None
-    """By content; this and what follows only where there is a picture."""
+    """By content; this and what follows only where there is an image."""
     bytes: int | None = None
     sha256: str | None = None

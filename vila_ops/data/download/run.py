@@ -1,4 +1,4 @@
-"""Fetch the pictures that raw files name by URL: resumable, polite, and safe against what URLs and servers can do."""
+"""Fetch the images that raw files name by URL: resumable, polite, and safe against what URLs and servers can do."""
 
 import asyncio
 import hashlib
@@ -14,9 +14,9 @@ from vila_ops.data.download.address import Resolve, SystemResolver, parse
 from vila_ops.data.download.fetch import Attempt, Fetcher
 from vila_ops.data.download.journal import Journal
 from vila_ops.data.download.manifest import Outcomes, check_ours, manifest_path, read_outcomes, reopen, write_manifest
-from vila_ops.data.download.outcome import HOST_FAILS, MAY_PASS, Failure, Outcome, Record
+from vila_ops.data.download.outcome import HOST_FAILS, MAY_PASS, DownloadRecord, Failure, Outcome
 from vila_ops.data.download.sources import Format, raw_files, urls_of
-from vila_ops.data.download.turns import Job, Turns
+from vila_ops.data.download.turns import FetchJob, Turns
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ OTHER_OPEN_FILES = 100
 def download_source(
     source: Format, path: Path, out: Path, *, settings: DownloadSettings, retry: Collection[Outcome] = ()
 ) -> list[Outcomes]:
-    """Fetch the pictures of every raw file of a folder (or of one file) into `out`: NAME.tar and NAME.parquet for each.
+    """Fetch the images of every raw file of a folder (or of one file) into `out`: NAME.tar and NAME.parquet for each.
 
     Ended at any moment and started again, it goes on where it was; what is finished is not asked again, except for
     the URLs that ended in one of the `retry` outcomes. Raises ValueError for raw files of another form, and OSError
@@ -55,7 +55,7 @@ async def download(
     resolve: Resolve | None = None,
     retry: Collection[Outcome] = (),
 ) -> Outcomes:
-    """Fetch the pictures of one raw file; `out` is the path of what is made, without suffixes. A URL is asked once.
+    """Fetch the images of one raw file; `out` is the path of what is made, without suffixes. A URL is asked once.
 
     `resolve` stands in for the machine's own resolver. Raises ValueError when `out` is of other URLs or in use.
     """
@@ -112,21 +112,21 @@ class _Run:
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from errors
 
-    async def _jobs(self) -> list[Job]:
+    async def _jobs(self) -> list[FetchJob]:
         """What is to be asked: neither recorded already nor refused at sight, which is recorded here."""
         jobs, refused = [], []
         for url in self._urls:
             if url in self._journal.records:
                 continue
             try:
-                jobs.append(Job(url, host=parse(url, ports=self._settings.ports).raw_host))
+                jobs.append(FetchJob(url, host=parse(url, ports=self._settings.ports).raw_host))
             except Failure as failure:
                 attempt = Attempt(final_url=url, outcome=failure.outcome, detail=failure.detail)
                 refused.append((_record(url, attempt, attempts=0), b""))
         await asyncio.to_thread(self._journal.write, refused)
         return jobs
 
-    async def _ask(self, job: Job, turns: Turns) -> None:
+    async def _ask(self, job: FetchJob, turns: Turns) -> None:
         try:
             if self._failures[job.host] >= self._settings.host_failures:
                 detail = f"the host failed {self._settings.host_failures} times in a row"
@@ -148,7 +148,7 @@ class _Run:
         finally:
             self._slots.release()
 
-    def _wait_seconds(self, job: Job, attempt: Attempt) -> float:
+    def _wait_seconds(self, job: FetchJob, attempt: Attempt) -> float:
         """Exponential backoff with full jitter, and at least what the server asks for, up to the cap."""
         limit = self._settings.max_wait_seconds
         backoff = random.uniform(0, min(limit, self._settings.backoff_seconds * 2 ** (job.attempts - 1)))
@@ -161,9 +161,9 @@ class _Run:
             logger.info("%d of %d URLs done", len(self._journal.records), len(self._urls))
 
 
-def _record(url: str, attempt: Attempt, *, attempts: int) -> Record:
-    is_picture = attempt.outcome == "ok"
-    return Record(
+def _record(url: str, attempt: Attempt, *, attempts: int) -> DownloadRecord:
+    is_image = attempt.outcome == "ok"
+    return DownloadRecord(
         url=url,
         outcome=attempt.outcome,
         detail=attempt.detail,
@@ -171,6 +171,6 @@ def _record(url: str, attempt: Attempt, *, attempts: int) -> Record:
         attempts=attempts,
         final_url=attempt.final_url,
         extension=attempt.extension,
-        bytes=len(attempt.body) if is_picture else None,
-        sha256=hashlib.sha256(attempt.body).hexdigest() if is_picture else None,
+        bytes=len(attempt.body) if is_image else None,
+        sha256=hashlib.sha256(attempt.body).hexdigest() if is_image else None,
     )

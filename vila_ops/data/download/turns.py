@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
-class Job:
+class FetchJob:
     """A URL to be asked."""
 
     url: str
@@ -19,7 +19,7 @@ class Job:
 
 @dataclass(slots=True)
 class _Host:
-    waiting: deque[Job] = field(default_factory=deque)
+    waiting: deque[FetchJob] = field(default_factory=deque)
     in_flight: int = 0
     next_start: float = 0.0
     """Of the event loop's clock."""
@@ -29,7 +29,7 @@ class _Host:
 class Turns:
     """Hands out jobs so that a slow or busy host holds up its own URLs and no others."""
 
-    def __init__(self, jobs: Iterable[Job], *, per_host: int, per_second: float) -> None:
+    def __init__(self, jobs: Iterable[FetchJob], *, per_host: int, per_second: float) -> None:
         self._per_host = per_host
         self._interval = 1 / per_second
         self._hosts: dict[bytes, _Host] = {}
@@ -44,7 +44,7 @@ class Turns:
         for host in self._hosts.values():
             self._enqueue(host)
 
-    async def next(self) -> Job | None:
+    async def next(self) -> FetchJob | None:
         """The next job as soon as its host may be asked; None when all are done. One caller at a time."""
         now = asyncio.get_running_loop().time
         while self._left:
@@ -68,13 +68,13 @@ class Turns:
                     continue  # the first host's time has come
         return None
 
-    def done(self, job: Job) -> None:
+    def done(self, job: FetchJob) -> None:
         """The job needs no more turns."""
         self._left -= 1
         self._release(job)
         self._changed.set()
 
-    def again(self, job: Job, *, seconds: float, pause_host: bool) -> None:
+    def again(self, job: FetchJob, *, seconds: float, pause_host: bool) -> None:
         """The job wants another turn, not before so many seconds; nor do others of its host, if that is paused."""
         loop = asyncio.get_running_loop()
         if pause_host:
@@ -83,12 +83,12 @@ class Turns:
         loop.call_later(seconds, self._rejoin, job)
         self._release(job)
 
-    def _rejoin(self, job: Job) -> None:
+    def _rejoin(self, job: FetchJob) -> None:
         host = self._hosts[job.host]
         host.waiting.append(job)
         self._enqueue(host)
 
-    def _release(self, job: Job) -> None:
+    def _release(self, job: FetchJob) -> None:
         host = self._hosts[job.host]
         host.in_flight -= 1
         self._enqueue(host)

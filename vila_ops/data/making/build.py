@@ -19,8 +19,8 @@ from vila_ops.data.making.parallel import at_once, each, files
 from vila_ops.data.making.quarantine import Quarantined
 from vila_ops.data.making.summary import SUMMARY, summarise
 from vila_ops.data.making.survey import survey
-from vila_ops.data.making.units import Unit, picture_bytes, plan_units
-from vila_ops.data.making.work import COUNTS, Job, Task, folders_of, shard_address, shard_name, write_shard
+from vila_ops.data.making.units import Unit, plan_units, stored_image_bytes
+from vila_ops.data.making.work import COUNTS, ShardJob, UnitTask, folders_of, shard_address, shard_name, write_shard
 from vila_ops.data.shards import DROPPED, DROPPED_SCHEMA, INDEX, SCHEMA, SHARD
 from vila_ops.packages.resolve import tokenizer_folder
 
@@ -37,10 +37,10 @@ def build(
     """
     cache = Path(resources.cache).expanduser()
     tokenizer_folder(text.language_model, cache=cache)  # once, before the workers would race for it
-    job = Job(mixture=mixture, text=text, cache=str(cache), store=resources.store)
+    job = ShardJob(mixture=mixture, text=text, cache=str(cache), store=resources.store)
     units = [unit for name in sorted(mixture.sources) for unit in _units(name, mixture, text, cache=cache)]
     drops = survey(job, units, resources)
-    tasks = [Task(job=job, unit=unit, drops=drops.get(number, ())) for number, unit in enumerate(units)]
+    tasks = [UnitTask(job=job, unit=unit, drops=drops.get(number, ())) for number, unit in enumerate(units)]
     shards = _write(tasks, resources)
     named = {
         shard_name(task.unit.source, shard.uri.rpartition("/")[2]): (shard, SHARD)
@@ -74,13 +74,13 @@ def _units(name: str, mixture: Mixture, text: TextFormat, *, cache: Path) -> Ite
         name,
         raw,
         shard_bytes=mixture.shard_bytes,
-        image_bytes=picture_bytes(text.image_size, mixture.pictures.encoding),
+        image_bytes=stored_image_bytes(text.image_size, mixture.images.encoding),
         limit=source.limit,
         share=source.clean.top_share.share if source.clean.top_share else 1.0,
     )
 
 
-def _write(tasks: list[Task], resources: Resources) -> list[Shard]:
+def _write(tasks: list[UnitTask], resources: Resources) -> list[Shard]:
     """The sealed shards, in order; only those are made that are not there."""
     found = at_once(lambda task: store.find(Shard, shard_address(task), store=task.job.store), tasks)
     missing = [number for number, shard in enumerate(found) if shard is None]

@@ -31,7 +31,7 @@ def card(mixture: Mixture, summary: dict[str, Any], folder: Path) -> str:
     lines = [
         f"# {mixture.name}",
         "",
-        f"{summary['num_samples']:,} samples, {summary['num_tokens']:,} tokens, {summary['num_images']:,} pictures. "
+        f"{summary['num_samples']:,} samples, {summary['num_tokens']:,} tokens, {summary['num_images']:,} images. "
         f"Split by object: {mixture.split.validation:.0%} for validation, {mixture.split.test:.0%} for test.",
         "",
         "## Sources",
@@ -71,7 +71,7 @@ def _sources(mixture: Mixture, summary: dict[str, Any]) -> list[str]:
         for name, found in summary["sources"].items()
     ]
     sides = [f">{side}" for side in SPLITS]
-    return _table(["source", "format, read as", ">records", ">samples", *sides, ">tokens", ">pictures"], rows)
+    return _table(["source", "format, read as", ">records", ">samples", *sides, ">tokens", ">images"], rows)
 
 
 def _epoch(mixture: Mixture, summary: dict[str, Any]) -> list[str]:

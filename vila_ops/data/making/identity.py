@@ -45,7 +45,7 @@ def mixture_recipe(mixture: Mixture) -> dict[str, Any]:
 def text_recipe(text: TextFormat) -> dict[str, Any]:
     """The text format; a local tokenizer by its content instead of its place, the tower by the colour that pads."""
     dumped = text.model_dump(mode="json", exclude={"vision_tower"})
-    if text.image_fit == "pad":
+    if text.image_aspect_ratio == "pad":
         dumped["colour"] = list(fit_of(text).colour)
     match text.language_model.kind:
         case "random":
@@ -68,9 +68,9 @@ def _tokenizer_digest(folder: Path) -> str:
 
 
 def fit_of(text: TextFormat) -> Fit:
-    """How the pictures of a text format become squares."""
+    """How the images of a text format become squares."""
     mean, _ = mean_std(text.vision_tower)
-    return Fit(text.image_fit, mean)
+    return Fit(text.image_aspect_ratio, mean)
 
 
 def digests(mixture: Mixture, *, cache: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Units of work in this process, or as Ray Data tasks on a cluster's nodes. Only addresses travel, never pictures."""
+"""Units of work in this process, or as Ray Data tasks on a cluster's nodes. Only addresses travel, never images."""
 
 import os
 from collections.abc import Callable, Iterable, Sequence

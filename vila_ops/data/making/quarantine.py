@@ -1,6 +1,6 @@
 """Records of a mixture that are left out by name: their samples leave the index, their bytes stay in the shards.
 
-So no shard is made anew, and every other sample keeps its key, its split and its bytes.
+So no shard is rebuilt, and every other sample keeps its key, its split and its bytes.
 """
 
 from collections import Counter

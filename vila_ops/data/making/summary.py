@@ -10,7 +10,7 @@ from vila_ops.data import sources
 from vila_ops.data.order.mixture import Size, compose
 
 SUMMARY = "summary.json"
-LEFT_OUT = {"bad": "bad record", "taken_out": "record, by a rule", "pictures_out": "picture of a document, by a rule"}
+LEFT_OUT = {"bad": "bad record", "taken_out": "record, by a rule", "images_out": "image of a document, by a rule"}
 """Counts by reason in a source's summary, and what they count."""
 EXAMPLES = 3
 """Texts of each source."""
@@ -70,5 +70,5 @@ def _refuse_bad(mixture: Mixture, name: str, found: dict[str, Any]) -> None:
         raise ValueError(
             f"mixture {mixture.name!r}: {bad} of {found['records']} records of source {name!r} are bad "
             f"({found['bad']}), more than max_bad_share {mixture.max_bad_share}; see them with `vila-ops data lint`, "
-            "mend the source or raise max_bad_share of the mixture"
+            "fix the source or raise max_bad_share of the mixture"
         )

@@ -25,7 +25,7 @@ from vila_ops.data.cleaning.similarity import Signature, Wanted, signature, tabl
 from vila_ops.data.making.identity import SURVEY_REVISION, source_recipe
 from vila_ops.data.making.parallel import each, files
 from vila_ops.data.making.units import Unit, plan_units
-from vila_ops.data.making.work import Drop, Job, folders_of, numbered
+from vila_ops.data.making.work import Drop, ShardJob, folders_of, numbered
 from vila_ops.data.records import Dropped
 
 SIGNATURES, PLACES, NGRAMS = "signatures.parquet", "places.parquet", "ngrams.npy"
@@ -39,14 +39,14 @@ EVALUATION_BYTES = 2**30
 class Look(Config):
     """A unit to be surveyed."""
 
-    job: Job
+    job: ShardJob
     unit: Unit
     source: Source
     ngrams: Survey | None = None
     """Of the evaluation sets, which a training record is searched for; None: keep all of one's own."""
 
 
-def survey(job: Job, units: list[Unit], resources: Resources) -> dict[int, tuple[Drop, ...]]:
+def survey(job: ShardJob, units: list[Unit], resources: Resources) -> dict[int, tuple[Drop, ...]]:
     """What is to be dropped of each unit, by its number; nothing is read where no rule needs it."""
     mixture = job.mixture
     shares = {name: source.clean.top_share for name, source in mixture.sources.items()}
@@ -116,7 +116,7 @@ def _address(look: Look) -> Address:
     return store.address(Survey, revision=SURVEY_REVISION, recipe=recipe, parents=parents)
 
 
-def _evaluation(job: Job) -> Iterator[Look]:
+def _evaluation(job: ShardJob) -> Iterator[Look]:
     assert job.mixture.contamination
     for name, source in sorted(job.mixture.contamination.sources.items()):
         cache = Path(job.cache)
@@ -165,7 +165,7 @@ def _placed(drops: pa.Table, places: pa.Table, against: pa.Table) -> Iterator[tu
         )
 
 
-def _seal_ngrams(ngrams: NDArray[np.uint64], job: Job) -> Survey:
+def _seal_ngrams(ngrams: NDArray[np.uint64], job: ShardJob) -> Survey:
     """The n-grams of the evaluation sets as an artifact that every worker can read."""
     digest = hashlib.sha256(ngrams.tobytes()).hexdigest()
     at = store.address(Survey, revision=SURVEY_REVISION, recipe={"ngrams": digest}, parents=())

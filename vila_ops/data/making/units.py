@@ -12,10 +12,10 @@ from vila_ops.config.images import ImageEncoding, Jpeg, Webp
 from vila_ops.data.raw.files import STRIDE, RawFile, Span, Thinned
 
 RECORD_BYTES = 1500
-"""Of a record in a shard, without its pictures: tokens, text and tar headers (measured on captions and documents)."""
+"""Of a record in a shard, without its images: tokens, text and tar headers (measured on captions and documents)."""
 
 
-def picture_bytes(side: int, encoding: ImageEncoding) -> float:
+def stored_image_bytes(side: int, encoding: ImageEncoding) -> float:
     """About what a square of `side` pixels takes in a shard (measured on photos; drawings take less)."""
     match encoding:
         case Jpeg(quality=quality):
@@ -47,7 +47,7 @@ def plan_units(
 ) -> list[Unit]:
     """The units of a source in the order of its records, each of about `shard_bytes` as a shard.
 
-    image_bytes: of one encoded picture, estimated. share: of the records, how many a rule (top_share) keeps.
+    image_bytes: of one encoded image, estimated. share: of the records, how many a rule (top_share) keeps.
     Long files are cut; short ones are put together, and a unit ends with a file whose digest says so once half of
     shard_bytes is reached: with 1 file in 4, or at 1.5 shard_bytes.
     """

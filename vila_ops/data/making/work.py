@@ -1,4 +1,4 @@
-"""What a worker does: a unit's records are read, rendered and tokenised, pictures squared, and sealed as a shard."""
+"""What a worker does: a unit's records are read, rendered and tokenised, images squared, and sealed as a shard."""
 
 import json
 import time
@@ -35,7 +35,7 @@ EXAMPLES, EXAMPLE_CHARACTERS = 3, 300
 """Texts of a shard that a data card may show."""
 
 
-class Job(Config):
+class ShardJob(Config):
     """What every unit needs to know; small enough to travel to any worker."""
 
     mixture: Mixture
@@ -57,15 +57,15 @@ class Drop(Config):
     detail: str
 
 
-class Task(Config):
+class UnitTask(Config):
     """A unit to be written, and which of its records are not to be kept."""
 
-    job: Job
+    job: ShardJob
     unit: Unit
     drops: tuple[Drop, ...] = ()
 
 
-def shard_address(task: Task) -> Address:
+def shard_address(task: UnitTask) -> Address:
     """Of a shard: what is in the raw files and what is made of it, not where they lie nor what else is mixed in."""
     job, mixture = task.job, task.job.mixture
     source = mixture.sources[task.unit.source]
@@ -74,7 +74,7 @@ def shard_address(task: Task) -> Address:
         "spans": [span.model_dump(mode="json", exclude={"path", "mark"}) for span in task.unit.spans],
         "drops": [drop.model_dump(mode="json") for drop in task.drops],
         "text": text_recipe(job.text),
-        "mixture": mixture.model_dump(mode="json", include={"split", "long_documents", "pictures", "seed"}),
+        "mixture": mixture.model_dump(mode="json", include={"split", "long_documents", "images", "seed"}),
     }
     digests = {span.digest for span in task.unit.spans}
     if source.render == "questions":  # wrong answers are drawn from the names of the whole source
@@ -87,7 +87,7 @@ def shard_name(source: str, key: str) -> str:
     return f"{source}-{key[:12]}.tar"
 
 
-def write_shard(task: Task) -> Shard:
+def write_shard(task: UnitTask) -> Shard:
     """The sealed shard of a unit; made only if it is not there."""
     at = shard_address(task)
     if done := store.find(Shard, at, store=task.job.store):
@@ -120,13 +120,13 @@ def _tokenizer(text: TextFormat, cache: Path, *, content: str) -> Tokenizer:
 class _Writer:
     """Writes the files of one shard."""
 
-    def __init__(self, task: Task, folder: Path, *, name: str) -> None:
+    def __init__(self, task: UnitTask, folder: Path, *, name: str) -> None:
         job = self.job = task.job
         self.task, self.folder = task, folder
         self.source = job.mixture.sources[task.unit.source]
         self.tokenizer = tokenizer_of(job.text, cache=Path(job.cache))
         self.fit = fit_of(job.text)
-        self.tar = ShardWriter(folder / SHARD, name=name, suffix=suffix(job.mixture.pictures.encoding))
+        self.tar = ShardWriter(folder / SHARD, name=name, suffix=suffix(job.mixture.images.encoding))
         self.names: dict[str, Names] = {}
         if self.source.render == "questions":
             digest = sources.digest(self.source, cache=Path(self.job.cache))
@@ -135,7 +135,7 @@ class _Writer:
         self.dropped: list[Dropped] = []
         self.bad: Counter[str] = Counter()
         self.taken_out: Counter[str] = Counter()
-        self.pictures_out: Counter[str] = Counter()
+        self.images_out: Counter[str] = Counter()
 
     def write(self) -> dict[str, Any]:
         """Every record of the unit; returns the counts."""
@@ -162,7 +162,7 @@ class _Writer:
             "examples": self.examples,
             "bad": dict(self.bad),
             "taken_out": dict(self.taken_out),
-            "pictures_out": dict(self.pictures_out),
+            "images_out": dict(self.images_out),
         }
 
     def _records(self) -> Iterator[tuple[Record | Dropped, Drop | None]]:
@@ -174,9 +174,9 @@ class _Writer:
 
     def _clean(self, record: Record) -> None:
         cleaned = clean(record, self.source.clean)
-        for picture in cleaned.left_out:
-            self.pictures_out[picture.reason] += 1
-            self.dropped.append(picture)
+        for image in cleaned.left_out:
+            self.images_out[image.reason] += 1
+            self.dropped.append(image)
         if isinstance(cleaned.record, Dropped):
             self._take_out(cleaned.record, cleaned.record.reason, cleaned.record.detail)
         else:
@@ -209,10 +209,10 @@ class _Writer:
         pieces = tokenise(record, self.tokenizer, max_tokens=longest, split=split_long)
         if isinstance(pieces, Dropped):
             return pieces
-        pictures = [part for turn in record.turns for part in turn.parts if isinstance(part, Image)]
+        images = [part for turn in record.turns for part in turn.parts if isinstance(part, Image)]
         kept = sorted({index for piece in pieces for index in piece.images})
         try:
-            squares = {index: self._square(pictures[index].data) for index in kept}
+            squares = {index: self._square(images[index].data) for index in kept}
         except BadImage as error:
             return Dropped(record.id, f"bad_image_{error.reason}", detail=str(error))
         text = "\n".join(part for turn in record.turns for part in turn.parts if isinstance(part, str))
@@ -221,7 +221,7 @@ class _Writer:
         return [self._sample(record, own, piece, squares) for own, piece in zip(texts, pieces, strict=True)]
 
     def _square(self, data: bytes) -> bytes:
-        size, kept = self.job.text.image_size, self.job.mixture.pictures
+        size, kept = self.job.text.image_size, self.job.mixture.images
         return square(data, size=size, fit=self.fit, encoding=kept.encoding, decode=kept.decode)
 
     def _sample(self, record: Record, text: str, piece: Tokens, squares: dict[int, bytes]) -> Sample:

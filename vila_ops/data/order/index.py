@@ -30,7 +30,7 @@ COLUMNS = {"num_tokens": np.int32, "num_targets": np.int32, "offset": np.int64}
 """Columns that are arrays as they are."""
 
 
-class Place(NamedTuple):
+class SampleLocation(NamedTuple):
     """Where a sample stands."""
 
     key: str
@@ -38,7 +38,7 @@ class Place(NamedTuple):
     offset: int
 
 
-class Group(NamedTuple):
+class IndexGroup(NamedTuple):
     """The samples of one source in one split, as numbers[start : start + samples]."""
 
     split: str
@@ -54,10 +54,10 @@ class Index:
     def __init__(self, file: Callable[[str], Path], *, digest: str, cache: Path) -> None:
         """`file` gives the files of the dataset with this digest by name; `cache` is where its arrays are kept."""
         self._arrays = Arrays(cache / f"index-{digest[:32]}-{LAYOUT}", lambda folder: _write(file(INDEX), folder))
-        self.groups = [Group(*group) for group in self._arrays.facts["groups"]]
+        self.groups = [IndexGroup(*group) for group in self._arrays.facts["groups"]]
         self._shards: list[str] = self._arrays.facts["shards"]
 
-    def numbers(self, group: Group) -> NDArray[np.uint32]:
+    def numbers(self, group: IndexGroup) -> NDArray[np.uint32]:
         """The samples of a group."""
         return self._arrays.read("numbers", group.start, group.start + group.samples)
 
@@ -69,12 +69,12 @@ class Index:
         """Tokens of a sample that training predicts."""
         return int(self._arrays.read("num_targets", number, number + 1)[0])
 
-    def place(self, number: int) -> Place:
+    def place(self, number: int) -> SampleLocation:
         """Where a sample stands."""
         one = {name: int(self._arrays.read(name, number, number + 1)[0]) for name in ("shard", "offset", "key_end")}
         start = int(self._arrays.read("key_end", number - 1, number)[0]) if number else 0
         key = self._arrays.read("keys", start, one["key_end"]).tobytes().decode()
-        return Place(key, self._shards[one["shard"]], one["offset"])
+        return SampleLocation(key, self._shards[one["shard"]], one["offset"])
 
 
 def _write(path: Path, folder: Path) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def _write(path: Path, folder: Path) -> dict[str, Any]:
         arrays["numbers"][start : start + len(numbers)] = numbers
         tokens = int(arrays["num_tokens"][numbers].sum(dtype=np.int64))
         split, _, source = name.partition("/")
-        groups.append(Group(split, source, start, len(numbers), tokens))
+        groups.append(IndexGroup(split, source, start, len(numbers), tokens))
         start += len(numbers)
     return {"groups": groups, "shards": list(shards)}
 

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from vila_ops.artifacts.backend import AT_ONCE
 from vila_ops.config import Stage
 from vila_ops.data.order.arrays import DamagedCache, discard
-from vila_ops.data.order.index import Index, Place
+from vila_ops.data.order.index import Index, SampleLocation
 from vila_ops.data.order.mixture import Size, compose
-from vila_ops.data.order.order import Asked, Epoch, epoch_plan, random_state
-from vila_ops.data.order.packing import IGNORE_INDEX, Row, pack
+from vila_ops.data.order.order import EpochPlan, EpochRequest, epoch_plan, random_state
+from vila_ops.data.order.packing import IGNORE_INDEX, PackedRow, pack
 from vila_ops.data.order.planner import plan
 from vila_ops.data.shards import read_sample
 
@@ -31,7 +31,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-class Rows:
+class RowLoader:
     """The rows of one dataset for one stage."""
 
     def __init__(self, file: Callable[[str], Path], *, digest: str, stage: Stage, cache: Path) -> None:
@@ -54,8 +54,8 @@ class Rows:
         self.composition = compose(self.stage.mixture, sizes)
         """What an epoch is made of."""
         per_epoch = {name: share.samples_per_epoch for name, share in self.composition.shares.items()}
-        capacity = self.stage.row_tokens if self.stage.pack else None
-        self._asked = Asked(self.digest, self.stage.seed, capacity, per_epoch)
+        capacity = self.stage.sequence_length if self.stage.pack else None
+        self._asked = EpochRequest(self.digest, self.stage.seed, capacity, per_epoch)
         self._starts = [0]  # rows before each of the epochs that were reached
         self._num_rows = lru_cache(maxsize=None)(self._count_rows)
         self._epoch = lru_cache(maxsize=2)(self._plan)
@@ -88,10 +88,10 @@ class Rows:
         repeats = f"each of them is read about {size / rows:.3g} times a step"
         return (f"an epoch has {rows} rows, fewer than the global batch of {size}: {repeats}; lower it",)
 
-    def batch(self, step: int, *, rank: int = 0, world_size: int = 1) -> tuple[list[Row], int]:
+    def batch(self, step: int, *, rank: int = 0, world_size: int = 1) -> tuple[list[PackedRow], int]:
         """This rank's rows of the global batch of a step, and the number of targets in the whole of it."""
 
-        def read() -> tuple[list[Row], int]:
+        def read() -> tuple[list[PackedRow], int]:
             rows = self._global_batch(step)
             num_targets = sum(self._index.num_targets(number) for row in rows for number in row)
             share = len(rows) // world_size
@@ -105,16 +105,16 @@ class Rows:
             lambda: [tuple(self._index.place(number).key for number in row) for row in self._global_batch(step)]
         )
 
-    def validation(self) -> list[Row]:
+    def validation(self) -> list[PackedRow]:
         """The rows of the validation split that every validation reads, always the same."""
         return self._healed(lambda: self._packed(self._held_out()))
 
     def _healed(self, read: Callable[[], T]) -> T:
-        """What `read` returns; a damaged cache is made anew, as nothing is in it that cannot be."""
+        """What `read` returns; a damaged cache is rebuilt, as nothing is in it that cannot be."""
         try:
             return read()
         except DamagedCache as error:
-            log.warning("%s; it is made anew", error)
+            log.warning("%s; it is rebuilt", error)
             discard(error.folder)
             self._open()
             return read()
@@ -135,7 +135,7 @@ class Rows:
         """Rows of an epoch, for which packing has to be planned."""
         return len(self._epoch(epoch)) if self.stage.pack else sum(self._asked.samples_per_epoch.values())
 
-    def _plan(self, epoch: int) -> Epoch:
+    def _plan(self, epoch: int) -> EpochPlan:
         return epoch_plan(self._asked, epoch, index=self._index, cache=self.cache)
 
     def _validation_rows(self) -> list[list[int]]:
@@ -143,7 +143,7 @@ class Rows:
         held_out = np.concatenate(groups)
         seed = random_state(self.digest, seed=0, number=0, name="validation")
         np.random.default_rng(seed).shuffle(held_out)
-        capacity, wanted = self.stage.row_tokens, self.stage.validation_rows
+        capacity, wanted = self.stage.sequence_length, self.stage.validation_rows
         if not self.stage.pack:
             return [[number] for number in held_out[:wanted].tolist()]
         lengths = self._index.num_tokens()[held_out]
@@ -151,24 +151,24 @@ class Rows:
         made = plan(lengths[:enough], capacity=capacity, seed=seed)
         return [held_out[made.row(row)].tolist() for row in range(min(len(made), wanted))]
 
-    def _packed(self, rows: list[list[int]]) -> list[Row]:
+    def _packed(self, rows: list[list[int]]) -> list[PackedRow]:
         places = [[self._index.place(number) for number in row] for row in rows]
         if fresh := sorted({at.shard for row in places for at in row} - self._shards.keys()):
             with ThreadPoolExecutor(AT_ONCE) as pool:  # each is read whole, to be compared with its sha256
                 self._shards.update(zip(fresh, pool.map(self._file, fresh), strict=True))
         return [self._pack(row) for row in places]
 
-    def _pack(self, places: list[Place]) -> Row:
+    def _pack(self, places: list[SampleLocation]) -> PackedRow:
         shards = [self._shards[at.shard] for at in places]
         samples = [
             read_sample(path.parent, shard=path.name, offset=at.offset, key=at.key)
             for path, at in zip(shards, places, strict=True)
         ]
-        most = self.stage.row_tokens
+        most = self.stage.sequence_length
         return pack(samples, capacity=most if self.stage.pack else min(most, len(samples[0].input_ids)))
 
 
-def stack(rows: list[Row]) -> tuple[NDArray[np.int64], ...]:
+def stack(rows: list[PackedRow]) -> tuple[NDArray[np.int64], ...]:
     """(B, T) arrays of some rows, as long as the longest: input_ids, position_ids, segment_ids, labels."""
     padding = {"input_ids": 0, "position_ids": 0, "segment_ids": 0, "labels": IGNORE_INDEX}
     return tuple(_padded([getattr(row, field) for row in rows], fill=fill) for field, fill in padding.items())

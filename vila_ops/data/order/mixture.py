@@ -17,7 +17,7 @@ class Size(NamedTuple):
     tokens: int
 
 
-class Share(Config):
+class SourceShare(Config):
     """One source's part of an epoch."""
 
     samples: int
@@ -37,7 +37,7 @@ class Share(Config):
 class Composition(Config):
     """An epoch: as many samples (or tokens, where the blend shares those) as the sources have, unless repeats say."""
 
-    shares: dict[str, Share]
+    shares: dict[str, SourceShare]
     """In the order of their names."""
     notes: tuple[str, ...]
     """What the reader of a mixture may not expect: sources that an epoch sees more than once to fill their share."""
@@ -56,7 +56,7 @@ def compose(mixture: Mixture, sizes: Mapping[str, Size]) -> Composition:
     masses = {name: count * _mass(mixture, sizes[name]) for name, count in asked.items()}
     tokens = {name: drawn[name] * size.tokens / size.samples for name, size in sizes.items()}
     shares = {
-        name: Share(
+        name: SourceShare(
             samples=size.samples,
             tokens=size.tokens,
             samples_per_epoch=drawn[name],
@@ -91,7 +91,7 @@ def _mass(mixture: Mixture, size: Size) -> float:
     return size.tokens / size.samples if tokens else 1.0
 
 
-def _notes(mixture: Mixture, shares: Mapping[str, Share]) -> tuple[str, ...]:
+def _notes(mixture: Mixture, shares: Mapping[str, SourceShare]) -> tuple[str, ...]:
     if isinstance(mixture.blend, ByRepeats):
         return ()
     unit = mixture.blend.unit

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from vila_ops.config.base import fingerprint
 from vila_ops.data.order.arrays import Arrays
 from vila_ops.data.order.index import Index
-from vila_ops.data.order.planner import PLAN_REVISION, Plan, one_each, plan
+from vila_ops.data.order.planner import PLAN_REVISION, PackingPlan, one_each, plan
 
 KEPT_FROM = 100_000
 """Samples of an epoch; smaller ones are planned (0.1 s) rather than kept."""
 
 
-class Asked(NamedTuple):
+class EpochRequest(NamedTuple):
     """What the order of all epochs is a function of."""
 
     digest: str
@@ -33,7 +33,7 @@ class Asked(NamedTuple):
     """Of each source."""
 
 
-class Epoch(Protocol):
+class EpochPlan(Protocol):
     """The rows of one epoch."""
 
     def __len__(self) -> int:
@@ -58,7 +58,7 @@ class KeptPlan:
         return self._arrays.read("members", start, stop)
 
 
-def epoch_plan(asked: Asked, epoch: int, *, index: Index, cache: Path) -> Epoch:
+def epoch_plan(asked: EpochRequest, epoch: int, *, index: Index, cache: Path) -> EpochPlan:
     """The rows of an epoch, from the cache where it is large enough to be kept."""
     if sum(asked.samples_per_epoch.values()) < KEPT_FROM:
         return _plan(asked, epoch, index)
@@ -66,7 +66,7 @@ def epoch_plan(asked: Asked, epoch: int, *, index: Index, cache: Path) -> Epoch:
     return KeptPlan(Arrays(cache / f"plan-{name}", lambda folder: _write(_plan(asked, epoch, index), folder)))
 
 
-def draws(asked: Asked, epoch: int, index: Index) -> NDArray[np.uint32]:
+def draws(asked: EpochRequest, epoch: int, index: Index) -> NDArray[np.uint32]:
     """The samples of an epoch, source by source."""
     groups = {group.source: group for group in index.groups if group.split == "train"}
     drawn = np.empty(sum(asked.samples_per_epoch.values()), np.uint32)
@@ -84,7 +84,7 @@ def random_state(digest: str, *, seed: int, number: int, name: str) -> list[int]
     return [int(digest[:16], 16), seed, number, *name.encode()]
 
 
-def _passes(asked: Asked, name: str, *, size: int, start: int, count: int) -> Iterator[NDArray[np.uint32]]:
+def _passes(asked: EpochRequest, name: str, *, size: int, start: int, count: int) -> Iterator[NDArray[np.uint32]]:
     """`count` places of the endless stream of a source's permutations, from `start` on, pass by pass.
 
     So k epochs see each sample of a source floor or ceil of k * count / size times.
@@ -95,7 +95,7 @@ def _passes(asked: Asked, name: str, *, size: int, start: int, count: int) -> It
         yield order[max(0, start - number * size) : start + count - number * size]
 
 
-def _plan(asked: Asked, epoch: int, index: Index) -> Plan:
+def _plan(asked: EpochRequest, epoch: int, index: Index) -> PackingPlan:
     seed = random_state(asked.digest, seed=asked.seed, number=epoch, name="order")
     drawn = draws(asked, epoch, index)
     if asked.capacity is None:
@@ -103,7 +103,7 @@ def _plan(asked: Asked, epoch: int, index: Index) -> Plan:
     return plan(index.num_tokens(), capacity=asked.capacity, seed=seed, draws=drawn)
 
 
-def _write(made: Plan, folder: Path) -> dict[str, Any]:
+def _write(made: PackingPlan, folder: Path) -> dict[str, Any]:
     np.save(folder / "starts.npy", made.starts)
     np.save(folder / "members.npy", made.members)
     return {"num_rows": len(made)}

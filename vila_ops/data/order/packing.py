@@ -15,7 +15,7 @@ IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
-class Row:
+class PackedRow:
     """Samples end to end, with what keeps them apart: positions that restart and one segment number a sample."""
 
     input_ids: NDArray[np.int64]
@@ -38,7 +38,7 @@ class Row:
         return self.segment_ids[self.labels >= 0] - 1
 
 
-def pack(samples: Sequence[Sample], *, capacity: int) -> Row:
+def pack(samples: Sequence[Sample], *, capacity: int) -> PackedRow:
     """One row of `capacity` positions from samples that fit into it; the rest is padding."""
     used = sum(len(sample.input_ids) for sample in samples)
     if used > capacity:
@@ -58,4 +58,4 @@ def pack(samples: Sequence[Sample], *, capacity: int) -> Row:
         start = stop
     images = tuple(image for sample in samples for image in sample.images)
     keys, sources = tuple(sample.key for sample in samples), tuple(sample.source for sample in samples)
-    return Row(input_ids, position_ids, segment_ids, labels, images, keys, sources)
+    return PackedRow(input_ids, position_ids, segment_ids, labels, images, keys, sources)

@@ -34,7 +34,7 @@ NONE = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
-class Plan:
+class PackingPlan:
     """R rows of N samples."""
 
     starts: NDArray[np.int64]
@@ -50,14 +50,16 @@ class Plan:
         return self.members[self.starts[number] : self.starts[number + 1]]
 
 
-def one_each(draws: NDArray[np.uint32], *, seed: Sequence[int]) -> Plan:
+def one_each(draws: NDArray[np.uint32], *, seed: Sequence[int]) -> PackingPlan:
     """A row for each draw, in random order."""
     members = np.array(draws, np.uint32)
     np.random.default_rng(list(seed)).shuffle(members)
-    return Plan(np.arange(len(members) + 1, dtype=np.int64), members)
+    return PackingPlan(np.arange(len(members) + 1, dtype=np.int64), members)
 
 
-def plan(lengths: Integers, *, capacity: int, seed: Sequence[int], draws: NDArray[np.uint32] | None = None) -> Plan:
+def plan(
+    lengths: Integers, *, capacity: int, seed: Sequence[int], draws: NDArray[np.uint32] | None = None
+) -> PackingPlan:
     """Rows of at most `capacity` tokens that hold every draw exactly once, in random order.
 
     `lengths` are the tokens of each sample, `draws` the samples to place, repeats allowed; None places each one once.
@@ -84,7 +86,7 @@ def plan(lengths: Integers, *, capacity: int, seed: Sequence[int], draws: NDArra
         sizes.append(np.bincount(row_of).astype(np.uint32))
     starts = np.zeros(1 + sum(map(len, sizes)), np.int64)
     np.cumsum(np.concatenate(sizes), out=starts[1:])
-    return Plan(starts, members)
+    return PackingPlan(starts, members)
 
 
 def _fewest_rows(lengths: Integers, capacity: int, draw: np.random.Generator, rounds: tuple[int, ...]) -> "_Block":
@@ -258,4 +260,4 @@ def _check(samples: NDArray[np.uint32], lengths: Integers, capacity: int) -> Non
     for sample, length in zip(samples[wrong], lengths[wrong], strict=True):
         if length < 1:
             raise ValueError(f"sample {sample} has {length} tokens; a sample has at least one")
-        raise ValueError(f"sample {sample} has {length} tokens, a row holds {capacity}; raise row_tokens")
+        raise ValueError(f"sample {sample} has {length} tokens, a row holds {capacity}; raise sequence_length")

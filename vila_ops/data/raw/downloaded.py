@@ -1,4 +1,4 @@
-"""Pictures that `vila-ops data download` brought: by URL, one seek each, checked against what was noted of them."""
+"""Images that `vila-ops data download` brought: by URL, one seek each, checked against what was noted of them."""
 
 import hashlib
 import tarfile
@@ -20,7 +20,7 @@ _COLUMNS = ("key", "outcome", "detail", "bytes", "sha256", "offset")
 
 @dataclass(frozen=True)
 class Missing:
-    """Why there is no picture of a URL."""
+    """Why there is no image of a URL."""
 
     outcome: str
     """The downloader's word, or `not_asked`, `damaged`."""
@@ -28,7 +28,7 @@ class Missing:
 
 
 class Downloaded:
-    """The pictures of one raw file; a context, in which its tar is open."""
+    """The images of one raw file; a context, in which its tar is open."""
 
     def __init__(self, out: Path, urls: Collection[str]) -> None:
         """`out` is the path of tar and manifest without their suffixes; what is noted of `urls` is held in memory."""
@@ -52,7 +52,7 @@ class Downloaded:
     ) -> None:
         self._tar.close()
 
-    def picture(self, url: str) -> bytes | Missing:
+    def image(self, url: str) -> bytes | Missing:
         """The bytes that the server sent."""
         row = self._rows.get(key_of(url))
         if row is None:
@@ -87,7 +87,7 @@ def companions(root: Path, suffix: str, *, images: str) -> dict[tuple[str, Path]
         out = out_of(images, name)
         if missing := [one for one in (manifest_path(out), tar_path(out)) if not one.is_file()]:
             raise ValueError(
-                f"no {missing[0]}: the pictures of {name} are not there yet; fetch them with `vila-ops data download`"
+                f"no {missing[0]}: the images of {name} are not there yet; fetch them with `vila-ops data download`"
             )
         found[name, path] = (str(manifest_path(out)), str(tar_path(out)))
     return found

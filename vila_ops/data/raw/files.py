@@ -27,7 +27,7 @@ class Scan:
     count: int
     """Records, the faulty ones too."""
     images: int
-    """Pictures of all records: what sizes shards."""
+    """Images of all records: what sizes shards."""
     marks: tuple[int, ...] = ()
     """Bytes before record 0, STRIDE, 2 STRIDE, ...; empty where the format finds a record by its number."""
     beside: tuple[str, ...] = ()
@@ -105,7 +105,7 @@ def scan_files(
 ) -> list[RawFile]:
     """Every file looked at once; what is known of a file that did not change is taken from the cache.
 
-    kind: the format, with whatever a scan depends on but the file, such as the folder of pictures.
+    kind: the format, with whatever a scan depends on but the file, such as the folder of images.
     """
     found = []
     with _notes(cache) as notes:

@@ -99,7 +99,7 @@ class _Window:
             if len(self._text) - self._position > MAX_ELEMENT or not self._more():
                 raise ValueError(
                     f"{self.place()}: an element begins that has no end; the file was cut off there, "
-                    f"or a quote or bracket is missing: mend it, or fetch the file anew"
+                    f"or a quote or bracket is missing: fix it, or fetch the file anew"
                 )
 
     def move(self, characters: int) -> None:

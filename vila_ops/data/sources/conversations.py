@@ -19,19 +19,17 @@ def check_order(roles: Sequence[Role]) -> None:
         )
 
 
-def check_text(role: Role, text: str, *, number: int, pictures: int) -> None:
-    """Raises Fault where the text of a turn is damaged, huge or empty; a user may show a picture without a word."""
+def check_text(role: Role, text: str, *, number: int, images: int) -> None:
+    """Raises Fault where the text of a turn is damaged, huge or empty; a user may show an image without a word."""
     if len(text) > MAX_TURN:
         raise Fault("huge_turn", f"turn {number} ({role}) has {len(text):,} characters, more than {MAX_TURN:,}; cut it")
     checked(text, what=f"turn {number} ({role})")
-    if not text.strip() and (role != "user" or not pictures):
+    if not text.strip() and (role != "user" or not images):
         raise Fault("no_text", f"turn {number} ({role}) is empty")
 
 
-def check_placeholders(placeholders: int, pictures: int) -> None:
-    """Raises Fault unless each picture has its place."""
-    if placeholders != pictures:
-        reason = "too_few_placeholders" if placeholders < pictures else "too_many_placeholders"
-        raise Fault(
-            reason, f"{placeholders} of {PLACEHOLDER} for {pictures} pictures; each needs one, where it belongs"
-        )
+def check_placeholders(placeholders: int, images: int) -> None:
+    """Raises Fault unless each image has its place."""
+    if placeholders != images:
+        reason = "too_few_placeholders" if placeholders < images else "too_many_placeholders"
+        raise Fault(reason, f"{placeholders} of {PLACEHOLDER} for {images} images; each needs one, where it belongs")

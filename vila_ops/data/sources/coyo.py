@@ -1,4 +1,4 @@
-"""COYO-700M: parquet rows of a picture's address, its alt text and scores; the pictures come from the downloader.
+"""COYO-700M: parquet rows of an image's address, its alt text and scores; the images come from the downloader.
 
 Its schema: id, url, text, width, height, image_phash, text_length, word_count, num_tokens_bert, num_tokens_gpt,
 num_faces, clip_similarity_vitb32, clip_similarity_vitl14, nsfw_score_opennsfw2, nsfw_score_gantman, watermark_score,
@@ -25,22 +25,22 @@ def raw_files(source: Coyo, *, cache: Path) -> list[RawFile]:
 
 
 def read(source: Coyo, span: Span) -> Iterator[list[Record | Dropped]]:
-    """The captioned picture of each row."""
+    """The captioned image of each row."""
     urls = {row["url"] for _, row in rows(span, ["url"]) if isinstance(row, dict) and isinstance(row["url"], str)}
     with open_parquet(Path(span.path)) as file:
         columns = ["url", "text", *(name for name in number_columns(file.schema_arrow) if name != "id")]
-    with Downloaded(out_of(source.images, span.name), urls) as pictures:
+    with Downloaded(out_of(source.images, span.name), urls) as images:
         for number, (place, row) in enumerate(rows(span, columns), start=span.start):
             if not span.takes(number):
                 yield []
                 continue
             try:
-                yield [_record(source, row, pictures, place=place)]
+                yield [_record(source, row, images, place=place)]
             except Fault as fault:
                 yield [fault.dropped(place, where=place)]
 
 
-def _record(source: Coyo, row: dict[str, Any] | Fault, pictures: Downloaded, *, place: str) -> Record:
+def _record(source: Coyo, row: dict[str, Any] | Fault, images: Downloaded, *, place: str) -> Record:
     if isinstance(row, Fault):
         raise row
     url, text = row["url"], row["text"]
@@ -49,7 +49,7 @@ def _record(source: Coyo, row: dict[str, Any] | Fault, pictures: Downloaded, *, 
     if not text or not text.strip():
         raise Fault("no_text", "the alt text is empty")
     checked(text, what="the alt text")
-    data = pictures.picture(checked(url, what="the url"))
+    data = images.image(checked(url, what="the url"))
     if isinstance(data, Missing):
         raise Fault(NOT_DOWNLOADED, f"{url}: {data.outcome} {data.detail}".strip())
     return Record(

@@ -52,10 +52,10 @@ def _made(source: Flan, row: dict[str, Any], place: str) -> Record | Dropped:
 
 def _record(source: Flan, value: dict[str, Any], place: str) -> Record:
     question, answer = (_text(value, column) for column in COLUMNS)
-    check_text("user", question, number=1, pictures=0)
-    check_text("assistant", answer, number=2, pictures=0)
+    check_text("user", question, number=1, images=0)
+    check_text("assistant", answer, number=2, images=0)
     turns = (Turn("user", (question,)), Turn("assistant", (answer,)))
-    made = record(value, place, turns=turns, picture=None, licence=source.licence)
+    made = record(value, place, turns=turns, image=None, licence=source.licence)
     return replace(made, category=stated(value, *TASKS))
 
 

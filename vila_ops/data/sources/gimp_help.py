@@ -53,8 +53,8 @@ def _named_figures(page: Path) -> set[str]:
 def _is_figure(path: Path) -> bool:
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg") or not path.is_file():
         return False
-    with PIL.Image.open(path) as picture:
-        return min(picture.size) >= MIN_FIGURE_PIXELS
+    with PIL.Image.open(path) as image:
+        return min(image.size) >= MIN_FIGURE_PIXELS
 
 
 def _parts(root: Path, page: ElementTree.Element) -> tuple[Part, ...]:

@@ -1,4 +1,4 @@
-"""Parquet shards of a Hugging Face data set: pictures in the rows, with captions or conversations.
+"""Parquet shards of a Hugging Face data set: images in the rows, with captions or conversations.
 
 The image column is an Image feature, which is stored as struct<bytes, path>, or plain binary, or a list of either. The
 text column is a string, or a list of turns: chat messages {role, content}, LLaVA's {from, value}, or The Cauldron's
@@ -45,18 +45,18 @@ def _record(source: HfParquet, row: dict[str, Any] | Fault, *, where: str) -> Re
         raise row
     cell = row.pop(source.image)
     cells = cell if isinstance(cell, list) else [] if cell is None else [cell]
-    pictures = [_picture(one) for one in cells]
+    images = [_image(one) for one in cells]
     said = row.pop(source.text)
     made: tuple[Turn, ...]
     match source.render:
         case "caption":
-            if not pictures:
+            if not images:
                 raise Fault("no_image", f"the column {source.image!r} is empty")
             if not said or not said.strip():
                 raise Fault("no_text", f"the column {source.text!r} is empty")
-            made = (Turn("document", (*pictures, checked(said.strip(), what="the caption"))),)
+            made = (Turn("document", (*images, checked(said.strip(), what="the caption"))),)
         case "conversation":
-            made = turns(said, pictures)
+            made = turns(said, images)
         case _:
             assert_never(source.render)
     return Record(
@@ -70,19 +70,19 @@ def _record(source: HfParquet, row: dict[str, Any] | Fault, *, where: str) -> Re
     )
 
 
-def _picture(cell: dict[str, Any] | bytes | None) -> Image:
+def _image(cell: dict[str, Any] | bytes | None) -> Image:
     data = cell.get("bytes") if isinstance(cell, dict) else cell
     if data:
         return Image(data)
     path = cell.get("path") if isinstance(cell, dict) else None
     if path:
-        way = "write the data set with its pictures embedded (datasets: embed_external_files=True)"
+        way = "write the data set with its images embedded (datasets: embed_external_files=True)"
         raise Fault("external_image", f"{path[:200]!r} is outside of the file; {way}")
-    raise Fault("no_image", "a picture without bytes and without a path")
+    raise Fault("no_image", "an image without bytes and without a path")
 
 
 def _shown(cell: dict[str, Any] | bytes) -> str:
-    """What a picture is called: its path, or its content."""
+    """What an image is called: its path, or its content."""
     if isinstance(cell, dict):
         return checked(cell["path"], what="the path") if cell.get("path") else _shown(cell["bytes"])
     return hashlib.sha256(cell).hexdigest()[:24]
@@ -92,7 +92,7 @@ def _scan(source: HfParquet, path: Path) -> Scan:
     with open_parquet(path) as file:
         schema, count = file.schema_arrow, file.metadata.num_rows
     for column, is_fit, wanted in (
-        (source.image, _holds_pictures, "pictures (struct<bytes, path>, binary, or a list of them)"),
+        (source.image, _holds_images, "images (struct<bytes, path>, binary, or a list of them)"),
         (source.text, *_TEXTS[source.render]),
     ):
         if column not in schema.names:
@@ -104,7 +104,7 @@ def _scan(source: HfParquet, path: Path) -> Scan:
     return Scan(count=count, images=count)
 
 
-def _holds_pictures(kind: pa.DataType) -> bool:
+def _holds_images(kind: pa.DataType) -> bool:
     one = kind.value_type if _is_list(kind) else kind
     if pa.types.is_struct(one):
         return one.get_field_index("bytes") >= 0 and _is_binary(one.field("bytes").type)

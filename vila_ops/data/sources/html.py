@@ -1,7 +1,7 @@
-"""A folder of HTML pages and the pictures that they show: each page an interleaved document.
+"""A folder of HTML pages and the images that they show: each page an interleaved document.
 
-Text blocks and pictures stand in reading order; alt texts are left out, as are pictures with a side below 64 pixels,
-navigation, scripts and styles. A picture is found by its `src`, relative to the page or, with a slash, to the folder;
+Text blocks and images stand in reading order; alt texts are left out, as are images with a side below 64 pixels,
+navigation, scripts and styles. An image is found by its `src`, relative to the page or, with a slash, to the folder;
 one that is elsewhere is not fetched.
 """
 
@@ -15,8 +15,8 @@ from vila_ops.data.containers import BadImage, strip
 from vila_ops.data.raw.files import RawFile, Scan, Span, paths, scan_files
 from vila_ops.data.records import Dropped, Image, Part, Record, Turn
 from vila_ops.data.sources.faults import Fault
-from vila_ops.data.sources.html_page import Shown, page
-from vila_ops.data.sources.pictures import from_base64, path_inside, read_picture
+from vila_ops.data.sources.html_page import PageImage, page
+from vila_ops.data.sources.images import from_base64, path_inside, read_image
 
 SUFFIXES = (".html", ".htm", ".xhtml")
 MIN_FIGURE_PIXELS = 64
@@ -25,7 +25,7 @@ MAX_PAGE_BYTES = 16 * 2**20
 
 
 def raw_files(source: Html, *, cache: Path) -> list[RawFile]:
-    """The pages, each with the picture files that it names."""
+    """The pages, each with the image files that it names."""
     root = _root(source)
     kind = f"{source.kind}:{root}"
     return scan_files(paths(Path(source.path), SUFFIXES), kind, lambda path: _scan(root, path), cache=cache)
@@ -60,47 +60,47 @@ def _parts(source: Html, path: Path) -> tuple[Part, ...]:
     for item in _page(path):
         if isinstance(item, str):
             lines.append(item)
-        elif picture := _picture(source, path, item):
+        elif image := _image(source, path, item):
             if lines:
                 parts.append("\n".join(lines))
                 lines = []
-            parts.append(picture)
+            parts.append(image)
     return (*parts, "\n".join(lines)) if lines else tuple(parts)
 
 
-def _page(path: Path) -> list[str | Shown]:
+def _page(path: Path) -> list[str | PageImage]:
     if (size := path.stat().st_size) > MAX_PAGE_BYTES:
         raise Fault("oversized", f"{size} bytes; {MAX_PAGE_BYTES} at most: cut the page into several")
     return page(path.read_bytes())
 
 
-def _picture(source: Html, path: Path, shown: Shown) -> Image | None:
-    """The picture; None for an icon, and for one that cannot be had where the source says so."""
+def _image(source: Html, path: Path, shown: PageImage) -> Image | None:
+    """The image; None for an icon, and for one that cannot be had where the source says so."""
     try:
-        picture = _found(_root(source), path, shown)
-        return picture if _shorter_side(picture) >= MIN_FIGURE_PIXELS else None
+        image = _found(_root(source), path, shown)
+        return image if _shorter_side(image) >= MIN_FIGURE_PIXELS else None
     except Fault:
         if source.missing_images == "drop_document":
             raise
         return None
 
 
-def _shorter_side(picture: Image) -> int:
+def _shorter_side(image: Image) -> int:
     try:
-        stripped = strip(picture.data)
+        stripped = strip(image.data)
     except BadImage as error:
         raise Fault(f"bad_image_{error.reason}", str(error)) from error
     return min(stripped.width, stripped.height)
 
 
-def _found(root: Path, path: Path, shown: Shown) -> Image:
+def _found(root: Path, path: Path, shown: PageImage) -> Image:
     url = _url(shown)
     if url.scheme == "data":
         return _inline(url)
-    return read_picture(str(root), _name(root, path, url))
+    return read_image(str(root), _name(root, path, url))
 
 
-def _url(shown: Shown) -> SplitResult:
+def _url(shown: PageImage) -> SplitResult:
     try:
         return urlsplit(shown.src.replace("\\", "/"))
     except ValueError as error:
@@ -111,7 +111,7 @@ def _inline(url: SplitResult) -> Image:
     """The content of a data: address, https://www.rfc-editor.org/rfc/rfc2397."""
     kind, _, content = url.path.partition(",")
     if not kind.lower().replace(" ", "").endswith(";base64"):
-        raise Fault("bad_url", f"a data: address of {kind[:60]!r}; pictures are read as base64 only")
+        raise Fault("bad_url", f"a data: address of {kind[:60]!r}; images are read as base64 only")
     return from_base64(unquote(content))
 
 
@@ -131,11 +131,11 @@ def _root(source: Html) -> Path:
 
 
 def _scan(root: Path, path: Path) -> Scan:
-    """The pictures of one page; a page that cannot be read names none."""
+    """The images of one page; a page that cannot be read names none."""
     files: dict[str, None] = {}
     images = 0
     try:
-        shown = [item for item in _page(path) if isinstance(item, Shown)]
+        shown = [item for item in _page(path) if isinstance(item, PageImage)]
     except Fault:
         shown = []
     for item in shown:

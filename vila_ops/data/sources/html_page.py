@@ -1,4 +1,4 @@
-"""An HTML page to its lines of text and its pictures' addresses, in reading order, as forgiving as a browser. Pure."""
+"""An HTML page to its lines of text and its images' addresses, in reading order, as forgiving as a browser. Pure."""
 
 import codecs
 import re
@@ -21,7 +21,7 @@ SKIPPED = (
     "textarea",
     "button",
 )
-"""Elements that are not running text; their content is passed over, pictures too. So is role="navigation"."""
+"""Elements that are not running text; their content is passed over, images too. So is role="navigation"."""
 BLOCKS = (
     *("address", "article", "aside", "blockquote", "body", "br", "caption", "center", "dd", "details", "dialog", "div"),
     *("dl", "dt", "fieldset", "figcaption", "figure", "footer", "form", "h1", "h2", "h3", "h4", "h5", "h6", "header"),
@@ -58,14 +58,14 @@ _READ_AS = {"ascii": "cp1252", "iso8859-1": "cp1252", "iso8859-9": "cp1254", "gb
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A picture that a page shows."""
+class PageImage:
+    """An image that a page shows."""
 
     src: str
 
 
-def page(data: bytes) -> list[str | Shown]:
-    """Lines of text with single spaces, and pictures. Raises Fault (bad_encoding, nul_in_text, lone_surrogate)."""
+def page(data: bytes) -> list[str | PageImage]:
+    """Lines of text with single spaces, and images. Raises Fault (bad_encoding, nul_in_text, lone_surrogate)."""
     reader = _Reader()
     for token in tokens(checked(decoded(data), what="the page")):
         reader.take(token)
@@ -106,7 +106,7 @@ class _Reader:
     """What was read so far, and whether what comes is passed over."""
 
     def __init__(self) -> None:
-        self._found: list[str | Shown] = []
+        self._found: list[str | PageImage] = []
         self._words: list[str] = []
         self._skipped, self._depth = "", 0
 
@@ -127,7 +127,7 @@ class _Reader:
             case str():
                 self._words.append(token)
 
-    def finished(self) -> list[str | Shown]:
+    def finished(self) -> list[str | PageImage]:
         """All that was read."""
         self._end_line()
         return self._found
@@ -138,7 +138,7 @@ class _Reader:
         elif tag.name == "img":
             self._end_line()
             if src := tag.attributes.get("src", "").strip():
-                self._found.append(Shown(src))
+                self._found.append(PageImage(src))
         elif tag.name in BLOCKS:
             self._end_line()
         elif tag.name in ("td", "th"):

@@ -1,6 +1,6 @@
 """HTML to tags and text, in one pass over the page whatever it holds. Pure.
 
-The tokenizer of https://html.spec.whatwg.org/#tokenization without what cannot be seen in text and pictures. Python's
+The tokenizer of https://html.spec.whatwg.org/#tokenization without what cannot be seen in text and images. Python's
 html.parser is not used: a page of 200 kB that is meant badly (`<a b=` again and again) keeps it busy for an hour.
 """
 

@@ -10,14 +10,14 @@ from vila_ops.data.raw.lines import LineNumbers, every_line, lines
 from vila_ops.data.raw.text import fault, json_object
 from vila_ops.data.records import Dropped, Record, Turn
 from vila_ops.data.sources.faults import Fault
-from vila_ops.data.sources.pictures import object_of
+from vila_ops.data.sources.images import object_of
 
 Object = dict[str, Any]
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz")
 
 
-def scan_objects(path: Path, pictures: Callable[[Object], list[Path | None]]) -> Scan:
-    """One pass. `pictures` gives the path of each picture of an object, None for one that lies in the object itself."""
+def scan_objects(path: Path, paths_of: Callable[[Object], list[Path | None]]) -> Scan:
+    """One pass. `paths_of` gives the path of each image of an object, None for one that lies in the object itself."""
     beside: dict[str, None] = {}
     marks: list[int] = []
     count = images = 0
@@ -27,11 +27,11 @@ def scan_objects(path: Path, pictures: Callable[[Object], list[Path | None]]) ->
         if not isinstance(value, dict):
             continue
         try:
-            named = pictures(value)
+            named = paths_of(value)
         except Fault:  # said where the record is read
             continue
         images += len(named)
-        beside.update(dict.fromkeys(str(picture) for picture in named if picture is not None))
+        beside.update(dict.fromkeys(str(image) for image in named if image is not None))
     return Scan(count=count, images=images, marks=tuple(marks), beside=tuple(beside))
 
 
@@ -43,15 +43,15 @@ def read_objects(span: Span, make: Callable[[Object, str], Record]) -> Iterator[
     return _read_array(span, make) if is_array(Path(span.path)) else _read_lines(span, make)
 
 
-def record(value: Object, place: str, *, turns: tuple[Turn, ...], picture: str | None, licence: str) -> Record:
+def record(value: Object, place: str, *, turns: tuple[Turn, ...], image: str | None, licence: str) -> Record:
     """The record with the id, licence and address that the object states; the place and `licence` where it does not.
 
-    `picture` is the name of the first picture's file, None where it has none.
+    `image` is the name of the first image's file, None where it has none.
     """
     url = stated(value, "url")
     return Record(
         id=own_id(value) or place,
-        object=object_of(picture, turns, id=own_id(value)),
+        object=object_of(image, turns, id=own_id(value)),
         turns=turns,
         category="",
         licence=stated(value, "licence", "license") or licence,

@@ -1,4 +1,4 @@
-"""A folder of one's own: `records.jsonl`, one record a line, and the pictures that it names.
+"""A folder of one's own: `records.jsonl`, one record a line, and the images that it names.
 
 {"id": "1", "object": "dog", "category": "animals", "licence": "CC0-1.0", "provenance": "my camera",
  "turns": [{"role": "user", "parts": [{"image": "dog.png"}, {"text": "What is this?"}]},
@@ -19,14 +19,14 @@ from vila_ops.data.records import Dropped, Image, Part, Record, Role, Turn
 RECORDS = "records.jsonl"
 
 
-class TextPart(Config):
+class TextLine(Config):
     """Text, taken as it is."""
 
     text: str
 
 
-class ImagePart(Config):
-    """A picture file."""
+class ImageLine(Config):
+    """An image file."""
 
     image: str
     """Path relative to the folder of records.jsonl."""
@@ -44,7 +44,7 @@ class TurnLine(Config):
     """What one side says."""
 
     role: Role
-    parts: tuple[TextPart | ImagePart, ...] = Field(min_length=1)
+    parts: tuple[TextLine | ImageLine, ...] = Field(min_length=1)
 
 
 class Line(Config):
@@ -59,7 +59,7 @@ class Line(Config):
 
 
 def raw_files(source: JsonLines, *, cache: Path) -> list[RawFile]:
-    """The one file, with the pictures that its records name."""
+    """The one file, with the images that its records name."""
     path = Path(source.path) / RECORDS
     if not path.is_file():
         raise ValueError(f"no {RECORDS} in {source.path!r}; a jsonl source is a folder with that file")
@@ -81,8 +81,8 @@ def read(source: JsonLines, span: Span) -> Iterator[list[Record | Dropped]]:
 
 
 def _record(folder: Path, line: Line, *, where: str) -> Record | Dropped:
-    pictures = [part.image for turn in line.turns for part in turn.parts if isinstance(part, ImagePart)]
-    if missing := [picture for picture in pictures if not (folder / picture).is_file()]:
+    images = [part.image for turn in line.turns for part in turn.parts if isinstance(part, ImageLine)]
+    if missing := [image for image in images if not (folder / image).is_file()]:
         return Dropped(
             id=line.id, reason="missing_image", where=where, detail=f"no file {missing[0]!r} beside {RECORDS}"
         )
@@ -96,13 +96,13 @@ def _record(folder: Path, line: Line, *, where: str) -> Record | Dropped:
     )
 
 
-def _part(folder: Path, part: TextPart | ImagePart) -> Part:
-    return part.text if isinstance(part, TextPart) else Image((folder / part.image).read_bytes())
+def _part(folder: Path, part: TextLine | ImageLine) -> Part:
+    return part.text if isinstance(part, TextLine) else Image((folder / part.image).read_bytes())
 
 
 def _scan(path: Path) -> Scan:
-    """Every line; a faulty one names no pictures."""
-    pictures: dict[str, None] = {}
+    """Every line; a faulty one names no images."""
+    beside: dict[str, None] = {}
     images = 0
     counted = 0
     marks: list[int] = []
@@ -113,7 +113,7 @@ def _scan(path: Path) -> Scan:
             line = Line.model_validate_json(text)
         except ValidationError:
             continue
-        named = [part.image for turn in line.turns for part in turn.parts if isinstance(part, ImagePart)]
+        named = [part.image for turn in line.turns for part in turn.parts if isinstance(part, ImageLine)]
         images += len(named)
-        pictures.update(dict.fromkeys(str(path.parent / name) for name in named))
-    return Scan(count=counted, images=images, marks=tuple(marks), beside=tuple(pictures))
+        beside.update(dict.fromkeys(str(path.parent / name) for name in named))
+    return Scan(count=counted, images=images, marks=tuple(marks), beside=tuple(beside))

@@ -1,7 +1,7 @@
 """LLaVA's conversations: {id, image, conversations: [{from, value}]}, as one array or one object a line.
 
-`<image>` in a turn is where a picture stands, and stays there. There are as many as pictures: LLaVA's own loader passes
-a picture without a placeholder over in silence (prepare_inputs_labels_for_multimodal), here such a record is dropped.
+`<image>` in a turn is where an image stands, and stays there. There are as many as images: LLaVA's own loader passes
+an image without a placeholder over in silence (prepare_inputs_labels_for_multimodal), here such a record is dropped.
 """
 
 from collections.abc import Iterator
@@ -12,18 +12,18 @@ from vila_ops.data.raw.files import RawFile, Span, paths, scan_files
 from vila_ops.data.records import Dropped, Image, Part, Record, Role, Turn
 from vila_ops.data.sources.conversations import PLACEHOLDER, check_order, check_placeholders, check_text
 from vila_ops.data.sources.faults import Fault
+from vila_ops.data.sources.images import path_inside, read_image
 from vila_ops.data.sources.json_files import SUFFIXES, Object, read_objects, record, scan_objects
-from vila_ops.data.sources.pictures import path_inside, read_picture
 
 ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
 def raw_files(source: Llava, *, cache: Path) -> list[RawFile]:
-    """The JSON files, with the pictures that their records name."""
+    """The JSON files, with the images that their records name."""
     return scan_files(
         paths(Path(source.path), SUFFIXES),
         f"llava:{source.images}",
-        lambda path: scan_objects(path, lambda value: picture_paths(value, source.images)),
+        lambda path: scan_objects(path, lambda value: image_paths(value, source.images)),
         cache=cache,
     )
 
@@ -38,13 +38,13 @@ def read(source: Llava, span: Span) -> Iterator[list[Record | Dropped]]:
     )
 
 
-def picture_paths(value: Object, images: str | None) -> list[Path | None]:
-    """Where the object's pictures lie."""
+def image_paths(value: Object, images: str | None) -> list[Path | None]:
+    """Where the object's images lie."""
     return [path_inside(images, name) for name in _names(value)]
 
 
 def conversation(value: Object, place: str, *, images: str | None, licence: str, caption: bool) -> Record:
-    """The record of an object; with `caption` the picture and the answer alone, as LLaVA's `plain` has it."""
+    """The record of an object; with `caption` the image and the answer alone, as LLaVA's `plain` has it."""
     if "video" in value:
         raise Fault("video", "videos are not read; sample its frames, and name them as a list in `image`")
     names = _names(value)
@@ -53,14 +53,14 @@ def conversation(value: Object, place: str, *, images: str | None, licence: str,
     if caption and (len(names) != 1 or len(said) != 2 or PLACEHOLDER in said[1][1]):
         raise Fault(
             "not_a_caption",
-            f"{len(names)} pictures, {len(said)} turns; a caption is 1 question with 1 picture, 1 answer",
+            f"{len(names)} images, {len(said)} turns; a caption is 1 question with 1 image, 1 answer",
         )
-    pictures = [read_picture(images, name) for name in names]
+    shown = [read_image(images, name) for name in names]
     if caption:
-        turns: tuple[Turn, ...] = (Turn("document", (pictures[0], said[1][1])),)
+        turns: tuple[Turn, ...] = (Turn("document", (shown[0], said[1][1])),)
     else:
-        turns = tuple(_turns(said, pictures))
-    return record(value, place, turns=turns, picture=names[0] if names else None, licence=licence)
+        turns = tuple(_turns(said, shown))
+    return record(value, place, turns=turns, image=names[0] if names else None, licence=licence)
 
 
 def _names(value: Object) -> list[str]:
@@ -82,7 +82,7 @@ def _said(conversations: object) -> list[tuple[Role, str]]:
     for number, turn in enumerate(conversations, start=1):
         match turn:
             case {"from": str(role), "value": str(text)} if role in ROLES:
-                check_text(ROLES[role], text.replace(PLACEHOLDER, ""), number=number, pictures=text.count(PLACEHOLDER))
+                check_text(ROLES[role], text.replace(PLACEHOLDER, ""), number=number, images=text.count(PLACEHOLDER))
                 said.append((ROLES[role], text))
             case {"from": str(role), "value": str()}:
                 raise Fault("unknown_role", f"turn {number} is from {role!r}; known are {', '.join(ROLES)}")
@@ -92,8 +92,8 @@ def _said(conversations: object) -> list[tuple[Role, str]]:
     return said
 
 
-def _turns(said: list[tuple[Role, str]], pictures: list[Image]) -> Iterator[Turn]:
-    left = iter(pictures)
+def _turns(said: list[tuple[Role, str]], images: list[Image]) -> Iterator[Turn]:
+    left = iter(images)
     for role, text in said:
         first, *rest = text.split(PLACEHOLDER)
         parts: list[Part] = [first]

@@ -1,4 +1,4 @@
-"""LLaVA-CC3M-Pretrain-595K: chat.json in LLaVA's layout, and metadata.json with the addresses of the pictures."""
+"""LLaVA-CC3M-Pretrain-595K: chat.json in LLaVA's layout, and metadata.json with the addresses of the images."""
 
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -9,13 +9,13 @@ from vila_ops.data.raw.files import RawFile, Scan, Span, scan_files
 from vila_ops.data.raw.json_array import elements, is_array
 from vila_ops.data.records import Dropped, Record
 from vila_ops.data.sources.json_files import Object, read_objects, scan_objects, stated
-from vila_ops.data.sources.llava import conversation, picture_paths
+from vila_ops.data.sources.llava import conversation, image_paths
 
 CHAT, METADATA = "chat.json", "metadata.json"
 
 
 def raw_files(source: LlavaCc3m, *, cache: Path) -> list[RawFile]:
-    """chat.json alone; metadata.json and the pictures lie beside it."""
+    """chat.json alone; metadata.json and the images lie beside it."""
     path = Path(source.path) / CHAT
     if not path.is_file() or not is_array(path):
         raise ValueError(
@@ -25,7 +25,7 @@ def raw_files(source: LlavaCc3m, *, cache: Path) -> list[RawFile]:
 
 
 def read(source: LlavaCc3m, span: Span) -> Iterator[list[Record | Dropped]]:
-    """The record of each object; its provenance ends with the picture's address, where metadata.json tells it."""
+    """The record of each object; its provenance ends with the image's address, where metadata.json tells it."""
     urls = _urls(Path(source.path) / METADATA, _stems(span))
     caption = source.render == "caption"
 
@@ -37,7 +37,7 @@ def read(source: LlavaCc3m, span: Span) -> Iterator[list[Record | Dropped]]:
 
 
 def _scan(source: LlavaCc3m) -> Scan:
-    found = scan_objects(Path(source.path) / CHAT, lambda value: picture_paths(value, source.images))
+    found = scan_objects(Path(source.path) / CHAT, lambda value: image_paths(value, source.images))
     metadata = Path(source.path) / METADATA
     if metadata.is_file():
         for _ in elements(metadata):  # raises now, not in the middle of a read, where it was cut off
@@ -52,7 +52,7 @@ def _stems(span: Span) -> set[str]:
 
 
 def _urls(metadata: Path, stems: set[str]) -> dict[str, str]:
-    """Addresses by picture name, of these pictures. The file is as long as chat.json, and only passes by."""
+    """Addresses by image name, of these images. The file is as long as chat.json, and only passes by."""
     urls: dict[str, str] = {}
     if not metadata.is_file():
         return urls
@@ -66,6 +66,6 @@ def _urls(metadata: Path, stems: set[str]) -> dict[str, str]:
 
 
 def _stem(value: Any) -> str:
-    """The picture's name without its suffix, which is the id too: GCC_train_000000123."""
+    """The image's name without its suffix, which is the id too: GCC_train_000000123."""
     name = (value.get("image") or value.get("id")) if isinstance(value, dict) else None
     return PurePosixPath(name).stem if isinstance(name, str) else ""

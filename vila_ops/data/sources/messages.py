@@ -13,19 +13,19 @@ from vila_ops.data.raw.files import RawFile, Span, paths, scan_files
 from vila_ops.data.records import Dropped, Image, Part, Record, Role, Turn
 from vila_ops.data.sources.conversations import check_order, check_text
 from vila_ops.data.sources.faults import Fault
+from vila_ops.data.sources.images import from_base64, path_inside, read_image
 from vila_ops.data.sources.json_files import SUFFIXES, Object, read_objects, record, scan_objects
-from vila_ops.data.sources.pictures import from_base64, path_inside, read_picture
 
 ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 TOOLS = ("tool", "function")
 
 
 def raw_files(source: Messages, *, cache: Path) -> list[RawFile]:
-    """The JSON files, with the picture files that their records name."""
+    """The JSON files, with the image files that their records name."""
     return scan_files(
         paths(Path(source.path), SUFFIXES),
         f"messages:{source.images}",
-        lambda path: scan_objects(path, lambda value: _picture_paths(value, source.images)),
+        lambda path: scan_objects(path, lambda value: _image_paths(value, source.images)),
         cache=cache,
     )
 
@@ -39,13 +39,13 @@ def _record(source: Messages, value: Object, place: str) -> Record:
     messages = _messages(value)
     contents = [(_role(number, message), _content(number, message)) for number, message in enumerate(messages, start=1)]
     for number, (role, content) in enumerate(contents, start=1):
-        pictures = sum(kind == "image_url" for kind, _ in content)
-        check_text(role, "".join(said for kind, said in content if kind == "text"), number=number, pictures=pictures)
+        images = sum(kind == "image_url" for kind, _ in content)
+        check_text(role, "".join(said for kind, said in content if kind == "text"), number=number, images=images)
     check_order([role for role, _ in contents])
     turns = tuple(Turn(role, tuple(_parts(content, source.images))) for role, content in contents)
     first = next((said for _, content in contents for kind, said in content if kind == "image_url"), None)
     name = None if first is None or first.startswith("data:") else first
-    return record(value, place, turns=turns, picture=name, licence=source.licence)
+    return record(value, place, turns=turns, image=name, licence=source.licence)
 
 
 def _messages(value: Object) -> list[Any]:
@@ -85,7 +85,7 @@ def _part(number: int, part: Any) -> tuple[str, str]:
         case {"type": "image_url", "image_url": {"url": str(url)} | str(url)}:
             return "image_url", url
         case {"type": "video_url"}:
-            raise Fault("video", f"message {number} has a video; sample its frames, and give them as pictures")
+            raise Fault("video", f"message {number} has a video; sample its frames, and give them as images")
         case _:
             raise Fault(
                 "malformed_turns", f"message {number} has {repr(part)[:80]}; a part is of type text or image_url"
@@ -95,18 +95,18 @@ def _part(number: int, part: Any) -> tuple[str, str]:
 def _parts(content: list[tuple[str, str]], images: str | None) -> Iterator[Part]:
     for kind, said in content:
         if kind == "image_url":
-            yield _picture(said, images)
+            yield _image(said, images)
         elif said:
             yield said
 
 
-def _picture(url: str, images: str | None) -> Image:
+def _image(url: str, images: str | None) -> Image:
     if url.startswith("data:"):
         head, comma, data = url.partition(",")
         if not comma or not head.endswith(";base64"):
             raise Fault("bad_base64", f"{url[:40]!r} is no data:TYPE;base64,... address")
         return from_base64(data)
-    return read_picture(images, _checked_path(url))
+    return read_image(images, _checked_path(url))
 
 
 def _checked_path(url: str) -> str:
@@ -119,8 +119,8 @@ def _checked_path(url: str) -> str:
     return url
 
 
-def _picture_paths(value: Object, images: str | None) -> list[Path | None]:
-    """Where the pictures lie; None for those in the object itself."""
+def _image_paths(value: Object, images: str | None) -> list[Path | None]:
+    """Where the images lie; None for those in the object itself."""
     found = []
     for number, message in enumerate(_messages(value), start=1):
         if isinstance(message, dict):

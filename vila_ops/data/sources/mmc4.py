@@ -1,11 +1,11 @@
-"""Multimodal C4: jsonl of documents, each a list of sentences and pictures matched to them.
+"""Multimodal C4: jsonl of documents, each a list of sentences and images matched to them.
 
 {"url": "http://ex.test/p", "text_list": ["Intro.", "A red ball.", "The end."],
  "image_info": [{"image_name": "ab12.jpg", "raw_url": "http://ex.test/b.jpg", "matched_text_index": 1,
                  "matched_sim": 0.31, "face_detections": null}],
  "similarity_matrix": [[0.18, 0.31, 0.12]], "could_have_url_duplicate": 0}
 
-The matrix has a row a picture and a column a sentence. The pictures come from the downloader.
+The matrix has a row an image and a column a sentence. The images come from the downloader.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ from vila_ops.data.sources.faults import Fault, checked, json_of
 from vila_ops.data.text.interleave import Match, image_first, pairs, place
 
 
-class Picture(BaseModel, frozen=True, strict=True):
+class ImageInfo(BaseModel, frozen=True, strict=True):
     """One of image_info."""
 
     raw_url: str = Field(min_length=1)
@@ -36,25 +36,23 @@ class Document(BaseModel, frozen=True, strict=True):
 
     url: str = ""
     text_list: list[str] = Field(min_length=1)
-    image_info: list[Picture]
+    image_info: list[ImageInfo]
     similarity_matrix: list[list[FiniteFloat]]
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Document":
-        pictures, sentences = len(self.image_info), len(self.text_list)
+        images, sentences = len(self.image_info), len(self.text_list)
         widths = {len(row) for row in self.similarity_matrix}
-        if len(self.similarity_matrix) != pictures or widths - {sentences}:
-            raise ValueError(
-                f"similarity_matrix is not {pictures} rows (image_info) of {sentences} numbers (text_list)"
-            )
-        beyond = [picture.matched_text_index for picture in self.image_info if picture.matched_text_index >= sentences]
+        if len(self.similarity_matrix) != images or widths - {sentences}:
+            raise ValueError(f"similarity_matrix is not {images} rows (image_info) of {sentences} numbers (text_list)")
+        beyond = [image.matched_text_index for image in self.image_info if image.matched_text_index >= sentences]
         if beyond:
             raise ValueError(f"matched_text_index {beyond[0]}, but text_list has {sentences} sentences, counted from 0")
         return self
 
 
 def raw_files(source: Mmc4, *, cache: Path) -> list[RawFile]:
-    """The shards, each with its tar and manifest. Raises ValueError for one whose pictures were not downloaded."""
+    """The shards, each with its tar and manifest. Raises ValueError for one whose images were not downloaded."""
     beside = companions(Path(source.path), ".jsonl", images=source.images)
     by_path = {path: files for (_, path), files in beside.items()}
     kind = f"{source.kind}:{source.images}:{source.max_images}:{source.min_similarity}"
@@ -67,11 +65,11 @@ def read(source: Mmc4, span: Span) -> Iterator[list[Record | Dropped]]:
         (where, _parsed(line) if line.strip() and span.takes(number) else None)
         for number, (where, line) in enumerate(lines(span), start=span.start)
     ]
-    urls = {picture.raw_url for _, line in found if isinstance(line, Document) for picture in line.image_info}
-    with Downloaded(out_of(source.images, span.name), urls) as pictures:
+    urls = {image.raw_url for _, line in found if isinstance(line, Document) for image in line.image_info}
+    with Downloaded(out_of(source.images, span.name), urls) as images:
         for where, line in found:
             try:
-                yield _records(source, line, pictures, where=where) if line else []
+                yield _records(source, line, images, where=where) if line else []
             except Fault as fault:
                 yield [fault.dropped(where, where=where)]
 
@@ -79,7 +77,7 @@ def read(source: Mmc4, span: Span) -> Iterator[list[Record | Dropped]]:
 def _parsed(line: bytes) -> Document | Fault:
     try:
         document = Document.model_validate(json_of(line, what="the line"))
-        for text in (document.url, *document.text_list, *(picture.raw_url for picture in document.image_info)):
+        for text in (document.url, *document.text_list, *(image.raw_url for image in document.image_info)):
             checked(text, what="the document")
     except Fault as fault:
         return fault
@@ -91,10 +89,10 @@ def _parsed(line: bytes) -> Document | Fault:
     return document
 
 
-def _records(source: Mmc4, line: Document | Fault, pictures: Downloaded, *, where: str) -> list[Record | Dropped]:
+def _records(source: Mmc4, line: Document | Fault, images: Downloaded, *, where: str) -> list[Record | Dropped]:
     if isinstance(line, Fault):
         raise line
-    matches = _matches(source, line, pictures)
+    matches = _matches(source, line, images)
     match source.order:
         case "interleaved":
             return [_record(source, line, place(line.text_list, matches, max_images=source.max_images), where=where)]
@@ -104,7 +102,7 @@ def _records(source: Mmc4, line: Document | Fault, pictures: Downloaded, *, wher
         case "pairs":
             found = pairs(line.text_list, matches, max_images=source.max_images)
             if not found:
-                raise Fault("no_text", "the sentences of all pictures are blank")
+                raise Fault("no_text", "the sentences of all images are blank")
             return [_record(source, line, pair, where=where, number=n) for n, pair in enumerate(found)]
         case _:
             assert_never(source.order)
@@ -112,7 +110,7 @@ def _records(source: Mmc4, line: Document | Fault, pictures: Downloaded, *, wher
 
 def _record(source: Mmc4, line: Document, parts: Sequence[Part], *, where: str, number: int | None = None) -> Record:
     if not any(isinstance(part, Image) for part in parts):
-        raise Fault("no_image", "no text follows any picture, or there are none that may be used")
+        raise Fault("no_image", "no text follows any image, or there are none that may be used")
     return Record(
         id=where if number is None else f"{where}#{number}",
         object=(line.url or where).lower(),
@@ -123,29 +121,29 @@ def _record(source: Mmc4, line: Document, parts: Sequence[Part], *, where: str, 
     )
 
 
-def _chosen(source: Mmc4, line: Document) -> list[Picture]:
-    """The pictures that are similar enough to their sentence."""
+def _chosen(source: Mmc4, line: Document) -> list[ImageInfo]:
+    """The images that are similar enough to their sentence."""
     least = source.min_similarity
-    return [picture for picture in line.image_info if least is None or picture.matched_sim >= least]
+    return [image for image in line.image_info if least is None or image.matched_sim >= least]
 
 
-def _matches(source: Mmc4, line: Document, pictures: Downloaded) -> list[Match]:
-    """The pictures that are there; all must be, also those behind the first max_images, where documents are dropped."""
+def _matches(source: Mmc4, line: Document, images: Downloaded) -> list[Match]:
+    """The images that are there; all must be, also those behind the first max_images, where documents are dropped."""
     found: list[Match] = []
-    for picture in _chosen(source, line):
+    for image in _chosen(source, line):
         if source.missing_images == "drop_image" and len(found) == source.max_images:
             break
-        data = pictures.picture(picture.raw_url)
+        data = images.image(image.raw_url)
         if not isinstance(data, Missing):
             if len(found) < source.max_images:
-                found.append((picture.matched_text_index, Image(data, {"similarity": picture.matched_sim})))
+                found.append((image.matched_text_index, Image(data, {"similarity": image.matched_sim})))
         elif source.missing_images == "drop_document":
-            raise Fault(NOT_DOWNLOADED, f"{picture.raw_url}: {data.outcome} {data.detail}".strip())
+            raise Fault(NOT_DOWNLOADED, f"{image.raw_url}: {data.outcome} {data.detail}".strip())
     return found
 
 
 def _scan(source: Mmc4, path: Path, beside: tuple[str, ...]) -> Scan:
-    """Every line; a faulty one has no pictures."""
+    """Every line; a faulty one has no images."""
     marks: list[int] = []
     images = counted = 0
     for counted, (offset, text) in enumerate(every_line(path), start=1):

@@ -1,6 +1,6 @@
-"""A CSV (commas) or TSV (tabs) with a header, and a folder of pictures: a row is a picture and its caption.
+"""A CSV (commas) or TSV (tabs) with a header, and a folder of images: a row is an image and its caption.
 
-With `question` a row is a picture, a question about it and the answer. Columns `licence` and `url` are the row's own;
+With `question` a row is an image, a question about it and the answer. Columns `licence` and `url` are the row's own;
 further columns with numbers are scores that cleaning may use.
 """
 
@@ -15,7 +15,7 @@ from vila_ops.data.raw.files import STRIDE, RawFile, Scan, Span, paths, scan_fil
 from vila_ops.data.raw.lines import LineNumbers
 from vila_ops.data.records import Dropped, Record, Turn
 from vila_ops.data.sources.faults import Fault, checked
-from vila_ops.data.sources.pictures import object_of, path_inside, read_picture
+from vila_ops.data.sources.images import object_of, path_inside, read_image
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 MAX_FIELD = 1 << 26
@@ -23,7 +23,7 @@ MAX_FIELD = 1 << 26
 
 
 def raw_files(source: Table, *, cache: Path) -> list[RawFile]:
-    """The tables, with the pictures that their rows name. Raises ValueError where a column is missing."""
+    """The tables, with the images that their rows name. Raises ValueError where a column is missing."""
     return scan_files(
         paths(Path(source.path), tuple(DELIMITERS)),
         f"table:{source.images}:{source.image}:{source.text}:{source.question}",
@@ -124,11 +124,11 @@ def _named(header: list[str], fields: list[str] | Fault) -> dict[str, str]:
 def _record(source: Table, row: dict[str, str], place: str) -> Record:
     name, text = row[source.image], _text(row, source.text)
     question = _text(row, source.question) if source.question else ""
-    picture = read_picture(source.images, name)
+    image = read_image(source.images, name)
     if source.question:
-        turns: tuple[Turn, ...] = (Turn("user", (picture, question)), Turn("assistant", (text,)))
+        turns: tuple[Turn, ...] = (Turn("user", (image, question)), Turn("assistant", (text,)))
     else:
-        turns = (Turn("document", (picture, text)),)
+        turns = (Turn("document", (image, text)),)
     url = row.get("url")
     return Record(
         id=place,

@@ -1,4 +1,4 @@
-"""Conversations beside their pictures, as columns and members hold them, to turns. Pure."""
+"""Conversations beside their images, as columns and members hold them, to turns. Pure."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,14 +16,14 @@ ROLES: dict[str, Role] = {
 }
 
 _Slots = list[str | None]
-"""What one side says; None is where the next picture belongs."""
+"""What one side says; None is where the next image belongs."""
 
 
-def turns(conversation: object, pictures: Sequence[Image]) -> tuple[Turn, ...]:
-    """The turns of one conversation, each picture where its placeholder stands.
+def turns(conversation: object, images: Sequence[Image]) -> tuple[Turn, ...]:
+    """The turns of one conversation, each image where its placeholder stands.
 
     A list of {from, value} (LLaVA), of {role, content} (chat messages; content is text, or a list of {type: text} and
-    {type: image}), or of {user, assistant} (The Cauldron, whose pictures have no placeholders and stand before the
+    {type: image}), or of {user, assistant} (The Cauldron, whose images have no placeholders and stand before the
     first question). `<image>` in text is a placeholder. Raises Fault: malformed_turns, turn_order,
     too_few_placeholders, too_many_placeholders, no_text, nul_in_text or lone_surrogate.
     """
@@ -32,12 +32,12 @@ def turns(conversation: object, pictures: Sequence[Image]) -> tuple[Turn, ...]:
     slots = [slot for turn in conversation for slot in _turn(turn)]
     check_order([role for role, _ in slots])
     if isinstance(conversation[0], dict) and "assistant" in conversation[0]:
-        slots[0][1][:0] = [None] * len(pictures)
-    check_placeholders(sum(parts.count(None) for _, parts in slots), len(pictures))
-    left = iter(pictures)
+        slots[0][1][:0] = [None] * len(images)
+    check_placeholders(sum(parts.count(None) for _, parts in slots), len(images))
+    left = iter(images)
     made = []
     for number, (role, parts) in enumerate(slots, start=1):
-        check_text(role, "".join(part or "" for part in parts), number=number, pictures=parts.count(None))
+        check_text(role, "".join(part or "" for part in parts), number=number, images=parts.count(None))
         filled: tuple[Part, ...] = tuple(next(left) if part is None else part for part in parts if part != "")
         made.append(Turn(role, filled))
     return tuple(made)

@@ -1,4 +1,4 @@
-"""Tux Paint stamps: a picture, and beside it a text file whose first line is its English caption."""
+"""Tux Paint stamps: an image, and beside it a text file whose first line is its English caption."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +24,8 @@ def keys(folder: Path) -> list[str]:
 
 def read(source: TuxPaint, folder: Path, key: str) -> Iterator[Record | Dropped]:
     """The stamp of this key with its caption."""
-    picture = folder / STAMPS / key
-    lines = picture.with_suffix(".txt").read_text(encoding="utf-8").splitlines()
+    image = folder / STAMPS / key
+    lines = image.with_suffix(".txt").read_text(encoding="utf-8").splitlines()
     caption = clean_caption(lines[0] if lines else "")
     if not caption:
         yield Dropped(id=key, reason="no_text")
@@ -33,7 +33,7 @@ def read(source: TuxPaint, folder: Path, key: str) -> Iterator[Record | Dropped]
     yield Record(
         id=key,
         object=object_name(caption),
-        turns=(Turn("document", (Image(picture.read_bytes()), caption)),),
+        turns=(Turn("document", (Image(image.read_bytes()), caption)),),
         category=category(key),
         licence=source.package.licence,
         provenance=provenance(source.package, f"{STAMPS}/{key}"),

@@ -1,10 +1,10 @@
-"""Visual instructions with pictures as base64, one a line: M3IT's own keys, or those of VILA's VFLAN.
+"""Visual instructions with images as base64, one a line: M3IT's own keys, or those of VILA's VFLAN.
 
     {"instruction": "What is it? ", "inputs": "", "image_base64_str": ["..."], "outputs": "A cat."}
     {"question": "What is it?", "answer": "A cat.", "image": ["..."]}
 
 As VILA's loader: instruction and inputs are joined as they are; placeholders in the text are taken out, and every
-picture stands before the question, each followed by a newline; visual dialogs are split into their turns.
+image stands before the question, each followed by a newline; visual dialogs are split into their turns.
 """
 
 from collections.abc import Iterator
@@ -16,12 +16,12 @@ from vila_ops.data.raw.files import RawFile, Span, paths, scan_files
 from vila_ops.data.records import Dropped, Part, Record, Turn
 from vila_ops.data.sources.conversations import PLACEHOLDER, check_text
 from vila_ops.data.sources.faults import Fault
+from vila_ops.data.sources.images import from_base64, path_inside, read_image
 from vila_ops.data.sources.json_files import SUFFIXES, Object, read_objects, record, scan_objects
-from vila_ops.data.sources.pictures import from_base64, path_inside, read_picture
 
 PICKLES = (".pkl", ".pickle")
 QUESTIONS, ANSWERS = ("question",), ("answer", "answer:", "outputs")
-PICTURES = ("image", "image:", "image_base64_str")
+IMAGES = ("image", "image:", "image_base64_str")
 DIALOG = "Image Descriptions"
 """Stands in every question of M3IT's visual dialogs."""
 
@@ -38,7 +38,7 @@ def raw_files(source: Vflan, *, cache: Path) -> list[RawFile]:
     return scan_files(
         paths(root, SUFFIXES),
         f"vflan:{source.images}",
-        lambda path: scan_objects(path, lambda value: _picture_paths(value, source.images)),
+        lambda path: scan_objects(path, lambda value: _image_paths(value, source.images)),
         cache=cache,
     )
 
@@ -51,16 +51,16 @@ def read(source: Vflan, span: Span) -> Iterator[list[Record | Dropped]]:
 def _record(source: Vflan, value: Object, place: str) -> Record:
     question, answer = _question(value), _text(value, ANSWERS).rstrip()
     said = [question, answer] if DIALOG not in question else _dialog(question, answer)
-    pictures = _pictures(value)
-    if len(pictures) > source.max_images:
-        raise Fault("too_many_images", f"{len(pictures)} pictures; max_images is {source.max_images}")
+    encoded = _images(value)
+    if len(encoded) > source.max_images:
+        raise Fault("too_many_images", f"{len(encoded)} images; max_images is {source.max_images}")
     for number, text in enumerate(said, start=1):
-        check_text(("assistant", "user")[number % 2], text, number=number, pictures=len(pictures))
-    images = [read_picture(source.images, one) if _is_path(one) else from_base64(one) for one in pictures]
+        check_text(("assistant", "user")[number % 2], text, number=number, images=len(encoded))
+    images = [read_image(source.images, one) if _is_path(one) else from_base64(one) for one in encoded]
     front = [part for image in images for part in (image, "\n")]
     turns = tuple(_turn(number, text, front if number == 0 else []) for number, text in enumerate(said))
-    name = pictures[0] if pictures and _is_path(pictures[0]) else None
-    return record(value, place, turns=turns, picture=name, licence=source.licence)
+    name = encoded[0] if encoded and _is_path(encoded[0]) else None
+    return record(value, place, turns=turns, image=name, licence=source.licence)
 
 
 def _turn(number: int, text: str, front: list[Part]) -> Turn:
@@ -99,8 +99,8 @@ def _text(value: Object, keys: tuple[str, ...]) -> str:
     return text
 
 
-def _pictures(value: Object) -> list[str]:
-    found: Any = next((value[key] for key in PICTURES if key in value), None)
+def _images(value: Object) -> list[str]:
+    found: Any = next((value[key] for key in IMAGES if key in value), None)
     match found:
         case None:
             return []
@@ -109,12 +109,12 @@ def _pictures(value: Object) -> list[str]:
         case list(many) if all(isinstance(one, str) for one in many):
             return many
         case _:
-            raise Fault("malformed_image", f"pictures are base64 or a list of it, not {repr(found)[:80]}")
+            raise Fault("malformed_image", f"images are base64 or a list of it, not {repr(found)[:80]}")
 
 
-def _is_path(picture: str) -> bool:
-    return "." in picture[-5:]  # base64 has no dot
+def _is_path(image: str) -> bool:
+    return "." in image[-5:]  # base64 has no dot
 
 
-def _picture_paths(value: Object, images: str | None) -> list[Path | None]:
-    return [path_inside(images, one) if _is_path(one) else None for one in _pictures(value)]
+def _image_paths(value: Object, images: str | None) -> list[Path | None]:
+    return [path_inside(images, one) if _is_path(one) else None for one in _images(value)]

@@ -2,7 +2,7 @@
 
 The key is the name up to the first dot of its last part, as the webdataset library has it. KEY.txt is a caption;
 KEY.json holds `caption` or `text`, or LLaVA's `conversations`, and may hold `license`, `url` and numbers about the
-picture, as img2dataset writes them. Pictures KEY.0.jpg, KEY.1.jpg, ... stand in the order of their numbers, others in
+image, as img2dataset writes them. Images KEY.0.jpg, KEY.1.jpg, ... stand in the order of their numbers, others in
 that of the tar.
 """
 
@@ -17,11 +17,11 @@ from vila_ops.data.raw.files import STRIDE, RawFile, Scan, Span, paths, scan_fil
 from vila_ops.data.raw.tars import BadTar, Member, members
 from vila_ops.data.records import Dropped, Image, Record, Turn
 from vila_ops.data.sources.faults import Fault, checked, json_of, numbers
+from vila_ops.data.sources.images import MAX_BYTES
 from vila_ops.data.sources.json_files import stated
-from vila_ops.data.sources.pictures import MAX_BYTES
 from vila_ops.data.sources.turns import turns
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 MAX_TEXT_BYTES = 16 * 2**20
 _META = re.compile(r"__[^/]*__($|/)")
@@ -52,14 +52,14 @@ def _record(source: WebDataset, file: BinaryIO, found: list[Member], *, key: str
     by_suffix = {_split(member.name)[1]: member for member in found}
     if len(by_suffix) < len(found):
         raise Fault("duplicate_member", f"several members of one suffix: {', '.join(m.name for m in found[:20])}")
-    pictures = _pictures(file, by_suffix)
+    images = _images(file, by_suffix)
     said = _json(file, by_suffix)
     made: tuple[Turn, ...]
     match source.render:
         case "caption":
-            made = (Turn("document", (*pictures, _caption(file, by_suffix, said, pictures))),)
+            made = (Turn("document", (*images, _caption(file, by_suffix, said, images))),)
         case "conversation":
-            made = turns(said.get("conversations"), pictures)
+            made = turns(said.get("conversations"), images)
         case _:
             assert_never(source.render)
     return Record(
@@ -73,8 +73,8 @@ def _record(source: WebDataset, file: BinaryIO, found: list[Member], *, key: str
     )
 
 
-def _pictures(file: BinaryIO, by_suffix: dict[str, Member]) -> list[Image]:
-    names = [suffix for suffix in by_suffix if _is_picture(suffix)]
+def _images(file: BinaryIO, by_suffix: dict[str, Member]) -> list[Image]:
+    names = [suffix for suffix in by_suffix if _is_image(suffix)]
     return [Image(_content(file, by_suffix[name], MAX_BYTES)) for name in sorted(names, key=_number)]
 
 
@@ -86,9 +86,9 @@ def _json(file: BinaryIO, by_suffix: dict[str, Member]) -> dict[str, Any]:
     return json_of(_content(file, member, MAX_TEXT_BYTES), what=member.name)
 
 
-def _caption(file: BinaryIO, by_suffix: dict[str, Member], said: dict[str, Any], pictures: list[Image]) -> str:
-    if not pictures:
-        raise Fault("no_image", f"no member with one of the suffixes {', '.join(PICTURES)}")
+def _caption(file: BinaryIO, by_suffix: dict[str, Member], said: dict[str, Any], images: list[Image]) -> str:
+    if not images:
+        raise Fault("no_image", f"no member with one of the suffixes {', '.join(IMAGES)}")
     if "txt" in by_suffix:
         try:
             text = _content(file, by_suffix["txt"], MAX_TEXT_BYTES).decode()
@@ -108,12 +108,12 @@ def _content(file: BinaryIO, member: Member, limit: int) -> bytes:
     return file.read(member.size)
 
 
-def _is_picture(suffix: str) -> bool:
-    return suffix.rpartition(".")[2] in PICTURES
+def _is_image(suffix: str) -> bool:
+    return suffix.rpartition(".")[2] in IMAGES
 
 
 def _number(suffix: str) -> int:
-    """Of the picture among those of its key."""
+    """Of the image among those of its key."""
     first = suffix.partition(".")[0]
     return int(first) if len(first) < 19 and first.isascii() and first.isdigit() else -1
 
@@ -148,7 +148,7 @@ def _scan(path: Path) -> Scan:
                 if len(keys) % STRIDE == 0:
                     marks.append(group[0].head)
                 keys.add(key)
-                images += sum(_is_picture(_split(member.name)[1]) for member in group)
+                images += sum(_is_image(_split(member.name)[1]) for member in group)
         except BadTar as error:
             raise ValueError(f"{path}: {error}") from error
     return Scan(count=len(keys), images=images, marks=tuple(marks))

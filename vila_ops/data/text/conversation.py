@@ -23,18 +23,18 @@ class BadText(ValueError):
 
 @dataclass(frozen=True)
 class Tokens:
-    """One tokenised sample: ids, which of them are learnt, and where its pictures stand."""
+    """One tokenised sample: ids, which of them are learnt, and where its images stand."""
 
     input_ids: list[int]
-    """(T,); a picture is `image_tokens` copies of the image token."""
+    """(T,); an image is `image_tokens` copies of the image token."""
     is_target: list[bool]
     """(T,): whether the loss is taken where this token is predicted."""
     images: list[int]
-    """Which of the record's pictures the placeholders stand for, in order of appearance."""
+    """Which of the record's images the placeholders stand for, in order of appearance."""
 
 
 class Tokenizer:
-    """A fast tokenizer with a chat template, and what a picture is in tokens."""
+    """A fast tokenizer with a chat template, and what an image is in tokens."""
 
     def __init__(self, fast: PreTrainedTokenizerFast, *, image_tokens: int, after_image: str) -> None:
         self.fast = fast
@@ -48,8 +48,8 @@ class Tokenizer:
         self.eos_id: int = fast.eos_token_id
         self._controls: dict[str, int] = {token: id for token, id in fast.get_added_vocab().items() if token.strip()}
         self._neutral = _neutral_forms(self._controls)
-        self.picture = [self.image_id] * image_tokens + self.text_ids(after_image)
-        """A picture in a document."""
+        self.image = [self.image_id] * image_tokens + self.text_ids(after_image)
+        """An image in a document."""
 
     def neutral(self, text: str) -> str:
         """Text whose literal control tokens are upper-cased, so that they are read as words (VILA's rule).
@@ -61,7 +61,7 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise BadText(
                 f"{text[error.start]!r} at character {error.start} is half of a surrogate pair, which is no text; "
-                f"mend the encoding of the source"
+                f"fix the encoding of the source"
             ) from error
         for token, changed in self._neutral.items():
             text = text.replace(token, changed)
@@ -73,7 +73,7 @@ class Tokenizer:
         return ids
 
     def document(self, record: Record, *, at_most: int | None = None) -> Tokens:
-        """bos, then text and pictures in their order, then eos; every text token is a target, no picture is.
+        """bos, then text and images in their order, then eos; every text token is a target, no image is.
 
         Only the first `at_most` tokens are promised, so that a huge record costs no more than a large one.
         """
@@ -83,7 +83,7 @@ class Tokenizer:
             if at_most is not None and len(ids) >= at_most:
                 break
             is_image = isinstance(part, Image)
-            block = self.picture if isinstance(part, Image) else self.text_ids(part[: self._characters(at_most)])
+            block = self.image if isinstance(part, Image) else self.text_ids(part[: self._characters(at_most)])
             images += is_image
             ids += block
             targets += [not is_image] * len(block)
@@ -111,7 +111,7 @@ class Tokenizer:
         messages = [self._message(role, parts) for role, parts in turns]
         text = render(self.fast, messages, prompt=True)
         ids: list[int] = self.fast(text, add_special_tokens=False)["input_ids"]
-        self._check_pictures(messages, text, ids)
+        self._check_images(messages, text, ids)
         return self._expand(ids, [False] * len(ids))[0]
 
     @cached_property
@@ -136,13 +136,13 @@ class Tokenizer:
         return [token for token, target in zip(ids, targets, strict=True) if target]
 
     def _learnt(self, messages: list[Message], *, at_most: int | None) -> tuple[list[int], list[bool]]:
-        """Ids of a conversation, a picture one of them, and whether each is learnt."""
+        """Ids of a conversation, an image one of them, and whether each is learnt."""
         ends = [token for token in self._controls if token not in (IMAGE_TOKEN, self.fast.bos_token)]
         rendered = render_learnt(self.fast, messages, ends=ends)
         text = rendered.text[: self._characters(at_most)]
         encoding = self._untrimmed.encode(text, add_special_tokens=False)
         ids: list[int] = encoding.ids
-        self._check_pictures(messages, rendered.text, ids, kept=text)
+        self._check_images(messages, rendered.text, ids, kept=text)
         controls = set(self._controls.values())
         targets = [False] * len(ids)
         offsets = encoding.offsets
@@ -177,7 +177,7 @@ class Tokenizer:
         content = [IMAGE_TOKEN if isinstance(part, Image) else self.neutral(part) for part in _runs(parts)]
         return {"role": role, "content": "".join(content)}
 
-    def _check_pictures(self, messages: list[Message], text: str, ids: list[int], *, kept: str | None = None) -> None:
+    def _check_images(self, messages: list[Message], text: str, ids: list[int], *, kept: str | None = None) -> None:
         count = sum(message["content"].count(IMAGE_TOKEN) for message in messages)
         if text.count(IMAGE_TOKEN) != count or ids.count(self.image_id) != (kept or text).count(IMAGE_TOKEN):
             raise ValueError(
@@ -186,7 +186,7 @@ class Tokenizer:
             )
 
     def _expand(self, ids: list[int], targets: list[bool]) -> tuple[list[int], list[bool]]:
-        """With `image_tokens` image tokens for each picture."""
+        """With `image_tokens` image tokens for each image."""
         out_ids: list[int] = []
         out_targets: list[bool] = []
         for token, target in zip(ids, targets, strict=True):
@@ -199,7 +199,7 @@ class Tokenizer:
 def tokenise(record: Record, tokenizer: Tokenizer, *, max_tokens: int, split: bool) -> list[Tokens] | Dropped:
     """The samples of one record, none longer than max_tokens.
 
-    A long document is truncated, or split into several samples when `split`; a picture is never cut, and one that
+    A long document is truncated, or split into several samples when `split`; an image is never cut, and one that
     nothing follows is left out. A long conversation is truncated. Dropped are a record with half a surrogate pair
     (bad_text), and one with nothing to learn: no assistant turn, or none before it is truncated (no_target).
     """
@@ -218,7 +218,7 @@ def tokenise(record: Record, tokenizer: Tokenizer, *, max_tokens: int, split: bo
 
 
 def _pieces(tokens: Tokens, tokenizer: Tokenizer, *, max_tokens: int, many: bool) -> list[Tokens]:
-    """Windows of at most max_tokens, each ending at a target: so no picture is cut, and none trails unlearnt."""
+    """Windows of at most max_tokens, each ending at a target: so no image is cut, and none trails unlearnt."""
     ids, targets, images = tokens.input_ids, tokens.is_target, tokens.images
     pieces: list[Tokens] = []
     start = 0
@@ -229,7 +229,7 @@ def _pieces(tokens: Tokens, tokenizer: Tokenizer, *, max_tokens: int, many: bool
         if stop > start:
             count = ids[start:stop].count(tokenizer.image_id) // tokenizer.image_tokens
             pieces.append(Tokens(head + ids[start:stop], [False] * len(head) + targets[start:stop], images[:count]))
-        else:  # a run of pictures longer than a sample: go on at the next text
+        else:  # a run of images longer than a sample: go on at the next text
             stop = next((i for i in range(end, len(ids)) if targets[i]), len(ids))
             count = ids[start:stop].count(tokenizer.image_id) // tokenizer.image_tokens
         images = images[count:]
@@ -238,7 +238,7 @@ def _pieces(tokens: Tokens, tokenizer: Tokenizer, *, max_tokens: int, many: bool
 
 
 def _runs(parts: Iterable[Part]) -> Iterator[Part]:
-    """The pictures, and neighbouring texts joined: or a control token could hide in two of them."""
+    """The images, and neighbouring texts joined: or a control token could hide in two of them."""
     for is_text, run in groupby(parts, key=lambda part: isinstance(part, str)):
         if is_text:
             yield "".join(map(str, run))

@@ -1,8 +1,8 @@
 """MMC4's documents to parts as the recipe orders them, and the two orders that the paper compares it with. Pure.
 
-Each function takes the sentences of a document and its pictures in the order of the file, each with the index of the
+Each function takes the sentences of a document and its images in the order of the file, each with the index of the
 sentence that it is matched to. Of these the first `max_images` take part, whatever is done with them, sorted by their
-sentence; pictures of one sentence keep their order. A match that is no index of a sentence is a ValueError.
+sentence; images of one sentence keep their order. A match that is no index of a sentence is a ValueError.
 """
 
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ MAX_IMAGES = 6
 """Of VILA's loader."""
 
 Match = tuple[int, Image]
-"""Index of the matched sentence, and the picture."""
+"""Index of the matched sentence, and the image."""
 
 
 def place(sentences: Sequence[str], images: Sequence[Match], *, max_images: int = MAX_IMAGES) -> tuple[Part, ...]:
-    """The recipe's order: each picture right before its sentence; several on one sentence stack up in front of it.
+    """The recipe's order: each image right before its sentence; several on one sentence stack up in front of it.
 
-    Sentences are joined by one space, and one space on either side of a picture is removed (VILA's LazyMMC4Dataset).
-    A picture that no text follows is cut.
+    Sentences are joined by one space, and one space on either side of an image is removed (VILA's LazyMMC4Dataset).
+    An image that no text follows is cut.
     """
     chosen = _chosen(sentences, images, max_images)
     parts: list[Part] = []
@@ -37,40 +37,40 @@ def place(sentences: Sequence[str], images: Sequence[Match], *, max_images: int 
 def pairs(
     sentences: Sequence[str], images: Sequence[Match], *, max_images: int = MAX_IMAGES
 ) -> list[tuple[Image, str]]:
-    """MMC4-pairs: each picture with the sentence it is matched to, a sample each; the other text is left out.
+    """MMC4-pairs: each image with the sentence it is matched to, a sample each; the other text is left out.
 
-    "text1 img1 text2 text3 img2 text4" gives (img1, text2) and (img2, text4). Pictures of one sentence make one pair
-    each; a picture whose sentence is blank makes none.
+    "text1 img1 text2 text3 img2 text4" gives (img1, text2) and (img2, text4). Images of one sentence make one pair
+    each; an image whose sentence is blank makes none.
     """
     chosen = _chosen(sentences, images, max_images)
     return [(image, sentences[match].removeprefix(" ")) for match, image in chosen if sentences[match].strip()]
 
 
 def image_first(sentences: Sequence[str], images: Sequence[Match], *, max_images: int = MAX_IMAGES) -> tuple[Part, ...]:
-    """All pictures, in the order in which `place` shows them, then all text."""
+    """All images, in the order in which `place` shows them, then all text."""
     chosen = _chosen(sentences, images, max_images)
     text = " ".join(sentences)
-    pictures = [image for _, image in chosen]
-    return _closed([*pictures, _after(pictures, text)])
+    in_order = [image for _, image in chosen]
+    return _closed([*in_order, _after(in_order, text)])
 
 
 def _chosen(sentences: Sequence[str], images: Sequence[Match], max_images: int) -> list[Match]:
     for number, (match, _) in enumerate(images):
         if type(match) is not int or not 0 <= match < len(sentences):
             raise ValueError(
-                f"picture {number} is matched to sentence {match!r}, but a match is the index of one of the "
-                f"{len(sentences)} sentences, from 0; mend it or leave the picture out"
+                f"image {number} is matched to sentence {match!r}, but a match is the index of one of the "
+                f"{len(sentences)} sentences, from 0; fix it or leave the image out"
             )
     return sorted(images[:max_images], key=lambda pair: pair[0])
 
 
 def _after(parts: Sequence[Part], text: str) -> str:
-    """Text as it goes on after these parts: without its first space after a picture."""
+    """Text as it goes on after these parts: without its first space after an image."""
     return text.removeprefix(" ") if parts else text
 
 
 def _closed(parts: Sequence[Part]) -> tuple[Part, ...]:
-    """Without empty texts, and without the pictures (and blanks) that no word follows."""
+    """Without empty texts, and without the images (and blanks) that no word follows."""
     worded = [number for number, part in enumerate(parts) if isinstance(part, str) and part.strip()]
     end = worded[-1] + 1 if worded else 0
     return tuple(part for part in parts[:end] if part != "")

@@ -1,4 +1,4 @@
-"""Captioned pictures to visual questions with answers that follow from their names. Pure."""
+"""Captioned images to visual questions with answers that follow from their names. Pure."""
 
 import random
 from dataclasses import dataclass, replace
@@ -25,20 +25,20 @@ class Names:
 
 
 def questions(record: Record, names: Names, *, seed: int) -> list[Record]:
-    """Two conversations about one captioned picture: what it is, and one yes-or-no question.
+    """Two conversations about one captioned image: what it is, and one yes-or-no question.
 
     Yes and no are equally likely; the draw depends on the seed and the record's id alone.
     """
     draw = random.Random(f"{seed}/{record.id}")
     parts = [part for turn in record.turns for part in turn.parts]
-    pictures = [part for part in parts if isinstance(part, Image)]
+    images = [part for part in parts if isinstance(part, Image)]
     caption = " ".join(part for part in parts if isinstance(part, str))
-    if len(record.turns) != 1 or len(pictures) != 1 or not caption:
-        raise ValueError(f"record {record.id!r} is not one picture with a caption, which render questions needs")
-    picture = pictures[0]
-    describe = (Turn("user", (picture, draw.choice(DESCRIBE))), Turn("assistant", (caption,)))
+    if len(record.turns) != 1 or len(images) != 1 or not caption:
+        raise ValueError(f"record {record.id!r} is not one image with a caption, which render questions needs")
+    image = images[0]
+    describe = (Turn("user", (image, draw.choice(DESCRIBE))), Turn("assistant", (caption,)))
     question, answer = _yes_no(record, names, draw)
-    asked = (Turn("user", (picture, question)), Turn("assistant", (answer,)))
+    asked = (Turn("user", (image, question)), Turn("assistant", (answer,)))
     return [
         replace(record, id=f"{record.id}#describe", turns=describe),
         replace(record, id=f"{record.id}#yes_no", turns=asked),

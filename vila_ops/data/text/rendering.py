@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 Message = dict[str, str]
-"""role and content; a picture in the content is the image token."""
+"""role and content; an image in the content is the image token."""
 GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
 TRIMS: tuple[Callable[[str], str], ...] = (str, str.strip, str.rstrip, str.lstrip)
 """What a template may do to an answer."""
@@ -90,7 +90,7 @@ def _between(fast: PreTrainedTokenizerFast, messages: Sequence[Message], count: 
     if re.findall(pattern, text) != words:
         raise ValueError(
             "the chat template leaves assistant turns out, doubles, changes or reorders them, so what is learnt is not "
-            "certain; mend it, or put {% generation %} blocks around them"
+            "certain; fix it, or put {% generation %} blocks around them"
         )
     return re.split(pattern, text)
 
@@ -104,7 +104,7 @@ def _spoken(text: str, between: list[str], answers: list[str]) -> list[str]:
             return spoken
     raise ValueError(
         "the chat template changes the assistant's words by more than a trim, so what is learnt is not certain; "
-        "mend it, or put {% generation %} blocks around them"
+        "fix it, or put {% generation %} blocks around them"
     )
 
 

@@ -39,7 +39,7 @@ def guess(
 ) -> Source:
     """The source at a file or folder, of the given kind or of the one that its content tells.
 
-    Pictures lie in `images`, or else are named relative to the folder itself. `own` are further settings
+    Images lie in `images`, or else are named relative to the folder itself. `own` are further settings
     of the source, and win. Raises ValueError where there is nothing,
     where the content is of no format or of several, and where `images` would have no effect.
     """
@@ -61,7 +61,7 @@ def guess(
     if "images" in fields:
         settings["images"] = images or str(folder)
     elif images is not None:
-        raise ValueError(f"--images has no effect on the format {kind}, whose pictures lie in or beside its files")
+        raise ValueError(f"--images has no effect on the format {kind}, whose images lie in or beside its files")
     if kind == "table" and _has_questions(path):
         settings |= {"question": "question", "render": "conversation"}
     source: Source = TypeAdapter(Source).validate_python(settings | dict(own or {}))
@@ -97,7 +97,7 @@ def _samples(path: Path) -> Iterator[Path]:
 
 
 def _kind_of_file(path: Path) -> str | None:
-    """None where the file is of no format, such as a picture or a note."""
+    """None where the file is of no format, such as an image or a note."""
     if path.name.lower().endswith(PICKLES):
         return "vflan"  # which says why it does not read them
     with path.open("rb") as file:
@@ -146,10 +146,10 @@ def _kind_of_parquet(path: Path) -> str | None:
         return "flan"
     if {"url", "text", "clip_similarity_vitb32"} <= names:
         return "coyo"
-    return "hf_parquet" if any(_holds_pictures(field.type) for field in schema) else None
+    return "hf_parquet" if any(_holds_images(field.type) for field in schema) else None
 
 
-def _holds_pictures(kind: pa.DataType) -> bool:
+def _holds_images(kind: pa.DataType) -> bool:
     """Whether a column is one of datasets' Image features, {bytes, path}, or a list of them."""
     inner = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
     return pa.types.is_struct(inner) and {"bytes", "path"} <= {field.name for field in inner}

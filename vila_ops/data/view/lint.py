@@ -15,7 +15,7 @@ from vila_ops.data.raw.files import RawFile, Span
 from vila_ops.data.records import Dropped, Image, Record
 
 
-class Fault(Config):
+class LintFault(Config):
     """What is wrong in one place."""
 
     where: str
@@ -30,14 +30,14 @@ class Summary(Config):
     """What a source has, faults among it."""
 
     records: int
-    """That could be read, pictures that do not decode among them."""
+    """That could be read, images that do not decode among them."""
     images: int
     faults: dict[str, int]
     """By reason, the most frequent first."""
 
 
-def lint(source: Source, folders: Mapping[str, Path] | None = None, *, cache: Path) -> Iterator[Fault | Summary]:
-    """The faults in the order of files and lines, and at the end the summary. Every picture is decoded.
+def lint(source: Source, folders: Mapping[str, Path] | None = None, *, cache: Path) -> Iterator[LintFault | Summary]:
+    """The faults in the order of files and lines, and at the end the summary. Every image is decoded.
 
     A file that is not of the format at all, or was cut off, is one fault, and nothing after it is read. `folders` are
     those of the source's packages, by name.
@@ -51,21 +51,19 @@ def lint(source: Source, folders: Mapping[str, Path] | None = None, *, cache: Pa
                 yield fault
         except ValueError as error:
             counts["not_readable"] += 1
-            yield Fault(where=_folder(source), reason="not_readable", detail=str(error))
+            yield LintFault(where=_folder(source), reason="not_readable", detail=str(error))
     yield Summary(records=checks.records, images=checks.images, faults=dict(counts.most_common()))
 
 
-def lines(found: Fault | Summary) -> str:
+def lines(found: LintFault | Summary) -> str:
     """One line of a fault, and one of each count, for a person."""
-    if isinstance(found, Fault):
+    if isinstance(found, LintFault):
         return f"{found.where}  {found.reason}  {' '.join(found.detail.split())}"
     counts = [f"{number:7}  {reason}" for reason, number in found.faults.items()]
-    return "\n".join(
-        [f"{found.records} records, {found.images} pictures, {sum(found.faults.values())} faults", *counts]
-    )
+    return "\n".join([f"{found.records} records, {found.images} images, {sum(found.faults.values())} faults", *counts])
 
 
-def _faults(source: Source, folders: Mapping[str, Path], checks: "_Checks", *, cache: Path) -> Iterator[Fault]:
+def _faults(source: Source, folders: Mapping[str, Path], checks: "_Checks", *, cache: Path) -> Iterator[LintFault]:
     for file in sources.raw_files(source, folders, cache=cache):
         mark = file.marks[0] if file.marks else 0
         span = Span(name=file.name, path=file.path, digest=file.digest, start=0, stop=file.count, mark=mark)
@@ -95,25 +93,25 @@ class _Checks:
         """Forget the ids."""
         self._places.close()
 
-    def fault(self, place: str, reason: str, detail: str) -> Fault:
+    def fault(self, place: str, reason: str, detail: str) -> LintFault:
         """A fault at FILE:LINE, FILE relative to the source."""
-        return Fault(where=f"{self._folder}/{place}" if self._folder else place, reason=reason, detail=detail)
+        return LintFault(where=f"{self._folder}/{place}" if self._folder else place, reason=reason, detail=detail)
 
-    def of_record(self, record: Record, file: RawFile, number: int) -> Iterator[Fault]:
-        """Its id, and its pictures; the record is the file's `number`th."""
+    def of_record(self, record: Record, file: RawFile, number: int) -> Iterator[LintFault]:
+        """Its id, and its images; the record is the file's `number`th."""
         self.records += 1
         stated = record.provenance.split(" ", 1)[0]
         place = stated if stated.startswith(file.name) else f"{file.name}:{number}"
         if self._places.execute("insert or ignore into places values (?, ?)", (record.id, place)).rowcount == 0:
             ((first,),) = self._places.execute("select place from places where id = ?", (record.id,))
             yield self.fault(place, "duplicate_id", f"the id {record.id!r} is that of {first} too; give it another")
-        pictures = (part for turn in record.turns for part in turn.parts if isinstance(part, Image))
-        for position, picture in enumerate(pictures, start=1):
+        images = (part for turn in record.turns for part in turn.parts if isinstance(part, Image))
+        for position, image in enumerate(images, start=1):
             self.images += 1
             try:
-                rgb(picture.data, at_least=1)
+                rgb(image.data, at_least=1)
             except BadImage as error:
-                yield self.fault(place, f"bad_image_{error.reason}", f"picture {position}: {error}")
+                yield self.fault(place, f"bad_image_{error.reason}", f"image {position}: {error}")
 
 
 def _folder(source: Source) -> str:

@@ -1,4 +1,4 @@
-"""A page of samples as the model will see them: pictures in their places, what is learnt in colour, tokens counted."""
+"""A page of samples as the model will see them: images in their places, what is learnt in colour, tokens counted."""
 
 import json
 from collections.abc import Iterator
@@ -19,18 +19,18 @@ from vila_ops.data.text.conversation import Tokenizer
 
 @dataclass(frozen=True)
 class Piece:
-    """What stands together in a sample: text that is learnt, text that is not, or a picture."""
+    """What stands together in a sample: text that is learnt, text that is not, or an image."""
 
     kind: str
-    """target, context or picture."""
+    """target, context or image."""
     tokens: int
     text: str = ""
     address: str = ""
-    """data: address of the picture."""
+    """data: address of the image."""
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownSample:
     """One sample on the page."""
 
     row: dict[str, Any]
@@ -45,9 +45,11 @@ def show(dataset: Dataset, tokenizer: Tokenizer, out: Path, *, per_source: int) 
     Raises ValueError for a file that is there and not such a page.
     """
     rows = _chosen(index_of(dataset), per_source)
-    groups: dict[str, list[Shown]] = {}
+    groups: dict[str, list[ShownSample]] = {}
     for row, sample in zip(rows, samples_of(dataset, rows), strict=True):
-        groups.setdefault(row["source"], []).append(Shown(row, sample.provenance, list(_pieces(sample, tokenizer))))
+        groups.setdefault(row["source"], []).append(
+            ShownSample(row, sample.provenance, list(_pieces(sample, tokenizer)))
+        )
     name = json.loads(store.file(dataset, SUMMARY).read_text())["mixture"]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -70,15 +72,15 @@ def _chosen(index: pa.Table, per_source: int) -> list[dict[str, Any]]:
 
 def _pieces(sample: Sample, tokenizer: Tokenizer) -> Iterator[Piece]:
     """The sample's tokens in their order; neighbours that are treated alike are one piece."""
-    pictures = iter(sample.images)
+    images = iter(sample.images)
     places = [
-        ("picture" if token == tokenizer.image_id else "target" if learnt else "context", token)
+        ("image" if token == tokenizer.image_id else "target" if learnt else "context", token)
         for token, learnt in zip(sample.input_ids, sample.is_target, strict=True)
     ]
     for kind, run in groupby(places, key=lambda place: place[0]):
         ids = [token for _, token in run]
-        if kind != "picture":
+        if kind != "image":
             yield Piece(kind, len(ids), text=tokenizer.fast.decode(ids, skip_special_tokens=False))
             continue
-        for _ in range(len(ids) // tokenizer.image_tokens):  # pictures may stand side by side
-            yield Piece(kind, tokenizer.image_tokens, address=data_url(next(pictures)))
+        for _ in range(len(ids) // tokenizer.image_tokens):  # images may stand side by side
+            yield Piece(kind, tokenizer.image_tokens, address=data_url(next(images)))

@@ -1,4 +1,4 @@
-"""Alignment of pictures and captions in the language model, layer by layer; see `config.eval.Alignment`."""
+"""Alignment of images and captions in the language model, layer by layer; see `config.eval.Alignment`."""
 
 from typing import Any
 
@@ -6,29 +6,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vila_ops.config.eval import Alignment
-from vila_ops.eval.bench import Bench, Metric, Role
+from vila_ops.eval.bench import BenchmarkRunner, Metric, Role
 from vila_ops.eval.metrics.alignment import chamfer_similarity
 
 NAME, UNIT = "alignment", "cosine"
 
 
-def alignment(bench: Bench, config: Alignment) -> tuple[list[Metric], list[dict[str, Any]]]:
+def alignment(bench: BenchmarkRunner, config: Alignment) -> tuple[list[Metric], list[dict[str, Any]]]:
     """The mean over the deeper half of the layers, and the curve: a value with its interval for each role and layer.
 
     Layer 0 are the embeddings that enter the language model; the last one is what its head reads.
     """
-    pictures = bench.items.pictures[: config.max_pictures]
-    own = _similarities(bench, [(p.image, p.caption) for p in pictures])
+    images = bench.items.images[: config.max_images]
+    own = _similarities(bench, [(p.image, p.caption) for p in images])
     measured: list[tuple[Role, NDArray[np.float64]]] = [("model", own)]
-    if config.control == "deranged":
-        control = _similarities(bench, [(p.other_image, p.caption) for p in pictures])
+    if config.control == "shuffled":
+        control = _similarities(bench, [(p.other_image, p.caption) for p in images])
         measured.append(("control", control))
-    objects = bench.objects[: len(pictures)]
+    objects = bench.objects[: len(images)]
     metrics = [
         bench.metric(NAME, role, _deep(table), statistic="mean", unit=UNIT, clusters=objects)
         for role, table in measured
     ]
-    if config.control == "deranged":
+    if config.control == "shuffled":
         metrics.append(bench.gap(NAME, (_deep(own), _deep(control)), statistic="mean", unit=UNIT, clusters=objects))
     curve = []
     for role, table in measured:
@@ -40,8 +40,8 @@ def alignment(bench: Bench, config: Alignment) -> tuple[list[Metric], list[dict[
     return metrics, curve
 
 
-def _similarities(bench: Bench, shown: list[tuple[bytes, str]]) -> NDArray[np.float64]:
-    """(pictures, layers + 1): similarity of a picture's tokens and its caption's, in the format of the pairs."""
+def _similarities(bench: BenchmarkRunner, shown: list[tuple[bytes, str]]) -> NDArray[np.float64]:
+    """(images, layers + 1): similarity of an image's tokens and its caption's, in the format of the pairs."""
     image_id = bench.generator.tokenizer.image_id
     rows = []
     for image, caption in shown:

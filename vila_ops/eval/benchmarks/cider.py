@@ -1,22 +1,22 @@
 """CIDEr-D of greedy captions, of the control's, and of the most frequent training caption."""
 
 from vila_ops.config.eval import CaptionCider
-from vila_ops.eval.bench import Bench, Metric, Role
+from vila_ops.eval.bench import BenchmarkRunner, Metric, Role
 from vila_ops.eval.metrics.cider import cider
 
 UNIT = "CIDEr-D (0 to 10)"
 
 
-def caption_cider(bench: Bench, config: CaptionCider) -> tuple[list[Metric], list[dict[str, str]]]:
-    """The metrics, and each picture's caption beside the true one."""
-    pictures = bench.items.pictures
-    references = {picture.key: [picture.caption] for picture in pictures}
+def caption_cider(bench: BenchmarkRunner, config: CaptionCider) -> tuple[list[Metric], list[dict[str, str]]]:
+    """The metrics, and each image's caption beside the true one."""
+    images = bench.items.images
+    references = {image.key: [image.caption] for image in images}
     said: dict[Role, list[str]] = {
-        "model": _captions(bench, [picture.image for picture in pictures], config),
-        "chance": [bench.items.frequent_caption] * len(pictures),
+        "model": _captions(bench, [image.image for image in images], config),
+        "chance": [bench.items.frequent_caption] * len(images),
     }
-    if config.control == "deranged":
-        said["control"] = _captions(bench, [picture.other_image for picture in pictures], config)
+    if config.control == "shuffled":
+        said["control"] = _captions(bench, [image.other_image for image in images], config)
     scored = {
         role: list(cider(dict(zip(references, texts, strict=True)), references).items.values())
         for role, texts in said.items()
@@ -25,17 +25,17 @@ def caption_cider(bench: Bench, config: CaptionCider) -> tuple[list[Metric], lis
         bench.metric("cider", role, scores, statistic="mean", unit=UNIT, clusters=bench.objects)
         for role, scores in scored.items()
     ]
-    if config.control == "deranged":
+    if config.control == "shuffled":
         metrics.append(bench.gap("cider", (scored["model"], scored["control"]), statistic="mean", unit=UNIT))
     answers = [
         {"key": p.key, "object": p.object, "truth": p.caption, "answer": said["model"][number]}
         | ({"control": said["control"][number]} if "control" in said else {})
-        for number, p in enumerate(pictures)
+        for number, p in enumerate(images)
     ]
     return metrics, answers
 
 
-def _captions(bench: Bench, images: list[bytes], config: CaptionCider) -> list[str]:
+def _captions(bench: BenchmarkRunner, images: list[bytes], config: CaptionCider) -> list[str]:
     answers = bench.generator.generate(
         [bench.caption_prompt(image) for image in images], max_new_tokens=config.max_new_tokens
     )

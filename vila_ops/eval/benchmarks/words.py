@@ -1,11 +1,11 @@
 """Text only: which meaning belongs to a word, and the loss on plain text. From a source that no stage trains on."""
 
-from vila_ops.eval.bench import Bench, Metric, nll_and_tokens
+from vila_ops.eval.bench import BenchmarkRunner, Metric, nll_and_tokens
 from vila_ops.eval.metrics.choice import share_right
 from vila_ops.generate.engine import Prompt
 
 
-def text_multiple_choice(bench: Bench) -> list[Metric]:
+def text_multiple_choice(bench: BenchmarkRunner) -> list[Metric]:
     """Share of words whose true meaning has the highest likelihood per token after "word: "; a quarter is chance."""
     tokenizer = bench.generator.tokenizer
     words = bench.items.words
@@ -29,7 +29,7 @@ def text_multiple_choice(bench: Bench) -> list[Metric]:
     ]
 
 
-def text_loss(bench: Bench) -> list[Metric]:
+def text_loss(bench: BenchmarkRunner) -> list[Metric]:
     """Loss on "word: meaning" as running text."""
     tokenizer = bench.generator.tokenizer
     words = bench.items.words

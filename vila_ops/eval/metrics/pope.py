@@ -24,7 +24,7 @@ _COLUMN: dict[tuple[Answer, Answer], int] = {("yes", "yes"): 0, ("yes", "no"): 1
 
 
 @dataclass(frozen=True)
-class Pope:
+class PopeCounts:
     """The official numbers, each from 0 to 1. A ratio of nothing by nothing is 0 (the script divides by zero)."""
 
     accuracy: float
@@ -69,12 +69,12 @@ def count(answers: Sequence[tuple[str, str]], labels: Sequence[tuple[str, Answer
     return counts
 
 
-def pope(counts: FloatArray) -> Pope:
+def pope(counts: FloatArray) -> PopeCounts:
     """All numbers of the items of `count`, (N, 4). ValueError without items."""
     if not len(counts):
         raise ValueError("POPE of no items; give at least one")
     sums = counts.sum(axis=0)
-    return Pope(
+    return PopeCounts(
         accuracy=float(accuracy(sums)),
         precision=float(precision(sums)),
         recall=float(recall(sums)),

@@ -82,7 +82,7 @@ def _read(source: Path, *, token_order: TokenOrder | None, chat_template: str | 
 
 
 def _grow_vocabulary(language_model: PreTrainedModel, vocabulary: int) -> None:
-    """Rows for tokens that the checkpoint has none for (v1's pictures had no token): zeros, never looked up or learnt.
+    """Rows for tokens that the checkpoint has none for (v1's images had no token): zeros, never looked up or learnt.
 
     A checkpoint that has enough keeps its own number of rows.
     """
@@ -106,7 +106,7 @@ def _section(parts: Parts, out: Path) -> Model:
         image_size=square_side(vision.image_size),
         patch_size=square_side(vision.patch_size),
         feature_layer=parts.feature_layer,
-        image_fit=parts.image_fit,
+        image_aspect_ratio=parts.image_aspect_ratio,
         weights=FolderWeights(path=str(out)),
         chat_template=parts.chat_template,
         after_image=parts.after_image,

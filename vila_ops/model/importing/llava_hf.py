@@ -43,7 +43,7 @@ def read(folder: Path, *, chat_template: str | None) -> Parts:
     projector, layers = _projector(config, states["projector"], folder)
     _check_selected(config)
     tokenizer = _tokenizer(config, folder)
-    fit = _image_fit(tower, folder)
+    fit = _image_aspect_ratio(tower, folder)
     return Parts(
         tower=tower,
         projector=projector,
@@ -52,10 +52,12 @@ def read(folder: Path, *, chat_template: str | None) -> Parts:
         tokenizer=tokenizer,
         mean_std=parts.mean_std_of(folder),
         feature_layer=config.vision_feature_layer,
-        image_fit=fit,
+        image_aspect_ratio=fit,
         chat_template=chat_template or _template(tokenizer),
         after_image=stated.get("after_image", ""),
-        notes=(f"image_fit {fit}: what the folder's processor does; LLaVA-1.5 and VILA v1 were trained with pad",)
+        notes=(
+            f"image_aspect_ratio {fit}: what the folder's processor does; LLaVA-1.5 and VILA v1 were trained with pad",
+        )
         if fit == "crop"
         else (),
     )
@@ -116,7 +118,7 @@ def _tokenizer(config: LlavaConfig, folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _image_fit(tower: PreTrainedModel, folder: Path) -> ImageFit:
+def _image_aspect_ratio(tower: PreTrainedModel, folder: Path) -> ImageFit:
     """How the folder's image processor makes a square."""
     whole = folder / "processor_config.json"
     stated: dict[str, Any] = read_json(whole).get("image_processor", {}) if whole.is_file() else {}

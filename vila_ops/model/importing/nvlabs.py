@@ -71,7 +71,7 @@ def read(folder: Path, *, token_order: TokenOrder | None, chat_template: str | N
         tokenizer=tokenizer,
         mean_std=mean_std,
         feature_layer=config.get("mm_vision_select_layer", -2),
-        image_fit=_image_fit(config, tower, notes=notes),
+        image_aspect_ratio=_image_aspect_ratio(config, tower, notes=notes),
         chat_template=_chat_template(tokenizer, vintage, asked=chat_template, notes=notes),
         after_image=_after_image(config) if vintage == "nvila" else "",
         notes=tuple(notes),
@@ -79,19 +79,19 @@ def read(folder: Path, *, token_order: TokenOrder | None, chat_template: str | N
 
 
 def _refuse_unheld(config: dict[str, Any]) -> None:
-    """Models of which one square picture, one tower and one projector are not the whole."""
+    """Models of which one square image, one tower and one projector are not the whole."""
     tower = json.dumps(config.get("vision_tower_cfg") or config.get("mm_vision_tower") or "").lower()
     if config.get("ps3") or "ps3" in tower:
-        raise ValueError("a PS3 tower (VILA-HD) looks at parts of a picture that the prompt chooses; we have none")
+        raise ValueError("a PS3 tower (VILA-HD) looks at parts of an image that the prompt chooses; we have none")
     if "radio" in tower:
         raise ValueError("a RADIO tower exists only as code that comes with its checkpoint, which is not run")
     if config.get("s2"):
         raise ValueError(
-            f"S2 features join the scales {config.get('s2_scales')} of a picture on channels, which our one-scale "
+            f"S2 features join the scales {config.get('s2_scales')} of an image on channels, which our one-scale "
             f"tower cannot compute; take the checkpoint without -s2"
         )
     if config.get("mm_use_im_start_end"):
-        raise ValueError("mm_use_im_start_end: tokens around each picture, which our prompts do not have")
+        raise ValueError("mm_use_im_start_end: tokens around each image, which our prompts do not have")
 
 
 def _vintage(config: dict[str, Any], folder: Path) -> Vintage:
@@ -172,7 +172,7 @@ def _layers(state: dict[str, Tensor], *, prefix: str) -> list[dict[str, Tensor]]
 def _one_scale(
     layers: list[dict[str, Tensor]], config: dict[str, Any], tower: PreTrainedModel, *, notes: list[str]
 ) -> list[dict[str, Tensor]]:
-    """A Dynamic-S2 projector for pictures of one tile, exactly: there NVlabs' code repeats the tile once per scale.
+    """A Dynamic-S2 projector for images of one tile, exactly: there NVlabs' code repeats the tile once per scale.
 
     Equal channels have one mean and one variance, so the layer norm of the repeated features is that of the tile's
     own, repeated; its scale and shift and the sum over the copies go into the linear layer behind it.
@@ -180,7 +180,7 @@ def _one_scale(
     scales = sorted(int(scale) for scale in str(config.get("s2_scales")).split(","))
     side = square_side(tower.config.image_size)
     if scales[0] != side:
-        raise ValueError(f"the tiles of Dynamic-S2 have {scales[0]} pixels, the tower's pictures {side}")
+        raise ValueError(f"the tiles of Dynamic-S2 have {scales[0]} pixels, the tower's images {side}")
     if len(layers) != 3:
         raise ValueError("Dynamic-S2 in front of a 3x3 projector, whose narrow layer is wider than ours by the scales")
     norm, linear, *rest = layers
@@ -192,7 +192,7 @@ def _one_scale(
     folded = (weight * scale).view(len(weight), -1, len(scales), channels).sum(2).flatten(1)
     wide = folded.shape[1]
     kept = linear["weight"].dtype
-    notes.append(f"Dynamic-S2 of scales {scales}: as NVlabs' code sees pictures of one tile; larger ones lose detail")
+    notes.append(f"Dynamic-S2 of scales {scales}: as NVlabs' code sees images of one tile; larger ones lose detail")
     return [
         {"weight": torch.ones(wide, dtype=kept), "bias": torch.zeros(wide, dtype=kept)},
         {"weight": folded.to(kept), "bias": (linear["bias"].double() + weight @ shift).to(kept)},
@@ -211,26 +211,26 @@ def _check_selected(config: dict[str, Any], tower: PreTrainedModel) -> None:
         )
 
 
-def _image_fit(config: dict[str, Any], tower: PreTrainedModel, *, notes: list[str]) -> ImageFit:
-    """image_aspect_ratio; without one of ours it is the tower's own processor: CLIP's crops, the others' squash."""
+def _image_aspect_ratio(config: dict[str, Any], tower: PreTrainedModel, *, notes: list[str]) -> ImageFit:
+    """image_aspect_ratio; without one of ours it is the tower's own processor: CLIP's crops, the others' resize."""
     asked = config.get("image_aspect_ratio")
     if asked == "pad":
         return "pad"
     if asked == "resize":
-        return "squash"
+        return "resize"
     if isinstance(asked, str) and "dynamic" in asked:
-        notes.append(f"image_aspect_ratio {asked}: a picture is one square here; NVlabs' code cuts a lone one in tiles")
-    return "crop" if "clip" in tower.config.model_type else "squash"
+        notes.append(f"image_aspect_ratio {asked}: an image is one square here; NVlabs' code cuts a lone one in tiles")
+    return "crop" if "clip" in tower.config.model_type else "resize"
 
 
 def _after_image(config: dict[str, Any]) -> str:
-    """What NVILA's image encoder puts behind a picture: a newline unless it says otherwise."""
+    """What NVILA's image encoder puts behind an image: a newline unless it says otherwise."""
     stated = config.get("image_encoder") or {}
     encoder = json.loads(stated) if isinstance(stated, str) else stated
     if not str(encoder.get("_target_", "BasicImageEncoder")).endswith("BasicImageEncoder") or encoder.get(
         "start_tokens"
     ):
-        raise ValueError(f"image_encoder {encoder} puts more around a picture than a text behind it; we have that only")
+        raise ValueError(f"image_encoder {encoder} puts more around an image than a text behind it; we have that only")
     return str(encoder.get("end_tokens", "\n") or "")
 
 

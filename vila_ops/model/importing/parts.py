@@ -1,4 +1,4 @@
-"""The parts of somebody else's checkpoint, read from their folders: safetensors alone, no code run, every key used."""
+"""The parts of third-party checkpoint, read from their folders: safetensors alone, no code run, every key used."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +41,7 @@ class Parts:
     tokenizer: PreTrainedTokenizerFast
     mean_std: MeanStd
     feature_layer: int
-    image_fit: ImageFit
+    image_aspect_ratio: ImageFit
     chat_template: str
     """Name of a template of ours, or `tokenizer`."""
     after_image: str

@@ -4,5 +4,5 @@
     RESUME/step-000050/manifest.json                     last: sizes, sha256, the curve so far
 
 RESUME is the store's `resume/<address>`. `saver` is what the loop calls; `share` is the bytes of a file, `shelves` the
-disk and S3, `ranks` how ranks agree. Nothing is imported here: the room removes RESUME without torch.
+disk and S3, `ranks` how ranks agree. Nothing is imported here: the task removes RESUME without torch.
 """

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vila_ops.train.job import Place
+from vila_ops.train.job import RankInfo
 
 
 class Ranks:
     """Every rank makes one, and calls the same methods in the same order, from one thread at a time."""
 
-    def __init__(self, place: Place, *, timeout_seconds: float) -> None:
+    def __init__(self, place: RankInfo, *, timeout_seconds: float) -> None:
         self.place = place
         self._group = None
         if place.world_size > 1:

@@ -20,10 +20,10 @@ from vila_ops.artifacts.store import MANIFEST
 from vila_ops.config import Resources
 from vila_ops.config.resources import Retention
 from vila_ops.train.checkpoint.ranks import Ranks
-from vila_ops.train.checkpoint.share import Copies, Share
-from vila_ops.train.checkpoint.shelves import shelf_of
+from vila_ops.train.checkpoint.share import RankFile, StagingBuffers
+from vila_ops.train.checkpoint.shelves import storage_of
 from vila_ops.train.engine import Engine, State
-from vila_ops.train.job import Place
+from vila_ops.train.job import RankInfo
 
 FORMAT = 1
 Curve = list[dict[str, Any]]
@@ -32,7 +32,7 @@ States = dict[str, dict[str, Tensor]]
 log = logging.getLogger(__name__)
 
 
-class Checkpoints:
+class Checkpointer:
     """The resume checkpoints of a stage. Every rank makes one and calls the same methods at the same steps.
 
     A save only takes copies: a thread writes this rank's share and forces it to the disk, rank 0's then seals, and
@@ -41,16 +41,16 @@ class Checkpoints:
     under way. What fails in the thread is logged there, and raised on every rank by its next `save` or by `close`.
     """
 
-    def __init__(self, resume: str, place: Place, resources: Resources, *, live: bool) -> None:
+    def __init__(self, resume: str, place: RankInfo, resources: Resources, *, live: bool) -> None:
         self.stall_seconds = 0.0
         """How long the loop waited for checkpoints so far."""
         self._place, self._keep, self._live = place, resources.keep, live
-        self._shelf = shelf_of(resume)
+        self._shelf = storage_of(resume)
         self._ranks = Ranks(place, timeout_seconds=resources.network.timeout_seconds)
         self._attempt = self._ranks.gather(secrets.token_hex(4))[0]
         self._found: set[int] = set()
         """Steps of the checkpoints that were there when this attempt began, as rank 0 saw them."""
-        self._copies = Copies()
+        self._copies = StagingBuffers()
         self._copied = threading.Event()
         self._copied.set()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -128,12 +128,12 @@ class Checkpoints:
                     own = self._copies.take_all(own, since=since)
             finally:
                 self._copied.set()
-            self._write(f"step-{step:06d}-{self._attempt}", Share(own), step, curve)
+            self._write(f"step-{step:06d}-{self._attempt}", RankFile(own), step, curve)
         except Exception:
             log.exception("the resume checkpoint after step %d was not saved", step)
             raise
 
-    def _write(self, draft: str, share: Share, step: int, curve: Curve) -> None:
+    def _write(self, draft: str, share: RankFile, step: int, curve: Curve) -> None:
         """Every rank writes its share, then rank 0 seals, then it removes; one that fails stops all."""
         world_size, first = self._place.world_size, self._place.rank == 0
         names = [f"rank-{rank:05d}-of-{world_size:05d}.safetensors" for rank in range(world_size)]

@@ -14,7 +14,7 @@ CHUNK_BYTES = 2**20
 """Hashed and written while it is in the processor's cache."""
 
 
-class Share:
+class RankFile:
     """The bytes of a safetensors file of fp32 tensors on the CPU; hashed as they are read, which is once."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -53,7 +53,7 @@ class Share:
             yield memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-class Copies:
+class StagingBuffers:
     """Tensors in this machine's memory: buffers that are taken again, and pinned where they are filled from a GPU."""
 
     def __init__(self) -> None:

@@ -26,7 +26,7 @@ class Sealed(NamedTuple):
     name: str
 
 
-class Shelf(Protocol):
+class CheckpointStorage(Protocol):
     """The checkpoints of one stage. A draft is named by its step and its attempt; the ranks write into the same."""
 
     def sealed(self) -> list[Sealed]:
@@ -57,9 +57,9 @@ class Shelf(Protocol):
         """Remove the drafts of attempts that were killed."""
 
 
-def shelf_of(resume: str) -> Shelf:
+def storage_of(resume: str) -> CheckpointStorage:
     """A folder, or `s3://bucket/prefix`."""
-    return OnS3(resume) if "://" in resume else OnDisk(resume)
+    return S3Storage(resume) if "://" in resume else DiskStorage(resume)
 
 
 def remove_all(resume: str) -> None:
@@ -77,7 +77,7 @@ def remove_all(resume: str) -> None:
         )
 
 
-class OnDisk:
+class DiskStorage:
     """See Shelf. A draft is the hidden folder beside what it becomes."""
 
     def __init__(self, root: str) -> None:
@@ -171,7 +171,7 @@ class OnDisk:
         return self.root / f".{draft}"
 
 
-class OnS3:
+class S3Storage:
     """See Shelf. Every call is tried again a bounded number of times: see `artifacts/s3_calls.py`."""
 
     def __init__(self, root: str) -> None:

@@ -1,4 +1,4 @@
-"""What is a picture is told by its bytes, and hostile bytes get a word."""
+"""What is an image is told by its bytes, and hostile bytes get a word."""
 
 import io
 import random
@@ -10,10 +10,10 @@ import pytest
 from PIL import Image as Pillow
 from PIL import PngImagePlugin
 
+from vila_ops.data.download.image import image_format
 from vila_ops.data.download.outcome import Failure
-from vila_ops.data.download.picture import picture_format
 
-WORDS = {"not_a_picture", "broken_picture", "too_many_pixels"}
+WORDS = {"not_an_image", "broken_image", "too_many_pixels"}
 
 
 def encoded(format: str, **more) -> bytes:
@@ -24,7 +24,7 @@ def encoded(format: str, **more) -> bytes:
 
 def word(data: bytes, max_pixels: int = 1_000_000) -> str:
     try:
-        return picture_format(data, max_pixels=max_pixels)
+        return image_format(data, max_pixels=max_pixels)
     except Failure as failure:
         return failure.outcome
 
@@ -32,20 +32,20 @@ def word(data: bytes, max_pixels: int = 1_000_000) -> str:
 @pytest.mark.parametrize(
     ("format", "extension"), [("PNG", "png"), ("JPEG", "jpg"), ("WEBP", "webp"), ("GIF", "gif"), ("BMP", "bmp")]
 )
-def test_a_picture_is_told_by_its_bytes_and_must_be_whole(format, extension):
+def test_a_image_is_told_by_its_bytes_and_must_be_whole(format, extension):
     data = encoded(format)
     assert word(data) == extension
     assert word(data, max_pixels=256 * 256) == extension
     assert word(data, max_pixels=256 * 256 - 1) == "too_many_pixels"
-    assert word(data[: len(data) // 2]) == "broken_picture"
+    assert word(data[: len(data) // 2]) == "broken_image"
 
 
 @pytest.mark.parametrize("format", ["TIFF", "ICO", "PPM", "EPS", "PDF", "TGA"])
 def test_other_formats_are_none_of_ours(format):
-    assert word(encoded(format)) == "not_a_picture"
+    assert word(encoded(format)) == "not_an_image"
 
 
-def test_the_committed_pictures_are_pictures(tiny: Path):
+def test_the_committed_images_are_images(tiny: Path):
     assert {word(path.read_bytes()) for path in tiny.rglob("*.png")} == {"png"}
 
 

@@ -1,9 +1,9 @@
-"""Picture files that attack a decoder, and a process that decodes them under limits: run by test_images_fuzz.py.
+"""HostileImage files that attack a decoder, and a process that decodes them under limits: run by test_images_fuzz.py.
 
-    python tests/data/hostile_pictures.py named | fuzzed COUNT
+    python tests/data/hostile_images.py named | fuzzed COUNT
 
 Prints the name of each file before it is decoded, so that a crash is named, and after it `= OUTCOME SECONDS BYTES`: the
-outcome is `picture`, a reason, or what else was raised; the bytes are the growth of resident memory at its peak.
+outcome is `image`, a reason, or what else was raised; the bytes are the growth of resident memory at its peak.
 """
 
 import io
@@ -27,7 +27,7 @@ from vila_ops.data.images import MAX_PIXELS, Fit, square
 CPU_SECONDS = 2.0
 FUZZED_MAX_PIXELS = 1_000_000
 SIDE = 32
-FITS = (Fit("pad", (0.5, 0.5, 0.5)), Fit("squash", (0.5, 0.5, 0.5)), Fit("crop", (0.5, 0.5, 0.5)))
+FITS = (Fit("pad", (0.5, 0.5, 0.5)), Fit("resize", (0.5, 0.5, 0.5)), Fit("crop", (0.5, 0.5, 0.5)))
 PAIRS = Path(__file__).parents[1] / "tiny/pairs"
 
 
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def outcome(data: bytes, *, max_pixels: int, scaled: bool, fit: Fit) -> str:
-    """`picture`, or the reason, or the exception that should not have come."""
+    """`image`, or the reason, or the exception that should not have come."""
     try:
         decode: Decoding = "scaled" if scaled else "exact"
         made = square(data, size=SIDE, fit=fit, encoding=Webp(), decode=decode, max_pixels=max_pixels)
@@ -60,8 +60,8 @@ def outcome(data: bytes, *, max_pixels: int, scaled: bool, fit: Fit) -> str:
         return error.reason
     except BaseException as error:  # noqa: BLE001 that nothing else is raised is what is tested
         return f"raised:{type(error).__name__}:{error}".replace(" ", "_").replace("\n", "_")
-    with Pillow.open(io.BytesIO(made)) as picture:
-        return "picture" if (picture.size, picture.mode) == ((SIDE, SIDE), "RGB") else f"wrong:{picture}"
+    with Pillow.open(io.BytesIO(made)) as image:
+        return "image" if (image.size, image.mode) == ((SIDE, SIDE), "RGB") else f"wrong:{image}"
 
 
 def _memory(field: str) -> int:
@@ -69,9 +69,9 @@ def _memory(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def encoded(picture: Pillow.Image, kind: str, **more: Any) -> bytes:
+def encoded(image: Pillow.Image, kind: str, **more: Any) -> bytes:
     out = io.BytesIO()
-    picture.save(out, kind, **more)
+    image.save(out, kind, **more)
     return out.getvalue()
 
 
@@ -94,7 +94,7 @@ def segment(code: int, body: bytes) -> bytes:
 
 
 def seeds() -> dict[str, bytes]:
-    """A small real picture in every format and mode that is read."""
+    """A small real image in every format and mode that is read."""
     with Pillow.open(PAIRS / "dog.png") as opened:
         rgba = opened.convert("RGBA")
     rgb, palette = rgba.convert("RGB"), rgba.convert("RGB").quantize(64)
@@ -148,9 +148,9 @@ def coded_bmp(width: int, height: int, runs: bytes) -> bytes:
     return b"BM" + struct.pack("<IHHI", 54 + 1024 + len(runs) + 2, 0, 0, 54 + 1024) + head + table + runs + b"\x00\x01"
 
 
-def many_scans(picture: Pillow.Image, count: int) -> bytes:
+def many_scans(image: Pillow.Image, count: int) -> bytes:
     """A progressive JPEG whose last scan is there `count` times."""
-    data = encoded(picture, "JPEG", progressive=True)
+    data = encoded(image, "JPEG", progressive=True)
     start = data.rfind(b"\xff\xda")
     return data[:start] + data[start:-2] * count + data[-2:]
 
@@ -243,11 +243,11 @@ def fuzzed(count: int) -> Iterator[tuple[str, Callable[[], bytes]]]:
         draw = random.Random(number)
         name = draw.choice(sorted(whole))
         kind = kinds[number % len(kinds)]
-        mended = name.endswith("png") or name.startswith("png")
+        fixed = name.endswith("png") or name.startswith("png")
 
-        def make(kind: Any = kind, name: str = name, draw: random.Random = draw, mend: bool = mended) -> bytes:
+        def make(kind: Any = kind, name: str = name, draw: random.Random = draw, fix: bool = fixed) -> bytes:
             data: bytes = kind(whole[name], draw, whole)
-            return _mend(data) if mend and draw.random() < 0.8 else data
+            return _mend(data) if fix and draw.random() < 0.8 else data
 
         yield f"{kind.__name__}:{name}:{number}", make
 

@@ -1,4 +1,4 @@
-"""Pictures that records name by a path inside one folder, or hold as base64.
+"""Images that records name by a path inside one folder, or hold as base64.
 
 A fault says the name in the record, not where the folder lies: it is sealed with the dataset, whose digest has to be
 the same on every machine.
@@ -14,13 +14,13 @@ from vila_ops.data.records import Image, Turn
 from vila_ops.data.sources.faults import Fault
 
 MAX_BYTES = 1 << 26
-"""Of one encoded picture."""
+"""Of one encoded image."""
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4000
 """What file systems take: of a file's or folder's name, and of all together."""
 
 
 def path_inside(folder: str | None, name: str) -> Path:
-    """Where a picture should lie. Raises Fault where the name leads out of the folder, or there is none."""
+    """Where an image should lie. Raises Fault where the name leads out of the folder, or there is none."""
     if folder is None:
         raise Fault("missing_image", f"the record names {name!r}, but the source has no `images`; set that folder")
     path = PurePosixPath(name)
@@ -37,22 +37,22 @@ def _is_too_long(path: PurePosixPath) -> bool:
     return len(str(path).encode()) > MAX_PATH_BYTES or any(len(part.encode()) > MAX_NAME_BYTES for part in path.parts)
 
 
-def read_picture(folder: str | None, name: str) -> Image:
-    """The picture of that name. Raises Fault: missing_image, bad_image_path (a link out of it too), image_too_big."""
+def read_image(folder: str | None, name: str) -> Image:
+    """The image of that name. Raises Fault: missing_image, bad_image_path (a link out of it too), image_too_big."""
     path = path_inside(folder, name)
     if not path.is_file():
         raise Fault(
             "missing_image", f"no file {name!r} in the folder `images`; put it there, or set `images` to its folder"
         )
     if not path.resolve().is_relative_to(Path(folder or "").resolve()):
-        raise Fault("bad_image_path", f"{name!r} is a link out of the folder `images`; put the picture itself there")
+        raise Fault("bad_image_path", f"{name!r} is a link out of the folder `images`; put the image itself there")
     if (size := path.stat().st_size) > MAX_BYTES:
         raise Fault("image_too_big", f"{name!r} has {size} bytes, more than {MAX_BYTES}; scale it down")
     return Image(path.read_bytes())
 
 
 def from_base64(text: str) -> Image:
-    """The picture of a base64 text, white space in it aside. Raises Fault: bad_base64, image_too_big."""
+    """The image of a base64 text, white space in it aside. Raises Fault: bad_base64, image_too_big."""
     if len(text) > MAX_BYTES * 4 // 3 + 4:
         raise Fault("image_too_big", f"{len(text)} characters of base64, more than {MAX_BYTES} bytes; scale it down")
     try:
@@ -60,17 +60,17 @@ def from_base64(text: str) -> Image:
     except (binascii.Error, ValueError) as error:
         raise Fault("bad_base64", f"{text[:20]!r}... is no base64 ({error})") from error
     if not data:
-        raise Fault("bad_base64", "no bytes; a picture is the base64 of an image file")
+        raise Fault("bad_base64", "no bytes; an image is the base64 of an image file")
     return Image(data)
 
 
-def object_of(picture: str | None, turns: tuple[Turn, ...], *, id: str) -> str:
-    """The split's key: the name of the first picture's file, its digest where it has none; of text the id, or a digest.
+def object_of(image: str | None, turns: tuple[Turn, ...], *, id: str) -> str:
+    """The split's key: the name of the first image's file, its digest where it has none; of text the id, or a digest.
 
-    So one picture, and one text without an id, never stands on two sides, wherever in the source it is met again.
+    So one image, and one text without an id, never stands on two sides, wherever in the source it is met again.
     """
-    if picture is not None:
-        return PurePosixPath(picture).name.lower()
+    if image is not None:
+        return PurePosixPath(image).name.lower()
     parts = [part for turn in turns for part in turn.parts]
     if images := [part for part in parts if isinstance(part, Image)]:
         return hashlib.sha256(images[0].data).hexdigest()

@@ -1,4 +1,4 @@
-"""Whether bytes are a picture: told by the bytes, never by a name or a Content-Type."""
+"""Whether bytes are an image: told by the bytes, never by a name or a Content-Type."""
 
 from typing import assert_never
 
@@ -9,10 +9,10 @@ from vila_ops.data.images import rgb
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
 
 
-def picture_format(data: bytes, *, max_pixels: int) -> str:
-    """The file extension for a picture of at most max_pixels that decodes to its end (an animation: its first frame).
+def image_format(data: bytes, *, max_pixels: int) -> str:
+    """The file extension for an image of at most max_pixels that decodes to its end (an animation: its first frame).
 
-    Raises Failure (not_a_picture, too_many_pixels, broken_picture).
+    Raises Failure (not_an_image, too_many_pixels, broken_image).
     """
     try:
         rgb(data, at_least=1, max_pixels=max_pixels)
@@ -23,11 +23,11 @@ def picture_format(data: bytes, *, max_pixels: int) -> str:
 
 def _outcome(error: BadImage) -> Outcome:
     match error.reason:
-        case "empty" | "not_a_picture" | "unsupported":
-            return "not_a_picture"
+        case "empty" | "not_an_image" | "unsupported":
+            return "not_an_image"
         case "too_many_pixels" | "too_narrow" | "too_many_bytes":
             return "too_many_pixels"
         case "truncated" | "corrupt" | "too_complex":
-            return "broken_picture"
+            return "broken_image"
         case _:
             assert_never(error.reason)
