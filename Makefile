@@ -83,7 +83,7 @@ faults: setup ## Kill things, feed damaged data, then test as on other processor
 	@export VILA_SEED=$${VILA_SEED:-$$RANDOM}; echo "VILA_SEED=$$VILA_SEED"; \
 	VILA_KILLS=100 VILA_KILLS_RAY=5 VILA_FAILPOINTS=3 VILA_ELASTIC=30 VILA_FLIPS=1000 VILA_DISK=50 VILA_KILLS_NODES=20 \
 	  VILA_URLS=10000 VILA_FUZZ=10000 VILA_LEAKS=5000 VILA_FAULTS=500 VILA_PARITY=all \
-	  $(BIN)/python -m pytest -v tests/faults tests/train/test_zero.py tests/train/test_watch.py \
+	  $(BIN)/python -m pytest -v tests/faults tests/train/test_zero.py tests/train/test_watchdog.py \
 	  tests/data/download tests/data/test_images_fuzz.py; \
 	$(BIN)/python tests/faults/processors.py
 

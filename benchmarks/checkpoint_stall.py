@@ -16,7 +16,7 @@ from result import result
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vila_ops.config import Resources, Stage
-from vila_ops.train.checkpoint.saver import Checkpointer
+from vila_ops.train.checkpoint.checkpointer import Checkpointer
 from vila_ops.train.engine import PlainEngine
 from vila_ops.train.job import RankInfo
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from vila_ops.config import Resources, Stage
-from vila_ops.data.order.packing import IGNORE_INDEX
+from vila_ops.data.loading.packing import IGNORE_INDEX
 from vila_ops.model import attention
 from vila_ops.model.configuration import VilaConfig
 from vila_ops.model.trainable import set_trainable

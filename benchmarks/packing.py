@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from peers import CAPACITIES, TRL, installed, llava_like, trl_rows
 from result import result
 
-from vila_ops.data.order.planner import plan
+from vila_ops.data.loading.planner import plan
 
 SAMPLES = 10**6
 TARGETS = (0.925, 0.98, 0.995)

@@ -21,7 +21,7 @@ MAX_SECONDS, MAX_BYTES, MAX_SLOPE = 60.0, 2 * 10**9, 1.1
 OURS = """
 import json, resource, sys, time
 from peers import llava_like
-from vila_ops.data.order.planner import plan
+from vila_ops.data.loading.planner import plan
 
 lengths, shows = llava_like(int(sys.argv[1]))
 del shows

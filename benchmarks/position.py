@@ -34,7 +34,7 @@ OURS = """
 import json, resource, sys, time
 from pathlib import Path
 from vila_ops.config import Stage
-from vila_ops.data.order.loader import Rows
+from vila_ops.data.loading.loader import Rows
 
 folder, step = Path(sys.argv[1]), int(sys.argv[2])
 source = {"kind": "jsonl", "path": "x", "render": "caption"}

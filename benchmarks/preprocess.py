@@ -36,7 +36,7 @@ from vila_ops.cluster import ALLOCATOR
 from vila_ops.config import Mixture, Resources, TextFormat
 from vila_ops.config.images import Webp
 from vila_ops.data.images import Fit, square
-from vila_ops.data.prepare import prepare
+from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.packages.normalisation import HALVES
 from vila_ops.packages.tokenizer import build_tokenizer
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from result import result
 
 from vila_ops.config import load
-from vila_ops.data.prepare import prepare
+from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.model.assemble import assemble
 from vila_ops.train.job import TrainJob
 

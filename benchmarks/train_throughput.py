@@ -38,21 +38,21 @@ from vila_ops.artifacts.kinds import Dataset, Pretrained
 from vila_ops.artifacts.store import content
 from vila_ops.config import Mixture, Resources, Stage, load
 from vila_ops.data.images import pixels
-from vila_ops.data.order.packing import IGNORE_INDEX, PackedRow, pack
-from vila_ops.data.prepare import prepare
+from vila_ops.data.loading.packing import IGNORE_INDEX, PackedRow, pack
+from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.data.shards import Sample, read_index, read_sample
 from vila_ops.model import folder as model_folder
 from vila_ops.model.assemble import assemble
 from vila_ops.model.trainable import set_trainable
 from vila_ops.tracking import MetricLog
 from vila_ops.train import loop
-from vila_ops.train.blame import BadSampleFinder
+from vila_ops.train.bad_samples import BadSampleFinder
 from vila_ops.train.engine import build_engine
 from vila_ops.train.job import RankInfo, TrainJob
-from vila_ops.train.meter import LossAccumulator, MetricsLogger
+from vila_ops.train.metrics import LossAccumulator, MetricsLogger
 from vila_ops.train.objective import Objective
 from vila_ops.train.optim import parameter_groups
-from vila_ops.train.watch import StepWatchdog
+from vila_ops.train.watchdog import StepWatchdog
 
 ROOT = Path(__file__).parents[1]
 ROUNDS = int(os.environ.get("VILA_BENCH_ROUNDS", "3"))

@@ -7,10 +7,10 @@ from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 
-from vila_ops import pipeline
-from vila_ops.data.prepare import prepare
+from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.eval.evaluate import evaluate
 from vila_ops.model.assemble import assemble
+from vila_ops.pipeline import run as pipeline
 from vila_ops.registry.register import register
 from vila_ops.serve.deploy import deploy
 from vila_ops.train.job import FINAL

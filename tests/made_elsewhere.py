@@ -14,7 +14,7 @@ import torch
 
 from vila_ops.artifacts.store import content, export
 from vila_ops.config import Mixture, Model, Resources, Stage, Suite
-from vila_ops.data.prepare import prepare
+from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.eval.evaluate import evaluate
 from vila_ops.model.assemble import assemble
 from vila_ops.model.export import write_plain

@@ -24,7 +24,7 @@ from vila_ops.config import load
 ROOT = Path(__file__).parents[1]
 CLONED = (
     *(".dvc", ".dvcignore", ".gitignore", "configs", "dvc.yaml", "tests/tiny"),
-    *("vila_ops/data/prepare.py", "vila_ops/data/making/identity.py"),
+    *("vila_ops/data/preprocess/prepare.py", "vila_ops/data/preprocess/identity.py"),
 )
 ENV = {
     "GIT_CONFIG_GLOBAL": os.devnull,

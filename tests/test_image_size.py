@@ -17,7 +17,7 @@ from vila_ops.config import Run, load
 from vila_ops.data.shards import read_index
 from vila_ops.eval.evaluate import read_report
 from vila_ops.model.towers import POSITIONS, resize_positions
-from vila_ops.pipeline import Outcome, Tasks, evaluate_stage, mixture_named, prepare_named, run_pipeline
+from vila_ops.pipeline.run import Outcome, Tasks, evaluate_stage, mixture_named, prepare_named, run_pipeline
 
 ROOT = Path(__file__).parents[1]
 

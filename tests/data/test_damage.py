@@ -11,8 +11,8 @@ import pytest
 from vila_ops.artifacts.kinds import Dataset
 from vila_ops.artifacts.store import CorruptArtifact, opened, verify
 from vila_ops.config import Mixture, Resources, Stage, TextFormat
-from vila_ops.data.order.loader import RowLoader
-from vila_ops.data.prepare import prepare
+from vila_ops.data.loading.loader import RowLoader
+from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.data.shards import index_of, samples_of
 
 Prepare = Callable[..., Dataset]

@@ -16,9 +16,9 @@ from PIL import Image
 from vila_ops.artifacts.leases import hold
 from vila_ops.artifacts.store import Address, content, export, verify
 from vila_ops.config import Mixture, Resources, TextFormat, load
-from vila_ops.data.making.identity import SHARD_REVISION
-from vila_ops.data.making.work import tokenizer_of
-from vila_ops.data.prepare import REVISION, prepare
+from vila_ops.data.preprocess.identity import SHARD_REVISION
+from vila_ops.data.preprocess.prepare import REVISION, prepare
+from vila_ops.data.preprocess.shard_writer import tokenizer_of
 from vila_ops.data.revisions import export_for_dvc
 from vila_ops.data.shards import read_index, read_sample, samples_of
 from vila_ops.data.split import split_of
@@ -116,7 +116,7 @@ def test_the_tiny_datasets_are_the_golden_ones(resources: Resources, monkeypatch
     revisions = {"prepare": REVISION, "shard": SHARD_REVISION}
     assert golden["revisions"] != revisions or golden["digests"] == digests, (
         f"the task `prepare` makes other bytes than golden under the same revisions {revisions}; if that is meant, "
-        f"bump SHARD_REVISION in vila_ops/data/making/identity.py, or REVISION in vila_ops/data/prepare.py where "
+        f"bump SHARD_REVISION in vila_ops/data/preprocess/identity.py, or REVISION in prepare.py beside it where "
         f"shards are as they were, and then: {REWRITE}"
     )
     if os.environ.get("VILA_GOLDEN") == "write":

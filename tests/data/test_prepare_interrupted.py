@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from vila_ops.config import Mixture, Resources, TextFormat
-from vila_ops.data.prepare import prepare
+from vila_ops.data.preprocess.prepare import prepare
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import json, os, signal, sys
 from vila_ops.config import Mixture, Resources, TextFormat
-from vila_ops.data.prepare import prepare
+from vila_ops.data.preprocess.prepare import prepare
 mixture, text, resources = (
     kind.model_validate(asked)
     for kind, asked in zip((Mixture, TextFormat, Resources), json.loads(sys.argv[1]), strict=True)

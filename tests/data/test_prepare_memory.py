@@ -15,7 +15,7 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 from vila_ops.config import Mixture, Resources, TextFormat
-from vila_ops.data.prepare import prepare
+from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.artifacts.store import content
 asked = json.loads(sys.argv[1])
 made = prepare(

@@ -18,7 +18,7 @@ import ray
 from vila_ops.artifacts.store import read_manifest, verify
 from vila_ops.cluster import connect
 from vila_ops.config import Mixture, Resources
-from vila_ops.data.prepare import prepare
+from vila_ops.data.preprocess.prepare import prepare
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

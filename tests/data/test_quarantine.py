@@ -16,7 +16,7 @@ from vila_ops.artifacts.kinds import Dataset
 from vila_ops.artifacts.store import content, verify
 from vila_ops.cli import app
 from vila_ops.config import Mixture, Resources, load, quarantine
-from vila_ops.data.prepare import prepare
+from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.data.shards import read_index
 
 ROOT = Path(__file__).parents[2]

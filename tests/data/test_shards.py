@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image as Pillow
 
 from vila_ops.artifacts.store import read_manifest
-from vila_ops.data.prepare import prepare
+from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.data.shards import (
     CorruptShard,
     Sample,

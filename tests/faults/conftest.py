@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from vila_ops.config import Resources, Stage, load
-from vila_ops.data.prepare import prepare
+from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.model.assemble import assemble
 from vila_ops.train.verify_resume import Trial
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from vila_ops.config import Resources
-from vila_ops.train.checkpoint.saver import Checkpointer
+from vila_ops.train.checkpoint.checkpointer import Checkpointer
 from vila_ops.train.job import RankInfo
 
 CALLS = {"open": 2, "write": 5, "fsync": 4, "mkdir": 1, "rename": 2, "read": 3}

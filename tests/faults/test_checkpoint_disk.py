@@ -17,7 +17,7 @@ import torch
 
 from tests.seed import SEED
 from vila_ops.config import Resources
-from vila_ops.train.checkpoint.saver import Checkpointer
+from vila_ops.train.checkpoint.checkpointer import Checkpointer
 from vila_ops.train.job import RankInfo
 
 HERE = Path(__file__).parent

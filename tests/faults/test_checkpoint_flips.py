@@ -16,7 +16,7 @@ from tests.seed import SEED
 from vila_ops.artifacts import s3
 from vila_ops.artifacts.s3_calls import client, place
 from vila_ops.config import Resources
-from vila_ops.train.checkpoint.saver import Checkpointer
+from vila_ops.train.checkpoint.checkpointer import Checkpointer
 from vila_ops.train.job import RankInfo
 
 FLIPS = int(os.environ.get("VILA_FLIPS", "60"))

@@ -26,7 +26,7 @@ from tests.seed import SEED
 from vila_ops.artifacts.kinds import Checkpoint
 from vila_ops.artifacts.store import CorruptArtifact, content, read_manifest
 from vila_ops.config import Resources, Run, Stage, load
-from vila_ops.data.prepare import prepare
+from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.model.assemble import assemble
 from vila_ops.train.ray_job import JobPayload
 from vila_ops.train.stage import train_stage

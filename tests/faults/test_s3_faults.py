@@ -30,7 +30,7 @@ from vila_ops.artifacts.leases import hold
 from vila_ops.artifacts.s3_calls import TRIES, StoreRefused, StoreUnreachable
 from vila_ops.artifacts.store import Address, CorruptArtifact, address, begin, content, find, seal, verify
 from vila_ops.config import Resources
-from vila_ops.train.checkpoint.saver import Checkpointer
+from vila_ops.train.checkpoint.checkpointer import Checkpointer
 from vila_ops.train.job import RankInfo
 
 FAULTS = int(os.environ.get("VILA_FAULTS", "60"))

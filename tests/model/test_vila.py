@@ -79,7 +79,7 @@ def test_losses_are_the_cross_entropies_of_the_wanted_positions(make_model: Any,
 
 def test_importing_a_task_does_not_import_its_heavy_work() -> None:
     code = (
-        "import sys, vila_ops.data.prepare, vila_ops.train.stage, vila_ops.model.assemble;"
+        "import sys, vila_ops.data.preprocess.prepare, vila_ops.train.stage, vila_ops.model.assemble;"
         "assert not {'torch', 'ray', 'deepspeed', 'transformers', 'mlflow'} & set(sys.modules), sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -21,7 +21,7 @@ import ray
 from vila_ops.artifacts.kinds import ModelVersion
 from vila_ops.cluster import connect
 from vila_ops.config import Resources, Service
-from vila_ops.serve import replicas
+from vila_ops.serve.backends import ray_serve as replicas
 from vila_ops.serve.deploy import deploy, undeploy
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

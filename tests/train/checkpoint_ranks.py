@@ -15,7 +15,7 @@ import torch
 from process_group import join
 
 from vila_ops.config import Resources
-from vila_ops.train.checkpoint.saver import Checkpointer
+from vila_ops.train.checkpoint.checkpointer import Checkpointer
 from vila_ops.train.job import RankInfo
 
 NAMES = ("model.a.weight", "model.b/odd.weight")

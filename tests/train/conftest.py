@@ -8,7 +8,7 @@ import pytest
 
 from vila_ops.artifacts.kinds import Dataset, Pretrained
 from vila_ops.config import Mixture, Model, Resources
-from vila_ops.data.prepare import prepare
+from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.model.assemble import assemble
 
 SPLIT = {"salt": "tiny", "validation": 0.2, "test": 0.2}

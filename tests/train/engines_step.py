@@ -10,13 +10,13 @@ from torch import Tensor
 
 from vila_ops.model.trainable import set_trainable
 from vila_ops.tracking import MetricLog
-from vila_ops.train.blame import BadSampleFinder
+from vila_ops.train.bad_samples import BadSampleFinder
 from vila_ops.train.engine import Engine, build_engine
 from vila_ops.train.job import RankInfo, TrainJob
 from vila_ops.train.loop import add_gradients, load
-from vila_ops.train.meter import LossAccumulator
+from vila_ops.train.metrics import LossAccumulator
 from vila_ops.train.objective import Objective
-from vila_ops.train.watch import StepWatchdog
+from vila_ops.train.watchdog import StepWatchdog
 
 
 def run(task: dict[str, Any], place: RankInfo) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from process_group import end, join
 
 from vila_ops.train import loop
-from vila_ops.train.batches import BatchBuilder
+from vila_ops.train.batch_builder import BatchBuilder
 from vila_ops.train.job import RankInfo, TrainJob
 
 

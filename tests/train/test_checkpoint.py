@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from vila_ops.artifacts import disk, s3
 from vila_ops.config import Resources
 from vila_ops.config.resources import Retention
-from vila_ops.train.checkpoint.saver import Checkpointer, to_keep
-from vila_ops.train.checkpoint.share import RankFile
+from vila_ops.train.checkpoint.checkpointer import Checkpointer, to_keep
+from vila_ops.train.checkpoint.rank_file import RankFile
 from vila_ops.train.job import RankInfo
 
 CURVE: list[dict[str, Any]] = [{"step": 0, "validation_loss": 1 / 3}, {"step": 1, "loss": 1e-05}]

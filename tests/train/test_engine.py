@@ -11,12 +11,12 @@ from vila_ops.artifacts.kinds import Pretrained
 from vila_ops.artifacts.store import content
 from vila_ops.config import Resources, Stage
 from vila_ops.data.images import pixels
-from vila_ops.data.order.packing import pack
+from vila_ops.data.loading.packing import pack
 from vila_ops.data.shards import read_index, read_sample
 from vila_ops.model import folder as model_folder
 from vila_ops.model.assemble import assemble
 from vila_ops.model.trainable import set_trainable
-from vila_ops.train.batches import BatchBuilder
+from vila_ops.train.batch_builder import BatchBuilder
 from vila_ops.train.engine import PlainEngine, build_engine, deepspeed_config
 from vila_ops.train.job import TrainJob
 from vila_ops.train.loop import load

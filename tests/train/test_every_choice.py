@@ -11,7 +11,7 @@ import torch
 from vila_ops.artifacts.kinds import Checkpoint, Pretrained
 from vila_ops.artifacts.store import content
 from vila_ops.config import Stage
-from vila_ops.data.prepare import prepare
+from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.model import folder as model_folder
 from vila_ops.model.assemble import assemble
 from vila_ops.model.trainable import EXPERT

@@ -21,7 +21,7 @@ from tests.train.closeness import ROUNDING, apart, way
 from vila_ops.artifacts.kinds import Checkpoint
 from vila_ops.artifacts.store import content
 from vila_ops.config import Stage
-from vila_ops.data.prepare import prepare
+from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.model import folder as model_folder
 from vila_ops.model import lora
 from vila_ops.model.assemble import assemble

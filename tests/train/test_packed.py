@@ -10,20 +10,20 @@ from torch.nn.functional import cross_entropy
 
 from vila_ops.artifacts.store import content, opened
 from vila_ops.config import Resources
-from vila_ops.data.order.loader import RowLoader, stack
-from vila_ops.data.order.packing import PackedRow, pack
+from vila_ops.data.loading.loader import RowLoader, stack
+from vila_ops.data.loading.packing import PackedRow, pack
 from vila_ops.data.shards import Sample, read_index, read_sample
 from vila_ops.model import folder as model_folder
 from vila_ops.model.trainable import set_trainable
 from vila_ops.tracking import MetricLog
-from vila_ops.train.batches import BatchBuilder
-from vila_ops.train.blame import BadSampleFinder
+from vila_ops.train.bad_samples import BadSampleFinder
+from vila_ops.train.batch_builder import BatchBuilder
 from vila_ops.train.engine import PlainEngine
 from vila_ops.train.job import RankInfo, TrainJob
 from vila_ops.train.loop import add_gradients
-from vila_ops.train.meter import LossAccumulator
+from vila_ops.train.metrics import LossAccumulator
 from vila_ops.train.objective import Objective
-from vila_ops.train.watch import StepWatchdog
+from vila_ops.train.watchdog import StepWatchdog
 
 BATCH = 8
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tests.train.closeness import ROUNDING, apart, way
 from vila_ops.artifacts.store import content
 from vila_ops.config import Resources, Run, Stage, load
-from vila_ops.data.prepare import prepare
+from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.model.assemble import assemble
 from vila_ops.train.job import TrainJob
 

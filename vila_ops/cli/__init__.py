@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from vila_ops import demo as demonstration
 from vila_ops import doctor as checks
-from vila_ops import local, pipeline
+from vila_ops import local
 from vila_ops.artifacts import store
 from vila_ops.cli.data import data
 from vila_ops.cli.model import export, import_model
@@ -34,6 +34,7 @@ from vila_ops.cli.train import train
 from vila_ops.config import load_resources
 from vila_ops.config.local import load_local
 from vila_ops.data.revisions import check_export, export_for_dvc
+from vila_ops.pipeline import run as pipeline
 from vila_ops.serve import deploy as serving
 
 app = typer.Typer(

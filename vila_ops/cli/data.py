@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 from pydantic import TypeAdapter
 
-from vila_ops import pipeline
 from vila_ops.artifacts import output
 from vila_ops.cli.options import (
     INLINE,
@@ -28,6 +27,7 @@ from vila_ops.config.download import DownloadSettings
 from vila_ops.config.load import key_and_value, read
 from vila_ops.data import revisions
 from vila_ops.data.download import Format, Outcome, download_source, table
+from vila_ops.pipeline import run as pipeline
 from vila_ops.train.job import Stopped
 
 data = typer.Typer(no_args_is_help=True, help="Look at data before it is prepared, and after.")
@@ -47,9 +47,9 @@ def lint(
     as_json: JsonLines = False,
 ) -> None:
     """List every fault of raw data with its file and line; ends with 1 if there is any."""
-    from vila_ops.data.view.guess import guess
-    from vila_ops.data.view.lint import LintFault, lines
-    from vila_ops.data.view.lint import lint as check
+    from vila_ops.data.inspect.guess import guess
+    from vila_ops.data.inspect.lint import LintFault, lines
+    from vila_ops.data.inspect.lint import lint as check
 
     source = guess(uri, kind=kind, images=images, own=dict(map(key_and_value, own or ())))
     settings = source.model_dump(mode="json", exclude_defaults=True, exclude={"kind", "path", "licence"})
@@ -74,8 +74,8 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Write a page of samples as the model will see them; prepares the mixture if it is not yet."""
-    from vila_ops.data.making.work import tokenizer_of
-    from vila_ops.data.view.show import show as write
+    from vila_ops.data.inspect.show import show as write
+    from vila_ops.data.preprocess.shard_writer import tokenizer_of
 
     output.check_file(out, begins=output.HTML)
     run = load_run(recipe, resources, overrides)

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from vila_ops import pipeline
 from vila_ops.cli.options import (
     INLINE,
     AsJson,
@@ -18,6 +17,7 @@ from vila_ops.cli.options import (
     print_handle,
     say,
 )
+from vila_ops.pipeline import run as pipeline
 
 
 class _RecipeOrCommand(TyperGroup):

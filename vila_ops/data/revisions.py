@@ -15,9 +15,9 @@ from typing import Any
 from vila_ops.artifacts import output, store
 from vila_ops.artifacts.kinds import Dataset
 from vila_ops.config import Config, Mixture
-from vila_ops.data.making.card import CARD
-from vila_ops.data.making.identity import PLACES
-from vila_ops.data.making.summary import LEFT_OUT, SUMMARY
+from vila_ops.data.preprocess.card import CARD
+from vila_ops.data.preprocess.identity import PLACES
+from vila_ops.data.preprocess.summary import LEFT_OUT, SUMMARY
 from vila_ops.data.raw.files import UNFINISHED
 
 TABLES = ("samples", "tokens", "images", "left_out")

@@ -86,7 +86,7 @@ def _track(report: dict[str, Any], metrics: tracking.MetricLog) -> None:
 
 def _launch(job: EvalJob) -> dict[str, Any]:
     if job.resources.launch != "inline":
-        from vila_ops.eval.ray_actor import run_on_ray
+        from vila_ops.eval.ray_workers import run_on_ray
 
         return run_on_ray(job)
     from vila_ops.eval.work import run  # heavy: torch, transformers

@@ -16,14 +16,14 @@ from vila_ops.config.eval import (
     TextLoss,
     TextMultipleChoice,
 )
-from vila_ops.eval.bench import BenchmarkRunner, Metric, as_json
-from vila_ops.eval.benchmarks.alignment import alignment
-from vila_ops.eval.benchmarks.captions import caption_loss, multiple_choice
-from vila_ops.eval.benchmarks.cider import caption_cider
-from vila_ops.eval.benchmarks.pope import pope
-from vila_ops.eval.benchmarks.words import text_loss, text_multiple_choice
-from vila_ops.eval.items import read_items
+from vila_ops.eval.benchmarks.held_out.alignment import alignment
+from vila_ops.eval.benchmarks.held_out.captions import caption_loss, multiple_choice
+from vila_ops.eval.benchmarks.held_out.cider import caption_cider
+from vila_ops.eval.benchmarks.held_out.items import read_items
+from vila_ops.eval.benchmarks.held_out.pope import pope
+from vila_ops.eval.benchmarks.held_out.words import text_loss, text_multiple_choice
 from vila_ops.eval.job import EvalJob
+from vila_ops.eval.runner import BenchmarkRunner, Metric, as_json
 from vila_ops.generate.load import load_generator
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vila_ops.data.images import Fit
 from vila_ops.data.text.conversation import Tokenizer
-from vila_ops.generate.cache import KVCache
+from vila_ops.generate.torch_engine.kv_cache import KVCache
 from vila_ops.model.attention import attention_mask
 from vila_ops.model.vila import VilaForConditionalGeneration
 

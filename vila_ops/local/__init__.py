@@ -1,11 +1,11 @@
 """The servers of one machine, and what they listen on."""
 
-from vila_ops.local.box import ServerStatus as ServerStatus
-from vila_ops.local.box import down as down
-from vila_ops.local.box import owns as owns
-from vila_ops.local.box import runs as runs
-from vila_ops.local.box import status as status
-from vila_ops.local.box import up as up
+from vila_ops.local.machine import ServerStatus as ServerStatus
+from vila_ops.local.machine import down as down
+from vila_ops.local.machine import owns as owns
+from vila_ops.local.machine import runs as runs
+from vila_ops.local.machine import status as status
+from vila_ops.local.machine import up as up
 from vila_ops.local.process import ProcessRecord as ProcessRecord
 from vila_ops.local.servers import Endpoints as Endpoints
 from vila_ops.local.servers import endpoints as endpoints

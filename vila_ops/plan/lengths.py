@@ -12,8 +12,8 @@ from vila_ops.artifacts.kinds import Dataset
 from vila_ops.artifacts.store import file
 from vila_ops.config import Mixture, Stage
 from vila_ops.config.lengths import LengthGroup, Lengths
-from vila_ops.data.order.mixture import Size, compose
-from vila_ops.data.order.planner import plan
+from vila_ops.data.loading.mixture import Size, compose
+from vila_ops.data.loading.planner import plan
 from vila_ops.data.shards import INDEX
 from vila_ops.plan.flops import Load
 

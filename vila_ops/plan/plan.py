@@ -10,8 +10,8 @@ from vila_ops.artifacts.kinds import Dataset
 from vila_ops.config import Config, Model, Resources, Run, Stage, TextFormat
 from vila_ops.config.lengths import Lengths
 from vila_ops.config.resources import LEAST_ZERO, Accelerator, Offloaded
-from vila_ops.data.order.loader import RowLoader as OrderedRows
-from vila_ops.data.prepare import prepared as prepared_dataset
+from vila_ops.data.loading.loader import RowLoader as OrderedRows
+from vila_ops.data.preprocess.prepare import prepared as prepared_dataset
 from vila_ops.model.build import padded
 from vila_ops.model.configuration import VilaConfig
 from vila_ops.model.count import Counts, count, text_config, vision_config

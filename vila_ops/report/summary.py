@@ -16,10 +16,10 @@ from vila_ops.artifacts.store import file, read_manifest
 from vila_ops.config import Run
 from vila_ops.data.shards import data_url, index_of, samples_of
 from vila_ops.eval.evaluate import read_report
-from vila_ops.pipeline import Outcome, evaluate_stage
+from vila_ops.pipeline.run import Outcome, evaluate_stage
 from vila_ops.report.layers import draw
 from vila_ops.report.page import render
-from vila_ops.serve.ask import body, curl
+from vila_ops.serve.sample_query import body, curl
 
 GALLERY = 24
 BEGINS = {"summary.json": '{\n "recipe": "', "report.html": output.HTML, "ask.json": '{"model": "'}

@@ -13,7 +13,7 @@ from vila_ops.artifacts.kinds import Deployment, ModelVersion
 from vila_ops.artifacts.store import verify
 from vila_ops.cluster import connect
 from vila_ops.config import Resources, Service
-from vila_ops.serve.process import ProcessManager, ServiceRecord, free_port
+from vila_ops.serve.backends.local_process import ProcessManager, ServiceRecord, free_port
 from vila_ops.serve.spec import Spec
 
 START_SECONDS = 300.0
@@ -54,7 +54,7 @@ def deploy(service: Service, version: ModelVersion, resources: Resources) -> Dep
 def undeploy(service: Service, resources: Resources) -> None:
     """End what serves a service; a service that does not run is fine."""
     if resources.launch != "inline":
-        from vila_ops.serve import replicas
+        from vila_ops.serve.backends import ray_serve as replicas
 
         connect(resources)
         replicas.remove(service.name)
@@ -114,7 +114,7 @@ def _deploy_on_ray(spec: Spec, resources: Resources) -> str:
     if _identities(url) == [spec.identity()]:  # it says so itself, so Ray need not be asked
         log.info("%s already serves version %d", url, spec.version.version)
         return url
-    from vila_ops.serve import replicas
+    from vila_ops.serve.backends import ray_serve as replicas
 
     connect(resources)
     verify(spec.version.checkpoint)

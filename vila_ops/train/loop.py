@@ -1,6 +1,6 @@
 """The training loop of one worker: open this first.
 
-Order of rows, loss and optimizer step are the same for one process and for many; see `data/order/loader.py` for the
+Order of rows, loss and optimizer step are the same for one process and for many; see `data/loading/loader.py` for the
 order, `objective.py` for the loss and `engine.py` for the step.
 """
 
@@ -14,7 +14,7 @@ import torch
 from vila_ops.artifacts.store import content, opened
 from vila_ops.config import Stage
 from vila_ops.config.train import Lora
-from vila_ops.data.order.loader import RowLoader
+from vila_ops.data.loading.loader import RowLoader
 from vila_ops.model import attention, lora
 from vila_ops.model import folder as model_folder
 from vila_ops.model.build import embedding_std
@@ -24,15 +24,15 @@ from vila_ops.model.trainable import keep_frozen_in, set_trainable
 from vila_ops.model.vila import VilaForConditionalGeneration
 from vila_ops.tracking import MetricLog
 from vila_ops.tracking.system import SystemMetrics
-from vila_ops.train.batches import BatchBuilder
-from vila_ops.train.blame import BadSampleFinder
-from vila_ops.train.checkpoint.saver import Checkpointer, Curve
+from vila_ops.train.bad_samples import BadSampleFinder
+from vila_ops.train.batch_builder import BatchBuilder
+from vila_ops.train.checkpoint.checkpointer import Checkpointer, Curve
 from vila_ops.train.engine import Engine, build_engine
 from vila_ops.train.job import RankInfo, TrainJob
-from vila_ops.train.meter import LossAccumulator, MetricsLogger, StepMetrics
+from vila_ops.train.metrics import LossAccumulator, MetricsLogger, StepMetrics
 from vila_ops.train.objective import Objective
 from vila_ops.train.optim import lr_multiplier
-from vila_ops.train.watch import StepWatchdog
+from vila_ops.train.watchdog import StepWatchdog
 
 log = logging.getLogger(__name__)
 

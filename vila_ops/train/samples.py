@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from vila_ops.data.order.packing import PackedRow
+from vila_ops.data.loading.packing import PackedRow
 from vila_ops.train.job import TrainJob
 
 Keys = tuple[str, ...]

@@ -14,7 +14,7 @@ from vila_ops.artifacts.leases import hold
 from vila_ops.cluster import whoami
 from vila_ops.config import Model, Resources, Stage
 from vila_ops.config.train import Lora
-from vila_ops.train.checkpoint.shelves import remove_all
+from vila_ops.train.checkpoint.storage import remove_all
 from vila_ops.train.job import RankInfo, TrainJob
 
 REVISION = 5

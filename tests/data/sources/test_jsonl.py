@@ -6,7 +6,7 @@ import pytest
 
 from vila_ops.config.sources import JsonLines
 from vila_ops.data import sources
-from vila_ops.data.making.units import plan_units
+from vila_ops.data.preprocess.units import plan_units
 from vila_ops.data.raw.files import RawFile, Span
 from vila_ops.data.records import Dropped, Image, Record, Turn
 

@@ -14,7 +14,7 @@ import webdataset
 
 from vila_ops.artifacts import store
 from vila_ops.config import Mixture, Resources
-from vila_ops.data.prepare import prepare
+from vila_ops.data.preprocess.prepare import prepare
 
 Download = Callable[[Path, Mapping[str, Any]], None]
 RECORDS = 20

@@ -6,7 +6,7 @@ import pytest
 from vila_ops.config.package import Package
 from vila_ops.config.sources import TuxPaint
 from vila_ops.data import sources
-from vila_ops.data.making.units import plan_units
+from vila_ops.data.preprocess.units import plan_units
 from vila_ops.data.raw.files import RawFile
 from vila_ops.data.records import Dropped, Image, Record, Turn
 from vila_ops.data.sources.tux_paint import STAMPS, category, clean_caption, keys

@@ -1,0 +1,28 @@
+"""The flow `vila`: every task, from data to a served model."""
+
+import logging
+from pathlib import Path
+
+from prefect import flow, runtime
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+
+from flows.tasks import TASKS
+from vila_ops.config import Run, load
+from vila_ops.pipeline.run import run_pipeline
+from vila_ops.report import summary
+
+
+@flow(name="vila", validate_parameters=True, persist_result=False)
+def vila(run: Run | None = None) -> dict[str, str]:
+    """Prepare, train stage by stage, evaluate after each, register, deploy; what is sealed already is not made again.
+
+    Without a run it is the demo's recipe on this machine. Returns the digests of what was made and the report's path.
+    """
+    run = run or load(Path("configs/recipes/demo.yaml"), resources=Path("configs/resources/laptop.yaml"))
+    logging.getLogger("vila_ops").setLevel(logging.INFO)  # Prefect gives the logger handlers, but no level
+    summary.check(run)
+    outcome = run_pipeline(run, TASKS, flow_run=runtime.flow_run.id)
+    page = summary.write(run, outcome)
+    create_markdown_artifact(key="vila-report", markdown=summary.markdown(page.summary), description="The run")
+    create_table_artifact(key="vila-stages", table=summary.table(page.summary), description="The stages")
+    return {"report": page.html, "summary": page.json, **{n: c.digest for n, c in outcome.checkpoints.items()}}

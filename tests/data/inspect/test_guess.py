@@ -1,0 +1,135 @@
+import gzip
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from vila_ops.config.sources import Html, JsonLines, Llava, Source, Table
+from vila_ops.data.inspect.guess import guess
+
+CHAT = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]
+LINES: dict[str, dict[str, Any]] = {
+    "llava": {"id": "1", "conversations": CHAT},
+    "messages": {"messages": [{"role": "user", "content": "Hi"}]},
+    "mmc4": {"url": "http://ex.test/p", "text_list": ["Intro."], "image_info": [], "similarity_matrix": []},
+    "flan": {"inputs": "Translate to French: cat", "targets": "chat"},
+    "vflan": {"question": "What is it?", "answer": "A cat.", "image": ["QQ=="]},
+}
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+TABLES = {
+    "flan": {"inputs": ["a"], "targets": ["b"], "_template_idx": [1]},
+    "coyo": {"id": [1], "url": ["http://ex.test/c.jpg"], "text": ["a"], "clip_similarity_vitb32": [0.3]},
+    "hf_parquet": {"image": pa.array([{"bytes": b"x", "path": "a.png"}], IMAGE), "text": ["a"]},
+}
+
+
+@pytest.mark.parametrize("kind", LINES)
+@pytest.mark.parametrize("form", ["lines", "blank first", "packed"])
+def test_lines_are_told_by_the_keys_of_the_first(kind: str, form: str, tmp_path: Path) -> None:
+    line = json.dumps(LINES[kind]).encode()
+    content = {"lines": line + b"\n" + line, "blank first": b"\n\n" + line, "packed": gzip.compress(line)}[form]
+    path = tmp_path / ("a.jsonl.gz" if form == "packed" else "a.txt")  # what is in it counts
+    path.write_bytes(content)
+    made = guess(str(path))
+    assert (made.kind, made.path) == (kind, str(path))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_array_is_told_by_its_first_element(indent: int | None, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([LINES["llava"]] * 3, indent=indent))
+    assert guess(str(tmp_path), images="photos") == Llava(path=str(tmp_path), licence="NOASSERTION", images="photos")
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_parquet_is_told_by_its_columns(kind: str, tmp_path: Path) -> None:
+    pq.write_table(pa.table(TABLES[kind]), tmp_path / "a.parquet")
+    assert guess(str(tmp_path)).kind == kind
+
+
+def test_a_tar_is_a_webdataset(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "00000.tar", "w") as file:
+        info = tarfile.TarInfo("1.txt")
+        info.size = 1
+        file.addfile(info, io.BytesIO(b"a"))
+    assert guess(str(tmp_path)).kind == "webdataset"
+
+
+def test_pages_and_their_images_are_html(tmp_path: Path) -> None:
+    (tmp_path / "p.htm").write_text("<!DOCTYPE html>\n<HTML><body><img src='a.png'>Text</body></HTML>")
+    (tmp_path / "q.html").write_text("<h1>Tags may be left out</h1><p>Text")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n\0")
+    assert guess(str(tmp_path)) == Html(path=str(tmp_path), licence="NOASSERTION")
+
+
+@pytest.mark.parametrize(
+    ("header", "more"),
+    [("image,text", {}), ("image,question,text", {"question": "question", "render": "conversation"})],
+)
+def test_a_csv_is_a_table_and_its_images_lie_beside_it(header: str, more: dict[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "captions.csv"
+    path.write_text(f"{header}\n")
+    expected = Table.model_validate({"path": str(path), "licence": "NOASSERTION", "images": str(tmp_path), **more})
+    assert guess(str(path)) == expected
+    assert guess(str(path), images="photos") == Table.model_validate({**expected.model_dump(), "images": "photos"})
+
+
+def test_our_own_folder_and_that_of_cc3m_are_told_by_their_files(tmp_path: Path) -> None:
+    own, cc3m = tmp_path / "own", tmp_path / "cc3m"
+    for folder, names in ((own, ["records.jsonl"]), (cc3m, ["chat.json", "metadata.json"])):
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text("[]")
+    assert guess(str(own)) == JsonLines(path=str(own), render="conversation")
+    assert guess(str(cc3m), images="photos").kind == "llava_cc3m"
+
+
+def test_a_pickle_is_taken_for_vflan_which_refuses_it_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "a.pkl").write_bytes(b"\x80\x04.")
+    assert guess(str(tmp_path)).kind == "vflan"
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({"a.txt": b"notes", "b.png": b"\x89PNG"}, "found nothing that is known; name it with --format: coyo, flan,"),
+        ({"a.json": b'[{"b": 1}]'}, "found nothing that is known"),
+        (
+            {"a.jsonl": b'{"messages": []}', "b.jsonl": b'{"inputs": "", "targets": ""}'},
+            r"flan \(b.jsonl\) and messages",
+        ),
+        ({".hidden.jsonl": b'{"messages": []}', "a.jsonl.part": b'{"messages": []}'}, "found nothing"),
+        ({}, "found nothing"),
+    ],
+)
+def test_what_cannot_be_told_is_an_error_that_lists_the_formats(
+    files: dict[str, bytes], told: str, tmp_path: Path
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=told):
+        guess(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("uri", "settings", "told"),
+    [
+        ("s3://bucket/a", {}, "s3://bucket/a is not on this machine; copy it here first"),
+        ("gone", {}, "no such file or folder: gone"),
+        (".", {"kind": "lava"}, "no format 'lava'; there are coyo, flan"),
+        (".", {"kind": "flan", "images": "photos"}, "--images has no effect on the format flan"),
+    ],
+)
+def test_an_argument_that_cannot_be_is_an_error(uri: str, settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        guess(uri, **settings)
+
+
+def test_a_named_format_wins(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(LINES["flan"]))
+    made: Source = guess(str(tmp_path), kind="messages")
+    assert made.kind == "messages"

@@ -1,0 +1,111 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from vila_ops.data.loading import index as module
+from vila_ops.data.loading.index import Index
+from vila_ops.data.shards import INDEX, SCHEMA, read_index, write_index
+
+DIGEST = "ab" * 32
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An index of two sources in three splits, with keys of many lengths."""
+    draw = np.random.default_rng(0)
+    rows = [
+        {
+            "key": f"schlüssel-{'x' * (number % 5)}{number}",
+            "id": str(number),
+            "source": ("a", "b/with slash")[int(draw.integers(2))],
+            "split": ("train", "validation", "test")[int(draw.integers(3))],
+            "object": "o",
+            "licence": "CC0-1.0",
+            "shard": f"shard-{number // 10}.tar",
+            "offset": number * 2**33,
+            "num_tokens": int(draw.integers(1, 2000)),
+            "num_targets": int(draw.integers(1, 100)),
+            "num_images": 0,
+        }
+        for number in range(100)
+    ]
+    write_index(rows, tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("batch", [7, 2**17])
+def test_the_arrays_say_what_the_index_says(
+    batch: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BATCH", batch)
+    for _ in ("made", "opened"):
+        index = Index(folder.joinpath, digest=DIGEST, cache=tmp_path / "cache")
+        rows = read_index(folder).to_pylist()
+        assert index.num_tokens().tolist() == [row["num_tokens"] for row in rows]
+        for number, row in enumerate(rows):
+            assert index.place(number) == (row["key"], row["shard"], row["offset"])
+            assert index.num_targets(number) == row["num_targets"]
+        assert len(index.groups) == 6
+        for group in index.groups:
+            own = [i for i, row in enumerate(rows) if (row["split"], row["source"]) == (group.split, group.source)]
+            assert index.numbers(group).tolist() == own
+            assert group.samples == len(own)
+            assert group.tokens == sum(rows[i]["num_tokens"] for i in own)
+
+
+def test_an_empty_index_has_no_groups(tmp_path: Path) -> None:
+    write_index([], tmp_path)
+    assert Index(tmp_path.joinpath, digest=DIGEST, cache=tmp_path / "cache").groups == []
+
+
+def test_datasets_do_not_share_arrays(folder: Path, tmp_path: Path) -> None:
+    Index(folder.joinpath, digest=DIGEST, cache=tmp_path / "cache")
+    write_index([], folder)
+    assert len(Index(folder.joinpath, digest=DIGEST, cache=tmp_path / "cache").groups) == 6
+    assert Index(folder.joinpath, digest="cd" * 32, cache=tmp_path / "cache").groups == []
+
+
+OPEN = """
+import json, sys
+from pathlib import Path
+from vila_ops.data.loading.index import Index
+
+# not getrusage's peak, which a process inherits from the one that started it: here pytest with all that it has loaded
+def kib(field):
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
+    return int(line.split()[1])
+
+before = kib("VmRSS")
+index = Index(Path(sys.argv[1]).joinpath, digest="ab" * 32, cache=Path(sys.argv[1]) / "cache")
+place = index.place(400_000)
+print(json.dumps({"key": place.key, "kib": kib("VmHWM") - before}))
+"""
+
+
+def test_half_a_million_rows_open_in_little_memory(tmp_path: Path) -> None:
+    """As objects of Python they take about 300 MB; as arrays 27 bytes and a key each, of which little is touched."""
+    count = 500_000
+    rows = pa.table(
+        {
+            **{name: pa.array(["s"] * count) for name in ("id", "source", "object", "licence")},
+            "key": pa.array([f"0123456789abcdef-{number:06d}" for number in range(count)]),
+            "split": pa.array(["train"] * count),
+            "shard": pa.array([f"s-{number // 5000}.tar" for number in range(count)]),
+            "offset": pa.array(np.arange(count, dtype=np.int64)),
+            **{name: pa.array(np.ones(count, np.int32)) for name in ("num_tokens", "num_targets", "num_images")},
+        }
+    ).select(SCHEMA.names)
+    pq.write_table(rows.cast(SCHEMA), tmp_path / INDEX, row_group_size=2**16)
+    said = []
+    for _ in ("made", "opened"):
+        done = subprocess.run([sys.executable, "-c", OPEN, str(tmp_path)], capture_output=True, text=True, check=True)
+        said.append(json.loads(done.stdout))
+    assert {one["key"] for one in said} == {"0123456789abcdef-400000"}
+    assert said[0]["kib"] < 150 * 1024
+    assert said[1]["kib"] < 10 * 1024

@@ -1,0 +1,426 @@
+"""Each benchmark against numbers calculated by hand; a stand-in whose scores are known answers for the model."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from pycocoevalcap.cider.cider import Cider as Official
+
+from vila_ops.config import Suite, load
+from vila_ops.config.eval import Alignment, CaptionCider, CaptionLoss, MultipleChoice, PopeBenchmark
+from vila_ops.data.preprocess.prepare import prepare
+from vila_ops.data.records import Image, Record, Turn
+from vila_ops.data.text.conversation import Tokenizer
+from vila_ops.data.text.questions import YES_NO
+from vila_ops.eval.benchmarks.held_out.alignment import alignment
+from vila_ops.eval.benchmarks.held_out.captions import caption_loss, multiple_choice
+from vila_ops.eval.benchmarks.held_out.cider import caption_cider
+from vila_ops.eval.benchmarks.held_out.items import ImageItem, Items, WordItem, read_items
+from vila_ops.eval.benchmarks.held_out.pope import pope
+from vila_ops.eval.benchmarks.held_out.words import text_loss, text_multiple_choice
+from vila_ops.eval.runner import BenchmarkRunner, Metric
+from vila_ops.generate.engine import Answer, Generator, Loglikelihood, Prompt
+
+ROOT = Path(__file__).parents[2]
+
+CAPTIONS = {
+    "cat": "a red cat sits on a mat",
+    "dog": "a dog runs after two birds",
+    "car": "an old car in the rain",
+    "boat": "a boat with a white sail",
+    "tree": "a tall tree on the hill",
+}
+OBJECT = {caption: name for name, caption in CAPTIONS.items()}
+NAMES = list(CAPTIONS)
+AFTER = dict(zip(NAMES, [*NAMES[1:], NAMES[0]], strict=True))
+"""Whose image is the control's, and the first of the three distractors."""
+ABSENT = {"cat": "car", "dog": "boat", "car": "dog", "boat": "tree", "tree": "cat"}
+"""POPE asks the second (dog) and the fourth (boat) for it; the control of the boat shows the tree."""
+
+Scores = Callable[[str, str, str], Loglikelihood]
+"""Of the image's name ("" for none), the text of the prompt, and that of the continuation."""
+MakeBench = Callable[..., BenchmarkRunner]
+
+
+def known_states(image: str, prompt: list[int], caption: list[int], image_id: int) -> np.ndarray:
+    """Three layers of two dimensions: the image's tokens turn towards the caption's, each image's its own way."""
+    turn = NAMES.index(image) * 0.1
+    visual = np.array(prompt) == image_id
+    layers = []
+    for angle in (np.pi / 2, np.pi / 3 + turn, turn):
+        states = np.tile([0.0, 7.0], (len(prompt), 1))
+        states[visual] = 3 * np.array([np.cos(angle), np.sin(angle)])
+        layers.append(np.concatenate([states, np.tile([2.0, 0.0], (len(caption), 1))]))
+    return np.stack(layers)
+
+
+class StandIn:
+    """In place of a Generator: scores and captions are given, and what was scored is kept."""
+
+    def __init__(self, tokenizer: Tokenizer, *, scores: Scores, said: Mapping[str, str]) -> None:
+        self.tokenizer = tokenizer
+        self.scores = scores
+        self.said = said
+        self.asked: list[tuple[Prompt, Sequence[list[int]]]] = []
+
+    def states(self, prompt: Prompt, continuation: list[int]) -> np.ndarray:
+        return known_states(_image(prompt), prompt.input_ids, continuation, self.tokenizer.image_id)
+
+    def score(self, items: Sequence[tuple[Prompt, Sequence[list[int]]]]) -> list[list[Loglikelihood]]:
+        self.asked += items
+        text = self.tokenizer.decode
+        return [
+            [self.scores(_image(prompt), text(prompt.input_ids), text(ids)) for ids in continuations]
+            for prompt, continuations in items
+        ]
+
+    def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[Answer]:
+        ids = [self.tokenizer.text_ids(f" {self.said[_image(prompt)]}\n") for prompt in prompts]
+        return [Answer(answer[:max_new_tokens], finished=len(answer) <= max_new_tokens) for answer in ids]
+
+
+def _image(prompt: Prompt) -> str:
+    return b"".join(prompt.images).decode("latin-1")
+
+
+def _item(name: str) -> ImageItem:
+    near = AFTER[name]
+    distractors = (CAPTIONS[near], CAPTIONS[AFTER[near]], CAPTIONS[AFTER[AFTER[near]]])
+    return ImageItem(name, name, "", name.encode(), near.encode(), CAPTIONS[name], distractors, ABSENT[name])
+
+
+ITEMS = Items(
+    images=tuple(_item(name) for name in NAMES),
+    words=tuple(
+        WordItem(name, name, f"what a {name} is", ("first", "second", "third")) for name in ("cat", "dog", "car")
+    ),
+    frequent_caption="a red cat",
+)
+TWICE = replace(ITEMS, images=(*ITEMS.images, *(replace(p, key=f"{p.key} again") for p in ITEMS.images)))
+"""Two images of each object; POPE asks for the object in one of them and for another object in the other."""
+
+
+@pytest.fixture(scope="module")
+def suite(make_mixture: Callable[..., Any]) -> Suite:
+    benchmarks = {"multiple_choice": {"kind": "multiple_choice"}}
+    mixture = make_mixture("pairs").model_dump()
+    return Suite.model_validate({"name": "s", "split": "test", "mixture": mixture, "benchmarks": benchmarks})
+
+
+@pytest.fixture(scope="module")
+def make_bench(tokenizer: Tokenizer, suite: Suite) -> MakeBench:
+    """A stand-in on items."""
+
+    def make(scores: Scores, *, items: Items = ITEMS, said: Mapping[str, str] = CAPTIONS) -> BenchmarkRunner:
+        return BenchmarkRunner(cast("Generator", StandIn(tokenizer, scores=scores, said=said)), items, suite)
+
+    return make
+
+
+def asked(bench: BenchmarkRunner) -> list[tuple[Prompt, Sequence[list[int]]]]:
+    return cast("StandIn", bench.generator).asked
+
+
+def values(metrics: list[Metric]) -> dict[tuple[str, str], float]:
+    found: dict[tuple[str, str], float] = {(metric.name, metric.role): metric.value for metric in metrics}
+    assert len(found) == len(metrics)
+    return found
+
+
+def record(role: Any, *parts: Image | str, answer: str | None = None) -> Record:
+    answers = () if answer is None else (Turn("assistant", (answer,)),)
+    return Record("id", "object", (Turn(role, parts), *answers), "", "", "")
+
+
+CAPTION_NATS = {"cat": (2, 10, 4), "dog": (12, 14, 6), "car": (3, 6, 3), "boat": (1, 8, 5), "tree": (9, 12, 2)}
+"""Of the true caption: nats given its own image, nats given another's, tokens."""
+
+
+def caption_scores(image: str, prompt: str, caption: str) -> Loglikelihood:
+    own, foreign, tokens = CAPTION_NATS[OBJECT[caption]]
+    seen = {OBJECT[caption]: own, AFTER[OBJECT[caption]]: foreign}
+    return Loglikelihood(seen.get(image, 1000), tokens)
+
+
+def test_caption_loss_is_all_nats_by_all_tokens_and_the_gap_is_control_minus_model(make_bench: MakeBench) -> None:
+    metrics = caption_loss(make_bench(caption_scores), CaptionLoss())
+    # 4 + 6 + 3 + 5 + 2 = 20 tokens. The means of the five ratios would be 1.64 and 2.89.
+    own = (2 + 12 + 3 + 1 + 9) / 20
+    control = (10 + 14 + 6 + 8 + 12) / 20
+    assert (own, control) == (1.35, 2.5)
+    assert values(metrics) == pytest.approx(
+        {("caption_loss", "model"): 1.35, ("caption_loss", "control"): 2.5, ("caption_loss", "gap"): 1.15}
+    )
+    assert {metric.role: metric.lower_is_better for metric in metrics} == {"model": True, "control": True, "gap": False}
+    assert [metric.n for metric in metrics] == [5] * 3
+    assert all(metric.low < metric.value < metric.high for metric in metrics)
+
+
+BLIND_NATS = {"cat": 40, "dog": 50, "car": 45, "boat": 12, "tree": 48}
+"""Without an image: the boat's caption is the likeliest, whatever is shown."""
+GAINS = {**{(name, name): 10.0 for name in NAMES}, ("dog", "tree"): 15.0, ("car", "dog"): 12.0}
+"""Of (image, caption) in nats; 1 where it is not named."""
+
+
+def choice_scores(image: str, prompt: str, caption: str) -> Loglikelihood:
+    name = OBJECT[caption]
+    gain = GAINS.get((image, name), 1.0) if image else 0.0
+    return Loglikelihood(BLIND_NATS[name] - gain, tokens=20 if name == "cat" else 1)
+
+
+def test_the_caption_that_gains_most_from_the_image_is_chosen(make_bench: MakeBench) -> None:
+    metrics = multiple_choice(make_bench(choice_scores), MultipleChoice())
+    # Model: the true caption gains 10 and the others 1, but the dog's image gives the tree's caption 15: 4 of 5.
+    # By likelihood alone the boat's caption would win wherever it is a choice: for the cat it costs 12 - 1 = 11 nats,
+    # the true one 40 - 10 = 30. By gain per token the cat would lose too: 10 / 20 against 1 / 1.
+    # Control: the caption of the image shown gains 10 and is never the true one; but the car's image, which is the
+    # dog's control, gives the dog's caption 12: 1 of 5.
+    assert values(metrics) == pytest.approx(
+        {
+            ("multiple_choice", "model"): 4 / 5,
+            ("multiple_choice", "chance"): 0.25,
+            ("multiple_choice", "control"): 1 / 5,
+            ("multiple_choice", "gap"): 3 / 5,
+        }
+    )
+    chance = next(metric for metric in metrics if metric.role == "chance")
+    assert (chance.value, chance.low, chance.high) == (0.25, 0.25, 0.25)
+    assert not any(metric.lower_is_better for metric in metrics)
+    assert [metric.n for metric in metrics] == [5] * 4
+
+
+SAID = {
+    "cat": "a red cat on a mat",
+    "dog": CAPTIONS["dog"],
+    "car": "a dog runs",
+    "boat": "",
+    "tree": "a white sail on the hill",
+}
+
+
+def official_cider(captions: Mapping[str, str]) -> float:
+    """Of captions whose words are parted by single spaces, as all here are."""
+    references = {name: [caption] for name, caption in CAPTIONS.items()}
+    return float(Official().compute_score(references, {name: [caption] for name, caption in captions.items()})[0])
+
+
+def test_cider_is_the_official_number_of_model_control_and_most_frequent_caption(make_bench: MakeBench) -> None:
+    metrics, answers = caption_cider(make_bench(choice_scores, said=SAID), CaptionCider(max_new_tokens=40))
+    own = official_cider(SAID)
+    control = official_cider({name: SAID[AFTER[name]] for name in NAMES})
+    chance = official_cider(dict.fromkeys(NAMES, "a red cat"))
+    assert own > control > 0
+    assert own > chance > 0
+    assert values(metrics) == pytest.approx(
+        {("cider", "model"): own, ("cider", "chance"): chance, ("cider", "control"): control}
+        | {("cider", "gap"): own - control}
+    )
+    assert [metric.n for metric in metrics] == [5] * 4
+    assert answers == [
+        {"key": name, "object": name, "truth": CAPTIONS[name], "answer": SAID[name], "control": SAID[AFTER[name]]}
+        for name in NAMES
+    ]
+
+
+def test_captions_are_cut_at_the_configs_length(make_bench: MakeBench, tokenizer: Tokenizer) -> None:
+    _, answers = caption_cider(make_bench(choice_scores), CaptionCider(max_new_tokens=3))
+    cut = tokenizer.decode(tokenizer.text_ids(f" {CAPTIONS['cat']}")[:3]).strip()
+    assert answers[0]["answer"] == cut != CAPTIONS["cat"]
+
+
+def yes_where_it_is(image: str, prompt: str, answer: str) -> Loglikelihood:
+    is_there = YES_NO.format(name=image) in prompt
+    return Loglikelihood(1.0 if (answer == "Yes.") == is_there else 3.0, tokens=1)
+
+
+def test_pope_asks_for_what_is_there_and_for_what_is_not_by_turns(make_bench: MakeBench) -> None:
+    metrics = pope(make_bench(yes_where_it_is), PopeBenchmark())
+    # Cat, car and tree are asked for where they are, a boat on the dog's image and a tree on the boat's: 3 of 5 yes.
+    yes = 3 / 5
+    # Control: three times no for yes, no for the boat on the car's image, yes for the tree on the tree's.
+    assert values(metrics) == pytest.approx(
+        {
+            ("pope_accuracy", "model"): 1,
+            ("pope_f1", "model"): 1,
+            ("pope_yes_ratio", "model"): yes,
+            ("pope_accuracy", "chance"): yes,  # always yes
+            ("pope_f1", "chance"): 2 * yes / (1 + yes),
+            ("pope_yes_ratio", "chance"): 1,
+            ("pope_accuracy", "control"): 1 / 5,
+            ("pope_f1", "control"): 0,
+            ("pope_yes_ratio", "control"): 1 / 5,
+        }
+    )
+    assert [metric.n for metric in metrics] == [5] * 9
+    assert not any(metric.lower_is_better for metric in metrics)
+
+
+MEANING_SCORES = {
+    "cat": {
+        "what a cat is": Loglikelihood(6, 6),
+        "first": Loglikelihood(4, 2),
+    },  # 1 and 2 nats a token, though 6 and 4 in all
+    "dog": {"what a dog is": Loglikelihood(2, 4)},
+    "car": {"what a car is": Loglikelihood(10, 2)},  # 5 nats a token
+}
+
+
+def meaning_scores(image: str, prompt: str, continuation: str) -> Loglikelihood:
+    word, colon = prompt[:-1], prompt[-1]
+    assert (image, colon, continuation[0]) == ("", ":", " ")
+    return MEANING_SCORES[word].get(continuation[1:], Loglikelihood(9, 3))
+
+
+def test_a_words_meaning_is_chosen_by_likelihood_per_token(make_bench: MakeBench) -> None:
+    metrics = text_multiple_choice(make_bench(meaning_scores))
+    assert values(metrics) == pytest.approx(
+        {("text_multiple_choice", "model"): 2 / 3, ("text_multiple_choice", "chance"): 0.25}
+    )
+    assert [metric.n for metric in metrics] == [3] * 2
+
+
+def test_text_loss_is_all_nats_by_all_tokens(make_bench: MakeBench) -> None:
+    running = {"cat": Loglikelihood(2, 4), "dog": Loglikelihood(12, 6), "car": Loglikelihood(6, 2)}
+    known = {("", "", f"{name}: what a {name} is"): score for name, score in running.items()}
+    metrics = text_loss(make_bench(lambda *what: known[what]))
+    # The mean of the three ratios would be 5.5 / 3.
+    assert values(metrics) == pytest.approx({("text_loss", "model"): (2 + 12 + 6) / (4 + 6 + 2)})
+    assert [(metric.n, metric.lower_is_better) for metric in metrics] == [(3, True)]
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda bench: caption_loss(bench, CaptionLoss(control="none")),
+        lambda bench: multiple_choice(bench, MultipleChoice(control="none")),
+        lambda bench: caption_cider(bench, CaptionCider(control="none"))[0],
+        lambda bench: pope(bench, PopeBenchmark(control="none")),
+    ],
+    ids=["caption_loss", "multiple_choice", "cider", "pope"],
+)
+def test_without_a_control_there_is_no_control_and_no_gap(
+    measure: Callable[[BenchmarkRunner], list[Metric]], make_bench: MakeBench
+) -> None:
+    metrics = measure(make_bench(lambda *what: Loglikelihood(1.0, 1)))
+    assert "model" in {metric.role for metric in metrics} <= {"model", "chance"}
+
+
+@pytest.mark.parametrize(
+    ("scores", "measure"),
+    [
+        (caption_scores, lambda bench: caption_loss(bench, CaptionLoss())),
+        (choice_scores, lambda bench: multiple_choice(bench, MultipleChoice())),
+        (choice_scores, lambda bench: caption_cider(bench, CaptionCider(max_new_tokens=40))[0]),
+    ],
+    ids=["caption_loss", "multiple_choice", "cider"],
+)
+def test_two_images_of_an_object_are_two_items_of_one_cluster(
+    scores: Scores, measure: Callable[[BenchmarkRunner], list[Metric]], make_bench: MakeBench
+) -> None:
+    """The same image twice says nothing new: the interval is that of the object once, not a narrower one."""
+    once, twice = (measure(make_bench(scores, items=items)) for items in (ITEMS, TWICE))
+    assert any(metric.low < metric.high for metric in once)
+    for one, two in zip(once, twice, strict=True):
+        assert (one.n, two.n) == (5, 10)
+        assert (two.value, two.low, two.high) == pytest.approx((one.value, one.low, one.high))
+
+
+def test_pope_draws_the_questions_of_an_object_together(make_bench: MakeBench) -> None:
+    metrics = pope(make_bench(yes_where_it_is, items=TWICE), PopeBenchmark())
+    # One question of each object is a yes, so that always yes is right on half of any draw of objects.
+    (chance,) = [m for m in metrics if (m.name, m.role) == ("pope_accuracy", "chance")]
+    assert (chance.n, chance.value, chance.low, chance.high) == (10, 0.5, 0.5, 0.5)
+
+
+def test_captions_are_scored_as_the_pairs_are_trained(make_bench: MakeBench, tokenizer: Tokenizer) -> None:
+    bench = make_bench(choice_scores)
+    multiple_choice(bench, MultipleChoice())
+    shown = {False: 0, True: 0}
+    for prompt, choices in asked(bench):
+        parts: list[Image | str] = [*map(Image, prompt.images), tokenizer.decode(choices[0])]
+        assert prompt.input_ids + choices[0] == tokenizer.document(record("document", *parts)).input_ids
+        shown[bool(prompt.images)] += 1
+    assert shown == {False: 5, True: 10}
+
+
+def test_pope_asks_as_the_questions_are_trained(make_bench: MakeBench, tokenizer: Tokenizer) -> None:
+    bench = make_bench(yes_where_it_is)
+    pope(bench, PopeBenchmark(control="none"))
+    prompt, (yes, no) = asked(bench)[0]
+    for ids, answer in ((yes, "Yes."), (no, "No.")):
+        trained = record("user", Image(b"cat"), YES_NO.format(name="cat"), answer=answer)
+        whole = tokenizer.chat(trained)
+        assert whole.input_ids[: len(prompt.input_ids + ids)] == prompt.input_ids + ids
+        assert whole.is_target.index(True) == len(prompt.input_ids)
+
+
+def test_alignment_is_between_the_image_and_the_caption_alone_and_deepens_as_the_states_do(
+    make_bench: MakeBench,
+) -> None:
+    metrics, layers = alignment(make_bench(choice_scores), Alignment(max_images=4))
+    shown = NAMES[:4]
+    own, other = ([0.1 * NAMES.index(name) for name in names] for names in (shown, [AFTER[name] for name in shown]))
+    # the caption's states all point along x: a similarity is the cosine of the angle between them and the image's
+    expected = {
+        role: [np.cos(np.pi / 2), np.mean(np.cos(np.pi / 3 + np.array(turns))), np.mean(np.cos(turns))]
+        for role, turns in (("model", own), ("control", other))
+    }
+    for role, values_by_layer in expected.items():
+        line = [point for point in layers if point["role"] == role]
+        assert [point["layer"] for point in line] == [0, 1, 2]
+        assert [point["value"] for point in line] == pytest.approx(values_by_layer)
+        assert all(point["low"] <= point["value"] + 1e-12 and point["value"] <= point["high"] + 1e-12 for point in line)
+    found = values(metrics)
+    deep = {role: np.mean(line[1:]) for role, line in expected.items()}  # layers 1 and 2 of 0, 1, 2
+    assert found == pytest.approx(
+        {
+            ("alignment", "model"): deep["model"],
+            ("alignment", "control"): deep["control"],
+            ("alignment", "gap"): deep["model"] - deep["control"],
+        }
+    )
+    assert {metric.n for metric in metrics} == {4}
+
+
+@pytest.fixture(scope="module")
+def tiny_items(tmp_path_factory: pytest.TempPathFactory) -> Items:
+    """The items of the tiny recipe, as `read_items` draws them."""
+    folder = tmp_path_factory.mktemp("items")
+    where = (f"resources.store={folder}/store", f"resources.cache={folder}/cache")
+    run = load(ROOT / "configs/recipes/tiny.yaml", resources=ROOT / "configs/resources/inline.yaml", overrides=where)
+    suite = run.recipe.final_suite
+    data = prepare(suite.mixture, run.recipe.text(max_tokens=suite.max_tokens), run.resources)
+    return read_items(data, suite)
+
+
+def test_a_model_that_knows_every_image_is_perfect_and_its_control_never_sees_the_object(
+    make_bench: MakeBench, tiny_items: Items
+) -> None:
+    shown = {image.image.decode("latin-1"): image for image in tiny_items.images}
+    assert len(shown) == len(tiny_items.images) == 12
+
+    def knows(image: str, prompt: str, text: str) -> Loglikelihood:
+        return Loglikelihood(1.0 if image and text == shown[image].caption else 5.0, tokens=1)
+
+    bench = make_bench(knows, items=tiny_items, said={image: item.caption for image, item in shown.items()})
+    assert values(caption_loss(bench, CaptionLoss())) == {
+        ("caption_loss", "model"): 1,
+        ("caption_loss", "control"): 5,
+        ("caption_loss", "gap"): 4,
+    }
+    assert values(multiple_choice(bench, MultipleChoice()))["multiple_choice", "model"] == 1
+    _, answers = caption_cider(bench, CaptionCider(max_new_tokens=100))
+    assert all(answer["answer"] == answer["truth"] != answer["control"] for answer in answers)
+    assert sorted(answer["answer"] for answer in answers) == sorted(answer["control"] for answer in answers)
+    for item in tiny_items.images:
+        assert shown[item.other_image.decode("latin-1")].object != item.object
+
+    def sees(image: str, prompt: str, answer: str) -> Loglikelihood:
+        is_there = YES_NO.format(name=shown[image].object) in prompt
+        return Loglikelihood(1.0 if (answer == "Yes.") == is_there else 3.0, tokens=1)
+
+    found = values(pope(make_bench(sees, items=tiny_items), PopeBenchmark()))
+    assert [found[f"pope_{name}", "model"] for name in ("accuracy", "f1", "yes_ratio")] == [1, 1, 0.5]

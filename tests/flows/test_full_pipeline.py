@@ -1,0 +1,239 @@
+"""The tiny recipe through Prefect, Ray, DeepSpeed, MLflow and Serve, by the command that `make demo` runs."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from mlflow import MlflowClient
+from openai import OpenAI
+
+from vila_ops import local
+from vila_ops.config.local import LocalServers
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = str(Path(sys.executable).parent / "vila-ops")
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+Json = dict[str, Any]
+Demo = Callable[..., Json]
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory, free_servers: Callable[[Path], LocalServers]) -> Iterator[Json]:
+    """Servers of this test's own, and the files that name them."""
+    folder = tmp_path_factory.mktemp("box")
+    settings = free_servers(folder / "local")
+    resources = {
+        "launch": "ray",
+        "ray_address": local.endpoints(settings).ray,
+        "tracking_uri": local.endpoints(settings).mlflow,
+        "prefect_page": local.endpoints(settings).prefect,
+        "serve_port": settings.serve_port,
+        "num_workers": 2,
+        "zero_stage": 2,
+        "store": str(folder / "store"),
+        "cache": str(folder / "cache"),
+    }
+    (folder / "resources.yaml").write_text(yaml.safe_dump(resources))
+    (folder / "local.yaml").write_text(yaml.safe_dump(settings.model_dump()))
+    yield {
+        "folder": folder, "settings": settings, "resources": resources, "endpoint": local.endpoints(settings).serve
+    }  # fmt: skip
+    local.down(settings)
+
+
+def command(servers: Json, *overrides: str) -> list[str]:
+    """The demo on this test's own servers."""
+    files = ["-r", str(servers["folder"] / "resources.yaml"), "--servers", str(servers["folder"] / "local.yaml")]
+    sets = [word for override in overrides for word in ("-s", override)]
+    return [PROGRAM, "demo", "configs/recipes/tiny.yaml", *files, *sets]
+
+
+def kill_once_started(servers: Json, *overrides: str) -> str:
+    """SIGKILL to a demo as soon as its flow run is there; returns the flow run's id."""
+    with subprocess.Popen(command(servers, *overrides), cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        said = next(line for line in process.stdout if line.startswith("flow run "))
+        process.kill()
+    return said.strip().rpartition("/")[2]
+
+
+@pytest.fixture(scope="module")
+def demo(servers: Json) -> Demo:
+    def run(*overrides: str) -> Json:
+        folder = servers["folder"]
+        done = subprocess.run(
+            command(servers, *overrides), cwd=ROOT, capture_output=True, text=True, timeout=800, check=False
+        )
+        log = folder / "local/logs/worker.log"
+        assert done.returncode == 0, done.stdout + done.stderr + (log.read_text()[-4000:] if log.exists() else "")
+        summary: Json = json.loads((folder / "store/tiny/summary.json").read_text())
+        return summary
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def first(demo: Demo) -> Json:
+    return demo()
+
+
+def test_the_summary_says_what_really_ran(first: Json, servers: Json) -> None:
+    assert first["launch"] == "ray"
+    assert first["seconds"] > 0
+    assert [stage["name"] for stage in first["stages"]] == ["align", "pretrain", "sft"]
+    for stage in first["stages"]:
+        assert stage["steps"] == 6
+        assert len(stage["digest"]) == 64
+        assert len(stage["mlflow_run"]) == 32
+        losses = ("loss_first", "loss_last", "validation_first", "validation_last")
+        assert all(isinstance(stage[key], float) for key in ("seconds", *losses))
+        assert [worker["rank"] for worker in stage["workers"]] == [0, 1]
+        for worker in stage["workers"]:
+            assert worker["engine"].startswith("deepspeed")
+            assert worker["zero_stage"] == 2
+            assert worker["world_size"] == 2
+            assert worker["actor"]
+    assert [(task["task"], task["name"]) for task in first["tasks"]] == [
+        ("assemble", "base"), *[("prepare", f"tiny_{name}") for name in ("held_out", "align", "pretrain", "sft")],
+        *[("train_stage", name) for name in ("align", "pretrain", "sft")],
+        *[("evaluate", f"{name} on tiny_probe") for name in ("base", "align", "pretrain", "sft")],
+        ("evaluate", "sft on tiny"),
+        ("register", "tiny 1"), ("deploy", servers["endpoint"]),
+    ]  # fmt: skip
+    for task in first["tasks"]:
+        assert task["seconds"] > 0
+        assert len(task["digest"]) == 64
+        if task["task"] in ("prepare", "train_stage", "evaluate"):
+            assert {worker["launch"] for worker in task["workers"]} == {"ray"}
+            assert all(worker["node"] and worker["pid"] for worker in task["workers"])
+    assert first["answer"]["reply"]
+    assert first["mlflow"]["version"] == 1
+    assert first["serving"]["model"] == first["answer"]["model"] == first["stages"][-1]["digest"]
+    assert first["serving"]["replica"]["actor_id"]
+    assert first["serving"]["replica"]["node_id"]
+    ran = ("torch", "transformers", "deepspeed", "ray", "mlflow", "prefect", "dvc")
+    ran += ("numpy", "pyarrow", "pillow", "pydantic")
+    assert first["versions"] == {name: version(name) for name in ran}
+    asked = httpx.get(f"{servers['resources']['prefect_page']}/api/flow_runs/{first['prefect_flow_run']}").json()
+    assert asked["state"]["type"] == "COMPLETED"
+
+
+def test_every_metric_has_an_interval_for_model_control_and_chance(first: Json) -> None:
+    controlled = ("caption_loss", "multiple_choice", "cider", "alignment")
+    probes = [(model, "validation") for model in ("base", "align", "pretrain", "sft")]
+    for model in (*probes, ("sft", "test")):
+        metrics = [metric for metric in first["metrics"] if (metric["model"], metric["split"]) == model]
+        assert {(metric["name"], metric["role"]) for metric in metrics} == {
+            *((name, role) for name in controlled for role in ("model", "control", "gap")),
+            *((name, "control") for name in ("pope_accuracy", "pope_f1", "pope_yes_ratio")),
+            *((name, "chance") for name in ("multiple_choice", "cider", "text_multiple_choice")),
+            *((name, "chance") for name in ("pope_accuracy", "pope_f1", "pope_yes_ratio")),
+            ("text_loss", "model"),
+            *((name, "model") for name in ("pope_accuracy", "pope_f1", "pope_yes_ratio", "text_multiple_choice")),
+        }
+        assert all(metric["low"] <= metric["value"] <= metric["high"] and metric["n"] for metric in metrics)
+
+
+def test_mlflow_has_the_runs_and_the_champion(first: Json, servers: Json) -> None:
+    client = MlflowClient(servers["resources"]["tracking_uri"], registry_uri=servers["resources"]["tracking_uri"])
+    parent = client.get_run(first["mlflow"]["parent_run"])
+    assert parent.info.status == "FINISHED"
+    assert parent.data.params["stages.sft.mixture.sources.instructions.weight"] == "0.5"
+    final = {metric["name"]: metric["value"] for metric in first["metrics"] if metric["split"] == "test"
+             and metric["role"] == "model"}  # fmt: skip
+    assert {name: parent.data.metrics[name] for name in final} == pytest.approx(final)
+    children = client.search_runs([parent.info.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
+    assert sorted(run.info.run_name for run in children) == sorted(
+        ["align", "pretrain", "sft", "evaluate sft on tiny"]
+        + [f"evaluate {name} on tiny_probe" for name in ("base", "align", "pretrain", "sft")]
+    )
+    trained = next(run for run in children if run.info.run_name == "sft")
+    assert len(client.get_metric_history(trained.info.run_id, "loss")) == 6
+    champion = client.get_model_version_by_alias("tiny", "champion")
+    assert champion.tags["digest"] == first["stages"][-1]["digest"]
+
+
+def test_prefects_artifacts_link_to_mlflow(first: Json, servers: Json) -> None:
+    wanted = {"artifacts": {"flow_run_id": {"any_": [first["prefect_flow_run"]]}}}
+    found = httpx.post(f"{servers['resources']['prefect_page']}/api/artifacts/filter", json=wanted).json()
+    said = {artifact["key"]: artifact["data"] for artifact in found}
+    assert f"({first['mlflow']['page']})" in said["vila-report"]
+    assert first["mlflow"]["page"].endswith(f"/runs/{first['mlflow']['parent_run']}")
+    rows = json.loads(said["vila-stages"])
+    assert [row["MLflow"] for row in rows] == [f"[curves]({stage['mlflow_page']})" for stage in first["stages"]]
+
+
+def test_the_official_client_gets_an_answer(first: Json) -> None:
+    client = OpenAI(base_url=f"{first['answer']['url']}/v1", api_key="none")
+    said = client.chat.completions.create(
+        model=first["answer"]["name"], messages=[{"role": "user", "content": "hello"}], max_tokens=4
+    )
+    assert said.system_fingerprint == first["stages"][-1]["digest"]
+
+
+def test_a_killed_demo_is_gone_on_with_and_a_changed_weight_makes_exactly_what_depends_on_it(
+    first: Json, demo: Demo, servers: Json
+) -> None:
+    changed = "stages.sft.mixture.sources.instructions.weight=0.25"
+    killed = kill_once_started(servers, changed)
+    again = demo(changed)
+    assert again["prefect_flow_run"] == killed
+    made = {(task["task"], task["name"]) for task in again["tasks"] if task["reused"] is False}
+    assert made == {
+        ("prepare", "tiny_sft"), ("train_stage", "sft"), ("evaluate", "sft on tiny_probe"), ("evaluate", "sft on tiny"),
+    }  # fmt: skip
+
+
+def test_a_killed_demo_of_another_run_is_ended_and_an_unchanged_run_makes_nothing(
+    first: Json, demo: Demo, servers: Json
+) -> None:
+    killed = kill_once_started(servers, "stages.sft.learning_rate=4e-4")
+    before = httpx.get(f"{servers['endpoint']}/health").json()
+    unchanged = demo()
+    assert httpx.get(f"{servers['endpoint']}/health").json()["replica"] == before["replica"]
+    sealing = [room for room in unchanged["rooms"] if room["room"] not in ("register", "deploy")]
+    assert all(task["reused"] for task in sealing)
+    assert [task["digest"] for task in sealing] == [task["digest"] for task in first["tasks"][: len(sealing)]]
+    assert unchanged["prefect_flow_run"] != killed
+    asked = httpx.get(f"{servers['resources']['prefect_page']}/api/flow_runs/{killed}").json()
+    assert asked["state"]["type"] == "CANCELLED"
+
+
+def test_an_unchanged_flow_imports_nothing_heavy(first: Json, servers: Json) -> None:
+    program = (
+        "import sys; from pathlib import Path; from vila_ops.config import load; from flows.full_pipeline import vila;"
+        "vila(load(Path('configs/recipes/tiny.yaml'), resources=Path(sys.argv[1])));"
+        "heavy = {'torch', 'ray', 'transformers'} & set(sys.modules); assert not heavy, heavy"
+    )
+    command = [sys.executable, "-c", program, str(servers["folder"] / "resources.yaml")]
+    env = {**os.environ, **local.env(servers["settings"])}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_corrupted_shard_is_named_and_not_tried_again(first: Json, demo: Demo, servers: Json) -> None:
+    (dataset,) = [task["digest"] for task in first["tasks"] if task["name"] == "tiny_sft"]
+    manifests = (servers["folder"] / "store/dataset").glob("*/manifest.json")
+    sealed = next(path for path in manifests if json.loads(path.read_text())["digest"] == dataset)
+    shard = next((sealed.parent / json.loads(sealed.read_text())["data"]).glob("*.tar"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    failed = subprocess.run(
+        command(servers, "stages.sft.seed=9"), cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    shard.write_bytes(content)
+    assert failed.returncode == 1
+    assert "CorruptArtifact" in failed.stderr
+    assert str(shard) in failed.stderr
+    wanted = {"flow_runs": {"state": {"type": {"any_": ["FAILED"]}}}}
+    tasks = httpx.post(f"{servers['resources']['prefect_page']}/api/task_runs/filter", json=wanted).json()
+    (trained,) = [task for task in tasks if task["name"] == "train sft"]
+    assert trained["run_count"] == 1

@@ -1,0 +1,365 @@
+"""What OpenAI's own client gets from the app: answers, and errors that say what would be right."""
+
+import base64
+import io
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+from PIL import Image as Pillow
+
+from vila_ops.artifacts.kinds import ModelVersion
+from vila_ops.config import Resources, Service
+from vila_ops.config.images import Webp
+from vila_ops.data.images import square
+from vila_ops.data.records import Image
+from vila_ops.generate.engine import Answer, Generator, Prompt
+from vila_ops.generate.load import load_generator
+from vila_ops.serve.app.engine_loop import Batcher
+from vila_ops.serve.app.routes import create_app
+from vila_ops.serve.spec import Spec
+
+SERVICE = Service(
+    name="tiny", max_batch=4, max_new_tokens=32, max_images=2, max_image_pixels=10_000, max_body_bytes=100_000
+)
+MODEL = "tiny-vila"
+
+
+@dataclass
+class Watched:
+    """The real generator; it counts its batches, can be held back, and fails on a marked prompt."""
+
+    real: Generator
+    batches: list[int] = field(default_factory=list)
+    gate: threading.Event = field(default_factory=threading.Event)
+    poison: int | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[Answer]:
+        """As the real one."""
+        self.gate.wait(30)
+        self.batches.append(len(prompts))
+        if any(self.poison in prompt.input_ids for prompt in prompts):
+            raise RuntimeError("/secret/path exploded")
+        return self.real.generate(prompts, max_new_tokens=max_new_tokens)
+
+
+@pytest.fixture(scope="module")
+def watched(versions: tuple[ModelVersion, ModelVersion], tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    """The first version's generator."""
+    generator = load_generator(
+        versions[0].checkpoint, feature_root=tmp_path_factory.mktemp("features"), threads=1, precision="fp32"
+    )
+    return Watched(generator)
+
+
+@pytest.fixture(scope="module")
+def url(versions: tuple[ModelVersion, ModelVersion], watched: Watched) -> Iterator[str]:
+    """The real app on a real port."""
+    spec = Spec.of(SERVICE, versions[0], Resources(launch="inline"))
+    app = create_app(spec, watched, replica={"pid": 1})  # type: ignore[arg-type]
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture(autouse=True)
+def _fresh(watched: Watched) -> None:
+    watched.batches.clear()
+    watched.gate.set()
+    watched.poison = None
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> openai.OpenAI:
+    """The official client."""
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+@pytest.fixture
+def arrived(monkeypatch: pytest.MonkeyPatch) -> list[Prompt]:
+    """Prompts that came as far as the batcher."""
+    seen: list[Prompt] = []
+    answer = Batcher.answer
+
+    async def watch(self: Batcher, prompt: Prompt, *, max_new_tokens: int) -> Answer:
+        seen.append(prompt)
+        return await answer(self, prompt, max_new_tokens=max_new_tokens)
+
+    monkeypatch.setattr(Batcher, "answer", watch)
+    return seen
+
+
+def wait_for(count: int, arrived: list[Prompt]) -> None:
+    """Return when so many requests wait."""
+    deadline = time.monotonic() + 30
+    while len(arrived) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def data_url(data: bytes) -> str:
+    """An image as clients send it."""
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def image_part(data: bytes) -> dict[str, Any]:
+    """A part of a message."""
+    return {"type": "image_url", "image_url": {"url": data_url(data)}}
+
+
+def text(words: str) -> dict[str, Any]:
+    """A part of a message."""
+    return {"type": "text", "text": words}
+
+
+def user(*parts: dict[str, Any]) -> list[Any]:
+    """A conversation of one message."""
+    return [{"role": "user", "content": list(parts)}]
+
+
+def png(width: int, height: int) -> bytes:
+    """A white image."""
+    out = io.BytesIO()
+    Pillow.new("RGB", (width, height), "white").save(out, "PNG")
+    return out.getvalue()
+
+
+def test_a_image_and_a_question_get_the_greedy_answer_with_real_numbers(
+    client: openai.OpenAI, watched: Watched, versions: tuple[ModelVersion, ModelVersion], image: bytes
+) -> None:
+    messages = user(text("Look: "), image_part(image), text("What is it?"))
+    answer = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=6)
+    small = square(image, size=watched.image_size, fit=watched.real.image_aspect_ratio, encoding=Webp())
+    ids = watched.tokenizer.prompt([("user", ("Look: ", Image(small), "What is it?"))])
+    expected = watched.real.generate([Prompt(ids, (small,))], max_new_tokens=6)[0]
+    assert ids.count(watched.tokenizer.image_id) == watched.tokenizer.image_tokens == 16
+    assert answer.choices[0].message.content == watched.tokenizer.decode(expected.ids)
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len(ids)
+    assert answer.usage.completion_tokens == 6
+    assert answer.usage.total_tokens == len(ids) + 6
+    assert answer.system_fingerprint == versions[0].checkpoint.digest
+    assert answer.model == MODEL
+    assert answer.id.startswith("chatcmpl-")
+    assert abs(answer.created - time.time()) < 60
+
+
+def test_an_answer_that_ends_by_itself_says_stop(
+    client: openai.OpenAI, watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    ids = watched.tokenizer.prompt([("system", ("Be brief.",)), ("user", ("Hello",))])
+    said = watched.real.generate([Prompt(ids)], max_new_tokens=16)[0].ids
+    monkeypatch.setitem(vars(watched.real.tokenizer), "stop_ids", frozenset({said[0]}))
+    answer = client.chat.completions.create(model=MODEL, messages=messages, max_completion_tokens=16)
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 0
+    assert answer.choices[0].message.content == ""
+
+
+def test_the_model_list_and_health_name_the_digest(
+    client: openai.OpenAI, url: str, versions: tuple[ModelVersion, ModelVersion]
+) -> None:
+    listed = client.models.list().data
+    assert [model.id for model in listed] == [MODEL]
+    assert listed[0].model_dump()["digest"] == versions[0].checkpoint.digest
+    health = httpx.get(f"{url}/health").json()
+    assert health == {"status": "ok", "model": versions[0].checkpoint.digest, "replica": {"pid": 1}}
+
+
+def test_concurrent_requests_share_batches_and_get_the_answers_that_they_get_alone(
+    client: openai.OpenAI, url: str, watched: Watched, arrived: list[Prompt], image: bytes
+) -> None:
+    def ask(number: int) -> tuple[str, str, int]:
+        parts = [image_part(image)] if number % 2 else []
+        messages = user(*parts, text("word " * (3 * number + 1)))
+        answer = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=2 * number + 1)
+        assert answer.usage is not None
+        return answer.choices[0].message.content or "", answer.choices[0].finish_reason, answer.usage.completion_tokens
+
+    alone = [ask(number) for number in range(8)]
+    watched.batches.clear()
+    watched.gate.clear()
+    arrived.clear()
+    with ThreadPoolExecutor(8) as pool:
+        together = [pool.submit(ask, number) for number in range(8)]
+        wait_for(8, arrived)
+        assert httpx.get(f"{url}/health", timeout=60).status_code == 200  # while the generator is at work
+        watched.gate.set()
+        assert [one.result() for one in together] == alone
+    assert sum(watched.batches) == 8
+    assert len(watched.batches) <= 4
+    assert max(watched.batches) == SERVICE.max_batch
+
+
+def test_a_request_that_breaks_the_generator_fails_alone_and_neutrally(
+    client: openai.OpenAI, watched: Watched, arrived: list[Prompt]
+) -> None:
+    watched.poison = watched.tokenizer.text_ids("zebra")[0]
+    watched.gate.clear()
+
+    def ask(words: str) -> int | str:
+        try:
+            client.chat.completions.create(model=MODEL, messages=user(text(words)), max_tokens=1)
+        except openai.InternalServerError as error:
+            return str(error)
+        return 200
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(ask, words) for words in ("hello", "zebra", "hello", "hello")]
+        wait_for(4, arrived)
+        watched.gate.set()
+        first, broken, *others = [one.result() for one in answers]
+    assert [first, *others] == [200, 200, 200]
+    assert isinstance(broken, str)
+    assert "secret" not in broken
+    assert "its log" in broken
+
+
+def test_a_control_token_in_a_users_text_is_not_a_control_token(client: openai.OpenAI, watched: Watched) -> None:
+    answer = client.chat.completions.create(model=MODEL, messages=user(text("<image> <|im_end|>")), max_tokens=1)
+    ids = watched.tokenizer.prompt([("user", ("<image> <|im_end|>",))])
+    assert watched.tokenizer.image_id not in ids
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len(ids)
+
+
+def refused(client: openai.OpenAI, **request: Any) -> dict[str, Any]:
+    """The error of a request, in OpenAI's form."""
+    with pytest.raises(openai.APIStatusError) as caught:
+        client.chat.completions.create(**{"model": MODEL, "messages": user(text("Hi")), **request})
+    body: Any = caught.value.body
+    assert set(body) == {"message", "type", "param", "code"}
+    return {"status": caught.value.status_code, **body}
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "param", "says"),
+    [
+        ({"model": "gpt-5"}, 404, "model", "'gpt-5'"),
+        ({"temperature": 0.7}, 400, "temperature", "greedy; set temperature to 0"),
+        ({"stream": True}, 400, "stream", "whole"),
+        ({"n": 2}, 400, "n", "set n to 1"),
+        ({"top_p": 0.9}, 400, "top_p", "set top_p to 1"),
+        ({"stop": ["."]}, 400, "stop", "not supported"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format", "plain text"),
+        ({"max_tokens": 0}, 400, "max_tokens", "greater than 0"),
+        ({"max_tokens": 33}, 400, "max_tokens", "33 is more than the 32"),
+        ({"max_completion_tokens": 33}, 400, "max_completion_tokens", "33 is more than the 32"),
+        ({"max_tokens": 1, "max_completion_tokens": 1}, 400, "max_tokens", "not both"),
+        ({"messages": []}, 400, "messages", "at least 1"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages[0].role", "user"),
+        ({"messages": user({"type": "text"})}, 400, "messages[0].content[0].text", "required"),
+        ({"messages": user({"type": "video"})}, 400, "messages[0].content[0]", "image_url"),
+        ({"messages": user(text("word " * 3000))}, 400, "messages", "context is 2048 tokens"),
+        ({"extra_body": {"top_k": 3}}, 400, "top_k", "not permitted"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_honoured_is_refused_with_the_rule(
+    client: openai.OpenAI, watched: Watched, request_: dict[str, Any], status: int, param: str, says: str
+) -> None:
+    error = refused(client, **request_)
+    assert (error["status"], error["param"], error["type"]) == (status, param, "invalid_request_error")
+    assert says in error["message"]
+    assert not watched.batches
+
+
+def test_neutral_values_of_what_is_not_supported_are_fine(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=MODEL, messages=user(text("Hi")), max_tokens=1, temperature=0, top_p=1, n=1, stream=False, seed=3,
+        user="someone",
+    )  # fmt: skip
+    assert answer.choices[0].finish_reason in ("stop", "length")
+
+
+URL = "messages[0].content[0].image_url.url"
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("http://127.0.0.1:9/cat.png", "nothing is fetched"),
+        ("https://example.com/cat.png", "nothing is fetched"),
+        ("file:///etc/passwd", "nothing is fetched"),
+        ("data:image/png,abc", "base64"),
+        ("data:image/png;base64,@@@", "not valid base64"),
+        (data_url(b"not an image"), "none of the formats"),
+        (data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "none of the formats"),
+        (data_url(png(40, 30)[:60]), "a PNG that ends before its IEND"),
+        (data_url(png(101, 100)), "101 x 100 pixels"),
+        (data_url(png(9000, 1)), "so narrow"),
+    ],
+)
+def test_a_image_that_is_not_taken_is_named(client: openai.OpenAI, watched: Watched, address: str, says: str) -> None:
+    error = refused(client, messages=user({"type": "image_url", "image_url": {"url": address}}))
+    assert (error["status"], error["param"]) == (400, URL)
+    assert says in error["message"]
+    assert "/" not in error["message"].replace("data:image/png", "").replace("image/", "")
+    assert not watched.batches
+
+
+def test_too_many_images_and_images_of_others_than_the_user_are_refused(client: openai.OpenAI, image: bytes) -> None:
+    assert refused(client, messages=user(*[image_part(image)] * 3))["code"] == "too_many_images"
+    conversation = [{"role": "assistant", "content": [image_part(image)]}]
+    assert "only a user's message" in refused(client, messages=conversation)["message"]
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_over_the_limit_is_cut_off_before_it_is_parsed(url: str, chunked: bool) -> None:
+    body = b"{" + b" " * SERVICE.max_body_bytes
+    content: Any = (body[start : start + 10_000] for start in range(0, len(body), 10_000)) if chunked else body
+    answer = httpx.post(f"{url}/v1/chat/completions", content=content)
+    assert answer.status_code == 413
+    assert answer.json()["error"]["code"] == "request_too_large"
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"x"', b"\xff\xfe", b'{"model": "tiny-vila", "model": 3}'])
+def test_a_body_that_is_no_request_is_a_400_in_openais_form(url: str, body: bytes) -> None:
+    answer = httpx.post(f"{url}/v1/chat/completions", content=body)
+    assert answer.status_code == 400
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_unknown_routes_and_methods_answer_in_openais_form(url: str) -> None:
+    for method, route, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/chat/completions", 405)):
+        answer = httpx.request(method, url + route)
+        assert answer.status_code == status
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_an_answer_that_takes_too_long_is_a_504(
+    versions: tuple[ModelVersion, ModelVersion], watched: Watched, tmp_path: Path
+) -> None:
+    impatient = Service(**{**SERVICE.model_dump(), "request_timeout_seconds": 0.2})
+    spec = Spec.of(impatient, versions[0], Resources(launch="inline"))
+    watched.gate.clear()
+    from fastapi.testclient import TestClient
+
+    with TestClient(create_app(spec, watched, replica={})) as local:  # type: ignore[arg-type]
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
+        answer = local.post("/v1/chat/completions", content=json.dumps(body))
+        watched.gate.set()
+    assert answer.status_code == 504
+    assert "0.2 seconds" in answer.json()["error"]["message"]

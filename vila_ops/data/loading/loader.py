@@ -1,0 +1,181 @@
+"""The rows of one dataset for one stage. Resuming takes one integer, the step.
+
+Step k reads rows [k * B, (k + 1) * B) of one endless stream; `order.py` says which samples those are. Epochs follow
+each other without a gap, so a step may take the last rows of one and the first of the next.
+"""
+
+import logging
+import math
+from bisect import bisect_right
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vila_ops.artifacts.backend import AT_ONCE
+from vila_ops.config import Stage
+from vila_ops.data.loading.arrays import DamagedCache, discard
+from vila_ops.data.loading.index import Index, SampleLocation
+from vila_ops.data.loading.mixture import Size, compose
+from vila_ops.data.loading.order import EpochPlan, EpochRequest, epoch_plan, random_state
+from vila_ops.data.loading.packing import IGNORE_INDEX, PackedRow, pack
+from vila_ops.data.loading.planner import plan
+from vila_ops.data.shards import read_sample
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class RowLoader:
+    """The rows of one dataset for one stage."""
+
+    def __init__(self, file: Callable[[str], Path], *, digest: str, stage: Stage, cache: Path) -> None:
+        """`file` gives the dataset's files by name, and is asked once for each that is read.
+
+        `cache` keeps the index and the plans of epochs as arrays; ranks of a machine and attempts share it.
+        Raises ValueError when a source has no training sample or the dataset no validation sample.
+        """
+        self._file = file
+        self._shards: dict[str, Path] = {}
+        self.digest = digest
+        self.stage = stage
+        self.cache = cache
+        self._open()
+
+    def _open(self) -> None:
+        self._index = Index(self._file, digest=self.digest, cache=self.cache)
+        train = {group.source: group for group in self._index.groups if group.split == "train"}
+        sizes = {name: Size(group.samples, group.tokens) for name, group in train.items()}
+        self.composition = compose(self.stage.mixture, sizes)
+        """What an epoch is made of."""
+        per_epoch = {name: share.samples_per_epoch for name, share in self.composition.shares.items()}
+        capacity = self.stage.sequence_length if self.stage.pack else None
+        self._asked = EpochRequest(self.digest, self.stage.seed, capacity, per_epoch)
+        self._starts = [0]  # rows before each of the epochs that were reached
+        self._num_rows = lru_cache(maxsize=None)(self._count_rows)
+        self._epoch = lru_cache(maxsize=2)(self._plan)
+        if not any(group.split == "validation" for group in self._index.groups):
+            name = self.stage.mixture.name
+            raise ValueError(f"stage {self.stage.name!r}: mixture {name!r} has no validation sample")
+        self._held_out = lru_cache(maxsize=1)(self._validation_rows)
+
+    def sources(self) -> list[str]:
+        """Of all samples, validation's too."""
+        return sorted({group.source for group in self._index.groups})
+
+    def num_steps(self) -> int:
+        """Optimizer steps of the stage: those it asks for, or as many as read the rows of its epochs.
+
+        ceil(rows / global_batch_size), where part of an epoch counts as that part of its rows.
+        """
+        if self.stage.num_steps is not None:
+            return self.stage.num_steps
+        epochs = Fraction(str(self.stage.epochs))  # as it is written: as a float 1.1 is more than 11 tenths
+        shares = [min(Fraction(1), epochs - epoch) for epoch in range(math.ceil(epochs))]
+        rows = self._healed(lambda: sum(share * self._num_rows(epoch) for epoch, share in enumerate(shares)))
+        return math.ceil(rows / self.stage.global_batch_size)
+
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know of a stage by epochs: where one does not fill a single global batch."""
+        size = self.stage.global_batch_size
+        if self.stage.epochs is None or (rows := self._healed(lambda: self._num_rows(0))) >= size:
+            return ()
+        repeats = f"each of them is read about {size / rows:.3g} times a step"
+        return (f"an epoch has {rows} rows, fewer than the global batch of {size}: {repeats}; lower it",)
+
+    def batch(self, step: int, *, rank: int = 0, world_size: int = 1) -> tuple[list[PackedRow], int]:
+        """This rank's rows of the global batch of a step, and the number of targets in the whole of it."""
+
+        def read() -> tuple[list[PackedRow], int]:
+            rows = self._global_batch(step)
+            num_targets = sum(self._index.num_targets(number) for row in rows for number in row)
+            share = len(rows) // world_size
+            return self._packed(rows[rank * share : (rank + 1) * share]), num_targets
+
+        return self._healed(read)
+
+    def keys(self, step: int) -> list[tuple[str, ...]]:
+        """The keys of the samples in each row of the global batch of a step; no sample is read."""
+        return self._healed(
+            lambda: [tuple(self._index.place(number).key for number in row) for row in self._global_batch(step)]
+        )
+
+    def validation(self) -> list[PackedRow]:
+        """The rows of the validation split that every validation reads, always the same."""
+        return self._healed(lambda: self._packed(self._held_out()))
+
+    def _healed(self, read: Callable[[], T]) -> T:
+        """What `read` returns; a damaged cache is rebuilt, as nothing is in it that cannot be."""
+        try:
+            return read()
+        except DamagedCache as error:
+            log.warning("%s; it is rebuilt", error)
+            discard(error.folder)
+            self._open()
+            return read()
+
+    def _global_batch(self, step: int) -> list[list[int]]:
+        """The samples of each row of a step."""
+        size = self.stage.global_batch_size
+        return [self._row(number) for number in range(step * size, (step + 1) * size)]
+
+    def _row(self, number: int) -> list[int]:
+        while self._starts[-1] <= number:
+            self._starts.append(self._starts[-1] + self._num_rows(len(self._starts) - 1))
+        epoch = bisect_right(self._starts, number) - 1
+        samples: list[int] = self._epoch(epoch).row(number - self._starts[epoch]).tolist()
+        return samples
+
+    def _count_rows(self, epoch: int) -> int:
+        """Rows of an epoch, for which packing has to be planned."""
+        return len(self._epoch(epoch)) if self.stage.pack else sum(self._asked.samples_per_epoch.values())
+
+    def _plan(self, epoch: int) -> EpochPlan:
+        return epoch_plan(self._asked, epoch, index=self._index, cache=self.cache)
+
+    def _validation_rows(self) -> list[list[int]]:
+        groups = [self._index.numbers(group) for group in self._index.groups if group.split == "validation"]
+        held_out = np.concatenate(groups)
+        seed = random_state(self.digest, seed=0, number=0, name="validation")
+        np.random.default_rng(seed).shuffle(held_out)
+        capacity, wanted = self.stage.sequence_length, self.stage.validation_rows
+        if not self.stage.pack:
+            return [[number] for number in held_out[:wanted].tolist()]
+        lengths = self._index.num_tokens()[held_out]
+        enough = int(np.searchsorted(np.cumsum(lengths, dtype=np.int64), wanted * capacity)) + 1
+        made = plan(lengths[:enough], capacity=capacity, seed=seed)
+        return [held_out[made.row(row)].tolist() for row in range(min(len(made), wanted))]
+
+    def _packed(self, rows: list[list[int]]) -> list[PackedRow]:
+        places = [[self._index.place(number) for number in row] for row in rows]
+        if fresh := sorted({at.shard for row in places for at in row} - self._shards.keys()):
+            with ThreadPoolExecutor(AT_ONCE) as pool:  # each is read whole, to be compared with its sha256
+                self._shards.update(zip(fresh, pool.map(self._file, fresh), strict=True))
+        return [self._pack(row) for row in places]
+
+    def _pack(self, places: list[SampleLocation]) -> PackedRow:
+        shards = [self._shards[at.shard] for at in places]
+        samples = [
+            read_sample(path.parent, shard=path.name, offset=at.offset, key=at.key)
+            for path, at in zip(shards, places, strict=True)
+        ]
+        most = self.stage.sequence_length
+        return pack(samples, capacity=most if self.stage.pack else min(most, len(samples[0].input_ids)))
+
+
+def stack(rows: list[PackedRow]) -> tuple[NDArray[np.int64], ...]:
+    """(B, T) arrays of some rows, as long as the longest: input_ids, position_ids, segment_ids, labels."""
+    padding = {"input_ids": 0, "position_ids": 0, "segment_ids": 0, "labels": IGNORE_INDEX}
+    return tuple(_padded([getattr(row, field) for row in rows], fill=fill) for field, fill in padding.items())
+
+
+def _padded(arrays: list[NDArray[np.int64]], *, fill: int) -> NDArray[np.int64]:
+    whole = np.full((len(arrays), max(map(len, arrays))), fill, np.int64)
+    for row, array in zip(whole, arrays, strict=True):
+        row[: len(array)] = array
+    return whole

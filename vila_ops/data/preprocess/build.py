@@ -1,0 +1,107 @@
+"""The work of `prepare`: units of raw records become sealed shards, in a loop or as Ray Data tasks, then a dataset."""
+
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vila_ops.artifacts import store
+from vila_ops.artifacts.kinds import Shard
+from vila_ops.config import Mixture, Resources, TextFormat
+from vila_ops.data import sources
+from vila_ops.data.preprocess.card import CARD, card
+from vila_ops.data.preprocess.parallel import at_once, each, files
+from vila_ops.data.preprocess.quarantine import Quarantined
+from vila_ops.data.preprocess.shard_writer import (
+    COUNTS,
+    ShardJob,
+    UnitTask,
+    folders_of,
+    shard_address,
+    shard_name,
+    write_shard,
+)
+from vila_ops.data.preprocess.summary import SUMMARY, summarise
+from vila_ops.data.preprocess.survey import survey
+from vila_ops.data.preprocess.units import Unit, plan_units, stored_image_bytes
+from vila_ops.data.shards import DROPPED, DROPPED_SCHEMA, INDEX, SCHEMA, SHARD
+from vila_ops.packages.resolve import tokenizer_folder
+
+log = logging.getLogger(__name__)
+
+
+def build(
+    mixture: Mixture, text: TextFormat, resources: Resources, *, folder: Path
+) -> tuple[dict[str, Any], dict[str, tuple[Shard, str]], list[dict[str, Any]]]:
+    """Make every shard that is not sealed yet, and write what binds them into `folder`: index, drops, summary, card.
+
+    Returns the summary, for each shard's name in the dataset the sealed shard and its file, and what each worker said
+    of itself. Broken off anywhere, the next call goes on at the first unit that is not sealed.
+    """
+    cache = Path(resources.cache).expanduser()
+    tokenizer_folder(text.language_model, cache=cache)  # once, before the workers would race for it
+    job = ShardJob(mixture=mixture, text=text, cache=str(cache), store=resources.store)
+    units = [unit for name in sorted(mixture.sources) for unit in _units(name, mixture, text, cache=cache)]
+    drops = survey(job, units, resources)
+    tasks = [UnitTask(job=job, unit=unit, drops=drops.get(number, ())) for number, unit in enumerate(units)]
+    shards = _write(tasks, resources)
+    named = {
+        shard_name(task.unit.source, shard.uri.rpartition("/")[2]): (shard, SHARD)
+        for task, shard in zip(tasks, shards, strict=True)
+        if shard.num_samples
+    }
+    quarantined = Quarantined(mixture)
+    counts = [json.loads(path.read_text()) for path in files(shards, COUNTS)]
+    indexes = zip(tasks, files(shards, INDEX), counts, strict=True)
+    kept = (quarantined.leave_out(task.unit.source, pq.read_table(path), counted) for task, path, counted in indexes)
+    _concatenate(kept, folder / INDEX, schema=SCHEMA)
+    dropped = (pq.read_table(path) for path in files(shards, DROPPED))
+    _concatenate(chain(dropped, quarantined.dropped()), folder / DROPPED, schema=DROPPED_SCHEMA)
+    counted = [(task.unit.source, one) for task, one in zip(tasks, counts, strict=True)]
+    summary = summarise(mixture, counted)
+    (folder / SUMMARY).write_text(json.dumps(summary, indent=1, sort_keys=True))
+    if not summary["num_samples"]:
+        raise ValueError(f"mixture {mixture.name!r} has no samples at all: {summary['sources']}")
+    (folder / CARD).write_text(card(mixture, summary, folder), encoding="utf-8")
+    workers = at_once(lambda shard: store.read_manifest(shard.uri)["execution"]["workers"], shards)
+    ran = {json.dumps(one): one for of_shard in workers for one in of_shard}
+    return summary, named, list(ran.values())
+
+
+def _units(name: str, mixture: Mixture, text: TextFormat, *, cache: Path) -> Iterator[Unit]:
+    source = mixture.sources[name]
+    raw = sources.raw_files(source, folders_of(source, cache=cache), cache=cache)
+    if not sum(file.count for file in raw):
+        raise ValueError(f"mixture {mixture.name!r}: source {name!r} has no records")
+    yield from plan_units(
+        name,
+        raw,
+        shard_bytes=mixture.shard_bytes,
+        image_bytes=stored_image_bytes(text.image_size, mixture.images.encoding),
+        limit=source.limit,
+        share=source.clean.top_share.share if source.clean.top_share else 1.0,
+    )
+
+
+def _write(tasks: list[UnitTask], resources: Resources) -> list[Shard]:
+    """The sealed shards, in order; only those are made that are not there."""
+    found = at_once(lambda task: store.find(Shard, shard_address(task), store=task.job.store), tasks)
+    missing = [number for number, shard in enumerate(found) if shard is None]
+    if missing:
+        log.info("%s: %d of %d shards to make", tasks[0].job.mixture.name, len(missing), len(tasks))
+    made = each(write_shard, [tasks[number] for number in missing], makes=Shard, resources=resources)
+    fresh = dict(zip(missing, made, strict=True))
+    return [shard or fresh[number] for number, shard in enumerate(found)]
+
+
+def _concatenate(parts: Iterable[pa.Table], target: Path, *, schema: pa.Schema) -> None:
+    """One Parquet file of many tables of the same columns, a row group each: never all of them in memory."""
+    with pq.ParquetWriter(target, schema, compression="zstd") as writer:
+        for table in parts:
+            if table.num_rows:
+                writer.write_table(table)

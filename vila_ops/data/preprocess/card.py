@@ -1,0 +1,163 @@
+"""The data card of a prepared mixture, for people: its summary in Markdown."""
+
+import re
+from pathlib import Path
+from typing import Any, assert_never
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from vila_ops.config import Mixture
+from vila_ops.config.mixture import ByRepeats, BySize, ByWeight
+from vila_ops.data.preprocess.summary import LEFT_OUT
+from vila_ops.data.shards import DROPPED
+from vila_ops.data.split import SPLITS
+
+CARD = "README.md"
+CHARACTERS = 240
+"""Of a text that stands in a card."""
+_ENTITIES = str.maketrans(
+    {character: f"&#{ord(character)};" for character in "&<>|`"} | {mark: f"\\{mark}" for mark in "\\*_[]~#$"}
+)
+_LIST = re.compile(r"^(\d*)([-+=.)])")
+"""What at the beginning of a line makes it an item or a heading."""
+
+
+def card(mixture: Mixture, summary: dict[str, Any], folder: Path) -> str:
+    """The data card in Markdown: sources, counts, shares asked for and reached, licences, what was left out, examples.
+
+    `folder` holds the list of what was left out. Texts of the data stand in the card as they are, whatever they hold.
+    """
+    lines = [
+        f"# {mixture.name}",
+        "",
+        f"{summary['num_samples']:,} samples, {summary['num_tokens']:,} tokens, {summary['num_images']:,} images. "
+        f"Split by object: {mixture.split.validation:.0%} for validation, {mixture.split.test:.0%} for test.",
+        "",
+        "## Sources",
+        "",
+        *_sources(mixture, summary),
+        "",
+        "## An epoch",
+        "",
+        *_epoch(mixture, summary),
+        "",
+        "## Licences",
+        "",
+        *_licences(summary),
+        "",
+        "## Left out",
+        "",
+        *_left_out(summary, folder),
+        "",
+        "## Examples",
+    ]
+    for name, found in summary["sources"].items():
+        lines += ["", f"### {name}", *(line for text in found["examples"] for line in ("", *_quoted(text)))]
+    return "\n".join(lines) + "\n"
+
+
+def _sources(mixture: Mixture, summary: dict[str, Any]) -> list[str]:
+    rows = [
+        [
+            name,
+            f"{mixture.sources[name].kind}, {mixture.sources[name].render}",
+            f"{found['records']:,}",
+            f"{sum(found['samples'].values()):,}",
+            *(f"{found['samples'].get(side, 0):,}" for side in SPLITS),
+            f"{sum(found['tokens'].values()):,}",
+            f"{sum(found['images'].values()):,}",
+        ]
+        for name, found in summary["sources"].items()
+    ]
+    sides = [f">{side}" for side in SPLITS]
+    return _table(["source", "format, read as", ">records", ">samples", *sides, ">tokens", ">images"], rows)
+
+
+def _epoch(mixture: Mixture, summary: dict[str, Any]) -> list[str]:
+    epochs = {name: found["epoch"] for name, found in summary["sources"].items() if "epoch" in found}
+    notes = [f"- {note}" for note in summary["notes"]]
+    if not epochs:
+        return notes
+    match mixture.blend:
+        case ByWeight(unit=unit):
+            said = f"Blended by the sources' weights, in {unit}."
+        case BySize(unit=unit, temperature=temperature):
+            said = f"Blended by the sources' sizes to the power 1 / {temperature:g}, in {unit}."
+        case ByRepeats():
+            unit, said = "samples", "Each source is seen as often as its `repeats` says."
+        case _:
+            assert_never(mixture.blend)
+    rows = [
+        [
+            name,
+            f"{epoch['wanted']:.2%}",
+            f"{epoch['sample_share']:.2%}",
+            f"{epoch['token_share']:.2%}",
+            f"{epoch['samples_per_epoch']:,}",
+            f"{epoch['samples']:,}",
+            f"{epoch['repeats']:.2f}",
+        ]
+        for name, epoch in epochs.items()
+    ]
+    head = [f">wanted of {unit}", ">reached of samples", ">of tokens", ">samples drawn", ">of", ">times seen"]
+    return [said, "", *_table(["source", *head], rows), *([""] if notes else []), *notes]
+
+
+def _licences(summary: dict[str, Any]) -> list[str]:
+    rows = [
+        [name, _inline(licence), f"{count:,}"]
+        for name, found in summary["sources"].items()
+        for licence, count in found["licences"].items()
+    ]
+    packages = {
+        f"- {_inline(package)}: {_inline(licence)}": None
+        for found in summary["sources"].values()
+        for package, licence in found["packages"].items()
+    }
+    made_from = ["", "Made from these packages:", "", *packages] if packages else []
+    return [*_table(["source", "licence", ">samples"], rows), *made_from]
+
+
+def _left_out(summary: dict[str, Any], folder: Path) -> list[str]:
+    rows = [
+        [name, kind, f"`{reason}`", f"{count:,}", _first(folder, name, reason)]
+        for name, found in summary["sources"].items()
+        for key, kind in LEFT_OUT.items()
+        for reason, count in found[key].items()
+    ]
+    if not rows:
+        return ["Nothing."]
+    return [
+        *_table(["source", "what", "reason", ">count", "the first"], rows),
+        "",
+        f"Each of them, with its place: `{DROPPED}` of the dataset.",
+    ]
+
+
+def _first(folder: Path, source: str, reason: str) -> str:
+    rule = (pc.field("source") == source) & (pc.field("reason") == reason)
+    row = pq.read_table(folder / DROPPED, filters=rule).slice(0, 1).to_pylist()[0]
+    return _inline(f"{row['where'] or row['id']}: {row['detail']}".removesuffix(": "))
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """A table; a column whose head begins with `>` is of numbers."""
+    rule = ["--:" if name.startswith(">") else "---" for name in head]
+    return [f"| {' | '.join(cells)} |" for cells in ([name.removeprefix(">") for name in head], rule, *rows)]
+
+
+def _quoted(text: str) -> list[str]:
+    """Text as a quotation with its own lines."""
+    lines = [_inline(line) for line in _short(text).splitlines() if line.strip()]
+    return [f"> {line}{'' if number == len(lines) else '  '}" for number, line in enumerate(lines, start=1)]
+
+
+def _inline(text: str) -> str:
+    """Text as one line of Markdown that shows it and does nothing else, in a table too."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in _short(text)).split())
+    return _LIST.sub(r"\1\\\2", line.translate(_ENTITIES))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= CHARACTERS else f"{text[:CHARACTERS]}…"

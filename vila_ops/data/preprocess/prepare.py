@@ -1,0 +1,62 @@
+"""The task `prepare`: a mixture's sources become tokenised, sharded, split samples. Light: work is in `build`."""
+
+import logging
+import time
+from pathlib import Path
+
+from vila_ops.artifacts import store
+from vila_ops.artifacts.execution import execution
+from vila_ops.artifacts.kinds import Dataset
+from vila_ops.artifacts.leases import hold
+from vila_ops.config import Mixture, Resources, TextFormat
+from vila_ops.data.preprocess.identity import SHARD_REVISION, SURVEY_REVISION, digests, mixture_recipe, text_recipe
+
+REVISION = 4
+"""Bumped when the same shards become another dataset."""
+log = logging.getLogger(__name__)
+
+
+def prepare(mixture: Mixture, text: TextFormat, resources: Resources) -> Dataset:
+    """The prepared mixture, found in `data/<mixture>` or the store, or made; of its shards only the new ones are made.
+
+    Raises ValueError when more than the mixture's max_bad_share of a source's records are bad.
+    """
+    at = _address(mixture, text, resources)
+    if done := _find(at, mixture, resources):
+        return done
+    with hold(at, store=resources.store):
+        return store.find(Dataset, at, store=resources.store) or _prepare(at, mixture, text, resources)
+
+
+def prepared(mixture: Mixture, text: TextFormat, resources: Resources) -> Dataset | None:
+    """The prepared mixture where it is there already; nothing is made."""
+    return _find(_address(mixture, text, resources), mixture, resources)
+
+
+def _address(mixture: Mixture, text: TextFormat, resources: Resources) -> store.Address:
+    read = digests(mixture, cache=Path(resources.cache).expanduser())
+    made_by = {"shards": SHARD_REVISION, "survey": SURVEY_REVISION}
+    recipe = {"mixture": mixture_recipe(mixture), "text": text_recipe(text), "sources": read, "made_by": made_by}
+    return store.address(Dataset, revision=REVISION, recipe=recipe, parents=tuple(sorted(set(read.values()))))
+
+
+def _find(at: store.Address, mixture: Mixture, resources: Resources) -> Dataset | None:
+    return store.find(Dataset, at, store=resources.store, first=Path(resources.data).resolve() / mixture.name)
+
+
+def _prepare(at: store.Address, mixture: Mixture, text: TextFormat, resources: Resources) -> Dataset:
+    from vila_ops.data.preprocess import build  # heavy: Ray, tokenizer, images
+
+    started = time.monotonic()
+    attempt = store.begin(at, store=resources.store)
+    facts, shards, ran = build.build(mixture, text, resources, folder=attempt)
+    dataset = store.seal(
+        Dataset,
+        at,
+        attempt,
+        facts={"num_samples": facts["num_samples"], "num_tokens": facts["num_tokens"]},
+        execution=execution(launch=resources.launch, seconds=time.monotonic() - started, ran=ran),
+        known=shards,
+    )
+    log.info("prepared %s: %d samples, %d tokens", mixture.name, dataset.num_samples, dataset.num_tokens)
+    return dataset

@@ -1,0 +1,281 @@
+"""What a worker does: a unit's records are read, rendered and tokenised, images squared, and sealed as a shard."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from vila_ops.artifacts import store
+from vila_ops.artifacts.execution import execution
+from vila_ops.artifacts.kinds import Shard
+from vila_ops.artifacts.store import Address
+from vila_ops.cluster import whoami
+from vila_ops.config import Config, Mixture, Source, Split, TextFormat, fingerprint
+from vila_ops.data import sources
+from vila_ops.data.cleaning.clean import clean
+from vila_ops.data.containers import BadImage
+from vila_ops.data.images import square, suffix
+from vila_ops.data.preprocess.identity import SHARD_REVISION, fit_of, source_recipe, text_recipe
+from vila_ops.data.preprocess.units import Unit
+from vila_ops.data.raw.files import Span
+from vila_ops.data.records import NOT_DOWNLOADED, Dropped, Image, Record
+from vila_ops.data.shards import SHARD, Sample, ShardWriter, write_dropped, write_index
+from vila_ops.data.split import split_of
+from vila_ops.data.text.conversation import Tokenizer, Tokens, tokenise
+from vila_ops.data.text.questions import Names, questions
+from vila_ops.packages.fetch import fetch
+from vila_ops.packages.tokenizer import build_tokenizer
+
+COUNTS = "counts.json"
+EXAMPLES, EXAMPLE_CHARACTERS = 3, 300
+"""Texts of a shard that a data card may show."""
+
+
+class ShardJob(Config):
+    """What every unit needs to know; small enough to travel to any worker."""
+
+    mixture: Mixture
+    text: TextFormat
+    cache: str
+    store: str
+
+
+class Drop(Config):
+    """A record that a rule over all records takes out."""
+
+    span: int
+    """Of the unit."""
+    number: int
+    """Of the record in its file."""
+    part: int
+    """Of what the raw record holds."""
+    reason: str
+    detail: str
+
+
+class UnitTask(Config):
+    """A unit to be written, and which of its records are not to be kept."""
+
+    job: ShardJob
+    unit: Unit
+    drops: tuple[Drop, ...] = ()
+
+
+def shard_address(task: UnitTask) -> Address:
+    """Of a shard: what is in the raw files and what is made of it, not where they lie nor what else is mixed in."""
+    job, mixture = task.job, task.job.mixture
+    source = mixture.sources[task.unit.source]
+    recipe = {
+        "source": {"name": task.unit.source, **source_recipe(source)},
+        "spans": [span.model_dump(mode="json", exclude={"path", "mark"}) for span in task.unit.spans],
+        "drops": [drop.model_dump(mode="json") for drop in task.drops],
+        "text": text_recipe(job.text),
+        "mixture": mixture.model_dump(mode="json", include={"split", "long_documents", "images", "seed"}),
+    }
+    digests = {span.digest for span in task.unit.spans}
+    if source.render == "questions":  # wrong answers are drawn from the names of the whole source
+        digests.add(sources.digest(source, cache=Path(job.cache)))
+    return store.address(Shard, revision=SHARD_REVISION, recipe=recipe, parents=tuple(sorted(digests)))
+
+
+def shard_name(source: str, key: str) -> str:
+    """SOURCE-STEM.tar, with the first digits of the shard's address: the same in every dataset that has the shard."""
+    return f"{source}-{key[:12]}.tar"
+
+
+def write_shard(task: UnitTask) -> Shard:
+    """The sealed shard of a unit; made only if it is not there."""
+    at = shard_address(task)
+    if done := store.find(Shard, at, store=task.job.store):
+        return done
+    started = time.monotonic()
+    attempt = store.begin(at, store=task.job.store)
+    counts = _Writer(task, attempt, name=shard_name(task.unit.source, at.key)).write()
+    (attempt / COUNTS).write_text(json.dumps(counts, indent=1, sort_keys=True))
+    facts = {"num_samples": sum(counts["samples"].values())}
+    ran = execution(launch=whoami()["launch"], seconds=time.monotonic() - started, ran=[whoami()])
+    return store.seal(Shard, at, attempt, facts=facts, execution=ran)
+
+
+def folders_of(source: Source, *, cache: Path) -> dict[str, Path]:
+    """The folders of a source's packages, fetched where they are not in the cache, by package name."""
+    return {package.name: fetch(package, cache=cache) for package in sources.packages(source)}
+
+
+def tokenizer_of(text: TextFormat, *, cache: Path) -> Tokenizer:
+    """The tokenizer that reads records in a text format, loaded once per process and content of its folder."""
+    return _tokenizer(text, cache, content=fingerprint(text_recipe(text)))
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(text: TextFormat, cache: Path, *, content: str) -> Tokenizer:
+    fast = build_tokenizer(text.language_model, chat_template=text.chat_template, cache=cache)
+    return Tokenizer(fast, image_tokens=text.image_tokens, after_image=text.after_image)
+
+
+class _Writer:
+    """Writes the files of one shard."""
+
+    def __init__(self, task: UnitTask, folder: Path, *, name: str) -> None:
+        job = self.job = task.job
+        self.task, self.folder = task, folder
+        self.source = job.mixture.sources[task.unit.source]
+        self.tokenizer = tokenizer_of(job.text, cache=Path(job.cache))
+        self.fit = fit_of(job.text)
+        self.tar = ShardWriter(folder / SHARD, name=name, suffix=suffix(job.mixture.images.encoding))
+        self.names: dict[str, Names] = {}
+        if self.source.render == "questions":
+            digest = sources.digest(self.source, cache=Path(self.job.cache))
+            self.names = _names(self.source, job.mixture.split, Path(job.cache), digest=digest)
+        self.examples: list[str] = []
+        self.dropped: list[Dropped] = []
+        self.bad: Counter[str] = Counter()
+        self.taken_out: Counter[str] = Counter()
+        self.images_out: Counter[str] = Counter()
+
+    def write(self) -> dict[str, Any]:
+        """Every record of the unit; returns the counts."""
+        seen = 0
+        for record, drop in self._records():
+            seen += 1
+            if drop is not None:
+                self._take_out(record, drop.reason, drop.detail)
+            elif isinstance(record, Dropped) and record.reason == NOT_DOWNLOADED:
+                self._take_out(record, record.reason, record.detail)
+            elif isinstance(record, Dropped):
+                self._drop(record)
+            else:
+                self._clean(record)
+        rows = self.tar.close()
+        write_index(rows, self.folder)
+        write_dropped(self.dropped, self.task.unit.source, self.folder)
+        return {
+            "records": seen,
+            "samples": dict(Counter(row["split"] for row in rows)),
+            "tokens": _sums(rows, "num_tokens"),
+            "images": _sums(rows, "num_images"),
+            "licences": dict(Counter(row["licence"] for row in rows)),
+            "examples": self.examples,
+            "bad": dict(self.bad),
+            "taken_out": dict(self.taken_out),
+            "images_out": dict(self.images_out),
+        }
+
+    def _records(self) -> Iterator[tuple[Record | Dropped, Drop | None]]:
+        drops = {(drop.span, drop.number, drop.part): drop for drop in self.task.drops}
+        folders = folders_of(self.source, cache=Path(self.job.cache))
+        for place, span in enumerate(self.task.unit.spans):
+            for number, part, record in numbered(self.source, folders, span):
+                yield record, drops.get((place, number, part))
+
+    def _clean(self, record: Record) -> None:
+        cleaned = clean(record, self.source.clean)
+        for image in cleaned.left_out:
+            self.images_out[image.reason] += 1
+            self.dropped.append(image)
+        if isinstance(cleaned.record, Dropped):
+            self._take_out(cleaned.record, cleaned.record.reason, cleaned.record.detail)
+        else:
+            self._add(cleaned.record)
+
+    def _add(self, record: Record) -> None:
+        """Its samples; a record that fails in more than one of its renderings counts once, for the first reason."""
+        split = split_of(record.object, self.job.mixture.split)
+        failed: list[Dropped] = []
+        for rendered in self._render(record, split):
+            made = self._samples(rendered)
+            if isinstance(made, Dropped):
+                failed.append(made)
+                continue
+            for sample in made:
+                self.tar.add(sample, split=split)
+                if split == "train" and len(self.examples) < EXAMPLES:
+                    self.examples.append(sample.text[:EXAMPLE_CHARACTERS])
+        for dropped in failed[:1]:
+            self._drop(replace(dropped, id=record.id, where=record.provenance))
+
+    def _render(self, record: Record, split: str) -> list[Record]:
+        if self.source.render != "questions":
+            return [record]
+        return questions(record, self.names[split], seed=self.job.mixture.seed)
+
+    def _samples(self, record: Record) -> list[Sample] | Dropped:
+        longest = self.job.text.max_tokens
+        split_long = self.job.mixture.long_documents == "split"
+        pieces = tokenise(record, self.tokenizer, max_tokens=longest, split=split_long)
+        if isinstance(pieces, Dropped):
+            return pieces
+        images = [part for turn in record.turns for part in turn.parts if isinstance(part, Image)]
+        kept = sorted({index for piece in pieces for index in piece.images})
+        try:
+            squares = {index: self._square(images[index].data) for index in kept}
+        except BadImage as error:
+            return Dropped(record.id, f"bad_image_{error.reason}", detail=str(error))
+        text = "\n".join(part for turn in record.turns for part in turn.parts if isinstance(part, str))
+        # each piece with its own words: all of them in every piece would grow with the square of the document
+        texts = [text] if len(pieces) == 1 else [self.tokenizer.decode(piece.input_ids) for piece in pieces]
+        return [self._sample(record, own, piece, squares) for own, piece in zip(texts, pieces, strict=True)]
+
+    def _square(self, data: bytes) -> bytes:
+        size, kept = self.job.text.image_size, self.job.mixture.images
+        return square(data, size=size, fit=self.fit, encoding=kept.encoding, decode=kept.decode)
+
+    def _sample(self, record: Record, text: str, piece: Tokens, squares: dict[int, bytes]) -> Sample:
+        return Sample(
+            id=record.id,
+            source=self.task.unit.source,
+            object=record.object,
+            category=record.category,
+            text=text,
+            licence=record.licence,
+            provenance=record.provenance,
+            input_ids=piece.input_ids,
+            is_target=piece.is_target,
+            images=tuple(squares[index] for index in piece.images),
+        )
+
+    def _drop(self, dropped: Dropped) -> None:
+        self.bad[dropped.reason] += 1
+        self.dropped.append(dropped)
+
+    def _take_out(self, record: Record | Dropped, reason: str, detail: str) -> None:
+        self.taken_out[reason] += 1
+        where = record.where if isinstance(record, Dropped) else record.provenance
+        self.dropped.append(Dropped(record.id, reason, where=where, detail=detail))
+
+
+def numbered(source: Source, folders: dict[str, Path], span: Span) -> Iterator[tuple[int, int, Record | Dropped]]:
+    """(number of the raw record in its file, which of the things that it holds, that) for all that a span takes."""
+    taken = (number for number in range(span.start, span.stop) if span.takes(number))
+    for number, found in zip(taken, sources.read(source, folders, span), strict=True):
+        for part, record in enumerate(found):
+            yield number, part, record
+
+
+def _sums(rows: list[dict[str, Any]], column: str) -> dict[str, int]:
+    """A column summed by split."""
+    total: Counter[str] = Counter()
+    for row in rows:
+        total[row["split"]] += row[column]
+    return dict(total)
+
+
+@lru_cache(maxsize=4)
+def _names(source: Source, split: Split, cache: Path, *, digest: str) -> dict[str, Names]:
+    """Names by split and category of a whole source, read once per process and content of the source."""
+    folders = folders_of(source, cache=cache)
+    found: dict[str, dict[str, list[str]]] = {}
+    for file in sources.raw_files(source, folders, cache=cache):
+        whole = Span(name=file.name, path=file.path, digest=file.digest, start=0, stop=file.count, mark=0)
+        for _, _, record in numbered(source, folders, whole):
+            if isinstance(record, Record):
+                side = found.setdefault(split_of(record.object, split), {})
+                side.setdefault(record.category, []).append(record.object)
+    return {
+        name: Names({category: tuple(sorted(set(names))) for category, names in sorted(side.items())})
+        for name, side in found.items()
+    }

@@ -1,0 +1,1 @@
+"""Measures of our own on held-out objects of a prepared mixture."""
