@@ -67,7 +67,7 @@ def main() -> None:
     config = _config()
     with device:
         model = VilaForConditionalGeneration(config)
-    attention.use(model, attention.choose(resources.attention, device, stage.precision))
+    attention.use(model, attention.choose(resources.train.attention, device, stage.precision))
     objective = Objective(model, bf16=True)
     engine = build_engine(objective, set_trainable(objective, stage.trainable, stage.tuning), stage, resources)
     draw = np.random.default_rng(0)

@@ -3,11 +3,11 @@
 import logging
 from pathlib import Path
 
-from prefect import flow, runtime
+from prefect import flow, runtime, settings
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from flows.tasks import TASKS
-from vila_ops.config import Run, load
+from vila_ops.config import Run, RunContext, load
 from vila_ops.pipeline.run import run_pipeline
 from vila_ops.report import summary
 
@@ -21,8 +21,9 @@ def vila(run: Run | None = None) -> dict[str, str]:
     run = run or load(Path("configs/recipes/demo.yaml"), resources=Path("configs/resources/laptop.yaml"))
     logging.getLogger("vila_ops").setLevel(logging.INFO)  # Prefect gives the logger handlers, but no level
     summary.check(run)
-    outcome = run_pipeline(run, TASKS, flow_run=runtime.flow_run.id)
+    context = RunContext(links={"prefect": settings.PREFECT_UI_URL.value()})
+    outcome = run_pipeline(run, TASKS, context=context, flow_run=runtime.flow_run.id)
     page = summary.write(run, outcome)
     create_markdown_artifact(key="vila-report", markdown=summary.markdown(page.summary), description="The run")
     create_table_artifact(key="vila-stages", table=summary.table(page.summary), description="The stages")
-    return {"report": page.html, "summary": page.json, **{n: c.digest for n, c in outcome.checkpoints.items()}}
+    return {"report": page.html, "summary": page.json, **{n: c.digest for n, c in outcome.checkpoints().items()}}

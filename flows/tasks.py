@@ -10,7 +10,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.eval.evaluate import evaluate
 from vila_ops.model.assemble import assemble
-from vila_ops.pipeline import run as pipeline
+from vila_ops.pipeline.stages import Tasks
 from vila_ops.registry.register import register
 from vila_ops.serve.deploy import deploy
 from vila_ops.train.job import FINAL
@@ -35,7 +35,7 @@ def _task(function: Callable[P, R], *, name: str | None = None, retries: int = 2
     )(function)
 
 
-TASKS = pipeline.Tasks(
+TASKS = Tasks(
     assemble=_task(assemble),
     prepare=_task(prepare, name="prepare {mixture.name}"),
     train_stage=_task(train_stage, name="train {stage.name}"),

@@ -283,7 +283,7 @@ def test_doctor_and_status_print_one_json_list(tmp_path: Path) -> None:
         (["data", "watch", "configs/recipes/demo.yaml", "--mixture", "align"], "made of pinned packages alone"),
         (["show", "configs/recipes/none.yaml"], "configs/recipes/none.yaml"),
         (["show", TINY, "-s", "stages.sft.learning_rat=1"], "learning_rat"),
-        (["register", TINY, "-r", "configs/resources/inline.yaml"], "set resources.tracking_uri"),
+        (["register", TINY, "-r", "configs/resources/inline.yaml"], "set resources.tracking.uri"),
     ],
 )
 def test_a_wrong_argument_is_one_message_and_no_traceback(arguments: list[str], told: str) -> None:

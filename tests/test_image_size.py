@@ -93,7 +93,7 @@ def test_every_data_set_is_prepared_at_the_size_of_the_model_that_reads_it(run: 
 def test_the_held_out_data_are_prepared_once_for_each_size_and_every_model_is_measured_at_its_own(
     run: Run, outcome: Outcome
 ) -> None:
-    assert len(list(Path(run.resources.store).glob("dataset/*/manifest.json"))) == 3 + 2
+    assert len(list(Path(run.resources.storage.store).glob("dataset/*/manifest.json"))) == 3 + 2
     data = {name: report.parents[1] for name, report in outcome.probes.items()}
     assert data["base"] == data["align"] != data["pretrain"] == data["sft"] == outcome.report.parents[1]
     for report in outcome.probes.values():

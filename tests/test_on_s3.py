@@ -21,7 +21,12 @@ def run_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], R
 
     def make(store: str) -> Run:
         where = [f"resources.{name}={tmp_path / name}" for name in ("data", "cache")]
-        settings = ["stages.align.num_steps=2", "resources.threads_per_worker=1", f"resources.store={store}", *where]
+        settings = [
+            "stages.align.num_steps=2",
+            "resources.train.threads_per_worker=1",
+            f"resources.storage.store={store}",
+            *where,
+        ]
         resources = ROOT / "configs/resources/inline.yaml"
         return load(ROOT / "configs/recipes/tiny.yaml", resources=resources, overrides=tuple(settings))
 

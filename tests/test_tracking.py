@@ -81,8 +81,8 @@ def begin(resources: Resources) -> str:
 
 def history(resources: Resources, run_id: str, name: str = "loss") -> list[Metric]:
     """In the order in which they were logged."""
-    assert resources.tracking_uri is not None
-    found = MlflowClient(resources.tracking_uri).get_metric_history(run_id, name)
+    assert resources.tracking.uri is not None
+    found = MlflowClient(resources.tracking.uri).get_metric_history(run_id, name)
     return sorted(found, key=lambda metric: (metric.timestamp, metric.step))
 
 
@@ -150,7 +150,7 @@ def test_a_server_that_is_killed_and_comes_back_has_everything_once(
     assert [(metric.step, metric.value) for metric in found] == [(step, step / 8) for step in range(32)]
     assert [metric.timestamp for metric in found] == sorted(metric.timestamp for metric in found)
     assert len(history(resources, run_id, "norm")) == 10
-    assert MlflowClient(resources.tracking_uri).get_run(run_id).info.status == "FINISHED"
+    assert MlflowClient(resources.tracking.uri).get_run(run_id).info.status == "FINISHED"
     assert kept(resources) == []
 
 
@@ -186,7 +186,7 @@ def test_a_run_that_ends_while_the_server_is_away_is_closed_by_the_next(
     assert "has not taken all of run" in caplog.text
     assert "secret" not in caplog.text
     assert len(kept(resources)) == 2
-    client = MlflowClient(resources.tracking_uri)
+    client = MlflowClient(resources.tracking.uri)
     assert client.get_run(run_id).info.status == "RUNNING"
     other = begin(resources)
     tracking.end_run(resources, other, failed=True)
@@ -205,7 +205,7 @@ def test_what_is_left_of_a_run_that_is_no_more_is_put_aside(
 ) -> None:
     run_id = begin(resources)
     if how == "deleted":
-        MlflowClient(resources.tracking_uri).delete_run(run_id)
+        MlflowClient(resources.tracking.uri).delete_run(run_id)
     else:
         run_id = "0" * 32
     with MetricLog(away, run_id) as metrics:
@@ -252,9 +252,11 @@ def test_a_server_that_is_away_at_the_start_is_an_error_that_says_what_to_do(awa
 
 def test_a_run_names_the_data_that_it_read(resources: Resources) -> None:
     run_id = begin(resources)
-    data = Dataset(uri=f"{resources.store}/dataset/x", digest="0123456789abcdef" * 4, num_samples=1, num_tokens=1)
+    data = Dataset(
+        uri=f"{resources.storage.store}/dataset/x", digest="0123456789abcdef" * 4, num_samples=1, num_tokens=1
+    )
     tracking.log_input(resources, run_id, data, name="pairs", context="train")
-    run = MlflowClient(resources.tracking_uri).get_run(run_id)
+    run = MlflowClient(resources.tracking.uri).get_run(run_id)
     (found,) = run.inputs.dataset_inputs
     assert (found.dataset.name, found.dataset.source) == ("pairs", data.uri)
     assert found.dataset.digest == data.digest[:36]
@@ -266,7 +268,7 @@ def test_the_machines_load_is_logged_while_a_run_is_open(resources: Resources) -
     run_id = begin(resources)
     with MetricLog(resources, run_id, system=SystemMetrics()) as metrics:
         metrics.log({"loss": 1.0}, step=7)
-    metrics_of = MlflowClient(resources.tracking_uri).get_run(run_id).data.metrics
+    metrics_of = MlflowClient(resources.tracking.uri).get_run(run_id).data.metrics
     assert 0 <= metrics_of["system/cpu_utilization_percentage"] <= 100
     assert 0 < metrics_of["system/system_memory_usage_percentage"] < 100
     assert {metric.step for metric in history(resources, run_id, "system/disk_usage_percentage")} <= {0, 7}

@@ -147,7 +147,7 @@ def _new_lines(log: Path) -> Iterator[str]:
 
 
 def _say_results(run: Run, endpoints: local.Endpoints, say: Say, *, seconds: float) -> None:
-    folder = run.resources.scratch() / run.recipe.name
+    folder = run.resources.storage.scratch() / run.recipe.name
     summary = json.loads((folder / "summary.json").read_text())
     summary["seconds_with_servers"] = round(seconds, 1)
     (folder / "summary.json").write_text(json.dumps(summary, indent=1))

@@ -51,11 +51,11 @@ def test_an_unknown_key_is_named_with_its_path(override: str, place: str) -> Non
 def test_overrides_change_what_they_name() -> None:
     run = tiny(
         "stages.sft.learning_rate=1e-5", "stages.align.trainable=[projector, language_model]",
-        "resources.threads_per_worker=2", "model.projector={kind: mlp_downsample, factor: 3}",
+        "resources.train.threads_per_worker=2", "model.projector={kind: mlp_downsample, factor: 3}",
     )  # fmt: skip
     assert run.recipe.stages["sft"].learning_rate == 1e-5
     assert run.recipe.stages["align"].trainable == ("projector", "language_model")
-    assert run.resources.threads_per_worker == 2
+    assert run.resources.train.threads_per_worker == 2
     assert run.recipe.model.image_tokens() == 1
 
 
@@ -81,7 +81,11 @@ def test_an_override_changes_nothing_else_where_an_anchor_is_shared() -> None:
             lambda run: run.recipe.stages["sft"].tuning,
             Lora(rank=4),
         ),
-        (["resources.stages.sft.micro_batch_size=2"], lambda run: run.resources.for_stage("sft").micro_batch_size, 2),
+        (
+            ["resources.train.stages.sft.micro_batch_size=2"],
+            lambda run: run.resources.for_stage("sft").micro_batch_size,
+            2,
+        ),
         (["stages.sft.learning_rates.projector=1"], lambda run: run.recipe.stages["sft"].peak_rate("projector"), 1),
         (
             ["model.projector={kind: mlp_gelu, depth: 3}", "model.projector.kind=linear"],
@@ -100,7 +104,7 @@ def test_an_override_reaches_what_the_files_leave_out_and_replaces_a_mapping_who
     ("override", "message"),
     [
         ("stages.sft.tunings.kind=lora", r"there is no 'tunings'; keys here are \['global_batch_size'"),
-        ("resources.stages.nope.micro_batch_size=2", r"resources.stages names \['nope'\]"),
+        ("resources.train.stages.nope.micro_batch_size=2", r"resources.train.stages names \['nope'\]"),
         ("stages.sft.learning_rate", r"has no '='"),
         ("stages.nope.learning_rate=1", r"there is no 'nope'; keys here are \['align', 'pretrain', 'sft'\]"),
         ("name.first=1", r"there is no 'name'|'name'"),
@@ -201,15 +205,21 @@ def test_a_remainder_is_refused_with_a_batch_that_would_do(resources: str, batch
         ("name=../elsewhere", r"String should match pattern"),
         ("stages.sft.mixture.name=a/b", r"String should match pattern"),
         ("stages.sft.name=align", r"stage 'sft' is named 'align'; remove its name"),
-        ("resources.zero_stage=1", r"zero_stage 1 needs DeepSpeed"),
-        ("resources.num_workers=2", r"launch inline is one worker, not 2"),
+        ("resources.train.zero_stage=1", r"zero_stage 1 needs DeepSpeed"),
+        ("resources.train.num_workers=2", r"launch inline is one worker, not 2"),
         ("resources.launch=ray", r"set ray_address"),
-        ("resources.placement=SPREAD", r"placement and network have no effect with launch inline"),
-        ("resources.network={interface: eth0}", r"placement and network have no effect with launch inline"),
-        ("resources.stages={sft: {num_workers: 2}}", r"launch inline is one worker, not 2 of stage 'sft'"),
-        ("resources.stages={sft: {zero_stage: 3}}", r"zero_stage 3 of stage 'sft' needs DeepSpeed"),
-        ("resources.stages={stf: {micro_batch_size: 2}}", r"names \['stf'\], which .* \['align', 'pretrain', 'sft'\]"),
-        ("resources.stages={sft: {micro_batch_size: 3}}", r"'sft': global_batch_size 2 is .* micro_batch_size 3 x"),
+        ("resources.train.placement=SPREAD", r"placement and network have no effect with launch inline"),
+        ("resources.train.network={interface: eth0}", r"placement and network have no effect with launch inline"),
+        ("resources.train.stages={sft: {num_workers: 2}}", r"launch inline is one worker, not 2 of stage 'sft'"),
+        ("resources.train.stages={sft: {zero_stage: 3}}", r"zero_stage 3 of stage 'sft' needs DeepSpeed"),
+        (
+            "resources.train.stages={stf: {micro_batch_size: 2}}",
+            r"names \['stf'\], which .* \['align', 'pretrain', 'sft'\]",
+        ),
+        (
+            "resources.train.stages={sft: {micro_batch_size: 3}}",
+            r"'sft': global_batch_size 2 is .* micro_batch_size 3 x",
+        ),
         ("stages.sft.epochs=1", r"num_steps or epochs, and 6 and 1.0 are given; set one"),
         ("stages.sft.num_steps=null", r"num_steps or epochs, and neither is given; set one"),
         ("model.image_size=13", r"image_size 13 is less than one patch of 14 pixels"),
@@ -245,12 +255,12 @@ def test_a_stage_has_resources_of_its_own_and_the_rest_of_all() -> None:
     assert found[1] == Resources.model_validate(cluster)
     assert found[0].for_stage("align") == found[0]
     with pytest.raises(ValidationError, match=r"resources\.stages\.align\.num_worker\n"):
-        tiny("resources.stages={align: {num_worker: 1}}")
+        tiny("resources.train.stages={align: {num_worker: 1}}")
 
 
 def test_the_batch_of_a_stage_is_divided_by_its_own_resources() -> None:
-    three = "resources.stages={sft: {micro_batch_size: 3}}"
-    assert tiny("stages.sft.global_batch_size=3", "resources.micro_batch_size=2", three)
+    three = "resources.train.stages={sft: {micro_batch_size: 3}}"
+    assert tiny("stages.sft.global_batch_size=3", "resources.train.micro_batch_size=2", three)
 
 
 def test_a_stage_sees_images_of_the_size_that_it_or_the_last_one_before_it_names() -> None:
@@ -275,7 +285,7 @@ def test_one_mixture_at_two_sizes_is_refused_since_it_would_be_two_data_sets_of_
 def test_only_the_recipe_is_identity() -> None:
     run = tiny()
     assert (
-        tiny("resources.threads_per_worker=3", "resources.store=/tmp/x").recipe.fingerprint()
+        tiny("resources.train.threads_per_worker=3", "resources.storage.store=/tmp/x").recipe.fingerprint()
         == run.recipe.fingerprint()
     )
     for change in ("stages.sft.seed=1", "model.seed=1", "stages.align.precision=bf16", "suite.seed=5", "name=other"):

@@ -253,10 +253,12 @@ def test_the_documentation_names_every_recipe_and_ablation() -> None:
 def test_recipes_divide_over_their_gpus(resources: str, recipes: list[str], rows: dict[str, int]) -> None:
     for name in recipes:
         run = load(BY_NAME[name], resources=ROOT / f"configs/resources/{resources}.yaml")
-        assert {stage: own.micro_batch_size for stage, own in run.resources.stages.items()} == rows
+        assert {stage: own.micro_batch_size for stage, own in run.resources.train.stages.items()} == rows
         for stage in run.recipe.stages.values():
-            own = run.resources.stages[stage.name]
-            assert stage.global_batch_size % (rows[stage.name] * (own.num_workers or run.resources.num_workers)) == 0
+            own = run.resources.train.stages[stage.name]
+            assert (
+                stage.global_batch_size % (rows[stage.name] * (own.num_workers or run.resources.train.num_workers)) == 0
+            )
 
 
 def test_the_first_stage_shards_its_optimizer_and_the_others_everything() -> None:

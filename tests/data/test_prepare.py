@@ -169,7 +169,7 @@ def test_a_summary_names_the_licences_of_samples_and_packages(resources: Resourc
         {"registry": "npm", "name": name, "version": "1.0.0", "sha256": "0" * 64, "licence": licence}
         for name, licence in (("renders", "MIT"), ("names", "Unicode-3.0"))
     )
-    packages = Path(resources.cache) / "packages"  # as `fetch` leaves them
+    packages = Path(resources.storage.cache) / "packages"  # as `fetch` leaves them
     for folder in ("renders-1.0.0-000000000000/assets", "names-1.0.0-000000000000/en", "names-1.0.0-000000000000/meta"):
         (packages / f"npm-{folder}").mkdir(parents=True)
     shutil.copyfile(tiny / "pairs/dog.png", packages / "npm-renders-1.0.0-000000000000/assets/1f415.webp")
@@ -189,9 +189,9 @@ def test_a_summary_names_the_licences_of_samples_and_packages(resources: Resourc
 def test_an_exported_dataset_is_found_first(resources: Resources, make_mixture: Any, make_text: Any) -> None:
     chosen = make_mixture("definitions")
     made = prepare(chosen, make_text(), resources)
-    out = Path(resources.data) / chosen.name
+    out = Path(resources.storage.data) / chosen.name
     export(made, out)
-    shutil.rmtree(resources.store)
+    shutil.rmtree(resources.storage.store)
     found = prepare(chosen, make_text(), resources)
     assert (found.uri, found.digest) == (str(out), made.digest)
     other = prepare(chosen, make_text(max_tokens=64), resources)
@@ -264,7 +264,7 @@ def test_a_changed_tokenizer_is_read_anew_in_the_same_process(
     after = prepare(make_mixture("definitions"), own, resources)
     row = read_index(content(after)).to_pylist()[0]
     sample = read_sample(content(after), shard=row["shard"], offset=row["offset"], key=row["key"])
-    read = tokenizer_of(own, cache=Path(resources.cache)).decode(sample.input_ids)
+    read = tokenizer_of(own, cache=Path(resources.storage.cache)).decode(sample.input_ids)
     assert "e" in sample.text
     assert "e" not in read
     assert "x" in read
@@ -344,7 +344,7 @@ def test_too_many_bad_records_are_an_error_that_names_source_and_counts(
         ValueError, match=rf"{count} of 48 records of source 'p' are bad .*bad_image_truncated.*max_bad_share 0.05"
     ):
         prepare(mixture({"p": jsonl(bad)}), make_text(), resources)
-    assert not list((Path(resources.store) / "dataset").rglob("manifest.json"))
+    assert not list((Path(resources.storage.store) / "dataset").rglob("manifest.json"))
 
 
 def test_a_missing_or_empty_source_is_an_error(resources: Resources, make_text: Any, tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_a_killed_prepare_goes_on_where_it_was(
 def _sealed(resources: Resources) -> dict[Path, tuple[int, int]]:
     """Inode and time of every sealed shard's manifest."""
     found: dict[Path, tuple[int, int]] = {}
-    for path in Path(resources.store).glob("shard/*/manifest.json"):
+    for path in Path(resources.storage.store).glob("shard/*/manifest.json"):
         status = path.stat()
         found[path] = (status.st_ino, status.st_mtime_ns)
     return found

@@ -50,7 +50,7 @@ def test_all_but_the_records_that_are_left_out_stays_byte_for_byte(
     assert pieces[document] > 1
     pairs = [row["id"] for row in rows if row["source"] == "pairs"][3:5]
     out = {"pairs": pairs, "documents": [document]}
-    shards = {path: path.stat().st_mtime_ns for path in Path(resources.store).glob("shard/*/manifest.json")}
+    shards = {path: path.stat().st_mtime_ns for path in Path(resources.storage.store).glob("shard/*/manifest.json")}
     made = prepare(make_mixture(*NAMES, long_documents="split", quarantine=out), make_text(), resources)
     verify(made)
     assert made.parents == whole.parents
@@ -61,7 +61,9 @@ def test_all_but_the_records_that_are_left_out_stays_byte_for_byte(
     assert made.num_tokens == sum(row["num_tokens"] for row in left)
     tars = [{path.name: sha256(path) for path in content(one).glob("*.tar")} for one in (whole, made)]
     assert tars[0] == tars[1]
-    assert shards == {path: path.stat().st_mtime_ns for path in Path(resources.store).glob("shard/*/manifest.json")}
+    assert shards == {
+        path: path.stat().st_mtime_ns for path in Path(resources.storage.store).glob("shard/*/manifest.json")
+    }
     summary = json.loads((content(made) / "summary.json").read_text())
     before = json.loads((content(whole) / "summary.json").read_text())
     for name, found in summary["sources"].items():

@@ -51,7 +51,11 @@ def fork() -> Iterator[Callable[..., list[int]]]:
 def ask(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trial]:
     """A stage of the tiny recipe with some settings changed, and a store of its own."""
     root = tmp_path_factory.mktemp("faults")
-    places = (f"resources.store={root}/store", f"resources.cache={root}/cache", "resources.record_samples=true")
+    places = (
+        f"resources.storage.store={root}/store",
+        f"resources.storage.cache={root}/cache",
+        "resources.train.record_samples=true",
+    )
     run = load(CONFIGS / "recipes/tiny.yaml", resources=CONFIGS / "resources/inline.yaml", overrides=places)
 
     def make(store: Path, *, sources: Iterable[str] = (), **changes: Any) -> Trial:

@@ -112,7 +112,7 @@ def _count_calls(task: Task) -> None:
     """
     seen: Counter[str] = Counter()
     lock = threading.Lock()
-    root = Trial.model_validate(task["stage"]).resources.store
+    root = Trial.model_validate(task["stage"]).resources.storage.store
     point, side = task.get("kill", (None, None))
 
     def counted(name: str, honest: Callable[..., Any]) -> Callable[..., Any]:

@@ -164,7 +164,11 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], JobPayloa
     """A stage of so many steps, inline, that saves after each."""
     root = tmp_path_factory.mktemp("asked")
     inline = ROOT / "configs/resources/inline.yaml"
-    where = (f"resources.store={root}/store", f"resources.cache={root}/cache", "resources.threads_per_worker=1")
+    where = (
+        f"resources.storage.store={root}/store",
+        f"resources.storage.cache={root}/cache",
+        "resources.train.threads_per_worker=1",
+    )
     run: Run = load(ROOT / "configs/recipes/tiny.yaml", resources=inline, overrides=where)
     whole = run.recipe.stages["pretrain"]
 

@@ -316,7 +316,7 @@ def test_bytes_that_stay_wrong_are_never_handed_out(proxy: Proxy, s3_store: str,
 
 
 def test_no_server_and_no_bucket_are_told_apart(proxy: Proxy, aws: Callable[..., None]) -> None:
-    with pytest.raises(StoreRefused, match=r"has no bucket 'vila-none'; make it, or change resources.store"):
+    with pytest.raises(StoreRefused, match=r"has no bucket 'vila-none'; make it, or change resources.storage.store"):
         begin(at(0), store="s3://vila-none/x")
     aws("http://127.0.0.1:9")
     with pytest.raises(StoreUnreachable, match=r"http://127.0.0.1:9 is up and reachable"):

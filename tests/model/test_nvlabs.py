@@ -308,7 +308,11 @@ def test_the_printed_section_in_a_recipe_trains(tmp_path: Path) -> None:
     run = load(
         tmp_path / "recipe.yaml",
         resources=Path("configs/resources/inline.yaml"),
-        overrides=(f"resources.store={tmp_path / 'store'}", "stages.align.num_steps=2", "stages.align.save_every=2"),
+        overrides=(
+            f"resources.storage.store={tmp_path / 'store'}",
+            "stages.align.num_steps=2",
+            "stages.align.save_every=2",
+        ),
     )
     trained = pipeline.model_after(run, "align")
     before, after = model_folder.load(tmp_path / "ours").state_dict(), model_folder.load(content(trained)).state_dict()

@@ -126,13 +126,15 @@ def test_a_stage_that_does_not_fit_is_refused_and_fits_with_the_settings_that_ar
     assert {name: one["fits"] for name, one in stages.items()} == {"align": True, "pretrain": True, "sft": False}
     nearest = stages["sft"]["nearest"]
     assert nearest
-    again, code, said = planned(*(f"resources.stages.sft.{key}={value}" for key, value in nearest.items()))
+    again, code, said = planned(*(f"resources.train.stages.sft.{key}={value}" for key, value in nearest.items()))
     assert (code, said) == (0, "")
     assert all(one["fits"] for one in again["stages"])
 
 
 def test_hours_money_and_storage_are_arithmetic(planned: Any) -> None:
-    plan, _, _ = planned("resources.accelerator.price_per_hour=2", "stages.sft.save_every=1000", "resources.mfu=0.5")
+    plan, _, _ = planned(
+        "resources.train.accelerator.price_per_hour=2", "stages.sft.save_every=1000", "resources.train.mfu=0.5"
+    )
     align, pretrain, sft = plan["stages"]
     assert pretrain["hours"] == pytest.approx(pretrain["machine_flops"] / (128 * 312e12 * 0.5) / 3600)
     assert plan["gpu_hours"] == pytest.approx(8 * align["hours"] + 128 * pretrain["hours"] + 8 * sft["hours"])

@@ -38,12 +38,12 @@ def resources(tmp_path: Path, empty_database: Path) -> Resources:
 
 def client(resources: Resources) -> MlflowClient:
     """MLflow's own client."""
-    return MlflowClient(resources.tracking_uri, registry_uri=resources.tracking_uri)
+    return MlflowClient(resources.tracking.uri, registry_uri=resources.tracking.uri)
 
 
 def checkpoint(resources: Resources, name: str) -> Checkpoint:
     """A sealed checkpoint whose weights are its name."""
-    root = resources.store
+    root = resources.storage.store
     at = store.address(Checkpoint, revision=0, recipe=name, parents=("data", "init"))
     attempt = store.begin(at, store=root)
     (attempt / "model.safetensors").write_text(name)
@@ -52,7 +52,7 @@ def checkpoint(resources: Resources, name: str) -> Checkpoint:
 
 def report(resources: Resources, model: Checkpoint, pope: float, *, suite: str = "probe") -> EvalReport:
     """A sealed report with one number."""
-    root = resources.store
+    root = resources.storage.store
     at = store.address(EvalReport, revision=0, recipe=[pope, suite], parents=(model.digest,))
     attempt = store.begin(at, store=root)
     metric = {"name": "pope", "value": pope, "low": 0.0, "high": 1.0, "n": 9, "role": "model"}
@@ -162,7 +162,7 @@ def test_damaged_weights_and_a_strangers_report_are_not_registered(resources: Re
 
 
 def test_without_a_tracking_uri_the_error_names_the_setting(resources: Resources) -> None:
-    bare = Resources(launch="inline", store=resources.store)
+    bare = Resources(launch="inline", store=resources.storage.store)
     with pytest.raises(ValueError, match=r"resources\.tracking_uri"):
         champion(GATE, bare)
 

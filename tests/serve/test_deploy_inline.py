@@ -95,7 +95,7 @@ def test_damaged_weights_are_refused_before_anything_is_touched(
     (content(bad) / "config.json").write_text("{}")
     with pytest.raises(CorruptArtifact):
         deploy(SERVICE, ModelVersion(**{**versions[0].model_dump(), "checkpoint": bad}), resources)
-    assert not list(Path(resources.store).rglob("*.json"))
+    assert not list(Path(resources.storage.store).rglob("*.json"))
 
 
 def test_a_server_that_dies_while_it_starts_tells_its_log(

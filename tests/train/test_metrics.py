@@ -110,7 +110,7 @@ Histories = dict[str, dict[int, float]]
 
 def histories(resources: Resources, run_id: str) -> Histories:
     """Every metric of a run by name and step."""
-    client = MlflowClient(resources.tracking_uri)
+    client = MlflowClient(resources.tracking.uri)
     names = client.get_run(run_id).data.metrics
     return {name: {one.step: one.value for one in client.get_metric_history(run_id, name)} for name in names}
 
@@ -121,7 +121,7 @@ def metered(bench: Any, stage: Stage, resources: Resources) -> tuple[Histories, 
     began = time.monotonic()
     train_stage(stage, bench.model, bench.data, bench.init, resources)
     seconds = time.monotonic() - began
-    client = MlflowClient(resources.tracking_uri)
+    client = MlflowClient(resources.tracking.uri)
     (run,) = client.search_runs([client.get_experiment_by_name("vila").experiment_id])
     return histories(resources, run.info.run_id), run, seconds
 
@@ -207,7 +207,7 @@ def test_two_ranks_tell_what_one_process_tells(
     bench: Any, stage: Stage, resources: Resources, metered: tuple[Histories, Any, float], tmp_path: Path
 ) -> None:
     ranks = {"launch": "ray", "ray_address": "127.0.0.1:1", "num_workers": 2, "micro_batch_size": 1, "zero_stage": 1}
-    job = job_of(bench, stage, tmp_path / "store", **ranks, tracking_uri=resources.tracking_uri, accelerator=CARD)
+    job = job_of(bench, stage, tmp_path / "store", **ranks, tracking_uri=resources.tracking.uri, accelerator=CARD)
     run_id = tracking.start_run(job.resources, "two", parent=None, params={}, tags={})
     job = TrainJob.model_validate({**job.model_dump(), "run_id": run_id, "fresh_projector": True})
     (tmp_path / "job.json").write_text(job.model_dump_json())

@@ -54,7 +54,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def job_of(run: Run, name: str, *, stage: dict[str, Any] | None = None, **resources: Any) -> TrainJob:
     """The stage `pretrain`, its packed rows of captions and documents, in a store of its own."""
-    folder = Path(run.resources.store).parent / name
+    folder = Path(run.resources.storage.store).parent / name
     (folder / "attempt").mkdir(parents=True)
     chosen = run.recipe.stages["pretrain"]
     own = {**run.resources.model_dump(), "store": str(folder / "store"), **resources}
@@ -244,7 +244,7 @@ def test_a_broken_sample_is_named_and_the_command_of_the_message_trains_without_
     stage = run.recipe.stages["align"]
     assert CliRunner().invoke(app, [*command, "-s", "stages.align.num_steps=1"]).exit_code == 0
     data = prepare(stage.mixture, run.recipe.text("align"), run.resources)
-    job = job_of(load(recipe, resources=asked, overrides=(f"resources.store={tmp_path}/other/store",)), "none")
+    job = job_of(load(recipe, resources=asked, overrides=(f"resources.storage.store={tmp_path}/other/store",)), "none")
     step = 4
     rows = load_stage(TrainJob.model_validate({**job.model_dump(), "stage": stage, "data": data}))[1]
     keys = [key for row in rows.keys(step) for key in row]
@@ -415,7 +415,7 @@ def test_ray_tries_a_hung_step_again_and_a_loss_that_is_no_number_not(
 
     With fifty restarts allowed the second would take longer than this test has.
     """
-    bound = ("-s", "resources.watchdog.at_least_seconds=8", "-s", "resources.watchdog.factor=1")
+    bound = ("-s", "resources.train.watchdog.at_least_seconds=8", "-s", "resources.train.watchdog.factor=1")
     with on_ray(tmp_path, ray_cluster, *bound, "-s", "stages.align.num_steps=40") as training:
         wait_for(lambda: list(tmp_path.glob("store/resume/*/step-000004")))
         (said,) = tmp_path.glob("store/watch/*/rank-001.json")

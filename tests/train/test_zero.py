@@ -108,7 +108,11 @@ MIXED: list[tuple[str, Settings]] = [
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     store = tmp_path_factory.mktemp("zero")
-    where = (f"resources.store={store}/store", f"resources.cache={store}/cache", "resources.threads_per_worker=1")
+    where = (
+        f"resources.storage.store={store}/store",
+        f"resources.storage.cache={store}/cache",
+        "resources.train.threads_per_worker=1",
+    )
     return load(RECIPE, resources=INLINE, overrides=where)
 
 
@@ -137,8 +141,8 @@ def done(run: Run) -> Path:
     tasks[0] += [("mixed_ranks", _mixed_task(run, parts, parts)) for parts in PARTS]
     for number, (parts, own) in enumerate(MIXED):
         tasks[2].append(("mixed_ranks", _mixed_task(run, f"mixed-{number}", parts, **RAY, num_workers=2, **own)))
-    _run_ranks(Path(run.resources.store), tasks)
-    return Path(run.resources.store)
+    _run_ranks(Path(run.resources.storage.store), tasks)
+    return Path(run.resources.storage.store)
 
 
 def _run_ranks(folder: Path, tasks: dict[int, list[tuple[str, Settings]]]) -> None:
@@ -158,13 +162,16 @@ def _run_ranks(folder: Path, tasks: dict[int, list[tuple[str, Settings]]]) -> No
 
 
 def _curve_job(run: Run, name: str, curve: Curve) -> TrainJob:
-    resources = {**curve.resources, "store": f"{run.resources.store}/features-{name}"}  # so that it runs the tower
+    resources = {
+        **curve.resources,
+        "store": f"{run.resources.storage.store}/features-{name}",
+    }  # so that it runs the tower
     if curve.world_size:
         resources |= {**RAY, "num_workers": curve.world_size}
     if name in RECIPE_S_OWN:
         return _job(run, name, **resources)
     job = _job(run, name, {**TWENTY_STEPS, **curve.stage}, micro_batch_size=MICRO_BATCH[curve.world_size], **resources)
-    resume = str(Path(run.resources.store) / curve.resumes / "resume") if curve.resumes else job.resume
+    resume = str(Path(run.resources.storage.store) / curve.resumes / "resume") if curve.resumes else job.resume
     return TrainJob.model_validate({**job.model_dump(), "resume": resume})
 
 
@@ -185,7 +192,7 @@ def _as_json(job: TrainJob) -> Settings:
 
 def _job(run: Run, name: str, changes: Settings | None = None, **resources: Any) -> TrainJob:
     stage = Stage.model_validate({**run.recipe.stages["pretrain"].model_dump(), **(changes or {})})
-    folder = Path(run.resources.store) / name
+    folder = Path(run.resources.storage.store) / name
     (folder / "attempt").mkdir(parents=True)
     return TrainJob(
         stage=stage,

@@ -207,7 +207,9 @@ def _answer(uri: str, error: ClientError) -> StoreRefused | StoreUnreachable:
     if (status >= 500 and status != 501) or status in (408, 429) or code in BROKEN_ON_THE_WAY:
         return StoreUnreachable(f"{uri}: S3 still answers {code} ({status}) after {TRIES} tries; run again later")
     if code == "NoSuchBucket":
-        return StoreRefused(f"{uri}: {_endpoint()} has no bucket {bucket!r}; make it, or change resources.store")
+        return StoreRefused(
+            f"{uri}: {_endpoint()} has no bucket {bucket!r}; make it, or change resources.storage.store"
+        )
     if status in (401, 403) or code in NOT_LET_IN:
         return StoreRefused(
             f"{uri}: access refused by {_endpoint()} ({code}); see that the credentials of boto3's chain "

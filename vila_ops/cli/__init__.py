@@ -34,7 +34,8 @@ from vila_ops.cli.train import train
 from vila_ops.config import load_resources
 from vila_ops.config.local import load_local
 from vila_ops.data.revisions import check_export, export_for_dvc
-from vila_ops.pipeline import run as pipeline
+from vila_ops.pipeline import promotion, stages
+from vila_ops.pipeline.run import run_pipeline
 from vila_ops.serve import deploy as serving
 
 app = typer.Typer(
@@ -51,7 +52,7 @@ def show(
     recipe: RecipeFile, resources: ResourcesFile = INLINE, overrides: Overrides = None, as_json: AsJson = False
 ) -> None:
     """Print the resolved run and its fingerprint, what each stage trains and how large the parts are; do nothing."""
-    run = load_run(recipe, resources, overrides)
+    run, _ = load_run(recipe, resources, overrides)
     if as_json:
         print(f"fingerprint {run.recipe.fingerprint()}", file=sys.stderr)
         print_handle(run, as_json)
@@ -59,7 +60,7 @@ def show(
     from vila_ops.cli.show import summary  # heavy: torch, transformers
     from vila_ops.model.count import count
 
-    lines = summary(run, count(run.recipe.model, cache=Path(run.resources.cache).expanduser()))
+    lines = summary(run, count(run.recipe.model, cache=run.resources.storage.cache_folder()))
     print_handle(run, as_json)
     say("\n".join(["", *lines]))
 
@@ -69,8 +70,7 @@ def fetch(
     recipe: RecipeFile, resources: ResourcesFile = INLINE, overrides: Overrides = None, as_json: AsJson = False
 ) -> None:
     """Fetch every package that a recipe names, and put the untrained model together."""
-    run = load_run(recipe, resources, overrides)
-    print_handle(pipeline.fetch(run), as_json)
+    print_handle(stages.fetch(*load_run(recipe, resources, overrides)), as_json)
 
 
 @app.command()
@@ -83,10 +83,10 @@ def prepare(
     as_json: AsJson = False,
 ) -> None:
     """Prepare one mixture."""
-    run = load_run(recipe, resources, overrides)
+    run, context = load_run(recipe, resources, overrides)
     if out is not None:
-        check_export(out, apart=run.resources.folders())
-    dataset = pipeline.prepare_named(run, mixture)
+        check_export(out, apart=run.resources.storage.folders())
+    dataset = stages.prepare_named(run, mixture, context)
     if out is not None:
         export_for_dvc(dataset, out)
     print_handle(dataset, as_json)
@@ -102,7 +102,8 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Evaluate the model after a stage."""
-    print_handle(pipeline.evaluate_stage(load_run(recipe, resources, overrides), stage, final=final), as_json)
+    run, context = load_run(recipe, resources, overrides)
+    print_handle(stages.evaluate_stage(run, stage, final=final, context=context), as_json)
 
 
 @app.command()
@@ -116,7 +117,8 @@ def alignment(
     """Draw how alike images and captions are in each layer, for the base and the model after every stage."""
     from vila_ops.report.summary import draw_layers
 
-    shown = draw_layers(load_run(recipe, resources, overrides), out)
+    run, context = load_run(recipe, resources, overrides)
+    shown = draw_layers(run, out, context)
     if as_json:
         say(json.dumps(shown))
     else:
@@ -128,19 +130,19 @@ def register(
     recipe: RecipeFile, resources: ResourcesFile, overrides: Overrides = None, as_json: AsJson = False
 ) -> None:
     """Register the last stage's model and let the gate judge it."""
-    print_handle(pipeline.register_last(load_run(recipe, resources, overrides)), as_json)
+    print_handle(promotion.register_last(*load_run(recipe, resources, overrides)), as_json)
 
 
 @app.command()
 def deploy(recipe: RecipeFile, resources: ResourcesFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Serve the model of a recipe, or the champion where the gate refused it."""
-    print_handle(pipeline.deploy_champion(load_run(recipe, resources, overrides)), as_json)
+    print_handle(promotion.deploy_champion(*load_run(recipe, resources, overrides)), as_json)
 
 
 @app.command()
 def undeploy(recipe: RecipeFile, resources: ResourcesFile = INLINE, overrides: Overrides = None) -> None:
     """End what serves a recipe's service."""
-    loaded = load_run(recipe, resources, overrides)
+    loaded, _ = load_run(recipe, resources, overrides)
     serving.undeploy(loaded.recipe.service, loaded.resources)
 
 
@@ -151,19 +153,18 @@ def run(
     """Every task in order, without Prefect; writes the report."""
     from vila_ops.report import summary
 
-    loaded = load_run(recipe, resources, overrides)
+    loaded, context = load_run(recipe, resources, overrides)
     summary.check(loaded)
-    outcome = pipeline.run_pipeline(loaded, pipeline.Tasks())
+    outcome = run_pipeline(loaded, context=context)
     page = summary.write(loaded, outcome)
     if as_json:
         print_handle(outcome, as_json)
     else:
         say(summary.lines(page.summary))
     if outcome.version is None:
-        print("nothing was registered or deployed: these resources have no tracking_uri", file=sys.stderr)
+        print("nothing was registered or deployed: these resources have no tracking.uri", file=sys.stderr)
     if outcome.deployment is not None:
-        asked = loaded.resources.asked_for or recipe
-        print(f"served at {outcome.deployment.url} until `vila-ops undeploy {asked}`", file=sys.stderr)
+        print(f"served at {outcome.deployment.url} until `{context.suggest('undeploy')}`", file=sys.stderr)
     print(f"report: {page.html}", file=sys.stderr)
 
 
@@ -182,7 +183,7 @@ def verify(place: Annotated[str, typer.Argument(help="A sealed folder of the sto
 @app.command()
 def doctor(servers: Servers = LOCAL, resources: ResourcesFile = INLINE, as_json: AsJson = False) -> None:
     """Check this machine and the store of the resources; each finding says how to fix it."""
-    findings = checks.examine(load_local(servers), store=load_resources(resources).store)
+    findings = checks.examine(load_local(servers), store=load_resources(resources).storage.store)
     if as_json:
         print_handle(findings, as_json)
     else:
@@ -218,7 +219,7 @@ def status(servers: Servers = LOCAL, as_json: AsJson = False) -> None:
 @app.command()
 def demo(recipe: RecipeFile, resources: ResourcesFile, overrides: Overrides = None, servers: Servers = LOCAL) -> None:
     """Bring the servers up and run the flow `vila` on them, with progress."""
-    demonstration.demo(load_run(recipe, resources, overrides), load_local(servers), say=say)
+    demonstration.demo(load_run(recipe, resources, overrides)[0], load_local(servers), say=say)
 
 
 def main() -> None:

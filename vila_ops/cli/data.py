@@ -27,7 +27,8 @@ from vila_ops.config.download import DownloadSettings
 from vila_ops.config.load import key_and_value, read
 from vila_ops.data import revisions
 from vila_ops.data.download import Format, Outcome, download_source, table
-from vila_ops.pipeline import run as pipeline
+from vila_ops.pipeline import stages
+from vila_ops.pipeline.quarantine import leave_out
 from vila_ops.train.job import Stopped
 
 data = typer.Typer(no_args_is_help=True, help="Look at data before it is prepared, and after.")
@@ -56,7 +57,7 @@ def lint(
     read_as = ", ".join(f"{key}: {value}" for key, value in settings.items())
     print(f"format {source.kind}, read with {read_as}", file=sys.stderr)
     faulty = False
-    for found in check(source, cache=Path(Resources(launch="inline").cache).expanduser()):
+    for found in check(source, cache=Resources(launch="inline").storage.cache_folder()):
         print(found.model_dump_json() if as_json else lines(found), flush=True)
         faulty |= isinstance(found, LintFault)
     if faulty:
@@ -78,10 +79,10 @@ def show(
     from vila_ops.data.preprocess.shard_writer import tokenizer_of
 
     output.check_file(out, begins=output.HTML)
-    run = load_run(recipe, resources, overrides)
-    _, text = pipeline.mixture_named(run.recipe, mixture)
-    dataset = pipeline.prepare_named(run, mixture)
-    tokenizer = tokenizer_of(text, cache=Path(run.resources.cache).expanduser())
+    run, context = load_run(recipe, resources, overrides)
+    _, text = stages.mixture_named(run.recipe, mixture)
+    dataset = stages.prepare_named(run, mixture, context)
+    tokenizer = tokenizer_of(text, cache=run.resources.storage.cache_folder())
     page = write(dataset, tokenizer, out, per_source=per_source)
     print(f"page: {page}", file=sys.stderr)
     print_handle(dataset, as_json)
@@ -148,7 +149,7 @@ def watch(
     Run it where dvc.yaml lies. Every shard whose raw records are the same is used again. Files that end in .part, .tmp,
     .partial or .crdownload are not there yet: copy under such a name, then rename.
     """
-    chosen, _ = pipeline.mixture_named(load_run(recipe, INLINE, None).recipe, mixture)
+    chosen, _ = stages.mixture_named(load_run(recipe, INLINE, None)[0].recipe, mixture)
     looks = revisions.watch(chosen, folder=Path.cwd(), every_seconds=every, settle_seconds=settle, commit=commit)
     for found in looks:
         if found is not None:
@@ -188,9 +189,7 @@ def quarantine(
     records: dict[str, list[str]] = {}
     for one in stopped.samples if stopped else ():
         records.setdefault(one.source, []).append(one.id)
-    made = pipeline.leave_out(
-        recipe, name, records, keys=samples or [], load=lambda: load_run(recipe, resources, overrides)
-    )
+    made = leave_out(recipe, name, records, keys=samples or [], load=lambda: load_run(recipe, resources, overrides)[0])
     print_handle(made.data if as_json else made, as_json)
     if not as_json:
         gone = made.before.num_samples - made.data.num_samples

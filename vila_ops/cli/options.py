@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from vila_ops import local
-from vila_ops.config import Config, Run, load
+from vila_ops.config import Config, Run, RunContext, context_of, load
 from vila_ops.config.local import load_local
 
 INLINE = Path("configs/resources/inline.yaml")
@@ -39,14 +39,14 @@ class _ResultsApart(io.TextIOBase):
         return sys.stderr.write(text)
 
 
-def load_run(recipe: Path, resources: Path, overrides: list[str] | None) -> Run:
-    """The run of a recipe on resources; a cluster of this machine's own servers is joined with its token."""
+def load_run(recipe: Path, resources: Path, overrides: list[str] | None) -> tuple[Run, RunContext]:
+    """The run of a recipe on resources, and its context; joins a cluster of this machine's own servers."""
     run = load(recipe, resources=resources, overrides=tuple(overrides or ()))
     if run.resources.launch != "inline" and LOCAL.is_file():
         local.join(load_local(LOCAL), ray_address=run.resources.ray_address)
     if run.resources.launch != "inline" and not isinstance(sys.stdout, _ResultsApart):
         sys.stdout = _ResultsApart(sys.stdout)
-    return run
+    return run, context_of(recipe, resources=resources, overrides=tuple(overrides or ()))
 
 
 def say(text: str) -> None:

@@ -31,7 +31,8 @@ def plan(
     """
     from vila_ops.plan.plan import plan_run, refusals  # heavy: torch, transformers
 
-    planned = plan_run(load_run(recipe, resources, overrides), load_lengths(lengths) if lengths else None)
+    run, context = load_run(recipe, resources, overrides)
+    planned = plan_run(run, load_lengths(lengths) if lengths else None, context)
     if as_json:
         print_handle(planned, as_json)
     else:

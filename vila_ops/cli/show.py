@@ -33,7 +33,7 @@ def _stage_rows(run: Run, counts: Counts) -> list[Row]:
         model = run.recipe.model_of(stage.name)
         trained, total = counts.trained(before), counts.total(before)
         share = f" ({trained / total:.1%})" if trained is not None and total else ""
-        own = run.resources.for_stage(stage.name)
+        own = run.resources.train.for_stage(stage.name)
         rows.append(
             (
                 stage.name,

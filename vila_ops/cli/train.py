@@ -17,7 +17,7 @@ from vila_ops.cli.options import (
     print_handle,
     say,
 )
-from vila_ops.pipeline import run as pipeline
+from vila_ops.pipeline import stages
 
 
 class _RecipeOrCommand(TyperGroup):
@@ -45,7 +45,8 @@ def up_to(
     as_json: AsJson = False,
 ) -> None:
     """Train up to a stage; what is sealed already is not made again."""
-    print_handle(pipeline.model_after(load_run(recipe, resources, overrides), stage), as_json)
+    run, context = load_run(recipe, resources, overrides)
+    print_handle(stages.model_after(run, stage, context), as_json)
 
 
 @train.command("verify-resume")
@@ -69,9 +70,9 @@ def verify_resume(
     """
     from vila_ops.train import verify_resume as proof  # heavy: torch
 
-    run = load_run(recipe, resources, overrides)
+    run, context = load_run(recipe, resources, overrides)
     chosen = stage or next(iter(run.recipe.stages), "")
-    data, init = pipeline.inputs_of(run, chosen)
+    data, init = stages.inputs_of(run, chosen, context)
     asked = proof.Trial(
         stage=proof.short(run.recipe.stages[chosen], steps=steps),
         model=run.recipe.model_of(chosen),

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -16,8 +17,19 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def __hash__(self) -> int:
-        """Of the value, also where it holds a mapping."""
+        """Hash of the value, also where it holds a mapping."""
         return hash(self.model_dump_json())
+
+    def with_changes(self, changes: Mapping[str, Any]) -> Self:
+        """A validated copy with some settings changed, each given by its dotted path, such as `train.num_workers`."""
+        values = self.model_dump()
+        for path, value in changes.items():
+            *sections, key = path.split(".")
+            place = values
+            for section in sections:
+                place = place[section]
+            place[key] = value
+        return type(self).model_validate(values)
 
     def fingerprint(self) -> str:
         """How this was asked for, defaults included: sha256 of the canonical JSON."""

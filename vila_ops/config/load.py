@@ -9,6 +9,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 
 from vila_ops.config.base import Config
+from vila_ops.config.context import RunContext
 from vila_ops.config.resources import Resources
 from vila_ops.config.run import Run
 
@@ -26,14 +27,13 @@ def load(recipe: Path, *, resources: Path, overrides: tuple[str, ...] = ()) -> R
         key, value = key_and_value(override)
         path = key.split(".") if key.startswith("resources.") else ["recipe", *key.split(".")]
         tree = _set(tree, path, value, override, Run)
-    tree["resources"].setdefault("asked_for", _asked_for(recipe, resources, overrides))
     return Run.model_validate(tree)
 
 
-def _asked_for(recipe: Path, resources: Path, overrides: tuple[str, ...]) -> str:
-    """The arguments of a command that loads the same run."""
+def context_of(recipe: Path, *, resources: Path, overrides: tuple[str, ...] = ()) -> RunContext:
+    """The context of a command that loads such a run: its arguments, for commands that messages suggest."""
     settings = [part for override in overrides for part in ("-s", override)]
-    return shlex.join([str(recipe), "-r", str(resources), *settings])
+    return RunContext(command=shlex.join([str(recipe), "-r", str(resources), *settings]))
 
 
 def key_and_value(override: str) -> tuple[str, Any]:

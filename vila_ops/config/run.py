@@ -114,7 +114,7 @@ class Recipe(Config):
         """The model as it is in and after a stage (`base`: before the first): stages may change its image size."""
         names = list(self.stages)[: list(self.stages).index(stage) + 1] if stage != BASE else []
         sizes = [size for name in names if (size := self.stages[name].image_size) is not None]
-        return Model.model_validate({**self.model.model_dump(), "image_size": sizes[-1]}) if sizes else self.model
+        return self.model.with_changes({"image_size": sizes[-1]}) if sizes else self.model
 
     def text(self, stage: str = BASE, *, max_tokens: int | None = None) -> TextFormat:
         """How the model of a stage reads records; `max_tokens` differs between training and a suite."""
@@ -129,9 +129,9 @@ class Run(Config):
 
     @model_validator(mode="after")
     def _resources_are_of_its_stages(self) -> "Run":
-        if unknown := [name for name in self.resources.stages if name not in self.recipe.stages]:
+        if unknown := [name for name in self.resources.train.stages if name not in self.recipe.stages]:
             raise ValueError(
-                f"resources.stages names {unknown}, which recipe {self.recipe.name!r} has not; "
+                f"resources.train.stages names {unknown}, which recipe {self.recipe.name!r} has not; "
                 f"its stages are {list(self.recipe.stages)}"
             )
         return self
@@ -140,12 +140,12 @@ class Run(Config):
     def _batches_divide(self) -> "Run":
         for stage in self.recipe.stages.values():
             resources = self.resources.for_stage(stage.name)
-            per_pass = resources.micro_batch_size * resources.num_workers
+            per_pass = resources.train.micro_batch_size * resources.train.num_workers
             if stage.global_batch_size % per_pass:
                 nearest = max(1, stage.global_batch_size // per_pass) * per_pass
                 raise ValueError(
                     f"stage {stage.name!r}: global_batch_size {stage.global_batch_size} is not a multiple of "
-                    f"micro_batch_size {resources.micro_batch_size} x num_workers {resources.num_workers}; "
+                    f"micro_batch_size {resources.train.micro_batch_size} x num_workers {resources.train.num_workers}; "
                     f"use {nearest}, or change the resources"
                 )
         return self

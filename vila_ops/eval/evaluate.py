@@ -10,7 +10,7 @@ from vila_ops.artifacts import store
 from vila_ops.artifacts.execution import execution
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, EvalReport, Pretrained
 from vila_ops.artifacts.leases import hold
-from vila_ops.config import Resources, Suite
+from vila_ops.config import NO_CONTEXT, Resources, RunContext, Suite
 from vila_ops.eval.job import EvalJob
 
 REVISION = 3
@@ -18,34 +18,41 @@ REPORT = "report.json"
 log = logging.getLogger(__name__)
 
 
-def evaluate(suite: Suite, model: Checkpoint | Pretrained, data: Dataset, resources: Resources) -> EvalReport:
+def evaluate(
+    suite: Suite,
+    model: Checkpoint | Pretrained,
+    data: Dataset,
+    resources: Resources,
+    context: RunContext = NO_CONTEXT,
+) -> EvalReport:
     """The report of a model on a suite; measured only if the store has it not yet. Raises CorruptArtifact."""
     recipe = suite.model_dump(mode="json", exclude={"mixture"})
     at = store.address(EvalReport, revision=REVISION, recipe=recipe, parents=(model.digest, data.digest))
-    if done := store.find(EvalReport, at, store=resources.store):
+    if done := store.find(EvalReport, at, store=resources.storage.store):
         return done
-    with hold(at, store=resources.store):
-        return store.find(EvalReport, at, store=resources.store) or _evaluate(at, suite, model, data, resources)
+    with hold(at, store=resources.storage.store):
+        return store.find(EvalReport, at, store=resources.storage.store) or _evaluate(
+            at, EvalJob(suite=suite, model=model, data=data, resources=resources), context
+        )
 
 
-def _evaluate(
-    at: store.Address, suite: Suite, model: Checkpoint | Pretrained, data: Dataset, resources: Resources
-) -> EvalReport:
+def _evaluate(at: store.Address, job: EvalJob, context: RunContext) -> EvalReport:
+    suite, model, data, resources = job.suite, job.model, job.data, job.resources
     store.verify(data)  # the model is verified by whoever loads it
     started = time.monotonic()
-    attempt = store.begin(at, store=resources.store)
+    attempt = store.begin(at, store=resources.storage.store)
     stage = model.stage if isinstance(model, Checkpoint) else "base"
     run_id = tracking.start_run(
         resources,
         f"evaluate {stage} on {suite.name}",
-        parent=resources.parent_run,
+        parent=context.parent_run,
         params={"suite": suite.name, "split": suite.split, "max_objects": suite.max_objects},
         tags={"task": "evaluate", "stage": stage, "model": model.digest, "data": data.digest},
     )
     tracking.log_input(resources, run_id, data, name=suite.mixture.name, context="eval")
     failed = True
     try:
-        result = _launch(EvalJob(suite=suite, model=model, data=data, resources=resources))
+        result = _launch(job)
         (attempt / REPORT).write_text(json.dumps(result["report"], indent=1, sort_keys=True))
         with tracking.MetricLog(resources, run_id) as metrics:
             _track(result["report"], metrics)

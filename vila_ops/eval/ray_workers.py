@@ -12,7 +12,7 @@ def run_on_ray(job: EvalJob) -> dict[str, Any]:
     """The report, made by an actor with one worker's share of the cluster."""
     connect(job.resources)
     actor = Evaluator.options(  # type: ignore[attr-defined]
-        num_cpus=job.resources.cpus_per_worker, num_gpus=job.resources.gpus_per_worker
+        num_cpus=job.resources.evaluate.cpus_per_worker, num_gpus=job.resources.evaluate.gpus_per_worker
     ).remote()
     result: dict[str, Any] = ray.get(actor.run.remote(job.model_dump_json()))
     ray.kill(actor)

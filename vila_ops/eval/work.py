@@ -34,8 +34,8 @@ def run(job: EvalJob) -> dict[str, Any]:
     items = read_items(job.data, job.suite)
     generator = load_generator(
         job.model,
-        feature_root=job.resources.scratch() / "features",
-        threads=job.resources.threads_per_worker,
+        feature_root=job.resources.storage.scratch() / "features",
+        threads=job.resources.evaluate.threads_per_worker,
         precision=job.suite.precision,
     )
     bench = BenchmarkRunner(generator, items, job.suite)

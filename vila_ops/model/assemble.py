@@ -10,23 +10,23 @@ from vila_ops.artifacts.execution import execution
 from vila_ops.artifacts.folders import folder_digest
 from vila_ops.artifacts.kinds import Pretrained
 from vila_ops.artifacts.leases import hold
-from vila_ops.config import Model, Resources
+from vila_ops.config import NO_CONTEXT, Model, Resources, RunContext
 
 REVISION = 5
 log = logging.getLogger(__name__)
 
 
-def assemble(model: Model, resources: Resources) -> Pretrained:
+def assemble(model: Model, resources: Resources, context: RunContext = NO_CONTEXT) -> Pretrained:
     """Tower, projector and language model put together, or the folder that the recipe starts from.
 
     Made only if the store has it not yet. Of a local folder the content is a parent; its place does not matter.
     """
     recipe, parents = _identity(model)
     at = store.address(Pretrained, revision=REVISION, recipe=recipe, parents=parents)
-    if done := store.find(Pretrained, at, store=resources.store):
+    if done := store.find(Pretrained, at, store=resources.storage.store):
         return done
-    with hold(at, store=resources.store):
-        return store.find(Pretrained, at, store=resources.store) or _assemble(at, model, resources)
+    with hold(at, store=resources.storage.store):
+        return store.find(Pretrained, at, store=resources.storage.store) or _assemble(at, model, resources)
 
 
 def _identity(model: Model) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -49,8 +49,8 @@ def _assemble(at: store.Address, model: Model, resources: Resources) -> Pretrain
     from vila_ops.model.start import start_from  # heavy: torch, transformers
 
     started = time.monotonic()
-    attempt = store.begin(at, store=resources.store)
-    cache = Path(resources.cache).expanduser()
+    attempt = store.begin(at, store=resources.storage.store)
+    cache = resources.storage.cache_folder()
     if model.weights is not None:
         start_from(model, Path(model.weights.path), attempt, cache=cache)
     else:

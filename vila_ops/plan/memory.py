@@ -91,7 +91,7 @@ class Memory(Config):
 
 def memory(shapes: Shapes, weights: Weights, stage: Stage, resources: Resources, largest: MicroBatch) -> Memory:
     """The peak of a step of a stage on `resources.for_stage`'s settings."""
-    zero, workers = resources.zero_stage, resources.num_workers
+    zero, workers = resources.train.zero_stage, resources.train.num_workers
     trained, frozen = FP32 * weights.trained, _frozen(weights, stage)
     parted = [workers if zero >= least else 1 for least in (1, 2, 3)]  # optimizer, gradients, weights
     optimizer = (3 if zero else 2) * trained / parted[0]
@@ -100,16 +100,16 @@ def memory(shapes: Shapes, weights: Weights, stage: Stage, resources: Resources,
     live = min(LIVE / max(1, weights.trained + weights.frozen_decoder), 1 - 1 / workers) if zero == 3 else 0
     bucket = FP32 * (BUCKET if zero == 2 else min(BUCKET, weights.trained)) if workers > 1 else 0
     host = 0.0
-    if resources.offload != "none":
+    if resources.train.offload != "none":
         host, optimizer = optimizer + gradients, 0.0
         gradients = 0.0 if zero >= 2 else gradients
-    if resources.offload == "parameters":
+    if resources.train.offload == "parameters":
         host, held = host + held, 0.0
     held += live * (trained + frozen)
     whole = FP32 * weights.frozen_rest
     copies = BF16 * _trained_matrices(shapes, stage) if value_bytes(stage) == BF16 else 0
     kept = activations(shapes, stage, resources, largest)
-    per_pass = resources.micro_batch_size * workers
+    per_pass = resources.train.micro_batch_size * workers
     if stage.global_batch_size == per_pass and zero in (0, 1):
         # Of one micro-batch a step the gradients grow as the activations go.
         gradients = max(0.0, gradients - copies - kept)
@@ -162,14 +162,16 @@ def activations(shapes: Shapes, stage: Stage, resources: Resources, largest: Mic
     tokens, block = largest.rows * largest.tokens, shapes.decoder
     tunes = "language_model" in stage.trainable
     full = tunes and isinstance(stage.tuning, FullTuning)
-    dense = resources.attention == "sdpa" or (resources.attention == "auto" and not resources.gpus_per_worker)
+    dense = resources.train.attention == "sdpa" or (
+        resources.train.attention == "auto" and not resources.train.gpus_per_worker
+    )
     attention = _attention(block, b, repeated=dense) + (largest.tokens * b if dense else 0)
     layer = tokens * (_llama(block, b, trains=full) + attention)
     if tunes and not full:
         layer += tokens * _beside(stage.tuning, block, b)
     stream = FP32 if full or b == FP32 else BF16
     kept = shapes.layers * layer
-    if resources.gradient_checkpointing:
+    if resources.train.gradient_checkpointing:
         kept = shapes.layers * tokens * block.width * stream + layer
     return (
         kept
@@ -213,7 +215,7 @@ def _projector_and_tower(shapes: Shapes, stage: Stage, resources: Resources, lar
         tokens = largest.images * shapes.tower_tokens
         layer = tokens * _vit(shapes.tower, b)
         layers = shapes.tower_layers * layer
-        if resources.gradient_checkpointing:
+        if resources.train.gradient_checkpointing:
             layers = shapes.tower_layers * tokens * shapes.tower.width * FP32 + layer
         kept += layers
     return kept

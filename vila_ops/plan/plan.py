@@ -3,11 +3,10 @@
 import itertools
 import math
 from fractions import Fraction
-from pathlib import Path
 
 from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import Dataset
-from vila_ops.config import Config, Model, Resources, Run, Stage, TextFormat
+from vila_ops.config import NO_CONTEXT, Config, Model, Resources, Run, RunContext, Stage, TextFormat
 from vila_ops.config.lengths import Lengths
 from vila_ops.config.resources import LEAST_ZERO, Accelerator, Offloaded
 from vila_ops.data.loading.loader import RowLoader as OrderedRows
@@ -79,20 +78,22 @@ class Plan(Config):
     storage_bytes: float
 
 
-def plan_run(run: Run, lengths: Lengths | None = None) -> Plan:
+def plan_run(run: Run, lengths: Lengths | None = None, context: RunContext = NO_CONTEXT) -> Plan:
     """The plan of a run, from lengths and shapes alone: those declared, or of the mixtures prepared already.
 
     Raises ValueError for a mixture of which neither is there, and for a part whose shape is not known.
     """
-    counts = count(run.recipe.model, cache=Path(run.resources.cache).expanduser())
+    counts = count(run.recipe.model, cache=run.resources.storage.cache_folder())
     stages: list[StagePlan] = []
     before: tuple[Stage, ...] = ()
     for name, stage in run.recipe.stages.items():
         before = (*before, stage)
         shapes = shapes_of(config_of(run.recipe.model_of(name), run.resources))
         weights, total = _weights(counts, before)
-        stages.append(_Stage(run, stage, shapes, weights).plan(lengths, total=total))
-    workers = {stage.name: run.resources.for_stage(stage.name).num_workers for stage in run.recipe.stages.values()}
+        stages.append(_Stage(run, context, stage, shapes=shapes, weights=weights).plan(lengths, total=total))
+    workers = {
+        stage.name: run.resources.train.for_stage(stage.name).num_workers for stage in run.recipe.stages.values()
+    }
     hours = [(one.hours, one.hours * workers[one.stage]) for one in stages if one.hours is not None]
     costs = [one.cost for one in stages if one.cost is not None]
     return Plan(
@@ -115,7 +116,9 @@ def refusals(plan: Plan) -> list[str]:
     for one in plan.stages:
         if one.fits is False:
             way = ", ".join(f"{key} {value}" for key, value in (one.nearest or {}).items())
-            found = f"nearest that fits, in resources.stages.{one.stage}: {way}" if way else "no setting makes it fit"
+            found = (
+                f"nearest that fits, in resources.train.stages.{one.stage}: {way}" if way else "no setting makes it fit"
+            )
             lines.append(f"stage {one.stage!r} needs {one.memory.total:.1f} GiB, more than its GPU has; {found}")
     return lines
 
@@ -123,8 +126,8 @@ def refusals(plan: Plan) -> list[str]:
 class _Stage:
     """One stage on its resources."""
 
-    def __init__(self, run: Run, stage: Stage, shapes: Shapes, weights: Weights) -> None:
-        self.run, self.stage, self.shapes, self.weights = run, stage, shapes, weights
+    def __init__(self, run: Run, context: RunContext, stage: Stage, *, shapes: Shapes, weights: Weights) -> None:
+        self.run, self.context, self.stage, self.shapes, self.weights = run, context, stage, shapes, weights
         self.resources = run.resources.for_stage(stage.name)
 
     def plan(self, lengths: Lengths | None, *, total: int) -> StagePlan:
@@ -135,7 +138,7 @@ class _Stage:
             self._prepared(text) if lengths is None else (self._declared(lengths, text), None, None)
         )
         most = stage.sequence_length // text.image_tokens
-        rows = data.rows_of(epoch, stage, micro_batch_size=resources.micro_batch_size, most_images=most)
+        rows = data.rows_of(epoch, stage, micro_batch_size=resources.train.micro_batch_size, most_images=most)
         if steps is None:
             steps = stage.num_steps or math.ceil(
                 Fraction(str(stage.epochs)) * Fraction(rows.rows) / stage.global_batch_size
@@ -144,9 +147,11 @@ class _Stage:
         first = epoch.distinct * min(1.0, 1 / epochs) if self._keeps_features() else 1.0
         useful, machine = (self._flops(loads, epochs, first) for loads in (rows.useful, rows.padded))
         hours, mfu, cost = self._time(useful, machine)
-        largest = MicroBatch(resources.micro_batch_size, rows.longest, resources.micro_batch_size * rows.most_images)
+        largest = MicroBatch(
+            resources.train.micro_batch_size, rows.longest, resources.train.micro_batch_size * rows.most_images
+        )
         peak = memory(self.shapes, self.weights, stage, resources, largest)
-        fits = _fits(peak, resources.accelerator) if resources.accelerator else None
+        fits = _fits(peak, resources.train.accelerator) if resources.train.accelerator else None
         images = epochs * sum(one.images for one in rows.useful)
         tokens = epochs * sum(one.tokens for one in rows.useful)
         computed = epochs * sum(one.tokens for one in rows.padded)
@@ -181,7 +186,8 @@ class _Stage:
         """An epoch of the prepared mixture, the steps of the stage as the loop counts them, and the bytes on disk."""
         dataset = self._dataset(text)
         files = store.opened(dataset)
-        rows = OrderedRows(files.file, digest=dataset.digest, stage=self.stage, cache=self.resources.plan_cache())
+        cache = self.resources.storage.plan_cache()
+        rows = OrderedRows(files.file, digest=dataset.digest, stage=self.stage, cache=cache)
         data_bytes = float(sum(facts["size"] for _, facts in files.places.values()))
         return data.prepared(dataset, self.stage.mixture), rows.num_steps(), data_bytes
 
@@ -194,17 +200,17 @@ class _Stage:
         except (ValueError, OSError) as error:
             why = str(error)  # of raw data that is not here
         raise ValueError(
-            f"the lengths of mixture {mixture.name!r} are not known: {why}; run `vila-ops prepare "
-            f"{self.resources.asked_for or 'RECIPE'} --mixture {mixture.name}`, or say them in a file with --lengths"
+            f"the lengths of mixture {mixture.name!r} are not known: {why}; run "
+            f"`{self.context.suggest('prepare')} --mixture {mixture.name}`, or say them in a file with --lengths"
         )
 
     def _time(self, useful: Flops, machine: Flops) -> tuple[float | None, float | None, float | None]:
         """Hours, MFU and cost; None where no accelerator is named, and no cost where it has no price."""
-        if (card := self.resources.accelerator) is None:
+        if (card := self.resources.train.accelerator) is None:
             return None, None, None
-        workers = self.resources.num_workers
+        workers = self.resources.train.num_workers
         peak_flops = card.peak_tflops * 1e12 * workers
-        seconds = self._machine(machine) / (peak_flops * self.resources.mfu)
+        seconds = self._machine(machine) / (peak_flops * self.resources.train.mfu)
         return (
             seconds / 3600,
             useful.model / (seconds * peak_flops),
@@ -222,7 +228,7 @@ class _Stage:
         return all_of_it
 
     def _machine(self, counted: Flops) -> float:
-        return counted.machine if self.resources.gradient_checkpointing else counted.model
+        return counted.machine if self.resources.train.gradient_checkpointing else counted.model
 
     def _feature_bytes(self, images: float) -> float:
         if "vision_tower" in self.stage.trainable or not self._keeps_features():
@@ -230,14 +236,14 @@ class _Stage:
         return value_bytes(self.stage) * images * self.shapes.patches * self.shapes.tower.width
 
     def _keeps_features(self) -> bool:
-        return self.resources.features_leave_free < 1
+        return self.resources.storage.features_leave_free < 1
 
     def _nearest(self, largest: MicroBatch) -> dict[str, int | str | bool]:
         """Settings that fit, otherwise than now in what costs least: first micro-batch and ZeRO, then recomputation,
         then offload, then more workers."""
-        now, card = self.resources, self.resources.accelerator
+        now, card = self.resources.train, self.resources.train.accelerator
         assert card is not None
-        inline = now.launch == "inline"
+        inline = self.resources.launch == "inline"
         sizes = [size for size in range(now.micro_batch_size, 0, -1) if self.stage.global_batch_size % size == 0]
         more = [now.num_workers * 2**power for power in range(13) if now.num_workers * 2**power <= MOST_WORKERS]
         found: list[tuple[tuple[float, ...], dict[str, int | str | bool]]] = []
@@ -254,7 +260,7 @@ class _Stage:
                 "num_workers": workers, "offload": offload, "gradient_checkpointing": again, "zero_stage": zero,
                 "micro_batch_size": size,
             }  # fmt: skip
-            other = Resources.model_validate({**now.model_dump(), **asked})
+            other = self.resources.with_changes({f"train.{key}": value for key, value in asked.items()})
             batch = MicroBatch(size, largest.tokens, largest.images * size // largest.rows)
             if _fits(memory(self.shapes, self.weights, self.stage, other, batch), card):
                 changed = {key: value for key, value in asked.items() if value != getattr(now, key)}
@@ -275,14 +281,14 @@ def _fits(peak: Memory, card: Accelerator) -> bool:
 def _kept(stage: Stage, resources: Resources, steps: int) -> int:
     """Resume checkpoints that stand at once, one that is being written among them."""
     written = max(0, (steps - 1) // stage.save_every)
-    keep = resources.keep
+    keep = resources.train.keep
     spaced = steps // math.lcm(keep.every, stage.save_every) if keep.every else 0
     return min(written, keep.last + keep.best + spaced + 1)
 
 
 def config_of(model: Model, resources: Resources) -> VilaConfig:
     """The config that the whole model would have."""
-    cache = Path(resources.cache).expanduser()
+    cache = resources.storage.cache_folder()
     vision, text = vision_config(model, cache), text_config(model, cache)
     if vision is None or text is None:
         part = "vision_tower" if vision is None else "language_model"

@@ -11,7 +11,7 @@ from typing import Any
 
 from vila_ops.artifacts.kinds import Checkpoint, EvalReport, ModelVersion
 from vila_ops.artifacts.store import file, verify
-from vila_ops.config import Gate, Resources, fingerprint
+from vila_ops.config import NO_CONTEXT, Gate, Resources, RunContext, fingerprint
 from vila_ops.registry.gate import GateVerdict, judge, metrics_of
 
 CHAMPION = "champion"
@@ -22,7 +22,12 @@ log = logging.getLogger(__name__)
 
 
 def register(
-    gate: Gate, checkpoint: Checkpoint, report: EvalReport, champion_report: EvalReport | None, resources: Resources
+    gate: Gate,
+    checkpoint: Checkpoint,
+    report: EvalReport,
+    champion_report: EvalReport | None,
+    resources: Resources,
+    context: RunContext = NO_CONTEXT,
 ) -> ModelVersion:
     """The version of a checkpoint, judged by the gate; the alias `champion` points to it if every rule holds.
 
@@ -215,8 +220,8 @@ def _metrics(report: EvalReport) -> dict[str, Any]:
 
 
 def _client(resources: Resources) -> Any:
-    if resources.tracking_uri is None:
-        raise ValueError("the registry is MLflow's: set resources.tracking_uri (a server or sqlite:///FILE)")
+    if resources.tracking.uri is None:
+        raise ValueError("the registry is MLflow's: set resources.tracking.uri (a server or sqlite:///FILE)")
     from mlflow import MlflowClient
 
-    return MlflowClient(resources.tracking_uri, registry_uri=resources.tracking_uri)
+    return MlflowClient(resources.tracking.uri, registry_uri=resources.tracking.uri)

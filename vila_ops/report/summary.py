@@ -13,10 +13,12 @@ from vila_ops.artifacts import output
 from vila_ops.artifacts.execution import versions
 from vila_ops.artifacts.kinds import Artifact, Checkpoint, Dataset, EvalReport
 from vila_ops.artifacts.store import file, read_manifest
-from vila_ops.config import Run
+from vila_ops.config import NO_CONTEXT, Run, RunContext
+from vila_ops.config.run import BASE
 from vila_ops.data.shards import data_url, index_of, samples_of
 from vila_ops.eval.evaluate import read_report
-from vila_ops.pipeline.run import Outcome, evaluate_stage
+from vila_ops.pipeline.run import Outcome
+from vila_ops.pipeline.stages import evaluate_stage
 from vila_ops.report.layers import draw
 from vila_ops.report.page import render
 from vila_ops.serve.sample_query import body, curl
@@ -41,7 +43,7 @@ def write(run: Run, outcome: Outcome) -> Page:
     folder = _folder(run)
     folder.mkdir(parents=True, exist_ok=True)
     found = summarise(run, outcome)
-    curves = {name: _curve(checkpoint) for name, checkpoint in outcome.checkpoints.items()}
+    curves = {name: _curve(checkpoint) for name, checkpoint in outcome.checkpoints().items()}
     html = render(found, curves, _gallery(run, outcome))
     texts = {"summary.json": json.dumps(found, indent=1), "report.html": html}
     if outcome.answer:
@@ -67,41 +69,41 @@ def summarise(run: Run, outcome: Outcome) -> Json:
         "seconds": outcome.seconds,
         "launch": run.resources.launch,
         "links": {
-            "mlflow": run.resources.tracking_uri,
-            "prefect": run.resources.prefect_page,
+            "mlflow": run.resources.tracking.uri,
+            "prefect": outcome.context.links.get("prefect"),
             "endpoint": outcome.deployment.url if outcome.deployment else None,
         },
         "prefect_flow_run": outcome.flow_run,
         "mlflow": {
-            "parent_run": outcome.parent_run,
-            "page": tracking.page(run.resources.tracking_uri, outcome.parent_run),
+            "parent_run": outcome.context.parent_run,
+            "page": tracking.page(run.resources.tracking.uri, outcome.context.parent_run),
             "model": run.recipe.gate.model_name,
             "version": outcome.version.version if outcome.version else None,
             "promoted": bool(outcome.version and outcome.version.promoted),
         },
-        "stages": [_stage(checkpoint, run.resources.tracking_uri) for checkpoint in outcome.checkpoints.values()],
+        "stages": [_stage(checkpoint, run.resources.tracking.uri) for checkpoint in outcome.checkpoints().values()],
         "tasks": _tasks(outcome),
         "metrics": [metric for name, report in _reports(outcome) for metric in _metrics(name, report)],
-        "layers": [point for name, report in outcome.probes.items() for point in layers_of(name, report)],
+        "layers": [point for name, report in outcome.stage_reports.items() for point in layers_of(name, report)],
         "answer": _answer(outcome),
         "serving": _serving(outcome),
         "versions": versions(),
     }
 
 
-def draw_layers(run: Run, out: Path) -> Json:
+def draw_layers(run: Run, out: Path, context: RunContext = NO_CONTEXT) -> Json:
     """Write the alignment by layer of the base and of every stage's model as an SVG; returns what it shows.
 
-    What is not trained or measured yet is. Raises ValueError when the recipe's probe does not measure it, and, before
-    anything is, for a file that is not ours to replace.
+    Trains and measures what is not yet. Raises ValueError where the recipe's stage suite does not measure it, and, before
+    any work, for a file that is not ours to replace.
     """
     output.check_file(out, begins=output.MARK)
-    names = ["base", *run.recipe.stages]
-    points = [point for name in names for point in layers_of(name, evaluate_stage(run, name))]
+    names = [BASE, *run.recipe.stages]
+    points = [point for name in names for point in layers_of(name, evaluate_stage(run, name, context=context))]
     drawn = draw(points)
     if drawn is None:
         raise ValueError(
-            f"probe {run.recipe.stage_suite.name!r} has no benchmark of kind alignment; add one to its benchmarks"
+            f"stage_suite {run.recipe.stage_suite.name!r} has no benchmark of kind alignment; add one to its benchmarks"
         )
     output.write_file(out, output.MARK + drawn, begins=output.MARK)
     return {"plot": str(out), "layers": points}
@@ -121,7 +123,7 @@ def markdown(summary: Json) -> str:
 
 
 def lines(summary: Json) -> str:
-    """The last model's metrics on the recipe's suite, for a terminal: value, 95 % interval, number of items."""
+    """The last model's metrics on the recipe's final suite, for a terminal: value, 95 % interval, number of items."""
     final = [metric for metric in summary["metrics"] if metric["suite"] == summary["metrics"][-1]["suite"]]
     return "\n".join(
         f"{m['model']} {m['split']}  {m['name']:22} {m['role']:8} {m['value']:7.3f} [{m['low']:.3f}, {m['high']:.3f}]  "
@@ -172,9 +174,9 @@ def _stage(checkpoint: Checkpoint, tracking_uri: str | None) -> Json:
 
 
 def _tasks(outcome: Outcome) -> list[Json]:
-    made: list[tuple[str, str, Artifact]] = [("assemble", "base", outcome.base)]
+    made: list[tuple[str, str, Artifact]] = [("assemble", BASE, outcome.models[BASE])]
     made += [("prepare", name, dataset) for name, dataset in outcome.datasets.items()]
-    made += [("train_stage", name, checkpoint) for name, checkpoint in outcome.checkpoints.items()]
+    made += [("train_stage", name, checkpoint) for name, checkpoint in outcome.checkpoints().items()]
     made += [("evaluate", f"{name} on {report.suite}", report) for name, report in _reports(outcome)]
     return [_sealing(task, name, artifact, outcome) for task, name, artifact in made] + list(_reconciling(outcome))
 
@@ -207,7 +209,7 @@ def _reconciled(task: str, name: str, digest: str, outcome: Outcome) -> Json:
 
 def _reports(outcome: Outcome) -> list[tuple[str, EvalReport]]:
     """Every report with the name of its model, in the order of their making."""
-    return [*outcome.probes.items(), (list(outcome.probes)[-1], outcome.report)]
+    return [*outcome.stage_reports.items(), (list(outcome.stage_reports)[-1], outcome.report)]
 
 
 def _metrics(name: str, report: EvalReport) -> list[Json]:

@@ -12,7 +12,7 @@ import httpx
 from vila_ops.artifacts.kinds import Deployment, ModelVersion
 from vila_ops.artifacts.store import verify
 from vila_ops.cluster import connect
-from vila_ops.config import Resources, Service
+from vila_ops.config import NO_CONTEXT, Resources, RunContext, Service
 from vila_ops.serve.backends.local_process import ProcessManager, ServiceRecord, free_port
 from vila_ops.serve.spec import Spec
 
@@ -41,7 +41,9 @@ class _Watch:
     """What it said last."""
 
 
-def deploy(service: Service, version: ModelVersion, resources: Resources) -> Deployment:
+def deploy(
+    service: Service, version: ModelVersion, resources: Resources, context: RunContext = NO_CONTEXT
+) -> Deployment:
     """The service answering with the weights of a registered version; nothing is touched where it does already.
 
     Raises CorruptArtifact before anything changes, NotReady, and ValueError for a port that another process holds.
@@ -59,14 +61,14 @@ def undeploy(service: Service, resources: Resources) -> None:
         connect(resources)
         replicas.remove(service.name)
         return
-    desk = ProcessManager(resources.scratch(), service.name)
+    desk = ProcessManager(resources.storage.scratch(), service.name)
     with desk.locked():
         if record := desk.read():
             desk.stop(record)
 
 
 def _deploy_inline(spec: Spec, resources: Resources) -> str:
-    desk = ProcessManager(resources.scratch(), spec.service.name)
+    desk = ProcessManager(resources.storage.scratch(), spec.service.name)
     with desk.locked():
         record = desk.read()
         if record is not None and _fits(record, spec, resources) and _adopted(record, spec, desk):
@@ -75,14 +77,14 @@ def _deploy_inline(spec: Spec, resources: Resources) -> str:
         verify(spec.version.checkpoint)
         if record is not None:
             desk.stop(record)
-        port = free_port(resources.host, resources.serve_port)
-        record = desk.start(spec, host=resources.host, port=port)
+        port = free_port(resources.serve.host, resources.serve.port)
+        record = desk.start(spec, host=resources.serve.host, port=port)
         _await_process(record, spec, desk)
         return record.url()
 
 
 def _fits(record: ServiceRecord, spec: Spec, resources: Resources) -> bool:
-    wanted = (spec.identity(), resources.host, resources.serve_port or record.port)
+    wanted = (spec.identity(), resources.serve.host, resources.serve.port or record.port)
     return (record.identity, record.host, record.port) == wanted
 
 
@@ -106,11 +108,11 @@ def _await_process(record: ServiceRecord, spec: Spec, desk: ProcessManager) -> N
 
 
 def _deploy_on_ray(spec: Spec, resources: Resources) -> str:
-    if not resources.serve_port:
+    if not resources.serve.port:
         raise ValueError(
-            f"launch {resources.launch} needs a fixed serve_port: Ray Serve keeps its port for as long as it runs"
+            f"launch {resources.launch} needs a fixed serve.port: Ray Serve keeps its port for as long as it runs"
         )
-    url, name = f"http://{resources.host}:{resources.serve_port}", spec.service.name
+    url, name = f"http://{resources.serve.host}:{resources.serve.port}", spec.service.name
     if _identities(url) == [spec.identity()]:  # it says so itself, so Ray need not be asked
         log.info("%s already serves version %d", url, spec.version.version)
         return url
@@ -118,7 +120,7 @@ def _deploy_on_ray(spec: Spec, resources: Resources) -> str:
 
     connect(resources)
     verify(spec.version.checkpoint)
-    replicas.apply(spec, host=resources.host, port=resources.serve_port)
+    replicas.apply(spec, host=resources.serve.host, port=resources.serve.port)
     watch = _Watch(
         up=partial(replicas.running, name),
         failure=partial(replicas.failure, name),
@@ -132,7 +134,7 @@ def _await(url: str, spec: Spec, watch: _Watch) -> None:
     """Wait until every replica is of the spec and a real question is answered."""
     deadline = time.monotonic() + START_SECONDS
     agreeing = 0
-    while agreeing < 2 * spec.service.replicas:  # requests go round: an old replica would show up among these
+    while agreeing < 2 * spec.capacity.replicas:  # requests go round: an old replica would show up among these
         if problem := watch.failure():
             raise NotReady(f"{spec.service.name} did not come up: {problem}\n{watch.state()}")
         if time.monotonic() > deadline:

@@ -6,12 +6,14 @@ from typing import Literal, Self
 from vila_ops import __version__
 from vila_ops.artifacts.kinds import ModelVersion
 from vila_ops.config import Config, Resources, Service
+from vila_ops.config.resources import ServeResources
 
 
 class Spec(Config):
     """A service and the model version behind it. Two endpoints of equal identity answer alike."""
 
     service: Service
+    capacity: ServeResources
     version: ModelVersion
     launch: Literal["inline", "ray"]
     release: str
@@ -22,19 +24,19 @@ class Spec(Config):
         """The spec that a deployment asks for."""
         checkpoint = version.checkpoint
         if "://" not in checkpoint.uri:  # replicas have another working directory
-            checkpoint = type(checkpoint)(**{**checkpoint.model_dump(), "uri": str(Path(checkpoint.uri).resolve())})
+            checkpoint = checkpoint.with_changes({"uri": str(Path(checkpoint.uri).resolve())})
         return cls(
             service=service,
-            version=ModelVersion(**{**version.model_dump(), "checkpoint": checkpoint}),
+            capacity=resources.serve,
+            version=version.with_changes({"checkpoint": checkpoint}),
             launch="inline" if resources.launch == "inline" else "ray",  # replicas live on the cluster either way
             release=__version__,
         )
 
     def threads(self) -> int:
         """torch's threads in each replica: as many as it reserves; more of them than free cores spin (3x the CPU)."""
-        return max(1, int(self.service.cpus_per_replica))
+        return max(1, int(self.capacity.cpus_per_replica))
 
     def identity(self) -> str:
         """Fingerprint of everything that a replica does; whether the version is the champion is not part of it."""
-        plain = ModelVersion(**{**self.version.model_dump(), "promoted": False})
-        return type(self)(**{**self.model_dump(), "version": plain}).fingerprint()
+        return self.with_changes({"version.promoted": False}).fingerprint()

@@ -22,13 +22,13 @@ def start_run(
     resources: Resources, name: str, *, parent: str | None, params: dict[str, Any], tags: dict[str, str]
 ) -> str | None:
     """A new run under `parent`; returns its id. Raises ConnectionError where MLflow does not take it."""
-    if resources.tracking_uri is None:
+    if resources.tracking.uri is None:
         return None
-    client, entities = connect(resources.tracking_uri)
+    client, entities = connect(resources.tracking.uri)
     if parent:
         tags = {**tags, "mlflow.parentRunId": parent}
-    with _answers(resources.tracking_uri, f"the run {name!r}"):
-        experiment_id = _experiment(resources.tracking_uri)
+    with _answers(resources.tracking.uri, f"the run {name!r}"):
+        experiment_id = _experiment(resources.tracking.uri)
         run_id: str = client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
         flat = [entities.Param(key, str(value)[:500]) for key, value in flatten(params).items()]
         for start in range(0, len(flat), 100):  # the server's limit for one call
@@ -40,9 +40,9 @@ def log_input(
     resources: Resources, run_id: str | None, data: Artifact, *, name: str, context: Literal["train", "eval"]
 ) -> None:
     """Say which data a run reads, with its digest. Raises ConnectionError where MLflow does not take it."""
-    if resources.tracking_uri is None or run_id is None:
+    if resources.tracking.uri is None or run_id is None:
         return
-    client, entities = connect(resources.tracking_uri)
+    client, entities = connect(resources.tracking.uri)
     dataset = entities.Dataset(
         name=name,
         digest=data.digest[:DIGEST_SIZE],
@@ -50,7 +50,7 @@ def log_input(
         source=data.uri,
     )
     tags = [entities.InputTag("mlflow.data.context", context), entities.InputTag("digest", data.digest)]
-    with _answers(resources.tracking_uri, f"the input {name!r}"):
+    with _answers(resources.tracking.uri, f"the input {name!r}"):
         client.log_inputs(run_id, [entities.DatasetInput(dataset, tags)])
 
 
@@ -59,15 +59,15 @@ def whole_run(
     resources: Resources, name: str, *, key: tuple[str, str], params: dict[str, Any], tags: dict[str, str]
 ) -> Iterator[str | None]:
     """The run of a whole recipe: the one tagged with `key`, opened again, or a new one; closed as it ended."""
-    if resources.tracking_uri is None:
+    if resources.tracking.uri is None:
         yield None
         return
-    with _answers(resources.tracking_uri, f"the run {name!r}"):
-        run_id = _find_run(resources.tracking_uri, key)
+    with _answers(resources.tracking.uri, f"the run {name!r}"):
+        run_id = _find_run(resources.tracking.uri, key)
     if run_id is None:
         run_id = start_run(resources, name, parent=None, params=params, tags=dict([key]))
-    client, _ = connect(resources.tracking_uri)
-    with _answers(resources.tracking_uri, f"the run {name!r}"):
+    client, _ = connect(resources.tracking.uri)
+    with _answers(resources.tracking.uri, f"the run {name!r}"):
         client.update_run(run_id, status="RUNNING")
         for tag, value in tags.items():
             client.set_tag(run_id, tag, value)

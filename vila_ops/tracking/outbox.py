@@ -44,8 +44,8 @@ class MetricLog:
 
     def __init__(self, resources: Resources, run_id: str | None, *, system: SystemMetrics | None = None) -> None:
         """`system` is read every SEND_SECONDS and logged at the newest step."""
-        self._uri, self._run_id, self._system = resources.tracking_uri or "", run_id or "", system
-        self._folder = resources.scratch() / "metrics"
+        self._uri, self._run_id, self._system = resources.tracking.uri or "", run_id or "", system
+        self._folder = resources.storage.scratch() / "metrics"
         self._step = 0
         self._away = self._full = False
         self._closing = threading.Event()

@@ -105,10 +105,10 @@ class BadSampleFinder:
             why = f"Each of the {len(keys)} samples of the step has a finite loss, so all of them are named"
         told = ", ".join(f"{one.source} {one.id!r} ({one.key})" for one in named[:NAMED])
         more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
-        recipe = self.job.resources.asked_for or "RECIPE"
+        command = self.job.context.suggest("data quarantine")
         raise NonFiniteLoss(
             f"{self.job.stage.name}: {what} {value} at step {step + 1}; nothing was updated. {why}: {told}{more}; "
-            f"{path} has them all. To train without their records: vila-ops data quarantine {recipe} --from {path}"
+            f"{path} has them all. To train without their records: {command} --from {path}"
         )
 
     def look(self, step: int, loss: float) -> None:

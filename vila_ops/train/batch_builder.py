@@ -30,9 +30,9 @@ class BatchBuilder:
             self.pixels,
             root=job.feature_cache(),
             precision=job.stage.precision,
-            leave_free=job.resources.features_leave_free,
+            leave_free=job.resources.storage.features_leave_free,
         )
-        self.samples = SampleLog(job) if job.resources.record_samples else None
+        self.samples = SampleLog(job) if job.resources.train.record_samples else None
 
     def __call__(self, rows: list[PackedRow], *, step: int | None = None) -> Batch:
         """One micro-batch of a training step, or, without one, of a validation."""

@@ -112,7 +112,7 @@ class DeepSpeedEngine:
         deepspeed = _import_deepspeed()
         self.deepspeed = deepspeed
         self.named = [pair for named in trained.values() for pair in named]
-        self.zero_stage = resources.zero_stage
+        self.zero_stage = resources.train.zero_stage
         self.live = self.zero_stage == 0
         self.max_grad_norm = stage.max_grad_norm
         optimizer = build_optimizer(stage, trained, resources)
@@ -250,17 +250,17 @@ class DeepSpeedEngine:
 
 def deepspeed_config(stage: Stage, resources: Resources) -> dict[str, Any]:
     """DeepSpeed's own config: a pure function of stage and resources."""
-    per_pass = resources.micro_batch_size * resources.num_workers
-    zero: dict[str, Any] = {"stage": resources.zero_stage}
-    if resources.offload != "none":
+    per_pass = resources.train.micro_batch_size * resources.train.num_workers
+    zero: dict[str, Any] = {"stage": resources.train.zero_stage}
+    if resources.train.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
-    if resources.offload == "parameters":
+    if resources.train.offload == "parameters":
         zero["offload_param"] = {"device": "cpu"}
     return {
         "train_batch_size": stage.global_batch_size,
-        "train_micro_batch_size_per_gpu": resources.micro_batch_size,
+        "train_micro_batch_size_per_gpu": resources.train.micro_batch_size,
         "gradient_accumulation_steps": stage.global_batch_size // per_pass,
-        "gradient_clipping": (stage.max_grad_norm or 0.0) if resources.zero_stage else 0.0,  # 0: it does not clip
+        "gradient_clipping": (stage.max_grad_norm or 0.0) if resources.train.zero_stage else 0.0,  # 0: it does not clip
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW updates on the CPU too; DeepSpeed's is compiled first
@@ -270,7 +270,7 @@ def deepspeed_config(stage: Stage, resources: Resources) -> dict[str, Any]:
 
 def build_engine(objective: Objective, trained: Trained, stage: Stage, resources: Resources) -> Engine:
     """The engine that the resources ask for. Where they say so, the layers that gradients pass are recompute."""
-    if resources.gradient_checkpointing:
+    if resources.train.gradient_checkpointing:
         recompute(objective.model.model.language_model)
         if "vision_tower" in trained:
             recompute(objective.model.model.vision_tower)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, Pretrained
 from vila_ops.artifacts.store import CorruptArtifact
-from vila_ops.config import Config, Model, Resources, Stage
+from vila_ops.config import NO_CONTEXT, Config, Model, Resources, RunContext, Stage
 
 HUNG = 75
 """Exit code of a process whose step hung: EX_TEMPFAIL of sysexits.h, so that whoever started it may try again."""
@@ -50,6 +50,7 @@ class StageInputs(Config):
     data: Dataset
     init: Checkpoint | Pretrained
     resources: Resources
+    context: RunContext = NO_CONTEXT
 
 
 class RankInfo(Config):
@@ -88,6 +89,7 @@ class TrainJob(Config):
     data: Dataset
     init: Checkpoint | Pretrained
     resources: Resources
+    context: RunContext
     attempt: str
     """Folder that rank 0 fills with the trained model."""
     resume: str
@@ -99,7 +101,7 @@ class TrainJob(Config):
 
     def feature_cache(self) -> Path:
         """Where features of frozen towers are kept."""
-        return self.resources.scratch() / "features"
+        return self.resources.storage.scratch() / "features"
 
     def watch(self) -> Path:
         """What the ranks say of themselves while they train, and of steps that went wrong; attempts share it."""
@@ -115,4 +117,4 @@ class TrainJob(Config):
 
     def _shared(self, kind: str) -> Path:
         """Of the stage's address, not of one attempt."""
-        return self.resources.scratch() / kind / Path(self.resume).name
+        return self.resources.storage.scratch() / kind / Path(self.resume).name

@@ -48,7 +48,7 @@ def train(job: TrainJob, place: RankInfo) -> dict[str, Any]:
 
 
 def _train(job: TrainJob, place: RankInfo, watch: StepWatchdog, metrics: MetricLog) -> dict[str, Any]:
-    torch.set_num_threads(job.resources.threads_per_worker)
+    torch.set_num_threads(job.resources.train.threads_per_worker)
     model, rows, batches = load(job)
     if place.rank == 0:
         for note in (*rows.composition.notes, *rows.notes()):
@@ -89,18 +89,21 @@ def _train(job: TrainJob, place: RankInfo, watch: StepWatchdog, metrics: MetricL
     checkpoints.close()
     finish(engine, job, curve, place)
     said = {"composition": rows.composition.model_dump(mode="json")} if place.rank == 0 else {}
-    ran = {"rank": place.rank, "steps": num_steps, "micro_batch_size": job.resources.micro_batch_size}
+    ran = {"rank": place.rank, "steps": num_steps, "micro_batch_size": job.resources.train.micro_batch_size}
     return {**ran, **engine.facts(), **said}
 
 
 def load(job: TrainJob) -> tuple[VilaForConditionalGeneration, RowLoader, BatchBuilder]:
     """Model, rows and batches of a stage."""
-    device = torch.device("cuda", torch.cuda.current_device()) if job.resources.gpus_per_worker else torch.device("cpu")
+    resources = job.resources
+    on_gpu = bool(resources.train.gpus_per_worker)
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     if "://" in job.data.uri:
         content(job.data)  # every shard is downloaded before the first step, whose time the watchdog limits
-    rows = RowLoader(opened(job.data).file, digest=job.data.digest, stage=job.stage, cache=job.resources.plan_cache())
+    cache = resources.storage.plan_cache()
+    rows = RowLoader(opened(job.data).file, digest=job.data.digest, stage=job.stage, cache=cache)
     model = model_folder.load(content(job.init), change=change_of(job.stage))
-    attention.use(model, attention.choose(job.resources.attention, device, job.stage.precision))
+    attention.use(model, attention.choose(resources.train.attention, device, job.stage.precision))
     batches = BatchBuilder(job, model, device=device)
     if job.fresh_projector and "projector" in job.stage.trainable:
         first, _ = rows.batch(0)
@@ -128,7 +131,7 @@ def add_gradients(
     with tally.waiting():
         own, num_targets = rows.batch(step, rank=place.rank, world_size=place.world_size)
     blame.begin(own)
-    size = job.resources.micro_batch_size
+    size = job.resources.train.micro_batch_size
     for start in range(0, len(own), size):
         micro = own[start : start + size]
         total, each = engine.loss(tally.batch(micro, step=step))

@@ -70,7 +70,7 @@ class LossAccumulator:
     ) -> None:
         """`sources` are the same on every rank."""
         self.stage, self.sources, self.batches = job.stage, list(sources), batches
-        self.shapes = _shapes(model) if job.resources.accelerator else None
+        self.shapes = _shapes(model) if job.resources.train.accelerator else None
         self._number = {source: number for number, source in enumerate(sources)}
         self._passed = batches.cache.passed
         self._clear()
@@ -154,7 +154,7 @@ class MetricsLogger:
         self.stage, self.resources, self.metrics = job.stage, job.resources, metrics
         self.first, self.num_steps = step, num_steps
         self.metrics.log({"num_steps": num_steps}, step=step)
-        self.on_gpu = bool(job.resources.gpus_per_worker)
+        self.on_gpu = bool(job.resources.train.gpus_per_worker)
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()  # of a stage before it in this process
         self.live = sys.stderr.isatty()
@@ -183,8 +183,8 @@ class MetricsLogger:
             "ckpt/stall_s": stall,
             **peak_memory(on_gpu=self.on_gpu),
         }
-        if (accelerator := self.resources.accelerator) is not None:
-            number = self.resources.num_workers
+        if (accelerator := self.resources.train.accelerator) is not None:
+            number = self.resources.train.num_workers
             if seen.flops:
                 values["train/mfu"] = seen.flops / seconds / (accelerator.peak_tflops * 1e12 * number)
             values["train/cost"] = accelerator.price_per_hour * number * (now - self.started) / 3600

@@ -13,7 +13,7 @@ Trained = dict[Part, list[tuple[str, nn.Parameter]]]
 
 def build_optimizer(stage: Stage, trained: Trained, resources: Resources) -> torch.optim.AdamW:
     """AdamW of a stage: one kernel over all parameters, or torch's own operations on one after another."""
-    kernel = {"fused": True} if resources.optimizer == "fused" else {"fused": False, "foreach": False}
+    kernel = {"fused": True} if resources.train.optimizer == "fused" else {"fused": False, "foreach": False}
     return torch.optim.AdamW(parameter_groups(stage, trained), betas=stage.betas, **kernel)
 
 

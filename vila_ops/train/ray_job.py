@@ -16,7 +16,6 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from vila_ops.cluster import log_to_driver
-from vila_ops.config import Resources
 from vila_ops.train.job import FINAL, RemoteError, StageInputs
 from vila_ops.train.stage import train_stage
 
@@ -129,9 +128,9 @@ def main() -> None:
     asked = JobPayload.model_validate_json(os.environ.pop(ASKED))
     with suppress(FileNotFoundError):
         os.chdir(asked.here)
-    resources = Resources.model_validate({**asked.resources.model_dump(), "launch": "ray", "job_address": None})
+    resources = asked.resources.with_changes({"launch": "ray", "job_address": None})
     try:
-        train_stage(asked.stage, asked.model, asked.data, asked.init, resources)
+        train_stage(asked.stage, asked.model, asked.data, asked.init, resources, asked.context)
     except FINAL as error:
         sys.stdout.write(f"\n{SAYS}{RemoteError.of(error).model_dump_json()}\n")
         sys.exit(os.EX_DATAERR)

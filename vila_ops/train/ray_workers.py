@@ -45,7 +45,7 @@ def train_on_ray(job: TrainJob) -> list[dict[str, Any]]:
     finally:
         shutil.rmtree(job.ray_train(), ignore_errors=True)  # also what attempts left that were killed
     _raise_final(job)
-    said = [Path(f"{job.attempt}-rank-{rank}.json") for rank in range(job.resources.num_workers)]
+    said = [Path(f"{job.attempt}-rank-{rank}.json") for rank in range(job.resources.train.num_workers)]
     ran = [json.loads(path.read_text()) for path in said]
     for path in said:
         path.unlink()
@@ -58,21 +58,21 @@ def _trainer(job: TrainJob) -> TorchTrainer:
         _worker,
         train_loop_config={"job": job.model_dump_json(), "here": os.getcwd()},
         torch_config=TorchConfig(
-            backend="nccl" if resources.gpus_per_worker else "gloo",
-            timeout_s=math.ceil(resources.network.timeout_seconds),
+            backend="nccl" if resources.train.gpus_per_worker else "gloo",
+            timeout_s=math.ceil(resources.train.network.timeout_seconds),
         ),
         scaling_config=ScalingConfig(
-            num_workers=resources.num_workers,
-            use_gpu=bool(resources.gpus_per_worker),
-            resources_per_worker={"CPU": resources.cpus_per_worker},
-            placement_strategy=resources.placement,
+            num_workers=resources.train.num_workers,
+            use_gpu=bool(resources.train.gpus_per_worker),
+            resources_per_worker={"CPU": resources.train.cpus_per_worker},
+            placement_strategy=resources.train.placement,
         ),
         run_config=RunConfig(  # type: ignore[call-arg]  # mypy reads that of version 1, which is not what is imported
             name=Path(job.attempt).name,
             storage_path=str(job.ray_train()),
             failure_config=FailureConfig(  # type: ignore[call-arg]
-                max_failures=resources.max_failures,
-                controller_failure_limit=math.ceil(resources.start_timeout_seconds / TRY_SECONDS) - 1,
+                max_failures=resources.train.max_failures,
+                controller_failure_limit=math.ceil(resources.train.start_timeout_seconds / TRY_SECONDS) - 1,
             ),
             worker_runtime_env={"env_vars": network_variables(resources)},
         ),
@@ -81,18 +81,19 @@ def _trainer(job: TrainJob) -> TorchTrainer:
 
 def network_variables(resources: Resources) -> dict[str, str]:
     """What every worker has in its environment from its start on, before it meets the others."""
-    interface = resources.network.interface
+    interface = resources.train.network.interface
     own = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}
-    return own | resources.network.env
+    return own | resources.train.network.env
 
 
 def _no_room(resources: Resources) -> str:
-    each = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
+    train = resources.train
+    each = {"CPU": train.cpus_per_worker, "GPU": train.gpus_per_worker}
     alive = [one["Resources"] for one in ray.nodes() if one["Alive"]]  # type: ignore[no-untyped-call]
     nodes = [{kind: one.get(kind, 0) for kind in each} for one in alive]
     return (
-        f"no room for {resources.num_workers} workers of {each} with placement {resources.placement} within "
-        f"{resources.start_timeout_seconds:.0f} s; the nodes alive have {nodes}. Add nodes and ask again, or change "
+        f"no room for {train.num_workers} workers of {each} with placement {train.placement} within "
+        f"{train.start_timeout_seconds:.0f} s; the nodes alive have {nodes}. Add nodes and ask again, or change "
         f"num_workers, cpus_per_worker or placement"
     )
 
@@ -113,8 +114,8 @@ def _raise_cause(job: TrainJob, report: WorkerGroupError, *, since: float) -> No
             raise failure from report
     if stacks := [str(path) for path in job.watch().glob("*.stacks") if path.stat().st_mtime > since]:
         raise HungStep(
-            f"stage {job.stage.name!r} failed in each of {job.resources.max_failures + 1} tries, and a step hung; "
-            f"where its threads stood: {', '.join(sorted(stacks))}; watchdog of the resources says what counts as hung"
+            f"stage {job.stage.name!r} failed in each of {job.resources.train.max_failures + 1} tries, and a step "
+            f"hung; where its threads stood: {', '.join(sorted(stacks))}; watchdog of the resources says what counts as hung"
         ) from report
 
 

@@ -12,48 +12,51 @@ from vila_ops.artifacts.execution import execution
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, Pretrained
 from vila_ops.artifacts.leases import hold
 from vila_ops.cluster import whoami
-from vila_ops.config import Model, Resources, Stage
+from vila_ops.config import NO_CONTEXT, Model, Resources, RunContext, Stage
 from vila_ops.config.train import Lora
 from vila_ops.train.checkpoint.storage import remove_all
-from vila_ops.train.job import RankInfo, TrainJob
+from vila_ops.train.job import RankInfo, StageInputs, TrainJob
 
 REVISION = 5
 log = logging.getLogger(__name__)
 
 
 def train_stage(
-    stage: Stage, model: Model, data: Dataset, init: Checkpoint | Pretrained, resources: Resources
+    stage: Stage,
+    model: Model,
+    data: Dataset,
+    init: Checkpoint | Pretrained,
+    resources: Resources,
+    context: RunContext = NO_CONTEXT,
 ) -> Checkpoint:
     """The model after a stage; trained only if the store has it not yet, and from its last resume checkpoint on.
 
     Raises NonFiniteLoss, CorruptArtifact, and ValueError for settings that do not fit together.
     """
-    resources = resources.for_stage(stage.name)
+    asked = StageInputs(
+        stage=stage, model=model, data=data, init=init, resources=resources.for_stage(stage.name), context=context
+    )
     _check_quantised(stage)
     fresh = isinstance(init, Pretrained) and model.weights is None
     recipe = {"stage": _own(stage), "projector": model.projector.model_dump(mode="json"), "fresh_projector": fresh}
-    parents = (data.digest, init.digest)
-    at = store.address(Checkpoint, revision=REVISION, recipe=recipe, parents=parents)
-    if done := store.find(Checkpoint, at, store=resources.store):
+    at = store.address(Checkpoint, revision=REVISION, recipe=recipe, parents=(data.digest, init.digest))
+    if done := store.find(Checkpoint, at, store=resources.storage.store):
         return done
     if resources.launch == "ray_job":
-        return _as_job(at, stage, model, data, init, resources)
-    with hold(at, store=resources.store):
-        return store.find(Checkpoint, at, store=resources.store) or _train(
-            at, stage, data, init, resources, fresh=fresh
-        )
+        return _as_job(at, asked)
+    with hold(at, store=resources.storage.store):
+        return store.find(Checkpoint, at, store=resources.storage.store) or _train(at, asked, fresh=fresh)
 
 
-def _train(
-    at: store.Address, stage: Stage, data: Dataset, init: Checkpoint | Pretrained, resources: Resources, *, fresh: bool
-) -> Checkpoint:
+def _train(at: store.Address, asked: StageInputs, *, fresh: bool) -> Checkpoint:
+    stage, data, init, resources = asked.stage, asked.data, asked.init, asked.resources
     for parent in (data, init):
         store.verify(parent)
     started = time.monotonic()
-    attempt = store.begin(at, store=resources.store)
-    resume = f"{store.root_of(resources.store)}/resume/{at.key}"
+    attempt = store.begin(at, store=resources.storage.store)
+    resume = f"{store.root_of(resources.storage.store)}/resume/{at.key}"
     run_id = tracking.start_run(
-        resources, stage.name, parent=resources.parent_run, params=stage.model_dump(mode="json"),
+        resources, stage.name, parent=asked.context.parent_run, params=stage.model_dump(mode="json"),
         tags={"task": "train_stage", "stage": stage.name, "address": at.key, "data": data.digest, "init": init.digest},
     )  # fmt: skip
     tracking.log_input(resources, run_id, data, name=stage.mixture.name, context="train")
@@ -62,6 +65,7 @@ def _train(
         data=data,
         init=init,
         resources=resources,
+        context=asked.context,
         attempt=str(attempt),
         resume=resume,
         run_id=run_id,
@@ -95,18 +99,15 @@ def _check_quantised(stage: Stage) -> None:
         )
 
 
-def _as_job(
-    at: store.Address, stage: Stage, model: Model, data: Dataset, init: Checkpoint | Pretrained, resources: Resources
-) -> Checkpoint:
-    """What a job of the cluster seals, which is this room under launch `ray`."""
+def _as_job(at: store.Address, asked: StageInputs) -> Checkpoint:
+    """The checkpoint that a job of the cluster seals: the job is this task under launch `ray`."""
     from vila_ops.train.ray_job import JobPayload, train_as_job
 
-    asked = JobPayload(stage=stage, model=model, data=data, init=init, resources=resources, here=os.getcwd())
-    train_as_job(at.key, asked)
-    if done := store.find(Checkpoint, at, store=resources.store):
+    train_as_job(at.key, JobPayload.model_validate({**asked.model_dump(), "here": os.getcwd()}))
+    if done := store.find(Checkpoint, at, store=asked.resources.storage.store):
         return done
     raise RuntimeError(
-        f"the job of {at.kind}/{at.key} has ended well, but {resources.store} here does not have it; "
+        f"the job of {at.kind}/{at.key} has ended well, but {asked.resources.storage.store} here does not have it; "
         f"set a store that the cluster's head and this machine both see"
     )
 

@@ -22,7 +22,7 @@ from typing import TextIO
 
 from vila_ops.artifacts.kinds import Checkpoint
 from vila_ops.artifacts.store import backend, file, read_manifest, root_of
-from vila_ops.config import Config, Resources, Stage
+from vila_ops.config import NO_CONTEXT, Config, Stage
 from vila_ops.train.job import StageInputs
 from vila_ops.train.loop import CURVE
 from vila_ops.train.samples import Read, batches_of, first_stray, read_samples
@@ -40,20 +40,21 @@ class Trial(StageInputs):
 
     def train(self) -> Checkpoint:
         """The model after the stage; found where it is trained already."""
-        return train_stage(self.stage, self.model, self.data, self.init, self.resources)
+        return train_stage(self.stage, self.model, self.data, self.init, self.resources, self.context)
 
     def elsewhere(self, store: str) -> "Trial":
         """The same with a store of its own, without MLflow, driven from this machine, samples written down."""
-        own = {"store": store, "tracking_uri": None, "parent_run": None, "record_samples": True}
+        own = {"storage.store": store, "tracking.uri": None, "train.record_samples": True}
         if self.resources.launch == "ray_job":
             own |= {"launch": "ray", "job_address": None}
-        resources = Resources.model_validate({**self.resources.model_dump(), **own})
-        return Trial.model_validate({**self.model_dump(), "resources": resources})
+        return self.with_changes({"resources": self.resources.with_changes(own), "context": NO_CONTEXT})
 
     def reads(self) -> list[Read]:
         """The samples that were read so far, as far as this machine can see."""
         return [
-            read for folder in sorted((self.resources.scratch() / "samples").glob("*")) for read in read_samples(folder)
+            read
+            for folder in sorted((self.resources.storage.scratch() / "samples").glob("*"))
+            for read in read_samples(folder)
         ]
 
 
@@ -83,7 +84,7 @@ def short(stage: Stage, *, steps: int) -> Stage:
         "save_every": min(stage.save_every, max(1, steps // SAVES)),
         "validate_every": min(stage.validate_every, max(1, steps // VALIDATIONS)),
     }
-    return Stage.model_validate({**stage.model_dump(), **own})
+    return stage.with_changes(own)
 
 
 def changes(stage: Stage, variant: Stage) -> str:
@@ -110,7 +111,7 @@ def verify_resume(asked: Trial, *, kills: int, say: Say) -> ResumeVerdict:
 
     `say` is told a line for each kill. Raises RuntimeError where a process fails by itself.
     """
-    root = f"{root_of(asked.resources.store)}/verify-resume/{secrets.token_hex(4)}"
+    root = f"{root_of(asked.resources.storage.store)}/verify-resume/{secrets.token_hex(4)}"
     draw = random.Random()
     unbroken = asked.elsewhere(f"{root}/unbroken")
     seconds = _to_its_end(unbroken)
@@ -138,7 +139,7 @@ def verify_resume(asked: Trial, *, kills: int, say: Say) -> ResumeVerdict:
         kept=root if differences else None,
     )
     if not differences:
-        backend(root).discard(asked.elsewhere(root).resources.scratch(), root)
+        backend(root).discard(asked.elsewhere(root).resources.storage.scratch(), root)
     return verdict
 
 
@@ -179,7 +180,7 @@ def _starts(asked: Trial) -> dict[str, int]:
 @contextmanager
 def _process(asked: Trial) -> Iterator[subprocess.Popen[str]]:
     """A process that trains, its code loaded; killed at the end. Raises RuntimeError where it failed by itself."""
-    folder = asked.resources.scratch()
+    folder = asked.resources.storage.scratch()
     folder.mkdir(parents=True, exist_ok=True)
     told = folder / "asked.json"
     told.write_text(asked.model_dump_json())

@@ -56,7 +56,7 @@ class StepWatchdog:
         self.place = place
         self.name = job.stage.name
         self.folder = job.watch()
-        self._rule = job.resources.watchdog
+        self._rule = job.resources.train.watchdog
         self._took: deque[float] = deque(maxlen=STEPS)
         self._beat = Heartbeat(0, "load", time.monotonic(), float("inf"))
         self._ended = threading.Event()

@@ -68,8 +68,8 @@ def resources(tmp_path: Path, make_resources: Any) -> Resources:
 
 
 def page_of(made: Dataset, text: TextFormat, resources: Resources, *, per_source: int) -> tuple[str, Tokenizer]:
-    tokenizer = tokenizer_of(text, cache=Path(resources.cache))
-    out = show(made, tokenizer, Path(resources.store).parent / "samples.html", per_source=per_source)
+    tokenizer = tokenizer_of(text, cache=Path(resources.storage.cache))
+    out = show(made, tokenizer, Path(resources.storage.store).parent / "samples.html", per_source=per_source)
     return out.read_text(encoding="utf-8"), tokenizer
 
 

@@ -117,11 +117,11 @@ def test_an_evaluation_set_without_records_is_an_error(
 
 def test_only_what_a_rule_needs_is_looked_at_again(resources: Resources, make_mixture: Any, make_text: Any) -> None:
     prepare(make_mixture("pairs"), make_text(), resources)
-    assert not (Path(resources.store) / "survey").exists()
+    assert not (Path(resources.storage.store) / "survey").exists()
     near = {"near_duplicates": {"image_bits": 2}}
     first = prepare(make_mixture("pairs", **near), make_text(), resources)
-    surveys = sorted((Path(resources.store) / "survey").iterdir())
+    surveys = sorted((Path(resources.storage.store) / "survey").iterdir())
     assert len(surveys) == 3
     second = prepare(make_mixture("pairs", **near, seed=1), make_text(), resources)
-    assert sorted((Path(resources.store) / "survey").iterdir()) == surveys
+    assert sorted((Path(resources.storage.store) / "survey").iterdir()) == surveys
     assert first.num_samples == second.num_samples

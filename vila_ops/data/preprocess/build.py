@@ -43,9 +43,9 @@ def build(
     Returns the summary, for each shard's name in the dataset the sealed shard and its file, and what each worker said
     of itself. Broken off anywhere, the next call goes on at the first unit that is not sealed.
     """
-    cache = Path(resources.cache).expanduser()
+    cache = resources.storage.cache_folder()
     tokenizer_folder(text.language_model, cache=cache)  # once, before the workers would race for it
-    job = ShardJob(mixture=mixture, text=text, cache=str(cache), store=resources.store)
+    job = ShardJob(mixture=mixture, text=text, cache=str(cache), store=resources.storage.store)
     units = [unit for name in sorted(mixture.sources) for unit in _units(name, mixture, text, cache=cache)]
     drops = survey(job, units, resources)
     tasks = [UnitTask(job=job, unit=unit, drops=drops.get(number, ())) for number, unit in enumerate(units)]

@@ -33,7 +33,7 @@ def each(
     connect(resources)
     here = os.getcwd()
     items = [{"number": number, "asked": one.model_dump_json(), "here": here} for number, one in enumerate(asked)]
-    pool = ray.data.TaskPoolStrategy(size=resources.prepare_workers)
+    pool = ray.data.TaskPoolStrategy(size=resources.prepare.num_workers)
     tasks = ray.data.from_items(items, override_num_blocks=len(items)).map(
         partial(_task, work=work, kind=type(asked[0])), compute=pool
     )

@@ -8,7 +8,7 @@ from vila_ops.artifacts import store
 from vila_ops.artifacts.execution import execution
 from vila_ops.artifacts.kinds import Dataset
 from vila_ops.artifacts.leases import hold
-from vila_ops.config import Mixture, Resources, TextFormat
+from vila_ops.config import NO_CONTEXT, Mixture, Resources, RunContext, TextFormat
 from vila_ops.data.preprocess.identity import SHARD_REVISION, SURVEY_REVISION, digests, mixture_recipe, text_recipe
 
 REVISION = 4
@@ -16,7 +16,7 @@ REVISION = 4
 log = logging.getLogger(__name__)
 
 
-def prepare(mixture: Mixture, text: TextFormat, resources: Resources) -> Dataset:
+def prepare(mixture: Mixture, text: TextFormat, resources: Resources, context: RunContext = NO_CONTEXT) -> Dataset:
     """The prepared mixture, found in `data/<mixture>` or the store, or made; of its shards only the new ones are made.
 
     Raises ValueError when more than the mixture's max_bad_share of a source's records are bad.
@@ -24,8 +24,8 @@ def prepare(mixture: Mixture, text: TextFormat, resources: Resources) -> Dataset
     at = _address(mixture, text, resources)
     if done := _find(at, mixture, resources):
         return done
-    with hold(at, store=resources.store):
-        return store.find(Dataset, at, store=resources.store) or _prepare(at, mixture, text, resources)
+    with hold(at, store=resources.storage.store):
+        return store.find(Dataset, at, store=resources.storage.store) or _prepare(at, mixture, text, resources)
 
 
 def prepared(mixture: Mixture, text: TextFormat, resources: Resources) -> Dataset | None:
@@ -34,21 +34,23 @@ def prepared(mixture: Mixture, text: TextFormat, resources: Resources) -> Datase
 
 
 def _address(mixture: Mixture, text: TextFormat, resources: Resources) -> store.Address:
-    read = digests(mixture, cache=Path(resources.cache).expanduser())
+    read = digests(mixture, cache=resources.storage.cache_folder())
     made_by = {"shards": SHARD_REVISION, "survey": SURVEY_REVISION}
     recipe = {"mixture": mixture_recipe(mixture), "text": text_recipe(text), "sources": read, "made_by": made_by}
     return store.address(Dataset, revision=REVISION, recipe=recipe, parents=tuple(sorted(set(read.values()))))
 
 
 def _find(at: store.Address, mixture: Mixture, resources: Resources) -> Dataset | None:
-    return store.find(Dataset, at, store=resources.store, first=Path(resources.data).resolve() / mixture.name)
+    return store.find(
+        Dataset, at, store=resources.storage.store, first=Path(resources.storage.data).resolve() / mixture.name
+    )
 
 
 def _prepare(at: store.Address, mixture: Mixture, text: TextFormat, resources: Resources) -> Dataset:
     from vila_ops.data.preprocess import build  # heavy: Ray, tokenizer, images
 
     started = time.monotonic()
-    attempt = store.begin(at, store=resources.store)
+    attempt = store.begin(at, store=resources.storage.store)
     facts, shards, ran = build.build(mixture, text, resources, folder=attempt)
     dataset = store.seal(
         Dataset,

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 def create_app(spec: Spec, generator: Generator, *, replica: dict[str, Any]) -> FastAPI:
     """The app of one replica; `replica` is what it says of itself under /health."""
-    batcher = Batcher(generator, max_batch=spec.service.max_batch)
+    batcher = Batcher(generator, max_batch=spec.capacity.max_batch)
     chat = _Chat(spec, generator, batcher)
     started = int(time.time())
 

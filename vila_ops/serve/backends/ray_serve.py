@@ -43,12 +43,12 @@ class Replica:
 def apply(spec: Spec, *, host: str, port: int) -> None:
     """Ask for the application; Serve starts new replicas before it stops old ones, and drains those."""
     _start_proxy(host, port)
-    service = spec.service
+    service, capacity = spec.service, spec.capacity
     deployed = serve.deployment(
         name=service.name,
-        num_replicas=service.replicas,
-        ray_actor_options={"num_cpus": service.cpus_per_replica},
-        max_ongoing_requests=ONGOING_PER_BATCH * service.max_batch,
+        num_replicas=capacity.replicas,
+        ray_actor_options={"num_cpus": capacity.cpus_per_replica},
+        max_ongoing_requests=ONGOING_PER_BATCH * capacity.max_batch,
         max_surge_percent=100,  # with Ray's default of 0 an update takes capacity away before it adds any
         rolling_update_percentage=1.0,
         graceful_shutdown_timeout_s=service.request_timeout_seconds,
@@ -103,5 +103,5 @@ def _start_proxy(host: str, port: int) -> None:
         pass
     raise ValueError(
         f"Ray Serve of this cluster does not listen on {host}:{port}: it was started with another address, which "
-        f"cannot be changed while it runs; use that one as host and serve_port, or end Serve (`serve shutdown`) first"
+        f"cannot be changed while it runs; set serve.host and serve.port to it, or end Serve (`serve shutdown`)"
     )

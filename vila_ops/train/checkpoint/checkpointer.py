@@ -44,9 +44,9 @@ class Checkpointer:
     def __init__(self, resume: str, place: RankInfo, resources: Resources, *, live: bool) -> None:
         self.stall_seconds = 0.0
         """How long the loop waited for checkpoints so far."""
-        self._place, self._keep, self._live = place, resources.keep, live
+        self._place, self._keep, self._live = place, resources.train.keep, live
         self._shelf = storage_of(resume)
-        self._ranks = Ranks(place, timeout_seconds=resources.network.timeout_seconds)
+        self._ranks = Ranks(place, timeout_seconds=resources.train.network.timeout_seconds)
         self._attempt = self._ranks.gather(secrets.token_hex(4))[0]
         self._found: set[int] = set()
         """Steps of the checkpoints that were there when this attempt began, as rank 0 saw them."""

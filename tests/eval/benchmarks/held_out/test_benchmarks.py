@@ -389,7 +389,7 @@ def test_alignment_is_between_the_image_and_the_caption_alone_and_deepens_as_the
 def tiny_items(tmp_path_factory: pytest.TempPathFactory) -> Items:
     """The items of the tiny recipe, as `read_items` draws them."""
     folder = tmp_path_factory.mktemp("items")
-    where = (f"resources.store={folder}/store", f"resources.cache={folder}/cache")
+    where = (f"resources.storage.store={folder}/store", f"resources.storage.cache={folder}/cache")
     run = load(ROOT / "configs/recipes/tiny.yaml", resources=ROOT / "configs/resources/inline.yaml", overrides=where)
     suite = run.recipe.final_suite
     data = prepare(suite.mixture, run.recipe.text(max_tokens=suite.max_tokens), run.resources)

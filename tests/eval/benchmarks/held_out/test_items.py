@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("items")
-    where = (f"resources.store={folder}/store", f"resources.cache={folder}/cache")
+    where = (f"resources.storage.store={folder}/store", f"resources.storage.cache={folder}/cache")
     return load(ROOT / "configs/recipes/tiny.yaml", resources=ROOT / "configs/resources/inline.yaml", overrides=where)
 
 

@@ -1,0 +1,46 @@
+"""The last stage's model against the champion: registered, judged by the gate, and served where it won."""
+
+from vila_ops.artifacts.kinds import Checkpoint, Dataset, Deployment, EvalReport, ModelVersion
+from vila_ops.config import NO_CONTEXT, Recipe, Resources, Run, RunContext
+from vila_ops.eval.evaluate import evaluate
+from vila_ops.pipeline.stages import TASKS, Tasks, last_stage, model_after, prepare_named
+from vila_ops.registry.register import champion
+from vila_ops.serve.deploy import deploy
+
+
+def register_model(
+    run: Run, model: Checkpoint, report: EvalReport, held_out: Dataset, *, tasks: Tasks, context: RunContext
+) -> ModelVersion:
+    """Register a model against the present champion, which is evaluated on the same suite."""
+    recipe, resources = run.recipe, run.resources
+    rival = champion(recipe.gate, resources)
+    against = tasks.evaluate(recipe.final_suite, rival.checkpoint, held_out, resources, context) if rival else None
+    return tasks.register(recipe.gate, model, report, against, resources, context)
+
+
+def to_serve(recipe: Recipe, version: ModelVersion, resources: Resources) -> ModelVersion | None:
+    """The version to serve: the one that the gate let through, else the champion; None where there is none."""
+    return version if version.promoted else champion(recipe.gate, resources)
+
+
+def register_last(run: Run, context: RunContext = NO_CONTEXT) -> ModelVersion:
+    """The registered version of the last stage's model."""
+    recipe, resources = run.recipe, run.resources
+    if not recipe.stages:
+        raise ValueError(f"recipe {recipe.name!r} has no stage, so there is nothing to register")
+    champion(recipe.gate, resources)  # without a registry it fails here, before anything is trained
+    model = model_after(run, last_stage(recipe), context)
+    assert isinstance(model, Checkpoint)
+    held_out = prepare_named(run, recipe.final_suite.mixture.name, context)
+    report = evaluate(recipe.final_suite, model, held_out, resources, context)
+    return register_model(run, model, report, held_out, tasks=TASKS, context=context)
+
+
+def deploy_champion(run: Run, context: RunContext = NO_CONTEXT) -> Deployment:
+    """Serve the model that the gate let through: the last stage's, or the champion that it did not beat."""
+    served = to_serve(run.recipe, register_last(run, context), run.resources)
+    if served is None:
+        raise ValueError(
+            f"the gate of {run.recipe.gate.model_name!r} has let no model through, so there is none to serve"
+        )
+    return deploy(run.recipe.service, served, run.resources, context)

@@ -1,0 +1,130 @@
+"""The models of a recipe in their one order, and what each is made of: training, evaluation and deployment walk it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from vila_ops.artifacts.kinds import Checkpoint, Dataset, Deployment, EvalReport, ModelVersion, Pretrained
+from vila_ops.config import (
+    NO_CONTEXT,
+    Gate,
+    Mixture,
+    Model,
+    Recipe,
+    Resources,
+    Run,
+    RunContext,
+    Service,
+    Stage,
+    Suite,
+    TextFormat,
+)
+from vila_ops.config.run import BASE
+from vila_ops.data import sources
+from vila_ops.data.preprocess.prepare import prepare
+from vila_ops.eval.evaluate import evaluate
+from vila_ops.model.assemble import assemble
+from vila_ops.packages.fetch import fetch_all
+from vila_ops.registry.register import register
+from vila_ops.serve.deploy import deploy
+from vila_ops.train.stage import train_stage
+
+Weights = Checkpoint | Pretrained
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """The tasks as callables: bare, or wrapped by whoever decides when they run and how often they are retried."""
+
+    assemble: Callable[[Model, Resources, RunContext], Pretrained] = assemble
+    prepare: Callable[[Mixture, TextFormat, Resources, RunContext], Dataset] = prepare
+    train_stage: Callable[[Stage, Model, Dataset, Weights, Resources, RunContext], Checkpoint] = train_stage
+    evaluate: Callable[[Suite, Weights, Dataset, Resources, RunContext], EvalReport] = evaluate
+    register: Callable[[Gate, Checkpoint, EvalReport, EvalReport | None, Resources, RunContext], ModelVersion] = (
+        register
+    )
+    deploy: Callable[[Service, ModelVersion, Resources, RunContext], Deployment] = deploy
+
+
+TASKS = Tasks()
+"""The bare tasks."""
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """The model after a stage (`base`: before the first), and the data that the stage read."""
+
+    stage: str
+    model: Weights
+    data: Dataset | None
+
+
+def walk(run: Run, tasks: Tasks, context: RunContext) -> Iterator[StageResult]:
+    """The models of a recipe from the first to the last, each made when it is asked for."""
+    recipe, resources = run.recipe, run.resources
+    model: Weights = tasks.assemble(recipe.model, resources, context)
+    yield StageResult(BASE, model, None)
+    for name, stage in recipe.stages.items():
+        data = tasks.prepare(stage.mixture, recipe.text(name), resources, context)
+        model = tasks.train_stage(stage, recipe.model_of(name), data, model, resources, context)
+        yield StageResult(name, model, data)
+
+
+def model_after(run: Run, stage: str, context: RunContext = NO_CONTEXT) -> Weights:
+    """The model after a stage (`base`: before the first), with every stage before it."""
+    _check_stage(run.recipe, stage, (BASE, *run.recipe.stages))
+    return next(result.model for result in walk(run, TASKS, context) if result.stage == stage)
+
+
+def inputs_of(run: Run, stage: str, context: RunContext = NO_CONTEXT) -> tuple[Dataset, Weights]:
+    """The data of a stage and the model that it starts from, with every stage before it."""
+    names = [BASE, *run.recipe.stages]
+    _check_stage(run.recipe, stage, names[1:])
+    model = model_after(run, names[names.index(stage) - 1], context)
+    return prepare_named(run, run.recipe.stages[stage].mixture.name, context), model
+
+
+def evaluate_stage(run: Run, stage: str, *, final: bool = False, context: RunContext = NO_CONTEXT) -> EvalReport:
+    """The report of the model after a stage on the recipe's stage suite, or, `final`, on its final suite."""
+    model = model_after(run, stage, context)
+    held_out = prepare(run.recipe.final_suite.mixture, suite_text(run.recipe, stage), run.resources, context)
+    suite = run.recipe.final_suite if final else run.recipe.stage_suite
+    return evaluate(suite, model, held_out, run.resources, context)
+
+
+def fetch(run: Run, context: RunContext = NO_CONTEXT) -> Pretrained:
+    """Every package of a recipe in the cache, and the untrained model put together."""
+    mixtures = [run.recipe.final_suite.mixture, *(stage.mixture for stage in run.recipe.stages.values())]
+    wanted = [p for mixture in mixtures for source in mixture.sources.values() for p in sources.packages(source)]
+    fetch_all(wanted, cache=run.resources.storage.cache_folder())
+    return assemble(run.recipe.model, run.resources, context)
+
+
+def prepare_named(run: Run, mixture: str, context: RunContext = NO_CONTEXT) -> Dataset:
+    """The mixture of a recipe by its name, prepared."""
+    return prepare(*mixture_named(run.recipe, mixture), run.resources, context)
+
+
+def mixture_named(recipe: Recipe, name: str) -> tuple[Mixture, TextFormat]:
+    """The mixture of a recipe by its name, and how its records are read (the suites': by the last stage's model)."""
+    if name == recipe.final_suite.mixture.name:
+        return recipe.final_suite.mixture, suite_text(recipe, last_stage(recipe))
+    for stage in recipe.stages.values():
+        if stage.mixture.name == name:
+            return stage.mixture, recipe.text(stage.name)
+    known = [recipe.final_suite.mixture.name, *(stage.mixture.name for stage in recipe.stages.values())]
+    raise ValueError(f"recipe {recipe.name!r} has no mixture {name!r}; it has {known}")
+
+
+def last_stage(recipe: Recipe) -> str:
+    """The name of a recipe's last stage; `base` where it has none."""
+    return list(recipe.stages)[-1] if recipe.stages else BASE
+
+
+def suite_text(recipe: Recipe, stage: str) -> TextFormat:
+    """How the model of a stage reads the held-out records."""
+    return recipe.text(stage, max_tokens=recipe.final_suite.max_tokens)
+
+
+def _check_stage(recipe: Recipe, stage: str, known: Sequence[str]) -> None:
+    if stage not in known:
+        raise ValueError(f"recipe {recipe.name!r} has no stage {stage!r}; it has {list(recipe.stages)}")
