@@ -115,7 +115,7 @@ def _raise_cause(job: TrainJob, report: WorkerGroupError, *, since: float) -> No
     if stacks := [str(path) for path in job.watch().glob("*.stacks") if path.stat().st_mtime > since]:
         raise HungStep(
             f"stage {job.stage.name!r} failed in each of {job.resources.train.max_failures + 1} tries, and a step "
-            f"hung; where its threads stood: {', '.join(sorted(stacks))}; watchdog of the resources says what counts as hung"
+            f"hung; where its threads stood: {', '.join(sorted(stacks))}; train.watchdog says what counts as hung"
         ) from report
 
 
