@@ -120,7 +120,7 @@ def prepared(root: Path) -> tuple[Dataset, Pretrained, Stage, Resources]:
         resources=ROOT / "configs/resources/inline.yaml",
         overrides=(f"model.image_size={SIDE}",),
     )
-    resources = Resources.model_validate({**run.resources.model_dump(), **dict(place.split("=") for place in places)})
+    resources = run.resources.with_changes({**dict(place.split("=") for place in places)})
     records(root / "llava.json", images=root / "images")
     mixture = Mixture.model_validate(
         {

@@ -70,7 +70,7 @@ def resources(tmp_path: Path, empty_database: Path) -> Resources:
 def away(resources: Resources, free_ports: Callable[[int], list[int]]) -> Resources:
     """The same place, but the server does not answer."""
     (port,) = free_ports(1)
-    return Resources.model_validate({**resources.model_dump(), "tracking_uri": f"http://u:secret@127.0.0.1:{port}"})
+    return resources.with_changes({"tracking_uri": f"http://u:secret@127.0.0.1:{port}"})
 
 
 def begin(resources: Resources) -> str:
@@ -87,7 +87,7 @@ def history(resources: Resources, run_id: str, name: str = "loss") -> list[Metri
 
 
 def kept(resources: Resources) -> list[Path]:
-    return sorted((resources.scratch() / "metrics").glob("*"))
+    return sorted((resources.storage.scratch() / "metrics").glob("*"))
 
 
 def until(true: Callable[[], bool]) -> None:

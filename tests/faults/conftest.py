@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vila_ops.config import Resources, Stage, load
+from vila_ops.config import Stage, load
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.model.assemble import assemble
 from vila_ops.train.verify_resume import Trial
@@ -69,7 +69,7 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trial]:
             model=run.recipe.model,
             data=prepare(changed.mixture, run.recipe.text(), run.resources),
             init=assemble(run.recipe.model, run.resources),
-            resources=Resources.model_validate({**run.resources.model_dump(), "store": str(store)}),
+            resources=run.resources.with_changes({"store": str(store)}),
         )
 
     return make

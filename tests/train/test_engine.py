@@ -225,7 +225,7 @@ def _forward(
 ) -> tuple[PlainEngine, torch.Tensor, dict[str, int], int]:
     """A pass over two rows with images: engine, loss, how often each MLP has begun to run, which is counted on, and
     the bytes that the graph keeps."""
-    own = Resources.model_validate({**bench.resources.model_dump(), **resources})
+    own = bench.resources.with_changes({**resources})
     job = TrainJob.model_validate(
         {**make_job(bench, stage, bench.init, root).model_dump(), "resources": own.model_dump()}
     )

@@ -97,7 +97,7 @@ def train(plain: Any, tmp_path_factory: pytest.TempPathFactory) -> Train:
 
     def run(stage: Stage, *, bench: Any = plain, init: Any = None, **more: Any) -> Checkpoint:
         store = str(tmp_path_factory.mktemp("store"))
-        resources = bench.resources.model_validate({**bench.resources.model_dump(), "store": store, **more})
+        resources = bench.resources.with_changes({"store": store, **more})
         return train_stage(stage, bench.model, bench.data, init or bench.init, resources)
 
     return run
@@ -163,7 +163,7 @@ def test_a_later_stage_does_not_carry_the_adapter_along(
 def test_killed_and_started_again_gives_the_same_bytes_with_dropout(
     plain: Any, stage: Callable[..., Stage], unbroken: Checkpoint, tmp_path: Path
 ) -> None:
-    resources = plain.resources.model_validate({**plain.resources.model_dump(), "store": str(tmp_path / "store")})
+    resources = plain.resources.with_changes({"store": str(tmp_path / "store")})
     job = {"stage": stage(), "data": plain.data, "init": plain.init, "resources": resources}
     given = {key: value.model_dump(mode="json") for key, value in job.items()}
     text = json.dumps({**given, "attempt": "", "resume": "", "run_id": None, "fresh_projector": True})
@@ -219,7 +219,7 @@ def _job(bench: Any, stage: Stage, folder: Path, **resources: Any) -> TrainJob:
         stage=stage,
         data=bench.data,
         init=bench.init,
-        resources=bench.resources.model_validate({**bench.resources.model_dump(), **resources}),
+        resources=bench.resources.with_changes({**resources}),
         attempt=str(folder / "attempt"),
         resume=str(folder / "resume"),
         run_id=None,

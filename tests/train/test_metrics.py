@@ -48,7 +48,7 @@ def job_of(bench: Any, stage: Stage, root: Path, **resources: Any) -> TrainJob:
         stage=stage,
         data=bench.data,
         init=bench.init,
-        resources=Resources.model_validate({**bench.resources.model_dump(), "store": str(root), **resources}),
+        resources=bench.resources.with_changes({"store": str(root), **resources}),
         attempt=str(root),
         resume=str(root / "resume"),
         run_id=None,
@@ -102,7 +102,7 @@ def test_a_frozen_tower_counts_where_it_ran(bench: Any, stage: Stage, tmp_path: 
 def resources(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Resources:
     root = tmp_path_factory.mktemp("metered")
     own = {"store": f"{root}/store", "tracking_uri": f"sqlite:///{root}/mlflow.db", "accelerator": CARD}
-    return Resources.model_validate({**bench.resources.model_dump(), **own, "micro_batch_size": 2})
+    return bench.resources.with_changes({**own, "micro_batch_size": 2})
 
 
 Histories = dict[str, dict[int, float]]
@@ -129,7 +129,7 @@ def metered(bench: Any, stage: Stage, resources: Resources) -> tuple[Histories, 
 @pytest.fixture(scope="module")
 def steps(bench: Any, stage: Stage, resources: Resources) -> list[list[PackedRow]]:
     """The rows of each step."""
-    cache = resources.scratch() / "plans"
+    cache = resources.storage.scratch() / "plans"
     rows = RowLoader(opened(bench.data).file, digest=bench.data.digest, stage=stage, cache=cache)
     return [rows.batch(step)[0] for step in range(stage.num_steps or 0)]
 

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from vila_ops.artifacts.store import content, opened
-from vila_ops.config import Resources
 from vila_ops.data.loading.loader import RowLoader, stack
 from vila_ops.data.loading.packing import PackedRow, pack
 from vila_ops.data.shards import Sample, read_index, read_sample
@@ -115,7 +114,8 @@ def test_a_steps_gradient_is_the_same_for_any_split_into_ranks_micro_batches_and
     trained = set_trainable(objective, job.stage.trainable)
     engine = PlainEngine(objective, trained, job.stage, job.resources)
     batches = BatchBuilder(job, objective.model, device=torch.device("cpu"))
-    rows = RowLoader(opened(job.data).file, digest=job.data.digest, stage=job.stage, cache=job.resources.plan_cache())
+    cache = job.resources.storage.plan_cache()
+    rows = RowLoader(opened(job.data).file, digest=job.data.digest, stage=job.stage, cache=cache)
     tally = LossAccumulator(job, objective.model, batches, rows.sources())
     everything, num_targets = rows.batch(0)
     logits = torch.stack([logits_of(objective, batches, row) for row in everything])
@@ -126,7 +126,7 @@ def test_a_steps_gradient_is_the_same_for_any_split_into_ranks_micro_batches_and
     assert len(per_row) > 1, "a mean of the rows' means would do"
     splits = [(ranks, size) for ranks in (1, 2, 4) for size in (1, 2, 4, 8) if ranks * size <= BATCH]
     for ranks, size in splits:
-        resources = Resources.model_validate({**job.resources.model_dump(), "micro_batch_size": size})
+        resources = job.resources.with_changes({"micro_batch_size": size})
         own = TrainJob.model_validate({**job.model_dump(), "resources": resources})
         value = 0.0
         for rank in range(ranks):

@@ -46,7 +46,7 @@ def stage(bench: Any, make_stage: Any) -> Stage:
 
 def elsewhere(bench: Any, root: Path | str, **more: Any) -> Resources:
     """The same resources with an empty store; features may be shared."""
-    return Resources.model_validate({**bench.resources.model_dump(), "store": str(root), **more})
+    return bench.resources.with_changes({"store": str(root), **more})
 
 
 def outcome(checkpoint: Checkpoint) -> tuple[str, str]:

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from vila_ops.artifacts.store import content
-from vila_ops.config import Resources
 from vila_ops.model import folder as model_folder
 from vila_ops.model.trainable import EXPERT, part_of
 from vila_ops.train.stage import train_stage
@@ -15,7 +14,7 @@ from vila_ops.train.stage import train_stage
 def test_two_steps_train_expert_and_projector_alone_and_a_later_stage_keeps_the_expert(
     bench: Any, make_stage: Any, tmp_path: Path
 ) -> None:
-    resources = Resources.model_validate({**bench.resources.model_dump(), "store": str(tmp_path)})
+    resources = bench.resources.with_changes({"store": str(tmp_path)})
     steps = {"num_steps": 2, "validate_every": 1, "validation_rows": 1}
     both = {"trainable": ["projector", "language_model"]}
     stage = make_stage(bench.mixture, **steps, **both, tuning={"kind": "visual_expert"}, weight_decay=0.1)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from tests.train.closeness import ROUNDING, apart, way
 from vila_ops.artifacts.store import content
-from vila_ops.config import Resources, Run, Stage, load
+from vila_ops.config import Run, Stage, load
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.model.assemble import assemble
 from vila_ops.train.job import TrainJob
@@ -198,7 +198,7 @@ def _job(run: Run, name: str, changes: Settings | None = None, **resources: Any)
         stage=stage,
         data=prepare(stage.mixture, run.recipe.text(), run.resources),
         init=assemble(run.recipe.model, run.resources),
-        resources=Resources.model_validate({**run.resources.model_dump(), **resources}),
+        resources=run.resources.with_changes({**resources}),
         attempt=str(folder / "attempt"),
         resume=str(folder / "resume"),
         run_id=None,

@@ -94,8 +94,8 @@ def summarise(run: Run, outcome: Outcome) -> Json:
 def draw_layers(run: Run, out: Path, context: RunContext = NO_CONTEXT) -> Json:
     """Write the alignment by layer of the base and of every stage's model as an SVG; returns what it shows.
 
-    Trains and measures what is not yet. Raises ValueError where the recipe's stage suite does not measure it, and, before
-    any work, for a file that is not ours to replace.
+    Trains and measures what is not yet. Raises ValueError where the recipe's stage suite does not measure it, and,
+    before any work, for a file that is not ours to replace.
     """
     output.check_file(out, begins=output.MARK)
     names = [BASE, *run.recipe.stages]
@@ -149,7 +149,7 @@ def table(summary: Json) -> list[Json]:
 
 
 def _folder(run: Run) -> Path:
-    return run.resources.scratch() / run.recipe.name
+    return run.resources.storage.scratch() / run.recipe.name
 
 
 def _stage(checkpoint: Checkpoint, tracking_uri: str | None) -> Json:
