@@ -4,7 +4,7 @@ import logging
 import sys
 from pathlib import Path
 
-from vila_ops.train.ray_job import JobPayload
+from vila_ops.train.job import JobPayload
 from vila_ops.train.stage import train_stage
 
 if __name__ == "__main__":

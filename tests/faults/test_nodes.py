@@ -28,7 +28,7 @@ from vila_ops.artifacts.store import CorruptArtifact, content, read_manifest
 from vila_ops.config import Resources, Run, Stage, load
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.model.assemble import assemble
-from vila_ops.train.ray_job import JobPayload
+from vila_ops.train.job import JobPayload
 from vila_ops.train.stage import train_stage
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -180,7 +180,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], JobPayloa
             data=prepare(whole.mixture, run.recipe.text(), run.resources),
             init=assemble(run.recipe.model, run.resources),
             resources=run.resources,
-            here=str(ROOT),
+            working_directory=str(ROOT),
         )
 
     return make

@@ -43,7 +43,7 @@ class RemoteError(Config):
 
 
 class StageInputs(Config):
-    """A stage with all that it needs."""
+    """The arguments of `train_stage`."""
 
     stage: Stage
     model: Model
@@ -51,6 +51,13 @@ class StageInputs(Config):
     init: Checkpoint | Pretrained
     resources: Resources
     context: RunContext = NO_CONTEXT
+
+
+class JobPayload(StageInputs):
+    """The arguments of `train_stage` for a Ray job."""
+
+    working_directory: str
+    """Working directory of the submitting process. Relative paths refer to it, if the head has such a folder."""
 
 
 class RankInfo(Config):

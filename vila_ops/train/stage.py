@@ -15,7 +15,7 @@ from vila_ops.cluster import whoami
 from vila_ops.config import NO_CONTEXT, Model, Resources, RunContext, Stage
 from vila_ops.config.train import Lora
 from vila_ops.train.checkpoint.storage import remove_all
-from vila_ops.train.job import RankInfo, StageInputs, TrainJob
+from vila_ops.train.job import JobPayload, RankInfo, StageInputs, TrainJob
 
 REVISION = 5
 log = logging.getLogger(__name__)
@@ -101,9 +101,9 @@ def _check_quantised(stage: Stage) -> None:
 
 def _as_job(at: store.Address, asked: StageInputs) -> Checkpoint:
     """The checkpoint that a job of the cluster seals: the job is this task under launch `ray`."""
-    from vila_ops.train.ray_job import JobPayload, train_as_job
+    from vila_ops.train.ray_job import train_as_job
 
-    train_as_job(at.key, JobPayload.model_validate({**asked.model_dump(), "here": os.getcwd()}))
+    train_as_job(at.key, JobPayload.model_validate({**asked.model_dump(), "working_directory": os.getcwd()}))
     if done := store.find(Checkpoint, at, store=asked.resources.storage.store):
         return done
     raise RuntimeError(
