@@ -199,11 +199,11 @@ def make_stage() -> Callable[..., Stage]:
 
 @pytest.fixture(scope="session")
 def make_resources() -> Callable[..., Resources]:
-    """Everything under one folder, inline."""
+    """Everything under one folder, inline; more settings by their dotted paths."""
 
     def make(root: Path, **more: Any) -> Resources:
-        places = {name: str(root / name) for name in ("store", "data", "cache")}
-        return Resources.model_validate({"launch": "inline", "threads_per_worker": THREADS, **places, **more})
+        places = {f"storage.{name}": str(root / name) for name in ("store", "data", "cache")}
+        return Resources(launch="inline").with_changes({**places, "train.threads_per_worker": THREADS, **more})
 
     return make
 

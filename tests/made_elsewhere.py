@@ -76,8 +76,9 @@ def main(root: Path) -> None:
     torch.manual_seed(random.getrandbits(60))
     np.random.seed(random.getrandbits(32))
     before = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
-    resources = Resources(launch="inline", store=f"{root}/store", cache=f"{root}/cache", data=f"{root}/data")
-    again = Resources(launch="inline", store=f"{root}/again", cache=f"{root}/cache", data=f"{root}/data")
+    places = {f"storage.{name}": f"{root}/{name}" for name in ("store", "cache", "data")}
+    resources = Resources(launch="inline").with_changes(places)
+    again = resources.with_changes({"storage.store": f"{root}/again"})
     packaged = model(root, **json.loads((root / "packaged.json").read_text()))
     folders = model(root, **json.loads((root / "folders.json").read_text()))
     mixed = mixture(root)

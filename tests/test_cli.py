@@ -34,7 +34,14 @@ def resources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     file = folder / "resources.yaml"
     places = {name: str(folder / name) for name in ("store", "cache", "data")}
     file.write_text(
-        yaml.safe_dump({"launch": "inline", "tracking_uri": f"sqlite:///{folder}/mlflow.db", "serve_port": 0, **places})
+        yaml.safe_dump(
+            {
+                "launch": "inline",
+                "storage": places,
+                "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"},
+                "serve": {"port": 0},
+            }
+        )
     )
     yield file
     subprocess.run([PROGRAM, "undeploy", TINY, "-r", str(file)], cwd=ROOT, check=True, timeout=60)
@@ -64,12 +71,12 @@ def said(*arguments: str) -> Json:
 @pytest.mark.slow
 def test_every_task_runs_inline_and_each_command_finds_what_it_made(ran: Json, resources: Path) -> None:
     where = ("-r", str(resources))
-    assert said("fetch", TINY, *where) == ran["base"]
+    assert said("fetch", TINY, *where) == ran["models"]["base"]
     for name, dataset in ran["datasets"].items():
         assert said("prepare", TINY, "--mixture", name, *where) == dataset
-    for name, checkpoint in ran["checkpoints"].items():
-        assert said("train", TINY, "--stage", name, *where) == checkpoint
-    for name, report in ran["probes"].items():
+    for name in ("align", "pretrain", "sft"):
+        assert said("train", TINY, "--stage", name, *where) == ran["models"][name]
+    for name, report in ran["stage_reports"].items():
         assert said("evaluate", TINY, "--stage", name, *where) == report
     assert said("evaluate", TINY, "--stage", "sft", "--final", *where) == ran["report"]
     plot = resources.parent / "alignment.svg"
@@ -82,14 +89,14 @@ def test_every_task_runs_inline_and_each_command_finds_what_it_made(ran: Json, r
     assert said("register", TINY, *where) == ran["version"]
     assert said("deploy", TINY, *where) == ran["deployment"]
     assert ran["version"]["promoted"]
-    assert ran["answer"]["model"] == ran["deployment"]["model"] == ran["checkpoints"]["sft"]["digest"]
+    assert ran["answer"]["model"] == ran["deployment"]["model"] == ran["models"]["sft"]["digest"]
 
 
 @pytest.mark.slow
 def test_two_runs_that_differ_in_one_setting_compare_in_mlflow(ran: Json, resources: Path) -> None:
     other = said("run", TINY, "-r", str(resources), "-s", "stages.sft.learning_rate=4e-4")
     client = MlflowClient(f"sqlite:///{resources.parent}/mlflow.db")
-    first, second = (client.get_run(run["parent_run"]) for run in (ran, other))
+    first, second = (client.get_run(run["context"]["parent_run"]) for run in (ran, other))
     differing = {key for key in first.data.params if first.data.params[key] != second.data.params[key]}
     assert first.data.params.keys() == second.data.params.keys()
     assert differing == {"stages.sft.learning_rate"}
@@ -98,7 +105,7 @@ def test_two_runs_that_differ_in_one_setting_compare_in_mlflow(ran: Json, resour
 
 
 def test_a_run_tells_a_person_its_metrics_and_what_it_left_out(tmp_path: Path, ran: Json, resources: Path) -> None:
-    untracked = {**yaml.safe_load(resources.read_text()), "tracking_uri": None}
+    untracked = {**yaml.safe_load(resources.read_text()), "tracking": {"uri": None}}
     (tmp_path / "untracked.yaml").write_text(yaml.safe_dump(untracked))
     done = CliRunner().invoke(app, ["run", TINY, "-r", str(tmp_path / "untracked.yaml")])
     report = json.loads(next((resources.parent / "store/report").glob("*/attempt-*/report.json")).read_text())
@@ -207,7 +214,9 @@ def untouched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Options for a store, cache and data folder that are not there yet, from a folder of the test's own."""
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "resources.yaml"
-    file.write_text(yaml.safe_dump({"launch": "inline", "store": "store", "cache": "cache", "data": "data"}))
+    file.write_text(
+        yaml.safe_dump({"launch": "inline", "storage": {"store": "store", "cache": "cache", "data": "data"}})
+    )
     return [str(ROOT / TINY), "-r", str(file)]
 
 

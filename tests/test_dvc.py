@@ -218,8 +218,8 @@ def test_git_checkout_and_dvc_checkout_bring_back_the_data_that_is_trained_on(cl
     shutil.rmtree(clone / "store")  # nothing but the checked-out data is left to train on
     made = json.loads(_run(clone, "vila-ops", "run", "configs/recipes/tiny.yaml", "--json"))
     assert {name: dataset["digest"] for name, dataset in made["datasets"].items()} == first
-    for stage, checkpoint in made["checkpoints"].items():
-        assert first[f"tiny_{stage}"] in checkpoint["parents"]
+    for stage in ("align", "pretrain", "sft"):
+        assert first[f"tiny_{stage}"] in made["models"][stage]["parents"]
     assert not (clone / "store/dataset").exists()
     tasks = json.loads((clone / "store/tiny/summary.json").read_text())["tasks"]
     assert [task["reused"] for task in tasks if task["task"] == "prepare"] == [True] * 4

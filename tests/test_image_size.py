@@ -17,7 +17,8 @@ from vila_ops.config import Run, load
 from vila_ops.data.shards import read_index
 from vila_ops.eval.evaluate import read_report
 from vila_ops.model.towers import POSITIONS, resize_positions
-from vila_ops.pipeline.run import Outcome, Tasks, evaluate_stage, mixture_named, prepare_named, run_pipeline
+from vila_ops.pipeline.run import Outcome, run_pipeline
+from vila_ops.pipeline.stages import evaluate_stage, mixture_named, prepare_named
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,7 +30,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     short = [f"stages.{name}.{key}" for name in ("align", "pretrain", "sft") for key in ("num_steps=2", "save_every=2")]
     settings = [
         *short, "stages.pretrain.image_size=56", "stages.pretrain.trainable=[projector]",
-        *(f"resources.{name}={folder / name}" for name in ("store", "data", "cache")),
+        *(f"resources.storage.{name}={folder / name}" for name in ("store", "data", "cache")),
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
@@ -42,7 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 @pytest.fixture(scope="module")
 def outcome(run: Run) -> Outcome:
-    return run_pipeline(run, Tasks())
+    return run_pipeline(run)
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
@@ -56,7 +57,7 @@ def tokens_of(data: Dataset) -> dict[str, int]:
 
 
 def test_the_second_stage_sees_more_of_a_image_and_keeps_every_weight_it_does_not_train(outcome: Outcome) -> None:
-    first, second = outcome.checkpoints["align"], outcome.checkpoints["pretrain"]
+    first, second = outcome.models["align"], outcome.models["pretrain"]
     before, after = weights(first), weights(second)
     assert before.keys() == after.keys()
     for name, tensor in before.items():
@@ -70,7 +71,7 @@ def test_the_second_stage_sees_more_of_a_image_and_keeps_every_weight_it_does_no
 
 
 def test_the_second_checkpoint_is_a_stock_folder_of_sixteen_tokens_a_image(outcome: Outcome) -> None:
-    folder = content(outcome.checkpoints["pretrain"])
+    folder = content(outcome.models["pretrain"])
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     image = Pillow.new("RGB", (60, 40), "red")
     inputs = AutoProcessor.from_pretrained(folder)(text="<image> a dog", images=[image], return_tensors="pt")
@@ -94,10 +95,10 @@ def test_the_held_out_data_are_prepared_once_for_each_size_and_every_model_is_me
     run: Run, outcome: Outcome
 ) -> None:
     assert len(list(Path(run.resources.storage.store).glob("dataset/*/manifest.json"))) == 3 + 2
-    data = {name: report.parents[1] for name, report in outcome.probes.items()}
+    data = {name: report.parents[1] for name, report in outcome.stage_reports.items()}
     assert data["base"] == data["align"] != data["pretrain"] == data["sft"] == outcome.report.parents[1]
-    for report in outcome.probes.values():
+    for report in outcome.stage_reports.values():
         scored = {m["name"]: m["value"] for m in read_report(report)["metrics"] if m["role"] == "model"}
         assert 0 < scored["caption_loss"] < 20
-    assert evaluate_stage(run, "align") == outcome.probes["align"], "a command asks as the pipeline does"
+    assert evaluate_stage(run, "align") == outcome.stage_reports["align"], "a command asks as the pipeline does"
     assert evaluate_stage(run, "sft", final=True) == outcome.report

@@ -9,7 +9,7 @@ import pytest
 from vila_ops.artifacts.store import read_manifest, verify
 from vila_ops.config import Run, load
 from vila_ops.eval.evaluate import read_report
-from vila_ops.pipeline.run import evaluate_stage, model_after, prepare_named
+from vila_ops.pipeline.stages import evaluate_stage, model_after, prepare_named
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,7 +20,7 @@ def run_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], R
     monkeypatch.chdir(ROOT)
 
     def make(store: str) -> Run:
-        where = [f"resources.{name}={tmp_path / name}" for name in ("data", "cache")]
+        where = [f"resources.storage.{name}={tmp_path / name}" for name in ("data", "cache")]
         settings = [
             "stages.align.num_steps=2",
             "resources.train.threads_per_worker=1",

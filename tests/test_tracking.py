@@ -60,17 +60,22 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def tracked(folder: Path, uri: str | None) -> Resources:
+    """Resources with a store in the folder."""
+    return Resources(launch="inline").with_changes({"storage.store": f"{folder}/store", "tracking.uri": uri})
+
+
 @pytest.fixture
 def resources(tmp_path: Path, empty_database: Path) -> Resources:
     shutil.copyfile(empty_database, tmp_path / "mlflow.db")
-    return Resources(launch="inline", store=f"{tmp_path}/store", tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    return tracked(tmp_path, f"sqlite:///{tmp_path}/mlflow.db")
 
 
 @pytest.fixture
 def away(resources: Resources, free_ports: Callable[[int], list[int]]) -> Resources:
     """The same place, but the server does not answer."""
     (port,) = free_ports(1)
-    return resources.with_changes({"tracking_uri": f"http://u:secret@127.0.0.1:{port}"})
+    return resources.with_changes({"tracking.uri": f"http://u:secret@127.0.0.1:{port}"})
 
 
 def begin(resources: Resources) -> str:
@@ -127,7 +132,7 @@ def server(tmp_path: Path, free_servers: Callable[[Path], LocalServers], empty_d
 def test_a_server_that_is_killed_and_comes_back_has_everything_once(
     server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    resources = Resources(launch="inline", store=f"{tmp_path}/store", tracking_uri=server.told.url)
+    resources = tracked(tmp_path, server.told.url)
     server.start()
     run_id = begin(resources)
     with MetricLog(resources, run_id) as metrics:
@@ -289,7 +294,7 @@ def test_a_load_that_cannot_be_read_stops_nothing_else(
 
 
 def test_without_a_tracking_uri_nothing_is_written(tmp_path: Path) -> None:
-    resources = Resources(launch="inline", store=f"{tmp_path}/store")
+    resources = tracked(tmp_path, None)
     assert tracking.start_run(resources, "align", parent=None, params={}, tags={}) is None
     with MetricLog(resources, None) as metrics:
         metrics.log({"loss": 1.0}, step=1)

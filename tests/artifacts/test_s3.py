@@ -179,4 +179,4 @@ def test_threads_that_want_the_same_file_download_it_once(s3_store: str, monkeyp
 @pytest.mark.parametrize("store", ["gs://bucket/store", "s3://B", "s3://bucket//x", "s3://bucket/../x"])
 def test_what_is_no_store_is_refused_by_the_config(store: str, make_resources: Callable[..., object]) -> None:
     with pytest.raises(ValueError, match="neither a folder nor s3://BUCKET/PREFIX"):
-        make_resources(Path("x"), store=store)
+        make_resources(Path("x"), **{"storage.store": store})

@@ -177,17 +177,17 @@ def test_numbers_are_those_of_yaml_1_2(text: str, value: Any, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("resources", "batch", "nearest"),
-    [("micro_batch_size=3", 4, 3), ("micro_batch_size=8", 4, 8), ("micro_batch_size=4", 10, 8)],
+    ("micro_batch", "batch", "nearest"),
+    [("3", 4, 3), ("8", 4, 8), ("4", 10, 8)],
 )
-def test_a_remainder_is_refused_with_a_batch_that_would_do(resources: str, batch: int, nearest: int) -> None:
+def test_a_remainder_is_refused_with_a_batch_that_would_do(micro_batch: str, batch: int, nearest: int) -> None:
     overrides = [f"stages.{name}.global_batch_size={batch}" for name in ("align", "pretrain", "sft")]
     with pytest.raises(
         ValidationError, match=rf"'align': global_batch_size {batch} is not a multiple .* use {nearest},"
     ):
-        tiny(f"resources.{resources}", *overrides)
+        tiny(f"resources.train.micro_batch_size={micro_batch}", *overrides)
     good = [f"stages.{name}.global_batch_size={nearest}" for name in ("align", "pretrain", "sft")]
-    assert tiny(f"resources.{resources}", *good)
+    assert tiny(f"resources.train.micro_batch_size={micro_batch}", *good)
 
 
 @pytest.mark.parametrize(
@@ -243,18 +243,19 @@ def test_lora_after_a_visual_expert_is_refused_before_anything_is_trained() -> N
 
 def test_a_stage_has_resources_of_its_own_and_the_rest_of_all() -> None:
     """The paper's runs: ZeRO-2 for align, ZeRO-3 after it."""
-    cluster = {"launch": "ray", "ray_address": "head:1", "num_workers": 4, "zero_stage": 3, "micro_batch_size": 2}
+    train = {"num_workers": 4, "zero_stage": 3, "micro_batch_size": 2}
+    cluster = Resources.model_validate({"launch": "ray", "ray_address": "head:1", "train": train})
     own = {"align": {"zero_stage": 2, "num_workers": 2}, "sft": {"micro_batch_size": 1}}
-    whole = Resources.model_validate({**cluster, "stages": own})
+    whole = cluster.with_changes({"train.stages": own})
     found = [whole.for_stage(name) for name in ("align", "pretrain", "sft")]
-    assert [(one.num_workers, one.zero_stage, one.micro_batch_size) for one in found] == [
+    assert [(one.train.num_workers, one.train.zero_stage, one.train.micro_batch_size) for one in found] == [
         (2, 2, 2),
         (4, 3, 2),
         (4, 3, 1),
     ]
-    assert found[1] == Resources.model_validate(cluster)
+    assert found[1] == cluster
     assert found[0].for_stage("align") == found[0]
-    with pytest.raises(ValidationError, match=r"resources\.stages\.align\.num_worker\n"):
+    with pytest.raises(ValidationError, match=r"resources\.train\.stages\.align\.num_worker\n"):
         tiny("resources.train.stages={align: {num_worker: 1}}")
 
 

@@ -60,7 +60,9 @@ def test_ten_times_the_images_need_no_more_memory(tmp_path: Path, tiny: Path) ->
                 "language_model": {"kind": "random", "tokenizer": str(tiny / "tokenizer")}, "chat_template": "chatml",
                 "vision_tower": {"kind": "random"}, "image_size": 336, "image_tokens": 16, "max_tokens": 64,
             },
-            "resources": {"launch": "inline", **{name: str(tmp_path / name) for name in ("store", "data", "cache")}},
+            "resources": {
+                "launch": "inline", "storage": {name: str(tmp_path / name) for name in ("store", "data", "cache")},
+            },
         }  # fmt: skip
         run = [sys.executable, "-c", PROGRAM, json.dumps(asked)]
         done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)

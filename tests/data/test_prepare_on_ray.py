@@ -92,7 +92,8 @@ def test_two_nodes_make_the_dataset_of_one_process_and_refuse_what_it_refuses(
     relative = {name: {**source, "path": f"raw/{name}"} for name, source in told["sources"].items()}
     asked = Mixture.model_validate({**told, "sources": relative})
     alone = prepare(asked, make_text(), make_resources(tmp_path / "alone"))
-    on_ray = make_resources(Path("ray"), launch="ray", ray_address=two_nodes, prepare_workers=4)
+    cluster = {"launch": "ray", "ray_address": two_nodes, "prepare.num_workers": 4}
+    on_ray = make_resources(Path("ray"), **cluster)
     together = prepare(asked, make_text(), on_ray)
     verify(together)
     assert together.digest == alone.digest

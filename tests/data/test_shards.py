@@ -145,7 +145,7 @@ def test_runs_by_hand() -> None:
 def test_samples_of_a_dataset_on_s3_bring_only_their_shards(
     s3_store: str, make_mixture: Any, make_text: Any, make_resources: Any, tmp_path: Path
 ) -> None:
-    made = prepare(make_mixture("pairs"), make_text(), make_resources(tmp_path / "work", store=s3_store))
+    made = prepare(make_mixture("pairs"), make_text(), make_resources(tmp_path / "work", **{"storage.store": s3_store}))
     assert len([name for name in read_manifest(made.uri)["files"] if name.endswith(".tar")]) == 3
     shutil.rmtree(tmp_path / "copies")  # as on another machine
     rows = index_of(made).to_pylist()

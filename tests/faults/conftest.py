@@ -69,7 +69,7 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trial]:
             model=run.recipe.model,
             data=prepare(changed.mixture, run.recipe.text(), run.resources),
             init=assemble(run.recipe.model, run.resources),
-            resources=run.resources.with_changes({"store": str(store)}),
+            resources=run.resources.with_changes({"storage.store": str(store)}),
         )
 
     return make

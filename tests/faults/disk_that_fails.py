@@ -44,7 +44,7 @@ def newest(folder: Path) -> int | None:
 
 def attempt(folder: Path) -> Checkpointer:
     """The checkpoints of one attempt. One stays, so that a save removes too; where reading fails, two."""
-    resources = Resources.model_validate({"launch": "inline", "keep": {"last": 2 if "read" in folder.name else 1}})
+    resources = Resources(launch="inline").with_changes({"train.keep.last": 2 if "read" in folder.name else 1})
     return Checkpointer(str(folder), RankInfo(), resources, live=True)
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from tests.seed import SEED
 from vila_ops.artifacts.store import content
-from vila_ops.config import Resources
+from vila_ops.config import NO_CONTEXT
 from vila_ops.data.shards import read_index
 from vila_ops.train.job import TrainJob
 from vila_ops.train.samples import Read, batches_of, first_stray, read_samples
@@ -140,15 +140,19 @@ def _check_epochs(keys: list[str], asked: Trial) -> None:
 
 def _job(asked: Trial, folder: Path, number: int, leg: Leg) -> TrainJob:
     cluster = {} if leg.zero_stage is None else {"launch": "ray", "ray_address": "127.0.0.1:1"}
-    own = {"num_workers": leg.world_size, "zero_stage": leg.zero_stage or 0, "micro_batch_size": leg.micro_batch_size}
-    given = {**asked.resources.model_dump(), **own, **cluster, "threads_per_worker": leg.threads}
+    train = {
+        "num_workers": leg.world_size, "zero_stage": leg.zero_stage or 0, "micro_batch_size": leg.micro_batch_size,
+        "threads_per_worker": leg.threads,
+    }  # fmt: skip
+    own = {"storage.store": str(folder), **{f"train.{key}": value for key, value in train.items()}}
     attempt = folder / f"attempt-{number}"
     attempt.mkdir()
     return TrainJob(
         stage=asked.stage,
         data=asked.data,
         init=asked.init,
-        resources=Resources.model_validate({**given, "store": str(folder)}),
+        resources=asked.resources.with_changes({**cluster, **own}),
+        context=NO_CONTEXT,
         attempt=str(attempt),
         resume=str(folder / "resume"),
         run_id=None,

@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 from tests.seed import SEED
+from vila_ops.config.load import merge
 from vila_ops.train.samples import Keys, Read, batches_of, first_stray, read_samples
 
 ROOT = Path(__file__).parents[2]
@@ -140,13 +141,14 @@ def _inline(folder: Path) -> list[str]:
 
 
 def _on_ray(folder: Path, address: str) -> list[str]:
-    cluster = {"launch": "ray", "ray_address": address, "num_workers": 2, "zero_stage": 2}
+    cluster = {"launch": "ray", "ray_address": address, "train": {"num_workers": 2, "zero_stage": 2}}
     return _command(folder, cluster)
 
 
 def _command(folder: Path, resources: dict[str, object]) -> list[str]:
     file = folder / "resources.yaml"
-    places = {"store": str(folder / "store"), "cache": str(folder / "cache"), "record_samples": True}
-    file.write_text(yaml.safe_dump({**resources, **places}))
+    places = {name: str(folder / name) for name in ("store", "cache")}
+    told = merge(resources, {"storage": places, "train": {"record_samples": True}})
+    file.write_text(yaml.safe_dump(told))
     program = Path(sys.executable).parent / "vila-ops"
     return [str(program), "run", "configs/recipes/tiny.yaml", "-r", str(file), "--json"]

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from ray.util.state.exception import RayStateApiException
 from tests.seed import SEED
 from vila_ops.artifacts.kinds import Checkpoint
 from vila_ops.artifacts.store import CorruptArtifact, content, read_manifest
-from vila_ops.config import Resources, Run, Stage, load
+from vila_ops.config import Run, Stage, load
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.model.assemble import assemble
 from vila_ops.train.job import JobPayload
@@ -189,9 +189,9 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], JobPayloa
 class Flow:
     """A process that asks for a stage, again after its death."""
 
-    def __init__(self, asked: JobPayload, folder: Path, **resources: object) -> None:
-        told = {**asked.resources.model_dump(), "store": str(folder / "store"), **resources}
-        self.asked = JobPayload.model_validate({**asked.model_dump(), "resources": Resources.model_validate(told)})
+    def __init__(self, asked: JobPayload, folder: Path, launch: Mapping[str, str], **train: object) -> None:
+        own = {"storage.store": str(folder / "store"), **{f"train.{key}": value for key, value in train.items()}}
+        self.asked = asked.with_changes({"resources": asked.resources.with_changes({**launch, **own})})
         self.folder, self.lives = folder, 0
         (folder / "asked.json").write_text(self.asked.model_dump_json())
 
@@ -258,10 +258,10 @@ def test_a_job_outlives_its_flow_a_worker_and_a_node(
 ) -> None:
     """One job all the time, though three things die: a second flow finds it, and Ray Train waits for a node."""
     nodes, stage = cluster_of(2), asked(16)
+    launch = {"launch": "ray_job", "ray_address": nodes.address, "job_address": nodes.jobs}
     flow = Flow(
-        stage, tmp_path, launch="ray_job", ray_address=nodes.address, job_address=nodes.jobs, num_workers=2,
-        zero_stage=1, placement="STRICT_SPREAD", network={"interface": "lo", "env": {"TP_SOCKET_IFNAME": "lo"}},
-        max_failures=5,
+        stage, tmp_path, launch, num_workers=2, zero_stage=1, placement="STRICT_SPREAD",
+        network={"interface": "lo", "env": {"TP_SOCKET_IFNAME": "lo"}}, max_failures=5,
     )  # fmt: skip
     with flow.running():
         flow.await_steps(2)
@@ -312,7 +312,7 @@ def test_killed_again_and_again_it_goes_on(
     nodes, stage = cluster_of(num_nodes), asked(STEPS_A_KILL * (KILLS + 1))
     launch = {"launch": "ray_job", "job_address": nodes.jobs} if what == "flow" else {"launch": "ray"}
     flow = Flow(
-        stage, tmp_path, **launch, ray_address=nodes.address, num_workers=num_nodes, zero_stage=2,
+        stage, tmp_path, {**launch, "ray_address": nodes.address}, num_workers=num_nodes, zero_stage=2,
         placement="STRICT_SPREAD", network={"interface": "lo"}, max_failures=3 * KILLS,
     )  # fmt: skip
     with flow.running():
@@ -347,10 +347,8 @@ def test_a_cluster_without_room_is_an_error_that_says_so(
     cluster_of: Callable[[int], Nodes], asked: Callable[[int], JobPayload], tmp_path: Path
 ) -> None:
     nodes = cluster_of(1)
-    flow = Flow(
-        asked(2), tmp_path, launch="ray", ray_address=nodes.address, num_workers=2, placement="STRICT_SPREAD",
-        start_timeout_seconds=60,
-    )  # fmt: skip
+    launch = {"launch": "ray", "ray_address": nodes.address}
+    flow = Flow(asked(2), tmp_path, launch, num_workers=2, placement="STRICT_SPREAD", start_timeout_seconds=60)
     with flow.running():
         assert flow.process.wait(PATIENCE_SECONDS) == 1
     assert (

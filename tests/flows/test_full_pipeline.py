@@ -30,22 +30,18 @@ def servers(tmp_path_factory: pytest.TempPathFactory, free_servers: Callable[[Pa
     """Servers of this test's own, and the files that name them."""
     folder = tmp_path_factory.mktemp("box")
     settings = free_servers(folder / "local")
+    at = local.endpoints(settings)
     resources = {
         "launch": "ray",
-        "ray_address": local.endpoints(settings).ray,
-        "tracking_uri": local.endpoints(settings).mlflow,
-        "prefect_page": local.endpoints(settings).prefect,
-        "serve_port": settings.serve_port,
-        "num_workers": 2,
-        "zero_stage": 2,
-        "store": str(folder / "store"),
-        "cache": str(folder / "cache"),
+        "ray_address": at.ray,
+        "storage": {"store": str(folder / "store"), "cache": str(folder / "cache")},
+        "tracking": {"uri": at.mlflow},
+        "train": {"num_workers": 2, "zero_stage": 2},
+        "serve": {"port": settings.serve_port},
     }
     (folder / "resources.yaml").write_text(yaml.safe_dump(resources))
     (folder / "local.yaml").write_text(yaml.safe_dump(settings.model_dump()))
-    yield {
-        "folder": folder, "settings": settings, "resources": resources, "endpoint": local.endpoints(settings).serve
-    }  # fmt: skip
+    yield {"folder": folder, "settings": settings, "at": at}
     local.down(settings)
 
 
@@ -106,7 +102,7 @@ def test_the_summary_says_what_really_ran(first: Json, servers: Json) -> None:
         *[("train_stage", name) for name in ("align", "pretrain", "sft")],
         *[("evaluate", f"{name} on tiny_probe") for name in ("base", "align", "pretrain", "sft")],
         ("evaluate", "sft on tiny"),
-        ("register", "tiny 1"), ("deploy", servers["endpoint"]),
+        ("register", "tiny 1"), ("deploy", servers["at"].serve),
     ]  # fmt: skip
     for task in first["tasks"]:
         assert task["seconds"] > 0
@@ -122,7 +118,7 @@ def test_the_summary_says_what_really_ran(first: Json, servers: Json) -> None:
     ran = ("torch", "transformers", "deepspeed", "ray", "mlflow", "prefect", "dvc")
     ran += ("numpy", "pyarrow", "pillow", "pydantic")
     assert first["versions"] == {name: version(name) for name in ran}
-    asked = httpx.get(f"{servers['resources']['prefect_page']}/api/flow_runs/{first['prefect_flow_run']}").json()
+    asked = httpx.get(f"{servers['at'].prefect}/api/flow_runs/{first['prefect_flow_run']}").json()
     assert asked["state"]["type"] == "COMPLETED"
 
 
@@ -143,7 +139,7 @@ def test_every_metric_has_an_interval_for_model_control_and_chance(first: Json) 
 
 
 def test_mlflow_has_the_runs_and_the_champion(first: Json, servers: Json) -> None:
-    client = MlflowClient(servers["resources"]["tracking_uri"], registry_uri=servers["resources"]["tracking_uri"])
+    client = MlflowClient(servers["at"].mlflow, registry_uri=servers["at"].mlflow)
     parent = client.get_run(first["mlflow"]["parent_run"])
     assert parent.info.status == "FINISHED"
     assert parent.data.params["stages.sft.mixture.sources.instructions.weight"] == "0.5"
@@ -163,7 +159,7 @@ def test_mlflow_has_the_runs_and_the_champion(first: Json, servers: Json) -> Non
 
 def test_prefects_artifacts_link_to_mlflow(first: Json, servers: Json) -> None:
     wanted = {"artifacts": {"flow_run_id": {"any_": [first["prefect_flow_run"]]}}}
-    found = httpx.post(f"{servers['resources']['prefect_page']}/api/artifacts/filter", json=wanted).json()
+    found = httpx.post(f"{servers['at'].prefect}/api/artifacts/filter", json=wanted).json()
     said = {artifact["key"]: artifact["data"] for artifact in found}
     assert f"({first['mlflow']['page']})" in said["vila-report"]
     assert first["mlflow"]["page"].endswith(f"/runs/{first['mlflow']['parent_run']}")
@@ -196,14 +192,14 @@ def test_a_killed_demo_of_another_run_is_ended_and_an_unchanged_run_makes_nothin
     first: Json, demo: Demo, servers: Json
 ) -> None:
     killed = kill_once_started(servers, "stages.sft.learning_rate=4e-4")
-    before = httpx.get(f"{servers['endpoint']}/health").json()
+    before = httpx.get(f"{servers['at'].serve}/health").json()
     unchanged = demo()
-    assert httpx.get(f"{servers['endpoint']}/health").json()["replica"] == before["replica"]
-    sealing = [room for room in unchanged["rooms"] if room["room"] not in ("register", "deploy")]
+    assert httpx.get(f"{servers['at'].serve}/health").json()["replica"] == before["replica"]
+    sealing = [task for task in unchanged["tasks"] if task["task"] not in ("register", "deploy")]
     assert all(task["reused"] for task in sealing)
     assert [task["digest"] for task in sealing] == [task["digest"] for task in first["tasks"][: len(sealing)]]
     assert unchanged["prefect_flow_run"] != killed
-    asked = httpx.get(f"{servers['resources']['prefect_page']}/api/flow_runs/{killed}").json()
+    asked = httpx.get(f"{servers['at'].prefect}/api/flow_runs/{killed}").json()
     assert asked["state"]["type"] == "CANCELLED"
 
 
@@ -234,6 +230,6 @@ def test_a_corrupted_shard_is_named_and_not_tried_again(first: Json, demo: Demo,
     assert "CorruptArtifact" in failed.stderr
     assert str(shard) in failed.stderr
     wanted = {"flow_runs": {"state": {"type": {"any_": ["FAILED"]}}}}
-    tasks = httpx.post(f"{servers['resources']['prefect_page']}/api/task_runs/filter", json=wanted).json()
+    tasks = httpx.post(f"{servers['at'].prefect}/api/task_runs/filter", json=wanted).json()
     (trained,) = [task for task in tasks if task["name"] == "train sft"]
     assert trained["run_count"] == 1

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from vila_ops.config import Resources, Stage
+from vila_ops.config.resources import TrainResources
 from vila_ops.model import lora
 from vila_ops.model.configuration import VilaConfig
 from vila_ops.model.recompute import recompute
@@ -113,7 +114,8 @@ def test_the_forecast_is_what_is_alive_at_the_peak_of_a_step(case: Case, make_st
     objective, weights = built(config, stage)
     if case.recomputed:
         recompute(objective.model.model.language_model)
-    resources = Resources(launch="inline", micro_batch_size=ROWS, gradient_checkpointing=case.recomputed)
+    train = TrainResources(micro_batch_size=ROWS, gradient_checkpointing=case.recomputed)
+    resources = Resources(launch="inline", train=train)
     told = memory(shapes, weights, stage, resources, MicroBatch(ROWS, TOKENS, ROWS)).total
     assert told == pytest.approx(peak(objective, stage, case.accumulated), rel=case.within)
 
@@ -194,7 +196,8 @@ def test_zero_shares_states_over_the_workers(
     make_mixture: Any,
 ) -> None:
     stage = make_stage(make_mixture("pairs"), trainable=("language_model",), global_batch_size=16)
-    resources = Resources(launch="ray", ray_address="h:1", num_workers=8, zero_stage=zero, offload=offload)
+    train = TrainResources.model_validate({"num_workers": 8, "zero_stage": zero, "offload": offload})
+    resources = Resources(launch="ray", ray_address="h:1", train=train)
     config = VilaConfig(vision_config=CLIP, text_config=LLAMA, vision_side=SIDE, tie_word_embeddings=False)
     told = memory(shapes_of(config), Weights(10**9, 0, 0), stage, resources, MicroBatch(1, 64, 0))
     found = (told.weights, told.gradients, told.optimizer, told.host)

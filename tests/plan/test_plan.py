@@ -50,7 +50,7 @@ def planned() -> Any:
 
 def test_the_plan_of_prepared_data_is_what_training_will_read(tmp_path: Path) -> None:
     places = {name: str(tmp_path / name) for name in ("store", "cache", "data")}
-    (tmp_path / "resources.yaml").write_text(yaml.safe_dump({"launch": "inline", **places}))
+    (tmp_path / "resources.yaml").write_text(yaml.safe_dump({"launch": "inline", "storage": places}))
     run = load(Path("configs/recipes/tiny.yaml"), resources=tmp_path / "resources.yaml", overrides=(
         "stages.sft.num_steps=null", "stages.sft.epochs=3",
     ))  # fmt: skip

@@ -33,7 +33,7 @@ def resources(tmp_path: Path, empty_database: Path) -> Resources:
     """A registry and a store of this test."""
     shutil.copyfile(empty_database, tmp_path / "mlflow.db")
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    return Resources(launch="inline", store=str(tmp_path / "store"), tracking_uri=uri)
+    return Resources(launch="inline").with_changes({"storage.store": str(tmp_path / "store"), "tracking.uri": uri})
 
 
 def client(resources: Resources) -> MlflowClient:
@@ -162,8 +162,8 @@ def test_damaged_weights_and_a_strangers_report_are_not_registered(resources: Re
 
 
 def test_without_a_tracking_uri_the_error_names_the_setting(resources: Resources) -> None:
-    bare = Resources(launch="inline", store=resources.storage.store)
-    with pytest.raises(ValueError, match=r"resources\.tracking_uri"):
+    bare = resources.with_changes({"tracking.uri": None})
+    with pytest.raises(ValueError, match=r"resources\.tracking\.uri"):
         champion(GATE, bare)
 
 

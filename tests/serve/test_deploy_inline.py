@@ -26,7 +26,7 @@ Versions = tuple[ModelVersion, ModelVersion]
 @pytest.fixture
 def resources(tmp_path: Path) -> Iterator[Resources]:
     """A store of this test; what was deployed into it ends with it."""
-    resources = Resources(launch="inline", store=str(tmp_path / "store"), serve_port=0)
+    resources = Resources(launch="inline").with_changes({"storage.store": str(tmp_path / "store"), "serve.port": 0})
     yield resources
     undeploy(SERVICE, resources)
 
@@ -79,7 +79,7 @@ def test_a_port_that_somebody_else_holds_is_an_error_that_names_the_process(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as stranger:
         port = stranger.getsockname()[1]
-        taken = Resources(**{**resources.model_dump(), "serve_port": port})
+        taken = resources.with_changes({"serve.port": port})
         with pytest.raises(ValueError, match=f"port {port} of 127.0.0.1 .* process {os.getpid()} listens there"):
             deploy(SERVICE, versions[0], taken)
 

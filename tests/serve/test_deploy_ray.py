@@ -21,13 +21,14 @@ import ray
 from vila_ops.artifacts.kinds import ModelVersion
 from vila_ops.cluster import connect
 from vila_ops.config import Resources, Service
+from vila_ops.config.resources import ServeResources
 from vila_ops.serve.backends import ray_serve as replicas
 from vila_ops.serve.deploy import deploy, undeploy
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
-SERVICE = Service(name="tiny-ray", max_new_tokens=8, cpus_per_replica=1, request_timeout_seconds=30)
+SERVICE = Service(name="tiny-ray", max_new_tokens=8, request_timeout_seconds=30)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,8 @@ def resources(free_ports: Callable[[int], list[int]]) -> Iterator[Resources]:
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         head = subprocess.Popen([*command, *options, *ports, "--temp-dir", folder], env=env, stdout=subprocess.DEVNULL)
         try:
-            yield Resources(launch="ray", ray_address=f"127.0.0.1:{gcs}", serve_port=_up(head, gcs, serve_port))
+            serve = ServeResources(port=_up(head, gcs, serve_port), cpus_per_replica=1)
+            yield Resources(launch="ray", ray_address=f"127.0.0.1:{gcs}", serve=serve)
         finally:
             ray.shutdown()  # a driver that is still connected is ended a minute after its cluster
             tree = [*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)]
@@ -124,7 +126,7 @@ def test_deploy_again_and_another_version_under_load(
     after = replica(second.url)
     assert after["actor_id"] != before["actor_id"]
 
-    elsewhere = Resources(**{**resources.model_dump(), "serve_port": free_ports(1)[0]})
+    elsewhere = resources.with_changes({"serve.port": free_ports(1)[0]})
     with pytest.raises(ValueError, match="does not listen on"):
         deploy(SERVICE, versions[1], elsewhere)
     assert replica(second.url)["actor_id"] == after["actor_id"]

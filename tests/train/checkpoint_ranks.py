@@ -20,12 +20,13 @@ from vila_ops.train.job import RankInfo
 
 NAMES = ("model.a.weight", "model.b/odd.weight")
 KINDS = ("param", "exp_avg", "exp_avg_sq")
-RESOURCES = {"launch": "ray", "ray_address": "127.0.0.1:1", "num_workers": 2, "network": {"timeout_seconds": 60}}
+TRAIN = {"num_workers": 2, "network": {"timeout_seconds": 60}}
+RESOURCES = {"launch": "ray", "ray_address": "127.0.0.1:1", "train": TRAIN}
 
 
 def make(resume: Path, rank: int) -> Checkpointer:
     """The checkpoints of one more attempt."""
-    resources = Resources.model_validate({**RESOURCES, "store": str(resume.parent)})
+    resources = Resources.model_validate({**RESOURCES, "storage": {"store": str(resume.parent)}})
     return Checkpointer(str(resume), RankInfo(rank=rank, world_size=2), resources, live=True)
 
 

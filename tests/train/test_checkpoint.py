@@ -32,7 +32,7 @@ def make(make_resources: Callable[..., Resources], tmp_path: Path) -> Make:
     """The checkpoints of an attempt of one worker, in `tmp_path/resume` or in another place."""
 
     def attempt(resume: str = str(tmp_path / "resume"), *, live: bool = True, **keep: Any) -> Checkpointer:
-        return Checkpointer(resume, RankInfo(), make_resources(tmp_path, keep=keep), live=live)
+        return Checkpointer(resume, RankInfo(), make_resources(tmp_path, **{"train.keep": keep}), live=live)
 
     return attempt
 

@@ -9,7 +9,7 @@ from transformers import LlavaForConditionalGeneration
 from tests.train.closeness import ROUNDING, apart
 from vila_ops.artifacts.kinds import Pretrained
 from vila_ops.artifacts.store import content
-from vila_ops.config import Resources, Stage
+from vila_ops.config import NO_CONTEXT, Resources, Stage
 from vila_ops.data.images import pixels
 from vila_ops.data.loading.packing import pack
 from vila_ops.data.shards import read_index, read_sample
@@ -33,7 +33,7 @@ def samples(bench: Any, source: str, count: int) -> list[Any]:
 def make_job(bench: Any, stage: Stage, init: Pretrained, root: Any) -> TrainJob:
     return TrainJob(
         stage=stage, data=bench.data, init=init, resources=bench.resources, attempt=str(root), resume=str(root),
-        run_id=None, fresh_projector=True,
+        run_id=None, fresh_projector=True, context=NO_CONTEXT,
     )  # fmt: skip
 
 
@@ -199,7 +199,7 @@ def test_layers_that_are_computed_anew_give_the_same_bits_from_fewer_kept_bytes(
     stage = make_stage(bench.mixture, **KINDS[kind])
     kept, begun, gradients = [], [], []
     for again in (False, True):
-        engine, loss, runs, bytes_kept = _forward(bench, stage, tmp_path, gradient_checkpointing=again)
+        engine, loss, runs, bytes_kept = _forward(bench, stage, tmp_path, **{"train.gradient_checkpointing": again})
         engine.backward(loss)
         kept.append(bytes_kept)
         begun.append(runs)
@@ -225,7 +225,7 @@ def _forward(
 ) -> tuple[PlainEngine, torch.Tensor, dict[str, int], int]:
     """A pass over two rows with images: engine, loss, how often each MLP has begun to run, which is counted on, and
     the bytes that the graph keeps."""
-    own = bench.resources.with_changes({**resources})
+    own = bench.resources.with_changes(resources)
     job = TrainJob.model_validate(
         {**make_job(bench, stage, bench.init, root).model_dump(), "resources": own.model_dump()}
     )
@@ -259,7 +259,7 @@ def _forward(
     return engine, loss, runs, sum(size for at, size in storages.items() if at not in weights)
 
 
-ZERO = {"launch": "ray", "ray_address": "head:1", "num_workers": 4, "micro_batch_size": 2}
+ZERO = Resources(launch="ray", ray_address="head:1").with_changes({"train.num_workers": 4, "train.micro_batch_size": 2})
 COMMON = {
     "train_batch_size": 32, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4,
     "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 2147483648,
@@ -270,16 +270,21 @@ CPU = {"device": "cpu"}
 @pytest.mark.parametrize(
     ("resources", "most", "own"),
     [
-        ({"zero_stage": 0}, 0.5, {"gradient_clipping": 0.0, "zero_optimization": {"stage": 0}}),
-        ({"zero_stage": 1}, 0.5, {"gradient_clipping": 0.5, "zero_optimization": {"stage": 1}}),
-        ({"zero_stage": 3}, None, {"gradient_clipping": 0.0, "zero_optimization": {"stage": 3}}),
+        ({"train.zero_stage": 0}, 0.5, {"gradient_clipping": 0.0, "zero_optimization": {"stage": 0}}),
+        ({"train.zero_stage": 1}, 0.5, {"gradient_clipping": 0.5, "zero_optimization": {"stage": 1}}),
+        ({"train.zero_stage": 3}, None, {"gradient_clipping": 0.0, "zero_optimization": {"stage": 3}}),
         (
-            {"zero_stage": 2, "offload": "optimizer", "optimizer": "torch", "gradient_checkpointing": True},
+            {
+                "train.zero_stage": 2,
+                "train.offload": "optimizer",
+                "train.optimizer": "torch",
+                "train.gradient_checkpointing": True,
+            },
             1.0,
             {"gradient_clipping": 1.0, "zero_optimization": {"stage": 2, "offload_optimizer": CPU}},
         ),
         (
-            {"zero_stage": 3, "offload": "parameters"},
+            {"train.zero_stage": 3, "train.offload": "parameters"},
             1.0,
             {
                 "gradient_clipping": 1.0,
@@ -292,7 +297,7 @@ def test_deepspeed_s_config_by_hand(
     resources: dict[str, Any], most: float | None, own: dict[str, Any], make_stage: Any, make_mixture: Any
 ) -> None:
     stage = make_stage(make_mixture("pairs"), global_batch_size=32, max_grad_norm=most)
-    assert deepspeed_config(stage, Resources.model_validate({**ZERO, **resources})) == {**COMMON, **own}
+    assert deepspeed_config(stage, ZERO.with_changes(resources)) == {**COMMON, **own}
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip", "dinov2"])

@@ -20,7 +20,7 @@ from tests.seed import SEED
 from tests.train.closeness import ROUNDING, apart, way
 from vila_ops.artifacts.kinds import Checkpoint
 from vila_ops.artifacts.store import content
-from vila_ops.config import Stage
+from vila_ops.config import NO_CONTEXT, Stage
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.model import folder as model_folder
 from vila_ops.model import lora
@@ -97,7 +97,7 @@ def train(plain: Any, tmp_path_factory: pytest.TempPathFactory) -> Train:
 
     def run(stage: Stage, *, bench: Any = plain, init: Any = None, **more: Any) -> Checkpoint:
         store = str(tmp_path_factory.mktemp("store"))
-        resources = bench.resources.with_changes({"store": store, **more})
+        resources = bench.resources.with_changes({"storage.store": store, **more})
         return train_stage(stage, bench.model, bench.data, init or bench.init, resources)
 
     return run
@@ -163,10 +163,10 @@ def test_a_later_stage_does_not_carry_the_adapter_along(
 def test_killed_and_started_again_gives_the_same_bytes_with_dropout(
     plain: Any, stage: Callable[..., Stage], unbroken: Checkpoint, tmp_path: Path
 ) -> None:
-    resources = plain.resources.with_changes({"store": str(tmp_path / "store")})
+    resources = plain.resources.with_changes({"storage.store": str(tmp_path / "store")})
     job = {"stage": stage(), "data": plain.data, "init": plain.init, "resources": resources}
     given = {key: value.model_dump(mode="json") for key, value in job.items()}
-    text = json.dumps({**given, "attempt": "", "resume": "", "run_id": None, "fresh_projector": True})
+    text = json.dumps({**given, "attempt": "", "resume": "", "run_id": None, "fresh_projector": True, "context": {}})
     worker = subprocess.Popen([sys.executable, "-c", RUN, text, plain.model.model_dump_json()])
     at = random.Random(SEED).choice((2, 4, 6, 8, 10))
     deadline = time.monotonic() + 400
@@ -192,7 +192,7 @@ def test_dropout_acts_in_training_and_not_in_validation_nor_by_micro_batch(
     assert all(one != other for one, other in zip(curve[2:], plain_curve[2:], strict=True))
     first, last = (values(folder, "validation_loss") for folder in (content(unbroken), without))
     assert first[0] == last[0]
-    together = content(train(stage(), micro_batch_size=2))
+    together = content(train(stage(), **{"train.micro_batch_size": 2}))
     assert values(together) == pytest.approx(curve, abs=1e-5)
 
 
@@ -204,7 +204,8 @@ def test_two_workers_walk_the_curve_of_one_dropout_included(
         pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes (extra qlora)")
     short = stage({**LORA, "quantise": quantise}, num_steps=4)
     alone = content(train(short))
-    job = _job(plain, short, tmp_path, launch="ray", ray_address="127.0.0.1:1", num_workers=2, zero_stage=zero_stage)
+    ranks = {"launch": "ray", "ray_address": "127.0.0.1:1", "train.num_workers": 2, "train.zero_stage": zero_stage}
+    job = _job(plain, short, tmp_path, **ranks)
     _train_ranks(job, tmp_path)
     for key in ("loss", "validation_loss"):
         assert values(Path(job.attempt), key) == pytest.approx(values(alone, key), rel=1e-6, abs=1e-6)
@@ -219,7 +220,8 @@ def _job(bench: Any, stage: Stage, folder: Path, **resources: Any) -> TrainJob:
         stage=stage,
         data=bench.data,
         init=bench.init,
-        resources=bench.resources.with_changes({**resources}),
+        resources=bench.resources.with_changes(resources),
+        context=NO_CONTEXT,
         attempt=str(folder / "attempt"),
         resume=str(folder / "resume"),
         run_id=None,

@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 
 from vila_ops import tracking
 from vila_ops.artifacts.store import content, opened
-from vila_ops.config import Resources, Stage
+from vila_ops.config import NO_CONTEXT, Resources, Stage
 from vila_ops.data.loading.loader import RowLoader
 from vila_ops.data.loading.packing import PackedRow, pack
 from vila_ops.data.shards import Sample, read_index, read_sample
@@ -48,7 +48,8 @@ def job_of(bench: Any, stage: Stage, root: Path, **resources: Any) -> TrainJob:
         stage=stage,
         data=bench.data,
         init=bench.init,
-        resources=bench.resources.with_changes({"store": str(root), **resources}),
+        resources=bench.resources.with_changes({"storage.store": str(root), **resources}),
+        context=NO_CONTEXT,
         attempt=str(root),
         resume=str(root / "resume"),
         run_id=None,
@@ -81,7 +82,7 @@ def test_a_sources_loss_is_the_mean_over_its_own_targets(bench: Any, stage: Stag
 
 
 def test_a_frozen_tower_counts_where_it_ran(bench: Any, stage: Stage, tmp_path: Path) -> None:
-    job = job_of(bench, stage, tmp_path, accelerator=CARD)
+    job = job_of(bench, stage, tmp_path, **{"train.accelerator": CARD})
     tally = tally_of(job)
     table = read_index(content(bench.data)).to_pylist()
     chosen = [row for row in table if row["source"] == "pairs"][:3]
@@ -101,8 +102,8 @@ def test_a_frozen_tower_counts_where_it_ran(bench: Any, stage: Stage, tmp_path: 
 @pytest.fixture(scope="module")
 def resources(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Resources:
     root = tmp_path_factory.mktemp("metered")
-    own = {"store": f"{root}/store", "tracking_uri": f"sqlite:///{root}/mlflow.db", "accelerator": CARD}
-    return bench.resources.with_changes({**own, "micro_batch_size": 2})
+    places = {"storage.store": f"{root}/store", "tracking.uri": f"sqlite:///{root}/mlflow.db"}
+    return bench.resources.with_changes({**places, "train.accelerator": CARD, "train.micro_batch_size": 2})
 
 
 Histories = dict[str, dict[int, float]]
@@ -206,8 +207,9 @@ def test_the_stages_run_names_its_data_and_its_machine(bench: Any, metered: tupl
 def test_two_ranks_tell_what_one_process_tells(
     bench: Any, stage: Stage, resources: Resources, metered: tuple[Histories, Any, float], tmp_path: Path
 ) -> None:
-    ranks = {"launch": "ray", "ray_address": "127.0.0.1:1", "num_workers": 2, "micro_batch_size": 1, "zero_stage": 1}
-    job = job_of(bench, stage, tmp_path / "store", **ranks, tracking_uri=resources.tracking.uri, accelerator=CARD)
+    train = {"num_workers": 2, "micro_batch_size": 1, "zero_stage": 1, "accelerator": CARD}
+    ranks = {"launch": "ray", "ray_address": "127.0.0.1:1", **{f"train.{key}": value for key, value in train.items()}}
+    job = job_of(bench, stage, tmp_path / "store", **ranks, **{"tracking.uri": resources.tracking.uri})
     run_id = tracking.start_run(job.resources, "two", parent=None, params={}, tags={})
     job = TrainJob.model_validate({**job.model_dump(), "run_id": run_id, "fresh_projector": True})
     (tmp_path / "job.json").write_text(job.model_dump_json())

@@ -91,7 +91,9 @@ def test_the_optimizer_is_torch_s_adamw_as_the_resources_ask(
     start = torch.randn(4, 3, generator=random)
     mine, stock = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
     chosen = stage(learning_rate=0.1, weight_decay=0.2, betas=[0.8, 0.9])
-    own = build_optimizer(chosen, {"projector": [("w", mine)]}, Resources(launch="inline", optimizer=kind))  # type: ignore[arg-type]
+    own = build_optimizer(
+        chosen, {"projector": [("w", mine)]}, Resources(launch="inline").with_changes({"train.optimizer": kind})
+    )  # type: ignore[arg-type]
     other = torch.optim.AdamW([stock], lr=0.1, weight_decay=0.2, betas=(0.8, 0.9))
     assert [(group["fused"], group["foreach"]) for group in own.param_groups] == [implementation]
     for _ in range(5):

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from vila_ops.artifacts.store import content, opened
+from vila_ops.config import NO_CONTEXT
 from vila_ops.data.loading.loader import RowLoader, stack
 from vila_ops.data.loading.packing import PackedRow, pack
 from vila_ops.data.shards import Sample, read_index, read_sample
@@ -33,7 +34,7 @@ def job(bench: Any, make_stage: Any, tmp_path: Path) -> TrainJob:
     return TrainJob(
         stage=make_stage(bench.mixture, trainable=trainable, global_batch_size=BATCH, sequence_length=256),
         data=bench.data, init=bench.init, resources=bench.resources, attempt=str(tmp_path), resume=str(tmp_path),
-        run_id=None, fresh_projector=True,
+        run_id=None, fresh_projector=True, context=NO_CONTEXT,
     )  # fmt: skip
 
 
@@ -126,7 +127,7 @@ def test_a_steps_gradient_is_the_same_for_any_split_into_ranks_micro_batches_and
     assert len(per_row) > 1, "a mean of the rows' means would do"
     splits = [(ranks, size) for ranks in (1, 2, 4) for size in (1, 2, 4, 8) if ranks * size <= BATCH]
     for ranks, size in splits:
-        resources = job.resources.with_changes({"micro_batch_size": size})
+        resources = job.resources.with_changes({"train.micro_batch_size": size})
         own = TrainJob.model_validate({**job.model_dump(), "resources": resources})
         value = 0.0
         for rank in range(ranks):

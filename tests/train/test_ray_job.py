@@ -37,7 +37,7 @@ def test_variables_of_the_network_win_over_its_interface() -> None:
     cluster = {"launch": "ray", "ray_address": "head:1"}
     assert network_variables(Resources.model_validate(cluster)) == {}
     network = {"interface": "eth0", "env": {"NCCL_SOCKET_IFNAME": "ib0", "NCCL_DEBUG": "WARN"}}
-    assert network_variables(Resources.model_validate({**cluster, "network": network})) == {
+    assert network_variables(Resources.model_validate({**cluster, "train": {"network": network}})) == {
         "GLOO_SOCKET_IFNAME": "eth0",
         "NCCL_SOCKET_IFNAME": "ib0",
         "NCCL_DEBUG": "WARN",

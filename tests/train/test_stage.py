@@ -46,7 +46,7 @@ def stage(bench: Any, make_stage: Any) -> Stage:
 
 def elsewhere(bench: Any, root: Path | str, **more: Any) -> Resources:
     """The same resources with an empty store; features may be shared."""
-    return bench.resources.with_changes({"store": str(root), **more})
+    return bench.resources.with_changes({"storage.store": str(root), **more})
 
 
 def outcome(checkpoint: Checkpoint) -> tuple[str, str]:
@@ -89,7 +89,7 @@ def test_killed_at_a_random_step_and_started_again_gives_the_same_bytes(
     resources = elsewhere(bench, tmp_path / "store")
     job = {"stage": stage, "data": bench.data, "init": bench.init, "resources": resources}
     given = {key: value.model_dump(mode="json") for key, value in job.items()}
-    text = json.dumps({**given, "attempt": "", "resume": "", "run_id": None, "fresh_projector": True})
+    text = json.dumps({**given, "attempt": "", "resume": "", "run_id": None, "fresh_projector": True, "context": {}})
     worker = subprocess.Popen([sys.executable, "-c", RUN, text, bench.model.model_dump_json()])
     draw = random.Random(SEED)
     at = draw.choice((4, 8, 12, 16))
@@ -120,7 +120,9 @@ def test_killed_at_a_random_step_and_started_again_gives_the_same_bytes(
 def test_the_split_into_micro_batches_does_not_change_the_curve(
     bench: Any, stage: Stage, unbroken: Checkpoint, tmp_path: Path
 ) -> None:
-    wide = train_stage(stage, bench.model, bench.data, bench.init, elsewhere(bench, tmp_path, micro_batch_size=2))
+    wide = train_stage(
+        stage, bench.model, bench.data, bench.init, elsewhere(bench, tmp_path, **{"train.micro_batch_size": 2})
+    )
     narrow, together = (json.loads(outcome(c)[0]) for c in (unbroken, wide))
     for one, two in zip(narrow, together, strict=True):
         for key in one.keys() - {"step"}:
@@ -132,7 +134,7 @@ def test_a_stage_of_epochs_without_packing_seals_its_steps_and_says_what_it_ran_
     bench: Any, make_stage: Any, tmp_path: Path
 ) -> None:
     stage = make_stage(bench.mixture, num_steps=None, epochs=0.5, pack=False, global_batch_size=6, max_grad_norm=None)
-    resources = elsewhere(bench, tmp_path, stages={stage.name: {"micro_batch_size": 3}})
+    resources = elsewhere(bench, tmp_path, **{"train.stages": {stage.name: {"micro_batch_size": 3}}})
     trained = train_stage(stage, bench.model, bench.data, bench.init, resources)
     (worker,) = json.loads((Path(trained.uri) / "manifest.json").read_text())["execution"]["workers"]
     samples = sum(share["samples_per_epoch"] for share in worker["composition"]["shares"].values())
@@ -195,7 +197,7 @@ def test_on_s3_another_machine_goes_on_where_a_killed_stage_was(
     resources = elsewhere(bench, s3_store)
     job = {"stage": stage, "data": bench.data, "init": bench.init, "resources": resources}
     given = {key: value.model_dump(mode="json") for key, value in job.items()}
-    text = json.dumps({**given, "attempt": "", "resume": "", "run_id": None, "fresh_projector": True})
+    text = json.dumps({**given, "attempt": "", "resume": "", "run_id": None, "fresh_projector": True, "context": {}})
     worker = subprocess.Popen([sys.executable, "-c", RUN, text, bench.model.model_dump_json()])
     deadline = time.monotonic() + 400
     try:

@@ -24,7 +24,7 @@ PlainEngine.restore = restore
 @pytest.fixture
 def asked(bench: Any, make_stage: Any, tmp_path: Path) -> Trial:
     stage = make_stage(bench.mixture, trainable=["projector", "language_model"], num_steps=None, epochs=2)
-    resources = {**bench.resources.model_dump(), "store": str(tmp_path / "store")}
+    resources = bench.resources.with_changes({"storage.store": str(tmp_path / "store")})
     return Trial(stage=short(stage, steps=16), model=bench.model, data=bench.data, init=bench.init, resources=resources)
 
 

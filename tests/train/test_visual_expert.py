@@ -14,7 +14,7 @@ from vila_ops.train.stage import train_stage
 def test_two_steps_train_expert_and_projector_alone_and_a_later_stage_keeps_the_expert(
     bench: Any, make_stage: Any, tmp_path: Path
 ) -> None:
-    resources = bench.resources.with_changes({"store": str(tmp_path)})
+    resources = bench.resources.with_changes({"storage.store": str(tmp_path)})
     steps = {"num_steps": 2, "validate_every": 1, "validation_rows": 1}
     both = {"trainable": ["projector", "language_model"]}
     stage = make_stage(bench.mixture, **steps, **both, tuning={"kind": "visual_expert"}, weight_decay=0.1)

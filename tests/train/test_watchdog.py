@@ -25,7 +25,7 @@ from vila_ops import tracking
 from vila_ops.artifacts.kinds import Checkpoint, Dataset
 from vila_ops.artifacts.store import content
 from vila_ops.cli import app
-from vila_ops.config import Resources, Run, load
+from vila_ops.config import NO_CONTEXT, Run, load
 from vila_ops.data.loading.packing import pack
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.data.shards import read_index, samples_of
@@ -41,14 +41,14 @@ from vila_ops.train.watchdog import StepWatchdog
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs/recipes/tiny.yaml"
 ENV = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-TWO = {"launch": "ray", "ray_address": "127.0.0.1:1", "num_workers": 2, "zero_stage": 2}
+TWO = {"launch": "ray", "ray_address": "127.0.0.1:1", "train.num_workers": 2, "train.zero_stage": 2}
 """Resources of two ranks, which the test starts itself."""
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     root = tmp_path_factory.mktemp("watch")
-    places = [f"resources.{name}={root / name}" for name in ("store", "cache", "data")]
+    places = [f"resources.storage.{name}={root / name}" for name in ("store", "cache", "data")]
     return load(TINY, resources=ROOT / "configs/resources/inline.yaml", overrides=tuple(places))
 
 
@@ -57,12 +57,12 @@ def job_of(run: Run, name: str, *, stage: dict[str, Any] | None = None, **resour
     folder = Path(run.resources.storage.store).parent / name
     (folder / "attempt").mkdir(parents=True)
     chosen = run.recipe.stages["pretrain"]
-    own = {**run.resources.model_dump(), "store": str(folder / "store"), **resources}
     return TrainJob(
         stage=chosen.model_validate({**chosen.model_dump(), **(stage or {})}),
         data=prepare(chosen.mixture, run.recipe.text(), run.resources),
         init=assemble(run.recipe.model, run.resources),
-        resources=Resources.model_validate(own),
+        resources=run.resources.with_changes({"storage.store": str(folder / "store"), **resources}),
+        context=NO_CONTEXT,
         attempt=str(folder / "attempt"),
         resume=str(folder / "resume"),
         run_id=None,
@@ -93,8 +93,7 @@ def test_hung_ranks_end_with_their_stacks_and_the_next_try_walks_the_same_curve(
     plain = job_of(run, "plain", stage=longer)
     train(plain, RankInfo())
     patient = job_of(run, "hung", stage=longer, **TWO)
-    hasty = {**patient.resources.model_dump(), "watchdog": {"factor": 1.0, "at_least_seconds": 8.0}}
-    job = TrainJob.model_validate({**patient.model_dump(), "resources": hasty})
+    job = patient.with_changes({"resources.train.watchdog": {"factor": 1.0, "at_least_seconds": 8.0}})
     folder = job.watch()
 
     ranks = start(job)
@@ -237,7 +236,7 @@ def test_a_broken_sample_is_named_and_the_command_of_the_message_trains_without_
     recipe.write_text(TINY.read_text().replace("../services/default.yaml", str(ROOT / "configs/services/default.yaml")))
     places = {name: str(tmp_path / name) for name in ("store", "cache", "data")}
     database = f"sqlite:///{tmp_path}/mlflow.db"
-    asked.write_text(yaml.safe_dump({"launch": "inline", "tracking_uri": database, **places}))
+    asked.write_text(yaml.safe_dump({"launch": "inline", "tracking": {"uri": database}, "storage": places}))
     small = ("-s", "stages.align.pack=false", "-s", "stages.align.global_batch_size=3")
     command = ["train", str(recipe), "--stage", "align", "-r", str(asked), *small]
     run = load(recipe, resources=asked, overrides=small[1::2])
@@ -354,7 +353,7 @@ def test_a_spike_is_written_down_once_with_its_worst_samples_and_training_goes_o
     run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     database = f"sqlite:///{tmp_path}/mlflow.db"
-    job = job_of(run, "spike", tracking_uri=database)
+    job = job_of(run, "spike", **{"tracking.uri": database})
     run_id = tracking.start_run(job.resources, "spike", parent=None, params={}, tags={})
     job = TrainJob.model_validate({**job.model_dump(), "run_id": run_id})
     model, rows, batches = load_stage(job)
@@ -398,7 +397,9 @@ def on_ray(folder: Path, cluster: tuple[str, dict[str, str]], *more: str) -> sub
     address, env = cluster
     resources = folder / "resources.yaml"
     places = {name: str(folder / name) for name in ("store", "cache", "data")}
-    resources.write_text(yaml.safe_dump({**TWO, **places, "ray_address": address, "max_failures": 50}))
+    train = {"num_workers": 2, "zero_stage": 2, "max_failures": 50}
+    told = {"launch": "ray", "ray_address": address, "storage": places, "train": train}
+    resources.write_text(yaml.safe_dump(told))
     command = [str(Path(sys.executable).parent / "vila-ops"), "train", str(TINY), "--stage", "align", "--json"]
     command += ["-r", str(resources), *more]
     return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **env}, stderr=subprocess.PIPE, text=True)

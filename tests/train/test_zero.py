@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from tests.train.closeness import ROUNDING, apart, way
 from vila_ops.artifacts.store import content
-from vila_ops.config import Run, Stage, load
+from vila_ops.config import NO_CONTEXT, Run, Stage, load
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.model.assemble import assemble
 from vila_ops.train.job import TrainJob
@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[2]
 RECIPE, INLINE = ROOT / "configs/recipes/tiny.yaml", ROOT / "configs/resources/inline.yaml"
 RAY = {"launch": "ray", "ray_address": "127.0.0.1:1"}
 """Of several workers; the test starts them itself."""
+TWO = {**RAY, "train.num_workers": 2}
 ENV = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 pytestmark = pytest.mark.timeout(1800)
@@ -59,16 +60,19 @@ TWENTY_STEPS: Settings = {"num_steps": 20, "global_batch_size": ROWS, "save_ever
 EVERY = [(stage, number) for number in (1, 2, 4) for stage in (0, 1, 2, 3)]
 SOME = [(2, 1), (0, 2), (1, 2), (2, 2), (3, 2), (1, 4), (3, 4)]
 SAME = {
-    **{f"zero-{stage}-of-{number}": Curve(number, {"zero_stage": stage}) for stage, number in (EVERY if ALL else SOME)},
-    "recomputed": Curve(0, {"gradient_checkpointing": True}),
-    "not-fused": Curve(0, {"optimizer": "torch"}),
-    "zero-3-recomputed": Curve(2, {"zero_stage": 3, "gradient_checkpointing": True}),
-    "zero-3-lora": Curve(2, {"zero_stage": 3, "gradient_checkpointing": True}, LORA, like="lora"),
-    "zero-0-resumed": Curve(2, {"zero_stage": 0}, resumes="zero-3-of-2"),
-    "zero-2-not-fused": Curve(2, {"zero_stage": 2, "optimizer": "torch"}, resumes="zero-1-of-2"),
-    "zero-3-resumed": Curve(2, {"zero_stage": 3}, resumes="zero-0-of-2"),
-    "zero-2-offloaded": Curve(2, {"zero_stage": 2, "offload": "optimizer"}, resumes="zero-3-of-2"),
-    "zero-3-offloaded": Curve(2, {"zero_stage": 3, "offload": "parameters"}, resumes="zero-2-of-2"),
+    **{
+        f"zero-{stage}-of-{number}": Curve(number, {"train.zero_stage": stage})
+        for stage, number in (EVERY if ALL else SOME)
+    },
+    "recomputed": Curve(0, {"train.gradient_checkpointing": True}),
+    "not-fused": Curve(0, {"train.optimizer": "torch"}),
+    "zero-3-recomputed": Curve(2, {"train.zero_stage": 3, "train.gradient_checkpointing": True}),
+    "zero-3-lora": Curve(2, {"train.zero_stage": 3, "train.gradient_checkpointing": True}, LORA, like="lora"),
+    "zero-0-resumed": Curve(2, {"train.zero_stage": 0}, resumes="zero-3-of-2"),
+    "zero-2-not-fused": Curve(2, {"train.zero_stage": 2, "train.optimizer": "torch"}, resumes="zero-1-of-2"),
+    "zero-3-resumed": Curve(2, {"train.zero_stage": 3}, resumes="zero-0-of-2"),
+    "zero-2-offloaded": Curve(2, {"train.zero_stage": 2, "train.offload": "optimizer"}, resumes="zero-3-of-2"),
+    "zero-3-offloaded": Curve(2, {"train.zero_stage": 3, "train.offload": "parameters"}, resumes="zero-2-of-2"),
 }
 """Curves that one process with plain torch walks too."""
 CURVES = {
@@ -76,15 +80,15 @@ CURVES = {
     **SAME,
     "lora": Curve(stage=LORA),
     "bf16": Curve(stage=BF16),
-    "zero-2-bf16": Curve(2, {"zero_stage": 2}, BF16),
-    "scaled": Curve(2, {"zero_stage": 2}, scale=1.01),
+    "zero-2-bf16": Curve(2, {"train.zero_stage": 2}, BF16),
+    "scaled": Curve(2, {"train.zero_stage": 2}, scale=1.01),
 }
-RECIPE_S_OWN = {"short": Curve(0), "zero-2-short": Curve(2, {"zero_stage": 2})}
+RECIPE_S_OWN = {"short": Curve(0), "zero-2-short": Curve(2, {"train.zero_stage": 2})}
 """The stage as it is in the recipe: six steps."""
 UNCLIPPED_AND_CLIPPED = (None, 0.01)
 STEPS: list[Settings] = [
-    *[{"zero_stage": stage} for stage in (0, 2, 3)],
-    *[{"zero_stage": stage, "offload": "optimizer"} for stage in (2, 3)],
+    *[{"train.zero_stage": stage} for stage in (0, 2, 3)],
+    *[{"train.zero_stage": stage, "train.offload": "optimizer"} for stage in (2, 3)],
 ]
 PARTS = {
     "projector and language model": {"trainable": ["projector", "language_model"]},
@@ -93,15 +97,15 @@ PARTS = {
     "expert": {"trainable": ["projector", "language_model"], "tuning": {"kind": "visual_expert"}},
 }
 MIXED: list[tuple[str, Settings]] = [
-    *[("projector and language model", {"zero_stage": zero_stage}) for zero_stage in (0, 1, 2, 3)],
-    *[("projector and language model", {"zero_stage": own, "offload": "optimizer"}) for own in (1, 2, 3)],
-    ("projector", {"zero_stage": 2}),
-    ("projector", {"zero_stage": 2, "gradient_checkpointing": True}),
-    ("tower", {"zero_stage": 3}),
-    ("tower", {"zero_stage": 3, "offload": "parameters", "gradient_checkpointing": True}),
-    ("expert", {"zero_stage": 2}),
-    ("expert", {"zero_stage": 3}),
-    ("expert", {"zero_stage": 3, "gradient_checkpointing": True}),
+    *[("projector and language model", {"train.zero_stage": zero_stage}) for zero_stage in (0, 1, 2, 3)],
+    *[("projector and language model", {"train.zero_stage": own, "train.offload": "optimizer"}) for own in (1, 2, 3)],
+    ("projector", {"train.zero_stage": 2}),
+    ("projector", {"train.zero_stage": 2, "train.gradient_checkpointing": True}),
+    ("tower", {"train.zero_stage": 3}),
+    ("tower", {"train.zero_stage": 3, "train.offload": "parameters", "train.gradient_checkpointing": True}),
+    ("expert", {"train.zero_stage": 2}),
+    ("expert", {"train.zero_stage": 3}),
+    ("expert", {"train.zero_stage": 3, "train.gradient_checkpointing": True}),
 ]
 
 
@@ -129,18 +133,12 @@ def done(run: Run) -> Path:
             ("engines_step", _as_json(_job(run, f"step-{most}", {"max_grad_norm": most, "global_batch_size": 4})))
         )
         for number, own in enumerate(STEPS):
-            job = _job(
-                run,
-                f"step-{most}-{number}",
-                {"max_grad_norm": most, "global_batch_size": 4},
-                **RAY,
-                num_workers=2,
-                **own,
-            )
+            clipped = {"max_grad_norm": most, "global_batch_size": 4}
+            job = _job(run, f"step-{most}-{number}", clipped, **TWO, **own)
             tasks[2].append(("engines_step", _as_json(job)))
     tasks[0] += [("mixed_ranks", _mixed_task(run, parts, parts)) for parts in PARTS]
     for number, (parts, own) in enumerate(MIXED):
-        tasks[2].append(("mixed_ranks", _mixed_task(run, f"mixed-{number}", parts, **RAY, num_workers=2, **own)))
+        tasks[2].append(("mixed_ranks", _mixed_task(run, f"mixed-{number}", parts, **TWO, **own)))
     _run_ranks(Path(run.resources.storage.store), tasks)
     return Path(run.resources.storage.store)
 
@@ -162,22 +160,21 @@ def _run_ranks(folder: Path, tasks: dict[int, list[tuple[str, Settings]]]) -> No
 
 
 def _curve_job(run: Run, name: str, curve: Curve) -> TrainJob:
-    resources = {
-        **curve.resources,
-        "store": f"{run.resources.storage.store}/features-{name}",
-    }  # so that it runs the tower
+    store = f"{run.resources.storage.store}/features-{name}"  # of its own, so that it runs the tower
+    resources = {**curve.resources, "storage.store": store}
     if curve.world_size:
-        resources |= {**RAY, "num_workers": curve.world_size}
+        resources |= {**RAY, "train.num_workers": curve.world_size}
     if name in RECIPE_S_OWN:
         return _job(run, name, **resources)
-    job = _job(run, name, {**TWENTY_STEPS, **curve.stage}, micro_batch_size=MICRO_BATCH[curve.world_size], **resources)
+    resources["train.micro_batch_size"] = MICRO_BATCH[curve.world_size]
+    job = _job(run, name, {**TWENTY_STEPS, **curve.stage}, **resources)
     resume = str(Path(run.resources.storage.store) / curve.resumes / "resume") if curve.resumes else job.resume
     return TrainJob.model_validate({**job.model_dump(), "resume": resume})
 
 
 def _mixed_task(run: Run, name: str, parts: str, **resources: Any) -> Settings:
     changes = {"global_batch_size": 4, "weight_decay": 0.1, "learning_rate": 1e-3, **PARTS[parts]}
-    job = _as_json(_job(run, name, changes, micro_batch_size=1, **resources))
+    job = _as_json(_job(run, name, changes, **{"train.micro_batch_size": 1}, **resources))
     out = Path(job["attempt"]) / "state.safetensors"
     return {"stage": job["stage"], "resources": job["resources"], "folder": str(_init(run)), "out": str(out)}
 
@@ -198,7 +195,8 @@ def _job(run: Run, name: str, changes: Settings | None = None, **resources: Any)
         stage=stage,
         data=prepare(stage.mixture, run.recipe.text(), run.resources),
         init=assemble(run.recipe.model, run.resources),
-        resources=run.resources.with_changes({**resources}),
+        resources=run.resources.with_changes(resources),
+        context=NO_CONTEXT,
         attempt=str(folder / "attempt"),
         resume=str(folder / "resume"),
         run_id=None,
@@ -291,7 +289,7 @@ def test_a_stage_says_what_really_ran(name: str, said: Settings, done: Path) -> 
 
 
 def test_a_killed_stage_goes_on_bit_for_bit_and_at_another_world_size(run: Run, done: Path) -> None:
-    resources = {**RAY, "num_workers": 2, "zero_stage": 2}
+    resources = {**TWO, "train.zero_stage": 2}
     unbroken, plain = done / "zero-2-short" / "attempt", done / "short" / "attempt"
     same = _job(run, "same", **resources)
     _train_ranks(same, world_size=2, kill_at=2)
@@ -300,9 +298,7 @@ def test_a_killed_stage_goes_on_bit_for_bit_and_at_another_world_size(run: Run, 
         assert (Path(same.attempt) / name).read_bytes() == (unbroken / name).read_bytes()
     other = _job(run, "other", **resources)
     _train_ranks(other, world_size=2, kill_at=4)
-    alone = TrainJob.model_validate(
-        {**other.model_dump(), "resources": {**other.resources.model_dump(), "num_workers": 1, "zero_stage": 1}}
-    )
+    alone = other.with_changes({"resources.train.num_workers": 1, "resources.train.zero_stage": 1})
     _train_ranks(alone, world_size=1)
     assert _losses(Path(other.attempt)) == pytest.approx(_losses(plain), rel=1e-6, abs=1e-6)
 

@@ -29,9 +29,8 @@ from vila_ops.serve.app.engine_loop import Batcher
 from vila_ops.serve.app.routes import create_app
 from vila_ops.serve.spec import Spec
 
-SERVICE = Service(
-    name="tiny", max_batch=4, max_new_tokens=32, max_images=2, max_image_pixels=10_000, max_body_bytes=100_000
-)
+SERVICE = Service(name="tiny", max_new_tokens=32, max_images=2, max_image_pixels=10_000, max_body_bytes=100_000)
+RESOURCES = Resources(launch="inline").with_changes({"serve.max_batch": 4})
 MODEL = "tiny-vila"
 
 
@@ -68,7 +67,7 @@ def watched(versions: tuple[ModelVersion, ModelVersion], tmp_path_factory: pytes
 @pytest.fixture(scope="module")
 def url(versions: tuple[ModelVersion, ModelVersion], watched: Watched) -> Iterator[str]:
     """The real app on a real port."""
-    spec = Spec.of(SERVICE, versions[0], Resources(launch="inline"))
+    spec = Spec.of(SERVICE, versions[0], RESOURCES)
     app = create_app(spec, watched, replica={"pid": 1})  # type: ignore[arg-type]
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
@@ -211,7 +210,7 @@ def test_concurrent_requests_share_batches_and_get_the_answers_that_they_get_alo
         assert [one.result() for one in together] == alone
     assert sum(watched.batches) == 8
     assert len(watched.batches) <= 4
-    assert max(watched.batches) == SERVICE.max_batch
+    assert max(watched.batches) == RESOURCES.serve.max_batch
 
 
 def test_a_request_that_breaks_the_generator_fails_alone_and_neutrally(
@@ -353,7 +352,7 @@ def test_an_answer_that_takes_too_long_is_a_504(
     versions: tuple[ModelVersion, ModelVersion], watched: Watched, tmp_path: Path
 ) -> None:
     impatient = Service(**{**SERVICE.model_dump(), "request_timeout_seconds": 0.2})
-    spec = Spec.of(impatient, versions[0], Resources(launch="inline"))
+    spec = Spec.of(impatient, versions[0], RESOURCES)
     watched.gate.clear()
     from fastapi.testclient import TestClient
 
