@@ -145,23 +145,57 @@ def test_show_prints_the_run_with_its_overrides() -> None:
     assert shown["resources"]["launch"] == "inline"
 
 
-def test_show_tells_a_person_what_trains_and_how_large_the_parts_are() -> None:
-    """After the run itself, which programs read; the numbers are Llama-2's and CLIP's, and mlp2x_gelu's by hand."""
-    recipe = load(Path("configs/recipes/vila-7b.yaml"), resources=Path("configs/resources/vila_128.yaml")).recipe
-    done = CliRunner().invoke(app, ["show", "configs/recipes/vila-7b.yaml", "-r", "configs/resources/vila_128.yaml"])
+HEAVY = {"torch", "transformers", "ray", "mlflow", "boto3", "deepspeed", "prefect"}
+LOOKS = (
+    ("--help",),
+    ("train", "--help"),
+    ("data", "--help"),
+    ("show", TINY),
+    ("status", "--servers", "configs/local.yaml"),
+)
+
+
+@pytest.mark.parametrize("arguments", LOOKS, ids=" ".join)
+def test_a_look_imports_no_heavy_library(arguments: tuple[str, ...]) -> None:
+    """In a fresh process that runs `python -m vila_ops`."""
+    program = (
+        "import atexit, json, runpy, sys\n"
+        "atexit.register(lambda: print(json.dumps(sorted(sys.modules)), file=sys.stderr))\n"
+        f"sys.argv = ['vila-ops', *{list(arguments)!r}]\n"
+        "runpy.run_module('vila_ops', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    modules = set(json.loads(done.stderr.splitlines()[-1]))
+    assert "vila_ops" in modules
+    assert not modules & HEAVY
+
+
+def test_show_tells_a_person_what_each_stage_trains() -> None:
+    """After the run itself, which programs read."""
+    where = ("configs/recipes/vila-7b.yaml", "-r", "configs/resources/vila_128.yaml")
+    recipe = load(Path(where[0]), resources=Path(where[2])).recipe
+    done = CliRunner().invoke(app, ["show", *where])
     printed, table = done.stdout.split("\nrecipe vila-7b, ")
-    assert json.loads(printed) == said("show", "configs/recipes/vila-7b.yaml", "-r", "configs/resources/vila_128.yaml")
+    assert json.loads(printed) == said("show", *where)
     assert table.splitlines()[0] == f"fingerprint {recipe.fingerprint()}"
     lines = [line.split() for line in table.splitlines()[1:] if line]
-    align = "projector 20.98 M / 7.063 G (0.3%) 336 px, 576 tokens 256 x 4096 0.001 1 epoch 2 8 x 32"
-    assert " ".join(lines[1][1:]) == align
-    assert [line[0] for line in lines[:4]] == ["stage", "align", "pretrain", "sft"]
-    assert [line[:2] for line in lines[5:9]] == [
+    assert [line[0] for line in lines] == ["stage", "align", "pretrain", "sft"]
+    assert " ".join(lines[1][1:]) == "projector 336 px, 576 tokens 256 x 4096 0.001 1 epoch 2 8 x 32"
+
+
+def test_plan_tells_a_person_how_large_the_parts_are_before_lengths_are_known() -> None:
+    """Counts of Llama-2 and CLIP as published; mlp2x_gelu by hand: 1,024 x 4,096 + 4,096 + 4,096 x 4,096 + 4,096."""
+    where = ("configs/recipes/vila-7b.yaml", "-r", "configs/resources/vila_128.yaml")
+    done = CliRunner().invoke(app, ["plan", *where])
+    lines = [line.split() for line in done.stdout.splitlines() if line]
+    assert [line[:2] for line in lines[1:5]] == [
         ["language_model", "6,738,415,616"],
         ["vision_tower", "303,507,456"],
         ["projector", "20,979,712"],
         ["together", "7,062,902,784"],
     ]
+    assert lines[6] == ["align", "20,979,712", "7,062,902,784", "0.3%"]
+    assert "the lengths of mixture" in str(done.exception)
 
 
 @pytest.mark.parametrize(

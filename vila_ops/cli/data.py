@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import TypeAdapter
 
-from vila_ops.artifacts import output
 from vila_ops.cli.options import (
     INLINE,
     AsJson,
@@ -19,22 +17,11 @@ from vila_ops.cli.options import (
     RecipeFile,
     ResourcesFile,
     load_run,
-    print_handle,
+    print_result,
     say,
 )
-from vila_ops.config import Resources
-from vila_ops.config.download import DownloadSettings
-from vila_ops.config.load import key_and_value, read
-from vila_ops.data import revisions
-from vila_ops.data.download import Format, Outcome, download_source, table
-from vila_ops.pipeline import stages
-from vila_ops.pipeline.quarantine import leave_out
-from vila_ops.train.job import Stopped
 
-data = typer.Typer(no_args_is_help=True, help="Look at data before it is prepared, and after.")
-
-DEFAULTS = DownloadSettings()
-OUTCOMES: TypeAdapter[list[Outcome]] = TypeAdapter(list[Outcome])
+data = typer.Typer(name="data", no_args_is_help=True, help="Look at data before it is prepared, and after.")
 
 
 @data.command("lint")
@@ -48,6 +35,8 @@ def lint(
     as_json: JsonLines = False,
 ) -> None:
     """List every fault of raw data with its file and line; ends with 1 if there is any."""
+    from vila_ops.config import Resources
+    from vila_ops.config.load import key_and_value
     from vila_ops.data.inspect.guess import guess
     from vila_ops.data.inspect.lint import LintFault, lines
     from vila_ops.data.inspect.lint import lint as check
@@ -75,8 +64,10 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Write a page of samples as the model will see them; prepares the mixture if it is not yet."""
+    from vila_ops.artifacts import output
     from vila_ops.data.inspect.show import show as write
     from vila_ops.data.preprocess.shard_writer import tokenizer_of
+    from vila_ops.pipeline import stages
 
     output.check_file(out, begins=output.HTML)
     run, context = load_run(recipe, resources, overrides)
@@ -85,26 +76,24 @@ def show(
     tokenizer = tokenizer_of(text, cache=run.resources.storage.cache_folder())
     page = write(dataset, tokenizer, out, per_source=per_source)
     print(f"page: {page}", file=sys.stderr)
-    print_handle(dataset, as_json)
+    print_result(dataset, as_json)
 
 
 @data.command("download")
 def download(
-    source: Annotated[Format, typer.Argument(help="Format of the raw files")],
+    source: Annotated[str, typer.Argument(help="Format of the raw files: mmc4 or coyo", metavar="FORMAT")],
     path: Annotated[Path, typer.Argument(help="A raw file, or a folder of them")],
     out: Annotated[Path, typer.Option("--out", help="Folder for a tar of images and a table for each raw file")],
     settings: Annotated[
         Path | None, typer.Option("--settings", help="A YAML file of DownloadSettings, for what has no option here")
     ] = None,
-    concurrency: Annotated[
-        int | None, typer.Option("--concurrency", help=f"Addresses asked at once ({DEFAULTS.concurrency})")
-    ] = None,
+    concurrency: Annotated[int | None, typer.Option("--concurrency", help="URLs in flight, all hosts together")] = None,
     per_host_per_second: Annotated[
         float | None,
-        typer.Option("--per-host-per-second", help=f"Of one host ({DEFAULTS.per_host_per_second:g})"),
+        typer.Option("--per-host-per-second", help="URLs of one host begun in a second"),
     ] = None,
-    attempts: Annotated[int | None, typer.Option("--attempts", help=f"At one address ({DEFAULTS.attempts})")] = None,
-    max_bytes: Annotated[int | None, typer.Option("--max-bytes", help=f"Of one image ({DEFAULTS.max_bytes})")] = None,
+    attempts: Annotated[int | None, typer.Option("--attempts", help="Attempts at one URL")] = None,
+    max_bytes: Annotated[int | None, typer.Option("--max-bytes", help="Largest image, in bytes")] = None,
     retry: Annotated[
         list[str] | None,
         typer.Option("--retry", help="Ask again what ended so; may be given several times", metavar="OUTCOME"),
@@ -115,6 +104,12 @@ def download(
 
     Ended at any moment, the same command goes on where it was. OUTCOME is a word of the table that it ends with.
     """
+    from pydantic import TypeAdapter
+
+    from vila_ops.config.download import DownloadSettings
+    from vila_ops.config.load import read
+    from vila_ops.data.download import Format, Outcome, download_source, table
+
     given = {
         "concurrency": concurrency,
         "per_host_per_second": per_host_per_second,
@@ -124,7 +119,9 @@ def download(
     chosen = DownloadSettings.model_validate(
         (read(settings) if settings else {}) | {key: value for key, value in given.items() if value is not None}
     )
-    finished = download_source(source, path, out, settings=chosen, retry=OUTCOMES.validate_python(retry or []))
+    format_: Format = TypeAdapter(Format).validate_python(source)
+    outcomes = TypeAdapter(list[Outcome]).validate_python(retry or [])
+    finished = download_source(format_, path, out, settings=chosen, retry=outcomes)
     if as_json:
         for one in finished:
             print(json.dumps(asdict(one)))
@@ -149,6 +146,9 @@ def watch(
     Run it where dvc.yaml lies. Every shard whose raw records are the same is used again. Files that end in .part, .tmp,
     .partial or .crdownload are not there yet: copy under such a name, then rename.
     """
+    from vila_ops.data import revisions
+    from vila_ops.pipeline import stages
+
     chosen, _ = stages.mixture_named(load_run(recipe, INLINE, None)[0].recipe, mixture)
     looks = revisions.watch(chosen, folder=Path.cwd(), every_seconds=every, settle_seconds=settle, commit=commit)
     for found in looks:
@@ -180,6 +180,9 @@ def quarantine(
     Their ids go into quarantine/MIXTURE.yaml beside the file that describes the mixture, which names it from then on.
     No shard is rebuilt, and every other sample stays as it is.
     """
+    from vila_ops.pipeline.quarantine import leave_out
+    from vila_ops.train.job import Stopped
+
     stopped = Stopped.model_validate_json(blamed.read_text()) if blamed else None
     name = stopped.mixture if stopped and mixture is None else mixture
     if name is None or not (samples or stopped):
@@ -190,7 +193,7 @@ def quarantine(
     for one in stopped.samples if stopped else ():
         records.setdefault(one.source, []).append(one.id)
     made = leave_out(recipe, name, records, keys=samples or [], load=lambda: load_run(recipe, resources, overrides)[0])
-    print_handle(made.data if as_json else made, as_json)
+    print_result(made.data if as_json else made, as_json)
     if not as_json:
         gone = made.before.num_samples - made.data.num_samples
         print(

@@ -6,10 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from vila_ops.artifacts import output, store
-from vila_ops.artifacts.kinds import Artifact
-from vila_ops.cli.options import AsJson, print_handle, say, section
-from vila_ops.model import export as exports
+from vila_ops.cli.options import AsJson, print_result, say, section
 
 Checkpoint = Annotated[str, typer.Argument(help="A sealed model's place in the store, s3://..., or any model folder")]
 
@@ -19,21 +16,21 @@ def import_model(
     out: Annotated[Path, typer.Option("--out", help="The model folder to write; absent or empty")],
     token_order: Annotated[
         Literal["rows", "columns"] | None,
-        typer.Option("--token-order", help="Of mlp_downsample, where the checkpoint does not tell"),
+        typer.Option("--token-order", help="Token order of mlp_downsample, where the checkpoint does not tell"),
     ] = None,
     chat_template: Annotated[
         str | None, typer.Option("--chat-template", help="Name of a template, where the checkpoint does not tell")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a model folder of third-party checkpoint, and print the recipe's `model:` that starts from it."""
+    """Make a model folder of a third-party checkpoint, and print the recipe's `model:` that starts from it."""
     from vila_ops.model.importing.checkpoint import import_checkpoint
 
     made = import_checkpoint(source, out, token_order=token_order, chat_template=chat_template)
     for note in made.notes:
         print(f"note: {note}", file=sys.stderr)
     if as_json:
-        print_handle(made, as_json)
+        print_result(made, as_json)
     else:
         say(section("model", made.model))
 
@@ -43,19 +40,23 @@ def export(
     out: Annotated[Path | None, typer.Option("--out", help="Copy the model's own files here; absent or empty")] = None,
     check: Annotated[
         Literal["transformers", "vllm", "gguf"] | None,
-        typer.Option("--check", help="Only this program; 1 if it cannot"),
+        typer.Option("--check", help="Check this program alone; ends with 1 if it cannot load the model"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say which programs load a model, and why others do not; with --out, write it without our manifest."""
+    from vila_ops.artifacts import output
+    from vila_ops.model import export as exports
+
     if out is not None:
         output.check_folder(out)
+
     folder = _folder(checkpoint.rstrip("/"))
     findings = [exports.check(folder, target) for target in ([check] if check else exports.TARGETS)]
     if out is not None:
         exports.write_plain(folder, out)
     if as_json:
-        print_handle(findings, as_json)
+        print_result(findings, as_json)
     else:
         for finding in findings:
             say(f"{finding.target:12} {'yes' if finding.loads else 'no '}  {'; '.join(finding.reasons)}")
@@ -65,6 +66,9 @@ def export(
 
 def _folder(place: str) -> Path:
     """The files of a sealed folder, every byte compared with its manifest, or the folder itself."""
+    from vila_ops.artifacts import store
+    from vila_ops.artifacts.kinds import Artifact
+
     if not place.startswith("s3://") and (Path(place) / "config.json").is_file():
         return Path(place)
     if not (place.startswith("s3://") or (Path(place) / store.MANIFEST).is_file()):

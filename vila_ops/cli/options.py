@@ -1,20 +1,18 @@
-"""What the commands share: options, a run from its files, and a handle printed."""
+"""What the commands share: options, loading a run, and printing a result."""
 
 import io
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
-import yaml
-from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
-from vila_ops import local
-from vila_ops.config import Config, Run, RunContext, context_of, load
-from vila_ops.config.local import load_local
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+    from vila_ops.config import Config, Run, RunContext
 
 INLINE = Path("configs/resources/inline.yaml")
 LOCAL = Path("configs/local.yaml")
@@ -24,7 +22,7 @@ StageName = Annotated[str, typer.Option("--stage", help="Name of a stage, or `ba
 MixtureName = Annotated[str, typer.Option("--mixture", help="Name of a mixture of the recipe")]
 ResourcesFile = Annotated[Path, typer.Option("-r", "--resources", help="A file of configs/resources")]
 Overrides = Annotated[list[str] | None, typer.Option("-s", "--set", help="KEY=VALUE, e.g. stages.sft.num_steps=20")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON handle and nothing else")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else")]
 JsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON object a line and nothing else")]
 
 
@@ -39,14 +37,24 @@ class _ResultsApart(io.TextIOBase):
         return sys.stderr.write(text)
 
 
-def load_run(recipe: Path, resources: Path, overrides: list[str] | None) -> tuple[Run, RunContext]:
+def load_run(recipe: Path, resources: Path, overrides: list[str] | None) -> "tuple[Run, RunContext]":
     """The run of a recipe on resources, and its context; joins a cluster of this machine's own servers."""
+    from vila_ops.config import context_of, load
+
     run = load(recipe, resources=resources, overrides=tuple(overrides or ()))
-    if run.resources.launch != "inline" and LOCAL.is_file():
-        local.join(load_local(LOCAL), ray_address=run.resources.ray_address)
-    if run.resources.launch != "inline" and not isinstance(sys.stdout, _ResultsApart):
-        sys.stdout = _ResultsApart(sys.stdout)
+    if run.resources.launch != "inline":
+        _join_cluster(run)
     return run, context_of(recipe, resources=resources, overrides=tuple(overrides or ()))
+
+
+def _join_cluster(run: "Run") -> None:
+    from vila_ops import local
+    from vila_ops.config.local import load_local
+
+    if LOCAL.is_file():
+        local.join(load_local(LOCAL), ray_address=run.resources.ray_address)
+    if not isinstance(sys.stdout, _ResultsApart):
+        sys.stdout = _ResultsApart(sys.stdout)
 
 
 def say(text: str) -> None:
@@ -54,16 +62,20 @@ def say(text: str) -> None:
     print(text, file=sys.stdout.results if isinstance(sys.stdout, _ResultsApart) else sys.stdout, flush=True)
 
 
-def faults_of(error: ValidationError) -> str:
-    """Each setting that is wrong and why, a line each, without what pydantic adds for programmers."""
+def message_of(error: Exception) -> str:
+    """What an error says; for a config, a line for each setting that is wrong, without pydantic's own words."""
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
+        return str(error)
     return "\n".join(
-        f"{'.'.join(map(str, fault['loc'])) or error.title}: {_told(fault)}"
+        f"{'.'.join(map(str, fault['loc'])) or error.title}: {_reason(fault)}"
         for fault in error.errors(include_url=False, include_context=False)
     )
 
 
-def _told(fault: ErrorDetails) -> str:
-    """What is wrong with one setting, the value with it."""
+def _reason(fault: "ErrorDetails") -> str:
+    """What is wrong with one setting, and its value."""
     given = fault["input"]
     match fault["type"]:
         case "value_error":
@@ -78,12 +90,16 @@ def _told(fault: ErrorDetails) -> str:
             return fault["msg"]
 
 
-def section(name: str, config: Config) -> str:
+def section(name: str, config: "Config") -> str:
     """A config as the section of a YAML file."""
+    import yaml
+
     return yaml.safe_dump({name: config.model_dump(mode="json", exclude_none=True)}, sort_keys=False).rstrip()
 
 
-def print_handle(made: Config | Sequence[Config], as_json: bool) -> None:
-    """What a command made, on one line or for a person."""
+def print_result(made: "Config | Sequence[Config]", as_json: bool) -> None:
+    """Print what a command made as JSON, on one line or indented for a person."""
+    from vila_ops.config import Config
+
     dumped = made.model_dump(mode="json") if isinstance(made, Config) else [one.model_dump(mode="json") for one in made]
     say(json.dumps(dumped, indent=None if as_json else 2))

@@ -6,12 +6,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vila_ops.cli.options import INLINE, AsJson, Overrides, RecipeFile, ResourcesFile, load_run, print_handle, say
-from vila_ops.cli.show import Row, table
-from vila_ops.config.lengths import load_lengths
+from vila_ops.cli.options import INLINE, AsJson, Overrides, RecipeFile, ResourcesFile, load_run, print_result, say
+from vila_ops.cli.tables import Row, short, table
 
-if TYPE_CHECKING:
-    from vila_ops.plan.plan import Plan  # heavy: torch, transformers
+if TYPE_CHECKING:  # heavy: torch, transformers
+    from vila_ops.config import Run
+    from vila_ops.config.model import LanguageModel, Projector, VisionTower
+    from vila_ops.model.count import Counts
+    from vila_ops.plan.plan import Plan
+
+UNKNOWN = "after fetch"
+"""The count of a part whose shape is not known on this machine."""
 
 LengthsFile = Annotated[
     Path | None, typer.Option("--lengths", help="A file of configs/lengths, where the mixtures are not prepared")
@@ -25,21 +30,64 @@ def plan(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tokens, FLOPs, memory, hours, storage and money of a run, from lengths and shapes; do nothing.
+    """Count parameters, tokens, FLOPs, memory, hours, storage and money of a run, from lengths and shapes; do nothing.
 
     Ends with 1 where a stage does not fit its GPUs.
     """
-    from vila_ops.plan.plan import plan_run, refusals  # heavy: torch, transformers
+    from vila_ops.config.lengths import load_lengths
+    from vila_ops.model.count import count  # heavy: torch, transformers
+    from vila_ops.plan.plan import plan_run, refusals
 
     run, context = load_run(recipe, resources, overrides)
+    if not as_json:
+        say("\n".join([*parameters(run, count(run.recipe.model, cache=run.resources.storage.cache_folder())), ""]))
     planned = plan_run(run, load_lengths(lengths) if lengths else None, context)
     if as_json:
-        print_handle(planned, as_json)
+        print_result(planned, as_json)
     else:
         say("\n".join(lines(planned)))
     if refused := refusals(planned):
         print("\n".join(f"error: {line}" for line in refused), file=sys.stderr)
         raise typer.Exit(1)
+
+
+def parameters(run: "Run", counts: "Counts") -> list[str]:
+    """Parameters of the model's parts, and those that each stage trains."""
+    model, stages = run.recipe.model, tuple(run.recipe.stages.values())
+    parts: list[Row] = [
+        ("part", "parameters", "what"),
+        ("language_model", _exact(counts.language_model), _named(model.language_model)),
+        ("vision_tower", _exact(counts.vision_tower), _named(model.vision_tower)),
+        ("projector", _exact(counts.projector), _choice(model.projector)),
+        ("together", _exact(counts.total()), "without the rows that <image> and padding to 64 add to the vocabulary"),
+    ]
+    if any(stage.tuning.kind == "visual_expert" for stage in stages):
+        parts.append(("visual expert", _exact(counts.expert), f"a language model of {_ratio(counts)} the parameters"))
+    trains: list[Row] = [("stage", "trained", "total", "share")]
+    for number, stage in enumerate(stages, start=1):
+        trained, total = counts.trained(stages[:number]), counts.total(stages[:number])
+        share = f"{trained / total:.1%}" if trained is not None and total else "-"
+        trains.append((stage.name, _exact(trained), _exact(total), share))
+    return [*table(parts), "", *table(trains)]
+
+
+def _ratio(counts: "Counts") -> str:
+    if counts.language_model is None or counts.expert is None:
+        return "about twice"
+    return f"{1 + counts.expert / counts.language_model:.2f} times"
+
+
+def _named(part: "VisionTower | LanguageModel") -> str:
+    return f"{part.name} at {part.revision}" if part.kind == "hub" else part.kind
+
+
+def _choice(projector: "Projector") -> str:
+    """A projector's kind with its settings."""
+    return " ".join(str(value) if key == "kind" else f"{key} {value}" for key, value in projector.model_dump().items())
+
+
+def _exact(count: int | None) -> str:
+    return UNKNOWN if count is None else f"{count:,}"
 
 
 def lines(plan: "Plan") -> list[str]:
@@ -51,7 +99,7 @@ def lines(plan: "Plan") -> list[str]:
     for one in plan.stages:
         memory = one.memory
         work.append(
-            (one.stage, one.lengths, *map(_short, (one.samples, one.tokens, one.targets)), f"{one.padding:.1%}",
+            (one.stage, one.lengths, *map(short, (one.samples, one.tokens, one.targets)), f"{one.padding:.1%}",
              str(one.steps), f"{one.model_flops:.3g}", _known(one.hours, "{:.3g}"), _known(one.mfu, "{:.1%}"),
              _known(one.cost, "{:.0f}"))
         )  # fmt: skip
@@ -76,12 +124,4 @@ def _known(value: float | None, form: str) -> str:
 
 
 def _bytes(count: float | None) -> str:
-    return "-" if count is None else f"{_short(count)}B"
-
-
-def _short(count: float) -> str:
-    """1,234,567 as 1.23 M."""
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.0f} "
+    return "-" if count is None else f"{short(count)}B"

@@ -14,10 +14,9 @@ from vila_ops.cli.options import (
     ResourcesFile,
     StageName,
     load_run,
-    print_handle,
+    print_result,
     say,
 )
-from vila_ops.pipeline import stages
 
 
 class _RecipeOrCommand(TyperGroup):
@@ -30,6 +29,7 @@ class _RecipeOrCommand(TyperGroup):
 
 
 train = typer.Typer(
+    name="train",
     cls=_RecipeOrCommand,
     no_args_is_help=True,
     help="Train a recipe up to a stage: `vila-ops train RECIPE --stage NAME`, which is `train stage`; see its --help.",
@@ -45,8 +45,10 @@ def up_to(
     as_json: AsJson = False,
 ) -> None:
     """Train up to a stage; what is sealed already is not made again."""
+    from vila_ops.pipeline import stages
+
     run, context = load_run(recipe, resources, overrides)
-    print_handle(stages.model_after(run, stage, context), as_json)
+    print_result(stages.model_after(run, stage, context), as_json)
 
 
 @train.command("verify-resume")
@@ -68,6 +70,7 @@ def verify_resume(
     it), which is made where it is missing; the trials lie in STORE/verify-resume and are removed. Ends with 1 where
     anything differs.
     """
+    from vila_ops.pipeline import stages
     from vila_ops.train import verify_resume as proof  # heavy: torch
 
     run, context = load_run(recipe, resources, overrides)
@@ -85,7 +88,7 @@ def verify_resume(
     print(f"stage {chosen} of {run.recipe.name}, with {variant}; {saves}", file=sys.stderr)
     verdict = proof.verify_resume(asked, kills=kills, say=lambda line: print(line, file=sys.stderr, flush=True))
     if as_json:
-        print_handle(verdict, as_json)
+        print_result(verdict, as_json)
     else:
         say("\n".join(proof.lines(verdict)))
     if verdict.compared_steps and not verdict.resumed:

@@ -13,8 +13,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from vila_ops.config.base import Config
 from vila_ops.config.local import LocalServers
 from vila_ops.local.process import Name, ProcessRecord, root_of, write_private
@@ -213,6 +211,8 @@ def prepare_ray(settings: LocalServers) -> None:
 
 def get_json(url: str, seconds: float, **request: Any) -> Any:
     """The JSON of an answer, None where there is no good one; proxies are not asked about loopback."""
+    import httpx  # heavy: it imports rich; `status` needs it only for servers that run
+
     try:
         with httpx.Client(timeout=seconds, trust_env=False) as client:
             answer = client.request("POST" if "json" in request else "GET", url, **request)

@@ -31,6 +31,9 @@ class StagePlan(Config):
     stage: str
     lengths: str
     """Where they are from: `prepared` or `declared`."""
+    trained_parameters: int
+    total_parameters: int
+    """While the stage trains: adapters count, which are merged after it."""
     samples: float
     tokens: float
     """Image tokens included, padding not."""
@@ -158,6 +161,8 @@ class _Stage:
         return StagePlan(
             stage=stage.name,
             lengths="prepared" if lengths is None else "declared",
+            trained_parameters=self.weights.trained,
+            total_parameters=total,
             samples=epochs * len(epoch.tokens) * epoch.times,
             tokens=tokens,
             targets=epochs * sum(one.targets for one in rows.useful),

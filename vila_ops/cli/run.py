@@ -1,0 +1,149 @@
+"""The tasks of a recipe as commands, and all of them in order."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vila_ops.cli.options import (
+    INLINE,
+    AsJson,
+    MixtureName,
+    Overrides,
+    RecipeFile,
+    ResourcesFile,
+    StageName,
+    load_run,
+    print_result,
+    say,
+)
+
+
+def show(
+    recipe: RecipeFile, resources: ResourcesFile = INLINE, overrides: Overrides = None, as_json: AsJson = False
+) -> None:
+    """Print the resolved run, its fingerprint and what each stage trains, after its static checks; do nothing."""
+    from vila_ops.cli.show import summary
+
+    run, _ = load_run(recipe, resources, overrides)
+    print_result(run, as_json)
+    if as_json:
+        print(f"fingerprint {run.recipe.fingerprint()}", file=sys.stderr)
+    else:
+        say("\n".join(["", *summary(run)]))
+
+
+def fetch(
+    recipe: RecipeFile, resources: ResourcesFile = INLINE, overrides: Overrides = None, as_json: AsJson = False
+) -> None:
+    """Fetch every package that a recipe names, and assemble the untrained model."""
+    from vila_ops.pipeline import stages
+
+    print_result(stages.fetch(*load_run(recipe, resources, overrides)), as_json)
+
+
+def prepare(
+    recipe: RecipeFile,
+    mixture: MixtureName,
+    resources: ResourcesFile = INLINE,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Copy the dataset here too, for DVC")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prepare one mixture."""
+    from vila_ops.data.revisions import check_export, export_for_dvc
+    from vila_ops.pipeline import stages
+
+    run, context = load_run(recipe, resources, overrides)
+    if out is not None:
+        check_export(out, apart=run.resources.storage.folders())
+    dataset = stages.prepare_named(run, mixture, context)
+    if out is not None:
+        export_for_dvc(dataset, out)
+    print_result(dataset, as_json)
+
+
+def evaluate(
+    recipe: RecipeFile,
+    stage: StageName,
+    final: Annotated[bool, typer.Option("--final", help="The final suite instead of the stage suite")] = False,
+    resources: ResourcesFile = INLINE,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate the model after a stage."""
+    from vila_ops.pipeline import stages
+
+    run, context = load_run(recipe, resources, overrides)
+    print_result(stages.evaluate_stage(run, stage, final=final, context=context), as_json)
+
+
+def alignment(
+    recipe: RecipeFile,
+    out: Annotated[Path, typer.Option("--out", help="The SVG to write")],
+    resources: ResourcesFile = INLINE,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw how similar images and captions are in each layer, for the base and the model after every stage."""
+    from vila_ops.report.summary import draw_layers
+
+    run, context = load_run(recipe, resources, overrides)
+    shown = draw_layers(run, out, context)
+    say(json.dumps(shown) if as_json else f"{out}: {len(shown['layers'])} points")
+
+
+def register(
+    recipe: RecipeFile, resources: ResourcesFile, overrides: Overrides = None, as_json: AsJson = False
+) -> None:
+    """Register the last stage's model and let the gate judge it."""
+    from vila_ops.pipeline import promotion
+
+    print_result(promotion.register_last(*load_run(recipe, resources, overrides)), as_json)
+
+
+def deploy(recipe: RecipeFile, resources: ResourcesFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Serve the model of a recipe, or the champion where the gate refused it."""
+    from vila_ops.pipeline import promotion
+
+    print_result(promotion.deploy_champion(*load_run(recipe, resources, overrides)), as_json)
+
+
+def undeploy(recipe: RecipeFile, resources: ResourcesFile = INLINE, overrides: Overrides = None) -> None:
+    """End what serves a recipe's service."""
+    from vila_ops.serve import deploy as serving
+
+    loaded, _ = load_run(recipe, resources, overrides)
+    serving.undeploy(loaded.recipe.service, loaded.resources)
+
+
+def run(
+    recipe: RecipeFile, resources: ResourcesFile = INLINE, overrides: Overrides = None, as_json: AsJson = False
+) -> None:
+    """Run every task in order, without Prefect, and write the report."""
+    from vila_ops.pipeline.run import run_pipeline
+    from vila_ops.report import summary
+
+    loaded, context = load_run(recipe, resources, overrides)
+    summary.check(loaded)
+    outcome = run_pipeline(loaded, context=context)
+    page = summary.write(loaded, outcome)
+    if as_json:
+        print_result(outcome, as_json)
+    else:
+        say(summary.lines(page.summary))
+    if outcome.version is None:
+        print("nothing was registered or deployed: these resources have no tracking.uri", file=sys.stderr)
+    if outcome.deployment is not None:
+        print(f"served at {outcome.deployment.url} until `{context.suggest('undeploy')}`", file=sys.stderr)
+    print(f"report: {page.html}", file=sys.stderr)
+
+
+def verify(place: Annotated[str, typer.Argument(help="A sealed folder of the store, or s3://...")]) -> None:
+    """Read every byte of a sealed folder and compare it with its manifest."""
+    from vila_ops.artifacts import store
+
+    store.verify_folder(place.rstrip("/"))
+    print(f"{place} is as it was sealed")

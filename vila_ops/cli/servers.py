@@ -1,0 +1,73 @@
+"""The servers of this machine: checked, started, ended and listed; and the demo that runs on them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vila_ops.cli.options import (
+    INLINE,
+    LOCAL,
+    AsJson,
+    Overrides,
+    RecipeFile,
+    ResourcesFile,
+    load_run,
+    print_result,
+    say,
+)
+
+Servers = Annotated[Path, typer.Option("--servers", help="Ports and folders of this machine's servers")]
+
+
+def doctor(servers: Servers = LOCAL, resources: ResourcesFile = INLINE, as_json: AsJson = False) -> None:
+    """Check this machine and the store of the resources; each finding says how to fix it."""
+    from vila_ops import doctor as checks
+    from vila_ops.config import load_resources
+    from vila_ops.config.local import load_local
+
+    findings = checks.examine(load_local(servers), store=load_resources(resources).storage.store)
+    if as_json:
+        print_result(findings, as_json)
+    else:
+        for finding in findings:
+            print(f"{'ok  ' if finding.ok else 'BAD '} {finding.text}")
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+def up(servers: Servers = LOCAL, as_json: AsJson = False) -> None:
+    """Start this machine's servers, or adopt them where they run."""
+    from vila_ops import local
+    from vila_ops.config.local import load_local
+
+    print_result(local.up(load_local(servers)), as_json)
+
+
+def down(servers: Servers = LOCAL) -> None:
+    """End the servers that `up` started."""
+    from vila_ops import local
+    from vila_ops.config.local import load_local
+
+    local.down(load_local(servers))
+
+
+def status(servers: Servers = LOCAL, as_json: AsJson = False) -> None:
+    """List this machine's servers and whether they run."""
+    from vila_ops import local
+    from vila_ops.config.local import load_local
+
+    states = local.status(load_local(servers))
+    if as_json:
+        print_result(states, as_json)
+    else:
+        for one in states:
+            print(f"{one.name:8} {one.state:10} {one.url}  pid {one.pid or '-'}  {one.memory_bytes >> 20} MiB")
+
+
+def demo(recipe: RecipeFile, resources: ResourcesFile, overrides: Overrides = None, servers: Servers = LOCAL) -> None:
+    """Start the servers and run the flow `vila` on them, with progress."""
+    from vila_ops import demo as demonstration
+    from vila_ops.config.local import load_local
+
+    demonstration.demo(load_run(recipe, resources, overrides)[0], load_local(servers), say=say)
