@@ -20,11 +20,11 @@ from vila_ops.config.local import LocalServers
 
 DEPLOYMENT = "vila/full-pipeline"
 TAG = "vila-ops-demo"
-"""On every flow run that a demo started."""
+"""Prefect tag of every flow run that a demo started."""
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 POLL_SECONDS = 1.0
 BUSY_TRIES = 30
-WORTH_SAYING = re.compile(r"vila_ops[\w.]*:? (?:- )?(.*)$")
+OUR_LOG_LINE = re.compile(r"vila_ops[\w.]*:? (?:- )?(.*)$")
 Json = dict[str, Any]
 Say = Callable[[str], None]
 
@@ -48,8 +48,8 @@ def demo(run: Run, settings: LocalServers, *, say: Say) -> None:
                 _say_new(lines, say, started)
     except httpx.HTTPError as error:
         raise RuntimeError(
-            f"Prefect at {endpoints.prefect}: {error!r}; see {log.with_name('prefect.log')}, and start again: "
-            f"what is done is kept"
+            f"Prefect at {endpoints.prefect}: {error!r}; see {log.with_name('prefect.log')}, and run the demo "
+            f"again: finished tasks are kept"
         ) from error
     if last["type"] != "COMPLETED":
         raise RuntimeError(f"flow run {flow_run['name']} is {last['name']}: {last.get('message')}; see {log}")
@@ -57,37 +57,37 @@ def demo(run: Run, settings: LocalServers, *, say: Say) -> None:
 
 
 def _start(api: httpx.Client, run: Run) -> Json:
-    deployment: Json = _ask(api, "GET", f"/deployments/name/{DEPLOYMENT}")
+    deployment: Json = _request(api, "GET", f"/deployments/name/{DEPLOYMENT}")
     body = {"parameters": _parameters(run), "idempotency_key": secrets.token_hex(8), "tags": [TAG]}
-    started: Json = _ask(api, "POST", f"/deployments/{deployment['id']}/create_flow_run", json=body)
+    started: Json = _request(api, "POST", f"/deployments/{deployment['id']}/create_flow_run", json=body)
     return started
 
 
 def _adopt(api: httpx.Client, run: Run, settings: LocalServers, say: Say) -> Json | None:
-    """The flow run of a demo that was killed, if it still works on the same; one that works on another is ended."""
+    """The live flow run of a demo that was killed, if its parameters are the same; any other is ended."""
     wanted = {"tags": {"all_": [TAG]}, "state": {"type": {"any_": ["SCHEDULED", "PENDING", "RUNNING"]}}}
     adopted = None
-    for found in _ask(api, "POST", "/flow_runs/filter", json={"flow_runs": wanted}):
-        works = found["infrastructure_pid"] is None or local.owns(settings, _pid(found))
-        if works and adopted is None and found["parameters"] == _parameters(run):
-            adopted = found
-            say(f"going on with flow run {found['name']}, which an earlier demo started")
+    for flow_run in _request(api, "POST", "/flow_runs/filter", json={"flow_runs": wanted}):
+        works = flow_run["infrastructure_pid"] is None or local.owns(settings, _pid(flow_run))
+        if works and adopted is None and flow_run["parameters"] == _parameters(run):
+            adopted = flow_run
+            say(f"resuming flow run {flow_run['name']}, which an earlier demo started")
         else:
-            _end(api, found, settings, works=works)
-            say(f"ended flow run {found['name']}, which an earlier demo started")
+            _end(api, flow_run, settings, works=works)
+            say(f"ended flow run {flow_run['name']}, which an earlier demo started")
     return adopted
 
 
 def _end(api: httpx.Client, flow_run: Json, settings: LocalServers, *, works: bool) -> None:
-    """Let the worker end a flow run; one whose process is gone is only said to have crashed."""
+    """Let the worker end a flow run; one whose process is gone is marked as crashed."""
     state = {"type": "CANCELLING" if works else "CRASHED", "message": "ended by a later demo"}
-    _ask(api, "POST", f"/flow_runs/{flow_run['id']}/set_state", json={"state": state, "force": True})
+    _request(api, "POST", f"/flow_runs/{flow_run['id']}/set_state", json={"state": state, "force": True})
     for _ in _states(api, flow_run["id"], settings):
         pass
 
 
 def _pid(flow_run: Json) -> int:
-    """Prefect notes the process of a flow run as host:pid."""
+    """The process id that Prefect recorded for a flow run, as host:pid."""
     return int(flow_run["infrastructure_pid"].rpartition(":")[2])
 
 
@@ -95,8 +95,8 @@ def _parameters(run: Run) -> Json:
     return {"run": run.model_dump(mode="json")}
 
 
-def _ask(api: httpx.Client, method: str, url: str, **request: Any) -> Any:
-    """Prefect's answer; asked again while its SQLite is locked by another writer, which it says with a 503."""
+def _request(api: httpx.Client, method: str, url: str, **request: Any) -> Any:
+    """Prefect's answer as JSON; repeats the request while Prefect's SQLite is locked (503)."""
     for _ in range(BUSY_TRIES):
         response = api.request(method, url, **request)
         if response.status_code != httpx.codes.SERVICE_UNAVAILABLE:
@@ -106,33 +106,33 @@ def _ask(api: httpx.Client, method: str, url: str, **request: Any) -> Any:
 
 
 def _states(api: httpx.Client, flow_run: str, settings: LocalServers) -> Iterator[Json]:
-    """The state of a flow run, again and again until it has ended. Raises RuntimeError when nobody works on it."""
+    """Poll the state of a flow run until it ends. Raises RuntimeError when no worker runs it."""
     while True:
-        works = local.runs(settings, "worker")  # before the question: it may end right after its answer
-        state: Json = _ask(api, "GET", f"/flow_runs/{flow_run}")["state"]
+        works = local.runs(settings, "worker")  # read before the state: the worker may end right after Prefect answers
+        state: Json = _request(api, "GET", f"/flow_runs/{flow_run}")["state"]
         yield state
         if state["type"] in ENDED:
             return
         if not works:
             raise RuntimeError(
                 f"Prefect's worker has ended, and with it the flow run; see {settings.root}/logs/worker.log, "
-                f"and start again: what is done is kept"
+                f"and run the demo again: finished tasks are kept"
             )
         time.sleep(POLL_SECONDS)
 
 
 def _say_new(lines: Iterator[str], say: Say, started: float) -> None:
-    """Say what our tasks have logged since the last time."""
+    """Print what our tasks have logged since the last call."""
     for line in lines:
         if not line:
             return
-        if found := WORTH_SAYING.search(line):
+        if match := OUR_LOG_LINE.search(line):
             elapsed = round(time.monotonic() - started)
-            say(f"{elapsed // 60:3d}:{elapsed % 60:02d}  {found.group(1)}")
+            say(f"{elapsed // 60:3d}:{elapsed % 60:02d}  {match.group(1)}")
 
 
 def _new_lines(log: Path) -> Iterator[str]:
-    """Endless: the lines that a file grows by from now on, and "" whenever there is no more."""
+    """Endless: the lines that are appended to a file from now on, and "" whenever there is none yet."""
     place = log.stat().st_size if log.is_file() else 0
     rest = ""
     while True:

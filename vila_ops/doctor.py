@@ -19,21 +19,21 @@ CLIENTS = {"npm": "apt-get install nodejs npm", "dpkg-deb": "apt-get install dpk
 
 
 class Finding(Config):
-    """One thing that was looked at."""
+    """The result of one check."""
 
     ok: bool
     text: str
-    """What was found; where it is not ok, how to fix it."""
+    """What is there; where it is not ok, also how to fix it."""
 
 
 def examine(settings: LocalServers, *, store: str) -> list[Finding]:
-    """Everything, whatever fails."""
-    return [*_software(), *_room(), *_store(store), *_servers(settings)]
+    """All checks, whatever fails."""
+    return [*_software(), *_capacity(), *_store(store), *_servers(settings)]
 
 
 def _software() -> Iterator[Finding]:
-    found = sys.version_info[:2]
-    yield Finding(ok=found == (3, 11), text=f"Python {found[0]}.{found[1]}; 3.11 is needed")
+    python = sys.version_info[:2]
+    yield Finding(ok=python == (3, 11), text=f"Python {python[0]}.{python[1]}; 3.11 is needed")
     fastapi = tuple(int(part) for part in version("fastapi").split(".")[:2])
     yield Finding(
         ok=fastapi < (0, 151),
@@ -44,7 +44,7 @@ def _software() -> Iterator[Finding]:
         yield Finding(ok=place is not None, text=f"{client}: {place or f'missing; {way}'}")
 
 
-def _room() -> Iterator[Finding]:
+def _capacity() -> Iterator[Finding]:
     free = shutil.disk_usage(Path.cwd()).free
     yield Finding(
         ok=free >= DISK_BYTES, text=f"{free / 2**30:.0f} GiB free on disk; {DISK_BYTES / 2**30:.0f} are needed"
@@ -65,4 +65,4 @@ def _store(store: str) -> Iterator[Finding]:
 def _servers(settings: LocalServers) -> Iterator[Finding]:
     for server in local.status(settings):
         ok = server.state != "unhealthy"
-        yield Finding(ok=ok, text=f"{server.name}: {server.state}" + ("" if ok else "; `vila-ops up` starts it anew"))
+        yield Finding(ok=ok, text=f"{server.name}: {server.state}" + ("" if ok else "; `vila-ops up` starts it again"))

@@ -27,14 +27,14 @@ data = typer.Typer(name="data", no_args_is_help=True, help="Look at data before 
 @data.command("lint")
 def lint(
     uri: Annotated[str, typer.Argument(help="A file or folder of raw data")],
-    kind: Annotated[str | None, typer.Option("--format", help="Its format; else told by its content")] = None,
-    images: Annotated[str | None, typer.Option("--images", help="Folder of the images that its records name")] = None,
+    kind: Annotated[str | None, typer.Option("--format", help="Its format; default: detected from its content")] = None,
+    images: Annotated[str | None, typer.Option("--images", help="Folder of the images that the records name")] = None,
     own: Annotated[
         list[str] | None, typer.Option("-s", "--set", help="A setting of the source, e.g. image=file or question=q")
     ] = None,
     as_json: JsonLines = False,
 ) -> None:
-    """List every fault of raw data with its file and line; ends with 1 if there is any."""
+    """List every fault of raw data with its file and line; the exit code is 1 if there is any."""
     from vila_ops.config import Resources
     from vila_ops.config.load import key_and_value
     from vila_ops.data.inspect.guess import guess
@@ -63,7 +63,7 @@ def show(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a page of samples as the model will see them; prepares the mixture if it is not yet."""
+    """Write a page of samples as the model will see them; prepares the mixture first where needed."""
     from vila_ops.artifacts import output
     from vila_ops.data.inspect.show import show as write
     from vila_ops.data.preprocess.shard_writer import tokenizer_of
@@ -85,7 +85,7 @@ def download(
     path: Annotated[Path, typer.Argument(help="A raw file, or a folder of them")],
     out: Annotated[Path, typer.Option("--out", help="Folder for a tar of images and a table for each raw file")],
     settings: Annotated[
-        Path | None, typer.Option("--settings", help="A YAML file of DownloadSettings, for what has no option here")
+        Path | None, typer.Option("--settings", help="A YAML file of DownloadSettings, for settings without an option")
     ] = None,
     concurrency: Annotated[int | None, typer.Option("--concurrency", help="URLs in flight, all hosts together")] = None,
     per_host_per_second: Annotated[
@@ -96,13 +96,13 @@ def download(
     max_bytes: Annotated[int | None, typer.Option("--max-bytes", help="Largest image, in bytes")] = None,
     retry: Annotated[
         list[str] | None,
-        typer.Option("--retry", help="Ask again what ended so; may be given several times", metavar="OUTCOME"),
+        typer.Option("--retry", help="Retry URLs with this outcome; may be given several times", metavar="OUTCOME"),
     ] = None,
     as_json: JsonLines = False,
 ) -> None:
-    """Fetch the images that raw files name by address, and tell what became of them.
+    """Download the images that raw files name by URL, and print the outcomes.
 
-    Ended at any moment, the same command goes on where it was. OUTCOME is a word of the table that it ends with.
+    The same command resumes a download that was interrupted. OUTCOME is a word of the printed table.
     """
     from pydantic import TypeAdapter
 
@@ -133,18 +133,18 @@ def download(
 def watch(
     recipe: RecipeFile,
     mixture: MixtureName,
-    every: Annotated[float, typer.Option("--every", min=0, help="Seconds between two looks")] = 60,
+    every: Annotated[float, typer.Option("--every", min=0, help="Seconds between two checks")] = 60,
     settle: Annotated[
-        float, typer.Option("--settle", min=0, help="Seconds without any change after which raw files are whole")
+        float, typer.Option("--settle", min=0, help="Seconds without a change after which raw files count as complete")
     ] = 10,
-    once: Annotated[bool, typer.Option("--once", help="Look once")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Check once and end")] = False,
     commit: Annotated[bool, typer.Option("--commit", help="Record each revision in git")] = False,
     as_json: JsonLines = False,
 ) -> None:
     """Make a new revision of a mixture, DVC's stage `prepare@MIXTURE`, whenever its raw files have changed.
 
-    Run it where dvc.yaml lies. Every shard whose raw records are the same is used again. Files that end in .part, .tmp,
-    .partial or .crdownload are not there yet: copy under such a name, then rename.
+    Run it where dvc.yaml lies. Shards whose raw records are unchanged are reused. Files that end in .part, .tmp,
+    .partial or .crdownload are ignored: copy under such a name, then rename.
     """
     from vila_ops.data import revisions
     from vila_ops.pipeline import stages
@@ -166,11 +166,11 @@ def watch(
 @data.command("quarantine")
 def quarantine(
     recipe: RecipeFile,
-    mixture: Annotated[str | None, typer.Option("--mixture", help="Its name; with --from it is known")] = None,
+    mixture: Annotated[str | None, typer.Option("--mixture", help="Its name; not needed with --from")] = None,
     samples: Annotated[
         list[str] | None, typer.Option("--sample", help="Key of a sample; may be given several times", metavar="KEY")
     ] = None,
-    blamed: Annotated[Path | None, typer.Option("--from", help="What a stage that stopped wrote down")] = None,
+    stopped_file: Annotated[Path | None, typer.Option("--from", help="File that a stopped stage wrote")] = None,
     resources: ResourcesFile = INLINE,
     overrides: Overrides = None,
     as_json: AsJson = False,
@@ -183,12 +183,12 @@ def quarantine(
     from vila_ops.pipeline.quarantine import leave_out
     from vila_ops.train.job import Stopped
 
-    stopped = Stopped.model_validate_json(blamed.read_text()) if blamed else None
+    stopped = Stopped.model_validate_json(stopped_file.read_text()) if stopped_file else None
     name = stopped.mixture if stopped and mixture is None else mixture
     if name is None or not (samples or stopped):
         raise ValueError("say which samples: --from FILE of a stage that stopped, or --mixture NAME and --sample KEY")
     if stopped and stopped.mixture != name:
-        raise ValueError(f"{blamed} is of mixture {stopped.mixture!r}, not {name!r}")
+        raise ValueError(f"{stopped_file} is of mixture {stopped.mixture!r}, not {name!r}")
     records: dict[str, list[str]] = {}
     for one in stopped.samples if stopped else ():
         records.setdefault(one.source, []).append(one.id)

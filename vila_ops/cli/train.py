@@ -1,4 +1,4 @@
-"""`vila-ops train`: a recipe up to a stage, and the proof that it resumes exactly."""
+"""`vila-ops train`: train a recipe up to a stage, and prove that it resumes exactly."""
 
 import sys
 from typing import Annotated, Any
@@ -44,7 +44,7 @@ def up_to(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train up to a stage; what is sealed already is not made again."""
+    """Train up to a stage; finished stages are reused."""
     from vila_ops.pipeline import stages
 
     run, context = load_run(recipe, resources, overrides)
@@ -56,19 +56,18 @@ def verify_resume(
     recipe: RecipeFile,
     kills: Annotated[int, typer.Option("--kills", min=1, help="How often the stage is killed")] = 20,
     stage: Annotated[str | None, typer.Option("--stage", help="Name of a stage; else the first")] = None,
-    steps: Annotated[int, typer.Option("--steps", min=2, help="Optimizer steps of the stage while it is tried")] = 60,
+    steps: Annotated[int, typer.Option("--steps", min=2, help="Optimizer steps of the stage during the proof")] = 60,
     resources: ResourcesFile = INLINE,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Prove on your recipe and resources that a stage goes on exactly where SIGKILL ended it.
+    """Prove on your recipe and resources that a stage resumes exactly after SIGKILL.
 
-    A variant of the stage, with --steps steps and frequent saves, is trained unbroken and then under SIGKILL at random
-    moments; each time it ends, the curve, the samples of each step and the bytes of the model are compared with the
-    unbroken ones. Killed is the process group that drives the stage: launched inline it is the training itself; with
-    Ray the cluster then ends the ranks. Nothing in the store is touched but what the stage needs (data, stages before
-    it), which is made where it is missing; the trials lie in STORE/verify-resume and are removed. Ends with 1 where
-    anything differs.
+    A variant of the stage, with --steps steps and frequent saves, is trained once without a kill and then with SIGKILL
+    at random moments. The loss curve, the samples of each step and the bytes of the model are compared each time the
+    stage ends. The kill hits the process group that drives the stage: with launch inline that is the training itself,
+    with Ray the cluster then ends the ranks. The store only gains what the stage needs and lacks (data, earlier
+    stages); the trials lie in STORE/verify-resume and are removed. The exit code is 1 if anything differs.
     """
     from vila_ops.pipeline import stages
     from vila_ops.train import verify_resume as proof  # heavy: torch
@@ -76,22 +75,22 @@ def verify_resume(
     run, context = load_run(recipe, resources, overrides)
     chosen = stage or next(iter(run.recipe.stages), "")
     data, init = stages.inputs_of(run, chosen, context)
-    asked = proof.Trial(
+    trial = proof.Trial(
         stage=proof.short(run.recipe.stages[chosen], steps=steps),
         model=run.recipe.model_of(chosen),
         data=data,
         init=init,
         resources=run.resources,
     )
-    variant = proof.changes(run.recipe.stages[chosen], asked.stage)
-    saves = f"a checkpoint every {asked.stage.save_every} steps, MLflow not told"
+    variant = proof.changes(run.recipe.stages[chosen], trial.stage)
+    saves = f"a checkpoint every {trial.stage.save_every} steps, nothing logged to MLflow"
     print(f"stage {chosen} of {run.recipe.name}, with {variant}; {saves}", file=sys.stderr)
-    verdict = proof.verify_resume(asked, kills=kills, say=lambda line: print(line, file=sys.stderr, flush=True))
+    verdict = proof.verify_resume(trial, kills=kills, say=lambda line: print(line, file=sys.stderr, flush=True))
     if as_json:
         print_result(verdict, as_json)
     else:
         say("\n".join(proof.lines(verdict)))
     if verdict.compared_steps and not verdict.resumed:
-        print("no kill came after the first checkpoint: ask for more --kills or --steps", file=sys.stderr)
+        print("no kill came after the first checkpoint; use more --kills or --steps", file=sys.stderr)
     if verdict.differences:
         raise typer.Exit(1)
