@@ -18,7 +18,16 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 TESTS = [f"tests/{name}" for name in ("train", "model", "generate", "eval")]
-ARGUMENTS = ["-q", "-m", "not ray and not real and not gpu", "-p", "no:cacheprovider", "--timeout=3000"]
+ARGUMENTS = [
+    "-q",
+    "-m",
+    "not ray and not real and not gpu",
+    "-p",
+    "no:cacheprovider",
+    "--timeout=3000",
+    "--tb=short",
+    "--show-capture=no",
+]
 LEVELS = ("DEFAULT", "AVX2", "AVX512")
 """Of torch's own kernels, by rising demands."""
 BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
