@@ -8,7 +8,9 @@ from torch.nn.functional import gelu, layer_norm, linear
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from vila_ops.model.configuration import PROJECTOR, VilaConfig
-from vila_ops.model.projectors import build_projector, fit_to, merge_patches
+from vila_ops.model.projectors import build_projector
+from vila_ops.model.projectors.downsample import merge_patches
+from vila_ops.model.projectors.initialise import fit_to
 
 KINDS: list[dict[str, Any]] = [
     {"kind": "linear"},

@@ -22,7 +22,7 @@ from transformers import (
     SiglipModel,
 )
 
-from vila_ops.config.model import DownsampleProjector, tokens_of_grid
+from vila_ops.config.model import DownsampleProjector
 from vila_ops.model import folder as model_folder
 from vila_ops.model.towers import POSITIONS, at_image_size, build_tower, class_tokens, resize_positions
 
@@ -211,4 +211,4 @@ def test_tokens_of_a_image(
             made = whole.model.multi_modal_projector(whole.tower_features(images(size)[:1]))
         assert model.image_tokens() == whole.config.image_seq_length == made.shape[1] == expected
         assert placed(processor, whole.config, size) == expected
-    assert tokens_of_grid(1, DownsampleProjector(factor=3)) == 1
+    assert DownsampleProjector(factor=3).tokens(1) == 1

@@ -1,10 +1,11 @@
 """What the model is: vision tower, projector, language model. Shapes derive from here."""
 
-from typing import Annotated, Literal, assert_never
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, SerializeAsAny, model_validator
 
 from vila_ops.config.base import Config
+from vila_ops.config.kinds import plugins
 from vila_ops.config.package import Package
 
 Shape = dict[str, int | float | bool | str]
@@ -70,21 +71,43 @@ class RandomLanguageModel(Config):
     num_heads: PositiveInt = 4
 
 
-class LinearProjector(Config):
+class ProjectorConfig(Config):
+    """What every projector's config class answers; a plugin's derives from it and adds `kind` and its settings."""
+
+    kind: str
+
+    def tokens(self, grid: int) -> int:
+        """Tokens of one image of grid x grid patches: one a patch, unless the projector merges patches."""
+        return grid**2
+
+    def fits_llava(self) -> bool:
+        """Whether LLaVA's own format can hold the projector, as two linear layers with an activation between them."""
+        return False
+
+
+class LinearProjector(ProjectorConfig):
     """One linear layer (the paper's ablations)."""
 
     kind: Literal["linear"] = "linear"
 
+    def fits_llava(self) -> bool:
+        """True: as an MLP with identity activation and an identity second layer."""
+        return True
 
-class MlpProjector(Config):
+
+class MlpProjector(ProjectorConfig):
     """Linear layers with GELU between them: two are LLaVA-1.5's and the released scripts' mlp2x_gelu."""
 
     kind: Literal["mlp_gelu"] = "mlp_gelu"
     depth: int = Field(default=2, ge=2, le=8)
     """Linear layers."""
 
+    def fits_llava(self) -> bool:
+        """True for two layers."""
+        return self.depth == 2
 
-class TransformerProjector(Config):
+
+class TransformerProjector(ProjectorConfig):
     """Transformer blocks over the patches of one image, then a linear layer (the paper's Table 1 a to c).
 
     The paper shows no details: these are pre-norm blocks as wide as the tower, every patch seeing every other.
@@ -96,7 +119,7 @@ class TransformerProjector(Config):
     """Must divide the tower's channels."""
 
 
-class DownsampleProjector(Config):
+class DownsampleProjector(ProjectorConfig):
     """factor x factor neighbouring patches concatenated on channels, then `depth` linear layers.
 
     1: that layer alone (the paper's Table 7). 2: layer norm, linear, GELU, linear (mlp_downsample of VILA-1.5, 2x2 of
@@ -112,14 +135,19 @@ class DownsampleProjector(Config):
     """In which order the merged patches follow each other. VILA-1.5's checkpoints have columns: its code returned the
     grid transposed."""
 
+    def tokens(self, grid: int) -> int:
+        """Blocks of one image: ceil(grid / factor)^2."""
+        return int(-(-grid // self.factor)) ** 2
+
 
 ImageFit = Literal["pad", "resize", "crop"]
 """pad: the whole image, the rest in the mean colour of the tower (VILA v1). resize: both sides to the square's
 (SigLIP; `resize` of VILA-1.5). crop: the shorter side to the square's, the middle of the longer (CLIP)."""
 VisionTower = Annotated[PackagedTower | HubTower | RandomTower, Field(discriminator="kind")]
 LanguageModel = Annotated[PackagedLanguageModel | HubLanguageModel | RandomLanguageModel, Field(discriminator="kind")]
+OwnProjector = LinearProjector | MlpProjector | TransformerProjector | DownsampleProjector
 Projector = Annotated[
-    LinearProjector | MlpProjector | TransformerProjector | DownsampleProjector, Field(discriminator="kind")
+    OwnProjector, Field(discriminator="kind"), SerializeAsAny(), plugins("vila_ops.projectors", OwnProjector)
 ]
 Part = Literal["vision_tower", "projector", "language_model"]
 
@@ -161,7 +189,7 @@ class Model(Config):
 
     def image_tokens(self) -> int:
         """Positions of one image in the text: 224 / 14 gives 256, 336 / 14 gives 576 where no patches are merged."""
-        return tokens_of_grid(self.grid(), self.projector)
+        return self.projector.tokens(self.grid())
 
     def text(self, *, max_tokens: int) -> "TextFormat":
         """How the model reads records."""
@@ -184,17 +212,6 @@ class Model(Config):
                 f"use a multiple of {self.patch_size}"
             )
         return self
-
-
-def tokens_of_grid(grid: int, projector: Projector) -> int:
-    """Tokens that a projector makes of grid x grid patches: grid^2, or ceil(grid / factor)^2 where it merges them."""
-    match projector:
-        case LinearProjector() | MlpProjector() | TransformerProjector():
-            return grid**2
-        case DownsampleProjector(factor=factor):
-            return int(-(-grid // factor)) ** 2
-        case _:
-            assert_never(projector)
 
 
 class TextFormat(Config):

@@ -11,6 +11,7 @@ from vila_ops.artifacts.folders import folder_digest
 from vila_ops.artifacts.kinds import Pretrained
 from vila_ops.artifacts.leases import hold
 from vila_ops.config import NO_CONTEXT, Model, Resources, RunContext
+from vila_ops.model.projectors import plugin_of
 
 REVISION = 5
 log = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ def assemble(model: Model, resources: Resources, context: RunContext = NO_CONTEX
 def _identity(model: Model) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The recipe without places of this machine, and the digests of the local folders that stood there."""
     recipe = model.model_dump(mode="json")
+    if plugin := plugin_of(model.projector.kind):
+        recipe["projector_plugin"] = plugin
     folders: list[str] = []
     if model.weights is not None:
         folders.append(recipe["weights"].pop("path"))

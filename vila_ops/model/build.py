@@ -11,7 +11,8 @@ from vila_ops.config import Model
 from vila_ops.config.model import HubLanguageModel, RandomLanguageModel
 from vila_ops.model.configuration import VilaConfig
 from vila_ops.model.part import read_part
-from vila_ops.model.projectors import initialise
+from vila_ops.model.projectors import plugin_of
+from vila_ops.model.projectors.initialise import initialise
 from vila_ops.model.seeds import generator, isolated
 from vila_ops.model.shapes import check_shape
 from vila_ops.model.towers import build_tower, select_strategy
@@ -60,6 +61,7 @@ def config_of(model: Model, tower: Any, language_model: Any, *, image_id: int, e
         vision_feature_layer=model.feature_layer,
         vision_feature_select_strategy=select_strategy(tower.config),
         projector=model.projector.model_dump(mode="json"),
+        projector_plugin=plugin_of(model.projector.kind),
         after_image=model.after_image,
         vision_side=model.image_size,
         image_aspect_ratio=model.image_aspect_ratio,

@@ -5,7 +5,6 @@ import dataclasses
 
 from torch import Tensor
 
-from vila_ops.config.model import tokens_of_grid
 from vila_ops.model.configuration import VilaConfig
 from vila_ops.model.towers import at_image_size, sized
 from vila_ops.model.trainable import EXPERT
@@ -39,7 +38,7 @@ def _resized(config: VilaConfig, state: dict[str, Tensor], side: int) -> tuple[V
     out.vision_config, out.vision_side = sized(config.vision_config, side), side
     if not out.grid():
         raise ValueError(f"images of {side} pixels are less than one patch of the tower")
-    out.image_seq_length = tokens_of_grid(out.grid(), config.projector_choice())
+    out.image_seq_length = config.projector_choice().tokens(out.grid())
     return out, at_image_size(state, config.vision_config, side)
 
 

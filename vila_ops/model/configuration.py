@@ -17,6 +17,8 @@ class VilaConfig(LlavaConfig):  # type: ignore[misc]
     model_type = "vila_llava"
     projector: dict[str, Any] | None = None
     """The recipe's projector, as its config class dumps it; None: LLaVA's two layers."""
+    projector_plugin: dict[str, Any] | None = None
+    """Package, version and revision of the plugin that the projector comes from; None: it is one of ours."""
     visual_expert: bool = False
     """The language model has a second set of weights for image tokens."""
     after_image: str = ""

@@ -10,19 +10,20 @@ from torch import Tensor
 from transformers import LlavaConfig, LlavaProcessor
 
 from vila_ops.artifacts.store import CorruptArtifact
-from vila_ops.config.model import ImageFit, LinearProjector, MlpProjector
+from vila_ops.config.model import ImageFit
 from vila_ops.config.train import Lora, Tuning
 from vila_ops.model import lora
 from vila_ops.model.change import Change, changed
 from vila_ops.model.configuration import VilaConfig
 from vila_ops.model.processing import read_fit
+from vila_ops.model.projectors import plugin_of
 from vila_ops.model.trainable import LORA
 from vila_ops.model.vila import VilaForConditionalGeneration
 from vila_ops.model.weights import on_meta, read_weights, write_weights
 from vila_ops.packages.tokenizer import stop_ids
 from vila_ops.packages.untrusted import check_folder, check_layers, read_json, stored_tensors
 
-OURS = ("projector", "visual_expert", "vision_side", "image_aspect_ratio")
+OURS = ("projector", "projector_plugin", "visual_expert", "vision_side", "image_aspect_ratio")
 """Config fields that LLaVA's format does not know."""
 ADAPTER = "adapter"
 """Folder inside the folder of a model that a LoRA stage trained."""
@@ -33,6 +34,8 @@ OF_READING = (
 """What transformers writes of where and how a tokenizer was read, into the tokenizer's own settings."""
 PLACE = "_name_or_path"
 """What transformers writes into a config of where it was read: a path of one machine."""
+PLUGIN_FACTS = {"package", "version", "revision"}
+"""What the config states of a projector's plugin."""
 MAX_SIDE = 4096
 
 
@@ -67,11 +70,7 @@ def without_place(stated: Any) -> Any:
 
 def is_plain(config: VilaConfig) -> bool:
     """Whether LLaVA's own format can hold the model."""
-    match config.projector_choice():
-        case LinearProjector() | MlpProjector(depth=2):
-            return not config.visual_expert
-        case _:
-            return False
+    return config.projector_choice().fits_llava() and not config.visual_expert
 
 
 def save_trained(
@@ -161,6 +160,7 @@ def read_config(folder: Path) -> VilaConfig:
     check_folder(folder)
     stated = read_json(folder / "config.json")
     check_layers(stated, len(stored_tensors(folder)), folder / "config.json")
+    _check_plugin(stated, folder)
     kind = stated.pop("model_type", None)
     if kind == LlavaConfig.model_type:
         act = stated.get("projector_hidden_act", "gelu")
@@ -186,6 +186,29 @@ def read_config(folder: Path) -> VilaConfig:
             f"give {tokens}"
         )
     return config
+
+
+def _check_plugin(stated: dict[str, Any], folder: Path) -> None:
+    """Raise ValueError if the projector needs a plugin that is not installed, or is installed in another revision."""
+    if (needed := stated.get("projector_plugin")) is None:
+        return
+    projector = stated.get("projector")
+    if not isinstance(projector, dict) or not isinstance(needed, dict) or set(needed) != PLUGIN_FACTS:
+        raise CorruptArtifact(
+            f"{folder / 'config.json'}: projector_plugin is not {sorted(PLUGIN_FACTS)} of a projector"
+        )
+    kind = projector.get("kind")
+    package = f"{needed['package']} {needed['version']}"
+    if (installed := plugin_of(str(kind))) is None:
+        raise ValueError(
+            f"{folder} has a projector of kind {kind!r}, which the package {package} adds; it is not installed here: "
+            f"install it, if you trust it, and load the model again"
+        )
+    if (installed["package"], installed["revision"]) != (needed["package"], needed["revision"]):
+        raise ValueError(
+            f"{folder} needs revision {needed['revision']} of the projector {kind!r}, as in {package}; installed is "
+            f"revision {installed['revision']}, of {installed['package']} {installed['version']}, whose results differ"
+        )
 
 
 def _image_tokens(config: VilaConfig) -> int:
@@ -220,6 +243,8 @@ def fit_of(folder: Path) -> tuple[ImageFit, int]:
 
 def _write_config(config: VilaConfig, folder: Path, *, dtype: torch.dtype) -> None:
     stated: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    if stated["projector_plugin"] is None:
+        del stated["projector_plugin"]
     stated["architectures"] = [VilaForConditionalGeneration.__name__]
     for part in (stated, stated["text_config"], stated["vision_config"]):
         part["dtype"] = str(dtype).removeprefix("torch.")

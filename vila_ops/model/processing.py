@@ -7,7 +7,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from vila_ops.config.model import DownsampleProjector, ImageFit
-from vila_ops.model.configuration import VilaConfig
+from vila_ops.model.configuration import PROJECTOR, VilaConfig
 from vila_ops.model.towers import class_tokens, patch_side
 
 BICUBIC = 3
@@ -15,7 +15,10 @@ BICUBIC = 3
 
 
 class VilaProcessor(LlavaProcessor):  # type: ignore[misc]
-    """LLaVA's processor for a projector that merges `downsample` x `downsample` patches into one token."""
+    """LLaVA's processor for a projector that does not give one token a patch.
+
+    It merges `downsample` x `downsample` patches into one token, or is a plugin's, given by its settings.
+    """
 
     def __init__(  # noqa: PLR0913 transformers finds the parts of a processor by the names of all its arguments
         self,
@@ -27,6 +30,7 @@ class VilaProcessor(LlavaProcessor):  # type: ignore[misc]
         image_token: str = "<image>",
         num_additional_image_tokens: int = 0,
         downsample: int = 1,
+        projector: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -34,12 +38,19 @@ class VilaProcessor(LlavaProcessor):  # type: ignore[misc]
             num_additional_image_tokens,
         )  # fmt: skip
         self.downsample = downsample
+        if projector is not None:  # transformers saves every attribute, None too
+            self.projector = projector
 
     def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
-        """The placeholders of one image: ceil(side / patch / downsample)^2 image tokens."""
+        """The placeholders of one image: ceil(side / patch / downsample)^2 image tokens, or as many as the plugin says.
+
+        An image is a square, as the image processor makes it.
+        """
         height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
-        rows, columns = (-(-(side // self.patch_size) // self.downsample) for side in (height, width))
         token: str = self.image_token
+        if choice := getattr(self, "projector", None):
+            return token * PROJECTOR.validate_python(choice).tokens(height // self.patch_size)
+        rows, columns = (-(-(side // self.patch_size) // self.downsample) for side in (height, width))
         return token * int(rows * columns)
 
 
@@ -47,7 +58,7 @@ AutoProcessor.register(VilaConfig, VilaProcessor)
 
 
 def build_processor(config: VilaConfig, tokenizer: PreTrainedTokenizerFast, *, mean_std: Any) -> LlavaProcessor:
-    """The processor of a model: stock LLaVA's where its projector keeps every patch, ours where it merges them."""
+    """The processor of a model: stock LLaVA's where an image has one token a patch, ours elsewhere."""
     strategy = config.vision_feature_select_strategy
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # stock `generate` goes on from the right
     shared = {
@@ -60,6 +71,8 @@ def build_processor(config: VilaConfig, tokenizer: PreTrainedTokenizerFast, *, m
     }
     if isinstance(choice := config.projector_choice(), DownsampleProjector):
         return VilaProcessor(**shared, downsample=choice.factor)
+    if choice.tokens(config.grid()) != config.grid() ** 2:
+        return VilaProcessor(**shared, projector=config.projector)
     return LlavaProcessor(**shared)
 
 

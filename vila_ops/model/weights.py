@@ -13,6 +13,7 @@ from torch import Tensor
 from vila_ops.artifacts.store import CorruptArtifact
 from vila_ops.config.model import LinearProjector
 from vila_ops.model.configuration import VilaConfig
+from vila_ops.model.projectors import linear
 from vila_ops.model.vila import VilaForConditionalGeneration
 from vila_ops.packages.untrusted import BYTES_OF, Stored, stored_tensors
 
@@ -62,7 +63,12 @@ def read_weights(folder: Path, config: VilaConfig) -> dict[str, Tensor]:
         state |= {name: tensors[there] for name, there in names.items() if stored[there].file == path}
     if config.tie_word_embeddings and HEAD in state and not torch.equal(state.pop(HEAD), state[EMBEDDING]):
         raise CorruptArtifact(f"{folder} ties the head to the embedding but holds another head; which one is not clear")
-    return _mlp_as_linear(state, folder) if isinstance(config.projector_choice(), LinearProjector) else state
+    if not isinstance(config.projector_choice(), LinearProjector):
+        return state
+    try:
+        return linear.from_llava(state, PREFIX)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
 
 
 def write_weights(state: dict[str, Tensor], folder: Path, *, config: VilaConfig) -> dict[str, Tensor]:
@@ -70,8 +76,7 @@ def write_weights(state: dict[str, Tensor], folder: Path, *, config: VilaConfig)
 
     Returns what is written, by the names of the modules in stock transformers 5.
     """
-    if f"{PREFIX}linear.weight" in state:
-        state = _linear_as_mlp(state)
+    state = _stored(state, config)
     if config.tie_word_embeddings:
         state = {name: tensor for name, tensor in state.items() if name != HEAD}  # the embedding again
     inner = INNER if config.vision_config.model_type in WITH_INNER else TOWER
@@ -103,13 +108,7 @@ def _names(stored: dict[str, Stored], folder: Path) -> dict[str, str]:
 
 
 def _check_shapes(held: dict[str, Stored], config: VilaConfig, folder: Path) -> None:
-    wanted: dict[str, tuple[int, ...]] = {name: tuple(one.shape) for name, one in on_meta(config).state_dict().items()}
-    if isinstance(config.projector_choice(), LinearProjector):
-        dim, channels = wanted.pop(f"{PREFIX}linear.weight")
-        wanted |= {f"{PREFIX}linear_1.weight": (dim, channels), f"{PREFIX}linear_2.weight": (dim, dim)}
-        wanted |= dict.fromkeys(
-            (f"{PREFIX}linear_1.bias", f"{PREFIX}linear_2.bias"), wanted.pop(f"{PREFIX}linear.bias")
-        )
+    wanted = {name: tuple(tensor.shape) for name, tensor in _stored(dict(on_meta(config).state_dict()), config).items()}
     common = set(wanted) & set(held)
     wrong: dict[str, Any] = {
         "missing": sorted(set(wanted) - set(held) - ({HEAD} if config.tie_word_embeddings else set())),
@@ -131,21 +130,6 @@ def _some(names: Any) -> Any:
     return {"count": len(names), "first": dict(items) if isinstance(names, dict) else items}
 
 
-def _linear_as_mlp(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A linear projector is an MLP with identity activation and an identity second layer: exact."""
-    out = {name: tensor for name, tensor in state.items() if not name.startswith(PREFIX)}
-    weight, bias = state[f"{PREFIX}linear.weight"], state[f"{PREFIX}linear.bias"]
-    out[f"{PREFIX}linear_1.weight"], out[f"{PREFIX}linear_1.bias"] = weight, bias
-    out[f"{PREFIX}linear_2.weight"] = torch.eye(len(weight), dtype=weight.dtype)
-    out[f"{PREFIX}linear_2.bias"] = torch.zeros(len(weight), dtype=weight.dtype)
-    return out
-
-
-def _mlp_as_linear(state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    out = {name: tensor for name, tensor in state.items() if not name.startswith(PREFIX)}
-    second = state[f"{PREFIX}linear_2.weight"]
-    if not torch.equal(second, torch.eye(len(second), dtype=second.dtype)) or state[f"{PREFIX}linear_2.bias"].any():
-        raise ValueError(f"{folder}: the projector's second layer is not the identity, so it is no linear projector")
-    out[f"{PREFIX}linear.weight"] = state[f"{PREFIX}linear_1.weight"]
-    out[f"{PREFIX}linear.bias"] = state[f"{PREFIX}linear_1.bias"]
-    return out
+def _stored(state: dict[str, Tensor], config: VilaConfig) -> dict[str, Tensor]:
+    """Parameters as files hold them: a linear projector is LLaVA's two layers."""
+    return linear.to_llava(state, PREFIX) if isinstance(config.projector_choice(), LinearProjector) else state

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from vila_ops.config.model import tokens_of_grid
 from vila_ops.model.configuration import VilaConfig
 from vila_ops.model.projectors import build_projector
 from vila_ops.model.towers import class_tokens, patch_side
@@ -88,7 +88,7 @@ def shapes_of(config: VilaConfig) -> Shapes:
     with torch.device("meta"):
         decoder, tower = AutoModel.from_config(text), AutoModel.from_config(vision)
         projector = build_projector(config)
-    blocks = list(getattr(projector, "blocks", []))
+    blocks = [one for one in projector.modules() if isinstance(one, CLIPEncoderLayer)]
     within = {id(one) for block in blocks for one in block.modules()}
     channels = vision.hidden_size
     return Shapes(
@@ -106,7 +106,7 @@ def shapes_of(config: VilaConfig) -> Shapes:
             _matrix(one) for one in projector.modules() if isinstance(one, nn.Linear) and id(one) not in within
         ),
         projector_norm=any(isinstance(one, nn.LayerNorm) for one in projector.modules()),
-        image_tokens=tokens_of_grid(config.grid(), config.projector_choice()),
+        image_tokens=config.projector_choice().tokens(config.grid()),
     )
 
 

@@ -19,7 +19,7 @@ from vila_ops.model import attention, lora
 from vila_ops.model import folder as model_folder
 from vila_ops.model.build import embedding_std
 from vila_ops.model.change import Change
-from vila_ops.model.projectors import fit_to
+from vila_ops.model.projectors.initialise import fit_to
 from vila_ops.model.trainable import keep_frozen_in, set_trainable
 from vila_ops.model.vila import VilaForConditionalGeneration
 from vila_ops.tracking import MetricLog

@@ -14,6 +14,7 @@ from vila_ops.artifacts.leases import hold
 from vila_ops.cluster import whoami
 from vila_ops.config import NO_CONTEXT, Model, Resources, RunContext, Stage
 from vila_ops.config.train import Lora
+from vila_ops.model.projectors import plugin_of
 from vila_ops.train.checkpoint.storage import remove_all
 from vila_ops.train.job import JobPayload, RankInfo, StageInputs, TrainJob
 
@@ -39,6 +40,8 @@ def train_stage(
     _check_quantised(stage)
     fresh = isinstance(init, Pretrained) and model.weights is None
     recipe = {"stage": _own(stage), "projector": model.projector.model_dump(mode="json"), "fresh_projector": fresh}
+    if plugin := plugin_of(model.projector.kind):
+        recipe["projector_plugin"] = plugin
     at = store.address(Checkpoint, revision=REVISION, recipe=recipe, parents=(data.digest, init.digest))
     if done := store.find(Checkpoint, at, store=resources.storage.store):
         return done
