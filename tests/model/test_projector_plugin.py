@@ -58,6 +58,7 @@ with torch.no_grad():
     features = whole.tower_features(processed["pixel_values"])
     projected = whole.model.multi_modal_projector(features)
     expected = features.unflatten(1, (4, 4)).mean(2) @ whole.model.multi_modal_projector.weight.T
+    expected += whole.model.multi_modal_projector.bias
 print(json.dumps({
     "uri": made.uri,
     "folder": str(store.content(made)),
@@ -68,11 +69,18 @@ print(json.dumps({
     "error": float((projected - expected).abs().max()),
 }))
 """
-LOAD = """
-import sys
+OTHER_REVISION = """
+import json, sys
 from pathlib import Path
+from vila_ops.config import Model, Resources
 from vila_ops.model import folder
-folder.load(Path(sys.argv[1]))
+from vila_ops.model.assemble import assemble
+
+made = assemble(Model.model_validate_json(sys.argv[1]), Resources.model_validate_json(sys.argv[2]))
+try:
+    folder.load(Path(sys.argv[3]))
+except ValueError as error:
+    print(json.dumps({"uri": made.uri, "refusal": str(error)}))
 """
 
 
@@ -92,36 +100,37 @@ def install(tmp_path: Path) -> Any:
     return write
 
 
-def run(code: str, *arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+def run(code: str, *arguments: str, env: dict[str, str]) -> dict[str, Any]:
+    """What a fresh process prints last, as JSON."""
+    done = subprocess.run(
         [sys.executable, "-c", code, *arguments], env=env, capture_output=True, text=True, timeout=300, check=False
     )
+    assert done.returncode == 0, done.stderr
+    printed: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return printed
 
 
 def test_a_plugin_s_projector_is_assembled_and_its_revision_is_part_of_the_address(
     make_model: Any, make_resources: Any, install: Any, tmp_path: Path
 ) -> None:
-    model = make_model().model_dump(mode="json") | {"projector": {"kind": "mean_row"}}
+    model = json.dumps(make_model().model_dump(mode="json") | {"projector": {"kind": "mean_row"}})
     resources = make_resources(tmp_path).model_dump_json()
-    environments = [install(revision=revision) for revision in (1, 2)]
-    made: list[dict[str, Any]] = []
-    for env in environments:
-        done = run(ASSEMBLE, json.dumps(model), resources, env=env)
-        assert done.returncode == 0, done.stderr
-        made.append(json.loads(done.stdout.splitlines()[-1]))
-    first, second = made
+    first = run(ASSEMBLE, model, resources, env=install(revision=1))
     assert first["image_tokens"] == first["text_image_tokens"] == first["placeholders"] == 4, "56 / 14 rows of patches"
     assert first["shape"] == [1, 4, 64]
     assert first["error"] < 1e-5
-    assert first["uri"] != second["uri"]
 
-    needed = json.loads((Path(first["folder"]) / "config.json").read_text())["projector_plugin"]
+    folder = Path(first["folder"])
+    needed = json.loads((folder / "config.json").read_text())["projector_plugin"]
     assert needed == {"package": "mean-row", "version": "1.0", "revision": 1}
     with pytest.raises(ValueError, match=r"kind 'mean_row', which the package mean-row 1\.0 adds; it is not installed"):
-        model_folder.load(Path(first["folder"]))
-    other = run(LOAD, first["folder"], env=environments[1])
-    assert "needs revision 1 of the projector 'mean_row'" in other.stderr
-    assert "installed is revision 2, of mean-row 2.0" in other.stderr
+        model_folder.load(folder)
+
+    second = run(OTHER_REVISION, model, resources, str(folder), env=install(revision=2))
+    assert second["uri"] != first["uri"]
+    assert (
+        "needs revision 1 of the projector 'mean_row', as in mean-row 1.0; installed is revision 2" in second["refusal"]
+    )
 
 
 def test_a_kind_that_no_package_adds_is_refused(make_model: Any) -> None:

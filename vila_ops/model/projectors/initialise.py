@@ -27,7 +27,7 @@ def initialise(projector: nn.Module, *, std: float, seed: int) -> None:
             continue
         if module.bias is not None:
             module.bias.zero_()
-        drawn |= {f"{name}.{parameter}" for parameter, _ in module.named_parameters()}
+        drawn |= {f"{name}.{parameter}".removeprefix(".") for parameter, _ in module.named_parameters()}
     if left := sorted({name for name, _ in projector.named_parameters()} - drawn):
         raise ValueError(
             f"the projector's parameters {left[:3]} belong to no linear layer or layer norm, and no others are "
