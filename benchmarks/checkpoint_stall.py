@@ -1,9 +1,9 @@
 """Seconds that training waits for a resume checkpoint of SmolLM2-135M: fp32 weights and both moments, 1.6 GB.
 
-Ours: a save as the loop makes it, while it takes real steps; what `save` and `settle` waited, and what is left to wait
-for when the next save comes. Peer: the same code, awaited at once, which is a synchronous save of the same bytes with
-the same checks. Both alternate in one run, from the second save on: the first makes the buffers, and is told too. On
-few cores the thread takes time from the steps beside it: `step_seconds` tells with and without. Target: 5 %.
+Ours: a save as the loop makes it, while it takes real steps; what `save` and `wait_for_staging` waited, and what is
+left to wait for when the next save comes. Peer: the same code, awaited at once, which is a synchronous save of the same
+bytes with the same checks. Both alternate in one run, from the second save on: the first makes the buffers, and is told
+too. On few cores the thread takes time from the steps beside it: `step_seconds` tells with and without. Target: 5 %.
 """
 
 import statistics
@@ -87,7 +87,7 @@ def _step(engine: PlainEngine, model: LlamaForCausalLM, ids: torch.Tensor, check
     """Seconds of one step, as the loop takes it."""
     started = time.perf_counter()
     engine.backward(model(input_ids=ids, labels=ids).loss)
-    checkpoints.settle()
+    checkpoints.wait_for_staging()
     engine.step(1.0)
     return time.perf_counter() - started
 

@@ -33,7 +33,7 @@ import os, sys, time
 from pathlib import Path
 from vila_ops.train import loop
 from vila_ops.train.engine import PlainEngine
-from vila_ops.train.job import TrainJob, Place
+from vila_ops.train.job import RankInfo, TrainJob
 
 started, job, last = float(sys.argv[1]), TrainJob.model_validate_json(Path(sys.argv[2]).read_text()), int(sys.argv[3])
 step, validate, validated, steps = PlainEngine.step, loop.validate, [], []
@@ -44,8 +44,8 @@ def timed_validate(*given, **named):
     validated.append(time.time() - begun)
     return loss
 
-def timed_step(self, factor):
-    norm = step(self, factor)
+def timed_step(self, lr_multiplier):
+    norm = step(self, lr_multiplier)
     steps.append(time.time() - started)
     if len(steps) == last:
         print(steps[0], sum(validated), flush=True)
@@ -53,7 +53,7 @@ def timed_step(self, factor):
     return norm
 
 loop.validate, PlainEngine.step = timed_validate, timed_step
-loop.train(job, Place())
+loop.train(job, RankInfo())
 """
 
 

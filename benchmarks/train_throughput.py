@@ -181,10 +181,10 @@ class Ours:
         self.objective = Objective(model, bf16=stage.precision == "bf16")
         self.trained = set_trainable(self.objective, stage.trainable, stage.tuning)
         self.engine = build_engine(self.objective, self.trained, stage, resources)
-        self.tally = LossAccumulator(self.job, model, self.batches, self.rows.sources())
+        self.accumulator = LossAccumulator(self.job, model, self.batches, self.rows.sources())
         metrics = MetricLog(resources, None)
-        self.blame = BadSampleFinder(self.job, StepWatchdog(self.job, RankInfo()), self.rows, [], metrics)
-        self.meter = MetricsLogger(self.job, metrics, step=0, num_steps=stage.num_steps or 0)
+        self.bad_samples = BadSampleFinder(self.job, StepWatchdog(self.job, RankInfo()), self.rows, [], metrics)
+        self.metrics_logger = MetricsLogger(self.job, metrics, step=0, num_steps=stage.num_steps or 0)
         self.bare = torch.optim.AdamW(parameter_groups(stage, self.trained), betas=stage.betas, fused=True)
         self.index = {row["key"]: row for row in read_index(content(data)).to_pylist()}
 
@@ -204,12 +204,14 @@ class Ours:
     def seconds(self, *, step: int, rows: Any = None) -> float:
         """Of one step as `loop.train` takes it, metrics included."""
         started = time.perf_counter()
-        self.blame.watch.beat(step, "train")
-        seen = loop.add_gradients(self.engine, self.tally, rows or self.rows, self.job, step=step, blame=self.blame)
+        self.bad_samples.watchdog.heartbeat(step, "train")
+        seen = loop.accumulate_gradients(
+            self.engine, self.accumulator, rows or self.rows, self.job, step=step, bad_samples=self.bad_samples
+        )
         norm = self.engine.step(0.0)
-        self.blame.check("gradient norm", norm, step=step)
-        self.blame.look(step, seen.loss)
-        self.meter.count(step, seen, norm=norm, factor=0.0, stalled=0.0)
+        self.bad_samples.check_finite("gradient norm", norm, step=step)
+        self.bad_samples.check_spike(step, seen.loss)
+        self.metrics_logger.log_step(step, seen, grad_norm=norm, lr_multiplier=0.0, stall_seconds=0.0)
         return time.perf_counter() - started
 
     def loop_share(self) -> float:
@@ -248,12 +250,12 @@ class Ours:
         started = time.perf_counter()
         for row in rows:
             if row.images:
-                self.batches.cache(row.images)
+                self.batches.feature_cache(row.images)
         return time.perf_counter() - started
 
 
 class Alone:
-    """Rows as `loop.add_gradients` asks for them, one sample in each."""
+    """Rows as `loop.accumulate_gradients` asks for them, one sample in each."""
 
     def __init__(self, samples: list[Sample]) -> None:
         self.rows = [pack([sample], capacity=len(sample.input_ids)) for sample in samples]

@@ -13,7 +13,7 @@ import pytest
 from vila_ops.config import Stage, load
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.model.assemble import assemble
-from vila_ops.train.verify_resume import Trial
+from vila_ops.train.verify_resume import ResumeTrial
 
 TESTS = Path(__file__).parents[1]
 CONFIGS = TESTS.parent / "configs"
@@ -48,7 +48,7 @@ def fork() -> Iterator[Callable[..., list[int]]]:
 
 
 @pytest.fixture(scope="session")
-def ask(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trial]:
+def ask(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ResumeTrial]:
     """A stage of the tiny recipe with some settings changed, and a store of its own."""
     root = tmp_path_factory.mktemp("faults")
     places = (
@@ -58,13 +58,13 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trial]:
     )
     run = load(CONFIGS / "recipes/tiny.yaml", resources=CONFIGS / "resources/inline.yaml", overrides=places)
 
-    def make(store: Path, *, sources: Iterable[str] = (), **changes: Any) -> Trial:
+    def make(store: Path, *, sources: Iterable[str] = (), **changes: Any) -> ResumeTrial:
         stage = run.recipe.stages["pretrain"]
         mixture = stage.mixture.model_dump()
         kept = {name: one for name, one in mixture["sources"].items() if name in sources or not sources}
         own = {"mixture": {**mixture, "name": "-".join(kept), "sources": kept}, **changes}
         changed = Stage.model_validate({**stage.model_dump(), **own})
-        return Trial(
+        return ResumeTrial(
             stage=changed,
             model=run.recipe.model,
             data=prepare(changed.mixture, run.recipe.text(), run.resources),

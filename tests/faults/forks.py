@@ -3,7 +3,7 @@
 Importing torch and DeepSpeed takes many times as long as a tiny stage does. A task is answered on a line with the exit
 code of each of its processes. It has either
 
-    stage    what `Trial` of verify_resume holds: the task `train_stage` in one process, or
+    stage    what `ResumeTrial` of verify_resume holds: the task `train_stage` in one process, or
     job      of vila_ops.train.job: the training loop of `world_size` ranks that meet at `rendezvous`,
 
 and may have
@@ -31,8 +31,8 @@ import torch
 
 from vila_ops.train import engine, loop
 from vila_ops.train.job import RankInfo, TrainJob
-from vila_ops.train.samples import read_samples
-from vila_ops.train.verify_resume import Trial
+from vila_ops.train.sample_log import read_sample_log
+from vila_ops.train.verify_resume import ResumeTrial
 
 CALLS = ("fsync", "rename", "replace", "link", "unlink", "rmdir")
 RANDOM = re.compile(r"[0-9a-f]{8,}|(?<=/)[0-9a-f]{2}(?=/)|(?<=\.probe-)\w+|(?<=tmp)\w{8}")
@@ -73,7 +73,7 @@ def _run(task: Task) -> list[int]:
 def _reached(task: Task) -> int:
     """The last step for which samples were read, counted from 1, in this attempt."""
     job = TrainJob.model_validate(task["job"])
-    steps = [read.step for read in read_samples(job.samples()) if read.attempt == Path(job.attempt).name]
+    steps = [read.step for read in read_sample_log(job.samples()) if read.attempt == Path(job.attempt).name]
     return 1 + max(steps, default=-1)
 
 
@@ -86,7 +86,7 @@ def _fork(task: Task, rank: int) -> int:
         if "points" in task or "kill" in task:
             _count_calls(task)
         if "stage" in task:
-            Trial.model_validate(task["stage"]).train()
+            ResumeTrial.model_validate(task["stage"]).train()
         else:
             _rank(task, rank)
         code = 0
@@ -97,10 +97,10 @@ def _fork(task: Task, rank: int) -> int:
 
 
 def _rank(task: Task, rank: int) -> None:
-    job, place = TrainJob.model_validate(task["job"]), RankInfo(rank=rank, world_size=task.get("world_size", 1))
+    job, rank_info = TrainJob.model_validate(task["job"]), RankInfo(rank=rank, world_size=task.get("world_size", 1))
     if job.resources.launch == "ray":
-        process_group.join(rank, place.world_size, task["rendezvous"])
-    loop.train(job, place)
+        process_group.join(rank, rank_info.world_size, task["rendezvous"])
+    loop.train(job, rank_info)
     if job.resources.launch == "ray":
         torch.distributed.barrier()
 
@@ -112,7 +112,7 @@ def _count_calls(task: Task) -> None:
     """
     seen: Counter[str] = Counter()
     lock = threading.Lock()
-    root = Trial.model_validate(task["stage"]).resources.storage.store
+    root = ResumeTrial.model_validate(task["stage"]).resources.storage.store
     point, side = task.get("kill", (None, None))
 
     def counted(name: str, honest: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Stopped and gone on with other numbers of processes and ZeRO stages, a stage walks the way of one process.
+"""BadSampleReport and gone on with other numbers of processes and ZeRO stages, a stage walks the way of one process.
 
 The order of samples is the same. Losses agree to 1e-6 in fp32, not bit for bit: ranks add their gradients in another
 order than one process does. VILA_ELASTIC sets how many random sequences are tried (`make faults`: 30).
@@ -20,8 +20,8 @@ from vila_ops.artifacts.store import content
 from vila_ops.config import NO_CONTEXT
 from vila_ops.data.shards import read_index
 from vila_ops.train.job import TrainJob
-from vila_ops.train.samples import Read, batches_of, first_stray, read_samples
-from vila_ops.train.verify_resume import Trial
+from vila_ops.train.sample_log import StepSamples, first_mismatch, global_batches, read_sample_log
+from vila_ops.train.verify_resume import ResumeTrial
 
 SEQUENCES = int(os.environ.get("VILA_ELASTIC", "0"))
 LEG_STEPS = 3
@@ -58,7 +58,7 @@ WAYS |= {f"seed-{SEED + number}": drawn(SEED + number) for number in range(SEQUE
 
 
 @pytest.fixture(scope="module")
-def asked(ask: Callable[..., Trial], tmp_path_factory: pytest.TempPathFactory) -> Trial:
+def asked(ask: Callable[..., ResumeTrial], tmp_path_factory: pytest.TempPathFactory) -> ResumeTrial:
     """Documents alone, which every epoch reads once, over more than two epochs."""
     return ask(
         tmp_path_factory.mktemp("elastic") / "store",
@@ -67,29 +67,31 @@ def asked(ask: Callable[..., Trial], tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="module")
-def alone(asked: Trial, fork: Fork, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], list[Read]]:
+def alone(
+    asked: ResumeTrial, fork: Fork, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[float], list[StepSamples]]:
     """Losses and samples of one process with plain torch that nobody stops."""
     folder = tmp_path_factory.mktemp("alone")
     job = _job(asked, folder, 0, Leg())
     assert fork(job=job.model_dump(mode="json")) == [0]
-    return _losses(job), read_samples(job.samples())
+    return _losses(job), read_sample_log(job.samples())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WAYS)
 def test_the_way_is_that_of_one_process(
-    name: str, asked: Trial, alone: tuple[list[float], list[Read]], fork: Fork, tmp_path: Path
+    name: str, asked: ResumeTrial, alone: tuple[list[float], list[StepSamples]], fork: Fork, tmp_path: Path
 ) -> None:
-    losses, batches = alone[0], batches_of(alone[1])
+    losses, batches = alone[0], global_batches(alone[1])
     legs = WAYS[name]
     job = _walk(legs, asked, fork, tmp_path)
-    reads = read_samples(job.samples())
-    assert first_stray(reads, batches) is None
+    reads = read_sample_log(job.samples())
+    assert first_mismatch(reads, batches) is None
     starts = [min(read.step for read in reads if read.attempt == f"attempt-{number}") for number in range(len(legs))]
     assert starts[0] == 0
     assert all(a < b for a, b in pairwise(starts)), f"no leg went on from a checkpoint: {starts}"
     last = {step: max(read.attempt for read in reads if read.step == step) for step in batches}
-    walked = batches_of(read for read in reads if read.attempt == last[read.step])
+    walked = global_batches(read for read in reads if read.attempt == last[read.step])
     assert walked == batches
     _check_epochs([key for step in sorted(walked) for row in walked[step] for key in row], asked)
     found = _losses(job)
@@ -99,7 +101,7 @@ def test_the_way_is_that_of_one_process(
 
 @pytest.mark.slow
 def test_zero_3_goes_on_where_its_ranks_do_not_divide_the_weights(
-    ask: Callable[..., Trial], fork: Fork, tmp_path: Path
+    ask: Callable[..., ResumeTrial], fork: Fork, tmp_path: Path
 ) -> None:
     """Of a vector of 64 numbers two of three ranks have 22, and the last has 20."""
     asked = ask(
@@ -114,7 +116,7 @@ def test_zero_3_goes_on_where_its_ranks_do_not_divide_the_weights(
     assert losses["thirds"] == pytest.approx(losses["alone"], rel=0, abs=1e-6)
 
 
-def _walk(legs: list[Leg], asked: Trial, fork: Fork, folder: Path) -> TrainJob:
+def _walk(legs: list[Leg], asked: ResumeTrial, fork: Fork, folder: Path) -> TrainJob:
     """Train leg after leg, each of them killed but the last; returns the last one's job."""
     draw = random.Random(SEED)
     for number, leg in enumerate(legs):
@@ -128,7 +130,7 @@ def _walk(legs: list[Leg], asked: Trial, fork: Fork, folder: Path) -> TrainJob:
     return job
 
 
-def _check_epochs(keys: list[str], asked: Trial) -> None:
+def _check_epochs(keys: list[str], asked: ResumeTrial) -> None:
     """Every sample of the data once in each epoch: between two reads of it lie all others but those of one row."""
     train = {row["key"] for row in read_index(content(asked.data)).to_pylist() if row["split"] == "train"}
     whole = len(keys) // len(train)
@@ -138,7 +140,7 @@ def _check_epochs(keys: list[str], asked: Trial) -> None:
         assert Counter(own) == Counter(train)
 
 
-def _job(asked: Trial, folder: Path, number: int, leg: Leg) -> TrainJob:
+def _job(asked: ResumeTrial, folder: Path, number: int, leg: Leg) -> TrainJob:
     cluster = {} if leg.zero_stage is None else {"launch": "ray", "ray_address": "127.0.0.1:1"}
     train = {
         "num_workers": leg.world_size, "zero_stage": leg.zero_stage or 0, "micro_batch_size": leg.micro_batch_size,

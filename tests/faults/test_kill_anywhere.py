@@ -22,7 +22,7 @@ import yaml
 
 from tests.seed import SEED
 from vila_ops.config.load import merge
-from vila_ops.train.samples import Keys, Read, batches_of, first_stray, read_samples
+from vila_ops.train.sample_log import Keys, StepSamples, first_mismatch, global_batches, read_sample_log
 
 ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("VILA_KILLS", "5"))
@@ -72,7 +72,7 @@ def _whole(folder: Path, command: list[str], env: dict[str, str]) -> Whole:
     started = time.monotonic()
     digests = _run_to_the_end(command, env)
     seconds = time.monotonic() - started
-    return Whole(digests, {stage: batches_of(reads) for stage, reads in _reads(folder).items()}, seconds)
+    return Whole(digests, {stage: global_batches(reads) for stage, reads in _reads(folder).items()}, seconds)
 
 
 def _kill_and_finish(
@@ -95,7 +95,7 @@ def _kill_and_finish(
         reads = _reads(folder)
         assert reads.keys() == whole.samples.keys()
         for stage, own in reads.items():
-            assert first_stray(own, whole.samples[stage]) is None, f"seed {SEED}, killed after {moments} s"
+            assert first_mismatch(own, whole.samples[stage]) is None, f"seed {SEED}, killed after {moments} s"
             assert {read.step for read in own} == whole.samples[stage].keys()
 
 
@@ -126,9 +126,9 @@ def _run_to_the_end(command: list[str], env: dict[str, str]) -> Digests:
     return {name: one["digest"] for name, one in {**made, "report": outcome["report"]}.items()}
 
 
-def _reads(folder: Path) -> dict[str, list[Read]]:
+def _reads(folder: Path) -> dict[str, list[StepSamples]]:
     """The samples that each stage of a pipeline read."""
-    return {stage.name: read_samples(stage) for stage in (folder / "store/samples").iterdir()}
+    return {stage.name: read_sample_log(stage) for stage in (folder / "store/sample_log").iterdir()}
 
 
 def _made(folder: Path) -> Path:

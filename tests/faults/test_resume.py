@@ -8,17 +8,19 @@ from typing import Any
 import pytest
 
 from vila_ops.config import Stage
-from vila_ops.train.samples import batches_of, first_stray
-from vila_ops.train.verify_resume import Trial
+from vila_ops.train.sample_log import first_mismatch, global_batches
+from vila_ops.train.verify_resume import ResumeTrial
 
 Fork = Callable[..., list[int]]
 
 
 @pytest.fixture
-def trained_and_killed(fork: Fork, ask: Callable[..., Trial], tmp_path: Path) -> Callable[..., tuple[Trial, Trial]]:
+def trained_and_killed(
+    fork: Fork, ask: Callable[..., ResumeTrial], tmp_path: Path
+) -> Callable[..., tuple[ResumeTrial, ResumeTrial]]:
     """A stage that nobody killed, and one that was as soon as its checkpoint after `step` steps was there."""
 
-    def make(*, step: int, **changes: Any) -> tuple[Trial, Trial]:
+    def make(*, step: int, **changes: Any) -> tuple[ResumeTrial, ResumeTrial]:
         whole, killed = (ask(tmp_path / name, **changes) for name in ("whole", "killed"))
         assert fork(stage=whole.model_dump(mode="json"), points=str(tmp_path / "points")) == [0]
         points = (tmp_path / "points").read_text().splitlines()
@@ -29,18 +31,18 @@ def trained_and_killed(fork: Fork, ask: Callable[..., Trial], tmp_path: Path) ->
     return make
 
 
-def changed(asked: Trial, **settings: Any) -> Trial:
+def changed(asked: ResumeTrial, **settings: Any) -> ResumeTrial:
     stage = Stage.model_validate({**asked.stage.model_dump(), **settings})
-    return Trial.model_validate({**asked.model_dump(), "stage": stage.model_dump()})
+    return ResumeTrial.model_validate({**asked.model_dump(), "stage": stage.model_dump()})
 
 
-def check(whole: Trial, resumed: Trial, *, step: int) -> None:
+def check(whole: ResumeTrial, resumed: ResumeTrial, *, step: int) -> None:
     """The second went on after so many steps, and ended as the first."""
-    attempts = {read.attempt: [] for read in resumed.reads()}
-    for read in resumed.reads():
+    attempts = {read.attempt: [] for read in resumed.samples()}
+    for read in resumed.samples():
         attempts[read.attempt].append(read.step)
     assert sorted(min(steps) for steps in attempts.values()) == [0, step]
-    assert first_stray(resumed.reads(), batches_of(whole.reads())) is None
+    assert first_mismatch(resumed.samples(), global_batches(whole.samples())) is None
     assert resumed.train().digest == whole.train().digest
 
 
@@ -52,19 +54,19 @@ def check(whole: Trial, resumed: Trial, *, step: int) -> None:
     ],
 )
 def test_it_goes_on_with_the_next_epoch(
-    step: int, num_steps: int, trained_and_killed: Callable[..., tuple[Trial, Trial]], fork: Fork
+    step: int, num_steps: int, trained_and_killed: Callable[..., tuple[ResumeTrial, ResumeTrial]], fork: Fork
 ) -> None:
     rows = {"sources": ["pairs"], "pack": False, "sequence_length": 96, "validate_every": 20}
     whole, killed = trained_and_killed(step=step, num_steps=num_steps, save_every=step, global_batch_size=6, **rows)
     samples = 24
-    seen = [key for step in range(4) for row in batches_of(whole.reads())[step] for key in row]
+    seen = [key for step in range(4) for row in global_batches(whole.samples())[step] for key in row]
     assert len(set(seen)) == len(seen) == samples, "four steps are one epoch"
     assert fork(stage=killed.model_dump(mode="json")) == [0]
     check(whole, killed, step=step)
 
 
 def test_another_rhythm_of_saves_does_not_matter(
-    trained_and_killed: Callable[..., tuple[Trial, Trial]], fork: Fork
+    trained_and_killed: Callable[..., tuple[ResumeTrial, ResumeTrial]], fork: Fork
 ) -> None:
     whole, killed = trained_and_killed(step=4, num_steps=9, save_every=4)
     often = changed(killed, save_every=1)
@@ -73,14 +75,14 @@ def test_another_rhythm_of_saves_does_not_matter(
 
 
 def test_another_recipe_does_not_go_on_from_this_one_s_checkpoint(
-    trained_and_killed: Callable[..., tuple[Trial, Trial]], fork: Fork
+    trained_and_killed: Callable[..., tuple[ResumeTrial, ResumeTrial]], fork: Fork
 ) -> None:
     """Not even with one step more, nor in the same store: they have other addresses."""
     whole, killed = trained_and_killed(step=4, num_steps=9, save_every=4)
     longer = changed(killed, num_steps=10)
-    seen = len(killed.reads())
+    seen = len(killed.samples())
     assert fork(stage=longer.model_dump(mode="json")) == [0]
     assert longer.train().step == 10
-    assert len(longer.reads()) == seen + 10 * 1
+    assert len(longer.samples()) == seen + 10 * 1
     assert fork(stage=killed.model_dump(mode="json")) == [0]
     assert killed.train().digest == whole.train().digest

@@ -13,17 +13,18 @@ from vila_ops.train.job import RankInfo, TrainJob
 honest = DeepSpeedEngine.backward
 
 
-def run(task: dict[str, Any], place: RankInfo) -> None:
+def run(task: dict[str, Any], rank_info: RankInfo) -> None:
     """Train a job; rank 0 leaves ran.json, what the stage says of itself, beside the curve.
 
     `scale` is what the last rank multiplies its loss by before it takes gradients.
     """
-    job, scale = TrainJob.model_validate(task["job"]), task["scale"] if place.rank == place.world_size - 1 else 1.0
+    job = TrainJob.model_validate(task["job"])
+    scale = task["scale"] if rank_info.rank == rank_info.world_size - 1 else 1.0
 
     def backward(engine: DeepSpeedEngine, loss: Tensor) -> None:
         honest(engine, loss * scale)
 
     DeepSpeedEngine.backward = backward if scale != 1 else honest  # type: ignore[method-assign]
-    ran = loop.train(job, place)
-    if place.rank == 0:
+    ran = loop.train(job, rank_info)
+    if rank_info.rank == 0:
         (Path(job.attempt) / "ran.json").write_text(json.dumps(ran))

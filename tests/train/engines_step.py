@@ -13,13 +13,13 @@ from vila_ops.tracking import MetricLog
 from vila_ops.train.bad_samples import BadSampleFinder
 from vila_ops.train.engine import Engine, build_engine
 from vila_ops.train.job import RankInfo, TrainJob
-from vila_ops.train.loop import add_gradients, load
+from vila_ops.train.loop import accumulate_gradients, load
 from vila_ops.train.metrics import LossAccumulator
 from vila_ops.train.objective import Objective
 from vila_ops.train.watchdog import StepWatchdog
 
 
-def run(task: dict[str, Any], place: RankInfo) -> None:
+def run(task: dict[str, Any], rank_info: RankInfo) -> None:
     """Take a step, and then one whose gradient is not finite on the last rank alone.
 
     Rank 0 leaves norms.json, with both norms and what the second step moved, and state.safetensors, the state after
@@ -30,18 +30,19 @@ def run(task: dict[str, Any], place: RankInfo) -> None:
     objective = Objective(model, bf16=False)
     trained = set_trainable(objective, job.stage.trainable, job.stage.tuning)
     engine = build_engine(objective, trained, job.stage, job.resources)
-    tally = LossAccumulator(job, model, batches, rows.sources())
-    blame = BadSampleFinder(job, StepWatchdog(job, place), rows, [], MetricLog(job.resources, None))
-    add_gradients(engine, tally, rows, job, step=0, blame=blame)
+    accumulator = LossAccumulator(job, model, batches, rows.sources())
+    bad_samples = BadSampleFinder(job, StepWatchdog(job, rank_info), rows, [], MetricLog(job.resources, None))
+    accumulate_gradients(engine, accumulator, rows, job, step=0, bad_samples=bad_samples)
     norm = engine.step(1.0)
     before = state(engine)
-    own, _ = rows.batch(1, rank=place.rank, world_size=place.world_size)
+    own, _ = rows.batch(1, rank=rank_info.rank, world_size=rank_info.world_size)
+    scale = float("nan") if rank_info.rank == rank_info.world_size - 1 else 1.0
     for row in own:
-        engine.backward(engine.loss(batches([row]))[0] * (float("nan") if place.rank == place.world_size - 1 else 1.0))
+        engine.backward(engine.loss(batches([row]))[0] * scale)
     broken = engine.step(1.0)
     after = state(engine)
     moved = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
-    if place.rank == 0:
+    if rank_info.rank == 0:
         (Path(job.attempt) / "norms.json").write_text(json.dumps({"norm": norm, "broken": broken, "moved": moved}))
         save_file(before, Path(job.attempt) / "state.safetensors")
 

@@ -27,9 +27,9 @@ class Stuck(BatchBuilder):
 
 if __name__ == "__main__":
     job, rank, world_size, rendezvous = sys.argv[1:]
-    place = RankInfo(rank=int(rank), world_size=int(world_size))
-    if place.rank == 1:
-        loop.Batches = Stuck  # type: ignore[misc]
-    join(place.rank, place.world_size, rendezvous)
-    loop.train(TrainJob.model_validate_json(Path(job).read_text()), place)
+    rank_info = RankInfo(rank=int(rank), world_size=int(world_size))
+    if rank_info.rank == 1:
+        loop.BatchBuilder = Stuck  # type: ignore[misc]
+    join(rank_info.rank, rank_info.world_size, rendezvous)
+    loop.train(TrainJob.model_validate_json(Path(job).read_text()), rank_info)
     end()

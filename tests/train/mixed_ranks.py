@@ -61,10 +61,10 @@ def set_out(folder: str, stage: Stage, resources: Resources) -> tuple[Engine, Ob
     return build_engine(objective, trained, stage, resources), objective
 
 
-def run(task: dict[str, Any], place: RankInfo) -> None:
+def run(task: dict[str, Any], rank_info: RankInfo) -> None:
     """Leave the state after the steps of a case; a world of one takes the rows of both ranks."""
     stage, resources = Stage.model_validate(task["stage"]), Resources.model_validate(task["resources"])
-    ranks = (0, 1) if place.world_size == 1 else (place.rank,)
+    ranks = (0, 1) if rank_info.world_size == 1 else (rank_info.rank,)
     found = walk(*set_out(task["folder"], stage, resources), ranks=ranks)
-    if place.rank == 0:
+    if rank_info.rank == 0:
         save_file(found, task["out"])

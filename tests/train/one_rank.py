@@ -10,7 +10,7 @@ from vila_ops.train.loop import train
 
 if __name__ == "__main__":
     job, rank, world_size, rendezvous = sys.argv[1:]
-    place = RankInfo(rank=int(rank), world_size=int(world_size))
-    join(place.rank, place.world_size, rendezvous)
-    train(TrainJob.model_validate_json(Path(job).read_text()), place)
+    rank_info = RankInfo(rank=int(rank), world_size=int(world_size))
+    join(rank_info.rank, rank_info.world_size, rendezvous)
+    train(TrainJob.model_validate_json(Path(job).read_text()), rank_info)
     end()

@@ -224,7 +224,7 @@ def test_training_goes_on_while_a_slow_disk_writes_what_was(make: Make, held: th
     own = {f"w{n}": {"param": torch.full((4_000_000,), float(n))} for n in range(4)}
     checkpoints = make()
     checkpoints.save(4, iter(own.items()), CURVE)
-    checkpoints.settle()
+    checkpoints.wait_for_staging()
     for tensors in reversed(own.values()):
         tensors["param"].fill_(-1.0)  # the next step
     assert not list(tmp_path.glob("resume/step-*")), "it is not sealed before its bytes are on the disk"
@@ -238,7 +238,7 @@ def test_training_goes_on_while_a_slow_disk_writes_what_was(make: Make, held: th
 def test_a_second_save_waits_for_the_first(make: Make, held: threading.Event, tmp_path: Path) -> None:
     checkpoints, sealed = make(), []
     checkpoints.save(4, iter(states(4.0).items()), CURVE)
-    checkpoints.settle()
+    checkpoints.wait_for_staging()
     before = checkpoints.stall_seconds
 
     def second() -> None:

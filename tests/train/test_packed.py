@@ -20,7 +20,7 @@ from vila_ops.train.bad_samples import BadSampleFinder
 from vila_ops.train.batch_builder import BatchBuilder
 from vila_ops.train.engine import PlainEngine
 from vila_ops.train.job import RankInfo, TrainJob
-from vila_ops.train.loop import add_gradients
+from vila_ops.train.loop import accumulate_gradients
 from vila_ops.train.metrics import LossAccumulator
 from vila_ops.train.objective import Objective
 from vila_ops.train.watchdog import StepWatchdog
@@ -117,7 +117,7 @@ def test_a_steps_gradient_is_the_same_for_any_split_into_ranks_micro_batches_and
     batches = BatchBuilder(job, objective.model, device=torch.device("cpu"))
     cache = job.resources.storage.plan_cache()
     rows = RowLoader(opened(job.data).file, digest=job.data.digest, stage=job.stage, cache=cache)
-    tally = LossAccumulator(job, objective.model, batches, rows.sources())
+    accumulator = LossAccumulator(job, objective.model, batches, rows.sources())
     everything, num_targets = rows.batch(0)
     logits = torch.stack([logits_of(objective, batches, row) for row in everything])
     loss = cross_entropy(logits.mT, torch.from_numpy(stack(everything)[3]))
@@ -131,9 +131,9 @@ def test_a_steps_gradient_is_the_same_for_any_split_into_ranks_micro_batches_and
         own = TrainJob.model_validate({**job.model_dump(), "resources": resources})
         value = 0.0
         for rank in range(ranks):
-            watch = StepWatchdog(own, RankInfo(rank=rank, world_size=ranks))
-            blame = BadSampleFinder(own, watch, rows, [], MetricLog(own.resources, None))
-            value += add_gradients(engine, tally, rows, own, step=0, blame=blame).loss
+            watchdog = StepWatchdog(own, RankInfo(rank=rank, world_size=ranks))
+            bad_samples = BadSampleFinder(own, watchdog, rows, [], MetricLog(own.resources, None))
+            value += accumulate_gradients(engine, accumulator, rows, own, step=0, bad_samples=bad_samples).loss
         assert value == pytest.approx(float(loss.detach()), rel=1e-6)
         for name, gradient in gradients(engine).items():
             assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), (ranks, size, name)

@@ -31,8 +31,8 @@ from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.data.shards import read_index, samples_of
 from vila_ops.model.assemble import assemble
 from vila_ops.model.features import SUFFIX
-from vila_ops.train.bad_samples import LEAST, BadSampleFinder, by_sample, is_spike
-from vila_ops.train.job import HUNG, NonFiniteLoss, RankInfo, Stopped, TrainJob
+from vila_ops.train.bad_samples import LEAST, BadSampleFinder, is_spike, sum_by_sample
+from vila_ops.train.job import HUNG, BadSampleReport, NonFiniteLoss, RankInfo, TrainJob
 from vila_ops.train.loop import load as load_stage
 from vila_ops.train.loop import train
 from vila_ops.train.objective import Objective
@@ -94,14 +94,14 @@ def test_hung_ranks_end_with_their_stacks_and_the_next_try_walks_the_same_curve(
     train(plain, RankInfo())
     patient = job_of(run, "hung", stage=longer, **TWO)
     job = patient.with_changes({"resources.train.watchdog": {"factor": 1.0, "at_least_seconds": 8.0}})
-    folder = job.watch()
+    folder = job.diagnostics()
 
     ranks = start(job)
     try:
         wait_for(lambda: (Path(job.resume) / "step-000002").exists())
         ranks[1].send_signal(signal.SIGSTOP)
         assert ranks[0].wait(120) == HUNG
-        said = json.loads((folder / "rank-001.json").read_text())
+        said = json.loads((folder / "rank-001.heartbeat.json").read_text())
         assert said["pid"] == ranks[1].pid
         assert not (folder / "rank-001.stacks").exists(), "it was stopped, so it did not see itself hang"
         ranks[1].send_signal(signal.SIGCONT)
@@ -111,7 +111,7 @@ def test_hung_ranks_end_with_their_stacks_and_the_next_try_walks_the_same_curve(
             rank.kill()
     first = (folder / "rank-000.stacks").read_text()
     assert re.search(r"rank 0 of 2 hangs in phase (train|save|validate) after step \d+", first)
-    told = re.search(r"no sign of life for (\d+) s, where 8 s are the most", first)
+    told = re.search(r"no heartbeat for (\d+) s, the limit is 8 s", first)
     assert told, first
     assert 8 <= int(told[1]) < 8 + 2 * 2, "a look a second, of which no more than two seconds count"
     assert re.search(r"line \d+ in (_sum|step|backward|_barrier|all_reduce|barrier)\n", first), first
@@ -132,7 +132,7 @@ def test_hung_ranks_end_with_their_stacks_and_the_next_try_walks_the_same_curve(
 
     ranks = start(patient)
     assert [rank.wait(240) for rank in ranks] == [0, 0]
-    assert not list(folder.glob("rank-*.json")), "nobody lives"
+    assert not list(folder.glob("rank-*.heartbeat.json")), "nobody lives"
     one, two = (json.loads((Path(own.attempt) / "curve.json").read_text()) for own in (plain, job))
     losses = [[float.fromhex(row["loss"]) for row in curve[1:]] for curve in (one, two)]
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
@@ -140,13 +140,13 @@ def test_hung_ranks_end_with_their_stacks_and_the_next_try_walks_the_same_curve(
 
 def test_a_hung_process_ends_where_its_stacks_cannot_be_written(run: Run) -> None:
     job = job_of(run, "full", watchdog={"factor": 1.0, "at_least_seconds": 0.5})
-    (job.watch() / "rank-000.stacks").mkdir(parents=True)
+    (job.diagnostics() / "rank-000.stacks").mkdir(parents=True)
     script = (
         "import sys, time; from vila_ops.train import watchdog as w\n"
         "from vila_ops.train.job import TrainJob, RankInfo\n"
         "w.TICK_SECONDS = 0.1\n"
-        "with w.StepWatchdog(TrainJob.model_validate_json(sys.argv[1]), RankInfo()) as watch:\n"
-        "    watch.beat(0, 'train'); time.sleep(600)"
+        "with w.StepWatchdog(TrainJob.model_validate_json(sys.argv[1]), RankInfo()) as watchdog:\n"
+        "    watchdog.heartbeat(0, 'train'); time.sleep(600)"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, job.model_dump_json()], capture_output=True, text=True, timeout=60, check=False
@@ -163,9 +163,10 @@ def test_a_process_that_was_stopped_and_a_phase_without_bound_are_not_ended(run:
         "import sys, time; from vila_ops.train import watchdog as w\n"
         "from vila_ops.train.job import TrainJob, RankInfo\n"
         "w.TICK_SECONDS = 0.2\n"
-        "with w.StepWatchdog(TrainJob.model_validate_json(sys.argv[1]), RankInfo()) as watch:\n"
+        "with w.StepWatchdog(TrainJob.model_validate_json(sys.argv[1]), RankInfo()) as watchdog:\n"
         "    time.sleep(4)\n"
-        "    watch.beat(0, 'train'); print('begun', flush=True); sys.stdin.readline(); print('ended', flush=True)"
+        "    watchdog.heartbeat(0, 'train'); print('begun', flush=True); sys.stdin.readline()\n"
+        "    print('ended', flush=True)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script, job.model_dump_json()], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -174,7 +175,7 @@ def test_a_process_that_was_stopped_and_a_phase_without_bound_are_not_ended(run:
     assert process.stdout.readline() == "begun\n"
 
     def said() -> dict[str, Any]:
-        told: dict[str, Any] = json.loads((job.watch() / "rank-000.json").read_text())
+        told: dict[str, Any] = json.loads((job.diagnostics() / "rank-000.heartbeat.json").read_text())
         return told
 
     wait_for(lambda: said()["phase"] == "train")
@@ -197,7 +198,7 @@ def test_the_loss_of_each_sample_is_what_it_is_alone(run: Run) -> None:
     assert max(len(row.keys) for row in own) > 1
     with torch.no_grad():
         _, each = objective(batches(own))
-    sums, targets = by_sample(own, each)
+    sums, targets = sum_by_sample(own, each)
     assert [key for row in own for key in row.keys] == [
         key for step in (0, 1) for row in rows.keys(step) for key in row
     ]
@@ -260,7 +261,7 @@ def test_a_broken_sample_is_named_and_the_command_of_the_message_trains_without_
     assert f"align: loss nan at step {step + 1}; nothing was updated" in said
     assert f"1 of the 3 samples of the step have such a loss: pairs {row['id']!r} ({row['key']});" in said
     paste = shlex.split(said.partition("To train without their records: ")[2])
-    stopped = Stopped.model_validate_json(Path(paste[-1]).read_text())
+    stopped = BadSampleReport.model_validate_json(Path(paste[-1]).read_text())
     assert [(one.source, one.id, one.key) for one in stopped.samples] == [("pairs", row["id"], row["key"])]
     assert stopped.data == data.digest
     client = MlflowClient(database)
@@ -286,7 +287,7 @@ def test_two_ranks_name_the_samples_of_both(run: Run) -> None:
     steps = [rows.batch(step)[0] for step in range(rows.num_steps())]
     known = {image for row in steps[0] for image in row.images}
     step, row = next((n, row) for n, own in enumerate(steps) for row in own if set(row.images) - known)
-    batches.cache(list(known))
+    batches.feature_cache(list(known))
     poison(job, next(image for image in row.images if image not in known), float("inf"))
     ranks = start(job, stderr=subprocess.PIPE)
     told = [rank.communicate(timeout=240)[1] for rank in ranks]
@@ -296,7 +297,9 @@ def test_two_ranks_name_the_samples_of_both(run: Run) -> None:
         assert (
             f"pretrain: loss nan at step {step + 1}; nothing was updated. {len(row.keys)} of the {size} samples" in text
         )
-    named = Stopped.model_validate_json((job.watch() / f"stopped-step-{step + 1:06d}.json").read_text()).samples
+    named = BadSampleReport.model_validate_json(
+        (job.diagnostics() / f"bad-samples-step-{step + 1:06d}.json").read_text()
+    ).samples
     index = {row["key"]: row for row in read_index(content(job.data)).to_pylist()}
     assert [one.key for one in named] == list(row.keys)
     assert [(one.source, one.id) for one in named] == [(index[key]["source"], index[key]["id"]) for key in row.keys]
@@ -360,17 +363,17 @@ def test_a_spike_is_written_down_once_with_its_worst_samples_and_training_goes_o
     objective = Objective(model, bf16=False)
     curve = [{"step": step, "loss": 1.0 + step % 5 / 100} for step in range(1, 41)]
     metrics = tracking.MetricLog(job.resources, job.run_id)
-    with StepWatchdog(job, RankInfo()) as watch, metrics, caplog.at_level(logging.WARNING), torch.no_grad():
-        blame = BadSampleFinder(job, watch, rows, curve, metrics)
+    with StepWatchdog(job, RankInfo()) as watchdog, metrics, caplog.at_level(logging.WARNING), torch.no_grad():
+        bad_samples = BadSampleFinder(job, watchdog, rows, curve, metrics)
         for step, loss in ((1, 1.02), (2, 5.0), (3, 5.1), (4, 1.01), (5, 6.0)):
             own, _ = rows.batch(step - 1)
-            blame.begin(own)
+            bad_samples.begin_step(own)
             for row in own:
-                blame.saw([row], objective(batches([row]))[1])
-            blame.look(step, loss)
+                bad_samples.add([row], objective(batches([row]))[1])
+            bad_samples.check_spike(step, loss)
         own, _ = rows.batch(1)
-        sums, targets = by_sample(own, objective(batches(own))[1])
-    records = [json.loads(line) for line in (job.watch() / "spikes.jsonl").read_text().splitlines()]
+        sums, targets = sum_by_sample(own, objective(batches(own))[1])
+    records = [json.loads(line) for line in (job.diagnostics() / "loss-spikes.jsonl").read_text().splitlines()]
     assert [(one["step"], one["loss"]) for one in records] == [(2, 5.0), (5, 6.0)], "5.1 is of the spike before it"
     first = records[0]
     assert first["median"] == pytest.approx(1.02)
@@ -381,15 +384,15 @@ def test_a_spike_is_written_down_once_with_its_worst_samples_and_training_goes_o
         sorted(alone.values(), reverse=True)[:10], rel=1e-4
     )
     assert all(one["source"] and one["id"] for one in first["samples"])
-    lines = [one for one in caplog.messages if "stands out from" in one]
+    lines = [one for one in caplog.messages if "loss spike" in one]
     assert len(lines) == 2
     assert (
-        f"loss 5.000 at step 2 stands out from 1.020 before it; highest of its samples: {first['samples'][0]['source']}"
-        in lines[0]
+        f"loss spike: 5.000 at step 2, the median before it is 1.020; its sample with the highest loss, "
+        f"{first['samples'][0]['loss']:.3f}, is {first['samples'][0]['source']}" in lines[0]
     )
     client = MlflowClient(database)
     assert [one.step for one in client.get_metric_history(run_id, "loss_spike")] == [2, 5]
-    assert [file.path for file in client.list_artifacts(run_id)] == ["spikes.jsonl"]
+    assert [file.path for file in client.list_artifacts(run_id)] == ["loss-spikes.jsonl"]
 
 
 def on_ray(folder: Path, cluster: tuple[str, dict[str, str]], *more: str) -> subprocess.Popen[str]:
@@ -419,13 +422,13 @@ def test_ray_tries_a_hung_step_again_and_a_loss_that_is_no_number_not(
     bound = ("-s", "resources.train.watchdog.at_least_seconds=8", "-s", "resources.train.watchdog.factor=1")
     with on_ray(tmp_path, ray_cluster, *bound, "-s", "stages.align.num_steps=40") as training:
         wait_for(lambda: list(tmp_path.glob("store/resume/*/step-000004")))
-        (said,) = tmp_path.glob("store/watch/*/rank-001.json")
+        (said,) = tmp_path.glob("store/diagnostics/*/rank-001.heartbeat.json")
         os.kill(json.loads(said.read_text())["pid"], signal.SIGSTOP)
         told = training.communicate(timeout=400)[1]
     assert training.returncode == 0, told
     assert "rank 0 of 2 hangs" in told
-    assert list(tmp_path.glob("store/watch/*/rank-000.stacks"))
-    assert not list(tmp_path.glob("store/watch/*/rank-*.json"))
+    assert list(tmp_path.glob("store/diagnostics/*/rank-000.stacks"))
+    assert not list(tmp_path.glob("store/diagnostics/*/rank-*.heartbeat.json"))
 
     for path in tmp_path.glob(f"store/features/*/*/*{SUFFIX}"):
         path.write_bytes(filled(path, np.inf))

@@ -181,9 +181,9 @@ def quarantine(
     No shard is rebuilt, and every other sample stays as it is.
     """
     from vila_ops.pipeline.quarantine import leave_out
-    from vila_ops.train.job import Stopped
+    from vila_ops.train.job import BadSampleReport
 
-    stopped = Stopped.model_validate_json(stopped_file.read_text()) if stopped_file else None
+    stopped = BadSampleReport.model_validate_json(stopped_file.read_text()) if stopped_file else None
     name = stopped.mixture if stopped and mixture is None else mixture
     if name is None or not (samples or stopped):
         raise ValueError("say which samples: --from FILE of a stage that stopped, or --mixture NAME and --sample KEY")

@@ -75,21 +75,21 @@ def verify_resume(
     run, context = load_run(recipe, resources, overrides)
     chosen = stage or next(iter(run.recipe.stages), "")
     data, init = stages.inputs_of(run, chosen, context)
-    trial = proof.Trial(
-        stage=proof.short(run.recipe.stages[chosen], steps=steps),
+    trial = proof.ResumeTrial(
+        stage=proof.shortened(run.recipe.stages[chosen], steps=steps),
         model=run.recipe.model_of(chosen),
         data=data,
         init=init,
         resources=run.resources,
     )
-    variant = proof.changes(run.recipe.stages[chosen], trial.stage)
+    variant = proof.describe_changes(run.recipe.stages[chosen], trial.stage)
     saves = f"a checkpoint every {trial.stage.save_every} steps, nothing logged to MLflow"
     print(f"stage {chosen} of {run.recipe.name}, with {variant}; {saves}", file=sys.stderr)
-    verdict = proof.verify_resume(trial, kills=kills, say=lambda line: print(line, file=sys.stderr, flush=True))
+    verdict = proof.verify_resume(trial, kills=kills, report=lambda line: print(line, file=sys.stderr, flush=True))
     if as_json:
         print_result(verdict, as_json)
     else:
-        say("\n".join(proof.lines(verdict)))
+        say("\n".join(proof.summary(verdict)))
     if verdict.compared_steps and not verdict.resumed:
         print("no kill came after the first checkpoint; use more --kills or --steps", file=sys.stderr)
     if verdict.differences:

@@ -164,7 +164,7 @@ class TrainResources(Config):
     """Kernel for packed sequences; auto: FlashAttention where it is installed and a GPU is there, else FlexAttention
     on a GPU, else SDPA with an explicit mask."""
     record_samples: bool = False
-    """Each rank writes down which samples each step read, in `samples` beside the resume checkpoints."""
+    """Each rank records the samples that each step read, in `sample_log` of the store, or of the cache for S3."""
     keep: Retention = Retention()
     watchdog: Watchdog = Watchdog()
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"

@@ -1,7 +1,7 @@
-"""Which samples a step's loss came from: those that broke it, and those of a spike.
+"""Bad-sample attribution: the samples behind a step whose loss is not finite, and behind a loss spike.
 
-SCRATCH/watch/<address>/stopped-step-000012.json   a step whose loss or gradient was no number, its samples named
-SCRATCH/watch/<address>/spikes.jsonl               a line for each step whose loss stood out
+SCRATCH/diagnostics/<address>/bad-samples-step-000012.json   a step whose loss or gradient norm is not finite
+SCRATCH/diagnostics/<address>/loss-spikes.jsonl              one line per loss spike
 
 S samples of the global batch.
 """
@@ -23,164 +23,174 @@ from vila_ops.data.loading.packing import PackedRow
 from vila_ops.data.shards import find_rows
 from vila_ops.tracking import MetricLog
 from vila_ops.train.checkpoint.checkpointer import Curve
-from vila_ops.train.job import BadSamples, NonFiniteLoss, Stopped, TrainJob
+from vila_ops.train.job import BadSample, BadSampleReport, NonFiniteLoss, TrainJob
 from vila_ops.train.watchdog import StepWatchdog
 
 WINDOW, LEAST = 128, 32
-"""Steps before a step that it is compared with, and how many there must be."""
+"""Number of previous steps that a loss is compared with, and the fewest with which it is compared."""
 DEVIATIONS = 7.0
-"""How far above the median a spike is, as in the spike score of OLMo 2 (arXiv:2501.00656), there in standard deviations
-from the mean of 1000 steps; from fewer steps, and some of them spikes, median and MAD are told more surely."""
+"""Deviations above the median from which a loss is a spike. The spike score of OLMo 2 (arXiv:2501.00656) uses the same
+number of standard deviations from the mean of 1000 steps. Median and MAD are more robust if there are fewer steps, and
+spikes among them."""
 MAD_TO_DEVIATION = 1.4826
-"""Of a normal distribution (Hampel 1974)."""
+"""Ratio of standard deviation to MAD for a normal distribution (Hampel 1974)."""
 FLAT = 0.01
-"""Of the median: the least that counts as a deviation, for a loss that hardly moves."""
+"""Share of the median that is the smallest deviation, for a loss that hardly changes."""
 WORST = 10
-"""Samples that are named of a spike."""
+"""Number of samples that are recorded for a spike."""
 NAMED = 8
-"""Samples that stand in a message; all are in the file."""
+"""Number of samples in a message. The file has all of them."""
 log = logging.getLogger(__name__)
 
 
-class LossHistory(NamedTuple):
-    """Of each sample of the global batch of a step."""
+class SampleLosses(NamedTuple):
+    """The loss of each sample of a step's global batch."""
 
     keys: list[str]
     """(S,)"""
     sums: NDArray[np.float64]
-    """(S,) nats"""
+    """(S,), summed token loss in nats."""
     targets: NDArray[np.float64]
-    """(S,) tokens"""
+    """(S,), number of target tokens."""
 
 
 class BadSampleFinder:
-    """Of one rank of a stage; every rank asks it the same questions."""
+    """Names the samples of steps that went wrong. All ranks call the same methods at the same steps."""
 
-    def __init__(self, job: TrainJob, watch: StepWatchdog, rows: RowLoader, curve: Curve, metrics: MetricLog) -> None:
-        """`curve` is what was trained before: a stage that goes on compares with it. Rank 0's `metrics` are told."""
-        self.job, self.watch, self.rows, self.metrics = job, watch, rows, metrics
-        self._before = deque((row["loss"] for row in curve if "loss" in row), maxlen=WINDOW)
-        self._seen: list[tuple[list[PackedRow], Tensor]] = []
-        self._high = False
+    def __init__(
+        self, job: TrainJob, watchdog: StepWatchdog, row_loader: RowLoader, curve: Curve, metrics: MetricLog
+    ) -> None:
+        """`curve` holds the losses before a resume, which spikes are compared with. Rank 0 logs to `metrics`."""
+        self.job, self.watchdog, self.row_loader, self.metrics = job, watchdog, row_loader, metrics
+        self.rank_info = watchdog.rank_info
+        self._recent = deque((row["loss"] for row in curve if "loss" in row), maxlen=WINDOW)
+        self._micro_batches: list[tuple[list[PackedRow], Tensor]] = []
+        self._in_spike = False
 
-    def begin(self, own: list[PackedRow]) -> None:
-        """A step begins with these rows of this rank."""
-        self._seen = []
-        self.watch.reads(tuple(key for row in own for key in row.keys))
+    def begin_step(self, rows: list[PackedRow]) -> None:
+        """Begin a step with this rank's rows."""
+        self._micro_batches = []
+        self.watchdog.set_samples(tuple(key for row in rows for key in row.keys))
 
-    def saw(self, rows: list[PackedRow], each: Tensor) -> None:
-        """A micro-batch and the losses of its targets (N,), which stay where they are until somebody asks."""
-        self._seen.append((rows, each))
+    def add(self, rows: list[PackedRow], token_losses: Tensor) -> None:
+        """Add a micro-batch and its (N,) token losses, which stay on their device until they are needed."""
+        self._micro_batches.append((rows, token_losses))
 
-    def check(self, what: str, value: float, *, step: int) -> None:
-        """Raise NonFiniteLoss, the samples to blame named, where a value that all ranks have is no number.
+    def check_finite(self, what: str, value: float, *, step: int) -> None:
+        """Raise NonFiniteLoss, with the samples behind it, if a value that all ranks share is not finite.
 
-        A sample that breaks its own loss breaks those that share its row too: a weight of nothing times what is no
-        number is no number in attention.
+        A sample whose own loss is not finite makes the losses of its row not finite: attention multiplies its values
+        with weights of 0, and 0 times NaN is NaN.
         """
         if math.isfinite(value):
             return
-        losses = self._of_all_ranks(step)
+        losses = self._gather_sample_losses(step)
         broken = ~np.isfinite(losses.sums)
         keys = [key for key, bad in zip(losses.keys, broken, strict=True) if bad or not broken.any()]
-        named = self._records(keys)
-        path = self.watch.folder / f"stopped-step-{step + 1:06d}.json"
-        record = Stopped(
+        samples = self._records(keys)
+        path = self.watchdog.folder / f"bad-samples-step-{step + 1:06d}.json"
+        report = BadSampleReport(
             stage=self.job.stage.name,
             mixture=self.job.stage.mixture.name,
             data=self.job.data.digest,
             step=step + 1,
             what=what,
             value=str(value),
-            samples=tuple(named),
+            samples=tuple(samples),
         )
-        if self.watch.place.rank == 0:
-            path.write_text(record.model_dump_json(indent=1))
+        if self.rank_info.rank == 0:
+            path.write_text(report.model_dump_json(indent=1))
             self.metrics.attach(path)
         if broken.all():
-            why = f"All {len(keys)} samples of the step have such a loss, so it is rather the weights than the data"
+            cause = (
+                f"All {len(keys)} samples of the step have such a loss, so rather the weights are broken than the data"
+            )
         elif broken.any():
-            why = f"{len(keys)} of the {len(losses.keys)} samples of the step have such a loss"
+            cause = f"{len(keys)} of the {len(losses.keys)} samples of the step have such a loss"
         else:
-            why = f"Each of the {len(keys)} samples of the step has a finite loss, so all of them are named"
-        told = ", ".join(f"{one.source} {one.id!r} ({one.key})" for one in named[:NAMED])
-        more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
+            cause = f"Each of the {len(keys)} samples of the step has a finite loss, so all of them are listed"
+        listed = ", ".join(f"{one.source} {one.id!r} ({one.key})" for one in samples[:NAMED])
+        more = f" and {len(samples) - NAMED} more" if len(samples) > NAMED else ""
         command = self.job.context.suggest("data quarantine")
         raise NonFiniteLoss(
-            f"{self.job.stage.name}: {what} {value} at step {step + 1}; nothing was updated. {why}: {told}{more}; "
-            f"{path} has them all. To train without their records: {command} --from {path}"
+            f"{self.job.stage.name}: {what} {value} at step {step + 1}; nothing was updated. {cause}: {listed}{more}; "
+            f"{path} lists all. To train without their records: {command} --from {path}"
         )
 
-    def look(self, step: int, loss: float) -> None:
-        """Record a loss that stands out after `step` steps, once until it is back; training goes on."""
-        before, was_high = list(self._before), self._high
-        self._before.append(loss)
-        self._high = is_spike(loss, before)
-        if not self._high or was_high:
+    def check_spike(self, step: int, loss: float) -> None:
+        """Record the loss after `step` steps if it is a spike, once per spike. Training goes on."""
+        recent, was_in_spike = list(self._recent), self._in_spike
+        self._recent.append(loss)
+        self._in_spike = is_spike(loss, recent)
+        if not self._in_spike or was_in_spike:
             return
-        losses = self._of_all_ranks(step - 1)
-        if self.watch.place.rank:
+        losses = self._gather_sample_losses(step - 1)
+        if self.rank_info.rank:
             return
         mean = losses.sums / np.maximum(losses.targets, 1)
         worst = np.argsort(-mean, kind="stable")[:WORST].tolist()
-        named = {one.key: one for one in self._records([losses.keys[number] for number in worst])}
+        records = {one.key: one for one in self._records([losses.keys[number] for number in worst])}
         samples = [
-            {**named[losses.keys[n]].model_dump(), "loss": float(mean[n]), "targets": int(losses.targets[n])}
+            {**records[losses.keys[n]].model_dump(), "loss": float(mean[n]), "targets": int(losses.targets[n])}
             for n in worst
         ]
-        record = {"step": step, "loss": loss, "median": float(np.median(before)), "samples": samples}
-        path = self.watch.folder / "spikes.jsonl"
+        spike = {"step": step, "loss": loss, "median": float(np.median(recent)), "samples": samples}
+        path = self.watchdog.folder / "loss-spikes.jsonl"
         with path.open("a") as file:
-            file.write(json.dumps({"stage": self.job.stage.name, **record}) + "\n")
+            file.write(json.dumps({"stage": self.job.stage.name, **spike}) + "\n")
         first = samples[0]
         log.warning(
-            "%s: loss %.3f at step %d stands out from %.3f before it; highest of its samples: %s %r (%s) with %.3f; %s",
-            self.job.stage.name, loss, step, record["median"], first["source"], first["id"], first["key"],
-            first["loss"], path,
+            "%s: loss spike: %.3f at step %d, the median before it is %.3f; its sample with the highest loss, %.3f, is "
+            "%s %r (%s); %s lists more",
+            self.job.stage.name, loss, step, spike["median"], first["loss"], first["source"], first["id"], first["key"],
+            path,
         )  # fmt: skip
         self.metrics.log({"loss_spike": loss}, step=step)
         self.metrics.attach(path)
 
-    def _of_all_ranks(self, step: int) -> LossHistory:
-        """The loss of each sample of the global batch; every rank must ask. Each fills in its own samples."""
-        place = self.watch.place
-        keys = self.rows.keys(step)
-        share = len(keys) // place.world_size
-        first = sum(map(len, keys[: place.rank * share]))
-        own = np.concatenate([np.zeros((2, 0)), *(by_sample(rows, each) for rows, each in self._seen)], axis=1)
-        whole = torch.zeros(2, sum(map(len, keys)), dtype=torch.float64)
-        whole[:, first : first + own.shape[1]] = torch.from_numpy(own)
+    def _gather_sample_losses(self, step: int) -> SampleLosses:
+        """Return the loss of each sample of the global batch. All ranks must call this; each adds its own samples."""
+        keys = self.row_loader.keys(step)
+        rows_per_rank = len(keys) // self.rank_info.world_size
+        start = sum(map(len, keys[: self.rank_info.rank * rows_per_rank]))
+        parts = (sum_by_sample(rows, token_losses) for rows, token_losses in self._micro_batches)
+        local = np.concatenate([np.zeros((2, 0)), *parts], axis=1)
+        summed = torch.zeros(2, sum(map(len, keys)), dtype=torch.float64)
+        summed[:, start : start + local.shape[1]] = torch.from_numpy(local)
         if torch.distributed.is_initialized():
-            on_device = whole.cuda() if torch.distributed.get_backend() == "nccl" else whole
+            on_device = summed.cuda() if torch.distributed.get_backend() == "nccl" else summed
             torch.distributed.all_reduce(on_device)
-            whole = on_device.cpu()
-        sums, targets = whole.numpy()
-        return LossHistory([key for row in keys for key in row], sums, targets)
+            summed = on_device.cpu()
+        sums, targets = summed.numpy()
+        return SampleLosses([key for row in keys for key in row], sums, targets)
 
-    def _records(self, keys: Sequence[str]) -> list[BadSamples]:
-        """Key, source and record of samples, in their order, each once."""
-        found = {row["key"]: row for row in find_rows(self.job.data, keys)}
-        return [BadSamples(key=key, source=found[key]["source"], id=found[key]["id"]) for key in dict.fromkeys(keys)]
+    def _records(self, keys: Sequence[str]) -> list[BadSample]:
+        """Return key, source and record id of samples, in the order of `keys` and without repetitions."""
+        rows = {row["key"]: row for row in find_rows(self.job.data, keys)}
+        return [BadSample(key=key, source=rows[key]["source"], id=rows[key]["id"]) for key in dict.fromkeys(keys)]
 
 
-def is_spike(loss: float, before: Sequence[float]) -> bool:
-    """Whether a loss is DEVIATIONS above the median of those before it, the deviation told by their MAD."""
-    if len(before) < LEAST:
+def is_spike(loss: float, recent: Sequence[float]) -> bool:
+    """Return whether a loss is more than DEVIATIONS above the median of recent losses; their MAD is the deviation."""
+    if len(recent) < LEAST:
         return False
-    median = float(np.median(before))
-    deviation = MAD_TO_DEVIATION * float(np.median(np.abs(np.asarray(before) - median)))
+    median = float(np.median(recent))
+    deviation = MAD_TO_DEVIATION * float(np.median(np.abs(np.asarray(recent) - median)))
     return loss - median > DEVIATIONS * max(deviation, FLAT * median)
 
 
-def by_sample(rows: Sequence[PackedRow], each: Tensor) -> NDArray[np.float64]:
-    """(2, S): the summed loss of each sample of some rows, and its targets, of the losses of all targets (N,)."""
-    losses = each.detach().double().cpu().numpy()
+def sum_by_sample(rows: Sequence[PackedRow], token_losses: Tensor) -> NDArray[np.float64]:
+    """Return the summed loss and the number of target tokens of each sample of some rows, as (2, S).
+
+    `token_losses` are the (N,) losses of all target tokens, row by row.
+    """
+    losses = token_losses.detach().double().cpu().numpy()
     parts, start = [], 0
     for row in rows:
         sample = row.samples_of_targets()
-        own = losses[start : start + len(sample)]
+        row_losses = losses[start : start + len(sample)]
         start += len(sample)
-        sums = np.bincount(sample, weights=own, minlength=len(row.keys))
+        sums = np.bincount(sample, weights=row_losses, minlength=len(row.keys))
         parts.append(np.stack([sums, np.bincount(sample, minlength=len(row.keys))]))
-    assert start == len(losses), f"{len(losses)} losses of {start} targets"
+    assert start == len(losses), f"{len(losses)} losses of {start} target tokens"
     return np.concatenate(parts, axis=1)

@@ -1,7 +1,7 @@
-"""The two ways to take an optimizer step: plain torch in one process, and DeepSpeed ZeRO over many.
+"""The two engines that take an optimizer step: plain torch in one process, and DeepSpeed ZeRO over several.
 
-Both see the same objective, the same groups and the same loss scaling; both give up their state by parameter name,
-in fp32 and whole, so that a checkpoint fits any world size. The only importer of DeepSpeed.
+Both use the same objective, parameter groups and loss scaling. Both yield their state by parameter name, whole and in
+fp32, so that a checkpoint fits any world size. No other module imports DeepSpeed.
 """
 
 import copy
@@ -21,39 +21,42 @@ from vila_ops.train.optim import Trained, build_optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 State = tuple[str, dict[str, Tensor]]
-"""A parameter's name, and its `param`, `exp_avg` and `exp_avg_sq`."""
+"""The name of a parameter, and its fp32 `param`, `exp_avg` and `exp_avg_sq`."""
 
 
 class Engine(Protocol):
-    """Forward, backward, step, and the whole state by name."""
+    """Forward pass, backward pass, optimizer step, and the whole state by parameter name."""
 
     live: bool
-    """Whether `state` gives the very tensors that `step` changes, and not gathered copies of them."""
+    """Whether `state` yields the tensors that `step` updates in place, rather than gathered copies."""
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Summed token loss of this rank's micro-batch, and the losses of its tokens: see Objective."""
+        """Return the summed token loss of this rank's micro-batch, and its (N,) token losses: see Objective."""
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a loss that is already divided by the global number of tokens."""
+        """Add the gradients of a loss that is already divided by the target tokens of the global batch."""
 
-    def step(self, factor: float) -> float:
-        """Clip and update at `factor` of the peak rates; returns the gradient norm before clipping.
+    def step(self, lr_multiplier: float) -> float:
+        """Clip the gradients and update at `lr_multiplier` times the peak rates. Returns the norm before clipping.
 
-        Where that is not finite nothing moves, on any rank.
+        If the norm is not finite, no rank updates anything.
         """
 
     def state(self) -> Iterator[State]:
-        """Every trained parameter with its moments, the same on every rank; every rank must call it to the end."""
+        """Yield every trained parameter with its moments, in the same order on all ranks.
+
+        All ranks must iterate to the end, as ZeRO gathers each parameter from all of them.
+        """
 
     def facts(self) -> dict[str, Any]:
-        """What really ran, asked of the engine itself."""
+        """Return what really ran, read from the engine and its optimizer."""
 
     def restore(self, states: dict[str, dict[str, Tensor]], *, step: int) -> None:
-        """Continue from states that `state` gave after `step` steps."""
+        """Restore a state that `state` yielded after `step` steps."""
 
 
 class PlainEngine:
-    """One process, plain torch."""
+    """Plain torch in one process."""
 
     def __init__(self, objective: Objective, trained: Trained, stage: Stage, resources: Resources) -> None:
         self.objective = objective
@@ -64,22 +67,22 @@ class PlainEngine:
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """See Engine."""
-        total, each = self.objective(batch)
-        return total, each
+        total, token_losses = self.objective(batch)
+        return total, token_losses
 
     def backward(self, loss: Tensor) -> None:
         """See Engine."""
-        if loss.requires_grad:  # text alone gives none where only what images pass through trains
+        if loss.requires_grad:  # not for a batch of text where only parts on the image path train
             torch.autograd.backward(loss)
 
-    def step(self, factor: float) -> float:
-        """See Engine. A parameter that no row reached has a gradient of zero, as it has under ZeRO."""
+    def step(self, lr_multiplier: float) -> float:
+        """See Engine. A parameter that no row used gets a gradient of zero, as under ZeRO."""
         for _, parameter in self.named:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         norm = _clip([p for _, p in self.named], self.max_grad_norm)
         if math.isfinite(norm):
-            _set_rates(self.optimizer, factor)
+            _set_learning_rates(self.optimizer, lr_multiplier)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -92,8 +95,8 @@ class PlainEngine:
 
     def facts(self) -> dict[str, Any]:
         """See Engine."""
-        ran = {"engine": "torch", "zero_stage": 0, "world_size": 1, "offload": "none"}
-        return ran | _asked(self.optimizer, self.objective)
+        facts = {"engine": "torch", "zero_stage": 0, "world_size": 1, "offload": "none"}
+        return facts | _optimizer_facts(self.optimizer, self.objective)
 
     def restore(self, states: dict[str, dict[str, Tensor]], *, step: int) -> None:
         """See Engine."""
@@ -101,12 +104,12 @@ class PlainEngine:
             saved = states[name]
             with torch.no_grad():
                 parameter.copy_(saved["param"])
-            moments = {key: saved[key].to(parameter.device, copy=True) for key in MOMENTS}  # no map of a file
-            self.optimizer.state[parameter] = {"step": _steps(step, parameter), **moments}
+            moments = {key: saved[key].to(parameter.device, copy=True) for key in MOMENTS}  # not a memory map
+            self.optimizer.state[parameter] = {"step": _step_count(step, parameter), **moments}
 
 
 class DeepSpeedEngine:
-    """One of many processes, ZeRO 0 to 3."""
+    """DeepSpeed with ZeRO stage 0 to 3, in one of several processes."""
 
     def __init__(self, objective: Objective, trained: Trained, stage: Stage, resources: Resources) -> None:
         deepspeed = _import_deepspeed()
@@ -116,38 +119,38 @@ class DeepSpeedEngine:
         self.live = self.zero_stage == 0
         self.max_grad_norm = stage.max_grad_norm
         optimizer = build_optimizer(stage, trained, resources)
-        shared, config = _without_frozen_tower(objective), deepspeed_config(stage, resources)
+        module, config = _without_frozen_tower(objective), deepspeed_config(stage, resources)
         self.engine, *_ = deepspeed.initialize(
-            model=shared, optimizer=optimizer, config=config, dist_init_required=False
+            model=module, optimizer=optimizer, config=config, dist_init_required=False
         )
-        self.base = optimizer
+        self.adamw = optimizer
         self.world_size = torch.distributed.get_world_size()
-        self._make_moments(step=0)
+        self._init_moments(step=0)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """See Engine."""
-        total, each = self.engine(batch)
-        return total, each
+        total, token_losses = self.engine(batch)
+        return total, token_losses
 
     def backward(self, loss: Tensor) -> None:
-        """See Engine. DeepSpeed averages over ranks, so the sum needs the world size back."""
+        """See Engine. DeepSpeed averages gradients over ranks; the factor of the world size makes that a sum."""
         self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
         if not self.engine.is_gradient_accumulation_boundary():
-            self.engine.step()  # counts the micro-batch
+            self.engine.step()  # only counts the micro-batch
 
-    def step(self, factor: float) -> float:
-        """See Engine. ZeRO 1 to 3 skip an update whose norm is not finite; without ZeRO DeepSpeed has no norm."""
-        _set_rates(self.engine.optimizer, factor)
+    def step(self, lr_multiplier: float) -> float:
+        """See Engine. ZeRO 1 to 3 skip an update whose norm is not finite. Without ZeRO, DeepSpeed computes no norm."""
+        _set_learning_rates(self.engine.optimizer, lr_multiplier)
         if self.zero_stage == 0:
             norm = _clip([p for _, p in self.named], self.max_grad_norm)
             if math.isfinite(norm):
                 self.engine.step()
             return norm
         if self._offloaded() != "none" and self.zero_stage > 1:
-            # It took into the host's memory only what the last pass reached (0.19.8).
+            # DeepSpeed 0.19.8 copied to the host only the gradients that the last pass reached.
             self.engine.optimizer.finalize_gradient_accumulation_boundary()
         self.engine.step()
-        self._forget_gradients()
+        self._zero_gradients()
         return float(self.engine.get_global_grad_norm())
 
     def state(self) -> Iterator[State]:
@@ -156,71 +159,75 @@ class DeepSpeedEngine:
 
         for name, parameter in self.named:
             if self.zero_stage == 0:
-                moments = self.base.state[parameter]
+                moments = self.adamw.state[parameter]
                 yield name, {"param": parameter.detach(), **{key: moments[key] for key in MOMENTS}}
             else:
                 full = {"param": safe_get_full_fp32_param(parameter)}
                 full |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
-                yield name, {key: value.view(_shape(parameter)) for key, value in full.items()}
+                yield name, {key: value.view(_full_shape(parameter)) for key, value in full.items()}
 
     def facts(self) -> dict[str, Any]:
         """See Engine."""
-        ran = {
+        facts = {
             "engine": f"deepspeed {self.deepspeed.__version__}",
             "zero_stage": self.engine.zero_optimization_stage(),
             "world_size": torch.distributed.get_world_size(),
             "backend": torch.distributed.get_backend(),
             "offload": self._offloaded(),
         }
-        return ran | _asked(self.base, self.engine.module)
+        return facts | _optimizer_facts(self.adamw, self.engine.module)
 
     def restore(self, states: dict[str, dict[str, Tensor]], *, step: int) -> None:
         """See Engine."""
-        self._make_moments(step=step)
+        self._init_moments(step=step)
         for name, parameter in self.named:
             saved = states[name]
-            with self._whole([parameter]), torch.no_grad():
+            with self._gathered([parameter]), torch.no_grad():
                 parameter.copy_(saved["param"].view(parameter.shape))
-            self._set(parameter, saved)
+            self._restore_optimizer(parameter, saved)
 
-    def _set(self, parameter: nn.Parameter, saved: dict[str, Tensor]) -> None:
-        """What the optimizer keeps of a parameter. Under ZeRO-3 that is a share, the last one filled up with zeros."""
+    def _restore_optimizer(self, parameter: nn.Parameter, saved: dict[str, Tensor]) -> None:
+        """Set a parameter's fp32 weights and moments in the optimizer.
+
+        Under ZeRO-3 each rank holds a flat shard of them; the last shard is padded with zeros.
+        """
         from deepspeed import utils
 
         if self.zero_stage == 0:
             for key in MOMENTS:
-                self.base.state[parameter][key].copy_(saved[key])
+                self.adamw.state[parameter][key].copy_(saved[key])
         elif self.zero_stage < 3:
             utils.safe_set_full_fp32_param(parameter, saved["param"])
             for key in MOMENTS:
                 utils.safe_set_full_optimizer_state(parameter, saved[key], key)
-        else:  # DeepSpeed's setters of whole values cut beyond the end of one that the ranks do not divide (0.19.8)
+        else:  # DeepSpeed 0.19.8's setters of full values fail where the ranks do not divide the number of elements
             size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]  # which DeepSpeed adds
             rank = torch.distributed.get_rank()
-            own = {key: _share_of(value, size=size, rank=rank) for key, value in saved.items()}
-            utils.safe_set_local_fp32_param(parameter, own["param"])
+            shard = {key: _shard(value, size=size, rank=rank) for key, value in saved.items()}
+            utils.safe_set_local_fp32_param(parameter, shard["param"])
             for key in MOMENTS:
-                utils.safe_set_local_optimizer_state(parameter, own[key], key)
+                utils.safe_set_local_optimizer_state(parameter, shard[key], key)
 
-    def _make_moments(self, *, step: int) -> None:
-        """Zero moments of every group after `step` steps.
+    def _init_moments(self, *, step: int) -> None:
+        """Create zero moments for all groups, as after `step` steps.
 
-        torch makes them at the first step, group by group; DeepSpeed ties them to parameters by name as soon as the
-        first group has them, and then finds those of the other groups missing (0.19.8). So they are made here.
+        torch creates them at the first step, group by group. DeepSpeed 0.19.8 links moments to parameter names as soon
+        as the first group has them, and fails as the other groups have none. So all of them are created here.
         """
-        for flat in self._updated():
+        for flat in self._optimized_tensors():
             empty = {key: torch.zeros_like(flat) for key in MOMENTS}
-            self.base.state[flat] = {"step": _steps(step, flat), **empty}
+            self.adamw.state[flat] = {"step": _step_count(step, flat), **empty}
         if self.zero_stage in (1, 2):
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _forget_gradients(self) -> None:
-        """DeepSpeed would keep gradients of a step for parameters that get none, or not at first, in the next (0.19.8).
+    def _zero_gradients(self) -> None:
+        """Set the gradients of this step to zero.
 
-        All of them under ZeRO-3, else those that are in the host's memory.
+        DeepSpeed 0.19.8 keeps gradients of parameters that the next step's first pass does not reach: all of them under
+        ZeRO-3, and those in the host's memory otherwise.
         """
-        for flat in self._updated():
+        for flat in self._optimized_tensors():
             if flat.grad is not None:
                 flat.grad.zero_()
         for gradient in getattr(self.engine.optimizer, "accumulated_grads_in_cpu", {}).values():
@@ -228,28 +235,28 @@ class DeepSpeedEngine:
         if self.zero_stage == 3:
             self.engine.optimizer.grad_partitions_flat_buffer.zero_()
 
-    def _updated(self) -> list[Tensor]:
-        """What the optimizer updates: whole parameters, or under ZeRO this rank's share of each group, flat."""
-        if self.zero_stage == 3:  # which puts a share into its group only while it updates it
+    def _optimized_tensors(self) -> list[Tensor]:
+        """The tensors that the optimizer updates: parameters, or under ZeRO this rank's flat shard of each group."""
+        if self.zero_stage == 3:  # its groups hold their shards only during an update
             return list(self.engine.optimizer.fp32_partitioned_groups_flat)
-        return [flat for group in self.base.param_groups for flat in group["params"]]
+        return [flat for group in self.adamw.param_groups for flat in group["params"]]
 
     def _offloaded(self) -> Offloaded:
-        """What the optimizer of DeepSpeed says that it keeps in the host's memory."""
+        """Return what DeepSpeed's optimizer reports to keep in the host's memory."""
         if getattr(self.engine.optimizer, "offload_param", False):
             return "parameters"
         name = "offload_optimizer" if self.zero_stage == 3 else "cpu_offload"
         return "optimizer" if getattr(self.engine.optimizer, name, False) else "none"
 
-    def _whole(self, parameters: list[nn.Parameter]) -> Any:
-        """ZeRO-3 keeps a share of each parameter; inside this context it is whole on every rank."""
+    def _gathered(self, parameters: list[nn.Parameter]) -> Any:
+        """A context in which parameters are whole on every rank. ZeRO-3 shards them outside of it."""
         if self.zero_stage < 3:
             return nullcontext()
         return self.deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
 
 
 def deepspeed_config(stage: Stage, resources: Resources) -> dict[str, Any]:
-    """DeepSpeed's own config: a pure function of stage and resources."""
+    """Return DeepSpeed's config for a stage on its resources."""
     per_pass = resources.train.micro_batch_size * resources.train.num_workers
     zero: dict[str, Any] = {"stage": resources.train.zero_stage}
     if resources.train.offload != "none":
@@ -260,16 +267,19 @@ def deepspeed_config(stage: Stage, resources: Resources) -> dict[str, Any]:
         "train_batch_size": stage.global_batch_size,
         "train_micro_batch_size_per_gpu": resources.train.micro_batch_size,
         "gradient_accumulation_steps": stage.global_batch_size // per_pass,
-        "gradient_clipping": (stage.max_grad_norm or 0.0) if resources.train.zero_stage else 0.0,  # 0: it does not clip
+        "gradient_clipping": (stage.max_grad_norm or 0.0) if resources.train.zero_stage else 0.0,  # 0: none
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW updates on the CPU too; DeepSpeed's is compiled first
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW runs on the CPU as well; DeepSpeed's needs a compiler
         "steps_per_print": 2**31,
     }
 
 
 def build_engine(objective: Objective, trained: Trained, stage: Stage, resources: Resources) -> Engine:
-    """The engine that the resources ask for. Where they say so, the layers that gradients pass are recompute."""
+    """Return the engine for the resources, with gradient checkpointing if they set it.
+
+    Gradient checkpointing covers the layers of the language model, and of the vision tower if that trains.
+    """
     if resources.train.gradient_checkpointing:
         recompute(objective.model.model.language_model)
         if "vision_tower" in trained:
@@ -279,8 +289,8 @@ def build_engine(objective: Objective, trained: Trained, stage: Stage, resources
     return DeepSpeedEngine(objective, trained, stage, resources)
 
 
-def _asked(optimizer: torch.optim.Optimizer, objective: nn.Module) -> dict[str, Any]:
-    """What an engine says of its optimizer and its model."""
+def _optimizer_facts(optimizer: torch.optim.Optimizer, objective: nn.Module) -> dict[str, Any]:
+    """Return the facts of optimizer and model that both engines report."""
     kind = type(optimizer)
     return {
         "optimizer": f"{kind.__module__}.{kind.__name__}",
@@ -289,46 +299,46 @@ def _asked(optimizer: torch.optim.Optimizer, objective: nn.Module) -> dict[str, 
     }
 
 
-def _clip(parameters: list[nn.Parameter], most: float | None) -> float:
-    """The norm of all gradients together, after which they are scaled down to `most`."""
+def _clip(parameters: list[nn.Parameter], max_norm: float | None) -> float:
+    """Scale the gradients down to `max_norm` and return their global L2 norm before that."""
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if most is not None:
-        nn.utils.clip_grads_with_norm_(parameters, most, norm)
+    if max_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return float(norm)
 
 
 def _without_frozen_tower(objective: Objective) -> Objective:
-    """The same objective over the same parameters, but a frozen tower's, which stay whole on every rank.
+    """Return the objective without a frozen tower, sharing all other parameters, so that ZeRO does not shard the tower.
 
-    A rank reads its own images' features by the tower when the cache has them not. ZeRO-3 wants every rank to run
-    the same modules, and stops where one runs the tower and another does not.
+    A rank runs the tower only on its images that the feature cache does not have. ZeRO-3 needs all ranks to run the
+    same modules, and fails where one rank runs the tower and another does not.
     """
     if any(p.requires_grad for p in objective.model.model.vision_tower.parameters()):
         return objective
-    outer, whole, inner = (copy.copy(module) for module in (objective, objective.model, objective.model.model))
-    for module in (outer, whole, inner):
+    outer, vila, inner = (copy.copy(module) for module in (objective, objective.model, objective.model.model))
+    for module in (outer, vila, inner):
         module._modules = dict(module._modules)
-    inner.vision_tower, whole.model, outer.model = None, inner, whole
+    inner.vision_tower, vila.model, outer.model = None, inner, vila
     return outer
 
 
-def _set_rates(optimizer: Any, factor: float) -> None:
+def _set_learning_rates(optimizer: Any, lr_multiplier: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * factor
+        group["lr"] = group["peak"] * lr_multiplier
 
 
-def _steps(step: int, like: Tensor) -> Tensor:
-    """The count of steps as torch's fused AdamW keeps it."""
+def _step_count(step: int, like: Tensor) -> Tensor:
+    """Return the number of steps in the form of torch's fused AdamW."""
     return torch.tensor(float(step), device=like.device)
 
 
-def _share_of(whole: Tensor, *, size: int, rank: int) -> Tensor:
-    """(size,) numbers of a rank, zeros beyond the end."""
-    own = whole.flatten()[rank * size : (rank + 1) * size]
-    return nn.functional.pad(own, (0, size - len(own)))
+def _shard(full: Tensor, *, size: int, rank: int) -> Tensor:
+    """Return the (size,) flat shard of a rank, padded with zeros beyond the end of the tensor."""
+    shard = full.flatten()[rank * size : (rank + 1) * size]
+    return nn.functional.pad(shard, (0, size - len(shard)))
 
 
-def _shape(parameter: nn.Parameter) -> torch.Size:
+def _full_shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
@@ -336,6 +346,6 @@ def _import_deepspeed() -> Any:
     import deepspeed
     import deepspeed.ops
 
-    # Its shared-memory all-reduce is compiled with g++ at the first start, which takes a minute; gloo does as well.
+    # DeepSpeed would compile its shared-memory all-reduce with g++ at its first start, for a minute. gloo replaces it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

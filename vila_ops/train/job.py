@@ -1,4 +1,4 @@
-"""What every worker of a stage is told: configs and handles, small enough to travel anywhere."""
+"""What crosses process boundaries in training: configs, artifact references and errors, all small and frozen."""
 
 from pathlib import Path
 
@@ -7,15 +7,15 @@ from vila_ops.artifacts.store import CorruptArtifact
 from vila_ops.config import NO_CONTEXT, Config, Model, Resources, RunContext, Stage
 
 HUNG = 75
-"""Exit code of a process whose step hung: EX_TEMPFAIL of sysexits.h, so that whoever started it may try again."""
+"""Exit code of a process whose step hung: EX_TEMPFAIL of sysexits.h, which says that another try may succeed."""
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss of a step, or its gradient, is not a number; nothing was updated."""
+    """The loss or the gradient norm of a step is not finite. The step updated nothing."""
 
 
 class HungStep(RuntimeError):
-    """A step took far longer than those before it, and its processes were ended; another try may fix it."""
+    """A step took far longer than the steps before it, and its processes were ended. Another try may succeed."""
 
 
 FINAL = (ValueError, NonFiniteLoss)
@@ -61,23 +61,23 @@ class JobPayload(StageInputs):
 
 
 class RankInfo(Config):
-    """Which of how many workers this is."""
+    """The rank of this worker and the number of workers."""
 
     rank: int = 0
     world_size: int = 1
 
 
-class BadSamples(Config):
+class BadSample(Config):
     """A sample of a step that went wrong."""
 
     key: str
     source: str
     id: str
-    """Of its record."""
+    """Id of the sample's record in its source."""
 
 
-class Stopped(Config):
-    """A step whose loss or gradient was no number, beside the run: `vila-ops data quarantine --from` reads it."""
+class BadSampleReport(Config):
+    """The samples of a step whose loss or gradient norm is not finite; `vila-ops data quarantine --from` reads it."""
 
     stage: str
     mixture: str
@@ -85,12 +85,13 @@ class Stopped(Config):
     """Digest of the dataset."""
     step: int
     what: str
+    """The quantity that is not finite: loss or gradient norm."""
     value: str
-    samples: tuple[BadSamples, ...]
+    samples: tuple[BadSample, ...]
 
 
 class TrainJob(Config):
-    """One attempt at one stage."""
+    """One attempt at one stage, as every worker gets it."""
 
     stage: Stage
     data: Dataset
@@ -98,30 +99,30 @@ class TrainJob(Config):
     resources: Resources
     context: RunContext
     attempt: str
-    """Folder that rank 0 fills with the trained model."""
+    """Folder that rank 0 writes the trained model to."""
     resume: str
-    """Place of resume checkpoints, a folder or on S3; attempts share it."""
+    """Folder or S3 prefix of the resume checkpoints, which all attempts share."""
     run_id: str | None
     """MLflow run that rank 0 logs to."""
     fresh_projector: bool
-    """The projector has random weights: nothing has trained it yet."""
+    """Whether the projector has random weights, as no stage has trained it yet."""
 
     def feature_cache(self) -> Path:
-        """Where features of frozen towers are kept."""
+        """Folder of cached features of frozen towers."""
         return self.resources.storage.scratch() / "features"
 
-    def watch(self) -> Path:
-        """What the ranks say of themselves while they train, and of steps that went wrong; attempts share it."""
-        return self._shared("watch")
+    def diagnostics(self) -> Path:
+        """Folder of heartbeats, stacks of hung ranks, bad samples and loss spikes, which all attempts share."""
+        return self._shared("diagnostics")
 
-    def samples(self) -> Path:
-        """Where ranks write down which samples they read; attempts share it."""
-        return self._shared("samples")
+    def sample_log(self) -> Path:
+        """Folder in which the ranks record the samples that they read, which all attempts share."""
+        return self._shared("sample_log")
 
     def ray_train(self) -> Path:
-        """What Ray Train keeps of its own while it trains."""
+        """Folder of Ray Train's own files while it trains."""
         return self._shared("ray_train")
 
     def _shared(self, kind: str) -> Path:
-        """Of the stage's address, not of one attempt."""
+        """A folder by the stage's address, so that all attempts share it."""
         return self.resources.storage.scratch() / kind / Path(self.resume).name

@@ -1,7 +1,14 @@
-"""The training loop of one worker: open this first.
+"""The training loop of one worker. Open this module first.
 
-Order of rows, loss and optimizer step are the same for one process and for many; see `data/loading/loader.py` for the
-order, `objective.py` for the loss and `engine.py` for the step.
+`train` sets up, loops over optimizer steps, and writes the model. One step:
+
+    accumulate_gradients   forward and backward over this rank's rows of the global batch, micro-batch by micro-batch
+    engine.step            clip the gradients and update the weights, at this step's learning rate
+    every validate_every   loss over the validation rows
+    every save_every       a resume checkpoint, written in the background
+
+The same code runs in one process and in many. `data/loading/loader.py` has the order of rows, `objective.py` the loss,
+`engine.py` the optimizer step, and `checkpoint/` the resume checkpoints.
 """
 
 import json
@@ -37,138 +44,151 @@ from vila_ops.train.watchdog import StepWatchdog
 log = logging.getLogger(__name__)
 
 CURVE = "curve.json"
-"""The curve of a stage beside its model, floats in hex so that equal text means equal bits."""
+"""The stage's curve beside its model. Floats are in hex, so that equal text means equal bits."""
 
 
-def train(job: TrainJob, place: RankInfo) -> dict[str, Any]:
-    """Train one stage to its end and leave the model in the attempt's folder (rank 0); returns what really ran."""
-    run_id = None if place.rank else job.run_id
-    with StepWatchdog(job, place) as watch, MetricLog(job.resources, run_id, system=SystemMetrics()) as metrics:
-        return _train(job, place, watch, metrics)
+def train(job: TrainJob, rank_info: RankInfo) -> dict[str, Any]:
+    """Train one stage to its end. Rank 0 writes the model into the attempt's folder. Returns the facts of this rank."""
+    run_id = None if rank_info.rank else job.run_id
+    with StepWatchdog(job, rank_info) as watchdog, MetricLog(job.resources, run_id, system=SystemMetrics()) as metrics:
+        return _train(job, rank_info, watchdog, metrics)
 
 
-def _train(job: TrainJob, place: RankInfo, watch: StepWatchdog, metrics: MetricLog) -> dict[str, Any]:
+def _train(job: TrainJob, rank_info: RankInfo, watchdog: StepWatchdog, metrics: MetricLog) -> dict[str, Any]:
+    stage, is_first = job.stage, rank_info.rank == 0
     torch.set_num_threads(job.resources.train.threads_per_worker)
-    model, rows, batches = load(job)
-    if place.rank == 0:
-        for note in (*rows.composition.notes, *rows.notes()):
-            log.warning("%s: %s", job.stage.name, note)
-    objective = Objective(model, bf16=job.stage.precision == "bf16")
-    trained = set_trainable(objective, job.stage.trainable, job.stage.tuning)
-    engine = build_engine(objective, trained, job.stage, job.resources)
-    checkpoints = Checkpointer(job.resume, place, job.resources, live=engine.live)
-    step, curve = checkpoints.restore(engine)
-    blame = BadSampleFinder(job, watch, rows, curve, metrics)
-    num_steps = rows.num_steps()
-    tally = LossAccumulator(job, model, batches, rows.sources())
+    model, row_loader, batch_builder = load(job)
+    if is_first:
+        for note in (*row_loader.composition.notes, *row_loader.notes()):
+            log.warning("%s: %s", stage.name, note)
+    objective = Objective(model, bf16=stage.precision == "bf16")
+    trained = set_trainable(objective, stage.trainable, stage.tuning)
+    engine = build_engine(objective, trained, stage, job.resources)
+    accumulator = LossAccumulator(job, model, batch_builder, row_loader.sources())
+
+    checkpointer = Checkpointer(job.resume, rank_info, job.resources, live=engine.live)
+    step, curve = checkpointer.restore(engine)
+    num_steps = row_loader.num_steps()
+    bad_samples = BadSampleFinder(job, watchdog, row_loader, curve, metrics)
     if step == 0:
-        held_out = validate(engine, tally, rows, watch, step=step)
-        curve.append({"step": 0, "validation_loss": held_out.loss})
-    meter = MetricsLogger(job, metrics, step=step, num_steps=num_steps) if place.rank == 0 else None
+        curve.append({"step": 0, "validation_loss": validate(engine, accumulator, row_loader, watchdog, step=0).loss})
+    metrics_logger = MetricsLogger(job, metrics, step=step, num_steps=num_steps) if is_first else None
+
     while step < num_steps:
-        watch.beat(step, "train")
-        seen = add_gradients(engine, tally, rows, job, step=step, blame=blame)
-        checkpoints.settle()
-        factor = lr_multiplier(step, job.stage, num_steps=num_steps)
-        norm = engine.step(factor)
-        blame.check("gradient norm", norm, step=step)
+        watchdog.heartbeat(step, "train")
+        totals = accumulate_gradients(engine, accumulator, row_loader, job, step=step, bad_samples=bad_samples)
+        checkpointer.wait_for_staging()
+        multiplier = lr_multiplier(step, stage, num_steps=num_steps)
+        grad_norm = engine.step(multiplier)
+        bad_samples.check_finite("gradient norm", grad_norm, step=step)
         step += 1
-        curve.append({"step": step, "loss": seen.loss})
-        blame.look(step, seen.loss)
-        if meter:
-            meter.count(step, seen, norm=norm, factor=factor, stalled=checkpoints.stall_seconds)
-        if step % job.stage.validate_every == 0 or step == num_steps:
-            held_out = validate(engine, tally, rows, watch, step=step)
-            curve[-1]["validation_loss"] = held_out.loss
-            if meter:
-                meter.validated(step, held_out)
-        if step % job.stage.save_every == 0 and step < num_steps:
-            watch.beat(step, "save")
-            checkpoints.save(step, engine.state(), curve)
-    watch.beat(step, "finish")
-    checkpoints.close()
-    finish(engine, job, curve, place)
-    said = {"composition": rows.composition.model_dump(mode="json")} if place.rank == 0 else {}
-    ran = {"rank": place.rank, "steps": num_steps, "micro_batch_size": job.resources.train.micro_batch_size}
-    return {**ran, **engine.facts(), **said}
+        curve.append({"step": step, "loss": totals.loss})
+        bad_samples.check_spike(step, totals.loss)
+        if metrics_logger:
+            stall = checkpointer.stall_seconds
+            metrics_logger.log_step(step, totals, grad_norm=grad_norm, lr_multiplier=multiplier, stall_seconds=stall)
+        if step % stage.validate_every == 0 or step == num_steps:
+            validation = validate(engine, accumulator, row_loader, watchdog, step=step)
+            curve[-1]["validation_loss"] = validation.loss
+            if metrics_logger:
+                metrics_logger.log_validation(step, validation)
+        if step % stage.save_every == 0 and step < num_steps:
+            watchdog.heartbeat(step, "save")
+            checkpointer.save(step, engine.state(), curve)
+
+    watchdog.heartbeat(step, "finish")
+    checkpointer.close()
+    save_model(engine, job, curve, rank_info)
+    facts = {"rank": rank_info.rank, "steps": num_steps, "micro_batch_size": job.resources.train.micro_batch_size}
+    composition = {"composition": row_loader.composition.model_dump(mode="json")} if is_first else {}
+    return {**facts, **engine.facts(), **composition}
 
 
 def load(job: TrainJob) -> tuple[VilaForConditionalGeneration, RowLoader, BatchBuilder]:
-    """Model, rows and batches of a stage."""
-    resources = job.resources
+    """Return the model on its device, the row loader and the batch builder of a stage."""
+    stage, resources = job.stage, job.resources
     on_gpu = bool(resources.train.gpus_per_worker)
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     if "://" in job.data.uri:
-        content(job.data)  # every shard is downloaded before the first step, whose time the watchdog limits
+        content(job.data)  # downloads every shard before the first step, whose time the watchdog limits
     cache = resources.storage.plan_cache()
-    rows = RowLoader(opened(job.data).file, digest=job.data.digest, stage=job.stage, cache=cache)
-    model = model_folder.load(content(job.init), change=change_of(job.stage))
-    attention.use(model, attention.choose(resources.train.attention, device, job.stage.precision))
-    batches = BatchBuilder(job, model, device=device)
-    if job.fresh_projector and "projector" in job.stage.trainable:
-        first, _ = rows.batch(0)
-        images = [image for row in first for image in row.images]
+    row_loader = RowLoader(opened(job.data).file, digest=job.data.digest, stage=stage, cache=cache)
+    model = model_folder.load(content(job.init), change=change_of(stage))
+    attention.use(model, attention.choose(resources.train.attention, device, stage.precision))
+    batch_builder = BatchBuilder(job, model, device=device)
+    if job.fresh_projector and "projector" in stage.trainable:
+        rows, _ = row_loader.batch(0)
+        images = [image for row in rows for image in row.images]
         if images:
             model.model.vision_tower.to(device)
-            fit_to(model.model.multi_modal_projector, batches.cache(images), embedding_std(model))
-    dtype = torch.bfloat16 if job.stage.precision == "bf16" else torch.float32
-    if isinstance(job.stage.tuning, Lora):
-        lora.add(model, job.stage.tuning, seed=job.stage.seed, dtype=dtype)
-    keep_frozen_in(dtype, model, job.stage.trainable, job.stage.tuning)
-    return model.to(device), rows, batches
+            fit_to(model.model.multi_modal_projector, batch_builder.feature_cache(images), embedding_std(model))
+    dtype = torch.bfloat16 if stage.precision == "bf16" else torch.float32
+    if isinstance(stage.tuning, Lora):
+        lora.add(model, stage.tuning, seed=stage.seed, dtype=dtype)
+    keep_frozen_in(dtype, model, stage.trainable, stage.tuning)
+    return model.to(device), row_loader, batch_builder
 
 
 def change_of(stage: Stage) -> Change:
-    """What a stage changes of the model that it starts from."""
+    """Return what a stage changes in the architecture of its initial model."""
     return Change(image_size=stage.image_size, visual_expert=stage.tuning.kind == "visual_expert")
 
 
-def add_gradients(
-    engine: Engine, tally: LossAccumulator, rows: RowLoader, job: TrainJob, *, step: int, blame: BadSampleFinder
+def accumulate_gradients(
+    engine: Engine,
+    accumulator: LossAccumulator,
+    row_loader: RowLoader,
+    job: TrainJob,
+    *,
+    step: int,
+    bad_samples: BadSampleFinder,
 ) -> StepMetrics:
-    """Forward and backward passes over the global batch of a step; its loss is in nats per token."""
-    place = blame.watch.place
-    with tally.waiting():
-        own, num_targets = rows.batch(step, rank=place.rank, world_size=place.world_size)
-    blame.begin(own)
-    size = job.resources.train.micro_batch_size
-    for start in range(0, len(own), size):
-        micro = own[start : start + size]
-        total, each = engine.loss(tally.batch(micro, step=step))
-        loss = total / num_targets
-        tally.add(micro, loss, each)
-        blame.saw(micro, each)
-        if start + size >= len(own):
-            seen = tally.read()
-            blame.check("loss", seen.loss, step=step)
+    """Run forward and backward over this rank's rows of a step. Returns the totals; the loss is in nats per token.
+
+    Raises NonFiniteLoss before the last backward pass if the loss of the global batch is not finite.
+    """
+    rank_info, size = bad_samples.rank_info, job.resources.train.micro_batch_size
+    with accumulator.waiting():
+        rows, num_targets = row_loader.batch(step, rank=rank_info.rank, world_size=rank_info.world_size)
+    bad_samples.begin_step(rows)
+    for start in range(0, len(rows), size):
+        micro_batch = rows[start : start + size]
+        total, token_losses = engine.loss(accumulator.batch(micro_batch, step=step))
+        loss = total / num_targets  # target tokens of the global batch, over all ranks
+        accumulator.add(micro_batch, loss, token_losses)
+        bad_samples.add(micro_batch, token_losses)
+        if start + size >= len(rows):
+            totals = accumulator.reduce()
+            bad_samples.check_finite("loss", totals.loss, step=step)
         engine.backward(loss)
-    return seen
+    return totals
 
 
 @torch.no_grad()
-def validate(engine: Engine, tally: LossAccumulator, rows: RowLoader, watch: StepWatchdog, *, step: int) -> StepMetrics:
-    """Mean loss in nats per token over the validation rows, which the ranks share, after `step` steps."""
-    place, held_out = watch.place, rows.validation()
-    for start in range(0, len(held_out), place.world_size):  # every rank passes equally often, as ZeRO-3 needs
-        watch.beat(step, "validate")
-        row = held_out[min(start + place.rank, len(held_out) - 1)]
-        loss, each = engine.loss(tally.batch([row]))
-        if start + place.rank < len(held_out):
-            tally.add([row], loss, each)
-    seen = tally.read()
-    return seen._replace(loss=seen.loss / seen.targets)
+def validate(
+    engine: Engine, accumulator: LossAccumulator, row_loader: RowLoader, watchdog: StepWatchdog, *, step: int
+) -> StepMetrics:
+    """Return the totals over the validation rows, which the ranks share; the loss is in nats per target token."""
+    rank_info, rows = watchdog.rank_info, row_loader.validation()
+    for start in range(0, len(rows), rank_info.world_size):  # ZeRO-3 needs equally many passes on all ranks
+        watchdog.heartbeat(step, "validate")
+        row = rows[min(start + rank_info.rank, len(rows) - 1)]
+        loss, token_losses = engine.loss(accumulator.batch([row]))
+        if start + rank_info.rank < len(rows):
+            accumulator.add([row], loss, token_losses)
+    totals = accumulator.reduce()
+    return totals._replace(loss=totals.loss / totals.targets)
 
 
-def finish(engine: Engine, job: TrainJob, curve: Curve, place: RankInfo) -> None:
-    """Rank 0 writes the trained model and the curve; the other ranks help to gather."""
+def save_model(engine: Engine, job: TrainJob, curve: Curve, rank_info: RankInfo) -> None:
+    """Write the trained model and the curve on rank 0. The other ranks take part in gathering the weights."""
     trained = {}
     for name, tensors in engine.state():
-        if place.rank == 0:
+        if rank_info.rank == 0:
             trained[name.removeprefix("model.")] = tensors["param"].to("cpu", copy=True)
-    if place.rank:
+    if rank_info.rank:
         return
-    attempt = Path(job.attempt)
-    stage = job.stage
+    attempt, stage = Path(job.attempt), job.stage
     model_folder.save_trained(trained, attempt, init=content(job.init), change=change_of(stage), tuning=stage.tuning)
     exact = [{key: value.hex() if isinstance(value, float) else value for key, value in row.items()} for row in curve]
     (attempt / CURVE).write_text(json.dumps(exact, indent=1))

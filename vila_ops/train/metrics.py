@@ -1,17 +1,17 @@
-"""How fast a stage's steps are and what came of them: to MLflow, and as a line for who watches.
+"""Metrics of a stage's steps: collected on every rank, logged to MLflow and as progress lines by rank 0.
 
-loss, loss/SOURCE                         nats per target token of the step, of all rows and of each source's
-validation_loss, validation_loss/SOURCE   the same of the validation rows, where there was one
-grad_norm, learning_rate/PART             before clipping; of the parts that train
-seconds_per_step                          from one step's end to the next's, with waits and checkpoints, not validation
-train/tokens_per_s                        tokens that are not padding, of all ranks
-train/target_tokens_per_s                 those of them that are predicted
-train/padding_fraction                    of the positions that were computed; the rest are useful tokens
-train/mfu                                 model FLOPs by the rule of `plan/flops.py` a second / peak of all accelerators
-train/cost                                of all accelerators since this attempt began its first step
-data/wait_fraction                        of the step, in which the loop waited for batches; mean over ranks
-ckpt/stall_s                              of the step, in which the loop waited for checkpoints; rank 0
-memory/peak_gpu_gib, memory/peak_rss_gib  so far, of rank 0: torch's allocator, or the process where there is no GPU
+loss, loss/SOURCE                         nats per target token of the step, over all rows and over each source
+validation_loss, validation_loss/SOURCE   the same over the validation rows, at steps with a validation
+grad_norm, learning_rate/PART             gradient norm before clipping; learning rate of each part that trains
+seconds_per_step                          from the end of a step to the next, with waits and saves, without validation
+train/tokens_per_s                        tokens of all ranks, without padding
+train/target_tokens_per_s                 target tokens of all ranks
+train/padding_fraction                    share of the computed positions that is padding
+train/mfu                                 model FLOPs (rule: `plan/flops.py`) per second / peak of all accelerators
+train/cost                                price of all accelerators since this attempt began its first step
+data/wait_fraction                        share of the step that the loop waited for batches, mean over ranks
+ckpt/stall_s                              seconds of the step that the loop of rank 0 waited for checkpoints
+memory/peak_gpu_gib, memory/peak_rss_gib  peak so far on rank 0: of torch's allocator, or of the process without a GPU
 """
 
 import logging
@@ -40,168 +40,172 @@ from vila_ops.train.objective import Batch
 log = logging.getLogger(__name__)
 
 LINES = 20
-"""Progress lines of a stage, at most, where none can be rewritten."""
+"""The most progress lines of a stage, if they go to a log."""
 REWRITE_SECONDS = 0.2
-"""Between two states of a line that can."""
+"""Shortest time between two updates of the progress line on a terminal."""
 
 
 class StepMetrics(NamedTuple):
-    """What all ranks together saw of a step, or of a validation."""
+    """Totals over all ranks of a step, or of a validation."""
 
     loss: float
     """Sum of the losses that were added."""
-    by_source: dict[str, float]
-    """Mean loss in nats per target token, of the sources that had any."""
+    source_losses: dict[str, float]
+    """Mean loss in nats per target token of each source that had target tokens."""
     targets: float
+    """Number of target tokens."""
     tokens: float
-    """Padding not."""
+    """Number of tokens without padding."""
     positions: float
-    """Padding too."""
+    """Number of positions, padding included."""
     flops: float
-    waited: float
-    """Seconds for batches, mean over ranks."""
+    wait_seconds: float
+    """Time that the loop waited for batches, mean over ranks."""
 
 
 class LossAccumulator:
-    """Of one rank: what it saw since the last reading. Losses stay on their device until then: a GPU waits once."""
+    """Adds up losses and counts of one rank's micro-batches. Losses stay on their device until `reduce`."""
 
     def __init__(
-        self, job: TrainJob, model: VilaForConditionalGeneration, batches: BatchBuilder, sources: Sequence[str]
+        self, job: TrainJob, model: VilaForConditionalGeneration, batch_builder: BatchBuilder, sources: Sequence[str]
     ) -> None:
-        """`sources` are the same on every rank."""
-        self.stage, self.sources, self.batches = job.stage, list(sources), batches
+        """`sources` must be the same on every rank."""
+        self.stage, self.sources, self.batch_builder = job.stage, list(sources), batch_builder
         self.shapes = _shapes(model) if job.resources.train.accelerator else None
         self._number = {source: number for number, source in enumerate(sources)}
-        self._passed = batches.cache.passed
-        self._clear()
+        self._tower_images = batch_builder.feature_cache.passed
+        self._reset()
 
-    def _clear(self) -> None:
+    def _reset(self) -> None:
         size = len(self.sources)
-        self._losses = torch.zeros(1 + size, dtype=torch.float64, device=self.batches.device)  # of all, of each source
+        self._losses = torch.zeros(1 + size, dtype=torch.float64, device=self.batch_builder.device)  # all, each source
         self._targets = np.zeros(size)
-        self._tokens = self._positions = self._flops = self._waited = 0.0
+        self._tokens = self._positions = self._flops = self._wait_seconds = 0.0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """The time in here is spent waiting for batches."""
+        """Count the time inside this context as time that the loop waited for batches."""
         began = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - began
+        self._wait_seconds += time.perf_counter() - began
 
     def batch(self, rows: list[PackedRow], *, step: int | None = None) -> Batch:
-        """See Batches; the loop waits for it."""
+        """Build a batch as BatchBuilder does, and count the time as waiting."""
         with self.waiting():
-            return self.batches(rows, step=step)
+            return self.batch_builder(rows, step=step)
 
-    def add(self, rows: Sequence[PackedRow], loss: Tensor, each: Tensor) -> None:
-        """A micro-batch with its loss, and the losses (N,) of its targets, row by row."""
-        of_rows = [self._sources_of_targets(row) for row in rows]
-        numbers = np.concatenate(of_rows)
+    def add(self, rows: Sequence[PackedRow], loss: Tensor, token_losses: Tensor) -> None:
+        """Add a micro-batch: its loss, and its (N,) token losses, row by row."""
+        row_sources = [self._sources_of_targets(row) for row in rows]
+        numbers = np.concatenate(row_sources)
         index = torch.from_numpy(numbers)
-        if each.is_cuda:
-            index = index.pin_memory()  # else the copy waits for what the GPU has still to do
+        if token_losses.is_cuda:
+            index = index.pin_memory()  # a copy from pageable memory would wait for the GPU's queue
         self._losses[0] += loss.detach()
-        self._losses[1:].index_add_(0, index.to(each.device, non_blocking=True), each.double())
+        self._losses[1:].index_add_(0, index.to(token_losses.device, non_blocking=True), token_losses.double())
         self._targets += np.bincount(numbers, minlength=len(self.sources))
         self._tokens += sum(np.count_nonzero(row.segment_ids) for row in rows)
         self._positions += len(rows) * max(len(row.segment_ids) for row in rows)
         if self.shapes is not None:
-            for row, own in zip(rows, of_rows, strict=True):
-                self._flops += self._flops_of(self.shapes, row, targets=len(own))
+            for row, targets in zip(rows, row_sources, strict=True):
+                self._flops += self._row_flops(self.shapes, row, targets=len(targets))
 
-    def read(self) -> StepMetrics:
-        """What was added on all ranks, every one of which must ask; the next reading starts anew."""
-        passed, self._passed = self.batches.cache.passed - self._passed, self.batches.cache.passed
+    def reduce(self) -> StepMetrics:
+        """Return the totals over all ranks and start again at zero. All ranks must call this."""
+        images_before, self._tower_images = self._tower_images, self.batch_builder.feature_cache.passed
         if self.shapes is not None:
-            self._flops += passed * self._flops_of_tower(self.shapes)
-        counts = [self._tokens, self._positions, self._flops, self._waited, 1.0, *self._targets.tolist()]
-        whole = torch.cat([torch.tensor(counts, dtype=torch.float64, device=self._losses.device), self._losses])
+            self._flops += (self._tower_images - images_before) * self._tower_flops(self.shapes)
+        counts = [self._tokens, self._positions, self._flops, self._wait_seconds, 1.0, *self._targets.tolist()]
+        totals = torch.cat([torch.tensor(counts, dtype=torch.float64, device=self._losses.device), self._losses])
         if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(whole)
-        tokens, positions, flops, waited, ranks, *rest = whole.tolist()
+            torch.distributed.all_reduce(totals)
+        tokens, positions, flops, wait_seconds, ranks, *rest = totals.tolist()
         size = len(self.sources)
         targets, loss, losses = rest[:size], rest[size], rest[size + 1 :]
-        self._clear()
-        by_source = {s: total / n for s, total, n in zip(self.sources, losses, targets, strict=True) if n}
-        return StepMetrics(loss, by_source, sum(targets), tokens, positions, flops, waited / ranks)
+        self._reset()
+        source_losses = {s: total / n for s, total, n in zip(self.sources, losses, targets, strict=True) if n}
+        return StepMetrics(loss, source_losses, sum(targets), tokens, positions, flops, wait_seconds / ranks)
 
     def _sources_of_targets(self, row: PackedRow) -> NDArray[np.int64]:
-        """(N,) the number of each target's source."""
+        """Return the number of each target token's source, as (N,)."""
         of_sample = np.array([self._number[source] for source in row.sources], np.int64)
         return of_sample[row.samples_of_targets()]
 
-    def _flops_of(self, shapes: Shapes, row: PackedRow, *, targets: int) -> float:
-        """A frozen tower's not: they are counted in the step in which it ran."""
+    def _row_flops(self, shapes: Shapes, row: PackedRow, *, targets: int) -> float:
+        """Return the model FLOPs of a row. A frozen tower's are counted separately, in the step in which it ran."""
         lengths = np.bincount(row.segment_ids)[1:].tolist()
         return training_flops(
             shapes, self.stage, segments=lengths, images=len(row.images), targets=targets, features_cached=True
         )
 
-    def _flops_of_tower(self, shapes: Shapes) -> float:
-        """Of a frozen one, for one image."""
-        ran, cached = (
-            training_flops(shapes, self.stage, segments=[], images=1, targets=0, features_cached=known)
-            for known in (False, True)
+    def _tower_flops(self, shapes: Shapes) -> float:
+        """Return the FLOPs of a frozen tower for one image."""
+        with_tower, without = (
+            training_flops(shapes, self.stage, segments=[], images=1, targets=0, features_cached=cached)
+            for cached in (False, True)
         )
-        return ran - cached
+        return with_tower - without
 
 
 class MetricsLogger:
-    """Of rank 0, from its making on: the time before the first step is not counted."""
+    """Logs the metrics of steps and validations on rank 0. Its clock starts when it is created."""
 
     def __init__(self, job: TrainJob, metrics: MetricLog, *, step: int, num_steps: int) -> None:
-        """`step` of `num_steps` are done already."""
+        """`step` of `num_steps` steps are already done."""
         self.stage, self.resources, self.metrics = job.stage, job.resources, metrics
-        self.first, self.num_steps = step, num_steps
+        self.first_step, self.num_steps = step, num_steps
         self.metrics.log({"num_steps": num_steps}, step=step)
         self.on_gpu = bool(job.resources.train.gpus_per_worker)
         if self.on_gpu:
-            torch.cuda.reset_peak_memory_stats()  # of a stage before it in this process
-        self.live = sys.stderr.isatty()
-        self.stalled = 0.0
-        self.shown = float("-inf")
+            torch.cuda.reset_peak_memory_stats()  # drops the peak of an earlier stage in this process
+        self.on_terminal = sys.stderr.isatty()
+        self.stall_seconds = 0.0
+        self.shown_at = float("-inf")
         self.started = self.last = time.monotonic()
 
-    def count(self, step: int, seen: StepMetrics, *, norm: float, factor: float, stalled: float) -> None:
-        """A step was taken: what came of it, its gradient's norm, its share of the peak rates.
+    def log_step(
+        self, step: int, totals: StepMetrics, *, grad_norm: float, lr_multiplier: float, stall_seconds: float
+    ) -> None:
+        """Log the metrics after `step` steps.
 
-        `stalled` are the seconds that the loop has waited for checkpoints so far.
+        `grad_norm` is the norm before clipping, `lr_multiplier` the share of the peak rates, and `stall_seconds` the
+        time that the loop has waited for checkpoints so far.
         """
         now = time.monotonic()
         seconds, self.last = now - self.last, now
-        stall, self.stalled = stalled - self.stalled, stalled
+        stall, self.stall_seconds = stall_seconds - self.stall_seconds, stall_seconds
         values = {
-            "loss": seen.loss,
-            **{f"loss/{source}": loss for source, loss in seen.by_source.items()},
-            "grad_norm": norm,
-            **{f"learning_rate/{part}": self.stage.peak_rate(part) * factor for part in self.stage.trainable},
+            "loss": totals.loss,
+            **{f"loss/{source}": loss for source, loss in totals.source_losses.items()},
+            "grad_norm": grad_norm,
+            **{f"learning_rate/{part}": self.stage.peak_rate(part) * lr_multiplier for part in self.stage.trainable},
             "seconds_per_step": seconds,
-            "train/tokens_per_s": seen.tokens / seconds,
-            "train/target_tokens_per_s": seen.targets / seconds,
-            "train/padding_fraction": 1 - seen.tokens / seen.positions,
-            "data/wait_fraction": seen.waited / seconds,
+            "train/tokens_per_s": totals.tokens / seconds,
+            "train/target_tokens_per_s": totals.targets / seconds,
+            "train/padding_fraction": 1 - totals.tokens / totals.positions,
+            "data/wait_fraction": totals.wait_seconds / seconds,
             "ckpt/stall_s": stall,
             **peak_memory(on_gpu=self.on_gpu),
         }
         if (accelerator := self.resources.train.accelerator) is not None:
             number = self.resources.train.num_workers
-            if seen.flops:
-                values["train/mfu"] = seen.flops / seconds / (accelerator.peak_tflops * 1e12 * number)
+            if totals.flops:
+                values["train/mfu"] = totals.flops / seconds / (accelerator.peak_tflops * 1e12 * number)
             values["train/cost"] = accelerator.price_per_hour * number * (now - self.started) / 3600
         self.metrics.log(values, step=step)
-        self._show(step, values)
+        self._show_progress(step, values)
 
-    def validated(self, step: int, seen: StepMetrics) -> None:
-        """A validation is over; its time is no step's."""
-        by_source = {f"validation_loss/{source}": mean for source, mean in seen.by_source.items()}
-        self.metrics.log({"validation_loss": seen.loss, **by_source}, step=step)
+    def log_validation(self, step: int, totals: StepMetrics) -> None:
+        """Log a validation after `step` steps. Its time does not count as time of a step."""
+        source_losses = {f"validation_loss/{source}": mean for source, mean in totals.source_losses.items()}
+        self.metrics.log({"validation_loss": totals.loss, **source_losses}, step=step)
         self.last = time.monotonic()
 
-    def _show(self, step: int, values: dict[str, float]) -> None:
-        """One line that is rewritten in place on a terminal, else now and then a line in the log."""
-        if self.live:
-            if self.last - self.shown >= REWRITE_SECONDS or step == self.num_steps:
-                self.shown = self.last
+    def _show_progress(self, step: int, values: dict[str, float]) -> None:
+        """Rewrite one line in place on a terminal, or write at most LINES lines to a log."""
+        if self.on_terminal:
+            if self.last - self.shown_at >= REWRITE_SECONDS or step == self.num_steps:
+                self.shown_at = self.last
                 line = self._line(step, values)[: shutil.get_terminal_size().columns - 1]
                 sys.stderr.write(f"\r{line}\x1b[K" + "\n" * (step == self.num_steps))
                 sys.stderr.flush()
@@ -210,28 +214,28 @@ class MetricsLogger:
 
     def _line(self, step: int, values: dict[str, float]) -> str:
         useful = 100 * (1 - values["train/padding_fraction"])
-        told = [
+        parts = [
             f"{self.stage.name} step {step}/{self.num_steps}",
             f"loss {values['loss']:.3f}",
             f"{values['train/tokens_per_s']:,.0f} tokens/s",
             f"{useful:.0f} % useful",
         ]
         if "train/mfu" in values:
-            told.append(f"MFU {100 * values['train/mfu']:.0f} %")
-        return "  ".join([*told, self._left(step)])
+            parts.append(f"MFU {100 * values['train/mfu']:.0f} %")
+        return "  ".join([*parts, self._time_left(step)])
 
-    def _left(self, step: int) -> str:
-        """Time left at the mean pace so far."""
-        pace = (self.last - self.started) / max(1, step - self.first)
+    def _time_left(self, step: int) -> str:
+        """Return the time left at the mean pace so far."""
+        pace = (self.last - self.started) / max(1, step - self.first_step)
         seconds = round(pace * (self.num_steps - step))
         return f"{seconds // 60}:{seconds % 60:02d} left"
 
 
 def peak_memory(*, on_gpu: bool) -> dict[str, float]:
-    """In GiB so far, by the name of what is measured; asks no GPU."""
+    """Return the peak memory so far in GiB, by metric name. It does not synchronise with the GPU."""
     if on_gpu:
         return {"memory/peak_gpu_gib": torch.cuda.max_memory_allocated() / 2**30}
-    unit = 1 if sys.platform == "darwin" else 2**10  # of ru_maxrss, in bytes
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes per unit of ru_maxrss
     return {"memory/peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
 
 
@@ -239,5 +243,5 @@ def _shapes(model: VilaForConditionalGeneration) -> Shapes | None:
     try:
         return shapes_of(model.config)
     except ValueError as error:
-        log.warning("no MFU is told: %s", error)
+        log.warning("MFU is not reported: %s", error)
         return None

@@ -12,13 +12,13 @@ Trained = dict[Part, list[tuple[str, nn.Parameter]]]
 
 
 def build_optimizer(stage: Stage, trained: Trained, resources: Resources) -> torch.optim.AdamW:
-    """AdamW of a stage: one kernel over all parameters, or torch's own operations on one after another."""
+    """Return AdamW for a stage: one fused kernel, or torch's loop over single parameters."""
     kernel = {"fused": True} if resources.train.optimizer == "fused" else {"fused": False, "foreach": False}
     return torch.optim.AdamW(parameter_groups(stage, trained), betas=stage.betas, **kernel)
 
 
 def parameter_groups(stage: Stage, trained: Trained) -> list[dict[str, object]]:
-    """AdamW groups: one per part and kind; matrices decay, vectors (biases, norms) do not."""
+    """Return AdamW groups, one per part and kind. Matrices have weight decay; vectors (biases, norms) have none."""
     groups: list[dict[str, object]] = []
     for part, named in trained.items():
         for is_matrix in (True, False):
@@ -31,7 +31,10 @@ def parameter_groups(stage: Stage, trained: Trained) -> list[dict[str, object]]:
 
 
 def lr_multiplier(step: int, stage: Stage, *, num_steps: int) -> float:
-    """Share of the peak rate at a step (from 0) of `num_steps`: linear warm-up, then half a cosine to final_ratio."""
+    """Return the share of the peak learning rate at `step`, counted from 0.
+
+    The schedule is a linear warm-up, then half a cosine down to `final_ratio` (SGDR, arXiv:1608.03983).
+    """
     warmup = math.ceil(stage.warmup_ratio * num_steps)
     if step < warmup:
         return (step + 1) / warmup

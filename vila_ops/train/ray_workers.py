@@ -1,4 +1,4 @@
-"""A stage's workers on the cluster: Ray Train starts, watches and restarts them; the loop is the same as inline."""
+"""Train a stage with workers on a Ray cluster. Ray Train starts and restarts them; their loop is the same as inline."""
 
 import json
 import math
@@ -17,18 +17,18 @@ from vila_ops.cluster import connect, log_to_driver, whoami
 from vila_ops.config import Resources
 from vila_ops.train.job import FINAL, HungStep, RankInfo, RemoteError, TrainJob
 
-TRY_SECONDS = float(os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60"))
-"""How long Ray Train waits for nodes with room for all workers before it asks for them anew."""
+START_TRY_SECONDS = float(os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60"))
+"""How long one try of Ray Train to start all workers waits for enough free nodes."""
 
 
 def train_on_ray(job: TrainJob) -> list[dict[str, Any]]:
-    """Train with `num_workers` workers; returns what each of them said of itself.
+    """Train with `num_workers` workers and return the facts of each rank, in rank order.
 
-    A worker that dies makes Ray restart the group, `max_failures` times at most; the loop then goes on from its
-    newest resume checkpoint. Weights never pass through Ray: rank 0 writes them into the attempt's folder.
-    Raises what a worker raised, where that says what is wrong, instead of Ray's report of it: one of FINAL at once,
-    anything else when no restart is left, HungStep where a step hung in one of them, and
-    TimeoutError where the cluster has no room for the workers.
+    Ray restarts all workers when one dies, at most `max_failures` times. The loop then resumes from its newest
+    checkpoint. Weights never pass through Ray: rank 0 writes them into the attempt's folder.
+
+    Raises a worker's own error instead of Ray's report of it: an error of FINAL at once, and another error when no
+    restart is left. Raises HungStep if a step hung, and TimeoutError if the cluster cannot start all workers.
     """
     connect(job.resources)
     started = time.time()
@@ -41,22 +41,22 @@ def train_on_ray(job: TrainJob) -> list[dict[str, Any]]:
     except ControllerError as error:
         if not isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
             raise
-        raise TimeoutError(_no_room(job.resources)) from error
+        raise TimeoutError(_too_few_nodes(job.resources)) from error
     finally:
-        shutil.rmtree(job.ray_train(), ignore_errors=True)  # also what attempts left that were killed
+        shutil.rmtree(job.ray_train(), ignore_errors=True)  # files of killed attempts too
     _raise_final(job)
-    said = [Path(f"{job.attempt}-rank-{rank}.json") for rank in range(job.resources.train.num_workers)]
-    ran = [json.loads(path.read_text()) for path in said]
-    for path in said:
+    paths = [Path(f"{job.attempt}-rank-{rank}.json") for rank in range(job.resources.train.num_workers)]
+    facts = [json.loads(path.read_text()) for path in paths]
+    for path in paths:
         path.unlink()
-    return ran
+    return facts
 
 
 def _trainer(job: TrainJob) -> TorchTrainer:
     resources = job.resources
     return TorchTrainer(
         _worker,
-        train_loop_config={"job": job.model_dump_json(), "here": os.getcwd()},
+        train_loop_config={"job": job.model_dump_json(), "working_directory": os.getcwd()},
         torch_config=TorchConfig(
             backend="nccl" if resources.train.gpus_per_worker else "gloo",
             timeout_s=math.ceil(resources.train.network.timeout_seconds),
@@ -67,12 +67,12 @@ def _trainer(job: TrainJob) -> TorchTrainer:
             resources_per_worker={"CPU": resources.train.cpus_per_worker},
             placement_strategy=resources.train.placement,
         ),
-        run_config=RunConfig(  # type: ignore[call-arg]  # mypy reads that of version 1, which is not what is imported
+        run_config=RunConfig(  # type: ignore[call-arg]  # mypy sees the class of Ray Train version 1
             name=Path(job.attempt).name,
             storage_path=str(job.ray_train()),
             failure_config=FailureConfig(  # type: ignore[call-arg]
                 max_failures=resources.train.max_failures,
-                controller_failure_limit=math.ceil(resources.train.start_timeout_seconds / TRY_SECONDS) - 1,
+                controller_failure_limit=math.ceil(resources.train.start_timeout_seconds / START_TRY_SECONDS) - 1,
             ),
             worker_runtime_env={"env_vars": network_variables(resources)},
         ),
@@ -80,66 +80,68 @@ def _trainer(job: TrainJob) -> TorchTrainer:
 
 
 def network_variables(resources: Resources) -> dict[str, str]:
-    """What every worker has in its environment from its start on, before it meets the others."""
+    """The environment variables that every worker starts with, before it joins the process group."""
     interface = resources.train.network.interface
-    own = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}
-    return own | resources.train.network.env
+    interfaces = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}
+    return interfaces | resources.train.network.env
 
 
-def _no_room(resources: Resources) -> str:
+def _too_few_nodes(resources: Resources) -> str:
+    """The message for a cluster that cannot start all workers."""
     train = resources.train
     each = {"CPU": train.cpus_per_worker, "GPU": train.gpus_per_worker}
     alive = [one["Resources"] for one in ray.nodes() if one["Alive"]]  # type: ignore[no-untyped-call]
     nodes = [{kind: one.get(kind, 0) for kind in each} for one in alive]
     return (
-        f"no room for {train.num_workers} workers of {each} with placement {train.placement} within "
-        f"{train.start_timeout_seconds:.0f} s; the nodes alive have {nodes}. Add nodes and ask again, or change "
+        f"{train.num_workers} workers of {each} with placement {train.placement} did not start within "
+        f"{train.start_timeout_seconds:.0f} s; the live nodes have {nodes}. Add nodes and run again, or change "
         f"num_workers, cpus_per_worker or placement"
     )
 
 
 def _raise_final(job: TrainJob, report: WorkerGroupError | None = None) -> None:
-    """Raise the error of FINAL that a worker left behind."""
-    failed = _failed(job)
-    if failed.exists():
-        told = RemoteError.model_validate_json(failed.read_text())
-        failed.unlink()
-        raise told.again() from report
+    """Raise the error of FINAL that a worker recorded, if there is one."""
+    path = _error_file(job)
+    if path.exists():
+        error = RemoteError.model_validate_json(path.read_text())
+        path.unlink()
+        raise error.again() from report
 
 
 def _raise_cause(job: TrainJob, report: WorkerGroupError, *, since: float) -> None:
-    """Raise a worker's OSError, or HungStep where a step hung since then."""
+    """Raise a worker's OSError, or HungStep if a step hung after `since`, in seconds since 1970."""
     for failure in report.worker_failures.values():
         if isinstance(failure, OSError):
             raise failure from report
-    if stacks := [str(path) for path in job.watch().glob("*.stacks") if path.stat().st_mtime > since]:
+    if stacks := [str(path) for path in job.diagnostics().glob("*.stacks") if path.stat().st_mtime > since]:
         raise HungStep(
             f"stage {job.stage.name!r} failed in each of {job.resources.train.max_failures + 1} tries, and a step "
-            f"hung; where its threads stood: {', '.join(sorted(stacks))}; train.watchdog says what counts as hung"
+            f"hung; the stacks of its threads are in {', '.join(sorted(stacks))}; resources.train.watchdog sets when a "
+            f"step counts as hung"
         ) from report
 
 
-def _failed(job: TrainJob) -> Path:
+def _error_file(job: TrainJob) -> Path:
     return Path(f"{job.attempt}-failed.json")
 
 
 def _worker(config: dict[str, str]) -> None:
-    """One worker: the same loop as inline, in its place."""
-    from vila_ops.train.loop import train  # heavy, and only needed here
+    """Run the training loop as one of the workers, and leave its facts beside the attempt's folder."""
+    from vila_ops.train.loop import train  # heavy, and only the worker needs it
 
     log_to_driver()
-    if os.path.isdir(config["here"]):  # what is relative is so to the driver's folder; Ray Train has one of its own
-        os.chdir(config["here"])
+    if os.path.isdir(config["working_directory"]):  # relative paths refer to it; Ray Train changes the folder
+        os.chdir(config["working_directory"])
     job = TrainJob.model_validate_json(config["job"])
     context = ray.train.get_context()
-    place = RankInfo(rank=context.get_world_rank(), world_size=context.get_world_size())
-    if _failed(job).exists():  # Ray Train has no error that it does not retry: the restart that it insists on is empty
+    rank_info = RankInfo(rank=context.get_world_rank(), world_size=context.get_world_size())
+    if _error_file(job).exists():  # Ray Train restarts the workers after every error, so a restart has to do nothing
         return
     try:
-        said = {**train(job, place), **whoami()}
+        facts = {**train(job, rank_info), **whoami()}
     except FINAL as error:
-        draft = Path(f"{job.attempt}-failed-{place.rank}.draft")
+        draft = Path(f"{job.attempt}-failed-{rank_info.rank}.draft")
         draft.write_text(RemoteError.of(error).model_dump_json())
-        draft.replace(_failed(job))
+        draft.replace(_error_file(job))
         raise
-    Path(f"{job.attempt}-rank-{place.rank}.json").write_text(json.dumps(said))
+    Path(f"{job.attempt}-rank-{rank_info.rank}.json").write_text(json.dumps(facts))

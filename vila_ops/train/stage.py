@@ -1,4 +1,7 @@
-"""The task `train_stage`: one stage from its data and what it starts from. Light: the work is in `loop`."""
+"""The task `train_stage`: train one stage from its data and an initial model.
+
+This module is light. The work is in `loop.py`, which is imported when there is something to train.
+"""
 
 import logging
 import os
@@ -30,36 +33,41 @@ def train_stage(
     resources: Resources,
     context: RunContext = NO_CONTEXT,
 ) -> Checkpoint:
-    """The model after a stage; trained only if the store has it not yet, and from its last resume checkpoint on.
+    """Return the model after a stage, from the store or by training it from its last resume checkpoint on.
 
     Raises NonFiniteLoss, CorruptArtifact, and ValueError for settings that do not fit together.
     """
-    asked = StageInputs(
+    inputs = StageInputs(
         stage=stage, model=model, data=data, init=init, resources=resources.for_stage(stage.name), context=context
     )
     _check_quantised(stage)
     fresh = isinstance(init, Pretrained) and model.weights is None
-    recipe = {"stage": _own(stage), "projector": model.projector.model_dump(mode="json"), "fresh_projector": fresh}
+    recipe = {
+        "stage": _recipe_part(stage),
+        "projector": model.projector.model_dump(mode="json"),
+        "fresh_projector": fresh,
+    }
     if plugin := plugin_of(model.projector.kind):
         recipe["projector_plugin"] = plugin
     at = store.address(Checkpoint, revision=REVISION, recipe=recipe, parents=(data.digest, init.digest))
     if done := store.find(Checkpoint, at, store=resources.storage.store):
         return done
     if resources.launch == "ray_job":
-        return _as_job(at, asked)
+        return _train_as_job(at, inputs)
     with hold(at, store=resources.storage.store):
-        return store.find(Checkpoint, at, store=resources.storage.store) or _train(at, asked, fresh=fresh)
+        return store.find(Checkpoint, at, store=resources.storage.store) or _train_here(at, inputs, fresh=fresh)
 
 
-def _train(at: store.Address, asked: StageInputs, *, fresh: bool) -> Checkpoint:
-    stage, data, init, resources = asked.stage, asked.data, asked.init, asked.resources
+def _train_here(at: store.Address, inputs: StageInputs, *, fresh: bool) -> Checkpoint:
+    """Train and seal. The caller holds the lease."""
+    stage, data, init, resources = inputs.stage, inputs.data, inputs.init, inputs.resources
     for parent in (data, init):
         store.verify(parent)
     started = time.monotonic()
     attempt = store.begin(at, store=resources.storage.store)
     resume = f"{store.root_of(resources.storage.store)}/resume/{at.key}"
     run_id = tracking.start_run(
-        resources, stage.name, parent=asked.context.parent_run, params=stage.model_dump(mode="json"),
+        resources, stage.name, parent=inputs.context.parent_run, params=stage.model_dump(mode="json"),
         tags={"task": "train_stage", "stage": stage.name, "address": at.key, "data": data.digest, "init": init.digest},
     )  # fmt: skip
     tracking.log_input(resources, run_id, data, name=stage.mixture.name, context="train")
@@ -68,7 +76,7 @@ def _train(at: store.Address, asked: StageInputs, *, fresh: bool) -> Checkpoint:
         data=data,
         init=init,
         resources=resources,
-        context=asked.context,
+        context=inputs.context,
         attempt=str(attempt),
         resume=resume,
         run_id=run_id,
@@ -76,7 +84,7 @@ def _train(at: store.Address, asked: StageInputs, *, fresh: bool) -> Checkpoint:
     )
     failed = True
     try:
-        ran = _launch(job)
+        workers = _run_workers(job)
         failed = False
     finally:
         tracking.end_run(resources, run_id, failed=failed)
@@ -84,8 +92,8 @@ def _train(at: store.Address, asked: StageInputs, *, fresh: bool) -> Checkpoint:
         Checkpoint,
         at,
         attempt,
-        facts={"stage": stage.name, "step": ran[0]["steps"]},
-        execution=execution(launch=resources.launch, seconds=time.monotonic() - started, ran=ran)
+        facts={"stage": stage.name, "step": workers[0]["steps"]},
+        execution=execution(launch=resources.launch, seconds=time.monotonic() - started, ran=workers)
         | {"mlflow_run": run_id},
     )
     remove_all(resume)
@@ -94,7 +102,7 @@ def _train(at: store.Address, asked: StageInputs, *, fresh: bool) -> Checkpoint:
 
 
 def _check_quantised(stage: Stage) -> None:
-    """Refuse 4-bit weights before any work where their library is missing."""
+    """Refuse 4-bit weights before any work if their library is not installed."""
     if isinstance(stage.tuning, Lora) and stage.tuning.quantise and find_spec("bitsandbytes") is None:
         raise ValueError(
             f"stage {stage.name!r} has tuning.quantise {stage.tuning.quantise}, which needs bitsandbytes; "
@@ -102,21 +110,21 @@ def _check_quantised(stage: Stage) -> None:
         )
 
 
-def _as_job(at: store.Address, asked: StageInputs) -> Checkpoint:
-    """The checkpoint that a job of the cluster seals: the job is this task under launch `ray`."""
+def _train_as_job(at: store.Address, inputs: StageInputs) -> Checkpoint:
+    """Return the checkpoint that a Ray job seals. The job is this task under launch `ray`."""
     from vila_ops.train.ray_job import train_as_job
 
-    train_as_job(at.key, JobPayload.model_validate({**asked.model_dump(), "working_directory": os.getcwd()}))
-    if done := store.find(Checkpoint, at, store=asked.resources.storage.store):
+    train_as_job(at.key, JobPayload.model_validate({**inputs.model_dump(), "working_directory": os.getcwd()}))
+    if done := store.find(Checkpoint, at, store=inputs.resources.storage.store):
         return done
     raise RuntimeError(
-        f"the job of {at.kind}/{at.key} has ended well, but {asked.resources.storage.store} here does not have it; "
-        f"set a store that the cluster's head and this machine both see"
+        f"the job of {at.kind}/{at.key} succeeded, but {inputs.resources.storage.store} on this machine does not have "
+        f"its checkpoint; set a store that the cluster's head and this machine both see"
     )
 
 
-def _launch(job: TrainJob) -> list[dict[str, Any]]:
-    """Run the workers to their end; returns what each said of itself."""
+def _run_workers(job: TrainJob) -> list[dict[str, Any]]:
+    """Train with one worker in this process or with several on Ray. Returns the facts of each rank, in rank order."""
     if job.resources.launch == "ray":
         from vila_ops.train.ray_workers import train_on_ray
 
@@ -126,6 +134,9 @@ def _launch(job: TrainJob) -> list[dict[str, Any]]:
     return [{**train(job, RankInfo()), **whoami()}]
 
 
-def _own(stage: Stage) -> dict[str, Any]:
-    """The stage without its mixture, for which the data's digest stands, and without how often it saves."""
+def _recipe_part(stage: Stage) -> dict[str, Any]:
+    """The part of the stage that enters the address.
+
+    The mixture is left out, as the data's digest stands for it, and so is `save_every`, which changes no weight.
+    """
     return stage.model_dump(mode="json", exclude={"mixture", "save_every"})

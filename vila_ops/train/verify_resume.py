@@ -1,9 +1,9 @@
-"""Proof that a stage goes on exactly after SIGKILL, on anybody's own recipe and resources.
+"""Verify that a stage resumes exactly after SIGKILL, with any recipe and resources.
 
-The stage is trained once unbroken and then killed at random moments, inside saves too, until it was killed as often as
-asked; each time it ends, it is compared with the unbroken one. What is killed is the process group that drives the
-stage: launched inline it is all there is, and under Ray the cluster ends the ranks of a driver that is gone. Also that
-process: `python -m vila_ops.train.verify_resume ASKED.json`.
+The stage is trained once without interruption. Then it is trained under SIGKILL at random moments, during saves too,
+until it was killed as often as requested. Each time it ends, it is compared with the uninterrupted stage. The kill ends
+the process group that drives the stage: with launch `inline` that is all of the training, and under Ray the cluster
+ends the ranks of a driver that is gone. `python -m vila_ops.train.verify_resume INPUTS.json` is the process to kill.
 """
 
 import json
@@ -25,41 +25,41 @@ from vila_ops.artifacts.store import backend, file, read_manifest, root_of
 from vila_ops.config import NO_CONTEXT, Config, Stage
 from vila_ops.train.job import StageInputs
 from vila_ops.train.loop import CURVE
-from vila_ops.train.samples import Read, batches_of, first_stray, read_samples
+from vila_ops.train.sample_log import StepSamples, first_mismatch, global_batches, read_sample_log
 from vila_ops.train.stage import train_stage
 
 SAVES, VALIDATIONS = 10, 4
-"""Of a stage that is made short, at least."""
-LINES = 30
-"""Of what a process said that are told when it failed."""
-Say = Callable[[str], None]
+"""The fewest saves and validations of a shortened stage."""
+LOG_LINES = 30
+"""Number of last log lines in the error of a process that failed."""
+Report = Callable[[str], None]
 
 
-class Trial(StageInputs):
-    """A stage to try."""
+class ResumeTrial(StageInputs):
+    """A stage to train in a separate store."""
 
     def train(self) -> Checkpoint:
-        """The model after the stage; found where it is trained already."""
+        """Train the stage in this process, or find its checkpoint."""
         return train_stage(self.stage, self.model, self.data, self.init, self.resources, self.context)
 
-    def elsewhere(self, store: str) -> "Trial":
-        """The same with a store of its own, without MLflow, driven from this machine, samples written down."""
-        own = {"storage.store": store, "tracking.uri": None, "train.record_samples": True}
+    def in_store(self, store: str) -> "ResumeTrial":
+        """Return the same stage in another store, without MLflow, driven by this machine, with a sample log."""
+        changes = {"storage.store": store, "tracking.uri": None, "train.record_samples": True}
         if self.resources.launch == "ray_job":
-            own |= {"launch": "ray", "job_address": None}
-        return self.with_changes({"resources": self.resources.with_changes(own), "context": NO_CONTEXT})
+            changes |= {"launch": "ray", "job_address": None}
+        return self.with_changes({"resources": self.resources.with_changes(changes), "context": NO_CONTEXT})
 
-    def reads(self) -> list[Read]:
-        """The samples that were read so far, as far as this machine can see."""
+    def samples(self) -> list[StepSamples]:
+        """Return the samples that were read so far, of the ranks whose sample log is on this machine."""
         return [
-            read
-            for folder in sorted((self.resources.storage.scratch() / "samples").glob("*"))
-            for read in read_samples(folder)
+            step
+            for folder in sorted((self.resources.storage.scratch() / "sample_log").glob("*"))
+            for step in read_sample_log(folder)
         ]
 
 
 class ResumeVerdict(Config):
-    """What came of it."""
+    """The outcome of a verification."""
 
     stage: str
     steps: int
@@ -67,94 +67,94 @@ class ResumeVerdict(Config):
     passes: int
     """How often the stage was trained to its end under kills."""
     resumed: int
-    """How often it went on from a checkpoint, as far as this machine can see; the other kills were before the first."""
+    """How often it resumed from a checkpoint, by the sample logs on this machine. The other kills came before one."""
     compared_steps: int
-    """Of which the samples are known: 0 where the ranks wrote them down on other machines."""
+    """Number of steps whose samples were compared: 0 if the ranks recorded them on other machines."""
     differences: tuple[str, ...]
-    """None: after every pass curve, samples and files were those of the unbroken stage, bit for bit."""
+    """Empty if after every pass curve, samples and files were bit for bit those of the uninterrupted stage."""
     kept: str | None
-    """Store with the unequal stages; None: nothing is left."""
+    """Store with the unequal stages. None: nothing is left."""
 
 
-def short(stage: Stage, *, steps: int) -> Stage:
-    """A variant of a stage that is over soon, saves often and validates more than once."""
-    own = {
+def shortened(stage: Stage, *, steps: int) -> Stage:
+    """Return a variant of a stage with few steps, frequent saves and more than one validation."""
+    changes = {
         "num_steps": steps,
         "epochs": None,
         "save_every": min(stage.save_every, max(1, steps // SAVES)),
         "validate_every": min(stage.validate_every, max(1, steps // VALIDATIONS)),
     }
-    return stage.with_changes(own)
+    return stage.with_changes(changes)
 
 
-def changes(stage: Stage, variant: Stage) -> str:
-    """What a variant of a stage has otherwise, for a person."""
+def describe_changes(stage: Stage, variant: Stage) -> str:
+    """Return the settings in which a variant differs from a stage, as text."""
     one, two = stage.model_dump(mode="json"), variant.model_dump(mode="json")
     return ", ".join(f"{key} {two[key]} instead of {one[key]}" for key in one if one[key] != two[key]) or "no change"
 
 
-def lines(verdict: ResumeVerdict) -> list[str]:
-    """A verdict for a person."""
+def summary(verdict: ResumeVerdict) -> list[str]:
+    """Return a verdict as lines of text."""
     if verdict.differences:
         return [f"NOT EQUAL after {verdict.kills} kills", *verdict.differences, f"both are kept in {verdict.kept}"]
     samples = f"the samples of {verdict.compared_steps} steps"
     return [
         f"equal: {verdict.kills} kills, {verdict.steps} steps of {verdict.stage} trained {verdict.passes} times to the "
-        f"end, gone on {verdict.resumed} times from a checkpoint",
+        f"end, resumed {verdict.resumed} times from a checkpoint",
         f"bit for bit the same: the loss of every step, every validation loss, the model, "
-        f"{samples if verdict.compared_steps else 'but samples were written down on other machines'}",
+        f"{samples if verdict.compared_steps else 'but the samples were recorded on other machines'}",
     ]
 
 
-def verify_resume(asked: Trial, *, kills: int, say: Say) -> ResumeVerdict:
-    """Train a stage unbroken and under so many kills, in a store of its own beside the others; compare.
+def verify_resume(trial: ResumeTrial, *, kills: int, report: Report) -> ResumeVerdict:
+    """Train a stage without interruption and under `kills` kills, in stores under STORE/verify-resume, and compare.
 
-    `say` is told a line for each kill. Raises RuntimeError where a process fails by itself.
+    `report` gets a line of progress for each kill. Raises RuntimeError if a process fails without a kill.
     """
-    root = f"{root_of(asked.resources.storage.store)}/verify-resume/{secrets.token_hex(4)}"
-    draw = random.Random()
-    unbroken = asked.elsewhere(f"{root}/unbroken")
-    seconds = _to_its_end(unbroken)
-    say(f"unbroken: {unbroken.train().step} steps in {seconds:.1f} s")
+    root = f"{root_of(trial.resources.storage.store)}/verify-resume/{secrets.token_hex(4)}"
+    rng = random.Random()
+    unbroken = trial.in_store(f"{root}/unbroken")
+    seconds = _train_to_end(unbroken)
+    report(f"unbroken: {unbroken.train().step} steps in {seconds:.1f} s")
     done, passes, resumed = 0, 0, 0
     differences: list[str] = []
     while done < kills and not differences:
         passes += 1
-        killed = asked.elsewhere(f"{root}/killed-{passes}")
-        while done < kills and (moment := _killed(killed, after=draw.uniform(0, seconds), say=say)) is not None:
+        killed = trial.in_store(f"{root}/killed-{passes}")
+        while done < kills and (moment := _train_and_kill(killed, after=rng.uniform(0, seconds))) is not None:
             done += 1
-            say(f"kill {done} of {kills}: {moment}")
-        _to_its_end(killed)
-        resumed += sum(step > 0 for step in _starts(killed).values())
+            report(f"kill {done} of {kills}: {moment}")
+        _train_to_end(killed)
+        resumed += sum(step > 0 for step in _first_steps(killed).values())
         differences = list(_differences(unbroken, killed))
-        say(f"pass {passes} ended: {'not equal' if differences else 'equal'}")
+        report(f"pass {passes} ended: {'not equal' if differences else 'equal'}")
     verdict = ResumeVerdict(
-        stage=asked.stage.name,
+        stage=trial.stage.name,
         steps=unbroken.train().step,
         kills=done,
         passes=passes,
         resumed=resumed,
-        compared_steps=len(batches_of(unbroken.reads())),
+        compared_steps=len(global_batches(unbroken.samples())),
         differences=tuple(differences),
         kept=root if differences else None,
     )
     if not differences:
-        backend(root).discard(asked.elsewhere(root).resources.storage.scratch(), root)
+        backend(root).discard(trial.in_store(root).resources.storage.scratch(), root)
     return verdict
 
 
-def _to_its_end(asked: Trial) -> float:
-    """Train; returns the seconds from where the process had loaded its code."""
-    with _process(asked) as process:
+def _train_to_end(trial: ResumeTrial) -> float:
+    """Train in a process. Returns the seconds since the process had loaded its code."""
+    with _process(trial) as process:
         started = time.monotonic()
         process.wait()
         return time.monotonic() - started
 
 
-def _killed(asked: Trial, *, after: float, say: Say) -> str | None:
-    """Train and kill after so many seconds; returns where that was, None where the stage had ended before."""
-    before = {read.attempt for read in asked.reads()}
-    with _process(asked) as process:
+def _train_and_kill(trial: ResumeTrial, *, after: float) -> str | None:
+    """Train in a process and kill it `after` seconds. Returns a description of the moment, or None if it had ended."""
+    before = {step.attempt for step in trial.samples()}
+    with _process(trial) as process:
         try:
             process.wait(timeout=after)
             return None
@@ -162,29 +162,32 @@ def _killed(asked: Trial, *, after: float, say: Say) -> str | None:
             os.killpg(process.pid, signal.SIGKILL)
             if process.wait() == 0:
                 return None
-    own = [read.step for read in asked.reads() if read.attempt not in before]
-    if not own:
+    steps = [one.step for one in trial.samples() if one.attempt not in before]
+    if not steps:
         return f"after {after:.2f} s, before this try's first step"
-    began = f"went on after step {min(own)}" if min(own) else "began with the first"
-    return f"after {after:.2f} s in step {max(own) + 1}; this try {began}"
+    start = f"resumed after step {min(steps)}" if min(steps) else "began with the first step"
+    return f"after {after:.2f} s in step {max(steps) + 1}; this try {start}"
 
 
-def _starts(asked: Trial) -> dict[str, int]:
-    """By try the steps that were done when it began."""
-    starts: dict[str, int] = {}
-    for read in asked.reads():
-        starts[read.attempt] = min(read.step, starts.get(read.attempt, read.step))
-    return starts
+def _first_steps(trial: ResumeTrial) -> dict[str, int]:
+    """Return by attempt the number of steps that were done when it began."""
+    first: dict[str, int] = {}
+    for one in trial.samples():
+        first[one.attempt] = min(one.step, first.get(one.attempt, one.step))
+    return first
 
 
 @contextmanager
-def _process(asked: Trial) -> Iterator[subprocess.Popen[str]]:
-    """A process that trains, its code loaded; killed at the end. Raises RuntimeError where it failed by itself."""
-    folder = asked.resources.storage.scratch()
+def _process(trial: ResumeTrial) -> Iterator[subprocess.Popen[str]]:
+    """A process that trains and has loaded its code. It is killed at the end of the context.
+
+    Raises RuntimeError if it failed without a kill.
+    """
+    folder = trial.resources.storage.scratch()
     folder.mkdir(parents=True, exist_ok=True)
-    told = folder / "asked.json"
-    told.write_text(asked.model_dump_json())
-    command = [sys.executable, "-m", "vila_ops.train.verify_resume", str(told)]
+    inputs = folder / "inputs.json"
+    inputs.write_text(trial.model_dump_json())
+    command = [sys.executable, "-m", "vila_ops.train.verify_resume", str(inputs)]
     with (
         (folder / "log").open("w+") as log,
         subprocess.Popen(
@@ -199,37 +202,38 @@ def _process(asked: Trial) -> Iterator[subprocess.Popen[str]]:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
         if process.wait() not in (0, -signal.SIGKILL):
-            raise RuntimeError(_said(log))
+            raise RuntimeError(f"a process of the stage failed; the end of its log:\n{_last_lines(log)}")
 
 
-def _said(log: TextIO) -> str:
+def _last_lines(log: TextIO) -> str:
     log.seek(0)
-    return f"a process of the stage failed; the last that it said:\n{''.join(log.readlines()[-LINES:])}"
+    return "".join(log.readlines()[-LOG_LINES:])
 
 
-def _differences(unbroken: Trial, killed: Trial) -> Iterator[str]:
-    """What is not the same in two stages that were trained to their ends, a line each."""
-    one, two = unbroken.train(), killed.train()
-    curves = [json.loads(file(checkpoint, CURVE).read_text()) for checkpoint in (one, two)]
-    for own, other in zip_longest(*curves):
-        if own != other:
-            yield f"the curves differ first at step {(own or other)['step']}: unbroken {own}, killed {other}"
+def _differences(unbroken: ResumeTrial, killed: ResumeTrial) -> Iterator[str]:
+    """Yield a line for each difference between two stages that were trained to their ends."""
+    checkpoints = unbroken.train(), killed.train()
+    curves = [json.loads(file(checkpoint, CURVE).read_text()) for checkpoint in checkpoints]
+    for one, two in zip_longest(*curves):
+        if one != two:
+            yield f"the curves differ first at step {(one or two)['step']}: unbroken {one}, killed {two}"
             break
-    if stray := first_stray(killed.reads(), batches_of(unbroken.reads())):
-        yield f"the samples differ first in step {stray.step + 1}: rank {stray.rank} read {list(stray.rows)}"
-    files = [read_manifest(checkpoint.uri)["files"] for checkpoint in (one, two)]
+    if mismatch := first_mismatch(killed.samples(), global_batches(unbroken.samples())):
+        rows = list(mismatch.rows)
+        yield f"the samples differ first in step {mismatch.step + 1}: rank {mismatch.rank} read {rows}"
+    files = [read_manifest(checkpoint.uri)["files"] for checkpoint in checkpoints]
     names = sorted(name for name in files[0].keys() | files[1].keys() if files[0].get(name) != files[1].get(name))
     if names:
         yield f"the bytes of {names} differ"
 
 
 def main() -> None:
-    """The process that is killed. What anything prints from now on goes to the log."""
-    asked = Trial.model_validate_json(Path(sys.argv[1]).read_text())
+    """Train in the process to kill. It prints a line once its code is loaded; all later output goes to the log."""
+    trial = ResumeTrial.model_validate_json(Path(sys.argv[1]).read_text())
     sys.stdout.write("loaded\n")
     sys.stdout.flush()
     os.dup2(2, 1)
-    asked.train()
+    trial.train()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Whether a rank still moves: it says so in a file, and a step that hangs ends the process, its stacks written down.
+"""Heartbeats of a rank, and a watchdog that ends the process when a step hangs, after it wrote the threads' stacks.
 
-SCRATCH/watch/<address>/rank-000.json     what a rank is doing, written anew every second; gone when it has ended
-SCRATCH/watch/<address>/rank-000.stacks   where each thread of a rank stood when a step hung last
+SCRATCH/diagnostics/<address>/rank-000.heartbeat.json   what the rank is doing, written every second, removed at the end
+SCRATCH/diagnostics/<address>/rank-000.stacks           the stack of each thread when a step last hung
 """
 
 import faulthandler
@@ -20,47 +20,48 @@ from typing import Literal, NamedTuple, Self
 from vila_ops.train.job import HUNG, RankInfo, TrainJob
 
 TICK_SECONDS = 1.0
-"""Between two looks at a rank, and between two writings of its file."""
+"""Interval between two checks of the loop, and between two writes of the heartbeat file."""
 STEPS = 100
-"""Of which the median is taken."""
+"""Number of recent steps whose median duration sets the limit."""
 GRACE = 0.1
-"""Of the bound, before a hung rank ends: the others hang with it, and its end would break off what they hang in."""
+"""Share of the limit that a hung rank waits before it ends. The other ranks hang with it, and have to write their own
+stacks before its end interrupts them."""
 Phase = Literal["load", "train", "validate", "save", "finish"]
-UNBOUND = ("load", "finish")
-"""Phases that take as long as a model takes to be read and written."""
+UNLIMITED = ("load", "finish")
+"""Phases without a limit, as they read or write the whole model."""
 log = logging.getLogger(__name__)
 
 
 class Heartbeat(NamedTuple):
-    """A sign of life."""
+    """A sign of life from the training loop."""
 
     step: int
-    """Steps that are done."""
+    """Number of steps done."""
     phase: Phase
     at: float
-    """time.monotonic()"""
+    """Time of the heartbeat, of time.monotonic()."""
     limit: float
-    """Seconds until the next beat after which the rank counts as hung."""
+    """Seconds until the next heartbeat after which the rank counts as hung."""
     keys: tuple[str, ...] = ()
-    """Samples that the rank is at."""
+    """Samples that the rank is processing."""
 
 
 class StepWatchdog:
-    """Of one rank, inside its `with`. A thread looks once a second whether the loop has given another beat.
+    """Watches the loop of one rank while inside its `with`. A thread checks every second for a new heartbeat.
 
-    Only time in which this process could run is counted, so that one that was stopped (Ctrl-Z, a debugger) goes on. A
-    call that never gives up the interpreter's lock stops the thread as well; the other ranks then see the hang.
+    Only time in which this process could run is counted, so a process that was suspended (Ctrl-Z, a debugger) goes on.
+    A call that never releases the interpreter's lock stops the thread too; then the other ranks detect the hang.
     """
 
-    def __init__(self, job: TrainJob, place: RankInfo) -> None:
-        self.place = place
-        self.name = job.stage.name
-        self.folder = job.watch()
-        self._rule = job.resources.train.watchdog
-        self._took: deque[float] = deque(maxlen=STEPS)
-        self._beat = Heartbeat(0, "load", time.monotonic(), float("inf"))
+    def __init__(self, job: TrainJob, rank_info: RankInfo) -> None:
+        self.rank_info = rank_info
+        self.stage = job.stage.name
+        self.folder = job.diagnostics()
+        self._limits = job.resources.train.watchdog
+        self._step_seconds: deque[float] = deque(maxlen=STEPS)
+        self._heartbeat = Heartbeat(0, "load", time.monotonic(), float("inf"))
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -70,74 +71,71 @@ class StepWatchdog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._ended.set()
         self._thread.join()
-        self._said().unlink(missing_ok=True)
+        self._heartbeat_file().unlink(missing_ok=True)
 
-    def beat(self, step: int, phase: Phase) -> None:
-        """The rank begins a phase after `step` steps, or has got on in it."""
+    def heartbeat(self, step: int, phase: Phase) -> None:
+        """Signal that the rank begins a phase after `step` steps, or has made progress in it."""
         now = time.monotonic()
-        if self._beat.phase == "train":
-            self._took.append(now - self._beat.at)
-        longest = self._rule.factor * statistics.median(self._took) if self._took else 0.0
-        limit = float("inf") if phase in UNBOUND else max(self._rule.at_least_seconds, longest)
-        self._beat = Heartbeat(step, phase, now, limit)
+        if self._heartbeat.phase == "train":
+            self._step_seconds.append(now - self._heartbeat.at)
+        longest = self._limits.factor * statistics.median(self._step_seconds) if self._step_seconds else 0.0
+        limit = float("inf") if phase in UNLIMITED else max(self._limits.at_least_seconds, longest)
+        self._heartbeat = Heartbeat(step, phase, now, limit)
 
-    def reads(self, keys: tuple[str, ...]) -> None:
-        """The samples that this rank has of the step."""
-        self._beat = self._beat._replace(keys=keys)
+    def set_samples(self, keys: tuple[str, ...]) -> None:
+        """Set the samples that this rank processes in the current step."""
+        self._heartbeat = self._heartbeat._replace(keys=keys)
 
-    def _look(self) -> None:
-        """The thread: says what the rank is doing, and ends the process when that takes too long."""
-        last, seen, waited = time.monotonic(), self._beat.at, 0.0
+    def _watch(self) -> None:
+        """Write the heartbeat file, and end the process when the limit is exceeded; the thread runs this."""
+        last, seen, waited = time.monotonic(), self._heartbeat.at, 0.0
         while not self._ended.wait(TICK_SECONDS):
-            now, beat = time.monotonic(), self._beat
+            now, heartbeat = time.monotonic(), self._heartbeat
             passed, last = min(now - last, 2 * TICK_SECONDS), now
-            waited, seen = waited + passed if beat.at == seen else 0.0, beat.at
-            self._say(beat, waited)
-            if waited > beat.limit:
-                self._end(beat, waited)
+            waited, seen = waited + passed if heartbeat.at == seen else 0.0, heartbeat.at
+            self._write_heartbeat(heartbeat, waited)
+            if waited > heartbeat.limit:
+                self._end(heartbeat, waited)
 
-    def _say(self, beat: Heartbeat, waited: float) -> None:
-        said = {
-            "time": time.time(), "step": beat.step, "phase": beat.phase, "seconds_in_phase": round(waited, 1),
+    def _write_heartbeat(self, heartbeat: Heartbeat, waited: float) -> None:
+        status = {
+            "time": time.time(), "step": heartbeat.step, "phase": heartbeat.phase, "seconds_in_phase": round(waited, 1),
             "pid": os.getpid(), "host": socket.gethostname(),
         }  # fmt: skip
-        draft = self._said().with_suffix(".draft")
+        draft = self._heartbeat_file().with_suffix(".draft")
         try:
-            draft.write_text(json.dumps(said))
-            draft.replace(self._said())
+            draft.write_text(json.dumps(status))
+            draft.replace(self._heartbeat_file())
         except OSError as error:
-            log.warning("rank %d could not say that it lives: %s", self.place.rank, error)
+            log.warning("rank %d could not write its heartbeat: %s", self.rank_info.rank, error)
 
-    def _end(self, beat: Heartbeat, waited: float) -> None:
-        """Write down where every thread stands, give the other ranks time to do so, and end the process.
+    def _end(self, heartbeat: Heartbeat, waited: float) -> None:
+        """Write the stack of every thread, give the other ranks time to do so, and end the process.
 
-        Not by an exception: the loop waits in a call that never returns to Python.
+        An exception would not end it: the loop waits in a call that never returns to Python.
         """
-        head = (
-            f"{self.name}: rank {self.place.rank} of {self.place.world_size} hangs in phase {beat.phase} after step "
-            f"{beat.step}: no sign of life for {waited:.0f} s, where {beat.limit:.0f} s are the most (watchdog.factor "
-            f"{self._rule.factor:g} times the median step, at least watchdog.at_least_seconds "
-            f"{self._rule.at_least_seconds:g}). This process ends with code {HUNG}; the last resume checkpoint is what "
-            f"the next try goes on from. Its samples: {list(beat.keys)}"
+        message = (
+            f"{self.stage}: rank {self.rank_info.rank} of {self.rank_info.world_size} hangs in phase {heartbeat.phase} "
+            f"after step {heartbeat.step}: no heartbeat for {waited:.0f} s, the limit is {heartbeat.limit:.0f} s "
+            f"(watchdog.factor {self._limits.factor:g} times the median step, at least watchdog.at_least_seconds "
+            f"{self._limits.at_least_seconds:g}). This process ends with code {HUNG}; the next try resumes from the "
+            f"last checkpoint. Its samples: {list(heartbeat.keys)}"
         )
         try:
-            self._write_stacks(head)
-        except OSError as error:  # where a disk is full or gone, steps hang
-            log.error("%s; where its threads stand could not be written: %s", head, error)
+            self._write_stacks(message)
+        except OSError as error:  # steps also hang because a disk is full or gone
+            log.error("%s; the stacks could not be written: %s", message, error)
         finally:
-            time.sleep(max(TICK_SECONDS * 2, GRACE * beat.limit))
+            time.sleep(max(TICK_SECONDS * 2, GRACE * heartbeat.limit))
             os._exit(HUNG)
 
-    def _write_stacks(self, head: str) -> None:
-        path = self._stacks()
+    def _write_stacks(self, message: str) -> None:
+        path = self.folder / f"rank-{self.rank_info.rank:03d}.stacks"
         with path.open("w") as file:
-            file.write(f"{head}\n\n")
+            file.write(f"{message}\n\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
         log.error("%s: %s", path, path.read_text())
 
-    def _said(self) -> Path:
-        return self.folder / f"rank-{self.place.rank:03d}.json"
-
-    def _stacks(self) -> Path:
-        return self.folder / f"rank-{self.place.rank:03d}.stacks"
+    def _heartbeat_file(self) -> Path:
+        return self.folder / f"rank-{self.rank_info.rank:03d}.heartbeat.json"

@@ -1,4 +1,4 @@
-"""What the loop calls: restore, save beside the training, and keep by policy."""
+"""Resume checkpoints for the training loop: restore, save in the background, and keep by policy."""
 
 import hashlib
 import json
@@ -27,158 +27,158 @@ from vila_ops.train.job import RankInfo
 
 FORMAT = 1
 Curve = list[dict[str, Any]]
-"""Per step: its number, loss, and validation loss where there was one."""
+"""One entry per step: its number, its loss, and its validation loss if there was one."""
 States = dict[str, dict[str, Tensor]]
 log = logging.getLogger(__name__)
 
 
 class Checkpointer:
-    """The resume checkpoints of a stage. Every rank makes one and calls the same methods at the same steps.
+    """Saves and restores the resume checkpoints of a stage. All ranks call the same methods at the same steps.
 
-    A save only takes copies: a thread writes this rank's share and forces it to the disk, rank 0's then seals, and
-    removes what need not stay. The copies of live tensors (see Engine) are taken by the thread too, while the loop
-    computes gradients: `settle` waits for them, and has to be called before the engine's step. One save at most is
-    under way. What fails in the thread is logged there, and raised on every rank by its next `save` or by `close`.
+    `save` only copies tensors. A thread writes and syncs this rank's file; on rank 0 it then seals the checkpoint and
+    removes old ones. If the tensors are live (see Engine), the thread makes the copies too, while the loop computes
+    gradients, and the loop has to call `wait_for_staging` before the engine's step. At most one save is in progress.
+    An error in the thread is logged there, and raised on every rank by the next `save` or by `close`.
     """
 
-    def __init__(self, resume: str, place: RankInfo, resources: Resources, *, live: bool) -> None:
+    def __init__(self, resume: str, rank_info: RankInfo, resources: Resources, *, live: bool) -> None:
         self.stall_seconds = 0.0
-        """How long the loop waited for checkpoints so far."""
-        self._place, self._keep, self._live = place, resources.train.keep, live
-        self._shelf = storage_of(resume)
-        self._ranks = Ranks(place, timeout_seconds=resources.train.network.timeout_seconds)
+        """Seconds that the loop has waited for checkpoints so far."""
+        self._rank_info, self._keep, self._live = rank_info, resources.train.keep, live
+        self._storage = storage_of(resume)
+        self._ranks = Ranks(rank_info, timeout_seconds=resources.train.network.timeout_seconds)
         self._attempt = self._ranks.gather(secrets.token_hex(4))[0]
-        self._found: set[int] = set()
-        """Steps of the checkpoints that were there when this attempt began, as rank 0 saw them."""
-        self._copies = StagingBuffers()
-        self._copied = threading.Event()
-        self._copied.set()
+        self._earlier_steps: set[int] = set()
+        """Steps of the checkpoints that existed when this attempt began, on rank 0."""
+        self._buffers = StagingBuffers()
+        self._staged = threading.Event()
+        self._staged.set()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._under_way: Future[None] | None = None
+        self._pending: Future[None] | None = None
 
     def restore(self, engine: Engine) -> tuple[int, Curve]:
-        """Steps done and their curve: 0 and nothing when there is no checkpoint to resume from."""
-        found = self.newest()
-        if found is None:
+        """Restore the newest checkpoint. Returns the steps done and their curve: 0 and [] without a checkpoint."""
+        newest = self.newest()
+        if newest is None:
             return 0, []
-        states, manifest = found
+        states, manifest = newest
         engine.restore(states, step=manifest["step"])
-        self._ranks.gather(None)  # ranks of one machine share its copies
-        self._shelf.release()
+        self._ranks.gather(None)  # ranks on one machine share its copies of the files
+        self._storage.release()
         log.info("resuming after step %d", manifest["step"])
         return manifest["step"], manifest["curve"]
 
     def newest(self) -> tuple[States, dict[str, Any]] | None:
-        """Tensors by name, and the manifest, of the newest checkpoint whose every byte is as it was written.
+        """Return tensors by name, and the manifest, of the newest checkpoint whose checksums match on all ranks.
 
-        None if there is none. A damaged one is named in the log and the one before it is taken, by all ranks.
+        Returns None if there is none. A damaged checkpoint is logged and skipped by all ranks.
         """
-        for name in reversed(self._ranks.together(self._look)[0]):
+        for name in reversed(self._ranks.run_on_all(self._list_sealed)[0]):
             try:
-                found = self._read(name)
+                checkpoint = self._read(name)
             except CorruptArtifact as error:
-                log.warning("resume checkpoint %s is damaged (%s); the one before it is taken", name, error)
-                found = None
-            read = self._ranks.gather(None if found is None else found[1]["checksum"])
-            if found is not None and all(checksum == read[0] for checksum in read):
-                return found
+                log.warning("resume checkpoint %s is damaged (%s); the checkpoint before it is used", name, error)
+                checkpoint = None
+            checksums = self._ranks.gather(None if checkpoint is None else checkpoint[1]["checksum"])
+            if checkpoint is not None and all(checksum == checksums[0] for checksum in checksums):
+                return checkpoint
         return None
 
     def save(self, step: int, states: Iterable[State], curve: Curve) -> None:
-        """Begin to save the state after `step` steps; `states` are walked through by every rank."""
+        """Start to save the state after `step` steps. Every rank iterates over all `states` and saves its share."""
         started = time.monotonic()
-        self._finish()
-        own: dict[str, Tensor] = {}
+        self._wait_for_pending()
+        share: dict[str, Tensor] = {}
         for number, (name, tensors) in enumerate(states):
-            if number % self._place.world_size == self._place.rank:
-                own |= {f"{key}/{name}": self._taken(f"{key}/{name}", tensor) for key, tensor in tensors.items()}
-        on_gpu = any(tensor.is_cuda for tensor in own.values())
+            if number % self._rank_info.world_size == self._rank_info.rank:
+                share |= {f"{key}/{name}": self._hold(f"{key}/{name}", tensor) for key, tensor in tensors.items()}
+        on_gpu = any(tensor.is_cuda for tensor in share.values())
         since = torch.cuda.current_stream().record_event() if on_gpu else None
-        self._copied.clear()
-        self._under_way = self._writer.submit(self._save, step, own, list(curve), since)
+        self._staged.clear()
+        self._pending = self._writer.submit(self._save, step, share, list(curve), since)
         self.stall_seconds += time.monotonic() - started
 
-    def settle(self) -> None:
-        """Wait until the state is copied: to be called before what changes it, the engine's step."""
-        if not self._copied.is_set():
+    def wait_for_staging(self) -> None:
+        """Wait until the state of the last save is copied. Call this before the engine's step changes the state."""
+        if not self._staged.is_set():
             started = time.monotonic()
-            self._copied.wait()
+            self._staged.wait()
             self.stall_seconds += time.monotonic() - started
 
     def close(self) -> None:
-        """Wait for the save that is under way: to be called at the end."""
+        """Wait for the save in progress. Call this at the end of training."""
         started = time.monotonic()
-        self._finish()
+        self._wait_for_pending()
         self.stall_seconds += time.monotonic() - started
 
-    def _finish(self) -> None:
-        under_way, self._under_way = self._under_way, None
-        if under_way is not None:
-            under_way.result()
+    def _wait_for_pending(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
-    def _taken(self, name: str, tensor: Tensor) -> Tensor:
-        """A tensor that may wait for the thread: a live one as it is, a gathered one not on the GPU."""
-        return tensor if self._live or not tensor.is_cuda else self._copies.take(name, tensor)
+    def _hold(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a tensor to hand to the thread: a live tensor itself, and a copy in host memory of a gathered one."""
+        return tensor if self._live or not tensor.is_cuda else self._buffers.copy(name, tensor)
 
-    def _save(self, step: int, own: dict[str, Tensor], curve: Curve, since: torch.cuda.Event | None) -> None:
-        """The thread's work."""
+    def _save(self, step: int, share: dict[str, Tensor], curve: Curve, since: torch.cuda.Event | None) -> None:
+        """Stage and write a checkpoint; the thread runs this."""
         try:
             try:
                 if self._live:
-                    own = self._copies.take_all(own, since=since)
+                    share = self._buffers.copy_all(share, since=since)
             finally:
-                self._copied.set()
-            self._write(f"step-{step:06d}-{self._attempt}", RankFile(own), step, curve)
+                self._staged.set()
+            self._write(f"step-{step:06d}-{self._attempt}", RankFile(share), step, curve)
         except Exception:
             log.exception("the resume checkpoint after step %d was not saved", step)
             raise
 
-    def _write(self, draft: str, share: RankFile, step: int, curve: Curve) -> None:
-        """Every rank writes its share, then rank 0 seals, then it removes; one that fails stops all."""
-        world_size, first = self._place.world_size, self._place.rank == 0
+    def _write(self, draft: str, rank_file: RankFile, step: int, curve: Curve) -> None:
+        """Write all rank files, then seal and remove old checkpoints on rank 0. A failure on one rank stops all."""
+        world_size, first = self._rank_info.world_size, self._rank_info.rank == 0
         names = [f"rank-{rank:05d}-of-{world_size:05d}.safetensors" for rank in range(world_size)]
 
         def write() -> FileFacts:
-            self._shelf.write(draft, names[self._place.rank], share)
-            return share.facts()
+            self._storage.write(draft, names[self._rank_info.rank], rank_file)
+            return rank_file.facts()
 
         try:
-            files = dict(zip(names, self._ranks.together(write), strict=True))
+            files = dict(zip(names, self._ranks.run_on_all(write), strict=True))
             manifest = {"format": FORMAT, "step": step, "world_size": world_size, "files": files, "curve": curve}
             sizes = {name: file["size"] for name, file in files.items()}
-            self._ranks.together(lambda: self._shelf.seal(draft, _text(manifest), sizes) if first else None)
+            self._ranks.run_on_all(lambda: self._storage.seal(draft, _to_bytes(manifest), sizes) if first else None)
         except (OSError, ValueError):
             if first:
-                self._shelf.discard(draft)
+                self._storage.discard(draft)
             raise
-        self._ranks.together(lambda: self._tidy(step, curve) if first else None)
+        self._ranks.run_on_all(lambda: self._remove_old(step, curve) if first else None)
 
-    def _tidy(self, step: int, curve: Curve) -> None:
-        """Remove what need not stay.
+    def _remove_old(self, step: int, curve: Curve) -> None:
+        """Remove the checkpoints that the policy does not keep.
 
-        One of a later step is damaged if it was there when this attempt began, which went on from one before it; else
-        it is of an attempt that took over while this one was cut off, and stays.
+        A checkpoint of a later step is damaged if it existed when this attempt began, as this attempt resumed from an
+        earlier one. Otherwise it belongs to an attempt that took over while this one was cut off, and it is kept.
         """
-        sealed = self._shelf.sealed()
-        stay = to_keep([one.step for one in sealed if one.step <= step], curve, self._keep)
+        sealed = self._storage.sealed()
+        kept = to_keep([one.step for one in sealed if one.step <= step], curve, self._keep)
         for one in sealed:
-            if one.step not in stay and (one.step <= step or one.step in self._found):
-                self._shelf.remove(one.name)
+            if one.step not in kept and (one.step <= step or one.step in self._earlier_steps):
+                self._storage.remove(one.name)
 
-    def _look(self) -> list[str]:
-        """The checkpoints there are, as rank 0 sees them before anything of this attempt is there."""
-        if self._place.rank:
+    def _list_sealed(self) -> list[str]:
+        """On rank 0, remove drafts of killed attempts and return the names of the checkpoints, oldest first."""
+        if self._rank_info.rank:
             return []
-        self._shelf.clear()
-        sealed = self._shelf.sealed()
-        self._found = {one.step for one in sealed}
+        self._storage.clear()
+        sealed = self._storage.sealed()
+        self._earlier_steps = {one.step for one in sealed}
         return [one.name for one in sealed]
 
     def _read(self, name: str) -> tuple[States, dict[str, Any]]:
-        """Tensors and manifest of a checkpoint. Raises CorruptArtifact."""
-        manifest = _parsed(self._shelf.manifest(name))
+        """Read and verify a checkpoint. Returns its tensors and manifest. Raises CorruptArtifact."""
+        manifest = _parse(self._storage.manifest(name))
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            paths = list(pool.map(lambda one: self._shelf.file(name, *one), manifest["files"].items()))
+            paths = list(pool.map(lambda one: self._storage.file(name, *one), manifest["files"].items()))
         states: States = {}
         for path in paths:
             for key, tensor in load_file(path).items():
@@ -188,7 +188,7 @@ class Checkpointer:
 
 
 def to_keep(steps: Iterable[int], curve: Curve, keep: Retention) -> set[int]:
-    """Of the steps that have a checkpoint those whose checkpoint stays."""
+    """Return the steps whose checkpoint is kept, of all steps that have one."""
     ordered = sorted(steps)
     losses = {
         row["step"]: row["validation_loss"] for row in curve if math.isfinite(row.get("validation_loss", math.nan))
@@ -198,17 +198,17 @@ def to_keep(steps: Iterable[int], curve: Curve, keep: Retention) -> set[int]:
     return {*ordered[-keep.last :], *spaced, *best[: keep.best]}
 
 
-def _text(manifest: dict[str, Any]) -> bytes:
-    """The one text of a manifest, its own checksum in it: any other byte in the file is damage."""
+def _to_bytes(manifest: dict[str, Any]) -> bytes:
+    """Return the exact bytes of a manifest's file, which include its own checksum."""
     checksum = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
     return json.dumps({**manifest, "checksum": checksum}).encode()
 
 
-def _parsed(text: bytes) -> dict[str, Any]:
-    """A manifest, with its checksum. Raises CorruptArtifact for one that is not as it was written."""
+def _parse(text: bytes) -> dict[str, Any]:
+    """Return a manifest with its checksum. Raises CorruptArtifact if any byte of it has changed."""
     try:
         manifest: dict[str, Any] = json.loads(text)
-        if text != _text({key: value for key, value in manifest.items() if key != "checksum"}):
+        if text != _to_bytes({key: value for key, value in manifest.items() if key != "checksum"}):
             raise ValueError("it was changed after sealing")
     except (ValueError, AttributeError) as error:
         raise CorruptArtifact(f"{MANIFEST}: {error}") from error

@@ -1,4 +1,4 @@
-"""One rank's tensors: how they come to this machine's memory, and as the bytes of a safetensors file."""
+"""One rank's part of a checkpoint: staging buffers in host memory, and the bytes of a safetensors file."""
 
 import hashlib
 import json
@@ -11,11 +11,11 @@ from torch import Tensor
 from vila_ops.artifacts.backend import FileFacts
 
 CHUNK_BYTES = 2**20
-"""Hashed and written while it is in the processor's cache."""
+"""Small enough to stay in the processor's cache between hashing and writing."""
 
 
 class RankFile:
-    """The bytes of a safetensors file of fp32 tensors on the CPU; hashed as they are read, which is once."""
+    """The chunks of a safetensors file of fp32 tensors on the CPU. They are read once, and hashed meanwhile."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
@@ -26,10 +26,10 @@ class RankFile:
             }  # fmt: skip
             end += tensor.nbytes
         text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # so that the numbers are aligned
+        text += b" " * (-len(text) % 8)  # aligns the tensors
         self.header = len(text).to_bytes(8, "little") + text
         self.size = len(self.header) + end
-        self.given = 0
+        self.bytes_read = 0
         """Bytes that were read so far."""
         self._hash = hashlib.sha256()
 
@@ -39,11 +39,11 @@ class RankFile:
                 chunk = part[start : start + CHUNK_BYTES]
                 self._hash.update(chunk)
                 yield chunk
-                self.given += len(chunk)
+                self.bytes_read += len(chunk)
 
     def facts(self) -> FileFacts:
-        """Size and sha256, when all was read."""
-        assert self.given == self.size, f"{self.given} of {self.size} bytes were read"
+        """Return size and sha256 of the file, after all of it was read."""
+        assert self.bytes_read == self.size, f"{self.bytes_read} of {self.size} bytes were read"
         return FileFacts(size=self.size, sha256=self._hash.hexdigest())
 
     def _parts(self) -> Iterator[memoryview]:
@@ -54,29 +54,29 @@ class RankFile:
 
 
 class StagingBuffers:
-    """Tensors in this machine's memory: buffers that are taken again, and pinned where they are filled from a GPU."""
+    """Copies of tensors in host memory. Buffers are reused by name, and pinned if they are filled from a GPU."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
-    def take(self, name: str, tensor: Tensor, *, wait: bool = True) -> Tensor:
-        """The buffer of this name with the tensor's values; without waiting, once the current stream came so far."""
+    def copy(self, name: str, tensor: Tensor, *, wait: bool = True) -> Tensor:
+        """Copy a tensor into the buffer of this name. Without `wait`, the current stream makes the copy later."""
         if name not in self._buffers:
             self._buffers[name] = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=tensor.is_cuda)
         buffer = self._buffers[name]
         if tensor.is_cuda:
             return buffer.copy_(tensor, non_blocking=not wait)
-        np.copyto(buffer.numpy(), tensor.numpy())  # torch would start a second team of threads beside the loop's
+        np.copyto(buffer.numpy(), tensor.numpy())  # torch would start a second thread pool beside the loop's
         return buffer
 
-    def take_all(self, tensors: Mapping[str, Tensor], *, since: torch.cuda.Event | None) -> dict[str, Tensor]:
-        """Copies of all; from a GPU on a stream of its own, beside the loop's, and not before `since`."""
+    def copy_all(self, tensors: Mapping[str, Tensor], *, since: torch.cuda.Event | None) -> dict[str, Tensor]:
+        """Copy all tensors. From a GPU, a separate stream copies them after the event `since`."""
         if since is None:
-            return {name: self.take(name, tensor) for name, tensor in tensors.items()}
+            return {name: self.copy(name, tensor) for name, tensor in tensors.items()}
         device = next(tensor.device for tensor in tensors.values())
-        beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        beside.wait_event(since)
-        with torch.cuda.stream(beside):
-            copies = {name: self.take(name, tensor, wait=False) for name, tensor in tensors.items()}
-        beside.synchronize()
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream.wait_event(since)
+        with torch.cuda.stream(stream):
+            copies = {name: self.copy(name, tensor, wait=False) for name, tensor in tensors.items()}
+        stream.synchronize()
         return copies

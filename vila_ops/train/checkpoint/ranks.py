@@ -1,6 +1,6 @@
-"""What the ranks of a stage tell each other about checkpoints, in a process group of their own.
+"""Communication between the ranks of a stage about checkpoints, in a separate gloo process group.
 
-So a thread may talk while the loop's collectives go on, and NCCL has no part in it.
+The separate group lets a thread communicate while the loop's collectives run, and keeps NCCL out of it.
 """
 
 import json
@@ -15,42 +15,45 @@ from vila_ops.train.job import RankInfo
 
 
 class Ranks:
-    """Every rank makes one, and calls the same methods in the same order, from one thread at a time."""
+    """All ranks create one and call the same methods in the same order, from one thread at a time."""
 
-    def __init__(self, place: RankInfo, *, timeout_seconds: float) -> None:
-        self.place = place
+    def __init__(self, rank_info: RankInfo, *, timeout_seconds: float) -> None:
+        self.rank_info = rank_info
         self._group = None
-        if place.world_size > 1:
+        if rank_info.world_size > 1:
             timeout = timedelta(seconds=timeout_seconds)
             self._group = torch.distributed.new_group(backend="gloo", timeout=timeout)
 
-    def gather(self, said: Any) -> list[Any]:
-        """What every rank says, as JSON values, by rank."""
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all ranks, by rank. A value is anything that JSON can hold."""
         if self._group is None:
-            return [said]
-        own = torch.frombuffer(bytearray(json.dumps(said).encode()), dtype=torch.uint8)
-        sizes = [int(size) for size in self._all(torch.tensor([len(own)]))]
+            return [value]
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [int(size) for size in self._all_gather(torch.tensor([len(text)]))]
         padded = torch.zeros(max(sizes), dtype=torch.uint8)
-        padded[: len(own)] = own
-        texts = zip(self._all(padded), sizes, strict=True)
+        padded[: len(text)] = text
+        texts = zip(self._all_gather(padded), sizes, strict=True)
         return [json.loads(bytes(text[:size].tolist())) for text, size in texts]
 
-    def together(self, action: Callable[[], Any]) -> list[Any]:
-        """What an action gave on every rank, as JSON values; where it failed on one rank, it raises on all."""
+    def run_on_all(self, action: Callable[[], Any]) -> list[Any]:
+        """Run an action on every rank and return its results, by rank. A failure on one rank raises on all.
+
+        Raises the action's own OSError or ValueError where it failed, and OSError with its message elsewhere.
+        """
         failure: OSError | ValueError | None = None
         try:
-            said = {"gave": action()}
+            outcome = {"result": action()}
         except (OSError, ValueError) as error:
-            failure, said = error, {"failed": str(error)}
-        answers = self.gather(said)
+            failure, outcome = error, {"error": str(error)}
+        outcomes = self.gather(outcome)
         if failure is not None:
             raise failure
-        for rank, answer in enumerate(answers):
-            if "failed" in answer:
-                raise OSError(f"rank {rank}: {answer['failed']}")
-        return [answer["gave"] for answer in answers]
+        for rank, one in enumerate(outcomes):
+            if "error" in one:
+                raise OSError(f"rank {rank}: {one['error']}")
+        return [one["result"] for one in outcomes]
 
-    def _all(self, own: Tensor) -> list[Tensor]:
-        every = [torch.empty_like(own) for _ in range(self.place.world_size)]
-        torch.distributed.all_gather(every, own, group=self._group)
-        return every
+    def _all_gather(self, tensor: Tensor) -> list[Tensor]:
+        tensors = [torch.empty_like(tensor) for _ in range(self.rank_info.world_size)]
+        torch.distributed.all_gather(tensors, tensor, group=self._group)
+        return tensors
