@@ -4,7 +4,9 @@ from pathlib import Path
 import pytest
 
 from vila_ops.config import Model, Resources
-from vila_ops.generate.load import load_generator
+from vila_ops.config.engine import TorchEngine
+from vila_ops.generate.engine import EngineOptions
+from vila_ops.generate.load import load_engine
 from vila_ops.model.assemble import assemble
 
 
@@ -19,6 +21,6 @@ def test_a_folder_carries_how_text_and_images_are_written(
 ) -> None:
     model = make_model(projector=projector, after_image=after_image, chat_template="plain")
     sealed = assemble(model, make_resources(tmp_path))
-    tokenizer = load_generator(sealed, feature_root=tmp_path, threads=1, precision="fp32").tokenizer
+    tokenizer = load_engine(sealed, TorchEngine(), EngineOptions(tmp_path)).tokenizer
     assert tokenizer.image == [tokenizer.image_id] * model.image_tokens() + tokenizer.text_ids(after_image)
     assert tokenizer.prompt([("user", ("Dog?",))]) == [tokenizer.bos_id]  # plain leaves questions out

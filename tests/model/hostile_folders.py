@@ -296,7 +296,7 @@ def indices() -> Iterator[Attack]:
 
 def tokenizers() -> Iterator[Attack]:
     yield Attack("no_image_token", tokenizer(lambda told: rename_token(told, "<image>", "<img>")), "no token|<image>")
-    yield Attack("image_token_elsewhere", edit("config.json", image_token_index=5), "make them one")
+    yield Attack("image_token_elsewhere", edit("config.json", image_token_index=5), "the same id in both")
     yield Attack("id_beyond", tokenizer(lambda told: added(told, id=900)), "beyond the embedding")
     yield Attack("id_negative", tokenizer(lambda told: added(told, id=-1)), "token id -1")
     yield Attack("id_huge", tokenizer(lambda told: added(told, id=2**40)), "token id")
@@ -409,12 +409,14 @@ def parts() -> Iterator[Attack]:
 
 def main(seeds: Path, root: Path) -> None:
     from vila_ops.config import Model  # heavy, and only this process reads
-    from vila_ops.generate.load import generator_of
+    from vila_ops.config.engine import TorchEngine
+    from vila_ops.generate.engine import EngineOptions
+    from vila_ops.generate.load import open_folder
     from vila_ops.model import build
 
     def read(seed: str, at: Path) -> object:
         if seed in ("plain", "merging"):
-            return generator_of(at, feature_root=root / "features", threads=1, precision="fp32").tokenizer.stop_ids
+            return open_folder(at, TorchEngine(), EngineOptions(root / "features")).tokenizer.stop_ids
         part = {"kind": "hub", "name": str(at), "revision": "0"}
         random = {"kind": "random", "tokenizer": str(seeds / "plain")}
         tower = part if seed == "tower" else {"kind": "random"}

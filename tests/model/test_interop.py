@@ -1,6 +1,5 @@
 """Folders between programs: ours in stock transformers, word for word, and those of other writers in ours."""
 
-import functools
 import json
 import subprocess
 import sys
@@ -18,8 +17,10 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from vila_ops.config.images import Webp
 from vila_ops.data.images import Fit, square
 from vila_ops.data.text.conversation import Tokenizer
-from vila_ops.generate.engine import Prompt
-from vila_ops.generate.load import generator_of
+from vila_ops.generate.engine import EngineOptions, generate_all, score_all
+from vila_ops.generate.request import Prompt, Sampling
+from vila_ops.generate.torch_engine.engine import InProcessEngine
+from vila_ops.generate.torch_engine.loaded_model import read_model
 from vila_ops.model import folder as model_folder
 from vila_ops.packages.tokenizer import build_tokenizer, stop_ids
 
@@ -27,7 +28,6 @@ NEW_TOKENS = 20
 TEXTS = ["<image>\nA dog.", "A dog <image> and <image>, <image>", "No image here.", "<image> What is it?"]
 IMAGES = [["dog"], ["cat", "dog", "cat"], [], ["cat"]]
 SQUASH = Fit("resize", (0.5, 0.5, 0.5))
-open_generator = functools.partial(generator_of, threads=1, precision="fp32")
 
 STOCK = """
 import json, sys, torch
@@ -80,6 +80,11 @@ HF_TEMPLATE = (
 """In the form of llava-hf's: a message is a list of parts, and all its images come first."""
 
 
+def open_engine(folder: Path, features: Path) -> InProcessEngine:
+    """Our torch engine on a folder."""
+    return InProcessEngine(read_model(folder, EngineOptions(features)), max_batch=None)
+
+
 def words_that_vary(whole: Any) -> Any:
     """A random model says one word for ever; with wide weights it depends on what it reads."""
     with torch.no_grad():
@@ -91,7 +96,7 @@ def words_that_vary(whole: Any) -> Any:
     return whole
 
 
-def test_stock_generates_word_for_word_what_our_generator_says(
+def test_stock_generates_word_for_word_what_our_engine_says(
     make_model: Any, build: Callable[..., Any], tiny: Path, tmp_path: Path
 ) -> None:
     squares = {
@@ -112,15 +117,16 @@ def test_stock_generates_word_for_word_what_our_generator_says(
     said = set()
     for folder in folders:
         prompts, theirs, stops = told[str(folder)]
-        generator = open_generator(folder, feature_root=tmp_path / "features")
-        assert set(stops) == generator.tokenizer.stop_ids
+        engine = open_engine(folder, tmp_path / "features")
+        assert set(stops) == engine.tokenizer.stop_ids
         images = [tuple(squares[name] for name in names) for names in IMAGES]
         asking = [Prompt(ids, shown) for ids, shown in zip(prompts, images, strict=True)]
-        for answer, ids in zip(generator.generate(asking, max_new_tokens=NEW_TOKENS), theirs, strict=True):
+        outputs = generate_all(engine, asking, Sampling(NEW_TOKENS, engine.tokenizer.stop_ids))
+        for output, ids in zip(outputs, theirs, strict=True):
             end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
-            assert answer.ids == ids[:end]
-            assert answer.finished == (end < len(ids))
-            said |= set(answer.ids)
+            assert output.ids == ids[:end]
+            assert output.finish_reason == ("stop" if end < len(ids) else "length")
+            said |= set(output.ids)
     assert len(said) > 12  # else equality would say little
 
 
@@ -189,24 +195,26 @@ def test_folders_of_other_writers_are_read_as_stock_reads_them(
     version: str, tied: bool, make_model: Any, build: Callable[..., Any], tiny: Path, tmp_path: Path
 ) -> None:
     state = other_writers_folder(tmp_path, version, tied=tied, build=build, make_model=make_model)
-    generator = open_generator(tmp_path, feature_root=tmp_path / "features")
-    ours = generator.model.state_dict()
+    engine = open_engine(tmp_path, tmp_path / "features")
+    ours = engine.loaded.model.state_dict()
     assert all(torch.equal(ours[name], tensor) for name, tensor in state.items())
-    assert generator.image_size == 56
-    assert generator.tokenizer.image_tokens == 16
+    assert engine.image_size == 56
+    assert engine.tokenizer.image_tokens == 16
     assert model_folder.normalisation(tmp_path) == ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
     stock = LlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32).eval()
     ids = torch.tensor([[1, 40, *[3] * 16, 41, 2]])
     values = torch.rand(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = stock(input_ids=ids, pixel_values=values).logits
-        assert torch.allclose(generator.model(input_ids=ids, pixel_values=values).logits, expected, atol=1e-5, rtol=0)
+        assert torch.allclose(
+            engine.loaded.model(input_ids=ids, pixel_values=values).logits, expected, atol=1e-5, rtol=0
+        )
 
 
 def test_a_template_that_wants_parts_reads_our_text(make_model: Any, build: Callable[..., Any], tmp_path: Path) -> None:
     other_writers_folder(tmp_path, "4.51", tied=False, build=build, make_model=make_model)
-    generator = open_generator(tmp_path, feature_root=tmp_path / "features")
-    text = generator.tokenizer.fast.decode(generator.tokenizer.prompt([("user", ("A dog?",))]))
+    engine = open_engine(tmp_path, tmp_path / "features")
+    text = engine.tokenizer.fast.decode(engine.tokenizer.prompt([("user", ("A dog?",))]))
     assert text == "USER: A dog? ASSISTANT:"
 
 
@@ -238,11 +246,11 @@ def test_more_images_than_placeholders_are_refused_everywhere(
     for text in ("A dog <image>", "No image", "<image> and <image> and <image>"):
         with pytest.raises((ValueError, IndexError, StopIteration)):
             AutoProcessor.from_pretrained(tmp_path)(text=[text], images=[image] * 2, return_tensors="pt")
-    generator = open_generator(tmp_path, feature_root=tmp_path / "features")
+    engine = open_engine(tmp_path, tmp_path / "features")
     data = square((tiny / "pairs/dog.png").read_bytes(), size=56, encoding=Webp(), fit=SQUASH)
-    one = [generator.tokenizer.image_id] * generator.tokenizer.image_tokens
+    one = [engine.tokenizer.image_id] * engine.tokenizer.image_tokens
     swapped = [Prompt([1, *one, 40], (data, data)), Prompt([1, *one, *one, 40], (data,))]  # right in sum, wrong in each
-    with pytest.raises(ValueError, match="prompt 0 has"):
-        generator.generate(swapped, max_new_tokens=2)
-    with pytest.raises(ValueError, match="prompt 0 has"):
-        generator.score([(prompt, [[5]]) for prompt in swapped])
+    with pytest.raises(ValueError, match="prompt of request '0' has 16 image positions for 2 images"):
+        generate_all(engine, swapped, Sampling(2, frozenset()))
+    with pytest.raises(ValueError, match="prompt 0 has 16 image positions for 2 images"):
+        score_all(engine, [(prompt, [[5]]) for prompt in swapped])

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
+from vila_ops.config.engine import TorchEngine
 from vila_ops.config.images import Webp
 from vila_ops.config.model import ImageFit, RandomTower
 from vila_ops.data.images import Fit, pixels, square
-from vila_ops.generate.load import load_generator
+from vila_ops.generate.engine import EngineOptions
+from vila_ops.generate.load import load_engine
 from vila_ops.model import folder as model_folder
 from vila_ops.model.assemble import assemble
 from vila_ops.model.processing import build_processor, image_processor, read_fit
@@ -81,12 +83,12 @@ def test_stock_transformers_makes_the_pixels_that_the_model_trained_on(
             assert np.abs(found[image] - expected).max() <= 1e-6, (name, image)
 
 
-def test_a_generator_squares_as_its_model_was_trained(make_model: Any, make_resources: Any, tmp_path: Path) -> None:
+def test_an_engine_squares_as_its_model_was_trained(make_model: Any, make_resources: Any, tmp_path: Path) -> None:
     for fit in FITS:
         sealed = assemble(make_model(image_aspect_ratio=fit), make_resources(tmp_path))
-        generator = load_generator(sealed, feature_root=tmp_path / "features", threads=1, precision="fp32")
-        assert generator.image_aspect_ratio == Fit(fit, normalisation.mean_std(RandomTower())[0])
-        assert generator.image_aspect_ratio.colour == (127, 127, 127)
+        engine = load_engine(sealed, TorchEngine(), EngineOptions(tmp_path / "features"))
+        assert engine.image_aspect_ratio == Fit(fit, normalisation.mean_std(RandomTower())[0])
+        assert engine.image_aspect_ratio.colour == (127, 127, 127)
 
 
 @pytest.mark.parametrize("fit", FITS)

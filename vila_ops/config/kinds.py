@@ -20,11 +20,11 @@ Group = Literal["vila_ops.sources", "vila_ops.benchmarks", "vila_ops.projectors"
 
 
 def plugins(group: Group, ours: Any) -> WrapValidator:
-    """Let `ours`, a union of config classes, take the kinds of a group's plugins too.
+    """Let `ours`, a config class or a union of them, take the kinds of a group's plugins too.
 
     Where it annotates a union, `SerializeAsAny()` belongs beside it: pydantic does not know a plugin's fields.
     """
-    own_kinds = {config.model_fields["kind"].default for config in get_args(ours)}
+    own_kinds = {config.model_fields["kind"].default for config in get_args(ours) or (ours,)}
 
     def validate(value: Any, validate_ours: ValidatorFunctionWrapHandler) -> Any:
         kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)

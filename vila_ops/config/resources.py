@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from vila_ops.config.base import Config
+from vila_ops.config.engine import Engine, TorchEngine
 
 S3_STORE = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_][A-Za-z0-9_.=-]*)*/?")
 
@@ -210,6 +211,7 @@ class EvaluateResources(Config):
     """Logical CPUs that Ray reserves."""
     threads_per_worker: PositiveInt = 1
     """torch's threads."""
+    engine: Engine = TorchEngine()
 
 
 class ServeResources(Config):
@@ -225,6 +227,7 @@ class ServeResources(Config):
     """Logical CPUs that each replica reserves; torch uses as many threads."""
     max_batch: PositiveInt = 8
     """Requests that a replica decodes together."""
+    engine: Engine = TorchEngine()
 
 
 class Resources(Config):

@@ -12,7 +12,8 @@ from vila_ops.config import Suite
 from vila_ops.data.records import Image
 from vila_ops.eval.benchmarks.held_out.items import Items
 from vila_ops.eval.statistics import Interval, Statistic, cluster_bootstrap, paired_difference
-from vila_ops.generate.engine import Generator, Loglikelihood, Prompt
+from vila_ops.generate.engine import Engine, score_all
+from vila_ops.generate.request import Loglikelihood, Prompt
 
 Role = Literal["model", "control", "chance", "gap"]
 """gap is control minus model for losses and model minus control for the rest: above zero, the image is used."""
@@ -35,7 +36,7 @@ class Metric:
 class BenchmarkRunner:
     """One model on one suite's items."""
 
-    def __init__(self, generator: Generator, items: Items, suite: Suite) -> None:
+    def __init__(self, generator: Engine, items: Items, suite: Suite) -> None:
         self.generator = generator
         self.items = items
         self.suite = suite
@@ -56,7 +57,7 @@ class BenchmarkRunner:
     @cached_property
     def blind(self) -> list[list[Loglikelihood]]:
         """The same without any image."""
-        return self.generator.score([(Prompt([self._bos()]), choice) for choice in self._choices])
+        return score_all(self.generator, [(Prompt([self._bos()]), choice) for choice in self._choices])
 
     @cached_property
     def _choices(self) -> list[list[list[int]]]:
@@ -101,8 +102,9 @@ class BenchmarkRunner:
         return self.suite.seed
 
     def _score_captions(self, images: list[bytes], choices: list[list[list[int]]]) -> list[list[Loglikelihood]]:
-        return self.generator.score(
-            [(self.caption_prompt(image), choice) for image, choice in zip(images, choices, strict=True)]
+        return score_all(
+            self.generator,
+            [(self.caption_prompt(image), choice) for image, choice in zip(images, choices, strict=True)],
         )
 
     def _ending(self, text: str) -> list[int]:

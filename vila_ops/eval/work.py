@@ -24,7 +24,8 @@ from vila_ops.eval.benchmarks.held_out.pope import pope
 from vila_ops.eval.benchmarks.held_out.words import text_loss, text_multiple_choice
 from vila_ops.eval.job import EvalJob
 from vila_ops.eval.runner import BenchmarkRunner, Metric, as_json
-from vila_ops.generate.load import load_generator
+from vila_ops.generate.engine import EngineOptions
+from vila_ops.generate.load import load_engine
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +33,13 @@ log = logging.getLogger(__name__)
 def run(job: EvalJob) -> dict[str, Any]:
     """The report: metrics with intervals, and what the model said."""
     items = read_items(job.data, job.suite)
-    generator = load_generator(
-        job.model,
+    options = EngineOptions(
         feature_root=job.resources.storage.scratch() / "features",
         threads=job.resources.evaluate.threads_per_worker,
         precision=job.suite.precision,
     )
-    bench = BenchmarkRunner(generator, items, job.suite)
+    engine = load_engine(job.model, job.resources.evaluate.engine, options)
+    bench = BenchmarkRunner(engine, items, job.suite)
     metrics: list[Metric] = []
     answers: list[dict[str, str]] = []
     layers: list[dict[str, Any]] = []

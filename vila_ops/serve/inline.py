@@ -5,7 +5,7 @@ import sys
 
 import uvicorn
 
-from vila_ops.serve.app.loading import load_app
+from vila_ops.serve.app.load import load_app
 from vila_ops.serve.spec import Spec
 
 

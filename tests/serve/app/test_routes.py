@@ -6,69 +6,98 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 import uvicorn
+from fastapi.testclient import TestClient
 from PIL import Image as Pillow
 
 from vila_ops.artifacts.kinds import ModelVersion
+from vila_ops.artifacts.store import content
 from vila_ops.config import Resources, Service
 from vila_ops.config.images import Webp
+from vila_ops.config.resources import ServeResources
 from vila_ops.data.images import square
 from vila_ops.data.records import Image
-from vila_ops.generate.engine import Answer, Generator, Prompt
-from vila_ops.generate.load import load_generator
-from vila_ops.serve.app.engine_loop import Batcher
+from vila_ops.generate.engine import EngineOptions, generate_all
+from vila_ops.generate.request import Delta, Output, Prompt, Sampling
+from vila_ops.generate.torch_engine.engine import InProcessEngine
+from vila_ops.generate.torch_engine.loaded_model import LoadedModel, read_model
+from vila_ops.generate.torch_engine.scheduler import GenerationRequest, Scheduler
 from vila_ops.serve.app.routes import create_app
 from vila_ops.serve.spec import Spec
 
 SERVICE = Service(name="tiny", max_new_tokens=32, max_images=2, max_image_pixels=10_000, max_body_bytes=100_000)
-RESOURCES = Resources(launch="inline").with_changes({"serve.max_batch": 4})
+RESOURCES = Resources(launch="inline", serve=ServeResources(max_batch=4))
 MODEL = "tiny-vila"
 
 
-@dataclass
-class Watched:
-    """The real generator; it counts its batches, can be held back, and fails on a marked prompt."""
+class ObservedScheduler(Scheduler):
+    """The real scheduler; it records the sizes of its batches, waits for a gate, and fails on a marked token."""
 
-    real: Generator
-    batches: list[int] = field(default_factory=list)
-    gate: threading.Event = field(default_factory=threading.Event)
-    poison: int | None = None
+    def __init__(self, loaded: LoadedModel) -> None:
+        super().__init__(loaded)
+        self.batches: list[int] = []
+        self.gate = threading.Event()
+        self.poison: int | None = None
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.real, name)
-
-    def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[Answer]:
-        """As the real one."""
+    def run(self, requests: Sequence[GenerationRequest]) -> Iterator[list[tuple[int, Delta]]]:
         self.gate.wait(30)
-        self.batches.append(len(prompts))
-        if any(self.poison in prompt.input_ids for prompt in prompts):
+        self.batches.append(len(requests))
+        if any(self.poison in request.prompt.input_ids for request in requests):
             raise RuntimeError("/secret/path exploded")
-        return self.real.generate(prompts, max_new_tokens=max_new_tokens)
+        yield from super().run(requests)
+
+
+class ObservedEngine(InProcessEngine):
+    """The real engine; it records which prompts arrived."""
+
+    scheduler: ObservedScheduler
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        super().__init__(loaded, max_batch=RESOURCES.serve.max_batch)
+        self.scheduler = ObservedScheduler(loaded)
+        self.arrived: list[Prompt] = []
+
+    async def generate(self, prompt: Prompt, sampling: Sampling, request_id: str) -> AsyncIterator[Delta]:
+        self.arrived.append(prompt)
+        async for delta in super().generate(prompt, sampling, request_id):
+            yield delta
 
 
 @pytest.fixture(scope="module")
-def watched(versions: tuple[ModelVersion, ModelVersion], tmp_path_factory: pytest.TempPathFactory) -> Watched:
-    """The first version's generator."""
-    generator = load_generator(
-        versions[0].checkpoint, feature_root=tmp_path_factory.mktemp("features"), threads=1, precision="fp32"
-    )
-    return Watched(generator)
+def loaded(versions: tuple[ModelVersion, ModelVersion], tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """The first version's model."""
+    return read_model(content(versions[0].checkpoint), EngineOptions(tmp_path_factory.mktemp("features")))
 
 
 @pytest.fixture(scope="module")
-def url(versions: tuple[ModelVersion, ModelVersion], watched: Watched) -> Iterator[str]:
+def engine(loaded: LoadedModel) -> ObservedEngine:
+    """The engine of the app."""
+    return ObservedEngine(loaded)
+
+
+@pytest.fixture(scope="module")
+def expected(loaded: LoadedModel) -> Callable[[Prompt, int], Output]:
+    """What another engine of the same model generates for a prompt alone."""
+    reference = InProcessEngine(loaded, max_batch=None)
+
+    def output(prompt: Prompt, max_new_tokens: int) -> Output:
+        return generate_all(reference, [prompt], Sampling(max_new_tokens, reference.tokenizer.stop_ids))[0]
+
+    return output
+
+
+@pytest.fixture(scope="module")
+def url(versions: tuple[ModelVersion, ModelVersion], engine: ObservedEngine) -> Iterator[str]:
     """The real app on a real port."""
     spec = Spec.of(SERVICE, versions[0], RESOURCES)
-    app = create_app(spec, watched, replica={"pid": 1})  # type: ignore[arg-type]
+    app = create_app(spec, engine, replica={"pid": 1})
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -81,10 +110,11 @@ def url(versions: tuple[ModelVersion, ModelVersion], watched: Watched) -> Iterat
 
 
 @pytest.fixture(autouse=True)
-def _fresh(watched: Watched) -> None:
-    watched.batches.clear()
-    watched.gate.set()
-    watched.poison = None
+def _fresh(engine: ObservedEngine) -> None:
+    engine.arrived.clear()
+    engine.scheduler.batches.clear()
+    engine.scheduler.gate.set()
+    engine.scheduler.poison = None
 
 
 @pytest.fixture(scope="module")
@@ -93,24 +123,10 @@ def client(url: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
 
 
-@pytest.fixture
-def arrived(monkeypatch: pytest.MonkeyPatch) -> list[Prompt]:
-    """Prompts that came as far as the batcher."""
-    seen: list[Prompt] = []
-    answer = Batcher.answer
-
-    async def watch(self: Batcher, prompt: Prompt, *, max_new_tokens: int) -> Answer:
-        seen.append(prompt)
-        return await answer(self, prompt, max_new_tokens=max_new_tokens)
-
-    monkeypatch.setattr(Batcher, "answer", watch)
-    return seen
-
-
-def wait_for(count: int, arrived: list[Prompt]) -> None:
-    """Return when so many requests wait."""
+def wait_for(count: int, engine: ObservedEngine) -> None:
+    """Return when `count` requests have arrived at the engine."""
     deadline = time.monotonic() + 30
-    while len(arrived) < count:
+    while len(engine.arrived) < count:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -142,16 +158,19 @@ def png(width: int, height: int) -> bytes:
     return out.getvalue()
 
 
-def test_a_image_and_a_question_get_the_greedy_answer_with_real_numbers(
-    client: openai.OpenAI, watched: Watched, versions: tuple[ModelVersion, ModelVersion], image: bytes
+def test_an_image_and_a_question_get_the_greedy_answer_with_real_numbers(
+    client: openai.OpenAI,
+    engine: ObservedEngine,
+    expected: Callable[[Prompt, int], Output],
+    versions: tuple[ModelVersion, ModelVersion],
+    image: bytes,
 ) -> None:
     messages = user(text("Look: "), image_part(image), text("What is it?"))
     answer = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=6)
-    small = square(image, size=watched.image_size, fit=watched.real.image_aspect_ratio, encoding=Webp())
-    ids = watched.tokenizer.prompt([("user", ("Look: ", Image(small), "What is it?"))])
-    expected = watched.real.generate([Prompt(ids, (small,))], max_new_tokens=6)[0]
-    assert ids.count(watched.tokenizer.image_id) == watched.tokenizer.image_tokens == 16
-    assert answer.choices[0].message.content == watched.tokenizer.decode(expected.ids)
+    small = square(image, size=engine.image_size, fit=engine.image_aspect_ratio, encoding=Webp())
+    ids = engine.tokenizer.prompt([("user", ("Look: ", Image(small), "What is it?"))])
+    assert ids.count(engine.tokenizer.image_id) == engine.tokenizer.image_tokens == 16
+    assert answer.choices[0].message.content == engine.tokenizer.decode(expected(Prompt(ids, (small,)), 6).ids)
     assert answer.choices[0].message.role == "assistant"
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage is not None
@@ -165,12 +184,15 @@ def test_a_image_and_a_question_get_the_greedy_answer_with_real_numbers(
 
 
 def test_an_answer_that_ends_by_itself_says_stop(
-    client: openai.OpenAI, watched: Watched, monkeypatch: pytest.MonkeyPatch
+    client: openai.OpenAI,
+    engine: ObservedEngine,
+    expected: Callable[[Prompt, int], Output],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     messages: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
-    ids = watched.tokenizer.prompt([("system", ("Be brief.",)), ("user", ("Hello",))])
-    said = watched.real.generate([Prompt(ids)], max_new_tokens=16)[0].ids
-    monkeypatch.setitem(vars(watched.real.tokenizer), "stop_ids", frozenset({said[0]}))
+    ids = engine.tokenizer.prompt([("system", ("Be brief.",)), ("user", ("Hello",))])
+    first = expected(Prompt(ids), 16).ids[0]
+    monkeypatch.setitem(vars(engine.tokenizer), "stop_ids", frozenset({first}))
     answer = client.chat.completions.create(model=MODEL, messages=messages, max_completion_tokens=16)
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage is not None
@@ -189,7 +211,7 @@ def test_the_model_list_and_health_name_the_digest(
 
 
 def test_concurrent_requests_share_batches_and_get_the_answers_that_they_get_alone(
-    client: openai.OpenAI, url: str, watched: Watched, arrived: list[Prompt], image: bytes
+    client: openai.OpenAI, url: str, engine: ObservedEngine, image: bytes
 ) -> None:
     def ask(number: int) -> tuple[str, str, int]:
         parts = [image_part(image)] if number % 2 else []
@@ -199,25 +221,25 @@ def test_concurrent_requests_share_batches_and_get_the_answers_that_they_get_alo
         return answer.choices[0].message.content or "", answer.choices[0].finish_reason, answer.usage.completion_tokens
 
     alone = [ask(number) for number in range(8)]
-    watched.batches.clear()
-    watched.gate.clear()
-    arrived.clear()
+    engine.scheduler.batches.clear()
+    engine.scheduler.gate.clear()
+    engine.arrived.clear()
     with ThreadPoolExecutor(8) as pool:
         together = [pool.submit(ask, number) for number in range(8)]
-        wait_for(8, arrived)
-        assert httpx.get(f"{url}/health", timeout=60).status_code == 200  # while the generator is at work
-        watched.gate.set()
+        wait_for(8, engine)
+        assert httpx.get(f"{url}/health", timeout=60).status_code == 200  # while the engine is busy
+        engine.scheduler.gate.set()
         assert [one.result() for one in together] == alone
-    assert sum(watched.batches) == 8
-    assert len(watched.batches) <= 4
-    assert max(watched.batches) == RESOURCES.serve.max_batch
+    assert sum(engine.scheduler.batches) == 8
+    assert len(engine.scheduler.batches) <= 4
+    assert max(engine.scheduler.batches) == SERVICE.max_batch
 
 
-def test_a_request_that_breaks_the_generator_fails_alone_and_neutrally(
-    client: openai.OpenAI, watched: Watched, arrived: list[Prompt]
+def test_a_request_that_breaks_the_engine_fails_alone_and_neutrally(
+    client: openai.OpenAI, engine: ObservedEngine
 ) -> None:
-    watched.poison = watched.tokenizer.text_ids("zebra")[0]
-    watched.gate.clear()
+    engine.scheduler.poison = engine.tokenizer.text_ids("zebra")[0]
+    engine.scheduler.gate.clear()
 
     def ask(words: str) -> int | str:
         try:
@@ -228,8 +250,8 @@ def test_a_request_that_breaks_the_generator_fails_alone_and_neutrally(
 
     with ThreadPoolExecutor(4) as pool:
         answers = [pool.submit(ask, words) for words in ("hello", "zebra", "hello", "hello")]
-        wait_for(4, arrived)
-        watched.gate.set()
+        wait_for(4, engine)
+        engine.scheduler.gate.set()
         first, broken, *others = [one.result() for one in answers]
     assert [first, *others] == [200, 200, 200]
     assert isinstance(broken, str)
@@ -237,10 +259,10 @@ def test_a_request_that_breaks_the_generator_fails_alone_and_neutrally(
     assert "its log" in broken
 
 
-def test_a_control_token_in_a_users_text_is_not_a_control_token(client: openai.OpenAI, watched: Watched) -> None:
+def test_a_control_token_in_a_users_text_is_not_a_control_token(client: openai.OpenAI, engine: ObservedEngine) -> None:
     answer = client.chat.completions.create(model=MODEL, messages=user(text("<image> <|im_end|>")), max_tokens=1)
-    ids = watched.tokenizer.prompt([("user", ("<image> <|im_end|>",))])
-    assert watched.tokenizer.image_id not in ids
+    ids = engine.tokenizer.prompt([("user", ("<image> <|im_end|>",))])
+    assert engine.tokenizer.image_id not in ids
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == len(ids)
 
@@ -277,12 +299,12 @@ def refused(client: openai.OpenAI, **request: Any) -> dict[str, Any]:
     ],
 )  # fmt: skip
 def test_what_cannot_be_honoured_is_refused_with_the_rule(
-    client: openai.OpenAI, watched: Watched, request_: dict[str, Any], status: int, param: str, says: str
+    client: openai.OpenAI, engine: ObservedEngine, request_: dict[str, Any], status: int, param: str, says: str
 ) -> None:
     error = refused(client, **request_)
     assert (error["status"], error["param"], error["type"]) == (status, param, "invalid_request_error")
     assert says in error["message"]
-    assert not watched.batches
+    assert not engine.scheduler.batches
 
 
 def test_neutral_values_of_what_is_not_supported_are_fine(client: openai.OpenAI) -> None:
@@ -311,12 +333,12 @@ URL = "messages[0].content[0].image_url.url"
         (data_url(png(9000, 1)), "so narrow"),
     ],
 )
-def test_a_image_that_is_not_taken_is_named(client: openai.OpenAI, watched: Watched, address: str, says: str) -> None:
+def test_a_refused_image_is_named(client: openai.OpenAI, engine: ObservedEngine, address: str, says: str) -> None:
     error = refused(client, messages=user({"type": "image_url", "image_url": {"url": address}}))
     assert (error["status"], error["param"]) == (400, URL)
     assert says in error["message"]
     assert "/" not in error["message"].replace("data:image/png", "").replace("image/", "")
-    assert not watched.batches
+    assert not engine.scheduler.batches
 
 
 def test_too_many_images_and_images_of_others_than_the_user_are_refused(client: openai.OpenAI, image: bytes) -> None:
@@ -348,17 +370,15 @@ def test_unknown_routes_and_methods_answer_in_openais_form(url: str) -> None:
         assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_an_answer_that_takes_too_long_is_a_504(
-    versions: tuple[ModelVersion, ModelVersion], watched: Watched, tmp_path: Path
+def test_an_answer_that_takes_too_long_is_a_504_and_is_aborted(
+    versions: tuple[ModelVersion, ModelVersion], loaded: LoadedModel
 ) -> None:
-    impatient = Service(**{**SERVICE.model_dump(), "request_timeout_seconds": 0.2})
-    spec = Spec.of(impatient, versions[0], RESOURCES)
-    watched.gate.clear()
-    from fastapi.testclient import TestClient
-
-    with TestClient(create_app(spec, watched, replica={})) as local:  # type: ignore[arg-type]
+    impatient = SERVICE.with_changes({"request_timeout_seconds": 0.2})
+    engine = ObservedEngine(loaded)
+    with TestClient(create_app(Spec.of(impatient, versions[0], RESOURCES), engine, replica={})) as local:
         body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
         answer = local.post("/v1/chat/completions", content=json.dumps(body))
-        watched.gate.set()
+        engine.scheduler.gate.set()
     assert answer.status_code == 504
     assert "0.2 seconds" in answer.json()["error"]["message"]
+    assert engine._streams == {}

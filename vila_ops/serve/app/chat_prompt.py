@@ -1,4 +1,4 @@
-"""Messages of a request to the prompt that the generator reads."""
+"""The messages of a request to the prompt that the engine reads."""
 
 import base64
 import binascii
@@ -9,29 +9,33 @@ from vila_ops.config.images import Webp
 from vila_ops.data.containers import BadImage
 from vila_ops.data.images import square
 from vila_ops.data.records import Image
-from vila_ops.generate.engine import Generator, Prompt
+from vila_ops.generate.engine import Engine
+from vila_ops.generate.request import Prompt
 from vila_ops.serve.app.errors import ApiError
 from vila_ops.serve.app.schema import ChatRequest, ImagePart, Message
 
 DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,", re.ASCII | re.IGNORECASE)
 
 
-def build_prompt(request: ChatRequest, service: Service, generator: Generator) -> Prompt:
-    """Images decoded, text tokenised, placeholders expanded; raises ApiError 400 that names the message and part."""
+def build_prompt(request: ChatRequest, service: Service, engine: Engine) -> Prompt:
+    """Decode the images, tokenise the text and expand the image placeholders.
+
+    Raises ApiError 400 that names the message and the part.
+    """
     count = sum(isinstance(part, ImagePart) for message in request.messages for part in message.content)
     if count > service.max_images:
         text = f"{count} images, more than the {service.max_images} that one request may have"
         raise ApiError(400, text, param="messages", code="too_many_images")
     turns: list[tuple[str, tuple[str | Image, ...]]] = []
     for number, message in enumerate(request.messages):
-        parts = _parts(message, f"messages[{number}]", generator, max_pixels=service.max_image_pixels)
+        parts = _parts(message, f"messages[{number}]", engine, max_pixels=service.max_image_pixels)
         turns.append(("system" if message.role == "developer" else message.role, parts))
     images = tuple(part.data for _, parts in turns for part in parts if isinstance(part, Image))
-    return Prompt(input_ids=generator.tokenizer.prompt(turns), images=images)
+    return Prompt(input_ids=engine.tokenizer.prompt(turns), images=images)
 
 
-def _parts(message: Message, where: str, generator: Generator, *, max_pixels: int) -> tuple[str | Image, ...]:
-    size, fit = generator.image_size, generator.image_aspect_ratio
+def _parts(message: Message, where: str, engine: Engine, *, max_pixels: int) -> tuple[str | Image, ...]:
+    size, fit = engine.image_size, engine.image_aspect_ratio
     parts: list[str | Image] = []
     for number, part in enumerate(message.content):
         if not isinstance(part, ImagePart):

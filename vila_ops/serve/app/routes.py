@@ -1,4 +1,4 @@
-"""The HTTP side of an endpoint: OpenAI's chat API over a generator. The same app runs under uvicorn and Ray Serve."""
+"""The HTTP routes of an endpoint: OpenAI's chat API. The same app runs under uvicorn and Ray Serve."""
 
 import asyncio
 import logging
@@ -12,9 +12,10 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from vila_ops.generate.engine import Answer, Generator, Prompt
+from vila_ops.generate.engine import Engine
+from vila_ops.generate.request import Output, Prompt
 from vila_ops.serve.app.chat_prompt import build_prompt
-from vila_ops.serve.app.engine_loop import Batcher
+from vila_ops.serve.app.engine_loop import EngineLoop
 from vila_ops.serve.app.errors import ApiError
 from vila_ops.serve.app.schema import ChatRequest, parse
 from vila_ops.serve.spec import Spec
@@ -22,16 +23,16 @@ from vila_ops.serve.spec import Spec
 log = logging.getLogger(__name__)
 
 
-def create_app(spec: Spec, generator: Generator, *, replica: dict[str, Any]) -> FastAPI:
-    """The app of one replica; `replica` is what it says of itself under /health."""
-    batcher = Batcher(generator, max_batch=spec.capacity.max_batch)
-    chat = _Chat(spec, generator, batcher)
+def create_app(spec: Spec, engine: Engine, *, replica: dict[str, Any]) -> FastAPI:
+    """The app of one replica; /health shows `replica`. The app closes the engine when it shuts down."""
+    loop = EngineLoop(engine, timeout_seconds=spec.service.request_timeout_seconds)
+    chat = _Chat(spec, engine, loop)
     started = int(time.time())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        batcher.close()
+        loop.close()
 
     app = FastAPI(title=spec.service.name, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_exception_handler(ApiError, _api_error)
@@ -56,52 +57,45 @@ def create_app(spec: Spec, generator: Generator, *, replica: dict[str, Any]) -> 
 class _Chat:
     """One chat completion, from the bytes of the request to the body of the response."""
 
-    def __init__(self, spec: Spec, generator: Generator, batcher: Batcher) -> None:
-        self.spec, self.generator, self.batcher = spec, generator, batcher
+    def __init__(self, spec: Spec, engine: Engine, loop: EngineLoop) -> None:
+        self.spec, self.engine, self.loop = spec, engine, loop
 
     async def complete(self, body: bytes) -> dict[str, Any]:
         """Raises ApiError for a request that cannot be answered."""
         request, prompt = await asyncio.to_thread(self._read, body)  # images take long to decode
-        max_new_tokens = self._bound(request, prompt)
-        seconds = self.spec.service.request_timeout_seconds
-        try:
-            answer = await asyncio.wait_for(self.batcher.answer(prompt, max_new_tokens=max_new_tokens), seconds)
-        except TimeoutError:
-            text = f"there was no answer within {seconds:g} seconds; try again, or ask for fewer tokens"
-            raise ApiError(504, text, code="timeout", kind="server_error") from None
-        return self._response(prompt, answer)
+        output = await self.loop.generate(prompt, max_new_tokens=self._max_new_tokens(request, prompt))
+        return self._response(prompt, output)
 
     def _read(self, body: bytes) -> tuple[ChatRequest, Prompt]:
         request = parse(body)
         if request.model != self.spec.version.name:
             text = f"there is no model {request.model[:200]!r} here; this endpoint serves {self.spec.version.name!r}"
             raise ApiError(404, text, param="model", code="model_not_found")
-        return request, build_prompt(request, self.spec.service, self.generator)
+        return request, build_prompt(request, self.spec.service, self.engine)
 
-    def _bound(self, request: ChatRequest, prompt: Prompt) -> int:
-        """Tokens that the answer may have; raises ApiError 400 when prompt and answer do not fit."""
-        asked, limit = request.asked_tokens(), self.spec.service.max_new_tokens
-        if asked is not None and asked > limit:
+    def _max_new_tokens(self, request: ChatRequest, prompt: Prompt) -> int:
+        """Most tokens of the answer. Raises ApiError 400 when prompt and answer exceed the context."""
+        requested, limit = request.requested_tokens(), self.spec.service.max_new_tokens
+        if requested is not None and requested > limit:
             name = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
-            text = f"{name}: {asked} is more than the {limit} tokens that this service answers with"
+            text = f"{name}: {requested} is more than the {limit} tokens that this service generates"
             raise ApiError(400, text, param=name, code="invalid_value")
-        context, length = self.generator.max_tokens, len(prompt.input_ids)
-        room = context - length
-        if room < (asked or 1):
+        context, length = self.engine.context_length, len(prompt.input_ids)
+        left = context - length
+        if left < (requested or 1):
             text = (
                 f"this model's context is {context} tokens, but the messages have {length} tokens (images included) "
-                f"and the answer may have {asked or 1}; shorten the messages or lower max_tokens"
+                f"and the answer may have {requested or 1}; shorten the messages or lower max_tokens"
             )
             raise ApiError(400, text, param="messages", code="context_length_exceeded")
-        return asked or min(limit, room)
+        return requested or min(limit, left)
 
-    def _response(self, prompt: Prompt, answer: Answer) -> dict[str, Any]:
-        text = self.generator.tokenizer.decode(answer.ids)
-        asked, said = len(prompt.input_ids), len(answer.ids)
+    def _response(self, prompt: Prompt, output: Output) -> dict[str, Any]:
+        prompt_tokens, completion_tokens = len(prompt.input_ids), len(output.ids)
         choice = {
             "index": 0,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "finish_reason": "stop" if answer.finished else "length",
+            "message": {"role": "assistant", "content": self.engine.tokenizer.decode(output.ids), "refusal": None},
+            "finish_reason": output.finish_reason,
             "logprobs": None,
         }
         return {
@@ -111,12 +105,16 @@ class _Chat:
             "model": self.spec.version.name,
             "system_fingerprint": self.spec.version.checkpoint.digest,
             "choices": [choice],
-            "usage": {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said},
+            "usage": {
+                "prompt_tokens": prompt_tokens,
+                "completion_tokens": completion_tokens,
+                "total_tokens": prompt_tokens + completion_tokens,
+            },
         }
 
 
 async def _body(request: Request, *, max_bytes: int) -> bytes:
-    """The body, of which no more than the limit is ever held."""
+    """Read the body; no more than `max_bytes` of it are held. Raises ApiError 413 for a longer one."""
     text = f"the body has more than {max_bytes} bytes; send fewer or smaller images"
     too_large = ApiError(413, text, code="request_too_large")
     stated = request.headers.get("content-length", "")

@@ -69,7 +69,7 @@ class ChatRequest(_Closed):
     presence_penalty: Any = None
     response_format: Any = None
 
-    def asked_tokens(self) -> int | None:
+    def requested_tokens(self) -> int | None:
         """Upper bound of the answer's tokens, if the request gives one."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 

@@ -26,7 +26,7 @@ class Replica:
     """One process with the weights; Ray Serve sends HTTP to the app that it builds."""
 
     def __init__(self, spec: str) -> None:
-        from vila_ops.serve.app.loading import load_app  # torch and transformers: in the replica only
+        from vila_ops.serve.app.load import load_app  # torch and transformers: in the replica only
 
         context = ray.get_runtime_context()
         replica = {

@@ -1,6 +1,6 @@
 """Each benchmark against numbers calculated by hand; a stand-in whose scores are known answers for the model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +22,8 @@ from vila_ops.eval.benchmarks.held_out.items import ImageItem, Items, WordItem, 
 from vila_ops.eval.benchmarks.held_out.pope import pope
 from vila_ops.eval.benchmarks.held_out.words import text_loss, text_multiple_choice
 from vila_ops.eval.runner import BenchmarkRunner, Metric
-from vila_ops.generate.engine import Answer, Generator, Loglikelihood, Prompt
+from vila_ops.generate.engine import Engine
+from vila_ops.generate.request import Delta, Loglikelihood, Prompt, Sampling
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,7 +59,7 @@ def known_states(image: str, prompt: list[int], caption: list[int], image_id: in
 
 
 class StandIn:
-    """In place of a Generator: scores and captions are given, and what was scored is kept."""
+    """In place of an engine: scores and captions are given, and what was scored is kept."""
 
     def __init__(self, tokenizer: Tokenizer, *, scores: Scores, said: Mapping[str, str]) -> None:
         self.tokenizer = tokenizer
@@ -66,10 +67,10 @@ class StandIn:
         self.said = said
         self.asked: list[tuple[Prompt, Sequence[list[int]]]] = []
 
-    def states(self, prompt: Prompt, continuation: list[int]) -> np.ndarray:
+    async def hidden_states(self, prompt: Prompt, continuation: list[int]) -> np.ndarray:
         return known_states(_image(prompt), prompt.input_ids, continuation, self.tokenizer.image_id)
 
-    def score(self, items: Sequence[tuple[Prompt, Sequence[list[int]]]]) -> list[list[Loglikelihood]]:
+    async def score(self, items: Sequence[tuple[Prompt, Sequence[list[int]]]]) -> list[list[Loglikelihood]]:
         self.asked += items
         text = self.tokenizer.decode
         return [
@@ -77,9 +78,9 @@ class StandIn:
             for prompt, continuations in items
         ]
 
-    def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[Answer]:
-        ids = [self.tokenizer.text_ids(f" {self.said[_image(prompt)]}\n") for prompt in prompts]
-        return [Answer(answer[:max_new_tokens], finished=len(answer) <= max_new_tokens) for answer in ids]
+    async def generate(self, prompt: Prompt, sampling: Sampling, request_id: str) -> AsyncIterator[Delta]:
+        ids = self.tokenizer.text_ids(f" {self.said[_image(prompt)]}\n")
+        yield Delta(ids[: sampling.max_new_tokens], "length" if len(ids) > sampling.max_new_tokens else "stop")
 
 
 def _image(prompt: Prompt) -> str:
@@ -115,7 +116,7 @@ def make_bench(tokenizer: Tokenizer, suite: Suite) -> MakeBench:
     """A stand-in on items."""
 
     def make(scores: Scores, *, items: Items = ITEMS, said: Mapping[str, str] = CAPTIONS) -> BenchmarkRunner:
-        return BenchmarkRunner(cast("Generator", StandIn(tokenizer, scores=scores, said=said)), items, suite)
+        return BenchmarkRunner(cast("Engine", StandIn(tokenizer, scores=scores, said=said)), items, suite)
 
     return make
 

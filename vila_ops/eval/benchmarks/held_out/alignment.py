@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from vila_ops.config.eval import Alignment
 from vila_ops.eval.metrics.alignment import chamfer_similarity
 from vila_ops.eval.runner import BenchmarkRunner, Metric, Role
+from vila_ops.generate.engine import hidden_states_of
 
 NAME, UNIT = "alignment", "cosine"
 
@@ -47,7 +48,7 @@ def _similarities(bench: BenchmarkRunner, shown: list[tuple[bytes, str]]) -> NDA
     for image, caption in shown:
         prompt = bench.caption_prompt(image)
         text = bench.generator.tokenizer.text_ids(caption)
-        states = bench.generator.states(prompt, text)
+        states = hidden_states_of(bench.generator, prompt, text)
         visual = np.flatnonzero(np.asarray(prompt.input_ids) == image_id)
         rows.append([chamfer_similarity(layer[visual], layer[-len(text) :]) for layer in states])
     return np.array(rows)

@@ -3,7 +3,7 @@
 from vila_ops.config.eval import CaptionLoss, MultipleChoice
 from vila_ops.eval.metrics.choice import share_right
 from vila_ops.eval.runner import BenchmarkRunner, Metric, nll_and_tokens
-from vila_ops.generate.engine import Loglikelihood
+from vila_ops.generate.request import Loglikelihood
 
 NATS, SHARE = "nats per token", "share right"
 

@@ -3,6 +3,8 @@
 from vila_ops.config.eval import CaptionCider
 from vila_ops.eval.metrics.cider import cider
 from vila_ops.eval.runner import BenchmarkRunner, Metric, Role
+from vila_ops.generate.engine import generate_all
+from vila_ops.generate.request import Sampling
 
 UNIT = "CIDEr-D (0 to 10)"
 
@@ -36,7 +38,7 @@ def caption_cider(bench: BenchmarkRunner, config: CaptionCider) -> tuple[list[Me
 
 
 def _captions(bench: BenchmarkRunner, images: list[bytes], config: CaptionCider) -> list[str]:
-    answers = bench.generator.generate(
-        [bench.caption_prompt(image) for image in images], max_new_tokens=config.max_new_tokens
-    )
-    return [bench.generator.tokenizer.decode(answer.ids).strip() for answer in answers]
+    tokenizer = bench.generator.tokenizer
+    sampling = Sampling(max_new_tokens=config.max_new_tokens, stop_ids=tokenizer.stop_ids)
+    outputs = generate_all(bench.generator, [bench.caption_prompt(image) for image in images], sampling)
+    return [tokenizer.decode(output.ids).strip() for output in outputs]

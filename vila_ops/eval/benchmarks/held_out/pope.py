@@ -8,6 +8,7 @@ from vila_ops.eval.benchmarks.held_out.items import ImageItem
 from vila_ops.eval.metrics import pope as counts
 from vila_ops.eval.metrics.pope import Answer
 from vila_ops.eval.runner import BenchmarkRunner, Metric, Role
+from vila_ops.generate.engine import score_all
 
 
 def pope(bench: BenchmarkRunner, config: PopeBenchmark) -> list[Metric]:
@@ -42,7 +43,7 @@ def _answers(bench: BenchmarkRunner, *, control: bool) -> list[tuple[str, str]]:
         bench.chat_prompt(YES_NO.format(name=_name(number, p)), p.other_image if control else p.image)
         for number, p in enumerate(images)
     ]
-    scores = bench.generator.score([(prompt, choices) for prompt in prompts])
+    scores = score_all(bench.generator, [(prompt, choices) for prompt in prompts])
     return [(p.key, "Yes." if yes.nll <= no.nll else "No.") for p, (yes, no) in zip(images, scores, strict=True)]
 
 

@@ -2,7 +2,8 @@
 
 from vila_ops.eval.metrics.choice import share_right
 from vila_ops.eval.runner import BenchmarkRunner, Metric, nll_and_tokens
-from vila_ops.generate.engine import Prompt
+from vila_ops.generate.engine import score_all
+from vila_ops.generate.request import Prompt
 
 
 def text_multiple_choice(bench: BenchmarkRunner) -> list[Metric]:
@@ -16,7 +17,7 @@ def text_multiple_choice(bench: BenchmarkRunner) -> list[Metric]:
         )
         for word in words
     ]
-    scores = bench.generator.score(asked)
+    scores = score_all(bench.generator, asked)
     right = [
         share_right([-score.nll / score.tokens for score in options], item=word.key)
         for word, options in zip(words, scores, strict=True)
@@ -34,7 +35,7 @@ def text_loss(bench: BenchmarkRunner) -> list[Metric]:
     tokenizer = bench.generator.tokenizer
     words = bench.items.words
     texts = [tokenizer.text_ids(f"{word.word}: {word.meaning}") for word in words]
-    scores = bench.generator.score([(Prompt([tokenizer.bos_id]), [text]) for text in texts])
+    scores = score_all(bench.generator, [(Prompt([tokenizer.bos_id]), [text]) for text in texts])
     values = nll_and_tokens([score for (score,) in scores])
     keys = [word.key for word in words]
     return [bench.metric("text_loss", "model", values, statistic="ratio", unit="nats per token", clusters=keys)]

@@ -1,0 +1,109 @@
+"""A model folder in memory: weights, tokenizer and image features, and the checks that a prompt fits them."""
+
+# B rows, T tokens, D language model dim, I images, P patches, C tower channels
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from vila_ops.data.images import Fit, pixels
+from vila_ops.data.text.conversation import Tokenizer
+from vila_ops.generate.engine import EngineOptions
+from vila_ops.generate.request import Prompt
+from vila_ops.model import folder as model_folder
+from vila_ops.model.configuration import VilaConfig
+from vila_ops.model.features import SUFFIX, FeatureCache
+from vila_ops.model.vila import VilaForConditionalGeneration
+from vila_ops.packages.tokenizer import IMAGE_TOKEN, read_tokenizer
+
+Features = Callable[[Sequence[bytes]], Tensor]
+"""Encoded squares to tower features (I, P, C)."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """Everything that scheduler and scorer compute with."""
+
+    model: VilaForConditionalGeneration
+    tokenizer: Tokenizer
+    features: Features
+    image_aspect_ratio: Fit
+
+    @property
+    def context_length(self) -> int:
+        """Positions of the language model."""
+        length: int = self.model.config.text_config.max_position_embeddings
+        return length
+
+    def embed(self, input_ids: Tensor, images: Sequence[bytes]) -> Tensor:
+        """Embeddings (B, T, D) of ids (B, T), image positions filled with the images of all rows in their order."""
+        return self.model.embed(input_ids, self.features(images) if images else None)
+
+    def check_length(self, length: int) -> None:
+        """Raises ValueError for more tokens than the context has."""
+        if length > self.context_length:
+            raise ValueError(f"{length} tokens, more than the model's context of {self.context_length}")
+
+    def check_images(self, prompt: Prompt, name: str) -> None:
+        """Each prompt is checked alone, so that an image of one row cannot fill a position of another.
+
+        Raises ValueError, which calls the prompt by `name`.
+        """
+        positions = prompt.input_ids.count(self.tokenizer.image_id)
+        if positions != len(prompt.images) * self.tokenizer.image_tokens:
+            raise ValueError(
+                f"{name} has {positions} image positions for {len(prompt.images)} images of "
+                f"{self.tokenizer.image_tokens} each; write one placeholder for each image"
+            )
+
+
+def read_model(folder: Path, options: EngineOptions) -> LoadedModel:
+    """Read a model folder. Raises CorruptArtifact or ValueError with what is wrong with it."""
+    torch.set_num_threads(options.threads)
+    fast = read_tokenizer(folder)
+    model = model_folder.load(folder)
+    mean, std = model_folder.normalisation(folder)
+    features: Features = FeatureCache(model, functools.partial(pixels, mean=mean, std=std), root=options.feature_root)
+    if options.max_cached_images is not None:
+        features = bounded(features, options.feature_root, max_images=options.max_cached_images)
+    if options.precision == "bf16":
+        model.model.language_model.to(torch.bfloat16)
+        model.lm_head.to(torch.bfloat16)
+    _check_tokens(fast, model.config, folder)
+    tokenizer = Tokenizer(fast, image_tokens=model.config.image_seq_length, after_image=model.config.after_image)
+    return LoadedModel(model, tokenizer, features, Fit(model.config.image_aspect_ratio, mean))
+
+
+def bounded(features: Features, folder: Path, *, max_images: int) -> Features:
+    """The same features; after each call only the files of the newest `max_images` images stay in the folder."""
+
+    def compute(images: Sequence[bytes]) -> Tensor:
+        computed = features(images)
+        paths = sorted(folder.rglob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime_ns)
+        for path in paths[:-max_images]:
+            path.unlink()
+        return computed
+
+    return compute
+
+
+def _check_tokens(fast: PreTrainedTokenizerFast, config: VilaConfig, folder: Path) -> None:
+    """The image token has the id of the config, and no id exceeds the embedding."""
+    vocabulary: dict[str, int] = fast.get_vocab()
+    if IMAGE_TOKEN not in vocabulary:
+        raise ValueError(f"the tokenizer of {folder} has no token {IMAGE_TOKEN!r}; add it as config.json numbers it")
+    if vocabulary[IMAGE_TOKEN] != config.image_token_id:
+        raise ValueError(
+            f"{IMAGE_TOKEN!r} is {vocabulary[IMAGE_TOKEN]} in the tokenizer of {folder}, but {config.image_token_id} "
+            f"in its config.json; give it the same id in both"
+        )
+    if (largest := max(vocabulary.values())) >= config.text_config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {folder} has the id {largest}, beyond the embedding of {config.text_config.vocab_size} "
+            f"rows; use the tokenizer of this model"
+        )

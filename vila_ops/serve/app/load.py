@@ -1,0 +1,48 @@
+"""The app of a spec. The replica reads and checks the weights here."""
+
+import atexit
+import os
+import shutil
+import socket
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+from fastapi import FastAPI
+
+from vila_ops.artifacts.execution import versions
+from vila_ops.generate.engine import EngineOptions
+from vila_ops.generate.load import load_engine
+from vila_ops.serve.app.routes import create_app
+from vila_ops.serve.spec import Spec
+
+CACHED_IMAGES = 256
+"""Users' images whose features a replica keeps, on its own disk and only while it runs."""
+
+
+def load_app(spec: Spec, *, replica: dict[str, Any]) -> FastAPI:
+    """Load the engine and return the app; /health shows `replica` beside the facts of the process.
+
+    Raises CorruptArtifact.
+    """
+    started = time.monotonic()
+    scratch = Path(tempfile.mkdtemp(prefix="vila-serve-"))
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    options = EngineOptions(
+        feature_root=scratch,
+        threads=spec.threads(),
+        max_batch=spec.capacity.max_batch,
+        max_cached_images=CACHED_IMAGES,
+    )
+    engine = load_engine(spec.version.checkpoint, spec.capacity.engine, options)
+    process = {
+        "pid": os.getpid(),
+        "started": psutil.Process().create_time(),
+        "host": socket.gethostname(),
+        "digest": spec.version.checkpoint.digest,
+        "load_seconds": round(time.monotonic() - started, 3),
+        "versions": versions(),
+    }
+    return create_app(spec, engine, replica=process | replica)
