@@ -250,7 +250,7 @@ def test_more_images_than_placeholders_are_refused_everywhere(
     data = square((tiny / "pairs/dog.png").read_bytes(), size=56, encoding=Webp(), fit=SQUASH)
     one = [engine.tokenizer.image_id] * engine.tokenizer.image_tokens
     swapped = [Prompt([1, *one, 40], (data, data)), Prompt([1, *one, *one, 40], (data,))]  # right in sum, wrong in each
-    with pytest.raises(ValueError, match="prompt of request '0' has 16 image positions for 2 images"):
+    with pytest.raises(ValueError, match=r"prompt of request '0' has \d+ image positions for 2 images"):
         generate_all(engine, swapped, Sampling(2, frozenset()))
-    with pytest.raises(ValueError, match="prompt 0 has 16 image positions for 2 images"):
+    with pytest.raises(ValueError, match=r"prompt 0 has \d+ image positions for 2 images"):
         score_all(engine, [(prompt, [[5]]) for prompt in swapped])

@@ -232,7 +232,7 @@ def test_concurrent_requests_share_batches_and_get_the_answers_that_they_get_alo
         assert [one.result() for one in together] == alone
     assert sum(engine.scheduler.batches) == 8
     assert len(engine.scheduler.batches) <= 4
-    assert max(engine.scheduler.batches) == SERVICE.max_batch
+    assert max(engine.scheduler.batches) == RESOURCES.serve.max_batch
 
 
 def test_a_request_that_breaks_the_engine_fails_alone_and_neutrally(
