@@ -6,6 +6,8 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 UV_VERSION := 0.13.9
 BIN := .venv/bin
+TEST_WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadgroup
 STAMP := .venv/.installed
 
 # uv does not read pip's find-links: a CPU wheel of torch that pip is told of is offered to uv too.
@@ -19,7 +21,7 @@ find_python = for python in "$(PYTHON)" python3 ""; do \
 	  if [ -z "$$python" ] || "$$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; \
 	  then break; fi; done
 
-.PHONY: help setup constraints test lint types layers demo demo-long up down status faults bench interop settings format clean
+.PHONY: help setup constraints test test-fast lint types layers demo demo-long up down status faults bench interop settings format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,7 +54,10 @@ constraints: setup ## Resolve pyproject.toml anew into constraints.txt
 	printf '%s\n' "$$header" "$$pins" | sed -E 's/^(torch==[0-9.]+)\+cpu$$/\1/' > constraints.txt
 
 test: setup lint types layers ## Everything that continuous integration asks for
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
+
+test-fast: setup ## The quick tests: no Ray, no servers, none that takes long
+	@$(PYTEST) -m "not real and not ray and not slow"
 
 lint: setup ## Style: ruff's rules and its formatting
 	@$(BIN)/ruff check .

@@ -61,6 +61,16 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Each file is one unit of pytest-xdist, because its tests share what they set up; the long files come first."""
+    weights: dict[Path, int] = {}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(item.path.relative_to(TINY.parents[1]).as_posix()))
+        own = sum(item.get_closest_marker(name) is not None for name in ("ray", "slow"))
+        weights[item.path] = max(weights.get(item.path, 0), own)
+    items.sort(key=lambda item: -weights[item.path])
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Tell with each failure which draws it was made of."""

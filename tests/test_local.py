@@ -68,7 +68,7 @@ def box(
     """A checkout with the repository's prefect.yaml and a trivial flow, and its servers up."""
     checkout = tmp_path_factory.mktemp("checkout")
     (checkout / "flows").mkdir()
-    (checkout / "flows" / "pipeline/run.py").write_text(FLOW)
+    (checkout / "flows" / "full_pipeline.py").write_text(FLOW)
     shutil.copytree(REPOSITORY / "infra", checkout / "infra")
     with contextlib.chdir(checkout):
         settings = free_servers(Path("store/local"))

@@ -110,7 +110,10 @@ def test_the_right_keys_read_write_list_and_upload_in_parts(bucket: str, tmp_pat
     assert [o["Key"] for o in client().list_objects_v2(Bucket=bucket)["Contents"]] == ["large", "small"]
 
 
-@pytest.mark.parametrize(("key", "secret"), [(KEY, "wrong-" + secrets.token_hex(8)), ("nobody", SECRET)])
+WRONG_KEYS = [(KEY, "wrong-" + secrets.token_hex(8)), ("nobody", SECRET)]
+
+
+@pytest.mark.parametrize(("key", "secret"), WRONG_KEYS, ids=["another secret", "another key"])
 def test_wrong_keys_are_refused_and_told_without_the_secret(
     key: str, secret: str, bucket: str, nanio: str, aws: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
