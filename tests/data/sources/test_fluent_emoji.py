@@ -6,7 +6,6 @@ import pytest
 
 from vila_ops.config.package import Package
 from vila_ops.config.sources import FluentEmoji
-from vila_ops.data import sources
 from vila_ops.data.records import Dropped, Image, Record, Turn
 from vila_ops.data.sources.fluent_emoji import keys
 
@@ -68,4 +67,4 @@ def test_capitals_of_a_name_are_kept_and_the_variation_selector_does_not_matter(
 
 
 def test_it_needs_the_renders_and_the_names():
-    assert sources.packages(SOURCE) == (RENDERS, NAMES)
+    assert SOURCE.packages() == (RENDERS, NAMES)

@@ -203,7 +203,7 @@ def test_pages_and_not_row_groups_are_held_in_memory(scan: Scan, tmp_path: Path)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image": "image"}, r"a\.parquet has no column 'image' but image, text, paths; name the columns"),
+        ({"image": "photo"}, r"a\.parquet has no column 'photo' but image, text, paths; name the columns"),
         ({"image": "paths"}, r"column 'paths' is string, not images"),
         ({"text": "image"}, r"column 'image' is struct<.*>, not text"),
         ({"render": "conversation"}, r"column 'text' is string, not a list of \{role, content\}"),

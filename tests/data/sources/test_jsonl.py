@@ -118,4 +118,4 @@ def test_a_folder_without_records_is_an_error(tmp_path: Path, scan: Scan):
 
 
 def test_it_needs_no_package(tmp_path: Path):
-    assert sources.packages(source(tmp_path, DOG)) == ()
+    assert source(tmp_path, DOG).packages() == ()

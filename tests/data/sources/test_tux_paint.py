@@ -76,7 +76,7 @@ def test_a_stamp_without_words_is_dropped(folders: dict[str, Path], read_all: Re
 
 
 def test_its_package_is_all_it_needs():
-    assert sources.packages(SOURCE) == (PACKAGE,)
+    assert SOURCE.packages() == (PACKAGE,)
 
 
 def test_folders_of_style_are_no_category():

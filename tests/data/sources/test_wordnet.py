@@ -6,7 +6,7 @@ import pytest
 from vila_ops.config.package import Package
 from vila_ops.config.sources import WordNet
 from vila_ops.data.records import Dropped, Record, Turn
-from vila_ops.data.sources.wordnet import DATA, definition, keys, read
+from vila_ops.data.sources.wordnet import DATA, definition, keys, synset
 
 ReadAll = Callable[[WordNet, dict[str, Path]], list[list[Record | Dropped]]]
 
@@ -60,7 +60,7 @@ def test_a_synset_is_its_first_lemma_and_its_definition(folders: dict[str, Path]
 
 def test_a_key_that_is_no_synset_is_an_error(folders: dict[str, Path]):
     with pytest.raises(ValueError, match="no synset at byte 00000060"):
-        list(read(SOURCE, folders["wordnet-base"], "00000060"))
+        synset(SOURCE, folders["wordnet-base"], "00000060")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from vila_ops.data.download.fetch import Attempt, Fetcher
 from vila_ops.data.download.journal import Journal
 from vila_ops.data.download.manifest import Outcomes, check_ours, manifest_path, read_outcomes, reopen, write_manifest
 from vila_ops.data.download.outcome import HOST_FAILS, MAY_PASS, DownloadRecord, Failure, Outcome
-from vila_ops.data.download.sources import Format, raw_files, urls_of
+from vila_ops.data.download.sources import raw_files, urls_of
 from vila_ops.data.download.turns import FetchJob, Turns
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ OTHER_OPEN_FILES = 100
 
 
 def download_source(
-    source: Format, path: Path, out: Path, *, settings: DownloadSettings, retry: Collection[Outcome] = ()
+    kind: str, path: Path, out: Path, *, settings: DownloadSettings, retry: Collection[Outcome] = ()
 ) -> list[Outcomes]:
     """Fetch the images of every raw file of a folder (or of one file) into `out`: NAME.tar and NAME.parquet for each.
 
@@ -35,13 +35,13 @@ def download_source(
     """
     if out.resolve() == (path.parent if path.is_file() else path).resolve():
         raise ValueError(f"{out} holds the raw files; download into a folder of its own")
-    raw = raw_files(source, path)
+    raw = raw_files(kind, path)
     for file in raw:
         check_ours(out / file.stem)
     resolve = SystemResolver()
     finished = []
     for file in raw:
-        urls = urls_of(source, file)
+        urls = urls_of(kind, file)
         finished.append(asyncio.run(download(urls, out / file.stem, settings=settings, resolve=resolve, retry=retry)))
         logger.info("%s: %s", file.name, finished[-1].counts)
     return finished

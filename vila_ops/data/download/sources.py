@@ -1,66 +1,33 @@
-"""Which URLs the raw files of a format name."""
+"""The raw files of a source whose images are on the web, and the URLs that they name."""
 
-import json
-import logging
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, assert_never
+from typing import cast
 
-import pyarrow.parquet as pq
-
-Format = Literal["mmc4", "coyo"]
-log = logging.getLogger(__name__)
+from vila_ops.config.kinds import module_of
+from vila_ops.data.sources import GROUP, SOURCES, ImageUrls
 
 
-def raw_files(source: Format, path: Path) -> list[Path]:
-    """The files of a folder, by name; a file is itself. Raises ValueError when there are none."""
-    pattern = "*.jsonl" if source == "mmc4" else "*.parquet"
-    found = [path] if path.is_file() else sorted(path.glob(pattern))
-    if not found:
-        raise ValueError(f"{path}: no such file, or a folder without {pattern}, which {source} comes as")
-    return found
+def raw_files(kind: str, path: Path) -> list[Path]:
+    """The files of a folder, by name; a file is itself. Raises ValueError if there are none."""
+    pattern = f"*{_module(kind).URL_FILES}"
+    files = [path] if path.is_file() else sorted(path.glob(pattern))
+    if not files:
+        raise ValueError(f"{path}: no such file, and no folder with {pattern}, the files of the format {kind}")
+    return files
 
 
-def urls_of(source: Format, path: Path) -> list[str]:
-    """The distinct URLs of one raw file in the order of first appearance. Raises ValueError for another form."""
-    match source:
-        case "mmc4":
-            found = _mmc4(path)
-        case "coyo":
-            found = _coyo(path)
-        case _:
-            assert_never(source)
-    return list(dict.fromkeys(url for url in found if url))
+def urls_of(kind: str, path: Path) -> list[str]:
+    """The distinct URLs of one raw file in the order of first appearance. Raises ValueError for another format."""
+    return list(dict.fromkeys(url for stated in _module(kind).image_urls(path) if (url := _text(stated))))
 
 
-def _mmc4(path: Path) -> Iterator[str]:
-    """image_info[].raw_url of each line; a damaged line, which `prepare` will drop, is said and passed over."""
-    damaged = good = 0
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                urls = [image["raw_url"] for image in json.loads(line)["image_info"]]
-            except (ValueError, KeyError, TypeError) as error:
-                damaged += 1
-                log.warning("%s:%d is not an MMC4 document with image_info[].raw_url (%r)", path, number, error)
-                continue
-            good += 1
-            for url in urls:
-                yield _text(url)
-    if damaged and not good:
-        raise ValueError(f"{path}: none of {damaged} lines is an MMC4 document with image_info[].raw_url")
-
-
-def _coyo(path: Path) -> Iterator[str]:
-    """The column url."""
-    file = pq.ParquetFile(path)
-    if "url" not in file.schema_arrow.names:
-        raise ValueError(f"{path} has no column 'url' but {', '.join(file.schema_arrow.names)}: not a COYO file")
-    for batch in file.iter_batches(columns=["url"]):
-        for url in batch.column(0).to_pylist():
-            yield _text(url)
+def _module(kind: str) -> ImageUrls:
+    module = module_of(GROUP, SOURCES, kind)
+    if not hasattr(module, "image_urls"):
+        raise ValueError(f"sources of kind {kind!r} have no image URLs to download; mmc4 and coyo have")
+    return cast(ImageUrls, module)
 
 
 def _text(url: object) -> str:
-    """A URL that UTF-8 can hold; empty for what is no text. A lone surrogate, which JSON can say, becomes `?`."""
+    """A URL that UTF-8 can hold: a lone surrogate, which JSON can contain, becomes `?`. Empty if it is not text."""
     return url.encode(errors="replace").decode() if isinstance(url, str) else ""

@@ -9,11 +9,14 @@ from typing import Any, get_args
 import pyarrow as pa
 from pydantic import TypeAdapter
 
-from vila_ops.config.sources import JsonLines, OwnFiles, Source
+from vila_ops.config import Config
+from vila_ops.config.kinds import module_of
+from vila_ops.config.sources import JsonLines, OwnFiles, OwnSource, Source
 from vila_ops.data.raw.files import UNFINISHED
 from vila_ops.data.raw.json_array import elements, is_array
 from vila_ops.data.raw.lines import every_line
 from vila_ops.data.raw.text import json_object
+from vila_ops.data.sources import GROUP, SOURCES
 from vila_ops.data.sources.html import SUFFIXES as PAGES
 from vila_ops.data.sources.jsonl import RECORDS
 from vila_ops.data.sources.llava_cc3m import CHAT, METADATA
@@ -27,9 +30,7 @@ _SAMPLES = 3
 """Files of each suffix that are looked into."""
 _HEAD = 1 << 16
 _CLASSES: dict[str, type[OwnFiles | JsonLines]] = {
-    kind.model_fields["kind"].default: kind
-    for kind in get_args(get_args(Source)[0])
-    if issubclass(kind, OwnFiles | JsonLines)
+    kind.model_fields["kind"].default: kind for kind in get_args(OwnSource) if issubclass(kind, OwnFiles | JsonLines)
 }
 KINDS = tuple(sorted(_CLASSES))
 
@@ -50,10 +51,8 @@ def guess(
     path = Path(uri)
     if not path.exists():
         raise ValueError(f"no such file or folder: {uri}")
-    if kind is not None and kind not in _CLASSES:
-        raise ValueError(f"no format {kind!r}; there are {', '.join(KINDS)}")
     kind = kind or _kind_of(path)
-    fields = _CLASSES[kind].model_fields
+    fields = _config_of(kind).model_fields
     folder = path if path.is_dir() else path.parent
     settings: dict[str, Any] = {"kind": kind, "path": uri, "licence": UNKNOWN_LICENCE}
     if kind == "jsonl":
@@ -66,6 +65,16 @@ def guess(
         settings |= {"question": "question", "render": "conversation"}
     source: Source = TypeAdapter(Source).validate_python(settings | dict(own or {}))
     return source
+
+
+def _config_of(kind: str) -> type[Config]:
+    """The config class of a format, or of a kind that a plugin adds."""
+    if kind in _CLASSES:
+        return _CLASSES[kind]
+    if kind in SOURCES:
+        raise ValueError(f"{kind!r} reads pinned packages, not files; the formats of files are {', '.join(KINDS)}")
+    config: type[Config] = module_of(GROUP, SOURCES, kind).Config
+    return config
 
 
 def _kind_of(path: Path) -> str:

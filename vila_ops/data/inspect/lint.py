@@ -7,7 +7,6 @@ from contextlib import closing
 from pathlib import Path
 
 from vila_ops.config import Config, Source
-from vila_ops.config.sources import JsonLines, OwnFiles
 from vila_ops.data import sources
 from vila_ops.data.containers import BadImage
 from vila_ops.data.images import rgb
@@ -116,7 +115,8 @@ class _Checks:
 
 def _folder(source: Source) -> str:
     """The folder that the names of a source's files are relative to; empty for packages."""
-    if not isinstance(source, OwnFiles | JsonLines):
+    stated = getattr(source, "path", None)
+    if stated is None:
         return ""
-    path = Path(source.path)
+    path = Path(stated)
     return str(path.parent if path.is_file() else path)

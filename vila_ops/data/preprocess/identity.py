@@ -8,6 +8,7 @@ from vila_ops.artifacts.disk import sha256
 from vila_ops.artifacts.folders import folder_digest
 from vila_ops.config import Mixture, Source, TextFormat
 from vila_ops.config.base import fingerprint
+from vila_ops.config.kinds import provenance
 from vila_ops.data import sources
 from vila_ops.data.images import Fit
 from vila_ops.packages.normalisation import mean_std
@@ -28,18 +29,24 @@ SHARES = {"weight", "repeats"}
 
 
 def source_recipe(source: Source) -> dict[str, Any]:
-    """What a source makes of its raw files."""
-    return source.model_dump(mode="json", exclude=PLACES | SHARES)
+    """The settings of a source that shape its samples; for a plugin's kind its package, version and revision too."""
+    return _recipe(source, without=PLACES | SHARES)
 
 
 def mixture_recipe(mixture: Mixture) -> dict[str, Any]:
-    """The mixture without the places of its raw files, for which `parents` stands."""
+    """The mixture without the paths of its raw files, whose digests are the parents."""
     dumped = mixture.model_dump(mode="json")
-    for group in (dumped["sources"], (dumped["contamination"] or {}).get("sources", {})):
-        for source in group.values():
-            for place in PLACES:
-                source.pop(place, None)
+    dumped["sources"] = {name: _recipe(source, without=PLACES) for name, source in mixture.sources.items()}
+    if mixture.contamination:
+        against = mixture.contamination.sources
+        dumped["contamination"]["sources"] = {name: _recipe(one, without=PLACES) for name, one in against.items()}
     return dumped
+
+
+def _recipe(source: Source, *, without: set[str]) -> dict[str, Any]:
+    dumped = source.model_dump(mode="json", exclude=without)
+    plugin = provenance(sources.GROUP, sources.SOURCES, source.kind)
+    return {**dumped, "plugin": plugin} if plugin else dumped
 
 
 def text_recipe(text: TextFormat) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def write_shard(task: UnitTask) -> Shard:
 
 def folders_of(source: Source, *, cache: Path) -> dict[str, Path]:
     """The folders of a source's packages, fetched where they are not in the cache, by package name."""
-    return {package.name: fetch(package, cache=cache) for package in sources.packages(source)}
+    return {package.name: fetch(package, cache=cache) for package in source.packages()}
 
 
 def tokenizer_of(text: TextFormat, *, cache: Path) -> Tokenizer:

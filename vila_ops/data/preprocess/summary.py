@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from vila_ops.config import Mixture
-from vila_ops.data import sources
 from vila_ops.data.loading.mixture import Size, compose
 
 SUMMARY = "summary.json"
@@ -25,7 +24,7 @@ def summarise(mixture: Mixture, counted: Sequence[tuple[str, dict[str, Any]]]) -
         found = {
             "records": sum(counts["records"] for counts in own),
             **{key: _total(own, key) for key in ("samples", "tokens", "images", "licences", *LEFT_OUT)},
-            "packages": {f"{p.registry}:{p.name}@{p.version}": p.licence for p in sources.packages(source)},
+            "packages": {f"{p.registry}:{p.name}@{p.version}": p.licence for p in source.packages()},
             "examples": [text for counts in own for text in counts["examples"]][:EXAMPLES],
         }
         _refuse_bad(mixture, name, found)

@@ -3,7 +3,7 @@
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +11,8 @@ from pathlib import Path
 from vila_ops.artifacts.disk import sha256
 from vila_ops.config import Config, fingerprint
 
+Folders = Mapping[str, Path]
+"""The folders of a source's packages, by package name; empty for a source of files."""
 STRIDE = 16
 """Spans start at multiples of it, whose places in a file are noted."""
 SCAN_REVISION = 1

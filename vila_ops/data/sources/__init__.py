@@ -1,187 +1,80 @@
-"""Read sources: which packages one needs, its raw files, and the records of a span. One file a source kind."""
+"""The kinds of sources: one table, kind -> module; a module is imported when a source of its kind is read."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import assert_never
+from typing import Any, Protocol, cast
 
-from vila_ops.config import Package, Source, fingerprint
-from vila_ops.config.sources import (
-    Coyo,
-    Flan,
-    FluentEmoji,
-    GCompris,
-    GimpHelp,
-    GnomeHelp,
-    HfParquet,
-    Html,
-    JsonLines,
-    Llava,
-    LlavaCc3m,
-    Messages,
-    Mmc4,
-    Table,
-    TuxPaint,
-    Vflan,
-    WebDataset,
-    WordNet,
-)
-from vila_ops.data.raw.files import RawFile, Span
+from vila_ops.config import Source, fingerprint
+from vila_ops.config.kinds import Group, module_of
+from vila_ops.data.raw.files import Folders, RawFile, Span
 from vila_ops.data.records import Dropped, Record
-from vila_ops.data.sources import (
-    coyo,
-    flan,
-    fluent_emoji,
-    gcompris,
-    gimp_help,
-    gnome_help,
-    hf_parquet,
-    html,
-    jsonl,
-    llava,
-    llava_cc3m,
-    messages,
-    mmc4,
-    table,
-    tux_paint,
-    vflan,
-    webdataset,
-    wordnet,
-)
+from vila_ops.data.sources.packaged import packages_digest
 
-Packaged = TuxPaint | FluentEmoji | GimpHelp | GCompris | WordNet | GnomeHelp
-Files = JsonLines | Llava | LlavaCc3m | Mmc4 | Coyo | Flan | Vflan | Messages | WebDataset | HfParquet | Html | Table
+GROUP: Group = "vila_ops.sources"
+"""Entry points of this group add kinds."""
+SOURCES: Mapping[str, str] = {
+    "tux_paint": "vila_ops.data.sources.tux_paint",
+    "fluent_emoji": "vila_ops.data.sources.fluent_emoji",
+    "gimp_help": "vila_ops.data.sources.gimp_help",
+    "gcompris": "vila_ops.data.sources.gcompris",
+    "wordnet": "vila_ops.data.sources.wordnet",
+    "gnome_help": "vila_ops.data.sources.gnome_help",
+    "jsonl": "vila_ops.data.sources.jsonl",
+    "llava": "vila_ops.data.sources.llava",
+    "llava_cc3m": "vila_ops.data.sources.llava_cc3m",
+    "mmc4": "vila_ops.data.sources.mmc4",
+    "coyo": "vila_ops.data.sources.coyo",
+    "flan": "vila_ops.data.sources.flan",
+    "vflan": "vila_ops.data.sources.vflan",
+    "messages": "vila_ops.data.sources.messages",
+    "webdataset": "vila_ops.data.sources.webdataset",
+    "hf_parquet": "vila_ops.data.sources.hf_parquet",
+    "html": "vila_ops.data.sources.html",
+    "table": "vila_ops.data.sources.table",
+}
 
 
-def packages(source: Source) -> tuple[Package, ...]:
-    """What must be fetched before the source can be read; nothing for files of one's own."""
-    match source:
-        case TuxPaint() | GimpHelp() | GCompris() | WordNet() | GnomeHelp():
-            return (source.package,)
-        case FluentEmoji():
-            return (source.package, source.names)
-        case _:
-            return ()
+class SourceModule(Protocol):
+    """What a source's module offers. A plugin's module also has `Config` and `REVISION` (see config/kinds.py)."""
+
+    def raw_files(self, source: Any, folders: Folders, *, cache: Path) -> list[RawFile]:
+        """The source's files in the order of their records. Raises ValueError if there is nothing to read.
+
+        `folders` are the folders of the source's packages; `cache` is where scans of files are kept.
+        """
+
+    def read(self, source: Any, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
+        """One list for each raw record of the span, in order; empty if it is blank or `span.takes` refuses it."""
+
+
+class ImageUrls(Protocol):
+    """What the module of a source offers besides if `vila-ops data download` can fetch its images by URL."""
+
+    URL_FILES: str
+    """The suffix of the raw files."""
+
+    def image_urls(self, path: Path) -> Iterator[object]:
+        """Every image URL of one raw file, in order. Raises ValueError for a file of another format."""
 
 
 def digest(source: Source, *, cache: Path) -> str:
-    """Of everything that the source reads."""
-    if wanted := packages(source):
-        return fingerprint([package.sha256 for package in wanted])
+    """Digest of everything that the source reads: its packages, or else its files."""
+    if packages := source.packages():
+        return packages_digest(packages)
     return fingerprint([[file.name, file.digest] for file in raw_files(source, {}, cache=cache)])
 
 
-def raw_files(source: Source, folders: Mapping[str, Path], *, cache: Path) -> list[RawFile]:
-    """The source's files in the order of their records; `folders` by package name.
-
-    A package is one file, whatever is in it. Raises ValueError where there is nothing to read.
-    """
-    match source:
-        case TuxPaint() | FluentEmoji() | GimpHelp() | GCompris() | WordNet() | GnomeHelp():
-            own, count = digest(source, cache=cache), len(_keys(source, folders))
-            return [RawFile(name="package", path="", digest=own, count=count, images=count, marks=())]
-        case JsonLines():
-            return jsonl.raw_files(source, cache=cache)
-        case Llava():
-            return llava.raw_files(source, cache=cache)
-        case LlavaCc3m():
-            return llava_cc3m.raw_files(source, cache=cache)
-        case Flan():
-            return flan.raw_files(source, cache=cache)
-        case Vflan():
-            return vflan.raw_files(source, cache=cache)
-        case Messages():
-            return messages.raw_files(source, cache=cache)
-        case Table():
-            return table.raw_files(source, cache=cache)
-        case Mmc4():
-            return mmc4.raw_files(source, cache=cache)
-        case Coyo():
-            return coyo.raw_files(source, cache=cache)
-        case WebDataset():
-            return webdataset.raw_files(source, cache=cache)
-        case HfParquet():
-            return hf_parquet.raw_files(source, cache=cache)
-        case Html():
-            return html.raw_files(source, cache=cache)
-        case _:
-            assert_never(source)
+def raw_files(source: Source, folders: Folders, *, cache: Path) -> list[RawFile]:
+    """The source's files, see `SourceModule.raw_files`. The packages of a packaged source count as one file."""
+    return _module(source).raw_files(source, folders, cache=cache)
 
 
-def read(source: Source, folders: Mapping[str, Path], span: Span) -> Iterator[list[Record | Dropped]]:
-    """For each raw record of a span that is taken, what it holds. Spans can be read in any order."""
-    match source:
-        case TuxPaint() | FluentEmoji() | GimpHelp() | GCompris() | WordNet() | GnomeHelp():
-            for number, key in enumerate(_keys(source, folders)[span.start : span.stop], start=span.start):
-                if span.takes(number):
-                    yield list(_read_key(source, folders, key))
-        case _:
-            for number, found in enumerate(_read_files(source, span), start=span.start):
-                if span.takes(number):
-                    yield found
+def read(source: Source, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
+    """One list of records for each raw record that the span takes. Spans can be read in any order."""
+    for number, records in enumerate(_module(source).read(source, folders, span), start=span.start):
+        if span.takes(number):
+            yield records
 
 
-def _read_files(source: Files, span: Span) -> Iterator[list[Record | Dropped]]:
-    match source:
-        case JsonLines():
-            return jsonl.read(source, span)
-        case Llava():
-            return llava.read(source, span)
-        case LlavaCc3m():
-            return llava_cc3m.read(source, span)
-        case Flan():
-            return flan.read(source, span)
-        case Vflan():
-            return vflan.read(source, span)
-        case Messages():
-            return messages.read(source, span)
-        case Table():
-            return table.read(source, span)
-        case Mmc4():
-            return mmc4.read(source, span)
-        case Coyo():
-            return coyo.read(source, span)
-        case WebDataset():
-            return webdataset.read(source, span)
-        case HfParquet():
-            return hf_parquet.read(source, span)
-        case Html():
-            return html.read(source, span)
-        case _:
-            assert_never(source)
-
-
-def _keys(source: Packaged, folders: Mapping[str, Path]) -> list[str]:
-    """A packaged source's records by key, in a fixed order."""
-    match source:
-        case TuxPaint():
-            return tux_paint.keys(folders[source.package.name])
-        case FluentEmoji():
-            return fluent_emoji.keys(folders[source.package.name], folders[source.names.name])
-        case GimpHelp():
-            return gimp_help.keys(folders[source.package.name])
-        case GCompris():
-            return gcompris.keys(folders[source.package.name])
-        case WordNet():
-            return wordnet.keys(folders[source.package.name])
-        case GnomeHelp():
-            return gnome_help.keys(folders[source.package.name])
-        case _:
-            assert_never(source)
-
-
-def _read_key(source: Packaged, folders: Mapping[str, Path], key: str) -> Iterator[Record | Dropped]:
-    match source:
-        case TuxPaint():
-            return tux_paint.read(source, folders[source.package.name], key)
-        case FluentEmoji():
-            return fluent_emoji.read(source, folders[source.package.name], folders[source.names.name], key)
-        case GimpHelp():
-            return gimp_help.read(source, folders[source.package.name], key)
-        case GCompris():
-            return gcompris.read(source, folders[source.package.name], key)
-        case WordNet():
-            return wordnet.read(source, folders[source.package.name], key)
-        case GnomeHelp():
-            return gnome_help.read(source, folders[source.package.name], key)
-        case _:
-            assert_never(source)
+def _module(source: Source) -> SourceModule:
+    return cast(SourceModule, module_of(GROUP, SOURCES, source.kind))

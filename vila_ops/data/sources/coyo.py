@@ -9,22 +9,35 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from vila_ops.config.sources import Coyo
 from vila_ops.data.raw.downloaded import Downloaded, Missing, companions, out_of
-from vila_ops.data.raw.files import RawFile, Scan, Span, scan_files
+from vila_ops.data.raw.files import Folders, RawFile, Scan, Span, scan_files
 from vila_ops.data.records import NOT_DOWNLOADED, Dropped, Image, Record, Turn
 from vila_ops.data.sources.faults import Fault, checked, numbers
 from vila_ops.data.sources.rows import is_text, number_columns, open_parquet, rows
 
+URL_FILES = ".parquet"
 
-def raw_files(source: Coyo, *, cache: Path) -> list[RawFile]:
+
+def image_urls(path: Path) -> Iterator[object]:
+    """The column url."""
+    file = pq.ParquetFile(path)
+    if "url" not in file.schema_arrow.names:
+        raise ValueError(f"{path} has no column 'url' but {', '.join(file.schema_arrow.names)}: not a COYO file")
+    for batch in file.iter_batches(columns=["url"]):
+        yield from batch.column(0).to_pylist()
+
+
+def raw_files(source: Coyo, folders: Folders, *, cache: Path) -> list[RawFile]:
     """The parquet files, each with its tar and manifest. Raises ValueError for one of another form."""
-    beside = companions(Path(source.path), ".parquet", images=source.images)
+    beside = companions(Path(source.path), URL_FILES, images=source.images)
     by_path = {path: files for (_, path), files in beside.items()}
     return scan_files(beside, f"{source.kind}:{source.images}", lambda path: _scan(path, by_path[path]), cache=cache)
 
 
-def read(source: Coyo, span: Span) -> Iterator[list[Record | Dropped]]:
+def read(source: Coyo, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
     """The captioned image of each row."""
     urls = {row["url"] for _, row in rows(span, ["url"]) if isinstance(row, dict) and isinstance(row["url"], str)}
     with open_parquet(Path(span.path)) as file:

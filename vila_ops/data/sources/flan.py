@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vila_ops.config.sources import Flan
-from vila_ops.data.raw.files import RawFile, Scan, Span, paths, scan_files
+from vila_ops.data.raw.files import Folders, RawFile, Scan, Span, paths, scan_files
 from vila_ops.data.records import Dropped, Record, Turn
 from vila_ops.data.sources.conversations import check_text
 from vila_ops.data.sources.faults import Fault
@@ -22,12 +22,12 @@ TASKS = ("_task_name", "task", "_task_source")
 PARQUET = ".parquet"
 
 
-def raw_files(source: Flan, *, cache: Path) -> list[RawFile]:
+def raw_files(source: Flan, folders: Folders, *, cache: Path) -> list[RawFile]:
     """The Parquet and jsonl files."""
     return scan_files(paths(Path(source.path), (PARQUET, ".jsonl", ".jsonl.gz")), "flan", _scan, cache=cache)
 
 
-def read(source: Flan, span: Span) -> Iterator[list[Record | Dropped]]:
+def read(source: Flan, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
     """The conversation of each row or line."""
     if not span.path.lower().endswith(PARQUET):
         yield from read_objects(span, lambda value, place: _record(source, value, place))

@@ -6,9 +6,10 @@ from functools import lru_cache
 from pathlib import Path
 
 from vila_ops.config.sources import FluentEmoji
+from vila_ops.data.raw.files import Folders, RawFile, Span
 from vila_ops.data.records import Dropped, Image, Record, Turn
 from vila_ops.data.sources.object_names import object_name
-from vila_ops.data.sources.provenance import provenance
+from vila_ops.data.sources.packaged import packages_as_file, provenance, read_keys
 
 ASSETS = "assets"
 GROUPS = ("smileys-emotion", "people-body", "animals-nature", "food-drink", "travel-places", "activities", "objects")
@@ -22,11 +23,22 @@ def keys(folder: Path, names_folder: Path) -> list[str]:
     return sorted(stem for stem in stems if _plain(stem) in named)
 
 
-def read(source: FluentEmoji, folder: Path, names_folder: Path, key: str) -> Iterator[Record | Dropped]:
+def raw_files(source: FluentEmoji, folders: Folders, *, cache: Path) -> list[RawFile]:
+    """The two packages as one file."""
+    return packages_as_file(source, keys(folders[source.package.name], folders[source.names.name]))
+
+
+def read(source: FluentEmoji, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
+    """The record of each key."""
+    folder, names_folder = folders[source.package.name], folders[source.names.name]
+    return read_keys(keys(folder, names_folder), span, lambda key: _render(source, folder, names_folder, key))
+
+
+def _render(source: FluentEmoji, folder: Path, names_folder: Path, key: str) -> Record:
     """The render of this key with its name as caption."""
     label, category = _names(names_folder)[_plain(key)]
     path = f"{ASSETS}/{key}.webp"
-    yield Record(
+    return Record(
         id=key,
         object=object_name(label),
         turns=(Turn("document", (Image((folder / path).read_bytes()), f"{label[:1].upper()}{label[1:]}.")),),

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vila_ops.config.sources import GCompris
+from vila_ops.data.raw.files import Folders, RawFile, Span
 from vila_ops.data.records import Dropped, Image, Record, Turn
 from vila_ops.data.sources.object_names import object_name
-from vila_ops.data.sources.provenance import provenance
+from vila_ops.data.sources.packaged import packages_as_file, provenance, read_keys
 
 RESOURCES = "usr/share/gcompris-qt/rcc"
 _ACTIVITIES = "gcompris/src/activities/"
@@ -38,7 +39,18 @@ def keys(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def read(source: GCompris, folder: Path, key: str) -> Iterator[Record | Dropped]:
+def raw_files(source: GCompris, folders: Folders, *, cache: Path) -> list[RawFile]:
+    """The package as one file."""
+    return packages_as_file(source, keys(folders[source.package.name]))
+
+
+def read(source: GCompris, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
+    """The record of each key."""
+    folder = folders[source.package.name]
+    return read_keys(keys(folder), span, lambda key: _entry(source, folder, key))
+
+
+def _entry(source: GCompris, folder: Path, key: str) -> Record | Dropped:
     """The entry of this key: its photo, where the package has it, then title and paragraph."""
     place, _, number = key.partition("#")
     file, _, path = place.partition("/")
@@ -51,7 +63,7 @@ def read(source: GCompris, folder: Path, key: str) -> Iterator[Record | Dropped]
     licence = source.package.licence
     if photo is not None and photo_path:
         licence = f"{licence} (text), {_photo_licence(folder, photo_path[1]) or licence} (photo)"
-    yield Record(
+    return Record(
         id=key,
         object=object_name(title),
         turns=(Turn("document", (caption,) if photo is None else (photo, caption)),),

@@ -8,8 +8,9 @@ from xml.etree import ElementTree
 import PIL.Image
 
 from vila_ops.config.sources import GimpHelp
+from vila_ops.data.raw.files import Folders, RawFile, Span
 from vila_ops.data.records import Dropped, Image, Part, Record, Turn
-from vila_ops.data.sources.provenance import provenance
+from vila_ops.data.sources.packaged import packages_as_file, provenance, read_keys
 
 PAGES = "usr/share/gimp/2.0/help/en"
 MIN_FIGURE_PIXELS = 64
@@ -29,14 +30,24 @@ def keys(folder: Path) -> list[str]:
     return sorted(path.stem for path in pages)
 
 
-def read(source: GimpHelp, folder: Path, key: str) -> Iterator[Record | Dropped]:
+def raw_files(source: GimpHelp, folders: Folders, *, cache: Path) -> list[RawFile]:
+    """The package as one file."""
+    return packages_as_file(source, keys(folders[source.package.name]))
+
+
+def read(source: GimpHelp, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
+    """The record of each key."""
+    folder = folders[source.package.name]
+    return read_keys(keys(folder), span, lambda key: _page(source, folder, key))
+
+
+def _page(source: GimpHelp, folder: Path, key: str) -> Record | Dropped:
     """The page as one document."""
     root = folder / PAGES
     parts = _parts(root, ElementTree.parse(root / f"{key}.html").getroot())
     if not any(isinstance(part, str) for part in parts):
-        yield Dropped(id=key, reason="no_text")
-        return
-    yield Record(
+        return Dropped(id=key, reason="no_text")
+    return Record(
         id=key,
         object=key,
         turns=(Turn("document", parts),),

@@ -6,8 +6,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from vila_ops.config.sources import GnomeHelp
+from vila_ops.data.raw.files import Folders, RawFile, Span
 from vila_ops.data.records import Dropped, Record, Turn
-from vila_ops.data.sources.provenance import provenance
+from vila_ops.data.sources.packaged import packages_as_file, provenance, read_keys
 
 PAGES = "usr/share/help/C/gnome-help"
 _MALLARD = "{http://projectmallard.org/1.0/}"
@@ -29,18 +30,28 @@ def keys(folder: Path) -> list[str]:
     return sorted(name for name, page in pages if page.get("type") == "topic")
 
 
-def read(source: GnomeHelp, folder: Path, key: str) -> Iterator[Record | Dropped]:
+def raw_files(source: GnomeHelp, folders: Folders, *, cache: Path) -> list[RawFile]:
+    """The package as one file."""
+    return packages_as_file(source, keys(folders[source.package.name]))
+
+
+def read(source: GnomeHelp, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
+    """The record of each key."""
+    folder = folders[source.package.name]
+    return read_keys(keys(folder), span, lambda key: _page(source, folder, key))
+
+
+def _page(source: GnomeHelp, folder: Path, key: str) -> Record | Dropped:
     """The page as a question and its answer."""
     path = folder / PAGES / f"{key}.page"
     page = ElementTree.parse(path).getroot()
     answer = "\n".join(_lines(page, path.parent))
     if not answer:
-        yield Dropped(id=key, reason="no_text")
-        return
+        return Dropped(id=key, reason="no_text")
     subtitle = page.find(f"{_MALLARD}subtitle")
     title = _title(page, path.parent) + ("" if subtitle is None else f": {_text(subtitle, path.parent)}")
     asked = question(title, problem=page.get("style") == "problem")
-    yield Record(
+    return Record(
         id=key,
         object=key,
         turns=(Turn("user", (asked,)), Turn("assistant", (answer,))),

@@ -13,20 +13,20 @@ from typing import Any, assert_never
 import pyarrow as pa
 
 from vila_ops.config.sources import HfParquet
-from vila_ops.data.raw.files import RawFile, Scan, Span, paths, scan_files
+from vila_ops.data.raw.files import Folders, RawFile, Scan, Span, paths, scan_files
 from vila_ops.data.records import Dropped, Image, Record, Turn
 from vila_ops.data.sources.faults import Fault, checked, numbers
 from vila_ops.data.sources.rows import is_text, number_columns, open_parquet, rows
 from vila_ops.data.sources.turns import turns
 
 
-def raw_files(source: HfParquet, *, cache: Path) -> list[RawFile]:
+def raw_files(source: HfParquet, folders: Folders, *, cache: Path) -> list[RawFile]:
     """The shards. Raises ValueError for one without the source's columns, or with columns of other types."""
     kind = f"{source.kind}:{source.image}:{source.text}:{source.render}"
     return scan_files(paths(Path(source.path), (".parquet",)), kind, lambda path: _scan(source, path), cache=cache)
 
 
-def read(source: HfParquet, span: Span) -> Iterator[list[Record | Dropped]]:
+def read(source: HfParquet, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
     """The record of each row."""
     with open_parquet(Path(span.path)) as file:
         scores = number_columns(file.schema_arrow)

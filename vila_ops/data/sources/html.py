@@ -12,7 +12,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 from vila_ops.config.sources import Html
 from vila_ops.data.containers import BadImage, strip
-from vila_ops.data.raw.files import RawFile, Scan, Span, paths, scan_files
+from vila_ops.data.raw.files import Folders, RawFile, Scan, Span, paths, scan_files
 from vila_ops.data.records import Dropped, Image, Part, Record, Turn
 from vila_ops.data.sources.faults import Fault
 from vila_ops.data.sources.html_page import PageImage, page
@@ -24,14 +24,14 @@ MIN_FIGURE_PIXELS = 64
 MAX_PAGE_BYTES = 16 * 2**20
 
 
-def raw_files(source: Html, *, cache: Path) -> list[RawFile]:
+def raw_files(source: Html, folders: Folders, *, cache: Path) -> list[RawFile]:
     """The pages, each with the image files that it names."""
     root = _root(source)
     kind = f"{source.kind}:{root}"
     return scan_files(paths(Path(source.path), SUFFIXES), kind, lambda path: _scan(root, path), cache=cache)
 
 
-def read(source: Html, span: Span) -> Iterator[list[Record | Dropped]]:
+def read(source: Html, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
     """The one document of a page."""
     try:
         yield [_record(source, span)]

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from vila_ops.config.base import Config
 from vila_ops.config.sources import JsonLines
-from vila_ops.data.raw.files import STRIDE, RawFile, Scan, Span, scan_files
+from vila_ops.data.raw.files import STRIDE, Folders, RawFile, Scan, Span, scan_files
 from vila_ops.data.raw.lines import every_line, lines
 from vila_ops.data.records import Dropped, Image, Part, Record, Role, Turn
 
@@ -58,7 +58,7 @@ class Line(Config):
     turns: tuple[TurnLine, ...] = Field(min_length=1)
 
 
-def raw_files(source: JsonLines, *, cache: Path) -> list[RawFile]:
+def raw_files(source: JsonLines, folders: Folders, *, cache: Path) -> list[RawFile]:
     """The one file, with the images that its records name."""
     path = Path(source.path) / RECORDS
     if not path.is_file():
@@ -66,7 +66,7 @@ def raw_files(source: JsonLines, *, cache: Path) -> list[RawFile]:
     return scan_files([(RECORDS, path)], source.kind, _scan, cache=cache)
 
 
-def read(source: JsonLines, span: Span) -> Iterator[list[Record | Dropped]]:
+def read(source: JsonLines, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
     """The record of each line; nothing of a blank one."""
     for place, text in lines(span):
         if not text.strip():

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vila_ops.config.sources import Llava
-from vila_ops.data.raw.files import RawFile, Span, paths, scan_files
+from vila_ops.data.raw.files import Folders, RawFile, Span, paths, scan_files
 from vila_ops.data.records import Dropped, Image, Part, Record, Role, Turn
 from vila_ops.data.sources.conversations import PLACEHOLDER, check_order, check_placeholders, check_text
 from vila_ops.data.sources.faults import Fault
@@ -18,7 +18,7 @@ from vila_ops.data.sources.json_files import SUFFIXES, Object, read_objects, rec
 ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
-def raw_files(source: Llava, *, cache: Path) -> list[RawFile]:
+def raw_files(source: Llava, folders: Folders, *, cache: Path) -> list[RawFile]:
     """The JSON files, with the images that their records name."""
     return scan_files(
         paths(Path(source.path), SUFFIXES),
@@ -28,7 +28,7 @@ def raw_files(source: Llava, *, cache: Path) -> list[RawFile]:
     )
 
 
-def read(source: Llava, span: Span) -> Iterator[list[Record | Dropped]]:
+def read(source: Llava, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
     """The record of each object."""
     return read_objects(
         span,

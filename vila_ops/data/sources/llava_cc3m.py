@@ -5,7 +5,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vila_ops.config.sources import LlavaCc3m
-from vila_ops.data.raw.files import RawFile, Scan, Span, scan_files
+from vila_ops.data.raw.files import Folders, RawFile, Scan, Span, scan_files
 from vila_ops.data.raw.json_array import elements, is_array
 from vila_ops.data.records import Dropped, Record
 from vila_ops.data.sources.json_files import Object, read_objects, scan_objects, stated
@@ -14,7 +14,7 @@ from vila_ops.data.sources.llava import conversation, image_paths
 CHAT, METADATA = "chat.json", "metadata.json"
 
 
-def raw_files(source: LlavaCc3m, *, cache: Path) -> list[RawFile]:
+def raw_files(source: LlavaCc3m, folders: Folders, *, cache: Path) -> list[RawFile]:
     """chat.json alone; metadata.json and the images lie beside it."""
     path = Path(source.path) / CHAT
     if not path.is_file() or not is_array(path):
@@ -24,7 +24,7 @@ def raw_files(source: LlavaCc3m, *, cache: Path) -> list[RawFile]:
     return scan_files([(CHAT, path)], f"llava_cc3m:{source.path}:{source.images}", lambda _: _scan(source), cache=cache)
 
 
-def read(source: LlavaCc3m, span: Span) -> Iterator[list[Record | Dropped]]:
+def read(source: LlavaCc3m, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
     """The record of each object; its provenance ends with the image's address, where metadata.json tells it."""
     urls = _urls(Path(source.path) / METADATA, _stems(span))
     caption = source.render == "caption"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vila_ops.config.sources import Messages
-from vila_ops.data.raw.files import RawFile, Span, paths, scan_files
+from vila_ops.data.raw.files import Folders, RawFile, Span, paths, scan_files
 from vila_ops.data.records import Dropped, Image, Part, Record, Role, Turn
 from vila_ops.data.sources.conversations import check_order, check_text
 from vila_ops.data.sources.faults import Fault
@@ -20,7 +20,7 @@ ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "us
 TOOLS = ("tool", "function")
 
 
-def raw_files(source: Messages, *, cache: Path) -> list[RawFile]:
+def raw_files(source: Messages, folders: Folders, *, cache: Path) -> list[RawFile]:
     """The JSON files, with the image files that their records name."""
     return scan_files(
         paths(Path(source.path), SUFFIXES),
@@ -30,7 +30,7 @@ def raw_files(source: Messages, *, cache: Path) -> list[RawFile]:
     )
 
 
-def read(source: Messages, span: Span) -> Iterator[list[Record | Dropped]]:
+def read(source: Messages, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
     """The conversation of each object."""
     return read_objects(span, lambda value, place: _record(source, value, place))
 

@@ -8,6 +8,8 @@
 The matrix has a row an image and a column a sentence. The images come from the downloader.
 """
 
+import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import assert_never
@@ -16,11 +18,14 @@ from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, ValidationEr
 
 from vila_ops.config.sources import Mmc4
 from vila_ops.data.raw.downloaded import Downloaded, Missing, companions, out_of
-from vila_ops.data.raw.files import STRIDE, RawFile, Scan, Span, scan_files
+from vila_ops.data.raw.files import STRIDE, Folders, RawFile, Scan, Span, scan_files
 from vila_ops.data.raw.lines import every_line, lines
 from vila_ops.data.records import NOT_DOWNLOADED, Dropped, Image, Part, Record, Turn
 from vila_ops.data.sources.faults import Fault, checked, json_of
 from vila_ops.data.text.interleave import Match, image_first, pairs, place
+
+URL_FILES = ".jsonl"
+log = logging.getLogger(__name__)
 
 
 class ImageInfo(BaseModel, frozen=True, strict=True):
@@ -51,15 +56,32 @@ class Document(BaseModel, frozen=True, strict=True):
         return self
 
 
-def raw_files(source: Mmc4, *, cache: Path) -> list[RawFile]:
+def image_urls(path: Path) -> Iterator[object]:
+    """image_info[].raw_url of each line. A damaged line, which `prepare` will drop, is logged and skipped."""
+    damaged = good = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                urls = [image["raw_url"] for image in json.loads(line)["image_info"]]
+            except (ValueError, KeyError, TypeError) as error:
+                damaged += 1
+                log.warning("%s:%d is not an MMC4 document with image_info[].raw_url (%r)", path, number, error)
+                continue
+            good += 1
+            yield from urls
+    if damaged and not good:
+        raise ValueError(f"{path}: none of {damaged} lines is an MMC4 document with image_info[].raw_url")
+
+
+def raw_files(source: Mmc4, folders: Folders, *, cache: Path) -> list[RawFile]:
     """The shards, each with its tar and manifest. Raises ValueError for one whose images were not downloaded."""
-    beside = companions(Path(source.path), ".jsonl", images=source.images)
+    beside = companions(Path(source.path), URL_FILES, images=source.images)
     by_path = {path: files for (_, path), files in beside.items()}
     kind = f"{source.kind}:{source.images}:{source.max_images}:{source.min_similarity}"
     return scan_files(beside, kind, lambda path: _scan(source, path, by_path[path]), cache=cache)
 
 
-def read(source: Mmc4, span: Span) -> Iterator[list[Record | Dropped]]:
+def read(source: Mmc4, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
     """The document of each line, or its pairs; nothing of a blank line."""
     found = [
         (where, _parsed(line) if line.strip() and span.takes(number) else None)

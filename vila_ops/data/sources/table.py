@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from vila_ops.config.sources import Table
-from vila_ops.data.raw.files import STRIDE, RawFile, Scan, Span, paths, scan_files
+from vila_ops.data.raw.files import STRIDE, Folders, RawFile, Scan, Span, paths, scan_files
 from vila_ops.data.raw.lines import LineNumbers
 from vila_ops.data.records import Dropped, Record, Turn
 from vila_ops.data.sources.faults import Fault, checked
@@ -22,7 +22,7 @@ MAX_FIELD = 1 << 26
 """Characters; a longer field has lost its closing quote."""
 
 
-def raw_files(source: Table, *, cache: Path) -> list[RawFile]:
+def raw_files(source: Table, folders: Folders, *, cache: Path) -> list[RawFile]:
     """The tables, with the images that their rows name. Raises ValueError where a column is missing."""
     return scan_files(
         paths(Path(source.path), tuple(DELIMITERS)),
@@ -32,7 +32,7 @@ def raw_files(source: Table, *, cache: Path) -> list[RawFile]:
     )
 
 
-def read(source: Table, span: Span) -> Iterator[list[Record | Dropped]]:
+def read(source: Table, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
     """The record of each row; nothing of a blank one. A row's place is FILE:LINE, the line on which it begins."""
     path = Path(span.path)
     header, body = read_header(path)

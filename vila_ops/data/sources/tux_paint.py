@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vila_ops.config.sources import TuxPaint
+from vila_ops.data.raw.files import Folders, RawFile, Span
 from vila_ops.data.records import Dropped, Image, Record, Turn
 from vila_ops.data.sources.object_names import object_name
-from vila_ops.data.sources.provenance import provenance
+from vila_ops.data.sources.packaged import packages_as_file, provenance, read_keys
 
 STAMPS = "usr/share/tuxpaint/stamps"
 _NO_OBJECTS = "symbols"
@@ -22,15 +23,25 @@ def keys(folder: Path) -> list[str]:
     return sorted(path.as_posix() for path in found if path.parts[0] != _NO_OBJECTS)
 
 
-def read(source: TuxPaint, folder: Path, key: str) -> Iterator[Record | Dropped]:
+def raw_files(source: TuxPaint, folders: Folders, *, cache: Path) -> list[RawFile]:
+    """The package as one file."""
+    return packages_as_file(source, keys(folders[source.package.name]))
+
+
+def read(source: TuxPaint, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
+    """The record of each key."""
+    folder = folders[source.package.name]
+    return read_keys(keys(folder), span, lambda key: _stamp(source, folder, key))
+
+
+def _stamp(source: TuxPaint, folder: Path, key: str) -> Record | Dropped:
     """The stamp of this key with its caption."""
     image = folder / STAMPS / key
     lines = image.with_suffix(".txt").read_text(encoding="utf-8").splitlines()
     caption = clean_caption(lines[0] if lines else "")
     if not caption:
-        yield Dropped(id=key, reason="no_text")
-        return
-    yield Record(
+        return Dropped(id=key, reason="no_text")
+    return Record(
         id=key,
         object=object_name(caption),
         turns=(Turn("document", (Image(image.read_bytes()), caption)),),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vila_ops.config.sources import Vflan
-from vila_ops.data.raw.files import RawFile, Span, paths, scan_files
+from vila_ops.data.raw.files import Folders, RawFile, Span, paths, scan_files
 from vila_ops.data.records import Dropped, Part, Record, Turn
 from vila_ops.data.sources.conversations import PLACEHOLDER, check_text
 from vila_ops.data.sources.faults import Fault
@@ -26,7 +26,7 @@ DIALOG = "Image Descriptions"
 """Stands in every question of M3IT's visual dialogs."""
 
 
-def raw_files(source: Vflan, *, cache: Path) -> list[RawFile]:
+def raw_files(source: Vflan, folders: Folders, *, cache: Path) -> list[RawFile]:
     """The JSON files. Raises ValueError where a pickle is among them."""
     root = Path(source.path)
     for path in [root] if root.is_file() else sorted(root.rglob("*")):
@@ -43,7 +43,7 @@ def raw_files(source: Vflan, *, cache: Path) -> list[RawFile]:
     )
 
 
-def read(source: Vflan, span: Span) -> Iterator[list[Record | Dropped]]:
+def read(source: Vflan, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
     """The conversation of each object."""
     return read_objects(span, lambda value, place: _record(source, value, place))
 

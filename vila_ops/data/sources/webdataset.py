@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, assert_never
 
 from vila_ops.config.sources import WebDataset
-from vila_ops.data.raw.files import STRIDE, RawFile, Scan, Span, paths, scan_files
+from vila_ops.data.raw.files import STRIDE, Folders, RawFile, Scan, Span, paths, scan_files
 from vila_ops.data.raw.tars import BadTar, Member, members
 from vila_ops.data.records import Dropped, Image, Record, Turn
 from vila_ops.data.sources.faults import Fault, checked, json_of, numbers
@@ -28,12 +28,12 @@ _META = re.compile(r"__[^/]*__($|/)")
 """Names of members about the tar, which the webdataset library passes over."""
 
 
-def raw_files(source: WebDataset, *, cache: Path) -> list[RawFile]:
+def raw_files(source: WebDataset, folders: Folders, *, cache: Path) -> list[RawFile]:
     """The tars. Raises ValueError for one that is damaged, compressed, or holds more than regular files and folders."""
     return scan_files(paths(Path(source.path), (".tar", *COMPRESSED)), source.kind, _scan, cache=cache)
 
 
-def read(source: WebDataset, span: Span) -> Iterator[list[Record | Dropped]]:
+def read(source: WebDataset, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
     """The record of each key."""
     with Path(span.path).open("rb") as file:
         groups = _groups(members(file, start=span.mark))

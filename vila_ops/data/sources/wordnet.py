@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vila_ops.config.sources import WordNet
+from vila_ops.data.raw.files import Folders, RawFile, Span
 from vila_ops.data.records import Dropped, Record, Turn
-from vila_ops.data.sources.provenance import provenance
+from vila_ops.data.sources.packaged import packages_as_file, provenance, read_keys
 
 DATA = "usr/share/wordnet/data.noun"
 _NOUN_FILES = (
@@ -26,7 +27,18 @@ def keys(folder: Path) -> list[str]:
         return sorted(line[:8].decode() for line in lines if not line.startswith(b"  "))
 
 
-def read(source: WordNet, folder: Path, key: str) -> Iterator[Record | Dropped]:
+def raw_files(source: WordNet, folders: Folders, *, cache: Path) -> list[RawFile]:
+    """The package as one file."""
+    return packages_as_file(source, keys(folders[source.package.name]))
+
+
+def read(source: WordNet, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
+    """The record of each key."""
+    folder = folders[source.package.name]
+    return read_keys(keys(folder), span, lambda key: synset(source, folder, key))
+
+
+def synset(source: WordNet, folder: Path, key: str) -> Record | Dropped:
     """The synset at this offset, as "lemma: definition"."""
     with (folder / DATA).open("rb") as lines:
         lines.seek(int(key))
@@ -37,9 +49,8 @@ def read(source: WordNet, folder: Path, key: str) -> Iterator[Record | Dropped]:
     name = lemma.replace("_", " ")
     meaning = definition(gloss)
     if not meaning:
-        yield Dropped(id=key, reason="no_text")
-        return
-    yield Record(
+        return Dropped(id=key, reason="no_text")
+    return Record(
         id=key,
         object=name.lower(),
         turns=(Turn("document", (f"{name}: {meaning}",)),),
