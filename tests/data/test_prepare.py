@@ -94,12 +94,12 @@ def test_of_two_that_ask_for_a_dataset_one_works(
     caplog.set_level(logging.INFO, "vila_ops")
     caplog.clear()
     with ThreadPoolExecutor(2) as pool:
-        with hold(at, store=shared.store):
+        with hold(at, store=shared.storage.store):
             asked = [pool.submit(prepare, chosen, make_text(), shared) for _ in range(2)]
             while sum("is at it; waiting" in line for line in caplog.messages) < 2:
                 assert not any(one.done() for one in asked)
                 time.sleep(0.01)
-            assert not Path(at.uri(shared.store)).exists(), "a process that waits has begun"
+            assert not Path(at.uri(shared.storage.store)).exists(), "a process that waits has begun"
         made = [one.result() for one in asked]
     assert made[0] == made[1]
     assert made[0].digest == known.digest
@@ -275,8 +275,8 @@ def test_shards_of_a_new_revision_make_another_dataset(
 ) -> None:
     """The one that is there is of the old ones."""
     before = prepare(make_mixture("definitions"), make_text(), resources)
-    for module in ("prepare", "making.work"):
-        monkeypatch.setattr(f"vila_ops.data.{module}.SHARD_REVISION", 1000)
+    for module in ("prepare", "shard_writer"):
+        monkeypatch.setattr(f"vila_ops.data.preprocess.{module}.SHARD_REVISION", 1000)
     after = prepare(make_mixture("definitions"), make_text(), resources)
     assert after.uri != before.uri
     assert after.digest != before.digest

@@ -5,7 +5,7 @@ is raised when the results change) and the functions of the group's protocol. Ou
 kind -> module, imported when it is used.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -28,10 +28,13 @@ def plugins(group: Group, ours: Any) -> WrapValidator:
 
     def validate(value: Any, validate_ours: ValidatorFunctionWrapHandler) -> Any:
         kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
-        if isinstance(kind, str) and kind not in own_kinds and (point := _entry_point(group, kind)):
-            config: type[Config] = point.load().Config
-            return config.model_validate(value)
-        return validate_ours(value)
+        if not isinstance(kind, str) or kind in own_kinds:
+            return validate_ours(value)
+        point = _entry_point(group, kind)
+        if point is None:
+            raise _unknown(group, own_kinds, kind)
+        config: type[Config] = point.load().Config
+        return config.model_validate(value)
 
     return WrapValidator(validate)
 
@@ -43,7 +46,7 @@ def module_of(group: Group, ours: Mapping[str, str], kind: str) -> ModuleType:
     if point := _entry_point(group, kind):
         module: ModuleType = point.load()
         return module
-    raise ValueError(f"no {group} of kind {kind!r}: ours are {sorted(ours)}, and no installed package adds it")
+    raise _unknown(group, ours, kind)
 
 
 def provenance(group: Group, ours: Mapping[str, str], kind: str) -> dict[str, Any] | None:
@@ -52,6 +55,10 @@ def provenance(group: Group, ours: Mapping[str, str], kind: str) -> dict[str, An
     if point is None or point.dist is None:
         return None
     return {"package": point.dist.name, "version": point.dist.version, "revision": point.load().REVISION}
+
+
+def _unknown(group: Group, ours: Iterable[str], kind: str) -> ValueError:
+    return ValueError(f"no {group} of kind {kind!r}: ours are {sorted(ours)}, and no installed package adds it")
 
 
 @lru_cache

@@ -113,7 +113,7 @@ def test_what_is_not_of_the_format_at_all_is_a_fault_that_ends_the_list(folder: 
     assert (fault.where, fault.reason) == ("docs", "not_readable")
     assert "docs/a.json:1 (byte 12): an element begins that has no end" in fault.detail
     assert summary == Summary(records=0, images=0, faults={"not_readable": 1})
-    Path("docs/a.csv").write_text("image,text\n")
+    Path("docs/a.csv").write_text("photo,text\n")
     ((where, reason),) = found(Table(path="docs/a.csv", images="docs", licence="CC0-1.0"), folder)[0]
     assert (where, reason) == ("docs", "not_readable")
 
