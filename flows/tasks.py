@@ -8,21 +8,21 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 
 from vila_ops.data.preprocess.prepare import prepare
+from vila_ops.errors import is_final
 from vila_ops.eval.evaluate import evaluate
 from vila_ops.model.assemble import assemble
 from vila_ops.pipeline.stages import Tasks
 from vila_ops.registry.register import register
 from vila_ops.serve.deploy import deploy
-from vila_ops.train.job import FINAL
 from vila_ops.train.stage import train_stage
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _a_retry_may_mend_it(_task: Task[..., Any], _run: TaskRun, failed: State[Any]) -> bool:
-    """Not a wrong value, a corrupted file or a loss that is not a number: they are the same at the second try."""
-    return not isinstance(failed.data, FINAL)
+def retry_may_help(_task: Task[..., Any], _run: TaskRun, failed: State[Any]) -> bool:
+    """Whether Prefect runs a failed task again: not for an error that would be the same, see `vila_ops.errors`."""
+    return not (isinstance(failed.data, BaseException) and is_final(failed.data))
 
 
 def _task(function: Callable[P, R], *, name: str | None = None, retries: int = 2) -> Task[P, R]:
@@ -30,7 +30,7 @@ def _task(function: Callable[P, R], *, name: str | None = None, retries: int = 2
         task_run_name=name,
         retries=retries,
         retry_delay_seconds=5,
-        retry_condition_fn=_a_retry_may_mend_it,
+        retry_condition_fn=retry_may_help,
         cache_policy=NO_CACHE,
     )(function)
 

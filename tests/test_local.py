@@ -102,7 +102,7 @@ def test_a_foreign_process_on_a_port_is_named_and_nothing_starts(
 ) -> None:
     pid, port = listener
     settings = LocalServers.model_validate({**free_servers(tmp_path).model_dump(), setting: port})
-    with pytest.raises(RuntimeError, match=f"port {port} is held by process {pid} .*set {setting} in"):
+    with pytest.raises(ValueError, match=f"port {port} is held by process {pid} .*set {setting} in"):
         local.up(settings)
     assert states(settings) == {"stopped"}
     assert alive(pid)
@@ -119,7 +119,7 @@ def test_a_holder_that_cannot_be_seen_is_refused_unless_it_is_just_dying(
     local.up(settings, only=())
     assert next(seen, None) is None
     monkeypatch.setattr(psutil, "net_connections", lambda kind: [unseen])
-    with pytest.raises(RuntimeError, match=f"port {settings.serve_port} is held by a process of another user"):
+    with pytest.raises(ValueError, match=f"port {settings.serve_port} is held by a process of another user"):
         local.up(settings, only=())
 
 
@@ -128,7 +128,7 @@ def test_a_stranger_under_a_recorded_pid_is_left_alone(
 ) -> None:
     settings = free_servers(tmp_path)
     pid, _ = listener
-    record = local.Record(name="mlflow", pid=pid, started=time.time() - 86400, command=(), env={}, directory="")
+    record = local.ProcessRecord(name="mlflow", pid=pid, started=time.time() - 86400, command=(), env={}, directory="")
     (tmp_path / "pids").mkdir()
     (tmp_path / "pids" / "mlflow.json").write_text(record.model_dump_json())
     assert states(settings) == {"stopped"}

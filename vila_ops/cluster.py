@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from vila_ops.config import Resources
+from vila_ops.errors import ClusterUnreachable
 
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 """glibc keeps freed memory for the next step, for the threads of Ray Train too: without it a training step of a 135M
@@ -31,7 +32,7 @@ def connect(resources: Resources) -> None:
             log_to_driver=True,
         )
     except ConnectionError as error:
-        raise ValueError(
+        raise ClusterUnreachable(
             f"no Ray cluster lets us in at {resources.ray_address}; start one with `vila-ops up` or "
             f"`ray start --head`; for one that asks for a token set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE"
         ) from error

@@ -12,6 +12,7 @@ from vila_ops import local
 from vila_ops.artifacts.store import probe
 from vila_ops.config import Config
 from vila_ops.config.local import LocalServers
+from vila_ops.errors import VilaError
 
 DISK_BYTES = 10 * 2**30
 MEMORY_BYTES = 8 * 2**30
@@ -58,7 +59,7 @@ def _capacity() -> Iterator[Finding]:
 def _store(store: str) -> Iterator[Finding]:
     try:
         yield Finding(ok=True, text=probe(store))
-    except (ValueError, OSError) as error:
+    except (VilaError, OSError) as error:
         yield Finding(ok=False, text=str(error))
 
 

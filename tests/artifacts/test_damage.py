@@ -15,19 +15,8 @@ from vila_ops.artifacts.copies import copy_of
 from vila_ops.artifacts.kinds import Dataset, EvalReport, Shard
 from vila_ops.artifacts.s3 import names
 from vila_ops.artifacts.s3_calls import client, place
-from vila_ops.artifacts.store import (
-    CorruptArtifact,
-    address,
-    begin,
-    content,
-    export,
-    file,
-    find,
-    opened,
-    read_manifest,
-    seal,
-    verify,
-)
+from vila_ops.artifacts.store import address, begin, content, export, file, find, opened, read_manifest, seal, verify
+from vila_ops.errors import CorruptArtifact
 from vila_ops.eval.evaluate import read_report
 
 FACTS = {"num_samples": 1, "num_tokens": 2}

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from vila_ops.artifacts import disk
-from vila_ops.artifacts.backend import UnsafeStore
 from vila_ops.artifacts.kinds import Dataset
 from vila_ops.artifacts.store import address, begin
+from vila_ops.errors import UnsafeStore
 
 AT = address(Dataset, revision=1, recipe={}, parents=())
 link = os.link

@@ -13,7 +13,8 @@ import pytest
 
 from vila_ops.artifacts.kinds import Dataset
 from vila_ops.artifacts.leases import Holder, Pace, hold
-from vila_ops.artifacts.store import Address, CorruptArtifact, address, backend, begin, content, find, seal
+from vila_ops.artifacts.store import Address, address, backend, begin, content, find, seal
+from vila_ops.errors import CorruptArtifact
 
 FORK = multiprocessing.get_context("fork")
 ROUNDS = int(os.environ.get("VILA_ZOMBIES", "50"))

@@ -14,11 +14,11 @@ import pytest
 from typer.testing import CliRunner
 
 from vila_ops.artifacts import s3, s3_calls
-from vila_ops.artifacts.backend import UnsafeStore
 from vila_ops.artifacts.kinds import Dataset
-from vila_ops.artifacts.s3_calls import StoreRefused, client, place, put
+from vila_ops.artifacts.s3_calls import client, place, put
 from vila_ops.artifacts.store import Address, address, begin, content, file, find, probe, seal
 from vila_ops.cli import app
+from vila_ops.errors import StoreRefused, UnsafeStore
 
 AT = address(Dataset, revision=1, recipe={}, parents=())
 KEY, SECRET = "right-key", "right-secret-" + secrets.token_hex(8)

@@ -23,7 +23,6 @@ from vila_ops.artifacts.kinds import Checkpoint, Dataset, Shard
 from vila_ops.artifacts.s3_calls import client, place
 from vila_ops.artifacts.store import (
     Address,
-    CorruptArtifact,
     address,
     begin,
     content,
@@ -36,6 +35,7 @@ from vila_ops.artifacts.store import (
     verify,
 )
 from vila_ops.config import fingerprint
+from vila_ops.errors import CorruptArtifact
 
 RECIPE = {"rate": 1e-05, "name": "é"}
 FACTS = {"num_samples": 1, "num_tokens": 2}

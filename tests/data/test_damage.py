@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from vila_ops.artifacts.kinds import Dataset
-from vila_ops.artifacts.store import CorruptArtifact, opened, verify
+from vila_ops.artifacts.store import opened, verify
 from vila_ops.config import Mixture, Resources, Stage, TextFormat
 from vila_ops.data.loading.loader import RowLoader
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.data.shards import index_of, samples_of
+from vila_ops.errors import CorruptArtifact
 
 Prepare = Callable[..., Dataset]
 

@@ -24,9 +24,10 @@ from ray.util.state.exception import RayStateApiException
 
 from tests.seed import SEED
 from vila_ops.artifacts.kinds import Checkpoint
-from vila_ops.artifacts.store import CorruptArtifact, content, read_manifest
+from vila_ops.artifacts.store import content, read_manifest
 from vila_ops.config import Run, Stage, load
 from vila_ops.data.preprocess.prepare import prepare
+from vila_ops.errors import CorruptArtifact
 from vila_ops.model.assemble import assemble
 from vila_ops.train.job import JobPayload
 from vila_ops.train.stage import train_stage
@@ -352,6 +353,6 @@ def test_a_cluster_without_room_is_an_error_that_says_so(
     with flow.running():
         assert flow.process.wait(PATIENCE_SECONDS) == 1
     assert (
-        "TimeoutError: no room for 2 workers of {'CPU': 1.0, 'GPU': 0} with placement STRICT_SPREAD within 60 s; "
-        "the nodes alive have [{'CPU': 2.0, 'GPU': 0}]" in flow.log.read_text()
+        "ClusterFull: 2 workers of {'CPU': 1.0, 'GPU': 0} with placement STRICT_SPREAD did not start within 60 s; "
+        "the live nodes have [{'CPU': 2.0, 'GPU': 0}]" in flow.log.read_text()
     )

@@ -27,9 +27,10 @@ from tests.seed import SEED
 from vila_ops.artifacts import s3, s3_calls
 from vila_ops.artifacts.kinds import Dataset
 from vila_ops.artifacts.leases import hold
-from vila_ops.artifacts.s3_calls import TRIES, StoreRefused, StoreUnreachable
-from vila_ops.artifacts.store import Address, CorruptArtifact, address, begin, content, find, seal, verify
+from vila_ops.artifacts.s3_calls import TRIES
+from vila_ops.artifacts.store import Address, address, begin, content, find, seal, verify
 from vila_ops.config import Resources
+from vila_ops.errors import CorruptArtifact, StoreRefused, StoreUnreachable
 from vila_ops.train.checkpoint.checkpointer import Checkpointer
 from vila_ops.train.job import RankInfo
 

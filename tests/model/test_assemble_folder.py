@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from vila_ops.artifacts.store import CorruptArtifact, content
+from vila_ops.artifacts.store import content
 from vila_ops.config import Model, Resources
+from vila_ops.errors import CorruptArtifact
 from vila_ops.model import folder as model_folder
 from vila_ops.model.assemble import assemble
 

@@ -9,9 +9,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from vila_ops.artifacts.store import CorruptArtifact, content
+from vila_ops.artifacts.store import content
 from vila_ops.cli import app
 from vila_ops.config import Model, Resources
+from vila_ops.errors import CorruptArtifact
 from vila_ops.model import export
 from vila_ops.model.assemble import assemble
 

@@ -12,9 +12,9 @@ from PIL import Image as Pillow
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
-from vila_ops.artifacts.store import CorruptArtifact
 from vila_ops.config.images import Webp
 from vila_ops.data.images import Fit, pixels, square
+from vila_ops.errors import CorruptArtifact
 from vila_ops.model import folder as model_folder
 from vila_ops.model.change import Change
 from vila_ops.model.vila import VilaForConditionalGeneration

@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM, CLIPVisionModel
 from typer.testing import CliRunner
 
 from tests.model.nvlabs_layout import DIM, IMAGE, NVILA, PROJECTORS, SIDE, TINY, V15, logits, project, write
-from vila_ops.artifacts.store import CorruptArtifact, content
+from vila_ops.artifacts.store import content
 from vila_ops.cli import app
 from vila_ops.cli.options import section
 from vila_ops.config import Model, load
+from vila_ops.errors import CorruptArtifact
 from vila_ops.model import folder as model_folder
 from vila_ops.model.importing.checkpoint import import_checkpoint
 from vila_ops.packages.tokenizer import build_tokenizer

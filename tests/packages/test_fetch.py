@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from vila_ops.config.package import Package
-from vila_ops.packages.fetch import FetchError, fetch, fetch_all
+from vila_ops.errors import FetchError
+from vila_ops.packages.fetch import fetch, fetch_all
 
 CLOSED_PORT = "https://127.0.0.1:9"
 NEEDS_DPKG = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="no dpkg-deb on this machine")

@@ -14,6 +14,7 @@ from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import Checkpoint, EvalReport, ModelVersion
 from vila_ops.config import Gate, Resources
 from vila_ops.config.eval import Rule
+from vila_ops.errors import CorruptArtifact
 from vila_ops.registry import register as task
 from vila_ops.registry.register import champion, register, report_of
 
@@ -155,7 +156,7 @@ def test_damaged_weights_and_a_strangers_report_are_not_registered(resources: Re
         register(GATE, other, measured, None, resources)
     weights = store.content(model) / "model.safetensors"
     weights.write_text("0ne")
-    with pytest.raises(store.CorruptArtifact, match=r"model\.safetensors"):
+    with pytest.raises(CorruptArtifact, match=r"model\.safetensors"):
         register(GATE, model, measured, None, resources)
     with pytest.raises(MlflowException, match="not found"):
         client(resources).get_registered_model(GATE.model_name)

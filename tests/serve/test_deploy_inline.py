@@ -14,9 +14,10 @@ import psutil
 import pytest
 
 from vila_ops.artifacts.kinds import Checkpoint, ModelVersion
-from vila_ops.artifacts.store import CorruptArtifact, content
+from vila_ops.artifacts.store import content
 from vila_ops.config import Resources, Service
-from vila_ops.serve.deploy import NotReady, deploy, undeploy
+from vila_ops.errors import CorruptArtifact, NotReady
+from vila_ops.serve.deploy import deploy, undeploy
 
 SERVICE = Service(name="tiny-inline", max_new_tokens=8)
 

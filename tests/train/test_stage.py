@@ -19,10 +19,10 @@ from vila_ops.artifacts.kinds import Checkpoint, Pretrained
 from vila_ops.artifacts.store import content, verify
 from vila_ops.config import Model, Resources, Stage
 from vila_ops.data.shards import read_index
+from vila_ops.errors import CorruptArtifact, NonFiniteLoss
 from vila_ops.model import folder as model_folder
 from vila_ops.model.assemble import assemble
 from vila_ops.model.change import Change
-from vila_ops.train.job import NonFiniteLoss
 from vila_ops.train.stage import train_stage
 
 RUN = """
@@ -233,5 +233,5 @@ def test_a_damaged_input_is_not_trained_on(bench: Any, stage: Stage, tmp_path: P
     flipped = bytearray(shard.read_bytes())
     flipped[700] ^= 4
     shard.write_bytes(flipped)
-    with pytest.raises(store.CorruptArtifact, match=shard.name):
+    with pytest.raises(CorruptArtifact, match=shard.name):
         train_stage(stage, bench.model, data, bench.init, elsewhere(bench, tmp_path / "store"))

@@ -29,10 +29,11 @@ from vila_ops.config import NO_CONTEXT, Run, load
 from vila_ops.data.loading.packing import pack
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.data.shards import read_index, samples_of
+from vila_ops.errors import NonFiniteLoss
 from vila_ops.model.assemble import assemble
 from vila_ops.model.features import SUFFIX
 from vila_ops.train.bad_samples import LEAST, BadSampleFinder, is_spike, sum_by_sample
-from vila_ops.train.job import HUNG, BadSampleReport, NonFiniteLoss, RankInfo, TrainJob
+from vila_ops.train.job import HUNG, BadSampleReport, RankInfo, TrainJob
 from vila_ops.train.loop import load as load_stage
 from vila_ops.train.loop import train
 from vila_ops.train.objective import Objective

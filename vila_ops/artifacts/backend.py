@@ -25,25 +25,6 @@ class Versioned(NamedTuple):
     tag: str
 
 
-class CorruptArtifact(ValueError):
-    """A sealed folder does not hold what its manifest says."""
-
-
-class DamagedFile(CorruptArtifact):
-    """A file of a store is missing, or holds other bytes than were sealed."""
-
-    def __init__(self, place: str, what: str) -> None:
-        super().__init__(place, what)
-        self.place, self.what = place, what
-
-    def __str__(self) -> str:
-        return " ".join(self.args)
-
-
-class UnsafeStore(ValueError):
-    """The store does not keep what sealing rests on, so nothing may be sealed there."""
-
-
 def way_out(uri: str, *sharing: str) -> str:
     """What to do about a damaged sealed folder; `sharing` are the others that hold the same damaged file."""
     if not sharing:

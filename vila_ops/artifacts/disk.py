@@ -7,16 +7,20 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-from vila_ops.artifacts.backend import AT_ONCE, DamagedFile, FileFacts, UnsafeStore, Versioned
+from vila_ops.artifacts.backend import AT_ONCE, FileFacts, Versioned
+from vila_ops.errors import DamagedFile, StoreRefused, UnsafeStore
 
 KEPT_VERSIONS = 8
 """Of a register: a reader that lists its folder while versions come and go still sees one that stays."""
 
+MAY_PASS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EINTR, errno.EAGAIN, errno.ETIMEDOUT)
+"""What a disk answers now and may not answer at the next try."""
 SETTLED_SECONDS = 2.0
 """A file that changed later than that could change again within the same tick of its file system's clock."""
 MOST_KNOWN = 2**17
@@ -26,11 +30,13 @@ _known: dict[tuple[int, ...], str] = {}
 
 
 def read(uri: str) -> bytes | None:
-    """The bytes of a file; None where there is none."""
+    """The bytes of a file; None if it does not exist. Raises StoreRefused where it may not be read."""
     try:
         return Path(uri).read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except PermissionError as error:
+        raise StoreRefused(f"{uri} may not be read ({error.strerror}); change its mode or owner") from error
 
 
 def create(uri: str, data: bytes) -> bool:
@@ -156,21 +162,34 @@ def link(source: Path, target: Path) -> None:
 
 @lru_cache(maxsize=64)
 def probe(root: str) -> str:
-    """Try what sealing rests on. Raises UnsafeStore for a file system whose link(2) is missing or overwrites."""
+    """Try what sealing rests on; a line that says what works.
+
+    Raises StoreRefused for a folder that cannot be written, UnsafeStore for a file system whose link(2) is missing or
+    overwrites, and OSError for a fault that may pass, such as a full disk.
+    """
     folder = Path(root)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".probe-", dir=folder) as scratch:
-        taken = f"{scratch}/taken"
-        way_out = "use a folder of a local disk or of NFS, or a store on S3"
-        try:
+    with _refused(StoreRefused, f"store {root} cannot be written", "set resources.storage.store to a folder of yours"):
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix=".probe-", dir=folder)
+    way_out = "use a folder of a local disk or of NFS, or a store on S3"
+    with scratch:
+        taken = f"{scratch.name}/taken"
+        with _refused(UnsafeStore, f"store {root}: link(2) and fsync(2) are needed and failed", way_out):
             first, second = create(taken, b"first"), create(taken, b"second")
-        except OSError as error:
-            raise UnsafeStore(
-                f"store {root}: link(2) and fsync(2) are needed and failed ({error.strerror}); {way_out}"
-            ) from error
         if (first, second, read(taken)) != (True, False, b"first"):
             raise UnsafeStore(f"store {root}: link(2) overwrote a file that was there; {way_out}")
     return f"store {root}: links are create-only and fsync works"
+
+
+@contextmanager
+def _refused(kind: type[StoreRefused | UnsafeStore], fault: str, way_out: str) -> Iterator[None]:
+    """Translate an OSError that the next try would meet again."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in MAY_PASS:
+            raise
+        raise kind(f"{fault} ({error.strerror}); {way_out}") from error
 
 
 def sha256(path: Path) -> str:

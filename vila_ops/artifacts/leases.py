@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import psutil
 from pydantic import ValidationError
 
-from vila_ops.artifacts.backend import Backend, CorruptArtifact
+from vila_ops.artifacts.backend import Backend
 from vila_ops.artifacts.store import Address, backend, probe, root_of
 from vila_ops.config import Config
+from vila_ops.errors import CorruptArtifact
+from vila_ops.processes import ProcessId, this_process
 
 BEATS_PER_EXPIRY = 4
 log = logging.getLogger(__name__)
@@ -33,28 +34,19 @@ class Holder(Config):
     host: str
     pid: int
     started: float
-    """When the process started (seconds since the epoch): a later process may have the same pid."""
+    """Start time of the process, see `ProcessId`."""
     token: str
     """Random: two leases of one process differ."""
 
     @classmethod
     def myself(cls) -> "Holder":
         """This process, for one lease."""
-        process = psutil.Process()
-        return cls(
-            host=socket.gethostname(), pid=process.pid, started=process.create_time(), token=secrets.token_hex(8)
-        )
+        process = this_process()
+        return cls(host=socket.gethostname(), pid=process.pid, started=process.started, token=secrets.token_hex(8))
 
     def is_gone(self) -> bool:
         """Whether the process was of this host and has ended; False where that cannot be known."""
-        if self.host != socket.gethostname():
-            return False
-        try:
-            process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.started) < 2  # the clock may have been set since
-            return not same or process.status() == psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return True
+        return self.host == socket.gethostname() and not ProcessId(self.pid, self.started).alive()
 
 
 class LeaseRecord(Config):

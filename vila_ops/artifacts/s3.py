@@ -18,13 +18,12 @@ from typing import IO, Any, TypeVar
 from botocore.exceptions import ClientError
 
 from vila_ops.artifacts import disk
-from vila_ops.artifacts.backend import AT_ONCE, DamagedFile, FileFacts, UnsafeStore, Versioned
+from vila_ops.artifacts.backend import AT_ONCE, FileFacts, Versioned
 from vila_ops.artifacts.copies import copy_of, draft, one_at_a_time
 from vila_ops.artifacts.s3_calls import (
     NO_KEY,
     PART_BYTES,
     TRANSFER,
-    OtherBytes,
     again,
     client,
     code_of,
@@ -34,6 +33,7 @@ from vila_ops.artifacts.s3_calls import (
     told,
     whole,
 )
+from vila_ops.errors import DamagedFile, OtherBytes, UnsafeStore
 
 CHUNK_BYTES = 2**20
 T = TypeVar("T")

@@ -31,6 +31,7 @@ from botocore.exceptions import (
 from s3transfer.exceptions import RetriesExceededError
 
 from vila_ops.artifacts.backend import Versioned
+from vila_ops.errors import DamagedAnswer, OtherBytes, StoreRefused, StoreUnreachable
 
 TRIES = 6
 """Attempts at one call, the first included; waits between them grow, with jitter."""
@@ -59,22 +60,6 @@ BAD_CREDENTIALS = (
 Condition = Mapping[str, str]
 """`IfNoneMatch: *` or `IfMatch: ETAG`."""
 T = TypeVar("T")
-
-
-class StoreRefused(ValueError):
-    """S3 says no, and will say so again: credentials, rights, a bucket that is not there."""
-
-
-class StoreUnreachable(OSError):
-    """S3 did not answer as it should, although asked again; a later try may succeed."""
-
-
-class DamagedAnswer(Exception):
-    """An answer broke off."""
-
-
-class OtherBytes(DamagedAnswer):
-    """An answer holds other bytes than were stored."""
 
 
 def client() -> Any:

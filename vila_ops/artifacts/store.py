@@ -18,11 +18,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from vila_ops.artifacts import disk, output
-from vila_ops.artifacts.backend import AT_ONCE, Backend, DamagedFile, FileFacts, way_out
-from vila_ops.artifacts.backend import CorruptArtifact as CorruptArtifact
+from vila_ops.artifacts.backend import AT_ONCE, Backend, FileFacts, way_out
 from vila_ops.artifacts.copies import uri_of
 from vila_ops.artifacts.kinds import Artifact, Checkpoint, Dataset, EvalReport, Pretrained, Shard, Survey
 from vila_ops.config import fingerprint
+from vila_ops.errors import CorruptArtifact, DamagedFile
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -382,7 +382,7 @@ def _naming(uri: str) -> Iterator[None]:
     try:
         yield
     except DamagedFile as error:
-        raise _damaged(uri, error.place, error.what) from error
+        raise _damaged(uri, error.place, error.fault) from error
 
 
 def _damaged(uri: str, place: str, what: str) -> CorruptArtifact:

@@ -13,6 +13,7 @@ from vila_ops.cli import model, plan, run, servers
 from vila_ops.cli.data import data
 from vila_ops.cli.options import message_of
 from vila_ops.cli.train import train
+from vila_ops.errors import VilaError
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Image-text data to a served VLM."
@@ -36,6 +37,6 @@ def main() -> None:
     logging.getLogger("vila_ops").setLevel(logging.INFO)
     try:
         app(prog_name="vila-ops")
-    except (ValueError, OSError, RuntimeError) as error:
+    except (VilaError, ValueError, OSError, RuntimeError) as error:
         print(f"error: {message_of(error)}", file=sys.stderr)
         raise SystemExit(1) from error

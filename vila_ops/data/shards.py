@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import Dataset
 from vila_ops.data.records import Dropped
+from vila_ops.errors import CorruptArtifact
 
 SHARD = "shard.tar"
 INDEX = "index.parquet"
@@ -42,7 +43,7 @@ SCHEMA = pa.schema(
 DROPPED_SCHEMA = pa.schema([(name, pa.string()) for name in ("source", "id", "reason", "where", "detail")])
 
 
-class CorruptShard(ValueError):
+class CorruptShard(CorruptArtifact):
     """A shard does not hold what its index says."""
 
 

@@ -13,6 +13,7 @@ import yaml
 from vila_ops.config import Run
 from vila_ops.config.base import fingerprint
 from vila_ops.config.local import LocalServers
+from vila_ops.errors import ServerFailed
 from vila_ops.local.servers import QUICK_SECONDS, answers, endpoints, env, get_json
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ def deploy_flows(settings: LocalServers) -> None:
     """Prefect's deployments are those of prefect_file, with the parameters that their flows have now."""
     file = Path(settings.prefect_file)
     if not file.is_file():
-        raise RuntimeError(f"no such file: {file}; run this in the checkout, or set prefect_file in configs/local.yaml")
+        raise ValueError(f"no such file: {file}; run this in the checkout, or set prefect_file in configs/local.yaml")
     wanted = yaml.safe_load(file.read_text())["deployments"]
     digest = _flows_digest(file, wanted)
     url = f"{endpoints(settings).prefect}/api/deployments/filter"
@@ -47,7 +48,7 @@ def deploy_flows(settings: LocalServers) -> None:
         timeout=settings.start_timeout_seconds,
     )
     if done.returncode:
-        raise RuntimeError(f"prefect deploy of {file} failed:\n{done.stdout[-4000:]}")
+        raise ServerFailed(f"prefect deploy of {file} failed:\n{done.stdout[-4000:]}")
     log.info("deployments: made from %s in %.1f s", file, time.monotonic() - began)
 
 

@@ -12,21 +12,21 @@ import psutil
 
 from vila_ops.config.base import Config
 from vila_ops.config.local import LocalServers
+from vila_ops.errors import ServerFailed
 from vila_ops.local.deployments import deploy_flows, make_work_pool
 from vila_ops.local.process import (
     NAMES,
     Name,
     ProcessRecord,
     end,
-    leader_of,
     lock,
-    processes_of,
     read_record,
     root_of,
-    spawn,
+    start,
     tail,
 )
 from vila_ops.local.servers import QUICK_SECONDS, Endpoints, Server, endpoints, prepare_ray, ray_folder, servers_of
+from vila_ops.processes import session_of
 
 SHOWN = 100
 """Characters of a foreign process's command in an error."""
@@ -69,7 +69,7 @@ def up(settings: LocalServers, *, only: Collection[Name] = NAMES) -> Endpoints:
                 pending.append(pool.submit(_start, settings, missing["worker"]))
         errors = [error for future in pending if (error := future.exception())]
     if errors:
-        raise RuntimeError("\n\n".join(str(error) for error in errors)) from errors[0]
+        raise ServerFailed("\n\n".join(str(error) for error in errors)) from errors[0]
     return endpoints(settings)
 
 
@@ -98,12 +98,12 @@ def owns(settings: LocalServers, pid: int) -> bool:
 def runs(settings: LocalServers, name: Name) -> bool:
     """Whether the process of a server lives; unlike `status` it asks nobody."""
     record = read_record(root_of(settings), name)
-    return record is not None and leader_of(record) is not None
+    return record is not None and record.process().alive()
 
 
 def _processes(settings: LocalServers) -> set[int]:
     records = [record for name in NAMES if (record := read_record(root_of(settings), name))]
-    return {process.pid for record in records for process in processes_of(record)}
+    return {process.pid for record in records for process in session_of(record.process())}
 
 
 def _adopt(settings: LocalServers, server: Server) -> bool:
@@ -111,7 +111,7 @@ def _adopt(settings: LocalServers, server: Server) -> bool:
     record = read_record(root_of(settings), server.name)
     if record is None:
         return False
-    if leader_of(record) and _as_configured(record, server) and server.healthy(record, QUICK_SECONDS):
+    if record.process().alive() and _as_configured(record, server) and server.healthy(record, QUICK_SECONDS):
         log.info("%s: already up, pid %d, %s", server.name, record.pid, server.url)
         return True
     end(settings, record)
@@ -124,13 +124,13 @@ def _start(settings: LocalServers, server: Server) -> None:
     if server.name == "ray":
         prepare_ray(settings)
     began = time.monotonic()
-    record = spawn(root, server.name, server.command, server.env)
+    record = start(root, server.name, server.command, server.env)
     while not server.healthy(record, settings.start_timeout_seconds):
-        alive = leader_of(record)
+        alive = record.process().alive()
         if not alive or time.monotonic() - began > settings.start_timeout_seconds:
             end(settings, record)
             reason = "did not answer in time" if alive else "ended"
-            raise RuntimeError(
+            raise ServerFailed(
                 f"{server.name} {reason} after {time.monotonic() - began:.0f} s; {tail(root, server.name)}"
             )
         time.sleep(0.1)
@@ -159,7 +159,7 @@ def _refuse_foreigners(settings: LocalServers, servers: Iterable[Server]) -> Non
         if port in held and held[port] not in ours
     ]
     if faults:
-        raise RuntimeError("\n".join(faults))
+        raise ValueError("\n".join(faults))
 
 
 def _listeners(ports: Collection[int]) -> dict[int, int | None]:
@@ -182,14 +182,14 @@ def _describe(pid: int | None) -> str:
 
 
 def _status(server: Server, record: ProcessRecord | None) -> ServerStatus:
-    if record is None or not leader_of(record):
+    if record is None or not record.process().alive():
         return ServerStatus(name=server.name, state="stopped", url=server.url, pid=None, memory_bytes=0)
     return ServerStatus(
         name=server.name,
         state="healthy" if server.healthy(record, QUICK_SECONDS) else "unhealthy",
         url=server.url,
         pid=record.pid,
-        memory_bytes=sum(_memory_bytes(process) for process in processes_of(record)),
+        memory_bytes=sum(_memory_bytes(process) for process in session_of(record.process())),
     )
 
 

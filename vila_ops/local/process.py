@@ -1,4 +1,4 @@
-"""A server as processes: started and recorded, found again, and ended to the last one."""
+"""The servers of this machine as recorded processes: started, found again, and ended."""
 
 import fcntl
 import logging
@@ -6,26 +6,17 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-import psutil
-
 from vila_ops.config.base import Config
 from vila_ops.config.local import LocalServers
-
-log = logging.getLogger(__name__)
-
+from vila_ops.processes import ProcessId, spawn, stop
 
 Name = Literal["mlflow", "prefect", "ray", "worker"]
-
-
 NAMES: tuple[Name, ...] = ("mlflow", "prefect", "ray", "worker")
-
-
-START_TIME_SLACK_SECONDS = 1.0
-"""The kernel's start times shift a little when the clock is set."""
+log = logging.getLogger(__name__)
 
 
 class ProcessRecord(Config):
@@ -34,112 +25,39 @@ class ProcessRecord(Config):
     name: Name
     pid: int
     started: float
-    """The leader's start time by the kernel; with the pid it names one process for good."""
+    """Start time of the process, see `ProcessId`."""
     command: tuple[str, ...]
     env: dict[str, str]
     directory: str
     """Working directory: two checkouts may not share one root."""
 
+    def process(self) -> ProcessId:
+        """The server's first process, the leader of its session."""
+        return ProcessId(self.pid, self.started)
 
-def spawn(root: Path, name: Name, command: tuple[str, ...], env: dict[str, str]) -> ProcessRecord:
-    """Start it in a session of its own and record it; the log of its last life is kept beside the new one."""
+
+def start(root: Path, name: Name, command: tuple[str, ...], env: dict[str, str]) -> ProcessRecord:
+    """Start a server and record it; the log of its last process is kept beside the new one."""
     logs = root / "logs"
     logs.mkdir(exist_ok=True)
-    if (last := logs / f"{name}.log").exists():
-        last.replace(logs / f"{name}.last.log")
+    log = logs / f"{name}.log"
+    if log.exists():
+        log.replace(logs / f"{name}.last.log")
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
-    output = os.open(logs / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    try:
-        pid = os.posix_spawn(
-            command[0],
-            command,
-            {**os.environ, "PATH": path, **env},
-            file_actions=[
-                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                (os.POSIX_SPAWN_DUP2, output, 1),
-                (os.POSIX_SPAWN_DUP2, output, 2),
-            ],
-            setsid=True,
-        )
-    finally:
-        os.close(output)
+    process = spawn(command, env={**os.environ, "PATH": path, **env}, log=log)
     record = ProcessRecord(
-        name=name,
-        pid=pid,
-        started=psutil.Process(pid).create_time(),
-        command=command,
-        env=env,
-        directory=str(Path.cwd()),
+        name=name, pid=process.pid, started=process.started, command=command, env=env, directory=str(Path.cwd())
     )
     write_private(record_path(root, name), record.model_dump_json(indent=2))
     return record
 
 
 def end(settings: LocalServers, record: ProcessRecord) -> None:
-    """End the recorded server and everything that it started; forget it."""
+    """End a recorded server and everything that it started, and remove its record. Raises TimeoutError."""
     began = time.monotonic()
-    leader = leader_of(record)
-    # The leader first: Ray's head takes its parts down in order (5 s), while some of them ignore SIGTERM.
-    for ending, processes in (
-        (psutil.Process.terminate, [leader] if leader else []),
-        (psutil.Process.terminate, None),
-        (psutil.Process.kill, None),
-        (psutil.Process.kill, None),
-    ):
-        targets = processes_of(record) if processes is None else processes
-        for process in targets:
-            with suppress(psutil.NoSuchProcess):
-                ending(process)
-        psutil.wait_procs(targets, timeout=settings.stop_grace_seconds)
-    if left := processes_of(record):
-        raise RuntimeError(f"{record.name}: processes {[process.pid for process in left]} survive SIGKILL")
+    stop(record.process(), grace_seconds=settings.stop_grace_seconds)
     record_path(root_of(settings), record.name).unlink(missing_ok=True)
     log.info("%s: ended after %.1f s", record.name, time.monotonic() - began)
-
-
-def leader_of(record: ProcessRecord) -> psutil.Process | None:
-    """The recorded process, if it still lives; a later owner of its pid is not it."""
-    try:
-        process = psutil.Process(record.pid)
-        same = abs(process.create_time() - record.started) < START_TIME_SLACK_SECONDS
-        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-    except psutil.NoSuchProcess:
-        return None
-
-
-def processes_of(record: ProcessRecord) -> list[psutil.Process]:
-    """The recorded process, the rest of its session, and their descendants in sessions of their own.
-
-    A session outlives its leader (Ray's agents do when their head is killed), and as long as it does the kernel gives
-    the leader's pid to nobody else: a stranger under that pid means that the session is gone.
-    """
-    if psutil.pid_exists(record.pid) and not leader_of(record) and not _is_zombie(record.pid):
-        return []
-    children: dict[int, list[psutil.Process]] = {}
-    found: dict[int, psutil.Process] = {}
-    for process in psutil.process_iter():
-        try:
-            if process.status() == psutil.STATUS_ZOMBIE:
-                continue
-            children.setdefault(process.ppid(), []).append(process)
-            recent = process.create_time() >= record.started - START_TIME_SLACK_SECONDS
-            if recent and os.getsid(process.pid) == record.pid:
-                found[process.pid] = process
-        except (psutil.NoSuchProcess, ProcessLookupError):
-            continue
-    pending = list(found)
-    while pending:
-        new = [child for child in children.get(pending.pop(), []) if child.pid not in found]
-        found.update({child.pid: child for child in new})
-        pending += [child.pid for child in new]
-    return list(found.values())
-
-
-def _is_zombie(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 def root_of(settings: LocalServers) -> Path:

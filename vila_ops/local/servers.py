@@ -206,7 +206,7 @@ def prepare_ray(settings: LocalServers) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise RuntimeError(f"{folder} belongs to another user; set TMPDIR to a folder of your own")
+        raise ValueError(f"{folder} belongs to another user; set TMPDIR to a folder of your own")
 
 
 def get_json(url: str, seconds: float, **request: Any) -> Any:

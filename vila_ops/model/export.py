@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, Literal, assert_never
 
 from vila_ops.artifacts import output
-from vila_ops.artifacts.store import CorruptArtifact
 from vila_ops.config.base import Config
+from vila_ops.errors import CorruptArtifact
 from vila_ops.packages.untrusted import check_folder, read_json, stored_tensors
 
 Target = Literal["transformers", "vllm", "gguf"]

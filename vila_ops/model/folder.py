@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import LlavaConfig, LlavaProcessor
 
-from vila_ops.artifacts.store import CorruptArtifact
 from vila_ops.config.model import ImageFit
 from vila_ops.config.train import Lora, Tuning
+from vila_ops.errors import CorruptArtifact
 from vila_ops.model import lora
 from vila_ops.model.change import Change, changed
 from vila_ops.model.configuration import VilaConfig

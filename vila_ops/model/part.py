@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from vila_ops.artifacts.store import CorruptArtifact
+from vila_ops.errors import CorruptArtifact
 from vila_ops.packages.untrusted import check_layers, stored_tensors
 
 

@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vila_ops.artifacts.store import CorruptArtifact
 from vila_ops.config.model import LinearProjector
+from vila_ops.errors import CorruptArtifact
 from vila_ops.model.configuration import VilaConfig
 from vila_ops.model.projectors import linear
 from vila_ops.model.vila import VilaForConditionalGeneration

@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, assert_never
 
 from vila_ops.config.package import Package
+from vila_ops.errors import FetchError, FetchRefused
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +35,6 @@ _NO_NETWORK = re.compile(
     r"|NewConnectionError|ConnectTimeout|ProxyError|Connection refused|Failed to establish|Network is unreachable"
     r"|Failed to fetch"
 )
-
-
-class FetchError(RuntimeError):
-    """A package could not be brought into the cache; says which one, what failed and what to do."""
 
 
 def fetch_all(packages: Sequence[Package], *, cache: Path) -> dict[Package, Path]:
@@ -106,7 +103,7 @@ def _archive(package: Package, *, cache: Path) -> Path:
         file = _download(package, workplace, cache=cache)
         got = _sha256(file)
         if got != package.sha256:
-            raise _failure(
+            raise _refusal(
                 package,
                 f"wrong sha256: expected {package.sha256}, got {got}",
                 "if the registry's file was replaced on purpose, review it and change the pin, else do not use it",
@@ -132,13 +129,13 @@ def _download(package: Package, workplace: Path, *, cache: Path) -> Path:
     files = [path for path in workplace.iterdir() if path.is_file()]
     if len(files) != 1:
         names = sorted(path.name for path in files)
-        raise _failure(package, f"the client left {names} where one file was expected", "run the client by hand")
+        raise _refusal(package, f"the client left {names} where one file was expected", "run the client by hand")
     return files[0]
 
 
 def _pip_download(package: Package, workplace: Path) -> None:
     if importlib.util.find_spec("pip") is None:
-        raise _failure(package, f"client missing: {sys.executable} has no pip", "python -m ensurepip")
+        raise _refusal(package, f"client missing: {sys.executable} has no pip", "python -m ensurepip")
     requirement = f"{package.name}=={package.version}"
     # Only when it retries does pip say that there is no network; else it says "no matching distribution".
     options = [
@@ -165,7 +162,7 @@ def _apt_download(package: Package, workplace: Path, *, cache: Path) -> None:
     result = _call(package, command, workplace)
     if result.returncode and _NOT_FOUND.search(result.stderr):
         if os.geteuid() != 0:
-            raise _failure(package, f"not found in apt's lists: {_last_lines(result)}", "run: sudo apt-get update")
+            raise _refusal(package, f"not found in apt's lists: {_last_lines(result)}", "run: sudo apt-get update")
         with _locked(cache / "locks" / "apt-get-update"):
             _run(package, [apt, "update", "-o", "APT::Update::Error-Mode=any"], workplace)
         result = _call(package, command, workplace)
@@ -175,7 +172,7 @@ def _apt_download(package: Package, workplace: Path, *, cache: Path) -> None:
 def _client(package: Package, name: str, remedy: str) -> str:
     path = shutil.which(name)
     if path is None:
-        raise _failure(package, f"client missing: no {name} on PATH", remedy)
+        raise _refusal(package, f"client missing: no {name} on PATH", remedy)
     return path
 
 
@@ -210,7 +207,7 @@ def _check(package: Package, command: list[str], result: subprocess.CompletedPro
     if _NO_NETWORK.search(result.stderr + result.stdout):
         raise _failure(package, f"no network: {said}", "check the network or the registry's mirror, then run again")
     if _NOT_FOUND.search(result.stderr + result.stdout):
-        raise _failure(
+        raise _refusal(
             package, f"not found: {said}", "check name and version; pin a version that the registry still has"
         )
     line = " ".join(command)
@@ -237,7 +234,7 @@ def _extract(package: Package, archive: Path, target: Path) -> None:
             case _:
                 assert_never(package.registry)
     except (tarfile.TarError, zipfile.BadZipFile, ValueError) as error:
-        raise _failure(package, f"{archive.name} cannot be extracted: {error}", "do not use this package") from error
+        raise _refusal(package, f"{archive.name} cannot be extracted: {error}", "do not use this package") from error
 
 
 def _undeb(package: Package, archive: Path, target: Path) -> None:
@@ -279,7 +276,17 @@ def _unzip(archive: Path, target: Path) -> None:
 
 
 def _failure(package: Package, what: str, remedy: str) -> FetchError:
-    return FetchError(f"{package.registry} package {package.name} {package.version}: {what}; to do: {remedy}")
+    """The error of a download that may succeed at another try."""
+    return FetchError(_message(package, what, remedy))
+
+
+def _refusal(package: Package, what: str, remedy: str) -> FetchRefused:
+    """The error of a download that fails again at another try."""
+    return FetchRefused(_message(package, what, remedy))
+
+
+def _message(package: Package, what: str, remedy: str) -> str:
+    return f"{package.registry} package {package.name} {package.version}: {what}; to do: {remedy}"
 
 
 def _plain(text: str) -> str:

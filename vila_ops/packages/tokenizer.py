@@ -5,8 +5,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from vila_ops.artifacts.store import CorruptArtifact
 from vila_ops.config.model import LanguageModel
+from vila_ops.errors import CorruptArtifact
 from vila_ops.packages.chat_template import check_template, reads_text
 from vila_ops.packages.resolve import tokenizer_folder
 from vila_ops.packages.untrusted import SIZE_LIMIT, TOKENIZER_BYTES, check_folder, read_json

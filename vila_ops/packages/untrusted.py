@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from vila_ops.artifacts.store import CorruptArtifact
+from vila_ops.errors import CorruptArtifact
 
 READ = frozenset({".json", ".safetensors", ".txt", ".model", ".jinja"})
 """Endings of the files that are read of a model folder."""

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 
 from vila_ops import tracking
+from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, Deployment, EvalReport, ModelVersion, Pretrained
 from vila_ops.config import NO_CONTEXT, Config, Run, RunContext, TextFormat
 from vila_ops.eval.evaluate import read_report, tracked
@@ -53,6 +54,7 @@ def run_pipeline(
     results: dict[str, StageResult] = {}
     stage_reports: dict[str, EvalReport] = {}
     held_out: dict[TextFormat, Dataset] = {}
+    store.probe(resources.storage.store)  # a store that cannot be used is refused before MLflow has a run
     with _tracked(run, context, flow_run) as below:
         for result in walk(run, tasks, below):
             text = suite_text(recipe, result.stage)

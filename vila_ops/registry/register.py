@@ -6,13 +6,17 @@ is set last, so that a version without it is finished by the next call.
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from vila_ops.artifacts.kinds import Checkpoint, EvalReport, ModelVersion
 from vila_ops.artifacts.store import file, verify
 from vila_ops.config import NO_CONTEXT, Gate, Resources, RunContext, fingerprint
+from vila_ops.errors import PromotionRaceLost
 from vila_ops.registry.gate import GateVerdict, judge, metrics_of
+from vila_ops.tracking import translated
 
 CHAMPION = "champion"
 SCHEME = "vila-store://"
@@ -38,24 +42,25 @@ def register(
         raise ValueError(f"the report is of model {report.model[:12]}, not of {checkpoint.digest[:12]}; evaluate that")
     verify(checkpoint)
     verify(report)
-    client = _client(resources)
-    version = _version_of(client, gate.model_name, checkpoint)
     decision = fingerprint({"gate": gate.model_dump(mode="json"), "report": report.digest})
-    if version.tags.get("gate.decision") != decision or version.tags.get("ready") != "true":
-        _decide(client, gate, version, report, champion_report, decision=decision)
-    return _handle(client, gate.model_name, int(version.version))
+    with _client(resources, f"the registration of {gate.model_name!r}") as client:
+        version = _version_of(client, gate.model_name, checkpoint)
+        if version.tags.get("gate.decision") != decision or version.tags.get("ready") != "true":
+            _decide(client, gate, version, report, champion_report, decision=decision)
+        return _handle(client, gate.model_name, int(version.version))
 
 
 def champion(gate: Gate, resources: Resources) -> ModelVersion | None:
     """The version that the alias `champion` points to, with the handle of its checkpoint; None where there is none."""
-    client = _client(resources)
-    number = _champion_number(client, gate.model_name)
-    return None if number is None else _handle(client, gate.model_name, number)
+    with _client(resources, f"a question about {gate.model_name!r}") as client:
+        number = _champion_number(client, gate.model_name)
+        return None if number is None else _handle(client, gate.model_name, number)
 
 
 def report_of(version: ModelVersion, resources: Resources) -> EvalReport:
     """The report by which a version was last judged."""
-    found = _client(resources).get_model_version(version.name, str(version.version))
+    with _client(resources, f"a question about {version.name!r}") as client:
+        found = client.get_model_version(version.name, str(version.version))
     try:
         return EvalReport.model_validate_json(found.tags["report"])
     except KeyError as error:
@@ -108,14 +113,14 @@ def _verdict(
 
 
 def _promote(client: Any, name: str, number: int, *, present: int | None) -> None:
-    """Move the alias from the version that was compared with; raises ValueError when somebody else moved it."""
+    """Move the alias from the version that was compared with. Raises PromotionRaceLost."""
     now = _champion_number(client, name)
     if now == present:
         if present is not None:
             _set_tag(client, name, number, "champion.previous", str(present))
         now = _set_champion(client, name, number)
     if now != number:
-        raise ValueError(
+        raise PromotionRaceLost(
             f"the champion of {name} became version {now} while version {number} was judged against version {present}; "
             f"register again to be judged against the new one"
         )
@@ -219,9 +224,12 @@ def _metrics(report: EvalReport) -> dict[str, Any]:
     return metrics_of(json.loads(file(report, "report.json").read_text()))
 
 
-def _client(resources: Resources) -> Any:
+@contextmanager
+def _client(resources: Resources, request: str) -> Iterator[Any]:
+    """MLflow's client, its errors translated. Raises TrackerRefused, TrackerUnreachable."""
     if resources.tracking.uri is None:
         raise ValueError("the registry is MLflow's: set resources.tracking.uri (a server or sqlite:///FILE)")
     from mlflow import MlflowClient
 
-    return MlflowClient(resources.tracking.uri, registry_uri=resources.tracking.uri)
+    with translated(resources.tracking.uri, request):
+        yield MlflowClient(resources.tracking.uri, registry_uri=resources.tracking.uri)

@@ -13,6 +13,7 @@ from vila_ops.artifacts.kinds import Deployment, ModelVersion
 from vila_ops.artifacts.store import verify
 from vila_ops.cluster import connect
 from vila_ops.config import NO_CONTEXT, Resources, RunContext, Service
+from vila_ops.errors import NotReady
 from vila_ops.serve.backends.local_process import ProcessManager, ServiceRecord, free_port
 from vila_ops.serve.spec import Spec
 
@@ -23,10 +24,6 @@ ANSWER_SECONDS = 60.0
 """How long the first answer may take."""
 
 log = logging.getLogger(__name__)
-
-
-class NotReady(RuntimeError):
-    """What was deployed did not come up; the text ends with what it said last."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +149,7 @@ def _ask(url: str, spec: Spec, watch: _Watch) -> None:
     try:
         answer = httpx.post(f"{url}/v1/chat/completions", json=question, timeout=ANSWER_SECONDS, trust_env=False)
         fingerprint = answer.raise_for_status().json()["system_fingerprint"]
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, ValueError, LookupError) as error:
         raise NotReady(f"{url} does not answer a question: {error!r}\n{watch.state()}") from error
     if fingerprint != spec.version.checkpoint.digest:
         raise NotReady(f"{url} answers with model {fingerprint}, not {spec.version.checkpoint.digest}")

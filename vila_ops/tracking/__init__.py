@@ -10,10 +10,18 @@ from typing import Any, Literal
 
 from vila_ops.artifacts.kinds import Artifact
 from vila_ops.config import Resources
+from vila_ops.errors import TrackerRefused, TrackerUnreachable
 from vila_ops.tracking.outbox import MetricLog as MetricLog
 from vila_ops.tracking.outbox import connect, shown
 
 EXPERIMENT = "vila"
+REFUSALS = (
+    *("INVALID_PARAMETER_VALUE", "MALFORMED_REQUEST", "NOT_IMPLEMENTED", "FEATURE_DISABLED", "ENDPOINT_NOT_FOUND"),
+    *("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "QUOTA_EXCEEDED", "RESOURCE_LIMIT_EXCEEDED"),
+    *("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_STATE", "INVALID_STATE_TRANSITION"),
+)
+"""MLflow's error codes that it answers at the next try too."""
+WAY_OUT = "See that it runs (`vila-ops up`, or tracking.uri in the resources), or set tracking.uri to null"
 DIGEST_SIZE = 36
 """Characters that MLflow keeps of a data set's digest."""
 
@@ -21,13 +29,13 @@ DIGEST_SIZE = 36
 def start_run(
     resources: Resources, name: str, *, parent: str | None, params: dict[str, Any], tags: dict[str, str]
 ) -> str | None:
-    """A new run under `parent`; returns its id. Raises ConnectionError where MLflow does not take it."""
+    """A new run under `parent`; returns its id. Raises TrackerUnreachable, TrackerRefused."""
     if resources.tracking.uri is None:
         return None
     client, entities = connect(resources.tracking.uri)
     if parent:
         tags = {**tags, "mlflow.parentRunId": parent}
-    with _answers(resources.tracking.uri, f"the run {name!r}"):
+    with translated(resources.tracking.uri, f"the run {name!r}; nothing was computed for it yet"):
         experiment_id = _experiment(resources.tracking.uri)
         run_id: str = client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
         flat = [entities.Param(key, str(value)[:500]) for key, value in flatten(params).items()]
@@ -39,7 +47,7 @@ def start_run(
 def log_input(
     resources: Resources, run_id: str | None, data: Artifact, *, name: str, context: Literal["train", "eval"]
 ) -> None:
-    """Say which data a run reads, with its digest. Raises ConnectionError where MLflow does not take it."""
+    """Say which data a run reads, with its digest. Raises TrackerUnreachable, TrackerRefused."""
     if resources.tracking.uri is None or run_id is None:
         return
     client, entities = connect(resources.tracking.uri)
@@ -50,7 +58,7 @@ def log_input(
         source=data.uri,
     )
     tags = [entities.InputTag("mlflow.data.context", context), entities.InputTag("digest", data.digest)]
-    with _answers(resources.tracking.uri, f"the input {name!r}"):
+    with translated(resources.tracking.uri, f"the input {name!r}; nothing was computed for it yet"):
         client.log_inputs(run_id, [entities.DatasetInput(dataset, tags)])
 
 
@@ -62,12 +70,12 @@ def whole_run(
     if resources.tracking.uri is None:
         yield None
         return
-    with _answers(resources.tracking.uri, f"the run {name!r}"):
+    with translated(resources.tracking.uri, f"the run {name!r}; nothing was computed for it yet"):
         run_id = _find_run(resources.tracking.uri, key)
     if run_id is None:
         run_id = start_run(resources, name, parent=None, params=params, tags=dict([key]))
     client, _ = connect(resources.tracking.uri)
-    with _answers(resources.tracking.uri, f"the run {name!r}"):
+    with translated(resources.tracking.uri, f"the run {name!r}; nothing was computed for it yet"):
         client.update_run(run_id, status="RUNNING")
         for tag, value in tags.items():
             client.set_tag(run_id, tag, value)
@@ -93,7 +101,8 @@ def page(tracking_uri: str | None, run_id: str | None) -> str | None:
     """The address of a run's page; None where no server shows one."""
     if not (tracking_uri and run_id and tracking_uri.startswith("http")):
         return None
-    experiment = connect(tracking_uri)[0].get_run(run_id).info.experiment_id
+    with translated(tracking_uri, f"a question about run {run_id}"):
+        experiment = connect(tracking_uri)[0].get_run(run_id).info.experiment_id
     return f"{tracking_uri}/#/experiments/{experiment}/runs/{run_id}"
 
 
@@ -115,17 +124,15 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @contextmanager
-def _answers(tracking_uri: str, what: str) -> Iterator[None]:
-    """Say what to do where MLflow refuses or does not answer before there is anything to keep."""
+def translated(tracking_uri: str, request: str) -> Iterator[None]:
+    """Translate MLflow's errors about a request. Raises TrackerRefused, TrackerUnreachable."""
     from mlflow.exceptions import MlflowException  # heavy
 
     try:
         yield
-    except (MlflowException, OSError) as error:
-        raise ConnectionError(
-            f"MLflow at {shown(tracking_uri)} does not take {what}; nothing was computed for it yet: {shown(error)}. "
-            f"See that it runs (`vila-ops up`, or tracking_uri in the resources), or set tracking_uri to null"
-        ) from error
+    except MlflowException as error:
+        kind = TrackerRefused if error.error_code in REFUSALS else TrackerUnreachable
+        raise kind(f"MLflow at {shown(tracking_uri)} does not take {request}: {shown(error)}. {WAY_OUT}") from error
 
 
 def _experiment(tracking_uri: str) -> str:

@@ -21,9 +21,10 @@ from torch import Tensor
 from vila_ops.data.loading.loader import RowLoader
 from vila_ops.data.loading.packing import PackedRow
 from vila_ops.data.shards import find_rows
+from vila_ops.errors import NonFiniteLoss
 from vila_ops.tracking import MetricLog
 from vila_ops.train.checkpoint.checkpointer import Curve
-from vila_ops.train.job import BadSample, BadSampleReport, NonFiniteLoss, TrainJob
+from vila_ops.train.job import BadSample, BadSampleReport, TrainJob
 from vila_ops.train.watchdog import StepWatchdog
 
 WINDOW, LEAST = 128, 32

@@ -3,43 +3,10 @@
 from pathlib import Path
 
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, Pretrained
-from vila_ops.artifacts.store import CorruptArtifact
 from vila_ops.config import NO_CONTEXT, Config, Model, Resources, RunContext, Stage
 
 HUNG = 75
 """Exit code of a process whose step hung: EX_TEMPFAIL of sysexits.h, which says that another try may succeed."""
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss or the gradient norm of a step is not finite. The step updated nothing."""
-
-
-class HungStep(RuntimeError):
-    """A step took far longer than the steps before it, and its processes were ended. Another try may succeed."""
-
-
-FINAL = (ValueError, NonFiniteLoss)
-"""What is the same at the second try: wrong settings, damaged or bad data, a loss that is no number.
-
-Anything else may be fixed by another try: a worker that died, a step that hung, a disk or a network that failed.
-"""
-
-
-class RemoteError(Config):
-    """An error of FINAL on its way from one process to another."""
-
-    kind: str
-    message: str
-
-    @classmethod
-    def of(cls, error: Exception) -> "RemoteError":
-        """What tells of an error."""
-        return cls(kind=type(error).__name__, message=str(error))
-
-    def again(self) -> Exception:
-        """The error to raise here; one of a kind with no name in this module is told as ValueError, which it is."""
-        kinds = {kind.__name__: kind for kind in (NonFiniteLoss, CorruptArtifact)}
-        return kinds.get(self.kind, ValueError)(self.message)
 
 
 class StageInputs(Config):

@@ -12,7 +12,8 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from vila_ops.train.job import JobPayload, RemoteError
+from vila_ops.errors import ClusterUnreachable, JobFailed, JobStopped, RemoteError
+from vila_ops.train.job import JobPayload
 
 ENTRYPOINT = "python -m vila_ops.train.ray_job_main"
 PAYLOAD_VARIABLE = "VILA_OPS_STAGE"
@@ -30,14 +31,14 @@ def train_as_job(key: str, payload: JobPayload) -> None:
     """Return when a job has sealed the stage of this address: the job that is running, or else a new one.
 
     A job outlives this process, however that ends, Ctrl-C included; `ray job stop ID` ends a job. Raises the task's
-    error where another try would raise it again, RuntimeError where the job failed otherwise, and OSError where the
+    error where that is final, JobFailed where the job failed otherwise, JobStopped, and ClusterUnreachable where the
     job server does not answer.
     """
     address = payload.resources.job_address
     try:
         client = JobSubmissionClient(address)
     except ConnectionError as error:
-        raise ConnectionError(
+        raise ClusterUnreachable(
             f"no job server answers at {address}; set job_address to the address of Ray's dashboard"
         ) from error
     except AuthenticationError as error:
@@ -48,13 +49,13 @@ def train_as_job(key: str, payload: JobPayload) -> None:
     log.info("stage %s is job %s; `ray job stop %s --address %s` ends it", payload.stage.name, name, name, address)
     job = _watch(client, name)
     if job.status == JobStatus.STOPPED:
-        raise RuntimeError(f"job {name} was stopped; run {payload.stage.name} again to resume from its checkpoint")
+        raise JobStopped(f"job {name} was stopped; run {payload.stage.name} again to resume from its checkpoint")
     if job.driver_exit_code == os.EX_DATAERR:
         lines = client.get_job_logs(name).splitlines()
         text = next(line for line in reversed(lines) if line.startswith(ERROR_PREFIX)).removeprefix(ERROR_PREFIX)
-        raise RemoteError.model_validate_json(text).again()
+        raise RemoteError.from_json(text).rebuilt()
     if job.status != JobStatus.SUCCEEDED:
-        raise RuntimeError(f"job {name} failed: {job.message}")
+        raise JobFailed(f"job {name} failed: {job.message}")
 
 
 def newest_live(jobs: list[JobDetails], key: str) -> str | None:
@@ -99,7 +100,7 @@ def _watch(client: JobSubmissionClient, name: str) -> JobDetails:
             lines = client.get_job_logs(name).splitlines(keepends=True)
         except (requests.RequestException, RuntimeError) as error:
             if time.monotonic() - last_answer > SILENCE_SECONDS:
-                raise ConnectionError(
+                raise ClusterUnreachable(
                     f"the job server has not answered about job {name} for {SILENCE_SECONDS:.0f} s: {error}; the job "
                     f"may still run, run the stage again to re-attach"
                 ) from error

@@ -8,13 +8,14 @@ import sys
 from contextlib import suppress
 
 from vila_ops.cluster import log_to_driver
-from vila_ops.train.job import FINAL, JobPayload, RemoteError
+from vila_ops.errors import RemoteError, is_final
+from vila_ops.train.job import JobPayload
 from vila_ops.train.ray_job import ERROR_PREFIX, PAYLOAD_VARIABLE
 from vila_ops.train.stage import train_stage
 
 
 def main() -> None:
-    """Run the task. An error that another try would raise again is printed as a RemoteError on a line of its own."""
+    """Run the task. A final error is printed as a RemoteError on a line of its own."""
     log_to_driver()
     payload = JobPayload.model_validate_json(os.environ.pop(PAYLOAD_VARIABLE))
     with suppress(FileNotFoundError):
@@ -22,8 +23,10 @@ def main() -> None:
     resources = payload.resources.with_changes({"launch": "ray", "job_address": None})
     try:
         train_stage(payload.stage, payload.model, payload.data, payload.init, resources, payload.context)
-    except FINAL as error:
-        sys.stdout.write(f"\n{ERROR_PREFIX}{RemoteError.of(error).model_dump_json()}\n")
+    except Exception as error:
+        if not is_final(error):
+            raise
+        sys.stdout.write(f"\n{ERROR_PREFIX}{RemoteError.of(error).to_json()}\n")
         sys.exit(os.EX_DATAERR)
 
 

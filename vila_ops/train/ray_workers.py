@@ -15,7 +15,8 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from vila_ops.cluster import connect, log_to_driver, whoami
 from vila_ops.config import Resources
-from vila_ops.train.job import FINAL, HungStep, RankInfo, RemoteError, TrainJob
+from vila_ops.errors import ClusterFull, HungStep, RemoteError, is_final
+from vila_ops.train.job import RankInfo, TrainJob
 
 START_TRY_SECONDS = float(os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60"))
 """How long one try of Ray Train to start all workers waits for enough free nodes."""
@@ -27,8 +28,8 @@ def train_on_ray(job: TrainJob) -> list[dict[str, Any]]:
     Ray restarts all workers when one dies, at most `max_failures` times. The loop then resumes from its newest
     checkpoint. Weights never pass through Ray: rank 0 writes them into the attempt's folder.
 
-    Raises a worker's own error instead of Ray's report of it: an error of FINAL at once, and another error when no
-    restart is left. Raises HungStep if a step hung, and TimeoutError if the cluster cannot start all workers.
+    Raises a worker's own error instead of Ray's report of it: a final error at once, and another error when no restart
+    is left. Raises HungStep if a step hung, and ClusterFull if the cluster cannot start all workers.
     """
     connect(job.resources)
     started = time.time()
@@ -41,7 +42,7 @@ def train_on_ray(job: TrainJob) -> list[dict[str, Any]]:
     except ControllerError as error:
         if not isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
             raise
-        raise TimeoutError(_too_few_nodes(job.resources)) from error
+        raise ClusterFull(_too_few_nodes(job.resources)) from error
     finally:
         shutil.rmtree(job.ray_train(), ignore_errors=True)  # files of killed attempts too
     _raise_final(job)
@@ -100,12 +101,12 @@ def _too_few_nodes(resources: Resources) -> str:
 
 
 def _raise_final(job: TrainJob, report: WorkerGroupError | None = None) -> None:
-    """Raise the error of FINAL that a worker recorded, if there is one."""
+    """Raise the final error that a worker recorded, if there is one."""
     path = _error_file(job)
     if path.exists():
-        error = RemoteError.model_validate_json(path.read_text())
+        error = RemoteError.from_json(path.read_text())
         path.unlink()
-        raise error.again() from report
+        raise error.rebuilt() from report
 
 
 def _raise_cause(job: TrainJob, report: WorkerGroupError, *, since: float) -> None:
@@ -139,9 +140,10 @@ def _worker(config: dict[str, str]) -> None:
         return
     try:
         facts = {**train(job, rank_info), **whoami()}
-    except FINAL as error:
-        draft = Path(f"{job.attempt}-failed-{rank_info.rank}.draft")
-        draft.write_text(RemoteError.of(error).model_dump_json())
-        draft.replace(_error_file(job))
+    except Exception as error:
+        if is_final(error):
+            draft = Path(f"{job.attempt}-failed-{rank_info.rank}.draft")
+            draft.write_text(RemoteError.of(error).to_json())
+            draft.replace(_error_file(job))
         raise
     Path(f"{job.attempt}-rank-{rank_info.rank}.json").write_text(json.dumps(facts))

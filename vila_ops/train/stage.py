@@ -117,7 +117,7 @@ def _train_as_job(at: store.Address, inputs: StageInputs) -> Checkpoint:
     train_as_job(at.key, JobPayload.model_validate({**inputs.model_dump(), "working_directory": os.getcwd()}))
     if done := store.find(Checkpoint, at, store=inputs.resources.storage.store):
         return done
-    raise RuntimeError(
+    raise ValueError(
         f"the job of {at.kind}/{at.key} succeeded, but {inputs.resources.storage.store} on this machine does not have "
         f"its checkpoint; set a store that the cluster's head and this machine both see"
     )

@@ -12,6 +12,7 @@ from vila_ops.artifacts.backend import AT_ONCE
 from vila_ops.artifacts.kinds import Artifact
 from vila_ops.cluster import connect, log_to_driver
 from vila_ops.config import Config, Resources
+from vila_ops.errors import RemoteError, is_final
 
 Asked = TypeVar("Asked", bound=Config)
 Made = TypeVar("Made", bound=Config)
@@ -24,7 +25,7 @@ def each(
 ) -> list[Made]:
     """What `work`, a function of a module, makes of each, in their order; `prepare_workers` at once on Ray.
 
-    Raises the ValueError that `work` raises, wherever it runs; of several on Ray the first that is heard of.
+    Raises the final error that `work` raises, wherever it runs; of several on Ray the first that arrives.
     """
     if resources.launch == "inline" or not asked:
         return [work(one) for one in asked]
@@ -40,7 +41,7 @@ def each(
     made: dict[int, Made] = {}
     for row in tasks.iter_rows():
         if not row["is_made"]:
-            raise ValueError(row["said"])
+            raise RemoteError.from_json(row["said"]).rebuilt()
         made[int(row["number"])] = makes.model_validate_json(row["said"])
     return [made[number] for number in range(len(asked))]
 
@@ -62,6 +63,8 @@ def _task(row: dict[str, Any], *, work: Callable[[Any], Config], kind: type[Conf
         os.chdir(row["here"])
     try:
         is_made, said = True, work(kind.model_validate_json(row["asked"])).model_dump_json()
-    except ValueError as error:  # wrong data or a wrong setting: Ray would hand it on as an error of its own
-        is_made, said = False, str(error)
+    except Exception as error:
+        if not is_final(error):
+            raise
+        is_made, said = False, RemoteError.of(error).to_json()  # Ray would wrap it in an error of its own
     return {"number": row["number"], "is_made": is_made, "said": said}

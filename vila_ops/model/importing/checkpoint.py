@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from vila_ops.artifacts import output
-from vila_ops.artifacts.store import CorruptArtifact
 from vila_ops.config import Config, Model
 from vila_ops.config.model import FolderWeights, HubLanguageModel, HubTower, Shape
+from vila_ops.errors import CorruptArtifact
 from vila_ops.model import build, folder, processing
 from vila_ops.model.importing import llava_hf, nvlabs
 from vila_ops.model.importing.nvlabs import TokenOrder

@@ -16,8 +16,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from vila_ops.artifacts.store import CorruptArtifact
 from vila_ops.config.model import HubTower, ImageFit, Part, Projector
+from vila_ops.errors import CorruptArtifact
 from vila_ops.model.importing.internvit import INTERNVIT, translated, translated_config
 from vila_ops.packages.imagenet import IMAGENET, Channels
 from vila_ops.packages.normalisation import mean_std

@@ -7,9 +7,8 @@ import re
 import secrets
 import socket
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import psutil
 
 import vila_ops
 from vila_ops.config import Config
+from vila_ops.processes import ProcessId, spawn, stop
 from vila_ops.serve.spec import Spec
 
 STOP_SECONDS = 10.0
@@ -29,7 +29,7 @@ class ServiceRecord(Config):
 
     pid: int
     started: float
-    """When the process started (seconds since the epoch): a later process may have the same pid."""
+    """Start time of the process, see `ProcessId`."""
     host: str
     port: int
     identity: str
@@ -38,14 +38,13 @@ class ServiceRecord(Config):
         """Where it listens."""
         return f"http://{self.host}:{self.port}"
 
+    def process(self) -> ProcessId:
+        """The process that serves."""
+        return ProcessId(self.pid, self.started)
+
     def alive(self) -> bool:
         """Whether that very process still runs."""
-        try:
-            process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.started) < 2  # the clock may have been set since
-            return same and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
+        return self.process().alive()
 
 
 class ProcessManager:
@@ -84,30 +83,18 @@ class ProcessManager:
         """A detached `python -m vila_ops.serve.inline`, recorded before it is ready."""
         package = str(Path(vila_ops.__file__).parents[1])
         paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-        log = (os.POSIX_SPAWN_OPEN, 1, str(self.log_path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        pid = os.posix_spawn(
-            sys.executable,
+        process = spawn(
             [sys.executable, "-m", "vila_ops.serve.inline", spec.model_dump_json(), host, str(port)],
-            {**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-            file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), log, (os.POSIX_SPAWN_DUP2, 1, 2)],
-            setsid=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            log=self.log_path,
         )
-        started = psutil.Process(pid).create_time()
-        record = ServiceRecord(pid=pid, started=started, host=host, port=port, identity=spec.identity())
+        record = ServiceRecord(pid=process.pid, started=process.started, host=host, port=port, identity=spec.identity())
         self.write(record)
         return record
 
     def stop(self, record: ServiceRecord) -> None:
-        """End the process, gracefully first, and forget it."""
-        for ending in (psutil.Process.terminate, psutil.Process.kill):
-            with suppress(psutil.NoSuchProcess):
-                if record.alive():
-                    ending(psutil.Process(record.pid))
-            deadline = time.monotonic() + STOP_SECONDS
-            while record.alive() and time.monotonic() < deadline:  # a zombie, which its parent has to reap, has ended
-                time.sleep(0.02)
-        if record.alive():
-            raise RuntimeError(f"process {record.pid}, which serves {record.url()}, survives SIGKILL")
+        """End the process and what it started, and remove its record. Raises TimeoutError."""
+        stop(record.process(), grace_seconds=STOP_SECONDS)
         self.record_path.unlink(missing_ok=True)
 
     def tail(self) -> str:

@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vila_ops.artifacts.backend import AT_ONCE, CorruptArtifact, FileFacts
+from vila_ops.artifacts.backend import AT_ONCE, FileFacts
 from vila_ops.artifacts.store import MANIFEST
 from vila_ops.config import Resources
 from vila_ops.config.resources import Retention
+from vila_ops.errors import CorruptArtifact
 from vila_ops.train.checkpoint.rank_file import RankFile, StagingBuffers
 from vila_ops.train.checkpoint.ranks import Ranks
 from vila_ops.train.checkpoint.storage import storage_of
@@ -147,7 +148,7 @@ class Checkpointer:
             manifest = {"format": FORMAT, "step": step, "world_size": world_size, "files": files, "curve": curve}
             sizes = {name: file["size"] for name, file in files.items()}
             self._ranks.run_on_all(lambda: self._storage.seal(draft, _to_bytes(manifest), sizes) if first else None)
-        except (OSError, ValueError):
+        except Exception:
             if first:
                 self._storage.discard(draft)
             raise

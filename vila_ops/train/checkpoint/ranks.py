@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vila_ops.errors import VilaError
 from vila_ops.train.job import RankInfo
 
 
@@ -38,12 +39,12 @@ class Ranks:
     def run_on_all(self, action: Callable[[], Any]) -> list[Any]:
         """Run an action on every rank and return its results, by rank. A failure on one rank raises on all.
 
-        Raises the action's own OSError or ValueError where it failed, and OSError with its message elsewhere.
+        Raises the action's own VilaError, OSError or ValueError where it failed, and OSError with its text elsewhere.
         """
-        failure: OSError | ValueError | None = None
+        failure: Exception | None = None
         try:
             outcome = {"result": action()}
-        except (OSError, ValueError) as error:
+        except (VilaError, OSError, ValueError) as error:
             failure, outcome = error, {"error": str(error)}
         outcomes = self.gather(outcome)
         if failure is not None:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from vila_ops.artifacts import disk
-from vila_ops.artifacts.backend import CorruptArtifact, FileFacts
+from vila_ops.artifacts.backend import FileFacts
 from vila_ops.artifacts.copies import copy_of
 from vila_ops.artifacts.store import MANIFEST
+from vila_ops.errors import CorruptArtifact, OtherBytes, StoreUnreachable
 
 log = logging.getLogger(__name__)
 
@@ -176,9 +177,9 @@ class S3Storage:
     """See CheckpointStorage. `artifacts/s3_calls.py` retries every call a bounded number of times."""
 
     def __init__(self, root: str) -> None:
-        from vila_ops.artifacts import s3, s3_calls  # heavy: boto3
+        from vila_ops.artifacts import s3  # heavy: boto3
 
-        self.root, self.s3, self.calls = root, s3, s3_calls
+        self.root, self.s3 = root, s3
 
     def sealed(self) -> list[SealedCheckpoint]:
         """See CheckpointStorage."""
@@ -198,8 +199,8 @@ class S3Storage:
         uri = f"{self.root}/{name}/{MANIFEST}"
         try:
             manifest = self.s3.read(uri)
-        except self.calls.StoreUnreachable as error:
-            if isinstance(error.__cause__, self.calls.OtherBytes):  # also after retries
+        except StoreUnreachable as error:
+            if isinstance(error.__cause__, OtherBytes):  # also after retries
                 raise CorruptArtifact(f"{uri}: {error.__cause__}") from error
             raise
         if manifest is None:

@@ -1,0 +1,175 @@
+"""Which errors another try can fix, decided by one function for Prefect, for Ray and for what crosses processes."""
+
+import ast
+import errno
+import os
+from collections import Counter
+from pathlib import Path
+
+import httpx
+import pytest
+from botocore.exceptions import ClientError
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import (
+    INTERNAL_ERROR,
+    INVALID_PARAMETER_VALUE,
+    PERMISSION_DENIED,
+    TEMPORARILY_UNAVAILABLE,
+)
+from prefect.client.schemas.objects import State, StateType
+from pydantic import ValidationError
+
+from flows.tasks import TASKS
+from vila_ops import errors, tracking
+from vila_ops.artifacts.kinds import Dataset
+from vila_ops.artifacts.leases import hold
+from vila_ops.artifacts.s3_calls import told
+from vila_ops.artifacts.store import address, begin
+from vila_ops.config import Resources
+from vila_ops.data.shards import CorruptShard
+from vila_ops.errors import FINAL, DamagedFile, RemoteError, StoreRefused, VilaError, is_final
+
+ROOT = Path(__file__).parents[1]
+ERRORS = {
+    errors.CorruptArtifact("x"): True,
+    DamagedFile("x", "is missing"): True,
+    CorruptShard("x"): True,
+    errors.UnsafeStore("x"): True,
+    StoreRefused("x"): True,
+    errors.StoreUnreachable("x"): False,
+    errors.DamagedAnswer("x"): False,
+    errors.OtherBytes("x"): False,
+    errors.FetchError("x"): False,
+    errors.FetchRefused("x"): True,
+    errors.TrackerRefused("x"): True,
+    errors.TrackerUnreachable("x"): False,
+    errors.ClusterUnreachable("x"): False,
+    errors.ClusterFull("x"): False,
+    errors.JobFailed("x"): False,
+    errors.JobStopped("x"): True,
+    errors.NonFiniteLoss("x"): True,
+    errors.HungStep("x"): False,
+    errors.PromotionRaceLost("x"): False,
+    errors.NotReady("x"): False,
+    errors.ServerFailed("x"): False,
+    ValueError("x"): True,
+    UnicodeDecodeError("utf-8", b"", 0, 1, "x"): True,
+    TypeError("x"): True,
+    KeyError("x"): True,
+    AttributeError("x"): True,
+    NameError("x"): True,
+    ModuleNotFoundError("x"): True,
+    NotImplementedError("x"): True,
+    AssertionError("x"): True,
+    RuntimeError("x"): False,
+    OSError(errno.EIO, "x"): False,
+    FileNotFoundError("x"): False,
+    ConnectionError("x"): False,
+    TimeoutError("x"): False,
+    MemoryError("x"): False,
+    httpx.ConnectError("x"): False,
+}
+
+
+@pytest.mark.parametrize(("error", "final"), ERRORS.items(), ids=[type(error).__name__ for error in ERRORS])
+def test_an_error_is_final_or_retryable_for_prefect_for_ray_and_after_crossing_a_process(
+    error: Exception, final: bool
+) -> None:
+    assert is_final(error) is final
+    assert is_final(RemoteError.from_json(RemoteError.of(error).to_json()).rebuilt()) is final
+    failed = State(type=StateType.FAILED, data=error)
+    assert TASKS.prepare.retry_condition_fn(TASKS.prepare, None, failed) is not final
+
+
+def test_the_table_has_every_class() -> None:
+    ours = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, VilaError)}
+    assert ours - {VilaError, errors.Unreachable} <= {type(error) for error in ERRORS}
+    assert all(any(isinstance(error, kind) for error in ERRORS) for kind in FINAL)
+
+
+def test_every_task_asks_the_same_function() -> None:
+    assert len({task.retry_condition_fn for task in vars(TASKS).values()}) == 1
+    users = {
+        str(path.relative_to(ROOT))
+        for folder in ("vila_ops", "flows")
+        for path in (ROOT / folder).rglob("*.py")
+        if any(isinstance(node, ast.Name) and node.id in ("is_final", "FINAL") for node in ast.walk(tree(path)))
+    }
+    assert {"flows/tasks.py", "vila_ops/train/ray_workers.py", "vila_ops/train/ray_job.py"} <= users
+    text = {user: (ROOT / user).read_text() for user in users - {"vila_ops/errors.py"}}
+    assert not [user for user, code in text.items() if "FINAL" in code]
+
+
+def test_a_class_of_error_is_defined_once() -> None:
+    paths = [path for folder in ("vila_ops", "flows") for path in (ROOT / folder).rglob("*.py")]
+    defined = Counter(node.name for path in paths for node in ast.walk(tree(path)) if isinstance(node, ast.ClassDef))
+    names = {kind.__name__ for kind in vars(errors).values() if isinstance(kind, type)}
+    assert {name: defined[name] for name in names if defined[name] > 1} == {}
+
+
+def test_an_error_keeps_its_class_and_message_across_processes_where_both_know_it() -> None:
+    rebuilt = RemoteError.from_json(RemoteError.of(DamagedFile("a/b", "is missing")).to_json()).rebuilt()
+    assert (type(rebuilt), str(rebuilt)) == (errors.CorruptArtifact, "a/b is missing")
+    try:
+        Resources(launch="ray")
+    except ValidationError as error:
+        rebuilt = RemoteError.of(error).rebuilt()
+    assert (type(rebuilt), "set ray_address" in str(rebuilt)) == (ValueError, True)
+
+
+@pytest.mark.parametrize(
+    ("store", "message"),
+    [
+        ("/proc/nope", "store /proc/nope cannot be written (No such file or directory); set resources.storage.store"),
+        ("/dev/null", "store /dev/null cannot be written (File exists); set resources.storage.store"),
+        ("/dev/null/a", "store /dev/null/a cannot be written (Not a directory); set resources.storage.store"),
+    ],
+)
+def test_a_store_that_cannot_be_used_is_one_sentence_at_once(store: str, message: str) -> None:
+    at = address(Dataset, revision=1, recipe={}, parents=())
+    for use in (lambda: begin(at, store=store), lambda: hold(at, store=store).__enter__()):
+        with pytest.raises(StoreRefused) as raised:
+            use()
+        assert str(raised.value).startswith(message)
+        assert is_final(raised.value)
+
+
+def test_a_full_disk_is_no_reason_to_give_up_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "link", full)
+    with pytest.raises(OSError, match="No space left") as raised:
+        begin(address(Dataset, revision=1, recipe={}, parents=()), store=str(tmp_path))
+    assert not is_final(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "final"),
+    [("AccessDenied", 403, True), ("NoSuchBucket", 404, True), ("SlowDown", 503, False), ("BadDigest", 400, False)],
+)
+def test_answers_of_s3_are_translated(code: str, status: int, final: bool) -> None:
+    answer = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    with pytest.raises(VilaError) as raised, told("s3://bucket/key"):
+        raise ClientError(answer, "PutObject")
+    assert is_final(raised.value) is final
+
+
+@pytest.mark.parametrize(
+    ("code", "final"),
+    [
+        (PERMISSION_DENIED, True),
+        (INVALID_PARAMETER_VALUE, True),
+        (INTERNAL_ERROR, False),
+        (TEMPORARILY_UNAVAILABLE, False),
+    ],
+)
+def test_answers_of_mlflow_are_translated(code: int, final: bool) -> None:
+    with pytest.raises(VilaError) as raised, tracking.translated("http://user:secret@127.0.0.1:9", "the run 'a'"):
+        raise MlflowException("no", error_code=code)
+    assert is_final(raised.value) is final
+    assert "secret" not in str(raised.value)
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())

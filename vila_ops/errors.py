@@ -1,0 +1,181 @@
+"""Our errors, and whether another try can fix an error. The bottom layer: the standard library alone.
+
+Errors of libraries (botocore, Ray, MLflow, httpx, the registries' clients) become errors of ours where they enter.
+ValueError is for wrong arguments and settings.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+
+class VilaError(Exception):
+    """An error of ours. Final unless its class says otherwise."""
+
+    retryable: ClassVar[bool] = False
+    """Whether the same call may succeed at another try."""
+
+
+class Unreachable(VilaError, ConnectionError):
+    """A service did not answer, or not as it should."""
+
+    retryable = True
+
+
+class CorruptArtifact(VilaError):
+    """A sealed folder, or a file from outside, does not hold what its manifest or its header says."""
+
+
+class DamagedFile(CorruptArtifact):
+    """A file of a store is missing, or holds other bytes than were sealed."""
+
+    def __init__(self, place: str, fault: str) -> None:
+        super().__init__(place, fault)
+        self.place, self.fault = place, fault
+
+    def __str__(self) -> str:
+        return " ".join(self.args)
+
+
+class UnsafeStore(VilaError):
+    """The store does not keep what sealing rests on, so nothing may be sealed there."""
+
+
+class StoreRefused(VilaError):
+    """The store refuses, and will refuse again: credentials, rights, a bucket or a folder that cannot be used."""
+
+
+class StoreUnreachable(Unreachable):
+    """The store did not answer as it should, although asked several times."""
+
+
+class DamagedAnswer(VilaError):
+    """An answer of S3 broke off."""
+
+    retryable = True
+
+
+class OtherBytes(DamagedAnswer):
+    """An answer of S3 holds other bytes than were stored."""
+
+
+class FetchError(VilaError):
+    """A package could not be brought into the cache: no network, or a client that failed."""
+
+    retryable = True
+
+
+class FetchRefused(FetchError):
+    """A package that will not be in the cache at the next try either: not found, not as pinned, no client."""
+
+    retryable = False
+
+
+class TrackerRefused(VilaError):
+    """MLflow refuses a call."""
+
+
+class TrackerUnreachable(Unreachable):
+    """MLflow did not answer."""
+
+
+class ClusterUnreachable(Unreachable):
+    """The Ray cluster or its job server did not answer, or did not let us in."""
+
+
+class ClusterFull(VilaError):
+    """The cluster had no free resources for all workers in time."""
+
+    retryable = True
+
+
+class JobFailed(VilaError):
+    """A job of the cluster ended with an error that is not final."""
+
+    retryable = True
+
+
+class JobStopped(VilaError):
+    """Someone stopped a job of the cluster; the next try would start it again."""
+
+
+class NonFiniteLoss(VilaError):
+    """The loss of a step, or its gradient, is not a number; nothing was updated."""
+
+
+class HungStep(VilaError):
+    """A step took far longer than those before it, and its processes were ended."""
+
+    retryable = True
+
+
+class PromotionRaceLost(VilaError):
+    """The champion changed while a version was judged against the one before."""
+
+    retryable = True
+
+
+class NotReady(VilaError):
+    """A service did not become ready; the text ends with the end of its log."""
+
+    retryable = True
+
+
+class ServerFailed(VilaError):
+    """A server of this machine did not start."""
+
+    retryable = True
+
+
+FINAL: tuple[type[Exception], ...] = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    NameError,
+    AssertionError,
+    NotImplementedError,
+    ImportError,
+)
+"""Errors that are not ours and are the same at the next try: wrong arguments, bad data, a fault in the code.
+
+Any other may be fixed by another try: a worker that died, a disk or a network that failed.
+"""
+
+
+def is_final(error: BaseException) -> bool:
+    """Whether another try would raise the same error."""
+    return not error.retryable if isinstance(error, VilaError) else isinstance(error, FINAL)
+
+
+@dataclass(frozen=True)
+class RemoteError:
+    """An error on its way from one process to another."""
+
+    kind: str
+    """Name of a class of this module or of FINAL."""
+    message: str
+
+    @classmethod
+    def of(cls, error: Exception) -> "RemoteError":
+        """The error as the most specific class that every process knows by name."""
+        return cls(next(kind.__name__ for kind in type(error).__mro__ if kind.__name__ in _kinds()), str(error))
+
+    @classmethod
+    def from_json(cls, text: str) -> "RemoteError":
+        """The error that `to_json` wrote."""
+        return cls(**json.loads(text))
+
+    def to_json(self) -> str:
+        """One line of text."""
+        return json.dumps(asdict(self))
+
+    def rebuilt(self) -> Exception:
+        """The error to raise in this process."""
+        return _kinds()[self.kind](self.message)
+
+
+def _kinds() -> dict[str, type[Exception]]:
+    """Classes that are built from their message alone, by name."""
+    ours = (kind for kind in globals().values() if isinstance(kind, type) and issubclass(kind, VilaError))
+    return {kind.__name__: kind for kind in (*ours, *FINAL, OSError, Exception) if kind is not DamagedFile}
