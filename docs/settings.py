@@ -62,7 +62,13 @@ GROUPS: dict[str, tuple[Any, ...]] = {
     ),
     "Where it runs": (
         resources.Resources,
+        resources.StorageResources,
+        resources.TrackingResources,
+        resources.PrepareResources,
+        resources.TrainResources,
         resources.StageResources,
+        resources.EvaluateResources,
+        resources.ServeResources,
         resources.Accelerator,
         resources.Retention,
         resources.Watchdog,

@@ -80,7 +80,7 @@ def test_a_store_that_ignores_conditions_is_refused_before_any_work(bucket: str,
 
 def test_doctor_says_what_a_store_lacks(bucket: str, tmp_path: Path) -> None:
     (tmp_path / "servers.yaml").write_text(f"root: {tmp_path / 'local'}\n")
-    (tmp_path / "resources.yaml").write_text(f"launch: inline\nstore: s3://{bucket}/store\n")
+    (tmp_path / "resources.yaml").write_text(f"launch: inline\nstorage:\n  store: s3://{bucket}/store\n")
     files = ["--servers", str(tmp_path / "servers.yaml"), "-r", str(tmp_path / "resources.yaml")]
     told = CliRunner().invoke(app, ["doctor", *files])
     assert told.exit_code == 1

@@ -66,8 +66,8 @@ def test_text_is_written_as_the_model_says() -> None:
 
 
 def test_an_override_changes_nothing_else_where_an_anchor_is_shared() -> None:
-    """The tiny recipe gives the benchmarks of suite and probe by one YAML anchor."""
-    run = tiny("suite.benchmarks.cider.max_new_tokens=3")
+    """The tiny recipe gives the benchmarks of both suites by one YAML anchor."""
+    run = tiny("final_suite.benchmarks.cider.max_new_tokens=3")
     found = [suite.benchmarks["cider"] for suite in (run.recipe.final_suite, run.recipe.stage_suite)]
     assert found == [CaptionCider(max_new_tokens=3), CaptionCider(max_new_tokens=8)]
 
@@ -83,7 +83,7 @@ def test_an_override_changes_nothing_else_where_an_anchor_is_shared() -> None:
         ),
         (
             ["resources.train.stages.sft.micro_batch_size=2"],
-            lambda run: run.resources.for_stage("sft").micro_batch_size,
+            lambda run: run.resources.train.for_stage("sft").micro_batch_size,
             2,
         ),
         (["stages.sft.learning_rates.projector=1"], lambda run: run.recipe.stages["sft"].peak_rate("projector"), 1),
@@ -197,7 +197,7 @@ def test_a_remainder_is_refused_with_a_batch_that_would_do(micro_batch: str, bat
         ("stages.sft.learning_rates={vision_tower: 1}", r"names \['vision_tower'\], which do not train"),
         ("stages.sft.trainable=[projector, projector]", r"twice"),
         ("stages.sft.mixture.split.salt=other", r"split objects differently"),
-        ("probe.max_tokens=100", r"give them the same mixture and max_tokens"),
+        ("stage_suite.max_tokens=100", r"give them the same mixture and max_tokens"),
         (
             "stages.sft.mixture.sources.words={kind: jsonl, path: tests/tiny/definitions, render: document}",
             r"trains on \['words'\], by which suite 'tiny' measures text skill",
@@ -289,7 +289,7 @@ def test_only_the_recipe_is_identity() -> None:
         tiny("resources.train.threads_per_worker=3", "resources.storage.store=/tmp/x").recipe.fingerprint()
         == run.recipe.fingerprint()
     )
-    for change in ("stages.sft.seed=1", "model.seed=1", "stages.align.precision=bf16", "suite.seed=5", "name=other"):
+    for change in ("stages.sft.seed=1", "model.seed=1", "stages.align.precision=bf16", "final_suite.seed=5", "name=other"):
         assert tiny(change).recipe.fingerprint() != run.recipe.fingerprint()
     with pytest.raises(ValidationError, match="frozen"):
         run.recipe.name = "x"  # type: ignore[misc]

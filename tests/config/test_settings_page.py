@@ -40,7 +40,7 @@ def recipe(tmp_path: Path) -> Path:
 @pytest.fixture
 def resources(tmp_path: Path) -> Path:
     file = tmp_path / "resources.yaml"
-    file.write_text("{launch: inline, store: store, data: data, cache: cache}")
+    file.write_text("{launch: inline, storage: {store: store, data: data, cache: cache}}")
     return file
 
 
@@ -148,4 +148,4 @@ def test_the_page_s_overrides_are_taken(recipe: Path, resources: Path) -> None:
     stage = shown["recipe"]["stages"]["align"]
     assert stage["learning_rate"] == 5e-4
     assert stage["tuning"] == {"kind": "lora", "rank": 16, "alpha": 16.0, "dropout": 0.05, "quantise": None}
-    assert shown["resources"]["micro_batch_size"] == 2
+    assert shown["resources"]["train"]["micro_batch_size"] == 2

@@ -21,7 +21,7 @@ from vila_ops.errors import CorruptArtifact
 from vila_ops.model import folder as model_folder
 from vila_ops.model.importing.checkpoint import import_checkpoint
 from vila_ops.packages.tokenizer import build_tokenizer
-from vila_ops.pipeline import run as pipeline
+from vila_ops.pipeline import stages as pipeline
 
 IDS = [1, 40, IMAGE, 41, 99, IMAGE, 42, 2]
 """One row with two images."""

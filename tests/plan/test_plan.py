@@ -16,7 +16,7 @@ from vila_ops.cli import app
 from vila_ops.config import load
 from vila_ops.config.lengths import Lengths
 from vila_ops.data.loading.loader import RowLoader
-from vila_ops.pipeline import run as pipeline
+from vila_ops.pipeline import stages as pipeline
 from vila_ops.plan.lengths import EpochLengths, declared, rows_of
 from vila_ops.plan.plan import plan_run
 
