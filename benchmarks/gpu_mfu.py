@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from vila_ops.config import Resources, Stage
+from vila_ops.config.resources import TrainResources
 from vila_ops.data.loading.packing import IGNORE_INDEX
 from vila_ops.model import attention
 from vila_ops.model.configuration import VilaConfig
@@ -63,7 +64,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     stage = Stage.model_validate(STAGE)
-    resources = Resources(launch="inline", micro_batch_size=ROWS, gpus_per_worker=int(device.type == "cuda"))
+    train = TrainResources(micro_batch_size=ROWS, gpus_per_worker=int(device.type == "cuda"))
+    resources = Resources(launch="inline", train=train)
     config = _config()
     with device:
         model = VilaForConditionalGeneration(config)

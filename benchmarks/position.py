@@ -1,6 +1,6 @@
 """Seconds to stand at sample 10^6 of 10^7 and have the batch that follows: rows of 4096, 16 of them, about 86 samples.
 
-Ours: `Rows` opened and `batch` read in a new process each time; warm, as every start on a machine but the first is;
+Ours: `RowLoader` opened and `batch` read in a new process each time; warm, as every start on a machine but the first;
 cold, where the epoch is planned first; and bare, where the dataset's index is not yet there as arrays either. Peers
 read the same samples: torchdata's StatefulDataLoader with its own RandomSampler, given the state it had there, and
 accelerate's `skip_first_batches`, which is what the trainers on transformers do. Both walk through what was seen; they
@@ -34,7 +34,7 @@ OURS = """
 import json, resource, sys, time
 from pathlib import Path
 from vila_ops.config import Stage
-from vila_ops.data.loading.loader import Rows
+from vila_ops.data.loading.loader import RowLoader
 
 folder, step = Path(sys.argv[1]), int(sys.argv[2])
 source = {"kind": "jsonl", "path": "x", "render": "caption"}
@@ -44,7 +44,7 @@ stage = Stage.model_validate({
     "validate_every": 1,
 })
 start = time.perf_counter()
-rows = Rows(folder.joinpath, digest="ab" * 32, stage=stage, cache=folder / "cache")
+rows = RowLoader(folder.joinpath, digest="ab" * 32, stage=stage, cache=folder / "cache")
 opened = time.perf_counter() - start
 batch, targets = rows.batch(step)
 seconds = time.perf_counter() - start

@@ -124,7 +124,7 @@ def run_ours(files: Path, out: Path, *, decode: str) -> tuple[float, list[Path]]
 
     address = ray.get_runtime_context().gcs_address
     resources = Resources.model_validate(
-        {"launch": "ray", "ray_address": address, "prepare_workers": WORKERS, **places}
+        {"launch": "ray", "ray_address": address, "storage": places, "prepare": {"num_workers": WORKERS}}
     )
     prepare(mixture, text(), resources)
     manifests = sorted((out / "store/shard").glob("*/manifest.json"), key=lambda path: path.stat().st_mtime)

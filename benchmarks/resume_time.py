@@ -17,7 +17,7 @@ from pathlib import Path
 
 from result import result
 
-from vila_ops.config import load
+from vila_ops.config import NO_CONTEXT, load
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.model.assemble import assemble
 from vila_ops.train.job import TrainJob
@@ -89,7 +89,7 @@ def main() -> None:
 
 def _job(folder: Path) -> TrainJob:
     """The stage `pretrain` of the tiny recipe with a larger model, its parents made."""
-    where = [f"resources.{name}={folder / name}" for name in ("store", "data", "cache")]
+    where = [f"resources.storage.{name}={folder / name}" for name in ("store", "data", "cache")]
     larger = [f"model.language_model.{key}={value}" for key, value in MODEL.items()]
     stage = [f"stages.pretrain.save_every={SAVED}", "stages.pretrain.num_steps=1000"]
     resources = ROOT / "configs/resources/inline.yaml"
@@ -101,6 +101,7 @@ def _job(folder: Path) -> TrainJob:
         data=prepare(pretrain.mixture, run.recipe.text(), run.resources),
         init=assemble(run.recipe.model, run.resources),
         resources=run.resources,
+        context=NO_CONTEXT,
         attempt=str(folder / "attempt"),
         resume=str(folder / "resume"),
         run_id=None,

@@ -36,7 +36,7 @@ from transformers import LlavaForConditionalGeneration, Trainer, TrainerCallback
 
 from vila_ops.artifacts.kinds import Dataset, Pretrained
 from vila_ops.artifacts.store import content
-from vila_ops.config import Mixture, Resources, Stage, load
+from vila_ops.config import NO_CONTEXT, Mixture, Resources, Stage, load
 from vila_ops.data.images import pixels
 from vila_ops.data.loading.packing import IGNORE_INDEX, PackedRow, pack
 from vila_ops.data.preprocess.prepare import prepare
@@ -114,13 +114,12 @@ def main() -> None:
 
 def prepared(root: Path) -> tuple[Dataset, Pretrained, Stage, Resources]:
     """LLaVA records with lengths like LLaVA's, as our data task makes them, and the model."""
-    places = tuple(f"{name}={root / name}" for name in ("store", "data"))
     run = load(
         ROOT / "configs/recipes/demo.yaml",
         resources=ROOT / "configs/resources/inline.yaml",
         overrides=(f"model.image_size={SIDE}",),
     )
-    resources = run.resources.with_changes({**dict(place.split("=") for place in places)})
+    resources = run.resources.with_changes({f"storage.{name}": str(root / name) for name in ("store", "data")})
     records(root / "llava.json", images=root / "images")
     mixture = Mixture.model_validate(
         {
@@ -175,7 +174,7 @@ class Ours:
         (root / "attempt").mkdir(parents=True)
         self.job = TrainJob(
             stage=stage, data=data, init=init, resources=resources, attempt=str(root / "attempt"),
-            resume=str(root / "resume"), run_id=None, fresh_projector=False,
+            resume=str(root / "resume"), run_id=None, fresh_projector=False, context=NO_CONTEXT,
         )  # fmt: skip
         model, self.rows, self.batches = loop.load(self.job)
         self.objective = Objective(model, bf16=stage.precision == "bf16")

@@ -23,20 +23,20 @@ from vila_ops.config.local import LocalServers
 
 ROUNDS = 3
 TARGET_SECONDS = 10.0
-ROOMS = 14
+TASKS = 14
 PEER = f"""
 from prefect import flow, task
 from prefect.cache_policies import INPUTS
 
 @task(cache_policy=INPUTS, persist_result=True)
-def task(number: int, before: str | None) -> str:
+def nothing(number: int, before: str | None) -> str:
     return f"digest {{number}}"
 
 @flow(name="peer")
 def peer() -> None:
     last = None
-    for number in range({ROOMS}):
-        last = task(number, last)
+    for number in range({TASKS}):
+        last = nothing(number, last)
 
 peer()
 """
@@ -82,10 +82,9 @@ def _tiny(folder: Path, settings: LocalServers) -> Run:
     at = local.endpoints(settings)
     chosen = {
         "ray_address": at.ray,
-        "tracking_uri": at.mlflow,
-        "prefect_page": at.prefect,
-        "serve_port": settings.serve_port,
-        **{name: str(folder / name) for name in ("store", "cache", "data")},
+        "tracking.uri": at.mlflow,
+        "serve.port": settings.serve_port,
+        **{f"storage.{name}": str(folder / name) for name in ("store", "cache", "data")},
     }
     return load(
         Path("configs/recipes/tiny.yaml"),

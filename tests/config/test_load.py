@@ -289,7 +289,8 @@ def test_only_the_recipe_is_identity() -> None:
         tiny("resources.train.threads_per_worker=3", "resources.storage.store=/tmp/x").recipe.fingerprint()
         == run.recipe.fingerprint()
     )
-    for change in ("stages.sft.seed=1", "model.seed=1", "stages.align.precision=bf16", "final_suite.seed=5", "name=other"):
+    changes = ("stages.sft.seed=1", "model.seed=1", "stages.align.precision=bf16", "final_suite.seed=5", "name=other")
+    for change in changes:
         assert tiny(change).recipe.fingerprint() != run.recipe.fingerprint()
     with pytest.raises(ValidationError, match="frozen"):
         run.recipe.name = "x"  # type: ignore[misc]

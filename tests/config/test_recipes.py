@@ -264,7 +264,8 @@ def test_recipes_divide_over_their_gpus(resources: str, recipes: list[str], rows
 def test_the_first_stage_shards_its_optimizer_and_the_others_everything() -> None:
     """ZeRO-2, then ZeRO-3; the 40B and NVILA are ZeRO-3 from the beginning."""
     tree = {
-        name: read(ROOT / f"configs/resources/{name}.yaml")["train"] for name in ("vila_128", "vila1.5-40b_128", "nvila_128")
+        name: read(ROOT / f"configs/resources/{name}.yaml")["train"]
+        for name in ("vila_128", "vila1.5-40b_128", "nvila_128")
     }
     stages = {
         name: {key: own.get("zero_stage", one["zero_stage"]) for key, own in one["stages"].items()}

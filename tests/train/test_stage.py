@@ -27,10 +27,10 @@ from vila_ops.train.stage import train_stage
 
 RUN = """
 import sys
-from vila_ops.train.job import Job
+from vila_ops.train.job import TrainJob
 from vila_ops.train.stage import train_stage
 from vila_ops.config import Model
-job, model = Job.model_validate_json(sys.argv[1]), Model.model_validate_json(sys.argv[2])
+job, model = TrainJob.model_validate_json(sys.argv[1]), Model.model_validate_json(sys.argv[2])
 train_stage(job.stage, model, job.data, job.init, job.resources)
 """
 
