@@ -59,9 +59,11 @@ test: setup lint types layers ## Everything that continuous integration asks for
 test-fast: setup ## The quick tests: no Ray, no servers, none that takes long
 	@$(PYTEST) -m "not real and not ray and not slow"
 
-lint: setup ## Style: ruff's rules and its formatting
+lint: setup ## Style and dependencies: ruff's rules, its formatting, every import declared
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/deptry vila_ops flows --optional-dependencies-dev-groups dev
+	@$(BIN)/deptry tests benchmarks docs --exclude '\.venv' --ignore DEP002
 
 types: setup ## mypy, strict
 	@$(BIN)/mypy
