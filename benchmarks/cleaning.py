@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from result import result
 
 from vila_ops.config.clean import MAX_IMAGE_BITS, NearDuplicates
-from vila_ops.data.cleaning.duplicates import duplicated
-from vila_ops.data.cleaning.similarity import MINIMA, SCHEMA, THUMBNAIL_BYTES
+from vila_ops.data.dedup.hashing import MINIMA, THUMBNAIL_BYTES
+from vila_ops.data.dedup.near_duplicates import near_duplicates
+from vila_ops.data.dedup.signatures import SCHEMA
 
 COUNT = 10**6
 COPIES = COUNT // 10
@@ -24,7 +25,7 @@ TARGET_SECONDS, TARGET_BYTES = 60.0, 2 * 10**9
 def main() -> None:
     hashes, signatures = _signatures()
     started = time.perf_counter()
-    drops = duplicated(signatures, NearDuplicates(image_bits=MAX_IMAGE_BITS, text_similarity=0.8))
+    drops = near_duplicates(signatures, NearDuplicates(image_bits=MAX_IMAGE_BITS, text_similarity=0.8))
     ours = time.perf_counter() - started
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     started = time.perf_counter()

@@ -18,8 +18,8 @@ from PIL import ImageDraw
 
 from vila_ops.config.clean import Clean
 from vila_ops.config.mixture import Contamination
-from vila_ops.data.cleaning.duplicates import contaminated, known_ngrams
-from vila_ops.data.cleaning.similarity import Wanted, signature, table
+from vila_ops.data.decontamination.contamination import contaminated, known_ngrams
+from vila_ops.data.dedup.signatures import SignatureRules, signature, table
 from vila_ops.data.records import Image, Part, Record, Turn
 
 COUNT = int(os.environ.get("VILA_LEAKS", "300"))
@@ -33,8 +33,8 @@ def record(*parts: Part) -> Record:
 
 
 def signed(records: list[Record], known: NDArray[np.uint64] | None) -> pa.Table:
-    wanted = Wanted(Clean(), contamination=GATE, known_ngrams=known)
-    return table(signature(one, wanted, number=number, file=0) for number, one in enumerate(records))
+    rules = SignatureRules(Clean(), contamination=GATE, known_ngrams=known)
+    return table(signature(one, rules, number=number, file=0) for number, one in enumerate(records))
 
 
 @lru_cache(maxsize=1000)

@@ -16,8 +16,8 @@ from vila_ops.artifacts.store import Address
 from vila_ops.cluster import whoami
 from vila_ops.config import Config, Mixture, Source, Split, TextFormat, fingerprint
 from vila_ops.data import sources
-from vila_ops.data.cleaning.clean import clean
 from vila_ops.data.containers import BadImage
+from vila_ops.data.filtering.record_rules import filter_record
 from vila_ops.data.images import square, suffix
 from vila_ops.data.preprocess.identity import SHARD_REVISION, fit_of, source_recipe, text_recipe
 from vila_ops.data.preprocess.units import Unit
@@ -149,7 +149,7 @@ class _Writer:
             elif isinstance(record, Dropped):
                 self._drop(record)
             else:
-                self._clean(record)
+                self._filter(record)
         rows = self.tar.close()
         write_index(rows, self.folder)
         write_dropped(self.dropped, self.task.unit.source, self.folder)
@@ -172,15 +172,15 @@ class _Writer:
             for number, part, record in numbered(self.source, folders, span):
                 yield record, drops.get((place, number, part))
 
-    def _clean(self, record: Record) -> None:
-        cleaned = clean(record, self.source.clean)
-        for image in cleaned.left_out:
+    def _filter(self, record: Record) -> None:
+        filtered = filter_record(record, self.source.clean)
+        for image in filtered.dropped_images:
             self.images_out[image.reason] += 1
             self.dropped.append(image)
-        if isinstance(cleaned.record, Dropped):
-            self._take_out(cleaned.record, cleaned.record.reason, cleaned.record.detail)
+        if isinstance(filtered.record, Dropped):
+            self._take_out(filtered.record, filtered.record.reason, filtered.record.detail)
         else:
-            self._add(cleaned.record)
+            self._add(filtered.record)
 
     def _add(self, record: Record) -> None:
         """Its samples; a record that fails in more than one of its renderings counts once, for the first reason."""

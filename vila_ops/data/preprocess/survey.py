@@ -20,8 +20,9 @@ from vila_ops.cluster import whoami
 from vila_ops.config import Config, Resources, Source
 from vila_ops.config.clean import TopShare
 from vila_ops.data import sources
-from vila_ops.data.cleaning.duplicates import decide, known_ngrams
-from vila_ops.data.cleaning.similarity import Signature, Wanted, signature, table
+from vila_ops.data.decontamination.contamination import known_ngrams
+from vila_ops.data.dedup.signatures import Signature, SignatureRules, signature, table
+from vila_ops.data.preprocess.decide import decide
 from vila_ops.data.preprocess.identity import SURVEY_REVISION, source_recipe
 from vila_ops.data.preprocess.parallel import each, files
 from vila_ops.data.preprocess.shard_writer import Drop, ShardJob, folders_of, numbered
@@ -69,7 +70,7 @@ def survey(job: ShardJob, units: list[Unit], resources: Resources) -> dict[int, 
         shares=_shares(shares, numbers),
         evaluation=evaluation,
         contamination=mixture.contamination,
-        near_duplicates=mixture.near_duplicates,
+        duplicates=mixture.near_duplicates,
     )
     found: dict[int, list[Drop]] = defaultdict(list)
     for look, drop in _placed(drops, places, against):
@@ -86,7 +87,7 @@ def survey_unit(look: Look) -> Survey:
     attempt = store.begin(at, store=look.job.store)
     known = None if look.ngrams is None else _load_ngrams(str(store.file(look.ngrams, NGRAMS)))
     mixture = look.job.mixture
-    wanted = Wanted(look.source.clean, mixture.near_duplicates, mixture.contamination, known)
+    rules = SignatureRules(look.source.clean, mixture.near_duplicates, mixture.contamination, known)
     found: list[Signature] = []
     places: list[dict[str, object]] = []
     folders = folders_of(look.source, cache=Path(look.job.cache))
@@ -95,7 +96,7 @@ def survey_unit(look: Look) -> Survey:
             if isinstance(record, Dropped):
                 continue  # pass 2 counts it
             places.append({"span": place, "number": number, "part": part, "id": record.id, "where": record.provenance})
-            found.append(signature(record, wanted, number=len(found), file=place))
+            found.append(signature(record, rules, number=len(found), file=place))
     pq.write_table(table(found), attempt / SIGNATURES, compression="zstd")
     pq.write_table(pa.Table.from_pylist(places, schema=PLACES_SCHEMA), attempt / PLACES, compression="zstd")
     ran = execution(launch=whoami()["launch"], seconds=time.monotonic() - started, ran=[whoami()])

@@ -7,20 +7,16 @@ from PIL import Image as Pillow
 from PIL import ImageDraw
 from scipy.fft import dctn  # type: ignore[import-untyped]
 
-from vila_ops.config.clean import MAX_IMAGE_BITS, Clean, NearDuplicates
-from vila_ops.config.mixture import Contamination
-from vila_ops.data.cleaning.similarity import (
+from vila_ops.config.clean import MAX_IMAGE_BITS
+from vila_ops.data.dedup.hashing import (
     MINIMA,
-    Wanted,
     image_signature,
     minhash,
     ngram_hashes,
     perceptual_hash,
-    signature,
     word_hashes,
 )
 from vila_ops.data.images import rgb
-from vila_ops.data.records import Image, Part, Record, Turn
 
 IMAGEHASH = {
     "accordion": 0xFB9C84E795239438,
@@ -32,11 +28,6 @@ IMAGEHASH = {
     "taxi": 0xE9819C6EC169A71E,
 }
 """imagehash 4.3.2: phash of the tiny images on white, hash_size 8, highfreq_factor 4."""
-GATE = Contamination.model_validate({"sources": {"unread": {"kind": "jsonl", "path": ".", "render": "caption"}}})
-
-
-def document(*parts: Part) -> Record:
-    return Record("d", "thing", (Turn("document", parts),), category="", licence="", provenance="")
 
 
 def encoded(image: Pillow.Image, kind: str = "PNG", **more: int) -> bytes:
@@ -114,34 +105,3 @@ def test_a_long_text_has_the_minima_of_its_pieces() -> None:
     shingles = np.random.default_rng(0).integers(0, 2**64, 5000, dtype=np.uint64)
     shuffled = np.random.default_rng(1).permutation(np.concatenate([shingles, shingles[:100]]))
     assert np.array_equal(minhash(shuffled), minhash(shingles))
-
-
-def test_a_signature_holds_what_the_rules_ask_for_and_nothing_else(tiny: Path) -> None:
-    image = Image((tiny / "pairs/cat.png").read_bytes())
-    words = [f"w{number}" for number in range(20)]
-    long, short = document(image, " ".join(words)), document(image, " ".join(words[:12]))
-    by_image = Wanted(Clean(), near_duplicates=NearDuplicates(image_bits=4))
-    by_text = Wanted(Clean(), near_duplicates=NearDuplicates(text_similarity=0.8))
-    made = signature(long, by_image, number=7, file=3)
-    assert (made.record, made.file, len(made.hashes), made.minima, made.ngrams) == (7, 3, 1, None, ())
-    made = signature(long, by_text, number=0, file=0)
-    assert (made.hashes, made.ngrams, len(made.minima or b"")) == ((), (), 2 * MINIMA)
-    assert signature(short, by_text, number=0, file=0).minima is None  # a caption recurs under other images
-    assert signature(document(" ".join(words[:2])), by_text, number=0, file=0).minima
-    evaluation = Wanted(Clean(), contamination=GATE)
-    assert len(signature(long, evaluation, number=0, file=0).ngrams) == 8
-    assert signature(short, evaluation, number=0, file=0).ngrams == ()  # known by its image alone
-    assert len(signature(document("short text"), evaluation, number=0, file=0).ngrams) == 1
-    known = np.sort(ngram_hashes(word_hashes(" ".join(words[:14])), size=13))
-    training = Wanted(Clean(), contamination=GATE, known_ngrams=known)
-    assert sorted(signature(long, training, number=0, file=0).ngrams) == known.tolist()
-
-
-def test_a_record_that_another_rule_drops_is_ranked_and_otherwise_not_there() -> None:
-    rules = Clean.model_validate({"min_words": 2, "top_share": {"columns": ["clip"], "share": 0.5}})
-    few = Record("d", "x", (Turn("document", ("word",)),), category="", licence="", provenance="", scores={"clip": 0.5})
-    wanted = Wanted(rules, NearDuplicates(text_similarity=0.8), GATE)
-    made = signature(few, wanted, number=0, file=0)
-    assert (made.rank, made.is_clean, made.minima, made.ngrams) == (0.5, False, None, ())
-    damaged = signature(document(Image(b"no image"), "two words"), Wanted(Clean(), None, GATE), number=0, file=0)
-    assert not damaged.is_clean

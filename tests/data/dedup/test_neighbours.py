@@ -3,7 +3,7 @@ import pytest
 from numpy.typing import NDArray
 
 from vila_ops.config.clean import MAX_IMAGE_BITS
-from vila_ops.data.cleaning.neighbours import THUMBNAIL_TOLERANCE, ImageSignatures, first_copies, first_similar
+from vila_ops.data.dedup.neighbours import THUMBNAIL_TOLERANCE, ImageSignatures, first_copies, first_similar
 
 
 def hashes(count: int, *, seed: int) -> NDArray[np.uint64]:

@@ -1,4 +1,4 @@
-"""The rules that look at one record alone: what is left of it, or why it goes. Images are judged by their headers."""
+"""Rules on one record: the record as they leave it, or the reason to drop it. Of images only headers are read."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -8,62 +8,62 @@ from vila_ops.config.clean import Bounds, Clean
 from vila_ops.data.containers import BadImage, strip
 from vila_ops.data.records import Dropped, Image, Record, Turn
 
-Fault = tuple[str, str]
-"""The fixed word that drops are counted by, and the value, the rule and the way out."""
+Violation = tuple[str, str]
+"""The reason that drops are counted by, and a detail: the value, the rule and the way out."""
 
 
 @dataclass(frozen=True)
-class Cleaned:
+class FilteredRecord:
     """A record after its source's rules."""
 
     record: Record | Dropped
-    left_out: tuple[Dropped, ...] = ()
-    """Images taken out of a document that stays; counted apart from records."""
+    dropped_images: tuple[Dropped, ...] = ()
+    """Images removed from a document that stays; counted apart from records."""
 
 
-def clean(record: Record, rules: Clean) -> Cleaned:
+def filter_record(record: Record, rules: Clean) -> FilteredRecord:
     """The record as the rules leave it.
 
-    An image that breaks a rule is left out of a document (all turns `document`) that keeps another image. Everywhere
-    else the text speaks of its images, so it costs the record. Reasons: few_words, many_words, small_image,
+    An image that breaks a rule is removed from a document (all turns `document`) that keeps another image. In other
+    records the text refers to its images, so the record is dropped. Reasons: few_words, many_words, small_image,
     narrow_image, and of scores low_COLUMN, high_COLUMN, missing_COLUMN, low_sum.
     """
-    for reason, detail in _record_faults(record, rules):
-        return Cleaned(Dropped(record.id, reason, where=record.provenance, detail=detail))
+    for reason, detail in _record_violations(record, rules):
+        return FilteredRecord(Dropped(record.id, reason, where=record.provenance, detail=detail))
     images = [part for turn in record.turns for part in turn.parts if isinstance(part, Image)]
-    faults = [next(_image_faults(image, record, rules), None) for image in images]
-    left_out = [
-        Dropped(record.id, fault[0], where=record.provenance, detail=f"image {number}: {fault[1]}")
-        for number, fault in enumerate(faults, start=1)
-        if fault
+    violations = [next(_image_violations(image, record, rules), None) for image in images]
+    dropped_images = [
+        Dropped(record.id, violation[0], where=record.provenance, detail=f"image {number}: {violation[1]}")
+        for number, violation in enumerate(violations, start=1)
+        if violation
     ]
-    if not left_out:
-        return Cleaned(record)
+    if not dropped_images:
+        return FilteredRecord(record)
     is_document = all(turn.role == "document" for turn in record.turns)
-    if not is_document or len(left_out) == len(images):
-        return Cleaned(left_out[0])
-    verdicts = iter(faults)
+    if not is_document or len(dropped_images) == len(images):
+        return FilteredRecord(dropped_images[0])
+    broken = iter(violations)
     turns = tuple(
-        Turn(turn.role, tuple(part for part in turn.parts if not (isinstance(part, Image) and next(verdicts))))
+        Turn(turn.role, tuple(part for part in turn.parts if not (isinstance(part, Image) and next(broken))))
         for turn in record.turns
     )
-    return Cleaned(replace(record, turns=tuple(turn for turn in turns if turn.parts)), tuple(left_out))
+    return FilteredRecord(replace(record, turns=tuple(turn for turn in turns if turn.parts)), tuple(dropped_images))
 
 
 def score_sum(record: Record, columns: tuple[str, ...]) -> float | None:
-    """What `top_share` ranks by; None where the record lacks a column or has no finite value in it."""
+    """The sum that `top_share` ranks by; None if the record lacks a column or has no finite value in it."""
     values = [record.scores.get(column) for column in columns]
-    found = [value for value in values if value is not None and isfinite(value)]
-    return sum(found) if len(found) == len(values) else None
+    finite = [value for value in values if value is not None and isfinite(value)]
+    return sum(finite) if len(finite) == len(values) else None
 
 
-def _record_faults(record: Record, rules: Clean) -> Iterator[Fault]:
+def _record_violations(record: Record, rules: Clean) -> Iterator[Violation]:
     for column, bounds in rules.scores.items():
         if not _is_of_images(column, record):
-            yield from _score_faults(record.scores, column, bounds)
+            yield from _score_violations(record.scores, column, bounds)
     if rules.top_share:
         for column in rules.top_share.columns:
-            yield from _score_faults(record.scores, column, None)
+            yield from _score_violations(record.scores, column, None)
         total, above = score_sum(record, rules.top_share.columns), rules.top_share.above
         if total is not None and above is not None and total <= above:
             yield "low_sum", f"{' + '.join(rules.top_share.columns)} is {total:.4g}, not above {above}"
@@ -74,16 +74,16 @@ def _record_faults(record: Record, rules: Clean) -> Iterator[Fault]:
         yield "many_words", f"{words} words, more than max_words {rules.max_words}"
 
 
-def _image_faults(image: Image, record: Record, rules: Clean) -> Iterator[Fault]:
+def _image_violations(image: Image, record: Record, rules: Clean) -> Iterator[Violation]:
     for column, bounds in rules.scores.items():
         if _is_of_images(column, record):
-            yield from _score_faults(image.scores, column, bounds)
+            yield from _score_violations(image.scores, column, bounds)
     if rules.min_side is None and rules.max_aspect is None:
         return
     try:
         stripped = strip(image.data)
     except BadImage:
-        return  # no matter of taste: whoever decodes it counts it as bad
+        return  # decoding it when the shard is written drops it as bad
     width, height = stripped.width, stripped.height
     if rules.min_side is not None and min(width, height) < rules.min_side:
         yield "small_image", f"{width} x {height} pixels, its shorter side below min_side {rules.min_side}"
@@ -96,8 +96,8 @@ def _is_of_images(column: str, record: Record) -> bool:
     return column not in record.scores and any(isinstance(part, Image) and column in part.scores for part in parts)
 
 
-def _score_faults(scores: Mapping[str, float], column: str, bounds: Bounds | None) -> Iterator[Fault]:
-    """Without bounds, any finite value will do."""
+def _score_violations(scores: Mapping[str, float], column: str, bounds: Bounds | None) -> Iterator[Violation]:
+    """Whether a score is missing or out of bounds; without bounds, any finite value passes."""
     value = scores.get(column)
     if value is None or not isfinite(value):
         yield f"missing_{column}", f"{column} is {value}; take the rule out if the source does not have it"

@@ -1,4 +1,4 @@
-"""For each image or text an earlier one that nearly equals it, among millions: sorted keys, never all pairs."""
+"""For each image or text, an earlier one that nearly equals it, by sorted keys: not all pairs are compared."""
 
 # P images, T texts, K minima
 
@@ -9,23 +9,24 @@ from itertools import combinations, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from vila_ops.data.cleaning.similarity import MINIMA, mix
+from vila_ops.data.dedup.hashing import MINIMA, mix
 
 THUMBNAIL_TOLERANCE = 12
-"""Levels of 255 by which no channel of two 4 x 4 thumbnails may differ. Of copies made smaller or larger and encoded
-anew 99.5 % are within it, and of different images with like hashes (one shape in two colours) one pair in ten."""
+"""Levels of 255 by which no channel of two 4 x 4 thumbnails may differ. Of resized and re-encoded copies 99.5 % are
+within it, and of different images with like hashes (one shape in two colours) one pair in ten."""
 _SURE = 0.999
 """Share of the pairs at the threshold that must become candidates."""
 _KEY_BITS = 20
-"""Of a hash, that must be equal before two are compared: a million hashes then meet by chance about once each."""
+"""Bits of two hashes that must be equal before they are compared: each of a million random hashes then meets about
+one other by chance."""
 _MOST = 256
-"""Comparisons of one item under one key. Copies are found at the first or second; where so many things share a key and
-are not the same (pages of one template), the rest of them cost time without end."""
+"""Comparisons of one item under one key. A copy is met at the first or second. If so many items share a key and differ
+(pages of one template), comparing all of them would take quadratic time."""
 _BLOCK = 1 << 18
 """Pairs compared at a time, so that memory stays bounded."""
 
 Same = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.bool_]]
-"""Whether the two of each pair of places are the same."""
+"""(pairs,), (pairs,) -> (pairs,): whether the two items of each pair are the same."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class ImageSignatures:
 
 @dataclass(frozen=True)
 class _Runs:
-    """For each item the places in `order` of what has the same key: [first, stop)."""
+    """For each item the range [first, stop) of `order` that holds the items with the same key."""
 
     items: NDArray[np.int64]
     first: NDArray[np.int64]
@@ -48,9 +49,9 @@ class _Runs:
 
 
 def first_copies(images: ImageSignatures, *, among: ImageSignatures | None, bits: int) -> NDArray[np.int64]:
-    """For each image (P,) the place of a copy among others, -1 where there is none.
+    """For each image (P,) the index of a copy in `among`, -1 if it has none.
 
-    `among` None: among the images of earlier records.
+    If `among` is None, copies are looked for in the images of earlier records.
     """
     known = among or images
 
@@ -75,10 +76,10 @@ def first_copies(images: ImageSignatures, *, among: ImageSignatures | None, bits
 
 
 def first_similar(minima: NDArray[np.uint16], *, similarity: float) -> NDArray[np.int64]:
-    """For each text (T, K) the place of an earlier one that is at least so similar, -1 where there is none: (T,).
+    """For each text (T, K) the index of an earlier one that is at least so similar, -1 if it has none: (T,).
 
-    Texts that agree in all minima of some band are compared (locality-sensitive hashing); bands are as long as
-    may be without losing a pair at the threshold.
+    Texts that agree in all minima of some band are compared (locality-sensitive hashing). Bands are as long as
+    possible while a pair at the threshold still becomes a candidate with probability _SURE.
     """
     enough = similarity * MINIMA
 
@@ -97,27 +98,27 @@ def first_similar(minima: NDArray[np.uint16], *, similarity: float) -> NDArray[n
 
 
 def _first_same(tables: Iterator[_Runs], same: Same, *, count: int) -> NDArray[np.int64]:
-    """Compare every item with the others of its run, first to last, until one is the same: (count,) places or -1.
+    """Compare every item with the others of its run, first to last, until one is the same: (count,) indices or -1.
 
-    A cluster of copies costs one comparison each, with its first; memory is that of one table of runs.
+    Each copy in a cluster takes one comparison, with the cluster's first; memory is that of one table of runs.
     """
-    found = np.full(count, -1, np.int64)
+    matches = np.full(count, -1, np.int64)
     for runs in tables:
         step = 0
-        waiting = np.flatnonzero((found[runs.items] < 0) & (runs.first < runs.stop))
+        waiting = np.flatnonzero((matches[runs.items] < 0) & (runs.first < runs.stop))
         while len(waiting) and step < _MOST:
             for start in range(0, len(waiting), _BLOCK):
                 part = waiting[start : start + _BLOCK]
                 items, others = runs.items[part], runs.order[runs.first[part] + step]
                 is_same = same(items, others)
-                found[items[is_same]] = others[is_same]
+                matches[items[is_same]] = others[is_same]
             step += 1
-            waiting = waiting[(found[runs.items[waiting]] < 0) & (runs.first[waiting] + step < runs.stop[waiting])]
-    return found
+            waiting = waiting[(matches[runs.items[waiting]] < 0) & (runs.first[waiting] + step < runs.stop[waiting])]
+    return matches
 
 
 def _runs_among(keys: NDArray[np.uint64]) -> _Runs:
-    """Each item with the earlier ones of its key."""
+    """Each item with the earlier items of its key."""
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     places = np.arange(len(keys))
@@ -127,16 +128,16 @@ def _runs_among(keys: NDArray[np.uint64]) -> _Runs:
 
 
 def _runs_between(keys: NDArray[np.uint64], known: NDArray[np.uint64]) -> _Runs:
-    """Each item with the known ones of its key."""
+    """Each item with the known items of its key."""
     order = np.argsort(known, kind="stable")
     first, stop = (np.searchsorted(known[order], keys, side) for side in ("left", "right"))
     return _Runs(items=np.arange(len(keys)), first=first, stop=stop, order=order)
 
 
 def _masks(bits: int) -> list[np.uint64]:
-    """Masks of which one at least hides all differences of two hashes that differ in at most `bits` bits.
+    """Masks, at least one of which hides all differences of two hashes that differ in at most `bits` bits.
 
-    Of m blocks of the 64 bits, m - bits are then equal (pigeonhole): a mask for each choice of those.
+    If the 64 bits are cut into m blocks, m - bits of them are equal (pigeonhole): one mask for each choice of those.
     """
     blocks = next(m for m in range(bits + 1, 65) if 64 * (m - bits) >= _KEY_BITS * m)
     edges = [64 * number // blocks for number in range(blocks + 1)]

@@ -1,1 +1,0 @@
-"""What is taken out: rules on one record, and decisions over all of them."""

@@ -1,0 +1,1 @@
+"""Decontamination: training records that overlap with evaluation sets. Builds on dedup."""

@@ -1,0 +1,1 @@
+"""Deduplication: signatures of records, and near duplicates among them. Builds on filtering."""

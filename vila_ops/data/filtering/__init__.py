@@ -1,0 +1,1 @@
+"""Filtering: rules on one record, and the best share of a raw file."""
