@@ -1,4 +1,4 @@
-"""Deploying inline reconciles: what serves the right thing stays, what differs is replaced, strangers are named."""
+"""Deploy inline keeps a process that serves the spec, replaces one that differs, and names who holds the port."""
 
 import os
 import signal
@@ -26,14 +26,14 @@ Versions = tuple[ModelVersion, ModelVersion]
 
 @pytest.fixture
 def resources(tmp_path: Path) -> Iterator[Resources]:
-    """A store of this test; what was deployed into it ends with it."""
+    """A store of this test; the service ends with the test."""
     resources = Resources(launch="inline").with_changes({"storage.store": str(tmp_path / "store"), "serve.port": 0})
     yield resources
     undeploy(SERVICE, resources)
 
 
 def ended(pid: int) -> bool:
-    """Gone, or a zombie, which only this process can reap."""
+    """Whether the process has ended; a zombie, which only this process can reap, has."""
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
@@ -42,7 +42,7 @@ def pid_of(url: str) -> int:
     return int(httpx.get(f"{url}/health").json()["replica"]["pid"])
 
 
-def test_a_server_outlives_its_deployer_is_adopted_replaced_and_started_anew(
+def test_a_server_outlives_its_deployer_is_adopted_replaced_and_started_again(
     resources: Resources, versions: Versions, deploy_elsewhere: Callable[..., str]
 ) -> None:
     url = deploy_elsewhere(SERVICE, versions[0], resources)
@@ -75,11 +75,9 @@ def test_a_server_outlives_its_deployer_is_adopted_replaced_and_started_anew(
     assert ended(health["replica"]["pid"])
 
 
-def test_a_port_that_somebody_else_holds_is_an_error_that_names_the_process(
-    resources: Resources, versions: Versions
-) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as stranger:
-        port = stranger.getsockname()[1]
+def test_a_port_that_another_process_holds_is_an_error_that_names_it(resources: Resources, versions: Versions) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
         taken = resources.with_changes({"serve.port": port})
         with pytest.raises(ValueError, match=f"port {port} of 127.0.0.1 .* process {os.getpid()} listens there"):
             deploy(SERVICE, versions[0], taken)
@@ -99,7 +97,7 @@ def test_damaged_weights_are_refused_before_anything_is_touched(
     assert not list(Path(resources.storage.store).rglob("*.json"))
 
 
-def test_a_server_that_dies_while_it_starts_tells_its_log(
+def test_the_log_of_a_server_that_dies_at_its_start_is_in_the_error(
     resources: Resources, versions: Versions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     python = tmp_path / "python"

@@ -22,7 +22,7 @@ from vila_ops.artifacts.kinds import ModelVersion
 from vila_ops.cluster import connect
 from vila_ops.config import Resources, Service
 from vila_ops.config.resources import ServeResources
-from vila_ops.serve.backends import ray_serve as replicas
+from vila_ops.serve.backends.ray_serve import RayServe
 from vila_ops.serve.deploy import deploy, undeploy
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -75,9 +75,9 @@ def ask(url: str) -> openai.types.chat.ChatCompletion:
 
 
 def replica(url: str) -> dict[str, Any]:
-    """What the replica says of itself."""
-    said: dict[str, Any] = httpx.get(f"{url}/health").json()
-    return {**said["replica"], "model": said["model"]}
+    """What /health says about the replica."""
+    health: dict[str, Any] = httpx.get(f"{url}/health").json()
+    return {**health["replica"], "model": health["model"]}
 
 
 def test_deploy_again_and_another_version_under_load(
@@ -134,4 +134,4 @@ def test_deploy_again_and_another_version_under_load(
     undeploy(SERVICE, resources)
     undeploy(SERVICE, resources)
     connect(resources)
-    assert not replicas.running(SERVICE.name)
+    assert not RayServe(SERVICE.name, resources).running()

@@ -1,4 +1,4 @@
-"""A server process that outlives the one that started it, recorded by pid and start time in the scratch folder."""
+"""Launch inline: a server process on this machine, recorded by pid and start time in the scratch folder."""
 
 import fcntl
 import json
@@ -7,16 +7,18 @@ import re
 import secrets
 import socket
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 import vila_ops
-from vila_ops.config import Config
+from vila_ops.config import Config, Resources
 from vila_ops.processes import ProcessId, spawn, stop
+from vila_ops.serve.backends.backend import START_SECONDS
 from vila_ops.serve.spec import Spec
 
 STOP_SECONDS = 10.0
@@ -25,7 +27,7 @@ TAIL_BYTES = 4000
 
 
 class ServiceRecord(Config):
-    """What runs for a service."""
+    """The server process of a service."""
 
     pid: int
     started: float
@@ -43,7 +45,7 @@ class ServiceRecord(Config):
         return ProcessId(self.pid, self.started)
 
     def alive(self) -> bool:
-        """Whether that very process still runs."""
+        """Whether this process still runs; another process with its pid does not count."""
         return self.process().alive()
 
 
@@ -59,19 +61,18 @@ class ProcessManager:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """One deploy or undeploy of the service at a time on this machine."""
+        """Hold the lock of the service on this machine: one deploy or undeploy at a time."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.lock_path.open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     def read(self) -> ServiceRecord | None:
-        """The record of a process that still runs."""
+        """The record of the process that was started last, which may have ended."""
         try:
-            record = ServiceRecord.model_validate_json(self.record_path.read_text())
+            return ServiceRecord.model_validate_json(self.record_path.read_text())
         except FileNotFoundError:
             return None
-        return record if record.alive() else None
 
     def write(self, record: ServiceRecord) -> None:
         """Replace the record."""
@@ -80,11 +81,11 @@ class ProcessManager:
         draft.replace(self.record_path)
 
     def start(self, spec: Spec, *, host: str, port: int) -> ServiceRecord:
-        """A detached `python -m vila_ops.serve.inline`, recorded before it is ready."""
+        """Start a detached server process and record it before it is ready."""
         package = str(Path(vila_ops.__file__).parents[1])
         paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
         process = spawn(
-            [sys.executable, "-m", "vila_ops.serve.inline", spec.model_dump_json(), host, str(port)],
+            [sys.executable, "-m", "vila_ops.serve.backends.local_server", spec.model_dump_json(), host, str(port)],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             log=self.log_path,
         )
@@ -104,15 +105,65 @@ class ProcessManager:
             return file.read().decode(errors="replace")
 
 
+class LocalProcess:
+    """Implements `ServiceBackend` by one process on this machine."""
+
+    def __init__(self, name: str, resources: Resources) -> None:
+        self.manager, self.resources = ProcessManager(resources.storage.scratch(), name), resources.serve
+
+    def locked(self) -> AbstractContextManager[None]:
+        """As in `ServiceBackend`; other processes wait."""
+        return self.manager.locked()
+
+    def url(self) -> str | None:
+        """As in `ServiceBackend`."""
+        record = self._alive()
+        return None if record is None else record.url()
+
+    def apply(self, spec: Spec) -> str:
+        """As in `ServiceBackend`. A process of another spec ends first; so does one that never became ready."""
+        if record := self._alive():
+            may_load = time.time() - record.started < START_SECONDS
+            if record.identity == spec.identity() and may_load:
+                return record.url()
+            self.manager.stop(record)
+        port = free_port(self.resources.host, self.resources.port)
+        return self.manager.start(spec, host=self.resources.host, port=port).url()
+
+    def running(self) -> bool:
+        """As in `ServiceBackend`: a process that listens has loaded its weights."""
+        return True
+
+    def failure(self) -> str | None:
+        """As in `ServiceBackend`."""
+        record = self.manager.read()
+        if record is None:
+            return "no process was started"
+        return None if record.alive() else f"process {record.pid} ended"
+
+    def state(self) -> str:
+        """The end of the log."""
+        return self.manager.tail()
+
+    def remove(self) -> None:
+        """As in `ServiceBackend`."""
+        if record := self._alive():
+            self.manager.stop(record)
+
+    def _alive(self) -> ServiceRecord | None:
+        record = self.manager.read()
+        return record if record is not None and record.alive() else None
+
+
 def free_port(host: str, port: int) -> int:
-    """The port itself if nobody holds it (0: any free one); raises ValueError that names the holder."""
+    """The port itself if no process holds it (0: any free one). Raises ValueError that names the holder."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             text = f"port {port} of {host} cannot be used ({error.strerror}){_holder(port)}"
-            raise ValueError(f"{text}; end what holds it, or choose another serve_port") from error
+            raise ValueError(f"{text}; end what holds it, or choose another serve.port") from error
         return int(probe.getsockname()[1])
 
 

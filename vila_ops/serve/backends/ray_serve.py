@@ -1,7 +1,7 @@
-"""The endpoint as a Ray Serve application on a running cluster; its controller and replicas outlive this process."""
+"""Launch ray: a Ray Serve application on a running cluster; its controller and replicas outlive this process."""
 
 import time
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import httpx
@@ -10,16 +10,16 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.schema import ApplicationStatus, ProxyStatus
 
+from vila_ops.cluster import connect
+from vila_ops.config import Resources
 from vila_ops.serve.spec import Spec
 
 ONGOING_PER_BATCH = 4
-"""Requests that a replica may hold, in batches: one is decoded while the next ones are read."""
-
-
+"""Requests that a replica may hold, in batches: one batch is decoded while the next ones are read."""
 PROXY_SECONDS = 120.0
-"""How long Serve's HTTP proxy may take to come up."""
-PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30"}
-"""Of the controller with its proxy: after three checks of 5 s it kills one that still imports, on a busy machine."""
+"""How long Serve's HTTP proxy may take to start."""
+CONTROLLER_ENV = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30"}
+"""Serve's controller kills a proxy after three checks of 5 s by default; on a busy machine it may still import then."""
 
 
 class Replica:
@@ -40,56 +40,80 @@ class Replica:
         return self.loaded
 
 
-def apply(spec: Spec, *, host: str, port: int) -> None:
-    """Ask for the application; Serve starts new replicas before it stops old ones, and drains those."""
-    _start_proxy(host, port)
-    service, capacity = spec.service, spec.capacity
-    deployed = serve.deployment(
-        name=service.name,
-        num_replicas=capacity.replicas,
-        ray_actor_options={"num_cpus": capacity.cpus_per_replica},
-        max_ongoing_requests=ONGOING_PER_BATCH * capacity.max_batch,
-        max_surge_percent=100,  # with Ray's default of 0 an update takes capacity away before it adds any
-        rolling_update_percentage=1.0,
-        graceful_shutdown_timeout_s=service.request_timeout_seconds,
-        graceful_shutdown_wait_loop_s=0.5,
-        max_constructor_retry_count=2,
-    )(serve.ingress()(Replica))
-    target = serve.RunTarget(deployed.bind(spec.model_dump_json()), name=service.name, route_prefix="/")
-    serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+class RayServe:
+    """Implements `ServiceBackend` by one application of Ray Serve, named after the service."""
 
+    def __init__(self, name: str, resources: Resources) -> None:
+        self.name, self.resources = name, resources
 
-def running(name: str) -> bool:
-    """Whether the application is in the state that was last asked for."""
-    application = serve.status().applications.get(name)
-    return application is not None and application.status == ApplicationStatus.RUNNING
+    def locked(self) -> AbstractContextManager[None]:
+        """As in `ServiceBackend`: Serve's controller orders changes itself."""
+        return nullcontext()
 
+    def url(self) -> str:
+        """The address of Serve's proxy, which is fixed. Raises ValueError for port 0."""
+        if not self.resources.serve.port:
+            raise ValueError(
+                f"launch {self.resources.launch} needs a fixed serve.port: Ray Serve keeps its port for as long as it "
+                f"runs"
+            )
+        return f"http://{self.resources.serve.host}:{self.resources.serve.port}"
 
-def failure(name: str) -> str | None:
-    """What went wrong with an application that will not come up; None while it still may."""
-    application = serve.status().applications.get(name)
-    if application is None or application.status not in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
-        return None
-    return str(application.status.value)
+    def apply(self, spec: Spec) -> str:
+        """As in `ServiceBackend`; Serve starts new replicas before it stops old ones, which finish their requests."""
+        url = self.url()
+        connect(self.resources)
+        _start_proxy(self.resources.serve.host, self.resources.serve.port)
+        capacity, timeout_seconds = spec.capacity, spec.service.request_timeout_seconds
+        deployment = serve.deployment(
+            name=self.name,
+            num_replicas=capacity.replicas,
+            ray_actor_options={"num_cpus": capacity.cpus_per_replica},
+            max_ongoing_requests=ONGOING_PER_BATCH * capacity.max_batch,
+            max_surge_percent=100,  # with Ray's default of 0 an update removes capacity before it adds any
+            rolling_update_percentage=1.0,
+            graceful_shutdown_timeout_s=timeout_seconds,
+            graceful_shutdown_wait_loop_s=0.5,
+            max_constructor_retry_count=2,
+        )(serve.ingress()(Replica))
+        target = serve.RunTarget(deployment.bind(spec.model_dump_json()), name=self.name, route_prefix="/")
+        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+        return url
 
+    def running(self) -> bool:
+        """Whether the application has reached the state that was last applied."""
+        application = self._application()
+        return application is not None and application.status == ApplicationStatus.RUNNING
 
-def describe(name: str) -> str:
-    """The state of an application, in Serve's words."""
-    application = serve.status().applications.get(name)
-    if application is None:
-        return f"no application {name!r}"
-    states = [f"{key}: {state.status.value} {state.message}" for key, state in application.deployments.items()]
-    return "\n".join([f"{application.status.value} {application.message}", *states])
+    def failure(self) -> str | None:
+        """Serve's status of an application that failed; None for any other."""
+        application = self._application()
+        failed = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
+        if application is None or application.status not in failed:
+            return None
+        return str(application.status.value)
 
+    def state(self) -> str:
+        """Status and message of the application and of its deployments, in Serve's words."""
+        application = self._application()
+        if application is None:
+            return f"no application {self.name!r}"
+        states = [f"{key}: {state.status.value} {state.message}" for key, state in application.deployments.items()]
+        return "\n".join([f"{application.status.value} {application.message}", *states])
 
-def remove(name: str) -> None:
-    """End the application; Serve itself stays."""
-    if name in serve.status().applications:
-        serve.delete(name)
+    def remove(self) -> None:
+        """End the application; Serve itself stays."""
+        connect(self.resources)
+        if self._application() is not None:
+            serve.delete(self.name)
+
+    def _application(self) -> Any:
+        return serve.status().applications.get(self.name)
 
 
 def _start_proxy(host: str, port: int) -> None:
-    options = {"runtime_env": {"env_vars": PATIENCE}}
+    """Start Serve with its HTTP proxy. Raises ValueError where Serve already runs with another address."""
+    options = {"runtime_env": {"env_vars": CONTROLLER_ENV}}
     with suppress(TimeoutError, RayActorError):  # the controller starts another proxy where one did not come up
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, controller_options=options)
     deadline = time.monotonic() + PROXY_SECONDS

@@ -1,4 +1,4 @@
-"""The served process of launch inline: `python -m vila_ops.serve.inline SPEC_JSON HOST PORT`."""
+"""The server that `local_process` starts: `python -m vila_ops.serve.backends.local_server SPEC_JSON HOST PORT`."""
 
 import logging
 import sys
@@ -13,8 +13,7 @@ def main() -> None:
     """Load the weights, then listen: a port that answers is ready."""
     text, host, port = sys.argv[1:]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    spec = Spec.model_validate_json(text)
-    app = load_app(spec, replica={})
+    app = load_app(Spec.model_validate_json(text), replica={})
     uvicorn.run(app, host=host, port=int(port), access_log=False, server_header=False, timeout_graceful_shutdown=5)
 
 
