@@ -109,7 +109,7 @@ def test_declared_lengths_keep_their_means(make_mixture: Any) -> None:
     assert epoch.tokens.mean() == pytest.approx(100 + 1.25 * 16, rel=0.01)
     assert epoch.images.mean() == pytest.approx(1.25, rel=0.01)
     assert epoch.targets.mean() == pytest.approx(50, rel=0.02)
-    with pytest.raises(ValueError, match=r"say nothing of sources \['documents'\]"):
+    with pytest.raises(ValueError, match=r"do not have sources \['documents'\]"):
         declared(
             Lengths.model_validate({"sources": {"pairs": [group]}}),
             make_mixture("documents"),

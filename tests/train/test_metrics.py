@@ -240,7 +240,7 @@ def count_all(metrics_logger: MetricsLogger, num_steps: int) -> None:
 
 
 def test_a_log_gets_few_lines(bench: Any, stage: Stage, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    job = job_of(bench, stage, tmp_path, accelerator=CARD)
+    job = job_of(bench, stage, tmp_path, **{"train.accelerator": CARD})
     caplog.set_level(logging.INFO)
     count_all(MetricsLogger(job, MetricLog(job.resources, None), step=0, num_steps=39), 39)
     lines = [record.message for record in caplog.records if record.name == "vila_ops.train.metrics"]

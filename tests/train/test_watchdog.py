@@ -140,7 +140,7 @@ def test_hung_ranks_end_with_their_stacks_and_the_next_try_walks_the_same_curve(
 
 
 def test_a_hung_process_ends_where_its_stacks_cannot_be_written(run: Run) -> None:
-    job = job_of(run, "full", watchdog={"factor": 1.0, "at_least_seconds": 0.5})
+    job = job_of(run, "full", **{"train.watchdog": {"factor": 1.0, "at_least_seconds": 0.5}})
     (job.diagnostics() / "rank-000.stacks").mkdir(parents=True)
     script = (
         "import sys, time; from vila_ops.train import watchdog as w\n"
@@ -159,7 +159,7 @@ def test_a_hung_process_ends_where_its_stacks_cannot_be_written(run: Run) -> Non
 
 def test_a_process_that_was_stopped_and_a_phase_without_bound_are_not_ended(run: Run) -> None:
     """Only a process of its own can be stopped; the load lasts longer than the bound, and so does the stop."""
-    job = job_of(run, "alone", watchdog={"factor": 1.0, "at_least_seconds": 3.0})
+    job = job_of(run, "alone", **{"train.watchdog": {"factor": 1.0, "at_least_seconds": 3.0}})
     script = (
         "import sys, time; from vila_ops.train import watchdog as w\n"
         "from vila_ops.train.job import TrainJob, RankInfo\n"

@@ -1,1 +1,1 @@
-"""What a run will take, before a GPU is used: tokens, FLOPs, memory, hours, storage, money."""
+"""Estimates for a run before it uses a GPU: tokens, FLOPs, memory, hours, storage, cost."""

@@ -1,23 +1,24 @@
-"""FLOPs of training: the stated rule that MFU, hours and money go by.
+"""FLOPs of training: the rule that MFU, hours and cost are computed from.
 
-A multiply-add is two FLOPs, and matrix products alone count: norms, softmax, rotary positions, the optimizer and the
-look-up of embeddings do not. Only what the mathematics needs counts, not how a kernel goes about it:
+A multiply-add is two FLOPs. Only matrix products count: norms, softmax, rotary positions, the optimizer and embedding
+look-ups do not. The rule counts the mathematics, not the work of a kernel:
 
-- forward once; backward once for the gradient of a product's input, wherever a gradient has to pass it, and once for
-  that of its weight, where that trains. A frozen language model in align costs two thirds of one that trains: it passes
-  the gradient on to the projector. Nothing is passed below the lowest weight that trains.
-- attention over the pairs that a query sees: T (T + 1) / 2 of a segment of T tokens, none across segments; all pairs in
-  a tower. Its backward pass is twice its forward pass.
-- the head at the positions that have a label, and nowhere else.
-- a frozen tower forward only, and not at all where its features are cached; of its layers those up to the state that
-  the projector reads (transformers runs the rest as well, for nothing).
-- padding is no token. Recomputation by gradient checkpointing is no FLOP of the model (MFU), but one of the machine
-  (HFU, hours): see `Flops`.
+- A product counts once in the forward pass. In the backward pass it counts once for the gradient of its input, if a
+  gradient has to pass it, and once for the gradient of its weight, if that trains. A frozen language model in align
+  costs two thirds of one that trains, as it passes the gradient to the projector. No gradient passes below the lowest
+  weight that trains.
+- Attention counts the pairs of a query and a key that it sees: T (T + 1) / 2 for a segment of T tokens, none across
+  segments, and all pairs in a tower. Its backward pass is twice its forward pass.
+- The head counts only at positions with a label.
+- A frozen tower counts forward only, and not at all if its features are cached. Only its layers up to the state that
+  the projector reads count (transformers runs the others too, without effect).
+- Padding does not count. Recomputation by gradient checkpointing counts as FLOPs of the machine (HFU, hours), and not
+  as FLOPs of the model (MFU): see `Flops`.
 
-The usual rule, 6 N FLOPs a token for N parameters (Kaplan et al. 2020, arXiv:2001.08361), counts the embedding as a
-product, the head at every position and weight gradients of everything, and no attention; PaLM's (Chowdhery et al. 2022,
-arXiv:2204.02311, appendix B), 6 N + 12 L H Q T, adds attention over T keys for every query, twice what a causal mask
-leaves. Neither knows a frozen part, a tower or a packed row.
+The usual rule, 6 N FLOPs per token for N parameters (Kaplan et al. 2020, arXiv:2001.08361), counts the embedding as a
+product, the head at every position and all weight gradients, and no attention. PaLM's rule (Chowdhery et al. 2022,
+arXiv:2204.02311, appendix B), 6 N + 12 L H Q T, adds attention over T keys for every query, twice as much as a causal
+mask leaves. Neither rule knows frozen parts, towers or packed rows.
 """
 
 from collections.abc import Sequence
@@ -30,34 +31,34 @@ from vila_ops.plan.shapes import Shapes, numbers, widths
 
 @dataclass(frozen=True)
 class Load:
-    """What of one or more rows costs FLOPs."""
+    """The quantities of one or more rows that FLOPs depend on."""
 
     tokens: float
-    """Image tokens included, padding not."""
+    """Number of tokens, with image tokens and without padding."""
     pairs: float
-    """Of a query and a key that it sees: sum of T (T + 1) / 2 over the segments."""
+    """Pairs of a query and a key that it sees: the sum of T (T + 1) / 2 over segments of T tokens."""
     images: float
     targets: float
-    """Positions with a label."""
+    """Number of positions with a label."""
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Of forward and backward passes."""
+    """FLOPs, or multiply-adds, of forward and backward passes."""
 
     forward: float
     backward: float
     recomputed: float
-    """What gradient checkpointing runs forward a second time."""
+    """The forward pass that gradient checkpointing repeats."""
 
     @property
     def model(self) -> float:
-        """What the mathematics needs: MFU's."""
+        """FLOPs of the model, for MFU."""
         return self.forward + self.backward
 
     @property
     def machine(self) -> float:
-        """What a machine with gradient checkpointing does: HFU's."""
+        """FLOPs of a machine with gradient checkpointing, for HFU and hours."""
         return self.model + self.recomputed
 
     def __add__(self, other: "Flops") -> "Flops":
@@ -67,30 +68,30 @@ class Flops:
 def training_flops(
     shapes: Shapes, stage: Stage, *, segments: Sequence[int], images: int, targets: int, features_cached: bool = False
 ) -> float:
-    """Model FLOPs of forward and backward passes over one row, by the rule above.
+    """Return the model FLOPs of the forward and backward pass over one row, by the rule above.
 
-    `segments` are the tokens of each sample in it, image tokens included, `images` its images, `targets` its
-    positions with a label; `features_cached`: a frozen tower is not run.
+    `segments` are the numbers of tokens of its samples, image tokens included. `targets` is the number of positions
+    with a label. With `features_cached`, a frozen tower does not run.
     """
     load = Load(sum(segments), sum(length * (length + 1) / 2 for length in segments), images, targets)
     return flops(shapes, stage, load, features_cached=features_cached).model
 
 
 def flops(shapes: Shapes, stage: Stage, load: Load, *, features_cached: bool = False) -> Flops:
-    """Of rows that all have images, or all have none: without them nothing goes through tower and projector."""
+    """Return the FLOPs of rows that all have images, or all have none. Rows without images skip tower and projector."""
     parts = stage.trainable if load.images else tuple(set(stage.trainable) & {"language_model"})
     tower_trains, projector_trains = "vision_tower" in parts, "projector" in parts
     tuning = stage.tuning if "language_model" in parts else None
     if isinstance(tuning, VisualExpert) and not load.images:
-        tuning = None  # the expert is not run
-    whole = isinstance(tuning, FullTuning)
-    into_embeddings = whole or projector_trains or tower_trains
+        tuning = None  # the expert does not run
+    full = isinstance(tuning, FullTuning)
+    into_embeddings = full or projector_trains or tower_trains
     decoder = _decoder(shapes, tuning, load, into_embeddings=into_embeddings)
     head = load.targets * numbers([(shapes.decoder.width, shapes.vocabulary)])
     passed = into_embeddings or tuning is not None
     return (
         decoder
-        + _twice(Flops(head, head * (passed + whole), 0))
+        + _to_flops(Flops(head, head * (passed + full), 0))
         + _projector(shapes, load.images, trains=projector_trains, passes=tower_trains)
         + _tower(shapes, load.images, trains=tower_trains, cached=features_cached and not tower_trains)
     )
@@ -99,6 +100,7 @@ def flops(shapes: Shapes, stage: Stage, load: Load, *, features_cached: bool = F
 def _decoder(
     shapes: Shapes, tuning: FullTuning | Lora | VisualExpert | None, load: Load, *, into_embeddings: bool
 ) -> Flops:
+    """FLOPs of the decoder's layers. With `into_embeddings`, the gradient passes all layers down to the embeddings."""
     block, layers = shapes.decoder, shapes.layers
     products = layers * load.tokens * numbers(block.matrices)
     first = load.tokens * numbers(block.qkv)
@@ -113,25 +115,26 @@ def _decoder(
         trained = layers * load.images * shapes.image_tokens * numbers((*block.qkv, *block.mlp))
     attention = layers * load.pairs * 2 * block.attention
     if not into_embeddings and tuning is None:
-        return _twice(Flops(products + attention, 0, 0))
+        return _to_flops(Flops(products + attention, 0, 0))
     passed = products if into_embeddings else products - first
-    return _twice(Flops(products + attention, passed + trained + 2 * attention, products + attention))
+    return _to_flops(Flops(products + attention, passed + trained + 2 * attention, products + attention))
 
 
 def _projector(shapes: Shapes, images: float, *, trains: bool, passes: bool) -> Flops:
-    """`passes`: the gradient goes on to the tower."""
+    """FLOPs of the projector. With `passes`, the gradient passes it to the tower."""
     attention = images * shapes.patches**2 * sum(2 * block.attention for block in shapes.projector_blocks)
     in_blocks = images * shapes.patches * sum(numbers(block.matrices) for block in shapes.projector_blocks)
     after = images * shapes.image_tokens * numbers(shapes.projector)
     products = in_blocks + after
     if not trains and not passes:
-        return _twice(Flops(products + attention, 0, 0))
+        return _to_flops(Flops(products + attention, 0, 0))
     first = 0 if shapes.projector_norm else images * shapes.image_tokens * numbers(shapes.projector[:1])
     passed = products if passes else products - first
-    return _twice(Flops(products + attention, passed + trains * products + 2 * attention, 0))
+    return _to_flops(Flops(products + attention, passed + trains * products + 2 * attention, 0))
 
 
 def _tower(shapes: Shapes, images: float, *, trains: bool, cached: bool) -> Flops:
+    """FLOPs of the tower; with `cached`, it does not run."""
     if cached:
         return Flops(0, 0, 0)
     layers, block = shapes.tower_layers, shapes.tower
@@ -140,9 +143,10 @@ def _tower(shapes: Shapes, images: float, *, trains: bool, cached: bool) -> Flop
     attention = images * layers * shapes.tower_tokens**2 * 2 * block.attention
     forward = patches + products + attention
     if not trains:
-        return _twice(Flops(forward, 0, 0))
-    return _twice(Flops(forward, patches + 2 * products + 2 * attention, products + attention))
+        return _to_flops(Flops(forward, 0, 0))
+    return _to_flops(Flops(forward, patches + 2 * products + 2 * attention, products + attention))
 
 
-def _twice(multiply_adds: Flops) -> Flops:
+def _to_flops(multiply_adds: Flops) -> Flops:
+    """Two FLOPs per multiply-add."""
     return Flops(2 * multiply_adds.forward, 2 * multiply_adds.backward, 2 * multiply_adds.recomputed)

@@ -1,22 +1,23 @@
-"""Memory of one worker while a stage trains, from shapes alone: bytes by what they hold.
+"""Memory of one worker while a stage trains, computed from shapes alone.
 
-**States** (Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054, figure 1) as this engine keeps them, which is not the
-paper's 2 + 2 + 12 bytes: what trains has fp32 weights, fp32 gradients and two fp32 moments, 16 bytes a parameter, and
-under bf16 autocast a bf16 copy of every matrix as long as its graph lives. DeepSpeed adds an fp32 copy of the rank's
-share. What of the language model is frozen is kept in the dtype that it computes in; a frozen tower is whole on every
+**States** (Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054, figure 1). This engine does not keep the paper's 2 + 2 + 12
+bytes. A trained parameter has an fp32 weight, an fp32 gradient and two fp32 moments, 16 bytes together. Under bf16
+autocast, each trained matrix also has a bf16 copy as long as its graph lives. DeepSpeed adds an fp32 copy of the rank's
+shard. Frozen weights of the language model are kept in the dtype of their computation. A frozen tower is whole on every
 rank, in fp32.
 
-**Activations** (after Korthikanti et al. 2022, arXiv:2205.05198, section 4.1, whose 34 bytes x tokens x width of a GPT
-layer become those of transformers' Llama under autocast, and whose 5 a s / h of scores no kernel here keeps). Of a
-token in a layer, with width D, attention width A, key-value width K, inner width F and b bytes of the dtype:
+**Activations** (after Korthikanti et al. 2022, arXiv:2205.05198, section 4.1). The paper's 34 bytes x tokens x width of
+a GPT layer are replaced by those of transformers' Llama under autocast, and its 5 a s / h of attention scores are left
+out, as no kernel here keeps scores. Bytes per token and layer, with width D, attention width A, key-value width K,
+inner width F and b bytes of the dtype:
 
-    trains   16 D, input and output of both norms in fp32, + 10 D in bf16, one cast for each of q, k, v, gate and up
-             (8 D in fp32), + 4 F b of the MLP + the attention's q, k, v and output
-    frozen    8 D, input of both norms, + 3 F b + the same of the attention
-    attention 4 A b, as keys and values are repeated for SDPA, + T b of the mask, which it turns into numbers and keeps;
-             FlashAttention and FlexAttention keep 2 (A + K) b and no mask
+    trains    16 D, input and output of both norms in fp32, + 10 D in bf16, one cast for each of q, k, v, gate and up
+              (8 D in fp32), + 4 F b of the MLP + the attention's q, k, v and output
+    frozen     8 D, input of both norms, + 3 F b + the same of the attention
+    attention  4 A b, as keys and values are repeated for SDPA, + T b of the mask, which SDPA keeps as numbers;
+              FlashAttention and FlexAttention keep 2 (A + K) b and no mask
 
-and with gradient checkpointing the input of every layer and all of one.
+Gradient checkpointing keeps the input of every layer, and all activations of one layer.
 """
 
 from dataclasses import dataclass
@@ -30,67 +31,67 @@ from vila_ops.model.loss import chunk_tokens
 from vila_ops.plan.shapes import Block, Shapes, numbers, widths
 
 BUCKET = 500_000_000
-"""DeepSpeed's default `reduce_bucket_size`, in numbers."""
+"""DeepSpeed's default `reduce_bucket_size`, in elements."""
 LIVE = 1_000_000_000
-"""DeepSpeed's default `stage3_max_live_parameters`."""
+"""DeepSpeed's default `stage3_max_live_parameters`, in elements."""
 GIB = 2**30
 FP32, BF16 = 4, 2
 NF4 = 0.52
-"""Bytes of a weight in 4 bits, with its share of a block's scale (arXiv:2305.14314)."""
+"""Bytes per 4-bit weight, with its share of the block's scale (QLoRA, arXiv:2305.14314)."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Numbers of parameters while a stage trains."""
+    """Numbers of parameters while a stage trains, by state."""
 
     trained: int
     frozen_decoder: int
     frozen_rest: int
-    """Of tower and projector."""
+    """Frozen parameters of tower and projector."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The largest one that may come."""
+    """The largest micro-batch of a stage."""
 
     rows: int
     tokens: int
-    """Of a row, padding included."""
+    """Tokens per row, padding included."""
     images: int
-    """Of all rows."""
+    """Images of all rows together."""
 
 
 class Memory(Config):
-    """Of one worker, in bytes or GiB; where nothing else is said, at the peak of a step."""
+    """Memory of one worker at the peak of a step, in bytes or GiB."""
 
     weights: float
     gradients: float
     optimizer: float
     """Moments, and DeepSpeed's fp32 copy of the weights."""
     copies: float
-    """bf16 copies of the trained matrices."""
+    """bf16 copies of the trained matrices, of autocast."""
     activations: float
     buffers: float
-    """DeepSpeed's, and the tower's pass over images where that is more than the activations."""
+    """DeepSpeed's buffers, and what the tower's pass needs beyond the memory of activations and copies."""
     loading: float
-    """Before the first step: the model is whole on each GPU until ZeRO-3 takes its share."""
+    """Before the first step: the model is whole on each GPU until ZeRO-3 shards it."""
     host: float
-    """Offloaded, in the host's memory."""
+    """Offloaded state in the host's memory."""
 
-    @computed_field  # type: ignore[prop-decorator]  # mypy knows no decorated property
+    @computed_field  # type: ignore[prop-decorator]  # mypy does not support a decorated property
     @property
     def total(self) -> float:
-        """The most that is on the GPU at once."""
+        """Peak memory of the GPU."""
         step = self.weights + self.gradients + self.optimizer + self.copies + self.activations + self.buffers
         return max(self.loading, step)
 
     def in_gib(self) -> "Memory":
-        """The same of a memory in bytes."""
+        """Return this memory, which is in bytes, in GiB."""
         return Memory(**{name: value / GIB for name, value in self})
 
 
 def memory(shapes: Shapes, weights: Weights, stage: Stage, resources: Resources, largest: MicroBatch) -> Memory:
-    """The peak of a step of a stage on `resources.for_stage`'s settings."""
+    """Return the peak memory of a step in bytes. `resources` must be those of the stage, `Resources.for_stage`."""
     zero, workers = resources.train.zero_stage, resources.train.num_workers
     trained, frozen = FP32 * weights.trained, _frozen(weights, stage)
     parted = [workers if zero >= least else 1 for least in (1, 2, 3)]  # optimizer, gradients, weights
@@ -111,7 +112,7 @@ def memory(shapes: Shapes, weights: Weights, stage: Stage, resources: Resources,
     kept = activations(shapes, stage, resources, largest)
     per_pass = resources.train.micro_batch_size * workers
     if stage.global_batch_size == per_pass and zero in (0, 1):
-        # Of one micro-batch a step the gradients grow as the activations go.
+        # With one micro-batch per step, gradients grow while activations are freed.
         gradients = max(0.0, gradients - copies - kept)
     return Memory(
         weights=held + whole,
@@ -126,19 +127,19 @@ def memory(shapes: Shapes, weights: Weights, stage: Stage, resources: Resources,
 
 
 def value_bytes(stage: Stage) -> int:
-    """Of a number in the precision of a stage: activations, frozen weights, and features in the cache."""
+    """Return the bytes per value of activations, frozen weights and cached features."""
     return BF16 if stage.precision == "bf16" else FP32
 
 
 def _frozen(weights: Weights, stage: Stage) -> float:
-    """Bytes of the language model's frozen weights."""
+    """Return the bytes of the language model's frozen weights."""
     if isinstance(stage.tuning, Lora) and stage.tuning.quantise and "language_model" in stage.trainable:
         return NF4 * weights.frozen_decoder
     return value_bytes(stage) * weights.frozen_decoder
 
 
 def _trained_matrices(shapes: Shapes, stage: Stage) -> int:
-    """Weights that autocast copies: of linear layers that train."""
+    """Return the number of weights that autocast copies: those of linear layers that train."""
     total = 0
     block = shapes.decoder
     if "language_model" in stage.trainable:
@@ -157,7 +158,7 @@ def _trained_matrices(shapes: Shapes, stage: Stage) -> int:
 
 
 def activations(shapes: Shapes, stage: Stage, resources: Resources, largest: MicroBatch) -> float:
-    """Bytes that the forward pass of a micro-batch keeps for its backward pass."""
+    """Return the bytes that the forward pass of a micro-batch keeps for its backward pass."""
     b = value_bytes(stage)
     tokens, block = largest.rows * largest.tokens, shapes.decoder
     tunes = "language_model" in stage.trainable
@@ -168,7 +169,7 @@ def activations(shapes: Shapes, stage: Stage, resources: Resources, largest: Mic
     attention = _attention(block, b, repeated=dense) + (largest.tokens * b if dense else 0)
     layer = tokens * (_llama(block, b, trains=full) + attention)
     if tunes and not full:
-        layer += tokens * _beside(stage.tuning, block, b)
+        layer += tokens * _adapter_inputs(stage.tuning, block, b)
     stream = FP32 if full or b == FP32 else BF16
     kept = shapes.layers * layer
     if resources.train.gradient_checkpointing:
@@ -182,7 +183,7 @@ def activations(shapes: Shapes, stage: Stage, resources: Resources, largest: Mic
 
 
 def _llama(block: Block, b: int, *, trains: bool) -> float:
-    """Of a token in a decoder layer, but for its attention; both norms keep a number too."""
+    """Return the bytes per token of a decoder layer without its attention. Both norms keep one fp32 value too."""
     inner = block.mlp[0][1]
     if not trains:
         return 8 * block.width + 3 * inner * b + 8
@@ -190,23 +191,26 @@ def _llama(block: Block, b: int, *, trains: bool) -> float:
 
 
 def _attention(block: Block, b: int, *, repeated: bool) -> float:
-    """Of a token: q, k, v, output, and the logarithm of each head's sum."""
+    """Return the bytes per token of attention: q, k, v, output, and each head's log-sum-exp."""
     keys = block.attention if repeated else block.key_value
     return 2 * (block.attention + keys) * b + FP32 * block.heads
 
 
-def _beside(tuning: Lora | VisualExpert | FullTuning, block: Block, b: int) -> float:
-    """Of a token in a frozen layer with adapters or an expert: what their weights' gradients read."""
+def _adapter_inputs(tuning: Lora | VisualExpert | FullTuning, block: Block, b: int) -> float:
+    """Return the extra bytes per token of a frozen layer with adapters or an expert: the inputs of their layers."""
     inputs = sum(inputs for inputs, _ in block.matrices)
     if not isinstance(tuning, Lora):
         return inputs * b
     ranks = tuning.rank * b * len(block.matrices)
     if tuning.dropout:
-        return inputs * (b + 1) + ranks  # of each layer its own, and a byte of the mask
-    return (inputs if b == BF16 else 2 * block.width + block.mlp[0][1]) * b + ranks  # in fp32 none is a cast
+        return inputs * (b + 1) + ranks  # each linear layer keeps its dropped-out input, and a byte of mask
+    return (
+        inputs if b == BF16 else 2 * block.width + block.mlp[0][1]
+    ) * b + ranks  # in fp32 there are no casts to keep
 
 
 def _projector_and_tower(shapes: Shapes, stage: Stage, resources: Resources, largest: MicroBatch, b: int) -> float:
+    """Return the bytes of activations of projector and tower."""
     kept = 0.0
     if "projector" in stage.trainable or "vision_tower" in stage.trainable:
         kept += largest.images * shapes.image_tokens * widths(shapes.projector) * b
@@ -222,19 +226,19 @@ def _projector_and_tower(shapes: Shapes, stage: Stage, resources: Resources, lar
 
 
 def _vit(block: Block, b: int) -> float:
-    """Of a token in a tower's layer: norms' inputs in fp32, those of q, k, v and the MLP, its activation (CLIP's)."""
+    """Return the bytes per token of a tower's layer (as CLIP's): fp32 norm inputs, attention, MLP and activation."""
     return 16 * block.width + _attention(block, b, repeated=True) + 3 * block.mlp[0][1] * b + 16
 
 
 def _head(shapes: Shapes, tokens: int, b: int, *, trains: bool) -> float:
-    """The loss chunk by chunk: a chunk's logits in fp32 and in 16 bits, its inputs' gradients, the weight's in fp32."""
+    """Return the bytes of the chunked loss: logits of a chunk, gradients of the inputs, fp32 gradient of the weight."""
     width, vocabulary = shapes.decoder.width, shapes.vocabulary
     logits = min(tokens, chunk_tokens(width)) * vocabulary * (FP32 if b == FP32 else FP32 + b)
     return logits + tokens * width * 2 * b + trains * vocabulary * width * FP32
 
 
 def tower_pass(shapes: Shapes, stage: Stage, largest: MicroBatch) -> float:
-    """Bytes of a frozen tower's pass: it keeps the states of all its layers, in fp32, for a batch of the cache."""
+    """Return the bytes of a frozen tower's pass over a batch of the feature cache: the fp32 states of all layers."""
     if not largest.images or "vision_tower" in stage.trainable:
         return 0.0
     tokens = BATCH * shapes.tower_tokens

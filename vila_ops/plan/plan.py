@@ -1,4 +1,4 @@
-"""What a run will take, stage by stage: `vila-ops plan`."""
+"""The plan of a run, stage by stage: `vila-ops plan`."""
 
 import itertools
 import math
@@ -9,7 +9,7 @@ from vila_ops.artifacts.kinds import Dataset
 from vila_ops.config import NO_CONTEXT, Config, Model, Resources, Run, RunContext, Stage, TextFormat
 from vila_ops.config.lengths import Lengths
 from vila_ops.config.resources import LEAST_ZERO, Accelerator, Offloaded
-from vila_ops.data.loading.loader import RowLoader as OrderedRows
+from vila_ops.data.loading.loader import RowLoader
 from vila_ops.data.preprocess.prepare import prepared as prepared_dataset
 from vila_ops.model.build import padded
 from vila_ops.model.configuration import VilaConfig
@@ -20,60 +20,62 @@ from vila_ops.plan.memory import GIB, Memory, MicroBatch, Weights, memory, value
 from vila_ops.plan.shapes import Shapes, shapes_of
 
 RESERVED = 1.5 * GIB
-"""Bytes of a GPU that the CUDA context, NCCL and the allocator's gaps take."""
+"""Bytes of a GPU for the CUDA context, NCCL and fragmentation of the allocator."""
 OFFLOADED: tuple[Offloaded, ...] = tuple(LEAST_ZERO)
 MOST_WORKERS = 4096
+"""The most workers that are tried to make a stage fit."""
 
 
 class StagePlan(Config):
-    """What one stage takes."""
+    """Estimates for one stage."""
 
     stage: str
     lengths: str
-    """Where they are from: `prepared` or `declared`."""
+    """Origin of the lengths: `prepared` or `declared`."""
     trained_parameters: int
     total_parameters: int
     """While the stage trains: adapters count, which are merged after it."""
     samples: float
     tokens: float
-    """Image tokens included, padding not."""
+    """Tokens with image tokens and without padding."""
     targets: float
+    """Target tokens."""
     images: float
     padding: float
-    """Share of the positions that are computed."""
+    """Share of the computed positions that is padding."""
     steps: int
     model_flops: float
-    """What MFU counts."""
+    """FLOPs for MFU: without padding and recomputation."""
     machine_flops: float
-    """With padding and what is recompute: what hours are of."""
+    """FLOPs for hours: with padding and recomputation."""
     memory: Memory
-    """GiB."""
+    """In GiB."""
     fits: bool | None
-    """None: no accelerator is named."""
+    """None: the resources name no accelerator."""
     nearest: dict[str, int | str | bool] | None
-    """Where it does not fit: the settings of the stage with which it would; empty where none would."""
+    """If the stage does not fit: the changed settings with which it fits, or {} if there are none."""
     hours: float | None
     mfu: float | None
-    """Of the model's FLOPs, in those hours."""
+    """Model FLOPs utilisation over these hours."""
     cost: float | None
-    """None without a price, too."""
+    """None without an accelerator or its price."""
     resume_bytes: float
-    """Of resume checkpoints that stand at once, one that is being written among them."""
+    """Bytes of the resume checkpoints that exist at once, with the one that is being written."""
     model_bytes: float
-    """Of the sealed checkpoint."""
+    """Bytes of the sealed checkpoint."""
     data_bytes: float | None
-    """Of the prepared mixture; None before it is."""
+    """Bytes of the prepared mixture. None: lengths are declared."""
     feature_bytes: float
-    """Of the frozen tower's features on disk."""
+    """Bytes of cached features of the frozen tower."""
 
 
 class Plan(Config):
-    """What a run takes."""
+    """Estimates for a run."""
 
     recipe: str
     recipe_fingerprint: str
     workers: dict[str, int]
-    """By stage."""
+    """Number of workers by stage."""
     stages: tuple[StagePlan, ...]
     hours: float | None
     gpu_hours: float | None
@@ -82,9 +84,9 @@ class Plan(Config):
 
 
 def plan_run(run: Run, lengths: Lengths | None = None, context: RunContext = NO_CONTEXT) -> Plan:
-    """The plan of a run, from lengths and shapes alone: those declared, or of the mixtures prepared already.
+    """Return the plan of a run, from the shapes of the model and from declared lengths or prepared mixtures.
 
-    Raises ValueError for a mixture of which neither is there, and for a part whose shape is not known.
+    Raises ValueError if a mixture has neither, or if the shape of a part is not known.
     """
     counts = count(run.recipe.model, cache=run.resources.storage.cache_folder())
     stages: list[StagePlan] = []
@@ -93,7 +95,7 @@ def plan_run(run: Run, lengths: Lengths | None = None, context: RunContext = NO_
         before = (*before, stage)
         shapes = shapes_of(config_of(run.recipe.model_of(name), run.resources))
         weights, total = _weights(counts, before)
-        stages.append(_Stage(run, context, stage, shapes=shapes, weights=weights).plan(lengths, total=total))
+        stages.append(_StagePlanner(run, context, stage, shapes=shapes, weights=weights).plan(lengths, total=total))
     workers = {
         stage.name: run.resources.train.for_stage(stage.name).num_workers for stage in run.recipe.stages.values()
     }
@@ -114,27 +116,29 @@ def plan_run(run: Run, lengths: Lengths | None = None, context: RunContext = NO_
 
 
 def refusals(plan: Plan) -> list[str]:
-    """A line for each stage that does not fit its GPUs, with the nearest settings with which it would."""
+    """Return a line for each stage that does not fit its GPUs, with the nearest settings with which it fits."""
     lines = []
     for one in plan.stages:
         if one.fits is False:
-            way = ", ".join(f"{key} {value}" for key, value in (one.nearest or {}).items())
-            found = (
-                f"nearest that fits, in resources.train.stages.{one.stage}: {way}" if way else "no setting makes it fit"
+            settings = ", ".join(f"{key} {value}" for key, value in (one.nearest or {}).items())
+            remedy = (
+                f"nearest that fits, in resources.train.stages.{one.stage}: {settings}"
+                if settings
+                else "no setting makes it fit"
             )
-            lines.append(f"stage {one.stage!r} needs {one.memory.total:.1f} GiB, more than its GPU has; {found}")
+            lines.append(f"stage {one.stage!r} needs {one.memory.total:.1f} GiB, more than its GPU has; {remedy}")
     return lines
 
 
-class _Stage:
-    """One stage on its resources."""
+class _StagePlanner:
+    """Plans one stage on its resources."""
 
     def __init__(self, run: Run, context: RunContext, stage: Stage, *, shapes: Shapes, weights: Weights) -> None:
         self.run, self.context, self.stage, self.shapes, self.weights = run, context, stage, shapes, weights
         self.resources = run.resources.for_stage(stage.name)
 
     def plan(self, lengths: Lengths | None, *, total: int) -> StagePlan:
-        """`total` parameters has the model while the stage trains."""
+        """Return the plan. `total` is the number of the model's parameters while the stage trains."""
         stage, resources = self.stage, self.resources
         text = self.run.recipe.text(stage.name)
         epoch, steps, data_bytes = (
@@ -170,14 +174,14 @@ class _Stage:
             padding=1 - tokens / computed,
             steps=steps,
             model_flops=useful.model,
-            machine_flops=self._machine(machine),
+            machine_flops=self._machine_flops(machine),
             memory=peak.in_gib(),
             fits=fits,
             nearest=self._nearest(largest) if fits is False else None,
             hours=hours,
             mfu=mfu,
             cost=cost,
-            resume_bytes=3 * 4 * self.weights.trained * _kept(stage, resources, steps),
+            resume_bytes=3 * 4 * self.weights.trained * _checkpoints_at_once(stage, resources, steps),
             model_bytes=4.0 * total,
             data_bytes=data_bytes,
             feature_bytes=self._feature_bytes(images * first),
@@ -188,34 +192,34 @@ class _Stage:
         return data.declared(lengths, self.stage.mixture, image_tokens=text.image_tokens, max_tokens=longest)
 
     def _prepared(self, text: TextFormat) -> tuple[data.EpochLengths, int, float]:
-        """An epoch of the prepared mixture, the steps of the stage as the loop counts them, and the bytes on disk."""
+        """Return an epoch of the prepared mixture, the steps that the training loop takes, and the bytes on disk."""
         dataset = self._dataset(text)
         files = store.opened(dataset)
         cache = self.resources.storage.plan_cache()
-        rows = OrderedRows(files.file, digest=dataset.digest, stage=self.stage, cache=cache)
+        row_loader = RowLoader(files.file, digest=dataset.digest, stage=self.stage, cache=cache)
         data_bytes = float(sum(facts["size"] for _, facts in files.places.values()))
-        return data.prepared(dataset, self.stage.mixture), rows.num_steps(), data_bytes
+        return data.prepared(dataset, self.stage.mixture), row_loader.num_steps(), data_bytes
 
     def _dataset(self, text: TextFormat) -> Dataset:
         mixture = self.stage.mixture
-        why = "it is not prepared"
+        reason = "it is not prepared"
         try:
             if dataset := prepared_dataset(mixture, text, self.resources):
                 return dataset
         except (ValueError, OSError) as error:
-            why = str(error)  # of raw data that is not here
+            reason = str(error)  # the raw data is not on this machine
         raise ValueError(
-            f"the lengths of mixture {mixture.name!r} are not known: {why}; run "
-            f"`{self.context.suggest('prepare')} --mixture {mixture.name}`, or say them in a file with --lengths"
+            f"the lengths of mixture {mixture.name!r} are not known: {reason}; run "
+            f"`{self.context.suggest('prepare')} --mixture {mixture.name}`, or declare them in a file with --lengths"
         )
 
     def _time(self, useful: Flops, machine: Flops) -> tuple[float | None, float | None, float | None]:
-        """Hours, MFU and cost; None where no accelerator is named, and no cost where it has no price."""
+        """Return hours, MFU and cost: all None without an accelerator, and no cost if the accelerator has no price."""
         if (card := self.resources.train.accelerator) is None:
             return None, None, None
         workers = self.resources.train.num_workers
         peak_flops = card.peak_tflops * 1e12 * workers
-        seconds = self._machine(machine) / (peak_flops * self.resources.train.mfu)
+        seconds = self._machine_flops(machine) / (peak_flops * self.resources.train.mfu)
         return (
             seconds / 3600,
             useful.model / (seconds * peak_flops),
@@ -223,16 +227,17 @@ class _Stage:
         )
 
     def _flops(self, loads: tuple[Load, ...], epochs: float, first: float) -> Flops:
-        """Of all steps; `first` is the share of images that a frozen tower has not seen before."""
-        all_of_it = Flops(0, 0, 0)
+        """Return the FLOPs of all steps. `first` is the share of images that a frozen tower runs on."""
+        total = Flops(0, 0, 0)
         for load in loads:
             whole = Load(*(epochs * getattr(load, name) for name in ("tokens", "pairs", "images", "targets")))
             cached = flops(self.shapes, self.stage, whole, features_cached=True)
             tower = flops(self.shapes, self.stage, whole).forward - cached.forward
-            all_of_it = all_of_it + cached + Flops(first * tower, 0, 0)
-        return all_of_it
+            total = total + cached + Flops(first * tower, 0, 0)
+        return total
 
-    def _machine(self, counted: Flops) -> float:
+    def _machine_flops(self, counted: Flops) -> float:
+        """Return the FLOPs of the machine, with recomputation if the resources set gradient checkpointing."""
         return counted.machine if self.resources.train.gradient_checkpointing else counted.model
 
     def _feature_bytes(self, images: float) -> float:
@@ -244,15 +249,17 @@ class _Stage:
         return self.resources.storage.features_leave_free < 1
 
     def _nearest(self, largest: MicroBatch) -> dict[str, int | str | bool]:
-        """Settings that fit, otherwise than now in what costs least: first micro-batch and ZeRO, then recomputation,
-        then offload, then more workers."""
+        """Return the cheapest changed settings that fit, or {}.
+
+        From cheap to expensive: a smaller micro-batch and a higher ZeRO stage, recomputation, offload, more workers.
+        """
         now, card = self.resources.train, self.resources.train.accelerator
         assert card is not None
         inline = self.resources.launch == "inline"
         sizes = [size for size in range(now.micro_batch_size, 0, -1) if self.stage.global_batch_size % size == 0]
         more = [now.num_workers * 2**power for power in range(13) if now.num_workers * 2**power <= MOST_WORKERS]
-        found: list[tuple[tuple[float, ...], dict[str, int | str | bool]]] = []
-        for workers, offload, again, zero, size in itertools.product(
+        fitting: list[tuple[tuple[float, ...], dict[str, int | str | bool]]] = []
+        for workers, offload, recompute, zero, size in itertools.product(
             [1] if inline else more,
             OFFLOADED[:1] if inline else OFFLOADED[OFFLOADED.index(now.offload) :],
             [now.gradient_checkpointing] if now.gradient_checkpointing else [False, True],
@@ -261,30 +268,30 @@ class _Stage:
         ):
             if self.stage.global_batch_size % (workers * size) or zero < LEAST_ZERO[offload]:
                 continue
-            asked = {
-                "num_workers": workers, "offload": offload, "gradient_checkpointing": again, "zero_stage": zero,
+            settings = {
+                "num_workers": workers, "offload": offload, "gradient_checkpointing": recompute, "zero_stage": zero,
                 "micro_batch_size": size,
             }  # fmt: skip
-            other = self.resources.with_changes({f"train.{key}": value for key, value in asked.items()})
+            other = self.resources.with_changes({f"train.{key}": value for key, value in settings.items()})
             batch = MicroBatch(size, largest.tokens, largest.images * size // largest.rows)
             if _fits(memory(self.shapes, self.weights, self.stage, other, batch), card):
-                changed = {key: value for key, value in asked.items() if value != getattr(now, key)}
-                slower = (
+                changed = {key: value for key, value in settings.items() if value != getattr(now, key)}
+                cost = (
                     workers,
                     OFFLOADED.index(offload),
-                    again,
+                    recompute,
                     now.micro_batch_size / size * 1.5 ** (zero - now.zero_stage),
                 )
-                found.append((slower, changed))
-        return min(found, key=lambda one: one[0])[1] if found else {}
+                fitting.append((cost, changed))
+        return min(fitting, key=lambda one: one[0])[1] if fitting else {}
 
 
 def _fits(peak: Memory, card: Accelerator) -> bool:
     return peak.total <= card.memory_gib * GIB - RESERVED
 
 
-def _kept(stage: Stage, resources: Resources, steps: int) -> int:
-    """Resume checkpoints that stand at once, one that is being written among them."""
+def _checkpoints_at_once(stage: Stage, resources: Resources, steps: int) -> int:
+    """Return the number of resume checkpoints that exist at once, with the one that is being written."""
     written = max(0, (steps - 1) // stage.save_every)
     keep = resources.train.keep
     spaced = steps // math.lcm(keep.every, stage.save_every) if keep.every else 0
@@ -292,13 +299,13 @@ def _kept(stage: Stage, resources: Resources, steps: int) -> int:
 
 
 def config_of(model: Model, resources: Resources) -> VilaConfig:
-    """The config that the whole model would have."""
+    """Return the config of the whole model."""
     cache = resources.storage.cache_folder()
     vision, text = vision_config(model, cache), text_config(model, cache)
     if vision is None or text is None:
         part = "vision_tower" if vision is None else "language_model"
-        raise ValueError(f"the shape of {part} is not known here; run `vila-ops fetch`, or give it a `shape`")
-    text.vocab_size = padded(text.vocab_size + (model.language_model.kind != "random"))  # <image>
+        raise ValueError(f"the shape of {part} is not known on this machine; run `vila-ops fetch`, or set its `shape`")
+    text.vocab_size = padded(text.vocab_size + (model.language_model.kind != "random"))  # one more for <image>
     return VilaConfig(
         vision_config=vision,
         text_config=text,
@@ -310,7 +317,7 @@ def config_of(model: Model, resources: Resources) -> VilaConfig:
 
 
 def _weights(counts: Counts, stages: tuple[Stage, ...]) -> tuple[Weights, int]:
-    """Parameters while the last of these stages trains, and all of them."""
+    """Return the parameters by state while the last of these stages trains, and their total number."""
     trained, total, parts = counts.trained(stages), counts.total(stages), stages[-1].trainable
     assert trained is not None
     assert total is not None

@@ -1,4 +1,4 @@
-"""The widths of a model's matrices, from its config: what FLOPs and memory are counted by."""
+"""The shapes of a model's matrices, from its config; FLOPs and memory are computed from them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,25 +14,25 @@ from vila_ops.model.projectors import build_projector
 from vila_ops.model.towers import class_tokens, patch_side
 
 Matrix = tuple[int, int]
-"""Inputs and outputs of a linear layer."""
+"""Numbers of inputs and outputs of a linear layer."""
 
 
 def numbers(matrices: Sequence[Matrix]) -> int:
-    """Weights of linear layers; as many multiply-adds a token."""
+    """Return the number of weights of linear layers, which is also their multiply-adds per token."""
     return sum(inputs * outputs for inputs, outputs in matrices)
 
 
 def widths(matrices: Sequence[Matrix]) -> int:
-    """Inputs and outputs of linear layers together: times a rank, the weights of their adapters."""
+    """Return the inputs and outputs of linear layers in total. Times a rank, this is the weights of their adapters."""
     return sum(inputs + outputs for inputs, outputs in matrices)
 
 
 @dataclass(frozen=True)
 class Block:
-    """One transformer layer: q, k, v, the attention's output, and an MLP."""
+    """One transformer layer: q, k, v and output of the attention, and an MLP."""
 
     width: int
-    """Of the residual stream."""
+    """Width of the residual stream."""
     heads: int
     attention: int
     """Heads x head dimension."""
@@ -53,36 +53,36 @@ class Block:
 
 @dataclass(frozen=True)
 class Shapes:
-    """A whole model."""
+    """The shapes of a whole model."""
 
     decoder: Block
     layers: int
     vocabulary: int
     """Rows of the embedding and of the head."""
     tied: bool
-    """Embedding and head are one matrix."""
+    """Whether embedding and head are one matrix."""
     tower: Block
     tower_layers: int
-    """Up to the state that the projector reads; those above it are of no use."""
+    """Layers up to the state that the projector reads."""
     tower_tokens: int
-    """Of an image: patches and class tokens."""
+    """Tokens per image: patches and class tokens."""
     patches: int
     patch: Matrix
-    """Pixels of a patch to the tower's width."""
+    """The matrix from the pixels of a patch to the tower's width."""
     projector_blocks: tuple[Block, ...]
-    """Over the patches."""
+    """Transformer blocks of the projector, over the patches."""
     projector: tuple[Matrix, ...]
-    """Over the image tokens."""
+    """Linear layers of the projector, over the image tokens."""
     projector_norm: bool
-    """A norm stands before its first matrix."""
+    """Whether a norm comes before the first of these layers."""
     image_tokens: int
-    """Of an image, after the projector."""
+    """Tokens per image after the projector."""
 
 
 def shapes_of(config: VilaConfig) -> Shapes:
-    """The shapes of a model's config, built on the meta device: nothing is allocated.
+    """Return the shapes of a model with this config. The model is built on the meta device, without memory.
 
-    Raises ValueError for a language model or tower with other layers than q, k, v, output and an MLP of linear layers.
+    Raises ValueError for a language model or tower whose layers have matrices besides q, k, v, output and an MLP.
     """
     vision, text = config.vision_config, config.text_config
     with torch.device("meta"):
@@ -121,10 +121,10 @@ def _block(layer: Any, config: PreTrainedConfig) -> Block:
     mlp = getattr(layer, "mlp", nn.Module())
     block = Block(config.hidden_size, heads, heads * head_dim, groups * head_dim, tuple(_linear(mlp)))
     held = sum(p.numel() for p in layer.parameters() if p.ndim >= 2)
-    if held != (told := numbers(block.matrices)):
+    if held != (counted := numbers(block.matrices)):
         raise ValueError(
-            f"a layer of {config.model_type} has {held} weights in its matrices; q, k, v, output and the linear layers "
-            f"of an MLP would be {told}: the planner counts no others"
+            f"a layer of {config.model_type} has {held} weights in its matrices, but q, k, v, output and the linear "
+            f"layers of an MLP are {counted}; the planner knows no other layers"
         )
     return block
 
