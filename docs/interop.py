@@ -1,4 +1,4 @@
-"""Makes the table of docs/interop.md: `make interop`. Builds a tiny model of every choice, asks and measures."""
+"""Writes the table of docs/interop.md: `make interop`. Builds, checks and measures a tiny model of every choice."""
 
 import sys
 import tempfile
@@ -27,7 +27,7 @@ OWN_PROJECTORS: tuple[dict[str, Any], ...] = (
     {"kind": "mlp_downsample", "factor": 2},
     {"kind": "mlp_downsample", "factor": 3, "depth": 3},
 )
-"""What LLaVA's format cannot hold."""
+"""Projectors that LLaVA's format cannot hold."""
 Row = tuple[str, Path]
 
 
@@ -41,22 +41,22 @@ def main() -> None:
 
 
 def table(models: list[Row], differences: list[str]) -> list[str]:
-    """The table's lines, and below it each reason once, by the number that a cell gives."""
+    """The lines of the table, then each reason once, under the number by which cells refer to it."""
     names = [f"{target} ({CHECKED_WITH[target]})" for target in TARGETS]
     reasons: dict[str, int] = {}
     lines = [f"| model | {' | '.join(names)} | logits, stock against ours |", f"|{' --- |' * (len(TARGETS) + 2)}"]
     for (name, folder), gap in zip(models, differences, strict=True):
-        found = [check(folder, target) for target in TARGETS]
-        numbers = [[reasons.setdefault(reason, len(reasons) + 1) for reason in one.reasons] for one in found]
+        answers = [check(folder, target) for target in TARGETS]
+        numbers = [[reasons.setdefault(reason, len(reasons) + 1) for reason in one.reasons] for one in answers]
         cells = [
-            "yes" if one.loads else f"no ({', '.join(map(str, no))})" for one, no in zip(found, numbers, strict=True)
+            "yes" if one.loads else f"no ({', '.join(map(str, no))})" for one, no in zip(answers, numbers, strict=True)
         ]
         lines.append(f"| {name} | {' | '.join(cells)} | {gap} |")
     return [*lines, "", *(f"{number}. {reason}" for reason, number in reasons.items())]
 
 
 def rows(root: Path) -> Iterator[Row]:
-    """Each model's name and its folder."""
+    """The name and folder of each model."""
     for tower in TOWERS:
         for projector in PROJECTORS:
             yield f"{tower}, {projector['kind']}", built(tower, projector, root)
@@ -67,14 +67,14 @@ def rows(root: Path) -> Iterator[Row]:
 
 
 def with_expert(folder: Path, out: Path) -> Path:
-    """The model of a folder as a stage with a visual expert leaves it."""
+    """The model of a folder as a stage with a visual expert saves it."""
     out.mkdir()
     model_folder.save_trained({}, out, init=folder, change=Change(visual_expert=True))
     return out
 
 
 def built(tower: str, projector: dict[str, Any], root: Path) -> Path:
-    """The folder of a random model, as a recipe's first step makes it."""
+    """The folder of an assembled random model."""
     model = Model.model_validate(
         {
             "vision_tower": {"kind": "random", "architecture": tower},
@@ -84,12 +84,12 @@ def built(tower: str, projector: dict[str, Any], root: Path) -> Path:
             "patch_size": 14,
         }
     )
-    places = {name: str(root / name) for name in ("store", "data", "cache")}
-    return content(assemble(model, Resources.model_validate({"launch": "inline", **places})))
+    storage = {name: str(root / name) for name in ("store", "data", "cache")}
+    return content(assemble(model, Resources.model_validate({"launch": "inline", "storage": storage})))
 
 
 def difference(folder: Path) -> str:
-    """Largest difference of logits of stock transformers and ours, fp32, one image; a dash where stock cannot."""
+    """Largest difference of logits of stock transformers and ours, fp32, one image; a dash if stock cannot load."""
     if not check(folder, "transformers").loads:
         return "-"
     stock = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()

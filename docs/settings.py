@@ -1,4 +1,4 @@
-"""Makes the tables of docs/settings.md: `make settings`. What the config classes say, in the order of a recipe."""
+"""Writes the tables of docs/settings.md from the config classes, in the order of a recipe: `make settings`."""
 
 import ast
 import inspect
@@ -24,7 +24,7 @@ from vila_ops.config.base import Config
 PAGE = Path(__file__).with_name("settings.md")
 START, END = "<!-- made by docs/settings.py -->", "<!-- end -->"
 ALIASES: tuple[ModuleType, ...] = (evaluation, images, model, source)
-"""Modules whose named types have a text under them."""
+"""Modules whose type aliases have a docstring."""
 GROUPS: dict[str, tuple[Any, ...]] = {
     "A recipe": (run.Recipe,),
     "Its stages": (train.Stage, train.Tuning),
@@ -73,6 +73,8 @@ GROUPS: dict[str, tuple[Any, ...]] = {
         resources.Retention,
         resources.Watchdog,
         resources.Network,
+        resources.EvaluateResources,
+        resources.ServeResources,
     ),
     "Files of their own": (download.DownloadSettings, local.LocalServers),
 }
@@ -91,7 +93,7 @@ PATTERNS = {
 }
 LIMITS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 NAMES = (*LIMITS, "pattern", "min_length")
-NOT_WRITTEN = {(train.Stage, "name"): "The stage's key under `stages`: leave it out."}
+NOT_WRITTEN = {(train.Stage, "name"): "The stage's key under `stages`; leave it out."}
 
 
 def main() -> None:
@@ -101,7 +103,7 @@ def main() -> None:
 
 
 def lines() -> Iterator[str]:
-    """The part of the page that is made."""
+    """The generated part of the page."""
     yield from ("", " · ".join(f"[{title}](#{title.lower().replace(' ', '-').replace(',', '')})" for title in GROUPS))
     for title, kinds in GROUPS.items():
         yield from ("", f"## {title}")
@@ -114,12 +116,12 @@ def lines() -> Iterator[str]:
 
 
 def members(kind: Any) -> tuple[type[Config], ...]:
-    """The classes of a choice by `kind`; of a class, itself."""
+    """The classes of a union tagged by `kind`; for a class, the class alone."""
     return get_args(get_args(kind)[0]) if get_origin(kind) is Annotated else (kind,)
 
 
 def renderings() -> list[str]:
-    """Each kind of source with what `render` may be."""
+    """A table of the values of `render` for each kind of source."""
     rows = ["| `kind` | `render` may be | default |", "| --- | --- | --- |"]
     for one in members(source.Source):
         field = one.model_fields["render"]
@@ -128,32 +130,32 @@ def renderings() -> list[str]:
 
 
 def section(one: type[Config], *, chosen: bool) -> list[str]:
-    """A class: its text, and a row for each field that it does not have from a class before it."""
+    """The heading, docstring and table of a class; inherited fields are linked, not repeated."""
     own = [name for name in inspect.get_annotations(one) if name in one.model_fields]
-    above = [parent for parent in one.__bases__ if parent is not Config]
-    found = [f"### {one.__name__}", "", shown(inspect.getdoc(one) or "")]
+    above = [parent for parent in one.__bases__ if issubclass(parent, Config) and set(parent.model_fields) - set(own)]
+    rows = [f"### {one.__name__}", "", shown(inspect.getdoc(one) or "")]
     for parent in above:
-        found += ["", f"Besides: what [{parent.__name__}](#{parent.__name__.lower()}) lists."]
-    found += ["", "| key | may be | default | meaning |", "| --- | --- | --- | --- |"]
+        rows += ["", f"Also the keys of [{parent.__name__}](#{parent.__name__.lower()})."]
+    rows += ["", "| key | may be | default | meaning |", "| --- | --- | --- | --- |"]
     for name in own:
         field = one.model_fields[name]
         given = "required" if chosen and name == "kind" else default(field)
         meaning = meanings(one)[name] or of_class(field.annotation)
         if (one, name) in NOT_WRITTEN:
             given, meaning = "its key", NOT_WRITTEN[one, name]
-        found.append(f"| `{name}` | {allowed(field.annotation, field.metadata)} | {given} | {shown(meaning)} |")
-    return found
+        rows.append(f"| `{name}` | {allowed(field.annotation, field.metadata)} | {given} | {shown(meaning)} |")
+    return rows
 
 
 def allowed(kind: Any, limits: Any = ()) -> str:
-    """A type in plain words."""
+    """The values that a type allows, in words."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
         inner = [limit for one in args[1:] for limit in (one.metadata if isinstance(one, FieldInfo) else [one])]
         return allowed(args[0], [*inner, *limits])
     if origin in (Union, UnionType):
-        told = either([allowed(one, limits) for one in args if one is not NoneType])
-        return f"{told}, or `null`" if NoneType in args else told
+        words = either([allowed(one, limits) for one in args if one is not NoneType])
+        return f"{words}, or `null`" if NoneType in args else words
     if origin is Literal:
         return either([f"`{one}`" for one in args])
     if origin is tuple and args[-1] is not Ellipsis:
@@ -168,31 +170,31 @@ def allowed(kind: Any, limits: Any = ()) -> str:
 
 
 def named(one: type[Config]) -> str:
-    """A class as a link: by its kind where it has one."""
+    """A link to a class, named by its `kind` if it has one."""
     word = one.model_fields["kind"].default if "kind" in one.model_fields else one.__name__
     return f"[`{word}`](#{one.__name__.lower()})"
 
 
 def limited(word: str, limits: Any) -> str:
-    """A type's word with its limits, which pydantic keeps one an object."""
-    told = {name: value for one in limits for name in NAMES if (value := getattr(one, name, None)) is not None}
-    if "pattern" in told:
-        return PATTERNS[told["pattern"]]
-    if "min_length" in told:
-        return f"{word} of at least {told['min_length']}"
-    if told.keys() == {"ge", "le"}:
-        return f"{word} from {told['ge']} to {told['le']}"
-    signs = ", ".join(f"{sign} {told[name]}" for name, sign in LIMITS.items() if name in told)
+    """A type's name with its limits; pydantic keeps each limit in an object of its own."""
+    bounds = {name: value for one in limits for name in NAMES if (value := getattr(one, name, None)) is not None}
+    if "pattern" in bounds:
+        return PATTERNS[bounds["pattern"]]
+    if "min_length" in bounds:
+        return f"{word} of at least {bounds['min_length']}"
+    if bounds.keys() == {"ge", "le"}:
+        return f"{word} from {bounds['ge']} to {bounds['le']}"
+    signs = ", ".join(f"{sign} {bounds[name]}" for name, sign in LIMITS.items() if name in bounds)
     return f"{word} {signs}".rstrip()
 
 
 def either(words: list[str]) -> str:
-    """a, b or c."""
+    """Words joined as `a, b or c`."""
     return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def default(field: FieldInfo) -> str:
-    """What holds where the key is left out."""
+    """The default of a field, or `required`."""
     match field.default:
         case value if value is PydanticUndefined:
             return "required"
@@ -208,8 +210,8 @@ def default(field: FieldInfo) -> str:
 
 @cache
 def meanings(one: type[Config]) -> dict[str, str]:
-    """The text under each field, and under the name of its type."""
-    found: dict[str, str] = {}
+    """The docstring of each field of a class, followed by that of its type alias."""
+    docs: dict[str, str] = {}
     body = ast.parse(inspect.getsource(one)).body[0]
     assert isinstance(body, ast.ClassDef)
     own = texts(body.body)
@@ -217,45 +219,45 @@ def meanings(one: type[Config]) -> dict[str, str]:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             names = [part.id for part in ast.walk(node.annotation) if isinstance(part, ast.Name)]
             of_types = [aliases()[name] for name in names if name in aliases()]
-            found[node.target.id] = " ".join([own.get(node.target.id, ""), *of_types]).strip()
-    return found
+            docs[node.target.id] = " ".join([own.get(node.target.id, ""), *of_types]).strip()
+    return docs
 
 
 def of_class(kind: Any) -> str:
-    """What a class says of itself in its first paragraph, where a field takes no other."""
+    """The first paragraph of a class's docstring, for a field that takes that class alone."""
     kinds = [one for one in get_args(kind) or (kind,) if isinstance(one, type) and issubclass(one, Config)]
     return (inspect.getdoc(kinds[0]) or "").partition("\n\n")[0].replace("\n", " ") if len(kinds) == 1 else ""
 
 
 @cache
 def aliases() -> dict[str, str]:
-    """The text under each named type of the config modules."""
+    """The docstring of each type alias of the config modules."""
     return {name: text for one in ALIASES for name, text in texts(ast.parse(inspect.getsource(one)).body).items()}
 
 
 def texts(body: list[ast.stmt]) -> dict[str, str]:
-    """The string under each assignment."""
-    found: dict[str, str] = {}
+    """The string that follows each assignment."""
+    docs: dict[str, str] = {}
     for node, after in pairwise(body):
         match node, after:
             case (
                 ast.AnnAssign(target=ast.Name(id=name)) | ast.Assign(targets=[ast.Name(id=name)]),
                 ast.Expr(value=ast.Constant(value=str(text))),
             ):
-                found[name] = inspect.cleandoc(text).replace("\n", " ")
-    return found
+                docs[name] = inspect.cleandoc(text).replace("\n", " ")
+    return docs
 
 
 def shown(text: str) -> str:
-    """Text in Markdown, Python's words for values in YAML's; what stands in backticks stays as it is."""
+    """Text in Markdown, with YAML's null, true and false for Python's; text in backticks is left as it is."""
     parts = text.replace("|", "\\|").split("`")
     parts[::2] = [re.sub(r"([<*])", r"\\\1", re.sub(r"\b(None|True|False)\b", yaml_word, part)) for part in parts[::2]]
     return "`".join(parts)
 
 
-def yaml_word(found: re.Match[str]) -> str:
-    """None, True and False as YAML writes them."""
-    return {"None": "`null`", "True": "`true`", "False": "`false`"}[found[1]]
+def yaml_word(match: re.Match[str]) -> str:
+    """None, True or False as YAML writes it."""
+    return {"None": "`null`", "True": "`true`", "False": "`false`"}[match[1]]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,270 @@
+"""README and docs: commands parse and run, paths and links exist, and printed output is what the commands print."""
+
+import csv
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+from typer.core import TyperGroup
+from typer.main import get_command
+from typer.testing import CliRunner, Result
+
+from vila_ops.cli import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = {str(file.relative_to(ROOT)): file.read_text() for file in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+INLINE_CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+PATH = re.compile(r"(?<![\w/.-])(?:configs|flows|vila_ops|infra|tests|benchmarks|docs)/[\w./-]*\w")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+OPTION = re.compile(r"--?[a-z][a-z-]*$")
+FINGERPRINT = re.compile(r"\b[0-9a-f]{64}\b")
+
+RUN = (
+    "vila-ops --help",
+    "vila-ops data lint mine/captions.csv --images mine/images",
+    "vila-ops doctor",
+    "vila-ops show configs/recipes/demo.yaml",
+    "vila-ops show configs/recipes/mine.yaml",
+    "vila-ops show configs/recipes/vila-7b.yaml -r configs/resources/vila_128.yaml",
+)
+"""Run by `test_a_command_runs`; those whose output a page shows are run by `test_shown_output_is_printed`."""
+NOT_RUN = {
+    "starts servers or talks to them": (
+        "make up",
+        "make down",
+        "make status",
+        "prefect deployment run vila/full-pipeline",
+        'prefect deployment run vila/full-pipeline --params "{\\"run\\": $(vila-ops show configs/recipes/demo.yaml -r '
+        'configs/resources/laptop.yaml --json)}"',
+        "vila-ops deploy configs/recipes/demo.yaml -r configs/resources/laptop.yaml",
+        "vila-ops undeploy configs/recipes/demo.yaml -r configs/resources/laptop.yaml",
+    ),
+    "fetches packages or images, or reads a model that has to be downloaded": (
+        "vila-ops fetch configs/recipes/demo.yaml",
+        "vila-ops prepare configs/recipes/demo.yaml --mixture align",
+        "vila-ops prepare configs/recipes/mine.yaml --mixture mine",
+        "vila-ops data show configs/recipes/demo.yaml --mixture align --out samples.html",
+        "vila-ops data show configs/recipes/mine.yaml --mixture mine --out samples.html",
+        "vila-ops data download mmc4 raw/mmc4 --out raw/mmc4_images",
+        "vila-ops data download coyo raw/coyo --out raw/coyo_images",
+        "vila-ops import VILA1.5-3b --out models/vila15-3b > model.yaml",
+        "vila-ops import VILA1.5-3b --out models/vila15-3b --json",
+        "vila-ops import NVILA-Lite-8B --out models/nvila-lite --chat-template chatml",
+        "vila-ops import llava-1.5-7b-hf --out models/llava --chat-template vicuna_v1",
+    ),
+    "takes minutes": (
+        "make demo",
+        "make test",
+        "make bench NAME=packing",
+        "vila-ops train configs/recipes/demo.yaml --stage align",
+        "vila-ops train verify-resume configs/recipes/tiny.yaml --kills 5",
+        "vila-ops evaluate configs/recipes/demo.yaml --stage align",
+        "vila-ops evaluate configs/recipes/demo.yaml --stage sft --final",
+        "vila-ops evaluate configs/recipes/mine.yaml --stage align",
+        "vila-ops alignment configs/recipes/demo.yaml --out alignment.svg",
+    ),
+    "is run by tests/test_cli.py": ("vila-ops run configs/recipes/tiny.yaml",),
+    "is run by tests/config/test_settings_page.py, with a small model": (
+        "vila-ops train configs/recipes/mine.yaml --stage align",
+    ),
+    "needs an artifact, a file of a stopped stage, or placeholders filled in": (
+        "vila-ops data quarantine configs/recipes/mine.yaml -r configs/resources/inline.yaml --from "
+        "store/diagnostics/ADDRESS/bad-samples-step-000012.json",
+        "vila-ops train RECIPE --stage pretrain --json",
+        "vila-ops export store/checkpoint/BASE --out base",
+        "vila-ops export store/checkpoint/TUNED --out tuned",
+    ),
+    "works on a git checkout with DVC; tests/test_dvc.py runs the same": (
+        "dvc repro prepare@mine",
+        'git add configs dvc.lock data && git commit -m "Data: first revision"',
+        "dvc metrics diff",
+        "dvc plots diff",
+        "dvc diff",
+        "git diff data/mine.md",
+        "vila-ops data watch configs/recipes/mine.yaml --mixture mine --commit",
+    ),
+}
+
+
+def blocks(language: str) -> Iterator[tuple[str, str]]:
+    """Each page and the content of its fenced blocks in a language."""
+    for page, text in PAGES.items():
+        for name, content in FENCE.findall(text):
+            if name == language:
+                yield page, content
+
+
+def commands_of(block: str) -> list[str]:
+    """The lines of a block without their comments and their alignment."""
+    lines = (re.sub(r"\s#.*$", "", line).strip() for line in block.splitlines())
+    return [re.sub(r"\s+", " ", line) for line in lines if line]
+
+
+def shown_outputs() -> list[tuple[str, str]]:
+    """Commands of one line whose output the page shows in the block after them."""
+    pair = re.compile(r"^```sh\n([^\n]+)\n```\n+```text\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+    pairs = pair.findall("\n".join(PAGES.values()))
+    return [(commands_of(command)[0], output) for command, output in pairs]
+
+
+COMMANDS = list(dict.fromkeys(command for _, block in blocks("sh") for command in commands_of(block)))
+SHOWN = shown_outputs()
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout with the files that the pages tell the reader to write, and images for them."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for path in ROOT.iterdir():
+        if not path.name.startswith(".") and path.name not in ("configs", "store", "data"):
+            os.symlink(path, folder / path.name)
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    for _, block in blocks("yaml"):
+        if named := re.match(r"# (configs/\w+/mine\.yaml)\b", block):
+            (folder / named[1]).write_text(block)
+    (folder / "mine/images").mkdir(parents=True)
+    with (folder / "mine/captions.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["image", "text"])
+        for number in range(3):
+            Image.new("RGB", (30, 20), (number * 60, 0, 0)).save(folder / f"mine/images/{number}.png")
+            rows.writerow([f"{number}.png", "A red square."])
+    return folder
+
+
+def run(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Result:
+    """A `vila-ops` command of a page, in this process."""
+    monkeypatch.chdir(folder)
+    return CliRunner().invoke(app, shlex.split(command)[1:])
+
+
+def parse(words: list[str]) -> None:
+    """Parse the words after `vila-ops` as the program does, without running anything. Raises click's usage errors."""
+    command, context, name = get_command(app), None, "vila-ops"
+    while isinstance(command, TyperGroup):
+        context = command.make_context(name, list(words), parent=context)
+        name, command, words = command.resolve_command(context, [*context._protected_args, *context.args])
+    command.make_context(name, list(words), parent=context)
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_block_names_its_language() -> None:
+    """So that none of the commands escapes the tests below."""
+    for page, text in PAGES.items():
+        assert text.count("\n```") % 2 == 0, page
+        languages = {name for name, _ in FENCE.findall(text)}
+        assert languages <= {"sh", "text", "yaml", "json", "python", "toml"}, page
+
+
+def test_every_command_is_run_or_says_why_not() -> None:
+    excused = [command for commands in NOT_RUN.values() for command in commands]
+    listed = {*RUN, *excused, *(command for command, _ in SHOWN)}
+    assert set(COMMANDS) - listed == set(), "add these to RUN, or to NOT_RUN with the reason"
+    assert listed - set(COMMANDS) == set(), "no page has these any more"
+
+
+@pytest.mark.parametrize("command", [one for one in COMMANDS if one.startswith("vila-ops ") and "--help" not in one])
+def test_a_command_parses(command: str) -> None:
+    parse(shlex.split(command.partition(" > ")[0])[1:])
+
+
+@pytest.mark.parametrize("words", [["frobnicate"], ["show"], ["show", "a.yaml", "--colour"], ["data", "lint"]])
+def test_the_parser_of_these_tests_refuses_what_the_program_refuses(words: list[str]) -> None:
+    with pytest.raises(Exception, match=r"No such|Missing"):
+        parse(words)
+
+
+@pytest.mark.parametrize("command", RUN)
+def test_a_command_runs(command: str, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run(command, workspace, monkeypatch)
+    if command == "vila-ops doctor":  # whether it finds anything depends on the machine
+        assert "Python 3.11" in result.output
+    else:
+        assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(("command", "output"), SHOWN)
+def test_shown_output_is_printed(command: str, output: str, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fingerprints apart, which change with every field of a config class."""
+    printed, shown = (
+        [FINGERPRINT.sub("", line).rstrip() for line in text.splitlines()]
+        for text in (run(command, workspace, monkeypatch).output, output)
+    )
+    assert printed == shown
+
+
+def test_prose_names_commands_and_options_that_exist() -> None:
+    """`vila-ops` commands in the running text; their arguments may be placeholders."""
+    for page, text in PAGES.items():
+        for code in INLINE_CODE.findall(FENCE.sub("", text)):
+            if not code.startswith("vila-ops "):
+                continue
+            command, words = get_command(app), code.split()[1:]
+            while isinstance(command, TyperGroup) and words and words[0] in command.commands:
+                command, words = command.commands[words[0]], words[1:]
+            if command.name == "train":
+                command = command.commands["stage"]
+            assert not isinstance(command, TyperGroup) or not words, f"{page}: {code}"
+            known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+            assert {word for word in words if OPTION.match(word)} <= known, f"{page}: {code}"
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for page, text in PAGES.items():
+        named = [*COMMANDS, *INLINE_CODE.findall(FENCE.sub("", text))]
+        assert {words[5:].split()[0] for words in named if words.startswith("make ")} <= targets, page
+        for name in re.findall(r"\bNAME=(\w+)", text):
+            assert (ROOT / "benchmarks" / f"{name}.py").is_file(), page
+
+
+def test_paths_exist(workspace: Path) -> None:
+    for page, text in PAGES.items():
+        missing = [path for path in PATH.findall(text) if not (workspace / path).exists()]
+        assert not missing, page
+
+
+def test_links_lead_somewhere() -> None:
+    for page, text in PAGES.items():
+        for link in LINK.findall(FENCE.sub("", text)):
+            if link.startswith("https://"):
+                continue
+            name, _, anchor = link.partition("#")
+            target = (ROOT / page).parent / name if name else ROOT / page
+            assert target.exists(), f"{page}: {link}"
+            assert not anchor or anchor in anchors(target.read_text()), f"{page}: {link}"
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    linked = set(LINK.findall(PAGES["README.md"]))
+    assert {page for page in PAGES if page.startswith("docs/")} <= linked
+
+
+def test_yaml_blocks_are_yaml() -> None:
+    for page, block in blocks("yaml"):
+        assert yaml.safe_load(block), page
+
+
+def test_the_readme_is_short() -> None:
+    assert len(PAGES["README.md"].splitlines()) <= 150
+
+
+def test_the_readme_lists_the_package_as_it_is() -> None:
+    tree = next(block for page, block in blocks("text") if page == "README.md")
+    listed = set(re.findall(r"^  (\w+(?:/|\.py)) ", tree.partition("vila_ops/\n")[2], flags=re.MULTILINE))
+    parts = {f"{path.name}/" if path.is_dir() else path.name for path in (ROOT / "vila_ops").iterdir()}
+    assert listed == {part for part in parts if not part.startswith("__")}
+    for top in re.findall(r"^(\w[\w.]*/?)", tree, flags=re.MULTILINE):
+        assert (ROOT / top).exists(), top
