@@ -16,14 +16,27 @@ from pydantic import IPvAnyNetwork
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from vila_ops.config import clean, download, images, local, mixture, model, package, resources, run, serve, train
+from vila_ops.config import (
+    clean,
+    download,
+    engine,
+    images,
+    local,
+    mixture,
+    model,
+    package,
+    resources,
+    run,
+    serve,
+    train,
+)
 from vila_ops.config import eval as evaluation
 from vila_ops.config import sources as source
 from vila_ops.config.base import Config
 
 PAGE = Path(__file__).with_name("settings.md")
 START, END = "<!-- made by docs/settings.py -->", "<!-- end -->"
-ALIASES: tuple[ModuleType, ...] = (evaluation, images, model, source)
+ALIASES: tuple[ModuleType, ...] = (engine, evaluation, images, model, source)
 """Modules whose type aliases have a docstring."""
 GROUPS: dict[str, tuple[Any, ...]] = {
     "A recipe": (run.Recipe,),
@@ -75,6 +88,7 @@ GROUPS: dict[str, tuple[Any, ...]] = {
         resources.Network,
         resources.EvaluateResources,
         resources.ServeResources,
+        engine.TorchEngine,
     ),
     "Files of their own": (download.DownloadSettings, local.LocalServers),
 }
