@@ -80,8 +80,6 @@ GROUPS: dict[str, tuple[Any, ...]] = {
         resources.PrepareResources,
         resources.TrainResources,
         resources.StageResources,
-        resources.EvaluateResources,
-        resources.ServeResources,
         resources.Accelerator,
         resources.Retention,
         resources.Watchdog,
