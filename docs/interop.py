@@ -13,8 +13,8 @@ from vila_ops.artifacts.store import content
 from vila_ops.config import Model, Resources
 from vila_ops.model import folder as model_folder
 from vila_ops.model.assemble import assemble
-from vila_ops.model.change import Change
 from vila_ops.model.export import CHECKED_WITH, TARGETS, check
+from vila_ops.model.modify import Modifications
 
 PAGE = Path(__file__).with_name("interop.md")
 START, END = "<!-- made by docs/interop.py -->", "<!-- end -->"
@@ -69,7 +69,7 @@ def rows(root: Path) -> Iterator[Row]:
 def with_expert(folder: Path, out: Path) -> Path:
     """The model of a folder as a stage with a visual expert saves it."""
     out.mkdir()
-    model_folder.save_trained({}, out, init=folder, change=Change(visual_expert=True))
+    model_folder.save_trained({}, out, init=folder, modifications=Modifications(visual_expert=True))
     return out
 
 

@@ -176,7 +176,7 @@ def code() -> Iterator[Attack]:
         "no class of transformers",
     )
     for value in ("evil", "llama", None, 7, ["llava"]):
-        yield Attack(f"model_type_{value}", edit("config.json", model_type=value), "we read llava")
+        yield Attack(f"model_type_{value}", edit("config.json", model_type=value), "supported are llava")
 
 
 def numbers() -> Iterator[Attack]:
@@ -205,7 +205,7 @@ def numbers() -> Iterator[Attack]:
     }
     for field, value in others.items():
         yield Attack(f"config_{field}", edit("config.json", **{field: value}), "config.json")
-    yield Attack("image_token_beyond", edit("config.json", image_token_index=10**6), "image token 1000000")
+    yield Attack("image_token_beyond", edit("config.json", image_token_index=10**6), "image_token_index 1000000")
     yield Attack("image_token_text", edit("config.json", image_token_index="<image>"), "config.json")
     yield Attack("no_heads", edit_in("config.json", "text_config", num_key_value_heads=0), "no model that can be")
 
@@ -256,17 +256,15 @@ def headers() -> Iterator[Attack]:
 def keys() -> Iterator[Attack]:
     for name in (FIRST, SECOND, "model.language_model.norm.weight", "model.language_model.embed_tokens.weight"):
         yield Attack(f"without_{name}", tensors(lambda state, n=name: state.pop(n)), "missing")
-        yield Attack(f"empty_{name}", tensors(lambda state, n=name: state.update({n: state[n][:0]})), "another shape")
+        yield Attack(f"empty_{name}", tensors(lambda state, n=name: state.update({n: state[n][:0]})), "misshapen")
         change = tensors(lambda state, n=name: state.update({n: state[n].long()}))
-        yield Attack(f"whole_numbers_{name}", change, "no weight")
-    yield Attack(
-        "transposed", tensors(lambda state: state.update({FIRST: state[FIRST].T.contiguous()})), "another shape"
-    )
+        yield Attack(f"whole_numbers_{name}", change, "unsupported dtype")
+    yield Attack("transposed", tensors(lambda state: state.update({FIRST: state[FIRST].T.contiguous()})), "misshapen")
     yield Attack("one_more", tensors(lambda state: state.update({"evil": state[SECOND].clone()})), "unexpected")
     yield Attack("a_layer_more", tensors(another_layer), "unexpected")
     yield Attack("int8", tensors(lambda state: state.update({SECOND: state[SECOND].char()})), "no weight")
     yield Attack("two_names", tensors(lambda state: state.update({FIRST[6:]: state[FIRST].clone()})), "twice, as")
-    yield Attack("another_head", tensors(another_head), "holds another head")
+    yield Attack("another_head", tensors(another_head), "holds a different head")
     yield Attack("no_linear_projector", edit("config.json", projector_hidden_act="linear"), "not the identity")
 
 
@@ -362,7 +360,7 @@ def processors() -> Iterator[Attack]:
         change = edit_in("processor_config.json", "image_processor", image_mean=value)
         yield Attack(f"pixels_mean_{name}", change, "image_mean")
     yield Attack("pixels_std_zero", edit_in("processor_config.json", "image_processor", image_std=[0, 1, 1]), "above 0")
-    yield Attack("pixels_list", edit("processor_config.json", image_processor=[1]), "no object")
+    yield Attack("pixels_list", edit("processor_config.json", image_processor=[1]), "not an object")
 
 
 def projectors() -> Iterator[Attack]:
@@ -374,9 +372,14 @@ def projectors() -> Iterator[Attack]:
     }  # fmt: skip
     for name, projector in others.items():
         yield Attack(f"projector_{name}", edit("config.json", projector=projector), "config.json|weights", "merging")
+    facts = {"package": "evil", "version": "1", "revision": 1}
+    plugins: dict[str, Any] = {"text": "evil", "list": [facts], "few": {"package": "evil"}, "more": facts | {"evil": 1}}
+    for name, plugin in plugins.items():
+        yield Attack(f"plugin_{name}", edit("config.json", projector_plugin=plugin), "does not state", "merging")
+    yield Attack("plugin_missing", edit("config.json", projector_plugin=facts), "evil 1 adds; it is not", "merging")
     not_square = edit("config.json", vision_feature_select_strategy="full")
     yield Attack("patches_not_square", not_square, "not a square grid", "merging")
-    yield Attack("seq_length_wrong", edit("config.json", image_seq_length=576), "tokens an image", "merging")
+    yield Attack("seq_length_wrong", edit("config.json", image_seq_length=576), "tokens for an image", "merging")
     for side in (-56, 0, 10**9, "56", 42):
         yield Attack(f"side_{side}", edit("config.json", vision_side=side), "config.json", "merging")
 
@@ -394,7 +397,7 @@ def parts() -> Iterator[Attack]:
             "architecture": (edit("config.json", architectures=["Evil"]), "no class of transformers"),
             "layers": (edit("config.json", num_hidden_layers=2**40), "counts something"),
             "too_many_layers": (edit("config.json", num_hidden_layers=1000), "tensors in all"),
-            "too_wide": (edit("config.json", hidden_size=2**20), "asks for|no model that can be"),
+            "too_wide": (edit("config.json", hidden_size=2**20), "parameters|no model that can be"),
             "header": (put(WEIGHTS, struct.pack("<Q", 2**60) + b"{}"), "states a header"),
             "half": (half, "cut|header"),
             "empty": (put(WEIGHTS, b""), "too few"),

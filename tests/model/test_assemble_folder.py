@@ -124,7 +124,7 @@ def test_a_language_model_of_another_shape_or_tokenizer_is_told(
         assemble(start(whole, language_model=random), make_resources(tmp_path))
     shutil.copytree(tiny / "tokenizer", tmp_path / "other")
     path = tmp_path / "other/tokenizer.json"
-    path.write_text(path.read_text().replace("<image>", "<image>"))
+    path.write_text(path.read_text().replace("<image>", "<photo>"))
     random = {"kind": "random", "tokenizer": str(tmp_path / "other")}
     with pytest.raises(
         ValueError, match=r"its tokenizer has 512 tokens, the recipe's 513; .*its image token is 3, .*512"

@@ -13,7 +13,7 @@ from vila_ops.config.model import HubLanguageModel, HubTower
 from vila_ops.model.build import build_model
 from vila_ops.model.count import Counts, count
 from vila_ops.model.shapes import config_of
-from vila_ops.model.trainable import part_of
+from vila_ops.model.trainable import component_of
 from vila_ops.packages.tokenizer import IMAGE_TOKEN, build_tokenizer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -88,7 +88,7 @@ def test_every_part_of_a_built_model_is_counted() -> None:
     built = build_model(model, vocabulary=len(tokenizer), image_id=image_id, eos_id=0, cache=Path("nowhere"))
     found: Counter[str] = Counter()
     for name, parameter in built.named_parameters():
-        found[part_of(name)] += parameter.numel()
+        found[component_of(name)] += parameter.numel()
     counts = count(model, cache=Path("nowhere"))
     told = {part: getattr(counts, part) for part in ("vision_tower", "projector", "language_model")}
     assert told == dict(found)
@@ -158,8 +158,11 @@ def test_a_local_folder_is_counted_from_its_config(tmp_path: Path) -> None:
     [
         ({"model_type": "lama"}, "model_type 'lama', which transformers does not know"),
         ({"hidden_size": 8}, "model_type None, which transformers does not know"),
-        ({"model_type": "llama", "hidden_size": 10, "num_attention_heads": 3}, "not one of a llama.*not a multiple"),
-        ({"model_type": "llama", "hiden_size": 8}, r"shape has \['hiden_size'\], which a llama has not"),
+        (
+            {"model_type": "llama", "hidden_size": 10, "num_attention_heads": 3},
+            "not a valid llama config.*not a multiple",
+        ),
+        ({"model_type": "llama", "hiden_size": 8}, r"shape has \['hiden_size'\], which llama configs do not have"),
     ],
 )
 def test_a_shape_that_means_nothing_is_refused(shape: dict[str, int | float | bool | str], message: str) -> None:
@@ -197,7 +200,7 @@ def test_weights_of_another_shape_than_the_recipe_says_are_refused(
     tmp_path: Path, tower: int, language_model: int, part: str
 ) -> None:
     model = small(tmp_path, tower=tower, language_model=language_model)
-    with pytest.raises(ValueError, match=f"{part} at 'local' is another model .*hidden_size is 16 .* says 24"):
+    with pytest.raises(ValueError, match=f"{part} at 'local' differs from .*hidden_size is 16 .* says 24"):
         build_model(model, vocabulary=64, image_id=1, eos_id=0, cache=tmp_path)
 
 

@@ -16,7 +16,7 @@ from vila_ops.config.images import Webp
 from vila_ops.data.images import Fit, pixels, square
 from vila_ops.errors import CorruptArtifact
 from vila_ops.model import folder as model_folder
-from vila_ops.model.change import Change
+from vila_ops.model.modify import Modifications
 from vila_ops.model.vila import VilaForConditionalGeneration
 from vila_ops.packages.normalisation import HALVES
 
@@ -131,7 +131,9 @@ def test_a_checkpoint_replaces_what_trained_and_keeps_the_rest_to_the_bit(
     out.mkdir()
     model_folder.save(whole, init, processor=processor)
     name = "model.multi_modal_projector.linear.weight"
-    model_folder.save_trained({name: torch.full_like(whole.state_dict()[name], 0.25)}, out, init=init, change=Change())
+    model_folder.save_trained(
+        {name: torch.full_like(whole.state_dict()[name], 0.25)}, out, init=init, modifications=Modifications()
+    )
     before, after = model_folder.load(init).state_dict(), model_folder.load(out).state_dict()
     assert (after[name] == 0.25).all()
     assert all(torch.equal(before[key], after[key]) for key in before if key != name)
@@ -139,7 +141,7 @@ def test_a_checkpoint_replaces_what_trained_and_keeps_the_rest_to_the_bit(
     assert {path.name for path in out.iterdir()} == names
     assert all((init / n).read_bytes() == (out / n).read_bytes() for n in names - {"model.safetensors"})
     with pytest.raises(ValueError, match="no parameters"):
-        model_folder.save_trained({"model.nothing": torch.zeros(1)}, tmp_path, init=init, change=Change())
+        model_folder.save_trained({"model.nothing": torch.zeros(1)}, tmp_path, init=init, modifications=Modifications())
 
 
 @pytest.mark.parametrize("projector", ["linear", "mlp_gelu", "mlp_downsample"])

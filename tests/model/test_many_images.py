@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import LlavaProcessor
 
 from vila_ops.model import folder as model_folder
-from vila_ops.model.change import Change
+from vila_ops.model.modify import Modifications
 from vila_ops.model.vila import VilaForConditionalGeneration
 
 SIDE, PATCH, TOKENS = 336, 14, 576
@@ -37,7 +37,7 @@ def large(
     if request.param:
         folder = tmp_path_factory.mktemp("large")
         model_folder.save(whole, folder, processor=processor)
-        whole = model_folder.load(folder, change=Change(visual_expert=True))
+        whole = model_folder.load(folder, modifications=Modifications(visual_expert=True))
         random = torch.Generator().manual_seed(3)
         with torch.no_grad():
             for name, parameter in whole.named_parameters():
@@ -120,7 +120,7 @@ def test_rows_with_none_one_and_three_images_are_what_they_are_alone(
     model, processor = build(make_model("siglip", "mlp_downsample"))
     if expert:
         model_folder.save(model, tmp_path, processor=processor)
-        model = model_folder.load(tmp_path, change=Change(visual_expert=True))
+        model = model_folder.load(tmp_path, modifications=Modifications(visual_expert=True))
     images = paint(4, side=56)
     texts = ["No image here at all.", "One <image> is here.", "<image> A dog <image> and a cat, and <image>"]
     shown: Sequence[list[Pillow.Image]] = ([], images[:1], images[1:])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from vila_ops.model.trainable import part_of, set_trainable
+from vila_ops.model.trainable import component_of, set_trainable
 from vila_ops.model.vila import losses
 
 
@@ -41,7 +41,7 @@ def test_a_wrong_number_of_placeholders_is_refused(
     whole, _ = build(make_model("clip", "mlp_downsample"))
     ids = torch.tensor([[1, *[whole.config.image_token_id] * places, 2]])
     features = torch.zeros(images, 16, 32) if images else None
-    with pytest.raises(ValueError, match="image positions but"):
+    with pytest.raises(ValueError, match="image tokens but"):
         whole.embed(ids, features)
 
 
@@ -59,7 +59,7 @@ def test_only_the_named_parts_train(trainable: tuple[Any, ...], make_model: Any,
         assert all(p.requires_grad == (part in trainable) for p in module.parameters())
         if part in trainable:
             assert {id(p) for _, p in trained[part]} == {id(p) for p in module.parameters()}
-    assert part_of("lm_head.weight") == "language_model"
+    assert component_of("lm_head.weight") == "language_model"
     again = set_trainable(whole, ("projector",))
     assert not any(p.requires_grad for p in whole.model.language_model.parameters())
     assert list(again) == ["projector"]

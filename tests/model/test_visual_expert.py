@@ -23,7 +23,7 @@ from transformers import (
 
 from vila_ops.config.train import VisualExpert
 from vila_ops.model import folder as model_folder
-from vila_ops.model.change import Change
+from vila_ops.model.modify import Modifications
 from vila_ops.model.trainable import EXPERT, set_trainable
 from vila_ops.model.vila import VilaForConditionalGeneration
 from vila_ops.model.visual_expert import add_visual_expert, expert_names, expert_parameters, route
@@ -56,7 +56,7 @@ def whole(make_model: Any, build: Callable[..., Any], tmp_path: Path) -> tuple[V
     """A model of which the expert differs from its text weights, and the folder of the model without an expert."""
     plain, processor = build(make_model())
     model_folder.save(plain, tmp_path / "plain", processor=processor)
-    model = model_folder.load(tmp_path / "plain", change=Change(visual_expert=True))
+    model = model_folder.load(tmp_path / "plain", modifications=Modifications(visual_expert=True))
     random = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in expert_of(model):
@@ -211,7 +211,7 @@ def test_an_exception_and_another_thread_leave_no_routes_behind() -> None:
 def test_a_fresh_expert_changes_no_logit(make_model: Any, build: Callable[..., Any], tmp_path: Path) -> None:
     plain, processor = build(make_model())
     model_folder.save(plain, tmp_path, processor=processor)
-    model = model_folder.load(tmp_path, change=Change(visual_expert=True))
+    model = model_folder.load(tmp_path, modifications=Modifications(visual_expert=True))
     inputs = read(model, 2, 1)
     with torch.no_grad():
         assert torch.allclose(model(**inputs).logits, plain(**inputs).logits, atol=1e-6)
@@ -267,13 +267,13 @@ def test_a_stage_writes_the_expert_that_it_gave_and_trained(whole: Any, tmp_path
     expert = {name: p for name, p in model.named_parameters() if EXPERT in name}
     out = tmp_path / "out"
     out.mkdir()
-    model_folder.save_trained(expert, out, init=plain, change=Change(visual_expert=True))
+    model_folder.save_trained(expert, out, init=plain, modifications=Modifications(visual_expert=True))
     again = model_folder.load(out)
     assert again.config.visual_expert
     state, loaded = model.state_dict(), again.state_dict()
     assert state.keys() == loaded.keys()
     assert all(torch.equal(state[name], loaded[name]) for name in state)
-    later = model_folder.load(out, change=Change(visual_expert=True))  # has one: it is kept, not copied anew
+    later = model_folder.load(out, modifications=Modifications(visual_expert=True))  # its own expert is kept
     assert all(torch.equal(state[name], tensor) for name, tensor in later.state_dict().items())
 
 

@@ -16,7 +16,7 @@ from vila_ops.config.resources import TrainResources
 from vila_ops.model import lora
 from vila_ops.model.configuration import VilaConfig
 from vila_ops.model.recompute import recompute
-from vila_ops.model.trainable import keep_frozen_in, part_of, set_trainable
+from vila_ops.model.trainable import component_of, keep_frozen_in, set_trainable
 from vila_ops.model.vila import VilaForConditionalGeneration
 from vila_ops.model.visual_expert import add_visual_expert
 from vila_ops.plan.memory import MicroBatch, Weights, memory
@@ -134,7 +134,7 @@ def built(config: VilaConfig, stage: Stage) -> tuple[Objective, Weights]:
     objective = Objective(model, bf16=stage.precision == "bf16")
     set_trainable(objective, stage.trainable, stage.tuning)
     frozen = {name: p.numel() for name, p in model.named_parameters() if not p.requires_grad}
-    decoder = sum(size for name, size in frozen.items() if part_of(name) == "language_model")
+    decoder = sum(size for name, size in frozen.items() if component_of(name) == "language_model")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return objective, Weights(trained, decoder, sum(frozen.values()) - decoder)
 

@@ -12,7 +12,7 @@ from vila_ops.model import folder as model_folder
 from vila_ops.model.trainable import set_trainable
 from vila_ops.train.engine import Engine, build_engine
 from vila_ops.train.job import RankInfo
-from vila_ops.train.loop import change_of
+from vila_ops.train.loop import modifications_of
 from vila_ops.train.objective import Batch, Objective
 
 STEPS = (("PT", "TP"), ("TT", "TT"), ("TT", "PT"), ("PP", "TT"))
@@ -55,7 +55,7 @@ def walk(engine: Engine, objective: Objective, *, ranks: tuple[int, ...]) -> dic
 
 def set_out(folder: str, stage: Stage, resources: Resources) -> tuple[Engine, Objective]:
     """Model and engine of a stage."""
-    model = model_folder.load(Path(folder), change=change_of(stage))
+    model = model_folder.load(Path(folder), modifications=modifications_of(stage))
     objective = Objective(model, bf16=False)
     trained = set_trainable(objective, stage.trainable, stage.tuning)
     return build_engine(objective, trained, stage, resources), objective

@@ -15,7 +15,7 @@ from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.model import folder as model_folder
 from vila_ops.model.assemble import assemble
 from vila_ops.model.trainable import EXPERT
-from vila_ops.train.loop import change_of
+from vila_ops.train.loop import modifications_of
 from vila_ops.train.stage import train_stage
 
 SIDE = 70  # 5 x 5 patches, which neither 2 nor 3 divides
@@ -78,7 +78,7 @@ def test_two_steps_train_what_the_stage_names_and_keep_all_else_bit_for_bit(case
     curve = json.loads((content(checkpoint) / "curve.json").read_text())
     assert [row["step"] for row in curve] == [0, 1, 2]
     assert all(math.isfinite(float.fromhex(row["validation_loss"])) for row in curve)
-    before = model_folder.load(content(init), change=change_of(stage)).state_dict()
+    before = model_folder.load(content(init), modifications=modifications_of(stage)).state_dict()
     after = model_folder.load(content(checkpoint)).state_dict()
     assert before.keys() == after.keys()
     moved = {name for name in before if not torch.equal(before[name], after[name])}

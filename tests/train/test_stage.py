@@ -22,7 +22,7 @@ from vila_ops.data.shards import read_index
 from vila_ops.errors import CorruptArtifact, NonFiniteLoss
 from vila_ops.model import folder as model_folder
 from vila_ops.model.assemble import assemble
-from vila_ops.model.change import Change
+from vila_ops.model.modify import Modifications
 from vila_ops.train.stage import train_stage
 
 RUN = """
@@ -167,7 +167,7 @@ def test_a_loss_that_is_not_finite_stops_before_any_update_and_names_the_samples
     at = store.address(Pretrained, revision=0, recipe={"broken": True}, parents=())
     attempt = store.begin(at, store=str(tmp_path))
     names = {f"{n}": p for n, p in model.named_parameters() if n == "model.language_model.norm.weight"}
-    model_folder.save_trained(names, attempt, init=content(bench.init), change=Change())
+    model_folder.save_trained(names, attempt, init=content(bench.init), modifications=Modifications())
     broken = store.seal(Pretrained, at, attempt, facts={}, execution={})
     stage = make_stage(bench.mixture, global_batch_size=3, save_every=1)
     with pytest.raises(NonFiniteLoss, match=r"at step 1; nothing was updated") as raised:

@@ -7,7 +7,7 @@ import torch
 
 from vila_ops.artifacts.store import content
 from vila_ops.model import folder as model_folder
-from vila_ops.model.trainable import EXPERT, part_of
+from vila_ops.model.trainable import EXPERT, component_of
 from vila_ops.train.stage import train_stage
 
 
@@ -22,7 +22,7 @@ def test_two_steps_train_expert_and_projector_alone_and_a_later_stage_keeps_the_
     before, model = (model_folder.load(content(folder)) for folder in (bench.init, first))
     assert model.config.visual_expert
     old, new = before.state_dict(), model.state_dict()
-    language_model = [name for name in old if part_of(name) == "language_model"]
+    language_model = [name for name in old if component_of(name) == "language_model"]
     assert all(torch.equal(old[name], new[name]) for name in language_model)
     expert = [name for name in new if EXPERT in name]
     assert set(new) == set(old) | set(expert)

@@ -11,8 +11,8 @@ from vila_ops.config.load import load as load
 from vila_ops.config.load import load_resources as load_resources
 from vila_ops.config.mixture import Mixture as Mixture
 from vila_ops.config.mixture import Split as Split
+from vila_ops.config.model import Component as Component
 from vila_ops.config.model import Model as Model
-from vila_ops.config.model import Part as Part
 from vila_ops.config.model import TextFormat as TextFormat
 from vila_ops.config.package import Package as Package
 from vila_ops.config.resources import Resources as Resources

@@ -149,7 +149,7 @@ OwnProjector = LinearProjector | MlpProjector | TransformerProjector | Downsampl
 Projector = Annotated[
     OwnProjector, Field(discriminator="kind"), SerializeAsAny(), plugins("vila_ops.projectors", OwnProjector)
 ]
-Part = Literal["vision_tower", "projector", "language_model"]
+Component = Literal["vision_tower", "projector", "language_model"]
 
 
 class FolderWeights(Config):

@@ -6,7 +6,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 
 from vila_ops.config.base import Config
 from vila_ops.config.mixture import Mixture
-from vila_ops.config.model import Part
+from vila_ops.config.model import Component
 
 
 class FullTuning(Config):
@@ -44,7 +44,7 @@ class Stage(Config):
 
     name: str
     mixture: Mixture
-    trainable: tuple[Part, ...] = Field(min_length=1)
+    trainable: tuple[Component, ...] = Field(min_length=1)
     tuning: Tuning = FullTuning()
     """How the language model trains where it does."""
     image_size: PositiveInt | None = None
@@ -61,7 +61,7 @@ class Stage(Config):
     """Length of a row, image tokens included; without packing the most that a row may have."""
     learning_rate: PositiveFloat
     """Peak rate; of every part that has no rate of its own."""
-    learning_rates: dict[Part, PositiveFloat] = {}
+    learning_rates: dict[Component, PositiveFloat] = {}
     """Peak rates of single parts."""
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
     final_ratio: float = Field(default=0.0, ge=0, le=1)
@@ -105,6 +105,6 @@ class Stage(Config):
             )
         return self
 
-    def peak_rate(self, part: Part) -> float:
+    def peak_rate(self, part: Component) -> float:
         """The peak learning rate of a part."""
         return self.learning_rates.get(part, self.learning_rate)

@@ -1,4 +1,4 @@
-"""The towers of a recipe as one sealed folder: what the first stage starts from, and the base that is evaluated."""
+"""The task `assemble`: the untrained model as one sealed folder, which the first stage starts from."""
 
 import logging
 import time
@@ -18,9 +18,10 @@ log = logging.getLogger(__name__)
 
 
 def assemble(model: Model, resources: Resources, context: RunContext = NO_CONTEXT) -> Pretrained:
-    """Tower, projector and language model put together, or the folder that the recipe starts from.
+    """Build the model of a recipe, or copy the folder that it starts from, unless the store already has the result.
 
-    Made only if the store has it not yet. Of a local folder the content is a parent; its place does not matter.
+    Local folders are parents by their content, so moving them does not change the address. Raises ValueError if the
+    folder holds another model than the recipe describes, and CorruptArtifact if it is damaged.
     """
     recipe, parents = _identity(model)
     at = store.address(Pretrained, revision=REVISION, recipe=recipe, parents=parents)
@@ -31,19 +32,19 @@ def assemble(model: Model, resources: Resources, context: RunContext = NO_CONTEX
 
 
 def _identity(model: Model) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The recipe without places of this machine, and the digests of the local folders that stood there."""
+    """The recipe without paths of this machine, and the digests of the folders at those paths."""
     recipe = model.model_dump(mode="json")
     if plugin := plugin_of(model.projector.kind):
         recipe["projector_plugin"] = plugin
     folders: list[str] = []
     if model.weights is not None:
         folders.append(recipe["weights"].pop("path"))
-    for part in (recipe["vision_tower"], recipe["language_model"]):
-        if part["kind"] == "hub" and Path(part["name"]).is_dir():
-            folders.append(part.pop("name"))
-            part.pop("revision")  # a label, which says nothing of what lies there now
-        elif "tokenizer" in part:
-            folders.append(part.pop("tokenizer"))
+    for component in (recipe["vision_tower"], recipe["language_model"]):
+        if component["kind"] == "hub" and Path(component["name"]).is_dir():
+            folders.append(component.pop("name"))
+            component.pop("revision")  # any label: the content decides
+        elif "tokenizer" in component:
+            folders.append(component.pop("tokenizer"))
     digests = {folder: folder_digest(Path(folder)) for folder in dict.fromkeys(folders)}
     return recipe, tuple(digests[folder] for folder in folders)
 
@@ -57,7 +58,7 @@ def _assemble(at: store.Address, model: Model, resources: Resources) -> Pretrain
     if model.weights is not None:
         start_from(model, Path(model.weights.path), attempt, cache=cache)
     else:
-        _put_together(model, attempt, cache=cache)
+        _build(model, attempt, cache=cache)
     log.info("assembled %s + %s", model.vision_tower.kind, model.language_model.kind)
     return store.seal(
         Pretrained,
@@ -68,7 +69,7 @@ def _assemble(at: store.Address, model: Model, resources: Resources) -> Pretrain
     )
 
 
-def _put_together(model: Model, out: Path, *, cache: Path) -> None:
+def _build(model: Model, out: Path, *, cache: Path) -> None:
     from vila_ops.model import build, folder, processing  # heavy: torch, transformers
     from vila_ops.packages.normalisation import mean_std
     from vila_ops.packages.tokenizer import IMAGE_TOKEN, build_tokenizer

@@ -1,4 +1,4 @@
-"""A config to a model: tower and language model put together around a fresh projector."""
+"""Build a model from its config: tower, fresh projector and language model."""
 
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 
 from vila_ops.config import Model
 from vila_ops.config.model import HubLanguageModel, RandomLanguageModel
+from vila_ops.model.component import read_component
 from vila_ops.model.configuration import VilaConfig
-from vila_ops.model.part import read_part
 from vila_ops.model.projectors import plugin_of
 from vila_ops.model.projectors.initialise import initialise
 from vila_ops.model.seeds import generator, isolated
@@ -20,15 +20,15 @@ from vila_ops.model.vila import VilaForConditionalGeneration
 from vila_ops.packages.resolve import language_model_folder
 
 VOCABULARY_MULTIPLE = 64
-"""The embedding is padded to a multiple of this; odd widths make slow matrix products."""
+"""The embedding's rows are padded to a multiple of this, because odd widths make matrix products slow."""
 
 
 def build_model(
     model: Model, *, vocabulary: int, image_id: int, eos_id: int, cache: Path
 ) -> VilaForConditionalGeneration:
-    """The untrained whole, fp32, in eval mode; equal for equal config and weights, whatever the process did before.
+    """The untrained model, fp32, in eval mode: a function of config and pretrained weights alone.
 
-    vocabulary is the number of token ids in use, image_id the id of the image token.
+    `vocabulary` is the number of token ids in use, `image_id` the id of the image token.
     """
     tower = build_tower(model, cache=cache)
     language_model = _language_model(model, vocabulary=vocabulary, cache=cache)
@@ -46,12 +46,12 @@ def build_model(
 
 
 def padded(vocabulary: int) -> int:
-    """Rows of the embedding for so many token ids."""
+    """Rows of the embedding for `vocabulary` token ids."""
     return -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 def config_of(model: Model, tower: Any, language_model: Any, *, image_id: int, eos_id: int) -> VilaConfig:
-    """The config of tower and language model put together."""
+    """The config of a model with this tower and language model."""
     tied = bool(language_model.config.tie_word_embeddings)
     return VilaConfig(
         vision_config=tower.config,
@@ -80,14 +80,14 @@ def _language_model(model: Model, *, vocabulary: int, cache: Path) -> PreTrained
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if isinstance(model.language_model, HubLanguageModel):
         check_shape(model.language_model, config)
-    return read_part(AutoModelForCausalLM, folder, config)
+    return read_component(AutoModelForCausalLM, folder, config)
 
 
 @torch.no_grad()
 def _resize_vocabulary(language_model: PreTrainedModel, rows: int, *, seed: int) -> None:
-    """Cut embedding and head to so many rows, or draw new rows as transformers does: normal, of the config's width."""
+    """Cut embedding and head to `rows` rows, or draw new ones as transformers does: normal, by initializer_range."""
     old = language_model.get_input_embeddings().weight.shape[0]
-    with isolated(seed, "resize"):  # what it draws is replaced
+    with isolated(seed, "resize"):  # its draws are replaced below
         language_model.resize_token_embeddings(rows, mean_resizing=False)
     matrices = {
         "embedding": language_model.get_input_embeddings().weight,
@@ -100,12 +100,12 @@ def _resize_vocabulary(language_model: PreTrainedModel, rows: int, *, seed: int)
 
 
 def _std(config: PreTrainedConfig) -> float:
-    """Standard deviation of new weights, as transformers takes it from the language model's config."""
+    """Standard deviation of new weights, which transformers reads from the language model's config."""
     return float(getattr(config.get_text_config(), "initializer_range", 0.02))
 
 
 def random_language_model(config: RandomLanguageModel, *, vocabulary: int) -> LlamaConfig:
-    """The shape of a random language model with so many token ids."""
+    """The transformers config of a random language model with `vocabulary` token ids."""
     return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=config.hidden_size,
@@ -119,6 +119,6 @@ def random_language_model(config: RandomLanguageModel, *, vocabulary: int) -> Ll
 
 
 def embedding_std(model: VilaForConditionalGeneration) -> float:
-    """Standard deviation of the token embeddings: the scale that image tokens should have."""
+    """Standard deviation of the token embeddings, the scale to which image tokens are fitted."""
     weight: Tensor = model.get_input_embeddings().weight
     return float(weight.detach().float().std())

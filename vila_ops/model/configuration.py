@@ -12,7 +12,7 @@ PROJECTOR: TypeAdapter[Projector] = TypeAdapter(Projector)
 
 
 class VilaConfig(LlavaConfig):  # type: ignore[misc]
-    """LLaVA's config with VILA's projectors."""
+    """LLaVA's config with any projector, a visual expert, and what prompts and images of the model look like."""
 
     model_type = "vila_llava"
     projector: dict[str, Any] | None = None
@@ -20,16 +20,16 @@ class VilaConfig(LlavaConfig):  # type: ignore[misc]
     projector_plugin: dict[str, Any] | None = None
     """Package, version and revision of the plugin that the projector comes from; None: it is one of ours."""
     visual_expert: bool = False
-    """The language model has a second set of weights for image tokens."""
+    """Whether the language model has a second set of weights for image tokens."""
     after_image: str = ""
-    """What follows an image in a document: prompts of that form need it."""
+    """Text that follows an image in a document, which prompts of that form repeat."""
     vision_side: int = 336
-    """Side in pixels of the square that the tower sees; its position table may be of another size."""
+    """Side in pixels of the square images that the tower reads."""
     image_aspect_ratio: ImageFit = "pad"
-    """How an image becomes that square, as the processor beside it does it."""
+    """How an image becomes that square; the folder's image processor does the same."""
 
     def grid(self) -> int:
-        """Patches along a side of an image; pixels beyond the last whole patch are not seen."""
+        """Patches along a side of an image; pixels beyond the last whole patch are not read."""
         return self.vision_side // patch_side(self.vision_config)
 
     def projector_choice(self) -> Projector:

@@ -1,4 +1,4 @@
-"""How many parameters a recipe's model has and trains, counted on the meta device: nothing is fetched or allocated."""
+"""Number of parameters that a recipe's model has and trains, counted on the meta device without any download."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
-from vila_ops.config import Model, Part, Stage
+from vila_ops.config import Component, Model, Stage
 from vila_ops.config.model import (
     HubLanguageModel,
     HubTower,
@@ -22,7 +22,7 @@ from vila_ops.model.build import padded, random_language_model
 from vila_ops.model.configuration import VilaConfig
 from vila_ops.model.projectors import build_projector
 from vila_ops.model.shapes import config_of
-from vila_ops.model.towers import build_tower, sized
+from vila_ops.model.towers import build_tower, with_image_size
 from vila_ops.model.visual_expert import expert_parameters
 from vila_ops.packages.resolve import cached_language_model, cached_vision_tower
 from vila_ops.packages.tokenizer import build_tokenizer
@@ -30,34 +30,35 @@ from vila_ops.packages.tokenizer import build_tokenizer
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters of a model's parts; None where a part's shape is known only after `vila-ops fetch`."""
+    """Parameters by component; None for a component whose shape is known only after `vila-ops fetch`."""
 
     vision_tower: int | None
     projector: int | None
     language_model: int | None
-    """As published; the built model adds rows for <image>, padded to a multiple of 64, to embedding and head."""
+    """As published. The built model adds a row for <image> to embedding and head, and pads to a multiple of 64 rows."""
     expert: int | None
-    """What a visual expert would add; None too where the language model can have none."""
+    """Parameters that a visual expert adds; None also for a language model that cannot have one."""
     adapted_width: int | None
-    """Inputs and outputs of all linear layers of the language model but the head: LoRA adds so many times its rank."""
+    """Sum of inputs and outputs of the language model's linear layers without the head; LoRA adds rank times as many
+    parameters."""
 
     def total(self, stages: tuple[Stage, ...] = ()) -> int | None:
-        """Of the whole model while the last of these stages trains: an expert stays, adapters are merged after it."""
-        parts = [self.vision_tower, self.projector, self.language_model]
+        """Parameters of the whole model while the last of these stages trains: experts stay, adapters are merged."""
+        counts = [self.vision_tower, self.projector, self.language_model]
         if any(isinstance(stage.tuning, VisualExpert) for stage in stages):
-            parts.append(self.expert)
+            counts.append(self.expert)
         if stages and isinstance(stages[-1].tuning, Lora) and "language_model" in stages[-1].trainable:
-            parts.append(self._adapters(stages[-1].tuning))
-        return _sum(parts)
+            counts.append(self._adapters(stages[-1].tuning))
+        return _sum(counts)
 
     def trained(self, stages: tuple[Stage, ...]) -> int | None:
-        """That the last of these stages trains."""
-        return _sum([self._trained(part, stages) for part in stages[-1].trainable])
+        """Parameters that the last of these stages trains."""
+        return _sum([self._trained(component, stages) for component in stages[-1].trainable])
 
-    def _trained(self, part: Part, stages: tuple[Stage, ...]) -> int | None:
-        if part == "vision_tower":
+    def _trained(self, component: Component, stages: tuple[Stage, ...]) -> int | None:
+        if component == "vision_tower":
             return self.vision_tower
-        if part == "projector":
+        if component == "projector":
             return self.projector
         match stages[-1].tuning:
             case FullTuning():
@@ -75,7 +76,7 @@ class Counts:
 
 
 def count(model: Model, *, cache: Path) -> Counts:
-    """The parameters of a model's parts: from their shapes, or from their folders where they are in the cache."""
+    """Parameters by component: from a `shape` in the recipe, or from a folder that is already in the cache."""
     vision = vision_config(model, cache)
     text = text_config(model, cache)
     with torch.device("meta"):
@@ -96,7 +97,7 @@ def count(model: Model, *, cache: Path) -> Counts:
 
 
 def vision_config(model: Model, cache: Path) -> PreTrainedConfig | None:
-    """The tower's config at the recipe's image size; None where it is not known yet."""
+    """The tower's config at the recipe's image size; None if it is not in the cache."""
     match model.vision_tower:
         case RandomTower():
             with torch.device("meta"):
@@ -108,14 +109,14 @@ def vision_config(model: Model, cache: Path) -> PreTrainedConfig | None:
             if folder is None:
                 return None
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
-            config = getattr(config, "vision_config", config)  # a CLIP folder holds its text side too
+            config = getattr(config, "vision_config", config)  # a CLIP folder holds its text tower too
         case _:
             assert_never(model.vision_tower)
-    return sized(config, model.image_size)
+    return with_image_size(config, model.image_size)
 
 
 def text_config(model: Model, cache: Path) -> PreTrainedConfig | None:
-    """The language model's config; None where it is not known yet."""
+    """The language model's config; None if it is not in the cache."""
     match model.language_model:
         case RandomLanguageModel() as random:
             tokenizer = build_tokenizer(random, chat_template=model.chat_template, cache=cache)
@@ -139,5 +140,5 @@ def _adapted_width(decoder: nn.Module) -> int:
 
 
 def _sum(counts: list[int | None]) -> int | None:
-    known = [one for one in counts if one is not None]
+    known = [count for count in counts if count is not None]
     return sum(known) if len(known) == len(counts) else None

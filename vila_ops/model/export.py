@@ -59,12 +59,12 @@ def write_plain(folder: Path, out: Path) -> None:
 
     Raises ValueError for a folder with files.
     """
-    from vila_ops.model.folder import drop_places  # heavy: torch, transformers
+    from vila_ops.model.folder import drop_local_paths  # heavy: torch, transformers
 
     check_folder(folder)
     with output.new_folder(out) as draft:
         shutil.copytree(folder, draft, dirs_exist_ok=True)
-        drop_places(draft)
+        drop_local_paths(draft)
 
 
 def _why_not(config: dict[str, Any], folder: Path, target: Target) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""A model to a transformers folder and back. What LLaVA's format can hold is saved as a plain LLaVA folder."""
+"""Write a model as a transformers folder and read it back; a plain LLaVA folder wherever that format can hold it."""
 
 import json
 import shutil
@@ -13,8 +13,8 @@ from vila_ops.config.model import ImageFit
 from vila_ops.config.train import Lora, Tuning
 from vila_ops.errors import CorruptArtifact
 from vila_ops.model import lora
-from vila_ops.model.change import Change, changed
 from vila_ops.model.configuration import VilaConfig
+from vila_ops.model.modify import Modifications, modified
 from vila_ops.model.processing import read_fit
 from vila_ops.model.projectors import plugin_of
 from vila_ops.model.trainable import LORA
@@ -23,71 +23,73 @@ from vila_ops.model.weights import on_meta, read_weights, write_weights
 from vila_ops.packages.tokenizer import stop_ids
 from vila_ops.packages.untrusted import check_folder, check_layers, read_json, stored_tensors
 
-OURS = ("projector", "projector_plugin", "visual_expert", "vision_side", "image_aspect_ratio")
+OWN_FIELDS = ("projector", "projector_plugin", "visual_expert", "vision_side", "image_aspect_ratio")
 """Config fields that LLaVA's format does not know."""
 ADAPTER = "adapter"
-"""Folder inside the folder of a model that a LoRA stage trained."""
-OF_READING = (
+"""Subfolder with the adapter, in the folder of a model that a LoRA stage trained."""
+TOKENIZER_PATH_KEYS = (
     "is_local", "local_files_only", "name_or_path", "tokenizer_file", "special_tokens_map_file", "vocab_file",
     "merges_file",
 )  # fmt: skip
-"""What transformers writes of where and how a tokenizer was read, into the tokenizer's own settings."""
-PLACE = "_name_or_path"
-"""What transformers writes into a config of where it was read: a path of one machine."""
+"""Fields of tokenizer_config.json that say where and how the tokenizer was read."""
+PATH_KEY = "_name_or_path"
+"""Config field in which transformers records where the config was read: a path of one machine."""
 PLUGIN_FACTS = {"package", "version", "revision"}
-"""What the config states of a projector's plugin."""
+"""Fields of `projector_plugin` in a config."""
 MAX_SIDE = 4096
+"""Largest image side in pixels that is accepted from a folder."""
 
 
 def save(model: VilaForConditionalGeneration, folder: Path, *, processor: LlavaProcessor) -> None:
     """Write weights (safetensors), config, processor, tokenizer and chat template."""
     processor.save_pretrained(folder)
-    drop_places(folder)
+    drop_local_paths(folder)
     _write_config(model.config, folder, dtype=model.dtype)
     _write_json(folder / "generation_config.json", _generation(model.config, processor))
     write_weights(dict(model.state_dict()), folder, config=model.config)
 
 
-def drop_places(folder: Path) -> None:
-    """Remove from a folder's settings where they were read; a file that does not say it keeps its bytes."""
+def drop_local_paths(folder: Path) -> None:
+    """Remove the paths of one machine from a folder's settings; a file without them keeps its bytes."""
     for name in ("config.json", "tokenizer_config.json"):
         if not (path := folder / name).is_file():
             continue
         stated = read_json(path)
-        kept = without_place(stated)
+        kept = without_local_paths(stated)
         if name == "tokenizer_config.json":
-            kept = {key: value for key, value in kept.items() if key not in OF_READING}
+            kept = {key: value for key, value in kept.items() if key not in TOKENIZER_PATH_KEYS}
         if kept != stated:
             _write_json(path, kept)
 
 
-def without_place(stated: Any) -> Any:
-    """Settings without PLACE, at any depth."""
+def without_local_paths(stated: Any) -> Any:
+    """The settings without PATH_KEY, at any depth."""
     if isinstance(stated, dict):
-        return {key: without_place(value) for key, value in stated.items() if key != PLACE}
-    return [without_place(one) for one in stated] if isinstance(stated, list) else stated
+        return {key: without_local_paths(value) for key, value in stated.items() if key != PATH_KEY}
+    return [without_local_paths(item) for item in stated] if isinstance(stated, list) else stated
 
 
 def is_plain(config: VilaConfig) -> bool:
-    """Whether LLaVA's own format can hold the model."""
+    """Whether LLaVA's format can hold the model."""
     return config.projector_choice().fits_llava() and not config.visual_expert
 
 
 def save_trained(
-    trained: dict[str, Tensor], folder: Path, *, init: Path, change: Change, tuning: Tuning | None = None
+    trained: dict[str, Tensor], folder: Path, *, init: Path, modifications: Modifications, tuning: Tuning | None = None
 ) -> None:
-    """Write a copy of the model folder `init` in which the named parameters are replaced; the rest to the bit.
+    """Write a copy of the model folder `init` with the `trained` parameters, by name; all others are unchanged bytes.
 
-    `change` is what the stage changed of the model before it trained. LoRA's parameters are merged into the weights of
-    `init`, and are written beside them as a PEFT adapter, which makes the same model of `init`, unless that changed.
+    `modifications` are those that the stage made before it trained. LoRA's parameters are merged into the weights of
+    `init` and also written beside them as a PEFT adapter, which gives the same model on top of `init` unless that was
+    modified. Raises ValueError for a parameter that the model does not have.
     """
     for path in init.iterdir():
         if path.is_dir():
-            continue  # an earlier stage's adapter, which is in the weights
+            continue  # an earlier stage's adapter, which is merged already
         if path.suffix != ".safetensors" and not path.name.endswith(".index.json"):
             shutil.copyfile(path, folder / path.name)
     stated = read_config(init)
-    config, state = changed(stated, read_weights(init, stated), change)
+    config, state = modified(stated, read_weights(init, stated), modifications)
     whole = {name: tensor for name, tensor in trained.items() if LORA not in name}
     if unknown := sorted(set(whole) - set(state)):
         raise ValueError(f"{init} has no parameters {unknown[:3]} that were trained")
@@ -105,58 +107,58 @@ def save_trained(
 
 
 def load(
-    folder: Path, *, dtype: torch.dtype = torch.float32, change: Change | None = None
+    folder: Path, *, dtype: torch.dtype = torch.float32, modifications: Modifications | None = None
 ) -> VilaForConditionalGeneration:
-    """The model of a folder, plain LLaVA (of any writer) or ours, in eval mode.
+    """The model of a folder in eval mode; the folder is ours or plain LLaVA by any writer.
 
-    Everything is looked at before memory is taken: files, settings, headers, and shapes by a pass without data. Raises
-    CorruptArtifact, or ValueError for a kind of model that we do not read.
+    Files, settings, headers and shapes are checked before memory is allocated, shapes by a forward pass on the meta
+    device. Raises CorruptArtifact, and ValueError for a kind of model that is not supported.
     """
     stated = read_config(folder)
-    config, state = changed(stated, read_weights(folder, stated), change or Change())
+    config, state = modified(stated, read_weights(folder, stated), modifications or Modifications())
     model, info = VilaForConditionalGeneration.from_pretrained(
         None,
         config=config,
         state_dict=state,
         dtype=dtype,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are in the info, and refused below
+        ignore_mismatched_sizes=True,  # refused below
     )
     wrong = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
     if wrong:
-        raise CorruptArtifact(f"{folder} does not hold the weights that its config names: {wrong}")
+        raise CorruptArtifact(f"{folder} does not hold the weights of its config: {wrong}")
     model.tie_weights()
     loaded: VilaForConditionalGeneration = model.eval()
     return loaded
 
 
 def normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Channel mean and deviation that a model folder's processor applies."""
+    """Mean and standard deviation per channel that a folder's image processor applies. Raises CorruptArtifact."""
     stated = image_processor(folder)
-    found: list[Any] = [stated.get(key) for key in ("image_mean", "image_std")]
-    for values in found:
+    pair: list[Any] = [stated.get(key) for key in ("image_mean", "image_std")]
+    for values in pair:
         if not isinstance(values, list) or len(values) != 3 or not all(isinstance(one, int | float) for one in values):
             raise CorruptArtifact(
-                f"{folder}: its image processor has image_mean and image_std {found}, not 3 numbers each"
+                f"{folder}: its image processor has image_mean and image_std {pair}, not 3 numbers each"
             )
-    mean, std = (tuple(map(float, values)) for values in found)
+    mean, std = (tuple(map(float, values)) for values in pair)
     if min(std) <= 0:
-        raise CorruptArtifact(f"{folder}: its image processor has image_std {std}; deviations are above 0")
+        raise CorruptArtifact(f"{folder}: its image processor has image_std {std}; each must be above 0")
     return mean, std
 
 
 def image_processor(folder: Path) -> dict[str, Any]:
-    """The settings of a folder's image processor, in the file of today or in that of transformers 4."""
-    today = folder / "processor_config.json"
-    stated = read_json(today).get("image_processor") if today.is_file() else None
+    """Settings of a folder's image processor, from the file of transformers 5 or that of transformers 4."""
+    current = folder / "processor_config.json"
+    stated = read_json(current).get("image_processor") if current.is_file() else None
     stated = read_json(folder / "preprocessor_config.json") if stated is None else stated
     if not isinstance(stated, dict):
-        raise CorruptArtifact(f"{today}: image_processor is no object")
+        raise CorruptArtifact(f"{current}: image_processor is not an object")
     return stated
 
 
 def read_config(folder: Path) -> VilaConfig:
-    """The config of a folder, proved by a pass without data. Raises CorruptArtifact or ValueError."""
+    """The config of a folder, checked by a forward pass on the meta device. Raises CorruptArtifact or ValueError."""
     check_folder(folder)
     stated = read_json(folder / "config.json")
     check_layers(stated, len(stored_tensors(folder)), folder / "config.json")
@@ -169,21 +171,22 @@ def read_config(folder: Path) -> VilaConfig:
         stated |= {"vision_side": side, "image_aspect_ratio": fit}
     elif kind != VilaConfig.model_type:
         raise ValueError(
-            f"{folder} holds a {kind!r} model; we read {LlavaConfig.model_type} and {VilaConfig.model_type}"
+            f"{folder} holds a {kind!r} model; supported are {LlavaConfig.model_type} and {VilaConfig.model_type}"
         )
     try:
         config = VilaConfig(**stated)
         tokens = _image_tokens(config)
     except Exception as error:  # transformers' and torch's classes raise what they like for settings that do not fit
         raise CorruptArtifact(
-            f"{folder / 'config.json'} describes no model that can be ({type(error).__name__}: {str(error)[:300]})"
+            f"{folder / 'config.json'} describes no model that can be built ({type(error).__name__}: "
+            f"{str(error)[:300]})"
         ) from error
     if kind == LlavaConfig.model_type:
-        config.image_seq_length = tokens  # older writers do not say, and stock computes it too
+        config.image_seq_length = tokens  # older writers leave it out, and stock transformers computes it
     if tokens != config.image_seq_length:
         raise CorruptArtifact(
-            f"{folder / 'config.json'} says {config.image_seq_length} tokens an image, but its tower and projector "
-            f"give {tokens}"
+            f"{folder / 'config.json'} has image_seq_length {config.image_seq_length}, but its tower and projector "
+            f"give {tokens} tokens for an image"
         )
     return config
 
@@ -212,15 +215,17 @@ def _check_plugin(stated: dict[str, Any], folder: Path) -> None:
 
 
 def _image_tokens(config: VilaConfig) -> int:
-    """Tokens of an image, found by a pass on the meta device through tower, projector and language model."""
+    """Tokens of one image, counted by a forward pass on the meta device through the whole model."""
     if not 0 <= config.image_token_index < config.text_config.vocab_size:
-        raise ValueError(f"image token {config.image_token_index} of {config.text_config.vocab_size} tokens")
+        raise ValueError(
+            f"image_token_index {config.image_token_index} is not below vocab_size {config.text_config.vocab_size}"
+        )
     model = on_meta(config)
     with torch.device("meta"):
         features = model.tower_features(torch.empty(1, 3, config.vision_side, config.vision_side))
         projected: Tensor = model.model.multi_modal_projector(features)
         count = projected.shape[1]
-        mask = torch.ones(1, 1, count, count, dtype=torch.bool)  # given, or transformers looks into the data for it
+        mask = torch.ones(1, 1, count, count, dtype=torch.bool)  # explicit, or transformers reads the data to build one
         routing = {"routes": None} if config.visual_expert else {}
         hidden = model.hidden(projected, attention_mask=mask, use_cache=False, **routing).last_hidden_state
         model.lm_head(hidden)
@@ -228,15 +233,15 @@ def _image_tokens(config: VilaConfig) -> int:
 
 
 def fit_of(folder: Path) -> tuple[ImageFit, int]:
-    """How a folder's image processor makes a square of an image, and the square's side. Raises CorruptArtifact."""
+    """How a folder's image processor makes an image square, and the side in pixels. Raises CorruptArtifact."""
     stated = image_processor(folder)
     try:
         fit, side = read_fit(stated)
     except (AttributeError, TypeError, ValueError) as error:
-        raise CorruptArtifact(f"{folder}: its image processor is none that we have ({error})") from error
+        raise CorruptArtifact(f"{folder}: its image processor is not supported ({error})") from error
     if type(side) is not int or not 0 < side <= MAX_SIDE:
         raise CorruptArtifact(
-            f"{folder}: its image processor makes squares of {side} pixels; from 1 to {MAX_SIDE} are read"
+            f"{folder}: its image processor gives images of {side} pixels a side; supported are 1 to {MAX_SIDE}"
         )
     return fit, side
 
@@ -246,13 +251,13 @@ def _write_config(config: VilaConfig, folder: Path, *, dtype: torch.dtype) -> No
     if stated["projector_plugin"] is None:
         del stated["projector_plugin"]
     stated["architectures"] = [VilaForConditionalGeneration.__name__]
-    for part in (stated, stated["text_config"], stated["vision_config"]):
-        part["dtype"] = str(dtype).removeprefix("torch.")
-    _write_json(folder / "config.json", without_place(_plain(stated) if is_plain(config) else stated))
+    for section in (stated, stated["text_config"], stated["vision_config"]):
+        section["dtype"] = str(dtype).removeprefix("torch.")
+    _write_json(folder / "config.json", without_local_paths(_plain(stated) if is_plain(config) else stated))
 
 
 def _set_processor_size(folder: Path, side: int) -> None:
-    """Images of another size: every side that the image processor uses becomes `side` pixels."""
+    """Set every side that the folder's image processor uses to `side` pixels."""
     path = folder / "processor_config.json"
     stated = read_json(path)
     images = stated["image_processor"]
@@ -262,22 +267,22 @@ def _set_processor_size(folder: Path, side: int) -> None:
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """The same config in LLaVA's own terms, for stock transformers."""
-    plain = {key: value for key, value in config.items() if key not in OURS}
+    """The config in LLaVA's terms, for stock transformers."""
+    plain = {key: value for key, value in config.items() if key not in OWN_FIELDS}
     act = "linear" if config["projector"]["kind"] == "linear" else config["projector_hidden_act"]
     stock = {"model_type": LlavaConfig.model_type, "architectures": ["LlavaForConditionalGeneration"]}
     return {**plain, **stock, "projector_hidden_act": act}
 
 
 def _generation(config: VilaConfig, processor: LlavaProcessor) -> dict[str, Any]:
-    """What makes stock `generate` say and stop as our generator does: it never says an image, nor a padding id."""
+    """Settings with which stock `generate` stops where our generator does and suppresses image and padding ids."""
     tokenizer = processor.tokenizer
-    unsaid = [config.image_token_index, *range(len(tokenizer), config.text_config.vocab_size)]
+    suppressed = [config.image_token_index, *range(len(tokenizer), config.text_config.vocab_size)]
     return {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": stop_ids(tokenizer),
         "pad_token_id": config.pad_token_id,
-        "suppress_tokens": unsaid,
+        "suppress_tokens": suppressed,
     }
 
 

@@ -1,7 +1,6 @@
-"""Layers that keep only their inputs for the backward pass, which computes the rest anew (Chen et al. 2016,
-arXiv:1604.06174).
+"""Gradient checkpointing: layers keep their inputs only, and the backward pass recomputes the rest.
 
-What a layer computes does not change, nor do names and states.
+Chen et al. 2016, arXiv:1604.06174. A layer's outputs, parameter names and state dict do not change.
 """
 
 from typing import Any
@@ -12,26 +11,26 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 class RecomputedLayer(nn.Module):
-    """Mixed into a layer's class.
+    """Mixin for a layer's class that recomputes its forward pass.
 
-    transformers' own switch works in training mode alone, which would turn on the dropout of a pre-trained model too.
+    transformers' own switch works in training mode only, which would turn on the dropout of a pre-trained model too.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The layer's own forward pass. It draws from no generator of torch's: dropout here has its own draws."""
+        """The layer's forward pass. No generator state is kept: dropout here seeds its own generators (see lora)."""
         return checkpoint(super().forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
-def recompute(part: nn.Module) -> None:
-    """Let every layer of a tower or decoder be recompute. Raises ValueError where transformers names no layers."""
-    layers = [module for module in part.modules() if isinstance(module, GradientCheckpointingLayer)]
+def recompute(component: nn.Module) -> None:
+    """Make every layer of a tower or decoder recompute, in place. Raises ValueError if it has no such layers."""
+    layers = [module for module in component.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
-        raise ValueError(f"{type(part).__name__} has no layers to recompute; set gradient_checkpointing to false")
+        raise ValueError(f"{type(component).__name__} has no layers to recompute; set gradient_checkpointing to false")
     for layer in layers:
         kind = type(layer)
         layer.__class__ = type(kind.__name__, (RecomputedLayer, kind), {"__module__": kind.__module__})
 
 
 def recomputed_layers(model: nn.Module) -> int:
-    """How many layers of a model are recompute."""
+    """Number of layers of a model that recompute."""
     return sum(isinstance(module, RecomputedLayer) for module in model.modules())

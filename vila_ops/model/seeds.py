@@ -1,6 +1,6 @@
-"""Where random numbers of a model come from: a generator for each purpose, never torch's global one.
+"""Random numbers of a model: one generator for each purpose, never torch's global one.
 
-A draw so depends on its seed and on what it is for, and on nothing that the process did before.
+So a draw depends on its seed and purpose only, not on what the process did before.
 """
 
 import hashlib
@@ -12,13 +12,13 @@ import torch
 
 
 def generator(seed: int, purpose: str) -> torch.Generator:
-    """A CPU generator of its own for one draw, say of the parameter called `purpose`."""
+    """A new CPU generator for one purpose, such as the name of a parameter."""
     return torch.Generator().manual_seed(_derived(seed, purpose))
 
 
 @contextmanager
 def isolated(seed: int, purpose: str) -> Iterator[None]:
-    """For third-party code that takes no generator: torch's global CPU generator is seeded, and put back afterwards."""
+    """Seed torch's global CPU generator for third-party code that takes no generator, and restore it afterwards."""
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(_derived(seed, purpose))  # torch.manual_seed would reseed every GPU too
     try:
@@ -28,6 +28,6 @@ def isolated(seed: int, purpose: str) -> Iterator[None]:
 
 
 def _derived(seed: int, purpose: str) -> int:
-    """63 bits that differ between purposes."""
+    """A seed of 63 bits, by seed and purpose."""
     text = json.dumps([seed, purpose])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1

@@ -1,15 +1,15 @@
-"""Vision towers: how one is built, which of its tokens are patches, and its positions at another image size.
+"""Vision towers: building one, telling its patches from its other tokens, and resizing its position table.
 
-A tower's position table is always as large as the grid of the images it is given: one made for another size is
-interpolated once, when the model is built or a stage changes the size, not in every forward pass. The folder then
-needs no flag to be read, and stock LLaVA, which sets none, gives the same features.
+A tower's position table always has the grid of its images. A table of another size is interpolated once, when the
+model is built or a stage changes the size, not in every forward pass. So a folder needs no flag for it, and stock
+LLaVA, which sets none, computes the same features.
 """
 
 # P patches, C tower channels
 
 import copy
 from pathlib import Path
-from typing import Any, Literal, assert_never
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,51 +26,58 @@ from transformers import (
 
 from vila_ops.config import Model
 from vila_ops.config.model import HubTower, RandomTower
-from vila_ops.model.part import read_part
+from vila_ops.model.component import read_component
 from vila_ops.model.seeds import isolated
 from vila_ops.model.shapes import check_shape
 from vila_ops.packages.resolve import vision_tower_folder
 
-CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0, "dinov2": 1, "internvl_vision": 1}
-"""Tokens before the patches, by model type (SigLIP 2 of one resolution is siglip_vision_model too)."""
+ARCHITECTURES: dict[str, tuple[type[PreTrainedConfig], int]] = {
+    "clip": (CLIPVisionConfig, 1),
+    "siglip": (SiglipVisionConfig, 0),
+    "dinov2": (Dinov2Config, 1),
+    "internvit": (InternVLVisionConfig, 1),
+}
+"""transformers' config class of each architecture, and its number of tokens before the patches. SigLIP 2 of one
+resolution is `siglip` too."""
+CLASS_TOKENS = {config.model_type: tokens for config, tokens in ARCHITECTURES.values()}
 POSITIONS = ("embeddings.position_embedding.weight", "embeddings.position_embeddings")
-"""How the names of position tables end."""
-IN_A_WHOLE_MODEL = {r"^(model\.)?(vision_(tower|model)\.)+": ""}
-"""Where a tower's weights lie in the folder of a CLIP, SigLIP, LLaVA or InternVL model."""
+"""Endings of the names of position tables."""
+TOWER_PREFIXES = {r"^(model\.)?(vision_(tower|model)\.)+": ""}
+"""Prefixes of a tower's weights in the folder of a CLIP, SigLIP, LLaVA or InternVL model -> none."""
 
 
 def build_tower(model: Model, *, cache: Path) -> PreTrainedModel:
-    """The tower of a config, fp32, at the config's image size.
+    """The tower of a recipe, fp32, at the recipe's image size.
 
-    Raises ValueError for a tower of another patch size, of too few layers or of a kind not known, and for a folder
-    without its weights.
+    Raises ValueError for another patch size, too few layers or an unknown architecture, and CorruptArtifact for a
+    folder without the tower's weights.
     """
     tower = _random(model, model.vision_tower) if isinstance(model.vision_tower, RandomTower) else _load(model, cache)
     if (patch := patch_side(tower.config)) != model.patch_size:
-        raise ValueError(f"the tower has patches of {patch} pixels, the recipe says {model.patch_size}")
+        raise ValueError(f"patch_size {model.patch_size} is not that of the tower; set it to {patch}")
     if -model.feature_layer > (states := tower.config.num_hidden_layers + 1):
         raise ValueError(
-            f"feature_layer {model.feature_layer} of a tower that has {states} states; use -1 to -{states}"
+            f"feature_layer {model.feature_layer} of a tower with {states} hidden states; use -1 to -{states}"
         )
     if square_side(tower.config.image_size) == model.image_size:
         return tower
     state = at_image_size(tower.state_dict(), tower.config, model.image_size)
-    config = sized(tower.config, model.image_size)
+    config = with_image_size(tower.config, model.image_size)
     resized: PreTrainedModel = type(tower).from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
     return resized
 
 
 def select_strategy(vision_config: PreTrainedConfig) -> Literal["default", "full"]:
-    """LLaVA's name for which tokens are patches: default drops the class token in front, full has none to drop."""
+    """LLaVA's name for the selection of patches: `default` drops the class token, `full` keeps all tokens."""
     return "default" if class_tokens(vision_config) else "full"
 
 
 def class_tokens(vision_config: PreTrainedConfig) -> int:
-    """Tokens that the tower puts before its patches. Raises ValueError for a tower that LLaVA's format cannot hold."""
+    """Tokens before the patches in the tower's output. Raises ValueError for an architecture that is not supported."""
     if vision_config.model_type not in CLASS_TOKENS:
         raise ValueError(
-            f"a tower of type {vision_config.model_type!r} is not known; one whose output is at most a class token and "
-            f"then one token a patch is of type {sorted(CLASS_TOKENS)}"
+            f"a tower of type {vision_config.model_type!r} is not supported; use one of {sorted(CLASS_TOKENS)}, whose "
+            f"output is at most a class token and then one token a patch"
         )
     return CLASS_TOKENS[vision_config.model_type]
 
@@ -81,28 +88,28 @@ def patch_side(vision_config: PreTrainedConfig) -> int:
 
 
 def square_side(size: int | list[int] | tuple[int, ...]) -> int:
-    """The side of a square that a config gives as a number, or, as InternViT's does, as height and width."""
+    """The side of a square that a config states as one number or, as InternViT's does, as height and width."""
     sides = {size} if isinstance(size, int) else set(size)
     if len(sides) != 1:
         raise ValueError(f"height and width {tuple(size) if not isinstance(size, int) else size} are not a square")
     return sides.pop()
 
 
-def sized(vision_config: PreTrainedConfig, image_size: int) -> PreTrainedConfig:
-    """A tower's config at another image size, said in the way in which it says its own."""
+def with_image_size(vision_config: PreTrainedConfig, image_size: int) -> PreTrainedConfig:
+    """A tower's config at another image size, in the form (number or pair) that the config uses."""
     out = copy.deepcopy(vision_config)
     out.image_size = image_size if isinstance(vision_config.image_size, int) else (image_size, image_size)
     return out
 
 
 def at_image_size(state: dict[str, Tensor], vision_config: PreTrainedConfig, image_size: int) -> dict[str, Tensor]:
-    """Weights whose position table is interpolated to the grid of another image size; all else as it is.
+    """Weights with the position table interpolated to the grid of another image size; all others are unchanged.
 
-    The state may be a tower's or a whole model's. Raises ValueError where it holds no table, or one of no square.
+    The state may be a tower's or a whole model's. Raises ValueError for a table that is missing or not a square grid.
     """
     names = [name for name in state if name.endswith(POSITIONS) and "language_model." not in name]
     if len(names) != 1:
-        raise ValueError(f"one position table is needed to change the image size, found {names}")
+        raise ValueError(f"one position table is needed to change the image size; the state has {names}")
     table = state[names[0]]
     grid = image_size // patch_side(vision_config)
     resized = resize_positions(table.reshape(-1, table.shape[-1]), grid, class_tokens=class_tokens(vision_config))
@@ -110,9 +117,9 @@ def at_image_size(state: dict[str, Tensor], vision_config: PreTrainedConfig, ima
 
 
 def resize_positions(table: Tensor, grid: int, *, class_tokens: int) -> Tensor:
-    """A position table (class_tokens + P, C) for grid x grid patches, in two dimensions; the class token's is kept.
+    """A position table (class_tokens + P, C) -> (class_tokens + grid^2, C); class tokens keep their rows.
 
-    Bicubic without antialiasing: what transformers' `interpolate_pos_encoding` and DINOv2 do in a forward pass.
+    Bicubic without antialiasing, as transformers' `interpolate_pos_encoding` and DINOv2 do in a forward pass.
     """
     front, patches = table[:class_tokens], table[class_tokens:]
     side = round(len(patches) ** 0.5)
@@ -129,12 +136,12 @@ def _load(model: Model, cache: Path) -> PreTrainedModel:
     assert not isinstance(model.vision_tower, RandomTower)
     folder = vision_tower_folder(model.vision_tower, cache=cache)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    vision = getattr(config, "vision_config", config)  # the folder of a CLIP holds its text side too
+    vision = getattr(config, "vision_config", config)  # a CLIP folder holds its text tower too
     class_tokens(vision)
     if isinstance(model.vision_tower, HubTower):
         check_shape(model.vision_tower, vision)
     vision.architectures = None
-    return read_part(AutoModel, folder, vision, key_mapping=IN_A_WHOLE_MODEL)
+    return read_component(AutoModel, folder, vision, key_mapping=TOWER_PREFIXES)
 
 
 def _random(model: Model, tower: RandomTower) -> PreTrainedModel:
@@ -145,18 +152,10 @@ def _random(model: Model, tower: RandomTower) -> PreTrainedModel:
         "image_size": model.image_size,
         "patch_size": model.patch_size,
     }
-    wide = 2 * tower.hidden_size
-    match tower.architecture:
-        case "clip":
-            config: PreTrainedConfig = CLIPVisionConfig(**shape, intermediate_size=wide)
-        case "siglip":
-            config = SiglipVisionConfig(**shape, intermediate_size=wide)
-        case "dinov2":
-            config = Dinov2Config(**shape, mlp_ratio=2)
-        case "internvit":
-            config = InternVLVisionConfig(**shape, intermediate_size=wide)
-        case _:
-            assert_never(tower.architecture)
+    config_class, _ = ARCHITECTURES[tower.architecture]
+    has_ratio = hasattr(config_class, "mlp_ratio")
+    mlp = {"mlp_ratio": 2} if has_ratio else {"intermediate_size": 2 * tower.hidden_size}
+    config = config_class(**shape, **mlp)
     with isolated(model.seed, "vision_tower"):
         built: PreTrainedModel = AutoModel.from_config(config)
     return built

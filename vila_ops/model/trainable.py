@@ -1,4 +1,4 @@
-"""Which parameters train in a stage."""
+"""Which parameters a stage trains."""
 
 import logging
 from typing import assert_never
@@ -6,54 +6,53 @@ from typing import assert_never
 import torch
 from torch import nn
 
-from vila_ops.config import Part
+from vila_ops.config import Component
 from vila_ops.config.train import FullTuning, Lora, Tuning, VisualExpert
 
 LORA = ".lora_"
-"""In the name of an adapter's parameter."""
+"""Part of the name of every adapter parameter."""
 EXPERT = ".image."
-"""In the name of a visual expert's parameter."""
+"""Part of the name of every parameter of a visual expert."""
 log = logging.getLogger(__name__)
 
 
 def set_trainable(
-    model: nn.Module, parts: tuple[Part, ...], tuning: Tuning | None = None
-) -> dict[Part, list[tuple[str, nn.Parameter]]]:
-    """Freeze everything but what trains; returns the trained parameters by part, in the model's order."""
-    trained: dict[Part, list[tuple[str, nn.Parameter]]] = {part: [] for part in parts}
+    model: nn.Module, components: tuple[Component, ...], tuning: Tuning | None = None
+) -> dict[Component, list[tuple[str, nn.Parameter]]]:
+    """Freeze every parameter that the stage does not train; return the others by component, in the model's order."""
+    trained: dict[Component, list[tuple[str, nn.Parameter]]] = {component: [] for component in components}
     total = 0
     for name, parameter in model.named_parameters():
-        part = part_of(name)
-        trains = _trains(name, parts, tuning or FullTuning())
+        trains = _trains(name, components, tuning or FullTuning())
         parameter.requires_grad_(trains)
         total += parameter.numel()
         if trains:
-            trained[part].append((name, parameter))
-    counts = {part: sum(p.numel() for _, p in found) for part, found in trained.items()}
+            trained[component_of(name)].append((name, parameter))
+    counts = {component: sum(p.numel() for _, p in named) for component, named in trained.items()}
     log.info("trainable %s of %d parameters", counts, total)
     return trained
 
 
-def keep_frozen_in(dtype: torch.dtype, model: nn.Module, parts: tuple[Part, ...], tuning: Tuning) -> None:
-    """Keep the language model's frozen parameters in the dtype that it computes in: they need no fp32 master.
+def keep_frozen_in(dtype: torch.dtype, model: nn.Module, components: tuple[Component, ...], tuning: Tuning) -> None:
+    """Cast the language model's frozen parameters to the dtype that it computes in: they need no fp32 master.
 
-    Buffers stay: rotary frequencies are too coarse in bf16.
+    Buffers keep their dtype: rotary frequencies are too coarse in bf16.
     """
     for name, parameter in model.named_parameters():
-        if part_of(name) == "language_model" and not _trains(name, parts, tuning):
+        if component_of(name) == "language_model" and not _trains(name, components, tuning):
             parameter.data = parameter.data.to(dtype)
 
 
-def part_of(name: str) -> Part:
-    """The part that a parameter belongs to, by its name in the whole model."""
+def component_of(name: str) -> Component:
+    """The component that a parameter belongs to, by its name in the whole model."""
     if "vision_tower." in name:
         return "vision_tower"
     return "projector" if "multi_modal_projector." in name else "language_model"
 
 
-def _trains(name: str, parts: tuple[Part, ...], tuning: Tuning) -> bool:
-    part = part_of(name)
-    return part in parts and (part != "language_model" or _tuned(name, tuning))
+def _trains(name: str, components: tuple[Component, ...], tuning: Tuning) -> bool:
+    component = component_of(name)
+    return component in components and (component != "language_model" or _tuned(name, tuning))
 
 
 def _tuned(name: str, tuning: Tuning) -> bool:

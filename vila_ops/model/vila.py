@@ -1,4 +1,4 @@
-"""The model: vision tower -> projector -> language model, image features put where the placeholders stand."""
+"""The model: vision tower -> projector -> language model; image features replace the embeddings of image tokens."""
 
 # B rows, T tokens, I images, P patches, C tower channels, D language model dim
 
@@ -15,9 +15,9 @@ from vila_ops.model.visual_expert import add_visual_expert, route
 
 
 class VilaForConditionalGeneration(LlavaForConditionalGeneration):  # type: ignore[misc]
-    """transformers' LLaVA with VILA's projectors, and with tower features as an input of their own.
+    """transformers' LLaVA with any projector, and with tower features as a separate input.
 
-    A frozen tower's features can so be computed once and used by every stage.
+    So a frozen tower's features are computed once and used by every stage.
     """
 
     config_class = VilaConfig
@@ -25,54 +25,54 @@ class VilaForConditionalGeneration(LlavaForConditionalGeneration):  # type: igno
     def __init__(self, config: VilaConfig) -> None:
         super().__init__(config)
         self.model.multi_modal_projector = build_projector(config)
-        self.lm_head.__class__ = Head  # the same layer and weights; a new one would draw random numbers
+        self.lm_head.__class__ = Head  # same weights: a new layer would draw random numbers
         if config.visual_expert:
             add_visual_expert(self.model.language_model)
         self.post_init()
 
     def tower_features(self, pixel_values: Tensor) -> Tensor:
-        """What the projector reads: the chosen hidden state of the tower, (I, 3, S, S) -> (I, P, C)."""
+        """Patch features, the projector's input: one hidden state of the tower, (I, 3, S, S) -> (I, P, C)."""
         tower = self.model.vision_tower
         states = tower(pixel_values.to(tower.dtype), output_hidden_states=True).hidden_states
-        chosen: Tensor = states[self.config.vision_feature_layer]
-        return chosen[:, 1:] if self.config.vision_feature_select_strategy == "default" else chosen
+        state: Tensor = states[self.config.vision_feature_layer]
+        return state[:, 1:] if self.config.vision_feature_select_strategy == "default" else state
 
     def embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
-        """Token embeddings (B, T, D) of ids (B, T), with projected features (I, P, C) at the image tokens.
+        """Token embeddings (B, T, D) of ids (B, T), with the projections of features (I, P, C) at the image tokens.
 
-        Raises ValueError when placeholders and features do not match in number.
+        Raises ValueError if the number of image tokens is not that of the projected features.
         """
         embeddings: Tensor = self.get_input_embeddings()(input_ids)
         is_image = input_ids == self.config.image_token_id
         if features is None or not len(features):
             if is_image.any():
-                raise ValueError(f"{int(is_image.sum())} image positions but no image features")
+                raise ValueError(f"{int(is_image.sum())} image tokens but no image features")
             return embeddings
         projected = self.model.multi_modal_projector(features).flatten(0, 1).to(embeddings.dtype)
         if int(is_image.sum()) != len(projected):
-            raise ValueError(f"{int(is_image.sum())} image positions but {len(projected)} projected features")
+            raise ValueError(f"{int(is_image.sum())} image tokens but {len(projected)} projected features")
         return embeddings.masked_scatter(is_image[..., None], projected)
 
     def hidden(self, embeddings: Tensor, **kwargs: Any) -> Any:
         """The language model's output (last_hidden_state (B, T, D), cache) for embeddings (B, T, D).
 
-        With a visual expert it has to be told the routes: see `routing`.
+        A model with a visual expert also needs the arguments that `routing` returns.
         """
         return self.model.language_model(inputs_embeds=embeddings, **kwargs)
 
     def routing(self, input_ids: Tensor, *, everywhere: bool = False) -> dict[str, Any]:
-        """What `hidden` has to be told of ids (B, T) beside their embeddings: the visual expert's positions, if any.
+        """Arguments of `hidden` for ids (B, T): the positions that the visual expert computes; empty without an expert.
 
-        Without image tokens the expert is not run, unless `everywhere`: where one rank runs it, all have to.
+        Without image tokens the expert is skipped, unless `everywhere`: if one rank runs it, all ranks must.
         """
         if not self.config.visual_expert:
             return {}
         is_image = input_ids == self.config.image_token_id
         return {"routes": route(is_image) if everywhere or is_image.any() else None}
 
-    @functools.wraps(LlavaForConditionalGeneration.forward)  # generate reads from its signature what it takes
+    @functools.wraps(LlavaForConditionalGeneration.forward)  # generate reads the signature
     def forward(self, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """LLaVA's forward pass. Raises ValueError without input_ids where there is a visual expert."""
+        """LLaVA's forward pass. Raises ValueError if a model with a visual expert gets no input_ids."""
         if self.config.visual_expert:
             if input_ids is None:
                 raise ValueError("a visual expert is routed by token ids; give input_ids, not inputs_embeds")
@@ -81,10 +81,10 @@ class VilaForConditionalGeneration(LlavaForConditionalGeneration):  # type: igno
 
 
 def losses(model: VilaForConditionalGeneration, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """What the labels (B, T) that are not negative cost after hidden states (B, T, D), in nats, fp32: see Head.
+    """Losses in nats, fp32, of the N labels (B, T) that are not negative, from hidden states (B, T, D); see Head.
 
-    The sum, to differentiate, and the N negative log-likelihoods, row by row. The head is applied at those positions
-    only.
+    Returns the sum, which can be differentiated, and the N negative log-likelihoods in row order. The head is applied
+    at those positions only.
     """
     wanted = labels >= 0
     total, each = model.lm_head(hidden[wanted], labels[wanted])

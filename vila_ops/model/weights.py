@@ -1,4 +1,4 @@
-"""The weights of a model folder: looked at in the headers, then read; and written. Key layouts of all writers."""
+"""Read and write the weights of a model folder, in the key layouts of all LLaVA writers."""
 
 import re
 from pathlib import Path
@@ -33,36 +33,38 @@ RENAMED = tuple(
         (r"^(model\.vision_tower\..*)\.attention\.output\.dense\.", r"\1.attention.o_proj."),
     )
 )
-"""Names of older writers to those of today, as transformers 5 renames them (its conversion_mapping: llava, LlavaModel,
-CLIPVisionModel, Dinov2Model): until 4.51 the parts were called without `model.`, and until 4.57 CLIP and SigLIP towers
-had a `vision_model` inside."""
+"""Parameter names of older writers -> current names, as transformers 5 renames them (its conversion_mapping: llava,
+LlavaModel, CLIPVisionModel, Dinov2Model): names had no `model.` until 4.51, and CLIP and SigLIP towers had an inner
+`vision_model` until 4.57."""
 TOWER, INNER = "model.vision_tower.", "model.vision_tower.vision_model."
 WITH_INNER = ("clip_vision_model", "siglip_vision_model")
-"""Towers that are written with `vision_model` inside: vLLM 0.32 and transformers 4 know them under no other name, and
-transformers 5 reads both."""
+"""Towers written with an inner `vision_model`: vLLM 0.32 and transformers 4 read no other name, transformers 5 reads
+both."""
 BUFFERS = ("embeddings.position_ids", "rotary_emb.inv_freq")
-"""Endings of what old writers saved too, and what follows from the config."""
+"""Endings of saved tensors that the config determines; older writers saved them."""
 
 
 def read_weights(folder: Path, config: VilaConfig) -> dict[str, Tensor]:
     """The parameters of a folder by their names in the model of `config`, in the dtypes of the files.
 
-    Names, shapes and dtypes are compared with the headers before anything is read. Raises CorruptArtifact with what is
-    missing, too much or of a wrong shape.
+    Names, shapes and dtypes in the headers are compared with the model before data are read. Raises CorruptArtifact
+    with the tensors that are missing, unexpected or misshapen.
     """
     stored = stored_tensors(folder)
     names = _names(stored, folder)
-    held = {name: stored[there] for name, there in names.items()}
+    held = {name: stored[key] for name, key in names.items()}
     _check_shapes(held, config, folder)
     state: dict[str, Tensor] = {}
-    for path in sorted({one.file for one in held.values()}):
+    for path in sorted({tensor.file for tensor in held.values()}):
         try:
             tensors = load_file(path)
         except SafetensorError as error:
             raise CorruptArtifact(f"{path} is not a readable safetensors file ({error})") from error
-        state |= {name: tensors[there] for name, there in names.items() if stored[there].file == path}
+        state |= {name: tensors[key] for name, key in names.items() if stored[key].file == path}
     if config.tie_word_embeddings and HEAD in state and not torch.equal(state.pop(HEAD), state[EMBEDDING]):
-        raise CorruptArtifact(f"{folder} ties the head to the embedding but holds another head; which one is not clear")
+        raise CorruptArtifact(
+            f"{folder} ties the head to the embedding but holds a different head; fix tie_word_embeddings"
+        )
     if not isinstance(config.projector_choice(), LinearProjector):
         return state
     try:
@@ -72,13 +74,13 @@ def read_weights(folder: Path, config: VilaConfig) -> dict[str, Tensor]:
 
 
 def write_weights(state: dict[str, Tensor], folder: Path, *, config: VilaConfig) -> dict[str, Tensor]:
-    """Write parameters as safetensors under the names that most programs read; a linear projector as two layers.
+    """Write parameters as safetensors under the names that most programs read, a linear projector as two layers.
 
-    Returns what is written, by the names of the modules in stock transformers 5.
+    Returns the written tensors by their names in stock transformers 5.
     """
     state = _stored(state, config)
     if config.tie_word_embeddings:
-        state = {name: tensor for name, tensor in state.items() if name != HEAD}  # the embedding again
+        state = {name: tensor for name, tensor in state.items() if name != HEAD}  # tied to the embedding
     inner = INNER if config.vision_config.model_type in WITH_INNER else TOWER
     written = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_torch_state_dict({name.replace(TOWER, inner): tensor for name, tensor in written.items()}, folder)
@@ -86,25 +88,25 @@ def write_weights(state: dict[str, Tensor], folder: Path, *, config: VilaConfig)
 
 
 def on_meta(config: VilaConfig) -> VilaForConditionalGeneration:
-    """The model of a config without memory for its weights."""
+    """The model of a config on the meta device, without memory for its weights."""
     with torch.device("meta"):
         model: VilaForConditionalGeneration = VilaForConditionalGeneration(config).eval()
     return model
 
 
 def _names(stored: dict[str, Stored], folder: Path) -> dict[str, str]:
-    """The model's name of each tensor to its name in the file."""
-    found: dict[str, str] = {}
-    for there in stored:
-        if there.endswith(BUFFERS):
+    """Name in the model -> name in the file. Raises CorruptArtifact if two file names mean the same parameter."""
+    names: dict[str, str] = {}
+    for key in stored:
+        if key.endswith(BUFFERS):
             continue
-        name = there
+        name = key
         for old, new in RENAMED:
             name = old.sub(new, name)
-        if name in found:
-            raise CorruptArtifact(f"{folder} holds {name!r} twice, as {found[name]!r} and {there!r}")
-        found[name] = there
-    return found
+        if name in names:
+            raise CorruptArtifact(f"{folder} holds {name!r} twice, as {names[name]!r} and {key!r}")
+        names[name] = key
+    return names
 
 
 def _check_shapes(held: dict[str, Stored], config: VilaConfig, folder: Path) -> None:
@@ -113,19 +115,21 @@ def _check_shapes(held: dict[str, Stored], config: VilaConfig, folder: Path) -> 
     wrong: dict[str, Any] = {
         "missing": sorted(set(wanted) - set(held) - ({HEAD} if config.tie_word_embeddings else set())),
         "unexpected": sorted(set(held) - set(wanted)),
-        "of another shape": {
+        "misshapen": {
             name: f"{held[name].shape}, not {wanted[name]}" for name in common if held[name].shape != wanted[name]
         },
-        "of a dtype that is no weight": {name: one.dtype for name, one in held.items() if one.dtype not in BYTES_OF},
+        "of an unsupported dtype": {
+            name: tensor.dtype for name, tensor in held.items() if tensor.dtype not in BYTES_OF
+        },
     }
-    if told := {kind: _some(names) for kind, names in wrong.items() if names}:
+    if faults := {kind: _first_three(names) for kind, names in wrong.items() if names}:
         raise CorruptArtifact(
-            f"{folder} does not hold the weights that its config.json names: {told}; fetch it again, or fix the config"
+            f"{folder} does not hold the weights of its config.json: {faults}; fetch it again, or fix the config"
         )
 
 
-def _some(names: Any) -> Any:
-    """The first three of many."""
+def _first_three(names: Any) -> Any:
+    """The number of names and the first three."""
     items = list(names.items() if isinstance(names, dict) else names)[:3]
     return {"count": len(names), "first": dict(items) if isinstance(names, dict) else items}
 

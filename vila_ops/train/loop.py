@@ -25,7 +25,7 @@ from vila_ops.data.loading.loader import RowLoader
 from vila_ops.model import attention, lora
 from vila_ops.model import folder as model_folder
 from vila_ops.model.build import embedding_std
-from vila_ops.model.change import Change
+from vila_ops.model.modify import Modifications
 from vila_ops.model.projectors.initialise import fit_to
 from vila_ops.model.trainable import keep_frozen_in, set_trainable
 from vila_ops.model.vila import VilaForConditionalGeneration
@@ -113,7 +113,7 @@ def load(job: TrainJob) -> tuple[VilaForConditionalGeneration, RowLoader, BatchB
         content(job.data)  # downloads every shard before the first step, whose time the watchdog limits
     cache = resources.storage.plan_cache()
     row_loader = RowLoader(opened(job.data).file, digest=job.data.digest, stage=stage, cache=cache)
-    model = model_folder.load(content(job.init), change=change_of(stage))
+    model = model_folder.load(content(job.init), modifications=modifications_of(stage))
     attention.use(model, attention.choose(resources.train.attention, device, stage.precision))
     batch_builder = BatchBuilder(job, model, device=device)
     if job.fresh_projector and "projector" in stage.trainable:
@@ -129,9 +129,9 @@ def load(job: TrainJob) -> tuple[VilaForConditionalGeneration, RowLoader, BatchB
     return model.to(device), row_loader, batch_builder
 
 
-def change_of(stage: Stage) -> Change:
+def modifications_of(stage: Stage) -> Modifications:
     """Return what a stage changes in the architecture of its initial model."""
-    return Change(image_size=stage.image_size, visual_expert=stage.tuning.kind == "visual_expert")
+    return Modifications(image_size=stage.image_size, visual_expert=stage.tuning.kind == "visual_expert")
 
 
 def accumulate_gradients(
@@ -189,6 +189,8 @@ def save_model(engine: Engine, job: TrainJob, curve: Curve, rank_info: RankInfo)
     if rank_info.rank:
         return
     attempt, stage = Path(job.attempt), job.stage
-    model_folder.save_trained(trained, attempt, init=content(job.init), change=change_of(stage), tuning=stage.tuning)
+    model_folder.save_trained(
+        trained, attempt, init=content(job.init), modifications=modifications_of(stage), tuning=stage.tuning
+    )
     exact = [{key: value.hex() if isinstance(value, float) else value for key, value in row.items()} for row in curve]
     (attempt / CURVE).write_text(json.dumps(exact, indent=1))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vila_ops.model.attention import document_mask
 from vila_ops.model.lora import set_draws
-from vila_ops.model.trainable import EXPERT, part_of
+from vila_ops.model.trainable import EXPERT, component_of
 from vila_ops.model.vila import VilaForConditionalGeneration, losses
 
 
@@ -84,12 +84,12 @@ class Objective(nn.Module):
     def text_trains(self) -> bool:
         """Whether text alone gives a gradient. Computed in the first pass, after the trained parts were set."""
         named = self.model.named_parameters()
-        return any(p.requires_grad and part_of(n) == "language_model" and EXPERT not in n for n, p in named)
+        return any(p.requires_grad and component_of(n) == "language_model" and EXPERT not in n for n, p in named)
 
     def _blank_features(self, device: torch.device) -> Tensor:
         """(1, P, C) features of a placeholder image."""
         config = self.model.config
         side = config.vision_side
-        if any(p.requires_grad for name, p in self.model.named_parameters() if part_of(name) == "vision_tower"):
+        if any(p.requires_grad for name, p in self.model.named_parameters() if component_of(name) == "vision_tower"):
             return self.model.tower_features(torch.zeros(1, 3, side, side, device=device))
         return torch.zeros(1, config.grid() ** 2, config.vision_config.hidden_size, device=device)

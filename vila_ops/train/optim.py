@@ -5,9 +5,9 @@ import math
 import torch
 from torch import nn
 
-from vila_ops.config import Part, Resources, Stage
+from vila_ops.config import Component, Resources, Stage
 
-Trained = dict[Part, list[tuple[str, nn.Parameter]]]
+Trained = dict[Component, list[tuple[str, nn.Parameter]]]
 """The trained parameters with their names, by part."""
 
 

@@ -21,7 +21,7 @@ from vila_ops.generate.torch_engine.engine import InProcessEngine
 from vila_ops.generate.torch_engine.loaded_model import read_model
 from vila_ops.model import folder as model_folder
 from vila_ops.model.assemble import assemble
-from vila_ops.model.change import Change
+from vila_ops.model.modify import Modifications
 from vila_ops.model.trainable import EXPERT
 
 QUESTIONS = (
@@ -86,7 +86,7 @@ def test_hidden_states_are_those_of_transformers_layer_by_layer(engine: InProces
 
 
 def _with_expert(base: Pretrained, root: Path) -> Pretrained:
-    model = model_folder.load(content(base), change=Change(visual_expert=True))
+    model = model_folder.load(content(base), modifications=Modifications(visual_expert=True))
     processor = AutoProcessor.from_pretrained(content(base))
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():

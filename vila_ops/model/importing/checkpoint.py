@@ -12,8 +12,8 @@ from vila_ops.config.model import FolderWeights, HubLanguageModel, HubTower, Sha
 from vila_ops.errors import CorruptArtifact
 from vila_ops.model import build, folder, processing
 from vila_ops.model.importing import llava_hf, nvlabs
+from vila_ops.model.importing.components import Components
 from vila_ops.model.importing.nvlabs import TokenOrder
-from vila_ops.model.importing.parts import Parts
 from vila_ops.model.seeds import isolated
 from vila_ops.model.towers import square_side
 from vila_ops.model.vila import VilaForConditionalGeneration
@@ -71,7 +71,7 @@ def shape_of(config: PreTrainedConfig) -> Shape:
     return {**shape, **sides}
 
 
-def _read(source: Path, *, token_order: TokenOrder | None, chat_template: str | None) -> Parts:
+def _read(source: Path, *, token_order: TokenOrder | None, chat_template: str | None) -> Components:
     if not source.is_dir():
         raise ValueError(f"no such folder: {source}; download the repository and give its folder")
     if nvlabs.is_nvlabs(source):
@@ -97,7 +97,7 @@ def _grow_vocabulary(language_model: PreTrainedModel, vocabulary: int) -> None:
             matrix[rows:] = 0
 
 
-def _section(parts: Parts, out: Path) -> Model:
+def _section(parts: Components, out: Path) -> Model:
     vision = parts.tower.config
     return Model(
         vision_tower=HubTower(name=str(out), revision=REVISION, shape=shape_of(vision)),
@@ -113,7 +113,9 @@ def _section(parts: Parts, out: Path) -> Model:
     )
 
 
-def _put_together(parts: Parts, model: Model, *, image_id: int, eos_id: int | None) -> VilaForConditionalGeneration:
+def _put_together(
+    parts: Components, model: Model, *, image_id: int, eos_id: int | None
+) -> VilaForConditionalGeneration:
     if eos_id is None:
         raise ValueError("the tokenizer names no eos token, so no answer would end; set it in tokenizer_config.json")
     config = build.config_of(model, parts.tower, parts.language_model, image_id=image_id, eos_id=eos_id)

@@ -9,8 +9,8 @@ from torch import Tensor, equal, eye
 from transformers import LlavaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from vila_ops.config.model import ImageFit, LinearProjector, MlpProjector, Projector
-from vila_ops.model.importing import parts
-from vila_ops.model.importing.parts import Parts
+from vila_ops.model.importing import components
+from vila_ops.model.importing.components import Components
 from vila_ops.model.processing import read_fit
 from vila_ops.model.towers import select_strategy, square_side
 from vila_ops.packages.tokenizer import IMAGE_TOKEN, OWN_TEMPLATE, TEMPLATE_TOKENS, TEMPLATES
@@ -29,7 +29,7 @@ transformers 5 writes as before 4.52, 4.52 and we as its modules are called."""
 QUESTION, ANSWER = "What is it", "A dog"
 
 
-def read(folder: Path, *, chat_template: str | None) -> Parts:
+def read(folder: Path, *, chat_template: str | None) -> Components:
     """The parts of a folder. Raises ValueError for a LLaVA that we do not hold, with the reason."""
     stated = read_json(folder / "config.json")
     if stated.get("model_type") != LlavaConfig.model_type:
@@ -38,19 +38,19 @@ def read(folder: Path, *, chat_template: str | None) -> Parts:
             f"{LlavaConfig.model_type!r}"
         )
     config = LlavaConfig(**{key: value for key, value in stated.items() if key not in ("model_type", "auto_map")})
-    states = _by_part(parts.read_state(folder), folder)
-    tower = parts.strict("vision_tower", config.vision_config, states["vision_tower"], folder)
+    states = _by_part(components.read_state(folder), folder)
+    tower = components.load_strictly("vision_tower", config.vision_config, states["vision_tower"], folder)
     projector, layers = _projector(config, states["projector"], folder)
     _check_selected(config)
     tokenizer = _tokenizer(config, folder)
     fit = _image_aspect_ratio(tower, folder)
-    return Parts(
+    return Components(
         tower=tower,
         projector=projector,
         layers=layers,
-        language_model=parts.strict("language_model", config.text_config, states["language_model"], folder),
+        language_model=components.load_strictly("language_model", config.text_config, states["language_model"], folder),
         tokenizer=tokenizer,
-        mean_std=parts.mean_std_of(folder),
+        mean_std=components.mean_std_of(folder),
         feature_layer=config.vision_feature_layer,
         image_aspect_ratio=fit,
         chat_template=chat_template or _template(tokenizer),
@@ -108,7 +108,7 @@ def _check_selected(config: LlavaConfig) -> None:
 
 
 def _tokenizer(config: LlavaConfig, folder: Path) -> PreTrainedTokenizerFast:
-    tokenizer = parts.load_tokenizer(folder)
+    tokenizer = components.load_tokenizer(folder)
     named = tokenizer.convert_ids_to_tokens(config.image_token_id) if config.image_token_id < len(tokenizer) else None
     if named != IMAGE_TOKEN:
         raise ValueError(

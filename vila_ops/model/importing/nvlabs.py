@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from vila_ops.config.model import DownsampleProjector, ImageFit, LinearProjector, MlpProjector, Projector
-from vila_ops.model.importing import parts
-from vila_ops.model.importing.parts import Parts
+from vila_ops.model.importing import components
+from vila_ops.model.importing.components import Components
 from vila_ops.model.towers import class_tokens, square_side
 from vila_ops.packages.tokenizer import OWN_TEMPLATE, TEMPLATE_TOKENS
 from vila_ops.packages.untrusted import read_json
@@ -43,7 +43,7 @@ def is_nvlabs(folder: Path) -> bool:
     return kind in MODEL_TYPES and ("mm_vision_tower" in config or "vision_tower_cfg" in config)
 
 
-def read(folder: Path, *, token_order: TokenOrder | None, chat_template: str | None) -> Parts:
+def read(folder: Path, *, token_order: TokenOrder | None, chat_template: str | None) -> Components:
     """The parts of a checkpoint. Raises ValueError for what we cannot hold exactly, with the reason."""
     config = read_json(folder / "config.json")
     _refuse_unheld(config)
@@ -53,17 +53,17 @@ def read(folder: Path, *, token_order: TokenOrder | None, chat_template: str | N
     order = _token_order(kind, config, vintage, asked=token_order, notes=notes)
     if vintage == "v1.0":
         tower, layers, language_model, mean_std = _read_v1(config, folder)
-        tokenizer = parts.load_tokenizer(folder)
+        tokenizer = components.load_tokenizer(folder)
     else:
-        tower = parts.load_tower(folder / "vision_tower")
-        layers = _layers(parts.read_state(folder / "mm_projector"), prefix="layers.")
-        language_model = parts.load_language_model(folder / "llm")
-        tokenizer = parts.load_tokenizer(folder / "llm")
-        mean_std = parts.mean_std_of(folder / "vision_tower")
+        tower = components.load_tower(folder / "vision_tower")
+        layers = _layers(components.read_state(folder / "mm_projector"), prefix="layers.")
+        language_model = components.load_language_model(folder / "llm")
+        tokenizer = components.load_tokenizer(folder / "llm")
+        mean_std = components.mean_std_of(folder / "vision_tower")
     if config.get("dynamic_s2"):
         layers = _one_scale(layers, config, tower, notes=notes)
     _check_selected(config, tower)
-    return Parts(
+    return Components(
         tower=tower,
         projector=_projector(kind, order),
         layers=layers,
@@ -253,9 +253,9 @@ def _chat_template(tokenizer: PreTrainedTokenizerFast, vintage: Vintage, *, aske
 
 def _read_v1(
     config: dict[str, Any], folder: Path
-) -> tuple[PreTrainedModel, list[dict[str, Tensor]], PreTrainedModel, parts.MeanStd]:
+) -> tuple[PreTrainedModel, list[dict[str, Tensor]], PreTrainedModel, components.MeanStd]:
     """v1.0 and LLaVA-1.5: one state of a Llama with the projector and a CLIP tower in it."""
-    state = parts.read_state(folder)
+    state = components.read_state(folder)
     name = config["mm_vision_tower"]
     tower = {key.removeprefix(V1_TOWER): state.pop(key) for key in sorted(state) if key.startswith(V1_TOWER)}
     if "openai/clip-vit" not in name or not tower:
@@ -267,9 +267,9 @@ def _read_v1(
     llama = {*LlamaConfig().to_dict(), "rope_theta", "rope_scaling"} - {"architectures", "model_type"}
     stated = {key: value for key, value in config.items() if key in llama}
     return (
-        parts.strict("vision_tower", _clip_config(tower, folder), tower, folder),
+        components.load_strictly("vision_tower", _clip_config(tower, folder), tower, folder),
         _layers(layers, prefix=V1_PROJECTOR),
-        parts.strict("language_model", LlamaConfig(**stated), state, folder),
+        components.load_strictly("language_model", LlamaConfig(**stated), state, folder),
         CLIP_MEAN_STD,
     )
 

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from vila_ops.config.model import HubTower, ImageFit, Part, Projector
+from vila_ops.config.model import Component, HubTower, ImageFit, Projector
 from vila_ops.errors import CorruptArtifact
 from vila_ops.model.importing.internvit import INTERNVIT, translated, translated_config
 from vila_ops.packages.imagenet import IMAGENET, Channels
@@ -30,7 +30,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True)
-class Parts:
+class Components:
     """What a checkpoint holds, in our terms."""
 
     tower: PreTrainedModel
@@ -74,8 +74,8 @@ def load_tower(folder: Path) -> PreTrainedModel:
     stated = read_json(folder / "config.json")
     state = read_state(folder)
     if stated.get("model_type") == INTERNVIT:
-        return strict("vision_tower", translated_config(stated), translated(state), folder)
-    return strict("vision_tower", _native_config(folder), state, folder)
+        return load_strictly("vision_tower", translated_config(stated), translated(state), folder)
+    return load_strictly("vision_tower", _native_config(folder), state, folder)
 
 
 def load_language_model(folder: Path) -> PreTrainedModel:
@@ -84,7 +84,7 @@ def load_language_model(folder: Path) -> PreTrainedModel:
     if method := stated.get("quantization_config"):
         name = method.get("quant_method") if isinstance(method, dict) else method
         raise ValueError(f"{folder} is quantised ({name}); import the checkpoint that it was made from")
-    return strict("language_model", _native_config(folder), read_state(folder), folder)
+    return load_strictly("language_model", _native_config(folder), read_state(folder), folder)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -118,7 +118,7 @@ def _native_config(folder: Path) -> PreTrainedConfig:
         ) from error
 
 
-def strict(part: Part, config: PreTrainedConfig, state: dict[str, Tensor], folder: Path) -> PreTrainedModel:
+def load_strictly(part: Component, config: PreTrainedConfig, state: dict[str, Tensor], folder: Path) -> PreTrainedModel:
     """A tower or language model of exactly these weights, in the precision that they have.
 
     Raises CorruptArtifact that names what is missing, unknown or misshapen.

@@ -11,7 +11,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from vila_ops.config.model import ImageFit
 from vila_ops.model import folder as model_folder
-from vila_ops.model.change import Change, changed
+from vila_ops.model.modify import Modifications, modified
 from vila_ops.model.processing import read_fit
 from vila_ops.model.towers import POSITIONS
 
@@ -22,8 +22,8 @@ Build = Callable[..., Any]
 def test_where_nothing_is_to_be_otherwise_the_very_objects_come_back(make_model: Any, build: Build) -> None:
     whole, _ = build(make_model())
     state = whole.state_dict()
-    for change in (Change(), Change(image_size=56)):
-        config, weights = changed(whole.config, state, change)
+    for modifications in (Modifications(), Modifications(image_size=56)):
+        config, weights = modified(whole.config, state, modifications)
         assert config is whole.config
         assert weights is state
 
@@ -36,7 +36,7 @@ def test_another_image_size_changes_the_position_table_and_what_the_config_says_
     whole, _ = build(make_model(family, projector))
     state = dict(whole.state_dict())
     before, names = whole.config.to_dict(), list(state)
-    config, weights = changed(whole.config, state, Change(image_size=84))
+    config, weights = modified(whole.config, state, Modifications(image_size=84))
     assert list(weights) == list(state) == names
     (other,) = [name for name in weights if weights[name] is not state[name]]
     assert other.endswith(POSITIONS)
@@ -52,8 +52,8 @@ def test_another_image_size_changes_the_position_table_and_what_the_config_says_
 
 def test_less_than_one_patch_is_refused(make_model: Any, build: Build) -> None:
     whole, _ = build(make_model())
-    with pytest.raises(ValueError, match="images of 13 pixels are less than one patch"):
-        changed(whole.config, whole.state_dict(), Change(image_size=13))
+    with pytest.raises(ValueError, match="image_size 13 is less than one patch"):
+        modified(whole.config, whole.state_dict(), Modifications(image_size=13))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -65,8 +65,8 @@ def test_a_folder_at_another_image_size_is_a_whole_folder_again(
     init, out = tmp_path / "init", tmp_path / "out"
     model_folder.save(whole, init, processor=processor)
     out.mkdir()
-    change = Change(image_size=84)
-    model_folder.save_trained({}, out, init=init, change=change)
+    modifications = Modifications(image_size=84)
+    model_folder.save_trained({}, out, init=init, modifications=modifications)
     assert {path.name for path in out.iterdir()} == {path.name for path in init.iterdir()}
     differ = {path.name for path in init.iterdir() if path.read_bytes() != (out / path.name).read_bytes()}
     assert differ == {"config.json", "processor_config.json", "model.safetensors"}
@@ -76,7 +76,7 @@ def test_a_folder_at_another_image_size_is_a_whole_folder_again(
     inputs = AutoProcessor.from_pretrained(out)(text=text, images=[Pillow.fromarray(noise)], return_tensors="pt")
     assert inputs["pixel_values"].shape == (1, 3, 84, 84)
     assert int((inputs["input_ids"] == stock.config.image_token_id).sum()) == 36
-    for ours in (model_folder.load(out), model_folder.load(init, change=change)):
+    for ours in (model_folder.load(out), model_folder.load(init, modifications=modifications)):
         with torch.no_grad():
             embeddings = ours.embed(inputs["input_ids"], ours.tower_features(inputs["pixel_values"]))
             found = ours.lm_head(ours.hidden(embeddings, use_cache=False).last_hidden_state)
@@ -92,7 +92,7 @@ def test_there_and_back_again_says_what_it_said_before(fit: str, make_model: Any
     model_folder.save(whole, folders[0], processor=processor)
     for before, after, size in zip(folders, folders[1:], (84, 56), strict=False):
         after.mkdir()
-        model_folder.save_trained({}, after, init=before, change=Change(image_size=size))
+        model_folder.save_trained({}, after, init=before, modifications=Modifications(image_size=size))
     for path in folders[0].iterdir():
         if path.suffix != ".safetensors":
             assert (folders[2] / path.name).read_bytes() == path.read_bytes(), path.name
