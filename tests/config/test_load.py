@@ -225,7 +225,7 @@ def test_a_remainder_is_refused_with_a_batch_that_would_do(micro_batch: str, bat
         ("model.image_size=13", r"image_size 13 is less than one patch of 14 pixels"),
         ("stages.sft.image_size=13", r"image_size 13 is less than one patch of 14 pixels"),
         ("stages.sft.image_size=140", r"an image takes 100 tokens but max_tokens is 96"),
-        ("gate.rules=[{metric: x}]", r"rule on 'x' asks nothing"),
+        ("gate.rules=[{metric: x}]", r"rule on 'x' has no bound"),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(override: str, message: str) -> None:

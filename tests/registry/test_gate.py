@@ -1,12 +1,12 @@
-"""The gate says yes only when every rule holds, and says why."""
+"""The gate passes a model only when every rule holds, and gives the reasons."""
 
 import math
-from typing import Any
 
 import pytest
 
 from vila_ops.config import Gate
 from vila_ops.config.eval import Rule
+from vila_ops.eval.report import MetricRole, Report, ReportMetric
 from vila_ops.registry.gate import GateMetric, judge, metrics_of
 
 BETTER, WORSE = GateMetric(0.9), GateMetric(0.4)
@@ -17,30 +17,36 @@ def gate(*rules: Rule) -> Gate:
     return Gate(model_name="toy", rules=rules)
 
 
-def record(name: str, value: float | None, **more: Any) -> dict[str, Any]:
-    """One metric of a report file."""
-    return {"name": name, "value": value, "low": 0.0, "high": 1.0, "n": 9, "role": "model", **more}
+def report(*metrics: ReportMetric) -> Report:
+    """A report with these metrics."""
+    return Report(
+        suite="s", split="test", model="m", data="d", benchmarks={}, metrics=metrics, layers=(), answers=()
+    )  # fmt: skip
 
 
-def test_only_the_models_own_numbers_are_read() -> None:
-    report = {
-        "metrics": [
-            record("pope", 0.75),
-            record("pope", 0.5, role="control"),
-            record("pope", 0.5, role="chance"),
-            record("loss", 2.5, lower_is_better=True),
-            record("cider", None),
-        ]
-    }
-    metrics = metrics_of(report)
-    assert metrics["pope"] == GateMetric(0.75)
-    assert metrics["loss"] == GateMetric(2.5, lower_is_better=True)
-    assert math.isnan(metrics["cider"].value)
+def metric(name: str, value: float, *, role: MetricRole = "model", lower_is_better: bool = False) -> ReportMetric:
+    """One metric of a report."""
+    return ReportMetric(
+        name=name, measure=name, role=role, value=value, low=0.0, high=1.0, n=9, lower_is_better=lower_is_better,
+        unit="share",
+    )  # fmt: skip
 
 
-def test_a_metric_that_stands_twice_in_a_report_is_an_error() -> None:
+def test_only_the_models_own_metrics_are_read() -> None:
+    metrics = metrics_of(
+        report(
+            metric("pope", 0.75),
+            metric("pope", 0.5, role="control"),
+            metric("pope", 0.5, role="chance"),
+            metric("loss", 2.5, lower_is_better=True),
+        )
+    )
+    assert metrics == {"pope": GateMetric(0.75), "loss": GateMetric(2.5, lower_is_better=True)}
+
+
+def test_a_metric_that_a_report_has_twice_is_an_error() -> None:
     with pytest.raises(ValueError, match="'pope' twice"):
-        metrics_of({"metrics": [record("pope", 0.75), record("pope", 0.7)]})
+        metrics_of(report(metric("pope", 0.75), metric("pope", 0.7)))
 
 
 @pytest.mark.parametrize(
@@ -74,7 +80,7 @@ def test_bounds_without_a_champion(rule: Rule, value: float, passes: bool) -> No
         (0.75, math.nan, False, False),
     ],
 )
-def test_max_loss_looks_in_the_direction_of_the_metric(
+def test_max_regression_looks_in_the_direction_of_the_metric(
     own: float, champion: float, lower_is_better: bool, passes: bool
 ) -> None:
     metrics = {"m": GateMetric(own, lower_is_better=lower_is_better)}
@@ -94,7 +100,7 @@ def test_one_rule_that_fails_is_enough_and_every_rule_gives_its_reason() -> None
 
 
 def test_a_metric_that_the_report_lacks_is_an_error_with_the_names_there_are() -> None:
-    with pytest.raises(ValueError, match=r"asks for \['pope'\], which the model's report lacks; it has \['a', 'b'\]"):
+    with pytest.raises(ValueError, match=r"rules for \['pope'\], which the model's report lacks; it has \['a', 'b'\]"):
         judge(gate(Rule(metric="pope", at_least=0.5)), {"b": WORSE, "a": BETTER}, None)
 
 

@@ -1,6 +1,5 @@
-"""Registering is idempotent, also when it is done at once, and only the gate moves the champion."""
+"""Registering is idempotent, also in several processes at once, and only the gate moves the champion."""
 
-import json
 import multiprocessing
 import shutil
 from pathlib import Path
@@ -15,7 +14,8 @@ from vila_ops.artifacts.kinds import Checkpoint, EvalReport, ModelVersion
 from vila_ops.config import Gate, Resources
 from vila_ops.config.eval import Rule
 from vila_ops.errors import CorruptArtifact
-from vila_ops.registry import register as task
+from vila_ops.eval.report import Report, ReportMetric, write_report
+from vila_ops.registry.mlflow_registry import MlflowRegistry
 from vila_ops.registry.register import champion, register, report_of
 
 GATE = Gate(model_name="toy's model", rules=(Rule(metric="pope", at_least=0.5, max_regression=0.05),))
@@ -23,7 +23,7 @@ GATE = Gate(model_name="toy's model", rules=(Rule(metric="pope", at_least=0.5, m
 
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's tables, made once: that takes seconds."""
+    """MLflow's tables, created once because that takes seconds."""
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     MlflowClient(f"sqlite:///{path}", registry_uri=f"sqlite:///{path}").search_registered_models()
     return path
@@ -56,8 +56,13 @@ def report(resources: Resources, model: Checkpoint, pope: float, *, suite: str =
     root = resources.storage.store
     at = store.address(EvalReport, revision=0, recipe=[pope, suite], parents=(model.digest,))
     attempt = store.begin(at, store=root)
-    metric = {"name": "pope", "value": pope, "low": 0.0, "high": 1.0, "n": 9, "role": "model"}
-    (attempt / "report.json").write_text(json.dumps({"metrics": [metric]}))
+    metric = ReportMetric(
+        name="pope", measure="pope", role="model", value=pope, low=0.0, high=1.0, n=9, lower_is_better=False, unit=""
+    )
+    content = Report(
+        suite=suite, split="test", model=model.digest, data="d", benchmarks={}, metrics=(metric,), layers=(), answers=()
+    )
+    write_report(attempt, content)
     facts = {"suite": suite, "model": model.digest}
     return store.seal(EvalReport, at, attempt, facts=facts, execution={})
 
@@ -120,7 +125,7 @@ def test_a_registration_that_died_half_way_is_finished(resources: Resources, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(task, "_promote", die)
+        patch.setattr(MlflowRegistry, "promote", die)
         with pytest.raises(KeyboardInterrupt):
             registered(resources, "one", 0.75)
     assert client(resources).get_model_version(GATE.model_name, "1").tags["ready"] == "false"
@@ -128,7 +133,7 @@ def test_a_registration_that_died_half_way_is_finished(resources: Resources, mon
     assert client(resources).get_model_version(GATE.model_name, "1").tags["ready"] == "true"
 
 
-def test_other_rules_judge_a_version_anew(resources: Resources) -> None:
+def test_other_rules_judge_a_version_again(resources: Resources) -> None:
     assert not registered(resources, "one", 0.25).promoted
     milder = Gate(model_name=GATE.model_name, rules=(Rule(metric="pope", at_least=0.2),))
     model = checkpoint(resources, "one")
@@ -146,6 +151,15 @@ def test_a_comparison_with_anything_but_the_champion_is_refused(resources: Resou
     elsewhere = report(resources, first.checkpoint, 0.75, suite="other")
     with pytest.raises(ValueError, match="of two suites"):
         registered(resources, "two", 0.8, against=elsewhere)
+    assert champion(GATE, resources) == first
+
+
+def test_a_version_that_was_judged_against_an_earlier_champion_is_not_promoted(resources: Resources) -> None:
+    first = registered(resources, "one", 0.75)
+    second = registered(resources, "two", 0.6, against=report_of(first, resources))
+    registry = MlflowRegistry(resources, GATE.model_name)
+    with pytest.raises(ValueError, match="became version 1 while version 2 was judged against version None"):
+        registry.promote(second.version, champion=None)
     assert champion(GATE, resources) == first
 
 

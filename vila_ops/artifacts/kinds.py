@@ -43,8 +43,17 @@ class Checkpoint(Artifact):
     step: int
 
 
+class BenchmarkResult(Artifact):
+    """Scores of one model on one benchmark, item by item."""
+
+    benchmark: str
+    """The benchmark's kind."""
+    model: str
+    """Digest of the model that was evaluated."""
+
+
 class EvalReport(Artifact):
-    """Scores of one model on one suite."""
+    """Metrics of one model on one suite, composed of the results of its benchmarks."""
 
     suite: str
     model: str

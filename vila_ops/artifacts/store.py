@@ -20,7 +20,16 @@ from typing import Any, TypeVar
 from vila_ops.artifacts import disk, output
 from vila_ops.artifacts.backend import AT_ONCE, Backend, FileFacts, way_out
 from vila_ops.artifacts.copies import uri_of
-from vila_ops.artifacts.kinds import Artifact, Checkpoint, Dataset, EvalReport, Pretrained, Shard, Survey
+from vila_ops.artifacts.kinds import (
+    Artifact,
+    BenchmarkResult,
+    Checkpoint,
+    Dataset,
+    EvalReport,
+    Pretrained,
+    Shard,
+    Survey,
+)
 from vila_ops.config import fingerprint
 from vila_ops.errors import CorruptArtifact, DamagedFile
 
@@ -34,6 +43,7 @@ KINDS: dict[type[Artifact], str] = {
     Survey: "survey",
     Pretrained: "pretrained",
     Checkpoint: "checkpoint",
+    BenchmarkResult: "score",
     EvalReport: "report",
 }
 ANY_EXECUTION: dict[str, Any] = {"seconds": 0.0, "sealed": "1970-01-01T00:00:00+00:00", "workers": []}

@@ -1,20 +1,25 @@
-"""The task `evaluate`: a model and a suite to a report with intervals. Light: the work is in `work`."""
+"""The task `evaluate`: one artifact for each benchmark and model, and the report of a suite composed of them.
 
-import json
+This module is light. What measures is imported when a benchmark was not measured yet.
+"""
+
 import logging
 import time
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from vila_ops import tracking
 from vila_ops.artifacts import store
 from vila_ops.artifacts.execution import execution
-from vila_ops.artifacts.kinds import Checkpoint, Dataset, EvalReport, Pretrained
+from vila_ops.artifacts.kinds import BenchmarkResult, Checkpoint, Dataset, EvalReport, Pretrained
 from vila_ops.artifacts.leases import hold
 from vila_ops.config import NO_CONTEXT, Resources, RunContext, Suite
 from vila_ops.eval.job import EvalJob
+from vila_ops.eval.report import compose, tracked, tracked_layers, write_report
 
-REVISION = 3
-REPORT = "report.json"
+REVISION = 4
+"""Raised when a report of the same results changes; each benchmark has a revision of its own."""
 log = logging.getLogger(__name__)
 
 
@@ -25,22 +30,16 @@ def evaluate(
     resources: Resources,
     context: RunContext = NO_CONTEXT,
 ) -> EvalReport:
-    """The report of a model on a suite; measured only if the store has it not yet. Raises CorruptArtifact."""
-    recipe = suite.model_dump(mode="json", exclude={"mixture"})
-    at = store.address(EvalReport, revision=REVISION, recipe=recipe, parents=(model.digest, data.digest))
-    if done := store.find(EvalReport, at, store=resources.storage.store):
+    """The report of a model on a suite; measures the benchmarks that the store has no result of.
+
+    Raises CorruptArtifact for a damaged model, dataset, result or report, and ValueError for data without enough items.
+    """
+    job = EvalJob(suite=suite, model=model, data=data, resources=resources)
+    results = _results(job)
+    if len(results) == len(suite.benchmarks) and (
+        done := store.find(EvalReport, _address(job, results), store=resources.storage.store)
+    ):
         return done
-    with hold(at, store=resources.storage.store):
-        return store.find(EvalReport, at, store=resources.storage.store) or _evaluate(
-            at, EvalJob(suite=suite, model=model, data=data, resources=resources), context
-        )
-
-
-def _evaluate(at: store.Address, job: EvalJob, context: RunContext) -> EvalReport:
-    suite, model, data, resources = job.suite, job.model, job.data, job.resources
-    store.verify(data)  # the model is verified by whoever loads it
-    started = time.monotonic()
-    attempt = store.begin(at, store=resources.storage.store)
     stage = model.stage if isinstance(model, Checkpoint) else "base"
     run_id = tracking.start_run(
         resources,
@@ -52,43 +51,69 @@ def _evaluate(at: store.Address, job: EvalJob, context: RunContext) -> EvalRepor
     tracking.log_input(resources, run_id, data, name=suite.mixture.name, context="eval")
     failed = True
     try:
-        result = _launch(job)
-        (attempt / REPORT).write_text(json.dumps(result["report"], indent=1, sort_keys=True))
-        with tracking.MetricLog(resources, run_id) as metrics:
-            _track(result["report"], metrics)
-            metrics.attach(attempt / REPORT)
+        report = _report(job, run_id)
         failed = False
     finally:
         tracking.end_run(resources, run_id, failed=failed)
-    report = store.seal(
-        EvalReport,
-        at,
-        attempt,
-        facts={"suite": suite.name, "model": model.digest},
-        execution=execution(launch=resources.launch, seconds=time.monotonic() - started, ran=[result["ran"]])
-        | {"mlflow_run": run_id},
-    )
     log.info("evaluated %s on %s", stage, suite.name)
     return report
 
 
-def read_report(report: EvalReport) -> dict[str, Any]:
-    """The content of a report. Raises CorruptArtifact."""
-    found: dict[str, Any] = json.loads(store.file(report, REPORT).read_text())
-    return found
+def _report(job: EvalJob, run_id: str | None) -> EvalReport:
+    """Measure what is missing; compose, track and seal the report."""
+    started = time.monotonic()
+    ran = _measure_missing(job)
+    results = _results(job)
+    at = _address(job, results)
+    attempt = store.begin(at, store=job.resources.storage.store)
+    report = compose(job.suite, model=job.model.digest, data=job.data.digest, results=results)
+    file = write_report(attempt, report)
+    with tracking.MetricLog(job.resources, run_id) as metrics:
+        metrics.log(tracked(report), step=0)
+        for layer, values in tracked_layers(report):  # as curves whose step is the layer
+            metrics.log(values, step=layer)
+        metrics.attach(file)
+    return store.seal(
+        EvalReport,
+        at,
+        attempt,
+        facts={"suite": job.suite.name, "model": job.model.digest},
+        execution=execution(launch=job.resources.launch, seconds=time.monotonic() - started, ran=ran)
+        | {"mlflow_run": run_id},
+    )
 
 
-def tracked(report: dict[str, Any]) -> dict[str, float]:
-    """Metric names as MLflow shows them: the model's plain, the others with their role behind."""
-    return {m["name"] if m["role"] == "model" else f"{m['name']}.{m['role']}": m["value"] for m in report["metrics"]}
+def _results(job: EvalJob) -> dict[str, BenchmarkResult]:
+    """The results that are in the store, by the suite's names of the benchmarks."""
+    return {name: result for name in job.suite.benchmarks if (result := job.result(name)) is not None}
 
 
-def _track(report: dict[str, Any], metrics: tracking.MetricLog) -> None:
-    """Log the metrics, and those that have a value for each layer as curves whose step is the layer."""
-    metrics.log(tracked(report), step=0)
-    for point in report["layers"]:
-        role = "" if point["role"] == "model" else f".{point['role']}"
-        metrics.log({f"{point['name']}_by_layer{role}": point["value"]}, step=point["layer"])
+def _address(job: EvalJob, results: Mapping[str, BenchmarkResult]) -> store.Address:
+    """Where the report is that is composed of these results."""
+    names = list(job.suite.benchmarks)
+    return store.address(
+        EvalReport,
+        revision=REVISION,
+        recipe={"suite": job.suite.name, "split": job.suite.split, "benchmarks": names},
+        parents=(job.model.digest, job.data.digest, *(results[name].digest for name in names)),
+    )
+
+
+def _measure_missing(job: EvalJob) -> list[dict[str, Any]]:
+    """Measure and seal what the store has no result of, in one process; returns which one, or nothing.
+
+    A benchmark that another process measures meanwhile is waited for and not measured again.
+    """
+    root = job.resources.storage.store
+    addresses = {name: job.address(name) for name in job.suite.benchmarks if job.result(name) is None}
+    with ExitStack() as leases:
+        for at in sorted({at.key: at for at in addresses.values()}.values(), key=lambda at: at.key):
+            leases.enter_context(hold(at, store=root))  # in one order in every process, so that none waits in a circle
+        missing = {at.key: name for name, at in addresses.items() if job.result(name) is None}
+        if not missing:
+            return []
+        store.verify(job.data)  # the model is verified by the process that loads it
+        return [_launch(job.with_changes({"benchmarks": tuple(missing.values())}))]
 
 
 def _launch(job: EvalJob) -> dict[str, Any]:
@@ -96,6 +121,6 @@ def _launch(job: EvalJob) -> dict[str, Any]:
         from vila_ops.eval.ray_workers import run_on_ray
 
         return run_on_ray(job)
-    from vila_ops.eval.work import run  # heavy: torch, transformers
+    from vila_ops.eval.runner import run  # heavy: torch, transformers
 
     return run(job)

@@ -1,129 +1,122 @@
-"""What benchmarks share: the generator, the items, scores that two of them need, and the form of a metric."""
+"""Benchmarks on one engine in this process, each sealed as soon as it is measured."""
 
+import logging
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-from numpy.typing import ArrayLike
+from vila_ops.artifacts import store
+from vila_ops.artifacts.execution import execution
+from vila_ops.artifacts.kinds import BenchmarkResult
+from vila_ops.cluster import whoami
+from vila_ops.eval.benchmark import (
+    EvalInputs,
+    GenerateRequest,
+    Intervals,
+    Requests,
+    ScoreRequest,
+    StatesRequest,
+    benchmark_of,
+)
+from vila_ops.eval.job import EvalJob
+from vila_ops.eval.report import ItemScore, Measurement, write_result
+from vila_ops.generate.engine import Engine, EngineOptions, generate_all, hidden_states_of, score_all
+from vila_ops.generate.load import load_engine
+from vila_ops.generate.request import Sampling
 
-from vila_ops.config import Suite
-from vila_ops.data.records import Image
-from vila_ops.eval.benchmarks.held_out.items import Items
-from vila_ops.eval.statistics import Interval, Statistic, cluster_bootstrap, paired_difference
-from vila_ops.generate.engine import Engine, score_all
-from vila_ops.generate.request import Loglikelihood, Prompt
-
-Role = Literal["model", "control", "chance", "gap"]
-"""gap is control minus model for losses and model minus control for the rest: above zero, the image is used."""
+log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Metric:
-    """One number of a report."""
-
-    name: str
-    role: Role
-    value: float
-    low: float
-    high: float
-    n: int
-    lower_is_better: bool
-    unit: str
+def run(job: EvalJob) -> dict[str, Any]:
+    """Measure and seal the benchmarks of a job with the model loaded once; returns which process did it."""
+    options = EngineOptions(
+        feature_root=job.resources.storage.scratch() / "features",
+        threads=job.resources.evaluate.threads_per_worker,
+        precision=job.suite.precision,
+    )
+    engine = load_engine(job.model, job.resources.evaluate.engine, options)
+    try:
+        runner = BenchmarkRunner(engine, job.inputs())
+        for name in job.benchmarks:
+            _measure(runner, job, name)
+    finally:
+        engine.close()
+    return whoami()
 
 
 class BenchmarkRunner:
-    """One model on one suite's items."""
+    """One engine and the inputs of a suite; equal requests of two benchmarks are answered once."""
 
-    def __init__(self, generator: Engine, items: Items, suite: Suite) -> None:
-        self.generator = generator
-        self.items = items
-        self.suite = suite
-        self.objects = [image.object for image in items.images]
+    def __init__(self, engine: Engine, inputs: EvalInputs) -> None:
+        self.engine, self.inputs = engine, inputs
+        self._answered: list[tuple[Requests, list[Any]]] = []
 
-    @cached_property
-    def own(self) -> list[list[Loglikelihood]]:
-        """Of each image its true caption first, then the distractors, in the format that pairs are trained in."""
-        return self._score_captions([image.image for image in self.items.images], self._choices)
-
-    @cached_property
-    def control(self) -> list[list[Loglikelihood]]:
-        """The same with another object's image; the distractors only where a choice among them is controlled."""
-        choosing = any(b.kind == "multiple_choice" and b.control != "none" for b in self.suite.benchmarks.values())
-        choices = self._choices if choosing else [choice[:1] for choice in self._choices]
-        return self._score_captions([image.other_image for image in self.items.images], choices)
-
-    @cached_property
-    def blind(self) -> list[list[Loglikelihood]]:
-        """The same without any image."""
-        return score_all(self.generator, [(Prompt([self._bos()]), choice) for choice in self._choices])
-
-    @cached_property
-    def _choices(self) -> list[list[list[int]]]:
-        return [[self._ending(text) for text in (p.caption, *p.distractors)] for p in self.items.images]
-
-    def caption_prompt(self, image: bytes) -> Prompt:
-        """bos and the image: what stands before a caption in the pairs."""
-        return Prompt([self._bos(), *self.generator.tokenizer.image], (image,))
-
-    def chat_prompt(self, question: str, image: bytes | None) -> Prompt:
-        """A question, after an image if there is one, through the chat template."""
-        parts = (question,) if image is None else (Image(image), question)
-        return Prompt(self.generator.tokenizer.prompt([("user", parts)]), () if image is None else (image,))
-
-    def metric(
-        self, name: str, role: Role, values: ArrayLike, *, statistic: Statistic, unit: str, clusters: Sequence[str]
-    ) -> Metric:
-        """A value with its bootstrap interval over clusters."""
-        found = cluster_bootstrap(values, clusters, statistic=statistic, resamples=self._resamples, seed=self._seed)
-        return _metric(name, role, found, unit)
-
-    def gap(
-        self,
-        name: str,
-        values: tuple[ArrayLike, ArrayLike],
-        *,
-        statistic: Statistic,
-        unit: str,
-        clusters: Sequence[str] | None = None,
-    ) -> Metric:
-        """The first minus the second on the same images (all, unless `clusters` names fewer), with its interval."""
-        objects = self.objects if clusters is None else clusters
-        found = paired_difference(*values, objects, statistic=statistic, resamples=self._resamples, seed=self._seed)
-        return _metric(name, "gap", found, unit)
-
-    @property
-    def _resamples(self) -> int:
-        return self.suite.bootstrap_resamples
-
-    @property
-    def _seed(self) -> int:
-        return self.suite.seed
-
-    def _score_captions(self, images: list[bytes], choices: list[list[list[int]]]) -> list[list[Loglikelihood]]:
-        return score_all(
-            self.generator,
-            [(self.caption_prompt(image), choice) for image, choice in zip(images, choices, strict=True)],
+    def measure(self, config: Any) -> tuple[Measurement, tuple[ItemScore, ...]]:
+        """The metrics of a benchmark, and the scores of its items; `config` is the benchmark's."""
+        benchmark = benchmark_of(config.kind)
+        items = benchmark.items(self.inputs, config)
+        requests = benchmark.requests(items, config, self.engine.tokenizer)
+        responses = {condition: self.respond(some) for condition, some in requests.items()}
+        scored = benchmark.score(items, config, responses)
+        settings = self.inputs.settings
+        clusters = tuple(item.cluster for item in scored.items)
+        intervals = Intervals(clusters, resamples=settings.bootstrap_resamples, seed=settings.seed)
+        aggregate = benchmark.aggregate(scored.items, config, intervals)
+        measurement = Measurement(
+            num_items=len(scored.items),
+            num_clusters=len(set(clusters)),
+            metrics=aggregate.metrics,
+            layers=aggregate.layers,
+            answers=scored.answers,
         )
+        return measurement, scored.items
 
-    def _ending(self, text: str) -> list[int]:
-        return [*self.generator.tokenizer.text_ids(text), self.generator.tokenizer.eos_id]
+    def respond(self, requests: Requests) -> list[Any]:
+        """The engine's responses, in the order of the requests, which are all of one class."""
+        for earlier, responses in self._answered:
+            if earlier == requests:
+                return responses
+        responses = self._ask(requests)
+        self._answered.append((requests, responses))
+        return responses
 
-    def _bos(self) -> int:
-        return self.generator.tokenizer.bos_id
+    def _ask(self, requests: Requests) -> list[Any]:
+        scored = [one for one in requests if isinstance(one, ScoreRequest)]
+        generated = [one for one in requests if isinstance(one, GenerateRequest)]
+        states = [one for one in requests if isinstance(one, StatesRequest)]
+        if len(requests) not in (len(scored), len(generated), len(states)):
+            raise TypeError("one condition has requests of several classes; give each class a condition of its own")
+        responses: list[Any] = []
+        if scored:
+            responses += score_all(self.engine, [(one.prompt, one.continuations) for one in scored])
+        if generated:
+            responses += self._generate(generated)
+        for one in states:
+            responses.append(one.reduce(hidden_states_of(self.engine, one.prompt, one.continuation)))
+        return responses
+
+    def _generate(self, requests: Sequence[GenerateRequest]) -> list[str]:
+        if len(lengths := {one.max_new_tokens for one in requests}) > 1:
+            raise ValueError(f"the requests of one condition have max_new_tokens {sorted(lengths)}; give them one")
+        tokenizer = self.engine.tokenizer
+        sampling = Sampling(max_new_tokens=lengths.pop(), stop_ids=frozenset(tokenizer.stop_ids))
+        outputs = generate_all(self.engine, [one.prompt for one in requests], sampling)
+        return [tokenizer.decode(output.ids) for output in outputs]
 
 
-def nll_and_tokens(scores: Sequence[Loglikelihood]) -> Any:
-    """(N, 2) for a ratio statistic: nats and tokens of each item."""
-    return np.array([[score.nll, score.tokens] for score in scores], float)
-
-
-def as_json(metrics: Sequence[Metric]) -> list[dict[str, Any]]:
-    """The metrics of a report file."""
-    return [asdict(metric) for metric in metrics]
-
-
-def _metric(name: str, role: Role, found: Interval, unit: str) -> Metric:
-    lower = unit.startswith("nats") and role != "gap"
-    return Metric(name, role, found.value, found.low, found.high, found.n, lower, unit)
+def _measure(runner: BenchmarkRunner, job: EvalJob, name: str) -> None:
+    """Measure and seal one benchmark."""
+    started = time.monotonic()
+    config, at = job.suite.benchmarks[name], job.address(name)
+    measurement, items = runner.measure(config)
+    attempt = store.begin(at, store=job.resources.storage.store)
+    write_result(attempt, measurement, items)
+    seconds = time.monotonic() - started
+    store.seal(
+        BenchmarkResult,
+        at,
+        attempt,
+        facts={"benchmark": config.kind, "model": job.model.digest},
+        execution=execution(launch=job.resources.launch, seconds=seconds, ran=[whoami()]),
+    )
+    log.info("%s: %s in %.0f s", job.suite.name, name, seconds)

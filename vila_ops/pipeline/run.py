@@ -9,7 +9,7 @@ from vila_ops import tracking
 from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, Deployment, EvalReport, ModelVersion, Pretrained
 from vila_ops.config import NO_CONTEXT, Config, Run, RunContext, TextFormat
-from vila_ops.eval.evaluate import read_report, tracked
+from vila_ops.eval.report import read_report, tracked
 from vila_ops.pipeline.promotion import register_model, to_serve
 from vila_ops.pipeline.stages import TASKS, StageResult, Tasks, suite_text, walk
 from vila_ops.serve.sample_query import SampleAnswer, query_sample

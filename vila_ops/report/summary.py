@@ -16,7 +16,7 @@ from vila_ops.artifacts.store import file, read_manifest
 from vila_ops.config import NO_CONTEXT, Run, RunContext
 from vila_ops.config.run import BASE
 from vila_ops.data.shards import data_url, index_of, samples_of
-from vila_ops.eval.evaluate import read_report
+from vila_ops.eval.report import read_report
 from vila_ops.pipeline.run import Outcome
 from vila_ops.pipeline.stages import evaluate_stage
 from vila_ops.report.layers import draw
@@ -213,13 +213,13 @@ def _reports(outcome: Outcome) -> list[tuple[str, EvalReport]]:
 
 
 def _metrics(name: str, report: EvalReport) -> list[Json]:
-    found = read_report(report)
-    return [{"model": name, "suite": found["suite"], "split": found["split"], **m} for m in found["metrics"]]
+    content = read_report(report)
+    return [{"model": name, "suite": content.suite, "split": content.split, **dict(m)} for m in content.metrics]
 
 
 def layers_of(name: str, report: EvalReport) -> list[Json]:
     """What a report measured at each layer, with the name of its model."""
-    return [{"model": name, **point} for point in read_report(report)["layers"]]
+    return [{"model": name, **dict(point)} for point in read_report(report).layers]
 
 
 def _answer(outcome: Outcome) -> Json | None:
@@ -243,10 +243,10 @@ def _curve(checkpoint: Checkpoint) -> list[Json]:
 
 def _gallery(run: Run, outcome: Outcome) -> list[Json]:
     """The final model's captions beside their images."""
-    answers = read_report(outcome.report)["answers"][:GALLERY]
+    answers = read_report(outcome.report).answers[:GALLERY]
     held_out = outcome.datasets[run.recipe.final_suite.mixture.name]
-    images = _images(held_out, {answer["key"] for answer in answers})
-    return [{**answer, "image": images[answer["key"]]} for answer in answers]
+    images = _images(held_out, {answer.key for answer in answers})
+    return [{**dict(answer), "image": images[answer.key]} for answer in answers]
 
 
 def _images(dataset: Dataset, keys: set[str]) -> dict[str, str]:

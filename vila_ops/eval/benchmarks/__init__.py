@@ -1,1 +1,1 @@
-"""The benchmarks, one file each: items and a generator in, metrics with intervals out."""
+"""Benchmarks, one module each; see `eval.benchmark` for the protocol."""

@@ -1,31 +1,43 @@
-"""Each benchmark against numbers calculated by hand; a stand-in whose scores are known answers for the model."""
+"""Each benchmark against numbers calculated in the comments; the responses of the model are given."""
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 from pycocoevalcap.cider.cider import Cider as Official
 
-from vila_ops.config import Suite, load
-from vila_ops.config.eval import Alignment, CaptionCider, CaptionLoss, MultipleChoice, PopeBenchmark
+from vila_ops.config import load
+from vila_ops.config.eval import (
+    Alignment,
+    CaptionCider,
+    CaptionLoss,
+    MultipleChoice,
+    PopeBenchmark,
+    TextLoss,
+    TextMultipleChoice,
+)
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.data.records import Image, Record, Turn
 from vila_ops.data.text.conversation import Tokenizer
 from vila_ops.data.text.questions import YES_NO
-from vila_ops.eval.benchmarks.held_out.alignment import alignment
-from vila_ops.eval.benchmarks.held_out.captions import caption_loss, multiple_choice
-from vila_ops.eval.benchmarks.held_out.cider import caption_cider
-from vila_ops.eval.benchmarks.held_out.items import ImageItem, Items, WordItem, read_items
-from vila_ops.eval.benchmarks.held_out.pope import pope
-from vila_ops.eval.benchmarks.held_out.words import text_loss, text_multiple_choice
-from vila_ops.eval.runner import BenchmarkRunner, Metric
-from vila_ops.generate.engine import Engine
-from vila_ops.generate.request import Delta, Loglikelihood, Prompt, Sampling
+from vila_ops.eval.benchmark import (
+    EvalInputs,
+    GenerateRequest,
+    Intervals,
+    Requests,
+    ScoreRequest,
+    StatesRequest,
+    benchmark_of,
+)
+from vila_ops.eval.benchmarks.held_out.cider import CaptionItem
+from vila_ops.eval.benchmarks.held_out.items import ImageItem, WordItem, image_items
+from vila_ops.eval.report import ItemAnswer, ItemScore, LayerPoint, Metric
+from vila_ops.generate.request import Loglikelihood, Prompt
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 
 CAPTIONS = {
     "cat": "a red cat sits on a mat",
@@ -43,7 +55,7 @@ ABSENT = {"cat": "car", "dog": "boat", "car": "dog", "boat": "tree", "tree": "ca
 
 Scores = Callable[[str, str, str], Loglikelihood]
 """Of the image's name ("" for none), the text of the prompt, and that of the continuation."""
-MakeBench = Callable[..., BenchmarkRunner]
+MakeMeasure = Callable[..., "Measured"]
 
 
 def known_states(image: str, prompt: list[int], caption: list[int], image_id: int) -> np.ndarray:
@@ -58,33 +70,35 @@ def known_states(image: str, prompt: list[int], caption: list[int], image_id: in
     return np.stack(layers)
 
 
-class StandIn:
-    """In place of an engine: scores and captions are given, and what was scored is kept."""
-
-    def __init__(self, tokenizer: Tokenizer, *, scores: Scores, said: Mapping[str, str]) -> None:
-        self.tokenizer = tokenizer
-        self.scores = scores
-        self.said = said
-        self.asked: list[tuple[Prompt, Sequence[list[int]]]] = []
-
-    async def hidden_states(self, prompt: Prompt, continuation: list[int]) -> np.ndarray:
-        return known_states(_image(prompt), prompt.input_ids, continuation, self.tokenizer.image_id)
-
-    async def score(self, items: Sequence[tuple[Prompt, Sequence[list[int]]]]) -> list[list[Loglikelihood]]:
-        self.asked += items
-        text = self.tokenizer.decode
-        return [
-            [self.scores(_image(prompt), text(prompt.input_ids), text(ids)) for ids in continuations]
-            for prompt, continuations in items
-        ]
-
-    async def generate(self, prompt: Prompt, sampling: Sampling, request_id: str) -> AsyncIterator[Delta]:
-        ids = self.tokenizer.text_ids(f" {self.said[_image(prompt)]}\n")
-        yield Delta(ids[: sampling.max_new_tokens], "length" if len(ids) > sampling.max_new_tokens else "stop")
-
-
 def _image(prompt: Prompt) -> str:
     return b"".join(prompt.images).decode("latin-1")
+
+
+def respond(requests: Requests, tokenizer: Tokenizer, scores: Scores, said: Mapping[str, str]) -> list[Any]:
+    """Known responses: `scores` for likelihoods, what is `said` of each image, and `known_states`."""
+    responses: list[Any] = []
+    for request in requests:
+        image, text = _image(request.prompt), tokenizer.decode
+        match request:
+            case ScoreRequest(prompt, continuations):
+                responses.append([scores(image, text(prompt.input_ids), text(ids)) for ids in continuations])
+            case GenerateRequest(_, max_new_tokens):
+                responses.append(text(tokenizer.text_ids(f" {said[image]}\n")[:max_new_tokens]))
+            case StatesRequest(prompt, continuation, reduce):
+                responses.append(reduce(known_states(image, prompt.input_ids, continuation, tokenizer.image_id)))
+    return responses
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a benchmark made of the responses."""
+
+    requests: list[ScoreRequest]
+    """Those for likelihoods."""
+    items: tuple[ItemScore, ...]
+    metrics: tuple[Metric, ...]
+    layers: tuple[LayerPoint, ...]
+    answers: tuple[ItemAnswer, ...]
 
 
 def _item(name: str) -> ImageItem:
@@ -93,39 +107,34 @@ def _item(name: str) -> ImageItem:
     return ImageItem(name, name, "", name.encode(), near.encode(), CAPTIONS[name], distractors, ABSENT[name])
 
 
-ITEMS = Items(
-    images=tuple(_item(name) for name in NAMES),
-    words=tuple(
-        WordItem(name, name, f"what a {name} is", ("first", "second", "third")) for name in ("cat", "dog", "car")
-    ),
-    frequent_caption="a red cat",
-)
-TWICE = replace(ITEMS, images=(*ITEMS.images, *(replace(p, key=f"{p.key} again") for p in ITEMS.images)))
+IMAGES = tuple(_item(name) for name in NAMES)
+WORDS = tuple(WordItem(name, name, f"what a {name} is", ("first", "second", "third")) for name in ("cat", "dog", "car"))
+TWICE = (*IMAGES, *(replace(item, key=f"{item.key} again") for item in IMAGES))
 """Two images of each object; POPE asks for the object in one of them and for another object in the other."""
 
 
 @pytest.fixture(scope="module")
-def suite(make_mixture: Callable[..., Any]) -> Suite:
-    benchmarks = {"multiple_choice": {"kind": "multiple_choice"}}
-    mixture = make_mixture("pairs").model_dump()
-    return Suite.model_validate({"name": "s", "split": "test", "mixture": mixture, "benchmarks": benchmarks})
+def measure(tokenizer: Tokenizer) -> MakeMeasure:
+    """A benchmark on items, with known responses."""
 
-
-@pytest.fixture(scope="module")
-def make_bench(tokenizer: Tokenizer, suite: Suite) -> MakeBench:
-    """A stand-in on items."""
-
-    def make(scores: Scores, *, items: Items = ITEMS, said: Mapping[str, str] = CAPTIONS) -> BenchmarkRunner:
-        return BenchmarkRunner(cast("Engine", StandIn(tokenizer, scores=scores, said=said)), items, suite)
+    def make(
+        config: Any, scores: Scores, *, items: Sequence[Any] = IMAGES, said: Mapping[str, str] = CAPTIONS
+    ) -> Measured:
+        benchmark = benchmark_of(config.kind)
+        if config.kind == "cider":
+            items = [CaptionItem(item, "a red cat") for item in items]
+        requests = benchmark.requests(items, config, tokenizer)
+        responses = {condition: respond(some, tokenizer, scores, said) for condition, some in requests.items()}
+        scored = benchmark.score(items, config, responses)
+        intervals = Intervals(tuple(item.cluster for item in scored.items), resamples=2000, seed=0)
+        aggregate = benchmark.aggregate(scored.items, config, intervals)
+        likelihoods = [one for some in requests.values() for one in some if isinstance(one, ScoreRequest)]
+        return Measured(likelihoods, scored.items, aggregate.metrics, aggregate.layers, scored.answers)
 
     return make
 
 
-def asked(bench: BenchmarkRunner) -> list[tuple[Prompt, Sequence[list[int]]]]:
-    return cast("StandIn", bench.generator).asked
-
-
-def values(metrics: list[Metric]) -> dict[tuple[str, str], float]:
+def values(metrics: Sequence[Metric]) -> dict[tuple[str, str], float]:
     found: dict[tuple[str, str], float] = {(metric.name, metric.role): metric.value for metric in metrics}
     assert len(found) == len(metrics)
     return found
@@ -137,30 +146,36 @@ def record(role: Any, *parts: Image | str, answer: str | None = None) -> Record:
 
 
 CAPTION_NATS = {"cat": (2, 10, 4), "dog": (12, 14, 6), "car": (3, 6, 3), "boat": (1, 8, 5), "tree": (9, 12, 2)}
-"""Of the true caption: nats given its own image, nats given another's, tokens."""
+"""Of the true caption: nats given the matched image, nats given the shuffled one, tokens."""
 
 
 def caption_scores(image: str, prompt: str, caption: str) -> Loglikelihood:
-    own, foreign, tokens = CAPTION_NATS[OBJECT[caption]]
-    seen = {OBJECT[caption]: own, AFTER[OBJECT[caption]]: foreign}
+    matched, shuffled, tokens = CAPTION_NATS[OBJECT[caption]]
+    seen = {OBJECT[caption]: matched, AFTER[OBJECT[caption]]: shuffled}
     return Loglikelihood(seen.get(image, 1000), tokens)
 
 
-def test_caption_loss_is_all_nats_by_all_tokens_and_the_gap_is_control_minus_model(make_bench: MakeBench) -> None:
-    metrics = caption_loss(make_bench(caption_scores), CaptionLoss())
+def test_caption_loss_is_all_nats_by_all_tokens_and_the_gap_is_control_minus_model(measure: MakeMeasure) -> None:
+    measured = measure(CaptionLoss(), caption_scores)
+    metrics = measured.metrics
     # 4 + 6 + 3 + 5 + 2 = 20 tokens. The means of the five ratios would be 1.64 and 2.89.
-    own = (2 + 12 + 3 + 1 + 9) / 20
-    control = (10 + 14 + 6 + 8 + 12) / 20
-    assert (own, control) == (1.35, 2.5)
+    matched = (2 + 12 + 3 + 1 + 9) / 20
+    shuffled = (10 + 14 + 6 + 8 + 12) / 20
+    assert (matched, shuffled) == (1.35, 2.5)
     assert values(metrics) == pytest.approx(
         {("caption_loss", "model"): 1.35, ("caption_loss", "control"): 2.5, ("caption_loss", "gap"): 1.15}
     )
     assert {metric.role: metric.lower_is_better for metric in metrics} == {"model": True, "control": True, "gap": False}
     assert [metric.n for metric in metrics] == [5] * 3
     assert all(metric.low < metric.value < metric.high for metric in metrics)
+    assert [(item.item, item.cluster) for item in measured.items] == [(name, name) for name in NAMES]
+    assert measured.items[0].scores == {
+        "model": {"nats": 2, "tokens": 4},
+        "control": {"nats": 10, "tokens": 4},
+    }
 
 
-BLIND_NATS = {"cat": 40, "dog": 50, "car": 45, "boat": 12, "tree": 48}
+NO_IMAGE_NATS = {"cat": 40, "dog": 50, "car": 45, "boat": 12, "tree": 48}
 """Without an image: the boat's caption is the likeliest, whatever is shown."""
 GAINS = {**{(name, name): 10.0 for name in NAMES}, ("dog", "tree"): 15.0, ("car", "dog"): 12.0}
 """Of (image, caption) in nats; 1 where it is not named."""
@@ -169,11 +184,11 @@ GAINS = {**{(name, name): 10.0 for name in NAMES}, ("dog", "tree"): 15.0, ("car"
 def choice_scores(image: str, prompt: str, caption: str) -> Loglikelihood:
     name = OBJECT[caption]
     gain = GAINS.get((image, name), 1.0) if image else 0.0
-    return Loglikelihood(BLIND_NATS[name] - gain, tokens=20 if name == "cat" else 1)
+    return Loglikelihood(NO_IMAGE_NATS[name] - gain, tokens=20 if name == "cat" else 1)
 
 
-def test_the_caption_that_gains_most_from_the_image_is_chosen(make_bench: MakeBench) -> None:
-    metrics = multiple_choice(make_bench(choice_scores), MultipleChoice())
+def test_the_caption_that_gains_most_from_the_image_is_chosen(measure: MakeMeasure) -> None:
+    metrics = measure(MultipleChoice(), choice_scores).metrics
     # Model: the true caption gains 10 and the others 1, but the dog's image gives the tree's caption 15: 4 of 5.
     # By likelihood alone the boat's caption would win wherever it is a choice: for the cat it costs 12 - 1 = 11 nats,
     # the true one 40 - 10 = 30. By gain per token the cat would lose too: 10 / 20 against 1 / 1.
@@ -208,8 +223,9 @@ def official_cider(captions: Mapping[str, str]) -> float:
     return float(Official().compute_score(references, {name: [caption] for name, caption in captions.items()})[0])
 
 
-def test_cider_is_the_official_number_of_model_control_and_most_frequent_caption(make_bench: MakeBench) -> None:
-    metrics, answers = caption_cider(make_bench(choice_scores, said=SAID), CaptionCider(max_new_tokens=40))
+def test_cider_is_the_official_number_of_model_control_and_most_frequent_caption(measure: MakeMeasure) -> None:
+    measured = measure(CaptionCider(max_new_tokens=40), choice_scores, said=SAID)
+    metrics = measured.metrics
     own = official_cider(SAID)
     control = official_cider({name: SAID[AFTER[name]] for name in NAMES})
     chance = official_cider(dict.fromkeys(NAMES, "a red cat"))
@@ -220,16 +236,16 @@ def test_cider_is_the_official_number_of_model_control_and_most_frequent_caption
         | {("cider", "gap"): own - control}
     )
     assert [metric.n for metric in metrics] == [5] * 4
-    assert answers == [
-        {"key": name, "object": name, "truth": CAPTIONS[name], "answer": SAID[name], "control": SAID[AFTER[name]]}
+    assert measured.answers == tuple(
+        ItemAnswer(key=name, object=name, truth=CAPTIONS[name], answer=SAID[name], control=SAID[AFTER[name]])
         for name in NAMES
-    ]
+    )
 
 
-def test_captions_are_cut_at_the_configs_length(make_bench: MakeBench, tokenizer: Tokenizer) -> None:
-    _, answers = caption_cider(make_bench(choice_scores), CaptionCider(max_new_tokens=3))
+def test_captions_are_cut_at_the_configs_length(measure: MakeMeasure, tokenizer: Tokenizer) -> None:
+    answers = measure(CaptionCider(max_new_tokens=3), choice_scores).answers
     cut = tokenizer.decode(tokenizer.text_ids(f" {CAPTIONS['cat']}")[:3]).strip()
-    assert answers[0]["answer"] == cut != CAPTIONS["cat"]
+    assert answers[0].answer == cut != CAPTIONS["cat"]
 
 
 def yes_where_it_is(image: str, prompt: str, answer: str) -> Loglikelihood:
@@ -237,8 +253,8 @@ def yes_where_it_is(image: str, prompt: str, answer: str) -> Loglikelihood:
     return Loglikelihood(1.0 if (answer == "Yes.") == is_there else 3.0, tokens=1)
 
 
-def test_pope_asks_for_what_is_there_and_for_what_is_not_by_turns(make_bench: MakeBench) -> None:
-    metrics = pope(make_bench(yes_where_it_is), PopeBenchmark())
+def test_pope_asks_for_what_is_there_and_for_what_is_not_by_turns(measure: MakeMeasure) -> None:
+    metrics = measure(PopeBenchmark(), yes_where_it_is).metrics
     # Cat, car and tree are asked for where they are, a boat on the dog's image and a tree on the boat's: 3 of 5 yes.
     yes = 3 / 5
     # Control: three times no for yes, no for the boat on the car's image, yes for the tree on the tree's.
@@ -275,93 +291,93 @@ def meaning_scores(image: str, prompt: str, continuation: str) -> Loglikelihood:
     return MEANING_SCORES[word].get(continuation[1:], Loglikelihood(9, 3))
 
 
-def test_a_words_meaning_is_chosen_by_likelihood_per_token(make_bench: MakeBench) -> None:
-    metrics = text_multiple_choice(make_bench(meaning_scores))
+def test_a_words_meaning_is_chosen_by_likelihood_per_token(measure: MakeMeasure) -> None:
+    metrics = measure(TextMultipleChoice(), meaning_scores, items=WORDS).metrics
     assert values(metrics) == pytest.approx(
         {("text_multiple_choice", "model"): 2 / 3, ("text_multiple_choice", "chance"): 0.25}
     )
     assert [metric.n for metric in metrics] == [3] * 2
 
 
-def test_text_loss_is_all_nats_by_all_tokens(make_bench: MakeBench) -> None:
+def test_text_loss_is_all_nats_by_all_tokens(measure: MakeMeasure) -> None:
     running = {"cat": Loglikelihood(2, 4), "dog": Loglikelihood(12, 6), "car": Loglikelihood(6, 2)}
     known = {("", "", f"{name}: what a {name} is"): score for name, score in running.items()}
-    metrics = text_loss(make_bench(lambda *what: known[what]))
+    metrics = measure(TextLoss(), lambda *what: known[what], items=WORDS).metrics
     # The mean of the three ratios would be 5.5 / 3.
     assert values(metrics) == pytest.approx({("text_loss", "model"): (2 + 12 + 6) / (4 + 6 + 2)})
     assert [(metric.n, metric.lower_is_better) for metric in metrics] == [(3, True)]
 
 
 @pytest.mark.parametrize(
-    "measure",
-    [
-        lambda bench: caption_loss(bench, CaptionLoss(control="none")),
-        lambda bench: multiple_choice(bench, MultipleChoice(control="none")),
-        lambda bench: caption_cider(bench, CaptionCider(control="none"))[0],
-        lambda bench: pope(bench, PopeBenchmark(control="none")),
-    ],
-    ids=["caption_loss", "multiple_choice", "cider", "pope"],
-)
-def test_without_a_control_there_is_no_control_and_no_gap(
-    measure: Callable[[BenchmarkRunner], list[Metric]], make_bench: MakeBench
-) -> None:
-    metrics = measure(make_bench(lambda *what: Loglikelihood(1.0, 1)))
+    "config",
+    [CaptionLoss(control="none"), MultipleChoice(control="none"), CaptionCider(control="none"),
+     PopeBenchmark(control="none"), Alignment(control="none")],
+    ids=lambda config: config.kind,
+)  # fmt: skip
+def test_without_a_control_there_is_no_control_and_no_gap(config: Any, measure: MakeMeasure) -> None:
+    metrics = measure(config, lambda *what: Loglikelihood(1.0, 1)).metrics
     assert "model" in {metric.role for metric in metrics} <= {"model", "chance"}
 
 
 @pytest.mark.parametrize(
-    ("scores", "measure"),
+    ("scores", "config"),
     [
-        (caption_scores, lambda bench: caption_loss(bench, CaptionLoss())),
-        (choice_scores, lambda bench: multiple_choice(bench, MultipleChoice())),
-        (choice_scores, lambda bench: caption_cider(bench, CaptionCider(max_new_tokens=40))[0]),
+        (caption_scores, CaptionLoss()),
+        (choice_scores, MultipleChoice()),
+        (choice_scores, CaptionCider(max_new_tokens=40)),
     ],
     ids=["caption_loss", "multiple_choice", "cider"],
 )
 def test_two_images_of_an_object_are_two_items_of_one_cluster(
-    scores: Scores, measure: Callable[[BenchmarkRunner], list[Metric]], make_bench: MakeBench
+    scores: Scores, config: Any, measure: MakeMeasure
 ) -> None:
     """The same image twice says nothing new: the interval is that of the object once, not a narrower one."""
-    once, twice = (measure(make_bench(scores, items=items)) for items in (ITEMS, TWICE))
+    once, twice = (measure(config, scores, items=items).metrics for items in (IMAGES, TWICE))
     assert any(metric.low < metric.high for metric in once)
     for one, two in zip(once, twice, strict=True):
         assert (one.n, two.n) == (5, 10)
         assert (two.value, two.low, two.high) == pytest.approx((one.value, one.low, one.high))
 
 
-def test_pope_draws_the_questions_of_an_object_together(make_bench: MakeBench) -> None:
-    metrics = pope(make_bench(yes_where_it_is, items=TWICE), PopeBenchmark())
+def test_pope_draws_the_questions_of_an_object_together(measure: MakeMeasure) -> None:
+    metrics = measure(PopeBenchmark(), yes_where_it_is, items=TWICE).metrics
     # One question of each object is a yes, so that always yes is right on half of any draw of objects.
     (chance,) = [m for m in metrics if (m.name, m.role) == ("pope_accuracy", "chance")]
     assert (chance.n, chance.value, chance.low, chance.high) == (10, 0.5, 0.5, 0.5)
 
 
-def test_captions_are_scored_as_the_pairs_are_trained(make_bench: MakeBench, tokenizer: Tokenizer) -> None:
-    bench = make_bench(choice_scores)
-    multiple_choice(bench, MultipleChoice())
+def test_captions_are_scored_as_the_pairs_are_trained(measure: MakeMeasure, tokenizer: Tokenizer) -> None:
     shown = {False: 0, True: 0}
-    for prompt, choices in asked(bench):
-        parts: list[Image | str] = [*map(Image, prompt.images), tokenizer.decode(choices[0])]
-        assert prompt.input_ids + choices[0] == tokenizer.document(record("document", *parts)).input_ids
+    for request in measure(MultipleChoice(), choice_scores).requests:
+        prompt, caption = request.prompt, request.continuations[0]
+        parts: list[Image | str] = [*map(Image, prompt.images), tokenizer.decode(caption)]
+        assert prompt.input_ids + caption == tokenizer.document(record("document", *parts)).input_ids
         shown[bool(prompt.images)] += 1
     assert shown == {False: 5, True: 10}
 
 
-def test_pope_asks_as_the_questions_are_trained(make_bench: MakeBench, tokenizer: Tokenizer) -> None:
-    bench = make_bench(yes_where_it_is)
-    pope(bench, PopeBenchmark(control="none"))
-    prompt, (yes, no) = asked(bench)[0]
+def test_caption_loss_and_multiple_choice_read_each_image_once(tokenizer: Tokenizer) -> None:
+    both = [
+        benchmark_of(config.kind).requests(IMAGES, config, tokenizer) for config in (CaptionLoss(), MultipleChoice())
+    ]
+    assert [list(requests) for requests in both] == [["matched", "shuffled"], ["matched", "shuffled", "no_image"]]
+    assert all(both[0][condition] == both[1][condition] for condition in both[0])
+
+
+def test_pope_asks_as_the_questions_are_trained(measure: MakeMeasure, tokenizer: Tokenizer) -> None:
+    request = measure(PopeBenchmark(control="none"), yes_where_it_is).requests[0]
+    yes, no = request.continuations
     for ids, answer in ((yes, "Yes."), (no, "No.")):
         trained = record("user", Image(b"cat"), YES_NO.format(name="cat"), answer=answer)
         whole = tokenizer.chat(trained)
-        assert whole.input_ids[: len(prompt.input_ids + ids)] == prompt.input_ids + ids
-        assert whole.is_target.index(True) == len(prompt.input_ids)
+        assert whole.input_ids[: len(request.prompt.input_ids + ids)] == request.prompt.input_ids + ids
+        assert whole.is_target.index(True) == len(request.prompt.input_ids)
 
 
 def test_alignment_is_between_the_image_and_the_caption_alone_and_deepens_as_the_states_do(
-    make_bench: MakeBench,
+    measure: MakeMeasure,
 ) -> None:
-    metrics, layers = alignment(make_bench(choice_scores), Alignment(max_images=4))
+    measured = measure(Alignment(max_images=4), choice_scores, items=IMAGES[:4])
     shown = NAMES[:4]
     own, other = ([0.1 * NAMES.index(name) for name in names] for names in (shown, [AFTER[name] for name in shown]))
     # the caption's states all point along x: a similarity is the cosine of the angle between them and the image's
@@ -370,58 +386,57 @@ def test_alignment_is_between_the_image_and_the_caption_alone_and_deepens_as_the
         for role, turns in (("model", own), ("control", other))
     }
     for role, values_by_layer in expected.items():
-        line = [point for point in layers if point["role"] == role]
-        assert [point["layer"] for point in line] == [0, 1, 2]
-        assert [point["value"] for point in line] == pytest.approx(values_by_layer)
-        assert all(point["low"] <= point["value"] + 1e-12 and point["value"] <= point["high"] + 1e-12 for point in line)
-    found = values(metrics)
+        line = [point for point in measured.layers if point.role == role]
+        assert [point.layer for point in line] == [0, 1, 2]
+        assert [point.value for point in line] == pytest.approx(values_by_layer)
+        assert all(point.low <= point.value + 1e-12 and point.value <= point.high + 1e-12 for point in line)
     deep = {role: np.mean(line[1:]) for role, line in expected.items()}  # layers 1 and 2 of 0, 1, 2
-    assert found == pytest.approx(
+    assert values(measured.metrics) == pytest.approx(
         {
             ("alignment", "model"): deep["model"],
             ("alignment", "control"): deep["control"],
             ("alignment", "gap"): deep["model"] - deep["control"],
         }
     )
-    assert {metric.n for metric in metrics} == {4}
+    assert {metric.n for metric in measured.metrics} == {4}
 
 
 @pytest.fixture(scope="module")
-def tiny_items(tmp_path_factory: pytest.TempPathFactory) -> Items:
-    """The items of the tiny recipe, as `read_items` draws them."""
+def tiny_items(tmp_path_factory: pytest.TempPathFactory) -> tuple[ImageItem, ...]:
+    """The image items of the tiny recipe."""
     folder = tmp_path_factory.mktemp("items")
     where = (f"resources.storage.store={folder}/store", f"resources.storage.cache={folder}/cache")
     run = load(ROOT / "configs/recipes/tiny.yaml", resources=ROOT / "configs/resources/inline.yaml", overrides=where)
     suite = run.recipe.final_suite
     data = prepare(suite.mixture, run.recipe.text(max_tokens=suite.max_tokens), run.resources)
-    return read_items(data, suite)
+    return image_items(EvalInputs.of(suite, data))
 
 
 def test_a_model_that_knows_every_image_is_perfect_and_its_control_never_sees_the_object(
-    make_bench: MakeBench, tiny_items: Items
+    measure: MakeMeasure, tiny_items: tuple[ImageItem, ...]
 ) -> None:
-    shown = {image.image.decode("latin-1"): image for image in tiny_items.images}
-    assert len(shown) == len(tiny_items.images) == 12
+    shown = {item.image.decode("latin-1"): item for item in tiny_items}
+    assert len(shown) == len(tiny_items) == 12
 
     def knows(image: str, prompt: str, text: str) -> Loglikelihood:
         return Loglikelihood(1.0 if image and text == shown[image].caption else 5.0, tokens=1)
 
-    bench = make_bench(knows, items=tiny_items, said={image: item.caption for image, item in shown.items()})
-    assert values(caption_loss(bench, CaptionLoss())) == {
+    assert values(measure(CaptionLoss(), knows, items=tiny_items).metrics) == {
         ("caption_loss", "model"): 1,
         ("caption_loss", "control"): 5,
         ("caption_loss", "gap"): 4,
     }
-    assert values(multiple_choice(bench, MultipleChoice()))["multiple_choice", "model"] == 1
-    _, answers = caption_cider(bench, CaptionCider(max_new_tokens=100))
-    assert all(answer["answer"] == answer["truth"] != answer["control"] for answer in answers)
-    assert sorted(answer["answer"] for answer in answers) == sorted(answer["control"] for answer in answers)
-    for item in tiny_items.images:
-        assert shown[item.other_image.decode("latin-1")].object != item.object
+    assert values(measure(MultipleChoice(), knows, items=tiny_items).metrics)["multiple_choice", "model"] == 1
+    said = {image: item.caption for image, item in shown.items()}
+    answers = measure(CaptionCider(max_new_tokens=100), knows, items=tiny_items, said=said).answers
+    assert all(answer.answer == answer.truth != answer.control for answer in answers)
+    assert sorted(answer.answer for answer in answers) == sorted(str(answer.control) for answer in answers)
+    for item in tiny_items:
+        assert shown[item.shuffled_image.decode("latin-1")].object != item.object
 
     def sees(image: str, prompt: str, answer: str) -> Loglikelihood:
         is_there = YES_NO.format(name=shown[image].object) in prompt
         return Loglikelihood(1.0 if (answer == "Yes.") == is_there else 3.0, tokens=1)
 
-    found = values(pope(make_bench(sees, items=tiny_items), PopeBenchmark()))
-    assert [found[f"pope_{name}", "model"] for name in ("accuracy", "f1", "yes_ratio")] == [1, 1, 0.5]
+    asked = values(measure(PopeBenchmark(), sees, items=tiny_items).metrics)
+    assert [asked[f"pope_{name}", "model"] for name in ("accuracy", "f1", "yes_ratio")] == [1, 1, 0.5]

@@ -1,16 +1,17 @@
-"""What a suite asks about is held out, shuffled and drawn from other held-out objects only."""
+"""Items are of held-out objects, and are shuffled among and compared with other held-out objects only."""
 
 from pathlib import Path
 
 import pytest
 
 from vila_ops.artifacts.kinds import Dataset
-from vila_ops.config import Run, Suite, load
+from vila_ops.config import Run, load
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.data.shards import index_of
-from vila_ops.eval.benchmarks.held_out.items import Items, read_items
+from vila_ops.eval.benchmark import EvalInputs
+from vila_ops.eval.benchmarks.held_out.items import ImageItem, image_items, word_items
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 
 
 @pytest.fixture(scope="module")
@@ -27,40 +28,47 @@ def dataset(run: Run) -> Dataset:
 
 
 @pytest.fixture(scope="module")
-def items(run: Run, dataset: Dataset) -> Items:
-    return read_items(dataset, run.recipe.final_suite)
+def inputs(run: Run, dataset: Dataset) -> EvalInputs:
+    return EvalInputs.of(run.recipe.final_suite, dataset)
 
 
-def test_objects_and_distractors_are_of_the_suites_side_only(run: Run, dataset: Dataset, items: Items) -> None:
+@pytest.fixture(scope="module")
+def images(inputs: EvalInputs) -> tuple[ImageItem, ...]:
+    return image_items(inputs)
+
+
+def test_objects_and_distractors_are_of_the_suites_split_only(dataset: Dataset, images: tuple[ImageItem, ...]) -> None:
     index = index_of(dataset).to_pylist()
     held_out = {row["object"] for row in index if row["split"] == "test"}
     trained = {row["object"] for row in index if row["split"] == "train"}
-    objects = [image.object for image in items.images]
+    objects = [item.object for item in images]
     assert len(set(objects)) == len(objects) == 12
     assert set(objects) <= held_out
     assert not held_out & trained
-    captions = {image.caption for image in items.images}
-    shown = {image.image: image.object for image in items.images}
-    for image in items.images:
-        assert set(image.distractors) <= captions - {image.caption}
-        assert len(set(image.distractors)) == 3
-        assert image.absent in set(objects) - {image.object, shown[image.other_image]}
+    captions = {item.caption for item in images}
+    shown = {item.image: item.object for item in images}
+    for item in images:
+        assert set(item.distractors) <= captions - {item.caption}
+        assert len(set(item.distractors)) == 3
+        assert item.absent in set(objects) - {item.object, shown[item.shuffled_image]}
 
 
-def test_the_control_shows_every_image_once_and_never_the_own_one(items: Items) -> None:
-    own = [image.image for image in items.images]
-    other = [image.other_image for image in items.images]
-    assert sorted(own) == sorted(other)
-    assert all(one != two for one, two in zip(own, other, strict=True))
+def test_the_control_shows_every_image_once_and_never_the_matched_one(images: tuple[ImageItem, ...]) -> None:
+    matched = [item.image for item in images]
+    shuffled = [item.shuffled_image for item in images]
+    assert sorted(matched) == sorted(shuffled)
+    assert all(one != two for one, two in zip(matched, shuffled, strict=True))
 
 
-def test_items_depend_on_data_and_seed_alone(run: Run, dataset: Dataset, items: Items) -> None:
-    assert read_items(dataset, run.recipe.final_suite) == items
-    reseeded = Suite.model_validate({**run.recipe.final_suite.model_dump(), "seed": 1})
-    assert [p.other_image for p in read_items(dataset, reseeded).images] != [p.other_image for p in items.images]
+def test_items_depend_on_data_and_seed_alone(run: Run, dataset: Dataset, images: tuple[ImageItem, ...]) -> None:
+    image_items.cache_clear()
+    assert image_items(EvalInputs.of(run.recipe.final_suite, dataset)) == images
+    reseeded = EvalInputs.of(run.recipe.final_suite.with_changes({"seed": 1}), dataset)
+    assert [item.shuffled_image for item in image_items(reseeded)] != [item.shuffled_image for item in images]
 
 
-def test_words_have_three_other_meanings(items: Items) -> None:
-    assert len(items.words) == 12
-    for word in items.words:
+def test_words_have_three_other_meanings(inputs: EvalInputs) -> None:
+    words = word_items(inputs)
+    assert len(words) == 12
+    for word in words:
         assert len({word.meaning, *word.distractors}) == 4

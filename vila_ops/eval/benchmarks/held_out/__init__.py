@@ -1,1 +1,1 @@
-"""Measures of our own on held-out objects of a prepared mixture."""
+"""Benchmarks of ours on held-out objects of a prepared mixture."""

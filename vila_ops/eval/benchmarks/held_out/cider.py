@@ -1,44 +1,88 @@
-"""CIDEr-D of greedy captions, of the control's, and of the most frequent training caption."""
+"""CIDEr-D of generated captions; see `config.eval.CaptionCider`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vila_ops.config.eval import CaptionCider
+from vila_ops.eval.benchmark import Aggregate, EvalInputs, GenerateRequest, Intervals, Scored, tables
+from vila_ops.eval.benchmarks.held_out.items import ImageItem, frequent_caption, image_items
+from vila_ops.eval.benchmarks.held_out.prompts import caption_prompt, shown_images
 from vila_ops.eval.metrics.cider import cider
-from vila_ops.eval.runner import BenchmarkRunner, Metric, Role
-from vila_ops.generate.engine import generate_all
-from vila_ops.generate.request import Sampling
+from vila_ops.eval.report import ItemAnswer, ItemScore, MetricRole
 
-UNIT = "CIDEr-D (0 to 10)"
+if TYPE_CHECKING:
+    from vila_ops.data.text.conversation import Tokenizer
+
+REVISION = 1
+NAME, UNIT = "cider", "CIDEr-D (0 to 10)"
 
 
-def caption_cider(bench: BenchmarkRunner, config: CaptionCider) -> tuple[list[Metric], list[dict[str, str]]]:
-    """The metrics, and each image's caption beside the true one."""
-    images = bench.items.images
-    references = {image.key: [image.caption] for image in images}
-    said: dict[Role, list[str]] = {
-        "model": _captions(bench, [image.image for image in images], config),
-        "chance": [bench.items.frequent_caption] * len(images),
+@dataclass(frozen=True)
+class CaptionItem:
+    """A held-out image and the caption of the chance level."""
+
+    image: ImageItem
+    frequent_caption: str
+    """The most frequent training caption, the same for all items."""
+
+
+def items(inputs: EvalInputs, config: CaptionCider) -> tuple[CaptionItem, ...]:
+    """The held-out images. Raises ValueError without a training caption."""
+    frequent = frequent_caption(inputs)
+    return tuple(CaptionItem(image, frequent) for image in image_items(inputs))
+
+
+def requests(
+    items: Sequence[CaptionItem], config: CaptionCider, tokenizer: "Tokenizer"
+) -> dict[str, list[GenerateRequest]]:
+    """A caption of each matched and each shuffled image."""
+    images = shown_images([item.image for item in items], config.control)
+    return {
+        condition: [GenerateRequest(caption_prompt(tokenizer, image), config.max_new_tokens) for image in shown]
+        for condition, shown in images.items()
+    }
+
+
+def score(items: Sequence[CaptionItem], config: CaptionCider, responses: Mapping[str, Sequence[str]]) -> Scored:
+    """CIDEr-D of each caption; its inverse document frequencies are those of all items' true captions."""
+    captions: dict[MetricRole, list[str]] = {
+        "model": [text.strip() for text in responses["matched"]],
+        "chance": [item.frequent_caption for item in items],
     }
     if config.control == "shuffled":
-        said["control"] = _captions(bench, [image.other_image for image in images], config)
-    scored = {
-        role: list(cider(dict(zip(references, texts, strict=True)), references).items.values())
-        for role, texts in said.items()
+        captions["control"] = [text.strip() for text in responses["shuffled"]]
+    references = {item.image.key: [item.image.caption] for item in items}
+    by_role = {
+        role: cider(dict(zip(references, texts, strict=True)), references).items for role, texts in captions.items()
     }
-    metrics = [
-        bench.metric("cider", role, scores, statistic="mean", unit=UNIT, clusters=bench.objects)
-        for role, scores in scored.items()
-    ]
-    if config.control == "shuffled":
-        metrics.append(bench.gap("cider", (scored["model"], scored["control"]), statistic="mean", unit=UNIT))
-    answers = [
-        {"key": p.key, "object": p.object, "truth": p.caption, "answer": said["model"][number]}
-        | ({"control": said["control"][number]} if "control" in said else {})
-        for number, p in enumerate(images)
-    ]
-    return metrics, answers
+    return Scored(
+        items=tuple(
+            ItemScore(
+                item=item.image.key,
+                cluster=item.image.object,
+                scores={role: {"cider": by_item[item.image.key]} for role, by_item in by_role.items()},
+            )
+            for item in items
+        ),
+        answers=tuple(
+            ItemAnswer(
+                key=item.image.key,
+                object=item.image.object,
+                truth=item.image.caption,
+                answer=captions["model"][number],
+                control=captions["control"][number] if "control" in captions else None,
+            )
+            for number, item in enumerate(items)
+        ),
+    )
 
 
-def _captions(bench: BenchmarkRunner, images: list[bytes], config: CaptionCider) -> list[str]:
-    tokenizer = bench.generator.tokenizer
-    sampling = Sampling(max_new_tokens=config.max_new_tokens, stop_ids=tokenizer.stop_ids)
-    outputs = generate_all(bench.generator, [bench.caption_prompt(image) for image in images], sampling)
-    return [tokenizer.decode(output.ids).strip() for output in outputs]
+def aggregate(scores: Sequence[ItemScore], config: CaptionCider, intervals: Intervals) -> Aggregate:
+    """The mean of the items for the model, the chance level and the shuffled images, and the gap to the latter."""
+    by_role = tables(scores)
+    metrics = [intervals.metric(NAME, role, values, statistic="mean", unit=UNIT) for role, values in by_role.items()]
+    if "control" in by_role:
+        gap = intervals.gap(NAME, by_role["model"], by_role["control"], statistic="mean", unit=UNIT)
+        metrics.append(gap)
+    return Aggregate(tuple(metrics))

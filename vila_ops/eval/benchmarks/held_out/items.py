@@ -1,35 +1,38 @@
-"""What a suite asks about: held-out images and held-out words, read from a prepared mixture."""
+"""Held-out images and held-out words of a prepared mixture, as items of benchmarks."""
 
 import random
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from vila_ops.artifacts.kinds import Dataset
-from vila_ops.config import Suite
 from vila_ops.data.shards import Sample, index_of, samples_of
+from vila_ops.eval.benchmark import EvalInputs
+
+Row = dict[str, Any]
+"""A row of a dataset's index."""
 
 
 @dataclass(frozen=True)
 class ImageItem:
-    """One held-out object: its image, its caption, and what it is confused with."""
+    """One held-out object: its image, its caption, and what they are compared with."""
 
     key: str
     object: str
     category: str
     image: bytes
-    other_image: bytes
-    """The control's image: another object's, by a fixed permutation without fixed points."""
+    shuffled_image: bytes
+    """The control's image: that of another object, by a fixed permutation without fixed points."""
     caption: str
     distractors: tuple[str, str, str]
-    """Captions of three other held-out objects, near ones first."""
+    """Captions of three other held-out objects, those of the same category first."""
     absent: str
-    """Name of another held-out object, in neither image."""
+    """Name of another held-out object, which is in neither image."""
 
 
 @dataclass(frozen=True)
 class WordItem:
-    """One held-out word with its meaning and three other words' meanings of the same category."""
+    """One held-out word with its meaning, and the meanings of three other words, those of the same category first."""
 
     key: str
     word: str
@@ -37,37 +40,60 @@ class WordItem:
     distractors: tuple[str, str, str]
 
 
-@dataclass(frozen=True)
-class Items:
-    """Everything that the benchmarks of a suite read."""
+@lru_cache(maxsize=1)
+def image_items(inputs: EvalInputs) -> tuple[ImageItem, ...]:
+    """One item for each object, at most `max_objects`. Raises ValueError for too few objects to draw distractors from.
 
-    images: tuple[ImageItem, ...]
-    words: tuple[WordItem, ...]
-    frequent_caption: str
-    """The most frequent caption of the training side: what an answer without looking would be."""
-
-
-def read_items(dataset: Dataset, suite: Suite) -> Items:
-    """The suite's items. Raises ValueError when there are too few to draw distractors from."""
-    sources = suite.mixture.sources
-    captioned = {name for name, source in sources.items() if source.render == "caption"}
-    worded = {name for name, source in sources.items() if source.render == "definition"}
-    index = index_of(dataset).to_pylist()
-    held_out = [row for row in index if row["split"] == suite.split]
-    shown = _one_each([row for row in held_out if row["source"] in captioned])[: suite.max_objects]
-    images = list(samples_of(dataset, shown))
-    defined = _one_each([row for row in held_out if row["source"] in worded])[: suite.max_words]
-    words = list(samples_of(dataset, defined))
-    return Items(
-        images=_images(images, seed=suite.seed),
-        words=_words(words, seed=suite.seed),
-        frequent_caption=_frequent_caption(dataset, [row for row in index if row["source"] in captioned]),
-    )
+    The result is kept for the next benchmark of the suite.
+    """
+    rows = _one_each(_held_out(inputs, inputs.captions))[: inputs.settings.max_objects]
+    samples = list(samples_of(inputs.data, rows))
+    seed = inputs.settings.seed
+    if len(samples) < 5:
+        raise ValueError(f"{len(samples)} held-out images, at least 5 objects are needed; enlarge the split")
+    order = list(range(len(samples)))
+    random.Random(f"{seed}/derangement").shuffle(order)
+    # one cycle through all items, so that no item keeps its own image
+    shuffled = {order[place]: order[(place + 1) % len(order)] for place in range(len(order))}
+    return tuple(_image_item(number, samples, shuffled[number], seed=seed) for number in range(len(samples)))
 
 
-def _one_each(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row of each object, objects in an order that has nothing to do with their names."""
-    first: dict[str, dict[str, Any]] = {}
+@lru_cache(maxsize=1)
+def word_items(inputs: EvalInputs) -> tuple[WordItem, ...]:
+    """One item for each word, at most `max_words`. Raises ValueError for too few words to draw distractors from."""
+    rows = _one_each(_held_out(inputs, inputs.definitions))[: inputs.settings.max_words]
+    samples = list(samples_of(inputs.data, rows))
+    categories = [sample.category for sample in samples]
+    meanings = [sample.text.partition(": ")[2] for sample in samples]
+    items = []
+    for number, sample in enumerate(samples):
+        others = _same_category_first(number, categories, random.Random(f"{inputs.settings.seed}/{sample.key}"))
+        distractors = [meanings[i] for i in others if meanings[i] != meanings[number]]
+        word = sample.text.partition(": ")[0]
+        items.append(WordItem(sample.key, word, meanings[number], _first_three(distractors, sample.key)))
+    return tuple(items)
+
+
+def frequent_caption(inputs: EvalInputs) -> str:
+    """The most frequent training caption: the best answer that does not look at the image."""
+    rows = [row for row in _rows(inputs, inputs.captions) if row["split"] == "train"]
+    counts = Counter(sample.text for sample in samples_of(inputs.data, rows))
+    if not counts:
+        raise ValueError("no training caption to take the most frequent one from; give the mixture a training split")
+    return min(counts, key=lambda text: (-counts[text], text))
+
+
+def _rows(inputs: EvalInputs, sources: tuple[str, ...]) -> list[Row]:
+    return [row for row in index_of(inputs.data).to_pylist() if row["source"] in sources]
+
+
+def _held_out(inputs: EvalInputs, sources: tuple[str, ...]) -> list[Row]:
+    return [row for row in _rows(inputs, sources) if row["split"] == inputs.settings.split]
+
+
+def _one_each(rows: list[Row]) -> list[Row]:
+    """One row of each object, in an order that does not depend on what the objects are."""
+    first: dict[str, Row] = {}
     for row in sorted(rows, key=lambda row: row["key"]):
         first.setdefault(row["object"], row)
     names = sorted(first)
@@ -75,62 +101,33 @@ def _one_each(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [first[name] for name in names]
 
 
-def _images(samples: list[Sample], *, seed: int) -> tuple[ImageItem, ...]:
-    if len(samples) < 5:
-        raise ValueError(f"{len(samples)} held-out images, at least 5 objects are needed; enlarge the split")
-    order = list(range(len(samples)))
-    random.Random(f"{seed}/derangement").shuffle(order)
-    after = {order[place]: order[(place + 1) % len(order)] for place in range(len(order))}  # one cycle: no fixed point
-    images = []
-    for number, sample in enumerate(samples):
-        draw = random.Random(f"{seed}/{sample.key}")
-        others = _near_first(number, [s.category for s in samples], draw)
-        distractors = tuple(samples[i].text for i in others if samples[i].text != sample.text)[:3]
-        unseen = [i for i in others if i != after[number]]  # nor is it in the control's image
-        absent = samples[unseen[0 if draw.random() < 0.5 else -1]].object
-        images.append(
-            ImageItem(
-                key=sample.key,
-                object=sample.object,
-                category=sample.category,
-                image=sample.images[0],
-                other_image=samples[after[number]].images[0],
-                caption=sample.text,
-                distractors=_three(distractors, sample.key),
-                absent=absent,
-            )
-        )
-    return tuple(images)
+def _image_item(number: int, samples: list[Sample], shuffled: int, *, seed: int) -> ImageItem:
+    sample = samples[number]
+    draw = random.Random(f"{seed}/{sample.key}")
+    others = _same_category_first(number, [s.category for s in samples], draw)
+    distractors = [samples[i].text for i in others if samples[i].text != sample.text]
+    unseen = [i for i in others if i != shuffled]  # the shuffled image must not show it either
+    absent = samples[unseen[0 if draw.random() < 0.5 else -1]].object
+    return ImageItem(
+        key=sample.key,
+        object=sample.object,
+        category=sample.category,
+        image=sample.images[0],
+        shuffled_image=samples[shuffled].images[0],
+        caption=sample.text,
+        distractors=_first_three(distractors, sample.key),
+        absent=absent,
+    )
 
 
-def _words(samples: list[Sample], *, seed: int) -> tuple[WordItem, ...]:
-    words = []
-    meanings = [sample.text.partition(": ")[2] for sample in samples]
-    for number, sample in enumerate(samples):
-        others = _near_first(number, [s.category for s in samples], random.Random(f"{seed}/{sample.key}"))
-        distractors = tuple(meanings[i] for i in others if meanings[i] != meanings[number])[:3]
-        word = sample.text.partition(": ")[0]
-        words.append(WordItem(sample.key, word, meanings[number], _three(distractors, sample.key)))
-    return tuple(words)
-
-
-def _near_first(own: int, categories: list[str], draw: random.Random) -> list[int]:
-    """The other places in random order, those of the same category first."""
-    others = [place for place in range(len(categories)) if place != own]
+def _same_category_first(number: int, categories: list[str], draw: random.Random) -> list[int]:
+    """The other items in random order, those of the same category first."""
+    others = [place for place in range(len(categories)) if place != number]
     draw.shuffle(others)
-    return sorted(others, key=lambda place: categories[place] != categories[own])
+    return sorted(others, key=lambda place: categories[place] != categories[number])
 
 
-def _three(found: tuple[str, ...], key: str) -> tuple[str, str, str]:
-    if len(found) < 3:
-        raise ValueError(f"item {key!r}: only {len(found)} distractors; enlarge the split or the sources")
-    return found[0], found[1], found[2]
-
-
-def _frequent_caption(dataset: Dataset, rows: list[dict[str, Any]]) -> str:
-    train = [row for row in rows if row["split"] == "train"]
-    texts = [sample.text for sample in samples_of(dataset, train)]
-    if not texts:
-        raise ValueError("no training caption to take the most frequent one from")
-    counts = Counter(texts)
-    return min(counts, key=lambda text: (-counts[text], text))
+def _first_three(distractors: list[str], key: str) -> tuple[str, str, str]:
+    if len(distractors) < 3:
+        raise ValueError(f"item {key!r}: only {len(distractors)} distractors; enlarge the split or the sources")
+    return distractors[0], distractors[1], distractors[2]

@@ -1,0 +1,198 @@
+"""What an evaluation measured, as files of sealed artifacts. Nothing else reads or writes these files.
+
+result.json, items.jsonl    of one benchmark on one model
+report.json                 of a suite on one model, composed of its benchmarks' results
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from vila_ops.artifacts.kinds import BenchmarkResult, EvalReport
+from vila_ops.artifacts.store import file
+from vila_ops.config import Config, Suite
+
+RESULT = "result.json"
+ITEMS = "items.jsonl"
+REPORT = "report.json"
+
+MetricRole = Literal["model", "control", "chance", "gap"]
+"""Whose number it is. gap: control minus model for losses and model minus control for the rest, so that above zero the
+model uses the image."""
+
+
+class Metric(Config):
+    """One number of a benchmark with its 95 % interval."""
+
+    name: str
+    """The benchmark's kind, or KIND_MEASURE where it has several; in a report with the suite's name for the kind."""
+    role: MetricRole
+    value: float
+    low: float
+    high: float
+    n: int
+    """Number of items."""
+    lower_is_better: bool
+    unit: str
+
+
+class ReportMetric(Metric):
+    """A metric under the name that the suite gives its benchmark."""
+
+    measure: str
+    """The metric's name in the benchmark's own result."""
+
+
+class LayerPoint(Config):
+    """One number of one layer of the language model with its 95 % interval; layer 0 is what enters the first one."""
+
+    name: str
+    role: MetricRole
+    layer: int
+    value: float
+    low: float
+    high: float
+
+
+class ItemAnswer(Config):
+    """What the model generated for one item."""
+
+    key: str
+    """Key of the item's sample in the dataset."""
+    object: str
+    truth: str
+    answer: str
+    control: str | None = None
+    """The answer for the shuffled image; None where the benchmark has no control."""
+
+
+class ItemScore(Config):
+    """The scores of one item, of which the metrics are statistics."""
+
+    item: str
+    cluster: str
+    """Items of one cluster, such as the images of one object, are not independent."""
+    scores: dict[MetricRole, dict[str, float]]
+    """By role, the columns of the statistic by name, such as nats and tokens."""
+
+
+class Measurement(Config):
+    """The content of a benchmark's result."""
+
+    num_items: int
+    num_clusters: int
+    metrics: tuple[Metric, ...]
+    layers: tuple[LayerPoint, ...] = ()
+    answers: tuple[ItemAnswer, ...] = ()
+
+
+class ResultReference(Config):
+    """The result of a benchmark in the store that holds the report."""
+
+    address: str
+    """The result's folder, relative to the store."""
+    digest: str
+    num_items: int
+    num_clusters: int
+
+
+class Report(Config):
+    """The content of a report."""
+
+    suite: str
+    split: Literal["validation", "test"]
+    model: str
+    """Digest of the model that was evaluated."""
+    data: str
+    """Digest of the dataset that the items are from."""
+    benchmarks: dict[str, ResultReference]
+    """By the suite's name, the result with the scores of each item."""
+    metrics: tuple[ReportMetric, ...]
+    layers: tuple[LayerPoint, ...]
+    answers: tuple[ItemAnswer, ...]
+
+
+def write_result(folder: Path, measurement: Measurement, items: Sequence[ItemScore]) -> None:
+    """Write the files of a benchmark's result into an attempt's folder."""
+    _write(folder / RESULT, measurement)
+    (folder / ITEMS).write_text("".join(f"{item.model_dump_json()}\n" for item in items))
+
+
+def read_result(result: BenchmarkResult) -> Measurement:
+    """The content of a benchmark's result. Raises CorruptArtifact."""
+    return Measurement.model_validate_json(file(result, RESULT).read_text())
+
+
+def read_items(result: BenchmarkResult) -> tuple[ItemScore, ...]:
+    """The scores of each item, in the order of the items. Raises CorruptArtifact."""
+    return tuple(ItemScore.model_validate_json(line) for line in file(result, ITEMS).read_text().splitlines())
+
+
+def compose(suite: Suite, *, model: str, data: str, results: Mapping[str, BenchmarkResult]) -> Report:
+    """The report of a suite on a model; model and data are digests, the results are by the suite's names."""
+    measured = {name: read_result(results[name]) for name in suite.benchmarks}
+    kinds = {name: benchmark.kind for name, benchmark in suite.benchmarks.items()}
+    return Report(
+        suite=suite.name,
+        split=suite.split,
+        model=model,
+        data=data,
+        benchmarks={name: _reference(results[name], one) for name, one in measured.items()},
+        metrics=tuple(
+            ReportMetric(**{**dict(metric), "name": _name(metric.name, kinds[name], name), "measure": metric.name})
+            for name, one in measured.items()
+            for metric in one.metrics
+        ),
+        layers=tuple(
+            LayerPoint(**{**dict(point), "name": _name(point.name, kinds[name], name)})
+            for name, one in measured.items()
+            for point in one.layers
+        ),
+        answers=tuple(answer for one in measured.values() for answer in one.answers),
+    )
+
+
+def write_report(folder: Path, report: Report) -> Path:
+    """Write the file of a report into an attempt's folder; returns the file."""
+    _write(folder / REPORT, report)
+    return folder / REPORT
+
+
+def read_report(report: EvalReport) -> Report:
+    """The content of a report. Raises CorruptArtifact."""
+    return Report.model_validate_json(file(report, REPORT).read_text())
+
+
+def tracked(report: Report) -> dict[str, float]:
+    """The metrics by their names in MLflow: NAME for the model's own, NAME.ROLE for the others."""
+    return {_tracked_name(metric.name, metric.role): metric.value for metric in report.metrics}
+
+
+def tracked_layers(report: Report) -> list[tuple[int, dict[str, float]]]:
+    """The values of layers for MLflow, where the layer is the step."""
+    return [(p.layer, {_tracked_name(f"{p.name}_by_layer", p.role): p.value}) for p in report.layers]
+
+
+def _tracked_name(name: str, role: MetricRole) -> str:
+    return name if role == "model" else f"{name}.{role}"
+
+
+def _name(name: str, kind: str, benchmark: str) -> str:
+    """A metric's name with the suite's name of the benchmark in place of its kind."""
+    measure = name.removeprefix(kind).removeprefix("_")
+    return f"{benchmark}_{measure}" if measure else benchmark
+
+
+def _reference(result: BenchmarkResult, measurement: Measurement) -> ResultReference:
+    return ResultReference(
+        address="/".join(result.uri.rsplit("/", 2)[1:]),
+        digest=result.digest,
+        num_items=measurement.num_items,
+        num_clusters=measurement.num_clusters,
+    )
+
+
+def _write(path: Path, content: Config) -> None:
+    values: dict[str, Any] = content.model_dump(mode="json", exclude_none=True)
+    path.write_text(json.dumps(values, indent=1, sort_keys=True))
