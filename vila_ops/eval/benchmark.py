@@ -1,6 +1,6 @@
 """The protocol of a benchmark, the table of ours, and the confidence intervals that they share.
 
-A benchmark is a module with `REVISION` and the functions of `Benchmark`. They are pure but for `items`, which reads the
+A benchmark is a module with `REVISION` and the functions of `BenchmarkModule`. They are pure but for `items`, which reads the
 data: items -> requests -> (the engine's responses) -> scores of each item -> metrics. Third-party packages add
 benchmarks by entry points of the group `vila_ops.benchmarks`; see `config.kinds`.
 """
@@ -99,7 +99,7 @@ class Aggregate:
     layers: tuple[LayerPoint, ...] = ()
 
 
-class Benchmark(Protocol):
+class BenchmarkModule(Protocol):
     """A benchmark; `config` is its own config class in each function."""
 
     REVISION: int
@@ -118,9 +118,9 @@ class Benchmark(Protocol):
         """The metrics; a function of the items' scores alone."""
 
 
-def benchmark_of(kind: str) -> Benchmark:
+def benchmark_of(kind: str) -> BenchmarkModule:
     """The module of a kind of benchmark. Raises ValueError for a kind that no installed package has."""
-    return cast("Benchmark", module_of("vila_ops.benchmarks", BENCHMARKS, kind))
+    return cast("BenchmarkModule", module_of("vila_ops.benchmarks", BENCHMARKS, kind))
 
 
 def plugin_of(kind: str) -> dict[str, Any] | None:

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vila_ops.eval.metrics.pope import (
-    Answer,
     PopeCounts,
+    YesNo,
     accuracy,
     count,
     f1,
@@ -42,11 +42,11 @@ from vila_ops.eval.statistics import cluster_bootstrap
         ("There isn't one", "yes"),
     ],
 )
-def test_answers_are_read_as_by_the_official_script(text: str, answer: Answer) -> None:
+def test_answers_are_read_as_by_the_official_script(text: str, answer: YesNo) -> None:
     assert parse_answer(text) == answer
 
 
-def script(text: str) -> Answer:
+def script(text: str) -> YesNo:
     """Lines of the official script, as a reference."""
     if text.find(".") != -1:
         text = text.split(".")[0]
@@ -60,7 +60,7 @@ def test_any_answer_is_read_as_by_the_official_script(text: str) -> None:
     assert parse_answer(text) == script(text)
 
 
-LABELS: list[tuple[str, Answer]] = [("1", "yes"), ("2", "yes"), ("3", "yes"), ("4", "no"), ("5", "no")]
+LABELS: list[tuple[str, YesNo]] = [("1", "yes"), ("2", "yes"), ("3", "yes"), ("4", "no"), ("5", "no")]
 
 
 def test_numbers_by_hand() -> None:
@@ -72,7 +72,7 @@ def test_numbers_by_hand() -> None:
 
 
 def test_always_yes_is_half_right_on_balanced_labels() -> None:
-    labels: list[tuple[str, Answer]] = [("1", "yes"), ("2", "no")]
+    labels: list[tuple[str, YesNo]] = [("1", "yes"), ("2", "no")]
     result = pope(count([("1", ""), ("2", "")], labels))
     assert result == PopeCounts(accuracy=0.5, precision=0.5, recall=1, f1=2 / 3, yes_ratio=1, items=2)
 

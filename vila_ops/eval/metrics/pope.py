@@ -15,11 +15,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Answer = Literal["yes", "no"]
+YesNo = Literal["yes", "no"]
 FloatArray = NDArray[np.float64]
 
 _NO = frozenset(("No", "not", "no"))
-_COLUMN: dict[tuple[Answer, Answer], int] = {("yes", "yes"): 0, ("yes", "no"): 1, ("no", "no"): 2, ("no", "yes"): 3}
+_COLUMN: dict[tuple[YesNo, YesNo], int] = {("yes", "yes"): 0, ("yes", "no"): 1, ("no", "no"): 2, ("no", "yes"): 3}
 """Of (given, true)."""
 
 
@@ -39,7 +39,7 @@ class PopeCounts:
     items: int
 
 
-def parse_answer(text: str) -> Answer:
+def parse_answer(text: str) -> YesNo:
     """yes or no of a free answer. No is a word "No", "not" or "no" before the first dot, commas taken out; else yes.
 
     As in the script words are split at single spaces and keep their case and marks: "NO", "No!", "no\\n" and an empty
@@ -49,7 +49,7 @@ def parse_answer(text: str) -> Answer:
     return "yes" if _NO.isdisjoint(words) else "no"
 
 
-def count(answers: Sequence[tuple[str, str]], labels: Sequence[tuple[str, Answer]]) -> FloatArray:
+def count(answers: Sequence[tuple[str, str]], labels: Sequence[tuple[str, YesNo]]) -> FloatArray:
     """(N, 4): a one in the column of the item's outcome, in the order of `labels`.
 
     Both sides are pairs of an id and a text; the answers may stand in any order. ValueError names ids that occur twice

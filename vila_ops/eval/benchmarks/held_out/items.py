@@ -9,9 +9,6 @@ from typing import Any
 from vila_ops.data.shards import Sample, index_of, samples_of
 from vila_ops.eval.benchmark import EvalInputs
 
-Row = dict[str, Any]
-"""A row of a dataset's index."""
-
 
 @dataclass(frozen=True)
 class ImageItem:
@@ -83,17 +80,17 @@ def frequent_caption(inputs: EvalInputs) -> str:
     return min(counts, key=lambda text: (-counts[text], text))
 
 
-def _rows(inputs: EvalInputs, sources: tuple[str, ...]) -> list[Row]:
+def _rows(inputs: EvalInputs, sources: tuple[str, ...]) -> list[dict[str, Any]]:
     return [row for row in index_of(inputs.data).to_pylist() if row["source"] in sources]
 
 
-def _held_out(inputs: EvalInputs, sources: tuple[str, ...]) -> list[Row]:
+def _held_out(inputs: EvalInputs, sources: tuple[str, ...]) -> list[dict[str, Any]]:
     return [row for row in _rows(inputs, sources) if row["split"] == inputs.settings.split]
 
 
-def _one_each(rows: list[Row]) -> list[Row]:
+def _one_each(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row of each object, in an order that does not depend on what the objects are."""
-    first: dict[str, Row] = {}
+    first: dict[str, dict[str, Any]] = {}
     for row in sorted(rows, key=lambda row: row["key"]):
         first.setdefault(row["object"], row)
     names = sorted(first)

@@ -48,7 +48,7 @@ def score(
     items: Sequence[ImageItem], config: PopeBenchmark, responses: Mapping[str, Sequence[list[Loglikelihood]]]
 ) -> Scored:
     """The outcome of each question as one of four counts; the likelier of the two answers is the model's."""
-    labels: list[tuple[str, pope.Answer]] = [
+    labels: list[tuple[str, pope.YesNo]] = [
         (item.key, "yes" if _is_present(number) else "no") for number, item in enumerate(items)
     ]
     answers: dict[MetricRole, list[str]] = {

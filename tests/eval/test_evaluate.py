@@ -1,0 +1,266 @@
+"""A report is composed of one result for each benchmark: what was measured once is not measured again."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vila_ops.artifacts import store
+from vila_ops.artifacts.kinds import BenchmarkResult, Dataset, EvalReport, Pretrained
+from vila_ops.config import Run, Suite, load
+from vila_ops.data.preprocess.prepare import prepare
+from vila_ops.eval.benchmarks.held_out import pope
+from vila_ops.eval.evaluate import evaluate
+from vila_ops.eval.job import EvalJob
+from vila_ops.eval.report import Report, read_items, read_report
+from vila_ops.model.assemble import assemble
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = {
+    "caption_loss": {"kind": "caption_loss"},
+    "pope": {"kind": "pope"},
+    "text_loss": {"kind": "text_loss"},
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The tiny recipe in a store of this module."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    where = (f"resources.storage.store={folder}/store", f"resources.storage.cache={folder}/cache")
+    return load(ROOT / "configs/recipes/tiny.yaml", resources=ROOT / "configs/resources/inline.yaml", overrides=where)
+
+
+@pytest.fixture(scope="module")
+def model(run: Run) -> Pretrained:
+    return assemble(run.recipe.model, run.resources)
+
+
+@pytest.fixture(scope="module")
+def data(run: Run) -> Dataset:
+    suite = run.recipe.final_suite
+    return prepare(suite.mixture, run.recipe.text(max_tokens=suite.max_tokens), run.resources)
+
+
+@pytest.fixture(scope="module")
+def suite(run: Run) -> Suite:
+    """Three benchmarks."""
+    return suite_with(run, BENCHMARKS)
+
+
+@pytest.fixture(scope="module")
+def measure(run: Run, model: Pretrained, data: Dataset) -> Callable[[Suite], tuple[EvalReport, set[str]]]:
+    """The report of a suite, and the kinds of the benchmarks that were measured for it."""
+
+    def make(suite: Suite) -> tuple[EvalReport, set[str]]:
+        before = sealed(run)
+        report = evaluate(suite, model, data, run.resources)
+        return report, {benchmark for address, benchmark in sealed(run).items() if address not in before}
+
+    return make
+
+
+Measure = Callable[[Suite], tuple[EvalReport, set[str]]]
+
+
+def suite_with(run: Run, benchmarks: dict[str, Any], **changes: Any) -> Suite:
+    return Suite.model_validate({**run.recipe.stage_suite.model_dump(), "benchmarks": benchmarks, **changes})
+
+
+def sealed(run: Run) -> dict[str, str]:
+    """The sealed results in the store: the kind of the benchmark by address."""
+    manifests = Path(run.resources.storage.store).glob("score/*/manifest.json")
+    return {path.parent.name: json.loads(path.read_text())["facts"]["benchmark"] for path in manifests}
+
+
+def test_a_suite_is_measured_once_and_renamed_it_measures_nothing(run: Run, suite: Suite, measure: Measure) -> None:
+    first, measured = measure(suite)
+    assert measured == {"caption_loss", "pope", "text_loss"}
+    assert measure(suite) == (first, set())
+    renamed, measured = measure(suite_with(run, BENCHMARKS, name="renamed"))
+    assert measured == set()
+    assert renamed.suite == "renamed"
+    assert read_report(renamed) == Report(**{**dict(read_report(first)), "suite": "renamed"})
+
+
+def test_one_more_benchmark_is_one_more_measurement(run: Run, suite: Suite, measure: Measure) -> None:
+    measure(suite)
+    larger, measured = measure(suite_with(run, {"words": {"kind": "text_multiple_choice"}, **BENCHMARKS}))
+    assert measured == {"text_multiple_choice"}
+    assert [metric.name for metric in read_report(larger).metrics][:3] == ["words", "words", "caption_loss"]
+
+
+def test_a_benchmark_whose_revision_is_raised_is_measured_again_alone(
+    suite: Suite, measure: Measure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report, _ = measure(suite)
+    monkeypatch.setattr(pope, "REVISION", pope.REVISION + 1)
+    again, measured = measure(suite)
+    assert measured == {"pope"}
+    assert again.uri != report.uri or again == report  # equal results are one report
+
+
+def test_a_setting_of_one_benchmark_measures_that_one_and_one_of_the_suite_all(
+    run: Run, suite: Suite, measure: Measure
+) -> None:
+    measure(suite)
+    assert measure(suite_with(run, {**BENCHMARKS, "pope": {"kind": "pope", "control": "none"}}))[1] == {"pope"}
+    assert measure(suite_with(run, BENCHMARKS, seed=1))[1] == {"caption_loss", "pope", "text_loss"}
+
+
+def test_metrics_have_the_suites_names_and_equal_benchmarks_are_measured_once(run: Run, measure: Measure) -> None:
+    named = {"objects": {"kind": "pope", "control": "none"}, "again": {"kind": "pope", "control": "none"}}
+    content = read_report(measure(suite_with(run, named, seed=2))[0])
+    assert {(metric.name, metric.measure) for metric in content.metrics} == {
+        (f"{name}_{measure}", f"pope_{measure}")
+        for name in ("objects", "again")
+        for measure in ("accuracy", "f1", "yes_ratio")
+    }
+    assert content.benchmarks["objects"] == content.benchmarks["again"]
+
+
+def test_a_report_leads_to_the_scores_of_each_item(
+    run: Run, model: Pretrained, data: Dataset, suite: Suite, measure: Measure
+) -> None:
+    report = measure(suite)[0]
+    content = read_report(report)
+    job = EvalJob(suite=suite, model=model, data=data, resources=run.resources)
+    result = job.result("caption_loss")
+    assert isinstance(result, BenchmarkResult)
+    reference = content.benchmarks["caption_loss"]
+    assert result.uri == f"{store.root_of(run.resources.storage.store)}/{reference.address}"
+    assert result.digest == reference.digest
+    assert report.parents == (
+        model.digest,
+        data.digest,
+        *(content.benchmarks[name].digest for name in suite.benchmarks),
+    )
+    items = read_items(result)
+    assert len(items) == reference.num_items == 12
+    nats, tokens = (sum(item.scores["model"][column] for item in items) for column in ("nats", "tokens"))
+    (metric,) = [one for one in content.metrics if (one.name, one.role) == ("caption_loss", "model")]
+    assert metric.value == pytest.approx(nats / tokens)
+
+
+def test_a_report_that_is_found_or_only_composed_loads_no_model(
+    run: Run, model: Pretrained, data: Dataset, suite: Suite, measure: Measure
+) -> None:
+    report = measure(suite)[0]
+    job = EvalJob(suite=suite, model=model, data=data, resources=run.resources)
+    found, composed = (EvalReport.model_validate_json(line) for line in run_python(WITHOUT_A_MODEL, job))
+    assert found == report
+    assert composed.suite == "composed"
+
+
+def test_a_benchmark_of_a_third_party_package_gives_its_metric_and_its_version_is_in_the_address(
+    run: Run, model: Pretrained, data: Dataset, tmp_path: Path
+) -> None:
+    results = []
+    for version, revision in (("1.0", 1), ("1.1", 1), ("1.1", 2)):
+        site = tmp_path / f"{version}-{revision}"
+        install(site, version=version, revision=revision)
+        suite = {**run.recipe.stage_suite.model_dump(mode="json"), "benchmarks": {"colour": {"kind": "words_seen"}}}
+        job = {"suite": suite, "model": model.model_dump(), "data": data.model_dump(),
+               "resources": run.resources.model_dump(mode="json")}  # fmt: skip
+        results.append(json.loads(run_python(EVALUATE, json.dumps(job), site=site)[-1]))
+    for result in results:
+        assert [(one["name"], one["measure"], one["value"], one["n"]) for one in result["metrics"]] == [
+            ("colour_first", "words_seen_first", 1.0, 12)
+        ]
+    addresses = {result["benchmarks"]["colour"]["address"] for result in results}
+    assert len(addresses) == 3
+    manifests = [store.read_manifest(f"{run.resources.storage.store}/{address}") for address in addresses]
+    assert sorted((one["recipe"]["plugin"]["version"], one["recipe"]["plugin"]["revision"]) for one in manifests) == [
+        ("1.0", 1), ("1.1", 1), ("1.1", 2),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="words_seen"):
+        Suite.model_validate(suite)  # this process has no such package
+
+
+WITHOUT_A_MODEL = """
+import sys
+from pathlib import Path
+from vila_ops.eval.evaluate import evaluate
+from vila_ops.eval.job import EvalJob
+
+job = EvalJob.model_validate_json(Path(sys.argv[1]).read_text())
+for suite in (job.suite, job.suite.with_changes({"name": "composed"})):
+    print(evaluate(suite, job.model, job.data, job.resources).model_dump_json())
+assert not {"torch", "ray", "transformers", "mlflow", "boto3"} & set(sys.modules), sorted(sys.modules)
+"""
+EVALUATE = """
+import sys
+from pathlib import Path
+from vila_ops.eval.evaluate import evaluate
+from vila_ops.eval.job import EvalJob
+from vila_ops.eval.report import read_report
+
+job = EvalJob.model_validate_json(Path(sys.argv[1]).read_text())
+print(read_report(evaluate(job.suite, job.model, job.data, job.resources)).model_dump_json())
+"""
+PLUGIN = """
+from typing import Literal
+
+from vila_ops.config import Config as Base
+from vila_ops.eval.benchmark import Aggregate, Scored, ScoreRequest, tables
+from vila_ops.eval.benchmarks.held_out.items import word_items
+from vila_ops.eval.report import ItemScore
+from vila_ops.generate.request import Prompt
+
+REVISION = {revision}
+
+
+class Config(Base):
+    kind: Literal["words_seen"] = "words_seen"
+
+
+def items(inputs, config):
+    return word_items(inputs)
+
+
+def requests(items, config, tokenizer):
+    return {{"no_image": [ScoreRequest(Prompt([tokenizer.bos_id]), (tokenizer.text_ids(i.word),)) for i in items]}}
+
+
+def score(items, config, responses):
+    first = [float(scores[0].nll > 0) for scores in responses["no_image"]]
+    return Scored(tuple(
+        ItemScore(item=i.key, cluster=i.key, scores={{"model": {{"first": one}}}}) for i, one in zip(items, first)
+    ))
+
+
+def aggregate(scores, config, intervals):
+    values = tables(scores)["model"]
+    return Aggregate((intervals.metric("words_seen_first", "model", values, statistic="mean", unit="share"),))
+"""
+
+
+def install(site: Path, *, version: str, revision: int) -> None:
+    """A package with one benchmark, as pip lays it out."""
+    facts = site / f"seen_words-{version}.dist-info"
+    facts.mkdir(parents=True)
+    (site / "seen_words.py").write_text(PLUGIN.format(revision=revision))
+    (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: seen-words\nVersion: {version}\n")
+    (facts / "entry_points.txt").write_text("[vila_ops.benchmarks]\nwords_seen = seen_words\n")
+
+
+def run_python(program: str, job: EvalJob | str, *, site: Path | None = None) -> list[str]:
+    """The lines that a program prints in a fresh process, given a file with the job."""
+    text = job if isinstance(job, str) else job.model_dump_json()
+    paths = [str(path) for path in (site, ROOT) if path is not None]
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        file.write(text)
+        file.flush()
+        done = subprocess.run(
+            [sys.executable, "-c", program, file.name],
+            cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, capture_output=True, text=True,
+            timeout=300, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
