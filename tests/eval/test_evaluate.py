@@ -103,7 +103,7 @@ def test_a_benchmark_whose_revision_is_raised_is_measured_again_alone(
     monkeypatch.setattr(pope, "REVISION", pope.REVISION + 1)
     again, measured = measure(suite)
     assert measured == {"pope"}
-    assert again.uri != report.uri or again == report  # equal results are one report
+    assert again == report  # of equal results
 
 
 def test_a_setting_of_one_benchmark_measures_that_one_and_one_of_the_suite_all(
@@ -142,7 +142,7 @@ def test_a_report_leads_to_the_scores_of_each_item(
         *(content.benchmarks[name].digest for name in suite.benchmarks),
     )
     items = read_items(result)
-    assert len(items) == reference.num_items == 12
+    assert len(items) == reference.num_items == 10
     nats, tokens = (sum(item.scores["model"][column] for item in items) for column in ("nats", "tokens"))
     (metric,) = [one for one in content.metrics if (one.name, one.role) == ("caption_loss", "model")]
     assert metric.value == pytest.approx(nats / tokens)

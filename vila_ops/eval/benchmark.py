@@ -1,7 +1,7 @@
 """The protocol of a benchmark, the table of ours, and the confidence intervals that they share.
 
-A benchmark is a module with `REVISION` and the functions of `BenchmarkModule`. They are pure but for `items`, which reads the
-data: items -> requests -> (the engine's responses) -> scores of each item -> metrics. Third-party packages add
+A benchmark is a module with a `REVISION` and four functions, see `BenchmarkModule`: items -> requests -> (responses of
+the engine) -> scores of each item -> metrics. All but `items`, which reads the data, are pure. Third-party packages add
 benchmarks by entry points of the group `vila_ops.benchmarks`; see `config.kinds`.
 """
 

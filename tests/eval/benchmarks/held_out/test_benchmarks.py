@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from pycocoevalcap.cider.cider import Cider as Official
-from vila_ops.generate.request import Loglikelihood, Prompt
 
 from vila_ops.config import load
 from vila_ops.config.eval import (
@@ -36,6 +35,7 @@ from vila_ops.eval.benchmark import (
 from vila_ops.eval.benchmarks.held_out.cider import CaptionItem
 from vila_ops.eval.benchmarks.held_out.items import ImageItem, WordItem, image_items
 from vila_ops.eval.report import ItemAnswer, ItemScore, LayerPoint, Metric
+from vila_ops.generate.request import Loglikelihood, Prompt
 
 ROOT = Path(__file__).parents[4]
 
