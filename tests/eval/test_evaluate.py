@@ -161,24 +161,27 @@ def test_a_report_that_is_found_or_only_composed_loads_no_model(
 def test_a_benchmark_of_a_third_party_package_gives_its_metric_and_its_version_is_in_the_address(
     run: Run, model: Pretrained, data: Dataset, tmp_path: Path
 ) -> None:
-    results = []
-    for version, revision in (("1.0", 1), ("1.1", 1), ("1.1", 2)):
-        site = tmp_path / f"{version}-{revision}"
-        install(site, version=version, revision=revision)
-        suite = {**run.recipe.stage_suite.model_dump(mode="json"), "benchmarks": {"colour": {"kind": "words_seen"}}}
-        job = {"suite": suite, "model": model.model_dump(), "data": data.model_dump(),
-               "resources": run.resources.model_dump(mode="json")}  # fmt: skip
-        results.append(json.loads(run_python(EVALUATE, json.dumps(job), site=site)[-1]))
-    for result in results:
-        assert [(one["name"], one["measure"], one["value"], one["n"]) for one in result["metrics"]] == [
-            ("colour_first", "words_seen_first", 1.0, 12)
-        ]
-    addresses = {result["benchmarks"]["colour"]["address"] for result in results}
-    assert len(addresses) == 3
-    manifests = [store.read_manifest(f"{run.resources.storage.store}/{address}") for address in addresses]
-    assert sorted((one["recipe"]["plugin"]["version"], one["recipe"]["plugin"]["revision"]) for one in manifests) == [
-        ("1.0", 1), ("1.1", 1), ("1.1", 2),
-    ]  # fmt: skip
+    suite = {**run.recipe.stage_suite.model_dump(mode="json"), "benchmarks": {"words": {"kind": "words_seen"}}}
+    job = json.dumps(
+        {
+            "suite": suite,
+            "model": model.model_dump(),
+            "data": data.model_dump(),
+            "resources": run.resources.model_dump(),
+        }
+    )
+    sites = [
+        install(tmp_path, version=version, revision=raised) for version, raised in (("1.0", 1), ("1.1", 1), ("1.1", 2))
+    ]
+    measured = json.loads(run_python(EVALUATE, job, site=sites[0])[-1])
+    assert [(one["name"], one["measure"], one["value"], one["n"]) for one in measured["metrics"]] == [
+        ("words_first", "words_seen_first", 1.0, 10)
+    ]
+    addresses = [run_python(ADDRESS, job, site=site)[-1] for site in sites]
+    assert addresses[0] == measured["benchmarks"]["words"]["address"]
+    assert len(set(addresses)) == 3
+    manifest = store.read_manifest(f"{run.resources.storage.store}/{addresses[0]}")
+    assert manifest["recipe"]["plugin"] == {"package": "seen-words", "version": "1.0", "revision": 1}
     with pytest.raises(ValueError, match="words_seen"):
         Suite.model_validate(suite)  # this process has no such package
 
@@ -203,6 +206,14 @@ from vila_ops.eval.report import read_report
 
 job = EvalJob.model_validate_json(Path(sys.argv[1]).read_text())
 print(read_report(evaluate(job.suite, job.model, job.data, job.resources)).model_dump_json())
+"""
+ADDRESS = """
+import sys
+from pathlib import Path
+from vila_ops.eval.job import EvalJob
+
+address = EvalJob.model_validate_json(Path(sys.argv[1]).read_text()).address("words")
+print(f"{address.kind}/{address.key}")
 """
 PLUGIN = """
 from typing import Literal
@@ -241,13 +252,15 @@ def aggregate(scores, config, intervals):
 """
 
 
-def install(site: Path, *, version: str, revision: int) -> None:
-    """A package with one benchmark, as pip lays it out."""
+def install(root: Path, *, version: str, revision: int) -> Path:
+    """A folder with a package that has one benchmark, as pip lays it out."""
+    site = root / f"{version}-{revision}"
     facts = site / f"seen_words-{version}.dist-info"
     facts.mkdir(parents=True)
     (site / "seen_words.py").write_text(PLUGIN.format(revision=revision))
     (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: seen-words\nVersion: {version}\n")
     (facts / "entry_points.txt").write_text("[vila_ops.benchmarks]\nwords_seen = seen_words\n")
+    return site
 
 
 def run_python(program: str, job: EvalJob | str, *, site: Path | None = None) -> list[str]:
