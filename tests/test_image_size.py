@@ -15,7 +15,7 @@ from vila_ops.artifacts.kinds import Dataset
 from vila_ops.artifacts.store import content, read_manifest
 from vila_ops.config import Run, load
 from vila_ops.data.shards import read_index
-from vila_ops.eval.evaluate import read_report
+from vila_ops.eval.report import read_report
 from vila_ops.model.towers import POSITIONS, resize_positions
 from vila_ops.pipeline.run import Outcome, run_pipeline
 from vila_ops.pipeline.stages import evaluate_stage, mixture_named, prepare_named
@@ -98,7 +98,7 @@ def test_the_held_out_data_are_prepared_once_for_each_size_and_every_model_is_me
     data = {name: report.parents[1] for name, report in outcome.stage_reports.items()}
     assert data["base"] == data["align"] != data["pretrain"] == data["sft"] == outcome.report.parents[1]
     for report in outcome.stage_reports.values():
-        scored = {m["name"]: m["value"] for m in read_report(report)["metrics"] if m["role"] == "model"}
+        scored = {m.name: m.value for m in read_report(report).metrics if m.role == "model"}
         assert 0 < scored["caption_loss"] < 20
     assert evaluate_stage(run, "align") == outcome.stage_reports["align"], "a command asks as the pipeline does"
     assert evaluate_stage(run, "sft", final=True) == outcome.report

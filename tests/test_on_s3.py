@@ -8,7 +8,7 @@ import pytest
 
 from vila_ops.artifacts.store import read_manifest, verify
 from vila_ops.config import Run, load
-from vila_ops.eval.evaluate import read_report
+from vila_ops.eval.report import read_report
 from vila_ops.pipeline.stages import evaluate_stage, model_after, prepare_named
 
 ROOT = Path(__file__).parents[1]

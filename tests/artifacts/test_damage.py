@@ -17,7 +17,7 @@ from vila_ops.artifacts.s3 import names
 from vila_ops.artifacts.s3_calls import client, place
 from vila_ops.artifacts.store import address, begin, content, export, file, find, opened, read_manifest, seal, verify
 from vila_ops.errors import CorruptArtifact
-from vila_ops.eval.evaluate import read_report
+from vila_ops.eval.report import Report, ReportMetric, read_report, write_report
 
 FACTS = {"num_samples": 1, "num_tokens": 2}
 TAR = bytes(range(256)) * 8
@@ -222,10 +222,15 @@ def test_what_was_replaced_by_another_artifact_is_not_read(store: str) -> None:
 def test_a_report_with_another_digit_is_not_shown(tmp_path: Path) -> None:
     at = address(EvalReport, revision=1, recipe={}, parents=())
     attempt = begin(at, store=str(tmp_path))
-    (attempt / "report.json").write_text('{"metrics": [{"name": "cider", "value": 0.125}]}')
+    metric = ReportMetric(
+        name="cider", measure="cider", role="model", value=0.125, low=0.1, high=0.2, n=9, lower_is_better=False, unit=""
+    )
+    content = Report(
+        suite="s", split="test", model="m", data="d", benchmarks={}, metrics=(metric,), layers=(), answers=()
+    )
+    path = write_report(attempt, content)
     made = seal(EvalReport, at, attempt, facts={"suite": "s", "model": "m"}, execution={})
-    assert read_report(made)["metrics"][0]["value"] == 0.125
-    path = attempt / "report.json"
+    assert read_report(made) == content
     path.write_text(path.read_text().replace("0.125", "0.925"))
     with pytest.raises(CorruptArtifact, match=rf"report\.json has sha256 .*move {made.uri} away"):
         read_report(made)

@@ -13,9 +13,9 @@ from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import Checkpoint, EvalReport, ModelVersion
 from vila_ops.config import Gate, Resources
 from vila_ops.config.eval import Rule
-from vila_ops.errors import CorruptArtifact
+from vila_ops.errors import CorruptArtifact, PromotionRaceLost, is_final
 from vila_ops.eval.report import Report, ReportMetric, write_report
-from vila_ops.registry.mlflow_registry import MlflowRegistry
+from vila_ops.registry.mlflow_registry import MlflowRegistry, open_registry
 from vila_ops.registry.register import champion, register, report_of
 
 GATE = Gate(model_name="toy's model", rules=(Rule(metric="pope", at_least=0.5, max_regression=0.05),))
@@ -157,9 +157,14 @@ def test_a_comparison_with_anything_but_the_champion_is_refused(resources: Resou
 def test_a_version_that_was_judged_against_an_earlier_champion_is_not_promoted(resources: Resources) -> None:
     first = registered(resources, "one", 0.75)
     second = registered(resources, "two", 0.6, against=report_of(first, resources))
-    registry = MlflowRegistry(resources, GATE.model_name)
-    with pytest.raises(ValueError, match="became version 1 while version 2 was judged against version None"):
+    with (
+        pytest.raises(
+            PromotionRaceLost, match="became version 1 while version 2 was judged against version None"
+        ) as lost,
+        open_registry(resources, GATE.model_name, "a promotion") as registry,
+    ):
         registry.promote(second.version, champion=None)
+    assert not is_final(lost.value)
     assert champion(GATE, resources) == first
 
 

@@ -3,6 +3,8 @@
 A version is its number in the registry; None stands for an alias that points nowhere.
 """
 
+from vila_ops.errors import PromotionRaceLost
+
 CHAMPION = "champion"
 """Alias of the version that is served and that other versions are compared with."""
 
@@ -17,9 +19,9 @@ def champion_after(version: int, champion: int | None, *, passed: bool) -> int |
     return version if passed else champion
 
 
-def race_lost(name: str, *, version: int, champion: int | None, now: int | None) -> ValueError:
+def race_lost(name: str, *, version: int, champion: int | None, now: int | None) -> PromotionRaceLost:
     """The error of a verdict that does not count, because the champion changed while the version was judged."""
-    return ValueError(
+    return PromotionRaceLost(
         f"the champion of {name} became version {now} while version {version} was judged against version {champion}; "
         f"register again to be judged against the new one"
     )

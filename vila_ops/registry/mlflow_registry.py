@@ -1,28 +1,40 @@
 """One registered model of MLflow's registry. Several processes may use it at once."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from vila_ops.artifacts.kinds import Checkpoint, ModelVersion
 from vila_ops.config import Resources
 from vila_ops.registry.aliases import CHAMPION, race_lost
+from vila_ops.tracking import translated
 
 SCHEME = "vila-store://"
 """Scheme of a version's source in a store on disk, because an MLflow server refuses a plain path."""
 
 
+@contextmanager
+def open_registry(resources: Resources, name: str, request: str) -> Iterator["MlflowRegistry"]:
+    """The registry of a model name, for a request that an error of MLflow is reported with.
+
+    Raises ValueError where the resources name no tracking URI, TrackerRefused and TrackerUnreachable.
+    """
+    if resources.tracking.uri is None:
+        raise ValueError("the registry is MLflow's: set resources.tracking.uri (a server or sqlite:///FILE)")
+    from mlflow import MlflowClient  # heavy
+
+    with translated(resources.tracking.uri, request):
+        yield MlflowRegistry(MlflowClient(resources.tracking.uri, registry_uri=resources.tracking.uri), name)
+
+
 class MlflowRegistry:
-    """The versions, tags and aliases of a model name. Raises ValueError where the resources name no tracking URI."""
+    """The versions, tags and aliases of a model name, by MLflow's client."""
 
-    def __init__(self, resources: Resources, name: str) -> None:
-        if resources.tracking.uri is None:
-            raise ValueError("the registry is MLflow's: set resources.tracking.uri (a server or sqlite:///FILE)")
-        from mlflow import MlflowClient  # heavy
-
+    def __init__(self, client: Any, name: str) -> None:
         self.name = name
-        self._client: Any = MlflowClient(resources.tracking.uri, registry_uri=resources.tracking.uri)
+        self._client = client
 
     def version_of(self, checkpoint: Checkpoint) -> int:
         """The one version of a checkpoint, created where there is none.
@@ -75,7 +87,7 @@ class MlflowRegistry:
     def promote(self, version: int, *, champion: int | None) -> None:
         """Move the alias `champion` from the version that was compared with.
 
-        Raises the error of `race_lost` where another process moved it meanwhile.
+        Raises PromotionRaceLost where another process moved it meanwhile.
         """
         now = self.champion()
         if now == champion:

@@ -12,7 +12,7 @@ from vila_ops.config import NO_CONTEXT, Gate, Resources, RunContext, fingerprint
 from vila_ops.eval.report import read_report
 from vila_ops.registry.aliases import champion_after, rival_of
 from vila_ops.registry.gate import GateVerdict, judge, metrics_of
-from vila_ops.registry.mlflow_registry import MlflowRegistry
+from vila_ops.registry.mlflow_registry import MlflowRegistry, open_registry
 
 log = logging.getLogger(__name__)
 
@@ -28,35 +28,36 @@ def register(
     """The version of a checkpoint, judged by the gate; the alias `champion` points to it if every rule holds.
 
     `champion_report` is the report of the present champion, None without a champion. Raises CorruptArtifact for damaged
-    weights, and ValueError for a report of another model or of a version that is no longer the champion.
+    weights, ValueError for a report of another model or of a version that is no longer the champion, and
+    PromotionRaceLost where the champion changed while this version was judged.
     """
     if report.model != checkpoint.digest:
         raise ValueError(f"the report is of model {report.model[:12]}, not of {checkpoint.digest[:12]}; evaluate that")
     verify(checkpoint)
     verify(report)
-    registry = MlflowRegistry(resources, gate.model_name)
-    version = registry.version_of(checkpoint)
     decision = fingerprint({"gate": gate.model_dump(mode="json"), "report": report.digest})
-    tags = registry.tags(version)
-    if tags.get("gate.decision") != decision or tags.get("ready") != "true":
-        _decide(registry, gate, version, report, champion_report, decision=decision)
-    return registry.model_version(version)
+    with open_registry(resources, gate.model_name, f"the registration of {gate.model_name!r}") as registry:
+        version = registry.version_of(checkpoint)
+        tags = registry.tags(version)
+        if tags.get("gate.decision") != decision or tags.get("ready") != "true":
+            _decide(registry, gate, version, report, champion_report, decision=decision)
+        return registry.model_version(version)
 
 
 def champion(gate: Gate, resources: Resources) -> ModelVersion | None:
     """The version that the alias `champion` points to, None without a champion."""
-    registry = MlflowRegistry(resources, gate.model_name)
-    version = registry.champion()
-    return None if version is None else registry.model_version(version)
+    with open_registry(resources, gate.model_name, f"a question about {gate.model_name!r}") as registry:
+        version = registry.champion()
+        return None if version is None else registry.model_version(version)
 
 
 def report_of(version: ModelVersion, resources: Resources) -> EvalReport:
     """The report by which a version was last judged."""
-    try:
-        tag = MlflowRegistry(resources, version.name).tags(version.version)["report"]
-    except KeyError as error:
-        raise ValueError(f"{version.name} version {version.version} was not judged yet; register it again") from error
-    return EvalReport.model_validate_json(tag)
+    with open_registry(resources, version.name, f"a question about {version.name!r}") as registry:
+        tags = registry.tags(version.version)
+    if "report" not in tags:
+        raise ValueError(f"{version.name} version {version.version} was not judged yet; register it again")
+    return EvalReport.model_validate_json(tags["report"])
 
 
 def _decide(
