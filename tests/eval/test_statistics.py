@@ -8,11 +8,11 @@ from vila_ops.eval import statistics
 from vila_ops.eval.statistics import FloatArray, Statistic, cluster_bootstrap, paired_difference
 
 
-def own_clusters(items: int) -> list[str]:
+def singletons(items: int) -> list[str]:
     return [f"object-{item}" for item in range(items)]
 
 
-def test_three_clusters_by_hand() -> None:
+def test_three_clusters_against_all_their_draws() -> None:
     # All 27 equally likely draws of three clusters are known, so the quantiles of their means are too.
     values = [0.0, 0.0, 3.0, 9.0]
     clusters = ["a", "a", "b", "c"]
@@ -50,7 +50,7 @@ def test_a_statistic_of_sums_is_taken_of_the_columns() -> None:
 @pytest.mark.parametrize("statistic", ["mean", "mean_of_means"])
 def test_items_that_are_their_own_clusters_agree_with_scipy(statistic: Statistic) -> None:
     values = np.random.default_rng(1).exponential(size=60)
-    ours = cluster_bootstrap(values, own_clusters(60), statistic=statistic, resamples=20_000, seed=2)
+    ours = cluster_bootstrap(values, singletons(60), statistic=statistic, resamples=20_000, seed=2)
     theirs = stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=3).confidence_interval
     # The 2.5 % quantile of 20,000 resamples has a standard error of about 0.02 standard errors of the mean.
     tolerance = 0.1 * values.std() / np.sqrt(60)
@@ -62,7 +62,7 @@ def test_a_ratio_agrees_with_scipy() -> None:
     tokens = rng.integers(3, 30, size=80).astype(np.float64)
     nll = tokens * rng.normal(2.0, 0.5, size=80)
     ours = cluster_bootstrap(
-        np.stack([nll, tokens], axis=1), own_clusters(80), statistic="ratio", resamples=20_000, seed=5
+        np.stack([nll, tokens], axis=1), singletons(80), statistic="ratio", resamples=20_000, seed=5
     )
     theirs = stats.bootstrap(
         (nll, tokens),
@@ -90,7 +90,7 @@ def test_ninety_five_percent_intervals_cover_the_truth_so_often() -> None:
 
 def test_identical_items_of_a_cluster_widen_the_interval() -> None:
     values = np.repeat(np.random.default_rng(0).normal(size=50), 4)
-    alone = cluster_bootstrap(values, own_clusters(200), statistic="mean", resamples=4000, seed=0)
+    alone = cluster_bootstrap(values, singletons(200), statistic="mean", resamples=4000, seed=0)
     shared = cluster_bootstrap(
         values, [f"object-{item // 4}" for item in range(200)], statistic="mean", resamples=4000, seed=0
     )
@@ -101,7 +101,7 @@ def test_identical_items_of_a_cluster_widen_the_interval() -> None:
 def test_the_same_seed_gives_the_same_interval_and_another_does_not() -> None:
     values = np.random.default_rng(0).normal(size=30)
     first, second, other = (
-        cluster_bootstrap(values, own_clusters(30), statistic="mean", resamples=200, seed=seed) for seed in (1, 1, 2)
+        cluster_bootstrap(values, singletons(30), statistic="mean", resamples=200, seed=seed) for seed in (1, 1, 2)
     )
     assert first == second
     assert first != other
@@ -118,18 +118,18 @@ def test_the_order_of_the_items_does_not_matter() -> None:
 
 def test_resampling_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(0).normal(size=30)
-    whole = cluster_bootstrap(values, own_clusters(30), statistic="mean", resamples=100, seed=1)
+    whole = cluster_bootstrap(values, singletons(30), statistic="mean", resamples=100, seed=1)
     monkeypatch.setattr(statistics, "_CELLS_AT_ONCE", 30 * 7)
-    parts = cluster_bootstrap(values, own_clusters(30), statistic="mean", resamples=100, seed=1)
+    parts = cluster_bootstrap(values, singletons(30), statistic="mean", resamples=100, seed=1)
     assert (parts.low, parts.high) == pytest.approx((whole.low, whole.high), abs=1e-12)
 
 
 def test_a_paired_difference_of_means_is_the_mean_difference() -> None:
     rng = np.random.default_rng(0)
-    own, control = rng.normal(size=40), rng.normal(size=40)
+    first, second = rng.normal(size=40), rng.normal(size=40)
     clusters = [f"object-{item // 2}" for item in range(40)]
-    paired = paired_difference(own, control, clusters, statistic="mean", resamples=500, seed=3)
-    plain = cluster_bootstrap(own - control, clusters, statistic="mean", resamples=500, seed=3)
+    paired = paired_difference(first, second, clusters, statistic="mean", resamples=500, seed=3)
+    plain = cluster_bootstrap(first - second, clusters, statistic="mean", resamples=500, seed=3)
     assert (paired.value, paired.low, paired.high) == pytest.approx((plain.value, plain.low, plain.high), abs=1e-12)
     assert (paired.n, paired.clusters) == (40, 20)
 
@@ -137,15 +137,15 @@ def test_a_paired_difference_of_means_is_the_mean_difference() -> None:
 def test_pairing_takes_out_what_both_sides_share() -> None:
     rng = np.random.default_rng(0)
     hardness = rng.normal(scale=5, size=100)
-    own, control = hardness + 0.5 + rng.normal(scale=0.1, size=100), hardness
-    interval = paired_difference(own, control, own_clusters(100), statistic="mean", resamples=1000, seed=0)
+    first, second = hardness + 0.5 + rng.normal(scale=0.1, size=100), hardness
+    interval = paired_difference(first, second, singletons(100), statistic="mean", resamples=1000, seed=0)
     assert 0.4 < interval.low < 0.5 < interval.high < 0.6
 
 
 def test_a_paired_difference_of_ratios_is_of_the_corpus_values() -> None:
-    own = np.array([[2.0, 1.0], [9.0, 3.0], [4.0, 4.0]])
-    control = np.array([[4.0, 1.0], [9.0, 3.0], [8.0, 4.0]])
-    interval = paired_difference(own, control, ["a", "b", "c"], statistic="ratio", resamples=500, seed=0)
+    first = np.array([[2.0, 1.0], [9.0, 3.0], [4.0, 4.0]])
+    second = np.array([[4.0, 1.0], [9.0, 3.0], [8.0, 4.0]])
+    interval = paired_difference(first, second, ["a", "b", "c"], statistic="ratio", resamples=500, seed=0)
     assert interval.value == pytest.approx(15 / 8 - 21 / 8)
     assert interval.low == pytest.approx(-2)  # a alone
     assert interval.high == pytest.approx(0)  # b alone
@@ -153,7 +153,7 @@ def test_a_paired_difference_of_ratios_is_of_the_corpus_values() -> None:
 
 def test_equal_sides_differ_by_nothing() -> None:
     values = np.random.default_rng(0).normal(size=20)
-    interval = paired_difference(values, values, own_clusters(20), statistic="mean_of_means", resamples=100, seed=0)
+    interval = paired_difference(values, values, singletons(20), statistic="mean_of_means", resamples=100, seed=0)
     assert (interval.value, interval.low, interval.high) == (0, 0, 0)
 
 
@@ -161,7 +161,7 @@ def test_equal_sides_differ_by_nothing() -> None:
     ("values", "clusters", "statistic", "message"),
     [
         ([1.0, 2.0, 3.0], ["a", "b"], "mean", r"shape \(3,\) for 2 items"),
-        ([[1.0, 2.0], [1.0, 2.0]], ["a", "b"], "mean", "one number an item"),
+        ([[1.0, 2.0], [1.0, 2.0]], ["a", "b"], "mean", "one number for each item"),
         ([1.0, 2.0], ["a", "b"], "ratio", "numerator and denominator"),
         ([1.0, float("nan")], ["a", "fox"], "mean", "not finite, the first is item 1 of cluster 'fox'"),
         ([1.0, 2.0], ["a", "a"], "mean", "2 items in 1 clusters"),
@@ -181,5 +181,5 @@ def test_sides_of_different_columns_are_refused() -> None:
     def total(sums: FloatArray) -> FloatArray:
         return sums[:, 0] + sums[:, -1]
 
-    with pytest.raises(ValueError, match="own has 1 columns and control 2"):
+    with pytest.raises(ValueError, match="first has 1 columns and second 2"):
         paired_difference([1.0, 2.0], [[1.0, 1.0], [2.0, 2.0]], ["a", "b"], statistic=total, resamples=9, seed=0)

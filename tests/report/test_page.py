@@ -87,6 +87,7 @@ def metric(model: str, role: str, value: float | None, **others: Any) -> dict[st
     ends = {} if value is None else {"low": value - 0.0111, "high": value + 0.0222}
     return {
         "model": model, "suite": "probe", "split": "test", "name": "caption_loss", "role": role, "value": value,
+        "measure": others.get("name", "caption_loss"),
         "low": None, "high": None, "n": 387, "unit": "nats per token", "lower_is_better": role != "gap",
         **ends, **others,
     }  # fmt: skip
@@ -304,14 +305,14 @@ def test_gallery_keeps_its_order_and_its_bound() -> None:
 
 
 def test_verdict_says_what_the_interval_says() -> None:
-    assert "better than with another object’s" in told(gap(0.3, 0.2, 0.4))
+    assert "better with the matched image than with a shuffled one" in told(gap(0.3, 0.2, 0.4))
     assert "0.200 to 0.400, which excludes zero; version 3 of vila-demo was promoted." in told(gap(0.3, 0.2, 0.4))
-    assert "worse than with another object’s" in told(gap(-0.3, -0.4, -0.2))
+    assert "worse with the matched image than with a shuffled one" in told(gap(-0.3, -0.4, -0.2))
     for low, high in ((-0.1, 0.2), (0.0, 0.4), (-0.4, 0.0)):
-        assert "No difference is shown" in told(gap(0.1, low, high))
+        assert "make no significant difference" in told(gap(0.1, low, high))
         assert "which includes zero" in told(gap(0.1, low, high))
     assert "was registered and not promoted" in told(gap(0.3, 0.2, 0.4), promoted=False)
-    assert "was not measured for the final model" in told(metric("align", "gap", 0.5))
+    assert "was not measured with shuffled images" in told(metric("align", "gap", 0.5))
     assert "on 9 images of the test split" in told(gap(0.3, 0.2, 0.4, split="validation"), gap(0.1, -1, 1, n=9))
 
 
@@ -365,7 +366,7 @@ def test_models_come_in_order_with_their_controls_and_one_chance() -> None:
     (card,) = metric_cards(metrics, models=["base", "align", "sft"])
     assert card.values is not None
     assert [row.label for row in card.values.rows] == [
-        "base", "base, control", "align", "align, control", "sft", "sft, control", "chance",
+        "base", "base, shuffled", "align", "align, shuffled", "sft", "sft, shuffled", "chance",
     ]  # fmt: skip
     assert card.values.reference == card.values.axis.at(0.25)
     assert card.gaps is None

@@ -1,6 +1,6 @@
-"""Confidence intervals of evaluation numbers: the percentile bootstrap over clusters of items. Pure.
+"""Confidence intervals of metrics by the percentile bootstrap over clusters of items. Pure.
 
-Items that show the same object are not independent, so whole objects are drawn with replacement and not items (the
+Items that show the same object are not independent. Whole objects are therefore drawn with replacement, not items (the
 cluster or block bootstrap: Davison & Hinkley, "Bootstrap Methods and their Application", 1997, section 3.8; for
 evaluations: Miller, "Adding Error Bars to Evals", arXiv:2411.00640). The interval is Efron's percentile interval.
 
@@ -17,15 +17,15 @@ from numpy.typing import ArrayLike, NDArray
 FloatArray = NDArray[np.float64]
 
 OfSums = Callable[[FloatArray], FloatArray]
-"""Column sums over the items drawn, (R, K) -> (R,): a corpus statistic, for example F1 from counts of outcomes."""
+"""A function of the column sums over the drawn items, (R, K) -> (R,), for example F1 from counts of outcomes."""
 
 Statistic = Literal["mean", "mean_of_means", "ratio"] | OfSums
-"""mean: every item counts alike. mean_of_means: every cluster counts alike, its value is the mean of its items.
-ratio: sum of column 0 / sum of column 1, such as negative log-likelihoods / tokens."""
+"""mean: every item has the same weight. mean_of_means: every cluster has the same weight, and its value is the mean of
+its items. ratio: sum of column 0 / sum of column 1, such as negative log-likelihoods / tokens."""
 
 COVERAGE = 0.95
 _CELLS_AT_ONCE = 2**22
-"""Resampling weights held in memory at a time: 64 MiB, as integers and as float64."""
+"""Resampling weights that are in memory at a time: 64 MiB, as integers and as float64."""
 
 
 @dataclass(frozen=True)
@@ -33,62 +33,62 @@ class Interval:
     """A value and its 95 % interval, in the unit of the statistic."""
 
     value: float
-    """Of the items as they are; not the mean of the resamples."""
+    """The statistic of the items themselves, not the mean of the resamples."""
     low: float
     high: float
     n: int
-    """Items."""
+    """Number of items."""
     clusters: int
-    """Distinct clusters, which is what the width depends on."""
+    """Number of distinct clusters, on which the width depends."""
 
 
 def cluster_bootstrap(
     values: ArrayLike, clusters: Sequence[str], *, statistic: Statistic, resamples: int, seed: int
 ) -> Interval:
-    """Interval of a statistic of the items when their clusters are drawn anew.
+    """The interval of a statistic over resamples of the clusters.
 
     `values` is (N,) for a mean, (N, 2) for a ratio and (N, K), or (N,) for K = 1, for a statistic of sums; `clusters`
-    names the cluster of each item. A pure function of its arguments; the order of the items does not matter but for
-    rounding. With few clusters (fewer than about 20) the interval is too narrow, as every percentile bootstrap is.
-    ValueError: a wrong shape, a value that is not finite, fewer than two clusters, or a statistic that is undefined on
-    the items or on a resample (a ratio whose denominators sum to 0).
+    names the cluster of each item. The order of the items changes the result by rounding only. With fewer than about 20
+    clusters the interval is too narrow, as that of every percentile bootstrap.
+    Raises ValueError for a wrong shape, a value that is not finite, fewer than two clusters, or a statistic that is
+    undefined on the items or on a resample (a ratio whose denominators sum to 0).
     """
     sums, function = _cluster_sums(values, clusters, statistic)
     return _interval(sums, function, items=len(clusters), resamples=resamples, seed=seed)
 
 
 def paired_difference(
-    own: ArrayLike, control: ArrayLike, clusters: Sequence[str], *, statistic: Statistic, resamples: int, seed: int
+    first: ArrayLike, second: ArrayLike, clusters: Sequence[str], *, statistic: Statistic, resamples: int, seed: int
 ) -> Interval:
-    """Interval of statistic(own) - statistic(control), two measurements of the same items in the same order.
+    """The interval of statistic(first) - statistic(second), two measurements of the same items in the same order.
 
-    Both sides of a resample read the same clusters, so that what makes an item hard for both cancels; an interval
-    without 0 is a difference at the 5 % level. Shapes and errors are those of `cluster_bootstrap`.
+    Both sides of a resample read the same clusters, so that an item's difficulty for both cancels. An interval without
+    0 is a difference at the 5 % level. Shapes and errors are those of `cluster_bootstrap`.
     """
-    ours, function = _cluster_sums(own, clusters, statistic)
-    theirs, _ = _cluster_sums(control, clusters, statistic)
-    if ours.shape != theirs.shape:
-        raise ValueError(f"own has {ours.shape[1]} columns and control {theirs.shape[1]}; give both the same")
-    width = ours.shape[1]
+    first_sums, function = _cluster_sums(first, clusters, statistic)
+    second_sums, _ = _cluster_sums(second, clusters, statistic)
+    width = first_sums.shape[1]
+    if second_sums.shape[1] != width:
+        raise ValueError(f"first has {width} columns and second {second_sums.shape[1]}; give both the same")
 
     def difference(sums: FloatArray) -> FloatArray:
         return function(sums[:, :width]) - function(sums[:, width:])
 
-    sums = np.concatenate([ours, theirs], axis=1)
+    sums = np.concatenate([first_sums, second_sums], axis=1)
     return _interval(sums, difference, items=len(clusters), resamples=resamples, seed=seed)
 
 
 def _ratio(sums: FloatArray) -> FloatArray:
-    """(R, 2) -> (R,); NaN or infinite, and so refused by `_interval`, where column 1 sums to 0."""
+    """(R, 2) -> (R,); NaN or infinite where column 1 sums to 0, which `_interval` refuses."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return sums[:, 0] / sums[:, 1]
 
 
 def _cluster_sums(values: ArrayLike, clusters: Sequence[str], statistic: Statistic) -> tuple[FloatArray, OfSums]:
-    """The statistic as a function of sums over clusters, and what is summed: (C, K), clusters in sorted order."""
+    """The sums over each cluster, (C, K) with clusters in sorted order, and the statistic as a function of sums."""
     table = np.asarray(values, dtype=np.float64)
     if table.ndim not in (1, 2) or len(table) != len(clusters):
-        raise ValueError(f"values of shape {table.shape} for {len(clusters)} items; give one row an item")
+        raise ValueError(f"values of shape {table.shape} for {len(clusters)} items; give one row for each item")
     if table.ndim == 1:
         table = table[:, np.newaxis]
     if len(bad := np.flatnonzero(~np.isfinite(table).all(axis=1))):
@@ -98,7 +98,7 @@ def _cluster_sums(values: ArrayLike, clusters: Sequence[str], statistic: Statist
     width = table.shape[1]
     if statistic in ("mean", "mean_of_means"):
         if width != 1:
-            raise ValueError(f"{width} columns for {statistic!r}; give one number an item")
+            raise ValueError(f"{width} columns for {statistic!r}; give one number for each item")
         table = np.concatenate([table, np.ones_like(table)], axis=1)
     elif statistic == "ratio" and width != 2:
         raise ValueError(f"{width} columns for 'ratio'; give numerator and denominator of each item")
@@ -112,10 +112,10 @@ def _cluster_sums(values: ArrayLike, clusters: Sequence[str], statistic: Statist
 
 
 def _interval(sums: FloatArray, function: OfSums, *, items: int, resamples: int, seed: int) -> Interval:
-    """Draw C of the C clusters `resamples` times; how often each was drawn is multinomial, so one product sums them."""
+    """Draw C of the C clusters `resamples` times. Counts of draws are multinomial, so one product sums the clusters."""
     value = float(function(sums.sum(axis=0, keepdims=True))[0])
     if not np.isfinite(value):
-        raise ValueError(f"the statistic is {value} on the {items} items; look for a denominator that sums to 0")
+        raise ValueError(f"the statistic is {value} on the {items} items; look for denominators that sum to 0")
     generator = np.random.default_rng(seed)
     clusters = len(sums)
     at_once = max(1, _CELLS_AT_ONCE // clusters)
@@ -125,6 +125,6 @@ def _interval(sums: FloatArray, function: OfSums, *, items: int, resamples: int,
     ]
     replicas = np.concatenate(drawn)
     if undefined := np.count_nonzero(~np.isfinite(replicas)):
-        raise ValueError(f"the statistic is undefined on {undefined} of {resamples} resamples; read more clusters")
+        raise ValueError(f"the statistic is undefined on {undefined} of {resamples} resamples; evaluate more clusters")
     low, high = np.quantile(replicas, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
     return Interval(value=value, low=float(low), high=float(high), n=items, clusters=clusters)

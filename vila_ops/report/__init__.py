@@ -1,1 +1,1 @@
-"""What a run of the pipeline did, for a program (summary.json) and for a person (report.html)."""
+"""The result of a pipeline run, for programs (summary.json) and for people (report.html)."""

@@ -9,12 +9,12 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Axis:
-    """A scale with round ticks; `lowest` and `highest` percent stand for its ends."""
+    """A scale with round ticks, drawn from `lowest` to `highest` percent of a drawing's width or height."""
 
     low: float
     high: float
     step: float
-    """Between ticks."""
+    """Distance between ticks."""
     lowest: float
     highest: float
 
@@ -25,19 +25,19 @@ class Axis:
         return [index * self.step for index in range(first, last + 1)]
 
     def at(self, value: float) -> float:
-        """Percent at which a value stands."""
+        """The position of a value in percent."""
         share = (value - self.low) / (self.high - self.low)
         return round(self.lowest + share * (self.highest - self.lowest), 2)
 
     def label(self, tick: float) -> str:
-        """A tick with as many decimals as tell it from its neighbours."""
+        """The text of a tick, with as many decimals as distinguish it from its neighbours."""
         decimals = max(0, -math.floor(math.log10(self.step) + 1e-9))
         decimals += not math.isclose(self.step, round(self.step, decimals))
         return f"{tick:,.{decimals}f}".replace("-", "−")
 
 
 def axis(values: Iterable[float], *, ticks: int, lowest: float = 5, highest: float = 95) -> Axis:
-    """An axis from the least to the greatest value, with two ticks or more, and at most one more than `ticks`."""
+    """An axis from the lowest to the highest value, with at least two ticks and at most `ticks` + 1."""
     known = [value for value in values if math.isfinite(value)] or [0.0]
     low, high = min(known), max(known)
     if low == high:
@@ -49,5 +49,5 @@ def axis(values: Iterable[float], *, ticks: int, lowest: float = 5, highest: flo
 
 
 def polyline(points: Iterable[Point]) -> str:
-    """Points as SVG writes them."""
+    """Points in the form of an SVG attribute."""
     return " ".join(f"{x},{y}" for x, y in points)

@@ -1,4 +1,4 @@
-"""Similarity of images and captions by layer as one SVG, which stands alone or inside the report. Pure."""
+"""Similarity of images and captions by layer as one SVG, for a file of its own or inside the report. Pure."""
 
 from collections.abc import Sequence
 from html import escape
@@ -11,16 +11,16 @@ Json = dict[str, Any]
 
 WIDTH, HEIGHT = 760, 360
 LEFT, RIGHT, TOP, BOTTOM = 52, 150, 14, 46
-"""Margins: numbers of the axis, names of the lines, and the numbers of the layers."""
+"""Margins, for the numbers of the axis, the names of the lines and the numbers of the layers."""
 LINE_HEIGHT = 17
 COLOURS = ("--chance", "#6b7280"), ("--control", "#b4500b"), ("--good", "#0f6b3a"), ("--model", "#1d4fd8")
-"""Of the report's page, and what stands for them in a file of its own. The last model has the last one."""
+"""Colours by their variable in the report's page, and their value outside of it. The last model has the last colour."""
 
 
 def draw(points: Sequence[Json]) -> str | None:
-    """One line for each model, its control dashed, from the `layers` of reports with the model's name; None without.
+    """An SVG with a line for each model, dashed for shuffled images; None without points.
 
-    A point has `model`, `role` (model or control), `layer`, `value`, `low` and `high`; they come in order of layers.
+    A point is one of a report's `layers` with the name of its `model`. Points are in the order of the layers.
     """
     if not points:
         return None
@@ -43,11 +43,11 @@ def draw(points: Sequence[Json]) -> str | None:
         drawn.append(f'<polyline points="{middle}" fill="none" stroke="{colour}"{dash}/>')
     ends = {of: place(line[-1]["layer"], line[-1]["value"])[1] for of, line in lines.items()}
     for (model, role), y in _apart(ends).items():
-        name = escape(model if role == "model" else f"{model}, control")
+        name = escape(_name(model, role))
         drawn.append(f'<text x="{WIDTH - RIGHT + 8}" y="{y + 4:.1f}" fill="{_colour(models, model)}">{name}</text>')
     label = escape(f"Similarity by layer: {'; '.join(_words(of, line) for of, line in lines.items())}.")
-    told = "layer of the language model; 0: what enters it. Chamfer similarity, 95 % band; dashed: another’s image"
-    axis_name = f'<text x="{LEFT}" y="{HEIGHT - 6}">{told}</text>'
+    caption = "layer of the language model (0: its input). Chamfer similarity, 95 % band; dashed: shuffled images"
+    axis_name = f'<text x="{LEFT}" y="{HEIGHT - 6}">{caption}</text>'
     style = 'font-family="system-ui, sans-serif" font-size="13" style="fill: var(--soft, #565e6c)"'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="100%" role="img" {style} '
@@ -56,13 +56,15 @@ def draw(points: Sequence[Json]) -> str | None:
 
 
 def _words(of: tuple[str, str], line: list[Json]) -> str:
-    model, role = of
-    name = model if role == "model" else f"{model}, control"
-    return f"{name} from {line[0]['value']:.3f} to {line[-1]['value']:.3f}"
+    return f"{_name(*of)} from {line[0]['value']:.3f} to {line[-1]['value']:.3f}"
+
+
+def _name(model: str, role: str) -> str:
+    return model if role == "model" else f"{model}, shuffled"
 
 
 def _colour(models: list[str], model: str) -> str:
-    """A model's colour, counted from the last, so that the final model always has the page's own."""
+    """A model's colour, counted from the last model, so that the final model always has the same one."""
     variable, plain = COLOURS[max(0, len(COLOURS) - len(models) + models.index(model))]
     return f"var({variable}, {plain})"
 
@@ -77,14 +79,14 @@ def _layer_number(x: float, layer: int) -> str:
 
 
 def _numbered(last: int) -> list[int]:
-    """About ten layers that carry their number, the first and the last among them."""
+    """The layers that have a number on the axis: about ten, with the first and the last."""
     step = max(1, -(-last // 10))
     inner = [layer for layer in range(0, last, step) if last - layer >= step or layer == 0]
     return [*inner, last] if last else inner
 
 
 def _apart(ends: dict[tuple[str, str], float]) -> dict[tuple[str, str], float]:
-    """Heights of the names: at the end of their lines, pushed down where two would touch, and back up at the bottom."""
+    """Heights of the names: at the ends of their lines, moved down where two would overlap and up at the bottom."""
     placed: dict[tuple[str, str], float] = {}
     lowest = -float(LINE_HEIGHT)
     for of, y in sorted(ends.items(), key=lambda item: item[1]):

@@ -1,6 +1,6 @@
-"""The report of one run as one HTML page. Pure: what it shows is computed here, `page.html.jinja` only writes it down.
+"""The report of one run as one HTML page. Pure: numbers and texts are computed here, `page.html.jinja` is the layout.
 
-Positions are percent of the width or height of a drawing, so that a drawing fits any screen without scaling its text.
+Positions are in percent of the width or height of a drawing, which then fits any screen without scaling its text.
 """
 
 import math
@@ -23,56 +23,56 @@ Json = dict[str, Any]
 DASH = "–"
 MAX_IMAGES = 24
 MAX_POINTS = 400
-"""Of one stage's line, more than a screen can show; extremes of what is left out are kept."""
+"""Most points of a stage's line; a screen shows fewer. Local extremes are kept."""
 SMOOTHING = 20
-"""The span of the exponential mean is a stage's steps divided by this."""
+"""The span of the exponential mean is the stage's number of steps divided by this."""
 LONG_ID = re.compile(r"[0-9a-f-]{16,}")
 
 
 @dataclass(frozen=True)
 class MetricText:
-    """What a reader must know of a metric."""
+    """Explanation of a metric for readers."""
 
     title: str
     what: str
     direction: str | None = None
-    """None: the metric's own `lower_is_better` says it."""
+    """Whether lower or higher is better; None: by the metric's `lower_is_better`."""
 
 
 METRICS = {
-    "caption_loss": MetricText("Caption loss", "Loss of the true caption, given its image."),
+    "caption_loss": MetricText("Caption loss", "Loss of the true caption, given the image."),
     "multiple_choice": MetricText(
         "Choice of caption",
-        "Of four captions, does the true one gain most likelihood from the image? Chance is one in four.",
+        "Share of images whose true caption gains more likelihood from it than three others. Chance: one in four.",
     ),
     "cider": MetricText(
         "Caption CIDEr-D",
-        "Generated captions against the true ones. Chance says the most frequent training caption every time.",
+        "Generated captions compared with the true ones. Chance: the most frequent training caption for every image.",
     ),
     "pope_accuracy": MetricText(
         "Object questions: accuracy",
-        "“Is there a … in the image?”, half of them to be answered yes. Chance always says yes.",
+        "“Is there a … in the image?”; yes is right for half of the questions. Chance: always yes.",
     ),
-    "pope_f1": MetricText("Object questions: F1", "F1 of the answer yes. Chance always says yes."),
+    "pope_f1": MetricText("Object questions: F1", "F1 of the answer yes. Chance: always yes."),
     "pope_yes_ratio": MetricText(
         "Object questions: share of yes",
-        "How often the answer is yes.",
-        direction="Neither lower nor higher is better: half of the right answers are yes, so 0.5 is unbiased.",
+        "Share of questions that are answered with yes.",
+        direction="Half of the right answers are yes, so 0.5 is unbiased.",
     ),
     "text_multiple_choice": MetricText(
-        "Choice of a word’s meaning", "Text only, four meanings to choose from. Chance is one in four."
+        "Choice of a word’s meaning", "Choice among four meanings, text only. Chance: one in four."
     ),
     "alignment": MetricText(
         "Alignment in the language model",
-        "How alike its states of an image and of its caption are, over the deeper half of its layers.",
-        direction="Higher means more alike; the paper finds it where the language model trains in pre-training.",
+        "Similarity of its states of an image and of its caption, averaged over the deeper half of its layers.",
+        direction="Higher is more similar; the paper reports it for language models that are trained in pre-training.",
     ),
     "text_loss": MetricText("Text loss", "Loss on held-out words with their meanings, text only."),
 }
 
 
 def render(summary: Json, curves: dict[str, list[Json]], gallery: list[Json]) -> str:
-    """The page. It loads nothing from anywhere and runs no script. Raises ValueError for an image by reference."""
+    """The page as HTML; it loads nothing and runs no script. Raises ValueError for an image that is not a data URL."""
     answer = summary["answer"]
     for image in [shown["image"] for shown in gallery] + ([answer["image"]] if answer else []):
         if not image.startswith("data:image/"):
@@ -106,7 +106,7 @@ def render(summary: Json, curves: dict[str, list[Json]], gallery: list[Json]) ->
 
 
 def number(value: float | None) -> str:
-    """A number to three decimals; one that would round to zero keeps two digits; None or NaN is a dash."""
+    """A number with three decimals, or with two digits where that would be zero; None and NaN as a dash."""
     if value is None or math.isnan(value):
         return DASH
     digits = f"{value:,.0f}" if isinstance(value, int) else f"{value:.3f}" if abs(value) < 1000 else f"{value:,.1f}"
@@ -116,7 +116,7 @@ def number(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds, minutes and seconds, or hours and minutes."""
+    """A duration as seconds, minutes and seconds, or hours and minutes."""
     if seconds is None:
         return DASH
     if seconds < 59.95:
@@ -126,7 +126,7 @@ def duration(seconds: float | None) -> str:
 
 
 def moment(iso: str) -> str:
-    """A time for people, in its own time zone; as it is when it is not ISO."""
+    """An ISO time for readers, in its own time zone; any other text unchanged."""
     try:
         time = datetime.fromisoformat(iso)
     except ValueError:
@@ -135,14 +135,14 @@ def moment(iso: str) -> str:
 
 
 def short(name: str | None) -> str:
-    """The first twelve digits of a digest or an id; other names whole, because a cut address is another address."""
+    """The first twelve digits of a digest or an id; other names unchanged, because a cut address is another address."""
     if not name:
         return DASH
     return name[:12] if LONG_ID.fullmatch(name) else name
 
 
 def web(url: str | None) -> str | None:
-    """The URL if a browser may follow it, which a database's or a script's it may not."""
+    """The URL if it is http or https, else None: databases and scripts are no links."""
     return url if url and url.startswith(("http://", "https://")) else None
 
 
@@ -175,78 +175,80 @@ def workers(ran: Sequence[Json]) -> str:
 
 
 def where(worker: Json) -> str:
-    """Where one worker ran, ids short."""
+    """Where a worker ran, with short ids."""
     known = {key: worker[key] for key in ("rank", "node", "actor", "pid") if worker.get(key) is not None}
-    told = [f"{key} {short(str(value))}" for key, value in known.items()]
-    return " · ".join(told) or str(worker.get("launch") or DASH)
+    parts = [f"{key} {short(str(value))}" for key, value in known.items()]
+    return " · ".join(parts) or str(worker.get("launch") or DASH)
 
 
-def same_words(said: str, truth: str) -> bool:
-    """Whether two captions differ in nothing but capitals, punctuation and spaces."""
-    first, second = (re.findall(r"\w+", text.casefold()) for text in (said, truth))
+def same_words(answer: str, truth: str) -> bool:
+    """Whether two captions differ only in capitals, punctuation and spaces."""
+    first, second = (re.findall(r"\w+", text.casefold()) for text in (answer, truth))
     return first == second
 
 
 @dataclass(frozen=True)
 class Headline:
-    """What the numbers say of the final model, and no more."""
+    """The result for the final model."""
 
     tone: Literal["good", "bad", "open"]
     headline: str
     sentence: str
     panel: "Panel | None"
-    """The gap it rests on."""
+    """The gap that it is based on."""
 
 
 def verdict(summary: Json) -> Headline:
     """Whether the interval of the final model's gap in caption loss excludes zero, and whether it was promoted."""
-    found = final_gap(summary)
+    gap = final_gap(summary)
     promoted = promotion(summary["mlflow"])
-    if found is None:
-        sentence = f"The gap in caption loss to the control was not measured for the final model; {promoted}."
-        return Headline("open", "Not compared with its control", sentence, None)
-    model, interval = found["model"], f"{number(found['low'])} to {number(found['high'])}"
+    if gap is None:
+        sentence = f"The caption loss of the final model was not measured with shuffled images; {promoted}."
+        return Headline("open", "Not compared with shuffled images", sentence, None)
+    model, interval = gap["model"], f"{number(gap['low'])} to {number(gap['high'])}"
     measured = (
-        f"on {found['n']:,} images of the {found['split']} split the gap is {number(found['value'])} "
-        f"{found['unit']}, 95 % interval {interval}"
+        f"on {gap['n']:,} images of the {gap['split']} split the gap is {number(gap['value'])} "
+        f"{gap['unit']}, 95 % interval {interval}"
     )
-    panel = forest([ReportRow(model, "model", found)], zero=True)
-    if found["low"] <= 0 <= found["high"]:
-        told = f"No difference is shown between {model} with its own image and with another object’s: {measured}"
-        return Headline("open", "Not shown to beat its control", f"{told}, which includes zero; {promoted}.", panel)
-    better = found["low"] > 0
-    told = (
-        f"With its own image, {model} predicts the true caption {'better' if better else 'worse'} "
-        f"than with another object’s: {measured}, which excludes zero; {promoted}."
+    panel = forest([ReportRow(model, "model", gap)], zero=True)
+    if gap["low"] <= 0 <= gap["high"]:
+        sentence = f"Matched and shuffled images make no significant difference to {model}: {measured}"
+        return Headline(
+            "open", "No effect of the image is shown", f"{sentence}, which includes zero; {promoted}.", panel
+        )
+    better = gap["low"] > 0
+    sentence = (
+        f"{model} predicts the true caption {'better' if better else 'worse'} with the matched image than with a "
+        f"shuffled one: {measured}, which excludes zero; {promoted}."
     )
-    headline = f"{'Beats' if better else 'Worse than'} its control in caption loss"
-    return Headline("good" if better else "bad", headline, told, panel)
+    headline = f"The image {'lowers' if better else 'raises'} the caption loss"
+    return Headline("good" if better else "bad", headline, sentence, panel)
 
 
 def final_gap(summary: Json) -> Json | None:
-    """The last stage's gap in caption loss, of the test split if there are several."""
+    """The last stage's gap in caption loss, that of the test split if there are several."""
     if not summary["stages"]:
         return None
     final = summary["stages"][-1]["name"]
-    found = [
+    gaps = [
         metric
         for metric in summary["metrics"]
-        if (metric["model"], metric["name"], metric["role"]) == (final, "caption_loss", "gap")
+        if (metric["model"], metric["measure"], metric["role"]) == (final, "caption_loss", "gap")
         and None not in (metric["value"], metric["low"], metric["high"])
     ]
-    return min(found, key=lambda metric: metric["split"] != "test", default=None)
+    return min(gaps, key=lambda metric: metric["split"] != "test", default=None)
 
 
 def promotion(mlflow: Json) -> str:
-    """What became of the model in the registry."""
+    """Whether the model was registered and promoted, as a clause."""
     if mlflow["version"] is None:
         return "no model version was registered"
-    did = "was promoted" if mlflow["promoted"] else "was registered and not promoted"
-    return f"version {mlflow['version']} of {mlflow['model']} {did}"
+    result = "was promoted" if mlflow["promoted"] else "was registered and not promoted"
+    return f"version {mlflow['version']} of {mlflow['model']} {result}"
 
 
 def answered_by(summary: Json) -> str | None:
-    """The stage whose checkpoint gave the answer, by digest."""
+    """The stage whose checkpoint gave the answer, found by its digest."""
     if summary["answer"] is None:
         return None
     names = [stage["name"] for stage in summary["stages"] if stage["digest"] == summary["answer"]["model"]]
@@ -272,7 +274,7 @@ class Panel:
     axis: Axis
     rows: list[ReportRow]
     reference: float | None
-    """Percent of a line through all rows: chance, or zero in a plot of gaps."""
+    """Position of a line through all rows in percent: the chance level, or zero for gaps."""
 
 
 @dataclass(frozen=True)
@@ -290,10 +292,11 @@ class Card:
 
 
 def metric_cards(metrics: Sequence[Json], *, models: Sequence[str]) -> list[Card]:
-    """One card for each metric and split, in the order of METRICS; others after them, in the order given."""
+    """A card for each metric and split, in the order of METRICS; other metrics follow in the order given."""
     known = list(METRICS)
     order = list(dict.fromkeys((metric["split"], metric["name"]) for metric in metrics))
-    order.sort(key=lambda of: known.index(of[1]) if of[1] in METRICS else len(known))
+    measures = {metric["name"]: metric["measure"] for metric in metrics}
+    order.sort(key=lambda of: known.index(measures[of[1]]) if measures[of[1]] in METRICS else len(known))
     place = {name: index for index, name in enumerate(dict.fromkeys([*models, *(m["model"] for m in metrics)]))}
     ranked = sorted(metrics, key=lambda m: (order.index((m["split"], m["name"])), place[m["model"]]))
     return [_card(list(group)) for _, group in groupby(ranked, key=lambda m: (m["split"], m["name"]))]
@@ -301,7 +304,7 @@ def metric_cards(metrics: Sequence[Json], *, models: Sequence[str]) -> list[Card
 
 def _card(group: list[Json]) -> Card:
     first = next((metric for metric in group if metric["role"] == "model"), group[0])
-    text = METRICS.get(first["name"], MetricText(first["name"].replace("_", " ").capitalize(), ""))
+    text = METRICS.get(first["measure"], MetricText(first["name"].replace("_", " ").capitalize(), ""))
     gaps = [ReportRow(metric["model"], "model", metric) for metric in group if metric["role"] == "gap"]
     rows = list(_rows(group))
     suites = list(dict.fromkeys(metric["suite"] for metric in group))
@@ -318,12 +321,12 @@ def _card(group: list[Json]) -> Card:
 
 
 def _rows(group: list[Json]) -> Iterator[ReportRow]:
-    """Each model with its control below it, then chance, once if it is the same for all."""
+    """Each model followed by its control, then the chance level, once if it is the same for all models."""
     for metric in group:
         if metric["role"] == "model":
             yield ReportRow(metric["model"], "model", metric)
         elif metric["role"] == "control":
-            yield ReportRow(f"{metric['model']}, control", "control", metric)
+            yield ReportRow(f"{metric['model']}, shuffled", "control", metric)
     chances = [metric for metric in group if metric["role"] == "chance"]
     distinct = {tuple(metric[key] for key in ("value", "low", "high", "n")): metric for metric in chances}
     for metric in distinct.values():
@@ -331,7 +334,7 @@ def _rows(group: list[Json]) -> Iterator[ReportRow]:
 
 
 def forest(rows: list[ReportRow], *, zero: bool = False) -> Panel:
-    """Rows on a common axis with a line at chance, or at zero."""
+    """Rows on a common axis with a line at the chance level, or at zero."""
     values = [row.metric[key] for row in rows for key in ("value", "low", "high") if row.metric[key] is not None]
     scale = axis([*values, 0.0] if zero else values, ticks=4)
     chances = [row.metric["value"] for row in rows if row.kind == "chance" and row.metric["value"] is not None]
@@ -344,7 +347,7 @@ def forest(rows: list[ReportRow], *, zero: bool = False) -> Panel:
 
 @dataclass(frozen=True)
 class StageCurve:
-    """The part of the chart that belongs to one stage."""
+    """The part of the chart of one stage."""
 
     name: str
     steps: int
@@ -353,7 +356,7 @@ class StageCurve:
     raw: str
     smooth: str
     held_out: str
-    """Lines as SVG points in a box of 100 by 100."""
+    """Lines as SVG points; both coordinates are in percent."""
     points: list[Point]
     validation: list[tuple[int, float]]
     """Step and validation loss."""
@@ -368,7 +371,7 @@ class Chart:
 
 
 def loss_chart(curves: dict[str, list[Json]]) -> Chart | None:
-    """The chart; None when nothing was trained."""
+    """The chart of all stages; None without a loss."""
     curves = {name: rows for name, rows in curves.items() if rows}
     losses = [row[key] for rows in curves.values() for row in rows for key in ("loss", "validation_loss") if key in row]
     if not losses:
@@ -381,7 +384,7 @@ def loss_chart(curves: dict[str, list[Json]]) -> Chart | None:
 
 
 def widths(steps: Sequence[int], *, least: float = 20) -> list[float]:
-    """Percent of the width of each stage: by its steps, but wide enough to be read."""
+    """Width of each stage in percent: proportional to its steps, but wide enough to be read."""
     total = sum(steps)
     raw = [max(100 * step / total, min(least, 100 / len(steps))) for step in steps]
     return [100 * share / sum(raw) for share in raw]
@@ -409,12 +412,12 @@ def _stage_curve(name: str, rows: list[Json], scale: Axis, *, left: float, width
 
 
 def finite(rows: list[Json], key: str) -> list[tuple[int, float]]:
-    """Step and value of the rows that have a finite one."""
+    """Step and value of the rows with a finite value."""
     return [(row["step"], row[key]) for row in rows if row.get(key) is not None and math.isfinite(row[key])]
 
 
 def smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Exponential mean, free of the pull of its start."""
+    """The exponential mean, without the bias of its start."""
     keep = 1 - 2 / (max(3, len(points) // SMOOTHING) + 1)
     total = weight = 0.0
     out = []
@@ -425,7 +428,7 @@ def smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 def thin(points: list[tuple[int, float]], *, limit: int = MAX_POINTS) -> list[tuple[int, float]]:
-    """At most about `limit` points: of each run of neighbours the lowest and the highest; both ends stay."""
+    """At most about `limit` points: the lowest and the highest of each group of neighbours, and both ends."""
     if len(points) <= limit:
         return points
     size = math.ceil(2 * len(points) / limit)

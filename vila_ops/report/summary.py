@@ -1,4 +1,4 @@
-"""The summary of a pipeline run, read from the sealed manifests and from the serving replica itself."""
+"""The summary of a pipeline run, read from the sealed manifests and from the serving replica."""
 
 import json
 from collections.abc import Iterator
@@ -25,13 +25,13 @@ from vila_ops.serve.sample_query import body, curl
 
 GALLERY = 24
 BEGINS = {"summary.json": '{\n "recipe": "', "report.html": output.HTML, "ask.json": '{"model": "'}
-"""The files of a report, and how each begins."""
+"""The files of a report, and the text that each begins with."""
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Page:
-    """Where a report lies, and what it says."""
+    """The files of a report and its content."""
 
     summary: Json
     json: str
@@ -42,15 +42,15 @@ def write(run: Run, outcome: Outcome) -> Page:
     """Write summary.json, report.html and, where something is served, ask.json into `<scratch>/<recipe name>`."""
     folder = _folder(run)
     folder.mkdir(parents=True, exist_ok=True)
-    found = summarise(run, outcome)
+    summary = summarise(run, outcome)
     curves = {name: _curve(checkpoint) for name, checkpoint in outcome.checkpoints().items()}
-    html = render(found, curves, _gallery(run, outcome))
-    texts = {"summary.json": json.dumps(found, indent=1), "report.html": html}
+    html = render(summary, curves, _gallery(run, outcome))
+    texts = {"summary.json": json.dumps(summary, indent=1), "report.html": html}
     if outcome.answer:
         texts["ask.json"] = body(outcome.answer)
     for name, text in texts.items():
         output.write_file(folder / name, text, begins=BEGINS[name])
-    return Page(found, str(folder / "summary.json"), str(folder / "report.html"))
+    return Page(summary, str(folder / "summary.json"), str(folder / "report.html"))
 
 
 def check(run: Run) -> None:
@@ -61,7 +61,7 @@ def check(run: Run) -> None:
 
 
 def summarise(run: Run, outcome: Outcome) -> Json:
-    """Everything that the report shows, as JSON values."""
+    """All that the report shows, as JSON values."""
     return {
         "recipe": run.recipe.name,
         "fingerprint": run.recipe.fingerprint(),
@@ -92,10 +92,10 @@ def summarise(run: Run, outcome: Outcome) -> Json:
 
 
 def draw_layers(run: Run, out: Path, context: RunContext = NO_CONTEXT) -> Json:
-    """Write the alignment by layer of the base and of every stage's model as an SVG; returns what it shows.
+    """Write the alignment by layer of the base model and of every stage's model as an SVG; returns its points.
 
-    Trains and measures what is not yet. Raises ValueError where the recipe's stage suite does not measure it, and,
-    before any work, for a file that is not ours to replace.
+    Trains and measures what is missing. Raises ValueError where the recipe's stage suite does not measure it, and,
+    before any work, for a file that vila-ops did not write.
     """
     output.check_file(out, begins=output.MARK)
     names = [BASE, *run.recipe.stages]
@@ -110,7 +110,7 @@ def draw_layers(run: Run, out: Path, context: RunContext = NO_CONTEXT) -> Json:
 
 
 def markdown(summary: Json) -> str:
-    """A few lines for Prefect's page."""
+    """The summary as a few lines for Prefect's page."""
     mlflow = summary["mlflow"]
     lines = [f"# {summary['recipe']}: {summary['seconds']:.0f} s", ""]
     if mlflow["page"]:
@@ -123,7 +123,7 @@ def markdown(summary: Json) -> str:
 
 
 def lines(summary: Json) -> str:
-    """The last model's metrics on the recipe's final suite, for a terminal: value, 95 % interval, number of items."""
+    """The final model's metrics on the final suite for a terminal: value, 95 % interval and number of items."""
     final = [metric for metric in summary["metrics"] if metric["suite"] == summary["metrics"][-1]["suite"]]
     return "\n".join(
         f"{m['model']} {m['split']}  {m['name']:22} {m['role']:8} {m['value']:7.3f} [{m['low']:.3f}, {m['high']:.3f}]  "
@@ -133,7 +133,7 @@ def lines(summary: Json) -> str:
 
 
 def table(summary: Json) -> list[Json]:
-    """The stages for Prefect's page, each with a link to its MLflow run."""
+    """The stages as a table for Prefect's page, each with a link to its MLflow run."""
     return [
         {
             "stage": stage["name"],
@@ -194,7 +194,7 @@ def _sealing(task: str, name: str, artifact: Artifact, outcome: Outcome) -> Json
 
 
 def _reconciling(outcome: Outcome) -> Iterator[Json]:
-    """`register` and `deploy`: they seal nothing, so nothing is reused; the digest is that of the model."""
+    """The tasks `register` and `deploy`, which seal nothing and are never reused; the digest is the model's."""
     if outcome.version:
         name, digest = f"{outcome.version.name} {outcome.version.version}", outcome.version.checkpoint.digest
         yield _reconciled("register", name, digest, outcome)
@@ -208,7 +208,7 @@ def _reconciled(task: str, name: str, digest: str, outcome: Outcome) -> Json:
 
 
 def _reports(outcome: Outcome) -> list[tuple[str, EvalReport]]:
-    """Every report with the name of its model, in the order of their making."""
+    """Every report with the name of its model, in the order of the run."""
     return [*outcome.stage_reports.items(), (list(outcome.stage_reports)[-1], outcome.report)]
 
 
@@ -218,7 +218,7 @@ def _metrics(name: str, report: EvalReport) -> list[Json]:
 
 
 def layers_of(name: str, report: EvalReport) -> list[Json]:
-    """What a report measured at each layer, with the name of its model."""
+    """The numbers of each layer in a report, with the name of its model."""
     return [{"model": name, **dict(point)} for point in read_report(report).layers]
 
 
@@ -229,11 +229,11 @@ def _answer(outcome: Outcome) -> Json | None:
 
 
 def _serving(outcome: Outcome) -> Json:
-    """What the replica says of itself, asked now."""
+    """The replica's answer to a health request now."""
     if outcome.deployment is None:
         return {}
-    said: Json = httpx.get(f"{outcome.deployment.url}/health", timeout=30).raise_for_status().json()
-    return said
+    health: Json = httpx.get(f"{outcome.deployment.url}/health", timeout=30).raise_for_status().json()
+    return health
 
 
 def _curve(checkpoint: Checkpoint) -> list[Json]:
@@ -242,7 +242,7 @@ def _curve(checkpoint: Checkpoint) -> list[Json]:
 
 
 def _gallery(run: Run, outcome: Outcome) -> list[Json]:
-    """The final model's captions beside their images."""
+    """The final model's captions with their images."""
     answers = read_report(outcome.report).answers[:GALLERY]
     held_out = outcome.datasets[run.recipe.final_suite.mixture.name]
     images = _images(held_out, {answer.key for answer in answers})

@@ -7,11 +7,12 @@ from numpy.typing import NDArray
 
 
 def chamfer_similarity(visual: NDArray[np.float64], textual: NDArray[np.float64]) -> float:
-    """How near each embedding of one set is to the other set: (V, D) and (T, D) to a number of [-1, 1].
+    """The Chamfer similarity of two sets of embeddings, (V, D) and (T, D), in [-1, 1].
 
-    The mean over the visual tokens of the highest cosine to a textual one, and the same from the other side, averaged:
-    the Chamfer distance (Barrow et al., IJCAI 1977) with cosines in place of distances, so that lengths do not count
-    (VILA, arXiv 2312.07533, Fig. 3). ValueError: an empty set, or an embedding without a direction.
+    The mean over the visual tokens of the highest cosine to a textual one, and the same with the sets exchanged,
+    averaged. This is the Chamfer distance (Barrow et al., IJCAI 1977) with cosines in place of distances, which do not
+    depend on lengths (VILA, arXiv:2312.07533, Fig. 3).
+    Raises ValueError for an empty set, or for an embedding that is zero or not finite.
     """
     if not len(visual) or not len(textual):
         raise ValueError(f"{len(visual)} visual and {len(textual)} textual tokens; a similarity needs both")

@@ -1,4 +1,4 @@
-"""Multiple choice by score: how far an item was answered right. Pure."""
+"""Multiple choice by scores: the share of a right answer. Pure."""
 
 import math
 from collections.abc import Sequence
@@ -7,8 +7,9 @@ from collections.abc import Sequence
 def share_right(scores: Sequence[float], *, item: str) -> float:
     """1.0 where the first option, the true one, has the highest score alone, 1/k where k options share it, else 0.0.
 
-    A guess among equals: a model that cannot tell the options apart is at chance, wherever the true one stands. -inf
-    (an impossible option) is a score like any other. ValueError names the item whose scores are empty or hold a NaN.
+    A tie is a guess among equals, so that a model with equal scores is at the chance level whatever the order of the
+    options. -inf (an impossible option) is a score like any other. Raises ValueError, with the item's name, for no
+    scores or a NaN.
     """
     if not scores:
         raise ValueError(f"item {item!r} has no options; give at least one score")

@@ -1,7 +1,7 @@
-"""CIDEr-D of captions, and the Penn Treebank words that it counts. Pure: no Java, no I/O.
+"""CIDEr-D of captions, and their tokens by the Penn Treebank rules. Pure, without Java.
 
-Vedantam et al., "CIDEr: Consensus-based Image Description Evaluation" (arXiv:1411.5726), as pycocoevalcap 1.2 computes
-it in `tokenizer/ptbtokenizer.py` and `cider/cider_scorer.py`, which are what published tables used.
+Vedantam et al., "CIDEr: Consensus-based Image Description Evaluation" (arXiv:1411.5726), as computed by pycocoevalcap
+1.2 in `tokenizer/ptbtokenizer.py` and `cider/cider_scorer.py`, the library behind published tables.
 """
 
 import math
@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 LONGEST_NGRAM = 4
-"""Words; n-grams of 1 to 4 words have equal weight."""
+"""In words; the n-grams of 1 to 4 words have equal weight."""
 SIGMA = 6.0
-"""Width, in words, of the penalty on a difference of length."""
+"""Width of the penalty on a difference of length, in words."""
 SCALE = 10.0
 """A candidate equal to its only reference scores 10 when every order of n-gram has a rare one."""
 
@@ -40,11 +40,11 @@ class _Vector:
     norms: tuple[float, ...]
     """Euclidean, one for each order."""
     bigrams: int
-    """Counted with repeats: what the library takes as the length of a caption."""
+    """Number of bigrams with repeats, which the library takes for the length of a caption."""
 
 
 def cider(candidates: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> Cider:
-    """CIDEr-D of one caption an id against one or more references, both as plain text; see `cider_of_words`."""
+    """CIDEr-D of one caption for each id against one or more references, as plain text; see `cider_of_words`."""
     return cider_of_words(
         {id_: tokenize(caption) for id_, caption in candidates.items()},
         {id_: [tokenize(caption) for caption in captions] for id_, captions in references.items()},
@@ -52,13 +52,13 @@ def cider(candidates: Mapping[str, str], references: Mapping[str, Sequence[str]]
 
 
 def cider_of_words(candidates: Mapping[str, Words], references: Mapping[str, Sequence[Words]]) -> Cider:
-    """CIDEr-D of captions that are words already. Equal to pycocoevalcap's `Cider().compute_score` to 1e-9.
+    """CIDEr-D of captions that are split into words. Equal to pycocoevalcap's `Cider().compute_score` to 1e-9.
 
     Item = SCALE * mean over orders and references of exp(-d^2 / 2 SIGMA^2) * min(c, r) . r / |c| |r| with d the
-    difference in bigrams (arXiv:1411.5726 equations 1, 4, 5 and section 7). idf is log(N / df), where df is the number
-    of ids with the n-gram in any reference and N that of ids: the score of an item depends on which others are read,
-    an n-gram that all ids share counts nothing, and so a single id scores 0. A caption without words scores 0.
-    ValueError names the ids that one side lacks or that have no reference.
+    difference in bigrams (arXiv:1411.5726 equations 1, 4, 5 and section 7). idf is log(N / df) for N ids, of which df
+    have the n-gram in any reference. The score of an item therefore depends on the other items: an n-gram that all ids
+    share has weight 0, and a single id scores 0. A caption without words scores 0.
+    Raises ValueError for ids that one argument lacks or that have no reference.
     """
     if candidates.keys() != references.keys():
         alone = sorted(candidates.keys() ^ references.keys())
@@ -80,7 +80,7 @@ def cider_of_words(candidates: Mapping[str, Words], references: Mapping[str, Seq
 
 
 def _ngrams(words: Words) -> Counter[Ngram]:
-    """How often each n-gram of 1 to LONGEST_NGRAM words occurs."""
+    """Number of occurrences of each n-gram of 1 to LONGEST_NGRAM words."""
     return Counter(
         tuple(words[start : start + order])
         for order in range(1, LONGEST_NGRAM + 1)
@@ -89,7 +89,7 @@ def _ngrams(words: Words) -> Counter[Ngram]:
 
 
 def _vector(counts: Counter[Ngram], idf: Mapping[Ngram, float], *, unseen: float) -> _Vector:
-    """Counts times idf; `unseen` is the idf of an n-gram that no reference has."""
+    """Counts times idf; `unseen` is the idf of an n-gram in no reference."""
     weights: tuple[dict[Ngram, float], ...] = tuple({} for _ in range(LONGEST_NGRAM))
     for ngram, count in counts.items():
         weights[len(ngram) - 1][ngram] = count * idf.get(ngram, unseen)
@@ -98,7 +98,7 @@ def _vector(counts: Counter[Ngram], idf: Mapping[Ngram, float], *, unseen: float
 
 
 def _similarity(candidate: _Vector, reference: _Vector) -> float:
-    """Mean over the orders of the clipped cosine, times the penalty on length. 0 to 1."""
+    """The mean over the orders of the clipped cosine, times the penalty on length, from 0 to 1."""
     total = 0.0
     norms = (left * right for left, right in zip(candidate.norms, reference.norms, strict=True))
     for ours, theirs, norm in zip(candidate.weights, reference.weights, norms, strict=True):
@@ -109,8 +109,8 @@ def _similarity(candidate: _Vector, reference: _Vector) -> float:
     return total / LONGEST_NGRAM * math.exp(-(delta**2) / (2 * SIGMA**2))
 
 
-# The lists and rules below were settled by asking the PTBTokenizer of pycocoevalcap (CoreNLP 3.4.1): about every word
-# of up to four letters and 280,000 others for the lists, about 109,000 sentences for the rules.
+# The lists and rules below were derived from the output of pycocoevalcap's PTBTokenizer (CoreNLP 3.4.1): the lists from
+# every word of up to four letters and 280,000 others, the rules from 109,000 sentences.
 
 _REWRITES = str.maketrans(
     {
@@ -123,7 +123,7 @@ _RENAMED = {
     "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
     "£": "#", "€": "$", "¢": "cents",
 }  # fmt: skip
-"""pycocoevalcap means to drop brackets, but compares with upper case after lowering: they stay, as words."""
+"""pycocoevalcap intends to drop brackets, but compares lower case with upper case, so that they stay as words."""
 _PUNCTUATION = re.compile(r"[.]+|-+|''|``|['’`?!,:;]")
 _ABBREVIATIONS = (
     "adj adm adv al ala alex apr ariz assn assoc asst attys? aug ave bancorp bhd bldg blvd brig bros calif capt cf "
@@ -134,14 +134,14 @@ _ABBREVIATIONS = (
     "univ va vs vt wed wisc? wm wyo ph\\.d ed\\.d"
 )
 _CAPITALISED = "Ark Az Del Ill La Mass Miss Ore Pa Tex Wash ARK AZ DEL ILL LA MASS MISS ORE PA TEX WASH"
-"""Abbreviations that are words of their own in lower case."""
+"""Abbreviations that are other words in lower case."""
 _NUMBERED = "art ca figs? nos? op pp prop"
 """Abbreviations only before a number."""
 _OPENERS = (
     "A About According Additionally After An As At But Earlier He Her Here However If In It Last Many More Now Once "
     "One Other Our She Since So Some Such That The Their Then There These They This We What When While Yet You"
 )
-"""Before one of these words a single letter and its dot end a sentence; else they are an initial."""
+"""Before one of these words, a single letter with a dot ends a sentence; otherwise it is an initial."""
 
 
 def _any(words: str) -> str:
@@ -176,12 +176,12 @@ _WORD = re.compile(
 
 
 def tokenize(caption: str) -> tuple[str, ...]:
-    """The words of a caption as pycocoevalcap's PTBTokenizer gives them: lower case, without punctuation.
+    """The words of a caption as by pycocoevalcap's PTBTokenizer: lower case, without punctuation.
 
-    For one sentence standing alone: "isn't" is two words, "U.S." one; "!!" and brackets are words, as there. Equal on
-    3,901 captions (COCO results, Tux Paint, emoji) and on all but 24 of 105,021 sentences of WordNet and GIMP's manual;
-    what differs is HTML, emoticons, telephone numbers and rare uses of the apostrophe. The Java program reads all
-    captions as one text, and so a final "B." otherwise when the next caption begins with "The"; this does not.
+    "isn't" is two words, "U.S." one; "!!" and brackets are words, as there. Equal on 3,901 captions (COCO results, Tux
+    Paint, emoji) and on all but 24 of 105,021 sentences of WordNet and GIMP's manual; HTML, emoticons, telephone
+    numbers and rare uses of the apostrophe differ. The Java program reads all captions as one text, so that the next
+    caption may change how a final "B." is read; here each caption is read alone.
     """
     words = []
     for match in _WORD.finditer(caption.translate(_REWRITES)):

@@ -1,10 +1,10 @@
-"""POPE: "Is there a X in the image?", read and scored as the official script does it. Pure.
+"""Answers and scores of POPE ("Is there a X in the image?") by the rules of the official script. Pure.
 
-Li et al., "Evaluating Object Hallucination in Large Vision-Language Models" (arXiv:2305.10355); rules of its
-`evaluate.py`, which LLaVA's `eval_pope.py` repeats, except that answers are matched by id and not by their order.
+Li et al., "Evaluating Object Hallucination in Large Vision-Language Models" (arXiv:2305.10355). The rules are those of
+its `evaluate.py`, which LLaVA's `eval_pope.py` repeats, but answers are matched by id and not by their order.
 
-N items; the four counts stand in the order true positive, false positive, true negative, false negative, yes being
-positive. Statistics take sums of counts (..., 4) and return (...), so that `cluster_bootstrap` can call them.
+N items. The four counts are true positives, false positives, true negatives and false negatives, in this order, where
+yes is positive. Statistics take sums of counts (..., 4) and return (...), as `cluster_bootstrap` calls them.
 """
 
 from collections import Counter
@@ -20,44 +20,44 @@ FloatArray = NDArray[np.float64]
 
 _NO = frozenset(("No", "not", "no"))
 _COLUMN: dict[tuple[YesNo, YesNo], int] = {("yes", "yes"): 0, ("yes", "no"): 1, ("no", "no"): 2, ("no", "yes"): 3}
-"""Of (given, true)."""
+"""The column of (given answer, true answer)."""
 
 
 @dataclass(frozen=True)
 class PopeCounts:
-    """The official numbers, each from 0 to 1. A ratio of nothing by nothing is 0 (the script divides by zero)."""
+    """The official numbers, each from 0 to 1. A ratio 0 / 0 is 0, where the script fails (division by zero)."""
 
     accuracy: float
     precision: float
-    """0 where nothing was answered yes."""
+    """0 where no answer is yes."""
     recall: float
-    """0 where nothing is yes."""
+    """0 where no label is yes."""
     f1: float
-    """0 where nothing is yes and nothing was answered so."""
+    """0 where no label and no answer is yes."""
     yes_ratio: float
-    """Share answered yes; half of the labels are yes."""
+    """Share of answers that are yes; half of the labels are yes."""
     items: int
 
 
 def parse_answer(text: str) -> YesNo:
-    """yes or no of a free answer. No is a word "No", "not" or "no" before the first dot, commas taken out; else yes.
+    """Read a free answer as yes or no: no where a word before the first dot, without commas, is "No", "not" or "no".
 
-    As in the script words are split at single spaces and keep their case and marks: "NO", "No!", "no\\n" and an empty
-    answer are yes.
+    As in the script, words are split at single spaces and keep their case and punctuation: "NO", "No!", "no\\n" and an
+    empty answer are yes.
     """
     words = text.split(".")[0].replace(",", "").split(" ")
     return "yes" if _NO.isdisjoint(words) else "no"
 
 
 def count(answers: Sequence[tuple[str, str]], labels: Sequence[tuple[str, YesNo]]) -> FloatArray:
-    """(N, 4): a one in the column of the item's outcome, in the order of `labels`.
+    """The outcome of each item, (N, 4), with a one in the outcome's column, in the order of `labels`.
 
-    Both sides are pairs of an id and a text; the answers may stand in any order. ValueError names ids that occur twice
-    or on one side alone, and a label that is neither yes nor no.
+    Both arguments are pairs of an id and a text; the answers may be in any order. Raises ValueError for ids that occur
+    twice or in one of the two alone, and for a label that is neither yes nor no.
     """
     for side, ids in (("answers", [id_ for id_, _ in answers]), ("labels", [id_ for id_, _ in labels])):
         if doubled := [id_ for id_, times in Counter(ids).items() if times > 1]:
-            raise ValueError(f"{side} hold {len(doubled)} ids more than once: {', '.join(doubled[:5])}")
+            raise ValueError(f"{side} have {len(doubled)} ids more than once: {', '.join(doubled[:5])}")
     given = dict(answers)
     if alone := sorted(given.keys() ^ {id_ for id_, _ in labels}):
         raise ValueError(f"answers and labels differ in {len(alone)} ids: {', '.join(alone[:5])}")
@@ -70,7 +70,7 @@ def count(answers: Sequence[tuple[str, str]], labels: Sequence[tuple[str, YesNo]
 
 
 def pope(counts: FloatArray) -> PopeCounts:
-    """All numbers of the items of `count`, (N, 4). ValueError without items."""
+    """All numbers of the items of `count`, (N, 4). Raises ValueError without items."""
     if not len(counts):
         raise ValueError("POPE of no items; give at least one")
     sums = counts.sum(axis=0)
@@ -90,17 +90,17 @@ def accuracy(sums: FloatArray) -> FloatArray:
 
 
 def precision(sums: FloatArray) -> FloatArray:
-    """TP / (TP + FP), 0 where nothing was answered yes. (..., 4) -> (...)."""
+    """TP / (TP + FP), 0 where no answer is yes. (..., 4) -> (...)."""
     return _ratio(sums[..., 0], sums[..., 0] + sums[..., 1])
 
 
 def recall(sums: FloatArray) -> FloatArray:
-    """TP / (TP + FN), 0 where nothing is yes. (..., 4) -> (...)."""
+    """TP / (TP + FN), 0 where no label is yes. (..., 4) -> (...)."""
     return _ratio(sums[..., 0], sums[..., 0] + sums[..., 3])
 
 
 def f1(sums: FloatArray) -> FloatArray:
-    """2 TP / (2 TP + FP + FN), the harmonic mean of precision and recall, 0 of nothing. (..., 4) -> (...)."""
+    """2 TP / (2 TP + FP + FN), the harmonic mean of precision and recall, or 0. (..., 4) -> (...)."""
     return _ratio(2 * sums[..., 0], 2 * sums[..., 0] + sums[..., 1] + sums[..., 3])
 
 
@@ -110,5 +110,5 @@ def yes_ratio(sums: FloatArray) -> FloatArray:
 
 
 def _ratio(numerator: FloatArray, denominator: FloatArray) -> FloatArray:
-    """0 where the denominator is 0; every numerator here is then 0 too."""
+    """The ratio, or 0 where the denominator is 0, and with it every numerator of these statistics."""
     return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator != 0)
