@@ -1,17 +1,19 @@
-"""The protocol of engines, and blocking calls of it for batch work. Imports no torch."""
+"""The protocol of engines, and blocking calls of it for batch work. Light: no torch, no transformers."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from vila_ops.data.images import Fit
-from vila_ops.data.text.conversation import Tokenizer
 from vila_ops.generate.request import Delta, FinishReason, Loglikelihood, Output, Prompt, Sampling
+
+if TYPE_CHECKING:  # heavy: numpy, Pillow, transformers
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from vila_ops.data.images import Fit
+    from vila_ops.data.text.conversation import Tokenizer
 
 ScoringItem = tuple[Prompt, Sequence[list[int]]]
 """A prompt and the token ids of each of its continuations."""
@@ -41,7 +43,7 @@ class Engine(Protocol):
     """
 
     @property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> "Tokenizer":
         """Writes chat prompts and decodes token ids."""
 
     @property
@@ -53,7 +55,7 @@ class Engine(Protocol):
         """Side of the image squares in pixels."""
 
     @property
-    def image_aspect_ratio(self) -> Fit:
+    def image_aspect_ratio(self) -> "Fit":
         """How an image becomes a square."""
 
     def generate(self, prompt: Prompt, sampling: Sampling, request_id: str) -> AsyncIterator[Delta]:
@@ -65,7 +67,7 @@ class Engine(Protocol):
     async def score(self, items: Sequence[ScoringItem]) -> list[list[Loglikelihood]]:
         """The likelihood of each continuation given its prompt, in the order of the items."""
 
-    async def hidden_states(self, prompt: Prompt, continuation: list[int]) -> NDArray[np.float64]:
+    async def hidden_states(self, prompt: Prompt, continuation: list[int]) -> "NDArray[np.float64]":
         """Hidden states (layers + 1, T, D) of a prompt and its continuation: the embeddings, then each layer's output.
 
         The last one is after the final norm, as the language model head reads it.
@@ -102,6 +104,6 @@ def score_all(engine: Engine, items: Sequence[ScoringItem]) -> list[list[Loglike
     return asyncio.run(engine.score(items))
 
 
-def hidden_states_of(engine: Engine, prompt: Prompt, continuation: list[int]) -> NDArray[np.float64]:
+def hidden_states_of(engine: Engine, prompt: Prompt, continuation: list[int]) -> "NDArray[np.float64]":
     """As `Engine.hidden_states`. Blocks; not for use inside an event loop."""
     return asyncio.run(engine.hidden_states(prompt, continuation))

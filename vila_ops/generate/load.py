@@ -1,4 +1,4 @@
-"""A model folder to the engine that a config chooses. Imports no torch: the engine's module is imported when used."""
+"""A model folder to the engine that a config chooses. Light: an engine's module is imported when it is used."""
 
 from pathlib import Path
 
@@ -9,7 +9,8 @@ from vila_ops.config.kinds import module_of
 from vila_ops.generate.engine import Engine, EngineOptions
 
 ENGINES = {"torch": "vila_ops.generate.torch_engine.engine"}
-"""Kind -> module with `open_engine(config, folder, options)`, which returns an `Engine`."""
+"""Kind -> module with `open_engine(config, folder, options)`, which returns an `Engine`. A plugin's module has it too,
+beside `Config` and `REVISION`."""
 
 
 def load_engine(model: Checkpoint | Pretrained, config: TorchEngine, options: EngineOptions) -> Engine:

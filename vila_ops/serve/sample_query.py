@@ -1,4 +1,4 @@
-"""One question about a held-out image to a served model, over HTTP as any client would."""
+"""One question about a held-out image to a served model, over HTTP like any client."""
 
 import json
 import shlex
@@ -13,52 +13,51 @@ QUESTION = "What is this?"
 
 
 class SampleAnswer(Config):
-    """A question that was really asked, and its answer."""
+    """A question that was sent to a service, and its answer."""
 
     question: str
     image: str
     """As a data URL."""
     truth: str
+    """Caption of the image."""
     reply: str
     name: str
-    """Under which it is served."""
+    """Name of the served model."""
     model: str
-    """Digest that the answering replica loaded, as it said itself."""
+    """Digest of the model, from the response."""
     url: str
 
 
 def query_sample(deployment: Deployment, held_out: Dataset, suite: Suite, *, question: str = QUESTION) -> SampleAnswer:
-    """Ask about the first image of the suite's side of the split. Raises httpx.HTTPStatusError when refused."""
+    """Ask about the first captioned image of the suite's split. Raises httpx.HTTPStatusError when refused."""
     captioned = {name for name, source in suite.mixture.sources.items() if source.render == "caption"}
     rows = index_of(held_out).to_pylist()
     row = next(row for row in rows if row["split"] == suite.split and row["source"] in captioned)
     (sample,) = samples_of(held_out, [row])
     image = data_url(sample.images[0])
-    asked = request(model_name(deployment.url), image, question)
-    response = httpx.post(f"{deployment.url}/v1/chat/completions", json=asked, timeout=120)
-    response.raise_for_status()
-    said = response.json()
-    reply = said["choices"][0]["message"]["content"]
+    payload = request(model_name(deployment.url), image, question)
+    response = httpx.post(f"{deployment.url}/v1/chat/completions", json=payload, timeout=120)
+    completion = response.raise_for_status().json()
     return SampleAnswer(
         question=question,
         image=image,
         truth=sample.text,
-        reply=reply,
-        name=said["model"],
-        model=said["system_fingerprint"],
+        reply=completion["choices"][0]["message"]["content"],
+        name=completion["model"],
+        model=completion["system_fingerprint"],
         url=deployment.url,
     )
 
 
-def curl(answered: SampleAnswer) -> str:
-    """The same question as one command line."""
-    where = f"{answered.url}/v1/chat/completions -H 'Content-Type: application/json'"
-    return f"curl -s {where} -d {shlex.quote(body(answered))}"
+def curl(answer: SampleAnswer) -> str:
+    """The command line that sends the same question."""
+    target = f"{answer.url}/v1/chat/completions -H 'Content-Type: application/json'"
+    return f"curl -s {target} -d {shlex.quote(body(answer))}"
 
 
-def body(answered: SampleAnswer) -> str:
-    """The question as JSON."""
-    return json.dumps(request(answered.name, answered.image, answered.question))
+def body(answer: SampleAnswer) -> str:
+    """The body of the same question as JSON text."""
+    return json.dumps(request(answer.name, answer.image, answer.question))
 
 
 def model_name(url: str) -> str:
@@ -68,6 +67,6 @@ def model_name(url: str) -> str:
 
 
 def request(name: str, image: str, question: str) -> dict[str, object]:
-    """The body of the question."""
+    """The body of a chat request: an image (data URL) and a question about it."""
     parts = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": question}]
     return {"model": name, "messages": [{"role": "user", "content": parts}], "max_tokens": 24}

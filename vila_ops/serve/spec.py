@@ -1,27 +1,33 @@
-"""What an endpoint serves: the one value that a replica is started from. Light: no HTTP, no torch."""
+"""What an endpoint serves: the one value from which a replica is started. Light: no HTTP, no torch."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from vila_ops import __version__
 from vila_ops.artifacts.kinds import ModelVersion
 from vila_ops.config import Config, Resources, Service
+from vila_ops.config.kinds import provenance
 from vila_ops.config.resources import ServeResources
+from vila_ops.generate.load import ENGINES
 
 
 class Spec(Config):
     """A service and the model version behind it. Two endpoints of equal identity answer alike."""
 
     service: Service
+    """How the endpoint behaves."""
     capacity: ServeResources
+    """What the endpoint may use."""
     version: ModelVersion
     launch: Literal["inline", "ray"]
     release: str
-    """Version of the code that serves."""
+    """Version of this package in the deploying process."""
+    plugin: dict[str, Any] | None = None
+    """Package, version and revision of an engine that a third-party package adds."""
 
     @classmethod
     def of(cls, service: Service, version: ModelVersion, resources: Resources) -> Self:
-        """The spec that a deployment asks for."""
+        """The spec of a version served with these resources."""
         checkpoint = version.checkpoint
         if "://" not in checkpoint.uri:  # replicas have another working directory
             checkpoint = checkpoint.with_changes({"uri": str(Path(checkpoint.uri).resolve())})
@@ -31,12 +37,16 @@ class Spec(Config):
             version=version.with_changes({"checkpoint": checkpoint}),
             launch="inline" if resources.launch == "inline" else "ray",  # replicas live on the cluster either way
             release=__version__,
+            plugin=provenance("vila_ops.engines", ENGINES, resources.serve.engine.kind),
         )
 
     def threads(self) -> int:
-        """torch's threads in each replica: as many as it reserves; more of them than free cores spin (3x the CPU)."""
+        """CPU threads of each replica: as many as the CPUs that it reserves.
+
+        More threads than free cores wait in loops (3 times the CPU time, measured).
+        """
         return max(1, int(self.capacity.cpus_per_replica))
 
     def identity(self) -> str:
-        """Fingerprint of everything that a replica does; whether the version is the champion is not part of it."""
+        """Fingerprint of everything that a replica depends on; whether the version is the champion does not count."""
         return self.with_changes({"version.promoted": False}).fingerprint()

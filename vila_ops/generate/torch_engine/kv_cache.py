@@ -1,4 +1,4 @@
-"""The key-value cache of decoding in slots: live rows stand first, each with its own length."""
+"""The key-value cache of a batch: the live rows come first, each with its own length."""
 
 # N slots, T positions, H key-value heads, K head dim
 
@@ -9,9 +9,10 @@ from torch import Tensor
 
 
 class KVCache:
-    """Keys and values of up to N sequences. The model sees it as its past: one new token per live row and pass.
+    """Keys and values of up to N sequences, passed to the model as `past_key_values`.
 
-    The caller gives mask and positions explicitly, so `update` is all that the model's layers use.
+    Each pass adds one token to every live row. The caller passes mask and positions explicitly, so the model's layers
+    use only `update`.
     """
 
     def __init__(self, config: Any, *, slots: int, capacity: int, dtype: torch.dtype) -> None:
@@ -24,7 +25,7 @@ class KVCache:
         self.live = 0
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Put one token's keys and values (live, H, 1, K) at each row's end; returns all that the rows hold."""
+        """Append one token's keys and values (live, H, 1, K) to each row and return those of all tokens so far."""
         rows, ends = torch.arange(self.live), self.lengths[: self.live]
         keys, values = self.keys[layer_idx], self.values[layer_idx]
         keys[rows, :, ends] = key[:, :, 0].to(keys.dtype)
@@ -33,19 +34,19 @@ class KVCache:
         return keys[: self.live, :, :width], values[: self.live, :, :width]
 
     def get_seq_length(self, *_: Any) -> int:
-        """Longest row; the model asks, but positions are given explicitly."""
+        """Tokens of the longest row. transformers calls it, but uses the positions that it is passed."""
         return int(self.lengths[: self.live].max()) if self.live else 0
 
     def width(self) -> int:
-        """Positions that a pass reads: the longest row and its new token."""
+        """Positions that a pass reads: those of the longest row and its new token."""
         return self.get_seq_length() + 1
 
     def mask(self) -> Tensor:
-        """(live, 1, 1, width) bool: each row sees its own past and its new token."""
+        """(live, 1, 1, width) bool: each row attends to its own tokens and its new token."""
         return (torch.arange(self.width())[None] <= self.lengths[: self.live, None])[:, None, None]
 
     def add(self, layers: list[tuple[Tensor, Tensor]], lengths: list[int]) -> None:
-        """Append prefilled rows: per layer keys and values (rows, H, T, K), of which `lengths` positions count."""
+        """Add prefilled rows: keys and values of each layer (rows, H, T, K), up to the length of each row."""
         for row, length in enumerate(lengths):
             for index, (key, value) in enumerate(layers):
                 self.keys[index][self.live, :, :length] = key[row, :, :length]

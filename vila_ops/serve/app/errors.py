@@ -4,7 +4,7 @@ from typing import Any
 
 
 class ApiError(Exception):
-    """An answer that says what was wrong with a request, and what would be right."""
+    """A refused request: the message says what is wrong and what would be accepted."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None,

@@ -55,13 +55,13 @@ def create_app(spec: Spec, engine: Engine, *, replica: dict[str, Any]) -> FastAP
 
 
 class _Chat:
-    """One chat completion, from the bytes of the request to the body of the response."""
+    """Chat completions, from the bytes of a request to the body of its response."""
 
     def __init__(self, spec: Spec, engine: Engine, loop: EngineLoop) -> None:
         self.spec, self.engine, self.loop = spec, engine, loop
 
     async def complete(self, body: bytes) -> dict[str, Any]:
-        """Raises ApiError for a request that cannot be answered."""
+        """The body of the response. Raises ApiError for a request that is refused or times out."""
         request, prompt = await asyncio.to_thread(self._read, body)  # images take long to decode
         output = await self.loop.generate(prompt, max_new_tokens=self._max_new_tokens(request, prompt))
         return self._response(prompt, output)

@@ -1,4 +1,4 @@
-"""The request of /v1/chat/completions. A parameter that we could not honour is refused, never ignored."""
+"""The request of /v1/chat/completions. A parameter that has no effect here is refused, never ignored."""
 
 from typing import Annotated, Any, Literal
 
@@ -19,11 +19,11 @@ class TextPart(_Closed):
 
 
 class ImageUrl(_Closed):
-    """Where an image's bytes are."""
+    """The bytes of an image, as a data URL."""
 
     url: str
     detail: Literal["auto", "low", "high"] = "auto"
-    """Accepted because clients send it; an image always becomes one square of the model's side."""
+    """Has no effect, but clients send it: an image always becomes one square of the model's side."""
 
 
 class ImagePart(_Closed):
@@ -41,14 +41,14 @@ def _as_parts(content: Any) -> Any:
 
 
 class Message(_Closed):
-    """What one side said."""
+    """One turn of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[list[Part], BeforeValidator(_as_parts), Field(min_length=1)]
 
 
 class ChatRequest(_Closed):
-    """What we read of a request; `UNSUPPORTED` are the parameters that may only have their neutral value."""
+    """A chat request. The parameters in `UNSUPPORTED` may only have the value that changes nothing."""
 
     model: str
     messages: list[Message] = Field(min_length=1)
@@ -70,7 +70,7 @@ class ChatRequest(_Closed):
     response_format: Any = None
 
     def requested_tokens(self) -> int | None:
-        """Upper bound of the answer's tokens, if the request gives one."""
+        """Most tokens of the answer; None: the request sets no limit."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
@@ -86,10 +86,11 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "presence_penalty": (0, f"{GREEDY}; set presence_penalty to 0 or leave it out"),
     "response_format": ({"type": "text"}, "answers are plain text; set response_format to text or leave it out"),
 }
+"""Parameter -> the value that changes nothing, and the rule that a refusal states."""
 
 
 def parse(body: bytes) -> ChatRequest:
-    """The request of a JSON body; raises ApiError 400 that names the first parameter that is wrong."""
+    """Parse a JSON body. Raises ApiError 400 that names the first wrong parameter."""
     try:
         request = ChatRequest.model_validate_json(body)
     except ValidationError as error:
@@ -108,7 +109,10 @@ def parse(body: bytes) -> ChatRequest:
 
 
 def _param(loc: tuple[int | str, ...]) -> str | None:
-    """messages[0].content[1].image_url.url; pydantic also names the union's member, which is left out."""
+    """The path of a parameter, such as messages[0].content[1].image_url.url.
+
+    pydantic's location also names the member of a union, which is left out here.
+    """
     text = ""
     for before, item in zip((None, *loc), loc, strict=False):
         if isinstance(item, int):
