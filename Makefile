@@ -10,7 +10,7 @@ TEST_WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadgroup
 STAMP := .venv/.installed
 
-# uv does not read pip's find-links: a CPU wheel of torch that pip is told of is offered to uv too.
+# uv does not read pip's find-links; with this, a CPU wheel of torch that pip can find is offered to uv too.
 comma := ,
 space := $(subst ,, )
 FIND_LINKS := $(if $(PIP_FIND_LINKS),UV_FIND_LINKS="$(subst $(space),$(comma),$(strip $(PIP_FIND_LINKS)))")
@@ -48,45 +48,45 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(UV) pip install --quiet --python $(BIN)/python --compile-bytecode --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-constraints: setup ## Resolve pyproject.toml anew into constraints.txt
+constraints: setup ## Resolve pyproject.toml into constraints.txt again
 	@pins=$$($(UV) pip compile --quiet --upgrade --python-version 3.11 --no-annotate --no-header --extra dev pyproject.toml); \
 	header=$$(grep '^#' constraints.txt); \
 	printf '%s\n' "$$header" "$$pins" | sed -E 's/^(torch==[0-9.]+)\+cpu$$/\1/' > constraints.txt
 
-test: setup lint types layers ## Everything that continuous integration asks for
+test: setup lint types layers ## Everything that continuous integration runs
 	@$(PYTEST)
 
-test-fast: setup ## The quick tests: no Ray, no servers, none that takes long
+test-fast: setup ## Run the quick tests: no Ray, no servers, no long ones
 	@$(PYTEST) -m "not real and not ray and not slow"
 
-lint: setup ## Style and dependencies: ruff's rules, its formatting, every import declared
+lint: setup ## Check style and formatting, and that every import is declared
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/deptry vila_ops flows --optional-dependencies-dev-groups dev
 	@$(BIN)/deptry tests benchmarks docs --exclude '\.venv' --ignore DEP002
 
-types: setup ## mypy, strict
+types: setup ## Check types with mypy, strict
 	@$(BIN)/mypy
 
-layers: setup ## Who may import whom
+layers: setup ## Check which module imports which
 	@$(BIN)/lint-imports
 
-demo: setup ## The whole platform on this machine, small: data to served model
+demo: setup ## Run the platform on this machine, from data to a served model, in about 20 minutes
 	@$(BIN)/vila-ops demo configs/recipes/demo.yaml -r configs/resources/laptop.yaml
 
-demo-long: setup ## The same, with enough steps to see the model learn
+demo-long: setup ## The demo with a budget of hours
 	@$(BIN)/vila-ops demo configs/recipes/demo_long.yaml -r configs/resources/laptop.yaml
 
 up: setup ## Start MLflow, Prefect, its worker and Ray on this machine
 	@$(BIN)/vila-ops up
 
-down: setup ## End what `make up` started
+down: setup ## Stop what `make up` started
 	@$(BIN)/vila-ops down
 
-status: setup ## Which of those servers run
+status: setup ## List these servers and their state
 	@$(BIN)/vila-ops status
 
-faults: setup ## Kill things, feed damaged data, then test as on other processors (VILA_SEED=N repeats a run's draws)
+faults: setup ## Kill processes, damage data, test as on other processors; VILA_SEED=N repeats a run
 	@export VILA_SEED=$${VILA_SEED:-$$RANDOM}; echo "VILA_SEED=$$VILA_SEED"; \
 	VILA_KILLS=100 VILA_KILLS_RAY=5 VILA_FAILPOINTS=3 VILA_ELASTIC=30 VILA_FLIPS=1000 VILA_DISK=50 VILA_KILLS_NODES=20 \
 	  VILA_URLS=10000 VILA_FUZZ=10000 VILA_LEAKS=5000 VILA_FAULTS=500 VILA_PARITY=all \
@@ -94,15 +94,15 @@ faults: setup ## Kill things, feed damaged data, then test as on other processor
 	  tests/data/download tests/data/test_images_fuzz.py; \
 	$(BIN)/python tests/faults/processors.py
 
-bench: setup ## One benchmark: make bench NAME=packing
+bench: setup ## Run one benchmark: make bench NAME=packing
 	@if [ ! -f "benchmarks/$(NAME).py" ]; then \
 	  echo "make bench NAME=..., one of:" $$(cd benchmarks && ls *.py 2>/dev/null | sed 's/\.py$$//') >&2; exit 2; fi
 	@$(BIN)/python benchmarks/$(NAME).py
 
-interop: setup ## Write the table of docs/interop.md: who loads our models
+interop: setup ## Write the table of docs/interop.md: which programs load our models
 	@$(BIN)/python docs/interop.py
 
-settings: setup ## Write the tables of docs/settings.md: what a recipe may say
+settings: setup ## Write the tables of docs/settings.md: every setting
 	@$(BIN)/python docs/settings.py
 
 format: setup ## Let ruff rewrite what it can
