@@ -1,4 +1,4 @@
-"""Two versions of one registered model, of random weights, sealed once; and an image."""
+"""Two versions of a registered model with random weights, an image, and a deploying process."""
 
 import io
 import subprocess
@@ -20,7 +20,7 @@ def versions(
     make_resources: Callable[..., Resources],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[ModelVersion, ModelVersion]:
-    """They differ in their weights."""
+    """Two versions that differ in their weights."""
     resources = make_resources(tmp_path_factory.mktemp("sealed"))
 
     def version(number: int) -> ModelVersion:
@@ -41,7 +41,7 @@ def image() -> bytes:
 
 @pytest.fixture(scope="session")
 def deploy_elsewhere() -> Callable[..., str]:
-    """Deploys (service, version, resources) from a process that is gone when this returns the address."""
+    """A function that deploys (service, version, resources) in a process that has ended when it returns the URL."""
 
     def run(*arguments: Config) -> str:
         code = (

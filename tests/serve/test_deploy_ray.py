@@ -1,4 +1,4 @@
-"""The same endpoint on a Ray cluster that is already up: it outlives the driver and is updated without a gap."""
+"""A service on a running Ray cluster outlives its deployer and is updated without a failed request."""
 
 import os
 import socket
@@ -33,7 +33,7 @@ SERVICE = Service(name="tiny-ray", max_new_tokens=8, request_timeout_seconds=30)
 
 @pytest.fixture(scope="module")
 def resources(free_ports: Callable[[int], list[int]]) -> Iterator[Resources]:
-    """A cluster of this test, ended by its own processes' ids."""
+    """A cluster of this test, whose processes are ended by their ids."""
     names = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port", "metrics-export-port")
     gcs, *others, serve_port = free_ports(len(names) + 1)
     ports = [text for name, port in zip(names, [gcs, *others], strict=True) for text in (f"--{name}", str(port))]
@@ -66,8 +66,8 @@ def _up(head: "subprocess.Popen[bytes]", gcs: int, serve_port: int) -> int:
     raise RuntimeError("Ray did not start")
 
 
-def ask(url: str) -> openai.types.chat.ChatCompletion:
-    """One short answer."""
+def query(url: str) -> openai.types.chat.ChatCompletion:
+    """The answer to one short request."""
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
     return client.chat.completions.create(
         model="tiny-vila", messages=[{"role": "user", "content": "Hello"}], max_tokens=2
@@ -87,7 +87,7 @@ def test_deploy_again_and_another_version_under_load(
     deploy_elsewhere: Callable[..., str],
 ) -> None:
     url = deploy_elsewhere(SERVICE, versions[0], resources)
-    assert ask(url).system_fingerprint == versions[0].checkpoint.digest
+    assert query(url).system_fingerprint == versions[0].checkpoint.digest
     before = replica(url)
     assert before["model"] == before["digest"] == versions[0].checkpoint.digest
     assert psutil.pid_exists(before["pid"])
@@ -104,16 +104,16 @@ def test_deploy_again_and_another_version_under_load(
 
     done, seen, failed = threading.Event(), [], []
 
-    def keep_asking() -> None:
+    def keep_querying() -> None:
         while not done.is_set():
             try:
-                seen.append(ask(first.url).system_fingerprint)
+                seen.append(query(first.url).system_fingerprint)
             except openai.OpenAIError as error:
                 failed.append(error)
             time.sleep(0.05)
 
     with ExitStack() as stack:
-        clients = [threading.Thread(target=keep_asking) for _ in range(2)]
+        clients = [threading.Thread(target=keep_querying) for _ in range(2)]
         for one in clients:
             one.start()
             stack.callback(one.join)
@@ -122,7 +122,7 @@ def test_deploy_again_and_another_version_under_load(
     assert not failed
     assert set(seen) >= {versions[0].checkpoint.digest}
     assert second.url == first.url
-    assert ask(second.url).system_fingerprint == versions[1].checkpoint.digest
+    assert query(second.url).system_fingerprint == versions[1].checkpoint.digest
     after = replica(second.url)
     assert after["actor_id"] != before["actor_id"]
 

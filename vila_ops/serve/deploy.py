@@ -74,7 +74,7 @@ def _wait_until_ready(url: str, spec: Spec, backend: ServiceBackend) -> None:
 
 
 def _check_answer(url: str, spec: Spec, backend: ServiceBackend) -> None:
-    """Send one chat request. Raises NotReady unless the wanted model answers it."""
+    """Send one chat request. Raises NotReady unless the model of the spec answers it."""
     request = {"model": spec.version.name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
     try:
         response = httpx.post(f"{url}/v1/chat/completions", json=request, timeout=ANSWER_SECONDS, trust_env=False)

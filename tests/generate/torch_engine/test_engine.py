@@ -54,7 +54,7 @@ def engine(request: pytest.FixtureRequest, sealed: tuple[Pretrained, Path]) -> I
 
 
 def greedy(engine: InProcessEngine, max_new_tokens: int) -> Sampling:
-    """Up to the model's own stop tokens."""
+    """Greedy decoding up to the tokenizer's stop tokens."""
     return Sampling(max_new_tokens, engine.tokenizer.stop_ids)
 
 
@@ -73,10 +73,10 @@ def prompts(engine: InProcessEngine, tiny: Path) -> list[Prompt]:
 
 
 def test_hidden_states_are_those_of_transformers_layer_by_layer(engine: InProcessEngine, prompts: list[Prompt]) -> None:
-    said = engine.tokenizer.text_ids("A dog.")
+    caption = engine.tokenizer.text_ids("A dog.")
     for prompt in (prompts[0], prompts[-1]):
-        states = hidden_states_of(engine, prompt, said)
-        ids = torch.tensor([[*prompt.input_ids, *said]])
+        states = hidden_states_of(engine, prompt, caption)
+        ids = torch.tensor([[*prompt.input_ids, *caption]])
         values = torch.from_numpy(engine.loaded.features.pixels(list(prompt.images))) if prompt.images else None  # type: ignore[attr-defined]
         with torch.no_grad():
             stock = engine.loaded.model(input_ids=ids, pixel_values=values, output_hidden_states=True).hidden_states
@@ -100,7 +100,7 @@ def _with_expert(base: Pretrained, root: Path) -> Pretrained:
 
 
 def _stock_logits(engine: InProcessEngine, ids: list[int], images: tuple[bytes, ...]) -> torch.Tensor:
-    """(T, V) of the whole row at once, from pixels, through transformers' own forward."""
+    """Logits (T, V) of the whole row in one pass, from pixels, by the forward method of transformers."""
     values = torch.from_numpy(engine.loaded.features.pixels(list(images))) if images else None  # type: ignore[attr-defined]
     with torch.no_grad():
         out: torch.Tensor = engine.loaded.model(input_ids=torch.tensor([ids]), pixel_values=values).logits[0]

@@ -1,4 +1,4 @@
-"""What OpenAI's own client gets from the app: answers, and errors that say what would be right."""
+"""OpenAI's client gets answers from the app, and errors that say what would be accepted."""
 
 import base64
 import io
@@ -137,12 +137,12 @@ def data_url(data: bytes) -> str:
 
 
 def image_part(data: bytes) -> dict[str, Any]:
-    """A part of a message."""
+    """An image part of a message."""
     return {"type": "image_url", "image_url": {"url": data_url(data)}}
 
 
 def text(words: str) -> dict[str, Any]:
-    """A part of a message."""
+    """A text part of a message."""
     return {"type": "text", "text": words}
 
 
@@ -213,19 +213,19 @@ def test_the_model_list_and_health_name_the_digest(
 def test_concurrent_requests_share_batches_and_get_the_answers_that_they_get_alone(
     client: openai.OpenAI, url: str, engine: ObservedEngine, image: bytes
 ) -> None:
-    def ask(number: int) -> tuple[str, str, int]:
+    def query(number: int) -> tuple[str, str, int]:
         parts = [image_part(image)] if number % 2 else []
         messages = user(*parts, text("word " * (3 * number + 1)))
         answer = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=2 * number + 1)
         assert answer.usage is not None
         return answer.choices[0].message.content or "", answer.choices[0].finish_reason, answer.usage.completion_tokens
 
-    alone = [ask(number) for number in range(8)]
+    alone = [query(number) for number in range(8)]
     engine.scheduler.batches.clear()
     engine.scheduler.gate.clear()
     engine.arrived.clear()
     with ThreadPoolExecutor(8) as pool:
-        together = [pool.submit(ask, number) for number in range(8)]
+        together = [pool.submit(query, number) for number in range(8)]
         wait_for(8, engine)
         assert httpx.get(f"{url}/health", timeout=60).status_code == 200  # while the engine is busy
         engine.scheduler.gate.set()
@@ -241,7 +241,7 @@ def test_a_request_that_breaks_the_engine_fails_alone_and_neutrally(
     engine.scheduler.poison = engine.tokenizer.text_ids("zebra")[0]
     engine.scheduler.gate.clear()
 
-    def ask(words: str) -> int | str:
+    def query(words: str) -> int | str:
         try:
             client.chat.completions.create(model=MODEL, messages=user(text(words)), max_tokens=1)
         except openai.InternalServerError as error:
@@ -249,7 +249,7 @@ def test_a_request_that_breaks_the_engine_fails_alone_and_neutrally(
         return 200
 
     with ThreadPoolExecutor(4) as pool:
-        answers = [pool.submit(ask, words) for words in ("hello", "zebra", "hello", "hello")]
+        answers = [pool.submit(query, words) for words in ("hello", "zebra", "hello", "hello")]
         wait_for(4, engine)
         engine.scheduler.gate.set()
         first, broken, *others = [one.result() for one in answers]

@@ -141,10 +141,10 @@ class InProcessEngine:
             await self._decode(batch)
 
     def _take(self) -> list[_Stream]:
-        """The oldest requests that are still wanted, as many as a batch may have."""
-        wanted = [stream for stream in self._waiting if not stream.request.aborted]
-        batch = wanted[: self.max_batch]
-        self._waiting = wanted[len(batch) :]
+        """The oldest requests that are not aborted, as many as a batch may have."""
+        waiting = [stream for stream in self._waiting if not stream.request.aborted]
+        batch = waiting[: self.max_batch]
+        self._waiting = waiting[len(batch) :]
         return batch
 
     async def _decode(self, batch: list[_Stream]) -> None:

@@ -19,7 +19,7 @@ from vila_ops.serve.app.routes import create_app
 from vila_ops.serve.spec import Spec
 
 CACHED_IMAGES = 256
-"""Users' images whose features a replica keeps, on its own disk and only while it runs."""
+"""Most user images whose features a replica keeps, in a temporary folder that it removes at its end."""
 
 
 def load_app(spec: Spec, *, replica: dict[str, Any]) -> FastAPI:
