@@ -1,4 +1,4 @@
-"""Processes that are started by the hundred."""
+"""Fixtures that start hundreds of processes."""
 
 import json
 import os
@@ -21,7 +21,7 @@ CONFIGS = TESTS.parent / "configs"
 
 @pytest.fixture(scope="session")
 def fork() -> Iterator[Callable[..., list[int]]]:
-    """Runs a task of `forks.py`; returns the exit codes of its processes."""
+    """Runs a task of `forks.py`. Returns the exit codes of its processes."""
     paths = [str(TESTS.parent), str(TESTS / "train"), os.environ.get("PYTHONPATH", "")]
     env = {
         **os.environ, "PYTHONPATH": ":".join(paths), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
@@ -48,8 +48,8 @@ def fork() -> Iterator[Callable[..., list[int]]]:
 
 
 @pytest.fixture(scope="session")
-def ask(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ResumeTrial]:
-    """A stage of the tiny recipe with some settings changed, and a store of its own."""
+def make_trial(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ResumeTrial]:
+    """Makes a stage of the tiny recipe with some settings changed, in a given store."""
     root = tmp_path_factory.mktemp("faults")
     places = (
         f"resources.storage.store={root}/store",

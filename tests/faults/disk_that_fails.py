@@ -1,7 +1,7 @@
 """Saves on a disk that fails: `LD_PRELOAD=faulty_disk.so python disk_that_fails.py FOLDER COUNT SEED`.
 
-Says as JSON of every case its fault, what was raised, and which step was the newest whole one before, after the fault,
-and once the disk was well again.
+Prints as JSON for every case its fault, the error that was raised, and the step of the newest intact checkpoint after
+the fault and after the disk was repaired.
 """
 
 import ctypes
@@ -20,12 +20,12 @@ from vila_ops.train.checkpoint.checkpointer import Checkpointer
 from vila_ops.train.job import RankInfo
 
 CALLS = {"open": 2, "write": 5, "fsync": 4, "mkdir": 1, "rename": 2, "read": 3}
-"""What a save (or, of `read`, a resume) calls, and how often at least."""
+"""The calls of a save (`read`: of a resume), and how often they are made at least."""
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT)
 
 
 def save(folder: Path, step: int) -> None:
-    """One save to its end."""
+    """Save and wait for the end of the save."""
     checkpoints = attempt(folder)
     states = {name: {kind: torch.full((100, 500), float(step)) for kind in ("param", "exp_avg")} for name in "ab"}
     checkpoints.save(step, iter(states.items()), [])
@@ -33,23 +33,23 @@ def save(folder: Path, step: int) -> None:
 
 
 def newest(folder: Path) -> int | None:
-    """The step of the newest one that is whole, which is the value of every number in it."""
-    found = attempt(folder).newest()
-    if found is None:
+    """Return the step of the newest intact checkpoint. Every value in it must be that step."""
+    checkpoint = attempt(folder).newest()
+    if checkpoint is None:
         return None
-    tensors, manifest = found
+    tensors, manifest = checkpoint
     assert all((t == manifest["step"]).all() for one in tensors.values() for t in one.values())
     return int(manifest["step"])
 
 
 def attempt(folder: Path) -> Checkpointer:
-    """The checkpoints of one attempt. One stays, so that a save removes too; where reading fails, two."""
+    """Return the checkpointer of an attempt. It keeps one checkpoint, so that a save removes one, and two for reads."""
     resources = Resources(launch="inline").with_changes({"train.keep.last": 2 if "read" in folder.name else 1})
     return Checkpointer(str(folder), RankInfo(), resources, live=True)
 
 
 def main(root: Path, count: int, seed: int) -> None:
-    """All cases, each in a folder of its own."""
+    """Run all cases, each in a separate folder."""
     faults, draw = ctypes.CDLL(None), random.Random(seed)
     cases: list[dict[str, Any]] = []
     for number in range(count):
@@ -59,18 +59,18 @@ def main(root: Path, count: int, seed: int) -> None:
         save(folder, 2)
         if call == "read":
             save(folder, 4)
-        raised, found = None, None
+        raised, read = None, None
         faults.arm(str(folder).encode(), call.encode(), nth, error, int(done))
         try:
             if call == "read":
-                found = newest(folder)
+                read = newest(folder)
             else:
                 save(folder, 4)
         except OSError as failure:
             raised = {"errno": failure.errno, "text": str(failure)}
         hit = faults.disarm()
         case = {"call": call, "nth": nth, "errno": error, "done": done, "folder": str(folder), "hit": hit}
-        after = found if call == "read" else newest(folder)
+        after = read if call == "read" else newest(folder)
         save(folder, 4)
         cases.append({**case, "raised": raised, "after": after, "well": newest(folder)})
         shutil.rmtree(folder)

@@ -1,16 +1,16 @@
-"""Stages in processes that are forked from one that has imported everything: `python forks.py`, a task on each line.
+"""Stages in processes that are forked from one that has imported everything: `python forks.py`, one task per line.
 
-Importing torch and DeepSpeed takes many times as long as a tiny stage does. A task is answered on a line with the exit
-code of each of its processes. It has either
+Importing torch and DeepSpeed takes much longer than a tiny stage. The answer to a task is a line with the exit codes of
+its processes. A task has either
 
-    stage    what `ResumeTrial` of verify_resume holds: the task `train_stage` in one process, or
-    job      of vila_ops.train.job: the training loop of `world_size` ranks that meet at `rendezvous`,
+    stage    a `ResumeTrial`: runs the task `train_stage` in one process, or
+    job      a `TrainJob`: runs the training loop in `world_size` ranks that meet at `rendezvous`,
 
 and may have
 
-    until    steps: once any process reads samples for a later one, all are killed a moment afterwards
-    points   a file, to which each call that the file system sees in order is written
-    kill     one of these points, and `before` or `after` it
+    until    a step: when a process reads samples of a later step, all processes are killed after `moment` seconds
+    points   a file to which the calls that order the file system are written
+    kill     one of these points, and `before` or `after`
 """
 
 import json
@@ -54,7 +54,7 @@ def _answer(told: Any) -> None:
 
 
 def _run(task: Task) -> list[int]:
-    """The exit codes; processes that outlive one that failed, or reach `until`, are killed."""
+    """Return the exit codes. When a process fails or reaches `until`, the others are killed."""
     living = {_fork(task, rank): rank for rank in range(task.get("world_size", 1))}
     codes = [0] * len(living)
     while living:
@@ -71,9 +71,9 @@ def _run(task: Task) -> list[int]:
 
 
 def _reached(task: Task) -> int:
-    """The last step for which samples were read, counted from 1, in this attempt."""
+    """Return the last step whose samples this attempt has read, counted from 1."""
     job = TrainJob.model_validate(task["job"])
-    steps = [read.step for read in read_sample_log(job.samples()) if read.attempt == Path(job.attempt).name]
+    steps = [read.step for read in read_sample_log(job.sample_log()) if read.attempt == Path(job.attempt).name]
     return 1 + max(steps, default=-1)
 
 
@@ -90,7 +90,7 @@ def _fork(task: Task, rank: int) -> int:
         else:
             _rank(task, rank)
         code = 0
-    except BaseException:  # noqa: BLE001 the process ends here, whatever it was
+    except BaseException:  # noqa: BLE001 the process ends here after any error
         traceback.print_exc()
     sys.stderr.flush()
     os._exit(code)
@@ -106,9 +106,9 @@ def _rank(task: Task, rank: int) -> None:
 
 
 def _count_calls(task: Task) -> None:
-    """Name each call by what it does to which file, and by how often that was done before; kill at the one asked for.
+    """Name each call by its function, its file and its count, and kill this process at the requested call.
 
-    Any thread may call: the names do not depend on the order of threads.
+    The names do not depend on the order in which threads make the calls.
     """
     seen: Counter[str] = Counter()
     lock = threading.Lock()
@@ -128,7 +128,7 @@ def _count_calls(task: Task) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             try:
                 return honest(*args, **more)
-            finally:  # also one that failed, as the second link of a store's probe is meant to
+            finally:  # also after a failed call, as the second link of a store's probe has to fail
                 if (own, "after") == (point, side):
                     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -139,7 +139,7 @@ def _count_calls(task: Task) -> None:
 
 
 def _named(given: Any, folder: int | None, root: str) -> str:
-    """A file's place in the store, or its name, without what is random."""
+    """Return a file's path in the store with its random parts replaced."""
     path = os.readlink(f"/proc/self/fd/{given}") if isinstance(given, int) else os.fspath(given)
     if folder is not None:
         path = f"{os.readlink(f'/proc/self/fd/{folder}')}/{path}"

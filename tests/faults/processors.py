@@ -1,9 +1,9 @@
-"""The tests of what torch computes, as on other processors: `python tests/faults/processors.py [PYTEST'S ARGUMENTS]`.
+"""Run the numerical tests as on other processors: `python tests/faults/processors.py [PYTEST'S ARGUMENTS]`.
 
-torch, oneDNN and MKL choose their kernels by the processor's instructions, and each adds up in an order of its own.
-Each line of the table that it prints is a run with one thing changed, and the last with all but the second thread,
-which waits for the first in a loop and beside busy cores takes many times as long. Levels that this
-processor lacks, or has by itself, are passed over. Ends with 1 where a run failed.
+torch, oneDNN and MKL choose kernels by the processor's instructions, and each kernel sums in another order. Each line
+of the printed table is a run with one change. The last line has all changes but the second thread, as two threads wait
+for each other in loops and are many times slower beside busy cores. Levels that this processor does not have or uses by
+default, are skipped. Exits with 1 if a run failed.
 """
 
 import os
@@ -30,22 +30,22 @@ ARGUMENTS = [
     "--show-capture=no",
 ]
 LEVELS = ("DEFAULT", "AVX2", "AVX512")
-"""Of torch's own kernels, by rising demands."""
+"""Levels of torch's kernels, from the fewest required instructions to the most."""
 BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
-"""Ends by itself too, when whoever started it is gone."""
+"""A busy loop that also ends when its parent is gone."""
 
 
 class Way(NamedTuple):
-    """How the tests are run."""
+    """One way to run the tests."""
 
     name: str
     env: dict[str, str] = {}
     is_busy: bool = False
-    """Beside a busy loop on each core."""
+    """Whether a busy loop runs on each core."""
 
 
 def ways() -> list[Way]:
-    """Each change alone, and several at once; every one of them is another order of sums, or another timing."""
+    """Return each change alone, and several at once. Each changes the order of sums or the timing."""
     own = LEVELS.index(torch.backends.cpu.get_cpu_capability())
     threads = {"VILA_TEST_THREADS": "2", "OMP_NUM_THREADS": "2"}
     least = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"}
@@ -63,7 +63,7 @@ def ways() -> list[Way]:
 
 @contextmanager
 def busy_cores() -> Iterator[None]:
-    """A loop on each core, ended by its process id."""
+    """Run a busy loop on each core, and end the loops by their process ids."""
     loops = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(os.cpu_count() or 1)]
     try:
         yield
@@ -74,7 +74,7 @@ def busy_cores() -> Iterator[None]:
 
 
 def run(way: Way, arguments: list[str]) -> bool:
-    """Run the tests, print their line, and where one failed what pytest says; returns whether all passed."""
+    """Run the tests and print their line, and pytest's output if a test failed. Returns whether all passed."""
     command = [sys.executable, "-m", "pytest", *ARGUMENTS, *arguments]
     env = {**os.environ, **way.env}
     started = time.monotonic()

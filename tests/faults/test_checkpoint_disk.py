@@ -1,6 +1,6 @@
-"""Disks that are full, broken or read-only: the error tells path and bytes, and the checkpoint before is still there.
+"""Disks that are full, broken or read-only: the error has path and bytes, and the checkpoint before is intact.
 
-VILA_DISK sets how many faults (12; `make faults`: 50), VILA_DISK_SEED which.
+VILA_DISK sets the number of faults (12; `make faults`: 50), VILA_SEED which.
 """
 
 import errno
@@ -42,7 +42,7 @@ def test_a_call_that_fails_anywhere_is_told_and_costs_no_checkpoint(tmp_path: Pa
 
 
 def _check(case: dict[str, Any]) -> None:
-    """What must hold after any fault; a rename that was done and said it was not leaves the new one, whole."""
+    """Checks what holds after any fault. A rename that was done but reported as failed leaves the new one intact."""
     assert case["hit"], case
     assert case["well"] == 4, case
     if case["call"] == "read":
@@ -85,9 +85,9 @@ def test_a_full_and_a_read_only_disk(small_disk: Path, make_resources: Callable[
         checkpoints.close()
 
     def newest() -> int:
-        found = attempt().newest()
-        assert found is not None
-        return int(found[1]["step"])
+        newest = attempt().newest()
+        assert newest is not None
+        return int(newest[1]["step"])
 
     save(2)
     ballast = small_disk / "ballast"

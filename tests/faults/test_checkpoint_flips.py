@@ -1,6 +1,6 @@
-"""One bit flipped anywhere in a checkpoint is found before it is used, and the checkpoint before is taken.
+"""A flipped bit anywhere in a checkpoint is detected before it is used, and the checkpoint before is used.
 
-VILA_FLIPS sets how many bits (60; `make faults`: 1000), on S3 a tenth of it, VILA_FLIP_SEED which.
+VILA_FLIPS sets the number of bits (60; `make faults`: 1000), on S3 a tenth of it, VILA_SEED which.
 """
 
 import logging
@@ -25,7 +25,7 @@ Attempt = Callable[[], Checkpointer]
 
 @pytest.fixture(params=["disk", "s3"])
 def resume(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A place for checkpoints of each kind."""
+    """A location for checkpoints on each storage."""
     return str(tmp_path / "resume") if request.param == "disk" else f"{request.getfixturevalue('s3_store')}/resume/a"
 
 
@@ -51,13 +51,13 @@ def test_every_flipped_bit_is_found(
     whole = {name: s3.read(f"{resume}/{name}") if on_s3 else (Path(resume) / name).read_bytes() for name in victims}
 
     def put(name: str, data: bytes) -> None:
-        if on_s3:  # with the sha256 that it was put with: it went bad where it lies
+        if on_s3:  # keeps the sha256 of the upload, as damage in the store does
             told = client().head_object(**place(f"{resume}/{name}"))["Metadata"]
             client().put_object(**place(f"{resume}/{name}"), Body=data, Metadata=told)
         else:
             (Path(resume) / name).write_bytes(data)
 
-    found = 0
+    detected = 0
     for _ in range(flips):
         name = draw.choice(victims)
         flipped = bytearray(whole[name] or b"")
@@ -69,10 +69,10 @@ def test_every_flipped_bit_is_found(
         put(name, whole[name] or b"")
         assert taken is not None
         tensors, manifest = taken
-        found += manifest["step"] == 2 and bool((tensors["layer.weight"]["param"] == 2.0).all())
+        detected += manifest["step"] == 2 and bool((tensors["layer.weight"]["param"] == 2.0).all())
         assert name.rpartition("/")[2] in caplog.text
         assert "step-000004" in caplog.text
-    assert found == flips, f"seed {SEED}"
+    assert detected == flips, f"seed {SEED}"
     last = attempt().newest()
     assert last is not None
     assert last[1]["step"] == 4

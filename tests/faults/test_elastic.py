@@ -1,7 +1,7 @@
-"""BadSampleReport and gone on with other numbers of processes and ZeRO stages, a stage walks the way of one process.
+"""A stage that is stopped and resumed with other numbers of processes and ZeRO stages equals one in one process.
 
-The order of samples is the same. Losses agree to 1e-6 in fp32, not bit for bit: ranks add their gradients in another
-order than one process does. VILA_ELASTIC sets how many random sequences are tried (`make faults`: 30).
+The order of samples is the same. Losses agree to 1e-6 in fp32, but not bit for bit, as ranks sum their gradients in
+another order than one process. VILA_ELASTIC sets the number of random sequences (`make faults`: 30).
 """
 
 import json
@@ -29,11 +29,11 @@ Fork = Callable[..., list[int]]
 
 
 class Leg(NamedTuple):
-    """How a part of the way is gone."""
+    """How one leg of the training is run."""
 
     world_size: int = 1
     zero_stage: int | None = None
-    """None: plain torch."""
+    """ZeRO stage. None: plain torch."""
     micro_batch_size: int = 1
     threads: int = 1
 
@@ -43,7 +43,7 @@ OTHER_SETTINGS = [Leg(threads=1), Leg(micro_batch_size=4), Leg(micro_batch_size=
 
 
 def drawn(seed: int) -> list[Leg]:
-    """Four legs, each with another number of processes than the one before."""
+    """Return four random legs, each with another number of processes than the leg before."""
     draw = random.Random(seed)
     legs: list[Leg] = []
     while len(legs) < 4:
@@ -58,9 +58,9 @@ WAYS |= {f"seed-{SEED + number}": drawn(SEED + number) for number in range(SEQUE
 
 
 @pytest.fixture(scope="module")
-def asked(ask: Callable[..., ResumeTrial], tmp_path_factory: pytest.TempPathFactory) -> ResumeTrial:
-    """Documents alone, which every epoch reads once, over more than two epochs."""
-    return ask(
+def trial(make_trial: Callable[..., ResumeTrial], tmp_path_factory: pytest.TempPathFactory) -> ResumeTrial:
+    """A stage with only documents, which every epoch reads once, over more than two epochs."""
+    return make_trial(
         tmp_path_factory.mktemp("elastic") / "store",
         sources=["documents"], num_steps=4 * LEG_STEPS, global_batch_size=4, save_every=1, validate_every=6,
     )  # fmt: skip
@@ -68,24 +68,24 @@ def asked(ask: Callable[..., ResumeTrial], tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def alone(
-    asked: ResumeTrial, fork: Fork, tmp_path_factory: pytest.TempPathFactory
+    trial: ResumeTrial, fork: Fork, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[list[float], list[StepSamples]]:
-    """Losses and samples of one process with plain torch that nobody stops."""
+    """Losses and samples of one uninterrupted process with plain torch."""
     folder = tmp_path_factory.mktemp("alone")
-    job = _job(asked, folder, 0, Leg())
+    job = _job(trial, folder, 0, Leg())
     assert fork(job=job.model_dump(mode="json")) == [0]
-    return _losses(job), read_sample_log(job.samples())
+    return _losses(job), read_sample_log(job.sample_log())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WAYS)
 def test_the_way_is_that_of_one_process(
-    name: str, asked: ResumeTrial, alone: tuple[list[float], list[StepSamples]], fork: Fork, tmp_path: Path
+    name: str, trial: ResumeTrial, alone: tuple[list[float], list[StepSamples]], fork: Fork, tmp_path: Path
 ) -> None:
     losses, batches = alone[0], global_batches(alone[1])
     legs = WAYS[name]
-    job = _walk(legs, asked, fork, tmp_path)
-    reads = read_sample_log(job.samples())
+    job = _walk(legs, trial, fork, tmp_path)
+    reads = read_sample_log(job.sample_log())
     assert first_mismatch(reads, batches) is None
     starts = [min(read.step for read in reads if read.attempt == f"attempt-{number}") for number in range(len(legs))]
     assert starts[0] == 0
@@ -93,18 +93,18 @@ def test_the_way_is_that_of_one_process(
     last = {step: max(read.attempt for read in reads if read.step == step) for step in batches}
     walked = global_batches(read for read in reads if read.attempt == last[read.step])
     assert walked == batches
-    _check_epochs([key for step in sorted(walked) for row in walked[step] for key in row], asked)
-    found = _losses(job)
-    assert len(found) == len(losses) == len(batches)
-    assert found == pytest.approx(losses, rel=0, abs=1e-6)
+    _check_epochs([key for step in sorted(walked) for row in walked[step] for key in row], trial)
+    curve = _losses(job)
+    assert len(curve) == len(losses) == len(batches)
+    assert curve == pytest.approx(losses, rel=0, abs=1e-6)
 
 
 @pytest.mark.slow
 def test_zero_3_goes_on_where_its_ranks_do_not_divide_the_weights(
-    ask: Callable[..., ResumeTrial], fork: Fork, tmp_path: Path
+    make_trial: Callable[..., ResumeTrial], fork: Fork, tmp_path: Path
 ) -> None:
-    """Of a vector of 64 numbers two of three ranks have 22, and the last has 20."""
-    asked = ask(
+    """Of a vector of 64 values, two ranks have 22 and the last has 20."""
+    trial = make_trial(
         tmp_path / "store", sources=["documents"], num_steps=2 * LEG_STEPS, global_batch_size=3, save_every=1,
         validate_every=6,
     )  # fmt: skip
@@ -112,15 +112,15 @@ def test_zero_3_goes_on_where_its_ranks_do_not_divide_the_weights(
     losses = {}
     for name, legs in ways.items():
         (tmp_path / name).mkdir()
-        losses[name] = _losses(_walk(legs, asked, fork, tmp_path / name))
+        losses[name] = _losses(_walk(legs, trial, fork, tmp_path / name))
     assert losses["thirds"] == pytest.approx(losses["alone"], rel=0, abs=1e-6)
 
 
-def _walk(legs: list[Leg], asked: ResumeTrial, fork: Fork, folder: Path) -> TrainJob:
-    """Train leg after leg, each of them killed but the last; returns the last one's job."""
+def _walk(legs: list[Leg], trial: ResumeTrial, fork: Fork, folder: Path) -> TrainJob:
+    """Train leg after leg. Each leg but the last is killed. Returns the job of the last leg."""
     draw = random.Random(SEED)
     for number, leg in enumerate(legs):
-        job = _job(asked, folder, number, leg)
+        job = _job(trial, folder, number, leg)
         stop = (number + 1) * LEG_STEPS if number + 1 < len(legs) else None
         codes = fork(
             job=job.model_dump(mode="json"), world_size=leg.world_size, rendezvous=f"{folder}/met-{number}",
@@ -130,9 +130,9 @@ def _walk(legs: list[Leg], asked: ResumeTrial, fork: Fork, folder: Path) -> Trai
     return job
 
 
-def _check_epochs(keys: list[str], asked: ResumeTrial) -> None:
-    """Every sample of the data once in each epoch: between two reads of it lie all others but those of one row."""
-    train = {row["key"] for row in read_index(content(asked.data)).to_pylist() if row["split"] == "train"}
+def _check_epochs(keys: list[str], trial: ResumeTrial) -> None:
+    """Check that each epoch has every sample once: two reads of it enclose all others but those of one row."""
+    train = {row["key"] for row in read_index(content(trial.data)).to_pylist() if row["split"] == "train"}
     whole = len(keys) // len(train)
     assert whole >= 2
     for epoch in range(whole):
@@ -140,7 +140,7 @@ def _check_epochs(keys: list[str], asked: ResumeTrial) -> None:
         assert Counter(own) == Counter(train)
 
 
-def _job(asked: ResumeTrial, folder: Path, number: int, leg: Leg) -> TrainJob:
+def _job(trial: ResumeTrial, folder: Path, number: int, leg: Leg) -> TrainJob:
     cluster = {} if leg.zero_stage is None else {"launch": "ray", "ray_address": "127.0.0.1:1"}
     train = {
         "num_workers": leg.world_size, "zero_stage": leg.zero_stage or 0, "micro_batch_size": leg.micro_batch_size,
@@ -150,10 +150,10 @@ def _job(asked: ResumeTrial, folder: Path, number: int, leg: Leg) -> TrainJob:
     attempt = folder / f"attempt-{number}"
     attempt.mkdir()
     return TrainJob(
-        stage=asked.stage,
-        data=asked.data,
-        init=asked.init,
-        resources=asked.resources.with_changes({**cluster, **own}),
+        stage=trial.stage,
+        data=trial.data,
+        init=trial.init,
+        resources=trial.resources.with_changes({**cluster, **own}),
         context=NO_CONTEXT,
         attempt=str(attempt),
         resume=str(folder / "resume"),

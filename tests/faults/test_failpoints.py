@@ -1,8 +1,7 @@
-"""SIGKILL before and after every call that orders what is on the disk: a stage ends as if nobody had killed it.
+"""SIGKILL before and after every call that orders writes on the disk: the resumed stage equals an uninterrupted one.
 
-The calls are found by watching a whole stage (`forks.py`), so that none is forgotten, whoever makes it: resume
-checkpoints, caches, the lease, the seal. VILA_FAILPOINTS sets how often each is tried (`make faults`: 3); without it
-a few of them are.
+The calls are recorded from a whole stage (`forks.py`), so that none is missed: resume checkpoints, caches, the lease,
+the seal. VILA_FAILPOINTS sets how often each is tried (`make faults`: 3). Without it, a few of them are tried.
 """
 
 import os
@@ -22,22 +21,22 @@ TIMES = int(os.environ.get("VILA_FAILPOINTS", "0"))
 FEW = 6
 SIDES = ("before", "after")
 MOST = 4
-"""Calls of one name: the feature of every image is put in its place by the same one."""
+"""Calls that have the same name for every image."""
 TIMED = ("/leases/", "/diagnostics/")
-"""Signs of life: how many there are depends on how long a stage takes."""
+"""Folders of heartbeats, whose number depends on the duration of the stage."""
 Fork = Callable[..., list[int]]
 
 
 @pytest.fixture(scope="module")
 def whole(
-    fork: Fork, ask: Callable[..., ResumeTrial], tmp_path_factory: pytest.TempPathFactory
+    fork: Fork, make_trial: Callable[..., ResumeTrial], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[ResumeTrial, list[str]]:
-    """A stage that nobody killed, with checkpoints that come and go, and its calls in order of time."""
+    """An uninterrupted stage that saves and removes checkpoints, and its calls in order of time."""
     folder = tmp_path_factory.mktemp("whole")
-    asked = ask(folder / "store", save_every=1, num_steps=5)
-    assert fork(stage=asked.model_dump(mode="json"), points=str(folder / "points")) == [0]
+    trial = make_trial(folder / "store", save_every=1, num_steps=5)
+    assert fork(stage=trial.model_dump(mode="json"), points=str(folder / "points")) == [0]
     points = (folder / "points").read_text().splitlines()
-    return asked, [point for point in points if int(point.rpartition("#")[2]) <= MOST]
+    return trial, [point for point in points if int(point.rpartition("#")[2]) <= MOST]
 
 
 def test_the_calls_are_those_that_a_checkpoint_and_a_seal_rest_on(whole: tuple[ResumeTrial, list[str]]) -> None:
@@ -66,11 +65,11 @@ def test_killed_before_or_after_any_of_them_it_ends_with_the_same_bytes(
     every = [(point, side) for point in points for side in SIDES]
     for point, side in every * TIMES or random.Random(SEED).sample(every, FEW):
         told = f"killed {side} {point} (VILA_SEED={SEED})"
-        asked = unbroken.in_store(str(tmp_path / "store"))
-        stage = asked.model_dump(mode="json")
+        trial = unbroken.in_store(str(tmp_path / "store"))
+        stage = trial.model_dump(mode="json")
         codes = fork(stage=stage, kill=[point, side])
         assert codes == [-9] or (codes == [0] and any(timed in point for timed in TIMED)), f"not {told}: {codes}"
         assert fork(stage=stage) == [0], told
-        assert asked.train().digest == expected, told
-        assert first_mismatch(asked.samples(), batches) is None, told
+        assert trial.train().digest == expected, told
+        assert first_mismatch(trial.samples(), batches) is None, told
         shutil.rmtree(tmp_path / "store")

@@ -1,9 +1,9 @@
-"""SIGKILL at random moments: started again, the pipeline ends with the digests and the samples of an unbroken run.
+"""SIGKILL at random moments: the restarted pipeline ends with the digests and samples of an uninterrupted run.
 
-The curve of a stage is a file of its checkpoint, so that equal digests are equal losses, bit for bit.
+The curve of a stage is a file of its checkpoint, so equal digests mean equal losses, bit for bit.
 
-VILA_KILLS and VILA_KILLS_RAY set how many (`make faults`: 100 and 5; under Ray none without it, as that takes minutes
-and the flow's test kills a run there too), VILA_SEED which moments.
+VILA_KILLS and VILA_KILLS_RAY set the number of kills (`make faults`: 100 and 5). Without it there is none under Ray, as
+that takes minutes and the flow's test kills a run there too. VILA_SEED sets the moments.
 """
 
 import json
@@ -30,11 +30,11 @@ KILLS_RAY = int(os.environ.get("VILA_KILLS_RAY", "0"))
 TIMEOUT_SECONDS = 600
 Digests = dict[str, str]
 Samples = dict[str, dict[int, tuple[Keys, ...]]]
-"""By stage (its address) and step: the samples of the global batch."""
+"""Samples of the global batch, by address of the stage and step."""
 
 
 class Whole(NamedTuple):
-    """A run that nobody kills."""
+    """An uninterrupted run."""
 
     digests: Digests
     samples: Samples
@@ -43,7 +43,7 @@ class Whole(NamedTuple):
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    """In one process."""
+    """An uninterrupted run in one process."""
     folder = tmp_path_factory.mktemp("unbroken")
     return _whole(folder, _inline(folder), {})
 
@@ -78,7 +78,7 @@ def _whole(folder: Path, command: list[str], env: dict[str, str]) -> Whole:
 def _kill_and_finish(
     root: Path, command_in: Callable[[Path], list[str]], env: dict[str, str], *, whole: Whole, kills: int
 ) -> None:
-    """So many kills of a pipeline at work; where one ended before its kill, the next is of a new one."""
+    """Kill running pipelines `kills` times. If a pipeline ends before its kill, a new pipeline is started."""
     draw = random.Random(SEED)
     moments: list[float] = []
     pipelines = 0
@@ -100,7 +100,7 @@ def _kill_and_finish(
 
 
 def _killed(command: list[str], env: dict[str, str], *, after: float) -> float | None:
-    """The moment in seconds at which it was killed, with its whole process group; None where it had ended well."""
+    """Kill a pipeline and its process group. Returns the moment in seconds, or None if it had succeeded before."""
     with subprocess.Popen(
         command, cwd=ROOT, env={**os.environ, **env}, start_new_session=True, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -115,7 +115,7 @@ def _killed(command: list[str], env: dict[str, str], *, after: float) -> float |
 
 
 def _run_to_the_end(command: list[str], env: dict[str, str]) -> Digests:
-    """Digests of every checkpoint and report of a whole run."""
+    """Return the digests of all checkpoints and reports of a run."""
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, timeout=TIMEOUT_SECONDS,
         check=False,
@@ -127,7 +127,7 @@ def _run_to_the_end(command: list[str], env: dict[str, str]) -> Digests:
 
 
 def _reads(folder: Path) -> dict[str, list[StepSamples]]:
-    """The samples that each stage of a pipeline read."""
+    """Return the samples that each stage of a pipeline read."""
     return {stage.name: read_sample_log(stage) for stage in (folder / "store/sample_log").iterdir()}
 
 

@@ -1,7 +1,7 @@
-"""Clusters of several nodes on this machine: something of them dies, and the curve stays that of one process.
+"""Clusters of several nodes on this machine: parts of them are killed, and the curve equals that of one process.
 
-A node is a raylet with processes and resources of its own. VILA_KILLS_NODES sets how many kills of each kind
-(`make faults`: 20); without it one run takes one of each kind but the head's.
+A node is a raylet with its processes and resources. VILA_KILLS_NODES sets the number of kills of each kind (`make
+faults`: 20). Without it, one run has one kill of each kind except that of the head.
 """
 
 import json
@@ -49,14 +49,14 @@ ENV = {
     "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
     "RAY_raylet_start_wait_time_s": "120",
 }
-"""Of nodes and flows. The last three: the head misses a node, and others the head, sooner than by default; a node may
-take longer to start, as four of them do on a busy machine."""
+"""Environment of nodes and flows. With the last three, a lost node or head is noticed sooner than by default, and a
+node may take longer to start, as four nodes do on a busy machine."""
 STEPS_A_KILL = 6
 PATIENCE_SECONDS = 400
 
 
 class Nodes:
-    """A cluster of this test: a head and further nodes, all of whose processes are ended by their ids."""
+    """A cluster of one test: a head and further nodes. All of its processes are ended by their ids."""
 
     def __init__(self, free_ports: Callable[[int], list[int]], *, count: int) -> None:
         self.free_ports, self.count = free_ports, count
@@ -66,7 +66,7 @@ class Nodes:
         self.folder = ""
 
     def up(self) -> None:
-        """The head, which is node 0, and then the others, one after another: starting together they may run late."""
+        """Start the head, which is node 0, and then the other nodes one by one, as starting them together is slow."""
         head = ["--head", "--port", str(self.gcs), "--temp-dir", self.folder, "--dashboard-port", str(self.dashboard)]
         self._start(*head, "--ray-client-server-port", str(self.client))
         _wait(lambda: _listens(self.gcs) and _listens(self.dashboard), "a head")
@@ -76,11 +76,11 @@ class Nodes:
             _wait(lambda wanted=number + 1: self._alive() == wanted, f"{number + 1} nodes")
 
     def add(self) -> None:
-        """One more node, which joins within seconds."""
+        """Start one more node, which joins within seconds."""
         self._start("--address", self.address)
 
     def kill(self, number: int) -> None:
-        """SIGKILL to the raylet of a node, or, of the head, to all that it is."""
+        """Send SIGKILL to the raylet of a node, or to all processes of the head."""
         tree = _tree(self.started.pop(number))
         for process in tree:
             if number == 0 or process.name() == "raylet":
@@ -88,12 +88,12 @@ class Nodes:
         _end(tree)
 
     def workers(self) -> list[psutil.Process]:
-        """The processes that train."""
-        found = [process for one in self.started for process in _tree(one)]
-        return [process for process in found if "RayTrainWorker" in "".join(_words(process))]
+        """Return the processes that train."""
+        processes = [process for one in self.started for process in _tree(one)]
+        return [process for process in processes if "RayTrainWorker" in "".join(_words(process))]
 
     def end(self) -> None:
-        """Every process, the head's last."""
+        """End all processes, those of the head last."""
         for one in reversed(self.started):
             _end(_tree(one))
         self.started.clear()
@@ -147,7 +147,7 @@ def _wait(is_so: Callable[[], bool], what: str) -> None:
 
 @pytest.fixture
 def cluster_of(free_ports: Callable[[int], list[int]]) -> Iterator[Callable[[int], Nodes]]:
-    """Starts a cluster of so many nodes."""
+    """Starts a cluster with some number of nodes."""
     with ExitStack() as stack:
 
         def start(count: int) -> Nodes:
@@ -161,9 +161,9 @@ def cluster_of(free_ports: Callable[[int], list[int]]) -> Iterator[Callable[[int
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], JobPayload]:
-    """A stage of so many steps, inline, that saves after each."""
-    root = tmp_path_factory.mktemp("asked")
+def make_payload(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], JobPayload]:
+    """Makes the payload of a stage with some number of steps, launched inline, that saves after each step."""
+    root = tmp_path_factory.mktemp("nodes")
     inline = ROOT / "configs/resources/inline.yaml"
     where = (
         f"resources.storage.store={root}/store",
@@ -188,30 +188,30 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], JobPayloa
 
 
 class Flow:
-    """A process that asks for a stage, again after its death."""
+    """A process that runs a stage, and is restarted after its death."""
 
-    def __init__(self, asked: JobPayload, folder: Path, launch: Mapping[str, str], **train: object) -> None:
+    def __init__(self, payload: JobPayload, folder: Path, launch: Mapping[str, str], **train: object) -> None:
         own = {"storage.store": str(folder / "store"), **{f"train.{key}": value for key, value in train.items()}}
-        self.asked = asked.with_changes({"resources": asked.resources.with_changes({**launch, **own})})
+        self.payload = payload.with_changes({"resources": payload.resources.with_changes({**launch, **own})})
         self.folder, self.lives = folder, 0
-        (folder / "asked.json").write_text(self.asked.model_dump_json())
+        (folder / "payload.json").write_text(self.payload.model_dump_json())
 
     def start(self) -> None:
-        """A new life."""
+        """Start the process."""
         self.lives += 1
         self.log = self.folder / f"flow-{self.lives}.log"
-        files = [str(self.folder / "asked.json"), str(self.folder / "made.json")]
-        command = [sys.executable, str(Path(__file__).parent / "asked_stage.py"), *files]
+        files = [str(self.folder / "payload.json"), str(self.folder / "checkpoint.json")]
+        command = [sys.executable, str(Path(__file__).parent / "stage_process.py"), *files]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, env=ENV, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 
     def steps(self) -> int:
-        """Of the newest resume checkpoint."""
-        found = [int(path.parent.name[5:]) for path in self.folder.glob("store/resume/*/step-*/manifest.json")]
-        return max(found, default=0)
+        """Return the step of the newest resume checkpoint."""
+        steps = [int(path.parent.name[5:]) for path in self.folder.glob("store/resume/*/step-*/manifest.json")]
+        return max(steps, default=0)
 
     def await_steps(self, least: int) -> None:
-        """Until the checkpoint of a step is there."""
+        """Wait until the checkpoint of a step exists."""
 
         def is_so() -> bool:
             assert self.process.poll() is None, f"ended too early, seed {SEED}: {self.log.read_text()[-4000:]}"
@@ -220,13 +220,13 @@ class Flow:
         _wait(is_so, f"step {least}")
 
     def result(self) -> Checkpoint:
-        """What the last life ended with."""
+        """Wait for the end of the process and return its checkpoint."""
         assert self.process.wait(PATIENCE_SECONDS) == 0, self.log.read_text()[-4000:]
-        return Checkpoint.model_validate_json((self.folder / "made.json").read_text())
+        return Checkpoint.model_validate_json((self.folder / "checkpoint.json").read_text())
 
     @contextmanager
     def running(self) -> Iterator["Flow"]:
-        """Started; ended with the block."""
+        """Start the process, and end it with the context."""
         self.start()
         try:
             yield self
@@ -240,9 +240,9 @@ def _losses(checkpoint: Checkpoint) -> list[float]:
     return [float.fromhex(row["loss"]) for row in curve if "loss" in row]
 
 
-def _is_that_of_one_process(made: Checkpoint, asked: JobPayload, *, num_nodes: int) -> None:
-    """Its curve; nothing was sealed twice, every node had one worker, and nothing is left of the way there."""
-    alone = train_stage(asked.stage, asked.model, asked.data, asked.init, asked.resources)
+def _is_that_of_one_process(made: Checkpoint, payload: JobPayload, *, num_nodes: int) -> None:
+    """Check the curve, that nothing was sealed twice, that every node had one worker, and that no draft is left."""
+    alone = train_stage(payload.stage, payload.model, payload.data, payload.init, payload.resources)
     assert _losses(made) == pytest.approx(_losses(alone), rel=1e-6, abs=1e-6), f"seed {SEED}"
     store = Path(made.uri).parents[1]
     assert len(list(store.glob("checkpoint/*/manifest.json"))) == 1
@@ -255,10 +255,10 @@ def _is_that_of_one_process(made: Checkpoint, asked: JobPayload, *, num_nodes: i
 
 @pytest.mark.timeout(600)
 def test_a_job_outlives_its_flow_a_worker_and_a_node(
-    cluster_of: Callable[[int], Nodes], asked: Callable[[int], JobPayload], tmp_path: Path
+    cluster_of: Callable[[int], Nodes], make_payload: Callable[[int], JobPayload], tmp_path: Path
 ) -> None:
-    """One job all the time, though three things die: a second flow finds it, and Ray Train waits for a node."""
-    nodes, stage = cluster_of(2), asked(16)
+    """Three parts die and the job stays the same: a second flow re-attaches to it, and Ray Train waits for a node."""
+    nodes, stage = cluster_of(2), make_payload(16)
     launch = {"launch": "ray_job", "ray_address": nodes.address, "job_address": nodes.jobs}
     flow = Flow(
         stage, tmp_path, launch, num_workers=2, zero_stage=1, placement="STRICT_SPREAD",
@@ -272,8 +272,8 @@ def test_a_job_outlives_its_flow_a_worker_and_a_node(
         workers = nodes.workers()
         assert len(workers) == 2
         for worker in workers:
-            found = worker.environ()  # as its process began
-            assert [found[name] for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")] == [
+            environment = worker.environ()  # the environment at the start of the process
+            assert [environment[name] for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")] == [
                 "lo"
             ] * 3
         workers[0].kill()
@@ -283,9 +283,9 @@ def test_a_job_outlives_its_flow_a_worker_and_a_node(
         nodes.add()
         made = flow.result()
     _is_that_of_one_process(made, stage, num_nodes=2)
-    # Worth no second try: the task says so, not Ray.
+    # The error comes from the task, not from Ray, and is not retried.
     damaged = JobPayload.model_validate(
-        {**flow.asked.model_dump(), "data": {**stage.data.model_dump(), "digest": "0" * 64}}
+        {**flow.payload.model_dump(), "data": {**stage.data.model_dump(), "digest": "0" * 64}}
     )
     with pytest.raises(CorruptArtifact, match=f"{'0' * 64}"):
         train_stage(damaged.stage, damaged.model, damaged.data, damaged.init, damaged.resources)
@@ -306,11 +306,15 @@ def test_a_job_outlives_its_flow_a_worker_and_a_node(
     [("worker", 2), ("worker", 4), ("node", 2), ("node", 4), ("head", 2), ("flow", 2)],
 )
 def test_killed_again_and_again_it_goes_on(
-    what: str, num_nodes: int, cluster_of: Callable[[int], Nodes], asked: Callable[[int], JobPayload], tmp_path: Path
+    what: str,
+    num_nodes: int,
+    cluster_of: Callable[[int], Nodes],
+    make_payload: Callable[[int], JobPayload],
+    tmp_path: Path,
 ) -> None:
-    """One stage with all the kills of a kind. After the head's death the cluster and the flow are started anew."""
+    """One stage with all kills of one kind. After the head's death, cluster and flow are started again."""
     draw = random.Random(SEED)
-    nodes, stage = cluster_of(num_nodes), asked(STEPS_A_KILL * (KILLS + 1))
+    nodes, stage = cluster_of(num_nodes), make_payload(STEPS_A_KILL * (KILLS + 1))
     launch = {"launch": "ray_job", "job_address": nodes.jobs} if what == "flow" else {"launch": "ray"}
     flow = Flow(
         stage, tmp_path, {**launch, "ray_address": nodes.address}, num_workers=num_nodes, zero_stage=2,
@@ -345,11 +349,11 @@ def test_killed_again_and_again_it_goes_on(
 
 @pytest.mark.skipif(not KILLS, reason="long: VILA_KILLS_NODES asks for it")
 def test_a_cluster_without_room_is_an_error_that_says_so(
-    cluster_of: Callable[[int], Nodes], asked: Callable[[int], JobPayload], tmp_path: Path
+    cluster_of: Callable[[int], Nodes], make_payload: Callable[[int], JobPayload], tmp_path: Path
 ) -> None:
     nodes = cluster_of(1)
     launch = {"launch": "ray", "ray_address": nodes.address}
-    flow = Flow(asked(2), tmp_path, launch, num_workers=2, placement="STRICT_SPREAD", start_timeout_seconds=60)
+    flow = Flow(make_payload(2), tmp_path, launch, num_workers=2, placement="STRICT_SPREAD", start_timeout_seconds=60)
     with flow.running():
         assert flow.process.wait(PATIENCE_SECONDS) == 1
     assert (

@@ -1,6 +1,6 @@
-"""Evaluation sets planted in training data, changed as the web changes things: how many are found, and what else is.
+"""Evaluation items planted in training data with the changes of the web: how many are detected, and how many others.
 
-VILA_LEAKS says how many images and texts leak, 300 unless `make faults` asks for more.
+VILA_LEAKS sets the number of leaked images and texts (300; `make faults` sets more).
 """
 
 import io
@@ -39,7 +39,7 @@ def signed(records: list[Record], known: NDArray[np.uint64] | None) -> pa.Table:
 
 @lru_cache(maxsize=1000)
 def image(seed: int) -> Pillow.Image:
-    """A photo-like field of noise (amplitude 1 / frequency) in its own colours, with some shapes on it."""
+    """Return a photo-like image of noise (amplitude 1 / frequency) in random colours, with some shapes on it."""
     rng = np.random.default_rng(seed)
     size = tuple(int(side) for side in rng.integers(96, 320, 2))
     field = np.zeros((size[1], size[0], 3), np.float32)
@@ -88,20 +88,20 @@ def test_copies_of_evaluation_images_are_found_and_no_others(kind: str, evaluati
     draw = random.Random(kind)
     copies = [record(Image(CHANGES[kind](image(seed), draw))) for seed in range(COUNT)]
     others = [record(Image(CHANGES[kind](image(COUNT + seed), draw))) for seed in range(COUNT)]
-    found = contaminated(signed(copies + others, known_ngrams(evaluation)), evaluation, GATE)
-    right = [row["record"] for row in found.to_pylist() if row["record"] == row["twin"]]
+    detected = contaminated(signed(copies + others, known_ngrams(evaluation)), evaluation, GATE)
+    right = [row["record"] for row in detected.to_pylist() if row["record"] == row["twin"]]
     assert len(right) >= 0.99 * COUNT, "recall"
-    assert len(right) >= 0.99 * len(found), "precision"
+    assert len(right) >= 0.99 * len(detected), "precision"
 
 
 def sentence(draw: random.Random, words: int) -> list[str]:
-    """Words of a small vocabulary, the first ones by far the commonest, as in a language (Zipf)."""
+    """Return words of a small vocabulary, by a Zipf distribution as in a language."""
     ranks = range(1, 401)
     return [f"w{rank}" for rank in draw.choices(ranks, [1 / rank for rank in ranks], k=words)]
 
 
 def dressed(words: list[str], draw: random.Random) -> str:
-    """The same words in other case, punctuation and spacing."""
+    """Return the same words in other case, punctuation and spacing."""
     shown = [draw.choice((str, str.upper, str.title))(word) for word in words]
     return "".join(word + draw.choice((" ", ", ", " - ", ".\n", '" ', "  ")) for word in shown)
 
@@ -115,10 +115,10 @@ def test_evaluation_texts_inside_longer_ones_are_found_and_no_others() -> None:
         for words in asked
     ]
     others = [record(dressed(sentence(draw, draw.randint(13, 300)), draw)) for _ in range(10 * COUNT)]
-    found = contaminated(signed(leaks + others, known_ngrams(known)), known, GATE).to_pylist()
-    right = [row for row in found if row["record"] == row["twin"] and row["reason"] == "contaminated_text"]
+    detected = contaminated(signed(leaks + others, known_ngrams(known)), known, GATE).to_pylist()
+    right = [row for row in detected if row["record"] == row["twin"] and row["reason"] == "contaminated_text"]
     assert len(right) >= 0.99 * COUNT, "recall"
-    assert len(right) >= 0.99 * len(found), "precision"
+    assert len(right) >= 0.99 * len(detected), "precision"
 
 
 def test_short_evaluation_texts_are_found_where_they_are_the_whole_text_only() -> None:
@@ -127,5 +127,5 @@ def test_short_evaluation_texts_are_found_where_they_are_the_whole_text_only() -
     known = signed([record(" ".join(words)) for words in asked], None)
     whole = [record(dressed(words, draw)) for words in asked]
     inside = [record(dressed(["so", *words], draw)) for words in asked]
-    found = contaminated(signed(whole + inside, known_ngrams(known)), known, GATE)
-    assert found["record"].to_pylist() == found["twin"].to_pylist() == list(range(COUNT))
+    detected = contaminated(signed(whole + inside, known_ngrams(known)), known, GATE)
+    assert detected["record"].to_pylist() == detected["twin"].to_pylist() == list(range(COUNT))

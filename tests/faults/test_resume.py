@@ -1,4 +1,4 @@
-"""Where a resume is easily wrong: at the end of an epoch, before the last step, of another rhythm or recipe."""
+"""Error-prone cases of a resume: the end of an epoch, the last step, another save interval, another recipe."""
 
 import re
 from collections.abc import Callable
@@ -16,12 +16,12 @@ Fork = Callable[..., list[int]]
 
 @pytest.fixture
 def trained_and_killed(
-    fork: Fork, ask: Callable[..., ResumeTrial], tmp_path: Path
+    fork: Fork, make_trial: Callable[..., ResumeTrial], tmp_path: Path
 ) -> Callable[..., tuple[ResumeTrial, ResumeTrial]]:
-    """A stage that nobody killed, and one that was as soon as its checkpoint after `step` steps was there."""
+    """Makes an uninterrupted stage, and one that was killed as soon as its checkpoint after `step` steps existed."""
 
     def make(*, step: int, **changes: Any) -> tuple[ResumeTrial, ResumeTrial]:
-        whole, killed = (ask(tmp_path / name, **changes) for name in ("whole", "killed"))
+        whole, killed = (make_trial(tmp_path / name, **changes) for name in ("whole", "killed"))
         assert fork(stage=whole.model_dump(mode="json"), points=str(tmp_path / "points")) == [0]
         points = (tmp_path / "points").read_text().splitlines()
         there = next(point for point in points if re.match(rf"(rename|replace) /resume/.*step-{step:06d}", point))
@@ -31,13 +31,13 @@ def trained_and_killed(
     return make
 
 
-def changed(asked: ResumeTrial, **settings: Any) -> ResumeTrial:
-    stage = Stage.model_validate({**asked.stage.model_dump(), **settings})
-    return ResumeTrial.model_validate({**asked.model_dump(), "stage": stage.model_dump()})
+def changed(trial: ResumeTrial, **settings: Any) -> ResumeTrial:
+    stage = Stage.model_validate({**trial.stage.model_dump(), **settings})
+    return ResumeTrial.model_validate({**trial.model_dump(), "stage": stage.model_dump()})
 
 
 def check(whole: ResumeTrial, resumed: ResumeTrial, *, step: int) -> None:
-    """The second went on after so many steps, and ended as the first."""
+    """Checks that the second stage resumed after `step` steps and ended as the first."""
     attempts = {read.attempt: [] for read in resumed.samples()}
     for read in resumed.samples():
         attempts[read.attempt].append(read.step)
@@ -77,7 +77,7 @@ def test_another_rhythm_of_saves_does_not_matter(
 def test_another_recipe_does_not_go_on_from_this_one_s_checkpoint(
     trained_and_killed: Callable[..., tuple[ResumeTrial, ResumeTrial]], fork: Fork
 ) -> None:
-    """Not even with one step more, nor in the same store: they have other addresses."""
+    """Not even in the same store and with only one step more, as its address differs."""
     whole, killed = trained_and_killed(step=4, num_steps=9, save_every=4)
     longer = changed(killed, num_steps=10)
     seen = len(killed.samples())

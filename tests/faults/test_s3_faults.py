@@ -1,6 +1,6 @@
-"""S3 that fails: through a proxy that answers errors, hangs, breaks off and lies, what is sealed ends right.
+"""S3 behind a proxy that answers errors, hangs, cuts off and corrupts: sealed bytes are right.
 
-VILA_FAULTS sets how many faulty calls (60; `make faults`: 500), VILA_FAULT_SEED which.
+VILA_FAULTS sets the number of faulty calls (60; `make faults`: 500), VILA_SEED which.
 """
 
 import hashlib
@@ -36,12 +36,12 @@ from vila_ops.train.job import RankInfo
 
 FAULTS = int(os.environ.get("VILA_FAULTS", "60"))
 SHARE = 0.4
-"""Of calls that fail."""
+"""Share of calls that fail."""
 IN_A_ROW = 3
-"""Faults of one call after another, so that no call can fail as often as it is tried."""
+"""Most consecutive faults of one call, fewer than its tries."""
 Fault = Literal["error", "slow_down", "conflict", "hang", "reset", "lost", "partial", "lie"]
-"""error, slow_down, conflict: an answer of S3's own. hang, reset: no answer, nothing done. lost: done, and no answer.
-partial: half of the answer's body. lie: a body with a bit flipped."""
+"""error, slow_down, conflict: an error of S3. hang, reset: no answer, nothing done. lost: done, but no answer. partial:
+half of the answer's body. lie: a body with a flipped bit."""
 READ_SECONDS = 0.5
 ANSWERS = {
     "error": (500, "InternalError"),
@@ -49,11 +49,11 @@ ANSWERS = {
     "conflict": (409, "ConditionalRequestConflict"),
 }
 Choose = Callable[[str, str], Fault | None]
-"""Method and target of a call to its fault."""
+"""Chooses the fault of a call from its method and target."""
 
 
 class Proxy(ThreadingHTTPServer):
-    """Forwards to another server; `choose` says what to do to each call, `calls` what was asked."""
+    """Forwards calls to another server. `choose` chooses their faults, and `calls` records them."""
 
     daemon_threads = True
 
@@ -65,17 +65,17 @@ class Proxy(ThreadingHTTPServer):
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no news."""
+        """Ignore clients that closed their connection."""
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One call."""
+    """Handles one call."""
 
     protocol_version = "HTTP/1.1"
     server: Proxy
 
     def handle_call(self) -> None:
-        """Forward it, or not, and answer, or not."""
+        """Forward and answer the call, or apply its fault."""
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.server.calls.append((self.command, self.path))
         match self.server.choose(self.command, self.path):
@@ -102,7 +102,7 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_call
 
     def forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
-        """What the server behind answers."""
+        """Return the upstream server's answer."""
         upstream = http.client.HTTPConnection(self.server.upstream, timeout=30)
         upstream.request(self.command, self.path, body, dict(self.headers.items()))
         answer = upstream.getresponse()
@@ -115,7 +115,7 @@ class Handler(BaseHTTPRequestHandler):
         return answer.status, headers, read
 
     def reply(self, status: int, headers: dict[str, str], body: bytes, *, cut: int | None = None) -> None:
-        """Answer; `cut` ends the connection after so many bytes."""
+        """Answer. `cut` ends the connection after that many bytes of the body."""
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(body))} | headers | {"Connection": "close"}).items():
             self.send_header(name, value)
@@ -130,14 +130,14 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def log_message(self, *_: Any) -> None:
-        """Quiet."""
+        """Log nothing."""
 
 
 @pytest.fixture
 def proxy(
     s3_store: str, moto_endpoint: str, aws: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Proxy]:
-    """Between boto3 and moto, with short waits."""
+    """A proxy between boto3 and moto, with short waits."""
     monkeypatch.setattr(s3_calls, "READ_SECONDS", READ_SECONDS)
     monkeypatch.setattr(s3, "TRANSFER", TransferConfig(multipart_threshold=5 * 2**20, multipart_chunksize=5 * 2**20))
     monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0.01)
@@ -167,7 +167,7 @@ def forget(tmp_path: Path) -> None:
 
 
 def at_random(draw: random.Random, injected: Counter[Fault]) -> Choose:
-    """Each call fails with a chance of SHARE, but not more than IN_A_ROW times in a row."""
+    """Return a chooser by which each call fails with probability SHARE, at most IN_A_ROW times in a row."""
     in_a_row: Counter[tuple[str, str]] = Counter()
     lock = threading.Lock()
 
@@ -226,9 +226,9 @@ def test_through_faults_of_every_kind_resume_checkpoints_come_back_whole(
         saving.save(step, iter(states.items()), [{"step": step, "loss": 1 / step}])
         saving.close()
         loading = Checkpointer(resume, RankInfo(), make_resources(tmp_path), live=True)
-        found = loading.newest()
-        assert found is not None
-        tensors, manifest = found
+        newest = loading.newest()
+        assert newest is not None
+        tensors, manifest = newest
         assert manifest["curve"] == [{"step": step, "loss": 1 / step}], SEED
         assert all(torch.equal(tensors[name]["param"], one["param"]) for name, one in states.items()), SEED
         forget(tmp_path)
@@ -257,9 +257,9 @@ def test_a_store_that_stays_down_fails_the_save_and_never_counts_as_damage(
         with pytest.raises(StoreUnreachable, match=f"resume/address/step-000002-.*{down}.*500"):
             attempt().newest()
         proxy.choose = lambda *_: None
-        found = attempt().newest()
-        assert found is not None
-        assert found[1]["step"] == 2
+        newest = attempt().newest()
+        assert newest is not None
+        assert newest[1]["step"] == 2
 
 
 @pytest.mark.parametrize("fault", ["lost", "conflict", "error", "reset"])

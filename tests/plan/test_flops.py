@@ -65,7 +65,7 @@ CASES = [
 
 @pytest.fixture
 def measured(make_model: Any, make_stage: Any, make_mixture: Any, build: Any) -> Any:
-    """A case to its shapes, its stage, and what torch counts in products with weights and in attention."""
+    """Return the shapes and stage of a case, and torch's FLOPs of products with weights and of attention."""
 
     def run(case: Case, *, feature_layer: int = -1) -> Any:
         config = make_model(case.tower, feature_layer=feature_layer, image_size=70)
@@ -83,11 +83,11 @@ def measured(make_model: Any, make_stage: Any, make_mixture: Any, build: Any) ->
 
 
 def counted(model: Any, stage: Stage, case: Case) -> tuple[int, int]:
-    """FLOPs by torch's counter: of products with weights, and of products of activations."""
+    """Return torch's FLOPs of products with weights, and of products of activations."""
     for module in model.modules():
         if hasattr(module, "config"):
-            module.config._attn_implementation = "eager"  # its products are seen one by one
-    model.model.vision_tower.use_head = False  # SigLIP's pooling, which nobody reads
+            module.config._attn_implementation = "eager"  # its products are counted one by one
+    model.model.vision_tower.use_head = False  # SigLIP's pooling has no effect
     objective = Objective(model, bf16=False).train()
     set_trainable(objective, stage.trainable, stage.tuning)
     random = torch.Generator().manual_seed(0)
@@ -96,7 +96,7 @@ def counted(model: Any, stage: Stage, case: Case) -> tuple[int, int]:
     labels = torch.full((1, TOKENS), -100)
     labels[0, -TARGETS:] = 3
     pixels = torch.rand(case.images, 3, 70, 70) if case.images else None
-    # A product that is added in place torch counts not, only one that is not.
+    # torch does not count products that are added in place.
     in_place = {torch.ops.aten.addmm_: lambda _, left, right, **__: 2 * left[0] * left[1] * right[1]}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         features = None
@@ -151,7 +151,7 @@ def test_llama_2_7b_costs_6_n_a_token_but_for_its_embedding_and_attention(make_s
     config = VilaConfig(vision_config=CLIPVisionConfig(), text_config=llama, tie_word_embeddings=False)
     stage = make_stage(make_mixture("pairs"), trainable=("language_model",))
     embedding, norms = 32_000 * 4096, 65 * 4096
-    by_6n = 6 * (6_738_415_616 - embedding - norms) * 4096  # parameters as Meta publishes them
+    by_6n = 6 * (6_738_415_616 - embedding - norms) * 4096  # the number that Meta publishes
     attention = 6 * 32 * 2 * 4096 * 4096 * 4097 / 2
     told = training_flops(shapes_of(config), stage, segments=[4096], images=0, targets=4096)
     assert told == by_6n + attention

@@ -1,4 +1,4 @@
-"""The memory forecast against the bytes that are alive in a real step, and against ZeRO's shares by hand."""
+"""The memory forecast against the live bytes of a real step, and against ZeRO's shards computed here."""
 
 import weakref
 from dataclasses import dataclass, field
@@ -35,7 +35,7 @@ LANGUAGE = ("projector", "language_model")
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of all storages that are alive."""
+    """Counts the bytes of all live storages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ def test_the_forecast_is_what_is_alive_at_the_peak_of_a_step(case: Case, make_st
 
 
 def built(config: VilaConfig, stage: Stage) -> tuple[Objective, Weights]:
-    """A model as a stage holds it, and its numbers."""
+    """Return the objective of a stage, and its parameters by state."""
     torch.manual_seed(0)
     model = VilaForConditionalGeneration(config)
     dtype = torch.bfloat16 if stage.precision == "bf16" else torch.float32
@@ -140,7 +140,7 @@ def built(config: VilaConfig, stage: Stage) -> tuple[Objective, Weights]:
 
 
 def peak(objective: Objective, stage: Stage, accumulated: int) -> int:
-    """Bytes alive at the peak of a second step."""
+    """Return the live bytes at the peak of a second step."""
     model = objective.model
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     ids = torch.randint(0, 200, (ROWS, TOKENS))
@@ -176,7 +176,7 @@ def peak(objective: Objective, stage: Stage, accumulated: int) -> int:
 
 @pytest.mark.parametrize(
     ("zero", "offload", "weights", "gradients", "optimizer", "host"),
-    [  # GB of 10^9 trained parameters over 8 workers; ZeRO-3 gathers 10^9 numbers at most, the 7 / 8 of others
+    [  # GB for 10^9 trained parameters on 8 workers; ZeRO-3 gathers at most 10^9 elements, 7 / 8 of them from others
         (0, "none", 4, 4, 8, 0),
         (1, "none", 4, 4, 12 / 8, 0),
         (2, "none", 4, 4 / 8, 12 / 8, 0),
@@ -200,5 +200,5 @@ def test_zero_shares_states_over_the_workers(
     resources = Resources(launch="ray", ray_address="h:1", train=train)
     config = VilaConfig(vision_config=CLIP, text_config=LLAMA, vision_side=SIDE, tie_word_embeddings=False)
     told = memory(shapes_of(config), Weights(10**9, 0, 0), stage, resources, MicroBatch(1, 64, 0))
-    found = (told.weights, told.gradients, told.optimizer, told.host)
-    assert found == pytest.approx(tuple(size * 1e9 for size in (weights, gradients, optimizer, host)))
+    actual = (told.weights, told.gradients, told.optimizer, told.host)
+    assert actual == pytest.approx(tuple(size * 1e9 for size in (weights, gradients, optimizer, host)))

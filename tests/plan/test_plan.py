@@ -1,4 +1,4 @@
-"""The plan of prepared data, of declared lengths, and what it refuses."""
+"""The plan from prepared data and from declared lengths, and its refusals."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def planned() -> Any:
-    """The plan of VILA 7B with some overrides, and how the command ended."""
+    """Runs the plan of VILA 7B with some overrides. Returns the plan, the exit code and stderr."""
 
     def run(*overrides: str) -> tuple[Json, int, str]:
         options = [part for override in overrides for part in ("-s", override)]
@@ -142,7 +142,7 @@ def test_hours_money_and_storage_are_arithmetic(planned: Any) -> None:
     assert sft["model_bytes"] == pytest.approx(4 * (6_738_415_616 + 303_507_456 + 20_979_712), rel=0.001)  # fp32
     assert sft["resume_bytes"] == pytest.approx(3 * 12 * (6_738_415_616 + 20_979_712), rel=0.001)
     assert align["feature_bytes"] == pytest.approx(align["images"] * 576 * 1024 * 2, rel=0.001)
-    assert align["resume_bytes"] == 0  # 24,000 steps are more than it has
+    assert align["resume_bytes"] == 0  # save_every is 24,000, more than its steps
 
 
 def test_the_commands_of_the_page_print_what_it_shows() -> None:

@@ -1,6 +1,6 @@
-"""Two ranks that save: `python checkpoint_ranks.py FOLDER RANK`. Rank 1 dies by its own hand at the end.
+"""Two ranks that save checkpoints: `python checkpoint_ranks.py FOLDER RANK`. Rank 1 kills itself at the end.
 
-What each says lies in FOLDER/said-RANK.json.
+Each rank writes its results to FOLDER/result-RANK.json.
 """
 
 import json
@@ -25,42 +25,42 @@ RESOURCES = {"launch": "ray", "ray_address": "127.0.0.1:1", "train": TRAIN}
 
 
 def make(resume: Path, rank: int) -> Checkpointer:
-    """The checkpoints of one more attempt."""
+    """Return the checkpointer of a new attempt."""
     resources = Resources.model_validate({**RESOURCES, "storage": {"store": str(resume.parent)}})
     return Checkpointer(str(resume), RankInfo(rank=rank, world_size=2), resources, live=True)
 
 
 def save(checkpoints: Checkpointer, step: int) -> None:
-    """One save to its end."""
+    """Save and wait for the end of the save."""
     states = {name: {key: torch.full((2, 3), float(step + n)) for n, key in enumerate(KINDS)} for name in NAMES}
     checkpoints.save(step, iter(states.items()), [])
     checkpoints.close()
 
 
 def newest_step(resume: Path, rank: int) -> int | None:
-    """Of the newest one that is whole."""
-    found = make(resume, rank).newest()
-    return None if found is None else found[1]["step"]
+    """Return the step of the newest intact checkpoint."""
+    newest = make(resume, rank).newest()
+    return None if newest is None else newest[1]["step"]
 
 
 def main(folder: Path, rank: int) -> None:
     """Save, resume, and fail."""
-    said: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     join(rank, 2, str(folder / "rendezvous"))
     for step in (2, 4):
         save(make(folder / "whole", rank), step)
-    said["found"] = newest_step(folder / "whole", rank)
+    results["newest"] = newest_step(folder / "whole", rank)
 
     open_file = Path.open
 
     def damaged(path: Path, *mode: Any, **more: Any) -> Any:
-        """Rank 1's own disk reads another file than was written."""
+        """Read another file than was written, as on a damaged disk of rank 1."""
         other = path.parent.with_name("step-000002") / path.name if "step-000004" in path.parent.name else path
         return open_file(other, *mode, **more)
 
     if rank == 1:
         Path.open = damaged  # type: ignore[method-assign]
-    said["passed over"] = newest_step(folder / "whole", rank)
+    results["newest with damage"] = newest_step(folder / "whole", rank)
     Path.open = open_file  # type: ignore[method-assign]
 
     save(make(folder / "broken", rank), 2)
@@ -71,9 +71,9 @@ def main(folder: Path, rank: int) -> None:
     try:
         save(full, 6)
     except OSError as error:
-        said["failed"] = str(error)
+        results["failed"] = str(error)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-    (folder / f"said-{rank}.json").write_text(json.dumps(said))
+    (folder / f"result-{rank}.json").write_text(json.dumps(results))
 
     dying = make(folder / "broken", rank)
     if rank == 1:
@@ -81,9 +81,9 @@ def main(folder: Path, rank: int) -> None:
     try:
         save(dying, 8)
     except RuntimeError as error:
-        said["died"] = repr(error)
-    (folder / f"said-{rank}.json").write_text(json.dumps(said))
-    os._exit(0)  # not through an interpreter with gloo's threads in it
+        results["died"] = repr(error)
+    (folder / f"result-{rank}.json").write_text(json.dumps(results))
+    os._exit(0)  # a normal exit may abort in gloo's threads
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A prepared dataset and an assembled model to train on, made once."""
+"""A prepared dataset and an assembled model to train on, built once per session."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ SPLIT = {"salt": "tiny", "validation": 0.2, "test": 0.2}
 
 @dataclass(frozen=True)
 class Bench:
-    """What a stage is given."""
+    """The inputs of a stage."""
 
     model: Model
     mixture: Mixture
@@ -29,7 +29,7 @@ class Bench:
 def bench(
     make_model: Any, make_mixture: Any, make_text: Any, make_resources: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Bench:
-    """Captions and text alone, so that some rows have no image."""
+    """A dataset of captions and of text without images, so that some rows have no image."""
     root: Path = tmp_path_factory.mktemp("bench")
     resources = make_resources(root)
     model = make_model("clip", "mlp_downsample")

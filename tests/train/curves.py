@@ -14,9 +14,9 @@ honest = DeepSpeedEngine.backward
 
 
 def run(task: dict[str, Any], rank_info: RankInfo) -> None:
-    """Train a job; rank 0 leaves ran.json, what the stage says of itself, beside the curve.
+    """Train a job. Rank 0 writes ran.json, the facts that the loop returns, beside the curve.
 
-    `scale` is what the last rank multiplies its loss by before it takes gradients.
+    The last rank multiplies its loss by `scale` before the backward pass.
     """
     job = TrainJob.model_validate(task["job"])
     scale = task["scale"] if rank_info.rank == rank_info.world_size - 1 else 1.0

@@ -20,10 +20,10 @@ from vila_ops.train.watchdog import StepWatchdog
 
 
 def run(task: dict[str, Any], rank_info: RankInfo) -> None:
-    """Take a step, and then one whose gradient is not finite on the last rank alone.
+    """Take a step, and then a step whose gradient is not finite on the last rank only.
 
-    Rank 0 leaves norms.json, with both norms and what the second step moved, and state.safetensors, the state after
-    the first, in the attempt's folder.
+    Rank 0 writes norms.json, with both norms and the tensors that the second step changed, and state.safetensors, the
+    state after the first step, into the attempt's folder.
     """
     job = TrainJob.model_validate(task)
     model, rows, batches = load(job)

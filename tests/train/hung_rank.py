@@ -1,4 +1,4 @@
-"""One rank as one_rank.py starts it, but rank 1 sleeps in the data of its first step: `python hung_rank.py ...`."""
+"""A rank as of one_rank.py, but rank 1 hangs while it builds its first batch: `python hung_rank.py ...`."""
 
 import sys
 import time
@@ -17,7 +17,7 @@ def sleeps_for_ever() -> None:
 
 
 class Stuck(BatchBuilder):
-    """The batches of a source that stops to answer."""
+    """Hangs in the first training step."""
 
     def __call__(self, rows: Any, *, step: int | None = None) -> Any:
         if step is not None:

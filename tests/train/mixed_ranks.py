@@ -1,4 +1,4 @@
-"""Two ranks whose rows have images and have none, for `ranks.py`."""
+"""Two ranks with rows with and without images, for `ranks.py`."""
 
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ from vila_ops.train.loop import modifications_of
 from vila_ops.train.objective import Batch, Objective
 
 STEPS = (("PT", "TP"), ("TT", "TT"), ("TT", "PT"), ("PP", "TT"))
-"""Per optimizer step its passes, per pass the row of each rank: with an image (P) or text alone (T)."""
+"""For each optimizer step its passes, and for each pass the row of each rank: with an image (P) or only text (T)."""
 
 
 def make_batch(objective: Objective, kind: str, seed: int) -> Batch:
-    """One row; pixels where the tower trains, else features."""
+    """Return a batch of one row, with pixels if the tower trains, and features otherwise."""
     config = objective.model.config
     random = torch.Generator().manual_seed(seed)
     ids = torch.randint(10, 200, (1, 24), generator=random)
@@ -42,7 +42,7 @@ def make_batch(objective: Objective, kind: str, seed: int) -> Batch:
 
 
 def walk(engine: Engine, objective: Objective, *, ranks: tuple[int, ...]) -> dict[str, Tensor]:
-    """Take all steps with the rows of some ranks; returns the state by name."""
+    """Take all steps with the rows of some ranks. Returns the state by name."""
     for number, passes in enumerate(STEPS):
         for micro, kinds in enumerate(passes):
             for rank in ranks:
@@ -54,7 +54,7 @@ def walk(engine: Engine, objective: Objective, *, ranks: tuple[int, ...]) -> dic
 
 
 def set_out(folder: str, stage: Stage, resources: Resources) -> tuple[Engine, Objective]:
-    """Model and engine of a stage."""
+    """Return engine and objective of a stage."""
     model = model_folder.load(Path(folder), modifications=modifications_of(stage))
     objective = Objective(model, bf16=False)
     trained = set_trainable(objective, stage.trainable, stage.tuning)
@@ -62,9 +62,9 @@ def set_out(folder: str, stage: Stage, resources: Resources) -> tuple[Engine, Ob
 
 
 def run(task: dict[str, Any], rank_info: RankInfo) -> None:
-    """Leave the state after the steps of a case; a world of one takes the rows of both ranks."""
+    """Write the state after the steps of a case. A single process takes the rows of both ranks."""
     stage, resources = Stage.model_validate(task["stage"]), Resources.model_validate(task["resources"])
     ranks = (0, 1) if rank_info.world_size == 1 else (rank_info.rank,)
-    found = walk(*set_out(task["folder"], stage, resources), ranks=ranks)
+    state = walk(*set_out(task["folder"], stage, resources), ranks=ranks)
     if rank_info.rank == 0:
-        save_file(found, task["out"])
+        save_file(state, task["out"])

@@ -1,4 +1,4 @@
-"""What the scripts of single ranks share: they join a group of processes, and end when all have done their work."""
+"""Shared by the scripts of single ranks: join a process group, and end when all ranks are done."""
 
 import os
 import sys
@@ -7,16 +7,16 @@ import torch
 
 
 def join(rank: int, world_size: int, rendezvous: str) -> None:
-    """Meet the other ranks, as every launcher makes them meet; DeepSpeed asks the environment for its place."""
+    """Join the process group. DeepSpeed reads rank and world size from the environment."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
 
 
 def end() -> None:
-    """End this process, whose work is done and on disk.
+    """End this process, whose results are on disk.
 
-    Not through the interpreter: a thread of gloo may outlive it, which aborts the process when everything is done, now
-    and then also after destroy_process_group.
+    A normal exit may abort the process, even after destroy_process_group, as a thread of gloo can outlive the
+    interpreter.
     """
     torch.distributed.barrier()
     sys.stdout.flush()

@@ -1,7 +1,8 @@
-"""Tasks one after another in the same process: `python ranks.py TASKS.json RANK WORLD_SIZE RENDEZVOUS`.
+"""Several tasks in one process per rank: `python ranks.py TASKS.json RANK WORLD_SIZE RENDEZVOUS`.
 
-TASKS are `alone`, of rank 0 before it joins the others, and `together`; each is the name of a module here and what
-its `run` is given. Importing DeepSpeed costs more than a small stage, so that many share one process.
+TASKS has the lists `alone`, for rank 0 before it joins the process group, and `together`. A task is the name of a
+module in this folder and the argument of its `run`. Importing DeepSpeed takes longer than a small stage, so many stages
+share one process.
 """
 
 import importlib
@@ -15,8 +16,8 @@ from process_group import end, join
 from vila_ops.train.job import RankInfo
 
 if __name__ == "__main__":
-    told, rank, world_size, rendezvous = sys.argv[1:]
-    tasks = json.loads(Path(told).read_text())
+    tasks_file, rank, world_size, rendezvous = sys.argv[1:]
+    tasks = json.loads(Path(tasks_file).read_text())
     torch.set_num_threads(1)
     for module, task in tasks["alone"] if rank == "0" else []:
         importlib.import_module(module).run(task, RankInfo())

@@ -1,4 +1,4 @@
-"""Resume checkpoints: what is saved comes back, beside the training, by policy, on disk and on S3."""
+"""Resume checkpoints on disk and on S3: round trip, saving in the background, retention and damage."""
 
 import json
 import os
@@ -29,7 +29,7 @@ Make = Callable[..., Checkpointer]
 
 @pytest.fixture
 def make(make_resources: Callable[..., Resources], tmp_path: Path) -> Make:
-    """The checkpoints of an attempt of one worker, in `tmp_path/resume` or in another place."""
+    """Makes the checkpointer of an attempt of one worker, in `tmp_path/resume` or elsewhere."""
 
     def attempt(resume: str = str(tmp_path / "resume"), *, live: bool = True, **keep: Any) -> Checkpointer:
         return Checkpointer(resume, RankInfo(), make_resources(tmp_path, **{"train.keep": keep}), live=live)
@@ -39,7 +39,7 @@ def make(make_resources: Callable[..., Resources], tmp_path: Path) -> Make:
 
 @pytest.fixture(params=["disk", "s3"])
 def resume(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A place for checkpoints of each kind."""
+    """A location for checkpoints on each storage."""
     return (
         str(tmp_path / "resume") if request.param == "disk" else f"{request.getfixturevalue('s3_store')}/resume/address"
     )
@@ -51,18 +51,18 @@ def states(value: float) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def save(checkpoints: Checkpointer, *steps: int, curve: list[dict[str, Any]] = CURVE) -> None:
-    """Save the steps one after another, each to its end."""
+    """Save some steps one after another, and wait for the last save."""
     for step in steps:
         checkpoints.save(step, iter(states(float(step)).items()), curve)
     checkpoints.close()
 
 
 def newest_step(checkpoints: Checkpointer) -> int | None:
-    """The step of the newest whole checkpoint, whose tensors are those of that step."""
-    found = checkpoints.newest()
-    if found is None:
+    """Return the step of the newest intact checkpoint, after comparing its tensors with those of that step."""
+    newest = checkpoints.newest()
+    if newest is None:
         return None
-    tensors, manifest = found
+    tensors, manifest = newest
     expected = states(float(manifest["step"]))
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name][key], one) for name, own in expected.items() for key, one in own.items())
@@ -70,17 +70,17 @@ def newest_step(checkpoints: Checkpointer) -> int | None:
 
 
 def names(resume: str) -> list[str]:
-    """The checkpoints and drafts of a place, without the attempts' own names."""
-    found = {name.partition("/")[0] for name in s3.names(resume)} if "://" in resume else set(os.listdir(resume))
-    return sorted("-".join(name.split("-")[:2]) for name in found)
+    """Return the names of checkpoints and drafts, without the nonces of attempts."""
+    folders = {name.partition("/")[0] for name in s3.names(resume)} if "://" in resume else set(os.listdir(resume))
+    return sorted("-".join(name.split("-")[:2]) for name in folders)
 
 
 def test_what_was_saved_comes_back_and_stock_safetensors_reads_it(make: Make, tmp_path: Path) -> None:
     assert make().newest() is None
     save(make(), 4)
-    found = make().newest()
-    assert found is not None
-    tensors, manifest = found
+    newest = make().newest()
+    assert newest is not None
+    tensors, manifest = newest
     assert (manifest["step"], manifest["curve"]) == (4, CURVE)
     assert [list(row) for row in manifest["curve"]] == [list(row) for row in CURVE], "the order of a row's keys is kept"
     assert tensors.keys() == set(NAMES)
@@ -118,7 +118,7 @@ def test_the_bytes_of_a_share_hold_what_stock_safetensors_writes(tmp_path: Path)
     ],
 )
 def test_last_every_and_best_stay(keep: dict[str, int], stay: set[int]) -> None:
-    """Of those with a checkpoint 10, 30 and 50 have a validation loss, and that of 50 is not finite."""
+    """Checkpoints 10, 30 and 50 have a validation loss, and that of 50 is not finite."""
     losses = {10: 0.4, 25: 0.1, 30: 0.2, 50: float("inf")}
     curve = [{"step": step} | ({"validation_loss": losses[step]} if step in losses else {}) for step in range(61)]
     assert to_keep(range(10, 70, 10), curve, Retention.model_validate(keep)) == stay
@@ -132,7 +132,7 @@ def test_what_need_not_stay_is_removed_after_the_next_is_sealed(make: Make, resu
 
 
 def test_one_that_was_passed_over_does_not_count_as_one_of_the_last(make: Make, tmp_path: Path) -> None:
-    """Its step comes later, and of two that stay it would be one for ever."""
+    """Its step is the highest, so a policy that keeps the last two would keep it forever."""
     save(make(), 4, 8)
     damaged = tmp_path / "resume/step-000008/manifest.json"
     damaged.write_text(damaged.read_text().replace("8", "9", 1))
@@ -174,7 +174,7 @@ def test_drafts_of_killed_attempts_are_removed_and_never_taken(make: Make, resum
         s3.write(f"{resume}/step-000004-dead/rank-00000-of-00002.safetensors", [memoryview(b"half")])
     else:
         shutil.copytree(Path(resume) / "step-000002", Path(resume) / ".step-000004-dead")
-        (Path(resume) / "step-000006").mkdir()  # no manifest: not by a rename of ours
+        (Path(resume) / "step-000006").mkdir()  # has no manifest, so no draft was renamed to it
     again = make(resume)
     assert newest_step(again) == 2
     assert "step-000004" not in names(resume)
@@ -207,7 +207,7 @@ def test_another_machine_resumes_from_s3_and_keeps_no_copy(
 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """A disk that takes no byte for good until the event is set."""
+    """A disk whose fsync does not return until the event is set."""
     event, fsync = threading.Event(), os.fsync
 
     def wait_and_sync(descriptor: int) -> None:
@@ -220,7 +220,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
 
 def test_training_goes_on_while_a_slow_disk_writes_what_was(make: Make, held: threading.Event, tmp_path: Path) -> None:
-    """Large, and changed from the end: a copy that was not waited for would have the change in it."""
+    """The tensors are large and changed in reverse order, so that an unfinished copy would have the change."""
     own = {f"w{n}": {"param": torch.full((4_000_000,), float(n))} for n in range(4)}
     checkpoints = make()
     checkpoints.save(4, iter(own.items()), CURVE)
@@ -230,9 +230,9 @@ def test_training_goes_on_while_a_slow_disk_writes_what_was(make: Make, held: th
     assert not list(tmp_path.glob("resume/step-*")), "it is not sealed before its bytes are on the disk"
     held.set()
     checkpoints.close()
-    found = make().newest()
-    assert found is not None
-    assert all((found[0][f"w{n}"]["param"] == n).all() for n in range(4))
+    newest = make().newest()
+    assert newest is not None
+    assert all((newest[0][f"w{n}"]["param"] == n).all() for n in range(4))
 
 
 def test_a_second_save_waits_for_the_first(make: Make, held: threading.Event, tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_a_save_that_failed_is_raised_by_the_next_and_by_close(make: Make, tmp_p
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two ranks made of two places, and what each said of it: see `checkpoint_ranks.py`."""
+    """The folder with the checkpoints and results of two ranks: see `checkpoint_ranks.py`."""
     folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, str(Path(__file__).parent / "checkpoint_ranks.py"), str(folder)]
     ranks = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]
@@ -298,24 +298,24 @@ def test_ranks_write_shares_that_any_world_size_reads(two_ranks: Path, make: Mak
     assert [len(share) for share in shares] == [3, 3], "each rank has its own"
     assert not shares[0] & shares[1]
     for rank in range(2):
-        assert json.loads((two_ranks / f"said-{rank}.json").read_text())["found"] == 4
+        assert json.loads((two_ranks / f"result-{rank}.json").read_text())["newest"] == 4
     shutil.copytree(two_ranks / "whole", two_ranks / "read")
     assert newest_step(make(str(two_ranks / "read"))) == 4
 
 
 def test_damage_that_one_rank_sees_makes_all_go_back(two_ranks: Path) -> None:
     for rank in range(2):
-        assert json.loads((two_ranks / f"said-{rank}.json").read_text())["passed over"] == 2
+        assert json.loads((two_ranks / f"result-{rank}.json").read_text())["newest with damage"] == 2
 
 
 def test_where_one_rank_cannot_write_all_are_told(two_ranks: Path) -> None:
-    first, second = (json.loads((two_ranks / f"said-{rank}.json").read_text())["failed"] for rank in range(2))
+    first, second = (json.loads((two_ranks / f"result-{rank}.json").read_text())["failed"] for rank in range(2))
     assert "rank-00001-of-00002.safetensors was not written (File too large, after" in second
     assert first == f"rank 1: {second}"
 
 
 def test_a_rank_that_dies_while_it_writes_leaves_the_one_before(two_ranks: Path, make: Make) -> None:
-    assert "RuntimeError" in json.loads((two_ranks / "said-0.json").read_text())["died"]
+    assert "RuntimeError" in json.loads((two_ranks / "result-0.json").read_text())["died"]
     left = sorted(path.name.split("-")[1] for path in (two_ranks / "broken").iterdir())
     assert left == ["000002", "000008"]
     again = make(str(two_ranks / "broken"))

@@ -49,7 +49,7 @@ def make_engine(bench: Any, stage: Stage, init: Pretrained, root: Any) -> tuple[
 def test_the_loss_is_that_of_stock_llava(
     source: str, bench: Any, make_model: Any, make_stage: Any, tmp_path: Any
 ) -> None:
-    """Summed over the samples of a packed row, against each alone through stock transformers with its own shift."""
+    """The loss of a packed row is the sum of its samples' losses by stock transformers, which shifts labels itself."""
     init = assemble(make_model("clip", "mlp_gelu", patch_size=28), bench.resources)  # 4 tokens, as in the dataset
     stage = make_stage(bench.mixture, sequence_length=384, trainable=["projector"])
     engine, batches = make_engine(bench, stage, init, tmp_path)
@@ -65,8 +65,8 @@ def test_the_loss_is_that_of_stock_llava(
             loss = stock(input_ids=ids, pixel_values=images, labels=labels).loss
         expected += float(loss) * int((labels[:, 1:] >= 0).sum())
     with torch.no_grad():
-        found = float(engine.loss(batches([pack(chosen, capacity=384)]))[0])
-    assert found == pytest.approx(expected, rel=1e-5)
+        actual = float(engine.loss(batches([pack(chosen, capacity=384)]))[0])
+    assert actual == pytest.approx(expected, rel=1e-5)
 
 
 def test_samples_in_rows_of_their_own_give_loss_and_gradients_of_a_packed_row(
@@ -78,13 +78,13 @@ def test_samples_in_rows_of_their_own_give_loss_and_gradients_of_a_packed_row(
     together = [pack(chosen, capacity=512)]
     alone = [pack([sample], capacity=len(sample.input_ids)) for sample in chosen]
     assert len({len(row.input_ids) for row in alone}) > 1, "none is padded"
-    found = []
+    results = []
     for rows in (together, alone):
         engine, batches = make_engine(bench, stage, bench.init, tmp_path)
         loss = engine.loss(batches(rows))[0] / targets
         engine.backward(loss)
-        found.append((float(loss.detach()), {name: p.grad for name, p in engine.named}))
-    (packed, gradients), (single, others) = found
+        results.append((float(loss.detach()), {name: p.grad for name, p in engine.named}))
+    (packed, gradients), (single, others) = results
     assert single == pytest.approx(packed, abs=1e-6)
     for name, gradient in gradients.items():
         assert torch.allclose(gradient, others[name], atol=1e-6), name
@@ -92,7 +92,7 @@ def test_samples_in_rows_of_their_own_give_loss_and_gradients_of_a_packed_row(
 
 @pytest.mark.parametrize("most", [0.5, None])
 def test_steps_equal_a_hand_written_loop(most: float | None, bench: Any, make_stage: Any, tmp_path: Any) -> None:
-    """The gradients' norm is far more than half, so that clipping has an effect."""
+    """The norm of the gradients is far above 0.5, so that clipping has an effect."""
     stage = make_stage(
         bench.mixture, trainable=["projector", "language_model"], learning_rate=1e-2, weight_decay=0.1,
         learning_rates={"projector": 3e-2}, max_grad_norm=most, betas=[0.8, 0.9],
@@ -129,7 +129,7 @@ def test_steps_equal_a_hand_written_loop(most: float | None, bench: Any, make_st
     states = dict(engine.state())
     for name, p in parameters.items():
         for key, moment in (("exp_avg", first[name]), ("exp_avg_sq", second[name])):
-            near = 1e-4 * float(moment.abs().max())  # a sum of gradients, whose rounding is a share of the largest
+            near = 1e-4 * float(moment.abs().max())  # rounding of a sum is relative to the largest value
             assert torch.allclose(states[name][key], moment, rtol=0, atol=near), (name, key)
         way = 3 * (3e-2 if "multi_modal_projector" in name else 1e-2)
         assert apart({name: states[name]["param"]}, {name: p.detach()}, way=way) < ROUNDING, name
@@ -137,7 +137,7 @@ def test_steps_equal_a_hand_written_loop(most: float | None, bench: Any, make_st
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_twenty_steps_equal_stock_torch(precision: str, bench: Any, make_stage: Any, tmp_path: Any) -> None:
-    """AdamW by groups, `clip_grad_norm_` and torch's schedulers, over two passes a step."""
+    """AdamW by groups, `clip_grad_norm_` and torch's schedulers, with two passes per step."""
     stage = make_stage(
         bench.mixture, trainable=["projector", "language_model"], learning_rate=1e-3, weight_decay=0.1, num_steps=20,
         learning_rates={"projector": 3e-3}, max_grad_norm=0.1, warmup_ratio=0.2, precision=precision,
@@ -146,12 +146,12 @@ def test_twenty_steps_equal_stock_torch(precision: str, bench: Any, make_stage: 
     engine, batches = make_engine(bench, stage, bench.init, tmp_path)
     engine.objective.bf16 = precision == "bf16"
     targets = sum(int((row.labels >= 0).sum()) for row in rows)
-    found = []
+    losses = []
     for step in range(20):
         passes = [engine.loss(batches([row]))[0] / targets for row in rows]
         for loss in passes:
             engine.backward(loss)
-        found.append(sum(float(loss.detach()) for loss in passes))
+        losses.append(sum(float(loss.detach()) for loss in passes))
         engine.step(lr_multiplier(step, stage, num_steps=20))
 
     twin, batches = make_engine(bench, stage, bench.init, tmp_path)
@@ -178,7 +178,7 @@ def test_twenty_steps_equal_stock_torch(precision: str, bench: Any, make_stage: 
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    assert found == pytest.approx(expected, abs=1e-6 if precision == "fp32" else 1e-3)
+    assert losses == pytest.approx(expected, abs=1e-6 if precision == "fp32" else 1e-3)
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -195,7 +195,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def test_layers_that_are_computed_anew_give_the_same_bits_from_fewer_kept_bytes(
     kind: str, bench: Any, make_stage: Any, tmp_path: Any
 ) -> None:
-    """Beside the gradients of a pass: how often each layer begins to run, and what the graph keeps until then."""
+    """Compares gradients, how often each layer begins to run, and the bytes that the graph keeps."""
     stage = make_stage(bench.mixture, **KINDS[kind])
     kept, begun, gradients = [], [], []
     for again in (False, True):
@@ -210,7 +210,7 @@ def test_layers_that_are_computed_anew_give_the_same_bits_from_fewer_kept_bytes(
     anew = {name for name in once if kind == "tower" or "language_model" in name}
     last = {
         name for name in anew if name.endswith("vision_tower.encoder.layers.1.mlp")
-    }  # behind the state that is read
+    }  # after the state that the projector reads
     assert twice == {name: 2 if name in anew - last else 1 for name in once}
     assert kept[1] < 0.7 * kept[0]
     plain, other = gradients
@@ -223,8 +223,11 @@ def test_layers_that_are_computed_anew_give_the_same_bits_from_fewer_kept_bytes(
 def _forward(
     bench: Any, stage: Stage, root: Any, **resources: Any
 ) -> tuple[PlainEngine, torch.Tensor, dict[str, int], int]:
-    """A pass over two rows with images: engine, loss, how often each MLP has begun to run, which is counted on, and
-    the bytes that the graph keeps."""
+    """Run a forward pass over two rows with images.
+
+    Returns the engine, the loss, how often each MLP has begun to run, which the backward pass counts on, and the bytes
+    that the graph keeps.
+    """
     own = bench.resources.with_changes(resources)
     job = TrainJob.model_validate(
         {**make_job(bench, stage, bench.init, root).model_dump(), "resources": own.model_dump()}
@@ -304,7 +307,7 @@ def test_deepspeed_s_config_by_hand(
 def test_a_tower_that_trains_gives_its_state_and_takes_it_back(
     tower: str, bench: Any, make_model: Any, make_stage: Any, tmp_path: Any
 ) -> None:
-    """Its last layer and its pooling are behind the state that is read, so they never get a gradient."""
+    """The projector reads the state before the last layer, so the last layer and the pooling never get a gradient."""
     init = assemble(make_model(tower, "mlp_downsample"), bench.resources)
     stage = make_stage(bench.mixture, trainable=["vision_tower", "projector"], weight_decay=0.1)
     row = pack(samples(bench, "pairs", 2), capacity=128)
@@ -331,7 +334,7 @@ def test_a_tower_that_trains_gives_its_state_and_takes_it_back(
 def test_a_step_without_images_is_a_gradient_of_zero_and_runs_neither_tower_nor_projector(
     part: str, bench: Any, make_stage: Any, tmp_path: Any
 ) -> None:
-    """AdamW by hand: moments shrink by their betas, and the weights go on by what is left of the first."""
+    """AdamW computed here: moments shrink by their betas, and the first moment still moves the weights."""
     trainable = ["projector", *([part] if part != "projector" else [])]
     stage = make_stage(bench.mixture, trainable=trainable, learning_rate=1e-2, weight_decay=0.1, betas=[0.8, 0.9])
     engine, batches = make_engine(bench, stage, bench.init, tmp_path)

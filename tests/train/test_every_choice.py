@@ -1,4 +1,4 @@
-"""Every choice that a stage or a model offers, by two steps of the real task. A new choice is a new line of CASES."""
+"""Two steps of the real task with every choice of a stage or model. A new choice is a new line of CASES."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ SIDE = 70  # 5 x 5 patches, which neither 2 nor 3 divides
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What of model and stage is otherwise than in the plain case, and fragments of the names that the stage moves."""
+    """Changes of model and stage to the default case, and parts of the names of the tensors that the stage changes."""
 
     name: str
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -58,7 +58,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def trained(bench: Any, make_model: Any, make_stage: Any) -> Any:
-    """A case to its stage, what that starts from, and its checkpoint."""
+    """Return the stage of a case, its initial model and its checkpoint."""
 
     def train(case: Case) -> tuple[Stage, Pretrained, Checkpoint]:
         model = make_model(image_size=SIDE)

@@ -1,4 +1,4 @@
-"""LoRA through the real task: killed and resumed, over many workers, merged, and as an adapter for stock PEFT."""
+"""LoRA through the real task: killed and resumed, with several workers, merged, and as an adapter for stock PEFT."""
 
 import json
 import os
@@ -55,9 +55,9 @@ def logits(model):
     with torch.no_grad():
         return model.eval()(input_ids=ids, pixel_values=values).logits.numpy()
 base = LlavaForConditionalGeneration.from_pretrained(init, dtype=torch.float32)
-found = {"base": logits(base), "adapter": logits(PeftModel.from_pretrained(base, trained + "/adapter"))}
-found["merged"] = logits(LlavaForConditionalGeneration.from_pretrained(trained, dtype=torch.float32))
-np.savez(out, **found)
+logits_by_model = {"base": logits(base), "adapter": logits(PeftModel.from_pretrained(base, trained + "/adapter"))}
+logits_by_model["merged"] = logits(LlavaForConditionalGeneration.from_pretrained(trained, dtype=torch.float32))
+np.savez(out, **logits_by_model)
 assert "vila_ops" not in sys.modules
 """
 
@@ -68,7 +68,7 @@ Train = Callable[..., Checkpoint]
 def plain(
     bench: Any, make_model: Any, make_text: Any, make_resources: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Any:
-    """The bench with a projector that stock LLaVA has."""
+    """The inputs of `bench`, with a projector that stock LLaVA has."""
     model = make_model("clip", "mlp_gelu")
     resources = make_resources(tmp_path_factory.mktemp("plain"))
     data = prepare(bench.mixture, make_text(projector="mlp_gelu"), resources)
@@ -93,7 +93,7 @@ def stage(bench: Any, make_stage: Any) -> Callable[..., Stage]:
 
 @pytest.fixture(scope="module")
 def train(plain: Any, tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """A stage through the task, in a store of its own."""
+    """Trains a stage by the task, in a separate store."""
 
     def run(stage: Stage, *, bench: Any = plain, init: Any = None, **more: Any) -> Checkpoint:
         store = str(tmp_path_factory.mktemp("store"))
@@ -136,9 +136,9 @@ def test_stock_peft_makes_the_merged_model_of_the_first_one_and_the_adapter(
     model = make_model("clip", projector)
     given = replace(plain, model=model, init=assemble(model, plain.resources))
     made = train(stage(trainable=parts, num_steps=4), bench=given)
-    found = stock_logits(content(given.init), content(made), tmp_path / "logits.npz")
-    assert np.abs(found["merged"] - found["base"]).max() > 1e-2
-    assert np.abs(found["merged"] - found["adapter"]).max() < 1e-5
+    logits = stock_logits(content(given.init), content(made), tmp_path / "logits.npz")
+    assert np.abs(logits["merged"] - logits["base"]).max() > 1e-2
+    assert np.abs(logits["merged"] - logits["adapter"]).max() < 1e-5
 
 
 def test_unmerge_takes_a_checkpoint_back_to_the_language_model_that_it_started_from(
@@ -251,7 +251,7 @@ def test_a_frozen_base_is_kept_in_bf16_while_it_trains_and_merged_in_full(
 
 
 def _is_base_plus_adapter(before: dict[str, Any], after: dict[str, Any], made: Path) -> None:
-    """By hand: W + 8 / 4 * B A of the adapter file, in fp32, whatever the base was kept in while it trained."""
+    """Checks W + 8 / 4 * B A with the adapter's file, in fp32, whatever dtype the base had during training."""
     tensors = load_file(made / "adapter/adapter_model.safetensors")
     layers = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
     assert len(layers) == 14
@@ -291,7 +291,7 @@ def test_qlora_is_refused_at_once_without_bitsandbytes(
 
 
 def test_llava_s_script_is_a_matter_of_config(plain: Any, stage: Callable[..., Stage], tmp_path: Path) -> None:
-    """r 128, alpha 256, rate 2e-4, the projector's 2e-5: finetune_lora.sh of LLaVA-1.5."""
+    """Rank 128, alpha 256, learning rate 2e-4, and 2e-5 of the projector, as in finetune_lora.sh of LLaVA-1.5."""
     rates = {"learning_rate": 2e-4, "learning_rates": {"projector": 2e-5}}
     script = stage({"kind": "lora", "rank": 128, "alpha": 256}, **rates)
     model, _, _ = load(_job(plain, script, tmp_path))

@@ -1,4 +1,4 @@
-"""What is told of a step, by hand and by MLflow; of a stage by one process and by two."""
+"""Metrics of steps: against hand-computed values, as MLflow has them, and from one process and two."""
 
 import contextlib
 import logging
@@ -71,7 +71,7 @@ def sample(source: str, targets: list[bool]) -> Sample:
 def test_a_sources_loss_is_the_mean_over_its_own_targets(bench: Any, stage: Stage, tmp_path: Path) -> None:
     first = pack([sample("pairs", [False, True, True]), sample("documents", [False, False, True])], capacity=8)
     second = pack([sample("definitions", [True, False]), sample("pairs", [False, True])], capacity=8)
-    each = torch.tensor([1.0, 2.0, 6.0, 6.0])  # pairs, pairs, documents; pairs: nothing predicts a first token
+    each = torch.tensor([1.0, 2.0, 6.0, 6.0])  # pairs, pairs, documents; pairs: first tokens are not predicted
     accumulator = accumulator_of(job_of(bench, stage, tmp_path))
     accumulator.add([first], each[:3].sum() / 4, each[:3])
     accumulator.add([second], each[3:].sum() / 4, each[3:])
@@ -112,7 +112,7 @@ Histories = dict[str, dict[int, float]]
 
 
 def histories(resources: Resources, run_id: str) -> Histories:
-    """Every metric of a run by name and step."""
+    """Return every metric of a run by name and step."""
     client = MlflowClient(resources.tracking.uri)
     names = client.get_run(run_id).data.metrics
     return {name: {one.step: one.value for one in client.get_metric_history(run_id, name)} for name in names}
@@ -120,7 +120,7 @@ def histories(resources: Resources, run_id: str) -> Histories:
 
 @pytest.fixture(scope="module")
 def metered(bench: Any, stage: Stage, resources: Resources) -> tuple[Histories, Any, float]:
-    """What MLflow has of a stage, its run, and the seconds that it took."""
+    """The metrics of a stage in MLflow, its run, and the seconds that the stage took."""
     began = time.monotonic()
     train_stage(stage, bench.model, bench.data, bench.init, resources)
     seconds = time.monotonic() - began
@@ -140,7 +140,7 @@ def steps(bench: Any, stage: Stage, resources: Resources) -> list[list[PackedRow
 def test_the_sources_losses_weighted_by_their_targets_are_the_loss_of_the_step(
     bench: Any, metered: tuple[Histories, Any, float], steps: list[list[PackedRow]]
 ) -> None:
-    found, *_ = metered
+    metrics, *_ = metered
     source_of = {row["key"]: row["source"] for row in read_index(content(bench.data)).to_pylist()}
     told = 0
     for step, rows in enumerate(steps, start=1):
@@ -149,32 +149,32 @@ def test_the_sources_losses_weighted_by_their_targets_are_the_loss_of_the_step(
             for segment, key in enumerate(row.keys, start=1):
                 number = int((row.labels[row.segment_ids == segment] >= 0).sum())
                 targets[source_of[key]] = targets.get(source_of[key], 0) + number
-        own = {name: found[f"loss/{name}"][step] for name in source_of.values() if step in found[f"loss/{name}"]}
+        own = {name: metrics[f"loss/{name}"][step] for name in source_of.values() if step in metrics[f"loss/{name}"]}
         assert own.keys() == targets.keys()
         told += len(own)
         mean = sum(own[name] * number for name, number in targets.items()) / sum(targets.values())
-        assert mean == pytest.approx(found["loss"][step], rel=1e-6)
+        assert mean == pytest.approx(metrics["loss"][step], rel=1e-6)
     assert told > len(steps), "no step has two sources"
-    assert found["validation_loss"].keys() == {4, 6}
-    validated = [name for name in found if name.startswith("validation_loss/")]
+    assert metrics["validation_loss"].keys() == {4, 6}
+    validated = [name for name in metrics if name.startswith("validation_loss/")]
     assert all(
-        min(found[name][step] for name in validated) <= found["validation_loss"][step]
-        <= max(found[name][step] for name in validated) for step in (4, 6)
+        min(metrics[name][step] for name in validated) <= metrics["validation_loss"][step]
+        <= max(metrics[name][step] for name in validated) for step in (4, 6)
     )  # fmt: skip
 
 
 def test_speed_padding_mfu_rates_and_cost_are_those_of_the_rows_and_the_clock(
     bench: Any, stage: Stage, metered: tuple[Histories, Any, float], steps: list[list[PackedRow]]
 ) -> None:
-    found, _, seconds = metered
+    metrics, _, seconds = metered
     shapes = shapes_of(model_folder.load(content(bench.init)).config)
     for step, rows in enumerate(steps, start=1):
         tokens = sum(int(np.count_nonzero(row.segment_ids)) for row in rows)
         targets = sum(int((row.labels >= 0).sum()) for row in rows)
-        took = found["seconds_per_step"][step]
-        assert found["train/tokens_per_s"][step] * took == pytest.approx(tokens)
-        assert found["train/target_tokens_per_s"][step] * took == pytest.approx(targets)
-        assert found["train/padding_fraction"][step] == pytest.approx(1 - tokens / (4 * 128))
+        took = metrics["seconds_per_step"][step]
+        assert metrics["train/tokens_per_s"][step] * took == pytest.approx(tokens)
+        assert metrics["train/target_tokens_per_s"][step] * took == pytest.approx(targets)
+        assert metrics["train/padding_fraction"][step] == pytest.approx(1 - tokens / (4 * 128))
         least, most = (
             sum(
                 training_flops(
@@ -185,24 +185,24 @@ def test_speed_padding_mfu_rates_and_cost_are_those_of_the_rows_and_the_clock(
             )
             for cached in (True, False)
         )  # fmt: skip
-        assert least * 0.999 <= found["train/mfu"][step] * took * PEAK * 1e12 <= most * 1.001
+        assert least * 0.999 <= metrics["train/mfu"][step] * took * PEAK * 1e12 <= most * 1.001
         for part in stage.trainable:
             rate = stage.peak_rate(part) * lr_multiplier(step - 1, stage, num_steps=6)
-            assert found[f"learning_rate/{part}"][step] == pytest.approx(rate)
-        assert 0 < found["data/wait_fraction"][step] < 1
-        assert found["memory/peak_rss_gib"][step] > 0.1
-    assert sum(found["seconds_per_step"].values()) <= found["train/cost"][6] * 3600 / PRICE <= seconds
-    stalls = [found["ckpt/stall_s"][step] for step in range(1, 7)]
+            assert metrics[f"learning_rate/{part}"][step] == pytest.approx(rate)
+        assert 0 < metrics["data/wait_fraction"][step] < 1
+        assert metrics["memory/peak_rss_gib"][step] > 0.1
+    assert sum(metrics["seconds_per_step"].values()) <= metrics["train/cost"][6] * 3600 / PRICE <= seconds
+    stalls = [metrics["ckpt/stall_s"][step] for step in range(1, 7)]
     assert [stall > 0 for stall in stalls] == [False, False, True, False, True, False]  # saved after 2 and 4
 
 
 def test_the_stages_run_names_its_data_and_its_machine(bench: Any, metered: tuple[Histories, Any, float]) -> None:
-    found, run, _ = metered
+    metrics, run, _ = metered
     (told,) = run.inputs.dataset_inputs
     assert (told.dataset.name, told.dataset.digest) == (bench.mixture.name, bench.data.digest[:36])
     assert run.data.tags["data"] == bench.data.digest
     assert run.info.status == "FINISHED"
-    assert all(0 <= value <= 100 for value in found["system/cpu_utilization_percentage"].values())
+    assert all(0 <= value <= 100 for value in metrics["system/cpu_utilization_percentage"].values())
 
 
 @pytest.mark.slow
@@ -229,7 +229,7 @@ def test_two_ranks_tell_what_one_process_tells(
         for name in ("train/tokens_per_s", "train/target_tokens_per_s"):
             assert together[name][step] * took == pytest.approx(alone[name][step] * alone["seconds_per_step"][step])
         counted = [of["train/mfu"][step] * of["seconds_per_step"][step] for of in (together, alone)]
-        assert counted[0] * 2 == pytest.approx(counted[1], rel=0.05)  # of two; images of their own reach the tower
+        assert counted[0] * 2 == pytest.approx(counted[1], rel=0.05)  # two accelerators; each has its own tower
 
 
 def count_all(metrics_logger: MetricsLogger, num_steps: int) -> None:
@@ -261,7 +261,7 @@ def test_a_terminal_gets_one_line_that_is_rewritten(
         caplog.set_level(logging.INFO)
         count_all(MetricsLogger(job, MetricLog(job.resources, None), step=0, num_steps=500), 500)
     written = ""
-    with contextlib.suppress(OSError):  # what Linux says at the end of a terminal
+    with contextlib.suppress(OSError):  # Linux raises it at the end of a terminal
         while piece := os.read(ours, 2**16):
             written += piece.decode()
     os.close(ours)

@@ -17,12 +17,12 @@ def stage(make_mixture: Any, make_stage: Any) -> Callable[..., Stage]:
 def test_rate_by_hand(stage: Callable[..., Stage]) -> None:
     # 10 steps, 2 of them warm-up, then half a cosine from 1 to 0.2 whose quarter points are known
     chosen = stage(warmup_ratio=0.2, final_ratio=0.2)
-    found = [lr_multiplier(step, chosen, num_steps=10) for step in range(11)]
-    assert found[:3] == [0.5, 1.0, 1.0]
-    assert found[4] == pytest.approx(0.2 + 0.8 * (1 + 2**-0.5) / 2)
-    assert found[6] == pytest.approx(0.6)
-    assert found[8] == pytest.approx(0.2 + 0.8 * (1 - 2**-0.5) / 2)
-    assert found[10] == pytest.approx(0.2)
+    multipliers = [lr_multiplier(step, chosen, num_steps=10) for step in range(11)]
+    assert multipliers[:3] == [0.5, 1.0, 1.0]
+    assert multipliers[4] == pytest.approx(0.2 + 0.8 * (1 + 2**-0.5) / 2)
+    assert multipliers[6] == pytest.approx(0.6)
+    assert multipliers[8] == pytest.approx(0.2 + 0.8 * (1 - 2**-0.5) / 2)
+    assert multipliers[10] == pytest.approx(0.2)
 
 
 def _rates(schedule: torch.optim.lr_scheduler.LRScheduler, *, num_steps: int) -> list[float]:
@@ -34,26 +34,26 @@ def _rates(schedule: torch.optim.lr_scheduler.LRScheduler, *, num_steps: int) ->
     return rates
 
 
-@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")  # torch calls itself so in SequentialLR
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")  # SequentialLR itself causes it
 def test_rates_are_those_of_torch_s_schedulers(stage: Callable[..., Stage]) -> None:
     sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     warm = torch.optim.lr_scheduler.LinearLR(sgd, start_factor=1 / 6, total_iters=5)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, T_max=34, eta_min=0.1)
     both = torch.optim.lr_scheduler.SequentialLR(sgd, [warm, cosine], milestones=[6])
     chosen = stage(warmup_ratio=0.15, final_ratio=0.1)
-    found = [lr_multiplier(step, chosen, num_steps=40) for step in range(40)]
-    assert found == pytest.approx(_rates(both, num_steps=40), abs=1e-12)
+    multipliers = [lr_multiplier(step, chosen, num_steps=40) for step in range(40)]
+    assert multipliers == pytest.approx(_rates(both, num_steps=40), abs=1e-12)
 
 
 def test_rates_are_those_of_transformers_but_that_the_warm_up_does_not_begin_with_zero(
     stage: Callable[..., Stage],
 ) -> None:
-    """transformers' first step moves nothing; here the warm-up is a step ahead, and the cosine is the same."""
+    """The first step of transformers has rate 0. Here the warm-up is one step ahead, and the cosine is the same."""
     sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     stock = _rates(get_cosine_schedule_with_warmup(sgd, 6, 40), num_steps=40)
-    found = [lr_multiplier(step, stage(warmup_ratio=0.15), num_steps=40) for step in range(40)]
-    assert found[:6] == pytest.approx(stock[1:7], abs=1e-12)
-    assert found[6:] == pytest.approx(stock[6:], abs=1e-12)
+    multipliers = [lr_multiplier(step, stage(warmup_ratio=0.15), num_steps=40) for step in range(40)]
+    assert multipliers[:6] == pytest.approx(stock[1:7], abs=1e-12)
+    assert multipliers[6:] == pytest.approx(stock[6:], abs=1e-12)
     assert stock[0] == 0.0
 
 
@@ -86,7 +86,7 @@ def test_matrices_decay_and_vectors_do_not_and_parts_have_their_rates(stage: Cal
 def test_the_optimizer_is_torch_s_adamw_as_the_resources_ask(
     kind: str, implementation: tuple[bool, bool | None], stage: Callable[..., Stage]
 ) -> None:
-    """Five steps of random gradients, against AdamW with torch's own choice of implementation."""
+    """Five steps of random gradients, against AdamW with the implementation that torch chooses."""
     random = torch.Generator().manual_seed(0)
     start = torch.randn(4, 3, generator=random)
     mine, stock = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())

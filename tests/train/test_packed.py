@@ -1,4 +1,4 @@
-"""A packed row is its samples and nothing else, and a step's gradient is the same however its rows are split."""
+"""Samples in a packed row do not affect each other, and a step's gradient does not depend on the split of its rows."""
 
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def job(bench: Any, make_stage: Any, tmp_path: Path) -> TrainJob:
 
 @pytest.fixture
 def objective(job: TrainJob) -> Objective:
-    """In train mode, with a cache by default; its matrices are larger, so that a leak is no rounding."""
+    """In train mode and with a KV cache by default. Its matrices are scaled up, so that a leak exceeds rounding."""
     model = model_folder.load(content(job.init))
     for parameter in model.model.language_model.parameters():
         if parameter.ndim == 2:
@@ -50,7 +50,7 @@ def objective(job: TrainJob) -> Objective:
 
 
 def chosen(job: TrainJob) -> list[Sample]:
-    """Two of each source, and so some with images and some without."""
+    """Return two samples of each source, so that some have images and some have none."""
     table = read_index(content(job.data)).to_pylist()
     picked = [
         row for source in ("pairs", "documents", "definitions") for row in
@@ -60,13 +60,13 @@ def chosen(job: TrainJob) -> list[Sample]:
 
 
 def logits_of(objective: Objective, batches: BatchBuilder, row: PackedRow) -> Tensor:
-    """(T, V) of what the objective's own pass gives the head."""
+    """Return the (T, V) logits of the hidden states in the objective's forward pass."""
     seen: list[Tensor] = []
     hook = objective.model.model.language_model.register_forward_hook(lambda *args: seen.append(args[-1][0]))
     objective(batches([row]))
     hook.remove()
-    found: Tensor = objective.model.lm_head(seen[0][0])
-    return found
+    logits: Tensor = objective.model.lm_head(seen[0][0])
+    return logits
 
 
 def test_logits_of_a_packed_row_are_those_of_its_samples_alone(job: TrainJob, objective: Objective) -> None:
@@ -86,7 +86,7 @@ def test_logits_of_a_packed_row_are_those_of_its_samples_alone(job: TrainJob, ob
 
 
 def test_the_call_that_leaves_mask_and_cache_to_transformers_leaks(job: TrainJob, objective: Objective) -> None:
-    """Which is why the mask is always given, and shows that the test above can fail."""
+    """This is why the mask is always passed. It also shows that the test above can fail."""
     batches = BatchBuilder(job, objective.model, device=torch.device("cpu"))
     first, *_, last = chosen(job)
     row = pack([first, last], capacity=len(first.input_ids) + len(last.input_ids))
@@ -99,18 +99,18 @@ def test_the_call_that_leaves_mask_and_cache_to_transformers_leaks(job: TrainJob
 
 
 def gradients(engine: PlainEngine) -> dict[str, Tensor]:
-    """What was added up, which is then forgotten."""
-    found = {name: parameter.grad.clone() for name, parameter in engine.named if parameter.grad is not None}
+    """Return the accumulated gradients and clear them."""
+    gradients = {name: parameter.grad.clone() for name, parameter in engine.named if parameter.grad is not None}
     engine.optimizer.zero_grad(set_to_none=True)
-    return found
+    return gradients
 
 
 def test_a_steps_gradient_is_the_same_for_any_split_into_ranks_micro_batches_and_accumulation(
     job: TrainJob, objective: Objective
 ) -> None:
-    """The mean over all targets of the step, by stock cross-entropy of full logits of all rows at once.
+    """The reference is stock cross-entropy over the full logits of all rows of the step at once.
 
-    Ranks take their turns in one process, where gradients add up as an all-reduce adds them.
+    The ranks run one after another in this process, whose gradients add up as in an all-reduce.
     """
     trained = set_trainable(objective, job.stage.trainable)
     engine = PlainEngine(objective, trained, job.stage, job.resources)

@@ -1,4 +1,4 @@
-"""Jobs of a stage by their ids; tests/faults/test_nodes.py runs them on a cluster."""
+"""Ids of a stage's Ray jobs, without a cluster; tests/faults/test_nodes.py runs jobs on a cluster."""
 
 import pytest
 from ray.job_submission import JobDetails, JobStatus, JobType
@@ -28,9 +28,9 @@ def job(submission_id: str | None, status: JobStatus) -> JobDetails:
 def test_the_newest_live_job_of_an_address_is_found_among_all_jobs(
     jobs: list[tuple[str | None, str]], live: str | None, following: str
 ) -> None:
-    found = [job(name, JobStatus(status)) for name, status in jobs]
-    assert newest_live(found, KEY) == live
-    assert next_attempt(found, KEY) == following
+    details = [job(name, JobStatus(status)) for name, status in jobs]
+    assert newest_live(details, KEY) == live
+    assert next_attempt(details, KEY) == following
 
 
 def test_variables_of_the_network_win_over_its_interface() -> None:

@@ -37,7 +37,7 @@ train_stage(job.stage, model, job.data, job.init, job.resources)
 
 @pytest.fixture(scope="module")
 def stage(bench: Any, make_stage: Any) -> Stage:
-    """Enough steps that there is time to be killed in."""
+    """A stage with enough steps to be killed before its end."""
     made: Stage = make_stage(
         bench.mixture, trainable=["projector", "language_model"], num_steps=24, save_every=4, validate_every=8
     )
@@ -45,7 +45,7 @@ def stage(bench: Any, make_stage: Any) -> Stage:
 
 
 def elsewhere(bench: Any, root: Path | str, **more: Any) -> Resources:
-    """The same resources with an empty store; features may be shared."""
+    """Return the same resources with another store."""
     return bench.resources.with_changes({"storage.store": str(root), **more})
 
 
@@ -126,7 +126,7 @@ def test_the_split_into_micro_batches_does_not_change_the_curve(
     narrow, together = (json.loads(outcome(c)[0]) for c in (unbroken, wide))
     for one, two in zip(narrow, together, strict=True):
         for key in one.keys() - {"step"}:
-            near = 1e-6 if one["step"] <= 5 else 1e-5  # rounding differs, and the steps carry it on
+            near = 1e-6 if one["step"] <= 5 else 1e-5  # rounding differs, and the difference grows with the steps
             assert float.fromhex(one[key]) == pytest.approx(float.fromhex(two[key]), abs=near)
 
 

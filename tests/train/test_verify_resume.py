@@ -1,4 +1,4 @@
-"""The proof of exact resume, and that it fails where something is forgotten."""
+"""`verify_resume` detects a resume that is not exact."""
 
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ def restore(engine, states, *, step):
     honest(engine, changed, step=step)
 PlainEngine.restore = restore
 """
-"""Takes the first moments for a hundredth more. A module that Python imports when it starts."""
+"""Restores first moments 1 % too large. Python imports a module `sitecustomize` when it starts."""
 
 
 @pytest.fixture
-def asked(bench: Any, make_stage: Any, tmp_path: Path) -> ResumeTrial:
+def trial(bench: Any, make_stage: Any, tmp_path: Path) -> ResumeTrial:
     stage = make_stage(bench.mixture, trainable=["projector", "language_model"], num_steps=None, epochs=2)
     resources = bench.resources.with_changes({"storage.store": str(tmp_path / "store")})
     return ResumeTrial(
@@ -31,14 +31,14 @@ def asked(bench: Any, make_stage: Any, tmp_path: Path) -> ResumeTrial:
 
 
 def test_a_resume_that_is_not_exact_is_found(
-    asked: ResumeTrial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trial: ResumeTrial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(INEXACT)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[2]}")
-    said: list[str] = []
-    verdict = verify_resume(asked, kills=30, report=said.append)
+    progress: list[str] = []
+    verdict = verify_resume(trial, kills=30, report=progress.append)
     assert verdict.kills < 30, "it ends with the first pass that differs"
-    assert len([line for line in said if line.startswith("kill ")]) == verdict.kills
+    assert len([line for line in progress if line.startswith("kill ")]) == verdict.kills
     first, *others = verdict.differences
     assert first.startswith("the curves differ first at step ")
     assert others == ["the bytes of ['curve.json', 'model.safetensors'] differ"], "it read the same samples"
@@ -47,9 +47,9 @@ def test_a_resume_that_is_not_exact_is_found(
     assert summary(verdict)[0].startswith("NOT EQUAL")
 
 
-def test_what_a_stage_read_is_told_by_rank_and_step(asked: ResumeTrial, tmp_path: Path) -> None:
-    """One that draws in another order is not taken for the same, nor is the next step for this one."""
-    one = asked.in_store(str(tmp_path / "one"))
+def test_what_a_stage_read_is_told_by_rank_and_step(trial: ResumeTrial, tmp_path: Path) -> None:
+    """Another order of samples is a mismatch, and so are the samples of another step."""
+    one = trial.in_store(str(tmp_path / "one"))
     seed = Stage.model_validate({**one.stage.model_dump(), "seed": 1, "num_steps": 2})
     other = ResumeTrial.model_validate({**one.in_store(str(tmp_path / "two")).model_dump(), "stage": seed.model_dump()})
     for each in (one, other):

@@ -1,4 +1,4 @@
-"""A visual expert through the real task: it trains, the language model does not, and the next stage keeps it."""
+"""A visual expert through the real task: it trains, the language model stays frozen, and the next stage keeps it."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""A step that hangs ends with its stacks, one whose loss is no number with its samples; a spike is written down."""
+"""Hung steps end with stacks, steps with a loss that is not finite name their samples, and spikes are recorded."""
 
 import hashlib
 import json
@@ -43,7 +43,7 @@ ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs/recipes/tiny.yaml"
 ENV = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 TWO = {"launch": "ray", "ray_address": "127.0.0.1:1", "train.num_workers": 2, "train.zero_stage": 2}
-"""Resources of two ranks, which the test starts itself."""
+"""Resources of two ranks, which the test starts itself, without Ray."""
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def job_of(run: Run, name: str, *, stage: dict[str, Any] | None = None, **resources: Any) -> TrainJob:
-    """The stage `pretrain`, its packed rows of captions and documents, in a store of its own."""
+    """Return a job for the stage `pretrain`, whose packed rows have captions and documents, in a separate store."""
     folder = Path(run.resources.storage.store).parent / name
     (folder / "attempt").mkdir(parents=True)
     chosen = run.recipe.stages["pretrain"]
@@ -72,7 +72,7 @@ def job_of(run: Run, name: str, *, stage: dict[str, Any] | None = None, **resour
 
 
 def start(job: TrainJob, script: str = "one_rank.py", *, stderr: int | None = None) -> list[subprocess.Popen[str]]:
-    """Two ranks in a group of their own."""
+    """Start two ranks in a process group."""
     folder = Path(job.attempt).parent
     (folder / "job.json").write_text(job.model_dump_json())
     rendezvous = folder / f"rendezvous-{time.monotonic_ns()}"
@@ -81,15 +81,15 @@ def start(job: TrainJob, script: str = "one_rank.py", *, stderr: int | None = No
     return [subprocess.Popen(one, env=ENV, cwd=ROOT, stderr=stderr, text=True) for one in arguments]
 
 
-def wait_for(found: Any, *, seconds: float = 240) -> None:
+def wait_for(is_so: Any, *, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
-    while not found():
+    while not is_so():
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
 def test_hung_ranks_end_with_their_stacks_and_the_next_try_walks_the_same_curve(run: Run) -> None:
-    """First a rank that is stopped from outside, then one that sleeps; either leaves the step to be tried again."""
+    """First a rank is suspended, then a rank sleeps. After both, the step can be tried again."""
     longer = {"num_steps": 24}
     plain = job_of(run, "plain", stage=longer)
     train(plain, RankInfo())
@@ -158,7 +158,7 @@ def test_a_hung_process_ends_where_its_stacks_cannot_be_written(run: Run) -> Non
 
 
 def test_a_process_that_was_stopped_and_a_phase_without_bound_are_not_ended(run: Run) -> None:
-    """Only a process of its own can be stopped; the load lasts longer than the bound, and so does the stop."""
+    """A separate process can be suspended. Both the load phase and the suspension last longer than the limit."""
     job = job_of(run, "alone", **{"train.watchdog": {"factor": 1.0, "at_least_seconds": 3.0}})
     script = (
         "import sys, time; from vila_ops.train import watchdog as w\n"
@@ -184,13 +184,13 @@ def test_a_process_that_was_stopped_and_a_phase_without_bound_are_not_ended(run:
     time.sleep(4)
     stopped = said()["time"]
     process.send_signal(signal.SIGCONT)
-    wait_for(lambda: said()["time"] > stopped)  # it has looked again, and not ended
+    wait_for(lambda: said()["time"] > stopped)  # it has checked again and did not end the process
     assert process.communicate("\n", timeout=60) == ("ended\n", None)
     assert process.returncode == 0
 
 
 def test_the_loss_of_each_sample_is_what_it_is_alone(run: Run) -> None:
-    """Rows of several samples, split into micro-batches, against the model on each sample by itself."""
+    """Compares the losses of samples in packed rows with the model's loss on each sample alone."""
     job = job_of(run, "alone-losses")
     model, rows, batches = load_stage(job)
     objective = Objective(model, bf16=False)
@@ -213,7 +213,7 @@ def test_the_loss_of_each_sample_is_what_it_is_alone(run: Run) -> None:
 
 
 def poison(job: TrainJob, image: bytes, value: float) -> Path:
-    """Replace the features of an image in the cache, which no later step computes anew."""
+    """Replace the features of an image in the cache, so that no later step computes them."""
     sha256 = hashlib.sha256(image).hexdigest()
     (known, *_) = job.feature_cache().glob(f"*/*/*{SUFFIX}")
     path = known.parents[1] / sha256[:2] / f"{sha256}{SUFFIX}"
@@ -223,7 +223,7 @@ def poison(job: TrainJob, image: bytes, value: float) -> Path:
 
 
 def filled(known: Path, value: float) -> bytes:
-    """The file of features that are all one value, as many as another file has."""
+    """Return the bytes of a feature file in which all values are `value`, with the shape of another file."""
     dtype = torch.bfloat16 if known.parents[1].name.endswith("-bf16") else torch.float32
     values = torch.full(((known.stat().st_size - 4) // dtype.itemsize,), value, dtype=dtype)
     raw = values.view(torch.uint8).numpy().tobytes()
@@ -281,7 +281,7 @@ def test_a_broken_sample_is_named_and_the_command_of_the_message_trains_without_
 
 
 def test_two_ranks_name_the_samples_of_both(run: Run) -> None:
-    """The features of one image are broken; each rank stops, and says the same of the whole global batch."""
+    """The features of one image are broken. Both ranks stop, and name the same samples of the global batch."""
     job = job_of(run, "broken", **TWO)
     job = TrainJob.model_validate({**job.model_dump(), "fresh_projector": False})
     _, rows, batches = load_stage(job)
@@ -308,7 +308,7 @@ def test_two_ranks_name_the_samples_of_both(run: Run) -> None:
 
 
 def trained_on_text(steps: int, *, seed: int, noise: set[int], size: int = 64) -> list[float]:
-    """The curve of a small real model of the committed texts, after a warm-up; some steps are asked for noise."""
+    """Return the losses of a small model on the committed texts. The targets of the steps in `noise` are random."""
     text = b"".join(sorted(path.read_bytes() for path in (ROOT / "tests/tiny").glob("*/records.jsonl")))
     data = torch.tensor(list(text))
     torch.manual_seed(seed)
@@ -337,7 +337,7 @@ def spikes(curve: list[float]) -> list[int]:
 
 @pytest.mark.parametrize("size", [16, 256])
 def test_planted_spikes_are_found_in_a_real_curve_and_nothing_else_is(size: int) -> None:
-    """Of a noisy and of a smooth curve, from the first step of the warm-up on."""
+    """With a noisy and with a smooth curve, from the first step of the warm-up on."""
     planted = {300, 400, 401, 600}
     assert spikes(trained_on_text(700, seed=2, noise=planted, size=size)) == sorted(planted)
 
@@ -397,7 +397,7 @@ def test_a_spike_is_written_down_once_with_its_worst_samples_and_training_goes_o
 
 
 def on_ray(folder: Path, cluster: tuple[str, dict[str, str]], *more: str) -> subprocess.Popen[str]:
-    """`vila-ops train` of the tiny recipe's first stage by two workers, in a folder of its own."""
+    """Start `vila-ops train` for the first stage of the tiny recipe with two workers, in a separate folder."""
     address, env = cluster
     resources = folder / "resources.yaml"
     places = {name: str(folder / name) for name in ("store", "cache", "data")}
@@ -416,9 +416,9 @@ def on_ray(folder: Path, cluster: tuple[str, dict[str, str]], *more: str) -> sub
 def test_ray_tries_a_hung_step_again_and_a_loss_that_is_no_number_not(
     ray_cluster: tuple[str, dict[str, str]], tmp_path: Path
 ) -> None:
-    """One of two workers is stopped and the stage ends all the same; then all features are broken, and it ends at once.
+    """One of two workers is suspended and the stage still ends. Then all features are broken, and it fails at once.
 
-    With fifty restarts allowed the second would take longer than this test has.
+    Fifty restarts are allowed, so a retried failure would exceed the timeout of this test.
     """
     bound = ("-s", "resources.train.watchdog.at_least_seconds=8", "-s", "resources.train.watchdog.factor=1")
     with on_ray(tmp_path, ray_cluster, *bound, "-s", "stages.align.num_steps=40") as training:

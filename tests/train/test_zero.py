@@ -1,6 +1,6 @@
-"""DeepSpeed's ZeRO stages walk the curve of plain torch, and go on from each other's checkpoints.
+"""DeepSpeed's ZeRO stages have the curve of plain torch, and resume from each other's checkpoints.
 
-VILA_PARITY=all walks every ZeRO stage with 1, 2 and 4 processes (`make faults`), else some, with half of the rows.
+VILA_PARITY=all runs every ZeRO stage with 1, 2 and 4 processes (`make faults`). Otherwise some run, with half the rows.
 """
 
 import dataclasses
@@ -27,35 +27,35 @@ from vila_ops.train.job import TrainJob
 ROOT = Path(__file__).parents[2]
 RECIPE, INLINE = ROOT / "configs/recipes/tiny.yaml", ROOT / "configs/resources/inline.yaml"
 RAY = {"launch": "ray", "ray_address": "127.0.0.1:1"}
-"""Of several workers; the test starts them itself."""
+"""Resources of several workers, which the test starts itself, without Ray."""
 TWO = {**RAY, "train.num_workers": 2}
 ENV = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 pytestmark = pytest.mark.timeout(1800)
-"""Of the first test, which waits for all that `done` starts: nine minutes on two cores beside other work."""
+"""Timeout of the first test, which waits for all runs of `done`: nine minutes on two cores under load."""
 Settings = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """Twenty steps by a number of processes; 0: plain torch."""
+    """Twenty steps with some number of processes. 0: plain torch."""
 
     world_size: int = 0
     resources: Settings = dataclasses.field(default_factory=dict)
     stage: Settings = dataclasses.field(default_factory=dict)
     scale: float = 1.0
-    """Of the last rank's gradients."""
+    """Factor of the last rank's gradients."""
     like: str = "plain"
-    """The curve of plain torch that it has to walk."""
+    """The curve of plain torch that it must equal."""
     resumes: str | None = None
-    """The curve whose checkpoint, after half of the steps, this one goes on from."""
+    """The curve whose checkpoint, after half of the steps, this curve resumes from."""
 
 
 BF16: Settings = {"precision": "bf16"}
 LORA: Settings = {"tuning": {"kind": "lora", "rank": 4, "dropout": 0.1}}
 ALL = os.environ.get("VILA_PARITY") == "all"
 ROWS, MICRO_BATCH = (8 if ALL else 4), {0: 2, 1: 2, 2: 1, 4: 1}
-"""Of a step, and of a pass by number of processes: two passes a step or more, but for four processes of four rows."""
+"""Rows per step, and rows per pass by number of processes. Most cases have at least two passes per step."""
 TWENTY_STEPS: Settings = {"num_steps": 20, "global_batch_size": ROWS, "save_every": 10, "validate_every": 20}
 EVERY = [(stage, number) for number in (1, 2, 4) for stage in (0, 1, 2, 3)]
 SOME = [(2, 1), (0, 2), (1, 2), (2, 2), (3, 2), (1, 4), (3, 4)]
@@ -74,7 +74,7 @@ SAME = {
     "zero-2-offloaded": Curve(2, {"train.zero_stage": 2, "train.offload": "optimizer"}, resumes="zero-3-of-2"),
     "zero-3-offloaded": Curve(2, {"train.zero_stage": 3, "train.offload": "parameters"}, resumes="zero-2-of-2"),
 }
-"""Curves that one process with plain torch walks too."""
+"""Curves that are compared with one process of plain torch."""
 CURVES = {
     "plain": Curve(),
     **SAME,
@@ -84,7 +84,7 @@ CURVES = {
     "scaled": Curve(2, {"train.zero_stage": 2}, scale=1.01),
 }
 RECIPE_S_OWN = {"short": Curve(0), "zero-2-short": Curve(2, {"train.zero_stage": 2})}
-"""The stage as it is in the recipe: six steps."""
+"""The stage as in the recipe, with six steps."""
 UNCLIPPED_AND_CLIPPED = (None, 0.01)
 STEPS: list[Settings] = [
     *[{"train.zero_stage": stage} for stage in (0, 2, 3)],
@@ -122,7 +122,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def done(run: Run) -> Path:
-    """The folder of all that ranks did, every number of processes in the same ones; see `ranks.py`."""
+    """The folder of all results. All cases with the same number of processes share their processes: see `ranks.py`."""
     tasks: dict[int, list[tuple[str, Settings]]] = {number: [] for number in (0, 1, 2, 4)}
     for name, curve in {**CURVES, **RECIPE_S_OWN}.items():
         tasks[curve.world_size].append(
@@ -160,7 +160,7 @@ def _run_ranks(folder: Path, tasks: dict[int, list[tuple[str, Settings]]]) -> No
 
 
 def _curve_job(run: Run, name: str, curve: Curve) -> TrainJob:
-    store = f"{run.resources.storage.store}/features-{name}"  # of its own, so that it runs the tower
+    store = f"{run.resources.storage.store}/features-{name}"  # a separate cache, so that the tower runs
     resources = {**curve.resources, "storage.store": store}
     if curve.world_size:
         resources |= {**RAY, "train.num_workers": curve.world_size}
@@ -230,14 +230,14 @@ def _losses(attempt: Path) -> list[float]:
 
 
 def _apart(done: Path, one: str, other: str) -> float:
-    """How far two curves are from each other at most, in nats."""
+    """Return the largest difference of two curves in nats."""
     losses, others = (_losses(done / name / "attempt") for name in (one, other))
     assert len(losses) == len(others) == 20
     return max(abs(a - b) for a, b in zip(losses, others, strict=True))
 
 
 def _weights_apart(run: Run, done: Path, one: str, other: str) -> float:
-    """How far two curves' models are from each other; see `closeness.apart`."""
+    """Return how far the models of two curves are apart: see `closeness.apart`."""
     own, reference = (load_file(done / name / "attempt/model.safetensors") for name in (one, other))
     stage = Stage.model_validate({**run.recipe.stages["pretrain"].model_dump(), **TWENTY_STEPS})
     return apart(own, reference, way=way(stage))
@@ -245,7 +245,7 @@ def _weights_apart(run: Run, done: Path, one: str, other: str) -> float:
 
 @pytest.mark.parametrize("name", SAME)
 def test_every_engine_walks_the_curve_of_plain_torch(name: str, run: Run, done: Path) -> None:
-    """Rows with images and without, several passes a step, clipped, warmed up; to 1e-6 nats of about 6."""
+    """Rows with and without images, several passes per step, clipping, warm-up. Losses of 6 nats agree to 1e-6."""
     like = SAME[name].like
     assert _apart(done, name, like) <= 1e-6
     assert _weights_apart(run, done, name, like) < ROUNDING
@@ -257,13 +257,13 @@ def test_one_rank_whose_gradients_are_a_hundredth_too_large_leaves_the_curve(run
 
 
 def test_bf16_is_near_the_curve_of_fp32_and_nearer_to_itself(done: Path) -> None:
-    """A product in bf16 has 8 bits: one in 256, of which the mean over some hundred targets keeps little."""
+    """A product in bf16 has 8 bits, an error of 1 in 256, which mostly averages out over some hundred targets."""
     assert _apart(done, "zero-2-bf16", "bf16") < 3e-4
     assert 1e-5 < _apart(done, "zero-2-bf16", "plain") < 1e-3
 
 
 def test_a_curve_that_was_resumed_has_the_first_half_of_the_other(done: Path) -> None:
-    """So they went on from states of another engine."""
+    """They resumed from the state of another engine."""
     for name, curve in SAME.items():
         if curve.resumes:
             losses, others = (_losses(done / folder / "attempt") for folder in (name, curve.resumes))
@@ -304,7 +304,7 @@ def test_a_killed_stage_goes_on_bit_for_bit_and_at_another_world_size(run: Run, 
 
 
 def test_every_engine_clips_as_asked_and_stops_before_a_gradient_that_is_not_finite(done: Path) -> None:
-    """Told by the first moment, which is a tenth of the gradient; Adam's first step hardly depends on its size."""
+    """The first moment, a tenth of the gradient, shows it. Adam's first update hardly depends on the gradient."""
     for most in UNCLIPPED_AND_CLIPPED:
         for number in range(len(STEPS)):
             attempts = [done / name / "attempt" for name in (f"step-{most}", f"step-{most}-{number}")]
@@ -314,19 +314,19 @@ def test_every_engine_clips_as_asked_and_stops_before_a_gradient_that_is_not_fin
             for own in (plain, zero):
                 assert not math.isfinite(own["broken"])
                 assert own["moved"] == []
-            expected, found = (load_file(attempt / "state.safetensors") for attempt in attempts)
-            assert found.keys() == expected.keys()
+            expected, actual = (load_file(attempt / "state.safetensors") for attempt in attempts)
+            assert actual.keys() == expected.keys()
             for name in [name for name in expected if name.startswith("exp_avg/")]:
                 near = 1e-5 * float(expected[name].abs().max())
-                assert torch.allclose(found[name], expected[name], rtol=1e-4, atol=near), name
+                assert torch.allclose(actual[name], expected[name], rtol=1e-4, atol=near), name
 
 
 @pytest.mark.parametrize("number", range(len(MIXED)), ids=lambda number: f"{MIXED[number]}")
 def test_ranks_with_and_without_images_walk_the_way_of_one_process(number: int, done: Path) -> None:
-    """Among the steps is one without any image, and one whose first pass has none; moments are compared too."""
+    """One step has no image, and one has none in its first pass. Moments are compared too."""
     names = MIXED[number][0], f"mixed-{number}"
-    expected, found = (load_file(done / name / "attempt/state.safetensors") for name in names)
-    assert found.keys() == expected.keys()
-    assert len([name for name in found if name.startswith("exp_avg/") and found[name].any()]) > 3
+    expected, actual = (load_file(done / name / "attempt/state.safetensors") for name in names)
+    assert actual.keys() == expected.keys()
+    assert len([name for name in actual if name.startswith("exp_avg/") and actual[name].any()]) > 3
     for name, tensor in expected.items():
-        assert (tensor - found[name]).abs().max() < 1e-5, name
+        assert (tensor - actual[name]).abs().max() < 1e-5, name
