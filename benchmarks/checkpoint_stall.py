@@ -1,9 +1,10 @@
-"""Seconds that training waits for a resume checkpoint of SmolLM2-135M: fp32 weights and both moments, 1.6 GB.
+"""Time that training waits for a resume checkpoint of SmolLM2-135M: fp32 weights and both moments, 1.6 GB.
 
-Ours: a save as the loop makes it, while it takes real steps; what `save` and `wait_for_staging` waited, and what is
-left to wait for when the next save comes. Peer: the same code, awaited at once, which is a synchronous save of the same
-bytes with the same checks. Both alternate in one run, from the second save on: the first makes the buffers, and is told
-too. On few cores the thread takes time from the steps beside it: `step_seconds` tells with and without. Target: 5 %.
+Ours: a save as the loop makes it, while the loop takes real steps. The time is what `save` and `settle` waited, and
+what remained to wait for at the next save. Peer: the same code awaited at once, which is a synchronous save of the
+same bytes with the same checks. Both alternate in one run, from the second save on; the first one allocates the
+buffers and is reported too. On few cores the writing thread takes time from the steps beside it: `step_seconds` has
+both times. Target: 5 %.
 """
 
 import statistics
@@ -22,7 +23,7 @@ from vila_ops.train.job import RankInfo
 
 ROUNDS = 5
 STEPS = 6
-"""Between two saves, as many as a save takes at least."""
+"""Steps between two saves; a save has to end within them."""
 TOKENS = 256
 TARGET = 0.05
 SMOLLM2 = {
@@ -76,7 +77,7 @@ def main() -> None:
 
 
 def _save(checkpoints: Checkpointer, engine: PlainEngine, step: int) -> float:
-    """Seconds of a save that is awaited."""
+    """Seconds of a synchronous save."""
     started = time.perf_counter()
     checkpoints.save(step, engine.state(), [])
     checkpoints.close()
@@ -84,7 +85,7 @@ def _save(checkpoints: Checkpointer, engine: PlainEngine, step: int) -> float:
 
 
 def _step(engine: PlainEngine, model: LlamaForCausalLM, ids: torch.Tensor, checkpoints: Checkpointer) -> float:
-    """Seconds of one step, as the loop takes it."""
+    """Seconds of one step of the loop."""
     started = time.perf_counter()
     engine.backward(model(input_ids=ids, labels=ids).loss)
     checkpoints.wait_for_staging()

@@ -1,6 +1,6 @@
 """Near duplicates among a million images and texts: seconds and memory. Targets: 60 s and 2 GB.
 
-Peer: comparing all pairs of hashes in numpy, timed on some and scaled to all; it does not look at texts.
+Peer: comparing all pairs of hashes in numpy, timed on a part and extrapolated. It does not compare texts.
 """
 
 import resource
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def _signatures() -> tuple[NDArray[np.uint64], pa.Table]:
-    """Random ones, a tenth of them copies of others: half by image, half by text."""
+    """Random signatures; a tenth are copies of others, half of them by image, half by text."""
     rng = np.random.default_rng(0)
     hashes = rng.integers(0, 2**64, COUNT, dtype=np.uint64)
     thumbnails = rng.integers(0, 256, (COUNT, THUMBNAIL_BYTES), dtype=np.uint8)

@@ -1,12 +1,12 @@
 """MFU of training on one GPU: a language model of 1.2 billion weights with a tower of 400 million, all random, bf16.
 
-Rows of 4,096 tokens are packed from samples with LLaVA-like lengths (benchmarks/peers.py), an image is 576 tokens, and
-tower, projector and language model all train, by the same step as in a stage. FLOPs by the rule of
-`vila_ops/plan/flops.py`: padding and recomputation are none. `ours` is the MFU and `peer` the peak that it is a share
-of, dense bf16 of an H100 or H200. Target: 0.45. `memory` has the planner's forecast beside what torch's allocator held
-at most; its target is 5 %.
+Sequences of 4,096 tokens are packed from samples with LLaVA-like lengths (benchmarks/peers.py). An image is 576 tokens.
+Tower, projector and language model all train, by the same step as in a stage. FLOPs follow the rule of
+`vila_ops/plan/flops.py`: padding and recomputation do not count. `ours` is the MFU, `peer` the peak that it is a share
+of: dense bf16 of an H100 or H200. Target: 0.45. `memory` compares the planner's forecast with the most that torch's
+allocator held; its target is 5 %.
 
-Needs an NVIDIA GPU. VILA_BENCH_SMALL=1 runs it in small on anything, to see that it works, and keeps no result.
+Needs an NVIDIA GPU. VILA_BENCH_SMALL=1 runs a small version on any machine, as a check, and keeps no result.
 """
 
 import json
@@ -42,7 +42,7 @@ PEAK_TFLOPS = 989.4
 """Dense bf16 of an H100 SXM, which an H200 has too (NVIDIA's data sheets)."""
 WARM_UP, STEPS = (1, 2) if SMALL else (5, 20)
 ROW_TOKENS, ROWS, PASSES = (768, 1, 2) if SMALL else (4096, 2, 4)
-"""Rows of a forward pass, and passes a step."""
+"""Packed sequences in a forward pass, and forward passes in a step."""
 SIDE = 336
 """(336 / 14)^2 = 576 tokens an image."""
 IMAGE_TOKEN = 5
@@ -111,12 +111,12 @@ def _config() -> VilaConfig:
 
 
 def _step(engine: Engine, batches: list[Batch]) -> float:
-    """Seconds of one."""
+    """Seconds of one step."""
     targets = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches)
     started = time.perf_counter()
     for batch in batches:
         engine.backward(engine.loss(batch)[0] / targets)
-    engine.step(1.0)  # returns the gradient's norm, for which the device is waited for
+    engine.step(1.0)  # returns the gradient's norm, which waits for the device
     return time.perf_counter() - started
 
 
@@ -128,7 +128,7 @@ def _flops(row: list[tuple[int, bool]], shapes: Shapes, stage: Stage) -> float:
 
 
 def _row(draw: np.random.Generator) -> list[tuple[int, bool]]:
-    """Samples of a packed row: tokens, and whether an image is among them; the last one is cut to fill the row."""
+    """Samples of a packed sequence: tokens, and whether they include an image; the last is cut to fill the sequence."""
     row: list[tuple[int, bool]] = []
     left = ROW_TOKENS
     lengths, shown = llava_like(64, seed=int(draw.integers(2**31)))
@@ -142,12 +142,12 @@ def _row(draw: np.random.Generator) -> list[tuple[int, bool]]:
 
 
 def _targets(length: int, shows: bool) -> int:
-    """Of a sample: three quarters of its text."""
+    """Target tokens of a sample: three quarters of its text."""
     return (length - 576 * shows) * 3 // 4
 
 
 def _batch(rows: list[list[tuple[int, bool]]], device: torch.device) -> Batch:
-    """A forward pass's rows: an image stands at the second token of its sample, what is learnt at its end."""
+    """Packed sequences of a forward pass: an image begins at the second token of its sample, target tokens end it."""
     shape = (len(rows), ROW_TOKENS)
     ids, positions, segments = torch.randint(6, 32_000, shape), torch.zeros(shape).long(), torch.zeros(shape).long()
     labels = torch.full(shape, IGNORE_INDEX)

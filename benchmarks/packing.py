@@ -1,12 +1,17 @@
-"""Real tokens among the tokens computed, for 10^6 samples with LLaVA-like lengths, in rows of 2048, 4096 and 8192.
+"""Share of real tokens among those computed: 10^6 samples with LLaVA-like lengths in sequences of 2048, 4096, 8192.
 
-Peers on the same lengths: TRL's best-fit decreasing, the real library, once over all samples (best case, and the `peer`
-of the result) and once as it comes, by the thousand; nanoVLM's knapsack (restated from its data/advanced_datasets.py at
-4e0c096: 5 rows more than needed a buffer, 18 images a row at most), in buffers of 1024 rows, its default, and of 8, as
-its train.py has it; LLaVA's sampler that groups by modality and length (restated from its llava_trainer.py at 05f156c),
-whose batches of 16 are padded to their longest. `bound` is what no packing can beat: the linear program over all
-patterns of lengths (Gilmore and Gomory) in classes of 8 tokens, lengths rounded down.
-Target: 92.5, 98 and 99.5 %, and above best-fit decreasing at each.
+Peers on the same lengths:
+
+- TRL's best-fit decreasing, the library itself: once over all samples (its best case, and the `peer` of the result) and
+  once by the thousand, as it arrives.
+- nanoVLM's knapsack (restated from its data/advanced_datasets.py at 4e0c096: 5 rows more than needed in a buffer, at
+  most 18 images in a row), in buffers of 1024 rows, its default, and of 8, as in its train.py.
+- LLaVA's sampler that groups by modality and length (restated from its llava_trainer.py at 05f156c), whose batches of
+  16 are padded to their longest.
+
+`bound` is what no packing can exceed: the linear program over all patterns of lengths (Gilmore and Gomory) in
+classes of 8 tokens, lengths rounded down. Targets: 92.5, 98 and 99.5 %, and above best-fit decreasing at each
+length.
 """
 
 import random
@@ -21,7 +26,7 @@ from vila_ops.data.loading.planner import plan
 SAMPLES = 10**6
 TARGETS = (0.925, 0.98, 0.995)
 NANOVLM_SAMPLES = 20_000
-"""It sorts its rows anew for every sample."""
+"""Few, because it sorts its rows again for every sample."""
 
 
 def main() -> None:
@@ -61,8 +66,9 @@ def main() -> None:
 
 
 def nanovlm_share(lengths: NDArray[np.uint16], shows: NDArray[np.bool_], *, capacity: int, buffer: int) -> float:
-    """Of the samples that it does not skip: those shorter than a row."""
-    items = [(int(n) + 1, int(s)) for n, s in zip(lengths, shows, strict=True) if n < capacity]  # and a token between
+    """Share of real tokens, of the samples that it does not skip: those shorter than a row."""
+    # one separating token for each sample
+    items = [(int(n) + 1, int(s)) for n, s in zip(lengths, shows, strict=True) if n < capacity]
     rows, held, tokens = 0, list[tuple[int, int]](), 0
     for item in [*items, (0, 0)]:
         if tokens >= buffer * capacity or not item[0]:
@@ -74,7 +80,7 @@ def nanovlm_share(lengths: NDArray[np.uint16], shows: NDArray[np.bool_], *, capa
 
 
 def _knapsacks(items: list[tuple[int, int]], capacity: int) -> int:
-    """The longest first, each into the least filled row that it and its images fit into."""
+    """Rows: longest samples first, each into the least filled row that has space for it and its images."""
     loads = [0] * (-(-sum(length for length, _ in items) // capacity) + 5)
     images = [0] * len(loads)
     for length, shown in sorted(items, reverse=True):
@@ -89,7 +95,7 @@ def _knapsacks(items: list[tuple[int, int]], capacity: int) -> int:
 
 
 def llava_share(lengths: NDArray[np.uint16], shows: NDArray[np.bool_], *, ranks: int, batch_size: int) -> float:
-    """Batches of one modality, of megabatches of all ranks sorted by length and dealt so that ranks get equal sums."""
+    """Share of real tokens in batches of one modality, sorted by length within megabatches that ranks share evenly."""
     draw = random.Random(0)
     computed = 0
     for modality in (np.flatnonzero(shows), np.flatnonzero(~shows)):
@@ -130,7 +136,7 @@ def bound(lengths: NDArray[np.uint16], capacity: int, *, width: int = 8) -> floa
         use = -csc_matrix(np.array(patterns).T)
         solved = linprog(np.ones(len(patterns)), A_ub=use, b_ub=-counts[sizes].astype(float))
         worth, chosen = _knapsack(-solved.ineqlin.marginals, sizes, task)
-        rows = max(rows, solved.fun / max(1.0, worth[-1]))  # Farley's bound, which holds before the end
+        rows = max(rows, solved.fun / max(1.0, worth[-1]))  # Farley's bound, which holds before convergence
         if solved.fun * capacity <= total or solved.fun * 0.9999 <= rows:
             return min(1.0, total / (rows * capacity))
         for free in range(task, max(task - 40, 0), -1):
@@ -141,7 +147,7 @@ def bound(lengths: NDArray[np.uint16], capacity: int, *, width: int = 8) -> floa
 def _knapsack(
     prices: NDArray[np.float64], sizes: NDArray[np.int64], task: int
 ) -> tuple[NDArray[np.float64], list[int]]:
-    """The most that fits into 0, 1, ... task, and the last class taken for it (-1: one token less does as well)."""
+    """The best value in a capacity of 0, 1, ..., and the last class taken for it (-1: one unit less has the same)."""
     worth, chosen = np.zeros(task + 1), [-1] * (task + 1)
     for free in range(1, task + 1):
         fits = sizes <= free

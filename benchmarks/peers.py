@@ -1,4 +1,4 @@
-"""Lengths like LLaVA's, and what others do with them; used by `packing`, `planner` and `position`."""
+"""LLaVA-like lengths, and TRL's packing of them; for the other benchmarks."""
 
 import contextlib
 import subprocess
@@ -16,7 +16,7 @@ def llava_like(count: int, *, seed: int = 0) -> tuple[NDArray[np.uint16], NDArra
     """Tokens of each sample, and whether it shows an image.
 
     94 %: 576 image tokens and a text of lognormal(4.9, 0.85) tokens, at least 16; the rest text only, lognormal(6.2,
-    0.8); 2048 at most. By the million, so that 10^8 lengths need no more memory than themselves.
+    0.8); 2048 at most. Drawn by the million, so that 10^8 lengths need no memory beyond their own.
     """
     lengths, shows = np.empty(count, np.uint16), np.empty(count, np.bool_)
     for start in range(0, count, 10**6):
@@ -32,7 +32,7 @@ def llava_like(count: int, *, seed: int = 0) -> tuple[NDArray[np.uint16], NDArra
 
 @contextlib.contextmanager
 def installed(*packages: str) -> Iterator[None]:
-    """Packages of others for the time of a benchmark, without what they ask for that we do not have."""
+    """Install third-party packages for the time of a benchmark, without their dependencies."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, *packages]
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
@@ -47,7 +47,7 @@ TRL = ("trl==1.16.0", "datasets==5.2.0", "dill", "multiprocess", "xxhash")
 
 
 def trl_rows(lengths: NDArray[np.uint16], capacity: int, *, batch_size: int | None) -> int:
-    """Rows that TRL's `pack_dataset` makes (strategy bfd) of samples whose tokens are all 0; within TRL installed.
+    """The number of rows that TRL's `pack_dataset` makes (strategy bfd) of samples whose tokens are all 0.
 
     batch_size: samples packed together; TRL's own default is 1000, None packs all at once, and in memory.
     """

@@ -1,9 +1,9 @@
-"""The planner at 10^5 ... 10^8 samples with LLaVA-like lengths, rows of 4096: seconds, peak memory of a process, slope.
+"""The packing planner at 10^5 ... 10^8 samples with LLaVA-like lengths, sequences of 4096: seconds, peak memory, slope.
 
-Each size in a process of its own; the memory includes Python, numpy and the lengths (uint16). Peer: TRL's best-fit
-decreasing over all samples at once, which moves the tokens too (here of one byte), at the sizes that memory holds.
-Targets: 10^8 samples in 60 s and 2 GB, and a slope of log seconds over log samples of 1.1 at most, both over all sizes
-and in the last step; the slope is that of CPU seconds, which other processes disturb less.
+Each size runs in a process of its own; the memory includes Python, numpy and the lengths (uint16). Peer: TRL's
+best-fit decreasing over all samples at once, at the sizes that fit in memory; it moves the tokens too (here of one
+byte). Targets: 10^8 samples in 60 s and 2 GB, and a slope of log seconds over log samples of at most 1.1, over all
+sizes and in the last step. The slope is that of CPU seconds, which other processes disturb less.
 """
 
 import json

@@ -1,10 +1,11 @@
-"""Seconds to stand at sample 10^6 of 10^7 and have the batch that follows: rows of 4096, 16 of them, about 86 samples.
+"""Seconds to reach sample 10^6 of 10^7 and read the batch that follows: 16 sequences of 4096, about 86 samples.
 
-Ours: `RowLoader` opened and `batch` read in a new process each time; warm, as every start on a machine but the first;
-cold, where the epoch is planned first; and bare, where the dataset's index is not yet there as arrays either. Peers
-read the same samples: torchdata's StatefulDataLoader with its own RandomSampler, given the state it had there, and
-accelerate's `skip_first_batches`, which is what the trainers on transformers do. Both walk through what was seen; they
-pack nothing. The tokens are real, read from a shard that 10^7 index rows point into. Target: 50 ms, warm.
+Ours: `RowLoader` is opened and a batch read, in a new process each time. Warm: as at every start on a machine
+except the first. Cold: the epoch is planned first. Bare: the dataset's index is not cached as arrays either. Peers
+read the same samples: torchdata's StatefulDataLoader with its own RandomSampler, restored to its state at that
+sample, and accelerate's `skip_first_batches`, which the trainers on transformers use. Both iterate over what was
+seen before, and neither packs. The tokens are real, read from a shard that 10^7 index rows point into. Target: 50
+ms, warm.
 """
 
 import json
@@ -27,7 +28,7 @@ from vila_ops.data.shards import INDEX, SCHEMA, Sample, ShardWriter
 SAMPLES, POSITION, BATCH = 10**7, 10**6, 86
 HELD_OUT = 1000
 DISTINCT = 2000
-"""Samples in the shard; the index names them again and again."""
+"""Samples in the shard; the index repeats them."""
 ROUNDS = 5
 TARGET_SECONDS = 0.05
 OURS = """
@@ -87,7 +88,7 @@ if which == "torchdata":
     first = make()
     read = next(iter(first))
     state = first.state_dict()
-    # Where it stands, without reading a million samples: what the state counts, as many times further.
+    # The state at sample 10^6 without reading a million samples: its counters, multiplied.
     state["_num_yielded"] = state["_sampler_iter_yielded"] = step
     state["_sampler_iter_state"]["samples_yielded"] = step * batch_size
     state["_sampler_iter_state"]["sampler_iter_state"]["yielded"] = step * batch_size

@@ -1,12 +1,12 @@
-"""Captioned images to shards, images a second: `prepare` on Ray beside a torch DataLoader with as many processes.
+"""Captioned images to shards, in images per second: `prepare` on Ray beside a torch DataLoader with as many processes.
 
 Both read a JPEG, decode it, pad it with grey to a square, resize it (bicubic) to 336, encode it (JPEG 95, 4:4:4),
-tokenise its caption and write a WebDataset tar; the bytes of the images are equal, which is checked. The DataLoader's
-workers do all but the writing, which its main process does. Both are timed after their start: from the first tenth of
+tokenise its caption and write a WebDataset tar. The bytes of the images are equal, which is checked. The DataLoader's
+workers do all but the writing, which its main process does. Both are timed without their start: from the first tenth of
 the DataLoader's samples, and from the first shard of each of our workers, to the end.
 
-Part 1: images of 640 x 480, exact. Part 2: photos of 4000 x 3000, ours with scaled decoding, whose error is printed.
-VILA_BENCH_IMAGES (20 000) and VILA_BENCH_ROUNDS (3) make it smaller.
+Part 1: images of 640 x 480, decoded exactly. Part 2: photos of 4000 x 3000, ours with scaled decoding, whose error is
+printed. VILA_BENCH_IMAGES (20 000) and VILA_BENCH_ROUNDS (3) make it smaller.
 """
 
 import io
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def rounds(files: Path, out: Path, *, decode: str) -> dict[str, list[float]]:
-    """Rates of both, in turn; of the first round of exact decoding the images are compared."""
+    """Rates of both, alternating; the images of the first round of exact decoding are compared."""
     rates: dict[str, list[float]] = {"ours": [], "peer": []}
     for number in range(ROUNDS):
         rate, written = run_peer(files, out)
@@ -108,7 +108,7 @@ def rounds(files: Path, out: Path, *, decode: str) -> dict[str, list[float]]:
 
 
 def run_ours(files: Path, out: Path, *, decode: str) -> tuple[float, list[Path]]:
-    """Images a second of `prepare` on the running Ray, and the shards."""
+    """Images per second of `prepare` on the running Ray, and the shards."""
     shutil.rmtree(out, ignore_errors=True)
     count = sum(1 for _ in (files / "records.jsonl").open())
     mixture = Mixture.model_validate(
@@ -136,7 +136,7 @@ def run_ours(files: Path, out: Path, *, decode: str) -> tuple[float, list[Path]]
 
 
 class Captions(Dataset[dict[str, Any]]):
-    """The peer: what a team writes by hand."""
+    """The peer: a data set as a team without vila-ops would write it."""
 
     def __init__(self, files: Path) -> None:
         self.files = files
@@ -161,7 +161,7 @@ class Captions(Dataset[dict[str, Any]]):
 
 
 def run_peer(files: Path, out: Path) -> tuple[float, Path]:
-    """Images a second of a DataLoader that fills a tar, and the tar."""
+    """Images per second of a DataLoader that fills a tar, and the tar."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     captions = Captions(files)
@@ -183,7 +183,7 @@ def run_peer(files: Path, out: Path) -> tuple[float, Path]:
 
 
 def images(shard: Path, *, first: int) -> Iterator[tuple[int, bytes]]:
-    """Which of the distinct images, and its encoded square, of the first samples of a shard."""
+    """For the first samples of a shard: the number of its distinct image, and the encoded square."""
     with tarfile.open(shard) as tar:
         drawn = 0
         for member in tar:
@@ -212,7 +212,7 @@ def text() -> TextFormat:
 
 
 def source(folder: Path, *, draw: Callable[[int], Pillow.Image], distinct: int, count: int) -> Path:
-    """A folder of `count` captioned images, of which so many are distinct files."""
+    """A folder of `count` captioned images, of which `distinct` are different files."""
     folder.mkdir(parents=True)
     for number in range(distinct):
         draw(number).save(folder / f"{number:03d}.jpg", quality=85)
@@ -226,7 +226,7 @@ def source(folder: Path, *, draw: Callable[[int], Pillow.Image], distinct: int, 
 
 
 def image(seed: int) -> Pillow.Image:
-    """A part of a real photo, mirrored or not, brighter or darker, at 640 x 480."""
+    """A crop of a real photo at 640 x 480, mirrored or not, brighter or darker."""
     draw = np.random.default_rng(seed)
     photos = load_sample_images().images
     whole = Pillow.fromarray(photos[seed % len(photos)])
@@ -238,7 +238,7 @@ def image(seed: int) -> Pillow.Image:
 
 
 def photo(seed: int) -> Pillow.Image:
-    """Real photos side by side, mirrored where they meet: 4000 x 3000 with detail down to the pixel."""
+    """Real photos tiled with mirrored edges: 4000 x 3000 with detail down to the pixel."""
     draw = np.random.default_rng(seed)
     tile = load_sample_images().images[seed % 2]
     tile = np.concatenate([tile, tile[:, ::-1]], axis=1)

@@ -1,18 +1,17 @@
-"""The hours that VILA and LLaVA-1.5 say they took on A100s, from samples, lengths and shapes, with one utilisation.
+"""Forecast of the training hours that VILA and LLaVA-1.5 published for A100s, from samples, lengths and shapes.
 
-What their scripts did: gradient checkpointing everywhere, the head at every position, LLaVA's sampler by modality and
-length for its SFT (16 rows a GPU), random batches padded to the longest for align, and VILA v1.0's packing of a
-micro-batch inside the forward pass for pretrain and sft (the paper says that its runs did not pack: padded, its 30
-hours would be all of an A100's peak). The hours are of what the machine computes then: padding and recomputed
-layers too.
+One utilisation, UTILISATION, serves all figures; nothing else is fitted. The forecast models what their scripts
+did: gradient checkpointing everywhere, the head at every position, LLaVA's sampler by modality and length for its
+SFT (16 samples on a GPU), random batches padded to the longest for align, and VILA v1.0's packing of a micro-batch
+inside the forward pass for pretrain and sft. (The paper says that its runs did not pack; padded, its 30 hours would
+take all of an A100's peak.) The hours cover what the machine computes: padding and recomputed layers too.
 
-Published: VILA 7B by the paper (arXiv:2312.07533, appendix B: 4 + 30 + 6 h on 128), and by the README of v1.0 (align
-and sft on 8: 3.5 and 25 h for 7B, 5.5 and 40 h for 13B); LLaVA-1.5's README (on 8: 3.5 and 5.5 h for align, 10 and 20
-h for SFT; 7B's SFT on GPUs of 40 GB).
-Samples: 558,128 and 665,298 of LLaVA-1.5, 595,375 of LLaVA-CC3M; the rest, and every length, as
-configs/lengths/vila.yaml says, which also says what of it is assumed. VILA's sft has the paper's 1M + 1M samples, also
-for the README's hours, whose data (M3IT, FLAN, ShareGPT4V) have no published count. Target: every forecast within 25 %.
-Nothing is fitted but UTILISATION.
+Published: VILA 7B in the paper (arXiv:2312.07533, appendix B: 4 + 30 + 6 h on 128 GPUs), and in the README of v1.0
+(align and sft on 8: 3.5 and 25 h for 7B, 5.5 and 40 h for 13B); LLaVA-1.5's README (on 8: 3.5 and 5.5 h for align,
+10 and 20 h for SFT; 7B's SFT on GPUs of 40 GB). Samples: 558,128 and 665,298 of LLaVA-1.5, 595,375 of LLaVA-CC3M;
+the rest, and every length, from configs/lengths/vila.yaml, which says what is assumed. VILA's sft has the paper's
+1M + 1M samples, also for the README's hours, whose data (M3IT, FLAN, ShareGPT4V) have no published count. Target:
+every forecast within 25 %.
 """
 
 import random
@@ -35,14 +34,14 @@ from vila_ops.plan.shapes import shapes_of
 CONFIGS = Path(__file__).parents[1] / "configs"
 PEAK = 312e12
 UTILISATION = 0.48
-"""Of the peak, for every stage: the middle of the seven figures that one utilisation can explain (0.415 to 0.576)."""
+"""Share of the peak, for every stage: the middle of the seven figures that one value can explain (0.415 to 0.576)."""
 TARGET = 0.25
 Batching = Literal["random", "llava", "packed"]
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A published time."""
+    """One published time."""
 
     name: str
     recipe: str
@@ -102,7 +101,7 @@ def main() -> None:
 
 
 def _flops(figure: Figure) -> tuple[float, float]:
-    """Of the model, and of the machine as the scripts drove it."""
+    """FLOPs of the model, and of the machine as the scripts used it."""
     run = load(CONFIGS / f"recipes/{figure.recipe}.yaml", resources=CONFIGS / "resources/vila_128.yaml")
     stage = run.recipe.stages[figure.stage]
     model = run.recipe.model_of(figure.stage)
@@ -140,7 +139,7 @@ def _epoch(figure: Figure, mixture: Mixture, *, image_tokens: int) -> EpochLengt
 def padded_lengths(
     tokens: NDArray[np.int64], shows: NDArray[np.bool_], batching: Batching, batch_size: int
 ) -> NDArray[np.int64]:
-    """What each sample becomes beside the others of its batch."""
+    """The length of each sample as its batch computes it."""
     longest = tokens.copy()
     if batching == "packed":
         return longest
@@ -162,7 +161,7 @@ def padded_lengths(
 
 
 def _places(order: list[int], chunks: list[list[int]], tokens: NDArray[np.int64]) -> list[list[int]]:
-    """The samples of chunks of lengths."""
+    """The samples in chunks of lengths."""
     by_length: dict[int, list[int]] = {}
     for at in order:
         by_length.setdefault(int(tokens[at]), []).append(at)

@@ -11,8 +11,8 @@ from vila_ops.artifacts.execution import versions
 
 
 def result(name: str, *, ours: float, peer: float, target: float, ok: bool, **more: Any) -> None:
-    """Print and keep what was measured; `ratio` is ours / peer."""
-    said = {
+    """Print a result and write it to results/; `ratio` is ours / peer."""
+    record = {
         "name": name,
         "ours": round(ours, 3),
         "peer": round(peer, 3),
@@ -25,5 +25,5 @@ def result(name: str, *, ours: float, peer: float, target: float, ok: bool, **mo
     }
     folder = Path(__file__).parent / "results"
     folder.mkdir(exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(said, indent=1) + "\n")
-    print(json.dumps(said))
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record))

@@ -1,9 +1,9 @@
 """Seconds from the start of a process to the end of its first training step: resumed, and from the beginning.
 
 A stage with a language model of 85 M parameters, inline, each start in a new process, alternating. A resume reads,
-checks and restores 1 GB of weights and moments (from the page cache, as after a crash); a start from the beginning
-validates first, of which the seconds are told. Both read the same model and the same cached features and plan.
-Target: 1.2 of the start from the beginning.
+checks and restores 1 GB of weights and moments (from the page cache, as after a crash). A start from the beginning
+validates first; these seconds are reported. Both read the same model and the same cached features and plan.
+Target: 1.2 times the start from the beginning.
 """
 
 import os
@@ -63,7 +63,7 @@ def main() -> None:
         folder = Path(name)
         job = _job(folder)
         saved = Path(job.resume)
-        _start(job, folder, steps=4 * SAVED)  # so long that a checkpoint is sealed; caches are filled
+        _start(job, folder, steps=4 * SAVED)  # until a checkpoint is complete and the caches are filled
         newest = max(saved.glob("step-*"))
         size = sum(path.stat().st_size for path in newest.iterdir())
         times: dict[str, list[tuple[float, float]]] = {"resumed": [], "cold": []}
@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def _job(folder: Path) -> TrainJob:
-    """The stage `pretrain` of the tiny recipe with a larger model, its parents made."""
+    """The stage `pretrain` of the tiny recipe with a larger model; its parents are sealed first."""
     where = [f"resources.storage.{name}={folder / name}" for name in ("store", "data", "cache")]
     larger = [f"model.language_model.{key}={value}" for key, value in MODEL.items()]
     stage = [f"stages.pretrain.save_every={SAVED}", "stages.pretrain.num_steps=1000"]
@@ -110,11 +110,11 @@ def _job(folder: Path) -> TrainJob:
 
 
 def _start(job: TrainJob, folder: Path, *, steps: int = 1) -> tuple[float, float]:
-    """Seconds to the first step, and of validation, of a process that ends after so many."""
-    told = folder / "job.json"
-    told.write_text(job.model_dump_json())
+    """Seconds to the first step, and of validation, of a process that ends after `steps` steps."""
+    file = folder / "job.json"
+    file.write_text(job.model_dump_json())
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-c", TRAIN, str(time.time()), str(told), str(steps)]
+    command = [sys.executable, "-c", TRAIN, str(time.time()), str(file), str(steps)]
     said = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
     print(*said, file=sys.stderr)
     return float(said[0]), float(said[1])

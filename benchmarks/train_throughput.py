@@ -1,17 +1,18 @@
-"""Useful tokens a second in training: our loop beside HF Trainer with stock LLaVA, with the same weights and samples.
+"""Useful tokens per second in training: our loop beside HF Trainer with stock LLaVA, with the same weights and samples.
 
-A step is one global batch: the samples of ROWS_PER_STEP packed rows. The Trainer gets just those as its data set and
-accumulates over it, so that both take one optimizer step on the same samples; ours packs them into rows, the peer pads
-micro-batches of 16 (its default sampler, its group_by_length, which here sorts the whole step: its best case) or takes
-one sample at a time, unpadded. Lengths are LLaVA-like (benchmarks/peers.py), all divided by 9, as an image is 64
-tokens here and 576 there. bf16 autocast over fp32 weights, fused AdamW, clipping at 1, frozen tower; the language model
-is SmolLM2-135M, real weights. `loss_per_token` is that of the first step, before anything was updated.
+A step is one global batch: the samples of ROWS_PER_STEP packed sequences. The Trainer gets exactly these as its
+data set and accumulates over it, so that both take one optimizer step on the same samples. Ours packs them; the
+peer pads micro-batches of 16 (with its default sampler, or with its group_by_length, which here sorts the whole
+step: its best case), or takes one sample at a time, unpadded. Lengths are LLaVA-like (benchmarks/peers.py), divided
+by 9, since an image is 64 tokens here and 576 there. bf16 autocast over fp32 weights, fused AdamW, clipping at 1,
+frozen tower; the language model is SmolLM2-135M with its real weights. `loss_per_token` is that of the first step,
+before any update.
 
 Targets: 1.5 times the default sampler; no slower than group_by_length, unpadded, and ourselves unpacked; the loop
-costs 3 % at most over a bare torch loop on ready batches, of LOOP_PAIRS pairs of steps of two rows (a long step's time
-drifts by more than that); from the second epoch on the tower's features take 2 % of a step at most; the loss of 2,048
-x 49,152 logits needs 250 MiB at most and no more time than full logits.
-VILA_BENCH_ROUNDS (3) and VILA_BENCH_PAIRS (40) make it smaller.
+costs at most 3 % over a bare torch loop on ready batches, in LOOP_PAIRS pairs of steps of two sequences (the time
+of a long step drifts by more than that); from the second epoch on the tower's features take at most 2 % of a step;
+the loss of 2,048 x 49,152 logits needs at most 250 MiB and no more time than full logits. VILA_BENCH_ROUNDS (3) and
+VILA_BENCH_PAIRS (40) make it smaller.
 """
 
 import json
@@ -113,7 +114,7 @@ def main() -> None:
 
 
 def prepared(root: Path) -> tuple[Dataset, Pretrained, Stage, Resources]:
-    """LLaVA records with lengths like LLaVA's, as our data task makes them, and the model."""
+    """LLaVA records with LLaVA-like lengths, prepared by our task, and the model."""
     run = load(
         ROOT / "configs/recipes/demo.yaml",
         resources=ROOT / "configs/resources/inline.yaml",
@@ -143,7 +144,7 @@ def prepared(root: Path) -> tuple[Dataset, Pretrained, Stage, Resources]:
 
 
 def records(path: Path, *, images: Path) -> None:
-    """A conversation a sample: the text has as many words as LLaVA's has tokens, over SCALE."""
+    """One conversation for each sample; its text has as many words as LLaVA's has tokens, divided by SCALE."""
     images.mkdir()
     draw = np.random.default_rng(0)
     photos = [np.asarray(photo) for photo in load_sample_images().images]
@@ -167,7 +168,7 @@ def records(path: Path, *, images: Path) -> None:
 
 
 class Ours:
-    """The parts of a stage as `loop.train` puts them together."""
+    """The parts of a stage, put together as in `loop.train`."""
 
     def __init__(self, data: Dataset, init: Pretrained, stage: Stage, resources: Resources, root: Path) -> None:
         self.init = init
@@ -188,20 +189,20 @@ class Ours:
         self.index = {row["key"]: row for row in read_index(content(data)).to_pylist()}
 
     def samples(self, *, step: int) -> list[Sample]:
-        """Those of a step's rows."""
+        """The samples of a step."""
         rows, _ = self.rows.batch(step)
-        found = [self.index[key] for row in rows for key in row.keys]
+        rows_of_index = [self.index[key] for row in rows for key in row.keys]
         folder = content(self.job.data)
-        return [read_sample(folder, shard=row["shard"], offset=row["offset"], key=row["key"]) for row in found]
+        return [read_sample(folder, shard=row["shard"], offset=row["offset"], key=row["key"]) for row in rows_of_index]
 
     @torch.no_grad()
     def loss(self, *, step: int) -> float:
-        """Nats per token of a step's samples."""
+        """Loss of a step's samples, nats per token."""
         rows, num_targets = self.rows.batch(step)
         return sum(float(self.engine.loss(self.batches([row]))[0]) for row in rows) / num_targets
 
     def seconds(self, *, step: int, rows: Any = None) -> float:
-        """Of one step as `loop.train` takes it, metrics included."""
+        """Seconds of one step of `loop.train`, metrics included."""
         started = time.perf_counter()
         self.bad_samples.watchdog.heartbeat(step, "train")
         seen = loop.accumulate_gradients(
@@ -214,7 +215,7 @@ class Ours:
         return time.perf_counter() - started
 
     def loop_share(self) -> float:
-        """What a step of the loop takes over a bare one, as a share of that; its features are in the cache."""
+        """Share of time that a step of the loop takes over a bare one; its features are in the cache."""
         shares = []
         for step in range(LOOP_PAIRS + 1):
             self.tower_seconds(step=step)
@@ -223,14 +224,14 @@ class Ours:
             else:
                 bare, ours = self.bare_seconds(step=step), self.seconds(step=step)
             shares.append(ours / bare - 1)
-        return statistics.median(shares[1:])  # moments are made in the first
+        return statistics.median(shares[1:])  # the first one allocates the moments
 
     def unpacked_seconds(self, samples: list[Sample]) -> float:
-        """Of one step with a row for each sample."""
+        """Seconds of one step with one sequence for each sample."""
         return self.seconds(step=0, rows=Alone(samples))
 
     def bare_seconds(self, *, step: int) -> float:
-        """Of forward and backward passes over batches that are ready, clipping and an update; nothing else."""
+        """Seconds of forward and backward passes over ready batches, clipping and an update; nothing else."""
         rows, num_targets = self.rows.batch(step)
         ready = [self.batches([row], step=step) for row in rows]
         started = time.perf_counter()
@@ -244,7 +245,7 @@ class Ours:
         return time.perf_counter() - started
 
     def tower_seconds(self, *, step: int) -> float:
-        """Of reading a step's features that are in the cache."""
+        """Seconds of reading a step's features from the cache."""
         rows, _ = self.rows.batch(step)
         started = time.perf_counter()
         for row in rows:
@@ -254,13 +255,13 @@ class Ours:
 
 
 class Alone:
-    """Rows as `loop.accumulate_gradients` asks for them, one sample in each."""
+    """Sequences as `loop.accumulate_gradients` reads them, one sample in each."""
 
     def __init__(self, samples: list[Sample]) -> None:
         self.rows = [pack([sample], capacity=len(sample.input_ids)) for sample in samples]
 
     def batch(self, step: int, *, rank: int, world_size: int) -> tuple[list[PackedRow], int]:
-        """All of them."""
+        """All sequences of the step."""
         return self.rows, sum(int((row.labels >= 0).sum()) for row in self.rows)
 
 
@@ -272,7 +273,8 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
             {
                 "input_ids": list(sample.input_ids),
                 "labels": [
-                    i if told else IGNORE_INDEX for i, told in zip(sample.input_ids, sample.is_target, strict=True)
+                    i if is_target else IGNORE_INDEX
+                    for i, is_target in zip(sample.input_ids, sample.is_target, strict=True)
                 ],
                 "images": list(sample.images),
             }
@@ -287,7 +289,7 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 def collate(items: list[dict[str, Any]], *, pad: int, mean: Any, std: Any) -> dict[str, Tensor]:
-    """A micro-batch padded to its longest."""
+    """A micro-batch padded to its longest sample."""
     longest = max(len(item["input_ids"]) for item in items)
 
     def padded(key: str, value: int) -> Tensor:
@@ -302,7 +304,7 @@ def collate(items: list[dict[str, Any]], *, pad: int, mean: Any, std: Any) -> di
 
 
 class Clock(TrainerCallback):
-    """The seconds of the one step, reading of its samples included."""
+    """Records the seconds of the one step, reading of its samples included."""
 
     def on_epoch_begin(self, *_: Any, **__: Any) -> None:
         self.started = time.perf_counter()
@@ -346,10 +348,10 @@ def peer(init: Pretrained, samples: list[Sample], how: dict[str, Any], *, out: P
 
 
 def of_the_loss() -> dict[str, float]:
-    """Peak MiB over the inputs, and seconds, of forward and backward of the head with its loss in fp32, and in full."""
+    """Peak MiB beyond the inputs, and seconds, of head and loss in fp32, forward and backward: ours and in full."""
     said = subprocess.run([sys.executable, "-c", LOSS], check=True, capture_output=True, text=True).stdout
-    found: dict[str, float] = json.loads(said.splitlines()[-1])
-    return found
+    measured: dict[str, float] = json.loads(said.splitlines()[-1])
+    return measured
 
 
 LOSS = f"""
@@ -375,16 +377,16 @@ def resident(kind):
 
 def measured(step):
     hidden.grad = head.weight.grad = None
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the resident memory
     before, started = resident("VmRSS"), time.perf_counter()
     step()
     return resident("VmHWM") - before, time.perf_counter() - started
 
-found = {{"ours": [], "full": []}}
+measurements = {{"ours": [], "full": []}}
 for number in range(6):
     for name, step in (("ours", ours), ("full", full)):
-        found[name].append(measured(step))
-medians = {{name: [statistics.median(column) for column in zip(*rows[1:])] for name, rows in found.items()}}
+        measurements[name].append(measured(step))
+medians = {{name: [statistics.median(column) for column in zip(*rows[1:])] for name, rows in measurements.items()}}
 (mib, seconds), (full_mib, full_seconds) = medians["ours"], medians["full"]
 kept = {{"mib": mib, "seconds": seconds, "full_mib": full_mib, "full_seconds": full_seconds}}
 print(json.dumps({{name: round(value, 3) for name, value in kept.items()}}))

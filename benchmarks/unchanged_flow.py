@@ -1,8 +1,8 @@
-"""An unchanged pipeline run again: seconds from RUNNING to COMPLETED, as Prefect noted them. Target: 10 s at most.
+"""An unchanged pipeline run again: seconds from RUNNING to COMPLETED, as Prefect recorded them. Target: at most 10 s.
 
-Peer: a Prefect flow of as many tasks as we have tasks that do nothing, each found in Prefect's own result cache. Ours
-looks every task up in the store, asks the registry and the replica, asks the served model a question and writes the
-report; that is what it may cost beyond the peer.
+Peer: a Prefect flow with as many empty tasks as ours has tasks, each found in Prefect's own result cache. Ours
+looks up every task in the store, queries the registry and the replica, sends the served model one question and
+writes the report; that is what it may cost beyond the peer.
 """
 
 import json
@@ -57,7 +57,7 @@ def main() -> None:
         try:
             local.up(settings)
             seconds = _seconds(f"{local.endpoints(settings).prefect}/api")
-            for command in (deployed, peer):  # makes everything once; timed from the second run on
+            for command in (deployed, peer):  # the first run makes everything; later runs are timed
                 subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             times: dict[str, list[float]] = {"ours": [], "peer": []}
             for _ in range(ROUNDS):
@@ -94,7 +94,7 @@ def _tiny(folder: Path, settings: LocalServers) -> Run:
 
 
 def _seconds(api: str) -> Callable[[], float]:
-    """Asks for the run time of the newest flow run; raises where it has not completed."""
+    """The run time of the newest flow run. Raises if it has not completed."""
 
     def newest() -> float:
         body = {"sort": "START_TIME_DESC", "limit": 1}
