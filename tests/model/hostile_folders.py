@@ -337,9 +337,9 @@ def templates() -> Iterator[Attack]:
         "joined": "{% set n = namespace(t='abc') %}{% for a in range(40) %}{% set n.t = n.t|join(n.t) %}{% endfor %}",
     }
     for name, text in bombs.items():
-        yield Attack(f"bomb_{name}", template(text), "come to an end|holds the number|power")
-    yield Attack("template_broken", template("{% for %}"), "chat template is not one")
-    yield Attack("template_deep", template("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}"), "chat template is not one")
+        yield Attack(f"bomb_{name}", template(text), "does not end|holds the number|power")
+    yield Attack("template_broken", template("{% for %}"), "chat template is not valid")
+    yield Attack("template_deep", template("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}"), "chat template is not valid")
     yield Attack("template_long", template("x" * 200_000), "characters")
 
 
@@ -399,7 +399,7 @@ def parts() -> Iterator[Attack]:
             "too_many_layers": (edit("config.json", num_hidden_layers=1000), "tensors in all"),
             "too_wide": (edit("config.json", hidden_size=2**20), "parameters|no model that can be"),
             "header": (put(WEIGHTS, struct.pack("<Q", 2**60) + b"{}"), "states a header"),
-            "half": (half, "cut|header"),
+            "half": (half, "truncated|header"),
             "empty": (put(WEIGHTS, b""), "too few"),
             "nan": (put("config.json", b'{"a": NaN}'), "NaN"),
         }

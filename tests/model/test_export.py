@@ -79,22 +79,22 @@ def test_a_folder_in_transformers_5_own_names_is_not_for_vllm(copied: Path) -> N
     save_file({name.replace(".vision_model.", "."): one for name, one in state.items()}, copied / "model.safetensors")
     assert export.check(copied, "transformers").loads
     assert export.check(copied, "vllm").reasons == (
-        "it knows the tower's weights as vision_tower.vision_model.*, as vila-ops and transformers 4 write them",
+        "it reads the tower's weights as vision_tower.vision_model.*, as vila-ops and transformers 4 write them",
     )
 
 
 @pytest.mark.parametrize(
     ("part", "fields", "reason"),
     [
-        ("vision_config", {"model_type": "dinov2"}, "takes towers of"),
+        ("vision_config", {"model_type": "dinov2"}, "takes the towers"),
         ("text_config", {"model_type": "bloom"}, "bloom is not among"),
         (None, {"projector_hidden_act": "linear"}, "no activation 'linear'"),
         (None, {"vision_feature_layer": [-2, -5]}, "several feature layers"),
-        ("vision_config", {"image_size": 112}, "the tower's own 112 pixels"),
+        ("vision_config", {"image_size": 112}, "the tower's 112 pixels"),
         (None, OURS | {"visual_expert": True, "projector": {"kind": "mlp_gelu", "depth": 2}}, "no visual expert"),
         (None, OURS | {"projector": {"kind": "mlp_gelu", "depth": 3}}, "this one 3"),
         (None, OURS | {"projector": {"kind": "transformer"}}, "this one is transformer"),
-        (None, {"model_type": "qwen2_vl"}, "neither llava nor ours"),
+        (None, {"model_type": "qwen2_vl"}, "neither llava nor vila_llava"),
     ],
 )  # fmt: skip
 def test_vllm_s_rules_each_have_their_reason(

@@ -158,7 +158,7 @@ def test_a_disk_without_room_keeps_no_features_and_gives_the_same(
     full = FeatureCache(whole, to_pixels(), root=tmp_path / "full", leave_free=1)  # no disk is free as a whole
     for times in (1, 2):
         assert torch.equal(full(squares), expected)
-        assert full.passed == times * len(squares)
+        assert full.num_computed == times * len(squares)
     assert files(tmp_path / "full") == []
     assert [record.message for record in caplog.records if "features_leave_free" not in record.message] == []
     assert len(caplog.records) == 1

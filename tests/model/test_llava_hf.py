@@ -88,10 +88,10 @@ def test_a_folder_of_ours_comes_back_the_same(projector: str, make_model: Any, b
     ("more", "why"),
     [
         ({"model_type": "llava_next"}, "holds a 'llava_next' model"),
-        ({"projector_hidden_act": "relu"}, "we hold gelu, and linear in front of an identity"),
-        ({"projector_hidden_act": "linear"}, "we hold gelu, and linear in front of an identity"),
-        ({"vision_feature_layer": [-2, -5]}, "we read one state"),
-        ({"vision_feature_select_strategy": "full"}, "we hold 'default'"),
+        ({"projector_hidden_act": "relu"}, "supported are gelu, and linear before an identity"),
+        ({"projector_hidden_act": "linear"}, "supported are gelu, and linear before an identity"),
+        ({"vision_feature_layer": [-2, -5]}, "supported is one hidden state"),
+        ({"vision_feature_select_strategy": "full"}, "supported is 'default'"),
         ({"image_token_index": 7}, "not '<image>'"),
         ({"image_token_index": 9000}, "not '<image>'"),
     ],
@@ -116,10 +116,10 @@ def test_a_template_that_reads_no_plain_text_is_asked_for(tmp_path: Path) -> Non
 
 def test_the_order_of_tokens_is_no_question_there(tmp_path: Path) -> None:
     write(tmp_path / "a")
-    with pytest.raises(ValueError, match="a LLaVA-HF folder has one order"):
+    with pytest.raises(ValueError, match="a LLaVA-HF folder has one token order"):
         import_checkpoint(tmp_path / "a", tmp_path / "ours", token_order="rows")
 
 
 def test_no_folder_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no such folder: .*; download the repository"):
+    with pytest.raises(ValueError, match=r"is not a folder; download the repository"):
         import_checkpoint(tmp_path / "a", tmp_path / "ours")

@@ -142,7 +142,7 @@ def test_an_adapter_that_computes_something_else_is_refused(
     lora.write(adapter, folder, whole={})
     config = folder / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
-    with pytest.raises(ValueError, match="only plain LoRA is read"):
+    with pytest.raises(ValueError, match="only plain LoRA is supported"):
         lora.read(folder)
 
 
@@ -150,7 +150,7 @@ def test_an_adapter_of_another_model_is_refused(fresh: Make, adapter: lora.Adapt
     state = dict(fresh().state_dict())
     name = "model.language_model.layers.0.mlp.up_proj.weight"
     with pytest.raises(
-        ValueError, match=r"layers.0.mlp.up_proj is for a weight of \(128, 64\), the model's is \(128, 60\)"
+        ValueError, match=r"layers.0.mlp.up_proj fits a weight of shape \(128, 64\), but the model has \(128, 60\)"
     ):
         lora.merge({**state, name: state[name][:, :60]}, adapter)
     del state[name]
@@ -203,7 +203,7 @@ def test_a_language_model_without_linear_layers_is_refused(fresh: Make) -> None:
 def test_a_model_with_a_visual_expert_is_refused(fresh: Make) -> None:
     model = fresh()
     model.config.visual_expert = True
-    with pytest.raises(ValueError, match="two weights in a layer, and LoRA adapts one"):
+    with pytest.raises(ValueError, match="two weights a layer, and LoRA adapts one"):
         lora.add(model, TUNING, seed=0, dtype=torch.float32)
 
 

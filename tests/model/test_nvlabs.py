@@ -115,7 +115,7 @@ def test_dynamic_s2_is_exact_for_images_of_one_tile(pixels: Tensor, tmp_path: Pa
         expected = logits(tmp_path / "a", pixels, IDS)
     assert torch.allclose(ours(tmp_path / "ours", pixels, IDS), expected, atol=1e-5, rtol=0)
     write(tmp_path / "b", s2, projector="mlp_downsample_3x3_fix")
-    with pytest.raises(ValueError, match="Dynamic-S2 in front of a 3x3 projector"):
+    with pytest.raises(ValueError, match="Dynamic-S2 before a 3x3 projector"):
         import_checkpoint(tmp_path / "b", tmp_path / "again", chat_template="chatml")
 
 
@@ -216,10 +216,13 @@ def test_nvila_keeps_its_tokenizers_template_and_v15_has_its_conversation(tmp_pa
         ({"ps3": True}, "PS3"),
         ({"vision_tower_cfg": {"model_type": "radio"}}, "RADIO"),
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end"),
-        ({"mm_vision_select_feature": "patch"}, "we hold 'cls_patch'"),
+        ({"mm_vision_select_feature": "patch"}, "supported is 'cls_patch'"),
         ({"dynamic_s2": True, "s2_scales": "384,768"}, "tiles of Dynamic-S2 have 384 pixels"),
-        ({"image_encoder": {"_target_": "x.BasicImageEncoder", "start_tokens": "<s>"}}, "puts more around an image"),
-        ({"image_encoder": {"_target_": "x.TSPImageEncoder"}}, "puts more around an image"),
+        (
+            {"image_encoder": {"_target_": "x.BasicImageEncoder", "start_tokens": "<s>"}},
+            "adds more than text after an image",
+        ),
+        ({"image_encoder": {"_target_": "x.TSPImageEncoder"}}, "adds more than text after an image"),
     ],
 )
 def test_what_we_cannot_hold_exactly_is_refused(config: dict[str, Any], why: str, tmp_path: Path) -> None:
@@ -232,7 +235,11 @@ def test_what_we_cannot_hold_exactly_is_refused(config: dict[str, Any], why: str
 
 @pytest.mark.parametrize(
     ("kind", "why"),
-    [("mlp_downsample_3x3_s2_new", "several scales"), ("identity", "not known"), (None, "no mm_projector_type")],
+    [
+        ("mlp_downsample_3x3_s2_new", "several scales"),
+        ("identity", "'identity' is not supported"),
+        (None, "no mm_projector_type"),
+    ],
 )
 def test_projectors_that_are_not_ours_are_refused(kind: str | None, why: str, tmp_path: Path) -> None:
     write(tmp_path / "a", NVILA, projector="linear")

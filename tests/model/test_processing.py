@@ -148,5 +148,5 @@ def test_image_processors_of_known_checkpoints_are_understood(name: str) -> None
     ],
 )  # fmt: skip
 def test_an_image_processor_that_does_anything_else_is_refused(stated: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="does not make squares in a way that we have"):
+    with pytest.raises(ValueError, match="is not supported; supported are pad, resize and crop"):
         read_fit({"image_processor_type": "CLIPImageProcessor", **stated})

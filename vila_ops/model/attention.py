@@ -1,4 +1,4 @@
-"""How samples that share a row are kept apart, for each kernel of attention."""
+"""Attention masks for packed sequences, in the form that each attention kernel takes."""
 
 # B rows, T tokens
 
@@ -13,36 +13,38 @@ from vila_ops.model.vila import VilaForConditionalGeneration
 
 Kernel = Literal["sdpa", "flash", "flex"]
 NAMES: dict[Kernel, str] = {"sdpa": "sdpa", "flash": "flash_attention_2", "flex": "flex_attention"}
-"""As transformers calls them."""
+"""transformers' names of the kernels."""
 
 
 def use(model: VilaForConditionalGeneration, kernel: Kernel) -> None:
-    """Let the language model attend with a kernel, in place."""
+    """Set the language model's attention kernel, in place."""
     model.model.language_model.set_attn_implementation(NAMES[kernel])
 
 
-def choose(asked: Literal["auto"] | Kernel, device: torch.device, precision: Literal["fp32", "bf16"]) -> Kernel:
-    """The kernel to train with. Raises ValueError where the one that is asked for cannot train here."""
+def choose(requested: Literal["auto"] | Kernel, device: torch.device, precision: Literal["fp32", "bf16"]) -> Kernel:
+    """The kernel to train with. Raises ValueError if the requested one cannot train on this device."""
     on_gpu, has_flash = device.type == "cuda", find_spec("flash_attn") is not None
-    if asked == "auto":
+    if requested == "auto":
         if not on_gpu:
             return "sdpa"
         return "flash" if has_flash and precision == "bf16" else "flex"
-    if asked != "sdpa" and not on_gpu:
-        why = "FlashAttention runs on a GPU" if asked == "flash" else "FlexAttention has no backward pass on a CPU"
-        raise ValueError(f"attention {asked}: {why}, and this stage has none; use auto or sdpa, or set gpus_per_worker")
-    if asked == "flash" and not has_flash:
+    if requested != "sdpa" and not on_gpu:
+        why = "FlashAttention runs on a GPU" if requested == "flash" else "FlexAttention has no backward pass on a CPU"
+        raise ValueError(
+            f"attention {requested}: {why}, and this stage has none; use auto or sdpa, or set gpus_per_worker"
+        )
+    if requested == "flash" and not has_flash:
         raise ValueError("attention flash needs the package flash-attn; install it, or use auto or flex")
-    if asked == "flash" and precision == "fp32":
+    if requested == "flash" and precision == "fp32":
         raise ValueError("attention flash computes in 16 bits, and the stage's precision is fp32; use auto or flex")
-    return asked
+    return requested
 
 
 def document_mask(model: VilaForConditionalGeneration, segment_ids: Tensor) -> dict[str, Any]:
-    """What the language model's kernel has to be told, so that a token sees its own segment up to itself.
+    """Arguments of the language model with which a token attends to its own segment up to itself.
 
-    segment_ids are (B, T); padding is a segment like others, so that no softmax is empty. Always explicit: transformers
-    infers segments only without a mask and without a cache, and leaks silently otherwise.
+    segment_ids are (B, T). Padding is a segment like others, so that no softmax is empty. The mask is always explicit:
+    transformers infers segments only without a mask and without a cache, and leaks silently otherwise.
     """
     match model.model.language_model.config._attn_implementation:
         case "flash_attention_2":
@@ -54,29 +56,29 @@ def document_mask(model: VilaForConditionalGeneration, segment_ids: Tensor) -> d
 
 
 def attention_mask(segment_ids: Tensor) -> Tensor:
-    """Block-diagonal causal mask (B, 1, T, T) of segment ids (B, T): True where a query sees a key."""
+    """Block-diagonal causal mask (B, 1, T, T) of segment ids (B, T): True where a query attends to a key."""
     return (segment_ids[:, None, :, None] == segment_ids[:, None, None, :]).tril()
 
 
 def _blocks(segment_ids: Tensor) -> Any:
-    """The same as blocks of 128 x 128 that are computed or left out."""
+    """The same mask for FlexAttention, as blocks of 128 x 128 that are computed or skipped."""
 
-    def sees(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def attends(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (segment_ids[row, query] == segment_ids[row, key])
 
     rows, tokens = segment_ids.shape
-    return create_block_mask(sees, rows, None, tokens, tokens, device=str(segment_ids.device))
+    return create_block_mask(attends, rows, None, tokens, tokens, device=str(segment_ids.device))
 
 
 def _lengths(segment_ids: Tensor) -> dict[str, Any]:
-    """The same as the places where segments begin, in all rows end to end (`flash_attn_varlen_func`).
+    """The same mask for FlashAttention: the bounds of segments in all rows end to end (`flash_attn_varlen_func`).
 
-    Its backward pass adds in any order unless it is told otherwise, and a resumed curve would not be the same.
+    `deterministic` fixes the order of additions in the backward pass; without it a resumed loss curve would differ.
     """
     starts = torch.ones_like(segment_ids, dtype=torch.bool)
     starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    places = starts.flatten().nonzero()[:, 0]
-    bounds = torch.nn.functional.pad(places, (0, 1), value=segment_ids.numel()).to(torch.int32)
+    positions = starts.flatten().nonzero()[:, 0]
+    bounds = torch.nn.functional.pad(positions, (0, 1), value=segment_ids.numel()).to(torch.int32)
     longest = int(bounds.diff().max())
     ends = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
     return {**ends, "deterministic": True}

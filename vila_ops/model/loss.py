@@ -1,7 +1,7 @@
-"""The language model's head, with a loss made chunk after chunk: logits of a long row never stand in memory whole.
+"""The language model's head with a chunked cross-entropy loss: the logits of a long row are never in memory at once.
 
-The loss is the end of the network, so its gradients are known as soon as it is: they are made in the forward pass,
-beside one chunk's logits at a time, and the backward pass only scales them (as Liger Kernel does, arXiv:2410.10989).
+The loss ends the network, so its gradients are computed in the forward pass, beside one chunk's logits at a time, and
+the backward pass only scales them (as Liger Kernel does, arXiv:2410.10989).
 """
 
 # N tokens, D language model dim, V vocabulary, C tokens of a chunk
@@ -13,33 +13,33 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-LEAST_CHUNK = 64
-"""Tokens; products of fewer are slow."""
+MIN_CHUNK = 64
+"""Tokens of a chunk; matrix products with fewer rows are slow."""
 
 
 def chunk_tokens(width: int) -> int:
-    """C, at most: a quarter of D.
+    """C: a quarter of D, at least MIN_CHUNK.
 
-    A chunk's logits are then small beside the weight's gradient, and its products still large enough to be fast.
+    A chunk's logits are then small beside the weight's gradient, and its matrix products large enough to be fast.
     """
-    return max(LEAST_CHUNK, width // 4)
+    return max(MIN_CHUNK, width // 4)
 
 
 SLICE = 4096
-"""Rows of the weight's gradient."""
+"""Rows of the weight's gradient that are added at once."""
 
 
 class Head(nn.Linear):
-    """Hidden states to logits, or at once to the losses of labels.
+    """Hidden states -> logits, or -> losses if labels are given.
 
-    Losses are made inside its forward pass, because ZeRO-3 has the weight whole only there.
+    Losses are computed in its forward pass, because ZeRO-3 gathers the whole weight only there.
     """
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Any:
-        """Logits (..., V) of hidden states (..., D); with labels (N,) of hidden states (N, D), what they cost.
+        """Logits (..., V) of hidden states (..., D); with labels (N,), the losses of hidden states (N, D).
 
-        That is the sum, of which backward may be called once, and the negative log-likelihoods (N,) without gradients;
-        both in nats and fp32. Under no_grad no gradient is made.
+        Losses are their sum, on which backward may be called once, and the negative log-likelihoods (N,) without
+        gradients; both in nats and fp32. Under no_grad no gradient is computed.
         """
         if labels is None:
             return super().forward(hidden)
@@ -47,7 +47,7 @@ class Head(nn.Linear):
 
 
 class _Losses(torch.autograd.Function):
-    """Sum and losses of a head's labels; it computes in the dtype that autocast would."""
+    """Sum and losses of a head's labels, computed in autocast's dtype."""
 
     @staticmethod
     def forward(
@@ -56,9 +56,9 @@ class _Losses(torch.autograd.Function):
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         needs = [differentiable and needed for needed in ctx.needs_input_grad[:3]]
-        make = _by_liger if hidden.is_cuda and find_spec("liger_kernel") else _by_chunks
+        compute = _by_liger if hidden.is_cuda and find_spec("liger_kernel") else _by_chunks
         with torch.no_grad(), torch.autocast(kind, enabled=False):
-            each, gradients = make(
+            losses, gradients = compute(
                 hidden.detach().to(dtype).requires_grad_(needs[0]),
                 weight.detach().to(dtype).requires_grad_(needs[1]),
                 None if bias is None else bias.detach().to(dtype).requires_grad_(needs[2]),
@@ -68,31 +68,31 @@ class _Losses(torch.autograd.Function):
             gradient.to(tensor.dtype) if need and tensor is not None and gradient is not None else None
             for need, tensor, gradient in zip(needs, (hidden, weight, bias), gradients, strict=True)
         ]
-        ctx.mark_non_differentiable(each)
-        return each.sum(), each
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        # In place and let go of: a copy of the weight's gradient would be the largest thing in memory.
+        # In place and released: a copy of the weight's gradient would be the largest tensor in memory.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            raise RuntimeError("backward was called twice of one loss, whose gradients are given away the first time")
+            raise RuntimeError("backward was called twice on one loss, whose gradients are released by the first call")
         return *(None if gradient is None else gradient.mul_(upstream) for gradient in gradients), None, None
 
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""Of hidden states, weight and bias."""
+"""Gradients of hidden states, weight and bias."""
 
 
 def _by_chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, Gradients]:
-    """Losses (N,) and the gradients of their sum, of those inputs that require one."""
+    """Losses (N,) and the gradients of their sum for the inputs that require one."""
     of_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
     of_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
     of_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and bias.requires_grad else None
-    each = hidden.new_empty(len(hidden), dtype=torch.float32)
+    losses = hidden.new_empty(len(hidden), dtype=torch.float32)
     size = chunk_tokens(hidden.shape[1])
-    products = hidden.new_empty(min(size, len(hidden)), len(weight))  # one for all chunks: new memory is slow memory
+    products = hidden.new_empty(min(size, len(hidden)), len(weight))  # shared by all chunks: allocating is slow
     whole = products if products.dtype == torch.float32 else products.float()
     for start in range(0, len(hidden), size):
         own, wanted = hidden[start : start + size], labels[start : start + size, None]
@@ -103,7 +103,7 @@ def _by_chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tens
             torch.addmm(bias, own, weight.T, out=product_CV)
         if whole is not products:
             logits_CV.copy_(product_CV)
-        each[start : start + size] = _losses_in_place(logits_CV, wanted)
+        losses[start : start + size] = _losses_in_place(logits_CV, wanted)
         if of_bias is not None:
             of_bias += logits_CV.sum(0)
         if whole is not products:
@@ -112,11 +112,11 @@ def _by_chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tens
             torch.mm(product_CV, weight, out=of_hidden[start : start + size])
         if of_weight is not None:
             _add_product(of_weight, product_CV.T, own)
-    return each, (of_hidden, of_weight, of_bias)
+    return losses, (of_hidden, of_weight, of_bias)
 
 
 def _add_product(total_VD: Tensor, left_VC: Tensor, right_CD: Tensor) -> None:
-    """Add a product to a sum in place; of 16 bits to a sum of 32 in slices, each of which is a tensor of its own."""
+    """Add a product to a sum in place; a 16-bit product is added to an fp32 sum in slices, to save memory."""
     if total_VD.dtype == left_VC.dtype:
         total_VD.addmm_(left_VC, right_CD)
         return
@@ -125,7 +125,7 @@ def _add_product(total_VD: Tensor, left_VC: Tensor, right_CD: Tensor) -> None:
 
 
 def _losses_in_place(logits_CV: Tensor, labels_C1: Tensor) -> Tensor:
-    """Losses (C,); the logits become the gradients of their sum: softmax less one at the label."""
+    """Losses (C,); in place, the logits become the gradients of their sum: softmax minus 1 at the label."""
     logits_CV -= logits_CV.amax(1, keepdim=True)
     of_label = logits_CV.gather(1, labels_C1)
     total = logits_CV.exp_().sum(1, keepdim=True)
@@ -135,11 +135,10 @@ def _losses_in_place(logits_CV: Tensor, labels_C1: Tensor) -> Tensor:
 
 
 def _by_liger(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, Gradients]:
-    """The same by Liger's kernels, which need Triton and so a GPU."""
+    """The same with Liger's kernels, which need Triton and so a GPU."""
     from liger_kernel.ops.fused_linear_cross_entropy import fused_linear_cross_entropy_forward
 
-    found = fused_linear_cross_entropy_forward(
+    results = fused_linear_cross_entropy_forward(
         hidden, weight, labels, bias=bias, reduction="none", accum_dtype=torch.float32
     )
-    each, gradients = found[0], found[-3:]  # what stands between differs from version to version
-    return each, gradients
+    return results[0], results[-3:]  # those between differ from version to version

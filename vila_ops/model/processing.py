@@ -1,4 +1,4 @@
-"""The processor that travels with a checkpoint: tokenizer, chat template, and how pixels are made."""
+"""The processor in a model folder: tokenizer, chat template and image processor."""
 
 from typing import Any, assert_never
 
@@ -11,16 +11,16 @@ from vila_ops.model.configuration import PROJECTOR, VilaConfig
 from vila_ops.model.towers import class_tokens, patch_side
 
 BICUBIC = 3
-"""As image processors number it."""
+"""Number of the bicubic filter in an image processor's settings (PIL's)."""
 
 
 class VilaProcessor(LlavaProcessor):  # type: ignore[misc]
     """LLaVA's processor for a projector that does not give one token a patch.
 
-    It merges `downsample` x `downsample` patches into one token, or is a plugin's, given by its settings.
+    The projector merges `downsample` x `downsample` patches into one token, or is a plugin's with settings `projector`.
     """
 
-    def __init__(  # noqa: PLR0913 transformers finds the parts of a processor by the names of all its arguments
+    def __init__(  # noqa: PLR0913 transformers reads a processor's components from the names of its arguments
         self,
         image_processor: Any = None,
         tokenizer: Any = None,
@@ -38,14 +38,11 @@ class VilaProcessor(LlavaProcessor):  # type: ignore[misc]
             num_additional_image_tokens,
         )  # fmt: skip
         self.downsample = downsample
-        if projector is not None:  # transformers saves every attribute, None too
+        if projector is not None:  # transformers saves every attribute that is set
             self.projector = projector
 
     def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
-        """The placeholders of one image: ceil(side / patch / downsample)^2 image tokens, or as many as the plugin says.
-
-        An image is a square, as the image processor makes it.
-        """
+        """Image tokens of one image: ceil(side / patch / downsample)^2, or the number that the plugin states."""
         height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
         token: str = self.image_token
         if choice := getattr(self, "projector", None):
@@ -58,9 +55,9 @@ AutoProcessor.register(VilaConfig, VilaProcessor)
 
 
 def build_processor(config: VilaConfig, tokenizer: PreTrainedTokenizerFast, *, mean_std: Any) -> LlavaProcessor:
-    """The processor of a model: stock LLaVA's where an image has one token a patch, ours elsewhere."""
+    """The processor of a model: stock LLaVA's if an image has one token a patch, else VilaProcessor."""
     strategy = config.vision_feature_select_strategy
-    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # stock `generate` goes on from the right
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # stock `generate` appends on the right
     shared = {
         "image_processor": image_processor(config.image_aspect_ratio, side=config.vision_side, mean_std=mean_std),
         "tokenizer": tokenizer,
@@ -77,7 +74,7 @@ def build_processor(config: VilaConfig, tokenizer: PreTrainedTokenizerFast, *, m
 
 
 def image_processor(fit: ImageFit, *, side: int, mean_std: Any) -> CLIPImageProcessorPil | LlavaImageProcessorPil:
-    """The stock processor whose pixels are those of `data.images`: of `square` with that fit, then `pixels`."""
+    """The stock image processor that gives the pixels of `data.images`: `square` with that fit, then `pixels`."""
     mean, std = mean_std
     both = {"height": side, "width": side}
     shared = {"resample": BICUBIC, "image_mean": list(mean), "image_std": list(std)}
@@ -93,9 +90,10 @@ def image_processor(fit: ImageFit, *, side: int, mean_std: Any) -> CLIPImageProc
 
 
 def read_fit(stated: dict[str, Any]) -> tuple[ImageFit, int]:
-    """How an image processor's file says that an image becomes a square, and the square's side in pixels.
+    """How an image processor makes an image square, and the side in pixels, from the settings in its file.
 
-    What the file leaves out is as its class has it. Raises ValueError where that is none of our three ways.
+    Settings that the file leaves out have their class's defaults. Raises ValueError for anything but pad, resize and
+    crop with bicubic resampling.
     """
     kind = str(stated.get("image_processor_type", "CLIPImageProcessor"))
     crops = bool(stated.get("do_center_crop", kind.startswith(("CLIP", "Llava"))))
@@ -113,11 +111,11 @@ def read_fit(stated: dict[str, Any]) -> tuple[ImageFit, int]:
             return "crop", side
     raise ValueError(
         f"the image processor {kind} with size {size}, crop {crop if crops else None} and resampling "
-        f"{stated.get('resample', BICUBIC)} does not make squares in a way that we have: pad, resize or crop, bicubic"
+        f"{stated.get('resample', BICUBIC)} is not supported; supported are pad, resize and crop, bicubic"
     )
 
 
 def _sides(stated: dict[str, int | None] | int) -> dict[str, int]:
-    """A size as a mapping; until transformers 4.22 it was the shortest side."""
+    """A size as a mapping; until transformers 4.22 it was one number, the shortest side."""
     pairs = {"shortest_edge": stated} if isinstance(stated, int) else stated
     return {key: value for key, value in pairs.items() if value is not None}

@@ -1,8 +1,8 @@
 """The visual expert (the paper's Table 8, after CogVLM): a second set of QKV and FFN weights for image tokens.
 
-A text position goes through the language model's own weights and an image position through the expert's; attention
-itself and its output projection are shared, so that both kinds see each other. Rows are sorted by kind and each goes
-through one product only: no position is computed twice.
+A text position goes through the language model's weights and an image position through the expert's. Attention and its
+output projection are shared, so that positions of both kinds attend to each other. Positions are sorted by kind, and
+each goes through one matrix product only.
 """
 
 # B rows, T tokens, N = B T positions, D width
@@ -24,17 +24,17 @@ QKV = ("q_proj", "k_proj", "v_proj")
 
 @dataclass(frozen=True)
 class Routes:
-    """Which positions of a pass are image tokens."""
+    """Which positions of a forward pass are image tokens."""
 
     order: Tensor
-    """(N,): the positions of text, then those of images."""
+    """(N,): indices of text positions, then of image positions."""
     back: Tensor
-    """(N,): where each position stands in `order`."""
+    """(N,): the place of each position in `order`."""
     num_text: int
 
 
 def route(is_image: Tensor) -> Routes:
-    """The routes of a pass from the kinds of its positions, (B, T) bool."""
+    """The routes of a forward pass from the kinds of its positions, (B, T) bool."""
     flat = is_image.flatten()
     order = flat.to(torch.uint8).argsort(stable=True)
     back = torch.empty_like(order)
@@ -43,9 +43,9 @@ def route(is_image: Tensor) -> Routes:
 
 
 _current: ContextVar[Routes | None] = ContextVar("routes")
-"""The routes of the decoder layer that this thread is running; set by the layer, for the time of its forward pass.
+"""The routes of the decoder layer that this thread runs; the layer sets them during its forward pass.
 
-The layer has them as an argument, so a gradient checkpoint that runs it again, in whatever thread, sets them again.
+They are an argument of the layer, so recomputation sets them again in any thread.
 """
 
 
@@ -59,7 +59,7 @@ def _routed(routes: Routes | None) -> Iterator[None]:
 
 
 class RoutedLinear(nn.Linear):
-    """A linear layer that keeps its name and weights for text, with another one, `image`, for image positions."""
+    """A linear layer that keeps its name and weights for text positions; its child `image` has those for images."""
 
     def __init__(self, linear: nn.Linear) -> None:
         old = linear.weight
@@ -82,13 +82,13 @@ class RoutedLinear(nn.Linear):
 
 
 class RoutedLayer(nn.Module):
-    """Mixed into a decoder layer's class: takes the routes that the model hands down to its layers."""
+    """Mixin for a decoder layer's class: takes the routes that the model passes to its layers."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The layer's own forward pass, with `routes` (None: no image token) in force."""
+        """The layer's forward pass with `routes`; None: no position is an image token."""
         if "routes" not in kwargs:
             raise ValueError(
-                "a language model with a visual expert has to know which positions are image tokens: "
+                "a language model with a visual expert needs to know which positions are image tokens; "
                 "call the whole model with input_ids"
             )
         with _routed(kwargs.pop("routes")):
@@ -96,9 +96,9 @@ class RoutedLayer(nn.Module):
 
 
 def add_visual_expert(decoder: nn.Module) -> None:
-    """Give a decoder an expert that is a copy of its own weights.
+    """Add an expert that is a copy of the decoder's weights, in place.
 
-    Raises ValueError where a layer has not the parts of a Llama: separate q, k and v, and an MLP of linear layers.
+    Raises ValueError for a layer that lacks what Llama's has: separate q, k and v, and an MLP of linear layers.
     """
     for layer in _layers(decoder):
         for parent, name in _linears(layer):
@@ -110,22 +110,24 @@ def add_visual_expert(decoder: nn.Module) -> None:
 def _layers(decoder: nn.Module) -> nn.ModuleList:
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList):
-        raise ValueError(f"{type(decoder).__name__} has no list `layers`; a visual expert needs a decoder like Llama's")
+        raise ValueError(
+            f"{type(decoder).__name__} has no list `layers`; a visual expert needs a decoder such as Llama's"
+        )
     return layers
 
 
 def _linears(layer: nn.Module) -> list[tuple[nn.Module, str]]:
-    """The linear layers that get a twin, as the module that holds each and its name there."""
+    """The linear layers that an expert copies, each as its parent module and its name there."""
     attention: nn.Module = getattr(layer, "self_attn", None) or nn.Module()
     mlp: nn.Module = getattr(layer, "mlp", None) or nn.Module()
     missing = [f"self_attn.{name}" for name in QKV if not isinstance(getattr(attention, name, None), nn.Linear)]
     inner = [(m, name) for m in mlp.modules() for name, c in m.named_children() if _is_linear(c)]
     doubled = {id(p) for parent, name in inner for p in getattr(parent, name).parameters()}
     if not inner or any(id(p) not in doubled for p in mlp.parameters()):
-        missing.append("an mlp of linear layers alone")
+        missing.append("an mlp of linear layers only")
     if missing:
         raise ValueError(
-            f"{type(layer).__name__} has not {missing}, which a visual expert doubles; "
+            f"{type(layer).__name__} lacks {missing}, which a visual expert copies; "
             "use a language model with separate q, k and v (Llama, Mistral, Qwen2), or another tuning"
         )
     return [*((attention, name) for name in QKV), *inner]
@@ -136,7 +138,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def expert_names(config: PretrainedConfig) -> list[str]:
-    """The expert's tensors in the state of a decoder of this config; each is EXPERT for `.` away from its original."""
+    """Names of the expert's tensors in a decoder of this config: the originals', with EXPERT for the last `.`."""
     with torch.device("meta"):
         decoder = AutoModel.from_config(config)
         add_visual_expert(decoder)
@@ -144,10 +146,10 @@ def expert_names(config: PretrainedConfig) -> list[str]:
 
 
 def expert_parameters(decoder: nn.Module) -> int | None:
-    """How many parameters an expert adds to a decoder; None where the decoder can have none."""
+    """Number of parameters that an expert adds to a decoder; None for a decoder that cannot have one."""
     try:
         linears = [pair for layer in _layers(decoder) for pair in _linears(layer)]
     except ValueError:
         return None
-    twins: list[nn.Module] = [getattr(parent, name) for parent, name in linears]
-    return sum(weight.numel() for linear in twins for weight in linear.parameters())
+    originals: list[nn.Module] = [getattr(parent, name) for parent, name in linears]
+    return sum(weight.numel() for linear in originals for weight in linear.parameters())

@@ -1,1 +1,1 @@
-"""What comes from outside: pinned packages and pretrained weights, as local folders."""
+"""Pinned packages and pretrained weights from outside, as local folders that are not trusted."""

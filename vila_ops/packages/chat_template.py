@@ -1,7 +1,7 @@
-"""A chat template that others wrote: refused if it reaches beyond the conversation or works without end.
+"""Check a third-party chat template: refuse one that uses more than the conversation or does not end.
 
-transformers renders in jinja's ImmutableSandboxedEnvironment, which stops what reaches for Python's inner names while
-it renders. Here the same is refused before anything renders, and what the sandbox does not bound: time and memory.
+transformers renders in jinja's ImmutableSandboxedEnvironment, which refuses Python's internal names while rendering.
+Here they are refused before rendering, and time and memory are bounded, which the sandbox does not do.
 """
 
 import resource
@@ -17,14 +17,14 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 MAX_CHARACTERS = 128 * 1024
 MAX_NUMBER = 100_000
-"""Of a number in a template: also the sandbox's longest range."""
+"""Largest number in a template, which is also the sandbox's longest range."""
 MAX_LINES = 20_000
-"""Lines of the compiled template that a trial runs; real ones run about a thousand."""
+"""Lines of the compiled template that a trial may run; real templates run about a thousand."""
 MAX_GROWTH_KIB = 32 * 1024
-"""Of the process's memory in a trial."""
-BEYOND = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
+"""Growth of the process's memory that a trial may cause."""
+OTHER_TEMPLATES = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
 MAX_FACTOR = 100
-"""Of a number in a template that multiplies: a text must not become huge in one step, which no budget bounds."""
+"""Largest number in a template that multiplies: one step could make a huge text, which no budget bounds."""
 TRIAL = [
     {"role": "user", "content": "<image>\nWhat is it?"},
     {"role": "assistant", "content": "A dog."},
@@ -37,55 +37,55 @@ FLATTEN = (
     "{%- set flat.messages = flat.messages + [dict(message, content=content)] -%}"
     "{%- endfor -%}{%- set messages = flat.messages -%}"
 )
-"""Put before a template that reads a message as a list of parts, as LLaVA-HF's do: we write images in the text."""
+"""Prefix for a template that reads a message as a list, as LLaVA-HF's do: our messages have images in the text."""
 
 
-class _Spent(Exception):
+class _BudgetExceeded(Exception):
     """A trial used up its budget."""
 
 
 def check_template(template: str, *, where: str) -> None:
-    """Refuse a template by what it says and by a trial rendering. Raises ValueError with the rule."""
+    """Check a template's syntax tree and a trial rendering. Raises ValueError with the rule that it breaks."""
     if len(template) > MAX_CHARACTERS:
         raise ValueError(f"{where}: the chat template has {len(template)} characters, more than {MAX_CHARACTERS}")
     try:
         compiled = _compile_jinja_template(template)
         parsed = compiled.environment.parse(template)
     except (TemplateError, RecursionError, SyntaxError, MemoryError) as error:
-        raise ValueError(f"{where}: the chat template is not one ({type(error).__name__}: {error})") from error
-    if found := next(_faults(parsed), None):
-        raise ValueError(f"{where}: the chat template {found}, which a conversation does not need; change the template")
+        raise ValueError(f"{where}: the chat template is not valid ({type(error).__name__}: {error})") from error
+    if fault := next(_faults(parsed), None):
+        raise ValueError(f"{where}: the chat template {fault}, which a conversation does not need; change the template")
     try:
         with _budget():
             compiled.render(messages=TRIAL, add_generation_prompt=True, bos_token="", eos_token="")
     except TemplateError:
-        return  # it refuses such a conversation: its right, and reported where one is rendered
-    except (_Spent, MemoryError, RecursionError, OverflowError) as error:
+        return  # it may refuse this conversation; that is reported where one is rendered
+    except (_BudgetExceeded, MemoryError, RecursionError, OverflowError) as error:
         raise ValueError(
-            f"{where}: the chat template does not come to an end with three short messages within {MAX_LINES} steps "
+            f"{where}: the chat template does not end with three short messages within {MAX_LINES} steps "
             f"and {MAX_GROWTH_KIB} KiB ({type(error).__name__}); change the template"
         ) from error
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError):
-        return  # it wants another form of messages: reported where one is rendered
+        return  # it expects another form of messages; that is reported where one is rendered
 
 
 def reads_text(tokenizer: PreTrainedTokenizerFast, template: str) -> str:
-    """The template as it is, or behind FLATTEN where it only then writes what the messages say."""
+    """The template, or FLATTEN and the template if the messages' text is rendered only with it."""
 
-    def says(text: str) -> bool:
+    def renders_text(text: str) -> bool:
         try:
             rendered = _compile_jinja_template(text).render(messages=TRIAL[:2], **tokenizer.special_tokens_map)
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError):
             return False
         return all(message["content"].split()[-1] in rendered for message in TRIAL[:2])
 
-    return FLATTEN + template if not says(template) and says(FLATTEN + template) else template
+    return FLATTEN + template if not renders_text(template) and renders_text(FLATTEN + template) else template
 
 
 def _faults(parsed: nodes.Template) -> Iterator[str]:
     largest = MAX_FACTOR if parsed.find(nodes.Mul) else MAX_NUMBER
     for node in parsed.find_all(nodes.Node):
-        if isinstance(node, BEYOND):
+        if isinstance(node, OTHER_TEMPLATES):
             yield f"reads another template ({type(node).__name__})"
         if isinstance(node, nodes.Pow):
             yield f"raises to a power (line {node.lineno})"
@@ -100,7 +100,7 @@ def _faults(parsed: nodes.Template) -> Iterator[str]:
 
 @contextmanager
 def _budget() -> Iterator[None]:
-    """Raises _Spent in whatever runs in it after MAX_LINES lines or MAX_GROWTH_KIB more memory."""
+    """Raise _BudgetExceeded in the code inside after MAX_LINES lines or MAX_GROWTH_KIB more memory."""
     limit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + MAX_GROWTH_KIB
     lines = 0
 
@@ -108,7 +108,7 @@ def _budget() -> Iterator[None]:
         nonlocal lines
         lines += event == "line"
         if lines > MAX_LINES or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > limit:
-            raise _Spent(f"{lines} lines")
+            raise _BudgetExceeded(f"{lines} lines")
         return watch
 
     before = sys.gettrace()

@@ -1,4 +1,4 @@
-"""Bring a pinned package from its registry into the cache: checked by sha256, extracted, published by one rename."""
+"""Download a pinned package from its registry to the cache: checked by sha256, extracted, published by one rename."""
 
 import fcntl
 import hashlib
@@ -38,17 +38,17 @@ _NO_NETWORK = re.compile(
 
 
 def fetch_all(packages: Sequence[Package], *, cache: Path) -> dict[Package, Path]:
-    """The extracted folder of each package. The first failure is raised after the downloads under way have ended."""
+    """The extracted folder of each package. The first FetchError is raised after downloads in progress have ended."""
     unique = list(dict.fromkeys(packages))
     with ThreadPoolExecutor(max_workers=MAX_PARALLEL) as pool:
         return dict(zip(unique, pool.map(lambda package: fetch(package, cache=cache), unique), strict=True))
 
 
 def fetch(package: Package, *, cache: Path) -> Path:
-    """The folder with the package's content. What is there already is never fetched again.
+    """The folder with the package's content, downloaded unless it is in the cache. Raises FetchError.
 
-    A deb gives its tree as under /, a wheel what it zips, an npm package the content of its `package/`.
-    The folder appears by one rename, so it is whole whenever it exists; several processes may ask at once.
+    The content of a deb is its tree under /, that of a wheel its zipped files, that of an npm package its `package/`.
+    The folder appears by one rename, so it is complete whenever it exists. Several processes may call this at once.
     """
     name = f"{package.registry}-{_plain(package.name)}-{_plain(package.version)}-{package.sha256[:12]}"
     folder = cache / "packages" / name
@@ -66,106 +66,106 @@ def fetch(package: Package, *, cache: Path) -> Path:
 
 
 def _publish_content(package: Package, archive: Path, folder: Path) -> None:
-    workplace = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    work_folder = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        content = workplace / "content"
+        content = work_folder / "content"
         content.mkdir()
         _extract(package, archive, content)
         os.rename(content, folder)
     finally:
-        shutil.rmtree(workplace, ignore_errors=True)
+        shutil.rmtree(work_folder, ignore_errors=True)
     logger.info("%s %s %s is in %s", package.registry, package.name, package.version, folder)
 
 
 def _remove_leftovers(folder: Path, name: str) -> None:
-    """Delete the workplaces that killed attempts left. Only under the package's lock: then no attempt is alive."""
+    """Delete the temporary folders of killed attempts. Callers hold the package's lock, so no attempt is alive."""
     for leftover in folder.glob(f".{name}.*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of this path; it goes with the process that holds it."""
+    """Hold the lock of this path, which the kernel releases when the process ends."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _archive(package: Package, *, cache: Path) -> Path:
-    """The package's file with the right sha256: the kept one, or a fresh download."""
+    """The package's file with the right sha256: from the cache, or downloaded."""
     for kept in sorted((cache / "archives").glob(f"{package.sha256}-*")):
         if _sha256(kept) == package.sha256:
             return kept
         logger.warning("%s does not have the sha256 of its name; it is fetched again", kept)
         kept.unlink()
-    workplace = Path(tempfile.mkdtemp(prefix=f".{package.sha256}.", dir=cache / "archives"))
+    work_folder = Path(tempfile.mkdtemp(prefix=f".{package.sha256}.", dir=cache / "archives"))
     try:
-        file = _download(package, workplace, cache=cache)
+        file = _download(package, work_folder, cache=cache)
         got = _sha256(file)
         if got != package.sha256:
             raise _refusal(
                 package,
                 f"wrong sha256: expected {package.sha256}, got {got}",
-                "if the registry's file was replaced on purpose, review it and change the pin, else do not use it",
+                "if the registry's file was replaced on purpose, review it and change the pin; otherwise do not use it",
             )
         kept = cache / "archives" / f"{package.sha256}-{file.name}"
         os.replace(file, kept)
         return kept
     finally:
-        shutil.rmtree(workplace, ignore_errors=True)
+        shutil.rmtree(work_folder, ignore_errors=True)
 
 
-def _download(package: Package, workplace: Path, *, cache: Path) -> Path:
+def _download(package: Package, work_folder: Path, *, cache: Path) -> Path:
     logger.info("fetching %s %s %s", package.registry, package.name, package.version)
     match package.registry:
         case "pypi":
-            _pip_download(package, workplace)
+            _pip_download(package, work_folder)
         case "npm":
-            _npm_pack(package, workplace)
+            _npm_pack(package, work_folder)
         case "debian":
-            _apt_download(package, workplace, cache=cache)
+            _apt_download(package, work_folder, cache=cache)
         case _:
             assert_never(package.registry)
-    files = [path for path in workplace.iterdir() if path.is_file()]
+    files = [path for path in work_folder.iterdir() if path.is_file()]
     if len(files) != 1:
         names = sorted(path.name for path in files)
-        raise _refusal(package, f"the client left {names} where one file was expected", "run the client by hand")
+        raise _refusal(package, f"the client left {names} where one file was expected", "run the client yourself")
     return files[0]
 
 
-def _pip_download(package: Package, workplace: Path) -> None:
+def _pip_download(package: Package, work_folder: Path) -> None:
     if importlib.util.find_spec("pip") is None:
         raise _refusal(package, f"client missing: {sys.executable} has no pip", "python -m ensurepip")
     requirement = f"{package.name}=={package.version}"
-    # Only when it retries does pip say that there is no network; else it says "no matching distribution".
+    # Without retries pip reports a missing network as "no matching distribution".
     options = [
         "--no-deps",
         "--only-binary=:all:",
         "--disable-pip-version-check",
         "--retries=3",
         "--dest",
-        str(workplace),
+        str(work_folder),
     ]
-    _run(package, [sys.executable, "-m", "pip", "download", *options, "--", requirement], workplace)
+    _run(package, [sys.executable, "-m", "pip", "download", *options, "--", requirement], work_folder)
 
 
-def _npm_pack(package: Package, workplace: Path) -> None:
+def _npm_pack(package: Package, work_folder: Path) -> None:
     npm = _client(package, "npm", "install Node.js with npm")
-    options = ["--loglevel=error", "--ignore-scripts", "--pack-destination", str(workplace)]
-    _run(package, [npm, "pack", *options, "--", f"{package.name}@{package.version}"], workplace)
+    options = ["--loglevel=error", "--ignore-scripts", "--pack-destination", str(work_folder)]
+    _run(package, [npm, "pack", *options, "--", f"{package.name}@{package.version}"], work_folder)
 
 
-def _apt_download(package: Package, workplace: Path, *, cache: Path) -> None:
-    """apt-get download; where the lists do not know the package, once more after apt-get update."""
-    apt = _client(package, "apt-get", "run on Debian, or put the .deb's extract in the cache from a machine that is")
+def _apt_download(package: Package, work_folder: Path, *, cache: Path) -> None:
+    """apt-get download; if apt's lists lack the package, again after apt-get update."""
+    apt = _client(package, "apt-get", "run on Debian, or copy the extracted .deb to the cache from such a machine")
     command = [apt, "download", f"{package.name}={package.version}"]
-    result = _call(package, command, workplace)
+    result = _call(package, command, work_folder)
     if result.returncode and _NOT_FOUND.search(result.stderr):
         if os.geteuid() != 0:
             raise _refusal(package, f"not found in apt's lists: {_last_lines(result)}", "run: sudo apt-get update")
         with _locked(cache / "locks" / "apt-get-update"):
-            _run(package, [apt, "update", "-o", "APT::Update::Error-Mode=any"], workplace)
-        result = _call(package, command, workplace)
+            _run(package, [apt, "update", "-o", "APT::Update::Error-Mode=any"], work_folder)
+        result = _call(package, command, work_folder)
     _check(package, command, result)
 
 
@@ -176,16 +176,16 @@ def _client(package: Package, name: str, remedy: str) -> str:
     return path
 
 
-def _run(package: Package, command: list[str], workplace: Path) -> None:
-    _check(package, command, _call(package, command, workplace))
+def _run(package: Package, command: list[str], work_folder: Path) -> None:
+    _check(package, command, _call(package, command, work_folder))
 
 
-def _call(package: Package, command: list[str], workplace: Path) -> subprocess.CompletedProcess[str]:
-    """Run a client; what it prints is kept for the error, not shown."""
+def _call(package: Package, command: list[str], work_folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a client and capture its output for an error message."""
     try:
         return subprocess.run(
             command,
-            cwd=workplace,
+            cwd=work_folder,
             env={**os.environ, "LC_ALL": "C"},
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -202,17 +202,17 @@ def _call(package: Package, command: list[str], workplace: Path) -> subprocess.C
 def _check(package: Package, command: list[str], result: subprocess.CompletedProcess[str]) -> None:
     if result.returncode == 0:
         return
-    said = _last_lines(result)
-    # Network first: a client that reaches nothing also says that it found nothing.
+    output = _last_lines(result)
+    # Network first: a client without network also reports that it found nothing.
     if _NO_NETWORK.search(result.stderr + result.stdout):
-        raise _failure(package, f"no network: {said}", "check the network or the registry's mirror, then run again")
+        raise _failure(package, f"no network: {output}", "check the network or the registry's mirror, then run again")
     if _NOT_FOUND.search(result.stderr + result.stdout):
         raise _refusal(
-            package, f"not found: {said}", "check name and version; pin a version that the registry still has"
+            package, f"not found: {output}", "check name and version; pin a version that the registry still has"
         )
     line = " ".join(command)
     raise _failure(
-        package, f"`{line}` ended with status {result.returncode}: {said}", "run it by hand to see all it says"
+        package, f"`{line}` ended with status {result.returncode}: {output}", "run it yourself to see all of its output"
     )
 
 
@@ -240,16 +240,19 @@ def _extract(package: Package, archive: Path, target: Path) -> None:
 def _undeb(package: Package, archive: Path, target: Path) -> None:
     dpkg = _client(package, "dpkg-deb", "install dpkg (on any Linux)")
     command = [dpkg, "--fsys-tarfile", str(archive)]
-    with tempfile.TemporaryFile() as said, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said) as process:
+    with (
+        tempfile.TemporaryFile() as messages,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=messages) as process,
+    ):
         assert process.stdout is not None
         _untar(process.stdout, target, mode="r|", strip=0)
         if process.wait():
-            said.seek(0)
-            raise ValueError(f"dpkg-deb: {said.read().decode(errors='replace').strip()}")
+            messages.seek(0)
+            raise ValueError(f"dpkg-deb: {messages.read().decode(errors='replace').strip()}")
 
 
 def _untar(stream: IO[bytes], target: Path, *, mode: str, strip: int) -> None:
-    """Extract without the first `strip` path components; a path out of the folder is an error, a link is left out."""
+    """Extract without the first `strip` path components; skip links that leave the folder. Raises for such paths."""
 
     def inside(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
         parts = PurePosixPath(member.name).parts[strip:]
@@ -290,7 +293,7 @@ def _message(package: Package, what: str, remedy: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Fit for a file name: no slash, colon or at sign."""
+    """The text as part of a file name: no slash, colon or at sign."""
     return re.sub(r"[^A-Za-z0-9._+~-]+", "_", text).strip("_")
 
 

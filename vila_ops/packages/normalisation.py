@@ -1,4 +1,4 @@
-"""By what a tower wants its pixels normalised. Light: of a tower on the hub it fetches one small file."""
+"""Mean and standard deviation for a tower's pixels. Light: downloads one small file for a tower on the hub."""
 
 from pathlib import Path
 from typing import Any, assert_never
@@ -9,13 +9,16 @@ from vila_ops.packages.resolve import hub_folder
 from vila_ops.packages.untrusted import read_json
 
 HALVES: tuple[Channels, Channels] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-"""Of a tower that states none (random towers of tests)."""
+"""Mean and deviation for random towers, which state none."""
 FILES = ("preprocessor_config.json", "processor_config.json")
-"""Where transformers keeps an image processor: by itself, and since version 5 as a part of a processor."""
+"""Files with an image processor's settings: its own, and since transformers 5 that of the whole processor."""
 
 
 def mean_std(tower: VisionTower) -> tuple[Channels, Channels]:
-    """Mean and deviation of the three channels, of pixels in [0, 1], that the tower's files state."""
+    """Mean and standard deviation of the three channels, of pixels in [0, 1].
+
+    Raises ValueError if the tower's files do not state them.
+    """
     match tower:
         case RandomTower():
             return HALVES
@@ -33,7 +36,7 @@ def _stated(folder: Path) -> tuple[Channels, Channels]:
             stated = read_json(folder / name)
             stated = stated.get("image_processor", stated)
             return _channels(stated, "image_mean", folder / name), _channels(stated, "image_std", folder / name)
-    raise ValueError(f"{folder} has no {FILES[0]}, so the tower's mean and deviation are not known; add the file")
+    raise ValueError(f"{folder} has no {FILES[0]}, so the tower's mean and deviation are unknown; add the file")
 
 
 def _channels(stated: dict[str, Any], key: str, path: Path) -> Channels:
@@ -43,4 +46,4 @@ def _channels(stated: dict[str, Any], key: str, path: Path) -> Channels:
         ):
             return float(red), float(green), float(blue)
         case other:
-            raise ValueError(f"{path}: {key} is {other!r}, not three numbers from 0 to 1, one of each channel")
+            raise ValueError(f"{path}: {key} is {other!r}, not three numbers from 0 to 1, one for each channel")

@@ -1,4 +1,4 @@
-"""A vision tower or language model of a config as a local transformers folder."""
+"""Resolve a recipe's vision tower or language model to a local transformers folder."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -17,7 +17,7 @@ from vila_ops.packages.fetch import fetch
 from vila_ops.packages.untrusted import check_folder, stored_tensors
 
 SAFE_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
-"""Of a hub repository we take no pickle and no code."""
+"""Files that are downloaded from a hub repository: no pickle and no code."""
 
 
 def tokenizer_folder(config: LanguageModel, *, cache: Path) -> Path:
@@ -28,9 +28,9 @@ def tokenizer_folder(config: LanguageModel, *, cache: Path) -> Path:
 
 
 def language_model_folder(config: PackagedLanguageModel | HubLanguageModel, *, cache: Path) -> Path:
-    """The transformers folder of a pretrained language model, fetched and converted once, looked at before any use.
+    """The transformers folder of a pretrained language model, downloaded and converted once.
 
-    Raises CorruptArtifact for a folder that holds more than data, or whose headers lie.
+    Raises CorruptArtifact for a folder that holds anything but data, or whose safetensors headers are false.
     """
     match config:
         case PackagedLanguageModel(package=package, gguf=gguf):
@@ -44,7 +44,7 @@ def language_model_folder(config: PackagedLanguageModel | HubLanguageModel, *, c
 
 
 def vision_tower_folder(config: PackagedTower | HubTower, *, cache: Path) -> Path:
-    """The transformers folder of a pretrained vision tower, as of a language model."""
+    """The transformers folder of a pretrained vision tower; see `language_model_folder`."""
     match config:
         case PackagedTower(package=package):
             from vila_ops.packages import weights  # heavy: torch, transformers
@@ -57,12 +57,12 @@ def vision_tower_folder(config: PackagedTower | HubTower, *, cache: Path) -> Pat
 
 
 def cached_language_model(config: PackagedLanguageModel | HubLanguageModel, *, cache: Path) -> Path | None:
-    """The transformers folder of a language model where it is on this machine already; None: it has to be fetched."""
+    """The transformers folder of a language model if it is on this machine; None: it has to be downloaded."""
     match config:
         case PackagedLanguageModel(package=package, gguf=gguf):
             from vila_ops.packages import weights  # heavy: torch, transformers
 
-            return _if_there(weights.converted_language_model(gguf, cache=cache, digest=package.sha256))
+            return _if_present(weights.converted_language_model(gguf, cache=cache, digest=package.sha256))
         case HubLanguageModel(name=name, revision=revision):
             return _hub_cached(name, revision)
         case _:
@@ -70,19 +70,19 @@ def cached_language_model(config: PackagedLanguageModel | HubLanguageModel, *, c
 
 
 def cached_vision_tower(config: PackagedTower | HubTower, *, cache: Path) -> Path | None:
-    """As of a language model."""
+    """The transformers folder of a vision tower if it is on this machine; None: it has to be downloaded."""
     match config:
         case PackagedTower(package=package):
             from vila_ops.packages import weights  # heavy: torch, transformers
 
-            return _if_there(weights.converted_vision_tower(cache=cache, digest=package.sha256))
+            return _if_present(weights.converted_vision_tower(cache=cache, digest=package.sha256))
         case HubTower(name=name, revision=revision):
             return _hub_cached(name, revision)
         case _:
             assert_never(config)
 
 
-def _if_there(folder: Path) -> Path | None:
+def _if_present(folder: Path) -> Path | None:
     return folder if folder.is_dir() else None
 
 
@@ -100,18 +100,21 @@ def _hub_cached(name: str, revision: str) -> Path | None:
 
 
 def _checked(folder: Path) -> Path:
-    """The folder, if it holds nothing but data and its headers are true."""
+    """The folder, after the checks that `language_model_folder` names."""
     check_folder(folder)
     stored_tensors(folder)
     return folder
 
 
 def hub_folder(name: str, revision: str, *, files: Sequence[str] = SAFE_FILES) -> Path:
-    """The local folder of that name, or one with those files of the hub's repository."""
+    """The local folder of that name, or a folder with these files of the hub repository.
+
+    Raises ValueError if the name is neither.
+    """
     return Path(name) if Path(name).is_dir() else _snapshot(name, revision, tuple(files))
 
 
-@lru_cache  # a revision does not change; without this the hub would be asked again for every shard
+@lru_cache  # without it every shard would query the hub again
 def _snapshot(name: str, revision: str, files: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -120,6 +123,6 @@ def _snapshot(name: str, revision: str, files: tuple[str, ...]) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
-            f"{name!r} at revision {revision!r} is neither a local folder nor to be had from the hub ({error}); "
+            f"{name!r} at revision {revision!r} is neither a local folder nor available from the hub ({error}); "
             f"check the name and the network, or download it and give its folder"
         ) from error

@@ -14,7 +14,7 @@ from vila_ops.packages.untrusted import SIZE_LIMIT, TOKENIZER_BYTES, check_folde
 IMAGE_TOKEN = "<image>"
 TEMPLATES = Path(__file__).parent.parent / "templates"
 OWN_TEMPLATE = "tokenizer"
-"""Not one of ours: the template that comes with the tokenizer."""
+"""Name for the template that comes with the tokenizer."""
 TEMPLATE_TOKENS: dict[str, tuple[str, ...]] = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "hermes_2": ("<|im_start|>", "<|im_end|>"),
@@ -23,20 +23,23 @@ TEMPLATE_TOKENS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "vicuna_v1": ("</s>",),
 }
-"""Our templates, each with the control tokens that it writes."""
+"""The templates in vila_ops/templates, each with the control tokens that it writes."""
 
 
 def build_tokenizer(language_model: LanguageModel, *, chat_template: str, cache: Path) -> PreTrainedTokenizerFast:
-    """Raises ValueError when the model has no fast tokenizer, or the template is unknown or unfit for it."""
+    """The language model's tokenizer with an image token and a chat template.
+
+    Raises ValueError for a model without a fast tokenizer and for a template that is unknown or does not fit it.
+    """
     folder = tokenizer_folder(language_model, cache=cache)
     return with_image_token(read_tokenizer(folder), chat_template=chat_template, folder=folder)
 
 
 def check_template_name(name: str) -> None:
-    """Refuse what is no chat template of ours. Raises ValueError."""
+    """Raise ValueError for a name that is not a chat template."""
     if name not in (*TEMPLATE_TOKENS, OWN_TEMPLATE):
         raise ValueError(
-            f"no chat template {name!r}; there are {sorted(TEMPLATE_TOKENS)}, and {OWN_TEMPLATE!r} for the "
+            f"no chat template {name!r}; use one of {sorted(TEMPLATE_TOKENS)}, or {OWN_TEMPLATE!r} for the "
             f"tokenizer's own"
         )
 
@@ -44,7 +47,7 @@ def check_template_name(name: str) -> None:
 def with_image_token(
     tokenizer: PreTrainedTokenizerFast, *, chat_template: str, folder: Path
 ) -> PreTrainedTokenizerFast:
-    """The same tokenizer, read from `folder`, with the image token, added if it is not there, and a chat template."""
+    """The tokenizer, read from `folder`, with an image token, added if missing, and a chat template; in place."""
     check_template_name(chat_template)
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
@@ -54,10 +57,10 @@ def with_image_token(
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The fast tokenizer of a folder, with the folder's chat template, both looked at before they are used.
+    """The fast tokenizer of a folder with the folder's chat template, both checked before use.
 
-    Raises CorruptArtifact or ValueError where there is none or the folder holds what we refuse (untrusted,
-    chat_template).
+    Raises ValueError if it is missing, and CorruptArtifact or ValueError for what `untrusted` and `chat_template`
+    refuse.
     """
     check_folder(folder)
     if not (folder / "tokenizer.json").is_file():
@@ -67,7 +70,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises no other kind
         raise CorruptArtifact(
-            f"{folder / 'tokenizer.json'} is no tokenizer that we can read ({str(error)[:200]})"
+            f"{folder / 'tokenizer.json'} is not a readable tokenizer ({str(error)[:200]})"
         ) from error
     if isinstance(tokenizer.chat_template, dict):
         for template in tokenizer.chat_template.values():
@@ -79,22 +82,22 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Ids at which an answer ends, for generation_config.json: eos, and what the chat template ends a turn with.
+    """Ids that end an answer, ascending, for generation_config.json: eos and the chat template's end of turn.
 
-    The least id first. `data.text.conversation.Tokenizer.stop_ids` is the same set, seen from training.
+    `data.text.conversation.Tokenizer.stop_ids` is the same set for training.
     """
     ids = {tokenizer.eos_token_id}
     if tokenizer.chat_template:
         answer = "Yes."
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
         text: str = tokenizer.apply_chat_template(messages, tokenize=False)
-        behind = tokenizer(text.rpartition(answer)[2].strip(), add_special_tokens=False)["input_ids"]
-        ids |= set(behind[:1]) & set(tokenizer.get_added_vocab().values())
+        ending = tokenizer(text.rpartition(answer)[2].strip(), add_special_tokens=False)["input_ids"]
+        ids |= set(ending[:1]) & set(tokenizer.get_added_vocab().values())
     return sorted(ids)
 
 
 def _check_tokens(stated: dict[str, Any], folder: Path) -> None:
-    """The ids of a tokenizer.json are counts; what the library makes of the rest is its own check."""
+    """Raise CorruptArtifact for token ids that are not counts; the tokenizers library checks the rest."""
     vocabulary = (stated.get("model") or {}).get("vocab")
     ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
     ids += [token.get("id") for token in stated.get("added_tokens") or [] if isinstance(token, dict)]
@@ -103,7 +106,7 @@ def _check_tokens(stated: dict[str, Any], folder: Path) -> None:
 
 
 def _template_of_processor(folder: Path) -> str | None:
-    """transformers kept a processor's template in a JSON file of its own until 4.5x."""
+    """The template in chat_template.json, where transformers kept a processor's until 4.5x; None without the file."""
     path = folder / "chat_template.json"
     if not path.is_file():
         return None
@@ -116,11 +119,9 @@ def _template_of_processor(folder: Path) -> str | None:
 def _template(name: str, tokenizer: PreTrainedTokenizerFast, folder: Path) -> str:
     if name == OWN_TEMPLATE:
         if not tokenizer.chat_template:
-            raise ValueError(
-                f"the tokenizer in {folder} has no chat template of its own; choose one of {sorted(TEMPLATE_TOKENS)}"
-            )
-        own: str = tokenizer.get_chat_template()
-        return own
+            raise ValueError(f"the tokenizer in {folder} has no chat template; choose one of {sorted(TEMPLATE_TOKENS)}")
+        template: str = tokenizer.get_chat_template()
+        return template
     if missing := [token for token in TEMPLATE_TOKENS[name] if token not in tokenizer.get_added_vocab()]:
         fit = [other for other, tokens in TEMPLATE_TOKENS.items() if set(tokens) <= set(tokenizer.get_added_vocab())]
         raise ValueError(

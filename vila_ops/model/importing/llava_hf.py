@@ -1,4 +1,4 @@
-"""LLaVA folders in transformers' own format (llava-hf, and what stock transformers or we save), as parts."""
+"""Read LLaVA folders in transformers' format: those of llava-hf, and those that transformers and vila-ops save."""
 
 import re
 from pathlib import Path
@@ -16,29 +16,30 @@ from vila_ops.model.towers import select_strategy, square_side
 from vila_ops.packages.tokenizer import IMAGE_TOKEN, OWN_TEMPLATE, TEMPLATE_TOKENS, TEMPLATES
 from vila_ops.packages.untrusted import read_json
 
-PLACES = (
+PREFIXES = (
     (r"(?:model\.)?vision_tower\.", "vision_tower", ""),
     (r"(?:model\.)?multi_modal_projector\.", "projector", ""),
     (r"model\.language_model\.", "language_model", "model."),
     (r"language_model\.(?=model\.|lm_head\.)", "language_model", ""),
     (r"(?=lm_head\.)", "language_model", ""),
 )
-"""How a tensor's name begins, of which part it is, and how the part's own name begins.
+"""Pattern of a tensor's prefix, the component it belongs to, and the prefix in that component.
 
-transformers 5 writes as before 4.52, 4.52 and we as its modules are called."""
+transformers 4.52 and vila-ops write the names of its modules, transformers 5 those from before 4.52."""
 QUESTION, ANSWER = "What is it", "A dog"
+"""Messages that a chat template has to render."""
 
 
 def read(folder: Path, *, chat_template: str | None) -> Components:
-    """The parts of a folder. Raises ValueError for a LLaVA that we do not hold, with the reason."""
+    """The components of a folder. Raises ValueError, with the reason, for what cannot be represented exactly."""
     stated = read_json(folder / "config.json")
     if stated.get("model_type") != LlavaConfig.model_type:
         raise ValueError(
-            f"{folder} holds a {stated.get('model_type')!r} model; imported are NVlabs' VILA and folders of type "
+            f"{folder} holds a {stated.get('model_type')!r} model; supported are NVlabs' VILA and folders of type "
             f"{LlavaConfig.model_type!r}"
         )
     config = LlavaConfig(**{key: value for key, value in stated.items() if key not in ("model_type", "auto_map")})
-    states = _by_part(components.read_state(folder), folder)
+    states = _by_component(components.read_state(folder), folder)
     tower = components.load_strictly("vision_tower", config.vision_config, states["vision_tower"], folder)
     projector, layers = _projector(config, states["projector"], folder)
     _check_selected(config)
@@ -55,33 +56,31 @@ def read(folder: Path, *, chat_template: str | None) -> Components:
         image_aspect_ratio=fit,
         chat_template=chat_template or _template(tokenizer),
         after_image=stated.get("after_image", ""),
-        notes=(
-            f"image_aspect_ratio {fit}: what the folder's processor does; LLaVA-1.5 and VILA v1 were trained with pad",
-        )
+        notes=(f"image_aspect_ratio {fit}: from the folder's processor; LLaVA-1.5 and VILA v1 were trained with pad",)
         if fit == "crop"
         else (),
     )
 
 
-def _by_part(state: dict[str, Tensor], folder: Path) -> dict[str, dict[str, Tensor]]:
+def _by_component(state: dict[str, Tensor], folder: Path) -> dict[str, dict[str, Tensor]]:
     states: dict[str, dict[str, Tensor]] = {"vision_tower": {}, "projector": {}, "language_model": {}}
     for name, tensor in state.items():
-        for begins, part, own in PLACES:
-            if found := re.match(begins, name):
-                states[part][own + name[found.end() :]] = tensor
+        for pattern, component, prefix in PREFIXES:
+            if match := re.match(pattern, name):
+                states[component][prefix + name[match.end() :]] = tensor
                 break
         else:
-            raise ValueError(f"{folder} holds {name!r}, which is no tensor of a LLaVA")
+            raise ValueError(f"{folder} holds {name!r}, which is not a tensor of a LLaVA")
     return states
 
 
 def _projector(
     config: LlavaConfig, state: dict[str, Tensor], folder: Path
 ) -> tuple[Projector, list[dict[str, Tensor]]]:
-    """Two layers with GELU; with no activation and an identity behind it, one (how a linear one is saved as LLaVA)."""
+    """Kind and layers of the projector: an MLP with GELU, or a linear layer before an identity without activation."""
     wanted = {f"linear_{number}.{kind}" for number in (1, 2) for kind in ("weight", "bias")}
     if set(state) != wanted:
-        raise ValueError(f"{folder}: the projector holds {sorted(state)}, not {sorted(wanted)}")
+        raise ValueError(f"{folder}: the projector has the tensors {sorted(state)}, not {sorted(wanted)}")
     layers = [{kind: state[f"linear_{number}.{kind}"] for kind in ("weight", "bias")} for number in (1, 2)]
     if config.projector_hidden_act == "gelu":
         return MlpProjector(), layers
@@ -89,7 +88,7 @@ def _projector(
     is_identity = equal(second, eye(len(second), dtype=second.dtype)) and not layers[1]["bias"].any()
     if config.projector_hidden_act != "linear" or not is_identity:
         raise ValueError(
-            f"{folder}: projector_hidden_act {config.projector_hidden_act!r}; we hold gelu, and linear in front of an "
+            f"{folder}: projector_hidden_act {config.projector_hidden_act!r}; supported are gelu, and linear before an "
             f"identity"
         )
     return LinearProjector(), layers[:1]
@@ -99,11 +98,13 @@ def _check_selected(config: LlavaConfig) -> None:
     layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
     fits = select_strategy(config.vision_config)
     if not isinstance(layer, int) or layer >= 0:
-        raise ValueError(f"vision_feature_layer {layer}: we read one state of the tower, counted from the end")
+        raise ValueError(
+            f"vision_feature_layer {layer}: supported is one hidden state of the tower, counted from the end"
+        )
     if strategy != fits:
         raise ValueError(
-            f"vision_feature_select_strategy {strategy!r} of a {config.vision_config.model_type} tower: we hold "
-            f"{fits!r}, which gives each patch and nothing else"
+            f"vision_feature_select_strategy {strategy!r} of a {config.vision_config.model_type} tower; supported "
+            f"is {fits!r}, which selects the patches and no other token"
         )
 
 
@@ -119,17 +120,17 @@ def _tokenizer(config: LlavaConfig, folder: Path) -> PreTrainedTokenizerFast:
 
 
 def _image_aspect_ratio(tower: PreTrainedModel, folder: Path) -> ImageFit:
-    """How the folder's image processor makes a square."""
+    """How the folder's image processor makes an image square."""
     whole = folder / "processor_config.json"
     stated: dict[str, Any] = read_json(whole).get("image_processor", {}) if whole.is_file() else {}
     fit, side = read_fit(stated or read_json(folder / "preprocessor_config.json"))
     if side != (own := square_side(tower.config.image_size)):
-        raise ValueError(f"{folder}: the image processor makes squares of {side} pixels, the tower sees {own}")
+        raise ValueError(f"{folder}: the image processor gives {side} pixels a side, but the tower reads {own}")
     return fit
 
 
 def _template(tokenizer: PreTrainedTokenizerFast) -> str:
-    """The name of our template that the folder holds, or its own if that can say plain text."""
+    """Name of the template of ours that the tokenizer has; `tokenizer` for another one that renders plain text."""
     own = tokenizer.chat_template
     for name in TEMPLATE_TOKENS:
         if own == (TEMPLATES / f"{name}.jinja").read_text():

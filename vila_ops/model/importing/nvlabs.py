@@ -1,6 +1,6 @@
-"""Checkpoints of NVlabs/VILA: folders llm/, vision_tower/ and mm_projector/ (v1.5, NVILA), or one state (v1.0).
+"""Read checkpoints of NVlabs/VILA: folders llm/, vision_tower/ and mm_projector/ (v1.5, NVILA), or one state (v1.0).
 
-What the names mean is read off NVlabs' code: base_projector.py, llava_arch.py, mm_utils.py, conversation.py and
+The meaning of names is from NVlabs' code: base_projector.py, llava_arch.py, mm_utils.py, conversation.py and
 encoders/image/basic.py, at tag v1.0, branch vila1.5 and commit b760c34.
 """
 
@@ -25,32 +25,32 @@ Vintage = Literal["v1.0", "v1.5", "nvila"]
 
 MODEL_TYPES = ("llava_llama", "llava_mistral", "llava_mixtral", "llava_gemma", "llava_qwen2", "vila", "llava")
 NVILA_KEYS = ("dynamic_s2", "image_encoder", "max_tiles")
-"""Fields that NVILA's config class (Dec 2024) always writes and the ones before it never do."""
+"""Fields that NVILA's config class (Dec 2024) always writes, and earlier ones never do."""
 NVILA_TRANSFORMERS = (4, 46)
-"""The transformers that NVILA's code is pinned to; v1.5's is 4.36, LongVILA's 4.37."""
+"""The transformers version of NVILA's code; v1.5 has 4.36, LongVILA 4.37."""
 V1_PROJECTOR, V1_TOWER = "model.mm_projector.", "model.vision_tower.vision_tower."
 CLIP_MEAN_STD = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 CLIP_HEAD = 64
 """Channels of an attention head in every ViT of OpenAI's CLIP."""
 V1_TEMPLATES = ("llama_3_vila", "hermes_2", "vicuna_v1")
-"""NVlabs' conversations, those first whose control tokens only their language model has."""
+"""Templates of NVlabs' conversations; first those whose control tokens only one language model has."""
 
 
 def is_nvlabs(folder: Path) -> bool:
-    """Whether a folder's config is one that NVlabs' code writes."""
+    """Whether NVlabs' code wrote a folder's config."""
     config = read_json(folder / "config.json")
     kind = config.get("model_type")
     return kind in MODEL_TYPES and ("mm_vision_tower" in config or "vision_tower_cfg" in config)
 
 
 def read(folder: Path, *, token_order: TokenOrder | None, chat_template: str | None) -> Components:
-    """The parts of a checkpoint. Raises ValueError for what we cannot hold exactly, with the reason."""
+    """The components of a checkpoint. Raises ValueError, with the reason, if it cannot be represented exactly."""
     config = read_json(folder / "config.json")
-    _refuse_unheld(config)
+    _check_supported(config)
     vintage = _vintage(config, folder)
     notes: list[str] = []
     kind = _projector_type(config, folder, vintage)
-    order = _token_order(kind, config, vintage, asked=token_order, notes=notes)
+    order = _token_order(kind, config, vintage, requested=token_order, notes=notes)
     if vintage == "v1.0":
         tower, layers, language_model, mean_std = _read_v1(config, folder)
         tokenizer = components.load_tokenizer(folder)
@@ -72,17 +72,19 @@ def read(folder: Path, *, token_order: TokenOrder | None, chat_template: str | N
         mean_std=mean_std,
         feature_layer=config.get("mm_vision_select_layer", -2),
         image_aspect_ratio=_image_aspect_ratio(config, tower, notes=notes),
-        chat_template=_chat_template(tokenizer, vintage, asked=chat_template, notes=notes),
+        chat_template=_chat_template(tokenizer, vintage, requested=chat_template, notes=notes),
         after_image=_after_image(config) if vintage == "nvila" else "",
         notes=tuple(notes),
     )
 
 
-def _refuse_unheld(config: dict[str, Any]) -> None:
-    """Models of which one square image, one tower and one projector are not the whole."""
+def _check_supported(config: dict[str, Any]) -> None:
+    """Raise ValueError for a model that is more than one square image, one tower and one projector."""
     tower = json.dumps(config.get("vision_tower_cfg") or config.get("mm_vision_tower") or "").lower()
     if config.get("ps3") or "ps3" in tower:
-        raise ValueError("a PS3 tower (VILA-HD) looks at parts of an image that the prompt chooses; we have none")
+        raise ValueError(
+            "a PS3 tower (VILA-HD) reads parts of an image that the prompt selects, which is not supported"
+        )
     if "radio" in tower:
         raise ValueError("a RADIO tower exists only as code that comes with its checkpoint, which is not run")
     if config.get("s2"):
@@ -91,7 +93,7 @@ def _refuse_unheld(config: dict[str, Any]) -> None:
             f"tower cannot compute; take the checkpoint without -s2"
         )
     if config.get("mm_use_im_start_end"):
-        raise ValueError("mm_use_im_start_end: tokens around each image, which our prompts do not have")
+        raise ValueError("mm_use_im_start_end puts tokens around each image, which is not supported")
 
 
 def _vintage(config: dict[str, Any], folder: Path) -> Vintage:
@@ -113,27 +115,27 @@ def _projector_type(config: dict[str, Any], folder: Path, vintage: Vintage) -> s
 
 
 def _token_order(
-    kind: str, config: dict[str, Any], vintage: Vintage, *, asked: TokenOrder | None, notes: list[str]
+    kind: str, config: dict[str, Any], vintage: Vintage, *, requested: TokenOrder | None, notes: list[str]
 ) -> TokenOrder:
-    """In which order a downsampling projector's tokens follow each other.
+    """The order of a downsampling projector's tokens.
 
-    The name mlp_downsample has stood for two orders: until NVILA's release (Dec 2024) its code returned the grid
-    transposed. Which code trained a checkpoint, two fields of its config tell; where they disagree, or the config is
-    that of a later re-upload (type `vila`), the user must know.
+    The name mlp_downsample has meant two orders: until NVILA's release (Dec 2024) its code returned the grid
+    transposed. Two fields of the config show which code trained a checkpoint. If they disagree, or the config is from a
+    later re-upload (type `vila`), the user has to state the order, else ValueError is raised.
     """
     if kind != "mlp_downsample":
-        if asked == "columns":
+        if requested == "columns":
             raise ValueError(f"--token-order columns is for mlp_downsample; {kind} has always given rows")
         return "rows"
-    if asked is not None:
-        return asked
+    if requested is not None:
+        return requested
     version = tuple(int(part) for part in re.findall(r"\d+", str(config.get("transformers_version", "")))[:2])
     by_fields: TokenOrder = "rows" if vintage == "nvila" else "columns"
     by_version: TokenOrder = "rows" if version >= NVILA_TRANSFORMERS else "columns"
     if len(version) < 2 or by_fields != by_version or config.get("model_type") == "vila":
         raise ValueError(
             f"mlp_downsample gave its tokens by columns before NVILA's code and by rows since, and this config does "
-            f"not tell which code trained it (its fields are {vintage}'s, type {config.get('model_type')!r}, "
+            f"not show which code trained it (its fields are {vintage}'s, type {config.get('model_type')!r}, "
             f"transformers_version {config.get('transformers_version')!r}); say --token-order rows or "
             f"--token-order columns (VILA-1.5's own weights: columns)"
         )
@@ -144,45 +146,49 @@ def _token_order(
 def _projector(kind: str, order: TokenOrder) -> Projector:
     if kind in ("linear", "mlp1x_gelu"):
         return LinearProjector()
-    if found := re.fullmatch(r"mlp(\d+)x_gelu", kind):
-        return MlpProjector(depth=int(found[1]))
+    if mlp := re.fullmatch(r"mlp(\d+)x_gelu", kind):
+        return MlpProjector(depth=int(mlp[1]))
     if kind in ("mlp_downsample", "mlp_downsample_2x2_fix"):
         return DownsampleProjector(factor=2, depth=2, token_order=order)
     if kind == "mlp_downsample_3x3_fix":
         return DownsampleProjector(factor=3, depth=3)
     if kind in ("mlp_downsample_3x3_s2", "mlp_downsample_3x3_s2_new"):
-        raise ValueError(f"projector {kind} reads features of several scales, which our one-scale tower has not")
+        raise ValueError(f"projector {kind} reads features of several scales, which is not supported")
     raise ValueError(
-        f"projector {kind!r} is not known; there are linear, mlpNx_gelu, mlp_downsample, mlp_downsample_2x2_fix and "
-        f"mlp_downsample_3x3_fix"
+        f"projector {kind!r} is not supported; supported are linear, mlpNx_gelu, mlp_downsample, "
+        f"mlp_downsample_2x2_fix and mlp_downsample_3x3_fix"
     )
 
 
 def _layers(state: dict[str, Tensor], *, prefix: str) -> list[dict[str, Tensor]]:
-    """Weight and bias of each layer, in order; `prefix`0.weight of a sequence, `prefix`weight of a linear layer."""
+    """Weight and bias of each layer, by order, from names as `prefix`0.weight or, for one layer, `prefix`weight."""
     layers: dict[int, dict[str, Tensor]] = {}
     for name, tensor in state.items():
-        found = re.fullmatch(rf"{re.escape(prefix)}(?:(\d+)\.)?(weight|bias)", name)
-        if found is None:
-            raise ValueError(f"the projector's weights hold {name!r}, which no projector that we know has")
-        layers.setdefault(int(found[1] or 0), {})[found[2]] = tensor
+        match = re.fullmatch(rf"{re.escape(prefix)}(?:(\d+)\.)?(weight|bias)", name)
+        if match is None:
+            raise ValueError(f"the projector's weights hold {name!r}, which no supported projector has")
+        layers.setdefault(int(match[1] or 0), {})[match[2]] = tensor
     return [layers[number] for number in sorted(layers)]
 
 
 def _one_scale(
     layers: list[dict[str, Tensor]], config: dict[str, Any], tower: PreTrainedModel, *, notes: list[str]
 ) -> list[dict[str, Tensor]]:
-    """A Dynamic-S2 projector for images of one tile, exactly: there NVlabs' code repeats the tile once per scale.
+    """A Dynamic-S2 projector for images of one tile, exactly: NVlabs' code then repeats the tile once per scale.
 
-    Equal channels have one mean and one variance, so the layer norm of the repeated features is that of the tile's
-    own, repeated; its scale and shift and the sum over the copies go into the linear layer behind it.
+    Repeating channels keeps their mean and variance, so the layer norm of the repeated features repeats that of the
+    tile. Its scale and shift, and the sum over the copies, are folded into the linear layer after it.
     """
     scales = sorted(int(scale) for scale in str(config.get("s2_scales")).split(","))
     side = square_side(tower.config.image_size)
     if scales[0] != side:
-        raise ValueError(f"the tiles of Dynamic-S2 have {scales[0]} pixels, the tower's images {side}")
+        raise ValueError(
+            f"the tiles of Dynamic-S2 have {scales[0]} pixels a side, the tower's images {side}; they must be equal"
+        )
     if len(layers) != 3:
-        raise ValueError("Dynamic-S2 in front of a 3x3 projector, whose narrow layer is wider than ours by the scales")
+        raise ValueError(
+            "Dynamic-S2 before a 3x3 projector is not supported: its narrow layer is wider by the number of scales"
+        )
     norm, linear, *rest = layers
     channels = tower.config.hidden_size
     repeated = linear["weight"].shape[1]
@@ -192,7 +198,7 @@ def _one_scale(
     folded = (weight * scale).view(len(weight), -1, len(scales), channels).sum(2).flatten(1)
     wide = folded.shape[1]
     kept = linear["weight"].dtype
-    notes.append(f"Dynamic-S2 of scales {scales}: as NVlabs' code sees images of one tile; larger ones lose detail")
+    notes.append(f"Dynamic-S2 of scales {scales}: every image is one tile, so large images lose detail")
     return [
         {"weight": torch.ones(wide, dtype=kept), "bias": torch.zeros(wide, dtype=kept)},
         {"weight": folded.to(kept), "bias": (linear["bias"].double() + weight @ shift).to(kept)},
@@ -201,67 +207,72 @@ def _one_scale(
 
 
 def _check_selected(config: dict[str, Any], tower: PreTrainedModel) -> None:
-    """`patch` drops the first token, which must be the class token; `cls_patch` keeps all, so there must be none."""
+    """Raise ValueError unless the selection leaves patches only: `patch` drops the class token, `cls_patch` none."""
     selected = config.get("mm_vision_select_feature", "patch")
     fits = "patch" if class_tokens(tower.config) else "cls_patch"
     if selected != fits:
         raise ValueError(
-            f"mm_vision_select_feature {selected!r} of a {tower.config.model_type} tower: we hold {fits!r}, which "
-            f"gives each patch and nothing else"
+            f"mm_vision_select_feature {selected!r} of a {tower.config.model_type} tower; supported is {fits!r}, "
+            f"which selects the patches and no other token"
         )
 
 
 def _image_aspect_ratio(config: dict[str, Any], tower: PreTrainedModel, *, notes: list[str]) -> ImageFit:
-    """image_aspect_ratio; without one of ours it is the tower's own processor: CLIP's crops, the others' resize."""
-    asked = config.get("image_aspect_ratio")
-    if asked == "pad":
+    """image_aspect_ratio of the config, or else what the tower's processor does: CLIP's crops, others resize."""
+    stated = config.get("image_aspect_ratio")
+    if stated == "pad":
         return "pad"
-    if asked == "resize":
+    if stated == "resize":
         return "resize"
-    if isinstance(asked, str) and "dynamic" in asked:
-        notes.append(f"image_aspect_ratio {asked}: an image is one square here; NVlabs' code cuts a lone one in tiles")
+    if isinstance(stated, str) and "dynamic" in stated:
+        notes.append(f"image_aspect_ratio {stated}: an image is one square; NVlabs' code cuts a single one into tiles")
     return "crop" if "clip" in tower.config.model_type else "resize"
 
 
 def _after_image(config: dict[str, Any]) -> str:
-    """What NVILA's image encoder puts behind an image: a newline unless it says otherwise."""
+    """The text that NVILA's image encoder puts after an image: a newline by default."""
     stated = config.get("image_encoder") or {}
     encoder = json.loads(stated) if isinstance(stated, str) else stated
     if not str(encoder.get("_target_", "BasicImageEncoder")).endswith("BasicImageEncoder") or encoder.get(
         "start_tokens"
     ):
-        raise ValueError(f"image_encoder {encoder} puts more around an image than a text behind it; we have that only")
+        raise ValueError(f"image_encoder {encoder} adds more than text after an image, which is not supported")
     return str(encoder.get("end_tokens", "\n") or "")
 
 
-def _chat_template(tokenizer: PreTrainedTokenizerFast, vintage: Vintage, *, asked: str | None, notes: list[str]) -> str:
-    """NVILA's tokenizer brings its template; before it the conversation was an option of every command."""
-    if asked is not None:
-        return asked
+def _chat_template(
+    tokenizer: PreTrainedTokenizerFast, vintage: Vintage, *, requested: str | None, notes: list[str]
+) -> str:
+    """The template's name: NVILA's tokenizer has its own; earlier ones are inferred from control tokens.
+
+    Raises ValueError if the checkpoint does not determine it.
+    """
+    if requested is not None:
+        return requested
     if vintage == "nvila" and tokenizer.chat_template:
         return OWN_TEMPLATE
     added = set(tokenizer.get_added_vocab())
     fit = [name for name in V1_TEMPLATES if set(TEMPLATE_TOKENS[name]) <= added]
     if vintage == "nvila" or not fit:
         raise ValueError(
-            f"neither the config nor the tokenizer tells the chat template; say --chat-template, one of "
+            f"neither the config nor the tokenizer determines the chat template; say --chat-template, one of "
             f"{sorted(TEMPLATE_TOKENS)} or {OWN_TEMPLATE!r}"
         )
-    notes.append(f"chat template {fit[0]}: told by the tokenizer's control tokens; --chat-template says otherwise")
+    notes.append(f"chat template {fit[0]}: inferred from the tokenizer's control tokens; --chat-template overrides it")
     return fit[0]
 
 
 def _read_v1(
     config: dict[str, Any], folder: Path
 ) -> tuple[PreTrainedModel, list[dict[str, Tensor]], PreTrainedModel, components.MeanStd]:
-    """v1.0 and LLaVA-1.5: one state of a Llama with the projector and a CLIP tower in it."""
+    """Tower, projector layers, language model and normalisation of v1.0 and LLaVA-1.5, which are one state."""
     state = components.read_state(folder)
     name = config["mm_vision_tower"]
     tower = {key.removeprefix(V1_TOWER): state.pop(key) for key in sorted(state) if key.startswith(V1_TOWER)}
     if "openai/clip-vit" not in name or not tower:
         raise ValueError(
             f"{folder} names the tower {name!r} and holds {len(tower)} tensors of it; a checkpoint in one state is "
-            f"read if its tower is OpenAI's CLIP and its weights are there"
+            f"supported if its tower is OpenAI's CLIP and it holds the tower's weights"
         )
     layers = {key: state.pop(key) for key in sorted(state) if key.startswith(V1_PROJECTOR)}
     llama = {*LlamaConfig().to_dict(), "rope_theta", "rope_scaling"} - {"architectures", "model_type"}
@@ -275,7 +286,7 @@ def _read_v1(
 
 
 def _clip_config(state: dict[str, Tensor], folder: Path) -> CLIPVisionConfig:
-    """The shape of an OpenAI CLIP tower, off its weights."""
+    """The config of an OpenAI CLIP tower, from the shapes of its weights."""
     shapes = {name.removeprefix("vision_model."): tensor.shape for name, tensor in state.items()}
     try:
         hidden, _, patch, _ = shapes["embeddings.patch_embedding.weight"]
@@ -287,7 +298,7 @@ def _clip_config(state: dict[str, Tensor], folder: Path) -> CLIPVisionConfig:
         hidden_size=hidden,
         intermediate_size=wide,
         num_attention_heads=hidden // CLIP_HEAD,
-        num_hidden_layers=len({found[1] for name in shapes if (found := re.match(r"encoder\.layers\.(\d+)", name))}),
+        num_hidden_layers=len({layer[1] for name in shapes if (layer := re.match(r"encoder\.layers\.(\d+)", name))}),
         patch_size=patch,
         image_size=round((positions - 1) ** 0.5) * patch,
     )
