@@ -67,6 +67,7 @@ GROUPS: dict[str, tuple[Any, ...]] = {
         source.Source,
     ),
     "Suite, gate and service": (
+        evaluation.SuiteSettings,
         evaluation.Suite,
         evaluation.Benchmark,
         evaluation.Gate,
