@@ -5,8 +5,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -186,6 +187,24 @@ def test_a_benchmark_of_a_third_party_package_gives_its_metric_and_its_version_i
         Suite.model_validate(suite)  # this process has no such package
 
 
+@pytest.mark.ray
+def test_an_actor_of_a_cluster_seals_the_same_results(
+    run: Run,
+    model: Pretrained,
+    data: Dataset,
+    suite: Suite,
+    measure: Measure,
+    ray_cluster: tuple[str, dict[str, str]],
+    tmp_path: Path,
+) -> None:
+    report = measure(suite)[0]
+    address, env = ray_cluster
+    changes = {"launch": "ray", "ray_address": address, "storage.store": str(tmp_path / "store")}
+    job = EvalJob(suite=suite, model=model, data=data, resources=run.resources.with_changes(changes))
+    on_ray = json.loads(run_python(EVALUATE, job, env=env)[-1])
+    assert on_ray == json.loads(read_report(report).model_dump_json())
+
+
 WITHOUT_A_MODEL = """
 import sys
 from pathlib import Path
@@ -263,7 +282,9 @@ def install(root: Path, *, version: str, revision: int) -> Path:
     return site
 
 
-def run_python(program: str, job: EvalJob | str, *, site: Path | None = None) -> list[str]:
+def run_python(
+    program: str, job: EvalJob | str, *, site: Path | None = None, env: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
     """The lines that a program prints in a fresh process, given a file with the job."""
     text = job if isinstance(job, str) else job.model_dump_json()
     paths = [str(path) for path in (site, ROOT) if path is not None]
@@ -272,7 +293,7 @@ def run_python(program: str, job: EvalJob | str, *, site: Path | None = None) ->
         file.flush()
         done = subprocess.run(
             [sys.executable, "-c", program, file.name],
-            cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, capture_output=True, text=True,
+            cwd=ROOT, env={**os.environ, **env, "PYTHONPATH": os.pathsep.join(paths)}, capture_output=True, text=True,
             timeout=300, check=False,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -78,8 +78,8 @@ def test_a_version_names_what_it_is_made_of_and_no_weights_are_uploaded(resource
     measured = report(resources, model, 0.75)
     version = register(GATE, model, measured, None, resources)
     assert version == ModelVersion(name=GATE.model_name, version=1, checkpoint=model, promoted=True)
-    found = client(resources).get_model_version(GATE.model_name, "1")
-    assert found.source == f"vila-store://{model.uri}"
+    stored = client(resources).get_model_version(GATE.model_name, "1")
+    assert stored.source == f"vila-store://{model.uri}"
     expected = {
         "digest": model.digest,
         "stage": "sft",
@@ -90,7 +90,7 @@ def test_a_version_names_what_it_is_made_of_and_no_weights_are_uploaded(resource
         "gate.reason": "pope 0.75 is at least 0.5; pope 0.75 has no champion to be compared with",
         "ready": "true",
     }
-    assert expected.items() <= found.tags.items()
+    assert expected.items() <= stored.tags.items()
     assert report_of(version, resources) == measured
 
 

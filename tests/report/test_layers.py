@@ -27,8 +27,8 @@ def parsed(shown: list[dict[str, Any]]) -> Xml.Element:
 
 def lines(svg: Xml.Element) -> list[list[tuple[float, float]]]:
     """The drawn lines as points."""
-    found = [line.attrib["points"].split() for line in svg.iter(f"{SVG}polyline")]
-    return [[(float(x), float(y)) for x, y in (point.split(",") for point in line)] for line in found]
+    drawn = [line.attrib["points"].split() for line in svg.iter(f"{SVG}polyline")]
+    return [[(float(x), float(y)) for x, y in (point.split(",") for point in line)] for line in drawn]
 
 
 def test_each_line_has_a_point_for_each_layer_and_higher_is_further_up() -> None:

@@ -71,12 +71,12 @@ class Page(HTMLParser):
 
 def images() -> list[tuple[str, str]]:
     """The committed images as data URLs, with their captions."""
-    found = []
+    pairs = []
     for line in (PAIRS / "records.jsonl").read_text().splitlines():
         image, text = json.loads(line)["turns"][0]["parts"]
         data = base64.b64encode((PAIRS / image["image"]).read_bytes()).decode()
-        found.append((f"data:image/png;base64,{data}", text["text"]))
-    return found
+        pairs.append((f"data:image/png;base64,{data}", text["text"]))
+    return pairs
 
 
 def digest(number: int) -> str:
@@ -190,7 +190,7 @@ def gap(value: float, low: float, high: float, **others: Any) -> dict[str, Any]:
     return metric("sft", "gap", value, **{"low": low, "high": high, **others})
 
 
-def told(*metrics: dict[str, Any], **mlflow: Any) -> str:
+def sentence(*metrics: dict[str, Any], **mlflow: Any) -> str:
     summary = full_summary()
     return verdict({**summary, "metrics": list(metrics), "mlflow": {**summary["mlflow"], **mlflow}}).sentence
 
@@ -305,15 +305,15 @@ def test_gallery_keeps_its_order_and_its_bound() -> None:
 
 
 def test_verdict_says_what_the_interval_says() -> None:
-    assert "better with the matched image than with a shuffled one" in told(gap(0.3, 0.2, 0.4))
-    assert "0.200 to 0.400, which excludes zero; version 3 of vila-demo was promoted." in told(gap(0.3, 0.2, 0.4))
-    assert "worse with the matched image than with a shuffled one" in told(gap(-0.3, -0.4, -0.2))
+    assert "better with the matched image than with a shuffled one" in sentence(gap(0.3, 0.2, 0.4))
+    assert "0.200 to 0.400, which excludes zero; version 3 of vila-demo was promoted." in sentence(gap(0.3, 0.2, 0.4))
+    assert "worse with the matched image than with a shuffled one" in sentence(gap(-0.3, -0.4, -0.2))
     for low, high in ((-0.1, 0.2), (0.0, 0.4), (-0.4, 0.0)):
-        assert "make no significant difference" in told(gap(0.1, low, high))
-        assert "which includes zero" in told(gap(0.1, low, high))
-    assert "was registered and not promoted" in told(gap(0.3, 0.2, 0.4), promoted=False)
-    assert "was not measured with shuffled images" in told(metric("align", "gap", 0.5))
-    assert "on 9 images of the test split" in told(gap(0.3, 0.2, 0.4, split="validation"), gap(0.1, -1, 1, n=9))
+        assert "make no significant difference" in sentence(gap(0.1, low, high))
+        assert "which includes zero" in sentence(gap(0.1, low, high))
+    assert "was registered and not promoted" in sentence(gap(0.3, 0.2, 0.4), promoted=False)
+    assert "was not measured with shuffled images" in sentence(metric("align", "gap", 0.5))
+    assert "on 9 images of the test split" in sentence(gap(0.3, 0.2, 0.4, split="validation"), gap(0.1, -1, 1, n=9))
 
 
 @pytest.mark.parametrize(
@@ -347,9 +347,9 @@ def test_words_of_time_and_place() -> None:
      ([0, 9], ["0.0", "2.5", "5.0", "7.5"]), ([0, 90], ["0", "25", "50", "75"])],
 )  # fmt: skip
 def test_axis_has_round_ticks(values: list[float], labels: list[str]) -> None:
-    found = axis(values, ticks=4)
-    assert [found.label(tick) for tick in found.ticks] == labels
-    assert [found.at(value) for value in values] == [5, 95]
+    scale = axis(values, ticks=4)
+    assert [scale.label(tick) for tick in scale.ticks] == labels
+    assert [scale.at(value) for value in values] == [5, 95]
 
 
 def test_axis_of_one_value_or_none_is_still_an_axis() -> None:
@@ -386,9 +386,9 @@ def test_plot_of_gaps_shows_zero() -> None:
 
 def test_stages_share_the_width_and_none_is_too_narrow() -> None:
     assert widths([1, 1]) == [50, 50]
-    found = widths([1, 10_000, 10])
-    assert sum(found) == pytest.approx(100)
-    assert min(found) > 14
+    shares = widths([1, 10_000, 10])
+    assert sum(shares) == pytest.approx(100)
+    assert min(shares) > 14
 
 
 def test_chart_keeps_every_stage_inside_its_part() -> None:

@@ -113,7 +113,9 @@ def _measure_missing(job: EvalJob) -> list[dict[str, Any]]:
         if not missing:
             return []
         store.verify(job.data)  # the model is verified by the process that loads it
-        return [_launch(job.with_changes({"benchmarks": tuple(missing.values())}))]
+        # a worker may have another current folder, so the store's path is absolute
+        changes = {"benchmarks": tuple(missing.values()), "resources.storage.store": store.root_of(root)}
+        return [_launch(job.with_changes(changes))]
 
 
 def _launch(job: EvalJob) -> dict[str, Any]:

@@ -112,12 +112,12 @@ def test_missing_ids_are_named() -> None:
 
 
 def test_doubled_answers_are_named() -> None:
-    with pytest.raises(ValueError, match="answers hold 1 ids more than once: 1"):
+    with pytest.raises(ValueError, match="answers have 1 ids more than once: 1"):
         count([("1", "yes"), ("1", "no")], [("1", "yes")])
 
 
 def test_doubled_labels_are_named() -> None:
-    with pytest.raises(ValueError, match="labels hold 1 ids more than once: 1"):
+    with pytest.raises(ValueError, match="labels have 1 ids more than once: 1"):
         count([("1", "yes")], [("1", "yes"), ("1", "yes")])
 
 

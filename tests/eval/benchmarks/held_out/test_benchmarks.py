@@ -54,7 +54,7 @@ ABSENT = {"cat": "car", "dog": "boat", "car": "dog", "boat": "tree", "tree": "ca
 """POPE asks the second (dog) and the fourth (boat) for it; the control of the boat shows the tree."""
 
 Scores = Callable[[str, str, str], Loglikelihood]
-"""Of the image's name ("" for none), the text of the prompt, and that of the continuation."""
+"""A function of the image's name ("" for none), the text of the prompt, and that of the continuation."""
 MakeMeasure = Callable[..., "Measured"]
 
 
@@ -74,8 +74,8 @@ def _image(prompt: Prompt) -> str:
     return b"".join(prompt.images).decode("latin-1")
 
 
-def respond(requests: Requests, tokenizer: Tokenizer, scores: Scores, said: Mapping[str, str]) -> list[Any]:
-    """Known responses: `scores` for likelihoods, what is `said` of each image, and `known_states`."""
+def respond(requests: Requests, tokenizer: Tokenizer, scores: Scores, captions: Mapping[str, str]) -> list[Any]:
+    """Known responses: `scores` for likelihoods, `captions` of the images, and `known_states`."""
     responses: list[Any] = []
     for request in requests:
         image, text = _image(request.prompt), tokenizer.decode
@@ -83,7 +83,7 @@ def respond(requests: Requests, tokenizer: Tokenizer, scores: Scores, said: Mapp
             case ScoreRequest(prompt, continuations):
                 responses.append([scores(image, text(prompt.input_ids), text(ids)) for ids in continuations])
             case GenerateRequest(_, max_new_tokens):
-                responses.append(text(tokenizer.text_ids(f" {said[image]}\n")[:max_new_tokens]))
+                responses.append(text(tokenizer.text_ids(f" {captions[image]}\n")[:max_new_tokens]))
             case StatesRequest(prompt, continuation, reduce):
                 responses.append(reduce(known_states(image, prompt.input_ids, continuation, tokenizer.image_id)))
     return responses
@@ -118,13 +118,13 @@ def measure(tokenizer: Tokenizer) -> MakeMeasure:
     """A benchmark on items, with known responses."""
 
     def make(
-        config: Any, scores: Scores, *, items: Sequence[Any] = IMAGES, said: Mapping[str, str] = CAPTIONS
+        config: Any, scores: Scores, *, items: Sequence[Any] = IMAGES, captions: Mapping[str, str] = CAPTIONS
     ) -> Measured:
         benchmark = benchmark_of(config.kind)
         if config.kind == "cider":
             items = [CaptionItem(item, "a red cat") for item in items]
         requests = benchmark.requests(items, config, tokenizer)
-        responses = {condition: respond(some, tokenizer, scores, said) for condition, some in requests.items()}
+        responses = {condition: respond(some, tokenizer, scores, captions) for condition, some in requests.items()}
         scored = benchmark.score(items, config, responses)
         intervals = Intervals(tuple(item.cluster for item in scored.items), resamples=2000, seed=0)
         aggregate = benchmark.aggregate(scored.items, config, intervals)
@@ -135,9 +135,9 @@ def measure(tokenizer: Tokenizer) -> MakeMeasure:
 
 
 def values(metrics: Sequence[Metric]) -> dict[tuple[str, str], float]:
-    found: dict[tuple[str, str], float] = {(metric.name, metric.role): metric.value for metric in metrics}
-    assert len(found) == len(metrics)
-    return found
+    by_name: dict[tuple[str, str], float] = {(metric.name, metric.role): metric.value for metric in metrics}
+    assert len(by_name) == len(metrics)
+    return by_name
 
 
 def record(role: Any, *parts: Image | str, answer: str | None = None) -> Record:
@@ -146,7 +146,7 @@ def record(role: Any, *parts: Image | str, answer: str | None = None) -> Record:
 
 
 CAPTION_NATS = {"cat": (2, 10, 4), "dog": (12, 14, 6), "car": (3, 6, 3), "boat": (1, 8, 5), "tree": (9, 12, 2)}
-"""Of the true caption: nats given the matched image, nats given the shuffled one, tokens."""
+"""Nats of the true caption given the matched image, nats given the shuffled one, tokens."""
 
 
 def caption_scores(image: str, prompt: str, caption: str) -> Loglikelihood:
@@ -178,7 +178,7 @@ def test_caption_loss_is_all_nats_by_all_tokens_and_the_gap_is_control_minus_mod
 NO_IMAGE_NATS = {"cat": 40, "dog": 50, "car": 45, "boat": 12, "tree": 48}
 """Without an image: the boat's caption is the likeliest, whatever is shown."""
 GAINS = {**{(name, name): 10.0 for name in NAMES}, ("dog", "tree"): 15.0, ("car", "dog"): 12.0}
-"""Of (image, caption) in nats; 1 where it is not named."""
+"""Gain of (image, caption) in nats; 1 for any other pair."""
 
 
 def choice_scores(image: str, prompt: str, caption: str) -> Loglikelihood:
@@ -208,7 +208,7 @@ def test_the_caption_that_gains_most_from_the_image_is_chosen(measure: MakeMeasu
     assert [metric.n for metric in metrics] == [5] * 4
 
 
-SAID = {
+GENERATED = {
     "cat": "a red cat on a mat",
     "dog": CAPTIONS["dog"],
     "car": "a dog runs",
@@ -218,16 +218,16 @@ SAID = {
 
 
 def official_cider(captions: Mapping[str, str]) -> float:
-    """Of captions whose words are parted by single spaces, as all here are."""
+    """The official score of captions whose words are separated by single spaces, as all here are."""
     references = {name: [caption] for name, caption in CAPTIONS.items()}
     return float(Official().compute_score(references, {name: [caption] for name, caption in captions.items()})[0])
 
 
 def test_cider_is_the_official_number_of_model_control_and_most_frequent_caption(measure: MakeMeasure) -> None:
-    measured = measure(CaptionCider(max_new_tokens=40), choice_scores, said=SAID)
+    measured = measure(CaptionCider(max_new_tokens=40), choice_scores, captions=GENERATED)
     metrics = measured.metrics
-    own = official_cider(SAID)
-    control = official_cider({name: SAID[AFTER[name]] for name in NAMES})
+    own = official_cider(GENERATED)
+    control = official_cider({name: GENERATED[AFTER[name]] for name in NAMES})
     chance = official_cider(dict.fromkeys(NAMES, "a red cat"))
     assert own > control > 0
     assert own > chance > 0
@@ -237,7 +237,7 @@ def test_cider_is_the_official_number_of_model_control_and_most_frequent_caption
     )
     assert [metric.n for metric in metrics] == [5] * 4
     assert measured.answers == tuple(
-        ItemAnswer(key=name, object=name, truth=CAPTIONS[name], answer=SAID[name], control=SAID[AFTER[name]])
+        ItemAnswer(key=name, object=name, truth=CAPTIONS[name], answer=GENERATED[name], control=GENERATED[AFTER[name]])
         for name in NAMES
     )
 
@@ -427,8 +427,8 @@ def test_a_model_that_knows_every_image_is_perfect_and_its_control_never_sees_th
         ("caption_loss", "gap"): 4,
     }
     assert values(measure(MultipleChoice(), knows, items=tiny_items).metrics)["multiple_choice", "model"] == 1
-    said = {image: item.caption for image, item in shown.items()}
-    answers = measure(CaptionCider(max_new_tokens=100), knows, items=tiny_items, said=said).answers
+    captions = {image: item.caption for image, item in shown.items()}
+    answers = measure(CaptionCider(max_new_tokens=100), knows, items=tiny_items, captions=captions).answers
     assert all(answer.answer == answer.truth != answer.control for answer in answers)
     assert sorted(answer.answer for answer in answers) == sorted(str(answer.control) for answer in answers)
     for item in tiny_items:
@@ -438,5 +438,5 @@ def test_a_model_that_knows_every_image_is_perfect_and_its_control_never_sees_th
         is_there = YES_NO.format(name=shown[image].object) in prompt
         return Loglikelihood(1.0 if (answer == "Yes.") == is_there else 3.0, tokens=1)
 
-    asked = values(measure(PopeBenchmark(), sees, items=tiny_items).metrics)
-    assert [asked[f"pope_{name}", "model"] for name in ("accuracy", "f1", "yes_ratio")] == [1, 1, 0.5]
+    by_name = values(measure(PopeBenchmark(), sees, items=tiny_items).metrics)
+    assert [by_name[f"pope_{name}", "model"] for name in ("accuracy", "f1", "yes_ratio")] == [1, 1, 0.5]

@@ -50,7 +50,7 @@ def image_items(inputs: EvalInputs) -> tuple[ImageItem, ...]:
         raise ValueError(f"{len(samples)} held-out images, at least 5 objects are needed; enlarge the split")
     order = list(range(len(samples)))
     random.Random(f"{seed}/derangement").shuffle(order)
-    # one cycle through all items, so that no item keeps its own image
+    # one cycle through all items, so that no item keeps its matched image
     shuffled = {order[place]: order[(place + 1) % len(order)] for place in range(len(order))}
     return tuple(_image_item(number, samples, shuffled[number], seed=seed) for number in range(len(samples)))
 
