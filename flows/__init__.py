@@ -1,1 +1,1 @@
-"""Prefect flows: when and again; the work is in vila_ops."""
+"""Prefect flows: when a task runs, and when it is retried. The work is in vila_ops."""

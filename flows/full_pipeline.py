@@ -14,9 +14,9 @@ from vila_ops.report import summary
 
 @flow(name="vila", validate_parameters=True, persist_result=False)
 def vila(run: Run | None = None) -> dict[str, str]:
-    """Prepare, train stage by stage, evaluate after each, register, deploy; what is sealed already is not made again.
+    """Prepare, train stage by stage, evaluate after each, register, deploy. Sealed results are reused.
 
-    Without a run it is the demo's recipe on this machine. Returns the digests of what was made and the report's path.
+    Without `run` it runs the demo's recipe on this machine. Returns the models' digests and the paths of the report.
     """
     run = run or load(Path("configs/recipes/demo.yaml"), resources=Path("configs/resources/laptop.yaml"))
     logging.getLogger("vila_ops").setLevel(logging.INFO)  # Prefect gives the logger handlers, but no level

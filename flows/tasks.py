@@ -1,4 +1,4 @@
-"""The tasks as Prefect tasks: retries and names, nothing else. The store is the cache, so Prefect's stays off."""
+"""The tasks as Prefect tasks with names and retries. The store is the cache, so Prefect's result cache is off."""
 
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar

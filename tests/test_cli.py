@@ -284,7 +284,7 @@ def test_a_dataset_is_not_written_over_a_folder_in_use(
     out = str(Path(place).expanduser())
     done = CliRunner().invoke(app, ["prepare", *untouched, "--mixture", "tiny_align", "--out", out])
     assert done.exit_code == 1
-    assert f"{out} is or holds " in str(done.exception)
+    assert f"{out} is or contains " in str(done.exception)
     assert paths(tmp_path) == ["resources.yaml"]
 
 

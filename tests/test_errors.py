@@ -23,7 +23,7 @@ from flows.tasks import TASKS
 from vila_ops import errors, tracking
 from vila_ops.artifacts.kinds import Dataset
 from vila_ops.artifacts.leases import hold
-from vila_ops.artifacts.s3_calls import told
+from vila_ops.artifacts.s3_calls import translated
 from vila_ops.artifacts.store import address, begin
 from vila_ops.config import Resources
 from vila_ops.data.shards import CorruptShard
@@ -150,7 +150,7 @@ def test_a_full_disk_is_no_reason_to_give_up_the_store(tmp_path: Path, monkeypat
 )
 def test_answers_of_s3_are_translated(code: str, status: int, final: bool) -> None:
     answer = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
-    with pytest.raises(VilaError) as raised, told("s3://bucket/key"):
+    with pytest.raises(VilaError) as raised, translated("s3://bucket/key"):
         raise ClientError(answer, "PutObject")
     assert is_final(raised.value) is final
 

@@ -1,4 +1,4 @@
-"""What this process is to the Ray cluster that is already up: its driver, one of its workers, or nothing."""
+"""Connect to a Ray cluster that is already up, and what a process of ours is in it."""
 
 import logging
 import os
@@ -9,14 +9,15 @@ from vila_ops.config import Resources
 from vila_ops.errors import ClusterUnreachable
 
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33)}
-"""glibc keeps freed memory for the next step, for the threads of Ray Train too: without it a training step of a 135M
-model on a CPU takes 1.7x as long, most of it page faults (measured)."""
+"""Settings with which glibc keeps freed memory for the next step, in the threads of Ray Train too. Without them a
+training step of a 135M model on a CPU takes 1.7 times as long, mostly in page faults (measured)."""
 
 
 def connect(resources: Resources) -> None:
-    """Connect this process to the cluster of the resources, until the process ends or another cluster is asked for.
+    """Connect this process to the cluster of the resources, until the process ends or connects to another cluster.
 
-    Tasks of one flow share the connection: Ray then gives them the same worker processes, imports done already.
+    Tasks of one flow share the connection, so that Ray reuses worker processes that have imported our modules. Raises
+    ClusterUnreachable.
     """
     import ray
 
@@ -33,23 +34,23 @@ def connect(resources: Resources) -> None:
         )
     except ConnectionError as error:
         raise ClusterUnreachable(
-            f"no Ray cluster lets us in at {resources.ray_address}; start one with `vila-ops up` or "
-            f"`ray start --head`; for one that asks for a token set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE"
+            f"no Ray cluster accepts a connection at {resources.ray_address}; start one with `vila-ops up` or "
+            f"`ray start --head`; if it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE"
         ) from error
 
 
 def log_to_driver() -> None:
-    """Send what this worker's tasks log to its standard output, which Ray forwards to the driver."""
+    """Send the log of this Ray worker to its standard output, which Ray forwards to the driver."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stdout, format="%(name)s: %(message)s", force=True)
     logging.getLogger("vila_ops").setLevel(logging.INFO)
 
 
 def whoami() -> dict[str, Any]:
-    """This process in its own words: which worker of which Ray node, or `inline`."""
-    if "RAY_RAYLET_PID" not in os.environ:  # a raylet sets it for the workers that it starts
+    """What this process is, for a manifest: `inline`, or a worker of a Ray node, with ids and pid."""
+    if "RAY_RAYLET_PID" not in os.environ:  # a raylet sets it in the workers that it starts
         return {"launch": "inline", "pid": os.getpid()}
     import ray
 
     context = ray.get_runtime_context()
     ids = {"node": context.get_node_id(), "actor": context.get_actor_id(), "worker": context.get_worker_id()}
-    return {"launch": "ray", **{key: found for key, found in ids.items() if found}, "pid": os.getpid()}
+    return {"launch": "ray", **{key: value for key, value in ids.items() if value}, "pid": os.getpid()}

@@ -59,7 +59,7 @@ def test_a_lease_is_held_once_and_fencing_grows_by_one_with_each_holder(store: s
     for fencing in (1, 2, 3):
         with hold(at(), store=store) as lease:
             assert (lease.fencing, lease.lost) == (fencing, False)
-            lease.beat()
+            lease.heartbeat()
     with hold(at(1), store=store) as other:
         assert other.fencing == 1
 
@@ -72,9 +72,9 @@ def test_a_holder_that_gives_no_sign_expires_and_finds_its_lease_lost(store: str
             assert clock.time == pytest.approx(61)
             assert (second.fencing, second.lost) == (2, False)
             assert first.lost, "no beat for as long as a lease lives"
-            first.beat()
+            first.heartbeat()
             assert first.lost, "taken over"
-            second.beat()
+            second.heartbeat()
             assert not second.lost
         with hold(at(), store=store, pace=pace) as third:
             assert third.fencing == 3
@@ -88,7 +88,7 @@ def test_a_holder_that_beats_is_waited_for(store: str, elsewhere: None) -> None:
         def sleep(seconds: float) -> None:
             clock.sleep(seconds)
             if clock.time < 1000:
-                first.beat()
+                first.heartbeat()
 
         pace = Pace(expiry_seconds=60, poll_seconds=10, now=clock.now, sleep=sleep)
         with hold(at(), store=store, pace=pace) as second:

@@ -103,11 +103,11 @@ def test_an_override_reaches_what_the_files_leave_out_and_replaces_a_mapping_who
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("stages.sft.tunings.kind=lora", r"there is no 'tunings'; keys here are \['global_batch_size'"),
+        ("stages.sft.tunings.kind=lora", r"no key 'tunings'; keys here are \['global_batch_size'"),
         ("resources.train.stages.nope.micro_batch_size=2", r"resources.train.stages names \['nope'\]"),
         ("stages.sft.learning_rate", r"has no '='"),
-        ("stages.nope.learning_rate=1", r"there is no 'nope'; keys here are \['align', 'pretrain', 'sft'\]"),
-        ("name.first=1", r"there is no 'name'|'name'"),
+        ("stages.nope.learning_rate=1", r"no key 'nope'; keys here are \['align', 'pretrain', 'sft'\]"),
+        ("name.first=1", r"no key 'name'|'name'"),
         ("stages.sft.trainable=[projector", r"'\[projector' is not valid YAML"),
         ("stages.sft.learning_rates={projector: 1, projector: 2}", r"given twice"),
         ("stages.sft.learning_rate=fast", r"learning_rate\n"),

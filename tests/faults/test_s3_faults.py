@@ -284,7 +284,7 @@ def test_a_lease_whose_beat_was_not_answered_is_still_held(proxy: Proxy, s3_stor
     with hold(at(0), store=s3_store) as lease:
         left = ["lost", "lost"]
         proxy.choose = lambda method, _: left.pop() if method == "PUT" and left else None  # type: ignore[return-value]
-        lease.beat()
+        lease.heartbeat()
         assert (lease.lost, left) == (False, [])
     with hold(at(0), store=s3_store) as second:
         assert second.fencing == 2
@@ -317,7 +317,7 @@ def test_bytes_that_stay_wrong_are_never_handed_out(proxy: Proxy, s3_store: str,
 
 
 def test_no_server_and_no_bucket_are_told_apart(proxy: Proxy, aws: Callable[..., None]) -> None:
-    with pytest.raises(StoreRefused, match=r"has no bucket 'vila-none'; make it, or change resources.storage.store"):
+    with pytest.raises(StoreRefused, match=r"has no bucket 'vila-none'; create it, or change resources.storage.store"):
         begin(at(0), store="s3://vila-none/x")
     aws("http://127.0.0.1:9")
     with pytest.raises(StoreUnreachable, match=r"http://127.0.0.1:9 is up and reachable"):

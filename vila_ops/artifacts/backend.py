@@ -1,32 +1,32 @@
-"""What a store has to be able to do. `disk` and `s3` are the two modules that can; places are URIs in one string."""
+"""The protocol of a store, which the modules `disk` and `s3` implement. A place in a store is a URI in one string."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, NotRequired, Protocol, TypedDict
 
 AT_ONCE = 8
-"""Files that are read, sent or asked about at the same time."""
+"""Files that are read, sent or looked up at the same time."""
 
 
 class FileFacts(TypedDict):
-    """What a manifest says of one file."""
+    """The entry of one file in a manifest."""
 
     size: int
     """Bytes."""
     sha256: str
     at: NotRequired[str]
-    """Where the bytes lie, relative to the store's root, if they are those of another sealed artifact."""
+    """Place of the bytes, relative to the store's root, if another sealed artifact holds them."""
 
 
 class Versioned(NamedTuple):
-    """What a register holds, and the name of this version of it."""
+    """The content of a register and the name of this version."""
 
     data: bytes
     tag: str
 
 
 def way_out(uri: str, *sharing: str) -> str:
-    """What to do about a damaged sealed folder; `sharing` are the others that hold the same damaged file."""
+    """What to do about a damaged sealed folder. `sharing` are the other folders that hold the damaged file."""
     if not sharing:
         return f"restore it from a backup, or move {uri} away and run again to rebuild it"
     return (
@@ -39,46 +39,46 @@ class Backend(Protocol):
     """One kind of store."""
 
     def read(self, uri: str) -> bytes | None:
-        """The bytes at a place, None where there are none."""
+        """The bytes at a place; None if nothing is there."""
 
     def create(self, uri: str, data: bytes) -> bool:
-        """Write whole or not at all, and only where nothing is; False if something is there already."""
+        """Write whole or not at all, and only if nothing is there; False if something is."""
 
     def load(self, uri: str) -> Versioned | None:
-        """What a register holds now."""
+        """The current version of a register; None if it has none."""
 
     def swap(self, uri: str, data: bytes, tag: str | None) -> str | None:
-        """Replace the version `tag` of a register (None: make its first); the new tag, or None if it has changed."""
+        """Replace version `tag` of a register (None: create the first); the new tag, or None if it has changed."""
 
     def begin(self, uri: str) -> Path:
-        """A fresh local folder to make an attempt's files in."""
+        """A new local folder for the files of an attempt."""
 
     def publish(self, attempt: Path, uri: str) -> None:
         """Make every file of the local folder durable at `uri`."""
 
     def discard(self, attempt: Path, uri: str) -> None:
-        """Remove an attempt's files, here and there."""
+        """Remove an attempt's files on this machine and in the store."""
 
     def sizes(self, uris: Sequence[str]) -> list[int | None]:
-        """Bytes of each file; None for one that is not there."""
+        """Size of each file in bytes; None for a missing one."""
 
     def digest(self, uri: str, expected: FileFacts) -> str:
-        """sha256 of the bytes that the store holds; they are read again where it is not the expected one."""
+        """sha256 of the bytes that the store holds, read again where it differs from the expected one."""
 
     def check(self, uri: str, facts: FileFacts) -> None:
-        """Compare the bytes that the store holds with their sha256. Raises DamagedFile."""
+        """Compare a file in the store with its sha256. Raises DamagedFile."""
 
     def local(self, uri: str, facts: FileFacts) -> Path:
-        """The file on this machine, compared with its sha256 once a process. Raises DamagedFile."""
+        """The file on this machine, compared with its sha256 once per process. Raises DamagedFile."""
 
     def folder(self, uri: str, files: Mapping[str, tuple[str, FileFacts]]) -> Path:
-        """A folder on this machine with all these files, each given with its place and as by `local`."""
+        """A folder on this machine with these files, as by `local`. `files` maps a name to place and facts."""
 
     def copy(self, uri: str, facts: FileFacts, target: Path) -> None:
-        """Copy a file, as by `local`, to `target`."""
+        """Copy a file to `target`, compared as by `local`."""
 
     def sharing(self, uri: str, root: str, kinds: Iterable[str]) -> list[str]:
-        """The folders STORE/KIND/KEY that hold this very file, as a hard link or because it lies there."""
+        """The folders STORE/KIND/KEY that hold this very file, as their own or as a hard link."""
 
     def probe(self, root: str) -> str:
-        """Try what sealing rests on; a line that says so. Raises UnsafeStore."""
+        """Try what sealing rests on; returns a line that says what works. Raises StoreRefused, UnsafeStore."""

@@ -1,4 +1,4 @@
-"""Where copies of what lies on S3 are on this machine: `s3://bucket/prefix/...` is $VILA_CACHE/s3/bucket/prefix/...
+"""Local copies of objects on S3: the copy of `s3://bucket/prefix/...` is $VILA_CACHE/s3/bucket/prefix/...
 
 $VILA_CACHE is ~/.cache/vila-ops unless it is set. Light: no boto3.
 """
@@ -14,22 +14,22 @@ from pathlib import Path
 
 SCHEME = "s3://"
 PATIENCE_SECONDS = 600.0
-"""For a copy that another process makes; two that make it at once only do the work twice."""
+"""How long to wait for another process that makes the same copy. Two that make it at once only waste work."""
 
 
 def copy_of(uri: str) -> Path:
-    """Where the copy of a place on S3 lies."""
+    """Path of the local copy of a place on S3."""
     return _cache() / "s3" / uri.removeprefix(SCHEME)
 
 
 def uri_of(path: Path) -> str | None:
-    """The place whose copy a path is; None for a path that is no copy."""
+    """The place on S3 of which a path is the copy; None for any other path."""
     copies = _cache() / "s3"
     return f"{SCHEME}{path.relative_to(copies).as_posix()}" if path.is_relative_to(copies) else None
 
 
 def draft() -> Path:
-    """A fresh name on the same file system as the copies, but not among them."""
+    """An unused path on the file system of the copies, outside their folder."""
     folder = _cache() / "drafts"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / secrets.token_hex(8)
@@ -37,9 +37,9 @@ def draft() -> Path:
 
 @contextmanager
 def one_at_a_time(uri: str) -> Iterator[None]:
-    """One thread of one process of this machine at a time, so that a file is downloaded once.
+    """Admit one thread of this machine at a time, so that a file is downloaded once.
 
-    A lock goes with the process that held it, and one that is stopped is not waited for longer than PATIENCE_SECONDS.
+    The kernel frees the lock of a process that ends. A stopped process is waited for PATIENCE_SECONDS at most.
     """
     lock = _cache() / "locks" / hashlib.sha256(uri.encode()).hexdigest()[:32]
     lock.parent.mkdir(parents=True, exist_ok=True)

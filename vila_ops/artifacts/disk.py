@@ -1,4 +1,4 @@
-"""A store on disk. What is created is created whole or not at all, by link(2), which also NFS does atomically."""
+"""A store on disk. A file appears whole or not at all, by link(2), which is atomic on NFS too."""
 
 import errno
 import hashlib
@@ -17,16 +17,16 @@ from vila_ops.artifacts.backend import AT_ONCE, FileFacts, Versioned
 from vila_ops.errors import DamagedFile, StoreRefused, UnsafeStore
 
 KEPT_VERSIONS = 8
-"""Of a register: a reader that lists its folder while versions come and go still sees one that stays."""
+"""Versions of a register that are kept, so that a reader that lists its folder during a swap finds one that stays."""
 
 MAY_PASS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EINTR, errno.EAGAIN, errno.ETIMEDOUT)
-"""What a disk answers now and may not answer at the next try."""
+"""Error numbers that the next try may not meet."""
 SETTLED_SECONDS = 2.0
-"""A file that changed later than that could change again within the same tick of its file system's clock."""
+"""A file that changed less than this ago could change again within one tick of its file system's clock."""
 MOST_KNOWN = 2**17
-"""Digests that a process remembers; one more and it begins again."""
+"""Number of digests at which a process forgets all of them."""
 _known: dict[tuple[int, ...], str] = {}
-"""sha256 by device, inode, size, mtime and ctime, so that hard links of one file are read once."""
+"""sha256 by device, inode, size, mtime and ctime, so that hard links to one file are read once."""
 
 
 def read(uri: str) -> bytes | None:
@@ -40,7 +40,7 @@ def read(uri: str) -> bytes | None:
 
 
 def create(uri: str, data: bytes) -> bool:
-    """Write a file whole or not at all, and only if there is none: link(2) fails where the name is taken."""
+    """Write a file whole or not at all, and only if none exists: link(2) fails for an existing name."""
     path = Path(uri)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}-{secrets.token_hex(6)}")
@@ -51,7 +51,7 @@ def create(uri: str, data: bytes) -> bool:
     try:
         os.link(draft, path)
     except FileExistsError:
-        return os.stat(draft).st_nlink == 2  # NFS did it, lost its answer and was asked again
+        return os.stat(draft).st_nlink == 2  # NFS had linked it, lost its answer and was asked again
     finally:
         draft.unlink()
     sync(path.parent)
@@ -62,18 +62,18 @@ def load(uri: str) -> Versioned | None:
     """The newest version of a register, which is a folder of numbered files."""
     while number := _newest(Path(uri)):
         data = read(_version(uri, number))
-        if data is not None:  # else a newer one replaced it just now
+        if data is not None:  # else a newer version has just replaced it
             return Versioned(data, str(number))
     return None
 
 
 def swap(uri: str, data: bytes, tag: str | None) -> str | None:
-    """Replace the version that is called `tag` (None: there is none yet); None if another one is there by now."""
+    """Replace version `tag` (None: create the first); the new tag, or None if another version is the newest."""
     own = int(tag or 0) + 1
     if not create(_version(uri, own), data):
         return None
     newest = _newest(Path(uri))
-    if newest != own:  # `tag` was replaced long ago, and its successor removed
+    if newest != own:  # `tag` was replaced so long ago that its successor is removed
         Path(_version(uri, own)).unlink(missing_ok=True)
         return None
     for path in Path(uri).iterdir():
@@ -83,7 +83,7 @@ def swap(uri: str, data: bytes, tag: str | None) -> str | None:
 
 
 def begin(uri: str) -> Path:
-    """The folder of a new attempt: files are written where they stay."""
+    """The folder of a new attempt, at its final place."""
     folder = Path(uri)
     folder.mkdir(parents=True)
     return folder
@@ -96,50 +96,50 @@ def publish(attempt: Path, uri: str) -> None:
 
 
 def discard(attempt: Path, uri: str) -> None:
-    """Remove an attempt that came second."""
+    """Remove an attempt whose address was sealed by another one."""
     shutil.rmtree(attempt)
 
 
 def sizes(uris: Sequence[str]) -> list[int | None]:
-    """Bytes of each file, None for one that is not there."""
+    """Size of each file in bytes; None for a missing one."""
     return [path.stat().st_size if path.is_file() else None for path in map(Path, uris)]
 
 
 def digest(uri: str, expected: FileFacts) -> str:
-    """sha256 of the bytes of a file, which are read again."""
+    """sha256 of a file, whose bytes are read again."""
     return _remembered(Path(uri), os.stat(uri))
 
 
 def check(uri: str, facts: FileFacts) -> None:
-    """Compare a file with its sha256, once a process and content. Raises DamagedFile."""
+    """Compare a file with its sha256, once per process and content. Raises DamagedFile."""
     try:
-        found = known_sha256(Path(uri))
+        actual = known_sha256(Path(uri))
     except FileNotFoundError as error:
         raise DamagedFile(uri, "is missing") from error
-    if found != facts["sha256"]:
-        raise DamagedFile(uri, f"has sha256 {found[:12]}..., sealed as {facts['sha256'][:12]}...")
+    if actual != facts["sha256"]:
+        raise DamagedFile(uri, f"has sha256 {actual[:12]}..., sealed as {facts['sha256'][:12]}...")
 
 
 def local(uri: str, facts: FileFacts) -> Path:
-    """The file itself, checked."""
+    """The file itself, compared with its sha256."""
     check(uri, facts)
     return Path(uri)
 
 
 def folder(uri: str, files: Mapping[str, tuple[str, FileFacts]]) -> Path:
-    """The folder itself, every file checked."""
+    """The folder itself, every file compared with its sha256."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         list(pool.map(lambda one: check(*one), files.values()))
     return Path(uri)
 
 
 def copy(uri: str, facts: FileFacts, target: Path) -> None:
-    """Copy a file, so that an edit of the copy stays there."""
+    """Copy a file; an edit of the copy does not reach the store."""
     shutil.copyfile(local(uri, facts), target)
 
 
 def sharing(uri: str, root: str, kinds: Iterable[str]) -> list[str]:
-    """The folders ROOT/KIND/KEY with a hard link of this file; link(2) leaves no other trace of where it came from."""
+    """The folders ROOT/KIND/KEY that hold a hard link to this file."""
     try:
         own = os.stat(uri)
     except FileNotFoundError:
@@ -151,7 +151,7 @@ def sharing(uri: str, root: str, kinds: Iterable[str]) -> list[str]:
 
 
 def link(source: Path, target: Path) -> None:
-    """The same file under another name; a copy where that is on another file system."""
+    """Hard-link a file; copy it if the target is on another file system."""
     try:
         os.link(source, target)
     except OSError as error:
@@ -199,9 +199,9 @@ def sha256(path: Path) -> str:
 
 
 def known_sha256(path: Path) -> str:
-    """Hex digest of a file's bytes, read once a process and again when the file has changed."""
-    found = path.stat()
-    return _known.get(_identity(found)) or _remembered(path, found)
+    """Hex digest of a file's bytes, read once per process and again when the file has changed."""
+    stat = path.stat()
+    return _known.get(_identity(stat)) or _remembered(path, stat)
 
 
 def sync(path: Path) -> None:
@@ -213,23 +213,23 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _identity(found: os.stat_result) -> tuple[int, ...]:
-    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+def _identity(stat: os.stat_result) -> tuple[int, ...]:
+    return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
 def _remembered(path: Path, before: os.stat_result) -> str:
-    """sha256 of a file that looked so before; remembered if no later change could leave it looking the same."""
+    """sha256 of a file whose stat was `before`; remembered unless a later change could leave the stat the same."""
     settled = abs(time.time() - before.st_ctime) > SETTLED_SECONDS
-    found = sha256(path)
+    digest = sha256(path)
     if settled:
         if len(_known) >= MOST_KNOWN:
             _known.clear()
-        _known[_identity(before)] = found
-    return found
+        _known[_identity(before)] = digest
+    return digest
 
 
 def _newest(folder: Path) -> int:
-    """Number of the newest version in a register's folder; 0 where there is none."""
+    """Number of the newest version in a register's folder; 0 for none."""
     try:
         return max((int(name) for name in os.listdir(folder) if name.isdecimal()), default=0)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What really ran: the machine and the versions, recorded outside every digest."""
+"""The execution part of a manifest: machine and versions, recorded outside the digest."""
 
 import platform
 from datetime import UTC, datetime
@@ -21,7 +21,7 @@ PACKAGES = (
 
 
 def execution(*, launch: str, seconds: float, ran: list[dict[str, Any]]) -> dict[str, Any]:
-    """The execution part of a manifest; `ran` holds what each worker said of itself."""
+    """The execution part of a manifest. `ran` holds the facts that each worker reported about itself."""
     return {
         "launch": launch,
         "sealed": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -34,11 +34,11 @@ def execution(*, launch: str, seconds: float, ran: list[dict[str, Any]]) -> dict
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of the packages that results depend on."""
-    found: dict[str, str] = {}
+    """Installed versions of the packages that results depend on, by name."""
+    installed: dict[str, str] = {}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return installed

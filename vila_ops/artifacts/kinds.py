@@ -1,4 +1,4 @@
-"""The small handles that pass between tasks: an address, a digest, and what it was made from."""
+"""Artifact references, which pass between tasks: a place, a digest and the digests of the parents."""
 
 from vila_ops.config.base import Config
 
@@ -7,10 +7,10 @@ class Artifact(Config):
     """A sealed folder. Equal digest, equal bytes."""
 
     uri: str
-    """Folder with the manifest, on disk or `s3://`; `store.content` and `store.file` bring its files here."""
+    """Folder with the manifest, on disk or `s3://`; `store.content` and `store.file` give its files."""
     digest: str
     parents: tuple[str, ...] = ()
-    """Digests of what it was made from."""
+    """Digests of the artifacts that it was made from."""
 
 
 class Dataset(Artifact):
@@ -21,23 +21,23 @@ class Dataset(Artifact):
 
 
 class Shard(Artifact):
-    """A unit of prepared data, sealed on its own so that a dataset can link to it."""
+    """A unit of prepared data, sealed by itself so that a dataset can link to it."""
 
     num_samples: int
 
 
 class Survey(Artifact):
-    """What rules over all records need to know of a unit of raw records, or of the evaluation sets."""
+    """The signatures of a unit of raw records, or of the evaluation sets, for rules over all records."""
 
     num_records: int
 
 
 class Pretrained(Artifact):
-    """Tower, projector and language model before any stage: put together, or the folder that a recipe starts from."""
+    """Tower, projector and language model before any stage, assembled or read from the folder of `model.weights`."""
 
 
 class Checkpoint(Artifact):
-    """A model after a stage, as a transformers folder."""
+    """A model after a stage, as a transformers folder. `step` is the number of optimizer steps."""
 
     stage: str
     step: int
@@ -61,13 +61,13 @@ class EvalReport(Artifact):
 
 
 class ModelVersion(Config):
-    """A version in the MLflow registry; one for each checkpoint digest."""
+    """A version in the MLflow registry; there is one per checkpoint digest."""
 
     name: str
     version: int
     checkpoint: Checkpoint
     promoted: bool
-    """Whether the alias `champion` points here."""
+    """Whether the alias `champion` points to this version."""
 
 
 class Deployment(Config):

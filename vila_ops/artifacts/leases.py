@@ -1,9 +1,9 @@
-"""Leases on addresses, so that two processes do not make the same thing twice. They only save work.
+"""Leases on addresses, so that two processes do not do the same work. The create-only seal keeps publishing safe.
 
-What keeps publishing safe is the create-only seal. A lease is one small register in the store,
-STORE/leases/<kind>/<key>, that is changed only by compare-and-swap: link(2) on disk, If-Match on S3. Its holder beats;
-one whose register did not change for `expiry_seconds` of the waiter's own clock is dead, so that the clocks of two
-machines need not agree. Each new holder's fencing number is one higher than the last one's.
+A lease is one small register in the store, STORE/leases/<kind>/<key>, that is changed only by compare-and-swap: link(2)
+on disk, If-Match on S3. Its holder sends heartbeats. A holder is dead when its register did not change for
+`expiry_seconds` by the clock of the process that waits, so that the clocks of two machines need not agree. The fencing
+number of each holder is one higher than that of the holder before.
 """
 
 import json
@@ -24,19 +24,19 @@ from vila_ops.config import Config
 from vila_ops.errors import CorruptArtifact
 from vila_ops.processes import ProcessId, this_process
 
-BEATS_PER_EXPIRY = 4
+HEARTBEATS_PER_EXPIRY = 4
 log = logging.getLogger(__name__)
 
 
 class Holder(Config):
-    """Who holds a lease."""
+    """The process that holds a lease."""
 
     host: str
     pid: int
     started: float
     """Start time of the process, see `ProcessId`."""
     token: str
-    """Random: two leases of one process differ."""
+    """Random, so that two leases of one process differ."""
 
     @classmethod
     def myself(cls) -> "Holder":
@@ -50,44 +50,44 @@ class Holder(Config):
 
 
 class LeaseRecord(Config):
-    """What the register of an address holds."""
+    """The content of an address's register."""
 
     holder: Holder
     fencing: int
     beat: int
-    """Counts the holder's signs of life."""
+    """Number of the holder's heartbeats."""
     released: bool = False
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How patient leases are, and by which clock."""
+    """Times of a lease, and the clock that measures them."""
 
     expiry_seconds: float = 60.0
-    """Without a sign of life for so long, a holder is dead."""
+    """A holder without a heartbeat for this long is dead."""
     poll_seconds: float = 1.0
     now: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
 
 
 class Lease:
-    """A held lease. `lost` tells whether it is still held; nothing else stops a holder that was taken over."""
+    """A held lease. Nothing stops a holder whose lease was taken over; it has to ask `lost`."""
 
     def __init__(self, register: str, record: LeaseRecord, tag: str, pace: Pace) -> None:
         self.fencing = record.fencing
         self._register, self._record, self._tag, self._pace = register, record, tag, pace
         self._backend: Backend = backend(register)
-        self._beaten = pace.now()
-        self._taken = False
+        self._last_heartbeat = pace.now()
+        self._taken_over = False
 
     @property
     def lost(self) -> bool:
-        """Whether another process took over, or may have: no beat came through for as long as a lease lives."""
-        return self._taken or self._pace.now() - self._beaten > self._pace.expiry_seconds
+        """Whether another process took the lease over, or may have: no heartbeat was stored for `expiry_seconds`."""
+        return self._taken_over or self._pace.now() - self._last_heartbeat > self._pace.expiry_seconds
 
-    def beat(self, *, released: bool = False) -> None:
-        """Give a sign of life, or the last one; finds out whether another process took over."""
-        if self._taken:
+    def heartbeat(self, *, released: bool = False) -> None:
+        """Store a heartbeat, or release the lease; notices whether another process took it over."""
+        if self._taken_over:
             return
         now = self._pace.now()
         record = LeaseRecord(
@@ -95,32 +95,33 @@ class Lease:
         )
         tag = self._backend.swap(self._register, _bytes(record), self._tag)
         if tag is None:
-            self._taken = True
-            log.warning("lease %s was taken over; this process goes on, and its seal comes second", self._register)
+            self._taken_over = True
+            log.warning("lease %s was taken over; this process continues, but its result is dropped", self._register)
         else:
-            self._record, self._tag, self._beaten = record, tag, now
+            self._record, self._tag, self._last_heartbeat = record, tag, now
 
 
 @contextmanager
 def hold(at: Address, *, store: str, pace: Pace = Pace()) -> Iterator[Lease]:
     """Hold the lease of an address while the body runs; waits while another process holds it.
 
-    After a wait that process has probably sealed: ask `find` inside, before any work. Raises what `probe` does.
+    That process has probably sealed the address by then, so call `find` in the body before any work. Raises what
+    `probe` raises.
     """
     probe(store)
     lease = _acquire(f"{root_of(store)}/leases/{at.kind}/{at.key}", pace)
     done = threading.Event()
-    beating = threading.Thread(target=_beat_until, args=(done, lease, pace), daemon=True)
-    beating.start()
+    heartbeats = threading.Thread(target=_send_heartbeats, args=(done, lease, pace), daemon=True)
+    heartbeats.start()
     try:
         yield lease
     finally:
         done.set()
-        beating.join()
+        heartbeats.join()
         try:
-            lease.beat(released=True)
+            lease.heartbeat(released=True)
         except OSError as error:
-            log.warning("lease %s/%s was not released (%s); it expires", at.kind, at.key, error)
+            log.warning("lease %s/%s was not released (%s); it will expire", at.kind, at.key, error)
 
 
 def _acquire(register: str, pace: Pace) -> Lease:
@@ -136,29 +137,29 @@ def _acquire(register: str, pace: Pace) -> Lease:
             swapped = backend(register).swap(register, _bytes(mine), tag)
             if swapped is not None:
                 return Lease(register, mine, swapped, pace)
-            continue  # another process was quicker
+            continue  # another process took it first
         if waits_for != record.fencing:
-            log.info("%s: process %d of %s is at it; waiting", register, record.holder.pid, record.holder.host)
+            log.info("%s: locked by PID %d on %s; waiting", register, record.holder.pid, record.holder.host)
             waits_for = record.fencing
         pace.sleep(pace.poll_seconds)
 
 
 def _load(register: str) -> tuple[LeaseRecord | None, str | None]:
-    found = backend(register).load(register)
-    if found is None:
+    version = backend(register).load(register)
+    if version is None:
         return None, None
     try:
-        return LeaseRecord.model_validate_json(found.data), found.tag
+        return LeaseRecord.model_validate_json(version.data), version.tag
     except ValidationError as error:
-        raise CorruptArtifact(f"{register} is not a lease; remove it, while nothing works on it: {error}") from error
+        raise CorruptArtifact(f"{register} is not a lease; remove it when no process uses it: {error}") from error
 
 
-def _beat_until(done: threading.Event, lease: Lease, pace: Pace) -> None:
-    while not done.wait(pace.expiry_seconds / BEATS_PER_EXPIRY):
+def _send_heartbeats(done: threading.Event, lease: Lease, pace: Pace) -> None:
+    while not done.wait(pace.expiry_seconds / HEARTBEATS_PER_EXPIRY):
         try:
-            lease.beat()
+            lease.heartbeat()
         except OSError as error:  # the store may be back before the lease expires
-            log.warning("a beat did not come through: %s", error)
+            log.warning("a heartbeat was not stored: %s", error)
 
 
 def _bytes(record: LeaseRecord) -> bytes:

@@ -1,6 +1,6 @@
-"""A store on S3. What is created is created by one conditional put; files lie on this machine as verified copies.
+"""A store on S3. An object appears by one conditional put; files are read from verified copies on this machine.
 
-An attempt is made in the very folder that its copy would have, so that what was sealed here need not be fetched.
+An attempt is written in the folder of its own copy, so that an artifact that was sealed here is not downloaded.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from vila_ops.artifacts.s3_calls import (
     get,
     place,
     put,
-    told,
+    translated,
     whole,
 )
 from vila_ops.errors import DamagedFile, OtherBytes, UnsafeStore
@@ -41,28 +41,28 @@ WAY_OUT = "use a store whose PutObject honours If-None-Match and If-Match (AWS a
 
 
 def read(uri: str) -> bytes | None:
-    """The bytes of an object; None where there is none."""
-    found = get(uri)
-    return None if found is None else found.data
+    """The bytes of an object; None if it does not exist."""
+    version = get(uri)
+    return None if version is None else version.data
 
 
 def create(uri: str, data: bytes) -> bool:
-    """Put an object only where there is none (If-None-Match: *)."""
+    """Put an object only if none exists (If-None-Match: *)."""
     return put(uri, data, {"IfNoneMatch": "*"}) is not None
 
 
 def load(uri: str) -> Versioned | None:
-    """What a register holds, and its ETag."""
+    """The content of a register and its ETag; None if it does not exist."""
     return get(uri)
 
 
 def swap(uri: str, data: bytes, tag: str | None) -> str | None:
-    """Replace the object with this ETag (If-Match; None: make it); None if it is another one by now."""
+    """Replace the object with this ETag (If-Match; None: create it); None if its ETag is another by now."""
     return put(uri, data, {"IfNoneMatch": "*"} if tag is None else {"IfMatch": tag})
 
 
 def begin(uri: str) -> Path:
-    """A fresh local folder, where the copy of the attempt will have been."""
+    """A new local folder, at the path of the attempt's copy."""
     attempt = copy_of(uri)
     attempt.mkdir(parents=True)
     return attempt
@@ -80,7 +80,7 @@ def publish(attempt: Path, uri: str) -> None:
 
 
 def discard(attempt: Path, uri: str) -> None:
-    """Remove an attempt that came second: its objects and its local folder."""
+    """Remove an attempt whose address was sealed by another one: its objects and its local folder."""
     remove(uri)
     shutil.rmtree(attempt)
 
@@ -88,25 +88,25 @@ def discard(attempt: Path, uri: str) -> None:
 def names(uri: str) -> list[str]:
     """Names of all objects below a place, relative to it."""
     bucket, prefix = place(f"{uri}/").values()
-    with told(uri):
+    with translated(uri):
         pages = client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        return [found["Key"].removeprefix(prefix) for page in pages for found in page.get("Contents", [])]
+        return [item["Key"].removeprefix(prefix) for page in pages for item in page.get("Contents", [])]
 
 
 def remove(uri: str) -> None:
-    """Remove the object at a place and all objects below it, where there are any."""
+    """Remove the object at a place and all objects below it."""
     for target in (uri, *(f"{uri}/{name}" for name in names(uri))):
-        with told(target):
+        with translated(target):
             client().delete_object(**place(target))
 
 
 def write(uri: str, chunks: Iterable[memoryview]) -> None:
-    """Put an object of chunks that are made one after another; replaces what is there."""
+    """Put an object from an iterable of chunks, or replace it."""
     _send(io.BufferedReader(_Chunks(chunks), PART_BYTES), uri)
 
 
 class _Chunks(io.RawIOBase):
-    """Chunks as a file that is read once."""
+    """An iterable of chunks as a file that is read once."""
 
     def __init__(self, chunks: Iterable[memoryview]) -> None:
         self.chunks, self.rest = iter(chunks), memoryview(b"")
@@ -126,17 +126,17 @@ class _Chunks(io.RawIOBase):
 
 
 def _send(file: IO[bytes], uri: str) -> None:
-    """Upload an open file; each part is sent with its sha256."""
+    """Upload an open file. S3 compares each part with its sha256."""
     sent = {"ExtraArgs": {"ChecksumAlgorithm": "SHA256"}, "Config": TRANSFER}
-    with told(uri):
+    with translated(uri):
         client().upload_fileobj(file, **place(uri), **sent)
 
 
 def sizes(uris: Sequence[str]) -> list[int | None]:
-    """Bytes of each object, None for one that is not there."""
+    """Size of each object in bytes; None for a missing one."""
 
     def size(uri: str) -> int | None:
-        with told(uri):
+        with translated(uri):
             try:
                 return int(client().head_object(**place(uri))["ContentLength"])
             except ClientError as error:
@@ -149,44 +149,44 @@ def sizes(uris: Sequence[str]) -> list[int | None]:
 
 
 def digest(uri: str, expected: FileFacts) -> str:
-    """sha256 of an object, streamed and not kept; read again where it is not the expected one.
+    """sha256 of an object, streamed and not kept, read again where it differs from the expected one.
 
-    Raises DamagedFile where there is none.
+    Raises DamagedFile for a missing object.
     """
-    seen = ""
+    actual = ""
 
     def once() -> None:
-        nonlocal seen
+        nonlocal actual
         hashed = hashlib.sha256()
         body = client().get_object(**place(uri))["Body"]
         with whole():
             for chunk in body.iter_chunks(CHUNK_BYTES):
                 hashed.update(chunk)
-        seen = hashed.hexdigest()
-        if seen != expected["sha256"]:
-            raise OtherBytes("not those that were sealed")
+        actual = hashed.hexdigest()
+        if actual != expected["sha256"]:
+            raise OtherBytes("the sha256 differs")
 
-    with told(uri), suppress(OtherBytes):
+    with translated(uri), suppress(OtherBytes):
         try:
             again(once)
         except ClientError as error:
             if code_of(error) in NO_KEY:
                 raise DamagedFile(uri, "is missing") from error
             raise
-    return seen
+    return actual
 
 
 def check(uri: str, facts: FileFacts) -> None:
     """Compare an object with its sha256; it is streamed and not kept. Raises DamagedFile."""
-    found = digest(uri, facts)
-    if found != facts["sha256"]:
-        raise DamagedFile(uri, f"has sha256 {found[:12]}..., sealed as {facts['sha256'][:12]}...")
+    actual = digest(uri, facts)
+    if actual != facts["sha256"]:
+        raise DamagedFile(uri, f"has sha256 {actual[:12]}..., sealed as {facts['sha256'][:12]}...")
 
 
 def local(uri: str, facts: FileFacts) -> Path:
-    """The copy of an object on this machine, downloaded if it is not there or not as it was sealed.
+    """The local copy of an object, downloaded if it is missing or damaged.
 
-    A copy that was there is hashed once a process. Processes that want the same one wait for one download.
+    An existing copy is hashed once per process. Processes that need the same object wait for one download.
     """
     path = copy_of(uri)
     with one_at_a_time(uri):
@@ -199,7 +199,7 @@ def local(uri: str, facts: FileFacts) -> Path:
 
 
 def folder(uri: str, files: Mapping[str, tuple[str, FileFacts]]) -> Path:
-    """The local copy of an attempt's folder; files that lie elsewhere in the store are linked into it."""
+    """The local copy of an attempt's folder; files of other artifacts are hard-linked into it."""
     whole_folder = copy_of(uri)
     whole_folder.mkdir(parents=True, exist_ok=True)
 
@@ -217,7 +217,7 @@ def folder(uri: str, files: Mapping[str, tuple[str, FileFacts]]) -> Path:
 
 
 def copy(uri: str, facts: FileFacts, target: Path) -> None:
-    """An object to `target`, from the copy on this machine where there is one."""
+    """Copy an object to `target`, from its local copy where that is sound."""
     path = copy_of(uri)
     if _is_as_sealed(path, facts):
         shutil.copyfile(path, target)
@@ -226,41 +226,45 @@ def copy(uri: str, facts: FileFacts, target: Path) -> None:
 
 
 def sharing(uri: str, root: str, kinds: Iterable[str]) -> list[str]:
-    """The folder ROOT/KIND/KEY that the object lies in; others point to it from their manifests."""
+    """The folder ROOT/KIND/KEY of an object. Manifests of other artifacts may point to it; those are not searched."""
     kind, key, *_ = uri.removeprefix(f"{root}/").split("/")
     return [f"{root}/{kind}/{key}"]
 
 
 @lru_cache(maxsize=64)
 def probe(root: str) -> str:
-    """Try, with an object of its own, what sealing and leases rest on. Raises UnsafeStore, StoreRefused."""
+    """Try, with an object of its own, what sealing and leases rest on.
+
+    Raises UnsafeStore, StoreRefused, StoreUnreachable.
+    """
     uri = f"{root}/.probe/{secrets.token_hex(8)}"
-    first = _expect(put(uri, b"first", {"IfNoneMatch": "*"}), root, "refuses If-None-Match where nothing is")
+    first = _expect(put(uri, b"first", {"IfNoneMatch": "*"}), root, "refuses If-None-Match for a key without an object")
     try:
         if put(uri, b"second", {"IfNoneMatch": "*"}) is not None:
             raise UnsafeStore(
-                f"store {root} ignores If-None-Match: a second put overwrote the first, so that what is sealed could "
-                f"change, and of two processes that seal the same address the later one would win; {WAY_OUT}"
+                f"store {root} ignores If-None-Match: a second put overwrote the first, so a sealed artifact could "
+                f"change, and the later of two processes that seal one address would win; {WAY_OUT}"
             )
-        _expect(get(uri) == Versioned(b"first", first), root, "does not read back what was just put")
+        _expect(get(uri) == Versioned(b"first", first), root, "does not read back an object that was just put")
         second = _expect(put(uri, b"second", {"IfMatch": first}), root, "refuses If-Match with the object's own ETag")
         if put(uri, b"third", {"IfMatch": first}) is not None:
             raise UnsafeStore(f"store {root} ignores If-Match: two processes could hold one lease; {WAY_OUT}")
-        _expect(get(uri) == Versioned(b"second", second), root, "does not read back what was just replaced")
+        _expect(get(uri) == Versioned(b"second", second), root, "does not read back an object that was just replaced")
     finally:
-        with told(uri):
+        with translated(uri):
             client().delete_object(**place(uri))
-    return f"store {root}: conditional puts are honoured, and what was put is read back"
+    return f"store {root}: conditional puts are honoured, and objects are read back as they were put"
 
 
-def _expect(found: T | None, root: str, fault: str) -> T:
-    if not found:
+def _expect(outcome: T | None, root: str, fault: str) -> T:
+    """The outcome of a step of `probe`. Raises UnsafeStore where it failed."""
+    if not outcome:
         raise UnsafeStore(f"store {root} {fault}; {WAY_OUT}")
-    return found
+    return outcome
 
 
 def _download(uri: str, facts: FileFacts, target: Path) -> None:
-    """An object's bytes to `target`. Raises CorruptArtifact where they are not, or stay other than they were sealed."""
+    """Download an object to `target`. Raises DamagedFile where it is missing or its sha256 differs at every try."""
 
     def once() -> None:
         with target.open("wb") as file, whole():
@@ -268,7 +272,7 @@ def _download(uri: str, facts: FileFacts, target: Path) -> None:
         if disk.sha256(target) != facts["sha256"]:
             raise OtherBytes(f"sha256 {facts['sha256'][:12]}...")
 
-    with told(uri):
+    with translated(uri):
         try:
             again(once)
         except OtherBytes as error:

@@ -1,6 +1,6 @@
-"""Calls to S3: bounded in time and number, conditional where it matters, and errors that say what to do.
+"""Calls to S3: bounded in time and number, conditional where it matters, with errors that say what to do.
 
-Credentials, region and endpoint come from boto3's own chain (environment, profile, instance) and from nowhere else.
+Credentials, region and endpoint come from boto3's own chain (environment, profile, instance) alone.
 """
 
 import base64
@@ -34,22 +34,22 @@ from vila_ops.artifacts.backend import Versioned
 from vila_ops.errors import DamagedAnswer, OtherBytes, StoreRefused, StoreUnreachable
 
 TRIES = 6
-"""Attempts at one call, the first included; waits between them grow, with jitter."""
+"""Attempts at one call, with growing waits and jitter between them."""
 WAIT_SECONDS = 0.2
 CONNECT_SECONDS = 10.0
 READ_SECONDS = 60.0
-"""Between two bytes of an answer."""
+"""How long an answer may pause between two bytes."""
 CONNECTIONS = 64
 PART_BYTES = 16 * 2**20
 TRANSFER = TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=8)
 NO_KEY = ("NoSuchKey", "404")
-NOT_LET_IN = (
+ACCESS_DENIED = (
     "AuthorizationHeaderMalformed",
     "ExpiredToken",
     "InvalidAccessKeyId",
     "SignatureDoesNotMatch",
 )
-BROKEN_ON_THE_WAY = ("BadDigest", "RequestTimeout", "XAmzContentSHA256Mismatch")
+DAMAGED_IN_TRANSIT = ("BadDigest", "RequestTimeout", "XAmzContentSHA256Mismatch")
 BAD_CREDENTIALS = (
     NoCredentialsError,
     PartialCredentialsError,
@@ -63,14 +63,14 @@ T = TypeVar("T")
 
 
 def client() -> Any:
-    """This process's client: safe for threads, not for a fork."""
+    """The client of this process; threads may share it, forked processes may not."""
     return client_of(os.getpid())
 
 
 @lru_cache(maxsize=1)
 def client_of(process: int) -> Any:
-    """A client of boto3's default credentials and endpoint (AWS_ENDPOINT_URL)."""
-    with told("s3://"):
+    """A client with boto3's default credentials and endpoint (AWS_ENDPOINT_URL)."""
+    with translated("s3://"):
         return boto3.session.Session().client(
             "s3",
             config=Config(
@@ -78,7 +78,7 @@ def client_of(process: int) -> Any:
                 connect_timeout=CONNECT_SECONDS,
                 read_timeout=READ_SECONDS,
                 max_pool_connections=CONNECTIONS,
-                response_checksum_validation="when_required",  # never: every answer is compared with our own sha256
+                response_checksum_validation="when_required",  # we compare every answer with our own sha256
             ),
         )
 
@@ -90,17 +90,17 @@ def place(uri: str) -> dict[str, str]:
 
 
 def get(uri: str) -> Versioned | None:
-    """Bytes and ETag of an object that `put` made; None where there is none."""
+    """Bytes and ETag of an object that `put` wrote; None if it does not exist."""
 
     def once() -> Versioned:
-        found = client().get_object(**place(uri))
+        answer = client().get_object(**place(uri))
         with whole():
-            data: bytes = found["Body"].read()
-        if found["Metadata"].get("sha256", _sha256(data)) != _sha256(data):
-            raise OtherBytes("the bytes are not those that were put")
-        return Versioned(data, found["ETag"])
+            data: bytes = answer["Body"].read()
+        if answer["Metadata"].get("sha256", _sha256(data)) != _sha256(data):
+            raise OtherBytes("the sha256 differs from that of the bytes that were put")
+        return Versioned(data, answer["ETag"])
 
-    with told(uri):
+    with translated(uri):
         try:
             return again(once)
         except ClientError as error:
@@ -110,9 +110,10 @@ def get(uri: str) -> Versioned | None:
 
 
 def put(uri: str, data: bytes, condition: Condition) -> str | None:
-    """Put an object if the condition holds; its ETag, or None where it does not hold.
+    """Put an object if the condition holds; its ETag, or None where the condition does not hold.
 
-    A put whose answer was lost is asked again and refused for its own sake: what is there then tells who was first.
+    boto3 repeats a put whose answer was lost, and its own first put makes the second fail. So after a failure the
+    object is read: equal bytes mean that this put succeeded.
     """
     checksum = base64.b64encode(hashlib.sha256(data).digest()).decode()
     request: dict[str, Any] = {
@@ -121,25 +122,25 @@ def put(uri: str, data: bytes, condition: Condition) -> str | None:
         "Metadata": {"sha256": _sha256(data)},
         **condition,
     }
-    with told(uri):
+    with translated(uri):
         for turn in range(TRIES):
             try:
                 return str(client().put_object(**place(uri), **request)["ETag"])
             except ClientError as error:
-                if code_of(error) in NO_KEY:  # what should be replaced was deleted
+                if code_of(error) in NO_KEY:  # the object to replace was deleted
                     return None
                 status = error.response["ResponseMetadata"]["HTTPStatusCode"]
                 if status == 412:
-                    found = get(uri)
-                    return found.tag if found is not None and found.data == data else None
-                if status != 409:  # 409: another conditional put is under way
+                    there = get(uri)
+                    return there.tag if there is not None and there.data == data else None
+                if status != 409:  # 409: another conditional put is running
                     raise
                 pause(turn)
-    raise StoreUnreachable(f"{uri}: another conditional put was under way {TRIES} times (409); run again")
+    raise StoreUnreachable(f"{uri}: another conditional put was running at {TRIES} tries (409); run again")
 
 
 def again(action: Callable[[], T]) -> T:
-    """The action's result; tried again, a bounded number of times, while its answers come damaged."""
+    """The result of an action, which is repeated after a DamagedAnswer, TRIES times in all."""
     for turn in range(TRIES - 1):
         try:
             return action()
@@ -149,13 +150,13 @@ def again(action: Callable[[], T]) -> T:
 
 
 def pause(turn: int) -> None:
-    """Wait before another try: longer each time, and not all at the same moment."""
+    """Wait before another try: longer each time, and at random so that callers spread out."""
     time.sleep(random.uniform(0, WAIT_SECONDS * 2**turn))
 
 
 @contextmanager
 def whole() -> Iterator[None]:
-    """Reading a body: one that breaks off is a damaged answer."""
+    """Translate a body that breaks off while it is read. Raises DamagedAnswer."""
     try:
         yield
     except (HTTPClientError, IncompleteReadError, RetriesExceededError) as error:
@@ -163,8 +164,8 @@ def whole() -> Iterator[None]:
 
 
 @contextmanager
-def told(uri: str) -> Iterator[None]:
-    """What goes wrong with a call about `uri`, told so that it can be acted on, and without a word of secrets."""
+def translated(uri: str) -> Iterator[None]:
+    """Translate the errors of a call about `uri`, without secrets. Raises StoreRefused, StoreUnreachable."""
     try:
         yield
     except ClientError as error:
@@ -176,32 +177,32 @@ def told(uri: str) -> Iterator[None]:
         ) from error
     except (BotoCoreError, Boto3Error, DamagedAnswer) as error:
         raise StoreUnreachable(
-            f"{uri}: S3 did not answer as it should ({type(error).__name__}, {TRIES} tries); see whether "
+            f"{uri}: S3 did not answer as it should ({type(error).__name__}, {TRIES} tries); check that "
             f"{_endpoint()} is up and reachable, and run again"
         ) from error
 
 
 def code_of(error: ClientError) -> str:
-    """S3's own name of an error; HEAD has no body to carry it, so there it is the status."""
+    """S3's name of an error; for HEAD, whose answer has no body, the status."""
     return str(error.response["Error"]["Code"])
 
 
 def _answer(uri: str, error: ClientError) -> StoreRefused | StoreUnreachable:
     code, status = code_of(error), error.response["ResponseMetadata"]["HTTPStatusCode"]
     bucket = place(uri)["Bucket"]
-    if (status >= 500 and status != 501) or status in (408, 429) or code in BROKEN_ON_THE_WAY:
+    if (status >= 500 and status != 501) or status in (408, 429) or code in DAMAGED_IN_TRANSIT:
         return StoreUnreachable(f"{uri}: S3 still answers {code} ({status}) after {TRIES} tries; run again later")
     if code == "NoSuchBucket":
         return StoreRefused(
-            f"{uri}: {_endpoint()} has no bucket {bucket!r}; make it, or change resources.storage.store"
+            f"{uri}: {_endpoint()} has no bucket {bucket!r}; create it, or change resources.storage.store"
         )
-    if status in (401, 403) or code in NOT_LET_IN:
+    if status in (401, 403) or code in ACCESS_DENIED:
         return StoreRefused(
-            f"{uri}: access refused by {_endpoint()} ({code}); see that the credentials of boto3's chain "
+            f"{uri}: access refused by {_endpoint()} ({code}); check that the credentials of boto3's chain "
             f"(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE) are right and may read, write, list and "
             f"delete in bucket {bucket!r}"
         )
-    return StoreRefused(f"{uri}: S3 answers {code} ({status}); see bucket, region and endpoint ({_endpoint()})")
+    return StoreRefused(f"{uri}: S3 answers {code} ({status}); check bucket, region and endpoint ({_endpoint()})")
 
 
 def _endpoint() -> str:

@@ -3,8 +3,8 @@
     STORE/<kind>/<key>/manifest.json       sealed: one create-only write, link(2) or If-None-Match
     STORE/<kind>/<key>/<attempt>/...       the files; an attempt without a manifest was never finished
 
-STORE is a folder or `s3://bucket/prefix`. The first seal of an address wins; a later one, also of a process that slept
-through it, is told what won.
+STORE is a folder or `s3://bucket/prefix`. The first seal of an address wins; a later `seal` returns the winner's
+artifact.
 """
 
 import json
@@ -36,7 +36,7 @@ from vila_ops.errors import CorruptArtifact, DamagedFile
 FORMAT = 1
 MANIFEST = "manifest.json"
 EXPORTED = "files"
-"""Folder of the files of an export; no attempt is called so."""
+"""Folder of the files of an export; no attempt has this name."""
 KINDS: dict[type[Artifact], str] = {
     Dataset: "dataset",
     Shard: "shard",
@@ -47,7 +47,7 @@ KINDS: dict[type[Artifact], str] = {
     EvalReport: "report",
 }
 ANY_EXECUTION: dict[str, Any] = {"seconds": 0.0, "sealed": "1970-01-01T00:00:00+00:00", "workers": []}
-"""The execution of an exported manifest: no attempt's own, and older than any run, which so counts it as reused."""
+"""The execution in an exported manifest: of no attempt, and older than any run, so that runs count it as reused."""
 
 Linked = tuple[Artifact, str]
 """A sealed artifact and the name of one of its files."""
@@ -57,14 +57,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Address:
-    """Where the answer to one question lies: kind + hash(task revision, recipe part, parents' digests)."""
+    """A content address: kind + hash(task revision, recipe part, parents' digests)."""
 
     kind: str
     key: str
     recipe: Any
     """The recipe part, as JSON values."""
     parents: tuple[str, ...]
-    """Digests of what it is made from."""
+    """Digests of the artifacts that it is made from."""
 
     def uri(self, store: str) -> str:
         """The folder of this address in a store."""
@@ -72,19 +72,19 @@ class Address:
 
 
 def address(kind: type[Artifact], *, revision: int, recipe: Any, parents: tuple[str, ...]) -> Address:
-    """The address of what a task of this revision makes of a recipe part (JSON values) and of these parents."""
+    """The address of a result: the task's revision, its part of the recipe (JSON values), the parents' digests."""
     name = KINDS[kind]
     question = {"kind": name, "revision": revision, "recipe": recipe, "parents": parents}
     return Address(name, fingerprint(question)[:32], recipe, parents)
 
 
 def root_of(store: str) -> str:
-    """A store as one string that means the same in every process: an absolute folder, or `s3://bucket/prefix`."""
+    """A store as a string with one meaning in every process: an absolute folder, or `s3://bucket/prefix`."""
     return store.rstrip("/") if "://" in store else str(Path(store).resolve())
 
 
 def backend(uri: str) -> Backend:
-    """What can read and write at a place."""
+    """The module that reads and writes at a place."""
     match uri.partition("://"):
         case (_, "", ""):
             return disk
@@ -93,28 +93,25 @@ def backend(uri: str) -> Backend:
 
             return s3
         case (scheme, _, _):
-            raise ValueError(f"{uri}: {scheme} is no kind of store; a store is a folder or s3://BUCKET/PREFIX")
+            raise ValueError(f"{uri}: {scheme} is not a kind of store; a store is a folder or s3://BUCKET/PREFIX")
 
 
 def find(kind: type[A], at: Address, *, store: str, first: Path | None = None) -> A | None:
-    """The sealed artifact at an address, or None. `first` is a folder to look in before the store (DVC's output).
+    """The sealed artifact at an address, or None. `first` is a folder that is searched before the store (DVC's output).
 
-    Checks that every file is there with its size; its bytes are compared when they are read.
+    Checks that every file exists with its size; bytes are compared when they are read.
     """
     for uri in (None if first is None else str(first), at.uri(store)):
         if uri is None or (manifest := _manifest(uri)) is None:
             continue
         if manifest["address"] == f"{at.kind}/{at.key}":
             _check_sizes(uri, manifest)
-            return _handle(kind, uri, manifest)
+            return _reference(kind, uri, manifest)
     return None
 
 
 def begin(at: Address, *, store: str) -> Path:
-    """A fresh local folder of this attempt, to work in until `seal`; for a store on S3, in this machine's cache.
-
-    Raises UnsafeStore, as `seal` does, for a store on which a later seal could overwrite an earlier one.
-    """
+    """A new local folder for an attempt until `seal`; for S3 it is in the cache. Raises what `probe` raises."""
     probe(store)
     uri = f"{at.uri(store)}/attempt-{secrets.token_hex(6)}"
     return backend(uri).begin(uri)
@@ -129,13 +126,13 @@ def seal(
     execution: dict[str, Any],
     known: Mapping[str, FileFacts | Linked] | None = None,
 ) -> A:
-    """Publish an attempt: every file hashed and made durable, then one create-only manifest.
+    """Publish an attempt: hash every file, make it durable, then write one create-only manifest.
 
-    facts are the handle's own fields and part of the digest; execution (times, machine, versions) is not. `known` are
-    files that need no hashing, by name: facts for a file of the attempt, or a file of another sealed artifact of the
-    same store. Such a file is read, not copied: on disk it is a hard link, on S3 the manifest points to it.
-    Returns what is sealed at the address, which is another attempt's work if that one came first. Raises
-    CorruptArtifact where a file of another artifact is not as it was sealed.
+    `facts` are the fields of the artifact reference and part of the digest; `execution` (times, machine, versions) is
+    not. `known` names files that need no hashing: by their facts, or as a file of another artifact of the same store.
+    A file of another artifact is compared, not copied: on disk it becomes a hard link, on S3 the manifest points to it.
+    Returns the artifact at the address, which is another attempt's if that one was sealed first. Raises
+    CorruptArtifact where a file of another artifact is damaged.
     """
     place = _place_of(attempt)
     uri, _, data = place.rpartition("/")
@@ -154,20 +151,20 @@ def seal(
     }
     backend(uri).publish(attempt, place)
     if not backend(uri).create(f"{uri}/{MANIFEST}", _sealed(manifest).encode()):
-        log.warning("%s was sealed by another attempt first; this one is dropped", uri)
+        log.warning("%s was sealed by another attempt first; this attempt is dropped", uri)
         backend(uri).discard(attempt, place)
-    return _handle(kind, uri, read_manifest(uri))
+    return _reference(kind, uri, read_manifest(uri))
 
 
 def verify(artifact: Artifact) -> None:
-    """Read every byte of an artifact in its store; raises CorruptArtifact that names the first file that differs."""
+    """Read every byte of an artifact in its store. Raises CorruptArtifact that names the first damaged file."""
     sealed = verify_folder(artifact.uri)
     if sealed != artifact.digest:
         raise CorruptArtifact(f"{artifact.uri} holds digest {sealed}, not {artifact.digest}")
 
 
 def verify_folder(uri: str) -> str:
-    """Read every byte of a sealed folder; returns its digest, raises CorruptArtifact where something differs."""
+    """Read every byte of a sealed folder and return its digest. Raises CorruptArtifact where something differs."""
     manifest = read_manifest(uri)
     _check_sizes(uri, manifest)
     places = list(_places(uri, manifest).values())
@@ -184,16 +181,16 @@ def verify_folder(uri: str) -> str:
 
 @dataclass(frozen=True)
 class Opened:
-    """The files of a sealed artifact, whose manifest was read. Each is compared with its sha256 once a process."""
+    """The files of a sealed artifact. Each is compared with its sha256 once per process, at its first use."""
 
     uri: str
     data: str
-    """The place of its own files, those that it does not link."""
+    """Folder of the files that it does not link from other artifacts."""
     places: Mapping[str, tuple[str, FileFacts]]
-    """Where the bytes of each file lie, and what they are."""
+    """Place and facts of each file, by name."""
 
     def file(self, name: str) -> Path:
-        """One file on this machine; from S3 downloaded once a machine. Raises CorruptArtifact."""
+        """One file on this machine; each machine downloads it from S3 once. Raises CorruptArtifact."""
         if name not in self.places:
             raise ValueError(f"{self.uri} has no file {name!r}; it has {sorted(self.places)[:5]}")
         with _naming(self.uri):
@@ -206,7 +203,7 @@ class Opened:
 
 
 def opened(artifact: Artifact) -> Opened:
-    """The files of a sealed artifact, none of them read yet. Raises CorruptArtifact where another one lies there."""
+    """The files of a sealed artifact, not yet read. Raises CorruptArtifact where the folder holds another artifact."""
     manifest = read_manifest(artifact.uri)
     if manifest["digest"] != artifact.digest:
         raise CorruptArtifact(f"{artifact.uri} holds digest {manifest['digest']}, not {artifact.digest}; run again")
@@ -214,7 +211,7 @@ def opened(artifact: Artifact) -> Opened:
 
 
 def content(artifact: Artifact) -> Path:
-    """A folder on this machine with all files of a sealed artifact, each compared with its sha256 once a process."""
+    """A folder on this machine with all files of a sealed artifact, each compared with its sha256 once per process."""
     return opened(artifact).folder()
 
 
@@ -232,10 +229,10 @@ def read_manifest(uri: str) -> dict[str, Any]:
 
 
 def export(artifact: Artifact, target: Path) -> None:
-    """Copy a sealed folder to `target`, manifest last, replacing an earlier export; an edit of the copy stays there.
+    """Copy a sealed folder to `target`, in place of an earlier export. An edit of the copy does not reach the store.
 
-    The copy's bytes do not depend on the store or on which attempt made them, so that DVC sees no change where there
-    is none. Raises ValueError as `check_target` does.
+    The copy's bytes depend neither on the store nor on the attempt that was sealed, so that DVC sees only real changes.
+    Raises ValueError as `check_target` does.
     """
     with output.draft_of(check_target(target)) as fresh:
         manifest = read_manifest(artifact.uri)
@@ -253,47 +250,47 @@ def export(artifact: Artifact, target: Path) -> None:
 def check_target(target: Path, *, apart: Sequence[Path] = ()) -> Path:
     """The absolute path of a folder that `export` may write: absent, empty, or an earlier export and nothing else.
 
-    Raises ValueError for any other, and for one that is or holds a folder of `apart`. An artifact sealed in a store is
-    no export.
+    Raises ValueError for any other, and for one that is or contains a folder of `apart`. An artifact that is sealed in
+    a store is not an export.
     """
     return output.check_folder(target, ours=_exported(target), apart=apart)
 
 
 def probe(store: str) -> str:
-    """Try, once a process, what sealing rests on in a store; a line that says so.
+    """Try, once per process, what sealing rests on in a store; returns a line that says what works.
 
-    Raises UnsafeStore, StoreRefused (a ValueError as that is), and OSError for a store out of reach.
+    Raises UnsafeStore, StoreRefused, StoreUnreachable, and OSError for a disk that failed.
     """
     root = root_of(store)
     return backend(root).probe(root)
 
 
 def _place_of(attempt: Path) -> str:
-    """The place in the store that `begin` made a local folder for."""
+    """The place in the store for which `begin` made a local folder."""
     return uri_of(attempt) or str(attempt)
 
 
 def _files(attempt: Path, uri: str, known: Mapping[str, FileFacts | Linked]) -> dict[str, FileFacts]:
-    """The entries of a manifest: linked files, known files, and what else is in the attempt."""
+    """The entries of a manifest: linked files, known files, and the other files of the attempt."""
     linked = {name: one for name, one in known.items() if isinstance(one, tuple)}
     with ThreadPoolExecutor(AT_ONCE) as pool:
         entries = pool.map(lambda name: _link(attempt / name, uri, linked[name]), linked)
-        found = dict(zip(linked, entries, strict=True))
+        files = dict(zip(linked, entries, strict=True))
     facts = {name: one for name, one in known.items() if not isinstance(one, tuple)}
     for path in sorted(path for path in attempt.rglob("*") if path.is_file()):
         name, size = path.relative_to(attempt).as_posix(), path.stat().st_size
-        if name in found:
+        if name in files:
             continue
         if name in facts and facts[name]["size"] != size:
-            raise ValueError(f"{path} has {size} bytes, not the {facts[name]['size']} that are known of it")
-        found[name] = FileFacts(size=size, sha256=facts[name]["sha256"] if name in facts else disk.sha256(path))
-    if missing := sorted(set(facts) - set(found)):
-        raise ValueError(f"{attempt} has no files {missing[:3]}, of which facts are known")
-    return found
+            raise ValueError(f"{path} has {size} bytes, but its known facts say {facts[name]['size']}")
+        files[name] = FileFacts(size=size, sha256=facts[name]["sha256"] if name in facts else disk.sha256(path))
+    if missing := sorted(set(facts) - set(files)):
+        raise ValueError(f"{attempt} has no files {missing[:3]}, although their facts are given")
+    return files
 
 
 def _link(target: Path, uri: str, linked: Linked) -> FileFacts:
-    """The entry of a file of another artifact, its bytes compared; on disk the file itself, as a hard link."""
+    """The manifest entry of another artifact's file, whose bytes are compared. On disk, hard-link it too."""
     artifact, name = linked
     if target.exists():
         raise ValueError(f"{target} is to be linked from {artifact.uri}, but the attempt has a file of that name")
@@ -313,10 +310,10 @@ def _link(target: Path, uri: str, linked: Linked) -> FileFacts:
 
 
 def _exported(folder: Path) -> frozenset[str]:
-    """Names of the files in a folder that `export` wrote; none where its manifest is not one of an export."""
+    """Names of the files that `export` wrote into a folder; none if the folder is not an export."""
     try:
         manifest = _manifest(str(folder)) if folder.is_dir() else None
-    except CorruptArtifact:  # another program's manifest.json: nothing is known to be ours
+    except CorruptArtifact:  # the manifest.json of another program: no file is ours
         return frozenset()
     if manifest is None or manifest["data"] != EXPORTED:
         return frozenset()
@@ -324,7 +321,7 @@ def _exported(folder: Path) -> frozenset[str]:
 
 
 def _manifest(uri: str) -> dict[str, Any] | None:
-    """The manifest of a folder; None where there is none. Raises CorruptArtifact for one that was changed."""
+    """The manifest of a folder; None if it has none. Raises CorruptArtifact for a changed one."""
     place = f"{uri}/{MANIFEST}"
     data = backend(uri).read(place)
     if data is None:
@@ -340,17 +337,17 @@ def _manifest(uri: str) -> dict[str, Any] | None:
     if text != _sealed(manifest):
         raise CorruptArtifact(f"{place} was changed after sealing; {way_out(uri)}")
     if outside := [name for name in names if name.startswith("/") or ".." in PurePosixPath(name).parts]:
-        raise CorruptArtifact(f"{place} names {outside[0]!r}, which is outside of it; do not use this store")
+        raise CorruptArtifact(f"{place} names {outside[0]!r}, which is outside of the folder; do not use this store")
     return manifest
 
 
 def _names(manifest: dict[str, Any]) -> list[str]:
-    """Every name in a manifest that becomes part of a place."""
+    """Every name in a manifest that becomes part of a path."""
     return [manifest["data"], *manifest["files"], *(f["at"] for f in manifest["files"].values() if "at" in f)]
 
 
 def _places(uri: str, manifest: dict[str, Any]) -> dict[str, tuple[str, FileFacts]]:
-    """Where the bytes of each file lie, and what they are."""
+    """Place and facts of each file, by name."""
     files: dict[str, FileFacts] = manifest["files"]
     own = f"{uri}/{manifest['data']}"
     return {name: (f"{_root(uri)}/{f['at']}" if "at" in f else f"{own}/{name}", f) for name, f in files.items()}
@@ -361,7 +358,7 @@ def _root(uri: str) -> str:
     return uri.rsplit("/", 2)[0]
 
 
-def _handle(kind: type[A], uri: str, manifest: dict[str, Any]) -> A:
+def _reference(kind: type[A], uri: str, manifest: dict[str, Any]) -> A:
     return kind.model_validate(
         {"uri": uri, "digest": manifest["digest"], "parents": manifest["parents"], **manifest["facts"]}
     )
@@ -372,7 +369,7 @@ def _digest(kind: str, files: Mapping[str, FileFacts], facts: dict[str, Any]) ->
 
 
 def _sealed(manifest: dict[str, Any]) -> str:
-    """The one text of a manifest, its own checksum in it: any other byte in the file is damage."""
+    """The canonical text of a manifest with its own checksum; any other text is damage."""
     body = {key: value for key, value in manifest.items() if key != "checksum"}
     return json.dumps({**body, "checksum": fingerprint(body)}, indent=1, sort_keys=True)
 
@@ -388,7 +385,7 @@ def _check_sizes(uri: str, manifest: dict[str, Any]) -> None:
 
 @contextmanager
 def _naming(uri: str) -> Iterator[None]:
-    """Name the sealed folder, and what else shares the file, where one of its files is damaged."""
+    """Translate DamagedFile into CorruptArtifact, which names every sealed folder that holds the file."""
     try:
         yield
     except DamagedFile as error:
@@ -396,14 +393,18 @@ def _naming(uri: str) -> Iterator[None]:
 
 
 def _damaged(uri: str, place: str, what: str) -> CorruptArtifact:
-    """The error of a damaged file: every sealed folder that holds it has to go before a rebuilt one is sound."""
+    """The error of a damaged file. Every sealed folder that holds it has to be moved away before a rebuild is sound."""
     root = _root(uri)
-    others = [other for other in backend(uri).sharing(place, root, KINDS.values()) if other != uri and _stands(other)]
+    others = [
+        other
+        for other in backend(uri).sharing(place, root, KINDS.values())
+        if other != uri and _is_at_its_address(other)
+    ]
     return CorruptArtifact(f"{place} {what}; {way_out(uri, *others)}")
 
 
-def _stands(uri: str) -> bool:
-    """Whether a folder is what is found at its address; one that was renamed is not."""
+def _is_at_its_address(uri: str) -> bool:
+    """Whether a folder lies at its own address, which a renamed one does not."""
     try:
         manifest = _manifest(uri)
     except CorruptArtifact:

@@ -8,16 +8,16 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 Slug = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-"""A name that may become a file's or a folder's."""
+"""A name that is fit for a file or a folder."""
 
 
 class Config(BaseModel):
-    """A value: it cannot change after it was made, and a key it does not know is an error."""
+    """A frozen value. An unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def __hash__(self) -> int:
-        """Hash of the value, also where it holds a mapping."""
+        """Hash of the value; works for mappings too."""
         return hash(self.model_dump_json())
 
     def with_changes(self, changes: Mapping[str, Any]) -> Self:
@@ -32,7 +32,7 @@ class Config(BaseModel):
         return type(self).model_validate(values)
 
     def fingerprint(self) -> str:
-        """How this was asked for, defaults included: sha256 of the canonical JSON."""
+        """sha256 of the canonical JSON of all settings, defaults included."""
         return fingerprint(self.model_dump(mode="json"))
 
 

@@ -1,7 +1,7 @@
 """Kinds that third-party packages add, by entry points that are read only when a config names a kind that is not ours.
 
 The entry point's name is the kind; its value is a module with `Config` (the config class), `REVISION` (an integer that
-is raised when the results change) and the functions of the group's protocol. Our own kinds stand in one table a group:
+is raised when the results change) and the functions of the group's protocol. Our own kinds are in one table per group:
 kind -> module, imported when it is used.
 """
 
@@ -50,7 +50,7 @@ def module_of(group: Group, ours: Mapping[str, str], kind: str) -> ModuleType:
 
 
 def provenance(group: Group, ours: Mapping[str, str], kind: str) -> dict[str, Any] | None:
-    """What of a plugin enters an address: its package, version and revision; None for a kind of ours."""
+    """The part of an address that names a plugin: its package, version and revision. None for a kind of ours."""
     point = None if kind in ours else _entry_point(group, kind)
     if point is None or point.dist is None:
         return None

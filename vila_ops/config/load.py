@@ -14,7 +14,7 @@ from vila_ops.config.resources import Resources
 from vila_ops.config.run import Run
 
 BASES = "extends"
-"""The key of a mapping that names the files to merge into it."""
+"""Key of a mapping that lists the files to merge into it."""
 
 
 def load(recipe: Path, *, resources: Path, overrides: tuple[str, ...] = ()) -> Run:
@@ -31,13 +31,13 @@ def load(recipe: Path, *, resources: Path, overrides: tuple[str, ...] = ()) -> R
 
 
 def context_of(recipe: Path, *, resources: Path, overrides: tuple[str, ...] = ()) -> RunContext:
-    """The context of a command that loads such a run: its arguments, for commands that messages suggest."""
+    """The context of a command that loads such a run, with the command's arguments."""
     settings = [part for override in overrides for part in ("-s", override)]
     return RunContext(command=shlex.join([str(recipe), "-r", str(resources), *settings]))
 
 
 def key_and_value(override: str) -> tuple[str, Any]:
-    """The parts of KEY=VALUE, the value as YAML reads it."""
+    """Key and value of KEY=VALUE; the value is read as YAML."""
     key, separator, text = override.partition("=")
     if not separator:
         raise ValueError(f"override {override!r} has no '='; write it like stages.sft.learning_rate=1e-5")
@@ -48,17 +48,17 @@ def key_and_value(override: str) -> tuple[str, Any]:
 
 
 def load_resources(path: Path) -> Resources:
-    """The resources of a file."""
+    """The resources in a YAML file."""
     return Resources.model_validate(read(path))
 
 
 def read(path: Path) -> dict[str, Any]:
-    """One YAML file; a mapping in it, at any depth, merges the files it `extends`, left to right, itself last."""
+    """The content of a YAML file; each mapping in it merges the files that it `extends`, left to right, itself last."""
     return _read(path.resolve(), ())
 
 
 def merge(base: Any, over: Any) -> Any:
-    """Mappings merge key by key; everything else, and a mapping whose `kind` changes, is replaced whole."""
+    """Merge mappings key by key; replace any other value, and a mapping whose `kind` changes, as a whole."""
     if not (isinstance(base, dict) and isinstance(over, dict)):
         return over
     if "kind" in base and "kind" in over and base["kind"] != over["kind"]:
@@ -67,7 +67,7 @@ def merge(base: Any, over: Any) -> Any:
 
 
 class Loader(yaml.CSafeLoader):
-    """YAML 1.2's floats (1e-5 is a number), and a doubled key is an error."""
+    """A YAML loader for which 1e-5 is a number, as in YAML 1.2, and a repeated key an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -100,7 +100,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def resolve(node: Any, path: Path, seen: tuple[Path, ...] = ()) -> Any:
-    """A mapping of a file with what it extends merged in, at every depth."""
+    """A value of a file, with the files that its mappings extend merged in at every depth."""
     if not isinstance(node, dict):
         return node
     bases = node.get(BASES, [])
@@ -114,9 +114,9 @@ def resolve(node: Any, path: Path, seen: tuple[Path, ...] = ()) -> Any:
 
 
 def _set(tree: dict[str, Any], path: list[str], value: Any, override: str, annotation: Any) -> dict[str, Any]:
-    """A new tree: one that a YAML anchor shares between two keys must not change under both.
+    """A new tree with a value at a path; a subtree that a YAML anchor shares between two keys changes under one only.
 
-    `annotation` is the type of what the tree describes: a mapping that the files leave to its default may be entered.
+    `annotation` is the type of the tree. A path may enter a mapping that the files leave to its default.
     """
     key, *rest = path
     if not rest:
@@ -124,21 +124,21 @@ def _set(tree: dict[str, Any], path: list[str], value: Any, override: str, annot
     inner, may_be_new = _under(annotation, key)
     child = tree.get(key, {} if may_be_new else None)
     if not isinstance(child, dict):
-        raise ValueError(f"override {override!r}: there is no {key!r}; keys here are {sorted(tree)}")
+        raise ValueError(f"override {override!r}: no key {key!r}; keys here are {sorted(tree)}")
     return {**tree, key: _set(child, rest, value, override, inner)}
 
 
 def _under(annotation: Any, key: str) -> tuple[Any, bool]:
-    """The type of what stands under a key of a mapping of some type, and whether it may be left out of a file."""
-    found, may_be_new = [], False
+    """The type of the value under a key of a mapping, and whether a file may leave it out."""
+    types, may_be_new = [], False
     for member in _members(annotation):
         if get_origin(member) is dict:
-            found.append(get_args(member)[1])
-            may_be_new |= not any(field.is_required() for c in _configs(found[-1]) for field in c.model_fields.values())
+            types.append(get_args(member)[1])
+            may_be_new |= not any(field.is_required() for c in _configs(types[-1]) for field in c.model_fields.values())
         elif key in (fields := member.model_fields if _is_config(member) else {}):
-            found.append(fields[key].annotation)
-            may_be_new |= bool(_configs(found[-1])) or get_origin(found[-1]) is dict
-    return Union[tuple(found)] if found else Any, may_be_new  # noqa: UP007 of a list of types
+            types.append(fields[key].annotation)
+            may_be_new |= bool(_configs(types[-1])) or get_origin(types[-1]) is dict
+    return Union[tuple(types)] if types else Any, may_be_new  # noqa: UP007 a list of types
 
 
 def _configs(annotation: Any) -> list[type[Config]]:
@@ -150,7 +150,7 @@ def _is_config(annotation: Any) -> bool:
 
 
 def _members(annotation: Any) -> list[Any]:
-    """The types of a union, without what annotates them."""
+    """The types of a union, without annotations."""
     if get_origin(annotation) is Annotated:
         return _members(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):

@@ -1,4 +1,4 @@
-"""The servers of one machine: where they listen and what they may use. Execution, never hashed."""
+"""Settings of the servers of one machine: ports and limits. Execution, never hashed."""
 
 import ipaddress
 from pathlib import Path
@@ -10,7 +10,7 @@ from vila_ops.config.load import read
 
 Port = int
 RAY_WORKER_PORTS = range(10002, 20000)
-"""Ray gives its workers ports of this range."""
+"""Ports that Ray gives to its workers."""
 
 
 class LocalServers(Config):
@@ -23,27 +23,27 @@ class LocalServers(Config):
     mlflow_port: Port = Field(default=5000, ge=1024, lt=65536)
     prefect_port: Port = Field(default=4200, ge=1024, lt=65536)
     ray_port: Port = Field(default=6379, ge=1024, lt=65536)
-    """Of Ray's head (GCS): what `ray_address` names."""
+    """Port of Ray's head (GCS), which `ray_address` names."""
     ray_dashboard_port: Port = Field(default=8265, ge=1024, lt=65536)
-    """Dashboard, jobs and Serve's REST API."""
+    """Port of the dashboard, the job server and Serve's REST API."""
     ray_agent_port: Port = Field(default=52365, ge=1024, lt=65536)
     ray_client_port: Port = Field(default=10001, ge=1024, lt=65536)
     serve_port: Port = Field(default=8000, ge=1024, lt=65536)
-    """Where `deploy` will listen; `up` only sees to it that nobody else does."""
+    """Port of `deploy`; `up` only checks that no other process holds it."""
     ray_cpus: PositiveInt = 8
-    """Logical CPUs. More than there are actors: Ray Data waits for ever when its actors hold every CPU."""
+    """Logical CPUs. There have to be more than actors: Ray Data waits for ever when its actors hold every CPU."""
     ray_object_store_bytes: int = Field(default=2**30, ge=80 * 2**20)
     prefect_file: str = "infra/prefect.yaml"
-    """The deployments that the worker serves, relative to the working directory."""
+    """File of the deployments that the worker serves, relative to the working directory."""
     work_pool: str = "local"
     worker_poll_seconds: PositiveFloat = 1.0
-    """How often the worker asks for new flow runs."""
+    """Time between two questions of the worker for new flow runs."""
     max_flow_runs: PositiveInt = 2
-    """Flow runs at a time."""
+    """Flow runs that run at the same time."""
     start_timeout_seconds: PositiveFloat = 180.0
-    """How long a server may take until it answers."""
+    """How long a server may take from its start to its first answer."""
     stop_grace_seconds: PositiveFloat = 10.0
-    """Between asking a process to end and killing it."""
+    """Time between SIGTERM and SIGKILL."""
 
     @field_validator("host")
     @classmethod

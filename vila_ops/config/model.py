@@ -1,4 +1,4 @@
-"""What the model is: vision tower, projector, language model. Shapes derive from here."""
+"""Settings of the model: vision tower, projector and language model."""
 
 from typing import Annotated, Literal
 
@@ -13,7 +13,7 @@ Shape = dict[str, int | float | bool | str]
 
 
 class PackagedTower(Config):
-    """A tower whose weights lie in a package of a registry, converted once to a transformers folder."""
+    """A tower whose weights are in a package of a registry, converted once to a transformers folder."""
 
     kind: Literal["package"] = "package"
     package: Package
@@ -21,18 +21,18 @@ class PackagedTower(Config):
 
 
 class HubTower(Config):
-    """A tower by hub name or local folder, loaded by transformers as usual."""
+    """A tower by hub name or local folder, which transformers loads."""
 
     kind: Literal["hub"] = "hub"
     name: str
     revision: str
     """Commit of the hub repository; for a local folder, any label."""
     shape: Shape | None = None
-    """What its config says, as far as it decides the number of parameters: known without fetching anything."""
+    """The fields of its config that decide the number of parameters, known without a download."""
 
 
 class RandomTower(Config):
-    """A small ViT with random weights: for tests."""
+    """A small ViT with random weights, for tests."""
 
     kind: Literal["random"] = "random"
     architecture: Literal["clip", "siglip", "dinov2", "internvit"] = "clip"
@@ -42,7 +42,7 @@ class RandomTower(Config):
 
 
 class PackagedLanguageModel(Config):
-    """A language model whose GGUF lies in a package, de-quantised once to a transformers folder."""
+    """A language model whose GGUF is in a package, dequantised once to a transformers folder."""
 
     kind: Literal["package"] = "package"
     package: Package
@@ -57,11 +57,11 @@ class HubLanguageModel(Config):
     name: str
     revision: str
     shape: Shape | None = None
-    """As of a HubTower."""
+    """See HubTower."""
 
 
 class RandomLanguageModel(Config):
-    """A small Llama with random weights and a tokenizer from a folder: for tests."""
+    """A small Llama with random weights and a tokenizer from a folder, for tests."""
 
     kind: Literal["random"] = "random"
     tokenizer: str
@@ -72,12 +72,12 @@ class RandomLanguageModel(Config):
 
 
 class ProjectorConfig(Config):
-    """What every projector's config class answers; a plugin's derives from it and adds `kind` and its settings."""
+    """Base of every projector's config class, plugins' included, which add `kind` and their settings."""
 
     kind: str
 
     def tokens(self, grid: int) -> int:
-        """Tokens of one image of grid x grid patches: one a patch, unless the projector merges patches."""
+        """Tokens of one image of grid x grid patches: one per patch, unless the projector merges patches."""
         return grid**2
 
     def fits_llava(self) -> bool:
@@ -132,8 +132,8 @@ class DownsampleProjector(ProjectorConfig):
     factor: int = Field(default=2, ge=2, le=8)
     depth: Literal[1, 2, 3] = 2
     token_order: Literal["rows", "columns"] = "rows"
-    """In which order the merged patches follow each other. VILA-1.5's checkpoints have columns: its code returned the
-    grid transposed."""
+    """Order of the merged patches. VILA-1.5's checkpoints have columns, because its code returned the grid
+    transposed."""
 
     def tokens(self, grid: int) -> int:
         """Blocks of one image: ceil(grid / factor)^2."""
@@ -153,7 +153,7 @@ Component = Literal["vision_tower", "projector", "language_model"]
 
 
 class FolderWeights(Config):
-    """All weights from a whole model's folder, as `vila-ops import` or a stage writes it."""
+    """All weights from the folder of a whole model, which `vila-ops import` or a stage wrote."""
 
     kind: Literal["folder"] = "folder"
     path: str
@@ -166,29 +166,28 @@ class Model(Config):
     projector: Projector
     language_model: LanguageModel
     image_size: PositiveInt
-    """Side in pixels of the square that the tower sees."""
+    """Side in pixels of the square image that the tower gets."""
     patch_size: PositiveInt
     """Side in pixels of the tower's patch; checked against the tower when it is built."""
     feature_layer: int = Field(default=-2, le=-1)
-    """Which hidden state of the tower feeds the projector, counted from the end."""
+    """The hidden state of the tower that feeds the projector, counted from the end."""
     image_aspect_ratio: ImageFit = "pad"
     """How an image becomes a square."""
     weights: FolderWeights | None = None
-    """Where the whole model starts from; None: its parts' own weights and a fresh projector."""
+    """Initial weights of the whole model; None: its parts' own weights and a new projector."""
     chat_template: str = "chatml"
-    """Name of a template in vila_ops/templates, or `tokenizer`: the template that the language model's tokenizer
-    brings."""
+    """Name of a template in vila_ops/templates, or `tokenizer` for the template of the language model's tokenizer."""
     after_image: str = ""
-    """What follows an image in a document, not learnt: nothing in VILA's recipe, a newline in NVILA's."""
+    """Text after an image in a document, never a target: nothing in VILA's recipe, a newline in NVILA's."""
     seed: int = 0
-    """Of the projector's (and any random part's) initial weights."""
+    """Seed of the initial weights of the projector and of any random part."""
 
     def grid(self) -> int:
-        """Patches along a side. Pixels beyond the last whole patch are not seen: 384 / 14 gives 27."""
+        """Patches along a side. Pixels beyond the last whole patch are not used: 384 / 14 gives 27."""
         return self.image_size // self.patch_size
 
     def image_tokens(self) -> int:
-        """Positions of one image in the text: 224 / 14 gives 256, 336 / 14 gives 576 where no patches are merged."""
+        """Tokens of one image: 224 / 14 gives 256 and 336 / 14 gives 576, if no patches are merged."""
         return self.projector.tokens(self.grid())
 
     def text(self, *, max_tokens: int) -> "TextFormat":
@@ -215,26 +214,26 @@ class Model(Config):
 
 
 class TextFormat(Config):
-    """Everything that decides how a record becomes tokens and pixels. Derived by `Model.text`, not written by hand."""
+    """All settings that decide how a record becomes tokens and pixels. `Model.text` derives it."""
 
     language_model: LanguageModel
-    """Whose tokenizer it is."""
+    """The model whose tokenizer is used."""
     vision_tower: VisionTower
-    """Whose mean colour pads."""
+    """The tower whose mean colour pads images."""
     chat_template: str
     after_image: str = ""
-    """What follows an image in a document."""
+    """Text after an image in a document."""
     image_size: PositiveInt
-    """Side in pixels of the square that the tower sees."""
+    """Side in pixels of the square image that the tower gets."""
     image_aspect_ratio: ImageFit = "pad"
-    """How an image becomes that square."""
+    """How an image becomes a square."""
     image_tokens: PositiveInt
-    """Positions that one image takes in the text stream."""
+    """Tokens of one image."""
     max_tokens: PositiveInt
-    """Longest sample, image tokens included."""
+    """Longest sample in tokens, image tokens included."""
 
     @model_validator(mode="after")
-    def _an_image_aspect_ratios(self) -> "TextFormat":
+    def _one_image_fits(self) -> "TextFormat":
         if self.image_tokens + 8 > self.max_tokens:
             raise ValueError(
                 f"an image takes {self.image_tokens} tokens but max_tokens is {self.max_tokens}; raise max_tokens, "

@@ -1,4 +1,4 @@
-"""Where and how fast a run works: execution, never hashed. One section for each part of the platform."""
+"""Execution: where and how fast a run works, never hashed. One section for each part of the platform."""
 
 import re
 from pathlib import Path
@@ -21,74 +21,74 @@ S3_STORE = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_][A-Za
 
 
 Offloaded = Literal["none", "optimizer", "parameters"]
-"""What ZeRO keeps in the host's memory: nothing, the optimizer's state, or that and the parameters (ZeRO-3)."""
+"""State that ZeRO keeps in host memory: none, the optimizer's, or also the parameters (ZeRO-3)."""
 LEAST_ZERO: dict[Offloaded, int] = {"none": 0, "optimizer": 1, "parameters": 3}
-"""ZeRO stage that each needs."""
+"""Lowest ZeRO stage for each."""
 NETWORK_VARIABLES = ("NCCL_", "TORCH_NCCL_", "GLOO_", "TP_")
-"""Prefixes of the variables that a network may set: NCCL's, torch's for it, and gloo's with its transport."""
+"""Prefixes of the variables that `network.env` may set, for NCCL, torch's use of it, gloo and its transport."""
 
 
 class Accelerator(Config):
-    """One GPU, as the planner and MFU count with it."""
+    """One GPU, for the planner and MFU."""
 
     name: str
     memory_gib: PositiveFloat
     peak_tflops: PositiveFloat
-    """Dense bf16, as its maker says."""
+    """Peak of dense bf16 by the vendor's data sheet, in TFLOP/s."""
     price_per_hour: NonNegativeFloat = 0.0
-    """Price of one GPU, in any currency."""
+    """Price of one GPU per hour, in any currency."""
 
 
 class Retention(Config):
-    """Which resume checkpoints of a stage are kept while it trains; one reason is enough."""
+    """Which resume checkpoints of a stage are kept while it trains. One that any rule keeps is kept."""
 
     last: PositiveInt = 2
-    """How many of the newest; with 1, a damaged one has none before it."""
+    """Number of the newest that are kept. With 1 there is no older one if it is damaged."""
     every: PositiveInt | None = None
-    """Also those of every so many steps."""
+    """Also keep those whose step is a multiple of this."""
     best: NonNegativeInt = 0
-    """Also so many with the lowest validation loss."""
+    """Also keep this many with the lowest validation loss."""
 
 
 class Watchdog(Config):
-    """When a step counts as hung: the stacks of all ranks are logged, the stage fails and is tried again."""
+    """When a step counts as hung. Then the stacks of all ranks are logged, and the stage fails and is retried."""
 
     factor: PositiveFloat = 20.0
-    """Times the median step so far."""
+    """Limit as a multiple of the median step so far."""
     at_least_seconds: PositiveFloat = 600.0
-    """Never sooner; the first step has this limit alone."""
+    """Lower bound of the limit; it is the limit of the first step."""
 
 
 class Network(Config):
-    """How ranks find each other."""
+    """How ranks reach each other."""
 
     interface: str | None = None
-    """Network interface of gloo and NCCL, such as `eth0`; None: what they choose."""
+    """Network interface of gloo and NCCL, such as `eth0`; None: they choose."""
     timeout_seconds: PositiveFloat = 1800.0
-    """A collective that takes longer fails."""
+    """Time after which a collective fails."""
     env: dict[str, str] = {}
-    """More variables of NCCL and gloo for every worker, such as `NCCL_IB_HCA`; they win over `interface`."""
+    """More variables of NCCL and gloo for every worker, such as `NCCL_IB_HCA`. They override `interface`."""
 
     @field_validator("env")
     @classmethod
     def _only_network_variables(cls, env: dict[str, str]) -> dict[str, str]:
         if other := [name for name in env if not name.startswith(NETWORK_VARIABLES)]:
-            raise ValueError(f"network.env sets {other}; names here begin with one of {list(NETWORK_VARIABLES)}")
+            raise ValueError(f"network.env sets {other}; names must begin with one of {list(NETWORK_VARIABLES)}")
         return env
 
 
 class StorageResources(Config):
-    """Where files lie."""
+    """Where files are kept."""
 
     store: str = "store"
-    """Where sealed artifacts are: a folder, or `s3://bucket/prefix`."""
+    """Store of sealed artifacts: a folder, or `s3://bucket/prefix`."""
     data: str = "data"
-    """Folder of DVC's outputs; a prepared mixture is looked for in `data/<mixture>` first."""
+    """Folder of DVC's outputs. A prepared mixture is searched in `data/<mixture>` before the store."""
     cache: str = "~/.cache/vila-ops"
-    """Fetched packages and converted weights; shared between checkouts."""
+    """Folder of fetched packages and converted weights; checkouts may share it."""
     features_leave_free: float = Field(default=0.1, ge=0, le=1)
-    """Share of the disk that cached features of frozen towers leave free; features beyond it are recomputed. 1 caches
-    none: right where each image is seen once."""
+    """Share of the disk that cached features of frozen towers leave free. Other features are recomputed. 1 caches none,
+    which is best if each image is used once."""
 
     @field_validator("store")
     @classmethod
@@ -102,16 +102,16 @@ class StorageResources(Config):
         return Path(self.cache).expanduser()
 
     def scratch(self) -> Path:
-        """Folder on this machine for what is not sealed and can be rebuilt: features, plans, logs and the report.
+        """Folder on this machine for files that are not sealed and can be rebuilt: features, plans, logs, the report.
 
-        The store itself where that is a folder; else a folder of the cache, which other machines do not see.
+        It is the store itself if that is a folder, else a folder of the cache, which other machines do not see.
         """
         if "://" not in self.store:
             return Path(self.store).resolve()
         return self.cache_folder().resolve() / "scratch" / self.store.partition("://")[2].strip("/")
 
     def folders(self) -> tuple[Path, ...]:
-        """The folders of this machine that are worked in: the cache, and the store where it is one."""
+        """The folders of this machine that a run writes: the cache, and the store if it is a folder."""
         return (self.cache_folder(), *(() if "://" in self.store else (Path(self.store),)))
 
     def plan_cache(self) -> Path:
@@ -120,21 +120,21 @@ class StorageResources(Config):
 
 
 class TrackingResources(Config):
-    """Where runs are recorded."""
+    """Where MLflow records runs."""
 
     uri: str | None = None
-    """MLflow server or sqlite URI; None logs nothing."""
+    """URI of an MLflow server or sqlite file; None logs nothing."""
 
 
 class PrepareResources(Config):
-    """What `prepare` may use."""
+    """Resources of `prepare`."""
 
     num_workers: PositiveInt = 2
-    """Shards that are written at once."""
+    """Shards that are written at the same time."""
 
 
 class StageResources(Config):
-    """What one stage needs otherwise than the rest; None: as the rest."""
+    """Settings of one stage that differ from the others; None: the same."""
 
     num_workers: PositiveInt | None = None
     zero_stage: Literal[0, 1, 2, 3] | None = None
@@ -144,15 +144,15 @@ class StageResources(Config):
 
 
 class TrainResources(Config):
-    """What `train_stage` may use."""
+    """Resources of `train_stage`."""
 
     num_workers: PositiveInt = 1
     gpus_per_worker: int = Field(default=0, ge=0, le=1)
-    """1: each worker has a GPU of its own."""
+    """1: each worker has its own GPU."""
     cpus_per_worker: PositiveFloat = 1
     """Logical CPUs that Ray reserves per worker."""
     threads_per_worker: PositiveInt = 1
-    """torch's threads in each worker."""
+    """Threads of torch in each worker."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     micro_batch_size: PositiveInt = 1
     """Packed sequences per forward pass."""
@@ -160,35 +160,35 @@ class TrainResources(Config):
     """Keep only the inputs of the layers and recompute the rest in the backward pass."""
     offload: Offloaded = "none"
     optimizer: Literal["fused", "torch"] = "fused"
-    """AdamW in one kernel, or torch's own operations one after another: slower, for comparison."""
+    """AdamW in one kernel, or in torch's separate operations: slower, for comparison."""
     attention: Literal["auto", "sdpa", "flash", "flex"] = "auto"
-    """Kernel for packed sequences; auto: FlashAttention where it is installed and a GPU is there, else FlexAttention
-    on a GPU, else SDPA with an explicit mask."""
+    """Kernel for packed sequences. auto: on a GPU FlashAttention if it is installed, else FlexAttention; on a CPU SDPA
+    with an explicit mask."""
     record_samples: bool = False
     """Each rank records the samples that each step read, in `sample_log` of the store, or of the cache for S3."""
     keep: Retention = Retention()
     watchdog: Watchdog = Watchdog()
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
-    """How Ray lays the workers over nodes."""
+    """How Ray distributes the workers over nodes."""
     network: Network = Network()
     accelerator: Accelerator | None = None
-    """The GPU of each worker, for plan, MFU and cost; None: a CPU, for which neither is reported."""
+    """The GPU of each worker, for plan, MFU and cost; None: a CPU, for which MFU and cost are not reported."""
     mfu: float = Field(default=0.4, gt=0, le=1)
-    """Share of the peak that the planner counts with, over all that is computed: padding and recomputation too."""
+    """Share of the peak that the planner assumes, over all computation, padding and recomputation included."""
     max_failures: NonNegativeInt = 2
     """How often Ray Train restarts the workers before the stage fails."""
     start_timeout_seconds: PositiveFloat = 1800.0
-    """How long a stage waits, in whole minutes, for nodes with room for all its workers; a lost node may come back."""
+    """How long a stage waits, in whole minutes, for enough free nodes for all workers. A lost node may come back."""
     stages: dict[str, StageResources] = {}
-    """Differences of single stages, by their name in the recipe."""
+    """Settings of single stages, by their name in the recipe."""
 
     def for_stage(self, name: str) -> "TrainResources":
-        """What a stage may use: its own settings in `stages`, else those here."""
+        """The resources of a stage: its own settings in `stages`, else those here."""
         own = self.stages[name].model_dump(exclude_none=True) if name in self.stages else {}
         return self.with_changes({"stages": {}, **own})
 
     def by_stage(self) -> "dict[str, TrainResources | StageResources]":
-        """Everything that says what a stage may use, by how it is named in an error."""
+        """These resources and those of each stage, by the words that name them in an error."""
         return {"": self, **{f" of stage {name!r}": own for name, own in self.stages.items()}}
 
     @model_validator(mode="after")
@@ -203,40 +203,40 @@ class TrainResources(Config):
 
 
 class EvaluateResources(Config):
-    """What `evaluate` may use."""
+    """Resources of `evaluate`."""
 
     gpus_per_worker: int = Field(default=0, ge=0, le=1)
-    """1: the evaluating process has a GPU of its own."""
+    """1: the evaluating process has its own GPU."""
     cpus_per_worker: PositiveFloat = 1
     """Logical CPUs that Ray reserves."""
     threads_per_worker: PositiveInt = 1
-    """torch's threads."""
+    """Threads of torch."""
     engine: Engine = TorchEngine()
 
 
 class ServeResources(Config):
-    """Capacity of a service: where it listens and how much it may use."""
+    """Capacity of a service: its address and what it may use."""
 
     host: str = "127.0.0.1"
     """Address where the service listens."""
     port: int = Field(default=8000, ge=0, lt=65536)
-    """0 takes a free port; launch ray needs a fixed one."""
+    """Port; 0 takes a free one, but launch ray needs a fixed one."""
     replicas: PositiveInt = 1
-    """Processes with the weights; more than one needs launch ray."""
+    """Number of processes with the weights; more than one needs launch ray."""
     cpus_per_replica: PositiveFloat = 1
-    """Logical CPUs that each replica reserves; torch uses as many threads."""
+    """Logical CPUs that each replica reserves, and the number of torch's threads."""
     max_batch: PositiveInt = 8
-    """Requests that a replica decodes together."""
+    """Number of requests that a replica decodes together."""
     engine: Engine = TorchEngine()
 
 
 class Resources(Config):
-    """What a run may use. Nothing here changes what is computed, only where and how fast."""
+    """Resources of a run. They change where and how fast it computes, not what."""
 
     launch: Literal["inline", "ray", "ray_job"]
     """inline: this process, one worker, plain torch. ray: a cluster that is already up, driven from this process.
-    ray_job: the same, but each stage is trained by a job of the cluster, which goes on when this process ends and is
-    found again by the next that asks for the stage."""
+    ray_job: the same, but a job of the cluster trains each stage. The job continues when this process ends, and the
+    next process that needs the stage attaches to it."""
     ray_address: str | None = None
     """Address of the cluster's head, host:port."""
     job_address: str | None = None

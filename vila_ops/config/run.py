@@ -1,4 +1,4 @@
-"""Recipe (hashed) and Run (recipe + resources): the one object that everything starts from."""
+"""Recipe (hashed) and Run (recipe and resources), from which everything starts."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from vila_ops.config.serve import Service
 from vila_ops.config.train import Stage
 
 BASE = "base"
-"""The model before the first stage, where a stage is named."""
+"""Name of the model before the first stage, in place of a stage's name."""
 
 
 class Recipe(Config):
@@ -21,13 +21,13 @@ class Recipe(Config):
     name: Slug
     model: Model
     max_tokens: PositiveInt
-    """Longest training sample, image tokens included."""
+    """Longest training sample in tokens, image tokens included."""
     stages: dict[str, Stage]
-    """In the order in which they run."""
+    """Stages in the order in which they run."""
     final_suite: Suite
-    """Of the last stage's model: what is promoted by and compared with others."""
+    """Benchmarks of the last stage's model, by which it is compared with others and promoted."""
     stage_suite: Suite
-    """Of the base model and after each stage: what a stage changed."""
+    """Benchmarks of the base model and of the model after each stage."""
     gate: Gate
     service: Service
 
@@ -45,7 +45,7 @@ class Recipe(Config):
     @model_validator(mode="after")
     def _image_sizes_fit(self) -> "Recipe":
         if BASE in self.stages:
-            raise ValueError(f"{BASE!r} is the model before the first stage; name the stage otherwise")
+            raise ValueError(f"{BASE!r} names the model before the first stage; give the stage another name")
         sizes: dict[str, tuple[str, int]] = {}
         for name, stage in self.stages.items():
             size = self.text(name).image_size
@@ -53,7 +53,7 @@ class Recipe(Config):
             if size != before:
                 raise ValueError(
                     f"stages {other!r} and {name!r} read mixture {stage.mixture.name!r} with images of {before} and "
-                    f"{size} pixels, which are two data sets; give one of them another name"
+                    f"{size} pixels, which are two datasets; give one of them another name"
                 )
         return self
 
@@ -107,22 +107,22 @@ class Recipe(Config):
         return self
 
     def fingerprint(self) -> str:
-        """As of any config, and of the order of the stages, which canonical JSON forgets."""
+        """sha256 of all settings and of the order of the stages, which canonical JSON does not keep."""
         return fingerprint([self.model_dump(mode="json"), list(self.stages)])
 
     def model_of(self, stage: str) -> Model:
-        """The model as it is in and after a stage (`base`: before the first): stages may change its image size."""
+        """The model in and after a stage (`base`: before the first one), since stages may change its image size."""
         names = list(self.stages)[: list(self.stages).index(stage) + 1] if stage != BASE else []
         sizes = [size for name in names if (size := self.stages[name].image_size) is not None]
         return self.model.with_changes({"image_size": sizes[-1]}) if sizes else self.model
 
     def text(self, stage: str = BASE, *, max_tokens: int | None = None) -> TextFormat:
-        """How the model of a stage reads records; `max_tokens` differs between training and a suite."""
+        """How the model of a stage reads records. `max_tokens` differs between training and a suite."""
         return self.model_of(stage).text(max_tokens=self.max_tokens if max_tokens is None else max_tokens)
 
 
 class Run(Config):
-    """A recipe and what to run it with; only the recipe is identity."""
+    """A recipe and the resources to run it with. Only the recipe is identity."""
 
     recipe: Recipe
     resources: Resources
@@ -131,7 +131,7 @@ class Run(Config):
     def _resources_are_of_its_stages(self) -> "Run":
         if unknown := [name for name in self.resources.train.stages if name not in self.recipe.stages]:
             raise ValueError(
-                f"resources.train.stages names {unknown}, which recipe {self.recipe.name!r} has not; "
+                f"resources.train.stages names {unknown}, which are not stages of recipe {self.recipe.name!r}; "
                 f"its stages are {list(self.recipe.stages)}"
             )
         return self

@@ -1,4 +1,4 @@
-"""How a service behaves; its capacity is in the resources."""
+"""The behaviour of a service; its capacity is in the resources."""
 
 from pydantic import Field, PositiveInt
 

@@ -1,4 +1,4 @@
-"""What one training stage is: what trains, on what, how long, how fast."""
+"""Settings of a training stage: trained parts, data, length and rates."""
 
 from typing import Annotated, Literal
 
@@ -10,27 +10,30 @@ from vila_ops.config.model import Component
 
 
 class FullTuning(Config):
-    """Every weight of the language model trains."""
+    """Train every weight of the language model."""
 
     kind: Literal["full"] = "full"
 
 
 class Lora(Config):
-    """Low-rank adapters on every linear layer of the language model but the head; sealed merged, and as an adapter."""
+    """Train low-rank adapters on every linear layer of the language model except the head.
+
+    The checkpoint holds the merged model, and the adapter beside it.
+    """
 
     kind: Literal["lora"] = "lora"
     rank: PositiveInt = 64
     alpha: PositiveFloat = 16.0
-    """Adapters count alpha / rank times (NVlabs' default: 16 at rank 64)."""
+    """Adapters are scaled by alpha / rank (NVlabs' default: 16 at rank 64)."""
     dropout: float = Field(default=0.05, ge=0, lt=1)
     quantise: Literal["nf4"] | None = None
-    """Keep the frozen weights in 4 bits while training (QLoRA); needs bitsandbytes."""
+    """Keep the frozen weights in 4 bits during training (QLoRA); needs bitsandbytes."""
 
 
 class VisualExpert(Config):
-    """A second set of QKV and FFN weights for image tokens trains; the language model's own stay as they are.
+    """Train a second set of QKV and FFN weights for image tokens; the language model's own stay frozen.
 
-    The paper's Table 8, after CogVLM. It starts as a copy, and a model that has one keeps it in later stages.
+    The paper's Table 8, after CogVLM. It starts as a copy, and later stages keep it.
     """
 
     kind: Literal["visual_expert"] = "visual_expert"
@@ -40,46 +43,46 @@ Tuning = Annotated[FullTuning | Lora | VisualExpert, Field(discriminator="kind")
 
 
 class Stage(Config):
-    """One training stage. Everything here changes the numbers; what only changes the speed is in Resources."""
+    """One training stage. Its settings change the numbers; settings that only change the speed are in Resources."""
 
     name: str
     mixture: Mixture
     trainable: tuple[Component, ...] = Field(min_length=1)
     tuning: Tuning = FullTuning()
-    """How the language model trains where it does."""
+    """How the language model is trained, if it is."""
     image_size: PositiveInt | None = None
-    """Side in pixels of the squares from this stage on; None: as before it. The tower's positions are interpolated."""
+    """Side of the square image in pixels from this stage on; None: as before. Tower positions are interpolated."""
     num_steps: PositiveInt | None = None
-    """Optimizer steps; either these or epochs."""
+    """Number of optimizer steps; give either this or `epochs`."""
     epochs: PositiveFloat | None = None
-    """Passes over the mixture; what the last step lacks of a global batch are the first rows of the next pass."""
+    """Number of passes over the mixture. The first rows of the next pass complete the last global batch."""
     global_batch_size: PositiveInt
-    """Rows per optimizer step, over all workers and micro-batches; without packing a row is a sample."""
+    """Packed sequences per optimizer step, over all workers and micro-batches; samples without packing."""
     pack: bool = True
-    """Several samples in a row, as many as fit. False: one, as in the paper's runs."""
+    """Pack as many samples into a sequence as fit. False: one sample per sequence, as in the paper's runs."""
     sequence_length: PositiveInt
-    """Length of a row, image tokens included; without packing the most that a row may have."""
+    """Length of a packed sequence in tokens, image tokens included; without packing the longest sequence."""
     learning_rate: PositiveFloat
-    """Peak rate; of every part that has no rate of its own."""
+    """Peak rate of each component that is not in `learning_rates`."""
     learning_rates: dict[Component, PositiveFloat] = {}
-    """Peak rates of single parts."""
+    """Peak rates of single components."""
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
     final_ratio: float = Field(default=0.0, ge=0, le=1)
-    """The cosine ends at this share of the peak rate."""
+    """Final learning rate as a share of the peak rate."""
     weight_decay: NonNegativeFloat = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: PositiveFloat | None = 1.0
-    """Global norm that the gradient is clipped to; None: not clipped."""
+    """Global norm to which the gradient is clipped; None: it is not clipped."""
     precision: Literal["fp32", "bf16"]
-    """Of the forward and backward pass; master weights and moments are fp32 either way."""
+    """Precision of the forward and backward pass. Master weights and moments are always fp32."""
     save_every: PositiveInt
     """Steps between resume checkpoints."""
     validate_every: PositiveInt
-    """Steps between validations; the stage also validates before its first and after its last step."""
+    """Steps between validations. The stage also validates before its first and after its last step."""
     validation_rows: PositiveInt = 16
-    """Rows of the validation split that a validation reads."""
+    """Sequences of the validation split that a validation reads."""
     seed: int = 0
-    """Of the sample order."""
+    """Seed of the sample order."""
 
     @model_validator(mode="after")
     def _its_length_is_given_once(self) -> "Stage":
@@ -100,8 +103,8 @@ class Stage(Config):
     def _tuning_has_an_effect(self) -> "Stage":
         if self.tuning.kind != "full" and "language_model" not in self.trainable:
             raise ValueError(
-                f"tuning {self.tuning.kind!r} is of the language model, which does not train; trainable is "
-                f"{list(self.trainable)}: add language_model, or leave tuning out"
+                f"tuning {self.tuning.kind!r} trains the language model, which does not train here; trainable is "
+                f"{list(self.trainable)}: add language_model, or remove tuning"
             )
         return self
 

@@ -1,4 +1,4 @@
-"""The servers of one machine, and what they listen on."""
+"""The servers of one machine: start, stop and look at MLflow, Prefect, its worker and a Ray head."""
 
 from vila_ops.local.machine import ServerStatus as ServerStatus
 from vila_ops.local.machine import down as down

@@ -20,21 +20,24 @@ log = logging.getLogger(__name__)
 
 
 def make_work_pool(settings: LocalServers) -> None:
-    """The pool is there; the worker fills in the rest of it when it starts."""
+    """Create the work pool if it does not exist. The worker completes it when it starts."""
     pools = f"{endpoints(settings).prefect}/api/work_pools"
     if not answers(f"{pools}/{settings.work_pool}", QUICK_SECONDS):
         get_json(f"{pools}/", settings.start_timeout_seconds, json={"name": settings.work_pool, "type": "process"})
 
 
 def deploy_flows(settings: LocalServers) -> None:
-    """Prefect's deployments are those of prefect_file, with the parameters that their flows have now."""
+    """Make Prefect's deployments those of `prefect_file`, with the current parameters of their flows.
+
+    Raises ServerFailed where Prefect refuses them.
+    """
     file = Path(settings.prefect_file)
     if not file.is_file():
         raise ValueError(f"no such file: {file}; run this in the checkout, or set prefect_file in configs/local.yaml")
     wanted = yaml.safe_load(file.read_text())["deployments"]
     digest = _flows_digest(file, wanted)
     url = f"{endpoints(settings).prefect}/api/deployments/filter"
-    live = {found["name"]: found["version"] for found in get_json(url, QUICK_SECONDS, json={}) or []}
+    live = {one["name"]: one["version"] for one in get_json(url, QUICK_SECONDS, json={}) or []}
     if all(live.get(deployment["name"]) == digest for deployment in wanted):
         return
     began = time.monotonic()
@@ -49,12 +52,12 @@ def deploy_flows(settings: LocalServers) -> None:
     )
     if done.returncode:
         raise ServerFailed(f"prefect deploy of {file} failed:\n{done.stdout[-4000:]}")
-    log.info("deployments: made from %s in %.1f s", file, time.monotonic() - began)
+    log.info("deployments: deployed from %s in %.1f s", file, time.monotonic() - began)
 
 
 def _flows_digest(file: Path, deployments: list[dict[str, Any]]) -> str:
-    """Changes when the file, the Python beside a flow or the form of a run, which is its parameter, does."""
+    """Digest of the file, of the Python files beside the flows, and of the schema of a run, their parameter."""
     folders = {Path(deployment["entrypoint"].partition(":")[0]).parent for deployment in deployments}
     sources = sorted(source for folder in folders for source in folder.glob("*.py"))
-    form = Run.model_json_schema()
-    return fingerprint([str(Path.cwd()), file.read_text(), form, *(source.read_text() for source in sources)])[:16]
+    schema = Run.model_json_schema()
+    return fingerprint([str(Path.cwd()), file.read_text(), schema, *(source.read_text() for source in sources)])[:16]

@@ -1,4 +1,4 @@
-"""Up, down and status of the servers of one machine: started, adopted and ended by what was recorded."""
+"""Up, down and status of the servers of one machine, by the records of their processes."""
 
 import logging
 import shutil
@@ -29,33 +29,34 @@ from vila_ops.local.servers import QUICK_SECONDS, Endpoints, Server, endpoints, 
 from vila_ops.processes import session_of
 
 SHOWN = 100
-"""Characters of a foreign process's command in an error."""
+"""Characters of another process's command that an error shows."""
 
 log = logging.getLogger(__name__)
 
 
 class ServerStatus(Config):
-    """One server, as it is now."""
+    """The state of one server."""
 
     name: Name
     state: Literal["healthy", "unhealthy", "stopped"]
     url: str
     pid: int | None
-    """None: it does not run."""
+    """None if it does not run."""
     memory_bytes: int
-    """Of its whole process tree; pages that processes share are counted once."""
+    """Memory of its process tree; shared pages are counted once."""
 
 
 def up(settings: LocalServers, *, only: Collection[Name] = NAMES) -> Endpoints:
-    """The servers run, answer and are as configured; those that were so already were left alone.
+    """Start every server that does not run, does not answer or is configured otherwise.
 
-    What became healthy stays up when another fails, so that the next call continues from there.
+    A server that became healthy stays up when another fails, so that the next call continues from there. Raises
+    ServerFailed, and ValueError for a port that another process holds.
     """
     root = root_of(settings)
     servers = {name: server for name, server in servers_of(settings).items() if name in only}
     with lock(root), ThreadPoolExecutor() as pool:
-        _refuse_foreigners(settings, servers.values())
-        # All endings come before any start: a port may pass from one server to another.
+        _check_ports(settings, servers.values())
+        # All servers are ended before any is started, because a port may pass from one to another.
         up_already = dict(
             zip(servers, pool.map(lambda server: _adopt(settings, server), servers.values()), strict=True)
         )
@@ -74,7 +75,7 @@ def up(settings: LocalServers, *, only: Collection[Name] = NAMES) -> Endpoints:
 
 
 def down(settings: LocalServers) -> None:
-    """No process that `up` started is left, nor anything outside root; what they stored below root is kept."""
+    """End every process that `up` started. Files below `root` are kept, those outside are removed."""
     root = root_of(settings)
     with lock(root):
         records = [record for name in NAMES if (record := read_record(root, name))]
@@ -85,18 +86,18 @@ def down(settings: LocalServers) -> None:
 
 
 def status(settings: LocalServers) -> list[ServerStatus]:
-    """Every server as it is now; changes nothing."""
+    """The state of every server."""
     root = root_of(settings)
     return [_status(server, read_record(root, name)) for name, server in servers_of(settings).items()]
 
 
 def owns(settings: LocalServers, pid: int) -> bool:
-    """Whether a process is one of the servers that `up` started, or was started by one."""
+    """Whether a process is a server that `up` started, or one that such a server started."""
     return pid in _processes(settings)
 
 
 def runs(settings: LocalServers, name: Name) -> bool:
-    """Whether the process of a server lives; unlike `status` it asks nobody."""
+    """Whether the process of a server lives. Unlike `status` it sends no request."""
     record = read_record(root_of(settings), name)
     return record is not None and record.process().alive()
 
@@ -107,7 +108,7 @@ def _processes(settings: LocalServers) -> set[int]:
 
 
 def _adopt(settings: LocalServers, server: Server) -> bool:
-    """Whether it runs as configured and answers; one that does not is ended."""
+    """Whether a server runs as configured and answers. A server that does not is ended."""
     record = read_record(root_of(settings), server.name)
     if record is None:
         return False
@@ -119,7 +120,7 @@ def _adopt(settings: LocalServers, server: Server) -> bool:
 
 
 def _start(settings: LocalServers, server: Server) -> None:
-    """It runs and answers, or it is ended and the error shows its last words."""
+    """Start a server and wait until it answers. Raises ServerFailed with the end of its log."""
     root = root_of(settings)
     if server.name == "ray":
         prepare_ray(settings)
@@ -141,13 +142,13 @@ def _as_configured(record: ProcessRecord, server: Server) -> bool:
     return (record.command, record.env, record.directory) == (server.command, server.env, str(Path.cwd()))
 
 
-def _refuse_foreigners(settings: LocalServers, servers: Iterable[Server]) -> None:
-    """No port that we need is held by a process that `up` did not start."""
+def _check_ports(settings: LocalServers, servers: Iterable[Server]) -> None:
+    """Raise ValueError where a process that `up` did not start holds a port that we need."""
     wanted = {key: port for server in servers for key, port in server.ports.items()}
     wanted["serve_port"] = settings.serve_port
     ours = _processes(settings)
     held = _listeners(wanted.values())
-    # A process that is just dying (Ray's agents, after their head was killed) holds ports, but can't be seen any more.
+    # A process that is ending (Ray's agents, after their head was killed) holds ports but is no longer visible.
     began = time.monotonic()
     while None in held.values() and time.monotonic() - began < settings.stop_grace_seconds:
         time.sleep(0.1)
@@ -163,7 +164,7 @@ def _refuse_foreigners(settings: LocalServers, servers: Iterable[Server]) -> Non
 
 
 def _listeners(ports: Collection[int]) -> dict[int, int | None]:
-    """Which of these ports are listened on, and by which process; None where that can't be seen."""
+    """The listening process of each of these ports that is in use; None where it is not visible."""
     return {
         connection.laddr.port: connection.pid
         for connection in psutil.net_connections("tcp")

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class ProcessRecord(Config):
-    """A server that `up` started, as kept in root/pids/NAME.json."""
+    """A server that `up` started, as recorded in root/pids/NAME.json."""
 
     name: Name
     pid: int
@@ -29,7 +29,7 @@ class ProcessRecord(Config):
     command: tuple[str, ...]
     env: dict[str, str]
     directory: str
-    """Working directory: two checkouts may not share one root."""
+    """Working directory, since two checkouts may not share one root."""
 
     def process(self) -> ProcessId:
         """The server's first process, the leader of its session."""
@@ -61,12 +61,13 @@ def end(settings: LocalServers, record: ProcessRecord) -> None:
 
 
 def root_of(settings: LocalServers) -> Path:
+    """The absolute path of the servers' folder."""
     return Path(settings.root).expanduser().absolute()
 
 
 @contextmanager
 def lock(root: Path) -> Iterator[None]:
-    """One `up` or `down` of a root at a time; the kernel frees it when the holder ends."""
+    """Admit one `up` or `down` of a root at a time. The kernel frees the lock when its holder ends."""
     (root / "pids").mkdir(parents=True, exist_ok=True)
     with (root / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -74,10 +75,12 @@ def lock(root: Path) -> Iterator[None]:
 
 
 def record_path(root: Path, name: Name) -> Path:
+    """The file of a server's record."""
     return root / "pids" / f"{name}.json"
 
 
 def read_record(root: Path, name: Name) -> ProcessRecord | None:
+    """The record of a server; None if `up` did not start it."""
     path = record_path(root, name)
     try:
         return ProcessRecord.model_validate_json(path.read_text())
@@ -86,7 +89,7 @@ def read_record(root: Path, name: Name) -> ProcessRecord | None:
 
 
 def write_private(path: Path, text: str) -> None:
-    """All or nothing, and readable by us alone."""
+    """Write a file whole or not at all, readable by its owner alone."""
     draft = path.with_suffix(".draft")
     with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         file.write(text)
@@ -94,6 +97,7 @@ def write_private(path: Path, text: str) -> None:
 
 
 def tail(root: Path, name: Name) -> str:
+    """The last 30 lines of a server's log, under a headline."""
     path = root / "logs" / f"{name}.log"
     lines = path.read_text(errors="replace").splitlines()[-30:]
     return "\n".join([f"the end of {path}:", *lines])

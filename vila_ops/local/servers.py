@@ -1,4 +1,4 @@
-"""What runs on one machine: MLflow, Prefect, its worker and a Ray head; how each is started and seen to work."""
+"""The servers of one machine: how MLflow, Prefect, its worker and a Ray head are started and checked."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from vila_ops.config.local import LocalServers
 from vila_ops.local.process import Name, ProcessRecord, root_of, write_private
 
 QUICK_SECONDS = 5.0
-"""How long a server that is up may take to answer; MLflow's first answer, which makes its tables, takes longer."""
+"""How long a running server may take to answer. MLflow's first answer, which creates its tables, takes longer."""
 TELEMETRY_OFF = {
     "DO_NOT_TRACK": "1",
     "DVC_NO_ANALYTICS": "1",
@@ -29,58 +29,58 @@ TELEMETRY_OFF = {
 
 
 class Endpoints(Config):
-    """Where the servers of this machine listen."""
+    """Addresses of the servers of this machine."""
 
     mlflow: str
     prefect: str
-    """The page; the API is below it at /api."""
+    """Address of the page; the API is at /api below it."""
     ray: str
     """host:port, for `ray_address`."""
     ray_dashboard: str
     serve: str
-    """Where `deploy` will listen."""
+    """Where `deploy` listens."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """What should run: how to start it, what it listens on, and how to see that it works."""
+    """One server: how to start it, the ports that it listens on, and how to check that it works."""
 
     name: Name
     command: tuple[str, ...]
     env: dict[str, str]
     ports: dict[str, int]
-    """By the name of the setting, so that an error can say what to change."""
+    """Ports by the name of their setting, which errors tell."""
     url: str
     healthy: Callable[[ProcessRecord, float], bool]
-    """Record, seconds to wait for an answer."""
+    """Called with the record and the seconds to wait for an answer."""
 
 
 def env(settings: LocalServers) -> dict[str, str]:
-    """The environment of whatever uses these servers: set it before Prefect, MLflow or Ray are imported."""
+    """The environment of a process that uses these servers; to be set before Prefect, MLflow or Ray are imported."""
     root = root_of(settings)
-    asked = {name: os.environ[name] for name in ("HF_HUB_OFFLINE",) if name in os.environ}
+    inherited = {name: os.environ[name] for name in ("HF_HUB_OFFLINE",) if name in os.environ}
     return {
         **TELEMETRY_OFF,
-        **asked,
+        **inherited,
         "MLFLOW_TRACKING_URI": endpoints(settings).mlflow,
         "PREFECT_API_URL": f"{endpoints(settings).prefect}/api",
         "PREFECT_HOME": str(root / "prefect"),
         "PREFECT_LOGGING_EXTRA_LOGGERS": "vila_ops",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(_ray_token(root)),
-        # ray.train.report() waits for the next check: 2.0 s a call at the default of 2 s, 0.1 s at this (measured).
+        # ray.train.report() waits for the next health check: 2.0 s per call at the default, 0.1 s here (measured).
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     }
 
 
 def join(settings: LocalServers, *, ray_address: str | None) -> None:
-    """This process uses these servers, if it is their cluster that it was told to use and they were started once."""
+    """Set this process's environment for these servers, if `ray_address` is theirs and they were started before."""
     if ray_address == endpoints(settings).ray and _ray_token(root_of(settings)).is_file():
         os.environ |= env(settings)
 
 
 def endpoints(settings: LocalServers) -> Endpoints:
-    """Where the servers listen, whether they run or not."""
+    """The addresses of the servers, whether they run or not."""
     host = settings.host
     return Endpoints(
         mlflow=f"http://{host}:{settings.mlflow_port}",
@@ -92,14 +92,15 @@ def endpoints(settings: LocalServers) -> Endpoints:
 
 
 def servers_of(settings: LocalServers) -> dict[Name, Server]:
-    found = (_mlflow(settings), _prefect(settings), _ray(settings), _worker(settings))
-    return {server.name: server for server in found}
+    """Every server, by name."""
+    servers = (_mlflow(settings), _prefect(settings), _ray(settings), _worker(settings))
+    return {server.name: server for server in servers}
 
 
 def _mlflow(settings: LocalServers) -> Server:
-    """MLflow's application under uvicorn, as `mlflow server` starts it, without the parent that `mlflow server` keeps.
+    """MLflow's application under uvicorn, as `mlflow server` starts it.
 
-    That parent imports MLflow a second time: 6 s of CPU and 250 MB more (measured).
+    `mlflow server` itself keeps a parent that imports MLflow again: 6 s of CPU and 250 MB more (measured).
     """
     root = root_of(settings)
     url = endpoints(settings).mlflow
@@ -114,7 +115,7 @@ def _mlflow(settings: LocalServers) -> Server:
             "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(root / "mlflow-artifacts"),
             "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
             "_MLFLOW_SGI_NAME": "uvicorn",
-            # Eight processes more (600 MB), for judges that we do not use, and orphans after SIGTERM (measured).
+            # Eight more processes (600 MB) for judges that we do not use, orphaned by SIGTERM (measured).
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         },
         ports={"mlflow_port": settings.mlflow_port},
@@ -144,7 +145,7 @@ def _worker(settings: LocalServers) -> Server:
         env={
             **env(settings),
             "PREFECT_WORKER_QUERY_SECONDS": str(settings.worker_poll_seconds),
-            "PWD": str(Path.cwd()),  # where prefect.yaml's set_working_directory takes a flow run
+            "PWD": str(Path.cwd()),  # the folder that prefect.yaml's set_working_directory takes
         },
         ports={},
         url=f"{endpoints(settings).prefect}/work-pools/work-pool/{settings.work_pool}",
@@ -153,7 +154,7 @@ def _worker(settings: LocalServers) -> Server:
 
 
 def _ray(settings: LocalServers) -> Server:
-    """`ray start --block`: one process tree whose leader ends it all on SIGTERM, and itself when a part of it dies."""
+    """`ray start --block`: a process tree whose leader ends it on SIGTERM, and ends itself when a part of it dies."""
     url = endpoints(settings).ray_dashboard
     ports = {
         "ray_port": settings.ray_port,
@@ -183,7 +184,7 @@ def _ray(settings: LocalServers) -> Server:
 
 
 def ray_folder(settings: LocalServers) -> Path:
-    """Not below root: Ray puts sockets there, and the path of a socket may have 107 characters."""
+    """Folder of Ray's sockets and logs. It is outside root, because a socket's path may have 107 characters at most."""
     digest = hashlib.sha256(str(root_of(settings)).encode()).hexdigest()[:8]
     return Path(tempfile.gettempdir()) / f"vila-ops-ray-{os.getuid()}-{digest}"
 
@@ -193,10 +194,10 @@ def _ray_token(root: Path) -> Path:
 
 
 def prepare_ray(settings: LocalServers) -> None:
-    """A token that only we can read, and an empty folder that is only ours.
+    """Create Ray's token, readable by its owner alone, and an empty folder for Ray. Raises ValueError.
 
-    Ray listens on every interface whatever it is told (`--node-ip-address 127.0.0.1` becomes the outer address), so
-    the token is what keeps others out.
+    Ray listens on every interface whatever its options say (`--node-ip-address 127.0.0.1` becomes the outer address),
+    so only the token protects it.
     """
     token = _ray_token(root_of(settings))
     if not token.exists():
@@ -210,7 +211,7 @@ def prepare_ray(settings: LocalServers) -> None:
 
 
 def get_json(url: str, seconds: float, **request: Any) -> Any:
-    """The JSON of an answer, None where there is no good one; proxies are not asked about loopback."""
+    """The JSON of a successful answer, None for any other. Proxies are not used."""
     import httpx  # heavy: it imports rich; `status` needs it only for servers that run
 
     try:
@@ -222,11 +223,12 @@ def get_json(url: str, seconds: float, **request: Any) -> Any:
 
 
 def answers(url: str, seconds: float) -> bool:
+    """Whether a GET of a URL returns JSON in time."""
     return get_json(url, seconds) is not None
 
 
 def _has_live_node(settings: LocalServers, seconds: float) -> bool:
-    """The head's own node is there, so that tasks and jobs can be placed; an answer alone comes seconds earlier."""
+    """Whether the head's own node can take tasks and jobs. The dashboard answers seconds before it can."""
     token = _ray_token(root_of(settings))
     if not token.is_file():
         return False
@@ -236,7 +238,7 @@ def _has_live_node(settings: LocalServers, seconds: float) -> bool:
 
 
 def _polls(settings: LocalServers, record: ProcessRecord, seconds: float) -> bool:
-    """Prefect hears from our worker, and has since this one was started."""
+    """Whether Prefect has had a heartbeat of the worker since this one was started."""
     url = f"{endpoints(settings).prefect}/api/work_pools/{settings.work_pool}/workers/filter"
     return any(
         worker["status"] == "ONLINE"

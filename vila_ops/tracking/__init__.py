@@ -1,6 +1,6 @@
 """The few calls to MLflow that we make. Without a tracking URI nothing is logged and MLflow is not imported.
 
-A run has to be begun with MLflow; from then on nothing waits for it: see `outbox`.
+MLflow has to answer when a run begins. After that no task waits for it, see `outbox`.
 """
 
 from collections.abc import Iterator
@@ -20,10 +20,10 @@ REFUSALS = (
     *("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "QUOTA_EXCEEDED", "RESOURCE_LIMIT_EXCEEDED"),
     *("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_STATE", "INVALID_STATE_TRANSITION"),
 )
-"""MLflow's error codes that it answers at the next try too."""
+"""Error codes of MLflow that the next try would meet again."""
 WAY_OUT = "See that it runs (`vila-ops up`, or tracking.uri in the resources), or set tracking.uri to null"
 DIGEST_SIZE = 36
-"""Characters that MLflow keeps of a data set's digest."""
+"""Characters of a dataset's digest that MLflow keeps."""
 
 
 def start_run(
@@ -47,7 +47,7 @@ def start_run(
 def log_input(
     resources: Resources, run_id: str | None, data: Artifact, *, name: str, context: Literal["train", "eval"]
 ) -> None:
-    """Say which data a run reads, with its digest. Raises TrackerUnreachable, TrackerRefused."""
+    """Record the data that a run reads, with its digest. Raises TrackerUnreachable, TrackerRefused."""
     if resources.tracking.uri is None or run_id is None:
         return
     client, entities = connect(resources.tracking.uri)
@@ -66,7 +66,7 @@ def log_input(
 def whole_run(
     resources: Resources, name: str, *, key: tuple[str, str], params: dict[str, Any], tags: dict[str, str]
 ) -> Iterator[str | None]:
-    """The run of a whole recipe: the one tagged with `key`, opened again, or a new one; closed as it ended."""
+    """The MLflow run of a whole recipe while the body runs: the one with the tag `key`, reopened, or a new one."""
     if resources.tracking.uri is None:
         yield None
         return
@@ -93,12 +93,12 @@ def _find_run(tracking_uri: str, key: tuple[str, str]) -> str | None:
     if experiment is None:
         return None
     tag, value = key
-    found = client.search_runs([experiment.experiment_id], f"tags.{tag} = '{value}'", max_results=1)
-    return found[0].info.run_id if found else None
+    runs = client.search_runs([experiment.experiment_id], f"tags.{tag} = '{value}'", max_results=1)
+    return runs[0].info.run_id if runs else None
 
 
 def page(tracking_uri: str | None, run_id: str | None) -> str | None:
-    """The address of a run's page; None where no server shows one."""
+    """The URL of a run's page; None without a server."""
     if not (tracking_uri and run_id and tracking_uri.startswith("http")):
         return None
     with translated(tracking_uri, f"a question about run {run_id}"):
@@ -107,7 +107,7 @@ def page(tracking_uri: str | None, run_id: str | None) -> str | None:
 
 
 def end_run(resources: Resources, run_id: str | None, *, failed: bool) -> None:
-    """Close a run; one that MLflow does not take now is closed when it does: see `outbox`."""
+    """Close a run, now or when MLflow answers again, see `outbox`."""
     with MetricLog(resources, run_id) as run:
         run.end(failed=failed)
 
@@ -137,16 +137,12 @@ def translated(tracking_uri: str, request: str) -> Iterator[None]:
 
 def _experiment(tracking_uri: str) -> str:
     client, _ = connect(tracking_uri)
-    found = client.get_experiment_by_name(EXPERIMENT)
-    made: str = (
-        found.experiment_id
-        if found
-        else client.create_experiment(EXPERIMENT, artifact_location=_files_beside(tracking_uri))
-    )
-    return made
+    if (experiment := client.get_experiment_by_name(EXPERIMENT)) is not None:
+        return str(experiment.experiment_id)
+    return str(client.create_experiment(EXPERIMENT, artifact_location=_files_beside(tracking_uri)))
 
 
 def _files_beside(tracking_uri: str) -> str | None:
-    """Where files go with a database and no server: beside it, not into the working directory. A server decides."""
+    """Folder for MLflow artifacts beside an sqlite file; None for a server, which has its own."""
     kind, _, path = tracking_uri.partition(":///")
     return str(Path(path).resolve().parent / "mlflow-artifacts") if kind == "sqlite" else None

@@ -1,10 +1,10 @@
-"""What MLflow is told of a run once it has one: written to a file first, and sent by a thread while MLflow answers.
+"""Metrics, files and the status of a run: written to a local file first, then sent to MLflow by a thread.
 
-FOLDER/RUN.TOKEN.jsonl   a line for each thing that MLflow has not said it has; locked while its writer lives
+FOLDER/RUN.TOKEN.jsonl   one line for each entry that MLflow has not acknowledged; locked while its writer lives
 
-So training neither waits for MLflow nor stops with it. Lines are sent in order. One whose answer was lost is sent
-again, which changes nothing: a metric's key in MLflow's store is run, name, step, time and value. What a writer left,
-because it was killed or MLflow was away at its end, is sent by the next one that writes into the same folder.
+So training neither waits for MLflow nor stops with it. Lines are sent in order. A line whose answer was lost is sent
+again, which changes nothing: a metric's key in MLflow's store is run, name, step, time and value. If a writer was
+killed, or MLflow did not answer at its end, the next writer in the same folder sends the rest.
 """
 
 import fcntl
@@ -25,22 +25,22 @@ from vila_ops.config import Resources
 from vila_ops.tracking.system import SystemMetrics
 
 SEND_SECONDS = 10.0
-"""How long a metric waits at most while MLflow answers, and how often the machine's load is read."""
+"""The longest time until a metric is sent while MLflow answers, and the interval of the machine's load."""
 RETRY_SECONDS = 30.0
-"""Between two tries while it does not."""
+"""Time between two tries while MLflow does not answer."""
 CLOSE_SECONDS = 15.0
 """How long the end of a run waits for MLflow."""
 BATCH = 500
-"""Metrics of one call; the server takes 1000."""
+"""Metrics per call; the server's limit is 1000."""
 PIECE = 2**18
-"""Bytes of the file that are sent before the next are read."""
+"""Bytes of the file that are read and sent at a time."""
 Entry = dict[str, Any]
 """One of `metrics` ([name, value, milliseconds, step] each), `file` (a path) and `status` (with milliseconds)."""
 log = logging.getLogger(__name__)
 
 
 class MetricLog:
-    """Of one run, in one process. No call of it waits, but `close`. Without a tracking URI or a run it does nothing."""
+    """The log of one run, in one process. Only `close` waits. Without a tracking URI or a run it does nothing."""
 
     def __init__(self, resources: Resources, run_id: str | None, *, system: SystemMetrics | None = None) -> None:
         """`system` is read every SEND_SECONDS and logged at the newest step."""
@@ -62,20 +62,20 @@ class MetricLog:
         self.close()
 
     def log(self, values: dict[str, float], *, step: int) -> None:
-        """Numbers of one step."""
+        """Log values of one step."""
         self._step = step
         self._put({"metrics": [[name, float(value), _now(), step] for name, value in values.items()]})
 
     def attach(self, path: Path) -> None:
-        """A small file, read when it is sent; never weights, which stay in the store."""
+        """Attach a small file, which is read when it is sent. Weights stay in the store."""
         self._put({"file": str(path.resolve())})
 
     def end(self, *, failed: bool) -> None:
-        """The run is over."""
+        """Record that the run has ended."""
         self._put({"status": "FAILED" if failed else "FINISHED", "at": _now()})
 
     def close(self) -> None:
-        """Send what waits; what MLflow does not take within CLOSE_SECONDS stays in the file, and a warning tells."""
+        """Send the rest. Entries that MLflow does not take within CLOSE_SECONDS stay in the file, with a warning."""
         if self._thread is None:
             return
         self._closing.set()
@@ -93,25 +93,25 @@ class MetricLog:
             self._spool.put(entry)
         except OSError as error:
             if not self._full:
-                log.warning("what MLflow is told cannot be kept in %s and is lost: %s", self._spool.path, error)
+                log.warning("entries for MLflow cannot be kept in %s and are lost: %s", self._spool.path, error)
             self._full = True
 
     def _send_till_closed(self) -> None:
-        """The thread."""
+        """Send entries until `close`; runs in the thread."""
         if self._system is not None:
-            self._system.read()  # utilisations count from here
+            self._system.read()  # utilisations are measured from this call on
         sent_left = closing = False
         while not closing:
             closing = self._closing.wait(RETRY_SECONDS if self._away else SEND_SECONDS)
             if self._system is not None:
                 self._put({"metrics": [[n, v, _now(), self._step] for n, v in self._system.read().items()]})
-            if not sent_left:  # first, as it is older: an end that is late must not follow a newer one
+            if not sent_left:  # first, because it is older: its status must not overwrite a newer one
                 self._send_left()
             sent_left |= self._send(self._spool, self._run_id)
         self._spool.close()
 
     def _send(self, spool: "Spool", run_id: str) -> bool:
-        """Send what waits in a file; False where MLflow did not take all of it."""
+        """Send the entries of a file; False where MLflow did not take all of them."""
         from mlflow.exceptions import MlflowException  # heavy
 
         try:
@@ -120,7 +120,9 @@ class MetricLog:
                 spool.sent(size)
         except (MlflowException, OSError) as error:
             if not self._away:
-                log.warning("MLflow at %s takes nothing; %s keeps it: %s", shown(self._uri), spool.path, shown(error))
+                log.warning(
+                    "MLflow at %s does not answer; %s keeps the entries: %s", shown(self._uri), spool.path, shown(error)
+                )
             self._away = True
             return False
         if self._away:
@@ -129,21 +131,21 @@ class MetricLog:
         return True
 
     def _send_left(self) -> None:
-        """Send what writers left that are no more."""
+        """Send the files of writers that have ended."""
         for path in sorted(self._folder.glob("*.jsonl")):
             if (spool := Spool.left(path)) is not None:
                 run_id = path.name.partition(".")[0]
                 if self._send(spool, run_id):
-                    log.info("MLflow was sent what %s kept", path)
+                    log.info("entries of %s were sent to MLflow", path)
                 elif self._has_no(run_id):
                     refused = path.rename(path.with_suffix(".refused"))
                     log.warning(
-                        "MLflow at %s has no run %s any more; %s is not tried again", shown(self._uri), run_id, refused
+                        "MLflow at %s no longer has run %s; %s will not be sent", shown(self._uri), run_id, refused
                     )
                 spool.close()
 
     def _has_no(self, run_id: str) -> bool:
-        """Whether MLflow answers that a run is not there, or was deleted."""
+        """Whether MLflow answers that a run does not exist or was deleted."""
         from mlflow.exceptions import MlflowException  # heavy
 
         client, _ = connect(self._uri)
@@ -156,7 +158,7 @@ class MetricLog:
 
 
 class Spool:
-    """Lines that wait in a file, which is locked while this is open."""
+    """A file of entries that wait to be sent, locked while it is open."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path = path
@@ -167,7 +169,7 @@ class Spool:
 
     @classmethod
     def new(cls, path: Path) -> Self:
-        """An empty file; it has its name only once it is locked, lest another takes it for one that was left."""
+        """A new file. It gets its name when it is locked, so that no other writer takes it for an abandoned one."""
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(".draft")
         file = draft.open("x+b")
@@ -177,7 +179,7 @@ class Spool:
 
     @classmethod
     def left(cls, path: Path) -> Self | None:
-        """One whose writer is no more; None where it lives, or where another has sent the file."""
+        """The file of a writer that has ended; None if the writer lives or the file is gone."""
         try:
             file = path.open("r+b")
         except FileNotFoundError:
@@ -190,7 +192,7 @@ class Spool:
         return cls(path, file)
 
     def put(self, entry: Entry) -> None:
-        """Add a line. Raises OSError, and then the file is as before."""
+        """Append an entry. Raises OSError, and then leaves the file as it was."""
         line = json.dumps(entry).encode() + b"\n"
         with self._lock:
             self._file.seek(self._end)
@@ -203,20 +205,20 @@ class Spool:
             self._end += len(line)
 
     def waits(self) -> bool:
-        """Whether there is a line that was not sent."""
+        """Whether the file holds an entry that was not sent."""
         return self._sent < self._end
 
     def pieces(self) -> Iterator[tuple[list[Entry], int]]:
-        """What waits, some lines at a time with their size; the next ones once these were `sent`."""
+        """The waiting entries, about PIECE bytes at a time, with their size. Call `sent` before the next piece."""
         while self.waits():
             with self._lock:
                 self._file.seek(self._sent)
                 lines = self._file.readlines(PIECE)
-            whole = [line for line in lines if line.endswith(b"\n")]  # a killed writer may leave the start of a line
+            whole = [line for line in lines if line.endswith(b"\n")]  # a killed writer may leave part of a line
             yield [json.loads(line) for line in whole], sum(map(len, lines))
 
     def sent(self, size: int) -> None:
-        """So many bytes more are done with; a file of which all is sent is emptied."""
+        """Mark the next `size` bytes as sent. A file that is sent in full is emptied."""
         with self._lock:
             self._sent += size
             if self._sent == self._end:
@@ -225,14 +227,14 @@ class Spool:
                 self._sent = self._end = 0
 
     def close(self) -> None:
-        """Give up the file, and remove it where nothing waits in it."""
+        """Close the file, and remove it if no entry waits in it."""
         if not self.waits():
             self.path.unlink(missing_ok=True)
         self._file.close()
 
 
 def deliver(tracking_uri: str, run_id: str, entries: list[Entry]) -> None:
-    """Tell MLflow of a run in this order, the metrics of neighbours together. Raises MlflowException, OSError."""
+    """Send entries of a run in their order, adjacent metrics in one call. Raises MlflowException, OSError."""
     client, entities = connect(tracking_uri)
     for is_metrics, group in groupby(entries, key=lambda entry: "metrics" in entry):
         if is_metrics:
@@ -246,12 +248,12 @@ def deliver(tracking_uri: str, run_id: str, entries: list[Entry]) -> None:
             elif os.path.exists(entry["file"]):
                 client.log_artifact(run_id, entry["file"])
             else:
-                log.warning("%s is no more, and MLflow does not get it", entry["file"])
+                log.warning("%s no longer exists and is not sent to MLflow", entry["file"])
 
 
 def connect(tracking_uri: str) -> tuple[Any, Any]:
-    """MLflow's client and entities. A call fails some seconds after a server does not answer, not minutes."""
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # standard output is for our handles
+    """MLflow's client and entities. A call to a server that does not answer fails within seconds."""
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # we print artifact references there
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     from mlflow import MlflowClient, entities
 
@@ -259,7 +261,7 @@ def connect(tracking_uri: str) -> tuple[Any, Any]:
 
 
 def shown(text: object) -> str:
-    """A text with the users and passwords taken out of its addresses."""
+    """A text without the user names and passwords of its URLs."""
     return re.sub(r"//[^/@\s]*@", "//", str(text))
 
 

@@ -1,6 +1,6 @@
-"""The machine's load by MLflow's own monitors, under the names that its page of system metrics shows.
+"""The machine's load by MLflow's own monitors, under the names that MLflow's page of system metrics shows.
 
-Not by its SystemMetricsMonitor, which ends for good the first time that the server does not answer.
+MLflow's SystemMetricsMonitor is not used: it ends for good the first time that the server does not answer.
 """
 
 import logging
@@ -10,29 +10,29 @@ log = logging.getLogger(__name__)
 
 
 class SystemMetrics:
-    """CPU, memory, disk, network, and the GPUs where there are NVIDIA's; MLflow is imported at the first reading."""
+    """Load of CPU, memory, disk, network and NVIDIA GPUs. The first reading imports MLflow."""
 
     def __init__(self) -> None:
         self._monitors: list[Any] | None = None
 
     def read(self) -> dict[str, float]:
-        """What each says now; utilisations are those since the last reading. From the first failure on, nothing."""
+        """The current values by name; utilisations are since the last reading. After a failure: nothing."""
         try:
             return self._read()
-        except Exception:  # whatever psutil, NVML and MLflow raise: what else the run is told does not depend on it
-            log.exception("the machine's load is not told any more")
+        except Exception:  # psutil, NVML and MLflow raise many kinds; other metrics do not depend on this
+            log.exception("the machine's load is no longer logged")
             self._monitors = []
             return {}
 
     def _read(self) -> dict[str, float]:
         if self._monitors is None:
             self._monitors = _monitors()
-        found: dict[str, float] = {}
+        values: dict[str, float] = {}
         for monitor in self._monitors:
             monitor.collect_metrics()
-            found |= monitor.aggregate_metrics()
+            values |= monitor.aggregate_metrics()
             monitor.clear_metrics()
-        return {f"system/{name}": value for name, value in found.items()}
+        return {f"system/{name}": value for name, value in values.items()}
 
 
 def _monitors() -> list[Any]:
@@ -46,5 +46,5 @@ def _monitors() -> list[Any]:
     gpu: Any = GPUMonitor
     try:
         return [*monitors, gpu()]
-    except (ImportError, RuntimeError):  # no NVML for Python, or none on this machine
+    except (ImportError, RuntimeError):  # NVML's Python package or its driver is missing
         return monitors
