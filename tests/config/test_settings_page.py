@@ -113,9 +113,9 @@ def test_a_row_says_in_words_what_its_field_takes(heading: str, key: str, cells:
 
 def test_the_text_under_a_field_or_its_type_is_its_meaning() -> None:
     table = rows()
-    assert table["Stage"]["num_steps"][2] == "Optimizer steps; either these or epochs."
+    assert table["Stage"]["num_steps"][2] == "Number of optimizer steps; give either this or `epochs`."
     assert table["Model"]["image_aspect_ratio"][2].startswith("How an image becomes a square. pad: the whole image")
-    assert "`null`: not clipped" in table["Stage"]["max_grad_norm"][2]
+    assert "`null`: it is not clipped" in table["Stage"]["max_grad_norm"][2]
 
 
 def test_every_rendering_is_explained() -> None:
