@@ -49,7 +49,7 @@ from pathlib import Path
 from vila_ops.artifacts.kinds import Checkpoint, ModelVersion
 from vila_ops.config import Resources, Service
 from vila_ops.generate.engine import EngineOptions, generate_all
-from vila_ops.generate.load import open_folder
+from vila_ops.generate.load import engine_facts, open_folder
 from vila_ops.generate.request import Prompt, Sampling
 from vila_ops.serve.spec import Spec
 
@@ -62,6 +62,7 @@ version = ModelVersion(name="m", version=1, checkpoint=checkpoint, promoted=Fals
 assert "torch" not in sys.modules
 print(json.dumps({
     "outputs": [[output.ids, output.finish_reason] for output in outputs],
+    "facts": engine_facts(resources.evaluate.engine),
     "plugin": Spec.of(Service(name="s"), version, resources).plugin,
 }))
 """
@@ -92,6 +93,7 @@ def test_a_plugin_s_engine_generates_and_its_revision_is_part_of_what_is_served(
     printed = json.loads(done.stdout)
     assert printed["outputs"] == [[[101, 103, 105], "length"], [[102, 104], "stop"]]
     assert printed["plugin"] == {"package": "count-engine", "version": "2.0", "revision": 4}
+    assert printed["facts"] == {"kind": "count", "step": 2, "plugin": printed["plugin"]}
 
 
 def test_an_engine_that_no_package_adds_is_refused() -> None:

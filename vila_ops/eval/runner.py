@@ -21,7 +21,7 @@ from vila_ops.eval.benchmark import (
 from vila_ops.eval.job import EvalJob
 from vila_ops.eval.report import ItemScore, Measurement, write_result
 from vila_ops.generate.engine import Engine, EngineOptions, generate_all, hidden_states_of, score_all
-from vila_ops.generate.load import load_engine
+from vila_ops.generate.load import engine_facts, load_engine
 from vila_ops.generate.request import Sampling
 
 log = logging.getLogger(__name__)
@@ -117,6 +117,7 @@ def _measure(runner: BenchmarkRunner, job: EvalJob, name: str) -> None:
         at,
         attempt,
         facts={"benchmark": config.kind, "model": job.model.digest},
-        execution=execution(launch=job.resources.launch, seconds=seconds, ran=[whoami()]),
+        execution=execution(launch=job.resources.launch, seconds=seconds, ran=[whoami()])
+        | {"engine": engine_facts(job.resources.evaluate.engine)},
     )
     log.info("%s: %s in %.0f s", job.suite.name, name, seconds)

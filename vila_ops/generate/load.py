@@ -1,11 +1,12 @@
 """A model folder to the engine that a config chooses. Light: an engine's module is imported when it is used."""
 
 from pathlib import Path
+from typing import Any
 
 from vila_ops.artifacts.kinds import Checkpoint, Pretrained
 from vila_ops.artifacts.store import content
 from vila_ops.config.engine import TorchEngine
-from vila_ops.config.kinds import module_of
+from vila_ops.config.kinds import module_of, provenance
 from vila_ops.generate.engine import Engine, EngineOptions
 
 ENGINES = {"torch": "vila_ops.generate.torch_engine.engine"}
@@ -26,3 +27,9 @@ def open_folder(folder: Path, config: TorchEngine, options: EngineOptions) -> En
     """
     engine: Engine = module_of("vila_ops.engines", ENGINES, config.kind).open_engine(config, folder, options)
     return engine
+
+
+def engine_facts(config: TorchEngine) -> dict[str, Any]:
+    """Settings of an engine, and package, version and revision of a plugin, for the execution part of a manifest."""
+    plugin = provenance("vila_ops.engines", ENGINES, config.kind)
+    return config.model_dump(mode="json") | ({"plugin": plugin} if plugin else {})
