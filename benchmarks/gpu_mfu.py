@@ -41,7 +41,7 @@ TARGET, MEMORY_TARGET = 0.45, 0.05
 PEAK_TFLOPS = 989.4
 """Dense bf16 of an H100 SXM, which an H200 has too (NVIDIA's data sheets)."""
 WARM_UP, STEPS = (1, 2) if SMALL else (5, 20)
-ROW_TOKENS, ROWS, PASSES = (768, 1, 2) if SMALL else (4096, 2, 4)
+SEQUENCE_LENGTH, ROWS, PASSES = (768, 1, 2) if SMALL else (4096, 2, 4)
 """Packed sequences in a forward pass, and forward passes in a step."""
 SIDE = 336
 """(336 / 14)^2 = 576 tokens an image."""
@@ -54,7 +54,8 @@ if not SMALL:
 STAGE = {
     "name": "gpu_mfu", "mixture": {"name": "m", "sources": {"a": {"kind": "jsonl", "path": "x", "render": "caption"}}},
     "trainable": ["vision_tower", "projector", "language_model"], "num_steps": 100, "global_batch_size": ROWS * PASSES,
-    "sequence_length": ROW_TOKENS, "learning_rate": 1e-5, "precision": "bf16", "save_every": 100, "validate_every": 100,
+    "sequence_length": SEQUENCE_LENGTH, "learning_rate": 1e-5, "precision": "bf16", "save_every": 100,
+    "validate_every": 100,
 }  # fmt: skip
 
 
@@ -80,7 +81,7 @@ def main() -> None:
     took = statistics.median([_step(engine, batches) for _ in range(WARM_UP + STEPS)][WARM_UP:])
     most = max(sum(shows for row in rows for _, shows in row) for rows in passes)
     weights = Weights(sum(p.numel() for p in model.parameters()), 0, 0)
-    forecast = memory(shapes, weights, stage, resources, MicroBatch(ROWS, ROW_TOKENS, most)).total
+    forecast = memory(shapes, weights, stage, resources, MicroBatch(ROWS, SEQUENCE_LENGTH, most)).total
     tokens = sum(length for rows in passes for row in rows for length, _ in row)
     said: dict[str, Any] = {
         "unit": f"share of {PEAK_TFLOPS} TFLOP/s",
@@ -130,7 +131,7 @@ def _flops(row: list[tuple[int, bool]], shapes: Shapes, stage: Stage) -> float:
 def _row(draw: np.random.Generator) -> list[tuple[int, bool]]:
     """Samples of a packed sequence: tokens, and whether they include an image; the last is cut to fill the sequence."""
     row: list[tuple[int, bool]] = []
-    left = ROW_TOKENS
+    left = SEQUENCE_LENGTH
     lengths, shown = llava_like(64, seed=int(draw.integers(2**31)))
     for length, shows in zip(lengths.tolist(), shown.tolist(), strict=True):
         length = min(length, left)
@@ -138,7 +139,7 @@ def _row(draw: np.random.Generator) -> list[tuple[int, bool]]:
         left -= length
         if not left:
             return row
-    raise AssertionError(f"64 samples have fewer than {ROW_TOKENS} tokens")
+    raise AssertionError(f"64 samples have fewer than {SEQUENCE_LENGTH} tokens")
 
 
 def _targets(length: int, shows: bool) -> int:
@@ -148,7 +149,7 @@ def _targets(length: int, shows: bool) -> int:
 
 def _batch(rows: list[list[tuple[int, bool]]], device: torch.device) -> Batch:
     """Packed sequences of a forward pass: an image begins at the second token of its sample, target tokens end it."""
-    shape = (len(rows), ROW_TOKENS)
+    shape = (len(rows), SEQUENCE_LENGTH)
     ids, positions, segments = torch.randint(6, 32_000, shape), torch.zeros(shape).long(), torch.zeros(shape).long()
     labels = torch.full(shape, IGNORE_INDEX)
     for number, row in enumerate(rows):

@@ -61,7 +61,7 @@ LOOP_PAIRS = int(os.environ.get("VILA_BENCH_PAIRS", "40"))
 THREADS = 2
 SCALE = 9
 TARGET = 1.5
-SAMPLES, ROWS_PER_STEP, ROW_TOKENS, SIDE = 600, 8, 512, 112
+SAMPLES, ROWS_PER_STEP, SEQUENCE_LENGTH, SIDE = 600, 8, 512, 112
 PEERS: dict[str, dict[str, Any]] = {
     "default": {"per_device_train_batch_size": 16},
     "group_by_length": {"per_device_train_batch_size": 16, "train_sampling_strategy": "group_by_length"},
@@ -137,7 +137,7 @@ def prepared(root: Path) -> tuple[Dataset, Pretrained, Stage, Resources]:
         }
     )
     model = run.recipe.model
-    data = prepare(mixture, model.text(max_tokens=ROW_TOKENS), resources)
+    data = prepare(mixture, model.text(max_tokens=SEQUENCE_LENGTH), resources)
     own = {"name": "bench", "mixture": mixture.model_dump(), "num_steps": 100, "global_batch_size": ROWS_PER_STEP}
     stage = Stage.model_validate({**run.recipe.stages["sft"].model_dump(), **own})
     return data, assemble(model, resources), stage, resources

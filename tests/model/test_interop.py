@@ -27,7 +27,7 @@ from vila_ops.packages.tokenizer import build_tokenizer, stop_ids
 NEW_TOKENS = 20
 TEXTS = ["<image>\nA dog.", "A dog <image> and <image>, <image>", "No image here.", "<image> What is it?"]
 IMAGES = [["dog"], ["cat", "dog", "cat"], [], ["cat"]]
-SQUASH = Fit("resize", (0.5, 0.5, 0.5))
+RESIZE = Fit("resize", (0.5, 0.5, 0.5))
 
 STOCK = """
 import json, sys, torch
@@ -100,7 +100,7 @@ def test_stock_generates_word_for_word_what_our_engine_says(
     make_model: Any, build: Callable[..., Any], tiny: Path, tmp_path: Path
 ) -> None:
     squares = {
-        n: square((tiny / f"pairs/{n}.png").read_bytes(), size=56, encoding=Webp(), fit=SQUASH) for n in ("dog", "cat")
+        n: square((tiny / f"pairs/{n}.png").read_bytes(), size=56, encoding=Webp(), fit=RESIZE) for n in ("dog", "cat")
     }
     for name, data in squares.items():
         (tmp_path / f"{name}.png").write_bytes(data)
@@ -247,7 +247,7 @@ def test_more_images_than_placeholders_are_refused_everywhere(
         with pytest.raises((ValueError, IndexError, StopIteration)):
             AutoProcessor.from_pretrained(tmp_path)(text=[text], images=[image] * 2, return_tensors="pt")
     engine = open_engine(tmp_path, tmp_path / "features")
-    data = square((tiny / "pairs/dog.png").read_bytes(), size=56, encoding=Webp(), fit=SQUASH)
+    data = square((tiny / "pairs/dog.png").read_bytes(), size=56, encoding=Webp(), fit=RESIZE)
     one = [engine.tokenizer.image_id] * engine.tokenizer.image_tokens
     swapped = [Prompt([1, *one, 40], (data, data)), Prompt([1, *one, *one, 40], (data,))]  # right in sum, wrong in each
     with pytest.raises(ValueError, match=r"prompt of request '0' has \d+ image positions for 2 images"):

@@ -10,7 +10,7 @@ from torch import Tensor
 from vila_ops.config import Resources, Stage
 from vila_ops.model import folder as model_folder
 from vila_ops.model.trainable import set_trainable
-from vila_ops.train.engine import Engine, build_engine
+from vila_ops.train.engine import TrainEngine, build_engine
 from vila_ops.train.job import RankInfo
 from vila_ops.train.loop import modifications_of
 from vila_ops.train.objective import Batch, Objective
@@ -41,7 +41,7 @@ def make_batch(objective: Objective, kind: str, seed: int) -> Batch:
     )
 
 
-def walk(engine: Engine, objective: Objective, *, ranks: tuple[int, ...]) -> dict[str, Tensor]:
+def walk(engine: TrainEngine, objective: Objective, *, ranks: tuple[int, ...]) -> dict[str, Tensor]:
     """Take all steps with the rows of some ranks. Returns the state by name."""
     for number, passes in enumerate(STEPS):
         for micro, kinds in enumerate(passes):
@@ -53,7 +53,7 @@ def walk(engine: Engine, objective: Objective, *, ranks: tuple[int, ...]) -> dic
     return {f"{kind}/{name}": t.contiguous() for name, tensors in states.items() for kind, t in tensors.items()}
 
 
-def set_out(folder: str, stage: Stage, resources: Resources) -> tuple[Engine, Objective]:
+def set_out(folder: str, stage: Stage, resources: Resources) -> tuple[TrainEngine, Objective]:
     """Return engine and objective of a stage."""
     model = model_folder.load(Path(folder), modifications=modifications_of(stage))
     objective = Objective(model, bf16=False)

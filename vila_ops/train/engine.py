@@ -24,7 +24,7 @@ State = tuple[str, dict[str, Tensor]]
 """The name of a parameter, and its fp32 `param`, `exp_avg` and `exp_avg_sq`."""
 
 
-class Engine(Protocol):
+class TrainEngine(Protocol):
     """Forward pass, backward pass, optimizer step, and the whole state by parameter name."""
 
     live: bool
@@ -66,17 +66,17 @@ class PlainEngine:
         self.optimizer = build_optimizer(stage, trained, resources)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """See Engine."""
+        """See TrainEngine."""
         total, token_losses = self.objective(batch)
         return total, token_losses
 
     def backward(self, loss: Tensor) -> None:
-        """See Engine."""
+        """See TrainEngine."""
         if loss.requires_grad:  # not for a batch of text where only parts on the image path train
             torch.autograd.backward(loss)
 
     def step(self, lr_multiplier: float) -> float:
-        """See Engine. A parameter that no row used gets a gradient of zero, as under ZeRO."""
+        """See TrainEngine. A parameter that no row used gets a gradient of zero, as under ZeRO."""
         for _, parameter in self.named:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -88,18 +88,18 @@ class PlainEngine:
         return norm
 
     def state(self) -> Iterator[State]:
-        """See Engine."""
+        """See TrainEngine."""
         for name, parameter in self.named:
             moments = self.optimizer.state.get(parameter) or dict.fromkeys(MOMENTS, torch.zeros_like(parameter))
             yield name, {"param": parameter.detach(), **{key: moments[key] for key in MOMENTS}}
 
     def facts(self) -> dict[str, Any]:
-        """See Engine."""
+        """See TrainEngine."""
         facts = {"engine": "torch", "zero_stage": 0, "world_size": 1, "offload": "none"}
         return facts | _optimizer_facts(self.optimizer, self.objective)
 
     def restore(self, states: dict[str, dict[str, Tensor]], *, step: int) -> None:
-        """See Engine."""
+        """See TrainEngine."""
         for name, parameter in self.named:
             saved = states[name]
             with torch.no_grad():
@@ -128,18 +128,18 @@ class DeepSpeedEngine:
         self._init_moments(step=0)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """See Engine."""
+        """See TrainEngine."""
         total, token_losses = self.engine(batch)
         return total, token_losses
 
     def backward(self, loss: Tensor) -> None:
-        """See Engine. DeepSpeed averages gradients over ranks; the factor of the world size makes that a sum."""
+        """See TrainEngine. DeepSpeed averages gradients over ranks; the factor of the world size makes that a sum."""
         self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()  # only counts the micro-batch
 
     def step(self, lr_multiplier: float) -> float:
-        """See Engine. ZeRO 1 to 3 skip an update whose norm is not finite. Without ZeRO, DeepSpeed computes no norm."""
+        """See TrainEngine. ZeRO skips an update whose norm is not finite. Without ZeRO, DeepSpeed computes no norm."""
         _set_learning_rates(self.engine.optimizer, lr_multiplier)
         if self.zero_stage == 0:
             norm = _clip([p for _, p in self.named], self.max_grad_norm)
@@ -154,7 +154,7 @@ class DeepSpeedEngine:
         return float(self.engine.get_global_grad_norm())
 
     def state(self) -> Iterator[State]:
-        """See Engine."""
+        """See TrainEngine."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         for name, parameter in self.named:
@@ -167,7 +167,7 @@ class DeepSpeedEngine:
                 yield name, {key: value.view(_full_shape(parameter)) for key, value in full.items()}
 
     def facts(self) -> dict[str, Any]:
-        """See Engine."""
+        """See TrainEngine."""
         facts = {
             "engine": f"deepspeed {self.deepspeed.__version__}",
             "zero_stage": self.engine.zero_optimization_stage(),
@@ -178,7 +178,7 @@ class DeepSpeedEngine:
         return facts | _optimizer_facts(self.adamw, self.engine.module)
 
     def restore(self, states: dict[str, dict[str, Tensor]], *, step: int) -> None:
-        """See Engine."""
+        """See TrainEngine."""
         self._init_moments(step=step)
         for name, parameter in self.named:
             saved = states[name]
@@ -275,7 +275,7 @@ def deepspeed_config(stage: Stage, resources: Resources) -> dict[str, Any]:
     }
 
 
-def build_engine(objective: Objective, trained: Trained, stage: Stage, resources: Resources) -> Engine:
+def build_engine(objective: Objective, trained: Trained, stage: Stage, resources: Resources) -> TrainEngine:
     """Return the engine for the resources, with gradient checkpointing if they set it.
 
     Gradient checkpointing covers the layers of the language model, and of the vision tower if that trains.

@@ -34,7 +34,7 @@ from vila_ops.tracking.system import SystemMetrics
 from vila_ops.train.bad_samples import BadSampleFinder
 from vila_ops.train.batch_builder import BatchBuilder
 from vila_ops.train.checkpoint.checkpointer import Checkpointer, Curve
-from vila_ops.train.engine import Engine, build_engine
+from vila_ops.train.engine import TrainEngine, build_engine
 from vila_ops.train.job import RankInfo, TrainJob
 from vila_ops.train.metrics import LossAccumulator, MetricsLogger, StepMetrics
 from vila_ops.train.objective import Objective
@@ -135,7 +135,7 @@ def modifications_of(stage: Stage) -> Modifications:
 
 
 def accumulate_gradients(
-    engine: Engine,
+    engine: TrainEngine,
     accumulator: LossAccumulator,
     row_loader: RowLoader,
     job: TrainJob,
@@ -166,7 +166,7 @@ def accumulate_gradients(
 
 @torch.no_grad()
 def validate(
-    engine: Engine, accumulator: LossAccumulator, row_loader: RowLoader, watchdog: StepWatchdog, *, step: int
+    engine: TrainEngine, accumulator: LossAccumulator, row_loader: RowLoader, watchdog: StepWatchdog, *, step: int
 ) -> StepMetrics:
     """Return the totals over the validation rows, which the ranks share; the loss is in nats per target token."""
     rank_info, rows = watchdog.rank_info, row_loader.validation()
@@ -180,7 +180,7 @@ def validate(
     return totals._replace(loss=totals.loss / totals.targets)
 
 
-def save_model(engine: Engine, job: TrainJob, curve: Curve, rank_info: RankInfo) -> None:
+def save_model(engine: TrainEngine, job: TrainJob, curve: Curve, rank_info: RankInfo) -> None:
     """Write the trained model and the curve on rank 0. The other ranks take part in gathering the weights."""
     trained = {}
     for name, tensors in engine.state():

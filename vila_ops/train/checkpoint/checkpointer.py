@@ -23,7 +23,7 @@ from vila_ops.errors import CorruptArtifact
 from vila_ops.train.checkpoint.rank_file import RankFile, StagingBuffers
 from vila_ops.train.checkpoint.ranks import Ranks
 from vila_ops.train.checkpoint.storage import storage_of
-from vila_ops.train.engine import Engine, State
+from vila_ops.train.engine import State, TrainEngine
 from vila_ops.train.job import RankInfo
 
 FORMAT = 1
@@ -37,8 +37,9 @@ class Checkpointer:
     """Saves and restores the resume checkpoints of a stage. All ranks call the same methods at the same steps.
 
     `save` only copies tensors. A thread writes and syncs this rank's file; on rank 0 it then seals the checkpoint and
-    removes old ones. If the tensors are live (see Engine), the thread makes the copies too, while the loop computes
-    gradients, and the loop has to call `wait_for_staging` before the engine's step. At most one save is in progress.
+    removes old ones. If the tensors are live (see TrainEngine), the thread makes the copies too, while the loop
+    computes gradients, and the loop has to call `wait_for_staging` before the engine's step. At most one save is in
+    progress.
     An error in the thread is logged there, and raised on every rank by the next `save` or by `close`.
     """
 
@@ -57,7 +58,7 @@ class Checkpointer:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
-    def restore(self, engine: Engine) -> tuple[int, Curve]:
+    def restore(self, engine: TrainEngine) -> tuple[int, Curve]:
         """Restore the newest checkpoint. Returns the steps done and their curve: 0 and [] without a checkpoint."""
         newest = self.newest()
         if newest is None:
