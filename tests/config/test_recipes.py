@@ -1,7 +1,7 @@
 """The paper's recipes and ablations: whole, as their golden files say, and with the numbers of paper and scripts.
 
 The golden file of a recipe is the whole of it; that of an ablation what it has otherwise than its base.
-VILA_GOLDEN=write writes them anew.
+VILA_GOLDEN=write rewrites them.
 """
 
 import functools

@@ -42,7 +42,7 @@ def main() -> None:
         data = make()
         print(name, flush=True)  # noqa: T201 what the test reads
         before = _memory("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         started = time.process_time()
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # its signal ends the process, inside C code too
         found = outcome(data, max_pixels=max_pixels, scaled=number % 2 == 1, fit=FITS[number % 3])

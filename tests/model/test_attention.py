@@ -27,9 +27,9 @@ def hidden_of(whole: VilaForConditionalGeneration, kernel: Any, segments: Tensor
     attention.use(whole, kernel)
     device = whole.lm_head.weight.device
     ids = torch.randint(4, 500, SEGMENTS.shape, generator=torch.Generator().manual_seed(0)).to(device)
-    kept_apart = attention.document_mask(whole, segments.to(device))
+    masks = attention.document_mask(whole, segments.to(device))
     place = positions(SEGMENTS).to(device)
-    states: Tensor = whole.hidden(whole.embed(ids, None), position_ids=place, use_cache=False, **kept_apart)[0]
+    states: Tensor = whole.hidden(whole.embed(ids, None), position_ids=place, use_cache=False, **masks)[0]
     return states
 
 

@@ -108,7 +108,7 @@ def test_weights_without_a_position_table_are_refused(make_tower: MakeTower) -> 
 
 
 def test_a_tower_of_images_that_are_no_squares_is_refused(make_model: Any, tmp_path: Path) -> None:
-    """InternViT's config has room for them, LLaVA's processor and the merging of patches have not."""
+    """InternViT's config allows them; LLaVA's processor and the merging of patches do not."""
     AutoModel.from_config(InternVLVisionConfig(**SHAPE, image_size=(56, 84), patch_size=14)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"height and width \(56, 84\) are not a square"):
         build_tower(as_hub(make_model, tmp_path), cache=tmp_path)

@@ -73,7 +73,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return loaded
 
 
-def learnt(tokenizer: PreTrainedTokenizerFast, messages: Messages) -> str:
+def target_text(tokenizer: PreTrainedTokenizerFast, messages: Messages) -> str:
     """The text under the assistant mask."""
     encoded: Any = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     marked = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
@@ -198,4 +198,4 @@ def test_assistant_mask_marks_exactly_the_answers_and_their_ends(
         messages.append({"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]})
         content = [{"type": "text", "text": answer}] if in_parts else answer
         messages.append({"role": "assistant", "content": content})
-    assert learnt(tokenizer, messages) == "".join(answer + IM_END for answer in answers)
+    assert target_text(tokenizer, messages) == "".join(answer + IM_END for answer in answers)

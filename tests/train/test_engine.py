@@ -207,11 +207,11 @@ def test_layers_that_are_computed_anew_give_the_same_bits_from_fewer_kept_bytes(
         assert engine.facts()["recomputed_layers"] == (0 if not again else 4 if kind == "tower" else 2)
     once, twice = begun
     assert set(once.values()) == {1}
-    anew = {name for name in once if kind == "tower" or "language_model" in name}
+    recomputed = {name for name in once if kind == "tower" or "language_model" in name}
     last = {
-        name for name in anew if name.endswith("vision_tower.encoder.layers.1.mlp")
+        name for name in recomputed if name.endswith("vision_tower.encoder.layers.1.mlp")
     }  # after the state that the projector reads
-    assert twice == {name: 2 if name in anew - last else 1 for name in once}
+    assert twice == {name: 2 if name in recomputed - last else 1 for name in once}
     assert kept[1] < 0.7 * kept[0]
     plain, other = gradients
     assert {name for name, g in plain.items() if g is not None and g.any()}

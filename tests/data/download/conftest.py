@@ -252,7 +252,7 @@ class FaultyServer:
         self._started.wait()
 
     def plan(self, cases: list[Case], *, delay_seconds: float = 0.0) -> list[str]:
-        """Begin anew with these cases, and their URLs."""
+        """Start again with these cases, and their URLs."""
         self.cases = {case.path: case for case in cases}
         self.seen, self.most_in_flight, self.heads = Counter(), Counter(), []
         self.delay_seconds = delay_seconds
