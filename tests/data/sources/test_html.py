@@ -142,7 +142,7 @@ def test_the_encoding_is_that_of_the_mark_or_the_declaration(
         (f"<p>a<img src={'a/' * 3000}a.png>", "bad_image_path", "aaa"[:1]),
         ("<p>a<img src=img/gone.png>", "missing_image", "guide/img/gone.png"),
         ("<p>a<img src=img>", "missing_image", "guide/img"),
-        ("<p>a<img src=img/text.png>", "bad_image_not_a_image", ""),
+        ("<p>a<img src=img/text.png>", "bad_image_not_an_image", ""),
         ("<p>a<img src=link.png>", "bad_image_path", "link"),
         ("<p>a<img src=data:image/png,abc>", "bad_url", "base64"),
         ("<p>a<img src=data:image/png;base64,a>", "bad_base64", ""),
