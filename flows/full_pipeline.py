@@ -21,8 +21,8 @@ def vila(run: Run | None = None) -> dict[str, str]:
     run = run or load(Path("configs/recipes/demo.yaml"), resources=Path("configs/resources/laptop.yaml"))
     logging.getLogger("vila_ops").setLevel(logging.INFO)  # Prefect gives the logger handlers, but no level
     summary.check(run)
-    page = settings.PREFECT_UI_URL.value()  # None without a server's address
-    context = RunContext(links={"prefect": page} if page else {})
+    address = settings.PREFECT_UI_URL.value()  # None without a server's address
+    context = RunContext(links={"prefect": address} if address else {})
     outcome = run_pipeline(run, TASKS, context=context, flow_run=runtime.flow_run.id)
     page = summary.write(run, outcome)
     create_markdown_artifact(key="vila-report", markdown=summary.markdown(page.summary), description="The run")

@@ -122,7 +122,7 @@ def _run_to_the_end(command: list[str], env: dict[str, str]) -> Digests:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     outcome = json.loads(done.stdout)
-    made = {f"{kind}/{name}": one for kind in ("checkpoints", "probes") for name, one in outcome[kind].items()}
+    made = {f"{kind}/{name}": one for kind in ("models", "stage_reports") for name, one in outcome[kind].items()}
     return {name: one["digest"] for name, one in {**made, "report": outcome["report"]}.items()}
 
 
