@@ -48,8 +48,8 @@ def main() -> None:
         _answer(_run(json.loads(line)))
 
 
-def _answer(told: Any) -> None:
-    sys.stdout.write(json.dumps(told) + "\n")
+def _answer(answer: Any) -> None:
+    sys.stdout.write(json.dumps(answer) + "\n")
     sys.stdout.flush()
 
 

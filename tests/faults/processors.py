@@ -83,11 +83,11 @@ def run(way: Way, arguments: list[str]) -> bool:
             done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     else:
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    said = (done.stdout + done.stderr).rstrip()
+    output = (done.stdout + done.stderr).rstrip()
     result = "passed" if done.returncode == 0 else "FAILED"
-    _write(f"{way.name:<32} {result}  {said.rpartition(chr(10))[2]}  ({time.monotonic() - started:.0f} s)")
+    _write(f"{way.name:<32} {result}  {output.rpartition(chr(10))[2]}  ({time.monotonic() - started:.0f} s)")
     if done.returncode:
-        _write(f"{' '.join(f'{name}={value}' for name, value in way.env.items())}\n{said[-20_000:]}")
+        _write(f"{' '.join(f'{name}={value}' for name, value in way.env.items())}\n{output[-20_000:]}")
     return done.returncode == 0
 
 

@@ -52,8 +52,8 @@ def test_every_flipped_bit_is_found(
 
     def put(name: str, data: bytes) -> None:
         if on_s3:  # keeps the sha256 of the upload, as damage in the store does
-            told = client().head_object(**place(f"{resume}/{name}"))["Metadata"]
-            client().put_object(**place(f"{resume}/{name}"), Body=data, Metadata=told)
+            metadata = client().head_object(**place(f"{resume}/{name}"))["Metadata"]
+            client().put_object(**place(f"{resume}/{name}"), Body=data, Metadata=metadata)
         else:
             (Path(resume) / name).write_bytes(data)
 

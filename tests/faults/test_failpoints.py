@@ -64,12 +64,12 @@ def test_killed_before_or_after_any_of_them_it_ends_with_the_same_bytes(
     batches, expected = global_batches(unbroken.samples()), unbroken.train().digest
     every = [(point, side) for point in points for side in SIDES]
     for point, side in every * TIMES or random.Random(SEED).sample(every, FEW):
-        told = f"killed {side} {point} (VILA_SEED={SEED})"
+        case = f"killed {side} {point} (VILA_SEED={SEED})"
         trial = unbroken.in_store(str(tmp_path / "store"))
         stage = trial.model_dump(mode="json")
         codes = fork(stage=stage, kill=[point, side])
-        assert codes == [-9] or (codes == [0] and any(timed in point for timed in TIMED)), f"not {told}: {codes}"
-        assert fork(stage=stage) == [0], told
-        assert trial.train().digest == expected, told
-        assert first_mismatch(trial.samples(), batches) is None, told
+        assert codes == [-9] or (codes == [0] and any(timed in point for timed in TIMED)), f"not {case}: {codes}"
+        assert fork(stage=stage) == [0], case
+        assert trial.train().digest == expected, case
+        assert first_mismatch(trial.samples(), batches) is None, case
         shutil.rmtree(tmp_path / "store")

@@ -148,7 +148,7 @@ def _on_ray(folder: Path, address: str) -> list[str]:
 def _command(folder: Path, resources: dict[str, object]) -> list[str]:
     file = folder / "resources.yaml"
     places = {name: str(folder / name) for name in ("store", "cache")}
-    told = merge(resources, {"storage": places, "train": {"record_samples": True}})
-    file.write_text(yaml.safe_dump(told))
+    settings = merge(resources, {"storage": places, "train": {"record_samples": True}})
+    file.write_text(yaml.safe_dump(settings))
     program = Path(sys.executable).parent / "vila-ops"
     return [str(program), "run", "configs/recipes/tiny.yaml", "-r", str(file), "--json"]

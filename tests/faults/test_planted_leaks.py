@@ -108,11 +108,11 @@ def dressed(words: list[str], draw: random.Random) -> str:
 
 def test_evaluation_texts_inside_longer_ones_are_found_and_no_others() -> None:
     draw = random.Random(0)
-    asked = [sentence(draw, draw.randint(13, 40)) for _ in range(COUNT)]
-    known = signed([record(" ".join(words)) for words in asked], None)
+    questions = [sentence(draw, draw.randint(13, 40)) for _ in range(COUNT)]
+    known = signed([record(" ".join(words)) for words in questions], None)
     leaks = [
         record(dressed(sentence(draw, draw.randint(0, 200)) + words + sentence(draw, draw.randint(0, 200)), draw))
-        for words in asked
+        for words in questions
     ]
     others = [record(dressed(sentence(draw, draw.randint(13, 300)), draw)) for _ in range(10 * COUNT)]
     detected = contaminated(signed(leaks + others, known_ngrams(known)), known, GATE).to_pylist()
@@ -123,9 +123,9 @@ def test_evaluation_texts_inside_longer_ones_are_found_and_no_others() -> None:
 
 def test_short_evaluation_texts_are_found_where_they_are_the_whole_text_only() -> None:
     draw = random.Random(1)
-    asked = [[*sentence(draw, draw.randint(5, 11)), f"name{number}"] for number in range(COUNT)]
-    known = signed([record(" ".join(words)) for words in asked], None)
-    whole = [record(dressed(words, draw)) for words in asked]
-    inside = [record(dressed(["so", *words], draw)) for words in asked]
+    questions = [[*sentence(draw, draw.randint(5, 11)), f"name{number}"] for number in range(COUNT)]
+    known = signed([record(" ".join(words)) for words in questions], None)
+    whole = [record(dressed(words, draw)) for words in questions]
+    inside = [record(dressed(["so", *words], draw)) for words in questions]
     detected = contaminated(signed(whole + inside, known_ngrams(known)), known, GATE)
     assert detected["record"].to_pylist() == detected["twin"].to_pylist() == list(range(COUNT))

@@ -291,13 +291,13 @@ def test_a_lease_whose_beat_was_not_answered_is_still_held(proxy: Proxy, s3_stor
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"), [("slow_down", r"still answers SlowDown \(503\)"), ("hang", "did not answer")]
+    ("fault", "message"), [("slow_down", r"still answers SlowDown \(503\)"), ("hang", "did not answer")]
 )
 def test_a_store_that_stays_down_is_given_up_after_a_bound_and_told(
-    fault: Fault, told: str, proxy: Proxy, s3_store: str
+    fault: Fault, message: str, proxy: Proxy, s3_store: str
 ) -> None:
     proxy.choose = lambda *_: fault
-    with pytest.raises(StoreUnreachable, match=told) as raised:
+    with pytest.raises(StoreUnreachable, match=message) as raised:
         find(Dataset, at(0), store=s3_store)
     assert s3_store in str(raised.value)
     assert len(proxy.calls) == TRIES

@@ -131,11 +131,11 @@ def test_a_step_costs_what_torch_counts_but_for_the_half_that_a_causal_mask_hide
 
 def test_what_transformers_runs_above_the_state_that_is_read_does_not_count(measured: Any) -> None:
     shapes, stage, (products, attention) = measured(CASES[0], feature_layer=-2)
-    told = flops(shapes, stage, Load(TOKENS, TOKENS**2, IMAGES, TARGETS)).model
+    counted = flops(shapes, stage, Load(TOKENS, TOKENS**2, IMAGES, TARGETS)).model
     last_layer = (
         2 * IMAGES * 26 * (4 * 32 * 32 + 2 * 32 * 64 + 26 * 2 * 32)
     )  # q, k, v, output; MLP; 25 patches and [CLS]
-    assert products + attention - told == last_layer
+    assert products + attention - counted == last_layer
 
 
 def test_cached_features_cost_nothing(measured: Any) -> None:
@@ -153,5 +153,5 @@ def test_llama_2_7b_costs_6_n_a_token_but_for_its_embedding_and_attention(make_s
     embedding, norms = 32_000 * 4096, 65 * 4096
     by_6n = 6 * (6_738_415_616 - embedding - norms) * 4096  # the number that Meta publishes
     attention = 6 * 32 * 2 * 4096 * 4096 * 4097 / 2
-    told = training_flops(shapes_of(config), stage, segments=[4096], images=0, targets=4096)
-    assert told == by_6n + attention
+    counted = training_flops(shapes_of(config), stage, segments=[4096], images=0, targets=4096)
+    assert counted == by_6n + attention

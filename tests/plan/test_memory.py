@@ -116,8 +116,8 @@ def test_the_forecast_is_what_is_alive_at_the_peak_of_a_step(case: Case, make_st
         recompute(objective.model.model.language_model)
     train = TrainResources(micro_batch_size=ROWS, gradient_checkpointing=case.recomputed)
     resources = Resources(launch="inline", train=train)
-    told = memory(shapes, weights, stage, resources, MicroBatch(ROWS, TOKENS, ROWS)).total
-    assert told == pytest.approx(peak(objective, stage, case.accumulated), rel=case.within)
+    forecast = memory(shapes, weights, stage, resources, MicroBatch(ROWS, TOKENS, ROWS)).total
+    assert forecast == pytest.approx(peak(objective, stage, case.accumulated), rel=case.within)
 
 
 def built(config: VilaConfig, stage: Stage) -> tuple[Objective, Weights]:
@@ -199,6 +199,6 @@ def test_zero_shares_states_over_the_workers(
     train = TrainResources.model_validate({"num_workers": 8, "zero_stage": zero, "offload": offload})
     resources = Resources(launch="ray", ray_address="h:1", train=train)
     config = VilaConfig(vision_config=CLIP, text_config=LLAMA, vision_side=SIDE, tie_word_embeddings=False)
-    told = memory(shapes_of(config), Weights(10**9, 0, 0), stage, resources, MicroBatch(1, 64, 0))
-    actual = (told.weights, told.gradients, told.optimizer, told.host)
+    forecast = memory(shapes_of(config), Weights(10**9, 0, 0), stage, resources, MicroBatch(1, 64, 0))
+    actual = (forecast.weights, forecast.gradients, forecast.optimizer, forecast.host)
     assert actual == pytest.approx(tuple(size * 1e9 for size in (weights, gradients, optimizer, host)))

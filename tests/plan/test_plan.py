@@ -119,15 +119,15 @@ def test_declared_lengths_keep_their_means(make_mixture: Any) -> None:
 
 
 def test_a_stage_that_does_not_fit_is_refused_and_fits_with_the_settings_that_are_named(planned: Any) -> None:
-    plan, code, said = planned()
+    plan, code, errors = planned()
     stages = {one["stage"]: one for one in plan["stages"]}
     assert code == 1
-    assert "stage 'sft' needs" in said
+    assert "stage 'sft' needs" in errors
     assert {name: one["fits"] for name, one in stages.items()} == {"align": True, "pretrain": True, "sft": False}
     nearest = stages["sft"]["nearest"]
     assert nearest
-    again, code, said = planned(*(f"resources.train.stages.sft.{key}={value}" for key, value in nearest.items()))
-    assert (code, said) == (0, "")
+    again, code, errors = planned(*(f"resources.train.stages.sft.{key}={value}" for key, value in nearest.items()))
+    assert (code, errors) == (0, "")
     assert all(one["fits"] for one in again["stages"])
 
 

@@ -253,7 +253,7 @@ def test_a_second_save_waits_for_the_first(make: Make, held: threading.Event, tm
     waiting.join(60)
     checkpoints.close()
     assert sealed == [True]
-    assert checkpoints.stall_seconds - before > 0.1, "the wait is told"
+    assert checkpoints.stall_seconds - before > 0.1, "the wait is counted"
     assert newest_step(make()) == 5
 
 
@@ -272,9 +272,9 @@ def test_a_save_that_failed_is_raised_by_the_next_and_by_close(make: Make, tmp_p
         checkpoints.save(4, iter(states(4.0).items()), CURVE)
         with pytest.raises(
             OSError, match=r"step-000004-\w+ was not written|/resume/\.step-000004-\w+/rank-00000"
-        ) as told:
+        ) as raised:
             checkpoints.close() if end == "close" else checkpoints.save(6, iter(states(6.0).items()), CURVE)
-        assert told.value.errno is not None
+        assert raised.value.errno is not None
         (tmp_path / "resume").unlink()
 
 

@@ -142,7 +142,7 @@ def test_the_sources_losses_weighted_by_their_targets_are_the_loss_of_the_step(
 ) -> None:
     metrics, *_ = metered
     source_of = {row["key"]: row["source"] for row in read_index(content(bench.data)).to_pylist()}
-    told = 0
+    source_losses = 0
     for step, rows in enumerate(steps, start=1):
         targets: dict[str, int] = {}
         for row in rows:
@@ -151,10 +151,10 @@ def test_the_sources_losses_weighted_by_their_targets_are_the_loss_of_the_step(
                 targets[source_of[key]] = targets.get(source_of[key], 0) + number
         own = {name: metrics[f"loss/{name}"][step] for name in source_of.values() if step in metrics[f"loss/{name}"]}
         assert own.keys() == targets.keys()
-        told += len(own)
+        source_losses += len(own)
         mean = sum(own[name] * number for name, number in targets.items()) / sum(targets.values())
         assert mean == pytest.approx(metrics["loss"][step], rel=1e-6)
-    assert told > len(steps), "no step has two sources"
+    assert source_losses > len(steps), "no step has two sources"
     assert metrics["validation_loss"].keys() == {4, 6}
     validated = [name for name in metrics if name.startswith("validation_loss/")]
     assert all(
@@ -198,8 +198,8 @@ def test_speed_padding_mfu_rates_and_cost_are_those_of_the_rows_and_the_clock(
 
 def test_the_stages_run_names_its_data_and_its_machine(bench: Any, metered: tuple[Histories, Any, float]) -> None:
     metrics, run, _ = metered
-    (told,) = run.inputs.dataset_inputs
-    assert (told.dataset.name, told.dataset.digest) == (bench.mixture.name, bench.data.digest[:36])
+    (dataset_input,) = run.inputs.dataset_inputs
+    assert (dataset_input.dataset.name, dataset_input.dataset.digest) == (bench.mixture.name, bench.data.digest[:36])
     assert run.data.tags["data"] == bench.data.digest
     assert run.info.status == "FINISHED"
     assert all(0 <= value <= 100 for value in metrics["system/cpu_utilization_percentage"].values())

@@ -102,8 +102,8 @@ def test_hung_ranks_end_with_their_stacks_and_the_next_try_walks_the_same_curve(
         wait_for(lambda: (Path(job.resume) / "step-000002").exists())
         ranks[1].send_signal(signal.SIGSTOP)
         assert ranks[0].wait(120) == HUNG
-        said = json.loads((folder / "rank-001.heartbeat.json").read_text())
-        assert said["pid"] == ranks[1].pid
+        status = json.loads((folder / "rank-001.heartbeat.json").read_text())
+        assert status["pid"] == ranks[1].pid
         assert not (folder / "rank-001.stacks").exists(), "it was stopped, so it did not see itself hang"
         ranks[1].send_signal(signal.SIGCONT)
         assert ranks[1].wait(120) != 0
@@ -112,9 +112,9 @@ def test_hung_ranks_end_with_their_stacks_and_the_next_try_walks_the_same_curve(
             rank.kill()
     first = (folder / "rank-000.stacks").read_text()
     assert re.search(r"rank 0 of 2 hangs in phase (train|save|validate) after step \d+", first)
-    told = re.search(r"no heartbeat for (\d+) s, the limit is 8 s", first)
-    assert told, first
-    assert 8 <= int(told[1]) < 8 + 2 * 2, "a look a second, of which no more than two seconds count"
+    seconds = re.search(r"no heartbeat for (\d+) s, the limit is 8 s", first)
+    assert seconds, first
+    assert 8 <= int(seconds[1]) < 8 + 2 * 2, "a look a second, of which no more than two seconds count"
     assert re.search(r"line \d+ in (_sum|step|backward|_barrier|all_reduce|barrier)\n", first), first
     ranks = start(job, "hung_rank.py")
     try:
@@ -175,16 +175,16 @@ def test_a_process_that_was_stopped_and_a_phase_without_bound_are_not_ended(run:
     assert process.stdout
     assert process.stdout.readline() == "begun\n"
 
-    def said() -> dict[str, Any]:
-        told: dict[str, Any] = json.loads((job.diagnostics() / "rank-000.heartbeat.json").read_text())
-        return told
+    def status() -> dict[str, Any]:
+        values: dict[str, Any] = json.loads((job.diagnostics() / "rank-000.heartbeat.json").read_text())
+        return values
 
-    wait_for(lambda: said()["phase"] == "train")
+    wait_for(lambda: status()["phase"] == "train")
     process.send_signal(signal.SIGSTOP)
     time.sleep(4)
-    stopped = said()["time"]
+    stopped = status()["time"]
     process.send_signal(signal.SIGCONT)
-    wait_for(lambda: said()["time"] > stopped)  # it has checked again and did not end the process
+    wait_for(lambda: status()["time"] > stopped)  # it has checked again and did not end the process
     assert process.communicate("\n", timeout=60) == ("ended\n", None)
     assert process.returncode == 0
 
@@ -234,18 +234,20 @@ def test_a_broken_sample_is_named_and_the_command_of_the_message_trains_without_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    recipe, asked = tmp_path / "own.yaml", tmp_path / "resources.yaml"
+    recipe, resources = tmp_path / "own.yaml", tmp_path / "resources.yaml"
     recipe.write_text(TINY.read_text().replace("../services/default.yaml", str(ROOT / "configs/services/default.yaml")))
     places = {name: str(tmp_path / name) for name in ("store", "cache", "data")}
     database = f"sqlite:///{tmp_path}/mlflow.db"
-    asked.write_text(yaml.safe_dump({"launch": "inline", "tracking": {"uri": database}, "storage": places}))
+    resources.write_text(yaml.safe_dump({"launch": "inline", "tracking": {"uri": database}, "storage": places}))
     small = ("-s", "stages.align.pack=false", "-s", "stages.align.global_batch_size=3")
-    command = ["train", str(recipe), "--stage", "align", "-r", str(asked), *small]
-    run = load(recipe, resources=asked, overrides=small[1::2])
+    command = ["train", str(recipe), "--stage", "align", "-r", str(resources), *small]
+    run = load(recipe, resources=resources, overrides=small[1::2])
     stage = run.recipe.stages["align"]
     assert CliRunner().invoke(app, [*command, "-s", "stages.align.num_steps=1"]).exit_code == 0
     data = prepare(stage.mixture, run.recipe.text("align"), run.resources)
-    job = job_of(load(recipe, resources=asked, overrides=(f"resources.storage.store={tmp_path}/other/store",)), "none")
+    job = job_of(
+        load(recipe, resources=resources, overrides=(f"resources.storage.store={tmp_path}/other/store",)), "none"
+    )
     step = 4
     rows = load_stage(TrainJob.model_validate({**job.model_dump(), "stage": stage, "data": data}))[1]
     keys = [key for row in rows.keys(step) for key in row]
@@ -258,10 +260,10 @@ def test_a_broken_sample_is_named_and_the_command_of_the_message_trains_without_
 
     failed = CliRunner().invoke(app, command)
     assert isinstance(failed.exception, NonFiniteLoss)
-    said = str(failed.exception)
-    assert f"align: loss nan at step {step + 1}; nothing was updated" in said
-    assert f"1 of the 3 samples of the step have such a loss: pairs {row['id']!r} ({row['key']});" in said
-    paste = shlex.split(said.partition("To train without their records: ")[2])
+    message = str(failed.exception)
+    assert f"align: loss nan at step {step + 1}; nothing was updated" in message
+    assert f"1 of the 3 samples of the step have such a loss: pairs {row['id']!r} ({row['key']});" in message
+    paste = shlex.split(message.partition("To train without their records: ")[2])
     stopped = BadSampleReport.model_validate_json(Path(paste[-1]).read_text())
     assert [(one.source, one.id, one.key) for one in stopped.samples] == [("pairs", row["id"], row["key"])]
     assert stopped.data == data.digest
@@ -291,10 +293,10 @@ def test_two_ranks_name_the_samples_of_both(run: Run) -> None:
     batches.feature_cache(list(known))
     poison(job, next(image for image in row.images if image not in known), float("inf"))
     ranks = start(job, stderr=subprocess.PIPE)
-    told = [rank.communicate(timeout=240)[1] for rank in ranks]
+    errors = [rank.communicate(timeout=240)[1] for rank in ranks]
     assert all(rank.returncode != 0 for rank in ranks)
     size = sum(len(other.keys) for other in steps[step])
-    for text in told:
+    for text in errors:
         assert (
             f"pretrain: loss nan at step {step + 1}; nothing was updated. {len(row.keys)} of the {size} samples" in text
         )
@@ -402,8 +404,8 @@ def on_ray(folder: Path, cluster: tuple[str, dict[str, str]], *more: str) -> sub
     resources = folder / "resources.yaml"
     places = {name: str(folder / name) for name in ("store", "cache", "data")}
     train = {"num_workers": 2, "zero_stage": 2, "max_failures": 50}
-    told = {"launch": "ray", "ray_address": address, "storage": places, "train": train}
-    resources.write_text(yaml.safe_dump(told))
+    settings = {"launch": "ray", "ray_address": address, "storage": places, "train": train}
+    resources.write_text(yaml.safe_dump(settings))
     command = [str(Path(sys.executable).parent / "vila-ops"), "train", str(TINY), "--stage", "align", "--json"]
     command += ["-r", str(resources), *more]
     return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **env}, stderr=subprocess.PIPE, text=True)
@@ -423,20 +425,20 @@ def test_ray_tries_a_hung_step_again_and_a_loss_that_is_no_number_not(
     bound = ("-s", "resources.train.watchdog.at_least_seconds=8", "-s", "resources.train.watchdog.factor=1")
     with on_ray(tmp_path, ray_cluster, *bound, "-s", "stages.align.num_steps=40") as training:
         wait_for(lambda: list(tmp_path.glob("store/resume/*/step-000004")))
-        (said,) = tmp_path.glob("store/diagnostics/*/rank-001.heartbeat.json")
-        os.kill(json.loads(said.read_text())["pid"], signal.SIGSTOP)
-        told = training.communicate(timeout=400)[1]
-    assert training.returncode == 0, told
-    assert "rank 0 of 2 hangs" in told
+        (heartbeat,) = tmp_path.glob("store/diagnostics/*/rank-001.heartbeat.json")
+        os.kill(json.loads(heartbeat.read_text())["pid"], signal.SIGSTOP)
+        errors = training.communicate(timeout=400)[1]
+    assert training.returncode == 0, errors
+    assert "rank 0 of 2 hangs" in errors
     assert list(tmp_path.glob("store/diagnostics/*/rank-000.stacks"))
     assert not list(tmp_path.glob("store/diagnostics/*/rank-*.heartbeat.json"))
 
     for path in tmp_path.glob(f"store/features/*/*/*{SUFFIX}"):
         path.write_bytes(filled(path, np.inf))
     with on_ray(tmp_path, ray_cluster, "-s", "stages.align.seed=1") as training:
-        told = training.communicate(timeout=400)[1]
+        errors = training.communicate(timeout=400)[1]
     assert training.returncode == 1
-    (error,) = re.findall(r"^error: (.*)$", told, re.MULTILINE)
+    (error,) = re.findall(r"^error: (.*)$", errors, re.MULTILINE)
     assert re.match(r"align: loss nan at step 1; nothing was updated\. All \d+ samples of the step have such", error)
     assert "vila-ops data quarantine" in error
     assert not list(tmp_path.glob("store/checkpoint/*/attempt-*-failed*"))

@@ -146,12 +146,12 @@ def done(run: Run) -> Path:
 def _run_ranks(folder: Path, tasks: dict[int, list[tuple[str, Settings]]]) -> None:
     processes = []
     for world_size in (1, 2, 4):
-        told = folder / f"tasks-{world_size}.json"
+        tasks_file = folder / f"tasks-{world_size}.json"
         alone = tasks[0] if world_size == 1 else []
-        told.write_text(json.dumps({"alone": alone, "together": tasks[world_size]}))
+        tasks_file.write_text(json.dumps({"alone": alone, "together": tasks[world_size]}))
         for rank in range(world_size):
-            command = [sys.executable, str(Path(__file__).parent / "ranks.py"), told, str(rank), str(world_size)]
-            processes.append(subprocess.Popen([*command, told.with_suffix(".rendezvous")], env=ENV, cwd=ROOT))
+            command = [sys.executable, str(Path(__file__).parent / "ranks.py"), tasks_file, str(rank), str(world_size)]
+            processes.append(subprocess.Popen([*command, tasks_file.with_suffix(".rendezvous")], env=ENV, cwd=ROOT))
     try:
         assert [process.wait() for process in processes] == [0] * 7
     finally:
@@ -206,10 +206,10 @@ def _job(run: Run, name: str, changes: Settings | None = None, **resources: Any)
 
 def _train_ranks(job: TrainJob, *, world_size: int, kill_at: int | None = None) -> None:
     folder = Path(job.attempt).parent
-    told = folder / "job.json"
-    told.write_text(job.model_dump_json())
+    job_file = folder / "job.json"
+    job_file.write_text(job.model_dump_json())
     rendezvous = folder / f"rendezvous-{world_size}-{kill_at}"
-    command = [sys.executable, str(Path(__file__).parent / "one_rank.py"), str(told)]
+    command = [sys.executable, str(Path(__file__).parent / "one_rank.py"), str(job_file)]
     ranks = [
         subprocess.Popen([*command, str(rank), str(world_size), str(rendezvous)], env=ENV, cwd=ROOT)
         for rank in range(world_size)
@@ -271,7 +271,7 @@ def test_a_curve_that_was_resumed_has_the_first_half_of_the_other(done: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "facts"),
     [
         ("plain", {"engine": "torch", "zero_stage": 0, "offload": "none", "fused": True, "recomputed_layers": 0}),
         ("not-fused", {"engine": "torch", "fused": False}),
@@ -283,9 +283,9 @@ def test_a_curve_that_was_resumed_has_the_first_half_of_the_other(done: Path) ->
         ("zero-3-recomputed", {"zero_stage": 3, "recomputed_layers": 2}),
     ],
 )
-def test_a_stage_says_what_really_ran(name: str, said: Settings, done: Path) -> None:
+def test_a_stage_says_what_really_ran(name: str, facts: Settings, done: Path) -> None:
     ran = json.loads((done / name / "attempt/ran.json").read_text())
-    assert {key: ran[key] for key in said} == said
+    assert {key: ran[key] for key in facts} == facts
 
 
 def test_a_killed_stage_goes_on_bit_for_bit_and_at_another_world_size(run: Run, done: Path) -> None:
