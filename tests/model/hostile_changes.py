@@ -1,4 +1,4 @@
-"""What hostile_folders.py does to a copy of a good model folder."""
+"""Changes that hostile_folders.py makes to a copy of a valid model folder."""
 
 import json
 import os
@@ -22,7 +22,7 @@ Change = Callable[[Path], object]
 
 
 class Payload:
-    """What unpickling would run."""
+    """An object whose unpickling runs code."""
 
     def __reduce__(self) -> Any:
         return exec, (PAYLOAD,)

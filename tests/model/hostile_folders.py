@@ -64,12 +64,12 @@ SETTINGS = ("config.json", "processor_config.json", "tokenizer_config.json", "ge
 
 
 class Attack(NamedTuple):
-    """A change of a good folder, and what the refusal says."""
+    """A change of a valid folder, and the expected refusal."""
 
     name: str
     change: Change
     reason: str
-    """A regular expression; `loaded` for folders that are good."""
+    """A regular expression of the message; `^loaded$` for valid folders."""
     seed: str = "plain"
 
 
@@ -151,16 +151,16 @@ def json_files() -> Iterator[Attack]:
 
 
 def code() -> Iterator[Attack]:
-    asked = {"AutoModel": "modeling_evil.Evil", "AutoConfig": "modeling_evil.Evil"}
+    auto_map = {"AutoModel": "modeling_evil.Evil", "AutoConfig": "modeling_evil.Evil"}
     for file in (*SETTINGS, "preprocessor_config.json", "special_tokens_map.json"):
-        yield Attack(f"auto_map_{file}", edit(file, auto_map=asked), "asks for code")
+        yield Attack(f"auto_map_{file}", edit(file, auto_map=auto_map), "asks for code")
         yield Attack(f"trust_{file}", edit(file, trust_remote_code=True), "asks for code")
     for part in ("text_config", "vision_config"):
-        yield Attack(f"auto_map_{part}", edit_in("config.json", part, auto_map=asked), "asks for code")
+        yield Attack(f"auto_map_{part}", edit_in("config.json", part, auto_map=auto_map), "asks for code")
         yield Attack(f"model_type_{part}", edit_in("config.json", part, model_type="evil"), "no model that can be")
         yield Attack(f"architecture_{part}", edit_in("config.json", part, architectures=["Evil"]), "no class of")
     yield Attack(
-        "auto_map_pixels", edit_in("processor_config.json", "image_processor", auto_map=asked), "asks for code"
+        "auto_map_pixels", edit_in("processor_config.json", "image_processor", auto_map=auto_map), "asks for code"
     )
     yield Attack("pipelines", edit("config.json", custom_pipelines={"evil": {"impl": "evil.Evil"}}), "asks for code")
     yield Attack("architecture", edit("config.json", architectures=["EvilForCausalLM"]), "no class of transformers")
@@ -278,10 +278,10 @@ def indices() -> Iterator[Attack]:
         "dots": ("..", "its own folder only"),
     }
     for name, (place, reason) in places.items():
-        yield Attack(f"index_{name}", index(lambda found, p=place: found.update({FIRST: p})), reason)
-    yield Attack("index_of_more", index(lambda found: found.update(evil=WEIGHTS)), "do not hold them")
-    yield Attack("index_of_less", index(lambda found: found.pop(FIRST)), "does not place there")
-    yield Attack("index_number", index(lambda found: found.update({FIRST: 1})), "no weight_map")
+        yield Attack(f"index_{name}", index(lambda stated, p=place: stated.update({FIRST: p})), reason)
+    yield Attack("index_of_more", index(lambda stated: stated.update(evil=WEIGHTS)), "do not hold them")
+    yield Attack("index_of_less", index(lambda stated: stated.pop(FIRST)), "does not place there")
+    yield Attack("index_number", index(lambda stated: stated.update({FIRST: 1})), "no weight_map")
     yield Attack("index_without_map", put(INDEX, b"{}"), "no weight_map")
     yield Attack("index_list", put(INDEX, b'{"weight_map": []}'), "no weight_map")
     yield Attack("index_empty", put(INDEX, b""), "JSON")
@@ -293,17 +293,25 @@ def indices() -> Iterator[Attack]:
 
 
 def tokenizers() -> Iterator[Attack]:
-    yield Attack("no_image_token", tokenizer(lambda told: rename_token(told, "<image>", "<img>")), "no token|<image>")
+    yield Attack(
+        "no_image_token", tokenizer(lambda stated: rename_token(stated, "<image>", "<img>")), "no token|<image>"
+    )
     yield Attack("image_token_elsewhere", edit("config.json", image_token_index=5), "the same id in both")
-    yield Attack("id_beyond", tokenizer(lambda told: added(told, id=900)), "beyond the embedding")
-    yield Attack("id_negative", tokenizer(lambda told: added(told, id=-1)), "token id -1")
-    yield Attack("id_huge", tokenizer(lambda told: added(told, id=2**40)), "token id")
-    yield Attack("id_text", tokenizer(lambda told: added(told, id="7")), "token id '7'")
-    yield Attack("id_fraction", tokenizer(lambda told: added(told, id=1.5)), "token id")
-    yield Attack("tokenizer_without_model", tokenizer(lambda told: told.pop("model")), "no tokenizer that we can read")
-    yield Attack("tokenizer_unknown", tokenizer(lambda told: told["model"].update(type="Evil")), "no tokenizer")
-    yield Attack("tokenizer_wrong_types", tokenizer(lambda told: told.update(added_tokens={"a": 1})), "no tokenizer")
-    yield Attack("tokenizer_regex", tokenizer(bad_regex), "no tokenizer")
+    yield Attack("id_beyond", tokenizer(lambda stated: added(stated, id=900)), "beyond the embedding")
+    yield Attack("id_negative", tokenizer(lambda stated: added(stated, id=-1)), "token id -1")
+    yield Attack("id_huge", tokenizer(lambda stated: added(stated, id=2**40)), "token id")
+    yield Attack("id_text", tokenizer(lambda stated: added(stated, id="7")), "token id '7'")
+    yield Attack("id_fraction", tokenizer(lambda stated: added(stated, id=1.5)), "token id")
+    yield Attack("tokenizer_without_model", tokenizer(lambda stated: stated.pop("model")), "not a readable tokenizer")
+    yield Attack(
+        "tokenizer_unknown", tokenizer(lambda stated: stated["model"].update(type="Evil")), "not a readable tokenizer"
+    )
+    yield Attack(
+        "tokenizer_wrong_types",
+        tokenizer(lambda stated: stated.update(added_tokens={"a": 1})),
+        "not a readable tokenizer",
+    )
+    yield Attack("tokenizer_regex", tokenizer(bad_regex), "not a readable tokenizer")
 
 
 def templates() -> Iterator[Attack]:
@@ -387,11 +395,11 @@ def projectors() -> Iterator[Attack]:
 def parts() -> Iterator[Attack]:
     for seed in ("tower", "words"):
         pickled = both(remove(WEIGHTS), put("pytorch_model.bin", pickle.dumps(Payload())))
-        asked = edit("config.json", auto_map={"AutoModel": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"})
+        auto_map = edit("config.json", auto_map={"AutoModel": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"})
         changes: dict[str, tuple[Change, str]] = {
             "pickle": (pickled, "may hold code"),
             "code": (put("modeling_evil.py", PAYLOAD.encode()), "may hold code"),
-            "auto_map": (asked, "asks for code"),
+            "auto_map": (auto_map, "asks for code"),
             "link": (link(WEIGHTS, "/etc/passwd"), "link out"),
             "model_type": (edit("config.json", model_type="evil"), "evil|no model that can be"),
             "architecture": (edit("config.json", architectures=["Evil"]), "no class of transformers"),
@@ -411,7 +419,7 @@ def parts() -> Iterator[Attack]:
 
 
 def main(seeds: Path, root: Path) -> None:
-    from vila_ops.config import Model  # heavy, and only this process reads
+    from vila_ops.config import Model  # heavy, and only this process needs it
     from vila_ops.config.engine import TorchEngine
     from vila_ops.generate.engine import EngineOptions
     from vila_ops.generate.load import open_folder
@@ -446,7 +454,7 @@ def main(seeds: Path, root: Path) -> None:
     watching = False
     sys.addaudithook(audit)
     for seed in ("plain", "merging", "tower", "words"):
-        read(seed, seeds / seed)  # what libraries load once counts for no folder
+        read(seed, seeds / seed)  # libraries open files on first use, which no folder causes
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     for attack in attacks():
         at = root / "attacked"
@@ -460,7 +468,7 @@ def main(seeds: Path, root: Path) -> None:
 
 
 def outcome(read: Callable[[], object]) -> str:
-    """`loaded`, or the refusal's words, or what should not have come."""
+    """`loaded`, `refused` with its message, or `RAISED` with an unexpected exception."""
     try:
         read()
     except ValueError as error:

@@ -42,14 +42,14 @@ def main() -> None:
             torch.autograd.backward(loss / count)
         head.weight.grad = hidden.grad = None
 
-    run(1)  # what a first call keeps is not of the loss
+    run(1)  # a first call allocates memory that is not the loss's
     before = memory("VmRSS")
     run(N)
     sys.stdout.write(str(memory("VmHWM") - before))
 
 
 def memory(field: str) -> float:
-    """Of this process, in MiB. Not getrusage's peak, which that of the process it was forked from is part of."""
+    """Peak memory of this process in MiB; getrusage's peak includes that of the parent process."""
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
     return int(line.split()[1]) / 2**10
 

@@ -1,4 +1,4 @@
-"""NVlabs' folders with random weights, written file by file; and what its code computes from them, said again by hand.
+"""NVlabs' folders with random weights, written file by file; and what its code computes from them, written again.
 
 The formulas are those of base_projector.py (vila1.5 and b760c34) and llava_arch.py: shapes and orders in own words.
 """
@@ -240,7 +240,7 @@ def _language_model(kind: str) -> PreTrainedModel:
 
 
 def _spread(model: PreTrainedModel) -> PreTrainedModel:
-    """Weights wide enough that every one of them is felt in the logits."""
+    """Weights large enough that each one changes the logits."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

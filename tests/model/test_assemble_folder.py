@@ -15,7 +15,7 @@ from vila_ops.model.assemble import assemble
 
 @pytest.fixture(scope="module")
 def whole(make_model: Any, build: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a model, with a file beside it that is none of the model's."""
+    """The folder of a model, with one file that does not belong to the model."""
     out: Path = tmp_path_factory.mktemp("whole")
     model, processor = build(make_model("clip", "mlp_downsample", after_image="\n"))
     model_folder.save(model, out, processor=processor)
@@ -82,7 +82,7 @@ def test_the_content_of_the_folder_is_what_counts_not_its_place(
         ),
     ],
 )
-def test_each_difference_from_the_recipe_is_told_with_both_values(
+def test_each_difference_from_the_recipe_is_reported_with_both_values(
     more: dict[str, Any],
     why: str,
     whole: Path,
@@ -96,7 +96,7 @@ def test_each_difference_from_the_recipe_is_told_with_both_values(
         assemble(start(whole, **more), make_resources(tmp_path))
 
 
-def test_a_tower_that_wants_other_pixels_is_told(
+def test_a_tower_that_wants_other_pixels_is_refused(
     whole: Path, start: Callable[..., Model], make_resources: Callable[..., Resources], tmp_path: Path
 ) -> None:
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.5]}')
@@ -105,14 +105,14 @@ def test_a_tower_that_wants_other_pixels_is_told(
         assemble(start(whole, vision_tower=tower), make_resources(tmp_path / "more"))
 
 
-def test_all_differences_are_told_at_once(
+def test_all_differences_are_reported_at_once(
     whole: Path, start: Callable[..., Model], make_resources: Callable[..., Resources], tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=r"image_size is 56.*; its feature_layer is -2.*chat template"):
         assemble(start(whole, image_size=70, feature_layer=-1, chat_template="plain"), make_resources(tmp_path))
 
 
-def test_a_language_model_of_another_shape_or_tokenizer_is_told(
+def test_a_language_model_of_another_shape_or_tokenizer_is_refused(
     whole: Path,
     start: Callable[..., Model],
     make_resources: Callable[..., Resources],

@@ -17,13 +17,13 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 def positions(segments: Tensor) -> Tensor:
-    """From 0 in each segment."""
+    """Position ids, from 0 in each segment."""
     return torch.stack([torch.cat([torch.arange(int(n)) for n in row.unique_consecutive(return_counts=True)[1]])
                         for row in segments])  # fmt: skip
 
 
 def hidden_of(whole: VilaForConditionalGeneration, kernel: Any, segments: Tensor = SEGMENTS) -> Tensor:
-    """Last hidden states of the same random tokens with a kernel."""
+    """Last hidden states of fixed random tokens with a kernel."""
     attention.use(whole, kernel)
     device = whole.lm_head.weight.device
     ids = torch.randint(4, 500, SEGMENTS.shape, generator=torch.Generator().manual_seed(0)).to(device)
@@ -33,19 +33,19 @@ def hidden_of(whole: VilaForConditionalGeneration, kernel: Any, segments: Tensor
     return states
 
 
-def test_a_mask_by_hand() -> None:
-    found = attention.attention_mask(torch.tensor([[1, 1, 2, 2, 0]]))
+def test_a_mask_of_five_tokens() -> None:
+    actual = attention.attention_mask(torch.tensor([[1, 1, 2, 2, 0]]))
     expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
-    assert found.shape == (1, 1, 5, 5)
-    assert found[0, 0].int().tolist() == expected
+    assert actual.shape == (1, 1, 5, 5)
+    assert actual[0, 0].int().tolist() == expected
 
 
 def test_lengths_for_flash_attention_are_those_that_transformers_reads_from_positions() -> None:
     (bounds, _), (longest, _) = prepare_fa_kwargs_from_position_ids(positions(SEGMENTS))
-    found = attention._lengths(SEGMENTS)
-    assert found["cu_seq_lens_q"].tolist() == bounds.tolist() == [0, 50, 120, 180, 200, 340, 400]
-    assert found["cu_seq_lens_q"].dtype == torch.int32
-    assert found["max_length_q"] == int(longest) == 140
+    actual = attention._lengths(SEGMENTS)
+    assert actual["cu_seq_lens_q"].tolist() == bounds.tolist() == [0, 50, 120, 180, 200, 340, 400]
+    assert actual["cu_seq_lens_q"].dtype == torch.int32
+    assert actual["max_length_q"] == int(longest) == 140
 
 
 def test_blocks_for_flex_attention_are_those_of_the_mask() -> None:
@@ -61,7 +61,7 @@ def test_blocks_for_flex_attention_are_those_of_the_mask() -> None:
     reason="the kernel that torch 2.13 writes for flex attention does not compile without AVX2",
 )
 def test_flex_attention_gives_what_sdpa_gives(make_model: Any, build: Callable[..., Any]) -> None:
-    """Without gradients, which it has not on a CPU; where all were one segment it does not."""
+    """Without gradients, which FlexAttention lacks on a CPU; with one segment for all, states differ."""
     whole, _ = build(make_model())
     with torch.no_grad():
         flex, sdpa = (hidden_of(whole.train(), kernel) for kernel in ("flex", "sdpa"))
@@ -71,7 +71,7 @@ def test_flex_attention_gives_what_sdpa_gives(make_model: Any, build: Callable[.
 
 
 @pytest.mark.parametrize(
-    ("asked", "device", "installed", "precision", "chosen"),
+    ("requested", "device", "installed", "precision", "chosen"),
     [
         ("auto", CPU, True, "bf16", "sdpa"),
         ("auto", GPU, True, "bf16", "flash"),
@@ -83,14 +83,14 @@ def test_flex_attention_gives_what_sdpa_gives(make_model: Any, build: Callable[.
     ],
 )
 def test_the_fastest_kernel_that_can_train_here_is_chosen(
-    asked: Any, device: torch.device, installed: bool, precision: Any, chosen: str, monkeypatch: pytest.MonkeyPatch
+    requested: Any, device: torch.device, installed: bool, precision: Any, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "find_spec", lambda name: object() if installed else None)
-    assert attention.choose(asked, device, precision) == chosen
+    assert attention.choose(requested, device, precision) == chosen
 
 
 @pytest.mark.parametrize(
-    ("asked", "device", "installed", "precision", "said"),
+    ("requested", "device", "installed", "precision", "message"),
     [
         ("flash", CPU, True, "bf16", "attention flash: FlashAttention runs on a GPU, and this stage has none; use"),
         ("flex", CPU, True, "bf16", "attention flex: FlexAttention has no backward pass on a CPU"),
@@ -99,11 +99,11 @@ def test_the_fastest_kernel_that_can_train_here_is_chosen(
     ],
 )
 def test_a_kernel_that_cannot_train_here_is_refused(
-    asked: Any, device: torch.device, installed: bool, precision: Any, said: str, monkeypatch: pytest.MonkeyPatch
+    requested: Any, device: torch.device, installed: bool, precision: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "find_spec", lambda name: object() if installed else None)
-    with pytest.raises(ValueError, match=re.escape(said)):
-        attention.choose(asked, device, precision)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        attention.choose(requested, device, precision)
 
 
 @pytest.mark.gpu
@@ -116,15 +116,15 @@ def test_on_a_gpu_every_kernel_gives_states_and_gradients_of_sdpa(
         pytest.skip("needs the package flash-attn")
     whole, _ = build(make_model())
     whole.to("cuda").train()
-    found = []
+    actual = []
     for name in (kernel, "sdpa"):
         whole.zero_grad()
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=amp):
             states = hidden_of(whole, name)
-            wanted = SEGMENTS.cuda() > 0  # what padding gives is nobody's
+            wanted = SEGMENTS.cuda() > 0  # outputs at padding are not compared
             loss = cross_entropy(whole.lm_head(states[wanted]).float(), torch.ones_like(SEGMENTS).cuda()[wanted])
         torch.autograd.backward(loss)
         gradients = [p.grad.clone() for p in whole.model.language_model.layers.parameters()]
-        found.append([states[wanted].detach().float(), *gradients])
-    for own, other in zip(*found, strict=True):
+        actual.append([states[wanted].detach().float(), *gradients])
+    for own, other in zip(*actual, strict=True):
         assert (own - other).norm() <= (2**-6 if amp else 1e-4) * other.norm()

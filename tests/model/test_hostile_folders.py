@@ -1,4 +1,4 @@
-"""Hostile and damaged model folders: each is refused with its reason, and nothing of it runs, is written or stays.
+"""Hostile and damaged model folders: each is refused with its reason, and nothing of it is run, written or kept.
 
 All are read in one other process (hostile_folders.py) under a limit of memory and an audit hook.
 """
@@ -22,10 +22,10 @@ from hostile_folders import attacks  # noqa: E402 the path comes first
 
 
 @pytest.fixture(scope="module")
-def told(
+def outcomes(
     make_model: Any, build: Callable[..., Any], tiny: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[str]]:
-    """What the other process said of each folder, and the canary's file if there is one."""
+    """The lines that the other process printed for each folder, and the canary's file if there is one."""
     seeds, root = tmp_path_factory.mktemp("seeds"), tmp_path_factory.mktemp("attacked")
     for name, projector in {"plain": "mlp_gelu", "merging": "mlp_downsample"}.items():
         whole, processor = build(make_model("clip", projector))
@@ -46,30 +46,30 @@ def told(
         env={**os.environ, "canary": str(canary), "HF_HUB_OFFLINE": "1"},
     )
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-2000:]
-    found: dict[str, list[str]] = {}
+    lines: dict[str, list[str]] = {}
     name = ""
     for line in process.stdout.splitlines():
         if line.startswith(("= ", "! ")):
-            found[name].append(line)
+            lines[name].append(line)
         else:
-            found[name := line] = []
-    found["canary"] = [str(canary)] if canary.exists() else []
-    return found
+            lines[name := line] = []
+    lines["canary"] = [str(canary)] if canary.exists() else []
+    return lines
 
 
-def test_each_of_more_than_200_folders_is_refused_with_its_reason(told: dict[str, list[str]]) -> None:
+def test_each_of_more_than_200_folders_is_refused_with_its_reason(outcomes: dict[str, list[str]]) -> None:
     expected = {attack.name: attack.reason for attack in attacks()}
     assert len(expected) == len(list(attacks()))
     assert len(expected) >= 200
     wrong = {}
     for name, reason in expected.items():
-        said = next((line[2:] for line in told[name] if line.startswith("= ")), "nothing")
-        right = said == "loaded" if reason == "^loaded$" else said.startswith("refused ")
-        if not right or not re.search(reason, said):
-            wrong[name] = said[:300]
+        outcome = next((line[2:] for line in outcomes[name] if line.startswith("= ")), "nothing")
+        right = outcome == "loaded" if reason == "^loaded$" else outcome.startswith("refused ")
+        if not right or not re.search(reason, outcome):
+            wrong[name] = outcome[:300]
     assert not wrong
 
 
-def test_nothing_of_a_hostile_folder_runs_or_writes(told: dict[str, list[str]]) -> None:
-    assert told["canary"] == []
-    assert {name: lines for name, lines in told.items() if any(line.startswith("! ") for line in lines)} == {}
+def test_nothing_of_a_hostile_folder_runs_or_writes(outcomes: dict[str, list[str]]) -> None:
+    assert outcomes["canary"] == []
+    assert {name: lines for name, lines in outcomes.items() if any(line.startswith("! ") for line in lines)} == {}

@@ -1,4 +1,4 @@
-"""Folders between programs: ours in stock transformers, word for word, and those of other writers in ours."""
+"""Folders between programs: ours in stock transformers, token for token, and those of other writers in ours."""
 
 import json
 import subprocess
@@ -35,17 +35,17 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 torch.set_num_threads(1)
 texts, named, count, folders = json.loads(sys.argv[1])
-told = {}
+results = {}
 for folder in folders:
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     images = [[Image.open(path) for path in paths] for paths in named]
     inputs = processor(text=texts, images=[one for row in images for one in row], padding=True, return_tensors="pt")
     answers = model.generate(**inputs, max_new_tokens=count, do_sample=False)[:, inputs["input_ids"].shape[1]:]
-    asked = [row[mask.bool()].tolist() for row, mask in zip(inputs["input_ids"], inputs["attention_mask"])]
-    told[folder] = [asked, answers.tolist(), model.generation_config.eos_token_id]
+    requests = [row[mask.bool()].tolist() for row, mask in zip(inputs["input_ids"], inputs["attention_mask"])]
+    results[folder] = [requests, answers.tolist(), model.generation_config.eos_token_id]
 assert "vila_ops" not in sys.modules
-print("TOLD" + json.dumps(told))
+print("RESULTS" + json.dumps(results))
 """
 
 OLD_NAMES = {
@@ -77,7 +77,7 @@ HF_TEMPLATE = (
     "{% endfor %}{% if message['role'] == 'assistant' %}{{ '<|im_end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-"""In the form of llava-hf's: a message is a list of parts, and all its images come first."""
+"""A template such as llava-hf's: a message is a list, and all its images come first."""
 
 
 def open_engine(folder: Path, features: Path) -> InProcessEngine:
@@ -86,7 +86,7 @@ def open_engine(folder: Path, features: Path) -> InProcessEngine:
 
 
 def words_that_vary(whole: Any) -> Any:
-    """A random model says one word for ever; with wide weights it depends on what it reads."""
+    """A random model repeats one token; with large weights its answers depend on the prompt."""
     with torch.no_grad():
         for parameter in whole.model.language_model.layers.parameters():
             if parameter.dim() == 2:
@@ -96,7 +96,7 @@ def words_that_vary(whole: Any) -> Any:
     return whole
 
 
-def test_stock_generates_word_for_word_what_our_engine_says(
+def test_stock_generates_token_for_token_what_our_engine_generates(
     make_model: Any, build: Callable[..., Any], tiny: Path, tmp_path: Path
 ) -> None:
     squares = {
@@ -111,12 +111,14 @@ def test_stock_generates_word_for_word_what_our_engine_says(
         folders[-1].mkdir()
         model_folder.save(words_that_vary(whole), folders[-1], processor=processor)
     paths = [[str(tmp_path / f"{name}.png") for name in names] for names in IMAGES]
-    asked = json.dumps([TEXTS, paths, NEW_TOKENS, list(map(str, folders))])
-    ran = subprocess.run([sys.executable, "-c", STOCK, asked], check=True, cwd=tmp_path, capture_output=True, text=True)
-    told = json.loads(ran.stdout.rpartition("TOLD")[2])
-    said = set()
+    requests = json.dumps([TEXTS, paths, NEW_TOKENS, list(map(str, folders))])
+    ran = subprocess.run(
+        [sys.executable, "-c", STOCK, requests], check=True, cwd=tmp_path, capture_output=True, text=True
+    )
+    results = json.loads(ran.stdout.rpartition("RESULTS")[2])
+    answer_ids = set()
     for folder in folders:
-        prompts, theirs, stops = told[str(folder)]
+        prompts, theirs, stops = results[str(folder)]
         engine = open_engine(folder, tmp_path / "features")
         assert set(stops) == engine.tokenizer.stop_ids
         images = [tuple(squares[name] for name in names) for names in IMAGES]
@@ -126,8 +128,8 @@ def test_stock_generates_word_for_word_what_our_engine_says(
             end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
             assert output.ids == ids[:end]
             assert output.finish_reason == ("stop" if end < len(ids) else "length")
-            said |= set(output.ids)
-    assert len(said) > 12  # else equality would say little
+            answer_ids |= set(output.ids)
+    assert len(answer_ids) > 12  # otherwise equality would show little
 
 
 @pytest.mark.parametrize("projector", ["linear", "mlp_gelu", "mlp_downsample"])

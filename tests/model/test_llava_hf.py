@@ -23,7 +23,7 @@ SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 
 
 def write(folder: Path, **more: Any) -> LlavaForConditionalGeneration:
-    """A LLaVA by stock transformers, with random weights."""
+    """A LLaVA of stock transformers with random weights."""
     torch.manual_seed(0)
     vision: Any = SiglipVisionConfig if more.pop("siglip", False) else CLIPVisionConfig
     config = LlavaConfig(
@@ -58,8 +58,8 @@ def test_a_stock_folder_gives_the_same_logits(siglip: bool, names_of_4_52: bool,
     assert model_folder.normalisation(tmp_path / "ours") == ((0.4,) * 3, (0.6,) * 3)
     given = {"input_ids": torch.tensor([IDS]), "pixel_values": torch.rand(1, 3, 56, 56)}
     with torch.no_grad():
-        expected, found = whole(**given).logits, model_folder.load(tmp_path / "ours")(**given).logits
-    assert torch.allclose(found, expected, atol=1e-5, rtol=0)
+        expected, actual = whole(**given).logits, model_folder.load(tmp_path / "ours")(**given).logits
+    assert torch.allclose(actual, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("projector", ["linear", "mlp_gelu"])
@@ -120,6 +120,6 @@ def test_the_order_of_tokens_is_no_question_there(tmp_path: Path) -> None:
         import_checkpoint(tmp_path / "a", tmp_path / "ours", token_order="rows")
 
 
-def test_no_folder_is_said(tmp_path: Path) -> None:
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is not a folder; download the repository"):
         import_checkpoint(tmp_path / "a", tmp_path / "ours")

@@ -24,7 +24,7 @@ LAYERS = {
         *(f"mlp.{part}_proj" for part in ("gate", "up", "down")),
     )
 }
-"""Of the tiny Llama: 4 of attention and 3 of the feed-forward part in each of 2 blocks."""
+"""Adapted layers of the tiny Llama: 4 of attention and 3 of the feed-forward part in each of 2 blocks."""
 TUNING = Lora(rank=4, alpha=8.0)
 Make = Callable[[], VilaForConditionalGeneration]
 
@@ -40,7 +40,7 @@ def fresh(make_model: Any, build: Callable[..., Any]) -> Make:
 
 @pytest.fixture
 def adapter() -> lora.Adapter:
-    """Of values that are not small: a wrong scale would show."""
+    """Adapters with large values, so that a wrong scale shows."""
     generator = torch.Generator().manual_seed(3)
     shapes = {"gate_proj": (128, 64), "up_proj": (128, 64), "down_proj": (64, 128)}
     layers = {}
@@ -54,8 +54,8 @@ def logits(model: VilaForConditionalGeneration) -> Tensor:
     ids = torch.tensor([[1, 40, *[3] * model.config.image_seq_length, 41, 2]])
     values = torch.rand(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        found: Tensor = model(input_ids=ids, pixel_values=values).logits
-    return found
+        actual: Tensor = model(input_ids=ids, pixel_values=values).logits
+    return actual
 
 
 def test_adapters_sit_on_every_linear_layer_of_the_language_model_and_change_nothing_yet(fresh: Make) -> None:
@@ -74,15 +74,15 @@ def test_adapters_sit_on_every_linear_layer_of_the_language_model_and_change_not
 
 
 def test_a_seed_gives_the_same_adapters_and_leaves_torch_s_own_generator_alone(fresh: Make) -> None:
-    found = []
+    actual = []
     for seed in (0, 0, 1):
         model = fresh()
         state = torch.get_rng_state()
         lora.add(model, TUNING, seed=seed, dtype=torch.float32)
         assert torch.equal(torch.get_rng_state(), state)
-        found.append(model.get_submodule("model.language_model.layers.1.mlp.up_proj").lora_A["default"].weight)
-    assert torch.equal(found[0], found[1])
-    assert not torch.equal(found[0], found[2])
+        actual.append(model.get_submodule("model.language_model.layers.1.mlp.up_proj").lora_A["default"].weight)
+    assert torch.equal(actual[0], actual[1])
+    assert not torch.equal(actual[0], actual[2])
 
 
 def test_in_bf16_the_frozen_weights_are_halved_and_adapters_and_rotary_frequencies_are_not(fresh: Make) -> None:

@@ -31,8 +31,8 @@ def stock(head: Head, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return each.sum(), each.detach()
 
 
-def distance(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+def distance(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -45,8 +45,8 @@ def test_loss_and_gradients_are_those_of_full_logits(bias: bool) -> None:
     assert not each.requires_grad
     assert torch.allclose(each, of_tokens, rtol=1e-6, atol=1e-6)
     gradients = torch.autograd.grad(total / 7, inputs)
-    for found, wanted in zip(gradients, torch.autograd.grad(expected / 7, inputs), strict=True):
-        assert distance(found, wanted) <= 1e-6
+    for actual, wanted in zip(gradients, torch.autograd.grad(expected / 7, inputs), strict=True):
+        assert distance(actual, wanted) <= 1e-6
 
 
 def test_in_bf16_gradients_are_no_farther_from_exact_ones_than_those_of_full_logits() -> None:
@@ -58,22 +58,22 @@ def test_in_bf16_gradients_are_no_farther_from_exact_ones_than_those_of_full_log
         full, _ = stock(head, hidden, labels)
         chunked, _ = head(hidden, labels)
     assert float(chunked.detach()) == pytest.approx(float(full.detach()), rel=1e-6)
-    wanted, rounded, found = (torch.autograd.grad(total, inputs) for total in (exact, full, chunked))
-    for own, other, right in zip(found, rounded, wanted, strict=True):
+    wanted, rounded, actual = (torch.autograd.grad(total, inputs) for total in (exact, full, chunked))
+    for own, other, right in zip(actual, rounded, wanted, strict=True):
         assert own.dtype == torch.float32
         assert distance(own, right) <= 1.001 * distance(other, right)
         assert distance(own, other) <= 2**-8, "further apart than a rounding to bf16"
 
 
 def test_a_frozen_head_in_bf16_gives_the_gradient_of_hidden_states_alone() -> None:
-    """As a stage keeps it where the language model does not train."""
+    """A 16-bit head, as in a stage that does not train the language model."""
     head, hidden, labels = make_head()
     head.to(torch.bfloat16).requires_grad_(False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         full, _ = stock(head, hidden, labels)
-        found, _ = head(hidden, labels)
+        actual, _ = head(hidden, labels)
     (wanted,) = torch.autograd.grad(full, hidden)
-    torch.autograd.backward(found)
+    torch.autograd.backward(actual)
     assert hidden.grad is not None
     assert distance(hidden.grad, wanted) <= 1e-3
     assert all(parameter.grad is None for parameter in head.parameters())
@@ -111,10 +111,10 @@ def test_a_tied_weight_has_the_gradients_of_both_its_uses(
         return {name: p.grad.clone() for name, p in whole.named_parameters() if p.grad is not None}
 
     expected = gradients(lambda hidden: cross_entropy(whole.lm_head(hidden).mT, labels, reduction="sum"))
-    found = gradients(lambda hidden: losses(whole, hidden, labels)[0])
-    assert found.keys() == expected.keys()
-    assert ("lm_head.weight" in found) == (not tied)
-    assert all(distance(found[name], expected[name]) <= 1e-6 for name in expected)
+    actual = gradients(lambda hidden: losses(whole, hidden, labels)[0])
+    assert actual.keys() == expected.keys()
+    assert ("lm_head.weight" in actual) == (not tied)
+    assert all(distance(actual[name], expected[name]) <= 1e-6 for name in expected)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_a_tied_weight_has_the_gradients_of_both_its_uses(
     [("chunks", 108, 250), ("in_bf16", 108, 250), ("without_gradients", 0, 108), ("full", 1000, 2000)],
 )
 def test_peak_memory_is_little_more_than_the_gradient_of_the_weight(way: str, least: int, most: int) -> None:
-    """Which is 108 MiB, and made only where it is wanted; and with full logits the peak is many times as much."""
+    """The weight's gradient has 108 MiB and is computed only if required; full logits need many times as much."""
     script = Path(__file__).parent / "loss_memory.py"
     ended = subprocess.run([sys.executable, script, way], check=True, capture_output=True, text=True)
     assert least < float(ended.stdout) < most
@@ -145,5 +145,5 @@ def test_on_a_gpu_loss_and_gradients_are_those_of_full_logits(liger: bool, monke
             (expected, of_tokens), (total, each) = stock(head, hidden, labels), head(hidden, labels)
         assert distance(each, of_tokens) <= bound
         gradients = torch.autograd.grad(total / 7, inputs)
-        for found, wanted in zip(gradients, torch.autograd.grad(expected / 7, inputs), strict=True):
-            assert distance(found, wanted) <= bound
+        for actual, wanted in zip(gradients, torch.autograd.grad(expected / 7, inputs), strict=True):
+            assert distance(actual, wanted) <= bound

@@ -1,4 +1,4 @@
-"""Any number of images anywhere: through our own path, through transformers' forward pass and generate."""
+"""Any number of images anywhere: through our training path, through transformers' forward pass and generate."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ FEW_SHOT = "".join(f"<image>\nA image of the {name}. " for name in ("cat", "dog"
 
 
 def paint(count: int, *, side: int = SIDE) -> list[Pillow.Image]:
-    """Images of noise, each another."""
+    """Different images of noise."""
     random = np.random.default_rng(0)
     return [Pillow.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(count)]
 
@@ -30,7 +30,7 @@ def paint(count: int, *, side: int = SIDE) -> list[Pillow.Image]:
 def large(
     request: pytest.FixtureRequest, make_model: Any, build: Callable[..., Any], tmp_path_factory: Any
 ) -> tuple[VilaForConditionalGeneration, LlavaProcessor]:
-    """A small model that sees 336 pixels as 576 tokens, and remembers five images; with an expert of its own too."""
+    """A small model with 576 tokens for 336 pixels and a context of five images; with and without an expert."""
     whole, processor = build(make_model(image_size=SIDE, patch_size=PATCH))
     whole.config.text_config.max_position_embeddings = 4096
     assert whole.config.image_seq_length == TOKENS
@@ -48,7 +48,7 @@ def large(
 
 @contextmanager
 def calls(model: VilaForConditionalGeneration) -> Iterator[list[str]]:
-    """Which of tower and projector are called in the block."""
+    """Record the calls of tower and projector in the block."""
     seen: list[str] = []
     parts = {"tower": model.model.vision_tower, "projector": model.model.multi_modal_projector}
 
@@ -65,11 +65,11 @@ def calls(model: VilaForConditionalGeneration) -> Iterator[list[str]]:
 
 @torch.no_grad()
 def own_logits(model: VilaForConditionalGeneration, ids: Tensor, pixels: Tensor | None) -> Tensor:
-    """By the path of training: tower, projector, language model, head, one after the other."""
+    """Logits as training computes them: tower, projector, language model, head."""
     features = None if pixels is None else model.tower_features(pixels)
     hidden = model.hidden(model.embed(ids, features), use_cache=False, **model.routing(ids)).last_hidden_state
-    found: Tensor = model.lm_head(hidden)
-    return found
+    actual: Tensor = model.lm_head(hidden)
+    return actual
 
 
 def test_four_shots_and_a_query_stand_in_order_and_count(large: Any) -> None:

@@ -60,7 +60,7 @@ def test_less_than_one_patch_is_refused(make_model: Any, build: Build) -> None:
 def test_a_folder_at_another_image_size_is_a_whole_folder_again(
     family: str, make_model: Any, build: Build, tmp_path: Path
 ) -> None:
-    """Stock transformers sees 36 patches where it saw 16, and gives for them what our model gives."""
+    """Stock transformers reads 36 patches in place of 16 and gives our model's logits."""
     whole, processor = build(make_model(family))
     init, out = tmp_path / "init", tmp_path / "out"
     model_folder.save(whole, init, processor=processor)
@@ -79,14 +79,16 @@ def test_a_folder_at_another_image_size_is_a_whole_folder_again(
     for ours in (model_folder.load(out), model_folder.load(init, modifications=modifications)):
         with torch.no_grad():
             embeddings = ours.embed(inputs["input_ids"], ours.tower_features(inputs["pixel_values"]))
-            found = ours.lm_head(ours.hidden(embeddings, use_cache=False).last_hidden_state)
+            actual = ours.lm_head(ours.hidden(embeddings, use_cache=False).last_hidden_state)
             expected = stock(**inputs).logits
-        assert torch.allclose(found, expected, atol=1e-5)
+        assert torch.allclose(actual, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("fit", get_args(ImageFit))
-def test_there_and_back_again_says_what_it_said_before(fit: str, make_model: Any, build: Build, tmp_path: Path) -> None:
-    """All but the position table, which is interpolated twice, is to the byte as it was."""
+def test_changing_the_size_and_back_restores_the_settings(
+    fit: str, make_model: Any, build: Build, tmp_path: Path
+) -> None:
+    """Everything but the position table, which is interpolated twice, has the same bytes."""
     whole, processor = build(make_model("clip", "mlp_downsample", image_aspect_ratio=fit))
     folders = [tmp_path / name for name in ("init", "there", "back")]
     model_folder.save(whole, folders[0], processor=processor)

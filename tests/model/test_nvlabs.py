@@ -26,11 +26,11 @@ from vila_ops.pipeline import stages as pipeline
 IDS = [1, 40, IMAGE, 41, 99, IMAGE, 42, 2]
 """One row with two images."""
 ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "[BOS]", "[PAD]", "<vila/sentinel>", "<image>", "<vila/video>")
-"""NVILA's, in the order of constants.py."""
+"""NVILA's added tokens, in the order of constants.py."""
 
 
 def ours(folder: Path, pixels: Tensor, ids: list[int]) -> Tensor:
-    """Logits (T, V) by the model of a folder."""
+    """Logits (T, V) of the model in a folder."""
     model = model_folder.load(folder)
     row = [token for each in ids for token in [each] * (model.config.image_seq_length if each == IMAGE else 1)]
     with torch.no_grad():
@@ -79,8 +79,8 @@ def test_tokens_of_a_v15_checkpoint_follow_by_columns(pixels: Tensor, tmp_path: 
         columns, rows = (logits(tmp_path / "a", pixels, IDS, transposed=each) for each in (True, False))
     assert torch.allclose(ours(tmp_path / "ours", pixels, IDS), columns, atol=1e-5, rtol=0)
     assert not torch.allclose(columns, rows, atol=1e-2)
-    import_checkpoint(tmp_path / "a", tmp_path / "asked", token_order="rows")
-    assert torch.allclose(ours(tmp_path / "asked", pixels, IDS), rows, atol=1e-5, rtol=0)
+    import_checkpoint(tmp_path / "a", tmp_path / "requested", token_order="rows")
+    assert torch.allclose(ours(tmp_path / "requested", pixels, IDS), rows, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_tokens_of_a_v15_checkpoint_follow_by_columns(pixels: Tensor, tmp_path: 
         {**NVILA, "model_type": "vila"},  # a re-upload, of weights of any age
     ],
 )
-def test_a_token_order_that_cannot_be_told_is_asked_for(config: dict[str, Any], tmp_path: Path) -> None:
+def test_a_token_order_that_the_config_does_not_show_is_requested(config: dict[str, Any], tmp_path: Path) -> None:
     write(tmp_path / "a", config, projector="mlp_downsample")
     with pytest.raises(ValueError, match="say --token-order rows or --token-order columns"):
         import_checkpoint(tmp_path / "a", tmp_path / "ours", chat_template="chatml")
@@ -147,7 +147,7 @@ def test_v1_is_one_state_with_a_clip_tower_in_it(projector: str, pixels: Tensor,
     assert torch.allclose(ours(tmp_path / "ours", pixels, IDS), expected, atol=1e-5, rtol=0)
 
 
-def test_a_image_without_a_token_gets_one_and_the_embedding_rows_for_it(tmp_path: Path) -> None:
+def test_an_image_without_a_token_gets_one_and_the_embedding_rows_for_it(tmp_path: Path) -> None:
     write(tmp_path / "a", V15, projector="mlp2x_gelu")
     path = tmp_path / "a/llm/tokenizer.json"
     path.write_text(path.read_text().replace("<image>", "<other>"))
@@ -177,12 +177,12 @@ def test_precision_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tower", "asked", "fit"),
+    ("tower", "requested", "fit"),
     [("siglip", "pad", "pad"), ("siglip", "resize", "resize"), ("siglip", "dynamic", "resize"),
      ("siglip", None, "resize"), ("clip", None, "crop"), ("internvit", "square", "resize")],
 )  # fmt: skip
-def test_how_a_image_becomes_a_square(tower: str, asked: str | None, fit: str, tmp_path: Path) -> None:
-    write(tmp_path / "a", {**V15, "image_aspect_ratio": asked}, projector="linear", tower=tower)
+def test_how_an_image_becomes_a_square(tower: str, requested: str | None, fit: str, tmp_path: Path) -> None:
+    write(tmp_path / "a", {**V15, "image_aspect_ratio": requested}, projector="linear", tower=tower)
     made = import_checkpoint(tmp_path / "a", tmp_path / "ours")
     assert made.model.image_aspect_ratio == fit
     mean = model_folder.normalisation(tmp_path / "ours")[0]
@@ -194,7 +194,7 @@ def test_how_a_image_becomes_a_square(tower: str, asked: str | None, fit: str, t
     [(NVILA["image_encoder"], "\n"), ({"_target_": "a.BasicImageEncoder", "end_tokens": " "}, " "),
      ('{"_target_": "a.BasicImageEncoder", "end_tokens": null}', "")],
 )  # fmt: skip
-def test_what_nvila_puts_behind_a_image(encoder: Any, after: str, tmp_path: Path) -> None:
+def test_what_nvila_puts_behind_an_image(encoder: Any, after: str, tmp_path: Path) -> None:
     write(tmp_path / "a", {**NVILA, "image_encoder": encoder}, projector="linear")
     assert import_checkpoint(tmp_path / "a", tmp_path / "ours", chat_template="chatml").model.after_image == after
 
@@ -296,7 +296,7 @@ def test_a_quantised_language_model_and_a_taken_name_are_refused(tmp_path: Path)
     write(tmp_path / "a", V15, projector="linear")
     (tmp_path / "there").mkdir()
     (tmp_path / "there/photo.jpg").write_text("mine")
-    for source in ("a", "nothing"):  # told before the checkpoint is looked at
+    for source in ("a", "nothing"):  # reported before the checkpoint is looked at
         with pytest.raises(ValueError, match=r"there holds photo\.jpg, which vila-ops did not write"):
             import_checkpoint(tmp_path / source, tmp_path / "there")
     assert [(path.name, path.read_text()) for path in (tmp_path / "there").iterdir()] == [("photo.jpg", "mine")]
@@ -353,7 +353,7 @@ def test_a_tokenizer_of_sentencepiece_becomes_a_fast_one_of_the_same_ids(tmp_pat
 
 
 def test_a_tokenizer_of_vocabulary_and_merges_keeps_its_added_ids(tmp_path: Path) -> None:
-    """NVILA's: Qwen2's files, with its own tokens behind the vocabulary."""
+    """NVILA's tokenizer: Qwen2's files, with NVILA's tokens after the vocabulary."""
     write(tmp_path / "a", NVILA, projector="linear", llm="qwen2")
     llm = tmp_path / "a/llm"
     own = json.loads((llm / "tokenizer.json").read_text())
@@ -387,8 +387,8 @@ def test_the_command_prints_the_section_alone_and_a_refusal_is_an_error(tmp_path
     assert done.exit_code == 0
     made = Model.model_validate(yaml.safe_load(done.stdout)["model"])
     assert "note: token order columns" in done.stderr
-    told = json.loads(CliRunner().invoke(app, [*command, str(tmp_path / "c"), "--json"]).stdout)
-    assert told["path"] == str(tmp_path / "c")
-    assert told["model"]["projector"] == made.projector.model_dump()
+    printed = json.loads(CliRunner().invoke(app, [*command, str(tmp_path / "c"), "--json"]).stdout)
+    assert printed["path"] == str(tmp_path / "c")
+    assert printed["model"]["projector"] == made.projector.model_dump()
     refused = CliRunner().invoke(app, [*command, str(tmp_path / "c")])
     assert isinstance(refused.exception, ValueError)

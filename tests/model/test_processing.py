@@ -1,4 +1,4 @@
-"""What stock transformers makes of an image with the processor that lies beside a model: the pixels that it saw."""
+"""Stock transformers with a model's processor gives the pixels on which the model was trained."""
 
 import io
 import json
@@ -37,8 +37,8 @@ for folder, kind in json.loads(sys.argv[1]).items():
     if kind == "stock":
         processor = AutoProcessor.from_pretrained(folder)
         images = lambda image, **more: processor(text="<image>", images=[image], **more)
-    found = {name: images(Image.open(name + ".png"), return_tensors="np")["pixel_values"] for name in sys.argv[2:]}
-    np.savez(folder + ".npz", **found)
+    actual = {name: images(Image.open(name + ".png"), return_tensors="np")["pixel_values"] for name in sys.argv[2:]}
+    np.savez(folder + ".npz", **actual)
 assert "vila_ops" not in sys.modules
 """
 
@@ -60,7 +60,7 @@ def images(tmp_path: Path) -> dict[str, bytes]:
 def test_stock_transformers_makes_the_pixels_that_the_model_trained_on(
     make_model: Any, build: Callable[..., Any], images: dict[str, bytes], tmp_path: Path
 ) -> None:
-    asked = {}
+    requests = {}
     for fit in FITS:
         for projector in ("mlp_gelu", "mlp_downsample"):
             model = make_model("clip", projector, image_aspect_ratio=fit)
@@ -68,19 +68,19 @@ def test_stock_transformers_makes_the_pixels_that_the_model_trained_on(
             fast = build_tokenizer(model.language_model, chat_template=model.chat_template, cache=tmp_path)
             folder = tmp_path / f"{fit}-{projector}"
             model_folder.save(whole, folder, processor=build_processor(whole.config, fast, mean_std=CLIP))
-            asked[str(folder)] = "stock" if projector == "mlp_gelu" else "ours"
-    subprocess.run([sys.executable, "-c", STOCK, json.dumps(asked), *images], check=True, cwd=tmp_path)
-    for name in asked:
+            requests[str(folder)] = "stock" if projector == "mlp_gelu" else "ours"
+    subprocess.run([sys.executable, "-c", STOCK, json.dumps(requests), *images], check=True, cwd=tmp_path)
+    for name in requests:
         config = model_folder.load(Path(name)).config
         assert config.image_aspect_ratio == Path(name).name.split("-")[0]
         mean, std = model_folder.normalisation(Path(name))
         assert (mean, std) == CLIP
-        found = np.load(f"{name}.npz")
+        actual = np.load(f"{name}.npz")
         for image, data in images.items():
             seen = square(data, size=config.vision_side, fit=Fit(config.image_aspect_ratio, mean), encoding=Webp())
             expected = pixels([seen], mean=mean, std=std)
-            assert found[image].shape == expected.shape == (1, 3, 56, 56)
-            assert np.abs(found[image] - expected).max() <= 1e-6, (name, image)
+            assert actual[image].shape == expected.shape == (1, 3, 56, 56)
+            assert np.abs(actual[image] - expected).max() <= 1e-6, (name, image)
 
 
 def test_an_engine_squares_as_its_model_was_trained(make_model: Any, make_resources: Any, tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_what_a_saved_image_processor_does_is_read_back(fit: ImageFit) -> None:
 
 
 BOTH = {"height": 336, "width": 336}
-"""Image processors as known checkpoints state them; what is absent is the class's default."""
+"""Image processors as known checkpoints state them; absent settings are the class's defaults."""
 STATED: dict[str, tuple[dict[str, Any], tuple[ImageFit, int]]] = {
     "llava-hf/llava-1.5-7b-hf": (
         {
@@ -137,8 +137,8 @@ def test_image_processors_of_known_checkpoints_are_understood(name: str) -> None
 @pytest.mark.parametrize(
     "stated",
     [
-        {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}},  # sees less than the middle
-        {"size": {"shortest_edge": 224}, "do_center_crop": False},  # no square at all
+        {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}},  # crops the margins
+        {"size": {"shortest_edge": 224}, "do_center_crop": False},  # not square
         {"size": {"height": 224, "width": 448}, "do_center_crop": False},
         {"image_processor_type": "LlavaImageProcessor", "do_pad": True, "do_center_crop": False,
          "size": {"height": 224, "width": 448}},

@@ -24,7 +24,7 @@ CHANNELS, DIM = 32, 48
 
 
 def projector(choice: dict[str, Any], *, channels: int = CHANNELS) -> torch.nn.Module:
-    """One alone, between a tower and a language model of small widths; weights of a size that matters."""
+    """A projector between a tower and a language model of small widths, with weights that are not small."""
     torch.manual_seed(0)
     vision = CLIPVisionConfig(hidden_size=channels, num_attention_heads=2, intermediate_size=64)
     text = LlamaConfig(hidden_size=DIM, num_attention_heads=2, intermediate_size=64)
@@ -38,7 +38,7 @@ def features(patches: int, *, channels: int = CHANNELS) -> torch.Tensor:
     return torch.randn(2, patches, channels, generator=torch.Generator().manual_seed(patches))
 
 
-def test_merged_blocks_by_hand() -> None:
+def test_merged_blocks_of_a_known_grid() -> None:
     # 4 x 4 patches of one channel, numbered in row order: the 2 x 2 blocks are corners first, then along the row
     grid = torch.arange(16.0).view(1, 16, 1)
     expected = [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
@@ -60,7 +60,7 @@ def test_patches_that_are_no_square_are_refused() -> None:
         merge_patches(torch.zeros(1, 12, 2), 2)
 
 
-def test_blocks_of_three_by_three_by_hand() -> None:
+def test_blocks_of_three_by_three_of_a_known_grid() -> None:
     # 4 x 4 numbered from 1: padded to 6 x 6, so the four blocks hold 9, 3, 3 and 1 of the patches
     grid = torch.arange(1.0, 17.0).view(1, 16, 1)
     expected = [
@@ -75,11 +75,11 @@ def test_blocks_of_three_by_three_by_hand() -> None:
 def test_the_order_by_columns_is_that_of_vila_1_5() -> None:
     """Its code returned the grid transposed: blocks go down the image first, and inside a block nothing changes."""
     even = torch.arange(16.0).view(1, 16, 1)
-    by_hand = [[0, 1, 4, 5], [8, 9, 12, 13], [2, 3, 6, 7], [10, 11, 14, 15]]
-    assert merge_patches(even, 2, token_order="columns").tolist() == [by_hand]
+    expected = [[0, 1, 4, 5], [8, 9, 12, 13], [2, 3, 6, 7], [10, 11, 14, 15]]
+    assert merge_patches(even, 2, token_order="columns").tolist() == [expected]
     odd = torch.arange(1.0, 10.0).view(1, 9, 1)
-    by_hand = [[1, 2, 4, 5], [7, 8, 0, 0], [3, 0, 6, 0], [9, 0, 0, 0]]
-    assert merge_patches(odd, 2, token_order="columns").tolist() == [by_hand]
+    expected = [[1, 2, 4, 5], [7, 8, 0, 0], [3, 0, 6, 0], [9, 0, 0, 0]]
+    assert merge_patches(odd, 2, token_order="columns").tolist() == [expected]
 
 
 @pytest.mark.parametrize("choice", KINDS, ids=str)
@@ -166,7 +166,7 @@ def test_the_transformer_is_torchs_pre_norm_encoder() -> None:
 
 
 @torch.no_grad()
-def test_the_transformer_sees_all_patches_of_a_image_and_of_no_other() -> None:
+def test_the_transformer_sees_all_patches_of_an_image_and_of_no_other() -> None:
     built = projector({"kind": "transformer", "num_heads": 4})
     read = features(16)
     changed = read.clone()

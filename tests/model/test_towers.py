@@ -34,7 +34,7 @@ MakeTower = Callable[..., PreTrainedModel]
 
 @pytest.fixture(scope="module")
 def make_tower(make_model: Any, tmp_path_factory: pytest.TempPathFactory) -> MakeTower:
-    """A random tower of a size, with positions that tell patches apart (InternViT's start as zeros)."""
+    """A random tower with a random position table (InternViT's starts as zeros)."""
 
     def make(family: str, *, size: int, patch: int = 14) -> PreTrainedModel:
         torch.manual_seed(0)
@@ -53,7 +53,7 @@ def as_hub(make_model: Any, folder: Path, **more: Any) -> Any:
 
 
 def placed(processor: Any, config: Any, size: int) -> int:
-    """Image tokens that a processor puts for one image."""
+    """Image tokens that a processor writes for one image."""
     image = Pillow.new("RGB", (size, size))
     inputs = processor(text="<image>", images=[image], return_tensors="pt")
     return int((inputs["input_ids"] == config.image_token_id).sum())
@@ -77,22 +77,22 @@ def test_a_tower_of_another_size_gives_what_transformers_interpolates_in_its_for
     flag = {"interpolate_pos_encoding": True} if family in ("clip", "siglip") else {}  # the others always do
     with torch.no_grad():
         theirs = tower(images(size), output_hidden_states=True, **flag).hidden_states
-        found = ours(images(size), output_hidden_states=True).hidden_states
-    assert found[0].shape == (2, (size // patch) ** 2 + (family != "siglip"), 32)
-    for one, two in zip(theirs, found, strict=True):
+        actual = ours(images(size), output_hidden_states=True).hidden_states
+    assert actual[0].shape == (2, (size // patch) ** 2 + (family != "siglip"), 32)
+    for one, two in zip(theirs, actual, strict=True):
         assert torch.equal(one, two)
     changed = {name for name, tensor in ours.state_dict().items() if tensor.shape != tower.state_dict()[name].shape}
     assert len(changed) == 1, "only the position table is another"
 
 
-def test_a_small_table_by_hand() -> None:
+def test_a_small_table_of_known_values() -> None:
     # 2 x 2 to 4 x 4, Keys' cubic with a = -0.75, edges repeated. Of columns 0, 1 the new one at -1/4 gets w(5/4), the
     # one at 1/4 gets w(3/4) + w(7/4), where w(5/4) = -0.10546875, w(3/4) = 0.26171875 and w(7/4) = -0.03515625
     ramp = torch.tensor([9.0, 0, 1, 0, 1]).view(5, 1)
     row = [-0.10546875, 0.2265625, 0.7734375, 1.10546875]
-    found = resize_positions(ramp, 4, class_tokens=1)
-    assert found[0].item() == 9
-    assert torch.allclose(found[1:].view(4, 4), torch.tensor([row] * 4), atol=1e-6)
+    actual = resize_positions(ramp, 4, class_tokens=1)
+    assert actual[0].item() == 9
+    assert torch.allclose(actual[1:].view(4, 4), torch.tensor([row] * 4), atol=1e-6)
 
 
 def test_positions_of_no_square_are_refused() -> None:
@@ -151,9 +151,9 @@ def test_the_tower_is_found_in_the_folder_of_a_whole_model(make_model: Any, tmp_
     for name, whole in wholes.items():
         whole.save_pretrained(tmp_path / name)
         inside = whole.model.vision_tower if name == "internvl" else whole.vision_model
-        found = build_tower(as_hub(make_model, tmp_path / name), cache=tmp_path).state_dict()
-        assert found.keys() == inside.state_dict().keys()
-        assert all(torch.equal(tensor, found[key]) for key, tensor in inside.state_dict().items())
+        actual = build_tower(as_hub(make_model, tmp_path / name), cache=tmp_path).state_dict()
+        assert actual.keys() == inside.state_dict().keys()
+        assert all(torch.equal(tensor, actual[key]) for key, tensor in inside.state_dict().items())
 
 
 def test_a_folder_without_all_weights_of_its_tower_is_refused(
@@ -198,10 +198,10 @@ def test_a_tower_that_llavas_format_cannot_hold_is_refused(config: Any) -> None:
         (384, 16, {1: 576, 2: 144, 3: 64}),
     ],
 )
-def test_tokens_of_a_image(
+def test_tokens_of_an_image(
     size: int, patch: int, tokens: dict[int, int], make_model: Any, build: Callable[..., Any]
 ) -> None:
-    """As many in the config, of the projector, and placed by the processor; pixels beyond the last patch are unseen."""
+    """Config, projector and processor agree; pixels beyond the last whole patch are not read."""
     kinds = {1: {"kind": "linear"}, **{f: {"kind": "mlp_downsample", "factor": f} for f in (2, 3)}}
     for factor, expected in tokens.items():
         plain = make_model("siglip", image_size=size, patch_size=patch)

@@ -72,9 +72,9 @@ def test_losses_are_the_cross_entropies_of_the_wanted_positions(make_model: Any,
     with torch.no_grad():
         logits = whole.lm_head(hidden)
         expected = cross_entropy(logits.view(10, -1), labels.view(10), reduction="none", ignore_index=-100)
-        total, found = losses(whole, hidden, labels)
+        total, actual = losses(whole, hidden, labels)
     assert float(total) == pytest.approx(float(expected.sum()), rel=1e-6)
-    assert torch.allclose(found, expected[labels.view(10) >= 0], atol=1e-6)
+    assert torch.allclose(actual, expected[labels.view(10) >= 0], atol=1e-6)
 
 
 def test_importing_a_task_does_not_import_its_heavy_work() -> None:

@@ -1,4 +1,4 @@
-"""The visual expert against two whole models, one for each kind of position, mixed by hand layer by layer."""
+"""The visual expert against two whole models, one for each kind of position, mixed layer by layer in the test."""
 
 import copy
 import threading
@@ -40,7 +40,7 @@ IMAGES = torch.tensor([[0, 1, 1, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 1, 0, 0]], dtyp
 
 
 def shake(module: nn.Module, seed: int) -> None:
-    """Other weights, biases too, so that nothing is equal by chance or by being zero."""
+    """Random weights and biases, so that nothing is equal by chance or because it is zero."""
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -53,7 +53,7 @@ def expert_of(model: nn.Module) -> list[nn.Parameter]:
 
 @pytest.fixture
 def whole(make_model: Any, build: Callable[..., Any], tmp_path: Path) -> tuple[VilaForConditionalGeneration, Path]:
-    """A model of which the expert differs from its text weights, and the folder of the model without an expert."""
+    """A model whose expert differs from its text weights, and the folder of the model without an expert."""
     plain, processor = build(make_model())
     model_folder.save(plain, tmp_path / "plain", processor=processor)
     model = model_folder.load(tmp_path / "plain", modifications=Modifications(visual_expert=True))
@@ -80,8 +80,9 @@ def read(model: VilaForConditionalGeneration, *images: int, text: int = 6) -> di
 
 
 @torch.no_grad()
-def mixed_by_hand(text: Any, image: Any, embeddings: Tensor, is_image: Tensor) -> Tensor:
-    """Both models' projections and MLPs run over everything and a position's own are chosen; o, norms are text's."""
+def mixed_manually(text: Any, image: Any, embeddings: Tensor, is_image: Tensor) -> Tensor:
+    """Both models' projections and MLPs run on all positions, and each position takes those of its kind; output
+    projection and norms are those for text."""
 
     def chosen(one: nn.Module, other: nn.Module, x: Tensor) -> Tensor:
         return torch.where(is_image[..., None], other(x), one(x))
@@ -122,15 +123,15 @@ def test_each_position_goes_through_the_weights_of_its_kind(name: str) -> None:
     assert not routed.load_state_dict(weights, strict=False).unexpected_keys
     embeddings = torch.randn(2, 8, 32)
     with torch.no_grad():
-        found = routed(inputs_embeds=embeddings, routes=route(IMAGES)).last_hidden_state
+        actual = routed(inputs_embeds=embeddings, routes=route(IMAGES)).last_hidden_state
         alone = text(inputs_embeds=embeddings).last_hidden_state
-    assert torch.allclose(found, mixed_by_hand(text, image, embeddings, IMAGES), atol=1e-5)
-    assert torch.equal(found[0, :1], alone[0, :1])
-    assert not torch.allclose(found, alone, atol=1e-2)
+    assert torch.allclose(actual, mixed_manually(text, image, embeddings, IMAGES), atol=1e-5)
+    assert torch.equal(actual[0, :1], alone[0, :1])
+    assert not torch.allclose(actual, alone, atol=1e-2)
 
 
 def test_the_gradient_is_that_of_the_slow_way() -> None:
-    """Of the expert's weights, and zero where a pass has no image token, as every rank must give every gradient."""
+    """The expert's gradients are zero if a pass has no image token: every rank must give every gradient."""
     torch.manual_seed(0)
     decoder = AutoModel.from_config(DECODERS["qwen2 with biases"]).eval()
     add_visual_expert(decoder)
@@ -190,9 +191,9 @@ def test_an_exception_and_another_thread_leave_no_routes_behind() -> None:
 
     expected = [run(routes) for routes in kinds]
     with pytest.raises(IndexError):
-        run(route(torch.ones(3, 30, dtype=torch.bool)))  # of another batch
+        run(route(torch.ones(3, 30, dtype=torch.bool)))  # routes of another batch
     with pytest.raises(LookupError):
-        decoder.layers[0].self_attn.q_proj(embeddings)  # of no layer's pass: nothing is left of the one that failed
+        decoder.layers[0].self_attn.q_proj(embeddings)  # outside a layer's pass: the failed pass left no routes
     wrong: list[int] = []
 
     def repeat(number: int) -> None:
@@ -236,10 +237,10 @@ def test_only_the_expert_trains_and_text_alone_comes_out_as_before(whole: Any) -
     text = inputs["input_ids"][1:]
     model.eval()
     with torch.no_grad():
-        found = model(input_ids=text).logits
-        assert torch.equal(found, plain(input_ids=text).logits)
+        actual = model(input_ids=text).logits
+        assert torch.equal(actual, plain(input_ids=text).logits)
         routed = model.hidden(model.embed(text, None), **model.routing(text, everywhere=True)).last_hidden_state
-        assert torch.equal(model.lm_head(routed), found)
+        assert torch.equal(model.lm_head(routed), actual)
         assert not torch.allclose(model(**inputs).logits, plain(**inputs).logits, atol=1e-2)
 
 
@@ -314,7 +315,7 @@ def test_a_language_model_of_another_build_is_refused(config: PretrainedConfig, 
 
 
 def test_llama_2_7b_grows_as_the_paper_says() -> None:
-    """By hand: 32 layers of 3 x 4096^2 (q, k, v) and 3 x 4096 x 11008 (FFN) to 6 738 415 616; the paper says 1.9."""
+    """32 layers of 3 x 4096^2 (q, k, v) and 3 x 4096 x 11008 (FFN) to 6 738 415 616; the paper says 1.9."""
     config = LlamaConfig(
         vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
     )

@@ -59,7 +59,7 @@ def member(name: str, *, size: int = 1, link: str = "") -> tarfile.TarInfo:
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of wheels that is all that pip sees."""
+    """A folder of wheels, pip's only index."""
     folder = tmp_path / "index"
     folder.mkdir()
     for name in [name for name in os.environ if name.startswith("PIP_")]:
@@ -144,7 +144,7 @@ def test_a_missing_client_is_named(registry: str, tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("registry", ["pypi", "npm"])
-def test_no_network_is_told_apart_from_not_found(registry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_no_network_differs_from_not_found(registry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     if registry == "npm" and shutil.which("npm") is None:
         pytest.skip("no npm on this machine")
     for name in [name for name in os.environ if name.startswith("PIP_")]:
@@ -294,7 +294,7 @@ def test_each_registrys_client_brings_the_real_package(name: str, tmp_path: Path
 
 @pytest.mark.real
 @pytest.mark.parametrize("registry", ["debian", "npm", "pypi"])
-def test_each_registrys_client_says_that_a_package_is_unknown(registry: str, tmp_path: Path):
+def test_each_registrys_client_reports_an_unknown_package(registry: str, tmp_path: Path):
     package = Package.model_validate(
         {
             "registry": registry,
@@ -310,7 +310,7 @@ def test_each_registrys_client_says_that_a_package_is_unknown(registry: str, tmp
 
 @pytest.mark.real
 @pytest.mark.parametrize("name", REAL)
-def test_each_registrys_client_says_that_a_version_is_unknown(name: str, tmp_path: Path):
+def test_each_registrys_client_reports_an_unknown_version(name: str, tmp_path: Path):
     package = Package.model_validate(
         {"registry": REAL[name][0], "name": name, "version": "99.9.9", "sha256": "0" * 64, "licence": "?"}
     )
@@ -319,7 +319,7 @@ def test_each_registrys_client_says_that_a_version_is_unknown(name: str, tmp_pat
 
 
 @pytest.mark.real
-def test_apt_without_network_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_apt_reports_a_missing_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, CLOSED_PORT)
     registry, version, digest = REAL["wordnet-base"]

@@ -34,6 +34,6 @@ def test_what_are_no_three_shares_is_refused(mean: Any, tmp_path: Path) -> None:
         mean_std(tower(tmp_path))
 
 
-def test_a_tower_that_says_nothing_is_refused(tmp_path: Path) -> None:
+def test_a_tower_that_states_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no preprocessor_config.json"):
         mean_std(tower(tmp_path))

@@ -15,7 +15,7 @@ def build(folder: Path, template: str) -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def own(tiny: Path, tmp_path: Path) -> Path:
-    """A tokenizer's folder with a template that is not ours, and no image token."""
+    """A tokenizer's folder with a third-party template and without an image token."""
     folder = tmp_path / "tokenizer"
     shutil.copytree(tiny / "tokenizer", folder)
     (folder / "chat_template.jinja").write_text("its own")
@@ -31,7 +31,7 @@ def test_our_template_replaces_the_tokenizers(own: Path, template: str) -> None:
     assert build(own, template).chat_template == (TEMPLATES / f"{template}.jinja").read_text()
 
 
-def test_the_tokenizers_own_template_is_kept_where_it_is_asked_for(own: Path) -> None:
+def test_the_tokenizers_own_template_is_kept_on_request(own: Path) -> None:
     assert build(own, "tokenizer").chat_template == "its own"
     (own / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="has no chat template; choose one of"):
