@@ -20,9 +20,9 @@ def own(tiny: Path, tmp_path: Path) -> Path:
     shutil.copytree(tiny / "tokenizer", folder)
     (folder / "chat_template.jinja").write_text("its own")
     path = folder / "tokenizer.json"
-    path.write_text(path.read_text().replace(IMAGE_TOKEN, "<image>"))
+    path.write_text(path.read_text().replace(IMAGE_TOKEN, "<photo>"))
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "image_token": "<image>"}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "image_token": "<photo>"}))
     return folder
 
 
