@@ -33,7 +33,7 @@ from vila_ops.model.vila import VilaForConditionalGeneration
 from vila_ops.plan.flops import training_flops
 from vila_ops.plan.memory import MicroBatch, Weights, memory
 from vila_ops.plan.shapes import Shapes, shapes_of
-from vila_ops.train.engine import Engine, build_engine
+from vila_ops.train.engine import TrainEngine, build_engine
 from vila_ops.train.objective import Batch, Objective
 
 SMALL = bool(os.environ.get("VILA_BENCH_SMALL"))
@@ -111,7 +111,7 @@ def _config() -> VilaConfig:
     )  # fmt: skip
 
 
-def _step(engine: Engine, batches: list[Batch]) -> float:
+def _step(engine: TrainEngine, batches: list[Batch]) -> float:
     """Seconds of one step."""
     targets = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches)
     started = time.perf_counter()

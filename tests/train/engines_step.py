@@ -11,7 +11,7 @@ from torch import Tensor
 from vila_ops.model.trainable import set_trainable
 from vila_ops.tracking import MetricLog
 from vila_ops.train.bad_samples import BadSampleFinder
-from vila_ops.train.engine import Engine, build_engine
+from vila_ops.train.engine import TrainEngine, build_engine
 from vila_ops.train.job import RankInfo, TrainJob
 from vila_ops.train.loop import accumulate_gradients, load
 from vila_ops.train.metrics import LossAccumulator
@@ -47,7 +47,7 @@ def run(task: dict[str, Any], rank_info: RankInfo) -> None:
         save_file(before, Path(job.attempt) / "state.safetensors")
 
 
-def state(engine: Engine) -> dict[str, Tensor]:
+def state(engine: TrainEngine) -> dict[str, Tensor]:
     return {
         f"{key}/{name}": tensor.detach().clone().contiguous()
         for name, own in engine.state()
