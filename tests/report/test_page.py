@@ -285,6 +285,12 @@ def test_inline_run_without_optional_parts_renders() -> None:
     assert "This run trained no stage." in Page(render(empty, {}, [])).text
 
 
+def test_a_reply_of_spaces_shows_as_empty() -> None:
+    summary = full_summary()
+    summary["answer"]["reply"] = " \n"
+    assert "Reply (empty)" in Page(render(summary, {}, [])).text
+
+
 def test_missing_values_show_as_a_dash() -> None:
     summary = full_summary()
     summary["metrics"] = [metric("sft", "model", None), metric("sft", "gap", None)]
