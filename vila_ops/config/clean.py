@@ -1,4 +1,4 @@
-"""What is taken out of raw data before it is tokenised, and by which rule."""
+"""Rules that drop raw records before they are tokenised."""
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -6,7 +6,7 @@ from vila_ops.config.base import Config
 
 
 class Bounds(Config):
-    """The values of a score column with which a record is kept; a record without the column is dropped."""
+    """The range of a score column in which a record is kept; a record without the column is dropped."""
 
     at_least: float | None = None
     at_most: float | None = None
@@ -26,27 +26,27 @@ class TopShare(Config):
 
     columns: tuple[str, ...] = Field(min_length=1)
     share: float = Field(gt=0, lt=1)
-    """Of the file's records that have the columns, whatever other rules say of them; rounded down."""
+    """Share of the file's records that have the columns, including records that other rules drop; rounded down."""
     above: float | None = None
-    """Of the best, keep only those whose sum is greater."""
+    """Keep only those of the best whose sum is greater than this."""
 
 
 class Clean(Config):
-    """Rules that look at one record of a source, or at its raw file. Nothing set, nothing dropped.
+    """Rules on one record of a source, or on its raw file. Without a rule nothing is dropped.
 
-    An image that breaks a rule is left out of a document that has others; else it costs the record.
+    An image that breaks a rule is left out of a document that keeps another image; otherwise the record is dropped.
     """
 
     min_side: PositiveInt | None = None
-    """Pixels of an image's shorter side."""
+    """Least number of pixels of an image's shorter side."""
     max_aspect: float | None = Field(default=None, ge=1)
-    """Longer side by shorter side."""
+    """Largest ratio of an image's longer side to its shorter side."""
     min_words: PositiveInt | None = None
-    """Words between spaces, in all texts of a record together."""
+    """Least number of whitespace-separated words in all texts of a record together."""
     max_words: PositiveInt | None = None
     scores: dict[str, Bounds] = {}
-    """By column of the source, such as clip_similarity_vitb32, watermark_score, nsfw_score_opennsfw2; a column that a
-    source has for each image is a rule about images."""
+    """Bounds by column of the source, such as clip_similarity_vitb32, watermark_score, nsfw_score_opennsfw2. A column
+    with a value for each image bounds images instead of records."""
     top_share: TopShare | None = None
 
     @model_validator(mode="after")
@@ -57,19 +57,19 @@ class Clean(Config):
 
 
 MAX_IMAGE_BITS = 6
-"""99.9 % of re-encoded copies lie within it; two bits more take the index six times as long."""
+"""99.9 % of re-encoded copies differ in at most so many bits; two bits more take the search six times as long."""
 
 
 class NearDuplicates(Config):
-    """A record that nearly equals an earlier one is dropped, in the order of sources, files and lines."""
+    """Drop a record that nearly equals an earlier one, in the order of sources, files and lines."""
 
     image_bits: int | None = Field(default=None, ge=0, le=MAX_IMAGE_BITS)
-    """Images that look alike and whose 64-bit perceptual hashes differ in at most so many bits are the same image.
-    A record is dropped when all its images were seen before; so leave it unset where a data set has several
-    conversations about one image."""
+    """Two images count as the same if their thumbnails are alike and their 64-bit perceptual hashes differ in at most
+    so many bits. A record is dropped if all its images are in earlier records, so leave this unset for a dataset with
+    several conversations about one image."""
     text_similarity: float | None = Field(default=None, ge=0.5, le=1)
-    """Texts whose word 5-grams have at least this Jaccard similarity (estimated by MinHash) are the same text. Short
-    texts of records with images are not compared: captions and questions recur under other images."""
+    """Two texts count as the same if the Jaccard similarity of their word 5-grams, estimated by MinHash, is at least
+    this. Short texts of records with images are not compared: captions and questions recur with other images."""
 
     @model_validator(mode="after")
     def _compare_something(self) -> "NearDuplicates":

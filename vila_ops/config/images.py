@@ -1,4 +1,4 @@
-"""How prepared images are decoded and kept."""
+"""How images are decoded and stored in prepared datasets."""
 
 from typing import Annotated, Literal
 
@@ -8,7 +8,7 @@ from vila_ops.config.base import Config
 
 Decoding = Literal["exact", "scaled"]
 """exact: every pixel of the file is decoded. scaled: a JPEG much larger than the square is decoded at 1/2, 1/4 or 1/8
-of its size, several times faster; the error is stated at data.images.SCALED_MARGIN."""
+of its size, which is several times faster; data.images.SCALED_MARGIN states the error."""
 
 
 class Jpeg(Config):
@@ -23,7 +23,7 @@ class Webp(Config):
 
     kind: Literal["webp"] = "webp"
     quality: int | None = Field(default=None, ge=0, le=100)
-    """None: lossless, so that the tower sees the very pixels that were decoded."""
+    """None: lossless, so that the vision tower gets exactly the decoded pixels."""
 
 
 ImageEncoding = Annotated[Jpeg | Webp, Field(discriminator="kind")]

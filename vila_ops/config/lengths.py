@@ -1,4 +1,4 @@
-"""How long the samples of sources are, for a plan before anything is prepared."""
+"""Sample lengths of sources, for a plan before anything is prepared."""
 
 from pathlib import Path
 
@@ -9,25 +9,25 @@ from vila_ops.config.load import read
 
 
 class LengthGroup(Config):
-    """Samples of a source that are alike."""
+    """Samples of a source with one distribution of lengths."""
 
     samples: PositiveInt
     images: NonNegativeFloat = 0.0
-    """Images of a sample, in the mean."""
+    """Mean number of images in a sample."""
     text_tokens: PositiveFloat
-    """Tokens beside the images' of a sample, in the mean."""
+    """Mean number of text tokens in a sample."""
     spread: NonNegativeFloat = 0.0
-    """Of their lognormal distribution: the deviation of their logarithm. 0: all are the mean."""
+    """Standard deviation of the logarithm of the text tokens (lognormal distribution). 0: all equal the mean."""
     target_share: float = Field(default=1.0, gt=0, le=1)
-    """Of the text that is learnt."""
+    """Share of the text tokens that are target tokens."""
 
 
 class Lengths(Config):
-    """By source of the recipe's mixtures."""
+    """Sample lengths by source of the recipe's mixtures."""
 
     sources: dict[Slug, tuple[LengthGroup, ...]] = Field(min_length=1)
 
 
 def load_lengths(path: Path) -> Lengths:
-    """The lengths of a file."""
+    """Read lengths from a YAML file."""
     return Lengths.model_validate(read(path))

@@ -15,7 +15,7 @@ RecordIds = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 class Split(Config):
-    """Train / validation / test by object name, so that an object never stands on both sides."""
+    """Train / validation / test by a hash of the object name, so that an object is in one split only."""
 
     salt: str = "vila-ops"
     validation: float = Field(default=0.1, gt=0, lt=0.5)
@@ -23,24 +23,24 @@ class Split(Config):
 
 
 class ByWeight(Config):
-    """Each source has the share of an epoch that its `weight` says."""
+    """Each source's share of an epoch is given by its `weight`."""
 
     kind: Literal["weight"] = "weight"
     unit: Literal["samples", "tokens"] = "samples"
-    """What is shared. By tokens, a source of long documents gets as many tokens, not samples, as its weight says."""
+    """Whether weights are shares of the samples or of the tokens of an epoch."""
 
 
 class BySize(Config):
-    """Each source has a share proportional to its size to the power 1 / temperature."""
+    """Each source's share of an epoch is proportional to its size to the power 1 / temperature."""
 
     kind: Literal["size"] = "size"
     unit: Literal["samples", "tokens"] = "samples"
     temperature: PositiveFloat = 1.0
-    """1: as large as it is; higher: more equal."""
+    """1: shares proportional to size; higher: more equal shares."""
 
 
 class ByRepeats(Config):
-    """Each source is seen `repeats` times in an epoch."""
+    """Each sample of a source is used `repeats` times in an epoch."""
 
     kind: Literal["repeats"] = "repeats"
 
@@ -49,19 +49,20 @@ Blend = Annotated[ByWeight | BySize | ByRepeats, Field(discriminator="kind")]
 
 
 class Contamination(Config):
-    """A gate: training records that show or say what an evaluation set asks are dropped."""
+    """Drop training records that share an image or an n-gram of words with an evaluation set."""
 
     sources: dict[str, Source] = Field(min_length=1)
     """The evaluation sets."""
     image_bits: int = Field(default=6, ge=0, le=MAX_IMAGE_BITS)
-    """Images that look alike and whose 64-bit perceptual hashes differ in at most so many bits are one image."""
+    """Two images count as the same if their thumbnails are alike and their 64-bit perceptual hashes differ in at most
+    so many bits."""
     ngram_words: PositiveInt = 13
-    """A text that shares a run of so many words with an evaluation text is contaminated (13 as for GPT-3). A shorter
-    evaluation text without an image is searched as a whole text; one with an image is known by its image alone."""
+    """A text that shares so many consecutive words with an evaluation text is contaminated (13 as for GPT-3). A shorter
+    evaluation text is compared as a whole if it has no image; if it has one, only the image is compared."""
 
 
 class ImageStorage(Config):
-    """How images are kept in a shard: as squares of the size that the model sees."""
+    """How images are stored in shards: as squares of the model's input size."""
 
     encoding: ImageEncoding = Webp()
     decode: Decoding = "exact"
@@ -76,19 +77,19 @@ class Mixture(Config):
     blend: Blend = ByWeight()
     images: ImageStorage = ImageStorage()
     quarantine: dict[Slug, RecordIds] = Field(default={}, exclude_if=operator.not_)
-    """By source, the ids of records that are left out, such as those that broke a training step. What is made of the
-    others stays byte for byte. `vila-ops data quarantine` writes them into a file of their own."""
+    """By source, the ids of records to leave out, such as those that broke a training step. The samples of the other
+    records do not change. `vila-ops data quarantine` writes the ids into a separate file."""
     near_duplicates: NearDuplicates | None = None
     contamination: Contamination | None = None
     max_bad_share: float = Field(default=0.05, ge=0, le=1)
-    """Stop when more than this share of a source's records had to be dropped as bad. What a rule of `clean`,
-    `near_duplicates` or `contamination` takes out is not bad, nor is an image that could not be downloaded."""
+    """Stop if more than this share of a source's records is bad. Records that a rule of `clean`, `near_duplicates` or
+    `contamination` drops are not bad, nor are those whose image could not be downloaded."""
     long_documents: Literal["truncate", "split"] = "truncate"
-    """What becomes of a document longer than max_tokens; the recipe truncates. An image is never cut either way."""
+    """What to do with a document longer than max_tokens; the paper's recipe truncates. An image is never cut."""
     shard_bytes: PositiveInt = 128 * 2**20
-    """What a shard aims at; the unit of parallel work and of reuse. Shards of 64 to 256 MiB suit disks and S3 best."""
+    """Target size of a shard, which is the unit of parallel work and of reuse. 64 to 256 MiB suits disks and S3."""
     seed: int = 0
-    """Of everything drawn while rendering (questions, distractors)."""
+    """Seed of everything drawn while rendering (questions, distractors)."""
 
     @model_validator(mode="after")
     def _quarantine_has_an_effect(self) -> "Mixture":

@@ -16,6 +16,6 @@ class Package(Config):
     name: str
     version: str
     sha256: Sha256
-    """Of the file that the client downloads: wheel, .deb or .tgz."""
+    """sha256 of the file that the client downloads: wheel, .deb or .tgz."""
     licence: str
-    """As the package states it, in SPDX terms where they exist; copied to the data card."""
+    """As the package states it, as an SPDX identifier if there is one; copied to the data card."""

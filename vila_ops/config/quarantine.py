@@ -1,4 +1,4 @@
-"""The quarantine of a mixture as a file: records are added to it, and the mixture is made to name it."""
+"""The quarantine file of a mixture: add record ids to it, and add a line to the mixture that refers to it."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,51 +11,51 @@ from vila_ops.config.load import BASES, Loader, read, resolve
 
 HEAD = """\
 # Records that `prepare` leaves out of mixture {mixture}, by source. `vila-ops data quarantine` adds to them;
-# take a line out to have its record back.
+# remove a line to use its record again.
 """
 
 
 class YamlSpan(NamedTuple):
-    """Where a file describes a mixture."""
+    """Where a YAML file describes a mixture."""
 
     path: Path
     start: int
-    """Of its key `name`, in characters."""
+    """Position of its key `name`, in characters."""
     column: int
     flow: bool
-    """Whether it is written in braces."""
+    """Whether the mapping is written in braces."""
     names_quarantine: bool
 
 
 def add(recipe: Path, mixture: str, records: Mapping[str, Sequence[str]]) -> dict[Path, str | None]:
-    """Add record ids by source to the quarantine of a mixture of a recipe; what the changed files held before.
+    """Add record ids by source to the quarantine of a mixture of a recipe; returns the former texts of changed files.
 
-    The ids stand in `quarantine/MIXTURE.yaml` beside the file that describes the mixture, which gets one line that
-    names it; nothing else of that file changes, comments included. Raises ValueError where no file describes it.
+    The ids are written to `quarantine/MIXTURE.yaml` beside the file that describes the mixture. That file gets one line
+    that refers to it and keeps everything else, comments included. Raises ValueError if no file describes the mixture.
     """
-    places = list(dict.fromkeys(_places(recipe.resolve(), mixture)))
-    if not places:
-        raise ValueError(f"no file that {recipe} is made of says `name: {mixture}` beside the sources of a mixture")
-    target = places[0].path.parent / "quarantine" / f"{mixture}.yaml"
+    spans = list(dict.fromkeys(_spans(recipe.resolve(), mixture)))
+    if not spans:
+        raise ValueError(f"no file of {recipe} has `name: {mixture}` beside the sources of a mixture")
+    target = spans[0].path.parent / "quarantine" / f"{mixture}.yaml"
     before: dict[Path, str | None] = {target: target.read_text(encoding="utf-8") if target.is_file() else None}
     known = read(target) if before[target] is not None else {}
     whole = {name: sorted({*known.get(name, ()), *records.get(name, ())}) for name in sorted({*known, *records})}
     ids = yaml.safe_dump(whole, default_style='"', allow_unicode=True, width=float("inf"))
     target.parent.mkdir(exist_ok=True)
     target.write_text(HEAD.format(mixture=mixture) + ids, encoding="utf-8")
-    for place in sorted(places, key=lambda place: -place.start):  # from the end, so that the places before it stay
-        if place.names_quarantine:
+    for span in sorted(spans, key=lambda span: -span.start):  # from the end, so that the positions before it stay valid
+        if span.names_quarantine:
             continue
-        text = place.path.read_text(encoding="utf-8")
-        before.setdefault(place.path, text)
-        named = os.path.relpath(target, place.path.parent)
-        line = f"quarantine: {{{BASES}: [{named}]}}" + (", " if place.flow else "\n" + " " * place.column)
-        place.path.write_text(text[: place.start] + line + text[place.start :], encoding="utf-8")
+        text = span.path.read_text(encoding="utf-8")
+        before.setdefault(span.path, text)
+        named = os.path.relpath(target, span.path.parent)
+        line = f"quarantine: {{{BASES}: [{named}]}}" + (", " if span.flow else "\n" + " " * span.column)
+        span.path.write_text(text[: span.start] + line + text[span.start :], encoding="utf-8")
     return before
 
 
 def restore(before: Mapping[Path, str | None]) -> None:
-    """Undo an `add` by what it returned."""
+    """Undo an `add`, given what it returned."""
     for path, text in before.items():
         if text is None:
             path.unlink()
@@ -63,8 +63,8 @@ def restore(before: Mapping[Path, str | None]) -> None:
             path.write_text(text, encoding="utf-8")
 
 
-def _places(path: Path, mixture: str) -> Iterator[YamlSpan]:
-    """Every mapping of a file, and of those that it extends, that describes the mixture."""
+def _spans(path: Path, mixture: str) -> Iterator[YamlSpan]:
+    """Every mapping that describes the mixture, in a file and in the files that it extends."""
     text = path.read_text(encoding="utf-8")
     for node in _mappings(yaml.compose(text, Loader)):
         loader = Loader("")
@@ -74,11 +74,11 @@ def _places(path: Path, mixture: str) -> Iterator[YamlSpan]:
             mark = keys["name"].start_mark
             yield YamlSpan(path, mark.index, mark.column, bool(node.flow_style), "quarantine" in keys)
         for base in own.get(BASES, ()):
-            yield from _places((path.parent / base).resolve(), mixture)
+            yield from _spans((path.parent / base).resolve(), mixture)
 
 
 def _mappings(node: Any) -> Iterator[yaml.MappingNode]:
-    """A node and all in it that are mappings; one that an alias repeats comes again."""
+    """All mappings in a node, itself included; a mapping that an alias repeats is yielded again."""
     if isinstance(node, yaml.MappingNode):
         yield node
         for _, value in node.value:

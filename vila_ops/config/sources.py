@@ -1,4 +1,4 @@
-"""What a source of data is: one class a format, and where its records come from."""
+"""Sources of data: one config class for each format."""
 
 from typing import Annotated, Any, Literal
 
@@ -10,20 +10,20 @@ from vila_ops.config.kinds import plugins
 from vila_ops.config.package import Package
 
 Rendering = Literal["caption", "document", "questions", "conversation", "instructions", "definition"]
-"""What a source's records become: image + caption, an interleaved document, visual questions made of a caption, turns
-with images, text-only turns, or a word with its meaning."""
+"""What records are rendered as: an image with its caption, an interleaved document, visual questions made from a
+caption, turns with images, text-only turns, or a word with its definition."""
 
 
 class SourceBase(Config):
-    """What every source has."""
+    """The settings of every source."""
 
     weight: PositiveFloat | None = None
     """Share of an epoch, relative to the other sources' weights (blend `weight`; None counts as 1)."""
     repeats: PositiveFloat | None = None
-    """How often an epoch sees each sample (blend `repeats`; None counts as 1)."""
+    """How often each sample is used in an epoch (blend `repeats`; None counts as 1)."""
     render: Rendering
     limit: PositiveInt | None = None
-    """Take only so many records, evenly spaced in their order; None takes all."""
+    """Number of records to take, evenly spaced in their order; None takes all."""
     clean: Clean = Clean()
 
     def packages(self) -> tuple[Package, ...]:
@@ -32,12 +32,12 @@ class SourceBase(Config):
         return tuple(value for value in values if isinstance(value, Package))
 
     def origin(self) -> dict[str, Any]:
-        """What is read, whatever is made of it."""
+        """The settings that say what is read, without those that say how it is used."""
         return self.model_dump(exclude={"weight", "repeats", "render", "limit", "clean"})
 
 
 class TuxPaint(SourceBase):
-    """Tux Paint stamps: photo cut-outs and drawings with one human sentence each."""
+    """Tux Paint stamps: photo cut-outs and drawings, each with one human-written sentence."""
 
     kind: Literal["tux_paint"] = "tux_paint"
     package: Package
@@ -60,7 +60,7 @@ class GimpHelp(SourceBase):
 
 
 class GCompris(SourceBase):
-    """GCompris boards: titles and encyclopedic paragraphs, with the photo they belong to where the package has it."""
+    """GCompris boards: titles and encyclopedic paragraphs, with their photo if the package has it."""
 
     kind: Literal["gcompris"] = "gcompris"
     package: Package
@@ -81,13 +81,13 @@ class GnomeHelp(SourceBase):
 
 
 class OwnFiles(SourceBase):
-    """What sources of one's own files have."""
+    """The settings of every source that reads files."""
 
     path: str
-    """File, or folder whose files of the format are read in the order of their names, relative to the working
-    directory. The content, not the place, is what is hashed."""
+    """A file, or a folder whose files of the format are read in the order of their names; relative to the working
+    directory. The address of a dataset depends on the content of the files, not on their path."""
     licence: str
-    """Of the records that state none, in SPDX terms where they exist."""
+    """Licence of the records that state none, as an SPDX identifier if there is one."""
 
 
 class JsonLines(SourceBase):
@@ -95,17 +95,17 @@ class JsonLines(SourceBase):
 
     kind: Literal["jsonl"] = "jsonl"
     path: str
-    """Folder, relative to the working directory; its content, not its place, is what is hashed."""
+    """Folder, relative to the working directory. The address of a dataset depends on its content, not on its path."""
 
 
 class Llava(OwnFiles):
-    """LLaVA's conversation JSON: a list of {id, image, conversations}, or one a line; no image, one, or a list."""
+    """LLaVA's conversation JSON: a list of {id, image, conversations}, or one on each line; `image` is optional."""
 
     kind: Literal["llava"] = "llava"
     images: str | None = None
-    """Folder that the image paths are relative to; None where no record has an image."""
+    """Folder that the image paths are relative to; None if no record has an image."""
     render: Literal["conversation", "caption"] = "conversation"
-    """caption is LLaVA's `plain`: the image and the answer, the question left out."""
+    """caption is LLaVA's `plain`: the image and the answer, without the question."""
 
 
 class LlavaCc3m(OwnFiles):
@@ -118,33 +118,35 @@ class LlavaCc3m(OwnFiles):
 
 
 class Mmc4(OwnFiles):
-    """Multimodal C4: jsonl shards of documents, with the images that `vila-ops data download` brought."""
+    """Multimodal C4: jsonl shards of documents, with the images that `vila-ops data download` fetched."""
 
     kind: Literal["mmc4"] = "mmc4"
     images: str
-    """Folder of the downloaded tars and manifests, one pair a shard."""
+    """Folder of the downloaded tars and manifests, one of each for every shard."""
     render: Literal["document"] = "document"
     order: Literal["interleaved", "pairs", "image_first"] = "interleaved"
-    """The recipe, or what the paper compares it with: one sample an image with its sentence, or all images first."""
+    """interleaved is the paper's recipe; it is compared with pairs (a sample for each image with its sentence) and
+    image_first (all images before the text)."""
     max_images: PositiveInt = 6
-    """The first so many of a document, in the order of the file."""
+    """Only the first images of a document are used, in the order of the file."""
     missing_images: Literal["drop_document", "drop_image"] = "drop_document"
-    """What one image that could not be had costs; the recipe keeps only documents that have all of theirs."""
+    """What to drop if an image could not be downloaded; the paper's recipe keeps only documents with all images."""
     min_similarity: float | None = None
-    """Of an image to its sentence (CLIP); an image below it is left out."""
+    """CLIP similarity of an image to its sentence; an image below it is left out."""
 
 
 class Coyo(OwnFiles):
-    """COYO-700M: parquet shards of image addresses, alt texts and scores, with the images that were downloaded."""
+    """COYO-700M: Parquet shards of image URLs, alt texts and scores, with the images that `vila-ops data download`
+    fetched."""
 
     kind: Literal["coyo"] = "coyo"
     images: str
-    """Folder of the downloaded tars and manifests, one pair a shard."""
+    """Folder of the downloaded tars and manifests, one of each for every shard."""
     render: Literal["caption"] = "caption"
 
 
 class Flan(OwnFiles):
-    """FLAN's text-only instructions: parquet or jsonl with `inputs` and `targets`."""
+    """FLAN's text-only instructions: Parquet or jsonl with `inputs` and `targets`."""
 
     kind: Literal["flan"] = "flan"
     render: Literal["instructions"] = "instructions"
@@ -156,18 +158,18 @@ class Vflan(OwnFiles):
 
     kind: Literal["vflan"] = "vflan"
     images: str | None = None
-    """Folder that images which are paths and not base64 are relative to; None where there are none."""
+    """Folder that images given as paths are relative to; None if all images are base64."""
     render: Literal["conversation"] = "conversation"
     max_images: PositiveInt = 8
     """A record with more images is dropped."""
 
 
 class Messages(OwnFiles):
-    """OpenAI chat messages, one conversation a line of jsonl; images as data: addresses or as files."""
+    """OpenAI chat messages, one conversation on each line of jsonl; images as data: URLs or as files."""
 
     kind: Literal["messages"] = "messages"
     images: str | None = None
-    """Folder that file paths in image_url are relative to; None: only data: addresses."""
+    """Folder that file paths in image_url are relative to; None if all images are data: URLs."""
     render: Literal["conversation"] = "conversation"
 
 
@@ -179,36 +181,36 @@ class WebDataset(OwnFiles):
 
 
 class HfParquet(OwnFiles):
-    """Parquet shards of a Hugging Face data set: images in the rows, as its Image feature stores them."""
+    """Parquet shards of a Hugging Face dataset: images in the rows, as its Image feature stores them."""
 
     kind: Literal["hf_parquet"] = "hf_parquet"
     image: str = "image"
-    """Column of an image or of a list of images."""
+    """Column with an image or a list of images."""
     text: str = "text"
-    """Column of the caption, or of the conversation where render is conversation."""
+    """Column with the caption, or with the conversation if render is conversation."""
     render: Literal["caption", "conversation"] = "caption"
 
 
 class Html(OwnFiles):
-    """A folder of HTML pages and the images that they show: interleaved documents."""
+    """A folder of HTML pages and their images: interleaved documents."""
 
     kind: Literal["html"] = "html"
     render: Literal["document"] = "document"
     missing_images: Literal["drop_document", "drop_image"] = "drop_document"
-    """What one image costs that is on another host, or not there, or none."""
+    """What to drop if an image is on another host, is missing, or cannot be decoded."""
 
 
 class Table(OwnFiles):
-    """A CSV or TSV with a header, a line an image: its file and its caption, or a question and an answer."""
+    """A CSV or TSV with a header; each row has an image file and its caption, or a question and an answer."""
 
     kind: Literal["table"] = "table"
     images: str
     """Folder that the image column's paths are relative to."""
     image: str = "image"
     text: str = "text"
-    """Column of the caption, or of the answer where `question` is set."""
+    """Column with the caption, or with the answer if `question` is set."""
     question: str | None = None
-    """Column of the question; then the records are conversations."""
+    """Column with the question; if set, the records are conversations."""
     render: Literal["caption", "conversation"] = "caption"
 
     @model_validator(mode="after")
