@@ -227,7 +227,7 @@ def test_folders_that_change_places_are_another_dataset(resources: Resources, ma
     assert one.digest != other.digest
 
 
-def test_changed_files_are_prepared_anew_in_the_same_process(
+def test_changed_files_are_prepared_again_in_the_same_process(
     resources: Resources, make_resources: Any, make_text: Any, tiny: Path, tmp_path: Path
 ) -> None:
     """Nothing read before may linger: the names that questions draw from are the new ones."""
@@ -246,7 +246,7 @@ def test_changed_files_are_prepared_anew_in_the_same_process(
         assert "Is there a" not in sample.text or "Is there a small " in sample.text
 
 
-def test_a_changed_tokenizer_is_read_anew_in_the_same_process(
+def test_a_changed_tokenizer_is_read_again_in_the_same_process(
     resources: Resources, make_mixture: Any, make_text: Any, tiny: Path, tmp_path: Path
 ) -> None:
     """Else the old tokens would be sealed under the address of the new ones."""

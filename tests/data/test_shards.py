@@ -119,7 +119,7 @@ def test_the_webdataset_library_reads_a_shard(shard: Path) -> None:
     assert json.loads(read[1]["json"])["text"] == "Ein Hund — 犬."
 
 
-def test_a_dataset_that_was_replaced_is_read_anew(shard: Path, tmp_path: Path) -> None:
+def test_a_dataset_that_was_replaced_is_read_again(shard: Path, tmp_path: Path) -> None:
     """A flow's process lives on while `data/<mixture>` is replaced."""
     assert read(tmp_path, 0).input_ids[-1] == 0
     shard.unlink()

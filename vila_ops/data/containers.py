@@ -1,9 +1,9 @@
-"""Encoded images without what their pixels do not need, so that nothing else ever reaches a decoder.
+"""Encoded images reduced to what their pixels need, so that a decoder gets nothing else.
 
-A decoder reads everything that a file brings: texts and profiles that inflate to gigabytes, a million empty segments,
+A decoder reads everything that a file contains: texts and profiles that inflate to gigabytes, a million empty segments,
 EXIF tables that point at each other, second frames. Here each container is walked once, in time linear in its bytes and
-without inflating anything; what stays is the header, the palette, the transparency and the data of the first frame, and
-of the rest one number: how the camera was held.
+without inflating anything. The result has the header, the palette, the transparency and the data of the first frame;
+of the metadata only the orientation is read.
 """
 
 import re
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Format = Literal["PNG", "JPEG", "WEBP", "GIF", "BMP"]
-"""Told by content, never by file name. Formats that can run programs (EPS, SVG, PDF) are not among them, nor is TIFF,
-which is dozens of codecs behind one name. A phone's MPO is read as the JPEG that it starts with."""
+"""Recognised by content, never by file name. Formats that can run programs (EPS, SVG, PDF) are not supported, nor is
+TIFF, which is a container of dozens of codecs. A phone's MPO is read as the JPEG that it starts with."""
 Reason = Literal[
     "empty", "not_an_image", "unsupported", "truncated", "corrupt", "too_many_bytes", "too_many_pixels", "too_narrow",
     "too_complex",
@@ -22,17 +22,17 @@ Reason = Literal[
 
 MAX_BYTES = 64 * 2**20
 MAX_PARTS = 2**17
-"""Segments, chunks or sub-blocks of one file, each of which costs a decoder about 2 us."""
+"""Segments, chunks or sub-blocks of one file; each takes a decoder about 2 us."""
 MAX_SCAN_PIXELS = 500_000_000
-"""Scans x pixels of a progressive JPEG: every scan visits every block, at 1 to 4 ns a pixel (measured)."""
+"""Scans x pixels of a progressive JPEG: every scan visits every block, at 1 to 4 ns per pixel (measured)."""
 MAX_RLE_PIXELS = 1_000_000
-"""Of a run-length coded BMP, which Pillow decodes in Python at up to 0.2 us a pixel."""
+"""Pixels of a run-length coded BMP, which Pillow decodes in Python at up to 0.2 us per pixel."""
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff])", re.DOTALL)
 JPEG_FRAMES = {0xC0, 0xC1, 0xC2}
-"""Baseline, extended and progressive, in Huffman codes. Lossless, hierarchical and arithmetic ones no browser shows."""
+"""Baseline, extended and progressive, with Huffman codes; browsers do not show lossless, hierarchical or arithmetic."""
 JPEG_OTHER_FRAMES = {*range(0xC3, 0xD0)} - {0xC4, 0xC8, 0xCC}
 JPEG_BARE = {0x01, *range(0xD0, 0xD9)}
 """Markers without a length: TEM, RST0-7, SOI."""
@@ -44,7 +44,7 @@ EXIF_INTEGERS = {3: "H", 4: "L", 6: "b", 8: "h", 9: "l"}
 
 
 class BadImage(ValueError):
-    """An image that cannot be decoded safely; `reason` is one fixed word, by which such images are counted."""
+    """An image that cannot be decoded safely; such images are counted by `reason`."""
 
     def __init__(self, reason: Reason, message: str) -> None:
         super().__init__(message)
@@ -60,11 +60,11 @@ class Stripped:
     width: int
     height: int
     orientation: int
-    """EXIF 2.3 tag 0x0112; 1 where the file names none."""
+    """EXIF 2.3 tag 0x0112; 1 if the file states none."""
 
 
 def strip(data: bytes) -> Stripped:
-    """The file without metadata and without all frames but the first; raises BadImage."""
+    """The file without metadata and with its first frame only. Raises BadImage."""
     if not data:
         raise BadImage("empty", "no bytes at all")
     if len(data) > MAX_BYTES:
@@ -83,7 +83,7 @@ def strip(data: bytes) -> Stripped:
 
 
 def exif_orientation(exif: bytes) -> int | None:
-    """The orientation in a block of EXIF (a TIFF header and its first table); None where it names none or is broken."""
+    """The orientation in a block of EXIF (a TIFF header and its first table); None if it is missing or damaged."""
     while exif.startswith(b"Exif\x00\x00"):
         exif = exif[6:]
     order = {b"II": "<", b"MM": ">"}.get(exif[:2])
@@ -94,23 +94,23 @@ def exif_orientation(exif: bytes) -> int | None:
         return None
     (count,) = struct.unpack_from(order + "H", exif, start)
     table = exif[start + 2 : start + 2 + 12 * count]
-    found: int | None = None
+    orientation: int | None = None
     for tag, kind, values, value in struct.iter_unpack(order + "HHL4s", table[: len(table) // 12 * 12]):
         if tag == ORIENTATION and values == 1 and kind in EXIF_INTEGERS:
-            (found,) = struct.unpack_from(order + EXIF_INTEGERS[kind], value)
-    return found
+            (orientation,) = struct.unpack_from(order + EXIF_INTEGERS[kind], value)
+    return orientation
 
 
 def _oriented(exif: bytes, xmp: bytes) -> int:
-    """EXIF's word, or where it has none XMP's."""
-    found = exif_orientation(exif)
-    if found is None and (match := XMP_ORIENTATION.search(xmp)):
-        found = int(match[1])
-    return 1 if found is None else found
+    """The orientation of EXIF, else of XMP, else 1."""
+    orientation = exif_orientation(exif)
+    if orientation is None and (match := XMP_ORIENTATION.search(xmp)):
+        orientation = int(match[1])
+    return 1 if orientation is None else orientation
 
 
 def _png(data: bytes) -> Stripped:
-    """Chunks are length, name, body, CRC. The CRCs of what stays are checked: Pillow does not check those of IDAT."""
+    """Chunks are length, name, body, CRC. The CRCs of kept chunks are checked: Pillow does not check those of IDAT."""
     kept = [PNG_MAGIC]
     exif = xmp = b""
     at = len(PNG_MAGIC)
@@ -139,7 +139,7 @@ def _png(data: bytes) -> Stripped:
 
 
 def _jpeg(data: bytes) -> Stripped:
-    """Segments up to the first scan; from there on only entropy-coded data and tables follow."""
+    """Segments up to the first scan; after it only entropy-coded data and tables follow."""
     kept = [b"\xff\xd8"]
     exif = xmp = frame = b""
     at = 2
@@ -169,17 +169,17 @@ def _jpeg(data: bytes) -> Stripped:
             exif = exif or body
         elif code == 0xE1 and body.startswith(XMP_HEAD):
             xmp = body
-        elif code < 0xE0 or body.startswith((b"JFIF\x00", b"Adobe")):  # the last two say what the colours are
+        elif code < 0xE0 or body.startswith((b"JFIF\x00", b"Adobe")):  # the last two define the colour space
             kept += [bytes((0xFF, code)), segment]
         at += len(segment)
     raise BadImage("too_complex", f"a JPEG of more than {MAX_PARTS} segments")
 
 
 def _scans(data: bytes, *, frame: bytes, progressive: bool) -> bytes:
-    """What follows the header of a JPEG, changed so that lost data is noticed.
+    """The data after the header of a JPEG, changed so that the decoder notices missing data.
 
-    libjpeg fills what is missing before the end marker with grey and only warns, which Pillow does not pass on. Without
-    that marker it asks for more data instead, and Pillow refuses the file. The zeros are what a decoder reads ahead.
+    libjpeg fills missing data before the end marker with grey and only warns, which Pillow does not pass on. Without
+    that marker it asks for more data instead, and Pillow refuses the file. The zeros are for the decoder's read-ahead.
     """
     if not progressive and data[4:5] == frame[5:6]:  # one scan has all components
         end = data.rfind(b"\xff\xd9")
@@ -192,7 +192,7 @@ def _scans(data: bytes, *, frame: bytes, progressive: bool) -> bytes:
 
 
 def _webp(data: bytes) -> Stripped:
-    """RIFF chunks. libwebp keeps metadata unread and gives the first frame without decoding others: nothing is cut."""
+    """RIFF chunks. Nothing is removed: libwebp ignores metadata and decodes the first frame only."""
     exif = xmp = b""
     size = int.from_bytes(data[4:8], "little") + 8
     if size > len(data):
@@ -211,7 +211,7 @@ def _webp(data: bytes) -> Stripped:
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
-    """Of the canvas (RFC 9649): 2 x 24 bits less one, or 2 x 14 bits: lossy after a start code, lossless less one."""
+    """Size of the canvas (RFC 9649): 2 x 24 bits minus one, or 2 x 14 bits, for lossless minus one."""
     name = data[12:16]
     if name == b"VP8X" and len(data) >= 30:
         return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
@@ -263,7 +263,7 @@ def _gif(data: bytes) -> Stripped:
 
 
 def _bmp(data: bytes) -> Stripped:
-    """Nothing to cut; only run-length codes can be slow. A header of 12 bytes is OS/2's, longer ones are Windows's."""
+    """Nothing is removed; only run-length codes can be slow. OS/2's header has 12 bytes, Windows's more."""
     if len(data) < 26:
         raise BadImage("truncated", "a BMP that ends inside its header")
     is_old = struct.unpack_from("<L", data, 14) == (12,)

@@ -1,4 +1,4 @@
-"""Encoded images to the squares that the tower sees. Pure: the same bytes give the same pixels everywhere."""
+"""Encoded images to squares for the vision tower. Pure: the same bytes give the same pixels on every machine."""
 
 # I images, S side in pixels
 
@@ -17,16 +17,16 @@ from vila_ops.data.containers import BadImage, Reason, Stripped, strip
 
 MAX_PIXELS = 40_000_000
 BYTES_PER_PIXEL = 16
-"""Memory that squaring one image takes at most, beside the file: 640 MB at MAX_PIXELS (measured; WebP, turned)."""
+"""Peak memory of `square` for one image, without the file: 640 MB at MAX_PIXELS (measured; WebP, rotated)."""
 SCALED_MARGIN = 2
-"""A scaled decode leaves the image at least so many times as long as its part of the square, on both sides.
+"""After a scaled decode the image is at least so many times as large as its part of the square, in both dimensions.
 
 Squares then differ from those of an exact decode by at most 12 of 255 and by less than 1 on average: measured on photos
 of 4000 x 3000 with detail down to the pixel, on noise of 1/f, 1/f^2 and white, for sizes of 224, 336 and 448."""
 BAND_ROWS = 128
-"""Rows that are made RGB at once."""
+"""Rows that are converted to RGB at once."""
 MOST_CROPPED = 64
-"""An image may be so many times as long as wide where all but its middle is cropped: all of it is resized first."""
+"""Largest aspect ratio of an image that is cropped to its middle: the whole image is resized first."""
 Colour = tuple[int, int, int]
 WHITE: Colour = (255, 255, 255)
 BICUBIC = Pillow.Resampling.BICUBIC
@@ -39,23 +39,24 @@ TURNS = {
     7: Pillow.Transpose.TRANSVERSE,
     8: Pillow.Transpose.ROTATE_90,
 }
-"""What undoes each orientation (EXIF 2.3, tag 0x0112)."""
+"""The transposition that undoes each orientation (EXIF 2.3, tag 0x0112)."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How an image becomes a square: to the bit as transformers' image processors in Pillow do it.
+    """How an image becomes a square: bit-exact with the Pillow image processors of transformers.
 
-    They are LlavaImageProcessorPil with do_pad, and CLIPImageProcessorPil with a size of two sides or of the shortest.
+    These are LlavaImageProcessorPil with do_pad (pad), and CLIPImageProcessorPil with a size of two sides (resize) or
+    of the shortest side (crop).
     """
 
     kind: ImageFit
     mean: tuple[float, ...]
-    """Of the tower's channels, in [0, 1]: the colour that pads."""
+    """Mean of the tower's channels, in [0, 1]: the padding colour."""
 
     @property
     def colour(self) -> Colour:
-        """Rounded down, as LLaVA does."""
+        """The padding colour in 0 .. 255, rounded down as in LLaVA."""
         red, green, blue = (int(value * 255) for value in self.mean)
         return red, green, blue
 
@@ -69,9 +70,9 @@ def square(
     decode: Decoding = "exact",
     max_pixels: int = MAX_PIXELS,
 ) -> bytes:
-    """One encoded image as a size x size RGB square: upright, transparent on white, bicubic.
+    """One encoded image as an encoded size x size RGB square: upright, transparency on white, bicubic.
 
-    Of an animation the first frame is taken. Raises BadImage, by whose `reason` such images are counted.
+    The first frame of an animation is used. Raises BadImage.
     """
     stripped = _checked(data, max_pixels=max_pixels)
     factor = _factor(stripped, size=size, fit=fit) if decode == "scaled" else 1
@@ -80,9 +81,9 @@ def square(
 
 
 def rgb(data: bytes, *, at_least: int, max_pixels: int = MAX_PIXELS) -> Pillow.Image:
-    """One encoded image upright, transparent on white. Raises BadImage.
+    """One encoded image as RGB: upright, transparency on white. Raises BadImage.
 
-    A JPEG may come at 1/2, 1/4 or 1/8 of its size, its sides `at_least` pixels or more: far quicker.
+    A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, with sides of `at_least` pixels or more, which is faster.
     """
     stripped = _checked(data, max_pixels=max_pixels)
     sides = (stripped.width, stripped.height)
@@ -91,13 +92,13 @@ def rgb(data: bytes, *, at_least: int, max_pixels: int = MAX_PIXELS) -> Pillow.I
 
 
 def upright_size(stripped: Stripped) -> tuple[int, int]:
-    """Width and height in pixels as the image is seen."""
+    """Width and height in pixels of the upright image."""
     sides = (stripped.width, stripped.height)
     return sides[::-1] if stripped.orientation >= 5 else sides
 
 
 def suffix(encoding: ImageEncoding) -> Literal["jpg", "webp"]:
-    """What the file of such an image is called."""
+    """The file name extension of the encoding."""
     match encoding:
         case Jpeg():
             return "jpg"
@@ -118,7 +119,7 @@ def pixels(squares: list[bytes], *, mean: tuple[float, ...], std: tuple[float, .
 
 
 def _checked(data: bytes, *, max_pixels: int) -> Stripped:
-    """The image's file, stripped, if decoding it takes bounded memory."""
+    """The stripped image. Raises BadImage if decoding it would take too much memory."""
     stripped = strip(data)
     width, height = stripped.width, stripped.height
     if width * height > max_pixels:
@@ -129,9 +130,9 @@ def _checked(data: bytes, *, max_pixels: int) -> Stripped:
 
 
 def _factor(stripped: Stripped, *, size: int, fit: Fit) -> int:
-    """By how much the decoder shrinks both sides: 8, 4, 2 or 1. It divides both: no image ends inside a pixel."""
+    """The factor by which the decoder shrinks both sides: 8, 4, 2 or 1. It divides both sides."""
     sides = (stripped.width, stripped.height)
-    if stripped.format != "JPEG" or min(sides) < 64:  # below 8 x 8 pixels draft would round the factor itself
+    if stripped.format != "JPEG" or min(sides) < 64:  # below 8 x 8 pixels `draft` rounds the factor
         return 1
     becomes_size = max(sides) if fit.kind == "pad" else min(sides)
     most = max(1, becomes_size // (SCALED_MARGIN * size))
@@ -139,23 +140,23 @@ def _factor(stripped: Stripped, *, size: int, fit: Fit) -> int:
 
 
 def _decode(stripped: Stripped, *, factor: int) -> Pillow.Image:
-    """The upright image, its sides divided by the factor."""
+    """The upright image, with both sides divided by the factor."""
     try:
         with Pillow.open(io.BytesIO(stripped.data), formats=(stripped.format,)) as image:
             if image.size != (stripped.width, stripped.height):
-                raise ValueError("the decoder reads another size than we do")
+                raise ValueError("the decoder reads another size than the header states")
             if factor > 1:
                 image.draft(None, (stripped.width // factor, stripped.height // factor))
             image.load()
             turn = TURNS.get(stripped.orientation)
             return image if turn is None else image.transpose(turn)
-    except (OSError, ValueError) as error:  # all that 150,000 damaged files made Pillow raise
+    except (OSError, ValueError) as error:  # the errors that Pillow raised for 150,000 damaged files
         reason: Reason = "truncated" if "truncated" in str(error).lower() else "corrupt"
         raise BadImage(reason, f"a {stripped.format} that is {reason}") from error
 
 
 def _fit(image: Pillow.Image, whole: tuple[int, int], *, size: int, fit: Fit, factor: int) -> Pillow.Image:
-    """A decoded image, which is `whole` pixels wide and high but for the factor, as a square."""
+    """A decoded image as a square; `whole` is its width and height in pixels before division by the factor."""
     match fit.kind:
         case "pad":
             return _pad_and_resize(image, whole, size=size, factor=factor, colour=fit.colour)
@@ -176,10 +177,10 @@ def _fit(image: Pillow.Image, whole: tuple[int, int], *, size: int, fit: Fit, fa
 def _pad_and_resize(
     image: Pillow.Image, whole: tuple[int, int], *, size: int, factor: int, colour: Colour
 ) -> Pillow.Image:
-    """To the bit what Pillow makes of the padded image.
+    """The resized padded image, bit-exact with Pillow on the whole padded image.
 
-    Pillow resizes rows of a square first, then columns, and rounds between: so the rows of the padding, which keep
-    their colour, need not be resized, and the others can be taken in bands.
+    Pillow resizes rows first, then columns, and rounds in between. So the rows of padding, which keep their colour,
+    need not be resized, and the others can be resized in bands.
     """
     side = max(whole)
     across, down = _pad(whole[0], side, factor=factor), _pad(whole[1], side, factor=factor)
@@ -199,7 +200,7 @@ def _pad_and_resize(
 
 @dataclass(frozen=True)
 class _Pad:
-    """One side of the padded image, in decoded pixels: its length, where the image begins, what is resized."""
+    """One dimension of the padded image, in decoded pixels: length, start of the image, and the range to resize."""
 
     length: int
     before: int
@@ -208,7 +209,7 @@ class _Pad:
 
 
 def _pad(length: int, side: int, *, factor: int) -> _Pad:
-    """Half of the padding, rounded down, comes first; with a factor it is a fraction of decoded pixels."""
+    """Half of the padding, rounded down, comes first; with a factor it may be a fraction of a decoded pixel."""
     first = (side - length) // 2 / factor
     before = math.ceil(first)
     stop = before - first + side / factor
@@ -216,7 +217,7 @@ def _pad(length: int, side: int, *, factor: int) -> _Pad:
 
 
 def _whole_rgb(image: Pillow.Image) -> Pillow.Image:
-    """As _rgb, in bands: what lies between would fill memory."""
+    """_rgb in bands, which bounds the memory for intermediate images."""
     if _is_rgb(image):
         return image
     whole = Pillow.new("RGB", image.size)
@@ -230,8 +231,8 @@ def _is_rgb(image: Pillow.Image) -> bool:
 
 
 def _rgb(image: Pillow.Image) -> Pillow.Image:
-    """On white, in eight bits a channel."""
-    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to white instead of scale
+    """The image as RGB with eight bits per channel, transparency on white."""
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to white instead of scaling
         image = Pillow.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
         rgba = image.convert("RGBA")

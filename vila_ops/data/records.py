@@ -1,11 +1,11 @@
-"""The one record layout behind every source: turns of text and image parts, in order."""
+"""The record layout that every source produces: turns of text and image parts, in order."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 Role = Literal["document", "system", "user", "assistant"]
-"""A document is plain running text, every token of which is learnt."""
+"""A `document` is plain running text; all its text tokens are target tokens."""
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Image:
 
     data: bytes
     scores: Mapping[str, float] = field(default_factory=dict)
-    """Columns of the source about this image, such as the similarity to its sentence."""
+    """Score columns of the source for this image, such as the similarity to its sentence."""
 
 
 Part = str | Image
@@ -22,7 +22,7 @@ Part = str | Image
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says: text and images in their order."""
+    """One message: text and images in their order."""
 
     role: Role
     parts: tuple[Part, ...]
@@ -33,31 +33,31 @@ class Record:
     """One document, captioned image or conversation, before it is tokenised."""
 
     id: str
-    """Unique inside its source."""
+    """Unique within its source."""
     object: str
-    """What it shows or speaks of, lower case: the key of the train / validation / test split."""
+    """What the record is about, lower case: the key of the train / validation / test split."""
     turns: tuple[Turn, ...]
     category: str
-    """Group of the object inside its source ("animals/birds"); empty where the source has none."""
+    """Group of the object within its source ("animals/birds"); empty if the source has no groups."""
     licence: str
     provenance: str
-    """Where it came from: package, version and path inside it."""
+    """Where the record comes from: package, version and path inside it, or file and line."""
     scores: Mapping[str, float] = field(default_factory=dict)
-    """Columns of the source that cleaning reads, such as clip_similarity_vitb32."""
+    """Score columns of the source that filtering reads, such as clip_similarity_vitb32."""
 
 
 NOT_DOWNLOADED = "not_downloaded"
-"""Reason of records whose image is gone from the web: a fact about the web, not a fault of the data."""
+"""Reason of records whose image could not be downloaded; they do not count as bad."""
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """A record that cannot be used, and why; counted, never replaced by another."""
+    """A record that cannot be used, and the reason; it is counted and never replaced by another record."""
 
     id: str
     reason: str
-    """A short fixed word ("unreadable_image", "no_text", ...): drops are counted by it."""
+    """A fixed identifier ("no_image", "no_text", ...), by which drops are counted."""
     where: str = ""
-    """File, and line or row in it (from 1), so that what was dropped can be found: "docs/a.jsonl:17"."""
+    """File, and line or row in it from 1: "docs/a.jsonl:17"."""
     detail: str = ""
-    """The value, the rule and the way out, for a person."""
+    """The value, the rule and the way out."""

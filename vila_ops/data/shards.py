@@ -1,7 +1,7 @@
 """The files of a prepared mixture: tar shards of samples, and one Parquet index over them.
 
 A shard is a plain WebDataset tar: `KEY.json` with the tokens, `KEY.0.webp`, `KEY.1.webp`, ... with the images.
-The index has one row a sample, so that any sample is one seek away.
+The index has one row for each sample with its offset, so that any sample is read with one seek.
 """
 
 import base64
@@ -44,20 +44,20 @@ DROPPED_SCHEMA = pa.schema([(name, pa.string()) for name in ("source", "id", "re
 
 
 class CorruptShard(CorruptArtifact):
-    """A shard does not hold what its index says."""
+    """A shard does not contain what its index states."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One tokenised sample with its images, and what it was made from."""
+    """One tokenised sample with its images and the provenance of its record."""
 
     id: str
-    """Of its record."""
+    """Id of its record."""
     source: str
     object: str
     category: str
     text: str
-    """The record's text parts, joined: what a benchmark asks about; of a piece of a long document its own words."""
+    """The record's text parts, joined; for a piece of a split document, the text of that piece. Benchmarks read it."""
     licence: str
     provenance: str
     input_ids: list[int]
@@ -65,14 +65,14 @@ class Sample:
     images: tuple[bytes, ...]
     """Encoded squares, in the order of their placeholders."""
     key: str = ""
-    """Unique in the dataset; given by the writer."""
+    """Unique in the dataset; set by ShardWriter."""
 
 
 class ShardWriter:
     """Writes one shard; the same samples give the same bytes."""
 
     def __init__(self, path: Path, *, name: str, suffix: str) -> None:
-        """name: of the shard in a dataset, SOURCE-STEM.tar; the samples' keys are STEM-NUMBER."""
+        """`name` is the shard's name in a dataset, SOURCE-STEM.tar; the samples' keys are STEM-NUMBER."""
         self.name, self.suffix = name, suffix
         self._stem = name.removesuffix(".tar").rpartition("-")[2]
         self.rows: list[dict[str, Any]] = []
@@ -82,7 +82,7 @@ class ShardWriter:
         """Append one sample."""
         key = f"{self._stem}-{len(self.rows):06d}"
         offset = self._tar.offset
-        head = {**vars(sample), "key": key}  # asdict would copy every token, for 0.6 ms
+        head = {**vars(sample), "key": key}  # asdict would copy every token, which takes 0.6 ms
         for field in ("images", "is_target"):
             del head[field]
         names = [f"{key}.{index}.{self.suffix}" for index in range(len(sample.images))]
@@ -102,7 +102,7 @@ class ShardWriter:
                 "shard": self.name,
                 "offset": offset,
                 "num_tokens": len(sample.input_ids),
-                "num_targets": sum(sample.is_target[1:]),  # nothing predicts a first token
+                "num_targets": sum(sample.is_target[1:]),  # the first token is never predicted
                 "num_images": len(sample.images),
             }
         )
@@ -113,7 +113,7 @@ class ShardWriter:
         return self.rows
 
     def _member(self, name: str, data: bytes) -> None:
-        info = tarfile.TarInfo(name)  # owner, mode and time stay at their constants
+        info = tarfile.TarInfo(name)  # owner, mode and time keep their constant defaults
         info.size = len(data)
         self._tar.addfile(info, io.BytesIO(data))
 
@@ -124,18 +124,18 @@ def write_index(rows: list[dict[str, Any]], folder: Path) -> None:
 
 
 def write_dropped(dropped: Sequence[Dropped], source: str, folder: Path) -> None:
-    """Write down every record that did not become a sample: which, why, and where it is found."""
+    """Write the list of records that did not become samples: id, reason, place and detail."""
     rows = [{"source": source, **asdict(one)} for one in dropped]
     pq.write_table(pa.Table.from_pylist(rows, schema=DROPPED_SCHEMA), folder / DROPPED, compression="zstd")
 
 
 def read_index(folder: Path) -> pa.Table:
-    """The index of a prepared mixture, one row a sample."""
+    """The index of a prepared mixture, one row for each sample."""
     return pq.read_table(folder / INDEX, schema=SCHEMA)
 
 
 def find_rows(dataset: Dataset, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """Key, source and record id of samples by their keys, in no order; a key that is not there is left out."""
+    """Key, source and record id of the samples with these keys, in any order; unknown keys are omitted."""
     wanted = pc.field("key").isin(pa.array(keys, pa.string()))
     columns = ["key", "source", "id"]
     rows: list[dict[str, Any]] = pq.read_table(store.file(dataset, INDEX), columns=columns, filters=wanted).to_pylist()
@@ -143,7 +143,7 @@ def find_rows(dataset: Dataset, keys: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def read_sample(folder: Path, *, shard: str, offset: int, key: str) -> Sample:
-    """One sample by its place; raises CorruptShard when something else stands there."""
+    """One sample by its location. Raises CorruptShard if the location holds something else."""
     try:
         with (folder / shard).open("rb") as file:
             file.seek(offset)
@@ -159,12 +159,12 @@ def read_sample(folder: Path, *, shard: str, offset: int, key: str) -> Sample:
 
 
 def index_of(dataset: Dataset) -> pa.Table:
-    """The index of a sealed dataset, one row a sample; from S3 nothing else comes here."""
+    """The index of a sealed dataset, one row for each sample; from S3 only the index is fetched."""
     return read_index(store.file(dataset, INDEX).parent)
 
 
 def samples_of(dataset: Dataset, rows: Iterable[Mapping[str, Any]]) -> Iterator[Sample]:
-    """The samples of some rows of a sealed dataset's index; from S3 only their shards come here."""
+    """The samples of some rows of a sealed dataset's index; from S3 only their shards are fetched."""
     files = store.opened(dataset)
     shards: dict[str, Path] = {}
     for row in rows:
@@ -183,17 +183,17 @@ def data_url(image: bytes) -> str:
 def runs(flags: Sequence[bool]) -> list[tuple[int, int]]:
     """The (start, stop) runs of True."""
     marks = bytes(flags) + b"\0"
-    found: list[tuple[int, int]] = []
+    spans: list[tuple[int, int]] = []
     start = marks.find(1)
     while start >= 0:
         stop = marks.find(0, start)
-        found.append((start, stop))
+        spans.append((start, stop))
         start = marks.find(1, stop)
-    return found
+    return spans
 
 
 def mask(spans: Sequence[tuple[int, int]], length: int) -> list[bool]:
-    """The flags that `runs` came from."""
+    """The inverse of `runs`: flags of the given length that are True in the spans."""
     flags = [False] * length
     for start, stop in spans:
         flags[start:stop] = [True] * (stop - start)
@@ -201,7 +201,7 @@ def mask(spans: Sequence[tuple[int, int]], length: int) -> list[bool]:
 
 
 def _next_member(file: BinaryIO, name: str) -> bytes:
-    """The tar member that starts where the file stands, which must have this name."""
+    """The content of the tar member at the file's position. Raises ValueError if it has another name."""
     info = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "strict")
     if info.name != name:
         raise ValueError(f"found member {info.name!r} instead of {name!r}")

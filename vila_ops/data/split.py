@@ -8,9 +8,9 @@ SPLITS = ("train", "validation", "test")
 
 
 def split_of(name: str, split: Split) -> str:
-    """The side on which an object stands: the same in every mixture with the same split config."""
+    """The split of an object, by a hash of its name: the same in every mixture with the same split config."""
     digest = hashlib.sha256(f"{split.salt}/{name}".encode()).digest()
-    place = int.from_bytes(digest[:8]) / 2**64
-    if place < split.test:
+    position = int.from_bytes(digest[:8]) / 2**64
+    if position < split.test:
         return "test"
-    return "validation" if place < split.test + split.validation else "train"
+    return "validation" if position < split.test + split.validation else "train"

@@ -41,7 +41,7 @@ def test_arrays_are_made_once_and_read_in_part(tmp_path: Path, make: Maker) -> N
 
 
 @pytest.mark.parametrize("damage", ["shorter", "gone", "header", "no header", "no checks", "other checks"])
-def test_a_folder_that_is_not_whole_is_made_anew(damage: str, tmp_path: Path, make: Maker) -> None:
+def test_a_folder_that_is_not_whole_is_rebuilt(damage: str, tmp_path: Path, make: Maker) -> None:
     folder = Arrays(tmp_path / "one", make).folder
     match damage:
         case "shorter":

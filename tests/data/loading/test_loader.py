@@ -252,7 +252,7 @@ def test_a_dataset_without_validation_samples_is_named(make_stage: Any, folder: 
 
 
 @pytest.mark.parametrize("array", ["members", "starts", "num_targets", "keys", "numbers"])
-def test_a_damaged_cache_is_made_anew(
+def test_a_damaged_cache_is_rebuilt(
     array: str, make_rows: MakeRows, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = make_rows(cache="other").batch(2)

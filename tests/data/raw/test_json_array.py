@@ -91,8 +91,8 @@ def values_or_error(path: Path, block: int) -> list[Any] | str:
         (b"[{'a': ']'}, {\"b\": 2}]", [Broken, {"b": 2}], "byte 2 of the file"),
         (b'[{"b": 2}, ]', [{"b": 2}, Broken], "byte 11 of the file"),
         (b'[, {"b": 2}]', [Broken, {"b": 2}], "byte 1 of the file"),
-        (b'[{"a": NaN}, {"b": 2}]', [Broken, {"b": 2}], "NaN is no JSON"),
-        (b'[{"a": 1, "a": 2}, {"b": 2}]', [Broken, {"b": 2}], "'a' stands twice"),
+        (b'[{"a": NaN}, {"b": 2}]', [Broken, {"b": 2}], "NaN is not JSON"),
+        (b'[{"a": 1, "a": 2}, {"b": 2}]', [Broken, {"b": 2}], "'a' occurs twice"),
         (b'[{"a": 1} {"a": 2}, {"b": 2}]', [Broken, {"b": 2}], "no comma after the value that ends at byte 10"),
         (b'[{"b": 2}, true false]', [{"b": 2}, Broken], "no comma"),
         (b'[{"a": "\xc3\xa4\xff"}, {"b": 2}]', [Broken, {"b": 2}], "byte 10 of the file"),
@@ -113,9 +113,9 @@ def test_a_broken_element_is_told_with_its_byte_and_stops_no_other(
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (b"", "no JSON array in UTF-8: it begins with ''"),
+        (b"", "not a JSON array in UTF-8: it begins with ''"),
         (b'{"a": 1}', "not with '\\['"),
-        ("[1]".encode("utf-16"), "no JSON array in UTF-8"),
+        ("[1]".encode("utf-16"), "not a JSON array in UTF-8"),
         (b'[{"a": 1},\n{"b"', r"a\.json:2 \(byte 11\): an element begins that has no end"),
         (b'[{"a": 1},\n', r"a\.json:2 \(byte 11\)"),
         (b'[{"a": 1}\n', r"a\.json:1 \(byte 1\)"),

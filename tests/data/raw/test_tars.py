@@ -82,7 +82,7 @@ def link(kind: bytes) -> tuple[tarfile.TarInfo, bytes]:
         (tar(entry("a.jpg", b"", type=tarfile.GNUTYPE_SPARSE), form=tarfile.GNU_FORMAT), "is a sparse file"),
         (tar(entry("a", pax_headers={"GNU.sparse.major": "1"}), form=tarfile.PAX_FORMAT), "a sparse file; write"),
         (tar(entry("a", pax_headers={"comment": "x" * 70_000}), form=tarfile.PAX_FORMAT), "65536 at most"),
-        (tar(entry("a", pax_headers={"size": "-5"}), form=tarfile.PAX_FORMAT), "'-5', which is no number"),
+        (tar(entry("a", pax_headers={"size": "-5"}), form=tarfile.PAX_FORMAT), "'-5', which is not a number"),
         (tar(entry("a", pax_headers={"size": "99999999999"}), form=tarfile.PAX_FORMAT), "needs 99999999999 bytes"),
         (tar(entry("a"), form=tarfile.PAX_FORMAT, pax_headers={"path": "b"}), "sets path of all members at once"),
         (tar(entry("a\udcff.jpg"), form=tarfile.GNU_FORMAT), "is not text"),
@@ -102,7 +102,7 @@ def test_a_size_below_zero_or_beyond_the_file_is_refused_before_it_is_read():
         data[124:136] = (b"\xff" if size < 0 else b"\x80") + (size % 256**11).to_bytes(11, "big")
         data[148:156] = b" " * 8
         data[148:156] = b"%06o\0 " % sum(data[:512])
-        with pytest.raises(BadTar, match="no number of bytes" if size < 0 else "truncated"):
+        with pytest.raises(BadTar, match="not a number of bytes" if size < 0 else "truncated"):
             list(members(io.BytesIO(bytes(data))))
 
 

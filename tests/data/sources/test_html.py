@@ -164,7 +164,7 @@ def test_a_image_that_cannot_be_had_costs_the_page_or_itself(
     ("page", "reason", "detail"),
     [
         (b"a \xff b", "bad_encoding", "byte 2 is not utf-8"),
-        (b"<meta charset=utf-7>+ADw-", "bad_encoding", "'utf-7' is not one of the web's"),
+        (b"<meta charset=utf-7>+ADw-", "bad_encoding", "'utf-7' is not in the WHATWG"),
         (b"<meta charset=unicode_escape>\\u0041", "bad_encoding", ""),
         (b"<meta charset=rot13>a", "bad_encoding", ""),
         (b"a\0b", "nul_in_text", ""),

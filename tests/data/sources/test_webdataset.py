@@ -175,7 +175,7 @@ def test_a_hostile_tar_is_an_error_that_names_the_file(name: str, message: str, 
 
 def test_a_key_that_comes_back_is_an_error(scan: Scan, tmp_path: Path):
     write_members(tmp_path / "a.tar", ("a.jpg", b"a"), ("b.jpg", b"b"), ("a.txt", b"a"))
-    with pytest.raises(ValueError, match=r"the key 'a' comes back at byte 2048; sort the members by name"):
+    with pytest.raises(ValueError, match=r"the key 'a' occurs again at byte 2048; sort the members by name"):
         scan(source(tmp_path))
 
 

@@ -1,1 +1,1 @@
-"""Raw files: what they are called, hashed and scanned as, and the containers that records lie in."""
+"""Raw files of sources: names, digests, scans, and readers of the containers of records."""

@@ -1,4 +1,4 @@
-"""Images that `vila-ops data download` brought: by URL, one seek each, checked against what was noted of them."""
+"""Images that `vila-ops data download` fetched: read by URL with one seek each, and compared with their sha256."""
 
 import hashlib
 import tarfile
@@ -20,18 +20,18 @@ _COLUMNS = ("key", "outcome", "detail", "bytes", "sha256", "offset")
 
 @dataclass(frozen=True)
 class Missing:
-    """Why there is no image of a URL."""
+    """The reason that a URL has no image."""
 
     outcome: str
-    """The downloader's word, or `not_asked`, `damaged`."""
+    """The downloader's outcome, or `not_asked` (the URL is not in the manifest) or `damaged`."""
     detail: str
 
 
 class Downloaded:
-    """The images of one raw file; a context, in which its tar is open."""
+    """The images of one raw file; a context manager that keeps its tar open."""
 
     def __init__(self, out: Path, urls: Collection[str]) -> None:
-        """`out` is the path of tar and manifest without their suffixes; what is noted of `urls` is held in memory."""
+        """`out` is the path of tar and manifest without suffixes; the manifest rows of `urls` are held in memory."""
         keys = list({key_of(url) for url in urls})
         path = manifest_path(out)
         try:
@@ -53,7 +53,7 @@ class Downloaded:
         self._tar.close()
 
     def image(self, url: str) -> bytes | Missing:
-        """The bytes that the server sent."""
+        """The bytes that the server sent, or why there are none."""
         row = self._rows.get(key_of(url))
         if row is None:
             return Missing("not_asked", "the manifest does not have the URL; download again")
@@ -63,7 +63,8 @@ class Downloaded:
         data = self._tar.read(row["bytes"])
         if hashlib.sha256(data).hexdigest() != row["sha256"]:
             return Missing(
-                "damaged", f"byte {row['offset']} of {self._path.name} is not what was noted; download again"
+                "damaged",
+                f"byte {row['offset']} of {self._path.name} does not have the sha256 of the manifest; download again",
             )
         return data
 
@@ -74,13 +75,13 @@ def out_of(images: str, name: str) -> Path:
 
 
 def companions(root: Path, suffix: str, *, images: str) -> dict[tuple[str, Path], tuple[str, str]]:
-    """For the name and path of each raw file its manifest and tar. `images` may be a folder inside the root.
+    """Manifest and tar of each raw file, by its name and path. `images` may be a folder inside the root.
 
-    Raises ValueError where a raw file was not downloaded to the end.
+    Raises ValueError if the images of a raw file have not been downloaded to the end.
     """
     if Path(images) == (root.parent if root.is_file() else root):
         raise ValueError(f"{images} is where the raw files are; images is the folder of `vila-ops data download --out`")
-    found = {}
+    by_file = {}
     for name, path in paths(root, (suffix,)):
         if path.is_relative_to(images):
             continue
@@ -89,5 +90,5 @@ def companions(root: Path, suffix: str, *, images: str) -> dict[tuple[str, Path]
             raise ValueError(
                 f"no {missing[0]}: the images of {name} are not there yet; fetch them with `vila-ops data download`"
             )
-        found[name, path] = (str(manifest_path(out)), str(tar_path(out)))
-    return found
+        by_file[name, path] = (str(manifest_path(out)), str(tar_path(out)))
+    return by_file

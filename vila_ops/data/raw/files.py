@@ -1,4 +1,4 @@
-"""The raw files of a source: which there are, what lies in them, and their digests. Each file is read for it once."""
+"""The raw files of a source with their digests and scans. A file is read again only if it has changed."""
 
 import json
 import sqlite3
@@ -14,26 +14,26 @@ from vila_ops.config import Config, fingerprint
 Folders = Mapping[str, Path]
 """The folders of a source's packages, by package name; empty for a source of files."""
 STRIDE = 16
-"""Spans start at multiples of it, whose places in a file are noted."""
+"""Spans start at multiples of this; the offsets of these records in a file are its marks."""
 SCAN_REVISION = 1
-"""Bumped when a format's scan gives other numbers for the same file."""
+"""Raised if a format's scan returns other values for the same file."""
 UNFINISHED = (".part", ".tmp", ".partial", ".crdownload")
 _RACE_NS = 2 * 10**9
-"""A file this young may change once more under the same time stamp: its digest is not kept."""
+"""A file younger than this may change again under the same time stamp, so its digest is not cached."""
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What one look at a file tells."""
+    """The result of reading a file once."""
 
     count: int
-    """Records, the faulty ones too."""
+    """Number of records, faulty ones included."""
     images: int
-    """Images of all records: what sizes shards."""
+    """Number of images of all records; it determines how a file is cut into shards."""
     marks: tuple[int, ...] = ()
-    """Bytes before record 0, STRIDE, 2 STRIDE, ...; empty where the format finds a record by its number."""
+    """Offsets in bytes of records 0, STRIDE, 2 STRIDE, ...; empty if the format finds a record by its number."""
     beside: tuple[str, ...] = ()
-    """Other files that its records read: relative to the working directory, or absolute."""
+    """Other files that its records refer to: relative to the working directory, or absolute."""
 
 
 class RawFile(Config):
@@ -43,58 +43,59 @@ class RawFile(Config):
     """Relative to the source's path; the order of names is the order of records."""
     path: str
     digest: str
-    """Of its bytes, and of the files beside it that its records read."""
+    """Digest of its bytes and of the files that its records refer to."""
     count: int
     images: int
     marks: tuple[int, ...]
 
 
 class Thinned(Config):
-    """Which records are taken where a source is limited: `limit` of `total`, evenly spaced."""
+    """The records that a limited source takes: `limit` of `total`, evenly spaced."""
 
     first: int
-    """Records of the source before the file."""
+    """Number of records of the source before this file."""
     total: int
     limit: int
 
     def takes(self, number: int) -> bool:
-        """Whether record `number` of the file is one of them: places p * total // limit for p in [0, limit)."""
+        """Whether record `number` of the file is taken: those at p * total // limit for p in [0, limit)."""
         place = self.first + number
         return (-(-place * self.limit // self.total)) * self.total // self.limit == place
 
 
 class Span(Config):
-    """Some neighbouring records of one raw file."""
+    """A range of records of one raw file."""
 
     name: str
     path: str
     digest: str
     start: int
-    """First record, a multiple of STRIDE."""
+    """Number of the first record, a multiple of STRIDE."""
     stop: int
     mark: int
-    """Bytes before the first record; 0 where the format finds a record by its number."""
+    """Offset of the first record in bytes; 0 if the format finds a record by its number."""
     thinned: Thinned | None = None
 
     def takes(self, number: int) -> bool:
-        """Whether a record of the file, by its number in it, is wanted."""
+        """Whether the record with this number in the file is taken."""
         return self.thinned is None or self.thinned.takes(number)
 
 
 def paths(root: Path, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
-    """Name and path of the files of a format: the file itself, or those of a folder, sorted; no hidden or half ones."""
+    """Name and path of the files of a format: the file itself, or those of a folder, sorted; none that is hidden or
+    unfinished. Raises ValueError if there are none."""
     if root.is_file():
         return [(root.name, root)]
     if not root.is_dir():
         raise ValueError(f"no such file or folder: {root} (looked for in {Path.cwd()})")
-    found = {
+    by_name = {
         path.relative_to(root).as_posix(): path
         for path in root.rglob("*")
         if path.name.lower().endswith(suffixes) and path.is_file()
     }
     kept = {
         name: path
-        for name, path in found.items()
+        for name, path in by_name.items()
         if not name.endswith(UNFINISHED) and not any(part.startswith(".") for part in name.split("/"))
     }
     if not kept:
@@ -105,31 +106,31 @@ def paths(root: Path, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
 def scan_files(
     files: Iterable[tuple[str, Path]], kind: str, scan: Callable[[Path], Scan], *, cache: Path
 ) -> list[RawFile]:
-    """Every file looked at once; what is known of a file that did not change is taken from the cache.
+    """Scan every file; the scan of a file that did not change is taken from the cache.
 
-    kind: the format, with whatever a scan depends on but the file, such as the folder of images.
+    `kind` is the format, with everything that a scan depends on besides the file, such as the folder of images.
     """
-    found = []
-    with _notes(cache) as notes:
+    scanned = []
+    with _scan_cache(cache) as cached:
         for name, path in files:
-            own = notes.digest(path)
-            key = f"{kind}:{SCAN_REVISION}:{path}:{own}"  # the path too: where other files lie may follow from it
-            seen = notes.scan(key, lambda path=path: scan(path))  # type: ignore[misc]
-            beside = [[Path(other).name, notes.digest(Path(other))] for other in seen.beside]
-            found.append(
+            own = cached.digest(path)
+            key = f"{kind}:{SCAN_REVISION}:{path}:{own}"  # the path too: paths of other files may depend on it
+            result = cached.scan(key, lambda path=path: scan(path))  # type: ignore[misc]
+            beside = [[Path(other).name, cached.digest(Path(other))] for other in result.beside]
+            scanned.append(
                 RawFile(
                     name=name,
                     path=str(path),
                     digest=fingerprint([own, beside]) if beside else own,
-                    count=seen.count,
-                    images=seen.images,
-                    marks=seen.marks,
+                    count=result.count,
+                    images=result.images,
+                    marks=result.marks,
                 )
             )
-    return found
+    return scanned
 
 
-class _Notes:
+class _ScanCache:
     """Digests by path, size and time, and scans by digest, in one SQLite file that many processes may share."""
 
     def __init__(self, database: sqlite3.Connection) -> None:
@@ -138,7 +139,7 @@ class _Notes:
         database.execute("create table if not exists scans (key text primary key, scan text)")
 
     def digest(self, path: Path) -> str:
-        """sha256 of a file; "missing" where there is none."""
+        """sha256 of a file; "missing" if it does not exist."""
         if not path.is_file():
             return "missing"
         place, status = str(path.resolve()), path.stat()
@@ -152,18 +153,18 @@ class _Notes:
         return fresh
 
     def scan(self, key: str, make: Callable[[], Scan]) -> Scan:
-        """The scan noted under a key, made where there is none."""
+        """The cached scan of a key; computed with `make` and cached if there is none."""
         if known := self._database.execute("select scan from scans where key = ?", (key,)).fetchone():
-            said = json.loads(known[0])
-            return Scan(said["count"], said["images"], tuple(said["marks"]), tuple(said["beside"]))
+            fields = json.loads(known[0])
+            return Scan(fields["count"], fields["images"], tuple(fields["marks"]), tuple(fields["beside"]))
         fresh = make()
         self._database.execute("insert or replace into scans values (?, ?)", (key, json.dumps(asdict(fresh))))
         return fresh
 
 
 @contextmanager
-def _notes(cache: Path) -> Iterator[_Notes]:
+def _scan_cache(cache: Path) -> Iterator[_ScanCache]:
     cache.mkdir(parents=True, exist_ok=True)
     with closing(sqlite3.connect(cache / "raw.sqlite", timeout=120, isolation_level=None)) as database:
-        database.execute("pragma synchronous = off")  # a power cut costs another look, nothing else
-        yield _Notes(database)
+        database.execute("pragma synchronous = off")  # after a power cut files are scanned again
+        yield _ScanCache(database)

@@ -1,4 +1,4 @@
-"""A file that is one array of JSON, element by element: however long it is, one element is in memory at a time."""
+"""Read a JSON array element by element, with one element in memory at a time."""
 
 import codecs
 import json
@@ -12,17 +12,17 @@ from vila_ops.data.raw.lines import LineNumbers
 from vila_ops.data.raw.text import DECODER
 
 BLOCK = 1 << 20
-"""Bytes that are read at once."""
+"""Bytes read at once."""
 MAX_ELEMENT = 1 << 26
-"""Characters of one element; what is longer has lost its end."""
+"""Characters of one element; a longer element has probably lost its end."""
 _SPACE = re.compile(r"[ \t\n\r]*")
 _STRUCTURE = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[]["{},]', re.DOTALL)
-"""Whole strings, and what opens, closes and parts values outside of them; a lone quote opens a string without end."""
+"""Whole strings, and the brackets, braces and commas outside of them; a lone quote starts an unterminated string."""
 
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """An element that is no JSON; those after it are."""
+    """An element that is not valid JSON, in an array that can be read on after it."""
 
     reason: str
     """bad_json or invalid_utf8."""
@@ -36,9 +36,9 @@ def is_array(path: Path) -> bool:
 
 
 def elements(path: Path, *, start: int = 0, block: int = BLOCK) -> Iterator[tuple[int, Any]]:
-    """(bytes before it, value) of each element, from the first or the one at byte `start`; Broken for a broken one.
+    """(offset in bytes, value) of each element, from the first or the one at byte `start`; Broken for an invalid one.
 
-    Raises ValueError where the file is no array, where its end is missing, and where something stands after the end.
+    Raises ValueError if the file is not an array, if its end is missing, and if anything follows the end.
     """
     with path.open("rb") as file:
         window = _Window(path, file, start=start, block=block)
@@ -55,13 +55,11 @@ def elements(path: Path, *, start: int = 0, block: int = BLOCK) -> Iterator[tupl
                 if closing:
                     break
         if window.next_character():
-            raise ValueError(
-                f"{window.place()}: the array ended before it; a file holds one array, or one object a line (jsonl)"
-            )
+            raise ValueError(f"{window.place()}: the array ended before it; a file holds one array, or is jsonl")
 
 
 class _Window:
-    """Part of a file's text, and a position in it. Bytes that are not UTF-8 stand in it as lone surrogates."""
+    """Part of a file's text, and a position in it. Bytes that are not UTF-8 are decoded to lone surrogates."""
 
     def __init__(self, path: Path, file: IO[bytes], *, start: int, block: int) -> None:
         self._path, self._file, self._block = path, file, block
@@ -71,15 +69,15 @@ class _Window:
         """Bytes before the position."""
 
     def open_array(self) -> None:
-        """Move behind the bracket that opens the array."""
+        """Move past the bracket that opens the array."""
         if self.next_character() == "\ufeff":
             self.move(1)
         if (first := self.next_character()) != "[":
-            raise ValueError(f"{self._path} is no JSON array in UTF-8: it begins with {first!r}, not with '['")
+            raise ValueError(f"{self._path} is not a JSON array in UTF-8: it begins with {first!r}, not with '['")
         self.move(1)
 
     def next_character(self) -> str:
-        """What stands next behind white space; "" at the end of the file."""
+        """The next character after white space; "" at the end of the file."""
         while True:
             space = _SPACE.match(self._text, self._position)
             self.move((space.end() if space else self._position) - self._position)
@@ -89,7 +87,7 @@ class _Window:
                 return ""
 
     def take(self) -> Any:
-        """The element at the position, which moves to the comma or bracket behind it."""
+        """The element at the position; moves to the comma or bracket after it."""
         while True:
             value, end, problem = self._decode()
             if end is None:
@@ -99,34 +97,34 @@ class _Window:
             if len(self._text) - self._position > MAX_ELEMENT or not self._more():
                 raise ValueError(
                     f"{self.place()}: an element begins that has no end; the file was cut off there, "
-                    f"or a quote or bracket is missing: fix it, or fetch the file anew"
+                    f"or a quote or bracket is missing: fix it, or fetch the file again"
                 )
 
     def move(self, characters: int) -> None:
-        """Forward by so many."""
+        """Move forward by a number of characters."""
         passed = self._text[self._position : self._position + characters]
         self.offset += len(passed.encode("utf-8", "surrogateescape"))
         self._position += characters
 
     def place(self) -> str:
-        """The position, for a person."""
+        """The position as FILE:LINE (byte OFFSET)."""
         return f"{self._path}:{LineNumbers(self._path).at(self.offset)} (byte {self.offset})"
 
     def _decode(self) -> tuple[Any, int | None, str]:
-        """Value and end, where JSON and then a comma or bracket stand there; else what is wrong with it."""
+        """(value, end, "") if JSON and then a comma or bracket follow; else (None, None, the problem)."""
         try:
             value, end = DECODER.raw_decode(self._text, self._position)
         except RecursionError:
             return None, None, "nested too deeply"
         except ValueError as error:
-            return None, None, self._told(error)
+            return None, None, self._message(error)
         space = _SPACE.match(self._text, end)
         end = space.end() if space else end
         if self._text[end : end + 1] in (",", "]"):
             return value, end, ""
         return None, None, f"no comma after the value that ends at {self._byte(end)}"
 
-    def _told(self, error: ValueError) -> str:
+    def _message(self, error: ValueError) -> str:
         if isinstance(error, json.JSONDecodeError):  # whose line and column are those of the window
             return f"{error.msg} at {self._byte(error.pos)}"
         return str(error)
@@ -136,7 +134,7 @@ class _Window:
         return f"byte {self.offset + len(before)} of the file"
 
     def _end_by_structure(self) -> int | None:
-        """Where a broken element ends: at the comma or bracket outside of all its strings, brackets and braces."""
+        """The end of an invalid element: the comma or bracket outside of all its strings, brackets and braces."""
         depth = 0
         for token in _STRUCTURE.finditer(self._text, self._position):
             match token.group():
@@ -161,7 +159,7 @@ class _Window:
         return value
 
     def _more(self) -> bool:
-        """Read as much again as there is, and forget what lies behind the position; False at the end of the file."""
+        """Double the text after the position, and drop the text before it; False at the end of the file."""
         if self._ended:
             return False
         rest = self._text[self._position :]

@@ -1,4 +1,4 @@
-"""Files with one record a line, plain or gzipped: every line with its place, or those of a span."""
+"""Files with one record on each line, plain or gzipped: every line with its offset, or the lines of a span."""
 
 import gzip
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from vila_ops.data.raw.files import Span
 
 
 def every_line(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(bytes before it, line) of each line, blank ones too; bytes of the inflated text where the file is gzipped."""
+    """(offset in bytes, line) of each line, blank ones too; a gzipped file has the offsets of its inflated text."""
     offset = 0
     with _open(path) as file:
         for line in file:
@@ -18,7 +18,7 @@ def every_line(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def lines(span: Span) -> Iterator[tuple[str, bytes]]:
-    """("FILE:NUMBER", line) of the lines of a span, blank ones too; NUMBER is the line's, from 1."""
+    """("FILE:NUMBER", line) of the lines of a span, blank ones too; NUMBER counts from 1."""
     with _open(Path(span.path)) as file:
         file.seek(span.mark)
         for number, line in zip(range(span.start + 1, span.stop + 1), file, strict=False):
@@ -30,14 +30,14 @@ def _open(path: Path) -> BinaryIO:
 
 
 class LineNumbers:
-    """Numbers of the lines, from 1, on which bytes of a plain file stand: asked for in growing order, read once."""
+    """Line numbers, from 1, of byte offsets in a plain file. Offsets must grow; the file is read once."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._offset, self._number = 0, 1
 
     def at(self, offset: int) -> int:
-        """The line of the byte after the first `offset` ones."""
+        """The number of the line that contains the byte at `offset`."""
         with self._path.open("rb") as file:
             file.seek(self._offset)
             while block := file.read(max(0, min(1 << 20, offset - self._offset))):

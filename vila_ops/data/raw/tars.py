@@ -1,6 +1,6 @@
-"""Members of a plain tar, where they lie, and nothing that a tar should not hold. Nothing is ever extracted.
+"""Members of a plain tar with their offsets. Nothing is ever extracted.
 
-Only regular files and folders are let through: USTAR, GNU long names, and the `path` and `size` of pax headers.
+Only regular files and folders are accepted: USTAR, GNU long names, and the `path` and `size` of pax headers.
 """
 
 import os
@@ -14,7 +14,7 @@ from vila_ops.data.raw.text import fault
 BLOCK = tarfile.BLOCKSIZE
 MAX_ENTRIES = 1_000_000
 MAX_EXTENSION_BYTES = 64 * 1024
-"""Of one long name or pax header: they are read whole, before what they belong to."""
+"""Bytes of one long name or pax header, which is read as a whole before its member."""
 _EXTENSIONS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME)
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE)
 _KINDS = {
@@ -29,7 +29,7 @@ _KINDS = {
 
 
 class BadTar(ValueError):
-    """A tar that is damaged, or holds what is not let through; says at which byte."""
+    """A tar that is damaged or has a member that is not accepted; the message states the byte."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,66 +38,66 @@ class Member:
 
     name: str
     head: int
-    """Bytes before its first header."""
+    """Offset of its first header, in bytes."""
     data: int
-    """Bytes before its content."""
+    """Offset of its content, in bytes."""
     size: int
 
 
 def members(file: BinaryIO, *, start: int = 0) -> Iterator[Member]:
-    """The regular files from a header on, to the end of the tar. Raises BadTar at the first thing that is wrong."""
+    """The regular files from the header at byte `start` to the end of the tar. Raises BadTar at the first fault."""
     end = file.seek(0, os.SEEK_END)
     head = offset = start
     entries = 0
-    said: dict[str, str] = {}
+    overrides: dict[str, str] = {}
     while (header := _header(file, offset, end)) is not None:
         entries += 1
         if entries > MAX_ENTRIES:
             raise BadTar(f"more than {MAX_ENTRIES:,} entries; write it as several tars")
         is_extension = header.type in _EXTENSIONS
-        data, size = offset + BLOCK, _size(header, {} if is_extension else said, offset)
+        data, size = offset + BLOCK, _size(header, {} if is_extension else overrides, offset)
         if data + size > end:
             raise BadTar(f"truncated: {header.name!r} at byte {offset} needs {size} bytes, {end - data} are there")
         offset = data + -(-size // BLOCK) * BLOCK
         if is_extension:
-            said |= _extension(file, header, data)
+            overrides |= _extension(file, header, data)
             continue
-        name = _checked_name(said.get("path", header.name), head)
+        name = _checked_name(overrides.get("path", header.name), head)
         if header.type in _REGULAR:
             yield Member(name=name, head=head, data=data, size=size)
         elif header.type != tarfile.DIRTYPE or size:
             kind = _KINDS.get(header.type, f"of type {header.type!r}")
             raise BadTar(f"{name!r} at byte {head} is {kind}; a tar of data holds regular files and folders only")
-        head, said = offset, {}
-    if said:
+        head, overrides = offset, {}
+    if overrides:
         raise BadTar(f"truncated: a header at byte {head} belongs to no member")
     _check_rest(file, offset, end)
 
 
 def _header(file: BinaryIO, offset: int, end: int) -> tarfile.TarInfo | None:
-    """The header at a place; None at the block of zeros that ends a tar."""
+    """The header at an offset; None at the block of zeros that ends a tar."""
     file.seek(offset)
     block = file.read(BLOCK)
     if len(block) < BLOCK:
-        raise BadTar(f"truncated: it ends at byte {end} without the two blocks of zeros that end a tar; write it anew")
+        raise BadTar(f"truncated: it ends at byte {end} without the two blocks of zeros that end a tar; write it again")
     if not any(block):
         return None
     try:
         return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
-        raise BadTar(f"no tar header at byte {offset} ({error}); write it anew") from error
+        raise BadTar(f"no tar header at byte {offset} ({error}); write it again") from error
 
 
-def _size(header: tarfile.TarInfo, said: dict[str, str], offset: int) -> int:
-    """Bytes of a member; the number of a pax header wins."""
-    text = said.get("size", str(header.size))
+def _size(header: tarfile.TarInfo, overrides: dict[str, str], offset: int) -> int:
+    """Size of a member in bytes; a pax header takes precedence."""
+    text = overrides.get("size", str(header.size))
     if not (text.isascii() and text.isdigit() and len(text) <= 20):
-        raise BadTar(f"{header.name!r} at byte {offset} has the size {text[:20]!r}, which is no number of bytes")
+        raise BadTar(f"{header.name!r} at byte {offset} has the size {text[:20]!r}, which is not a number of bytes")
     return int(text)
 
 
 def _extension(file: BinaryIO, header: tarfile.TarInfo, data: int) -> dict[str, str]:
-    """What a header says of the member after it: `path` and `size`."""
+    """The `path` and `size` that an extension header sets for the next member."""
     if header.size > MAX_EXTENSION_BYTES:
         raise BadTar(
             f"an extension header of {header.size} bytes at byte {data - BLOCK}; {MAX_EXTENSION_BYTES} at most"
@@ -106,22 +106,22 @@ def _extension(file: BinaryIO, header: tarfile.TarInfo, data: int) -> dict[str, 
     content = file.read(header.size)
     if header.type == tarfile.GNUTYPE_LONGNAME:
         return {"path": content.rstrip(b"\0").decode("utf-8", "surrogateescape")}
-    said = _pax(content, data)
-    if sparse := [key for key in said if key.startswith("GNU.sparse")]:
+    records = _pax(content, data)
+    if sparse := [key for key in records if key.startswith("GNU.sparse")]:
         raise BadTar(
             f"the header at byte {data - BLOCK} has {sparse[0]}: a sparse file; write the tar without --sparse"
         )
-    wanted: dict[str, str] = {key: said[key] for key in ("path", "size") if key in said}
+    overrides: dict[str, str] = {key: records[key] for key in ("path", "size") if key in records}
     if header.type != tarfile.XGLTYPE:
-        return wanted
-    if wanted:
-        raise BadTar(f"a global header at byte {data - BLOCK} sets {', '.join(wanted)} of all members at once")
+        return overrides
+    if overrides:
+        raise BadTar(f"a global header at byte {data - BLOCK} sets {', '.join(overrides)} of all members at once")
     return {}
 
 
 def _pax(content: bytes, data: int) -> dict[str, str]:
     """Records "LENGTH KEY=VALUE\\n" (POSIX.1-2001, pax)."""
-    said: dict[str, str] = {}
+    records: dict[str, str] = {}
     while content:
         digits = content[:8].partition(b" ")[0]
         length = int(digits) if digits.isdigit() else 0
@@ -129,12 +129,12 @@ def _pax(content: bytes, data: int) -> dict[str, str]:
         key, equals, value = record[len(digits) + 1 : -1].partition(b"=")
         if not (key and equals and len(record) == length and record.endswith(b"\n")):
             raise BadTar(f"the pax header at byte {data - BLOCK} is damaged")
-        said[key.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
-    return said
+        records[key.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
+    return records
 
 
 def _checked_name(name: str, head: int) -> str:
-    """Names are never used as paths; that these are here says that the tar is not one of data."""
+    """The member's name. Names are never used as paths, but a tar with such names was not written as data."""
     if not name or name.startswith("/") or ".." in name.split("/"):
         raise BadTar(f"{name!r} at byte {head} is absolute, empty or has '..'; names are relative, inside the tar")
     if wrong := fault(name):
@@ -143,7 +143,7 @@ def _checked_name(name: str, head: int) -> str:
 
 
 def _check_rest(file: BinaryIO, offset: int, end: int) -> None:
-    """After the end only zeros: with another tar behind it, half of the records would be passed over in silence."""
+    """Raise BadTar unless only zeros follow the end: an appended tar would be silently ignored."""
     file.seek(offset)
     while block := file.read(1 << 20):
         if any(block):

@@ -1,8 +1,8 @@
-"""COYO-700M: parquet rows of an image's address, its alt text and scores; the images come from the downloader.
+"""COYO-700M: Parquet rows of an image's URL, its alt text and scores; the images come from the downloader.
 
 Its schema: id, url, text, width, height, image_phash, text_length, word_count, num_tokens_bert, num_tokens_gpt,
 num_faces, clip_similarity_vitb32, clip_similarity_vitl14, nsfw_score_opennsfw2, nsfw_score_gantman, watermark_score,
-aesthetic_score_laion_v2. All columns of numbers but the id become scores, for cleaning to choose by.
+aesthetic_score_laion_v2. All numeric columns except the id become scores, which filtering can read.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from vila_ops.config.sources import Coyo
 from vila_ops.data.raw.downloaded import Downloaded, Missing, companions, out_of
 from vila_ops.data.raw.files import Folders, RawFile, Scan, Span, scan_files
 from vila_ops.data.records import NOT_DOWNLOADED, Dropped, Image, Record, Turn
-from vila_ops.data.sources.faults import Fault, checked, numbers
+from vila_ops.data.sources.faults import Fault, checked, finite_numbers
 from vila_ops.data.sources.rows import is_text, number_columns, open_parquet, rows
 
 URL_FILES = ".parquet"
@@ -31,7 +31,7 @@ def image_urls(path: Path) -> Iterator[object]:
 
 
 def raw_files(source: Coyo, folders: Folders, *, cache: Path) -> list[RawFile]:
-    """The parquet files, each with its tar and manifest. Raises ValueError for one of another form."""
+    """The Parquet files, each with its tar and manifest. Raises ValueError for a file of another format."""
     beside = companions(Path(source.path), URL_FILES, images=source.images)
     by_path = {path: files for (_, path), files in beside.items()}
     return scan_files(beside, f"{source.kind}:{source.images}", lambda path: _scan(path, by_path[path]), cache=cache)
@@ -72,7 +72,7 @@ def _record(source: Coyo, row: dict[str, Any] | Fault, images: Downloaded, *, pl
         category="",
         licence=source.licence,
         provenance=f"{place} {url}",
-        scores=numbers({name: value for name, value in row.items() if name not in ("url", "text")}),
+        scores=finite_numbers({name: value for name, value in row.items() if name not in ("url", "text")}),
     )
 
 

@@ -1,4 +1,4 @@
-"""Why one record of a source cannot be used, while its neighbours can."""
+"""Faults of single records."""
 
 from collections.abc import Mapping
 from math import isfinite
@@ -9,34 +9,34 @@ from vila_ops.data.records import Dropped
 
 
 class Fault(ValueError):
-    """Raised inside a reader, which makes a Dropped of it."""
+    """A record that cannot be used. Readers raise it for one record and turn it into a Dropped."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
 
     def dropped(self, id: str, *, where: str) -> Dropped:
-        """What is counted in the record's place."""
+        """The record as dropped, for the counts and the list of dropped records."""
         return Dropped(id=id, reason=self.reason, where=where, detail=str(self))
 
 
 def checked(text: str, *, what: str) -> str:
-    """The text; raises Fault (nul_in_text, lone_surrogate) where it holds what text must not."""
+    """The text itself. Raises Fault (nul_in_text, lone_surrogate) if it has an invalid character."""
     if reason := fault(text):
-        raise Fault(reason, f"{what} holds a character that is none: {text[:60]!r}; take it out")
+        raise Fault(reason, f"{what} has an invalid character: {text[:60]!r}; remove it")
     return text
 
 
 def json_of(data: bytes, *, what: str) -> dict[str, Any]:
-    """The object that the bytes are in JSON; raises Fault (invalid_utf8, bad_json, not_an_object)."""
-    said = json_object(data, where=what)
-    if isinstance(said, Dropped):
-        raise Fault(said.reason, f"{what}: {said.detail}")
-    return said
+    """The bytes as a JSON object. Raises Fault (invalid_utf8, bad_json, not_an_object)."""
+    value = json_object(data, where=what)
+    if isinstance(value, Dropped):
+        raise Fault(value.reason, f"{what}: {value.detail}")
+    return value
 
 
-def numbers(row: Mapping[str, Any]) -> dict[str, float]:
-    """The columns of a row that are finite numbers: what cleaning can compare."""
+def finite_numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """The columns of a row that are finite numbers: its scores."""
     return {
         name: float(value)
         for name, value in row.items()

@@ -1,6 +1,6 @@
 """FLAN: text-only instructions, a row of Parquet or a line of jsonl with `inputs` and `targets`.
 
-Whitespace after the question and the answer is cut, as VILA's loader does.
+Whitespace at the end of the question and the answer is removed, as in VILA's loader.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ from vila_ops.data.sources.rows import open_parquet, rows
 
 COLUMNS = ("inputs", "targets")
 TASKS = ("_task_name", "task", "_task_source")
-"""Columns that name the task, of which the first is the record's category."""
+"""Columns that name the task; the first that is present is the record's category."""
 PARQUET = ".parquet"
 
 
@@ -40,10 +40,10 @@ def read(source: Flan, folders: Folders, span: Span) -> Iterator[list[Record | D
         elif isinstance(row, Fault):
             yield [row.dropped(place, where=place)]
         else:
-            yield [_made(source, row, place)]
+            yield [_record_or_dropped(source, row, place)]
 
 
-def _made(source: Flan, row: dict[str, Any], place: str) -> Record | Dropped:
+def _record_or_dropped(source: Flan, row: dict[str, Any], place: str) -> Record | Dropped:
     try:
         return _record(source, row, place)
     except Fault as error:
@@ -55,8 +55,8 @@ def _record(source: Flan, value: dict[str, Any], place: str) -> Record:
     check_text("user", question, number=1, images=0)
     check_text("assistant", answer, number=2, images=0)
     turns = (Turn("user", (question,)), Turn("assistant", (answer,)))
-    made = record(value, place, turns=turns, image=None, licence=source.licence)
-    return replace(made, category=stated(value, *TASKS))
+    plain = record(value, place, turns=turns, image=None, licence=source.licence)
+    return replace(plain, category=stated(value, *TASKS))
 
 
 def _text(value: Mapping[str, Any], column: str) -> str:

@@ -1,4 +1,4 @@
-"""Fluent emoji: a 3-D render a code point, named by CLDR through emojibase-data."""
+"""Fluent emoji: a 3-D render for each code point, with its CLDR name from emojibase-data."""
 
 import json
 from collections.abc import Iterator
@@ -13,11 +13,11 @@ from vila_ops.data.sources.packaged import packages_as_file, provenance, read_ke
 
 ASSETS = "assets"
 GROUPS = ("smileys-emotion", "people-body", "animals-nature", "food-drink", "travel-places", "activities", "objects")
-"""No symbols and flags."""
+"""Groups of emoji that show an object; not symbols and flags."""
 
 
 def keys(folder: Path, names_folder: Path) -> list[str]:
-    """Stems of the renders that show an object of our groups, sorted."""
+    """File stems of the renders in GROUPS, sorted."""
     named = _names(names_folder)
     stems = (path.stem for path in (folder / ASSETS).glob("*.webp"))
     return sorted(stem for stem in stems if _plain(stem) in named)
@@ -35,7 +35,7 @@ def read(source: FluentEmoji, folders: Folders, span: Span) -> Iterator[list[Rec
 
 
 def _render(source: FluentEmoji, folder: Path, names_folder: Path, key: str) -> Record:
-    """The render of this key with its name as caption."""
+    """The render of this key with its name as the caption."""
     label, category = _names(names_folder)[_plain(key)]
     path = f"{ASSETS}/{key}.webp"
     return Record(
@@ -50,7 +50,7 @@ def _render(source: FluentEmoji, folder: Path, names_folder: Path, key: str) -> 
 
 @lru_cache(maxsize=2)
 def _names(folder: Path) -> dict[str, tuple[str, str]]:
-    """Plain hex code -> label and "group/subgroup". The base emoji alone: skin tones are listed inside them."""
+    """Plain hex code -> (label, "group/subgroup") of the base emoji; skin tones are listed inside them."""
     meta = json.loads((folder / "meta/groups.json").read_text(encoding="utf-8"))
     names = {}
     for emoji in json.loads((folder / "en/data.json").read_text(encoding="utf-8")):
@@ -61,5 +61,5 @@ def _names(folder: Path) -> dict[str, tuple[str, str]]:
 
 
 def _plain(code: str) -> str:
-    """Lower case without the variation selector, which only one of the packages writes always."""
+    """Lower case without the variation selector, which only one of the two packages always writes."""
     return code.lower().replace("-fe0f", "")

@@ -29,14 +29,14 @@ _DEFLATED, _FOLDER, _ZSTD = 1, 2, 4
 
 def keys(folder: Path) -> list[str]:
     """FILE.rcc/PATH/OF/BOARD.qml#ENTRY of all entries that have a title and a paragraph, sorted."""
-    found = []
+    entries = []
     for file in sorted((folder / RESOURCES).glob("*.rcc")):
         resource = file.read_bytes()
         for path, node in resource_nodes(resource).items():
             if "/resource/board/" in path and path.endswith(".qml"):
                 board = resource_content(resource, node).decode("utf-8")
-                found += [f"{file.name}/{path}#{number:03d}" for number, _ in _entries(board)]
-    return sorted(found)
+                entries += [f"{file.name}/{path}#{number:03d}" for number, _ in _entries(board)]
+    return sorted(entries)
 
 
 def raw_files(source: GCompris, folders: Folders, *, cache: Path) -> list[RawFile]:
@@ -51,7 +51,7 @@ def read(source: GCompris, folders: Folders, span: Span) -> Iterator[list[Record
 
 
 def _entry(source: GCompris, folder: Path, key: str) -> Record | Dropped:
-    """The entry of this key: its photo, where the package has it, then title and paragraph."""
+    """The entry of this key: its photo, if the package has it, then title and paragraph."""
     place, _, number = key.partition("#")
     file, _, path = place.partition("/")
     board = _load(folder, file, path)
@@ -78,7 +78,7 @@ def resource_nodes(resource: bytes) -> dict[str, tuple[int, int]]:
     magic, version, tree, data, names = _HEADER.unpack_from(resource)
     if magic != b"qres" or version not in _NODE_BYTES:
         raise ValueError(f"not a Qt resource file of version 1 to 3: starts with {resource[:8]!r}")
-    found: dict[str, tuple[int, int]] = {}
+    nodes: dict[str, tuple[int, int]] = {}
 
     def name(offset: int) -> str:
         (length,) = struct.unpack_from(">H", resource, names + offset)
@@ -92,10 +92,10 @@ def resource_nodes(resource: bytes) -> dict[str, tuple[int, int]]:
             for child in range(second, second + first):
                 walk(child, f"{path}/" if path else "")
         else:
-            found[path] = (data + second, flags)
+            nodes[path] = (data + second, flags)
 
     walk(0, "")
-    return found
+    return nodes
 
 
 def resource_content(resource: bytes, node: tuple[int, int]) -> bytes:
@@ -104,7 +104,7 @@ def resource_content(resource: bytes, node: tuple[int, int]) -> bytes:
     (length,) = struct.unpack_from(">I", resource, offset)
     content = resource[offset + 4 : offset + 4 + length]
     if flags & _ZSTD:
-        raise ValueError("the resource file is compressed with zstd, which is not read here; pin a version with zlib")
+        raise ValueError("the resource file is compressed with zstd, which is not supported; pin a version with zlib")
     return zlib.decompress(content[4:]) if flags & _DEFLATED else content  # 4 bytes: the inflated size
 
 
@@ -130,7 +130,7 @@ def _photo(folder: Path, path: str) -> Image | None:
 
 
 def _photo_licence(folder: Path, path: str) -> str | None:
-    """What the nearest README above the photo says: paragraphs of "License: ..." and a list of files."""
+    """The photo's licence in the nearest README above it: paragraphs of "License: ..." and a list of files."""
     parts = path.split("/")
     for depth in range(len(parts) - 1, 3, -1):
         readme = _load(folder, _resource_file(path), "/".join([*parts[:depth], "README"]))
@@ -144,10 +144,10 @@ def _photo_licence(folder: Path, path: str) -> str | None:
 
 
 def _resource_file(path: str) -> str:
-    """An activity's files lie in the resource file of its name."""
+    """The resource file of a path; each activity has one of its name."""
     return f"{path.removeprefix(_ACTIVITIES).split('/')[0]}.rcc"
 
 
 def _unescape(text: str) -> str:
-    """A QML string literal's content -> text on one line."""
+    """The content of a QML string literal as text on one line."""
     return " ".join(re.sub(r"\\(.)", lambda match: " " if match[1] == "n" else match[1], text).split())

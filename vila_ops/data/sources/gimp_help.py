@@ -14,7 +14,7 @@ from vila_ops.data.sources.packaged import packages_as_file, provenance, read_ke
 
 PAGES = "usr/share/gimp/2.0/help/en"
 MIN_FIGURE_PIXELS = 64
-"""Shorter side; what is smaller is an icon."""
+"""Shorter side of a figure; smaller images are icons."""
 _XHTML = "{http://www.w3.org/1999/xhtml}"
 _NAVIGATION = ("navheader", "navfooter", "toc", "indexterm")
 _BLOCKS = ("p", "div", "li", "dt", "dd", "h1", "h2", "h3", "h4", "h5", "h6", "tr", "pre", "blockquote", "br", "table")
@@ -23,7 +23,7 @@ _FIGURE = re.compile(rb'<img\s[^>]*?src="([^"]+\.(?:png|jpe?g))"', re.IGNORECASE
 
 
 def keys(folder: Path) -> list[str]:
-    """Names of the pages that show at least one figure, sorted."""
+    """Names of the pages with at least one figure, sorted."""
     root = folder / PAGES
     figures = {path.relative_to(root).as_posix() for path in root.rglob("*") if _is_figure(path)}
     pages = (path for path in root.glob("*.html") if not figures.isdisjoint(_named_figures(path)))
@@ -69,7 +69,7 @@ def _is_figure(path: Path) -> bool:
 
 
 def _parts(root: Path, page: ElementTree.Element) -> tuple[Part, ...]:
-    """Text and figures in reading order; the text between two figures is one part, a block a line."""
+    """Text and figures in reading order. The text between two figures is one part, with a line for each block."""
     parts: list[Part] = []
     lines: list[str] = []
     for item in [*_blocks(root, page.iter(f"{_XHTML}body")), None]:
@@ -85,7 +85,7 @@ def _parts(root: Path, page: ElementTree.Element) -> tuple[Part, ...]:
 
 
 def _blocks(root: Path, bodies: Iterator[ElementTree.Element]) -> Iterator[str | Image]:
-    """Lines of text, cleaned, and figures."""
+    """Cleaned lines of text, and figures."""
     words: list[str] = []
     for item in (item for body in bodies for item in _walk(root, body)):
         if isinstance(item, str):
@@ -100,7 +100,7 @@ def _blocks(root: Path, bodies: Iterator[ElementTree.Element]) -> Iterator[str |
 
 
 def _walk(root: Path, element: ElementTree.Element) -> Iterator[str | Image | None]:
-    """Pieces of text, figures, and None where a block begins or ends; no navigation."""
+    """Pieces of text, figures, and None at the start and end of a block, without navigation."""
     tag = element.tag.removeprefix(_XHTML)
     if element.get("class") in _NAVIGATION or tag in ("script", "style"):
         return
@@ -122,6 +122,6 @@ def _walk(root: Path, element: ElementTree.Element) -> Iterator[str | Image | No
 
 
 def _clean(text: str) -> str:
-    """Single spaces, no numbering of headings and figures; empty where no letter or digit is left."""
+    """The text with single spaces and without numbering of headings and figures; empty without letters and digits."""
     line = _NUMBERING.sub("", " ".join(text.split()))
     return line if any(character.isalnum() for character in line) else ""

@@ -1,4 +1,4 @@
-"""GNOME's user help: Mallard pages, a title that asks or names a task and the text that answers it."""
+"""GNOME's user help: Mallard pages, whose title asks or names a task and whose text answers it."""
 
 import re
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ _TASK_VERBS = (
 
 
 def keys(folder: Path) -> list[str]:
-    """Names of the pages that treat one topic (a guide page is a list of links), sorted."""
+    """Names of the topic pages, sorted; guide pages are lists of links."""
     pages = ((path.stem, ElementTree.parse(path).getroot()) for path in (folder / PAGES).glob("*.page"))
     return sorted(name for name, page in pages if page.get("type") == "topic")
 
@@ -50,11 +50,11 @@ def _page(source: GnomeHelp, folder: Path, key: str) -> Record | Dropped:
         return Dropped(id=key, reason="no_text")
     subtitle = page.find(f"{_MALLARD}subtitle")
     title = _title(page, path.parent) + ("" if subtitle is None else f": {_text(subtitle, path.parent)}")
-    asked = question(title, problem=page.get("style") == "problem")
+    user_text = question(title, problem=page.get("style") == "problem")
     return Record(
         id=key,
         object=key,
-        turns=(Turn("user", (asked,)), Turn("assistant", (answer,))),
+        turns=(Turn("user", (user_text,)), Turn("assistant", (answer,))),
         category=page.get("style") or "",
         licence=source.package.licence,
         provenance=provenance(source.package, f"{PAGES}/{key}.page"),
@@ -62,12 +62,12 @@ def _page(source: GnomeHelp, folder: Path, key: str) -> Record | Dropped:
 
 
 def question(title: str, *, problem: bool) -> str:
-    """A page's title as its reader would ask it: "Rename a file" -> "How do I rename a file?"."""
+    """A page's title as a question in the first person: "Rename a file" -> "How do I rename a file?"."""
     if title.endswith("?"):
         return title
     first, _, rest = title.partition(" ")
-    if asked := re.match(r"(How|What|Where) to (.+)", title):
-        return _in_first_person(f"{asked[1]} {'do' if asked[1] == 'How' else 'should'} I {asked[2]}?")
+    if match := re.match(r"(How|What|Where) to (.+)", title):
+        return _in_first_person(f"{match[1]} {'do' if match[1] == 'How' else 'should'} I {match[2]}?")
     if first.lower().rstrip(",") in _TASK_VERBS.split():
         return _in_first_person(f"How do I {first.lower()} {rest}".rstrip() + "?")
     if problem or first in ("I", "My") or " is " in title:
@@ -80,12 +80,12 @@ def _in_first_person(text: str) -> str:
 
 
 def _uncapitalised(title: str) -> str:
-    """Lower the first letter, except in a name like GNOME or IRC."""
+    """The title with a lower-case first letter, except in a name like GNOME or IRC."""
     return title if title[:2].isupper() else title[:1].lower() + title[1:]
 
 
 def _lines(element: ElementTree.Element, folder: Path) -> Iterator[str]:
-    """The element's text, a line a paragraph; steps numbered, sections after their titles."""
+    """The element's text, a line for each paragraph, with numbered steps and section titles."""
     for child in element:
         tag = child.tag.removeprefix(_MALLARD)
         if tag in _HIDDEN or not _applies(child):
@@ -103,7 +103,7 @@ def _lines(element: ElementTree.Element, folder: Path) -> Iterator[str]:
 
 
 def _items(element: ElementTree.Element, folder: Path, *, numbered: bool) -> Iterator[str]:
-    """One line an item, led by its number or a dash."""
+    """A line for each item, which starts with its number or a dash."""
     if title := _title(element, folder):
         yield title
     items = [child for child in element if child.tag == f"{_MALLARD}item" and _applies(child)]
@@ -124,7 +124,7 @@ def _text(element: ElementTree.Element, folder: Path) -> str:
 
 
 def _pieces(element: ElementTree.Element, folder: Path) -> Iterator[str]:
-    """Running text; keys pressed together are joined by +, menus by >, a bare link gives its page's title."""
+    """Running text: key combinations are joined by +, menus by >, and an empty link is the title of its page."""
     tag = element.tag.removeprefix(_MALLARD)
     if tag in ("media", "comment") or not _applies(element):
         return
@@ -141,14 +141,14 @@ def _pieces(element: ElementTree.Element, folder: Path) -> Iterator[str]:
 
 
 def _linked_title(target: str, folder: Path) -> str:
-    """The title of the page or section that a link names as PAGE, PAGE#SECTION or #SECTION of an unknown page."""
+    """The title that a link PAGE or PAGE#SECTION refers to; empty if the page is unknown, as for #SECTION."""
     name, _, section = target.partition("#")
     path = folder / f"{name}.page"
     if not name or not path.is_file():
         return ""
     page = ElementTree.parse(path).getroot()
-    found = page.find(f".//*[@id='{section}']") if section else None
-    return _title(page if found is None else found, folder)
+    target_section = page.find(f".//*[@id='{section}']") if section else None
+    return _title(page if target_section is None else target_section, folder)
 
 
 def _chosen(choose: ElementTree.Element) -> ElementTree.Element:

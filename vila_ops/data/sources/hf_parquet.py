@@ -1,8 +1,8 @@
-"""Parquet shards of a Hugging Face data set: images in the rows, with captions or conversations.
+"""Parquet shards of a Hugging Face dataset: images in the rows, with captions or conversations.
 
 The image column is an Image feature, which is stored as struct<bytes, path>, or plain binary, or a list of either. The
 text column is a string, or a list of turns: chat messages {role, content}, LLaVA's {from, value}, or The Cauldron's
-{user, assistant}. Columns of numbers become scores, for cleaning to choose by.
+{user, assistant}. Numeric columns become scores, which filtering can read.
 """
 
 import hashlib
@@ -15,13 +15,13 @@ import pyarrow as pa
 from vila_ops.config.sources import HfParquet
 from vila_ops.data.raw.files import Folders, RawFile, Scan, Span, paths, scan_files
 from vila_ops.data.records import Dropped, Image, Record, Turn
-from vila_ops.data.sources.faults import Fault, checked, numbers
+from vila_ops.data.sources.faults import Fault, checked, finite_numbers
 from vila_ops.data.sources.rows import is_text, number_columns, open_parquet, rows
 from vila_ops.data.sources.turns import turns
 
 
 def raw_files(source: HfParquet, folders: Folders, *, cache: Path) -> list[RawFile]:
-    """The shards. Raises ValueError for one without the source's columns, or with columns of other types."""
+    """The shards. Raises ValueError for a shard without the source's columns, or with columns of other types."""
     kind = f"{source.kind}:{source.image}:{source.text}:{source.render}"
     return scan_files(paths(Path(source.path), (".parquet",)), kind, lambda path: _scan(source, path), cache=cache)
 
@@ -46,27 +46,27 @@ def _record(source: HfParquet, row: dict[str, Any] | Fault, *, where: str) -> Re
     cell = row.pop(source.image)
     cells = cell if isinstance(cell, list) else [] if cell is None else [cell]
     images = [_image(one) for one in cells]
-    said = row.pop(source.text)
-    made: tuple[Turn, ...]
+    text = row.pop(source.text)
+    messages: tuple[Turn, ...]
     match source.render:
         case "caption":
             if not images:
                 raise Fault("no_image", f"the column {source.image!r} is empty")
-            if not said or not said.strip():
+            if not text or not text.strip():
                 raise Fault("no_text", f"the column {source.text!r} is empty")
-            made = (Turn("document", (*images, checked(said.strip(), what="the caption"))),)
+            messages = (Turn("document", (*images, checked(text.strip(), what="the caption"))),)
         case "conversation":
-            made = turns(said, images)
+            messages = turns(text, images)
         case _:
             assert_never(source.render)
     return Record(
         id=where,
-        object=(_shown(cells[0]) if cells else where).lower(),
-        turns=made,
+        object=(_image_name(cells[0]) if cells else where).lower(),
+        turns=messages,
         category="",
         licence=source.licence,
         provenance=where,
-        scores=numbers(row),
+        scores=finite_numbers(row),
     )
 
 
@@ -76,15 +76,15 @@ def _image(cell: dict[str, Any] | bytes | None) -> Image:
         return Image(data)
     path = cell.get("path") if isinstance(cell, dict) else None
     if path:
-        way = "write the data set with its images embedded (datasets: embed_external_files=True)"
+        way = "write the dataset with its images embedded (datasets: embed_external_files=True)"
         raise Fault("external_image", f"{path[:200]!r} is outside of the file; {way}")
     raise Fault("no_image", "an image without bytes and without a path")
 
 
-def _shown(cell: dict[str, Any] | bytes) -> str:
-    """What an image is called: its path, or its content."""
+def _image_name(cell: dict[str, Any] | bytes) -> str:
+    """The path of an image, or else a digest of its content."""
     if isinstance(cell, dict):
-        return checked(cell["path"], what="the path") if cell.get("path") else _shown(cell["bytes"])
+        return checked(cell["path"], what="the path") if cell.get("path") else _image_name(cell["bytes"])
     return hashlib.sha256(cell).hexdigest()[:24]
 
 

@@ -1,8 +1,8 @@
-"""A folder of HTML pages and the images that they show: each page an interleaved document.
+"""A folder of HTML pages and their images: each page is an interleaved document.
 
-Text blocks and images stand in reading order; alt texts are left out, as are images with a side below 64 pixels,
-navigation, scripts and styles. An image is found by its `src`, relative to the page or, with a slash, to the folder;
-one that is elsewhere is not fetched.
+Text blocks and images are in reading order, without alt texts, images with a side below 64 pixels, navigation, scripts
+and styles. The `src` of an image is relative to the page or, if it starts with a slash, to the folder; images of other
+hosts are not fetched.
 """
 
 import posixpath
@@ -20,19 +20,19 @@ from vila_ops.data.sources.images import from_base64, path_inside, read_image
 
 SUFFIXES = (".html", ".htm", ".xhtml")
 MIN_FIGURE_PIXELS = 64
-"""Shorter side; what is smaller is an icon."""
+"""Shorter side of a figure; smaller images are icons."""
 MAX_PAGE_BYTES = 16 * 2**20
 
 
 def raw_files(source: Html, folders: Folders, *, cache: Path) -> list[RawFile]:
-    """The pages, each with the image files that it names."""
+    """The pages, each with the image files that it refers to."""
     root = _root(source)
     kind = f"{source.kind}:{root}"
     return scan_files(paths(Path(source.path), SUFFIXES), kind, lambda path: _scan(root, path), cache=cache)
 
 
 def read(source: Html, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
-    """The one document of a page."""
+    """The document of the page."""
     try:
         yield [_record(source, span)]
     except Fault as fault:
@@ -54,7 +54,7 @@ def _record(source: Html, span: Span) -> Record:
 
 
 def _parts(source: Html, path: Path) -> tuple[Part, ...]:
-    """Text and figures; the text between two figures is one part, a block a line."""
+    """Text and figures. The text between two figures is one part, with a line for each block."""
     parts: list[Part] = []
     lines: list[str] = []
     for item in _page(path):
@@ -75,9 +75,9 @@ def _page(path: Path) -> list[str | PageImage]:
 
 
 def _image(source: Html, path: Path, shown: PageImage) -> Image | None:
-    """The image; None for an icon, and for one that cannot be had where the source says so."""
+    """The image; None for an icon, and for a missing image if the source drops images instead of documents."""
     try:
-        image = _found(_root(source), path, shown)
+        image = _load(_root(source), path, shown)
         return image if _shorter_side(image) >= MIN_FIGURE_PIXELS else None
     except Fault:
         if source.missing_images == "drop_document":
@@ -93,7 +93,7 @@ def _shorter_side(image: Image) -> int:
     return min(stripped.width, stripped.height)
 
 
-def _found(root: Path, path: Path, shown: PageImage) -> Image:
+def _load(root: Path, path: Path, shown: PageImage) -> Image:
     url = _url(shown)
     if url.scheme == "data":
         return _inline(url)
@@ -108,21 +108,23 @@ def _url(shown: PageImage) -> SplitResult:
 
 
 def _inline(url: SplitResult) -> Image:
-    """The content of a data: address, https://www.rfc-editor.org/rfc/rfc2397."""
+    """The image of a data: URL, https://www.rfc-editor.org/rfc/rfc2397."""
     kind, _, content = url.path.partition(",")
     if not kind.lower().replace(" ", "").endswith(";base64"):
-        raise Fault("bad_url", f"a data: address of {kind[:60]!r}; images are read as base64 only")
+        raise Fault("bad_url", f"a data: URL of {kind[:60]!r}; images are read as base64 only")
     return from_base64(unquote(content))
 
 
 def _name(root: Path, path: Path, url: SplitResult) -> str:
-    """The name of the file at an address, relative to the root."""
+    """The file name of a URL, relative to the root. Raises Fault for a URL of another host."""
     if url.scheme or url.netloc:
-        raise Fault("remote_image", f"{url.geturl()[:200]!r} is elsewhere; save it beside the page and show that")
-    wanted = unquote(url.path)
-    if wanted.startswith("/"):
-        return posixpath.normpath(wanted.lstrip("/"))
-    return posixpath.normpath(posixpath.join(path.parent.relative_to(root).as_posix(), wanted))
+        raise Fault(
+            "remote_image", f"{url.geturl()[:200]!r} is on another host; save it beside the page and refer to that file"
+        )
+    name = unquote(url.path)
+    if name.startswith("/"):
+        return posixpath.normpath(name.lstrip("/"))
+    return posixpath.normpath(posixpath.join(path.parent.relative_to(root).as_posix(), name))
 
 
 def _root(source: Html) -> Path:
@@ -131,7 +133,7 @@ def _root(source: Html) -> Path:
 
 
 def _scan(root: Path, path: Path) -> Scan:
-    """The images of one page; a page that cannot be read names none."""
+    """The images of one page; a page that cannot be read has none."""
     files: dict[str, None] = {}
     images = 0
     try:
@@ -144,6 +146,6 @@ def _scan(root: Path, path: Path) -> Scan:
             if url.scheme != "data":
                 files[str(path_inside(str(root), _name(root, path, url)))] = None
             images += 1
-        except Fault:  # said where the page is read
+        except Fault:  # reported when the page is read
             continue
     return Scan(count=1, images=images, marks=(0,), beside=tuple(files))

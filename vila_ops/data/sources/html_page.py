@@ -1,4 +1,4 @@
-"""An HTML page to its lines of text and its images' addresses, in reading order, as forgiving as a browser. Pure."""
+"""The text lines and image URLs of an HTML page, in reading order, as lenient as a browser. Pure."""
 
 import codecs
 import re
@@ -21,19 +21,19 @@ SKIPPED = (
     "textarea",
     "button",
 )
-"""Elements that are not running text; their content is passed over, images too. So is role="navigation"."""
+"""Elements whose content is skipped, images included, like that of role="navigation"."""
 BLOCKS = (
     *("address", "article", "aside", "blockquote", "body", "br", "caption", "center", "dd", "details", "dialog", "div"),
     *("dl", "dt", "fieldset", "figcaption", "figure", "footer", "form", "h1", "h2", "h3", "h4", "h5", "h6", "header"),
     *("hr", "legend", "li", "main", "menu", "ol", "p", "pre", "section", "summary", "table", "tbody", "tfoot", "thead"),
     *("tr", "ul"),
 )
-"""Elements that begin and end a line."""
+"""Elements that start and end a line."""
 _VOID = ("area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr")
 _BOMS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 _CHARSET = re.compile(rb"""<meta\s[^>]{0,200}?charset\s{0,9}=\s{0,9}["']?\s{0,9}([a-z0-9_:.-]{1,40})""", re.IGNORECASE)
 _CHARSET_BYTES = 1024
-"""https://html.spec.whatwg.org/#charset: the declaration lies within the first so many bytes."""
+"""https://html.spec.whatwg.org/#charset: the declaration is within the first so many bytes."""
 _CODECS = (
     *("utf-8", "cp866", "iso8859-2", "iso8859-3", "iso8859-4", "iso8859-5", "iso8859-6", "iso8859-7", "iso8859-8"),
     *("iso8859-10", "iso8859-13", "iso8859-14", "iso8859-15", "iso8859-16", "koi8-r", "koi8-u", "mac-roman"),
@@ -52,20 +52,21 @@ _CODECS = (
     ),
     *("gbk", "gb18030", "big5", "euc_jp", "iso2022_jp", "shift_jis", "euc_kr"),
 )
-"""Python's names of https://encoding.spec.whatwg.org/#names-and-labels."""
+"""Python's names of the encodings in https://encoding.spec.whatwg.org/#names-and-labels."""
 _READ_AS = {"ascii": "cp1252", "iso8859-1": "cp1252", "iso8859-9": "cp1254", "gb2312": "gbk"}
-"""As browsers do, by the same standard; a declared UTF-16 is UTF-8, or its declaration could not have been read."""
+"""Encodings that browsers decode as another one, by the same standard. A declared UTF-16 is UTF-8, since the
+declaration itself was readable."""
 
 
 @dataclass(frozen=True)
 class PageImage:
-    """An image that a page shows."""
+    """An image element of a page."""
 
     src: str
 
 
 def page(data: bytes) -> list[str | PageImage]:
-    """Lines of text with single spaces, and images. Raises Fault (bad_encoding, nul_in_text, lone_surrogate)."""
+    """Text lines with single spaces, and images. Raises Fault (bad_encoding, nul_in_text, lone_surrogate)."""
     reader = _Reader()
     for token in tokens(checked(decoded(data), what="the page")):
         reader.take(token)
@@ -73,7 +74,7 @@ def page(data: bytes) -> list[str | PageImage]:
 
 
 def decoded(data: bytes) -> str:
-    """A page's text: by its byte order mark, else by its <meta charset>, else UTF-8. Raises Fault (bad_encoding)."""
+    """A page's text, by its byte order mark, else its <meta charset>, else as UTF-8. Raises Fault (bad_encoding)."""
     bom, name = next(((bom, name) for bom, name in _BOMS if data.startswith(bom)), (b"", ""))
     name = name or _declared(data)
     try:
@@ -86,10 +87,10 @@ def decoded(data: bytes) -> str:
 
 
 def _declared(data: bytes) -> str:
-    found = _CHARSET.search(data[:_CHARSET_BYTES])
-    if found is None:
+    declaration = _CHARSET.search(data[:_CHARSET_BYTES])
+    if declaration is None:
         return "utf-8"
-    label = found.group(1).decode("ascii").lower()
+    label = declaration.group(1).decode("ascii").lower()
     if label.startswith("utf-16"):
         return "utf-8"
     try:
@@ -98,20 +99,22 @@ def _declared(data: bytes) -> str:
         name = label
     name = _READ_AS.get(name, name)
     if name not in _CODECS:
-        raise Fault("bad_encoding", f"the charset {label!r} is not one of the web's; save the page as UTF-8")
+        raise Fault(
+            "bad_encoding", f"the charset {label!r} is not in the WHATWG encoding standard; save the page as UTF-8"
+        )
     return name
 
 
 class _Reader:
-    """What was read so far, and whether what comes is passed over."""
+    """Collects lines and images from tokens; knows whether it is inside a skipped element."""
 
     def __init__(self) -> None:
-        self._found: list[str | PageImage] = []
+        self._items: list[str | PageImage] = []
         self._words: list[str] = []
         self._skipped, self._depth = "", 0
 
     def take(self, token: Start | End | str) -> None:
-        """Read on."""
+        """Process one token."""
         match token:
             case Start(name) if self._depth:
                 self._depth += name == self._skipped
@@ -128,9 +131,9 @@ class _Reader:
                 self._words.append(token)
 
     def finished(self) -> list[str | PageImage]:
-        """All that was read."""
+        """All lines and images."""
         self._end_line()
-        return self._found
+        return self._items
 
     def _start(self, tag: Start) -> None:
         if tag.name in SKIPPED or (tag.attributes.get("role") == "navigation" and tag.name not in _VOID):
@@ -138,7 +141,7 @@ class _Reader:
         elif tag.name == "img":
             self._end_line()
             if src := tag.attributes.get("src", "").strip():
-                self._found.append(PageImage(src))
+                self._items.append(PageImage(src))
         elif tag.name in BLOCKS:
             self._end_line()
         elif tag.name in ("td", "th"):
@@ -148,4 +151,4 @@ class _Reader:
         line = " ".join("".join(self._words).split())
         self._words = []
         if line:
-            self._found.append(line)
+            self._items.append(line)

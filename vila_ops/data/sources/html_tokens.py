@@ -1,7 +1,7 @@
-"""HTML to tags and text, in one pass over the page whatever it holds. Pure.
+"""HTML to tags and text, in linear time for any input. Pure.
 
-The tokenizer of https://html.spec.whatwg.org/#tokenization without what cannot be seen in text and images. Python's
-html.parser is not used: a page of 200 kB that is meant badly (`<a b=` again and again) keeps it busy for an hour.
+The tokenizer of https://html.spec.whatwg.org/#tokenization, reduced to what affects text and images. Python's
+html.parser is not used: it takes an hour for a malicious page of 200 kB (`<a b=` repeated).
 """
 
 import html
@@ -13,11 +13,11 @@ RAW = ("script", "style", "textarea", "title", "iframe", "noembed", "noframes", 
 """Elements whose content has no tags."""
 _NAME = re.compile(r"</?([a-zA-Z][^\s/>]*)")
 _ATTRIBUTE = re.compile(r"""[\s/]*([^\s/>][^\s/>=]*)(?:\s*=\s*("[^"]*"|'[^']*'|["']|[^\s>"'][^\s>]*)?)?""")
-"""Name and value; a value of one quote alone is one that is never closed."""
+"""Name and value; a value of a single quote is an unterminated one."""
 _TAG_END = re.compile(r"[\s/]*>")
 _COMMENT_END = re.compile(r"--!?>")
 _HUGE_REFERENCE = re.compile(r"&#(?:[0-9]{9,}|x[0-9a-f]{9,});?", re.IGNORECASE)
-"""Of no character; Python would refuse to read the longest ones as numbers."""
+"""References beyond any character; Python refuses to parse the longest as numbers."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class End:
 
 
 def tokens(text: str) -> Iterator[Start | End | str]:
-    """Tags and text in their order, character references resolved; no comments, nothing of a tag that is cut off."""
+    """Tags and text in order, with character references resolved; no comments and no unterminated tag."""
     place = 0
     while (opened := text.find("<", place)) >= 0:
         if opened > place:
@@ -64,27 +64,27 @@ def tokens(text: str) -> Iterator[Start | End | str]:
 
 
 def _attributes(text: str, place: int) -> tuple[dict[str, str], int]:
-    """The attributes of a tag and where it ends; -1 where the page ends before it. The first of a name counts."""
-    found: dict[str, str] = {}
+    """The attributes of a tag and its end, -1 if the page ends first. The first attribute of a name counts."""
+    attributes: dict[str, str] = {}
     while (end := _TAG_END.match(text, place)) is None:
         attribute = _ATTRIBUTE.match(text, place)
         if attribute is None or attribute.group(2) in ("'", '"'):
-            return found, -1
+            return attributes, -1
         value = attribute.group(2) or ""
         value = value[1:-1] if value[:1] in ("'", '"') else value
-        found.setdefault(attribute.group(1).lower(), _resolved(value))
+        attributes.setdefault(attribute.group(1).lower(), _resolved(value))
         place = attribute.end()
-    return found, end.end()
+    return attributes, end.end()
 
 
 def _raw_end(text: str, tag: str, place: int) -> int:
-    """Where the end tag of a raw element begins; the end of the page where there is none."""
+    """The start of the end tag of a raw element, or the end of the page."""
     end = re.compile(rf"</{tag}[\s/>]", re.IGNORECASE).search(text, place)
     return end.start() if end else len(text)
 
 
 def _comment_end(text: str, opened: int) -> int:
-    """Behind a comment, a doctype or what counts as a comment; -1 where it is not closed."""
+    """The end of a comment, a doctype or a bogus comment; -1 if it is not closed."""
     if not text.startswith("<!--", opened):
         return text.find(">", opened) + 1 or -1
     if text.startswith(("<!-->", "<!--->"), opened):

@@ -1,7 +1,7 @@
-"""Images that records name by a path inside one folder, or hold as base64.
+"""Images that records refer to by a path inside one folder, or contain as base64.
 
-A fault says the name in the record, not where the folder lies: it is sealed with the dataset, whose digest has to be
-the same on every machine.
+The message of a fault has the name in the record and not the folder's path: it is sealed with the dataset, whose digest
+must be the same on every machine.
 """
 
 import base64
@@ -14,13 +14,13 @@ from vila_ops.data.records import Image, Turn
 from vila_ops.data.sources.faults import Fault
 
 MAX_BYTES = 1 << 26
-"""Of one encoded image."""
+"""Limit for one encoded image."""
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4000
-"""What file systems take: of a file's or folder's name, and of all together."""
+"""Limits of file systems for the name of one file or folder, and for a whole path."""
 
 
 def path_inside(folder: str | None, name: str) -> Path:
-    """Where an image should lie. Raises Fault where the name leads out of the folder, or there is none."""
+    """The path of an image. Raises Fault if the name leads out of the folder, or if there is no folder."""
     if folder is None:
         raise Fault("missing_image", f"the record names {name!r}, but the source has no `images`; set that folder")
     path = PurePosixPath(name)
@@ -33,12 +33,12 @@ def path_inside(folder: str | None, name: str) -> Path:
 
 
 def _is_too_long(path: PurePosixPath) -> bool:
-    """Whether no file can be called so; to ask a file system for it would be an error."""
+    """Whether the path exceeds the limits of file systems, for which `is_file` would raise."""
     return len(str(path).encode()) > MAX_PATH_BYTES or any(len(part.encode()) > MAX_NAME_BYTES for part in path.parts)
 
 
 def read_image(folder: str | None, name: str) -> Image:
-    """The image of that name. Raises Fault: missing_image, bad_image_path (a link out of it too), image_too_big."""
+    """The image of that name. Raises Fault: missing_image, bad_image_path (also for a link), image_too_big."""
     path = path_inside(folder, name)
     if not path.is_file():
         raise Fault(
@@ -52,22 +52,22 @@ def read_image(folder: str | None, name: str) -> Image:
 
 
 def from_base64(text: str) -> Image:
-    """The image of a base64 text, white space in it aside. Raises Fault: bad_base64, image_too_big."""
+    """The image of a base64 text, in which white space is ignored. Raises Fault: bad_base64, image_too_big."""
     if len(text) > MAX_BYTES * 4 // 3 + 4:
         raise Fault("image_too_big", f"{len(text)} characters of base64, more than {MAX_BYTES} bytes; scale it down")
     try:
         data = base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise Fault("bad_base64", f"{text[:20]!r}... is no base64 ({error})") from error
+        raise Fault("bad_base64", f"{text[:20]!r}... is not base64 ({error})") from error
     if not data:
         raise Fault("bad_base64", "no bytes; an image is the base64 of an image file")
     return Image(data)
 
 
 def object_of(image: str | None, turns: tuple[Turn, ...], *, id: str) -> str:
-    """The split's key: the name of the first image's file, its digest where it has none; of text the id, or a digest.
+    """The key of the split: file name or digest of the first image; without images the id, or the text's digest.
 
-    So one image, and one text without an id, never stands on two sides, wherever in the source it is met again.
+    So an image, or a text without an id, that occurs again in the source is in the same split.
     """
     if image is not None:
         return PurePosixPath(image).name.lower()

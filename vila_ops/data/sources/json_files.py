@@ -1,4 +1,4 @@
-"""Files of JSON objects, one array or one object a line: how they are scanned, and read to records."""
+"""Files of JSON objects, as one array or with one object on each line: scanned, and read to records."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ SUFFIXES = (".json", ".jsonl", ".jsonl.gz")
 
 
 def scan_objects(path: Path, paths_of: Callable[[Object], list[Path | None]]) -> Scan:
-    """One pass. `paths_of` gives the path of each image of an object, None for one that lies in the object itself."""
+    """Scan a file. `paths_of` returns the path of each image of an object, None for an image inside the object."""
     beside: dict[str, None] = {}
     marks: list[int] = []
     count = images = 0
@@ -28,7 +28,7 @@ def scan_objects(path: Path, paths_of: Callable[[Object], list[Path | None]]) ->
             continue
         try:
             named = paths_of(value)
-        except Fault:  # said where the record is read
+        except Fault:  # reported when the record is read
             continue
         images += len(named)
         beside.update(dict.fromkeys(str(image) for image in named if image is not None))
@@ -36,7 +36,7 @@ def scan_objects(path: Path, paths_of: Callable[[Object], list[Path | None]]) ->
 
 
 def read_objects(span: Span, make: Callable[[Object, str], Record]) -> Iterator[list[Record | Dropped]]:
-    """For each object of a span what `make(object, place)` makes of it, Dropped where it raises Fault.
+    """For each object of a span the record of `make(object, place)`, or Dropped if that raises Fault.
 
     The place is FILE:LINE, or FILE:LINE[INDEX] in an array.
     """
@@ -44,9 +44,9 @@ def read_objects(span: Span, make: Callable[[Object, str], Record]) -> Iterator[
 
 
 def record(value: Object, place: str, *, turns: tuple[Turn, ...], image: str | None, licence: str) -> Record:
-    """The record with the id, licence and address that the object states; the place and `licence` where it does not.
+    """The record with the id, licence and URL that the object states; the defaults are the place and `licence`.
 
-    `image` is the name of the first image's file, None where it has none.
+    `image` is the file name of the first image, None if it has none.
     """
     url = stated(value, "url")
     return Record(
@@ -60,19 +60,19 @@ def record(value: Object, place: str, *, turns: tuple[Turn, ...], image: str | N
 
 
 def own_id(value: Object) -> str:
-    """The id that the object states, as text; empty where it states none."""
+    """The id that the object states, as text; empty if it states none."""
     number = value.get("id")
     return str(number) if isinstance(number, int) and not isinstance(number, bool) else stated(value, "id")
 
 
 def stated(value: Object, *keys: str) -> str:
-    """The first of these that is text; empty where none is, or it is damaged."""
+    """The first value of these keys that is undamaged text; empty if there is none."""
     texts = (value[key] for key in keys if isinstance(value.get(key), str))
     return next((text for text in texts if not fault(text)), "")
 
 
 def _values(path: Path) -> Iterator[tuple[int, Any]]:
-    """(bytes before it, value) of each element, or of each line; anything but a dict is faulty or blank."""
+    """(offset in bytes, value) of each element or line; any value but a dict is faulty or blank."""
     if is_array(path):
         yield from elements(path)
     else:
@@ -86,7 +86,7 @@ def _read_lines(span: Span, make: Callable[[Object, str], Record]) -> Iterator[l
             yield []
             continue
         value = json_object(line, where=place)
-        yield [value if isinstance(value, Dropped) else _made(value, place, make)]
+        yield [value if isinstance(value, Dropped) else _record_or_dropped(value, place, make)]
 
 
 def _read_array(span: Span, make: Callable[[Object, str], Record]) -> Iterator[list[Record | Dropped]]:
@@ -96,10 +96,10 @@ def _read_array(span: Span, make: Callable[[Object, str], Record]) -> Iterator[l
         if not span.takes(number):
             yield []
             continue
-        yield [_made(value, f"{span.name}:{numbers.at(offset)}[{number}]", make)]
+        yield [_record_or_dropped(value, f"{span.name}:{numbers.at(offset)}[{number}]", make)]
 
 
-def _made(value: Any, place: str, make: Callable[[Object, str], Record]) -> Record | Dropped:
+def _record_or_dropped(value: Any, place: str, make: Callable[[Object, str], Record]) -> Record | Dropped:
     if isinstance(value, Broken):
         return Dropped(place, value.reason, place, value.detail)
     if not isinstance(value, dict):

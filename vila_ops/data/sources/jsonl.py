@@ -1,4 +1,4 @@
-"""A folder of one's own: `records.jsonl`, one record a line, and the images that it names.
+"""A folder in our own layout: `records.jsonl` with one record on each line, and the images that it refers to.
 
 {"id": "1", "object": "dog", "category": "animals", "licence": "CC0-1.0", "provenance": "my camera",
  "turns": [{"role": "user", "parts": [{"image": "dog.png"}, {"text": "What is this?"}]},
@@ -20,7 +20,7 @@ RECORDS = "records.jsonl"
 
 
 class TextLine(Config):
-    """Text, taken as it is."""
+    """Text, used unchanged."""
 
     text: str
 
@@ -41,7 +41,7 @@ class ImageLine(Config):
 
 
 class TurnLine(Config):
-    """What one side says."""
+    """One message."""
 
     role: Role
     parts: tuple[TextLine | ImageLine, ...] = Field(min_length=1)
@@ -59,7 +59,7 @@ class Line(Config):
 
 
 def raw_files(source: JsonLines, folders: Folders, *, cache: Path) -> list[RawFile]:
-    """The one file, with the images that its records name."""
+    """records.jsonl, with the images that its records refer to."""
     path = Path(source.path) / RECORDS
     if not path.is_file():
         raise ValueError(f"no {RECORDS} in {source.path!r}; a jsonl source is a folder with that file")
@@ -67,7 +67,7 @@ def raw_files(source: JsonLines, folders: Folders, *, cache: Path) -> list[RawFi
 
 
 def read(source: JsonLines, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
-    """The record of each line; nothing of a blank one."""
+    """The record of each line, none for a blank line."""
     for place, text in lines(span):
         if not text.strip():
             yield []
@@ -101,7 +101,7 @@ def _part(folder: Path, part: TextLine | ImageLine) -> Part:
 
 
 def _scan(path: Path) -> Scan:
-    """Every line; a faulty one names no images."""
+    """Scan every line; a faulty line has no images."""
     beside: dict[str, None] = {}
     images = 0
     counted = 0

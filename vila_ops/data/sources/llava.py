@@ -1,7 +1,7 @@
-"""LLaVA's conversations: {id, image, conversations: [{from, value}]}, as one array or one object a line.
+"""LLaVA's conversations: {id, image, conversations: [{from, value}]}, as one array or one object on each line.
 
-`<image>` in a turn is where an image stands, and stays there. There are as many as images: LLaVA's own loader passes
-an image without a placeholder over in silence (prepare_inputs_labels_for_multimodal), here such a record is dropped.
+`<image>` in a turn is the position of an image. There must be as many as images: LLaVA's own loader silently ignores an
+image without a placeholder (prepare_inputs_labels_for_multimodal), here such a record is dropped.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant", "system": "system
 
 
 def raw_files(source: Llava, folders: Folders, *, cache: Path) -> list[RawFile]:
-    """The JSON files, with the images that their records name."""
+    """The JSON files, with the images that their records refer to."""
     return scan_files(
         paths(Path(source.path), SUFFIXES),
         f"llava:{source.images}",
@@ -39,27 +39,27 @@ def read(source: Llava, folders: Folders, span: Span) -> Iterator[list[Record | 
 
 
 def image_paths(value: Object, images: str | None) -> list[Path | None]:
-    """Where the object's images lie."""
+    """The paths of the object's images."""
     return [path_inside(images, name) for name in _names(value)]
 
 
 def conversation(value: Object, place: str, *, images: str | None, licence: str, caption: bool) -> Record:
-    """The record of an object; with `caption` the image and the answer alone, as LLaVA's `plain` has it."""
+    """The record of an object; with `caption` only the image and the answer, as in LLaVA's `plain`."""
     if "video" in value:
         raise Fault("video", "videos are not read; sample its frames, and name them as a list in `image`")
     names = _names(value)
-    said = _said(value.get("conversations"))
-    check_placeholders(sum(text.count(PLACEHOLDER) for _, text in said), len(names))
-    if caption and (len(names) != 1 or len(said) != 2 or PLACEHOLDER in said[1][1]):
+    messages = _messages(value.get("conversations"))
+    check_placeholders(sum(text.count(PLACEHOLDER) for _, text in messages), len(names))
+    if caption and (len(names) != 1 or len(messages) != 2 or PLACEHOLDER in messages[1][1]):
         raise Fault(
             "not_a_caption",
-            f"{len(names)} images, {len(said)} turns; a caption is 1 question with 1 image, 1 answer",
+            f"{len(names)} images, {len(messages)} turns; a caption is 1 question with 1 image, 1 answer",
         )
     shown = [read_image(images, name) for name in names]
     if caption:
-        turns: tuple[Turn, ...] = (Turn("document", (shown[0], said[1][1])),)
+        turns: tuple[Turn, ...] = (Turn("document", (shown[0], messages[1][1])),)
     else:
-        turns = tuple(_turns(said, shown))
+        turns = tuple(_turns(messages, shown))
     return record(value, place, turns=turns, image=names[0] if names else None, licence=licence)
 
 
@@ -75,26 +75,28 @@ def _names(value: Object) -> list[str]:
             raise Fault("malformed_image", f"`image` is a path or a list of paths, not {repr(other)[:80]}")
 
 
-def _said(conversations: object) -> list[tuple[Role, str]]:
+def _messages(conversations: object) -> list[tuple[Role, str]]:
     if not isinstance(conversations, list):
         raise Fault("malformed_turns", f"`conversations` is a list of turns, not {repr(conversations)[:80]}")
-    said = []
+    messages: list[tuple[Role, str]] = []
     for number, turn in enumerate(conversations, start=1):
         match turn:
             case {"from": str(role), "value": str(text)} if role in ROLES:
                 check_text(ROLES[role], text.replace(PLACEHOLDER, ""), number=number, images=text.count(PLACEHOLDER))
-                said.append((ROLES[role], text))
+                messages.append((ROLES[role], text))
             case {"from": str(role), "value": str()}:
                 raise Fault("unknown_role", f"turn {number} is from {role!r}; known are {', '.join(ROLES)}")
             case _:
-                raise Fault("malformed_turns", f"turn {number} is no {{from, value}} of two texts: {repr(turn)[:80]}")
-    check_order([role for role, _ in said])
-    return said
+                raise Fault(
+                    "malformed_turns", f"turn {number} is not {{from, value}} with two texts: {repr(turn)[:80]}"
+                )
+    check_order([role for role, _ in messages])
+    return messages
 
 
-def _turns(said: list[tuple[Role, str]], images: list[Image]) -> Iterator[Turn]:
+def _turns(messages: list[tuple[Role, str]], images: list[Image]) -> Iterator[Turn]:
     left = iter(images)
-    for role, text in said:
+    for role, text in messages:
         first, *rest = text.split(PLACEHOLDER)
         parts: list[Part] = [first]
         for piece in rest:

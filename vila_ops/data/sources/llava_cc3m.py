@@ -1,4 +1,4 @@
-"""LLaVA-CC3M-Pretrain-595K: chat.json in LLaVA's layout, and metadata.json with the addresses of the images."""
+"""LLaVA-CC3M-Pretrain-595K: chat.json in LLaVA's layout, and metadata.json with the URLs of the images."""
 
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -15,7 +15,7 @@ CHAT, METADATA = "chat.json", "metadata.json"
 
 
 def raw_files(source: LlavaCc3m, folders: Folders, *, cache: Path) -> list[RawFile]:
-    """chat.json alone; metadata.json and the images lie beside it."""
+    """chat.json, with metadata.json and the images that it depends on."""
     path = Path(source.path) / CHAT
     if not path.is_file() or not is_array(path):
         raise ValueError(
@@ -25,25 +25,25 @@ def raw_files(source: LlavaCc3m, folders: Folders, *, cache: Path) -> list[RawFi
 
 
 def read(source: LlavaCc3m, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
-    """The record of each object; its provenance ends with the image's address, where metadata.json tells it."""
+    """The record of each object; its provenance ends with the image's URL, if metadata.json has it."""
     urls = _urls(Path(source.path) / METADATA, _stems(span))
     caption = source.render == "caption"
 
     def make(value: Object, place: str) -> Record:
-        told = {**value, "url": urls.get(_stem(value))}
-        return conversation(told, place, images=source.images, licence=source.licence, caption=caption)
+        with_url = {**value, "url": urls.get(_stem(value))}
+        return conversation(with_url, place, images=source.images, licence=source.licence, caption=caption)
 
     return read_objects(span, make)
 
 
 def _scan(source: LlavaCc3m) -> Scan:
-    found = scan_objects(Path(source.path) / CHAT, lambda value: image_paths(value, source.images))
+    scan = scan_objects(Path(source.path) / CHAT, lambda value: image_paths(value, source.images))
     metadata = Path(source.path) / METADATA
     if metadata.is_file():
-        for _ in elements(metadata):  # raises now, not in the middle of a read, where it was cut off
+        for _ in elements(metadata):  # raises here, not in the middle of a read, if the file is cut off
             pass
-    # named also where it is not there: the scan is kept, and must notice when it comes
-    return Scan(found.count, found.images, found.marks, beside=(str(metadata), *found.beside))
+    # listed even if it is missing: the scan is cached, and must change when the file is added
+    return Scan(scan.count, scan.images, scan.marks, beside=(str(metadata), *scan.beside))
 
 
 def _stems(span: Span) -> set[str]:
@@ -52,7 +52,7 @@ def _stems(span: Span) -> set[str]:
 
 
 def _urls(metadata: Path, stems: set[str]) -> dict[str, str]:
-    """Addresses by image name, of these images. The file is as long as chat.json, and only passes by."""
+    """URLs by image name, of these images. The file is as long as chat.json and is streamed."""
     urls: dict[str, str] = {}
     if not metadata.is_file():
         return urls
@@ -66,6 +66,6 @@ def _urls(metadata: Path, stems: set[str]) -> dict[str, str]:
 
 
 def _stem(value: Any) -> str:
-    """The image's name without its suffix, which is the id too: GCC_train_000000123."""
+    """The image's name without its suffix, which is also the id: GCC_train_000000123."""
     name = (value.get("image") or value.get("id")) if isinstance(value, dict) else None
     return PurePosixPath(name).stem if isinstance(name, str) else ""

@@ -1,7 +1,7 @@
-"""OpenAI's chat messages, one conversation a line: {"messages": [{"role", "content"}]}.
+"""OpenAI's chat messages, one conversation on each line: {"messages": [{"role", "content"}]}.
 
 Content is text, or a list of {"type": "text", "text"} and {"type": "image_url", "image_url": {"url"}}, in its order.
-The url is a data: address in base64, or the path of a file in the source's `images`.
+The url is a data: URL in base64, or the path of a file in the source's `images`.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ TOOLS = ("tool", "function")
 
 
 def raw_files(source: Messages, folders: Folders, *, cache: Path) -> list[RawFile]:
-    """The JSON files, with the image files that their records name."""
+    """The JSON files, with the image files that their records refer to."""
     return scan_files(
         paths(Path(source.path), SUFFIXES),
         f"messages:{source.images}",
@@ -40,10 +40,10 @@ def _record(source: Messages, value: Object, place: str) -> Record:
     contents = [(_role(number, message), _content(number, message)) for number, message in enumerate(messages, start=1)]
     for number, (role, content) in enumerate(contents, start=1):
         images = sum(kind == "image_url" for kind, _ in content)
-        check_text(role, "".join(said for kind, said in content if kind == "text"), number=number, images=images)
+        check_text(role, "".join(value for kind, value in content if kind == "text"), number=number, images=images)
     check_order([role for role, _ in contents])
     turns = tuple(Turn(role, tuple(_parts(content, source.images))) for role, content in contents)
-    first = next((said for _, content in contents for kind, said in content if kind == "image_url"), None)
+    first = next((url for _, content in contents for kind, url in content if kind == "image_url"), None)
     name = None if first is None or first.startswith("data:") else first
     return record(value, place, turns=turns, image=name, licence=source.licence)
 
@@ -58,11 +58,13 @@ def _messages(value: Object) -> list[Any]:
 def _role(number: int, message: Any) -> Role:
     role = message.get("role") if isinstance(message, dict) else None
     if role in TOOLS or (isinstance(message, dict) and (message.get("tool_calls") or message.get("function_call"))):
-        raise Fault("tool_call", f"message {number} calls a tool or answers for one, which is not learnt; take it out")
+        raise Fault(
+            "tool_call", f"message {number} calls a tool or is a tool's answer, which is not supported; remove it"
+        )
     if not isinstance(role, str) or role not in ROLES:
         raise Fault("unknown_role", f"message {number} has the role {repr(role)[:80]}; known are {', '.join(ROLES)}")
     if message.get("weight", 1) != 1:
-        raise Fault("weight", f"message {number} has a weight; every answer is learnt alike: take the message out")
+        raise Fault("weight", f"message {number} has a weight other than 1, which is not supported; remove the message")
     return ROLES[role]
 
 
@@ -93,18 +95,18 @@ def _part(number: int, part: Any) -> tuple[str, str]:
 
 
 def _parts(content: list[tuple[str, str]], images: str | None) -> Iterator[Part]:
-    for kind, said in content:
+    for kind, value in content:
         if kind == "image_url":
-            yield _image(said, images)
-        elif said:
-            yield said
+            yield _image(value, images)
+        elif value:
+            yield value
 
 
 def _image(url: str, images: str | None) -> Image:
     if url.startswith("data:"):
         head, comma, data = url.partition(",")
         if not comma or not head.endswith(";base64"):
-            raise Fault("bad_base64", f"{url[:40]!r} is no data:TYPE;base64,... address")
+            raise Fault("bad_base64", f"{url[:40]!r} is not a data:TYPE;base64,... URL")
         return from_base64(data)
     return read_image(images, _checked_path(url))
 
@@ -120,9 +122,9 @@ def _checked_path(url: str) -> str:
 
 
 def _image_paths(value: Object, images: str | None) -> list[Path | None]:
-    """Where the images lie; None for those in the object itself."""
-    found = []
+    """The paths of the images; None for images inside the object."""
+    urls = []
     for number, message in enumerate(_messages(value), start=1):
         if isinstance(message, dict):
-            found += [said for kind, said in _content(number, message) if kind == "image_url"]
-    return [None if url.startswith("data:") else path_inside(images, _checked_path(url)) for url in found]
+            urls += [value for kind, value in _content(number, message) if kind == "image_url"]
+    return [None if url.startswith("data:") else path_inside(images, _checked_path(url)) for url in urls]

@@ -5,7 +5,7 @@
                  "matched_sim": 0.31, "face_detections": null}],
  "similarity_matrix": [[0.18, 0.31, 0.12]], "could_have_url_duplicate": 0}
 
-The matrix has a row an image and a column a sentence. The images come from the downloader.
+The matrix has a row for each image and a column for each sentence. The images come from the downloader.
 """
 
 import json
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class ImageInfo(BaseModel, frozen=True, strict=True):
-    """One of image_info."""
+    """One element of image_info."""
 
     raw_url: str = Field(min_length=1)
     matched_text_index: NonNegativeInt
@@ -37,7 +37,7 @@ class ImageInfo(BaseModel, frozen=True, strict=True):
 
 
 class Document(BaseModel, frozen=True, strict=True):
-    """One line; what else it holds (faces, shard numbers) is not read."""
+    """One line; other keys (faces, shard numbers) are ignored."""
 
     url: str = ""
     text_list: list[str] = Field(min_length=1)
@@ -74,7 +74,7 @@ def image_urls(path: Path) -> Iterator[object]:
 
 
 def raw_files(source: Mmc4, folders: Folders, *, cache: Path) -> list[RawFile]:
-    """The shards, each with its tar and manifest. Raises ValueError for one whose images were not downloaded."""
+    """The shards, each with its tar and manifest. Raises ValueError for a shard whose images were not downloaded."""
     beside = companions(Path(source.path), URL_FILES, images=source.images)
     by_path = {path: files for (_, path), files in beside.items()}
     kind = f"{source.kind}:{source.images}:{source.max_images}:{source.min_similarity}"
@@ -82,14 +82,14 @@ def raw_files(source: Mmc4, folders: Folders, *, cache: Path) -> list[RawFile]:
 
 
 def read(source: Mmc4, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
-    """The document of each line, or its pairs; nothing of a blank line."""
-    found = [
+    """The document of each line, or its pairs; none for a blank line."""
+    parsed = [
         (where, _parsed(line) if line.strip() and span.takes(number) else None)
         for number, (where, line) in enumerate(lines(span), start=span.start)
     ]
-    urls = {image.raw_url for _, line in found if isinstance(line, Document) for image in line.image_info}
+    urls = {image.raw_url for _, line in parsed if isinstance(line, Document) for image in line.image_info}
     with Downloaded(out_of(source.images, span.name), urls) as images:
-        for where, line in found:
+        for where, line in parsed:
             try:
                 yield _records(source, line, images, where=where) if line else []
             except Fault as fault:
@@ -122,10 +122,10 @@ def _records(source: Mmc4, line: Document | Fault, images: Downloaded, *, where:
             parts = image_first(line.text_list, matches, max_images=source.max_images)
             return [_record(source, line, parts, where=where)]
         case "pairs":
-            found = pairs(line.text_list, matches, max_images=source.max_images)
-            if not found:
+            samples = pairs(line.text_list, matches, max_images=source.max_images)
+            if not samples:
                 raise Fault("no_text", "the sentences of all images are blank")
-            return [_record(source, line, pair, where=where, number=n) for n, pair in enumerate(found)]
+            return [_record(source, line, pair, where=where, number=n) for n, pair in enumerate(samples)]
         case _:
             assert_never(source.order)
 
@@ -150,22 +150,22 @@ def _chosen(source: Mmc4, line: Document) -> list[ImageInfo]:
 
 
 def _matches(source: Mmc4, line: Document, images: Downloaded) -> list[Match]:
-    """The images that are there; all must be, also those behind the first max_images, where documents are dropped."""
-    found: list[Match] = []
+    """The downloaded images. If documents are dropped for a missing image, those after max_images count too."""
+    matches: list[Match] = []
     for image in _chosen(source, line):
-        if source.missing_images == "drop_image" and len(found) == source.max_images:
+        if source.missing_images == "drop_image" and len(matches) == source.max_images:
             break
         data = images.image(image.raw_url)
         if not isinstance(data, Missing):
-            if len(found) < source.max_images:
-                found.append((image.matched_text_index, Image(data, {"similarity": image.matched_sim})))
+            if len(matches) < source.max_images:
+                matches.append((image.matched_text_index, Image(data, {"similarity": image.matched_sim})))
         elif source.missing_images == "drop_document":
             raise Fault(NOT_DOWNLOADED, f"{image.raw_url}: {data.outcome} {data.detail}".strip())
-    return found
+    return matches
 
 
 def _scan(source: Mmc4, path: Path, beside: tuple[str, ...]) -> Scan:
-    """Every line; a faulty one has no images."""
+    """Scan every line; a faulty line has no images."""
     marks: list[int] = []
     images = counted = 0
     for counted, (offset, text) in enumerate(every_line(path), start=1):

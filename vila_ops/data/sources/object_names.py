@@ -1,4 +1,4 @@
-"""Name the object that a caption is about, so that one object never stands on both sides of a split. Pure."""
+"""Name the object that a caption is about, so that an object is in one split only. Pure."""
 
 import re
 
@@ -40,7 +40,7 @@ _COMPOUNDS = {
     "milky way": "milky-way",
     "x ray": "x-ray",
 }
-"""Two words that name something else than their last word does, and words written in two ways."""
+"""Two words with another meaning than their last word, and words with two spellings."""
 _IRREGULAR = {
     "leaves": "leaf",
     "knives": "knife",
@@ -67,7 +67,7 @@ _ALREADY_SINGULAR = _words(
 
 
 def object_name(caption: str) -> str:
-    """The head noun of the caption's first noun phrase, lower case and singular; the whole caption where it has none.
+    """The head noun of the caption's first noun phrase, lower case and singular; the whole caption if it has none.
 
     "A red apple." and "green apple" give "apple", "A pair of closed scissors." gives "scissors".
     """
@@ -94,7 +94,7 @@ def singular(noun: str) -> str:
 
 
 def _lowered(caption: str) -> str:
-    """Lower case, quotes and possessives gone, spaces single, compounds joined."""
+    """Lower case, without quotes and possessives, with single spaces and joined compounds."""
     text = re.sub(r"[’']s\b", "", caption.lower())
     text = re.sub(r"[\"“”‘’']", "", text)
     text = " ".join(text.split())
@@ -104,7 +104,7 @@ def _lowered(caption: str) -> str:
 
 
 def _noun_phrase(text: str) -> list[str]:
-    """The words of the first noun phrase without articles; empty where the text does not begin with one."""
+    """The words of the first noun phrase without articles; empty if the text does not begin with one."""
     phrase: list[str] = []
     tokens = re.findall(r"[\w-]+|[^\w\s]", text)
     if tokens and tokens[0] in _NOT_A_NOUN_PHRASE:

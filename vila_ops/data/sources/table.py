@@ -1,7 +1,7 @@
 """A CSV (commas) or TSV (tabs) with a header, and a folder of images: a row is an image and its caption.
 
-With `question` a row is an image, a question about it and the answer. Columns `licence` and `url` are the row's own;
-further columns with numbers are scores that cleaning may use.
+With `question` a row is an image, a question about it and the answer. Columns `licence` and `url` apply to the row;
+further numeric columns are scores that filtering can read.
 """
 
 import csv
@@ -19,11 +19,11 @@ from vila_ops.data.sources.images import object_of, path_inside, read_image
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 MAX_FIELD = 1 << 26
-"""Characters; a longer field has lost its closing quote."""
+"""Characters; a longer field has probably lost its closing quote."""
 
 
 def raw_files(source: Table, folders: Folders, *, cache: Path) -> list[RawFile]:
-    """The tables, with the images that their rows name. Raises ValueError where a column is missing."""
+    """The tables, with the images that their rows refer to. Raises ValueError if a column is missing."""
     return scan_files(
         paths(Path(source.path), tuple(DELIMITERS)),
         f"table:{source.images}:{source.image}:{source.text}:{source.question}",
@@ -33,7 +33,7 @@ def raw_files(source: Table, folders: Folders, *, cache: Path) -> list[RawFile]:
 
 
 def read(source: Table, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
-    """The record of each row; nothing of a blank one. A row's place is FILE:LINE, the line on which it begins."""
+    """The record of each row, none for a blank row. A row's place is FILE:LINE, with the line on which it begins."""
     path = Path(span.path)
     header, body = read_header(path)
     lines = LineNumbers(path)
@@ -49,7 +49,7 @@ def read(source: Table, folders: Folders, span: Span) -> Iterator[list[Record | 
 
 
 def read_header(path: Path) -> tuple[list[str], int]:
-    """The names of the columns, and how many bytes they take. Raises ValueError where there are none."""
+    """The names of the columns, and the length of the header in bytes. Raises ValueError if there are none."""
     with path.open("rb") as file:
         lines = _Lines(file)
         try:
@@ -64,7 +64,7 @@ def read_header(path: Path) -> tuple[list[str], int]:
 
 
 class _Lines:
-    """Lines of text, and how many bytes they took; bytes that are not UTF-8 stand in them as lone surrogates."""
+    """Lines of text with the offset after them; bytes that are not UTF-8 are decoded to lone surrogates."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -89,7 +89,7 @@ def _reader(path: Path, lines: _Lines) -> Iterator[list[str]]:
 
 
 def _rows(path: Path, start: int) -> Iterator[tuple[int, list[str] | Fault]]:
-    """(bytes before it, fields) of each row from a byte on; none of a blank one, a Fault where quotes are broken."""
+    """(offset in bytes, fields) of each row from byte `start` on: [] for a blank row, a Fault for broken quotes."""
     with path.open("rb") as file:
         file.seek(start)
         lines = _Lines(file)
@@ -102,7 +102,9 @@ def _rows(path: Path, start: int) -> Iterator[tuple[int, list[str] | Fault]]:
                 return
             except csv.Error as error:
                 hint = (
-                    "; a quote is never closed, and what follows is lost in it" if "end of data" in str(error) else ""
+                    "; a quote is never closed, so the rest of the file is inside it"
+                    if "end of data" in str(error)
+                    else ""
                 )
                 yield offset, Fault("bad_csv", f"{error}{hint}")
 
@@ -144,7 +146,7 @@ def _record(source: Table, row: dict[str, str], place: str) -> Record:
 def _text(row: dict[str, str], column: str) -> str:
     text = checked(row[column], what=f"column {column!r}")
     if not text.strip():
-        raise Fault("no_text", f"column {column!r} is empty; fill it, or take the row out")
+        raise Fault("no_text", f"column {column!r} is empty; fill it, or remove the row")
     return text
 
 
@@ -153,15 +155,15 @@ def _used(source: Table) -> tuple[str | None, ...]:
 
 
 def _scores(row: dict[str, str]) -> dict[str, float]:
-    found = {}
+    scores = {}
     for column, value in row.items():
         try:
             number = float(value)
         except ValueError:
             continue
         if isfinite(number):
-            found[column] = number
-    return found
+            scores[column] = number
+    return scores
 
 
 def _scan(source: Table, path: Path) -> Scan:
@@ -181,7 +183,7 @@ def _scan(source: Table, path: Path) -> Scan:
             continue
         try:
             beside[str(path_inside(source.images, _named(header, fields)[source.image]))] = None
-        except Fault:  # said where the row is read
+        except Fault:  # reported when the row is read
             continue
         images += 1
     return Scan(count=count, images=images, marks=tuple(marks), beside=tuple(beside))

@@ -1,4 +1,4 @@
-"""Conversations beside their images, as columns and members hold them, to turns. Pure."""
+"""Conversations that are stored beside their images, in columns or tar members, to turns. Pure."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,14 +16,14 @@ ROLES: dict[str, Role] = {
 }
 
 _Slots = list[str | None]
-"""What one side says; None is where the next image belongs."""
+"""The content of a turn; None is the position of the next image."""
 
 
 def turns(conversation: object, images: Sequence[Image]) -> tuple[Turn, ...]:
-    """The turns of one conversation, each image where its placeholder stands.
+    """The turns of one conversation, with each image at its placeholder.
 
     A list of {from, value} (LLaVA), of {role, content} (chat messages; content is text, or a list of {type: text} and
-    {type: image}), or of {user, assistant} (The Cauldron, whose images have no placeholders and stand before the
+    {type: image}), or of {user, assistant} (The Cauldron, whose images have no placeholders and come before the
     first question). `<image>` in text is a placeholder. Raises Fault: malformed_turns, turn_order,
     too_few_placeholders, too_many_placeholders, no_text, nul_in_text or lone_surrogate.
     """
@@ -34,13 +34,13 @@ def turns(conversation: object, images: Sequence[Image]) -> tuple[Turn, ...]:
     if isinstance(conversation[0], dict) and "assistant" in conversation[0]:
         slots[0][1][:0] = [None] * len(images)
     check_placeholders(sum(parts.count(None) for _, parts in slots), len(images))
-    left = iter(images)
-    made = []
+    unused = iter(images)
+    filled_turns = []
     for number, (role, parts) in enumerate(slots, start=1):
         check_text(role, "".join(part or "" for part in parts), number=number, images=parts.count(None))
-        filled: tuple[Part, ...] = tuple(next(left) if part is None else part for part in parts if part != "")
-        made.append(Turn(role, filled))
-    return tuple(made)
+        filled: tuple[Part, ...] = tuple(next(unused) if part is None else part for part in parts if part != "")
+        filled_turns.append(Turn(role, filled))
+    return tuple(filled_turns)
 
 
 def _turn(turn: object) -> Iterator[tuple[Role, _Slots]]:
@@ -68,7 +68,7 @@ def _content(part: object) -> str | None:
 
 
 def _split(text: str) -> _Slots:
-    """The text around placeholders, which become None."""
+    """The text around placeholders, with None for each placeholder."""
     first, *rest = text.split(PLACEHOLDER)
     slots: _Slots = [first]
     for piece in rest:

@@ -1,4 +1,4 @@
-"""Tux Paint stamps: an image, and beside it a text file whose first line is its English caption."""
+"""Tux Paint stamps: an image, and a text file of the same name whose first line is its English caption."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,16 +11,16 @@ from vila_ops.data.sources.packaged import packages_as_file, provenance, read_ke
 
 STAMPS = "usr/share/tuxpaint/stamps"
 _NO_OBJECTS = "symbols"
-"""This tree holds letters, signs and coins."""
+"""The folder of letters, signs and coins."""
 _STYLES = ("cartoon", "toys", "plastic")
-"""Folders that say how a thing is drawn, not what it is."""
+"""Folders named after a style of drawing, not after an object."""
 
 
 def keys(folder: Path) -> list[str]:
     """Paths of the PNG stamps that have a caption, relative to the stamps' root, sorted."""
     root = folder / STAMPS
-    found = (path.relative_to(root) for path in root.rglob("*.png") if path.with_suffix(".txt").is_file())
-    return sorted(path.as_posix() for path in found if path.parts[0] != _NO_OBJECTS)
+    stamps = (path.relative_to(root) for path in root.rglob("*.png") if path.with_suffix(".txt").is_file())
+    return sorted(path.as_posix() for path in stamps if path.parts[0] != _NO_OBJECTS)
 
 
 def raw_files(source: TuxPaint, folders: Folders, *, cache: Path) -> list[RawFile]:
@@ -52,11 +52,11 @@ def _stamp(source: TuxPaint, folder: Path, key: str) -> Record | Dropped:
 
 
 def category(key: str) -> str:
-    """From animals/birds/cartoon/tux.png to animals/birds."""
+    """The folder without styles: animals/birds/cartoon/tux.png -> animals/birds."""
     return "/".join(part for part in key.split("/")[:-1] if part not in _STYLES)
 
 
 def clean_caption(line: str) -> str:
-    """Single spaces, no leading dash, and one full stop at the end; empty where no word is left."""
+    """The line with single spaces, no leading dash, and one full stop at the end; empty if it has no words."""
     text = " ".join(line.split()).lstrip("-–— ").rstrip(" .!?…")
     return f"{text}." if text else ""

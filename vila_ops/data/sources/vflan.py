@@ -1,10 +1,10 @@
-"""Visual instructions with images as base64, one a line: M3IT's own keys, or those of VILA's VFLAN.
+"""Visual instructions with images as base64, one on each line, with the keys of M3IT or of VILA's VFLAN.
 
     {"instruction": "What is it? ", "inputs": "", "image_base64_str": ["..."], "outputs": "A cat."}
     {"question": "What is it?", "answer": "A cat.", "image": ["..."]}
 
-As VILA's loader: instruction and inputs are joined as they are; placeholders in the text are taken out, and every
-image stands before the question, each followed by a newline; visual dialogs are split into their turns.
+As in VILA's loader, instruction and inputs are concatenated, placeholders in the text are removed, and all images come
+before the question, each followed by a newline; visual dialogs are split into their turns.
 """
 
 from collections.abc import Iterator
@@ -23,17 +23,17 @@ PICKLES = (".pkl", ".pickle")
 QUESTIONS, ANSWERS = ("question",), ("answer", "answer:", "outputs")
 IMAGES = ("image", "image:", "image_base64_str")
 DIALOG = "Image Descriptions"
-"""Stands in every question of M3IT's visual dialogs."""
+"""Occurs in every question of M3IT's visual dialogs."""
 
 
 def raw_files(source: Vflan, folders: Folders, *, cache: Path) -> list[RawFile]:
-    """The JSON files. Raises ValueError where a pickle is among them."""
+    """The JSON files. Raises ValueError if a pickle is among them."""
     root = Path(source.path)
     for path in [root] if root.is_file() else sorted(root.rglob("*")):
         if path.name.lower().endswith(PICKLES):
             raise ValueError(
-                f"{path} is a pickle, and to read one is to run whatever its maker put into it. Where you trust it, "
-                f"write it as jsonl, one {{question, answer, image}} a line, and move the pickle out of the folder"
+                f"{path} is a pickle, and reading a pickle runs its author's code. If you trust it, "
+                f"write it as jsonl, one {{question, answer, image}} on each line, and move the pickle elsewhere"
             )
     return scan_files(
         paths(root, SUFFIXES),
@@ -50,15 +50,15 @@ def read(source: Vflan, folders: Folders, span: Span) -> Iterator[list[Record | 
 
 def _record(source: Vflan, value: Object, place: str) -> Record:
     question, answer = _question(value), _text(value, ANSWERS).rstrip()
-    said = [question, answer] if DIALOG not in question else _dialog(question, answer)
+    texts = [question, answer] if DIALOG not in question else _dialog(question, answer)
     encoded = _images(value)
     if len(encoded) > source.max_images:
         raise Fault("too_many_images", f"{len(encoded)} images; max_images is {source.max_images}")
-    for number, text in enumerate(said, start=1):
+    for number, text in enumerate(texts, start=1):
         check_text(("assistant", "user")[number % 2], text, number=number, images=len(encoded))
     images = [read_image(source.images, one) if _is_path(one) else from_base64(one) for one in encoded]
     front = [part for image in images for part in (image, "\n")]
-    turns = tuple(_turn(number, text, front if number == 0 else []) for number, text in enumerate(said))
+    turns = tuple(_turn(number, text, front if number == 0 else []) for number, text in enumerate(texts))
     name = encoded[0] if encoded and _is_path(encoded[0]) else None
     return record(value, place, turns=turns, image=name, licence=source.licence)
 
@@ -69,19 +69,19 @@ def _turn(number: int, text: str, front: list[Part]) -> Turn:
 
 
 def _question(value: Object) -> str:
-    """Without placeholders, and without the newline on one side of each (VILA's LazyVFlanDataset)."""
+    """The question without placeholders and the newline beside each (VILA's LazyVFlanDataset)."""
     if "instruction" in value:
         text = _text(value, ("instruction",)) + _text(value, ("inputs",))
     else:
         text = _text(value, QUESTIONS)
     text = text.rstrip()
-    for written in (f"{PLACEHOLDER}\n", f"\n{PLACEHOLDER}", PLACEHOLDER):
-        text = text.replace(written, "")
+    for placeholder in (f"{PLACEHOLDER}\n", f"\n{PLACEHOLDER}", PLACEHOLDER):
+        text = text.replace(placeholder, "")
     return text
 
 
 def _dialog(question: str, answer: str) -> list[str]:
-    """Questions and answers in turns: "...\\nQuestion: q\\nAnswer: a\\nQuestion: q" and the last answer."""
+    """The turns of "...\\nQuestion: q\\nAnswer: a\\nQuestion: q" and the last answer."""
     rounds = [one.split("\nAnswer: ") for one in question.split("\nQuestion: ")[1:]]
     if not rounds or len(rounds[-1]) != 1 or any(len(one) != 2 for one in rounds[:-1]):
         raise Fault(
@@ -95,13 +95,13 @@ def _text(value: Object, keys: tuple[str, ...]) -> str:
     text = next((value[key] for key in keys if key in value), None)
     if not isinstance(text, str):
         stated = ", ".join(map(repr, value))
-        raise Fault("malformed_turns", f"{keys[0]!r} is missing or no text; the record has {stated[:200]}")
+        raise Fault("malformed_turns", f"{keys[0]!r} is missing or not text; the record has {stated[:200]}")
     return text
 
 
 def _images(value: Object) -> list[str]:
-    found: Any = next((value[key] for key in IMAGES if key in value), None)
-    match found:
+    stated: Any = next((value[key] for key in IMAGES if key in value), None)
+    match stated:
         case None:
             return []
         case str(one):
@@ -109,7 +109,7 @@ def _images(value: Object) -> list[str]:
         case list(many) if all(isinstance(one, str) for one in many):
             return many
         case _:
-            raise Fault("malformed_image", f"images are base64 or a list of it, not {repr(found)[:80]}")
+            raise Fault("malformed_image", f"images are base64 or a list of it, not {repr(stated)[:80]}")
 
 
 def _is_path(image: str) -> bool:

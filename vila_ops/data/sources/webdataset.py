@@ -1,9 +1,8 @@
-"""WebDataset tars: the neighbouring members of one key are a record, KEY.jpg with KEY.txt or KEY.json.
+"""WebDataset tars: consecutive members of one key are a record, KEY.jpg with KEY.txt or KEY.json.
 
-The key is the name up to the first dot of its last part, as the webdataset library has it. KEY.txt is a caption;
-KEY.json holds `caption` or `text`, or LLaVA's `conversations`, and may hold `license`, `url` and numbers about the
-image, as img2dataset writes them. Images KEY.0.jpg, KEY.1.jpg, ... stand in the order of their numbers, others in
-that of the tar.
+The key is the name up to the first dot of its last part, as in the webdataset library. KEY.txt is a caption; KEY.json
+has `caption` or `text`, or LLaVA's `conversations`, and may have `license`, `url` and numeric scores, as img2dataset
+writes them. Images KEY.0.jpg, KEY.1.jpg, ... are in the order of their numbers, others in the order of the tar.
 """
 
 import re
@@ -16,7 +15,7 @@ from vila_ops.config.sources import WebDataset
 from vila_ops.data.raw.files import STRIDE, Folders, RawFile, Scan, Span, paths, scan_files
 from vila_ops.data.raw.tars import BadTar, Member, members
 from vila_ops.data.records import Dropped, Image, Record, Turn
-from vila_ops.data.sources.faults import Fault, checked, json_of, numbers
+from vila_ops.data.sources.faults import Fault, checked, finite_numbers, json_of
 from vila_ops.data.sources.images import MAX_BYTES
 from vila_ops.data.sources.json_files import stated
 from vila_ops.data.sources.turns import turns
@@ -25,11 +24,11 @@ IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 MAX_TEXT_BYTES = 16 * 2**20
 _META = re.compile(r"__[^/]*__($|/)")
-"""Names of members about the tar, which the webdataset library passes over."""
+"""Names of metadata members, which the webdataset library skips too."""
 
 
 def raw_files(source: WebDataset, folders: Folders, *, cache: Path) -> list[RawFile]:
-    """The tars. Raises ValueError for one that is damaged, compressed, or holds more than regular files and folders."""
+    """The tars. Raises ValueError for a tar that is damaged or compressed, or has members other than files."""
     return scan_files(paths(Path(source.path), (".tar", *COMPRESSED)), source.kind, _scan, cache=cache)
 
 
@@ -37,39 +36,39 @@ def read(source: WebDataset, folders: Folders, span: Span) -> Iterator[list[Reco
     """The record of each key."""
     with Path(span.path).open("rb") as file:
         groups = _groups(members(file, start=span.mark))
-        for number, (key, found) in zip(range(span.start, span.stop), groups, strict=False):
+        for number, (key, group) in zip(range(span.start, span.stop), groups, strict=False):
             if not span.takes(number):
                 yield []
                 continue
             place = f"{span.name}:{key}"
             try:
-                yield [_record(source, file, found, key=key, place=place)]
+                yield [_record(source, file, group, key=key, place=place)]
             except Fault as fault:
                 yield [fault.dropped(place, where=place)]
 
 
-def _record(source: WebDataset, file: BinaryIO, found: list[Member], *, key: str, place: str) -> Record:
-    by_suffix = {_split(member.name)[1]: member for member in found}
-    if len(by_suffix) < len(found):
-        raise Fault("duplicate_member", f"several members of one suffix: {', '.join(m.name for m in found[:20])}")
+def _record(source: WebDataset, file: BinaryIO, group: list[Member], *, key: str, place: str) -> Record:
+    by_suffix = {_split(member.name)[1]: member for member in group}
+    if len(by_suffix) < len(group):
+        raise Fault("duplicate_member", f"several members of one suffix: {', '.join(m.name for m in group[:20])}")
     images = _images(file, by_suffix)
-    said = _json(file, by_suffix)
-    made: tuple[Turn, ...]
+    fields = _json(file, by_suffix)
+    messages: tuple[Turn, ...]
     match source.render:
         case "caption":
-            made = (Turn("document", (*images, _caption(file, by_suffix, said, images))),)
+            messages = (Turn("document", (*images, _caption(file, by_suffix, fields, images))),)
         case "conversation":
-            made = turns(said.get("conversations"), images)
+            messages = turns(fields.get("conversations"), images)
         case _:
             assert_never(source.render)
     return Record(
         id=place,
         object=key.lower(),
-        turns=made,
+        turns=messages,
         category="",
-        licence=stated(said, "licence", "license") or source.licence,
-        provenance=f"{place} {stated(said, 'url')}".rstrip(),
-        scores=numbers(said),
+        licence=stated(fields, "licence", "license") or source.licence,
+        provenance=f"{place} {stated(fields, 'url')}".rstrip(),
+        scores=finite_numbers(fields),
     )
 
 
@@ -79,14 +78,14 @@ def _images(file: BinaryIO, by_suffix: dict[str, Member]) -> list[Image]:
 
 
 def _json(file: BinaryIO, by_suffix: dict[str, Member]) -> dict[str, Any]:
-    """What KEY.json says; nothing where there is none."""
+    """The object in KEY.json; empty if there is none."""
     if "json" not in by_suffix:
         return {}
     member = by_suffix["json"]
     return json_of(_content(file, member, MAX_TEXT_BYTES), what=member.name)
 
 
-def _caption(file: BinaryIO, by_suffix: dict[str, Member], said: dict[str, Any], images: list[Image]) -> str:
+def _caption(file: BinaryIO, by_suffix: dict[str, Member], fields: dict[str, Any], images: list[Image]) -> str:
     if not images:
         raise Fault("no_image", f"no member with one of the suffixes {', '.join(IMAGES)}")
     if "txt" in by_suffix:
@@ -95,7 +94,7 @@ def _caption(file: BinaryIO, by_suffix: dict[str, Member], said: dict[str, Any],
         except UnicodeDecodeError as error:
             raise Fault("invalid_utf8", f"the .txt: byte {error.start} is not UTF-8 ({error.reason})") from error
     else:
-        text = next((said[name] for name in ("caption", "text") if isinstance(said.get(name), str)), "")
+        text = next((fields[name] for name in ("caption", "text") if isinstance(fields.get(name), str)), "")
     if not text.strip():
         raise Fault("no_text", "no .txt, and no caption or text in a .json; render: conversation reads conversations")
     return checked(text.strip(), what="the caption")
@@ -113,13 +112,13 @@ def _is_image(suffix: str) -> bool:
 
 
 def _number(suffix: str) -> int:
-    """Of the image among those of its key."""
+    """The number of the image within its key; -1 if it has none."""
     first = suffix.partition(".")[0]
     return int(first) if len(first) < 19 and first.isascii() and first.isdigit() else -1
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Key and suffix; the suffix is empty where the member belongs to no record."""
+    """Key and suffix; the suffix is empty if the member belongs to no record."""
     folder, slash, last = name.rpartition("/")
     stem, _, suffix = last.partition(".")
     if not stem or _META.match(name):
@@ -127,16 +126,16 @@ def _split(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", suffix.lower()
 
 
-def _groups(found: Iterable[Member]) -> Iterator[tuple[str, list[Member]]]:
+def _groups(members_of_tar: Iterable[Member]) -> Iterator[tuple[str, list[Member]]]:
     """Keys with their members."""
-    belonging = (member for member in found if _split(member.name)[1])
+    belonging = (member for member in members_of_tar if _split(member.name)[1])
     for key, group in groupby(belonging, key=lambda member: _split(member.name)[0]):
         yield key, list(group)
 
 
 def _scan(path: Path) -> Scan:
     if path.name.lower().endswith(COMPRESSED):
-        raise ValueError(f"{path} is compressed; records are found by their place, so unpack it to a plain .tar")
+        raise ValueError(f"{path} is compressed, but records are read at their offsets; unpack it to a plain .tar")
     keys: set[str] = set()
     marks: list[int] = []
     images = 0
@@ -144,7 +143,7 @@ def _scan(path: Path) -> Scan:
         try:
             for key, group in _groups(members(file)):
                 if key in keys:
-                    raise BadTar(f"the key {key!r} comes back at byte {group[0].head}; sort the members by name")
+                    raise BadTar(f"the key {key!r} occurs again at byte {group[0].head}; sort the members by name")
                 if len(keys) % STRIDE == 0:
                     marks.append(group[0].head)
                 keys.add(key)

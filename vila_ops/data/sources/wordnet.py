@@ -1,4 +1,4 @@
-"""WordNet nouns: one line of data.noun a synset, keyed by its byte offset."""
+"""WordNet nouns: each line of data.noun is a synset, keyed by its byte offset."""
 
 import re
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ _EXAMPLES = re.compile(r'[;:,]\s*"')
 
 
 def keys(folder: Path) -> list[str]:
-    """Offsets of all noun synsets, as data.noun writes them, sorted."""
+    """Offsets of all noun synsets, as written in data.noun, sorted."""
     with (folder / DATA).open("rb") as lines:
         return sorted(line[:8].decode() for line in lines if not line.startswith(b"  "))
 
@@ -61,5 +61,5 @@ def synset(source: WordNet, folder: Path, key: str) -> Record | Dropped:
 
 
 def definition(gloss: str) -> str:
-    """The gloss without its example sentences: they follow the definition, in quotes after ; : or a comma."""
+    """The gloss without its example sentences, which follow the definition in quotes after ; : or a comma."""
     return _EXAMPLES.split(gloss, maxsplit=1)[0].strip(" ;\n")
