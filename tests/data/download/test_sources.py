@@ -57,5 +57,5 @@ def test_raw_files_are_those_of_the_format_by_name(tmp_path):
         (tmp_path / name).touch()
     assert [path.name for path in raw_files("mmc4", tmp_path)] == ["a.jsonl", "b.jsonl"]
     assert raw_files("mmc4", tmp_path / "b.jsonl") == [tmp_path / "b.jsonl"]
-    with pytest.raises(ValueError, match=r"without \*\.parquet"):
+    with pytest.raises(ValueError, match=r"no folder with \*\.parquet"):
         raw_files("coyo", tmp_path / "nowhere")

@@ -49,7 +49,7 @@ def test_the_arrays_say_what_the_index_says(
         rows = read_index(folder).to_pylist()
         assert index.num_tokens().tolist() == [row["num_tokens"] for row in rows]
         for number, row in enumerate(rows):
-            assert index.place(number) == (row["key"], row["shard"], row["offset"])
+            assert index.location(number) == (row["key"], row["shard"], row["offset"])
             assert index.num_targets(number) == row["num_targets"]
         assert len(index.groups) == 6
         for group in index.groups:
@@ -83,7 +83,7 @@ def kib(field):
 
 before = kib("VmRSS")
 index = Index(Path(sys.argv[1]).joinpath, digest="ab" * 32, cache=Path(sys.argv[1]) / "cache")
-place = index.place(400_000)
+place = index.location(400_000)
 print(json.dumps({"key": place.key, "kib": kib("VmHWM") - before}))
 """
 

@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_rows(request: Any, folder: Path, make_stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRows:
     """Rows of the folder, whose epochs are too small to be kept, and the same with all of them kept."""
     if request.param == "kept":
-        monkeypatch.setattr(order, "KEPT_FROM", 0)
+        monkeypatch.setattr(order, "CACHED_FROM", 0)
 
     def make(
         weights: dict[str, float] | None = None, *, digest: str = DIGEST, cache: str = "cache", **more: Any
@@ -188,7 +188,7 @@ def test_a_kept_plan_is_made_once_for_counting_and_for_reading(make_rows: MakeRo
     rows = make_rows(num_steps=None, epochs=2)
     steps = rows.num_steps()
     made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("cache/plan-*")}
-    assert len(made) == (2 if order.KEPT_FROM == 0 else 0)
+    assert len(made) == (2 if order.CACHED_FROM == 0 else 0)
     again = make_rows(num_steps=None, epochs=2)
     assert again.num_steps() == steps
     for step in range(steps - 1):
@@ -264,7 +264,7 @@ def test_a_damaged_cache_is_rebuilt(
     rows, targets = make_rows().batch(2)
     assert targets == expected[1]
     assert all(same(x, y) for x, y in zip(rows, expected[0], strict=True))
-    kept = order.KEPT_FROM == 0
+    kept = order.CACHED_FROM == 0
     read = {"members": kept, "starts": kept, "numbers": not kept}.get(array, True)  # a kept plan needs no numbers
     assert ("it is rebuilt" in caplog.text) == read
 

@@ -72,7 +72,7 @@ def test_a_kept_plan_is_the_plan(index: Index, tmp_path: Path, monkeypatch: pyte
     want = asked(a=40, b=40)
     planned = epoch_plan(want, 3, index=index, cache=tmp_path)
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr("vila_ops.data.loading.order.KEPT_FROM", 80)
+    monkeypatch.setattr("vila_ops.data.loading.order.CACHED_FROM", 80)
     for _ in ("made", "opened"):
         kept = epoch_plan(want, 3, index=index, cache=tmp_path)
         assert len(kept) == len(planned)

@@ -4,9 +4,9 @@ import sys
 import pytest
 
 from vila_ops.data.records import Image, Record, Turn
-from vila_ops.data.text.questions import DESCRIBE, Names, questions
+from vila_ops.data.text.questions import DESCRIBE, ObjectNames, questions
 
-NAMES = Names({"animals": ("cat", "dog", "owl"), "food": ("kiwi", "pear")})
+NAMES = ObjectNames({"animals": ("cat", "dog", "owl"), "food": ("kiwi", "pear")})
 IMAGE = Image(b"png")
 
 
@@ -49,7 +49,7 @@ def test_draws_depend_on_seed_and_id_alone() -> None:
     assert [asked(n) for n in range(50)] != [asked(n, seed=1) for n in range(50)]
     code = (
         "from vila_ops.data.text.questions import *; from vila_ops.data.records import *;"
-        "n = Names({'animals': ('cat', 'dog', 'owl'), 'food': ('kiwi', 'pear')});"
+        "n = ObjectNames({'animals': ('cat', 'dog', 'owl'), 'food': ('kiwi', 'pear')});"
         "r = lambda i: Record(str(i), 'dog', (Turn('document', (Image(b'png'), 'Dog.')),), 'animals', 'l', 'p');"
         "import sys; sys.stdout.write(repr([questions(r(i), n, seed=0)[1].turns[0].parts[1] for i in range(20)]))"
     )
@@ -67,7 +67,7 @@ def test_what_cannot_be_asked_about_is_named() -> None:
         questions(record(7, "dog", "Only words."), NAMES, seed=0)
     with pytest.raises(ValueError, match=r"record '7' is not one image"):
         questions(record(7, "dog", IMAGE), NAMES, seed=0)
-    alone = Names({"animals": ("dog",)})
+    alone = ObjectNames({"animals": ("dog",)})
     denied = next(number for number in range(20) if asked(number)[1] == "No.")
     with pytest.raises(ValueError, match="no other object to ask about"):
         questions(record(denied), alone, seed=0)

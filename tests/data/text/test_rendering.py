@@ -4,7 +4,7 @@ from collections.abc import Callable
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from vila_ops.data.text.rendering import Message, render, render_learnt
+from vila_ops.data.text.rendering import Message, render, render_with_targets
 from vila_ops.packages.tokenizer import TEMPLATE_TOKENS, TEMPLATES
 
 SYSTEM = (
@@ -28,7 +28,7 @@ Make = Callable[..., PreTrainedTokenizerFast]
 
 def said(fast: PreTrainedTokenizerFast, messages: list[Message]) -> list[str]:
     """What is learnt."""
-    rendered = render_learnt(fast, messages, ends=ENDS)
+    rendered = render_with_targets(fast, messages, ends=ENDS)
     assert rendered.text == render(fast, messages, prompt=False)
     return [rendered.text[start:stop] for start, stop in rendered.spans]
 
@@ -73,7 +73,7 @@ def test_our_templates_by_hand(fast_with: Make, template: str, text: str, learnt
 def test_the_sentinels_find_the_answers_that_the_tags_mark(fast_with: Make, template: str) -> None:
     untagged = re.sub(r"\{%-? (end)?generation -?%\}", "", (TEMPLATES / f"{template}.jinja").read_text())
     tagged, plain = said(fast_with(template), TALK), template == "plain"
-    found = render_learnt(fast_with(untagged), TALK, ends=["\n"] if plain else ENDS)
+    found = render_with_targets(fast_with(untagged), TALK, ends=["\n"] if plain else ENDS)
     lead = " " if template == "vicuna_v1" else ""  # the space that the prompt leaves to the model
     assert [lead + found.text[start:stop] for start, stop in found.spans] == tagged
 
@@ -81,7 +81,7 @@ def test_the_sentinels_find_the_answers_that_the_tags_mark(fast_with: Make, temp
 @pytest.mark.parametrize("template", TEMPLATE_TOKENS)
 def test_a_prompt_is_what_stands_before_the_answer(fast_with: Make, template: str) -> None:
     fast = fast_with(template)
-    rendered = render_learnt(fast, TALK, ends=ENDS)
+    rendered = render_with_targets(fast, TALK, ends=ENDS)
     for number, (start, _) in enumerate(rendered.spans):
         assert render(fast, TALK[: 2 * number + 1], prompt=True) == rendered.text[:start]
 
@@ -108,7 +108,7 @@ def test_a_template_without_tags_that_trims_and_puts_a_blank_before_the_end(fast
 
 def test_equal_answers_and_questions_are_not_mixed_up(fast_with: Make) -> None:
     messages = [{"role": role, "content": "Yes"} for role in ("user", "assistant", "user", "assistant", "assistant")]
-    rendered = render_learnt(fast_with(LLAMA_2), messages, ends=ENDS)
+    rendered = render_with_targets(fast_with(LLAMA_2), messages, ends=ENDS)
     question, answer = len("<|im_start|>[INST] Yes [/INST]"), len(" Yes </s>")
     starts = [question + 1, 2 * question + answer + 1, 2 * question + 2 * answer + 1]
     assert rendered.spans == tuple((start, start + answer - 1) for start in starts)
@@ -126,9 +126,12 @@ EACH = "{{% for m in messages %}}{}{{% endfor %}}"
 @pytest.mark.parametrize(
     ("template", "rule"),
     [
-        (EACH.format("{{ m.content | replace('dog', 'cow') + '</s>' }}"), "changes the assistant's words"),
-        (EACH.format("{% if loop.last %}{{ m.content + '</s>' }}{% endif %}"), "leaves assistant turns out"),
-        (EACH.format("{{ m.content + m.content + '</s>' }}"), "doubles"),
+        (EACH.format("{{ m.content | replace('dog', 'cow') + '</s>' }}"), "changes an answer by more than a trim"),
+        (
+            EACH.format("{% if loop.last %}{{ m.content + '</s>' }}{% endif %}"),
+            "omits, repeats, changes or reorders assistant turns",
+        ),
+        (EACH.format("{{ m.content + m.content + '</s>' }}"), "repeats"),
         (EACH.format("{{ m.content | upper + '</s>' }}"), "changes"),
         (EACH.format("{{ m.role + ': ' + m.content }}"), "no end-of-turn token"),
         (EACH.format("{{ raise_exception('not ' + m.role) }}"), "refuses the conversation .not user."),
@@ -145,9 +148,9 @@ EACH = "{{% for m in messages %}}{}{{% endfor %}}"
 )
 def test_a_template_that_leaves_the_answers_uncertain_is_refused(fast_with: Make, template: str, rule: str) -> None:
     with pytest.raises(ValueError, match=rule):
-        render_learnt(fast_with(template), TALK, ends=ENDS)
+        render_with_targets(fast_with(template), TALK, ends=ENDS)
 
 
 def test_a_conversation_without_an_answer_is_refused(fast_with: Make) -> None:
     with pytest.raises(ValueError, match="no assistant turn"):
-        render_learnt(fast_with("chatml"), TALK[:1], ends=ENDS)
+        render_with_targets(fast_with("chatml"), TALK[:1], ends=ENDS)

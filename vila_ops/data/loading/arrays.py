@@ -1,8 +1,8 @@
-"""Folders of arrays in a cache: there whole or not at all, opened without being read, verified where they are read.
+"""Folders of cached arrays: written atomically, memory-mapped, verified when they are read.
 
-NAME.npy          the arrays, which numpy reads too
-NAME.checks.npy   the CRC-32 of every PIECE of one
-header.json       what is known of the arrays, the sizes of all files, the CRC-32 of the checks, and its own checksum
+NAME.npy          an array in numpy's format
+NAME.checks.npy   the CRC-32 of every PIECE of it
+header.json       facts about the arrays, the sizes of all files, the CRC-32 of the checks, and its own checksum
 """
 
 import errno
@@ -24,11 +24,11 @@ from vila_ops.config.base import fingerprint
 HEADER = "header.json"
 CHECKS = ".checks.npy"
 PIECE = 2**14
-"""Bytes verified at once, the first time that one of them is read."""
+"""Bytes that are verified together, when one of them is read for the first time."""
 
 
 class DamagedCache(ValueError):
-    """A cached array is not what was written."""
+    """A cached array differs from what was written."""
 
     def __init__(self, folder: Path, what: str) -> None:
         super().__init__(f"the cache {folder} is damaged: {what}")
@@ -36,36 +36,36 @@ class DamagedCache(ValueError):
 
 
 class Arrays:
-    """The arrays of one folder, one dimension each, mapped and not read."""
+    """The one-dimensional arrays of one folder, memory-mapped."""
 
     def __init__(self, folder: Path, make: Callable[[Path], dict[str, Any]]) -> None:
-        """`make` fills an empty folder with NAME.npy and returns `facts`; called where there is no whole folder yet.
+        """`make` fills an empty folder with NAME.npy and returns `facts`; it is called if the folder is not complete.
 
-        Processes may race: each makes the same, and the first one's stays.
+        Processes may race: each computes the same arrays, and the first folder stays.
         """
         self.folder = folder
-        header = _header(folder) or _made(folder, make)
+        header = _header(folder) or _write(folder, make)
         self.facts: dict[str, Any] = header["facts"]
         self._arrays = {name: _map(folder / f"{name}.npy") for name in header["checks"]}
         self._checks = {name: _load_checks(folder, name) for name in header["checks"]}
-        self._seen = {name: bytearray(len(checks)) for name, checks in self._checks.items()}
+        self._verified = {name: bytearray(len(checks)) for name, checks in self._checks.items()}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """Elements of an array; raises DamagedCache."""
+        """Elements [start, stop) of an array. Raises DamagedCache."""
         array = self._arrays[name]
         stop = len(array) if stop is None else stop
         first, last = start * array.itemsize // PIECE, -(-stop * array.itemsize // PIECE)
-        if self._seen[name].count(0, first, last):
+        if self._verified[name].count(0, first, last):
             whole = array.data.cast("B")
             for piece in range(first, last):
                 if zlib.crc32(whole[piece * PIECE : (piece + 1) * PIECE]) != self._checks[name][piece]:
                     raise DamagedCache(self.folder, f"{name} differs from its CRC-32 in piece {piece}")
-                self._seen[name][piece] = 1
+                self._verified[name][piece] = 1
         return array[start:stop]
 
 
 def _header(folder: Path) -> dict[str, Any] | None:
-    """What is known of a folder; None where there is none, or not all of it."""
+    """The header of a folder; None if the folder is missing or incomplete."""
     try:
         header: dict[str, Any] = json.loads((folder / HEADER).read_text())
         if header.pop("checksum") != fingerprint(header) or header["sizes"] != _sizes(folder, header["sizes"]):
@@ -76,19 +76,19 @@ def _header(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _made(folder: Path, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+def _write(folder: Path, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     draft = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
     draft.mkdir(parents=True)
     try:
         facts = make(draft)
         checks = {path.stem: _checks(path) for path in sorted(draft.glob("*.npy"))}
-        for name, found in checks.items():
-            np.save(draft / f"{name}{CHECKS}", found)
+        for name, values in checks.items():
+            np.save(draft / f"{name}{CHECKS}", values)
         sizes = _sizes(draft, [path.name for path in sorted(draft.iterdir())])
         header = {
             "facts": facts,
             "sizes": sizes,
-            "checks": {name: zlib.crc32(found.data) for name, found in checks.items()},
+            "checks": {name: zlib.crc32(values.data) for name, values in checks.items()},
         }
         (draft / HEADER).write_text(json.dumps({**header, "checksum": fingerprint(header)}))
         for path in (*draft.iterdir(), draft):
@@ -108,7 +108,7 @@ def _made(folder: Path, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any
 
 
 def discard(folder: Path) -> None:
-    """Take a folder away; whoever has mapped it keeps what is mapped."""
+    """Remove a folder; existing memory maps of its files stay valid."""
     shutil.rmtree(folder, ignore_errors=True)
 
 

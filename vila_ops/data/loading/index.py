@@ -1,9 +1,9 @@
-"""The index of a prepared mixture as columns that are mapped and not read: a sample is a number in it.
+"""The index of a prepared mixture as memory-mapped columns: a sample is a number in it.
 
-The Parquet index is turned into arrays once for each dataset and machine, batch by batch; N samples, S bytes of keys.
+The Parquet index is converted to arrays once for each dataset and machine, batch by batch; N samples, S bytes of keys.
 
 num_tokens, num_targets (N,)   of each sample
-shard (N,), offset (N,)        where it stands: number of its shard, byte
+shard (N,), offset (N,)        location of each sample: number of its shard, byte offset
 key_end (N,), keys (S,)        its key is keys[key_end[i - 1] : key_end[i]], UTF-8
 numbers (N,)                   the samples grouped by split and source
 """
@@ -23,15 +23,15 @@ from vila_ops.data.loading.arrays import Arrays
 from vila_ops.data.shards import INDEX
 
 LAYOUT = 1
-"""Bumped when the arrays change."""
+"""Raised if the arrays change."""
 BATCH = 2**17
 """Rows of the Parquet file in memory at once."""
 COLUMNS = {"num_tokens": np.int32, "num_targets": np.int32, "offset": np.int64}
-"""Columns that are arrays as they are."""
+"""Columns that become arrays unchanged."""
 
 
 class SampleLocation(NamedTuple):
-    """Where a sample stands."""
+    """The location of a sample."""
 
     key: str
     shard: str
@@ -52,7 +52,7 @@ class Index:
     """The index of one dataset."""
 
     def __init__(self, file: Callable[[str], Path], *, digest: str, cache: Path) -> None:
-        """`file` gives the files of the dataset with this digest by name; `cache` is where its arrays are kept."""
+        """`file` returns the path of a file of the dataset with this digest by name; `cache` keeps the arrays."""
         self._arrays = Arrays(cache / f"index-{digest[:32]}-{LAYOUT}", lambda folder: _write(file(INDEX), folder))
         self.groups = [IndexGroup(*group) for group in self._arrays.facts["groups"]]
         self._shards: list[str] = self._arrays.facts["shards"]
@@ -62,15 +62,15 @@ class Index:
         return self._arrays.read("numbers", group.start, group.start + group.samples)
 
     def num_tokens(self) -> NDArray[np.int32]:
-        """Of every sample."""
+        """The number of tokens of every sample."""
         return self._arrays.read("num_tokens")
 
     def num_targets(self, number: int) -> int:
-        """Tokens of a sample that training predicts."""
+        """The number of target tokens of a sample."""
         return int(self._arrays.read("num_targets", number, number + 1)[0])
 
-    def place(self, number: int) -> SampleLocation:
-        """Where a sample stands."""
+    def location(self, number: int) -> SampleLocation:
+        """The location of a sample."""
         one = {name: int(self._arrays.read(name, number, number + 1)[0]) for name in ("shard", "offset", "key_end")}
         start = int(self._arrays.read("key_end", number - 1, number)[0]) if number else 0
         key = self._arrays.read("keys", start, one["key_end"]).tobytes().decode()
@@ -78,7 +78,7 @@ class Index:
 
 
 def _write(path: Path, folder: Path) -> dict[str, Any]:
-    """Turn a Parquet index into arrays in `folder`; returns its groups and the names of its shards."""
+    """Convert a Parquet index to arrays in `folder`; returns its groups and the names of its shards."""
     file = pq.ParquetFile(path)
     total = file.metadata.num_rows
     shapes = {**COLUMNS, "shard": np.uint32, "key_end": np.int64, "numbers": np.uint32}
@@ -122,8 +122,8 @@ def _write_keys(file: pq.ParquetFile, folder: Path, *, size: int) -> None:
 
 
 def _codes(column: pa.Array, known: dict[str, int]) -> NDArray[np.integer]:
-    """A number for each value, the same for all batches; new ones are added to `known`."""
+    """A number for each value, consistent over batches; new values are added to `known`."""
     encoded = column.dictionary_encode()
     codes = [known.setdefault(value, len(known)) for value in encoded.dictionary.to_pylist()]
-    found: NDArray[np.integer] = np.asarray(codes, np.uint32)[encoded.indices.to_numpy()]
-    return found
+    numbers: NDArray[np.integer] = np.asarray(codes, np.uint32)[encoded.indices.to_numpy()]
+    return numbers

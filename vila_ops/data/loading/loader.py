@@ -1,7 +1,7 @@
-"""The rows of one dataset for one stage. Resuming takes one integer, the step.
+"""The packed sequences (rows) of one dataset for one stage. Resuming takes one integer, the step.
 
-Step k reads rows [k * B, (k + 1) * B) of one endless stream; `order.py` says which samples those are. Epochs follow
-each other without a gap, so a step may take the last rows of one and the first of the next.
+Step k reads rows [k * B, (k + 1) * B) of one endless stream; `order.py` defines which samples those are. Epochs follow
+each other without a gap, so a step may read the last rows of one epoch and the first of the next.
 """
 
 import logging
@@ -32,13 +32,13 @@ log = logging.getLogger(__name__)
 
 
 class RowLoader:
-    """The rows of one dataset for one stage."""
+    """Reads the rows of one dataset for one stage."""
 
     def __init__(self, file: Callable[[str], Path], *, digest: str, stage: Stage, cache: Path) -> None:
-        """`file` gives the dataset's files by name, and is asked once for each that is read.
+        """`file` returns the path of a dataset's file by name, and is called once for each file.
 
         `cache` keeps the index and the plans of epochs as arrays; ranks of a machine and attempts share it.
-        Raises ValueError when a source has no training sample or the dataset no validation sample.
+        Raises ValueError if a source has no training sample or the dataset no validation sample.
         """
         self._file = file
         self._shards: dict[str, Path] = {}
@@ -52,11 +52,11 @@ class RowLoader:
         train = {group.source: group for group in self._index.groups if group.split == "train"}
         sizes = {name: Size(group.samples, group.tokens) for name, group in train.items()}
         self.composition = compose(self.stage.mixture, sizes)
-        """What an epoch is made of."""
+        """The composition of an epoch."""
         per_epoch = {name: share.samples_per_epoch for name, share in self.composition.shares.items()}
         capacity = self.stage.sequence_length if self.stage.pack else None
-        self._asked = EpochRequest(self.digest, self.stage.seed, capacity, per_epoch)
-        self._starts = [0]  # rows before each of the epochs that were reached
+        self._request = EpochRequest(self.digest, self.stage.seed, capacity, per_epoch)
+        self._starts = [0]  # number of rows before each epoch, for the epochs so far
         self._num_rows = lru_cache(maxsize=None)(self._count_rows)
         self._epoch = lru_cache(maxsize=2)(self._plan)
         if not any(group.split == "validation" for group in self._index.groups):
@@ -65,31 +65,33 @@ class RowLoader:
         self._held_out = lru_cache(maxsize=1)(self._validation_rows)
 
     def sources(self) -> list[str]:
-        """Of all samples, validation's too."""
+        """The sources of all samples, validation included."""
         return sorted({group.source for group in self._index.groups})
 
     def num_steps(self) -> int:
-        """Optimizer steps of the stage: those it asks for, or as many as read the rows of its epochs.
+        """Optimizer steps of the stage: its num_steps, or ceil(rows of its epochs / global_batch_size).
 
-        ceil(rows / global_batch_size), where part of an epoch counts as that part of its rows.
+        A part of an epoch counts as that part of its rows.
         """
         if self.stage.num_steps is not None:
             return self.stage.num_steps
-        epochs = Fraction(str(self.stage.epochs))  # as it is written: as a float 1.1 is more than 11 tenths
+        epochs = Fraction(str(self.stage.epochs))  # exact: as a float, 1.1 is more than 11 tenths
         shares = [min(Fraction(1), epochs - epoch) for epoch in range(math.ceil(epochs))]
-        rows = self._healed(lambda: sum(share * self._num_rows(epoch) for epoch, share in enumerate(shares)))
+        rows = self._with_rebuilt_cache(
+            lambda: sum(share * self._num_rows(epoch) for epoch, share in enumerate(shares))
+        )
         return math.ceil(rows / self.stage.global_batch_size)
 
     def notes(self) -> tuple[str, ...]:
-        """What a person should know of a stage by epochs: where one does not fill a single global batch."""
+        """A warning if the stage counts epochs and an epoch does not fill one global batch."""
         size = self.stage.global_batch_size
-        if self.stage.epochs is None or (rows := self._healed(lambda: self._num_rows(0))) >= size:
+        if self.stage.epochs is None or (rows := self._with_rebuilt_cache(lambda: self._num_rows(0))) >= size:
             return ()
-        repeats = f"each of them is read about {size / rows:.3g} times a step"
+        repeats = f"each row is read about {size / rows:.3g} times a step"
         return (f"an epoch has {rows} rows, fewer than the global batch of {size}: {repeats}; lower it",)
 
     def batch(self, step: int, *, rank: int = 0, world_size: int = 1) -> tuple[list[PackedRow], int]:
-        """This rank's rows of the global batch of a step, and the number of targets in the whole of it."""
+        """This rank's rows of the global batch of a step, and the number of targets in the whole global batch."""
 
         def read() -> tuple[list[PackedRow], int]:
             rows = self._global_batch(step)
@@ -97,20 +99,20 @@ class RowLoader:
             share = len(rows) // world_size
             return self._packed(rows[rank * share : (rank + 1) * share]), num_targets
 
-        return self._healed(read)
+        return self._with_rebuilt_cache(read)
 
     def keys(self, step: int) -> list[tuple[str, ...]]:
         """The keys of the samples in each row of the global batch of a step; no sample is read."""
-        return self._healed(
-            lambda: [tuple(self._index.place(number).key for number in row) for row in self._global_batch(step)]
+        return self._with_rebuilt_cache(
+            lambda: [tuple(self._index.location(number).key for number in row) for row in self._global_batch(step)]
         )
 
     def validation(self) -> list[PackedRow]:
-        """The rows of the validation split that every validation reads, always the same."""
-        return self._healed(lambda: self._packed(self._held_out()))
+        """The rows of the validation split, the same for every validation."""
+        return self._with_rebuilt_cache(lambda: self._packed(self._held_out()))
 
-    def _healed(self, read: Callable[[], T]) -> T:
-        """What `read` returns; a damaged cache is rebuilt, as nothing is in it that cannot be."""
+    def _with_rebuilt_cache(self, read: Callable[[], T]) -> T:
+        """The result of `read`; if the cache is damaged, it is rebuilt and read again."""
         try:
             return read()
         except DamagedCache as error:
@@ -132,44 +134,44 @@ class RowLoader:
         return samples
 
     def _count_rows(self, epoch: int) -> int:
-        """Rows of an epoch, for which packing has to be planned."""
-        return len(self._epoch(epoch)) if self.stage.pack else sum(self._asked.samples_per_epoch.values())
+        """Number of rows of an epoch; with packing, the epoch must be planned to know it."""
+        return len(self._epoch(epoch)) if self.stage.pack else sum(self._request.samples_per_epoch.values())
 
     def _plan(self, epoch: int) -> EpochPlan:
-        return epoch_plan(self._asked, epoch, index=self._index, cache=self.cache)
+        return epoch_plan(self._request, epoch, index=self._index, cache=self.cache)
 
     def _validation_rows(self) -> list[list[int]]:
         groups = [self._index.numbers(group) for group in self._index.groups if group.split == "validation"]
         held_out = np.concatenate(groups)
         seed = random_state(self.digest, seed=0, number=0, name="validation")
         np.random.default_rng(seed).shuffle(held_out)
-        capacity, wanted = self.stage.sequence_length, self.stage.validation_rows
+        capacity, num_rows = self.stage.sequence_length, self.stage.validation_rows
         if not self.stage.pack:
-            return [[number] for number in held_out[:wanted].tolist()]
+            return [[number] for number in held_out[:num_rows].tolist()]
         lengths = self._index.num_tokens()[held_out]
-        enough = int(np.searchsorted(np.cumsum(lengths, dtype=np.int64), wanted * capacity)) + 1
-        made = plan(lengths[:enough], capacity=capacity, seed=seed)
-        return [held_out[made.row(row)].tolist() for row in range(min(len(made), wanted))]
+        enough = int(np.searchsorted(np.cumsum(lengths, dtype=np.int64), num_rows * capacity)) + 1
+        packing = plan(lengths[:enough], capacity=capacity, seed=seed)
+        return [held_out[packing.row(row)].tolist() for row in range(min(len(packing), num_rows))]
 
     def _packed(self, rows: list[list[int]]) -> list[PackedRow]:
-        places = [[self._index.place(number) for number in row] for row in rows]
-        if fresh := sorted({at.shard for row in places for at in row} - self._shards.keys()):
-            with ThreadPoolExecutor(AT_ONCE) as pool:  # each is read whole, to be compared with its sha256
+        locations = [[self._index.location(number) for number in row] for row in rows]
+        if fresh := sorted({at.shard for row in locations for at in row} - self._shards.keys()):
+            with ThreadPoolExecutor(AT_ONCE) as pool:  # each is read completely to verify its sha256
                 self._shards.update(zip(fresh, pool.map(self._file, fresh), strict=True))
-        return [self._pack(row) for row in places]
+        return [self._pack(row) for row in locations]
 
-    def _pack(self, places: list[SampleLocation]) -> PackedRow:
-        shards = [self._shards[at.shard] for at in places]
+    def _pack(self, locations: list[SampleLocation]) -> PackedRow:
+        shards = [self._shards[at.shard] for at in locations]
         samples = [
             read_sample(path.parent, shard=path.name, offset=at.offset, key=at.key)
-            for path, at in zip(shards, places, strict=True)
+            for path, at in zip(shards, locations, strict=True)
         ]
         most = self.stage.sequence_length
         return pack(samples, capacity=most if self.stage.pack else min(most, len(samples[0].input_ids)))
 
 
 def stack(rows: list[PackedRow]) -> tuple[NDArray[np.int64], ...]:
-    """(B, T) arrays of some rows, as long as the longest: input_ids, position_ids, segment_ids, labels."""
+    """(B, T) arrays of B rows, padded to the longest: input_ids, position_ids, segment_ids, labels."""
     padding = {"input_ids": 0, "position_ids": 0, "segment_ids": 0, "labels": IGNORE_INDEX}
     return tuple(_padded([getattr(row, field) for row in rows], fill=fill) for field, fill in padding.items())
 

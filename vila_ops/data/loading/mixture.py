@@ -1,4 +1,4 @@
-"""What an epoch of a mixture is made of: how many samples of each source, and so how often each is seen. Pure."""
+"""The composition of an epoch: how many samples of each source, and how often each sample is repeated. Pure."""
 
 from collections.abc import Mapping
 from typing import NamedTuple, assert_never
@@ -7,53 +7,53 @@ from vila_ops.config import Config
 from vila_ops.config.mixture import ByRepeats, BySize, ByWeight, Mixture
 
 TOLERANCE = 0.01
-"""A hundredth of a source seen once more is rounding, not a finding."""
+"""Repeats up to 1 + this are due to rounding and are not reported."""
 
 
 class Size(NamedTuple):
-    """What a source has to train on."""
+    """The training samples of a source and their tokens."""
 
     samples: int
     tokens: int
 
 
 class SourceShare(Config):
-    """One source's part of an epoch."""
+    """The share of one source in an epoch."""
 
     samples: int
-    """That the source has to train on."""
+    """Training samples of the source."""
     tokens: int
-    """Of those samples."""
+    """Tokens of those samples."""
     samples_per_epoch: int
     wanted: float
-    """Share of the blend's unit (samples where it shares none) that was asked for."""
+    """Share that the blend asks for, in its unit (samples for a blend by repeats)."""
     repeats: float
-    """How often an epoch sees each sample, in the mean."""
+    """How often a sample is used in an epoch, on average."""
     sample_share: float
     token_share: float
-    """Of an epoch, in the mean over epochs."""
+    """Share of the tokens of an epoch, averaged over epochs."""
 
 
 class Composition(Config):
-    """An epoch: as many samples (or tokens, where the blend shares those) as the sources have, unless repeats say."""
+    """An epoch, with as many samples (or tokens, if that is the unit) as the sources, unless the blend is by repeats."""
 
     shares: dict[str, SourceShare]
-    """In the order of their names."""
+    """By source, in the order of names."""
     notes: tuple[str, ...]
-    """What the reader of a mixture may not expect: sources that an epoch sees more than once to fill their share."""
+    """Warnings about sources that are repeated within an epoch to fill their share."""
 
 
 def compose(mixture: Mixture, sizes: Mapping[str, Size]) -> Composition:
-    """The epoch that a mixture's blend makes of sources of these sizes; at least one sample of each.
+    """The epoch of a mixture with sources of these sizes; each source has at least one sample in it.
 
-    Raises ValueError when a source has nothing to train on.
+    Raises ValueError if a source has no training sample.
     """
     sizes = {name: sizes.get(name, Size(0, 0)) for name in sorted(mixture.sources)}
     if empty := [name for name, size in sizes.items() if not size.samples]:
         raise ValueError(f"mixture {mixture.name!r}: sources {empty} have no training sample; remove them")
-    asked = _samples_per_epoch(mixture, sizes)
-    drawn = {name: max(1, round(count)) for name, count in asked.items()}
-    masses = {name: count * _mass(mixture, sizes[name]) for name, count in asked.items()}
+    exact = _samples_per_epoch(mixture, sizes)
+    drawn = {name: max(1, round(count)) for name, count in exact.items()}
+    masses = {name: count * _mass(mixture, sizes[name]) for name, count in exact.items()}
     tokens = {name: drawn[name] * size.tokens / size.samples for name, size in sizes.items()}
     shares = {
         name: SourceShare(
@@ -86,7 +86,7 @@ def _samples_per_epoch(mixture: Mixture, sizes: Mapping[str, Size]) -> dict[str,
 
 
 def _mass(mixture: Mixture, size: Size) -> float:
-    """What a sample of a source counts in the blend: in tokens its source's mean length."""
+    """The weight of one sample of a source in the blend's unit: for tokens, the source's mean length."""
     tokens = not isinstance(mixture.blend, ByRepeats) and mixture.blend.unit == "tokens"
     return size.tokens / size.samples if tokens else 1.0
 

@@ -1,8 +1,8 @@
 """The order of samples and rows: a pure function of (data digest, seed, epoch), the same for any world size.
 
-An epoch draws from each source the next stretch of its endless permutations, packs all draws into rows, or gives each
-a row, and shuffles the rows. That plan is made once for each epoch and kept in a cache, where any row of it is one read
-away.
+An epoch draws from each source the next part of its endless stream of permutations, packs all draws into rows, or
+gives each draw a row, and shuffles the rows. This plan is computed once for each epoch and cached; any row of a cached
+plan takes one read.
 """
 
 from collections.abc import Iterator
@@ -17,34 +17,34 @@ from vila_ops.data.loading.arrays import Arrays
 from vila_ops.data.loading.index import Index
 from vila_ops.data.loading.planner import PLAN_REVISION, PackingPlan, one_each, plan
 
-KEPT_FROM = 100_000
-"""Samples of an epoch; smaller ones are planned (0.1 s) rather than kept."""
+CACHED_FROM = 100_000
+"""Samples of an epoch from which its plan is cached; smaller epochs are planned again (0.1 s)."""
 
 
 class EpochRequest(NamedTuple):
-    """What the order of all epochs is a function of."""
+    """The inputs that determine the order of all epochs."""
 
     digest: str
-    """Of the data."""
+    """Digest of the data."""
     seed: int
     capacity: int | None
-    """Tokens of a row; None: a row is one sample."""
+    """Tokens in a row; None if a row is one sample."""
     samples_per_epoch: dict[str, int]
-    """Of each source."""
+    """By source."""
 
 
 class EpochPlan(Protocol):
     """The rows of one epoch."""
 
     def __len__(self) -> int:
-        """How many."""
+        """Number of rows."""
 
     def row(self, number: int) -> NDArray[np.uint32]:
         """The samples of a row."""
 
 
-class KeptPlan:
-    """The plan of an epoch in the cache, where a row is one read away."""
+class CachedPlan:
+    """The cached plan of an epoch; a row takes one read."""
 
     def __init__(self, arrays: Arrays) -> None:
         self._arrays = arrays
@@ -53,57 +53,57 @@ class KeptPlan:
         return int(self._arrays.facts["num_rows"])
 
     def row(self, number: int) -> NDArray[np.uint32]:
-        """The samples of a row; raises DamagedCache."""
+        """The samples of a row. Raises DamagedCache."""
         start, stop = self._arrays.read("starts", number, number + 2).tolist()
         return self._arrays.read("members", start, stop)
 
 
-def epoch_plan(asked: EpochRequest, epoch: int, *, index: Index, cache: Path) -> EpochPlan:
-    """The rows of an epoch, from the cache where it is large enough to be kept."""
-    if sum(asked.samples_per_epoch.values()) < KEPT_FROM:
-        return _plan(asked, epoch, index)
-    name = fingerprint({"plan": PLAN_REVISION, "epoch": epoch, **asked._asdict()})[:32]
-    return KeptPlan(Arrays(cache / f"plan-{name}", lambda folder: _write(_plan(asked, epoch, index), folder)))
+def epoch_plan(request: EpochRequest, epoch: int, *, index: Index, cache: Path) -> EpochPlan:
+    """The rows of an epoch; the plan of a large epoch is cached."""
+    if sum(request.samples_per_epoch.values()) < CACHED_FROM:
+        return _plan(request, epoch, index)
+    name = fingerprint({"plan": PLAN_REVISION, "epoch": epoch, **request._asdict()})[:32]
+    return CachedPlan(Arrays(cache / f"plan-{name}", lambda folder: _write(_plan(request, epoch, index), folder)))
 
 
-def draws(asked: EpochRequest, epoch: int, index: Index) -> NDArray[np.uint32]:
+def draws(request: EpochRequest, epoch: int, index: Index) -> NDArray[np.uint32]:
     """The samples of an epoch, source by source."""
     groups = {group.source: group for group in index.groups if group.split == "train"}
-    drawn = np.empty(sum(asked.samples_per_epoch.values()), np.uint32)
+    drawn = np.empty(sum(request.samples_per_epoch.values()), np.uint32)
     start = 0
-    for name, count in asked.samples_per_epoch.items():
+    for name, count in request.samples_per_epoch.items():
         numbers = index.numbers(groups[name])
-        for passed in _passes(asked, name, size=len(numbers), start=epoch * count, count=count):
-            drawn[start : start + len(passed)] = numbers[passed]
-            start += len(passed)
+        for part in _passes(request, name, size=len(numbers), start=epoch * count, count=count):
+            drawn[start : start + len(part)] = numbers[part]
+            start += len(part)
     return drawn
 
 
 def random_state(digest: str, *, seed: int, number: int, name: str) -> list[int]:
-    """What seeds a draw about `name`, for one data set; `number` counts passes or epochs."""
+    """The seed of the draw `name` for one dataset; `number` counts passes or epochs."""
     return [int(digest[:16], 16), seed, number, *name.encode()]
 
 
-def _passes(asked: EpochRequest, name: str, *, size: int, start: int, count: int) -> Iterator[NDArray[np.uint32]]:
-    """`count` places of the endless stream of a source's permutations, from `start` on, pass by pass.
+def _passes(request: EpochRequest, name: str, *, size: int, start: int, count: int) -> Iterator[NDArray[np.uint32]]:
+    """`count` positions in the endless stream of a source's permutations, from `start` on, pass by pass.
 
-    So k epochs see each sample of a source floor or ceil of k * count / size times.
+    So in k epochs each sample of a source occurs floor or ceil of k * count / size times.
     """
     for number in range(start // size, (start + count - 1) // size + 1):
         order = np.arange(size, dtype=np.uint32)
-        np.random.default_rng(random_state(asked.digest, seed=asked.seed, number=number, name=name)).shuffle(order)
+        np.random.default_rng(random_state(request.digest, seed=request.seed, number=number, name=name)).shuffle(order)
         yield order[max(0, start - number * size) : start + count - number * size]
 
 
-def _plan(asked: EpochRequest, epoch: int, index: Index) -> PackingPlan:
-    seed = random_state(asked.digest, seed=asked.seed, number=epoch, name="order")
-    drawn = draws(asked, epoch, index)
-    if asked.capacity is None:
+def _plan(request: EpochRequest, epoch: int, index: Index) -> PackingPlan:
+    seed = random_state(request.digest, seed=request.seed, number=epoch, name="order")
+    drawn = draws(request, epoch, index)
+    if request.capacity is None:
         return one_each(drawn, seed=seed)
-    return plan(index.num_tokens(), capacity=asked.capacity, seed=seed, draws=drawn)
+    return plan(index.num_tokens(), capacity=request.capacity, seed=seed, draws=drawn)
 
 
-def _write(made: PackingPlan, folder: Path) -> dict[str, Any]:
-    np.save(folder / "starts.npy", made.starts)
-    np.save(folder / "members.npy", made.members)
-    return {"num_rows": len(made)}
+def _write(packing: PackingPlan, folder: Path) -> dict[str, Any]:
+    np.save(folder / "starts.npy", packing.starts)
+    np.save(folder / "members.npy", packing.members)
+    return {"num_rows": len(packing)}

@@ -1,4 +1,4 @@
-"""Samples to packed rows: what the model reads of samples that share a row. Pure.
+"""Samples to packed sequences (rows): the model inputs of samples that share a row. Pure.
 
 B rows, T tokens of a row, I images.
 """
@@ -16,7 +16,7 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class PackedRow:
-    """Samples end to end, with what keeps them apart: positions that restart and one segment number a sample."""
+    """Samples in sequence, separated by positions that restart and a segment number for each sample."""
 
     input_ids: NDArray[np.int64]
     """(T,)"""
@@ -25,21 +25,21 @@ class PackedRow:
     segment_ids: NDArray[np.int64]
     """(T,), 1, 2, ... by sample; 0 is padding."""
     labels: NDArray[np.int64]
-    """(T,): the token to predict at this position, that is the next one of the same sample, or IGNORE_INDEX."""
+    """(T,): the target at this position, which is the next token of the same sample, or IGNORE_INDEX."""
     images: tuple[bytes, ...]
     """Encoded squares, in order of their placeholders."""
     keys: tuple[str, ...]
-    """Of the samples, in order."""
+    """Keys of the samples, in order."""
     sources: tuple[str, ...]
-    """Of the samples, in order."""
+    """Sources of the samples, in order."""
 
     def samples_of_targets(self) -> NDArray[np.int64]:
-        """(N,), from 0: the sample of each label that is not negative, in order."""
+        """(N,), from 0: the sample of each of the N targets, in order."""
         return self.segment_ids[self.labels >= 0] - 1
 
 
 def pack(samples: Sequence[Sample], *, capacity: int) -> PackedRow:
-    """One row of `capacity` positions from samples that fit into it; the rest is padding."""
+    """A row of `capacity` positions with these samples and padding. Raises ValueError if they do not fit."""
     used = sum(len(sample.input_ids) for sample in samples)
     if used > capacity:
         raise ValueError(f"{used} tokens do not fit into a row of {capacity}")

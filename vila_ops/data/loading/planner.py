@@ -1,11 +1,11 @@
-"""Which samples share a row: every sample in exactly one row, never split, rows nearly full. Pure.
+"""Sequence packing: every sample in exactly one row, never split, with rows nearly full. Pure.
 
-Samples are dealt in random order to blocks, and each block is planned alone: time is linear, memory that of the result
-and of one block. In a block, rows are opened with random samples until about two more fit; what fits exactly is then
-found in the histograms of free tokens and of lengths, for all rows at once. Rows that cannot be filled to the last
-token are taken apart and tried again with other samples; what is left after some rounds goes best-fit decreasing. Where
-everything by that rule needs fewer rows, as where many samples are nearly as long as a row, that is done instead.
-Integers only: the same samples and seed give the same rows on any machine.
+Samples are distributed in random order to blocks, and each block is planned on its own: time is linear, memory is that
+of the result and of one block. In a block, rows are opened with random samples until about two more fit; exact fits are
+then looked up in the histograms of free tokens and of lengths, for all rows at once. Rows that cannot be filled to the
+last token are dissolved, and their samples are tried again in the next round; samples left after the last round are
+placed best-fit decreasing. If best-fit decreasing alone needs fewer rows, as with many samples nearly as long as a row,
+it is used instead. Only integers are used: the same samples and seed give the same rows on any machine.
 """
 
 import itertools
@@ -16,17 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 PLAN_REVISION = 1
-"""Bumped when the same lengths and seed give other rows."""
+"""Raised if the same lengths and seed give other rows."""
 BLOCK = 2**22
-"""Samples planned at once: the searches cost the same for any number, and more samples find more exact fits."""
+"""Samples planned at once: the searches take the same time for any number, and more samples have more exact fits."""
 ROUNDS = 6
-"""After six, rows of 4096 are full but for 0.06 % (three: 0.12 %), and more time finds little."""
+"""After six rounds 0.06 % of rows of 4096 tokens are empty (after three 0.12 %); more rounds gain little."""
 TRIAL = 2**17
-"""Samples on which it is seen whether rounds of exact fits pay, where there are more."""
+"""Samples of a trial that decides, for larger plans, between rounds of exact fits and best-fit decreasing alone."""
 REACH = 2048
-"""How far from their mean the two samples that complete a row may be; bounds the search for long rows."""
+"""Largest distance of the two samples that complete a row from their mean; bounds the search for long rows."""
 FRUITLESS = 64
-"""After so many differences at which no pair was found the search is over; few samples have few exact pairs."""
+"""The search ends after so many consecutive differences without a pair; few samples have few exact pairs."""
 
 Integers = NDArray[np.integer]
 Ids = NDArray[np.int32]
@@ -51,7 +51,7 @@ class PackingPlan:
 
 
 def one_each(draws: NDArray[np.uint32], *, seed: Sequence[int]) -> PackingPlan:
-    """A row for each draw, in random order."""
+    """A plan with one row for each draw, in random order."""
     members = np.array(draws, np.uint32)
     np.random.default_rng(list(seed)).shuffle(members)
     return PackingPlan(np.arange(len(members) + 1, dtype=np.int64), members)
@@ -60,9 +60,10 @@ def one_each(draws: NDArray[np.uint32], *, seed: Sequence[int]) -> PackingPlan:
 def plan(
     lengths: Integers, *, capacity: int, seed: Sequence[int], draws: NDArray[np.uint32] | None = None
 ) -> PackingPlan:
-    """Rows of at most `capacity` tokens that hold every draw exactly once, in random order.
+    """Rows of at most `capacity` tokens that contain every draw exactly once, in random order.
 
-    `lengths` are the tokens of each sample, `draws` the samples to place, repeats allowed; None places each one once.
+    `lengths` are the numbers of tokens of the samples, `draws` the samples to place, with repeats; None places each
+    sample once.
     Raises ValueError for a sample without tokens, or with more than `capacity`.
     """
     if len(lengths) > 2**32:
@@ -70,7 +71,7 @@ def plan(
     draw = np.random.default_rng(list(seed))
     members = np.arange(len(lengths), dtype=np.uint32) if draws is None else np.array(draws, np.uint32)
     draw.shuffle(members)
-    sizes: list[NDArray[np.uint32]] = []  # of the rows, block by block
+    sizes: list[NDArray[np.uint32]] = []  # samples in each row, block by block
     num_blocks = max(1, -(-len(members) // BLOCK))
     edges = [len(members) * block // num_blocks for block in range(num_blocks + 1)]
     rounds: tuple[int, ...] = (ROUNDS, 0)
@@ -90,12 +91,12 @@ def plan(
 
 
 def _fewest_rows(lengths: Integers, capacity: int, draw: np.random.Generator, rounds: tuple[int, ...]) -> "_Block":
-    """The best of a block planned with so many rounds, or so many."""
+    """The block with the fewest rows among plans with these numbers of rounds."""
     return min((_Block(lengths, capacity, draw, number) for number in rounds), key=lambda block: block.num_rows)
 
 
 class _Block:
-    """The rows of one block of n samples, which come in random order."""
+    """The rows of one block of n samples, which are in random order."""
 
     def __init__(self, lengths: Integers, capacity: int, draw: np.random.Generator, rounds: int) -> None:
         self.lengths = lengths.astype(np.int32)
@@ -114,7 +115,7 @@ class _Block:
         self._best_fit(left)
 
     def _fill(self, samples: Ids) -> None:
-        """Rows full to the last token out of samples in random order."""
+        """Form completely full rows from samples in random order."""
         opened, free = self._open(samples)
         pool = samples[opened < 0]
         rows = _Groups(np.arange(len(free), dtype=np.int32), free, self.capacity)
@@ -122,7 +123,7 @@ class _Block:
         full = rows.take_all(0)
         paired, first, second = _pairs(rows, items)
         filled, single = _singles(rows, items)
-        number = np.full(len(free) + 1, -1, np.int32)  # the last stands for no row
+        number = np.full(len(free) + 1, -1, np.int32)  # the last element is for "no row"
         done = np.concatenate([full, paired, filled])
         number[done] = np.arange(self.num_rows, self.num_rows + len(done))
         self.num_rows += len(done)
@@ -131,9 +132,9 @@ class _Block:
         self.row_of[single] = number[filled]
 
     def _open(self, samples: Ids) -> tuple[Ids, Ids]:
-        """As many rows as the tokens fill, each with samples until about two more fit.
+        """Open as many rows as the tokens fill, each with samples until about two more fit.
 
-        Returns the row of each sample, -1 where it has none, and the free tokens of each row.
+        Returns the row of each sample, -1 if it has none, and the free tokens of each row.
         """
         lengths = self.lengths[samples]
         total = int(lengths.sum(dtype=np.int64))
@@ -153,7 +154,7 @@ class _Block:
         return row_of, free
 
     def _best_fit(self, samples: Ids) -> None:
-        """The samples best-fit decreasing, all of a length and all rows of a fill at once."""
+        """Place samples best-fit decreasing, all samples of a length and all rows with the same free tokens at once."""
         items = _Groups(samples, self.lengths[samples], self.capacity)
         by_free = [np.empty(0, np.int32)] * (self.capacity + 1)
         some = np.zeros(self.capacity + 1, np.bool_)
@@ -173,51 +174,51 @@ class _Block:
 
 
 class _Groups:
-    """Ids grouped by a value in 0 .. limit, from which each is taken once."""
+    """Ids grouped by a value in 0 .. limit; each id can be taken once."""
 
     def __init__(self, ids: Ids, values: Integers, limit: int) -> None:
         self._ids = ids[_stable_order(values, limit)]
         self.count = np.bincount(values, minlength=limit + 1)
-        """How many are left of each value."""
+        """Number of ids left for each value."""
         self._ends = np.cumsum(self.count)
 
     def take(self, values: Integers, counts: Integers) -> Integers:
-        """Take so many of each of some different values; returns places for `at`."""
+        """Take `counts` ids of each of the distinct `values`; returns places for `at`."""
         places = self._ends[values] - self.count[values]
         self.count[values] -= counts
         return places
 
     def take_all(self, value: int) -> Ids:
-        """All that are left of a value."""
+        """Take all ids that are left for a value."""
         start, self.count[value] = self._ends[value] - self.count[value], 0
         return self._ids[start : self._ends[value]]
 
     def at(self, places: Integers, counts: Integers) -> Ids:
-        """The ids that were taken."""
+        """The ids at the places that `take` returned."""
         firsts = np.repeat(places - (np.cumsum(counts) - counts), counts)
         return self._ids[firsts + np.arange(len(firsts))]
 
 
 def _pairs(rows: _Groups, items: _Groups) -> tuple[Ids, Ids, Ids]:
-    """Rows (by free tokens), and for each the two items (by length) that fill it, as equal as can be found."""
-    found: list[tuple[Integers, ...]] = [(NONE, NONE, NONE, NONE)]
+    """Rows, and for each the two items that fill it exactly, with lengths as equal as possible."""
+    pairs: list[tuple[Integers, ...]] = [(NONE, NONE, NONE, NONE)]
     free = np.flatnonzero(rows.count)
     fruitless = 0
     for offset in range(REACH):
-        # Of one parity no two rows want the same smaller item, nor the same larger one.
+        # Rows of one parity never compete for the same smaller item or the same larger item.
         apart = [_pairs_apart(offset, free[free % 2 == parity], rows, items) for parity in (0, 1)]
         some = [part for part in apart if len(part[0])]
-        found += some
+        pairs += some
         fruitless = 0 if some else fruitless + 1
         free = free[rows.count[free] > 0]
         if not len(free) or fruitless == FRUITLESS:
             break
-    row, small, large, count = (np.concatenate(column) for column in zip(*found, strict=True))
+    row, small, large, count = (np.concatenate(column) for column in zip(*pairs, strict=True))
     return rows.at(row, count), items.at(small, count), items.at(large, count)
 
 
 def _pairs_apart(offset: int, free: Integers, rows: _Groups, items: _Groups) -> tuple[Integers, ...]:
-    """Places of rows, smaller items and larger items, and how many from there on, for two lengths so far apart."""
+    """Places of rows, of smaller and of larger items, and their counts, for lengths at this offset from their mean."""
     small = free // 2 - offset
     inside = (small > 0) & (free - small < len(items.count))
     free, small = free[inside], small[inside]

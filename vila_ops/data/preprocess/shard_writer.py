@@ -26,7 +26,7 @@ from vila_ops.data.records import NOT_DOWNLOADED, Dropped, Image, Record
 from vila_ops.data.shards import SHARD, Sample, ShardWriter, write_dropped, write_index
 from vila_ops.data.split import split_of
 from vila_ops.data.text.conversation import Tokenizer, Tokens, tokenise
-from vila_ops.data.text.questions import Names, questions
+from vila_ops.data.text.questions import ObjectNames, questions
 from vila_ops.packages.fetch import fetch
 from vila_ops.packages.tokenizer import build_tokenizer
 
@@ -127,7 +127,7 @@ class _Writer:
         self.tokenizer = tokenizer_of(job.text, cache=Path(job.cache))
         self.fit = fit_of(job.text)
         self.tar = ShardWriter(folder / SHARD, name=name, suffix=suffix(job.mixture.images.encoding))
-        self.names: dict[str, Names] = {}
+        self.names: dict[str, ObjectNames] = {}
         if self.source.render == "questions":
             digest = sources.digest(self.source, cache=Path(self.job.cache))
             self.names = _names(self.source, job.mixture.split, Path(job.cache), digest=digest)
@@ -265,7 +265,7 @@ def _sums(rows: list[dict[str, Any]], column: str) -> dict[str, int]:
 
 
 @lru_cache(maxsize=4)
-def _names(source: Source, split: Split, cache: Path, *, digest: str) -> dict[str, Names]:
+def _names(source: Source, split: Split, cache: Path, *, digest: str) -> dict[str, ObjectNames]:
     """Names by split and category of a whole source, read once per process and content of the source."""
     folders = folders_of(source, cache=cache)
     found: dict[str, dict[str, list[str]]] = {}
@@ -276,6 +276,6 @@ def _names(source: Source, split: Split, cache: Path, *, digest: str) -> dict[st
                 side = found.setdefault(split_of(record.object, split), {})
                 side.setdefault(record.category, []).append(record.object)
     return {
-        name: Names({category: tuple(sorted(set(names))) for category, names in sorted(side.items())})
+        name: ObjectNames({category: tuple(sorted(set(names))) for category, names in sorted(side.items())})
         for name, side in found.items()
     }

@@ -1,1 +1,1 @@
-"""Records to tokens: interleaving, chat templates, what is learnt."""
+"""Records to tokens: interleaving, chat templates, target masks."""

@@ -1,4 +1,4 @@
-"""Records to tokens: image placeholders expanded, targets marked. Pure apart from reading the tokenizer."""
+"""Records to tokens: image placeholders are expanded and target tokens are marked. Pure."""
 
 # T tokens of a sample
 
@@ -13,46 +13,44 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from vila_ops.data.records import Dropped, Image, Part, Record
-from vila_ops.data.text.rendering import Message, render, render_learnt
+from vila_ops.data.text.rendering import Message, render, render_with_targets
 from vila_ops.packages.tokenizer import IMAGE_TOKEN
 
 
 class BadText(ValueError):
-    """Text that no tokenizer can read."""
+    """Text that cannot be encoded as UTF-8, so that no tokenizer can read it."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """One tokenised sample: ids, which of them are learnt, and where its images stand."""
+    """One tokenised sample: token ids, target mask and images."""
 
     input_ids: list[int]
     """(T,); an image is `image_tokens` copies of the image token."""
     is_target: list[bool]
-    """(T,): whether the loss is taken where this token is predicted."""
+    """(T,): the target mask. The loss counts the prediction of a token whose value is True."""
     images: list[int]
-    """Which of the record's images the placeholders stand for, in order of appearance."""
+    """Indices of the record's images that the placeholders stand for, in order."""
 
 
 class Tokenizer:
-    """A fast tokenizer with a chat template, and what an image is in tokens."""
+    """A fast tokenizer with a chat template, and the token form of an image."""
 
     def __init__(self, fast: PreTrainedTokenizerFast, *, image_tokens: int, after_image: str) -> None:
         self.fast = fast
         self.image_tokens = image_tokens
         self.image_id: int = fast.convert_tokens_to_ids(IMAGE_TOKEN)
         if fast.bos_token_id is None or fast.eos_token_id is None:
-            raise ValueError(
-                f"the tokenizer of {fast.name_or_path} names no bos or no eos token; set both in its folder"
-            )
+            raise ValueError(f"the tokenizer of {fast.name_or_path} has no bos or no eos token; set both in its folder")
         self.bos_id: int = fast.bos_token_id
         self.eos_id: int = fast.eos_token_id
         self._controls: dict[str, int] = {token: id for token, id in fast.get_added_vocab().items() if token.strip()}
         self._neutral = _neutral_forms(self._controls)
         self.image = [self.image_id] * image_tokens + self.text_ids(after_image)
-        """An image in a document."""
+        """The ids of an image in a document."""
 
     def neutral(self, text: str) -> str:
-        """Text whose literal control tokens are upper-cased, so that they are read as words (VILA's rule).
+        """The text with literal control tokens upper-cased, so that they are tokenised as words (VILA's rule).
 
         Raises BadText for a lone surrogate.
         """
@@ -60,7 +58,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise BadText(
-                f"{text[error.start]!r} at character {error.start} is half of a surrogate pair, which is no text; "
+                f"{text[error.start]!r} at character {error.start} is half of a surrogate pair, which is not text; "
                 f"fix the encoding of the source"
             ) from error
         for token, changed in self._neutral.items():
@@ -73,9 +71,9 @@ class Tokenizer:
         return ids
 
     def document(self, record: Record, *, at_most: int | None = None) -> Tokens:
-        """bos, then text and images in their order, then eos; every text token is a target, no image is.
+        """bos, then text and images in their order, then eos. All text tokens are targets, image tokens are not.
 
-        Only the first `at_most` tokens are promised, so that a huge record costs no more than a large one.
+        Only the first `at_most` tokens are guaranteed, so that a huge record takes no longer than a large one.
         """
         ids, targets = [self.bos_id], [False]
         images = 0
@@ -90,15 +88,15 @@ class Tokenizer:
         return Tokens([*ids, self.eos_id], [*targets, True], list(range(images)))
 
     def chat(self, record: Record, *, at_most: int | None = None) -> Tokens:
-        """A conversation through the chat template; targets are the assistant's words and ends of turn.
+        """A conversation through the chat template; targets are the assistant's answers and their ends of turn.
 
-        It is rendered once and tokenised once; a token is a target if it holds any character that the assistant says.
-        Raises ValueError, with the record's id, where that cannot be told. Only the first `at_most` tokens are
-        promised.
+        It is rendered once and tokenised once; a token is a target if it contains any character of an answer. Raises
+        ValueError, with the record's id, if the answers cannot be located. Only the first `at_most` tokens are
+        guaranteed.
         """
         try:
             messages = [self._message(turn.role, turn.parts) for turn in record.turns]
-            ids, targets = self._learnt(messages, at_most=at_most)
+            ids, targets = self._ids_and_targets(messages, at_most=at_most)
         except BadText:
             raise
         except ValueError as error:
@@ -107,7 +105,7 @@ class Tokenizer:
         return Tokens(ids, targets, list(range(ids.count(self.image_id) // self.image_tokens)))
 
     def prompt(self, turns: Sequence[tuple[str, tuple[Part, ...]]]) -> list[int]:
-        """The ids of a conversation (role, parts), opened for the assistant's next answer."""
+        """The ids of a conversation of (role, parts) with the generation prompt for the next answer."""
         messages = [self._message(role, parts) for role, parts in turns]
         text = render(self.fast, messages, prompt=True)
         ids: list[int] = self.fast(text, add_special_tokens=False)["input_ids"]
@@ -116,29 +114,29 @@ class Tokenizer:
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """Ids at which an answer ends: eos, and the token with which the chat template ends a turn."""
+        """Ids that end an answer: eos, and the end-of-turn token of the chat template."""
         last = self._answer("Yes.")[-1]
         return frozenset({self.eos_id, last} if last in self._controls.values() else {self.eos_id})
 
     def answer_ids(self, text: str) -> list[int]:
-        """The ids of an answer that follow a prompt, as they are learnt; without its end-of-turn token."""
+        """The target ids of an answer after a prompt, without its end-of-turn token."""
         ids = self._answer(text)
         return ids[:-1] if ids[-1] in self.stop_ids else ids
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids, special tokens left out."""
+        """The text of ids without special tokens."""
         text: str = self.fast.decode(ids, skip_special_tokens=True)
         return text
 
     def _answer(self, text: str) -> list[int]:
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": self.neutral(text)}]
-        ids, targets = self._learnt(messages, at_most=None)
+        ids, targets = self._ids_and_targets(messages, at_most=None)
         return [token for token, target in zip(ids, targets, strict=True) if target]
 
-    def _learnt(self, messages: list[Message], *, at_most: int | None) -> tuple[list[int], list[bool]]:
-        """Ids of a conversation, an image one of them, and whether each is learnt."""
+    def _ids_and_targets(self, messages: list[Message], *, at_most: int | None) -> tuple[list[int], list[bool]]:
+        """The ids of a conversation, with one id for each image, and their target mask."""
         ends = [token for token in self._controls if token not in (IMAGE_TOKEN, self.fast.bos_token)]
-        rendered = render_learnt(self.fast, messages, ends=ends)
+        rendered = render_with_targets(self.fast, messages, ends=ends)
         text = rendered.text[: self._characters(at_most)]
         encoding = self._untrimmed.encode(text, add_special_tokens=False)
         ids: list[int] = encoding.ids
@@ -150,15 +148,15 @@ class Tokenizer:
             start = bisect_right(offsets, first, key=lambda offset: offset[1])
             stop = bisect_left(offsets, last, key=lambda offset: offset[0])
             if start < stop and ids[start] in controls and offsets[start][0] < first:
-                start += 1  # the template's token, which strips the blanks beside it and so reaches into the answer
+                start += 1  # the template's token, which covers blanks of the answer because it strips them
             if start >= stop and last <= len(text):
-                raise ValueError(f"no token holds the answer {text[first:last]!r}; the tokenizer does not read it")
+                raise ValueError(f"no token contains the answer {text[first:last]!r}; the tokenizer does not read it")
             targets[start:stop] = [token != self.image_id for token in ids[start:stop]]
         return ids, targets
 
     @cached_property
     def _untrimmed(self) -> Any:
-        """The tokenizer without its post-processor, which may take the blanks out of the offsets (GPT-2's does)."""
+        """The tokenizer without its post-processor, which may remove blanks from the offsets, as GPT-2's does."""
         backend = copy.deepcopy(self.fast.backend_tokenizer)
         backend.post_processor = None
         backend.no_truncation()
@@ -170,7 +168,7 @@ class Tokenizer:
         return max(map(len, self.fast.get_vocab()))
 
     def _characters(self, tokens: int | None) -> int | None:
-        """Characters that hold at least so many tokens."""
+        """A number of characters that contains at least so many tokens."""
         return None if tokens is None else tokens * self._longest
 
     def _message(self, role: str, parts: tuple[Part, ...]) -> Message:
@@ -186,7 +184,7 @@ class Tokenizer:
             )
 
     def _expand(self, ids: list[int], targets: list[bool]) -> tuple[list[int], list[bool]]:
-        """With `image_tokens` image tokens for each image."""
+        """Ids and targets with `image_tokens` image tokens for each image."""
         out_ids: list[int] = []
         out_targets: list[bool] = []
         for token, target in zip(ids, targets, strict=True):
@@ -199,13 +197,13 @@ class Tokenizer:
 def tokenise(record: Record, tokenizer: Tokenizer, *, max_tokens: int, split: bool) -> list[Tokens] | Dropped:
     """The samples of one record, none longer than max_tokens.
 
-    A long document is truncated, or split into several samples when `split`; an image is never cut, and one that
-    nothing follows is left out. A long conversation is truncated. Dropped are a record with half a surrogate pair
-    (bad_text), and one with nothing to learn: no assistant turn, or none before it is truncated (no_target).
+    A long document is truncated, or split into several samples if `split`. An image is never cut, and an image that no
+    text follows is left out. A long conversation is truncated. A record is dropped if its text has half a surrogate
+    pair (bad_text), or if it has no target tokens, or none before it is truncated (no_target).
     """
     is_document = record.turns[0].role == "document"
     if not is_document and all(turn.role != "assistant" for turn in record.turns):
-        return Dropped(record.id, "no_target", detail="no turn is the assistant's, so there is nothing to learn")
+        return Dropped(record.id, "no_target", detail="no turn is the assistant's, so there are no target tokens")
     many = split and is_document
     read = tokenizer.document if is_document else tokenizer.chat
     try:
@@ -218,7 +216,7 @@ def tokenise(record: Record, tokenizer: Tokenizer, *, max_tokens: int, split: bo
 
 
 def _pieces(tokens: Tokens, tokenizer: Tokenizer, *, max_tokens: int, many: bool) -> list[Tokens]:
-    """Windows of at most max_tokens, each ending at a target: so no image is cut, and none trails unlearnt."""
+    """Windows of at most max_tokens that end at a target, so that no image is cut or at the end of a sample."""
     ids, targets, images = tokens.input_ids, tokens.is_target, tokens.images
     pieces: list[Tokens] = []
     start = 0
@@ -229,7 +227,7 @@ def _pieces(tokens: Tokens, tokenizer: Tokenizer, *, max_tokens: int, many: bool
         if stop > start:
             count = ids[start:stop].count(tokenizer.image_id) // tokenizer.image_tokens
             pieces.append(Tokens(head + ids[start:stop], [False] * len(head) + targets[start:stop], images[:count]))
-        else:  # a run of images longer than a sample: go on at the next text
+        else:  # a run of images longer than a sample: continue at the next text
             stop = next((i for i in range(end, len(ids)) if targets[i]), len(ids))
             count = ids[start:stop].count(tokenizer.image_id) // tokenizer.image_tokens
         images = images[count:]
@@ -238,7 +236,7 @@ def _pieces(tokens: Tokens, tokenizer: Tokenizer, *, max_tokens: int, many: bool
 
 
 def _runs(parts: Iterable[Part]) -> Iterator[Part]:
-    """The images, and neighbouring texts joined: or a control token could hide in two of them."""
+    """Images, and neighbouring texts joined, so that a control token cannot be split over two texts."""
     for is_text, run in groupby(parts, key=lambda part: isinstance(part, str)):
         if is_text:
             yield "".join(map(str, run))
@@ -247,7 +245,7 @@ def _runs(parts: Iterable[Part]) -> Iterator[Part]:
 
 
 def _neutral_forms(controls: Iterable[str]) -> dict[str, str]:
-    """For each control token, the longest first, a form of it in which there is none."""
+    """For each control token, longest first, a form of it that contains no control token."""
     longest_first = sorted(controls, key=len, reverse=True)
     forms = {}
     for token in longest_first:

@@ -1,8 +1,8 @@
-"""MMC4's documents to parts as the recipe orders them, and the two orders that the paper compares it with. Pure.
+"""MMC4's documents to parts: interleaved as in the paper's recipe, and the two orders that the paper compares. Pure.
 
 Each function takes the sentences of a document and its images in the order of the file, each with the index of the
-sentence that it is matched to. Of these the first `max_images` take part, whatever is done with them, sorted by their
-sentence; images of one sentence keep their order. A match that is no index of a sentence is a ValueError.
+sentence that it is matched to. The first `max_images` images are used, sorted by their sentence; images of one sentence
+keep their order. A match that is not the index of a sentence raises ValueError.
 """
 
 from collections.abc import Sequence
@@ -10,17 +10,17 @@ from collections.abc import Sequence
 from vila_ops.data.records import Image, Part
 
 MAX_IMAGES = 6
-"""Of VILA's loader."""
+"""The limit of VILA's loader."""
 
 Match = tuple[int, Image]
 """Index of the matched sentence, and the image."""
 
 
 def place(sentences: Sequence[str], images: Sequence[Match], *, max_images: int = MAX_IMAGES) -> tuple[Part, ...]:
-    """The recipe's order: each image right before its sentence; several on one sentence stack up in front of it.
+    """The interleaved order: each image directly before its sentence.
 
     Sentences are joined by one space, and one space on either side of an image is removed (VILA's LazyMMC4Dataset).
-    An image that no text follows is cut.
+    An image that no text follows is removed.
     """
     chosen = _chosen(sentences, images, max_images)
     parts: list[Part] = []
@@ -37,17 +37,17 @@ def place(sentences: Sequence[str], images: Sequence[Match], *, max_images: int 
 def pairs(
     sentences: Sequence[str], images: Sequence[Match], *, max_images: int = MAX_IMAGES
 ) -> list[tuple[Image, str]]:
-    """MMC4-pairs: each image with the sentence it is matched to, a sample each; the other text is left out.
+    """MMC4-pairs: each image with its matched sentence as one sample; the other text is left out.
 
-    "text1 img1 text2 text3 img2 text4" gives (img1, text2) and (img2, text4). Images of one sentence make one pair
-    each; an image whose sentence is blank makes none.
+    "text1 img1 text2 text3 img2 text4" gives (img1, text2) and (img2, text4). Each image of a
+    sentence makes a pair; an image whose sentence is blank makes none.
     """
     chosen = _chosen(sentences, images, max_images)
     return [(image, sentences[match].removeprefix(" ")) for match, image in chosen if sentences[match].strip()]
 
 
 def image_first(sentences: Sequence[str], images: Sequence[Match], *, max_images: int = MAX_IMAGES) -> tuple[Part, ...]:
-    """All images, in the order in which `place` shows them, then all text."""
+    """All images, in the order of `place`, then all text."""
     chosen = _chosen(sentences, images, max_images)
     text = " ".join(sentences)
     in_order = [image for _, image in chosen]
@@ -65,12 +65,12 @@ def _chosen(sentences: Sequence[str], images: Sequence[Match], max_images: int) 
 
 
 def _after(parts: Sequence[Part], text: str) -> str:
-    """Text as it goes on after these parts: without its first space after an image."""
+    """The text without its first space if it follows an image."""
     return text.removeprefix(" ") if parts else text
 
 
 def _closed(parts: Sequence[Part]) -> tuple[Part, ...]:
-    """Without empty texts, and without the images (and blanks) that no word follows."""
+    """The parts without empty texts, and without images and blanks that no text follows."""
     worded = [number for number, part in enumerate(parts) if isinstance(part, str) and part.strip()]
     end = worded[-1] + 1 if worded else 0
     return tuple(part for part in parts[:end] if part != "")

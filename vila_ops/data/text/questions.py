@@ -1,4 +1,4 @@
-"""Captioned images to visual questions with answers that follow from their names. Pure."""
+"""Captioned images to visual questions with answers that follow from object names. Pure."""
 
 import random
 from dataclasses import dataclass, replace
@@ -10,13 +10,13 @@ YES_NO = "Is there a {name} in the image? Answer yes or no."
 
 
 @dataclass(frozen=True)
-class Names:
-    """Object names by category, of one source and one split: where wrong answers are drawn from."""
+class ObjectNames:
+    """Object names by category of one source and one split, from which wrong answers are drawn."""
 
     by_category: dict[str, tuple[str, ...]]
 
     def other(self, record: Record, draw: random.Random) -> str:
-        """Another object's name: of the same category half of the time, else of any."""
+        """The name of another object: of the same category in half of the cases, else of any."""
         near = [name for name in self.by_category.get(record.category, ()) if name != record.object]
         every = [name for names in self.by_category.values() for name in names if name != record.object]
         if not every:
@@ -24,10 +24,10 @@ class Names:
         return draw.choice(near if near and draw.random() < 0.5 else every)
 
 
-def questions(record: Record, names: Names, *, seed: int) -> list[Record]:
-    """Two conversations about one captioned image: what it is, and one yes-or-no question.
+def questions(record: Record, names: ObjectNames, *, seed: int) -> list[Record]:
+    """Two conversations about one captioned image: a question for a description, and a yes-or-no question.
 
-    Yes and no are equally likely; the draw depends on the seed and the record's id alone.
+    Yes and no are equally likely; the draw depends only on the seed and the record's id.
     """
     draw = random.Random(f"{seed}/{record.id}")
     parts = [part for turn in record.turns for part in turn.parts]
@@ -38,14 +38,14 @@ def questions(record: Record, names: Names, *, seed: int) -> list[Record]:
     image = images[0]
     describe = (Turn("user", (image, draw.choice(DESCRIBE))), Turn("assistant", (caption,)))
     question, answer = _yes_no(record, names, draw)
-    asked = (Turn("user", (image, question)), Turn("assistant", (answer,)))
+    yes_no = (Turn("user", (image, question)), Turn("assistant", (answer,)))
     return [
         replace(record, id=f"{record.id}#describe", turns=describe),
-        replace(record, id=f"{record.id}#yes_no", turns=asked),
+        replace(record, id=f"{record.id}#yes_no", turns=yes_no),
     ]
 
 
-def _yes_no(record: Record, names: Names, draw: random.Random) -> tuple[str, str]:
+def _yes_no(record: Record, names: ObjectNames, draw: random.Random) -> tuple[str, str]:
     is_there = draw.random() < 0.5
     name = record.object if is_there else names.other(record, draw)
     return YES_NO.format(name=name), "Yes." if is_there else "No."
