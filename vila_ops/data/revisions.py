@@ -21,9 +21,9 @@ from vila_ops.data.preprocess.summary import LEFT_OUT, SUMMARY
 from vila_ops.data.raw.files import UNFINISHED
 
 TABLES = ("samples", "tokens", "images", "left_out")
-"""Bars that `dvc plots` draws, by source and split, or by source and reason."""
+"""Bar charts of `dvc plots`, by source and split, or by source and reason."""
 BESIDE = {"json": '{\n "mixture": "', "md": output.MARK, **{f"{table}.csv": f"part,{table}\n" for table in TABLES}}
-"""Files beside a dataset that git keeps, by what follows its name, and how each begins."""
+"""Files beside a dataset that are kept in git: suffix -> how the file begins."""
 log = logging.getLogger(__name__)
 
 
@@ -36,17 +36,17 @@ def export_for_dvc(dataset: Dataset, out: Path) -> None:
     store.export(dataset, out)
     _write(out, "md", output.MARK + store.file(dataset, CARD).read_text(encoding="utf-8"))
     summary = json.loads(store.file(dataset, SUMMARY).read_text())
-    numbers = {**summary, "sources": {name: _numbers(found) for name, found in summary["sources"].items()}}
-    _write(out, "json", json.dumps(numbers, indent=1, sort_keys=True) + "\n")
+    metrics = {**summary, "sources": {name: _metrics(counts) for name, counts in summary["sources"].items()}}
+    _write(out, "json", json.dumps(metrics, indent=1, sort_keys=True) + "\n")
     for table in TABLES:
         rows = [f"{part},{count}" for part, count in _bars(summary, table)]
         _write(out, f"{table}.csv", "\n".join([f"part,{table}", *rows]) + "\n")
 
 
 def check_export(out: Path, *, apart: Sequence[Path] = ()) -> None:
-    """Raise ValueError where `export_for_dvc` would replace a folder or a file beside it that it did not write.
+    """Raise ValueError if `export_for_dvc` would replace a folder or a file beside it that it did not write.
 
-    `apart` are folders that `out` may neither be nor hold.
+    `apart` are folders that `out` must neither be nor contain.
     """
     store.check_target(out, apart=apart)
     if out.parent.is_dir():
@@ -55,24 +55,24 @@ def check_export(out: Path, *, apart: Sequence[Path] = ()) -> None:
 
 
 class Revision(Config):
-    """What a look at raw data led to."""
+    """A new revision of a dataset."""
 
     stage: str
     digest: str
-    """Of the dataset that was made, or found where a change made no difference to it."""
+    """Digest of the dataset, which may equal the previous one if a change made no difference to it."""
     num_samples: int
     num_tokens: int
     commit: str | None
-    """In git; None where it was not asked for, or where nothing that git records has changed."""
+    """The git commit; None without `commit`, or if no file in git has changed."""
 
 
 def watch(
     mixture: Mixture, *, folder: Path, every_seconds: float, settle_seconds: float, commit: bool
 ) -> Iterator[Revision | None]:
-    """Look at a mixture's raw data again and again; each look ends with a new revision, or None where nothing changed.
+    """Poll a mixture's raw data; each poll yields a new revision, or None if nothing has changed.
 
-    The DVC stage is `prepare@NAME` of the repository in `folder`. A look begins when nothing has moved in the raw
-    folders for `settle_seconds`. Raises ValueError where there is no folder to watch, and what `revise` does.
+    The DVC stage is `prepare@NAME` of the repository in `folder`. A poll starts when no file in the raw folders has
+    changed for `settle_seconds`. Raises ValueError if there is no folder to watch, and the errors of `revise`.
     """
     roots = raw_roots(mixture)
     if not roots:
@@ -84,22 +84,22 @@ def watch(
 
 
 def raw_roots(mixture: Mixture) -> list[str]:
-    """Where the raw files of a mixture lie, those that it is compared against among them."""
+    """The paths of a mixture's raw files, those of its evaluation sets included."""
     against = mixture.contamination.sources if mixture.contamination else {}
     read = [*mixture.sources.values(), *against.values()]
     return sorted({place for source in read for key in PLACES if (place := getattr(source, key, None)) is not None})
 
 
 def revise(stage: str, *, commit: bool, folder: Path) -> Revision | None:
-    """Make a DVC stage `prepare@NAME` anew where what it is made from has changed; None where nothing has.
+    """Run a DVC stage `prepare@NAME` again if its dependencies have changed; None if nothing has changed.
 
-    Every shard whose raw records did not change is found and not made again. `commit` records in git what DVC wrote,
-    and nothing else. Raises RuntimeError with what `dvc` or `git` said where one of them fails, such as for raw data
-    that `prepare` refuses.
+    Shards whose raw records did not change are reused. `commit` commits the files that DVC wrote, and nothing else.
+    Raises RuntimeError with the output of `dvc` or `git` if one of them fails, such as for raw data that `prepare`
+    refuses.
     """
     if not json.loads(_run(folder, "dvc", "--wait-for-lock", "status", "--json", stage)):
         return None
-    log.info("%s: what it is made from has changed", stage)
+    log.info("%s: its dependencies have changed", stage)
     name = stage.rpartition("@")[2]
     _run(folder, "dvc", "--wait-for-lock", "repro", stage)
     for line in _run(
@@ -113,7 +113,7 @@ def revise(stage: str, *, commit: bool, folder: Path) -> Revision | None:
 
 
 def wait_until_quiet(roots: list[Path], *, seconds: float) -> None:
-    """Return when no file under the roots came, went or grew for so long: half a copy is not data."""
+    """Return when no file under the roots has changed for `seconds`, so that unfinished copies are not read."""
     before = None
     while (now := list(_files(roots))) != before:
         before = now
@@ -127,31 +127,33 @@ def _files(roots: list[Path]) -> Iterator[tuple[str, int, int]]:
                 continue
             try:
                 status = path.stat()
-            except FileNotFoundError:  # it went while we looked, and its absence is then what is compared
+            except FileNotFoundError:  # deleted while listing; the next listing lacks it
                 continue
             if stat.S_ISREG(status.st_mode):
                 yield str(path), status.st_size, status.st_mtime_ns
 
 
 def _commit(folder: Path, name: str) -> str | None:
-    """Commit what DVC wrote: its lock, the counts beside the dataset, and the .dvc files of raw data under DVC."""
-    made = ["dvc.lock", "data/.gitignore", *(f"data/{name}.{suffix}" for suffix in BESIDE)]
-    made += _run(folder, "git", "ls-files", "--modified", "*.dvc").splitlines()
-    _run(folder, "git", "add", "--", *made)
-    if not _run(folder, "git", "diff", "--cached", "--name-only", "--", *made):
+    """Commit the files that DVC wrote: its lock, the counts beside the dataset, and the .dvc files of raw data."""
+    written = ["dvc.lock", "data/.gitignore", *(f"data/{name}.{suffix}" for suffix in BESIDE)]
+    written += _run(folder, "git", "ls-files", "--modified", "*.dvc").splitlines()
+    _run(folder, "git", "add", "--", *written)
+    if not _run(folder, "git", "diff", "--cached", "--name-only", "--", *written):
         return None
-    _run(folder, "git", "commit", "--quiet", "-m", f"Data: a new revision of {name}", "--", *made)
+    _run(folder, "git", "commit", "--quiet", "-m", f"Data: a new revision of {name}", "--", *written)
     return _run(folder, "git", "rev-parse", "HEAD").strip()
 
 
-def _numbers(found: dict[str, Any]) -> dict[str, Any]:
-    """Of a source's summary what can be compared as numbers."""
-    return {key: value for key, value in found.items() if key not in ("examples", "packages")}
+def _metrics(counts: dict[str, Any]) -> dict[str, Any]:
+    """The numeric part of a source's summary."""
+    return {key: value for key, value in counts.items() if key not in ("examples", "packages")}
 
 
 def _bars(summary: dict[str, Any], table: str) -> Iterator[tuple[str, int]]:
-    for name, found in summary["sources"].items():
-        counted = found[table] if table in found else sum((Counter(found[kind]) for kind in LEFT_OUT), Counter[str]())
+    for name, counts in summary["sources"].items():
+        counted = (
+            counts[table] if table in counts else sum((Counter(counts[kind]) for kind in LEFT_OUT), Counter[str]())
+        )
         for key, count in counted.items():
             yield f"{name} {key}", count
 
@@ -165,7 +167,7 @@ def _beside(out: Path, suffix: str) -> Path:
 
 
 def _run(folder: Path, *command: str) -> str:
-    """What a command printed; raises RuntimeError with what it said where it fails."""
+    """The standard output of a command. Raises RuntimeError with its error output if it fails."""
     own = str(Path(sys.executable).parent)  # `dvc`, and the `vila-ops` that it calls, of this environment
     env = {**os.environ, "PATH": os.pathsep.join(filter(None, [own, os.environ.get("PATH")]))}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)

@@ -78,7 +78,7 @@ def test_a_file_that_no_download_wrote_survives_and_nothing_is_asked(
     asked = ["data", "download", "mmc4", str(raw), "--out", str(out), "--settings", str(settings)]
     done = CliRunner().invoke(app, asked)
     assert isinstance(done.exception, ValueError)
-    assert f"{out / name} is there already and no download wrote it" in str(done.exception)
+    assert f"{out / name} exists and no download wrote it" in str(done.exception)
     assert [path.name for path in out.iterdir()] == [name]
     assert (out / name).read_bytes() == before
     assert not any(server.seen[one.path] for one in cases)

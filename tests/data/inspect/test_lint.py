@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from vila_ops.cli import app
 from vila_ops.config import Source
 from vila_ops.config.sources import JsonLines, Llava, Table
-from vila_ops.data.inspect.lint import LintFault, Summary, lint
+from vila_ops.data.inspect.lint import LintFault, LintSummary, lint
 
 
 def png() -> bytes:
@@ -42,10 +42,10 @@ def jsonl(name: str, *records: Any) -> None:
     Path(name).write_text("\n".join(lines) + "\n")
 
 
-def found(source: Source, folder: Path) -> tuple[list[tuple[str, str]], Summary]:
+def found(source: Source, folder: Path) -> tuple[list[tuple[str, str]], LintSummary]:
     """(where, reason) of each fault, and the summary, which is the last."""
     *faults, summary = lint(source, cache=folder / "cache")
-    assert isinstance(summary, Summary)
+    assert isinstance(summary, LintSummary)
     assert all(isinstance(fault, LintFault) and fault.detail for fault in faults)
     return [(fault.where, fault.reason) for fault in faults if isinstance(fault, LintFault)], summary
 
@@ -65,7 +65,7 @@ def test_every_fault_is_listed_with_its_file_and_line_then_the_counts(folder: Pa
             ("docs/b.jsonl:1", "no_text"),
             ("docs/b.jsonl:3", "too_few_placeholders"),
         ],
-        Summary(
+        LintSummary(
             records=2,
             images=2,
             faults={"too_few_placeholders": 2, "bad_json": 1, "missing_image": 1, "no_text": 1},
@@ -75,7 +75,7 @@ def test_every_fault_is_listed_with_its_file_and_line_then_the_counts(folder: Pa
 
 def test_a_good_source_has_no_fault(folder: Path) -> None:
     jsonl("docs/a.jsonl", record("1"), record("2", image=None, question="2 + 2?"))
-    assert found(llava("docs/a.jsonl"), folder) == ([], Summary(records=2, images=1, faults={}))
+    assert found(llava("docs/a.jsonl"), folder) == ([], LintSummary(records=2, images=1, faults={}))
 
 
 def test_an_id_that_stands_twice_is_told_with_both_places(folder: Path) -> None:
@@ -84,8 +84,8 @@ def test_an_id_that_stands_twice_is_told_with_both_places(folder: Path) -> None:
     fault, summary = lint(llava("docs"), cache=folder / "cache")
     assert isinstance(fault, LintFault)
     assert (fault.where, fault.reason) == ("docs/b.jsonl:2", "duplicate_id")
-    assert "'x' is that of a.jsonl:1 too" in fault.detail
-    assert summary == Summary(records=4, images=4, faults={"duplicate_id": 1})
+    assert "'x' is also that of a.jsonl:1" in fault.detail
+    assert summary == LintSummary(records=4, images=4, faults={"duplicate_id": 1})
 
 
 def test_a_image_that_does_not_decode_is_told_with_its_record(folder: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_image_that_does_not_decode_is_told_with_its_record(folder: Path) -> N
     assert fault.where == "docs/a.json:16[1]"
     assert fault.reason == "bad_image_truncated"
     assert "image 2" in fault.detail
-    assert summary == Summary(records=2, images=3, faults={"bad_image_truncated": 1})
+    assert summary == LintSummary(records=2, images=3, faults={"bad_image_truncated": 1})
 
 
 @pytest.mark.parametrize("content", ["", "\n \n", "[]"])
@@ -112,7 +112,7 @@ def test_what_is_not_of_the_format_at_all_is_a_fault_that_ends_the_list(folder: 
     assert isinstance(fault, LintFault)
     assert (fault.where, fault.reason) == ("docs", "not_readable")
     assert "docs/a.json:1 (byte 12): an element begins that has no end" in fault.detail
-    assert summary == Summary(records=0, images=0, faults={"not_readable": 1})
+    assert summary == LintSummary(records=0, images=0, faults={"not_readable": 1})
     Path("docs/a.csv").write_text("photo,text\n")
     ((where, reason),) = found(Table(path="docs/a.csv", images="docs", licence="CC0-1.0"), folder)[0]
     assert (where, reason) == ("docs", "not_readable")

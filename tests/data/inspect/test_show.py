@@ -1,4 +1,4 @@
-"""The page of samples shows what the shards hold: every image in its place, the learnt tokens and no others."""
+"""The page of samples shows what the shards hold: every image in its place, the target tokens and no others."""
 
 import base64
 import json
@@ -97,9 +97,9 @@ def test_each_sample_is_shown_as_it_lies_in_its_shard(resources: Resources, make
         assert [base64.b64decode(url.split(",", 1)[1]) for url in images] == list(sample.images)
         assert all(url.startswith("data:image/webp;base64,") for url in images)
         ids = [t for t, on in zip(sample.input_ids, sample.is_target, strict=True) if on]
-        learnt = [piece for piece in pieces if piece[0] == "target"]
-        assert "".join(piece[2] for piece in learnt) == tokenizer.fast.decode(ids)
-        assert sum(int(piece[1].removesuffix(" tokens")) for piece in learnt) == sum(sample.is_target)
+        targets = [piece for piece in pieces if piece[0] == "target"]
+        assert "".join(piece[2] for piece in targets) == tokenizer.fast.decode(ids)
+        assert sum(int(piece[1].removesuffix(" tokens")) for piece in targets) == sum(sample.is_target)
         written = "".join("<image>" if isinstance(piece, str) else piece[2] for piece in pieces)
         assert written == tokenizer.fast.decode(sample.input_ids).replace(
             tokenizer.fast.decode([tokenizer.image_id]) * tokenizer.image_tokens, "<image>"
@@ -109,7 +109,7 @@ def test_each_sample_is_shown_as_it_lies_in_its_shard(resources: Resources, make
             for piece in pieces
         )
         assert tokens == row["num_tokens"]
-        assert facts.startswith(f"{row['split']} · {row['num_tokens']} tokens, {row['num_targets']} learnt, ")
+        assert facts.startswith(f"{row['split']} · {row['num_tokens']} tokens, {row['num_targets']} targets, ")
         assert sample.provenance in facts
     assert set(page.counts) == {f"{tokenizer.image_tokens} tokens"}
 

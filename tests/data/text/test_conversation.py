@@ -134,7 +134,7 @@ def tokens_by_hand(fast: PreTrainedTokenizerFast, pieces: list[tuple[str, bool]]
 
     Between control tokens, each run of text is tokenised for itself.
     """
-    learnt = [flag for text, flag in pieces for _ in text.encode()]
+    are_targets = [flag for text, flag in pieces for _ in text.encode()]
     controls = fast.get_added_vocab()
     ids: list[int] = []
     targets: list[bool] = []
@@ -144,9 +144,9 @@ def tokens_by_hand(fast: PreTrainedTokenizerFast, pieces: list[tuple[str, bool]]
         for token, name in zip(own, fast.convert_ids_to_tokens(own), strict=True):
             stop = place + len(name)  # control tokens are ASCII
             ids.append(token)
-            targets.append(any(learnt[place:stop]))
+            targets.append(any(are_targets[place:stop]))
             place = stop
-    assert place == len(learnt)
+    assert place == len(are_targets)
     return ids, targets
 
 
@@ -184,7 +184,7 @@ def test_targets_are_exactly_the_assistants_tokens(fast_with: Make, template: st
 
 @pytest.mark.parametrize("like", ["tiny", "llama_3"])
 @pytest.mark.parametrize("template", TEMPLATE_TOKENS)
-def test_a_prompt_and_the_learnt_answer_are_what_is_trained(fast_with: Make, template: str, like: str) -> None:
+def test_a_prompt_and_the_target_tokens_are_what_is_trained(fast_with: Make, template: str, like: str) -> None:
     """Generation sees the tokens that training saw, up to the answer, and stops where the answer's turn ends."""
     tokenizer = Tokenizer(fast_with(template, like=like), image_tokens=4, after_image="")
     said: Said = [
@@ -231,8 +231,8 @@ def test_a_control_token_that_swallows_blanks_is_not_the_assistants(fast_with: M
     fast.add_tokens([AddedToken(f"<|{name}|>", rstrip=True, special=True) for name in ("user", "assistant", "end")])
     tokenizer = Tokenizer(fast, image_tokens=4, after_image="")
     found = tokenizer.chat(record(Turn("user", ("Dog?",)), Turn("assistant", ("  Yes.",))))
-    learnt = [token for token, target in zip(found.input_ids, found.is_target, strict=True) if target]
-    assert fast.decode(learnt) == "Yes.<|end|>"
+    target_ids = [token for token, target in zip(found.input_ids, found.is_target, strict=True) if target]
+    assert fast.decode(target_ids) == "Yes.<|end|>"
 
 
 def test_blanks_at_the_end_of_an_answer_are_learnt(fast_with: Make) -> None:
@@ -240,8 +240,8 @@ def test_blanks_at_the_end_of_an_answer_are_learnt(fast_with: Make) -> None:
     marked = "{% generation %}{{ m.content }}{% endgeneration %}"
     fast = fast_with(f"{{% for m in messages %}}{marked}{{{{ '</s>' }}}}{{% endfor %}}", like="llama_3")
     found = Tokenizer(fast, image_tokens=4, after_image="").chat(record(Turn("assistant", ("Yes. ",))))
-    learnt = [token for token, target in zip(found.input_ids, found.is_target, strict=True) if target]
-    assert fast.decode(learnt) == "Yes. "
+    target_ids = [token for token, target in zip(found.input_ids, found.is_target, strict=True) if target]
+    assert fast.decode(target_ids) == "Yes. "
 
 
 def test_a_mask_that_cannot_be_built_names_the_record(fast_with: Make) -> None:

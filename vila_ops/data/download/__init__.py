@@ -1,4 +1,4 @@
-"""Images by URL: which may be asked, one attempt, whose turn it is, what is on the disk, what is kept at the end."""
+"""Download of images by URL: address checks, attempts, scheduling by host, journal and manifest."""
 
 from vila_ops.data.download.manifest import Outcomes as Outcomes
 from vila_ops.data.download.manifest import key_of as key_of

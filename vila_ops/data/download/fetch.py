@@ -1,7 +1,7 @@
-"""One attempt at one URL: followed by hand through redirects, within limits of time and size, to an image or a word.
+"""One attempt at one URL: redirects are followed and checked, within limits of time and size, to an image or a failure.
 
-httpcore is what httpx sends its requests with. It is used without httpx's client because only it lets us open the
-connections (see address.py), and because it has no cookies, proxies or decompression that would have to be turned off.
+httpcore is the transport of httpx. It is used without httpx's client because it lets us open the connections (see
+address.py), and because it has no cookies, proxies or decompression that would have to be turned off.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ Headers = Iterable[tuple[bytes, bytes]]
 
 @dataclass(slots=True)
 class Attempt:
-    """What came of asking once."""
+    """The result of one attempt."""
 
     final_url: str
     outcome: Outcome = "ok"
@@ -41,12 +41,12 @@ class Attempt:
     http_status: int | None = None
     retry_after_seconds: float | None = None
     body: bytes = b""
-    """The image, as it was sent."""
+    """The image as the server sent it."""
     extension: str | None = None
 
 
 class Fetcher:
-    """Connections and decoding threads; to be used as an async context, in one event loop."""
+    """Connections and decoding threads; an async context manager for one event loop."""
 
     def __init__(self, settings: DownloadSettings, *, resolve: Resolve) -> None:
         self._settings = settings
@@ -68,12 +68,12 @@ class Fetcher:
         self._decoders.shutdown(cancel_futures=True)
 
     async def attempt(self, url: str) -> Attempt:
-        """Ask once. Every way in which a URL can fail is an outcome, not an error."""
+        """Request a URL once. Failures of the URL are outcomes, not errors."""
         attempt = Attempt(final_url=url)
         try:
             async with asyncio.timeout(self._settings.deadline_seconds):
                 body = await self._follow(attempt)
-            loop = asyncio.get_running_loop()  # decoding may wait for its turn, which is not the server's fault
+            loop = asyncio.get_running_loop()  # waiting for a decoder does not count against the server
             attempt.extension = await loop.run_in_executor(
                 self._decoders, lambda: image_format(body, max_pixels=self._settings.max_pixels)
             )
@@ -84,7 +84,7 @@ class Fetcher:
         return attempt
 
     async def _follow(self, attempt: Attempt) -> bytes:
-        """The body at the end of the redirects; every hop is checked like the first."""
+        """The body after all redirects; every hop is checked like the first."""
         url = parse(attempt.final_url, ports=self._settings.ports)
         answer = await self._get(url, attempt)
         for _ in range(self._settings.max_redirects):
@@ -102,7 +102,7 @@ class Fetcher:
         raise Failure("redirect_refused", f"more than {self._settings.max_redirects} redirects")
 
     async def _get(self, url: httpx.URL, attempt: Attempt) -> bytes | str:
-        """The body, or where the answer points to."""
+        """The body, or the target of a redirect."""
         attempt.final_url, attempt.http_status = str(url), None
         async with self._pool.stream(
             "GET",
@@ -130,7 +130,7 @@ class Fetcher:
             return await self._read(response)
 
     async def _read(self, response: httpcore.Response) -> bytes:
-        """The body. Its announced length can refuse it, but not vouch for it."""
+        """The body. A too large announced length refuses it; the received length is counted as well."""
         limit = self._settings.max_bytes
         announced = _header(response.headers, b"content-length") or b""
         if announced.isdigit() and int(announced) > limit:

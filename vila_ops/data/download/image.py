@@ -1,4 +1,4 @@
-"""Whether bytes are an image: told by the bytes, never by a name or a Content-Type."""
+"""Recognise images by their bytes, never by a name or a Content-Type."""
 
 from typing import assert_never
 
@@ -10,7 +10,7 @@ EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": 
 
 
 def image_format(data: bytes, *, max_pixels: int) -> str:
-    """The file extension for an image of at most max_pixels that decodes to its end (an animation: its first frame).
+    """The file extension of an image that has at most max_pixels and decodes completely (its first frame).
 
     Raises Failure (not_an_image, too_many_pixels, broken_image).
     """

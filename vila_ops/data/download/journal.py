@@ -1,9 +1,9 @@
-"""What was fetched so far, safe against a kill at any moment.
+"""The images fetched so far, consistent after a kill at any moment.
 
-    NAME.bodies.partial   the images, one after another as they came
-    NAME.journal.jsonl    one line a URL, written when its image is on the disk: the line vouches for it
+    NAME.bodies.partial   the images in the order of their arrival
+    NAME.journal.jsonl    one line for each URL, written after its image is on the disk
 
-What the journal does not vouch for is cut off when it is opened again: a torn last line, bytes behind the last image.
+When a journal is opened again, an incomplete last line and the bytes after the last recorded image are truncated.
 """
 
 import asyncio
@@ -21,21 +21,21 @@ from typing import Self
 from vila_ops.data.download.outcome import DownloadRecord
 
 BEGINS = b'{"url": '
-"""How a journal begins that has a line."""
+"""The start of every line of a journal."""
 
 
 def journal_path(out: Path) -> Path:
-    """Where the lines of a raw file lie; `out` is the path without suffixes."""
+    """The path of a raw file's journal; `out` is the path without suffixes."""
     return out.with_name(f"{out.name}.journal.jsonl")
 
 
 def bodies_path(out: Path) -> Path:
-    """Where its images lie."""
+    """The path of its images."""
     return out.with_name(f"{out.name}.bodies.partial")
 
 
 def is_journal(out: Path) -> bool:
-    """Whether there are lines that a `Journal` wrote, down to none and to a torn first one."""
+    """Whether the file was written by a `Journal`; it may be empty or have an incomplete first line."""
     if not journal_path(out).is_file():
         return False
     with journal_path(out).open("rb") as file:
@@ -46,7 +46,7 @@ class Journal:
     """The records of one raw file, by URL. One process at a time."""
 
     def __init__(self, out: Path) -> None:
-        """Open or begin; `out` is the path without suffixes. Raises ValueError while another process has it open."""
+        """Open or create a journal; `out` is the path without suffixes. Raises ValueError if another process has it."""
         self._bodies_path = bodies_path(out)
         self._lines_path = journal_path(out)
         self.records: dict[str, DownloadRecord] = {}
@@ -72,7 +72,7 @@ class Journal:
         self._lines.close()
 
     async def add(self, record: DownloadRecord, body: bytes) -> None:
-        """Returns when the record is on the disk. Records that wait for the disk meanwhile go there together."""
+        """Return when the record is on the disk. Records that wait at the same time are written together."""
         self._waiting.append((record, body))
         async with self._writing:
             batch, self._waiting = self._waiting, []
@@ -80,7 +80,7 @@ class Journal:
                 await asyncio.to_thread(self.write, batch)
 
     def write(self, batch: list[tuple[DownloadRecord, bytes]]) -> None:
-        """Put records on the disk: first the images, then the lines that vouch for them."""
+        """Write records to the disk: first the images, then their lines."""
         lines = []
         self._bodies.seek(0, os.SEEK_END)
         for record, body in batch:
@@ -93,7 +93,7 @@ class Journal:
         self.records.update((record.url, record) for record, _ in batch)
 
     def body(self, url: str) -> bytes:
-        """An image, checked; raises ValueError when it is not what was written."""
+        """An image. Raises ValueError if it differs from what was written."""
         record = self.records[url]
         self._bodies.seek(self._offsets[url])
         data = self._bodies.read(record.bytes or 0)
@@ -105,13 +105,13 @@ class Journal:
         return data
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Delete all records."""
         self.records, self._offsets = {}, {}
         self._lines.truncate(0)
         self._bodies.truncate(0)
 
     def remove(self) -> None:
-        """Delete both files; what they held is elsewhere now."""
+        """Delete both files, once their content is in the tar and the manifest."""
         self._lines_path.unlink(missing_ok=True)
         self._bodies_path.unlink(missing_ok=True)
 
@@ -128,7 +128,7 @@ class Journal:
         self._bodies.truncate(bodies_end)
 
     def _whole_lines(self) -> Iterator[tuple[int, DownloadRecord, int]]:
-        """(bytes of the line, record, offset of its image) up to the first line that was not finished."""
+        """(length of the line in bytes, record, offset of its image) up to the first incomplete line."""
         self._lines.seek(0)
         for line in self._lines:
             if not line.endswith(b"\n"):
@@ -138,7 +138,7 @@ class Journal:
                 offset = int(fields.pop("offset"))
                 yield len(line), DownloadRecord(**fields), offset
             except (ValueError, KeyError, TypeError, AttributeError):
-                return  # blocks of a power cut; nothing after them was vouched for
+                return  # damaged by a power cut; the lines after it are not valid either
 
 
 def _sync(file: io.BufferedRandom) -> None:

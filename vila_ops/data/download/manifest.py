@@ -1,9 +1,9 @@
-"""What is kept of one raw file: a tar of its images and a table of what became of every URL.
+"""The results for one raw file: a tar of its images, and a table with the outcome of every URL.
 
     NAME.tar       a WebDataset tar: KEY.jpg, KEY.png, ... with the bytes as they were sent
-    NAME.parquet   one row a distinct URL, in the order of first appearance; written last, so that it means: done
+    NAME.parquet   one row for each distinct URL, in the order of first appearance; written last, so it marks the end
 
-The same answers give the same bytes, whatever their order in time.
+The same responses give the same bytes, whatever their order in time.
 """
 
 import hashlib
@@ -39,22 +39,22 @@ SCHEMA = pa.schema(
 )
 TAR_BYTES = b"tar_bytes"
 REOPEN_ROWS = 64
-"""Whose images are in memory together."""
+"""Rows whose images are in memory together."""
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What became of the URLs of one raw file."""
+    """The outcomes of the URLs of one raw file."""
 
     name: str
     counts: dict[Outcome, int]
-    """Distinct URLs by outcome; their sum is all of them."""
+    """Number of distinct URLs by outcome."""
     bytes: int
-    """Of the images."""
+    """Size of all images."""
 
 
 def table(finished: Sequence[Outcomes]) -> list[str]:
-    """Lines for a person: how many URLs of all raw files ended how, the most frequent first, and their sum."""
+    """Lines with the number of URLs of all raw files by outcome, the most frequent first, and their sum."""
     counts = sum((Counter(one.counts) for one in finished), Counter[str]())
     whole = sum(counts.values())
     rows = [f"{outcome:17} {count:11,} {count / whole:7.2%}" for outcome, count in counts.most_common()]
@@ -68,19 +68,19 @@ def key_of(url: str) -> str:
 
 
 def manifest_path(out: Path) -> Path:
-    """Where the table of a raw file lies; `out` is the path without suffixes."""
+    """The path of a raw file's table; `out` is the path without suffixes."""
     return out.with_name(f"{out.name}.parquet")
 
 
 def tar_path(out: Path) -> Path:
-    """Where its images lie."""
+    """The path of its images."""
     return out.with_name(f"{out.name}.tar")
 
 
 def check_ours(out: Path) -> None:
-    """Raise ValueError where a file that is to be written is there and was not written by a download.
+    """Raise ValueError if a file that would be written exists and no download wrote it.
 
-    A table tells it by its metadata, a journal by its first line; tar, images and drafts by standing beside one.
+    A table is recognised by its metadata, a journal by its first line, a tar or draft by a table or journal beside it.
     """
     tables = [manifest_path(out)] if manifest_path(out).exists() else []
     journals = [journal_path(out)] if journal_path(out).exists() else []
@@ -90,13 +90,13 @@ def check_ours(out: Path) -> None:
         foreign = [path for path in others if path.exists()]
     if foreign:
         raise ValueError(
-            f"{foreign[0]} is there already and no download wrote it; it would be overwritten: name another folder, or "
+            f"{foreign[0]} exists and no download wrote it; it would be overwritten: choose another folder, or "
             f"move it away"
         )
 
 
 def write_manifest(journal: Journal, urls: Sequence[str], out: Path) -> None:
-    """Write tar and table of distinct URLs, which all have their record in the journal."""
+    """Write tar and table of distinct URLs, all of which have a record in the journal."""
     rows = []
     temporary = _draft(tar_path(out))
     with temporary.open("wb") as tar:
@@ -117,7 +117,7 @@ def write_manifest(journal: Journal, urls: Sequence[str], out: Path) -> None:
 
 
 def read_outcomes(urls: Sequence[str], out: Path) -> Outcomes:
-    """The counts of a finished raw file. Raises ValueError when it is of other URLs, or the tar not of the table."""
+    """The outcomes of a finished raw file. Raises ValueError if its URLs differ, or if tar and table do not match."""
     table = pq.read_table(manifest_path(out), columns=["url", "outcome", "bytes"])
     if table["url"].to_pylist() != urls:
         raise ValueError(
@@ -135,8 +135,8 @@ def read_outcomes(urls: Sequence[str], out: Path) -> Outcomes:
 
 
 def reopen(journal: Journal, out: Path, *, retry: Collection[Outcome]) -> None:
-    """Turn a finished raw file back into an unfinished one that lacks what ended in one of the `retry` outcomes."""
-    journal.clear()  # left by a kill just before its removal, or within this function; all of it is in the manifest
+    """Reopen a finished raw file, without the URLs that ended in one of the `retry` outcomes."""
+    journal.clear()  # left by a kill before its removal or in this function; the manifest has all of it
     kept = pq.read_table(manifest_path(out)).filter(~pc.field("outcome").isin(list(retry)))
     with tar_path(out).open("rb") as tar:
         for some in kept.to_batches(max_chunksize=REOPEN_ROWS):
@@ -150,7 +150,7 @@ def reopen(journal: Journal, out: Path, *, retry: Collection[Outcome]) -> None:
 
 
 def _add_member(tar: BinaryIO, name: str, data: bytes) -> None:
-    info = tarfile.TarInfo(name)  # owner, mode and time stay at their constants
+    info = tarfile.TarInfo(name)  # owner, mode and time keep their constant defaults
     info.size = len(data)
     tar.write(info.tobuf(tarfile.USTAR_FORMAT))
     tar.write(data)
@@ -169,7 +169,7 @@ def _draft(final: Path) -> Path:
 
 
 def _publish(temporary: Path, final: Path) -> None:
-    """Appears whole or not at all, also after a power cut."""
+    """Rename a file atomically and durably."""
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(final)

@@ -1,39 +1,39 @@
-"""What can become of a URL, in fixed words."""
+"""The possible outcomes of a URL."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 Outcome = Literal[
     "ok",
-    "bad_url",  # not http(s), not a URL, or one that two readers may understand differently; never asked
-    "address_refused",  # its port, or an address of its name, is one that must not be connected to; never asked
-    "redirect_refused",  # redirected too often, to nowhere, or to what is refused as above
-    "host_given_up",  # not asked (again), because its host failed too often in a row
+    "bad_url",  # not http(s), not a URL, or one that parsers interpret differently; never requested
+    "address_refused",  # its port, or an address of its name, must not be connected to; never requested
+    "redirect_refused",  # too many redirects, or a redirect without a target or to a refused URL
+    "host_given_up",  # not requested (again), because its host failed too often in a row
     "dns",  # the name does not exist
     "unreachable",  # no connection, or no answer from the name server
-    "tls",  # no handshake, or a certificate that does not hold for the name
+    "tls",  # no handshake, or a certificate that is not valid for the name
     "timeout",
-    "reset",  # the connection ended too early, or what came is not HTTP
+    "reset",  # the connection ended too early, or the response is not HTTP
     "not_found",  # 404, 410
     "rate_limited",  # 429
     "client_error",  # the other 4xx
     "server_error",  # 5xx
     "unexpected_status",  # neither 200 nor one of the above
     "too_large",
-    "not_an_image",  # of none of the formats, by its bytes
-    "broken_image",  # begins as an image and cannot be decoded to its end
+    "not_an_image",  # of no supported format, by its bytes
+    "broken_image",  # starts as an image but cannot be decoded completely
     "too_many_pixels",
 ]
 MAY_PASS: frozenset[Outcome] = frozenset({"unreachable", "timeout", "reset", "rate_limited", "server_error"})
-"""Worth another attempt."""
+"""Outcomes after which another attempt may succeed."""
 HOST_FAILS: frozenset[Outcome] = frozenset({"unreachable", "timeout", "rate_limited"})
-"""Speaks against the whole host."""
+"""Outcomes that count as a failure of the host."""
 REFUSED: frozenset[Outcome] = frozenset({"bad_url", "address_refused"})
-"""Decided before anything is sent."""
+"""Outcomes that are decided before a request."""
 
 
 class Failure(Exception):
-    """A URL gave no image."""
+    """An attempt that gave no image."""
 
     def __init__(self, outcome: Outcome, detail: str) -> None:
         super().__init__(f"{outcome}: {detail}")
@@ -43,17 +43,17 @@ class Failure(Exception):
 
 @dataclass(frozen=True, slots=True)
 class DownloadRecord:
-    """What became of one URL."""
+    """The final result of one URL."""
 
     url: str
     outcome: Outcome
     detail: str
     http_status: int | None
-    """Of the last answer."""
+    """Status of the last response."""
     attempts: int
     final_url: str
-    """The last URL that was asked, after redirects."""
+    """The last URL that was requested, after redirects."""
     extension: str | None = None
-    """By content; this and what follows only where there is an image."""
+    """By content; this and the next fields are None without an image."""
     bytes: int | None = None
     sha256: str | None = None

@@ -1,4 +1,4 @@
-"""Fetch the images that raw files name by URL: resumable, polite, and safe against what URLs and servers can do."""
+"""Fetch the images of raw files by URL: resumable, rate-limited, and safe against malicious URLs and servers."""
 
 import asyncio
 import hashlib
@@ -15,8 +15,8 @@ from vila_ops.data.download.fetch import Attempt, Fetcher
 from vila_ops.data.download.journal import Journal
 from vila_ops.data.download.manifest import Outcomes, check_ours, manifest_path, read_outcomes, reopen, write_manifest
 from vila_ops.data.download.outcome import HOST_FAILS, MAY_PASS, DownloadRecord, Failure, Outcome
+from vila_ops.data.download.schedule import FetchJob, HostSchedule
 from vila_ops.data.download.sources import raw_files, urls_of
-from vila_ops.data.download.turns import FetchJob, Turns
 
 logger = logging.getLogger(__name__)
 
@@ -29,12 +29,12 @@ def download_source(
 ) -> list[Outcomes]:
     """Fetch the images of every raw file of a folder (or of one file) into `out`: NAME.tar and NAME.parquet for each.
 
-    Ended at any moment and started again, it goes on where it was; what is finished is not asked again, except for
-    the URLs that ended in one of the `retry` outcomes. Raises ValueError for raw files of another form, and OSError
-    when the disk cannot take more. A file in `out` that no download wrote is refused before anything is asked.
+    After an interruption it continues where it stopped. Finished URLs are not requested again, except for those that
+    ended in one of the `retry` outcomes. Raises ValueError for raw files of another format, and OSError if the disk is
+    full. A file in `out` that no download wrote is refused before any request.
     """
     if out.resolve() == (path.parent if path.is_file() else path).resolve():
-        raise ValueError(f"{out} holds the raw files; download into a folder of its own")
+        raise ValueError(f"{out} is the folder of the raw files; download into a folder of its own")
     raw = raw_files(kind, path)
     for file in raw:
         check_ours(out / file.stem)
@@ -55,9 +55,9 @@ async def download(
     resolve: Resolve | None = None,
     retry: Collection[Outcome] = (),
 ) -> Outcomes:
-    """Fetch the images of one raw file; `out` is the path of what is made, without suffixes. A URL is asked once.
+    """Fetch the images of one raw file; `out` is the path of the results without suffixes. URLs are deduplicated.
 
-    `resolve` stands in for the machine's own resolver. Raises ValueError when `out` is of other URLs or in use.
+    `resolve` replaces the system resolver. Raises ValueError if `out` is of other URLs or in use.
     """
     _check_open_files(settings)
     distinct = list(dict.fromkeys(urls))
@@ -75,7 +75,7 @@ async def download(
 
 
 def _check_open_files(settings: DownloadSettings) -> None:
-    """Else the machine's lack of them would be written down as the servers' failure."""
+    """Raise ValueError if the limit of open files is too low, which would be recorded as failures of the servers."""
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if allowed < settings.concurrency + OTHER_OPEN_FILES:
         raise ValueError(
@@ -85,7 +85,7 @@ def _check_open_files(settings: DownloadSettings) -> None:
 
 
 class _Run:
-    """The URLs of one raw file on their way into its journal."""
+    """Fetches the URLs of one raw file into its journal."""
 
     def __init__(self, urls: Sequence[str], journal: Journal, fetcher: Fetcher, settings: DownloadSettings) -> None:
         self._urls = urls
@@ -97,8 +97,8 @@ class _Run:
         self._reported = 0.0
 
     async def run(self) -> None:
-        """Ask until every URL has its record."""
-        turns = Turns(
+        """Request URLs until every URL has its record."""
+        schedule = HostSchedule(
             await self._jobs(),
             per_host=self._settings.per_host_concurrency,
             per_second=self._settings.per_host_per_second,
@@ -106,14 +106,14 @@ class _Run:
         try:
             async with asyncio.TaskGroup() as group:
                 await self._slots.acquire()
-                while (job := await turns.next()) is not None:
-                    group.create_task(self._ask(job, turns))
+                while (job := await schedule.next()) is not None:
+                    group.create_task(self._fetch(job, schedule))
                     await self._slots.acquire()
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from errors
 
     async def _jobs(self) -> list[FetchJob]:
-        """What is to be asked: neither recorded already nor refused at sight, which is recorded here."""
+        """The URLs to request: those without a record. URLs that are refused without a request are recorded here."""
         jobs, refused = [], []
         for url in self._urls:
             if url in self._journal.records:
@@ -126,7 +126,7 @@ class _Run:
         await asyncio.to_thread(self._journal.write, refused)
         return jobs
 
-    async def _ask(self, job: FetchJob, turns: Turns) -> None:
+    async def _fetch(self, job: FetchJob, schedule: HostSchedule) -> None:
         try:
             if self._failures[job.host] >= self._settings.host_failures:
                 detail = f"the host failed {self._settings.host_failures} times in a row"
@@ -136,14 +136,14 @@ class _Run:
                 attempt = await self._fetcher.attempt(job.url)
                 self._failures[job.host] = self._failures[job.host] + 1 if attempt.outcome in HOST_FAILS else 0
             if attempt.outcome in MAY_PASS and job.attempts < self._settings.attempts:
-                turns.again(
+                schedule.again(
                     job,
                     seconds=self._wait_seconds(job, attempt),
                     pause_host=attempt.outcome == "rate_limited" or attempt.retry_after_seconds is not None,
                 )
                 return
             await self._journal.add(_record(job.url, attempt, attempts=job.attempts), attempt.body)
-            turns.done(job)
+            schedule.done(job)
             self._report()
         finally:
             self._slots.release()

@@ -1,1 +1,1 @@
-"""What a person sees of data: the lint of raw files, and the page of samples."""
+"""Tools to inspect data: lint of raw files, and a page of prepared samples."""

@@ -1,4 +1,4 @@
-"""Which format a path has: told by what is in its files, not by their names alone."""
+"""Detect the format of a path from the content of its files."""
 
 import gzip
 from collections import Counter
@@ -25,9 +25,9 @@ from vila_ops.data.sources.table import DELIMITERS, read_header
 from vila_ops.data.sources.vflan import PICKLES
 
 UNKNOWN_LICENCE = "NOASSERTION"
-"""What SPDX calls a licence that nobody stated."""
+"""SPDX's value for an unstated licence."""
 _SAMPLES = 3
-"""Files of each suffix that are looked into."""
+"""Number of files of each suffix that are read."""
 _HEAD = 1 << 16
 _CLASSES: dict[str, type[OwnFiles | JsonLines]] = {
     kind.model_fields["kind"].default: kind for kind in get_args(OwnSource) if issubclass(kind, OwnFiles | JsonLines)
@@ -38,11 +38,11 @@ KINDS = tuple(sorted(_CLASSES))
 def guess(
     uri: str, *, kind: str | None = None, images: str | None = None, own: Mapping[str, Any] | None = None
 ) -> Source:
-    """The source at a file or folder, of the given kind or of the one that its content tells.
+    """The source at a file or folder, of the given kind or of the detected one.
 
-    Images lie in `images`, or else are named relative to the folder itself. `own` are further settings
-    of the source, and win. Raises ValueError where there is nothing,
-    where the content is of no format or of several, and where `images` would have no effect.
+    Image paths are relative to `images`, or else to the folder itself. `own` are further settings of the source, which
+    take precedence. Raises ValueError if there is no such path, if the content is of no format or of several, and if
+    `images` would have no effect.
     """
     if "://" in uri:
         raise ValueError(
@@ -83,15 +83,15 @@ def _kind_of(path: Path) -> str:
             return "jsonl"
         if (path / CHAT).is_file() and (path / METADATA).is_file():
             return "llava_cc3m"
-    found = {kind: file for file in _samples(path) if (kind := _kind_of_file(file)) is not None}
-    if len(found) != 1:
-        seen = " and ".join(f"{kind} ({file.name})" for kind, file in sorted(found.items())) or "nothing that is known"
+    kinds = {kind: file for file in _samples(path) if (kind := _kind_of_file(file)) is not None}
+    if len(kinds) != 1:
+        seen = " and ".join(f"{kind} ({file.name})" for kind, file in sorted(kinds.items())) or "nothing that is known"
         raise ValueError(f"cannot tell the format of {path}: found {seen}; name it with --format: {', '.join(KINDS)}")
-    return next(iter(found))
+    return next(iter(kinds))
 
 
 def _samples(path: Path) -> Iterator[Path]:
-    """The file itself, or the first files of each suffix of a folder."""
+    """The file itself, or the first files of each suffix in a folder."""
     if path.is_file():
         yield path
         return
@@ -106,9 +106,9 @@ def _samples(path: Path) -> Iterator[Path]:
 
 
 def _kind_of_file(path: Path) -> str | None:
-    """None where the file is of no format, such as an image or a note."""
+    """The kind of a file; None if it is of no format, such as an image or a note."""
     if path.name.lower().endswith(PICKLES):
-        return "vflan"  # which says why it does not read them
+        return "vflan"  # whose error explains why pickles are not read
     with path.open("rb") as file:
         head = file.read(_HEAD)
     if head.startswith(b"PAR1"):
@@ -159,7 +159,7 @@ def _kind_of_parquet(path: Path) -> str | None:
 
 
 def _holds_images(kind: pa.DataType) -> bool:
-    """Whether a column is one of datasets' Image features, {bytes, path}, or a list of them."""
+    """Whether a column has the type of an Image feature of `datasets`, {bytes, path}, or a list of them."""
     inner = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
     return pa.types.is_struct(inner) and {"bytes", "path"} <= {field.name for field in inner}
 

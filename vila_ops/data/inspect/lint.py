@@ -15,31 +15,33 @@ from vila_ops.data.records import Dropped, Image, Record
 
 
 class LintFault(Config):
-    """What is wrong in one place."""
+    """A fault at one place of the raw files."""
 
     where: str
-    """FILE:LINE, as it can be opened from the working directory."""
+    """FILE:LINE, with FILE relative to the working directory."""
     reason: str
-    """The fixed word by which `prepare` counts it, duplicate_id (which `prepare` keeps), no_record or not_readable."""
+    """The reason by which `prepare` counts it, or duplicate_id (accepted by `prepare`), no_record or not_readable."""
     detail: str
     """The value, the rule and the way out."""
 
 
-class Summary(Config):
-    """What a source has, faults among it."""
+class LintSummary(Config):
+    """The counts of a source."""
 
     records: int
-    """That could be read, images that do not decode among them."""
+    """Records that could be read, including those with images that do not decode."""
     images: int
     faults: dict[str, int]
     """By reason, the most frequent first."""
 
 
-def lint(source: Source, folders: Mapping[str, Path] | None = None, *, cache: Path) -> Iterator[LintFault | Summary]:
-    """The faults in the order of files and lines, and at the end the summary. Every image is decoded.
+def lint(
+    source: Source, folders: Mapping[str, Path] | None = None, *, cache: Path
+) -> Iterator[LintFault | LintSummary]:
+    """The faults in the order of files and lines, and then the summary. Every image is decoded.
 
-    A file that is not of the format at all, or was cut off, is one fault, and nothing after it is read. `folders` are
-    those of the source's packages, by name.
+    A file that is not of the format, or is cut off, is one fault, and nothing after it is read. `folders` are the
+    folders of the source's packages, by name.
     """
     counts: Counter[str] = Counter()
     checks = _Checks(_folder(source))
@@ -51,15 +53,17 @@ def lint(source: Source, folders: Mapping[str, Path] | None = None, *, cache: Pa
         except ValueError as error:
             counts["not_readable"] += 1
             yield LintFault(where=_folder(source), reason="not_readable", detail=str(error))
-    yield Summary(records=checks.records, images=checks.images, faults=dict(counts.most_common()))
+    yield LintSummary(records=checks.records, images=checks.images, faults=dict(counts.most_common()))
 
 
-def lines(found: LintFault | Summary) -> str:
-    """One line of a fault, and one of each count, for a person."""
-    if isinstance(found, LintFault):
-        return f"{found.where}  {found.reason}  {' '.join(found.detail.split())}"
-    counts = [f"{number:7}  {reason}" for reason, number in found.faults.items()]
-    return "\n".join([f"{found.records} records, {found.images} images, {sum(found.faults.values())} faults", *counts])
+def lines(result: LintFault | LintSummary) -> str:
+    """A fault as one line, or a summary with a line for each count."""
+    if isinstance(result, LintFault):
+        return f"{result.where}  {result.reason}  {' '.join(result.detail.split())}"
+    counts = [f"{number:7}  {reason}" for reason, number in result.faults.items()]
+    return "\n".join(
+        [f"{result.records} records, {result.images} images, {sum(result.faults.values())} faults", *counts]
+    )
 
 
 def _faults(source: Source, folders: Mapping[str, Path], checks: "_Checks", *, cache: Path) -> Iterator[LintFault]:
@@ -67,29 +71,29 @@ def _faults(source: Source, folders: Mapping[str, Path], checks: "_Checks", *, c
         mark = file.marks[0] if file.marks else 0
         span = Span(name=file.name, path=file.path, digest=file.digest, start=0, stop=file.count, mark=mark)
         empty = True
-        for number, found in enumerate(sources.read(source, folders, span), start=1):
-            for record in found:
+        for number, records in enumerate(sources.read(source, folders, span), start=1):
+            for record in records:
                 empty = False
                 if isinstance(record, Dropped):
                     yield checks.fault(record.where or record.id, record.reason, record.detail)
                 else:
                     yield from checks.of_record(record, file, number)
         if empty:
-            yield checks.fault(file.name, "no_record", "the file holds nothing of this format; take it out")
+            yield checks.fault(file.name, "no_record", "the file has no records; remove it")
 
 
 class _Checks:
-    """What is asked of each record that could be read, and of all together."""
+    """Checks of each readable record, and of all records together."""
 
     def __init__(self, folder: str) -> None:
         self.records = self.images = 0
         self._folder = folder
-        self._places = sqlite3.connect("", isolation_level=None)  # a file of its own where it outgrows memory
+        self._places = sqlite3.connect("", isolation_level=None)  # a temporary file if it outgrows memory
         self._places.execute("create table places (id text primary key, place text) without rowid")
         self._places.execute("begin")
 
     def close(self) -> None:
-        """Forget the ids."""
+        """Close the temporary table of ids."""
         self._places.close()
 
     def fault(self, place: str, reason: str, detail: str) -> LintFault:
@@ -97,13 +101,13 @@ class _Checks:
         return LintFault(where=f"{self._folder}/{place}" if self._folder else place, reason=reason, detail=detail)
 
     def of_record(self, record: Record, file: RawFile, number: int) -> Iterator[LintFault]:
-        """Its id, and its images; the record is the file's `number`th."""
+        """Faults of the id and the images of the `number`th record of a file."""
         self.records += 1
         stated = record.provenance.split(" ", 1)[0]
         place = stated if stated.startswith(file.name) else f"{file.name}:{number}"
         if self._places.execute("insert or ignore into places values (?, ?)", (record.id, place)).rowcount == 0:
             ((first,),) = self._places.execute("select place from places where id = ?", (record.id,))
-            yield self.fault(place, "duplicate_id", f"the id {record.id!r} is that of {first} too; give it another")
+            yield self.fault(place, "duplicate_id", f"the id {record.id!r} is also that of {first}; change one of them")
         images = (part for turn in record.turns for part in turn.parts if isinstance(part, Image))
         for position, image in enumerate(images, start=1):
             self.images += 1

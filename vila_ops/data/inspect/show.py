@@ -1,4 +1,4 @@
-"""A page of samples as the model will see them: images in their places, what is learnt in colour, tokens counted."""
+"""A page of samples as the model reads them: images in place, target tokens in colour, token counts."""
 
 import json
 from collections.abc import Iterator
@@ -19,14 +19,14 @@ from vila_ops.data.text.conversation import Tokenizer
 
 @dataclass(frozen=True)
 class Piece:
-    """What stands together in a sample: text that is learnt, text that is not, or an image."""
+    """Consecutive target tokens, consecutive context tokens, or one image of a sample."""
 
     kind: str
     """target, context or image."""
     tokens: int
     text: str = ""
     address: str = ""
-    """data: address of the image."""
+    """data: URL of the image."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class ShownSample:
 
 
 def show(dataset: Dataset, tokenizer: Tokenizer, out: Path, *, per_source: int) -> Path:
-    """Write the page: of each source and split the first samples, in the order of the dataset.
+    """Write a page with the first samples of each source and split, in the order of the dataset.
 
-    Raises ValueError for a file that is there and not such a page.
+    Raises ValueError if `out` exists and is not such a page.
     """
     rows = _chosen(index_of(dataset), per_source)
     groups: dict[str, list[ShownSample]] = {}
@@ -60,7 +60,7 @@ def show(dataset: Dataset, tokenizer: Tokenizer, out: Path, *, per_source: int) 
 
 
 def _chosen(index: pa.Table, per_source: int) -> list[dict[str, Any]]:
-    """Rows of the index: the first of each source and split."""
+    """The first rows of the index for each source and split."""
     kept: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for batch in index.to_batches(max_chunksize=4096):
         for row in batch.to_pylist():
@@ -71,16 +71,16 @@ def _chosen(index: pa.Table, per_source: int) -> list[dict[str, Any]]:
 
 
 def _pieces(sample: Sample, tokenizer: Tokenizer) -> Iterator[Piece]:
-    """The sample's tokens in their order; neighbours that are treated alike are one piece."""
+    """The sample's tokens in order, with consecutive tokens of one kind as one piece."""
     images = iter(sample.images)
     places = [
-        ("image" if token == tokenizer.image_id else "target" if learnt else "context", token)
-        for token, learnt in zip(sample.input_ids, sample.is_target, strict=True)
+        ("image" if token == tokenizer.image_id else "target" if is_target else "context", token)
+        for token, is_target in zip(sample.input_ids, sample.is_target, strict=True)
     ]
     for kind, run in groupby(places, key=lambda place: place[0]):
         ids = [token for _, token in run]
         if kind != "image":
             yield Piece(kind, len(ids), text=tokenizer.fast.decode(ids, skip_special_tokens=False))
             continue
-        for _ in range(len(ids) // tokenizer.image_tokens):  # images may stand side by side
+        for _ in range(len(ids) // tokenizer.image_tokens):  # images may be adjacent
             yield Piece(kind, tokenizer.image_tokens, address=data_url(next(images)))

@@ -35,7 +35,7 @@ class SourceShare(Config):
 
 
 class Composition(Config):
-    """An epoch, with as many samples (or tokens, if that is the unit) as the sources, unless the blend is by repeats."""
+    """An epoch with as many samples (or tokens, if that is the unit) as the sources, unless the blend is by repeats."""
 
     shares: dict[str, SourceShare]
     """By source, in the order of names."""

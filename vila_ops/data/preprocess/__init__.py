@@ -1,1 +1,1 @@
-"""How `prepare` works: units of raw records become sealed shards, and these a dataset."""
+"""The task `prepare`: units of raw records become sealed shards, and shards become a dataset."""

@@ -38,13 +38,13 @@ log = logging.getLogger(__name__)
 def build(
     mixture: Mixture, text: TextFormat, resources: Resources, *, folder: Path
 ) -> tuple[dict[str, Any], dict[str, tuple[Shard, str]], list[dict[str, Any]]]:
-    """Make every shard that is not sealed yet, and write what binds them into `folder`: index, drops, summary, card.
+    """Write every shard that is not sealed yet, and write index, drops, summary and card of the dataset to `folder`.
 
-    Returns the summary, for each shard's name in the dataset the sealed shard and its file, and what each worker said
-    of itself. Broken off anywhere, the next call goes on at the first unit that is not sealed.
+    Returns the summary, the sealed shard and its file by the shard's name in the dataset, and the workers' descriptions
+    of themselves. After an interruption the next call continues with the units that are not sealed.
     """
     cache = resources.storage.cache_folder()
-    tokenizer_folder(text.language_model, cache=cache)  # once, before the workers would race for it
+    tokenizer_folder(text.language_model, cache=cache)  # once, before the workers race to fetch it
     job = ShardJob(mixture=mixture, text=text, cache=str(cache), store=resources.storage.store)
     units = [unit for name in sorted(mixture.sources) for unit in _units(name, mixture, text, cache=cache)]
     drops = survey(job, units, resources)
@@ -89,18 +89,18 @@ def _units(name: str, mixture: Mixture, text: TextFormat, *, cache: Path) -> Ite
 
 
 def _write(tasks: list[UnitTask], resources: Resources) -> list[Shard]:
-    """The sealed shards, in order; only those are made that are not there."""
-    found = at_once(lambda task: store.find(Shard, shard_address(task), store=task.job.store), tasks)
-    missing = [number for number, shard in enumerate(found) if shard is None]
+    """The sealed shards, in order; only missing shards are written."""
+    sealed = at_once(lambda task: store.find(Shard, shard_address(task), store=task.job.store), tasks)
+    missing = [number for number, shard in enumerate(sealed) if shard is None]
     if missing:
-        log.info("%s: %d of %d shards to make", tasks[0].job.mixture.name, len(missing), len(tasks))
-    made = each(write_shard, [tasks[number] for number in missing], makes=Shard, resources=resources)
-    fresh = dict(zip(missing, made, strict=True))
-    return [shard or fresh[number] for number, shard in enumerate(found)]
+        log.info("%s: %d of %d shards to write", tasks[0].job.mixture.name, len(missing), len(tasks))
+    written = each(write_shard, [tasks[number] for number in missing], makes=Shard, resources=resources)
+    fresh = dict(zip(missing, written, strict=True))
+    return [shard or fresh[number] for number, shard in enumerate(sealed)]
 
 
 def _concatenate(parts: Iterable[pa.Table], target: Path, *, schema: pa.Schema) -> None:
-    """One Parquet file of many tables of the same columns, a row group each: never all of them in memory."""
+    """One Parquet file of many tables of one schema, with a row group for each, so that only one is in memory."""
     with pq.ParquetWriter(target, schema, compression="zstd") as writer:
         for table in parts:
             if table.num_rows:

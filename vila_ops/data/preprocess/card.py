@@ -15,18 +15,18 @@ from vila_ops.data.split import SPLITS
 
 CARD = "README.md"
 CHARACTERS = 240
-"""Of a text that stands in a card."""
+"""Longest text in a card."""
 _ENTITIES = str.maketrans(
     {character: f"&#{ord(character)};" for character in "&<>|`"} | {mark: f"\\{mark}" for mark in "\\*_[]~#$"}
 )
 _LIST = re.compile(r"^(\d*)([-+=.)])")
-"""What at the beginning of a line makes it an item or a heading."""
+"""The start of a line that would make it an item or a heading."""
 
 
 def card(mixture: Mixture, summary: dict[str, Any], folder: Path) -> str:
-    """The data card in Markdown: sources, counts, shares asked for and reached, licences, what was left out, examples.
+    """The data card in Markdown: sources, counts, wanted and reached shares, licences, dropped records, examples.
 
-    `folder` holds the list of what was left out. Texts of the data stand in the card as they are, whatever they hold.
+    `folder` has the list of dropped records. Texts of the data are escaped, so that the card shows them literally.
     """
     lines = [
         f"# {mixture.name}",
@@ -52,8 +52,8 @@ def card(mixture: Mixture, summary: dict[str, Any], folder: Path) -> str:
         "",
         "## Examples",
     ]
-    for name, found in summary["sources"].items():
-        lines += ["", f"### {name}", *(line for text in found["examples"] for line in ("", *_quoted(text)))]
+    for name, counts in summary["sources"].items():
+        lines += ["", f"### {name}", *(line for text in counts["examples"] for line in ("", *_quoted(text)))]
     return "\n".join(lines) + "\n"
 
 
@@ -62,30 +62,30 @@ def _sources(mixture: Mixture, summary: dict[str, Any]) -> list[str]:
         [
             name,
             f"{mixture.sources[name].kind}, {mixture.sources[name].render}",
-            f"{found['records']:,}",
-            f"{sum(found['samples'].values()):,}",
-            *(f"{found['samples'].get(side, 0):,}" for side in SPLITS),
-            f"{sum(found['tokens'].values()):,}",
-            f"{sum(found['images'].values()):,}",
+            f"{counts['records']:,}",
+            f"{sum(counts['samples'].values()):,}",
+            *(f"{counts['samples'].get(side, 0):,}" for side in SPLITS),
+            f"{sum(counts['tokens'].values()):,}",
+            f"{sum(counts['images'].values()):,}",
         ]
-        for name, found in summary["sources"].items()
+        for name, counts in summary["sources"].items()
     ]
     sides = [f">{side}" for side in SPLITS]
     return _table(["source", "format, read as", ">records", ">samples", *sides, ">tokens", ">images"], rows)
 
 
 def _epoch(mixture: Mixture, summary: dict[str, Any]) -> list[str]:
-    epochs = {name: found["epoch"] for name, found in summary["sources"].items() if "epoch" in found}
+    epochs = {name: counts["epoch"] for name, counts in summary["sources"].items() if "epoch" in counts}
     notes = [f"- {note}" for note in summary["notes"]]
     if not epochs:
         return notes
     match mixture.blend:
         case ByWeight(unit=unit):
-            said = f"Blended by the sources' weights, in {unit}."
+            blend = f"Blended by the sources' weights, in {unit}."
         case BySize(unit=unit, temperature=temperature):
-            said = f"Blended by the sources' sizes to the power 1 / {temperature:g}, in {unit}."
+            blend = f"Blended by the sources' sizes to the power 1 / {temperature:g}, in {unit}."
         case ByRepeats():
-            unit, said = "samples", "Each source is seen as often as its `repeats` says."
+            unit, blend = "samples", "Each source is seen as often as its `repeats` says."
         case _:
             assert_never(mixture.blend)
     rows = [
@@ -101,19 +101,19 @@ def _epoch(mixture: Mixture, summary: dict[str, Any]) -> list[str]:
         for name, epoch in epochs.items()
     ]
     head = [f">wanted of {unit}", ">reached of samples", ">of tokens", ">samples drawn", ">of", ">times seen"]
-    return [said, "", *_table(["source", *head], rows), *([""] if notes else []), *notes]
+    return [blend, "", *_table(["source", *head], rows), *([""] if notes else []), *notes]
 
 
 def _licences(summary: dict[str, Any]) -> list[str]:
     rows = [
         [name, _inline(licence), f"{count:,}"]
-        for name, found in summary["sources"].items()
-        for licence, count in found["licences"].items()
+        for name, counts in summary["sources"].items()
+        for licence, count in counts["licences"].items()
     ]
     packages = {
         f"- {_inline(package)}: {_inline(licence)}": None
-        for found in summary["sources"].values()
-        for package, licence in found["packages"].items()
+        for counts in summary["sources"].values()
+        for package, licence in counts["packages"].items()
     }
     made_from = ["", "Made from these packages:", "", *packages] if packages else []
     return [*_table(["source", "licence", ">samples"], rows), *made_from]
@@ -122,9 +122,9 @@ def _licences(summary: dict[str, Any]) -> list[str]:
 def _left_out(summary: dict[str, Any], folder: Path) -> list[str]:
     rows = [
         [name, kind, f"`{reason}`", f"{count:,}", _first(folder, name, reason)]
-        for name, found in summary["sources"].items()
+        for name, counts in summary["sources"].items()
         for key, kind in LEFT_OUT.items()
-        for reason, count in found[key].items()
+        for reason, count in counts[key].items()
     ]
     if not rows:
         return ["Nothing."]
@@ -142,19 +142,19 @@ def _first(folder: Path, source: str, reason: str) -> str:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """A table; a column whose head begins with `>` is of numbers."""
+    """A Markdown table; columns whose head begins with `>` are numeric."""
     rule = ["--:" if name.startswith(">") else "---" for name in head]
     return [f"| {' | '.join(cells)} |" for cells in ([name.removeprefix(">") for name in head], rule, *rows)]
 
 
 def _quoted(text: str) -> list[str]:
-    """Text as a quotation with its own lines."""
+    """Text as a block quotation with its line breaks."""
     lines = [_inline(line) for line in _short(text).splitlines() if line.strip()]
     return [f"> {line}{'' if number == len(lines) else '  '}" for number, line in enumerate(lines, start=1)]
 
 
 def _inline(text: str) -> str:
-    """Text as one line of Markdown that shows it and does nothing else, in a table too."""
+    """Text as one line of Markdown that is shown literally, also in a table."""
     line = " ".join("".join(c if c.isprintable() else " " for c in _short(text)).split())
     return _LIST.sub(r"\1\\\2", line.translate(_ENTITIES))
 

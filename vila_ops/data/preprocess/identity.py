@@ -1,4 +1,4 @@
-"""What a prepared mixture is made of, in words that do not depend on where things lie."""
+"""The identity of a prepared mixture: its recipe without paths, and the digests of what it reads."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,18 +14,18 @@ from vila_ops.data.images import Fit
 from vila_ops.packages.normalisation import mean_std
 
 SHARD_REVISION = 5
-"""Bumped when the same records become other samples."""
+"""Raised if the same records become other samples."""
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-"""All that transformers reads of a model's folder to make a fast tokenizer and its chat template."""
+"""The files of a model's folder from which transformers builds a fast tokenizer and its chat template."""
 SURVEY_REVISION = 1
-"""Bumped when the rules over all records take out others."""
+"""Raised if the rules over all records drop other records."""
 PLACES = {"path", "images"}
-"""Of a source: their content is hashed instead."""
+"""Settings of a source that are paths; the content is hashed instead."""
 SHARES = {"weight", "repeats"}
-"""Of a source: how much of it an epoch has changes no sample."""
+"""Settings of a source that change an epoch, but no sample."""
 
 
 def source_recipe(source: Source) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def _recipe(source: Source, *, without: set[str]) -> dict[str, Any]:
 
 
 def text_recipe(text: TextFormat) -> dict[str, Any]:
-    """The text format; a local tokenizer by its content instead of its place, the tower by the colour that pads."""
+    """The text format, with a local tokenizer by its content instead of its path, the tower by its padding colour."""
     dumped = text.model_dump(mode="json", exclude={"vision_tower"})
     if text.image_aspect_ratio == "pad":
         dumped["colour"] = list(fit_of(text).colour)
@@ -63,7 +63,7 @@ def text_recipe(text: TextFormat) -> dict[str, Any]:
             dumped["language_model"] = {"kind": "package", "sha256": package.sha256, "gguf": gguf}
         case "hub":
             folder = Path(text.language_model.name)
-            if folder.is_dir():  # its revision is a label, which says nothing of what lies there now
+            if folder.is_dir():  # the revision of a local folder is only a label
                 dumped["language_model"] = {"kind": "hub", "tokenizer": _tokenizer_digest(folder)}
             else:
                 dumped["language_model"].pop("shape")
@@ -75,13 +75,13 @@ def _tokenizer_digest(folder: Path) -> str:
 
 
 def fit_of(text: TextFormat) -> Fit:
-    """How the images of a text format become squares."""
+    """How images become squares in a text format."""
     mean, _ = mean_std(text.vision_tower)
     return Fit(text.image_aspect_ratio, mean)
 
 
 def digests(mixture: Mixture, *, cache: Path) -> dict[str, str]:
-    """A digest of each source by its name: of all that is read from outside the config."""
+    """The digest of each source by name: of everything that is read besides the config."""
     read: Mapping[str, Source] = mixture.sources
     against: Mapping[str, Source] = mixture.contamination.sources if mixture.contamination else {}
     own = {name: sources.digest(source, cache=cache) for name, source in read.items()}

@@ -1,4 +1,4 @@
-"""The task `prepare`: a mixture's sources become tokenised, sharded, split samples. Light: work is in `build`."""
+"""The task `prepare`: a mixture's sources become tokenised, sharded, split samples. Light: the work is in `build`."""
 
 import logging
 import time
@@ -12,14 +12,14 @@ from vila_ops.config import NO_CONTEXT, Mixture, Resources, RunContext, TextForm
 from vila_ops.data.preprocess.identity import SHARD_REVISION, SURVEY_REVISION, digests, mixture_recipe, text_recipe
 
 REVISION = 4
-"""Bumped when the same shards become another dataset."""
+"""Raised if the same shards become another dataset."""
 log = logging.getLogger(__name__)
 
 
 def prepare(mixture: Mixture, text: TextFormat, resources: Resources, context: RunContext = NO_CONTEXT) -> Dataset:
-    """The prepared mixture, found in `data/<mixture>` or the store, or made; of its shards only the new ones are made.
+    """The prepared mixture: the sealed one in `data/<mixture>` or the store, or a new one that reuses sealed shards.
 
-    Raises ValueError when more than the mixture's max_bad_share of a source's records are bad.
+    Raises ValueError if more than the mixture's max_bad_share of a source's records are bad.
     """
     at = _address(mixture, text, resources)
     if done := _find(at, mixture, resources):
@@ -29,7 +29,7 @@ def prepare(mixture: Mixture, text: TextFormat, resources: Resources, context: R
 
 
 def prepared(mixture: Mixture, text: TextFormat, resources: Resources) -> Dataset | None:
-    """The prepared mixture where it is there already; nothing is made."""
+    """The prepared mixture if it is sealed already, else None; nothing is prepared."""
     return _find(_address(mixture, text, resources), mixture, resources)
 
 

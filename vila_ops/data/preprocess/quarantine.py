@@ -1,4 +1,4 @@
-"""Records of a mixture that are left out by name: their samples leave the index, their bytes stay in the shards.
+"""Quarantined records of a mixture: their samples are removed from the index, their bytes stay in the shards.
 
 So no shard is rebuilt, and every other sample keeps its key, its split and its bytes.
 """
@@ -17,15 +17,15 @@ REASON = "quarantined"
 
 
 class Quarantined:
-    """What is left out of the shards of a mixture, one after the other."""
+    """Removes quarantined records from the indexes of a mixture's shards, one after the other."""
 
     def __init__(self, mixture: Mixture) -> None:
         self.mixture = mixture
         self._places: dict[tuple[str, str], list[str]] = {}
-        """Of each record that was found (source, id), where its samples stand."""
+        """The locations of the samples of each record (source, id) that occurred."""
 
     def leave_out(self, source: str, index: pa.Table, counts: dict[str, Any]) -> pa.Table:
-        """The index of a shard without the records that are left out, which are taken off its counts."""
+        """The index of a shard without quarantined records, which are subtracted from its counts."""
         if source not in self.mixture.quarantine:
             return index
         out = pc.is_in(index["id"], pa.array(self.mixture.quarantine[source], pa.string()))
@@ -42,26 +42,26 @@ class Quarantined:
         return index.filter(pc.invert(out))
 
     def dropped(self) -> Iterator[pa.Table]:
-        """The records that were left out, for the list of what was dropped; ask after all shards.
+        """The quarantined records as rows of the list of dropped records; call it after all shards.
 
-        Raises ValueError for one that has no sample in any shard.
+        Raises ValueError for a record that has no sample in any shard.
         """
-        asked = [(source, one) for source, ids in self.mixture.quarantine.items() for one in ids]
-        if unknown := [pair for pair in asked if pair not in self._places]:
+        pairs = [(source, one) for source, ids in self.mixture.quarantine.items() for one in ids]
+        if unknown := [pair for pair in pairs if pair not in self._places]:
             source, one = unknown[0]
             raise ValueError(
                 f"mixture {self.mixture.name!r}: quarantine names {one!r} of source {source!r}, of which there is no "
-                f"sample ({len(unknown)} such in all); take it out of quarantine, or correct its id"
+                f"sample ({len(unknown)} such in all); remove it from quarantine, or correct its id"
             )
         rows = [
             {"source": source, "id": one, "reason": REASON, "where": " ".join(self._places[source, one]), "detail": ""}
-            for source, one in asked
+            for source, one in pairs
         ]
         yield pa.Table.from_pylist(rows, schema=DROPPED_SCHEMA)
 
 
 def _without(counts: dict[str, int], rows: list[dict[str, Any]], key: str, column: str | None) -> dict[str, int]:
-    """Counts by a key of the rows, less those rows; a row counts as what stands in a column, or 1."""
+    """Counts by a key of the rows, minus these rows; a row counts as its value in `column`, or 1."""
     taken: Counter[str] = Counter()
     for row in rows:
         taken[row[key]] += 1 if column is None else row[column]

@@ -1,4 +1,4 @@
-"""What a worker does: a unit's records are read, rendered and tokenised, images squared, and sealed as a shard."""
+"""The work of one worker: read, render and tokenise a unit's records, resize their images, and seal a shard."""
 
 import json
 import time
@@ -36,7 +36,7 @@ EXAMPLES, EXAMPLE_CHARACTERS = 3, 300
 
 
 class ShardJob(Config):
-    """What every unit needs to know; small enough to travel to any worker."""
+    """The settings that every unit needs; small enough to be sent to any worker."""
 
     mixture: Mixture
     text: TextFormat
@@ -45,20 +45,20 @@ class ShardJob(Config):
 
 
 class Drop(Config):
-    """A record that a rule over all records takes out."""
+    """A record that a rule over all records drops."""
 
     span: int
-    """Of the unit."""
+    """Index of the span in its unit."""
     number: int
-    """Of the record in its file."""
+    """Number of the raw record in its file."""
     part: int
-    """Of what the raw record holds."""
+    """Index among the records of the raw record."""
     reason: str
     detail: str
 
 
 class UnitTask(Config):
-    """A unit to be written, and which of its records are not to be kept."""
+    """A unit to write, and the records to drop from it."""
 
     job: ShardJob
     unit: Unit
@@ -66,7 +66,7 @@ class UnitTask(Config):
 
 
 def shard_address(task: UnitTask) -> Address:
-    """Of a shard: what is in the raw files and what is made of it, not where they lie nor what else is mixed in."""
+    """The address of a shard: content of raw files and settings, without paths and the other sources of the mixture."""
     job, mixture = task.job, task.job.mixture
     source = mixture.sources[task.unit.source]
     recipe = {
@@ -77,7 +77,7 @@ def shard_address(task: UnitTask) -> Address:
         "mixture": mixture.model_dump(mode="json", include={"split", "long_documents", "images", "seed"}),
     }
     digests = {span.digest for span in task.unit.spans}
-    if source.render == "questions":  # wrong answers are drawn from the names of the whole source
+    if source.render == "questions":  # wrong answers are drawn from the object names of the whole source
         digests.add(sources.digest(source, cache=Path(job.cache)))
     return store.address(Shard, revision=SHARD_REVISION, recipe=recipe, parents=tuple(sorted(digests)))
 
@@ -88,7 +88,7 @@ def shard_name(source: str, key: str) -> str:
 
 
 def write_shard(task: UnitTask) -> Shard:
-    """The sealed shard of a unit; made only if it is not there."""
+    """The sealed shard of a unit; written only if it is missing."""
     at = shard_address(task)
     if done := store.find(Shard, at, store=task.job.store):
         return done
@@ -102,12 +102,12 @@ def write_shard(task: UnitTask) -> Shard:
 
 
 def folders_of(source: Source, *, cache: Path) -> dict[str, Path]:
-    """The folders of a source's packages, fetched where they are not in the cache, by package name."""
+    """The folders of a source's packages by package name; missing packages are fetched to the cache."""
     return {package.name: fetch(package, cache=cache) for package in source.packages()}
 
 
 def tokenizer_of(text: TextFormat, *, cache: Path) -> Tokenizer:
-    """The tokenizer that reads records in a text format, loaded once per process and content of its folder."""
+    """The tokenizer of a text format, loaded once per process and content of its folder."""
     return _tokenizer(text, cache, content=fingerprint(text_recipe(text)))
 
 
@@ -183,15 +183,15 @@ class _Writer:
             self._add(filtered.record)
 
     def _add(self, record: Record) -> None:
-        """Its samples; a record that fails in more than one of its renderings counts once, for the first reason."""
+        """Write the samples of a record. If several renderings fail, it is dropped once, for the first reason."""
         split = split_of(record.object, self.job.mixture.split)
         failed: list[Dropped] = []
         for rendered in self._render(record, split):
-            made = self._samples(rendered)
-            if isinstance(made, Dropped):
-                failed.append(made)
+            samples = self._samples(rendered)
+            if isinstance(samples, Dropped):
+                failed.append(samples)
                 continue
-            for sample in made:
+            for sample in samples:
                 self.tar.add(sample, split=split)
                 if split == "train" and len(self.examples) < EXAMPLES:
                     self.examples.append(sample.text[:EXAMPLE_CHARACTERS])
@@ -216,7 +216,7 @@ class _Writer:
         except BadImage as error:
             return Dropped(record.id, f"bad_image_{error.reason}", detail=str(error))
         text = "\n".join(part for turn in record.turns for part in turn.parts if isinstance(part, str))
-        # each piece with its own words: all of them in every piece would grow with the square of the document
+        # each piece with its own text: the whole text in every piece would grow with the square of the document
         texts = [text] if len(pieces) == 1 else [self.tokenizer.decode(piece.input_ids) for piece in pieces]
         return [self._sample(record, own, piece, squares) for own, piece in zip(texts, pieces, strict=True)]
 
@@ -249,10 +249,10 @@ class _Writer:
 
 
 def numbered(source: Source, folders: dict[str, Path], span: Span) -> Iterator[tuple[int, int, Record | Dropped]]:
-    """(number of the raw record in its file, which of the things that it holds, that) for all that a span takes."""
+    """(number of the raw record in its file, index of the record in it, record) for all records that a span takes."""
     taken = (number for number in range(span.start, span.stop) if span.takes(number))
-    for number, found in zip(taken, sources.read(source, folders, span), strict=True):
-        for part, record in enumerate(found):
+    for number, records in zip(taken, sources.read(source, folders, span), strict=True):
+        for part, record in enumerate(records):
             yield number, part, record
 
 
@@ -266,16 +266,16 @@ def _sums(rows: list[dict[str, Any]], column: str) -> dict[str, int]:
 
 @lru_cache(maxsize=4)
 def _names(source: Source, split: Split, cache: Path, *, digest: str) -> dict[str, ObjectNames]:
-    """Names by split and category of a whole source, read once per process and content of the source."""
+    """Object names of a whole source by split and category, read once per process and content of the source."""
     folders = folders_of(source, cache=cache)
-    found: dict[str, dict[str, list[str]]] = {}
+    by_split: dict[str, dict[str, list[str]]] = {}
     for file in sources.raw_files(source, folders, cache=cache):
         whole = Span(name=file.name, path=file.path, digest=file.digest, start=0, stop=file.count, mark=0)
         for _, _, record in numbered(source, folders, whole):
             if isinstance(record, Record):
-                side = found.setdefault(split_of(record.object, split), {})
+                side = by_split.setdefault(split_of(record.object, split), {})
                 side.setdefault(record.category, []).append(record.object)
     return {
         name: ObjectNames({category: tuple(sorted(set(names))) for category, names in sorted(side.items())})
-        for name, side in found.items()
+        for name, side in by_split.items()
     }

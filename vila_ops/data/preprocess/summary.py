@@ -1,4 +1,4 @@
-"""What a prepared mixture holds, in numbers: the counts of its shards by source, and what an epoch has of each."""
+"""The counts of a prepared mixture by source, and each source's share of an epoch."""
 
 import logging
 from collections import Counter
@@ -10,25 +10,28 @@ from vila_ops.data.loading.mixture import Size, compose
 
 SUMMARY = "summary.json"
 LEFT_OUT = {"bad": "bad record", "taken_out": "record, by a rule", "images_out": "image of a document, by a rule"}
-"""Counts by reason in a source's summary, and what they count."""
+"""Keys of counts by reason in a source's summary, with what they count."""
 EXAMPLES = 3
-"""Texts of each source."""
+"""Number of example texts of each source."""
 log = logging.getLogger(__name__)
 
 
 def summarise(mixture: Mixture, counted: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
-    """The counts of all shards, (source, counts) each, added up by source; refuses a source with too much bad data."""
+    """The counts of all shards, given as (source, counts), added up by source.
+
+    Raises ValueError if more than max_bad_share of a source's records are bad.
+    """
     per_source: dict[str, Any] = {}
     for name, source in sorted(mixture.sources.items()):
         own = [counts for of, counts in counted if of == name]
-        found = {
+        totals = {
             "records": sum(counts["records"] for counts in own),
             **{key: _total(own, key) for key in ("samples", "tokens", "images", "licences", *LEFT_OUT)},
             "packages": {f"{p.registry}:{p.name}@{p.version}": p.licence for p in source.packages()},
             "examples": [text for counts in own for text in counts["examples"]][:EXAMPLES],
         }
-        _refuse_bad(mixture, name, found)
-        per_source[name] = found
+        _refuse_bad(mixture, name, totals)
+        per_source[name] = totals
     notes = _epoch(mixture, per_source)
     for note in notes:
         log.warning("mixture %s: %s", mixture.name, note)
@@ -41,12 +44,12 @@ def summarise(mixture: Mixture, counted: Sequence[tuple[str, dict[str, Any]]]) -
 
 
 def _epoch(mixture: Mixture, per_source: dict[str, Any]) -> list[str]:
-    """Note beside each source its share of an epoch; returns what a reader may not expect."""
+    """Add each source's share of an epoch to its counts; returns warnings."""
     sizes = {
-        name: Size(samples=found["samples"].get("train", 0), tokens=found["tokens"].get("train", 0))
-        for name, found in per_source.items()
+        name: Size(samples=totals["samples"].get("train", 0), tokens=totals["tokens"].get("train", 0))
+        for name, totals in per_source.items()
     }
-    if idle := [name for name, size in sizes.items() if not size.samples]:  # good to evaluate on, not to train on
+    if idle := [name for name, size in sizes.items() if not size.samples]:  # such a mixture can be evaluated on
         return [f"sources {idle} have no training sample, so this mixture has no epoch"]
     composed = compose(mixture, sizes)
     for name, share in composed.shares.items():
@@ -55,19 +58,19 @@ def _epoch(mixture: Mixture, per_source: dict[str, Any]) -> list[str]:
 
 
 def _whole(per_source: dict[str, Any], key: str) -> int:
-    return sum(sum(found[key].values()) for found in per_source.values())
+    return sum(sum(totals[key].values()) for totals in per_source.values())
 
 
 def _total(counts: list[dict[str, Any]], key: str) -> dict[str, int]:
-    """One mapping of counts of all shards, added up, its keys sorted."""
+    """One mapping of counts added up over all shards, with sorted keys."""
     return dict(sorted(sum((Counter(one[key]) for one in counts), Counter[str]()).items()))
 
 
-def _refuse_bad(mixture: Mixture, name: str, found: dict[str, Any]) -> None:
-    bad = sum(found["bad"].values())
-    if bad > mixture.max_bad_share * found["records"]:
+def _refuse_bad(mixture: Mixture, name: str, totals: dict[str, Any]) -> None:
+    bad = sum(totals["bad"].values())
+    if bad > mixture.max_bad_share * totals["records"]:
         raise ValueError(
-            f"mixture {mixture.name!r}: {bad} of {found['records']} records of source {name!r} are bad "
-            f"({found['bad']}), more than max_bad_share {mixture.max_bad_share}; see them with `vila-ops data lint`, "
+            f"mixture {mixture.name!r}: {bad} of {totals['records']} records of source {name!r} are bad "
+            f"({totals['bad']}), more than max_bad_share {mixture.max_bad_share}; see them with `vila-ops data lint`, "
             "fix the source or raise max_bad_share of the mixture"
         )

@@ -1,4 +1,4 @@
-"""The look at all records, before shards are written, that top share, contamination and near duplicates need."""
+"""The pass over all records, before shards are written, that top share, contamination and near duplicates need."""
 
 import hashlib
 import time
@@ -34,37 +34,37 @@ PLACES_SCHEMA = pa.schema(
     [("span", pa.int32()), ("number", pa.int64()), ("part", pa.int32()), ("id", pa.string()), ("where", pa.string())]
 )
 EVALUATION_BYTES = 2**30
-"""Raw records of an evaluation set that one task looks at, counted as they would be as shards."""
+"""Size of the raw records of an evaluation set that one task surveys, as the size of their shards would be."""
 
 
-class Look(Config):
+class SurveyTask(Config):
     """A unit to be surveyed."""
 
     job: ShardJob
     unit: Unit
     source: Source
     ngrams: Survey | None = None
-    """Of the evaluation sets, which a training record is searched for; None: keep all of one's own."""
+    """The n-grams of the evaluation sets, which are looked for in training records; None for an evaluation set."""
 
 
 def survey(job: ShardJob, units: list[Unit], resources: Resources) -> dict[int, tuple[Drop, ...]]:
-    """What is to be dropped of each unit, by its number; nothing is read where no rule needs it."""
+    """The records to drop from each unit, by its number. Records are read only if a rule needs it."""
     mixture = job.mixture
     shares = {name: source.clean.top_share for name, source in mixture.sources.items()}
     if not (mixture.near_duplicates or mixture.contamination or any(shares.values())):
         return {}
     evaluation, ngrams, against = None, None, pa.table({name: [] for name in PLACES_SCHEMA.names}, PLACES_SCHEMA)
     if mixture.contamination:
-        looks = list(_evaluation(job))
-        evaluation, against, _ = _gather(each(survey_unit, looks, makes=Survey, resources=resources), looks)
+        tasks = list(_evaluation(job))
+        evaluation, against, _ = _gather(each(survey_unit, tasks, makes=Survey, resources=resources), tasks)
         ngrams = _seal_ngrams(known_ngrams(evaluation), job)
     whole = mixture.near_duplicates or mixture.contamination
     chosen = [number for number, unit in enumerate(units) if whole or shares[unit.source]]
-    looks = [
-        Look(job=job, unit=units[number], source=mixture.sources[units[number].source], ngrams=ngrams)
+    tasks = [
+        SurveyTask(job=job, unit=units[number], source=mixture.sources[units[number].source], ngrams=ngrams)
         for number in chosen
     ]
-    signatures, places, numbers = _gather(each(survey_unit, looks, makes=Survey, resources=resources), looks)
+    signatures, places, numbers = _gather(each(survey_unit, tasks, makes=Survey, resources=resources), tasks)
     drops = decide(
         signatures,
         shares=_shares(shares, numbers),
@@ -72,52 +72,52 @@ def survey(job: ShardJob, units: list[Unit], resources: Resources) -> dict[int, 
         contamination=mixture.contamination,
         duplicates=mixture.near_duplicates,
     )
-    found: dict[int, list[Drop]] = defaultdict(list)
-    for look, drop in _placed(drops, places, against):
-        found[chosen[look]].append(drop)
-    return {number: tuple(of_unit) for number, of_unit in found.items()}
+    by_unit: dict[int, list[Drop]] = defaultdict(list)
+    for number, drop in _placed(drops, places, against):
+        by_unit[chosen[number]].append(drop)
+    return {number: tuple(of_unit) for number, of_unit in by_unit.items()}
 
 
-def survey_unit(look: Look) -> Survey:
-    """The sealed signatures of a unit's records; made only if they are not there."""
-    at = _address(look)
-    if done := store.find(Survey, at, store=look.job.store):
+def survey_unit(task: SurveyTask) -> Survey:
+    """The sealed signatures of a unit's records; computed only if they are missing."""
+    at = _address(task)
+    if done := store.find(Survey, at, store=task.job.store):
         return done
     started = time.monotonic()
-    attempt = store.begin(at, store=look.job.store)
-    known = None if look.ngrams is None else _load_ngrams(str(store.file(look.ngrams, NGRAMS)))
-    mixture = look.job.mixture
-    rules = SignatureRules(look.source.clean, mixture.near_duplicates, mixture.contamination, known)
-    found: list[Signature] = []
+    attempt = store.begin(at, store=task.job.store)
+    known = None if task.ngrams is None else _load_ngrams(str(store.file(task.ngrams, NGRAMS)))
+    mixture = task.job.mixture
+    rules = SignatureRules(task.source.clean, mixture.near_duplicates, mixture.contamination, known)
+    signatures: list[Signature] = []
     places: list[dict[str, object]] = []
-    folders = folders_of(look.source, cache=Path(look.job.cache))
-    for place, span in enumerate(look.unit.spans):
-        for number, part, record in numbered(look.source, folders, span):
+    folders = folders_of(task.source, cache=Path(task.job.cache))
+    for place, span in enumerate(task.unit.spans):
+        for number, part, record in numbered(task.source, folders, span):
             if isinstance(record, Dropped):
-                continue  # pass 2 counts it
+                continue  # counted when its shard is written
             places.append({"span": place, "number": number, "part": part, "id": record.id, "where": record.provenance})
-            found.append(signature(record, rules, number=len(found), file=place))
-    pq.write_table(table(found), attempt / SIGNATURES, compression="zstd")
+            signatures.append(signature(record, rules, number=len(signatures), file=place))
+    pq.write_table(table(signatures), attempt / SIGNATURES, compression="zstd")
     pq.write_table(pa.Table.from_pylist(places, schema=PLACES_SCHEMA), attempt / PLACES, compression="zstd")
     ran = execution(launch=whoami()["launch"], seconds=time.monotonic() - started, ran=[whoami()])
-    return store.seal(Survey, at, attempt, facts={"num_records": len(found)}, execution=ran)
+    return store.seal(Survey, at, attempt, facts={"num_records": len(signatures)}, execution=ran)
 
 
-def _address(look: Look) -> Address:
-    mixture = look.job.mixture
+def _address(task: SurveyTask) -> Address:
+    mixture = task.job.mixture
     gate = mixture.contamination
     recipe = {
-        "source": source_recipe(look.source),
-        "spans": [span.model_dump(mode="json", exclude={"path", "mark"}) for span in look.unit.spans],
+        "source": source_recipe(task.source),
+        "spans": [span.model_dump(mode="json", exclude={"path", "mark"}) for span in task.unit.spans],
         "near_duplicates": mixture.near_duplicates and mixture.near_duplicates.model_dump(mode="json"),
         "contamination": gate and gate.model_dump(mode="json", exclude={"sources"}),
-        "against": look.ngrams and look.ngrams.digest,
+        "against": task.ngrams and task.ngrams.digest,
     }
-    parents = tuple(sorted({span.digest for span in look.unit.spans}))
+    parents = tuple(sorted({span.digest for span in task.unit.spans}))
     return store.address(Survey, revision=SURVEY_REVISION, recipe=recipe, parents=parents)
 
 
-def _evaluation(job: ShardJob) -> Iterator[Look]:
+def _evaluation(job: ShardJob) -> Iterator[SurveyTask]:
     assert job.mixture.contamination
     for name, source in sorted(job.mixture.contamination.sources.items()):
         cache = Path(job.cache)
@@ -125,18 +125,18 @@ def _evaluation(job: ShardJob) -> Iterator[Look]:
         if not sum(file.count for file in raw):
             raise ValueError(f"mixture {job.mixture.name!r}: evaluation set {name!r} has no records to compare with")
         for unit in plan_units(name, raw, shard_bytes=EVALUATION_BYTES, image_bytes=10**5, limit=source.limit):
-            yield Look(job=job, unit=unit, source=source)
+            yield SurveyTask(job=job, unit=unit, source=source)
 
 
-def _gather(made: list[Survey], looks: list[Look]) -> tuple[pa.Table, pa.Table, dict[tuple[str, str], int]]:
-    """All signatures, records and files numbered through; the place of each record; the number of each file."""
+def _gather(surveys: list[Survey], tasks: list[SurveyTask]) -> tuple[pa.Table, pa.Table, dict[tuple[str, str], int]]:
+    """All signatures, with consecutive numbers of records and files; the places of records; the numbers of files."""
     numbers: dict[tuple[str, str], int] = {}
     signatures, places = [], []
     first = 0
-    found = zip(files(made, SIGNATURES), files(made, PLACES), looks, strict=True)
-    for number, (signatures_of, places_of, look) in enumerate(found):
+    parts = zip(files(surveys, SIGNATURES), files(surveys, PLACES), tasks, strict=True)
+    for number, (signatures_of, places_of, task) in enumerate(parts):
         own = pq.read_table(signatures_of)
-        of_spans = [numbers.setdefault((look.unit.source, span.name), len(numbers)) for span in look.unit.spans]
+        of_spans = [numbers.setdefault((task.unit.source, span.name), len(numbers)) for span in task.unit.spans]
         file = np.asarray(of_spans, np.int64)[own["file"].to_numpy()]
         own = own.set_column(own.schema.get_field_index("file"), "file", pa.array(file))
         own = own.set_column(
@@ -144,7 +144,7 @@ def _gather(made: list[Survey], looks: list[Look]) -> tuple[pa.Table, pa.Table, 
         )
         signatures.append(own)
         where = pq.read_table(places_of)
-        places.append(where.append_column("look", pa.array(np.full(len(where), number, np.int64))))
+        places.append(where.append_column("task", pa.array(np.full(len(where), number, np.int64))))
         first += len(own)
     return pa.concat_tables(signatures), pa.concat_tables(places), numbers
 
@@ -154,20 +154,20 @@ def _shares(shares: Mapping[str, TopShare | None], numbers: Mapping[tuple[str, s
 
 
 def _placed(drops: pa.Table, places: pa.Table, against: pa.Table) -> Iterator[tuple[int, Drop]]:
-    """Each drop with the number of its look; its detail names what it collided with."""
+    """Each drop with the number of its survey task; its detail names the record that it duplicates."""
     for row in drops.to_pylist():
         place = places.slice(row["record"], 1).to_pylist()[0]
         twins = against if row["reason"].startswith("contaminated") else places
         twin = None if row["twin"] is None else twins.slice(row["twin"], 1).to_pylist()[0]
         detail = f"as {twin['id']!r} ({twin['where']})" if twin else ""
         yield (
-            place["look"],
+            place["task"],
             Drop(span=place["span"], number=place["number"], part=place["part"], reason=row["reason"], detail=detail),
         )
 
 
 def _seal_ngrams(ngrams: NDArray[np.uint64], job: ShardJob) -> Survey:
-    """The n-grams of the evaluation sets as an artifact that every worker can read."""
+    """The n-grams of the evaluation sets, sealed as an artifact that every worker can read."""
     digest = hashlib.sha256(ngrams.tobytes()).hexdigest()
     at = store.address(Survey, revision=SURVEY_REVISION, recipe={"ngrams": digest}, parents=())
     if done := store.find(Survey, at, store=job.store):

@@ -1,7 +1,7 @@
-"""Raw files to units: what becomes one shard. Pure.
+"""Raw files to units, each of which becomes one shard. Pure.
 
-Where a unit begins depends on the files near it alone, so that a file that is dropped in changes no unit but its
-neighbours, and every other shard is found again.
+The boundaries of a unit depend only on the files near it, so a file that is added changes only neighbouring units, and
+all other shards are reused.
 """
 
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ from vila_ops.config.images import ImageEncoding, Jpeg, Webp
 from vila_ops.data.raw.files import STRIDE, RawFile, Span, Thinned
 
 RECORD_BYTES = 1500
-"""Of a record in a shard, without its images: tokens, text and tar headers (measured on captions and documents)."""
+"""Bytes of a record in a shard without its images: tokens, text, tar headers (measured on captions and documents)."""
 
 
 def stored_image_bytes(side: int, encoding: ImageEncoding) -> float:
-    """About what a square of `side` pixels takes in a shard (measured on photos; drawings take less)."""
+    """Approximate bytes of a square of `side` pixels in a shard (measured on photos; drawings take less)."""
     match encoding:
         case Jpeg(quality=quality):
             per_pixel = 0.5 * 2 ** ((quality - 95) / 10)
@@ -30,7 +30,7 @@ def stored_image_bytes(side: int, encoding: ImageEncoding) -> float:
 
 
 class Unit(Config):
-    """One shard's worth of work: neighbouring records of one source."""
+    """Consecutive records of one source that become one shard."""
 
     source: str
     spans: tuple[Span, ...]
@@ -47,9 +47,9 @@ def plan_units(
 ) -> list[Unit]:
     """The units of a source in the order of its records, each of about `shard_bytes` as a shard.
 
-    image_bytes: of one encoded image, estimated. share: of the records, how many a rule (top_share) keeps.
-    Long files are cut; short ones are put together, and a unit ends with a file whose digest says so once half of
-    shard_bytes is reached: with 1 file in 4, or at 1.5 shard_bytes.
+    `image_bytes` is the estimated size of one encoded image, `share` the share of records that top_share keeps. Long
+    files are cut and short files are joined. A unit of short files ends, from half of shard_bytes on, after a file
+    whose digest marks a boundary (1 file in 4), or at 1.5 shard_bytes.
     """
     total = sum(file.count for file in files)
     thin = 1.0 if limit is None else min(1.0, limit / max(1, total))
@@ -73,7 +73,7 @@ def plan_units(
 
 
 def _cuts(file: RawFile, *, pieces: int) -> Iterator[tuple[int, int]]:
-    """[start, stop) of equal pieces of a file, at multiples of STRIDE."""
+    """[start, stop) of equal pieces of a file; starts are multiples of STRIDE."""
     step = -(-file.count // max(1, pieces))
     step = -(-step // STRIDE) * STRIDE
     for start in range(0, file.count, step):

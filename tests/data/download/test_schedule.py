@@ -2,7 +2,7 @@
 
 import asyncio
 
-from vila_ops.data.download.turns import FetchJob, Turns
+from vila_ops.data.download.schedule import FetchJob, HostSchedule
 
 
 def jobs(*hosts: str) -> list[FetchJob]:
@@ -11,7 +11,7 @@ def jobs(*hosts: str) -> list[FetchJob]:
 
 def test_a_host_that_is_full_lets_the_next_one_go_first():
     async def order() -> list[str]:
-        turns = Turns(jobs("a", "a", "a", "b"), per_host=1, per_second=1e6)
+        turns = HostSchedule(jobs("a", "a", "a", "b"), per_host=1, per_second=1e6)
         first, second = await turns.next(), await turns.next()
         turns.done(first)
         third = await turns.next()
@@ -27,7 +27,7 @@ def test_a_host_that_is_full_lets_the_next_one_go_first():
 
 def test_a_job_that_comes_again_waits_and_the_others_of_its_host_do_not():
     async def order() -> list[str]:
-        turns = Turns(jobs("a", "a"), per_host=4, per_second=1e6)
+        turns = HostSchedule(jobs("a", "a"), per_host=4, per_second=1e6)
         first = await turns.next()
         turns.again(first, seconds=0.05, pause_host=False)
         second = await turns.next()
@@ -42,7 +42,7 @@ def test_a_job_that_comes_again_waits_and_the_others_of_its_host_do_not():
 
 def test_a_paused_host_waits_as_a_whole_while_others_go_on():
     async def order() -> list[str]:
-        turns = Turns(jobs("a", "a", "a", "b", "b"), per_host=2, per_second=1e6)
+        turns = HostSchedule(jobs("a", "a", "a", "b", "b"), per_host=2, per_second=1e6)
         first = await turns.next()
         turns.again(first, seconds=0.1, pause_host=True)
         begun = asyncio.get_running_loop().time()

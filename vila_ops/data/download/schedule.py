@@ -1,4 +1,4 @@
-"""Who is asked next: URLs in order of appearance, but no host too often. No input or output."""
+"""The schedule of requests: URLs in order of appearance, within the limits of each host. No I/O."""
 
 import asyncio
 import heapq
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class FetchJob:
-    """A URL to be asked."""
+    """A URL to request."""
 
     url: str
     host: bytes
@@ -22,19 +22,19 @@ class _Host:
     waiting: deque[FetchJob] = field(default_factory=deque)
     in_flight: int = 0
     next_start: float = 0.0
-    """Of the event loop's clock."""
+    """Earliest start of the next request, on the event loop's clock."""
     queued: bool = False
 
 
-class Turns:
-    """Hands out jobs so that a slow or busy host holds up its own URLs and no others."""
+class HostSchedule:
+    """Yields jobs within the limits of each host, so that a slow host delays only its own URLs."""
 
     def __init__(self, jobs: Iterable[FetchJob], *, per_host: int, per_second: float) -> None:
         self._per_host = per_host
         self._interval = 1 / per_second
         self._hosts: dict[bytes, _Host] = {}
         self._queue: list[tuple[float, int, _Host]] = []
-        """A heap of the hosts that may be asked, by when."""
+        """A heap of hosts with jobs, by the time of their next request."""
         self._numbers = itertools.count()
         self._left = 0
         self._changed = asyncio.Event()
@@ -45,13 +45,13 @@ class Turns:
             self._enqueue(host)
 
     async def next(self) -> FetchJob | None:
-        """The next job as soon as its host may be asked; None when all are done. One caller at a time."""
+        """The next job, as soon as its host permits; None when all are done. One caller at a time."""
         now = asyncio.get_running_loop().time
         while self._left:
             if self._queue and self._queue[0][0] <= now():
                 host = heapq.heappop(self._queue)[2]
                 host.queued = False
-                if host.next_start <= now():  # else it was told to wait after it was queued
+                if host.next_start <= now():  # else a pause was set after it was queued
                     host.next_start = now() + self._interval
                     host.in_flight += 1
                     job = host.waiting.popleft()
@@ -65,17 +65,17 @@ class Turns:
                     async with asyncio.timeout_at(self._queue[0][0] if self._queue else None):
                         await self._changed.wait()
                 except TimeoutError:
-                    continue  # the first host's time has come
+                    continue  # the first host may be requested now
         return None
 
     def done(self, job: FetchJob) -> None:
-        """The job needs no more turns."""
+        """Mark a job as finished."""
         self._left -= 1
         self._release(job)
         self._changed.set()
 
     def again(self, job: FetchJob, *, seconds: float, pause_host: bool) -> None:
-        """The job wants another turn, not before so many seconds; nor do others of its host, if that is paused."""
+        """Schedule a job again after `seconds`; `pause_host` delays all jobs of its host as well."""
         loop = asyncio.get_running_loop()
         if pause_host:
             host = self._hosts[job.host]
