@@ -36,7 +36,7 @@ def only(found: list[list[Record | Dropped]]) -> Record | Dropped:
 def test_m3it_joins_instruction_and_inputs_behind_the_image(tmp_path: Path, read_all: ReadAll) -> None:
     assert only(read_all(write(tmp_path, M3IT))) == Record(
         id="a.jsonl:1",
-        object="18a88088d3957a1c15a1cd35b85f90522c1762cc33a44c77e07a3b990b39c41b",  # sha256 of "image a"
+        object="a854f481d4cb2479ff869f3a33763e4c3e8d6b5727f909d774fdd5f37690baeb",  # sha256 of "image a"
         turns=(
             Turn("user", (Image(b"image a"), "\n", "Answer the question. What is it?")),
             Turn("assistant", ("A cat.",)),

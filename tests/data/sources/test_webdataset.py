@@ -183,7 +183,7 @@ def test_a_compressed_tar_is_an_error_that_says_what_to_do(scan: Scan, tmp_path:
     write_members(tmp_path / "a.tar", ("a.jpg", b"a"))
     with tarfile.open(tmp_path / "b.tar.gz", "w:gz") as file:
         file.add(tmp_path / "a.tar", "a.tar")
-    with pytest.raises(ValueError, match=r"b\.tar\.gz is compressed; .* unpack it to a plain \.tar"):
+    with pytest.raises(ValueError, match=r"b\.tar\.gz is compressed, but .* unpack it to a plain \.tar"):
         scan(source(tmp_path))
 
 
