@@ -54,6 +54,8 @@ from hostile_changes import (
     widen,
 )
 
+from vila_ops.errors import CorruptArtifact
+
 ADDRESS_SPACE = 8 * 2**30
 FORBIDDEN = (
     "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect", "socket.bind",
@@ -471,7 +473,7 @@ def outcome(read: Callable[[], object]) -> str:
     """`loaded`, `refused` with its message, or `RAISED` with an unexpected exception."""
     try:
         read()
-    except ValueError as error:
+    except (ValueError, CorruptArtifact) as error:
         return f"refused {error}".replace("\n", " ")
     except BaseException as error:  # noqa: BLE001 that nothing else is raised is what is tested
         return f"RAISED {type(error).__name__} {error}".replace("\n", " ")

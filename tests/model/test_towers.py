@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from vila_ops.config.model import DownsampleProjector
+from vila_ops.errors import CorruptArtifact
 from vila_ops.model import folder as model_folder
 from vila_ops.model.towers import POSITIONS, at_image_size, build_tower, class_tokens, resize_positions
 
@@ -164,7 +165,7 @@ def test_a_folder_without_all_weights_of_its_tower_is_refused(
     state = load_file(path)
     del state["encoder.layers.0.mlp.fc1.bias"]
     save_file(state, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"describes \d+ parameters, but its files hold \d+ numbers"):
+    with pytest.raises(CorruptArtifact, match=r"describes \d+ parameters, but its files hold \d+ numbers"):
         build_tower(as_hub(make_model, tmp_path), cache=tmp_path)
 
 
