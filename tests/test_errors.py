@@ -7,8 +7,10 @@ from collections import Counter
 from pathlib import Path
 
 import httpx
+import huggingface_hub
 import pytest
 from botocore.exceptions import ClientError
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import (
     INTERNAL_ERROR,
@@ -27,7 +29,8 @@ from vila_ops.artifacts.s3_calls import translated
 from vila_ops.artifacts.store import address, begin
 from vila_ops.config import Resources
 from vila_ops.data.shards import CorruptShard
-from vila_ops.errors import FINAL, DamagedFile, RemoteError, StoreRefused, VilaError, is_final
+from vila_ops.errors import FINAL, DamagedFile, FetchError, RemoteError, StoreRefused, VilaError, is_final
+from vila_ops.packages.resolve import hub_folder
 
 ROOT = Path(__file__).parents[1]
 ERRORS = {
@@ -169,6 +172,20 @@ def test_answers_of_mlflow_are_translated(code: int, final: bool) -> None:
         raise MlflowException("no", error_code=code)
     assert is_final(raised.value) is final
     assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind"), [(httpx.ConnectError("x"), FetchError), (OfflineModeIsEnabled(), ValueError)]
+)
+def test_answers_of_the_hub_are_translated(
+    cause: Exception, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:  # what snapshot_download raises, without its retries of 20 s
+        raise LocalEntryNotFoundError("no snapshot") from cause
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(kind, match="neither a local folder nor available from the hub"):
+        hub_folder(f"vila-ops/{kind.__name__}", "main")
 
 
 def tree(path: Path) -> ast.Module:

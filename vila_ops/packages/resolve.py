@@ -13,6 +13,7 @@ from vila_ops.config.model import (
     PackagedTower,
     RandomLanguageModel,
 )
+from vila_ops.errors import FetchError
 from vila_ops.packages.fetch import fetch
 from vila_ops.packages.untrusted import check_folder, stored_tensors
 
@@ -109,20 +110,24 @@ def _checked(folder: Path) -> Path:
 def hub_folder(name: str, revision: str, *, files: Sequence[str] = SAFE_FILES) -> Path:
     """The local folder of that name, or a folder with these files of the hub repository.
 
-    Raises ValueError if the name is neither.
+    Raises ValueError if the name is neither, and FetchError if the hub did not answer.
     """
     return Path(name) if Path(name).is_dir() else _snapshot(name, revision, tuple(files))
 
 
 @lru_cache  # without it every shard would query the hub again
 def _snapshot(name: str, revision: str, files: tuple[str, ...]) -> Path:
+    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
+        cause = error.__cause__ or error
+        status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
+        may_pass = isinstance(cause, httpx.TransportError) or (status is not None and (status >= 500 or status == 429))
+        raise (FetchError if may_pass else ValueError)(
             f"{name!r} at revision {revision!r} is neither a local folder nor available from the hub ({error}); "
             f"check the name and the network, or download it and give its folder"
         ) from error
