@@ -32,7 +32,7 @@ def rows_of_best_fit_decreasing(lengths: NDArray[np.uint16], capacity: int) -> i
     """The textbook rule, in the order of the lengths: a sample goes where the least task is left that it fits into."""
     free: Counter[int] = Counter()
     for length in sorted(lengths.tolist(), reverse=True):
-        best = min((room for room, count in free.items() if count and room >= length), default=capacity)
+        best = min((space for space, count in free.items() if count and space >= length), default=capacity)
         free[best] -= best in free and free[best] > 0
         free[best - length] += 1
     return free.total()

@@ -352,8 +352,8 @@ def test_long_documents_are_cut_between_images_and_nothing_learnt_is_lost(
     pieces = tokenise(made, tokenizer, max_tokens=max_tokens, split=True)
     assert not isinstance(pieces, Dropped)
     check_pieces(pieces, whole, max_tokens=max_tokens) if not isinstance(cut, Dropped) else None
-    learnt = [t for p in pieces for t, is_target in zip(p.input_ids, p.is_target, strict=True) if is_target]
-    assert learnt == [t for t, is_target in zip(whole.input_ids, whole.is_target, strict=True) if is_target]
+    targets = [t for p in pieces for t, is_target in zip(p.input_ids, p.is_target, strict=True) if is_target]
+    assert targets == [t for t, is_target in zip(whole.input_ids, whole.is_target, strict=True) if is_target]
     images = [image for piece in pieces for image in piece.images]
     assert images == sorted(set(images))
 

@@ -27,7 +27,7 @@ Make = Callable[..., PreTrainedTokenizerFast]
 
 
 def said(fast: PreTrainedTokenizerFast, messages: list[Message]) -> list[str]:
-    """What is learnt."""
+    """The target text."""
     rendered = render_with_targets(fast, messages, ends=ENDS)
     assert rendered.text == render(fast, messages, prompt=False)
     return [rendered.text[start:stop] for start, stop in rendered.spans]
@@ -38,7 +38,7 @@ def test_there_is_a_file_for_each_template() -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "text", "learnt"),
+    ("template", "text", "targets"),
     [
         (
             "chatml",
@@ -63,10 +63,10 @@ def test_there_is_a_file_for_each_template() -> None:
         ("plain", "<|im_start|><image> A dog.\n\n<image>A cat.\n", [" A dog.\n\n", "A cat.\n"]),
     ],
 )
-def test_our_templates_by_hand(fast_with: Make, template: str, text: str, learnt: list[str]) -> None:
+def test_our_templates_by_hand(fast_with: Make, template: str, text: str, targets: list[str]) -> None:
     fast = fast_with(template)
     assert render(fast, TALK, prompt=False) == text
-    assert said(fast, TALK) == learnt
+    assert said(fast, TALK) == targets
 
 
 @pytest.mark.parametrize("template", TEMPLATE_TOKENS)
