@@ -221,6 +221,15 @@ def test_prose_names_commands_and_options_that_exist() -> None:
             assert {word for word in words if OPTION.match(word)} <= known, f"{page}: {code}"
 
 
+def test_every_command_is_described() -> None:
+    def names(group: TyperGroup, prefix: str) -> Iterator[str]:
+        for name, command in group.commands.items():
+            is_group = isinstance(command, TyperGroup) and name != "train"
+            yield from names(command, f"{prefix} {name}") if is_group else [f"`{prefix} {name}`"]
+
+    assert {name for name in names(get_command(app), "vila-ops") if name not in PAGES["docs/commands.md"]} == set()
+
+
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     for page, text in PAGES.items():
