@@ -138,8 +138,8 @@ def test_a_quote_that_is_never_closed_is_told_where_it_opens(tmp_path: Path, ima
     ("content", "told"),
     [
         (
-            "image,text\nDog.jpg,A\n",
-            r"captions\.csv has no column 'image'; it has 'image', 'text'; name the columns in",
+            "photo,text\nDog.jpg,A\n",
+            r"captions\.csv has no column 'image'; it has 'photo', 'text'; name the columns in",
         ),
         ("image;text\nDog.jpg;A\n", "separated by semicolons: save it with commas"),
         ("image,text,image\n", "captions.csv:1: a table begins with the names of its columns, each once"),
