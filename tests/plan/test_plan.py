@@ -147,7 +147,7 @@ def test_hours_money_and_storage_are_arithmetic(planned: Any) -> None:
 
 def test_the_commands_of_the_page_print_what_it_shows() -> None:
     page = (ROOT / "docs/plan.md").read_text()
-    shown = re.findall(r"```\nvila-ops (plan [^\n]*)\n```\n```\n(.*?)```", page, re.DOTALL)
+    shown = re.findall(r"```sh\nvila-ops (plan [^\n]*)\n```\n\n```text\n(.*?)```", page, re.DOTALL)
     assert len(shown) == 2
     for command, output in shown:
         assert CliRunner().invoke(app, command.split()).output == output
