@@ -143,10 +143,10 @@ def test_other_rules_judge_a_version_again(resources: Resources) -> None:
 
 def test_a_comparison_with_anything_but_the_champion_is_refused(resources: Resources) -> None:
     first = registered(resources, "one", 0.75)
-    with pytest.raises(ValueError, match="the champion's report is missing"):
+    with pytest.raises(PromotionRaceLost, match="the champion's report is missing"):
         registered(resources, "two", 0.8)
     stranger = report(resources, checkpoint(resources, "four"), 0.5)
-    with pytest.raises(ValueError, match="the champion's report is of model"):
+    with pytest.raises(PromotionRaceLost, match="the champion's report is of model"):
         registered(resources, "two", 0.8, against=stranger)
     elsewhere = report(resources, first.checkpoint, 0.75, suite="other")
     with pytest.raises(ValueError, match="of two suites"):

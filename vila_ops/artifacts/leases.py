@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from vila_ops.artifacts.backend import Backend
 from vila_ops.artifacts.store import Address, backend, probe, root_of
 from vila_ops.config import Config
-from vila_ops.errors import CorruptArtifact
+from vila_ops.errors import CorruptArtifact, VilaError
 from vila_ops.processes import ProcessId, this_process
 
 HEARTBEATS_PER_EXPIRY = 4
@@ -120,7 +120,7 @@ def hold(at: Address, *, store: str, pace: Pace = Pace()) -> Iterator[Lease]:
         heartbeats.join()
         try:
             lease.heartbeat(released=True)
-        except OSError as error:
+        except (OSError, VilaError) as error:
             log.warning("lease %s/%s was not released (%s); it will expire", at.kind, at.key, error)
 
 
@@ -158,7 +158,7 @@ def _send_heartbeats(done: threading.Event, lease: Lease, pace: Pace) -> None:
     while not done.wait(pace.expiry_seconds / HEARTBEATS_PER_EXPIRY):
         try:
             lease.heartbeat()
-        except OSError as error:  # the store may be back before the lease expires
+        except (OSError, VilaError) as error:  # the store may be back before the lease expires
             log.warning("a heartbeat was not stored: %s", error)
 
 

@@ -48,9 +48,9 @@ def evaluate(
         params={"suite": suite.name, "split": suite.split, "max_objects": suite.max_objects},
         tags={"task": "evaluate", "stage": stage, "model": model.digest, "data": data.digest},
     )
-    tracking.log_input(resources, run_id, data, name=suite.mixture.name, context="eval")
     failed = True
     try:
+        tracking.log_input(resources, run_id, data, name=suite.mixture.name, context="eval")
         report = _report(job, run_id)
         failed = False
     finally:

@@ -14,8 +14,10 @@ def run_on_ray(job: EvalJob) -> dict[str, Any]:
     actor = Evaluator.options(  # type: ignore[attr-defined]
         num_cpus=job.resources.evaluate.cpus_per_worker, num_gpus=job.resources.evaluate.gpus_per_worker
     ).remote()
-    ran: dict[str, Any] = ray.get(actor.run.remote(job.model_dump_json()))
-    ray.kill(actor)
+    try:
+        ran: dict[str, Any] = ray.get(actor.run.remote(job.model_dump_json()))
+    finally:
+        ray.kill(actor)  # also after an error, whose traceback would keep the actor and its GPU
     return ran
 
 

@@ -173,6 +173,11 @@ def read_config(folder: Path) -> VilaConfig:
         raise ValueError(
             f"{folder} holds a {kind!r} model; supported are {LlavaConfig.model_type} and {VilaConfig.model_type}"
         )
+    elif "image_aspect_ratio" not in stated:
+        raise ValueError(
+            f"{folder / 'config.json'} states no image_aspect_ratio: another version of vila-ops wrote it; import or "
+            f"train the model again"
+        )
     try:
         config = VilaConfig(**stated)
         tokens = _image_tokens(config)

@@ -9,6 +9,7 @@ import logging
 from vila_ops.artifacts.kinds import Checkpoint, EvalReport, ModelVersion
 from vila_ops.artifacts.store import verify
 from vila_ops.config import NO_CONTEXT, Gate, Resources, RunContext, fingerprint
+from vila_ops.errors import PromotionRaceLost
 from vila_ops.eval.report import read_report
 from vila_ops.registry.aliases import champion_after, rival_of
 from vila_ops.registry.gate import GateVerdict, judge, metrics_of
@@ -28,8 +29,8 @@ def register(
     """The version of a checkpoint, judged by the gate; the alias `champion` points to it if every rule holds.
 
     `champion_report` is the report of the present champion, None without a champion. Raises CorruptArtifact for damaged
-    weights, ValueError for a report of another model or of a version that is no longer the champion, and
-    PromotionRaceLost where the champion changed while this version was judged.
+    weights, ValueError for a report of another model, and PromotionRaceLost where `champion_report` is not of the
+    present champion or the champion changed while this version was judged.
     """
     if report.model != checkpoint.digest:
         raise ValueError(f"the report is of model {report.model[:12]}, not of {checkpoint.digest[:12]}; evaluate that")
@@ -100,7 +101,7 @@ def _verdict(
         return judge(gate, metrics, None)
     if champion_report is None or champion_report.model != rival.checkpoint.digest:
         given = f"of model {champion_report.model[:12]}" if champion_report else "missing"
-        raise ValueError(
+        raise PromotionRaceLost(
             f"the champion of {gate.model_name} is version {rival.version}, model {rival.checkpoint.digest[:12]}, "
             f"but the champion's report is {given}; evaluate the champion on the same suite and register again"
         )

@@ -32,11 +32,16 @@ def query_sample(deployment: Deployment, held_out: Dataset, suite: Suite, *, que
     """Ask about the first captioned image of the suite's split. Raises httpx.HTTPStatusError when refused."""
     captioned = {name for name, source in suite.mixture.sources.items() if source.render == "caption"}
     rows = index_of(held_out).to_pylist()
-    row = next(row for row in rows if row["split"] == suite.split and row["source"] in captioned)
+    row = next((row for row in rows if row["split"] == suite.split and row["source"] in captioned), None)
+    if row is None:
+        raise ValueError(
+            f"suite {suite.name!r} has no captioned image in its {suite.split} split to ask about; add a source with "
+            f"render: caption to mixture {suite.mixture.name!r}"
+        )
     (sample,) = samples_of(held_out, [row])
     image = data_url(sample.images[0])
     payload = request(model_name(deployment.url), image, question)
-    response = httpx.post(f"{deployment.url}/v1/chat/completions", json=payload, timeout=120)
+    response = httpx.post(f"{deployment.url}/v1/chat/completions", json=payload, timeout=120, trust_env=False)
     completion = response.raise_for_status().json()
     return SampleAnswer(
         question=question,
@@ -62,7 +67,7 @@ def body(answer: SampleAnswer) -> str:
 
 def model_name(url: str) -> str:
     """The name under which an endpoint serves its model."""
-    name: str = httpx.get(f"{url}/v1/models", timeout=30).raise_for_status().json()["data"][0]["id"]
+    name: str = httpx.get(f"{url}/v1/models", timeout=30, trust_env=False).raise_for_status().json()["data"][0]["id"]
     return name
 
 

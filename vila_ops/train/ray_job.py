@@ -52,8 +52,10 @@ def train_as_job(key: str, payload: JobPayload) -> None:
         raise JobStopped(f"job {name} was stopped; run {payload.stage.name} again to resume from its checkpoint")
     if job.driver_exit_code == os.EX_DATAERR:
         lines = client.get_job_logs(name).splitlines()
-        text = next(line for line in reversed(lines) if line.startswith(ERROR_PREFIX)).removeprefix(ERROR_PREFIX)
-        raise RemoteError.from_json(text).rebuilt()
+        text = next((line for line in reversed(lines) if line.startswith(ERROR_PREFIX)), None)
+        if text is None:
+            raise JobFailed(f"job {name} ended with a final error that its log lacks; see `ray job logs {name}`")
+        raise RemoteError.from_json(text.removeprefix(ERROR_PREFIX)).rebuilt()
     if job.status != JobStatus.SUCCEEDED:
         raise JobFailed(f"job {name} failed: {job.message}")
 
