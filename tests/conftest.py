@@ -62,13 +62,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Each file is one unit of pytest-xdist, because its tests share what they set up; the long files come first."""
+    """The long files come first. Each file is one unit of pytest-xdist, because its tests share what they set up.
+
+    Files that start Ray are one unit together: two clusters at a time are too much for two cores.
+    """
     weights: dict[Path, int] = {}
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(item.path.relative_to(TINY.parents[1]).as_posix()))
         own = sum(item.get_closest_marker(name) is not None for name in ("ray", "slow"))
         weights[item.path] = max(weights.get(item.path, 0), own)
     items.sort(key=lambda item: -weights[item.path])
+    with_ray = {item.path for item in items if item.get_closest_marker("ray")}
+    for item in items:
+        file = item.path.relative_to(TINY.parents[1]).as_posix()
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path in with_ray else file))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -249,7 +255,9 @@ def free_servers(free_ports: Callable[[int], list[int]]) -> Callable[[Path], Loc
     def settings(root: Path) -> LocalServers:
         names = [name for name in LocalServers.model_fields if name.endswith("_port")]
         ports = dict(zip(names, free_ports(len(names)), strict=True))
-        return LocalServers.model_validate({"root": str(root), "ray_object_store_bytes": 100 * 2**20, **ports})
+        return LocalServers.model_validate(
+            {"root": str(root), "ray_object_store_bytes": 100 * 2**20, "start_timeout_seconds": 600, **ports}
+        )
 
     return settings
 

@@ -172,9 +172,9 @@ def test_a_change_is_seen_by_the_stages_that_it_concerns(reproduced: Path) -> No
         if file.split("/")[1] not in ("models", "sources"):
             assert json.loads(_run(reproduced, "dvc", "params", "diff", "--json"))[file][key]["new"] == 7
         _run(reproduced, "git", "checkout", "-q", ".")
-    making = "making/identity.py"
-    for file, key in (("prepare.py", "REVISION"), (making, "SHARD_REVISION"), (making, "SURVEY_REVISION")):
-        task = reproduced / "vila_ops/data" / file
+    revisions = (("prepare", "REVISION"), ("identity", "SHARD_REVISION"), ("identity", "SURVEY_REVISION"))
+    for module, key in revisions:
+        task = reproduced / f"vila_ops/data/preprocess/{module}.py"
         task.write_text(re.sub(rf"^{key} = .*$", f"{key} = 1000", task.read_text(), flags=re.MULTILINE))
         assert _changed(reproduced) == set(DEMO), key
         _run(reproduced, "git", "checkout", "-q", ".")

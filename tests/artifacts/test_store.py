@@ -303,7 +303,10 @@ def test_known_facts_stand_for_hashing_and_have_to_fit(store: str) -> None:
     attempt = begin(at(), store=store)
     (attempt / "a").write_bytes(b"abc")
     facts = FileFacts(size=3, sha256=hashlib.sha256(b"abc").hexdigest())
-    for wrong, told in (({"a": {**facts, "size": 4}}, "has 3 bytes, not the 4"), ({"b": facts}, r"no files \['b'\]")):
+    for wrong, told in (
+        ({"a": {**facts, "size": 4}}, "has 3 bytes, but its known facts say 4"),
+        ({"b": facts}, r"no files \['b'\]"),
+    ):
         with pytest.raises(ValueError, match=told):
             seal(Dataset, at(), attempt, facts=FACTS, execution={}, known=wrong)
     made = seal(Dataset, at(), attempt, facts=FACTS, execution={}, known={"a": facts})
@@ -329,7 +332,7 @@ def test_a_manifest_that_names_what_is_outside_is_refused(name: str, store: str)
     body = {key: value for key, value in manifest.items() if key != "checksum"}
     forged = json.dumps({**body, "checksum": fingerprint(body)}, indent=1, sort_keys=True)
     overwrite(f"{made.uri}/manifest.json", forged.encode())
-    with pytest.raises(CorruptArtifact, match="escaped', which is outside of it"):
+    with pytest.raises(CorruptArtifact, match="escaped', which is outside of the folder"):
         content(made)
 
 

@@ -24,8 +24,8 @@ def test_records_and_images_of_all_sources_are_watched_those_compared_against_to
     )
     against = {"pope": {**LLAVA, "path": "eval/pope.json", "images": "raw/images"}}
     guarded = Mixture.model_validate({**chosen.model_dump(), "contamination": {"sources": against}})
-    assert raw_roots(chosen) == ["raw/flan", "raw/one.json", "raw/images"]
-    assert raw_roots(guarded) == ["eval/pope.json", "raw/flan", "raw/one.json", "raw/images"]
+    assert raw_roots(chosen) == ["raw/flan", "raw/images", "raw/one.json"]
+    assert raw_roots(guarded) == ["eval/pope.json", "raw/flan", "raw/images", "raw/one.json"]
 
 
 def test_a_mixture_of_packages_cannot_be_watched(tmp_path: Path) -> None:

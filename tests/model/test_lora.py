@@ -154,7 +154,7 @@ def test_an_adapter_of_another_model_is_refused(fresh: Make, adapter: lora.Adapt
     ):
         lora.merge({**state, name: state[name][:, :60]}, adapter)
     del state[name]
-    with pytest.raises(ValueError, match="the model's is None"):
+    with pytest.raises(ValueError, match="but the model has None"):
         lora.merge(state, adapter)
 
 
@@ -180,7 +180,7 @@ def test_a_row_s_mask_depends_on_its_draw_and_layer_and_not_on_its_neighbours_or
     first.draws = (2,)
     assert torch.equal(first(x[:1])[0], together[1])
     assert torch.equal(first(x[:1, :5])[0], together[1, :5])  # padded to another length
-    with pytest.raises(ValueError, match=r"sees 3 rows of a batch of 1; set tuning.dropout to 0"):
+    with pytest.raises(ValueError, match=r"gets 3 rows of a batch of 1; set tuning.dropout to 0"):
         first(x)
 
 

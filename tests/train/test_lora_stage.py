@@ -311,5 +311,5 @@ def _names(group: dict[str, Any], trained: Any) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["lora", "visual_expert"])
 def test_a_tuning_of_a_language_model_that_does_not_train_is_refused(kind: str, stage: Callable[..., Stage]) -> None:
-    with pytest.raises(ValueError, match=r"which does not train; trainable is \['projector'\]: add language_model"):
+    with pytest.raises(ValueError, match=r"does not train here; trainable is \['projector'\]: add language_model"):
         stage({"kind": kind}, trainable=["projector"])

@@ -159,7 +159,7 @@ def test_epochs_without_packing_are_counted_by_hand(
 def test_an_epoch_that_does_not_fill_a_batch_is_said_to_be_repeated(make_rows: MakeRows) -> None:
     asked = {"pack": False, "num_steps": None, "epochs": 1}
     (note,) = make_rows({"a": 1}, **asked, global_batch_size=240).notes()
-    assert "an epoch has 60 rows, fewer than the global batch of 240: each of them is read about 4 times" in note
+    assert "an epoch has 60 rows, fewer than the global batch of 240: each row is read about 4 times a step" in note
     assert make_rows({"a": 1}, **asked, global_batch_size=60).notes() == ()
     assert make_rows({"a": 1}, global_batch_size=240).notes() == ()
 

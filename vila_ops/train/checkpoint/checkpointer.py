@@ -19,7 +19,7 @@ from vila_ops.artifacts.backend import AT_ONCE, FileFacts
 from vila_ops.artifacts.store import MANIFEST
 from vila_ops.config import Resources
 from vila_ops.config.resources import Retention
-from vila_ops.errors import CorruptArtifact
+from vila_ops.errors import CorruptArtifact, VilaError
 from vila_ops.train.checkpoint.rank_file import RankFile, StagingBuffers
 from vila_ops.train.checkpoint.ranks import Ranks
 from vila_ops.train.checkpoint.storage import storage_of
@@ -149,7 +149,7 @@ class Checkpointer:
             manifest = {"format": FORMAT, "step": step, "world_size": world_size, "files": files, "curve": curve}
             sizes = {name: file["size"] for name, file in files.items()}
             self._ranks.run_on_all(lambda: self._storage.seal(draft, _to_bytes(manifest), sizes) if first else None)
-        except Exception:
+        except (OSError, ValueError, VilaError):  # after the death of a rank the next attempt removes the draft
             if first:
                 self._storage.discard(draft)
             raise
