@@ -264,7 +264,7 @@ def keys() -> Iterator[Attack]:
     yield Attack("transposed", tensors(lambda state: state.update({FIRST: state[FIRST].T.contiguous()})), "misshapen")
     yield Attack("one_more", tensors(lambda state: state.update({"evil": state[SECOND].clone()})), "unexpected")
     yield Attack("a_layer_more", tensors(another_layer), "unexpected")
-    yield Attack("int8", tensors(lambda state: state.update({SECOND: state[SECOND].char()})), "no weight")
+    yield Attack("int8", tensors(lambda state: state.update({SECOND: state[SECOND].char()})), "unsupported dtype")
     yield Attack("two_names", tensors(lambda state: state.update({FIRST[6:]: state[FIRST].clone()})), "twice, as")
     yield Attack("another_head", tensors(another_head), "holds a different head")
     yield Attack("no_linear_projector", edit("config.json", projector_hidden_act="linear"), "not the identity")
@@ -276,7 +276,7 @@ def indices() -> Iterator[Attack]:
         "absolute": ("/etc/passwd", "its own folder only"),
         "in_a_folder": ("sub/model.safetensors", "its own folder only"),
         "a_pickle": ("pytorch_model.bin", "its own folder only"),
-        "missing": ("model-00002-of-00002.safetensors", "not there"),
+        "missing": ("model-00002-of-00002.safetensors", "which are missing"),
         "dots": ("..", "its own folder only"),
     }
     for name, (place, reason) in places.items():
@@ -385,7 +385,7 @@ def projectors() -> Iterator[Attack]:
     facts = {"package": "evil", "version": "1", "revision": 1}
     plugins: dict[str, Any] = {"text": "evil", "list": [facts], "few": {"package": "evil"}, "more": facts | {"evil": 1}}
     for name, plugin in plugins.items():
-        yield Attack(f"plugin_{name}", edit("config.json", projector_plugin=plugin), "does not state", "merging")
+        yield Attack(f"plugin_{name}", edit("config.json", projector_plugin=plugin), "projector_plugin is not", "merging")
     yield Attack("plugin_missing", edit("config.json", projector_plugin=facts), "evil 1 adds; it is not", "merging")
     not_square = edit("config.json", vision_feature_select_strategy="full")
     yield Attack("patches_not_square", not_square, "not a square grid", "merging")
