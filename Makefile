@@ -7,7 +7,7 @@ PYTHON ?= python3.11
 UV_VERSION := 0.13.9
 BIN := .venv/bin
 TEST_WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadgroup
+PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 STAMP := .venv/.installed
 
 # uv does not read pip's find-links; with this, a CPU wheel of torch that pip can find is offered to uv too.

@@ -62,19 +62,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long files come first. Each file is one unit of pytest-xdist, because its tests share what they set up.
-
-    Files that start Ray are one unit together: two clusters at a time are too much for two cores.
-    """
+    """Long files come first. A file is one unit of pytest-xdist, because its tests share what they set up."""
     weights: dict[Path, int] = {}
     for item in items:
         own = sum(item.get_closest_marker(name) is not None for name in ("ray", "slow"))
         weights[item.path] = max(weights.get(item.path, 0), own)
     items.sort(key=lambda item: -weights[item.path])
-    with_ray = {item.path for item in items if item.get_closest_marker("ray")}
-    for item in items:
-        file = item.path.relative_to(TINY.parents[1]).as_posix()
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path in with_ray else file))
 
 
 @pytest.hookimpl(wrapper=True)

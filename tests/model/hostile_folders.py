@@ -385,7 +385,9 @@ def projectors() -> Iterator[Attack]:
     facts = {"package": "evil", "version": "1", "revision": 1}
     plugins: dict[str, Any] = {"text": "evil", "list": [facts], "few": {"package": "evil"}, "more": facts | {"evil": 1}}
     for name, plugin in plugins.items():
-        yield Attack(f"plugin_{name}", edit("config.json", projector_plugin=plugin), "projector_plugin is not", "merging")
+        yield Attack(
+            f"plugin_{name}", edit("config.json", projector_plugin=plugin), "projector_plugin is not", "merging"
+        )
     yield Attack("plugin_missing", edit("config.json", projector_plugin=facts), "evil 1 adds; it is not", "merging")
     not_square = edit("config.json", vision_feature_select_strategy="full")
     yield Attack("patches_not_square", not_square, "not a square grid", "merging")
