@@ -300,7 +300,7 @@ def test_what_we_wrote_is_replaced_without_a_word(tmp_path: Path, ran: Json, res
     before = paths(tmp_path / "mine")
     (tmp_path / "mine.json").write_text('{"images": [{"file_name": "a.jpg"}]}')
     refused = CliRunner().invoke(app, ["prepare", TINY, *where, str(tmp_path / "mine")])
-    assert f"{tmp_path / 'mine.json'} is there already" in str(refused.exception)
+    assert f"{tmp_path / 'mine.json'} exists and vila-ops did not write it" in str(refused.exception)
     assert paths(tmp_path / "mine") == before
 
 

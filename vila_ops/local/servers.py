@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 import shutil
+import ssl
 import sys
 import tempfile
 from collections.abc import Callable
@@ -210,12 +211,16 @@ def prepare_ray(settings: LocalServers) -> None:
         raise ValueError(f"{folder} belongs to another user; set TMPDIR to a folder of your own")
 
 
+_NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+"""A context without certificates: our servers speak HTTP, and reading certificates for each request costs 20 ms."""
+
+
 def get_json(url: str, seconds: float, **request: Any) -> Any:
     """The JSON of a successful answer, None for any other. Proxies are not used."""
     import httpx  # heavy: it imports rich; `status` needs it only for servers that run
 
     try:
-        with httpx.Client(timeout=seconds, trust_env=False) as client:
+        with httpx.Client(timeout=seconds, trust_env=False, verify=_NO_TLS) as client:
             answer = client.request("POST" if "json" in request else "GET", url, **request)
             return answer.json() if answer.is_success else None
     except (httpx.HTTPError, json.JSONDecodeError):
