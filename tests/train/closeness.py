@@ -31,3 +31,9 @@ def apart(own: dict[str, Tensor], reference: dict[str, Tensor], *, way: float) -
     """Return the largest mean distance of two tensors of one name, as a share of `way`."""
     assert own.keys() == reference.keys()
     return max(float((own[name] - reference[name]).abs().mean()) for name in own) / way
+
+
+def moments_apart(own: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
+    """Return the largest mean distance of two moments of one name, as a share of the reference's mean size."""
+    assert own.keys() == reference.keys()
+    return max(float((own[name] - reference[name]).abs().mean() / reference[name].abs().mean()) for name in own)

@@ -12,6 +12,7 @@ from vila_ops.config import NO_CONTEXT, Resources, RunContext, Service
 from vila_ops.errors import NotReady
 from vila_ops.serve.backends.backend import START_SECONDS, ServiceBackend
 from vila_ops.serve.backends.local_process import LocalProcess
+from vila_ops.serve.backends.ray_serve import RayServe
 from vila_ops.serve.spec import Spec
 
 POLL_SECONDS = 0.2
@@ -51,8 +52,6 @@ def undeploy(service: Service, resources: Resources) -> None:
 def _backend(name: str, resources: Resources) -> ServiceBackend:
     if resources.launch == "inline":
         return LocalProcess(name, resources)
-    from vila_ops.serve.backends.ray_serve import RayServe  # imports Ray
-
     return RayServe(name, resources)
 
 

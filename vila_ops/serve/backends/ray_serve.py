@@ -1,14 +1,13 @@
-"""Launch ray: a Ray Serve application on a running cluster; its controller and replicas outlive this process."""
+"""Launch ray: a Ray Serve application on a running cluster; its controller and replicas outlive this process.
+
+Light at import: a service that already serves the spec is left alone without Ray.
+"""
 
 import time
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import httpx
-import ray
-from ray import serve
-from ray.exceptions import RayActorError
-from ray.serve.schema import ApplicationStatus, ProxyStatus
 
 from vila_ops.cluster import connect
 from vila_ops.config import Resources
@@ -26,6 +25,9 @@ class Replica:
     """One process with the weights; Ray Serve sends HTTP to the app that it builds."""
 
     def __init__(self, spec: str) -> None:
+        import ray
+        from ray import serve
+
         from vila_ops.serve.app.load import load_app  # torch and transformers: in the replica only
 
         context = ray.get_runtime_context()
@@ -61,6 +63,8 @@ class RayServe:
 
     def apply(self, spec: Spec) -> str:
         """As in `ServiceBackend`; Serve starts new replicas before it stops old ones, which finish their requests."""
+        from ray import serve
+
         url = self.url()
         connect(self.resources)
         _start_proxy(self.resources.serve.host, self.resources.serve.port)
@@ -83,13 +87,12 @@ class RayServe:
     def running(self) -> bool:
         """Whether the application has reached the state that was last applied."""
         application = self._application()
-        return application is not None and application.status == ApplicationStatus.RUNNING
+        return application is not None and application.status == "RUNNING"
 
     def failure(self) -> str | None:
         """Serve's status of an application that failed; None for any other."""
         application = self._application()
-        failed = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
-        if application is None or application.status not in failed:
+        if application is None or application.status not in ("DEPLOY_FAILED", "UNHEALTHY"):
             return None
         return str(application.status.value)
 
@@ -103,21 +106,28 @@ class RayServe:
 
     def remove(self) -> None:
         """End the application; Serve itself stays."""
+        from ray import serve
+
         connect(self.resources)
         if self._application() is not None:
             serve.delete(self.name)
 
     def _application(self) -> Any:
+        from ray import serve
+
         return serve.status().applications.get(self.name)
 
 
 def _start_proxy(host: str, port: int) -> None:
     """Start Serve with its HTTP proxy. Raises ValueError where Serve already runs with another address."""
+    from ray import serve
+    from ray.exceptions import RayActorError
+
     options = {"runtime_env": {"env_vars": CONTROLLER_ENV}}
     with suppress(TimeoutError, RayActorError):  # the controller starts another proxy where one did not come up
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, controller_options=options)
     deadline = time.monotonic() + PROXY_SECONDS
-    while ProxyStatus.HEALTHY not in serve.status().proxies.values() and time.monotonic() < deadline:
+    while "HEALTHY" not in serve.status().proxies.values() and time.monotonic() < deadline:
         time.sleep(0.1)
     try:
         answer = httpx.get(f"http://{host}:{port}/-/healthz", trust_env=False)
