@@ -1,7 +1,12 @@
-"""The tiny recipe through Prefect, Ray, DeepSpeed, MLflow and Serve, by the command that `make demo` runs."""
+"""The tiny recipe through Prefect, Ray, DeepSpeed, MLflow and Serve, by the command that `make demo` runs.
 
+The tests at the end are about the servers themselves, which start slowly and are therefore shared.
+"""
+
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import yaml
 from mlflow import MlflowClient
 from openai import OpenAI
 
+from tests.test_local import alive, states
 from vila_ops import local
+from vila_ops.config import load
 from vila_ops.config.local import LocalServers
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +51,10 @@ def servers(tmp_path_factory: pytest.TempPathFactory, free_servers: Callable[[Pa
     (folder / "local.yaml").write_text(yaml.safe_dump(settings.model_dump()))
     yield {"folder": folder, "settings": settings, "at": at}
     local.down(settings)
+
+
+def pids(settings: LocalServers) -> dict[str, int | None]:
+    return {server.name: server.pid for server in local.status(settings)}
 
 
 def command(servers: Json, *overrides: str) -> list[str]:
@@ -233,3 +245,70 @@ def test_a_corrupted_shard_is_named_and_not_tried_again(first: Json, demo: Demo,
     tasks = httpx.post(f"{servers['at'].prefect}/api/task_runs/filter", json=wanted).json()
     (trained,) = [task for task in tasks if task["name"] == "train sft"]
     assert trained["run_count"] == 1
+
+
+def test_prefects_command_runs_the_deployment(first: Json, servers: Json) -> None:
+    env = local.env(servers["settings"])
+    deployment = httpx.get(f"{env['PREFECT_API_URL']}/deployments/name/vila/full-pipeline", trust_env=False).json()
+    assert [schedule["active"] for schedule in deployment["schedules"]] == [False]
+    run = load(ROOT / "configs/recipes/tiny.yaml", resources=servers["folder"] / "resources.yaml")
+    prefect = str(Path(sys.executable).parent / "prefect")
+    parameters = json.dumps({"run": run.model_dump(mode="json")})
+    words = [prefect, "deployment", "run", "vila/full-pipeline", "--params", parameters, "--watch"]
+    done = subprocess.run(words, env={**os.environ, **env}, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    wanted = {"flow_runs": {"deployment_id": {"any_": [deployment["id"]]}}, "sort": "START_TIME_DESC", "limit": 1}
+    (latest,) = httpx.post(f"{env['PREFECT_API_URL']}/flow_runs/filter", json=wanted, trust_env=False).json()
+    assert latest["state"]["type"] == "COMPLETED"
+    assert latest["id"] != first["prefect_flow_run"]
+
+
+def test_mlflow_stores_below_root(servers: Json) -> None:
+    path = f"{servers['at'].mlflow}/api/2.0/mlflow-artifacts/artifacts/0/hello.txt"
+    assert httpx.put(path, content=b"hello", trust_env=False).is_success
+    root = Path(servers["settings"].root)
+    assert (root / "mlflow-artifacts/0/hello.txt").read_bytes() == b"hello"
+    assert (root / "mlflow.db").is_file()
+
+
+def test_ray_asks_for_the_token(first: Json, servers: Json) -> None:
+    jobs = f"{servers['at'].ray_dashboard}/api/jobs/"
+    token = Path(local.env(servers["settings"])["RAY_AUTH_TOKEN_PATH"])
+    assert token.stat().st_mode & 0o077 == 0
+    assert httpx.get(jobs, trust_env=False).status_code == 401
+    assert httpx.get(jobs, headers={"Authorization": f"Bearer {token.read_text()}"}, trust_env=False).is_success
+
+
+def test_a_second_up_adopts_every_server(first: Json, servers: Json) -> None:
+    assert states(servers["settings"]) == {"healthy"}
+    before = pids(servers["settings"])
+    with contextlib.chdir(ROOT):
+        local.up(servers["settings"])
+    assert pids(servers["settings"]) == before
+
+
+def test_up_replaces_what_was_killed_or_is_configured_otherwise_and_nothing_else(first: Json, servers: Json) -> None:
+    settings = servers["settings"]
+    before = pids(settings)
+    assert before["ray"] is not None
+    os.kill(before["ray"], signal.SIGKILL)  # its agents live on, with the ports that the next head needs
+    other = LocalServers.model_validate({**settings.model_dump(), "max_flow_runs": settings.max_flow_runs + 1})
+    with contextlib.chdir(ROOT):
+        local.up(other)
+    after = pids(other)
+    assert states(other) == {"healthy"}
+    assert {name for name in before if before[name] != after[name]} == {"ray", "worker"}
+
+
+def test_down_leaves_no_process_of_ours(first: Json, servers: Json) -> None:
+    settings = servers["settings"]
+    records = [json.loads(path.read_text()) for path in Path(settings.root, "pids").iterdir()]
+    sessions = {record["pid"] for record in records}
+    ours = [pid for pid in psutil.pids() if psutil.pid_exists(pid) and os.getsid(pid) in sessions]
+    assert len(ours) > len(sessions)
+    ray_folder = Path(next(record["command"][-1] for record in records if record["name"] == "ray"))
+    assert ray_folder.is_dir()
+    local.down(settings)
+    assert [pid for pid in ours if alive(pid)] == []
+    assert states(settings) == {"stopped"}
+    assert not ray_folder.exists()
