@@ -25,7 +25,7 @@ from vila_ops.config.load import merge
 from vila_ops.train.sample_log import Keys, StepSamples, first_mismatch, global_batches, read_sample_log
 
 ROOT = Path(__file__).parents[2]
-KILLS = int(os.environ.get("VILA_KILLS", "5"))
+KILLS = int(os.environ.get("VILA_KILLS", "2"))
 KILLS_RAY = int(os.environ.get("VILA_KILLS_RAY", "0"))
 TIMEOUT_SECONDS = 600
 Digests = dict[str, str]

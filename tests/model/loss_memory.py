@@ -10,7 +10,7 @@ import torch
 
 from vila_ops.model.loss import Head
 
-N, D, V = 2048, 576, 49152
+N, D, V = 1024, 64, 49152
 
 
 def main() -> None:

@@ -1,15 +1,21 @@
-"""A rank as of one_rank.py, but rank 1 hangs while it builds its first batch: `python hung_rank.py ...`."""
+"""A rank as of one_rank.py, but rank 1 hangs after AFTER steps: `python hung_rank.py HOW JOB.json RANK ...`.
 
+HOW is `suspended` (the process stops itself) or `sleeps`. A step has no limit before that, however busy the machine is.
+"""
+
+import os
+import signal
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
-from process_group import end, join
+from one_rank import main
 
 from vila_ops.train import loop
 from vila_ops.train.batch_builder import BatchBuilder
-from vila_ops.train.job import RankInfo, TrainJob
+from vila_ops.train.watchdog import Phase, StepWatchdog
+
+AFTER = 2
 
 
 def sleeps_for_ever() -> None:
@@ -17,19 +23,25 @@ def sleeps_for_ever() -> None:
 
 
 class Stuck(BatchBuilder):
-    """Hangs in the first training step."""
+    """Hangs in the step after AFTER steps."""
 
     def __call__(self, rows: Any, *, step: int | None = None) -> Any:
-        if step is not None:
-            sleeps_for_ever()
+        if step is not None and step > AFTER:
+            os.kill(os.getpid(), signal.SIGSTOP) if sys.argv[1] == "suspended" else sleeps_for_ever()
         return super().__call__(rows, step=step)
 
 
+class LatelyImpatient(StepWatchdog):
+    """Has no limit before the step that hangs."""
+
+    def heartbeat(self, step: int, phase: Phase) -> None:
+        super().heartbeat(step, phase)
+        if step < AFTER:
+            self._heartbeat = self._heartbeat._replace(limit=float("inf"))
+
+
 if __name__ == "__main__":
-    job, rank, world_size, rendezvous = sys.argv[1:]
-    rank_info = RankInfo(rank=int(rank), world_size=int(world_size))
-    if rank_info.rank == 1:
+    loop.StepWatchdog = LatelyImpatient  # type: ignore[misc]
+    if sys.argv[3] == "1":
         loop.BatchBuilder = Stuck  # type: ignore[misc]
-    join(rank_info.rank, rank_info.world_size, rendezvous)
-    loop.train(TrainJob.model_validate_json(Path(job).read_text()), rank_info)
-    end()
+    main(*sys.argv[2:])

@@ -2,6 +2,9 @@
 
 import os
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -12,13 +15,22 @@ def join(rank: int, world_size: int, rendezvous: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
 
 
-def end() -> None:
-    """End this process, whose results are on disk.
+@contextmanager
+def joined(rank: int, world_size: int, rendezvous: str) -> Iterator[None]:
+    """Join the process group, and end this process after the block: with code 0 when all ranks are done, or with 1.
 
-    A normal exit may abort the process, even after destroy_process_group, as a thread of gloo can outlive the
-    interpreter.
+    Results are on disk by then. A normal exit may abort or hang, even after destroy_process_group, as a thread of gloo
+    can outlive the interpreter.
     """
-    torch.distributed.barrier()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    code = 1
+    try:
+        join(rank, world_size, rendezvous)
+        yield
+        torch.distributed.barrier()
+        code = 0
+    finally:
+        if code:  # the interpreter does not get to it
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from process_group import end, join
+from process_group import joined
 
 from vila_ops.train.job import RankInfo
 
@@ -21,7 +21,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for module, task in tasks["alone"] if rank == "0" else []:
         importlib.import_module(module).run(task, RankInfo())
-    join(int(rank), int(world_size), rendezvous)
-    for module, task in tasks["together"]:
-        importlib.import_module(module).run(task, RankInfo(rank=int(rank), world_size=int(world_size)))
-    end()
+    with joined(int(rank), int(world_size), rendezvous):
+        for module, task in tasks["together"]:
+            importlib.import_module(module).run(task, RankInfo(rank=int(rank), world_size=int(world_size)))

@@ -71,14 +71,17 @@ def job_of(run: Run, name: str, *, stage: dict[str, Any] | None = None, **resour
     )
 
 
-def start(job: TrainJob, script: str = "one_rank.py", *, stderr: int | None = None) -> list[subprocess.Popen[str]]:
-    """Start two ranks in a process group."""
+def start(job: TrainJob, *script: str, stderr: int | None = None) -> list[subprocess.Popen[str]]:
+    """Start two ranks in a process group, by default of one_rank.py."""
+    name, *arguments = script or ("one_rank.py",)
     folder = Path(job.attempt).parent
     (folder / "job.json").write_text(job.model_dump_json())
     rendezvous = folder / f"rendezvous-{time.monotonic_ns()}"
-    command = [sys.executable, str(Path(__file__).parent / script), str(folder / "job.json")]
-    arguments = ([*command, str(rank), "2", str(rendezvous)] for rank in range(2))
-    return [subprocess.Popen(one, env=ENV, cwd=ROOT, stderr=stderr, text=True) for one in arguments]
+    command = [sys.executable, str(Path(__file__).parent / name), *arguments, str(folder / "job.json")]
+    return [
+        subprocess.Popen([*command, str(rank), "2", str(rendezvous)], env=ENV, cwd=ROOT, stderr=stderr, text=True)
+        for rank in range(2)
+    ]
 
 
 def wait_for(is_so: Any, *, seconds: float = 240) -> None:
@@ -90,23 +93,20 @@ def wait_for(is_so: Any, *, seconds: float = 240) -> None:
 
 def test_hung_ranks_end_with_their_stacks_and_the_next_try_walks_the_same_curve(run: Run) -> None:
     """First a rank is suspended, then a rank sleeps. After both, the step can be tried again."""
-    longer = {"num_steps": 24}
-    plain = job_of(run, "plain", stage=longer)
+    plain = job_of(run, "plain")
     train(plain, RankInfo())
-    patient = job_of(run, "hung", stage=longer, **TWO)
+    patient = job_of(run, "hung", **TWO)
     job = patient.with_changes({"resources.train.watchdog": {"factor": 1.0, "at_least_seconds": 8.0}})
     folder = job.diagnostics()
 
-    ranks = start(job)
+    ranks = start(job, "hung_rank.py", "suspended")
     try:
-        wait_for(lambda: (Path(job.resume) / "step-000002").exists())
-        ranks[1].send_signal(signal.SIGSTOP)
-        assert ranks[0].wait(120) == HUNG
+        assert ranks[0].wait(240) == HUNG
         status = json.loads((folder / "rank-001.heartbeat.json").read_text())
         assert status["pid"] == ranks[1].pid
         assert not (folder / "rank-001.stacks").exists(), "it was stopped, so it did not see itself hang"
         ranks[1].send_signal(signal.SIGCONT)
-        assert ranks[1].wait(120) != 0
+        assert ranks[1].wait(240) != 0
     finally:
         for rank in ranks:
             rank.kill()
@@ -116,7 +116,7 @@ def test_hung_ranks_end_with_their_stacks_and_the_next_try_walks_the_same_curve(
     assert seconds, first
     assert 8 <= int(seconds[1]) < 8 + 2 * 2, "a look a second, of which no more than two seconds count"
     assert re.search(r"line \d+ in (_sum|step|backward|_barrier|all_reduce|barrier)\n", first), first
-    ranks = start(job, "hung_rank.py")
+    ranks = start(job, "hung_rank.py", "sleeps")
     try:
         assert [rank.wait(240) for rank in ranks] == [HUNG, HUNG]
     finally:

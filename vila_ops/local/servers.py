@@ -146,6 +146,8 @@ def _worker(settings: LocalServers) -> Server:
         env={
             **env(settings),
             "PREFECT_WORKER_QUERY_SECONDS": str(settings.worker_poll_seconds),
+            # Prefect polls every 120 s for cancelled flow runs where its WebSocket missed the event
+            "PREFECT_WORKER_CANCELLATION_POLL_SECONDS": str(settings.worker_poll_seconds),
             "PWD": str(Path.cwd()),  # the folder that prefect.yaml's set_working_directory takes
         },
         ports={},
