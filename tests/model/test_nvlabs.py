@@ -27,6 +27,11 @@ IDS = [1, 40, IMAGE, 41, 99, IMAGE, 42, 2]
 """One row with two images."""
 ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "[BOS]", "[PAD]", "<vila/sentinel>", "<image>", "<vila/video>")
 """NVILA's added tokens, in the order of constants.py."""
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""Qwen2's chat template, in short."""
 
 
 def ours(folder: Path, pixels: Tensor, ids: list[int]) -> Tensor:
@@ -367,7 +372,7 @@ def test_a_tokenizer_of_vocabulary_and_merges_keeps_its_added_ids(tmp_path: Path
     (llm / "tokenizer_config.json").write_text(
         json.dumps(
             {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": decoder, "bos_token": "[BOS]",
-             "eos_token": "<|im_end|>", "pad_token": "[PAD]", "chat_template": "{{ messages[0].content }}"}
+             "eos_token": "<|im_end|>", "pad_token": "[PAD]", "chat_template": CHATML}
         )
     )  # fmt: skip
     made = import_checkpoint(tmp_path / "a", tmp_path / "ours")

@@ -8,6 +8,9 @@ from transformers import PreTrainedTokenizerFast
 from vila_ops.config.model import RandomLanguageModel
 from vila_ops.packages.tokenizer import IMAGE_TOKEN, TEMPLATES, build_tokenizer
 
+OWN = "{% for m in messages %}{{ m.role + ':' + m.content + '<|im_end|>' }}{% endfor %}"
+OWN += "{% if add_generation_prompt %}assistant:{% endif %}"
+
 
 def build(folder: Path, template: str) -> PreTrainedTokenizerFast:
     return build_tokenizer(RandomLanguageModel(tokenizer=str(folder)), chat_template=template, cache=folder)
@@ -18,7 +21,7 @@ def own(tiny: Path, tmp_path: Path) -> Path:
     """A tokenizer's folder with a third-party template and without an image token."""
     folder = tmp_path / "tokenizer"
     shutil.copytree(tiny / "tokenizer", folder)
-    (folder / "chat_template.jinja").write_text("its own")
+    (folder / "chat_template.jinja").write_text(OWN)
     path = folder / "tokenizer.json"
     path.write_text(path.read_text().replace(IMAGE_TOKEN, "<photo>"))
     config = json.loads((folder / "tokenizer_config.json").read_text())
@@ -32,7 +35,7 @@ def test_our_template_replaces_the_tokenizers(own: Path, template: str) -> None:
 
 
 def test_the_tokenizers_own_template_is_kept_on_request(own: Path) -> None:
-    assert build(own, "tokenizer").chat_template == "its own"
+    assert build(own, "tokenizer").chat_template == OWN
     (own / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="has no chat template; choose one of"):
         build(own, "tokenizer")

@@ -4,10 +4,12 @@ transformers renders in jinja's ImmutableSandboxedEnvironment, which refuses Pyt
 Here they are refused before rendering, and time and memory are bounded, which the sandbox does not do.
 """
 
+import re
 import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from types import FrameType
 from typing import Any
 
@@ -30,6 +32,17 @@ TRIAL = [
     {"role": "assistant", "content": "A dog."},
     {"role": "user", "content": "And now?"},
 ]
+TALK = [
+    {"role": "user", "content": "<image>\nWhat is it?"},
+    {"role": "assistant", "content": "It is a red dog."},
+    {"role": "user", "content": "And now?"},
+    {"role": "assistant", "content": "Two cats are there."},
+]
+"""The conversation by which a template is judged before it is used."""
+CHANGING = ("strftime_now", "lipsum")
+"""What a template can call whose result depends on more than the conversation: the date, and a random text."""
+ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]+")
+"""How Python shows an object by its place in memory."""
 FLATTEN = (
     "{%- set flat = namespace(messages=[]) -%}{%- for message in messages -%}"
     "{%- set content = message['content'] -%}"
@@ -69,6 +82,42 @@ def check_template(template: str, *, where: str) -> None:
         return  # it expects another form of messages; that is reported where one is rendered
 
 
+def unfit(tokenizer: PreTrainedTokenizerFast, template: str) -> str | None:
+    """Why a checked template cannot be trained with, as the rest of a sentence about it; None if it can.
+
+    The same conversation must always have the same text, and the prompt of every answer must be what stands before the
+    answer in the text that is trained on: otherwise generation starts where nothing was trained.
+    """
+    compiled = _compile_jinja_template(template)
+    if reason := next(_changes(compiled.environment.parse(template)), None):
+        return reason
+    special = tokenizer.special_tokens_map
+
+    def render(messages: list[dict[str, str]], *, prompt: bool) -> str:
+        text: str = compiled.render(messages=messages, add_generation_prompt=prompt, **special)
+        return text
+
+    try:
+        whole = render(TALK, prompt=False)
+        prompts = [(render(TALK[:turn], prompt=True), TALK[turn]["content"]) for turn in (1, 3)]
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        return f"does not render a conversation of two questions and answers ({type(error).__name__}: {error})"
+    if ADDRESS.search(whole):
+        return "writes a place in memory, so the same conversation has another text each time"
+    ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+    for prompt, answer in prompts:
+        common = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False))))
+        before, written, _ = whole[common:].partition(answer)
+        if not written:
+            return f"does not write the answer {answer!r} after its prompt"
+        if common < len(prompt) or before not in ("", " "):
+            return f"ends a prompt with {prompt[common:]!r}, but an answer that is trained on follows {before[:60]!r}"
+        prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        if ids[: len(prompt_ids)] != prompt_ids:
+            return f"ends a prompt with {prompt[-20:]!r}, which the tokenizer joins with the answer in training"
+    return None
+
+
 def reads_text(tokenizer: PreTrainedTokenizerFast, template: str) -> str:
     """The template, or FLATTEN and the template if the messages' text is rendered only with it."""
 
@@ -80,6 +129,16 @@ def reads_text(tokenizer: PreTrainedTokenizerFast, template: str) -> str:
         return all(message["content"].split()[-1] in rendered for message in TRIAL[:2])
 
     return FLATTEN + template if not renders_text(template) and renders_text(FLATTEN + template) else template
+
+
+def _changes(parsed: nodes.Template) -> Iterator[str]:
+    """The expressions of a template whose result is not a function of the conversation."""
+    for name in parsed.find_all(nodes.Name):
+        if name.name in CHANGING:
+            yield f"calls {name.name} (line {name.lineno}), so the same conversation has another text on another day"
+    for one in parsed.find_all(nodes.Filter):
+        if one.name == "random" or any(isinstance(word, nodes.Const) and word.value == "random" for word in one.args):
+            yield f"draws at random (line {one.lineno}), so the same conversation has another text each time"
 
 
 def _faults(parsed: nodes.Template) -> Iterator[str]:

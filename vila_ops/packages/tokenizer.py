@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from vila_ops.config.model import LanguageModel
 from vila_ops.errors import CorruptArtifact
-from vila_ops.packages.chat_template import check_template, reads_text
+from vila_ops.packages.chat_template import check_template, reads_text, unfit
 from vila_ops.packages.resolve import tokenizer_folder
 from vila_ops.packages.untrusted import SIZE_LIMIT, TOKENIZER_BYTES, check_folder, read_json
 
@@ -116,16 +116,25 @@ def _template_of_processor(folder: Path) -> str | None:
     return template
 
 
+def _fitting(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Our templates whose control tokens the tokenizer has."""
+    added = set(tokenizer.get_added_vocab())
+    return sorted(name for name, tokens in TEMPLATE_TOKENS.items() if set(tokens) <= added)
+
+
 def _template(name: str, tokenizer: PreTrainedTokenizerFast, folder: Path) -> str:
     if name == OWN_TEMPLATE:
         if not tokenizer.chat_template:
             raise ValueError(f"the tokenizer in {folder} has no chat template; choose one of {sorted(TEMPLATE_TOKENS)}")
         template: str = tokenizer.get_chat_template()
+        if reason := unfit(tokenizer, template):
+            raise ValueError(
+                f"the chat template of the tokenizer in {folder} {reason}; choose one of {_fitting(tokenizer)}"
+            )
         return template
     if missing := [token for token in TEMPLATE_TOKENS[name] if token not in tokenizer.get_added_vocab()]:
-        fit = [other for other, tokens in TEMPLATE_TOKENS.items() if set(tokens) <= set(tokenizer.get_added_vocab())]
         raise ValueError(
             f"chat template {name!r} writes {missing}, which the tokenizer in {folder} does not have as tokens; "
-            f"choose one of {sorted(fit)}, or {OWN_TEMPLATE!r}"
+            f"choose one of {_fitting(tokenizer)}, or {OWN_TEMPLATE!r}"
         )
     return (TEMPLATES / f"{name}.jinja").read_text()
