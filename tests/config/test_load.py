@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from vila_ops.config import Resources, Run
 from vila_ops.config.eval import CaptionCider
 from vila_ops.config.load import load, merge, read
+from vila_ops.config.mixture import Mixture
 from vila_ops.config.model import LinearProjector
 from vila_ops.config.train import Lora
 
@@ -276,11 +277,54 @@ def test_a_stage_sees_images_of_the_size_that_it_or_the_last_one_before_it_names
     assert back.text("sft") == back.text("base") == back.text()
 
 
-def test_one_mixture_at_two_sizes_is_refused_since_it_would_be_two_data_sets_of_one_name() -> None:
-    shared = "stages.sft.mixture.name=tiny_align"
-    assert tiny(shared)
-    with pytest.raises(ValidationError, match=r"'align' and 'sft' read mixture 'tiny_align' .* of 28 and 56 pixels"):
-        tiny(shared, "stages.sft.image_size=56")
+LINES = {"kind": "jsonl", "path": "tests/tiny/pairs", "render": "caption"}
+
+
+def named_alike(place: str, *overrides: str) -> None:
+    """The tiny recipe with the mixture of `align` at another place too."""
+    split = "{salt: tiny, validation: 0.2, test: 0.3}"
+    pairs = "{pairs: {kind: jsonl, path: tests/tiny/pairs, render: caption}}"
+    shared = f"{{name: tiny_align, split: {split}, shard_bytes: 40000, sources: {pairs}}}"
+    tiny(*(f"{one}.mixture={shared}" for one in place.split()), *overrides)
+
+
+@pytest.mark.parametrize(
+    ("place", "override", "told"),
+    [
+        ("stages.sft", "stages.sft.image_size=56", "stages.align.mixture and stages.sft.mixture .* is 28 and 56"),
+        ("stages.sft", "stages.sft.mixture.seed=7", "stages.align.mixture and stages.sft.mixture .*seed is 0 and 7"),
+        (
+            "final_suite stage_suite", "stages.align.mixture.sources.pairs.limit=9",
+            r"stages.align.mixture and final_suite.mixture are both named 'tiny_align', but they are two datasets: "
+            r"sources.pairs.limit is 9 and None; give one of them another name",
+        ),
+        ("final_suite stage_suite", "max_tokens=100", "final_suite.mixture .* max_tokens is 100 and 96"),
+    ],
+)  # fmt: skip
+def test_two_datasets_of_one_name_are_refused_naming_both_places(place: str, override: str, told: str) -> None:
+    equal = ["final_suite.max_tokens=96", "stage_suite.max_tokens=96"]
+    named_alike(place, *equal)
+    with pytest.raises(ValidationError, match=told):
+        named_alike(place, *equal, override)
+
+
+@pytest.mark.parametrize(("kind", "share"), [("weight", "weight"), ("repeats", "repeats")])
+def test_a_source_whose_share_is_0_is_left_out(kind: str, share: str) -> None:
+    sources: dict[str, Any] = {"a": LINES, "b": {**LINES, share: 0}, "c": {**LINES, share: 2}}
+    stated = {"name": "m", "blend": {"kind": kind}, "sources": sources, "quarantine": {"b": ["1"], "c": ["2"]}}
+    without = {**stated, "sources": {"a": sources["a"], "c": sources["c"]}, "quarantine": {"c": ["2"]}}
+    assert Mixture.model_validate(stated) == Mixture.model_validate(without)
+    with pytest.raises(ValidationError, match=f"every source has {share} 0"):
+        Mixture.model_validate({"name": "m", "blend": {"kind": kind}, "sources": {"b": sources["b"]}})
+    for wrong in (-1, False, "0.5x"):
+        with pytest.raises(ValidationError, match=rf"sources\.b\..*{share}"):
+            Mixture.model_validate({**stated, "sources": {**sources, "b": {**LINES, share: wrong}}})
+
+
+def test_a_share_of_0_that_has_no_effect_is_refused() -> None:
+    sources = {"a": LINES, "b": {**LINES, "weight": 0}}
+    with pytest.raises(ValidationError, match="greater than 0"):
+        Mixture.model_validate({"name": "m", "blend": {"kind": "size"}, "sources": sources})
 
 
 def test_only_the_recipe_is_identity() -> None:

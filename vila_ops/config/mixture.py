@@ -2,7 +2,7 @@
 
 import operator
 from collections import Counter
-from typing import Annotated, Literal, assert_never
+from typing import Annotated, Any, Literal, assert_never
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -91,6 +91,24 @@ class Mixture(Config):
     seed: int = 0
     """Seed of everything drawn while rendering (questions, distractors)."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _a_source_of_share_0_is_left_out(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or not isinstance(value.get("sources"), dict):
+            return value
+        blend, sources = value.get("blend"), value["sources"]
+        kind = blend.get("kind", "weight") if isinstance(blend, dict) else getattr(blend, "kind", "weight")
+        share = {"weight": "weight", "repeats": "repeats"}.get(str(kind))
+        idle = {name for name, source in sources.items() if isinstance(source, dict) and _is_zero(source.get(share))}
+        if idle and len(idle) == len(sources):
+            raise ValueError(f"every source has {share} 0, so an epoch would have no samples; give one of them a share")
+        kept = {
+            key: {name: one for name, one in value[key].items() if name not in idle}
+            for key in ("sources", "quarantine")
+            if isinstance(value.get(key), dict)
+        }
+        return {**value, **kept}
+
     @model_validator(mode="after")
     def _quarantine_has_an_effect(self) -> "Mixture":
         if unknown := [name for name in self.quarantine if name not in self.sources]:
@@ -120,3 +138,7 @@ class Mixture(Config):
                 f"{self.blend.kind}; remove it or choose another blend"
             )
         return self
+
+
+def _is_zero(share: object) -> bool:
+    return type(share) in (int, float) and share == 0

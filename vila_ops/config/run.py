@@ -1,11 +1,13 @@
 """Recipe (hashed) and Run (recipe and resources), from which everything starts."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import PositiveInt, model_validator
 
 from vila_ops.config.base import Config, Slug, fingerprint
 from vila_ops.config.eval import Gate, Suite
+from vila_ops.config.mixture import Mixture
 from vila_ops.config.model import Model, TextFormat
 from vila_ops.config.resources import Resources
 from vila_ops.config.serve import Service
@@ -43,17 +45,19 @@ class Recipe(Config):
         return value
 
     @model_validator(mode="after")
-    def _image_sizes_fit(self) -> "Recipe":
+    def _one_name_is_one_dataset(self) -> "Recipe":
         if BASE in self.stages:
             raise ValueError(f"{BASE!r} names the model before the first stage; give the stage another name")
-        sizes: dict[str, tuple[str, int]] = {}
-        for name, stage in self.stages.items():
-            size = self.text(name).image_size
-            other, before = sizes.setdefault(stage.mixture.name, (name, size))
-            if size != before:
+        read = {f"stages.{name}": (stage.mixture, self.text(name)) for name, stage in self.stages.items()}
+        last, suite = [BASE, *self.stages][-1], self.final_suite
+        read["final_suite"] = (suite.mixture, self.text(last, max_tokens=suite.max_tokens))
+        first: dict[str, str] = {}
+        for place, (mixture, text) in read.items():
+            other = first.setdefault(mixture.name, place)
+            if differences := list(_differences(_settings(*read[other]), _settings(mixture, text))):
                 raise ValueError(
-                    f"stages {other!r} and {name!r} read mixture {stage.mixture.name!r} with images of {before} and "
-                    f"{size} pixels, which are two datasets; give one of them another name"
+                    f"{other}.mixture and {place}.mixture are both named {mixture.name!r}, but they are two datasets: "
+                    f"{differences[0]}; give one of them another name"
                 )
         return self
 
@@ -119,6 +123,21 @@ class Recipe(Config):
     def text(self, stage: str = BASE, *, max_tokens: int | None = None) -> TextFormat:
         """How the model of a stage reads records. `max_tokens` differs between training and a suite."""
         return self.model_of(stage).text(max_tokens=self.max_tokens if max_tokens is None else max_tokens)
+
+
+def _settings(mixture: Mixture, text: TextFormat) -> dict[str, Any]:
+    """The settings that make a dataset."""
+    return {**mixture.model_dump(mode="json"), **text.model_dump(mode="json")}
+
+
+def _differences(one: dict[str, Any], other: dict[str, Any], at: str = "") -> Iterator[str]:
+    """Each setting in which two mappings differ, by its dotted key, with both values."""
+    for key in {**one, **other}:
+        ours, theirs = one.get(key), other.get(key)
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            yield from _differences(ours, theirs, f"{at}{key}.")
+        elif ours != theirs:
+            yield f"{at}{key} is {ours!r} and {theirs!r}"
 
 
 class Run(Config):

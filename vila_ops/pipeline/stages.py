@@ -79,7 +79,7 @@ def inputs_of(run: Run, stage: str, context: RunContext = NO_CONTEXT) -> tuple[D
     names = [BASE, *run.recipe.stages]
     _check_stage(run.recipe, stage, names[1:])
     model = model_after(run, names[names.index(stage) - 1], context)
-    return prepare_named(run, run.recipe.stages[stage].mixture.name, context), model
+    return prepare(run.recipe.stages[stage].mixture, run.recipe.text(stage), run.resources, context), model
 
 
 def evaluate_stage(run: Run, stage: str, *, final: bool = False, context: RunContext = NO_CONTEXT) -> EvalReport:
