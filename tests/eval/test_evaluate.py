@@ -255,7 +255,7 @@ def items(inputs, config):
 
 
 def requests(items, config, tokenizer):
-    return {{"no_image": [ScoreRequest(Prompt([tokenizer.bos_id]), (tokenizer.text_ids(i.word),)) for i in items]}}
+    return {{"no_image": [ScoreRequest(Prompt(tokenizer.context), (tokenizer.text_ids(i.word),)) for i in items]}}
 
 
 def score(items, config, responses):

@@ -23,4 +23,4 @@ def test_a_folder_carries_how_text_and_images_are_written(
     sealed = assemble(model, make_resources(tmp_path))
     tokenizer = load_engine(sealed, TorchEngine(), EngineOptions(tmp_path)).tokenizer
     assert tokenizer.image == [tokenizer.image_id] * model.image_tokens() + tokenizer.text_ids(after_image)
-    assert tokenizer.prompt([("user", ("Dog?",))]) == [tokenizer.bos_id]  # plain leaves questions out
+    assert tokenizer.prompt([("user", ("Dog?",))]) == tokenizer.bos  # plain leaves questions out

@@ -44,7 +44,17 @@ class Record:
     """Where the record comes from: package, version and path inside it, or file and line."""
     scores: Mapping[str, float] = field(default_factory=dict)
     """Score columns of the source that filtering reads, such as clip_similarity_vitb32."""
+    notes: tuple[str, ...] = ()
+    """Reasons of `CHANGES` by which the record is counted: where it differs from its raw form."""
 
+
+FIRST_ANSWER, EMPTY_SYSTEM, CONTROL_TOKEN = "first_turn_of_assistant", "empty_system_turn", "control_token"
+CHANGES = {
+    FIRST_ANSWER: "the assistant's turn before the first question is left out, as LLaVA and VILA do",
+    EMPTY_SYSTEM: "a system turn without text is left out",
+    CONTROL_TOKEN: "text that spells a control token of the tokenizer is written in the other case",
+}
+"""Changes to records that are kept, by the reason under which they are counted."""
 
 NOT_DOWNLOADED = "not_downloaded"
 """Reason of records whose image could not be downloaded; they do not count as bad."""

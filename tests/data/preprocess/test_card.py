@@ -10,7 +10,7 @@ from markdown_it.token import Token
 from vila_ops.config import Mixture
 from vila_ops.data.preprocess.card import CHARACTERS, card
 from vila_ops.data.preprocess.summary import summarise
-from vila_ops.data.records import Dropped
+from vila_ops.data.records import CHANGES, FIRST_ANSWER, Dropped
 from vila_ops.data.shards import write_dropped
 
 MIXTURE = Mixture.model_validate(
@@ -47,6 +47,7 @@ def counts(records: int, samples: dict[str, int], tokens: dict[str, int], **more
         "bad": {},
         "taken_out": {},
         "images_out": {},
+        "changed": {},
     }
     return {"records": records, "samples": samples, "tokens": tokens, **empty, **more}
 
@@ -96,7 +97,7 @@ def rows(tokens: list[Token]) -> list[list[str]]:
 
 
 def test_counts_of_shards_are_added_up_and_wanted_shares_stand_beside_reached_ones(tmp_path: Path) -> None:
-    left_out = {"taken_out": {"too_small": 3}, "images_out": {"too_wide": 1}}
+    left_out = {"taken_out": {"too_small": 3}, "images_out": {"too_wide": 1}, "changed": {FIRST_ANSWER: 3}}
     licences = {"MIT": 2, "CC0-1.0": 3}
     counted = [
         ("short", counts(8, {"train": 6, "test": 2}, {"train": 60, "test": 20}, licences={"MIT": 8})),
@@ -128,6 +129,7 @@ def test_counts_of_shards_are_added_up_and_wanted_shares_stand_beside_reached_on
         ["long", "record, by a rule", "too_small", "3", "a.html:1: 64 x 12 pixels"],
         ["long", "image of a document, by a rule", "too_wide", "1", "d3"],
     ]
+    assert rows(seen["Changed"])[1:] == [["long", FIRST_ANSWER, CHANGES[FIRST_ANSWER], "3"]]
 
 
 def test_a_blend_is_said_in_words(tmp_path: Path) -> None:
@@ -153,7 +155,7 @@ def test_texts_of_the_data_stand_in_the_card_as_they_are(hostile: str, tmp_path:
         ("long", counts(5, {"train": 4}, {"train": 40}, licences={hostile: 4}, taken_out={"too_small": 1})),
     ]
     seen = read(written(tmp_path, counted, [Dropped("d", "too_small", where=hostile, detail=hostile)]))
-    assert list(seen) == ["own", "Sources", "An epoch", "Licences", "Left out", "Examples", "long", "short"]
+    assert list(seen) == ["own", "Sources", "An epoch", "Licences", "Left out", "Changed", "Examples", "long", "short"]
     shown = [" ".join("".join(c if c.isprintable() else " " for c in line).split()) for line in hostile.splitlines()]
     assert [token.type for token in seen["short"] if token.level == 0] == ["blockquote_open", "blockquote_close"] * 2
     assert texts(seen["short"]) == ["\n".join(shown), "Plain."]

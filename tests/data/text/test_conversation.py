@@ -373,3 +373,94 @@ def test_a_long_conversation_is_truncated_and_without_an_answer_left_it_is_dropp
     assert piece.is_target[-1]
     question = record(Turn("user", ("Dog? " * 30,)), Turn("assistant", ("Yes.",)))
     assert tokenise(question, tokenizer, max_tokens=40, split=True) == Dropped("r", "no_target")
+
+
+THINKS = ["<think>", "</think>", "<tool_call>", "<|box|>"]
+
+
+def test_added_tokens_that_are_no_control_tokens_stay_in_text_and_are_targets(fast_with: Make) -> None:
+    """Qwen3's <think> and </think> have `special: false` in its tokenizer.json."""
+    fast = fast_with("chatml")
+    fast.add_tokens([AddedToken(token, special=False, normalized=False) for token in THINKS])
+    tokenizer = Tokenizer(fast, image_tokens=4, after_image="")
+    answer = "<think>\nIt looks red.\n</think>\n\n<|box|>Red."
+    made = record(Turn("user", (SHOWN, "Which <think>?")), Turn("assistant", (answer,)))
+    found = tokenizer.chat(made)
+    targets = [token for token, target in zip(found.input_ids, found.is_target, strict=True) if target]
+    assert fast.decode(targets) == answer + "<|im_end|>"
+    assert {fast.convert_tokens_to_ids(token) for token in THINKS[:2]} < set(targets)
+    assert tokenizer.answer_ids(answer) == targets[:-1]
+    assert tokenizer.decode(targets[:-1]) == answer
+    assert not tokenizer.spells_control(made)
+    assert fast.convert_tokens_to_ids("<think>") in tokenizer.text_ids("a <think> b")
+
+
+def test_special_tokens_and_those_that_the_template_writes_are_neutralised_and_counted(fast_with: Make) -> None:
+    template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    fast = fast_with(template)
+    framing = [f"<|{name}|>" for name in ("system", "user", "assistant", "end")]
+    fast.add_tokens([AddedToken(token, special=False, normalized=False) for token in [*framing, *THINKS]])
+    tokenizer = Tokenizer(fast, image_tokens=4, after_image="")
+    assert tokenizer.neutral("".join([*framing, *THINKS, "</s>"])) == "".join(
+        [*(token.upper() for token in framing), *THINKS, "</S>"]
+    )
+    for said, is_spelt in (("</s>", True), ("<|user|>", True), ("<think></think><|tool_call|>", False)):
+        assert tokenizer.spells_control(record(Turn("user", ("Q?",)), Turn("assistant", (said,)))) is is_spelt
+    split = record(Turn("user", ("Q?",)), Turn("assistant", ("<|us", "er|>")))
+    assert tokenizer.spells_control(split)
+
+
+def without_bos(fast: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """As Qwen2.5's tokenizer_config.json has it."""
+    fast.bos_token = None
+    return fast
+
+
+@pytest.mark.parametrize("like", ["tiny", "llama_3"])
+@pytest.mark.parametrize("template", ["chatml", "vicuna_v1", "llama_3", "plain"])
+def test_without_a_bos_token_conversations_are_the_same_but_for_it(fast_with: Make, template: str, like: str) -> None:
+    with_it = Tokenizer(fast_with(template, like=like), image_tokens=4, after_image="")
+    tokenizer = Tokenizer(without_bos(fast_with(template, like=like)), image_tokens=4, after_image="")
+    said = record(Turn("user", (SHOWN, "Dog?")), Turn("assistant", ("Yes.",)), Turn("user", ("And now?",)))
+    first = 0 if template == "chatml" else 1
+    assert tokenizer.chat(said).input_ids == with_it.chat(said).input_ids[first:]
+    assert tokenizer.chat(said).is_target == with_it.chat(said).is_target[first:]
+    asked = [(turn.role, turn.parts) for turn in said.turns[:1]]
+    assert tokenizer.prompt(asked) == with_it.prompt(asked)[first:]
+    assert tokenizer.stop_ids == with_it.stop_ids
+    assert tokenizer.prompt([("user", ("Dog?",))])
+
+
+def test_without_a_bos_token_a_document_begins_with_its_first_part(fast_with: Make) -> None:
+    """As VILA's LazyMMC4Dataset: `... if self.tokenizer.bos_token_id is not None`. Nothing predicts the first token."""
+    tokenizer = Tokenizer(without_bos(fast_with("chatml")), image_tokens=4, after_image="")
+    text = tokenizer.text_ids("Dog.")
+    assert len(text) > 1
+    found = tokenizer.document(document("Dog.", SHOWN, "Dog."))
+    assert found.input_ids == [*text, *[IMAGE] * 4, *text, END]
+    assert found.is_target == [False, *[True] * (len(text) - 1), *[False] * 4, *[True] * len(text), True]
+    assert tokenizer.document(document(SHOWN, "Dog.")).is_target == [*[False] * 4, *[True] * len(text), True]
+    assert (tokenizer.bos, tokenizer.context) == ([], [END])
+
+
+def test_without_a_bos_token_a_long_document_is_cut_with_all_its_text(fast_with: Make) -> None:
+    """But for an eos that a cut leaves alone: nothing predicts it."""
+    tokenizer = Tokenizer(without_bos(fast_with("chatml")), image_tokens=4, after_image="")
+    made = document(*["Dog. Cat. ", SHOWN] * 9, "Dog.")
+    whole = tokenizer.document(made)
+    pieces = tokenise(made, tokenizer, max_tokens=20, split=True)
+    assert isinstance(pieces, list)
+    ids = [token for piece in pieces for token in piece.input_ids]
+    assert [*ids, END] == whole.input_ids
+    assert [image for piece in pieces for image in piece.images] == whole.images
+    assert all(len(piece.input_ids) <= 20 and not piece.is_target[0] for piece in pieces)
+
+
+def test_a_tokenizer_without_an_eos_token_is_refused(fast_with: Make) -> None:
+    fast = fast_with("chatml")
+    fast.eos_token = None
+    with pytest.raises(ValueError, match="has no eos token"):
+        Tokenizer(fast, image_tokens=4, after_image="")

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from vila_ops.config import Mixture
 from vila_ops.config.mixture import ByRepeats, BySize, ByWeight
 from vila_ops.data.preprocess.summary import LEFT_OUT
+from vila_ops.data.records import CHANGES
 from vila_ops.data.shards import DROPPED
 from vila_ops.data.split import SPLITS
 
@@ -24,7 +25,7 @@ _LIST = re.compile(r"^(\d*)([-+=.)])")
 
 
 def card(mixture: Mixture, summary: dict[str, Any], folder: Path) -> str:
-    """The data card in Markdown: sources, counts, wanted and reached shares, licences, dropped records, examples.
+    """The data card in Markdown: sources, counts, wanted and reached shares, licences, drops, changes, examples.
 
     `folder` has the list of dropped records. Texts of the data are escaped, so that the card shows them literally.
     """
@@ -49,6 +50,10 @@ def card(mixture: Mixture, summary: dict[str, Any], folder: Path) -> str:
         "## Left out",
         "",
         *_left_out(summary, folder),
+        "",
+        "## Changed",
+        "",
+        *_changed(summary),
         "",
         "## Examples",
     ]
@@ -133,6 +138,15 @@ def _left_out(summary: dict[str, Any], folder: Path) -> list[str]:
         "",
         f"Each of them, with its place: `{DROPPED}` of the dataset.",
     ]
+
+
+def _changed(summary: dict[str, Any]) -> list[str]:
+    rows = [
+        [name, f"`{reason}`", CHANGES[reason], f"{count:,}"]
+        for name, counts in summary["sources"].items()
+        for reason, count in counts["changed"].items()
+    ]
+    return _table(["source", "reason", "what", ">records"], rows) if rows else ["Nothing."]
 
 
 def _first(folder: Path, source: str, reason: str) -> str:

@@ -13,7 +13,7 @@ from vila_ops.data import sources
 from vila_ops.data.images import Fit
 from vila_ops.packages.normalisation import mean_std
 
-SHARD_REVISION = 5
+SHARD_REVISION = 6
 """Raised if the same records become other samples."""
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",

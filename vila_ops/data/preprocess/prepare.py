@@ -11,7 +11,7 @@ from vila_ops.artifacts.leases import hold
 from vila_ops.config import NO_CONTEXT, Mixture, Resources, RunContext, TextFormat
 from vila_ops.data.preprocess.identity import SHARD_REVISION, SURVEY_REVISION, digests, mixture_recipe, text_recipe
 
-REVISION = 4
+REVISION = 5
 """Raised if the same shards become another dataset."""
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from vila_ops.data.images import square, suffix
 from vila_ops.data.preprocess.identity import SHARD_REVISION, fit_of, source_recipe, text_recipe
 from vila_ops.data.preprocess.units import Unit
 from vila_ops.data.raw.files import Span
-from vila_ops.data.records import NOT_DOWNLOADED, Dropped, Image, Record
+from vila_ops.data.records import CONTROL_TOKEN, NOT_DOWNLOADED, Dropped, Image, Record
 from vila_ops.data.shards import SHARD, Sample, ShardWriter, write_dropped, write_index
 from vila_ops.data.split import split_of
 from vila_ops.data.text.conversation import Tokenizer, Tokens, tokenise
@@ -136,6 +136,7 @@ class _Writer:
         self.bad: Counter[str] = Counter()
         self.taken_out: Counter[str] = Counter()
         self.images_out: Counter[str] = Counter()
+        self.changed: Counter[str] = Counter()
 
     def write(self) -> dict[str, Any]:
         """Every record of the unit; returns the counts."""
@@ -163,6 +164,7 @@ class _Writer:
             "bad": dict(self.bad),
             "taken_out": dict(self.taken_out),
             "images_out": dict(self.images_out),
+            "changed": dict(self.changed),
         }
 
     def _records(self) -> Iterator[tuple[Record | Dropped, Drop | None]]:
@@ -186,17 +188,22 @@ class _Writer:
         """Write the samples of a record. If several renderings fail, it is dropped once, for the first reason."""
         split = split_of(record.object, self.job.mixture.split)
         failed: list[Dropped] = []
+        changes = set(record.notes)
         for rendered in self._render(record, split):
             samples = self._samples(rendered)
             if isinstance(samples, Dropped):
                 failed.append(samples)
                 continue
+            if self.tokenizer.spells_control(rendered):
+                changes.add(CONTROL_TOKEN)
             for sample in samples:
                 self.tar.add(sample, split=split)
                 if split == "train" and len(self.examples) < EXAMPLES:
                     self.examples.append(sample.text[:EXAMPLE_CHARACTERS])
-        for dropped in failed[:1]:
-            self._drop(replace(dropped, id=record.id, where=record.provenance))
+        if failed:
+            self._drop(replace(failed[0], id=record.id, where=record.provenance))
+        else:
+            self.changed.update(changes)
 
     def _render(self, record: Record, split: str) -> list[Record]:
         if self.source.render != "questions":

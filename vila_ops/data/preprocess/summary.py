@@ -26,7 +26,7 @@ def summarise(mixture: Mixture, counted: Sequence[tuple[str, dict[str, Any]]]) -
         own = [counts for of, counts in counted if of == name]
         totals = {
             "records": sum(counts["records"] for counts in own),
-            **{key: _total(own, key) for key in ("samples", "tokens", "images", "licences", *LEFT_OUT)},
+            **{key: _total(own, key) for key in ("samples", "tokens", "images", "licences", *LEFT_OUT, "changed")},
             "packages": {f"{p.registry}:{p.name}@{p.version}": p.licence for p in source.packages()},
             "examples": [text for counts in own for text in counts["examples"]][:EXAMPLES],
         }

@@ -3,6 +3,7 @@
 # T tokens of a sample
 
 import copy
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -40,19 +41,24 @@ class Tokenizer:
         self.fast = fast
         self.image_tokens = image_tokens
         self.image_id: int = fast.convert_tokens_to_ids(IMAGE_TOKEN)
-        if fast.bos_token_id is None or fast.eos_token_id is None:
-            raise ValueError(f"the tokenizer of {fast.name_or_path} has no bos or no eos token; set both in its folder")
-        self.bos_id: int = fast.bos_token_id
+        if fast.eos_token_id is None:
+            raise ValueError(f"the tokenizer of {fast.name_or_path} has no eos token; set it in its folder")
         self.eos_id: int = fast.eos_token_id
-        self._controls: dict[str, int] = {token: id for token, id in fast.get_added_vocab().items() if token.strip()}
+        self.bos: list[int] = [] if fast.bos_token_id is None else [fast.bos_token_id]
+        """What a document begins with: bos. Nothing if the tokenizer has none, like Qwen's, as in VILA's loader."""
+        self.context = self.bos or [self.eos_id]
+        """What precedes text without a prompt: bos, or else eos, as in EleutherAI's evaluation harness."""
+        self._controls = _control_tokens(fast)
         self._neutral = _neutral_forms(self._controls)
+        self._any_control = re.compile("|".join(map(re.escape, self._neutral)))
         self.image = [self.image_id] * image_tokens + self.text_ids(after_image)
         """The ids of an image in a document."""
 
     def neutral(self, text: str) -> str:
         """The text with literal control tokens upper-cased, so that they are tokenised as words (VILA's rule).
 
-        Raises BadText for a lone surrogate.
+        Control tokens are the special tokens and those that the chat template writes around turns. Other added tokens,
+        such as <think> and <tool_call>, are vocabulary and stay. Raises BadText for a lone surrogate.
         """
         try:
             text.encode()
@@ -61,9 +67,15 @@ class Tokenizer:
                 f"{text[error.start]!r} at character {error.start} is half of a surrogate pair, which is not text; "
                 f"fix the encoding of the source"
             ) from error
-        for token, changed in self._neutral.items():
-            text = text.replace(token, changed)
+        if self._any_control.search(text):
+            for token, changed in self._neutral.items():
+                text = text.replace(token, changed)
         return text
+
+    def spells_control(self, record: Record) -> bool:
+        """Whether a text of the record has a control token, which `neutral` changes."""
+        parts = (part for turn in record.turns for part in _runs(turn.parts))
+        return any(isinstance(part, str) and self._any_control.search(part) is not None for part in parts)
 
     def text_ids(self, text: str) -> list[int]:
         """The ids of plain text, without special tokens."""
@@ -73,9 +85,10 @@ class Tokenizer:
     def document(self, record: Record, *, at_most: int | None = None) -> Tokens:
         """bos, then text and images in their order, then eos. All text tokens are targets, image tokens are not.
 
-        Only the first `at_most` tokens are guaranteed, so that a huge record takes no longer than a large one.
+        The first token is no target, since nothing predicts it. Only the first `at_most` tokens are guaranteed, so
+        that a huge record takes no longer than a large one.
         """
-        ids, targets = [self.bos_id], [False]
+        ids, targets = list(self.bos), [False] * len(self.bos)
         images = 0
         for part in _runs(part for turn in record.turns for part in turn.parts):
             if at_most is not None and len(ids) >= at_most:
@@ -85,7 +98,9 @@ class Tokenizer:
             images += is_image
             ids += block
             targets += [not is_image] * len(block)
-        return Tokens([*ids, self.eos_id], [*targets, True], list(range(images)))
+        targets = [*targets, True]
+        targets[0] = False
+        return Tokens([*ids, self.eos_id], targets, list(range(images)))
 
     def chat(self, record: Record, *, at_most: int | None = None) -> Tokens:
         """A conversation through the chat template; targets are the assistant's answers and their ends of turn.
@@ -105,12 +120,12 @@ class Tokenizer:
         return Tokens(ids, targets, list(range(ids.count(self.image_id) // self.image_tokens)))
 
     def prompt(self, turns: Sequence[tuple[str, tuple[Part, ...]]]) -> list[int]:
-        """The ids of a conversation of (role, parts) with the generation prompt for the next answer."""
+        """The ids of a conversation of (role, parts) with the generation prompt for the next answer; never empty."""
         messages = [self._message(role, parts) for role, parts in turns]
         text = render(self.fast, messages, prompt=True)
         ids: list[int] = self.fast(text, add_special_tokens=False)["input_ids"]
         self._check_images(messages, text, ids)
-        return self._expand(ids, [False] * len(ids))[0]
+        return self._expand(ids, [False] * len(ids))[0] or self.context
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -221,12 +236,13 @@ def _pieces(tokens: Tokens, tokenizer: Tokenizer, *, max_tokens: int, many: bool
     pieces: list[Tokens] = []
     start = 0
     while start < len(ids) and (many or start == 0):
-        head = [tokenizer.bos_id] if start else []
+        head = tokenizer.bos if start else []
         end = min(len(ids), start + max_tokens - len(head))
         stop = next((i for i in range(end, start, -1) if targets[i - 1]), start)
         if stop > start:
             count = ids[start:stop].count(tokenizer.image_id) // tokenizer.image_tokens
-            pieces.append(Tokens(head + ids[start:stop], [False] * len(head) + targets[start:stop], images[:count]))
+            marked = [False] * len(head) + targets[start:stop]
+            pieces.append(Tokens(head + ids[start:stop], [False, *marked[1:]], images[:count]))
         else:  # a run of images longer than a sample: continue at the next text
             stop = next((i for i in range(end, len(ids)) if targets[i]), len(ids))
             count = ids[start:stop].count(tokenizer.image_id) // tokenizer.image_tokens
@@ -242,6 +258,29 @@ def _runs(parts: Iterable[Part]) -> Iterator[Part]:
             yield "".join(map(str, run))
         else:
             yield from run
+
+
+def _control_tokens(fast: PreTrainedTokenizerFast) -> dict[str, int]:
+    """The tokens that text must not spell: special ones, and those that the chat template writes around turns."""
+    added = {token: id for token, id in fast.get_added_vocab().items() if token.strip()}
+    special = {token.content for token in fast.added_tokens_decoder.values() if token.special}
+    special |= {*fast.all_special_tokens, IMAGE_TOKEN}
+    framing = _framing(fast)
+    return {token: id for token, id in added.items() if token in special or id in framing}
+
+
+def _framing(fast: PreTrainedTokenizerFast) -> set[int]:
+    """The ids that the chat template writes besides the words of a conversation."""
+    words = [("system", "Be brief."), ("user", "What is it?"), ("assistant", "A dog."), ("user", "And now?")]
+    messages = [{"role": role, "content": text} for role, text in words]
+    ids: set[int] = set()
+    for said in (messages, messages[1:], messages[1:3]):
+        try:
+            text = render(fast, said, prompt=said[-1]["role"] == "user")
+        except ValueError:  # the template may refuse a system turn; what it refuses is reported where it is rendered
+            continue
+        ids |= set(fast(text, add_special_tokens=False)["input_ids"])
+    return ids - {id for _, text in words for id in fast(text, add_special_tokens=False)["input_ids"]}
 
 
 def _neutral_forms(controls: Iterable[str]) -> dict[str, str]:

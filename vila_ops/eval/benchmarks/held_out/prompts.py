@@ -25,8 +25,8 @@ def shown_images(items: Sequence[ImageItem], control: Control) -> dict[str, list
 def caption_prompt(tokenizer: "Tokenizer", image: bytes | None) -> Prompt:
     """What precedes a caption in the training pairs: bos, and the image unless it is None."""
     if image is None:
-        return Prompt([tokenizer.bos_id])
-    return Prompt([tokenizer.bos_id, *tokenizer.image], (image,))
+        return Prompt(tokenizer.context)
+    return Prompt([*tokenizer.bos, *tokenizer.image], (image,))
 
 
 def caption_requests(

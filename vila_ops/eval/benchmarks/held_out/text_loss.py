@@ -24,7 +24,7 @@ def items(inputs: EvalInputs, config: TextLoss) -> tuple[WordItem, ...]:
 def requests(items: Sequence[WordItem], config: TextLoss, tokenizer: "Tokenizer") -> dict[str, list[ScoreRequest]]:
     """The likelihood of "word: meaning" as running text."""
     texts = [tokenizer.text_ids(f"{item.word}: {item.meaning}") for item in items]
-    return {"no_image": [ScoreRequest(Prompt([tokenizer.bos_id]), (text,)) for text in texts]}
+    return {"no_image": [ScoreRequest(Prompt(tokenizer.context), (text,)) for text in texts]}
 
 
 def score(

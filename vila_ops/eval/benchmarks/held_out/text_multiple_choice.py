@@ -29,7 +29,7 @@ def requests(
     return {
         "no_image": [
             ScoreRequest(
-                Prompt([tokenizer.bos_id, *tokenizer.text_ids(f"{item.word}:")]),
+                Prompt([*tokenizer.bos, *tokenizer.text_ids(f"{item.word}:")]),
                 tuple(tokenizer.text_ids(f" {meaning}") for meaning in (item.meaning, *item.distractors)),
             )
             for item in items
