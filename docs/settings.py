@@ -64,6 +64,7 @@ GROUPS: dict[str, tuple[Any, ...]] = {
         clean.Bounds,
         clean.TopShare,
         source.OwnFiles,
+        source.OwnRecords,
         source.Source,
     ),
     "Suite, gate and service": (

@@ -1,5 +1,6 @@
 """Sources of data: one config class for each format."""
 
+import operator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, SerializeAsAny, model_validator
@@ -18,9 +19,10 @@ class SourceBase(Config):
     """The settings of every source."""
 
     weight: PositiveFloat | None = None
-    """Share of an epoch, relative to the other sources' weights (blend `weight`; None counts as 1)."""
+    """Share of an epoch, relative to the other sources' weights (blend `weight`; None counts as 1; with 0 the source is
+    left out, as if it were not there)."""
     repeats: PositiveFloat | None = None
-    """How often each sample is used in an epoch (blend `repeats`; None counts as 1)."""
+    """How often each sample is used in an epoch (blend `repeats`; None counts as 1; with 0 the source is left out)."""
     render: Rendering
     limit: PositiveInt | None = None
     """Number of records to take, evenly spaced in their order; None takes all."""
@@ -98,17 +100,39 @@ class JsonLines(SourceBase):
     """Folder, relative to the working directory. The address of a dataset depends on its content, not on its path."""
 
 
-class Llava(OwnFiles):
-    """LLaVA's conversation JSON: a list of {id, image, conversations}, or one on each line; `image` is optional."""
+class OwnRecords(OwnFiles):
+    """The settings of every source whose records are objects or rows with keys of their own."""
+
+    ignore: tuple[str, ...] = Field(default=(), exclude_if=operator.not_)
+    """Keys (columns) whose images, videos or sound are left out on purpose. A record with media under any
+    other key that the source does not read is dropped."""
+
+
+Placement = Literal["as_written", "vila"]
+"""as_written: an image stays where its `<image>` is, with the white space around it. vila, as in VILA's loader: the
+only image of a turn comes before its text; several stay where they are; each is followed by one newline; images without
+any `<image>` come before the first question."""
+
+
+class Llava(OwnRecords):
+    """LLaVA's conversation JSON: a list of {id, image, conversations}, or one on each line. Images are a path or a
+    list of paths under `image` or `images`, or absent."""
 
     kind: Literal["llava"] = "llava"
     images: str | None = None
     """Folder that the image paths are relative to; None if no record has an image."""
     render: Literal["conversation", "caption"] = "conversation"
     """caption is LLaVA's `plain`: the image and the answer, without the question."""
+    placement: Placement = "as_written"
+
+    @model_validator(mode="after")
+    def _placement_has_an_effect(self) -> "Llava":
+        if self.render == "caption" and self.placement == "vila":
+            raise ValueError("placement has no effect with render caption, which begins with the image; remove it")
+        return self
 
 
-class LlavaCc3m(OwnFiles):
+class LlavaCc3m(OwnRecords):
     """LLaVA-CC3M-Pretrain-595K: a folder with chat.json and metadata.json, and its images."""
 
     kind: Literal["llava_cc3m"] = "llava_cc3m"
@@ -145,14 +169,14 @@ class Coyo(OwnFiles):
     render: Literal["caption"] = "caption"
 
 
-class Flan(OwnFiles):
+class Flan(OwnRecords):
     """FLAN's text-only instructions: Parquet or jsonl with `inputs` and `targets`."""
 
     kind: Literal["flan"] = "flan"
     render: Literal["instructions"] = "instructions"
 
 
-class Vflan(OwnFiles):
+class Vflan(OwnRecords):
     """Visual instructions with images as base64: jsonl of M3IT (instruction, inputs, outputs) or of VFLAN (question,
     answer)."""
 
@@ -164,12 +188,12 @@ class Vflan(OwnFiles):
     """A record with more images is dropped."""
 
 
-class Messages(OwnFiles):
-    """OpenAI chat messages, one conversation on each line of jsonl; images as data: URLs or as files."""
+class Messages(OwnRecords):
+    """Chat messages, one conversation on each line of jsonl, with images as parts of messages or under `images`."""
 
     kind: Literal["messages"] = "messages"
     images: str | None = None
-    """Folder that file paths in image_url are relative to; None if all images are data: URLs."""
+    """Folder that the images' paths are relative to; None if all images are data: URLs."""
     render: Literal["conversation"] = "conversation"
 
 
@@ -180,7 +204,7 @@ class WebDataset(OwnFiles):
     render: Literal["caption", "conversation"] = "caption"
 
 
-class HfParquet(OwnFiles):
+class HfParquet(OwnRecords):
     """Parquet shards of a Hugging Face dataset: images in the rows, as its Image feature stores them."""
 
     kind: Literal["hf_parquet"] = "hf_parquet"

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 from vila_ops.cli import app
 from vila_ops.config import Source
 from vila_ops.config.sources import JsonLines, Llava, Table
-from vila_ops.data.inspect.lint import LintFault, LintSummary, lint
+from vila_ops.data.inspect.lint import LintFault, LintSummary, lines, lint
+from vila_ops.data.records import CHANGES, FIRST_ANSWER
 
 
 def png() -> bytes:
@@ -76,6 +77,39 @@ def test_every_fault_is_listed_with_its_file_and_line_then_the_counts(folder: Pa
 def test_a_good_source_has_no_fault(folder: Path) -> None:
     jsonl("docs/a.jsonl", record("1"), record("2", image=None, question="2 + 2?"))
     assert found(llava("docs/a.jsonl"), folder) == ([], LintSummary(records=2, images=1, faults={}))
+
+
+@pytest.mark.parametrize("key", ["videos", "audios", "image_path", "pictures", "attachment"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Red."}]},
+        {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "Red."}]},
+        {"inputs": "?", "targets": "Red."},
+        {"question": "?", "answer": "Red."},
+        {"id": "1", "object": "a", "category": "", "licence": "", "provenance": "",
+         "turns": [{"role": "user", "parts": [{"text": "?"}]}, {"role": "assistant", "parts": [{"text": "Red."}]}]},
+    ],
+    ids=["messages", "llava", "flan", "vflan", "jsonl"],
+)  # fmt: skip
+def test_media_that_nothing_reads_are_a_fault_of_every_format_of_records(
+    line: dict[str, Any], key: str, folder: Path
+) -> None:
+    jsonl("docs/records.jsonl", line, {**line, key: ["a.mp4" if key == "videos" else "a.png"]})
+    done = CliRunner().invoke(app, ["data", "lint", "docs" if "turns" in line else "docs/records.jsonl"])
+    assert done.exit_code == 1
+    assert "1 records, 0 images, 1 faults" in done.stdout
+    assert "docs/records.jsonl:2" in done.stdout
+    assert key in done.stdout
+
+
+def test_a_change_to_a_record_is_counted_and_is_no_fault(folder: Path) -> None:
+    greeted = record("1")
+    greeted["conversations"].insert(0, {"from": "gpt", "value": "Hello."})
+    jsonl("docs/a.jsonl", greeted, record("2"))
+    summary = LintSummary(records=2, images=2, faults={}, changed={FIRST_ANSWER: 1})
+    assert found(llava("docs/a.jsonl"), folder) == ([], summary)
+    assert f"1  {FIRST_ANSWER} (kept): {CHANGES[FIRST_ANSWER]}" in lines(summary)
 
 
 def test_an_id_that_stands_twice_is_told_with_both_places(folder: Path) -> None:

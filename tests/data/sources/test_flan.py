@@ -136,3 +136,19 @@ def test_a_new_file_leaves_the_others_digests(tmp_path: Path, scan: Scan) -> Non
     (tmp_path / "notes.txt").write_text("unrelated")
     new, same = scan(flan(tmp_path))
     assert (new.name, same) == ("a.jsonl", before)
+
+
+@pytest.mark.parametrize("parquet", [False, True])
+def test_text_only_instructions_with_media_are_dropped(parquet: bool, tmp_path: Path, read_all: ReadAll) -> None:
+    rows = [{**ROW, "images": None}, {**ROW, "images": ["a.png"]}]
+    path = tmp_path / ("a.parquet" if parquet else "a.jsonl")
+    if parquet:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)))
+    (kept,), (fault,) = read_all(flan(tmp_path))
+    assert isinstance(kept, Record)
+    assert isinstance(fault, Dropped)
+    assert (fault.reason, fault.where) == ("unread_media", f"{path.name}:2")
+    ignoring = flan(tmp_path).with_changes({"ignore": ["images"]})
+    assert all(isinstance(one, Record) for (one,) in read_all(ignoring))

@@ -225,3 +225,72 @@ def test_a_new_shard_leaves_the_digests_of_others_alone(scan: Scan, tmp_path: Pa
     same, other = scan(source(tmp_path))
     assert same == before
     assert other.digest != before.digest
+
+
+PARTS = pa.list_(
+    pa.struct(
+        {
+            "content": pa.list_(pa.struct({"index": pa.int64(), "text": pa.string(), "type": pa.string()})),
+            "role": pa.string(),
+        }
+    )
+)
+"""The messages of llava-instruct-mix-vsft."""
+
+
+def test_image_parts_show_the_image_of_their_index(read_all: ReadAll, tmp_path: Path):
+    question = [
+        {"index": 1, "text": None, "type": "image"},
+        {"index": None, "text": "then", "type": "text"},
+        {"index": 0, "text": None, "type": "image"},
+        {"index": 0, "text": None, "type": "image"},
+    ]
+    answer = {"role": "assistant", "content": [{"index": None, "text": "Yes.", "type": "text"}]}
+    row = {
+        "images": [embedded(b"red"), embedded(b"blue")],
+        "messages": [{"role": "user", "content": question}, answer],
+    }
+    write(tmp_path / "a.parquet", [row], images=pa.list_(IMAGE), messages=PARTS)
+    found = read_all(source(tmp_path, image="images", text="messages", render="conversation"))
+    assert turns(found)[0].parts == (Image(b"blue"), "then", Image(b"red"), Image(b"red"))
+
+
+@pytest.mark.parametrize(
+    ("column", "kind", "cell", "reason"),
+    [
+        ("image_2", IMAGE, embedded(b"b"), "unread_media"),
+        ("mask", IMAGE, embedded(b"b"), "unread_media"),
+        ("others", pa.list_(IMAGE), [embedded(b"b"), None], "unread_media"),
+        ("sound", IMAGE, embedded(b"b", "a.wav"), "unread_media"),  # the type of the Audio feature
+        ("video", pa.string(), "v.mp4", "video"),
+        ("picture", pa.binary(), b"b", "unread_media"),
+    ],
+)
+@pytest.mark.parametrize("render", ["caption", "conversation"])
+def test_a_column_of_media_that_is_not_read_drops_the_rows_that_have_it(
+    column: str, kind: pa.DataType, cell: Any, reason: str, render: str, read_all: ReadAll, tmp_path: Path
+):
+    said: Any = "x"
+    if render == "conversation":
+        said = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "A cup."}]
+    good = {"image": embedded(b"a"), "text": said, column: None}
+    text = SPEAKER if render == "conversation" else pa.string()
+    write(tmp_path / "a.parquet", [good, {**good, column: cell}], image=IMAGE, text=text, **{column: kind})
+    ours = source(tmp_path, render=render)
+    (kept,), (fault,) = read_all(ours)
+    assert isinstance(kept, Record)
+    assert isinstance(fault, Dropped)
+    assert (fault.reason, fault.where) == (reason, "a.parquet:2")
+    assert f"set `ignore: [{column}]`" in fault.detail
+    assert all(isinstance(one, Record) for (one,) in read_all(ours.with_changes({"ignore": [column]})))
+
+
+def test_where_an_embedded_image_came_from_is_no_other_image(read_all: ReadAll, tmp_path: Path):
+    row = {"image": embedded(b"a"), "text": "x", "image_path": "coco/7.jpg", "image_url": "http://ex.test/7.jpg"}
+    texts = {"image_path": pa.string(), "image_url": pa.string()}
+    lost = {**row, "image": embedded(b"a", "8.jpg"), "image_path": "coco/7.jpg"}
+    write(tmp_path / "a.parquet", [row, lost], image=IMAGE, text=pa.string(), **texts)
+    (kept,), (fault,) = read_all(source(tmp_path))
+    assert isinstance(kept, Record)
+    assert isinstance(fault, Dropped)
+    assert fault.reason == "unread_media"

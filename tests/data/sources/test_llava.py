@@ -9,12 +9,12 @@ import pytest
 from vila_ops.config.sources import Llava
 from vila_ops.data import sources
 from vila_ops.data.raw.files import RawFile, Span, Thinned
-from vila_ops.data.records import Dropped, Image, Record, Turn
+from vila_ops.data.records import FIRST_ANSWER, Dropped, Image, Record, Turn
 
 ReadAll = Callable[[Llava], list[list[Record | Dropped]]]
 Scan = Callable[[Llava], list[RawFile]]
 
-SINGLE = {
+SINGLE: dict[str, Any] = {
     "id": "s-000001", "image": "img/000001.png",
     "conversations": [
         {"from": "human", "value": "<image>\nHow many squares?"},
@@ -144,6 +144,47 @@ def test_caption_is_the_image_and_the_answer(tmp_path: Path, images: Path, read_
         assert dropped.reason == "not_a_caption"
 
 
+@pytest.mark.parametrize(
+    ("placement", "parts"),
+    [("as_written", ("How many?\n", Image(b"a.png"))), ("vila", (Image(b"a.png"), "\nHow many?"))],
+)
+def test_the_place_of_an_image_is_the_sources_choice(
+    placement: str, parts: tuple[Any, ...], tmp_path: Path, images: Path, read_all: ReadAll
+) -> None:
+    record = {"images": ["a.png"], "conversations": turns(("human", "How many?\n<image>"), ("gpt", "3"))}
+    made = only(read_all(source(array(tmp_path, record), images, placement=placement)))
+    assert isinstance(made, Record)
+    assert made.turns[0].parts == parts
+
+
+def test_an_image_without_a_place_is_shown_before_the_first_question_of_vilas_placement(
+    tmp_path: Path, images: Path, read_all: ReadAll
+) -> None:
+    record = {"image": "a.png", "conversations": turns(("human", "How many?"), ("gpt", "3"))}
+    path = array(tmp_path, record)
+    made = only(read_all(source(path, images, placement="vila")))
+    assert isinstance(made, Record)
+    assert made.turns[0].parts == (Image(b"a.png"), "\nHow many?")
+    caption = only(read_all(source(path, images, render="caption")))
+    assert isinstance(caption, Record)
+    assert caption.turns == (Turn("document", (Image(b"a.png"), "3")),)
+
+
+def test_a_placement_of_captions_has_no_effect_and_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="placement has no effect with render caption"):
+        source(tmp_path, None, render="caption", placement="vila")
+
+
+def test_a_greeting_is_left_out_and_noted(tmp_path: Path, images: Path, read_all: ReadAll) -> None:
+    greeted = {**SINGLE, "conversations": [*turns(("gpt", "Hello.")), *SINGLE["conversations"]]}
+    plain, made = read_all(source(array(tmp_path, SINGLE, greeted), images))
+    ((one,), (other,)) = plain, made
+    assert isinstance(one, Record)
+    assert isinstance(other, Record)
+    assert other.turns == one.turns
+    assert (one.notes, other.notes) == ((), (FIRST_ANSWER,))
+
+
 def test_what_an_object_says_of_itself_wins(tmp_path: Path, images: Path, read_all: ReadAll) -> None:
     stated = {**SINGLE, "id": 7, "licence": "CC0-1.0", "url": "http://ex.test/1", "model": "gpt-4", "width_list": [1]}
     unnamed = {key: value for key, value in TEXT.items() if key != "id"}
@@ -170,7 +211,8 @@ def turns(*said: tuple[str, str]) -> list[dict[str, str]]:
         ({"image": "../secret.png"}, "bad_image_path", "'../secret.png' is not a path inside"),
         ({"image": "img/../../secret.png"}, "bad_image_path", "without '..'"),
         ({"image": "/etc/passwd"}, "bad_image_path", "is not a path inside"),
-        ({"image": ""}, "bad_image_path", "'' is not"),
+        ({"image": ""}, "too_many_placeholders", "1 of <image> for 0 images"),
+        ({"image": [""]}, "malformed_image", "not ['']"),
         ({"image": "a\0.png"}, "bad_image_path", "is not a path inside"),
         ({"image": "\ud800.png"}, "bad_image_path", "is not a path inside"),
         ({"image": "linked.png"}, "bad_image_path", "is a link out of"),
@@ -178,12 +220,17 @@ def turns(*said: tuple[str, str]) -> list[dict[str, str]]:
         ({"image": 7}, "malformed_image", "a path or a list of paths, not 7"),
         ({"image": [None]}, "malformed_image", "not [None]"),
         ({"video": "v.mp4"}, "video", "sample its frames"),
+        ({"image": None, "video": "v.mp4"}, "video", "`video` names video"),
+        ({"images": ["a.png"]}, "malformed_image", "not under both"),
+        ({"image": None, "images": ["a.png", "b.png"]}, "too_few_placeholders", "1 of <image> for 2"),
+        ({"audios": ["a.wav"]}, "unread_media", "`audios` names audio"),
+        ({"image": None, "image_file": "a.png"}, "unread_media", "`image_file` names image"),
         ({"conversations": None}, "malformed_turns", "a list of turns, not None"),
         ({"conversations": ["hello"]}, "malformed_turns", "turn 1"),
         ({"conversations": [{"from": "human", "value": None}]}, "malformed_turns", "turn 1"),
-        ({"conversations": turns(("human", "<image>?"), ("bing", "3"))}, "unknown_role", "turn 2 is from 'bing'"),
-        ({"conversations": turns(("gpt", "<image>"), ("human", "?"))}, "no_text", "turn 1 (assistant) is empty"),
-        ({"conversations": turns(("gpt", "<image> 3"), ("human", "?"))}, "turn_order", "assistant, user"),
+        ({"conversations": turns(("human", "<image>?"), ("bing", "3"))}, "unknown_role", "the role 'bing'"),
+        ({"conversations": turns(("gpt", "<image> 3"), ("human", "?"))}, "turn_order", "has an image"),
+        ({"image": None, "conversations": turns(("gpt", "3"), ("human", "?"))}, "turn_order", "here user"),
         ({"conversations": turns(("human", "<image>"), ("human", "?"))}, "turn_order", "user, user"),
         ({"conversations": turns(("human", "<image>"))}, "turn_order", "here user"),
         ({"conversations": []}, "turn_order", "here none"),

@@ -32,6 +32,10 @@ def user(*content: Json, answer: Any = "Yes.") -> Json:
     return {"messages": [{"role": "user", "content": list(content)}, {"role": "assistant", "content": answer}]}
 
 
+def ask(question: str) -> Json:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "Blue."}]}
+
+
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Messages]:
     def made(*records: Any) -> Messages:
@@ -71,6 +75,53 @@ def test_parts_keep_their_order(write: Callable[..., Messages], read_all: ReadAl
     ]
 
 
+@pytest.mark.parametrize(
+    ("record", "parts"),
+    [
+        # the standard format of LLaMA-Factory (sharegpt, roles of OpenAI) and of ms-swift
+        ({**ask("<image>Which colour?"), "images": ["Dog.png"]}, (Image(b"dog"), "Which colour?")),
+        (
+            {**ask("1:<image>2:<image>"), "images": ["Dog.png", DATA]},
+            ("1:", Image(b"dog"), "2:", Image(b"inline")),
+        ),
+        ({**ask("<image>Which?"), "image": "Dog.png"}, (Image(b"dog"), "Which?")),
+        ({**ask("<image>Which?"), "images": [{"path": "Dog.png", "bytes": None}]}, (Image(b"dog"), "Which?")),
+        # without a place: ms-swift and TRL
+        ({**ask("Which colour?"), "images": ["Dog.png", DATA]}, (Image(b"dog"), Image(b"inline"), "Which colour?")),
+        ({**user({"type": "image"}, text("?")), "images": ["Dog.png"]}, (Image(b"dog"), "?")),
+        # Qwen
+        (user({"type": "image", "image": "file://Dog.png", "max_pixels": 9}, text("?")), (Image(b"dog"), "?")),
+        (user({"image": DATA}, {"text": "?"}), (Image(b"inline"), "?")),
+        # no medium at all
+        ({**ask("Which?"), "images": [], "videos": None, "audio": ""}, ("Which?",)),
+        (ask("Write <image> in HTML."), ("Write <image> in HTML.",)),
+    ],
+)
+def test_images_beside_the_messages_are_shown_where_they_belong(
+    record: Json, parts: tuple[Any, ...], write: Callable[..., Messages], read_all: ReadAll
+) -> None:
+    ((made,),) = read_all(write(record))
+    assert isinstance(made, Record)
+    assert made.turns[0].parts == parts
+
+
+def test_media_that_are_left_out_on_purpose_are_named(write: Callable[..., Messages], read_all: ReadAll) -> None:
+    source = write({**ask("<image>?"), "images": ["Dog.png"], "videos": ["v.mp4"]})
+    ((made,),) = read_all(source.with_changes({"ignore": ["videos"]}))
+    assert isinstance(made, Record)
+    assert made.turns[0].parts == (Image(b"dog"), "?")
+
+
+def test_images_beside_the_messages_are_part_of_the_digest(
+    write: Callable[..., Messages], scan: Scan, tmp_path: Path
+) -> None:
+    source = write({**ask("<image>?"), "images": ["Dog.png"]})
+    (before,) = scan(source)
+    assert before.images == 1
+    (tmp_path / "images/Dog.png").write_bytes(b"another dog")
+    assert scan(source)[0].digest != before.digest
+
+
 def test_a_image_without_a_name_is_split_by_its_content(write: Callable[..., Messages], read_all: ReadAll) -> None:
     (inline,), (words,) = read_all(write(user(image(DATA)), OK))
     assert isinstance(inline, Record)
@@ -84,7 +135,8 @@ def test_a_image_without_a_name_is_split_by_its_content(write: Callable[..., Mes
     [
         (user(image("http://ex.test/a.png")), "remote_image", "download it first"),
         (user(image("HTTPS://ex.test/a.png")), "remote_image", "download it first"),
-        (user(image("file:///etc/passwd")), "remote_image", "write a path"),
+        (user(image("file:///etc/passwd")), "bad_image_path", "is not a path inside"),
+        (user(image("s3://bucket/a.png")), "remote_image", "write a path"),
         (user(image("/etc/passwd")), "bad_image_path", "is not a path inside"),
         (user(image("../chats.jsonl")), "bad_image_path", "without '..'"),
         (user(image("gone.png")), "missing_image", "no file 'gone.png'"),
@@ -103,9 +155,10 @@ def test_a_image_without_a_name_is_split_by_its_content(write: Callable[..., Mes
         ({"messages": OK["messages"][1:]}, "turn_order", "here assistant"),
         ({"messages": OK["messages"][:1] * 2}, "turn_order", "user, user"),
         ({"messages": []}, "turn_order", "here none"),
-        ({"messages": "Hi"}, "malformed_turns", "a list of messages"),
-        ({"conversations": []}, "malformed_turns", "a list of messages, not None"),
-        ({"messages": ["Hi"]}, "unknown_role", "message 1 has the role None"),
+        ({"messages": "Hi"}, "malformed_turns", "a list of turns"),
+        ({"conversations": []}, "malformed_turns", "a list of turns, not None"),
+        ({"messages": ["Hi"]}, "malformed_turns", "turn 1 is no object"),
+        ({"messages": [{"content": "Hi"}]}, "malformed_turns", "turn 1"),
         ({"messages": [{"role": "User", "content": "Hi"}]}, "unknown_role", "'User'"),
         ({"messages": [*OK["messages"], {"role": "tool", "content": "4"}]}, "tool_call", "message 3"),
         (
@@ -116,6 +169,18 @@ def test_a_image_without_a_name_is_split_by_its_content(write: Callable[..., Mes
             {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!", "weight": 0}]},
             "weight", "message 2",
         ),
+        ({**ask("<image>?"), "images": ["Dog.png", "Dog.png"]}, "too_few_placeholders", "1 of <image> for 2 images"),
+        ({**ask("<image><image>?"), "images": ["Dog.png"]}, "too_many_placeholders", "2 of <image> for 1 images"),
+        ({**ask("<image>?"), "images": []}, "too_many_placeholders", "1 of <image> for 0 images"),
+        ({**ask("?"), "images": ["gone.png"]}, "missing_image", "no file 'gone.png'"),
+        ({**ask("?"), "images": ["../chats.jsonl"]}, "bad_image_path", "without '..'"),
+        ({**ask("?"), "images": ["http://ex.test/a.png"]}, "remote_image", "download it first"),
+        ({**ask("?"), "images": "Dog.png", "image": "Dog.png"}, "malformed_image", "not under both"),
+        ({**ask("?"), "videos": ["v.mp4"]}, "video", "`videos` names video that is not read"),
+        ({**ask("<image>?"), "images": ["Dog.png"], "videos": ["v.mp4"]}, "video", "sample its frames"),
+        ({**ask("?"), "audios": ["a.wav"]}, "unread_media", "`audios` names audio that is not read"),
+        ({**ask("<image>?"), "image_path": "Dog.png"}, "unread_media", "set `ignore: [image_path]`"),
+        ({**ask("?"), "pictures": ["Dog.png"]}, "unread_media", "name images in `images`"),
     ],
 )  # fmt: skip
 def test_a_faulty_conversation_is_dropped_with_its_line(

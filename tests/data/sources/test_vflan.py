@@ -164,3 +164,21 @@ def test_a_pickle_is_refused_and_never_opened(name: str, tmp_path: Path, scan: S
     for place in (source, Vflan(path=str(path), licence="x")):
         with pytest.raises(ValueError, match=r"is a pickle.*write it as jsonl"):
             scan(place)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"video": "v.mp4"}, "video"),
+        ({"image": A}, "unread_media"),
+        ({"image_base64_str": None, "images": [A]}, "unread_media"),
+        ({"image_base64_str": None, "image_path": "a.png"}, "unread_media"),
+    ],
+)
+def test_media_under_another_key_drop_the_record(
+    change: dict[str, Any], reason: str, tmp_path: Path, read_all: ReadAll
+) -> None:
+    (kept,), (fault,) = read_all(write(tmp_path, {**M3IT, "image": None, "video": []}, {**M3IT, **change}))
+    assert isinstance(kept, Record)
+    assert isinstance(fault, Dropped)
+    assert (fault.reason, fault.where) == (reason, "a.jsonl:2")

@@ -148,8 +148,8 @@ def test_a_faulty_key_is_dropped_with_its_place_and_its_neighbours_are_not(
     ("conversations", "reason"),
     [
         (None, "malformed_turns"),
-        ([], "malformed_turns"),
-        ([{"from": "narrator", "value": "x"}], "malformed_turns"),
+        ([], "turn_order"),
+        ([{"from": "narrator", "value": "x"}], "unknown_role"),
         ([{"from": "human", "value": "x"}], "turn_order"),
         ([{"from": "gpt", "value": "x"}, {"from": "human", "value": "x"}], "turn_order"),
         ([{"from": "human", "value": "<image><image>"}, {"from": "gpt", "value": "x"}], "too_many_placeholders"),
@@ -217,3 +217,15 @@ def test_any_members_are_records_drops_or_a_refusal(
     except ValueError:
         return
     assert all(len(held) == 1 for held in found)
+
+
+def test_media_that_the_json_of_a_key_names_and_nothing_reads_drop_it(read_all: ReadAll, tmp_path: Path):
+    said = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "x"}]
+    good = {"conversations": said, "image": "elsewhere/0.png", "image_id": 7, "url": "http://ex.test/0.png"}
+    bad = {"conversations": said, "videos": ["v.mp4"]}
+    members = [{"__key__": "a", "png": b"a", "json": good}, {"__key__": "b", "png": b"b", "json": bad}]
+    write(tmp_path / "a.tar", *members)
+    (record,), (fault,) = read_all(source(tmp_path, "conversation"))
+    assert isinstance(record, Record)
+    assert isinstance(fault, Dropped)
+    assert (fault.reason, fault.where) == ("video", "a.tar:b")

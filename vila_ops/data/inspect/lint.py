@@ -1,17 +1,20 @@
 """Check a source against its format: every fault of every record, with its file and line."""
 
+import operator
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 
+from pydantic import Field
+
 from vila_ops.config import Config, Source
 from vila_ops.data import sources
 from vila_ops.data.containers import BadImage
 from vila_ops.data.images import rgb
 from vila_ops.data.raw.files import RawFile, Span
-from vila_ops.data.records import Dropped, Image, Record
+from vila_ops.data.records import CHANGES, Dropped, Image, Record
 
 
 class LintFault(Config):
@@ -33,6 +36,8 @@ class LintSummary(Config):
     images: int
     faults: dict[str, int]
     """By reason, the most frequent first."""
+    changed: dict[str, int] = Field(default={}, exclude_if=operator.not_)
+    """Records that differ from their raw form, by the reason (`records.CHANGES`)."""
 
 
 def lint(
@@ -53,7 +58,12 @@ def lint(
         except ValueError as error:
             counts["not_readable"] += 1
             yield LintFault(where=_folder(source), reason="not_readable", detail=str(error))
-    yield LintSummary(records=checks.records, images=checks.images, faults=dict(counts.most_common()))
+    yield LintSummary(
+        records=checks.records,
+        images=checks.images,
+        faults=dict(counts.most_common()),
+        changed=dict(checks.changed.most_common()),
+    )
 
 
 def lines(result: LintFault | LintSummary) -> str:
@@ -61,6 +71,7 @@ def lines(result: LintFault | LintSummary) -> str:
     if isinstance(result, LintFault):
         return f"{result.where}  {result.reason}  {' '.join(result.detail.split())}"
     counts = [f"{number:7}  {reason}" for reason, number in result.faults.items()]
+    counts += [f"{number:7}  {reason} (kept): {CHANGES[reason]}" for reason, number in result.changed.items()]
     return "\n".join(
         [f"{result.records} records, {result.images} images, {sum(result.faults.values())} faults", *counts]
     )
@@ -87,6 +98,7 @@ class _Checks:
 
     def __init__(self, folder: str) -> None:
         self.records = self.images = 0
+        self.changed: Counter[str] = Counter()
         self._folder = folder
         self._places = sqlite3.connect("", isolation_level=None)  # a temporary file if it outgrows memory
         self._places.execute("create table places (id text primary key, place text) without rowid")
@@ -103,6 +115,7 @@ class _Checks:
     def of_record(self, record: Record, file: RawFile, number: int) -> Iterator[LintFault]:
         """Faults of the id and the images of the `number`th record of a file."""
         self.records += 1
+        self.changed.update(record.notes)
         stated = record.provenance.split(" ", 1)[0]
         place = stated if stated.startswith(file.name) else f"{file.name}:{number}"
         if self._places.execute("insert or ignore into places values (?, ?)", (record.id, place)).rowcount == 0:

@@ -15,7 +15,7 @@ Folders = Mapping[str, Path]
 """The folders of a source's packages, by package name; empty for a source of files."""
 STRIDE = 16
 """Spans start at multiples of this; the offsets of these records in a file are its marks."""
-SCAN_REVISION = 1
+SCAN_REVISION = 2
 """Raised if a format's scan returns other values for the same file."""
 UNFINISHED = (".part", ".tmp", ".partial", ".crdownload")
 _RACE_NS = 2 * 10**9

@@ -14,7 +14,8 @@ from vila_ops.data.records import Dropped, Record, Turn
 from vila_ops.data.sources.conversations import check_text
 from vila_ops.data.sources.faults import Fault
 from vila_ops.data.sources.json_files import own_id, read_objects, record, scan_objects, stated
-from vila_ops.data.sources.rows import open_parquet, rows
+from vila_ops.data.sources.media import refuse_unread
+from vila_ops.data.sources.rows import media_columns, open_parquet, rows
 
 COLUMNS = ("inputs", "targets")
 TASKS = ("_task_name", "task", "_task_source")
@@ -33,7 +34,9 @@ def read(source: Flan, folders: Folders, span: Span) -> Iterator[list[Record | D
         yield from read_objects(span, lambda value, place: _record(source, value, place))
         return
     with open_parquet(Path(span.path)) as file:
-        columns = [name for name in file.schema_arrow.names if name in (*COLUMNS, *TASKS, "id", "licence", "license")]
+        schema = file.schema_arrow
+    columns = [name for name in schema.names if name in (*COLUMNS, *TASKS, "id", "licence", "license")]
+    columns += media_columns(schema, but=(*columns, *source.ignore))
     for number, (place, row) in enumerate(rows(span, columns), start=span.start):
         if not span.takes(number):
             yield []
@@ -51,6 +54,7 @@ def _record_or_dropped(source: Flan, row: dict[str, Any], place: str) -> Record 
 
 
 def _record(source: Flan, value: dict[str, Any], place: str) -> Record:
+    refuse_unread(value, read=(*COLUMNS, *TASKS), ignore=source.ignore)
     question, answer = (_text(value, column) for column in COLUMNS)
     check_text("user", question, number=1, images=0)
     check_text("assistant", answer, number=2, images=0)

@@ -16,8 +16,9 @@ from vila_ops.config.sources import HfParquet
 from vila_ops.data.raw.files import Folders, RawFile, Scan, Span, paths, scan_files
 from vila_ops.data.records import Dropped, Image, Record, Turn
 from vila_ops.data.sources.faults import Fault, checked, finite_numbers
-from vila_ops.data.sources.rows import is_text, number_columns, open_parquet, rows
-from vila_ops.data.sources.turns import turns
+from vila_ops.data.sources.media import refuse_unread
+from vila_ops.data.sources.rows import is_text, media_columns, number_columns, open_parquet, rows
+from vila_ops.data.sources.turns import with_images
 
 
 def raw_files(source: HfParquet, folders: Folders, *, cache: Path) -> list[RawFile]:
@@ -29,8 +30,10 @@ def raw_files(source: HfParquet, folders: Folders, *, cache: Path) -> list[RawFi
 def read(source: HfParquet, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
     """The record of each row."""
     with open_parquet(Path(span.path)) as file:
-        scores = number_columns(file.schema_arrow)
-    for number, (where, row) in enumerate(rows(span, [source.image, source.text, *scores]), start=span.start):
+        schema = file.schema_arrow
+    own = (source.image, source.text)
+    columns = [*own, *number_columns(schema), *media_columns(schema, but=(*own, *source.ignore))]
+    for number, (where, row) in enumerate(rows(span, columns), start=span.start):
         if not span.takes(number):
             yield []
             continue
@@ -47,7 +50,9 @@ def _record(source: HfParquet, row: dict[str, Any] | Fault, *, where: str) -> Re
     cells = cell if isinstance(cell, list) else [] if cell is None else [cell]
     images = [_image(one) for one in cells]
     text = row.pop(source.text)
+    refuse_unread(row, read=(), ignore=source.ignore, shown=[_path(one) for one in cells])
     messages: tuple[Turn, ...]
+    notes: tuple[str, ...] = ()
     match source.render:
         case "caption":
             if not images:
@@ -56,7 +61,7 @@ def _record(source: HfParquet, row: dict[str, Any] | Fault, *, where: str) -> Re
                 raise Fault("no_text", f"the column {source.text!r} is empty")
             messages = (Turn("document", (*images, checked(text.strip(), what="the caption"))),)
         case "conversation":
-            messages = turns(text, images)
+            messages, notes = with_images(text, images)
         case _:
             assert_never(source.render)
     return Record(
@@ -67,6 +72,7 @@ def _record(source: HfParquet, row: dict[str, Any] | Fault, *, where: str) -> Re
         licence=source.licence,
         provenance=where,
         scores=finite_numbers(row),
+        notes=notes,
     )
 
 
@@ -79,6 +85,10 @@ def _image(cell: dict[str, Any] | bytes | None) -> Image:
         way = "write the dataset with its images embedded (datasets: embed_external_files=True)"
         raise Fault("external_image", f"{path[:200]!r} is outside of the file; {way}")
     raise Fault("no_image", "an image without bytes and without a path")
+
+
+def _path(cell: dict[str, Any] | bytes | None) -> str:
+    return (cell.get("path") or "") if isinstance(cell, dict) else ""
 
 
 def _image_name(cell: dict[str, Any] | bytes) -> str:

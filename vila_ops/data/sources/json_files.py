@@ -43,7 +43,9 @@ def read_objects(span: Span, make: Callable[[Object, str], Record]) -> Iterator[
     return _read_array(span, make) if is_array(Path(span.path)) else _read_lines(span, make)
 
 
-def record(value: Object, place: str, *, turns: tuple[Turn, ...], image: str | None, licence: str) -> Record:
+def record(
+    value: Object, place: str, *, turns: tuple[Turn, ...], image: str | None, licence: str, notes: tuple[str, ...] = ()
+) -> Record:
     """The record with the id, licence and URL that the object states; the defaults are the place and `licence`.
 
     `image` is the file name of the first image, None if it has none.
@@ -56,6 +58,7 @@ def record(value: Object, place: str, *, turns: tuple[Turn, ...], image: str | N
         category="",
         licence=stated(value, "licence", "license") or licence,
         provenance=f"{place} {url}" if url else place,
+        notes=notes,
     )
 
 

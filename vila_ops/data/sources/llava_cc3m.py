@@ -9,7 +9,7 @@ from vila_ops.data.raw.files import Folders, RawFile, Scan, Span, scan_files
 from vila_ops.data.raw.json_array import elements, is_array
 from vila_ops.data.records import Dropped, Record
 from vila_ops.data.sources.json_files import Object, read_objects, scan_objects, stated
-from vila_ops.data.sources.llava import conversation, image_paths
+from vila_ops.data.sources.llava import image_paths, record_of
 
 CHAT, METADATA = "chat.json", "metadata.json"
 
@@ -27,11 +27,9 @@ def raw_files(source: LlavaCc3m, folders: Folders, *, cache: Path) -> list[RawFi
 def read(source: LlavaCc3m, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
     """The record of each object; its provenance ends with the image's URL, if metadata.json has it."""
     urls = _urls(Path(source.path) / METADATA, _stems(span))
-    caption = source.render == "caption"
 
     def make(value: Object, place: str) -> Record:
-        with_url = {**value, "url": urls.get(_stem(value))}
-        return conversation(with_url, place, images=source.images, licence=source.licence, caption=caption)
+        return record_of(source, {**value, "url": urls.get(_stem(value))}, place)
 
     return read_objects(span, make)
 

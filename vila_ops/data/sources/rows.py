@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from vila_ops.data.raw.files import Span
 from vila_ops.data.sources.faults import Fault
+from vila_ops.data.sources.media import names_media
 
 BATCH_ROWS = 16
 BUFFER_BYTES = 2**20
@@ -72,6 +73,18 @@ def _row(batch: pa.RecordBatch) -> dict[str, Any] | Fault:
 def is_text(kind: pa.DataType) -> bool:
     """Whether a column contains text."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def holds_files(kind: pa.DataType) -> bool:
+    """Whether a column has the type of `datasets`' Image or Audio feature, {bytes, path}, or a list of them."""
+    one = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
+    return bool(pa.types.is_struct(one) and one.get_field_index("bytes") >= 0)
+
+
+def media_columns(schema: pa.Schema, *, but: Sequence[str]) -> list[str]:
+    """The names of the columns that may contain media, by their type or their name, without those in `but`."""
+    others = (field for field in schema if field.name not in but and not pa.types.is_primitive(field.type))
+    return [field.name for field in others if holds_files(field.type) or names_media(field.name)]
 
 
 def number_columns(schema: pa.Schema) -> list[str]:

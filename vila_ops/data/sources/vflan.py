@@ -9,7 +9,6 @@ before the question, each followed by a newline; visual dialogs are split into t
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from vila_ops.config.sources import Vflan
 from vila_ops.data.raw.files import Folders, RawFile, Span, paths, scan_files
@@ -18,10 +17,12 @@ from vila_ops.data.sources.conversations import PLACEHOLDER, check_text
 from vila_ops.data.sources.faults import Fault
 from vila_ops.data.sources.images import from_base64, path_inside, read_image
 from vila_ops.data.sources.json_files import SUFFIXES, Object, read_objects, record, scan_objects
+from vila_ops.data.sources.media import is_absent, refuse_unread
 
 PICKLES = (".pkl", ".pickle")
 QUESTIONS, ANSWERS = ("question",), ("answer", "answer:", "outputs")
 IMAGES = ("image", "image:", "image_base64_str")
+_TEXTS = ("instruction", "inputs", *QUESTIONS, *ANSWERS)
 DIALOG = "Image Descriptions"
 """Occurs in every question of M3IT's visual dialogs."""
 
@@ -51,7 +52,9 @@ def read(source: Vflan, folders: Folders, span: Span) -> Iterator[list[Record | 
 def _record(source: Vflan, value: Object, place: str) -> Record:
     question, answer = _question(value), _text(value, ANSWERS).rstrip()
     texts = [question, answer] if DIALOG not in question else _dialog(question, answer)
-    encoded = _images(value)
+    key, encoded = _images(value)
+    shown = [one if _is_path(one) else "" for one in encoded]
+    refuse_unread(value, read=(*_TEXTS, key), ignore=source.ignore, shown=shown)
     if len(encoded) > source.max_images:
         raise Fault("too_many_images", f"{len(encoded)} images; max_images is {source.max_images}")
     for number, text in enumerate(texts, start=1):
@@ -99,16 +102,17 @@ def _text(value: Object, keys: tuple[str, ...]) -> str:
     return text
 
 
-def _images(value: Object) -> list[str]:
-    stated: Any = next((value[key] for key in IMAGES if key in value), None)
-    match stated:
-        case None:
-            return []
+def _images(value: Object) -> tuple[str, list[str]]:
+    """The key of the images, and what is under it."""
+    key = next((key for key in IMAGES if not is_absent(value.get(key))), IMAGES[0])
+    match value.get(key):
+        case None | "":
+            return key, []
         case str(one):
-            return [one]
+            return key, [one]
         case list(many) if all(isinstance(one, str) for one in many):
-            return many
-        case _:
+            return key, many
+        case stated:
             raise Fault("malformed_image", f"images are base64 or a list of it, not {repr(stated)[:80]}")
 
 
@@ -117,4 +121,4 @@ def _is_path(image: str) -> bool:
 
 
 def _image_paths(value: Object, images: str | None) -> list[Path | None]:
-    return [path_inside(images, one) if _is_path(one) else None for one in _images(value)]
+    return [path_inside(images, one) if _is_path(one) else None for one in _images(value)[1]]

@@ -18,11 +18,13 @@ from vila_ops.data.records import Dropped, Image, Record, Turn
 from vila_ops.data.sources.faults import Fault, checked, finite_numbers, json_of
 from vila_ops.data.sources.images import MAX_BYTES
 from vila_ops.data.sources.json_files import stated
-from vila_ops.data.sources.turns import turns
+from vila_ops.data.sources.media import refuse_unread
+from vila_ops.data.sources.turns import with_images
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 MAX_TEXT_BYTES = 16 * 2**20
+_READ = ("conversations", "caption", "text", "key", "sha256")
 _META = re.compile(r"__[^/]*__($|/)")
 """Names of metadata members, which the webdataset library skips too."""
 
@@ -53,12 +55,14 @@ def _record(source: WebDataset, file: BinaryIO, group: list[Member], *, key: str
         raise Fault("duplicate_member", f"several members of one suffix: {', '.join(m.name for m in group[:20])}")
     images = _images(file, by_suffix)
     fields = _json(file, by_suffix)
+    refuse_unread(fields, read=_READ, shown=[""] * len(images))
     messages: tuple[Turn, ...]
+    notes: tuple[str, ...] = ()
     match source.render:
         case "caption":
             messages = (Turn("document", (*images, _caption(file, by_suffix, fields, images))),)
         case "conversation":
-            messages = turns(fields.get("conversations"), images)
+            messages, notes = with_images(fields.get("conversations"), images)
         case _:
             assert_never(source.render)
     return Record(
@@ -69,6 +73,7 @@ def _record(source: WebDataset, file: BinaryIO, group: list[Member], *, key: str
         licence=stated(fields, "licence", "license") or source.licence,
         provenance=f"{place} {stated(fields, 'url')}".rstrip(),
         scores=finite_numbers(fields),
+        notes=notes,
     )
 
 
