@@ -45,6 +45,7 @@ ALLOWED = {
     "tests/data/text/": "picture|house",  # words of prompts
     "tests/": "picture of|the picture|house|bedroom",  # words of prompts and answers
     "vila_ops/data/sources/html": "picture",  # HTML's element
+    "vila_ops/data/sources/media.py": "picture",  # a word of keys that name images
     "vila_ops/data/text/questions.py": "picture",  # words of prompts
 }
 """By the start of a path: what a line has to match to keep a replaced word, with the reason."""

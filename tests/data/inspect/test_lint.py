@@ -79,7 +79,7 @@ def test_a_good_source_has_no_fault(folder: Path) -> None:
     assert found(llava("docs/a.jsonl"), folder) == ([], LintSummary(records=2, images=1, faults={}))
 
 
-@pytest.mark.parametrize("key", ["videos", "audios", "image_path", "pictures", "attachment"])
+@pytest.mark.parametrize("key", ["videos", "audios", "image_path", "photos", "attachment"])
 @pytest.mark.parametrize(
     "line",
     [
