@@ -1,12 +1,16 @@
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from vila_ops.artifacts.store import content
 from vila_ops.config import Model, Resources
 from vila_ops.config.engine import TorchEngine
-from vila_ops.generate.engine import EngineOptions
+from vila_ops.generate.engine import EngineOptions, generate_all, score_all
 from vila_ops.generate.load import load_engine
+from vila_ops.generate.request import Prompt, Sampling
 from vila_ops.model.assemble import assemble
 
 
@@ -24,3 +28,25 @@ def test_a_folder_carries_how_text_and_images_are_written(
     tokenizer = load_engine(sealed, TorchEngine(), EngineOptions(tmp_path)).tokenizer
     assert tokenizer.image == [tokenizer.image_id] * model.image_tokens() + tokenizer.text_ids(after_image)
     assert tokenizer.prompt([("user", ("Dog?",))]) == tokenizer.bos  # plain leaves questions out
+
+
+def test_a_model_whose_tokenizer_has_no_bos_token_answers_and_scores(
+    make_model: Callable[..., Model], make_resources: Callable[..., Resources], tiny: Path, tmp_path: Path
+) -> None:
+    """As Qwen2.5's: its tokenizer_config.json has `"bos_token": null`."""
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(tiny / "tokenizer", folder)
+    stated = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**stated, "bos_token": None}))
+    language_model = {"kind": "random", "tokenizer": str(folder)}
+    sealed = assemble(make_model(language_model=language_model), make_resources(tmp_path))
+    generation = json.loads((content(sealed) / "generation_config.json").read_text())
+    assert generation.get("bos_token_id") is None
+    engine = load_engine(sealed, TorchEngine(), EngineOptions(tmp_path))
+    tokenizer = engine.tokenizer
+
+    (answer,) = generate_all(engine, [Prompt(tokenizer.prompt([("user", ("Dog?",))]))], Sampling(3, frozenset()))
+    assert len(answer.ids) == 3
+    text = tokenizer.text_ids("A dog.")
+    ((scored,),) = score_all(engine, [(Prompt(tokenizer.context), [text])])
+    assert scored.tokens == len(text)

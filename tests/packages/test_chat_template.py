@@ -61,6 +61,12 @@ def test_a_template_whose_prompts_are_what_was_trained_is_taken(template: str, t
     assert take(tiny, tmp_path, template) == template
 
 
+def test_a_template_that_thinks_before_every_answer_is_told_not_to(tiny: Path, tmp_path: Path) -> None:
+    """As TRL's qwen3_training.jinja, which has the block before every answer: the prompt has it with the flag alone."""
+    everywhere = QWEN_3.replace(" and loop.index0 > ns.last", "")
+    assert take(tiny, tmp_path, everywhere) == "{%- set enable_thinking = false -%}" + everywhere
+
+
 @pytest.mark.parametrize(
     ("template", "told"),
     [

@@ -82,6 +82,20 @@ def check_template(template: str, *, where: str) -> None:
         return  # it expects another form of messages; that is reported where one is rendered
 
 
+NO_THINKING = "{%- set enable_thinking = false -%}"
+"""Prefix for a template that lets the model think unless it is told not to, as Qwen3's do."""
+
+
+def fitted(tokenizer: PreTrainedTokenizerFast, template: str) -> str:
+    """A checked template, as it is or after NO_THINKING, whichever is fit. Raises ValueError if neither is."""
+    reason = unfit(tokenizer, template)
+    if reason is None:
+        return template
+    if unfit(tokenizer, NO_THINKING + template) is None:
+        return NO_THINKING + template
+    raise ValueError(reason)
+
+
 def unfit(tokenizer: PreTrainedTokenizerFast, template: str) -> str | None:
     """Why a checked template cannot be trained with, as the rest of a sentence about it; None if it can.
 

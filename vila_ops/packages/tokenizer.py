@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from vila_ops.config.model import LanguageModel
 from vila_ops.errors import CorruptArtifact
-from vila_ops.packages.chat_template import check_template, reads_text, unfit
+from vila_ops.packages.chat_template import check_template, fitted, reads_text
 from vila_ops.packages.resolve import tokenizer_folder
 from vila_ops.packages.untrusted import SIZE_LIMIT, TOKENIZER_BYTES, check_folder, read_json
 
@@ -126,12 +126,12 @@ def _template(name: str, tokenizer: PreTrainedTokenizerFast, folder: Path) -> st
     if name == OWN_TEMPLATE:
         if not tokenizer.chat_template:
             raise ValueError(f"the tokenizer in {folder} has no chat template; choose one of {sorted(TEMPLATE_TOKENS)}")
-        template: str = tokenizer.get_chat_template()
-        if reason := unfit(tokenizer, template):
+        try:
+            return fitted(tokenizer, tokenizer.get_chat_template())
+        except ValueError as error:
             raise ValueError(
-                f"the chat template of the tokenizer in {folder} {reason}; choose one of {_fitting(tokenizer)}"
-            )
-        return template
+                f"the chat template of the tokenizer in {folder} {error}; choose one of {_fitting(tokenizer)}"
+            ) from error
     if missing := [token for token in TEMPLATE_TOKENS[name] if token not in tokenizer.get_added_vocab()]:
         raise ValueError(
             f"chat template {name!r} writes {missing}, which the tokenizer in {folder} does not have as tokens; "
