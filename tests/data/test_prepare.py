@@ -335,6 +335,32 @@ def test_every_record_is_a_sample_or_is_found_among_those_left_out(
     }
 
 
+def test_media_that_nothing_reads_drop_a_record_and_changes_to_the_others_are_counted(
+    resources: Resources, make_text: Any, tiny: Path, tmp_path: Path
+) -> None:
+    picked = sorted((tiny / "pairs").glob("*.png"))[0]
+    said = [{"role": "user", "content": "Which colour?"}, {"role": "assistant", "content": "Blue."}]
+    greeting, silence = {"role": "assistant", "content": "Hello."}, {"role": "system", "content": ""}
+    records: list[dict[str, Any]] = [
+        {"messages": [{**said[0], "content": "<image>Which colour?"}, said[1]], "images": [picked.name]},
+        {"messages": said, "image": picked.name, "videos": None},
+        {"messages": [silence, greeting, *said]},
+        {"messages": [silence, *said[:1], {"role": "assistant", "content": "Blue.<|im_end|>"}]},
+        {"messages": said, "videos": ["v.mp4"]},
+        {"messages": said, "photo": picked.name},
+    ]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, records)))
+    source = {"kind": "messages", "path": str(tmp_path / "chats.jsonl"), "images": str(picked.parent), "licence": "MIT"}
+    made = prepare(mixture({"p": source}, max_bad_share=1), make_text(), resources)
+    counted = json.loads((content(made) / "summary.json").read_text())["sources"]["p"]
+    assert sum(counted["images"].values()) == 2
+    assert sum(counted["samples"].values()) == 4
+    assert counted["bad"] == {"unread_media": 1, "video": 1}
+    assert counted["changed"] == {"control_token": 1, "empty_system_turn": 2, "first_turn_of_assistant": 1}
+    card = (content(made) / "README.md").read_text()
+    assert "| p | `empty_system_turn` | a system turn without text is left out | 2 |" in card
+
+
 @pytest.mark.parametrize("count", [3, 48])
 def test_too_many_bad_records_are_an_error_that_names_source_and_counts(
     count: int, resources: Resources, make_text: Any, tiny: Path, tmp_path: Path

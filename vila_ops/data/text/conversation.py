@@ -227,7 +227,8 @@ def tokenise(record: Record, tokenizer: Tokenizer, *, max_tokens: int, split: bo
         return Dropped(record.id, "bad_text", detail=str(error))
     pieces = _pieces(tokens, tokenizer, max_tokens=max_tokens, many=many)
     kept = [piece for piece in pieces if any(piece.is_target)]
-    return kept or Dropped(record.id, "no_target")
+    told = f"no target in its first {max_tokens} tokens; shorten what comes before the answer, or raise max_tokens"
+    return kept or Dropped(record.id, "no_target", detail=told)
 
 
 def _pieces(tokens: Tokens, tokenizer: Tokenizer, *, max_tokens: int, many: bool) -> list[Tokens]:
