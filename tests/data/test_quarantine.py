@@ -181,3 +181,69 @@ def test_the_command_makes_a_revision_and_undoes_its_edit_where_that_fails(
     failed = CliRunner().invoke(app, [*command, "--from", str(tmp_path / "stopped.json")])
     assert "'nobody' of source 'pairs', of which there is no sample" in str(failed.exception)
     assert {path: path.read_text() for path in tmp_path.rglob("*.yaml")} == texts
+
+
+@pytest.fixture
+def own_recipe(resources: Resources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A recipe of a user's own, and resources."""
+    monkeypatch.chdir(ROOT)
+    recipe, asked = tmp_path / "own.yaml", tmp_path / "resources.yaml"
+    services = ROOT / "configs/services/default.yaml"
+    recipe.write_text(TINY.read_text().replace("../services/default.yaml", str(services)))
+    asked.write_text(yaml.safe_dump(resources.model_dump(mode="json", exclude_none=True)))
+    return recipe, asked
+
+
+@pytest.mark.parametrize("killed", ["while it writes", "before it is prepared", "after all"])
+def test_the_command_that_was_killed_goes_on_where_it_was(killed: str, own_recipe: tuple[Path, Path]) -> None:
+    recipe, asked = own_recipe
+    run = load(recipe, resources=asked)
+    was = prepare(run.recipe.stages["align"].mixture, run.recipe.text("align"), run.resources)
+    row, other = index(was)[2], index(was)[3]
+    command = ["data", "quarantine", str(recipe), "-r", str(asked), "--mixture", "tiny_align", "--json"]
+    before = recipe.read_text()
+    quarantine.add(recipe, "tiny_align", {row["source"]: [row["id"]]})
+    if killed == "while it writes":  # the ids come first
+        recipe.write_text(before)
+    if killed == "after all":
+        assert CliRunner().invoke(app, [*command, "--sample", row["key"]]).exit_code == 0
+    done = CliRunner().invoke(app, [*command, "--sample", row["key"]])
+    assert done.exit_code == 0, done.output
+    assert index(Dataset.model_validate_json(done.stdout)) == [one for one in index(was) if one["id"] != row["id"]]
+    says = f"tiny_align: already quarantined: {row['source']} {row['id']}"
+    assert (says in done.stderr) == (killed != "while it writes")
+    both = CliRunner().invoke(app, [*command, "--sample", row["key"], "--sample", other["key"]])
+    assert says in both.stderr
+    gone = {row["id"], other["id"]}
+    assert index(Dataset.model_validate_json(both.stdout)) == [one for one in index(was) if one["id"] not in gone]
+
+
+def test_what_is_edited_while_it_is_prepared_is_not_undone(own_recipe: tuple[Path, Path]) -> None:
+    recipe, _ = own_recipe
+    edits = quarantine.add(recipe, "tiny_align", {"pairs": ["a"]})
+    file = recipe.parent / "quarantine/tiny_align.yaml"
+    assert edits.keys() == {recipe, file}
+    recipe.write_text(recipe.read_text() + "# mine\n")
+    now = recipe.read_text()
+    quarantine.restore(edits)
+    assert recipe.read_text() == now
+    assert not file.exists()
+
+
+def test_files_of_a_user_keep_comments_line_ends_and_modes(own_recipe: tuple[Path, Path]) -> None:
+    recipe, _ = own_recipe
+    recipe.write_bytes(recipe.read_bytes().replace(b"\n", b"\r\n"))
+    recipe.chmod(0o640)
+    text = recipe.read_bytes()
+    quarantine.add(recipe, "tiny_align", {"pairs": ["a"]})
+    lines = recipe.read_bytes().splitlines(keepends=True)
+    assert b"".join(line for line in lines if b"quarantine:" not in line) == text
+    assert recipe.stat().st_mode & 0o777 == 0o640
+    file = recipe.parent / "quarantine/tiny_align.yaml"
+    file.write_text('# Why: blurred.\npairs: [b, "c#1"]  \n')
+    quarantine.add(recipe, "tiny_align", {"pairs": ["a"]})
+    assert file.read_text() == '# Why: blurred.\n"pairs":\n- "a"\n- "b"\n- "c#1"\n'
+    file.write_text("pairs:\n  - b  # blurred\n")
+    with pytest.raises(ValueError, match=r"has comments among its ids, which would be lost: .*\{'pairs': \['a'\]\}"):
+        quarantine.add(recipe, "tiny_align", {"pairs": ["a"]})
+    assert file.read_text() == "pairs:\n  - b  # blurred\n"

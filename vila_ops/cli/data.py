@@ -66,13 +66,14 @@ def show(
     """Write a page of samples as the model will see them; prepares the mixture first where needed."""
     from vila_ops.artifacts import output
     from vila_ops.data.inspect.show import show as write
+    from vila_ops.data.preprocess.prepare import prepared
     from vila_ops.data.preprocess.shard_writer import tokenizer_of
     from vila_ops.pipeline import stages
 
     output.check_file(out, begins=output.HTML)
     run, context = load_run(recipe, resources, overrides)
-    _, text = stages.mixture_named(run.recipe, mixture)
-    dataset = stages.prepare_named(run, mixture, context)
+    chosen, text = stages.mixture_named(run.recipe, mixture)
+    dataset = prepared(chosen, text, run.resources) or stages.prepare_named(run, mixture, context)
     tokenizer = tokenizer_of(text, cache=run.resources.storage.cache_folder())
     page = write(dataset, tokenizer, out, per_source=per_source)
     print(f"page: {page}", file=sys.stderr)
@@ -193,7 +194,9 @@ def quarantine(
         records.setdefault(one.source, []).append(one.id)
     made = leave_out(recipe, name, records, keys=samples or [], load=lambda: load_run(recipe, resources, overrides)[0])
     print_result(made.data if as_json else made, as_json)
-    if not as_json:
+    for source, ids in made.already.items():
+        print(f"{name}: already quarantined: {source} {', '.join(ids)}", file=sys.stderr)
+    if made.files and not as_json:
         gone = made.before.num_samples - made.data.num_samples
         print(
             f"{name}: {gone} samples fewer, data {made.before.digest[:12]} -> {made.data.digest[:12]}; the same "

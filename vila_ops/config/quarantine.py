@@ -1,7 +1,14 @@
-"""The quarantine file of a mixture: add record ids to it, and add a line to the mixture that refers to it."""
+"""The quarantine file of a mixture: add record ids to it, and add a line to the mixture that refers to it.
 
+These are files that people write too: they are replaced whole, and what we did not write in them is kept.
+"""
+
+import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +20,8 @@ HEAD = """\
 # Records that `prepare` leaves out of mixture {mixture}, by source. `vila-ops data quarantine` adds to them;
 # remove a line to use its record again.
 """
+COMMENT = re.compile(r"(^|\s)#", re.MULTILINE)
+log = logging.getLogger(__name__)
 
 
 class YamlSpan(NamedTuple):
@@ -27,45 +36,96 @@ class YamlSpan(NamedTuple):
     names_quarantine: bool
 
 
-def add(recipe: Path, mixture: str, records: Mapping[str, Sequence[str]]) -> dict[Path, str | None]:
-    """Add record ids by source to the quarantine of a mixture of a recipe; returns the former texts of changed files.
+class Edit(NamedTuple):
+    """What `add` did to one file."""
+
+    before: str | None
+    """None: the file did not exist."""
+    after: str
+
+
+def add(recipe: Path, mixture: str, records: Mapping[str, Sequence[str]]) -> dict[Path, Edit]:
+    """Add record ids by source to the quarantine of a mixture of a recipe; returns the edit of each file.
 
     The ids are written to `quarantine/MIXTURE.yaml` beside the file that describes the mixture. That file gets one line
-    that refers to it and keeps everything else, comments included. Raises ValueError if no file describes the mixture.
+    that refers to it and keeps everything else, comments included. Raises ValueError if no file describes the mixture,
+    and if the quarantine file has comments among its ids, which would be lost.
     """
     spans = list(dict.fromkeys(_spans(recipe.resolve(), mixture)))
     if not spans:
         raise ValueError(f"no file of {recipe} has `name: {mixture}` beside the sources of a mixture")
     target = spans[0].path.parent / "quarantine" / f"{mixture}.yaml"
-    before: dict[Path, str | None] = {target: target.read_text(encoding="utf-8") if target.is_file() else None}
-    known = read(target) if before[target] is not None else {}
-    whole = {name: sorted({*known.get(name, ()), *records.get(name, ())}) for name in sorted({*known, *records})}
-    ids = yaml.safe_dump(whole, default_style='"', allow_unicode=True, width=float("inf"))
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(HEAD.format(mixture=mixture) + ids, encoding="utf-8")
+    before = _text(target) if target.is_file() else None
+    texts = {target: _with_ids(target, before, records, mixture=mixture)}
     for span in sorted(spans, key=lambda span: -span.start):  # from the end, so that the positions before it stay valid
         if span.names_quarantine:
             continue
-        text = span.path.read_text(encoding="utf-8")
-        before.setdefault(span.path, text)
+        text = texts.get(span.path) or _text(span.path)
         named = os.path.relpath(target, span.path.parent)
         line = f"quarantine: {{{BASES}: [{named}]}}" + (", " if span.flow else "\n" + " " * span.column)
-        span.path.write_text(text[: span.start] + line + text[span.start :], encoding="utf-8")
-    return before
+        texts[span.path] = text[: span.start] + line + text[span.start :]
+    target.parent.mkdir(exist_ok=True)
+    edits = {}
+    for path, text in texts.items():  # the ids first, so that after a kill no line refers to a missing file
+        edits[path] = Edit(before if path == target else _text(path), text)
+        _replace(path, text)
+    return edits
 
 
-def restore(before: Mapping[Path, str | None]) -> None:
-    """Undo an `add`, given what it returned."""
-    for path, text in before.items():
-        if text is None:
+def restore(edits: Mapping[Path, Edit]) -> None:
+    """Undo an `add`, given what it returned. A file that was edited since is left as it is, with a warning."""
+    for path, edit in edits.items():
+        if not path.is_file() or _text(path) != edit.after:
+            log.warning(
+                "%s was edited meanwhile and is left as it is; remove what it says of quarantine yourself", path
+            )
+        elif edit.before is None:
             path.unlink()
         else:
-            path.write_text(text, encoding="utf-8")
+            _replace(path, edit.before)
+
+
+def _with_ids(target: Path, text: str | None, records: Mapping[str, Sequence[str]], *, mixture: str) -> str:
+    """The text of the quarantine file with more ids. The comment at its top is kept."""
+    head, known = HEAD.format(mixture=mixture), {}
+    if text is not None:
+        known = read(target)
+        lines = text.splitlines(keepends=True)
+        first = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
+        head, body = "".join(lines[:first]), "".join(lines[first:])
+        if COMMENT.search(body) and body != _dumped(known):
+            raise ValueError(
+                f"{target} has comments among its ids, which would be lost: move them to its top, or add these ids "
+                f"to it yourself: {dict(records)}"
+            )
+    return head + _dumped({name: {*known.get(name, ()), *records.get(name, ())} for name in {*known, *records}})
+
+
+def _dumped(ids: Mapping[str, Iterable[str]]) -> str:
+    whole = {name: sorted(ids[name]) for name in sorted(ids)}
+    return yaml.safe_dump(whole, default_style='"', allow_unicode=True, width=float("inf"))
+
+
+def _text(path: Path) -> str:
+    """The text of a file with its own line ends."""
+    return path.read_bytes().decode()
+
+
+def _replace(path: Path, text: str) -> None:
+    """Replace a file whole or not at all; it keeps its mode."""
+    draft = path.with_name(f".{path.name}-{secrets.token_hex(6)}")
+    try:
+        draft.write_bytes(text.encode())
+        if path.exists():
+            shutil.copymode(path, draft)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _spans(path: Path, mixture: str) -> Iterator[YamlSpan]:
     """Every mapping that describes the mixture, in a file and in the files that it extends."""
-    text = path.read_text(encoding="utf-8")
+    text = _text(path)
     for node in _mappings(yaml.compose(text, Loader)):
         loader = Loader("")
         own = loader.construct_mapping(node, deep=True)

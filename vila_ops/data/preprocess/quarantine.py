@@ -9,9 +9,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
+from vila_ops.artifacts import store
+from vila_ops.artifacts.kinds import Dataset
 from vila_ops.config import Mixture
-from vila_ops.data.shards import DROPPED_SCHEMA
+from vila_ops.data.shards import DROPPED, DROPPED_SCHEMA
 
 REASON = "quarantined"
 
@@ -58,6 +61,13 @@ class Quarantined:
             for source, one in pairs
         ]
         yield pa.Table.from_pylist(rows, schema=DROPPED_SCHEMA)
+
+
+def left_out(dataset: Dataset) -> dict[str, tuple[str, str]]:
+    """Source and id of the record of each sample, by its key, that quarantine left out of a dataset."""
+    quarantined = pc.field("reason") == REASON
+    rows = pq.read_table(store.file(dataset, DROPPED), filters=quarantined).to_pylist()
+    return {place.rpartition(":")[2]: (row["source"], row["id"]) for row in rows for place in row["where"].split()}
 
 
 def _without(counts: dict[str, int], rows: list[dict[str, Any]], key: str, column: str | None) -> dict[str, int]:
