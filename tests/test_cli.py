@@ -235,6 +235,7 @@ STRANGERS = {
     "summary": ("store/tiny/summary.json", ["run"]),
     "report": ("store/tiny/report.html", ["run"]),
     "question": ("store/tiny/ask.json", ["run"]),
+    "file for a folder": ("store/tiny", ["run"]),
 }
 """A file of the user's, and the command that would replace it."""
 
@@ -285,6 +286,14 @@ def test_a_dataset_is_not_written_over_a_folder_in_use(
     done = CliRunner().invoke(app, ["prepare", *untouched, "--mixture", "tiny_align", "--out", out])
     assert done.exit_code == 1
     assert f"{out} is or contains " in str(done.exception)
+    assert paths(tmp_path) == ["resources.yaml"]
+
+
+def test_a_dataset_is_not_written_into_the_raw_data(untouched: list[str], tmp_path: Path) -> None:
+    """Its files would be raw data of the next revision."""
+    out = "tests/tiny/pairs/mine"
+    done = CliRunner().invoke(app, ["prepare", *untouched, "--mixture", "tiny_align", "--out", out])
+    assert f"{out} lies in tests/tiny/pairs, from which data is read" in str(done.exception)
     assert paths(tmp_path) == ["resources.yaml"]
 
 

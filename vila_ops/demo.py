@@ -15,8 +15,10 @@ from typing import Any
 import httpx
 
 from vila_ops import local
+from vila_ops.artifacts import output
 from vila_ops.config import Run
 from vila_ops.config.local import LocalServers
+from vila_ops.report.summary import BEGINS
 
 DEPLOYMENT = "vila/full-pipeline"
 TAG = "vila-ops-demo"
@@ -150,7 +152,7 @@ def _say_results(run: Run, endpoints: local.Endpoints, say: Say, *, seconds: flo
     folder = run.resources.storage.scratch() / run.recipe.name
     summary = json.loads((folder / "summary.json").read_text())
     summary["seconds_with_servers"] = round(seconds, 1)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+    output.write_file(folder / "summary.json", json.dumps(summary, indent=1), begins=BEGINS["summary.json"])
     answer = summary["answer"]
     say(f"\ndone in {seconds / 60:.1f} minutes")
     if answer is None:

@@ -1,12 +1,15 @@
 """Nothing that we did not write is replaced or removed."""
 
 import os
+import stat
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from vila_ops.artifacts.kinds import Dataset
-from vila_ops.artifacts.output import MARK, check_file, check_folder, new_folder, write_file
+from vila_ops.artifacts.output import MARK, check_file, check_folder, new_folder, replace, write_file
 from vila_ops.artifacts.store import address, begin, check_target, export, seal
 
 
@@ -137,3 +140,68 @@ def test_what_is_no_file_is_refused_as_one(tmp_path: Path) -> None:
             check_file(out, begins=MARK)
     with pytest.raises(ValueError, match="no folder"):
         check_file(tmp_path / "none/page.html", begins=MARK)
+
+
+def test_a_file_that_appears_while_a_folder_is_replaced_survives(made: Dataset, tmp_path: Path) -> None:
+    """After the last check, which nothing can exclude."""
+    out, draft = tmp_path / "out", tmp_path / "draft"
+    export(made, out)
+    export(made, draft)
+    ours = {"manifest.json", "files/a.txt"}
+    for name in ("photo.jpg", "files/deep/photo.jpg"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+    with pytest.raises(ValueError, match=r"photo\.jpg, files/deep/photo\.jpg appeared .* kept in (\S+), move") as told:
+        replace(out, draft, ours=ours)
+    assert tree(out).keys() == ours
+    (kept,) = tmp_path.glob(".out-old-*")
+    assert str(kept) in str(told.value)
+    assert tree(kept) == {"photo.jpg": b"mine", "files/deep/photo.jpg": b"mine"}
+
+
+def test_a_folder_stays_where_its_replacement_fails(made: Dataset, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export(made, out)
+    before = tree(out)
+    with pytest.raises(FileNotFoundError):
+        replace(out, tmp_path / "no draft", ours=before.keys())
+    assert tree(out) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "store"]
+
+
+def test_no_output_lies_in_a_folder_from_which_data_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for out, why in ((raw / "mine", f"lies in {raw}"), (raw, "in use"), (tmp_path, "in use")):
+        with pytest.raises(ValueError, match=why):
+            check_folder(out, outside=[raw])
+    assert check_folder(tmp_path / "raws", outside=[raw]) == tmp_path / "raws"
+    (raw / "project").mkdir()
+    monkeypatch.chdir(raw / "project")
+    assert check_folder(raw / "project/data/mine", outside=[raw]) == raw / "project/data/mine"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_what_is_sealed_exported_and_written_has_the_umask_s_mode(umask: int, tmp_path: Path) -> None:
+    """safetensors writes to a temporary file, as does every library that calls it."""
+    before = os.umask(umask)
+    try:
+        at = address(Dataset, revision=1, recipe={}, parents=())
+        attempt = begin(at, store=str(tmp_path / "store"))
+        (attempt / "adapter").mkdir()
+        for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
+            save_file({"w": torch.zeros(2)}, attempt / name)
+        made = seal(Dataset, at, attempt, facts={"num_samples": 1, "num_tokens": 1}, execution={})
+        export(made, tmp_path / "out")
+        with new_folder(tmp_path / "new") as draft:
+            save_file({"w": torch.zeros(2)}, draft / "model.safetensors")
+        write_file(tmp_path / "page.svg", MARK, begins=MARK)
+    finally:
+        os.umask(before)
+    written = [
+        tmp_path / "page.svg",
+        *(p for name in ("store/dataset", "out", "new") for p in (tmp_path / name).rglob("*")),
+    ]
+    assert len(written) > 12
+    for path in written:
+        assert stat.S_IMODE(path.stat().st_mode) == (0o777 if path.is_dir() else 0o666) & ~umask, path

@@ -8,8 +8,9 @@ again.
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MARK = "<!-- written by vila-ops -->\n"
@@ -18,11 +19,14 @@ HTML = f"<!doctype html>\n{MARK}"
 """First lines of our HTML pages."""
 
 
-def check_folder(out: Path, *, ours: Collection[str] = (), apart: Sequence[Path] = ()) -> Path:
+def check_folder(
+    out: Path, *, ours: Collection[str] = (), apart: Sequence[Path] = (), outside: Sequence[Path] = ()
+) -> Path:
     """The absolute path of a folder that may be written or replaced. Raises ValueError with the reason for any other.
 
     `ours` are the names of the files in it that we wrote. `apart` are folders in use, such as the store: `out` may
-    neither be nor contain one of them.
+    neither be nor contain one of them. `outside` are places that are read, such as raw data: `out` may not lie in one,
+    unless that holds the current folder too.
     """
     if out.is_symlink():
         raise ValueError(f"{out} is a symbolic link, which is not replaced; name the folder that it points to")
@@ -30,10 +34,13 @@ def check_folder(out: Path, *, ours: Collection[str] = (), apart: Sequence[Path]
     if not next(parent for parent in (place, *place.parents) if parent.exists()).is_dir():
         raise ValueError(f"{out} cannot be a folder, because it or a parent is a file; name another folder")
     in_use = {"the current folder": Path.cwd(), "the home folder": Path.home()}
-    in_use |= {f"{folder}, which is in use": folder.resolve() for folder in apart}
+    in_use |= {f"{folder}, which is in use": folder.resolve() for folder in (*apart, *outside)}
     for name, folder in in_use.items():
         if folder.is_relative_to(place):
             raise ValueError(f"{out} is or contains {name}, so it is not replaced; name another folder")
+    read = [folder for folder in outside if not Path.cwd().is_relative_to(folder.resolve())]
+    if around := next((folder for folder in read if place.is_relative_to(folder.resolve())), None):
+        raise ValueError(f"{out} lies in {around}, from which data is read; name a folder outside of it")
     if foreign := next((name for name in _names(place) if name not in ours), None):
         raise ValueError(
             f"{out} holds {foreign}, which vila-ops did not write there; only an empty folder, or one whose manifest "
@@ -59,18 +66,52 @@ def new_folder(out: Path) -> Iterator[Path]:
     place = check_folder(out)
     with draft_of(place) as draft:
         yield draft
+        use_umask(draft)
         draft.rename(place)  # fails where the folder is no longer empty
 
 
-def replace(place: Path, draft: Path) -> None:
-    """Put a draft in place of a folder that `check_folder` has just accepted."""
-    if not place.exists():
-        draft.rename(place)
-        return
+def replace(place: Path, draft: Path, *, ours: Collection[str]) -> None:
+    """Put a draft in place of a folder that `check_folder` has just accepted, and remove `ours` of the old folder.
+
+    If that fails, the old folder stays. A file that appeared in it meanwhile is kept; raises ValueError that names it.
+    """
     old = place.with_name(f".{place.name}-old-{secrets.token_hex(6)}")
-    place.rename(old)
-    draft.rename(place)
-    shutil.rmtree(old)
+    with suppress(FileNotFoundError):  # nothing is replaced
+        place.rename(old)
+    try:
+        draft.rename(place)
+    except BaseException:
+        if old.exists():
+            old.rename(place)
+        raise
+    if not old.exists():
+        return
+    for name in ours:
+        (old / name).unlink(missing_ok=True)
+    for here, _, _ in os.walk(old, topdown=False):
+        with suppress(OSError):  # not empty
+            os.rmdir(here)
+    if old.exists():
+        kept = ", ".join(_names(old)) or "a folder"
+        raise ValueError(
+            f"{place} was replaced, but {kept} appeared in it meanwhile; it is kept in {old}, move it away"
+        )
+
+
+def use_umask(folder: Path) -> None:
+    """Give each file and folder below a folder the mode of a new one.
+
+    Libraries write weights to a temporary file that only its owner may read, and rename it.
+    """
+    probe = folder / f".mode-{secrets.token_hex(6)}"
+    probe.mkdir()
+    (probe / "file").touch()
+    of_folder, of_file = (stat.S_IMODE(path.stat().st_mode) for path in (probe, probe / "file"))
+    shutil.rmtree(probe)
+    for path in folder.rglob("*"):
+        mode = of_folder if path.is_dir() else of_file
+        if not path.is_symlink() and stat.S_IMODE(path.stat().st_mode) != mode:
+            path.chmod(mode)
 
 
 def check_file(out: Path, *, begins: str) -> None:

@@ -137,6 +137,7 @@ def seal(
     place = _place_of(attempt)
     uri, _, data = place.rpartition("/")
     backend(uri).probe(_root(uri))
+    output.use_umask(attempt)
     files = _files(attempt, uri, known or {})
     manifest = {
         "format": FORMAT,
@@ -244,16 +245,16 @@ def export(artifact: Artifact, target: Path) -> None:
         exported = {**manifest, "files": files, "data": EXPORTED, "execution": ANY_EXECUTION}
         (fresh / MANIFEST).write_text(_sealed(exported))
         disk.publish(fresh, str(fresh))
-        output.replace(check_target(target), fresh)  # checked again: a copy may take long
+        output.replace(check_target(target), fresh, ours=_exported(target))  # checked again: a copy may take long
 
 
-def check_target(target: Path, *, apart: Sequence[Path] = ()) -> Path:
+def check_target(target: Path, *, apart: Sequence[Path] = (), outside: Sequence[Path] = ()) -> Path:
     """The absolute path of a folder that `export` may write: absent, empty, or an earlier export and nothing else.
 
-    Raises ValueError for any other, and for one that is or contains a folder of `apart`. An artifact that is sealed in
-    a store is not an export.
+    Raises ValueError for any other; `apart` and `outside` are as in `output.check_folder`. An artifact that is sealed
+    in a store is not an export.
     """
-    return output.check_folder(target, ours=_exported(target), apart=apart)
+    return output.check_folder(target, ours=_exported(target), apart=apart, outside=outside)
 
 
 def probe(store: str) -> str:

@@ -43,12 +43,12 @@ def export_for_dvc(dataset: Dataset, out: Path) -> None:
         _write(out, f"{table}.csv", "\n".join([f"part,{table}", *rows]) + "\n")
 
 
-def check_export(out: Path, *, apart: Sequence[Path] = ()) -> None:
+def check_export(out: Path, *, apart: Sequence[Path] = (), outside: Sequence[Path] = ()) -> None:
     """Raise ValueError if `export_for_dvc` would replace a folder or a file beside it that it did not write.
 
-    `apart` are folders that `out` must neither be nor contain.
+    `apart` are folders that `out` must neither be nor contain, `outside` places of raw data, in which it must not lie.
     """
-    store.check_target(out, apart=apart)
+    store.check_target(out, apart=apart, outside=outside)
     if out.parent.is_dir():
         for suffix, begins in BESIDE.items():
             output.check_file(_beside(out, suffix), begins=begins)

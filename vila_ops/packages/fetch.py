@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, assert_never
 
+from vila_ops.artifacts import output
 from vila_ops.config.package import Package
 from vila_ops.errors import FetchError, FetchRefused
 
@@ -71,6 +72,7 @@ def _publish_content(package: Package, archive: Path, folder: Path) -> None:
         content = work_folder / "content"
         content.mkdir()
         _extract(package, archive, content)
+        output.use_umask(content)
         os.rename(content, folder)
     finally:
         shutil.rmtree(work_folder, ignore_errors=True)
@@ -109,6 +111,7 @@ def _archive(package: Package, *, cache: Path) -> Path:
                 "if the registry's file was replaced on purpose, review it and change the pin; otherwise do not use it",
             )
         kept = cache / "archives" / f"{package.sha256}-{file.name}"
+        output.use_umask(work_folder)
         os.replace(file, kept)
         return kept
     finally:

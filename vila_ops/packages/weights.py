@@ -13,6 +13,7 @@ from onnx import numpy_helper
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitImageProcessorPil, Dinov2Config, Dinov2Model
 from transformers.utils.quantization_config import GgufConfig
 
+from vila_ops.artifacts import output
 from vila_ops.config.base import fingerprint
 from vila_ops.packages.imagenet import IMAGENET
 
@@ -186,8 +187,7 @@ def _converted(folder: Path, convert: Callable[[Path], None], *, kind: str) -> P
         target.mkdir()
         logger.info("converting %s to %s", kind, folder)
         convert(target)
-        for file in target.iterdir():
-            file.chmod(0o644)  # transformers makes safetensors readable for the user only
+        output.use_umask(target)  # transformers makes safetensors readable by their owner alone
         _publish(target, folder)
     finally:
         shutil.rmtree(work_folder, ignore_errors=True)

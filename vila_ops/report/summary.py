@@ -55,9 +55,15 @@ def write(run: Run, outcome: Outcome) -> Page:
 
 def check(run: Run) -> None:
     """Raise ValueError where `write` would replace a file that it did not write."""
-    if _folder(run).is_dir():
+    folder = _folder(run)
+    if folder.is_dir():
         for name, begins in BEGINS.items():
-            output.check_file(_folder(run) / name, begins=begins)
+            output.check_file(folder / name, begins=begins)
+    elif folder.exists() or folder.is_symlink():
+        raise ValueError(
+            f"{folder}, the folder of the report, is a file that vila-ops did not write; move the file away, or rename "
+            f"the recipe"
+        )
 
 
 def summarise(run: Run, outcome: Outcome) -> Json:

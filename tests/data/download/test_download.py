@@ -275,6 +275,10 @@ def test_mmc4_and_coyo_files_become_a_tar_and_a_manifest_each(server, case, make
         assert tar.getnames() == [f"{key}.png"]
     with pytest.raises(ValueError, match="a folder of its own"):
         download_source("coyo", tmp_path / "coyo", tmp_path / "coyo", settings=settings)
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file", tmp_path / "file/below"):
+        with pytest.raises(ValueError, match="cannot be a folder"):
+            download_source("coyo", tmp_path / "coyo", place, settings=settings)
 
 
 async def sets_a_cookie(writer, case, seen) -> None:

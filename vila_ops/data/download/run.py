@@ -35,6 +35,8 @@ def download_source(
     """
     if out.resolve() == (path.parent if path.is_file() else path).resolve():
         raise ValueError(f"{out} is the folder of the raw files; download into a folder of its own")
+    if not next(parent for parent in (out, *out.parents) if parent.exists()).is_dir():
+        raise ValueError(f"{out} cannot be a folder, because it or a parent is a file; name another folder")
     raw = raw_files(kind, path)
     for file in raw:
         check_ours(out / file.stem)
