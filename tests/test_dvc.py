@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -16,10 +17,17 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from vila_ops.artifacts.kinds import Dataset
-from vila_ops.artifacts.store import address, begin, export, find, seal, verify
-from vila_ops.config import load
+from vila_ops.artifacts.store import address, begin, export, find_in, opened, seal, verify
+from vila_ops.cli import app
+from vila_ops.config import Run, load
+from vila_ops.data.loading.loader import RowLoader
+from vila_ops.model.assemble import assemble
+from vila_ops.pipeline.stages import model_after, prepare_named
+from vila_ops.plan.plan import plan_run
+from vila_ops.train.stage import train_stage
 
 ROOT = Path(__file__).parents[1]
 CLONED = (
@@ -72,6 +80,17 @@ WATCH = (
     "0",
     "--json",
 )
+
+KILLED_BEFORE_IT_REPLACES = """
+import os, signal, sys
+
+def kill(event, arguments):
+    if event == "os.rename" and ".own-old-" in str(arguments[1]):
+        os.killpg(0, signal.SIGKILL)
+
+sys.addaudithook(kill)
+"""
+"""Every process of a look has it; the one that prepares ends them all when the new revision is whole beside the old."""
 
 
 @pytest.fixture
@@ -220,7 +239,7 @@ def test_git_checkout_and_dvc_checkout_bring_back_the_data_that_is_trained_on(cl
     assert {name: dataset["digest"] for name, dataset in made["datasets"].items()} == first
     for stage in ("align", "pretrain", "sft"):
         assert first[f"tiny_{stage}"] in made["models"][stage]["parents"]
-    assert not (clone / "store/dataset").exists()
+    assert not (clone / "store/shard").exists(), "it is copied into the store, not prepared"
     tasks = json.loads((clone / "store/tiny/summary.json").read_text())["tasks"]
     assert [task["reused"] for task in tasks if task["task"] == "prepare"] == [True] * 4
 
@@ -306,6 +325,75 @@ def test_an_earlier_revision_comes_back_and_a_look_at_nothing_new_makes_none(rev
 
 
 @pytest.mark.slow
+def test_the_last_good_revision_stays_until_the_next_one_is_whole(
+    revised: Revised, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Raw data that is refused, a look that is killed; and what a stage reads outlives the revision."""
+    folder, raw = revised.folder, revised.folder / "raw"
+    before, good = _outputs(folder), _digests(folder)["own"]
+    monkeypatch.chdir(folder)
+    run = _first_stage(folder)
+    stage, data = run.recipe.stages["align"], prepare_named(run, "own")
+    assert data.digest == good
+    rows = RowLoader(opened(data).file, digest=good, stage=stage, cache=tmp_path / "plans")
+    rows.batch(0)
+
+    images = {image: image.read_bytes() for image in sorted((raw / "spoils").glob("*.png"))[:9]}
+    for image, whole in images.items():
+        image.write_bytes(whole[:100])
+    refused = subprocess.run(WATCH, cwd=folder, env={**os.environ, **ENV}, capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert "more than max_bad_share" in refused.stderr
+    assert f"data/own is still the revision before, data {good[:12]}" in refused.stderr
+    assert _outputs(folder) == before
+    assert _run(folder, "git", "status", "--short").split() == ["??", "raw/"], "also data/.gitignore is as before"
+    for image, whole in images.items():
+        image.write_bytes(whole)
+
+    _flan(raw / "grows/d.jsonl", 16)
+    (tmp_path / "sitecustomize.py").write_text(KILLED_BEFORE_IT_REPLACES)
+    env = {**os.environ, **ENV, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    killed = subprocess.run(WATCH, cwd=folder, env=env, capture_output=True, check=False, start_new_session=True)
+    assert killed.returncode == -signal.SIGKILL
+    assert _outputs(folder) == before
+
+    look = json.loads(_run(folder, *WATCH, "--commit"))
+    assert look["digest"] == _digests(folder)["own"] != good
+    assert f"{look['num_samples']:,} samples" in (folder / "data/own.md").read_text()
+    assert len({key for step in range(40) for row in rows.batch(step)[0] for key in row.keys}) > 40
+    init = assemble(run.recipe.model, run.resources)
+    assert train_stage(stage, run.recipe.model, data, init, run.resources).parents == (good, init.digest)
+
+
+@pytest.mark.slow
+def test_a_clone_with_pulled_data_alone_shows_plans_and_trains(
+    revised: Revised, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clone, remote = tmp_path / "clone", tmp_path / "remote"
+    _run(tmp_path, "git", "clone", "-q", str(revised.folder), str(clone))
+    config = f"['remote \"team\"']\n    url = {remote}\n[core]\n    remote = team\n"
+    for folder in (revised.folder, clone):
+        (folder / ".dvc/config.local").write_text(config)
+    _run(revised.folder, "dvc", "push", "-q")
+    _run(clone, "dvc", "pull", "-q")
+    assert not (clone / "raw").exists()
+    digest = _digests(clone)["own"]
+    assert digest == _digests(revised.folder)["own"]
+    monkeypatch.chdir(clone)
+    run = _first_stage(clone)
+    (planned,) = plan_run(run).stages
+    assert (planned.lengths, planned.steps) == ("prepared", 2)
+    asked = ["data", "show", "configs/recipes/own.yaml", "--mixture", "own", "--out", "page.html", "--json"]
+    shown = CliRunner().invoke(app, asked)
+    assert shown.exit_code == 0, shown.output
+    assert Dataset.model_validate_json(shown.stdout).uri == str(clone / "data/own")
+    assert "<figure" in Path("page.html").read_text()
+    trained = model_after(run, "align")
+    assert digest in trained.parents
+    assert not list(clone.glob("store/shard/*"))
+
+
+@pytest.mark.slow
 def test_a_dataset_comes_back_from_s3_into_an_empty_cache(s3_store: str, tmp_path: Path) -> None:
     at = address(Dataset, revision=1, recipe={}, parents=())
     attempt = begin(at, store=f"{s3_store}/store")
@@ -327,7 +415,7 @@ def test_a_dataset_comes_back_from_s3_into_an_empty_cache(s3_store: str, tmp_pat
     whole = {path.name: path.read_bytes() for path in (one / "data/mixture").rglob("*") if path.is_file()}
     assert {p.name: p.read_bytes() for p in (other / "data/mixture").rglob("*") if p.is_file()} == whole
     assert len(whole) == 4
-    found = find(Dataset, at, store=str(tmp_path / "empty"), first=other / "data/mixture")
+    found = find_in(Dataset, at, str(other / "data/mixture"))
     assert found is not None
     verify(found)
     assert found.digest == made.digest
@@ -374,6 +462,23 @@ def _changed(repository: Path) -> set[str]:
     """The mixtures whose stages would run again."""
     said: dict[str, Any] = json.loads(_run(repository, "dvc", "status", "--json"))
     return {stage.removeprefix("prepare@") for stage in said}
+
+
+def _outputs(repository: Path) -> dict[str, bytes]:
+    """The dataset `own` and the files beside it."""
+    files = [*(repository / "data").glob("own.*"), *(repository / "data/own").rglob("*")]
+    return {str(path.relative_to(repository)): path.read_bytes() for path in files if path.is_file()}
+
+
+def _first_stage(repository: Path) -> Run:
+    """The recipe `own` with its first stage alone, two steps."""
+    settings = ("stages.align.num_steps=2", "resources.train.threads_per_worker=1")
+    inline = repository / "configs/resources/inline.yaml"
+    run = load(repository / "configs/recipes/own.yaml", resources=inline, overrides=settings)
+    recipe = run.recipe.model_dump()
+    return Run.model_validate(
+        {**run.model_dump(), "recipe": {**recipe, "stages": {"align": recipe["stages"]["align"]}}}
+    )
 
 
 def _digests(repository: Path) -> dict[str, str]:

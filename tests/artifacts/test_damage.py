@@ -15,7 +15,19 @@ from vila_ops.artifacts.copies import copy_of
 from vila_ops.artifacts.kinds import Dataset, EvalReport, Shard
 from vila_ops.artifacts.s3 import names
 from vila_ops.artifacts.s3_calls import client, place
-from vila_ops.artifacts.store import address, begin, content, export, file, find, opened, read_manifest, seal, verify
+from vila_ops.artifacts.store import (
+    address,
+    begin,
+    content,
+    export,
+    file,
+    find,
+    find_in,
+    opened,
+    read_manifest,
+    seal,
+    verify,
+)
 from vila_ops.errors import CorruptArtifact
 from vila_ops.eval.report import Report, ReportMetric, read_report, write_report
 
@@ -198,7 +210,7 @@ def test_an_exported_folder_is_moved_away_alone(tmp_path: Path) -> None:
     store, out = str(tmp_path / "store"), tmp_path / "data/mine"
     export(dataset(store), out)
     at = address(Dataset, revision=1, recipe={}, parents=())
-    exported = find(Dataset, at, store=store, first=out)
+    exported = find_in(Dataset, at, str(out))
     assert exported
     assert exported.uri == str(out)
     damage(places(exported)["a.tar"])
@@ -206,7 +218,8 @@ def test_an_exported_folder_is_moved_away_alone(tmp_path: Path) -> None:
         content(exported)
     assert named(str(told.value)) == [str(out)]
     move_away(str(out), tmp_path / "away")
-    found = find(Dataset, at, store=store, first=out)
+    assert find_in(Dataset, at, str(out)) is None
+    found = find(Dataset, at, store=store)
     assert found
     verify(found)
 

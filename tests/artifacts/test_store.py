@@ -29,6 +29,8 @@ from vila_ops.artifacts.store import (
     export,
     file,
     find,
+    find_in,
+    keep,
     probe,
     read_manifest,
     seal,
@@ -223,7 +225,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_exports_of_two_attempts_are_byte_identical_and_found_first(tmp_path: Path, store: str) -> None:
+def test_exports_of_two_attempts_are_byte_identical_and_found(tmp_path: Path, store: str) -> None:
     one, other = write(tmp_path / "1"), write(store)
     assert content(one).name != content(other).name
     out = tmp_path / "data/mixture"
@@ -232,17 +234,17 @@ def test_exports_of_two_attempts_are_byte_identical_and_found_first(tmp_path: Pa
     assert tree(out) == tree(tmp_path / "data/again")
     assert folder_digest(out) == folder_digest(tmp_path / "data/again")
     shutil.rmtree(tmp_path / "1")
-    found = find(Dataset, at(), store=str(tmp_path / "1"), first=out)
+    found = find_in(Dataset, at(), str(out))
     assert found is not None
     assert found.digest == one.digest
     verify(found)
-    assert find(Dataset, at(revision=2), store=str(tmp_path / "1"), first=out) is None
+    assert find_in(Dataset, at(revision=2), str(out)) is None
 
 
 def test_an_export_is_a_copy_of_its_own_and_older_than_any_run(tmp_path: Path) -> None:
     made, out = write(tmp_path / "store"), tmp_path / "data/mixture"
     export(made, out)
-    found = find(Dataset, at(), store=str(tmp_path / "nowhere"), first=out)
+    found = find_in(Dataset, at(), str(out))
     assert found is not None
     execution = read_manifest(found.uri)["execution"]
     assert (execution["seconds"], execution["workers"]) == (0, [])
@@ -354,3 +356,39 @@ def test_folder_digests_are_of_names_and_bytes(tmp_path: Path) -> None:
         folder_digest(tmp_path / "c")
     with pytest.raises(ValueError, match="no such folder"):
         folder_digest(tmp_path / "d")
+
+
+def test_an_export_is_copied_into_the_store_and_outlives_its_folder(store: str, tmp_path: Path) -> None:
+    out = tmp_path / "data/mixture"
+    made = write(tmp_path / "elsewhere")
+    export(made, out)
+    exported = find_in(Dataset, at(), str(out))
+    assert exported is not None
+    kept = keep(exported, at(), store=store)
+    shutil.rmtree(out)
+    verify(kept)
+    assert kept == find(Dataset, at(), store=store) == keep(exported, at(), store=store)
+    assert kept.digest == made.digest
+    assert tree(content(kept)) == tree(content(made))
+    manifests = [read_manifest(one.uri) for one in (kept, made)]
+    assert manifests[0]["recipe"] == manifests[1]["recipe"] == RECIPE
+    assert manifests[0]["execution"]["seconds"] == 0
+
+
+def test_a_folder_that_is_replaced_while_it_is_copied_is_named(tmp_path: Path) -> None:
+    out, store = tmp_path / "data/mixture", str(tmp_path / "store")
+    export(write(tmp_path / "elsewhere"), out)
+    exported = find_in(Dataset, at(), str(out))
+    assert exported is not None
+    (out / "files/b.bin").unlink()  # as `dvc checkout` begins
+    with pytest.raises(CorruptArtifact, match=rf"{out}/files/b\.bin is missing; where `dvc` replaced {out} while"):
+        keep(exported, at(), store=store)
+    export(write(tmp_path / "elsewhere", "new", where=at(revision=2)), tmp_path / "other")
+    shutil.rmtree(out)
+    (tmp_path / "other").rename(out)
+    with pytest.raises(
+        CorruptArtifact, match=f"{out} holds digest .*, not {exported.digest}: it was replaced meanwhile"
+    ):
+        keep(exported, at(), store=store)
+    assert not list(Path(at().uri(store)).glob("attempt-*")), "nothing is left of both"
+    assert find(Dataset, at(), store=store) is None

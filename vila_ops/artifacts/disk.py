@@ -135,7 +135,10 @@ def folder(uri: str, files: Mapping[str, tuple[str, FileFacts]]) -> Path:
 
 def copy(uri: str, facts: FileFacts, target: Path) -> None:
     """Copy a file; an edit of the copy does not reach the store."""
-    shutil.copyfile(local(uri, facts), target)
+    try:
+        shutil.copyfile(local(uri, facts), target)
+    except FileNotFoundError as error:
+        raise DamagedFile(uri, "is missing") from error
 
 
 def sharing(uri: str, root: str, kinds: Iterable[str]) -> list[str]:
@@ -151,13 +154,17 @@ def sharing(uri: str, root: str, kinds: Iterable[str]) -> list[str]:
 
 
 def link(source: Path, target: Path) -> None:
-    """Hard-link a file; copy it if the target is on another file system."""
+    """Hard-link a file; copy it if the target is on another file system. A known sha256 stays known."""
+    before = source.stat()
     try:
         os.link(source, target)
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
         shutil.copyfile(source, target)
+    after, digest = source.stat(), _known.get(_identity(before))
+    if digest is not None and _identity(before)[:-1] == _identity(after)[:-1]:  # a link changes the ctime alone
+        _known[_identity(after)] = digest
 
 
 @lru_cache(maxsize=64)

@@ -208,7 +208,7 @@ def folder(uri: str, files: Mapping[str, tuple[str, FileFacts]]) -> Path:
         if path != target and not (target.exists() and path.samefile(target)):
             target.parent.mkdir(parents=True, exist_ok=True)
             fresh = draft()
-            os.link(path, fresh)
+            disk.link(path, fresh)
             os.replace(fresh, target)
 
     with ThreadPoolExecutor(AT_ONCE) as pool:

@@ -10,6 +10,7 @@ artifact.
 import json
 import logging
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -96,18 +97,39 @@ def backend(uri: str) -> Backend:
             raise ValueError(f"{uri}: {scheme} is not a kind of store; a store is a folder or s3://BUCKET/PREFIX")
 
 
-def find(kind: type[A], at: Address, *, store: str, first: Path | None = None) -> A | None:
-    """The sealed artifact at an address, or None. `first` is a folder that is searched before the store (DVC's output).
+def find(kind: type[A], at: Address, *, store: str) -> A | None:
+    """The sealed artifact at an address of a store, or None.
 
     Checks that every file exists with its size; bytes are compared when they are read.
     """
-    for uri in (None if first is None else str(first), at.uri(store)):
-        if uri is None or (manifest := _manifest(uri)) is None:
-            continue
-        if manifest["address"] == f"{at.kind}/{at.key}":
-            _check_sizes(uri, manifest)
-            return _reference(kind, uri, manifest)
-    return None
+    return find_in(kind, at, at.uri(store))
+
+
+def find_in(kind: type[A], at: Address, uri: str) -> A | None:
+    """The sealed artifact in a folder, such as an export, as by `find`; None where it holds none of this address."""
+    manifest = find_manifest(uri)
+    if manifest is None or manifest["address"] != f"{at.kind}/{at.key}":
+        return None
+    _check_sizes(uri, manifest)
+    return _reference(kind, uri, manifest)
+
+
+def keep(artifact: A, at: Address, *, store: str) -> A:
+    """What the store has at an address, or else a copy of the artifact, which lies elsewhere, such as in DVC's output.
+
+    Others may replace that one while it is read; nothing removes what is sealed in the store.
+    """
+    if done := find(type(artifact), at, store=store):
+        return done
+    log.info("%s is copied into %s, since it may be replaced while it is read", artifact.uri, store)
+    manifest = _manifest_of(artifact)
+    attempt = begin(at, store=store)
+    try:
+        files = _copy_files(artifact.uri, manifest, attempt)
+    except BaseException:
+        shutil.rmtree(attempt, ignore_errors=True)
+        raise
+    return seal(type(artifact), at, attempt, facts=manifest["facts"], execution=manifest["execution"], known=files)
 
 
 def begin(at: Address, *, store: str) -> Path:
@@ -205,9 +227,7 @@ class Opened:
 
 def opened(artifact: Artifact) -> Opened:
     """The files of a sealed artifact, not yet read. Raises CorruptArtifact where the folder holds another artifact."""
-    manifest = read_manifest(artifact.uri)
-    if manifest["digest"] != artifact.digest:
-        raise CorruptArtifact(f"{artifact.uri} holds digest {manifest['digest']}, not {artifact.digest}; run again")
+    manifest = _manifest_of(artifact)
     return Opened(artifact.uri, f"{artifact.uri}/{manifest['data']}", _places(artifact.uri, manifest))
 
 
@@ -221,9 +241,30 @@ def file(artifact: Artifact, name: str) -> Path:
     return opened(artifact).file(name)
 
 
+def find_manifest(uri: str) -> dict[str, Any] | None:
+    """The manifest of a sealed folder; None if there is none. Raises CorruptArtifact for a changed one."""
+    place = f"{uri}/{MANIFEST}"
+    data = backend(uri).read(place)
+    if data is None:
+        return None
+    try:
+        text = data.decode()
+        manifest: dict[str, Any] = json.loads(text)
+        written, names = manifest["format"], _names(manifest)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptArtifact(f"{place} is not a manifest ({error}); {way_out(uri)}") from error
+    if written != FORMAT:
+        raise CorruptArtifact(f"{place} has format {written}; this version reads {FORMAT}")
+    if text != _sealed(manifest):
+        raise CorruptArtifact(f"{place} was changed after sealing; {way_out(uri)}")
+    if outside := [name for name in names if name.startswith("/") or ".." in PurePosixPath(name).parts]:
+        raise CorruptArtifact(f"{place} names {outside[0]!r}, which is outside of the folder; do not use this store")
+    return manifest
+
+
 def read_manifest(uri: str) -> dict[str, Any]:
     """The manifest of a sealed folder."""
-    manifest = _manifest(uri)
+    manifest = find_manifest(uri)
     if manifest is None:
         raise CorruptArtifact(f"{uri} has no {MANIFEST}: it was never finished, or it was removed")
     return manifest
@@ -236,16 +277,31 @@ def export(artifact: Artifact, target: Path) -> None:
     Raises ValueError as `check_target` does.
     """
     with output.draft_of(check_target(target)) as fresh:
-        manifest = read_manifest(artifact.uri)
-        for name, (place, facts) in _places(artifact.uri, manifest).items():
-            (fresh / EXPORTED / name).parent.mkdir(parents=True, exist_ok=True)
-            with _naming(artifact.uri):
-                backend(artifact.uri).copy(place, facts, fresh / EXPORTED / name)
-        files = {name: FileFacts(size=f["size"], sha256=f["sha256"]) for name, f in manifest["files"].items()}
+        manifest = _manifest_of(artifact)
+        files = _copy_files(artifact.uri, manifest, fresh / EXPORTED)
         exported = {**manifest, "files": files, "data": EXPORTED, "execution": ANY_EXECUTION}
         (fresh / MANIFEST).write_text(_sealed(exported))
         disk.publish(fresh, str(fresh))
         output.replace(check_target(target), fresh, ours=_exported(target))  # checked again: a copy may take long
+
+
+def _manifest_of(artifact: Artifact) -> dict[str, Any]:
+    manifest = read_manifest(artifact.uri)
+    if manifest["digest"] != artifact.digest:
+        raise CorruptArtifact(
+            f"{artifact.uri} holds digest {manifest['digest']}, not {artifact.digest}: it was replaced meanwhile; run "
+            f"again"
+        )
+    return manifest
+
+
+def _copy_files(uri: str, manifest: dict[str, Any], target: Path) -> dict[str, FileFacts]:
+    """Copy the files of a sealed folder into a local folder; returns their facts by name."""
+    for name, (place, facts) in _places(uri, manifest).items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        with _naming(uri):
+            backend(uri).copy(place, facts, target / name)
+    return {name: FileFacts(size=f["size"], sha256=f["sha256"]) for name, f in manifest["files"].items()}
 
 
 def check_target(target: Path, *, apart: Sequence[Path] = (), outside: Sequence[Path] = ()) -> Path:
@@ -284,7 +340,7 @@ def _files(attempt: Path, uri: str, known: Mapping[str, FileFacts | Linked]) -> 
             continue
         if name in facts and facts[name]["size"] != size:
             raise ValueError(f"{path} has {size} bytes, but its known facts say {facts[name]['size']}")
-        files[name] = FileFacts(size=size, sha256=facts[name]["sha256"] if name in facts else disk.sha256(path))
+        files[name] = FileFacts(size=size, sha256=facts[name]["sha256"] if name in facts else disk.known_sha256(path))
     if missing := sorted(set(facts) - set(files)):
         raise ValueError(f"{attempt} has no files {missing[:3]}, although their facts are given")
     return files
@@ -313,33 +369,12 @@ def _link(target: Path, uri: str, linked: Linked) -> FileFacts:
 def _exported(folder: Path) -> frozenset[str]:
     """Names of the files that `export` wrote into a folder; none if the folder is not an export."""
     try:
-        manifest = _manifest(str(folder)) if folder.is_dir() else None
+        manifest = find_manifest(str(folder)) if folder.is_dir() else None
     except CorruptArtifact:  # the manifest.json of another program: no file is ours
         return frozenset()
     if manifest is None or manifest["data"] != EXPORTED:
         return frozenset()
     return frozenset({MANIFEST, *(f"{EXPORTED}/{name}" for name in manifest["files"])})
-
-
-def _manifest(uri: str) -> dict[str, Any] | None:
-    """The manifest of a folder; None if it has none. Raises CorruptArtifact for a changed one."""
-    place = f"{uri}/{MANIFEST}"
-    data = backend(uri).read(place)
-    if data is None:
-        return None
-    try:
-        text = data.decode()
-        manifest: dict[str, Any] = json.loads(text)
-        written, names = manifest["format"], _names(manifest)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptArtifact(f"{place} is not a manifest ({error}); {way_out(uri)}") from error
-    if written != FORMAT:
-        raise CorruptArtifact(f"{place} has format {written}; this version reads {FORMAT}")
-    if text != _sealed(manifest):
-        raise CorruptArtifact(f"{place} was changed after sealing; {way_out(uri)}")
-    if outside := [name for name in names if name.startswith("/") or ".." in PurePosixPath(name).parts]:
-        raise CorruptArtifact(f"{place} names {outside[0]!r}, which is outside of the folder; do not use this store")
-    return manifest
 
 
 def _names(manifest: dict[str, Any]) -> list[str]:
@@ -395,6 +430,11 @@ def _naming(uri: str) -> Iterator[None]:
 
 def _damaged(uri: str, place: str, what: str) -> CorruptArtifact:
     """The error of a damaged file. Every sealed folder that holds it has to be moved away before a rebuild is sound."""
+    if place.startswith(f"{uri}/{EXPORTED}/"):
+        return CorruptArtifact(
+            f"{place} {what}; where `dvc` replaced {uri} while it was read, run again; otherwise restore it (`dvc "
+            f"checkout`), or move {uri} away and run again to rebuild it"
+        )
     root = _root(uri)
     others = [
         other
@@ -407,7 +447,7 @@ def _damaged(uri: str, place: str, what: str) -> CorruptArtifact:
 def _is_at_its_address(uri: str) -> bool:
     """Whether a folder lies at its own address, which a renamed one does not."""
     try:
-        manifest = _manifest(uri)
+        manifest = find_manifest(uri)
     except CorruptArtifact:
         return True
     return manifest is not None and uri.endswith(f"/{manifest['address']}")

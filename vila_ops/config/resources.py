@@ -83,7 +83,7 @@ class StorageResources(Config):
     store: str = "store"
     """Store of sealed artifacts: a folder, or `s3://bucket/prefix`."""
     data: str = "data"
-    """Folder of DVC's outputs. A prepared mixture is searched in `data/<mixture>` before the store."""
+    """Folder of DVC's outputs. A mixture that the store lacks is copied from `data/<mixture>` if it is there."""
     cache: str = "~/.cache/vila-ops"
     """Folder of fetched packages and converted weights; checkouts may share it."""
     features_leave_free: float = Field(default=0.1, ge=0, le=1)

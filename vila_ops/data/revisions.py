@@ -93,15 +93,19 @@ def raw_roots(mixture: Mixture) -> list[str]:
 def revise(stage: str, *, commit: bool, folder: Path) -> Revision | None:
     """Run a DVC stage `prepare@NAME` again if its dependencies have changed; None if nothing has changed.
 
-    Shards whose raw records did not change are reused. `commit` commits the files that DVC wrote, and nothing else.
-    Raises RuntimeError with the output of `dvc` or `git` if one of them fails, such as for raw data that `prepare`
-    refuses.
+    Shards whose raw records did not change are reused. The revision before stays in the working tree until the new one
+    is whole, since the outputs of dvc.yaml are marked `persist`. `commit` commits the files that DVC wrote, and
+    nothing else. Raises RuntimeError with the output of `dvc` or `git` if one of them fails, such as for raw data that
+    `prepare` refuses.
     """
     if not json.loads(_run(folder, "dvc", "--wait-for-lock", "status", "--json", stage)):
         return None
     log.info("%s: its dependencies have changed", stage)
     name = stage.rpartition("@")[2]
-    _run(folder, "dvc", "--wait-for-lock", "repro", stage)
+    try:
+        _run(folder, "dvc", "--wait-for-lock", "repro", stage)
+    except RuntimeError as error:
+        raise RuntimeError(f"{error}\n{_state(folder, name)}") from error
     for line in _run(
         folder, "dvc", "--wait-for-lock", "metrics", "diff", "--md", "--targets", f"data/{name}.json"
     ).splitlines():
@@ -110,6 +114,14 @@ def revise(stage: str, *, commit: bool, folder: Path) -> Revision | None:
     facts = {key: manifest["facts"][key] for key in ("num_samples", "num_tokens")}
     recorded = _commit(folder, name) if commit else None
     return Revision(stage=stage, digest=manifest["digest"], **facts, commit=recorded)
+
+
+def _state(folder: Path, name: str) -> str:
+    """What a failed revision has left in the working tree."""
+    manifest = store.find_manifest(str(folder / "data" / name))
+    if manifest is None:
+        return f"data/{name} holds no dataset; `dvc checkout` brings back one that was there before"
+    return f"data/{name} is still the revision before, data {manifest['digest'][:12]}"
 
 
 def wait_until_quiet(roots: list[Path], *, seconds: float) -> None:

@@ -151,10 +151,12 @@ def read_sample(folder: Path, *, shard: str, offset: int, key: str) -> Sample:
             images = [_next_member(file, name) for name in head.pop("images")]
         targets = head.pop("targets")
         return Sample(**head, is_target=mask(targets, len(head["input_ids"])), images=tuple(images))
+    except FileNotFoundError as error:
+        raise CorruptShard(f"{folder / shard} is gone; something removed it while it was read: run again") from error
     except (tarfile.TarError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptShard(
-            f"{folder / shard} at byte {offset} does not hold sample {key!r} ({error}); "
-            f"verify the dataset, move its folder away and prepare it again"
+            f"{folder / shard} at byte {offset} does not hold sample {key!r} ({error}), so it has changed since it was "
+            f"verified; run again: all of it is compared with its sha256, and the message says what to move away"
         ) from error
 
 

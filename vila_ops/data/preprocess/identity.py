@@ -1,6 +1,7 @@
 """The identity of a prepared mixture: its recipe without paths, and the digests of what it reads."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from vila_ops.config.base import fingerprint
 from vila_ops.config.kinds import provenance
 from vila_ops.data import sources
 from vila_ops.data.images import Fit
+from vila_ops.data.raw.files import RawMissing
 from vila_ops.packages.normalisation import mean_std
 
 SHARD_REVISION = 6
@@ -80,9 +82,28 @@ def fit_of(text: TextFormat) -> Fit:
     return Fit(text.image_aspect_ratio, mean)
 
 
-def digests(mixture: Mixture, *, cache: Path) -> dict[str, str]:
-    """The digest of each source by name: of everything that is read besides the config."""
+@dataclass(frozen=True)
+class RawDigests:
+    """The digests of everything that the sources of a mixture read besides the config, by name."""
+
+    here: dict[str, str]
+    """Of the sources whose raw files are on this machine, all or in part."""
+    missing: dict[str, str]
+    """Why the raw files of the others, or all images of a source, are not on this machine."""
+
+
+def raw_digests(mixture: Mixture, *, cache: Path) -> RawDigests:
+    """The digests of the sources and of the evaluation sets (`against NAME`) of a mixture."""
     read: Mapping[str, Source] = mixture.sources
     against: Mapping[str, Source] = mixture.contamination.sources if mixture.contamination else {}
-    own = {name: sources.digest(source, cache=cache) for name, source in read.items()}
-    return own | {f"against {name}": sources.digest(source, cache=cache) for name, source in against.items()}
+    here: dict[str, str] = {}
+    missing: dict[str, str] = {}
+    for name, source in [*read.items(), *((f"against {name}", source) for name, source in against.items())]:
+        try:
+            here[name], images_missing = sources.digest_and_missing(source, cache=cache)
+        except RawMissing as error:
+            missing[name] = str(error)
+        else:
+            if images_missing:
+                missing[name] = images_missing
+    return RawDigests(here, missing)

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vila_ops.data.download.manifest import key_of, manifest_path, tar_path
-from vila_ops.data.raw.files import paths
+from vila_ops.data.raw.files import RawMissing, paths
 
 _COLUMNS = ("key", "outcome", "detail", "bytes", "sha256", "offset")
 
@@ -77,7 +77,7 @@ def out_of(images: str, name: str) -> Path:
 def companions(root: Path, suffix: str, *, images: str) -> dict[tuple[str, Path], tuple[str, str]]:
     """Manifest and tar of each raw file, by its name and path. `images` may be a folder inside the root.
 
-    Raises ValueError if the images of a raw file have not been downloaded to the end.
+    Raises RawMissing if the images of a raw file have not been downloaded to the end.
     """
     if Path(images) == (root.parent if root.is_file() else root):
         raise ValueError(f"{images} is where the raw files are; images is the folder of `vila-ops data download --out`")
@@ -87,7 +87,7 @@ def companions(root: Path, suffix: str, *, images: str) -> dict[tuple[str, Path]
             continue
         out = out_of(images, name)
         if missing := [one for one in (manifest_path(out), tar_path(out)) if not one.is_file()]:
-            raise ValueError(
+            raise RawMissing(
                 f"no {missing[0]}: the images of {name} are not there yet; fetch them with `vila-ops data download`"
             )
         by_file[name, path] = (str(manifest_path(out)), str(tar_path(out)))

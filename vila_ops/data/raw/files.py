@@ -18,6 +18,8 @@ STRIDE = 16
 SCAN_REVISION = 2
 """Raised if a format's scan returns other values for the same file."""
 UNFINISHED = (".part", ".tmp", ".partial", ".crdownload")
+MISSING = "missing"
+"""Stands for the digest of a file that does not exist."""
 _RACE_NS = 2 * 10**9
 """A file younger than this may change again under the same time stamp, so its digest is not cached."""
 
@@ -36,6 +38,10 @@ class Scan:
     """Other files that its records refer to: relative to the working directory, or absolute."""
 
 
+class RawMissing(ValueError):
+    """The raw files of a source are not on this machine."""
+
+
 class RawFile(Config):
     """One file of a source."""
 
@@ -47,6 +53,10 @@ class RawFile(Config):
     count: int
     images: int
     marks: tuple[int, ...]
+    beside: int = 0
+    """Number of other files that its records refer to."""
+    beside_missing: int = 0
+    """Number of those that are not there."""
 
 
 class Thinned(Config):
@@ -83,11 +93,11 @@ class Span(Config):
 
 def paths(root: Path, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
     """Name and path of the files of a format: the file itself, or those of a folder, sorted; none that is hidden or
-    unfinished. Raises ValueError if there are none."""
+    unfinished. Raises RawMissing if there are none."""
     if root.is_file():
         return [(root.name, root)]
     if not root.is_dir():
-        raise ValueError(f"no such file or folder: {root} (looked for in {Path.cwd()})")
+        raise RawMissing(f"no such file or folder: {root} (looked for in {Path.cwd()})")
     by_name = {
         path.relative_to(root).as_posix(): path
         for path in root.rglob("*")
@@ -99,7 +109,7 @@ def paths(root: Path, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
         if not name.endswith(UNFINISHED) and not any(part.startswith(".") for part in name.split("/"))
     }
     if not kept:
-        raise ValueError(f"{root} has no file that ends in {' or '.join(suffixes)}")
+        raise RawMissing(f"{root} has no file that ends in {' or '.join(suffixes)}")
     return sorted(kept.items())
 
 
@@ -125,6 +135,8 @@ def scan_files(
                     count=result.count,
                     images=result.images,
                     marks=result.marks,
+                    beside=len(beside),
+                    beside_missing=sum(other == MISSING for _, other in beside),
                 )
             )
     return scanned
@@ -139,9 +151,9 @@ class _ScanCache:
         database.execute("create table if not exists scans (key text primary key, scan text)")
 
     def digest(self, path: Path) -> str:
-        """sha256 of a file; "missing" if it does not exist."""
+        """sha256 of a file; MISSING if it does not exist."""
         if not path.is_file():
-            return "missing"
+            return MISSING
         place, status = str(path.resolve()), path.stat()
         stamp = f"{status.st_size} {status.st_mtime_ns} {status.st_ino}"
         row = self._database.execute("select sha256 from digests where path = ? and stamp = ?", (place, stamp))

@@ -59,9 +59,24 @@ class ImageUrls(Protocol):
 
 def digest(source: Source, *, cache: Path) -> str:
     """Digest of everything that the source reads: its packages, or else its files."""
+    return digest_and_missing(source, cache=cache)[0]
+
+
+def digest_and_missing(source: Source, *, cache: Path) -> tuple[str, str]:
+    """The digest; and, if none of the images that the records refer to is on this machine, what is missing, else ""."""
     if packages := source.packages():
-        return packages_digest(packages)
-    return fingerprint([[file.name, file.digest] for file in raw_files(source, {}, cache=cache)])
+        return packages_digest(packages), ""
+    raw = raw_files(source, {}, cache=cache)
+    return fingerprint([[file.name, file.digest] for file in raw]), _missing_images(source, raw)
+
+
+def _missing_images(source: Source, raw: list[RawFile]) -> str:
+    named, images = sum(file.beside for file in raw), getattr(source, "images", None)
+    if named and named == sum(file.beside_missing for file in raw):
+        return f"none of the {named} files that its records name is there"
+    if isinstance(images, str) and any(file.images for file in raw) and not Path(images).is_dir():
+        return f"no folder {images}"
+    return ""
 
 
 def raw_files(source: Source, folders: Folders, *, cache: Path) -> list[RawFile]:

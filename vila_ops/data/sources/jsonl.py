@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from vila_ops.config.base import Config
 from vila_ops.config.sources import JsonLines
-from vila_ops.data.raw.files import STRIDE, Folders, RawFile, Scan, Span, scan_files
+from vila_ops.data.raw.files import STRIDE, Folders, RawFile, RawMissing, Scan, Span, scan_files
 from vila_ops.data.raw.lines import every_line, lines
 from vila_ops.data.records import Dropped, Image, Part, Record, Role, Turn
 
@@ -62,7 +62,7 @@ def raw_files(source: JsonLines, folders: Folders, *, cache: Path) -> list[RawFi
     """records.jsonl, with the images that its records refer to."""
     path = Path(source.path) / RECORDS
     if not path.is_file():
-        raise ValueError(f"no {RECORDS} in {source.path!r}; a jsonl source is a folder with that file")
+        raise RawMissing(f"no {RECORDS} in {source.path!r}; a jsonl source is a folder with that file")
     return scan_files([(RECORDS, path)], source.kind, _scan, cache=cache)
 
 

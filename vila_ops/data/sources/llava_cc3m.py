@@ -5,7 +5,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vila_ops.config.sources import LlavaCc3m
-from vila_ops.data.raw.files import Folders, RawFile, Scan, Span, scan_files
+from vila_ops.data.raw.files import Folders, RawFile, RawMissing, Scan, Span, scan_files
 from vila_ops.data.raw.json_array import elements, is_array
 from vila_ops.data.records import Dropped, Record
 from vila_ops.data.sources.json_files import Object, read_objects, scan_objects, stated
@@ -18,7 +18,7 @@ def raw_files(source: LlavaCc3m, folders: Folders, *, cache: Path) -> list[RawFi
     """chat.json, with metadata.json and the images that it depends on."""
     path = Path(source.path) / CHAT
     if not path.is_file() or not is_array(path):
-        raise ValueError(
+        raise (ValueError if path.is_file() else RawMissing)(
             f"no {CHAT} with a JSON array in {source.path!r}; `path` is the folder of the downloaded files"
         )
     return scan_files([(CHAT, path)], f"llava_cc3m:{source.path}:{source.images}", lambda _: _scan(source), cache=cache)
