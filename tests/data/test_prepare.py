@@ -17,7 +17,7 @@ from vila_ops.artifacts.leases import hold
 from vila_ops.artifacts.store import Address, content, export, verify
 from vila_ops.config import Mixture, Resources, TextFormat, load
 from vila_ops.data.preprocess.identity import SHARD_REVISION
-from vila_ops.data.preprocess.prepare import REVISION, prepare
+from vila_ops.data.preprocess.prepare import REVISION, prepare, prepared
 from vila_ops.data.preprocess.shard_writer import tokenizer_of
 from vila_ops.data.revisions import export_for_dvc
 from vila_ops.data.shards import read_index, read_sample, samples_of
@@ -186,17 +186,18 @@ def test_a_summary_names_the_licences_of_samples_and_packages(resources: Resourc
     assert (sources["told"]["licences"], sources["told"]["packages"]) == ({"CC-BY-SA-3.0": 24}, {})
 
 
-def test_an_exported_dataset_is_found_first(resources: Resources, make_mixture: Any, make_text: Any) -> None:
+def test_an_exported_dataset_is_copied_not_prepared(resources: Resources, make_mixture: Any, make_text: Any) -> None:
     chosen = make_mixture("definitions")
     made = prepare(chosen, make_text(), resources)
     out = Path(resources.storage.data) / chosen.name
     export(made, out)
     shutil.rmtree(resources.storage.store)
-    found = prepare(chosen, make_text(), resources)
+    found = prepared(chosen, make_text(), resources)
+    assert found is not None
     assert (found.uri, found.digest) == (str(out), made.digest)
-    other = prepare(chosen, make_text(max_tokens=64), resources)
-    assert other.digest != made.digest
-    assert other.uri != str(out)
+    assert prepare(chosen, make_text(), resources) == made
+    assert not list(Path(resources.storage.store).glob("shard/*"))
+    assert prepare(chosen, make_text(max_tokens=64), resources).digest != made.digest
 
 
 def test_bytes_do_not_depend_on_place_or_attempt(
