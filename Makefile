@@ -91,7 +91,7 @@ faults: setup ## Kill processes, damage data, test as on other processors; VILA_
 	VILA_KILLS=100 VILA_KILLS_RAY=5 VILA_FAILPOINTS=3 VILA_ELASTIC=30 VILA_FLIPS=1000 VILA_DISK=50 VILA_KILLS_NODES=20 \
 	  VILA_URLS=10000 VILA_FUZZ=10000 VILA_LEAKS=5000 VILA_FAULTS=500 VILA_PARITY=all \
 	  $(BIN)/python -m pytest -v tests/faults tests/train/test_zero.py tests/train/test_watchdog.py \
-	  tests/data/download tests/data/test_images_fuzz.py; \
+	  tests/data/download tests/data/test_images_fuzz.py tests/data/text/test_conversation.py; \
 	$(BIN)/python tests/faults/processors.py
 
 bench: setup ## Run one benchmark: make bench NAME=packing

@@ -153,13 +153,13 @@ def tokens_by_hand(fast: PreTrainedTokenizerFast, pieces: list[tuple[str, bool]]
 @pytest.mark.parametrize("like", ["tiny", "llama_3"])
 @pytest.mark.parametrize("template", TEMPLATE_TOKENS)
 def test_targets_are_exactly_the_assistants_tokens(fast_with: Make, template: str, like: str) -> None:
-    """In 8 x 625 conversations."""
+    """In 100 conversations of each kind, in 625 with VILA_FUZZ (`make faults`)."""
     fast = fast_with(template, like=like)
     tokenizer = Tokenizer(fast, image_tokens=4, after_image="\n")
 
     controls = set(fast.get_added_vocab().values())
 
-    @settings(max_examples=625, deadline=None)
+    @settings(max_examples=625 if "VILA_FUZZ" in os.environ else 100, deadline=None)
     @given(before=turns, answer=spoken, after=turns)
     @example(before=[("user", ("<|im_", "end|>", "<ima", "ge>"))], answer=("<image>", SHOWN, "é", "🦙"), after=[])
     @example(before=[], answer=("\n\nYes.\n\n",), after=[("assistant", ("",)), ("system", ("\n",))])
