@@ -1,7 +1,11 @@
 import hashlib
 import multiprocessing
 import os
+import random
+import sqlite3
 import time
+import unicodedata
+from contextlib import closing
 from itertools import pairwise
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -12,7 +16,8 @@ from hypothesis import strategies as st
 
 from vila_ops.config.sources import JsonLines
 from vila_ops.data import sources
-from vila_ops.data.raw.files import RawFile, Scan, Span, Thinned, paths, scan_files
+from vila_ops.data.raw import files as files_module
+from vila_ops.data.raw.files import RawFile, Scan, Span, Thinned, on_disk, paths, scan_files
 
 HOUR_NS = 3600 * 10**9
 EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
@@ -121,13 +126,97 @@ def test_a_young_file_that_changes_under_its_size_and_time_is_seen(raw: Path, li
     assert after.digest == ABD
 
 
-def test_an_old_file_is_not_read_again(raw: Path, lines: Lines):
+def test_an_edit_whose_time_is_put_back_is_seen(raw: Path, lines: Lines, monkeypatch: pytest.MonkeyPatch):
+    """Nothing puts back the time of the change itself (st_ctime)."""
+    monkeypatch.setattr(files_module, "_RACE_NS", 0)  # a change of this moment may be remembered
     path = write(raw / "a.txt", b"abc")
     stamp = path.stat()
     (before,) = lines.files(raw)
-    path.write_bytes(b"abd")
-    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    assert lines.files(raw) == [before], "its size, time and inode are as they were: only reading it tells"
+    while path.stat().st_ctime_ns == stamp.st_ctime_ns:  # the clock of the file system ticks every few milliseconds
+        path.write_bytes(b"abd")
+        os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    now = path.stat()
+    assert (now.st_size, now.st_mtime_ns, now.st_ino) == (stamp.st_size, stamp.st_mtime_ns, stamp.st_ino)
+    (after,) = lines.files(raw)
+    assert (before.digest, after.digest) == (ABC, ABD)
+
+
+def test_an_unchanged_file_is_not_read_again(raw: Path, lines: Lines, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(files_module, "_RACE_NS", 0)
+    write(raw / "a.txt", b"abc")
+    before = lines.files(raw)
+    read: list[Path] = []
+    monkeypatch.setattr(files_module, "sha256", read.append)
+    assert lines.files(raw) == before
+    assert not read
+
+
+def damage(path: Path, place: int, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def test_a_damaged_cache_is_made_again_wherever_the_damage_is(raw: Path, lines: Lines, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(files_module, "_RACE_NS", 0)
+    for number in range(3):
+        write(raw / f"{number}.txt", b"line\n" * number)
+    before = lines.files(raw)
+    cache = lines.cache / "raw.sqlite"
+    whole = cache.read_bytes()
+    draw = random.Random(0)
+    places = [*range(0, 100, 3), *(draw.randrange(len(whole)) for _ in range(150))]
+    for place in places:
+        cache.write_bytes(whole)
+        damage(cache, place, draw.randrange(8))
+        assert lines.files(raw) == before, place
+    for content in (b"", b"no database", whole[:5000], bytes(len(whole)), whole[::-1]):
+        cache.write_bytes(content)
+        assert lines.files(raw) == before
+    assert lines.files(raw) == before
+
+
+def test_a_damaged_row_is_not_believed(raw: Path, lines: Lines, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(files_module, "_RACE_NS", 0)
+    write(raw / "a.txt", b"abc")
+    before = lines.files(raw)
+    with closing(sqlite3.connect(lines.cache / "raw.sqlite", isolation_level=None)) as database:
+        changed = database.execute("update kept set value = replace(value, 'ba7816bf', 'ba7816be')").rowcount
+    assert changed == 2
+    assert lines.files(raw) == before
+
+
+def test_a_cache_that_cannot_be_used_is_an_error_with_its_path(raw: Path, lines: Lines):
+    write(raw / "a.txt", b"abc")
+    (lines.cache / "raw.sqlite").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"raw\.sqlite cannot be used .*; make room there, or set resources"):
+        lines.files(raw)
+
+
+NAMES = ("Hünd.txt", "サクラ.txt", "Ángel/é.txt")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_beside_is_the_same_in_either_unicode_form(name: str, tmp_path: Path, raw: Path):
+    """A zip of a Mac has names in NFD; the records that name them are mostly NFC."""
+    digests = set()
+    for form in ("NFC", "NFD"):
+        folder = tmp_path / form
+        write(folder / unicodedata.normalize(form, name), b"dog")
+        write(raw / "a.txt", b"abc")
+        for stated in ("NFC", "NFD"):
+            path = folder / unicodedata.normalize(stated, name)
+            assert on_disk(path).read_bytes() == b"dog"
+        beside = folder / unicodedata.normalize("NFC", name)
+        digests.add(Lines(tmp_path / f"cache-{form}", beside=(beside,)).files(raw)[0].digest)
+    assert len(digests) == 1
+    assert on_disk(tmp_path / "gone-ü") == tmp_path / "gone-ü"
+
+
+def test_a_name_that_is_not_utf_8_is_an_error(raw: Path):
+    (raw / os.fsdecode(b"caf\xe9.txt")).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"a file whose name is not UTF-8: .*; rename it"):
+        paths(raw, (".txt",))
 
 
 def test_the_same_bytes_are_scanned_once_for_each_format_settings_and_place(raw: Path, lines: Lines):

@@ -1,27 +1,38 @@
 """The raw files of a source with their digests and scans. A file is read again only if it has changed."""
 
 import json
+import logging
+import os
 import sqlite3
 import time
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from zlib import crc32
 
 from vila_ops.artifacts.disk import sha256
 from vila_ops.config import Config, fingerprint
+from vila_ops.data.raw.text import fault
 
 Folders = Mapping[str, Path]
 """The folders of a source's packages, by package name; empty for a source of files."""
 STRIDE = 16
 """Spans start at multiples of this; the offsets of these records in a file are its marks."""
-SCAN_REVISION = 2
+SCAN_REVISION = 3
 """Raised if a format's scan returns other values for the same file."""
 UNFINISHED = (".part", ".tmp", ".partial", ".crdownload")
 MISSING = "missing"
 """Stands for the digest of a file that does not exist."""
 _RACE_NS = 2 * 10**9
-"""A file younger than this may change again under the same time stamp, so its digest is not cached."""
+"""A file younger than this may change again under the same time stamps, so its digest is not cached."""
+_NO_DAMAGE = (
+    sqlite3.SQLITE_PERM, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_AUTH,
+)  # fmt: skip
+"""Errors of SQLite for which the content of its file is not the reason."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -110,6 +121,8 @@ def paths(root: Path, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
     }
     if not kept:
         raise RawMissing(f"{root} has no file that ends in {' or '.join(suffixes)}")
+    if bad := [name for name in kept if fault(name)]:
+        raise ValueError(f"{root} has a file whose name is not UTF-8: {bad[0]!r}; rename it")
     return sorted(kept.items())
 
 
@@ -142,41 +155,97 @@ def scan_files(
     return scanned
 
 
-class _ScanCache:
-    """Digests by path, size and time, and scans by digest, in one SQLite file that many processes may share."""
+def on_disk(path: Path) -> Path:
+    """The path, or else the existing file of the same name in another Unicode form: macOS writes NFD, others NFC."""
+    if path.exists() or str(path).isascii():
+        return path
+    place = Path(path.anchor)
+    for part in path.parts[bool(path.anchor) :]:
+        forms = [place / part, *(place / unicodedata.normalize(form, part) for form in ("NFC", "NFD"))]
+        place = next((form for form in forms if form.exists()), forms[0])
+    return place
 
-    def __init__(self, database: sqlite3.Connection) -> None:
-        self._database = database
-        database.execute("create table if not exists digests (path text primary key, stamp text, sha256 text)")
-        database.execute("create table if not exists scans (key text primary key, scan text)")
+
+class _ScanCache:
+    """Digests by path, size and times, and scans by digest, in one SQLite file that many processes may share.
+
+    A row whose checksum is wrong counts as missing, and a damaged file is replaced by an empty one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._database: sqlite3.Connection | None = None
 
     def digest(self, path: Path) -> str:
         """sha256 of a file; MISSING if it does not exist."""
+        path = on_disk(path)
         if not path.is_file():
             return MISSING
-        place, status = str(path.resolve()), path.stat()
-        stamp = f"{status.st_size} {status.st_mtime_ns} {status.st_ino}"
-        row = self._database.execute("select sha256 from digests where path = ? and stamp = ?", (place, stamp))
-        if known := row.fetchone():
-            return str(known[0])
+        key, status = f"digest {path.resolve()}", path.stat()
+        stamp = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
+        then, _, known = (self._get(key) or "").partition(":")
+        if then == stamp:
+            return known
         fresh = sha256(path)
-        if time.time_ns() - status.st_mtime_ns > _RACE_NS:
-            self._database.execute("insert or replace into digests values (?, ?, ?)", (place, stamp, fresh))
+        if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _RACE_NS:
+            self._put(key, f"{stamp}:{fresh}")
         return fresh
 
     def scan(self, key: str, make: Callable[[], Scan]) -> Scan:
         """The cached scan of a key; computed with `make` and cached if there is none."""
-        if known := self._database.execute("select scan from scans where key = ?", (key,)).fetchone():
-            fields = json.loads(known[0])
+        if known := self._get(f"scan {key}"):
+            fields = json.loads(known)
             return Scan(fields["count"], fields["images"], tuple(fields["marks"]), tuple(fields["beside"]))
         fresh = make()
-        self._database.execute("insert or replace into scans values (?, ?)", (key, json.dumps(asdict(fresh))))
+        self._put(f"scan {key}", json.dumps(asdict(fresh)))
         return fresh
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._database is not None:
+            self._database.close()
+            self._database = None
+
+    def _get(self, key: str) -> str | None:
+        encoded = os.fsencode(key)
+        for value, checksum in self._run("select value, checksum from kept where key = ?", encoded):
+            if checksum == _checksum(encoded, value):
+                return str(value)
+        return None
+
+    def _put(self, key: str, value: str) -> None:
+        encoded = os.fsencode(key)
+        self._run("insert or replace into kept values (?, ?, ?)", encoded, value, _checksum(encoded, value))
+
+    def _run(self, statement: str, *values: object) -> list[tuple[object, object]]:
+        """The rows of a statement. A damaged file is removed, and the statement is run again."""
+        for _ in range(3):  # another process may be at work on the file that is removed here
+            try:
+                return self._rows(statement, values)
+            except sqlite3.DatabaseError as error:
+                if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF in _NO_DAMAGE:
+                    text = f"{self._path} cannot be used ({error}); make room there, or set resources.storage.cache"
+                    raise OSError(text) from error
+                log.warning("%s is damaged (%s): it is replaced, and raw files are read again", self._path, error)
+                self.close()
+                for path in (self._path, Path(f"{self._path}-journal")):
+                    path.unlink(missing_ok=True)
+        raise OSError(f"{self._path} is damaged again and again; look at the disk that holds it")
+
+    def _rows(self, statement: str, values: tuple[object, ...]) -> list[tuple[object, object]]:
+        if self._database is None:
+            self._database = sqlite3.connect(self._path, timeout=120, isolation_level=None)
+            self._database.execute("pragma synchronous = off")  # after a power cut files are scanned again
+            self._database.execute("create table if not exists kept (key blob primary key, value text, checksum int)")
+        return self._database.execute(statement, values).fetchall()
+
+
+def _checksum(key: bytes, value: object) -> int:
+    return crc32(key + str(value).encode("utf-8", "surrogateescape"))
 
 
 @contextmanager
 def _scan_cache(cache: Path) -> Iterator[_ScanCache]:
     cache.mkdir(parents=True, exist_ok=True)
-    with closing(sqlite3.connect(cache / "raw.sqlite", timeout=120, isolation_level=None)) as database:
-        database.execute("pragma synchronous = off")  # after a power cut files are scanned again
-        yield _ScanCache(database)
+    with closing(_ScanCache(cache / "raw.sqlite")) as opened:
+        yield opened
