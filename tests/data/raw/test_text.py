@@ -1,8 +1,10 @@
 import json
+import math
+from pathlib import Path
 
 import pytest
 
-from vila_ops.data.raw.text import fault, json_object
+from vila_ops.data.raw.text import MAX_LINE, check_utf8, decoded, fault, json_object
 from vila_ops.data.records import Dropped
 
 
@@ -32,8 +34,6 @@ def test_an_object_is_read_as_json_reads_it() -> None:
         (b'{"a": "\xed\xa0\x80"}', "invalid_utf8", "byte 8"),
         (b'{"a": 1', "bad_json", "delimiter"),
         (b'{"a": 1,}', "bad_json", "property name"),
-        (b'{"a": NaN}', "bad_json", "NaN is not JSON"),
-        (b'{"a": -Infinity}', "bad_json", "-Infinity is not JSON"),
         (b'{"a": 1, "b": {"c": 1, "c": 1}}', "bad_json", "'c' occurs twice"),
         (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "bad_json", "recursion"),
         (b'{"a": ' + b"9" * 5000 + b"}", "bad_json", "digits"),
@@ -47,3 +47,34 @@ def test_a_line_that_is_no_object_is_dropped_with_its_place(line: bytes, reason:
     assert isinstance(found, Dropped)
     assert (found.reason, found.where) == (reason, "docs/a.jsonl:17")
     assert told in found.detail
+
+
+def test_numbers_that_python_writes_for_missing_ones_are_read() -> None:
+    """json.dumps writes NaN and Infinity, which RFC 8259 does not have; img2dataset's files have them."""
+    line = json.dumps({"similarity": float("nan"), "width": float("inf"), "caption": "a cup"}).encode()
+    value = json_object(line, where="f:1")
+    assert isinstance(value, dict)
+    assert math.isnan(value["similarity"])
+    assert (value["width"], value["caption"]) == (math.inf, "a cup")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("text", ["image,text\n", '{"a": 1}\n', "[\n"])
+def test_a_file_in_utf_16_is_refused_with_the_command_that_converts_it(encoding: str, text: str) -> None:
+    with pytest.raises(ValueError, match=r"a\.csv is text in UTF-16.*iconv -f UTF-16 -t UTF-8 a\.csv > "):
+        check_utf8((text + "more").encode(encoding), Path("raw/a.csv"))
+
+
+@pytest.mark.parametrize("head", [b"", b"a", b"\xef\xbb\xbfimage", b"image,text", b"\0\0\0\0", b"a\0", "ä,ö".encode()])
+def test_other_files_are_not_taken_for_utf_16(head: bytes) -> None:
+    check_utf8(head, Path("a.csv"))
+
+
+def test_text_with_a_mark_of_utf_16_is_decoded() -> None:
+    assert decoded("Ein Bär 🐻".encode("utf-16")) == decoded("Ein Bär 🐻".encode("utf-8-sig")) == "Ein Bär 🐻"
+
+
+def test_a_record_without_end_is_not_parsed() -> None:
+    dropped = json_object(b'{"a": "' + b"x" * MAX_LINE, where="f:1")
+    assert isinstance(dropped, Dropped)
+    assert dropped.reason == "oversized"

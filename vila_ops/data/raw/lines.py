@@ -1,32 +1,88 @@
-"""Files with one record on each line, plain or gzipped: every line with its offset, or the lines of a span."""
+"""Files with one record on each line, plain, gzipped or zipped: every line with its offset, or the lines of a span."""
 
 import gzip
+import lzma
+import struct
+import zipfile
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from vila_ops.data.raw.files import Span
+from vila_ops.data.raw.text import MAX_LINE, check_utf8
+
+GZIP, ZIP = b"\x1f\x8b", b"PK\x03\x04"
+ENCRYPTED = 1
+"""Bit of a zip member's flags (APPNOTE.TXT 4.4.4)."""
+_DAMAGE = (EOFError, NotImplementedError, lzma.LZMAError, struct.error, zipfile.BadZipFile, zlib.error, OSError)
+"""What the standard library raises for damaged archives, and for methods that it does not know."""
 
 
 def every_line(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(offset in bytes, line) of each line, blank ones too; a gzipped file has the offsets of its inflated text."""
+    """(offset in bytes, line) of each line, blank ones too; a compressed file has the offsets of its inflated text.
+
+    Raises ValueError for a damaged archive, and for text in UTF-16.
+    """
     offset = 0
-    with _open(path) as file:
-        for line in file:
+    with opened(path) as file:
+        for line, length in _lines(file):
+            if offset == 0:
+                check_utf8(line, path)
             yield offset, line
-            offset += len(line)
+            offset += length
 
 
 def lines(span: Span) -> Iterator[tuple[str, bytes]]:
     """("FILE:NUMBER", line) of the lines of a span, blank ones too; NUMBER counts from 1."""
-    with _open(Path(span.path)) as file:
+    with opened(Path(span.path)) as file:
         file.seek(span.mark)
-        for number, line in zip(range(span.start + 1, span.stop + 1), file, strict=False):
+        for number, (line, _) in zip(range(span.start + 1, span.stop + 1), _lines(file), strict=False):
             yield f"{span.name}:{number}", line
 
 
-def _open(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """A file opened to be read, inflated if its first bytes are those of gzip or of a zip archive of one file.
+
+    Raises ValueError for a zip archive of several files, and if the archive turns out to be damaged.
+    """
+    with path.open("rb") as file:
+        start = file.read(4)
+    if not start.startswith((GZIP, ZIP)):
+        with path.open("rb") as file:
+            yield file
+        return
+    try:
+        if start == ZIP:
+            with zipfile.ZipFile(path) as archive, archive.open(_only_member(path, archive)) as member:
+                yield cast(BinaryIO, member)
+        else:
+            with gzip.open(path) as inflated:
+                yield cast(BinaryIO, inflated)
+    except _DAMAGE as error:
+        raise ValueError(f"{path} is a damaged archive ({error}); fetch it again, or unpack it") from error
+
+
+def _only_member(path: Path, archive: zipfile.ZipFile) -> str:
+    members = [one for one in archive.infolist() if not one.is_dir() and not one.filename.startswith("__MACOSX/")]
+    if len(members) != 1:
+        raise ValueError(f"{path} holds {len(members)} files, and a zipped file of records holds one; unpack it")
+    if members[0].flag_bits & ENCRYPTED:
+        raise ValueError(f"{path} is encrypted; unpack it")
+    return members[0].filename
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """Each line, cut to MAX_LINE bytes, and its whole length."""
+    while line := file.readline(MAX_LINE):
+        length = len(line)
+        end = line
+        while len(end) == MAX_LINE and not end.endswith(b"\n"):
+            end = file.readline(MAX_LINE)
+            length += len(end)
+        yield line, length
 
 
 class LineNumbers:

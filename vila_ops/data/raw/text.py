@@ -1,9 +1,14 @@
 """Checks of raw text, and strict JSON. Pure."""
 
 import json
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any
 
 from vila_ops.data.records import Dropped
+
+MAX_LINE = 1 << 26
+"""Bytes of one record; a longer line has probably lost its end."""
+UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
 def fault(text: str) -> str | None:
@@ -19,10 +24,27 @@ def fault(text: str) -> str | None:
     return None
 
 
+def check_utf8(head: bytes, path: Path) -> None:
+    """Raise ValueError if a file that begins with these bytes is UTF-16, as some spreadsheets write it."""
+    pairs = (head[0:4:2], head[1:4:2])
+    if head.startswith(UTF_16_MARKS) or (b"\0\0" in pairs and len(b"".join(pairs).strip(b"\0")) == 2):
+        raise ValueError(
+            f"{path} is text in UTF-16, but text is read as UTF-8; convert it: "
+            f"iconv -f UTF-16 -t UTF-8 {path.name} > utf-8-{path.name}"
+        )
+
+
+def decoded(data: bytes) -> str:
+    """Text in UTF-8, or in UTF-16 with a byte order mark. Raises UnicodeDecodeError."""
+    return data.decode("utf-16" if data.startswith(UTF_16_MARKS) else "utf-8-sig")
+
+
 def json_object(line: bytes, *, where: str) -> dict[str, Any] | Dropped:
-    """The object on a line of JSON; Dropped (invalid_utf8, bad_json, not_an_object) for anything else."""
+    """The object in some JSON; Dropped (oversized, invalid_utf8, bad_json, not_an_object) for anything else."""
+    if len(line) >= MAX_LINE:
+        return Dropped(where, "oversized", where, f"more than {MAX_LINE} bytes without the end of a line; cut it")
     try:
-        value = DECODER.decode(line.decode("utf-8-sig").strip())
+        value = DECODER.decode(decoded(line).strip())
     except UnicodeDecodeError as error:
         return Dropped(
             where, "invalid_utf8", where, f"byte {error.start + 1} of the line: {error.reason}; save as UTF-8"
@@ -43,9 +65,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _no_number(word: str) -> NoReturn:
-    raise ValueError(f"{word} is not JSON; write null, or leave the key out")
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_number)
-"""Refuses what JSON readers disagree about: duplicate keys, NaN and Infinity."""
+DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+"""Refuses duplicate keys, about which readers disagree. NaN and Infinity are read, since Python writes them for numbers
+that are missing; where a number is used, it must be finite."""
