@@ -53,7 +53,7 @@ GROUPS: dict[str, tuple[Any, ...]] = {
         mixture.Mixture,
         mixture.Split,
         mixture.Blend,
-        mixture.ImageStorage,
+        images.ImageStorage,
         images.ImageEncoding,
         clean.NearDuplicates,
         mixture.Contamination,

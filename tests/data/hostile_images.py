@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image as Pillow
 
-from vila_ops.config.images import Decoding, Jpeg, Webp
+from vila_ops.config.images import ImageReading, Jpeg, Webp
 from vila_ops.data.containers import BadImage
-from vila_ops.data.images import MAX_PIXELS, Fit, square
+from vila_ops.data.images import Fit, square
 
 CPU_SECONDS = 2.0
 FUZZED_MAX_PIXELS = 1_000_000
@@ -33,7 +34,7 @@ PAIRS = Path(__file__).parents[1] / "tiny/pairs"
 
 def main() -> None:
     files = named() if sys.argv[1] == "named" else fuzzed(int(sys.argv[2]))
-    max_pixels = MAX_PIXELS if sys.argv[1] == "named" else FUZZED_MAX_PIXELS
+    limits: dict[str, Any] = {} if sys.argv[1] == "named" else {"max_pixels": FUZZED_MAX_PIXELS, "truncated": "read"}
     warnings.simplefilter("error")
     square(
         next(iter(seeds().values())), size=SIDE, fit=FITS[0], encoding=Jpeg()
@@ -45,17 +46,17 @@ def main() -> None:
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         started = time.process_time()
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # its signal ends the process, inside C code too
-        found = outcome(data, max_pixels=max_pixels, scaled=number % 2 == 1, fit=FITS[number % 3])
+        reading = ImageReading(**limits, decode=("exact", "scaled")[number % 2])
+        found = outcome(data, reading, fit=FITS[number % 3])
         signal.setitimer(signal.ITIMER_PROF, 0)
         growth = max(0, _memory("VmHWM") - before)
         print("=", found, f"{time.process_time() - started:.3f}", growth, flush=True)  # noqa: T201
 
 
-def outcome(data: bytes, *, max_pixels: int, scaled: bool, fit: Fit) -> str:
+def outcome(data: bytes, reading: ImageReading, *, fit: Fit) -> str:
     """`image`, or the reason, or the exception that should not have come."""
     try:
-        decode: Decoding = "scaled" if scaled else "exact"
-        made = square(data, size=SIDE, fit=fit, encoding=Webp(), decode=decode, max_pixels=max_pixels)
+        made = square(data, size=SIDE, fit=fit, encoding=Webp(), reading=reading)
     except BadImage as error:
         return error.reason
     except BaseException as error:  # noqa: BLE001 that nothing else is raised is what is tested
@@ -131,6 +132,16 @@ def seeds() -> dict[str, bytes]:
         "bmp_palette": encoded(palette, "BMP"),
         "bmp_bit": encoded(rgb.convert("1"), "BMP"),
         "bmp_coded": coded_bmp(8, 8, b"\x08\x01\x00\x00" * 8),
+        "tiff": encoded(rgb, "TIFF", exif=exif),
+        "tiff_big_endian": encoded(Pillow.fromarray(np.asarray(rgb.convert("I;16")).astype(">u2")), "TIFF"),
+        "tiff_lzw": encoded(rgba, "TIFF", compression="tiff_lzw"),
+        "tiff_deflate": encoded(palette, "TIFF", compression="tiff_adobe_deflate"),
+        "tiff_jpeg": encoded(rgb, "TIFF", compression="jpeg"),
+        "tiff_fax": encoded(rgb.convert("1"), "TIFF", compression="group4"),
+        "tiff_pages": encoded(rgb.copy(), "TIFF", save_all=True, append_images=[second.copy()]),
+        "avif": encoded(rgb, "AVIF", exif=exif),
+        "avif_alpha": encoded(rgba, "AVIF", quality=100, subsampling="4:4:4"),
+        "avif_animated": encoded(rgb, "AVIF", save_all=True, append_images=[rgb.rotate(180)]),
     }
 
 
@@ -139,6 +150,19 @@ def turned() -> Pillow.Exif:
     exif = Pillow.Exif()
     exif[0x0112] = 6
     return exif
+
+
+def tiff(*entries: tuple[int, int, int, int], width: int = 8, height: int = 8, more: bytes = b"") -> bytes:
+    """A grey TIFF of these entries (tag, type, count, value), and zeros for its pixels."""
+    usual = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, 8), (262, 3, 1, 1), (273, 4, 1, 8), (279, 4, 1, 64)]
+    named = {tag: (tag, *rest) for tag, *rest in [*usual, *entries]}
+    table = b"".join(struct.pack("<HHLL", *named[tag]) for tag in sorted(named))
+    return b"II*\0" + struct.pack("<LH", 8, len(named)) + table + bytes(4) + bytes(64) + more
+
+
+def ispe(width: int, height: int) -> bytes:
+    """The content of an AVIF's property of its size."""
+    return b"ispe" + struct.pack(">LLL", 0, width, height)
 
 
 def coded_bmp(width: int, height: int, runs: bytes) -> bytes:
@@ -171,6 +195,8 @@ def named() -> Iterator[tuple[str, Callable[[], bytes]]]:
     whole = seeds()
     yield from ((name, lambda data=data: data) for name, data in whole.items())  # type: ignore[misc]
     frame = whole["jpeg"].find(b"\xff\xc0")
+    with Pillow.open(PAIRS / "dog.png") as opened:
+        sides = opened.size
     flat = Pillow.new("RGB", (3000, 2000))
     start, end = whole["jpeg"][:2], whole["jpeg"][2:]
     zeros = zlib.compress(bytes(64 * 2**20), 9)
@@ -216,9 +242,18 @@ def named() -> Iterator[tuple[str, Callable[[], bytes]]]:
         "followed_by_zip": lambda: whole["jpeg"] + b"PK\x03\x04" + bytes(1_000),
         "png_without_data": lambda: whole["png_rgb"][:33] + chunk(b"IEND", b""),
         "png_wrong_checksum": lambda: whole["png_rgb"][:60] + b"\xff" + whole["png_rgb"][61:],
-        "tiff": lambda: encoded(flat.resize((4, 4)), "TIFF"),
+        "big_tiff": lambda: encoded(flat.resize((4, 4)), "TIFF", big_tiff=True),
+        "huge_tiff": lambda: tiff(width=40_000, height=40_000),
+        "tiff_tile_bomb": lambda: tiff((322, 4, 1, 60_000), (323, 4, 1, 60_000), (324, 4, 1, 8), (325, 4, 1, 8)),
+        "tiff_strips_without_end": lambda: tiff((273, 4, 2**20, 8), more=bytes(2**22)),
+        "tiff_table_of_itself": lambda: tiff((273, 4, 1, 8), (330, 4, 1, 8), (34665, 4, 1, 8)),
+        "tiff_of_another_coding": lambda: tiff((259, 3, 1, 34925)),
+        "exif_bomb_tiff": lambda: exif_bomb(60_000, 8 * 2**20),
+        "huge_avif": lambda: whole["avif"].replace(ispe(*sides), ispe(60_000, 60_000)),
+        "phone_jpeg_turned": lambda: encoded(Pillow.new("RGB", (8160, 6120)), "JPEG", exif=turned()),
+        "tall_png": lambda: encoded(Pillow.new("RGB", (8, 2**14)), "PNG"),
         "ico": lambda: encoded(flat.resize((16, 16)), "ICO"),
-        "avif": lambda: b"\0\0\0\x20ftypavif" + bytes(100),
+        "avif_without_image": lambda: b"\0\0\0\x20ftypavif" + bytes(100),
         "svg": lambda: b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>',
         "pdf": lambda: b"%PDF-1.7\n1 0 obj\n<< /Type /Catalog >>\nendobj\n",
         "eps": lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n",

@@ -1,4 +1,6 @@
+import functools
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -6,12 +8,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image as Pillow
-from PIL import ImageOps
+from PIL import ImageFile, ImageOps
 from sklearn.datasets import load_sample_image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from vila_ops.config.images import Decoding, ImageEncoding, Jpeg, Webp
+from vila_ops.config.images import Decoding, ImageEncoding, ImageReading, Jpeg, Webp
 from vila_ops.data.containers import BadImage
 from vila_ops.data.images import MOST_CROPPED, Fit, pixels, square, suffix
 
@@ -21,8 +23,9 @@ CLIP_COLOUR = (122, 116, 104)
 """255 times that mean, rounded down."""
 FITS = [Fit("pad", CLIP_MEAN), Fit("resize", CLIP_MEAN), Fit("crop", CLIP_MEAN)]
 PAD = FITS[0]
-FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP"]
-TURNED = [(kind, turn) for kind in ("PNG", "JPEG", "WEBP") for turn in range(1, 9)]
+FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"]
+TURNED = [(kind, turn) for kind in ("PNG", "JPEG", "WEBP", "TIFF", "AVIF") for turn in range(1, 9)]
+LOSSLESS: dict[str, Any] = {"WEBP": {"lossless": True}, "AVIF": {"quality": 100, "subsampling": "4:4:4"}}
 
 
 def encoded(image: Pillow.Image, kind: str = "PNG", **more: Any) -> bytes:
@@ -33,7 +36,7 @@ def encoded(image: Pillow.Image, kind: str = "PNG", **more: Any) -> bytes:
 
 def squared(data: bytes, *, size: int, fit: Fit = PAD, decode: Decoding = "exact") -> NDArray[np.uint8]:
     """The pixels of the lossless square."""
-    return opened(square(data, size=size, fit=fit, encoding=Webp(), decode=decode), "WEBP")
+    return opened(square(data, size=size, fit=fit, encoding=Webp(), reading=ImageReading(decode=decode)), "WEBP")
 
 
 def opened(data: bytes, kind: str) -> NDArray[np.uint8]:
@@ -69,8 +72,8 @@ def plain(data: bytes, size: int) -> NDArray[np.uint8]:
 
 
 KINDS = {
-    "RGB": FORMATS[:3] + FORMATS[4:], "RGBA": ["PNG", "WEBP"], "L": FORMATS, "LA": ["PNG"], "P": ["PNG", "GIF", "BMP"],
-    "1": ["PNG", "BMP"], "CMYK": ["JPEG"], "I;16": ["PNG"],
+    "RGB": FORMATS[:3] + FORMATS[4:], "RGBA": ["PNG", "WEBP", "TIFF", "AVIF"], "L": FORMATS, "LA": ["PNG", "TIFF"],
+    "P": ["PNG", "GIF", "BMP", "TIFF"], "1": ["PNG", "BMP", "TIFF"], "CMYK": ["JPEG", "TIFF"], "I;16": ["PNG", "TIFF"],
 }  # fmt: skip
 
 
@@ -81,8 +84,8 @@ def test_the_pixels_are_those_of_padding_then_resizing(mode: str, kind: str, wid
     array = noise(height, width, channels, depth=np.uint16 if mode == "I;16" else np.uint8)
     drawn = None if channels == 1 else {"P": "RGB", "1": "RGB"}.get(mode, mode)
     image = Pillow.fromarray(array.squeeze(2) if channels == 1 else array, drawn)
-    more: dict[str, Any] = {"exif": exif(1 + width % 8)} if kind in ("JPEG", "WEBP") else {}
-    more |= {"transparency": 3} if mode == "P" and kind != "BMP" else {}
+    more: dict[str, Any] = {"exif": exif(1 + width % 8)} if kind in ("JPEG", "WEBP", "TIFF", "AVIF") else {}
+    more |= {"transparency": 3} if mode == "P" and kind in ("PNG", "GIF") else {}
     data = encoded(image.convert(mode), kind, **more)
     for size in (8, 56, 336):
         assert (squared(data, size=size) == plain(data, size)).all()
@@ -157,13 +160,15 @@ def test_exif_turns_are_undone(kind: str, turn: int, decode: Decoding) -> None:
         upright, upright[:, ::-1], upright[::-1, ::-1], upright[::-1], upright.transpose(1, 0, 2),
         np.rot90(upright, 1), upright[::-1, ::-1].transpose(1, 0, 2), np.rot90(upright, -1),
     ][turn - 1]  # fmt: skip
-    lossless: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
+    lossless: dict[str, Any] = {"WEBP": {"lossless": True}, "AVIF": {"quality": 100, "subsampling": "4:4:4"}}.get(
+        kind, {}
+    )
     data = encoded(Pillow.fromarray(np.ascontiguousarray(stored)), kind, exif=exif(turn), **lossless)
     expected = np.full((16, 16, 3), CLIP_COLOUR, np.uint8)
     expected[2:14] = upright[::8, ::8]
     centres = np.ix_([3, 4, 10, 11], [1, 5, 10, 14])  # away from edges, where bicubic overshoots
     error = np.abs(squared(data, size=16, decode=decode)[centres].astype(int) - expected[centres])
-    assert error.max() <= (8 if kind == "JPEG" else 2)
+    assert error.max() <= (8 if kind in ("JPEG", "AVIF") else 2)
 
 
 def test_sixteen_bits_of_grey_are_scaled() -> None:
@@ -266,11 +271,98 @@ def test_lost_data_is_noticed_although_the_end_marker_is_there() -> None:
 
 def test_the_pixel_limit_is_exact() -> None:
     image = encoded(Pillow.new("L", (30, 20)))
-    assert square(image, size=8, fit=PAD, encoding=Webp(), max_pixels=600)
-    with pytest.raises(BadImage, match="30 x 20 pixels, more than 599"):
-        square(image, size=8, fit=PAD, encoding=Webp(), max_pixels=599)
-    with pytest.raises(BadImage, match="so narrow"):
-        square(encoded(Pillow.new("L", (60_000, 1))), size=8, fit=PAD, encoding=Webp())
+    assert read(image, max_pixels=600).shape == (8, 8, 3)
+    with pytest.raises(BadImage, match=r"30 x 20 pixels, more than 599 \(max_pixels\)") as refused:
+        read(image, max_pixels=599)
+    assert refused.value.reason == "too_many_pixels"
+    assert read(image, max_side=30).shape == (8, 8, 3)
+    with pytest.raises(BadImage, match=r"so narrow that a side has more than 29 \(max_side\)") as refused:
+        read(image, max_side=29)
+    assert refused.value.reason == "too_narrow"
+
+
+def read(data: bytes, *, fit: Fit = PAD, size: int = 8, **limits: Any) -> NDArray[np.uint8]:
+    """The pixels of the lossless square, read with these settings."""
+    return opened(square(data, size=size, fit=fit, encoding=Webp(), reading=ImageReading(**limits)), "WEBP")
+
+
+PHONES = [(8160, 6120), (8064, 6048), (9248, 6936)]
+"""Sides of photos of phones with 50, 48 and 64 megapixels."""
+
+
+@functools.cache
+def large() -> tuple[bytes, bytes]:
+    """A photo of a phone, and a screenshot of a long page."""
+    photo = encoded(Pillow.new("RGB", PHONES[0], (9, 90, 9)), "JPEG")
+    return photo, encoded(Pillow.new("RGB", (1000, 12_000), (90, 9, 9)), compress_level=1)
+
+
+@pytest.mark.parametrize(("fit", "decode"), [(0, "exact"), (2, "exact"), (1, "scaled"), (2, "scaled")])
+def test_a_photo_of_a_phone_and_a_screenshot_are_read(fit: int, decode: Decoding) -> None:
+    phone, screenshot = (read(data, fit=FITS[fit], decode=decode).astype(int) for data in large())
+    assert np.abs(phone[4, 4] - (9, 90, 9)).max() <= 2
+    if FITS[fit].kind == "pad":
+        assert (screenshot[:, 0] == CLIP_COLOUR).all()
+        assert (screenshot[:, 4] != CLIP_COLOUR).all()
+    else:
+        assert (screenshot == (90, 9, 9)).all()
+
+
+def test_the_default_limits_admit_what_phones_make() -> None:
+    limits = ImageReading()
+    assert all(width * height <= limits.max_pixels for width, height in PHONES)
+
+
+@pytest.mark.parametrize("kind", ["baseline", "progressive", "ended", "restarts"])
+@pytest.mark.parametrize("share", [0.3, 0.7, 0.95])
+def test_a_truncated_jpeg_is_read_as_vilas_loader_reads_it(
+    kind: str, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """VILA sets PIL.ImageFile.LOAD_TRUNCATED_IMAGES (llava/data/dataset.py)."""
+    more: dict[str, Any] = {"progressive": {"progressive": True}, "restarts": {"restart_marker_blocks": 2}}.get(
+        kind, {}
+    )
+    whole = encoded(photo("china.jpg").crop((0, 0, 320, 240)), "JPEG", **more)
+    cut = whole[: int(len(whole) * share)] + (b"\xff\xd9" if kind == "ended" else b"")
+    with pytest.raises(BadImage) as refused:
+        read(cut, size=240)
+    assert refused.value.reason == "truncated"
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    expected = plain(cut, 240)
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
+    assert (read(cut, size=240, truncated="read") == expected).all()
+    assert (read(whole, size=240, truncated="read") == plain(whole, 240)).all()
+
+
+TIFFS = ["raw", "tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg", "group4"]
+
+
+@pytest.mark.parametrize("compression", TIFFS)
+def test_a_tiff_is_read_in_each_coding_that_is_listed(compression: str) -> None:
+    image = Pillow.fromarray(noise(40, 60) if compression == "group4" else noise(40, 60, 3))
+    image = image.convert("1") if compression == "group4" else image
+    data = encoded(image, "TIFF", compression=compression)
+    assert (squared(data, size=56) == plain(data, 56)).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "reason", "told"),
+    [
+        (lambda: encoded(Pillow.new("F", (9, 9)), "TIFF"), "unsupported", "a TIFF of pixels 'F'; save it as 8-bit RGB"),
+        (lambda: encoded(Pillow.new("I", (9, 9)), "TIFF"), "unsupported", "a TIFF of pixels 'I'"),
+        (lambda: encoded(Pillow.new("LAB", (9, 9)), "TIFF"), "unsupported", "a TIFF of pixels 'LAB'"),
+        (lambda: encoded(Pillow.new("L", (9, 9)), "TIFF", compression="zstd"), "unsupported", "of compression 50000"),
+        (lambda: encoded(Pillow.new("L", (9, 9)), "TIFF", big_tiff=True), "not_an_image", "a BigTIFF"),
+        (lambda: b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(9), "not_an_image", "'heic' .HEIC photos"),
+        (lambda: b"version https://git-lfs.github.com/spec/v1\noid", "not_an_image", "git lfs pull"),
+        (lambda: b"<!DOCTYPE html><title>404", "not_an_image", "a web page, none of the formats PNG, JPEG"),
+        (lambda: b"<svg xmlns='http://www.w3.org/2000/svg'>", "not_an_image", "an SVG drawing"),
+    ],
+)
+def test_what_is_not_read_is_told_what_it_is(make: Callable[[], bytes], reason: str, told: str) -> None:
+    with pytest.raises(BadImage, match=told) as refused:
+        read(make())
+    assert refused.value.reason == reason
 
 
 @pytest.mark.parametrize("sides", [(MOST_CROPPED + 1, 1), (1, MOST_CROPPED + 1)])

@@ -5,6 +5,7 @@ VILA_FUZZ sets how many damaged files (`make faults`: 10 000).
 """
 
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -22,6 +23,8 @@ FUZZED = int(os.environ.get("VILA_FUZZ", "1000"))
 SCRIPT = Path(__file__).with_name("hostile_images.py")
 ADDRESS_SPACE = 4 * 2**30
 SLACK = 64 * 2**20
+LIBTIFF = re.compile(r"[\w.]+: .+")
+"""An error of libtiff, which writes it to the standard error: "LZWDecode: Corrupted LZW table at scanline 0."."""
 EXPECTED = {
     "empty": "empty",
     "one_pixel": "image",
@@ -64,7 +67,17 @@ EXPECTED = {
     "followed_by_zip": "image",
     "png_without_data": "corrupt",
     "png_wrong_checksum": "corrupt",
-    **dict.fromkeys(("tiff", "ico", "avif", "svg", "pdf", "eps", "html", "zip", "zero_bytes"), "not_an_image"),
+    "huge_tiff": "too_many_pixels",
+    "tiff_tile_bomb": "too_complex",
+    "tiff_strips_without_end": "too_complex",
+    "tiff_table_of_itself": "image",
+    "tiff_of_another_coding": "unsupported",
+    "exif_bomb_tiff": "too_complex",
+    "huge_avif": "too_many_pixels",
+    "avif_without_image": "unsupported",
+    "phone_jpeg_turned": "image",
+    "tall_png": "image",
+    **dict.fromkeys(("big_tiff", "ico", "svg", "pdf", "eps", "html", "zip", "zero_bytes"), "not_an_image"),
 }
 """What becomes of each named file. A whole seed (one of every format and mode that is read) becomes an image."""
 
@@ -92,7 +105,8 @@ def run(*arguments: str) -> list[Outcome]:
     )
     lines = done.stdout.splitlines()
     assert done.returncode == 0, f"ended with {done.returncode} at {lines[-1:]}: {done.stderr[-2000:]}"
-    assert done.stderr == "", "a decoder wrote something"
+    written = [line for line in done.stderr.splitlines() if not LIBTIFF.fullmatch(line)]
+    assert not written, "a decoder wrote something"
     found = [(name, said.split()) for name, said in zip(lines[::2], lines[1::2], strict=True)]
     return [Outcome(name, said[1], float(said[2]), int(said[3])) for name, said in found]
 
@@ -101,10 +115,10 @@ def test_every_named_attack_ends_as_it_should() -> None:
     outcomes = run("named")
     whole = len(outcomes) - len(EXPECTED)
     found = {outcome.name: outcome.outcome for outcome in outcomes}
-    assert whole == 30
+    assert whole == 40
     assert found == {**dict.fromkeys(list(found)[:whole], "image"), **EXPECTED}
     for outcome in outcomes:
-        pixels = 10_000_000 if outcome.name.startswith("large") else 1_000_000
+        pixels = {"large": 10_000_000, "phone": 50_000_000}.get(outcome.name.partition("_")[0], 1_000_000)
         assert outcome.memory_bytes < BYTES_PER_PIXEL * pixels + SLACK, outcome
 
 

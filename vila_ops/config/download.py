@@ -37,8 +37,8 @@ class DownloadSettings(Config):
     max_redirects: Annotated[int, Field(ge=0)] = 5
     max_bytes: PositiveInt = 20_000_000
     """Longest body, counted while it is received."""
-    max_pixels: PositiveInt = 40_000_000
-    """Largest width x height."""
+    max_pixels: PositiveInt = 2**26
+    """Largest width x height; the default is that of a mixture."""
     ports: Annotated[tuple[Port, ...], Field(min_length=1)] = (80, 443)
     allow_addresses: tuple[IPvAnyNetwork, ...] = ()
     """Networks that may be connected to although they are not public, such as an intranet."""

@@ -8,7 +8,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from vila_ops.config.base import Config, Slug
 from vila_ops.config.clean import MAX_IMAGE_BITS, NearDuplicates
-from vila_ops.config.images import Decoding, ImageEncoding, Webp
+from vila_ops.config.images import ImageStorage
 from vila_ops.config.sources import Source
 
 RecordIds = Annotated[tuple[str, ...], Field(min_length=1)]
@@ -59,13 +59,6 @@ class Contamination(Config):
     ngram_words: PositiveInt = 13
     """A text that shares so many consecutive words with an evaluation text is contaminated (13 as for GPT-3). A shorter
     evaluation text is compared as a whole if it has no image; if it has one, only the image is compared."""
-
-
-class ImageStorage(Config):
-    """How images are stored in shards: as squares of the model's input size."""
-
-    encoding: ImageEncoding = Webp()
-    decode: Decoding = "exact"
 
 
 class Mixture(Config):

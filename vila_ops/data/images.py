@@ -10,14 +10,14 @@ from typing import Literal, assert_never
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as Pillow
+from PIL import features
 
-from vila_ops.config.images import Decoding, ImageEncoding, Jpeg, Webp
+from vila_ops.config.images import ImageEncoding, ImageReading, Jpeg, Webp
 from vila_ops.config.model import ImageFit
 from vila_ops.data.containers import BadImage, Reason, Stripped, strip
 
-MAX_PIXELS = 40_000_000
 BYTES_PER_PIXEL = 16
-"""Peak memory of `square` for one image, without the file: 640 MB at MAX_PIXELS (measured; WebP, rotated)."""
+"""Peak memory of `square` for one image, without the file (measured; WebP, rotated)."""
 SCALED_MARGIN = 2
 """After a scaled decode the image is at least so many times as large as its part of the square, in both dimensions.
 
@@ -30,6 +30,10 @@ MOST_CROPPED = 64
 Colour = tuple[int, int, int]
 WHITE: Colour = (255, 255, 255)
 BICUBIC = Pillow.Resampling.BICUBIC
+READING = ImageReading()
+"""How images are read unless a mixture says otherwise."""
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B", "I;16L", "I")
+"""Pixels that become RGB here; the others of Pillow, such as 32-bit grey of a TIFF, have no range of their own."""
 TURNS = {
     2: Pillow.Transpose.FLIP_LEFT_RIGHT,
     3: Pillow.Transpose.ROTATE_180,
@@ -67,28 +71,28 @@ def square(
     size: int,
     fit: Fit,
     encoding: ImageEncoding,
-    decode: Decoding = "exact",
-    max_pixels: int = MAX_PIXELS,
+    reading: ImageReading = READING,
 ) -> bytes:
     """One encoded image as an encoded size x size RGB square: upright, transparency on white, bicubic.
 
     The first frame of an animation is used. Raises BadImage.
     """
-    stripped = _checked(data, max_pixels=max_pixels)
-    factor = _factor(stripped, size=size, fit=fit) if decode == "scaled" else 1
-    decoded, whole = _decode(stripped, factor=factor), upright_size(stripped)
+    stripped = _checked(data, reading)
+    factor = _factor(stripped, size=size, fit=fit) if reading.decode == "scaled" else 1
+    decoded, whole = _decode(stripped, reading, factor=factor), upright_size(stripped)
     return _encode(_fit(decoded, whole, size=size, fit=fit, factor=factor), encoding)
 
 
-def rgb(data: bytes, *, at_least: int, max_pixels: int = MAX_PIXELS) -> Pillow.Image:
+def rgb(data: bytes, *, at_least: int, reading: ImageReading = READING) -> Pillow.Image:
     """One encoded image as RGB: upright, transparency on white. Raises BadImage.
 
     A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, with sides of `at_least` pixels or more, which is faster.
     """
-    stripped = _checked(data, max_pixels=max_pixels)
+    stripped = _checked(data, reading)
     sides = (stripped.width, stripped.height)
     most = min(sides) // at_least if stripped.format == "JPEG" and min(sides) >= 64 else 1
-    return _rgb(_decode(stripped, factor=next((factor for factor in (8, 4, 2) if factor <= most), 1)))
+    factor = next((factor for factor in (8, 4, 2) if factor <= most), 1)
+    return _rgb(_decode(stripped, reading, factor=factor))
 
 
 def upright_size(stripped: Stripped) -> tuple[int, int]:
@@ -118,14 +122,15 @@ def pixels(squares: list[bytes], *, mean: tuple[float, ...], std: tuple[float, .
     return np.ascontiguousarray(normalised.transpose(0, 3, 1, 2))
 
 
-def _checked(data: bytes, *, max_pixels: int) -> Stripped:
-    """The stripped image. Raises BadImage if decoding it would take too much memory."""
+def _checked(data: bytes, reading: ImageReading) -> Stripped:
+    """The stripped image. Raises BadImage if decoding it would take too much memory or time."""
     stripped = strip(data)
-    width, height = stripped.width, stripped.height
-    if width * height > max_pixels:
-        raise BadImage("too_many_pixels", f"{width} x {height} pixels, more than {max_pixels}")
-    if max(width, height) ** 2 > 2 * max_pixels:
-        raise BadImage("too_narrow", f"{width} x {height} pixels: so narrow that its square would fill memory")
+    sides, limits = (stripped.width, stripped.height), (reading.max_pixels, reading.max_side)
+    size, way = f"{sides[0]} x {sides[1]} pixels", "scale it down, or raise the limit"
+    if sides[0] * sides[1] > limits[0]:
+        raise BadImage("too_many_pixels", f"{size}, more than {limits[0]} (max_pixels); {way}")
+    if max(sides) > limits[1]:
+        raise BadImage("too_narrow", f"{size}, so narrow that a side has more than {limits[1]} (max_side); {way}")
     return stripped
 
 
@@ -139,18 +144,35 @@ def _factor(stripped: Stripped, *, size: int, fit: Fit) -> int:
     return next(factor for factor in (8, 4, 2, 1) if factor <= most and not any(side % factor for side in sides))
 
 
-def _decode(stripped: Stripped, *, factor: int) -> Pillow.Image:
+def _decode(stripped: Stripped, reading: ImageReading, *, factor: int) -> Pillow.Image:
     """The upright image, with both sides divided by the factor."""
     try:
-        with Pillow.open(io.BytesIO(stripped.data), formats=(stripped.format,)) as image:
+        return _decoded(stripped, stripped.data, factor=factor)
+    except BadImage as error:
+        if error.reason != "truncated" or stripped.format != "JPEG" or reading.truncated == "drop":
+            raise
+    return _decoded(stripped, stripped.with_end(), factor=factor)
+
+
+def _decoded(stripped: Stripped, data: bytes, *, factor: int) -> Pillow.Image:
+    """The upright image of `data`, which has the header of the stripped file."""
+    if stripped.format == "AVIF" and not features.check("avif"):
+        raise BadImage("unsupported", "an AVIF, which this build of Pillow does not read; save it as JPEG or PNG")
+    try:
+        with Pillow.open(io.BytesIO(data), formats=(stripped.format,)) as image:
             if image.size != (stripped.width, stripped.height):
                 raise ValueError("the decoder reads another size than the header states")
+            if image.mode not in MODES or (stripped.format == "TIFF" and image.mode == "I"):
+                text = f"a {stripped.format} of pixels {image.mode!r}; save it as 8-bit RGB"
+                raise BadImage("unsupported", text)
             if factor > 1:
                 image.draft(None, (stripped.width // factor, stripped.height // factor))
             image.load()
             turn = TURNS.get(stripped.orientation)
             return image if turn is None else image.transpose(turn)
-    except (OSError, ValueError) as error:  # the errors that Pillow raised for 150,000 damaged files
+    except BadImage:
+        raise
+    except (OSError, ValueError, SyntaxError, RuntimeError) as error:  # the errors that Pillow raised for 150,000 damaged files
         reason: Reason = "truncated" if "truncated" in str(error).lower() else "corrupt"
         raise BadImage(reason, f"a {stripped.format} that is {reason}") from error
 

@@ -30,7 +30,16 @@ def word(data: bytes, max_pixels: int = 1_000_000) -> str:
 
 
 @pytest.mark.parametrize(
-    ("format", "extension"), [("PNG", "png"), ("JPEG", "jpg"), ("WEBP", "webp"), ("GIF", "gif"), ("BMP", "bmp")]
+    ("format", "extension"),
+    [
+        ("PNG", "png"),
+        ("JPEG", "jpg"),
+        ("WEBP", "webp"),
+        ("GIF", "gif"),
+        ("BMP", "bmp"),
+        ("TIFF", "tif"),
+        ("AVIF", "avif"),
+    ],
 )
 def test_a_image_is_told_by_its_bytes_and_must_be_whole(format, extension):
     data = encoded(format)
@@ -40,7 +49,7 @@ def test_a_image_is_told_by_its_bytes_and_must_be_whole(format, extension):
     assert word(data[: len(data) // 2]) == "broken_image"
 
 
-@pytest.mark.parametrize("format", ["TIFF", "ICO", "PPM", "EPS", "PDF", "TGA"])
+@pytest.mark.parametrize("format", ["ICO", "PPM", "EPS", "PDF", "TGA"])
 def test_other_formats_are_none_of_ours(format):
     assert word(encoded(format)) == "not_an_image"
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image as Pillow
 
 from vila_ops.config.clean import MAX_IMAGE_BITS
-from vila_ops.data.images import rgb
+from vila_ops.config.images import ImageReading
+from vila_ops.data.images import READING, rgb
 
 THUMBNAIL_SIDE = 4
 THUMBNAIL_BYTES = 3 * THUMBNAIL_SIDE**2
@@ -31,13 +32,13 @@ _WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
-def image_signature(data: bytes) -> tuple[int, bytes]:
+def image_signature(data: bytes, reading: ImageReading = READING) -> tuple[int, bytes]:
     """64-bit perceptual hash and 4 x 4 RGB thumbnail of an encoded image. Raises BadImage.
 
     An image with almost no structure (one colour, a faint shade) gets a hash of its bytes instead: the perceptual
     hashes of all such images are alike, so only exact copies may count as the same.
     """
-    image = rgb(data, at_least=_SIDE)
+    image = rgb(data, at_least=_SIDE, reading=reading)
     if (factor := min(image.size) // _SIDE) > 1:
         image = image.reduce(factor)
     thumbnail = image.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Pillow.Resampling.BOX).tobytes()

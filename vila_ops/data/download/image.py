@@ -2,11 +2,14 @@
 
 from typing import assert_never
 
+from vila_ops.config.images import ImageReading
 from vila_ops.data.containers import BadImage, strip
 from vila_ops.data.download.outcome import Failure, Outcome
 from vila_ops.data.images import rgb
 
-EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
+EXTENSIONS = {
+    "JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif", "AVIF": "avif",
+}  # fmt: skip
 
 
 def image_format(data: bytes, *, max_pixels: int) -> str:
@@ -15,7 +18,7 @@ def image_format(data: bytes, *, max_pixels: int) -> str:
     Raises Failure (not_an_image, too_many_pixels, broken_image).
     """
     try:
-        rgb(data, at_least=1, max_pixels=max_pixels)
+        rgb(data, at_least=1, reading=ImageReading(max_pixels=max_pixels))
         return EXTENSIONS[strip(data).format]
     except BadImage as error:
         raise Failure(_outcome(error), str(error)) from error

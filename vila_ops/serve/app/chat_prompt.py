@@ -5,7 +5,7 @@ import binascii
 import re
 
 from vila_ops.config import Service
-from vila_ops.config.images import Webp
+from vila_ops.config.images import ImageReading, Webp
 from vila_ops.data.containers import BadImage
 from vila_ops.data.images import square
 from vila_ops.data.records import Image
@@ -36,6 +36,7 @@ def build_prompt(request: ChatRequest, service: Service, engine: Engine) -> Prom
 
 def _parts(message: Message, where: str, engine: Engine, *, max_pixels: int) -> tuple[str | Image, ...]:
     size, fit = engine.image_size, engine.image_aspect_ratio
+    reading = ImageReading(max_pixels=max_pixels)
     parts: list[str | Image] = []
     for number, part in enumerate(message.content):
         if not isinstance(part, ImagePart):
@@ -46,7 +47,7 @@ def _parts(message: Message, where: str, engine: Engine, *, max_pixels: int) -> 
             raise ApiError(400, f"{param}: only a user's message may have images", param=param, code="invalid_value")
         data = _bytes(part.image_url.url, param)
         try:
-            parts.append(Image(square(data, size=size, fit=fit, encoding=Webp(), max_pixels=max_pixels)))
+            parts.append(Image(square(data, size=size, fit=fit, encoding=Webp(), reading=reading)))
         except BadImage as error:
             raise ApiError(400, f"{param}: {error}", param=param, code="invalid_image") from None
     return tuple(parts)
