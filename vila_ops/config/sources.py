@@ -169,6 +169,20 @@ class Coyo(OwnFiles):
     render: Literal["caption"] = "caption"
 
 
+class Interleaved(OwnFiles):
+    """Interleaved documents as OBELICS (Parquet) and OmniCorpus (jsonl) have them: a list of texts and one of image
+    URLs, with null in one of them at each place; `vila-ops data download` fetches the images."""
+
+    kind: Literal["interleaved"] = "interleaved"
+    images: str
+    """Folder of the downloaded tars and manifests, one of each for every raw file."""
+    render: Literal["document"] = "document"
+    max_images: PositiveInt | None = None
+    """Only the first images of a document are used; None: all."""
+    missing_images: Literal["drop_document", "drop_image"] = "drop_image"
+    """What to drop if an image could not be downloaded. Few documents have all of their many images still online."""
+
+
 class Flan(OwnRecords):
     """FLAN's text-only instructions: Parquet or jsonl with `inputs` and `targets`."""
 
@@ -202,6 +216,11 @@ class WebDataset(OwnFiles):
 
     kind: Literal["webdataset"] = "webdataset"
     render: Literal["caption", "conversation"] = "caption"
+    image_members: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Suffixes of the members that are a record's images, in their order, such as [left.png, right.png]. None: KEY.jpg,
+    KEY.0.jpg, KEY.1.jpg, ...; a companion such as KEY.seg.png is no image then."""
+    key_ends: Literal["first_dot", "last_dot"] = "first_dot"
+    """Where the key of a member ends: IMG for IMG.0001.jpg, as in the webdataset library, or IMG.0001."""
 
 
 class HfParquet(OwnRecords):
@@ -224,13 +243,26 @@ class Html(OwnFiles):
     """What to drop if an image is on another host, is missing, or cannot be decoded."""
 
 
+Separator = Literal["comma", "tab", "semicolon", "pipe"]
+
+
 class Table(OwnFiles):
-    """A CSV or TSV with a header; each row has an image file and its caption, or a question and an answer."""
+    """A CSV or TSV, or another table of text; each row has an image and its caption, or a question and an answer."""
 
     kind: Literal["table"] = "table"
     images: str
-    """Folder that the image column's paths are relative to."""
+    """Folder that the image column's paths are relative to; with `image_url` that of the downloaded tars."""
+    separator: Separator | None = None
+    """Character between two columns; None: a comma in a .csv, a tab in a .tsv."""
+    quotes: bool | None = None
+    """Whether fields may stand in double quotes. None: yes, unless tabs separate them, since a TSV has no quotes; one
+    that pandas wrote has."""
+    columns: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Names of the columns; None: the first row has them."""
     image: str = "image"
+    """Column with the image's file name. A number that follows it, as in Flickr30k's 1000092795.jpg#0, is ignored."""
+    image_url: str | None = None
+    """Column with the image's URL, in place of `image`; `vila-ops data download` fetches the images."""
     text: str = "text"
     """Column with the caption, or with the answer if `question` is set."""
     question: str | None = None
@@ -239,6 +271,8 @@ class Table(OwnFiles):
 
     @model_validator(mode="after")
     def _question_and_conversation(self) -> "Table":
+        if self.columns is not None and len(set(self.columns)) < len(self.columns):
+            raise ValueError(f"columns names a column twice: {list(self.columns)}")
         if (self.question is None) != (self.render == "caption"):
             raise ValueError("question and render conversation need each other; set both, or neither")
         return self
@@ -256,6 +290,7 @@ OwnSource = (
     | LlavaCc3m
     | Mmc4
     | Coyo
+    | Interleaved
     | Flan
     | Vflan
     | Messages

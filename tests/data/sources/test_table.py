@@ -7,6 +7,8 @@ import pytest
 from pydantic import ValidationError
 
 from vila_ops.config.sources import Table
+from vila_ops.data.download.sources import urls_of
+from vila_ops.data.inspect.guess import guess
 from vila_ops.data.raw.files import RawFile
 from vila_ops.data.records import Dropped, Image, Record, Turn
 
@@ -128,10 +130,123 @@ def test_a_faulty_row_is_dropped_with_its_line_and_stops_no_other(
 
 def test_a_quote_that_is_never_closed_is_told_where_it_opens(tmp_path: Path, images: Path, read_all: ReadAll) -> None:
     path = write(tmp_path, 'image,text\nDog.jpg,A dog.\nDog.jpg,"A dog.\nDog.jpg,B\nDog.jpg,C\n')
-    _, (dropped,) = read_all(table(path, images))
+    _, (dropped, *swallowed) = read_all(table(path, images))
     assert isinstance(dropped, Dropped)
     assert (dropped.reason, dropped.where) == ("bad_csv", "captions.csv:3")
     assert "never closed" in dropped.detail
+    assert [(one.reason, one.where) for one in swallowed if isinstance(one, Dropped)] == [
+        ("bad_csv", "captions.csv:4"),
+        ("bad_csv", "captions.csv:5"),
+    ]
+
+
+def rows_with(fault: str, separator: str) -> str:
+    """A thousand rows, of which row 100 has a quote in its caption."""
+    lines = [f"Dog.jpg{separator}Dog number {number}" for number in range(1, 1001)]
+    lines[99] = f"Dog.jpg{separator}{fault}"
+    return "\n".join([f"image{separator}text", *lines]) + "\n"
+
+
+def test_a_quote_is_a_character_of_a_tsv(tmp_path: Path, images: Path, read_all: ReadAll) -> None:
+    """IANA's text/tab-separated-values: a field is any characters but a tab and the end of a line."""
+    path = write(tmp_path, rows_with('"Wow, a red one', "\t"), "captions.tsv")
+    found = read_all(table(path, images))
+    texts = [record.turns[0].parts[1] for (record,) in found if isinstance(record, Record)]
+    assert len(texts) == 1000
+    assert texts[99] == '"Wow, a red one'
+    pandas = write(tmp_path, 'image\ttext\nDog.jpg\t"It says ""hi"".\n"\n', "pandas.tsv")
+    ((record,),) = read_all(table(pandas, images, quotes=True))
+    assert isinstance(record, Record)
+    assert record.turns[0].parts[1] == 'It says "hi".\n'
+
+
+@pytest.mark.parametrize(
+    ("last", "bad", "good"),
+    [
+        ("Dog number 1000", 901, 99),  # never closed: every line to the end
+        ('a dog "Rex', 901, 99),  # closed in the last row, whose quote belongs to its text
+        ('a dog",', 900, 99),  # closed so that the row has three fields
+        ('a dog"', 901, 99),  # closed where a quote may close: one row of two fields, with 900 rows in it
+    ],
+)
+def test_lines_that_a_quote_swallows_are_bad_records(
+    last: str, bad: int, good: int, tmp_path: Path, images: Path, read_all: ReadAll
+) -> None:
+    content = rows_with('"Wow, a red one', ",").replace("Dog number 1000", last)
+    found = [one for held in read_all(table(write(tmp_path, content), images)) for one in held]
+    dropped = [one for one in found if isinstance(one, Dropped)]
+    assert {one.reason for one in dropped} <= {"bad_csv", "bad_row"}
+    assert [one.where for one in dropped] == [f"captions.csv:{line}" for line in range(101, 1002)][:bad]
+    assert (len(dropped), len(found) - len(dropped)) == (bad, good)
+
+
+def test_a_caption_of_several_lines_swallows_nothing(tmp_path: Path, images: Path, read_all: ReadAll) -> None:
+    text = "A dog,\na cat,\ngone.jpg,a bird\n\nand Dog.jpg"
+    ((record,),) = read_all(table(write(tmp_path, f'image,text\nDog.jpg,"{text}"\n'), images))
+    assert record == caption("Dog.jpg", text, 2)
+
+
+# The first lines of the tables as they are published: Flickr8k.token.txt and results_20130124.token (tabs, captions
+# numbered), Kaggle's captions.txt and results.csv, and Train_GCC-training.tsv of Conceptual Captions.
+PUBLISHED = {
+    "Flickr8k.token.txt": ("Dog.jpg#0\tA dog runs .\nDog.jpg#1\tA brown dog .\n", ["A dog runs .", "A brown dog ."]),
+    "results_20130124.token": ('Dog.jpg#0\tTwo "good" dogs .\n', ['Two "good" dogs .']),
+    "captions.txt": ('image,caption\nDog.jpg,A dog .\nDog.jpg,"A dog , brown ."\n', ["A dog .", "A dog , brown ."]),
+    "results.csv": (
+        "image_name| comment_number| comment\nDog.jpg| 0| A dog .\nDog.jpg| 1| A dog , brown .\n",
+        ["A dog .", "A dog , brown ."],
+    ),
+    "metadata.csv": ("file_name,text\nsub/cat.jpg,A cat.\n", ["A cat."]),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_tables_are_read_as_they_are(name: str, tmp_path: Path, images: Path, read_all: ReadAll) -> None:
+    content, texts = PUBLISHED[name]
+    ours = guess(str(write(tmp_path, content, name)), images=str(images))
+    assert isinstance(ours, Table)
+    found = read_all(ours)
+    assert [record.turns[0].parts[1] for (record,) in found if isinstance(record, Record)] == texts
+    assert len(texts) == len(found)
+
+
+def test_images_by_url_come_from_the_downloader(
+    tmp_path: Path, read_all: ReadAll, download: Callable[[Path, Any], None]
+) -> None:
+    rows = "a very typical bus station\thttp://ex.test/bus.jpg\nsierra looked stunning\thttp://ex.test/Gone.jpg\n"
+    path = write(tmp_path, rows, "Train_GCC-training.tsv")
+    out = tmp_path / "out"
+    download(out / "Train_GCC-training", {"http://ex.test/bus.jpg": b"bus", "http://ex.test/Gone.jpg": "not_found"})
+    ours = guess(str(path), images=str(out))
+    assert isinstance(ours, Table)
+    assert (ours.columns, ours.image_url) == (("text", "url"), "url")
+    assert urls_of(ours, path) == ["http://ex.test/bus.jpg", "http://ex.test/Gone.jpg"]
+    (bus,), (gone,) = read_all(ours)
+    assert isinstance(bus, Record)
+    assert bus.turns == (Turn("document", (Image(b"bus"), "a very typical bus station")),)
+    assert bus.provenance == "Train_GCC-training.tsv:1 http://ex.test/bus.jpg"
+    assert isinstance(gone, Dropped)
+    assert (gone.reason, gone.is_bad) == ("not_downloaded", False)
+
+
+def test_an_ending_that_says_nothing_needs_a_separator(tmp_path: Path, images: Path, read_all: ReadAll) -> None:
+    path = write(tmp_path, "image;text\nDog.jpg;A dog, brown.\n", "captions.dat")
+    with pytest.raises(ValueError, match=r"captions\.dat ends neither in \.csv nor in \.tsv; .*separator=tab"):
+        read_all(table(path, images))
+    ((record,),) = read_all(table(path, images, separator="semicolon"))
+    assert isinstance(record, Record)
+    assert record.turns[0].parts[1] == "A dog, brown."
+
+
+def test_a_table_in_utf_16_is_refused_with_the_way_out(tmp_path: Path, images: Path, scan: Scan) -> None:
+    path = write(tmp_path, "image,text\nDog.jpg,Ein Hünd.\n".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"captions\.csv is text in UTF-16.*iconv -f UTF-16 -t UTF-8"):
+        scan(table(path, images))
+
+
+def test_columns_that_name_one_twice_are_refused() -> None:
+    with pytest.raises(ValidationError, match="columns names a column twice"):
+        table(Path("a.csv"), Path("photos"), columns=["image", "image"])
 
 
 @pytest.mark.parametrize(
@@ -141,7 +256,7 @@ def test_a_quote_that_is_never_closed_is_told_where_it_opens(tmp_path: Path, ima
             "photo,text\nDog.jpg,A\n",
             r"captions\.csv has no column 'image'; it has 'photo', 'text'; name the columns in",
         ),
-        ("image;text\nDog.jpg;A\n", "separated by semicolons: save it with commas"),
+        ("image;text\nDog.jpg;A\n", "separated by semicolons: set `separator: semicolon`"),
         ("image,text,image\n", "captions.csv:1: a table begins with the names of its columns, each once"),
         ("", "captions.csv:1: a table begins"),
         ("\n", "captions.csv:1: a table begins"),

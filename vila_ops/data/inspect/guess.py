@@ -1,6 +1,5 @@
 """Detect the format of a path from the content of its files."""
 
-import gzip
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,17 +10,20 @@ from pydantic import TypeAdapter
 
 from vila_ops.config import Config
 from vila_ops.config.kinds import module_of
+from vila_ops.config.load import merge
 from vila_ops.config.sources import JsonLines, OwnFiles, OwnSource, Source
+from vila_ops.data.inspect.table_layout import settings_of
 from vila_ops.data.raw.files import UNFINISHED
 from vila_ops.data.raw.json_array import elements, is_array
-from vila_ops.data.raw.lines import every_line
+from vila_ops.data.raw.lines import GZIP, ZIP, every_line, opened
 from vila_ops.data.raw.text import json_object
 from vila_ops.data.sources import GROUP, SOURCES
 from vila_ops.data.sources.html import SUFFIXES as PAGES
 from vila_ops.data.sources.jsonl import RECORDS
 from vila_ops.data.sources.llava_cc3m import CHAT, METADATA
 from vila_ops.data.sources.rows import open_parquet
-from vila_ops.data.sources.table import DELIMITERS, read_header
+from vila_ops.data.sources.table import SEPARATORS
+from vila_ops.data.sources.table import URL_FILES as TABLES
 from vila_ops.data.sources.vflan import PICKLES
 
 UNKNOWN_LICENCE = "NOASSERTION"
@@ -40,9 +42,9 @@ def guess(
 ) -> Source:
     """The source at a file or folder, of the given kind or of the detected one.
 
-    Image paths are relative to `images`, or else to the folder itself. `own` are further settings of the source, which
-    take precedence. Raises ValueError if there is no such path, if the content is of no format or of several, and if
-    `images` would have no effect.
+    Image paths are relative to `images`, or else to the folder itself. `own` are further settings of the source, by
+    their dotted names, which take precedence. Raises ValueError if there is no such path, if the content is of no
+    format or of several, and if `images` would have no effect.
     """
     if "://" in uri:
         raise ValueError(
@@ -61,9 +63,14 @@ def guess(
         settings["images"] = images or str(folder)
     elif images is not None:
         raise ValueError(f"--images has no effect on the format {kind}, whose images lie in or beside its files")
-    if kind == "table" and _has_questions(path):
-        settings |= {"question": "question", "render": "conversation"}
-    source: Source = TypeAdapter(Source).validate_python(settings | dict(own or {}))
+    if kind == "table":
+        shown = [one for file in _samples(path) if _is_table(file) and (one := settings_of(file)) is not None]
+        settings |= shown[0] if shown else {}
+    for key, value in (own or {}).items():
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        settings = merge(settings, value)
+    source: Source = TypeAdapter(Source).validate_python(settings)
     return source
 
 
@@ -115,18 +122,20 @@ def _kind_of_file(path: Path) -> str | None:
         return _kind_of_parquet(path)
     if head[257:262] == b"ustar":
         return "webdataset"
-    if head.startswith(b"\x1f\x8b"):
-        with gzip.open(path) as unpacked:
+    if head.startswith((GZIP, ZIP)):
+        with opened(path) as unpacked:
             head = unpacked.read(_HEAD)
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if text.startswith(b"["):
         return _kind_of_object(next((value for _, value in elements(path)), None)) if is_array(path) else None
     if text.startswith(b"{"):
-        line = next(line for _, line in every_line(path) if line.strip())
+        line = next((line for _, line in every_line(path) if line.strip()), b"")
         return _kind_of_object(json_object(line, where=str(path)))
     if text[:1] == b"<" and (path.suffix.lower() in PAGES or b"<html" in text.lower() or b"<body" in text.lower()):
         return "html"
-    return "table" if path.suffix.lower() in DELIMITERS else None
+    if path.suffix.lower() in SEPARATORS or (_is_table(path) and settings_of(path)):
+        return "table"
+    return None
 
 
 def _kind_of_object(value: Any) -> str | None:
@@ -137,6 +146,8 @@ def _kind_of_object(value: Any) -> str | None:
             return "llava"
         case {"text_list": _, "image_info": _}:
             return "mmc4"
+        case {"texts": list(), "images": list()}:
+            return "interleaved"
         case {"turns": list(), "provenance": _}:
             return "jsonl"
         case {"inputs": _, "targets": _}:
@@ -155,6 +166,8 @@ def _kind_of_parquet(path: Path) -> str | None:
         return "flan"
     if {"url", "text", "clip_similarity_vitb32"} <= names:
         return "coyo"
+    if {"texts", "images"} <= names:
+        return "interleaved"
     return "hf_parquet" if any(_holds_images(field.type) for field in schema) else None
 
 
@@ -164,5 +177,5 @@ def _holds_images(kind: pa.DataType) -> bool:
     return pa.types.is_struct(inner) and {"bytes", "path"} <= {field.name for field in inner}
 
 
-def _has_questions(path: Path) -> bool:
-    return any("question" in read_header(file)[0] for file in _samples(path) if file.suffix.lower() in DELIMITERS)
+def _is_table(path: Path) -> bool:
+    return path.suffix.lower() in TABLES
