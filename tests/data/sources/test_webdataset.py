@@ -102,6 +102,55 @@ def test_keys_are_those_of_the_webdataset_library(read_all: ReadAll, tmp_path: P
     assert len(theirs) == 4
 
 
+def test_a_companion_is_no_image_of_the_record(read_all: ReadAll, scan: Scan, tmp_path: Path):
+    members = [
+        ("1.jpg", b"photo"),
+        ("1.seg.png", b"mask"),
+        ("1.depth.png", b"depth"),
+        ("1.cls", b"3"),
+        ("1.txt", b"A dog."),
+    ]
+    write_members(tmp_path / "a.tar", *members)
+    assert only(read_all(source(tmp_path))).turns == (Turn("document", (Image(b"photo"), "A dog.")),)
+    assert scan(source(tmp_path))[0].images == 1
+
+
+def test_the_source_may_name_the_members_that_are_images(read_all: ReadAll, scan: Scan, tmp_path: Path):
+    write_members(
+        tmp_path / "a.tar", ("1.left.png", b"l"), ("1.right.png", b"r"), ("1.jpg", b"both"), ("1.txt", b"Two.")
+    )
+    ours = source(tmp_path).with_changes({"image_members": ["right.png", "left.png"]})
+    assert only(read_all(ours)).turns == (Turn("document", (Image(b"r"), Image(b"l"), "Two.")),)
+    assert scan(ours)[0].images == 2
+
+
+def test_keys_with_dots_are_told_and_can_be_read(read_all: ReadAll, tmp_path: Path):
+    """For the webdataset library the key of all four is IMG."""
+    names = ["IMG.0001.jpg", "IMG.0001.txt", "IMG.0002.jpg", "IMG.0002.txt"]
+    write_members(tmp_path / "a.tar", *((name, name.encode()) for name in names))
+    (fault,) = dropped(read_all(source(tmp_path)))
+    assert fault.reason == "no_text"
+    assert "IMG.0001.txt" in fault.detail
+    assert "key_ends: last_dot" in fault.detail
+    found = read_all(source(tmp_path).with_changes({"key_ends": "last_dot"}))
+    assert [record.turns[0].parts for (record,) in found if isinstance(record, Record)] == [
+        (Image(b"IMG.0001.jpg"), "IMG.0001.txt"),
+        (Image(b"IMG.0002.jpg"), "IMG.0002.txt"),
+    ]
+
+
+def test_nan_as_img2dataset_writes_it_costs_its_number_only(read_all: ReadAll, tmp_path: Path):
+    said = b'{"caption": "a cup", "similarity": NaN, "pwatermark": 0.25, "status": "success"}'
+    write_members(tmp_path / "a.tar", ("000000012.jpg", b"cup"), ("000000012.json", said))
+    record = only(read_all(source(tmp_path)))
+    assert (record.turns[0].parts, record.scores) == ((Image(b"cup"), "a cup"), {"pwatermark": 0.25})
+
+
+def test_a_caption_in_utf_16_is_read(read_all: ReadAll, tmp_path: Path):
+    write_members(tmp_path / "a.tar", ("k.jpg", b"j"), ("k.txt", "Ein Bär.".encode("utf-16")))
+    assert only(read_all(source(tmp_path))).turns[0].parts[1] == "Ein Bär."
+
+
 def test_spans_of_many_keys_are_slices_of_the_whole(read_all: ReadAll, scan: Scan, tmp_path: Path):
     write(
         tmp_path / "a.tar", *({"__key__": f"{n:05}", "jpg": bytes([n]) * n * 40, "txt": f"t{n}"} for n in range(1, 71))
@@ -117,7 +166,7 @@ def test_spans_of_many_keys_are_slices_of_the_whole(read_all: ReadAll, scan: Sca
 @pytest.mark.parametrize(
     ("members", "reason", "detail"),
     [
-        ([("k.jpg", b"j")], "no_text", "no .txt, and no caption"),
+        ([("k.jpg", b"j")], "no_text", "no KEY.txt, and no caption"),
         ([("k.jpg", b"j"), ("k.txt", b"  \n")], "no_text", ""),
         ([("k.txt", b"text")], "no_image", "jpg"),
         ([("k.jpg", b"j"), ("k.txt", b"ok \xff")], "invalid_utf8", "byte 3"),

@@ -9,6 +9,7 @@ import binascii
 import hashlib
 from pathlib import Path, PurePosixPath
 
+from vila_ops.data.raw.files import on_disk
 from vila_ops.data.raw.text import fault
 from vila_ops.data.records import Image, Turn
 from vila_ops.data.sources.faults import Fault
@@ -20,11 +21,14 @@ MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4000
 
 
 def path_inside(folder: str | None, name: str) -> Path:
-    """The path of an image. Raises Fault if the name leads out of the folder, or if there is no folder."""
+    """The path of an image in the folder; its name may be absolute. Raises Fault for a path outside, or no folder."""
     if folder is None:
         raise Fault("missing_image", f"the record names {name!r}, but the source has no `images`; set that folder")
     path = PurePosixPath(name)
-    if not path.parts or path.is_absolute() or ".." in path.parts or fault(name) or _is_too_long(path):
+    if path.is_absolute():
+        roots = [root for root in (Path(folder).absolute(), Path(folder).resolve()) if path.is_relative_to(root)]
+        path = path.relative_to(roots[0]) if roots else path
+    if not path.parts or path.is_absolute() or ".." in path.parts or fault(name) or is_too_long(path):
         raise Fault(
             "bad_image_path",
             f"{name[:200]!r} is not a path inside the folder `images`; write it relative to it, without '..'",
@@ -32,14 +36,14 @@ def path_inside(folder: str | None, name: str) -> Path:
     return Path(folder) / path
 
 
-def _is_too_long(path: PurePosixPath) -> bool:
+def is_too_long(path: PurePosixPath) -> bool:
     """Whether the path exceeds the limits of file systems, for which `is_file` would raise."""
     return len(str(path).encode()) > MAX_PATH_BYTES or any(len(part.encode()) > MAX_NAME_BYTES for part in path.parts)
 
 
 def read_image(folder: str | None, name: str) -> Image:
     """The image of that name. Raises Fault: missing_image, bad_image_path (also for a link), image_too_big."""
-    path = path_inside(folder, name)
+    path = on_disk(path_inside(folder, name))
     if not path.is_file():
         raise Fault(
             "missing_image", f"no file {name!r} in the folder `images`; put it there, or set `images` to its folder"

@@ -12,9 +12,10 @@ from pydantic import Field, ValidationError, field_validator
 
 from vila_ops.config.base import Config
 from vila_ops.config.sources import JsonLines
-from vila_ops.data.raw.files import STRIDE, Folders, RawFile, RawMissing, Scan, Span, scan_files
+from vila_ops.data.raw.files import STRIDE, Folders, RawFile, RawMissing, Scan, Span, on_disk, scan_files
 from vila_ops.data.raw.lines import every_line, lines
 from vila_ops.data.records import Dropped, Image, Part, Record, Role, Turn
+from vila_ops.data.sources.images import is_too_long
 
 RECORDS = "records.jsonl"
 
@@ -35,7 +36,7 @@ class ImageLine(Config):
     @classmethod
     def _inside_the_folder(cls, image: str) -> str:
         path = PurePosixPath(image)
-        if not path.parts or path.is_absolute() or ".." in path.parts:
+        if not path.parts or path.is_absolute() or ".." in path.parts or is_too_long(path) or "\0" in image:
             raise ValueError(f"{image!r} is not a path inside the folder; write it relative to {RECORDS}, without '..'")
         return image
 
@@ -82,7 +83,7 @@ def read(source: JsonLines, folders: Folders, span: Span) -> Iterator[list[Recor
 
 def _record(folder: Path, line: Line, *, where: str) -> Record | Dropped:
     images = [part.image for turn in line.turns for part in turn.parts if isinstance(part, ImageLine)]
-    if missing := [image for image in images if not (folder / image).is_file()]:
+    if missing := [image for image in images if not on_disk(folder / image).is_file()]:
         return Dropped(
             id=line.id, reason="missing_image", where=where, detail=f"no file {missing[0]!r} beside {RECORDS}"
         )
@@ -97,7 +98,7 @@ def _record(folder: Path, line: Line, *, where: str) -> Record | Dropped:
 
 
 def _part(folder: Path, part: TextLine | ImageLine) -> Part:
-    return part.text if isinstance(part, TextLine) else Image((folder / part.image).read_bytes())
+    return part.text if isinstance(part, TextLine) else Image(on_disk(folder / part.image).read_bytes())
 
 
 def _scan(path: Path) -> Scan:

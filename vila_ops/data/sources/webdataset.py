@@ -1,8 +1,9 @@
 """WebDataset tars: consecutive members of one key are a record, KEY.jpg with KEY.txt or KEY.json.
 
-The key is the name up to the first dot of its last part, as in the webdataset library. KEY.txt is a caption; KEY.json
-has `caption` or `text`, or LLaVA's `conversations`, and may have `license`, `url` and numeric scores, as img2dataset
-writes them. Images KEY.0.jpg, KEY.1.jpg, ... are in the order of their numbers, others in the order of the tar.
+The key is the name up to the first dot of its last part, as in the webdataset library (`key_ends`). KEY.txt is a
+caption; KEY.json has `caption` or `text`, or LLaVA's `conversations`, and may have `license`, `url` and numeric scores,
+as img2dataset writes them. The images are KEY.jpg and KEY.0.jpg, KEY.1.jpg, ... in the order of their numbers. Other
+members, such as a mask KEY.seg.png, are no images of the record unless the source names them (`image_members`).
 """
 
 import re
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO, assert_never
 from vila_ops.config.sources import WebDataset
 from vila_ops.data.raw.files import STRIDE, Folders, RawFile, Scan, Span, paths, scan_files
 from vila_ops.data.raw.tars import BadTar, Member, members
+from vila_ops.data.raw.text import decoded
 from vila_ops.data.records import Dropped, Image, Record, Turn
 from vila_ops.data.sources.faults import Fault, checked, finite_numbers, json_of
 from vila_ops.data.sources.images import MAX_BYTES
@@ -21,7 +23,7 @@ from vila_ops.data.sources.json_files import stated
 from vila_ops.data.sources.media import refuse_unread
 from vila_ops.data.sources.turns import with_images
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 MAX_TEXT_BYTES = 16 * 2**20
 _READ = ("conversations", "caption", "text", "key", "sha256")
@@ -31,13 +33,15 @@ _META = re.compile(r"__[^/]*__($|/)")
 
 def raw_files(source: WebDataset, folders: Folders, *, cache: Path) -> list[RawFile]:
     """The tars. Raises ValueError for a tar that is damaged or compressed, or has members other than files."""
-    return scan_files(paths(Path(source.path), (".tar", *COMPRESSED)), source.kind, _scan, cache=cache)
+    kind = f"{source.kind}:{source.key_ends}:{source.image_members}"
+    tars = paths(Path(source.path), (".tar", *COMPRESSED))
+    return scan_files(tars, kind, lambda path: _scan(source, path), cache=cache)
 
 
 def read(source: WebDataset, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
     """The record of each key."""
     with Path(span.path).open("rb") as file:
-        groups = _groups(members(file, start=span.mark))
+        groups = _groups(source, members(file, start=span.mark))
         for number, (key, group) in zip(range(span.start, span.stop), groups, strict=False):
             if not span.takes(number):
                 yield []
@@ -50,10 +54,10 @@ def read(source: WebDataset, folders: Folders, span: Span) -> Iterator[list[Reco
 
 
 def _record(source: WebDataset, file: BinaryIO, group: list[Member], *, key: str, place: str) -> Record:
-    by_suffix = {_split(member.name)[1]: member for member in group}
+    by_suffix = {_split(source, member.name)[1]: member for member in group}
     if len(by_suffix) < len(group):
         raise Fault("duplicate_member", f"several members of one suffix: {', '.join(m.name for m in group[:20])}")
-    images = _images(file, by_suffix)
+    images = [Image(_content(file, by_suffix[suffix], MAX_BYTES)) for suffix in _images(source, list(by_suffix))]
     fields = _json(file, by_suffix)
     refuse_unread(fields, read=_READ, shown=[""] * len(images))
     messages: tuple[Turn, ...]
@@ -77,9 +81,14 @@ def _record(source: WebDataset, file: BinaryIO, group: list[Member], *, key: str
     )
 
 
-def _images(file: BinaryIO, by_suffix: dict[str, Member]) -> list[Image]:
-    names = [suffix for suffix in by_suffix if _is_image(suffix)]
-    return [Image(_content(file, by_suffix[name], MAX_BYTES)) for name in sorted(names, key=_number)]
+def _images(source: WebDataset, suffixes: list[str]) -> list[str]:
+    """The suffixes of the members that are the record's images, in their order."""
+    if source.image_members is not None:
+        return [suffix for suffix in source.image_members if suffix in suffixes]
+    numbers = {suffix: _number(suffix) for suffix in suffixes if suffix.rpartition(".")[2] in IMAGES}
+    return sorted(
+        (suffix for suffix, number in numbers.items() if number is not None), key=lambda one: numbers[one] or 0
+    )
 
 
 def _json(file: BinaryIO, by_suffix: dict[str, Member]) -> dict[str, Any]:
@@ -92,16 +101,20 @@ def _json(file: BinaryIO, by_suffix: dict[str, Member]) -> dict[str, Any]:
 
 def _caption(file: BinaryIO, by_suffix: dict[str, Member], fields: dict[str, Any], images: list[Image]) -> str:
     if not images:
-        raise Fault("no_image", f"no member with one of the suffixes {', '.join(IMAGES)}")
+        raise Fault("no_image", f"no image KEY.jpg, KEY.0.jpg, ... ({', '.join(IMAGES)}) but {_listed(by_suffix)}")
     if "txt" in by_suffix:
         try:
-            text = _content(file, by_suffix["txt"], MAX_TEXT_BYTES).decode()
+            text = decoded(_content(file, by_suffix["txt"], MAX_TEXT_BYTES))
         except UnicodeDecodeError as error:
             raise Fault("invalid_utf8", f"the .txt: byte {error.start} is not UTF-8 ({error.reason})") from error
     else:
         text = next((fields[name] for name in ("caption", "text") if isinstance(fields.get(name), str)), "")
     if not text.strip():
-        raise Fault("no_text", "no .txt, and no caption or text in a .json; render: conversation reads conversations")
+        raise Fault(
+            "no_text",
+            f"no KEY.txt, and no caption or text in a KEY.json, but {_listed(by_suffix)}; render: conversation reads "
+            f"conversations, and key_ends: last_dot reads keys that have dots",
+        )
     return checked(text.strip(), what="the caption")
 
 
@@ -112,33 +125,37 @@ def _content(file: BinaryIO, member: Member, limit: int) -> bytes:
     return file.read(member.size)
 
 
-def _is_image(suffix: str) -> bool:
-    return suffix.rpartition(".")[2] in IMAGES
+def _listed(by_suffix: dict[str, Member]) -> str:
+    return ", ".join(member.name for member in by_suffix.values())[:200]
 
 
-def _number(suffix: str) -> int:
-    """The number of the image within its key; -1 if it has none."""
-    first = suffix.partition(".")[0]
-    return int(first) if len(first) < 19 and first.isascii() and first.isdigit() else -1
+def _number(suffix: str) -> int | None:
+    """The number of the image NUMBER.jpg within its key, -1 for jpg alone; None for no image and for one of a name."""
+    first, dot, last = suffix.rpartition(".")
+    if last not in IMAGES:
+        return None
+    if not dot:
+        return -1
+    return int(first) if len(first) < 19 and first.isascii() and first.isdigit() else None
 
 
-def _split(name: str) -> tuple[str, str]:
+def _split(source: WebDataset, name: str) -> tuple[str, str]:
     """Key and suffix; the suffix is empty if the member belongs to no record."""
     folder, slash, last = name.rpartition("/")
-    stem, _, suffix = last.partition(".")
+    stem, _, suffix = last.partition(".") if source.key_ends == "first_dot" else last.rpartition(".")
     if not stem or _META.match(name):
         return name, ""
     return f"{folder}{slash}{stem}", suffix.lower()
 
 
-def _groups(members_of_tar: Iterable[Member]) -> Iterator[tuple[str, list[Member]]]:
+def _groups(source: WebDataset, members_of_tar: Iterable[Member]) -> Iterator[tuple[str, list[Member]]]:
     """Keys with their members."""
-    belonging = (member for member in members_of_tar if _split(member.name)[1])
-    for key, group in groupby(belonging, key=lambda member: _split(member.name)[0]):
+    belonging = (member for member in members_of_tar if _split(source, member.name)[1])
+    for key, group in groupby(belonging, key=lambda member: _split(source, member.name)[0]):
         yield key, list(group)
 
 
-def _scan(path: Path) -> Scan:
+def _scan(source: WebDataset, path: Path) -> Scan:
     if path.name.lower().endswith(COMPRESSED):
         raise ValueError(f"{path} is compressed, but records are read at their offsets; unpack it to a plain .tar")
     keys: set[str] = set()
@@ -146,13 +163,13 @@ def _scan(path: Path) -> Scan:
     images = 0
     with path.open("rb") as file:
         try:
-            for key, group in _groups(members(file)):
+            for key, group in _groups(source, members(file)):
                 if key in keys:
                     raise BadTar(f"the key {key!r} occurs again at byte {group[0].head}; sort the members by name")
                 if len(keys) % STRIDE == 0:
                     marks.append(group[0].head)
                 keys.add(key)
-                images += sum(_is_image(_split(member.name)[1]) for member in group)
+                images += len(_images(source, [_split(source, member.name)[1] for member in group]))
         except BadTar as error:
             raise ValueError(f"{path}: {error}") from error
     return Scan(count=len(keys), images=images, marks=tuple(marks))
