@@ -82,9 +82,14 @@ def show(
 
 @data.command("download")
 def download(
-    kind: Annotated[str, typer.Argument(help="Kind of the source: mmc4, coyo or a plugin's", metavar="KIND")],
+    kind: Annotated[
+        str, typer.Argument(help="Kind of the source: mmc4, coyo, interleaved, table or a plugin's", metavar="KIND")
+    ],
     path: Annotated[Path, typer.Argument(help="A raw file, or a folder of them")],
     out: Annotated[Path, typer.Option("--out", help="Folder for a tar of images and a table for each raw file")],
+    own: Annotated[
+        list[str] | None, typer.Option("-s", "--set", help="A setting of the source, e.g. clean.top_share.share=0.2")
+    ] = None,
     settings: Annotated[
         Path | None, typer.Option("--settings", help="A YAML file of DownloadSettings, for settings without an option")
     ] = None,
@@ -103,13 +108,16 @@ def download(
 ) -> None:
     """Download the images that raw files name by URL, and print the outcomes.
 
-    The same command resumes a download that was interrupted. OUTCOME is a word of the printed table.
+    The same command resumes a download that was interrupted, and fetches what is new in raw files that grew. With the
+    settings of the source (-s), such as its rules on scores, only images that they leave are fetched. OUTCOME is a word
+    of the printed table.
     """
     from pydantic import TypeAdapter
 
     from vila_ops.config.download import DownloadSettings
-    from vila_ops.config.load import read
-    from vila_ops.data.download import Outcome, download_source, table
+    from vila_ops.config.load import key_and_value, read
+    from vila_ops.data.download import Outcome, download_source, table, url_module
+    from vila_ops.data.inspect.guess import guess
 
     given = {
         "concurrency": concurrency,
@@ -121,7 +129,9 @@ def download(
         (read(settings) if settings else {}) | {key: value for key, value in given.items() if value is not None}
     )
     outcomes = TypeAdapter(list[Outcome]).validate_python(retry or [])
-    finished = download_source(kind, path, out, settings=chosen, retry=outcomes)
+    url_module(kind)
+    source = guess(str(path), kind=kind, images=str(out), own=dict(map(key_and_value, own or ())))
+    finished = download_source(source, out, settings=chosen, retry=outcomes)
     if as_json:
         for one in finished:
             print(json.dumps(asdict(one)))

@@ -32,6 +32,8 @@ WHITE: Colour = (255, 255, 255)
 BICUBIC = Pillow.Resampling.BICUBIC
 READING = ImageReading()
 """How images are read unless a mixture says otherwise."""
+DAMAGE = (OSError, ValueError, SyntaxError, RuntimeError)
+"""The errors that Pillow raised for 150,000 damaged files."""
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B", "I;16L", "I")
 """Pixels that become RGB here; the others of Pillow, such as 32-bit grey of a TIFF, have no range of their own."""
 TURNS = {
@@ -172,7 +174,7 @@ def _decoded(stripped: Stripped, data: bytes, *, factor: int) -> Pillow.Image:
             return image if turn is None else image.transpose(turn)
     except BadImage:
         raise
-    except (OSError, ValueError, SyntaxError, RuntimeError) as error:  # the errors that Pillow raised for 150,000 damaged files
+    except DAMAGE as error:
         reason: Reason = "truncated" if "truncated" in str(error).lower() else "corrupt"
         raise BadImage(reason, f"a {stripped.format} that is {reason}") from error
 

@@ -49,10 +49,13 @@ class Record:
 
 
 FIRST_ANSWER, EMPTY_SYSTEM, CONTROL_TOKEN = "first_turn_of_assistant", "empty_system_turn", "control_token"
+TRUNCATED_IMAGE, MISSING_IMAGE = "truncated_image", "missing_image_left_out"
 CHANGES = {
     FIRST_ANSWER: "the assistant's turn before the first question is left out, as LLaVA and VILA do",
     EMPTY_SYSTEM: "a system turn without text is left out",
     CONTROL_TOKEN: "text that spells a control token of the tokenizer is written in the other case",
+    TRUNCATED_IMAGE: "a JPEG without its end is read with grey in place of what is missing, as VILA does",
+    MISSING_IMAGE: "an image that was not downloaded, or cannot be read, is left out of its document",
 }
 """Changes to records that are kept, by the reason under which they are counted."""
 
@@ -71,3 +74,7 @@ class Dropped:
     """File, and line or row in it from 1: "docs/a.jsonl:17"."""
     detail: str = ""
     """The value, the rule and the way out."""
+    is_bad: bool = True
+    """Whether it counts against max_bad_share. A record that a rule drops, or whose image is not there, does not."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """Score columns, with which the record takes part in the ranking of its file."""

@@ -19,8 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vila_ops.data.download import download, download_source, key_of
+from vila_ops.data.download import download, download_source, key_of, run
 from vila_ops.data.download.journal import Journal
+from vila_ops.data.inspect.guess import guess
 
 URLS = int(os.environ.get("VILA_URLS", "1000"))
 KILLS = 5
@@ -214,11 +215,47 @@ def test_nothing_is_taken_from_the_environment_and_no_cookie_is_kept(
         assert names_of == {"host", "user-agent", "accept", "accept-encoding"}
 
 
-def test_a_manifest_of_other_urls_is_not_taken_for_this_file(server, case, make_settings, names, tmp_path):
-    urls = server.plan([case("ok_png"), case("ok_gif")])
+def test_a_raw_file_that_grew_keeps_its_answers_and_asks_for_what_is_new(server, case, make_settings, names, tmp_path):
+    old, new = [case("ok_png"), case("missing"), case("ok_gif")], [case("ok_jpeg"), case("missing", 1)]
+    urls = server.plan([*old, *new])
+    asyncio.run(download(urls[:3], tmp_path / "a", settings=make_settings(), resolve=names))
+    asked = dict(server.seen)
+    grown = [urls[3], *urls]  # a line was put in front, and others at the end
+    outcomes = asyncio.run(download(grown, tmp_path / "a", settings=make_settings(), resolve=names))
+    assert outcomes.counts == {"not_found": 2, "ok": 3}
+    assert dict(server.seen) == asked | {one.path: 1 for one in new}
+    check([new[0], *old, new[1]], server, tmp_path / "a")
+    at_once = tmp_path / "b"
+    asyncio.run(download(grown, at_once, settings=make_settings(), resolve=names))
+    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
+
+
+def test_a_kill_while_new_urls_are_fetched_loses_no_old_answer(
+    server, case, make_settings, names, tmp_path, monkeypatch
+):
+    cases = [case("ok_png"), case("ok_gif"), case("ok_jpeg")]
+    urls = server.plan(cases)
+    asyncio.run(download(urls[:2], tmp_path / "a", settings=make_settings(), resolve=names))
+    with monkeypatch.context() as killed:
+        killed.setattr(run, "write_manifest", lambda *rest: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            asyncio.run(download(urls, tmp_path / "a", settings=make_settings(), resolve=names))
     asyncio.run(download(urls, tmp_path / "a", settings=make_settings(), resolve=names))
-    with pytest.raises(ValueError, match="of other URLs"):
-        asyncio.run(download(urls[:1], tmp_path / "a", settings=make_settings(), resolve=names))
+    assert [server.seen[one.path] for one in cases] == [1, 1, 1]
+    check(cases, server, tmp_path / "a")
+
+
+def test_urls_that_are_no_longer_wanted_keep_their_images(server, case, make_settings, names, tmp_path):
+    cases = [case("ok_png"), case("ok_gif")]
+    urls = server.plan(cases)
+    asyncio.run(download(urls, tmp_path / "a", settings=make_settings(), resolve=names))
+    before = (tmp_path / "a.tar").read_bytes()
+    outcomes = asyncio.run(download(urls[1:], tmp_path / "a", settings=make_settings(), resolve=names))
+    assert (outcomes.counts, outcomes.bytes) == ({"ok": 1}, len(cases[1].body))
+    assert (tmp_path / "a.tar").read_bytes() == before
+    more = server.plan([*cases, case("ok_webp")])
+    asyncio.run(download([more[2], more[1]], tmp_path / "a", settings=make_settings(), resolve=names))
+    check([case("ok_webp"), cases[1], cases[0]], server, tmp_path / "a")
 
 
 def test_more_urls_in_flight_than_open_files_is_refused_before_it_begins(make_settings, tmp_path):
@@ -263,22 +300,26 @@ def test_mmc4_and_coyo_files_become_a_tar_and_a_manifest_each(server, case, make
     for folder in ("mmc4", "coyo"):
         (tmp_path / folder).mkdir()
     (tmp_path / "mmc4/docs_shard_7_v2.jsonl").write_text("\n".join(map(json.dumps, documents)))
-    pq.write_table(pa.table({"id": [1, 2], "url": [other, None]}), tmp_path / "coyo/part-0.snappy.parquet")
+    pq.write_table(
+        pa.table({"id": [1, 2], "url": [other, None], "text": ["a tree", "a dog"]}),
+        tmp_path / "coyo/part-0.snappy.parquet",
+    )
     settings, out = make_settings(), tmp_path / "out"
-    (mmc4,) = download_source("mmc4", tmp_path / "mmc4", out, settings=settings)
-    (coyo,) = download_source("coyo", tmp_path / "coyo", out, settings=settings)
+    sources = {kind: guess(str(tmp_path / kind), kind=kind, images=str(out)) for kind in ("mmc4", "coyo")}
+    (mmc4,) = download_source(sources["mmc4"], out, settings=settings)
+    (coyo,) = download_source(sources["coyo"], out, settings=settings)
     assert (mmc4.name, mmc4.counts, mmc4.bytes) == ("docs_shard_7_v2", {"not_found": 1, "ok": 1}, len(cases[0].body))
     assert (coyo.name, coyo.counts, coyo.bytes) == ("part-0.snappy", {"ok": 1}, len(cases[1].body))
     key = hashlib.sha256(good.encode()).hexdigest()[:24]
     assert key_of(good) == key
     with tarfile.open(out / "docs_shard_7_v2.tar") as tar:
         assert tar.getnames() == [f"{key}.png"]
-    with pytest.raises(ValueError, match="a folder of its own"):
-        download_source("coyo", tmp_path / "coyo", tmp_path / "coyo", settings=settings)
+    with pytest.raises(ValueError, match="a folder of their own"):
+        download_source(sources["coyo"], tmp_path / "coyo", settings=settings)
     (tmp_path / "file").write_text("mine")
     for place in (tmp_path / "file", tmp_path / "file/below"):
         with pytest.raises(ValueError, match="cannot be a folder"):
-            download_source("coyo", tmp_path / "coyo", place, settings=settings)
+            download_source(sources["coyo"], place, settings=settings)
 
 
 async def sets_a_cookie(writer, case, seen) -> None:

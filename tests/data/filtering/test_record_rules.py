@@ -80,12 +80,12 @@ def test_coyo_rows_need_both_columns_and_a_sum_above_the_floor() -> None:
     coyo = rules(top_share={"columns": COLUMNS, "share": 0.2, "above": 0.6})
     both = dict(zip(COLUMNS, (0.25, 0.375), strict=True))
     assert reason(filter_record(document("A dog.", **both), coyo)) is None
-    assert score_sum(document("", **both), COLUMNS) == 0.625
+    assert score_sum(both, COLUMNS) == 0.625
     at_the_floor = dict(zip(COLUMNS, (0.3, 0.3), strict=True))
     assert reason(filter_record(document("A dog.", **at_the_floor), coyo)) == "low_sum"
     one_only = document("A dog.", clip_similarity_vitb32=0.9)
     assert reason(filter_record(one_only, coyo)) == "missing_clip_similarity_vitl14"
-    assert score_sum(one_only, COLUMNS) is None
+    assert score_sum(one_only.scores, COLUMNS) is None
 
 
 def test_a_bad_image_is_dropped_images_of_a_document_that_keeps_another() -> None:
@@ -95,6 +95,14 @@ def test_a_bad_image_is_dropped_images_of_a_document_that_keeps_another() -> Non
     assert filtered.record.turns == (Turn("document", ("one ", "two ", good, "three")),)
     assert [(out.id, out.reason, out.where) for out in filtered.dropped_images] == [("d", "small_image", "a:1")]
     assert filtered.dropped_images[0].detail.startswith("image 1: 8 x 80 pixels")
+
+
+def test_words_that_a_removed_image_parted_stay_apart() -> None:
+    good, small = png(80, 80), png(8, 80)
+    filtered = filter_record(document("One.", small, small, "Two.", good, small, "Three."), rules(min_side=64))
+    assert isinstance(filtered.record, Record)
+    assert "".join(str(part) for part in filtered.record.turns[0].parts[:3]) == "One. Two."
+    assert filtered.record.turns[0].parts[3:] == (good, "Three.")
 
 
 def test_the_last_image_of_a_document_and_any_of_a_conversation_cost_the_record() -> None:

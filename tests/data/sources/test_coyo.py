@@ -99,6 +99,22 @@ def test_a_faulty_row_is_dropped_with_its_number_and_its_neighbours_are_not(
     assert isinstance(last[0], Record)
 
 
+def test_a_row_that_a_rule_drops_or_whose_image_is_missing_keeps_its_scores(
+    read_all: ReadAll, made: Callable[..., Coyo]
+):
+    """They take part in the ranking of top_share, so it is the same before and after the download."""
+    gone = {image(1)[0]: "not_found"}
+    rules = {"scores": {"watermark_score": {"at_most": 0.5}}}
+    source = made(row(0, watermark_score=0.9), row(1), row(2), became=gone).with_changes({"clean": rules})
+    (marked,), (lost,), (good,) = read_all(source)
+    assert isinstance(marked, Dropped)
+    assert isinstance(lost, Dropped)
+    assert isinstance(good, Record)
+    assert (marked.reason, marked.is_bad) == ("high_watermark_score", False)
+    assert (lost.reason, lost.is_bad) == ("not_downloaded", False)
+    assert marked.scores["clip_similarity_vitb32"] == lost.scores["clip_similarity_vitb32"] == 0.5
+
+
 def test_text_that_is_not_utf_8_costs_its_row_only(read_all: ReadAll, made: Callable[..., Coyo], tmp_path: Path):
     source = made(row(0), row(1), row(2))
     table = pa.Table.from_pylist([row(0), row(1), row(2)], schema=SCHEMA)

@@ -1,4 +1,6 @@
+import gzip
 import json
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vila_ops.config.sources import Mmc4
+from vila_ops.data.download.sources import urls_of
 from vila_ops.data.raw.files import RawFile
 from vila_ops.data.records import Dropped, Image, Record, Turn
 
@@ -91,6 +94,43 @@ def test_the_first_six_images_in_file_order_are_kept_and_stand_by_sentence(
     assert parts(read_all(made(document(2, 1, 0), max_images=1))) == ("S0.", b"0", "S1.")
 
 
+def test_an_image_on_an_empty_last_sentence_stays_as_in_vilas_loader(read_all: ReadAll, made: Callable[..., Mmc4]):
+    """The loader appends eos before it looks for an image at the end (llava/data/dataset.py, LazyMMC4Dataset)."""
+    assert parts(read_all(made(document(3, 0, 2, text_list=["Intro.", "The end.", ""])))) == (
+        b"0", "Intro. The end.", b"1",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["stored", "deflated", "gzip"])
+def test_shards_are_read_as_they_are_published(form: str, read_all: ReadAll, made: Callable[..., Mmc4], tmp_path: Path):
+    """https://github.com/allenai/mmc4: docs_no_face_shard_N_v2.jsonl.zip."""
+    plain = made(EXAMPLE, "", document(2, 1), document(1, 0))
+    expected = read_all(plain)
+    shard = tmp_path / "raw/docs_shard_0_v2.jsonl"
+    text = shard.read_bytes()
+    shard.unlink()
+    if form == "gzip":
+        shard.with_suffix(".jsonl.gz").write_bytes(gzip.compress(text))
+    else:
+        how = zipfile.ZIP_STORED if form == "stored" else zipfile.ZIP_DEFLATED
+        with zipfile.ZipFile(shard.with_suffix(".jsonl.zip"), "w", how) as archive:
+            archive.writestr(shard.name, text)
+    found = read_all(plain)
+    assert [[one.turns for one in held if isinstance(one, Record)] for held in found] == [
+        [one.turns for one in held if isinstance(one, Record)] for held in expected
+    ]
+    assert len(found) == 4
+    shard.write_bytes(text)  # unzipped beside its archive
+    with pytest.raises(ValueError, match="would share one tar of images; move one away"):
+        read_all(plain)
+
+
+def test_only_images_that_are_similar_enough_are_asked_for(made: Callable[..., Mmc4], tmp_path: Path):
+    source = made(document(3, 0, 1, 2), document(1, 0), min_similarity=0.1)
+    raw = tmp_path / "raw/docs_shard_0_v2.jsonl"
+    assert urls_of(source, raw) == ["http://ex.test/1.jpg", "http://ex.test/2.jpg"]
+
+
 def test_pairs_are_a_record_each_and_image_first_puts_all_images_in_front(read_all: ReadAll, made: Callable[..., Mmc4]):
     line = document(4, 1, 3)  # text1 img1 text2 text3 img2 text4
     (found,) = read_all(made(line, order="pairs"))
@@ -114,6 +154,7 @@ def test_a_document_with_a_image_that_is_not_there_is_dropped_with_the_downloade
         reason="not_downloaded",
         where="docs_shard_0_v2.jsonl:2",
         detail="http://ex.test/7.jpg: not_found asked in vain",
+        is_bad=False,
     )
 
 
@@ -146,7 +187,7 @@ def test_a_image_that_changed_on_the_disk_is_not_taken(read_all: ReadAll, made: 
         (EXAMPLE.replace('"url"', '"text_list":[],"url"'), "bad_json", "twice"),
         ("[1]", "not_an_object", "list"),
         ("[" * 100_000, "bad_json", ""),
-        (EXAMPLE.replace("0.31,", "NaN,"), "bad_json", "NaN"),
+        (EXAMPLE.replace("0.31,", "NaN,"), "bad_document", "finite"),
         (EXAMPLE.replace("Intro.", "In\\u0000tro."), "nul_in_text", ""),
         (EXAMPLE.replace("Intro.", "\\ud83d Intro."), "lone_surrogate", ""),
         (EXAMPLE.replace("ex.test/b", "ex.test/\\udc00b"), "lone_surrogate", ""),
@@ -161,7 +202,7 @@ def test_a_image_that_changed_on_the_disk_is_not_taken(read_all: ReadAll, made: 
         ({key: value for key, value in document(1, 0).items() if key != "image_info"}, "bad_document", "image_info"),
         (document(1, 0, image_info=[{"raw_url": B, "matched_sim": 0.1}]), "bad_document", "matched_text_index"),
         (document(2), "no_image", ""),
-        (document(1, 0, text_list=["  "]), "no_image", "no text follows"),
+        (document(1, 0, text_list=["  "]), "no_text", "no sentence has a word"),
         (EXAMPLE.replace("b.jpg", "new.jpg"), "not_downloaded", "not_asked"),
     ],
 )  # fmt: skip
@@ -230,7 +271,7 @@ def test_a_shard_without_its_download_is_an_error_that_says_what_to_do(
     (tmp_path / "images/docs_shard_0_v2.tar").unlink()
     with pytest.raises(ValueError, match=r"no .*docs_shard_0_v2\.tar: .* fetch them with `vila-ops data download`"):
         scan(source)
-    with pytest.raises(ValueError, match="raw is where the raw files are"):
+    with pytest.raises(ValueError, match="raw is where the raw files are; the downloaded images need a folder"):
         scan(Mmc4(path=source.path, images=source.path, licence="x"))
 
 

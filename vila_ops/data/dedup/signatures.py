@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from vila_ops.config.clean import Clean, NearDuplicates
+from vila_ops.config.images import ImageReading
 from vila_ops.config.mixture import Contamination
 from vila_ops.data.containers import BadImage
 from vila_ops.data.dedup.hashing import (
@@ -24,7 +25,8 @@ from vila_ops.data.dedup.hashing import (
 )
 from vila_ops.data.dedup.neighbours import ImageSignatures
 from vila_ops.data.filtering.record_rules import filter_record, score_sum
-from vila_ops.data.records import Image, Record
+from vila_ops.data.images import READING
+from vila_ops.data.records import NOT_DOWNLOADED, Dropped, Image, Record
 
 SHINGLE_WORDS = 5
 MIN_WORDS_BESIDE_IMAGES = 20
@@ -53,6 +55,7 @@ class SignatureRules:
     known_ngrams: NDArray[np.uint64] | None = None
     """(N,), sorted: the n-grams of the evaluation sets (decontamination.contamination.known_ngrams). A training record
     keeps only those of its n-grams that are among them. None for a record of an evaluation set, which keeps all."""
+    reading: ImageReading = READING
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def signature(record: Record, rules: SignatureRules, *, number: int, file: int) 
     A record with an unreadable image is not clean: writing its shard drops it as bad.
     """
     ranking = rules.clean.top_share
-    rank = score_sum(record, ranking.columns) if ranking else None
+    rank = score_sum(record.scores, ranking.columns) if ranking else None
     kept = filter_record(record, rules.clean).record
     if not isinstance(kept, Record):
         return Signature(number, file, rank, is_clean=False)
@@ -91,7 +94,7 @@ def signature(record: Record, rules: SignatureRules, *, number: int, file: int) 
     pairs: list[tuple[int, bytes]] = []
     if contamination or (near and near.image_bits is not None):
         try:
-            pairs = [image_signature(image.data) for image in images]
+            pairs = [image_signature(image.data, rules.reading) for image in images]
         except BadImage:
             return Signature(number, file, rank, is_clean=False)
     return Signature(
@@ -103,6 +106,16 @@ def signature(record: Record, rules: SignatureRules, *, number: int, file: int) 
         minima=_minima(words, beside=images) if near and near.text_similarity is not None else None,
         ngrams=_ngrams(words, contamination, rules.known_ngrams, beside=images) if contamination else (),
     )
+
+
+def ranking_signature(dropped: Dropped, rules: SignatureRules, *, number: int, file: int) -> Signature:
+    """The signature of a record that takes part in the ranking of its file alone.
+
+    One whose image is not there counts as clean, so that it is dropped for its rank where that is too low.
+    """
+    ranking = rules.clean.top_share
+    rank = score_sum(dropped.scores, ranking.columns) if ranking else None
+    return Signature(number, file, rank, is_clean=dropped.reason == NOT_DOWNLOADED)
 
 
 def table(signatures: Iterable[Signature]) -> pa.Table:

@@ -6,4 +6,5 @@ from vila_ops.data.download.manifest import table as table
 from vila_ops.data.download.outcome import Outcome as Outcome
 from vila_ops.data.download.run import download as download
 from vila_ops.data.download.run import download_source as download_source
+from vila_ops.data.download.sources import url_module as url_module
 from vila_ops.data.download.sources import urls_of as urls_of

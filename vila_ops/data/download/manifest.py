@@ -116,28 +116,37 @@ def write_manifest(journal: Journal, urls: Sequence[str], out: Path) -> None:
     _publish(temporary, manifest_path(out))
 
 
+def unfinished(urls: Sequence[str], out: Path, *, retry: Collection[Outcome]) -> bool:
+    """Whether URLs are missing in the manifest, as after the raw file grew, or ended in one of the `retry` outcomes."""
+    rows = _rows(out)
+    outcomes = dict(zip(rows["url"].to_pylist(), rows["outcome"].to_pylist(), strict=True))
+    return any(url not in outcomes or outcomes[url] in retry for url in urls)
+
+
 def read_outcomes(urls: Sequence[str], out: Path) -> Outcomes:
-    """The outcomes of a finished raw file. Raises ValueError if its URLs differ, or if tar and table do not match."""
+    """The outcomes of these URLs of a finished raw file. Raises ValueError if tar and table do not match."""
+    rows = _rows(out)
+    own = rows.filter(pc.field("url").isin(pa.array(urls, pa.string())))
+    counts = Counter(own["outcome"].to_pylist())
+    return Outcomes(out.name, dict(sorted(counts.items())), sum(filter(None, own["bytes"].to_pylist())))
+
+
+def _rows(out: Path) -> pa.Table:
+    """URL, outcome and bytes of a finished raw file. Raises ValueError if tar and table do not match."""
     table = pq.read_table(manifest_path(out), columns=["url", "outcome", "bytes"])
-    if table["url"].to_pylist() != urls:
-        raise ValueError(
-            f"{manifest_path(out)} is of other URLs than the raw file has now; move it and "
-            f"{tar_path(out).name} away, or download into another folder"
-        )
     tar_bytes = int(table.schema.metadata[TAR_BYTES])
     if not tar_path(out).is_file() or tar_path(out).stat().st_size != tar_bytes:
         raise ValueError(
             f"{tar_path(out)} is missing or not of the {tar_bytes} bytes that {manifest_path(out).name} "
             f"says; move both away and download again"
         )
-    counts = Counter(table["outcome"].to_pylist())
-    return Outcomes(out.name, dict(sorted(counts.items())), sum(filter(None, table["bytes"].to_pylist())))
+    return table
 
 
 def reopen(journal: Journal, out: Path, *, retry: Collection[Outcome]) -> None:
     """Reopen a finished raw file, without the URLs that ended in one of the `retry` outcomes."""
     journal.clear()  # left by a kill before its removal or in this function; the manifest has all of it
-    kept = pq.read_table(manifest_path(out)).filter(~pc.field("outcome").isin(list(retry)))
+    kept = pq.read_table(manifest_path(out)).filter(~pc.field("outcome").isin(pa.array(list(retry), pa.string())))
     with tar_path(out).open("rb") as tar:
         for some in kept.to_batches(max_chunksize=REOPEN_ROWS):
             batch = []

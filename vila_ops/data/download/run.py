@@ -9,11 +9,20 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from vila_ops.config import Source
 from vila_ops.config.download import DownloadSettings
 from vila_ops.data.download.address import Resolve, SystemResolver, parse
 from vila_ops.data.download.fetch import Attempt, Fetcher
 from vila_ops.data.download.journal import Journal
-from vila_ops.data.download.manifest import Outcomes, check_ours, manifest_path, read_outcomes, reopen, write_manifest
+from vila_ops.data.download.manifest import (
+    Outcomes,
+    check_ours,
+    manifest_path,
+    read_outcomes,
+    reopen,
+    unfinished,
+    write_manifest,
+)
 from vila_ops.data.download.outcome import HOST_FAILS, MAY_PASS, DownloadRecord, Failure, Outcome
 from vila_ops.data.download.schedule import FetchJob, HostSchedule
 from vila_ops.data.download.sources import raw_files, urls_of
@@ -25,26 +34,24 @@ OTHER_OPEN_FILES = 100
 
 
 def download_source(
-    kind: str, path: Path, out: Path, *, settings: DownloadSettings, retry: Collection[Outcome] = ()
+    source: Source, out: Path, *, settings: DownloadSettings, retry: Collection[Outcome] = ()
 ) -> list[Outcomes]:
-    """Fetch the images of every raw file of a folder (or of one file) into `out`: NAME.tar and NAME.parquet for each.
+    """Fetch the images that a source may use into `out`: NAME.tar and NAME.parquet for each raw file.
 
     After an interruption it continues where it stopped. Finished URLs are not requested again, except for those that
     ended in one of the `retry` outcomes. Raises ValueError for raw files of another format, and OSError if the disk is
     full. A file in `out` that no download wrote is refused before any request.
     """
-    if out.resolve() == (path.parent if path.is_file() else path).resolve():
-        raise ValueError(f"{out} is the folder of the raw files; download into a folder of its own")
     if not next(parent for parent in (out, *out.parents) if parent.exists()).is_dir():
         raise ValueError(f"{out} cannot be a folder, because it or a parent is a file; name another folder")
-    raw = raw_files(kind, path)
-    for file in raw:
-        check_ours(out / file.stem)
+    raw = raw_files(source, out)
+    for _, target in raw:
+        check_ours(target)
     resolve = SystemResolver()
     finished = []
-    for file in raw:
-        urls = urls_of(kind, file)
-        finished.append(asyncio.run(download(urls, out / file.stem, settings=settings, resolve=resolve, retry=retry)))
+    for file, target in raw:
+        urls = urls_of(source, file)
+        finished.append(asyncio.run(download(urls, target, settings=settings, resolve=resolve, retry=retry)))
         logger.info("%s: %s", file.name, finished[-1].counts)
     return finished
 
@@ -59,18 +66,20 @@ async def download(
 ) -> Outcomes:
     """Fetch the images of one raw file; `out` is the path of the results without suffixes. URLs are deduplicated.
 
-    `resolve` replaces the system resolver. Raises ValueError if `out` is of other URLs or in use.
+    URLs that an earlier call fetched keep their outcomes, unless it is one of `retry`; only others are requested.
+    `resolve` replaces the system resolver. Raises ValueError if `out` is in use.
     """
     _check_open_files(settings)
     distinct = list(dict.fromkeys(urls))
     out.parent.mkdir(parents=True, exist_ok=True)
     with Journal(out) as journal:
-        if manifest_path(out).exists() and read_outcomes(distinct, out).counts.keys() & set(retry):
+        if manifest_path(out).exists() and unfinished(distinct, out, retry=retry):
             reopen(journal, out, retry=retry)
         if not manifest_path(out).exists():
             async with Fetcher(settings, resolve=resolve or SystemResolver()) as fetcher:
                 await _Run(distinct, journal, fetcher, settings).run()
-            write_manifest(journal, distinct, out)
+            others = sorted(journal.records.keys() - set(distinct))  # of an earlier raw file, or of a larger selection
+            write_manifest(journal, [*distinct, *others], out)
         outcomes = read_outcomes(distinct, out)
         journal.remove()
     return outcomes

@@ -3,28 +3,35 @@
 from pathlib import Path
 from typing import cast
 
+from vila_ops.config import Source
 from vila_ops.config.kinds import module_of
+from vila_ops.data.raw.downloaded import out_of, url_files
 from vila_ops.data.sources import GROUP, SOURCES, ImageUrls
 
-
-def raw_files(kind: str, path: Path) -> list[Path]:
-    """The files of a folder, by name; a file is itself. Raises ValueError if there are none."""
-    pattern = f"*{_module(kind).URL_FILES}"
-    files = [path] if path.is_file() else sorted(path.glob(pattern))
-    if not files:
-        raise ValueError(f"{path}: no such file, and no folder with {pattern}, the files of the format {kind}")
-    return files
+KINDS = ("coyo", "interleaved", "mmc4", "table")
+"""Our kinds with images by URL."""
 
 
-def urls_of(kind: str, path: Path) -> list[str]:
+def raw_files(source: Source, out: Path) -> list[tuple[Path, Path]]:
+    """Each raw file of a source, by name, and the path in `out` of its tar and manifest without their suffixes.
+
+    Raises ValueError if there are none.
+    """
+    files = url_files(Path(source.path), url_module(source.kind).URL_FILES, images=str(out))
+    return [(path, out_of(str(out), name)) for name, path in files]
+
+
+def urls_of(source: Source, path: Path) -> list[str]:
     """The distinct URLs of one raw file in the order of first appearance. Raises ValueError for another format."""
-    return list(dict.fromkeys(url for stated in _module(kind).image_urls(path) if (url := _text(stated))))
+    stated = url_module(source.kind).image_urls(source, path)
+    return list(dict.fromkeys(url for one in stated if (url := _text(one))))
 
 
-def _module(kind: str) -> ImageUrls:
+def url_module(kind: str) -> ImageUrls:
+    """The module of a kind. Raises ValueError for a kind without images by URL."""
     module = module_of(GROUP, SOURCES, kind)
     if not hasattr(module, "image_urls"):
-        raise ValueError(f"sources of kind {kind!r} have no image URLs to download; mmc4 and coyo have")
+        raise ValueError(f"sources of kind {kind!r} have no image URLs to download; {', '.join(KINDS)} have")
     return cast(ImageUrls, module)
 
 

@@ -6,7 +6,7 @@ from math import isfinite
 
 from vila_ops.config.clean import Bounds, Clean
 from vila_ops.data.containers import BadImage, strip
-from vila_ops.data.records import Dropped, Image, Record, Turn
+from vila_ops.data.records import Dropped, Image, Part, Record, Turn
 
 Violation = tuple[str, str]
 """The reason that drops are counted by, and a detail: the value, the rule and the way out."""
@@ -43,16 +43,28 @@ def filter_record(record: Record, rules: Clean) -> FilteredRecord:
     if not is_document or len(dropped_images) == len(images):
         return FilteredRecord(dropped_images[0])
     broken = iter(violations)
-    turns = tuple(
-        Turn(turn.role, tuple(part for part in turn.parts if not (isinstance(part, Image) and next(broken))))
-        for turn in record.turns
-    )
+    turns = tuple(Turn(turn.role, _without(turn.parts, broken)) for turn in record.turns)
     return FilteredRecord(replace(record, turns=tuple(turn for turn in turns if turn.parts)), tuple(dropped_images))
 
 
-def score_sum(record: Record, columns: tuple[str, ...]) -> float | None:
-    """The sum that `top_share` ranks by; None if the record lacks a column or has no finite value in it."""
-    values = [record.scores.get(column) for column in columns]
+def _without(parts: tuple[Part, ...], broken: Iterator[Violation | None]) -> tuple[Part, ...]:
+    """The parts without images that break a rule; texts that then meet are kept apart by a space."""
+    kept: list[Part] = []
+    meets = False
+    for part in parts:
+        if isinstance(part, Image) and next(broken):
+            meets = bool(kept) and isinstance(kept[-1], str)
+            continue
+        if meets and isinstance(part, str) and not (f"{kept[-1]}"[-1:].isspace() or part[:1].isspace()):
+            kept.append(" ")
+        kept.append(part)
+        meets = False
+    return tuple(kept)
+
+
+def score_sum(scores: Mapping[str, float], columns: tuple[str, ...]) -> float | None:
+    """The sum that `top_share` ranks by; None if a column is missing or its value is not finite."""
+    values = [scores.get(column) for column in columns]
     finite = [value for value in values if value is not None and isfinite(value)]
     return sum(finite) if len(finite) == len(values) else None
 
@@ -64,7 +76,7 @@ def _record_violations(record: Record, rules: Clean) -> Iterator[Violation]:
     if rules.top_share:
         for column in rules.top_share.columns:
             yield from _score_violations(record.scores, column, None)
-        total, above = score_sum(record, rules.top_share.columns), rules.top_share.above
+        total, above = score_sum(record.scores, rules.top_share.columns), rules.top_share.above
         if total is not None and above is not None and total <= above:
             yield "low_sum", f"{' + '.join(rules.top_share.columns)} is {total:.4g}, not above {above}"
     words = sum(len(part.split()) for turn in record.turns for part in turn.parts if isinstance(part, str))

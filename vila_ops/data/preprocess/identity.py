@@ -15,14 +15,14 @@ from vila_ops.data.images import Fit
 from vila_ops.data.raw.files import RawMissing
 from vila_ops.packages.normalisation import mean_std
 
-SHARD_REVISION = 6
+SHARD_REVISION = 7
 """Raised if the same records become other samples."""
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 """The files of a model's folder from which transformers builds a fast tokenizer and its chat template."""
-SURVEY_REVISION = 1
+SURVEY_REVISION = 2
 """Raised if the rules over all records drop other records."""
 PLACES = {"path", "images"}
 """Settings of a source that are paths; the content is hashed instead."""

@@ -15,6 +15,7 @@ from vila_ops.artifacts.kinds import Shard
 from vila_ops.artifacts.store import Address
 from vila_ops.cluster import whoami
 from vila_ops.config import Config, Mixture, Source, Split, TextFormat, fingerprint
+from vila_ops.config.images import ImageStorage
 from vila_ops.data import sources
 from vila_ops.data.containers import BadImage
 from vila_ops.data.filtering.record_rules import filter_record
@@ -22,7 +23,7 @@ from vila_ops.data.images import square, suffix
 from vila_ops.data.preprocess.identity import SHARD_REVISION, fit_of, source_recipe, text_recipe
 from vila_ops.data.preprocess.units import Unit
 from vila_ops.data.raw.files import Span
-from vila_ops.data.records import CONTROL_TOKEN, NOT_DOWNLOADED, Dropped, Image, Record
+from vila_ops.data.records import CONTROL_TOKEN, TRUNCATED_IMAGE, Dropped, Image, Record
 from vila_ops.data.shards import SHARD, Sample, ShardWriter, write_dropped, write_index
 from vila_ops.data.split import split_of
 from vila_ops.data.text.conversation import Tokenizer, Tokens, tokenise
@@ -126,6 +127,7 @@ class _Writer:
         self.source = job.mixture.sources[task.unit.source]
         self.tokenizer = tokenizer_of(job.text, cache=Path(job.cache))
         self.fit = fit_of(job.text)
+        self.strict = job.mixture.images.with_changes({"truncated": "drop"})
         self.tar = ShardWriter(folder / SHARD, name=name, suffix=suffix(job.mixture.images.encoding))
         self.names: dict[str, ObjectNames] = {}
         if self.source.render == "questions":
@@ -137,6 +139,7 @@ class _Writer:
         self.taken_out: Counter[str] = Counter()
         self.images_out: Counter[str] = Counter()
         self.changed: Counter[str] = Counter()
+        self.changes: set[str] = set()  # of the record at hand
 
     def write(self) -> dict[str, Any]:
         """Every record of the unit; returns the counts."""
@@ -145,10 +148,10 @@ class _Writer:
             seen += 1
             if drop is not None:
                 self._take_out(record, drop.reason, drop.detail)
-            elif isinstance(record, Dropped) and record.reason == NOT_DOWNLOADED:
-                self._take_out(record, record.reason, record.detail)
-            elif isinstance(record, Dropped):
+            elif isinstance(record, Dropped) and record.is_bad:
                 self._drop(record)
+            elif isinstance(record, Dropped):
+                self._take_out(record, record.reason, record.detail)
             else:
                 self._filter(record)
         rows = self.tar.close()
@@ -188,14 +191,14 @@ class _Writer:
         """Write the samples of a record. If several renderings fail, it is dropped once, for the first reason."""
         split = split_of(record.object, self.job.mixture.split)
         failed: list[Dropped] = []
-        changes = set(record.notes)
+        self.changes = set(record.notes)
         for rendered in self._render(record, split):
             samples = self._samples(rendered)
             if isinstance(samples, Dropped):
                 failed.append(samples)
                 continue
             if self.tokenizer.spells_control(rendered):
-                changes.add(CONTROL_TOKEN)
+                self.changes.add(CONTROL_TOKEN)
             for sample in samples:
                 self.tar.add(sample, split=split)
                 if split == "train" and len(self.examples) < EXAMPLES:
@@ -203,7 +206,7 @@ class _Writer:
         if failed:
             self._drop(replace(failed[0], id=record.id, where=record.provenance))
         else:
-            self.changed.update(changes)
+            self.changed.update(self.changes)
 
     def _render(self, record: Record, split: str) -> list[Record]:
         if self.source.render != "questions":
@@ -228,8 +231,18 @@ class _Writer:
         return [self._sample(record, own, piece, squares) for own, piece in zip(texts, pieces, strict=True)]
 
     def _square(self, data: bytes) -> bytes:
-        size, kept = self.job.text.image_size, self.job.mixture.images
-        return square(data, size=size, fit=self.fit, encoding=kept.encoding, decode=kept.decode)
+        images = self.job.mixture.images
+        try:
+            return self._squared(data, self.strict)
+        except BadImage as error:
+            if error.reason != "truncated" or images.truncated == "drop":
+                raise
+        self.changes.add(TRUNCATED_IMAGE)
+        return self._squared(data, images)
+
+    def _squared(self, data: bytes, images: ImageStorage) -> bytes:
+        size = self.job.text.image_size
+        return square(data, size=size, fit=self.fit, encoding=images.encoding, reading=images)
 
     def _sample(self, record: Record, text: str, piece: Tokens, squares: dict[int, bytes]) -> Sample:
         return Sample(

@@ -21,7 +21,7 @@ from vila_ops.config import Config, Resources, Source
 from vila_ops.config.clean import TopShare
 from vila_ops.data import sources
 from vila_ops.data.decontamination.contamination import known_ngrams
-from vila_ops.data.dedup.signatures import Signature, SignatureRules, signature, table
+from vila_ops.data.dedup.signatures import Signature, SignatureRules, ranking_signature, signature, table
 from vila_ops.data.preprocess.decide import decide
 from vila_ops.data.preprocess.identity import SURVEY_REVISION, source_recipe
 from vila_ops.data.preprocess.parallel import each, files
@@ -87,16 +87,21 @@ def survey_unit(task: SurveyTask) -> Survey:
     attempt = store.begin(at, store=task.job.store)
     known = None if task.ngrams is None else _load_ngrams(str(store.file(task.ngrams, NGRAMS)))
     mixture = task.job.mixture
-    rules = SignatureRules(task.source.clean, mixture.near_duplicates, mixture.contamination, known)
+    rules = SignatureRules(task.source.clean, mixture.near_duplicates, mixture.contamination, known, mixture.images)
     signatures: list[Signature] = []
     places: list[dict[str, object]] = []
     folders = folders_of(task.source, cache=Path(task.job.cache))
     for place, span in enumerate(task.unit.spans):
         for number, part, record in numbered(task.source, folders, span):
-            if isinstance(record, Dropped):
+            if isinstance(record, Dropped) and not record.scores:
                 continue  # counted when its shard is written
-            places.append({"span": place, "number": number, "part": part, "id": record.id, "where": record.provenance})
-            signatures.append(signature(record, rules, number=len(signatures), file=place))
+            total = len(signatures)
+            if isinstance(record, Dropped):
+                where, own = record.where, ranking_signature(record, rules, number=total, file=place)
+            else:
+                where, own = record.provenance, signature(record, rules, number=total, file=place)
+            places.append({"span": place, "number": number, "part": part, "id": record.id, "where": where})
+            signatures.append(own)
     pq.write_table(table(signatures), attempt / SIGNATURES, compression="zstd")
     pq.write_table(pa.Table.from_pylist(places, schema=PLACES_SCHEMA), attempt / PLACES, compression="zstd")
     ran = execution(launch=whoami()["launch"], seconds=time.monotonic() - started, ran=[whoami()])
@@ -112,6 +117,7 @@ def _address(task: SurveyTask) -> Address:
         "near_duplicates": mixture.near_duplicates and mixture.near_duplicates.model_dump(mode="json"),
         "contamination": gate and gate.model_dump(mode="json", exclude={"sources"}),
         "against": task.ngrams and task.ngrams.digest,
+        "images": mixture.images.model_dump(mode="json", include={"max_pixels", "max_side", "truncated"}),
     }
     parents = tuple(sorted({span.digest for span in task.unit.spans}))
     return store.address(Survey, revision=SURVEY_REVISION, recipe=recipe, parents=parents)

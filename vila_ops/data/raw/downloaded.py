@@ -1,6 +1,7 @@
 """Images that `vila-ops data download` fetched: read by URL with one seek each, and compared with their sha256."""
 
 import hashlib
+import re
 import tarfile
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -14,8 +15,11 @@ import pyarrow.parquet as pq
 
 from vila_ops.data.download.manifest import key_of, manifest_path, tar_path
 from vila_ops.data.raw.files import RawMissing, paths
+from vila_ops.data.records import NOT_DOWNLOADED
+from vila_ops.data.sources.faults import Fault
 
 _COLUMNS = ("key", "outcome", "detail", "bytes", "sha256", "offset")
+_COMPRESSED = re.compile(r"\.(zip|gz)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -26,13 +30,17 @@ class Missing:
     """The downloader's outcome, or `not_asked` (the URL is not in the manifest) or `damaged`."""
     detail: str
 
+    def fault(self, url: str) -> Fault:
+        """The fault of a record that cannot do without the image; it does not count as bad."""
+        return Fault(NOT_DOWNLOADED, f"{url}: {self.outcome} {self.detail}".strip(), is_bad=False)
+
 
 class Downloaded:
     """The images of one raw file; a context manager that keeps its tar open."""
 
     def __init__(self, out: Path, urls: Collection[str]) -> None:
         """`out` is the path of tar and manifest without suffixes; the manifest rows of `urls` are held in memory."""
-        keys = list({key_of(url) for url in urls})
+        keys = pa.array(list({key_of(url) for url in urls}), pa.string())
         path = manifest_path(out)
         try:
             table = pq.read_table(path, columns=list(_COLUMNS), filters=pc.field("key").isin(keys))
@@ -71,20 +79,32 @@ class Downloaded:
 
 def out_of(images: str, name: str) -> Path:
     """The path of tar and manifest of the raw file of that name, without their suffixes."""
-    return Path(images) / Path(name).with_suffix("")
+    return Path(images) / Path(_COMPRESSED.sub("", name)).with_suffix("")
 
 
-def companions(root: Path, suffix: str, *, images: str) -> dict[tuple[str, Path], tuple[str, str]]:
-    """Manifest and tar of each raw file, by its name and path. `images` may be a folder inside the root.
+def url_files(root: Path, suffixes: tuple[str, ...], *, images: str) -> list[tuple[str, Path]]:
+    """Name and path of the raw files whose images are downloaded to `images`, which may be a folder inside the root.
+
+    Raises ValueError if there are none, or if two of them would share a tar, such as a shard and its zip.
+    """
+    if Path(images).resolve() == (root.parent if root.is_file() else root).resolve():
+        raise ValueError(f"{images} is where the raw files are; the downloaded images need a folder of their own")
+    files = [(name, path) for name, path in paths(root, suffixes) if not path.is_relative_to(images)]
+    first: dict[Path, str] = {}
+    for name, _ in files:
+        other = first.setdefault(out_of(images, name), name)
+        if other != name:
+            raise ValueError(f"{root} has {other} and {name}, which would share one tar of images; move one away")
+    return files
+
+
+def companions(root: Path, suffixes: tuple[str, ...], *, images: str) -> dict[tuple[str, Path], tuple[str, str]]:
+    """Manifest and tar of each raw file, by its name and path (see `url_files`).
 
     Raises RawMissing if the images of a raw file have not been downloaded to the end.
     """
-    if Path(images) == (root.parent if root.is_file() else root):
-        raise ValueError(f"{images} is where the raw files are; images is the folder of `vila-ops data download --out`")
     by_file = {}
-    for name, path in paths(root, (suffix,)):
-        if path.is_relative_to(images):
-            continue
+    for name, path in url_files(root, suffixes, images=images):
         out = out_of(images, name)
         if missing := [one for one in (manifest_path(out), tar_path(out)) if not one.is_file()]:
             raise RawMissing(

@@ -24,6 +24,7 @@ SOURCES: Mapping[str, str] = {
     "llava_cc3m": "vila_ops.data.sources.llava_cc3m",
     "mmc4": "vila_ops.data.sources.mmc4",
     "coyo": "vila_ops.data.sources.coyo",
+    "interleaved": "vila_ops.data.sources.interleaved",
     "flan": "vila_ops.data.sources.flan",
     "vflan": "vila_ops.data.sources.vflan",
     "messages": "vila_ops.data.sources.messages",
@@ -50,11 +51,14 @@ class SourceModule(Protocol):
 class ImageUrls(Protocol):
     """What the module of a source offers besides if `vila-ops data download` can fetch its images by URL."""
 
-    URL_FILES: str
-    """The suffix of the raw files."""
+    URL_FILES: tuple[str, ...]
+    """The suffixes of the raw files."""
 
-    def image_urls(self, path: Path) -> Iterator[object]:
-        """Every image URL of one raw file, in order. Raises ValueError for a file of another format."""
+    def image_urls(self, source: Any, path: Path) -> Iterator[object]:
+        """The URL of every image of one raw file that the source may use, in order.
+
+        Raises ValueError for a file of another format.
+        """
 
 
 def digest(source: Source, *, cache: Path) -> str:

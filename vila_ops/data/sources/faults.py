@@ -11,13 +11,14 @@ from vila_ops.data.records import Dropped
 class Fault(ValueError):
     """A record that cannot be used. Readers raise it for one record and turn it into a Dropped."""
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: str, detail: str, *, is_bad: bool = True) -> None:
         super().__init__(detail)
         self.reason = reason
+        self.is_bad = is_bad
 
     def dropped(self, id: str, *, where: str) -> Dropped:
         """The record as dropped, for the counts and the list of dropped records."""
-        return Dropped(id=id, reason=self.reason, where=where, detail=str(self))
+        return Dropped(id=id, reason=self.reason, where=where, detail=str(self), is_bad=self.is_bad)
 
 
 def checked(text: str, *, what: str) -> str:

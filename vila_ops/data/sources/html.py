@@ -13,7 +13,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 from vila_ops.config.sources import Html
 from vila_ops.data.containers import BadImage, strip
 from vila_ops.data.raw.files import Folders, RawFile, Scan, Span, paths, scan_files
-from vila_ops.data.records import Dropped, Image, Part, Record, Turn
+from vila_ops.data.records import MISSING_IMAGE, Dropped, Image, Part, Record, Turn
 from vila_ops.data.sources.faults import Fault
 from vila_ops.data.sources.html_page import PageImage, page
 from vila_ops.data.sources.images import from_base64, path_inside, read_image
@@ -40,7 +40,7 @@ def read(source: Html, folders: Folders, span: Span) -> Iterator[list[Record | D
 
 
 def _record(source: Html, span: Span) -> Record:
-    parts = _parts(source, Path(span.path))
+    parts, notes = _parts(source, Path(span.path))
     if not any(isinstance(part, str) for part in parts):
         raise Fault("no_text", "the page has no text outside of navigation, scripts and the like")
     return Record(
@@ -50,39 +50,39 @@ def _record(source: Html, span: Span) -> Record:
         category="",
         licence=source.licence,
         provenance=span.name,
+        notes=notes,
     )
 
 
-def _parts(source: Html, path: Path) -> tuple[Part, ...]:
-    """Text and figures. The text between two figures is one part, with a line for each block."""
+def _parts(source: Html, path: Path) -> tuple[tuple[Part, ...], tuple[str, ...]]:
+    """Text and figures, and the record's notes. The text between two figures is one part, with a line for each block."""
+    notes: tuple[str, ...] = ()
     parts: list[Part] = []
     lines: list[str] = []
     for item in _page(path):
         if isinstance(item, str):
             lines.append(item)
-        elif image := _image(source, path, item):
+            continue
+        try:
+            image = _load(_root(source), path, item)
+            is_icon = _shorter_side(image) < MIN_FIGURE_PIXELS
+        except Fault:
+            if source.missing_images == "drop_document":
+                raise
+            notes = (MISSING_IMAGE,)
+            continue
+        if not is_icon:
             if lines:
                 parts.append("\n".join(lines))
                 lines = []
             parts.append(image)
-    return (*parts, "\n".join(lines)) if lines else tuple(parts)
+    return ((*parts, "\n".join(lines)) if lines else tuple(parts)), notes
 
 
 def _page(path: Path) -> list[str | PageImage]:
     if (size := path.stat().st_size) > MAX_PAGE_BYTES:
         raise Fault("oversized", f"{size} bytes; {MAX_PAGE_BYTES} at most: cut the page into several")
     return page(path.read_bytes())
-
-
-def _image(source: Html, path: Path, shown: PageImage) -> Image | None:
-    """The image; None for an icon, and for a missing image if the source drops images instead of documents."""
-    try:
-        image = _load(_root(source), path, shown)
-        return image if _shorter_side(image) >= MIN_FIGURE_PIXELS else None
-    except Fault:
-        if source.missing_images == "drop_document":
-            raise
-        return None
 
 
 def _shorter_side(image: Image) -> int:

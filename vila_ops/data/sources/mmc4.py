@@ -5,10 +5,10 @@
                  "matched_sim": 0.31, "face_detections": null}],
  "similarity_matrix": [[0.18, 0.31, 0.12]], "could_have_url_duplicate": 0}
 
-The matrix has a row for each image and a column for each sentence. The images come from the downloader.
+The matrix has a row for each image and a column for each sentence. Shards may be zipped, as they are published, or
+gzipped. The images come from the downloader.
 """
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,11 +20,11 @@ from vila_ops.config.sources import Mmc4
 from vila_ops.data.raw.downloaded import Downloaded, Missing, companions, out_of
 from vila_ops.data.raw.files import STRIDE, Folders, RawFile, Scan, Span, scan_files
 from vila_ops.data.raw.lines import every_line, lines
-from vila_ops.data.records import NOT_DOWNLOADED, Dropped, Image, Part, Record, Turn
+from vila_ops.data.records import MISSING_IMAGE, Dropped, Image, Part, Record, Turn
 from vila_ops.data.sources.faults import Fault, checked, json_of
 from vila_ops.data.text.interleave import Match, image_first, pairs, place
 
-URL_FILES = ".jsonl"
+URL_FILES = (".jsonl", ".jsonl.zip", ".jsonl.gz")
 log = logging.getLogger(__name__)
 
 
@@ -56,19 +56,20 @@ class Document(BaseModel, frozen=True, strict=True):
         return self
 
 
-def image_urls(path: Path) -> Iterator[object]:
-    """image_info[].raw_url of each line. A damaged line, which `prepare` will drop, is logged and skipped."""
+def image_urls(source: Mmc4, path: Path) -> Iterator[object]:
+    """The URL of each image that is similar enough. A damaged line, which `prepare` drops, is logged and skipped."""
     damaged = good = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                urls = [image["raw_url"] for image in json.loads(line)["image_info"]]
-            except (ValueError, KeyError, TypeError) as error:
-                damaged += 1
-                log.warning("%s:%d is not an MMC4 document with image_info[].raw_url (%r)", path, number, error)
-                continue
-            good += 1
-            yield from urls
+    least = source.min_similarity
+    for number, (_, line) in enumerate(every_line(path), 1):
+        try:
+            images = json_of(line, what="the line")["image_info"]
+            urls = [image["raw_url"] for image in images if least is None or image["matched_sim"] >= least]
+        except (Fault, KeyError, TypeError) as error:
+            damaged += 1
+            log.warning("%s:%d is not an MMC4 document with image_info[].raw_url (%r)", path, number, error)
+            continue
+        good += 1
+        yield from urls
     if damaged and not good:
         raise ValueError(f"{path}: none of {damaged} lines is an MMC4 document with image_info[].raw_url")
 
@@ -114,13 +115,14 @@ def _parsed(line: bytes) -> Document | Fault:
 def _records(source: Mmc4, line: Document | Fault, images: Downloaded, *, where: str) -> list[Record | Dropped]:
     if isinstance(line, Fault):
         raise line
-    matches = _matches(source, line, images)
+    matches, notes = _matches(source, line, images)
     match source.order:
         case "interleaved":
-            return [_record(source, line, place(line.text_list, matches, max_images=source.max_images), where=where)]
+            parts = place(line.text_list, matches, max_images=source.max_images)
+            return [_record(source, line, parts, where=where, notes=notes)]
         case "image_first":
             parts = image_first(line.text_list, matches, max_images=source.max_images)
-            return [_record(source, line, parts, where=where)]
+            return [_record(source, line, parts, where=where, notes=notes)]
         case "pairs":
             samples = pairs(line.text_list, matches, max_images=source.max_images)
             if not samples:
@@ -130,9 +132,19 @@ def _records(source: Mmc4, line: Document | Fault, images: Downloaded, *, where:
             assert_never(source.order)
 
 
-def _record(source: Mmc4, line: Document, parts: Sequence[Part], *, where: str, number: int | None = None) -> Record:
+def _record(
+    source: Mmc4,
+    line: Document,
+    parts: Sequence[Part],
+    *,
+    where: str,
+    number: int | None = None,
+    notes: tuple[str, ...] = (),
+) -> Record:
     if not any(isinstance(part, Image) for part in parts):
-        raise Fault("no_image", "no text follows any image, or there are none that may be used")
+        raise Fault("no_image", "there is no image that may be used")
+    if not any(isinstance(part, str) and part.strip() for part in parts):
+        raise Fault("no_text", "no sentence has a word")
     return Record(
         id=where if number is None else f"{where}#{number}",
         object=(line.url or where).lower(),
@@ -140,6 +152,7 @@ def _record(source: Mmc4, line: Document, parts: Sequence[Part], *, where: str, 
         category="",
         licence=source.licence,
         provenance=f"{where} {line.url}".rstrip(),
+        notes=notes,
     )
 
 
@@ -149,9 +162,10 @@ def _chosen(source: Mmc4, line: Document) -> list[ImageInfo]:
     return [image for image in line.image_info if least is None or image.matched_sim >= least]
 
 
-def _matches(source: Mmc4, line: Document, images: Downloaded) -> list[Match]:
-    """The downloaded images. If documents are dropped for a missing image, those after max_images count too."""
+def _matches(source: Mmc4, line: Document, images: Downloaded) -> tuple[list[Match], tuple[str, ...]]:
+    """The downloaded images, and the record's notes. If documents are dropped for a missing image, those after max_images count too."""
     matches: list[Match] = []
+    notes: tuple[str, ...] = ()
     for image in _chosen(source, line):
         if source.missing_images == "drop_image" and len(matches) == source.max_images:
             break
@@ -160,8 +174,10 @@ def _matches(source: Mmc4, line: Document, images: Downloaded) -> list[Match]:
             if len(matches) < source.max_images:
                 matches.append((image.matched_text_index, Image(data, {"similarity": image.matched_sim})))
         elif source.missing_images == "drop_document":
-            raise Fault(NOT_DOWNLOADED, f"{image.raw_url}: {data.outcome} {data.detail}".strip())
-    return matches
+            raise data.fault(image.raw_url)
+        else:
+            notes = (MISSING_IMAGE,)
+    return matches, notes
 
 
 def _scan(source: Mmc4, path: Path, beside: tuple[str, ...]) -> Scan:

@@ -19,8 +19,8 @@ Match = tuple[int, Image]
 def place(sentences: Sequence[str], images: Sequence[Match], *, max_images: int = MAX_IMAGES) -> tuple[Part, ...]:
     """The interleaved order: each image directly before its sentence.
 
-    Sentences are joined by one space, and one space on either side of an image is removed (VILA's LazyMMC4Dataset).
-    An image that no text follows is removed.
+    Sentences are joined by one space, and one space on either side of an image is removed (VILA's LazyMMC4Dataset,
+    which also keeps an image that no text follows: the end of the text does).
     """
     chosen = _chosen(sentences, images, max_images)
     parts: list[Part] = []
@@ -31,7 +31,7 @@ def place(sentences: Sequence[str], images: Sequence[Match], *, max_images: int 
             parts += [_after(parts, text).removesuffix(" "), *own]
             text = ""
         text += sentence
-    return _closed([*parts, _after(parts, text)])
+    return _without_empty([*parts, _after(parts, text)])
 
 
 def pairs(
@@ -51,7 +51,7 @@ def image_first(sentences: Sequence[str], images: Sequence[Match], *, max_images
     chosen = _chosen(sentences, images, max_images)
     text = " ".join(sentences)
     in_order = [image for _, image in chosen]
-    return _closed([*in_order, _after(in_order, text)])
+    return _without_empty([*in_order, _after(in_order, text)])
 
 
 def _chosen(sentences: Sequence[str], images: Sequence[Match], max_images: int) -> list[Match]:
@@ -69,8 +69,5 @@ def _after(parts: Sequence[Part], text: str) -> str:
     return text.removeprefix(" ") if parts else text
 
 
-def _closed(parts: Sequence[Part]) -> tuple[Part, ...]:
-    """The parts without empty texts, and without images and blanks that no text follows."""
-    worded = [number for number, part in enumerate(parts) if isinstance(part, str) and part.strip()]
-    end = worded[-1] + 1 if worded else 0
-    return tuple(part for part in parts[:end] if part != "")
+def _without_empty(parts: Sequence[Part]) -> tuple[Part, ...]:
+    return tuple(part for part in parts if part != "")
