@@ -53,6 +53,7 @@ GROUPS: dict[str, tuple[Any, ...]] = {
         mixture.Mixture,
         mixture.Split,
         mixture.Blend,
+        images.ImageReading,
         images.ImageStorage,
         images.ImageEncoding,
         clean.NearDuplicates,

@@ -189,7 +189,7 @@ def test_a_damaged_row_is_not_believed(raw: Path, lines: Lines, monkeypatch: pyt
 def test_a_cache_that_cannot_be_used_is_an_error_with_its_path(raw: Path, lines: Lines):
     write(raw / "a.txt", b"abc")
     (lines.cache / "raw.sqlite").mkdir(parents=True)
-    with pytest.raises(OSError, match=r"raw\.sqlite cannot be used .*; make room there, or set resources"):
+    with pytest.raises(OSError, match=r"raw\.sqlite cannot be used .*; free space there, or set resources"):
         lines.files(raw)
 
 

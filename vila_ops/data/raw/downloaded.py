@@ -1,7 +1,6 @@
 """Images that `vila-ops data download` fetched: read by URL with one seek each, and compared with their sha256."""
 
 import hashlib
-import re
 import tarfile
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -14,12 +13,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vila_ops.data.download.manifest import key_of, manifest_path, tar_path
-from vila_ops.data.raw.files import RawMissing, paths
+from vila_ops.data.raw.files import RawMissing
+from vila_ops.data.raw.url_files import out_of, url_files
 from vila_ops.data.records import NOT_DOWNLOADED
 from vila_ops.data.sources.faults import Fault
 
 _COLUMNS = ("key", "outcome", "detail", "bytes", "sha256", "offset")
-_COMPRESSED = re.compile(r"\.(zip|gz)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -75,27 +74,6 @@ class Downloaded:
                 f"byte {row['offset']} of {self._path.name} does not have the sha256 of the manifest; download again",
             )
         return data
-
-
-def out_of(images: str, name: str) -> Path:
-    """The path of tar and manifest of the raw file of that name, without their suffixes."""
-    return Path(images) / Path(_COMPRESSED.sub("", name)).with_suffix("")
-
-
-def url_files(root: Path, suffixes: tuple[str, ...], *, images: str) -> list[tuple[str, Path]]:
-    """Name and path of the raw files whose images are downloaded to `images`, which may be a folder inside the root.
-
-    Raises ValueError if there are none, or if two of them would share a tar, such as a shard and its zip.
-    """
-    if Path(images).resolve() == (root.parent if root.is_file() else root).resolve():
-        raise ValueError(f"{images} is where the raw files are; the downloaded images need a folder of their own")
-    files = [(name, path) for name, path in paths(root, suffixes) if not path.is_relative_to(images)]
-    first: dict[Path, str] = {}
-    for name, _ in files:
-        other = first.setdefault(out_of(images, name), name)
-        if other != name:
-            raise ValueError(f"{root} has {other} and {name}, which would share one tar of images; move one away")
-    return files
 
 
 def companions(root: Path, suffixes: tuple[str, ...], *, images: str) -> dict[tuple[str, Path], tuple[str, str]]:

@@ -224,7 +224,7 @@ class _ScanCache:
                 return self._rows(statement, values)
             except sqlite3.DatabaseError as error:
                 if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF in _NO_DAMAGE:
-                    text = f"{self._path} cannot be used ({error}); make room there, or set resources.storage.cache"
+                    text = f"{self._path} cannot be used ({error}); free space there, or set resources.storage.cache"
                     raise OSError(text) from error
                 log.warning("%s is damaged (%s): it is replaced, and raw files are read again", self._path, error)
                 self.close()

@@ -1,7 +1,7 @@
 """Rows of text tables with their offsets: CSV with quotes (RFC 4180), TSV without (IANA's tab-separated-values)."""
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -58,14 +58,7 @@ def rows(path: Path, layout: Layout, start: int) -> Iterator[Row]:
         check_utf8(file.read(4), path)
         file.seek(start)
         lines = _Lines(file)
-        csv.field_size_limit(MAX_FIELD)
-        reader = csv.reader(
-            lines,
-            delimiter=layout.separator,
-            quoting=csv.QUOTE_MINIMAL if layout.quotes else csv.QUOTE_NONE,
-            skipinitialspace=layout.separator == "|",  # as in Flickr30k's table, "a.jpg| 0| Two men"
-            strict=True,
-        )
+        reader = _reader(lines, layout)
         while True:
             lines.taken.clear()
             fields: list[str] | Fault
@@ -81,11 +74,21 @@ def rows(path: Path, layout: Layout, start: int) -> Iterator[Row]:
 
 def fields_of(line: str, layout: Layout) -> list[str]:
     """The fields of a line on its own; none if it cannot be read."""
-    quoting = csv.QUOTE_MINIMAL if layout.quotes else csv.QUOTE_NONE
     try:
-        return next(csv.reader([line], delimiter=layout.separator, quoting=quoting, strict=True), [])
+        return next(_reader([line], layout), [])
     except csv.Error:
         return []
+
+
+def _reader(lines: Iterable[str], layout: Layout) -> Iterator[list[str]]:
+    csv.field_size_limit(MAX_FIELD)
+    return csv.reader(
+        lines,
+        delimiter=layout.separator,
+        quoting=csv.QUOTE_MINIMAL if layout.quotes else csv.QUOTE_NONE,
+        skipinitialspace=layout.separator == "|",  # as in Flickr30k's table, "a.jpg| 0| Two men"
+        strict=True,
+    )
 
 
 def _hint(error: csv.Error) -> str:

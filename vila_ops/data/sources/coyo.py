@@ -16,8 +16,9 @@ import pyarrow as pa
 from vila_ops.config.sources import Coyo
 from vila_ops.data.filtering.record_rules import filter_record, score_sum
 from vila_ops.data.filtering.top_share import top_share
-from vila_ops.data.raw.downloaded import Downloaded, Missing, companions, out_of
+from vila_ops.data.raw.downloaded import Downloaded, Missing, companions
 from vila_ops.data.raw.files import Folders, RawFile, Scan, Span, scan_files
+from vila_ops.data.raw.url_files import out_of
 from vila_ops.data.records import Dropped, Image, Record, Turn
 from vila_ops.data.sources.faults import Fault, checked, finite_numbers
 from vila_ops.data.sources.rows import is_text, number_columns, open_parquet, rows

@@ -55,7 +55,7 @@ def _record(source: Html, span: Span) -> Record:
 
 
 def _parts(source: Html, path: Path) -> tuple[tuple[Part, ...], tuple[str, ...]]:
-    """Text and figures, and the record's notes. The text between two figures is one part, with a line for each block."""
+    """Text and figures, and the record's notes. Text between two figures is one part, with a line for each block."""
     notes: tuple[str, ...] = ()
     parts: list[Part] = []
     lines: list[str] = []

@@ -20,10 +20,11 @@ import pyarrow.compute as pc
 
 from vila_ops.config.sources import Interleaved
 from vila_ops.data.filtering.record_rules import filter_record
-from vila_ops.data.raw.downloaded import Downloaded, Missing, companions, out_of
+from vila_ops.data.raw.downloaded import Downloaded, Missing, companions
 from vila_ops.data.raw.files import STRIDE, Folders, RawFile, Scan, Span, scan_files
 from vila_ops.data.raw.lines import every_line, lines
 from vila_ops.data.raw.text import DECODER
+from vila_ops.data.raw.url_files import out_of
 from vila_ops.data.records import MISSING_IMAGE, Dropped, Image, Part, Record, Turn
 from vila_ops.data.sources.faults import Fault, checked, finite_numbers, json_of
 from vila_ops.data.sources.json_files import stated

@@ -17,9 +17,10 @@ from typing import assert_never
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, ValidationError, model_validator
 
 from vila_ops.config.sources import Mmc4
-from vila_ops.data.raw.downloaded import Downloaded, Missing, companions, out_of
+from vila_ops.data.raw.downloaded import Downloaded, Missing, companions
 from vila_ops.data.raw.files import STRIDE, Folders, RawFile, Scan, Span, scan_files
 from vila_ops.data.raw.lines import every_line, lines
+from vila_ops.data.raw.url_files import out_of
 from vila_ops.data.records import MISSING_IMAGE, Dropped, Image, Part, Record, Turn
 from vila_ops.data.sources.faults import Fault, checked, json_of
 from vila_ops.data.text.interleave import Match, image_first, pairs, place
@@ -163,7 +164,10 @@ def _chosen(source: Mmc4, line: Document) -> list[ImageInfo]:
 
 
 def _matches(source: Mmc4, line: Document, images: Downloaded) -> tuple[list[Match], tuple[str, ...]]:
-    """The downloaded images, and the record's notes. If documents are dropped for a missing image, those after max_images count too."""
+    """The downloaded images, and the record's notes.
+
+    If documents are dropped for a missing image, those after max_images count too.
+    """
     matches: list[Match] = []
     notes: tuple[str, ...] = ()
     for image in _chosen(source, line):

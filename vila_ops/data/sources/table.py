@@ -13,10 +13,11 @@ from math import isfinite
 from pathlib import Path
 
 from vila_ops.config.sources import Separator, Table
-from vila_ops.data.raw.downloaded import Downloaded, Missing, companions, out_of
+from vila_ops.data.raw.downloaded import Downloaded, Missing, companions
 from vila_ops.data.raw.files import STRIDE, Folders, RawFile, Scan, Span, on_disk, paths, scan_files
 from vila_ops.data.raw.lines import LineNumbers
 from vila_ops.data.raw.tables import Layout, Row, fields_of, read_header, rows
+from vila_ops.data.raw.url_files import out_of
 from vila_ops.data.records import Dropped, Image, Record, Turn
 from vila_ops.data.sources.faults import Fault, checked
 from vila_ops.data.sources.images import object_of, path_inside, read_image
@@ -96,7 +97,7 @@ def _taken(source: Table, span: Span) -> Iterator[tuple[int, list[str], Row]]:
 
 
 def _downloaded(source: Table, span: Span) -> Downloaded:
-    urls = set()
+    urls: set[str] = set()
     for number, header, row in _taken(source, span):
         if row.fields and span.takes(number) and not isinstance(row.fields, Fault):
             urls.update(url for name, url in zip(header, row.fields, strict=False) if name == source.image_url)

@@ -3,6 +3,7 @@
 import base64
 import binascii
 import re
+from math import isqrt
 
 from vila_ops.config import Service
 from vila_ops.config.images import ImageReading, Webp
@@ -36,7 +37,7 @@ def build_prompt(request: ChatRequest, service: Service, engine: Engine) -> Prom
 
 def _parts(message: Message, where: str, engine: Engine, *, max_pixels: int) -> tuple[str | Image, ...]:
     size, fit = engine.image_size, engine.image_aspect_ratio
-    reading = ImageReading(max_pixels=max_pixels)
+    reading = ImageReading(max_pixels=max_pixels, max_side=isqrt(2 * max_pixels))  # whose square is of twice the pixels
     parts: list[str | Image] = []
     for number, part in enumerate(message.content):
         if not isinstance(part, ImagePart):
