@@ -1,3 +1,4 @@
+import os
 import re
 from collections.abc import Callable
 from itertools import groupby
