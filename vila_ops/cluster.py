@@ -6,7 +6,8 @@ import sys
 from typing import Any
 
 from vila_ops.config import Resources
-from vila_ops.errors import ClusterUnreachable
+from vila_ops.device import device_of
+from vila_ops.errors import ClusterFull, ClusterUnreachable
 
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 """Settings with which glibc keeps freed memory for the next step, in the threads of Ray Train too. Without them a
@@ -37,6 +38,31 @@ def connect(resources: Resources) -> None:
             f"no Ray cluster accepts a connection at {resources.ray_address}; start one with `vila-ops up` or "
             f"`ray start --head`; if it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE"
         ) from error
+
+
+def check_gpus(resources: Resources, gpus_per_worker: int) -> None:
+    """Before a task works: raise if it needs a GPU and this process (inline) or every node of the cluster has none.
+
+    Raises ValueError for this process. Raises ClusterFull for the cluster, as a node may join.
+    """
+    if not gpus_per_worker:
+        return
+    if resources.launch == "inline":
+        device_of(gpus_per_worker)
+    elif not cluster_gpus(resources):
+        raise ClusterFull(
+            f"gpus_per_worker is {gpus_per_worker}, but no node of the cluster at {resources.ray_address} has a GPU; "
+            f"add one (`ray start --num-gpus` says what Ray does not find itself), or set gpus_per_worker to 0"
+        )
+
+
+def cluster_gpus(resources: Resources) -> float:
+    """The GPUs of the cluster's live nodes, in use or not. Raises ClusterUnreachable."""
+    import ray
+
+    connect(resources)
+    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return there.get("GPU", 0.0)
 
 
 def log_to_driver() -> None:

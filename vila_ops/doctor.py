@@ -10,8 +10,10 @@ import psutil
 
 from vila_ops import local
 from vila_ops.artifacts.store import probe
-from vila_ops.config import Config
+from vila_ops.cluster import cluster_gpus
+from vila_ops.config import Config, Resources
 from vila_ops.config.local import LocalServers
+from vila_ops.device import device_of
 from vila_ops.errors import VilaError
 
 DISK_BYTES = 10 * 2**30
@@ -27,9 +29,10 @@ class Finding(Config):
     """What is there; where it is not ok, also how to fix it."""
 
 
-def examine(settings: LocalServers, *, store: str) -> list[Finding]:
+def examine(settings: LocalServers, resources: Resources) -> list[Finding]:
     """All checks, whatever fails."""
-    return [*_software(), *_capacity(), *_store(store), *_servers(settings)]
+    store = resources.storage.store
+    return [*_software(), *_capacity(), *gpu_findings(resources), *_store(store), *_servers(settings)]
 
 
 def _software() -> Iterator[Finding]:
@@ -54,6 +57,23 @@ def _capacity() -> Iterator[Finding]:
     yield Finding(
         ok=memory >= MEMORY_BYTES, text=f"{memory / 2**30:.0f} GiB of memory; {MEMORY_BYTES / 2**30:.0f} are needed"
     )
+
+
+def gpu_findings(resources: Resources) -> Iterator[Finding]:
+    """The GPUs that the resources ask for: of this process with launch inline, else of the cluster."""
+    train = [resources.train, *(resources.train.for_stage(name) for name in resources.train.stages)]
+    needed = max(*(one.num_workers * one.gpus_per_worker for one in train), resources.evaluate.gpus_per_worker)
+    if not needed:
+        return
+    try:
+        if resources.launch == "inline":
+            yield Finding(ok=True, text=f"GPU: {device_of(1)}")
+            return
+        there = cluster_gpus(resources)
+    except (ValueError, VilaError) as error:
+        yield Finding(ok=False, text=f"GPU: {error}")
+        return
+    yield Finding(ok=there >= needed, text=f"{there:g} GPUs in the cluster; the resources ask for {needed}")
 
 
 def _store(store: str) -> Iterator[Finding]:

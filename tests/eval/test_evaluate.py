@@ -203,8 +203,27 @@ def test_an_actor_of_a_cluster_seals_the_same_results(
     job = EvalJob(suite=suite, model=model, data=data, resources=run.resources.with_changes(changes))
     on_ray = json.loads(run_python(EVALUATE, job, env=env)[-1])
     assert on_ray == json.loads(read_report(report).model_dump_json())
+    refused, finding = run_python(ON_GPU, job, env=env)[-2:]
+    assert f"no node of the cluster at {address} has a GPU; add one" in refused
+    assert finding == "0 GPUs in the cluster; the resources ask for 1"
 
 
+ON_GPU = """
+import sys
+from pathlib import Path
+from vila_ops.cluster import check_gpus
+from vila_ops.doctor import gpu_findings
+from vila_ops.errors import ClusterFull
+from vila_ops.eval.job import EvalJob
+
+resources = EvalJob.model_validate_json(Path(sys.argv[1]).read_text()).resources
+resources = resources.with_changes({"evaluate.gpus_per_worker": 1})
+try:
+    check_gpus(resources, 1)
+except ClusterFull as error:
+    print(error)
+print(*(one.text for one in gpu_findings(resources) if not one.ok))
+"""
 WITHOUT_A_MODEL = """
 import sys
 from pathlib import Path

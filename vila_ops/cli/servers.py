@@ -26,7 +26,7 @@ def doctor(servers: Servers = LOCAL, resources: ResourcesFile = INLINE, as_json:
     from vila_ops.config import load_resources
     from vila_ops.config.local import load_local
 
-    findings = checks.examine(load_local(servers), store=load_resources(resources).storage.store)
+    findings = checks.examine(load_local(servers), load_resources(resources))
     if as_json:
         print_result(findings, as_json)
     else:

@@ -14,6 +14,7 @@ from vila_ops.artifacts import store
 from vila_ops.artifacts.execution import execution
 from vila_ops.artifacts.kinds import BenchmarkResult, Checkpoint, Dataset, EvalReport, Pretrained
 from vila_ops.artifacts.leases import hold
+from vila_ops.cluster import check_gpus
 from vila_ops.config import NO_CONTEXT, Resources, RunContext, Suite
 from vila_ops.eval.job import EvalJob
 from vila_ops.eval.report import compose, tracked, tracked_layers, write_report
@@ -40,6 +41,7 @@ def evaluate(
         done := store.find(EvalReport, _address(job, results), store=resources.storage.store)
     ):
         return done
+    check_gpus(resources, resources.evaluate.gpus_per_worker if len(results) < len(suite.benchmarks) else 0)
     stage = model.stage if isinstance(model, Checkpoint) else "base"
     run_id = tracking.start_run(
         resources,

@@ -22,6 +22,7 @@ from vila_ops.artifacts.store import content, opened
 from vila_ops.config import Stage
 from vila_ops.config.train import Lora
 from vila_ops.data.loading.loader import RowLoader
+from vila_ops.device import device_of
 from vila_ops.model import attention, lora
 from vila_ops.model import folder as model_folder
 from vila_ops.model.build import embedding_std
@@ -107,8 +108,7 @@ def _train(job: TrainJob, rank_info: RankInfo, watchdog: StepWatchdog, metrics: 
 def load(job: TrainJob) -> tuple[VilaForConditionalGeneration, RowLoader, BatchBuilder]:
     """Return the model on its device, the row loader and the batch builder of a stage."""
     stage, resources = job.stage, job.resources
-    on_gpu = bool(resources.train.gpus_per_worker)
-    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    device = device_of(resources.train.gpus_per_worker)
     if "://" in job.data.uri:
         content(job.data)  # downloads every shard before the first step, whose time the watchdog limits
     cache = resources.storage.plan_cache()
