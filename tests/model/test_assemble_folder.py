@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.model.test_language_models import hub
+from tests.model.test_language_models import write as write_language_model
 from vila_ops.artifacts.store import content
 from vila_ops.config import Model, Resources
 from vila_ops.errors import CorruptArtifact
@@ -59,6 +61,25 @@ def test_the_content_of_the_folder_is_what_counts_not_its_place(
     other = assemble(start(moved), resources)
     assert other.uri != first.uri
     assert other.digest != first.digest
+
+
+def test_new_weights_of_a_part_in_the_same_folder_at_the_same_revision_are_another_model(
+    make_model: Any, make_resources: Callable[..., Resources], tmp_path: Path
+) -> None:
+    write_language_model(tmp_path / "words", "qwen2")
+    model = make_model(language_model=hub(tmp_path / "words"))
+    resources = make_resources(tmp_path)
+    first = assemble(model, resources)
+    path = tmp_path / "words/model.safetensors"
+    state = load_file(path)
+    state["model.norm.weight"][0] += 1
+    save_file(state, path, metadata={"format": "pt"})
+    second = assemble(model, resources)
+    assert second.digest != first.digest
+    assert (
+        load_file(content(second) / path.name)["model.language_model.norm.weight"][0] == state["model.norm.weight"][0]
+    )
+    assert assemble(model.with_changes({"language_model.revision": "another label"}), resources) == second
 
 
 @pytest.mark.parametrize(

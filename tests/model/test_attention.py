@@ -48,9 +48,13 @@ def test_lengths_for_flash_attention_are_those_that_transformers_reads_from_posi
     assert actual["max_length_q"] == int(longest) == 140
 
 
-def test_blocks_for_flex_attention_are_those_of_the_mask() -> None:
-    blocks = attention._blocks(SEGMENTS)
-    padded = torch.nn.functional.pad(attention.attention_mask(SEGMENTS), (0, 56, 0, 56))
+@pytest.mark.parametrize("window", [None, 20])
+def test_blocks_for_flex_attention_are_those_of_the_mask(window: int | None) -> None:
+    blocks = attention._blocks(SEGMENTS, window)
+    seen = attention.attention_mask(SEGMENTS)
+    if window is not None:  # a key is at most 19 tokens before its query
+        seen = seen & torch.ones(200, 200, dtype=torch.bool).triu(-19)
+    padded = torch.nn.functional.pad(seen, (0, 56, 0, 56))
     expected = padded.view(2, 1, 2, 128, 2, 128).any(5).any(3)
     assert blocks.to_dense().bool().tolist() == expected.tolist()
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from vila_ops.model.language_models import HeadForm
 from vila_ops.model.loss import Head
 from vila_ops.model.vila import losses
 
@@ -47,6 +48,29 @@ def test_loss_and_gradients_are_those_of_full_logits(bias: bool) -> None:
     gradients = torch.autograd.grad(total / 7, inputs)
     for actual, wanted in zip(gradients, torch.autograd.grad(expected / 7, inputs), strict=True):
         assert distance(actual, wanted) <= 1e-6
+
+
+@pytest.mark.parametrize(("scale", "softcap"), [(0.3, None), (1.0, 2.0), (0.5, 3.0)])
+def test_scale_and_soft_cap_are_those_of_their_formulas(scale: float, softcap: float | None) -> None:
+    """Logits z become scale z, and then c tanh(z / c), as in transformers' Cohere and Gemma 2."""
+    head, hidden, labels = make_head()
+    head.set_form(HeadForm(bias=True, scale=scale, softcap=softcap))
+    inputs = [hidden, *head.parameters()]
+    logits = scale * (hidden @ head.weight.T) + head.bias
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    expected = cross_entropy(logits, labels, reduction="sum")
+    assert torch.allclose(head(hidden), logits, atol=1e-5)
+    total, _ = head(hidden, labels)
+    assert float(total.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+    for actual, wanted in zip(torch.autograd.grad(total, inputs), torch.autograd.grad(expected, inputs), strict=True):
+        assert distance(actual, wanted) <= 2e-6
+
+
+def test_a_head_without_the_bias_of_its_form_gets_zeros() -> None:
+    head, _, _ = make_head(bias=False)
+    head.set_form(HeadForm(bias=True))
+    assert head.bias.shape == (V,)
+    assert not head.bias.any()
 
 
 def test_in_bf16_gradients_are_no_farther_from_exact_ones_than_those_of_full_logits() -> None:

@@ -220,6 +220,8 @@ def test_nvila_keeps_its_tokenizers_template_and_v15_has_its_conversation(tmp_pa
         ({"s2": True, "s2_scales": "70,140"}, "S2 features join the scales"),
         ({"ps3": True}, "PS3"),
         ({"vision_tower_cfg": {"model_type": "radio"}}, "RADIO"),
+        ({"vision_tower_cfg": {"architectures": ["RADIOModel"]}}, "RADIO"),
+        ({"vision_tower_cfg": {"model_type": "ps3_vision_model"}}, "PS3"),
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end"),
         ({"mm_vision_select_feature": "patch"}, "supported is 'cls_patch'"),
         ({"dynamic_s2": True, "s2_scales": "384,768"}, "tiles of Dynamic-S2 have 384 pixels"),
@@ -236,6 +238,20 @@ def test_what_we_cannot_hold_exactly_is_refused(config: dict[str, Any], why: str
     with pytest.raises(ValueError, match=why):
         import_checkpoint(tmp_path / "a", tmp_path / "ours", chat_template="chatml")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("name", ["./runs/radiology/vision_tower", "/data/ps3/clip", "s2/tower"])
+def test_a_name_or_path_decides_nothing(name: str, tmp_path: Path) -> None:
+    write(tmp_path / "a", NVILA, projector="linear")
+    edit(tmp_path / "a/config.json", vision_tower_cfg={"model_type": "siglip_vision_model", "_name_or_path": name})
+    edit(tmp_path / "a/vision_tower/config.json", _name_or_path=name, scale_by_hidden_dim=True)
+    import_checkpoint(tmp_path / "a", tmp_path / "ours", chat_template="chatml")
+    stated = json.loads((tmp_path / "a/llm/config.json").read_text())
+    del stated["model_type"]
+    (tmp_path / "a/llm/config.json").write_text(json.dumps(stated))
+    (tmp_path / "a").rename(tmp_path / "llama")
+    with pytest.raises(ValueError, match="has model_type None, for which transformers has no class"):
+        import_checkpoint(tmp_path / "llama", tmp_path / "other", chat_template="chatml")
 
 
 @pytest.mark.parametrize(

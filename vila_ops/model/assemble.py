@@ -13,7 +13,7 @@ from vila_ops.artifacts.leases import hold
 from vila_ops.config import NO_CONTEXT, Model, Resources, RunContext
 from vila_ops.model.projectors import plugin_of
 
-REVISION = 5
+REVISION = 6
 log = logging.getLogger(__name__)
 
 

@@ -1,7 +1,8 @@
-"""Attention masks for packed sequences, in the form that each attention kernel takes."""
+"""Attention masks, with sliding windows, in the form that each kernel and language model takes."""
 
-# B rows, T tokens
+# B rows, T query tokens, K key tokens
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -9,16 +10,24 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
+from vila_ops.model.language_models import layer_windows
 from vila_ops.model.vila import VilaForConditionalGeneration
 
 Kernel = Literal["sdpa", "flash", "flex"]
 NAMES: dict[Kernel, str] = {"sdpa": "sdpa", "flash": "flash_attention_2", "flex": "flex_attention"}
 """transformers' names of the kernels."""
+Mask = Callable[[int | None], Any]
+"""A sliding window in tokens -> the mask of layers with that window."""
 
 
 def use(model: VilaForConditionalGeneration, kernel: Kernel) -> None:
-    """Set the language model's attention kernel, in place."""
-    model.model.language_model.set_attn_implementation(NAMES[kernel])
+    """Set the language model's attention kernel, in place.
+
+    SDPA cannot soft-cap scores, so a model that does (Gemma 2) computes them one by one instead.
+    """
+    language_model = model.model.language_model
+    can = kernel != "sdpa" or language_model._supports_sdpa
+    language_model.set_attn_implementation(NAMES[kernel] if can else "eager")
 
 
 def choose(requested: Literal["auto"] | Kernel, device: torch.device, precision: Literal["fp32", "bf16"]) -> Kernel:
@@ -48,11 +57,12 @@ def document_mask(model: VilaForConditionalGeneration, segment_ids: Tensor) -> d
     """
     match model.model.language_model.config._attn_implementation:
         case "flash_attention_2":
-            return _lengths(segment_ids)
+            return _lengths(segment_ids)  # its layers pass their windows themselves
         case "flex_attention":
-            return {"attention_mask": _blocks(segment_ids)}
+            return _by_layer(model, lambda window: _blocks(segment_ids, window))
         case _:
-            return {"attention_mask": attention_mask(segment_ids)}
+            places = torch.arange(segment_ids.shape[1], device=segment_ids.device)
+            return masks(model, attention_mask(segment_ids), (places[:, None] - places)[None, None])
 
 
 def attention_mask(segment_ids: Tensor) -> Tensor:
@@ -60,11 +70,35 @@ def attention_mask(segment_ids: Tensor) -> Tensor:
     return (segment_ids[:, None, :, None] == segment_ids[:, None, None, :]).tril()
 
 
-def _blocks(segment_ids: Tensor) -> Any:
+def masks(model: VilaForConditionalGeneration, attends: Tensor, distance: Tensor) -> dict[str, Any]:
+    """Arguments of the language model for queries that attend to keys where `attends` (B, 1, T, K) is True.
+
+    distance, which broadcasts to it, is the query's position minus the key's. A layer with a sliding window of W tokens
+    attends to keys at distances below W only.
+    """
+
+    def mask(window: int | None) -> Tensor:
+        seen = attends if window is None else attends & (distance < window)
+        if model.model.language_model.config._attn_implementation == "sdpa":
+            return seen
+        return torch.zeros_like(seen, dtype=torch.float32).masked_fill(~seen, torch.finfo(torch.float32).min)
+
+    return _by_layer(model, mask)
+
+
+def _by_layer(model: VilaForConditionalGeneration, mask: Mask) -> dict[str, Any]:
+    windows = layer_windows(model.config.text_config)
+    if isinstance(windows, dict):
+        return {"attention_mask": {kind: mask(window) for kind, window in windows.items()}}
+    return {"attention_mask": mask(windows)}
+
+
+def _blocks(segment_ids: Tensor, window: int | None) -> Any:
     """The same mask for FlexAttention, as blocks of 128 x 128 that are computed or skipped."""
 
     def attends(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (segment_ids[row, query] == segment_ids[row, key])
+        seen = (query >= key) & (segment_ids[row, query] == segment_ids[row, key])
+        return seen if window is None else seen & (query - key < window)
 
     rows, tokens = segment_ids.shape
     return create_block_mask(attends, rows, None, tokens, tokens, device=str(segment_ids.device))

@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from vila_ops.config import Model
 from vila_ops.config.model import HubLanguageModel, RandomLanguageModel
-from vila_ops.model.component import read_component
+from vila_ops.model.component import component_config, read_component
 from vila_ops.model.configuration import VilaConfig
+from vila_ops.model.language_models import check_language_model
 from vila_ops.model.projectors import plugin_of
 from vila_ops.model.projectors.initialise import initialise
 from vila_ops.model.seeds import generator, isolated
@@ -32,13 +33,13 @@ def build_model(
     """
     tower = build_tower(model, cache=cache)
     language_model = _language_model(model, vocabulary=vocabulary, cache=cache)
-    _resize_vocabulary(language_model, padded(vocabulary), seed=model.seed)
+    _add_rows(language_model, padded(vocabulary), seed=model.seed)
     config = config_of(model, tower, language_model, image_id=image_id, eos_id=eos_id)
     with torch.device("meta"):
         whole = VilaForConditionalGeneration(config)
     whole.model.vision_tower = tower
     whole.model.language_model = language_model.get_decoder()
-    whole.lm_head.weight = language_model.get_output_embeddings().weight
+    whole.take_head(language_model.get_output_embeddings())
     whole.model.multi_modal_projector.to_empty(device="cpu")
     initialise(whole.model.multi_modal_projector, std=_std(config), seed=model.seed)
     built: VilaForConditionalGeneration = whole.float().eval()
@@ -77,16 +78,22 @@ def _language_model(model: Model, *, vocabulary: int, cache: Path) -> PreTrained
         with isolated(model.seed, "language_model"):
             return AutoModelForCausalLM.from_config(config)
     folder = language_model_folder(model.language_model, cache=cache)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = component_config(folder)
+    check_language_model(config, folder)
     if isinstance(model.language_model, HubLanguageModel):
         check_shape(model.language_model, config)
     return read_component(AutoModelForCausalLM, folder, config)
 
 
 @torch.no_grad()
-def _resize_vocabulary(language_model: PreTrainedModel, rows: int, *, seed: int) -> None:
-    """Cut embedding and head to `rows` rows, or draw new ones as transformers does: normal, by initializer_range."""
+def _add_rows(language_model: PreTrainedModel, rows: int, *, seed: int) -> None:
+    """Extend embedding and head to at least `rows` rows; new ones are drawn as transformers does, by initializer_range.
+
+    A vocabulary that has more rows keeps them.
+    """
     old = language_model.get_input_embeddings().weight.shape[0]
+    if rows <= old:
+        return
     with isolated(seed, "resize"):  # its draws are replaced below
         language_model.resize_token_embeddings(rows, mean_resizing=False)
     matrices = {
@@ -97,6 +104,8 @@ def _resize_vocabulary(language_model: PreTrainedModel, rows: int, *, seed: int)
         matrices.pop("lm_head")
     for name, matrix in matrices.items():
         matrix[old:].normal_(0, _std(language_model.config), generator=generator(seed, name))
+    if (bias := getattr(language_model.get_output_embeddings(), "bias", None)) is not None:
+        bias[old:] = 0
 
 
 def _std(config: PreTrainedConfig) -> float:
@@ -120,5 +129,6 @@ def random_language_model(config: RandomLanguageModel, *, vocabulary: int) -> Ll
 
 def embedding_std(model: VilaForConditionalGeneration) -> float:
     """Standard deviation of the token embeddings, the scale to which image tokens are fitted."""
-    weight: Tensor = model.get_input_embeddings().weight
-    return float(weight.detach().float().std())
+    embedding = model.get_input_embeddings()
+    weight: Tensor = embedding.weight
+    return float(weight.detach().float().std() * getattr(embedding, "embed_scale", 1))  # Gemma scales what it looks up

@@ -1,14 +1,47 @@
-"""A vision tower or language model, loaded from a folder that is not trusted."""
+"""A vision tower or language model, read from a folder that is not trusted."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from vila_ops.errors import CorruptArtifact
-from vila_ops.packages.untrusted import check_layers, stored_tensors
+from vila_ops.errors import CorruptArtifact, VilaError
+from vila_ops.packages.untrusted import check_counts, check_layers, read_json, stored_tensors
+
+
+def component_config(folder: Path) -> PreTrainedConfig:
+    """The config of a folder by transformers' class of its model_type; an `auto_map` in it is ignored.
+
+    Raises ValueError for a type that transformers does not have, and CorruptArtifact for settings that do not fit it.
+    """
+    path = folder / "config.json"
+    stated = read_json(path)
+    check_counts(stated, path)
+    kind = stated.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:  # transformers guesses a missing one from the path
+        raise ValueError(
+            f"{path} has model_type {kind!r}, for which transformers has no class; code that comes with a checkpoint "
+            f"is not run"
+        )
+    with described_by(path):
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+@contextmanager
+def described_by(path: object) -> Iterator[None]:
+    """Turn any error while a config is read or its model built into a CorruptArtifact that names the config's file."""
+    try:
+        yield
+    except (VilaError, OSError, MemoryError):
+        raise
+    except Exception as error:  # transformers' and torch's classes raise what they like for settings that do not fit
+        raise CorruptArtifact(
+            f"{path} describes no model that can be built ({type(error).__name__}: {str(error)[:300]})"
+        ) from error
 
 
 def read_component(
@@ -20,30 +53,25 @@ def read_component(
     """
     stored = stored_tensors(folder)
     check_layers(config.to_dict(), len(stored), folder / "config.json")
-    try:
-        with torch.device("meta"):
-            wanted = sum(parameter.numel() for parameter in auto.from_config(config).parameters())
-    except Exception as error:  # transformers' classes raise what they like for settings that do not fit
-        raise CorruptArtifact(
-            f"{folder / 'config.json'} describes no model that can be built ({type(error).__name__}: "
-            f"{str(error)[:300]})"
-        ) from error
+    with described_by(folder / "config.json"), torch.device("meta"):
+        wanted = sum(parameter.numel() for parameter in auto.from_config(config).parameters())
     held = sum(math.prod(tensor.shape) for tensor in stored.values())
     if wanted > held:
         raise CorruptArtifact(
             f"the config of {folder} describes {wanted} parameters, but its files hold {held} numbers; "
             f"fetch the folder again, or fix the config"
         )
-    model, info = auto.from_pretrained(
-        folder,
-        config=config,
-        key_mapping=key_mapping,
-        local_files_only=True,
-        dtype=torch.float32,
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # refused below
-    )
+    with described_by(folder / "config.json"):
+        model, info = auto.from_pretrained(
+            folder,
+            config=config,
+            key_mapping=key_mapping,
+            local_files_only=True,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below
+        )
     if wrong := sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]})):
         raise CorruptArtifact(
             f"{folder} does not hold the parameters of its config; {len(wrong)} are missing or misshapen: {wrong[:3]}"

@@ -1,12 +1,13 @@
 """Number of parameters that a recipe's model has and trains, counted on the meta device without any download."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import assert_never
+from typing import Any, assert_never
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
 from vila_ops.config import Component, Model, Stage
 from vila_ops.config.model import (
@@ -19,13 +20,16 @@ from vila_ops.config.model import (
 )
 from vila_ops.config.train import FullTuning, Lora, VisualExpert
 from vila_ops.model.build import padded, random_language_model
+from vila_ops.model.component import component_config, described_by
 from vila_ops.model.configuration import VilaConfig
+from vila_ops.model.language_models import check_language_model
 from vila_ops.model.projectors import build_projector
 from vila_ops.model.shapes import config_of
-from vila_ops.model.towers import build_tower, with_image_size
+from vila_ops.model.towers import build_tower, vision_part, with_image_size
 from vila_ops.model.visual_expert import expert_parameters
 from vila_ops.packages.resolve import cached_language_model, cached_vision_tower
 from vila_ops.packages.tokenizer import build_tokenizer
+from vila_ops.packages.untrusted import read_json
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def count(model: Model, *, cache: Path) -> Counts:
     """Parameters by component: from a `shape` in the recipe, or from a folder that is already in the cache."""
     vision = vision_config(model, cache)
     text = text_config(model, cache)
-    with torch.device("meta"):
+    with described_by("the model of the recipe"), torch.device("meta"):
         tower = AutoModel.from_config(vision) if vision else None
         language_model = AutoModelForCausalLM.from_config(text) if text else None
         projector = None
@@ -108,15 +112,21 @@ def vision_config(model: Model, cache: Path) -> PreTrainedConfig | None:
             folder = cached_vision_tower(model.vision_tower, cache=cache)
             if folder is None:
                 return None
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
-            config = getattr(config, "vision_config", config)  # a CLIP folder holds its text tower too
+            config = vision_part(component_config(folder))
         case _:
             assert_never(model.vision_tower)
     return with_image_size(config, model.image_size)
 
 
 def text_config(model: Model, cache: Path) -> PreTrainedConfig | None:
-    """The language model's config; None if it is not in the cache."""
+    """The language model's config; None if it is not in the cache. Raises ValueError for a type without support."""
+    config = _text_config(model, cache)
+    if config is not None:
+        check_language_model(config, "model.language_model")
+    return config
+
+
+def _text_config(model: Model, cache: Path) -> PreTrainedConfig | None:
     match model.language_model:
         case RandomLanguageModel() as random:
             tokenizer = build_tokenizer(random, chat_template=model.chat_template, cache=cache)
@@ -125,9 +135,20 @@ def text_config(model: Model, cache: Path) -> PreTrainedConfig | None:
             return config_of(shape)
         case HubLanguageModel() | PackagedLanguageModel():
             folder = cached_language_model(model.language_model, cache=cache)
-            return AutoConfig.from_pretrained(folder, local_files_only=True) if folder else None
+            return component_config(folder) if folder else None
         case _:
             assert_never(model.language_model)
+
+
+def stated_language_model(model: Model, cache: Path) -> Mapping[str, Any]:
+    """The fields of the language model's config that are known without a download; none if it is not in the cache."""
+    if model.weights is not None and (path := Path(model.weights.path) / "config.json").is_file():
+        stated = read_json(path).get("text_config")
+        return stated if isinstance(stated, dict) else {}
+    if isinstance(model.language_model, HubLanguageModel) and model.language_model.shape:
+        return model.language_model.shape  # other fields of `text_config` would be the defaults of their class
+    config = text_config(model, cache)
+    return config.to_dict() if config else {}
 
 
 def _parameters(module: nn.Module | None) -> int | None:

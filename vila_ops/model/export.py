@@ -24,9 +24,12 @@ VLLM_ACTIVATIONS = (
     "sigmoid", "xielu",
 )  # fmt: skip
 VLLM_TEXTS = (
-    "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "phi", "phi3", "gemma", "gemma2",
-    "gpt2", "gpt_neox", "opt", "olmo2", "smollm3", "stablelm", "starcoder2",
+    "apertus", "arcee", "ernie4_5", "exaone4", "gemma3_text", "glm", "glm4", "gpt2", "gpt_neox", "hunyuan_v1_dense",
+    "llama", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "opt", "phi3", "qwen2", "qwen2_moe", "qwen3",
+    "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
+VLLM_SCALED = ("gemma", "gemma2")
+"""Language models whose embedding scale vLLM applies to the tokens of images too; transformers 5 does not."""
 GGUF_TOWERS = ("pixtral",)
 GGUF_TEXTS = ("llama", "mistral", "mixtral")
 
@@ -69,7 +72,7 @@ def write_plain(folder: Path, out: Path) -> None:
 
 def _why_not(config: dict[str, Any], folder: Path, target: Target) -> Iterator[str]:
     if config.get("model_type") != "llava":
-        yield from _not_llava(config, target)
+        yield from _not_llava(config, folder, target)
         return
     match target:
         case "transformers":
@@ -82,7 +85,7 @@ def _why_not(config: dict[str, Any], folder: Path, target: Target) -> Iterator[s
             assert_never(target)
 
 
-def _not_llava(config: dict[str, Any], target: Target) -> Iterator[str]:
+def _not_llava(config: dict[str, Any], folder: Path, target: Target) -> Iterator[str]:
     """Reasons why LLaVA's format cannot hold a model."""
     if config.get("model_type") != "vila_llava":
         yield f"model_type {config.get('model_type')!r} is neither llava nor vila_llava"
@@ -96,8 +99,23 @@ def _not_llava(config: dict[str, Any], target: Target) -> Iterator[str]:
         yield f"LLaVA's projector has two linear layers, this one {depth}"
     if config.get("visual_expert"):
         yield "LLaVA's language model has no visual expert"
+    if head := _head(config, folder / "config.json"):
+        yield f"LLaVA's head is a product alone; this language model's has {head}"
     if target == "transformers":
         yield "it loads after `import vila_ops.model.vila, vila_ops.model.processing`"
+
+
+def _head(config: dict[str, Any], path: Path) -> str | None:
+    """What the language model's head computes besides a product; None: nothing."""
+    from transformers import AutoConfig  # heavy
+
+    from vila_ops.model.component import described_by  # heavy
+    from vila_ops.model.language_models import PLAIN_HEAD, head_form  # heavy
+
+    with described_by(path):
+        text = AutoConfig.for_model(**{"model_type": "llama", **config.get("text_config", {})})
+    form = head_form(text)
+    return None if form == PLAIN_HEAD else str(form)
 
 
 def _not_vllm(config: dict[str, Any], folder: Path) -> Iterator[str]:
@@ -113,7 +131,9 @@ def _not_vllm(config: dict[str, Any], folder: Path) -> Iterator[str]:
         yield "it joins several feature layers otherwise than this model"
     if config.get("vision_feature_select_strategy", "default") not in ("default", "full"):
         yield "its feature selection strategies are default and full"
-    if (kind := text.get("model_type", "llama")) not in VLLM_TEXTS:
+    if (kind := text.get("model_type", "llama")) in VLLM_SCALED:
+        yield f"its {kind} scales the tokens of images as it scales embeddings, which transformers does not"
+    elif kind not in VLLM_TEXTS:
         yield f"{kind} is not among the language models that it is known to have ({', '.join(VLLM_TEXTS)})"
     if (side := _side(folder)) != tower.get("image_size", 336):
         yield f"it needs images of the tower's {tower.get('image_size', 336)} pixels a side; these have {side}"

@@ -13,7 +13,9 @@ from vila_ops.config.model import ImageFit
 from vila_ops.config.train import Lora, Tuning
 from vila_ops.errors import CorruptArtifact
 from vila_ops.model import lora
+from vila_ops.model.component import described_by
 from vila_ops.model.configuration import VilaConfig
+from vila_ops.model.language_models import PLAIN_HEAD, check_language_model, check_plain_head, head_form
 from vila_ops.model.modify import Modifications, modified
 from vila_ops.model.processing import read_fit
 from vila_ops.model.projectors import plugin_of
@@ -71,7 +73,11 @@ def without_local_paths(stated: Any) -> Any:
 
 def is_plain(config: VilaConfig) -> bool:
     """Whether LLaVA's format can hold the model."""
-    return config.projector_choice().fits_llava() and not config.visual_expert
+    return (
+        config.projector_choice().fits_llava()
+        and not config.visual_expert
+        and head_form(config.text_config) == PLAIN_HEAD
+    )
 
 
 def save_trained(
@@ -178,14 +184,13 @@ def read_config(folder: Path) -> VilaConfig:
             f"{folder / 'config.json'} states no image_aspect_ratio: another version of vila-ops wrote it; import or "
             f"train the model again"
         )
-    try:
+    with described_by(folder / "config.json"):
         config = VilaConfig(**stated)
+    check_language_model(config.text_config, folder)
+    if kind == LlavaConfig.model_type:
+        check_plain_head(config.text_config, folder)
+    with described_by(folder / "config.json"):
         tokens = _image_tokens(config)
-    except Exception as error:  # transformers' and torch's classes raise what they like for settings that do not fit
-        raise CorruptArtifact(
-            f"{folder / 'config.json'} describes no model that can be built ({type(error).__name__}: "
-            f"{str(error)[:300]})"
-        ) from error
     if kind == LlavaConfig.model_type:
         config.image_seq_length = tokens  # older writers leave it out, and stock transformers computes it
     if tokens != config.image_seq_length:

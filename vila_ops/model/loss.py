@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from vila_ops.model.language_models import PLAIN_HEAD, HeadForm
+
 MIN_CHUNK = 64
 """Tokens of a chunk; matrix products with fewer rows are slow."""
 
@@ -35,15 +37,28 @@ class Head(nn.Linear):
     Losses are computed in its forward pass, because ZeRO-3 gathers the whole weight only there.
     """
 
+    form: HeadForm = PLAIN_HEAD
+
+    def set_form(self, form: HeadForm) -> None:
+        """Set what is computed besides the product with the weight; a bias that is missing becomes zeros."""
+        self.form = form
+        if form.bias and "bias" not in dict(self.named_parameters()):
+            self.bias = nn.Parameter(self.weight.new_zeros(self.out_features))
+
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Any:
         """Logits (..., V) of hidden states (..., D); with labels (N,), the losses of hidden states (N, D).
 
         Losses are their sum, on which backward may be called once, and the negative log-likelihoods (N,) without
         gradients; both in nats and fp32. Under no_grad no gradient is computed.
         """
+        softcap = self.form.softcap
+        if self.form.scale != 1:
+            hidden = hidden * self.form.scale
         if labels is None:
-            return super().forward(hidden)
-        return _Losses.apply(hidden, self.weight, self.bias, labels, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+            logits = super().forward(hidden)
+            return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        settings = (softcap, torch.is_grad_enabled())
+        return _Losses.apply(hidden, self.weight, self.bias, labels, settings)  # type: ignore[no-untyped-call]
 
 
 class _Losses(torch.autograd.Function):
@@ -51,8 +66,14 @@ class _Losses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, differentiable: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        settings: tuple[float | None, bool],
     ) -> tuple[Tensor, Tensor]:
+        softcap, differentiable = settings
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         needs = [differentiable and needed for needed in ctx.needs_input_grad[:3]]
@@ -63,6 +84,7 @@ class _Losses(torch.autograd.Function):
                 weight.detach().to(dtype).requires_grad_(needs[1]),
                 None if bias is None else bias.detach().to(dtype).requires_grad_(needs[2]),
                 labels,
+                softcap,
             )
         ctx.gradients = [
             gradient.to(tensor.dtype) if need and tensor is not None and gradient is not None else None
@@ -85,7 +107,9 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 """Gradients of hidden states, weight and bias."""
 
 
-def _by_chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, Gradients]:
+def _by_chunks(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softcap: float | None
+) -> tuple[Tensor, Gradients]:
     """Losses (N,) and the gradients of their sum for the inputs that require one."""
     of_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
     of_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
@@ -103,7 +127,7 @@ def _by_chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tens
             torch.addmm(bias, own, weight.T, out=product_CV)
         if whole is not products:
             logits_CV.copy_(product_CV)
-        losses[start : start + size] = _losses_in_place(logits_CV, wanted)
+        losses[start : start + size] = _losses_in_place(logits_CV, wanted, softcap)
         if of_bias is not None:
             of_bias += logits_CV.sum(0)
         if whole is not products:
@@ -124,21 +148,33 @@ def _add_product(total_VD: Tensor, left_VC: Tensor, right_CD: Tensor) -> None:
         total += left @ right_CD
 
 
-def _losses_in_place(logits_CV: Tensor, labels_C1: Tensor) -> Tensor:
-    """Losses (C,); in place, the logits become the gradients of their sum: softmax minus 1 at the label."""
+def _losses_in_place(logits_CV: Tensor, labels_C1: Tensor, softcap: float | None) -> Tensor:
+    """Losses (C,); in place, the logits become the gradients of their sum: softmax minus 1 at the label.
+
+    With a soft cap, this is times its slope, 1 - tanh(logits / c)^2.
+    """
+    slope_CV = None
+    if softcap is not None:
+        logits_CV.div_(softcap).tanh_()
+        slope_CV = 1 - logits_CV**2
+        logits_CV *= softcap
     logits_CV -= logits_CV.amax(1, keepdim=True)
     of_label = logits_CV.gather(1, labels_C1)
     total = logits_CV.exp_().sum(1, keepdim=True)
     logits_CV /= total
     logits_CV.scatter_add_(1, labels_C1, torch.full_like(of_label, -1.0))
+    if slope_CV is not None:
+        logits_CV *= slope_CV
     return (total.log() - of_label)[:, 0]
 
 
-def _by_liger(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, Gradients]:
+def _by_liger(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softcap: float | None
+) -> tuple[Tensor, Gradients]:
     """The same with Liger's kernels, which need Triton and so a GPU."""
     from liger_kernel.ops.fused_linear_cross_entropy import fused_linear_cross_entropy_forward
 
     results = fused_linear_cross_entropy_forward(
-        hidden, weight, labels, bias=bias, reduction="none", accum_dtype=torch.float32
+        hidden, weight, labels, bias=bias, reduction="none", softcap=softcap, accum_dtype=torch.float32
     )
     return results[0], results[-3:]  # those between differ from version to version

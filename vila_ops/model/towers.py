@@ -14,7 +14,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModel,
     CLIPVisionConfig,
     Dinov2Config,
@@ -26,7 +25,7 @@ from transformers import (
 
 from vila_ops.config import Model
 from vila_ops.config.model import HubTower, RandomTower
-from vila_ops.model.component import read_component
+from vila_ops.model.component import component_config, read_component
 from vila_ops.model.seeds import isolated
 from vila_ops.model.shapes import check_shape
 from vila_ops.packages.resolve import vision_tower_folder
@@ -70,6 +69,16 @@ def build_tower(model: Model, *, cache: Path) -> PreTrainedModel:
 def select_strategy(vision_config: PreTrainedConfig) -> Literal["default", "full"]:
     """LLaVA's name for the selection of patches: `default` drops the class token, `full` keeps all tokens."""
     return "default" if class_tokens(vision_config) else "full"
+
+
+def vision_part(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the tower in a folder, which may hold a text tower too, as CLIP's do.
+
+    Raises ValueError for an architecture that is not supported.
+    """
+    vision: PreTrainedConfig = getattr(config, "vision_config", config)
+    class_tokens(vision)
+    return vision
 
 
 def class_tokens(vision_config: PreTrainedConfig) -> int:
@@ -135,9 +144,7 @@ def resize_positions(table: Tensor, grid: int, *, class_tokens: int) -> Tensor:
 def _load(model: Model, cache: Path) -> PreTrainedModel:
     assert not isinstance(model.vision_tower, RandomTower)
     folder = vision_tower_folder(model.vision_tower, cache=cache)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    vision = getattr(config, "vision_config", config)  # a CLIP folder holds its text tower too
-    class_tokens(vision)
+    vision = vision_part(component_config(folder))
     if isinstance(model.vision_tower, HubTower):
         check_shape(model.vision_tower, vision)
     vision.architectures = None

@@ -5,10 +5,11 @@
 import functools
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from vila_ops.model.configuration import VilaConfig
+from vila_ops.model.language_models import head_form
 from vila_ops.model.loss import Head
 from vila_ops.model.projectors import build_projector
 from vila_ops.model.visual_expert import add_visual_expert, route
@@ -26,9 +27,15 @@ class VilaForConditionalGeneration(LlavaForConditionalGeneration):  # type: igno
         super().__init__(config)
         self.model.multi_modal_projector = build_projector(config)
         self.lm_head.__class__ = Head  # same weights: a new layer would draw random numbers
+        self.lm_head.set_form(head_form(config.text_config))
         if config.visual_expert:
             add_visual_expert(self.model.language_model)
         self.post_init()
+
+    def take_head(self, head: nn.Linear) -> None:
+        """Take the parameters of a language model's head, which may be those of its embedding."""
+        for name, parameter in head.named_parameters():
+            setattr(self.lm_head, name, parameter)
 
     def tower_features(self, pixel_values: Tensor) -> Tensor:
         """Patch features, the projector's input: one hidden state of the tower, (I, 3, S, S) -> (I, P, C)."""

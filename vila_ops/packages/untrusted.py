@@ -73,7 +73,9 @@ def check_folder(folder: Path) -> None:
         _check_file(path, folder)
     for path in sorted(folder.glob("*.json")):
         if path.name.endswith(SETTINGS):
-            _check_settings(read_json(path), path)
+            settings = read_json(path)
+            _check_settings(settings, path)
+            check_counts(settings, path)
 
 
 def read_json(path: Path, *, at_most: int = CONFIG_BYTES) -> dict[str, Any]:
@@ -123,6 +125,17 @@ def read_header(path: Path) -> dict[str, Stored]:
     return {name: Stored(path, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
 
 
+def check_counts(settings: Any, path: Path) -> None:
+    """Raise CorruptArtifact for a number of settings, at any depth, that counts something and is no sensible count."""
+    if isinstance(settings, list):
+        for item in settings:
+            check_counts(item, path)
+    for key, value in settings.items() if isinstance(settings, dict) else ():
+        if type(value) in (int, float) and COUNTS.fullmatch(key):  # a boolean is a switch, whatever its name ends in
+            _check_count(key, value, path)
+        check_counts(value, path)
+
+
 def check_layers(settings: Any, tensors: int, path: Path) -> None:
     """Raise CorruptArtifact for more layers than tensors: building a layer takes time even without memory."""
     for key, value in settings.items() if isinstance(settings, dict) else ():
@@ -163,7 +176,7 @@ def _stays(path: Path, folder: Path) -> bool:
 
 
 def _check_settings(settings: Any, path: Path) -> None:
-    """Raise CorruptArtifact for code, unknown classes and excessive counts in settings, at any depth."""
+    """Raise CorruptArtifact for code and unknown classes in settings, at any depth."""
     if isinstance(settings, list):
         for item in settings:
             _check_settings(item, path)
@@ -177,8 +190,6 @@ def _check_settings(settings: Any, path: Path) -> None:
             )
         if key in CLASS_KEYS:
             _check_classes(key, value, path)
-        if isinstance(value, int | float) and COUNTS.fullmatch(key):
-            _check_count(key, value, path)
         _check_settings(value, path)
 
 
@@ -204,7 +215,7 @@ def _check_count(key: str, value: float, path: Path) -> None:
     if key == "model_max_length":
         return  # 1e30 stands for "no limit"
     limit = COUNT_LIMITS.get(key.rsplit("_", 1)[-1], SIZE_LIMIT)
-    if isinstance(value, bool) or value != int(value) or not 0 <= value <= limit:
+    if value != int(value) or not 0 <= value <= limit:
         raise CorruptArtifact(f"{path}: {key} is {value}; it counts something, so use a whole number from 0 to {limit}")
 
 

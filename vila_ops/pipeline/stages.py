@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, Deployment, EvalReport, ModelVersion, Pretrained
+from vila_ops.artifacts.store import file
 from vila_ops.config import (
     NO_CONTEXT,
     Gate,
@@ -22,7 +23,9 @@ from vila_ops.config.run import BASE
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.eval.evaluate import evaluate
 from vila_ops.model.assemble import assemble
+from vila_ops.model.context import check_recipe
 from vila_ops.packages.fetch import fetch_all
+from vila_ops.packages.untrusted import read_json
 from vila_ops.registry.register import register
 from vila_ops.serve.deploy import deploy
 from vila_ops.train.stage import train_stage
@@ -61,6 +64,7 @@ def walk(run: Run, tasks: Tasks, context: RunContext) -> Iterator[StageResult]:
     """The models of a recipe from the first to the last, each made when it is asked for."""
     recipe, resources = run.recipe, run.resources
     model: Weights = tasks.assemble(recipe.model, resources, context)
+    check_recipe(recipe, read_json(file(model, "config.json")).get("text_config", {}))
     yield StageResult(BASE, model, None)
     for name, stage in recipe.stages.items():
         data = tasks.prepare(stage.mixture, recipe.text(name), resources, context)

@@ -13,7 +13,8 @@ from vila_ops.data.loading.loader import RowLoader
 from vila_ops.data.preprocess.prepare import prepared as prepared_dataset
 from vila_ops.model.build import padded
 from vila_ops.model.configuration import VilaConfig
-from vila_ops.model.count import Counts, count, text_config, vision_config
+from vila_ops.model.context import check_recipe
+from vila_ops.model.count import Counts, count, stated_language_model, text_config, vision_config
 from vila_ops.plan import lengths as data
 from vila_ops.plan.flops import Flops, Load, flops
 from vila_ops.plan.memory import GIB, Memory, MicroBatch, Weights, memory, value_bytes
@@ -86,9 +87,12 @@ class Plan(Config):
 def plan_run(run: Run, lengths: Lengths | None = None, context: RunContext = NO_CONTEXT) -> Plan:
     """Return the plan of a run, from the shapes of the model and from declared lengths or prepared mixtures.
 
-    Raises ValueError if a mixture has neither, or if the shape of a part is not known.
+    Raises ValueError if a mixture has neither, if the shape of a part is not known, or if samples may exceed the
+    language model's context.
     """
-    counts = count(run.recipe.model, cache=run.resources.storage.cache_folder())
+    cache = run.resources.storage.cache_folder()
+    check_recipe(run.recipe, stated_language_model(run.recipe.model, cache))
+    counts = count(run.recipe.model, cache=cache)
     stages: list[StagePlan] = []
     before: tuple[Stage, ...] = ()
     for name, stage in run.recipe.stages.items():

@@ -6,7 +6,6 @@ This module is light. The work is in `loop.py`, which is imported when there is 
 import logging
 import os
 import time
-from importlib.util import find_spec
 from typing import Any
 
 from vila_ops import tracking
@@ -16,9 +15,9 @@ from vila_ops.artifacts.kinds import Checkpoint, Dataset, Pretrained
 from vila_ops.artifacts.leases import hold
 from vila_ops.cluster import whoami
 from vila_ops.config import NO_CONTEXT, Model, Resources, RunContext, Stage
-from vila_ops.config.train import Lora
 from vila_ops.model.projectors import plugin_of
 from vila_ops.train.checkpoint.storage import remove_all
+from vila_ops.train.checks import check_inputs, check_quantised
 from vila_ops.train.job import JobPayload, RankInfo, StageInputs, TrainJob
 
 REVISION = 5
@@ -40,7 +39,7 @@ def train_stage(
     inputs = StageInputs(
         stage=stage, model=model, data=data, init=init, resources=resources.for_stage(stage.name), context=context
     )
-    _check_quantised(stage)
+    check_quantised(stage)
     fresh = isinstance(init, Pretrained) and model.weights is None
     recipe = {
         "stage": _recipe_part(stage),
@@ -61,6 +60,7 @@ def train_stage(
 def _train_here(at: store.Address, inputs: StageInputs, *, fresh: bool) -> Checkpoint:
     """Train and seal. The caller holds the lease."""
     stage, data, init, resources = inputs.stage, inputs.data, inputs.init, inputs.resources
+    check_inputs(inputs)
     for parent in (data, init):
         store.content(parent)  # every byte is compared before anything is trained
     started = time.monotonic()
@@ -99,15 +99,6 @@ def _train_here(at: store.Address, inputs: StageInputs, *, fresh: bool) -> Check
     remove_all(resume)
     log.info("trained %s: %s", stage.name, checkpoint.digest[:12])
     return checkpoint
-
-
-def _check_quantised(stage: Stage) -> None:
-    """Refuse 4-bit weights before any work if their library is not installed."""
-    if isinstance(stage.tuning, Lora) and stage.tuning.quantise and find_spec("bitsandbytes") is None:
-        raise ValueError(
-            f"stage {stage.name!r} has tuning.quantise {stage.tuning.quantise}, which needs bitsandbytes; "
-            f"pip install 'vila-ops[qlora]', or set tuning.quantise to null"
-        )
 
 
 def _train_as_job(at: store.Address, inputs: StageInputs) -> Checkpoint:

@@ -2,8 +2,6 @@
 
 # N slots, T positions, H key-value heads, K head dim
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -11,20 +9,19 @@ from torch import Tensor
 class KVCache:
     """Keys and values of up to N sequences, passed to the model as `past_key_values`.
 
-    Each pass adds one token to every live row. The caller passes mask and positions explicitly, so the model's layers
-    use only `update`.
+    Each pass adds one token to every live row. The caller passes masks and positions explicitly, so the model's layers
+    use only `update`. Layers with a sliding window keep all positions too; their mask hides those outside of it.
     """
 
-    def __init__(self, config: Any, *, slots: int, capacity: int, dtype: torch.dtype) -> None:
-        heads, size = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
-        size = getattr(config, "head_dim", None) or size
-        shape = (slots, heads, capacity, size)
-        self.keys = [torch.zeros(shape, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype) for _ in range(config.num_hidden_layers)]
+    def __init__(self, *, slots: int, capacity: int) -> None:
+        self.slots, self.capacity = slots, capacity
+        self.keys: list[Tensor] = []
+        """One tensor (N, H, capacity, K) a layer, made by the first rows."""
+        self.values: list[Tensor] = []
         self.lengths = torch.zeros(slots, dtype=torch.long)
         self.live = 0
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Append one token's keys and values (live, H, 1, K) to each row and return those of all tokens so far."""
         rows, ends = torch.arange(self.live), self.lengths[: self.live]
         keys, values = self.keys[layer_idx], self.values[layer_idx]
@@ -33,7 +30,7 @@ class KVCache:
         width = self.width()
         return keys[: self.live, :, :width], values[: self.live, :, :width]
 
-    def get_seq_length(self, *_: Any) -> int:
+    def get_seq_length(self, *_: object) -> int:
         """Tokens of the longest row. transformers calls it, but uses the positions that it is passed."""
         return int(self.lengths[: self.live].max()) if self.live else 0
 
@@ -41,12 +38,14 @@ class KVCache:
         """Positions that a pass reads: those of the longest row and its new token."""
         return self.get_seq_length() + 1
 
-    def mask(self) -> Tensor:
-        """(live, 1, 1, width) bool: each row attends to its own tokens and its new token."""
-        return (torch.arange(self.width())[None] <= self.lengths[: self.live, None])[:, None, None]
+    def distance(self) -> Tensor:
+        """(live, 1, 1, width): the position of each row's new token minus those of its keys; negative: no key yet."""
+        return (self.lengths[: self.live, None] - torch.arange(self.width()))[:, None, None]
 
     def add(self, layers: list[tuple[Tensor, Tensor]], lengths: list[int]) -> None:
         """Add prefilled rows: keys and values of each layer (rows, H, T, K), up to the length of each row."""
+        if not self.keys:
+            self.keys, self.values = ([self._empty(pair[kind]) for pair in layers] for kind in (0, 1))
         for row, length in enumerate(lengths):
             for index, (key, value) in enumerate(layers):
                 self.keys[index][self.live, :, :length] = key[row, :, :length]
@@ -60,3 +59,7 @@ class KVCache:
         for keys, values in zip(self.keys, self.values, strict=True):
             keys[row], values[row] = keys[self.live].clone(), values[self.live].clone()
         self.lengths[row] = self.lengths[self.live]
+
+    def _empty(self, filled: Tensor) -> Tensor:
+        _, heads, _, size = filled.shape
+        return filled.new_zeros(self.slots, heads, self.capacity, size)

@@ -17,6 +17,7 @@ from vila_ops.generate.engine import EngineOptions
 from vila_ops.generate.request import Prompt
 from vila_ops.model import folder as model_folder
 from vila_ops.model.configuration import VilaConfig
+from vila_ops.model.context import context_length
 from vila_ops.model.features import SUFFIX, FeatureCache
 from vila_ops.model.vila import VilaForConditionalGeneration
 from vila_ops.packages.tokenizer import IMAGE_TOKEN, read_tokenizer
@@ -34,10 +35,11 @@ class LoadedModel:
     features: Features
     image_aspect_ratio: Fit
 
-    @property
+    @functools.cached_property
     def context_length(self) -> int:
         """Positions of the language model."""
-        length: int = self.model.config.text_config.max_position_embeddings
+        length = context_length(self.model.config.text_config.to_dict())
+        assert length is not None  # every class of LANGUAGE_MODELS has max_position_embeddings
         return length
 
     def embed(self, input_ids: Tensor, images: Sequence[bytes]) -> Tensor:
@@ -72,8 +74,8 @@ def read_model(folder: Path, options: EngineOptions) -> LoadedModel:
     if options.max_cached_images is not None:
         features = bounded(features, options.feature_root, max_images=options.max_cached_images)
     if options.precision == "bf16":
-        model.model.language_model.to(torch.bfloat16)
-        model.lm_head.to(torch.bfloat16)
+        for parameter in (*model.model.language_model.parameters(), *model.lm_head.parameters()):
+            parameter.data = parameter.data.to(torch.bfloat16)  # not buffers: rotary frequencies need fp32
     _check_tokens(fast, model.config, folder)
     tokenizer = Tokenizer(fast, image_tokens=model.config.image_seq_length, after_image=model.config.after_image)
     return LoadedModel(model, tokenizer, features, Fit(model.config.image_aspect_ratio, mean))

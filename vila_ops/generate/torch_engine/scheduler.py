@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from vila_ops.generate.request import Delta, FinishReason, Prompt, Sampling
 from vila_ops.generate.torch_engine.kv_cache import KVCache
 from vila_ops.generate.torch_engine.loaded_model import LoadedModel
+from vila_ops.model.attention import masks
 
 SLOTS = 16
 """Rows that are decoded at once."""
@@ -67,13 +69,7 @@ class Scheduler:
         More requests than slots wait in their order. New rows are prefilled when a quarter of the slots is free.
         """
         slots = min(self.slots, len(requests))
-        model = self.loaded.model
-        cache = KVCache(
-            model.config.text_config,
-            slots=slots,
-            capacity=max(request.max_tokens() for request in requests),
-            dtype=model.get_input_embeddings().weight.dtype,
-        )
+        cache = KVCache(slots=slots, capacity=max(request.max_tokens() for request in requests))
         waiting = [RequestState(index, request) for index, request in enumerate(requests)][::-1]
         live: list[RequestState] = []
         while waiting or live:
@@ -93,9 +89,10 @@ class Scheduler:
             input_ids[row, : lengths[row]] = torch.tensor(prompt.input_ids)
         model = self.loaded.model
         embeddings = self.loaded.embed(input_ids, [image for prompt in prompts for image in prompt.images])
+        prefilled = DynamicCache()  # without a config it keeps all positions, also in layers with a sliding window
         # right-padded and causal: padding is never seen
-        out = model.hidden(embeddings, use_cache=True, **model.routing(input_ids))
-        layers = [(layer.keys, layer.values) for layer in out.past_key_values.layers]
+        out = model.hidden(embeddings, past_key_values=prefilled, use_cache=True, **model.routing(input_ids))
+        layers = [(layer.keys, layer.values) for layer in prefilled.layers]
         cache.add(layers, lengths)
         last = out.last_hidden_state[torch.arange(len(prompts)), torch.tensor(lengths) - 1]
         return self._greedy(last)
@@ -103,14 +100,13 @@ class Scheduler:
     def _step(self, live: list[RequestState], cache: KVCache) -> list[int]:
         """Decode one token of every live row."""
         input_ids = torch.tensor([[row.ids[-1]] for row in live])
-        positions = cache.lengths[: cache.live, None]
-        model = self.loaded.model
+        model, distance = self.loaded.model, cache.distance()
         out = model.hidden(
             self.loaded.embed(input_ids, []),
-            position_ids=positions,
-            attention_mask=cache.mask(),
+            position_ids=cache.lengths[: cache.live, None],
             past_key_values=cache,
             use_cache=True,
+            **masks(model, distance >= 0, distance),
             **model.routing(input_ids),
         )
         cache.lengths[: cache.live] += 1

@@ -13,7 +13,7 @@ from torch import Tensor
 from vila_ops.generate.engine import ScoringItem
 from vila_ops.generate.request import Loglikelihood, Prompt
 from vila_ops.generate.torch_engine.loaded_model import LoadedModel
-from vila_ops.model.attention import attention_mask
+from vila_ops.model.attention import attention_mask, masks
 
 PASS_TOKENS = 2048
 """Positions of one scoring pass; bounds its memory."""
@@ -84,13 +84,14 @@ class Scorer:
         )
         segments = np.stack([np.pad(row.segment_ids, p, constant_values=-1) for row, p in zip(rows, pad, strict=True)])
         sees_prompt = (segments[:, :, None] > 0) & (segments[:, None, :] == 0)
-        mask = attention_mask(torch.from_numpy(segments)) | torch.from_numpy(sees_prompt)[:, None]
+        attends = attention_mask(torch.from_numpy(segments)) | torch.from_numpy(sees_prompt)[:, None]
+        distance = positions[:, None, :, None] - positions[:, None, None, :]
         model = self.loaded.model
         hidden = model.hidden(
             self.loaded.embed(input_ids, images),
             position_ids=positions,
-            attention_mask=mask,
             use_cache=False,
+            **masks(model, attends, distance),
             **model.routing(input_ids),
         ).last_hidden_state
         return [self._row_scores(hidden[number], row) for number, row in enumerate(rows)]

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from vila_ops.artifacts import output
 from vila_ops.config import Config, Model
 from vila_ops.config.model import FolderWeights, HubLanguageModel, HubTower, Shape
-from vila_ops.errors import CorruptArtifact
+from vila_ops.errors import CorruptArtifact, VilaError
 from vila_ops.model import build, folder, processing
 from vila_ops.model.importing import llava_hf, nvlabs
 from vila_ops.model.importing.components import Components
@@ -23,7 +23,8 @@ REVISION = "imported"
 SHAPE = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings", "max_position_embeddings", "image_size",
-    "patch_size", "attention_bias", "mlp_bias", "use_qk_norm", "norm_type", "vision_use_head",
+    "patch_size", "attention_bias", "attention_out_bias", "mlp_bias", "use_bias", "use_qk_norm", "qk_layernorm",
+    "norm_type", "vision_use_head",
 )  # fmt: skip
 """Fields of a transformers config that decide the number of parameters of a tower or language model."""
 
@@ -50,7 +51,15 @@ def import_checkpoint(
     output.check_folder(out)  # before gigabytes are read
     if chat_template is not None:
         check_template_name(chat_template)
-    components = _read(source, token_order=token_order, chat_template=chat_template)
+    try:
+        components = _read(source, token_order=token_order, chat_template=chat_template)
+    except (ValueError, VilaError, OSError, MemoryError):
+        raise
+    except Exception as error:  # settings of any shape: a list for a number, an object for a name
+        raise CorruptArtifact(
+            f"the settings in {source} describe no model that can be imported ({type(error).__name__}: "
+            f"{str(error)[:300]})"
+        ) from error
     tokenizer = with_image_token(components.tokenizer, chat_template=components.chat_template, folder=source)
     _grow_vocabulary(components.language_model, len(tokenizer))
     model = _section(components, out)
@@ -126,7 +135,7 @@ def _assembled(
         whole = VilaForConditionalGeneration(config)
     whole.model.vision_tower = components.tower
     whole.model.language_model = components.language_model.get_decoder()
-    whole.lm_head.weight = components.language_model.get_output_embeddings().weight
+    whole.take_head(components.language_model.get_output_embeddings())
     _fill(whole.model.multi_modal_projector, components.layers)
     ready: VilaForConditionalGeneration = whole.eval()
     return ready

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -18,7 +18,10 @@ from transformers import (
 
 from vila_ops.config.model import Component, HubTower, ImageFit, Projector
 from vila_ops.errors import CorruptArtifact
+from vila_ops.model.component import component_config, described_by
 from vila_ops.model.importing.internvit import INTERNVIT, translated, translated_config
+from vila_ops.model.language_models import check_language_model
+from vila_ops.model.towers import vision_part
 from vila_ops.packages.imagenet import IMAGENET, Channels
 from vila_ops.packages.normalisation import mean_std
 from vila_ops.packages.untrusted import check_layers, read_header, read_json
@@ -26,6 +29,7 @@ from vila_ops.packages.untrusted import check_layers, read_header, read_json
 MeanStd = tuple[Channels, Channels]
 DERIVED = ("position_ids", "rotary_emb.inv_freq")
 """Endings of saved tensors that the config determines; older transformers saved them."""
+PRECISIONS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -62,7 +66,10 @@ def read_state(folder: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for path in files:
         read_header(path)  # refuses a false header before data are loaded
-        held = load_file(path)
+        try:
+            held = load_file(path)
+        except SafetensorError as error:
+            raise CorruptArtifact(f"{path} is not a readable safetensors file ({error})") from error
         if twice := sorted(set(held) & set(state)):
             raise CorruptArtifact(f"{path} holds {twice[:3]}, which another file of the folder holds too")
         state |= held
@@ -75,7 +82,7 @@ def load_tower(folder: Path) -> PreTrainedModel:
     state = read_state(folder)
     if stated.get("model_type") == INTERNVIT:
         return load_strictly("vision_tower", translated_config(stated), translated(state), folder)
-    return load_strictly("vision_tower", _native_config(folder), state, folder)
+    return load_strictly("vision_tower", component_config(folder), state, folder)
 
 
 def load_language_model(folder: Path) -> PreTrainedModel:
@@ -84,16 +91,19 @@ def load_language_model(folder: Path) -> PreTrainedModel:
     if method := stated.get("quantization_config"):
         name = method.get("quant_method") if isinstance(method, dict) else method
         raise ValueError(f"{folder} is quantised ({name}); import the checkpoint that it was made from")
-    return load_strictly("language_model", _native_config(folder), read_state(folder), folder)
+    return load_strictly("language_model", component_config(folder), read_state(folder), folder)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder, from tokenizer.json, sentencepiece's tokenizer.model, or vocab.json and merges.txt."""
-    if (folder / "tokenizer.json").is_file():
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ValueError(f"{folder} has no tokenizer: none of {list(TOKENIZER_FILES)}")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, legacy=False)
+    try:
+        if (folder / "tokenizer.json").is_file():
+            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, legacy=False)
+    except Exception as error:  # the tokenizers library raises no other kind
+        raise CorruptArtifact(f"the tokenizer in {folder} is not readable ({str(error)[:200]})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(
             f"{folder}: {type(tokenizer).__name__} is not a fast tokenizer, the only kind that is supported"
@@ -108,18 +118,6 @@ def mean_std_of(folder: Path) -> MeanStd:
     return mean_std(HubTower(name=str(folder), revision="local"))
 
 
-def _native_config(folder: Path) -> PreTrainedConfig:
-    """A folder's config by transformers' own class; its `auto_map` is ignored."""
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (KeyError, ValueError) as error:
-        kind = read_json(folder / "config.json").get("model_type")
-        raise ValueError(
-            f"{folder} holds a model of type {kind!r}, for which transformers has no class; code that comes with a "
-            f"checkpoint is not run"
-        ) from error
-
-
 def load_strictly(
     component: Component, config: PreTrainedConfig, state: dict[str, Tensor], folder: Path
 ) -> PreTrainedModel:
@@ -127,25 +125,41 @@ def load_strictly(
 
     Raises CorruptArtifact with the tensors that are missing, unexpected or misshapen.
     """
+    if component == "language_model":
+        check_language_model(config, folder)
+    else:
+        config = vision_part(config)
     check_layers(config.to_dict(), len(state), folder / "config.json")
     state = {name: tensor for name, tensor in state.items() if not name.endswith(DERIVED)}
-    precisions = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
     config.architectures, config._name_or_path = None, ""  # facts of the other program and of this machine
     if hasattr(config, "auto_map"):
         del config.auto_map
-    with torch.device("meta"):
-        auto = AutoModelForCausalLM if component == "language_model" else AutoModel
-        empty = auto.from_config(config, trust_remote_code=False)
-    model, info = type(empty).from_pretrained(
-        None,
-        config=config,
-        state_dict=state,
-        dtype=max(precisions, key=lambda dtype: dtype.itemsize),
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # refused below
-    )
+    dtype = _precision(component, state, folder)
+    auto = AutoModelForCausalLM if component == "language_model" else AutoModel
+    with described_by(folder / "config.json"):
+        with torch.device("meta"):
+            empty = auto.from_config(config, trust_remote_code=False)
+        model, info = type(empty).from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below
+        )
     wrong = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
     if wrong:
         raise CorruptArtifact(f"{folder} does not hold the {component} of its config: {wrong}")
     loaded: PreTrainedModel = model.eval()
     return loaded
+
+
+def _precision(component: Component, state: dict[str, Tensor], folder: Path) -> torch.dtype:
+    """The widest precision of weights. Raises CorruptArtifact for none, and for those of quantised weights."""
+    precisions = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    if not precisions or not precisions <= PRECISIONS:
+        names = sorted(map(str, precisions)) or "no numbers"
+        raise CorruptArtifact(
+            f"{folder} holds {names} for the {component}; supported are weights in {sorted(map(str, PRECISIONS))}"
+        )
+    return max(precisions, key=lambda dtype: dtype.itemsize)

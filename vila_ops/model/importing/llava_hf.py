@@ -9,12 +9,14 @@ from torch import Tensor, equal, eye
 from transformers import LlavaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from vila_ops.config.model import ImageFit, LinearProjector, MlpProjector, Projector
+from vila_ops.model.component import described_by
 from vila_ops.model.importing import components
 from vila_ops.model.importing.components import Components
+from vila_ops.model.language_models import check_language_model, check_plain_head
 from vila_ops.model.processing import read_fit
 from vila_ops.model.towers import select_strategy, square_side
 from vila_ops.packages.tokenizer import IMAGE_TOKEN, OWN_TEMPLATE, TEMPLATE_TOKENS, TEMPLATES
-from vila_ops.packages.untrusted import read_json
+from vila_ops.packages.untrusted import check_counts, read_json
 
 PREFIXES = (
     (r"(?:model\.)?vision_tower\.", "vision_tower", ""),
@@ -38,7 +40,11 @@ def read(folder: Path, *, chat_template: str | None) -> Components:
             f"{folder} holds a {stated.get('model_type')!r} model; supported are NVlabs' VILA and folders of type "
             f"{LlavaConfig.model_type!r}"
         )
-    config = LlavaConfig(**{key: value for key, value in stated.items() if key not in ("model_type", "auto_map")})
+    check_counts(stated, folder / "config.json")
+    with described_by(folder / "config.json"):
+        config = LlavaConfig(**{key: value for key, value in stated.items() if key not in ("model_type", "auto_map")})
+    check_language_model(config.text_config, folder)
+    check_plain_head(config.text_config, folder)
     states = _by_component(components.read_state(folder), folder)
     tower = components.load_strictly("vision_tower", config.vision_config, states["vision_tower"], folder)
     projector, layers = _projector(config, states["projector"], folder)
@@ -97,7 +103,7 @@ def _projector(
 def _check_selected(config: LlavaConfig) -> None:
     layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
     fits = select_strategy(config.vision_config)
-    if not isinstance(layer, int) or layer >= 0:
+    if type(layer) is not int or layer >= 0:
         raise ValueError(
             f"vision_feature_layer {layer}: supported is one hidden state of the tower, counted from the end"
         )

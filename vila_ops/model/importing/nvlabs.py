@@ -28,8 +28,12 @@ NVILA_KEYS = ("dynamic_s2", "image_encoder", "max_tiles")
 """Fields that NVILA's config class (Dec 2024) always writes, and earlier ones never do."""
 NVILA_TRANSFORMERS = (4, 46)
 """The transformers version of NVILA's code; v1.5 has 4.36, LongVILA 4.37."""
+RADIO = {"radio", "radiomodel"}
+"""The model type and class of NVIDIA's RADIO, in lower case."""
 V1_PROJECTOR, V1_TOWER = "model.mm_projector.", "model.vision_tower.vision_tower."
 CLIP_MEAN_STD = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+OPENAI_CLIP = re.compile(r"openai/clip-vit-[a-z]+-patch\d+(-\d+)?")
+"""The hub names of OpenAI's CLIP, whose activation no weight shows."""
 CLIP_HEAD = 64
 """Channels of an attention head in every ViT of OpenAI's CLIP."""
 V1_TEMPLATES = ("llama_3_vila", "hermes_2", "vicuna_v1")
@@ -46,7 +50,7 @@ def is_nvlabs(folder: Path) -> bool:
 def read(folder: Path, *, token_order: TokenOrder | None, chat_template: str | None) -> Components:
     """The components of a checkpoint. Raises ValueError, with the reason, if it cannot be represented exactly."""
     config = read_json(folder / "config.json")
-    _check_supported(config)
+    _check_supported(config, folder)
     vintage = _vintage(config, folder)
     notes: list[str] = []
     kind = _projector_type(config, folder, vintage)
@@ -70,7 +74,7 @@ def read(folder: Path, *, token_order: TokenOrder | None, chat_template: str | N
         language_model=language_model,
         tokenizer=tokenizer,
         mean_std=mean_std,
-        feature_layer=config.get("mm_vision_select_layer", -2),
+        feature_layer=_feature_layer(config),
         image_aspect_ratio=_image_aspect_ratio(config, tower, notes=notes),
         chat_template=_chat_template(tokenizer, vintage, requested=chat_template, notes=notes),
         after_image=_after_image(config) if vintage == "nvila" else "",
@@ -78,14 +82,14 @@ def read(folder: Path, *, token_order: TokenOrder | None, chat_template: str | N
     )
 
 
-def _check_supported(config: dict[str, Any]) -> None:
+def _check_supported(config: dict[str, Any], folder: Path) -> None:
     """Raise ValueError for a model that is more than one square image, one tower and one projector."""
-    tower = json.dumps(config.get("vision_tower_cfg") or config.get("mm_vision_tower") or "").lower()
-    if config.get("ps3") or "ps3" in tower:
+    towers = _tower_types(config, folder)
+    if config.get("ps3") or any(kind.startswith("ps3") for kind in towers):
         raise ValueError(
             "a PS3 tower (VILA-HD) reads parts of an image that the prompt selects, which is not supported"
         )
-    if "radio" in tower:
+    if towers & RADIO:
         raise ValueError("a RADIO tower exists only as code that comes with its checkpoint, which is not run")
     if config.get("s2"):
         raise ValueError(
@@ -94,6 +98,18 @@ def _check_supported(config: dict[str, Any]) -> None:
         )
     if config.get("mm_use_im_start_end"):
         raise ValueError("mm_use_im_start_end puts tokens around each image, which is not supported")
+
+
+def _tower_types(config: dict[str, Any], folder: Path) -> set[str]:
+    """Model types and classes of the tower that the settings state, in lower case; names and paths state none."""
+    own = folder / "vision_tower" / "config.json"
+    settings = [config.get("vision_tower_cfg"), read_json(own) if own.is_file() else None]
+    kinds: list[Any] = []
+    for stated in settings:
+        if isinstance(stated, dict):
+            classes = stated.get("architectures")
+            kinds += [stated.get("model_type"), *(classes if isinstance(classes, list) else [])]
+    return {kind.lower() for kind in kinds if isinstance(kind, str)}
 
 
 def _vintage(config: dict[str, Any], folder: Path) -> Vintage:
@@ -179,7 +195,10 @@ def _one_scale(
     Repeating channels keeps their mean and variance, so the layer norm of the repeated features repeats that of the
     tile. Its scale and shift, and the sum over the copies, are folded into the linear layer after it.
     """
-    scales = sorted(int(scale) for scale in str(config.get("s2_scales")).split(","))
+    stated = str(config.get("s2_scales"))
+    if not re.fullmatch(r"\d+(,\d+)*", stated):
+        raise ValueError(f"s2_scales {stated!r} of a Dynamic-S2 model is no list of sides, such as 448,896,1344")
+    scales = sorted(map(int, stated.split(",")))
     side = square_side(tower.config.image_size)
     if scales[0] != side:
         raise ValueError(
@@ -217,6 +236,15 @@ def _check_selected(config: dict[str, Any], tower: PreTrainedModel) -> None:
         )
 
 
+def _feature_layer(config: dict[str, Any]) -> int:
+    layer = config.get("mm_vision_select_layer", -2)
+    if type(layer) is not int or layer >= 0:
+        raise ValueError(
+            f"mm_vision_select_layer {layer!r}: supported is one hidden state of the tower, counted from the end"
+        )
+    return layer
+
+
 def _image_aspect_ratio(config: dict[str, Any], tower: PreTrainedModel, *, notes: list[str]) -> ImageFit:
     """image_aspect_ratio of the config, or else what the tower's processor does: CLIP's crops, others resize."""
     stated = config.get("image_aspect_ratio")
@@ -226,13 +254,16 @@ def _image_aspect_ratio(config: dict[str, Any], tower: PreTrainedModel, *, notes
         return "resize"
     if isinstance(stated, str) and "dynamic" in stated:
         notes.append(f"image_aspect_ratio {stated}: an image is one square; NVlabs' code cuts a single one into tiles")
-    return "crop" if "clip" in tower.config.model_type else "resize"
+    return "crop" if tower.config.model_type == CLIPVisionConfig.model_type else "resize"
 
 
 def _after_image(config: dict[str, Any]) -> str:
     """The text that NVILA's image encoder puts after an image: a newline by default."""
     stated = config.get("image_encoder") or {}
-    encoder = json.loads(stated) if isinstance(stated, str) else stated
+    try:
+        encoder = json.loads(stated) if isinstance(stated, str) else stated
+    except ValueError as error:
+        raise ValueError(f"image_encoder {stated!r} is neither an object nor the text of one") from error
     if not str(encoder.get("_target_", "BasicImageEncoder")).endswith("BasicImageEncoder") or encoder.get(
         "start_tokens"
     ):
@@ -269,10 +300,11 @@ def _read_v1(
     state = components.read_state(folder)
     name = config["mm_vision_tower"]
     tower = {key.removeprefix(V1_TOWER): state.pop(key) for key in sorted(state) if key.startswith(V1_TOWER)}
-    if "openai/clip-vit" not in name or not tower:
+    if not OPENAI_CLIP.fullmatch(name) or not tower:
         raise ValueError(
-            f"{folder} names the tower {name!r} and holds {len(tower)} tensors of it; a checkpoint in one state is "
-            f"supported if its tower is OpenAI's CLIP and it holds the tower's weights"
+            f"{folder} has mm_vision_tower {name!r} and holds {len(tower)} tensors of it; a checkpoint in one state is "
+            f"supported if its tower is OpenAI's CLIP by its hub name (openai/clip-vit-large-patch14-336) and it holds "
+            f"the tower's weights; if it is that tower, write the name in config.json"
         )
     layers = {key: state.pop(key) for key in sorted(state) if key.startswith(V1_PROJECTOR)}
     llama = {*LlamaConfig().to_dict(), "rope_theta", "rope_scaling"} - {"architectures", "model_type"}

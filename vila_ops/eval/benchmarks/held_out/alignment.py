@@ -20,7 +20,7 @@ from vila_ops.eval.statistics import FloatArray
 if TYPE_CHECKING:
     from vila_ops.data.text.conversation import Tokenizer
 
-REVISION = 1
+REVISION = 2
 NAME, UNIT = "alignment", "cosine"
 
 

@@ -14,7 +14,7 @@ from vila_ops.generate.request import Loglikelihood
 if TYPE_CHECKING:
     from vila_ops.data.text.conversation import Tokenizer
 
-REVISION = 1
+REVISION = 2
 NAME, UNIT = "multiple_choice", "share right"
 
 
