@@ -86,6 +86,8 @@ def test_a_template_that_thinks_before_every_answer_is_told_not_to(tiny: Path, t
         ("{{ [['a', 'b']] | map('random') | first }}" + QWEN_2_5, "draws at random"),
         ("{{ messages[0].items }}" + QWEN_2_5, "writes a place in memory"),
         ("{{ cycler('a', 'b') }}" + QWEN_2_5, "writes a place in memory"),
+        (QWEN_2_5 + "{% if messages[0].role == 'system' %}{{ lipsum }}{% endif %}", "calls lipsum"),
+        (QWEN_2_5 + "{% if messages[0].role == 'system' %}{{ joiner() }}{% endif %}", "writes a place in memory"),
     ],
 )  # fmt: skip
 def test_a_template_that_cannot_be_trained_with_is_refused_with_those_that_fit(

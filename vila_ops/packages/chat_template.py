@@ -8,7 +8,7 @@ import re
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import takewhile
 from types import FrameType
 from typing import Any
@@ -43,6 +43,8 @@ CHANGING = ("strftime_now", "lipsum")
 """What a template can call whose result depends on more than the conversation: the date, and a random text."""
 ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]+")
 """How Python shows an object by its place in memory."""
+NO_THINKING = "{%- set enable_thinking = false -%}"
+"""Prefix for a template that lets the model think unless it is told not to, as Qwen3's do."""
 FLATTEN = (
     "{%- set flat = namespace(messages=[]) -%}{%- for message in messages -%}"
     "{%- set content = message['content'] -%}"
@@ -82,10 +84,6 @@ def check_template(template: str, *, where: str) -> None:
         return  # it expects another form of messages; that is reported where one is rendered
 
 
-NO_THINKING = "{%- set enable_thinking = false -%}"
-"""Prefix for a template that lets the model think unless it is told not to, as Qwen3's do."""
-
-
 def fitted(tokenizer: PreTrainedTokenizerFast, template: str) -> str:
     """A checked template, as it is or after NO_THINKING, whichever is fit. Raises ValueError if neither is."""
     reason = unfit(tokenizer, template)
@@ -116,7 +114,10 @@ def unfit(tokenizer: PreTrainedTokenizerFast, template: str) -> str | None:
         prompts = [(render(TALK[:turn], prompt=True), TALK[turn]["content"]) for turn in (1, 3)]
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         return f"does not render a conversation of two questions and answers ({type(error).__name__}: {error})"
-    if ADDRESS.search(whole):
+    texts = [whole, *(prompt for prompt, _ in prompts)]
+    with suppress(TemplateError):  # it may refuse a system turn
+        texts.append(render([{"role": "system", "content": "Be brief."}, *TALK], prompt=False))
+    if any(ADDRESS.search(text) for text in texts):
         return "writes a place in memory, so the same conversation has another text each time"
     ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
     for prompt, answer in prompts:
