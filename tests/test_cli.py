@@ -20,6 +20,12 @@ ROOT = Path(__file__).parents[1]
 TINY = "configs/recipes/tiny.yaml"
 PROGRAM = str(Path(sys.executable).parent / "vila-ops")
 Json = dict[str, Any]
+PLACES = (
+    *("store", "store/dataset", "store/shard", "store/checkpoint", "store/pretrained", "store/score", "store/report"),
+    *("store/leases", "store/resume", "store/plans", "store/features", "store/diagnostics", "store/sample_log"),
+    *("store/serve", "store/tiny", "store/verify-resume", "cache", "cache/packages", "cache/archives", "data"),
+)
+"""Folders of a run, in each of which a file of the user's lies before it."""
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +39,9 @@ def resources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("inline")
     file = folder / "resources.yaml"
     places = {name: str(folder / name) for name in ("store", "cache", "data")}
+    for place in PLACES:
+        (folder / place).mkdir(parents=True)
+        (folder / place / "photo.jpg").write_text("mine")
     file.write_text(
         yaml.safe_dump(
             {
@@ -93,6 +102,17 @@ def test_every_task_runs_inline_and_each_command_finds_what_it_made(ran: Json, r
 
 
 @pytest.mark.slow
+def test_a_run_touches_no_file_of_the_user_s_and_its_own_have_the_umask_s_mode(ran: Json, resources: Path) -> None:
+    folder = resources.parent
+    photos = [path for path in folder.rglob("photo.jpg") if path.read_text() == "mine"]
+    assert {path.parent.relative_to(folder).as_posix() for path in photos} == set(PLACES)
+    mode = resources.stat().st_mode
+    other = {path for name in ("store", "cache") for path in (folder / name).rglob("*") if path.is_file()}
+    assert len(other) > 100
+    assert [path.name for path in other if path.stat().st_mode != mode] == ["vila.log"], "a server's log is private"
+
+
+@pytest.mark.slow
 def test_two_runs_that_differ_in_one_setting_compare_in_mlflow(ran: Json, resources: Path) -> None:
     other = said("run", TINY, "-r", str(resources), "-s", "stages.sft.learning_rate=4e-4")
     client = MlflowClient(f"sqlite:///{resources.parent}/mlflow.db")
@@ -127,7 +147,7 @@ def test_verify_resume_tells_each_kill_and_leaves_the_store_as_it_was(ran: Json,
     assert done.stdout.startswith("equal: 2 kills, 8 steps of align trained ")
     assert "the samples of 8 steps" in done.stdout
     assert sorted(store.glob("*/*/manifest.json")) == before
-    assert not list((store / "verify-resume").iterdir())
+    assert [path.name for path in (store / "verify-resume").iterdir()] == ["photo.jpg"], "a file of the user's"
 
 
 def test_train_is_a_recipe_up_to_a_stage_or_a_command() -> None:

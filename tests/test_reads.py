@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,6 +61,21 @@ def fetched() -> Iterator[Counter[str]]:
         client().meta.events.unregister(event, note)
 
 
+@contextmanager
+def hashes() -> Iterator[Counter[int]]:
+    """The number of times that each file is hashed, by its inode."""
+    hashed: Counter[int] = Counter()
+    own = hashlib.file_digest
+
+    def noted(file: Any, *rest: Any) -> Any:
+        hashed[os.fstat(file.fileno()).st_ino] += 1
+        return own(file, *rest)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(hashlib, "file_digest", noted)
+        yield hashed
+
+
 @pytest.mark.slow
 def test_s3_sends_a_look_the_index_alone_and_training_each_byte_once(
     run_in: Callable[[str], Run], s3_store: str, tmp_path: Path
@@ -81,6 +97,9 @@ def test_s3_sends_a_look_the_index_alone_and_training_each_byte_once(
     wanted = {place.removeprefix(f"s3://{bucket}/") for place in files} - {index}
     assert read == dict.fromkeys(wanted, 1)
     assert read_manifest(trained.uri)["parents"] == [data.digest, init.digest]
+    with fetched() as read, hashes() as hashed:  # as the next rank on this machine, which reads a share of it
+        opened(data).fetch()
+    assert (read, hashed) == ({}, {})
 
 
 @pytest.mark.slow
@@ -88,24 +107,16 @@ def test_a_process_hashes_each_file_of_the_store_once(
     run_in: Callable[[str], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over all tasks: what one has sealed or compared, the next one knows, unless it changed."""
-    hashed: Counter[int] = Counter()
-    own = hashlib.file_digest
-    root = tmp_path / "store"
-
-    def noted(file: object, *rest: object) -> object:
-        if Path(file.name).is_relative_to(root):  # type: ignore[attr-defined]
-            hashed[os.fstat(file.fileno()).st_ino] += 1  # type: ignore[attr-defined]
-        return own(file, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(hashlib, "file_digest", noted)
     monkeypatch.setattr(disk, "SETTLED_SECONDS", -1.0)
-    run = run_in(str(root))
+    run = run_in(str(tmp_path / "store"))
     stage, resources = run.recipe.stages["align"], run.resources
-    data, init = prepare_named(run, stage.mixture.name), assemble(run.recipe.model, resources)
-    trained = train_stage(stage, run.recipe.model, data, init, resources)
-    held_out = prepare_named(run, run.recipe.final_suite.mixture.name)
-    suite = run.recipe.stage_suite.with_changes({"benchmarks": {"caption_loss": {"kind": "caption_loss"}}})
-    evaluate(suite, trained, held_out, resources)
-    weights = [os.stat(opened(one).places["model.safetensors"][0]).st_ino for one in (init, trained)]
-    assert set(weights) <= hashed.keys()
-    assert set(hashed.values()) == {1}
+    with hashes() as hashed:
+        data, init = prepare_named(run, stage.mixture.name), assemble(run.recipe.model, resources)
+        trained = train_stage(stage, run.recipe.model, data, init, resources)
+        held_out = prepare_named(run, run.recipe.final_suite.mixture.name)
+        suite = run.recipe.stage_suite.with_changes({"benchmarks": {"caption_loss": {"kind": "caption_loss"}}})
+        evaluate(suite, trained, held_out, resources)
+    files = {os.stat(place).st_ino for one in (data, init, trained) for place, _ in opened(one).places.values()}
+    assert files <= hashed.keys()
+    sealed = {path.stat().st_ino for path in (tmp_path / "store").rglob("attempt-*/**/*") if path.is_file()}
+    assert {hashed[file] for file in sealed} == {1}

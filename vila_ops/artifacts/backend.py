@@ -68,6 +68,9 @@ class Backend(Protocol):
     def check(self, uri: str, facts: FileFacts) -> None:
         """Compare a file in the store with its sha256. Raises DamagedFile."""
 
+    def fetch(self, uri: str, facts: FileFacts) -> None:
+        """Download a file that this machine has not, or not with its size. Raises DamagedFile."""
+
     def local(self, uri: str, facts: FileFacts) -> Path:
         """The file on this machine, compared with its sha256 once per process. Raises DamagedFile."""
 

@@ -183,6 +183,13 @@ def check(uri: str, facts: FileFacts) -> None:
         raise DamagedFile(uri, f"has sha256 {actual[:12]}..., sealed as {facts['sha256'][:12]}...")
 
 
+def fetch(uri: str, facts: FileFacts) -> None:
+    """Download an object of which there is no local copy of its size."""
+    path = copy_of(uri)
+    if not path.is_file() or path.stat().st_size != facts["size"]:
+        local(uri, facts)
+
+
 def local(uri: str, facts: FileFacts) -> Path:
     """The local copy of an object, downloaded if it is missing or damaged.
 

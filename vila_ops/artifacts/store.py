@@ -219,6 +219,11 @@ class Opened:
         with _naming(self.uri):
             return backend(self.uri).local(*self.places[name])
 
+    def fetch(self) -> None:
+        """Download the files that this machine lacks; each is compared at its first use. Raises CorruptArtifact."""
+        with _naming(self.uri), ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(lambda one: backend(self.uri).fetch(*one), self.places.values()))
+
     def folder(self) -> Path:
         """A folder on this machine with all files. Raises CorruptArtifact."""
         with _naming(self.uri):

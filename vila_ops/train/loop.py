@@ -109,10 +109,10 @@ def load(job: TrainJob) -> tuple[VilaForConditionalGeneration, RowLoader, BatchB
     """Return the model on its device, the row loader and the batch builder of a stage."""
     stage, resources = job.stage, job.resources
     device = device_of(resources.train.gpus_per_worker)
-    if "://" in job.data.uri:
-        content(job.data)  # downloads every shard before the first step, whose time the watchdog limits
+    files = opened(job.data)
+    files.fetch()  # before the first step, whose time the watchdog limits
     cache = resources.storage.plan_cache()
-    row_loader = RowLoader(opened(job.data).file, digest=job.data.digest, stage=stage, cache=cache)
+    row_loader = RowLoader(files.file, digest=job.data.digest, stage=stage, cache=cache)
     model = model_folder.load(content(job.init), modifications=modifications_of(stage))
     attention.use(model, attention.choose(resources.train.attention, device, stage.precision))
     batch_builder = BatchBuilder(job, model, device=device)
