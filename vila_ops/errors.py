@@ -5,7 +5,9 @@ ValueError is for wrong arguments and settings.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from typing import ClassVar
 
 
@@ -141,6 +143,12 @@ FINAL: tuple[type[Exception], ...] = (
 
 Any other may be fixed by another try: a worker that died, a disk or a network that failed.
 """
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'sft'?` where one of the known words is nearly the same; else nothing."""
+    close = get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def is_final(error: BaseException) -> bool:

@@ -119,7 +119,7 @@ def test_declared_lengths_keep_their_means(make_mixture: Any) -> None:
 
 
 def test_a_stage_that_does_not_fit_is_refused_and_fits_with_the_settings_that_are_named(planned: Any) -> None:
-    plan, code, errors = planned()
+    plan, code, errors = planned("resources.train.stages.sft.micro_batch_size=16")
     stages = {one["stage"]: one for one in plan["stages"]}
     assert code == 1
     assert "stage 'sft' needs" in errors

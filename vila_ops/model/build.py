@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from vila_ops.config import Model
-from vila_ops.config.model import HubLanguageModel, RandomLanguageModel
+from vila_ops.config.model import RandomLanguageModel
 from vila_ops.model.component import component_config, read_component
 from vila_ops.model.configuration import VilaConfig
 from vila_ops.model.language_models import check_language_model
@@ -80,8 +80,7 @@ def _language_model(model: Model, *, vocabulary: int, cache: Path) -> PreTrained
     folder = language_model_folder(model.language_model, cache=cache)
     config = component_config(folder)
     check_language_model(config, folder)
-    if isinstance(model.language_model, HubLanguageModel):
-        check_shape(model.language_model, config)
+    check_shape(model.language_model, config)
     return read_component(AutoModelForCausalLM, folder, config)
 
 

@@ -106,7 +106,7 @@ def vision_config(model: Model, cache: Path) -> PreTrainedConfig | None:
         case RandomTower():
             with torch.device("meta"):
                 config = build_tower(model, cache=cache).config
-        case HubTower(shape=shape) if shape:
+        case HubTower(shape=shape) | PackagedTower(shape=shape) if shape:
             config = config_of(shape)
         case HubTower() | PackagedTower():
             folder = cached_vision_tower(model.vision_tower, cache=cache)
@@ -131,7 +131,7 @@ def _text_config(model: Model, cache: Path) -> PreTrainedConfig | None:
         case RandomLanguageModel() as random:
             tokenizer = build_tokenizer(random, chat_template=model.chat_template, cache=cache)
             return random_language_model(random, vocabulary=padded(len(tokenizer)))
-        case HubLanguageModel(shape=shape) if shape:
+        case HubLanguageModel(shape=shape) | PackagedLanguageModel(shape=shape) if shape:
             return config_of(shape)
         case HubLanguageModel() | PackagedLanguageModel():
             folder = cached_language_model(model.language_model, cache=cache)

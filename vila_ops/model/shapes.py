@@ -3,7 +3,9 @@
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
-from vila_ops.config.model import HubLanguageModel, HubTower, Shape
+from vila_ops.config.model import HubLanguageModel, HubTower, PackagedLanguageModel, PackagedTower, Shape
+
+PretrainedPart = HubTower | PackagedTower | HubLanguageModel | PackagedLanguageModel
 
 
 def config_of(shape: Shape) -> PreTrainedConfig:
@@ -30,7 +32,7 @@ def config_of(shape: Shape) -> PreTrainedConfig:
     return config
 
 
-def check_shape(component: HubTower | HubLanguageModel, config: PreTrainedConfig) -> None:
+def check_shape(component: PretrainedPart, config: PreTrainedConfig) -> None:
     """Compare a downloaded config with the recipe's shape. Raises ValueError with every difference."""
     if component.shape is None:
         return
@@ -42,9 +44,13 @@ def check_shape(component: HubTower | HubLanguageModel, config: PreTrainedConfig
         if _plain(stated) != _plain(actual)
     ]
     if differences:
+        named = (
+            f"{component.name} at {component.revision!r}"
+            if isinstance(component, HubTower | HubLanguageModel)
+            else f"package {component.package.name} {component.package.version}"
+        )
         raise ValueError(
-            f"{component.name} at {component.revision!r} differs from the recipe's shape: {'; '.join(differences)}; "
-            f"correct the shape or the name"
+            f"{named} differs from the recipe's shape: {'; '.join(differences)}; correct the shape or the name"
         )
 
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from vila_ops.config import Model
-from vila_ops.config.model import HubTower, RandomTower
+from vila_ops.config.model import RandomTower
 from vila_ops.model.component import component_config, read_component
 from vila_ops.model.seeds import isolated
 from vila_ops.model.shapes import check_shape
@@ -145,8 +145,7 @@ def _load(model: Model, cache: Path) -> PreTrainedModel:
     assert not isinstance(model.vision_tower, RandomTower)
     folder = vision_tower_folder(model.vision_tower, cache=cache)
     vision = vision_part(component_config(folder))
-    if isinstance(model.vision_tower, HubTower):
-        check_shape(model.vision_tower, vision)
+    check_shape(model.vision_tower, vision)
     vision.architectures = None
     return read_component(AutoModel, folder, vision, key_mapping=TOWER_PREFIXES)
 
