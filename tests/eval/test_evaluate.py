@@ -269,7 +269,7 @@ class Config(Base):
     kind: Literal["words_seen"] = "words_seen"
 
 
-def items(inputs, config):
+def items(inputs, config, tokenizer):
     return word_items(inputs)
 
 

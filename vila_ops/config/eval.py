@@ -1,25 +1,50 @@
 """Benchmarks, suites of benchmarks, and the gate that a model must pass to be promoted."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, PositiveInt, SerializeAsAny, model_validator
 
 from vila_ops.config.base import Config
 from vila_ops.config.kinds import plugins
 from vila_ops.config.mixture import Mixture
+from vila_ops.config.sources import OwnFiles, Rendering
 
 Control = Literal["none", "shuffled"]
 """shuffled: the same items with the image of another object each, by a fixed permutation without fixed points."""
+CONVERSATIONS: tuple[Rendering, ...] = ("conversation", "questions", "instructions")
+"""Renderings with questions and answers."""
 
 
-class CaptionLoss(Config):
+class BenchmarkConfig(Config):
+    """Base of our benchmarks' config classes: what of a suite's mixture each of them reads."""
+
+    def reads(self) -> tuple[Rendering, ...]:
+        """What its items are rendered as."""
+        return ("caption",)
+
+    def needs_images(self) -> bool:
+        """Whether it reads records with an image only."""
+        return "caption" in self.reads()
+
+    def least_objects(self) -> int:
+        """Held-out objects without which it cannot be measured; a shuffled image is that of another object."""
+        return 2 if getattr(self, "control", "none") == "shuffled" else 1
+
+    def lacks(self, mixture: Mixture) -> str | None:
+        """What a mixture would need for it; None if the mixture has sources that it reads."""
+        if any(source.render in self.reads() for source in mixture.sources.values()):
+            return None
+        return f"reads sources with render {' or '.join(self.reads())}"
+
+
+class CaptionLoss(BenchmarkConfig):
     """Negative log-likelihood of the true captions given their images, in nats per token."""
 
     kind: Literal["caption_loss"] = "caption_loss"
     control: Control = "shuffled"
 
 
-class MultipleChoice(Config):
+class MultipleChoice(BenchmarkConfig):
     """Choice among four captions of an image; the distractors are captions of other held-out objects.
 
     The model's choice is the caption with the highest log p(caption | image) - log p(caption | no image). The rule was
@@ -29,8 +54,12 @@ class MultipleChoice(Config):
     kind: Literal["multiple_choice"] = "multiple_choice"
     control: Control = "shuffled"
 
+    def least_objects(self) -> int:
+        """Four captions of different objects."""
+        return 4
 
-class CaptionCider(Config):
+
+class CaptionCider(BenchmarkConfig):
     """CIDEr-D of greedy captions; the chance level is the most frequent training caption."""
 
     kind: Literal["cider"] = "cider"
@@ -38,26 +67,47 @@ class CaptionCider(Config):
     max_new_tokens: PositiveInt = 16
 
 
-class PopeBenchmark(Config):
+class PopeBenchmark(BenchmarkConfig):
     """Accuracy, F1 and share of yes on "Is there a X in the image?", half of them yes; chance level: always yes."""
 
     kind: Literal["pope"] = "pope"
     control: Control = "shuffled"
 
+    def least_objects(self) -> int:
+        """The image's object, that of the shuffled image, and one that is in neither."""
+        return 3
 
-class TextMultipleChoice(Config):
+    def lacks(self, mixture: Mixture) -> str | None:
+        """A file's name, by which sources of files know an object, is nothing to ask about."""
+        named = [one for one in mixture.sources.values() if one.render == "caption" and not isinstance(one, OwnFiles)]
+        return None if named else "asks for objects by name, and reads render caption of packages and of kind jsonl"
+
+
+class TextMultipleChoice(BenchmarkConfig):
     """Choice among four meanings of a word, text only, by the highest log-likelihood per token."""
 
     kind: Literal["text_multiple_choice"] = "text_multiple_choice"
 
+    def reads(self) -> tuple[Rendering, ...]:
+        """Words with their meanings."""
+        return ("definition",)
 
-class TextLoss(Config):
+    def least_objects(self) -> int:
+        """Four meanings."""
+        return 4
+
+
+class TextLoss(BenchmarkConfig):
     """Negative log-likelihood of held-out plain text (words with their meanings), in nats per token."""
 
     kind: Literal["text_loss"] = "text_loss"
 
+    def reads(self) -> tuple[Rendering, ...]:
+        """Words with their meanings."""
+        return ("definition",)
 
-class Alignment(Config):
+
+class Alignment(BenchmarkConfig):
     """Similarity of the language model's states of an image and of its caption, layer by layer.
 
     Chamfer similarity of pairwise cosines, after each layer (VILA, arXiv:2312.07533, Fig. 3). The metric is the mean
@@ -70,7 +120,57 @@ class Alignment(Config):
     """Number of images, the suite's first ones; each takes one forward pass."""
 
 
-OwnBenchmark = CaptionLoss | MultipleChoice | CaptionCider | PopeBenchmark | TextMultipleChoice | TextLoss | Alignment
+class HeldOutLoss(BenchmarkConfig):
+    """Negative log-likelihood of all target tokens of held-out samples of any kind, in nats per token.
+
+    These are answers in their chat template, captions, or the text of documents. With control `shuffled` only samples
+    with an image are read, with `none` all samples.
+    """
+
+    kind: Literal["held_out_loss"] = "held_out_loss"
+    control: Control = "shuffled"
+
+    def reads(self) -> tuple[Rendering, ...]:
+        """Everything, or everything that may have an image."""
+        every: tuple[Rendering, ...] = get_args(Rendering)
+        return every if self.control == "none" else ("caption", "document", "questions", "conversation")
+
+    def needs_images(self) -> bool:
+        """The control needs an image to shuffle."""
+        return self.control == "shuffled"
+
+
+class AnswerMatch(BenchmarkConfig):
+    """Share of held-out conversations whose first answer the model gives word for word, by greedy decoding.
+
+    Case, spaces, and punctuation at both ends do not count. The chance level is the most frequent answer. With control
+    `shuffled` only conversations with an image are read, with `none` all of them.
+    """
+
+    kind: Literal["answer_match"] = "answer_match"
+    control: Control = "shuffled"
+    max_new_tokens: PositiveInt = 32
+
+    def reads(self) -> tuple[Rendering, ...]:
+        """Questions with answers."""
+        return ("conversation", "questions") if self.control == "shuffled" else CONVERSATIONS
+
+    def needs_images(self) -> bool:
+        """The control needs an image to shuffle."""
+        return self.control == "shuffled"
+
+
+OwnBenchmark = (
+    CaptionLoss
+    | MultipleChoice
+    | CaptionCider
+    | PopeBenchmark
+    | TextMultipleChoice
+    | TextLoss
+    | Alignment
+    | HeldOutLoss
+    | AnswerMatch
+)
 Benchmark = Annotated[
     OwnBenchmark, Field(discriminator="kind"), SerializeAsAny(), plugins("vila_ops.benchmarks", OwnBenchmark)
 ]
@@ -101,6 +201,18 @@ class Suite(SuiteSettings):
     mixture: Mixture
     benchmarks: dict[str, Benchmark] = Field(min_length=1)
     """By the name under which the report shows its metrics."""
+
+    @model_validator(mode="after")
+    def _the_mixture_has_what_the_benchmarks_read(self) -> "Suite":
+        every: dict[str, Config] = dict(self.benchmarks)  # a plugin's says itself what it reads
+        own = {name: one for name, one in every.items() if isinstance(one, BenchmarkConfig)}
+        if lacking := [f"{name} {lack}" for name, one in own.items() if (lack := one.lacks(self.mixture))]:
+            has = ", ".join(f"{name} (render {source.render})" for name, source in self.mixture.sources.items())
+            raise ValueError(
+                f"suite {self.name!r} cannot measure: {'; '.join(lacking)}; mixture {self.mixture.name!r} has {has}: "
+                f"add such sources, or remove these benchmarks (held_out_loss reads every source)"
+            )
+        return self
 
     def settings(self) -> SuiteSettings:
         """The settings that may change a benchmark's scores, without the suite's name and its other benchmarks."""

@@ -7,16 +7,18 @@ benchmarks by entry points of the group `vila_ops.benchmarks`; see `config.kinds
 
 # N items, K columns of a score
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from vila_ops.artifacts.kinds import Dataset
 from vila_ops.config import Config, Suite
-from vila_ops.config.eval import SuiteSettings
+from vila_ops.config.eval import CONVERSATIONS, SuiteSettings
 from vila_ops.config.kinds import module_of, provenance
 from vila_ops.eval.report import ItemAnswer, ItemScore, LayerPoint, Metric, MetricRole
 from vila_ops.eval.statistics import FloatArray, Interval, Statistic, cluster_bootstrap, paired_difference
@@ -28,7 +30,10 @@ if TYPE_CHECKING:
 HELD_OUT = "vila_ops.eval.benchmarks.held_out"
 BENCHMARKS = {
     kind: f"{HELD_OUT}.{kind}"
-    for kind in ("alignment", "caption_loss", "cider", "multiple_choice", "pope", "text_loss", "text_multiple_choice")
+    for kind in (
+        *("alignment", "answer_match", "caption_loss", "cider", "held_out_loss", "multiple_choice", "pope"),
+        *("text_loss", "text_multiple_choice"),
+    )
 }
 """Our kinds and their modules, which are imported when a suite has such a benchmark."""
 
@@ -42,6 +47,8 @@ class EvalInputs(Config):
     """Sources of the dataset whose records are captioned images."""
     definitions: tuple[str, ...]
     """Sources of the dataset whose records are words with their meanings."""
+    conversations: tuple[str, ...] = Field(default=(), exclude_if=operator.not_)
+    """Sources of the dataset whose records are questions with answers."""
 
     @classmethod
     def of(cls, suite: Suite, data: Dataset) -> "EvalInputs":
@@ -52,6 +59,7 @@ class EvalInputs(Config):
             settings=suite.settings(),
             captions=tuple(name for name, render in renders.items() if render == "caption"),
             definitions=tuple(name for name, render in renders.items() if render == "definition"),
+            conversations=tuple(name for name, render in renders.items() if render in CONVERSATIONS),
         )
 
 
@@ -105,7 +113,7 @@ class BenchmarkModule(Protocol):
     REVISION: int
     """Raised when the scores or metrics change for the same model and data."""
 
-    def items(self, inputs: EvalInputs, config: Any) -> Sequence[Any]:
+    def items(self, inputs: EvalInputs, config: Any, tokenizer: "Tokenizer") -> Sequence[Any]:
         """The items in their order. Raises ValueError where the data cannot give them."""
 
     def requests(self, items: Sequence[Any], config: Any, tokenizer: "Tokenizer") -> Mapping[str, Requests]:

@@ -17,6 +17,7 @@ from vila_ops.artifacts.leases import hold
 from vila_ops.cluster import check_gpus
 from vila_ops.config import NO_CONTEXT, Resources, RunContext, Suite
 from vila_ops.eval.job import EvalJob
+from vila_ops.eval.needs import check_held_out
 from vila_ops.eval.report import compose, tracked, tracked_layers, write_report
 
 REVISION = 4
@@ -33,7 +34,7 @@ def evaluate(
 ) -> EvalReport:
     """The report of a model on a suite; measures the benchmarks that the store has no result of.
 
-    Raises CorruptArtifact for a damaged model, dataset, result or report, and ValueError for data without enough items.
+    Raises CorruptArtifact for a damaged model, dataset, result or report, and ValueError for too few held-out records.
     """
     job = EvalJob(suite=suite, model=model, data=data, resources=resources)
     results = _results(job)
@@ -42,6 +43,7 @@ def evaluate(
     ):
         return done
     check_gpus(resources, resources.evaluate.gpus_per_worker if len(results) < len(suite.benchmarks) else 0)
+    check_held_out(suite, data)
     stage = model.stage if isinstance(model, Checkpoint) else "base"
     run_id = tracking.start_run(
         resources,

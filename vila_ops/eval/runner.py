@@ -54,7 +54,7 @@ class BenchmarkRunner:
     def measure(self, config: Any) -> tuple[Measurement, tuple[ItemScore, ...]]:
         """The metrics of a benchmark, and the scores of its items; `config` is the benchmark's."""
         benchmark = benchmark_of(config.kind)
-        items = benchmark.items(self.inputs, config)
+        items = benchmark.items(self.inputs, config, self.engine.tokenizer)
         requests = benchmark.requests(items, config, self.engine.tokenizer)
         responses = {condition: self.respond(some) for condition, some in requests.items()}
         scored = benchmark.score(items, config, responses)

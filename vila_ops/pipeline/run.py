@@ -9,6 +9,7 @@ from vila_ops import tracking
 from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, Deployment, EvalReport, ModelVersion, Pretrained
 from vila_ops.config import NO_CONTEXT, Config, Run, RunContext, TextFormat
+from vila_ops.eval.needs import check_held_out
 from vila_ops.eval.report import read_report, tracked
 from vila_ops.pipeline.promotion import register_model, to_serve
 from vila_ops.pipeline.stages import TASKS, StageResult, Tasks, suite_text, walk
@@ -60,6 +61,8 @@ def run_pipeline(
             text = suite_text(recipe, result.stage)
             if text not in held_out:  # also where a stage has changed the size of images
                 held_out[text] = tasks.prepare(recipe.final_suite.mixture, text, resources, below)
+                for suite in (recipe.stage_suite, recipe.final_suite):
+                    check_held_out(suite, held_out[text])
             results[result.stage] = result
             stage_reports[result.stage] = tasks.evaluate(
                 recipe.stage_suite, result.model, held_out[text], resources, below

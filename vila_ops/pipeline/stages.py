@@ -21,7 +21,9 @@ from vila_ops.config import (
 )
 from vila_ops.config.run import BASE
 from vila_ops.data.preprocess.prepare import prepare
+from vila_ops.errors import did_you_mean
 from vila_ops.eval.evaluate import evaluate
+from vila_ops.eval.needs import check_held_out
 from vila_ops.model.assemble import assemble
 from vila_ops.model.context import check_recipe
 from vila_ops.packages.fetch import fetch_all
@@ -88,9 +90,11 @@ def inputs_of(run: Run, stage: str, context: RunContext = NO_CONTEXT) -> tuple[D
 
 def evaluate_stage(run: Run, stage: str, *, final: bool = False, context: RunContext = NO_CONTEXT) -> EvalReport:
     """The report of the model after a stage on the recipe's stage suite, or, `final`, on its final suite."""
-    model = model_after(run, stage, context)
-    held_out = prepare(run.recipe.final_suite.mixture, suite_text(run.recipe, stage), run.resources, context)
     suite = run.recipe.final_suite if final else run.recipe.stage_suite
+    _check_stage(run.recipe, stage, (BASE, *run.recipe.stages))
+    held_out = prepare(run.recipe.final_suite.mixture, suite_text(run.recipe, stage), run.resources, context)
+    check_held_out(suite, held_out)  # before anything is trained
+    model = model_after(run, stage, context)
     return evaluate(suite, model, held_out, run.resources, context)
 
 
@@ -114,8 +118,9 @@ def mixture_named(recipe: Recipe, name: str) -> tuple[Mixture, TextFormat]:
     for stage in recipe.stages.values():
         if stage.mixture.name == name:
             return stage.mixture, recipe.text(stage.name)
-    known = [recipe.final_suite.mixture.name, *(stage.mixture.name for stage in recipe.stages.values())]
-    raise ValueError(f"recipe {recipe.name!r} has no mixture {name!r}; it has {known}")
+    used = (recipe.final_suite.mixture, *(stage.mixture for stage in recipe.stages.values()))
+    known = list(dict.fromkeys(mixture.name for mixture in used))
+    raise ValueError(f"recipe {recipe.name!r} has no mixture {name!r}; it has {known}{did_you_mean(name, known)}")
 
 
 def last_stage(recipe: Recipe) -> str:
@@ -130,4 +135,6 @@ def suite_text(recipe: Recipe, stage: str) -> TextFormat:
 
 def _check_stage(recipe: Recipe, stage: str, known: Sequence[str]) -> None:
     if stage not in known:
-        raise ValueError(f"recipe {recipe.name!r} has no stage {stage!r}; it has {list(recipe.stages)}")
+        raise ValueError(
+            f"recipe {recipe.name!r} has no stage {stage!r}; it has {list(recipe.stages)}{did_you_mean(stage, known)}"
+        )

@@ -68,7 +68,18 @@ METRICS = {
         direction="Higher is more similar; the paper reports it for language models that are trained in pre-training.",
     ),
     "text_loss": MetricText("Text loss", "Loss on held-out words with their meanings, text only."),
+    "held_out_loss": MetricText("Held-out loss", "Loss of the answers, captions or texts of held-out records."),
+    "answer_match": MetricText(
+        "Equal answers",
+        "Share of held-out questions whose first answer the model gives word for word. Chance: the most frequent one.",
+    ),
 }
+
+GAPS = {
+    "caption_loss": ("caption loss", "the true caption"),
+    "held_out_loss": ("held-out loss", "held-out answers and texts"),
+}
+"""The losses that may show an effect of the image: the name of the loss, and what it is a loss of."""
 
 
 def render(summary: Json, curves: dict[str, list[Json]], gallery: list[Json]) -> str:
@@ -199,11 +210,11 @@ class Headline:
 
 
 def verdict(summary: Json) -> Headline:
-    """Whether the interval of the final model's gap in caption loss excludes zero, and whether it was promoted."""
+    """Whether the interval of the final model's gap in loss excludes zero, and whether it was promoted."""
     gap = final_gap(summary)
     promoted = promotion(summary["mlflow"])
     if gap is None:
-        sentence = f"The caption loss of the final model was not measured with shuffled images; {promoted}."
+        sentence = f"The loss of the final model was not measured with shuffled images; {promoted}."
         return Headline("open", "Not compared with shuffled images", sentence, None)
     model, interval = gap["model"], f"{number(gap['low'])} to {number(gap['high'])}"
     measured = (
@@ -217,26 +228,29 @@ def verdict(summary: Json) -> Headline:
             "open", "No effect of the image is shown", f"{sentence}, which includes zero; {promoted}.", panel
         )
     better = gap["low"] > 0
+    loss, predicted = GAPS[gap["measure"]]
     sentence = (
-        f"{model} predicts the true caption {'better' if better else 'worse'} with the matched image than with a "
+        f"{model} predicts {predicted} {'better' if better else 'worse'} with the matched image than with a "
         f"shuffled one: {measured}, which excludes zero; {promoted}."
     )
-    headline = f"The image {'lowers' if better else 'raises'} the caption loss"
+    headline = f"The image {'lowers' if better else 'raises'} the {loss}"
     return Headline("good" if better else "bad", headline, sentence, panel)
 
 
 def final_gap(summary: Json) -> Json | None:
-    """The last stage's gap in caption loss, that of the test split if there are several."""
+    """The last stage's gap in loss, the first of GAPS, that of the test split if there are several."""
     if not summary["stages"]:
         return None
     final = summary["stages"][-1]["name"]
     gaps = [
         metric
         for metric in summary["metrics"]
-        if (metric["model"], metric["measure"], metric["role"]) == (final, "caption_loss", "gap")
+        if (metric["model"], metric["role"]) == (final, "gap")
+        and metric["measure"] in GAPS
         and None not in (metric["value"], metric["low"], metric["high"])
     ]
-    return min(gaps, key=lambda metric: metric["split"] != "test", default=None)
+    order = list(GAPS)
+    return min(gaps, key=lambda metric: (order.index(metric["measure"]), metric["split"] != "test"), default=None)
 
 
 def promotion(mlflow: Json) -> str:

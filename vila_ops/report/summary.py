@@ -11,7 +11,7 @@ import httpx
 from vila_ops import tracking
 from vila_ops.artifacts import output
 from vila_ops.artifacts.execution import versions
-from vila_ops.artifacts.kinds import Artifact, Checkpoint, Dataset, EvalReport
+from vila_ops.artifacts.kinds import Artifact, Checkpoint, EvalReport
 from vila_ops.artifacts.store import file, read_manifest
 from vila_ops.config import NO_CONTEXT, Run, RunContext
 from vila_ops.config.run import BASE
@@ -128,16 +128,6 @@ def markdown(summary: Json) -> str:
     return "\n".join(lines)
 
 
-def lines(summary: Json) -> str:
-    """The final model's metrics on the final suite for a terminal: value, 95 % interval and number of items."""
-    final = [metric for metric in summary["metrics"] if metric["suite"] == summary["metrics"][-1]["suite"]]
-    return "\n".join(
-        f"{m['model']} {m['split']}  {m['name']:22} {m['role']:8} {m['value']:7.3f} [{m['low']:.3f}, {m['high']:.3f}]  "
-        f"n {m['n']}"
-        for m in final
-    )
-
-
 def table(summary: Json) -> list[Json]:
     """The stages as a table for Prefect's page, each with a link to its MLflow run."""
     return [
@@ -248,13 +238,10 @@ def _curve(checkpoint: Checkpoint) -> list[Json]:
 
 
 def _gallery(run: Run, outcome: Outcome) -> list[Json]:
-    """The final model's captions with their images."""
-    answers = read_report(outcome.report).answers[:GALLERY]
+    """The final model's captions and answers with their images."""
     held_out = outcome.datasets[run.recipe.final_suite.mixture.name]
-    images = _images(held_out, {answer.key for answer in answers})
+    rows = {row["key"]: row for row in index_of(held_out).to_pylist() if row["num_images"]}
+    answers = [answer for answer in read_report(outcome.report).answers if answer.key in rows][:GALLERY]
+    shown = [rows[key] for key in dict.fromkeys(answer.key for answer in answers)]
+    images = {sample.key: data_url(sample.images[0]) for sample in samples_of(held_out, shown)}
     return [{**dict(answer), "image": images[answer.key]} for answer in answers]
-
-
-def _images(dataset: Dataset, keys: set[str]) -> dict[str, str]:
-    rows = [row for row in index_of(dataset).to_pylist() if row["key"] in keys]
-    return {sample.key: data_url(sample.images[0]) for sample in samples_of(dataset, rows)}

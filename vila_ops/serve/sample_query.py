@@ -19,7 +19,7 @@ class SampleAnswer(Config):
     image: str
     """As a data URL."""
     truth: str
-    """Caption of the image."""
+    """Caption of the image, or the text of its record."""
     reply: str
     name: str
     """Name of the served model."""
@@ -28,16 +28,18 @@ class SampleAnswer(Config):
     url: str
 
 
-def query_sample(deployment: Deployment, held_out: Dataset, suite: Suite, *, question: str = QUESTION) -> SampleAnswer:
-    """Ask about the first captioned image of the suite's split. Raises httpx.HTTPStatusError when refused."""
+def query_sample(
+    deployment: Deployment, held_out: Dataset, suite: Suite, *, question: str = QUESTION
+) -> SampleAnswer | None:
+    """Ask about the first image of the suite's split, a captioned one where there is one; None without an image.
+
+    Raises httpx.HTTPStatusError when refused.
+    """
     captioned = {name for name, source in suite.mixture.sources.items() if source.render == "caption"}
-    rows = index_of(held_out).to_pylist()
-    row = next((row for row in rows if row["split"] == suite.split and row["source"] in captioned), None)
-    if row is None:
-        raise ValueError(
-            f"suite {suite.name!r} has no captioned image in its {suite.split} split to ask about; add a source with "
-            f"render: caption to mixture {suite.mixture.name!r}"
-        )
+    rows = [row for row in index_of(held_out).to_pylist() if row["split"] == suite.split and row["num_images"]]
+    if not rows:
+        return None
+    row = next((row for row in rows if row["source"] in captioned), rows[0])
     (sample,) = samples_of(held_out, [row])
     image = data_url(sample.images[0])
     payload = request(model_name(deployment.url), image, question)

@@ -24,7 +24,7 @@ REVISION = 2
 NAME, UNIT = "alignment", "cosine"
 
 
-def items(inputs: EvalInputs, config: Alignment) -> tuple[ImageItem, ...]:
+def items(inputs: EvalInputs, config: Alignment, tokenizer: "Tokenizer") -> tuple[ImageItem, ...]:
     """The first held-out images."""
     return image_items(inputs)[: config.max_images]
 

@@ -17,7 +17,7 @@ REVISION = 2
 NAME, UNIT = "caption_loss", "nats per token"
 
 
-def items(inputs: EvalInputs, config: CaptionLoss) -> tuple[ImageItem, ...]:
+def items(inputs: EvalInputs, config: CaptionLoss, tokenizer: "Tokenizer") -> tuple[ImageItem, ...]:
     """The held-out images."""
     return image_items(inputs)
 

@@ -27,7 +27,7 @@ class CaptionItem:
     """The most frequent training caption, the same for all items."""
 
 
-def items(inputs: EvalInputs, config: CaptionCider) -> tuple[CaptionItem, ...]:
+def items(inputs: EvalInputs, config: CaptionCider, tokenizer: "Tokenizer") -> tuple[CaptionItem, ...]:
     """The held-out images. Raises ValueError without a training caption."""
     frequent = frequent_caption(inputs)
     return tuple(CaptionItem(image, frequent) for image in image_items(inputs))

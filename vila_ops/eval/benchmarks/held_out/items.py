@@ -1,12 +1,14 @@
-"""Held-out images and held-out words of a prepared mixture, as items of benchmarks."""
+"""Held-out images, words and samples of a prepared mixture, as items of benchmarks."""
 
 import random
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import cycle, islice
 from typing import Any
 
-from vila_ops.data.shards import Sample, index_of, samples_of
+from vila_ops.data.shards import Sample, index_of, runs, samples_of
 from vila_ops.eval.benchmark import EvalInputs
 
 
@@ -21,10 +23,10 @@ class ImageItem:
     shuffled_image: bytes
     """The control's image: that of another object, by a fixed permutation without fixed points."""
     caption: str
-    distractors: tuple[str, str, str]
-    """Captions of three other held-out objects, those of the same category first."""
-    absent: str
-    """Name of another held-out object, which is in neither image."""
+    distractors: tuple[str, ...]
+    """Captions of three other held-out objects, or of fewer where there are no more; the same category first."""
+    absent: str | None
+    """Name of another held-out object, which is in neither image; None where there is none."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +39,31 @@ class WordItem:
     distractors: tuple[str, str, str]
 
 
+@dataclass(frozen=True)
+class SampleItem:
+    """One held-out sample as it would be trained on: its tokens, and the images of the two conditions."""
+
+    key: str
+    object: str
+    text: str
+    input_ids: list[int]
+    """An image is a run of the image token, as in `Tokenizer`."""
+    spans: tuple[tuple[int, int], ...]
+    """[start, stop) of each run of target tokens."""
+    images: tuple[bytes, ...]
+    shuffled_images: tuple[bytes, ...]
+    """As many images of other objects."""
+
+
 @lru_cache(maxsize=1)
 def image_items(inputs: EvalInputs) -> tuple[ImageItem, ...]:
-    """One item for each object, at most `max_objects`. Raises ValueError for too few objects to draw distractors from.
+    """One item for each object, at most `max_objects`.
 
     The result is kept for the next benchmark of the suite.
     """
     rows = _one_each(_held_out(inputs, inputs.captions))[: inputs.settings.max_objects]
     samples = list(samples_of(inputs.data, rows))
     seed = inputs.settings.seed
-    if len(samples) < 5:
-        raise ValueError(f"{len(samples)} held-out images, at least 5 objects are needed; enlarge the split")
     order = list(range(len(samples)))
     random.Random(f"{seed}/derangement").shuffle(order)
     # one cycle through all items, so that no item keeps its matched image
@@ -71,6 +87,39 @@ def word_items(inputs: EvalInputs) -> tuple[WordItem, ...]:
     return tuple(items)
 
 
+def sample_items(inputs: EvalInputs, sources: tuple[str, ...] | None, *, with_images: bool) -> tuple[SampleItem, ...]:
+    """The held-out samples of some sources, or of all (None), of at most `max_objects` objects.
+
+    `with_images`: only those that have an image.
+    """
+    rows = [row for row in _held_out(inputs, sources) if row["num_images"] or not with_images]
+    objects = [row["object"] for row in _one_each(rows)][: inputs.settings.max_objects]
+    number = {name: place for place, name in enumerate(objects)}
+    kept = sorted((row for row in rows if row["object"] in number), key=lambda row: (number[row["object"]], row["key"]))
+    samples = list(samples_of(inputs.data, kept))
+    shown = {sample.object: sample.images for sample in reversed(samples)}
+    return tuple(
+        SampleItem(
+            key=sample.key,
+            object=sample.object,
+            text=sample.text,
+            input_ids=sample.input_ids,
+            spans=tuple((max(1, start), stop) for start, stop in runs(sample.is_target) if stop > 1),
+            images=sample.images,
+            shuffled_images=_images_of_others(sample, objects, shown),
+        )
+        for sample in samples
+        if any(sample.is_target[1:])  # the first token is never predicted
+    )
+
+
+def _images_of_others(sample: Sample, objects: list[str], shown: Mapping[str, tuple[bytes, ...]]) -> tuple[bytes, ...]:
+    """As many images as a sample has, of the objects after its own, in a circle; its own where there is no other."""
+    own = objects.index(sample.object)
+    others = [image for name in objects[own + 1 :] + objects[:own] for image in shown[name]]
+    return tuple(islice(cycle(others), len(sample.images))) if others else sample.images
+
+
 def frequent_caption(inputs: EvalInputs) -> str:
     """The most frequent training caption: the best answer that does not look at the image."""
     rows = [row for row in _rows(inputs, inputs.captions) if row["split"] == "train"]
@@ -80,11 +129,11 @@ def frequent_caption(inputs: EvalInputs) -> str:
     return min(counts, key=lambda text: (-counts[text], text))
 
 
-def _rows(inputs: EvalInputs, sources: tuple[str, ...]) -> list[dict[str, Any]]:
-    return [row for row in index_of(inputs.data).to_pylist() if row["source"] in sources]
+def _rows(inputs: EvalInputs, sources: tuple[str, ...] | None) -> list[dict[str, Any]]:
+    return [row for row in index_of(inputs.data).to_pylist() if sources is None or row["source"] in sources]
 
 
-def _held_out(inputs: EvalInputs, sources: tuple[str, ...]) -> list[dict[str, Any]]:
+def _held_out(inputs: EvalInputs, sources: tuple[str, ...] | None) -> list[dict[str, Any]]:
     return [row for row in _rows(inputs, sources) if row["split"] == inputs.settings.split]
 
 
@@ -104,7 +153,7 @@ def _image_item(number: int, samples: list[Sample], shuffled: int, *, seed: int)
     others = _same_category_first(number, [s.category for s in samples], draw)
     distractors = [samples[i].text for i in others if samples[i].text != sample.text]
     unseen = [i for i in others if i != shuffled]  # the shuffled image must not show it either
-    absent = samples[unseen[0 if draw.random() < 0.5 else -1]].object
+    absent = samples[unseen[0 if draw.random() < 0.5 else -1]].object if unseen else None
     return ImageItem(
         key=sample.key,
         object=sample.object,
@@ -112,7 +161,7 @@ def _image_item(number: int, samples: list[Sample], shuffled: int, *, seed: int)
         image=sample.images[0],
         shuffled_image=samples[shuffled].images[0],
         caption=sample.text,
-        distractors=_first_three(distractors, sample.key),
+        distractors=tuple(distractors[:3]),
         absent=absent,
     )
 

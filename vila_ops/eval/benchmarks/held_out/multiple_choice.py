@@ -18,9 +18,15 @@ REVISION = 2
 NAME, UNIT = "multiple_choice", "share right"
 
 
-def items(inputs: EvalInputs, config: MultipleChoice) -> tuple[ImageItem, ...]:
-    """The held-out images."""
-    return image_items(inputs)
+def items(inputs: EvalInputs, config: MultipleChoice, tokenizer: "Tokenizer") -> tuple[ImageItem, ...]:
+    """The held-out images. Raises ValueError for one with fewer than three captions to choose from beside its own."""
+    items = image_items(inputs)
+    if few := next((item for item in items if len(item.distractors) < 3), None):
+        raise ValueError(
+            f"item {few.key!r}: only {len(few.distractors)} held-out captions differ from {few.caption!r}; enlarge the "
+            f"split, or leave multiple_choice out of the suite"
+        )
+    return items
 
 
 def requests(

@@ -23,7 +23,7 @@ COLUMNS = ("true_positive", "false_positive", "true_negative", "false_negative")
 STATISTICS = {"pope_accuracy": pope.accuracy, "pope_f1": pope.f1, "pope_yes_ratio": pope.yes_ratio}
 
 
-def items(inputs: EvalInputs, config: PopeBenchmark) -> tuple[ImageItem, ...]:
+def items(inputs: EvalInputs, config: PopeBenchmark, tokenizer: "Tokenizer") -> tuple[ImageItem, ...]:
     """The held-out images, each with one question."""
     return image_items(inputs)
 
@@ -95,4 +95,7 @@ def _is_present(number: int) -> bool:
 
 
 def _asked_name(number: int, item: ImageItem) -> str:
-    return item.object if _is_present(number) else item.absent
+    name = item.object if _is_present(number) else item.absent
+    if name is None:
+        raise ValueError(f"item {item.key!r}: no held-out object is in neither image; enlarge the split")
+    return name

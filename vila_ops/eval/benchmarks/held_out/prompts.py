@@ -1,11 +1,12 @@
 """Prompts and requests that several of these benchmarks make, in the format of the training data."""
 
+import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vila_ops.config.eval import Control
 from vila_ops.eval.benchmark import ScoreRequest
-from vila_ops.eval.benchmarks.held_out.items import ImageItem
+from vila_ops.eval.benchmarks.held_out.items import ImageItem, SampleItem
 from vila_ops.eval.report import MetricRole
 from vila_ops.generate.request import Prompt
 
@@ -43,3 +44,29 @@ def caption_requests(
         )
         for item, image in zip(items, images, strict=True)
     ]
+
+
+def shown_by_condition(items: Sequence[SampleItem], control: Control) -> dict[str, list[tuple[bytes, ...]]]:
+    """The images of each sample by condition, as in `shown_images`."""
+    images = {"matched": [item.images for item in items]}
+    return images if control == "none" else {**images, "shuffled": [item.shuffled_images for item in items]}
+
+
+def prompt_of(item: SampleItem, stop: int, images: Sequence[bytes], tokenizer: "Tokenizer") -> Prompt:
+    """The first `stop` tokens of a sample, with the images that stand among them."""
+    ids = item.input_ids[:stop]
+    return Prompt(ids, tuple(images[: ids.count(tokenizer.image_id) // tokenizer.image_tokens]))
+
+
+def check_tokenizer(items: Sequence[SampleItem], tokenizer: "Tokenizer") -> None:
+    """Raise ValueError for samples of another tokenizer, by which none of their targets is in their text."""
+
+    def plain(text: str) -> str:
+        return "".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+    targets = ((plain(tokenizer.decode(item.input_ids[slice(*span)])), item) for item in items for span in item.spans)
+    if items and not any(target and target in plain(item.text) for target, item in targets):
+        raise ValueError(
+            "the held-out samples were tokenised for another model, whose tokenizer differs from this one's; evaluate "
+            "a model of the recipe that prepared them"
+        )

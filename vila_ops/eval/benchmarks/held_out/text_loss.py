@@ -16,7 +16,7 @@ REVISION = 2
 NAME, UNIT = "text_loss", "nats per token"
 
 
-def items(inputs: EvalInputs, config: TextLoss) -> tuple[WordItem, ...]:
+def items(inputs: EvalInputs, config: TextLoss, tokenizer: "Tokenizer") -> tuple[WordItem, ...]:
     """The held-out words."""
     return word_items(inputs)
 

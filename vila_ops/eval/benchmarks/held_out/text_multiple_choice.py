@@ -17,7 +17,7 @@ REVISION = 2
 NAME, UNIT = "text_multiple_choice", "share right"
 
 
-def items(inputs: EvalInputs, config: TextMultipleChoice) -> tuple[WordItem, ...]:
+def items(inputs: EvalInputs, config: TextMultipleChoice, tokenizer: "Tokenizer") -> tuple[WordItem, ...]:
     """The held-out words."""
     return word_items(inputs)
 
