@@ -129,8 +129,10 @@ def test_a_run_tells_a_person_its_metrics_and_what_it_left_out(tmp_path: Path, r
     (tmp_path / "untracked.yaml").write_text(yaml.safe_dump(untracked))
     done = CliRunner().invoke(app, ["run", TINY, "-r", str(tmp_path / "untracked.yaml")])
     report = json.loads(next((resources.parent / "store/report").glob("*/attempt-*/report.json")).read_text())
-    assert len(done.stdout.splitlines()) == len(report["metrics"])
-    assert all(line.startswith("sft test") for line in done.stdout.splitlines())
+    about, _, header, *rows = done.stdout.splitlines()
+    assert about == f"suite tiny, test split, model {report['model'][:12]}"
+    assert header.split()[:3] == ["score", "of", "value"]
+    assert [row.split()[0] for row in rows] == [metric["name"] for metric in report["metrics"]]
     assert "nothing was registered or deployed" in done.stderr
 
 
@@ -191,16 +193,19 @@ def test_a_look_imports_no_heavy_library(arguments: tuple[str, ...]) -> None:
 
 
 def test_show_tells_a_person_what_each_stage_trains() -> None:
-    """After the run itself, which programs read."""
+    """First of all; with --full every setting follows, as YAML that reads back."""
     where = ("configs/recipes/vila-7b.yaml", "-r", "configs/resources/vila_128.yaml")
     recipe = load(Path(where[0]), resources=Path(where[2])).recipe
     done = CliRunner().invoke(app, ["show", *where])
-    printed, table = done.stdout.split("\nrecipe vila-7b, ")
-    assert json.loads(printed) == said("show", *where)
-    assert table.splitlines()[0] == f"fingerprint {recipe.fingerprint()}"
-    lines = [line.split() for line in table.splitlines()[1:] if line]
-    assert [line[0] for line in lines] == ["stage", "align", "pretrain", "sft"]
-    assert " ".join(lines[1][1:]) == "projector 336 px, 576 tokens 256 x 4096 0.001 1 epoch 2 8 x 32"
+    first, _, *table = done.stdout.splitlines()
+    assert first == f"recipe vila-7b, fingerprint {recipe.fingerprint()}"
+    lines = [line.split() for line in table if line]
+    assert [line[0] for line in lines] == 2 * ["stage", "align", "pretrain", "sft"]
+    assert " ".join(lines[1][1:]) == "projector 336 px, 576 tokens 256 x 4096 0.001"
+    assert " ".join(lines[5][1:]) == "1 epoch 2 8 x 32"
+    full = CliRunner().invoke(app, ["show", *where, "--full"]).stdout
+    assert full.startswith(done.stdout)
+    assert yaml.safe_load(full.removeprefix(done.stdout)) == said("show", *where)
 
 
 def test_plan_tells_a_person_how_large_the_parts_are_before_lengths_are_known() -> None:
@@ -208,12 +213,12 @@ def test_plan_tells_a_person_how_large_the_parts_are_before_lengths_are_known() 
     where = ("configs/recipes/vila-7b.yaml", "-r", "configs/resources/vila_128.yaml")
     done = CliRunner().invoke(app, ["plan", *where])
     lines = [line.split() for line in done.stdout.splitlines() if line]
-    assert [line[:2] for line in lines[1:5]] == [
+    assert [line[:2] for line in lines[1:4]] == [
         ["language_model", "6,738,415,616"],
         ["vision_tower", "303,507,456"],
         ["projector", "20,979,712"],
-        ["together", "7,062,902,784"],
     ]
+    assert lines[4] == ["all", "parts", "7,062,902,784"]
     assert lines[6] == ["align", "20,979,712", "7,062,902,784", "0.3%"]
     assert "the lengths of mixture" in str(done.exception)
 

@@ -26,9 +26,10 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 OPTION = re.compile(r"--?[a-z][a-z-]*$")
 FINGERPRINT = re.compile(r"\b[0-9a-f]{64}\b")
 
+QUESTION = next(line for line in PAGES["docs/your-data.md"].splitlines() if line.startswith("printf "))
+"""The command that writes the question for curl."""
 RUN = (
     "vila-ops --help",
-    "vila-ops data lint mine/captions.csv --images mine/images",
     "vila-ops doctor",
     "vila-ops show configs/recipes/demo.yaml",
     "vila-ops show configs/recipes/mine.yaml",
@@ -49,9 +50,7 @@ NOT_RUN = {
     "fetches packages or images, or reads a model that has to be downloaded": (
         "vila-ops fetch configs/recipes/demo.yaml",
         "vila-ops prepare configs/recipes/demo.yaml --mixture align",
-        "vila-ops prepare configs/recipes/mine.yaml --mixture mine",
         "vila-ops data show configs/recipes/demo.yaml --mixture align --out samples.html",
-        "vila-ops data show configs/recipes/mine.yaml --mixture mine --out samples.html",
         "vila-ops data download mmc4 raw/mmc4 --out raw/mmc4_images",
         "vila-ops data download coyo raw/coyo --out raw/coyo_images",
         "vila-ops import VILA1.5-3b --out models/vila15-3b > model.yaml",
@@ -67,10 +66,33 @@ NOT_RUN = {
         "vila-ops train verify-resume configs/recipes/tiny.yaml --kills 5",
         "vila-ops evaluate configs/recipes/demo.yaml --stage align",
         "vila-ops evaluate configs/recipes/demo.yaml --stage sft --final",
-        "vila-ops evaluate configs/recipes/mine.yaml --stage align",
         "vila-ops alignment configs/recipes/demo.yaml --out alignment.svg",
     ),
     "is run by tests/test_cli.py": ("vila-ops run configs/recipes/tiny.yaml",),
+    "is run by tests/test_your_data.py, with a small model": (
+        "vila-ops data lint mine/captions.csv --images mine/images",
+        "vila-ops init mine --data mine/captions.csv --images mine/images",
+        "cd mine",
+        "vila-ops prepare configs/recipes/mine.yaml --mixture mine",
+        "vila-ops data show configs/recipes/mine.yaml --mixture mine --out samples.html",
+        "vila-ops train configs/recipes/mine.yaml --stage sft",
+        "vila-ops evaluate configs/recipes/mine.yaml --stage sft --final",
+        'vila-ops generate store/checkpoint/ADDRESS --image images/0001.jpg "What is this?"',
+        "vila-ops export store/checkpoint/ADDRESS --out model",
+        "vila-ops deploy configs/recipes/mine.yaml",
+        QUESTION,
+        "curl -s http://127.0.0.1:8000/v1/chat/completions -d @question.json",
+        "vila-ops undeploy configs/recipes/mine.yaml",
+        "vila-ops data lint chat/llava.json --images chat/images",
+        "vila-ops init chat --data chat/llava.json --images chat/images",
+        "cd chat",
+        "vila-ops train configs/recipes/chat.yaml --stage sft",
+        "vila-ops evaluate configs/recipes/chat.yaml --stage sft --final",
+    ),
+    "is run by tests/plan/test_shipped.py": (
+        "vila-ops plan configs/recipes/vila-7b-packed.yaml -r configs/resources/eight_gpus.yaml "
+        "--lengths configs/lengths/vila.yaml",
+    ),
     "is run by tests/config/test_settings_page.py, with a small model": (
         "vila-ops train configs/recipes/mine.yaml --stage align",
     ),
@@ -121,15 +143,12 @@ SHOWN = shown_outputs()
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout with the files that the pages tell the reader to write, and images for them."""
+    """A checkout with the files that the pages tell the reader to write or to make."""
     folder = tmp_path_factory.mktemp("checkout")
     for path in ROOT.iterdir():
         if not path.name.startswith(".") and path.name not in ("configs", "store", "data"):
             os.symlink(path, folder / path.name)
     shutil.copytree(ROOT / "configs", folder / "configs")
-    for _, block in blocks("yaml"):
-        if named := re.match(r"# (configs/\w+/mine\.yaml)\b", block):
-            (folder / named[1]).write_text(block)
     (folder / "mine/images").mkdir(parents=True)
     with (folder / "mine/captions.csv").open("w", newline="") as file:
         rows = csv.writer(file)
@@ -137,6 +156,11 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for number in range(3):
             Image.new("RGB", (30, 20), (number * 60, 0, 0)).save(folder / f"mine/images/{number}.png")
             rows.writerow([f"{number}.png", "A red square."])
+    for name in ("mine", "chat"):
+        done = CliRunner().invoke(app, ["init", str(folder / name)])
+        assert done.exit_code == 0, done.output
+        for path in (folder / name / "configs").glob(f"*/{name}.yaml"):
+            shutil.copy(path, folder / path.relative_to(folder / name))
     return folder
 
 
@@ -217,7 +241,7 @@ def test_prose_names_commands_and_options_that_exist() -> None:
                 command, words = command.commands[words[0]], words[1:]
             if command.name == "train":
                 command = command.commands["stage"]
-            assert not isinstance(command, TyperGroup) or not words, f"{page}: {code}"
+            assert not isinstance(command, TyperGroup) or all(map(OPTION.match, words)), f"{page}: {code}"
             known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
             assert {word for word in words if OPTION.match(word)} <= known, f"{page}: {code}"
 

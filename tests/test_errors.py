@@ -27,12 +27,15 @@ from vila_ops.artifacts.kinds import Dataset
 from vila_ops.artifacts.leases import hold
 from vila_ops.artifacts.s3_calls import translated
 from vila_ops.artifacts.store import address, begin
-from vila_ops.config import Resources
+from vila_ops.config import Package, Resources, load
+from vila_ops.data.preprocess.identity import digests
 from vila_ops.data.shards import CorruptShard
 from vila_ops.errors import FINAL, DamagedFile, FetchError, RemoteError, StoreRefused, VilaError, is_final
+from vila_ops.packages.fetch import fetch
 from vila_ops.packages.resolve import hub_folder
 
 ROOT = Path(__file__).parents[1]
+TINY, INLINE = ROOT / "configs/recipes/tiny.yaml", ROOT / "configs/resources/inline.yaml"
 ERRORS = {
     errors.CorruptArtifact("x"): True,
     DamagedFile("x", "is missing"): True,
@@ -134,6 +137,18 @@ def test_a_store_that_cannot_be_used_is_one_sentence_at_once(store: str, message
         with pytest.raises(StoreRefused) as raised:
             use()
         assert str(raised.value).startswith(message)
+        assert is_final(raised.value)
+
+
+@pytest.mark.parametrize("cache", ["/proc/nope", "/dev/null"])
+def test_a_cache_that_cannot_be_used_is_one_sentence_at_once(cache: str) -> None:
+    mixture = load(TINY, resources=INLINE).recipe.stages["align"].mixture
+    package = Package(registry="npm", name="x", version="1", sha256="0" * 64, licence="MIT")
+    for use in (lambda: digests(mixture, cache=Path(cache)), lambda: fetch(package, cache=Path(cache))):
+        with pytest.raises(StoreRefused) as raised:
+            use()
+        assert str(raised.value).startswith("resources.storage.cache /")
+        assert str(raised.value).endswith("; set it to a folder of yours")
         assert is_final(raised.value)
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from vila_ops.artifacts.backend import AT_ONCE, FileFacts, Versioned
 from vila_ops.errors import DamagedFile, StoreRefused, UnsafeStore
 
+CACHE = "resources.storage.cache"
+"""The setting of the cache, for messages."""
 KEPT_VERSIONS = 8
 """Versions of a register that are kept, so that a reader that lists its folder during a swap finds one that stays."""
 
@@ -190,6 +192,15 @@ def probe(root: str) -> str:
         if (first, second, read(taken)) != (True, False, b"first"):
             raise UnsafeStore(f"store {root}: link(2) overwrote a file that was there; {way_out}")
     return f"store {root}: links are create-only and fsync works"
+
+
+def make_folder(folder: Path, *, setting: str) -> None:
+    """Make the folder that a setting names.
+
+    Raises StoreRefused where it cannot be made, and OSError for a fault that may pass.
+    """
+    with _refused(StoreRefused, f"{setting} {folder} cannot be made", "set it to a folder of yours"):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager

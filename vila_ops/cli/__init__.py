@@ -4,23 +4,48 @@ Bodies are a few lines and import what they need, so that `--help`, `show` and `
 """
 
 import logging
+import shlex
 import sys
 from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from vila_ops.cli import model, plan, run, servers
+from vila_ops import __version__
+from vila_ops.cli import init, model, plan, run, servers
 from vila_ops.cli.data import data
-from vila_ops.cli.options import message_of
+from vila_ops.cli.messages import message_of, unexpected
 from vila_ops.cli.train import train
 from vila_ops.errors import VilaError
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as of a shell."""
+
+
+class _Program(TyperGroup):
+    """Says after Ctrl-C how to go on."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            command = shlex.join(["vila-ops", *sys.argv[1:]])
+            print(f"\ninterrupted; what was finished is kept, and the same command goes on: {command}", file=sys.stderr)
+            raise SystemExit(INTERRUPTED) from None
+
+
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Image-text data to a served VLM."
+    cls=_Program,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Image-text data to a served VLM.",
 )
 COMMANDS: tuple[Callable[..., None] | typer.Typer, ...] = (
-    run.show, plan.plan, run.fetch, run.prepare, data, model.import_model, train, run.evaluate, run.alignment,
-    run.register, run.deploy, run.undeploy, run.run, model.export, run.verify,
+    init.init, run.show, plan.plan, run.fetch, run.prepare, data, model.import_model, train, run.evaluate,
+    run.alignment, run.register, run.deploy, run.undeploy, run.run, model.export, model.generate, run.verify,
     servers.doctor, servers.up, servers.down, servers.status, servers.demo,
 )  # fmt: skip
 for command in COMMANDS:
@@ -30,8 +55,23 @@ for command in COMMANDS:
         app.command("import" if command is model.import_model else None)(command)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"vila-ops {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version")
+    ] = False,
+) -> None:
+    pass
+
+
 def main() -> None:
-    """Entry point: an error that a user can answer is one message, not a traceback."""
+    """Entry point: an error is one message, not a traceback."""
     over_progress = "\r\x1b[K" if sys.stderr.isatty() else ""  # a stage's progress line is rewritten in place
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format=f"{over_progress}%(message)s")
     logging.getLogger("vila_ops").setLevel(logging.INFO)
@@ -39,4 +79,7 @@ def main() -> None:
         app(prog_name="vila-ops")
     except (VilaError, ValueError, OSError, RuntimeError) as error:
         print(f"error: {message_of(error)}", file=sys.stderr)
+        raise SystemExit(1) from error
+    except Exception as error:
+        print(f"error: {unexpected(error)}", file=sys.stderr)
         raise SystemExit(1) from error

@@ -1,12 +1,14 @@
-"""`vila-ops import` and `export`: models from other programs, and for them."""
+"""`vila-ops import`, `export` and `generate`: models from other programs, for them, and one answer of a model."""
 
+import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from vila_ops.cli.options import AsJson, print_result, say, section
+from vila_ops.cli.options import AsJson, as_yaml, print_result, say
 
 Checkpoint = Annotated[str, typer.Argument(help="A sealed model's place in the store, s3://..., or any model folder")]
 
@@ -32,7 +34,7 @@ def import_model(
     if as_json:
         print_result(made, as_json)
     else:
-        say(section("model", made.model))
+        say(as_yaml({"model": made.model.model_dump(mode="json", exclude_none=True)}))
 
 
 def export(
@@ -62,6 +64,38 @@ def export(
             say(f"{finding.target:12} {'yes' if finding.loads else 'no '}  {'; '.join(finding.reasons)}")
     if check and not findings[0].loads:
         raise typer.Exit(1)
+
+
+def generate(
+    checkpoint: Checkpoint,
+    question: Annotated[str, typer.Argument(help="The question; <image> marks places of images, else they come first")],
+    images: Annotated[
+        list[Path] | None, typer.Option("--image", help="An image file; may be given several times", metavar="FILE")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens")] = 128,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default: all CPUs")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer one question, about images where some are given, in the model's chat template."""
+    if missing := [str(path) for path in images or () if not path.is_file()]:
+        raise ValueError(f"no such image file: {', '.join(missing)}")
+    folder = _folder(checkpoint.rstrip("/"))
+    from vila_ops.config.engine import TorchEngine
+    from vila_ops.generate.ask import ask
+    from vila_ops.generate.engine import EngineOptions
+    from vila_ops.generate.load import open_folder
+
+    with tempfile.TemporaryDirectory(prefix="vila-generate-") as scratch:
+        options = EngineOptions(feature_root=Path(scratch), threads=threads or len(os.sched_getaffinity(0)))
+        engine = open_folder(folder, TorchEngine(), options)
+        answer = ask(engine, question, images or (), max_new_tokens=max_new_tokens)
+        engine.close()
+    if as_json:
+        print_result(answer, as_json)
+    else:
+        say(answer.text)
+        if answer.finish_reason == "length":
+            print(f"cut after {answer.answer_tokens} tokens; --max-new-tokens sets the limit", file=sys.stderr)
 
 
 def _folder(place: str) -> Path:

@@ -5,13 +5,11 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
-
     from vila_ops.config import Config, Run, RunContext
 
 INLINE = Path("configs/resources/inline.yaml")
@@ -62,39 +60,11 @@ def say(text: str) -> None:
     print(text, file=sys.stdout.results if isinstance(sys.stdout, _ResultsApart) else sys.stdout, flush=True)
 
 
-def message_of(error: Exception) -> str:
-    """What an error says; for a config, a line for each setting that is wrong, without pydantic's own words."""
-    from pydantic import ValidationError
-
-    if not isinstance(error, ValidationError):
-        return str(error)
-    return "\n".join(
-        f"{'.'.join(map(str, fault['loc'])) or error.title}: {_reason(fault)}"
-        for fault in error.errors(include_url=False, include_context=False)
-    )
-
-
-def _reason(fault: "ErrorDetails") -> str:
-    """What is wrong with one setting, and its value."""
-    given = fault["input"]
-    match fault["type"]:
-        case "value_error":
-            return fault["msg"].removeprefix("Value error, ")
-        case "extra_forbidden":
-            return "there is no such setting; docs/settings.md lists them"
-        case "model_attributes_type" | "model_type" | "dict_type":
-            return f"a mapping is wanted here, such as {{kind: ...}}, not {given!r}; see docs/settings.md"
-        case _ if isinstance(given, str | int | float | None):
-            return f"{fault['msg']}; it is {given!r}"
-        case _:
-            return fault["msg"]
-
-
-def section(name: str, config: "Config") -> str:
-    """A config as the section of a YAML file."""
+def as_yaml(value: dict[str, Any] | list[Any]) -> str:
+    """Settings as the text of a YAML file."""
     import yaml
 
-    return yaml.safe_dump({name: config.model_dump(mode="json", exclude_none=True)}, sort_keys=False).rstrip()
+    return yaml.safe_dump(value, sort_keys=False).rstrip()
 
 
 def print_result(made: "Config | Sequence[Config]", as_json: bool) -> None:

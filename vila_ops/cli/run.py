@@ -15,6 +15,7 @@ from vila_ops.cli.options import (
     RecipeFile,
     ResourcesFile,
     StageName,
+    as_yaml,
     load_run,
     print_result,
     say,
@@ -22,17 +23,23 @@ from vila_ops.cli.options import (
 
 
 def show(
-    recipe: RecipeFile, resources: ResourcesFile = INLINE, overrides: Overrides = None, as_json: AsJson = False
+    recipe: RecipeFile,
+    resources: ResourcesFile = INLINE,
+    overrides: Overrides = None,
+    full: Annotated[bool, typer.Option("--full", help="Print every setting as YAML, too")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Print the resolved run, its fingerprint and what each stage trains, after its static checks; do nothing."""
+    """Print a run's fingerprint and what each stage trains, after its static checks; do nothing."""
     from vila_ops.cli.show import summary
 
     run, _ = load_run(recipe, resources, overrides)
-    print_result(run, as_json)
     if as_json:
+        print_result(run, as_json)
         print(f"fingerprint {run.recipe.fingerprint()}", file=sys.stderr)
-    else:
-        say("\n".join(["", *summary(run)]))
+        return
+    say("\n".join(summary(run)))
+    if full:
+        say(f"\n{as_yaml(run.model_dump(mode='json'))}")
 
 
 def fetch(
@@ -74,11 +81,18 @@ def evaluate(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate the model after a stage."""
+    """Evaluate the model after a stage; prints its scores with 95 % intervals."""
+    from vila_ops.cli.scores import scores
+    from vila_ops.eval.report import read_report
     from vila_ops.pipeline import stages
 
     run, context = load_run(recipe, resources, overrides)
-    print_result(stages.evaluate_stage(run, stage, final=final, context=context), as_json)
+    report = stages.evaluate_stage(run, stage, final=final, context=context)
+    if as_json:
+        print_result(report, as_json)
+    else:
+        say("\n".join(scores(read_report(report))))
+        print(f"report: {report.uri}", file=sys.stderr)
 
 
 def alignment(
@@ -97,7 +111,7 @@ def alignment(
 
 
 def register(
-    recipe: RecipeFile, resources: ResourcesFile, overrides: Overrides = None, as_json: AsJson = False
+    recipe: RecipeFile, resources: ResourcesFile = INLINE, overrides: Overrides = None, as_json: AsJson = False
 ) -> None:
     """Register the last stage's model and let the gate judge it."""
     from vila_ops.pipeline import promotion
@@ -105,7 +119,9 @@ def register(
     print_result(promotion.register_last(*load_run(recipe, resources, overrides)), as_json)
 
 
-def deploy(recipe: RecipeFile, resources: ResourcesFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def deploy(
+    recipe: RecipeFile, resources: ResourcesFile = INLINE, overrides: Overrides = None, as_json: AsJson = False
+) -> None:
     """Serve the model of a recipe, or the champion where the gate refused it."""
     from vila_ops.pipeline import promotion
 
@@ -124,6 +140,8 @@ def run(
     recipe: RecipeFile, resources: ResourcesFile = INLINE, overrides: Overrides = None, as_json: AsJson = False
 ) -> None:
     """Run every task in order, without Prefect, and write the report."""
+    from vila_ops.cli.scores import scores
+    from vila_ops.eval.report import read_report
     from vila_ops.pipeline.run import run_pipeline
     from vila_ops.report import summary
 
@@ -134,7 +152,7 @@ def run(
     if as_json:
         print_result(outcome, as_json)
     else:
-        say(summary.lines(page.summary))
+        say("\n".join(scores(read_report(outcome.report))))
     if outcome.version is None:
         print("nothing was registered or deployed: these resources have no tracking.uri", file=sys.stderr)
     if outcome.deployment is not None:

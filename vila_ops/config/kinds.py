@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 from pydantic import ValidatorFunctionWrapHandler, WrapValidator
 
 from vila_ops.config.base import Config
+from vila_ops.errors import did_you_mean
 
 Group = Literal["vila_ops.sources", "vila_ops.benchmarks", "vila_ops.projectors", "vila_ops.engines"]
 
@@ -58,7 +59,10 @@ def provenance(group: Group, ours: Mapping[str, str], kind: str) -> dict[str, An
 
 
 def _unknown(group: Group, ours: Iterable[str], kind: str) -> ValueError:
-    return ValueError(f"no {group} of kind {kind!r}: ours are {sorted(ours)}, and no installed package adds it")
+    known = sorted(ours)
+    return ValueError(
+        f"no {group} of kind {kind!r}: ours are {known}, and no installed package adds it{did_you_mean(kind, known)}"
+    )
 
 
 @lru_cache

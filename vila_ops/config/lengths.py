@@ -5,7 +5,7 @@ from pathlib import Path
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from vila_ops.config.base import Config, Slug
-from vila_ops.config.load import read
+from vila_ops.config.load import read_as
 
 
 class LengthGroup(Config):
@@ -30,4 +30,4 @@ class Lengths(Config):
 
 def load_lengths(path: Path) -> Lengths:
     """Read lengths from a YAML file."""
-    return Lengths.model_validate(read(path))
+    return Lengths.model_validate(read_as(Lengths, path, what="lengths of samples (configs/lengths)"))

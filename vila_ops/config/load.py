@@ -3,18 +3,20 @@
 import re
 import shlex
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any, Union, get_origin
 
 import yaml
 
 from vila_ops.config.base import Config
 from vila_ops.config.context import RunContext
 from vila_ops.config.resources import Resources
-from vila_ops.config.run import Run
+from vila_ops.config.run import Recipe, Run
+from vila_ops.config.schema import configs, members, value_types
+from vila_ops.errors import did_you_mean
 
 BASES = "extends"
 """Key of a mapping that lists the files to merge into it."""
+RESOURCES = "resources (configs/resources)"
 
 
 def load(recipe: Path, *, resources: Path, overrides: tuple[str, ...] = ()) -> Run:
@@ -22,7 +24,10 @@ def load(recipe: Path, *, resources: Path, overrides: tuple[str, ...] = ()) -> R
 
     An override that starts with `resources.` changes the resources, any other the recipe.
     """
-    tree = {"recipe": read(recipe), "resources": read(resources)}
+    tree = {
+        "recipe": read_as(Recipe, recipe, what="a recipe (configs/recipes)"),
+        "resources": read_as(Resources, resources, what=RESOURCES),
+    }
     for override in overrides:
         key, value = key_and_value(override)
         path = key.split(".") if key.startswith("resources.") else ["recipe", *key.split(".")]
@@ -49,12 +54,26 @@ def key_and_value(override: str) -> tuple[str, Any]:
 
 def load_resources(path: Path) -> Resources:
     """The resources in a YAML file."""
-    return Resources.model_validate(read(path))
+    return Resources.model_validate(read_as(Resources, path, what=RESOURCES))
 
 
 def read(path: Path) -> dict[str, Any]:
     """The content of a YAML file; each mapping in it merges the files that it `extends`, left to right, itself last."""
     return _read(path.resolve(), ())
+
+
+def read_as(kind: type[Config], path: Path, *, what: str) -> dict[str, Any]:
+    """The content of a file that holds settings of a kind. Raises ValueError for a file of another kind.
+
+    Such a file lacks most of what the kind requires, or has none of its keys.
+    """
+    tree = read(path)
+    required = [name for name, field in kind.model_fields.items() if field.is_required()]
+    lacking = [name for name in required if name not in tree]
+    if 2 * len(lacking) > len(required) or (tree and not tree.keys() & kind.model_fields.keys()):
+        lacks = f"it lacks {', '.join(lacking)}, and " if lacking else ""
+        raise ValueError(f"{path} does not hold {what}: {lacks}its keys are {', '.join(map(str, tree)) or 'none'}")
+    return tree
 
 
 def merge(base: Any, over: Any) -> Any:
@@ -88,7 +107,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ValueError(f"{path} extends itself through {' -> '.join(p.name for p in seen)}")
     if not path.is_file():
         origin = f" (extended by {seen[-1]})" if seen else ""
-        raise ValueError(f"no such config file: {path}{origin}")
+        near = did_you_mean(path.name, (one.name for one in path.parent.glob("*.yaml")))
+        raise ValueError(f"no such config file: {path}{origin}{near}")
     try:
         own = yaml.load(path.read_text(), Loader=Loader)
     except (yaml.YAMLError, ValueError) as error:
@@ -121,38 +141,20 @@ def _set(tree: dict[str, Any], path: list[str], value: Any, override: str, annot
     key, *rest = path
     if not rest:
         return {"kind": value} if key == "kind" and tree.get(key, value) != value else {**tree, key: value}
-    inner, may_be_new = _under(annotation, key)
-    child = tree.get(key, {} if may_be_new else None)
+    inner = value_types(annotation, key)
+    child = tree.get(key, {} if _may_be_left_out(annotation, inner) else None)
     if not isinstance(child, dict):
-        raise ValueError(f"override {override!r}: no key {key!r}; keys here are {sorted(tree)}")
-    return {**tree, key: _set(child, rest, value, override, inner)}
+        hint = did_you_mean(key, tree)
+        if not hint and annotation is Recipe and key in Resources.model_fields:
+            hint = f"; did you mean resources.{override}?"
+        raise ValueError(f"override {override!r}: no key {key!r}; keys here are {sorted(tree)}{hint}")
+    below: Any = Union[tuple(inner) or (Any,)]  # noqa: UP007 a list of types
+    return {**tree, key: _set(child, rest, value, override, below)}
 
 
-def _under(annotation: Any, key: str) -> tuple[Any, bool]:
-    """The type of the value under a key of a mapping, and whether a file may leave it out."""
-    types, may_be_new = [], False
-    for member in _members(annotation):
-        if get_origin(member) is dict:
-            types.append(get_args(member)[1])
-            may_be_new |= not any(field.is_required() for c in _configs(types[-1]) for field in c.model_fields.values())
-        elif key in (fields := member.model_fields if _is_config(member) else {}):
-            types.append(fields[key].annotation)
-            may_be_new |= bool(_configs(types[-1])) or get_origin(types[-1]) is dict
-    return Union[tuple(types)] if types else Any, may_be_new  # noqa: UP007 a list of types
-
-
-def _configs(annotation: Any) -> list[type[Config]]:
-    return [member for member in _members(annotation) if _is_config(member)]
-
-
-def _is_config(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, Config)
-
-
-def _members(annotation: Any) -> list[Any]:
-    """The types of a union, without annotations."""
-    if get_origin(annotation) is Annotated:
-        return _members(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, UnionType):
-        return [inner for member in get_args(annotation) for inner in _members(member)]
-    return [annotation]
+def _may_be_left_out(annotation: Any, values: list[Any]) -> bool:
+    """Whether a file may leave out a mapping of these types, so that an override may begin it."""
+    if any(get_origin(member) is dict for member in members(annotation)):
+        held = (one for value in values for one in configs(value))
+        return not any(field.is_required() for one in held for field in one.model_fields.values())
+    return any(configs(one) or get_origin(one) is dict for one in values)

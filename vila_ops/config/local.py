@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from vila_ops.config.base import Config
-from vila_ops.config.load import read
+from vila_ops.config.load import read_as
 
 Port = int
 RAY_WORKER_PORTS = range(10002, 20000)
@@ -67,4 +67,4 @@ class LocalServers(Config):
 
 def load_local(path: Path) -> LocalServers:
     """The servers of this machine, from a YAML file."""
-    return LocalServers.model_validate(read(path))
+    return LocalServers.model_validate(read_as(LocalServers, path, what="servers (configs/local.yaml)"))

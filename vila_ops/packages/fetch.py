@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, assert_never
 
 from vila_ops.artifacts import output
+from vila_ops.artifacts.disk import CACHE, make_folder
 from vila_ops.config.package import Package
 from vila_ops.errors import FetchError, FetchRefused
 
@@ -56,7 +57,7 @@ def fetch(package: Package, *, cache: Path) -> Path:
     if folder.is_dir():
         return folder
     for parent in (folder.parent, cache / "archives", cache / "locks"):
-        parent.mkdir(parents=True, exist_ok=True)
+        make_folder(parent, setting=CACHE)
     with _locked(cache / "locks" / folder.name):
         if not folder.is_dir():
             _remove_leftovers(folder.parent, folder.name)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitImageProcessorP
 from transformers.utils.quantization_config import GgufConfig
 
 from vila_ops.artifacts import output
+from vila_ops.artifacts.disk import CACHE, make_folder
 from vila_ops.config.base import fingerprint
 from vila_ops.packages.imagenet import IMAGENET
 
@@ -180,7 +181,7 @@ def _converted(folder: Path, convert: Callable[[Path], None], *, kind: str) -> P
     """The folder of a conversion, written in a temporary folder and published by one rename; the first one wins."""
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent, setting=CACHE)
     work_folder = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         target = work_folder / "content"

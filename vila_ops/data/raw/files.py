@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from zlib import crc32
 
-from vila_ops.artifacts.disk import sha256
+from vila_ops.artifacts.disk import CACHE, make_folder, sha256
 from vila_ops.config import Config, fingerprint
 from vila_ops.data.raw.text import fault
 
@@ -246,6 +246,6 @@ def _checksum(key: bytes, value: object) -> int:
 
 @contextmanager
 def _scan_cache(cache: Path) -> Iterator[_ScanCache]:
-    cache.mkdir(parents=True, exist_ok=True)
+    make_folder(cache, setting=CACHE)
     with closing(_ScanCache(cache / "raw.sqlite")) as opened:
         yield opened
