@@ -110,6 +110,7 @@ NOT_RUN = {
         "dvc metrics diff",
         "dvc plots diff",
         "dvc diff",
+        "dvc pull data/mine",
         "git diff data/mine.md",
         "vila-ops data watch configs/recipes/mine.yaml --mixture mine --commit",
     ),

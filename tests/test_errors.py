@@ -28,7 +28,7 @@ from vila_ops.artifacts.leases import hold
 from vila_ops.artifacts.s3_calls import translated
 from vila_ops.artifacts.store import address, begin
 from vila_ops.config import Package, Resources, load
-from vila_ops.data.preprocess.identity import digests
+from vila_ops.data.preprocess.identity import raw_digests
 from vila_ops.data.shards import CorruptShard
 from vila_ops.errors import FINAL, DamagedFile, FetchError, RemoteError, StoreRefused, VilaError, is_final
 from vila_ops.packages.fetch import fetch
@@ -144,7 +144,7 @@ def test_a_store_that_cannot_be_used_is_one_sentence_at_once(store: str, message
 def test_a_cache_that_cannot_be_used_is_one_sentence_at_once(cache: str) -> None:
     mixture = load(TINY, resources=INLINE).recipe.stages["align"].mixture
     package = Package(registry="npm", name="x", version="1", sha256="0" * 64, licence="MIT")
-    for use in (lambda: digests(mixture, cache=Path(cache)), lambda: fetch(package, cache=Path(cache))):
+    for use in (lambda: raw_digests(mixture, cache=Path(cache)), lambda: fetch(package, cache=Path(cache))):
         with pytest.raises(StoreRefused) as raised:
             use()
         assert str(raised.value).startswith("resources.storage.cache /")

@@ -303,6 +303,7 @@ def named_alike(place: str, *overrides: str) -> None:
 )  # fmt: skip
 def test_two_datasets_of_one_name_are_refused_naming_both_places(place: str, override: str, told: str) -> None:
     equal = ["final_suite.max_tokens=96", "stage_suite.max_tokens=96"]
+    equal += [f"{suite}.benchmarks={{loss: {{kind: held_out_loss}}}}" for suite in ("final_suite", "stage_suite")]
     named_alike(place, *equal)
     with pytest.raises(ValidationError, match=told):
         named_alike(place, *equal, override)

@@ -78,6 +78,7 @@ def lines(result: LintFault | LintSummary) -> str:
 
 
 def _faults(source: Source, folders: Mapping[str, Path], checks: "_Checks", *, cache: Path) -> Iterator[LintFault]:
+    sources.check_images(source)
     for file in sources.raw_files(source, folders, cache=cache):
         mark = file.marks[0] if file.marks else 0
         span = Span(name=file.name, path=file.path, digest=file.digest, start=0, stop=file.count, mark=mark)

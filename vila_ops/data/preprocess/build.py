@@ -75,6 +75,7 @@ def build(
 
 def _units(name: str, mixture: Mixture, text: TextFormat, *, cache: Path) -> Iterator[Unit]:
     source = mixture.sources[name]
+    sources.check_images(source)
     raw = sources.raw_files(source, folders_of(source, cache=cache), cache=cache)
     if not sum(file.count for file in raw):
         raise ValueError(f"mixture {mixture.name!r}: source {name!r} has no records")

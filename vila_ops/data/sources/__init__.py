@@ -84,16 +84,17 @@ def _missing_images(source: Source, raw: list[RawFile]) -> str:
 
 
 def raw_files(source: Source, folders: Folders, *, cache: Path) -> list[RawFile]:
-    """The source's files, see `SourceModule.raw_files`. The packages of a packaged source count as one file.
+    """The source's files, see `SourceModule.raw_files`. The packages of a packaged source count as one file."""
+    return _module(source).raw_files(source, folders, cache=cache)
 
-    Raises ValueError also for a folder of images that is not there, once and not for each record.
-    """
+
+def check_images(source: Source) -> None:
+    """Raise ValueError for a folder of images that is not there: once, and not for each record."""
     images = getattr(source, "images", None)
-    if images is not None and not Path(images).is_dir():
+    if isinstance(images, str) and not Path(images).is_dir():
         raise ValueError(
             f"no such folder: {images} (looked for in {Path.cwd()}); set `images` to the folder of the images"
         )
-    return _module(source).raw_files(source, folders, cache=cache)
 
 
 def read(source: Source, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
