@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from vila_ops.artifacts.kinds import Dataset
 from vila_ops.artifacts.output import MARK, check_file, check_folder, new_folder, replace, write_file
-from vila_ops.artifacts.store import address, begin, check_target, export, seal
+from vila_ops.artifacts.store import address, begin, check_target, content, export, find_in, keep, seal
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -205,3 +205,30 @@ def test_what_is_sealed_exported_and_written_has_the_umask_s_mode(umask: int, tm
     assert len(written) > 12
     for path in written:
         assert stat.S_IMODE(path.stat().st_mode) == (0o777 if path.is_dir() else 0o666) & ~umask, path
+
+
+def test_an_export_of_links_into_a_cache_is_replaced_and_copied_not_written_through(
+    made: Dataset, tmp_path: Path
+) -> None:
+    """DVC checks out links where its `cache.type` says so."""
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    export(made, out)
+    before = tree(out)
+    for name in before:
+        (cache / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).rename(cache / name)
+        (cache / name).chmod(0o444)
+        (out / name).symlink_to(cache / name)
+    at = address(Dataset, revision=1, recipe={}, parents=())
+    linked = find_in(Dataset, at, str(out))
+    assert linked is not None
+    kept = keep(linked, at, store=str(tmp_path / "other"))
+    assert not any(path.is_symlink() for path in content(kept).rglob("*"))
+    attempt = begin(address(Dataset, revision=2, recipe={}, parents=()), store=str(tmp_path / "store"))
+    (attempt / "a.txt").write_text("other")
+    other = address(Dataset, revision=2, recipe={}, parents=())
+    export(seal(Dataset, other, attempt, facts={"num_samples": 1, "num_tokens": 1}, execution={}), out)
+    assert tree(cache) == before
+    assert (out / "files/a.txt").read_text() == "other"
+    assert not (out / "files/a.txt").is_symlink()
+    assert content(kept).joinpath("a.txt").read_text() == "hello"

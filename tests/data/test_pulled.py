@@ -1,5 +1,6 @@
 """Prepared data in `data/<mixture>` alone, as after `dvc pull` without raw files: it is used and kept."""
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from vila_ops.artifacts.store import Address, begin, content, export, opened, re
 from vila_ops.config import Mixture, Resources, TextFormat
 from vila_ops.data.inspect.show import show
 from vila_ops.data.loading.loader import RowLoader
+from vila_ops.data.preprocess.identity import raw_digests
 from vila_ops.data.preprocess.prepare import prepare, prepared
 from vila_ops.data.preprocess.shard_writer import tokenizer_of
 from vila_ops.data.shards import index_of, samples_of
@@ -155,3 +157,16 @@ def test_two_datasets_of_one_question_that_differ_are_refused(
         prepare(clone.mixture(), text, clone.resources)
     shutil.move(sealed.uri, tmp_path / "away")
     assert prepare(clone.mixture(), text, clone.resources).digest == other.digest
+
+
+def test_a_folder_of_images_that_is_not_here_is_told_where_other_files_are(tmp_path: Path) -> None:
+    """LLaVA's captions come with a table of URLs; that table is no image."""
+    (tmp_path / "chat.json").write_text(json.dumps([{"id": "1", "image": "a.jpg", "conversations": []}]))
+    (tmp_path / "metadata.json").write_text("[]")
+    source = {"kind": "llava_cc3m", "path": str(tmp_path), "images": str(tmp_path / "images"), "licence": "MIT"}
+    chosen = Mixture.model_validate({"name": "own", "sources": {"llava": source}})
+    raw = raw_digests(chosen, cache=tmp_path / "cache")
+    assert raw.missing == {"llava": f"no folder {tmp_path / 'images'}"}
+    assert raw.here.keys() == {"llava"}
+    (tmp_path / "images").mkdir()
+    assert raw_digests(chosen, cache=tmp_path / "cache").missing == {}
