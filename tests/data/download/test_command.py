@@ -82,3 +82,32 @@ def test_a_file_that_no_download_wrote_survives_and_nothing_is_asked(
     assert [path.name for path in out.iterdir()] == [name]
     assert (out / name).read_bytes() == before
     assert not any(server.seen[one.path] for one in cases)
+
+
+def test_rules_of_the_source_select_before_anything_is_fetched(server, case, make_settings, tmp_path: Path) -> None:
+    cases = [case("ok_png", number) for number in range(10)]
+    server.plan(cases)
+    raw, settings = tmp_path / "raw/part-0.parquet", tmp_path / "settings.yaml"
+    raw.parent.mkdir()
+    settings.write_text(yaml.safe_dump(make_settings().model_dump(mode="json")))
+    urls = [f"http://127.0.0.1:{server.port}{one.path}" for one in cases]
+    rows = {"url": urls, "text": ["a tree"] * 10, "clip_similarity_vitb32": [n / 8 for n in range(10)]}
+    pq.write_table(pa.table(rows), raw)
+    rule = "clean.top_share={columns: [clip_similarity_vitb32], share: 0.2}"
+    asked = [
+        "data",
+        "download",
+        "coyo",
+        str(raw),
+        "--out",
+        str(tmp_path / "out"),
+        "--settings",
+        str(settings),
+        "--json",
+    ]
+    done = CliRunner().invoke(app, [*asked, "-s", rule])
+    assert done.exit_code == 0, done.output
+    assert [server.seen[one.path] for one in cases] == [0] * 8 + [1, 1]
+    done = CliRunner().invoke(app, asked)  # all are wanted now
+    assert json.loads(done.stdout)["counts"] == {"ok": 10}
+    assert [server.seen[one.path] for one in cases] == [1] * 10

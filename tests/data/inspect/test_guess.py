@@ -2,6 +2,7 @@ import gzip
 import io
 import json
 import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +134,58 @@ def test_a_named_format_wins(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps(LINES["flan"]))
     made: Source = guess(str(tmp_path), kind="messages")
     assert made.kind == "messages"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "settings"),
+    [
+        ("Flickr8k.token.txt", "1000_6.jpg#0\tA child .\n", {"separator": "tab", "columns": ("image", "text")}),
+        ("results_20130124.token", "10009.jpg#0\tTwo men .\n", {"separator": "tab", "columns": ("image", "text")}),
+        (
+            "results.csv",
+            "image_name| comment_number| comment\n10.jpg| 0| Two men\n",
+            {"separator": "pipe", "image": "image_name", "text": "comment"},
+        ),
+        ("captions.txt", "image,caption\n10.jpg,A child .\n", {"separator": "comma", "text": "caption"}),
+        (
+            "Train_GCC-training.tsv",
+            "a bus, red\thttp://ex.test/a\n",
+            {"columns": ("text", "url"), "image_url": "url"},
+        ),
+        ("metadata.csv", "file_name,text\n10.jpg,A\n", {"image": "file_name"}),
+        ("q.tsv", "image\tquestion\tanswer\n", {"text": "answer", "question": "question", "render": "conversation"}),
+    ],
+)
+def test_the_first_line_of_a_table_shows_its_settings(
+    name: str, content: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    made = guess(str(path))
+    assert made == Table.model_validate(
+        {"path": str(path), "licence": "NOASSERTION", "images": str(tmp_path), **settings}
+    )
+
+
+@pytest.mark.parametrize("content", ["Notes, of a kind\n", "see http://ex.test/a.jpg\n", "a.jpg\n", "", "\n"])
+def test_a_text_is_no_table(content: str, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text(content)
+    with pytest.raises(ValueError, match="found nothing that is known"):
+        guess(str(tmp_path))
+
+
+def test_zipped_shards_and_interleaved_documents_are_told(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "docs_shard_0_v2.jsonl.zip", "w") as archive:
+        archive.writestr("docs_shard_0_v2.jsonl", json.dumps(LINES["mmc4"]))
+    assert guess(str(tmp_path), images="out").kind == "mmc4"
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "a.jsonl").write_text(json.dumps({"texts": ["a", None], "images": [None, "http://ex.test/a.jpg"]}))
+    assert guess(str(other), images="out").kind == "interleaved"
+
+
+def test_settings_are_given_by_their_dotted_names(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("image,text\n")
+    made = guess(str(path), own={"clean.min_words": 2, "clean.scores": {"s": {"at_least": 1}}})
+    assert (made.clean.min_words, made.clean.scores["s"].at_least) == (2, 1)

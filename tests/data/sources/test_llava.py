@@ -339,3 +339,24 @@ def test_a_file_that_is_not_whole_is_an_error_that_names_it(content: str, tmp_pa
             scan(source(path, None))
     else:
         assert scan(source(path, None))[0].count == 0
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("around", [{"data": ...}, {"version": "1.0", "info": [{"a": 1}], "data": ...}])
+def test_a_list_inside_an_object_is_refused_with_the_way_out(
+    around: dict[str, Any], indent: int | None, tmp_path: Path, scan: Scan
+) -> None:
+    records = [{"id": "1", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}]
+    whole = {key: records if value is ... else value for key, value in around.items()}
+    (tmp_path / "a.json").write_text(json.dumps(whole, indent=indent))
+    with pytest.raises(
+        ValueError, match=r"a\.json is one object, with its records in the list 'data'; .*jq '\.\[\"data\"\]'"
+    ):
+        scan(Llava(path=str(tmp_path), licence="CC0-1.0"))
+
+
+def test_one_record_on_a_line_is_no_list_inside_an_object(tmp_path: Path, read_all: ReadAll) -> None:
+    told = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"tags": [{"name": "turns"}], "conversations": told}))
+    ((record,),) = read_all(Llava(path=str(tmp_path), licence="CC0-1.0"))
+    assert isinstance(record, Record)

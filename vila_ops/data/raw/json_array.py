@@ -15,6 +15,10 @@ BLOCK = 1 << 20
 """Bytes read at once."""
 MAX_ELEMENT = 1 << 26
 """Characters of one element; a longer element has probably lost its end."""
+RECORD_KEYS = frozenset({"conversations", "messages", "instruction", "text_list", "turns"})
+"""Keys that make an object a record of one of the formats."""
+_LISTED = re.compile(r'"([^"\\]*+)"\s*+:\s*+\[\s*+(?=\{)')
+"""A key with a list of objects."""
 _SPACE = re.compile(r"[ \t\n\r]*")
 _STRUCTURE = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[]["{},]', re.DOTALL)
 """Whole strings, and the brackets, braces and commas outside of them; a lone quote starts an unterminated string."""
@@ -27,6 +31,22 @@ class Broken:
     reason: str
     """bad_json or invalid_utf8."""
     detail: str
+
+
+def wrapped_in(path: Path) -> str | None:
+    """The key under which a file that is one object has its records, as {"data": [...]}; None for other files."""
+    with path.open("rb") as file:
+        head = file.read(BLOCK).decode("utf-8-sig", "replace")
+    if not head.lstrip().startswith("{"):
+        return None
+    for match in _LISTED.finditer(head):
+        try:
+            first, _ = DECODER.raw_decode(head, match.end())
+        except (ValueError, RecursionError):  # longer than what was read, or no record
+            continue
+        if isinstance(first, dict) and first.keys() & RECORD_KEYS:
+            return match[1]
+    return None
 
 
 def is_array(path: Path) -> bool:

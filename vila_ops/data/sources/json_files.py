@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vila_ops.data.raw.files import STRIDE, Scan, Span
-from vila_ops.data.raw.json_array import Broken, elements, is_array
+from vila_ops.data.raw.json_array import Broken, elements, is_array, wrapped_in
 from vila_ops.data.raw.lines import LineNumbers, every_line, lines
 from vila_ops.data.raw.text import fault, json_object
 from vila_ops.data.records import Dropped, Record, Turn
@@ -17,7 +17,15 @@ SUFFIXES = (".json", ".jsonl", ".jsonl.gz")
 
 
 def scan_objects(path: Path, paths_of: Callable[[Object], list[Path | None]]) -> Scan:
-    """Scan a file. `paths_of` returns the path of each image of an object, None for an image inside the object."""
+    """Scan a file. `paths_of` returns the path of each image of an object, None for an image inside the object.
+
+    Raises ValueError for a file that is one object around a list of records.
+    """
+    if key := wrapped_in(path):
+        raise ValueError(
+            f"{path} is one object, with its records in the list {key!r}; write that list into a file of its own: "
+            f"jq '.[\"{key}\"]' {path.name} > {key}.json"
+        )
     beside: dict[str, None] = {}
     marks: list[int] = []
     count = images = 0
