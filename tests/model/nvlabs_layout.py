@@ -19,6 +19,7 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
+    MistralConfig,
     PreTrainedModel,
     Qwen2Config,
     SiglipVisionConfig,
@@ -233,6 +234,8 @@ def _language_model(kind: str) -> PreTrainedModel:
     rows = {"vocab_size": 640, "max_position_embeddings": 512}
     if kind == "qwen2":
         config = Qwen2Config(**shape, **rows, num_key_value_heads=2, tie_word_embeddings=True)
+    elif kind == "mistral":
+        config = MistralConfig(**shape, **rows, num_key_value_heads=4, sliding_window=4)
     else:
         stretched = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}
         config = LlamaConfig(**shape, **rows, num_key_value_heads=4, **stretched)

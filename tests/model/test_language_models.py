@@ -28,6 +28,7 @@ from vila_ops.model import export
 from vila_ops.model import folder as model_folder
 from vila_ops.model.assemble import assemble
 from vila_ops.model.attention import document_mask
+from vila_ops.model.build import embedding_std
 from vila_ops.model.importing.checkpoint import import_checkpoint
 from vila_ops.model.language_models import LANGUAGE_MODELS, PLAIN_HEAD, check_language_model, head_form
 from vila_ops.model.vila import VilaForConditionalGeneration, losses
@@ -132,11 +133,12 @@ def hub(folder: Path) -> dict[str, Any]:
 
 def close(actual: Tensor, expected: Tensor) -> bool:
     """Equal to 1e-5, in units of the deviation of the expected values, which is not small."""
+    expected = expected.detach()
     assert expected.std() > 0.05
     return bool(torch.allclose(actual, expected, atol=1e-5 * max(1.0, float(expected.std())), rtol=1e-5))
 
 
-def test_losses_of_packed_samples_are_those_of_each_sample_alone(pair: Pair) -> None:
+def test_losses_and_gradients_of_packed_samples_are_those_of_each_sample_alone(pair: Pair) -> None:
     lengths = [len(sample) for sample in SAMPLES]
     ids = torch.cat(SAMPLES)[None]
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
@@ -147,9 +149,14 @@ def test_losses_of_packed_samples_are_those_of_each_sample_alone(pair: Pair) -> 
         ours.embed(ids, None), position_ids=positions, use_cache=False, **document_mask(ours, segments)
     ).last_hidden_state
     total, each = losses(ours, hidden, labels)
-    alone = [cross_entropy(pair.logits(s.tolist())[:-1], s[1:], reduction="none") for s in SAMPLES]
-    assert close(each, torch.cat(alone))
-    assert float(total.detach()) == pytest.approx(float(torch.cat(alone).sum()), rel=1e-6)
+    alone = torch.cat([cross_entropy(pair.stock(s[None]).logits[0, :-1], s[1:], reduction="none") for s in SAMPLES])
+    assert close(each, alone)
+    assert float(total.detach()) == pytest.approx(float(alone.detach().sum()), rel=1e-6)
+    decoder, stock = ours.model.language_model.layers, pair.stock.get_decoder().layers
+    gradients = torch.autograd.grad(total, [*decoder.parameters()])
+    expected = torch.autograd.grad(alone.sum(), [*stock.parameters()])
+    for actual, wanted in zip(gradients, expected, strict=True):
+        assert (actual - wanted).norm() <= 1e-4 * wanted.norm() + 1e-6
 
 
 def test_logits_of_every_decoding_step_are_those_of_one_full_pass(pair: Pair) -> None:
@@ -204,6 +211,11 @@ def test_export_says_whether_stock_llava_gives_the_same_logits(pair: Pair) -> No
     given = {"input_ids": ids, "pixel_values": torch.rand(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))}
     with torch.no_grad():
         assert close(pair.ours(**given).logits, stock(**given).logits)
+
+
+def test_images_are_fitted_to_the_scale_of_the_embeddings(pair: Pair) -> None:
+    embedded = pair.ours.embed(torch.arange(ROWS)[None][:, IMAGE + 1 :], None)
+    assert embedding_std(pair.ours) == pytest.approx(float(embedded.detach().std()), rel=0.02)
 
 
 def test_the_planner_knows_its_layers(pair: Pair) -> None:

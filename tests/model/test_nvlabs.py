@@ -124,14 +124,16 @@ def test_dynamic_s2_is_exact_for_images_of_one_tile(pixels: Tensor, tmp_path: Pa
         import_checkpoint(tmp_path / "b", tmp_path / "again", chat_template="chatml")
 
 
-@pytest.mark.parametrize("projector", ["linear", "mlp2x_gelu"])
-def test_v1_is_one_state_with_a_clip_tower_in_it(projector: str, pixels: Tensor, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("projector", "llm"), [("linear", "llama"), ("mlp2x_gelu", "mistral")])
+def test_v1_is_one_state_with_a_clip_tower_in_it(projector: str, llm: str, pixels: Tensor, tmp_path: Path) -> None:
+    """The model type says which language model it is: a Mistral keeps its sliding window."""
     parts, flat = tmp_path / "parts", tmp_path / "flat"
-    write(parts, V15, projector=projector, tower="clip128")
+    write(parts, V15, projector=projector, tower="clip128", llm=llm)
     flat.mkdir()
-    llm = json.loads((parts / "llm/config.json").read_text())
+    words = json.loads((parts / "llm/config.json").read_text())
     fields = {"mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_projector_type": projector}
-    stated = {**llm, **V15, **fields, "transformers_version": "4.31.0", "image_aspect_ratio": "pad"}
+    fields |= {"model_type": f"llava_{llm}", "transformers_version": "4.31.0", "image_aspect_ratio": "pad"}
+    stated = {**words, **V15, **fields}
     (flat / "config.json").write_text(json.dumps(stated))
     shutil.copytree(TINY / "tokenizer", flat, dirs_exist_ok=True)
     held = load_file(parts / "mm_projector/model.safetensors")

@@ -20,7 +20,7 @@ from vila_ops.train.checkpoint.storage import remove_all
 from vila_ops.train.checks import check_inputs, check_quantised
 from vila_ops.train.job import JobPayload, RankInfo, StageInputs, TrainJob
 
-REVISION = 5
+REVISION = 6
 log = logging.getLogger(__name__)
 
 

@@ -11,9 +11,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    CLIPVisionConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from vila_ops.config.model import DownsampleProjector, ImageFit, LinearProjector, MlpProjector, Projector
+from vila_ops.model.component import described_by
 from vila_ops.model.importing import components
 from vila_ops.model.importing.components import Components
 from vila_ops.model.towers import class_tokens, square_side
@@ -24,6 +31,14 @@ TokenOrder = Literal["rows", "columns"]
 Vintage = Literal["v1.0", "v1.5", "nvila"]
 
 MODEL_TYPES = ("llava_llama", "llava_mistral", "llava_mixtral", "llava_gemma", "llava_qwen2", "vila", "llava")
+V1_LANGUAGE_MODELS = {
+    "llava": "llama",
+    "llava_llama": "llama",
+    "llava_mistral": "mistral",
+    "llava_gemma": "gemma",
+    "llava_qwen2": "qwen2",
+}
+"""The language model's type in transformers for the model types of checkpoints in one state."""
 NVILA_KEYS = ("dynamic_s2", "image_encoder", "max_tiles")
 """Fields that NVILA's config class (Dec 2024) always writes, and earlier ones never do."""
 NVILA_TRANSFORMERS = (4, 46)
@@ -307,14 +322,27 @@ def _read_v1(
             f"the tower's weights; if it is that tower, write the name in config.json"
         )
     layers = {key: state.pop(key) for key in sorted(state) if key.startswith(V1_PROJECTOR)}
-    llama = {*LlamaConfig().to_dict(), "rope_theta", "rope_scaling"} - {"architectures", "model_type"}
-    stated = {key: value for key, value in config.items() if key in llama}
+    language_model = _v1_language_model(config, folder)
     return (
         components.load_strictly("vision_tower", _clip_config(tower, folder), tower, folder),
         _layers(layers, prefix=V1_PROJECTOR),
-        components.load_strictly("language_model", LlamaConfig(**stated), state, folder),
+        components.load_strictly("language_model", language_model, state, folder),
         CLIP_MEAN_STD,
     )
+
+
+def _v1_language_model(config: dict[str, Any], folder: Path) -> PreTrainedConfig:
+    """The language model's config, whose fields stand beside those of LLaVA's own; the model type says which it is."""
+    kind = V1_LANGUAGE_MODELS.get(config["model_type"])
+    if kind is None:
+        raise ValueError(
+            f"{folder} has model_type {config['model_type']!r}; of checkpoints in one state, supported are "
+            f"{', '.join(V1_LANGUAGE_MODELS)}"
+        )
+    fields = {*CONFIG_MAPPING[kind]().to_dict(), "rope_theta", "rope_scaling"} - {"architectures", "model_type"}
+    with described_by(folder / "config.json"):
+        made: PreTrainedConfig = CONFIG_MAPPING[kind](**{key: config[key] for key in fields & set(config)})
+    return made
 
 
 def _clip_config(state: dict[str, Tensor], folder: Path) -> CLIPVisionConfig:
