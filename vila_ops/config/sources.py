@@ -211,7 +211,7 @@ class Messages(OwnRecords):
     render: Literal["conversation"] = "conversation"
 
 
-class WebDataset(OwnFiles):
+class WebDataset(OwnRecords):
     """WebDataset tars: members KEY.jpg (png, webp, ...) and KEY.txt, or KEY.json with a caption or conversations."""
 
     kind: Literal["webdataset"] = "webdataset"

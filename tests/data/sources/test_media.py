@@ -33,7 +33,7 @@ from vila_ops.data.sources.media import refuse_unread, stated_images
 def test_a_key_with_media_refuses_the_record_unless_it_is_read_or_ignored(stated: dict[str, Any], reason: str) -> None:
     (key,) = stated
     with pytest.raises(Fault, match=rf"`{key}` names .*`ignore: \[{key}\]`") as raised:
-        refuse_unread({"id": "1", **stated}, read=("messages",))
+        refuse_unread({"id": "1", **stated}, read=("messages",), ignore=())
     assert raised.value.reason == reason
     refuse_unread(stated, read=(key,))
     refuse_unread(stated, read=(), ignore=[key])

@@ -213,6 +213,7 @@ def test_a_turn_of_which_something_would_be_lost_refuses_the_record(turn: Any, r
     with pytest.raises(Fault) as raised:
         conversation([{"role": "user", "content": "Q?"}, turn], 0)
     assert raised.value.reason == reason
+    assert "ignore" not in str(raised.value)  # a setting about the keys of records
     neutral = {**ANSWER, "weight": 1, "loss": True, "reasoning_content": "", "images": [], "video": None, "name": "x"}
     assert as_text(conversation([{"role": "user", "content": "Q?"}, neutral], 0)) == ["Q?", "Blue."]
 

@@ -278,3 +278,5 @@ def test_media_that_the_json_of_a_key_names_and_nothing_reads_drop_it(read_all: 
     assert isinstance(record, Record)
     assert isinstance(fault, Dropped)
     assert (fault.reason, fault.where) == ("video", "a.tar:b")
+    ignoring = source(tmp_path, "conversation").with_changes({"ignore": ["videos"]})
+    assert all(isinstance(one, Record) for (one,) in read_all(ignoring))

@@ -53,23 +53,24 @@ def is_absent(stated: object) -> bool:
 
 
 def refuse_unread(
-    value: Mapping[str, Any], *, read: Collection[str], ignore: Collection[str] = (), shown: Sequence[str] = ()
+    value: Mapping[str, Any], *, read: Collection[str], ignore: Collection[str] | None = None, shown: Sequence[str] = ()
 ) -> None:
     """Raise Fault (video, or unread_media) for a key that names media and is neither read nor ignored.
 
+    `ignore` is the setting of the source, None for a mapping inside a record, to which it does not apply.
     `shown` are the paths or URLs of the images that the record shows, empty for one without a name. Another key may
     name one of them, or the address on the network that it came from; beside an image without a name, any image.
     """
     for key, stated in value.items():
-        if key in read or key in ignore or key in _RECORD_KEYS:
+        if key in read or key in (ignore or ()) or key in _RECORD_KEYS:
             continue
         kind = _kind(key, stated)
         if kind is None or (kind == "image" and shown and _is_of(stated, shown)):
             continue
         reason = "video" if kind == "video" else "unread_media"
         way = _WAYS.get(kind, "remove the key")
-        told = f"`{key}` names {kind} that is not read: {repr(stated)[:80]}"
-        raise Fault(reason, f"{told}; {way}, or set `ignore: [{key}]` of the source")
+        hint = "" if ignore is None else f", or set `ignore: [{key}]` of the source"
+        raise Fault(reason, f"`{key}` names {kind} that is not read: {repr(stated)[:80]}; {way}{hint}")
 
 
 def stated_images(value: Mapping[str, Any]) -> list[str]:

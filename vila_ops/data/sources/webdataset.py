@@ -59,7 +59,7 @@ def _record(source: WebDataset, file: BinaryIO, group: list[Member], *, key: str
         raise Fault("duplicate_member", f"several members of one suffix: {', '.join(m.name for m in group[:20])}")
     images = [Image(_content(file, by_suffix[suffix], MAX_BYTES)) for suffix in _images(source, list(by_suffix))]
     fields = _json(file, by_suffix)
-    refuse_unread(fields, read=_READ, shown=[""] * len(images))
+    refuse_unread(fields, read=_READ, ignore=source.ignore, shown=[""] * len(images))
     messages: tuple[Turn, ...]
     notes: tuple[str, ...] = ()
     match source.render:
