@@ -47,6 +47,15 @@ class StoreRefused(VilaError):
     """The store refuses, and will refuse again: credentials, rights, a bucket or a folder that cannot be used."""
 
 
+class DiskFault(VilaError, OSError):
+    """A disk is full, read-only or broken. Built from an error number and a message, or from a message alone."""
+
+    retryable = True
+
+    def __str__(self) -> str:
+        return str(self.args[-1])
+
+
 class StoreUnreachable(Unreachable):
     """The store did not answer as it should, although asked several times."""
 

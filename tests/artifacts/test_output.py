@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from vila_ops.artifacts import output
 from vila_ops.artifacts.kinds import Dataset
-from vila_ops.artifacts.output import MARK, check_file, check_folder, new_folder, replace, write_file
+from vila_ops.artifacts.output import MARK, check_file, check_folder, drafts, new_folder, replace, write_file
 from vila_ops.artifacts.store import address, begin, check_target, content, export, find_in, keep, seal
 
 
@@ -232,3 +233,56 @@ def test_an_export_of_links_into_a_cache_is_replaced_and_copied_not_written_thro
     assert (out / "files/a.txt").read_text() == "other"
     assert not (out / "files/a.txt").is_symlink()
     assert content(kept).joinpath("a.txt").read_text() == "hello"
+
+
+def test_what_a_killed_export_left_is_removed_by_a_later_one_and_nothing_of_a_stranger(
+    made: Dataset, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    out = data / "mine"
+    export(made, out)
+    hexes = "0123456789ab"
+    draft, young = (data / f".mine.vila-ops-{hexes[:-1]}{digit}" for digit in "ce")
+    strangers = [
+        data / name for name in (f".mine-{hexes}", ".mine.vila-ops-notes", f".other.vila-ops-{hexes}", ".mine")
+    ]
+    for folder in (draft, young, *strangers):
+        (folder / "files").mkdir(parents=True)
+        (folder / "files" / "a.txt").write_text("hello")
+    for folder in (draft, *strangers):
+        for path in (folder / "files" / "a.txt", folder / "files", folder):
+            os.utime(path, (1, 1))
+    export(made, out)
+    assert sorted(path.name for path in data.iterdir()) == sorted(path.name for path in (out, young, *strangers))
+    assert [path.name for path in drafts(data)] == [f".mine.vila-ops-{hexes[:-1]}e", f".other.vila-ops-{hexes}"]
+
+
+def test_what_is_left_of_an_output_stays_until_the_new_one_is_whole(
+    made: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And of a folder that was being replaced, only our files are removed."""
+    out, store = tmp_path / "data/mine", "vila_ops.artifacts.store"
+    hidden, shared, stranger = (out.with_name(f".mine-old-{digit * 12}") for digit in "012")
+    for folder in (hidden, shared):
+        export(made, out)
+        out.rename(folder)  # a kill between the two renames
+    (shared / "files" / "photo.jpg").write_text("mine")
+    stranger.mkdir()
+    (stranger / "photo.jpg").write_text("mine")
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{store}.GRACE_SECONDS", -60.0)
+        patch.setattr(output, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            export(made, out)
+    assert tree(hidden)
+    export(made, out)
+    assert tree(hidden), "for a day"
+    monkeypatch.setattr(f"{store}.GRACE_SECONDS", -60.0)
+    export(made, out)
+    assert not hidden.exists()
+    assert tree(shared) == {"files/photo.jpg": b"mine"}
+    assert tree(stranger) == {"photo.jpg": b"mine"}

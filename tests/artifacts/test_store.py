@@ -302,16 +302,19 @@ def test_files_of_other_artifacts_are_listed_and_not_copied(store: str, tmp_path
 
 
 def test_known_facts_stand_for_hashing_and_have_to_fit(store: str) -> None:
-    attempt = begin(at(), store=store)
-    (attempt / "a").write_bytes(b"abc")
+    def attempt() -> Path:
+        folder = begin(at(), store=store)
+        (folder / "a").write_bytes(b"abc")
+        return folder
+
     facts = FileFacts(size=3, sha256=hashlib.sha256(b"abc").hexdigest())
     for wrong, told in (
         ({"a": {**facts, "size": 4}}, "has 3 bytes, but its known facts say 4"),
         ({"b": facts}, r"no files \['b'\]"),
     ):
         with pytest.raises(ValueError, match=told):
-            seal(Dataset, at(), attempt, facts=FACTS, execution={}, known=wrong)
-    made = seal(Dataset, at(), attempt, facts=FACTS, execution={}, known={"a": facts})
+            seal(Dataset, at(), attempt(), facts=FACTS, execution={}, known=wrong)
+    made = seal(Dataset, at(), attempt(), facts=FACTS, execution={}, known={"a": facts})
     verify(made)
     assert read_manifest(made.uri)["files"] == {"a": facts}
 

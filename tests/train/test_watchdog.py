@@ -147,12 +147,15 @@ def test_a_hung_process_ends_where_its_stacks_cannot_be_written(run: Run) -> Non
         "from vila_ops.train.job import TrainJob, RankInfo\n"
         "w.TICK_SECONDS = 0.1\n"
         "with w.StepWatchdog(TrainJob.model_validate_json(sys.argv[1]), RankInfo()) as watchdog:\n"
-        "    watchdog.heartbeat(0, 'train'); time.sleep(600)"
+        "    watchdog.heartbeat(0, 'train')\n"
+        "    end = time.monotonic() + 1.5  # as a step that compares many shards with their sha256\n"
+        "    while time.monotonic() < end: watchdog.alive()\n"
+        "    print('alive', flush=True); time.sleep(600)"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, job.model_dump_json()], capture_output=True, text=True, timeout=60, check=False
     )
-    assert done.returncode == HUNG
+    assert (done.returncode, done.stdout) == (HUNG, "alive\n")
     assert "hangs in phase train after step 0" in done.stderr
     assert "Is a directory" in done.stderr
 

@@ -6,6 +6,8 @@ from typing import NamedTuple, NotRequired, Protocol, TypedDict
 
 AT_ONCE = 8
 """Files that are read, sent or looked up at the same time."""
+GRACE_SECONDS = 24 * 3600.0
+"""How long something must not have changed before a task removes it as left by a killed process."""
 
 
 class FileFacts(TypedDict):
@@ -16,6 +18,17 @@ class FileFacts(TypedDict):
     sha256: str
     at: NotRequired[str]
     """Place of the bytes, relative to the store's root, if another sealed artifact holds them."""
+
+
+class Entry(NamedTuple):
+    """One file or folder below a place."""
+
+    name: str
+    """Relative to the place."""
+    size: int
+    """Bytes; 0 for a folder."""
+    changed: float
+    """Time of its last change, in seconds since 1970 by the clock of the store."""
 
 
 class Versioned(NamedTuple):
@@ -58,6 +71,12 @@ class Backend(Protocol):
 
     def discard(self, attempt: Path, uri: str) -> None:
         """Remove an attempt's files on this machine and in the store."""
+
+    def entries(self, uri: str) -> list[Entry]:
+        """All files below a place, on disk its folders too; none if nothing is there."""
+
+    def remove(self, uri: str) -> None:
+        """Remove a file, or a folder with all that is in it; nothing happens if it is gone."""
 
     def sizes(self, uris: Sequence[str]) -> list[int | None]:
         """Size of each file in bytes; None for a missing one."""

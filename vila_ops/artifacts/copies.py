@@ -28,11 +28,15 @@ def uri_of(path: Path) -> str | None:
     return f"{SCHEME}{path.relative_to(copies).as_posix()}" if path.is_relative_to(copies) else None
 
 
+def drafts() -> Path:
+    """The folder of unfinished copies, on the file system of the copies."""
+    return _cache() / "drafts"
+
+
 def draft() -> Path:
-    """An unused path on the file system of the copies, outside their folder."""
-    folder = _cache() / "drafts"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / secrets.token_hex(8)
+    """An unused path in the folder of unfinished copies."""
+    drafts().mkdir(parents=True, exist_ok=True)
+    return drafts() / secrets.token_hex(8)
 
 
 @contextmanager

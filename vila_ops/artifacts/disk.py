@@ -1,6 +1,7 @@
 """A store on disk. A file appears whole or not at all, by link(2), which is atomic on NFS too."""
 
 import errno
+import glob
 import hashlib
 import os
 import secrets
@@ -9,15 +10,19 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
+from stat import S_ISDIR
 
-from vila_ops.artifacts.backend import AT_ONCE, FileFacts, Versioned
+from vila_ops.artifacts.backend import AT_ONCE, Entry, FileFacts, Versioned
+from vila_ops.artifacts.disk_faults import faults_named
 from vila_ops.errors import DamagedFile, StoreRefused, UnsafeStore
 
 CACHE = "resources.storage.cache"
 """The setting of the cache, for messages."""
+REMOVED = "-removed-"
+"""In the hidden name of a folder while it is removed."""
 KEPT_VERSIONS = 8
 """Versions of a register that are kept, so that a reader that lists its folder during a swap finds one that stays."""
 
@@ -44,19 +49,20 @@ def read(uri: str) -> bytes | None:
 def create(uri: str, data: bytes) -> bool:
     """Write a file whole or not at all, and only if none exists: link(2) fails for an existing name."""
     path = Path(uri)
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}-{secrets.token_hex(6)}")
-    with draft.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    try:
-        os.link(draft, path)
-    except FileExistsError:
-        return os.stat(draft).st_nlink == 2  # NFS had linked it, lost its answer and was asked again
-    finally:
-        draft.unlink()
-    sync(path.parent)
+    with faults_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with draft.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(draft, path)
+        except FileExistsError:
+            return os.stat(draft).st_nlink == 2  # NFS had linked it, lost its answer and was asked again
+        finally:
+            draft.unlink(missing_ok=True)
+        sync(path.parent)
     return True
 
 
@@ -100,6 +106,39 @@ def publish(attempt: Path, uri: str) -> None:
 def discard(attempt: Path, uri: str) -> None:
     """Remove an attempt whose address was sealed by another one."""
     shutil.rmtree(attempt)
+
+
+def entries(uri: str) -> list[Entry]:
+    """All files and folders below a folder, without those that are removed meanwhile."""
+    listed: list[Entry] = []
+    for folder, folders, files in os.walk(uri):
+        for path in (os.path.join(folder, name) for name in (*folders, *files)):
+            with suppress(FileNotFoundError):
+                stat = os.lstat(path)
+                size = 0 if S_ISDIR(stat.st_mode) else stat.st_size
+                listed.append(Entry(os.path.relpath(path, uri), size, stat.st_mtime))
+    return listed
+
+
+def changed(path: Path) -> float:
+    """Time of the last change of a file, or of anything in a folder, in seconds since 1970."""
+    return max([path.lstat().st_mtime, *(entry.changed for entry in entries(str(path)))])
+
+
+def remove(uri: str) -> None:
+    """Remove a file or a folder. It gets a hidden name first, so that nobody takes half of it for the whole.
+
+    What a removal that was killed left of it is removed too.
+    """
+    path = Path(uri)
+    hidden = f".{path.name.lstrip('.')}{REMOVED}"
+    with suppress(FileNotFoundError):
+        path.rename(path.with_name(f"{hidden}{secrets.token_hex(6)}"))
+    for left in sorted(path.parent.glob(f"{glob.escape(hidden)}*")):
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, onerror=_unless_gone)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def sizes(uris: Sequence[str]) -> list[int | None]:
@@ -233,6 +272,12 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _unless_gone(_call: object, _path: str, error: tuple[type[BaseException], BaseException, object]) -> None:
+    """Pass over what another process removes meanwhile, in `shutil.rmtree`."""
+    if not isinstance(error[1], FileNotFoundError):
+        raise error[1]
 
 
 def _identity(stat: os.stat_result) -> tuple[int, ...]:

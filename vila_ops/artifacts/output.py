@@ -5,18 +5,29 @@ replaced where it begins as our files of its kind do. Callers check before any w
 again.
 """
 
+import logging
 import os
+import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from vila_ops.artifacts import disk
+from vila_ops.artifacts.backend import GRACE_SECONDS
+from vila_ops.artifacts.disk_faults import faults_named
 
 MARK = "<!-- written by vila-ops -->\n"
 """First line of our SVG and Markdown files, second line of our HTML pages."""
 HTML = f"<!doctype html>\n{MARK}"
 """First lines of our HTML pages."""
+DRAFT = re.compile(r"\..+\.vila-ops-[0-9a-f]{12}")
+REPLACED = re.compile(r"\..+-old-[0-9a-f]{12}")
+"""Hidden names beside an output: of a draft, and of a folder that is replaced."""
+log = logging.getLogger(__name__)
 
 
 def check_folder(
@@ -51,13 +62,18 @@ def check_folder(
 
 @contextmanager
 def draft_of(place: Path) -> Iterator[Path]:
-    """A folder beside `place` to write in until `replace`; it is removed unless it was put in place."""
-    draft = place.with_name(f".{place.name}-{secrets.token_hex(6)}")
+    """A folder beside `place` to write in until `replace`; it is removed unless it was put in place.
+
+    Raises DiskFault where the disk is full or fails.
+    """
+    draft = _hidden(place)
     draft.mkdir(parents=True)
     try:
-        yield draft
+        with faults_named(draft):
+            yield draft
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+    _remove_abandoned(place)  # not before: it may be all that is left of the output
 
 
 @contextmanager
@@ -86,16 +102,21 @@ def replace(place: Path, draft: Path, *, ours: Collection[str]) -> None:
         raise
     if not old.exists():
         return
-    for name in ours:
-        (old / name).unlink(missing_ok=True)
-    for here, _, _ in os.walk(old, topdown=False):
-        with suppress(OSError):  # not empty
-            os.rmdir(here)
+    remove_ours(old, ours)
     if old.exists():
         kept = ", ".join(_names(old)) or "a folder"
         raise ValueError(
             f"{place} was replaced, but {kept} appeared in it meanwhile; it is kept in {old}, move it away"
         )
+
+
+def remove_ours(folder: Path, ours: Collection[str]) -> None:
+    """Remove files of ours from a folder in their order, and the folder if nothing else is in it."""
+    for name in ours:
+        (folder / name).unlink(missing_ok=True)
+    for here, _, _ in os.walk(folder, topdown=False):
+        with suppress(OSError):  # not empty
+            os.rmdir(here)
 
 
 def use_umask(folder: Path) -> None:
@@ -135,12 +156,41 @@ def write_file(out: Path, text: str, *, begins: str) -> None:
     if not text.startswith(begins):
         raise ValueError(f"{out} would not begin with {begins!r}, so a later run could not recognise it")
     check_file(out, begins=begins)
-    draft = out.with_name(f".{out.name}-{secrets.token_hex(6)}")
+    draft = _hidden(out)
     try:
-        draft.write_text(text, encoding="utf-8")
+        with faults_named(draft):
+            draft.write_text(text, encoding="utf-8")
         draft.replace(out)
     finally:
         draft.unlink(missing_ok=True)
+    _remove_abandoned(out)
+
+
+def drafts(folder: Path) -> list[Path]:
+    """Hidden folders and files in a folder that are being written, or that a killed command left half-written."""
+    return sorted(path for path in folder.glob(".*") if DRAFT.fullmatch(path.name))
+
+
+def replaced(folder: Path) -> list[Path]:
+    """Hidden folders in a folder that are being replaced, or that were when a command was killed."""
+    return sorted(path for path in folder.glob(".*") if REPLACED.fullmatch(path.name))
+
+
+def _hidden(place: Path) -> Path:
+    """An unused hidden name beside a place, which says whose it is."""
+    return place.with_name(f".{place.name}.vila-ops-{secrets.token_hex(6)}")
+
+
+def _remove_abandoned(place: Path) -> None:
+    """Remove what killed commands left beside a place that they were to write."""
+    own = [path for path in drafts(place.parent) if path.name.rpartition(".vila-ops-")[0] == f".{place.name}"]
+    try:
+        for path in own:
+            if time.time() - disk.changed(path) > GRACE_SECONDS:
+                disk.remove(str(path))
+                log.info("%s was removed: a command that was killed left it", path)
+    except OSError as error:
+        log.warning("what killed commands left beside %s was not removed: %s", place, error)
 
 
 def _names(folder: Path) -> Iterator[str]:

@@ -18,7 +18,7 @@ from typing import IO, Any, TypeVar
 from botocore.exceptions import ClientError
 
 from vila_ops.artifacts import disk
-from vila_ops.artifacts.backend import AT_ONCE, FileFacts, Versioned
+from vila_ops.artifacts.backend import AT_ONCE, Entry, FileFacts, Versioned
 from vila_ops.artifacts.copies import copy_of, draft, one_at_a_time
 from vila_ops.artifacts.s3_calls import (
     NO_KEY,
@@ -87,10 +87,19 @@ def discard(attempt: Path, uri: str) -> None:
 
 def names(uri: str) -> list[str]:
     """Names of all objects below a place, relative to it."""
+    return [entry.name for entry in entries(uri)]
+
+
+def entries(uri: str) -> list[Entry]:
+    """All objects below a place."""
     bucket, prefix = place(f"{uri}/").values()
     with translated(uri):
         pages = client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        return [item["Key"].removeprefix(prefix) for page in pages for item in page.get("Contents", [])]
+        return [
+            Entry(item["Key"].removeprefix(prefix), item["Size"], item["LastModified"].timestamp())
+            for page in pages
+            for item in page.get("Contents", [])
+        ]
 
 
 def remove(uri: str) -> None:

@@ -11,16 +11,18 @@ import json
 import logging
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from vila_ops.artifacts import disk, output
-from vila_ops.artifacts.backend import AT_ONCE, Backend, FileFacts, way_out
+from vila_ops.artifacts.backend import AT_ONCE, GRACE_SECONDS, Backend, FileFacts, way_out
 from vila_ops.artifacts.copies import uri_of
+from vila_ops.artifacts.disk_faults import FULL, faults_named, require
 from vila_ops.artifacts.kinds import (
     Artifact,
     BenchmarkResult,
@@ -32,10 +34,12 @@ from vila_ops.artifacts.kinds import (
     Survey,
 )
 from vila_ops.config import fingerprint
-from vila_ops.errors import CorruptArtifact, DamagedFile
+from vila_ops.errors import CorruptArtifact, DamagedFile, DiskFault, VilaError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+ATTEMPT = "attempt-"
+"""How the name of an attempt's folder, and of each file beside it, begins."""
 EXPORTED = "files"
 """Folder of the files of an export; no attempt has this name."""
 KINDS: dict[type[Artifact], str] = {
@@ -125,7 +129,9 @@ def keep(artifact: A, at: Address, *, store: str) -> A:
     manifest = _manifest_of(artifact)
     attempt = begin(at, store=store)
     try:
-        files = _copy_files(artifact.uri, manifest, attempt)
+        with faults_named(attempt):
+            require(attempt, sum(facts["size"] for facts in manifest["files"].values()))
+            files = _copy_files(artifact.uri, manifest, attempt)
     except BaseException:
         shutil.rmtree(attempt, ignore_errors=True)
         raise
@@ -135,7 +141,7 @@ def keep(artifact: A, at: Address, *, store: str) -> A:
 def begin(at: Address, *, store: str) -> Path:
     """A new local folder for an attempt until `seal`; for S3 it is in the cache. Raises what `probe` raises."""
     probe(store)
-    uri = f"{at.uri(store)}/attempt-{secrets.token_hex(6)}"
+    uri = f"{at.uri(store)}/{ATTEMPT}{secrets.token_hex(6)}"
     return backend(uri).begin(uri)
 
 
@@ -158,22 +164,23 @@ def seal(
     """
     place = _place_of(attempt)
     uri, _, data = place.rpartition("/")
-    backend(uri).probe(_root(uri))
-    output.use_umask(attempt)
-    files = _files(attempt, uri, known or {})
-    manifest = {
-        "format": FORMAT,
-        "address": f"{at.kind}/{at.key}",
-        "digest": _digest(at.kind, files, facts),
-        "data": data,
-        "files": files,
-        "parents": at.parents,
-        "facts": facts,
-        "recipe": at.recipe,
-        "execution": execution,
-    }
-    backend(uri).publish(attempt, place)
-    if not backend(uri).create(f"{uri}/{MANIFEST}", _sealed(manifest).encode()):
+    with _discarded_on_failure(attempt, place):
+        backend(uri).probe(_root(uri))
+        output.use_umask(attempt)
+        files = _files(attempt, uri, known or {})
+        manifest = {
+            "format": FORMAT,
+            "address": f"{at.kind}/{at.key}",
+            "digest": _digest(at.kind, files, facts),
+            "data": data,
+            "files": files,
+            "parents": at.parents,
+            "facts": facts,
+            "recipe": at.recipe,
+            "execution": execution,
+        }
+        backend(uri).publish(attempt, place)
+    if not _write_manifest(manifest, attempt, place):
         log.warning("%s was sealed by another attempt first; this attempt is dropped", uri)
         backend(uri).discard(attempt, place)
     return _reference(kind, uri, read_manifest(uri))
@@ -188,6 +195,7 @@ def verify(artifact: Artifact) -> None:
 
 def verify_folder(uri: str) -> str:
     """Read every byte of a sealed folder and return its digest. Raises CorruptArtifact where something differs."""
+    uri = root_of(uri)  # its neighbours in the store may hold the same file
     manifest = read_manifest(uri)
     _check_sizes(uri, manifest)
     places = list(_places(uri, manifest).values())
@@ -259,7 +267,7 @@ def find_manifest(uri: str) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptArtifact(f"{place} is not a manifest ({error}); {way_out(uri)}") from error
     if written != FORMAT:
-        raise CorruptArtifact(f"{place} has format {written}; this version reads {FORMAT}")
+        raise CorruptArtifact(f"{place} has format {written}; this version reads {FORMAT}; {way_out(uri)}")
     if text != _sealed(manifest):
         raise CorruptArtifact(f"{place} was changed after sealing; {way_out(uri)}")
     if outside := [name for name in names if name.startswith("/") or ".." in PurePosixPath(name).parts]:
@@ -271,7 +279,7 @@ def read_manifest(uri: str) -> dict[str, Any]:
     """The manifest of a sealed folder."""
     manifest = find_manifest(uri)
     if manifest is None:
-        raise CorruptArtifact(f"{uri} has no {MANIFEST}: it was never finished, or it was removed")
+        raise CorruptArtifact(f"{uri} has no {MANIFEST}: it was never finished, or it was removed; run again")
     return manifest
 
 
@@ -279,15 +287,20 @@ def export(artifact: Artifact, target: Path) -> None:
     """Copy a sealed folder to `target`, in place of an earlier export. An edit of the copy does not reach the store.
 
     The copy's bytes depend neither on the store nor on the attempt that was sealed, so that DVC sees only real changes.
-    Raises ValueError as `check_target` does.
+    Raises ValueError as `check_target` does, and DiskFault where the disk is full or fails.
     """
-    with output.draft_of(check_target(target)) as fresh:
-        manifest = _manifest_of(artifact)
+    manifest = _manifest_of(artifact)
+    out = check_target(target)
+    require(out, sum(facts["size"] for facts in manifest["files"].values()))
+    with output.draft_of(out) as fresh:
         files = _copy_files(artifact.uri, manifest, fresh / EXPORTED)
         exported = {**manifest, "files": files, "data": EXPORTED, "execution": ANY_EXECUTION}
         (fresh / MANIFEST).write_text(_sealed(exported))
         disk.publish(fresh, str(fresh))
         output.replace(check_target(target), fresh, ours=_exported(target))  # checked again: a copy may take long
+    for old in output.replaced(out.parent):
+        if old.name.startswith(f".{out.name}-old-") and time.time() - old.stat().st_ctime > GRACE_SECONDS:
+            remove_replaced(old)
 
 
 def _manifest_of(artifact: Artifact) -> dict[str, Any]:
@@ -307,6 +320,16 @@ def _copy_files(uri: str, manifest: dict[str, Any], target: Path) -> dict[str, F
         with _naming(uri):
             backend(uri).copy(place, facts, target / name)
     return {name: FileFacts(size=f["size"], sha256=f["sha256"]) for name, f in manifest["files"].items()}
+
+
+def remove_replaced(folder: Path) -> None:
+    """Remove an earlier export that was being replaced when a command was killed; other files in it stay."""
+    output.remove_ours(folder, _exported(folder))
+
+
+def is_replaced(folder: Path) -> bool:
+    """Whether a folder is one for `remove_replaced`: an earlier export under a hidden name."""
+    return output.REPLACED.fullmatch(folder.name) is not None and bool(_exported(folder))
 
 
 def check_target(target: Path, *, apart: Sequence[Path] = (), outside: Sequence[Path] = ()) -> Path:
@@ -330,6 +353,30 @@ def probe(store: str) -> str:
 def _place_of(attempt: Path) -> str:
     """The place in the store for which `begin` made a local folder."""
     return uri_of(attempt) or str(attempt)
+
+
+@contextmanager
+def _discarded_on_failure(attempt: Path, place: str) -> Iterator[None]:
+    try:
+        with faults_named(attempt):
+            yield
+    except BaseException:
+        with suppress(OSError, VilaError):  # the first error is the one to tell
+            backend(place).discard(attempt, place)
+        raise
+
+
+def _write_manifest(manifest: dict[str, Any], attempt: Path, place: str) -> bool:
+    """Write the manifest of an attempt; False if its address has one.
+
+    An error may hide that it was written, so it leaves the files to `vila-ops gc`, but on a full disk it was not.
+    """
+    try:
+        return backend(place).create(f"{place.rpartition('/')[0]}/{MANIFEST}", _sealed(manifest).encode())
+    except DiskFault as error:
+        if error.errno in FULL:
+            backend(place).discard(attempt, place)
+        raise
 
 
 def _files(attempt: Path, uri: str, known: Mapping[str, FileFacts | Linked]) -> dict[str, FileFacts]:
@@ -371,15 +418,15 @@ def _link(target: Path, uri: str, linked: Linked) -> FileFacts:
     return entry
 
 
-def _exported(folder: Path) -> frozenset[str]:
-    """Names of the files that `export` wrote into a folder; none if the folder is not an export."""
+def _exported(folder: Path) -> Collection[str]:
+    """Names of the files that `export` wrote into a folder, the manifest last; none if the folder is not an export."""
     try:
         manifest = find_manifest(str(folder)) if folder.is_dir() else None
     except CorruptArtifact:  # the manifest.json of another program: no file is ours
-        return frozenset()
+        return ()
     if manifest is None or manifest["data"] != EXPORTED:
-        return frozenset()
-    return frozenset({MANIFEST, *(f"{EXPORTED}/{name}" for name in manifest["files"])})
+        return ()
+    return dict.fromkeys([*(f"{EXPORTED}/{name}" for name in manifest["files"]), MANIFEST])
 
 
 def _names(manifest: dict[str, Any]) -> list[str]:
@@ -396,7 +443,7 @@ def _places(uri: str, manifest: dict[str, Any]) -> dict[str, tuple[str, FileFact
 
 def _root(uri: str) -> str:
     """The store of an address's folder."""
-    return uri.rsplit("/", 2)[0]
+    return uri.rsplit("/", 2)[0] if "://" in uri else str(Path(uri).parent.parent)
 
 
 def _reference(kind: type[A], uri: str, manifest: dict[str, Any]) -> A:

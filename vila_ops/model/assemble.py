@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vila_ops.artifacts import store
+from vila_ops.artifacts import attempts, store
 from vila_ops.artifacts.execution import execution
 from vila_ops.artifacts.folders import folder_digest
 from vila_ops.artifacts.kinds import Pretrained
@@ -53,12 +53,12 @@ def _assemble(at: store.Address, model: Model, resources: Resources) -> Pretrain
     from vila_ops.model.start import start_from  # heavy: torch, transformers
 
     started = time.monotonic()
-    attempt = store.begin(at, store=resources.storage.store)
     cache = resources.storage.cache_folder()
-    if model.weights is not None:
-        start_from(model, Path(model.weights.path), attempt, cache=cache)
-    else:
-        _build(model, attempt, cache=cache)
+    with attempts.attempt(at, store=resources.storage.store) as attempt:
+        if model.weights is not None:
+            start_from(model, Path(model.weights.path), attempt, cache=cache)
+        else:
+            _build(model, attempt, cache=cache)
     log.info("assembled %s + %s", model.vision_tower.kind, model.language_model.kind)
     return store.seal(
         Pretrained,

@@ -59,7 +59,8 @@ class FeatureCache:
         self.shape = (model.config.grid() ** 2, model.config.vision_config.hidden_size)
         self.num_computed = 0
         """Images that went through the tower so far."""
-        self.root, self.leave_free, self.full = root, leave_free, False
+        self.root, self.leave_free = root, leave_free
+        self.full = self.failed = False
         self.folder = root / f"{tower_digest(model)}-{_pixels_digest(pixels)}-{precision}"
 
     @torch.no_grad()
@@ -84,14 +85,24 @@ class FeatureCache:
             features = self.model.tower_features(padded.to(device)).to("cpu", self.dtype)
         computed = {key: feature for (key, _), feature in zip(batch, features, strict=False)}
         self.num_computed += len(computed)
-        for key, feature in computed.items() if self._has_space() else ():
-            path = self._path(key)
+        try:
+            for key, feature in computed.items() if self._has_space() else ():
+                self._store(key, _bytes_of(feature.contiguous()))
+        except OSError as error:  # the share that stays free may be 0, and a quota is smaller than its disk
+            if not self.failed:
+                log.warning("%s: new features are not stored but recomputed each time (%s)", self.folder, error)
+            self.failed = True
+        return computed
+
+    def _store(self, key: str, raw: memoryview) -> None:
+        path = self._path(key)
+        draft = path.with_name(f".{key}-{secrets.token_hex(4)}")
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            draft = path.with_name(f".{key}-{secrets.token_hex(4)}")
-            raw = _bytes_of(feature.contiguous())
             draft.write_bytes(raw.tobytes() + zlib.crc32(raw).to_bytes(4, "little"))
             os.replace(draft, path)
-        return computed
+        finally:
+            draft.unlink(missing_ok=True)
 
     def _has_space(self) -> bool:
         self.root.mkdir(parents=True, exist_ok=True)

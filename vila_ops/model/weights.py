@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vila_ops.artifacts.disk_faults import require
 from vila_ops.config.model import LinearProjector
 from vila_ops.errors import CorruptArtifact
 from vila_ops.model.configuration import VilaConfig
@@ -76,13 +77,14 @@ def read_weights(folder: Path, config: VilaConfig) -> dict[str, Tensor]:
 def write_weights(state: dict[str, Tensor], folder: Path, *, config: VilaConfig) -> dict[str, Tensor]:
     """Write parameters as safetensors under the names that most programs read, a linear projector as two layers.
 
-    Returns the written tensors by their names in stock transformers 5.
+    Returns the written tensors by their names in stock transformers 5. Raises DiskFault where they do not fit.
     """
     state = _stored(state, config)
     if config.tie_word_embeddings:
         state = {name: tensor for name, tensor in state.items() if name != HEAD}  # tied to the embedding
     inner = INNER if config.vision_config.model_type in WITH_INNER else TOWER
     written = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    require(folder, sum(tensor.nbytes for tensor in written.values()))
     save_torch_state_dict({name.replace(TOWER, inner): tensor for name, tensor in written.items()}, folder)
     return written
 

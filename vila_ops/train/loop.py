@@ -13,11 +13,13 @@ The same code runs in one process and in many. `data/loading/loader.py` has the 
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vila_ops.artifacts.disk_faults import faults_named
 from vila_ops.artifacts.store import content, opened
 from vila_ops.config import Stage
 from vila_ops.config.train import Lora
@@ -58,7 +60,7 @@ def train(job: TrainJob, rank_info: RankInfo) -> dict[str, Any]:
 def _train(job: TrainJob, rank_info: RankInfo, watchdog: StepWatchdog, metrics: MetricLog) -> dict[str, Any]:
     stage, is_first = job.stage, rank_info.rank == 0
     torch.set_num_threads(job.resources.train.threads_per_worker)
-    model, row_loader, batch_builder = load(job)
+    model, row_loader, batch_builder = load(job, alive=watchdog.alive)
     if is_first:
         for note in (*row_loader.composition.notes, *row_loader.notes()):
             log.warning("%s: %s", stage.name, note)
@@ -105,14 +107,25 @@ def _train(job: TrainJob, rank_info: RankInfo, watchdog: StepWatchdog, metrics: 
     return {**facts, **engine.facts(), **composition}
 
 
-def load(job: TrainJob) -> tuple[VilaForConditionalGeneration, RowLoader, BatchBuilder]:
-    """Return the model on its device, the row loader and the batch builder of a stage."""
+def load(
+    job: TrainJob, *, alive: Callable[[], None] = lambda: None
+) -> tuple[VilaForConditionalGeneration, RowLoader, BatchBuilder]:
+    """Return the model on its device, the row loader and the batch builder of a stage.
+
+    `alive` is called whenever a file of the data was compared with its sha256, before its first use.
+    """
     stage, resources = job.stage, job.resources
     device = device_of(resources.train.gpus_per_worker)
     files = opened(job.data)
     files.fetch()  # before the first step, whose time the watchdog limits
+
+    def compared(name: str) -> Path:
+        path = files.file(name)
+        alive()
+        return path
+
     cache = resources.storage.plan_cache()
-    row_loader = RowLoader(files.file, digest=job.data.digest, stage=stage, cache=cache)
+    row_loader = RowLoader(compared, digest=job.data.digest, stage=stage, cache=cache)
     model = model_folder.load(content(job.init), modifications=modifications_of(stage))
     attention.use(model, attention.choose(resources.train.attention, device, stage.precision))
     batch_builder = BatchBuilder(job, model, device=device)
@@ -189,8 +202,9 @@ def save_model(engine: TrainEngine, job: TrainJob, curve: Curve, rank_info: Rank
     if rank_info.rank:
         return
     attempt, stage = Path(job.attempt), job.stage
-    model_folder.save_trained(
-        trained, attempt, init=content(job.init), modifications=modifications_of(stage), tuning=stage.tuning
-    )
     exact = [{key: value.hex() if isinstance(value, float) else value for key, value in row.items()} for row in curve]
-    (attempt / CURVE).write_text(json.dumps(exact, indent=1))
+    with faults_named(attempt):
+        model_folder.save_trained(
+            trained, attempt, init=content(job.init), modifications=modifications_of(stage), tuning=stage.tuning
+        )
+        (attempt / CURVE).write_text(json.dumps(exact, indent=1))

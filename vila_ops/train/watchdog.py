@@ -60,6 +60,8 @@ class StepWatchdog:
         self._limits = job.resources.train.watchdog
         self._step_seconds: deque[float] = deque(maxlen=STEPS)
         self._heartbeat = Heartbeat(0, "load", time.monotonic(), float("inf"))
+        self._alive = 0.0
+        """Time of the last `alive`, of time.monotonic()."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -82,17 +84,25 @@ class StepWatchdog:
         limit = float("inf") if phase in UNLIMITED else max(self._limits.at_least_seconds, longest)
         self._heartbeat = Heartbeat(step, phase, now, limit)
 
+    def alive(self) -> None:
+        """Signal progress within a phase: the limit counts from here, while the duration of the step goes on.
+
+        So a step that reads many shards for the first time, each compared with its sha256, is not taken for hung.
+        """
+        self._alive = time.monotonic()
+
     def set_samples(self, keys: tuple[str, ...]) -> None:
         """Set the samples that this rank processes in the current step."""
         self._heartbeat = self._heartbeat._replace(keys=keys)
 
     def _watch(self) -> None:
         """Write the heartbeat file, and end the process when the limit is exceeded; the thread runs this."""
-        last, seen, waited = time.monotonic(), self._heartbeat.at, 0.0
+        last, seen, waited = time.monotonic(), (self._heartbeat.at, self._alive), 0.0
         while not self._ended.wait(TICK_SECONDS):
             now, heartbeat = time.monotonic(), self._heartbeat
             passed, last = min(now - last, 2 * TICK_SECONDS), now
-            waited, seen = waited + passed if heartbeat.at == seen else 0.0, heartbeat.at
+            now_seen = (heartbeat.at, self._alive)
+            waited, seen = waited + passed if now_seen == seen else 0.0, now_seen
             self._write_heartbeat(heartbeat, waited)
             if waited > heartbeat.limit:
                 self._end(heartbeat, waited)

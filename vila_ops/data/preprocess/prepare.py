@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vila_ops.artifacts import store
+from vila_ops.artifacts import attempts, store
 from vila_ops.artifacts.execution import execution
 from vila_ops.artifacts.kinds import Dataset
 from vila_ops.artifacts.leases import hold
@@ -124,8 +124,8 @@ def _prepare(at: store.Address, mixture: Mixture, text: TextFormat, resources: R
     from vila_ops.data.preprocess import build  # heavy: Ray, tokenizer, images
 
     started = time.monotonic()
-    attempt = store.begin(at, store=resources.storage.store)
-    facts, shards, ran = build.build(mixture, text, resources, folder=attempt)
+    with attempts.attempt(at, store=resources.storage.store) as attempt:
+        facts, shards, ran = build.build(mixture, text, resources, folder=attempt)
     dataset = store.seal(
         Dataset,
         at,

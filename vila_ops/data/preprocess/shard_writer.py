@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from vila_ops.artifacts import store
+from vila_ops.artifacts import attempts, store
 from vila_ops.artifacts.execution import execution
 from vila_ops.artifacts.kinds import Shard
 from vila_ops.artifacts.store import Address
@@ -94,9 +94,9 @@ def write_shard(task: UnitTask) -> Shard:
     if done := store.find(Shard, at, store=task.job.store):
         return done
     started = time.monotonic()
-    attempt = store.begin(at, store=task.job.store)
-    counts = _Writer(task, attempt, name=shard_name(task.unit.source, at.key)).write()
-    (attempt / COUNTS).write_text(json.dumps(counts, indent=1, sort_keys=True))
+    with attempts.attempt(at, store=task.job.store) as attempt:
+        counts = _Writer(task, attempt, name=shard_name(task.unit.source, at.key)).write()
+        (attempt / COUNTS).write_text(json.dumps(counts, indent=1, sort_keys=True))
     facts = {"num_samples": sum(counts["samples"].values())}
     ran = execution(launch=whoami()["launch"], seconds=time.monotonic() - started, ran=[whoami()])
     return store.seal(Shard, at, attempt, facts=facts, execution=ran)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vila_ops.artifacts import store
+from vila_ops.artifacts import attempts, store
 from vila_ops.artifacts.execution import execution
 from vila_ops.artifacts.kinds import Survey
 from vila_ops.artifacts.store import Address
@@ -84,7 +84,6 @@ def survey_unit(task: SurveyTask) -> Survey:
     if done := store.find(Survey, at, store=task.job.store):
         return done
     started = time.monotonic()
-    attempt = store.begin(at, store=task.job.store)
     known = None if task.ngrams is None else _load_ngrams(str(store.file(task.ngrams, NGRAMS)))
     mixture = task.job.mixture
     rules = SignatureRules(task.source.clean, mixture.near_duplicates, mixture.contamination, known, mixture.images)
@@ -102,8 +101,9 @@ def survey_unit(task: SurveyTask) -> Survey:
                 where, own = record.provenance, signature(record, rules, number=total, file=place)
             places.append({"span": place, "number": number, "part": part, "id": record.id, "where": where})
             signatures.append(own)
-    pq.write_table(table(signatures), attempt / SIGNATURES, compression="zstd")
-    pq.write_table(pa.Table.from_pylist(places, schema=PLACES_SCHEMA), attempt / PLACES, compression="zstd")
+    with attempts.attempt(at, store=task.job.store) as attempt:
+        pq.write_table(table(signatures), attempt / SIGNATURES, compression="zstd")
+        pq.write_table(pa.Table.from_pylist(places, schema=PLACES_SCHEMA), attempt / PLACES, compression="zstd")
     ran = execution(launch=whoami()["launch"], seconds=time.monotonic() - started, ran=[whoami()])
     return store.seal(Survey, at, attempt, facts={"num_records": len(signatures)}, execution=ran)
 
@@ -178,8 +178,8 @@ def _seal_ngrams(ngrams: NDArray[np.uint64], job: ShardJob) -> Survey:
     at = store.address(Survey, revision=SURVEY_REVISION, recipe={"ngrams": digest}, parents=())
     if done := store.find(Survey, at, store=job.store):
         return done
-    attempt = store.begin(at, store=job.store)
-    np.save(attempt / NGRAMS, ngrams, allow_pickle=False)
+    with attempts.attempt(at, store=job.store) as attempt:
+        np.save(attempt / NGRAMS, ngrams, allow_pickle=False)
     ran = execution(launch="inline", seconds=0.0, ran=[])
     return store.seal(Survey, at, attempt, facts={"num_records": len(ngrams)}, execution=ran)
 
