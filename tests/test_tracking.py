@@ -237,6 +237,24 @@ def test_nothing_is_taken_from_a_writer_that_lives(resources: Resources, away: R
     assert history(resources, run_id) == []
 
 
+def test_a_damaged_line_is_left_out_and_the_others_are_sent(
+    resources: Resources, away: Resources, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_id = begin(resources)
+    with MetricLog(away, run_id) as metrics:
+        for step in range(5):
+            metrics.log({"loss": step / 8}, step=step)
+    (file,) = kept(resources)
+    lines = file.read_bytes().splitlines(keepends=True)
+    lines[1] = lines[1].replace(b"0.125", b"0.925")  # still JSON
+    lines[3] = lines[3].replace(b"{", b"\xfb", 1)
+    file.write_bytes(b"".join(lines)[:-9])  # and the last one was cut off by a kill
+    tracking.end_run(resources, begin(resources), failed=False)
+    assert [(metric.step, metric.value) for metric in history(resources, run_id)] == [(0, 0.0), (2, 0.25)]
+    assert caplog.text.count(f"a line of {file} is not whole") == 3
+    assert kept(resources) == []
+
+
 def test_a_full_disk_loses_metrics_and_nothing_else(resources: Resources, away: Resources) -> None:
     told = [sys.executable, "-c", FULL, away.model_dump_json(), "0" * 32]
     done = subprocess.run(told, check=True, capture_output=True, text=True)

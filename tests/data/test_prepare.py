@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from vila_ops.artifacts.folders import write_listing
 from vila_ops.artifacts.leases import hold
 from vila_ops.artifacts.store import Address, content, export, verify
 from vila_ops.config import Mixture, Resources, TextFormat, load
@@ -177,6 +178,8 @@ def test_a_summary_names_the_licences_of_samples_and_packages(resources: Resourc
     groups = {"groups": {"3": "animals-nature"}, "subgroups": {"37": "animal-mammal"}}
     (packages / "npm-names-1.0.0-000000000000/en/data.json").write_text(json.dumps(emoji))
     (packages / "npm-names-1.0.0-000000000000/meta/groups.json").write_text(json.dumps(groups))
+    for folder in packages.iterdir():
+        write_listing(folder, cache=packages.parent, name=folder.name)
     shown = {"kind": "fluent_emoji", "render": "caption", "package": renders, "names": names}
     asked = mixture({"shown": shown, "told": jsonl(tiny / "instructions", "instructions")})
     made = prepare(asked, make_text(), resources)

@@ -328,3 +328,32 @@ def test_apt_reports_a_missing_network(tmp_path: Path, monkeypatch: pytest.Monke
     )
     with pytest.raises(FetchError, match=r"debian package wordnet-base 1:3\.0-37: no network"):
         fetch(package, cache=tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["a bit", "a file too many", "a file too few", "the listing", "no listing"])
+def test_a_damaged_folder_is_extracted_again(
+    damage: str, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    package = wheel(index)
+    folder = fetch(package, cache=tmp_path)
+    path, (listing,) = folder / "tiny_words/__init__.py", (tmp_path / "listings").iterdir()
+    match damage:
+        case "a bit":
+            path.write_text("WORDS = 2\n")
+        case "a file too many":
+            (folder / "tiny_words/other.py").write_text("")
+        case "a file too few":
+            path.unlink()
+        case "the listing":
+            listing.write_bytes(listing.read_bytes()[:-1] + b"?")
+        case "no listing":
+            listing.unlink()
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nowhere"))  # the kept archive is enough
+    assert fetch(package, cache=tmp_path) == folder
+    assert path.read_text() == "WORDS = 3\n"
+    assert not (folder / "tiny_words/other.py").exists()
+    assert "is not as it was extracted; it is replaced" in caplog.text
+    assert [one.name for one in (tmp_path / "packages").iterdir()] == [folder.name]
+    caplog.clear()
+    assert fetch(package, cache=tmp_path) == folder
+    assert not caplog.records

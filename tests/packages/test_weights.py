@@ -167,6 +167,19 @@ def test_a_conversion_is_made_once_and_has_the_same_bytes_elsewhere(tmp_path: Pa
     assert [path.name for path in folders[0].parent.iterdir()] == [folders[0].name]
 
 
+def test_a_damaged_conversion_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    package = llama_package(tmp_path / "package")
+    folder = language_model_folder(package, "weights/tiny.gguf", cache=tmp_path, digest=DIGEST)
+    whole = digests(folder)
+    for path in sorted(folder.iterdir()):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        assert language_model_folder(package, "weights/tiny.gguf", cache=tmp_path, digest=DIGEST) == folder
+        assert digests(folder) == whole, path.name
+    assert caplog.text.count("is not as it was converted; it is replaced") == len(whole)
+
+
 def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path):
     (tmp_path / "package").mkdir()
     (tmp_path / "package/bad.gguf").write_bytes(b"GGUF" + bytes(60))

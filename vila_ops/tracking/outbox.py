@@ -15,6 +15,7 @@ import re
 import secrets
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -32,6 +33,8 @@ CLOSE_SECONDS = 15.0
 """How long the end of a run waits for MLflow."""
 BATCH = 500
 """Metrics per call; the server's limit is 1000."""
+CHECKSUM = "crc32"
+"""Field of a line with the CRC-32 of the others."""
 PIECE = 2**18
 """Bytes of the file that are read and sent at a time."""
 Entry = dict[str, Any]
@@ -193,7 +196,7 @@ class Spool:
 
     def put(self, entry: Entry) -> None:
         """Append an entry. Raises OSError, and then leaves the file as it was."""
-        line = json.dumps(entry).encode() + b"\n"
+        line = json.dumps({**entry, CHECKSUM: _checksum(entry)}).encode() + b"\n"
         with self._lock:
             self._file.seek(self._end)
             try:
@@ -214,8 +217,18 @@ class Spool:
             with self._lock:
                 self._file.seek(self._sent)
                 lines = self._file.readlines(PIECE)
-            whole = [line for line in lines if line.endswith(b"\n")]  # a killed writer may leave part of a line
-            yield [json.loads(line) for line in whole], sum(map(len, lines))
+            yield [entry for line in lines if (entry := self._entry(line)) is not None], sum(map(len, lines))
+
+    def _entry(self, line: bytes) -> Entry | None:
+        """The entry of a line; None if it is damaged, or if a killed writer left a part of it."""
+        try:
+            entry: Entry = json.loads(line)
+            if entry.pop(CHECKSUM, None) == _checksum(entry):
+                return entry
+        except (ValueError, AttributeError, TypeError):
+            pass
+        log.warning("a line of %s is not whole and is not sent to MLflow: %r", self.path, line[:80])
+        return None
 
     def sent(self, size: int) -> None:
         """Mark the next `size` bytes as sent. A file that is sent in full is emptied."""
@@ -231,6 +244,10 @@ class Spool:
         if not self.waits():
             self.path.unlink(missing_ok=True)
         self._file.close()
+
+
+def _checksum(entry: Entry) -> int:
+    return zlib.crc32(json.dumps(entry).encode())
 
 
 def deliver(tracking_uri: str, run_id: str, entries: list[Entry]) -> None:

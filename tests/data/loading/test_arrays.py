@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vila_ops.data.loading.arrays import CHECKS, HEADER, PIECE, Arrays, DamagedCache
+from vila_ops.data.loading.arrays import CHECKS, HEADER, PIECE, Arrays, DamagedCache, _header
 
 VALUES = np.arange(100_000, dtype=np.uint32)  # 25 pieces
 
@@ -63,7 +63,47 @@ def test_a_folder_that_is_not_whole_is_rebuilt(damage: str, tmp_path: Path, make
     assert arrays.facts == {"what": "numbers"}
 
 
-@pytest.mark.parametrize("element", [0, 20_000, 99_999])
+@pytest.mark.parametrize("name", ["values.npy", f"values{CHECKS}", HEADER])
+def test_every_flipped_bit_of_the_first_200_bytes_is_healed(name: str, tmp_path: Path) -> None:
+    """Among them are those of numpy's header, which numpy evaluates as Python, and those of our JSON."""
+    values = np.arange(5000, dtype=np.uint32)
+    calls = []
+
+    def make(folder: Path) -> dict[str, Any]:
+        calls.append(folder)
+        np.save(folder / "values.npy", values)
+        np.save(folder / "empty.npy", np.empty(0, np.int64))
+        return {"what": "numbers"}
+
+    path = Arrays(tmp_path / "one", make).folder / name
+    whole = path.read_bytes()
+    flips = range(8 * min(200, len(whole)))
+    for bit in flips:
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        assert _header(tmp_path / "one") is None, "it is not opened"
+        if bit % 97 == 0:
+            assert Arrays(tmp_path / "one", make).read("values", 4999).tolist() == [4999]
+            assert path.read_bytes() == whole
+    assert len(calls) == 1 + len(flips[::97])
+    assert [one.name for one in tmp_path.iterdir()] == ["one"]
+
+
+@pytest.mark.parametrize("taken", ["a file", "a link", "a folder"])
+def test_whatever_has_the_name_of_the_folder_is_replaced(taken: str, tmp_path: Path, make: Maker) -> None:
+    match taken:
+        case "a file":
+            (tmp_path / "one").write_text("")
+        case "a link":
+            (tmp_path / "one").symlink_to(tmp_path / "nowhere")
+        case "a folder":
+            (tmp_path / "one" / HEADER).mkdir(parents=True)
+    assert (Arrays(tmp_path / "one", make).read("values") == VALUES).all()
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+@pytest.mark.parametrize("element", [20_000, 99_999])
 def test_a_flipped_bit_is_found_where_it_is_read_and_nowhere_else(element: int, tmp_path: Path, make: Maker) -> None:
     path = Arrays(tmp_path / "one", make).folder / "values.npy"
     data = bytearray(path.read_bytes())

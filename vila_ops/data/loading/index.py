@@ -16,10 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
-from vila_ops.data.loading.arrays import Arrays
+from vila_ops.data.loading.arrays import Arrays, new_array
 from vila_ops.data.shards import INDEX
 
 LAYOUT = 1
@@ -82,7 +81,7 @@ def _write(path: Path, folder: Path) -> dict[str, Any]:
     file = pq.ParquetFile(path)
     total = file.metadata.num_rows
     shapes = {**COLUMNS, "shard": np.uint32, "key_end": np.int64, "numbers": np.uint32}
-    arrays = {name: open_memmap(folder / f"{name}.npy", "w+", dtype, (total,)) for name, dtype in shapes.items()}
+    arrays = {name: new_array(folder / f"{name}.npy", dtype, total) for name, dtype in shapes.items()}
     shards: dict[str, int] = {}
     kinds: dict[str, int] = {}  # SPLIT/SOURCE
     kind = np.empty(total, np.uint16)
@@ -110,7 +109,7 @@ def _write(path: Path, folder: Path) -> dict[str, Any]:
 
 
 def _write_keys(file: pq.ParquetFile, folder: Path, *, size: int) -> None:
-    keys = open_memmap(folder / "keys.npy", "w+", np.uint8, (size,))
+    keys = new_array(folder / "keys.npy", np.uint8, size)
     start = 0
     for batch in file.iter_batches(BATCH, columns=["key"]):
         column = batch["key"]

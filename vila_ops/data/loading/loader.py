@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vila_ops.artifacts.backend import AT_ONCE
+from vila_ops.artifacts.disk import remove
 from vila_ops.config import Stage
-from vila_ops.data.loading.arrays import DamagedCache, discard
+from vila_ops.data.loading.arrays import DamagedCache
 from vila_ops.data.loading.index import Index, SampleLocation
 from vila_ops.data.loading.mixture import Size, compose
 from vila_ops.data.loading.order import EpochPlan, EpochRequest, epoch_plan, random_state
@@ -112,14 +113,18 @@ class RowLoader:
         return self._with_rebuilt_cache(lambda: self._packed(self._held_out()))
 
     def _with_rebuilt_cache(self, read: Callable[[], T]) -> T:
-        """The result of `read`; if the cache is damaged, it is rebuilt and read again."""
-        try:
-            return read()
-        except DamagedCache as error:
-            log.warning("%s; it is rebuilt", error)
-            discard(error.folder)
-            self._open()
-            return read()
+        """The result of `read`; each cache that proves to be damaged is rebuilt once, and it is read again."""
+        rebuilt: set[Path] = set()
+        while True:
+            try:
+                return read()
+            except DamagedCache as error:
+                if error.folder in rebuilt:
+                    raise
+                log.warning("%s; it is rebuilt", error)
+                rebuilt.add(error.folder)
+                remove(str(error.folder))
+                self._open()
 
     def _global_batch(self, step: int) -> list[list[int]]:
         """The samples of each row of a step."""

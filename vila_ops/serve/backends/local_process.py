@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from pydantic import ValidationError
 
 import vila_ops
 from vila_ops.config import Config, Resources
+from vila_ops.errors import CorruptArtifact
 from vila_ops.processes import ProcessId, spawn, stop
 from vila_ops.serve.backends.backend import START_SECONDS
 from vila_ops.serve.spec import Spec
@@ -68,11 +70,16 @@ class ProcessManager:
             yield
 
     def read(self) -> ServiceRecord | None:
-        """The record of the process that was started last, which may have ended."""
+        """The record of the process that was started last, which may have ended. Raises CorruptArtifact."""
         try:
-            return ServiceRecord.model_validate_json(self.record_path.read_text())
+            return ServiceRecord.model_validate_json(self.record_path.read_bytes())
         except FileNotFoundError:
             return None
+        except ValidationError as error:
+            raise CorruptArtifact(
+                f"{self.record_path} is not the record of a service; end the process that serves, if it runs, remove "
+                f"this file and run again"
+            ) from error
 
     def write(self, record: ServiceRecord) -> None:
         """Replace the record."""
