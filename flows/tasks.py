@@ -8,7 +8,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 
 from vila_ops.data.preprocess.prepare import prepare
-from vila_ops.errors import is_final
+from vila_ops.errors import PromotionRaceLost, is_final
 from vila_ops.eval.evaluate import evaluate
 from vila_ops.model.assemble import assemble
 from vila_ops.pipeline.stages import Tasks
@@ -21,8 +21,12 @@ R = TypeVar("R")
 
 
 def retry_may_help(_task: Task[..., Any], _run: TaskRun, failed: State[Any]) -> bool:
-    """Whether Prefect runs a failed task again: not for an error that would be the same, see `vila_ops.errors`."""
-    return not (isinstance(failed.data, BaseException) and is_final(failed.data))
+    """Whether Prefect runs a failed task again: not for an error that would be the same, see `vila_ops.errors`.
+
+    A lost promotion race would be, as the task keeps its arguments: `pipeline.promotion` brings another report.
+    """
+    error = failed.data
+    return not (isinstance(error, PromotionRaceLost) or (isinstance(error, BaseException) and is_final(error)))
 
 
 def _task(function: Callable[P, R], *, name: str | None = None, retries: int = 2) -> Task[P, R]:

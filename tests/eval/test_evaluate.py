@@ -14,8 +14,10 @@ import pytest
 
 from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import BenchmarkResult, Dataset, EvalReport, Pretrained
+from vila_ops.artifacts.leases import registers
 from vila_ops.config import Run, Suite, load
 from vila_ops.data.preprocess.prepare import prepare
+from vila_ops.eval import runner
 from vila_ops.eval.benchmarks.held_out import pope
 from vila_ops.eval.evaluate import evaluate
 from vila_ops.eval.job import EvalJob
@@ -147,6 +149,24 @@ def test_a_report_leads_to_the_scores_of_each_item(
     nats, tokens = (sum(item.scores["model"][column] for item in items) for column in ("nats", "tokens"))
     (metric,) = [one for one in content.metrics if (one.name, one.role) == ("caption_loss", "model")]
     assert metric.value == pytest.approx(nats / tokens)
+
+
+def test_the_lease_of_one_benchmark_is_held_at_a_time(
+    run: Run, measure: Measure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So another process that needs an earlier one of this suite does not wait for the later ones."""
+    held: list[tuple[str, list[str]]] = []
+    own = runner._measure
+
+    def noted(of: Any, job: EvalJob, name: str) -> Any:
+        leases = registers(run.resources.storage.store)
+        held.append((job.address(name).key, [at.partition("/")[2] for at, is_held in leases.items() if is_held]))
+        return own(of, job, name)
+
+    monkeypatch.setattr(runner, "_measure", noted)
+    assert measure(suite_with(run, BENCHMARKS, seed=3))[1] == {"caption_loss", "pope", "text_loss"}
+    assert len(held) == 3
+    assert all(leases == [key] for key, leases in held)
 
 
 def test_a_report_that_is_found_or_only_composed_loads_no_model(

@@ -46,8 +46,9 @@ class Counting:
 USE = """
 import json, sys
 from pathlib import Path
-from vila_ops.artifacts.kinds import Checkpoint, ModelVersion
+from vila_ops.artifacts.kinds import Checkpoint, Dataset, ModelVersion
 from vila_ops.config import Resources, Service
+from vila_ops.eval.job import EvalJob
 from vila_ops.generate.engine import EngineOptions, generate_all
 from vila_ops.generate.load import engine_facts, open_folder
 from vila_ops.generate.request import Prompt, Sampling
@@ -60,10 +61,22 @@ outputs = generate_all(engine, [Prompt([7]), Prompt([7, 7])], Sampling(3, frozen
 checkpoint = Checkpoint(uri="s3://b/c", digest="d", parents=(), stage="sft", step=1)
 version = ModelVersion(name="m", version=1, checkpoint=checkpoint, promoted=False)
 assert "torch" not in sys.modules
+chosen = resources.evaluate.engine.model_dump()
+mixture = {"name": "m", "sources": {"a": {"kind": "jsonl", "path": "x", "render": "caption"}}}
+suite = {"name": "s", "mixture": mixture, "split": "test", "benchmarks": {"words": {"kind": "caption_loss"}}}
+data = Dataset(uri="s3://b/d", digest="d", num_samples=1, num_tokens=1)
+
+
+def job(engine):
+    here = {"launch": "inline", "evaluate": {"engine": engine}} if engine else {"launch": "inline"}
+    return EvalJob(suite=suite, model=checkpoint, data=data, resources=Resources.model_validate(here))
+
+
 print(json.dumps({
     "outputs": [[output.ids, output.finish_reason] for output in outputs],
     "facts": engine_facts(resources.evaluate.engine),
     "plugin": Spec.of(Service(name="s"), version, resources).plugin,
+    "addresses": [job(engine).address("words").key for engine in ({}, chosen, {**chosen, "step": 3})],
 }))
 """
 
@@ -94,6 +107,7 @@ def test_a_plugin_s_engine_generates_and_its_revision_is_part_of_what_is_served(
     assert printed["outputs"] == [[[101, 103, 105], "length"], [[102, 104], "stop"]]
     assert printed["plugin"] == {"package": "count-engine", "version": "2.0", "revision": 4}
     assert printed["facts"] == {"kind": "count", "step": 2, "plugin": printed["plugin"]}
+    assert len(set(printed["addresses"])) == 3, "of our engine, and of the plugin with each of its settings"
 
 
 def test_an_engine_that_no_package_adds_is_refused() -> None:

@@ -5,12 +5,13 @@ This module is light. What measures is imported when a benchmark was not measure
 
 import logging
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
 from typing import Any
 
 from vila_ops import tracking
-from vila_ops.artifacts import store
+from vila_ops.artifacts import attempts, store
 from vila_ops.artifacts.execution import execution
 from vila_ops.artifacts.kinds import BenchmarkResult, Checkpoint, Dataset, EvalReport, Pretrained
 from vila_ops.artifacts.leases import hold
@@ -18,7 +19,7 @@ from vila_ops.cluster import check_gpus
 from vila_ops.config import NO_CONTEXT, Resources, RunContext, Suite
 from vila_ops.eval.job import EvalJob
 from vila_ops.eval.needs import check_held_out
-from vila_ops.eval.report import compose, tracked, tracked_layers, write_report
+from vila_ops.eval.report import Report, compose, tracked, tracked_layers, write_report
 
 REVISION = 4
 """Raised when a report of the same results changes; each benchmark has a revision of its own."""
@@ -69,14 +70,9 @@ def _report(job: EvalJob, run_id: str | None) -> EvalReport:
     ran = _measure_missing(job)
     results = _results(job)
     at = _address(job, results)
-    attempt = store.begin(at, store=job.resources.storage.store)
-    report = compose(job.suite, model=job.model.digest, data=job.data.digest, results=results)
-    file = write_report(attempt, report)
-    with tracking.MetricLog(job.resources, run_id) as metrics:
-        metrics.log(tracked(report), step=0)
-        for layer, values in tracked_layers(report):  # as curves whose step is the layer
-            metrics.log(values, step=layer)
-        metrics.attach(file)
+    with attempts.attempt(at, store=job.resources.storage.store) as attempt:
+        report = compose(job.suite, model=job.model.digest, data=job.data.digest, results=results)
+        _track(report, write_report(attempt, report), job.resources, run_id)
     return store.seal(
         EvalReport,
         at,
@@ -85,6 +81,15 @@ def _report(job: EvalJob, run_id: str | None) -> EvalReport:
         execution=execution(launch=job.resources.launch, seconds=time.monotonic() - started, ran=ran)
         | {"mlflow_run": run_id},
     )
+
+
+def _track(report: Report, file: Path, resources: Resources, run_id: str | None) -> None:
+    """Log the metrics of a report, and attach its file."""
+    with tracking.MetricLog(resources, run_id) as metrics:
+        metrics.log(tracked(report), step=0)
+        for layer, values in tracked_layers(report):  # as curves whose step is the layer
+            metrics.log(values, step=layer)
+        metrics.attach(file)
 
 
 def _results(job: EvalJob) -> dict[str, BenchmarkResult]:
@@ -106,26 +111,31 @@ def _address(job: EvalJob, results: Mapping[str, BenchmarkResult]) -> store.Addr
 def _measure_missing(job: EvalJob) -> list[dict[str, Any]]:
     """Measure and seal what the store has no result of, in one process; returns which one, or nothing.
 
-    A benchmark that another process measures meanwhile is waited for and not measured again.
+    The lease of one benchmark is held at a time, so that another process that needs it waits for this benchmark alone.
+    What another process measures meanwhile is waited for and not measured again.
     """
     root = job.resources.storage.store
-    addresses = {name: job.address(name) for name in job.suite.benchmarks if job.result(name) is None}
-    with ExitStack() as leases:
-        for at in sorted({at.key: at for at in addresses.values()}.values(), key=lambda at: at.key):
-            leases.enter_context(hold(at, store=root))  # in one order in every process, so that none waits in a circle
-        missing = {at.key: name for name, at in addresses.items() if job.result(name) is None}
-        if not missing:
-            return []
-        # a worker may have another current folder, so the store's path is absolute
-        changes = {"benchmarks": tuple(missing.values()), "resources.storage.store": store.root_of(root)}
-        return [_launch(job.with_changes(changes))]
+    ran: list[dict[str, Any]] = []
+    measure: Callable[[str], dict[str, Any]] | None = None
+    with ExitStack() as session:
+        for name in (name for name in job.suite.benchmarks if job.result(name) is None):
+            with hold(job.address(name), store=root):
+                if job.result(name) is not None:
+                    continue
+                if measure is None:  # a worker may have another current folder, so the store's path is absolute
+                    measure = session.enter_context(
+                        _session(job.with_changes({"resources.storage.store": store.root_of(root)}))
+                    )
+                ran = [measure(name)]
+    return ran
 
 
-def _launch(job: EvalJob) -> dict[str, Any]:
+def _session(job: EvalJob) -> AbstractContextManager[Callable[[str], dict[str, Any]]]:
+    """A process with the model loaded, which measures and seals a benchmark by the suite's name of it."""
     if job.resources.launch != "inline":
-        from vila_ops.eval.ray_workers import run_on_ray
+        from vila_ops.eval.ray_workers import session_on_ray
 
-        return run_on_ray(job)
-    from vila_ops.eval.runner import run  # heavy: torch, transformers
+        return session_on_ray(job)
+    from vila_ops.eval.runner import session  # heavy: torch, transformers
 
-    return run(job)
+    return session(job)

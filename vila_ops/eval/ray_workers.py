@@ -1,5 +1,7 @@
 """An evaluation as an actor on the cluster."""
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import ray
@@ -8,26 +10,38 @@ from vila_ops.cluster import connect, log_to_driver
 from vila_ops.eval.job import EvalJob
 
 
-def run_on_ray(job: EvalJob) -> dict[str, Any]:
-    """Measure and seal the benchmarks of a job in an actor on the cluster; returns which process did it."""
+@contextmanager
+def session_on_ray(job: EvalJob) -> Iterator[Callable[[str], dict[str, Any]]]:
+    """As `runner.session`, in an actor on the cluster."""
     connect(job.resources)
     actor = Evaluator.options(  # type: ignore[attr-defined]
         num_cpus=job.resources.evaluate.cpus_per_worker, num_gpus=job.resources.evaluate.gpus_per_worker
-    ).remote()
+    ).remote(job.model_dump_json())
+
+    def measure(name: str) -> dict[str, Any]:
+        ran: dict[str, Any] = ray.get(actor.measure.remote(name))
+        return ran
+
     try:
-        ran: dict[str, Any] = ray.get(actor.run.remote(job.model_dump_json()))
+        yield measure
     finally:
         ray.kill(actor)  # also after an error, whose traceback would keep the actor and its GPU
-    return ran
 
 
 @ray.remote
 class Evaluator:
     """One evaluating process."""
 
-    def run(self, job: str) -> dict[str, Any]:
-        """Run a job given as JSON."""
-        from vila_ops.eval.runner import run  # heavy: torch, transformers
-
+    def __init__(self, job: str) -> None:
+        """The job is given as JSON; the model is loaded with the first benchmark, so that its errors are raised."""
         log_to_driver()
-        return run(EvalJob.model_validate_json(job))
+        self._job, self._session = EvalJob.model_validate_json(job), ExitStack()
+        self._measure: Callable[[str], dict[str, Any]] | None = None
+
+    def measure(self, name: str) -> dict[str, Any]:
+        """Measure and seal a benchmark; returns which process did it."""
+        from vila_ops.eval.runner import session  # heavy: torch, transformers
+
+        if self._measure is None:
+            self._measure = self._session.enter_context(session(self._job))
+        return self._measure(name)

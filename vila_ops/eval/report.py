@@ -5,6 +5,7 @@ report.json                 of a suite on one model, composed of its benchmarks'
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -130,10 +131,13 @@ def read_items(result: BenchmarkResult) -> tuple[ItemScore, ...]:
 
 
 def compose(suite: Suite, *, model: str, data: str, results: Mapping[str, BenchmarkResult]) -> Report:
-    """The report of a suite on a model; model and data are digests, the results are by the suite's names."""
+    """The report of a suite on a model; model and data are digests, the results are by the suite's names.
+
+    Raises ValueError where two metrics would have one name, in the report or in MLflow.
+    """
     measured = {name: read_result(results[name]) for name in suite.benchmarks}
     kinds = {name: benchmark.kind for name, benchmark in suite.benchmarks.items()}
-    return Report(
+    report = Report(
         suite=suite.name,
         split=suite.split,
         model=model,
@@ -151,6 +155,8 @@ def compose(suite: Suite, *, model: str, data: str, results: Mapping[str, Benchm
         ),
         answers=tuple(answer for one in measured.values() for answer in one.answers),
     )
+    _check_names(report)
+    return report
 
 
 def write_report(folder: Path, report: Report) -> Path:
@@ -174,14 +180,30 @@ def tracked_layers(report: Report) -> list[tuple[int, dict[str, float]]]:
     return [(p.layer, {_tracked_name(f"{p.name}_by_layer", p.role): p.value}) for p in report.layers]
 
 
+def _check_names(report: Report) -> None:
+    layers = {_tracked_name(f"{point.name}_by_layer", point.role) for point in report.layers}
+    names = Counter([*(_tracked_name(metric.name, metric.role) for metric in report.metrics), *layers])
+    if twice := sorted(name for name, count in names.items() if count > 1):
+        raise ValueError(
+            f"suite {report.suite!r}: two of its benchmarks {list(report.benchmarks)} have metric {twice[0]!r}; "
+            f"rename one of them (what they measured is kept)"
+        )
+
+
 def _tracked_name(name: str, role: MetricRole) -> str:
     return name if role == "model" else f"{name}.{role}"
 
 
 def _name(name: str, kind: str, benchmark: str) -> str:
-    """A metric's name with the suite's name of the benchmark in place of its kind."""
-    measure = name.removeprefix(kind).removeprefix("_")
-    return f"{benchmark}_{measure}" if measure else benchmark
+    """A metric's name with the suite's name of the benchmark in place of its kind. Raises ValueError."""
+    if name == kind:
+        return benchmark
+    if not name.startswith(f"{kind}_"):
+        raise ValueError(
+            f"benchmark {benchmark!r} of kind {kind!r} has a metric {name!r}; a metric has the kind's name, or begins "
+            f"with {kind}_: rename it in the benchmark, and raise its REVISION"
+        )
+    return f"{benchmark}_{name.removeprefix(f'{kind}_')}"
 
 
 def _reference(result: BenchmarkResult, measurement: Measurement) -> ResultReference:

@@ -2,10 +2,11 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from vila_ops.artifacts import store
+from vila_ops.artifacts import attempts, store
 from vila_ops.artifacts.execution import execution
 from vila_ops.artifacts.kinds import BenchmarkResult
 from vila_ops.cluster import whoami
@@ -27,21 +28,23 @@ from vila_ops.generate.request import Sampling
 log = logging.getLogger(__name__)
 
 
-def run(job: EvalJob) -> dict[str, Any]:
-    """Measure and seal the benchmarks of a job with the model loaded once; returns which process did it."""
+@contextmanager
+def session(job: EvalJob) -> Iterator[Callable[[str], dict[str, Any]]]:
+    """A function that measures and seals a benchmark by the suite's name of it; the model is loaded once.
+
+    It returns which process did it.
+    """
     options = EngineOptions(
         feature_root=job.resources.storage.scratch() / "features",
         threads=job.resources.evaluate.threads_per_worker,
         precision=job.suite.precision,
     )
     engine = load_engine(job.model, job.resources.evaluate.engine, options)
+    runner = BenchmarkRunner(engine, job.inputs())
     try:
-        runner = BenchmarkRunner(engine, job.inputs())
-        for name in job.benchmarks:
-            _measure(runner, job, name)
+        yield lambda name: _measure(runner, job, name)
     finally:
         engine.close()
-    return whoami()
 
 
 class BenchmarkRunner:
@@ -104,13 +107,13 @@ class BenchmarkRunner:
         return [tokenizer.decode(output.ids) for output in outputs]
 
 
-def _measure(runner: BenchmarkRunner, job: EvalJob, name: str) -> None:
-    """Measure and seal one benchmark."""
+def _measure(runner: BenchmarkRunner, job: EvalJob, name: str) -> dict[str, Any]:
+    """Measure and seal one benchmark; returns which process did it."""
     started = time.monotonic()
     config, at = job.suite.benchmarks[name], job.address(name)
     measurement, items = runner.measure(config)
-    attempt = store.begin(at, store=job.resources.storage.store)
-    write_result(attempt, measurement, items)
+    with attempts.attempt(at, store=job.resources.storage.store) as attempt:
+        write_result(attempt, measurement, items)
     seconds = time.monotonic() - started
     store.seal(
         BenchmarkResult,
@@ -121,3 +124,4 @@ def _measure(runner: BenchmarkRunner, job: EvalJob, name: str) -> None:
         | {"engine": engine_facts(job.resources.evaluate.engine)},
     )
     log.info("%s: %s in %.0f s", job.suite.name, name, seconds)
+    return whoami()

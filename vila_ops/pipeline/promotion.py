@@ -54,7 +54,7 @@ def register_last(run: Run, context: RunContext = NO_CONTEXT) -> ModelVersion:
 
 
 def deploy_champion(run: Run, context: RunContext = NO_CONTEXT) -> Deployment:
-    """Serve the model that the gate let through: the last stage's, or the champion that it did not beat."""
+    """Serve the model that the gate let through: the last stage's, or the champion where the gate refused it."""
     served = to_serve(run.recipe, register_last(run, context), run.resources)
     if served is None:
         raise ValueError(
