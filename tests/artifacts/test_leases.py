@@ -71,7 +71,7 @@ def test_a_holder_that_gives_no_sign_expires_and_finds_its_lease_lost(store: str
         with hold(at(), store=store, pace=pace) as second:
             assert clock.time == pytest.approx(61)
             assert (second.fencing, second.lost) == (2, False)
-            assert first.lost, "no beat for as long as a lease lives"
+            assert first.lost, "no heartbeat for as long as a lease lives"
             first.heartbeat()
             assert first.lost, "taken over"
             second.heartbeat()
@@ -81,7 +81,7 @@ def test_a_holder_that_gives_no_sign_expires_and_finds_its_lease_lost(store: str
     assert clock.time == pytest.approx(61), "a released lease is not waited for"
 
 
-def test_a_holder_that_beats_is_waited_for(store: str, elsewhere: None) -> None:
+def test_a_holder_with_heartbeats_is_waited_for(store: str, elsewhere: None) -> None:
     clock = Clock()
     with hold(at(), store=store, pace=Pace(now=clock.now)) as first:
 
@@ -97,7 +97,7 @@ def test_a_holder_that_beats_is_waited_for(store: str, elsewhere: None) -> None:
 
 
 def test_the_heartbeat_keeps_a_lease_over_many_expiries(store: str, elsewhere: None) -> None:
-    clock = Clock()  # three of its steps, the most that pass while a beat is under way, are less than an expiry
+    clock = Clock()  # three of its steps, the most that pass while a heartbeat is under way, are less than an expiry
     with hold(at(), store=store, pace=Pace(expiry_seconds=0.3, now=clock.now)) as lease:
         for _ in range(16):
             before = backend(store).load(register(store))

@@ -1,5 +1,6 @@
 """Error-prone cases of a resume: the end of an epoch, the last step, another save interval, another recipe."""
 
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from vila_ops.config import Stage
+from vila_ops.train.checkpoint.unfinished import resume_folders
 from vila_ops.train.sample_log import first_mismatch, global_batches
 from vila_ops.train.verify_resume import ResumeTrial
 
@@ -85,4 +87,36 @@ def test_another_recipe_does_not_go_on_from_this_one_s_checkpoint(
     assert longer.train().step == 10
     assert len(longer.samples()) == seen + 10 * 1
     assert fork(stage=killed.model_dump(mode="json")) == [0]
+    assert killed.train().digest == whole.train().digest
+
+
+def test_what_a_kill_after_the_seal_left_is_removed_by_the_next_look(
+    fork: Fork, make_trial: Callable[..., ResumeTrial], tmp_path: Path
+) -> None:
+    whole, killed = (make_trial(tmp_path / name, num_steps=4, save_every=2) for name in ("whole", "killed"))
+    assert fork(stage=whole.model_dump(mode="json"), points=str(tmp_path / "points")) == [0]
+    points = (tmp_path / "points").read_text().splitlines()
+    sealed = next(point for point in points if re.match(r"link /checkpoint/.*manifest\.json", point))
+    assert fork(stage=killed.model_dump(mode="json"), kill=[sealed, "after"]) == [-9]
+    store = killed.resources.storage.store
+    assert [(one.stage, one.sealed) for one in resume_folders(store)] == [("pretrain", True)]
+    assert killed.train().digest == whole.train().digest
+    assert list((tmp_path / "killed" / "resume").iterdir()) == []
+
+
+def test_the_progress_of_a_stage_with_other_settings_is_named_and_stays(
+    fork: Fork, make_trial: Callable[..., ResumeTrial], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = make_trial(tmp_path / "whole", num_steps=9, save_every=4)
+    assert fork(stage=whole.model_dump(mode="json"), points=str(tmp_path / "points")) == [0]
+    points = (tmp_path / "points").read_text().splitlines()
+    saved = next(point for point in points if re.match(r"(rename|replace) /resume/.*step-000004", point))
+    killed = make_trial(tmp_path / "killed", num_steps=9, save_every=4)
+    assert fork(stage=killed.model_dump(mode="json"), kill=[saved, "after"]) == [-9]
+    (folder,) = resume_folders(killed.resources.storage.store)
+    assert (folder.stage, folder.step, folder.sealed) == ("pretrain", 4, False)
+    with caplog.at_level(logging.INFO):
+        changed(killed, num_steps=2).train()
+    assert f"{folder.place} holds 0.0 GB of stage pretrain with other settings or data" in caplog.text
+    assert resume_folders(killed.resources.storage.store) == [folder]
     assert killed.train().digest == whole.train().digest

@@ -25,6 +25,8 @@ from vila_ops.errors import CorruptArtifact, VilaError
 from vila_ops.processes import ProcessId, this_process
 
 HEARTBEATS_PER_EXPIRY = 4
+SILENT_SECONDS = 3600.0
+"""Age of the last heartbeat at which a process that does not wait for a lease takes its holder for dead."""
 log = logging.getLogger(__name__)
 
 
@@ -54,8 +56,8 @@ class LeaseRecord(Config):
 
     holder: Holder
     fencing: int
-    beat: int
-    """Number of the holder's heartbeats."""
+    heartbeats: int
+    """How many the holder has sent."""
     released: bool = False
 
 
@@ -91,7 +93,7 @@ class Lease:
             return
         now = self._pace.now()
         record = LeaseRecord(
-            holder=self._record.holder, fencing=self.fencing, beat=self._record.beat + 1, released=released
+            holder=self._record.holder, fencing=self.fencing, heartbeats=self._record.heartbeats + 1, released=released
         )
         tag = self._backend.swap(self._register, _bytes(record), self._tag)
         if tag is None:
@@ -124,6 +126,29 @@ def hold(at: Address, *, store: str, pace: Pace = Pace()) -> Iterator[Lease]:
             log.warning("lease %s/%s was not released (%s); it will expire", at.kind, at.key, error)
 
 
+def registers(store: str) -> dict[str, bool]:
+    """Every address of a store, as KIND/KEY, that has a lease, and whether a process holds it.
+
+    A holder that was not heard of for SILENT_SECONDS is dead; so clocks of machines may differ by less than that. A
+    damaged lease counts as held until then.
+    """
+    root = f"{root_of(store)}/leases"
+    changed: dict[str, float] = {}
+    for entry in backend(root).entries(root):
+        address = "/".join(entry.name.split("/")[:2])
+        if "/" in address:
+            changed[address] = max(changed.get(address, 0.0), entry.changed)
+    return {at: time.time() - last < SILENT_SECONDS and _is_held(f"{root}/{at}") for at, last in changed.items()}
+
+
+def _is_held(register: str) -> bool:
+    try:
+        record, _ = _load(register)
+    except CorruptArtifact:
+        return True
+    return record is not None and not record.released and not record.holder.is_gone()
+
+
 def _acquire(register: str, pace: Pace) -> Lease:
     own = Holder.myself()
     watched: str | None = None
@@ -133,7 +158,7 @@ def _acquire(register: str, pace: Pace) -> Lease:
         if tag != watched:
             watched, since = tag, pace.now()
         if record is None or record.released or record.holder.is_gone() or pace.now() - since > pace.expiry_seconds:
-            mine = LeaseRecord(holder=own, fencing=1 if record is None else record.fencing + 1, beat=0)
+            mine = LeaseRecord(holder=own, fencing=1 if record is None else record.fencing + 1, heartbeats=0)
             swapped = backend(register).swap(register, _bytes(mine), tag)
             if swapped is not None:
                 return Lease(register, mine, swapped, pace)

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from vila_ops import tracking
-from vila_ops.artifacts import store
+from vila_ops.artifacts import attempts, store
 from vila_ops.artifacts.execution import execution
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, Pretrained
 from vila_ops.artifacts.leases import hold
@@ -17,6 +17,7 @@ from vila_ops.cluster import whoami
 from vila_ops.config import NO_CONTEXT, Model, Resources, RunContext, Stage
 from vila_ops.model.projectors import plugin_of
 from vila_ops.train.checkpoint.storage import remove_all
+from vila_ops.train.checkpoint.unfinished import resume_folders, write_label
 from vila_ops.train.checks import check_inputs, check_quantised
 from vila_ops.train.job import JobPayload, RankInfo, StageInputs, TrainJob
 
@@ -50,6 +51,7 @@ def train_stage(
         recipe["projector_plugin"] = plugin
     at = store.address(Checkpoint, revision=REVISION, recipe=recipe, parents=(data.digest, init.digest))
     if done := store.find(Checkpoint, at, store=resources.storage.store):
+        remove_all(_resume(at, resources))  # a process that was killed after it sealed left them
         return done
     if resources.launch == "ray_job":
         return _train_as_job(at, inputs)
@@ -64,27 +66,29 @@ def _train_here(at: store.Address, inputs: StageInputs, *, fresh: bool) -> Check
     for parent in (data, init):
         store.content(parent)  # every byte is compared before anything is trained
     started = time.monotonic()
-    attempt = store.begin(at, store=resources.storage.store)
-    resume = f"{store.root_of(resources.storage.store)}/resume/{at.key}"
+    resume = _resume(at, resources)
+    write_label(resume, stage.name)
+    _tell_of_others(at, inputs)
     run_id = tracking.start_run(
         resources, stage.name, parent=inputs.context.parent_run, params=stage.model_dump(mode="json"),
         tags={"task": "train_stage", "stage": stage.name, "address": at.key, "data": data.digest, "init": init.digest},
     )  # fmt: skip
     tracking.log_input(resources, run_id, data, name=stage.mixture.name, context="train")
-    job = TrainJob(
-        stage=stage,
-        data=data,
-        init=init,
-        resources=resources,
-        context=inputs.context,
-        attempt=str(attempt),
-        resume=resume,
-        run_id=run_id,
-        fresh_projector=fresh,
-    )
     failed = True
     try:
-        workers = _run_workers(job)
+        with attempts.attempt(at, store=resources.storage.store) as attempt:
+            job = TrainJob(
+                stage=stage,
+                data=data,
+                init=init,
+                resources=resources,
+                context=inputs.context,
+                attempt=str(attempt),
+                resume=resume,
+                run_id=run_id,
+                fresh_projector=fresh,
+            )
+            workers = _run_workers(job)
         failed = False
     finally:
         tracking.end_run(resources, run_id, failed=failed)
@@ -99,6 +103,22 @@ def _train_here(at: store.Address, inputs: StageInputs, *, fresh: bool) -> Check
     remove_all(resume)
     log.info("trained %s: %s", stage.name, checkpoint.digest[:12])
     return checkpoint
+
+
+def _resume(at: store.Address, resources: Resources) -> str:
+    """The place of the stage's resume checkpoints."""
+    return f"{store.root_of(resources.storage.store)}/resume/{at.key}"
+
+
+def _tell_of_others(at: store.Address, inputs: StageInputs) -> None:
+    """Log the resume checkpoints of this stage with other settings or data: nothing but `vila-ops gc` removes them."""
+    for one in resume_folders(inputs.resources.storage.store):
+        if one.stage == inputs.stage.name and one.address != at.key and not one.sealed:
+            log.info(
+                "%s holds %.1f GB of stage %s with other settings or data, last saved %.1f days ago after step %s; "
+                "`vila-ops gc` lists and removes such folders",
+                one.place, one.num_bytes / 1e9, one.stage, (time.time() - one.changed) / 86400, one.step,
+            )  # fmt: skip
 
 
 def _train_as_job(at: store.Address, inputs: StageInputs) -> Checkpoint:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vila_ops.artifacts.backend import AT_ONCE, FileFacts
-from vila_ops.artifacts.store import MANIFEST
+from vila_ops.artifacts.store import MANIFEST, backend
 from vila_ops.config import Resources
 from vila_ops.config.resources import Retention
 from vila_ops.errors import CorruptArtifact, VilaError
@@ -171,7 +171,8 @@ class Checkpointer:
         """On rank 0, remove drafts of killed attempts and return the names of the checkpoints, oldest first."""
         if self._rank_info.rank:
             return []
-        self._storage.clear()
+        for draft in self._storage.drafts():
+            backend(draft).remove(draft)
         sealed = self._storage.sealed()
         self._earlier_steps = {one.step for one in sealed}
         return [one.name for one in sealed]

@@ -15,9 +15,12 @@ from typing import NamedTuple, Protocol
 from vila_ops.artifacts import disk
 from vila_ops.artifacts.backend import FileFacts
 from vila_ops.artifacts.copies import copy_of
-from vila_ops.artifacts.store import MANIFEST
+from vila_ops.artifacts.disk_faults import free_bytes
+from vila_ops.artifacts.store import MANIFEST, backend
 from vila_ops.errors import CorruptArtifact, OtherBytes, StoreUnreachable
 
+STEP = "step-"
+"""How the name of a checkpoint begins."""
 log = logging.getLogger(__name__)
 
 
@@ -55,8 +58,8 @@ class CheckpointStorage(Protocol):
     def discard(self, draft: str) -> None:
         """Remove the files of a draft."""
 
-    def clear(self) -> None:
-        """Remove the drafts of attempts that were killed."""
+    def drafts(self) -> list[str]:
+        """Return the places of drafts, and of checkpoints whose removal was interrupted."""
 
 
 def storage_of(resume: str) -> CheckpointStorage:
@@ -67,16 +70,9 @@ def storage_of(resume: str) -> CheckpointStorage:
 def remove_all(resume: str) -> None:
     """Remove all resume checkpoints of a sealed stage. Files that cannot be removed are logged."""
     try:
-        if "://" in resume:
-            from vila_ops.artifacts import s3  # heavy: boto3
-
-            s3.remove(resume)
-        elif Path(resume).exists():
-            shutil.rmtree(resume)
+        backend(resume).remove(resume)
     except OSError as error:
-        log.warning(
-            "resume checkpoints %s were not removed (%s); nothing needs them, remove them yourself", resume, error
-        )
+        log.warning("resume checkpoints %s were not removed (%s); `vila-ops gc` removes them", resume, error)
 
 
 class DiskStorage:
@@ -87,8 +83,8 @@ class DiskStorage:
 
     def sealed(self) -> list[SealedCheckpoint]:
         """See CheckpointStorage."""
-        folders = [path for path in self.root.glob("step-*") if (path / MANIFEST).is_file()]
-        return sorted(SealedCheckpoint(int(path.name.removeprefix("step-")), path.name) for path in folders)
+        folders = [path for path in self.root.glob(f"{STEP}*") if (path / MANIFEST).is_file()]
+        return sorted(SealedCheckpoint(int(path.name.removeprefix(STEP)), path.name) for path in folders)
 
     def write(self, draft: str, name: str, chunks: Iterable[memoryview]) -> None:
         """See CheckpointStorage. Raises OSError with the path and the bytes written so far."""
@@ -105,7 +101,7 @@ class DiskStorage:
             raise OSError(
                 error.errno,
                 f"resume checkpoint {folder / name} was not written ({error.strerror}, after {written} bytes; "
-                f"{_free_bytes(self.root)} bytes are free); free space or repair the disk and run again: the stage "
+                f"{free_bytes(self.root)} bytes are free); free space or repair the disk and run again: the stage "
                 f"resumes from the checkpoint before it",
             ) from error
 
@@ -155,19 +151,16 @@ class DiskStorage:
         """See CheckpointStorage. There are no copies: `file` returns the checkpoint's own files."""
 
     def remove(self, name: str) -> None:
-        """See CheckpointStorage. Renames it first, so that a partly removed folder does not count as a checkpoint."""
-        hidden = self.root / f".{name}-removed"
-        (self.root / name).rename(hidden)
-        shutil.rmtree(hidden)
+        """See CheckpointStorage. A partly removed folder has a hidden name, so it does not count as a checkpoint."""
+        disk.remove(str(self.root / name))
 
     def discard(self, draft: str) -> None:
         """See CheckpointStorage."""
         shutil.rmtree(self._draft(draft), ignore_errors=True)
 
-    def clear(self) -> None:
+    def drafts(self) -> list[str]:
         """See CheckpointStorage."""
-        for path in self.root.glob(".step-*"):
-            shutil.rmtree(path)
+        return [str(path) for path in sorted(self.root.glob(f".{STEP}*"))]
 
     def _draft(self, draft: str) -> Path:
         return self.root / f".{draft}"
@@ -225,20 +218,12 @@ class S3Storage:
         with suppress(OSError):
             self.remove(draft)
 
-    def clear(self) -> None:
+    def drafts(self) -> list[str]:
         """See CheckpointStorage."""
         sealed = {one.name for one in self.sealed()}
-        for folder in {folder for folder, _, _ in self._names()} - sealed:
-            self.s3.remove(f"{self.root}/{folder}")
+        begun = {folder for folder, _, _ in self._names() if folder.startswith(STEP)}
+        return [f"{self.root}/{folder}" for folder in sorted(begun - sealed)]
 
     def _names(self) -> list[tuple[str, str, str]]:
         """The folder, a slash and the rest of the name of every object."""
         return [name.partition("/") for name in self.s3.names(self.root)]
-
-
-def _free_bytes(folder: Path) -> int:
-    """Return the free bytes of a folder's file system, or 0 if they cannot be read."""
-    try:
-        return shutil.disk_usage(folder).free
-    except OSError:
-        return 0
