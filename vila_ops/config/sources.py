@@ -219,6 +219,8 @@ class WebDataset(OwnRecords):
     image_members: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Suffixes of the members that are a record's images, in their order, such as [left.png, right.png]. None: KEY.jpg,
     KEY.0.jpg, KEY.1.jpg, ...; a companion such as KEY.seg.png is no image then."""
+    text_member: str = "txt"
+    """Suffix of the member with the caption, such as outputs.txt."""
     key_ends: Literal["first_dot", "last_dot"] = "first_dot"
     """Where the key of a member ends: IMG for IMG.0001.jpg, as in the webdataset library, or IMG.0001."""
 

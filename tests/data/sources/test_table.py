@@ -180,6 +180,21 @@ def test_lines_that_a_quote_swallows_are_bad_records(
     assert (len(dropped), len(found) - len(dropped)) == (bad, good)
 
 
+def test_a_lone_quote_between_pipes_costs_a_row_or_is_text(tmp_path: Path, images: Path, read_all: ReadAll) -> None:
+    """github.com/pandas-dev/pandas/issues/22140: Str3|3|"|num3, after which pandas reads nothing."""
+    path = write(tmp_path, 'image|text|n\nDog.jpg|A|1\nDog.jpg|"|2\nDog.jpg|C|3\n', "captions.psv")
+    quoted = [one for held in read_all(table(path, images, separator="pipe")) for one in held]
+    assert [type(one) for one in quoted] == [Record, Dropped, Dropped]
+    plain = read_all(table(path, images, separator="pipe", quotes=False))
+    assert [record.turns[0].parts[1] for (record,) in plain if isinstance(record, Record)] == ["A", '"', "C"]
+
+
+def test_an_end_of_file_of_dos_inside_quotes_ends_nothing(tmp_path: Path, images: Path, read_all: ReadAll) -> None:
+    """github.com/pandas-dev/pandas/issues/16559."""
+    ((record,),) = read_all(table(write(tmp_path, 'image,text\r\nDog.jpg,"test \x1a    test"\r\n'), images))
+    assert record == caption("Dog.jpg", "test \x1a    test", 2)
+
+
 def test_a_caption_of_several_lines_swallows_nothing(tmp_path: Path, images: Path, read_all: ReadAll) -> None:
     text = "A dog,\na cat,\ngone.jpg,a bird\n\nand Dog.jpg"
     ((record,),) = read_all(table(write(tmp_path, f'image,text\nDog.jpg,"{text}"\n'), images))

@@ -139,6 +139,19 @@ def test_keys_with_dots_are_told_and_can_be_read(read_all: ReadAll, tmp_path: Pa
     ]
 
 
+def test_members_with_names_of_their_own_are_told_and_can_be_read(read_all: ReadAll, tmp_path: Path):
+    """github.com/mlfoundations/open_clip/issues/480: shards of KEY.input.jpg and KEY.outputs.txt, all skipped."""
+    write(tmp_path / "a.tar", {"__key__": "sample00000000", "input.jpg": b"bird", "outputs.txt": "a bird"})
+    (fault,) = dropped(read_all(source(tmp_path)))
+    assert fault.reason == "no_image"
+    assert "sample00000000.input.jpg" in fault.detail
+    ours = source(tmp_path).with_changes({"image_members": ["input.jpg"]})
+    (fault,) = dropped(read_all(ours))
+    assert "`text_member` names another" in fault.detail
+    record = only(read_all(ours.with_changes({"text_member": "outputs.txt"})))
+    assert record.turns[0].parts == (Image(b"bird"), "a bird")
+
+
 def test_nan_as_img2dataset_writes_it_costs_its_number_only(read_all: ReadAll, tmp_path: Path):
     said = b'{"caption": "a cup", "similarity": NaN, "pwatermark": 0.25, "status": "success"}'
     write_members(tmp_path / "a.tar", ("000000012.jpg", b"cup"), ("000000012.json", said))

@@ -1,9 +1,9 @@
 """WebDataset tars: consecutive members of one key are a record, KEY.jpg with KEY.txt or KEY.json.
 
 The key is the name up to the first dot of its last part, as in the webdataset library (`key_ends`). KEY.txt is a
-caption; KEY.json has `caption` or `text`, or LLaVA's `conversations`, and may have `license`, `url` and numeric scores,
-as img2dataset writes them. The images are KEY.jpg and KEY.0.jpg, KEY.1.jpg, ... in the order of their numbers. Other
-members, such as a mask KEY.seg.png, are no images of the record unless the source names them (`image_members`).
+caption (`text_member`); KEY.json has `caption` or `text`, or LLaVA's `conversations`, and may have `license`, `url` and
+numeric scores, as img2dataset writes them. The images are KEY.jpg and KEY.0.jpg, KEY.1.jpg, ... in the order of their
+numbers. Other members, such as a mask KEY.seg.png, are no images of the record unless `image_members` names them.
 """
 
 import re
@@ -64,7 +64,7 @@ def _record(source: WebDataset, file: BinaryIO, group: list[Member], *, key: str
     notes: tuple[str, ...] = ()
     match source.render:
         case "caption":
-            messages = (Turn("document", (*images, _caption(file, by_suffix, fields, images))),)
+            messages = (Turn("document", (*images, _caption(source, file, by_suffix, fields))),)
         case "conversation":
             messages, notes = with_images(fields.get("conversations"), images)
         case _:
@@ -99,21 +99,23 @@ def _json(file: BinaryIO, by_suffix: dict[str, Member]) -> dict[str, Any]:
     return json_of(_content(file, member, MAX_TEXT_BYTES), what=member.name)
 
 
-def _caption(file: BinaryIO, by_suffix: dict[str, Member], fields: dict[str, Any], images: list[Image]) -> str:
-    if not images:
-        raise Fault("no_image", f"no image KEY.jpg, KEY.0.jpg, ... ({', '.join(IMAGES)}) but {_listed(by_suffix)}")
-    if "txt" in by_suffix:
+def _caption(source: WebDataset, file: BinaryIO, by_suffix: dict[str, Member], fields: dict[str, Any]) -> str:
+    if not _images(source, list(by_suffix)):
+        text = f"no image KEY.jpg, KEY.0.jpg, ... but {_listed(by_suffix)}; name others in `image_members`"
+        raise Fault("no_image", text)
+    if source.text_member in by_suffix:
         try:
-            text = decoded(_content(file, by_suffix["txt"], MAX_TEXT_BYTES))
+            text = decoded(_content(file, by_suffix[source.text_member], MAX_TEXT_BYTES))
         except UnicodeDecodeError as error:
-            raise Fault("invalid_utf8", f"the .txt: byte {error.start} is not UTF-8 ({error.reason})") from error
+            text = f"the .{source.text_member}: byte {error.start} is not UTF-8 ({error.reason})"
+            raise Fault("invalid_utf8", text) from error
     else:
         text = next((fields[name] for name in ("caption", "text") if isinstance(fields.get(name), str)), "")
     if not text.strip():
         raise Fault(
             "no_text",
-            f"no KEY.txt, and no caption or text in a KEY.json, but {_listed(by_suffix)}; render: conversation reads "
-            f"conversations, and key_ends: last_dot reads keys that have dots",
+            f"no KEY.{source.text_member}, and no caption or text in a KEY.json, but {_listed(by_suffix)}; "
+            f"`text_member` names another, render: conversation reads conversations, key_ends: last_dot keys with dots",
         )
     return checked(text.strip(), what="the caption")
 
