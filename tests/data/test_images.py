@@ -335,6 +335,15 @@ def test_a_truncated_jpeg_is_read_as_vilas_loader_reads_it(
     assert (read(whole, size=240, truncated="read") == plain(whole, 240)).all()
 
 
+def test_a_tiff_of_sixteen_bits_is_scaled_in_either_byte_order() -> None:
+    """github.com/unslothai/unsloth/pull/10094: convert("RGB") clips it to white."""
+    ramp = np.arange(0, 65_536, 64, dtype=np.uint16).reshape(32, 32)
+    for order in ("<u2", ">u2"):
+        data = encoded(Pillow.fromarray(ramp.astype(order)), "TIFF")
+        assert data[:2] == (b"II" if order == "<u2" else b"MM")
+        assert (squared(data, size=32)[..., 0] == ramp >> 8).all()
+
+
 TIFFS = ["raw", "tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg", "group4"]
 
 

@@ -1,4 +1,5 @@
 import csv
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,19 @@ def test_lines_that_a_quote_swallows_are_bad_records(
     assert {one.reason for one in dropped} <= {"bad_csv", "bad_row"}
     assert [one.where for one in dropped] == [f"captions.csv:{line}" for line in range(101, 1002)][:bad]
     assert (len(dropped), len(found) - len(dropped)) == (bad, good)
+
+
+def test_names_are_absolute_or_in_the_other_unicode_form(tmp_path: Path, images: Path, read_all: ReadAll) -> None:
+    (images / unicodedata.normalize("NFD", "Hünd é.jpg")).write_bytes(b"nfd")
+    names = [str(images / "sub/cat.jpg"), unicodedata.normalize("NFC", "Hünd é.jpg"), str(tmp_path / "photos2/a.jpg")]
+    rows = "".join(f"{name},A\n" for name in names)
+    (cat,), (hound,), (outside,) = read_all(table(write(tmp_path, f"image,text\n{rows}"), images))
+    assert isinstance(cat, Record)
+    assert isinstance(hound, Record)
+    assert (cat.turns[0].parts[0], hound.turns[0].parts[0]) == (Image(b"sub/cat.jpg"), Image(b"nfd"))
+    assert cat.object == "cat.jpg"
+    assert isinstance(outside, Dropped)
+    assert outside.reason == "bad_image_path"
 
 
 def test_a_lone_quote_between_pipes_costs_a_row_or_is_text(tmp_path: Path, images: Path, read_all: ReadAll) -> None:
