@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 from vila_ops.artifacts import store
 from vila_ops.cluster import ALLOCATOR
 from vila_ops.config import Mixture, Resources, TextFormat
-from vila_ops.config.images import Webp
+from vila_ops.config.images import ImageReading, Webp
 from vila_ops.data.images import Fit, square
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.packages.normalisation import HALVES
@@ -252,13 +252,16 @@ def _shaded(array: NDArray[np.uint8], draw: np.random.Generator) -> Pillow.Image
     return Pillow.fromarray(np.clip(array * draw.uniform(0.7, 1.2), 0, 255).astype(np.uint8))
 
 
+SCALED = ImageReading(decode="scaled")
+
+
 def error(photos: Path) -> tuple[int, float]:
     """Largest and mean difference, of 255, between squares of scaled and of exact decoding."""
     worst, means = 0, []
     make = partial(square, size=SIDE, fit=Fit("pad", HALVES[0]), encoding=Webp())
     for file in sorted(photos.glob("*.jpg")):
         data = file.read_bytes()
-        one, two = (np.asarray(Pillow.open(io.BytesIO(d)), np.int16) for d in (make(data), make(data, decode="scaled")))
+        one, two = (np.asarray(Pillow.open(io.BytesIO(d)), np.int16) for d in (make(data), make(data, reading=SCALED)))
         worst = max(worst, int(np.abs(one - two).max()))
         means.append(float(np.abs(one - two).mean()))
     return worst, statistics.fmean(means)
