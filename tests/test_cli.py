@@ -124,6 +124,7 @@ def test_two_runs_that_differ_in_one_setting_compare_in_mlflow(ran: Json, resour
     assert {first.info.status, second.info.status} == {"FINISHED"}
 
 
+@pytest.mark.slow
 def test_a_run_tells_a_person_its_metrics_and_what_it_left_out(tmp_path: Path, ran: Json, resources: Path) -> None:
     untracked = {**yaml.safe_load(resources.read_text()), "tracking": {"uri": None}}
     (tmp_path / "untracked.yaml").write_text(yaml.safe_dump(untracked))

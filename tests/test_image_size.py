@@ -56,6 +56,7 @@ def tokens_of(data: Dataset) -> dict[str, int]:
     return {row["id"]: row["num_tokens"] for row in rows if row["source"] == "pairs"}
 
 
+@pytest.mark.slow
 def test_the_second_stage_sees_more_of_a_image_and_keeps_every_weight_it_does_not_train(outcome: Outcome) -> None:
     first, second = outcome.models["align"], outcome.models["pretrain"]
     before, after = weights(first), weights(second)

@@ -165,6 +165,7 @@ def zombie(store: str, number: int, told: Connection) -> None:
     told.send((lost, lease.lost, lease.fencing, made.digest))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120 + ROUNDS)
 def test_a_zombie_never_overwrites_and_its_fencing_number_is_the_lower(store: str) -> None:
     for number in range(ROUNDS if "://" not in store else max(3, ROUNDS // 10)):

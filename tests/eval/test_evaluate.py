@@ -179,6 +179,7 @@ def test_a_report_that_is_found_or_only_composed_loads_no_model(
     assert composed.suite == "composed"
 
 
+@pytest.mark.slow
 def test_a_benchmark_of_a_third_party_package_gives_its_metric_and_its_version_is_in_the_address(
     run: Run, model: Pretrained, data: Dataset, tmp_path: Path
 ) -> None:

@@ -74,6 +74,7 @@ def test_save_and_load_are_exact(
         assert torch.allclose(again(input_ids=ids, pixel_values=values).logits, logits(whole, ids, values), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_plain_folders_load_in_stock_transformers_and_give_our_logits(
     make_model: Any, build: Callable[..., Any], tiny: Path, tmp_path: Path
 ) -> None:

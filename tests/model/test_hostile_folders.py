@@ -57,6 +57,7 @@ def outcomes(
     return lines
 
 
+@pytest.mark.slow
 def test_each_of_more_than_200_folders_is_refused_with_its_reason(outcomes: dict[str, list[str]]) -> None:
     expected = {attack.name: attack.reason for attack in attacks()}
     assert len(expected) == len(list(attacks()))

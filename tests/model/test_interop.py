@@ -96,6 +96,7 @@ def words_that_vary(whole: Any) -> Any:
     return whole
 
 
+@pytest.mark.slow
 def test_stock_generates_token_for_token_what_our_engine_generates(
     make_model: Any, build: Callable[..., Any], tiny: Path, tmp_path: Path
 ) -> None:

@@ -207,6 +207,7 @@ def test_a_model_with_a_visual_expert_is_refused(fresh: Make) -> None:
         lora.add(model, TUNING, seed=0, dtype=torch.float32)
 
 
+@pytest.mark.slow
 def test_lora_fetches_no_code_from_the_hub_where_kernels_is_installed(tmp_path: Path) -> None:
     (tmp_path / "kernels.py").write_text("def get_kernel(*args, **more):\n    print('fetched')\n    raise OSError\n")
     code = (

@@ -57,6 +57,7 @@ def images(tmp_path: Path) -> dict[str, bytes]:
     return made
 
 
+@pytest.mark.slow
 def test_stock_transformers_makes_the_pixels_that_the_model_trained_on(
     make_model: Any, build: Callable[..., Any], images: dict[str, bytes], tmp_path: Path
 ) -> None:

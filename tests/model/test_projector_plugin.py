@@ -110,6 +110,7 @@ def run(code: str, *arguments: str, env: dict[str, str]) -> dict[str, Any]:
     return printed
 
 
+@pytest.mark.slow
 def test_a_plugin_s_projector_is_assembled_and_its_revision_is_part_of_the_address(
     make_model: Any, make_resources: Any, install: Any, tmp_path: Path
 ) -> None:

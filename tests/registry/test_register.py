@@ -193,6 +193,7 @@ def _register(resources: Resources, model: Checkpoint, measured: EvalReport, bar
     out.put(register(GATE, model, measured, None, resources).model_dump_json())
 
 
+@pytest.mark.slow
 def test_four_processes_at_once_make_one_version(resources: Resources) -> None:
     model = checkpoint(resources, "one")
     measured = report(resources, model, 0.75)

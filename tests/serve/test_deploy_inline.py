@@ -42,6 +42,7 @@ def pid_of(url: str) -> int:
     return int(httpx.get(f"{url}/health").json()["replica"]["pid"])
 
 
+@pytest.mark.slow
 def test_a_server_outlives_its_deployer_is_adopted_replaced_and_started_again(
     resources: Resources, versions: Versions, deploy_elsewhere: Callable[..., str]
 ) -> None:

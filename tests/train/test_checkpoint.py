@@ -292,6 +292,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_ranks_write_shares_that_any_world_size_reads(two_ranks: Path, make: Make) -> None:
     folder = two_ranks / "whole/step-000004"
     shares = [set(load_file(path)) for path in sorted(folder.glob("*.safetensors"))]

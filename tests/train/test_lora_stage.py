@@ -126,6 +126,7 @@ def test_only_the_language_model_s_linear_layers_and_the_projector_change(plain:
         assert torch.equal(tensor, after[name]) != (adapted or "multi_modal_projector" in name), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("projector", "parts"),
     [("mlp_gelu", ("projector", "language_model")), ("linear", ("vision_tower", "projector", "language_model"))],
@@ -160,6 +161,7 @@ def test_a_later_stage_does_not_carry_the_adapter_along(
     assert lora.read(content(own) / "adapter").tuning.rank == 2
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_gives_the_same_bytes_with_dropout(
     plain: Any, stage: Callable[..., Stage], unbroken: Checkpoint, tmp_path: Path
 ) -> None:
@@ -196,6 +198,7 @@ def test_dropout_acts_in_training_and_not_in_validation_nor_by_micro_batch(
     assert values(together) == pytest.approx(curve, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("zero_stage", "quantise"), [(2, None), (3, "nf4")])
 def test_two_workers_walk_the_curve_of_one_dropout_included(
     zero_stage: int, quantise: str | None, plain: Any, stage: Callable[..., Stage], train: Train, tmp_path: Path

@@ -82,6 +82,7 @@ def test_a_stage_trains_seals_and_is_not_trained_twice(bench: Any, stage: Stage,
     assert (Path(unbroken.uri) / "manifest.json").stat().st_mtime_ns == stamp
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damaged", [False, True])
 def test_killed_at_a_random_step_and_started_again_gives_the_same_bytes(
     damaged: bool, bench: Any, stage: Stage, unbroken: Checkpoint, tmp_path: Path
@@ -190,6 +191,7 @@ def test_a_stage_that_cannot_be_protected_stops_and_goes_on_when_it_can(
     assert train_stage(stage, bench.model, bench.data, bench.init, resources).digest == unbroken.digest
 
 
+@pytest.mark.slow
 def test_on_s3_another_machine_goes_on_where_a_killed_stage_was(
     bench: Any, stage: Stage, unbroken: Checkpoint, s3_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

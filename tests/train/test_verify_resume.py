@@ -30,6 +30,7 @@ def trial(bench: Any, make_stage: Any, tmp_path: Path) -> ResumeTrial:
     )
 
 
+@pytest.mark.slow
 def test_a_resume_that_is_not_exact_is_found(
     trial: ResumeTrial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -47,6 +48,7 @@ def test_a_resume_that_is_not_exact_is_found(
     assert summary(verdict)[0].startswith("NOT EQUAL")
 
 
+@pytest.mark.slow
 def test_what_a_stage_read_is_told_by_rank_and_step(trial: ResumeTrial, tmp_path: Path) -> None:
     """Another order of samples is a mismatch, and so are the samples of another step."""
     one = trial.in_store(str(tmp_path / "one"))

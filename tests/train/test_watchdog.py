@@ -91,6 +91,7 @@ def wait_for(is_so: Any, *, seconds: float = 240) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_hung_ranks_end_with_their_stacks_and_the_next_try_walks_the_same_curve(run: Run) -> None:
     """First a rank is suspended, then a rank sleeps. After both, the step can be tried again."""
     plain = job_of(run, "plain")
@@ -160,6 +161,7 @@ def test_a_hung_process_ends_where_its_stacks_cannot_be_written(run: Run) -> Non
     assert "Is a directory" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_process_that_was_stopped_and_a_phase_without_bound_are_not_ended(run: Run) -> None:
     """A separate process can be suspended. Both the load phase and the suspension last longer than the limit."""
     job = job_of(run, "alone", **{"train.watchdog": {"factor": 1.0, "at_least_seconds": 3.0}})
@@ -233,6 +235,7 @@ def filled(known: Path, value: float) -> bytes:
     return raw + zlib.crc32(raw).to_bytes(4, "little")
 
 
+@pytest.mark.slow
 def test_a_broken_sample_is_named_and_the_command_of_the_message_trains_without_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,6 +288,7 @@ def test_a_broken_sample_is_named_and_the_command_of_the_message_trains_without_
     assert Checkpoint.model_validate_json(fixed.stdout).parents[0] == made.digest
 
 
+@pytest.mark.slow
 def test_two_ranks_name_the_samples_of_both(run: Run) -> None:
     """The features of one image are broken. Both ranks stop, and name the same samples of the global batch."""
     job = job_of(run, "broken", **TWO)

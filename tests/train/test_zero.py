@@ -31,7 +31,7 @@ RAY = {"launch": "ray", "ray_address": "127.0.0.1:1"}
 TWO = {**RAY, "train.num_workers": 2}
 ENV = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 """Timeout of the first test, which waits for all runs of `done`: nine minutes on two cores under load."""
 Settings = dict[str, Any]
 

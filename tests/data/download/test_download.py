@@ -71,6 +71,7 @@ def check(cases, server, out: Path) -> None:
                 assert hashlib.sha256(tar.extractfile(member).read()).hexdigest() == row["sha256"]
 
 
+@pytest.mark.slow
 def test_every_outcome_is_what_the_server_did(server, plan, make_settings, names, tmp_path):
     cases = plan(URLS)
     urls = server.plan(cases)
@@ -263,6 +264,7 @@ def test_more_urls_in_flight_than_open_files_is_refused_before_it_begins(make_se
         asyncio.run(download(["http://a.test/"], tmp_path / "a", settings=make_settings(concurrency=10**7)))
 
 
+@pytest.mark.slow
 def test_a_killed_download_asks_nothing_again_that_it_had_written_down(server, plan, make_settings, names, tmp_path):
     cases = [case for case in plan(400) if case.kind not in SLOW]
     cases += [dataclasses.replace(case, number=case.number + 1000) for case in cases if case.kind == "ok_jpeg"]

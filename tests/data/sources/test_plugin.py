@@ -76,6 +76,7 @@ def mixture_of(raw: Path) -> dict[str, Any]:
     return {"name": "lines", "sources": {"own": source}, "max_bad_share": 0.2}
 
 
+@pytest.mark.slow
 def test_the_page_s_plugin_is_prepared_from_and_its_version_and_revision_are_part_of_the_address(
     raw: Path, tmp_path: Path, make_resources: Any, make_text: Any
 ) -> None:
