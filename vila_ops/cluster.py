@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import sys
 from typing import Any
 
@@ -12,6 +13,8 @@ from vila_ops.errors import ClusterFull, ClusterUnreachable
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 """Settings with which glibc keeps freed memory for the next step, in the threads of Ray Train too. Without them a
 training step of a 135M model on a CPU takes 1.7 times as long, mostly in page faults (measured)."""
+CONNECT_SECONDS = 10.0
+"""How long the head of a cluster may take to accept a connection."""
 
 
 def connect(resources: Resources) -> None:
@@ -26,6 +29,7 @@ def connect(resources: Resources) -> None:
         if ray.get_runtime_context().gcs_address == resources.ray_address:
             return
         ray.shutdown()
+    _check_listens(str(resources.ray_address))
     try:
         ray.init(
             address=resources.ray_address,
@@ -34,10 +38,25 @@ def connect(resources: Resources) -> None:
             log_to_driver=True,
         )
     except ConnectionError as error:
-        raise ClusterUnreachable(
-            f"no Ray cluster accepts a connection at {resources.ray_address}; start one with `vila-ops up` or "
-            f"`ray start --head`; if it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE"
-        ) from error
+        raise _unreachable(str(resources.ray_address)) from error
+
+
+def _check_listens(address: str) -> None:
+    """Raise ClusterUnreachable where nothing accepts a connection, since `ray.init` would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal()):
+        raise ValueError(f"ray_address {address!r} is not host:port, such as 127.0.0.1:6379")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise _unreachable(address) from error
+
+
+def _unreachable(address: str) -> ClusterUnreachable:
+    return ClusterUnreachable(
+        f"no Ray cluster accepts a connection at {address}; start one with `vila-ops up` or `ray start --head`; if it "
+        f"asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE"
+    )
 
 
 def check_gpus(resources: Resources, gpus_per_worker: int) -> None:

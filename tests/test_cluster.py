@@ -1,0 +1,30 @@
+"""A cluster that is not there is told at once, and may be there at the next try."""
+
+import socket
+
+import pytest
+
+from vila_ops.cluster import connect
+from vila_ops.config import Resources
+from vila_ops.errors import ClusterUnreachable, is_final
+
+
+def test_an_address_where_nothing_listens_is_unreachable_at_once() -> None:
+    with socket.socket() as holder:  # bound, and not listening: nobody else gets the port meanwhile
+        holder.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{holder.getsockname()[1]}"
+        with pytest.raises(ClusterUnreachable, match=f"no Ray cluster accepts a connection at {address}") as raised:
+            connect(Resources(launch="ray", ray_address=address))
+    assert not is_final(raised.value)
+
+
+def test_a_host_without_an_address_is_unreachable() -> None:
+    with pytest.raises(ClusterUnreachable, match=r"at head\.invalid:6379"):
+        connect(Resources(launch="ray", ray_address="head.invalid:6379"))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", ":6379", "auto", "head:port"])
+def test_an_address_is_a_host_and_a_port(address: str) -> None:
+    with pytest.raises(ValueError, match="is not host:port") as raised:
+        connect(Resources(launch="ray", ray_address=address))
+    assert is_final(raised.value)
