@@ -249,9 +249,19 @@ def test_another_class_is_refused_by_its_name(
     assert not (tmp_path / "ours").exists()
 
 
-def test_a_model_that_sees_later_tokens_is_refused() -> None:
-    with pytest.raises(ValueError, match="gemma3_text whose tokens attend to later ones"):
-        check_language_model(CONFIG_MAPPING["gemma3_text"](use_bidirectional_attention=True), "it")
+@pytest.mark.parametrize(
+    ("kind", "fields", "why"),
+    [
+        ("gemma3_text", {"use_bidirectional_attention": True}, "a gemma3_text whose tokens attend to later ones"),
+        ("mistral", {"sliding_window": 0}, "a sliding_window of 0, in which no token sees itself"),
+        ("qwen3", {"layer_types": ["chunked_attention"], "num_hidden_layers": 1}, "layers of type ..chunked_attention"),
+    ],
+)
+def test_settings_of_a_supported_class_that_are_not_computed_are_refused(
+    kind: str, fields: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(ValueError, match=why):
+        check_language_model(CONFIG_MAPPING[kind](**fields), "it")
 
 
 def test_language_models_of_shipped_recipes_are_supported() -> None:

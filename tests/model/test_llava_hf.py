@@ -6,7 +6,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
 
 from vila_ops.model import folder as model_folder
 from vila_ops.model.importing.checkpoint import import_checkpoint
@@ -26,11 +33,10 @@ def write(folder: Path, **more: Any) -> LlavaForConditionalGeneration:
     """A LLaVA of stock transformers with random weights."""
     torch.manual_seed(0)
     vision: Any = SiglipVisionConfig if more.pop("siglip", False) else CLIPVisionConfig
+    words = LlamaConfig(**{**SHAPE, "hidden_size": 48, "num_attention_heads": 4}, vocab_size=640)
     config = LlavaConfig(
         vision_config=vision(**SHAPE, image_size=56, patch_size=14),
-        text_config=LlamaConfig(**{**SHAPE, "hidden_size": 48, "num_attention_heads": 4}, vocab_size=640),
-        image_token_index=3,
-        **more,
+        **{"text_config": words, "image_token_index": 3, **more},
     )
     whole = LlavaForConditionalGeneration(config).eval()
     whole.save_pretrained(folder)
@@ -60,6 +66,25 @@ def test_a_stock_folder_gives_the_same_logits(siglip: bool, names_of_4_52: bool,
     with torch.no_grad():
         expected, actual = whole(**given).logits, model_folder.load(tmp_path / "ours")(**given).logits
     assert torch.allclose(actual, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("whole_ties", "text_ties"), [(True, False), (False, True), (False, False)])
+def test_a_head_is_tied_if_the_whole_config_or_its_text_says_so(
+    whole_ties: bool, text_ties: bool, tmp_path: Path
+) -> None:
+    words = Qwen2Config(
+        **{**SHAPE, "hidden_size": 48, "num_attention_heads": 4}, num_key_value_heads=2, vocab_size=640,
+        tie_word_embeddings=text_ties,
+    )  # fmt: skip
+    write(tmp_path / "a", text_config=words, tie_word_embeddings=whole_ties)
+    stock = LlavaForConditionalGeneration.from_pretrained(tmp_path / "a").eval()
+    import_checkpoint(tmp_path / "a", tmp_path / "ours")
+    ours = model_folder.load(tmp_path / "ours")
+    for model in (stock, ours):
+        assert (model.lm_head.weight is model.get_input_embeddings().weight) == (whole_ties or text_ties)
+    given = {"input_ids": torch.tensor([IDS]), "pixel_values": torch.rand(1, 3, 56, 56)}
+    with torch.no_grad():
+        assert torch.allclose(ours(**given).logits, stock(**given).logits, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("projector", ["linear", "mlp_gelu"])

@@ -15,10 +15,11 @@ from typer.testing import CliRunner
 from tests.model.nvlabs_layout import DIM, IMAGE, NVILA, PROJECTORS, SIDE, TINY, V15, logits, project, write
 from vila_ops.artifacts.store import content
 from vila_ops.cli import app
-from vila_ops.cli.options import section
+from vila_ops.cli.options import as_yaml
 from vila_ops.config import Model, load
 from vila_ops.errors import CorruptArtifact
 from vila_ops.model import folder as model_folder
+from vila_ops.model.assemble import assemble
 from vila_ops.model.importing.checkpoint import import_checkpoint
 from vila_ops.packages.tokenizer import build_tokenizer
 from vila_ops.pipeline import stages as pipeline
@@ -242,6 +243,21 @@ def test_what_we_cannot_hold_exactly_is_refused(config: dict[str, Any], why: str
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+def test_another_head_beside_a_tied_one_is_refused(tmp_path: Path, make_model: Any, make_resources: Any) -> None:
+    """transformers loads both then; equal ones are fine, as older writers saved the head too."""
+    write(tmp_path / "a", NVILA, projector="linear", llm="qwen2")
+    path = tmp_path / "a/llm/model.safetensors"
+    state = load_file(path)
+    save_file({**state, "lm_head.weight": state["model.embed_tokens.weight"].clone()}, path, metadata={"format": "pt"})
+    import_checkpoint(tmp_path / "a", tmp_path / "ours", chat_template="chatml")
+    save_file({**state, "lm_head.weight": state["model.embed_tokens.weight"] + 1}, path, metadata={"format": "pt"})
+    with pytest.raises(CorruptArtifact, match="ties the head to the embedding but holds a different head"):
+        import_checkpoint(tmp_path / "a", tmp_path / "other", chat_template="chatml")
+    words = {"kind": "hub", "name": str(path.parent), "revision": "x"}
+    with pytest.raises(CorruptArtifact, match="ties the head to the embedding but holds a different head"):
+        assemble(make_model(language_model=words), make_resources(tmp_path))
+
+
 @pytest.mark.parametrize("name", ["./runs/radiology/vision_tower", "/data/ps3/clip", "s2/tower"])
 def test_a_name_or_path_decides_nothing(name: str, tmp_path: Path) -> None:
     write(tmp_path / "a", NVILA, projector="linear")
@@ -331,7 +347,7 @@ def test_a_quantised_language_model_and_a_taken_name_are_refused(tmp_path: Path)
 def test_the_printed_section_in_a_recipe_trains(tmp_path: Path) -> None:
     write(tmp_path / "a", NVILA, projector="mlp_downsample_3x3_fix")
     made = import_checkpoint(tmp_path / "a", tmp_path / "ours", chat_template="chatml")
-    printed = yaml.safe_load(section("model", made.model))
+    printed = yaml.safe_load(as_yaml({"model": made.model.model_dump(mode="json", exclude_none=True)}))
     assert Model.model_validate(printed["model"]) == made.model
     recipe = yaml.safe_load(Path("configs/recipes/tiny.yaml").read_text()) | printed
     recipe["extends"] = [str(Path("configs/services/default.yaml").resolve())]

@@ -76,5 +76,18 @@ def read_component(
         raise CorruptArtifact(
             f"{folder} does not hold the parameters of its config; {len(wrong)} are missing or misshapen: {wrong[:3]}"
         )
+    check_tied(model, folder)
     loaded: PreTrainedModel = model
     return loaded
+
+
+def check_tied(model: PreTrainedModel, folder: Path) -> None:
+    """Raise CorruptArtifact if the config ties a head to its embedding and the folder holds another head.
+
+    transformers keeps both then, and a model that is saved as tied would lose its head.
+    """
+    head = model.get_output_embeddings()
+    if head is not None and model.config.tie_word_embeddings and head.weight is not model.get_input_embeddings().weight:
+        raise CorruptArtifact(
+            f"{folder} ties the head to the embedding but holds a different head; fix tie_word_embeddings"
+        )

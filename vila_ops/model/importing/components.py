@@ -18,7 +18,7 @@ from transformers import (
 
 from vila_ops.config.model import Component, HubTower, ImageFit, Projector
 from vila_ops.errors import CorruptArtifact
-from vila_ops.model.component import component_config, described_by
+from vila_ops.model.component import check_tied, component_config, described_by
 from vila_ops.model.importing.internvit import INTERNVIT, translated, translated_config
 from vila_ops.model.language_models import check_language_model
 from vila_ops.model.towers import vision_part
@@ -150,6 +150,7 @@ def load_strictly(
     wrong = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
     if wrong:
         raise CorruptArtifact(f"{folder} does not hold the {component} of its config: {wrong}")
+    check_tied(model, folder)
     loaded: PreTrainedModel = model.eval()
     return loaded
 

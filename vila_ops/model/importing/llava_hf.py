@@ -43,6 +43,7 @@ def read(folder: Path, *, chat_template: str | None) -> Components:
     check_counts(stated, folder / "config.json")
     with described_by(folder / "config.json"):
         config = LlavaConfig(**{key: value for key, value in stated.items() if key not in ("model_type", "auto_map")})
+    config.text_config.tie_word_embeddings = config.tie_word_embeddings  # which is true if either says so
     check_language_model(config.text_config, folder)
     check_plain_head(config.text_config, folder)
     states = _by_component(components.read_state(folder), folder)
