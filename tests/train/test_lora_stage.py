@@ -288,7 +288,7 @@ def test_qlora_trains_on_4_bit_weights_and_merges_into_the_full_ones(
 def test_qlora_is_refused_at_once_without_bitsandbytes(
     plain: Any, stage: Callable[..., Stage], train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vila_ops.train.stage.find_spec", lambda name: None)
+    monkeypatch.setattr("vila_ops.train.checks.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs bitsandbytes; pip install 'vila-ops\[qlora\]'"):
         train(stage({**LORA, "quantise": "nf4"}))
 

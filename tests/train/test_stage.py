@@ -176,7 +176,7 @@ def test_a_loss_that_is_not_finite_stops_before_any_update_and_names_the_samples
     keys = {row["key"] for row in read_index(content(bench.data)).to_pylist()}
     assert any(key in str(raised.value) for key in keys)
     assert not list(tmp_path.glob("checkpoint/*/manifest.json"))
-    assert not list(tmp_path.glob("resume/*/*"))
+    assert not list(tmp_path.glob("resume/*/step-*"))
 
 
 def test_a_stage_that_cannot_be_protected_stops_and_goes_on_when_it_can(
@@ -184,7 +184,7 @@ def test_a_stage_that_cannot_be_protected_stops_and_goes_on_when_it_can(
 ) -> None:
     (tmp_path / "resume").write_text("in the way")
     resources = elsewhere(bench, tmp_path)
-    with pytest.raises(OSError, match=r"resume/\w+/\.step-000004-\w+/rank-00000-of-00001.safetensors was not written"):
+    with pytest.raises(OSError, match=r"Not a directory: '.*/resume/\w+'"):
         train_stage(stage, bench.model, bench.data, bench.init, resources)
     assert not list(tmp_path.glob("checkpoint/*/manifest.json"))
     (tmp_path / "resume").unlink()
