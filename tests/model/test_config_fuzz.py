@@ -29,7 +29,7 @@ from vila_ops.model import folder as model_folder
 from vila_ops.model.count import count
 from vila_ops.model.importing.checkpoint import import_checkpoint
 
-DRAWS = int(os.environ.get("VILA_FUZZ", "40"))
+DRAWS = int(os.environ.get("VILA_FUZZ", "25"))
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 3, 1.5, 10**6, 10**30, "", "x", "llama", "../x", [], [1], [[]], ["x", None], {},
     {"a": 1}, {"model_type": "llama"}, {"model_type": []},

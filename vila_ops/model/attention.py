@@ -23,7 +23,7 @@ Mask = Callable[[int | None], Any]
 def use(model: VilaForConditionalGeneration, kernel: Kernel) -> None:
     """Set the language model's attention kernel, in place.
 
-    SDPA cannot soft-cap scores, so a model that does (Gemma 2) computes them one by one instead.
+    SDPA cannot soft-cap scores, so a model that does (Gemma 2) has all of them in memory instead (`eager`).
     """
     language_model = model.model.language_model
     can = kernel != "sdpa" or language_model._supports_sdpa
