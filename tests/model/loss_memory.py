@@ -1,4 +1,4 @@
-"""Peak memory, over its inputs, of the loss of 2048 x 49152 logits: `python loss_memory.py WAY` writes MiB.
+"""Peak memory, over its inputs, of the loss of 1024 x 49152 logits: `python loss_memory.py WAY` writes MiB.
 
 Each way has a process of its own, because a process's peak never falls.
 """

@@ -37,16 +37,35 @@ def wrapped_in(path: Path) -> str | None:
     """The key under which a file that is one object has its records, as {"data": [...]}; None for other files."""
     with path.open("rb") as file:
         head = file.read(BLOCK).decode("utf-8-sig", "replace")
-    if not head.lstrip().startswith("{"):
+    head = head.lstrip()
+    if not head.startswith("{"):
         return None
+    try:
+        whole, _ = DECODER.raw_decode(head)
+    except (ValueError, RecursionError):  # longer than what was read, or broken
+        return _first_list_of_records(head)
+    if whole.keys() & RECORD_KEYS:
+        return None
+    return next(
+        (key for key, value in whole.items() if isinstance(value, list) and value and _is_record(value[0])), None
+    )
+
+
+def _first_list_of_records(head: str) -> str | None:
     for match in _LISTED.finditer(head):
+        if match[1] in RECORD_KEYS:  # the object is a record itself
+            return None
         try:
             first, _ = DECODER.raw_decode(head, match.end())
-        except (ValueError, RecursionError):  # longer than what was read, or no record
+        except (ValueError, RecursionError):
             continue
-        if isinstance(first, dict) and first.keys() & RECORD_KEYS:
+        if _is_record(first):
             return match[1]
     return None
+
+
+def _is_record(value: object) -> bool:
+    return isinstance(value, dict) and bool(value.keys() & RECORD_KEYS)
 
 
 def is_array(path: Path) -> bool:
