@@ -98,9 +98,15 @@ def _parameters(run: Run) -> Json:
 
 
 def _request(api: httpx.Client, method: str, url: str, **request: Any) -> Any:
-    """Prefect's answer as JSON; repeats the request while Prefect's SQLite is locked (503)."""
-    for _ in range(BUSY_TRIES):
-        response = api.request(method, url, **request)
+    """Prefect's answer as JSON; repeats the request while Prefect's SQLite is locked (503), and a question that a busy
+    server answers too late."""
+    for tries_left in reversed(range(BUSY_TRIES)):
+        try:
+            response = api.request(method, url, **request)
+        except httpx.ReadTimeout:
+            if method != "GET" or not tries_left:
+                raise
+            continue
         if response.status_code != httpx.codes.SERVICE_UNAVAILABLE:
             break
         time.sleep(POLL_SECONDS)

@@ -137,7 +137,7 @@ def test_a_stage_trains_what_it_names() -> None:
 def test_a_part_that_was_not_fetched_is_unknown_and_the_others_are_not(tmp_path: Path) -> None:
     tree = read(CONFIGS / "recipes/vila-7b.yaml")["model"]
     packaged = read(CONFIGS / "models/smollm2_dinov2.yaml")["language_model"]
-    for unknown in (packaged, {**tree["language_model"], "shape": None}):
+    for unknown in ({**packaged, "shape": None}, {**tree["language_model"], "shape": None}):
         counts = count(Model.model_validate({**tree, "language_model": unknown}), cache=tmp_path)
         assert (counts.vision_tower, counts.language_model, counts.projector) == (303_507_456, None, None)
         assert counts.total() is None
