@@ -84,8 +84,9 @@ extern "C" int rename(const char *from, const char *to) {
   bool failed = fails("rename", std::string(from));
   if (failed && !done) return -1;
   int answer = real<int (*)(const char *, const char *)>("rename")(from, to);
+  if (!failed) return answer;
   errno = code;
-  return failed ? -1 : answer;
+  return -1;
 }
 
 extern "C" int open64(const char *path, int flags, ...) {

@@ -111,6 +111,8 @@ def main(root: Path, seed: int) -> None:
             return forked(lambda: watched(faults, disk, work, nth=nth, error=error))
 
         sound = on(root / "sound", NEVER)
+        if "error" in sound:
+            raise RuntimeError(f"{task} on a sound disk: {sound['error']}")
         disk, nth, error = root / f"disk-{task}", draw.randint(1, max(1, sound["writes"] - 1)), draw.choice(ERRORS)
         case = {"task": task, "nth": nth, "errno": error, "disk": str(disk), "sound": sound}
         cases.append({**case, "failed": on(disk, nth, error), "again": on(disk, NEVER)})

@@ -21,7 +21,10 @@ from vila_ops.config import Mixture, Resources
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.errors import CorruptArtifact
 from vila_ops.eval.evaluate import evaluate
+from vila_ops.local.process import ProcessRecord, read_record, record_path
 from vila_ops.model.assemble import assemble
+from vila_ops.serve.backends.local_process import ProcessManager, ServiceRecord
+from vila_ops.train.job import BadSampleReport
 from vila_ops.train.stage import train_stage
 
 FLIPS = max(1, int(os.environ.get("VILA_FLIPS", "0")) // 100)
@@ -160,3 +163,33 @@ def test_all_that_is_not_sealed_heals_or_says_what_to_do(
         else:
             break
     assert made == whole
+
+
+def test_a_damaged_record_names_its_file_and_is_not_needed(root: Path) -> None:
+    """Of a service, of a server and of a stage that stopped: cut off, or with a byte that JSON does not have."""
+    manager = ProcessManager(root / "service", "vila")
+    manager.folder.mkdir(parents=True)
+    manager.write(ServiceRecord(pid=1, started=1.0, host="127.0.0.1", port=1, identity="i"))
+    server = record_path(root / "servers", "mlflow")
+    server.parent.mkdir(parents=True)
+    server.write_text(
+        ProcessRecord(name="mlflow", pid=1, started=1.0, command=(), env={}, directory="/").model_dump_json()
+    )
+    stopped = root / "bad-samples-step-000001.json"
+    report = {"stage": "s", "mixture": "m", "data": "d", "step": 1, "what": "loss", "value": "nan", "samples": ()}
+    stopped.write_text(BadSampleReport.model_validate(report).model_dump_json())
+    readers: dict[Path, Callable[[], object]] = {
+        manager.record_path: manager.read,
+        server: lambda: read_record(root / "servers", "mlflow"),
+        stopped: lambda: BadSampleReport.read(stopped),
+    }
+    for path, read in readers.items():
+        assert read() is not None
+        whole = path.read_bytes()
+        for damaged in (whole[:-1], whole.replace(b"{", b"\xff", 1), b""):
+            path.write_bytes(damaged)
+            with pytest.raises(CorruptArtifact, match=re.escape(str(path))):
+                read()
+    manager.record_path.unlink()
+    server.unlink()
+    assert manager.read() is read_record(root / "servers", "mlflow") is None

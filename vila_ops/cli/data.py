@@ -193,7 +193,7 @@ def quarantine(
     from vila_ops.pipeline.quarantine import leave_out
     from vila_ops.train.job import BadSampleReport
 
-    stopped = BadSampleReport.model_validate_json(stopped_file.read_text()) if stopped_file else None
+    stopped = BadSampleReport.read(stopped_file) if stopped_file else None
     name = stopped.mixture if stopped and mixture is None else mixture
     if name is None or not (samples or stopped):
         raise ValueError("say which samples: --from FILE of a stage that stopped, or --mixture NAME and --sample KEY")

@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, Pretrained
 from vila_ops.config import NO_CONTEXT, Config, Model, Resources, RunContext, Stage
+from vila_ops.errors import CorruptArtifact
 
 HUNG = 75
 """Exit code of a process whose step hung: EX_TEMPFAIL of sysexits.h, which says that another try may succeed."""
@@ -55,6 +58,17 @@ class BadSampleReport(Config):
     """The quantity that is not finite: loss or gradient norm."""
     value: str
     samples: tuple[BadSample, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> "BadSampleReport":
+        """The report in a file. Raises CorruptArtifact."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise CorruptArtifact(
+                f"{path} is not the report of a stage that stopped, or it is damaged; name the mixture and the samples "
+                f"instead, with --mixture and --sample: the stage's log has their keys"
+            ) from error
 
 
 class TrainJob(Config):

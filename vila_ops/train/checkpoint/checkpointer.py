@@ -141,7 +141,7 @@ class Checkpointer:
         names = [f"rank-{rank:05d}-of-{world_size:05d}.safetensors" for rank in range(world_size)]
 
         def write() -> FileFacts:
-            self._storage.write(draft, names[self._rank_info.rank], rank_file)
+            self._storage.write(draft, names[self._rank_info.rank], rank_file, rank_file.size)
             return rank_file.facts()
 
         try:

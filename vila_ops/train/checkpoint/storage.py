@@ -37,8 +37,8 @@ class CheckpointStorage(Protocol):
     def sealed(self) -> list[SealedCheckpoint]:
         """Return the sealed checkpoints, oldest first."""
 
-    def write(self, draft: str, name: str, chunks: Iterable[memoryview]) -> None:
-        """Write a file of a draft durably."""
+    def write(self, draft: str, name: str, chunks: Iterable[memoryview], num_bytes: int) -> None:
+        """Write a file of a draft durably. The chunks have `num_bytes` together."""
 
     def seal(self, draft: str, manifest: bytes, sizes: dict[str, int]) -> None:
         """Make a draft a checkpoint. Its files must have these sizes in bytes."""
@@ -86,8 +86,8 @@ class DiskStorage:
         folders = [path for path in self.root.glob(f"{STEP}*") if (path / MANIFEST).is_file()]
         return sorted(SealedCheckpoint(int(path.name.removeprefix(STEP)), path.name) for path in folders)
 
-    def write(self, draft: str, name: str, chunks: Iterable[memoryview]) -> None:
-        """See CheckpointStorage. Raises OSError with the path and the bytes written so far."""
+    def write(self, draft: str, name: str, chunks: Iterable[memoryview], num_bytes: int) -> None:
+        """See CheckpointStorage. Raises OSError with the path and the bytes that are written, needed and free."""
         folder, written = self._draft(draft), 0
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -100,9 +100,9 @@ class DiskStorage:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"resume checkpoint {folder / name} was not written ({error.strerror}, after {written} bytes; "
-                f"{free_bytes(self.root)} bytes are free); free space or repair the disk and run again: the stage "
-                f"resumes from the checkpoint before it",
+                f"resume checkpoint {folder / name} was not written ({error.strerror}, after {written} of {num_bytes} "
+                f"bytes; {free_bytes(self.root)} bytes are free); free space or repair the disk and run again: the "
+                f"stage resumes from the checkpoint before it",
             ) from error
 
     def seal(self, draft: str, manifest: bytes, sizes: dict[str, int]) -> None:
@@ -114,7 +114,7 @@ class DiskStorage:
                     f"{folder / name} does not have the {size} bytes that its rank wrote; all ranks must see the "
                     f"same folder: use a store on a shared file system, or s3://BUCKET/PREFIX"
                 )
-        self.write(draft, MANIFEST, [memoryview(manifest)])
+        self.write(draft, MANIFEST, [memoryview(manifest)], len(manifest))
         target = self.root / f"step-{step}"
         try:
             disk.sync(folder)
@@ -179,7 +179,7 @@ class S3Storage:
         folders = [folder for folder, _, file in self._names() if file == MANIFEST]
         return sorted(SealedCheckpoint(int(folder.split("-")[1]), folder) for folder in folders)
 
-    def write(self, draft: str, name: str, chunks: Iterable[memoryview]) -> None:
+    def write(self, draft: str, name: str, chunks: Iterable[memoryview], num_bytes: int) -> None:
         """See CheckpointStorage."""
         self.s3.write(f"{self.root}/{draft}/{name}", chunks)
 
