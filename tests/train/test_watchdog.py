@@ -296,9 +296,15 @@ def test_two_ranks_name_the_samples_of_both(run: Run) -> None:
     _, rows, batches = load_stage(job)
     steps = [rows.batch(step)[0] for step in range(rows.num_steps())]
     known = {image for row in steps[0] for image in row.images}
-    step, row = next((n, row) for n, own in enumerate(steps) for row in own if set(row.images) - known)
+    step, row, image = next(
+        (n, row, image)
+        for n, own in enumerate(steps)
+        for row in own
+        for image in row.images
+        if image not in known and sum(image in other.images for other in own) == 1
+    )
     batches.feature_cache(list(known))
-    poison(job, next(image for image in row.images if image not in known), float("inf"))
+    poison(job, image, float("inf"))
     ranks = start(job, stderr=subprocess.PIPE)
     errors = [rank.communicate(timeout=240)[1] for rank in ranks]
     assert all(rank.returncode != 0 for rank in ranks)
