@@ -3,12 +3,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.eval.metrics.official import recorded
 from vila_ops.eval.metrics.pope import (
+    QUESTIONS,
     PopeCounts,
     YesNo,
     accuracy,
+    corrected_answer,
     count,
     f1,
+    official_in_order,
     parse_answer,
     pope,
     precision,
@@ -129,3 +133,50 @@ def test_a_label_of_another_word_is_named() -> None:
 def test_no_items_are_refused() -> None:
     with pytest.raises(ValueError, match="no items"):
         pope(count([], []))
+
+
+def test_numbers_in_order_are_those_of_the_script() -> None:
+    for case in recorded("pope")["items"]:
+        ours = official_in_order(case["answers"], case["labels"])
+        assert (ours.accuracy, ours.precision, ours.recall) == (case["acc"], case["precision"], case["recall"]), case
+        assert (ours.f1, ours.yes_ratio) == (pytest.approx(case["f1"]), case["yes_ratio"]), case
+
+
+def test_numbers_by_id_are_those_in_order_where_the_ids_are_in_order() -> None:
+    answers, labels = ["yes", "no", "No.", "yes"], ["yes", "yes", "no", "no"]
+    by_id = count(list(zip("1234", answers, strict=True)), list(zip("1234", labels, strict=True)))  # type: ignore[arg-type]
+    assert pope(by_id) == official_in_order(answers, labels)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("NO", "no"),
+        ("No!", "no"),
+        ("no\n", "no"),
+        ("Well,no", "no"),
+        (". no", "no"),
+        ("There isn't one", "no"),
+        ("There isn’t one", "no"),
+        ("Not that I see", "no"),
+        ("Yes. There is no cat, though.", "yes"),
+        ("A dog is there", "yes"),
+        ("nothing is known", "yes"),
+        ("", None),
+        (" .\n", None),
+    ],
+)
+def test_answers_are_read_by_their_negations(text: str, answer: YesNo | None) -> None:
+    assert corrected_answer(text) == answer
+
+
+def test_an_empty_answer_is_wrong_for_either_label() -> None:
+    labels: list[tuple[str, YesNo]] = [("1", "yes"), ("2", "no")]
+    counts = count([("1", ""), ("2", "")], labels, parse=corrected_answer)
+    assert counts.argmax(axis=1).tolist() == [3, 1]
+    assert pope(counts).accuracy == 0
+
+
+def test_the_versions_differ_in_the_random_questions() -> None:
+    assert sum(QUESTIONS["e3e3926"].values()) == 8910
+    assert sum(QUESTIONS["109985c"].values()) == 9000

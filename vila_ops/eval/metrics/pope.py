@@ -1,15 +1,25 @@
 """Answers and scores of POPE ("Is there a X in the image?") by the rules of the official script. Pure.
 
 Li et al., "Evaluating Object Hallucination in Large Vision-Language Models" (arXiv:2305.10355). The rules are those of
-its `evaluate.py`, which LLaVA's `eval_pope.py` repeats, but answers are matched by id and not by their order.
+its `evaluate.py`, which LLaVA's `eval_pope.py` repeats for each file of questions. The script is the same in both
+versions of the benchmark; the questions are not: see `QUESTIONS`. A number names its version.
+
+The columns differ in three cases.
+
+- The script pairs answers and labels by their order and drops what the longer list has more: `official_in_order`.
+  Here they are matched by id (`count`), and another number of them is an error.
+- The script reads every answer that lacks the words "No", "not" and "no" as yes: "NO", "No!", "no" before a line end,
+  "isn't", an empty answer. Corrected: `corrected_answer`, where an empty answer is neither and counts as wrong.
+- The script fails where no answer or no label is yes; a ratio 0 / 0 is 0 here.
 
 N items. The four counts are true positives, false positives, true negatives and false negatives, in this order, where
 yes is positive. Statistics take sums of counts (..., 4) and return (...), as `cluster_bootstrap` calls them.
 """
 
+import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -18,9 +28,17 @@ from numpy.typing import NDArray
 YesNo = Literal["yes", "no"]
 FloatArray = NDArray[np.float64]
 
+QUESTIONS = {
+    "e3e3926": {"random": 2910, "popular": 3000, "adversarial": 3000},
+    "109985c": {"random": 3000, "popular": 3000, "adversarial": 3000},
+}
+"""Questions on COCO in each file, by the last commit that changed them. LLaVA and VILA report the former version."""
+
 _NO = frozenset(("No", "not", "no"))
+_NEGATION = re.compile(r"\b(?:no|not|none|neither|cannot)\b|n['’]t\b", re.IGNORECASE)
 _COLUMN: dict[tuple[YesNo, YesNo], int] = {("yes", "yes"): 0, ("yes", "no"): 1, ("no", "no"): 2, ("no", "yes"): 3}
 """The column of (given answer, true answer)."""
+_OPPOSITE: dict[YesNo, YesNo] = {"yes": "no", "no": "yes"}
 
 
 @dataclass(frozen=True)
@@ -49,11 +67,28 @@ def parse_answer(text: str) -> YesNo:
     return "yes" if _NO.isdisjoint(words) else "no"
 
 
-def count(answers: Sequence[tuple[str, str]], labels: Sequence[tuple[str, YesNo]]) -> FloatArray:
+def corrected_answer(text: str) -> YesNo | None:
+    """Read a free answer as yes or no by its first sentence that has a word: no where it has a negation, else yes.
+
+    None where there is no word, which is neither. Case, line ends and marks do not matter.
+    """
+    for sentence in re.split(r"[.\n]", text):
+        if re.search(r"\w", sentence):
+            return "no" if _NEGATION.search(sentence) else "yes"
+    return None
+
+
+def count(
+    answers: Sequence[tuple[str, str]],
+    labels: Sequence[tuple[str, YesNo]],
+    *,
+    parse: Callable[[str], YesNo | None] = parse_answer,
+) -> FloatArray:
     """The outcome of each item, (N, 4), with a one in the outcome's column, in the order of `labels`.
 
-    Both arguments are pairs of an id and a text; the answers may be in any order. Raises ValueError for ids that occur
-    twice or in one of the two alone, and for a label that is neither yes nor no.
+    Both arguments are pairs of an id and a text; the answers may be in any order. `parse` is `parse_answer` for the
+    official column and `corrected_answer` for the corrected one; what it reads as neither counts as the wrong answer.
+    Raises ValueError for ids that occur twice or in one of the two alone, and for a label that is neither yes nor no.
     """
     for side, ids in (("answers", [id_ for id_, _ in answers]), ("labels", [id_ for id_, _ in labels])):
         if doubled := [id_ for id_, times in Counter(ids).items() if times > 1]:
@@ -65,8 +100,21 @@ def count(answers: Sequence[tuple[str, str]], labels: Sequence[tuple[str, YesNo]
         raise ValueError(f"{len(wrong)} labels are neither 'yes' nor 'no': {', '.join(wrong[:5])}")
     counts = np.zeros((len(labels), 4))
     for row, (id_, label) in zip(counts, labels, strict=True):
-        row[_COLUMN[parse_answer(given[id_]), label]] = 1
+        row[_COLUMN[parse(given[id_]) or _OPPOSITE[label], label]] = 1
     return counts
+
+
+def official_in_order(answers: Sequence[str], labels: Sequence[str]) -> PopeCounts:
+    """All numbers as the script computes them: by order, for the shorter of both, where a label other than no is yes.
+
+    The share of yes is that of all answers. Raises ValueError without a pair.
+    """
+    said = [parse_answer(answer) for answer in answers]
+    true: list[YesNo] = ["no" if label == "no" else "yes" for label in labels]
+    counts = np.zeros((min(len(said), len(true)), 4))
+    for row, given, label in zip(counts, said, true, strict=False):
+        row[_COLUMN[given, label]] = 1
+    return replace(pope(counts), yes_ratio=said.count("yes") / len(said))
 
 
 def pope(counts: FloatArray) -> PopeCounts:
