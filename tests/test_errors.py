@@ -58,6 +58,7 @@ ERRORS = {
     errors.HungStep("x"): False,
     errors.PromotionRaceLost("x"): False,
     errors.NotReady("x"): False,
+    errors.TokenizerMissing("x"): True,
     errors.ServerFailed("x"): False,
     ValueError("x"): True,
     UnicodeDecodeError("utf-8", b"", 0, 1, "x"): True,

@@ -132,6 +132,10 @@ class NotReady(VilaError):
     retryable = True
 
 
+class TokenizerMissing(VilaError):
+    """The program behind an official number is not installed here, or does not run."""
+
+
 class ServerFailed(VilaError):
     """A server of this machine did not start."""
 

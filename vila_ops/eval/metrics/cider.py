@@ -1,14 +1,15 @@
-"""CIDEr-D of captions, and their tokens by the Penn Treebank rules. Pure, without Java.
+"""CIDEr-D of captions. Pure.
 
 Vedantam et al., "CIDEr: Consensus-based Image Description Evaluation" (arXiv:1411.5726), as computed by pycocoevalcap
-1.2 in `tokenizer/ptbtokenizer.py` and `cider/cider_scorer.py`, the library behind published tables.
+1.2 in `cider/cider_scorer.py`, the library behind published tables.
 """
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from vila_ops.eval.metrics.ptb import Words, tokenize
 
 LONGEST_NGRAM = 4
 """In words; the n-grams of 1 to 4 words have equal weight."""
@@ -18,7 +19,6 @@ SCALE = 10.0
 """A candidate equal to its only reference scores 10 when every order of n-gram has a rare one."""
 
 Ngram = tuple[str, ...]
-Words = Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,10 @@ class _Vector:
 
 
 def cider(candidates: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> Cider:
-    """CIDEr-D of one caption for each id against one or more references, as plain text; see `cider_of_words`."""
+    """CIDEr-D of one caption for each id against one or more references, as plain text; see `cider_of_words`.
+
+    The words are those of `ptb.tokenize`; `captions.caption_scores` takes those of the official tokenizer too.
+    """
     return cider_of_words(
         {id_: tokenize(caption) for id_, caption in candidates.items()},
         {id_: [tokenize(caption) for caption in captions] for id_, captions in references.items()},
@@ -107,88 +110,3 @@ def _similarity(candidate: _Vector, reference: _Vector) -> float:
             total += sum(min(left, right) * right for left, right in shared) / norm
     delta = candidate.bigrams - reference.bigrams
     return total / LONGEST_NGRAM * math.exp(-(delta**2) / (2 * SIGMA**2))
-
-
-# The lists and rules below were derived from the output of pycocoevalcap's PTBTokenizer (CoreNLP 3.4.1): the lists from
-# every word of up to four letters and 280,000 others, the rules from 109,000 sentences.
-
-_REWRITES = str.maketrans(
-    {
-        "“": " '' ", "”": " '' ", '"': " '' ", "«": " '' ", "»": " '' ", "‹": " ' ", "›": " ' ", "‘": " ` ",
-        "–": "--", "—": "--", "…": " ... ", "½": " 1/2 ", "¼": " 1/4 ", "¾": " 3/4 ", "⅓": " 1/3 ", "⅔": " 2/3 ",
-        "\u00ad": "", "\u200b": "",
-    }
-)  # fmt: skip
-_RENAMED = {
-    "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
-    "£": "#", "€": "$", "¢": "cents",
-}  # fmt: skip
-"""pycocoevalcap intends to drop brackets, but compares lower case with upper case, so that they stay as words."""
-_PUNCTUATION = re.compile(r"[.]+|-+|''|``|['’`?!,:;]")
-_ABBREVIATIONS = (
-    "adj adm adv al ala alex apr ariz assn assoc asst attys? aug ave bancorp bhd bldg blvd brig bros calif capt cf "
-    "cie cmdr col colo comdr conn corp cos? cpl ct dak dec dept det drs? elec ens esq est etc ext feb fla fri ft ga "
-    "gen govs? hon inc ind insp intl invt jan jos jr jul jun kans? ky lieut lt ltd maj mar md messrs mfg mich minn "
-    "mlle mme mo mon mont mr mrs ms msgr mt mtg natl neb nev nov oct okla penn pfc ph plc pres profs? p?ptes? "
-    "p?ptys? pvt rd reps? rev rt sens? sept? seq sfc sgt spc sq sr st ste supts? sys tel tenn thu thurs treas tues? "
-    "univ va vs vt wed wisc? wm wyo ph\\.d ed\\.d"
-)
-_CAPITALISED = "Ark Az Del Ill La Mass Miss Ore Pa Tex Wash ARK AZ DEL ILL LA MASS MISS ORE PA TEX WASH"
-"""Abbreviations that are other words in lower case."""
-_NUMBERED = "art ca figs? nos? op pp prop"
-"""Abbreviations only before a number."""
-_OPENERS = (
-    "A About According Additionally After An As At But Earlier He Her Here However If In It Last Many More Now Once "
-    "One Other Our She Since So Some Such That The Their Then There These They This We What When While Yet You"
-)
-"""Before one of these words, a single letter with a dot ends a sentence; otherwise it is an initial."""
-
-
-def _any(words: str) -> str:
-    return "|".join(words.split())
-
-
-_L = r"[^\W\d_²³₂]"  # a letter
-_W = r"[^\W_²³₂]"  # a letter or digit
-_A = "['’]"
-_ENDING = rf"(?i:[smd]|re|ve|ll)(?!{_W})"
-_WORD = re.compile(
-    rf"""
-      (?P<address>  https?://[^\s<>|()]*[^\s<>|().!?,;:'-] | [\w.-]+@[\w-]+(?:\.[\w-]+)+ )
-    | (?P<dotted>   (?: (?i:{_any(_ABBREVIATIONS)}) | {_any(_CAPITALISED)} | (?i:{_any(_NUMBERED)})(?=\.\s*\d)
-                      | [A-Za-z](?!\.\s+(?:{_any(_OPENERS)})(?!\S)) | [A-Za-z](?:\.[A-Za-z])+ ) \.(?!{_L}|-\w) )
-    | (?P<split>    (?i: can(?=not\b) | gon(?=na\b) | got(?=ta\b) | wan(?=na\b) | lem(?=me\b) | gim(?=me\b)
-                       | {_A}t(?=(?:is|was)\b) | {_L}*?[^\W\d_nN](?=n{_A}t) | n{_A}ts? | {_A}{_ENDING} ) )
-    | (?P<elided>   {_A}n(?:{_A}|(?!{_L})) | {_A}[2-9]0s | {_A}(?:till?|cause|em)
-                  | (?i: ol{_A}(?!{_L}) | cap{_A}n | li{_A}l | c{_A}mon | e{_A}er )
-                  | [A-HJ-XZn]{_A}(?!{_ENDING}){_L}{{2,}} | {_L}+[aeiouyAEIOUY]{_A}(?!{_ENDING})[aeiouA-Z]{_L}* )
-    | (?P<number>   (?:\d{{1,4}}-)?\d{{1,4}}/\d{{1,4}}(?![\w/]) | \d+(?:[.,]\d+)+(?:-{_W}+)+
-                  | \d+(?:\.\d+)+(?:\.[A-Za-z]\w*)+ | [+-]?\d*(?:[.:,]\d+)+ | [+-]\d+(?![\w-]) )
-    | (?P<symbol>   [A-Z]+(?:[+&][A-Z]+)+ | [Cc]\+\+ | [CcFf]\# | [A-Z]{{1,3}}\$ | [\#@]{_L}\w* )
-    | (?P<slashed>  [A-Za-z0-9]+(?:-[A-Za-z]+){{0,2}}(?:/[A-Za-z0-9]+(?:-[A-Za-z]+){{0,2}}){{1,2}} )
-    | (?P<plain>    (?:[dol]{_A})?{_W}+(?:-(?:[dol]{_A})?{_W}+)+(?!{_A}t) | (?i:[dol]){_A}(?!{_ENDING}){_W}+
-                  | {_L}{_W}*(?:[.!?]{_L}{_W}*)+(?:\.?-{_W}+)* | {_W}+(?:_+{_W}+)* )
-    | (?P<run>      \.\.+ | --+ | \'\' | `` | [!?]{{2,}} | \*+ )
-    | (?P<other>    \S )
-    """,
-    re.VERBOSE,
-)
-
-
-def tokenize(caption: str) -> tuple[str, ...]:
-    """The words of a caption as by pycocoevalcap's PTBTokenizer: lower case, without punctuation.
-
-    "isn't" is two words, "U.S." one; "!!" and brackets are words, as there. Equal on 3,901 captions (COCO results, Tux
-    Paint, emoji) and on all but 24 of 105,021 sentences of WordNet and GIMP's manual; HTML, emoticons, telephone
-    numbers and rare uses of the apostrophe differ. The Java program reads all captions as one text, so that the next
-    caption may change how a final "B." is read; here each caption is read alone.
-    """
-    words = []
-    for match in _WORD.finditer(caption.translate(_REWRITES)):
-        word = match.group()
-        if _PUNCTUATION.fullmatch(word):
-            continue
-        if match.lastgroup == "split":
-            word = word.replace("’", "'")
-        words.append(_RENAMED.get(word, word).lower())
-    return tuple(words)
