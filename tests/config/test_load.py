@@ -303,7 +303,7 @@ def named_alike(place: str, *overrides: str) -> None:
 )  # fmt: skip
 def test_two_datasets_of_one_name_are_refused_naming_both_places(place: str, override: str, told: str) -> None:
     equal = ["final_suite.max_tokens=96", "stage_suite.max_tokens=96"]
-    equal += [f"{suite}.benchmarks={{loss: {{kind: held_out_loss}}}}" for suite in ("final_suite", "stage_suite")]
+    equal += [f"{suite}.benchmarks={{text_loss: {{kind: held_out_loss}}}}" for suite in ("final_suite", "stage_suite")]
     named_alike(place, *equal)
     with pytest.raises(ValidationError, match=told):
         named_alike(place, *equal, override)
@@ -365,3 +365,10 @@ def test_fingerprints_are_equal_in_every_process() -> None:
         for seed in ("0", "1", "2")
     }
     assert told == {tiny().recipe.fingerprint()}
+
+
+def test_a_gate_s_rule_is_on_what_the_final_suite_measures() -> None:
+    with pytest.raises(ValidationError, match=r"rule on 'text_los', which final_suite 'tiny' does not .*'text_loss'\?"):
+        tiny("gate.rules=[{metric: text_los, at_most: 9}]")
+    for metric in ("text_loss", "pope_accuracy"):  # a benchmark, and a measure of one that has several
+        assert tiny(f"gate.rules=[{{metric: {metric}, at_most: 9}}]").recipe.gate.rules[0].metric == metric

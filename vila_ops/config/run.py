@@ -12,6 +12,7 @@ from vila_ops.config.model import Model, TextFormat
 from vila_ops.config.resources import Resources
 from vila_ops.config.serve import Service
 from vila_ops.config.train import Stage
+from vila_ops.errors import did_you_mean
 
 BASE = "base"
 """Name of the model before the first stage, in place of a stage's name."""
@@ -95,6 +96,18 @@ class Recipe(Config):
                         f"suite {suite.name!r} and stage {stage.name!r} split objects differently, "
                         f"so a test object could be trained on; give both mixtures the same split"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _the_gate_reads_what_is_measured(self) -> "Recipe":
+        names = list(self.final_suite.benchmarks)
+        for rule in self.gate.rules:
+            if not any(rule.metric == name or rule.metric.startswith(f"{name}_") for name in names):
+                raise ValueError(
+                    f"gate {self.gate.model_name!r} has a rule on {rule.metric!r}, which final_suite "
+                    f"{self.final_suite.name!r} does not measure; its benchmarks are {names}"
+                    f"{did_you_mean(rule.metric, names)}"
+                )
         return self
 
     @model_validator(mode="after")

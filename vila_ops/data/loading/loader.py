@@ -62,7 +62,12 @@ class RowLoader:
         self._epoch = lru_cache(maxsize=2)(self._plan)
         if not any(group.split == "validation" for group in self._index.groups):
             name = self.stage.mixture.name
-            raise ValueError(f"stage {self.stage.name!r}: mixture {name!r} has no validation sample")
+            share = self.stage.mixture.split.validation
+            raise ValueError(
+                f"stage {self.stage.name!r}: mixture {name!r} has no validation sample: a hash of object names keeps "
+                f"{share:.1%} for validation, which is none of so few; add records, or raise split.validation of every "
+                f"mixture alike"
+            )
         self._held_out = lru_cache(maxsize=1)(self._validation_rows)
 
     def sources(self) -> list[str]:
