@@ -193,10 +193,9 @@ def test_a_list_for_people_says_size_age_and_reason(
     done = CliRunner().invoke(app, ["gc", "-r", str(tmp_path / "resources.yaml")])
     lines = done.stdout.splitlines()
     assert lines[0].split("  ")[1:] == ["3 days", str(folder)]
-    assert lines[1].strip() == (
-        "resume checkpoints of stage sft, the last after step 2; kept: only it has the progress of a stage that was "
-        "not finished"
-    )
+    assert lines[1].strip() == "resume checkpoints of stage sft, the last after step 2"
+    assert lines[2].strip() == "kept: only it has the progress of a stage that was not finished"
+    assert max(map(len, lines[1:3])) <= 80
     assert "1 of 2" in done.stderr
     assert "would be removed with --delete" in done.stderr
 

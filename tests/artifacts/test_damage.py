@@ -27,6 +27,7 @@ from vila_ops.artifacts.store import (
     read_manifest,
     seal,
     verify,
+    verify_folder,
 )
 from vila_ops.errors import CorruptArtifact
 from vila_ops.eval.report import Report, ReportMetric, read_report, write_report
@@ -174,6 +175,20 @@ def test_the_way_out_of_a_damaged_shared_file_works(store: str, tmp_path: Path) 
     verify(rebuilt)
     assert rebuilt.digest == digest
     assert file(rebuilt, "a.tar").read_bytes() == TAR
+
+
+def test_a_folder_named_from_within_the_store_names_its_neighbours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = dataset(str(tmp_path))
+    part = shard(str(tmp_path))
+    damage(places(part)["shard.tar"])
+    at = "/".join(Path(part.uri).parts[-2:])
+    for folder, name in ((tmp_path, at), (tmp_path / "shard", Path(at).name), (Path(part.uri), ".")):
+        monkeypatch.chdir(folder)
+        with pytest.raises(CorruptArtifact, match=r"shard\.tar has sha256") as told:
+            verify_folder(name)
+        assert named(str(told.value)) == [part.uri, made.uri]
 
 
 def test_a_dataset_is_not_sealed_with_a_damaged_file_of_a_shard(store: str, tmp_path: Path) -> None:

@@ -3,21 +3,24 @@
 import multiprocessing
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from vila_ops.artifacts import store
-from vila_ops.artifacts.kinds import Checkpoint, EvalReport, ModelVersion
-from vila_ops.config import Gate, Resources
+from vila_ops.artifacts.kinds import Checkpoint, Dataset, EvalReport, ModelVersion
+from vila_ops.config import NO_CONTEXT, Gate, Resources, Run, load
 from vila_ops.config.eval import Rule
 from vila_ops.errors import CorruptArtifact, PromotionRaceLost, is_final
 from vila_ops.eval.report import Report, ReportMetric, write_report
+from vila_ops.pipeline.promotion import register_model
+from vila_ops.pipeline.stages import Tasks
 from vila_ops.registry.mlflow_registry import MlflowRegistry, open_registry
 from vila_ops.registry.register import champion, register, report_of
 
+ROOT = Path(__file__).parents[2]
 GATE = Gate(model_name="toy's model", rules=(Rule(metric="pope", at_least=0.5, max_regression=0.05),))
 
 
@@ -166,6 +169,32 @@ def test_a_version_that_was_judged_against_an_earlier_champion_is_not_promoted(r
         registry.promote(second.version, champion=None)
     assert not is_final(lost.value)
     assert champion(GATE, resources) == first
+
+
+def test_a_model_that_lost_a_race_is_judged_against_the_new_champion(resources: Resources) -> None:
+    """Prefect does not run `register` again with the report of the former champion."""
+    first = registered(resources, "one", 0.7)
+    recipe = load(
+        ROOT / "configs/recipes/tiny.yaml", resources=ROOT / "configs/resources/inline.yaml"
+    ).recipe.with_changes({"gate": GATE.model_dump()})
+    run = Run(recipe=recipe, resources=resources)
+    compared: list[str] = []
+
+    def evaluated(_suite: Any, model: Any, *_: Any) -> EvalReport:
+        compared.append(model.digest)
+        return report(resources, model, 0.7 if model == first.checkpoint else 0.75)
+
+    def raced(*asked: Any) -> ModelVersion:
+        if len(compared) == 1:
+            registered(resources, "two", 0.75, against=report_of(first, resources))
+        return register(*asked)
+
+    model, tasks = checkpoint(resources, "three"), Tasks(evaluate=evaluated, register=raced)
+    data = cast("Dataset", None)  # which `evaluated` does not read
+    version = register_model(run, model, report(resources, model, 0.8), data, tasks=tasks, context=NO_CONTEXT)
+    assert compared == [first.checkpoint.digest, checkpoint(resources, "two").digest]
+    assert (version.version, version.promoted) == (3, True)
+    assert client(resources).get_model_version(GATE.model_name, "3").tags["champion.previous"] == "2"
 
 
 def test_damaged_weights_and_a_strangers_report_are_not_registered(resources: Resources) -> None:

@@ -53,5 +53,5 @@ def _lines(one: "Leftover") -> list[str]:
     """Size, age and place of a leftover, and below them what it is and why it is kept."""
     hours = (time.time() - one.changed) / 3600
     age = f"{hours / 24:.0f} days" if hours >= 48 else f"{hours:.0f} hours"
-    kept = "" if one.kept is None else f"; kept: {one.kept}"
-    return [f"{short(one.num_bytes)}B  {age}  {one.place}", f"    {one.what}{kept}"]
+    kept = [] if one.kept is None else [f"    kept: {one.kept}"]
+    return [f"{short(one.num_bytes)}B  {age}  {one.place}", f"    {one.what}", *kept]
