@@ -129,9 +129,11 @@ def test_a_run_tells_a_person_its_metrics_and_what_it_left_out(tmp_path: Path, r
     untracked = {**yaml.safe_load(resources.read_text()), "tracking": {"uri": None}}
     (tmp_path / "untracked.yaml").write_text(yaml.safe_dump(untracked))
     done = CliRunner().invoke(app, ["run", TINY, "-r", str(tmp_path / "untracked.yaml")])
-    report = json.loads(next((resources.parent / "store/report").glob("*/attempt-*/report.json")).read_text())
+    reports = [json.loads(path.read_text()) for path in resources.parent.glob("store/report/*/attempt-*/report.json")]
+    final = ran["models"]["sft"]["digest"]
+    report = next(one for one in reports if one["model"] == final and one["split"] == "test")
     about, _, header, *rows = done.stdout.splitlines()
-    assert about == f"suite tiny, test split, model {report['model'][:12]}"
+    assert about == f"suite tiny, test split, model {final[:12]}"
     assert header.split()[:3] == ["score", "of", "value"]
     assert [row.split()[0] for row in rows] == [metric["name"] for metric in report["metrics"]]
     assert "nothing was registered or deployed" in done.stderr

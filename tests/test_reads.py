@@ -95,7 +95,8 @@ def test_s3_sends_a_look_the_index_alone_and_training_each_byte_once(
     bucket = s3_store.split("/")[2]
     files = [place for one in (data, init) for place, _ in opened(one).places.values()]
     wanted = {place.removeprefix(f"s3://{bucket}/") for place in files} - {index}
-    assert read == dict.fromkeys(wanted, 1)
+    of_artifacts = {key: number for key, number in read.items() if "/resume/" not in key}
+    assert of_artifacts == dict.fromkeys(wanted, 1)
     assert read_manifest(trained.uri)["parents"] == [data.digest, init.digest]
     with fetched() as read, hashes() as hashed:  # as the next rank on this machine, which reads a share of it
         opened(data).fetch()

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -66,6 +67,8 @@ def test_a_server_outlives_its_deployer_is_adopted_replaced_and_started_again(
     replaced = pid_of(second.url)
 
     os.kill(replaced, signal.SIGKILL)
+    while not ended(replaced):
+        time.sleep(0.05)
     again = deploy(SERVICE, versions[1], resources)
     health = httpx.get(f"{again.url}/health").json()
     assert health["model"] == versions[1].checkpoint.digest
