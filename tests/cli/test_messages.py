@@ -96,7 +96,12 @@ def test_a_file_that_is_not_there_is_told_with_the_nearest_one(told: Tell) -> No
 
 
 NAMES = {
-    ("train", TINY, "--stage", "stf"): "no stage 'stf'; it has ['align', 'pretrain', 'sft']; did you mean 'sft'?",
+    (
+        "train",
+        TINY,
+        "--stage",
+        "stf",
+    ): "no stage 'stf'; it has ['base', 'align', 'pretrain', 'sft']; did you mean 'sft'?",
     ("evaluate", TINY, "--stage", "pretain"): "did you mean 'pretrain'?",
     ("prepare", TINY, "--mixture", "tiny_aling"): "did you mean 'tiny_align'?",
     ("shwo", TINY): "Did you mean 'show'?",

@@ -136,5 +136,5 @@ def suite_text(recipe: Recipe, stage: str) -> TextFormat:
 def _check_stage(recipe: Recipe, stage: str, known: Sequence[str]) -> None:
     if stage not in known:
         raise ValueError(
-            f"recipe {recipe.name!r} has no stage {stage!r}; it has {list(recipe.stages)}{did_you_mean(stage, known)}"
+            f"recipe {recipe.name!r} has no stage {stage!r}; it has {list(known)}{did_you_mean(stage, known)}"
         )
