@@ -101,7 +101,7 @@ NAMES = {
         TINY,
         "--stage",
         "stf",
-    ): "no stage 'stf'; it has ['base', 'align', 'pretrain', 'sft']; did you mean 'sft'?",
+    ): "it has ['base', 'align', 'pretrain', 'sft']; did you mean 'sft'?",
     ("evaluate", TINY, "--stage", "pretain"): "did you mean 'pretrain'?",
     ("prepare", TINY, "--mixture", "tiny_aling"): "did you mean 'tiny_align'?",
     ("shwo", TINY): "Did you mean 'show'?",
