@@ -325,14 +325,20 @@ def test_every_engine_clips_as_asked_and_stops_before_a_gradient_that_is_not_fin
 
 @pytest.mark.parametrize("number", range(len(MIXED)), ids=lambda number: f"{MIXED[number]}")
 def test_ranks_with_and_without_images_walk_the_way_of_one_process(number: int, done: Path) -> None:
-    """One step has no image, and one has none in its first pass. Moments are compared too."""
+    """One step has no image, and one has none in its first pass. Moments are compared too.
+
+    A bias of keys adds the same to all scores of a query, which softmax ignores: its gradient is rounding alone.
+    """
     names = MIXED[number][0], f"mixed-{number}"
     expected, actual = (load_file(done / name / "attempt/state.safetensors") for name in names)
     assert actual.keys() == expected.keys()
-    moments = [name for name in expected if name.startswith("exp_avg") and expected[name].any()]
+    with_gradient = {name for name in expected if name.startswith("exp_avg") and expected[name].any()}
+    keys = {name for name in expected if name.startswith("exp_avg") and name.endswith("k_proj.bias")}
+    moments = with_gradient - keys
     assert len([name for name in moments if name.startswith("exp_avg/")]) > 3
     assert moments_apart(*({name: state[name] for name in moments} for state in (actual, expected))) < ROUNDING
-    assert not any(actual[name].any() for name in expected.keys() - {*moments} if name.startswith("exp_avg"))
+    assert all(actual[name].abs().max() < 1e-10 for name in keys)
+    assert not any(actual[name].any() for name in expected.keys() - moments - keys if name.startswith("exp_avg"))
     parameters = [name for name in expected if name.startswith("param/")]
     own, reference = ({name: state[name] for name in parameters} for state in (actual, expected))
     assert apart(own, reference, way=MIXED_STEPS * MIXED_RATE) < ROUNDING
