@@ -20,12 +20,6 @@ from vila_ops.errors import CorruptArtifact, StoreUnreachable
 FACTS = {"num_samples": 1, "num_tokens": 2}
 
 
-@pytest.fixture(params=["disk", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    made: str = str(tmp_path / "store") if request.param == "disk" else request.getfixturevalue("s3_store")
-    return made
-
-
 def at(number: int = 0) -> Address:
     return address(Dataset, revision=1, recipe={"number": number}, parents=())
 

@@ -36,12 +36,6 @@ FACTS = {"num_samples": 1, "num_tokens": 2}
 TAR = bytes(range(256)) * 8
 
 
-@pytest.fixture(params=["disk", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    made: str = str(tmp_path / "store") if request.param == "disk" else request.getfixturevalue("s3_store")
-    return made
-
-
 def damage(uri: str, *, bit: int = 3) -> None:
     """Flip one bit of a place of a store, of which this machine keeps no copy."""
     if "://" not in uri:

@@ -34,13 +34,6 @@ class Clock:
         self.time += seconds
 
 
-@pytest.fixture(params=["disk", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty store of each kind."""
-    made: str = str(tmp_path / "store") if request.param == "disk" else request.getfixturevalue("s3_store")
-    return made
-
-
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Holders of this process seem to be of another host, so that nobody can see whether they live."""

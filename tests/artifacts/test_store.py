@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from vila_ops.artifacts.attempts import keep
 from vila_ops.artifacts.backend import FileFacts
 from vila_ops.artifacts.folders import folder_digest
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, Shard
@@ -30,7 +31,6 @@ from vila_ops.artifacts.store import (
     file,
     find,
     find_in,
-    keep,
     probe,
     read_manifest,
     seal,
@@ -41,13 +41,6 @@ from vila_ops.errors import CorruptArtifact
 
 RECIPE = {"rate": 1e-05, "name": "é"}
 FACTS = {"num_samples": 1, "num_tokens": 2}
-
-
-@pytest.fixture(params=["disk", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty store of each kind."""
-    made: str = str(tmp_path / "store") if request.param == "disk" else request.getfixturevalue("s3_store")
-    return made
 
 
 def at(**more: Any) -> Address:

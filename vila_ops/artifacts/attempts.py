@@ -1,4 +1,4 @@
-"""Attempts at an address: one that fails leaves nothing, and what killed processes left is found and removed."""
+"""Attempts at an address: one that fails leaves nothing, and what killed processes left is listed and removed."""
 
 import logging
 import re
@@ -9,17 +9,33 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from vila_ops.artifacts.backend import AT_ONCE, GRACE_SECONDS, Entry
 from vila_ops.artifacts.copies import SCHEME, copy_of, uri_of
-from vila_ops.artifacts.disk_faults import faults_named
-from vila_ops.artifacts.store import ATTEMPT, KINDS, MANIFEST, Address, backend, begin, find_manifest, probe, root_of
+from vila_ops.artifacts.disk_faults import faults_named, require
+from vila_ops.artifacts.kinds import Artifact
+from vila_ops.artifacts.store import (
+    ATTEMPT,
+    KINDS,
+    MANIFEST,
+    Address,
+    backend,
+    begin,
+    copy_files,
+    find,
+    find_manifest,
+    manifest_of,
+    probe,
+    root_of,
+    seal,
+)
 from vila_ops.errors import CorruptArtifact, VilaError
 
 DRAFT = re.compile(r"\..+-[0-9a-f]{12}")
 """Hidden names: of a file before it is linked, and of a folder while it is removed."""
 log = logging.getLogger(__name__)
+A = TypeVar("A", bound=Artifact)
 
 
 class Unsealed(NamedTuple):
@@ -51,14 +67,29 @@ def attempt(at: Address, *, store: str) -> Iterator[Path]:
         raise
 
 
+def keep(artifact: A, at: Address, *, store: str) -> A:
+    """What the store has at an address, or else a copy of the artifact, which lies elsewhere, such as in DVC's output.
+
+    Others may replace that one while it is read; nothing removes what is sealed in the store.
+    """
+    if done := find(type(artifact), at, store=store):
+        return done
+    log.info("%s is copied into %s, since it may be replaced while it is read", artifact.uri, store)
+    manifest = manifest_of(artifact)
+    with attempt(at, store=store) as folder:
+        require(folder, sum(facts["size"] for facts in manifest["files"].values()))
+        files = copy_files(artifact.uri, manifest, folder)
+    return seal(type(artifact), at, folder, facts=manifest["facts"], execution=manifest["execution"], known=files)
+
+
 def unsealed(store: str) -> list[Unsealed]:
     """The attempts and drafts in a store that no manifest names; on S3 also those in the copies on this machine.
 
     Raises CorruptArtifact for a damaged manifest on S3, which may name what is in another artifact's folder.
     """
     root = root_of(store)
-    found = [one for kind in KINDS.values() for here in _places(f"{root}/{kind}") for one in _of_kind(here)]
-    return _not_linked(found, root)
+    listed = [one for kind in KINDS.values() for here in _places(f"{root}/{kind}") for one in _of_kind(here)]
+    return _not_linked(listed, root)
 
 
 def _of_kind(place: str) -> Iterator[Unsealed]:
@@ -75,8 +106,8 @@ def _of_kind(place: str) -> Iterator[Unsealed]:
 def _remove_abandoned(uri: str) -> None:
     """Remove the attempts at an address that nobody works on. An error costs a warning: they are only in the way."""
     try:
-        found = [one for here in _places(uri) for one in _of_address(here, backend(here).entries(here))]
-        old = [one for one in found if time.time() - one.changed > GRACE_SECONDS]
+        listed = [one for here in _places(uri) for one in _of_address(here, backend(here).entries(here))]
+        old = [one for one in listed if time.time() - one.changed > GRACE_SECONDS]
         for one in _not_linked(old, uri.rsplit("/", 2)[0]):
             backend(one.place).remove(one.place)
             log.info("%s (%d bytes) was removed: an attempt that was killed left it", one.place, one.num_bytes)
@@ -108,10 +139,10 @@ def _of_address(here: str, entries: Iterable[Entry]) -> list[Unsealed]:
     return [Unsealed(f"{here}/{name}", sizes[name], changed[name]) for name in names if name != sealed]
 
 
-def _not_linked(found: list[Unsealed], root: str) -> list[Unsealed]:
+def _not_linked(listed: list[Unsealed], root: str) -> list[Unsealed]:
     """Without what the manifest of another artifact points to, which is possible on S3 alone."""
-    if not any(one.place.startswith(SCHEME) for one in found):
-        return found
+    if not any(one.place.startswith(SCHEME) for one in listed):
+        return listed
     manifests = [
         f"{root}/{kind}/{entry.name.removesuffix(f'/{MANIFEST}')}"
         for kind in KINDS.values()
@@ -121,4 +152,4 @@ def _not_linked(found: list[Unsealed], root: str) -> list[Unsealed]:
     with ThreadPoolExecutor(AT_ONCE) as pool:
         loaded = [manifest for manifest in pool.map(find_manifest, manifests) if manifest is not None]
     linked = {f"{root}/{facts['at']}" for one in loaded for facts in one["files"].values() if "at" in facts}
-    return [one for one in found if not any(place.startswith(f"{one.place}/") for place in linked)]
+    return [one for one in listed if not any(place.startswith(f"{one.place}/") for place in linked)]

@@ -10,7 +10,6 @@ artifact.
 import json
 import logging
 import secrets
-import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -118,26 +117,6 @@ def find_in(kind: type[A], at: Address, uri: str) -> A | None:
     return _reference(kind, uri, manifest)
 
 
-def keep(artifact: A, at: Address, *, store: str) -> A:
-    """What the store has at an address, or else a copy of the artifact, which lies elsewhere, such as in DVC's output.
-
-    Others may replace that one while it is read; nothing removes what is sealed in the store.
-    """
-    if done := find(type(artifact), at, store=store):
-        return done
-    log.info("%s is copied into %s, since it may be replaced while it is read", artifact.uri, store)
-    manifest = _manifest_of(artifact)
-    attempt = begin(at, store=store)
-    try:
-        with faults_named(attempt):
-            require(attempt, sum(facts["size"] for facts in manifest["files"].values()))
-            files = _copy_files(artifact.uri, manifest, attempt)
-    except BaseException:
-        shutil.rmtree(attempt, ignore_errors=True)
-        raise
-    return seal(type(artifact), at, attempt, facts=manifest["facts"], execution=manifest["execution"], known=files)
-
-
 def begin(at: Address, *, store: str) -> Path:
     """A new local folder for an attempt until `seal`; for S3 it is in the cache. Raises what `probe` raises."""
     probe(store)
@@ -240,7 +219,7 @@ class Opened:
 
 def opened(artifact: Artifact) -> Opened:
     """The files of a sealed artifact, not yet read. Raises CorruptArtifact where the folder holds another artifact."""
-    manifest = _manifest_of(artifact)
+    manifest = manifest_of(artifact)
     return Opened(artifact.uri, f"{artifact.uri}/{manifest['data']}", _places(artifact.uri, manifest))
 
 
@@ -289,11 +268,11 @@ def export(artifact: Artifact, target: Path) -> None:
     The copy's bytes depend neither on the store nor on the attempt that was sealed, so that DVC sees only real changes.
     Raises ValueError as `check_target` does, and DiskFault where the disk is full or fails.
     """
-    manifest = _manifest_of(artifact)
+    manifest = manifest_of(artifact)
     out = check_target(target)
     require(out, sum(facts["size"] for facts in manifest["files"].values()))
     with output.draft_of(out) as fresh:
-        files = _copy_files(artifact.uri, manifest, fresh / EXPORTED)
+        files = copy_files(artifact.uri, manifest, fresh / EXPORTED)
         exported = {**manifest, "files": files, "data": EXPORTED, "execution": ANY_EXECUTION}
         (fresh / MANIFEST).write_text(_sealed(exported))
         disk.publish(fresh, str(fresh))
@@ -303,7 +282,8 @@ def export(artifact: Artifact, target: Path) -> None:
             remove_replaced(old)
 
 
-def _manifest_of(artifact: Artifact) -> dict[str, Any]:
+def manifest_of(artifact: Artifact) -> dict[str, Any]:
+    """The manifest of a sealed artifact. Raises CorruptArtifact where its folder holds another one."""
     manifest = read_manifest(artifact.uri)
     if manifest["digest"] != artifact.digest:
         raise CorruptArtifact(
@@ -313,7 +293,7 @@ def _manifest_of(artifact: Artifact) -> dict[str, Any]:
     return manifest
 
 
-def _copy_files(uri: str, manifest: dict[str, Any], target: Path) -> dict[str, FileFacts]:
+def copy_files(uri: str, manifest: dict[str, Any], target: Path) -> dict[str, FileFacts]:
     """Copy the files of a sealed folder into a local folder; returns their facts by name."""
     for name, (place, facts) in _places(uri, manifest).items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)

@@ -44,7 +44,7 @@ def prepare(mixture: Mixture, text: TextFormat, resources: Resources, context: R
         with hold(at, store=root):
             versioned = store.find_in(Dataset, at, str(folder))
             if versioned is not None:
-                done = store.keep(versioned, at, store=root)
+                done = attempts.keep(versioned, at, store=root)
             else:
                 done = store.find(Dataset, at, store=root) or _prepare(at, mixture, text, resources)
     manifest = store.find_manifest(str(folder))
