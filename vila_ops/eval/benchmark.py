@@ -157,6 +157,20 @@ class Intervals:
         )
         return _metric(name, role, interval, unit)
 
+    def metrics(
+        self, name: str, by_role: Mapping[MetricRole, FloatArray], *, statistic: Statistic, unit: str
+    ) -> tuple[Metric, ...]:
+        """The statistic of each role's scores (`tables`), and with a control the gap between it and the model.
+
+        The gap has the sign that `MetricRole` states.
+        """
+        listed = [self.metric(name, role, values, statistic=statistic, unit=unit) for role, values in by_role.items()]
+        if "control" in by_role:
+            pair = (by_role["model"], by_role["control"])
+            first, second = reversed(pair) if _is_loss(unit) else pair
+            listed.append(self.gap(name, first, second, statistic=statistic, unit=unit))
+        return tuple(listed)
+
     def gap(self, name: str, first: FloatArray, second: FloatArray, *, statistic: Statistic, unit: str) -> Metric:
         """The statistic of the first scores minus that of the second on the same items, with its interval."""
         interval = paired_difference(
@@ -170,6 +184,10 @@ def chance(name: str, level: float, *, n: int, unit: str) -> Metric:
     return Metric(name=name, role="chance", value=level, low=level, high=level, n=n, lower_is_better=False, unit=unit)
 
 
+def _is_loss(unit: str) -> bool:
+    return unit.startswith("nats")
+
+
 def _metric(name: str, role: MetricRole, interval: Interval, unit: str) -> Metric:
     return Metric(
         name=name,
@@ -178,6 +196,6 @@ def _metric(name: str, role: MetricRole, interval: Interval, unit: str) -> Metri
         low=interval.low,
         high=interval.high,
         n=interval.n,
-        lower_is_better=unit.startswith("nats") and role != "gap",
+        lower_is_better=_is_loss(unit) and role != "gap",
         unit=unit,
     )

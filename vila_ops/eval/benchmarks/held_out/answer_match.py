@@ -86,8 +86,4 @@ def score(items: Sequence[QuestionItem], config: AnswerMatch, responses: Mapping
 
 def aggregate(scores: Sequence[ItemScore], config: AnswerMatch, intervals: Intervals) -> Aggregate:
     """The share of equal answers of the model, of the chance level and with shuffled images, and the gap to these."""
-    by_role = tables(scores)
-    metrics = [intervals.metric(NAME, role, values, statistic="mean", unit=UNIT) for role, values in by_role.items()]
-    if "control" in by_role:
-        metrics.append(intervals.gap(NAME, by_role["model"], by_role["control"], statistic="mean", unit=UNIT))
-    return Aggregate(tuple(metrics))
+    return Aggregate(intervals.metrics(NAME, tables(scores), statistic="mean", unit=UNIT))

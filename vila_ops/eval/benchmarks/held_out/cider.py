@@ -80,9 +80,4 @@ def score(items: Sequence[CaptionItem], config: CaptionCider, responses: Mapping
 
 def aggregate(scores: Sequence[ItemScore], config: CaptionCider, intervals: Intervals) -> Aggregate:
     """The mean of the items for the model, the chance level and the shuffled images, and the gap to the latter."""
-    by_role = tables(scores)
-    metrics = [intervals.metric(NAME, role, values, statistic="mean", unit=UNIT) for role, values in by_role.items()]
-    if "control" in by_role:
-        gap = intervals.gap(NAME, by_role["model"], by_role["control"], statistic="mean", unit=UNIT)
-        metrics.append(gap)
-    return Aggregate(tuple(metrics))
+    return Aggregate(intervals.metrics(NAME, tables(scores), statistic="mean", unit=UNIT))

@@ -56,8 +56,4 @@ def score(
 
 def aggregate(scores: Sequence[ItemScore], config: HeldOutLoss, intervals: Intervals) -> Aggregate:
     """All nats by all tokens, of the matched and of the shuffled images, and the gap between the two."""
-    by_role = tables(scores)
-    metrics = [intervals.metric(NAME, role, losses, statistic="ratio", unit=UNIT) for role, losses in by_role.items()]
-    if "control" in by_role:
-        metrics.append(intervals.gap(NAME, by_role["control"], by_role["model"], statistic="ratio", unit=UNIT))
-    return Aggregate(tuple(metrics))
+    return Aggregate(intervals.metrics(NAME, tables(scores), statistic="ratio", unit=UNIT))
