@@ -12,30 +12,16 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from vila_ops.artifacts.kinds import Dataset, Pretrained
 from vila_ops.artifacts.store import content
-from vila_ops.config import Run, Suite, load
+from vila_ops.config import Run, Suite
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.data.shards import Sample, index_of, samples_of
 from vila_ops.eval.evaluate import evaluate
 from vila_ops.eval.needs import check_held_out
 from vila_ops.eval.report import Report, read_report
-from vila_ops.model.assemble import assemble
 from vila_ops.pipeline.stages import evaluate_stage
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = {"loss": {"kind": "held_out_loss"}, "answers": {"kind": "answer_match", "max_new_tokens": 4}}
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The tiny recipe in a store of this module."""
-    folder = tmp_path_factory.mktemp("own")
-    where = (f"resources.storage.store={folder}/store", f"resources.storage.cache={folder}/cache")
-    return load(ROOT / "configs/recipes/tiny.yaml", resources=ROOT / "configs/resources/inline.yaml", overrides=where)
-
-
-@pytest.fixture(scope="module")
-def model(run: Run) -> Pretrained:
-    return assemble(run.recipe.model, run.resources)
 
 
 @pytest.fixture(scope="module")

@@ -15,14 +15,13 @@ import pytest
 from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import BenchmarkResult, Dataset, EvalReport, Pretrained
 from vila_ops.artifacts.leases import registers
-from vila_ops.config import Run, Suite, load
+from vila_ops.config import Run, Suite
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.eval import runner
 from vila_ops.eval.benchmarks.held_out import pope
 from vila_ops.eval.evaluate import evaluate
 from vila_ops.eval.job import EvalJob
 from vila_ops.eval.report import Report, read_items, read_report
-from vila_ops.model.assemble import assemble
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = {
@@ -30,19 +29,6 @@ BENCHMARKS = {
     "pope": {"kind": "pope"},
     "text_loss": {"kind": "text_loss"},
 }
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The tiny recipe in a store of this module."""
-    folder = tmp_path_factory.mktemp("evaluate")
-    where = (f"resources.storage.store={folder}/store", f"resources.storage.cache={folder}/cache")
-    return load(ROOT / "configs/recipes/tiny.yaml", resources=ROOT / "configs/resources/inline.yaml", overrides=where)
-
-
-@pytest.fixture(scope="module")
-def model(run: Run) -> Pretrained:
-    return assemble(run.recipe.model, run.resources)
 
 
 @pytest.fixture(scope="module")

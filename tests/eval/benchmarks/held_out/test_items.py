@@ -1,24 +1,13 @@
 """Items are of held-out objects, and are shuffled among and compared with other held-out objects only."""
 
-from pathlib import Path
-
 import pytest
 
 from vila_ops.artifacts.kinds import Dataset
-from vila_ops.config import Run, load
+from vila_ops.config import Run
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.data.shards import index_of
 from vila_ops.eval.benchmark import EvalInputs
 from vila_ops.eval.benchmarks.held_out.items import ImageItem, image_items, word_items
-
-ROOT = Path(__file__).parents[4]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    folder = tmp_path_factory.mktemp("items")
-    where = (f"resources.storage.store={folder}/store", f"resources.storage.cache={folder}/cache")
-    return load(ROOT / "configs/recipes/tiny.yaml", resources=ROOT / "configs/resources/inline.yaml", overrides=where)
 
 
 @pytest.fixture(scope="module")
