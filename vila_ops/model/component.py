@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from vila_ops.errors import CorruptArtifact, VilaError
@@ -79,6 +80,26 @@ def read_component(
     check_tied(model, folder)
     loaded: PreTrainedModel = model
     return loaded
+
+
+def from_state(kind: Any, config: Any, state: dict[str, Tensor], *, dtype: torch.dtype, holder: str) -> Any:
+    """A model of a class of transformers in eval mode, with the tensors of a state.
+
+    Raises CorruptArtifact, which begins with `holder` ("FOLDER does not hold the ..."), unless they are those of the
+    config.
+    """
+    model, info = kind.from_pretrained(
+        None,
+        config=config,
+        state_dict=state,
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused below
+    )
+    wrong = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
+    if wrong:
+        raise CorruptArtifact(f"{holder} of its config: {wrong}")
+    return model.eval()
 
 
 def check_tied(model: PreTrainedModel, folder: Path) -> None:

@@ -13,7 +13,7 @@ from vila_ops.config.model import ImageFit
 from vila_ops.config.train import Lora, Tuning
 from vila_ops.errors import CorruptArtifact
 from vila_ops.model import lora
-from vila_ops.model.component import described_by
+from vila_ops.model.component import described_by, from_state
 from vila_ops.model.configuration import VilaConfig
 from vila_ops.model.language_models import PLAIN_HEAD, check_language_model, check_plain_head, head_form
 from vila_ops.model.modify import Modifications, modified
@@ -122,20 +122,11 @@ def load(
     """
     stated = read_config(folder)
     config, state = modified(stated, read_weights(folder, stated), modifications or Modifications())
-    model, info = VilaForConditionalGeneration.from_pretrained(
-        None,
-        config=config,
-        state_dict=state,
-        dtype=dtype,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # refused below
+    model: VilaForConditionalGeneration = from_state(
+        VilaForConditionalGeneration, config, state, dtype=dtype, holder=f"{folder} does not hold the weights"
     )
-    wrong = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
-    if wrong:
-        raise CorruptArtifact(f"{folder} does not hold the weights of its config: {wrong}")
     model.tie_weights()
-    loaded: VilaForConditionalGeneration = model.eval()
-    return loaded
+    return model
 
 
 def normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -18,7 +18,7 @@ from transformers import (
 
 from vila_ops.config.model import Component, HubTower, ImageFit, Projector
 from vila_ops.errors import CorruptArtifact
-from vila_ops.model.component import check_tied, component_config, described_by
+from vila_ops.model.component import check_tied, component_config, described_by, from_state
 from vila_ops.model.importing.internvit import INTERNVIT, translated, translated_config
 from vila_ops.model.language_models import check_language_model
 from vila_ops.model.towers import vision_part
@@ -139,20 +139,10 @@ def load_strictly(
     with described_by(folder / "config.json"):
         with torch.device("meta"):
             empty = auto.from_config(config, trust_remote_code=False)
-        model, info = type(empty).from_pretrained(
-            None,
-            config=config,
-            state_dict=state,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below
-        )
-    wrong = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
-    if wrong:
-        raise CorruptArtifact(f"{folder} does not hold the {component} of its config: {wrong}")
+        holder = f"{folder} does not hold the {component}"
+        model: PreTrainedModel = from_state(type(empty), config, state, dtype=dtype, holder=holder)
     check_tied(model, folder)
-    loaded: PreTrainedModel = model.eval()
-    return loaded
+    return model
 
 
 def _precision(component: Component, state: dict[str, Tensor], folder: Path) -> torch.dtype:
