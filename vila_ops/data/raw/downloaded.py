@@ -2,7 +2,7 @@
 
 import hashlib
 import tarfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vila_ops.data.download.manifest import key_of, manifest_path, tar_path
-from vila_ops.data.raw.files import RawMissing
+from vila_ops.data.raw.files import RawFile, RawMissing, Scan, scan_files
 from vila_ops.data.raw.url_files import out_of, url_files
 from vila_ops.data.records import NOT_DOWNLOADED
 from vila_ops.data.sources.faults import Fault
@@ -76,7 +76,26 @@ class Downloaded:
         return data
 
 
-def companions(root: Path, suffixes: tuple[str, ...], *, images: str) -> dict[tuple[str, Path], tuple[str, str]]:
+def scan_downloaded(
+    root: Path,
+    suffixes: tuple[str, ...],
+    kind: str,
+    scan: Callable[[Path, tuple[str, ...]], Scan],
+    *,
+    images: str,
+    cache: Path,
+) -> list[RawFile]:
+    """As `scan_files`, of the raw files whose images were downloaded to `images`.
+
+    `scan` is given the path of a raw file and those of its manifest and tar. Raises RawMissing if the images of a raw
+    file have not been downloaded to the end.
+    """
+    beside = _companions(root, suffixes, images=images)
+    by_path = {path: companions for (_, path), companions in beside.items()}
+    return scan_files(beside, kind, lambda path: scan(path, by_path[path]), cache=cache)
+
+
+def _companions(root: Path, suffixes: tuple[str, ...], *, images: str) -> dict[tuple[str, Path], tuple[str, str]]:
     """Manifest and tar of each raw file, by its name and path (see `url_files`).
 
     Raises RawMissing if the images of a raw file have not been downloaded to the end.

@@ -16,8 +16,8 @@ import pyarrow as pa
 from vila_ops.config.sources import Coyo
 from vila_ops.data.filtering.record_rules import filter_record, score_sum
 from vila_ops.data.filtering.top_share import top_share
-from vila_ops.data.raw.downloaded import Downloaded, Missing, companions
-from vila_ops.data.raw.files import Folders, RawFile, Scan, Span, scan_files
+from vila_ops.data.raw.downloaded import Downloaded, Missing, scan_downloaded
+from vila_ops.data.raw.files import Folders, RawFile, Scan, Span
 from vila_ops.data.raw.url_files import out_of
 from vila_ops.data.records import Dropped, Image, Record, Turn
 from vila_ops.data.sources.faults import Fault, checked, finite_numbers
@@ -51,9 +51,8 @@ def image_urls(source: Coyo, path: Path) -> Iterator[object]:
 
 def raw_files(source: Coyo, folders: Folders, *, cache: Path) -> list[RawFile]:
     """The Parquet files, each with its tar and manifest. Raises ValueError for a file of another format."""
-    beside = companions(Path(source.path), URL_FILES, images=source.images)
-    by_path = {path: files for (_, path), files in beside.items()}
-    return scan_files(beside, f"{source.kind}:{source.images}", lambda path: _scan(path, by_path[path]), cache=cache)
+    kind = f"{source.kind}:{source.images}"
+    return scan_downloaded(Path(source.path), URL_FILES, kind, _scan, images=source.images, cache=cache)
 
 
 def read(source: Coyo, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:

@@ -12,6 +12,7 @@ looked for, so that only what they leave need be downloaded.
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ import pyarrow.compute as pc
 
 from vila_ops.config.sources import Interleaved
 from vila_ops.data.filtering.record_rules import filter_record
-from vila_ops.data.raw.downloaded import Downloaded, Missing, companions
-from vila_ops.data.raw.files import STRIDE, Folders, RawFile, Scan, Span, scan_files
+from vila_ops.data.raw.downloaded import Downloaded, Missing, scan_downloaded
+from vila_ops.data.raw.files import STRIDE, Folders, RawFile, Scan, Span
 from vila_ops.data.raw.lines import every_line, lines
 from vila_ops.data.raw.text import DECODER
 from vila_ops.data.raw.url_files import out_of
@@ -50,10 +51,9 @@ def image_urls(source: Interleaved, path: Path) -> Iterator[object]:
 
 def raw_files(source: Interleaved, folders: Folders, *, cache: Path) -> list[RawFile]:
     """The files, each with its tar and manifest. Raises ValueError for a file of another format."""
-    beside = companions(Path(source.path), URL_FILES, images=source.images)
-    by_path = {path: files for (_, path), files in beside.items()}
     kind = f"{source.kind}:{source.images}:{source.max_images}"
-    return scan_files(beside, kind, lambda path: _scan(source, path, by_path[path]), cache=cache)
+    scan = partial(_scan, source)
+    return scan_downloaded(Path(source.path), URL_FILES, kind, scan, images=source.images, cache=cache)
 
 
 def read(source: Interleaved, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:

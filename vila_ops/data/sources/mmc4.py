@@ -11,14 +11,15 @@ gzipped. The images come from the downloader.
 
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import assert_never
 
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, ValidationError, model_validator
 
 from vila_ops.config.sources import Mmc4
-from vila_ops.data.raw.downloaded import Downloaded, Missing, companions
-from vila_ops.data.raw.files import STRIDE, Folders, RawFile, Scan, Span, scan_files
+from vila_ops.data.raw.downloaded import Downloaded, Missing, scan_downloaded
+from vila_ops.data.raw.files import STRIDE, Folders, RawFile, Scan, Span
 from vila_ops.data.raw.lines import every_line, lines
 from vila_ops.data.raw.url_files import out_of
 from vila_ops.data.records import MISSING_IMAGE, Dropped, Image, Part, Record, Turn
@@ -77,10 +78,9 @@ def image_urls(source: Mmc4, path: Path) -> Iterator[object]:
 
 def raw_files(source: Mmc4, folders: Folders, *, cache: Path) -> list[RawFile]:
     """The shards, each with its tar and manifest. Raises ValueError for a shard whose images were not downloaded."""
-    beside = companions(Path(source.path), URL_FILES, images=source.images)
-    by_path = {path: files for (_, path), files in beside.items()}
     kind = f"{source.kind}:{source.images}:{source.max_images}:{source.min_similarity}"
-    return scan_files(beside, kind, lambda path: _scan(source, path, by_path[path]), cache=cache)
+    scan = partial(_scan, source)
+    return scan_downloaded(Path(source.path), URL_FILES, kind, scan, images=source.images, cache=cache)
 
 
 def read(source: Mmc4, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:

@@ -9,11 +9,12 @@ If quotes swallow rows, because one is never closed or is closed rows later, eac
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from math import isfinite
 from pathlib import Path
 
 from vila_ops.config.sources import Separator, Table
-from vila_ops.data.raw.downloaded import Downloaded, Missing, companions
+from vila_ops.data.raw.downloaded import Downloaded, Missing, scan_downloaded
 from vila_ops.data.raw.files import STRIDE, Folders, RawFile, Scan, Span, on_disk, paths, scan_files
 from vila_ops.data.raw.lines import LineNumbers
 from vila_ops.data.raw.tables import Layout, Row, fields_of, read_header, rows
@@ -63,14 +64,12 @@ def raw_files(source: Table, folders: Folders, *, cache: Path) -> list[RawFile]:
     kind = f"table:{source.images}:{settings}"
     if source.image_url is None:
         return scan_files(paths(root, suffixes), kind, lambda path: _scan(source, path, ()), cache=cache)
-    beside = companions(root, suffixes, images=source.images)
-    by_path = {path: files for (_, path), files in beside.items()}
-    return scan_files(beside, kind, lambda path: _scan(source, path, by_path[path]), cache=cache)
+    return scan_downloaded(root, suffixes, kind, partial(_scan, source), images=source.images, cache=cache)
 
 
 def read(source: Table, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
     """The record of each row, none for a blank row. A row's place is FILE:LINE, with the line on which it begins."""
-    lines = LineNumbers(Path(span.path))
+    lines, layout = LineNumbers(Path(span.path)), layout_of(source, Path(span.path))
     with ExitStack() as stack:
         images = stack.enter_context(_downloaded(source, span)) if source.image_url else None
         for number, header, row in _taken(source, span):
@@ -78,7 +77,7 @@ def read(source: Table, folders: Folders, span: Span) -> Iterator[list[Record | 
                 yield []
                 continue
             place = f"{span.name}:{lines.at(row.offset)}"
-            swallowed = _swallowed(source, span, header, row)
+            swallowed = _swallowed(source, layout, header, row)
             try:
                 yield [_record(source, _whole(row, swallowed, header), images, place)]
             except Fault as fault:
@@ -104,11 +103,10 @@ def _downloaded(source: Table, span: Span) -> Downloaded:
     return Downloaded(out_of(source.images, span.name), {url.encode(errors="replace").decode() for url in urls})
 
 
-def _swallowed(source: Table, span: Span, header: list[str], row: Row) -> list[int]:
+def _swallowed(source: Table, layout: Layout, header: list[str], row: Row) -> list[int]:
     """Offsets of the lines inside the quotes of a row that are rows of their own; after broken quotes of all lines."""
     if isinstance(row.fields, Fault):
         return [offset for offset, line in row.inside if line.strip()]
-    layout = layout_of(source, Path(span.path))
     return [offset for offset, line in row.inside if _is_row(source, header, fields_of(line, layout))]
 
 
