@@ -114,11 +114,13 @@ def _settings(source: "Source", folder: Path) -> dict[str, Any]:
 
 def _benchmarks(render: str) -> dict[str, Any]:
     """What a suite can measure on such records; see `config.eval`."""
-    control = {"control": "none"} if render in ("instructions", "definition") else {}
+    from vila_ops.config.eval import CONVERSATIONS, CaptionCider, HeldOutLoss
+
+    control = {} if render in HeldOutLoss().reads() else {"control": "none"}
     chosen: dict[str, Any] = {"held_out_loss": {"kind": "held_out_loss", **control}}
-    if render == "caption":
+    if render in CaptionCider().reads():
         chosen["cider"] = {"kind": "cider", "max_new_tokens": 32}
-    if render in ("conversation", "questions", "instructions"):
+    if render in CONVERSATIONS:
         chosen["answer_match"] = {"kind": "answer_match", **control}
     return chosen
 
