@@ -47,9 +47,9 @@ def find(resources: Resources, *, grace_hours: float) -> list[Leftover]:
     """All leftovers, the largest first. What changed within `grace_hours` (LEAST_HOURS at least) is kept."""
     storage = resources.storage
     leases = registers(storage.store)
-    found = [*_attempts(storage, leases), *_resume(storage, leases), *_proofs(storage), *_drafts(storage)]
+    every = [*_attempts(storage, leases), *_resume(storage, leases), *_proofs(storage), *_drafts(storage)]
     latest = time.time() - 3600 * max(grace_hours, LEAST_HOURS)
-    return sorted((_in_grace(one, latest) for one in found), key=lambda one: (-one.num_bytes, one.place))
+    return sorted((_in_grace(one, latest) for one in every), key=lambda one: (-one.num_bytes, one.place))
 
 
 def remove(leftover: Leftover, *, store: str) -> None:

@@ -32,21 +32,21 @@ def gc(
     from vila_ops.config import load_resources
 
     loaded = load_resources(resources)
-    found = leftovers.find(loaded, grace_hours=older_than)
-    if unknown := sorted(set(also or ()) - {one.place for one in found}):
+    listed = leftovers.find(loaded, grace_hours=older_than)
+    if unknown := sorted(set(also or ()) - {one.place for one in listed}):
         raise ValueError(f"--also {unknown[0]} is not a place of the list; `vila-ops gc` without --also prints it")
-    chosen = [one for one in found if one.kept is None or one.place in (also or ())]
+    chosen = [one for one in listed if one.kept is None or one.place in (also or ())]
     if as_json:
-        print_result(found, as_json)
+        print_result(listed, as_json)
     else:
-        for one in found:
+        for one in listed:
             say("\n".join(_lines(one)))
     if delete:
         for one in chosen:
             leftovers.remove(one, store=loaded.storage.store)
     size = short(sum(one.num_bytes for one in chosen))
     told = "removed" if delete else "would be removed with --delete"
-    print(f"{len(chosen)} of {len(found)}, {size}B: {told}", file=sys.stderr)
+    print(f"{len(chosen)} of {len(listed)}, {size}B: {told}", file=sys.stderr)
 
 
 def _lines(one: "Leftover") -> list[str]:
