@@ -2,10 +2,17 @@ from itertools import product
 
 import numpy as np
 import pytest
-from scipy import stats  # type: ignore[import-untyped]
+from scipy import stats
 
 from vila_ops.eval import statistics
-from vila_ops.eval.statistics import FloatArray, Statistic, cluster_bootstrap, paired_difference
+from vila_ops.eval.statistics import (
+    FloatArray,
+    Statistic,
+    UndefinedStatistic,
+    cluster_bootstrap,
+    distinct_rows,
+    paired_difference,
+)
 
 
 def singletons(items: int) -> list[str]:
@@ -86,6 +93,49 @@ def test_ninety_five_percent_intervals_cover_the_truth_so_often() -> None:
         interval = cluster_bootstrap(values, clusters, statistic="mean", resamples=500, seed=seed)
         covered += interval.low <= 1 <= interval.high
     assert 930 <= covered <= 970
+
+
+def test_few_clusters_have_the_interval_of_a_t_distribution() -> None:
+    values = stats.norm.ppf((np.arange(12) + 0.5) / 12)
+    interval = cluster_bootstrap(values, singletons(12), statistic="mean", resamples=50_000, seed=0)
+    low, high = stats.t.interval(0.95, 11, loc=values.mean(), scale=stats.sem(values))
+    assert (interval.low, interval.high) == pytest.approx((low, high), abs=0.03 * (high - low))
+    plain = np.array(stats.norm.interval(0.95, loc=values.mean(), scale=values.std() / np.sqrt(12)))
+    assert interval.high - interval.low > 1.1 * (plain[1] - plain[0]), "the plain percentile interval is too narrow"
+
+
+def test_the_standard_error_is_that_of_clustered_items() -> None:
+    # Miller, arXiv:2411.00640, equation 4, with the factor C / (C - 1) of a cluster-robust variance.
+    rng = np.random.default_rng(3)
+    clusters = rng.integers(40, size=300)
+    values = rng.normal(size=40)[clusters] + rng.normal(size=300)
+    residuals = np.bincount(clusters, weights=values - values.mean())
+    error = np.sqrt((residuals**2).sum() * 40 / 39) / 300
+    interval = cluster_bootstrap(values, clusters, statistic="mean", resamples=20_000, seed=0)
+    assert interval.standard_error == pytest.approx(error, rel=0.03)
+
+
+@pytest.mark.parametrize("cost", [1, 10**9], ids=["rows are counted", "clusters are drawn"])
+def test_right_and_wrong_answers_have_the_quantiles_of_a_binomial_distribution(
+    cost: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statistics, "_COUNT_COST", cost)
+    values = np.repeat([1.0, 0.0], [300, 700])
+    interval = cluster_bootstrap(values, singletons(1000), statistic="mean", resamples=20_000, seed=0)
+    tail = stats.norm.sf(np.sqrt(1000 / 999) * stats.t.isf(0.025, 999))
+    low, high = stats.binom.ppf([tail, 1 - tail], 1000, 0.3) / 1000
+    assert (interval.low, interval.high) == pytest.approx((low, high), abs=0.0011)
+
+
+def test_rows_that_differ_by_rounding_are_one_row() -> None:
+    sums = np.array([[0.1 + 0.2, 1.0], [0.3, 1.0], [0.3, 2.0], [0.0, 0.0], [1e9, 1.0], [1e9 + 1, 1.0]])
+    rows, counts = distinct_rows(sums)
+    assert sorted(counts.tolist()) == [1, 1, 1, 1, 2]
+    assert counts @ rows == pytest.approx(sums.sum(axis=0))
+    tiny, _ = distinct_rows(np.array([[0.0], [5e-324], [1e-320]]))
+    assert sorted(tiny[:, 0].tolist()) == [0.0, 5e-324, 1e-320]
+    alike, once = distinct_rows(np.zeros((5, 2)))
+    assert (alike.tolist(), once.tolist()) == ([[0.0, 0.0]], [5])
 
 
 def test_identical_items_of_a_cluster_widen_the_interval() -> None:
@@ -173,8 +223,10 @@ def test_equal_sides_differ_by_nothing() -> None:
 def test_what_has_no_interval_is_refused(
     values: list[float], clusters: list[str], statistic: Statistic, message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         cluster_bootstrap(values, clusters, statistic=statistic, resamples=100, seed=0)
+    undefined = any(word in message for word in ("1 clusters", "0 clusters", "is inf", "undefined"))
+    assert isinstance(caught.value, UndefinedStatistic) == undefined
 
 
 def test_sides_of_different_columns_are_refused() -> None:

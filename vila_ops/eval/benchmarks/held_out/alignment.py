@@ -20,7 +20,7 @@ from vila_ops.eval.statistics import FloatArray
 if TYPE_CHECKING:
     from vila_ops.data.text.conversation import Tokenizer
 
-REVISION = 2
+REVISION = 3
 NAME, UNIT = "alignment", "cosine"
 
 

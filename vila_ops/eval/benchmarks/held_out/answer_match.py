@@ -15,7 +15,7 @@ from vila_ops.eval.report import ItemAnswer, ItemScore, MetricRole
 if TYPE_CHECKING:
     from vila_ops.data.text.conversation import Tokenizer
 
-REVISION = 1
+REVISION = 2
 NAME, UNIT = "answer_match", "share equal"
 
 

@@ -13,7 +13,7 @@ from vila_ops.generate.request import Loglikelihood
 if TYPE_CHECKING:
     from vila_ops.data.text.conversation import Tokenizer
 
-REVISION = 2
+REVISION = 3
 NAME, UNIT = "caption_loss", "nats per token"
 
 

@@ -14,7 +14,7 @@ from vila_ops.eval.report import ItemAnswer, ItemScore, MetricRole
 if TYPE_CHECKING:
     from vila_ops.data.text.conversation import Tokenizer
 
-REVISION = 2
+REVISION = 3
 NAME, UNIT = "cider", "CIDEr-D (0 to 10)"
 
 

@@ -13,7 +13,7 @@ from vila_ops.generate.request import Loglikelihood
 if TYPE_CHECKING:
     from vila_ops.data.text.conversation import Tokenizer
 
-REVISION = 1
+REVISION = 2
 NAME, UNIT = "held_out_loss", "nats per token"
 
 

@@ -14,7 +14,7 @@ from vila_ops.generate.request import Loglikelihood
 if TYPE_CHECKING:
     from vila_ops.data.text.conversation import Tokenizer
 
-REVISION = 2
+REVISION = 3
 NAME, UNIT = "multiple_choice", "share right"
 
 

@@ -16,7 +16,7 @@ from vila_ops.generate.request import Loglikelihood, Prompt
 if TYPE_CHECKING:
     from vila_ops.data.text.conversation import Tokenizer
 
-REVISION = 2
+REVISION = 3
 UNIT = "share"
 YES, NO = "Yes.", "No."
 COLUMNS = ("true_positive", "false_positive", "true_negative", "false_negative")

@@ -12,7 +12,7 @@ from vila_ops.generate.request import Loglikelihood, Prompt
 if TYPE_CHECKING:
     from vila_ops.data.text.conversation import Tokenizer
 
-REVISION = 2
+REVISION = 3
 NAME, UNIT = "text_loss", "nats per token"
 
 
