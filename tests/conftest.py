@@ -65,8 +65,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files come first. A file is one unit of pytest-xdist, because its tests share what they set up."""
     weights: dict[Path, int] = {}
     for item in items:
-        own = sum(item.get_closest_marker(name) is not None for name in ("ray", "slow"))
-        weights[item.path] = max(weights.get(item.path, 0), own)
+        own = 10 * (item.get_closest_marker("ray") is not None) + (item.get_closest_marker("slow") is not None)
+        weights[item.path] = weights.get(item.path, 0) + own
     items.sort(key=lambda item: -weights[item.path])
 
 

@@ -246,6 +246,7 @@ def test_a_wrong_setting_is_told_with_its_value_and_the_way_out(
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_data_show_writes_a_page_of_the_mixture_that_was_prepared(tmp_path: Path, ran: Json, resources: Path) -> None:
     page = tmp_path / "samples.html"
     asked = ("--mixture", "tiny_align", "-r", str(resources), "--out", str(page), "--per-source", "1")

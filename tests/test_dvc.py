@@ -174,6 +174,7 @@ def test_a_clone_has_a_stage_for_each_mixture_of_its_recipe(clone: Path) -> None
     assert sorted(names) == sorted(f"prepare@{name}" for name in DEMO)
 
 
+@pytest.mark.slow
 def test_a_change_is_seen_by_the_stages_that_it_concerns(reproduced: Path) -> None:
     assert _changed(reproduced) == set()
     concerned = {
@@ -199,6 +200,7 @@ def test_a_change_is_seen_by_the_stages_that_it_concerns(reproduced: Path) -> No
         _run(reproduced, "git", "checkout", "-q", ".")
 
 
+@pytest.mark.slow
 def test_what_a_stage_does_not_watch_says_nothing_of_its_data(reproduced: Path) -> None:
     versioned = yaml.safe_load((reproduced / "configs/versioned.yaml").read_text())
     files = set(_extended(reproduced / versioned["recipe"]))

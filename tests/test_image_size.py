@@ -71,6 +71,7 @@ def test_the_second_stage_sees_more_of_a_image_and_keeps_every_weight_it_does_no
     assert all(0 < float.fromhex(row["loss"]) < 20 for row in curve[1:])
 
 
+@pytest.mark.slow
 def test_the_second_checkpoint_is_a_stock_folder_of_sixteen_tokens_a_image(outcome: Outcome) -> None:
     folder = content(outcome.models["pretrain"])
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()

@@ -159,6 +159,7 @@ def test_a_server_that_is_killed_and_comes_back_has_everything_once(
     assert kept(resources) == []
 
 
+@pytest.mark.slow
 def test_what_a_killed_writer_left_is_sent_by_the_next_and_never_twice(resources: Resources) -> None:
     run_id = begin(resources)
     told = [sys.executable, "-c", KILLED, resources.model_dump_json(), run_id]
@@ -255,6 +256,7 @@ def test_a_damaged_line_is_left_out_and_the_others_are_sent(
     assert kept(resources) == []
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_metrics_and_nothing_else(resources: Resources, away: Resources) -> None:
     told = [sys.executable, "-c", FULL, away.model_dump_json(), "0" * 32]
     done = subprocess.run(told, check=True, capture_output=True, text=True)

@@ -146,6 +146,7 @@ def test_from_a_table_to_a_served_answer(reader: Reader, tmp_path: Path) -> None
         httpx.get(f"http://127.0.0.1:{reader.port}/health", trust_env=False)
 
 
+@pytest.mark.slow
 def test_from_a_llava_json_to_scores(reader: Reader, tmp_path: Path) -> None:
     def record(name: str, colour: str, shape: str) -> dict[str, Any]:
         turns = [

@@ -150,6 +150,7 @@ def test_a_file_is_hashed_once_a_process_and_again_once_it_changed(
         content(made)
 
 
+@pytest.mark.slow
 def test_the_way_out_of_a_damaged_shared_file_works(store: str, tmp_path: Path) -> None:
     made = dataset(store)
     digest, part = made.digest, shard(store)

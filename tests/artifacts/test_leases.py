@@ -74,6 +74,7 @@ def test_a_holder_that_gives_no_sign_expires_and_finds_its_lease_lost(store: str
     assert clock.time == pytest.approx(61), "a released lease is not waited for"
 
 
+@pytest.mark.slow
 def test_a_holder_with_heartbeats_is_waited_for(store: str, elsewhere: None) -> None:
     clock = Clock()
     with hold(at(), store=store, pace=Pace(now=clock.now)) as first:
@@ -103,6 +104,7 @@ def test_the_heartbeat_keeps_a_lease_over_many_expiries(store: str, elsewhere: N
         assert len(list(Path(register(store)).iterdir())) <= 8, "old versions are removed"
 
 
+@pytest.mark.slow
 def test_the_lease_of_a_process_that_was_killed_is_free_at_once(store: str) -> None:
     code = (
         "import os, sys; from vila_ops.artifacts.leases import hold; from vila_ops.artifacts.store import address; "
@@ -133,6 +135,7 @@ def work(store: str, told: Connection) -> None:
             told.send(("found", lease.fencing, found.digest))
 
 
+@pytest.mark.slow
 def test_of_processes_that_want_the_same_one_works_and_the_others_find_it(store: str) -> None:
     ends = [FORK.Pipe() for _ in range(4)]
     processes = [FORK.Process(target=work, args=(store, end)) for _, end in ends]

@@ -127,6 +127,7 @@ def test_wrong_keys_are_refused_and_told_without_the_secret(
         s3.sizes([f"s3://{bucket}/small"])
 
 
+@pytest.mark.slow
 def test_no_keys_at_all_are_told(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")

@@ -115,6 +115,7 @@ def race(arguments: tuple[str, int]) -> tuple[str, str]:
     return made.digest, (content(made) / "a.txt").read_text()[:1]
 
 
+@pytest.mark.slow
 def test_of_eight_racing_processes_one_seals_and_all_agree(store: str) -> None:
     with multiprocessing.get_context("fork").Pool(8) as pool:
         for turn in range(2 if "://" in store else 5):
@@ -126,6 +127,7 @@ def test_of_eight_racing_processes_one_seals_and_all_agree(store: str) -> None:
             assert sorted(stored(found.uri)) == [f"{content(found).name}/a.txt", "manifest.json"]
 
 
+@pytest.mark.slow
 def test_of_eight_racing_threads_one_seals_and_all_agree(store: str) -> None:
     with ThreadPoolExecutor(8) as pool:
         assert len(set(pool.map(race, [(store, number) for number in range(8)]))) == 1
@@ -138,6 +140,7 @@ def sleeper(store: str) -> None:
     seal(Dataset, at(), attempt, facts=FACTS, execution={})
 
 
+@pytest.mark.slow
 def test_a_writer_that_slept_loses_and_its_attempt_is_removed(store: str) -> None:
     process = multiprocessing.get_context("fork").Process(target=sleeper, args=(store,))
     process.start()
@@ -173,6 +176,7 @@ def test_a_crash_before_the_manifest_leaves_nothing_to_find(tmp_path: Path) -> N
     assert find(Dataset, at(), store=str(tmp_path)) == made
 
 
+@pytest.mark.slow
 def test_any_flipped_bit_of_files_or_manifest_is_found(store: str) -> None:
     made = write(store)
     draw = random.Random(0)
@@ -322,6 +326,7 @@ def test_a_link_into_another_store_is_refused_on_s3_and_made_on_disk(tmp_path: P
         seal(Dataset, at(), elsewhere, facts=FACTS, execution={}, known=linked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["../../../escaped", "/tmp/escaped"])
 def test_a_manifest_that_names_what_is_outside_is_refused(name: str, store: str) -> None:
     made = write(store)

@@ -350,6 +350,7 @@ def test_the_order_of_the_stages_is_part_of_the_fingerprint(tmp_path: Path) -> N
     assert other.recipe.fingerprint() != tiny().recipe.fingerprint()
 
 
+@pytest.mark.slow
 def test_fingerprints_are_equal_in_every_process() -> None:
     code = (
         "import sys; from pathlib import Path; from vila_ops.config import load;"

@@ -297,6 +297,7 @@ def large() -> tuple[bytes, bytes]:
     return photo, encoded(Pillow.new("RGB", (1000, 12_000), (90, 9, 9)), compress_level=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fit", "decode"), [(0, "exact"), (2, "exact"), (1, "scaled"), (2, "scaled")])
 def test_a_photo_of_a_phone_and_a_screenshot_are_read(fit: int, decode: Decoding) -> None:
     phone, screenshot = (read(data, fit=FITS[fit], decode=decode).astype(int) for data in large())

@@ -111,6 +111,7 @@ def run(*arguments: str) -> list[Outcome]:
     return [Outcome(name, said[1], float(said[2]), int(said[3])) for name, said in found]
 
 
+@pytest.mark.slow
 def test_every_named_attack_ends_as_it_should() -> None:
     outcomes = run("named")
     whole = len(outcomes) - len(EXPECTED)
@@ -122,6 +123,7 @@ def test_every_named_attack_ends_as_it_should() -> None:
         assert outcome.memory_bytes < BYTES_PER_PIXEL * pixels + SLACK, outcome
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600 + FUZZED // 10)
 def test_damaged_files_become_squares_or_are_refused_with_a_reason() -> None:
     outcomes = run("fuzzed", str(FUZZED))

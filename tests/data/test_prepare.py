@@ -42,6 +42,7 @@ def mixture(sources: dict[str, Any], **more: Any) -> Mixture:
     return Mixture.model_validate({"name": "own", "sources": sources, "shard_bytes": 40_000, **more})
 
 
+@pytest.mark.slow
 def test_records_become_samples_once(resources: Resources, make_mixture: Any, make_text: Any, tiny: Path) -> None:
     chosen = make_mixture("pairs", "documents", "instructions", "definitions", long_documents="split")
     made = prepare(chosen, make_text(), resources)
@@ -107,6 +108,7 @@ def test_of_two_that_ask_for_a_dataset_one_works(
     assert sum(line.startswith("prepared ") for line in caplog.messages) == 1
 
 
+@pytest.mark.slow
 def test_the_tiny_datasets_are_the_golden_ones(resources: Resources, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)  # the recipe's folders are relative to it
     recipe = load(Path("configs/recipes/tiny.yaml"), resources=Path("configs/resources/inline.yaml")).recipe

@@ -105,6 +105,7 @@ def test_answers_are_compared_with_those_of_the_raw_records(report: Report) -> N
     assert values(report)["answers", "model"] == pytest.approx(sum(equal) / len(equal))
 
 
+@pytest.mark.slow
 def test_without_a_control_text_counts_too(run: Run, model: Pretrained, data: Dataset) -> None:
     suite = suite_of(run, {"loss": {"kind": "held_out_loss", "control": "none"}}, max_objects=400)
     report = read_report(evaluate(suite, model, data, run.resources))
@@ -116,6 +117,7 @@ def test_without_a_control_text_counts_too(run: Run, model: Pretrained, data: Da
     assert metric.value == pytest.approx(nats / tokens, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_documents_are_measured_text_after_text_with_the_images_between(run: Run, model: Pretrained) -> None:
     data = prepare(run.recipe.stages["pretrain"].mixture, run.recipe.text("pretrain"), run.resources)
     suite = suite_of(run, {"loss": {"kind": "held_out_loss"}}, stage="pretrain", max_objects=400)

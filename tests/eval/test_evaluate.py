@@ -68,6 +68,7 @@ def sealed(run: Run) -> dict[str, str]:
     return {path.parent.name: json.loads(path.read_text())["facts"]["benchmark"] for path in manifests}
 
 
+@pytest.mark.slow
 def test_a_suite_is_measured_once_and_renamed_it_measures_nothing(run: Run, suite: Suite, measure: Measure) -> None:
     first, measured = measure(suite)
     assert measured == {"caption_loss", "pope", "text_loss"}

@@ -83,6 +83,7 @@ def test_a_ratio_agrees_with_scipy() -> None:
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.1 * 0.5 / np.sqrt(80))
 
 
+@pytest.mark.slow
 def test_ninety_five_percent_intervals_cover_the_truth_so_often() -> None:
     # 80 objects of three items that share an effect of the object; the true mean is 1.
     clusters = [f"object-{item // 3}" for item in range(240)]

@@ -29,6 +29,7 @@ def resume(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path / "resume") if request.param == "disk" else f"{request.getfixturevalue('s3_store')}/resume/a"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120 + FLIPS)
 def test_every_flipped_bit_is_found(
     resume: str, make_resources: Callable[..., Resources], tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -26,6 +26,7 @@ COUNT = int(os.environ.get("VILA_DISK", "12"))
 DISK_BYTES = 1_000_000
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120 + 4 * COUNT)
 def test_a_call_that_fails_anywhere_is_told_and_costs_no_checkpoint(tmp_path: Path) -> None:
     env = {**os.environ, "LD_PRELOAD": str(faulty_disk(tmp_path)), "OMP_NUM_THREADS": "1"}

@@ -83,6 +83,7 @@ def evaluation() -> pa.Table:
     return signed([record(Image(encoded(image(seed), "BMP"))) for seed in range(COUNT)], None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CHANGES)
 def test_copies_of_evaluation_images_are_found_and_no_others(kind: str, evaluation: pa.Table) -> None:
     draw = random.Random(kind)
@@ -106,6 +107,7 @@ def dressed(words: list[str], draw: random.Random) -> str:
     return "".join(word + draw.choice((" ", ", ", " - ", ".\n", '" ', "  ")) for word in shown)
 
 
+@pytest.mark.slow
 def test_evaluation_texts_inside_longer_ones_are_found_and_no_others() -> None:
     draw = random.Random(0)
     questions = [sentence(draw, draw.randint(13, 40)) for _ in range(COUNT)]

@@ -104,6 +104,7 @@ def test_what_a_kill_after_the_seal_left_is_removed_by_the_next_look(
     assert list((tmp_path / "killed" / "resume").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_progress_of_a_stage_with_other_settings_is_named_and_stays(
     fork: Fork, make_trial: Callable[..., ResumeTrial], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

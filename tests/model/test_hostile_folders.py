@@ -71,6 +71,7 @@ def test_each_of_more_than_200_folders_is_refused_with_its_reason(outcomes: dict
     assert wrong == {}
 
 
+@pytest.mark.slow
 def test_nothing_of_a_hostile_folder_runs_or_writes(outcomes: dict[str, list[str]]) -> None:
     assert outcomes["canary"] == []
     assert {name: lines for name, lines in outcomes.items() if any(line.startswith("! ") for line in lines)} == {}

@@ -192,6 +192,7 @@ def other_writers_folder(folder: Path, version: str, *, tied: bool, build: Any, 
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("version", OLD_NAMES)
 def test_folders_of_other_writers_are_read_as_stock_reads_them(

@@ -141,6 +141,7 @@ def test_a_tied_weight_has_the_gradients_of_both_its_uses(
     assert all(distance(actual[name], expected[name]) <= 1e-6 for name in expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "least", "most"),
     [("chunks", 20, 60), ("in_bf16", 20, 60), ("without_gradients", 0, 20), ("full", 400, 900)],

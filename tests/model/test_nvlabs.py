@@ -344,6 +344,7 @@ def test_a_quantised_language_model_and_a_taken_name_are_refused(tmp_path: Path)
         import_checkpoint(tmp_path / "a", tmp_path / "ours")
 
 
+@pytest.mark.slow
 def test_the_printed_section_in_a_recipe_trains(tmp_path: Path) -> None:
     write(tmp_path / "a", NVILA, projector="mlp_downsample_3x3_fix")
     made = import_checkpoint(tmp_path / "a", tmp_path / "ours", chat_template="chatml")

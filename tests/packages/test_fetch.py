@@ -89,6 +89,7 @@ def test_the_kept_archive_is_enough_when_the_folder_is_gone(index: Path, tmp_pat
     assert (fetch(package, cache=tmp_path) / "tiny_words/__init__.py").is_file()
 
 
+@pytest.mark.slow
 def test_a_corrupted_archive_is_fetched_again(index: Path, tmp_path: Path):
     package = wheel(index)
     shutil.rmtree(fetch(package, cache=tmp_path))
@@ -184,6 +185,7 @@ def _fetch_in_a_process(package: Package, cache: Path) -> str:
     return (fetch(package, cache=cache) / "tiny_words/__init__.py").read_text()
 
 
+@pytest.mark.slow
 def test_four_processes_at_once_all_end_well(index: Path, tmp_path: Path):
     package = wheel(index)
     with multiprocessing.get_context("spawn").Pool(4) as pool:
@@ -193,6 +195,7 @@ def test_four_processes_at_once_all_end_well(index: Path, tmp_path: Path):
     assert len(list((tmp_path / "archives").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_fetch_all_gives_each_package_its_folder(index: Path, tmp_path: Path):
     packages = [wheel(index, f"words_{letter}", f"WORDS = {letter!r}\n") for letter in "abc"]
     folders = fetch_all([*packages, packages[0]], cache=tmp_path)

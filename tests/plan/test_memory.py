@@ -100,6 +100,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_forecast_is_what_is_alive_at_the_peak_of_a_step(case: Case, make_stage: Any, make_mixture: Any) -> None:
     stage = make_stage(

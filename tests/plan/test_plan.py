@@ -48,6 +48,7 @@ def planned() -> Any:
     return run
 
 
+@pytest.mark.slow
 def test_the_plan_of_prepared_data_is_what_training_will_read(tmp_path: Path) -> None:
     places = {name: str(tmp_path / name) for name in ("store", "cache", "data")}
     (tmp_path / "resources.yaml").write_text(yaml.safe_dump({"launch": "inline", "storage": places}))
@@ -118,6 +119,7 @@ def test_declared_lengths_keep_their_means(make_mixture: Any) -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_stage_that_does_not_fit_is_refused_and_fits_with_the_settings_that_are_named(planned: Any) -> None:
     plan, code, errors = planned("resources.train.stages.sft.micro_batch_size=16")
     stages = {one["stage"]: one for one in plan["stages"]}
@@ -145,6 +147,7 @@ def test_hours_money_and_storage_are_arithmetic(planned: Any) -> None:
     assert align["resume_bytes"] == 0  # save_every is 24,000, more than its steps
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_page_print_what_it_shows() -> None:
     page = (ROOT / "docs/plan.md").read_text()
     shown = re.findall(r"```sh\nvila-ops (plan [^\n]*)\n```\n\n```text\n(.*?)```", page, re.DOTALL)

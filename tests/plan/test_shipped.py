@@ -22,6 +22,7 @@ BASES = {"cluster_128", "cluster_128_job"}
 """Resources that others extend: they name no micro-batches and no accelerator."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "resources", "lengths"), TOGETHER, ids=["-".join(row) for row in TOGETHER])
 def test_it_plans_and_fits(
     recipe: str, resources: str, lengths: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

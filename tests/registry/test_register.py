@@ -97,6 +97,7 @@ def test_a_version_names_what_it_is_made_of_and_no_weights_are_uploaded(resource
     assert report_of(version, resources) == measured
 
 
+@pytest.mark.slow
 def test_the_first_that_passes_is_the_champion_and_a_worse_one_is_refused(resources: Resources) -> None:
     assert champion(GATE, resources) is None
     first = registered(resources, "one", 0.75)

@@ -304,6 +304,7 @@ def test_ranks_write_shares_that_any_world_size_reads(two_ranks: Path, make: Mak
     assert newest_step(make(str(two_ranks / "read"))) == 4
 
 
+@pytest.mark.slow
 def test_damage_that_one_rank_sees_makes_all_go_back(two_ranks: Path) -> None:
     for rank in range(2):
         assert json.loads((two_ranks / f"result-{rank}.json").read_text())["newest with damage"] == 2

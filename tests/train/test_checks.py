@@ -64,6 +64,7 @@ def test_a_gpu_that_is_not_there_is_refused_before_an_evaluation_works(
     assert entries(bench.resources) == before
 
 
+@pytest.mark.slow
 @NO_GPU
 def test_doctor_names_a_missing_gpu_and_show_and_plan_need_none(
     tmp_path: Path, free_servers: Any, monkeypatch: pytest.MonkeyPatch

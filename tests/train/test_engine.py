@@ -135,6 +135,7 @@ def test_steps_equal_a_hand_written_loop(most: float | None, bench: Any, make_st
         assert apart({name: states[name]["param"]}, {name: p.detach()}, way=way) < ROUNDING, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_twenty_steps_equal_stock_torch(precision: str, bench: Any, make_stage: Any, tmp_path: Any) -> None:
     """AdamW by groups, `clip_grad_norm_` and torch's schedulers, with two passes per step."""

@@ -72,6 +72,7 @@ def trained(bench: Any, make_model: Any, make_stage: Any) -> Any:
     return train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_two_steps_train_what_the_stage_names_and_keep_all_else_bit_for_bit(case: Case, trained: Any) -> None:
     stage, init, checkpoint = trained(case)

@@ -117,6 +117,7 @@ def stock_logits(init: Path, trained: Path, out: Path) -> Any:
     return np.load(out)
 
 
+@pytest.mark.slow
 def test_only_the_language_model_s_linear_layers_and_the_projector_change(plain: Any, unbroken: Checkpoint) -> None:
     assert values(content(unbroken), "validation_loss")[-1] < values(content(unbroken), "validation_loss")[0] - 0.03
     before, after = (load_file(content(made) / "model.safetensors") for made in (plain.init, unbroken))
@@ -185,6 +186,7 @@ def test_killed_and_started_again_gives_the_same_bytes_with_dropout(
     assert resumed.digest == unbroken.digest, f"killed after step {at}"
 
 
+@pytest.mark.slow
 def test_dropout_acts_in_training_and_not_in_validation_nor_by_micro_batch(
     train: Train, stage: Callable[..., Stage], unbroken: Checkpoint
 ) -> None:
@@ -265,6 +267,7 @@ def _is_base_plus_adapter(before: dict[str, Any], after: dict[str, Any], made: P
         assert float((after[name].double() - before[name].double() - 2 * product).abs().max()) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_qlora_trains_on_4_bit_weights_and_merges_into_the_full_ones(
     precision: str, plain: Any, stage: Callable[..., Stage], train: Train, tmp_path: Path

@@ -137,6 +137,7 @@ def steps(bench: Any, stage: Stage, resources: Resources) -> list[list[PackedRow
     return [rows.batch(step)[0] for step in range(stage.num_steps or 0)]
 
 
+@pytest.mark.slow
 def test_the_sources_losses_weighted_by_their_targets_are_the_loss_of_the_step(
     bench: Any, metered: tuple[Histories, Any, float], steps: list[list[PackedRow]]
 ) -> None:

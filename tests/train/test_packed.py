@@ -105,6 +105,7 @@ def gradients(engine: PlainEngine) -> dict[str, Tensor]:
     return gradients
 
 
+@pytest.mark.slow
 def test_a_steps_gradient_is_the_same_for_any_split_into_ranks_micro_batches_and_accumulation(
     job: TrainJob, objective: Objective
 ) -> None:

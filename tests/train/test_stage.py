@@ -60,6 +60,7 @@ def unbroken(bench: Any, stage: Stage, tmp_path_factory: pytest.TempPathFactory)
     return train_stage(stage, bench.model, bench.data, bench.init, resources)
 
 
+@pytest.mark.slow
 def test_a_stage_trains_seals_and_is_not_trained_twice(bench: Any, stage: Stage, unbroken: Checkpoint) -> None:
     verify(unbroken)
     curve = json.loads((content(unbroken) / "curve.json").read_text())

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from vila_ops.artifacts.store import content
@@ -11,6 +12,7 @@ from vila_ops.model.trainable import EXPERT, component_of
 from vila_ops.train.stage import train_stage
 
 
+@pytest.mark.slow
 def test_two_steps_train_expert_and_projector_alone_and_a_later_stage_keeps_the_expert(
     bench: Any, make_stage: Any, tmp_path: Path
 ) -> None:

@@ -140,6 +140,7 @@ def test_hung_ranks_end_with_their_stacks_and_the_next_try_walks_the_same_curve(
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_hung_process_ends_where_its_stacks_cannot_be_written(run: Run) -> None:
     job = job_of(run, "full", **{"train.watchdog": {"factor": 1.0, "at_least_seconds": 0.5}})
     (job.diagnostics() / "rank-000.stacks").mkdir(parents=True)
@@ -368,6 +369,7 @@ def test_what_counts_as_a_spike_by_hand() -> None:
     assert is_spike(2.15, [2.0] * 64)
 
 
+@pytest.mark.slow
 def test_a_spike_is_written_down_once_with_its_worst_samples_and_training_goes_on(
     run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

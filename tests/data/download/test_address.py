@@ -216,6 +216,7 @@ def test_a_redirect_is_read_relative_to_where_it_came_from():
             parse(bad, ports=PORTS, base=base)
 
 
+@pytest.mark.slow
 @example("HTTP://<")  # a host that httpx writes back otherwise than it reads it
 @given(st.text() | st.builds(lambda a, b, c: f"http://{a}:{b}/{c}", st.text(), st.text(max_size=6), st.text()))
 def test_any_text_is_a_url_that_may_be_asked_or_a_failure_with_a_word(text):

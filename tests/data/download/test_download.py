@@ -105,6 +105,7 @@ def test_what_is_finished_asks_nothing(server, plan, make_settings, names, tmp_p
     assert not server.seen
 
 
+@pytest.mark.slow
 def test_the_same_answers_give_the_same_bytes_in_whatever_order_they_come(server, plan, make_settings, names, tmp_path):
     cases = [case for case in plan(150) if case.kind not in SLOW]
     for name, concurrency, delay in (("a", 1, 0.0), ("b", 32, 0.02)):

@@ -63,6 +63,7 @@ def test_a_folder_that_is_not_whole_is_rebuilt(damage: str, tmp_path: Path, make
     assert arrays.facts == {"what": "numbers"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["values.npy", f"values{CHECKS}", HEADER])
 def test_every_flipped_bit_of_the_first_200_bytes_is_healed(name: str, tmp_path: Path) -> None:
     """Among them are those of numpy's header, which numpy evaluates as Python, and those of our JSON."""

@@ -110,6 +110,7 @@ def _opened_twice(folder: Path, *, num_rows: int) -> list[int]:
     return [answer["bytes"] for answer in answers]
 
 
+@pytest.mark.slow
 def test_an_index_takes_few_bytes_a_row_and_none_where_it_was_converted_before(tmp_path: Path) -> None:
     """Rows as objects of Python take about 600 bytes each; as arrays 27 and a key of 23. Fixed costs cancel out."""
     few, many = (_opened_twice(tmp_path / f"{number}", num_rows=number) for number in (FEW, MANY))

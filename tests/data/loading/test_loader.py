@@ -70,6 +70,7 @@ def same(left: Any, right: Any) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_global_batches_are_the_same_for_any_world_size(world_size: int, pack: bool, make_rows: MakeRows) -> None:
@@ -84,6 +85,7 @@ def test_global_batches_are_the_same_for_any_world_size(world_size: int, pack: b
         assert any(row.images for row in whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pack", [True, False])
 def test_any_step_is_reached_at_once_and_the_order_is_a_pure_function(pack: bool, make_rows: MakeRows) -> None:
     make_rows = functools.partial(make_rows, pack=pack)
@@ -196,6 +198,7 @@ def test_a_kept_plan_is_made_once_for_counting_and_for_reading(make_rows: MakeRo
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("cache/plan-*")} == made
 
 
+@pytest.mark.slow
 def test_weights_give_the_shares_asked_for(make_rows: MakeRows) -> None:
     rows = make_rows({"a": 1, "b": 2, "c": 1})
     seen: Counter[str] = Counter()

@@ -37,6 +37,7 @@ def records(units: list[Unit]) -> list[tuple[str, int]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "images", "files"),
     [(320, 1280, 500), (5_000_000, 5_000_000, 1), (665_000, 620_000, 1), (12_000, 12_000, 40), (1, 1, 9000)],
@@ -51,6 +52,7 @@ def test_shards_of_large_sources_have_64_to_256_mebibytes(count: int, images: in
     assert sizes[-1] <= 256 * MIB
 
 
+@pytest.mark.slow
 def test_what_a_rule_takes_out_makes_no_shard_smaller() -> None:
     """COYO's best fifth."""
     file = raw("a", 5_000_000, 5_000_000)

@@ -283,6 +283,7 @@ def _scan_at_once(barrier: Barrier, root: Path, caches: list[Path]) -> None:
         assert [(file.name, file.count) for file in files] == [(f"{number:02d}.txt", number) for number in range(20)]
 
 
+@pytest.mark.slow
 def test_processes_may_scan_with_one_cache_at_once(tmp_path: Path, raw: Path):
     for number in range(20):
         write(raw / f"{number:02d}.txt", b"line\n" * number)

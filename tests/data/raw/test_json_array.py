@@ -39,6 +39,7 @@ def written(folder: Path, content: bytes) -> Path:
     return path
 
 
+@pytest.mark.slow
 @settings(OFTEN)
 @given(
     document=st.lists(VALUES, max_size=8),
@@ -60,6 +61,7 @@ def test_it_reads_what_json_reads_whatever_is_read_at_once(
         assert list(elements(path, start=offset, block=block)) == found[number:]
 
 
+@pytest.mark.slow
 @settings(OFTEN)
 @given(document=st.lists(VALUES, min_size=1, max_size=4), seed=st.integers(0, 2**32), block=st.integers(1, 64))
 def test_damaged_bytes_never_raise_anything_but_an_error_that_names_the_file(
@@ -145,6 +147,7 @@ def test_a_turn_of_ten_megabytes_is_an_element_like_any_other(tmp_path: Path) ->
     assert values(written(tmp_path, json.dumps(document, ensure_ascii=False).encode())) == document
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_few_blocks_however_long_the_file_is(tmp_path: Path) -> None:
     path = written(tmp_path, json.dumps([{"id": number, "text": "ä" * 500} for number in range(20_000)]).encode())
     block = 1 << 16

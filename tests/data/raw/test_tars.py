@@ -127,6 +127,7 @@ def test_a_million_entries_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
 WHOLE = tar(entry("a.jpg", b"x" * 700), entry("b/" + LONG, b"y" * 100), entry("c.txt"), form=tarfile.PAX_FORMAT)
 
 
+@pytest.mark.slow
 @settings(max_examples=800, deadline=2000)
 @given(
     st.lists(st.tuples(st.integers(0, 5 * 512), st.integers(0, 255)), min_size=1, max_size=4),

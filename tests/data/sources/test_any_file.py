@@ -179,6 +179,7 @@ def test_a_whole_file_has_no_fault_but_a_repeated_id(kind: str, check: Callable[
         assert set(summary.faults) <= {"duplicate_id", "bad_image_not_an_image"}, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_and_foreign_bytes(kind: str, check: Callable[..., LintSummary]) -> None:
     draw = random.Random(kind)

@@ -181,6 +181,7 @@ def written() -> bytes:
 WHOLE = written()
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=5000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(places=st.lists(st.tuples(st.integers(0, len(WHOLE) - 1), st.integers(0, 255)), min_size=1, max_size=3))
 def test_a_damaged_file_is_records_drops_or_an_error(

@@ -82,6 +82,7 @@ PIECES = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=500, deadline=2000)
 @given(st.lists(PIECES, max_size=12).map("".join))
 def test_well_formed_pages_are_read_as_python_reads_them(text: str):
@@ -106,6 +107,7 @@ HOSTILE = ("<", "<a", "<a b=", "<a b='", '<a b="', "<!--", "<!--a-->", "<![CDATA
            "<a <", "&", "&#", "<script>", "<script></scrip", "<title>", "<div>", "--", "<!")  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("piece", HOSTILE)
 def test_a_page_that_is_meant_badly_is_read_in_time_that_grows_with_its_length(piece: str):

@@ -275,6 +275,7 @@ def test_a_image_without_a_folder_of_images_says_what_to_set(tmp_path: Path, rea
     assert "set that folder" in dropped.detail
 
 
+@pytest.mark.slow
 def test_a_turn_of_a_million_characters_is_kept_and_one_of_ten_megabytes_is_dropped(
     tmp_path: Path, read_all: ReadAll
 ) -> None:

@@ -58,6 +58,7 @@ records = st.dictionaries(st.sampled_from(KEYS), values, max_size=6).flatmap(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [

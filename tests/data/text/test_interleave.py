@@ -131,6 +131,7 @@ def test_text_without_images_stays_as_it_is() -> None:
     assert pairs(["One."], []) == []
 
 
+@pytest.mark.slow
 @settings(max_examples=500, deadline=None)
 @given(document=documents)
 def test_placed_as_vilas_loader_does(document: tuple[list[str], list[tuple[int, Image]]]) -> None:

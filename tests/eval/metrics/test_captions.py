@@ -29,6 +29,7 @@ def corpus(size: int) -> tuple[dict[str, str], dict[str, list[str]]]:
     }, references
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_official_tokenizer(), reason="no Java here")
 def test_official_scores_are_those_of_pycocoevalcap_on_1000_captions() -> None:
     candidates, references = corpus(1000)

@@ -30,6 +30,7 @@ def caption_sets(rng: np.random.Generator, ids: int) -> tuple[dict[str, list[str
     return candidates, references
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_pycocoevalcap_on_1200_corpora() -> None:
     for seed in range(1200):
         rng = np.random.default_rng(seed)
