@@ -15,6 +15,9 @@ from pydantic import ValidationError
 from vila_ops import local
 from vila_ops.config.load import read
 from vila_ops.config.local import LocalServers
+from vila_ops.errors import ServerFailed
+from vila_ops.local import machine
+from vila_ops.local.servers import Server
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -67,6 +70,36 @@ def test_a_foreign_process_on_a_port_is_named_and_nothing_starts(
         local.up(settings)
     assert states(settings) == {"stopped"}
     assert alive(pid)
+
+
+@pytest.mark.parametrize("says", ["timed out", "is out of memory"])
+def test_a_server_that_gave_up_on_a_busy_machine_is_started_again_and_no_other(
+    says: str, tmp_path: Path, free_servers: Callable[[Path], LocalServers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first start ends with a message in the log. Ray gives itself 30 s, which no setting changes."""
+    settings, first = free_servers(tmp_path / "root"), tmp_path / "first"
+    script = f"import pathlib, time; p = pathlib.Path({str(first)!r})\nif p.exists(): time.sleep(600)\np.touch()"
+    server = Server(
+        name="mlflow",
+        command=(sys.executable, "-c", f"{script}; print('error: it {says}')"),
+        env={},
+        ports={},
+        url="http://127.0.0.1",
+        healthy=lambda record, _: record.process().alive() and first.exists() and record.pid != starts[0],
+        gives_up="it timed out",
+    )
+    starts: list[int] = []
+    start = machine.start
+    monkeypatch.setattr(machine, "start", lambda *a: [one := start(*a), starts.append(one.pid)][0])
+    monkeypatch.setattr(machine, "servers_of", lambda _: {"mlflow": server})
+    if says == "timed out":
+        local.up(settings, only=("mlflow",))
+    else:
+        with pytest.raises(ServerFailed, match=r"mlflow ended after .* s; (.|\n)*error: it is out of memory"):
+            local.up(settings, only=("mlflow",))
+    local.down(settings)
+    assert len(starts) == (2 if says == "timed out" else 1)
+    assert not any(alive(pid) for pid in starts)
 
 
 def test_a_holder_that_cannot_be_seen_is_refused_unless_it_is_just_dying(

@@ -54,6 +54,8 @@ class Server:
     url: str
     healthy: Callable[[ProcessRecord, float], bool]
     """Called with the record and the seconds to wait for an answer."""
+    gives_up: str | None = None
+    """Text in the log of a server that ended because its own start took it too long."""
 
 
 def env(settings: LocalServers) -> dict[str, str]:
@@ -183,6 +185,7 @@ def _ray(settings: LocalServers) -> Server:
         ports=ports,
         url=url,
         healthy=lambda _, seconds: _has_live_node(settings, seconds),
+        gives_up="The current node timed out during startup",  # after 30 s, which are fixed in ray/_private/node.py
     )
 
 
