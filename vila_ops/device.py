@@ -19,3 +19,16 @@ def device_of(gpus_per_worker: int) -> "torch.device":
             f"gpus_per_worker is 1, but torch {torch.__version__} of this process {why}; or set gpus_per_worker to 0"
         )
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def precision_notes(precision: str, device: "torch.device") -> list[str]:
+    """What to know about a precision on a device: bf16 on a CPU without instructions for it is slow.
+
+    Measured with torch 2.13 on two cores with AVX2: a product of (1024, 576) and (576, 1536) takes 1.49 s of CPU in
+    bf16 and 0.03 s in fp32.
+    """
+    import torch
+
+    if precision != "bf16" or device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return []
+    return ["this CPU has no instructions for bf16, so bf16 takes some 50 times as long as fp32; set precision to fp32"]

@@ -13,7 +13,7 @@ from tests.model.test_language_models import hub
 from tests.model.test_language_models import write as write_language_model
 from vila_ops.cli import app
 from vila_ops.config import Resources, load
-from vila_ops.device import device_of
+from vila_ops.device import device_of, precision_notes
 from vila_ops.eval.evaluate import evaluate
 from vila_ops.model.assemble import assemble
 from vila_ops.train.stage import train_stage
@@ -87,3 +87,14 @@ def test_doctor_names_a_missing_gpu_and_show_and_plan_need_none(
 
 def test_the_cpu_is_a_device_everywhere() -> None:
     assert device_of(0) == torch.device("cpu")
+
+
+def test_bf16_is_noted_where_the_cpu_has_no_instructions_for_it() -> None:
+    """oneDNN multiplies bf16 from AVX-512 (BW, VL, DQ) on; see its page "CPU Dispatcher Control"."""
+    cpuinfo = Path("/proc/cpuinfo").read_text()
+    if "avx2" not in cpuinfo:
+        pytest.skip("not an x86 CPU that says what it has")
+    has = all(f" {flag} " in cpuinfo for flag in ("avx512bw", "avx512vl", "avx512dq"))
+    notes = precision_notes("bf16", torch.device("cpu"))
+    assert len(notes) == (0 if has else 1)
+    assert precision_notes("fp32", torch.device("cpu")) == []

@@ -24,7 +24,7 @@ from vila_ops.artifacts.store import content, opened
 from vila_ops.config import Stage
 from vila_ops.config.train import Lora
 from vila_ops.data.loading.loader import RowLoader
-from vila_ops.device import device_of
+from vila_ops.device import device_of, precision_notes
 from vila_ops.model import attention, lora
 from vila_ops.model import folder as model_folder
 from vila_ops.model.build import embedding_std
@@ -62,7 +62,8 @@ def _train(job: TrainJob, rank_info: RankInfo, watchdog: StepWatchdog, metrics: 
     torch.set_num_threads(job.resources.train.threads_per_worker)
     model, row_loader, batch_builder = load(job, alive=watchdog.alive)
     if is_first:
-        for note in (*row_loader.composition.notes, *row_loader.notes()):
+        slow = precision_notes(stage.precision, batch_builder.device)
+        for note in (*slow, *row_loader.composition.notes, *row_loader.notes()):
             log.warning("%s: %s", stage.name, note)
     objective = Objective(model, bf16=stage.precision == "bf16")
     trained = set_trainable(objective, stage.trainable, stage.tuning)

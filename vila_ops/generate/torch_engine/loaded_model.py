@@ -3,6 +3,7 @@
 # B rows, T tokens, D language model dim, I images, P patches, C tower channels
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from vila_ops.data.images import Fit, pixels
 from vila_ops.data.text.conversation import Tokenizer
+from vila_ops.device import precision_notes
 from vila_ops.generate.engine import EngineOptions
 from vila_ops.generate.request import Prompt
 from vila_ops.model import folder as model_folder
@@ -21,6 +23,8 @@ from vila_ops.model.context import context_length
 from vila_ops.model.features import SUFFIX, FeatureCache
 from vila_ops.model.vila import VilaForConditionalGeneration
 from vila_ops.packages.tokenizer import IMAGE_TOKEN, read_tokenizer
+
+log = logging.getLogger(__name__)
 
 Features = Callable[[Sequence[bytes]], Tensor]
 """Encoded squares to tower features (I, P, C)."""
@@ -73,6 +77,8 @@ def read_model(folder: Path, options: EngineOptions) -> LoadedModel:
     features: Features = FeatureCache(model, functools.partial(pixels, mean=mean, std=std), root=options.feature_root)
     if options.max_cached_images is not None:
         features = bounded(features, options.feature_root, max_images=options.max_cached_images)
+    for note in precision_notes(options.precision, torch.device("cpu")):
+        log.warning("%s: %s", folder, note)
     if options.precision == "bf16":
         for parameter in (*model.model.language_model.parameters(), *model.lm_head.parameters()):
             parameter.data = parameter.data.to(torch.bfloat16)  # not buffers: rotary frequencies need fp32
