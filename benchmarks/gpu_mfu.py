@@ -65,8 +65,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     stage = Stage.model_validate(STAGE)
-    train = TrainResources(micro_batch_size=ROWS, gpus_per_worker=int(device.type == "cuda"))
-    resources = Resources(launch="inline", train=train)
+    train = TrainResources(micro_batch_size=ROWS)
+    resources = Resources(launch="inline", device="auto" if device.type == "cuda" else "cpu", train=train)
     config = _config()
     with device:
         model = VilaForConditionalGeneration(config)

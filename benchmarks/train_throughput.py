@@ -184,7 +184,9 @@ class Ours:
         self.accumulator = LossAccumulator(self.job, model, self.batches, self.rows.sources())
         metrics = MetricLog(resources, None)
         self.bad_samples = BadSampleFinder(self.job, StepWatchdog(self.job, RankInfo()), self.rows, [], metrics)
-        self.metrics_logger = MetricsLogger(self.job, metrics, step=0, num_steps=stage.num_steps or 0)
+        self.metrics_logger = MetricsLogger(
+            self.job, metrics, self.batches.device, step=0, num_steps=stage.num_steps or 0
+        )
         self.bare = torch.optim.AdamW(parameter_groups(stage, self.trained), betas=stage.betas, fused=True)
         self.index = {row["key"]: row for row in read_index(content(data)).to_pylist()}
 

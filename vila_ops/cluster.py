@@ -4,15 +4,20 @@ import logging
 import os
 import socket
 import sys
+from collections import Counter
 from typing import Any
 
 from vila_ops.config import Resources
-from vila_ops.device import device_of
+from vila_ops.device import Device, device_of
 from vila_ops.errors import ClusterFull, ClusterUnreachable
 
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 """Settings with which glibc keeps freed memory for the next step, in the threads of Ray Train too. Without them a
 training step of a 135M model on a CPU takes 1.7 times as long, mostly in page faults (measured)."""
+ACCELERATOR_TYPE = "ray.io/accelerator-type"
+"""Ray's label of a node's GPUs."""
+UNLABELLED = "unnamed"
+"""The kind of GPUs without that label."""
 CONNECT_SECONDS = 10.0
 """How long the head of a cluster may take to accept a connection."""
 
@@ -59,29 +64,63 @@ def _unreachable(address: str) -> ClusterUnreachable:
     )
 
 
-def check_gpus(resources: Resources, gpus_per_worker: int) -> None:
-    """Before a task works: raise if it needs a GPU and this process (inline) or every node of the cluster has none.
+def device_on(resources: Resources, wanted: Device) -> Device:
+    """The device that a worker is given, before it works; `auto` on a cluster becomes `cpu`, or `gpu` if it has GPUs.
 
-    Raises ValueError for this process. Raises ClusterFull for the cluster, as a node may join.
+    Raises ValueError for a device that this process (inline) does not have, and for a cluster with several kinds of
+    GPUs. Raises ClusterFull for a cluster without the GPU, as a node may join.
     """
-    if not gpus_per_worker:
-        return
     if resources.launch == "inline":
-        device_of(gpus_per_worker)
-    elif not cluster_gpus(resources):
+        device_of(wanted)
+        return wanted
+    return wanted if wanted == "cpu" else device_among(cluster_gpus(resources), resources, wanted)
+
+
+def device_among(gpus: dict[str, float], resources: Resources, wanted: Device) -> Device:
+    """The device of a worker on a cluster with these numbers of GPUs by kind. Raises what `device_on` raises."""
+    address, kind = resources.ray_address, resources.accelerator_type
+    if not gpus and wanted == "auto" and kind is None:
+        return "cpu"
+    add = f"add a node with one (`ray start --num-gpus N --labels {ACCELERATOR_TYPE}=KIND` says what Ray does not find)"
+    if not gpus:
+        asked = f"device is {wanted}" + (f" and accelerator_type {kind}" if kind else "")
+        raise ClusterFull(f"{asked}, but the cluster at {address} has no GPU; {add}, or set device to cpu")
+    kinds = ", ".join(f"{number:g} of {name}" for name, number in sorted(gpus.items()))
+    if kind is not None and kind not in gpus:
         raise ClusterFull(
-            f"gpus_per_worker is {gpus_per_worker}, but no node of the cluster at {resources.ray_address} has a GPU; "
-            f"add one (`ray start --num-gpus` says what Ray does not find itself), or set gpus_per_worker to 0"
+            f"accelerator_type is {kind}, but the GPUs of the cluster at {address} are {kinds}; {add}, or set "
+            f"accelerator_type to one that is there"
         )
+    if kind is None and len(gpus) > 1:
+        raise ValueError(
+            f"the GPUs of the cluster at {address} are of several kinds, and workers of one stage need one: {kinds}; "
+            f"set accelerator_type to one of them"
+        )
+    return "gpu" if wanted == "auto" else wanted
 
 
-def cluster_gpus(resources: Resources) -> float:
-    """The GPUs of the cluster's live nodes, in use or not. Raises ClusterUnreachable."""
+def cluster_gpus(resources: Resources) -> dict[str, float]:
+    """The GPUs of the cluster's live nodes, in use or not, by Ray's name of their kind. Raises ClusterUnreachable."""
     import ray
 
     connect(resources)
-    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return there.get("GPU", 0.0)
+    there: Counter[str] = Counter()
+    for node in ray.nodes():  # type: ignore[no-untyped-call]
+        if node["Alive"] and (gpus := node["Resources"].get("GPU", 0.0)):
+            there[node["Labels"].get(ACCELERATOR_TYPE, UNLABELLED)] += gpus
+    return dict(there)
+
+
+def gpu_options(resources: Resources, device: Device) -> dict[str, Any]:
+    """Ray's options of an actor on a device that `device_on` gave: one GPU, of the kind that the resources name."""
+    label = gpu_label(resources, device)
+    return {"num_gpus": int(device != "cpu"), **({"label_selector": label} if label else {})}
+
+
+def gpu_label(resources: Resources, device: Device) -> dict[str, str]:
+    """The label of the nodes that workers on a device are placed on; empty for any node."""
+    usable = resources.accelerator_type
+    return {} if device == "cpu" or usable is None else {ACCELERATOR_TYPE: usable}
 
 
 def log_to_driver() -> None:

@@ -1,24 +1,86 @@
-"""The device of a process. Light: torch is imported when a device is asked for."""
+"""The device of a process, resolved here alone. Light: torch is imported when a device is asked for.
 
-from typing import TYPE_CHECKING
+No other module names a kind of device or of its library; the others compute on the `torch.device` that they are given.
+"""
+
+import ctypes
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # heavy
     import torch
 
+Device = Literal["auto", "cpu", "gpu", "cuda", "rocm", "xpu"]
+"""auto: the accelerator that torch finds, else the CPU. gpu: whatever accelerator torch finds. cuda: an NVIDIA GPU.
+rocm: an AMD GPU. xpu: an Intel GPU. All but auto and cpu are an error where they are absent."""
+DRIVER = "libcuda.so.1"
+"""NVIDIA's driver."""
 
-def device_of(gpus_per_worker: int) -> "torch.device":
-    """The CPU for 0, this process's current GPU for 1. Raises ValueError, with the reason, if there is no GPU."""
+
+def device_of(wanted: Device) -> "torch.device":
+    """The device of this process. Raises ValueError, with the reason, for one that is not there or cannot be used."""
     import torch
 
-    if not gpus_per_worker:
+    if wanted == "cpu":
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        is_cpu_build = torch.version.cuda is None and torch.version.hip is None
-        why = "was built without CUDA: install a build with it" if is_cpu_build else "sees no GPU: check `nvidia-smi`"
+    there = torch.accelerator.current_accelerator(check_available=True)
+    if there is None or there.type == "mps":  # which has no float64, in which losses are summed
+        fault = driver_fault()
+        if wanted == "auto" and fault is None:
+            return torch.device("cpu")
+        raise ValueError(f"device is {wanted}, but {fault or _absent()}; or set device to cpu")
+    if wanted not in ("auto", "gpu", kind := kind_of(there)):
         raise ValueError(
-            f"gpus_per_worker is 1, but torch {torch.__version__} of this process {why}; or set gpus_per_worker to 0"
+            f"device is {wanted}, but torch {torch.__version__} of this process computes on {kind}; set device to "
+            f"{kind}, auto or cpu, or install a build of torch for {wanted}"
         )
-    return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(there.type, torch.accelerator.current_device_index())
+
+
+def kind_of(device: "torch.device") -> str:
+    """The kind of a device by its vendor's library. torch calls AMD's devices cuda too."""
+    import torch
+
+    return "rocm" if device.type == "cuda" and torch.version.hip else device.type
+
+
+def describe(device: "torch.device") -> str:
+    """A device with its name and library, such as `cuda:0, NVIDIA H100 80GB HBM3, CUDA 13.0`; `cpu` for the CPU."""
+    import torch
+
+    if device.type != "cuda":
+        return str(device)
+    library = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+    return f"{kind_of(device)}:{device.index}, {torch.cuda.get_device_name(device)}, {library}"
+
+
+def on_accelerator(tensor: "torch.Tensor") -> bool:
+    """Whether a tensor is in an accelerator's memory: the host reads it by a copy, which pinned memory speeds up."""
+    return tensor.device.type != "cpu"
+
+
+def has_gpu_kernels(device: "torch.device") -> bool:
+    """Whether FlashAttention, FlexAttention's backward pass and Liger's kernels run on a device: NVIDIA's and AMD's."""
+    return device.type == "cuda"
+
+
+def collectives(wanted: Device) -> str:
+    """The backend of torch.distributed for workers on a device. RCCL, of ROCm, goes by the name of NCCL."""
+    return {"cpu": "gloo", "xpu": "xccl"}.get(wanted, "nccl")
+
+
+def peak_bytes(device: "torch.device") -> int:
+    """The most memory of an accelerator that tensors of this process had at once; it does not wait for the device."""
+    import torch
+
+    return torch.accelerator.max_memory_allocated(device)
+
+
+def reset_peak_bytes(device: "torch.device") -> None:
+    """Count `peak_bytes` from now on. Nothing on the CPU."""
+    import torch
+
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats(device)
 
 
 def precision_notes(precision: str, device: "torch.device") -> list[str]:
@@ -32,3 +94,47 @@ def precision_notes(precision: str, device: "torch.device") -> list[str]:
     if precision != "bf16" or device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return []
     return ["this CPU has no instructions for bf16, so bf16 takes some 50 times as long as fp32; set precision to fp32"]
+
+
+def driver_fault(driver: str | None = None, built: str | None = None) -> str | None:
+    """Why the NVIDIA driver cannot run torch's build, with both versions; None if it can, or if either is absent.
+
+    `driver` is the newest CUDA that the driver supports and `built` the one that torch was built for; by default they
+    are read from this machine. A driver runs builds for its own major version and for those before it (CUDA
+    Compatibility, "Minor Version Compatibility", docs.nvidia.com/deploy/cuda-compatibility).
+    """
+    import torch
+
+    driver, built = driver or _driver_version(), built or torch.version.cuda
+    if driver is None or built is None or _major(driver) >= _major(built):
+        return None
+    return (
+        f"the NVIDIA driver is too old: it supports CUDA {driver}, and torch {torch.__version__} was built for CUDA "
+        f"{built}; install a newer driver, or a build of torch for CUDA {_major(driver)}"
+    )
+
+
+def _absent() -> str:
+    import torch
+
+    what = f"torch {torch.__version__} of this process"
+    if torch.version.cuda:
+        return f"{what} was built for CUDA {torch.version.cuda} and sees no GPU: check `nvidia-smi`"
+    if torch.version.hip:
+        return f"{what} was built for ROCm {torch.version.hip} and sees no GPU: check `rocm-smi`"
+    return f"{what} was built for the CPU alone: install a build with CUDA or ROCm"
+
+
+def _driver_version() -> str | None:
+    """The newest CUDA that the driver of this machine supports; None without NVIDIA's driver."""
+    number = ctypes.c_int()
+    try:
+        if ctypes.CDLL(DRIVER).cuDriverGetVersion(ctypes.byref(number)):
+            return None
+    except (OSError, AttributeError):
+        return None
+    return f"{number.value // 1000}.{number.value % 1000 // 10}"
+
+
+def _major(version: str) -> int:
+    return int(version.partition(".")[0])

@@ -10,10 +10,10 @@ import psutil
 
 from vila_ops import local
 from vila_ops.artifacts.store import probe
-from vila_ops.cluster import cluster_gpus
+from vila_ops.cluster import cluster_gpus, device_on
 from vila_ops.config import Config, Resources
 from vila_ops.config.local import LocalServers
-from vila_ops.device import device_of
+from vila_ops.device import describe, device_of
 from vila_ops.errors import VilaError
 
 DISK_BYTES = 10 * 2**30
@@ -32,7 +32,7 @@ class Finding(Config):
 def examine(settings: LocalServers, resources: Resources) -> list[Finding]:
     """All checks, whatever fails."""
     store = resources.storage.store
-    return [*_software(), *_capacity(), *gpu_findings(resources), *_store(store), *_servers(settings)]
+    return [*_software(), *_capacity(), *device_findings(resources), *_store(store), *_servers(settings)]
 
 
 def _software() -> Iterator[Finding]:
@@ -59,21 +59,25 @@ def _capacity() -> Iterator[Finding]:
     )
 
 
-def gpu_findings(resources: Resources) -> Iterator[Finding]:
-    """The GPUs that the resources ask for: of this process with launch inline, else of the cluster."""
-    train = [resources.train, *(resources.train.for_stage(name) for name in resources.train.stages)]
-    needed = max(*(one.num_workers * one.gpus_per_worker for one in train), resources.evaluate.gpus_per_worker)
-    if not needed:
-        return
+def device_findings(resources: Resources) -> Iterator[Finding]:
+    """The device that the resources ask for: of this process with launch inline, else the GPUs of the cluster."""
     try:
+        device = device_on(resources, resources.device)
         if resources.launch == "inline":
-            yield Finding(ok=True, text=f"GPU: {device_of(1)}")
+            yield Finding(ok=True, text=f"device {resources.device}: {describe(device_of(device))}")
             return
-        there = cluster_gpus(resources)
+        there = {} if resources.device == "cpu" else cluster_gpus(resources)
     except (ValueError, VilaError) as error:
-        yield Finding(ok=False, text=f"GPU: {error}")
+        yield Finding(ok=False, text=f"device: {error}")
         return
-    yield Finding(ok=there >= needed, text=f"{there:g} GPUs in the cluster; the resources ask for {needed}")
+    if device == "cpu":
+        yield Finding(ok=True, text=f"device {resources.device}: workers compute on the CPUs of the cluster")
+        return
+    usable = there[resources.accelerator_type] if resources.accelerator_type else sum(there.values())
+    stages = [resources.train, *(resources.train.for_stage(name) for name in resources.train.stages)]
+    needed = max(one.num_workers for one in stages)
+    text = f"device {resources.device}: {usable:g} GPUs in the cluster; the resources ask for {needed}"
+    yield Finding(ok=usable >= needed, text=text)
 
 
 def _store(store: str) -> Iterator[Finding]:

@@ -114,6 +114,16 @@ class NonFiniteLoss(VilaError):
     """The loss of a step, or its gradient, is not a number; nothing was updated."""
 
 
+class OutOfMemory(VilaError):
+    """A device has too little memory for a stage with these resources."""
+
+
+class DeviceLost(VilaError):
+    """A device failed or vanished while a process computed on it. That process cannot use it again."""
+
+    retryable = True
+
+
 class HungStep(VilaError):
     """A step took far longer than those before it, and its processes were ended."""
 

@@ -212,25 +212,25 @@ def test_an_actor_of_a_cluster_seals_the_same_results(
     on_ray = json.loads(run_python(EVALUATE, job, env=env)[-1])
     assert on_ray == json.loads(read_report(report).model_dump_json())
     refused, finding = run_python(ON_GPU, job, env=env)[-2:]
-    assert f"no node of the cluster at {address} has a GPU; add one" in refused
-    assert finding == "0 GPUs in the cluster; the resources ask for 1"
+    assert f"device is cuda, but the cluster at {address} has no GPU; add a node with one" in refused
+    assert finding == f"device: {refused}"
 
 
 ON_GPU = """
 import sys
 from pathlib import Path
-from vila_ops.cluster import check_gpus
-from vila_ops.doctor import gpu_findings
+from vila_ops.cluster import device_on
+from vila_ops.doctor import device_findings
 from vila_ops.errors import ClusterFull
 from vila_ops.eval.job import EvalJob
 
 resources = EvalJob.model_validate_json(Path(sys.argv[1]).read_text()).resources
-resources = resources.with_changes({"evaluate.gpus_per_worker": 1})
+resources = resources.with_changes({"device": "cuda"})
 try:
-    check_gpus(resources, 1)
+    device_on(resources, resources.device)
 except ClusterFull as error:
     print(error)
-print(*(one.text for one in gpu_findings(resources) if not one.ok))
+print(*(one.text for one in device_findings(resources) if not one.ok))
 """
 WITHOUT_A_MODEL = """
 import sys

@@ -96,7 +96,13 @@ def test_the_fastest_kernel_that_can_train_here_is_chosen(
 @pytest.mark.parametrize(
     ("requested", "device", "installed", "precision", "message"),
     [
-        ("flash", CPU, True, "bf16", "attention flash: FlashAttention runs on a GPU, and this stage has none; use"),
+        (
+            "flash",
+            CPU,
+            True,
+            "bf16",
+            "attention flash: FlashAttention runs on a GPU, and this stage computes on cpu",
+        ),
         ("flex", CPU, True, "bf16", "attention flex: FlexAttention has no backward pass on a CPU"),
         ("flash", GPU, False, "bf16", "attention flash needs the package flash-attn; install it, or use auto"),
         ("flash", GPU, True, "fp32", "attention flash computes in 16 bits, and the stage's precision is fp32; use"),

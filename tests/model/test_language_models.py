@@ -98,7 +98,8 @@ class Pair:
         tokenizer = Tokenizer(
             read_tokenizer(self.folder), image_tokens=self.ours.config.image_seq_length, after_image=""
         )
-        return LoadedModel(self.ours, tokenizer, lambda images: torch.empty(0), Fit("pad", (0.5, 0.5, 0.5)))
+        fit, cpu = Fit("pad", (0.5, 0.5, 0.5)), torch.device("cpu")
+        return LoadedModel(self.ours, cpu, tokenizer, lambda images: torch.empty(0), fit)
 
 
 def write(folder: Path, kind: str, **fields: Any) -> PreTrainedModel:

@@ -43,10 +43,10 @@ def test_samples_beyond_the_context_are_refused_before_training(
 @NO_GPU
 def test_a_gpu_that_is_not_there_is_refused_before_a_stage_works(bench: Any, make_stage: Any) -> None:
     before = entries(bench.resources)
-    with pytest.raises(ValueError, match=r"gpus_per_worker is 1, but torch .* of this process"):
+    with pytest.raises(ValueError, match=r"device is cuda, but torch .* of this process .*; or set device to cpu"):
         train_stage(
             make_stage(bench.mixture), bench.model, bench.data, bench.init,
-            bench.resources.with_changes({"train.gpus_per_worker": 1}),
+            bench.resources.with_changes({"device": "cuda"}),
         )  # fmt: skip
     assert entries(bench.resources) == before
 
@@ -59,8 +59,8 @@ def test_a_gpu_that_is_not_there_is_refused_before_an_evaluation_works(
     recipe, resources = (Path(f"configs/{name}.yaml") for name in ("recipes/tiny", "resources/inline"))
     suite = load(recipe, resources=resources).recipe.stage_suite
     before = entries(bench.resources)
-    with pytest.raises(ValueError, match=r"gpus_per_worker is 1, but torch .* of this process"):
-        evaluate(suite, bench.init, bench.data, bench.resources.with_changes({"evaluate.gpus_per_worker": 1}))
+    with pytest.raises(ValueError, match=r"device is rocm, but torch .* of this process"):
+        evaluate(suite, bench.init, bench.data, bench.resources.with_changes({"device": "rocm"}))
     assert entries(bench.resources) == before
 
 
@@ -71,14 +71,14 @@ def test_doctor_names_a_missing_gpu_and_show_and_plan_need_none(
 ) -> None:
     monkeypatch.chdir(ROOT)
     places = {name: str(tmp_path / name) for name in ("store", "cache", "data")}
-    settings = {"launch": "inline", "storage": places, "train": {"gpus_per_worker": 1}}
+    settings = {"launch": "inline", "storage": places, "device": "cuda"}
     (tmp_path / "gpu.yaml").write_text(yaml.safe_dump(settings))
     (tmp_path / "servers.yaml").write_text(yaml.safe_dump(free_servers(tmp_path).model_dump(mode="json")))
     files = ["-r", str(tmp_path / "gpu.yaml")]
     told = CliRunner().invoke(app, ["doctor", *files, "--servers", str(tmp_path / "servers.yaml"), "--json"])
     bad = [one["text"] for one in json.loads(told.stdout) if not one["ok"]]
     assert told.exit_code == 1
-    assert any(text.startswith("GPU: gpus_per_worker is 1, but torch") for text in bad)
+    assert any(text.startswith("device: device is cuda, but torch") for text in bad)
     for command in (["show"], ["plan", "--lengths", "configs/lengths/vila.yaml"]):
         recipe = "configs/recipes/vila-7b.yaml" if "plan" in command else "configs/recipes/tiny.yaml"
         done = CliRunner().invoke(app, [command[0], recipe, *files, *command[1:]])
@@ -86,7 +86,7 @@ def test_doctor_names_a_missing_gpu_and_show_and_plan_need_none(
 
 
 def test_the_cpu_is_a_device_everywhere() -> None:
-    assert device_of(0) == torch.device("cpu")
+    assert device_of("cpu") == torch.device("cpu")
 
 
 def test_bf16_is_noted_where_the_cpu_has_no_instructions_for_it() -> None:

@@ -32,6 +32,7 @@ from vila_ops.train.optim import lr_multiplier
 from vila_ops.train.stage import train_stage
 
 ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
 PEAK, PRICE = 0.5, 7.2
 CARD = {"name": "a small one", "memory_gib": 1, "peak_tflops": PEAK, "price_per_hour": PRICE}
 
@@ -59,7 +60,7 @@ def job_of(bench: Any, stage: Stage, root: Path, **resources: Any) -> TrainJob:
 
 def accumulator_of(job: TrainJob) -> LossAccumulator:
     model = model_folder.load(content(job.init))
-    batches = BatchBuilder(job, model, device=torch.device("cpu"))
+    batches = BatchBuilder(job, model, device=CPU)
     return LossAccumulator(job, model, batches, ["definitions", "documents", "pairs"])
 
 
@@ -246,7 +247,7 @@ def count_all(metrics_logger: MetricsLogger, num_steps: int) -> None:
 def test_a_log_gets_few_lines(bench: Any, stage: Stage, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     job = job_of(bench, stage, tmp_path, **{"train.accelerator": CARD})
     caplog.set_level(logging.INFO)
-    count_all(MetricsLogger(job, MetricLog(job.resources, None), step=0, num_steps=39), 39)
+    count_all(MetricsLogger(job, MetricLog(job.resources, None), CPU, step=0, num_steps=39), 39)
     lines = [record.message for record in caplog.records if record.name == "vila_ops.train.metrics"]
     assert lines[0].startswith("align step 1/39  loss 2.500  ")
     assert "tokens/s  75 % useful  MFU " in lines[0]
@@ -263,7 +264,7 @@ def test_a_terminal_gets_one_line_that_is_rewritten(
         patched.setattr(sys, "stderr", terminal)
         patched.setenv("COLUMNS", "50")
         caplog.set_level(logging.INFO)
-        count_all(MetricsLogger(job, MetricLog(job.resources, None), step=0, num_steps=500), 500)
+        count_all(MetricsLogger(job, MetricLog(job.resources, None), CPU, step=0, num_steps=500), 500)
     written = ""
     with contextlib.suppress(OSError):  # Linux raises it at the end of a terminal
         while piece := os.read(ours, 2**16):

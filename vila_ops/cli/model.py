@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from vila_ops.cli.options import AsJson, as_yaml, print_result, say
+from vila_ops.device import Device
 
 Checkpoint = Annotated[str, typer.Argument(help="A sealed model's place in the store, s3://..., or any model folder")]
 
@@ -73,6 +74,7 @@ def generate(
         list[Path] | None, typer.Option("--image", help="An image file; may be given several times", metavar="FILE")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens")] = 128,
+    device: Annotated[Device, typer.Option("--device", help="What computes; auto: a GPU if there is one")] = "auto",
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default: all CPUs")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -86,7 +88,7 @@ def generate(
     from vila_ops.generate.load import open_folder
 
     with tempfile.TemporaryDirectory(prefix="vila-generate-") as scratch:
-        options = EngineOptions(feature_root=Path(scratch), threads=threads or len(os.sched_getaffinity(0)))
+        options = EngineOptions(Path(scratch), device, threads=threads or len(os.sched_getaffinity(0)))
         engine = open_folder(folder, TorchEngine(), options)
         answer = ask(engine, question, images or (), max_new_tokens=max_new_tokens)
         engine.close()

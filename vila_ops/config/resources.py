@@ -16,6 +16,7 @@ from pydantic import (
 
 from vila_ops.config.base import Config
 from vila_ops.config.engine import Engine, TorchEngine
+from vila_ops.device import Device
 
 S3_STORE = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_][A-Za-z0-9_.=-]*)*/?")
 
@@ -147,8 +148,7 @@ class TrainResources(Config):
     """Resources of `train_stage`."""
 
     num_workers: PositiveInt = 1
-    gpus_per_worker: int = Field(default=0, ge=0, le=1)
-    """1: each worker has its own GPU."""
+    """Each worker has a device of its own."""
     cpus_per_worker: PositiveFloat = 1
     """Logical CPUs that Ray reserves per worker."""
     threads_per_worker: PositiveInt = 1
@@ -205,8 +205,6 @@ class TrainResources(Config):
 class EvaluateResources(Config):
     """Resources of `evaluate`."""
 
-    gpus_per_worker: int = Field(default=0, ge=0, le=1)
-    """1: the evaluating process has its own GPU."""
     cpus_per_worker: PositiveFloat = 1
     """Logical CPUs that Ray reserves."""
     threads_per_worker: PositiveInt = 1
@@ -227,6 +225,8 @@ class ServeResources(Config):
     """Logical CPUs that each replica reserves, and the number of torch's threads."""
     max_batch: PositiveInt = 8
     """Number of requests that a replica decodes together."""
+    device: Device | None = None
+    """Device of each replica; None: that of the resources. A replica on a GPU keeps it for as long as it serves."""
     engine: Engine = TorchEngine()
 
 
@@ -241,12 +241,22 @@ class Resources(Config):
     """Address of the cluster's head, host:port."""
     job_address: str | None = None
     """Address of the cluster's job server, http://host:8265, for launch ray_job."""
+    device: Device = "auto"
+    """What train, evaluate and serve compute on: `cpu`; `cuda`, `rocm` or `xpu`, a GPU of NVIDIA, AMD or Intel; `gpu`,
+    a GPU of any of them; `auto`, a GPU if there is one, else the CPU. Inline, it is that of this process. On a cluster,
+    each worker reserves one GPU unless the device is `cpu`, or is `auto` and no node has a GPU."""
+    accelerator_type: str | None = None
+    """Nodes to use of a cluster with several kinds of GPUs, by Ray's label `ray.io/accelerator-type`: `H100`, ..."""
     storage: StorageResources = StorageResources()
     tracking: TrackingResources = TrackingResources()
     prepare: PrepareResources = PrepareResources()
     train: TrainResources = TrainResources()
     evaluate: EvaluateResources = EvaluateResources()
     serve: ServeResources = ServeResources()
+
+    def plans_gpu(self) -> bool:
+        """Whether workers have GPUs, as far as the settings say it: `auto` means one if an accelerator is named."""
+        return self.device not in ("auto", "cpu") or (self.device == "auto" and self.train.accelerator is not None)
 
     def for_stage(self, name: str) -> "Resources":
         """These resources with the stage's own settings in `train`."""
@@ -277,5 +287,6 @@ class Resources(Config):
             raise ValueError("placement and network have no effect with launch inline; remove them or use launch ray")
         if self.serve.replicas != 1:
             raise ValueError(f"launch inline serves one replica, not {self.serve.replicas}; use launch ray")
-        if self.ray_address is not None:
-            raise ValueError("ray_address has no effect with launch inline; remove it or use launch ray")
+        for key in ("ray_address", "accelerator_type"):
+            if getattr(self, key) is not None:
+                raise ValueError(f"{key} has no effect with launch inline; remove it or use launch ray")

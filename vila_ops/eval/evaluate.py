@@ -15,7 +15,7 @@ from vila_ops.artifacts import attempts, store
 from vila_ops.artifacts.execution import execution
 from vila_ops.artifacts.kinds import BenchmarkResult, Checkpoint, Dataset, EvalReport, Pretrained
 from vila_ops.artifacts.leases import hold
-from vila_ops.cluster import check_gpus
+from vila_ops.cluster import device_on
 from vila_ops.config import NO_CONTEXT, Resources, RunContext, Suite
 from vila_ops.eval.job import EvalJob
 from vila_ops.eval.needs import check_held_out
@@ -43,7 +43,8 @@ def evaluate(
         done := store.find(EvalReport, _address(job, results), store=resources.storage.store)
     ):
         return done
-    check_gpus(resources, resources.evaluate.gpus_per_worker if len(results) < len(suite.benchmarks) else 0)
+    if len(results) < len(suite.benchmarks):
+        device_on(resources, resources.device)
     check_held_out(suite, data)
     stage = model.stage if isinstance(model, Checkpoint) else "base"
     run_id = tracking.start_run(

@@ -6,7 +6,7 @@ from typing import Any
 
 import ray
 
-from vila_ops.cluster import connect, log_to_driver
+from vila_ops.cluster import connect, device_on, gpu_options, log_to_driver
 from vila_ops.eval.job import EvalJob
 
 
@@ -14,9 +14,10 @@ from vila_ops.eval.job import EvalJob
 def session_on_ray(job: EvalJob) -> Iterator[Callable[[str], dict[str, Any]]]:
     """As `runner.session`, in an actor on the cluster."""
     connect(job.resources)
-    actor = Evaluator.options(  # type: ignore[attr-defined]
-        num_cpus=job.resources.evaluate.cpus_per_worker, num_gpus=job.resources.evaluate.gpus_per_worker
-    ).remote(job.model_dump_json())
+    device = device_on(job.resources, job.resources.device)
+    options = {"num_cpus": job.resources.evaluate.cpus_per_worker, **gpu_options(job.resources, device)}
+    own = job.with_changes({"resources.device": device})
+    actor = Evaluator.options(**options).remote(own.model_dump_json())  # type: ignore[attr-defined]
 
     def measure(name: str) -> dict[str, Any]:
         ran: dict[str, Any] = ray.get(actor.measure.remote(name))

@@ -10,6 +10,7 @@ from vila_ops.artifacts import attempts, store
 from vila_ops.artifacts.execution import execution
 from vila_ops.artifacts.kinds import BenchmarkResult
 from vila_ops.cluster import whoami
+from vila_ops.device import describe, device_of
 from vila_ops.eval.benchmark import (
     EvalInputs,
     GenerateRequest,
@@ -38,6 +39,7 @@ def session(job: EvalJob) -> Iterator[Callable[[str], dict[str, Any]]]:
         feature_root=job.resources.storage.scratch() / "features",
         threads=job.resources.evaluate.threads_per_worker,
         precision=job.suite.precision,
+        device=job.resources.device,
     )
     engine = load_engine(job.model, job.resources.evaluate.engine, options)
     runner = BenchmarkRunner(engine, job.inputs())
@@ -121,7 +123,7 @@ def _measure(runner: BenchmarkRunner, job: EvalJob, name: str) -> dict[str, Any]
         attempt,
         facts={"benchmark": config.kind, "model": job.model.digest},
         execution=execution(launch=job.resources.launch, seconds=seconds, ran=[whoami()])
-        | {"engine": engine_facts(job.resources.evaluate.engine)},
+        | {"engine": engine_facts(job.resources.evaluate.engine), "device": describe(device_of(job.resources.device))},
     )
     log.info("%s: %s in %.0f s", job.suite.name, name, seconds)
     return whoami()

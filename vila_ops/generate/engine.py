@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from vila_ops.device import Device
 from vila_ops.generate.request import Delta, FinishReason, Loglikelihood, Output, Prompt, Sampling
 
 if TYPE_CHECKING:  # heavy: numpy, Pillow, transformers
@@ -25,6 +26,8 @@ class EngineOptions:
 
     feature_root: Path
     """Folder for the cached image features of the vision tower."""
+    device: Device = "auto"
+    """What the model computes on."""
     threads: int = 1
     """CPU threads of the computation."""
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
+from vila_ops.device import has_gpu_kernels
 from vila_ops.model.language_models import layer_windows
 from vila_ops.model.vila import VilaForConditionalGeneration
 
@@ -32,7 +33,7 @@ def use(model: VilaForConditionalGeneration, kernel: Kernel) -> None:
 
 def choose(requested: Literal["auto"] | Kernel, device: torch.device, precision: Literal["fp32", "bf16"]) -> Kernel:
     """The kernel to train with. Raises ValueError if the requested one cannot train on this device."""
-    on_gpu, has_flash = device.type == "cuda", find_spec("flash_attn") is not None
+    on_gpu, has_flash = has_gpu_kernels(device), find_spec("flash_attn") is not None
     if requested == "auto":
         if not on_gpu:
             return "sdpa"
@@ -40,7 +41,7 @@ def choose(requested: Literal["auto"] | Kernel, device: torch.device, precision:
     if requested != "sdpa" and not on_gpu:
         why = "FlashAttention runs on a GPU" if requested == "flash" else "FlexAttention has no backward pass on a CPU"
         raise ValueError(
-            f"attention {requested}: {why}, and this stage has none; use auto or sdpa, or set gpus_per_worker"
+            f"attention {requested}: {why}, and this stage computes on {device.type}; use auto or sdpa, or set device"
         )
     if requested == "flash" and not has_flash:
         raise ValueError("attention flash needs the package flash-attn; install it, or use auto or flex")

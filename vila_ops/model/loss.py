@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from vila_ops.device import has_gpu_kernels
 from vila_ops.model.language_models import PLAIN_HEAD, HeadForm
 
 MIN_CHUNK = 64
@@ -77,7 +78,7 @@ class _Losses(torch.autograd.Function):
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         needs = [differentiable and needed for needed in ctx.needs_input_grad[:3]]
-        compute = _by_liger if hidden.is_cuda and find_spec("liger_kernel") else _by_chunks
+        compute = _by_liger if has_gpu_kernels(hidden.device) and find_spec("liger_kernel") else _by_chunks
         with torch.no_grad(), torch.autocast(kind, enabled=False):
             losses, gradients = compute(
                 hidden.detach().to(dtype).requires_grad_(needs[0]),

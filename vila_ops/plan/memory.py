@@ -163,9 +163,7 @@ def activations(shapes: Shapes, stage: Stage, resources: Resources, largest: Mic
     tokens, block = largest.rows * largest.tokens, shapes.decoder
     tunes = "language_model" in stage.trainable
     full = tunes and isinstance(stage.tuning, FullTuning)
-    dense = resources.train.attention == "sdpa" or (
-        resources.train.attention == "auto" and not resources.train.gpus_per_worker
-    )
+    dense = resources.train.attention == "sdpa" or (resources.train.attention == "auto" and not resources.plans_gpu())
     attention = _attention(block, b, repeated=dense) + (largest.tokens * b if dense else 0)
     layer = tokens * (_llama(block, b, trains=full) + attention)
     if tunes and not full:

@@ -8,6 +8,7 @@ import httpx
 
 from vila_ops.artifacts.kinds import Deployment, ModelVersion
 from vila_ops.artifacts.store import verify
+from vila_ops.cluster import device_on
 from vila_ops.config import NO_CONTEXT, Resources, RunContext, Service
 from vila_ops.errors import NotReady
 from vila_ops.serve.backends.backend import START_SECONDS, ServiceBackend
@@ -27,7 +28,8 @@ def deploy(
 ) -> Deployment:
     """Serve the weights of a registered version; a service that serves them already stays as it is.
 
-    Raises CorruptArtifact before anything changes, NotReady, and ValueError for a port that another process holds.
+    Raises before anything changes: CorruptArtifact, and ValueError or ClusterFull for a device that is not there.
+    Raises NotReady, and ValueError for a port that another process holds.
     """
     spec = Spec.of(service, version, resources)
     backend = _backend(service.name, resources)
@@ -36,6 +38,7 @@ def deploy(
         if url is not None and _identities(url) == [spec.identity()]:
             log.info("%s already serves version %d", url, version.version)
         else:
+            device_on(resources, spec.device)
             verify(spec.version.checkpoint)
             url = backend.apply(spec)
             _wait_until_ready(url, spec, backend)

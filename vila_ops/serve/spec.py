@@ -8,6 +8,7 @@ from vila_ops.artifacts.kinds import ModelVersion
 from vila_ops.config import Config, Resources, Service
 from vila_ops.config.kinds import provenance
 from vila_ops.config.resources import ServeResources
+from vila_ops.device import Device
 from vila_ops.generate.load import ENGINES
 
 
@@ -20,6 +21,8 @@ class Spec(Config):
     """What the endpoint may use."""
     version: ModelVersion
     launch: Literal["inline", "ray"]
+    device: Device
+    """What a replica computes on, as the resources say it."""
     release: str
     """Version of this package in the deploying process."""
     plugin: dict[str, Any] | None = None
@@ -36,6 +39,7 @@ class Spec(Config):
             capacity=resources.serve,
             version=version.with_changes({"checkpoint": checkpoint}),
             launch="inline" if resources.launch == "inline" else "ray",  # replicas live on the cluster either way
+            device=resources.serve.device or resources.device,
             release=__version__,
             plugin=provenance("vila_ops.engines", ENGINES, resources.serve.engine.kind),
         )

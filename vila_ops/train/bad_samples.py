@@ -159,7 +159,7 @@ class BadSampleFinder:
         summed = torch.zeros(2, sum(map(len, keys)), dtype=torch.float64)
         summed[:, start : start + local.shape[1]] = torch.from_numpy(local)
         if torch.distributed.is_initialized():
-            on_device = summed.cuda() if torch.distributed.get_backend() == "nccl" else summed
+            on_device = summed.to(self._micro_batches[0][1].device)  # that of the collectives
             torch.distributed.all_reduce(on_device)
             summed = on_device.cpu()
         sums, targets = summed.numpy()

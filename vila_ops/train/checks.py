@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 from vila_ops.artifacts.kinds import Dataset
 from vila_ops.artifacts.store import file
-from vila_ops.cluster import check_gpus
+from vila_ops.cluster import device_on
 from vila_ops.config import Mixture, Stage
 from vila_ops.config.train import Lora
 from vila_ops.model.context import check_stage
@@ -22,8 +22,8 @@ def check_quantised(stage: Stage) -> None:
 
 
 def check_inputs(inputs: StageInputs) -> None:
-    """Raise ValueError or ClusterFull for a GPU that is not there, and ValueError for samples beyond the context."""
-    check_gpus(inputs.resources, inputs.resources.train.gpus_per_worker)
+    """Raise ValueError or ClusterFull for a device that is not there, and ValueError for samples beyond the context."""
+    device_on(inputs.resources, inputs.resources.device)
     from vila_ops.model.configuration import VilaConfig  # heavy: torch, transformers
 
     stated = read_json(file(inputs.init, "config.json"))

@@ -24,7 +24,7 @@ from vila_ops.artifacts.store import content, opened
 from vila_ops.config import Stage
 from vila_ops.config.train import Lora
 from vila_ops.data.loading.loader import RowLoader
-from vila_ops.device import device_of, precision_notes
+from vila_ops.device import describe, device_of, precision_notes
 from vila_ops.model import attention, lora
 from vila_ops.model import folder as model_folder
 from vila_ops.model.build import embedding_std
@@ -37,6 +37,7 @@ from vila_ops.tracking.system import SystemMetrics
 from vila_ops.train.bad_samples import BadSampleFinder
 from vila_ops.train.batch_builder import BatchBuilder
 from vila_ops.train.checkpoint.checkpointer import Checkpointer, Curve
+from vila_ops.train.device_faults import DeviceFaults
 from vila_ops.train.engine import TrainEngine, build_engine
 from vila_ops.train.job import RankInfo, TrainJob
 from vila_ops.train.metrics import LossAccumulator, MetricsLogger, StepMetrics
@@ -53,14 +54,21 @@ CURVE = "curve.json"
 def train(job: TrainJob, rank_info: RankInfo) -> dict[str, Any]:
     """Train one stage to its end. Rank 0 writes the model into the attempt's folder. Returns the facts of this rank."""
     run_id = None if rank_info.rank else job.run_id
-    with StepWatchdog(job, rank_info) as watchdog, MetricLog(job.resources, run_id, system=SystemMetrics()) as metrics:
-        return _train(job, rank_info, watchdog, metrics)
+    with (
+        StepWatchdog(job, rank_info) as watchdog,
+        MetricLog(job.resources, run_id, system=SystemMetrics()) as metrics,
+        DeviceFaults(job) as faults,
+    ):
+        return _train(job, rank_info, watchdog, metrics, faults)
 
 
-def _train(job: TrainJob, rank_info: RankInfo, watchdog: StepWatchdog, metrics: MetricLog) -> dict[str, Any]:
+def _train(
+    job: TrainJob, rank_info: RankInfo, watchdog: StepWatchdog, metrics: MetricLog, faults: DeviceFaults
+) -> dict[str, Any]:
     stage, is_first = job.stage, rank_info.rank == 0
     torch.set_num_threads(job.resources.train.threads_per_worker)
     model, row_loader, batch_builder = load(job, alive=watchdog.alive)
+    faults.model = model
     if is_first:
         slow = precision_notes(stage.precision, batch_builder.device)
         for note in (*slow, *row_loader.composition.notes, *row_loader.notes()):
@@ -76,7 +84,8 @@ def _train(job: TrainJob, rank_info: RankInfo, watchdog: StepWatchdog, metrics: 
     bad_samples = BadSampleFinder(job, watchdog, row_loader, curve, metrics)
     if step == 0:
         curve.append({"step": 0, "validation_loss": validate(engine, accumulator, row_loader, watchdog, step=0).loss})
-    metrics_logger = MetricsLogger(job, metrics, step=step, num_steps=num_steps) if is_first else None
+    device = batch_builder.device
+    metrics_logger = MetricsLogger(job, metrics, device, step=step, num_steps=num_steps) if is_first else None
 
     while step < num_steps:
         watchdog.heartbeat(step, "train")
@@ -103,7 +112,8 @@ def _train(job: TrainJob, rank_info: RankInfo, watchdog: StepWatchdog, metrics: 
     watchdog.heartbeat(step, "finish")
     checkpointer.close()
     save_model(engine, job, curve, rank_info)
-    facts = {"rank": rank_info.rank, "steps": num_steps, "micro_batch_size": job.resources.train.micro_batch_size}
+    size = job.resources.train.micro_batch_size
+    facts = {"rank": rank_info.rank, "device": describe(device), "steps": num_steps, "micro_batch_size": size}
     composition = {"composition": row_loader.composition.model_dump(mode="json")} if is_first else {}
     return {**facts, **engine.facts(), **composition}
 
@@ -116,7 +126,7 @@ def load(
     `alive` is called whenever a file of the data was compared with its sha256, before its first use.
     """
     stage, resources = job.stage, job.resources
-    device = device_of(resources.train.gpus_per_worker)
+    device = device_of(resources.device)
     files = opened(job.data)
     files.fetch()  # before the first step, whose time the watchdog limits
 

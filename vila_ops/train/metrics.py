@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vila_ops.data.loading.packing import PackedRow
+from vila_ops.device import on_accelerator, peak_bytes, reset_peak_bytes
 from vila_ops.model.vila import VilaForConditionalGeneration
 from vila_ops.plan.flops import training_flops
 from vila_ops.plan.shapes import Shapes, shapes_of
@@ -99,7 +100,7 @@ class LossAccumulator:
         row_sources = [self._sources_of_targets(row) for row in rows]
         numbers = np.concatenate(row_sources)
         index = torch.from_numpy(numbers)
-        if token_losses.is_cuda:
+        if on_accelerator(token_losses):
             index = index.pin_memory()  # a copy from pageable memory would wait for the GPU's queue
         self._losses[0] += loss.detach()
         self._losses[1:].index_add_(0, index.to(token_losses.device, non_blocking=True), token_losses.double())
@@ -150,14 +151,13 @@ class LossAccumulator:
 class MetricsLogger:
     """Logs the metrics of steps and validations on rank 0. Its clock starts when it is created."""
 
-    def __init__(self, job: TrainJob, metrics: MetricLog, *, step: int, num_steps: int) -> None:
+    def __init__(self, job: TrainJob, metrics: MetricLog, device: torch.device, *, step: int, num_steps: int) -> None:
         """`step` of `num_steps` steps are already done."""
         self.stage, self.resources, self.metrics = job.stage, job.resources, metrics
         self.first_step, self.num_steps = step, num_steps
         self.metrics.log({"num_steps": num_steps}, step=step)
-        self.on_gpu = bool(job.resources.train.gpus_per_worker)
-        if self.on_gpu:
-            torch.cuda.reset_peak_memory_stats()  # drops the peak of an earlier stage in this process
+        self.device = device
+        reset_peak_bytes(device)  # drops the peak of an earlier stage in this process
         self.on_terminal = sys.stderr.isatty()
         self.stall_seconds = 0.0
         self.shown_at = float("-inf")
@@ -185,7 +185,7 @@ class MetricsLogger:
             "train/padding_fraction": 1 - totals.tokens / totals.positions,
             "data/wait_fraction": totals.wait_seconds / seconds,
             "ckpt/stall_s": stall,
-            **peak_memory(on_gpu=self.on_gpu),
+            **peak_memory(self.device),
         }
         if (accelerator := self.resources.train.accelerator) is not None:
             number = self.resources.train.num_workers
@@ -231,10 +231,10 @@ class MetricsLogger:
         return f"{seconds // 60}:{seconds % 60:02d} left"
 
 
-def peak_memory(*, on_gpu: bool) -> dict[str, float]:
+def peak_memory(device: torch.device) -> dict[str, float]:
     """Return the peak memory so far in GiB, by metric name. It does not synchronise with the GPU."""
-    if on_gpu:
-        return {"memory/peak_gpu_gib": torch.cuda.max_memory_allocated() / 2**30}
+    if device.type != "cpu":
+        return {"memory/peak_gpu_gib": peak_bytes(device) / 2**30}
     unit = 1 if sys.platform == "darwin" else 2**10  # bytes per unit of ru_maxrss
     return {"memory/peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
 

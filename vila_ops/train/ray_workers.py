@@ -13,9 +13,10 @@ from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, 
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-from vila_ops.cluster import connect, log_to_driver, whoami
+from vila_ops.cluster import connect, device_on, gpu_label, log_to_driver, whoami
 from vila_ops.config import Resources
-from vila_ops.errors import ClusterFull, HungStep, RemoteError, is_final
+from vila_ops.device import collectives
+from vila_ops.errors import ClusterFull, DeviceLost, HungStep, RemoteError, is_final
 from vila_ops.train.job import RankInfo, TrainJob
 
 START_TRY_SECONDS = float(os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60"))
@@ -28,10 +29,12 @@ def train_on_ray(job: TrainJob) -> list[dict[str, Any]]:
     Ray restarts all workers when one dies, at most `max_failures` times. The loop then resumes from its newest
     checkpoint. Weights never pass through Ray: rank 0 writes them into the attempt's folder.
 
-    Raises a worker's own error instead of Ray's report of it: a final error at once, and another error when no restart
-    is left. Raises HungStep if a step hung, and ClusterFull if the cluster cannot start all workers.
+    Raises a worker's own error instead of Ray's report of it: a final error at once, DeviceLost at the second loss, and
+    another error when no restart is left. Raises HungStep if a step hung, and ClusterFull if the cluster cannot start
+    all workers.
     """
     connect(job.resources)
+    job = job.with_changes({"resources.device": device_on(job.resources, job.resources.device)})
     started = time.time()
     try:
         _trainer(job).fit()
@@ -59,16 +62,17 @@ def _trainer(job: TrainJob) -> TorchTrainer:
         _worker,
         train_loop_config={"job": job.model_dump_json(), "working_directory": os.getcwd()},
         torch_config=TorchConfig(
-            backend="nccl" if resources.train.gpus_per_worker else "gloo",
+            backend=collectives(resources.device),
             timeout_s=math.ceil(resources.train.network.timeout_seconds),
         ),
-        scaling_config=ScalingConfig(
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]  # mypy sees the class of Ray Train version 1
             num_workers=resources.train.num_workers,
-            use_gpu=bool(resources.train.gpus_per_worker),
+            use_gpu=resources.device != "cpu",
             resources_per_worker={"CPU": resources.train.cpus_per_worker},
+            label_selector=gpu_label(resources, resources.device) or None,
             placement_strategy=resources.train.placement,
         ),
-        run_config=RunConfig(  # type: ignore[call-arg]  # mypy sees the class of Ray Train version 1
+        run_config=RunConfig(  # type: ignore[call-arg]
             name=Path(job.attempt).name,
             storage_path=str(job.ray_train()),
             failure_config=FailureConfig(  # type: ignore[call-arg]
@@ -90,13 +94,14 @@ def network_variables(resources: Resources) -> dict[str, str]:
 def _too_few_nodes(resources: Resources) -> str:
     """The message for a cluster that cannot start all workers."""
     train = resources.train
-    each = {"CPU": train.cpus_per_worker, "GPU": train.gpus_per_worker}
+    each = {"CPU": train.cpus_per_worker, "GPU": int(resources.device != "cpu")}
     alive = [one["Resources"] for one in ray.nodes() if one["Alive"]]  # type: ignore[no-untyped-call]
     nodes = [{kind: one.get(kind, 0) for kind in each} for one in alive]
+    label = gpu_label(resources, resources.device) or "any"
     return (
-        f"{train.num_workers} workers of {each} with placement {train.placement} did not start within "
-        f"{train.start_timeout_seconds:.0f} s; the live nodes have {nodes}. Add nodes and run again, or change "
-        f"num_workers, cpus_per_worker or placement"
+        f"{train.num_workers} workers of {each} with placement {train.placement} and node label {label} "
+        f"did not start within {train.start_timeout_seconds:.0f} s; the live nodes have {nodes}. Add nodes and run "
+        f"again, or change num_workers, cpus_per_worker, device or placement"
     )
 
 
@@ -134,16 +139,27 @@ def _worker(config: dict[str, str]) -> None:
     if os.path.isdir(config["working_directory"]):  # relative paths refer to it; Ray Train changes the folder
         os.chdir(config["working_directory"])
     job = TrainJob.model_validate_json(config["job"])
-    context = ray.train.get_context()
+    context, started = ray.train.get_context(), time.time()
     rank_info = RankInfo(rank=context.get_world_rank(), world_size=context.get_world_size())
     if _error_file(job).exists():  # Ray Train restarts the workers after every error, so a restart has to do nothing
         return
     try:
         facts = {**train(job, rank_info), **whoami()}
     except Exception as error:
-        if is_final(error):
+        if is_final(error) or (isinstance(error, DeviceLost) and not _is_first_loss(job, before=started)):
             draft = Path(f"{job.attempt}-failed-{rank_info.rank}.draft")
             draft.write_text(RemoteError.of(error).to_json())
             draft.replace(_error_file(job))
         raise
     Path(f"{job.attempt}-rank-{rank_info.rank}.json").write_text(json.dumps(facts))
+
+
+def _is_first_loss(job: TrainJob, *, before: float) -> bool:
+    """Record that a device was lost, and return whether none was lost before a time, when this try began.
+
+    Several ranks of one try may lose their devices together.
+    """
+    record = Path(job.ray_train()) / f"{Path(job.attempt).name}-device-lost"
+    is_first = not record.exists() or record.stat().st_mtime >= before
+    record.touch()
+    return is_first

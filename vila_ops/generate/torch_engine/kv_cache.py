@@ -13,17 +13,20 @@ class KVCache:
     use only `update`. Layers with a sliding window keep all positions too; their mask hides those outside of it.
     """
 
-    def __init__(self, *, slots: int, capacity: int) -> None:
+    def __init__(self, *, slots: int, capacity: int, device: torch.device) -> None:
         self.slots, self.capacity = slots, capacity
         self.keys: list[Tensor] = []
         """One tensor (N, H, capacity, K) a layer, made by the first rows."""
         self.values: list[Tensor] = []
-        self.lengths = torch.zeros(slots, dtype=torch.long)
+        self.lengths = torch.zeros(slots, dtype=torch.long, device=device)
         self.live = 0
+        self._rows = torch.arange(slots, device=device)
+        self._known = [0] * slots
+        """The same lengths on the host, which need not wait for the device to know them."""
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Append one token's keys and values (live, H, 1, K) to each row and return those of all tokens so far."""
-        rows, ends = torch.arange(self.live), self.lengths[: self.live]
+        rows, ends = self._rows[: self.live], self.lengths[: self.live]
         keys, values = self.keys[layer_idx], self.values[layer_idx]
         keys[rows, :, ends] = key[:, :, 0].to(keys.dtype)
         values[rows, :, ends] = value[:, :, 0].to(values.dtype)
@@ -32,7 +35,7 @@ class KVCache:
 
     def get_seq_length(self, *_: object) -> int:
         """Tokens of the longest row. transformers calls it, but uses the positions that it is passed."""
-        return int(self.lengths[: self.live].max()) if self.live else 0
+        return max(self._known[: self.live], default=0)
 
     def width(self) -> int:
         """Positions that a pass reads: those of the longest row and its new token."""
@@ -40,7 +43,13 @@ class KVCache:
 
     def distance(self) -> Tensor:
         """(live, 1, 1, width): the position of each row's new token minus those of its keys; negative: no key yet."""
-        return (self.lengths[: self.live, None] - torch.arange(self.width()))[:, None, None]
+        keys = torch.arange(self.width(), device=self.lengths.device)
+        return (self.lengths[: self.live, None] - keys)[:, None, None]
+
+    def advance(self) -> None:
+        """Count the token that a pass added to every live row."""
+        self.lengths[: self.live] += 1
+        self._known[: self.live] = [length + 1 for length in self._known[: self.live]]
 
     def add(self, layers: list[tuple[Tensor, Tensor]], lengths: list[int]) -> None:
         """Add prefilled rows: keys and values of each layer (rows, H, T, K), up to the length of each row."""
@@ -50,7 +59,7 @@ class KVCache:
             for index, (key, value) in enumerate(layers):
                 self.keys[index][self.live, :, :length] = key[row, :, :length]
                 self.values[index][self.live, :, :length] = value[row, :, :length]
-            self.lengths[self.live] = length
+            self.lengths[self.live] = self._known[self.live] = length
             self.live += 1
 
     def drop(self, row: int) -> None:
@@ -59,6 +68,7 @@ class KVCache:
         for keys, values in zip(self.keys, self.values, strict=True):
             keys[row], values[row] = keys[self.live].clone(), values[self.live].clone()
         self.lengths[row] = self.lengths[self.live]
+        self._known[row] = self._known[self.live]
 
     def _empty(self, filled: Tensor) -> Tensor:
         _, heads, _, size = filled.shape

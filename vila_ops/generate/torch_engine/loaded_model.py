@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from vila_ops.data.images import Fit, pixels
 from vila_ops.data.text.conversation import Tokenizer
-from vila_ops.device import precision_notes
+from vila_ops.device import device_of, precision_notes
 from vila_ops.generate.engine import EngineOptions
 from vila_ops.generate.request import Prompt
 from vila_ops.model import folder as model_folder
@@ -35,6 +35,8 @@ class LoadedModel:
     """Everything that scheduler and scorer compute with."""
 
     model: VilaForConditionalGeneration
+    device: torch.device
+    """Where the model is."""
     tokenizer: Tokenizer
     features: Features
     image_aspect_ratio: Fit
@@ -48,7 +50,7 @@ class LoadedModel:
 
     def embed(self, input_ids: Tensor, images: Sequence[bytes]) -> Tensor:
         """Embeddings (B, T, D) of ids (B, T), image positions filled with the images of all rows in their order."""
-        return self.model.embed(input_ids, self.features(images) if images else None)
+        return self.model.embed(input_ids, self.features(images).to(self.device) if images else None)
 
     def check_length(self, length: int) -> None:
         """Raises ValueError for more tokens than the context has."""
@@ -69,7 +71,8 @@ class LoadedModel:
 
 
 def read_model(folder: Path, options: EngineOptions) -> LoadedModel:
-    """Read a model folder. Raises CorruptArtifact or ValueError with what is wrong with it."""
+    """Read a model folder onto a device. Raises CorruptArtifact or ValueError with what is wrong with either."""
+    device = device_of(options.device)
     torch.set_num_threads(options.threads)
     fast = read_tokenizer(folder)
     model = model_folder.load(folder)
@@ -77,14 +80,14 @@ def read_model(folder: Path, options: EngineOptions) -> LoadedModel:
     features: Features = FeatureCache(model, functools.partial(pixels, mean=mean, std=std), root=options.feature_root)
     if options.max_cached_images is not None:
         features = bounded(features, options.feature_root, max_images=options.max_cached_images)
-    for note in precision_notes(options.precision, torch.device("cpu")):
+    for note in precision_notes(options.precision, device):
         log.warning("%s: %s", folder, note)
     if options.precision == "bf16":
         for parameter in (*model.model.language_model.parameters(), *model.lm_head.parameters()):
             parameter.data = parameter.data.to(torch.bfloat16)  # not buffers: rotary frequencies need fp32
     _check_tokens(fast, model.config, folder)
     tokenizer = Tokenizer(fast, image_tokens=model.config.image_seq_length, after_image=model.config.after_image)
-    return LoadedModel(model, tokenizer, features, Fit(model.config.image_aspect_ratio, mean))
+    return LoadedModel(model.to(device), device, tokenizer, features, Fit(model.config.image_aspect_ratio, mean))
 
 
 def bounded(features: Features, folder: Path, *, max_images: int) -> Features:

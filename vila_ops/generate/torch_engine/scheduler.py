@@ -69,7 +69,8 @@ class Scheduler:
         More requests than slots wait in their order. New rows are prefilled when a quarter of the slots is free.
         """
         slots = min(self.slots, len(requests))
-        cache = KVCache(slots=slots, capacity=max(request.max_tokens() for request in requests))
+        capacity = max(request.max_tokens() for request in requests)
+        cache = KVCache(slots=slots, capacity=capacity, device=self.loaded.device)
         waiting = [RequestState(index, request) for index, request in enumerate(requests)][::-1]
         live: list[RequestState] = []
         while waiting or live:
@@ -87,6 +88,7 @@ class Scheduler:
         input_ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
         for row, prompt in enumerate(prompts):
             input_ids[row, : lengths[row]] = torch.tensor(prompt.input_ids)
+        input_ids = input_ids.to(self.loaded.device)
         model = self.loaded.model
         embeddings = self.loaded.embed(input_ids, [image for prompt in prompts for image in prompt.images])
         prefilled = DynamicCache()  # without a config it keeps all positions, also in layers with a sliding window
@@ -94,12 +96,12 @@ class Scheduler:
         out = model.hidden(embeddings, past_key_values=prefilled, use_cache=True, **model.routing(input_ids))
         layers = [(layer.keys, layer.values) for layer in prefilled.layers]
         cache.add(layers, lengths)
-        last = out.last_hidden_state[torch.arange(len(prompts)), torch.tensor(lengths) - 1]
-        return self._greedy(last)
+        ends = torch.tensor(lengths, device=self.loaded.device) - 1
+        return self._greedy(out.last_hidden_state[torch.arange(len(prompts), device=self.loaded.device), ends])
 
     def _step(self, live: list[RequestState], cache: KVCache) -> list[int]:
         """Decode one token of every live row."""
-        input_ids = torch.tensor([[row.ids[-1]] for row in live])
+        input_ids = torch.tensor([[row.ids[-1]] for row in live], device=self.loaded.device)
         model, distance = self.loaded.model, cache.distance()
         out = model.hidden(
             self.loaded.embed(input_ids, []),
@@ -109,7 +111,7 @@ class Scheduler:
             **masks(model, distance >= 0, distance),
             **model.routing(input_ids),
         )
-        cache.lengths[: cache.live] += 1
+        cache.advance()
         return self._greedy(out.last_hidden_state[:, -1])
 
     def _greedy(self, hidden: Tensor) -> list[int]:

@@ -68,23 +68,25 @@ class Scorer:
         ids = [*prompt.input_ids, *continuation]
         self.loaded.check_length(len(ids))
         self.loaded.check_images(prompt, "the prompt")
-        input_ids = torch.tensor([ids])
+        input_ids = torch.tensor([ids], device=self.loaded.device)
         model = self.loaded.model
         embeddings = self.loaded.embed(input_ids, prompt.images)
         out = model.hidden(embeddings, use_cache=False, output_hidden_states=True, **model.routing(input_ids))
-        states: NDArray[np.float64] = torch.cat(out.hidden_states).double().numpy()
+        states: NDArray[np.float64] = torch.cat(out.hidden_states).cpu().double().numpy()
         return states
 
     def _nlls(self, rows: list[_ScoreRow], images: list[bytes]) -> list[list[Loglikelihood]]:
         width = max(len(row.input_ids) for row in rows)
         pad = [(0, width - len(row.input_ids)) for row in rows]
+        device = self.loaded.device
         input_ids, positions = (
             torch.from_numpy(np.stack([np.pad(getattr(row, name), p) for row, p in zip(rows, pad, strict=True)]))
             for name in ("input_ids", "position_ids")
         )
+        input_ids, positions = input_ids.to(device), positions.to(device)
         segments = np.stack([np.pad(row.segment_ids, p, constant_values=-1) for row, p in zip(rows, pad, strict=True)])
-        sees_prompt = (segments[:, :, None] > 0) & (segments[:, None, :] == 0)
-        attends = attention_mask(torch.from_numpy(segments)) | torch.from_numpy(sees_prompt)[:, None]
+        sees_prompt = torch.from_numpy((segments[:, :, None] > 0) & (segments[:, None, :] == 0))
+        attends = attention_mask(torch.from_numpy(segments).to(device)) | sees_prompt.to(device)[:, None]
         distance = positions[:, None, :, None] - positions[:, None, None, :]
         model = self.loaded.model
         hidden = model.hidden(
@@ -98,10 +100,11 @@ class Scorer:
 
     def _row_scores(self, hidden: Tensor, row: _ScoreRow) -> list[Loglikelihood]:
         """The score of each continuation, from the row's hidden states (T, D)."""
-        before = torch.tensor([position for positions in row.predicted_at for position in positions])
-        targets = torch.tensor([token for tokens in row.continuations for token in tokens])
+        positions = [position for positions in row.predicted_at for position in positions]
+        tokens = [token for tokens in row.continuations for token in tokens]
+        before, targets = torch.tensor([positions, tokens], device=hidden.device)
         logits = self.loaded.model.lm_head(hidden[before]).float()
-        nll = torch.nn.functional.cross_entropy(logits, targets, reduction="none").double()
+        nll = torch.nn.functional.cross_entropy(logits, targets, reduction="none").cpu().double()
         parts = torch.split(nll, [len(tokens) for tokens in row.continuations])
         return [Loglikelihood(float(part.sum()), len(part)) for part in parts]
 

@@ -13,6 +13,7 @@ import psutil
 from fastapi import FastAPI
 
 from vila_ops.artifacts.execution import versions
+from vila_ops.device import Device, describe, device_of
 from vila_ops.generate.engine import EngineOptions
 from vila_ops.generate.load import load_engine
 from vila_ops.serve.app.routes import create_app
@@ -22,16 +23,17 @@ CACHED_IMAGES = 256
 """Most user images whose features a replica keeps, in a temporary folder that it removes at its end."""
 
 
-def load_app(spec: Spec, *, replica: dict[str, Any]) -> FastAPI:
+def load_app(spec: Spec, device: Device, *, replica: dict[str, Any]) -> FastAPI:
     """Load the engine and return the app; /health shows `replica` beside the facts of the process.
 
-    Raises CorruptArtifact.
+    Raises CorruptArtifact, and ValueError for a device that is not there.
     """
     started = time.monotonic()
     scratch = Path(tempfile.mkdtemp(prefix="vila-serve-"))
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
     options = EngineOptions(
         feature_root=scratch,
+        device=device,
         threads=spec.threads(),
         max_batch=spec.capacity.max_batch,
         max_cached_images=CACHED_IMAGES,
@@ -41,6 +43,7 @@ def load_app(spec: Spec, *, replica: dict[str, Any]) -> FastAPI:
         "pid": os.getpid(),
         "started": psutil.Process().create_time(),
         "host": socket.gethostname(),
+        "device": describe(device_of(device)),
         "digest": spec.version.checkpoint.digest,
         "load_seconds": round(time.monotonic() - started, 3),
         "versions": versions(),

@@ -13,7 +13,8 @@ def main() -> None:
     """Load the weights, then listen: a port that answers is ready."""
     text, host, port = sys.argv[1:]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    app = load_app(Spec.model_validate_json(text), replica={})
+    spec = Spec.model_validate_json(text)
+    app = load_app(spec, spec.device, replica={})
     uvicorn.run(app, host=host, port=int(port), access_log=False, server_header=False, timeout_graceful_shutdown=5)
 
 

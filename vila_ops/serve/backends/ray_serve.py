@@ -9,8 +9,9 @@ from typing import Any
 
 import httpx
 
-from vila_ops.cluster import connect
+from vila_ops.cluster import connect, device_on, gpu_options
 from vila_ops.config import Resources
+from vila_ops.device import Device
 from vila_ops.serve.spec import Spec
 
 ONGOING_PER_BATCH = 4
@@ -24,7 +25,7 @@ CONTROLLER_ENV = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", "RAY_SERVE_PROX
 class Replica:
     """One process with the weights; Ray Serve sends HTTP to the app that it builds."""
 
-    def __init__(self, spec: str) -> None:
+    def __init__(self, spec: str, device: Device) -> None:
         import ray
         from ray import serve
 
@@ -36,7 +37,7 @@ class Replica:
             "actor_id": context.get_actor_id(),
             "replica_id": serve.get_replica_context().replica_id.unique_id,
         }
-        self.loaded = load_app(Spec.model_validate_json(spec), replica=replica)
+        self.loaded = load_app(Spec.model_validate_json(spec), device, replica=replica)
 
     def __serve_build_asgi_app__(self) -> Any:
         return self.loaded
@@ -66,13 +67,14 @@ class RayServe:
         from ray import serve
 
         url = self.url()
+        device = device_on(self.resources, spec.device)
         connect(self.resources)
         _start_proxy(self.resources.serve.host, self.resources.serve.port)
         capacity, timeout_seconds = spec.capacity, spec.service.request_timeout_seconds
         deployment = serve.deployment(
             name=self.name,
             num_replicas=capacity.replicas,
-            ray_actor_options={"num_cpus": capacity.cpus_per_replica},
+            ray_actor_options={"num_cpus": capacity.cpus_per_replica, **gpu_options(self.resources, device)},
             max_ongoing_requests=ONGOING_PER_BATCH * capacity.max_batch,
             max_surge_percent=100,  # with Ray's default of 0 an update removes capacity before it adds any
             rolling_update_percentage=1.0,
@@ -80,7 +82,7 @@ class RayServe:
             graceful_shutdown_wait_loop_s=0.5,
             max_constructor_retry_count=2,
         )(serve.ingress()(Replica))
-        target = serve.RunTarget(deployment.bind(spec.model_dump_json()), name=self.name, route_prefix="/")
+        target = serve.RunTarget(deployment.bind(spec.model_dump_json(), device), name=self.name, route_prefix="/")
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
         return url
 

@@ -19,6 +19,7 @@ from vila_ops.artifacts.backend import AT_ONCE, FileFacts
 from vila_ops.artifacts.store import MANIFEST, backend
 from vila_ops.config import Resources
 from vila_ops.config.resources import Retention
+from vila_ops.device import on_accelerator
 from vila_ops.errors import CorruptArtifact, VilaError
 from vila_ops.train.checkpoint.rank_file import RankFile, StagingBuffers
 from vila_ops.train.checkpoint.ranks import Ranks
@@ -94,8 +95,8 @@ class Checkpointer:
         for number, (name, tensors) in enumerate(states):
             if number % self._rank_info.world_size == self._rank_info.rank:
                 share |= {f"{key}/{name}": self._hold(f"{key}/{name}", tensor) for key, tensor in tensors.items()}
-        on_gpu = any(tensor.is_cuda for tensor in share.values())
-        since = torch.cuda.current_stream().record_event() if on_gpu else None
+        device = next((tensor.device for tensor in share.values() if on_accelerator(tensor)), None)
+        since = None if device is None else torch.accelerator.current_stream(device).record_event()
         self._staged.clear()
         self._pending = self._writer.submit(self._save, step, share, list(curve), since)
         self.stall_seconds += time.monotonic() - started
@@ -120,9 +121,9 @@ class Checkpointer:
 
     def _hold(self, name: str, tensor: Tensor) -> Tensor:
         """Return a tensor to hand to the thread: a live tensor itself, and a copy in host memory of a gathered one."""
-        return tensor if self._live or not tensor.is_cuda else self._buffers.copy(name, tensor)
+        return tensor if self._live or not on_accelerator(tensor) else self._buffers.copy(name, tensor)
 
-    def _save(self, step: int, share: dict[str, Tensor], curve: Curve, since: torch.cuda.Event | None) -> None:
+    def _save(self, step: int, share: dict[str, Tensor], curve: Curve, since: torch.Event | None) -> None:
         """Stage and write a checkpoint; the thread runs this."""
         try:
             try:

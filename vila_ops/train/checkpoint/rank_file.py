@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vila_ops.artifacts.backend import FileFacts
+from vila_ops.device import on_accelerator
 
 CHUNK_BYTES = 2**20
 """Small enough to stay in the processor's cache between hashing and writing."""
@@ -54,7 +55,7 @@ class RankFile:
 
 
 class StagingBuffers:
-    """Copies of tensors in host memory. Buffers are reused by name, and pinned if they are filled from a GPU."""
+    """Copies of tensors in host memory. Buffers are reused by name, and pinned if an accelerator fills them."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
@@ -62,21 +63,22 @@ class StagingBuffers:
     def copy(self, name: str, tensor: Tensor, *, wait: bool = True) -> Tensor:
         """Copy a tensor into the buffer of this name. Without `wait`, the current stream makes the copy later."""
         if name not in self._buffers:
-            self._buffers[name] = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=tensor.is_cuda)
+            pinned = on_accelerator(tensor)
+            self._buffers[name] = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=pinned)
         buffer = self._buffers[name]
-        if tensor.is_cuda:
+        if on_accelerator(tensor):
             return buffer.copy_(tensor, non_blocking=not wait)
         np.copyto(buffer.numpy(), tensor.numpy())  # torch would start a second thread pool beside the loop's
         return buffer
 
-    def copy_all(self, tensors: Mapping[str, Tensor], *, since: torch.cuda.Event | None) -> dict[str, Tensor]:
-        """Copy all tensors. From a GPU, a separate stream copies them after the event `since`."""
+    def copy_all(self, tensors: Mapping[str, Tensor], *, since: torch.Event | None) -> dict[str, Tensor]:
+        """Copy all tensors. From an accelerator, a separate stream copies them after the event `since`."""
         if since is None:
             return {name: self.copy(name, tensor) for name, tensor in tensors.items()}
         device = next(tensor.device for tensor in tensors.values())
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream = torch.Stream(device)
         stream.wait_event(since)
-        with torch.cuda.stream(stream):
+        with stream:
             copies = {name: self.copy(name, tensor, wait=False) for name, tensor in tensors.items()}
         stream.synchronize()
         return copies
