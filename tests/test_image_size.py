@@ -102,5 +102,7 @@ def test_the_held_out_data_are_prepared_once_for_each_size_and_every_model_is_me
     for report in outcome.stage_reports.values():
         scored = {m.name: m.value for m in read_report(report).metrics if m.role == "model"}
         assert 0 < scored["caption_loss"] < 20
-    assert evaluate_stage(run, "align") == outcome.stage_reports["align"], "a command asks as the pipeline does"
-    assert evaluate_stage(run, "sft", final=True) == outcome.report
+    assert evaluate_stage(run, "align", run.recipe.stage_suite) == outcome.stage_reports["align"], (
+        "a command asks as the pipeline does"
+    )
+    assert evaluate_stage(run, "sft", run.recipe.final_suite) == outcome.report

@@ -100,6 +100,20 @@ class ClusterFull(VilaError):
     retryable = True
 
 
+class EndpointUnreachable(Unreachable):
+    """An endpoint that is measured does not answer."""
+
+
+class EndpointRefused(VilaError):
+    """An endpoint that is measured refuses, and will refuse again: its key, model or URL is wrong."""
+
+
+class WorkerLost(VilaError):
+    """A process of an evaluation died again and again. What it had sealed stays."""
+
+    retryable = True
+
+
 class JobFailed(VilaError):
     """A job of the cluster ended with an error that is not final."""
 

@@ -131,8 +131,8 @@ def test_documents_are_measured_text_after_text_with_the_images_between(run: Run
 def test_samples_of_another_tokenizer_are_refused(run: Run, model: Pretrained, data: Dataset, tmp_path: Path) -> None:
     """One with as many tokens and the same image token, as Mistral's and Llama's are: its ids mean other texts."""
     from vila_ops.data.preprocess.shard_writer import tokenizer_of
-    from vila_ops.eval.benchmark import EvalInputs
     from vila_ops.eval.benchmarks.held_out import held_out_loss
+    from vila_ops.eval.benchmarks.held_out.items import EvalInputs, HeldOut
 
     suite = suite_of(run, BENCHMARKS)
     tokenizer = tokenizer_of(run.recipe.text("sft"), cache=tmp_path)
@@ -144,9 +144,9 @@ def test_samples_of_another_tokenizer_are_refused(run: Run, model: Pretrained, d
             return tokenizer.decode([(id + 7) % 250 for id in ids])
 
     inputs, config = EvalInputs.of(suite, data), suite.benchmarks["loss"]
-    assert held_out_loss.items(inputs, config, tokenizer)
+    assert held_out_loss.read(HeldOut(inputs, lambda: tokenizer), config)
     with pytest.raises(ValueError, match="tokenised for another model"):
-        held_out_loss.items(inputs, config, Shifted())  # type: ignore[arg-type]
+        held_out_loss.read(HeldOut(inputs, Shifted), config)  # type: ignore[arg-type]
 
 
 KINDS = {
@@ -169,7 +169,7 @@ def test_a_mixture_without_what_a_benchmark_reads_is_refused_at_load(of: str, ru
 def test_questions_about_objects_need_names_of_objects(run: Run) -> None:
     table = {"kind": "table", "path": "a.csv", "images": "images", "licence": "CC0-1.0"}
     with pytest.raises(ValueError, match="pope asks for objects by name"):
-        suite_of(run, {"pope": {"kind": "pope"}}, mixture={"name": "mine", "sources": {"mine": table}})
+        suite_of(run, {"pope": {"kind": "held_out_pope"}}, mixture={"name": "mine", "sources": {"mine": table}})
 
 
 def test_too_few_held_out_objects_are_told_before_anything_is_trained(run: Run, tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_too_few_held_out_objects_are_told_before_anything_is_trained(run: Run, 
     resources = run.resources.with_changes({"storage.store": str(tmp_path / "store")})
     smaller = Run.model_validate({"recipe": recipe, "resources": resources})
     with pytest.raises(ValueError, match="caption_loss needs 2 objects with images and has 0") as raised:
-        evaluate_stage(smaller, "sft")
+        evaluate_stage(smaller, "sft", smaller.recipe.stage_suite)
     assert "raise split.validation of the mixtures of all stages and suites alike" in str(raised.value)
     assert not (tmp_path / "store/checkpoint").exists()
 

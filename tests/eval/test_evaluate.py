@@ -18,7 +18,7 @@ from vila_ops.artifacts.leases import registers
 from vila_ops.config import Run, Suite
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.eval import runner
-from vila_ops.eval.benchmarks.held_out import pope
+from vila_ops.eval.benchmarks.held_out import held_out_pope
 from vila_ops.eval.evaluate import evaluate
 from vila_ops.eval.job import EvalJob
 from vila_ops.eval.report import Report, read_items, read_report
@@ -26,7 +26,7 @@ from vila_ops.eval.report import Report, read_items, read_report
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = {
     "caption_loss": {"kind": "caption_loss"},
-    "pope": {"kind": "pope"},
+    "pope": {"kind": "held_out_pope"},
     "text_loss": {"kind": "text_loss"},
 }
 
@@ -71,7 +71,7 @@ def sealed(run: Run) -> dict[str, str]:
 @pytest.mark.slow
 def test_a_suite_is_measured_once_and_renamed_it_measures_nothing(run: Run, suite: Suite, measure: Measure) -> None:
     first, measured = measure(suite)
-    assert measured == {"caption_loss", "pope", "text_loss"}
+    assert measured == {"caption_loss", "held_out_pope", "text_loss"}
     assert measure(suite) == (first, set())
     renamed, measured = measure(suite_with(run, BENCHMARKS, name="renamed"))
     assert measured == set()
@@ -90,9 +90,9 @@ def test_a_benchmark_whose_revision_is_raised_is_measured_again_alone(
     suite: Suite, measure: Measure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report, _ = measure(suite)
-    monkeypatch.setattr(pope, "REVISION", pope.REVISION + 1)
+    monkeypatch.setattr(held_out_pope, "REVISION", held_out_pope.REVISION + 1)
     again, measured = measure(suite)
-    assert measured == {"pope"}
+    assert measured == {"held_out_pope"}
     assert again == report  # of equal results
 
 
@@ -100,15 +100,17 @@ def test_a_setting_of_one_benchmark_measures_that_one_and_one_of_the_suite_all(
     run: Run, suite: Suite, measure: Measure
 ) -> None:
     measure(suite)
-    assert measure(suite_with(run, {**BENCHMARKS, "pope": {"kind": "pope", "control": "none"}}))[1] == {"pope"}
-    assert measure(suite_with(run, BENCHMARKS, seed=1))[1] == {"caption_loss", "pope", "text_loss"}
+    assert measure(suite_with(run, {**BENCHMARKS, "pope": {"kind": "held_out_pope", "control": "none"}}))[1] == {
+        "held_out_pope"
+    }
+    assert measure(suite_with(run, BENCHMARKS, seed=1))[1] == {"caption_loss", "held_out_pope", "text_loss"}
 
 
 def test_metrics_have_the_suites_names_and_equal_benchmarks_are_measured_once(run: Run, measure: Measure) -> None:
-    named = {"objects": {"kind": "pope", "control": "none"}, "again": {"kind": "pope", "control": "none"}}
+    named = {name: {"kind": "held_out_pope", "control": "none"} for name in ("objects", "again")}
     content = read_report(measure(suite_with(run, named, seed=2))[0])
     assert {(metric.name, metric.measure) for metric in content.metrics} == {
-        (f"{name}_{measure}", f"pope_{measure}")
+        (f"{name}_{measure}", f"held_out_pope_{measure}")
         for name in ("objects", "again")
         for measure in ("accuracy", "f1", "yes_ratio")
     }
@@ -131,9 +133,9 @@ def test_a_report_leads_to_the_scores_of_each_item(
         data.digest,
         *(content.benchmarks[name].digest for name in suite.benchmarks),
     )
-    items = read_items(result)
-    assert len(items) == reference.num_items == 10
-    nats, tokens = (sum(item.scores["model"][column] for item in items) for column in ("nats", "tokens"))
+    rows = [row for row in read_items(result) if row.condition == "matched"]
+    assert len(rows) == reference.num_items == 10
+    nats, tokens = (sum(row.scores[column] for row in rows) for column in ("nats", "tokens"))
     (metric,) = [one for one in content.metrics if (one.name, one.role) == ("caption_loss", "model")]
     assert metric.value == pytest.approx(nats / tokens)
 
@@ -143,15 +145,15 @@ def test_the_lease_of_one_benchmark_is_held_at_a_time(
 ) -> None:
     """So another process that needs an earlier one of this suite does not wait for the later ones."""
     held: list[tuple[str, list[str]]] = []
-    own = runner._measure
+    own = runner.Runner.conclude
 
-    def noted(of: Any, job: EvalJob, name: str) -> Any:
+    def noted(of: runner.Runner, name: str) -> Any:
         leases = registers(run.resources.storage.store)
-        held.append((job.address(name).key, [at.partition("/")[2] for at, is_held in leases.items() if is_held]))
-        return own(of, job, name)
+        held.append((of.job.address(name).key, [at.partition("/")[2] for at, is_held in leases.items() if is_held]))
+        return own(of, name)
 
-    monkeypatch.setattr(runner, "_measure", noted)
-    assert measure(suite_with(run, BENCHMARKS, seed=3))[1] == {"caption_loss", "pope", "text_loss"}
+    monkeypatch.setattr(runner.Runner, "conclude", noted)
+    assert measure(suite_with(run, BENCHMARKS, seed=3))[1] == {"caption_loss", "held_out_pope", "text_loss"}
     assert len(held) == 3
     assert all(leases == [key] for key, leases in held)
 
@@ -207,15 +209,48 @@ def test_an_actor_of_a_cluster_seals_the_same_results(
 ) -> None:
     report = measure(suite)[0]
     address, env = ray_cluster
-    changes = {"launch": "ray", "ray_address": address, "storage.store": str(tmp_path / "store")}
+    changes = {
+        "launch": "ray", "ray_address": address, "storage.store": str(tmp_path / "store"), "evaluate.num_workers": 2,
+    }  # fmt: skip
     job = EvalJob(suite=suite, model=model, data=data, resources=run.resources.with_changes(changes))
     on_ray = json.loads(run_python(EVALUATE, job, env=env)[-1])
     assert on_ray == json.loads(read_report(report).model_dump_json())
+    elsewhere = job.with_changes({"resources.storage.store": str(tmp_path / "dead")})
+    assert run_python(DEAD_ACTOR, elsewhere, env=env)[-1] == read_report(report).benchmarks["caption_loss"].digest
     refused, finding = run_python(ON_GPU, job, env=env)[-2:]
     assert f"device is cuda, but the cluster at {address} has no GPU; add a node with one" in refused
     assert finding == f"device: {refused}"
 
 
+DEAD_ACTOR = """
+import os
+import sys
+from pathlib import Path
+import ray
+from vila_ops.eval.job import EvalJob
+from vila_ops.eval.ray_workers import RayWorkers
+
+job = EvalJob.model_validate_json(Path(sys.argv[1]).read_text())
+workers = RayWorkers(job)
+shards = range(len(workers.plan("caption_loss")))
+
+
+@ray.remote(num_cpus=0)
+class Dies:
+    def start(self):
+        pass
+
+    def answer(self, name, shard):
+        os._exit(1)
+
+
+workers._actors.append(Dies.remote())
+ray.get(workers._actors[1].start.remote())
+assert sorted(workers.answer_all("caption_loss", shards)) == list(shards)
+workers.conclude("caption_loss")
+print(job.result("caption_loss").digest)
+workers.close()
+"""
 ON_GPU = """
 import sys
 from pathlib import Path
@@ -264,10 +299,11 @@ print(f"{address.kind}/{address.key}")
 PLUGIN = """
 from typing import Literal
 
+import numpy as np
+
 from vila_ops.config import Config as Base
-from vila_ops.eval.benchmark import Aggregate, Scored, ScoreRequest, tables
+from vila_ops.eval.benchmark import MetricValues, ScoreRequest, Units
 from vila_ops.eval.benchmarks.held_out.items import word_items
-from vila_ops.eval.report import ItemScore
 from vila_ops.generate.request import Prompt
 
 REVISION = {revision}
@@ -277,24 +313,21 @@ class Config(Base):
     kind: Literal["words_seen"] = "words_seen"
 
 
-def items(inputs, config, tokenizer):
-    return word_items(inputs)
+def read(source, config):
+    return word_items(source.inputs)
 
 
 def requests(items, config, tokenizer):
-    return {{"no_image": [ScoreRequest(Prompt(tokenizer.context), (tokenizer.text_ids(i.word),)) for i in items]}}
+    context, text_ids = tokenizer().context, tokenizer().text_ids
+    return [ScoreRequest(item=i.id, prompt=Prompt(context), continuations=(text_ids(i.word),)) for i in items]
 
 
-def score(items, config, responses):
-    first = [float(scores[0].nll > 0) for scores in responses["no_image"]]
-    return Scored(tuple(
-        ItemScore(item=i.key, cluster=i.key, scores={{"model": {{"first": one}}}}) for i, one in zip(items, first)
-    ))
+def score(items, rows, config):
+    return [{{"first": float(row.response.nats[0] > 0)}} for row in rows]
 
 
-def aggregate(scores, config, intervals):
-    values = tables(scores)["model"]
-    return Aggregate((intervals.metric("words_seen_first", "model", values, statistic="mean", unit="share"),))
+def metrics(items, rows, config):
+    return [MetricValues("words_seen_first", Units.of(rows), np.array([row.scores["first"] for row in rows]))]
 """
 
 

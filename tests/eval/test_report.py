@@ -11,6 +11,7 @@ from vila_ops.artifacts.store import address, seal
 from vila_ops.config import Suite
 from vila_ops.eval.report import LayerPoint, Measurement, Metric, Report, compose, tracked, write_result
 
+POPE = "held_out_pope"
 POINT = {"value": 0.5, "low": 0.0, "high": 1.0}
 
 
@@ -36,7 +37,7 @@ def composed(store: Path, **benchmarks: tuple[str, list[tuple[str, str]], list[s
 def test_a_metric_has_the_suites_name_in_place_of_its_kind(tmp_path: Path) -> None:
     report = composed(
         tmp_path,
-        objects=("pope", [("pope", "model"), ("pope_f1", "model"), ("pope_f1", "gap")], []),
+        objects=(POPE, [(POPE, "model"), (f"{POPE}_f1", "model"), (f"{POPE}_f1", "gap")], []),
         pope=("alignment", [("alignment", "model"), ("alignment_pope", "model")], ["alignment"]),
     )
     assert list(tracked(report)) == ["objects", "objects_f1", "objects_f1.gap", "pope", "pope_pope"]
@@ -44,16 +45,17 @@ def test_a_metric_has_the_suites_name_in_place_of_its_kind(tmp_path: Path) -> No
 
 
 def test_a_metric_that_only_begins_as_its_kind_does_is_refused(tmp_path: Path) -> None:
-    for name in ("popes", "popef1", "f1"):
-        with pytest.raises(ValueError, match=f"'objects' of kind 'pope' has a metric '{name}'; .* begins with pope_"):
-            composed(tmp_path / name, objects=("pope", [(name, "model")], []))
+    for name in (f"{POPE}s", f"{POPE}f1", "f1"):
+        refused = f"'objects' of kind '{POPE}' has a metric '{name}'; .* begins with {POPE}_"
+        with pytest.raises(ValueError, match=refused):
+            composed(tmp_path / name, objects=(POPE, [(name, "model")], []))
 
 
 @pytest.mark.parametrize(
     ("one", "two", "name"),
     [
-        (("a", "pope", [("pope_f1", "model")], []), ("a_f1", "cider", [("cider", "model")], []), "a_f1"),
-        (("a", "pope", [("pope", "gap")], []), ("a.gap", "cider", [("cider", "model")], []), "a.gap"),
+        (("a", POPE, [(f"{POPE}_f1", "model")], []), ("a_f1", "cider", [("cider", "model")], []), "a_f1"),
+        (("a", POPE, [(POPE, "gap")], []), ("a.gap", "cider", [("cider", "model")], []), "a.gap"),
         (
             ("a", "alignment", [("alignment", "model")], ["alignment"]),
             ("a_by_layer", "cider", [("cider", "model")], []),

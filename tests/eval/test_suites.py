@@ -27,7 +27,7 @@ def test_the_probe_measures_what_the_suite_measures_controls_included(recipe: Re
     assert recipe.stage_suite.benchmarks == recipe.final_suite.benchmarks
     kinds = {benchmark.kind for benchmark in recipe.final_suite.benchmarks.values()}
     text = {"text_multiple_choice", "text_loss"}
-    assert kinds == {"caption_loss", "multiple_choice", "cider", "pope", "alignment"} | text
+    assert kinds == {"caption_loss", "multiple_choice", "cider", "held_out_pope", "alignment"} | text
     controls = {
         benchmark.control for benchmark in recipe.final_suite.benchmarks.values() if hasattr(benchmark, "control")
     }

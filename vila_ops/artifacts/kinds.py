@@ -43,6 +43,39 @@ class Checkpoint(Artifact):
     step: int
 
 
+class Endpoint(Config):
+    """A model behind an OpenAI-compatible API, which is measured in place of a sealed one. Its key is no part of it."""
+
+    url: str
+    """Base of its routes, such as http://127.0.0.1:8000/v1."""
+    name: str
+    """Name of the model there."""
+    revision: str = ""
+    """What tells models of one name apart, such as a date: answers of another revision are not reused."""
+
+    @property
+    def digest(self) -> str:
+        """Identity of the model, as of a sealed one."""
+        return self.fingerprint()
+
+
+class BenchmarkFiles(Artifact):
+    """The official files of a benchmark as items and images."""
+
+    benchmark: str
+    """The benchmark's kind."""
+    num_items: int
+    num_unreadable: int
+    """Items with an image that is missing or cannot be read."""
+
+
+class Answers(Artifact):
+    """The responses of one model to a shard of requests."""
+
+    model: str
+    """Digest of the model that was asked."""
+
+
 class BenchmarkResult(Artifact):
     """Scores of one model on one benchmark, item by item."""
 

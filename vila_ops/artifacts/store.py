@@ -23,7 +23,9 @@ from vila_ops.artifacts.backend import AT_ONCE, GRACE_SECONDS, Backend, FileFact
 from vila_ops.artifacts.copies import uri_of
 from vila_ops.artifacts.disk_faults import FULL, faults_named, require
 from vila_ops.artifacts.kinds import (
+    Answers,
     Artifact,
+    BenchmarkFiles,
     BenchmarkResult,
     Checkpoint,
     Dataset,
@@ -47,6 +49,8 @@ KINDS: dict[type[Artifact], str] = {
     Survey: "survey",
     Pretrained: "pretrained",
     Checkpoint: "checkpoint",
+    BenchmarkFiles: "benchmark",
+    Answers: "answers",
     BenchmarkResult: "score",
     EvalReport: "report",
 }

@@ -14,7 +14,6 @@ from vila_ops.cli.options import (
     Overrides,
     RecipeFile,
     ResourcesFile,
-    StageName,
     as_yaml,
     load_run,
     print_result,
@@ -74,20 +73,35 @@ def prepare(
 
 
 def evaluate(
-    recipe: RecipeFile,
-    stage: StageName,
+    recipe: Annotated[Path, typer.Argument(help="A file of configs/recipes; with --endpoint, one of configs/suites")],
+    stage: Annotated[str, typer.Option("--stage", help="Name of a stage, or `base` for the untrained model")] = "",
+    endpoint: Annotated[str, typer.Option("--endpoint", help="NAME@URL of a model behind an OpenAI API")] = "",
     final: Annotated[bool, typer.Option("--final", help="The final suite instead of the stage suite")] = False,
+    suite: Annotated[Path | None, typer.Option("--suite", help="A file of official benchmarks instead")] = None,
+    rescore: Annotated[bool, typer.Option("--rescore", help="Score the sealed answers again, without a model")] = False,
     resources: ResourcesFile = INLINE,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate the model after a stage; prints its scores with 95 % intervals."""
+    """Evaluate the model after a stage, or behind an endpoint; prints its scores with 95 % intervals."""
     from vila_ops.cli.scores import scores
+    from vila_ops.config import load_resources, load_suite
     from vila_ops.eval.report import read_report
     from vila_ops.pipeline import stages
 
-    run, context = load_run(recipe, resources, overrides)
-    report = stages.evaluate_stage(run, stage, final=final, context=context)
+    if bool(stage) == bool(endpoint) or (final and suite is not None) or (endpoint and (final or suite or overrides)):
+        raise ValueError(
+            "give --stage with a recipe, and --final or --suite if the stage suite is not meant; or --endpoint with a "
+            "file of official benchmarks in place of the recipe, and neither of these nor -s"
+        )
+    if endpoint:
+        name, _, url = endpoint.partition("@")
+        report = stages.evaluate_endpoint(load_suite(recipe), name, url, load_resources(resources), again=rescore)
+    else:
+        run, context = load_run(recipe, resources, overrides)
+        own = run.recipe.final_suite if final else run.recipe.stage_suite
+        chosen = own if suite is None else load_suite(suite)
+        report = stages.evaluate_stage(run, stage, chosen, again=rescore, context=context)
     if as_json:
         print_result(report, as_json)
     else:

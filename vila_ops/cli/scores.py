@@ -14,9 +14,17 @@ def scores(report: Report) -> list[str]:
     images are worth.
     """
     return [
-        f"suite {report.suite}, {report.split} split, model {report.model[:12]}",
+        f"suite {report.suite}, {f'{report.split} split, ' if report.split else ''}model {report.model[:12]}",
+        *(f"{name}: {count} requests {status}" for name, count, status in _failed(report)),
         "",
         *table([_HEADER, *(_row(metric) for metric in report.metrics)]),
+    ]
+
+
+def _failed(report: Report) -> list[tuple[str, int, str]]:
+    """What has no answer, by benchmark."""
+    return [
+        (name, count, status) for name, result in report.benchmarks.items() for status, count in result.failed.items()
     ]
 
 

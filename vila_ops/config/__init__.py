@@ -5,10 +5,12 @@ from vila_ops.config.base import fingerprint as fingerprint
 from vila_ops.config.context import NO_CONTEXT as NO_CONTEXT
 from vila_ops.config.context import RunContext as RunContext
 from vila_ops.config.eval import Gate as Gate
+from vila_ops.config.eval import OfficialSuite as OfficialSuite
 from vila_ops.config.eval import Suite as Suite
 from vila_ops.config.load import context_of as context_of
 from vila_ops.config.load import load as load
 from vila_ops.config.load import load_resources as load_resources
+from vila_ops.config.load import load_suite as load_suite
 from vila_ops.config.mixture import Mixture as Mixture
 from vila_ops.config.mixture import Split as Split
 from vila_ops.config.model import Component as Component

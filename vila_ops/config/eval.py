@@ -5,6 +5,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, PositiveInt, SerializeAsAny, model_validator
 
 from vila_ops.config.base import Config
+from vila_ops.config.benchmarks import Official
 from vila_ops.config.kinds import plugins
 from vila_ops.config.mixture import Mixture
 from vila_ops.config.sources import OwnFiles, Rendering
@@ -67,10 +68,10 @@ class CaptionCider(BenchmarkConfig):
     max_new_tokens: PositiveInt = 16
 
 
-class PopeBenchmark(BenchmarkConfig):
+class HeldOutPope(BenchmarkConfig):
     """Accuracy, F1 and share of yes on "Is there a X in the image?", half of them yes; chance level: always yes."""
 
-    kind: Literal["pope"] = "pope"
+    kind: Literal["held_out_pope"] = "held_out_pope"
     control: Control = "shuffled"
 
     def least_objects(self) -> int:
@@ -164,20 +165,31 @@ OwnBenchmark = (
     CaptionLoss
     | MultipleChoice
     | CaptionCider
-    | PopeBenchmark
+    | HeldOutPope
     | TextMultipleChoice
     | TextLoss
     | Alignment
     | HeldOutLoss
     | AnswerMatch
+    | Official
 )
 Benchmark = Annotated[
     OwnBenchmark, Field(discriminator="kind"), SerializeAsAny(), plugins("vila_ops.benchmarks", OwnBenchmark)
 ]
 
 
-class SuiteSettings(Config):
-    """The settings of a suite that may change scores; they enter the address of each benchmark's result."""
+class MeasureSettings(Config):
+    """The settings of any suite that may change a number; they enter the address of each benchmark's result."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the language model during evaluation."""
+    bootstrap_resamples: PositiveInt = 2000
+    seed: int = 0
+    """Seed of distractors, shuffled images and bootstrap."""
+
+
+class SuiteSettings(MeasureSettings):
+    """The settings of a suite on held-out data; they enter the address of each result that is measured on it."""
 
     split: Literal["validation", "test"]
     """Recipes are chosen on validation; test is read once per committed recipe."""
@@ -187,15 +199,18 @@ class SuiteSettings(Config):
     """Words that the text benchmarks read."""
     max_tokens: PositiveInt = 512
     """Longest evaluation sample, in tokens."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the language model during evaluation."""
-    bootstrap_resamples: PositiveInt = 2000
-    seed: int = 0
-    """Seed of distractors, shuffled images and bootstrap."""
+
+
+class OfficialSuite(MeasureSettings):
+    """Benchmarks on official files, which any model may be measured on."""
+
+    name: str
+    benchmarks: dict[str, Official] = Field(min_length=1)
+    """By the name under which the report shows its metrics."""
 
 
 class Suite(SuiteSettings):
-    """The benchmarks of an evaluation and the data that they read."""
+    """The benchmarks of an evaluation and the held-out data that they read."""
 
     name: str
     mixture: Mixture
@@ -215,7 +230,7 @@ class Suite(SuiteSettings):
         return self
 
     def settings(self) -> SuiteSettings:
-        """The settings that may change a benchmark's scores, without the suite's name and its other benchmarks."""
+        """The settings that may change a score on held-out data, without the suite's name and its other benchmarks."""
         return SuiteSettings.model_validate(self.model_dump(include=set(SuiteSettings.model_fields)))
 
 

@@ -9,6 +9,7 @@ import yaml
 
 from vila_ops.config.base import Config
 from vila_ops.config.context import RunContext
+from vila_ops.config.eval import OfficialSuite
 from vila_ops.config.resources import Resources
 from vila_ops.config.run import Recipe, Run
 from vila_ops.config.schema import configs, members, value_types
@@ -55,6 +56,11 @@ def key_and_value(override: str) -> tuple[str, Any]:
 def load_resources(path: Path) -> Resources:
     """The resources in a YAML file."""
     return Resources.model_validate(read_as(Resources, path, what=RESOURCES))
+
+
+def load_suite(path: Path) -> OfficialSuite:
+    """The suite of official benchmarks in a YAML file."""
+    return OfficialSuite.model_validate(read_as(OfficialSuite, path, what="a suite of official benchmarks"))
 
 
 def read(path: Path) -> dict[str, Any]:

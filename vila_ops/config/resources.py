@@ -85,6 +85,8 @@ class StorageResources(Config):
     """Store of sealed artifacts: a folder, or `s3://bucket/prefix`."""
     data: str = "data"
     """Folder of DVC's outputs. A mixture that the store lacks is copied from `data/<mixture>` if it is there."""
+    benchmarks: str = "data/benchmarks"
+    """Folder of the official files of benchmarks, which lie in KIND/ of it."""
     cache: str = "~/.cache/vila-ops"
     """Folder of fetched packages and converted weights; checkouts may share it."""
     features_leave_free: float = Field(default=0.1, ge=0, le=1)
@@ -202,14 +204,30 @@ class TrainResources(Config):
         return self
 
 
+class EndpointResources(Config):
+    """How an endpoint is asked."""
+
+    key_variable: str = "OPENAI_API_KEY"
+    """Environment variable with the key; no key is sent if it is not set."""
+    max_concurrency: PositiveInt = 64
+    """Most requests at a time. The number grows while the endpoint answers, and halves when it is overloaded."""
+    timeout_seconds: PositiveFloat = 120.0
+    """Time after which a request is given up and tried again."""
+    max_retries: NonNegativeInt = 5
+    """How often a request is tried again after an overload, a fault of the server or a time-out."""
+
+
 class EvaluateResources(Config):
     """Resources of `evaluate`."""
 
+    num_workers: PositiveInt = 1
+    """Processes that answer shards at the same time, on any nodes; each loads the model."""
     cpus_per_worker: PositiveFloat = 1
     """Logical CPUs that Ray reserves."""
     threads_per_worker: PositiveInt = 1
     """Threads of torch."""
     engine: Engine = TorchEngine()
+    endpoint: EndpointResources = EndpointResources()
 
 
 class ServeResources(Config):
@@ -285,6 +303,8 @@ class Resources(Config):
                     )
         if self.train.placement != "PACK" or self.train.network != Network():
             raise ValueError("placement and network have no effect with launch inline; remove them or use launch ray")
+        if self.evaluate.num_workers != 1:
+            raise ValueError(f"launch inline evaluates in one process, not {self.evaluate.num_workers}; use launch ray")
         if self.serve.replicas != 1:
             raise ValueError(f"launch inline serves one replica, not {self.serve.replicas}; use launch ray")
         for key in ("ray_address", "accelerator_type"):

@@ -177,8 +177,8 @@ def samples_of(dataset: Dataset, rows: Iterable[Mapping[str, Any]]) -> Iterator[
 
 
 def data_url(image: bytes) -> str:
-    """An encoded square of a sample, JPEG or WebP, as a data: URL."""
-    kind = "jpeg" if image.startswith(b"\xff\xd8") else "webp"
+    """An encoded image, JPEG, PNG or WebP, as a data: URL."""
+    kind = {b"\xff\xd8": "jpeg", b"\x89P": "png"}.get(image[:2], "webp")
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 

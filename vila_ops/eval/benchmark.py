@@ -1,129 +1,220 @@
-"""The protocol of a benchmark, the table of ours, and the confidence intervals that they share.
+"""The shape of every benchmark: items, requests, scores of each row, values of metrics, official files.
 
-A benchmark is a module with a `REVISION` and four functions, see `BenchmarkModule`: items -> requests -> (responses of
-the engine) -> scores of each item -> metrics. All but `items`, which reads the data, are pure. Third-party packages add
-benchmarks by entry points of the group `vila_ops.benchmarks`; see `config.kinds`.
+A benchmark is a module with a `REVISION` and the functions of `BenchmarkModule`. Data flows one way:
+
+    read      official files, or held-out data                         -> items
+    requests  items and the prompt of the config                       -> requests, to generate or to score
+              (the runner asks a target; each response becomes a row of items.parquet)
+    score     items and rows                                           -> the scores of each row
+    metrics   items and scored rows                                    -> the values of each metric
+              (`scoring` makes intervals, slices and gaps of these)
+    official_files (where a server or script reads one)                -> the bytes of each official file
+
+All but `read` are pure, so a result is scored again without a model. Third-party packages add benchmarks by entry
+points of the group `vila_ops.benchmarks`; see `config.kinds`.
 """
 
-# N items, K columns of a score
+# N units, K columns of a metric
 
-import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
-from vila_ops.artifacts.kinds import Dataset
-from vila_ops.config import Config, Suite
-from vila_ops.config.eval import CONVERSATIONS, SuiteSettings
 from vila_ops.config.kinds import module_of, provenance
-from vila_ops.eval.report import ItemAnswer, ItemScore, LayerPoint, Metric, MetricRole
-from vila_ops.eval.statistics import FloatArray, Interval, Statistic, cluster_bootstrap, paired_difference
+from vila_ops.data.records import Image
+from vila_ops.eval.report import MetricRole
+from vila_ops.eval.rows import ItemRow
+from vila_ops.eval.statistics import FloatArray, Statistic
 from vila_ops.generate.request import Prompt
 
 if TYPE_CHECKING:
     from vila_ops.data.text.conversation import Tokenizer
 
-HELD_OUT = "vila_ops.eval.benchmarks.held_out"
+BENCHMARKS_FOLDER, HELD_OUT = "vila_ops.eval.benchmarks", "vila_ops.eval.benchmarks.held_out"
 BENCHMARKS = {
-    kind: f"{HELD_OUT}.{kind}"
-    for kind in (
-        *("alignment", "answer_match", "caption_loss", "cider", "held_out_loss", "multiple_choice", "pope"),
-        *("text_loss", "text_multiple_choice"),
-    )
+    "alignment": f"{HELD_OUT}.alignment",
+    "answer_match": f"{HELD_OUT}.answer_match",
+    "caption_loss": f"{HELD_OUT}.caption_loss",
+    "cider": f"{HELD_OUT}.cider",
+    "held_out_loss": f"{HELD_OUT}.held_out_loss",
+    "held_out_pope": f"{HELD_OUT}.held_out_pope",
+    "multiple_choice": f"{HELD_OUT}.multiple_choice",
+    "text_loss": f"{HELD_OUT}.text_loss",
+    "text_multiple_choice": f"{HELD_OUT}.text_multiple_choice",
+    "pope": f"{BENCHMARKS_FOLDER}.pope",
 }
 """Our kinds and their modules, which are imported when a suite has such a benchmark."""
 
-
-class EvalInputs(Config):
-    """What the items of a benchmark are read from. Its scores depend on this, on its config and on the model alone."""
-
-    data: Dataset
-    settings: SuiteSettings
-    captions: tuple[str, ...]
-    """Sources of the dataset whose records are captioned images."""
-    definitions: tuple[str, ...]
-    """Sources of the dataset whose records are words with their meanings."""
-    conversations: tuple[str, ...] = Field(default=(), exclude_if=operator.not_)
-    """Sources of the dataset whose records are questions with answers."""
-
-    @classmethod
-    def of(cls, suite: Suite, data: Dataset) -> "EvalInputs":
-        """The inputs of every benchmark of a suite."""
-        renders = {name: source.render for name, source in sorted(suite.mixture.sources.items())}
-        return cls(
-            data=data,
-            settings=suite.settings(),
-            captions=tuple(name for name, render in renders.items() if render == "caption"),
-            definitions=tuple(name for name, render in renders.items() if render == "definition"),
-            conversations=tuple(name for name, render in renders.items() if render in CONVERSATIONS),
-        )
+LazyTokenizer = Callable[[], "Tokenizer"]
+"""The tokenizer of the model, loaded when it is called. Raises ValueError where the target is an endpoint, of which
+nobody knows the tokenizer."""
 
 
 @dataclass(frozen=True)
-class ScoreRequest:
-    """Likelihoods of continuations of a prompt; the response is one `Loglikelihood` for each."""
+class SealedImage:
+    """An image of a sealed benchmark."""
 
-    prompt: Prompt
-    continuations: tuple[list[int], ...]
+    key: str
+    """sha256 of its file."""
 
 
 @dataclass(frozen=True)
-class GenerateRequest:
-    """A greedy answer to a prompt; the response is its text."""
+class Unreadable:
+    """An image that is not there or cannot be read, with the reason; `read` puts it in the image's place."""
 
-    prompt: Prompt
+    reason: str
+
+
+Part = str | Image | SealedImage | Unreadable
+Parts = tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question of a benchmark. Benchmarks on held-out data have classes of their own with more fields."""
+
+    id: str
+    """Unique in the benchmark, as the official files name it."""
+    group: str
+    """Items of one group, such as the questions of one image, are not independent."""
+    parts: Mapping[str, Parts] = field(default_factory=dict)
+    """What the prompt may name: `image`, `question`, `context`, ...; text and images in their order."""
+    options: tuple[str, ...] = ()
+    """Answers to choose from, in order."""
+    references: Any = None
+    """What the scorer compares an answer with, as JSON values."""
+    answer: str = ""
+    """What the item answers where it is a demonstration."""
+    slices: tuple[str, ...] = ()
+    """Subsets that hold it, such as `category: scenes`."""
+
+    def problem(self) -> str | None:
+        """Why the item cannot be asked; None if it can."""
+        reasons = (part.reason for parts in self.parts.values() for part in parts if isinstance(part, Unreadable))
+        return next(reasons, None)
+
+
+@dataclass(frozen=True)
+class TextPrompt:
+    """A prompt as text and images, which the target writes for its model: token ids, or messages of a chat API."""
+
+    turns: tuple[tuple[str, Parts], ...]
+    """(role, parts); one `user` turn for a running text."""
+    is_chat: bool = True
+    """Written with the chat template; else bos and the running text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked about an item. Its response is one row of the items table, under the first three fields."""
+
+    item: str
+    condition: str = "matched"
+    """`matched`, or for controls `shuffled` and `no_image`."""
+    rotation: int = 0
+    """By how many places the options are rotated."""
+    shots: tuple[str, ...] = ()
+    """Ids of the demonstrations, in their order."""
+    prompt: TextPrompt | Prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRequest(Request):
+    """A greedy answer; the row has its text."""
+
     max_new_tokens: int
+    stop: tuple[str, ...] = ()
+    """Texts at which the answer is cut."""
 
 
-@dataclass(frozen=True)
-class StatesRequest:
-    """Hidden states of a prompt and a continuation, (layers + 1, T, D); the response is what `reduce` keeps of them."""
+@dataclass(frozen=True, kw_only=True)
+class ScoreRequest(Request):
+    """Likelihoods of continuations, as token ids or text; the row has nats and tokens of each."""
+
+    continuations: tuple[list[int] | str, ...]
+    labels: tuple[str, ...] = ()
+    """What the row's answer is where a continuation is the likeliest; empty: it has no answer."""
+    per_token: bool = False
+    """The likeliest by the mean over its tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatesRequest(Request):
+    """Hidden states of a prompt and a continuation; the row has the values that `reduce` makes of them."""
 
     prompt: Prompt
     continuation: list[int]
-    reduce: Callable[[NDArray[np.float64]], Any]
-
-
-Requests = Sequence[ScoreRequest] | Sequence[GenerateRequest] | Sequence[StatesRequest]
-
-
-@dataclass(frozen=True)
-class Scored:
-    """The scores of each item, and what the model answered."""
-
-    items: tuple[ItemScore, ...]
-    answers: tuple[ItemAnswer, ...] = ()
+    reduce: Callable[[NDArray[np.float64], NDArray[np.int64], int], list[float]]
+    """A function of a module: of the states (layers + 1, T, D), the positions of image tokens, and the number of tokens
+    of the continuation, which come last."""
 
 
 @dataclass(frozen=True)
-class Aggregate:
-    """The metrics of all items, and the numbers that have a value for each layer."""
+class Units:
+    """What a metric is a statistic of: items, or others such as images."""
 
-    metrics: tuple[Metric, ...]
-    layers: tuple[LayerPoint, ...] = ()
+    names: tuple[str, ...]
+    """(N,), distinct. Models are compared unit by unit under these names."""
+    groups: tuple[str, ...]
+    """(N,); units of one group are not independent."""
+    slices: tuple[tuple[str, ...], ...] = ()
+    """(N,), or empty: the slices that hold each unit."""
+
+    @classmethod
+    def of(cls, rows: Sequence[ItemRow]) -> "Units":
+        """The items of rows, each of which has one."""
+        return cls(tuple(row.item for row in rows), tuple(row.group for row in rows), tuple(row.slices for row in rows))
+
+
+@dataclass(frozen=True)
+class MetricValues:
+    """The values of which a metric is a statistic. `scoring` makes a number with an interval of them."""
+
+    name: str
+    """The benchmark's kind, or KIND_MEASURE; ends in `_official` or `_corrected` where these two columns differ."""
+    units: Units
+    values: FloatArray
+    """(N,), or (N, K) for a statistic of several columns."""
+    statistic: Statistic = "mean"
+    role: MetricRole = "model"
+    unit: str = "share"
+    lower_is_better: bool = False
+    layer: int | None = None
+    """The layer of the language model; None: the metric is not of a layer."""
+    gap: bool = True
+    """Whether the gap between the model and its control is a metric too."""
 
 
 class BenchmarkModule(Protocol):
-    """A benchmark; `config` is its own config class in each function."""
+    """A benchmark; `config` is its own config class in each function.
+
+    A benchmark on official files may also have `official_files(items, rows, config) -> dict[str, bytes]`: the content
+    of each result or upload file by its official name.
+    """
 
     REVISION: int
-    """Raised when the scores or metrics change for the same model and data."""
+    """Raised when the items, scores or metrics change for the same model and files."""
 
-    def items(self, inputs: EvalInputs, config: Any, tokenizer: "Tokenizer") -> Sequence[Any]:
-        """The items in their order. Raises ValueError where the data cannot give them."""
+    def read(self, source: Any, config: Any) -> Iterable[Item]:
+        """The items in their official order. `source` is the folder of the official files, or a `HeldOut`.
 
-    def requests(self, items: Sequence[Any], config: Any, tokenizer: "Tokenizer") -> Mapping[str, Requests]:
-        """Requests to the engine by condition: `matched`, `shuffled` or `no_image`; each in the order of the items."""
+        Raises ValueError, which names file and way out, where the source cannot give them.
+        """
 
-    def score(self, items: Sequence[Any], config: Any, responses: Mapping[str, Sequence[Any]]) -> Scored:
-        """The scores of each item from the responses, which are by condition and in the order of the requests."""
+    def requests(self, items: Sequence[Any], config: Any, tokenizer: LazyTokenizer) -> Iterable[Request]:
+        """Requests of the items; (item, condition, rotation) names each."""
 
-    def aggregate(self, scores: Sequence[ItemScore], config: Any, intervals: "Intervals") -> Aggregate:
-        """The metrics; a function of the items' scores alone."""
+    def score(self, items: Sequence[Any], rows: Sequence[ItemRow], config: Any) -> Sequence[Mapping[str, float]]:
+        """The scores of each row by column, empty where a row is not scored itself.
+
+        A failed row has no answer (None): it is given only where it counts, and then scores as a wrong answer.
+        """
+
+    def metrics(self, items: Sequence[Any], rows: Sequence[ItemRow], config: Any) -> Sequence[MetricValues]:
+        """The values of each metric, from the rows that count."""
 
 
 def benchmark_of(kind: str) -> BenchmarkModule:
@@ -134,68 +225,3 @@ def benchmark_of(kind: str) -> BenchmarkModule:
 def plugin_of(kind: str) -> dict[str, Any] | None:
     """Package, version and revision of a third-party benchmark; None for one of ours."""
     return provenance("vila_ops.benchmarks", BENCHMARKS, kind)
-
-
-def tables(scores: Sequence[ItemScore]) -> dict[MetricRole, FloatArray]:
-    """The scores of all items by role, (N, K) each; every item has the same roles and columns."""
-    return {role: np.array([list(one.scores[role].values()) for one in scores], float) for role in scores[0].scores}
-
-
-@dataclass(frozen=True)
-class Intervals:
-    """Makes metrics with the bootstrap intervals of a suite; values are in the order of the items."""
-
-    clusters: tuple[str, ...]
-    """The cluster of each item."""
-    resamples: int
-    seed: int
-
-    def metric(self, name: str, role: MetricRole, values: FloatArray, *, statistic: Statistic, unit: str) -> Metric:
-        """A statistic of one role's scores with its interval."""
-        interval = cluster_bootstrap(
-            values, self.clusters, statistic=statistic, resamples=self.resamples, seed=self.seed
-        )
-        return _metric(name, role, interval, unit)
-
-    def metrics(
-        self, name: str, by_role: Mapping[MetricRole, FloatArray], *, statistic: Statistic, unit: str
-    ) -> tuple[Metric, ...]:
-        """The statistic of each role's scores (`tables`), and with a control the gap between it and the model.
-
-        The gap has the sign that `MetricRole` states.
-        """
-        listed = [self.metric(name, role, values, statistic=statistic, unit=unit) for role, values in by_role.items()]
-        if "control" in by_role:
-            pair = (by_role["model"], by_role["control"])
-            first, second = reversed(pair) if _is_loss(unit) else pair
-            listed.append(self.gap(name, first, second, statistic=statistic, unit=unit))
-        return tuple(listed)
-
-    def gap(self, name: str, first: FloatArray, second: FloatArray, *, statistic: Statistic, unit: str) -> Metric:
-        """The statistic of the first scores minus that of the second on the same items, with its interval."""
-        interval = paired_difference(
-            first, second, self.clusters, statistic=statistic, resamples=self.resamples, seed=self.seed
-        )
-        return _metric(name, "gap", interval, unit)
-
-
-def chance(name: str, level: float, *, n: int, unit: str) -> Metric:
-    """A chance level that is known, so that it has no interval."""
-    return Metric(name=name, role="chance", value=level, low=level, high=level, n=n, lower_is_better=False, unit=unit)
-
-
-def _is_loss(unit: str) -> bool:
-    return unit.startswith("nats")
-
-
-def _metric(name: str, role: MetricRole, interval: Interval, unit: str) -> Metric:
-    return Metric(
-        name=name,
-        role=role,
-        value=interval.value,
-        low=interval.low,
-        high=interval.high,
-        n=interval.n,
-        lower_is_better=_is_loss(unit) and role != "gap",
-        unit=unit,
-    )

@@ -5,58 +5,72 @@ This module is light. What measures is imported when a benchmark was not measure
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from vila_ops import tracking
 from vila_ops.artifacts import attempts, store
 from vila_ops.artifacts.execution import execution
-from vila_ops.artifacts.kinds import BenchmarkResult, Checkpoint, Dataset, EvalReport, Pretrained
+from vila_ops.artifacts.kinds import (
+    BenchmarkFiles,
+    BenchmarkResult,
+    Checkpoint,
+    Dataset,
+    Endpoint,
+    EvalReport,
+    Pretrained,
+)
 from vila_ops.artifacts.leases import hold
 from vila_ops.cluster import device_on
-from vila_ops.config import NO_CONTEXT, Resources, RunContext, Suite
+from vila_ops.config import NO_CONTEXT, OfficialSuite, Resources, RunContext, Suite
+from vila_ops.config.benchmarks import OfficialBenchmark
 from vila_ops.eval.job import EvalJob
 from vila_ops.eval.needs import check_held_out
 from vila_ops.eval.report import Report, compose, tracked, tracked_layers, write_report
 
-REVISION = 4
+REVISION = 5
 """Raised when a report of the same results changes; each benchmark has a revision of its own."""
 log = logging.getLogger(__name__)
 
 
 def evaluate(
-    suite: Suite,
-    model: Checkpoint | Pretrained,
-    data: Dataset,
+    suite: Suite | OfficialSuite,
+    model: Checkpoint | Pretrained | Endpoint,
+    data: Dataset | None,
     resources: Resources,
     context: RunContext = NO_CONTEXT,
 ) -> EvalReport:
     """The report of a model on a suite; measures the benchmarks that the store has no result of.
 
-    Raises CorruptArtifact for a damaged model, dataset, result or report, and ValueError for too few held-out records.
+    `data` is the prepared mixture of a `Suite`; official files are read from `resources.storage.benchmarks`.
+    Raises CorruptArtifact for a damaged model, dataset, result or report, and ValueError for too few held-out records
+    and for official files that are missing or faulty.
     """
-    job = EvalJob(suite=suite, model=model, data=data, resources=resources)
+    job = EvalJob(suite=suite, model=model, data=data, files=_files(suite, resources), resources=resources)
     results = _results(job)
     if len(results) == len(suite.benchmarks) and (
         done := store.find(EvalReport, _address(job, results), store=resources.storage.store)
     ):
         return done
-    if len(results) < len(suite.benchmarks):
+    if len(results) < len(suite.benchmarks) and not isinstance(model, Endpoint):
         device_on(resources, resources.device)
-    check_held_out(suite, data)
-    stage = model.stage if isinstance(model, Checkpoint) else "base"
+    if isinstance(suite, Suite):
+        assert data is not None
+        check_held_out(suite, data)
+    stage = _name_of(model)
     run_id = tracking.start_run(
         resources,
         f"evaluate {stage} on {suite.name}",
         parent=context.parent_run,
-        params={"suite": suite.name, "split": suite.split, "max_objects": suite.max_objects},
-        tags={"task": "evaluate", "stage": stage, "model": model.digest, "data": data.digest},
+        params={"suite": suite.name, **_held_out_params(suite)},
+        tags={"task": "evaluate", "stage": stage, "model": model.digest, "data": data.digest if data else ""},
     )
     failed = True
     try:
-        tracking.log_input(resources, run_id, data, name=suite.mixture.name, context="eval")
+        if isinstance(suite, Suite) and data is not None:
+            tracking.log_input(resources, run_id, data, name=suite.mixture.name, context="eval")
         report = _report(job, run_id)
         failed = False
     finally:
@@ -65,14 +79,62 @@ def evaluate(
     return report
 
 
+def _files(suite: Suite | OfficialSuite, resources: Resources) -> dict[str, BenchmarkFiles]:
+    """The sealed files of each official benchmark. Raises ValueError."""
+    official = {name: one for name, one in suite.benchmarks.items() if isinstance(one, OfficialBenchmark)}
+    if not official:
+        return {}
+    from vila_ops.eval.sealed import seal_files  # heavy: Pillow
+
+    return {name: seal_files(one, resources) for name, one in official.items()}
+
+
+def _name_of(model: Checkpoint | Pretrained | Endpoint) -> str:
+    match model:
+        case Checkpoint(stage=stage):
+            return stage
+        case Endpoint(name=name):
+            return name
+    return "base"
+
+
+def _held_out_params(suite: Suite | OfficialSuite) -> dict[str, Any]:
+    return {"split": suite.split, "max_objects": suite.max_objects} if isinstance(suite, Suite) else {}
+
+
+def rescore(
+    suite: Suite | OfficialSuite,
+    model: Checkpoint | Pretrained | Endpoint,
+    data: Dataset | None,
+    resources: Resources,
+) -> EvalReport:
+    """The report of `evaluate`, made again of the answers that are sealed; no model is loaded or asked.
+
+    What has a result is scored again and has to give the same; what has none, such as after a change of a scorer, is
+    scored from its sealed shards. Raises ValueError where answers are missing, and where scores differ although the
+    benchmark's REVISION does not.
+    """
+    from vila_ops.eval.runner import Runner  # heavy: transformers
+
+    job = EvalJob(suite=suite, model=model, data=data, files=_files(suite, resources), resources=resources)
+    with closing(Runner(job)) as runner:
+        for name in suite.benchmarks:
+            runner.rescore(name)
+    return _sealed_report(job, None, [], started=time.monotonic())
+
+
 def _report(job: EvalJob, run_id: str | None) -> EvalReport:
     """Measure what is missing; compose, track and seal the report."""
     started = time.monotonic()
-    ran = _measure_missing(job)
+    return _sealed_report(job, run_id, _measure_missing(job), started=started)
+
+
+def _sealed_report(job: EvalJob, run_id: str | None, ran: list[dict[str, Any]], *, started: float) -> EvalReport:
     results = _results(job)
     at = _address(job, results)
     with attempts.attempt(at, store=job.resources.storage.store) as attempt:
-        report = compose(job.suite, model=job.model.digest, data=job.data.digest, results=results)
+        data = job.data.digest if job.data else None
+        report = compose(job.suite, model=job.model.digest, data=data, results=results)
         _track(report, write_report(attempt, report), job.resources, run_id)
     return store.seal(
         EvalReport,
@@ -104,39 +166,85 @@ def _address(job: EvalJob, results: Mapping[str, BenchmarkResult]) -> store.Addr
     return store.address(
         EvalReport,
         revision=REVISION,
-        recipe={"suite": job.suite.name, "split": job.suite.split, "benchmarks": names},
-        parents=(job.model.digest, job.data.digest, *(results[name].digest for name in names)),
+        recipe={"suite": job.suite.name, "split": getattr(job.suite, "split", None), "benchmarks": names},
+        parents=(
+            job.model.digest,
+            *((job.data.digest,) if job.data else ()),
+            *(results[name].digest for name in names),
+        ),
     )
 
 
 def _measure_missing(job: EvalJob) -> list[dict[str, Any]]:
-    """Measure and seal what the store has no result of, in one process; returns which one, or nothing.
+    """Measure and seal what the store has no result of; returns which processes did it, or nothing.
 
     The lease of one benchmark is held at a time, so that another process that needs it waits for this benchmark alone.
-    What another process measures meanwhile is waited for and not measured again.
+    What another process measures meanwhile is waited for and not measured again. Every benchmark is planned before the
+    first item is asked, so that one that cannot be measured is refused early.
     """
     root = job.resources.storage.store
+    missing = [name for name in job.suite.benchmarks if job.result(name) is None]
+    if not missing:
+        return []
     ran: list[dict[str, Any]] = []
-    measure: Callable[[str], dict[str, Any]] | None = None
-    with ExitStack() as session:
-        for name in (name for name in job.suite.benchmarks if job.result(name) is None):
+    # a worker may have another current folder, so the store's path is absolute
+    with closing(_workers(job.with_changes({"resources.storage.store": store.root_of(root)}))) as workers:
+        sizes = {name: workers.plan(name) for name in missing}
+        for name in missing:
             with hold(job.address(name), store=root):
                 if job.result(name) is not None:
                     continue
-                if measure is None:  # a worker may have another current folder, so the store's path is absolute
-                    measure = session.enter_context(
-                        _session(job.with_changes({"resources.storage.store": store.root_of(root)}))
-                    )
-                ran = [measure(name)]
+                pending, progress = workers.pending(name), Progress(name, sizes[name])
+                progress.start(pending)
+                for shard in workers.answer_all(name, pending):
+                    progress.advance(shard)
+                ran = [workers.conclude(name)]
     return ran
 
 
-def _session(job: EvalJob) -> AbstractContextManager[Callable[[str], dict[str, Any]]]:
-    """A process with the model loaded, which measures and seals a benchmark by the suite's name of it."""
-    if job.resources.launch != "inline":
-        from vila_ops.eval.ray_workers import session_on_ray
+class Workers(Protocol):
+    """The processes that measure a suite. Shards are numbered, benchmarks have the suite's names."""
 
-        return session_on_ray(job)
-    from vila_ops.eval.runner import session  # heavy: torch, transformers
+    def plan(self, name: str) -> list[int]:
+        """The number of requests of each shard of a benchmark. Raises ValueError where it cannot be measured."""
 
-    return session(job)
+    def pending(self, name: str) -> list[int]:
+        """The shards that are not sealed."""
+
+    def answer_all(self, name: str, shards: Sequence[int]) -> Iterator[int]:
+        """Answer and seal shards; yields the number of each when it is sealed."""
+
+    def conclude(self, name: str) -> dict[str, Any]:
+        """Score and seal a benchmark of which all shards are sealed; returns which process did it."""
+
+    def close(self) -> None:
+        """End what was started."""
+
+
+def _workers(job: EvalJob) -> Workers:
+    if job.resources.launch != "inline" and not isinstance(job.model, Endpoint):
+        from vila_ops.eval.ray_workers import RayWorkers
+
+        return RayWorkers(job)
+    from vila_ops.eval.runner import Runner  # heavy: transformers
+
+    return Runner(job)
+
+
+class Progress:
+    """Logs how far a benchmark is: requests done, requests a second, time left."""
+
+    def __init__(self, name: str, sizes: Sequence[int]) -> None:
+        self._name, self._sizes = name, sizes
+
+    def start(self, pending: Sequence[int]) -> None:
+        """Begin with the shards that are not sealed."""
+        self._reused = self._done = sum(self._sizes) - sum(self._sizes[shard] for shard in pending)
+        self._started = time.monotonic()
+
+    def advance(self, shard: int) -> None:
+        """Count a shard that was sealed."""
+        self._done += self._sizes[shard]
+        total, rate = sum(self._sizes), (self._done - self._reused) / max(time.monotonic() - self._started, 1e-6)
+        left = (total - self._done) / rate
+        log.info("%s: %d of %d items, %.1f a second, %.0f s left", self._name, self._done, total, rate, left)

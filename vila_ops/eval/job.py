@@ -1,45 +1,80 @@
 """The work of an evaluating process, small enough to send."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from vila_ops.artifacts import store
-from vila_ops.artifacts.kinds import BenchmarkResult, Checkpoint, Dataset, Pretrained
-from vila_ops.config import Config, Resources, Suite
-from vila_ops.eval.benchmark import EvalInputs, benchmark_of, plugin_of
+from vila_ops.artifacts.kinds import (
+    Answers,
+    BenchmarkFiles,
+    BenchmarkResult,
+    Checkpoint,
+    Dataset,
+    Endpoint,
+    Pretrained,
+)
+from vila_ops.config import Config, OfficialSuite, Resources, Suite
+from vila_ops.config.eval import MeasureSettings
+from vila_ops.eval.benchmark import benchmark_of, plugin_of
+from vila_ops.eval.benchmarks.held_out.items import EvalInputs
 from vila_ops.generate.load import engine_facts
+
+ANSWERS = 1
+"""Revision of the responses to given requests: raised when a target is asked otherwise."""
 
 
 class EvalJob(Config):
     """A suite on a model."""
 
-    suite: Suite
-    model: Checkpoint | Pretrained
-    data: Dataset
+    suite: Suite | OfficialSuite
+    model: Checkpoint | Pretrained | Endpoint
+    data: Dataset | None = None
+    """The held-out data of a `Suite`."""
+    files: dict[str, BenchmarkFiles] = {}
+    """The sealed files of each official benchmark, by the suite's name."""
     resources: Resources
 
     def inputs(self) -> EvalInputs:
-        """What the benchmarks read their items from."""
+        """What the benchmarks on held-out data read their items from."""
+        assert isinstance(self.suite, Suite)
+        assert self.data is not None
         return EvalInputs.of(self.suite, self.data)
+
+    def settings(self) -> MeasureSettings:
+        """The settings of the suite that may change a number of any benchmark."""
+        return MeasureSettings.model_validate(self.suite.model_dump(include=set(MeasureSettings.model_fields)))
 
     def address(self, name: str) -> store.Address:
         """Where the result of a benchmark is: it depends neither on the suite's name nor on its other benchmarks.
 
         An engine of a third-party package enters it with its settings.
         """
-        benchmark = self.suite.benchmarks[name]
-        recipe = {
-            "benchmark": benchmark.model_dump(mode="json"),
-            "plugin": plugin_of(benchmark.kind),
-            "inputs": self.inputs().model_dump(mode="json", exclude={"data"}),
-        }
-        engine = engine_facts(self.resources.evaluate.engine)
-        if "plugin" in engine:  # its numbers may be others than those of our engines, which agree
-            recipe["engine"] = engine
+        benchmark: Config = self.suite.benchmarks[name]
+        kind: str = benchmark.kind  # type: ignore[attr-defined]
+        if name in self.files:
+            inputs, parent = self.settings().model_dump(mode="json"), self.files[name].digest
+        else:
+            inputs, parent = self.inputs().model_dump(mode="json", exclude={"data"}), self.inputs().data.digest
+        recipe = {"benchmark": benchmark.model_dump(mode="json"), "plugin": plugin_of(kind), "inputs": inputs}
         return store.address(
             BenchmarkResult,
-            revision=benchmark_of(benchmark.kind).REVISION,
-            recipe=recipe,
-            parents=(self.model.digest, self.data.digest),
+            revision=benchmark_of(kind).REVISION,
+            recipe=recipe | self._plugin_engine(),
+            parents=(self.model.digest, parent),
         )
 
     def result(self, name: str) -> BenchmarkResult | None:
         """The result of a benchmark, None where it was not measured yet. Raises CorruptArtifact."""
         return store.find(BenchmarkResult, self.address(name), store=self.resources.storage.store)
+
+    def answers_address(self, requests: Sequence[str]) -> store.Address:
+        """Where the responses to a shard of requests are, by their hashes: whichever benchmark asks them."""
+        recipe = {"requests": list(requests), "precision": self.suite.precision} | self._plugin_engine()
+        return store.address(Answers, revision=ANSWERS, recipe=recipe, parents=(self.model.digest,))
+
+    def _plugin_engine(self) -> dict[str, Any]:
+        """An engine of a package: its numbers may be others than those of our engines, which agree."""
+        if isinstance(self.model, Endpoint):
+            return {}
+        engine = engine_facts(self.resources.evaluate.engine)
+        return {"engine": engine} if "plugin" in engine else {}

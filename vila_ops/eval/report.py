@@ -1,21 +1,24 @@
 """What an evaluation measured, as files of sealed artifacts. Nothing else reads or writes these files.
 
-result.json, items.jsonl    of one benchmark on one model
-report.json                 of a suite on one model, composed of its benchmarks' results
+result.json, items.parquet    of one benchmark on one model; `rows` has the columns of the latter
+report.json                   of a suite on one model, composed of its benchmarks' results
 """
 
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from vila_ops.artifacts.kinds import BenchmarkResult, EvalReport
-from vila_ops.artifacts.store import file
-from vila_ops.config import Config, Suite
+from vila_ops.artifacts.store import file, manifest_of
+from vila_ops.config import Config, OfficialSuite, Suite
+
+if TYPE_CHECKING:  # heavy: pyarrow
+    from vila_ops.eval.rows import ItemRow
 
 RESULT = "result.json"
-ITEMS = "items.jsonl"
+ITEMS = "items.parquet"
 REPORT = "report.json"
 
 MetricRole = Literal["model", "control", "chance", "gap"]
@@ -45,6 +48,12 @@ class ReportMetric(Metric):
     """The metric's name in the benchmark's own result."""
 
 
+class SliceMetric(Metric):
+    """A metric of the model on a subset of the items."""
+
+    slice: str
+
+
 class LayerPoint(Config):
     """One number of one layer of the language model with its 95 % interval; layer 0 is what enters the first one."""
 
@@ -68,22 +77,16 @@ class ItemAnswer(Config):
     """The answer for the shuffled image; None where the benchmark has no control."""
 
 
-class ItemScore(Config):
-    """The scores of one item, of which the metrics are statistics."""
-
-    item: str
-    cluster: str
-    """Items of one cluster, such as the images of one object, are not independent."""
-    scores: dict[MetricRole, dict[str, float]]
-    """By role, the columns of the statistic by name, such as nats and tokens."""
-
-
 class Measurement(Config):
     """The content of a benchmark's result."""
 
     num_items: int
     num_clusters: int
+    """Number of groups of items that are independent of each other."""
+    failed: dict[str, int] = {}
+    """Number of requests without an answer, by status."""
     metrics: tuple[Metric, ...]
+    slices: tuple[SliceMetric, ...] = ()
     layers: tuple[LayerPoint, ...] = ()
     answers: tuple[ItemAnswer, ...] = ()
 
@@ -96,28 +99,33 @@ class ResultReference(Config):
     digest: str
     num_items: int
     num_clusters: int
+    failed: dict[str, int] = {}
 
 
 class Report(Config):
     """The content of a report."""
 
     suite: str
-    split: Literal["validation", "test"]
+    split: Literal["validation", "test"] | None = None
+    """Of the held-out data; None where all benchmarks are on official files."""
     model: str
     """Digest of the model that was evaluated."""
-    data: str
-    """Digest of the dataset that the items are from."""
+    data: str | None = None
+    """Digest of the dataset that the items are from; None where all benchmarks are on official files."""
     benchmarks: dict[str, ResultReference]
     """By the suite's name, the result with the scores of each item."""
     metrics: tuple[ReportMetric, ...]
+    slices: tuple[SliceMetric, ...] = ()
     layers: tuple[LayerPoint, ...]
     answers: tuple[ItemAnswer, ...]
 
 
-def write_result(folder: Path, measurement: Measurement, items: Sequence[ItemScore]) -> None:
+def write_result(folder: Path, measurement: Measurement, rows: "Sequence[ItemRow]") -> None:
     """Write the files of a benchmark's result into an attempt's folder."""
+    from vila_ops.eval.rows import write_rows
+
     _write(folder / RESULT, measurement)
-    (folder / ITEMS).write_text("".join(f"{item.model_dump_json()}\n" for item in items))
+    write_rows(folder / ITEMS, rows)
 
 
 def read_result(result: BenchmarkResult) -> Measurement:
@@ -125,12 +133,16 @@ def read_result(result: BenchmarkResult) -> Measurement:
     return Measurement.model_validate_json(file(result, RESULT).read_text())
 
 
-def read_items(result: BenchmarkResult) -> tuple[ItemScore, ...]:
-    """The scores of each item, in the order of the items. Raises CorruptArtifact."""
-    return tuple(ItemScore.model_validate_json(line) for line in file(result, ITEMS).read_text().splitlines())
+def read_items(result: BenchmarkResult) -> "tuple[ItemRow, ...]":
+    """The rows of a result's items, scores included, in the order of the requests. Raises CorruptArtifact."""
+    from vila_ops.eval.rows import read_rows
+
+    return read_rows(file(result, ITEMS), manifest_of(result)["execution"].get("seconds_of", ()))
 
 
-def compose(suite: Suite, *, model: str, data: str, results: Mapping[str, BenchmarkResult]) -> Report:
+def compose(
+    suite: Suite | OfficialSuite, *, model: str, data: str | None, results: Mapping[str, BenchmarkResult]
+) -> Report:
     """The report of a suite on a model; model and data are digests, the results are by the suite's names.
 
     Raises ValueError where two metrics would have one name, in the report or in MLflow.
@@ -139,7 +151,7 @@ def compose(suite: Suite, *, model: str, data: str, results: Mapping[str, Benchm
     kinds = {name: benchmark.kind for name, benchmark in suite.benchmarks.items()}
     report = Report(
         suite=suite.name,
-        split=suite.split,
+        split=suite.split if isinstance(suite, Suite) else None,
         model=model,
         data=data,
         benchmarks={name: _reference(results[name], one) for name, one in measured.items()},
@@ -147,6 +159,11 @@ def compose(suite: Suite, *, model: str, data: str, results: Mapping[str, Benchm
             ReportMetric(**{**dict(metric), "name": _name(metric.name, kinds[name], name), "measure": metric.name})
             for name, one in measured.items()
             for metric in one.metrics
+        ),
+        slices=tuple(
+            SliceMetric(**{**dict(metric), "name": _name(metric.name, kinds[name], name)})
+            for name, one in measured.items()
+            for metric in one.slices
         ),
         layers=tuple(
             LayerPoint(**{**dict(point), "name": _name(point.name, kinds[name], name)})
@@ -212,6 +229,7 @@ def _reference(result: BenchmarkResult, measurement: Measurement) -> ResultRefer
         digest=result.digest,
         num_items=measurement.num_items,
         num_clusters=measurement.num_clusters,
+        failed=measurement.failed,
     )
 
 

@@ -1,129 +1,246 @@
-"""Benchmarks on one engine in this process, each sealed as soon as it is measured."""
+"""A suite's benchmarks on one target in this process: plan the shards, answer them one by one, score and seal."""
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vila_ops.artifacts import attempts, store
 from vila_ops.artifacts.execution import execution
-from vila_ops.artifacts.kinds import BenchmarkResult
+from vila_ops.artifacts.kinds import Answers, BenchmarkResult, Endpoint
 from vila_ops.cluster import whoami
+from vila_ops.config.benchmarks import OfficialBenchmark
 from vila_ops.device import describe, device_of
-from vila_ops.eval.benchmark import (
-    EvalInputs,
-    GenerateRequest,
-    Intervals,
-    Requests,
-    ScoreRequest,
-    StatesRequest,
-    benchmark_of,
-)
+from vila_ops.eval import report
+from vila_ops.eval.benchmark import Item, Request, SealedImage, benchmark_of
+from vila_ops.eval.benchmarks.held_out.items import HeldOut
+from vila_ops.eval.endpoint_target import EndpointTarget, check_answerable
+from vila_ops.eval.engine_target import EngineTarget
 from vila_ops.eval.job import EvalJob
-from vila_ops.eval.report import ItemScore, Measurement, write_result
-from vila_ops.generate.engine import Engine, EngineOptions, generate_all, hidden_states_of, score_all
-from vila_ops.generate.load import engine_facts, load_engine
-from vila_ops.generate.request import Sampling
+from vila_ops.eval.prompts import ImageOf, reference_hash, request_hash, unreadable
+from vila_ops.eval.rows import ItemRow, Response, read_responses, write_responses
+from vila_ops.eval.scoring import Scored, score
+from vila_ops.eval.sealed import SealedImages, items_of
+from vila_ops.eval.shards import shards_of
+from vila_ops.generate.engine import EngineOptions
+from vila_ops.generate.load import engine_facts, tokenizer_of
 
+if TYPE_CHECKING:
+    from vila_ops.data.text.conversation import Tokenizer
+
+RESPONSES = "answers.parquet"
+"""File of a sealed shard."""
 log = logging.getLogger(__name__)
 
 
-@contextmanager
-def session(job: EvalJob) -> Iterator[Callable[[str], dict[str, Any]]]:
-    """A function that measures and seals a benchmark by the suite's name of it; the model is loaded once.
+@dataclass(frozen=True)
+class Planned:
+    """A benchmark for one target: its items, its requests in shards, and how an image of them is read."""
 
-    It returns which process did it.
-    """
+    items: Sequence[Item]
+    shards: list[list[Request]]
+    image_of: ImageOf
+
+    @property
+    def requests(self) -> list[Request]:
+        """All requests, shard after shard."""
+        return [request for shard in self.shards for request in shard]
+
+
+class Target(Protocol):
+    """What answers requests: a model in this process, or an endpoint."""
+
+    def answer(self, requests: Sequence[Request], image_of: ImageOf) -> list[Response]:
+        """The responses in the order of the requests."""
+
+    def close(self) -> None:
+        """Release what was opened."""
+
+
+class Runner:
+    """Plans, answers and concludes the benchmarks of a job. The target's weights are loaded with the first shard."""
+
+    def __init__(self, job: EvalJob) -> None:
+        self.job = job
+        self.target = _target(job)
+        self._planned: dict[str, Planned] = {}
+
+    def close(self) -> None:
+        """Release the target."""
+        self.target.close()
+
+    def plan(self, name: str) -> list[int]:
+        """The number of requests of each shard of a benchmark, by the suite's name of it."""
+        return [len(shard) for shard in self._plan(name).shards]
+
+    def answer(self, name: str, shard: int) -> dict[str, Any]:
+        """Answer and seal a shard; returns which process did it."""
+        started = time.monotonic()
+        planned, at = self._plan(name), self._address(name, shard)
+        responses = answered(self.target, planned.shards[shard], planned.image_of)
+        with attempts.attempt(at, store=self._store) as attempt:
+            write_responses(attempt / RESPONSES, responses)
+        ran, seconds = whoami(), {key: round(one.seconds, 4) for key, one in responses.items()}
+        store.seal(
+            Answers,
+            at,
+            attempt,
+            facts={"model": self.job.model.digest},
+            execution=self._execution(time.monotonic() - started, [ran]) | {"seconds_of": seconds},
+        )
+        return ran
+
+    def pending(self, name: str) -> list[int]:
+        """The shards of a benchmark that are not sealed."""
+        return [shard for shard in range(len(self._plan(name).shards)) if not self._is_sealed(name, shard)]
+
+    def answer_all(self, name: str, shards: Sequence[int]) -> Iterator[int]:
+        """Answer shards; yields the number of each as soon as it is sealed."""
+        for shard in shards:
+            self.answer(name, shard)
+            yield shard
+
+    def conclude(self, name: str) -> dict[str, Any]:
+        """Score the answers of all shards, and seal the result of a benchmark; returns which process did it."""
+        started = time.monotonic()
+        planned, config, at = self._plan(name), self.job.suite.benchmarks[name], self.job.address(name)
+        rows = self._rows(name, planned)
+        scored = score(planned.items, rows, config, self.job.settings())
+        if scored.measurement.failed:
+            log.warning("%s: requests without an answer: %s", name, scored.measurement.failed)
+        with attempts.attempt(at, store=self._store) as attempt:
+            report.write_result(attempt, scored.measurement, scored.rows)
+        ran = whoami()
+        store.seal(
+            BenchmarkResult,
+            at,
+            attempt,
+            facts={"benchmark": config.kind, "model": self.job.model.digest},
+            execution=self._execution(time.monotonic() - started, [ran])
+            | {"seconds_of": [row.response.seconds for row in rows]},
+        )
+        return ran
+
+    def rescore(self, name: str) -> None:
+        """Score sealed answers again. Raises ValueError for missing answers, and for other scores of one revision."""
+        result = self.job.result(name)
+        if result is None:
+            if pending := self.pending(name):
+                raise ValueError(f"{len(pending)} shards of {name!r} were not answered; evaluate it without --rescore")
+            self.conclude(name)
+            return
+        config, rows = self.job.suite.benchmarks[name], report.read_items(result)
+        scored = score(read_items(self.job, name), rows, config, self.job.settings())
+        if scored != Scored(report.read_result(result), rows):
+            raise ValueError(
+                f"benchmark {name!r} gives the answers of {result.uri} other scores than are sealed there; raise the "
+                f"REVISION of its module ({config.kind})"
+            )
+
+    def _is_sealed(self, name: str, shard: int) -> bool:
+        return store.find(Answers, self._address(name, shard), store=self._store) is not None
+
+    @property
+    def _store(self) -> str:
+        return self.job.resources.storage.store
+
+    def _execution(self, seconds: float, ran: list[dict[str, Any]]) -> dict[str, Any]:
+        facts = execution(launch=self.job.resources.launch, seconds=seconds, ran=ran)
+        if isinstance(self.job.model, Endpoint):
+            return facts
+        device = describe(device_of(self.job.resources.device))
+        return facts | {"engine": engine_facts(self.job.resources.evaluate.engine), "device": device}
+
+    def _plan(self, name: str) -> Planned:
+        if name not in self._planned:
+            config = self.job.suite.benchmarks[name]
+            items = read_items(self.job, name)
+            requests = list(benchmark_of(config.kind).requests(items, config, partial(_tokenizer, self.job, name)))
+            if isinstance(self.job.model, Endpoint):
+                check_answerable(name, requests)
+            shards = shards_of(requests, {item.id: item.group for item in items})
+            files = self.job.files.get(name)
+            self._planned[name] = Planned(items, shards, SealedImages(files) if files else _no_image)
+        return self._planned[name]
+
+    def _address(self, name: str, shard: int) -> store.Address:
+        return self.job.answers_address([request_hash(request) for request in self._plan(name).shards[shard]])
+
+    def _rows(self, name: str, planned: Planned) -> list[ItemRow]:
+        """The responses of all shards as rows, in the order of the requests."""
+        item_of = {item.id: item for item in planned.items}
+        rows = []
+        for number, shard in enumerate(planned.shards):
+            answers = store.find(Answers, self._address(name, number), store=self._store)
+            if answers is None:
+                raise RuntimeError(f"shard {number} of {name!r} was not answered")
+            responses = read_responses(store.file(answers, RESPONSES))
+            seconds = store.read_manifest(answers.uri)["execution"]["seconds_of"]
+            for request in shard:
+                key = request_hash(request)
+                response = replace(responses[key], seconds=seconds[key])
+                rows.append(row_of(item_of[request.item], request, response))
+        return rows
+
+
+def _target(job: EvalJob) -> Target:
+    evaluate = job.resources.evaluate
+    if isinstance(job.model, Endpoint):
+        return EndpointTarget(job.model, evaluate.endpoint)
     options = EngineOptions(
         feature_root=job.resources.storage.scratch() / "features",
-        threads=job.resources.evaluate.threads_per_worker,
+        threads=evaluate.threads_per_worker,
         precision=job.suite.precision,
         device=job.resources.device,
     )
-    engine = load_engine(job.model, job.resources.evaluate.engine, options)
-    runner = BenchmarkRunner(engine, job.inputs())
-    try:
-        yield lambda name: _measure(runner, job, name)
-    finally:
-        engine.close()
+    return EngineTarget(job.model, evaluate.engine, options)
 
 
-class BenchmarkRunner:
-    """One engine and the inputs of a suite; equal requests of two benchmarks are answered once."""
-
-    def __init__(self, engine: Engine, inputs: EvalInputs) -> None:
-        self.engine, self.inputs = engine, inputs
-        self._answered: list[tuple[Requests, list[Any]]] = []
-
-    def measure(self, config: Any) -> tuple[Measurement, tuple[ItemScore, ...]]:
-        """The metrics of a benchmark, and the scores of its items; `config` is the benchmark's."""
-        benchmark = benchmark_of(config.kind)
-        items = benchmark.items(self.inputs, config, self.engine.tokenizer)
-        requests = benchmark.requests(items, config, self.engine.tokenizer)
-        responses = {condition: self.respond(some) for condition, some in requests.items()}
-        scored = benchmark.score(items, config, responses)
-        settings = self.inputs.settings
-        clusters = tuple(item.cluster for item in scored.items)
-        intervals = Intervals(clusters, resamples=settings.bootstrap_resamples, seed=settings.seed)
-        aggregate = benchmark.aggregate(scored.items, config, intervals)
-        measurement = Measurement(
-            num_items=len(scored.items),
-            num_clusters=len(set(clusters)),
-            metrics=aggregate.metrics,
-            layers=aggregate.layers,
-            answers=scored.answers,
+def _tokenizer(job: EvalJob, name: str) -> "Tokenizer":
+    if isinstance(job.model, Endpoint):
+        raise ValueError(
+            f"benchmark {name!r} is written in token ids, which the endpoint {job.model.url} does not take; measure it "
+            f"on a checkpoint, or leave it out of the suite"
         )
-        return measurement, scored.items
-
-    def respond(self, requests: Requests) -> list[Any]:
-        """The engine's responses, in the order of the requests, which are all of one class."""
-        for earlier, responses in self._answered:
-            if earlier == requests:
-                return responses
-        responses = self._ask(requests)
-        self._answered.append((requests, responses))
-        return responses
-
-    def _ask(self, requests: Requests) -> list[Any]:
-        scored = [one for one in requests if isinstance(one, ScoreRequest)]
-        generated = [one for one in requests if isinstance(one, GenerateRequest)]
-        states = [one for one in requests if isinstance(one, StatesRequest)]
-        if len(requests) not in (len(scored), len(generated), len(states)):
-            raise TypeError("one condition has requests of several classes; give each class a condition of its own")
-        responses: list[Any] = []
-        if scored:
-            responses += score_all(self.engine, [(one.prompt, one.continuations) for one in scored])
-        if generated:
-            responses += self._generate(generated)
-        for one in states:
-            responses.append(one.reduce(hidden_states_of(self.engine, one.prompt, one.continuation)))
-        return responses
-
-    def _generate(self, requests: Sequence[GenerateRequest]) -> list[str]:
-        if len(lengths := {one.max_new_tokens for one in requests}) > 1:
-            raise ValueError(f"the requests of one condition have max_new_tokens {sorted(lengths)}; give them one")
-        tokenizer = self.engine.tokenizer
-        sampling = Sampling(max_new_tokens=lengths.pop(), stop_ids=frozenset(tokenizer.stop_ids))
-        outputs = generate_all(self.engine, [one.prompt for one in requests], sampling)
-        return [tokenizer.decode(output.ids) for output in outputs]
+    return tokenizer_of(job.model)
 
 
-def _measure(runner: BenchmarkRunner, job: EvalJob, name: str) -> dict[str, Any]:
-    """Measure and seal one benchmark; returns which process did it."""
-    started = time.monotonic()
-    config, at = job.suite.benchmarks[name], job.address(name)
-    measurement, items = runner.measure(config)
-    with attempts.attempt(at, store=job.resources.storage.store) as attempt:
-        write_result(attempt, measurement, items)
-    seconds = time.monotonic() - started
-    store.seal(
-        BenchmarkResult,
-        at,
-        attempt,
-        facts={"benchmark": config.kind, "model": job.model.digest},
-        execution=execution(launch=job.resources.launch, seconds=seconds, ran=[whoami()])
-        | {"engine": engine_facts(job.resources.evaluate.engine), "device": describe(device_of(job.resources.device))},
+def answered(target: Target, requests: Sequence[Request], image_of: ImageOf) -> dict[str, Response]:
+    """The responses by the hashes of the requests; equal requests are asked once, and unreadable ones not at all."""
+    distinct = {request_hash(request): request for request in requests}
+    reasons = {key: unreadable(request) for key, request in distinct.items()}
+    asked = [key for key, reason in reasons.items() if reason is None]
+    given = dict(zip(asked, target.answer([distinct[key] for key in asked], image_of), strict=True))
+    return {
+        key: given[key] if reason is None else Response(status="unreadable", detail=reason)
+        for key, reason in reasons.items()
+    }
+
+
+def read_items(job: EvalJob, name: str) -> Sequence[Item]:
+    """The items of a benchmark of a job, from sealed files or held-out data. Raises CorruptArtifact and ValueError."""
+    config = job.suite.benchmarks[name]
+    if isinstance(config, OfficialBenchmark):
+        return items_of(job.files[name], first=config.first)
+    source = HeldOut(job.inputs(), partial(_tokenizer, job, name))
+    return tuple(benchmark_of(config.kind).read(source, config))
+
+
+def row_of(item: Item, request: Request, response: Response) -> ItemRow:
+    """The row of a request."""
+    return ItemRow(
+        item=item.id,
+        group=item.group,
+        slices=item.slices,
+        condition=request.condition,
+        rotation=request.rotation,
+        shots=request.shots,
+        response=response,
+        reference_hash=reference_hash(item.references),
     )
-    log.info("%s: %s in %.0f s", job.suite.name, name, seconds)
-    return whoami()
+
+
+def _no_image(image: SealedImage) -> bytes:
+    raise TypeError(f"held-out data has its images in its requests, not under the key {image.key}")

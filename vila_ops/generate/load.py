@@ -1,13 +1,17 @@
 """A model folder to the engine that a config chooses. Light: an engine's module is imported when it is used."""
 
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vila_ops.artifacts.kinds import Checkpoint, Pretrained
 from vila_ops.artifacts.store import content
 from vila_ops.config.engine import TorchEngine
 from vila_ops.config.kinds import module_of, provenance
 from vila_ops.generate.engine import Engine, EngineOptions
+
+if TYPE_CHECKING:  # heavy: transformers
+    from vila_ops.data.text.conversation import Tokenizer
 
 ENGINES = {"torch": "vila_ops.generate.torch_engine.engine"}
 """Kind -> module with `open_engine(config, folder, options)`, which returns an `Engine`. A plugin's module has it too,
@@ -17,6 +21,18 @@ beside `Config` and `REVISION`."""
 def load_engine(model: Checkpoint | Pretrained, config: TorchEngine, options: EngineOptions) -> Engine:
     """The engine of a sealed model, every byte of which is checked. Raises CorruptArtifact."""
     return open_folder(content(model), config, options)
+
+
+@lru_cache(maxsize=1)
+def tokenizer_of(model: Checkpoint | Pretrained) -> "Tokenizer":
+    """The tokenizer of a sealed model, without its weights. Raises CorruptArtifact."""
+    from vila_ops.data.text.conversation import Tokenizer
+    from vila_ops.model.folder import read_config
+    from vila_ops.packages.tokenizer import read_tokenizer
+
+    folder = content(model)
+    config = read_config(folder)
+    return Tokenizer(read_tokenizer(folder), image_tokens=config.image_seq_length, after_image=config.after_image)
 
 
 def open_folder(folder: Path, config: TorchEngine, options: EngineOptions) -> Engine:

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from vila_ops.artifacts.kinds import Checkpoint, Dataset, Deployment, EvalReport, ModelVersion, Pretrained
+from vila_ops.artifacts.kinds import Checkpoint, Dataset, Deployment, Endpoint, EvalReport, ModelVersion, Pretrained
 from vila_ops.artifacts.store import file
 from vila_ops.config import (
     NO_CONTEXT,
     Gate,
     Mixture,
     Model,
+    OfficialSuite,
     Recipe,
     Resources,
     Run,
@@ -22,7 +23,7 @@ from vila_ops.config import (
 from vila_ops.config.run import BASE
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.errors import did_you_mean
-from vila_ops.eval.evaluate import evaluate
+from vila_ops.eval.evaluate import evaluate, rescore
 from vila_ops.eval.needs import check_held_out
 from vila_ops.model.assemble import assemble
 from vila_ops.model.context import check_recipe
@@ -42,7 +43,7 @@ class Tasks:
     assemble: Callable[[Model, Resources, RunContext], Pretrained] = assemble
     prepare: Callable[[Mixture, TextFormat, Resources, RunContext], Dataset] = prepare
     train_stage: Callable[[Stage, Model, Dataset, Weights, Resources, RunContext], Checkpoint] = train_stage
-    evaluate: Callable[[Suite, Weights, Dataset, Resources, RunContext], EvalReport] = evaluate
+    evaluate: Callable[[Suite, Weights, Dataset | None, Resources, RunContext], EvalReport] = evaluate
     register: Callable[[Gate, Checkpoint, EvalReport, EvalReport | None, Resources, RunContext], ModelVersion] = (
         register
     )
@@ -88,14 +89,32 @@ def inputs_of(run: Run, stage: str, context: RunContext = NO_CONTEXT) -> tuple[D
     return prepare(run.recipe.stages[stage].mixture, run.recipe.text(stage), run.resources, context), model
 
 
-def evaluate_stage(run: Run, stage: str, *, final: bool = False, context: RunContext = NO_CONTEXT) -> EvalReport:
-    """The report of the model after a stage on the recipe's stage suite, or, `final`, on its final suite."""
-    suite = run.recipe.final_suite if final else run.recipe.stage_suite
+def evaluate_stage(
+    run: Run, stage: str, suite: Suite | OfficialSuite, *, again: bool = False, context: RunContext = NO_CONTEXT
+) -> EvalReport:
+    """The report of the model after a stage on a suite of the recipe, or on official benchmarks.
+
+    `again`: score the sealed answers again, without a model.
+    """
     _check_stage(run.recipe, stage, (BASE, *run.recipe.stages))
-    held_out = prepare(run.recipe.final_suite.mixture, suite_text(run.recipe, stage), run.resources, context)
-    check_held_out(suite, held_out)  # before anything is trained
+    held_out = None
+    if isinstance(suite, Suite):
+        held_out = prepare(suite.mixture, suite_text(run.recipe, stage), run.resources, context)
+        check_held_out(suite, held_out)  # before anything is trained
     model = model_after(run, stage, context)
+    if again:
+        return rescore(suite, model, held_out, run.resources)
     return evaluate(suite, model, held_out, run.resources, context)
+
+
+def evaluate_endpoint(
+    suite: OfficialSuite, name: str, url: str, resources: Resources, *, again: bool = False
+) -> EvalReport:
+    """The report of a model behind an OpenAI-compatible API; `again` as in `evaluate_stage`."""
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"endpoint {name!r} has the URL {url!r}; write NAME@URL, such as m@http://127.0.0.1:8000/v1")
+    model = Endpoint(url=url, name=name)
+    return rescore(suite, model, None, resources) if again else evaluate(suite, model, None, resources)
 
 
 def fetch(run: Run, context: RunContext = NO_CONTEXT) -> Pretrained:

@@ -49,12 +49,12 @@ METRICS = {
         "Caption CIDEr-D",
         "Generated captions compared with the true ones. Chance: the most frequent training caption for every image.",
     ),
-    "pope_accuracy": MetricText(
+    "held_out_pope_accuracy": MetricText(
         "Object questions: accuracy",
         "“Is there a … in the image?”; yes is right for half of the questions. Chance: always yes.",
     ),
-    "pope_f1": MetricText("Object questions: F1", "F1 of the answer yes. Chance: always yes."),
-    "pope_yes_ratio": MetricText(
+    "held_out_pope_f1": MetricText("Object questions: F1", "F1 of the answer yes. Chance: always yes."),
+    "held_out_pope_yes_ratio": MetricText(
         "Object questions: share of yes",
         "Share of questions that are answered with yes.",
         direction="Half of the right answers are yes, so 0.5 is unbiased.",

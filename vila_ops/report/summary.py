@@ -105,7 +105,8 @@ def draw_layers(run: Run, out: Path, context: RunContext = NO_CONTEXT) -> Json:
     """
     output.check_file(out, begins=output.MARK)
     names = [BASE, *run.recipe.stages]
-    points = [point for name in names for point in layers_of(name, evaluate_stage(run, name, context=context))]
+    suite = run.recipe.stage_suite
+    points = [point for name in names for point in layers_of(name, evaluate_stage(run, name, suite, context=context))]
     drawn = draw(points)
     if drawn is None:
         raise ValueError(

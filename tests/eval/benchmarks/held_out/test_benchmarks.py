@@ -14,8 +14,9 @@ from vila_ops.config.eval import (
     Alignment,
     CaptionCider,
     CaptionLoss,
+    HeldOutPope,
+    MeasureSettings,
     MultipleChoice,
-    PopeBenchmark,
     TextLoss,
     TextMultipleChoice,
 )
@@ -23,18 +24,14 @@ from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.data.records import Image, Record, Turn
 from vila_ops.data.text.conversation import Tokenizer
 from vila_ops.data.text.questions import YES_NO
-from vila_ops.eval.benchmark import (
-    EvalInputs,
-    GenerateRequest,
-    Intervals,
-    Requests,
-    ScoreRequest,
-    StatesRequest,
-    benchmark_of,
-)
-from vila_ops.eval.benchmarks.held_out.cider import CaptionItem
-from vila_ops.eval.benchmarks.held_out.items import ImageItem, WordItem, image_items
-from vila_ops.eval.report import ItemAnswer, ItemScore, LayerPoint, Metric
+from vila_ops.eval.benchmark import GenerateRequest, Request, ScoreRequest, StatesRequest, benchmark_of
+from vila_ops.eval.benchmarks.held_out.items import CaptionItem, EvalInputs, ImageItem, WordItem, image_items
+from vila_ops.eval.engine_target import scored
+from vila_ops.eval.prompts import request_hash, tokenised
+from vila_ops.eval.report import ItemAnswer, LayerPoint, Metric
+from vila_ops.eval.rows import ItemRow, Response
+from vila_ops.eval.runner import row_of
+from vila_ops.eval.scoring import score
 from vila_ops.generate.request import Loglikelihood, Prompt
 
 ROOT = Path(__file__).parents[4]
@@ -74,19 +71,29 @@ def _image(prompt: Prompt) -> str:
     return b"".join(prompt.images).decode("latin-1")
 
 
-def respond(requests: Requests, tokenizer: Tokenizer, scores: Scores, captions: Mapping[str, str]) -> list[Any]:
-    """Known responses: `scores` for likelihoods, `captions` of the images, and `known_states`."""
-    responses: list[Any] = []
-    for request in requests:
-        image, text = _image(request.prompt), tokenizer.decode
-        match request:
-            case ScoreRequest(prompt, continuations):
-                responses.append([scores(image, text(prompt.input_ids), text(ids)) for ids in continuations])
-            case GenerateRequest(_, max_new_tokens):
-                responses.append(text(tokenizer.text_ids(f" {captions[image]}\n")[:max_new_tokens]))
-            case StatesRequest(prompt, continuation, reduce):
-                responses.append(reduce(known_states(image, prompt.input_ids, continuation, tokenizer.image_id)))
-    return responses
+def respond(request: Request, tokenizer: Tokenizer, scores: Scores, captions: Mapping[str, str]) -> Response:
+    """A known response: `scores` for likelihoods, `captions` of the images, or `known_states`."""
+    prompt = prompt_of(request, tokenizer)
+    image, text = _image(prompt), tokenizer.decode
+    match request:
+        case ScoreRequest(continuations=continuations):
+            given = [scores(image, text(prompt.input_ids), text(ids)) for ids in continuations]  # type: ignore[arg-type]
+            return scored(request, prompt, given, 0.0)
+        case GenerateRequest(max_new_tokens=length):
+            return Response(answer=text(tokenizer.text_ids(f" {captions[image]}\n")[:length]).strip())
+    assert isinstance(request, StatesRequest)
+    states = known_states(image, prompt.input_ids, request.continuation, tokenizer.image_id)
+    visual = np.flatnonzero(np.array(prompt.input_ids) == tokenizer.image_id)
+    return Response(values=tuple(request.reduce(states, visual, len(request.continuation))))
+
+
+def prompt_of(request: Request, tokenizer: Tokenizer) -> Prompt:
+    """The prompt of a request, whose images are not sealed ones."""
+
+    def none(image: Any) -> bytes:
+        raise AssertionError(image)
+
+    return tokenised(request.prompt, tokenizer, none)
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ class Measured:
 
     requests: list[ScoreRequest]
     """Those for likelihoods."""
-    items: tuple[ItemScore, ...]
+    rows: tuple[ItemRow, ...]
     metrics: tuple[Metric, ...]
     layers: tuple[LayerPoint, ...]
     answers: tuple[ItemAnswer, ...]
@@ -104,12 +111,24 @@ class Measured:
 def _item(name: str) -> ImageItem:
     near = AFTER[name]
     distractors = (CAPTIONS[near], CAPTIONS[AFTER[near]], CAPTIONS[AFTER[AFTER[near]]])
-    return ImageItem(name, name, "", name.encode(), near.encode(), CAPTIONS[name], distractors, ABSENT[name])
+    return ImageItem(
+        id=name,
+        group=name,
+        answer=CAPTIONS[name],
+        image=name.encode(),
+        shuffled_image=near.encode(),
+        caption=CAPTIONS[name],
+        distractors=distractors,
+        absent=ABSENT[name],
+    )
 
 
 IMAGES = tuple(_item(name) for name in NAMES)
-WORDS = tuple(WordItem(name, name, f"what a {name} is", ("first", "second", "third")) for name in ("cat", "dog", "car"))
-TWICE = (*IMAGES, *(replace(item, key=f"{item.key} again") for item in IMAGES))
+WORDS = tuple(
+    WordItem(id=name, group=name, word=name, meaning=f"what a {name} is", distractors=("first", "second", "third"))
+    for name in ("cat", "dog", "car")
+)
+TWICE = (*IMAGES, *(replace(item, id=f"{item.id} again") for item in IMAGES))
 """Two images of each object; POPE asks for the object in one of them and for another object in the other."""
 
 
@@ -120,16 +139,17 @@ def measure(tokenizer: Tokenizer) -> MakeMeasure:
     def make(
         config: Any, scores: Scores, *, items: Sequence[Any] = IMAGES, captions: Mapping[str, str] = CAPTIONS
     ) -> Measured:
-        benchmark = benchmark_of(config.kind)
         if config.kind == "cider":
-            items = [CaptionItem(item, "a red cat") for item in items]
-        requests = benchmark.requests(items, config, tokenizer)
-        responses = {condition: respond(some, tokenizer, scores, captions) for condition, some in requests.items()}
-        scored = benchmark.score(items, config, responses)
-        intervals = Intervals(tuple(item.cluster for item in scored.items), resamples=2000, seed=0)
-        aggregate = benchmark.aggregate(scored.items, config, intervals)
-        likelihoods = [one for some in requests.values() for one in some if isinstance(one, ScoreRequest)]
-        return Measured(likelihoods, scored.items, aggregate.metrics, aggregate.layers, scored.answers)
+            items = [CaptionItem(**vars(item), frequent_caption="a red cat") for item in items]
+        requests = list(benchmark_of(config.kind).requests(items, config, lambda: tokenizer))
+        by_id = {item.id: item for item in items}
+        rows = [
+            row_of(by_id[request.item], request, respond(request, tokenizer, scores, captions)) for request in requests
+        ]
+        of_rows = score(items, rows, config, MeasureSettings())
+        likelihoods = [request for request in requests if isinstance(request, ScoreRequest)]
+        measurement = of_rows.measurement
+        return Measured(likelihoods, of_rows.rows, measurement.metrics, measurement.layers, measurement.answers)
 
     return make
 
@@ -168,11 +188,10 @@ def test_caption_loss_is_all_nats_by_all_tokens_and_the_gap_is_control_minus_mod
     assert {metric.role: metric.lower_is_better for metric in metrics} == {"model": True, "control": True, "gap": False}
     assert [metric.n for metric in metrics] == [5] * 3
     assert all(metric.low < metric.value < metric.high for metric in metrics)
-    assert [(item.item, item.cluster) for item in measured.items] == [(name, name) for name in NAMES]
-    assert measured.items[0].scores == {
-        "model": {"nats": 2, "tokens": 4},
-        "control": {"nats": 10, "tokens": 4},
-    }
+    assert [(row.item, row.group, row.condition) for row in measured.rows] == [
+        (name, name, condition) for condition in ("matched", "shuffled") for name in NAMES
+    ]
+    assert [row.scores for row in measured.rows[::5]] == [{"nats": 2, "tokens": 4}, {"nats": 10, "tokens": 4}]
 
 
 NO_IMAGE_NATS = {"cat": 40, "dog": 50, "car": 45, "boat": 12, "tree": 48}
@@ -254,21 +273,21 @@ def yes_where_it_is(image: str, prompt: str, answer: str) -> Loglikelihood:
 
 
 def test_pope_asks_for_what_is_there_and_for_what_is_not_by_turns(measure: MakeMeasure) -> None:
-    metrics = measure(PopeBenchmark(), yes_where_it_is).metrics
+    metrics = measure(HeldOutPope(), yes_where_it_is).metrics
     # Cat, car and tree are asked for where they are, a boat on the dog's image and a tree on the boat's: 3 of 5 yes.
     yes = 3 / 5
     # Control: three times no for yes, no for the boat on the car's image, yes for the tree on the tree's.
     assert values(metrics) == pytest.approx(
         {
-            ("pope_accuracy", "model"): 1,
-            ("pope_f1", "model"): 1,
-            ("pope_yes_ratio", "model"): yes,
-            ("pope_accuracy", "chance"): yes,  # always yes
-            ("pope_f1", "chance"): 2 * yes / (1 + yes),
-            ("pope_yes_ratio", "chance"): 1,
-            ("pope_accuracy", "control"): 1 / 5,
-            ("pope_f1", "control"): 0,
-            ("pope_yes_ratio", "control"): 1 / 5,
+            ("held_out_pope_accuracy", "model"): 1,
+            ("held_out_pope_f1", "model"): 1,
+            ("held_out_pope_yes_ratio", "model"): yes,
+            ("held_out_pope_accuracy", "chance"): yes,  # always yes
+            ("held_out_pope_f1", "chance"): 2 * yes / (1 + yes),
+            ("held_out_pope_yes_ratio", "chance"): 1,
+            ("held_out_pope_accuracy", "control"): 1 / 5,
+            ("held_out_pope_f1", "control"): 0,
+            ("held_out_pope_yes_ratio", "control"): 1 / 5,
         }
     )
     assert [metric.n for metric in metrics] == [5] * 9
@@ -311,7 +330,7 @@ def test_text_loss_is_all_nats_by_all_tokens(measure: MakeMeasure) -> None:
 @pytest.mark.parametrize(
     "config",
     [CaptionLoss(control="none"), MultipleChoice(control="none"), CaptionCider(control="none"),
-     PopeBenchmark(control="none"), Alignment(control="none")],
+     HeldOutPope(control="none"), Alignment(control="none")],
     ids=lambda config: config.kind,
 )  # fmt: skip
 def test_without_a_control_there_is_no_control_and_no_gap(config: Any, measure: MakeMeasure) -> None:
@@ -340,16 +359,17 @@ def test_two_images_of_an_object_are_two_items_of_one_cluster(
 
 
 def test_pope_draws_the_questions_of_an_object_together(measure: MakeMeasure) -> None:
-    metrics = measure(PopeBenchmark(), yes_where_it_is, items=TWICE).metrics
+    metrics = measure(HeldOutPope(), yes_where_it_is, items=TWICE).metrics
     # One question of each object is a yes, so that always yes is right on half of any draw of objects.
-    (chance,) = [m for m in metrics if (m.name, m.role) == ("pope_accuracy", "chance")]
+    (chance,) = [m for m in metrics if (m.name, m.role) == ("held_out_pope_accuracy", "chance")]
     assert (chance.n, chance.value, chance.low, chance.high) == (10, 0.5, 0.5, 0.5)
 
 
 def test_captions_are_scored_as_the_pairs_are_trained(measure: MakeMeasure, tokenizer: Tokenizer) -> None:
     shown = {False: 0, True: 0}
     for request in measure(MultipleChoice(), choice_scores).requests:
-        prompt, caption = request.prompt, request.continuations[0]
+        prompt, caption = prompt_of(request, tokenizer), request.continuations[0]
+        assert isinstance(caption, list)
         parts: list[Image | str] = [*map(Image, prompt.images), tokenizer.decode(caption)]
         assert prompt.input_ids + caption == tokenizer.document(record("document", *parts)).input_ids
         shown[bool(prompt.images)] += 1
@@ -357,21 +377,23 @@ def test_captions_are_scored_as_the_pairs_are_trained(measure: MakeMeasure, toke
 
 
 def test_caption_loss_and_multiple_choice_read_each_image_once(tokenizer: Tokenizer) -> None:
-    both = [
-        benchmark_of(config.kind).requests(IMAGES, config, tokenizer) for config in (CaptionLoss(), MultipleChoice())
+    hashes = [
+        [request_hash(one) for one in benchmark_of(config.kind).requests(IMAGES, config, lambda: tokenizer)]
+        for config in (CaptionLoss(), MultipleChoice())
     ]
-    assert [list(requests) for requests in both] == [["matched", "shuffled"], ["matched", "shuffled", "no_image"]]
-    assert all(both[0][condition] == both[1][condition] for condition in both[0])
+    assert [len(set(one)) for one in hashes] == [10, 15]
+    assert hashes[0] == hashes[1][:10]
 
 
 def test_pope_asks_as_the_questions_are_trained(measure: MakeMeasure, tokenizer: Tokenizer) -> None:
-    request = measure(PopeBenchmark(control="none"), yes_where_it_is).requests[0]
-    yes, no = request.continuations
-    for ids, answer in ((yes, "Yes."), (no, "No.")):
+    request = measure(HeldOutPope(control="none"), yes_where_it_is).requests[0]
+    asked = prompt_of(request, tokenizer).input_ids
+    for ids, answer in zip(request.continuations, ("Yes.", "No."), strict=True):
+        assert isinstance(ids, list)
         trained = record("user", Image(b"cat"), YES_NO.format(name="cat"), answer=answer)
         whole = tokenizer.chat(trained)
-        assert whole.input_ids[: len(request.prompt.input_ids + ids)] == request.prompt.input_ids + ids
-        assert whole.is_target.index(True) == len(request.prompt.input_ids)
+        assert whole.input_ids[: len(asked + ids)] == asked + ids
+        assert whole.is_target.index(True) == len(asked)
 
 
 def test_alignment_is_between_the_image_and_the_caption_alone_and_deepens_as_the_states_do(
@@ -432,11 +454,11 @@ def test_a_model_that_knows_every_image_is_perfect_and_its_control_never_sees_th
     assert all(answer.answer == answer.truth != answer.control for answer in answers)
     assert sorted(answer.answer for answer in answers) == sorted(str(answer.control) for answer in answers)
     for item in tiny_items:
-        assert shown[item.shuffled_image.decode("latin-1")].object != item.object
+        assert shown[item.shuffled_image.decode("latin-1")].group != item.group
 
     def sees(image: str, prompt: str, answer: str) -> Loglikelihood:
-        is_there = YES_NO.format(name=shown[image].object) in prompt
+        is_there = YES_NO.format(name=shown[image].group) in prompt
         return Loglikelihood(1.0 if (answer == "Yes.") == is_there else 3.0, tokens=1)
 
-    by_name = values(measure(PopeBenchmark(), sees, items=tiny_items).metrics)
-    assert [by_name[f"pope_{name}", "model"] for name in ("accuracy", "f1", "yes_ratio")] == [1, 1, 0.5]
+    by_name = values(measure(HeldOutPope(), sees, items=tiny_items).metrics)
+    assert [by_name[f"held_out_pope_{name}", "model"] for name in ("accuracy", "f1", "yes_ratio")] == [1, 1, 0.5]

@@ -6,8 +6,7 @@ from vila_ops.artifacts.kinds import Dataset
 from vila_ops.config import Run
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.data.shards import index_of
-from vila_ops.eval.benchmark import EvalInputs
-from vila_ops.eval.benchmarks.held_out.items import ImageItem, image_items, word_items
+from vila_ops.eval.benchmarks.held_out.items import EvalInputs, ImageItem, image_items, word_items
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +29,16 @@ def test_objects_and_distractors_are_of_the_suites_split_only(dataset: Dataset, 
     index = index_of(dataset).to_pylist()
     held_out = {row["object"] for row in index if row["split"] == "test"}
     trained = {row["object"] for row in index if row["split"] == "train"}
-    objects = [item.object for item in images]
+    objects = [item.group for item in images]
     assert len(set(objects)) == len(objects) == 12
     assert set(objects) <= held_out
     assert not held_out & trained
     captions = {item.caption for item in images}
-    shown = {item.image: item.object for item in images}
+    shown = {item.image: item.group for item in images}
     for item in images:
         assert set(item.distractors) <= captions - {item.caption}
         assert len(set(item.distractors)) == 3
-        assert item.absent in set(objects) - {item.object, shown[item.shuffled_image]}
+        assert item.absent in set(objects) - {item.group, shown[item.shuffled_image]}
 
 
 def test_the_control_shows_every_image_once_and_never_the_matched_one(images: tuple[ImageItem, ...]) -> None:

@@ -1,5 +1,6 @@
 """Held-out images, words and samples of a prepared mixture, as items of benchmarks."""
 
+import operator
 import random
 from collections import Counter
 from collections.abc import Mapping
@@ -8,43 +9,84 @@ from functools import lru_cache
 from itertools import cycle, islice
 from typing import Any
 
+from pydantic import Field
+
+from vila_ops.artifacts.kinds import Dataset
+from vila_ops.config import Config, Suite
+from vila_ops.config.eval import CONVERSATIONS, SuiteSettings
 from vila_ops.data.shards import Sample, index_of, runs, samples_of
-from vila_ops.eval.benchmark import EvalInputs
+from vila_ops.eval.benchmark import Item, LazyTokenizer
+
+
+class EvalInputs(Config):
+    """What the items of a benchmark on held-out data are read from."""
+
+    data: Dataset
+    settings: SuiteSettings
+    captions: tuple[str, ...]
+    """Sources of the dataset whose records are captioned images."""
+    definitions: tuple[str, ...]
+    """Sources of the dataset whose records are words with their meanings."""
+    conversations: tuple[str, ...] = Field(default=(), exclude_if=operator.not_)
+    """Sources of the dataset whose records are questions with answers."""
+
+    @classmethod
+    def of(cls, suite: Suite, data: Dataset) -> "EvalInputs":
+        """The inputs of every benchmark of a suite."""
+        renders = {name: source.render for name, source in sorted(suite.mixture.sources.items())}
+        return cls(
+            data=data,
+            settings=suite.settings(),
+            captions=tuple(name for name, render in renders.items() if render == "caption"),
+            definitions=tuple(name for name, render in renders.items() if render == "definition"),
+            conversations=tuple(name for name, render in renders.items() if render in CONVERSATIONS),
+        )
 
 
 @dataclass(frozen=True)
-class ImageItem:
-    """One held-out object: its image, its caption, and what they are compared with."""
+class HeldOut:
+    """The source of benchmarks on held-out data."""
 
-    key: str
-    object: str
-    category: str
+    inputs: EvalInputs
+    tokenizer: LazyTokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageItem(Item):
+    """One held-out object, its group: an image, its caption, and what they are compared with."""
+
+    category: str = ""
     image: bytes
     shuffled_image: bytes
     """The control's image: that of another object, by a fixed permutation without fixed points."""
     caption: str
     distractors: tuple[str, ...]
     """Captions of three other held-out objects, or of fewer where there are no more; the same category first."""
-    absent: str | None
+    absent: str | None = None
     """Name of another held-out object, which is in neither image; None where there is none."""
 
 
-@dataclass(frozen=True)
-class WordItem:
+@dataclass(frozen=True, kw_only=True)
+class CaptionItem(ImageItem):
+    """A held-out image and the caption of the chance level."""
+
+    frequent_caption: str
+    """The most frequent training caption, the same for all items."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordItem(Item):
     """One held-out word with its meaning, and the meanings of three other words, those of the same category first."""
 
-    key: str
     word: str
     meaning: str
     distractors: tuple[str, str, str]
 
 
-@dataclass(frozen=True)
-class SampleItem:
+@dataclass(frozen=True, kw_only=True)
+class SampleItem(Item):
     """One held-out sample as it would be trained on: its tokens, and the images of the two conditions."""
 
-    key: str
-    object: str
     text: str
     input_ids: list[int]
     """An image is a run of the image token, as in `Tokenizer`."""
@@ -82,8 +124,18 @@ def word_items(inputs: EvalInputs) -> tuple[WordItem, ...]:
     for number, sample in enumerate(samples):
         others = _same_category_first(number, categories, random.Random(f"{inputs.settings.seed}/{sample.key}"))
         distractors = [meanings[i] for i in others if meanings[i] != meanings[number]]
-        word = sample.text.partition(": ")[0]
-        items.append(WordItem(sample.key, word, meanings[number], _first_three(distractors, sample.key)))
+        word, three = sample.text.partition(": ")[0], _first_three(distractors, sample.key)
+        items.append(
+            WordItem(
+                id=sample.key,
+                group=sample.key,
+                references={"meaning": meanings[number], "distractors": three},
+                answer=meanings[number],
+                word=word,
+                meaning=meanings[number],
+                distractors=three,
+            )
+        )
     return tuple(items)
 
 
@@ -100,8 +152,9 @@ def sample_items(inputs: EvalInputs, sources: tuple[str, ...] | None, *, with_im
     shown = {sample.object: sample.images for sample in reversed(samples)}
     return tuple(
         SampleItem(
-            key=sample.key,
-            object=sample.object,
+            id=sample.key,
+            group=sample.object,
+            references={"text": sample.text},
             text=sample.text,
             input_ids=sample.input_ids,
             spans=tuple((max(1, start), stop) for start, stop in runs(sample.is_target) if stop > 1),
@@ -118,6 +171,12 @@ def _images_of_others(sample: Sample, objects: list[str], shown: Mapping[str, tu
     own = objects.index(sample.object)
     others = [image for name in objects[own + 1 :] + objects[:own] for image in shown[name]]
     return tuple(islice(cycle(others), len(sample.images))) if others else sample.images
+
+
+def caption_items(inputs: EvalInputs) -> tuple[CaptionItem, ...]:
+    """The image items with the most frequent training caption. Raises ValueError without a training caption."""
+    frequent = frequent_caption(inputs)
+    return tuple(CaptionItem(**vars(item), frequent_caption=frequent) for item in image_items(inputs))
 
 
 def frequent_caption(inputs: EvalInputs) -> str:
@@ -155,8 +214,10 @@ def _image_item(number: int, samples: list[Sample], shuffled: int, *, seed: int)
     unseen = [i for i in others if i != shuffled]  # the shuffled image must not show it either
     absent = samples[unseen[0 if draw.random() < 0.5 else -1]].object if unseen else None
     return ImageItem(
-        key=sample.key,
-        object=sample.object,
+        id=sample.key,
+        group=sample.object,
+        references={"caption": sample.text, "distractors": distractors[:3]},
+        answer=sample.text,
         category=sample.category,
         image=sample.images[0],
         shuffled_image=samples[shuffled].images[0],

@@ -1,13 +1,16 @@
 """Prompts and requests that several of these benchmarks make, in the format of the training data."""
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from vila_ops.config.eval import Control
-from vila_ops.eval.benchmark import ScoreRequest
+from vila_ops.eval.benchmark import MetricValues, ScoreRequest, Units
 from vila_ops.eval.benchmarks.held_out.items import ImageItem, SampleItem
 from vila_ops.eval.report import MetricRole
+from vila_ops.eval.rows import ItemRow
 from vila_ops.generate.request import Prompt
 
 if TYPE_CHECKING:
@@ -31,19 +34,54 @@ def caption_prompt(tokenizer: "Tokenizer", image: bytes | None) -> Prompt:
 
 
 def caption_requests(
-    items: Sequence[ImageItem], images: Sequence[bytes | None], tokenizer: "Tokenizer"
+    items: Sequence[ImageItem], images: Mapping[str, Sequence[bytes | None]], tokenizer: "Tokenizer"
 ) -> list[ScoreRequest]:
-    """The likelihoods of each item's true caption, which comes first, and of its distractors, given an image."""
-
-    def continuation(text: str) -> list[int]:
-        return [*tokenizer.text_ids(text), tokenizer.eos_id]
-
+    """The likelihoods of each item's true caption, which comes first, and of its distractors, given each image."""
     return [
         ScoreRequest(
-            caption_prompt(tokenizer, image), tuple(continuation(text) for text in (item.caption, *item.distractors))
+            item=item.id,
+            condition=condition,
+            prompt=caption_prompt(tokenizer, image),
+            continuations=tuple(
+                [*tokenizer.text_ids(text), tokenizer.eos_id] for text in (item.caption, *item.distractors)
+            ),
         )
-        for item, image in zip(items, images, strict=True)
+        for condition, shown in images.items()
+        for item, image in zip(items, shown, strict=True)
     ]
+
+
+def of_condition(rows: Sequence[ItemRow]) -> dict[MetricRole, list[ItemRow]]:
+    """The rows of the model and of its control that have scores, by role."""
+    by_role: dict[MetricRole, list[ItemRow]] = {}
+    for row in rows:
+        if row.condition in ROLES and row.scores:
+            by_role.setdefault(ROLES[row.condition], []).append(row)
+    return by_role
+
+
+def column_values(name: str, rows: Sequence[ItemRow], columns: Sequence[str], *, unit: str) -> list[MetricValues]:
+    """The mean of one column, for the model and its control."""
+    return [
+        MetricValues(name, Units.of(own), np.array([row.scores[column] for row in own]), role=role, unit=unit)
+        for role, own in of_condition(rows).items()
+        for column in columns
+    ]
+
+
+def loss_values(name: str, rows: Sequence[ItemRow]) -> list[MetricValues]:
+    """All nats by all tokens, for the model and its control; the rows of an item are summed."""
+    values = []
+    for role, own in of_condition(rows).items():
+        sums: dict[str, list[float]] = {}
+        for row in own:
+            item = sums.setdefault(row.item, [0.0, 0.0])
+            item[0], item[1] = item[0] + row.scores["nats"], item[1] + row.scores["tokens"]
+        groups = {row.item: row.group for row in own}
+        units = Units(tuple(sums), tuple(groups[item] for item in sums))
+        table = np.array(list(sums.values()))
+        values.append(MetricValues(name, units, table, "ratio", role=role, unit="nats per token", lower_is_better=True))
+    return values
 
 
 def shown_by_condition(items: Sequence[SampleItem], control: Control) -> dict[str, list[tuple[bytes, ...]]]:

@@ -1,45 +1,40 @@
 """Loss of held-out plain text; see `config.eval.TextLoss`."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from vila_ops.config.eval import TextLoss
-from vila_ops.eval.benchmark import Aggregate, EvalInputs, Intervals, Scored, ScoreRequest, tables
-from vila_ops.eval.benchmarks.held_out.items import WordItem, word_items
-from vila_ops.eval.report import ItemScore
-from vila_ops.generate.request import Loglikelihood, Prompt
+from vila_ops.eval.benchmark import LazyTokenizer, MetricValues, ScoreRequest
+from vila_ops.eval.benchmarks.held_out.items import HeldOut, WordItem, word_items
+from vila_ops.eval.benchmarks.held_out.prompts import loss_values
+from vila_ops.eval.rows import ItemRow
+from vila_ops.generate.request import Prompt
 
-if TYPE_CHECKING:
-    from vila_ops.data.text.conversation import Tokenizer
-
-REVISION = 3
-NAME, UNIT = "text_loss", "nats per token"
+REVISION = 4
+NAME = "text_loss"
 
 
-def items(inputs: EvalInputs, config: TextLoss, tokenizer: "Tokenizer") -> tuple[WordItem, ...]:
+def read(source: HeldOut, config: TextLoss) -> tuple[WordItem, ...]:
     """The held-out words."""
-    return word_items(inputs)
+    return word_items(source.inputs)
 
 
-def requests(items: Sequence[WordItem], config: TextLoss, tokenizer: "Tokenizer") -> dict[str, list[ScoreRequest]]:
+def requests(items: Sequence[WordItem], config: TextLoss, tokenizer: LazyTokenizer) -> list[ScoreRequest]:
     """The likelihood of "word: meaning" as running text."""
-    texts = [tokenizer.text_ids(f"{item.word}: {item.meaning}") for item in items]
-    return {"no_image": [ScoreRequest(Prompt(tokenizer.context), (text,)) for text in texts]}
-
-
-def score(
-    items: Sequence[WordItem], config: TextLoss, responses: Mapping[str, Sequence[list[Loglikelihood]]]
-) -> Scored:
-    """Nats and tokens of each text."""
-    return Scored(
-        tuple(
-            ItemScore(item=item.key, cluster=item.key, scores={"model": {"nats": text.nll, "tokens": text.tokens}})
-            for item, (text,) in zip(items, responses["no_image"], strict=True)
+    return [
+        ScoreRequest(
+            item=item.id,
+            prompt=Prompt(tokenizer().context),
+            continuations=(tokenizer().text_ids(f"{item.word}: {item.meaning}"),),
         )
-    )
+        for item in items
+    ]
 
 
-def aggregate(scores: Sequence[ItemScore], config: TextLoss, intervals: Intervals) -> Aggregate:
+def score(items: Sequence[WordItem], rows: Sequence[ItemRow], config: TextLoss) -> list[Mapping[str, float]]:
+    """Nats and tokens of each text."""
+    return [{"nats": row.response.nats[0], "tokens": row.response.tokens[0]} for row in rows]
+
+
+def metrics(items: Sequence[WordItem], rows: Sequence[ItemRow], config: TextLoss) -> list[MetricValues]:
     """All nats by all tokens."""
-    model = tables(scores)["model"]
-    return Aggregate((intervals.metric(NAME, "model", model, statistic="ratio", unit=UNIT),))
+    return loss_values(NAME, rows)

@@ -1,0 +1,284 @@
+"""An endpoint as the target, against a real HTTP server that does what each test says."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.eval.benchmarks.sample import SAMPLES, config_of
+from vila_ops.artifacts.kinds import Endpoint
+from vila_ops.cli import app
+from vila_ops.config import OfficialSuite, Run, Suite
+from vila_ops.config.benchmarks import Pope
+from vila_ops.config.resources import EndpointResources
+from vila_ops.data.records import Image
+from vila_ops.errors import EndpointRefused, EndpointUnreachable
+from vila_ops.eval import endpoint_target
+from vila_ops.eval.benchmark import GenerateRequest, ScoreRequest, SealedImage, TextPrompt
+from vila_ops.eval.endpoint_target import Concurrency, EndpointTarget, check_answerable
+from vila_ops.eval.evaluate import evaluate
+from vila_ops.eval.report import read_report
+from vila_ops.eval.rows import Response
+
+PNG = b"\x89PNG\r\n\x1a\n"
+Answer = tuple[int, dict[str, Any], dict[str, str]]
+"""HTTP status, body and headers."""
+
+
+@dataclass
+class Server:
+    """A server whose answers are a function of the question's text and of how often it was asked."""
+
+    url: str
+    answer: Callable[[str, int], Answer]
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    keys: list[str | None] = field(default_factory=list)
+    running: int = 0
+    most: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+def completion(text: str | None, reason: str = "stop", **message: Any) -> Answer:
+    choice = {"index": 0, "message": {"role": "assistant", "content": text, **message}, "finish_reason": reason}
+    return 200, {"choices": [choice], "usage": {"prompt_tokens": 7, "completion_tokens": 2}}, {}
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            text = body["messages"][-1]["content"][-1]["text"]
+            with state.lock:
+                state.bodies.append(body)
+                state.keys.append(self.headers.get("Authorization"))
+                tries = sum(one["messages"][-1]["content"][-1]["text"] == text for one in state.bodies)
+                state.running += 1
+                state.most = max(state.most, state.running)
+            status, content, headers = state.answer(text, tries)
+            with state.lock:
+                state.running -= 1
+            data = json.dumps(content).encode()
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(data))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: Any) -> None:
+            """Nothing."""
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.daemon_threads = True
+    state = Server(f"http://127.0.0.1:{http.server_port}/v1", lambda text, tries: completion(text.upper()))
+    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield state
+    http.shutdown()
+    thread.join()
+    http.server_close()
+
+
+@pytest.fixture(autouse=True)
+def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint_target, "FIRST_WAIT_SECONDS", 0.001)
+
+
+def target(server: Server, **changes: Any) -> EndpointTarget:
+    return EndpointTarget(Endpoint(url=server.url, name="a-model"), EndpointResources(**changes))
+
+
+def question(text: str, *parts: Any, stop: tuple[str, ...] = ()) -> GenerateRequest:
+    prompt = TextPrompt((("user", (*parts, text)),))
+    return GenerateRequest(item=text, prompt=prompt, max_new_tokens=5, stop=stop)
+
+
+def no_image(image: SealedImage) -> bytes:
+    raise AssertionError(image)
+
+
+def ask(of: EndpointTarget, *texts: str) -> list[Response]:
+    return of.answer([question(text) for text in texts], no_image)
+
+
+def test_a_question_is_sent_with_its_images_and_the_key_of_the_environment(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    server.answer = lambda text, tries: completion(" A cat.\nNo", "length")
+    request = question("what", SealedImage("k"), Image(b"\xff\xd8"), stop=("\n",))
+    (response,) = target(server).answer([request], lambda image: PNG)
+    expected = Response(answer="A cat.", finish_reason="stop", prompt_tokens=7, answer_tokens=2)
+    assert response == Response(**{**vars(expected), "prompt_hash": response.prompt_hash})
+    (body,) = server.bodies
+    content = body["messages"][0]["content"]
+    assert [part["type"] for part in content] == ["image_url", "image_url", "text"]
+    assert [part["image_url"]["url"][:15] for part in content[:2]] == ["data:image/png;", "data:image/jpeg"]
+    assert (body["model"], body["max_tokens"], body["temperature"]) == ("a-model", 5, 0)
+    assert server.keys == ["Bearer secret"]
+
+
+def test_answers_are_in_the_order_of_the_requests_and_never_more_than_the_bound_are_under_way(server: Server) -> None:
+    texts = [f"q{number}" for number in range(60)]
+    barrier = threading.Barrier(8)
+
+    def waits_for_eight(text: str, tries: int) -> Answer:
+        if int(text[1:]) in range(20, 28):  # passes only if eight are under way
+            barrier.wait(timeout=60)
+        return completion(text.upper())
+
+    server.answer = waits_for_eight
+    responses = ask(target(server, max_concurrency=8), *texts)
+    assert [response.answer for response in responses] == [text.upper() for text in texts]
+    assert server.most == 8
+
+
+def test_the_number_of_requests_grows_and_is_halved_once_by_an_overload() -> None:
+    concurrency = Concurrency(64)
+    assert concurrency.limit == 4
+    for _ in range(12):
+        concurrency.answered()
+    assert concurrency.limit == 16
+    sent = [float(number) for number in range(1, 17)]
+    for started in sent:  # one burst, sent before the first of its refusals came back
+        concurrency.overloaded(started=started)
+    assert concurrency.limit == 8
+    for _ in range(8):
+        concurrency.answered()
+    assert 8.9 < concurrency.limit < 9
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_an_overload_is_tried_again(server: Server, status: int) -> None:
+    server.answer = lambda text, tries: (status, {}, {"Retry-After": "0"}) if tries < 3 else completion("yes")
+    assert [response.answer for response in ask(target(server), "a", "b")] == ["yes", "yes"]
+    assert len(server.bodies) == 6
+
+
+def test_what_fails_again_and_again_is_a_status_and_never_an_answer(server: Server) -> None:
+    server.answer = lambda text, tries: (503, {"error": "busy: no"}, {}) if text == "bad" else completion("yes")
+    bad, good = ask(target(server, max_retries=2), "bad", "good")
+    assert (bad.status, bad.answer, bad.detail) == ("error", None, 'HTTP 503: {"error": "busy: no"}')
+    assert (good.status, good.answer) == ("ok", "yes")
+    assert len(server.bodies) == 4
+
+
+def test_a_time_out_is_a_status(server: Server) -> None:
+    released = threading.Event()
+
+    def late(text: str, tries: int) -> Answer:
+        if text == "slow":
+            released.wait(timeout=60)
+        return completion("yes")
+
+    server.answer = late
+    slow, good = ask(target(server, max_retries=0, timeout_seconds=0.5), "slow", "good")
+    released.set()
+    assert (slow.status, slow.answer, slow.detail) == ("timeout", None, "no answer in 0.5 s")
+    assert good.answer == "yes"
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "detail"),
+    [
+        (completion(None, "stop", refusal="I can't help"), "refused", "I can't help"),
+        (completion("", "content_filter"), "refused", "content_filter"),
+        ((400, {"error": {"code": "context_length_exceeded"}}, {}), "too_long", "HTTP 400"),
+        ((400, {"error": {"message": "bad image"}}, {}), "error", "bad image"),
+        ((200, {"choices": []}, {}), "error", "no chat completion"),
+    ],
+    ids=["refusal", "filter", "too long", "bad request", "no choice"],
+)
+def test_what_is_no_answer_has_its_status(server: Server, answer: Answer, status: str, detail: str) -> None:
+    server.answer = lambda text, tries: answer
+    (response,) = ask(target(server), "a")
+    assert (response.status, response.answer) == (status, None)
+    assert detail in response.detail
+    assert len(server.bodies) == 1, "another try would not help"
+
+
+@pytest.mark.parametrize(("text", "answer"), [("", ""), ("a\ud800b", "a\ufffdb"), ("y" * 10**5, "y" * 10**5)])
+def test_an_answer_may_be_empty_broken_or_huge(server: Server, text: str, answer: str) -> None:
+    server.answer = lambda _, tries: completion(text)
+    (response,) = ask(target(server), "a")
+    assert (response.status, response.answer) == ("ok", answer)
+
+
+def test_a_wrong_key_and_an_endpoint_that_is_not_there_end_the_evaluation(server: Server) -> None:
+    server.answer = lambda text, tries: (401, {"error": "wrong key"}, {})
+    with pytest.raises(EndpointRefused, match=r"refused with HTTP 401.*wrong key"):
+        ask(target(server), "a", "b")
+    nowhere = Endpoint(url="http://127.0.0.1:9/v1", name="a-model")
+    with pytest.raises(EndpointUnreachable, match=r"http://127.0.0.1:9/v1 does not answer"):
+        EndpointTarget(nowhere, EndpointResources(max_retries=1)).answer([question("a")], no_image)
+
+
+def test_benchmarks_that_need_more_than_text_are_refused_by_name(run: Run, server: Server) -> None:
+    prompt = TextPrompt((("user", ("?",)),))
+    score = ScoreRequest(item="1", prompt=prompt, continuations=(" A",))
+    with pytest.raises(ValueError, match="benchmark 'mmlu' needs likelihoods, which no chat endpoint gives"):
+        check_answerable("mmlu", [score])
+    running = GenerateRequest(item="1", prompt=TextPrompt(prompt.turns, is_chat=False), max_new_tokens=1)
+    with pytest.raises(ValueError, match="benchmark 'bbh' is written as running text"):
+        check_answerable("bbh", [running])
+    template = {**config_of(Pope).prompt.model_dump(), "answer": {"kind": "score"}}
+    suite = OfficialSuite(
+        name="two",
+        benchmarks={"first": config_of(Pope, version=None), "second": config_of(Pope, version=None, prompt=template)},
+    )
+    with pytest.raises(ValueError, match="benchmark 'second' needs likelihoods"):
+        evaluate(suite, Endpoint(url=server.url, name="a"), None, run.resources.with_changes(SAMPLED))
+    assert server.bodies == [], "the first benchmark was not asked either"
+
+
+SAMPLED = {"storage.benchmarks": str(SAMPLES)}
+
+
+def test_a_suite_on_an_endpoint_has_the_numbers_of_its_answers(run: Run, server: Server, tmp_path: Path) -> None:
+    server.answer = lambda text, tries: completion("Yes") if "zebra" not in text else (400, {}, {})
+    resources = run.resources.with_changes({**SAMPLED, "storage.store": str(tmp_path / "store")})
+    suite = OfficialSuite(name="s", benchmarks={"pope": config_of(Pope, version=None)}, bootstrap_resamples=50)
+    endpoint = Endpoint(url=server.url, name="a-model")
+    report = evaluate(suite, endpoint, None, resources)
+    content = read_report(report)
+    assert content.benchmarks["pope"].failed == {"error": 4}  # the zebra of each image
+    values = {metric.name: metric.value for metric in content.metrics}
+    assert values["pope_random_recall_official"] == 1
+    assert values["pope_popular_accuracy_official"] == 0.5
+    assert len(server.bodies) == 48
+    assert evaluate(suite, endpoint, None, resources) == report
+    other = Endpoint(url=server.url, name="a-model", revision="2")
+    assert evaluate(suite, other, None, resources) != report
+    assert len(server.bodies) == 96
+
+
+def test_a_suite_on_held_out_data_is_refused_on_an_endpoint(run: Run, server: Server) -> None:
+    from vila_ops.data.preprocess.prepare import prepare
+
+    recipe = run.recipe
+    suite = Suite.model_validate({**recipe.stage_suite.model_dump(), "benchmarks": {"loss": {"kind": "text_loss"}}})
+    data = prepare(suite.mixture, recipe.text(max_tokens=suite.max_tokens), run.resources)
+    with pytest.raises(ValueError, match="benchmark 'loss' is written in token ids, which the endpoint"):
+        evaluate(suite, Endpoint(url=server.url, name="a"), data, run.resources)
+
+
+def test_the_command_measures_an_endpoint_on_a_suite_file(run: Run, server: Server, tmp_path: Path) -> None:
+    server.answer = lambda text, tries: completion("Yes")
+    storage = {"store": str(tmp_path / "store"), "cache": run.resources.storage.cache, "benchmarks": str(SAMPLES)}
+    (tmp_path / "here.yaml").write_text(json.dumps({"launch": "inline", "storage": storage}))
+    suite = SAMPLES.parents[1] / "configs/suites/sample.yaml"
+    command = ["evaluate", str(suite), "--endpoint", f"a-model@{server.url}", "-r", str(tmp_path / "here.yaml")]
+    first, again = (CliRunner().invoke(app, [*command, *more]) for more in ([], ["--rescore"]))
+    assert first.exit_code == 0, first.output
+    (line,) = [line for line in first.stdout.splitlines() if line.startswith("pope_random_recall_official ")]
+    assert line.split()[1:3] == ["model", "1.000"]
+    assert again.stdout == first.stdout
+    assert len(server.bodies) == 48

@@ -1,0 +1,90 @@
+"""Benchmarks on official files and their prompts: a class for each benchmark, and a YAML file in configs/benchmarks."""
+
+import re
+import string
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from vila_ops.config.base import Config
+
+FAILED = Literal["wrong", "left_out"]
+"""wrong: a failed item scores as a wrong answer. left_out: it is not counted, and metrics are named NAME_answered."""
+
+
+class GenerateAnswer(Config):
+    """The model writes its answer, greedily."""
+
+    kind: Literal["generate"] = "generate"
+    max_new_tokens: PositiveInt
+    stop: tuple[str, ...] = ()
+    """Texts at which an answer is cut, such as a line end; the end of the turn always ends it."""
+
+
+class ScoreAnswer(Config):
+    """The likeliest continuation is the answer. Only a target that gives likelihoods can be asked."""
+
+    kind: Literal["score"] = "score"
+    continuation: str = " {letter}"
+    """The text of an option after the prompt, of {letter} and {option}."""
+    per_token: bool = False
+    """By the mean instead of the sum of the log-likelihoods of its tokens."""
+
+
+AnswerFormat = Annotated[GenerateAnswer | ScoreAnswer, Field(discriminator="kind")]
+
+
+class PromptTemplate(Config):
+    """How an item is written for a model.
+
+    `user` names parts of the item in braces. {hint} and {options} are written here: the former as it is, the latter
+    with one `option` on each line. A line whose parts are all empty for an item is left out.
+    """
+
+    format: Literal["chat", "text"] = "chat"
+    """chat: turns in the model's chat template. text: one running text after bos, as models before SFT read it."""
+    system: str = ""
+    """Text of a system turn; empty: the chat template's own."""
+    user: str
+    hint: str = ""
+    """What tells the model the form of its answer."""
+    option: str = "{letter}. {option}"
+    letters: str = string.ascii_uppercase
+    """Letters of the options, in order."""
+    answer: AnswerFormat
+
+    def fields(self) -> list[str]:
+        """The parts that `user` names, in order."""
+        return re.findall(r"{(\w+)}", self.user)
+
+    @model_validator(mode="after")
+    def _the_hint_is_written(self) -> "PromptTemplate":
+        if bool(self.hint) != ("hint" in self.fields()):
+            raise ValueError(
+                f"the prompt has the hint {self.hint!r} and the user's text {self.user!r}; write {{hint}} there if "
+                f"there is a hint, and only then"
+            )
+        return self
+
+
+class OfficialBenchmark(Config):
+    """Base of benchmarks on official files, which lie in `resources.storage.benchmarks`/KIND."""
+
+    prompt: PromptTemplate
+    failed_items: FAILED = "wrong"
+    """How items count that have no answer: refused, timed out, too long, or with an image that cannot be read."""
+    first: PositiveInt | None = None
+    """Only so many of the first items; None: all."""
+
+
+class Pope(OfficialBenchmark):
+    """POPE on COCO's val2014: is there a X in the image; random, popular and adversarial choices of X."""
+
+    kind: Literal["pope"] = "pope"
+    version: Literal["e3e3926", "109985c"] | None = "e3e3926"
+    """Commit of the question files: LLaVA and VILA report the former, with 2,910 random questions; the latter has
+    3,000. None: your own questions."""
+
+
+Official = Pope
+"""The classes of all official benchmarks; a union once there are several."""
