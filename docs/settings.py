@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from vila_ops.config import (
+    benchmarks,
     clean,
     download,
     engine,
@@ -36,7 +37,7 @@ from vila_ops.config.base import Config
 
 PAGE = Path(__file__).with_name("settings.md")
 START, END = "<!-- made by docs/settings.py -->", "<!-- end -->"
-ALIASES: tuple[ModuleType, ...] = (engine, evaluation, images, model, source)
+ALIASES: tuple[ModuleType, ...] = (benchmarks, engine, evaluation, images, model, source)
 """Modules whose type aliases have a docstring."""
 GROUPS: dict[str, tuple[Any, ...]] = {
     "A recipe": (run.Recipe,),
@@ -69,9 +70,14 @@ GROUPS: dict[str, tuple[Any, ...]] = {
         source.Source,
     ),
     "Suite, gate and service": (
+        evaluation.MeasureSettings,
         evaluation.SuiteSettings,
         evaluation.Suite,
+        evaluation.OfficialSuite,
         evaluation.Benchmark,
+        benchmarks.OfficialBenchmark,
+        benchmarks.PromptTemplate,
+        benchmarks.AnswerFormat,
         evaluation.Gate,
         evaluation.Rule,
         serve.Service,
@@ -88,6 +94,7 @@ GROUPS: dict[str, tuple[Any, ...]] = {
         resources.Watchdog,
         resources.Network,
         resources.EvaluateResources,
+        resources.EndpointResources,
         resources.ServeResources,
         engine.TorchEngine,
     ),

@@ -87,4 +87,4 @@ class Pope(OfficialBenchmark):
 
 
 Official = Pope
-"""The classes of all official benchmarks; a union once there are several."""
+"""A benchmark on official files; a union once there are several."""
