@@ -70,10 +70,12 @@ def device_on(resources: Resources, wanted: Device) -> Device:
     Raises ValueError for a device that this process (inline) does not have, and for a cluster with several kinds of
     GPUs. Raises ClusterFull for a cluster without the GPU, as a node may join.
     """
+    if wanted == "cpu":
+        return wanted
     if resources.launch == "inline":
         device_of(wanted)
         return wanted
-    return wanted if wanted == "cpu" else device_among(cluster_gpus(resources), resources, wanted)
+    return device_among(cluster_gpus(resources), resources, wanted)
 
 
 def device_among(gpus: dict[str, float], resources: Resources, wanted: Device) -> Device:

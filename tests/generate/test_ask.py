@@ -91,6 +91,12 @@ def test_the_command_checks_its_images_before_it_loads_the_model(tmp_path: Path)
     assert f"no such image file: {tmp_path / 'a.png'}" in str(done.exception)
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="is about machines without a GPU")
+def test_the_command_checks_its_device_before_it_reads_the_model(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["generate", str(tmp_path / "no model"), "What?", "--device", "cuda"])
+    assert "device is cuda, but torch" in str(done.exception)
+
+
 def test_the_command_prints_the_answer_alone(model: Pretrained, images: list[Path]) -> None:
     words = [
         "generate",

@@ -13,10 +13,12 @@ import httpx
 import openai
 import psutil
 import pytest
+import torch
 
 from vila_ops.artifacts.kinds import Checkpoint, ModelVersion
 from vila_ops.artifacts.store import content
 from vila_ops.config import Resources, Service
+from vila_ops.device import describe, device_of
 from vila_ops.errors import CorruptArtifact, NotReady
 from vila_ops.serve.deploy import deploy, undeploy
 
@@ -43,6 +45,16 @@ def pid_of(url: str) -> int:
     return int(httpx.get(f"{url}/health").json()["replica"]["pid"])
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="is about machines without a GPU")
+def test_a_device_that_is_not_there_is_refused_before_anything_changes(
+    resources: Resources, versions: Versions
+) -> None:
+    for settings in ({"device": "cuda"}, {"device": "cpu", "serve.device": "cuda"}):
+        with pytest.raises(ValueError, match=r"device is cuda, but torch .* of this process .*; or set device to cpu"):
+            deploy(SERVICE, versions[0], resources.with_changes(settings))
+    assert not list(Path(resources.storage.store).glob("serve/*.json"))
+
+
 @pytest.mark.slow
 def test_a_server_outlives_its_deployer_is_adopted_replaced_and_started_again(
     resources: Resources, versions: Versions, deploy_elsewhere: Callable[..., str]
@@ -55,6 +67,7 @@ def test_a_server_outlives_its_deployer_is_adopted_replaced_and_started_again(
     health = httpx.get(f"{url}/health").json()
     assert health["replica"]["digest"] == health["model"] == versions[0].checkpoint.digest
     assert "torch" in health["replica"]["versions"]
+    assert health["replica"]["device"] == describe(device_of("auto"))
 
     demoted = ModelVersion(**{**versions[0].model_dump(), "promoted": False})
     adopted = deploy(SERVICE, demoted, resources)

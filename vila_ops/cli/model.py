@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from vila_ops.cli.options import AsJson, as_yaml, print_result, say
-from vila_ops.device import Device
+from vila_ops.device import Device, device_of
 
 Checkpoint = Annotated[str, typer.Argument(help="A sealed model's place in the store, s3://..., or any model folder")]
 
@@ -81,6 +81,7 @@ def generate(
     """Answer one question, about images where some are given, in the model's chat template."""
     if missing := [str(path) for path in images or () if not path.is_file()]:
         raise ValueError(f"no such image file: {', '.join(missing)}")
+    device_of(device)  # an error before every byte of the model is read
     folder = _folder(checkpoint.rstrip("/"))
     from vila_ops.config.engine import TorchEngine
     from vila_ops.generate.ask import ask
