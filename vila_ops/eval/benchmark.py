@@ -115,7 +115,7 @@ class Request:
     condition: str = "matched"
     """`matched`, or for controls `shuffled` and `no_image`."""
     rotation: int = 0
-    """By how many places the options are rotated."""
+    """By how many places the options are rotated; or which of several requests of an item it is."""
     shots: tuple[str, ...] = ()
     """Ids of the demonstrations, in their order."""
     prompt: TextPrompt | Prompt
