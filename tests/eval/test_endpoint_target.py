@@ -242,6 +242,7 @@ def test_benchmarks_that_need_more_than_text_are_refused_by_name(run: Run, serve
 SAMPLED = {"storage.benchmarks": str(SAMPLES)}
 
 
+@pytest.mark.slow
 def test_a_suite_on_an_endpoint_has_the_numbers_of_its_answers(run: Run, server: Server, tmp_path: Path) -> None:
     server.answer = lambda text, tries: completion("Yes") if "zebra" not in text else (400, {}, {})
     resources = run.resources.with_changes({**SAMPLED, "storage.store": str(tmp_path / "store")})

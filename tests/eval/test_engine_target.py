@@ -78,6 +78,7 @@ def test_an_answer_ends_at_the_first_stop_text() -> None:
     assert [cut("a\nb.c", stop) for stop in (("\n",), (".", "\n"))] == [("a", True)] * 2
 
 
+@pytest.mark.slow
 def test_the_size_of_batches_changes_only_answers_that_are_near_ties(
     target: EngineTarget, monkeypatch: pytest.MonkeyPatch
 ) -> None:

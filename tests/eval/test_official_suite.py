@@ -83,6 +83,7 @@ def test_a_missing_folder_is_told_with_the_way_out(resources: Resources, tmp_pat
         seal_files(config_of(Pope, version=None), elsewhere)
 
 
+@pytest.mark.slow
 def test_every_item_has_a_row_with_what_was_asked_and_answered(
     report: EvalReport, model: Pretrained, resources: Resources
 ) -> None:
@@ -104,6 +105,7 @@ def test_every_item_has_a_row_with_what_was_asked_and_answered(
     assert len(execution["seconds_of"]) == 48
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_with_the_shard_it_was_in(
     report: EvalReport, model: Pretrained, resources: Resources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +173,7 @@ def test_what_was_not_answered_cannot_be_scored_again(model: Pretrained, resourc
         rescore(suite_of(prompt=prompt), model, None, resources)
 
 
+@pytest.mark.slow
 def test_an_image_that_is_missing_is_a_status_and_an_image_passes_the_tower_once(
     model: Pretrained, resources: Resources, tmp_path: Path
 ) -> None:
@@ -200,6 +203,7 @@ def test_a_shard_is_one_file_of_responses(report: EvalReport, resources: Resourc
     assert {tuple(one) for one in names} == {(runner.RESPONSES,)}
 
 
+@pytest.mark.slow
 def test_the_command_of_the_page_prints_the_numbers_and_scores_again(
     run: Run, model: Pretrained, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 
 from tests import made_elsewhere
+from tests.eval.benchmarks.sample import SAMPLES, config_of
 from tests.seed import SEED
 from tests.test_exactness import write_data
 from vila_ops.artifacts.kinds import Artifact
 from vila_ops.artifacts.store import KINDS, MANIFEST, verify_folder
-from vila_ops.config import Mixture, Resources
+from vila_ops.config import Mixture, OfficialSuite, Resources
+from vila_ops.config.benchmarks import Pope
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.errors import CorruptArtifact
 from vila_ops.eval.evaluate import evaluate
@@ -43,7 +45,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pipeline(root: Path) -> Pipeline:
     """All sealing tasks in order, each of which finds what is sealed already."""
     places = {f"storage.{name}": f"{root}/{name}" for name in ("store", "cache", "data")}
-    resources = Resources(launch="inline").with_changes(places)
+    resources = Resources(launch="inline").with_changes({**places, "storage.benchmarks": str(SAMPLES)})
+    pope = config_of(Pope, version=None, first=12)
+    official = OfficialSuite(name="official", benchmarks={"pope": pope}, bootstrap_resamples=50)
     model, own = made_elsewhere.model(root), made_elsewhere.mixture(root)
     near = {"near_duplicates": {"text_similarity": 1.0}}  # they need surveys
     mixture = Mixture.model_validate({**own.model_dump(), **near})
@@ -53,7 +57,7 @@ def pipeline(root: Path) -> Pipeline:
         data = prepare(mixture, model.text(max_tokens=128), resources)
         trained = train_stage(made_elsewhere.stage(mixture), model, data, base, resources)
         report = evaluate(made_elsewhere.suite(mixture), trained, data, resources)
-        return [base, data, trained, report]
+        return [base, data, trained, report, evaluate(official, trained, None, resources)]
 
     return run
 
