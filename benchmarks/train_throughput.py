@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,16 +39,18 @@ from transformers import LlavaForConditionalGeneration, Trainer, TrainerCallback
 from vila_ops.artifacts.kinds import Dataset, Pretrained
 from vila_ops.artifacts.store import content
 from vila_ops.config import NO_CONTEXT, Mixture, Resources, Stage, load
-from vila_ops.data.images import pixels
-from vila_ops.data.loading.packing import IGNORE_INDEX, PackedRow, pack
+from vila_ops.data.loading.packing import IGNORE_INDEX, pack
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.data.shards import Sample, read_index, read_sample
 from vila_ops.model import folder as model_folder
 from vila_ops.model.assemble import assemble
+from vila_ops.model.pixels import Pixels
 from vila_ops.model.trainable import set_trainable
 from vila_ops.tracking import MetricLog
 from vila_ops.train import loop
 from vila_ops.train.bad_samples import BadSampleFinder
+from vila_ops.train.batch_builder import BatchBuilder
+from vila_ops.train.batch_loader import BatchLoader, LoadedBatch
 from vila_ops.train.engine import build_engine
 from vila_ops.train.job import RankInfo, TrainJob
 from vila_ops.train.metrics import LossAccumulator, MetricsLogger
@@ -205,12 +208,17 @@ class Ours:
 
     def seconds(self, *, step: int, rows: Any = None) -> float:
         """Seconds of one step of `loop.train`, metrics included."""
+        with BatchLoader(self.job, RankInfo(), self.rows, self.batches) as loader:
+            return self.seconds_of(rows or loader, step=step)
+
+    def seconds_of(self, loader: Any, *, step: int) -> float:
+        """Seconds of one step with the micro-batches of a loader."""
         started = time.perf_counter()
         self.bad_samples.watchdog.heartbeat(step, "train")
-        seen = loop.accumulate_gradients(
-            self.engine, self.accumulator, rows or self.rows, self.job, step=step, bad_samples=self.bad_samples
-        )
+        loop.accumulate_gradients(self.engine, self.accumulator, loader, step=step, bad_samples=self.bad_samples)
         norm = self.engine.step(0.0)
+        seen = self.accumulator.reduce()
+        self.bad_samples.check_finite("loss", seen.loss, step=step)
         self.bad_samples.check_finite("gradient norm", norm, step=step)
         self.bad_samples.check_spike(step, seen.loss)
         self.metrics_logger.log_step(step, seen, grad_norm=norm, lr_multiplier=0.0, stall_seconds=0.0)
@@ -230,7 +238,7 @@ class Ours:
 
     def unpacked_seconds(self, samples: list[Sample]) -> float:
         """Seconds of one step with one sequence for each sample."""
-        return self.seconds(step=0, rows=Alone(samples))
+        return self.seconds(step=0, rows=Alone(samples, self.batches))
 
     def bare_seconds(self, *, step: int) -> float:
         """Seconds of forward and backward passes over ready batches, clipping and an update; nothing else."""
@@ -259,12 +267,15 @@ class Ours:
 class Alone:
     """Sequences as `loop.accumulate_gradients` reads them, one sample in each."""
 
-    def __init__(self, samples: list[Sample]) -> None:
+    def __init__(self, samples: list[Sample], batches: BatchBuilder) -> None:
         self.rows = [pack([sample], capacity=len(sample.input_ids)) for sample in samples]
+        self.batches = batches
 
-    def batch(self, step: int, *, rank: int, world_size: int) -> tuple[list[PackedRow], int]:
+    def train(self, step: int) -> Iterator[LoadedBatch]:
         """All sequences of the step."""
-        return self.rows, sum(int((row.labels >= 0).sum()) for row in self.rows)
+        num_targets = sum(int((row.labels >= 0).sum()) for row in self.rows)
+        for row in self.rows:
+            yield LoadedBatch(self.batches([row], step=step), [row], num_targets, 0.0)
 
 
 class Samples(torch.utils.data.Dataset[dict[str, Any]]):
@@ -290,7 +301,7 @@ class Samples(torch.utils.data.Dataset[dict[str, Any]]):
         return self.items[number]
 
 
-def collate(items: list[dict[str, Any]], *, pad: int, mean: Any, std: Any) -> dict[str, Tensor]:
+def collate(items: list[dict[str, Any]], *, pad: int, pixels: Pixels) -> dict[str, Tensor]:
     """A micro-batch padded to its longest sample."""
     longest = max(len(item["input_ids"]) for item in items)
 
@@ -301,7 +312,7 @@ def collate(items: list[dict[str, Any]], *, pad: int, mean: Any, std: Any) -> di
     lengths = torch.tensor([len(item["input_ids"]) for item in items])
     batch["attention_mask"] = (torch.arange(longest)[None] < lengths[:, None]).long()
     if images := [image for item in items for image in item["images"]]:
-        batch["pixel_values"] = torch.from_numpy(pixels(images, mean=mean, std=std))
+        batch["pixel_values"] = pixels(images)
     return batch
 
 
@@ -342,7 +353,7 @@ def peer(init: Pretrained, samples: list[Sample], how: dict[str, Any], *, out: P
             **how,
         ),
         train_dataset=Samples(samples),
-        data_collator=partial(collate, pad=0, mean=mean, std=std),
+        data_collator=partial(collate, pad=0, pixels=Pixels(mean, std)),
         callbacks=[clock],
     )
     trainer.train()

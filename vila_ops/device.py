@@ -63,6 +63,11 @@ def has_gpu_kernels(device: "torch.device") -> bool:
     return device.type == "cuda"
 
 
+def has_streams(device: "torch.device") -> bool:
+    """Whether copies between pinned memory and a device run on streams of their own."""
+    return device.type != "cpu"
+
+
 def collectives(wanted: Device) -> str:
     """The backend of torch.distributed for workers on a device. RCCL, of ROCm, goes by the name of NCCL."""
     return {"cpu": "gloo", "xpu": "xccl"}.get(wanted, "nccl")

@@ -15,7 +15,8 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from vila_ops.config.images import Decoding, ImageEncoding, ImageReading, Jpeg, Webp
 from vila_ops.data.containers import BadImage
-from vila_ops.data.images import MOST_CROPPED, Fit, pixels, square, suffix
+from vila_ops.data.images import MOST_CROPPED, Fit, square, suffix
+from vila_ops.model.pixels import Pixels
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Of openai/clip-vit-large-patch14's preprocessor_config.json."""
@@ -396,7 +397,7 @@ def test_pixels_are_normalised_as_by_the_stock_processor(
     size = {"height": 28, "width": 28}
     stock = CLIPImageProcessorPil(size=size, do_center_crop=False, image_mean=list(mean), image_std=list(CLIP_STD))
     expected = stock([Pillow.open(io.BytesIO(data)) for data in squares], return_tensors="np")["pixel_values"]
-    found = pixels(squares, mean=mean, std=CLIP_STD)
-    assert found.dtype == np.float32
-    assert found.shape == expected.shape == (8, 3, 28, 28)
-    assert np.abs(found - expected).max() <= 1e-6
+    actual = Pixels(mean, CLIP_STD)(squares).numpy()
+    assert actual.dtype == np.float32
+    assert actual.shape == expected.shape == (8, 3, 28, 28)
+    assert np.abs(actual - expected).max() <= 1e-6

@@ -4,8 +4,10 @@ Run by `test_inline_paths.py` in a process of its own, as torch has one such dev
 """
 
 import gc
+import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,11 +36,13 @@ from vila_ops.generate.torch_engine.kv_cache import KVCache
 from vila_ops.generate.torch_engine.scheduler import Scheduler
 from vila_ops.model import folder as model_folder
 from vila_ops.model.assemble import assemble
+from vila_ops.model.copies import Copies
 from vila_ops.serve.app.load import load_app
 from vila_ops.serve.spec import Spec
 from vila_ops.train import loop
 from vila_ops.train.batch_builder import BatchBuilder
 from vila_ops.train.checkpoint.rank_file import StagingBuffers
+from vila_ops.train.metrics import MetricsLogger
 from vila_ops.train.stage import train_stage
 
 ROOT = Path(__file__).parents[2]
@@ -146,6 +150,25 @@ def test_a_stage_trains_and_validates_on_the_device_as_on_the_cpu(case: str, on:
     assert read_manifest(here.uri)["execution"]["workers"][0]["device"] == "cpu"
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_makes_the_host_wait_for_the_device_twice(
+    case: str, on: Any, train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the gradient norm and for the losses. The first features of images are computed beside it."""
+    model, stage, resources = CASES[case]
+    seen: list[Counter[str]] = []
+    log_step = MetricsLogger.log_step
+
+    def logged(self: MetricsLogger, *args: Any, **kwargs: Any) -> None:
+        seen.append(fake.counted.waits.copy())
+        log_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(MetricsLogger, "log_step", logged)
+    train(on("gpu", **resources), model, {**stage, "num_steps": 5, "validate_every": 5, "save_every": 5})
+    for before, after in itertools.pairwise(seen[:4]):
+        assert (after - before).total() <= 2, after - before
+
+
 def test_a_stage_resumes_on_the_device_from_its_checkpoint(
     on: Any, train: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -248,14 +271,18 @@ def test_a_service_and_the_command_answer_on_the_device_as_on_the_cpu(
 
 
 def labels_on_the_host(patched: pytest.MonkeyPatch) -> None:
-    batch_of = BatchBuilder.__call__
+    batch_of = BatchBuilder.on_device
 
     def call(self: BatchBuilder, *args: Any, **kwargs: Any) -> Any:
         batch = batch_of(self, *args, **kwargs)
         object.__setattr__(batch, "labels", batch.labels.cpu())
         return batch
 
-    patched.setattr(BatchBuilder, "__call__", call)
+    patched.setattr(BatchBuilder, "on_device", call)
+
+
+def batch_used_before_it_was_copied(patched: pytest.MonkeyPatch) -> None:
+    patched.setattr(Copies, "arrived", lambda self, tensor: tensor)
 
 
 def state_read_before_it_was_copied(patched: pytest.MonkeyPatch) -> None:
@@ -270,6 +297,7 @@ def state_left_on_the_device(patched: pytest.MonkeyPatch) -> None:
     ("mistake", "message"),
     [
         (labels_on_the_host, "Expected all tensors to be on the same device"),
+        (batch_used_before_it_was_copied, "a stream uses a tensor before it waited for the copy"),
         (state_left_on_the_device, "can't convert fake device type tensor to numpy"),
     ],
     ids=lambda one: getattr(one, "__name__", ""),

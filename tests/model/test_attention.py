@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import cross_entropy
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
 from vila_ops.model import attention
 from vila_ops.model.vila import VilaForConditionalGeneration
+from vila_ops.train.objective import copied
 
 SEGMENTS = torch.tensor([[1] * 50 + [2] * 70 + [3] * 60 + [0] * 20, [1] * 140 + [2] * 60])
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -27,7 +29,8 @@ def hidden_of(whole: VilaForConditionalGeneration, kernel: Any, segments: Tensor
     attention.use(whole, kernel)
     device = whole.lm_head.weight.device
     ids = torch.randint(4, 500, SEGMENTS.shape, generator=torch.Generator().manual_seed(0)).to(device)
-    masks = attention.document_mask(whole, segments.to(device))
+    planned = copied(attention.plan(whole, segments), lambda tensor: tensor.to(device))
+    masks = attention.document_mask(whole, segments.to(device), planned)
     place = positions(SEGMENTS).to(device)
     states: Tensor = whole.hidden(whole.embed(ids, None), position_ids=place, use_cache=False, **masks)[0]
     return states
@@ -42,21 +45,45 @@ def test_a_mask_of_five_tokens() -> None:
 
 def test_lengths_for_flash_attention_are_those_that_transformers_reads_from_positions() -> None:
     (bounds, _), (longest, _) = prepare_fa_kwargs_from_position_ids(positions(SEGMENTS))
-    actual = attention._lengths(SEGMENTS)
-    assert actual["cu_seq_lens_q"].tolist() == bounds.tolist() == [0, 50, 120, 180, 200, 340, 400]
-    assert actual["cu_seq_lens_q"].dtype == torch.int32
-    assert actual["max_length_q"] == int(longest) == 140
+    actual = attention._bounds(SEGMENTS)
+    assert actual.starts.tolist() == bounds.tolist() == [0, 50, 120, 180, 200, 340, 400]
+    assert actual.starts.dtype == torch.int32
+    assert actual.longest == int(longest) == 140
 
 
-@pytest.mark.parametrize("window", [None, 20])
-def test_blocks_for_flex_attention_are_those_of_the_mask(window: int | None) -> None:
-    blocks = attention._blocks(SEGMENTS, window)
-    seen = attention.attention_mask(SEGMENTS)
-    if window is not None:  # a key is at most 19 tokens before its query
-        seen = seen & torch.ones(200, 200, dtype=torch.bool).triu(-19)
-    padded = torch.nn.functional.pad(seen, (0, 56, 0, 56))
-    expected = padded.view(2, 1, 2, 128, 2, 128).any(5).any(3)
-    assert blocks.to_dense().bool().tolist() == expected.tolist()
+def segments_of(lengths: list[int], tokens: int) -> Tensor:
+    """(1, tokens), with padding after segments of these lengths."""
+    numbers = torch.arange(1, len(lengths) + 1).repeat_interleave(torch.tensor(lengths))
+    return torch.nn.functional.pad(numbers, (0, tokens - len(numbers)))[None]
+
+
+@pytest.mark.parametrize("window", [None, 1, 20, 129, 200, 300])
+@pytest.mark.parametrize(
+    "segments",
+    [
+        SEGMENTS,
+        segments_of([1000], 1000),
+        segments_of([1024], 1024),
+        segments_of([128, 256, 512], 1024),
+        segments_of([127, 2, 300, 1, 128, 10], 700),
+    ],
+    ids=["two_rows", "one", "whole", "edges", "many"],
+)
+def test_blocks_for_flex_attention_are_those_that_torch_finds_in_the_mask(window: int | None, segments: Tensor) -> None:
+    def attends(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = (query >= key) & (segments[row, query] == segments[row, key])
+        return seen if window is None else seen & (query - key < window)
+
+    rows, tokens = segments.shape
+    expected = create_block_mask(attends, rows, None, tokens, tokens, device="cpu")
+    blocks = attention._blocks(segments, window)
+    actual = attention._block_mask(segments, window, blocks)
+    for name, tensor in vars(blocks).items():
+        assert torch.equal(tensor, getattr(expected, name)), name
+        assert tensor.dtype == getattr(expected, name).dtype == torch.int32
+        assert tensor.is_contiguous()
+    assert torch.equal(actual.to_dense(), expected.to_dense())
+    assert (actual.shape, actual.seq_lengths) == (expected.shape, expected.seq_lengths)
 
 
 @pytest.mark.slow

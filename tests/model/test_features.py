@@ -1,4 +1,3 @@
-import functools
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -9,16 +8,17 @@ import pytest
 import torch
 
 from vila_ops.config.images import Webp
-from vila_ops.data.images import Fit, pixels, square
+from vila_ops.data.images import Fit, square
 from vila_ops.model import folder as model_folder
 from vila_ops.model.features import BATCH, SUFFIX, FeatureCache, tower_digest
+from vila_ops.model.pixels import Pixels
 from vila_ops.model.vila import VilaForConditionalGeneration
 
 HALF = (0.5, 0.5, 0.5)
 
 
-def to_pixels(mean: tuple[float, ...] = HALF) -> Any:
-    return functools.partial(pixels, mean=mean, std=HALF)
+def to_pixels(mean: tuple[float, ...] = HALF) -> Pixels:
+    return Pixels(mean, HALF)
 
 
 def files(folder: Path) -> list[Path]:
@@ -43,7 +43,7 @@ def test_features_do_not_depend_on_the_batch_an_image_came_in(
     assert torch.equal(together, turned)
     assert torch.equal(together, alone)
     with torch.no_grad():
-        direct = whole.tower_features(torch.from_numpy(to_pixels()(squares)))
+        direct = whole.tower_features(to_pixels()(squares))
     assert torch.allclose(together, direct, atol=1e-5)
 
 
@@ -71,7 +71,7 @@ def test_features_from_disk_are_those_that_the_tower_gave_bit_for_bit(
     first, again = (FeatureCache(whole, to_pixels(), root=tmp_path, precision=precision)(batch) for _ in range(2))
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
-        direct = whole.tower_features(torch.from_numpy(to_pixels()(batch))).to(dtype)
+        direct = whole.tower_features(to_pixels()(batch)).to(dtype)
     assert first.dtype == dtype
     assert torch.equal(first, direct)
     assert torch.equal(again, direct)
@@ -116,7 +116,7 @@ def test_what_changes_features_changes_their_place(
         whole, _ = build(model)
         actual = FeatureCache(whole, to_pixels(mean), root=tmp_path)(squares[:1])
         with torch.no_grad():
-            direct = whole.tower_features(torch.from_numpy(to_pixels(mean)(squares[:1])))
+            direct = whole.tower_features(to_pixels(mean)(squares[:1]))
         assert torch.allclose(actual, direct, atol=1e-5)
 
 

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
 from vila_ops.config.images import Webp
-from vila_ops.data.images import Fit, pixels, square
+from vila_ops.data.images import Fit, square
 from vila_ops.errors import CorruptArtifact
 from vila_ops.model import folder as model_folder
 from vila_ops.model.modify import Modifications
+from vila_ops.model.pixels import Pixels
 from vila_ops.model.vila import VilaForConditionalGeneration
 from vila_ops.packages.normalisation import HALVES
 
@@ -105,7 +106,7 @@ def test_plain_folders_load_in_stock_transformers_and_give_our_logits(
             ids = torch.from_numpy(stock[f"{case}.ids"])
             assert int((ids == 3).sum()) == 16 * len(names)
             chosen = [squares[name] for name in names]
-            values = torch.from_numpy(pixels(chosen, mean=mean, std=std)) if chosen else None
+            values = Pixels(mean, std)(chosen) if chosen else None
             expected = torch.from_numpy(stock[f"{case}.logits"])
             assert torch.allclose(logits(ours, ids, values), expected, atol=1e-5, rtol=0)
 

@@ -27,7 +27,7 @@ from vila_ops.generate.torch_engine.scorer import Scorer
 from vila_ops.model import export
 from vila_ops.model import folder as model_folder
 from vila_ops.model.assemble import assemble
-from vila_ops.model.attention import document_mask
+from vila_ops.model.attention import document_mask, plan
 from vila_ops.model.build import embedding_std
 from vila_ops.model.importing.checkpoint import import_checkpoint
 from vila_ops.model.language_models import LANGUAGE_MODELS, PLAIN_HEAD, check_language_model, head_form
@@ -146,10 +146,10 @@ def test_losses_and_gradients_of_packed_samples_are_those_of_each_sample_alone(p
     segments = torch.cat([torch.full((n,), number) for number, n in enumerate(lengths, start=1)])[None]
     labels = torch.cat([torch.cat([sample[1:], torch.tensor([-100])]) for sample in SAMPLES])[None]
     ours = pair.ours
-    hidden = ours.hidden(
-        ours.embed(ids, None), position_ids=positions, use_cache=False, **document_mask(ours, segments)
-    ).last_hidden_state
-    total, each = losses(ours, hidden, labels)
+    masks = document_mask(ours, segments, plan(ours, segments))
+    hidden = ours.hidden(ours.embed(ids, None), position_ids=positions, use_cache=False, **masks).last_hidden_state
+    targets = (labels[0] >= 0).nonzero()[:, 0]
+    total, each = losses(ours, hidden, targets, labels[0, targets])
     alone = torch.cat([cross_entropy(pair.stock(s[None]).logits[0, :-1], s[1:], reduction="none") for s in SAMPLES])
     assert close(each, alone)
     assert float(total.detach()) == pytest.approx(float(alone.detach().sum()), rel=1e-6)

@@ -1,6 +1,6 @@
 """The FLOP rule against torch's own counter over a real step, product by product."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -103,15 +103,16 @@ def counted(model: Any, stage: Stage, case: Case) -> tuple[int, int]:
         if pixels is not None and "vision_tower" not in stage.trainable:
             with torch.no_grad():
                 features = model.tower_features(pixels)
-        batch = Batch(
+        batch = Batch.of_tokens(
+            model,
             input_ids=ids,
             position_ids=torch.arange(TOKENS)[None],
             segment_ids=torch.ones_like(ids),
             labels=labels,
-            features=features,
-            pixel_values=pixels if features is None else None,
+            any_images=pixels is not None,
         )
-        total, _ = objective(batch)
+        pixels = pixels if features is None else None
+        total, _ = objective(replace(batch, features=features, pixel_values=pixels))
         if total.requires_grad:
             total.backward()
     by_kind = {str(kind): count for kind, count in counter.get_flop_counts()["Global"].items()}

@@ -1,7 +1,7 @@
 """The memory forecast against the live bytes of a real step, and against ZeRO's shards computed here."""
 
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -160,15 +160,15 @@ def peak(objective: Objective, stage: Stage, accumulated: int) -> int:
                 if "vision_tower" not in stage.trainable:
                     with torch.no_grad():
                         features, pixels = model.tower_features(pixels), None
-                batch = Batch(
+                batch = Batch.of_tokens(
+                    model,
                     input_ids=ids,
                     position_ids=torch.arange(TOKENS).expand(ROWS, TOKENS),
                     segment_ids=torch.ones_like(ids),
                     labels=labels,
-                    features=features,
-                    pixel_values=pixels,
+                    any_images=True,
                 )
-                total, _ = objective(batch)
+                total, _ = objective(replace(batch, features=features, pixel_values=pixels))
                 (total / 100).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from vila_ops.model.trainable import set_trainable
 from vila_ops.tracking import MetricLog
 from vila_ops.train.bad_samples import BadSampleFinder
+from vila_ops.train.batch_loader import BatchLoader
 from vila_ops.train.engine import TrainEngine, build_engine
 from vila_ops.train.job import RankInfo, TrainJob
 from vila_ops.train.loop import accumulate_gradients, load
@@ -32,13 +33,13 @@ def run(task: dict[str, Any], rank_info: RankInfo) -> None:
     engine = build_engine(objective, trained, job.stage, job.resources)
     accumulator = LossAccumulator(job, model, batches, rows.sources())
     bad_samples = BadSampleFinder(job, StepWatchdog(job, rank_info), rows, [], MetricLog(job.resources, None))
-    accumulate_gradients(engine, accumulator, rows, job, step=0, bad_samples=bad_samples)
-    norm = engine.step(1.0)
-    before = state(engine)
-    own, _ = rows.batch(1, rank=rank_info.rank, world_size=rank_info.world_size)
-    scale = float("nan") if rank_info.rank == rank_info.world_size - 1 else 1.0
-    for row in own:
-        engine.backward(engine.loss(batches([row]))[0] * scale)
+    with BatchLoader(job, rank_info, rows, batches) as loader:
+        accumulate_gradients(engine, accumulator, loader, step=0, bad_samples=bad_samples)
+        norm = engine.step(1.0)
+        before = state(engine)
+        scale = float("nan") if rank_info.rank == rank_info.world_size - 1 else 1.0
+        for one in loader.train(1):
+            engine.backward(engine.loss(one.batch)[0] * scale)
     broken = engine.step(1.0)
     after = state(engine)
     moved = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]

@@ -12,7 +12,7 @@ from typing import Any
 from one_rank import main
 
 from vila_ops.train import loop
-from vila_ops.train.batch_builder import BatchBuilder
+from vila_ops.train.batch_loader import BatchLoader
 from vila_ops.train.watchdog import Phase, StepWatchdog
 
 AFTER = 2
@@ -22,13 +22,14 @@ def sleeps_for_ever() -> None:
     time.sleep(3600)
 
 
-class Stuck(BatchBuilder):
-    """Hangs in the step after AFTER steps."""
+class Stuck(BatchLoader):
+    """Hangs in the step after AFTER steps, after its first micro-batch."""
 
-    def __call__(self, rows: Any, *, step: int | None = None) -> Any:
-        if step is not None and step > AFTER:
-            os.kill(os.getpid(), signal.SIGSTOP) if sys.argv[1] == "suspended" else sleeps_for_ever()
-        return super().__call__(rows, step=step)
+    def train(self, step: int) -> Any:
+        for loaded in super().train(step):
+            yield loaded
+            if step > AFTER:
+                os.kill(os.getpid(), signal.SIGSTOP) if sys.argv[1] == "suspended" else sleeps_for_ever()
 
 
 class LatelyImpatient(StepWatchdog):
@@ -43,5 +44,5 @@ class LatelyImpatient(StepWatchdog):
 if __name__ == "__main__":
     loop.StepWatchdog = LatelyImpatient  # type: ignore[misc]
     if sys.argv[3] == "1":
-        loop.BatchBuilder = Stuck  # type: ignore[misc]
+        loop.BatchLoader = Stuck  # type: ignore[misc]
     main(*sys.argv[2:])

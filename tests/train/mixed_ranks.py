@@ -1,5 +1,6 @@
 """Two ranks with rows with and without images, for `ranks.py`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ STEPS = (("PT", "TP"), ("TT", "TT"), ("TT", "PT"), ("PP", "TT"))
 """For each optimizer step its passes, and for each pass the row of each rank: with an image (P) or only text (T)."""
 
 
-def make_batch(objective: Objective, kind: str, seed: int) -> Batch:
+def make_batch(objective: Objective, kind: str, seed: int, *, any_images: bool) -> Batch:
     """Return a batch of one row, with pixels if the tower trains, and features otherwise."""
     config = objective.model.config
     random = torch.Generator().manual_seed(seed)
@@ -31,11 +32,16 @@ def make_batch(objective: Objective, kind: str, seed: int) -> Batch:
     labels[:, :8] = -100
     if kind == "P":
         ids[:, 2 : 2 + config.image_seq_length] = config.image_token_id
-    return Batch(
+    batch = Batch.of_tokens(
+        objective.model,
         input_ids=ids,
         position_ids=torch.arange(24)[None],
         segment_ids=torch.ones(1, 24, dtype=torch.long),
         labels=labels,
+        any_images=any_images,
+    )
+    return replace(
+        batch,
         features=features if kind == "P" and not tower_trains else None,
         pixel_values=pixels if kind == "P" and tower_trains else None,
     )
@@ -46,7 +52,8 @@ def walk(engine: TrainEngine, objective: Objective, *, ranks: tuple[int, ...]) -
     for number, passes in enumerate(STEPS):
         for micro, kinds in enumerate(passes):
             for rank in ranks:
-                batch = make_batch(objective, kinds[rank], seed=100 * number + 10 * micro + rank)
+                any_images = "P" in (kinds if len(ranks) == 1 else kinds[rank])
+                batch = make_batch(objective, kinds[rank], 100 * number + 10 * micro + rank, any_images=any_images)
                 engine.backward(engine.loss(batch)[0] / 60)
         engine.step(1.0)
     states = {name: {k: t.clone() for k, t in tensors.items()} for name, tensors in engine.state()}

@@ -10,11 +10,11 @@ from tests.train.closeness import ROUNDING, apart
 from vila_ops.artifacts.kinds import Pretrained
 from vila_ops.artifacts.store import content
 from vila_ops.config import NO_CONTEXT, Resources, Stage
-from vila_ops.data.images import pixels
 from vila_ops.data.loading.packing import pack
 from vila_ops.data.shards import read_index, read_sample
 from vila_ops.model import folder as model_folder
 from vila_ops.model.assemble import assemble
+from vila_ops.model.pixels import Pixels
 from vila_ops.model.trainable import set_trainable
 from vila_ops.train.batch_builder import BatchBuilder
 from vila_ops.train.engine import PlainEngine, build_engine, deepspeed_config
@@ -60,7 +60,7 @@ def test_the_loss_is_that_of_stock_llava(
     for sample in chosen:
         ids = torch.tensor([sample.input_ids])
         labels = torch.where(torch.tensor([sample.is_target]), ids, -100)
-        images = torch.from_numpy(pixels(list(sample.images), mean=mean, std=std)) if sample.images else None
+        images = Pixels(mean, std)(sample.images) if sample.images else None
         with torch.no_grad():
             loss = stock(input_ids=ids, pixel_values=images, labels=labels).loss
         expected += float(loss) * int((labels[:, 1:] >= 0).sum())

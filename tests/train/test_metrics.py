@@ -96,7 +96,7 @@ def test_a_frozen_tower_counts_where_it_ran(bench: Any, stage: Stage, tmp_path: 
     lengths, targets = [len(one.input_ids) for one in samples], sum(row["num_targets"] for row in chosen)
     shapes, each = shapes_of(accumulator.batch_builder.feature_cache.model.config), torch.zeros(targets)
     for cached in (False, True):
-        accumulator.batch([row])
+        accumulator.batch_builder([row])
         accumulator.add([row], each.sum(), each)
         expected = training_flops(shapes, stage, segments=lengths, images=3, targets=targets, features_cached=cached)
         assert accumulator.reduce().flops == pytest.approx(expected)
@@ -131,11 +131,19 @@ def metered(bench: Any, stage: Stage, resources: Resources) -> tuple[Histories, 
 
 
 @pytest.fixture(scope="module")
-def steps(bench: Any, stage: Stage, resources: Resources) -> list[list[PackedRow]]:
-    """The rows of each step."""
+def row_loader(bench: Any, stage: Stage, resources: Resources) -> RowLoader:
     cache = resources.storage.scratch() / "plans"
-    rows = RowLoader(opened(bench.data).file, digest=bench.data.digest, stage=stage, cache=cache)
-    return [rows.batch(step)[0] for step in range(stage.num_steps or 0)]
+    return RowLoader(opened(bench.data).file, digest=bench.data.digest, stage=stage, cache=cache)
+
+
+@pytest.fixture(scope="module")
+def steps(stage: Stage, row_loader: RowLoader) -> list[list[PackedRow]]:
+    """The rows of each step."""
+    return [row_loader.batch(step)[0] for step in range(stage.num_steps or 0)]
+
+
+def images_of(rows: list[PackedRow]) -> set[bytes]:
+    return {image for row in rows for image in row.images}
 
 
 @pytest.mark.slow
@@ -169,10 +177,19 @@ def test_the_sources_losses_weighted_by_their_targets_are_the_loss_of_the_step(
 
 
 def test_speed_padding_mfu_rates_and_cost_are_those_of_the_rows_and_the_clock(
-    bench: Any, stage: Stage, metered: tuple[Histories, Any, float], steps: list[list[PackedRow]]
+    bench: Any,
+    stage: Stage,
+    metered: tuple[Histories, Any, float],
+    row_loader: RowLoader,
+    steps: list[list[PackedRow]],
 ) -> None:
     metrics, _, seconds = metered
     shapes = shapes_of(model_folder.load(content(bench.init)).config)
+    on_image = {"segments": [], "images": 1, "targets": 0}
+    tower = training_flops(shapes, stage, **on_image, features_cached=False) - training_flops(
+        shapes, stage, **on_image, features_cached=True
+    )
+    through_the_tower = 0
     for step, rows in enumerate(steps, start=1):
         tokens = sum(int(np.count_nonzero(row.segment_ids)) for row in rows)
         targets = sum(int((row.labels >= 0).sum()) for row in rows)
@@ -180,22 +197,24 @@ def test_speed_padding_mfu_rates_and_cost_are_those_of_the_rows_and_the_clock(
         assert metrics["train/tokens_per_s"][step] * took == pytest.approx(tokens)
         assert metrics["train/target_tokens_per_s"][step] * took == pytest.approx(targets)
         assert metrics["train/padding_fraction"][step] == pytest.approx(1 - tokens / (4 * 128))
-        least, most = (
-            sum(
-                training_flops(
-                    shapes, stage, segments=np.bincount(row.segment_ids)[1:].tolist(), images=len(row.images),
-                    targets=int((row.labels >= 0).sum()), features_cached=cached,
-                )
-                for row in rows
+        without_tower = sum(
+            training_flops(
+                shapes, stage, segments=np.bincount(row.segment_ids)[1:].tolist(), images=len(row.images),
+                targets=int((row.labels >= 0).sum()), features_cached=True,
             )
-            for cached in (True, False)
+            for row in rows
         )  # fmt: skip
-        assert least * 0.999 <= metrics["train/mfu"][step] * took * PEAK * 1e12 <= most * 1.001
+        images = (metrics["train/mfu"][step] * took * PEAK * 1e12 - without_tower) / tower
+        assert images == pytest.approx(round(images), abs=1e-3)
+        through_the_tower += round(images)
         for part in stage.trainable:
             rate = stage.peak_rate(part) * lr_multiplier(step - 1, stage, num_steps=6)
             assert metrics[f"learning_rate/{part}"][step] == pytest.approx(rate)
         assert 0 < metrics["data/wait_fraction"][step] < 1
         assert metrics["memory/peak_rss_gib"][step] > 0.1
+    # Those of the first step are computed before it, to fit the fresh projector, and then those of the validation.
+    before = images_of(steps[0]) | images_of(row_loader.read(row_loader.held_out().rows))
+    assert through_the_tower == len(set().union(*map(images_of, steps)) - before), "once each"
     assert sum(metrics["seconds_per_step"].values()) <= metrics["train/cost"][6] * 3600 / PRICE <= seconds
     stalls = [metrics["ckpt/stall_s"][step] for step in range(1, 7)]
     assert [stall > 0 for stall in stalls] == [False, False, True, False, True, False]  # saved after 2 and 4

@@ -385,7 +385,7 @@ def test_a_spike_is_written_down_once_with_its_worst_samples_and_training_goes_o
         bad_samples = BadSampleFinder(job, watchdog, rows, curve, metrics)
         for step, loss in ((1, 1.02), (2, 5.0), (3, 5.1), (4, 1.01), (5, 6.0)):
             own, _ = rows.batch(step - 1)
-            bad_samples.begin_step(own)
+            bad_samples.begin_step()
             for row in own:
                 bad_samples.add([row], objective(batches([row]))[1])
             bad_samples.check_spike(step, loss)

@@ -155,6 +155,8 @@ class TrainResources(Config):
     """Logical CPUs that Ray reserves per worker."""
     threads_per_worker: PositiveInt = 1
     """Threads of torch in each worker."""
+    loading_threads: PositiveInt = 2
+    """Threads of each worker that read and decode rows ahead of the step; each has two micro-batches in memory."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     micro_batch_size: PositiveInt = 1
     """Packed sequences per forward pass."""

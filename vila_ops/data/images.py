@@ -1,14 +1,11 @@
 """Encoded images to squares for the vision tower. Pure: the same bytes give the same pixels on every machine."""
 
-# I images, S side in pixels
-
 import io
 import math
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image as Pillow
 from PIL import features
 
@@ -112,16 +109,6 @@ def suffix(encoding: ImageEncoding) -> Literal["jpg", "webp"]:
             return "webp"
         case _:
             assert_never(encoding)
-
-
-def pixels(squares: list[bytes], *, mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float32]:
-    """Encoded squares to normalised pixel values (I, 3, S, S): (x / 255 - mean) / std for each channel."""
-    arrays = [
-        np.asarray(Pillow.open(io.BytesIO(data), formats=("WEBP", "JPEG", "PNG")).convert("RGB")) for data in squares
-    ]
-    scaled = np.stack(arrays).astype(np.float32) / np.float32(255)
-    normalised = (scaled - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
-    return np.ascontiguousarray(normalised.transpose(0, 3, 1, 2))
 
 
 def _checked(data: bytes, reading: ImageReading) -> Stripped:

@@ -1,14 +1,19 @@
-"""Attention masks, with sliding windows, in the form that each kernel and language model takes."""
+"""Attention masks, with sliding windows, in the form that each kernel and language model takes.
 
-# B rows, T query tokens, K key tokens
+What depends on the lengths of segments is computed on the host (`plan`), because a device could say them only after it
+has done all its work; `document_mask` makes the mask of it on the device.
+"""
+
+# B rows, T query tokens, K key tokens, Q blocks of a row
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 
 from vila_ops.device import has_gpu_kernels
 from vila_ops.model.language_models import layer_windows
@@ -19,6 +24,39 @@ NAMES: dict[Kernel, str] = {"sdpa": "sdpa", "flash": "flash_attention_2", "flex"
 """transformers' names of the kernels."""
 Mask = Callable[[int | None], Any]
 """A sliding window in tokens -> the mask of layers with that window."""
+BLOCK = 128
+"""Tokens of a side of FlexAttention's blocks."""
+
+
+@dataclass(frozen=True)
+class SegmentBounds:
+    """The segments of all rows end to end, for FlashAttention."""
+
+    starts: Tensor
+    """(S + 1,) int32: the position at which each of the S segments begins, then the number of all positions."""
+    longest: int
+    """Tokens of the longest segment."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Which blocks of BLOCK x BLOCK attend, for FlexAttention: some pairs of a block (partial), or all of them (full).
+
+    For each block of queries (kv) and of keys (q): how many blocks, (B, 1, Q), and their numbers first in (B, 1, Q, Q).
+    """
+
+    kv_num_blocks: Tensor
+    kv_indices: Tensor
+    full_kv_num_blocks: Tensor
+    full_kv_indices: Tensor
+    q_num_blocks: Tensor
+    q_indices: Tensor
+    full_q_num_blocks: Tensor
+    full_q_indices: Tensor
+
+
+MaskPlan = SegmentBounds | dict[int | None, Blocks] | None
+"""What the kernel needs besides segment ids: bounds for flash, the blocks of each window for flex, nothing for sdpa."""
 
 
 def use(model: VilaForConditionalGeneration, kernel: Kernel) -> None:
@@ -50,17 +88,33 @@ def choose(requested: Literal["auto"] | Kernel, device: torch.device, precision:
     return requested
 
 
-def document_mask(model: VilaForConditionalGeneration, segment_ids: Tensor) -> dict[str, Any]:
-    """Arguments of the language model with which a token attends to its own segment up to itself.
-
-    segment_ids are (B, T). Padding is a segment like others, so that no softmax is empty. The mask is always explicit:
-    transformers infers segments only without a mask and without a cache, and leaks silently otherwise.
-    """
+def plan(model: VilaForConditionalGeneration, segment_ids: Tensor) -> MaskPlan:
+    """The plan of `document_mask` for segment ids (B, T) in the host's memory, in which a segment is one run."""
     match model.model.language_model.config._attn_implementation:
         case "flash_attention_2":
-            return _lengths(segment_ids)  # its layers pass their windows themselves
+            return _bounds(segment_ids)
         case "flex_attention":
-            return _by_layer(model, lambda window: _blocks(segment_ids, window))
+            windows = layer_windows(model.config.text_config)
+            each = set(windows.values()) if isinstance(windows, dict) else {windows}
+            return {window: _blocks(segment_ids, window) for window in each}
+        case _:
+            return None
+
+
+def document_mask(model: VilaForConditionalGeneration, segment_ids: Tensor, planned: MaskPlan) -> dict[str, Any]:
+    """Arguments of the language model with which a token attends to its own segment up to itself.
+
+    segment_ids are (B, T), and `planned` is their plan on the same device. Padding is a segment like others, so that no
+    softmax is empty. The mask is always explicit: transformers infers segments only without a mask and without a cache,
+    and leaks silently otherwise.
+    """
+    match planned:
+        case SegmentBounds(starts, longest):  # the layers pass their windows themselves
+            # Without `deterministic`, the order of additions in the backward pass, and a resumed curve, would differ.
+            ends = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
+            return {**ends, "max_length_q": longest, "max_length_k": longest, "deterministic": True}
+        case dict():
+            return _by_layer(model, lambda window: _block_mask(segment_ids, window, planned[window]))
         case _:
             places = torch.arange(segment_ids.shape[1], device=segment_ids.device)
             return masks(model, attention_mask(segment_ids), (places[:, None] - places)[None, None])
@@ -94,26 +148,47 @@ def _by_layer(model: VilaForConditionalGeneration, mask: Mask) -> dict[str, Any]
     return {"attention_mask": mask(windows)}
 
 
-def _blocks(segment_ids: Tensor, window: int | None) -> Any:
-    """The same mask for FlexAttention, as blocks of 128 x 128 that are computed or skipped."""
+def _block_mask(segment_ids: Tensor, window: int | None, blocks: Blocks) -> BlockMask:
+    """The same mask for FlexAttention, as blocks that are computed or skipped."""
 
     def attends(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
         seen = (query >= key) & (segment_ids[row, query] == segment_ids[row, key])
         return seen if window is None else seen & (query - key < window)
 
-    rows, tokens = segment_ids.shape
-    return create_block_mask(attends, rows, None, tokens, tokens, device=str(segment_ids.device))
+    tokens = segment_ids.shape[1]
+    return BlockMask(seq_lengths=(tokens, tokens), **vars(blocks), BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=attends)
 
 
-def _lengths(segment_ids: Tensor) -> dict[str, Any]:
-    """The same mask for FlashAttention: the bounds of segments in all rows end to end (`flash_attn_varlen_func`).
+def _blocks(segment_ids: Tensor, window: int | None) -> Blocks:
+    """The blocks of a mask, from the segments of the first and last token of each block.
 
-    `deterministic` fixes the order of additions in the backward pass; without it a resumed loss curve would differ.
+    A segment that reaches from one block into a later one ends the first and begins the second.
     """
+    tokens = segment_ids.shape[1]
+    starts = torch.arange(0, tokens, BLOCK)
+    lasts = (starts + BLOCK - 1).clamp(max=tokens - 1)
+    first, last = segment_ids[:, starts], segment_ids[:, lasts]  # (B, Q)
+    nearest = starts[:, None] - lasts[None]  # (Q, Q): tokens from the last key of a block to the first query of another
+    within = torch.tensor(True) if window is None else nearest < window
+    diagonal = torch.eye(len(starts), dtype=torch.bool)
+    some = (nearest > 0) & within & (first[:, :, None] == last[:, None, :]) | diagonal
+    is_one = (first == last) & (lasts - starts == BLOCK - 1)  # a whole block of one segment
+    farthest = lasts[:, None] - starts[None]
+    within = torch.tensor(True) if window is None else farthest < window
+    full = some & ~diagonal & within & is_one[:, :, None] & is_one[:, None, :]
+    partial = some & ~full
+    return Blocks(*_numbered(partial), *_numbered(full), *_numbered(partial.mT), *_numbered(full.mT))
+
+
+def _numbered(dense: Tensor) -> tuple[Tensor, Tensor]:
+    """Number and numbers, in ascending order, of the true columns of each row, as BlockMask has them."""
+    order = dense.to(torch.int8).contiguous().argsort(dim=-1, descending=True, stable=True)
+    return dense.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
+
+
+def _bounds(segment_ids: Tensor) -> SegmentBounds:
     starts = torch.ones_like(segment_ids, dtype=torch.bool)
     starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
     positions = starts.flatten().nonzero()[:, 0]
     bounds = torch.nn.functional.pad(positions, (0, 1), value=segment_ids.numel()).to(torch.int32)
-    longest = int(bounds.diff().max())
-    ends = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
-    return {**ends, "deterministic": True}
+    return SegmentBounds(bounds, int(bounds.diff().max()))

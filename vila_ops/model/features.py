@@ -2,6 +2,7 @@
 
 # I images, P patches, C tower channels, S side in pixels
 
+import functools
 import hashlib
 import io
 import json
@@ -10,21 +11,30 @@ import os
 import secrets
 import shutil
 import zlib
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image as Pillow
 from torch import Tensor
 
+from vila_ops.ahead import Workers
+from vila_ops.model.copies import Copies
+from vila_ops.model.pixels import Pixels, levels
 from vila_ops.model.vila import VilaForConditionalGeneration
 
 log = logging.getLogger(__name__)
 BATCH = 16
-"""Images per forward pass of the tower, padded with blank ones: so an image's features depend on that image only."""
+"""Images of each pass of the tower, whose shape never changes: so an image's features depend on that image only."""
+WRITES = 4
+"""Passes whose features may wait to be written at the same time."""
+REMEMBERED = 4096
+"""Images that were written last and may have been missing when a later batch was read; more than batches ahead have."""
 
 SUFFIX = ".features"
 """Ending of the file with an image's features."""
@@ -32,12 +42,24 @@ SUFFIX = ".features"
 NOT_ARCHITECTURE = ("_name_or_path", "architectures", "dtype", "transformers_version")
 """Fields of the tower's config that do not change its features."""
 
-Pixels = Callable[[Sequence[bytes]], NDArray[np.float32]]
-"""Encoded square images -> pixel values (I, 3, S, S)."""
+
+@dataclass(frozen=True)
+class ReadImages:
+    """Images in the host's memory: the features of some, the levels of the others."""
+
+    keys: list[str]
+    """(I,), the sha256 of each image."""
+    features: Tensor | None
+    """(I, P, C), features that were on disk; other rows have no meaning. None: no feature was on disk."""
+    levels: dict[str, Tensor]
+    """Levels (S, S, 3) of each different image without features, by its key, in order."""
 
 
 class FeatureCache:
-    """Tower features by the sha256 of an image's bytes; each file holds the raw values, then their CRC-32."""
+    """Tower features by the sha256 of an image's bytes; each file holds the raw values, then their CRC-32.
+
+    `read` may be called in any thread, `features` in the thread that computes.
+    """
 
     def __init__(
         self,
@@ -62,39 +84,143 @@ class FeatureCache:
         self.root, self.leave_free = root, leave_free
         self.full = self.failed = False
         self.folder = root / f"{tower_digest(model)}-{_pixels_digest(pixels)}-{precision}"
+        self._ready: dict[str, Tensor] = {}
+        """Features (P, C) on the device that were not used yet."""
+        self._writer: Workers | None = None
+        self._writes: dict[str, Future[None]] = {}
+        """The write of each image that was computed last."""
+        self._unfinished: deque[Future[None]] = deque()
+
+    def __call__(self, images: Sequence[bytes]) -> Tensor:
+        """Features (I, P, C) of encoded square images on the tower's device; computed if they are not on disk."""
+        return self.features(self.read(images))
+
+    @functools.cached_property
+    def copies(self) -> Copies:
+        """Copies to and from the tower's device. Used when the model is where it will compute."""
+        return Copies(next(self.model.model.vision_tower.parameters()).device)
+
+    def read(self, images: Sequence[bytes]) -> ReadImages:
+        """Read the features of encoded square images from disk, and decode the images that have none there.
+
+        Raises Pillow's error for an image that cannot be decoded.
+        """
+        keys = [hashlib.sha256(image).hexdigest() for image in images]
+        features, missing = None, dict(zip(keys, images, strict=True))
+        if any(self._path(key).exists() for key in missing):
+            features = self.copies.empty(len(images), *self.shape, dtype=self.dtype)
+            unread = {key for key, out in zip(keys, features, strict=True) if not self._read(key, out)}
+            missing = {key: image for key, image in missing.items() if key in unread}
+        return ReadImages(keys, features, {key: self.decode(image) for key, image in missing.items()})
+
+    def decode(self, image: bytes) -> Tensor:
+        """Levels (S, S, 3) of an encoded square image."""
+        return self.copies.pinned(torch.tensor(levels(image)))
 
     @torch.no_grad()
-    def __call__(self, images: Sequence[bytes]) -> Tensor:
-        """Features (I, P, C) of encoded square images, in their order; computed if they are not on disk."""
-        keys = [hashlib.sha256(image).hexdigest() for image in images]
-        features = torch.empty(len(images), *self.shape, dtype=self.dtype)
-        missing = [index for index, key in enumerate(keys) if not self._read(key, features[index])]
-        new = list({keys[index]: images[index] for index in missing}.items())
-        for start in range(0, len(new), BATCH):
-            computed = self._compute(new[start : start + BATCH])
-            for index in missing:
-                if keys[index] in computed:
-                    features[index] = computed[keys[index]]
+    def features(self, images: ReadImages, upcoming: Iterable[ReadImages] = ()) -> Tensor:
+        """Features (I, P, C) of images on the tower's device; the host does not wait for them.
+
+        A pass of the tower that they do not fill takes images of `upcoming`, the next calls, before blank ones.
+        """
+        self._compute({key: image for key, image in images.levels.items() if not self._is_ready(key)}, upcoming)
+        if images.features is None:
+            features = torch.stack([self._ready[key] for key in images.keys])
+        else:
+            features = self.copies.arrived(self.copies.to_device(images.features))
+            for row, key in enumerate(images.keys):
+                if key in images.levels:
+                    features[row] = self._ready[key]
+        for key in images.levels:
+            del self._ready[key]
         return features
 
-    def _compute(self, batch: list[tuple[str, bytes]]) -> dict[str, Tensor]:
-        values = torch.from_numpy(self.pixels([image for _, image in batch]))
-        padded = torch.cat([values, values.new_zeros(BATCH - len(values), *values.shape[1:])])
-        device = next(self.model.model.vision_tower.parameters()).device
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            features = self.model.tower_features(padded.to(device)).to("cpu", self.dtype)
-        computed = {key: feature for (key, _), feature in zip(batch, features, strict=False)}
-        self.num_computed += len(computed)
-        try:
-            for key, feature in computed.items() if self._has_space() else ():
-                self._store(key, _bytes_of(feature.contiguous()))
-        except OSError as error:  # the share that stays free may be 0, and a quota is smaller than its disk
-            if not self.failed:
-                log.warning("%s: new features are not stored but recomputed each time (%s)", self.folder, error)
-            self.failed = True
-        return computed
+    @contextmanager
+    def writing_behind(self) -> Iterator[None]:
+        """Files are written by a thread inside this context, and all of them when it ends without an error."""
+        with Workers(1, name="features") as self._writer:
+            try:
+                yield
+                for write in self._unfinished:
+                    write.result()
+            finally:
+                self._writer = None
+                self._writes.clear()
+                self._unfinished.clear()
 
-    def _store(self, key: str, raw: memoryview) -> None:
+    def _is_ready(self, key: str) -> bool:
+        """Whether the features of an image are on the device, after they were read if they were written meanwhile."""
+        if key in self._ready:
+            return True
+        if key not in self._writes:
+            return False
+        self._writes[key].result()
+        out = self.copies.empty(*self.shape, dtype=self.dtype)
+        if not self._read(key, out):
+            return False
+        self._ready[key] = self.copies.arrived(self.copies.to_device(out))
+        return True
+
+    def _compute(self, missing: dict[str, Tensor], upcoming: Iterable[ReadImages]) -> None:
+        """Compute features of the levels of images, and of upcoming images in the same passes."""
+        if not missing:
+            return
+        chosen = dict(missing)
+        later = (pair for images in upcoming for pair in images.levels.items())
+        while len(chosen) % BATCH and (pair := next(later, None)):
+            key, image = pair
+            if key not in self._ready and key not in self._writes:
+                chosen[key] = image
+        pairs = list(chosen.items())
+        for start in range(0, len(pairs), BATCH):
+            part = dict(pairs[start : start + BATCH])
+            computed = self._pass(list(part.values()))
+            self._ready.update(zip(part, computed, strict=True))
+            self._keep(list(part), computed)
+
+    def _pass(self, images: list[Tensor]) -> Tensor:
+        """Features of at most BATCH images from their levels, in one pass with blank images to fill it."""
+        copied = [self.copies.arrived(self.copies.to_device(image)) for image in images]
+        blank = torch.zeros_like(copied[0])
+        values = self.pixels.values(torch.stack([*copied, *[blank] * (BATCH - len(copied))]))
+        with torch.autocast(values.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            features = self.model.tower_features(values)[: len(images)].to(self.dtype)
+        self.num_computed += len(images)
+        return features
+
+    def _keep(self, keys: list[str], features: Tensor) -> None:
+        """Write features to disk while it has space, beside the computation if there is a writer."""
+        try:
+            if not self._has_space():
+                return
+        except OSError as error:
+            self._tell(error)
+            return
+        write = functools.partial(self._store, keys, self.copies.to_host(features))
+        if self._writer is None:
+            write()
+            return
+        future = self._writer.submit(write)
+        self._unfinished.append(future)
+        self._writes.update(dict.fromkeys(keys, future))
+        while len(self._unfinished) > WRITES:
+            self._unfinished.popleft().result()
+        while len(self._writes) > REMEMBERED:
+            del self._writes[next(iter(self._writes))]
+
+    def _store(self, keys: list[str], on_host: Callable[[], Tensor]) -> None:
+        try:
+            for key, feature in zip(keys, on_host(), strict=True):
+                self._write(key, _bytes_of(feature.contiguous()))
+        except OSError as error:  # the share that stays free may be 0, and a quota is smaller than its disk
+            self._tell(error)
+
+    def _tell(self, error: OSError) -> None:
+        if not self.failed:
+            log.warning("%s: new features are not stored but recomputed each time (%s)", self.folder, error)
+        self.failed = True
+
+    def _write(self, key: str, raw: memoryview) -> None:
         path = self._path(key)
         draft = path.with_name(f".{key}-{secrets.token_hex(4)}")
         try:
@@ -155,4 +281,4 @@ def _pixels_digest(pixels: Pixels) -> str:
         png = io.BytesIO()
         Pillow.new("RGB", (1, 1), colour).save(png, "PNG")
         ends.append(png.getvalue())
-    return hashlib.sha256(pixels(ends).tobytes()).hexdigest()[:8]
+    return hashlib.sha256(pixels(ends).numpy().tobytes()).hexdigest()[:8]

@@ -1,6 +1,6 @@
 """The model: vision tower -> projector -> language model; image features replace the embeddings of image tokens."""
 
-# B rows, T tokens, I images, P patches, C tower channels, D language model dim
+# B rows, T tokens, I images, P patches, C tower channels, D language model dim, M image tokens, N target tokens
 
 import functools
 from typing import Any
@@ -44,21 +44,23 @@ class VilaForConditionalGeneration(LlavaForConditionalGeneration):  # type: igno
         state: Tensor = states[self.config.vision_feature_layer]
         return state[:, 1:] if self.config.vision_feature_select_strategy == "default" else state
 
-    def embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
+    def embed(self, input_ids: Tensor, features: Tensor | None, image_tokens: Tensor | None = None) -> Tensor:
         """Token embeddings (B, T, D) of ids (B, T), with the projections of features (I, P, C) at the image tokens.
 
-        Raises ValueError if the number of image tokens is not that of the projected features.
+        `image_tokens` (M,) are the places of the image tokens in all rows end to end; None: they are looked up, for
+        which the host waits for the device. Raises ValueError if M is not the number of projected features.
         """
         embeddings: Tensor = self.get_input_embeddings()(input_ids)
-        is_image = input_ids == self.config.image_token_id
+        if image_tokens is None:
+            image_tokens = (input_ids.flatten() == self.config.image_token_id).nonzero()[:, 0]
         if features is None or not len(features):
-            if is_image.any():
-                raise ValueError(f"{int(is_image.sum())} image tokens but no image features")
+            if len(image_tokens):
+                raise ValueError(f"{len(image_tokens)} image tokens but no image features")
             return embeddings
         projected = self.model.multi_modal_projector(features).flatten(0, 1).to(embeddings.dtype)
-        if int(is_image.sum()) != len(projected):
-            raise ValueError(f"{int(is_image.sum())} image tokens but {len(projected)} projected features")
-        return embeddings.masked_scatter(is_image[..., None], projected)
+        if len(image_tokens) != len(projected):
+            raise ValueError(f"{len(image_tokens)} image tokens but {len(projected)} projected features")
+        return embeddings.flatten(0, 1).index_copy(0, image_tokens, projected).view_as(embeddings)
 
     def hidden(self, embeddings: Tensor, **kwargs: Any) -> Any:
         """The language model's output (last_hidden_state (B, T, D), cache) for embeddings (B, T, D).
@@ -87,14 +89,15 @@ class VilaForConditionalGeneration(LlavaForConditionalGeneration):  # type: igno
         return super().forward(input_ids, *args, **kwargs)
 
 
-def losses(model: VilaForConditionalGeneration, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses in nats, fp32, of the N labels (B, T) that are not negative, from hidden states (B, T, D); see Head.
+def losses(
+    model: VilaForConditionalGeneration, hidden: Tensor, targets: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Losses in nats, fp32, of hidden states (B, T, D) at N places in all rows end to end; see Head.
 
-    Returns the sum, which can be differentiated, and the N negative log-likelihoods in row order. The head is applied
-    at those positions only.
+    `targets` (N,) are the places and `labels` (N,) the tokens to predict there. Returns the sum, which can be
+    differentiated, and the N negative log-likelihoods. The head is applied at those places only.
     """
-    wanted = labels >= 0
-    total, each = model.lm_head(hidden[wanted], labels[wanted])
+    total, each = model.lm_head(hidden.flatten(0, 1).index_select(0, targets), labels)
     return total, each
 
 

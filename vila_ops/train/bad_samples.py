@@ -68,9 +68,12 @@ class BadSampleFinder:
         self._micro_batches: list[tuple[list[PackedRow], Tensor]] = []
         self._in_spike = False
 
-    def begin_step(self, rows: list[PackedRow]) -> None:
-        """Begin a step with this rank's rows."""
+    def begin_step(self) -> None:
+        """Forget the micro-batches of the step before."""
         self._micro_batches = []
+
+    def begin_micro_batch(self, rows: list[PackedRow]) -> None:
+        """Begin to compute with some of this rank's rows."""
         self.watchdog.set_samples(tuple(key for row in rows for key in row.keys))
 
     def add(self, rows: list[PackedRow], token_losses: Tensor) -> None:

@@ -4,11 +4,12 @@
 
     accumulate_gradients   forward and backward over this rank's rows of the global batch, micro-batch by micro-batch
     engine.step            clip the gradients and update the weights, at this step's learning rate
+    accumulator.reduce     the loss of the step over all ranks: here the host waits for the device, and nowhere before
     every validate_every   loss over the validation rows
     every save_every       a resume checkpoint, written in the background
 
-The same code runs in one process and in many. `data/loading/loader.py` has the order of rows, `objective.py` the loss,
-`engine.py` the optimizer step, and `checkpoint/` the resume checkpoints.
+The same code runs in one process and in many. `data/loading/loader.py` has the order of rows, `batch_loader.py` reads
+them ahead, `objective.py` has the loss, `engine.py` the optimizer step, and `checkpoint/` the resume checkpoints.
 """
 
 import json
@@ -36,6 +37,7 @@ from vila_ops.tracking import MetricLog
 from vila_ops.tracking.system import SystemMetrics
 from vila_ops.train.bad_samples import BadSampleFinder
 from vila_ops.train.batch_builder import BatchBuilder
+from vila_ops.train.batch_loader import BatchLoader
 from vila_ops.train.checkpoint.checkpointer import Checkpointer, Curve
 from vila_ops.train.device_faults import DeviceFaults
 from vila_ops.train.engine import TrainEngine, build_engine
@@ -59,40 +61,47 @@ def train(job: TrainJob, rank_info: RankInfo) -> dict[str, Any]:
         MetricLog(job.resources, run_id, system=SystemMetrics()) as metrics,
         DeviceFaults(job) as faults,
     ):
-        return _train(job, rank_info, watchdog, metrics, faults)
+        torch.set_num_threads(job.resources.train.threads_per_worker)
+        model, row_loader, batch_builder = load(job, alive=watchdog.alive)
+        faults.model = model
+        with BatchLoader(job, rank_info, row_loader, batch_builder) as batches:
+            return _train(job, model, batches, watchdog, metrics)
 
 
 def _train(
-    job: TrainJob, rank_info: RankInfo, watchdog: StepWatchdog, metrics: MetricLog, faults: DeviceFaults
+    job: TrainJob,
+    model: VilaForConditionalGeneration,
+    batches: BatchLoader,
+    watchdog: StepWatchdog,
+    metrics: MetricLog,
 ) -> dict[str, Any]:
-    stage, is_first = job.stage, rank_info.rank == 0
-    torch.set_num_threads(job.resources.train.threads_per_worker)
-    model, row_loader, batch_builder = load(job, alive=watchdog.alive)
-    faults.model = model
+    stage, rank_info, row_loader = job.stage, batches.rank_info, batches.row_loader
+    is_first, device = rank_info.rank == 0, batches.batch_builder.device
     if is_first:
-        slow = precision_notes(stage.precision, batch_builder.device)
+        slow = precision_notes(stage.precision, device)
         for note in (*slow, *row_loader.composition.notes, *row_loader.notes()):
             log.warning("%s: %s", stage.name, note)
     objective = Objective(model, bf16=stage.precision == "bf16")
     trained = set_trainable(objective, stage.trainable, stage.tuning)
     engine = build_engine(objective, trained, stage, job.resources)
-    accumulator = LossAccumulator(job, model, batch_builder, row_loader.sources())
+    accumulator = LossAccumulator(job, model, batches.batch_builder, row_loader.sources())
 
     checkpointer = Checkpointer(job.resume, rank_info, job.resources, live=engine.live)
     step, curve = checkpointer.restore(engine)
     num_steps = row_loader.num_steps()
     bad_samples = BadSampleFinder(job, watchdog, row_loader, curve, metrics)
     if step == 0:
-        curve.append({"step": 0, "validation_loss": validate(engine, accumulator, row_loader, watchdog, step=0).loss})
-    device = batch_builder.device
+        curve.append({"step": 0, "validation_loss": validate(engine, accumulator, batches, watchdog, step=0).loss})
     metrics_logger = MetricsLogger(job, metrics, device, step=step, num_steps=num_steps) if is_first else None
 
     while step < num_steps:
         watchdog.heartbeat(step, "train")
-        totals = accumulate_gradients(engine, accumulator, row_loader, job, step=step, bad_samples=bad_samples)
+        accumulate_gradients(engine, accumulator, batches, step=step, bad_samples=bad_samples)
         checkpointer.wait_for_staging()
         multiplier = lr_multiplier(step, stage, num_steps=num_steps)
         grad_norm = engine.step(multiplier)
+        totals = accumulator.reduce()
+        bad_samples.check_finite("loss", totals.loss, step=step)
         bad_samples.check_finite("gradient norm", grad_norm, step=step)
         step += 1
         curve.append({"step": step, "loss": totals.loss})
@@ -101,7 +110,7 @@ def _train(
             stall = checkpointer.stall_seconds
             metrics_logger.log_step(step, totals, grad_norm=grad_norm, lr_multiplier=multiplier, stall_seconds=stall)
         if step % stage.validate_every == 0 or step == num_steps:
-            validation = validate(engine, accumulator, row_loader, watchdog, step=step)
+            validation = validate(engine, accumulator, batches, watchdog, step=step)
             curve[-1]["validation_loss"] = validation.loss
             if metrics_logger:
                 metrics_logger.log_validation(step, validation)
@@ -145,7 +154,8 @@ def load(
         images = [image for row in rows for image in row.images]
         if images:
             model.model.vision_tower.to(device)
-            fit_to(model.model.multi_modal_projector, batch_builder.feature_cache(images), embedding_std(model))
+            features = batch_builder.feature_cache(images).cpu()
+            fit_to(model.model.multi_modal_projector, features, embedding_std(model))
     dtype = torch.bfloat16 if stage.precision == "bf16" else torch.float32
     if isinstance(stage.tuning, Lora):
         lora.add(model, stage.tuning, seed=stage.seed, dtype=dtype)
@@ -159,47 +169,31 @@ def modifications_of(stage: Stage) -> Modifications:
 
 
 def accumulate_gradients(
-    engine: TrainEngine,
-    accumulator: LossAccumulator,
-    row_loader: RowLoader,
-    job: TrainJob,
-    *,
-    step: int,
-    bad_samples: BadSampleFinder,
-) -> StepMetrics:
-    """Run forward and backward over this rank's rows of a step. Returns the totals; the loss is in nats per token.
-
-    Raises NonFiniteLoss before the last backward pass if the loss of the global batch is not finite.
-    """
-    rank_info, size = bad_samples.rank_info, job.resources.train.micro_batch_size
-    with accumulator.waiting():
-        rows, num_targets = row_loader.batch(step, rank=rank_info.rank, world_size=rank_info.world_size)
-    bad_samples.begin_step(rows)
-    for start in range(0, len(rows), size):
-        micro_batch = rows[start : start + size]
-        total, token_losses = engine.loss(accumulator.batch(micro_batch, step=step))
-        loss = total / num_targets  # target tokens of the global batch, over all ranks
-        accumulator.add(micro_batch, loss, token_losses)
-        bad_samples.add(micro_batch, token_losses)
-        if start + size >= len(rows):
-            totals = accumulator.reduce()
-            bad_samples.check_finite("loss", totals.loss, step=step)
-        engine.backward(loss)
-    return totals
+    engine: TrainEngine, accumulator: LossAccumulator, batches: BatchLoader, *, step: int, bad_samples: BadSampleFinder
+) -> None:
+    """Run forward and backward over this rank's rows of a step. The losses are added up, in nats per target token."""
+    bad_samples.begin_step()
+    for micro_batch in batches.train(step):
+        bad_samples.begin_micro_batch(micro_batch.rows)
+        total, token_losses = engine.loss(micro_batch.batch)
+        loss = total / micro_batch.num_targets  # of the global batch, over all ranks
+        accumulator.add(micro_batch.rows, loss, token_losses, wait_seconds=micro_batch.wait_seconds)
+        bad_samples.add(micro_batch.rows, token_losses)
+        # A loss that is not finite makes all gradients NaN, so that no rank updates anything before the host knows it.
+        engine.backward(loss * (1 + 0 * loss.detach()))
 
 
 @torch.no_grad()
 def validate(
-    engine: TrainEngine, accumulator: LossAccumulator, row_loader: RowLoader, watchdog: StepWatchdog, *, step: int
+    engine: TrainEngine, accumulator: LossAccumulator, batches: BatchLoader, watchdog: StepWatchdog, *, step: int
 ) -> StepMetrics:
     """Return the totals over the validation rows, which the ranks share; the loss is in nats per target token."""
-    rank_info, rows = watchdog.rank_info, row_loader.validation()
-    for start in range(0, len(rows), rank_info.world_size):  # ZeRO-3 needs equally many passes on all ranks
+    watchdog.heartbeat(step, "validate")
+    for micro_batch in batches.validation():
+        loss, token_losses = engine.loss(micro_batch.batch)
+        if micro_batch.rows:
+            accumulator.add(micro_batch.rows, loss, token_losses)
         watchdog.heartbeat(step, "validate")
-        row = rows[min(start + rank_info.rank, len(rows) - 1)]
-        loss, token_losses = engine.loss(accumulator.batch([row]))
-        if start + rank_info.rank < len(rows):
-            accumulator.add([row], loss, token_losses)
     totals = accumulator.reduce()
     return totals._replace(loss=totals.loss / totals.targets)
 

@@ -19,8 +19,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -36,7 +35,6 @@ from vila_ops.plan.shapes import Shapes, shapes_of
 from vila_ops.tracking import MetricLog
 from vila_ops.train.batch_builder import BatchBuilder
 from vila_ops.train.job import TrainJob
-from vila_ops.train.objective import Batch
 
 log = logging.getLogger(__name__)
 
@@ -83,27 +81,13 @@ class LossAccumulator:
         self._targets = np.zeros(size)
         self._tokens = self._positions = self._flops = self._wait_seconds = 0.0
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the time inside this context as time that the loop waited for batches."""
-        began = time.perf_counter()
-        yield
-        self._wait_seconds += time.perf_counter() - began
-
-    def batch(self, rows: list[PackedRow], *, step: int | None = None) -> Batch:
-        """Build a batch as BatchBuilder does, and count the time as waiting."""
-        with self.waiting():
-            return self.batch_builder(rows, step=step)
-
-    def add(self, rows: Sequence[PackedRow], loss: Tensor, token_losses: Tensor) -> None:
-        """Add a micro-batch: its loss, and its (N,) token losses, row by row."""
+    def add(self, rows: Sequence[PackedRow], loss: Tensor, token_losses: Tensor, *, wait_seconds: float = 0.0) -> None:
+        """Add a micro-batch: its loss, its (N,) token losses, row by row, and how long the loop waited for it."""
+        self._wait_seconds += wait_seconds
         row_sources = [self._sources_of_targets(row) for row in rows]
         numbers = np.concatenate(row_sources)
-        index = torch.from_numpy(numbers)
-        if on_accelerator(token_losses):
-            index = index.pin_memory()  # a copy from pageable memory would wait for the GPU's queue
         self._losses[0] += loss.detach()
-        self._losses[1:].index_add_(0, index.to(token_losses.device, non_blocking=True), token_losses.double())
+        self._losses[1:].index_add_(0, self._sent(torch.from_numpy(numbers)), token_losses.double())
         self._targets += np.bincount(numbers, minlength=len(self.sources))
         self._tokens += sum(np.count_nonzero(row.segment_ids) for row in rows)
         self._positions += len(rows) * max(len(row.segment_ids) for row in rows)
@@ -117,7 +101,7 @@ class LossAccumulator:
         if self.shapes is not None:
             self._flops += (self._tower_images - images_before) * self._tower_flops(self.shapes)
         counts = [self._tokens, self._positions, self._flops, self._wait_seconds, 1.0, *self._targets.tolist()]
-        totals = torch.cat([torch.tensor(counts, dtype=torch.float64, device=self._losses.device), self._losses])
+        totals = torch.cat([self._sent(torch.tensor(counts, dtype=torch.float64)), self._losses])
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(totals)
         tokens, positions, flops, wait_seconds, ranks, *rest = totals.tolist()
@@ -126,6 +110,11 @@ class LossAccumulator:
         self._reset()
         source_losses = {s: total / n for s, total, n in zip(self.sources, losses, targets, strict=True) if n}
         return StepMetrics(loss, source_losses, sum(targets), tokens, positions, flops, wait_seconds / ranks)
+
+    def _sent(self, values: Tensor) -> Tensor:
+        """Return values of the host on the device. A copy from pageable memory would wait for the device's queue."""
+        pinned = values.pin_memory() if on_accelerator(self._losses) else values
+        return pinned.to(self._losses.device, non_blocking=True)
 
     def _sources_of_targets(self, row: PackedRow) -> NDArray[np.int64]:
         """Return the number of each target token's source, as (N,)."""

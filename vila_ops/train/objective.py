@@ -1,22 +1,26 @@
 """The training objective: the summed token loss of a micro-batch of packed rows."""
 
-# B rows, T tokens, N target tokens, I images, P patches, C tower channels, S side in pixels
+# B rows, T tokens, M image tokens, N target tokens, I images, P patches, C tower channels, S side in pixels
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from vila_ops.model.attention import document_mask
+from vila_ops.model import attention
 from vila_ops.model.lora import set_draws
 from vila_ops.model.trainable import EXPERT, component_of
 from vila_ops.model.vila import VilaForConditionalGeneration, losses
+from vila_ops.model.visual_expert import Routes, route
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch on its device."""
+    """One micro-batch. Places of tokens are counted in all rows end to end, and known on the host."""
 
     input_ids: Tensor
     """(B, T)"""
@@ -24,14 +28,64 @@ class Batch:
     """(B, T), counted from 0 in each sample."""
     segment_ids: Tensor
     """(B, T), the number of the sample in its row, from 1; 0 is padding."""
+    targets: Tensor
+    """(N,), the places at which a token is predicted."""
     labels: Tensor
-    """(B, T), the token to predict at each position, or IGNORE_INDEX."""
-    features: Tensor | None
+    """(N,), the tokens to predict there."""
+    image_tokens: Tensor
+    """(M,), the places of image tokens."""
+    mask: attention.MaskPlan
+    """What the attention kernel needs besides segment ids."""
+    routes: Routes | None
+    """Which positions a visual expert computes. None: the model has none."""
+    any_images: bool
+    """Whether any rank has images in this pass."""
+    features: Tensor | None = None
     """(I, P, C), features of a frozen tower. None without images."""
-    pixel_values: Tensor | None
+    pixel_values: Tensor | None = None
     """(I, 3, S, S), pixels for a tower that trains. None without images."""
     draws: tuple[int, ...] | None = None
     """(B,), the seed of each row's dropout. None: no dropout."""
+
+    @classmethod
+    def of_tokens(
+        cls,
+        model: VilaForConditionalGeneration,
+        *,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        segment_ids: Tensor,
+        labels: Tensor,
+        any_images: bool,
+    ) -> Self:
+        """The batch of tokens (B, T) in the host's memory, without images; a label that is negative is ignored."""
+        is_image = input_ids == model.config.image_token_id
+        targets = (labels.flatten() >= 0).nonzero()[:, 0]
+        return cls(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            segment_ids=segment_ids,
+            targets=targets,
+            labels=labels.flatten()[targets],
+            image_tokens=is_image.flatten().nonzero()[:, 0],
+            mask=attention.plan(model, segment_ids),
+            routes=route(is_image) if model.config.visual_expert else None,
+            any_images=any_images,
+        )
+
+
+def copied(value: Any, copy: Callable[[Tensor], Tensor]) -> Any:
+    """A batch, or a value in it, with a copy of each of its tensors."""
+    if isinstance(value, Tensor):
+        return copy(value)
+    if isinstance(value, dict):
+        return {key: copied(each, copy) for key, each in value.items()}
+    if isinstance(value, tuple):
+        return tuple(copied(each, copy) for each in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        changes = {field.name: copied(getattr(value, field.name), copy) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **changes)
+    return value
 
 
 class Objective(nn.Module):
@@ -46,39 +100,37 @@ class Objective(nn.Module):
         """Return the sum of the token losses, and the (N,) token losses, row by row. Both are in nats and fp32.
 
         The caller divides the sum by the target tokens of the whole global batch. The token losses have no gradients.
-        A batch without images skips tower, projector and visual expert, unless another rank runs them.
+        A batch without images skips tower, projector and visual expert, unless another rank runs them. The host waits
+        for nothing that the device computes.
         """
         model, device = self.model, batch.input_ids.device
         set_draws(model, batch.draws)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16):
             features = batch.features
-            runs_images = self._runs_image_path(features is not None or batch.pixel_values is not None, device)
+            runs_images = self._runs_image_path(batch)
             if batch.pixel_values is not None:
                 features = model.tower_features(batch.pixel_values)
             blank = self._blank_features(device) if runs_images and features is None else None
-            embeddings = model.embed(batch.input_ids, features)
+            embeddings = model.embed(batch.input_ids, features, batch.image_tokens)
             if blank is not None:  # its gradients are zeros; ZeRO-3 needs the modules in the order that an image takes
                 embeddings = embeddings + model.model.multi_modal_projector(blank)[:0].sum().to(embeddings.dtype)
+            routing = {} if batch.routes is None else {"routes": batch.routes if runs_images else None}
             hidden = model.hidden(
                 embeddings,
                 position_ids=batch.position_ids,
                 use_cache=False,
-                **document_mask(model, batch.segment_ids),
-                **model.routing(batch.input_ids, everywhere=runs_images),
+                **attention.document_mask(model, batch.segment_ids, batch.mask),
+                **routing,
             ).last_hidden_state
-            return losses(model, hidden, batch.labels)
+            return losses(model, hidden, batch.targets, batch.labels)
 
-    def _runs_image_path(self, has_images: bool, device: torch.device) -> bool:
+    def _runs_image_path(self, batch: Batch) -> bool:
         """Return whether this rank runs tower, projector and visual expert.
 
         All ranks run them if one does. Otherwise ranks would wait forever for each other's gradients (ZeRO-1 and 2) or
-        weights (ZeRO-3).
+        weights (ZeRO-3). DeepSpeed also cannot run backward on a loss without gradients.
         """
-        if not torch.distributed.is_initialized():
-            return has_images
-        any_rank = torch.tensor(float(has_images), device=device)
-        torch.distributed.all_reduce(any_rank, op=torch.distributed.ReduceOp.MAX)
-        return bool(any_rank) or not self.text_trains  # DeepSpeed cannot run backward on a loss without gradients
+        return batch.any_images or (torch.distributed.is_initialized() and not self.text_trains)
 
     @functools.cached_property
     def text_trains(self) -> bool:

@@ -92,7 +92,7 @@ class StepWatchdog:
         self._alive = time.monotonic()
 
     def set_samples(self, keys: tuple[str, ...]) -> None:
-        """Set the samples that this rank processes in the current step."""
+        """Set the samples of the micro-batch that this rank computes."""
         self._heartbeat = self._heartbeat._replace(keys=keys)
 
     def _watch(self) -> None:

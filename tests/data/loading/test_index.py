@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
             "offset": number * 2**33,
             "num_tokens": int(draw.integers(1, 2000)),
             "num_targets": int(draw.integers(1, 100)),
-            "num_images": 0,
+            "num_images": int(draw.integers(0, 5)),
         }
         for number in range(100)
     ]
@@ -51,7 +51,9 @@ def test_the_arrays_say_what_the_index_says(
         assert index.num_tokens().tolist() == [row["num_tokens"] for row in rows]
         for number, row in enumerate(rows):
             assert index.location(number) == (row["key"], row["shard"], row["offset"])
-            assert index.num_targets(number) == row["num_targets"]
+        chosen = np.random.default_rng(1).integers(0, len(rows), 200)
+        for name, read in (("num_targets", index.num_targets), ("num_images", index.num_images)):
+            assert read(chosen).tolist() == [rows[number][name] for number in chosen]
         assert len(index.groups) == 6
         for group in index.groups:
             own = [i for i, row in enumerate(rows) if (row["split"], row["source"]) == (group.split, group.source)]

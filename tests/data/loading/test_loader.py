@@ -2,6 +2,7 @@ import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from vila_ops.config import Mixture, Stage
 from vila_ops.data.loading import arrays, order
 from vila_ops.data.loading.loader import RowLoader, stack
+from vila_ops.data.loading.packing import PackedRow
 from vila_ops.data.shards import Sample, ShardWriter, read_index, read_sample, write_index
 
 COUNTS = {"a": 60, "b": 30, "c": 10}
@@ -120,6 +122,10 @@ def test_samples_come_whole_and_as_they_were_written(folder: Path, make_rows: Ma
     assert seen > 50
 
 
+def validation(rows: RowLoader) -> list[PackedRow]:
+    return rows.read(rows.held_out().rows)
+
+
 def epoch_of(rows: RowLoader) -> Counter[str]:
     """How often an epoch, the first one, has each sample; read row by row."""
     whole = sum(share.samples_per_epoch for share in rows.composition.shares.values())
@@ -136,10 +142,10 @@ def test_without_packing_a_row_is_a_sample_and_an_epoch_has_the_same_samples(fol
     packed, single = (make_rows(weights, pack=pack, global_batch_size=1) for pack in (True, False))
     assert epoch_of(single) == epoch_of(packed)
     lengths = {row["key"]: row["num_tokens"] for row in read_index(folder).to_pylist()}
-    for row in [single.batch(step)[0][0] for step in range(100)] + single.validation():
+    for row in [single.batch(step)[0][0] for step in range(100)] + validation(single):
         assert [len(row.input_ids)] == [lengths[key] for key in row.keys]
         assert (row.segment_ids == 1).all()
-    held_out = make_rows(pack=False, validation_rows=100).validation()
+    held_out = validation(make_rows(pack=False, validation_rows=100))
     assert len({row.keys for row in held_out}) == 15
     with pytest.raises(ValueError, match=r"tokens do not fit into a row of 4"):
         make_rows(pack=False, sequence_length=4).batch(0)
@@ -231,11 +237,11 @@ def test_one_epoch_shows_everything_of_a_single_source_once(make_rows: MakeRows)
 
 
 def test_validation_reads_held_out_samples_and_always_the_same(make_rows: MakeRows) -> None:
-    one, again = make_rows().validation(), make_rows(seed=3).validation()
+    one, again = validation(make_rows()), validation(make_rows(seed=3))
     assert [row.keys for row in one] == [row.keys for row in again]
     assert len(one) == 2
     assert all(int(key.rsplit("-", 1)[1]) >= COUNTS[key[0]] for row in one for key in row.keys)
-    every = make_rows(validation_rows=100).validation()
+    every = validation(make_rows(validation_rows=100))
     assert len(every) < 100
     assert len([key for row in every for key in row.keys]) == 15
 
@@ -303,3 +309,34 @@ def test_rows_of_different_lengths_are_padded_to_the_longest(make_rows: MakeRows
         for row, padded in zip(rows, array.tolist(), strict=True):
             own = getattr(row, name).tolist()
             assert padded == own + [padding] * (max(lengths) - len(own))
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_a_global_batch_says_what_its_samples_have(pack: bool, make_rows: MakeRows) -> None:
+    rows = make_rows(pack=pack)
+    for step in range(3):
+        whole, (read, num_targets) = rows.global_batch(step), rows.batch(step)
+        assert whole.num_images == [len(row.images) for row in read]
+        assert [row.num_images for row in read] == [
+            tuple(key_images.count(key) for key in row.keys) for row in read for key_images in [row.keys_of_images()]
+        ]
+        assert whole.num_targets == num_targets == sum(int((row.labels >= 0).sum()) for row in read)
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_threads_read_at_the_same_time_what_one_reads(
+    is_damaged: bool, make_rows: MakeRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where one of them finds a damaged cache, which it rebuilds while the others wait."""
+    monkeypatch.setattr(arrays, "PIECE", 256)
+    alone = make_rows(cache="other")
+    expected = [alone.batch(step)[0] for step in range(12)]
+    make_rows().batch(2)
+    for path in (tmp_path / "cache").glob("*/*.npy") if is_damaged else ():
+        whole = path.read_bytes()
+        path.write_bytes(whole[:256] + bytes(byte ^ 1 for byte in whole[256:]))
+    together = make_rows()
+    with ThreadPoolExecutor(4) as pool:
+        read = list(pool.map(lambda step: together.batch(step)[0], [*range(12)] * 4))
+    for number, rows in enumerate(read):
+        assert all(same(x, y) for x, y in zip(rows, expected[number % 12], strict=True))

@@ -77,7 +77,7 @@ def test_hidden_states_are_those_of_transformers_layer_by_layer(engine: InProces
     for prompt in (prompts[0], prompts[-1]):
         states = hidden_states_of(engine, prompt, caption)
         ids = torch.tensor([[*prompt.input_ids, *caption]])
-        values = torch.from_numpy(engine.loaded.features.pixels(list(prompt.images))) if prompt.images else None  # type: ignore[attr-defined]
+        values = engine.loaded.features.pixels(prompt.images) if prompt.images else None  # type: ignore[attr-defined]
         with torch.no_grad():
             stock = engine.loaded.model(input_ids=ids, pixel_values=values, output_hidden_states=True).hidden_states
         assert len(states) == len(stock) == 3  # the embeddings and two layers
@@ -101,7 +101,7 @@ def _with_expert(base: Pretrained, root: Path) -> Pretrained:
 
 def _stock_logits(engine: InProcessEngine, ids: list[int], images: tuple[bytes, ...]) -> torch.Tensor:
     """Logits (T, V) of the whole row in one pass, from pixels, by the forward method of transformers."""
-    values = torch.from_numpy(engine.loaded.features.pixels(list(images))) if images else None  # type: ignore[attr-defined]
+    values = engine.loaded.features.pixels(images) if images else None  # type: ignore[attr-defined]
     with torch.no_grad():
         out: torch.Tensor = engine.loaded.model(input_ids=torch.tensor([ids]), pixel_values=values).logits[0]
     return out

@@ -15,7 +15,7 @@ import os
 import secrets
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +71,24 @@ class Arrays:
         first = (array.offset + start * array.itemsize) // PIECE
         last = -(-(array.offset + stop * array.itemsize) // PIECE)
         if self._verified[name].count(0, first, last):
-            for piece in range(first, last):
-                if _crc_of(self._bytes[name], piece) != self._checks[name][piece]:
-                    raise DamagedCache(self.folder, f"{name} differs from its CRC-32 in piece {piece}")
-                self._verified[name][piece] = 1
+            self._verify(name, range(first, last))
         values: NDArray[Any] = array[start:stop]
         return values
+
+    def take(self, name: str, numbers: NDArray[np.integer]) -> NDArray[Any]:
+        """The elements with these numbers, in their order. Raises DamagedCache."""
+        array = self._arrays[name]
+        self._verify(name, np.unique((array.offset + numbers.astype(np.int64) * array.itemsize) // PIECE).tolist())
+        values: NDArray[Any] = array[numbers]
+        return values
+
+    def _verify(self, name: str, pieces: Iterable[int]) -> None:
+        for piece in pieces:
+            if self._verified[name][piece]:
+                continue
+            if _crc_of(self._bytes[name], piece) != self._checks[name][piece]:
+                raise DamagedCache(self.folder, f"{name} differs from its CRC-32 in piece {piece}")
+            self._verified[name][piece] = 1
 
 
 def new_array(path: Path, dtype: DTypeLike, size: int) -> NDArray[Any]:

@@ -2,10 +2,10 @@
 
 The Parquet index is converted to arrays once for each dataset and machine, batch by batch; N samples, S bytes of keys.
 
-num_tokens, num_targets (N,)   of each sample
-shard (N,), offset (N,)        location of each sample: number of its shard, byte offset
-key_end (N,), keys (S,)        its key is keys[key_end[i - 1] : key_end[i]], UTF-8
-numbers (N,)                   the samples grouped by split and source
+num_tokens, num_targets, num_images (N,)   of each sample
+shard (N,), offset (N,)                    location of each sample: number of its shard, byte offset
+key_end (N,), keys (S,)                    its key is keys[key_end[i - 1] : key_end[i]], UTF-8
+numbers (N,)                               the samples grouped by split and source
 """
 
 from collections.abc import Callable
@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from vila_ops.data.loading.arrays import Arrays, new_array
 from vila_ops.data.shards import INDEX
 
-LAYOUT = 1
+LAYOUT = 2
 """Raised if the arrays change."""
 BATCH = 2**17
 """Rows of the Parquet file in memory at once."""
-COLUMNS = {"num_tokens": np.int32, "num_targets": np.int32, "offset": np.int64}
+COLUMNS = {"num_tokens": np.int32, "num_targets": np.int32, "num_images": np.int32, "offset": np.int64}
 """Columns that become arrays unchanged."""
 
 
@@ -64,9 +64,13 @@ class Index:
         """The number of tokens of every sample."""
         return self._arrays.read("num_tokens")
 
-    def num_targets(self, number: int) -> int:
-        """The number of target tokens of a sample."""
-        return int(self._arrays.read("num_targets", number, number + 1)[0])
+    def num_targets(self, numbers: NDArray[np.integer]) -> NDArray[np.int32]:
+        """The number of target tokens of each of these samples."""
+        return self._arrays.take("num_targets", numbers)
+
+    def num_images(self, numbers: NDArray[np.integer]) -> NDArray[np.int32]:
+        """The number of images of each of these samples."""
+        return self._arrays.take("num_images", numbers)
 
     def location(self, number: int) -> SampleLocation:
         """The location of a sample."""

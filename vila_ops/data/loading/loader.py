@@ -1,18 +1,20 @@
 """The packed sequences (rows) of one dataset for one stage. Resuming takes one integer, the step.
 
 Step k reads rows [k * B, (k + 1) * B) of one endless stream; `order.py` defines which samples those are. Epochs follow
-each other without a gap, so a step may read the last rows of one epoch and the first of the next.
+each other without a gap, so a step may read the last rows of one epoch and the first of the next. Several threads may
+read at the same time.
 """
 
 import logging
 import math
+import threading
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +31,25 @@ from vila_ops.data.loading.planner import plan
 from vila_ops.data.shards import read_sample
 
 T = TypeVar("T")
+STEPS = 8
+"""Steps whose rows are kept, as each is read in micro-batches."""
 log = logging.getLogger(__name__)
+
+
+class GlobalBatch(NamedTuple):
+    """The rows of a step over all ranks, or of a validation, as far as the index knows them."""
+
+    rows: list[list[int]]
+    """The samples of each row, as numbers in the index."""
+    num_images: list[int]
+    """The images of each row."""
+    num_targets: int
+    """The target tokens of all rows."""
+
+    def share(self, rank: int, world_size: int) -> slice:
+        """The rows of a rank."""
+        size = len(self.rows) // world_size
+        return slice(rank * size, (rank + 1) * size)
 
 
 class RowLoader:
@@ -43,6 +63,7 @@ class RowLoader:
         """
         self._file = file
         self._shards: dict[str, Path] = {}
+        self._index_lock, self._shards_lock = threading.RLock(), threading.Lock()
         self.digest = digest
         self.stage = stage
         self.cache = cache
@@ -68,6 +89,7 @@ class RowLoader:
                 f"{share:.1%} for validation, which is none of so few; add records, or raise split.validation of every "
                 f"mixture alike"
             )
+        self._global_batch = lru_cache(maxsize=STEPS)(self._rows_of_step)
         self._held_out = lru_cache(maxsize=1)(self._validation_rows)
 
     def sources(self) -> list[str]:
@@ -98,43 +120,54 @@ class RowLoader:
 
     def batch(self, step: int, *, rank: int = 0, world_size: int = 1) -> tuple[list[PackedRow], int]:
         """This rank's rows of the global batch of a step, and the number of targets in the whole global batch."""
+        whole = self.global_batch(step)
+        return self.read(whole.rows[whole.share(rank, world_size)]), whole.num_targets
 
-        def read() -> tuple[list[PackedRow], int]:
-            rows = self._global_batch(step)
-            num_targets = sum(self._index.num_targets(number) for row in rows for number in row)
-            share = len(rows) // world_size
-            return self._packed(rows[rank * share : (rank + 1) * share]), num_targets
+    def global_batch(self, step: int) -> GlobalBatch:
+        """The rows of a step over all ranks; no sample is read."""
+        return self._with_rebuilt_cache(lambda: self._global_batch(step))
 
-        return self._with_rebuilt_cache(read)
+    def held_out(self) -> GlobalBatch:
+        """The rows of the validation split, the same for every validation; no sample is read."""
+        return self._with_rebuilt_cache(lambda: self._held_out())
+
+    def read(self, rows: Sequence[Sequence[int]]) -> list[PackedRow]:
+        """Read and pack the samples of some rows. Raises CorruptShard, which names the sample."""
+        locations = self._with_rebuilt_cache(lambda: [[self._index.location(number) for number in row] for row in rows])
+        self._open_shards({at.shard for row in locations for at in row})
+        return [self._pack(row) for row in locations]
 
     def keys(self, step: int) -> list[tuple[str, ...]]:
         """The keys of the samples in each row of the global batch of a step; no sample is read."""
         return self._with_rebuilt_cache(
-            lambda: [tuple(self._index.location(number).key for number in row) for row in self._global_batch(step)]
+            lambda: [tuple(self._index.location(number).key for number in row) for row in self._global_batch(step).rows]
         )
-
-    def validation(self) -> list[PackedRow]:
-        """The rows of the validation split, the same for every validation."""
-        return self._with_rebuilt_cache(lambda: self._packed(self._held_out()))
 
     def _with_rebuilt_cache(self, read: Callable[[], T]) -> T:
         """The result of `read`; each cache that proves to be damaged is rebuilt once, and it is read again."""
         rebuilt: set[Path] = set()
-        while True:
-            try:
-                return read()
-            except DamagedCache as error:
-                if error.folder in rebuilt:
-                    raise
-                log.warning("%s; it is rebuilt", error)
-                rebuilt.add(error.folder)
-                remove(str(error.folder))
-                self._open()
+        with self._index_lock:
+            while True:
+                try:
+                    return read()
+                except DamagedCache as error:
+                    if error.folder in rebuilt:
+                        raise
+                    log.warning("%s; it is rebuilt", error)
+                    rebuilt.add(error.folder)
+                    remove(str(error.folder))
+                    self._open()
 
-    def _global_batch(self, step: int) -> list[list[int]]:
-        """The samples of each row of a step."""
+    def _rows_of_step(self, step: int) -> GlobalBatch:
         size = self.stage.global_batch_size
-        return [self._row(number) for number in range(step * size, (step + 1) * size)]
+        return self._counted([self._row(number) for number in range(step * size, (step + 1) * size)])
+
+    def _counted(self, rows: list[list[int]]) -> GlobalBatch:
+        numbers = np.fromiter((number for row in rows for number in row), np.int64)
+        ends = np.cumsum([len(row) for row in rows])
+        images = np.concatenate([[0], np.cumsum(self._index.num_images(numbers))])
+        num_images = np.diff(images[np.concatenate([[0], ends])]).tolist()
+        return GlobalBatch(rows, num_images, int(self._index.num_targets(numbers).sum()))
 
     def _row(self, number: int) -> list[int]:
         while self._starts[-1] <= number:
@@ -150,25 +183,27 @@ class RowLoader:
     def _plan(self, epoch: int) -> EpochPlan:
         return epoch_plan(self._request, epoch, index=self._index, cache=self.cache)
 
-    def _validation_rows(self) -> list[list[int]]:
+    def _validation_rows(self) -> GlobalBatch:
         groups = [self._index.numbers(group) for group in self._index.groups if group.split == "validation"]
         held_out = np.concatenate(groups)
         seed = random_state(self.digest, seed=0, number=0, name="validation")
         np.random.default_rng(seed).shuffle(held_out)
         capacity, num_rows = self.stage.sequence_length, self.stage.validation_rows
         if not self.stage.pack:
-            return [[number] for number in held_out[:num_rows].tolist()]
+            return self._counted([[number] for number in held_out[:num_rows].tolist()])
         lengths = self._index.num_tokens()[held_out]
         enough = int(np.searchsorted(np.cumsum(lengths, dtype=np.int64), num_rows * capacity)) + 1
         packing = plan(lengths[:enough], capacity=capacity, seed=seed)
-        return [held_out[packing.row(row)].tolist() for row in range(min(len(packing), num_rows))]
+        return self._counted([held_out[packing.row(row)].tolist() for row in range(min(len(packing), num_rows))])
 
-    def _packed(self, rows: list[list[int]]) -> list[PackedRow]:
-        locations = [[self._index.location(number) for number in row] for row in rows]
-        if fresh := sorted({at.shard for row in locations for at in row} - self._shards.keys()):
+    def _open_shards(self, shards: set[str]) -> None:
+        """Verify the shards that were not read yet."""
+        if shards <= self._shards.keys():
+            return
+        with self._shards_lock:
+            fresh = sorted(shards - self._shards.keys())
             with ThreadPoolExecutor(AT_ONCE) as pool:  # each is read completely to verify its sha256
                 self._shards.update(zip(fresh, pool.map(self._file, fresh), strict=True))
-        return [self._pack(row) for row in locations]
 
     def _pack(self, locations: list[SampleLocation]) -> PackedRow:
         shards = [self._shards[at.shard] for at in locations]

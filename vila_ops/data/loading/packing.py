@@ -28,6 +28,8 @@ class PackedRow:
     """(T,): the target at this position, which is the next token of the same sample, or IGNORE_INDEX."""
     images: tuple[bytes, ...]
     """Encoded squares, in order of their placeholders."""
+    num_images: tuple[int, ...]
+    """Images of each sample, in order."""
     keys: tuple[str, ...]
     """Keys of the samples, in order."""
     sources: tuple[str, ...]
@@ -36,6 +38,10 @@ class PackedRow:
     def samples_of_targets(self) -> NDArray[np.int64]:
         """(N,), from 0: the sample of each of the N targets, in order."""
         return self.segment_ids[self.labels >= 0] - 1
+
+    def keys_of_images(self) -> list[str]:
+        """The key of each image's sample."""
+        return [key for key, number in zip(self.keys, self.num_images, strict=True) for _ in range(number)]
 
 
 def pack(samples: Sequence[Sample], *, capacity: int) -> PackedRow:
@@ -57,5 +63,13 @@ def pack(samples: Sequence[Sample], *, capacity: int) -> PackedRow:
         labels[start : stop - 1] = np.where(sample.is_target[1:], ids[1:], IGNORE_INDEX)
         start = stop
     images = tuple(image for sample in samples for image in sample.images)
-    keys, sources = tuple(sample.key for sample in samples), tuple(sample.source for sample in samples)
-    return PackedRow(input_ids, position_ids, segment_ids, labels, images, keys, sources)
+    return PackedRow(
+        input_ids,
+        position_ids,
+        segment_ids,
+        labels,
+        images=images,
+        num_images=tuple(len(sample.images) for sample in samples),
+        keys=tuple(sample.key for sample in samples),
+        sources=tuple(sample.source for sample in samples),
+    )

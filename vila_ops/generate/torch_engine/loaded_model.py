@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from vila_ops.data.images import Fit, pixels
+from vila_ops.data.images import Fit
 from vila_ops.data.text.conversation import Tokenizer
 from vila_ops.device import device_of, precision_notes
 from vila_ops.generate.engine import EngineOptions
@@ -21,6 +21,7 @@ from vila_ops.model import folder as model_folder
 from vila_ops.model.configuration import VilaConfig
 from vila_ops.model.context import context_length
 from vila_ops.model.features import SUFFIX, FeatureCache
+from vila_ops.model.pixels import Pixels
 from vila_ops.model.vila import VilaForConditionalGeneration
 from vila_ops.packages.tokenizer import IMAGE_TOKEN, read_tokenizer
 
@@ -77,7 +78,7 @@ def read_model(folder: Path, options: EngineOptions) -> LoadedModel:
     fast = read_tokenizer(folder)
     model = model_folder.load(folder)
     mean, std = model_folder.normalisation(folder)
-    features: Features = FeatureCache(model, functools.partial(pixels, mean=mean, std=std), root=options.feature_root)
+    features: Features = FeatureCache(model, Pixels(mean, std), root=options.feature_root)
     if options.max_cached_images is not None:
         features = bounded(features, options.feature_root, max_images=options.max_cached_images)
     for note in precision_notes(options.precision, device):
