@@ -75,9 +75,9 @@ class Nodes:
             self.add()
             _wait(lambda wanted=number + 1: self._alive() == wanted, f"{number + 1} nodes")
 
-    def add(self, *arguments: str) -> None:
+    def add(self) -> None:
         """Start one more node, which joins within seconds."""
-        self._start("--address", self.address, *arguments)
+        self._start("--address", self.address)
 
     def kill(self, number: int) -> None:
         """Send SIGKILL to the raylet of a node, or to all processes of the head."""
@@ -360,38 +360,3 @@ def test_a_cluster_without_room_is_an_error_that_says_so(
         "ClusterFull: 2 workers of {'CPU': 1.0, 'GPU': 0} with placement STRICT_SPREAD and node label any did not "
         "start within 60 s; the live nodes have [{'CPU': 2.0, 'GPU': 0}]" in flow.log.read_text()
     )
-
-
-def test_gpus_of_several_kinds_are_refused_or_chosen_by_their_label(cluster_of: Callable[[int], Nodes]) -> None:
-    """Ray believes `--num-gpus`, so that nodes without a GPU stand for some with one."""
-    nodes = cluster_of(1)
-    for kind in ("A100", "H100"):
-        nodes.add("--num-gpus", "1", "--labels", f"ray.io/accelerator-type={kind}")
-    _wait(lambda: nodes._alive() == 3, "3 nodes")
-    command = [sys.executable, "-c", PLACED, nodes.address]
-    refused, device, label = subprocess.check_output(command, env=ENV, cwd=ROOT, text=True).splitlines()[-3:]
-    assert "are of several kinds, and workers of one stage need one: 1 of A100, 1 of H100; set" in refused
-    assert (device, label) == ("gpu", "H100")
-
-
-PLACED = """
-import sys
-import ray
-from vila_ops.cluster import device_on, gpu_options
-from vila_ops.config import Resources
-
-@ray.remote
-class Worker:
-    def label(self):
-        return ray.get_runtime_context().get_node_labels()["ray.io/accelerator-type"]
-
-resources = Resources(launch="ray", ray_address=sys.argv[1])
-try:
-    device_on(resources, resources.device)
-except ValueError as error:
-    print(error)
-resources = resources.with_changes({"accelerator_type": "H100"})
-device = device_on(resources, resources.device)
-print(device)
-print(ray.get(Worker.options(**gpu_options(resources, device)).remote().label.remote()))
-"""
