@@ -86,5 +86,92 @@ class Pope(OfficialBenchmark):
     3,000. None: your own questions."""
 
 
-Official = Pope
-"""A benchmark on official files; a union once there are several."""
+class SeedBench(OfficialBenchmark):
+    """SEED-Bench: choice among four answers about an image, or about the middle frame of a video."""
+
+    kind: Literal["seed_bench"] = "seed_bench"
+    subset: Literal["image", "total"] = "image"
+    """image: 14,233 questions on images. total: 5,009 on videos too, as LLaVA and VILA report. Two metrics."""
+
+
+class Ai2d(OfficialBenchmark):
+    """AI2D: choice among answers about a diagram of a school book."""
+
+    kind: Literal["ai2d"] = "ai2d"
+    labels: Literal["masked", "shown"] = "masked"
+    """masked: letters cover the texts that are answers (AI2D_TEST.tsv). shown: AI2D_TEST_NO_MASK.tsv, far easier."""
+
+
+class Mmmu(OfficialBenchmark):
+    """MMMU: questions of college exams with up to seven images, by choice or open; `prompt` is that of the former."""
+
+    kind: Literal["mmmu"] = "mmmu"
+    split: Literal["dev", "validation"] = "validation"
+    open_prompt: PromptTemplate
+    """The prompt of questions without options."""
+
+
+class ChartQa(OfficialBenchmark):
+    """ChartQA: short answers about charts; half of the questions are written by people, half made of captions."""
+
+    kind: Literal["chartqa"] = "chartqa"
+    split: Literal["val", "test"] = "test"
+
+
+class DocVqa(OfficialBenchmark):
+    """DocVQA, task 1: short answers about the page of a document. The test split is scored by its server alone."""
+
+    kind: Literal["docvqa"] = "docvqa"
+    split: Literal["val", "test"] = "val"
+
+
+CaptionTokenizer = Literal["ptb", "ptb_python"]
+"""ptb: the official one, a program in Java. ptb_python: ours, which differs on 24 of 105,021 sentences."""
+
+
+class Captions(OfficialBenchmark):
+    """Base of captions on the split of Karpathy, by CIDEr-D, BLEU-4 and ROUGE-L."""
+
+    split: Literal["val", "test"] = "test"
+    tokenizers: tuple[CaptionTokenizer, ...] = Field(default=("ptb", "ptb_python"), min_length=1)
+    """Each gives metrics of its own, with its name."""
+
+
+class CocoCaptions(Captions):
+    """Captions of COCO."""
+
+    kind: Literal["coco_captions"] = "coco_captions"
+
+
+class Flickr30kCaptions(Captions):
+    """Captions of Flickr30k."""
+
+    kind: Literal["flickr30k_captions"] = "flickr30k_captions"
+
+
+class Mmlu(OfficialBenchmark):
+    """MMLU: choice among four answers in 57 subjects, text only."""
+
+    kind: Literal["mmlu"] = "mmlu"
+    shots: int = Field(default=5, ge=0, le=5)
+    """Questions of the subject's dev file before each question, in the official text."""
+
+
+class Bbh(OfficialBenchmark):
+    """BIG-Bench Hard: 23 tasks of reasoning, text only, after three worked examples."""
+
+    kind: Literal["bbh"] = "bbh"
+    style: Literal["direct", "chain_of_thought"] = "direct"
+    """Whether the examples show the answer alone, or the steps to it. Two metrics."""
+
+
+class Drop(OfficialBenchmark):
+    """DROP: numbers, dates and spans that follow from a passage, text only."""
+
+    kind: Literal["drop"] = "drop"
+    shots: int = Field(default=3, ge=0)
+    """Questions of the train file before each question: its first ones."""
+
+
+Official = Pope | SeedBench | Ai2d | Mmmu | ChartQa | DocVqa | CocoCaptions | Flickr30kCaptions | Mmlu | Bbh | Drop
+"""A benchmark on official files."""

@@ -205,7 +205,7 @@ class OfficialSuite(MeasureSettings):
     """Benchmarks on official files, which any model may be measured on."""
 
     name: str
-    benchmarks: dict[str, Official] = Field(min_length=1)
+    benchmarks: dict[str, Annotated[Official, Field(discriminator="kind")]] = Field(min_length=1)
     """By the name under which the report shows its metrics."""
 
 

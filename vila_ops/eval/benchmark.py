@@ -44,6 +44,16 @@ BENCHMARKS = {
     "multiple_choice": f"{HELD_OUT}.multiple_choice",
     "text_loss": f"{HELD_OUT}.text_loss",
     "text_multiple_choice": f"{HELD_OUT}.text_multiple_choice",
+    "ai2d": f"{BENCHMARKS_FOLDER}.ai2d",
+    "bbh": f"{BENCHMARKS_FOLDER}.bbh",
+    "chartqa": f"{BENCHMARKS_FOLDER}.chartqa",
+    "coco_captions": f"{BENCHMARKS_FOLDER}.captions",
+    "docvqa": f"{BENCHMARKS_FOLDER}.docvqa",
+    "drop": f"{BENCHMARKS_FOLDER}.drop",
+    "flickr30k_captions": f"{BENCHMARKS_FOLDER}.captions",
+    "mmlu": f"{BENCHMARKS_FOLDER}.mmlu",
+    "mmmu": f"{BENCHMARKS_FOLDER}.mmmu",
+    "seed_bench": f"{BENCHMARKS_FOLDER}.seed_bench",
     "pope": f"{BENCHMARKS_FOLDER}.pope",
 }
 """Our kinds and their modules, which are imported when a suite has such a benchmark."""

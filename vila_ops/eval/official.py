@@ -1,5 +1,7 @@
 """Reading of official files: what is missing, faulty or of another version is named with its place and the way out."""
 
+import base64
+import binascii
 import csv
 import io
 import json
@@ -80,3 +82,24 @@ def image_in(data: bytes, name: str) -> Part:
     except BadImage as error:
         return Unreadable(f"{name}: {error}")
     return Image(data)
+
+
+def image_in_base64(text: str, name: str) -> Part:
+    """An image that a table holds as base64, or why it cannot be read."""
+    try:
+        return image_in(base64.b64decode(text, validate=True), name)
+    except binascii.Error as error:
+        return Unreadable(f"{name}: not base64: {error}")
+
+
+def parquet_of(file: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of a parquet file; more columns than named are allowed. Raises ValueError."""
+    import pyarrow as pa  # heavy
+    import pyarrow.parquet as pq
+
+    try:
+        rows: list[dict[str, Any]] = pq.read_table(file).to_pylist()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ValueError(f"{file} is no parquet file: {error}; fetch it again") from error
+    check_keys(file, rows, columns)
+    return rows

@@ -7,12 +7,15 @@ from typing import Any
 import yaml
 
 from vila_ops.config.benchmarks import OfficialBenchmark
+from vila_ops.config.eval import MeasureSettings
 from vila_ops.eval.benchmark import Item, benchmark_of
 from vila_ops.eval.rows import ItemRow, Response
 from vila_ops.eval.runner import row_of
+from vila_ops.eval.scoring import score
 
 ROOT = Path(__file__).parents[3]
 SAMPLES = ROOT / "docs/samples"
+SETTINGS = MeasureSettings(bootstrap_resamples=20)
 
 
 def config_of(kind: type[OfficialBenchmark], **changes: Any) -> Any:
@@ -39,3 +42,13 @@ def rows_of(items: list[Item], config: Any, answer: Callable[[Item, int], str | 
         response = Response(status="timeout") if text is None else Response(answer=text, finish_reason="stop")
         rows.append(row_of(by_id[request.item], request, response))
     return rows
+
+
+def numbers(rows: list[ItemRow], items: list[Item], config: Any) -> dict[str, float]:
+    """The value of each metric by its name."""
+    return {metric.name: metric.value for metric in score(items, rows, config, SETTINGS).measurement.metrics}
+
+
+def slices(rows: list[ItemRow], items: list[Item], config: Any) -> dict[tuple[str, str], float]:
+    """The value of each metric on each slice by both names."""
+    return {(one.name, one.slice): one.value for one in score(items, rows, config, SETTINGS).measurement.slices}

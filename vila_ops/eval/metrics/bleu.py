@@ -11,7 +11,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from vila_ops.eval.metrics.ptb import Words
+from vila_ops.eval.statistics import FloatArray
 
 ORDERS = 4
 _TINY, _SMALL = 1e-15, 1e-9
@@ -25,6 +28,9 @@ class Bleu:
     """Of the whole set, which is not the mean of the items."""
     items: dict[str, tuple[float, ...]]
     """By id, each as a set of its own."""
+    counts: dict[str, tuple[int, ...]]
+    """By id: n-grams in common with the references and n-grams, of each order; words, and words of the nearest
+    reference. `bleu_4` reads their sums over a set."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,20 @@ def bleu_of_words(candidates: Mapping[str, Words], references: Mapping[str, Sequ
     if candidates.keys() != references.keys() or not all(references.values()) or not references:
         raise ValueError(f"{len(candidates)} captions for {len(references)} ids; give each id one and its references")
     counts = {id_: _counts(candidates[id_], captions) for id_, captions in references.items()}
-    return Bleu(scores=_scores(_sum(list(counts.values()))), items={id_: _scores(one) for id_, one in counts.items()})
+    return Bleu(
+        scores=_scores(_sum(list(counts.values()))),
+        items={id_: _scores(one) for id_, one in counts.items()},
+        counts={id_: (*one.right, *one.guessed, one.length, one.reference_length) for id_, one in counts.items()},
+    )
+
+
+def bleu_4(sums: FloatArray) -> FloatArray:
+    """BLEU-4 of sets from the sums of their counts: (..., 10) -> (...)."""
+    right, guessed = sums[..., :ORDERS], sums[..., ORDERS : 2 * ORDERS]
+    ratio = (sums[..., -2] + _TINY) / (sums[..., -1] + _SMALL)
+    brevity = np.exp(np.minimum(0, 1 - 1 / ratio))
+    scores: FloatArray = ((right + _TINY) / (guessed + _SMALL)).prod(axis=-1) ** (1 / ORDERS) * brevity
+    return scores
 
 
 def _counts(candidate: Words, references: Sequence[Words]) -> _Counts:

@@ -1,0 +1,83 @@
+"""DocVQA, task 1: short answers about the page of a document; see `config.benchmarks.DocVqa`.
+
+Official files, in one folder (RRC, challenge 17):
+
+    val_v1.0.json, test_v1.0.json       data: questionId, question, image and, but for test, answers
+    documents/*.png                     the pages
+
+The metric is ANLS (see `metrics.anls`). Answers of the test split are with its server: the result is its upload file.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vila_ops.config.benchmarks import DocVqa
+from vila_ops.eval.benchmark import Item, LazyTokenizer, MetricValues, Request
+from vila_ops.eval.columns import WRONG, in_columns, mean_metrics
+from vila_ops.eval.metrics import anls
+from vila_ops.eval.official import check_keys, image_of, json_of
+from vila_ops.eval.prompts import requests_of
+from vila_ops.eval.rows import ItemRow
+
+REVISION = 1
+
+
+def read(source: Path, config: DocVqa) -> Iterator[Item]:
+    """The questions of a split, in the order of its file. Raises ValueError, also for a file of another split."""
+    file = source / f"{config.split}_v1.0.json"
+    content = json_of(file)
+    if not isinstance(content, dict) or "data" not in content:
+        raise ValueError(f"{file} has no data; the file is of another version")
+    if (split := content.get("dataset_split", config.split)) != config.split:
+        raise ValueError(
+            f"{file} is of the split {split}, and {config.split} is asked for; take the file of that split"
+        )
+    answers = ("answers",) if config.split == "val" else ()
+    check_keys(file, content["data"], ("questionId", "question", "image", *answers))
+    for record in content["data"]:
+        yield _item(source, record, file)
+
+
+def _item(source: Path, record: Mapping[str, Any], file: Path) -> Item:
+    truths = [str(one) for one in record.get("answers") or ()]
+    if "answers" in record and not truths:
+        raise ValueError(f"{file}: question {record['questionId']} has no answers; the file is of another version")
+    return Item(
+        id=str(record["questionId"]),
+        group=record["image"],
+        parts={"image": (image_of(source / record["image"]),), "question": (record["question"],)},
+        references={"answers": truths, "questionId": record["questionId"]},
+        answer=truths[0] if truths else "",
+        slices=tuple(f"type: {one}" for one in record.get("question_types") or ()),
+    )
+
+
+def requests(items: Sequence[Item], config: DocVqa, tokenizer: LazyTokenizer) -> list[Request]:
+    """The question of each item."""
+    return requests_of(items, config.prompt)
+
+
+def score(items: Sequence[Item], rows: Sequence[ItemRow], config: DocVqa) -> list[Mapping[str, float]]:
+    """The similarity of each answer; nothing where the answers are not public."""
+    truths: dict[str, list[str]] = {item.id: item.references["answers"] for item in items}
+    return [_similarity(row, truths[row.item]) for row in rows]
+
+
+def _similarity(row: ItemRow, truths: Sequence[str]) -> dict[str, float]:
+    if not truths:
+        return {}
+    return in_columns(WRONG if row.answer is None else anls.score(row.answer, truths))
+
+
+def metrics(items: Sequence[Item], rows: Sequence[ItemRow], config: DocVqa) -> list[MetricValues]:
+    """The mean similarity; none for the test split."""
+    return mean_metrics("docvqa_anls", rows) if config.split == "val" else []
+
+
+def official_files(items: Sequence[Item], rows: Sequence[ItemRow], config: DocVqa) -> dict[str, bytes]:
+    """The upload of the server: an array of questionId and answer with every question."""
+    answers = {row.item: row.answer or "" for row in rows}
+    records = [{"questionId": item.references["questionId"], "answer": answers[item.id]} for item in items]
+    return {f"docvqa_{config.split}_results.json": json.dumps(records, ensure_ascii=False).encode()}
