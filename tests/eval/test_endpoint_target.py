@@ -1,10 +1,6 @@
 """An endpoint as the target, against a real HTTP server that does what each test says."""
 
-import json
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.eval.benchmarks.sample import SAMPLES, config_of
+from tests.eval.stub_endpoint import Answer, Server, completion
 from vila_ops.artifacts.kinds import Endpoint
 from vila_ops.cli import app
 from vila_ops.config import OfficialSuite, Run, Suite
@@ -19,7 +16,6 @@ from vila_ops.config.benchmarks import Pope
 from vila_ops.config.resources import EndpointResources
 from vila_ops.data.records import Image
 from vila_ops.errors import EndpointRefused, EndpointUnreachable
-from vila_ops.eval import endpoint_target
 from vila_ops.eval.benchmark import GenerateRequest, ScoreRequest, SealedImage, TextPrompt
 from vila_ops.eval.endpoint_target import Concurrency, EndpointTarget, check_answerable
 from vila_ops.eval.evaluate import evaluate
@@ -27,69 +23,6 @@ from vila_ops.eval.report import read_report
 from vila_ops.eval.rows import Response
 
 PNG = b"\x89PNG\r\n\x1a\n"
-Answer = tuple[int, dict[str, Any], dict[str, str]]
-"""HTTP status, body and headers."""
-
-
-@dataclass
-class Server:
-    """A server whose answers are a function of the question's text and of how often it was asked."""
-
-    url: str
-    answer: Callable[[str, int], Answer]
-    bodies: list[dict[str, Any]] = field(default_factory=list)
-    keys: list[str | None] = field(default_factory=list)
-    running: int = 0
-    most: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-
-def completion(text: str | None, reason: str = "stop", **message: Any) -> Answer:
-    choice = {"index": 0, "message": {"role": "assistant", "content": text, **message}, "finish_reason": reason}
-    return 200, {"choices": [choice], "usage": {"prompt_tokens": 7, "completion_tokens": 2}}, {}
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            text = body["messages"][-1]["content"][-1]["text"]
-            with state.lock:
-                state.bodies.append(body)
-                state.keys.append(self.headers.get("Authorization"))
-                tries = sum(one["messages"][-1]["content"][-1]["text"] == text for one in state.bodies)
-                state.running += 1
-                state.most = max(state.most, state.running)
-            status, content, headers = state.answer(text, tries)
-            with state.lock:
-                state.running -= 1
-            data = json.dumps(content).encode()
-            self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(data))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_: Any) -> None:
-            """Nothing."""
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.daemon_threads = True
-    state = Server(f"http://127.0.0.1:{http.server_port}/v1", lambda text, tries: completion(text.upper()))
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield state
-    http.shutdown()
-    thread.join()
-    http.server_close()
-
-
-@pytest.fixture(autouse=True)
-def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint_target, "FIRST_WAIT_SECONDS", 0.001)
 
 
 def target(server: Server, **changes: Any) -> EndpointTarget:

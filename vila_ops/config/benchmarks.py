@@ -149,6 +149,39 @@ class Flickr30kCaptions(Captions):
     kind: Literal["flickr30k_captions"] = "flickr30k_captions"
 
 
+class Judge(Config):
+    """A model behind an OpenAI-compatible API that grades answers. All of it but the URL is in the metrics' names."""
+
+    url: str
+    """Base of its routes, such as http://127.0.0.1:8000/v1."""
+    model: str
+    revision: str = ""
+    """What tells models of one name apart, such as a date: replies of another revision are not reused."""
+    temperature: float = Field(ge=0)
+    max_new_tokens: PositiveInt
+    system: str = ""
+    """Text of a system turn. The rest of the prompt is among the official files."""
+
+
+class JudgedBenchmark(OfficialBenchmark):
+    """Base of benchmarks whose answers a judge grades."""
+
+    judge: Judge | None = None
+    """None: no scores, only the file of answers that the official script reads."""
+
+
+class LlavaBench(JudgedBenchmark):
+    """LLaVA-Bench (in the Wild): long answers, which a judge compares with those of a reference model."""
+
+    kind: Literal["llava_bench"] = "llava_bench"
+
+
+class MmVet(JudgedBenchmark):
+    """MM-Vet: open answers that combine capabilities, which a judge grades from 0 to 1."""
+
+    kind: Literal["mm_vet"] = "mm_vet"
+
+
 class Mmlu(OfficialBenchmark):
     """MMLU: choice among four answers in 57 subjects, text only."""
 
@@ -173,5 +206,19 @@ class Drop(OfficialBenchmark):
     """Questions of the train file before each question: its first ones."""
 
 
-Official = Pope | SeedBench | Ai2d | Mmmu | ChartQa | DocVqa | CocoCaptions | Flickr30kCaptions | Mmlu | Bbh | Drop
+Official = (
+    Pope
+    | SeedBench
+    | Ai2d
+    | Mmmu
+    | ChartQa
+    | DocVqa
+    | CocoCaptions
+    | Flickr30kCaptions
+    | LlavaBench
+    | MmVet
+    | Mmlu
+    | Bbh
+    | Drop
+)
 """A benchmark on official files."""

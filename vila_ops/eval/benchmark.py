@@ -51,6 +51,8 @@ BENCHMARKS = {
     "docvqa": f"{BENCHMARKS_FOLDER}.docvqa",
     "drop": f"{BENCHMARKS_FOLDER}.drop",
     "flickr30k_captions": f"{BENCHMARKS_FOLDER}.captions",
+    "llava_bench": f"{BENCHMARKS_FOLDER}.llava_bench",
+    "mm_vet": f"{BENCHMARKS_FOLDER}.mm_vet",
     "mmlu": f"{BENCHMARKS_FOLDER}.mmlu",
     "mmmu": f"{BENCHMARKS_FOLDER}.mmmu",
     "seed_bench": f"{BENCHMARKS_FOLDER}.seed_bench",

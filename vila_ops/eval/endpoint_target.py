@@ -88,8 +88,8 @@ class Concurrency:
 class EndpointTarget:
     """Answers chat requests by an endpoint."""
 
-    def __init__(self, endpoint: Endpoint, how: EndpointResources) -> None:
-        self._endpoint, self._how = endpoint, how
+    def __init__(self, endpoint: Endpoint, how: EndpointResources, *, temperature: float = 0.0) -> None:
+        self._endpoint, self._how, self._temperature = endpoint, how, temperature
         self._limit: float | None = None
 
     def close(self) -> None:
@@ -166,7 +166,7 @@ class EndpointTarget:
             "model": self._endpoint.name,
             "messages": messages,
             "max_tokens": request.max_new_tokens,
-            "temperature": 0,
+            "temperature": self._temperature,
         }
 
     def _failed(self, tried: httpx.Response | httpx.TransportError) -> Response:

@@ -11,7 +11,7 @@ from vila_ops.artifacts import attempts, store
 from vila_ops.artifacts.execution import execution
 from vila_ops.artifacts.kinds import Answers, BenchmarkResult, Endpoint
 from vila_ops.cluster import whoami
-from vila_ops.config.benchmarks import OfficialBenchmark
+from vila_ops.config.benchmarks import JudgedBenchmark, OfficialBenchmark
 from vila_ops.device import describe, device_of
 from vila_ops.eval import report
 from vila_ops.eval.benchmark import Item, Request, SealedImage, benchmark_of
@@ -19,6 +19,7 @@ from vila_ops.eval.benchmarks.held_out.items import HeldOut
 from vila_ops.eval.endpoint_target import EndpointTarget, check_answerable
 from vila_ops.eval.engine_target import EngineTarget
 from vila_ops.eval.job import EvalJob
+from vila_ops.eval.judge import judged
 from vila_ops.eval.prompts import ImageOf, reference_hash, request_hash, unreadable
 from vila_ops.eval.rows import ItemRow, Response, read_responses, write_responses
 from vila_ops.eval.scoring import Scored, score
@@ -102,11 +103,17 @@ class Runner:
             self.answer(name, shard)
             yield shard
 
-    def conclude(self, name: str) -> dict[str, Any]:
-        """Score the answers of all shards, and seal the result of a benchmark; returns which process did it."""
+    def conclude(self, name: str, *, asks: bool = True) -> dict[str, Any]:
+        """Score the answers of all shards, and seal the result of a benchmark; returns which process did it.
+
+        A judge is asked first, if the benchmark has one and `asks` is true. Raises ValueError where it is false and the
+        judge was not asked yet.
+        """
         started = time.monotonic()
         planned, config, at = self._plan(name), self.job.suite.benchmarks[name], self.job.address(name)
         rows = self._rows(name, planned)
+        if isinstance(config, JudgedBenchmark):
+            rows = judged(planned.items, rows, config, self.job.resources, asks=asks)
         scored = score(planned.items, rows, config, self.job.settings())
         if scored.measurement.failed:
             log.warning("%s: requests without an answer: %s", name, scored.measurement.failed)
@@ -129,7 +136,7 @@ class Runner:
         if result is None:
             if pending := self.pending(name):
                 raise ValueError(f"{len(pending)} shards of {name!r} were not answered; evaluate it without --rescore")
-            self.conclude(name)
+            self.conclude(name, asks=False)
             return
         config, rows = self.job.suite.benchmarks[name], report.read_items(result)
         scored = score(read_items(self.job, name), rows, config, self.job.settings())

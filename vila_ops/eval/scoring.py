@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vila_ops.config.benchmarks import OfficialBenchmark
+from vila_ops.config.benchmarks import JudgedBenchmark, OfficialBenchmark
 from vila_ops.config.eval import MeasureSettings
 from vila_ops.eval.benchmark import Item, MetricValues, benchmark_of
 from vila_ops.eval.report import ItemAnswer, LayerPoint, Measurement, Metric, SliceMetric
@@ -38,13 +38,25 @@ def score(items: Sequence[Item], rows: Sequence[ItemRow], config: Any, settings:
     measurement = Measurement(
         num_items=len({row.item for row in rows}),
         num_clusters=len({row.group for row in rows}),
-        failed=dict(sorted(Counter(row.response.status for row in rows if not row.ok).items())),
+        failed=_failed(scored, config),
         metrics=tuple(_metrics(metrics, settings)),
         slices=tuple(_slices(metrics, settings)),
         layers=tuple(_layer(one, settings) for one in values if one.layer is not None),
         answers=() if isinstance(config, OfficialBenchmark) else _answers(items, scored),
     )
     return Scored(measurement, scored)
+
+
+def _failed(rows: Sequence[ItemRow], config: Any) -> dict[str, int]:
+    """The number of rows by what went wrong; `not_judged`: the judge gave no score to an answer."""
+    failed = Counter[str](row.response.status for row in rows if not row.ok)
+    if (
+        isinstance(config, JudgedBenchmark)
+        and config.judge
+        and (unjudged := sum(row.ok and not row.scores for row in rows))
+    ):
+        failed["not_judged"] = unjudged
+    return dict(sorted(failed.items()))
 
 
 def scored_rows(items: Sequence[Item], rows: Sequence[ItemRow], config: Any) -> tuple[ItemRow, ...]:
