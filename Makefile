@@ -33,6 +33,7 @@ $(STAMP): pyproject.toml constraints.txt
 	command -v g++ >/dev/null || need+=" g++"; \
 	command -v npm >/dev/null || need+=" nodejs npm"; \
 	command -v dpkg-deb >/dev/null || need+=" dpkg"; \
+	command -v java >/dev/null || need+=" default-jre-headless"; \
 	if [ -z "$$python" ]; then need+=" python3.11 python3.11-venv"; \
 	elif ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then need+=" python3.11-venv"; fi; \
 	if [ -n "$$need" ]; then \

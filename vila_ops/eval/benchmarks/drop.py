@@ -89,7 +89,7 @@ def requests(items: Sequence[Item], config: Drop, tokenizer: LazyTokenizer) -> l
 def score(items: Sequence[Item], rows: Sequence[ItemRow], config: Drop) -> list[Mapping[str, float]]:
     """Exact match and F1 of each answer."""
     truths: dict[str, list[list[str]]] = {item.id: item.references for item in items}
-    listed = []
+    listed: list[Mapping[str, float]] = []
     for row in rows:
         scores = _NO_SCORE if row.answer is None else drop.score([row.answer], truths[row.item])
         listed.append(in_columns(scores.exact_match, "exact_match") | in_columns(scores.f1, "f1"))
