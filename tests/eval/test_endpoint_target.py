@@ -1,5 +1,6 @@
 """An endpoint as the target, against a real HTTP server that does what each test says."""
 
+import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -210,9 +211,11 @@ def test_the_command_measures_an_endpoint_on_a_suite_file(run: Run, server: Serv
     (tmp_path / "here.yaml").write_text(json.dumps({"launch": "inline", "storage": storage}))
     suite = SAMPLES.parents[1] / "configs/suites/sample.yaml"
     command = ["evaluate", str(suite), "--endpoint", f"a-model@{server.url}", "-r", str(tmp_path / "here.yaml")]
-    first, again = (CliRunner().invoke(app, [*command, *more]) for more in ([], ["--rescore"]))
+    first = CliRunner().invoke(app, command)
     assert first.exit_code == 0, first.output
+    asked = len(server.bodies)
+    again = CliRunner().invoke(app, [*command, "--rescore"])
     (line,) = [line for line in first.stdout.splitlines() if line.startswith("pope_random_recall_official ")]
     assert line.split()[1:3] == ["model", "1.000"]
     assert again.stdout == first.stdout
-    assert len(server.bodies) == 48
+    assert len(server.bodies) == asked >= 48
