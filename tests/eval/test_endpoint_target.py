@@ -215,7 +215,7 @@ def test_the_command_measures_an_endpoint_on_a_suite_file(run: Run, server: Serv
     assert first.exit_code == 0, first.output
     asked = len(server.bodies)
     again = CliRunner().invoke(app, [*command, "--rescore"])
-    (line,) = [line for line in first.stdout.splitlines() if line.startswith("pope_random_recall_official ")]
+    line, *_ = [line for line in first.stdout.splitlines() if line.startswith("pope_random_recall_official ")]
     assert line.split()[1:3] == ["model", "1.000"]
     assert again.stdout == first.stdout
     assert len(server.bodies) == asked >= 48

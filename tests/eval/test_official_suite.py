@@ -217,5 +217,5 @@ def test_the_command_of_the_page_prints_the_numbers_and_scores_again(
     first, again = (CliRunner().invoke(app, [*command, *more]) for more in ([], ["--rescore"]))
     assert first.exit_code == 0, first.output
     assert again.stdout == first.stdout
-    (line,) = [line for line in first.stdout.splitlines() if line.startswith("pope_f1_official ")]
+    line, *_ = [line for line in first.stdout.splitlines() if line.startswith("pope_f1_official ")]
     assert line.split()[1] == "model"
