@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import httpx
+import httpx2
 import huggingface_hub
 import pytest
 from botocore.exceptions import ClientError
@@ -193,7 +194,7 @@ def test_answers_of_mlflow_are_translated(code: int, final: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cause", "kind"), [(httpx.ConnectError("x"), FetchError), (OfflineModeIsEnabled(), ValueError)]
+    ("cause", "kind"), [(httpx2.ConnectError("x"), FetchError), (OfflineModeIsEnabled(), ValueError)]
 )
 def test_answers_of_the_hub_are_translated(
     cause: Exception, kind: type[Exception], monkeypatch: pytest.MonkeyPatch

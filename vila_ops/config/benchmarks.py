@@ -206,6 +206,75 @@ class Drop(OfficialBenchmark):
     """Questions of the train file before each question: its first ones."""
 
 
+class VqaV2(OfficialBenchmark):
+    """VQAv2: open questions on COCO's images; accuracy by ten human answers."""
+
+    kind: Literal["vqav2"] = "vqav2"
+    split: Literal["val2014", "test-dev2015", "test2015"] = "val2014"
+    """The test splits give an upload file and no number: only the server has their answers."""
+
+
+class OkVqa(OfficialBenchmark):
+    """OK-VQA: questions on COCO's images that need knowledge."""
+
+    kind: Literal["okvqa"] = "okvqa"
+    spacy_pipeline: str | None = None
+    """An installed pipeline of spaCy, such as en_core_web_sm, for the metric of lemmatised answers; None: without."""
+
+
+class Gqa(OfficialBenchmark):
+    """GQA: compositional questions on images of Visual Genome."""
+
+    kind: Literal["gqa"] = "gqa"
+    split: Literal["testdev_balanced", "val_balanced"] = "testdev_balanced"
+
+
+class VizWiz(OfficialBenchmark):
+    """VizWiz: questions of blind people on their own photos."""
+
+    kind: Literal["vizwiz"] = "vizwiz"
+    split: Literal["val", "test"] = "val"
+    """test gives an upload file and no number: only the server has its answers."""
+
+
+class TextVqa(OfficialBenchmark):
+    """TextVQA: questions on images whose text has to be read. With {ocr} in the prompt it is another metric."""
+
+    kind: Literal["textvqa"] = "textvqa"
+    split: Literal["val", "test"] = "val"
+    """test gives an upload file and no number: only the server has its answers."""
+
+
+class ScienceQa(OfficialBenchmark):
+    """ScienceQA: school questions with options, on the split test."""
+
+    kind: Literal["scienceqa"] = "scienceqa"
+    subset: Literal["image", "all"] = "image"
+    """image: only the questions with an image, as LLaVA and VILA report them."""
+
+
+class Mme(OfficialBenchmark):
+    """MME: two questions of yes or no on each image; perception (ten subtasks) and cognition (four)."""
+
+    kind: Literal["mme"] = "mme"
+
+
+class MmBench(OfficialBenchmark):
+    """MMBench: questions with up to four options, right only if they are in every order of these."""
+
+    kind: Literal["mmbench"] = "mmbench"
+    version: Literal["dev_20230712", "dev_v11", "test_v11"] = "dev_20230712"
+    """Of the file; part of the metric's name. LLaVA and VILA report the first."""
+
+
+class MmBenchCn(OfficialBenchmark):
+    """MMBench-CN: MMBench in Chinese."""
+
+    kind: Literal["mmbench_cn"] = "mmbench_cn"
+    version: Literal["dev_20231003", "dev_v11", "test_v11"] = "dev_20231003"
+    """Of the file; part of the metric's name. LLaVA and VILA report the first."""
+
+
 Official = (
     Pope
     | SeedBench
@@ -220,5 +289,14 @@ Official = (
     | Mmlu
     | Bbh
     | Drop
+    | VqaV2
+    | OkVqa
+    | Gqa
+    | VizWiz
+    | TextVqa
+    | ScienceQa
+    | Mme
+    | MmBench
+    | MmBenchCn
 )
 """A benchmark on official files."""

@@ -56,7 +56,16 @@ BENCHMARKS = {
     "mmlu": f"{BENCHMARKS_FOLDER}.mmlu",
     "mmmu": f"{BENCHMARKS_FOLDER}.mmmu",
     "seed_bench": f"{BENCHMARKS_FOLDER}.seed_bench",
+    "gqa": f"{BENCHMARKS_FOLDER}.gqa",
+    "mmbench": f"{BENCHMARKS_FOLDER}.mmbench",
+    "mmbench_cn": f"{BENCHMARKS_FOLDER}.mmbench",
+    "mme": f"{BENCHMARKS_FOLDER}.mme",
+    "okvqa": f"{BENCHMARKS_FOLDER}.okvqa",
     "pope": f"{BENCHMARKS_FOLDER}.pope",
+    "scienceqa": f"{BENCHMARKS_FOLDER}.scienceqa",
+    "textvqa": f"{BENCHMARKS_FOLDER}.textvqa",
+    "vizwiz": f"{BENCHMARKS_FOLDER}.vizwiz",
+    "vqav2": f"{BENCHMARKS_FOLDER}.vqav2",
 }
 """Our kinds and their modules, which are imported when a suite has such a benchmark."""
 

@@ -52,3 +52,9 @@ def _weighted(rows: Sequence[ItemRow], score: str, weights: FloatArray) -> Float
 def named(*parts: str) -> str:
     """A name of those parts that are not empty."""
     return "_".join(part for part in parts if part)
+
+
+def share_or_zero(sums: FloatArray) -> FloatArray:
+    """A statistic: column 0 / column 1, and 0 where column 1 is 0; (..., 2) -> (...)."""
+    share: FloatArray = np.divide(sums[..., 0], sums[..., 1], out=np.zeros(sums.shape[:-1]), where=sums[..., 1] > 0)
+    return share

@@ -1,7 +1,6 @@
 """Reading of official files: what is missing, faulty or of another version is named with its place and the way out."""
 
 import base64
-import binascii
 import csv
 import io
 import json
@@ -88,7 +87,7 @@ def image_in_base64(text: str, name: str) -> Part:
     """An image that a table holds as base64, or why it cannot be read."""
     try:
         return image_in(base64.b64decode(text, validate=True), name)
-    except binascii.Error as error:
+    except ValueError as error:  # also characters beyond ASCII
         return Unreadable(f"{name}: not base64: {error}")
 
 

@@ -1,6 +1,7 @@
 """Resolve a recipe's vision tower or language model to a local transformers folder."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import assert_never
@@ -117,17 +118,26 @@ def hub_folder(name: str, revision: str, *, files: Sequence[str] = SAFE_FILES) -
 
 @lru_cache  # without it every shard would query the hub again
 def _snapshot(name: str, revision: str, files: tuple[str, ...]) -> Path:
-    import httpx
     from huggingface_hub import snapshot_download
+
+    with hub_faults(
+        f"{name!r} at revision {revision!r} is neither a local folder nor",
+        "check the name and the network, or download it and give its folder",
+    ):
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
+
+
+@contextmanager
+def hub_faults(what: str, way_out: str) -> Iterator[None]:
+    """Faults of the hub as FetchError where another try may help, else as ValueError; `what` ends in `not`."""
+    import httpx2
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        cause = error.__cause__ or error
-        status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
-        may_pass = isinstance(cause, httpx.TransportError) or (status is not None and (status >= 500 or status == 429))
-        raise (FetchError if may_pass else ValueError)(
-            f"{name!r} at revision {revision!r} is neither a local folder nor available from the hub ({error}); "
-            f"check the name and the network, or download it and give its folder"
-        ) from error
+        yield
+    except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.TransportError, OSError) as error:
+        causes = (error, error.__cause__)
+        statuses = [one.response.status_code for one in causes if isinstance(one, HfHubHTTPError)]
+        unreachable = any(isinstance(one, httpx2.TransportError) for one in causes)
+        may_pass = unreachable or any(status >= 500 or status == 429 for status in statuses)
+        raise (FetchError if may_pass else ValueError)(f"{what} available from the hub ({error}); {way_out}") from error

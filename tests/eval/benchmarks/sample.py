@@ -1,5 +1,6 @@
 """Items of a benchmark's committed sample, and rows of given answers."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,3 +53,8 @@ def numbers(rows: list[ItemRow], items: list[Item], config: Any) -> dict[str, fl
 def slices(rows: list[ItemRow], items: list[Item], config: Any) -> dict[tuple[str, str], float]:
     """The value of each metric on each slice by both names."""
     return {(one.name, one.slice): one.value for one in score(items, rows, config, SETTINGS).measurement.slices}
+
+
+def copy_of(kind: str, folder: Path) -> Path:
+    """A copy of a benchmark's sample, to be broken."""
+    return Path(shutil.copytree(SAMPLES / kind, folder / kind))

@@ -22,11 +22,27 @@ from vila_ops.config.benchmarks import Pope
 from vila_ops.eval.benchmark import Item, LazyTokenizer, MetricValues, Request, Units
 from vila_ops.eval.metrics import pope
 from vila_ops.eval.official import image_of, records_of
+from vila_ops.eval.origins import OfficialFile, Origins
 from vila_ops.eval.prompts import requests_of
 from vila_ops.eval.rows import ItemRow
 from vila_ops.eval.statistics import FloatArray
 
 REVISION = 1
+_URL, _LICENCE = "https://github.com/RUCAIBox/POPE, output/coco at the commit of `version`", "MIT"
+ORIGINS = Origins(
+    files=(
+        OfficialFile("coco_pope_random.json", _URL, "1 MB", _LICENCE),
+        OfficialFile("coco_pope_popular.json", _URL, "1 MB", _LICENCE),
+        OfficialFile("coco_pope_adversarial.json", _URL, "1 MB", _LICENCE),
+        OfficialFile(
+            "val2014/COCO_val2014_*.jpg",
+            "http://images.cocodataset.org/zips/val2014.zip",
+            "6 GB",
+            "Flickr's terms (images of COCO)",
+        ),
+    ),
+    server="none: scored here",
+)
 SETS = ("random", "popular", "adversarial")
 COUNTS = ("true_positive", "false_positive", "true_negative", "false_negative")
 STATISTICS = {"accuracy": pope.accuracy, "precision": pope.precision, "recall": pope.recall, "f1": pope.f1}

@@ -1,0 +1,92 @@
+"""`vila-ops benchmark`: the official files of benchmarks, where they come from and what is wrong with them."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vila_ops.cli.options import JsonLines, say
+
+benchmark = typer.Typer(name="benchmark", no_args_is_help=True, help="The official files of benchmarks.")
+
+Settings = Annotated[
+    list[str] | None, typer.Option("-s", "--set", help="A setting of the benchmark, e.g. split=test-dev2015")
+]
+FILES = Path("data/benchmarks")
+
+
+@benchmark.command("list")
+def list_files(as_json: JsonLines = False) -> None:
+    """Say where the official files of each benchmark come from, their size and licence, and whether a server lives."""
+    from vila_ops.eval.origins import official_kinds, origins_of
+
+    for kind in official_kinds():
+        origins = origins_of(kind)
+        if as_json:
+            for file in origins.files:
+                say(json.dumps({"benchmark": kind, "server": origins.server, **asdict(file)}))
+            continue
+        say(f"{kind}\n  server: {origins.server}")
+        for file in origins.files:
+            only = "".join(f", {name}={value}" for name, value in file.only.items())
+            say(f"  {file.path}\n    {file.size}, {file.licence}{only}\n    {file.url}")
+
+
+@benchmark.command("check")
+def check_files(
+    folder: Annotated[Path, typer.Argument(help="The folder that has one of each benchmark", metavar="DIR")] = FILES,
+    only: Annotated[str | None, typer.Option("--only", help="One benchmark", metavar="KIND")] = None,
+    settings: Settings = None,
+    as_json: JsonLines = False,
+) -> None:
+    """Say which official files are missing, of another version or damaged; the exit code is 1 if there are any.
+
+    Every file is read. Settings need --only.
+    """
+    from vila_ops.config.load import key_and_value
+    from vila_ops.eval.origins import check, default_config, official_kinds
+
+    if settings and only is None:
+        raise ValueError("settings are of one benchmark; name it with --only")
+    kinds = [only] if only else [kind for kind in official_kinds() if (folder / kind).is_dir()]
+    if not kinds:
+        raise ValueError(f"{folder} has no folder of a benchmark; these are known: {', '.join(official_kinds())}")
+    faulty = False
+    for kind in kinds:
+        config = default_config(kind, dict(map(key_and_value, settings or ())))
+        findings = list(check(folder / kind, config))
+        faulty |= bool(findings)
+        for one in findings:
+            say(json.dumps({"benchmark": kind, **asdict(one)}) if as_json else f"{kind}: {one.file}: {one.problem}")
+        if not findings and not as_json:
+            say(f"{kind}: no fault")
+    if faulty:
+        raise typer.Exit(1)
+
+
+@benchmark.command("get")
+def get_files(
+    kind: Annotated[str, typer.Argument(help="The benchmark", metavar="KIND")],
+    out: Annotated[Path, typer.Option("--out", help="The folder that has one of each benchmark")] = FILES,
+    repository: Annotated[
+        str | None,
+        typer.Option("--repo", help="A data set on the hub with the files under their official paths, OWNER/NAME"),
+    ] = None,
+    revision: Annotated[str, typer.Option("--revision", help="A commit, tag or branch of it")] = "main",
+    settings: Settings = None,
+) -> None:
+    """Fetch the official files of a benchmark from the hub, by default from a data set of its authors if they have one.
+
+    The commit and the sha256 of each file are recorded, and `vila-ops benchmark check` compares them. A file that is
+    there with another content is not replaced.
+    """
+    from vila_ops.config.load import key_and_value
+    from vila_ops.eval.downloads import from_hub
+    from vila_ops.eval.origins import default_config, origins_of
+
+    config = default_config(kind, dict(map(key_and_value, settings or ())))
+    files = [file for file in origins_of(kind).files if file.is_read(config)]
+    for name in from_hub(out / kind, files, repository=repository, revision=revision):
+        say(str(out / kind / name))

@@ -1,0 +1,88 @@
+"""Official files of a benchmark from a data set on the hub, at one commit, into its folder."""
+
+import json
+import logging
+import os
+import shutil
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from vila_ops.artifacts.disk import sha256
+from vila_ops.artifacts.disk_faults import faults_named
+from vila_ops.eval.origins import DOWNLOADED, OfficialFile
+from vila_ops.packages.resolve import hub_faults
+
+logger = logging.getLogger(__name__)
+
+
+def from_hub(folder: Path, files: Sequence[OfficialFile], *, repository: str | None, revision: str) -> list[str]:
+    """Fetch files into a benchmark's folder; returns their names. An interrupted download goes on with the next call.
+
+    `repository` has them under their paths; None: each file comes from the data set of its authors. Zips are unpacked,
+    and the commit and the sha256 of each file are recorded for `origins.check`.
+    Raises ValueError where the hub does not have the files, where one of another content is in the folder, and where
+    their authors have no data set; FetchError where the hub did not answer.
+    """
+    if repository is None:
+        repository, paths = _by_authors(files)
+        for file in (one for one in files if not one.hub):
+            logger.warning("%s is not in %s; fetch it by hand from %s", file.path, repository, file.url)
+    else:
+        paths = [file.path for file in files]
+    partial = folder.with_name(f".{folder.name}.partial")
+    with faults_named(folder):
+        commit = _download(repository, revision, paths, partial)
+        for archive in sorted(partial.rglob("*.zip")):
+            logger.info("unpacking %s", archive.name)
+            with zipfile.ZipFile(archive) as content:
+                content.extractall(partial)  # keeps members inside: it drops leading slashes and ".."
+            archive.unlink()
+        digests = _moved(partial, folder)
+        listing = {"repository": repository, "commit": commit, "sha256": digests}
+        (folder / DOWNLOADED).write_text(json.dumps(listing, indent=1), encoding="utf-8")
+        shutil.rmtree(partial)
+    return sorted(digests)
+
+
+def _by_authors(files: Sequence[OfficialFile]) -> tuple[str, list[str]]:
+    """The one data set of the authors, and the paths of the files in it. Raises ValueError."""
+    places = sorted({file.hub for file in files if file.hub})
+    repositories = {"/".join(place.split("/")[:2]) for place in places}
+    if len(repositories) != 1:
+        by_hand = "; ".join(f"{file.path} from {file.url}" for file in files)
+        raise ValueError(
+            f"the authors have no data set with these files on the hub; fetch them by hand ({by_hand}), or name a data "
+            f"set that has them with --repo"
+        )
+    return repositories.pop(), ["/".join(place.split("/")[2:]) for place in places]
+
+
+def _download(repository: str, revision: str, paths: Sequence[str], target: Path) -> str:
+    """The commit of a revision, whose files of these paths are then in `target`."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    with hub_faults(f"data set {repository!r} at revision {revision!r} is not", "check its name and the network"):
+        commit = HfApi().dataset_info(repository, revision=revision).sha
+        snapshot_download(
+            repository, repo_type="dataset", revision=commit, allow_patterns=list(paths), local_dir=target
+        )
+    shutil.rmtree(target / ".cache", ignore_errors=True)  # the hub client's own
+    if not any(path.is_file() for path in target.rglob("*")):
+        raise ValueError(
+            f"data set {repository!r} at {commit} has none of {', '.join(paths)}; name another with --repo"
+        )
+    return str(commit)
+
+
+def _moved(source: Path, folder: Path) -> Mapping[str, str]:
+    """Move files into a folder; returns the sha256 of each by name. Raises ValueError for one of another content."""
+    files = sorted(path for path in source.rglob("*") if path.is_file())
+    digests = {path.relative_to(source).as_posix(): sha256(path) for path in files}
+    for name, digest in digests.items():
+        if (folder / name).exists() and sha256(folder / name) != digest:
+            raise ValueError(f"{folder / name} has another content than the one on the hub; move it away")
+    for name in digests:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(source / name, folder / name)
+    return digests
