@@ -103,6 +103,8 @@ def test_every_item_has_a_row_with_what_was_asked_and_answered(
     assert len({row.response.prompt_hash for row in rows}) == 48
     execution = store.read_manifest(result.uri)["execution"]
     assert len(execution["seconds_of"]) == 48
+    answers = store.file(result, "official/coco_pope_random_answers.json").read_text().splitlines()
+    assert [json.loads(line)["question_id"] for line in answers] == list(range(1, 25))
 
 
 @pytest.mark.slow

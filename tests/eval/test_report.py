@@ -26,7 +26,9 @@ def composed(store: Path, **benchmarks: tuple[str, list[tuple[str, str]], list[s
         ]
         points = tuple(LayerPoint(name=one, role="model", layer=layer, **POINT) for one in layers for layer in (0, 1))
         with attempt(at, store=str(store)) as folder:
-            write_result(folder, Measurement(num_items=9, num_clusters=9, metrics=tuple(numbers), layers=points), [])
+            write_result(
+                folder, Measurement(num_items=9, num_clusters=9, metrics=tuple(numbers), layers=points), [], {}
+            )
         results[name] = seal(BenchmarkResult, at, folder, facts={"benchmark": kind, "model": "m"}, execution={})
     mixture = {"name": "m", "sources": {"a": {"kind": "jsonl", "path": "x", "render": "caption"}}}
     kinds = {name: {"kind": kind} for name, (kind, *_) in benchmarks.items()}

@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # heavy: pyarrow
 
 RESULT = "result.json"
 ITEMS = "items.parquet"
+OFFICIAL = "official"
+"""Folder of a result with the files that a server or an official script reads."""
 REPORT = "report.json"
 
 MetricRole = Literal["model", "control", "chance", "gap"]
@@ -120,12 +122,17 @@ class Report(Config):
     answers: tuple[ItemAnswer, ...]
 
 
-def write_result(folder: Path, measurement: Measurement, rows: "Sequence[ItemRow]") -> None:
-    """Write the files of a benchmark's result into an attempt's folder."""
+def write_result(
+    folder: Path, measurement: Measurement, rows: "Sequence[ItemRow]", official: Mapping[str, bytes]
+) -> None:
+    """Write the files of a benchmark's result into an attempt's folder; official files by name, into OFFICIAL."""
     from vila_ops.eval.rows import write_rows
 
     _write(folder / RESULT, measurement)
     write_rows(folder / ITEMS, rows)
+    for name, content in official.items():
+        (folder / OFFICIAL).mkdir(exist_ok=True)
+        (folder / OFFICIAL / name).write_bytes(content)
 
 
 def read_result(result: BenchmarkResult) -> Measurement:

@@ -118,7 +118,7 @@ class Runner:
         if scored.measurement.failed:
             log.warning("%s: requests without an answer: %s", name, scored.measurement.failed)
         with attempts.attempt(at, store=self._store) as attempt:
-            report.write_result(attempt, scored.measurement, scored.rows)
+            report.write_result(attempt, scored.measurement, scored.rows, _official(planned.items, scored.rows, config))
         ran = whoami()
         store.seal(
             BenchmarkResult,
@@ -247,6 +247,12 @@ def row_of(item: Item, request: Request, response: Response) -> ItemRow:
         response=response,
         reference_hash=reference_hash(item.references),
     )
+
+
+def _official(items: Sequence[Item], rows: Sequence[ItemRow], config: Any) -> dict[str, bytes]:
+    """The files that a server or an official script reads, by their names; empty where there is none."""
+    written = getattr(benchmark_of(config.kind), "official_files", None)
+    return written(items, rows, config) if written else {}
 
 
 def _no_image(image: SealedImage) -> bytes:
