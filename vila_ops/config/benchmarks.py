@@ -198,7 +198,7 @@ class Bbh(OfficialBenchmark):
     """Whether the examples show the answer alone, or the steps to it. Two metrics."""
 
 
-class Drop(OfficialBenchmark):
+class DropQuestions(OfficialBenchmark):
     """DROP: numbers, dates and spans that follow from a passage, text only."""
 
     kind: Literal["drop"] = "drop"
@@ -288,7 +288,7 @@ Official = (
     | MmVet
     | Mmlu
     | Bbh
-    | Drop
+    | DropQuestions
     | VqaV2
     | OkVqa
     | Gqa

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from tests.eval.benchmarks.sample import SAMPLES, config_of, numbers, rows_of, sample_items
-from vila_ops.config.benchmarks import Drop
+from vila_ops.config.benchmarks import DropQuestions
 from vila_ops.eval.benchmark import GenerateRequest, TextPrompt
 from vila_ops.eval.benchmarks import drop
 
-CONFIG = config_of(Drop)
+CONFIG = config_of(DropQuestions)
 REPLIES = {"d1": "5", "d2": "2.5", "d3": "Hale and Moss", "d4": "3 March 1720", "d5": "Mr Reed"}
 
 
@@ -60,7 +60,7 @@ def test_the_predictions_are_by_query_and_items_of_a_passage_are_one_group() -> 
 def test_faulty_files_and_too_few_shots_are_named(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(SAMPLES / "drop", tmp_path / "drop"))
     with pytest.raises(ValueError, match=r"drop_dataset_train.json has 3 questions; set shots to at most as many"):
-        list(drop.read(folder, config_of(Drop, shots=4)))
+        list(drop.read(folder, config_of(DropQuestions, shots=4)))
     file = folder / "drop_dataset_dev.json"
     content = json.loads(file.read_text())
     content["town_2"]["qa_pairs"][0]["answer"] = {}

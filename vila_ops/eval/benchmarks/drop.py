@@ -1,4 +1,4 @@
-"""DROP: numbers, dates and spans that follow from a passage; see `config.benchmarks.Drop`.
+"""DROP: numbers, dates and spans that follow from a passage; see `config.benchmarks.DropQuestions`.
 
 Official files, in one folder (drop_dataset.zip of AllenAI):
 
@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from vila_ops.config.benchmarks import Drop
+from vila_ops.config.benchmarks import DropQuestions
 from vila_ops.eval.benchmark import Item, LazyTokenizer, MetricValues, Request
 from vila_ops.eval.columns import WRONG, in_columns, mean_metrics
 from vila_ops.eval.metrics import drop
@@ -27,7 +27,7 @@ REVISION = 1
 _NO_SCORE = drop.DropScores(exact_match=WRONG, f1=WRONG)
 
 
-def read(source: Path, config: Drop) -> Iterator[Item]:
+def read(source: Path, config: DropQuestions) -> Iterator[Item]:
     """The questions in the order of the file. Raises ValueError."""
     examples = ""
     if config.shots:
@@ -81,12 +81,12 @@ def _kind(answer: Mapping[str, Any]) -> str:
     return ("span" if len(answer["spans"]) == 1 else "spans") if answer.get("spans") else "date"
 
 
-def requests(items: Sequence[Item], config: Drop, tokenizer: LazyTokenizer) -> list[Request]:
+def requests(items: Sequence[Item], config: DropQuestions, tokenizer: LazyTokenizer) -> list[Request]:
     """The question of each item after its passage and the shots."""
     return requests_of(items, config.prompt)
 
 
-def score(items: Sequence[Item], rows: Sequence[ItemRow], config: Drop) -> list[Mapping[str, float]]:
+def score(items: Sequence[Item], rows: Sequence[ItemRow], config: DropQuestions) -> list[Mapping[str, float]]:
     """Exact match and F1 of each answer."""
     truths: dict[str, list[list[str]]] = {item.id: item.references for item in items}
     listed: list[Mapping[str, float]] = []
@@ -96,13 +96,13 @@ def score(items: Sequence[Item], rows: Sequence[ItemRow], config: Drop) -> list[
     return listed
 
 
-def metrics(items: Sequence[Item], rows: Sequence[ItemRow], config: Drop) -> list[MetricValues]:
+def metrics(items: Sequence[Item], rows: Sequence[ItemRow], config: DropQuestions) -> list[MetricValues]:
     """The means of exact match and F1; the type of the answer is a slice."""
     name = f"drop_{config.shots}shot"
     return [*mean_metrics(name, rows, "exact_match"), *mean_metrics(name, rows, "f1")]
 
 
-def official_files(items: Sequence[Item], rows: Sequence[ItemRow], config: Drop) -> dict[str, bytes]:
+def official_files(items: Sequence[Item], rows: Sequence[ItemRow], config: DropQuestions) -> dict[str, bytes]:
     """The predictions as the official `drop_eval.py` reads them: answers by query_id."""
     answers = {row.item: row.answer or "" for row in rows}
     return {"drop_predictions.json": json.dumps({item.id: answers[item.id] for item in items}, indent=1).encode()}
