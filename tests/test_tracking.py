@@ -96,7 +96,7 @@ def kept(resources: Resources) -> list[Path]:
 
 
 def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 1200
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -51,6 +51,7 @@ ALLOWED = {
 """By the start of a path: what a line has to match to keep a replaced word, with the reason."""
 
 
+@pytest.mark.slow
 def test_one_name_is_one_class() -> None:
     places = defaultdict(list)
     for path, node in classes():

@@ -75,9 +75,9 @@ class Reader:
                 self.said[words[0]] = self._vila_ops(words)
             case "curl" if shutil.which("curl") is None:
                 address, body = words[1], Path(words[3].removeprefix("@"))
-                self.said[program] = httpx.post(address, content=body.read_bytes(), trust_env=False, timeout=60).text
+                self.said[program] = httpx.post(address, content=body.read_bytes(), trust_env=False, timeout=1200).text
             case _:
-                done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, check=True)
+                done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=1200, check=True)
                 self.said[program] = done.stdout
 
     def _vila_ops(self, words: list[str]) -> str:

@@ -55,6 +55,7 @@ def grace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vila_ops.artifacts.attempts.GRACE_SECONDS", -60.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [ValueError("bad"), KeyboardInterrupt(), SystemExit(1)])
 def test_whatever_ends_an_attempt_it_leaves_nothing(error: BaseException, store: str, tmp_path: Path) -> None:
     def fail() -> None:

@@ -162,7 +162,7 @@ def zombie(store: str, number: int, told: Connection) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120 + ROUNDS)
+@pytest.mark.timeout(1200 + ROUNDS)
 def test_a_zombie_never_overwrites_and_its_fencing_number_is_the_lower(store: str) -> None:
     for number in range(ROUNDS if "://" not in store else max(3, ROUNDS // 10)):
         mine, theirs = FORK.Pipe()

@@ -56,6 +56,7 @@ def follow(message: str, away: Path) -> list[str]:
     return found[1].split(", ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["index.parquet", "counts.json", "dropped.parquet", "shard.tar"])
 def test_a_new_revision_takes_nothing_from_a_damaged_shard(name: str, prepared: Prepare, tmp_path: Path) -> None:
     sound = prepared("definitions", "pairs", store="undamaged").digest

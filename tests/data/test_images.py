@@ -95,6 +95,7 @@ def test_the_pixels_are_those_of_padding_then_resizing(mode: str, kind: str, wid
 ASPECTS = [(333, 250), (97, 401), (300, 300), (1, 1), (20, 11), (1, 64), (64, 1), (7, 440), (447, 7), (1031, 640)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fit", FITS, ids=lambda fit: fit.kind)
 @pytest.mark.parametrize(("width", "height"), ASPECTS)
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])

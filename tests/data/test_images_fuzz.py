@@ -124,7 +124,7 @@ def test_every_named_attack_ends_as_it_should() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600 + FUZZED // 10)
+@pytest.mark.timeout(1200 + FUZZED // 10)
 def test_damaged_files_become_squares_or_are_refused_with_a_reason() -> None:
     outcomes = run("fuzzed", str(FUZZED))
     counts = Counter(outcome.outcome for outcome in outcomes)

@@ -233,6 +233,7 @@ def test_folders_that_change_places_are_another_dataset(resources: Resources, ma
     assert one.digest != other.digest
 
 
+@pytest.mark.slow
 def test_changed_files_are_prepared_again_in_the_same_process(
     resources: Resources, make_resources: Any, make_text: Any, tiny: Path, tmp_path: Path
 ) -> None:

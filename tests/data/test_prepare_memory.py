@@ -65,7 +65,7 @@ def test_ten_times_the_images_need_no_more_memory(tmp_path: Path, tiny: Path) ->
             },
         }  # fmt: skip
         run = [sys.executable, "-c", PROGRAM, json.dumps(asked)]
-        done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
         assert done.returncode == 0, done.stderr
         said = json.loads(done.stdout.splitlines()[-1])
         assert said["samples"] == count

@@ -69,6 +69,7 @@ def stock_nats(model: Pretrained, samples: list[Sample]) -> tuple[float, int]:
     return nats, tokens
 
 
+@pytest.mark.slow
 def test_the_loss_of_conversations_is_that_of_stock_transformers(
     report: Report, measured: list[Sample], model: Pretrained
 ) -> None:

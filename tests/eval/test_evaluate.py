@@ -158,6 +158,7 @@ def test_the_lease_of_one_benchmark_is_held_at_a_time(
     assert all(leases == [key] for key, leases in held)
 
 
+@pytest.mark.slow
 def test_a_report_that_is_found_or_only_composed_loads_no_model(
     run: Run, model: Pretrained, data: Dataset, suite: Suite, measure: Measure
 ) -> None:

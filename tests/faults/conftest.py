@@ -1,50 +1,35 @@
 """Fixtures that start hundreds of processes."""
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.forks import Fork
 from vila_ops.config import Stage, load
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.model.assemble import assemble
 from vila_ops.train.verify_resume import ResumeTrial
 
-TESTS = Path(__file__).parents[1]
-CONFIGS = TESTS.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture(scope="session")
-def fork() -> Iterator[Callable[..., list[int]]]:
-    """Runs a task of `forks.py`. Returns the exit codes of its processes."""
-    paths = [str(TESTS.parent), str(TESTS / "train"), os.environ.get("PYTHONPATH", "")]
-    env = {
-        **os.environ, "PYTHONPATH": ":".join(paths), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-    }  # fmt: skip
-    command = [sys.executable, str(TESTS / "faults/forks.py")]
-    with subprocess.Popen(
-        command, env=env, cwd=TESTS.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as server:
-        assert server.stdin is not None
-        assert server.stdout is not None
-        into, out = server.stdin, server.stdout
-        while (line := out.readline()) != '"ready"\n':
-            assert line, "it ended before it was ready"
+def fork(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[int]]:
+    """Runs a task of `stages.py`. Returns the exit codes of its processes."""
+    folder = tmp_path_factory.mktemp("forks")
 
-        def run(**task: Any) -> list[int]:
-            into.write(json.dumps(task) + "\n")
-            into.flush()
-            codes: list[int] = json.loads(out.readline())
-            return codes
+    def run(**task: Any) -> list[int]:
+        files = folder / "task.json", folder / "codes.json"
+        files[0].write_text(json.dumps(task))
+        with Fork(Path(__file__).parent / "stages.py", *files) as process:
+            assert process.wait(timeout=None) == 0
+        codes: list[int] = json.loads(files[1].read_text())
+        return codes
 
-        yield run
-        server.kill()
+    return run
 
 
 @pytest.fixture(scope="session")

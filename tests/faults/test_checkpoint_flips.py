@@ -30,7 +30,7 @@ def resume(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120 + FLIPS)
+@pytest.mark.timeout(1200 + FLIPS)
 def test_every_flipped_bit_is_found(
     resume: str, make_resources: Callable[..., Resources], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

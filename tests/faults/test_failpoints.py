@@ -1,6 +1,6 @@
 """SIGKILL before and after every call that orders writes on the disk: the resumed stage equals an uninterrupted one.
 
-The calls are recorded from a whole stage (`forks.py`), so that none is missed: resume checkpoints, caches, the lease,
+The calls are recorded from a whole stage (`stages.py`), so that none is missed: resume checkpoints, caches, the lease,
 the seal. VILA_FAILPOINTS sets how often each is tried (`make faults`: 3). Without it, a few of them are tried.
 """
 
@@ -56,7 +56,7 @@ def test_the_calls_are_those_that_a_checkpoint_and_a_seal_rest_on(whole: tuple[R
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600 + 600 * TIMES)
+@pytest.mark.timeout(1200 + 600 * TIMES)
 def test_killed_before_or_after_any_of_them_it_ends_with_the_same_bytes(
     whole: tuple[ResumeTrial, list[str]], fork: Fork, tmp_path: Path
 ) -> None:

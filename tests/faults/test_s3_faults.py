@@ -188,7 +188,7 @@ def at_random(draw: random.Random, injected: Counter[Fault]) -> Choose:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(60 + 4 * FAULTS)
+@pytest.mark.timeout(1200 + 4 * FAULTS)
 def test_through_faults_of_every_kind_the_sealed_bytes_are_right(proxy: Proxy, s3_store: str, tmp_path: Path) -> None:
     draw = random.Random(SEED)
     injected: Counter[Fault] = Counter()
@@ -211,7 +211,7 @@ def test_through_faults_of_every_kind_the_sealed_bytes_are_right(proxy: Proxy, s
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(60 + 4 * FAULTS)
+@pytest.mark.timeout(1200 + 4 * FAULTS)
 def test_through_faults_of_every_kind_resume_checkpoints_come_back_whole(
     proxy: Proxy, s3_store: str, make_resources: Callable[..., Resources], tmp_path: Path
 ) -> None:
@@ -262,6 +262,7 @@ def test_a_store_that_stays_down_fails_the_save_and_never_counts_as_damage(
         assert newest[1]["step"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["lost", "conflict", "error", "reset"])
 def test_a_seal_whose_first_answer_failed_has_won(fault: Fault, proxy: Proxy, s3_store: str) -> None:
     failed: list[str] = []
@@ -290,6 +291,7 @@ def test_a_lease_whose_beat_was_not_answered_is_still_held(proxy: Proxy, s3_stor
         assert second.fencing == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "message"), [("slow_down", r"still answers SlowDown \(503\)"), ("hang", "did not answer")]
 )

@@ -98,7 +98,7 @@ def test_a_plugin_s_engine_generates_and_its_revision_is_part_of_what_is_served(
         env={**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{Path.cwd()}"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1200,
         check=False,
     )
 

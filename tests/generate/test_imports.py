@@ -18,7 +18,7 @@ FRONT = ["errors", "schema", "chat_prompt", "engine_loop", "routes"]
 )
 def test_a_module_imports_no_torch(module: str) -> None:
     code = f"import sys, {module}; assert not {{'torch', 'ray', 'vllm'}} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=1200)
 
 
 def test_evaluation_and_serving_import_only_the_protocol_requests_and_load() -> None:

@@ -112,6 +112,7 @@ def outcome(read: Callable[[], object], given: str) -> str:
     return "read"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nvlabs", "internvit", "llava", "words", "ours"])
 def test_settings_of_any_shape_are_read_or_refused_in_words(name: str, kinds: dict[str, Kind], tmp_path: Path) -> None:
     kind, draw = kinds[name], random.Random(f"{SEED} {name}")

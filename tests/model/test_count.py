@@ -58,6 +58,7 @@ def stages_of(file: str) -> tuple[Stage, ...]:
     return tuple(load(CONFIGS / f"{file}.yaml", resources=INLINE).recipe.stages.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", LANGUAGE_MODELS)
 def test_language_models_have_their_published_parameters(recipe: str) -> None:
     assert of(recipe).language_model == LANGUAGE_MODELS[recipe]

@@ -42,7 +42,7 @@ def outcomes(
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=1200,
         env={**os.environ, "canary": str(canary), "HF_HUB_OFFLINE": "1"},
     )
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-2000:]

@@ -139,6 +139,7 @@ def close(actual: Tensor, expected: Tensor) -> bool:
     return bool(torch.allclose(actual, expected, atol=1e-5 * max(1.0, float(expected.std())), rtol=1e-5))
 
 
+@pytest.mark.slow
 def test_losses_and_gradients_of_packed_samples_are_those_of_each_sample_alone(pair: Pair) -> None:
     lengths = [len(sample) for sample in SAMPLES]
     ids = torch.cat(SAMPLES)[None]

@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from tests.forks import output_of
 from vila_ops.model.language_models import HeadForm
 from vila_ops.model.loss import Head
 from vila_ops.model.vila import losses
@@ -73,6 +72,7 @@ def test_a_head_without_the_bias_of_its_form_gets_zeros() -> None:
     assert not head.bias.any()
 
 
+@pytest.mark.slow
 def test_in_bf16_gradients_are_no_farther_from_exact_ones_than_those_of_full_logits() -> None:
     """Full logits round the weight's gradient to 16 bits once; chunks are rounded, but summed in 32 bits."""
     head, hidden, labels = make_head()
@@ -89,6 +89,7 @@ def test_in_bf16_gradients_are_no_farther_from_exact_ones_than_those_of_full_log
         assert distance(own, other) <= 2**-8, "further apart than a rounding to bf16"
 
 
+@pytest.mark.slow
 def test_a_frozen_head_in_bf16_gives_the_gradient_of_hidden_states_alone() -> None:
     """A 16-bit head, as in a stage that does not train the language model."""
     head, hidden, labels = make_head()
@@ -149,9 +150,7 @@ def test_a_tied_weight_has_the_gradients_of_both_its_uses(
 )
 def test_peak_memory_is_little_more_than_the_gradient_of_the_weight(way: str, least: int, most: int) -> None:
     """The weight's gradient has 12 MiB and is computed only if required; full logits need many times as much."""
-    script = Path(__file__).parent / "loss_memory.py"
-    ended = subprocess.run([sys.executable, script, way], check=True, capture_output=True, text=True)
-    assert least < float(ended.stdout) < most
+    assert least < float(output_of(Path(__file__).parent / "loss_memory.py", way)[-1]) < most
 
 
 @pytest.mark.gpu

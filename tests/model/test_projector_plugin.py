@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.forks import output_of
 from vila_ops.config import Model
 from vila_ops.model import folder as model_folder
 
@@ -95,18 +94,14 @@ def install(tmp_path: Path) -> Any:
         (site / "mean_row.py").write_text(PLUGIN.replace("REVISION = 1", f"REVISION = {revision}"))
         (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: mean-row\nVersion: {revision}.0\n")
         (facts / "entry_points.txt").write_text("[vila_ops.projectors]\nmean_row = mean_row\n")
-        return {**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{Path.cwd()}"}
+        return {"PYTHONPATH": f"{site}{os.pathsep}{Path.cwd()}"}
 
     return write
 
 
 def run(code: str, *arguments: str, env: dict[str, str]) -> dict[str, Any]:
-    """What a fresh process prints last, as JSON."""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], env=env, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    printed: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    """What another process prints last, as JSON."""
+    printed: dict[str, Any] = json.loads(output_of("-c", code, *arguments, env=env)[-1])
     return printed
 
 

@@ -203,6 +203,7 @@ def test_fetch_all_gives_each_package_its_folder(index: Path, tmp_path: Path):
     assert (folders[packages[2]] / "words_c/__init__.py").read_text() == "WORDS = 'c'\n"
 
 
+@pytest.mark.slow
 def test_fetch_all_raises_what_failed(index: Path, tmp_path: Path):
     good = wheel(index)
     bad = Package(registry="pypi", name="no-such-words", version="1.0", sha256="0" * 64, licence="MIT")
@@ -333,6 +334,7 @@ def test_apt_reports_a_missing_network(tmp_path: Path, monkeypatch: pytest.Monke
         fetch(package, cache=tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["a bit", "a file too many", "a file too few", "the listing", "no listing"])
 def test_a_damaged_folder_is_extracted_again(
     damage: str, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -120,6 +120,7 @@ def counted(model: Any, stage: Stage, case: Case) -> tuple[int, int]:
     return counter.get_total_flops() - activations, activations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_step_costs_what_torch_counts_but_for_the_half_that_a_causal_mask_hides(case: Case, measured: Any) -> None:
     shapes, stage, (products, attention) = measured(case)

@@ -141,9 +141,10 @@ def built(config: VilaConfig, stage: Stage) -> tuple[Objective, Weights]:
 
 
 def peak(objective: Objective, stage: Stage, accumulated: int) -> int:
-    """Return the live bytes at the peak of a second step."""
+    """Return the live bytes at the peak of a step, once the optimizer has its states."""
     model = objective.model
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, fused=True)
     ids = torch.randint(0, 200, (ROWS, TOKENS))
     ids[:, 1:65] = 250
     labels = torch.full_like(ids, -100)
@@ -152,26 +153,28 @@ def peak(objective: Objective, stage: Stage, accumulated: int) -> int:
     for tensor in (*model.parameters(), *model.buffers()):
         live.add(tensor)
     with live:
-        for step in range(2):
-            live.peak = live.peak if step == 0 else 0
-            for _ in range(accumulated):
-                pixels: Tensor | None = torch.rand(ROWS, 3, SIDE, SIDE)
-                features = None
-                if "vision_tower" not in stage.trainable:
-                    with torch.no_grad():
-                        features, pixels = model.tower_features(pixels), None
-                batch = Batch.of_tokens(
-                    model,
-                    input_ids=ids,
-                    position_ids=torch.arange(TOKENS).expand(ROWS, TOKENS),
-                    segment_ids=torch.ones_like(ids),
-                    labels=labels,
-                    any_images=True,
-                )
-                total, _ = objective(replace(batch, features=features, pixel_values=pixels))
-                (total / 100).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        live.peak = 0
+        for _ in range(accumulated):
+            pixels: Tensor | None = torch.rand(ROWS, 3, SIDE, SIDE)
+            features = None
+            if "vision_tower" not in stage.trainable:
+                with torch.no_grad():
+                    features, pixels = model.tower_features(pixels), None
+            batch = Batch.of_tokens(
+                model,
+                input_ids=ids,
+                position_ids=torch.arange(TOKENS).expand(ROWS, TOKENS),
+                segment_ids=torch.ones_like(ids),
+                labels=labels,
+                any_images=True,
+            )
+            total, _ = objective(replace(batch, features=features, pixel_values=pixels))
+            (total / 100).backward()
+        optimizer.step()
     return live.peak
 
 

@@ -1,6 +1,7 @@
 """Registering is idempotent, also in several processes at once, and only the gate moves the champion."""
 
-import multiprocessing
+import contextlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any, cast
@@ -9,6 +10,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from tests.forks import Fork
 from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, EvalReport, ModelVersion
 from vila_ops.config import NO_CONTEXT, Gate, Resources, Run, load
@@ -76,6 +78,7 @@ def registered(resources: Resources, name: str, pope: float, *, against: EvalRep
     return register(GATE, model, report(resources, model, pope), against, resources)
 
 
+@pytest.mark.slow
 def test_a_version_names_what_it_is_made_of_and_no_weights_are_uploaded(resources: Resources) -> None:
     model = checkpoint(resources, "one")
     measured = report(resources, model, 0.75)
@@ -217,26 +220,19 @@ def test_without_a_tracking_uri_the_error_names_the_setting(resources: Resources
         champion(GATE, bare)
 
 
-def _register(resources: Resources, model: Checkpoint, measured: EvalReport, barrier: Any, out: Any) -> None:
-    champion(GATE, resources)  # MLflow imported and connected before the start
-    barrier.wait(120)
-    out.put(register(GATE, model, measured, None, resources).model_dump_json())
-
-
 @pytest.mark.slow
-def test_four_processes_at_once_make_one_version(resources: Resources) -> None:
+def test_four_processes_at_once_make_one_version(resources: Resources, tmp_path: Path) -> None:
     model = checkpoint(resources, "one")
-    measured = report(resources, model, 0.75)
-    context = multiprocessing.get_context("spawn")
-    barrier, out = context.Barrier(4), context.Queue()
-    arguments = (resources, model, measured, barrier, out)
-    processes = [context.Process(target=_register, args=arguments) for _ in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0] * 4
-    answers = [ModelVersion.model_validate_json(out.get(timeout=120)) for _ in processes]
+    inputs, folder = tmp_path / "inputs.json", tmp_path / "ready"
+    folder.mkdir()
+    given = (GATE, model, report(resources, model, 0.75), resources)
+    inputs.write_text(json.dumps([one.model_dump(mode="json") for one in given]))
+    with contextlib.ExitStack() as living:
+        logs = [tmp_path / f"{number}.log" for number in range(4)]
+        script = Path(__file__).parent / "racing.py"
+        processes = [living.enter_context(Fork(script, inputs, folder, 4, log=log)) for log in logs]
+        assert [process.wait() for process in processes] == [0] * 4
+    answers = [ModelVersion.model_validate_json(log.read_text().splitlines()[-1]) for log in logs]
     left = client(resources).search_model_versions()
     assert len(left) == 1
     assert left[0].tags["ready"] == "true"

@@ -57,7 +57,7 @@ def resources(free_ports: Callable[[int], list[int]]) -> Iterator[Resources]:
 
 
 def _up(head: "subprocess.Popen[bytes]", gcs: int, serve_port: int) -> int:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 1200
     while time.monotonic() < deadline and head.poll() is None:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", gcs)) == 0:
@@ -68,7 +68,7 @@ def _up(head: "subprocess.Popen[bytes]", gcs: int, serve_port: int) -> int:
 
 def query(url: str) -> openai.types.chat.ChatCompletion:
     """The answer to one short request."""
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=1200)
     return client.chat.completions.create(
         model="tiny-vila", messages=[{"role": "user", "content": "Hello"}], max_tokens=2
     )

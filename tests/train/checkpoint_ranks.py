@@ -1,4 +1,4 @@
-"""Two ranks that save checkpoints: `python checkpoint_ranks.py FOLDER RANK`. Rank 1 kills itself at the end.
+"""Two ranks that save checkpoints: `checkpoint_ranks.py FOLDER RANK 2 RENDEZVOUS`. Rank 1 kills itself.
 
 Each rank writes its results to FOLDER/result-RANK.json.
 """
@@ -43,10 +43,10 @@ def newest_step(resume: Path, rank: int) -> int | None:
     return None if newest is None else newest[1]["step"]
 
 
-def main(folder: Path, rank: int) -> None:
+def main(folder: Path, rank: int, rendezvous: str) -> None:
     """Save, resume, and fail."""
     results: dict[str, Any] = {}
-    join(rank, 2, str(folder / "rendezvous"))
+    join(rank, 2, rendezvous)
     for step in (2, 4):
         save(make(folder / "whole", rank), step)
     results["newest"] = newest_step(folder / "whole", rank)
@@ -87,4 +87,4 @@ def main(folder: Path, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[4])

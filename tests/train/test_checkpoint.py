@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.forks import ranks
 from vila_ops.artifacts import disk, s3
 from vila_ops.config import Resources
 from vila_ops.config.resources import Retention
@@ -282,13 +281,8 @@ def test_a_save_that_failed_is_raised_by_the_next_and_by_close(make: Make, tmp_p
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the checkpoints and results of two ranks: see `checkpoint_ranks.py`."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, str(Path(__file__).parent / "checkpoint_ranks.py"), str(folder)]
-    ranks = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]
-    try:
-        assert [rank.wait(timeout=120) for rank in ranks] == [0, -signal.SIGKILL]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    with ranks(Path(__file__).parent / "checkpoint_ranks.py", folder) as both:
+        assert [rank.wait() for rank in both] == [0, -signal.SIGKILL]
     return folder
 
 

@@ -90,6 +90,7 @@ def test_samples_in_rows_of_their_own_give_loss_and_gradients_of_a_packed_row(
         assert torch.allclose(gradient, others[name], atol=1e-6), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [0.5, None])
 def test_steps_equal_a_hand_written_loop(most: float | None, bench: Any, make_stage: Any, tmp_path: Any) -> None:
     """The norm of the gradients is far above 0.5, so that clipping has an effect."""
@@ -192,6 +193,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers_that_are_computed_anew_give_the_same_bits_from_fewer_kept_bytes(
     kind: str, bench: Any, make_stage: Any, tmp_path: Any
@@ -304,6 +306,7 @@ def test_deepspeed_s_config_by_hand(
     assert deepspeed_config(stage, ZERO.with_changes(resources)) == {**COMMON, **own}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tower", ["clip", "siglip", "dinov2"])
 def test_a_tower_that_trains_gives_its_state_and_takes_it_back(
     tower: str, bench: Any, make_model: Any, make_stage: Any, tmp_path: Any

@@ -1,11 +1,9 @@
 """LoRA through the real task: killed and resumed, with several workers, merged, and as an adapter for stock PEFT."""
 
 import json
-import os
 import random
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.forks import ranks
 from tests.seed import SEED
 from tests.train.closeness import ROUNDING, apart, way
 from vila_ops.artifacts.kinds import Checkpoint
@@ -26,40 +25,35 @@ from vila_ops.model import folder as model_folder
 from vila_ops.model import lora
 from vila_ops.model.assemble import assemble
 from vila_ops.model.trainable import set_trainable
-from vila_ops.train.job import TrainJob
+from vila_ops.train.job import StageInputs, TrainJob
 from vila_ops.train.loop import load
 from vila_ops.train.optim import parameter_groups
 from vila_ops.train.stage import train_stage
 
 LORA = {"kind": "lora", "rank": 4, "alpha": 8, "dropout": 0.3}
-ROOT = Path(__file__).parents[2]
-ENV = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-RUN = """
-import sys
-from vila_ops.train.job import TrainJob
-from vila_ops.train.stage import train_stage
-from vila_ops.config import Model
-job, model = TrainJob.model_validate_json(sys.argv[1]), Model.model_validate_json(sys.argv[2])
-train_stage(job.stage, model, job.data, job.init, job.resources)
-"""
 STOCK = """
-import sys
+import json, sys
 import numpy as np, torch
 from peft import PeftModel
 from transformers import LlavaForConditionalGeneration
 torch.set_num_threads(1)
-init, trained, out = sys.argv[1:]
 ids = torch.tensor([[1, 40, *[3] * 16, 41, 2], [1, *[3] * 16, 7, 8, 2]])
 values = torch.rand(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
 def logits(model):
     with torch.no_grad():
         return model.eval()(input_ids=ids, pixel_values=values).logits.numpy()
-base = LlavaForConditionalGeneration.from_pretrained(init, dtype=torch.float32)
-logits_by_model = {"base": logits(base), "adapter": logits(PeftModel.from_pretrained(base, trained + "/adapter"))}
-logits_by_model["merged"] = logits(LlavaForConditionalGeneration.from_pretrained(trained, dtype=torch.float32))
-np.savez(out, **logits_by_model)
+for init, trained, out in json.loads(sys.argv[1]):
+    base = LlavaForConditionalGeneration.from_pretrained(init, dtype=torch.float32)
+    logits_by_model = {"base": logits(base), "adapter": logits(PeftModel.from_pretrained(base, trained + "/adapter"))}
+    logits_by_model["merged"] = logits(LlavaForConditionalGeneration.from_pretrained(trained, dtype=torch.float32))
+    np.savez(out, **logits_by_model)
 assert "vila_ops" not in sys.modules
 """
+STOCK_PROJECTORS: dict[str, tuple[str, ...]] = {
+    "mlp_gelu": ("projector", "language_model"),
+    "linear": ("vision_tower", "projector", "language_model"),
+}
+"""Projectors that stock LLaVA has, and what trains with each."""
 
 Train = Callable[..., Checkpoint]
 
@@ -112,9 +106,19 @@ def values(folder: Path, key: str = "loss") -> list[float]:
     return [float.fromhex(row[key]) for row in json.loads((folder / "curve.json").read_text()) if key in row]
 
 
-def stock_logits(init: Path, trained: Path, out: Path) -> Any:
-    subprocess.run([sys.executable, "-c", STOCK, str(init), str(trained), str(out)], check=True, cwd=out.parent)
-    return np.load(out)
+@pytest.fixture(scope="module")
+def stock_logits(
+    plain: Any, stage: Any, train: Train, make_model: Any, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """Logits of stock transformers and PEFT by projector, computed in one process that has none of our code."""
+    folder, cases = tmp_path_factory.mktemp("stock"), []
+    for projector, parts in STOCK_PROJECTORS.items():
+        model = make_model("clip", projector)
+        given = replace(plain, model=model, init=assemble(model, plain.resources))
+        made = train(stage(trainable=parts, num_steps=4), bench=given)
+        cases.append([str(content(given.init)), str(content(made)), str(folder / f"{projector}.npz")])
+    subprocess.run([sys.executable, "-c", STOCK, json.dumps(cases)], check=True, cwd=folder)
+    return {projector: np.load(folder / f"{projector}.npz") for projector in STOCK_PROJECTORS}
 
 
 @pytest.mark.slow
@@ -128,17 +132,11 @@ def test_only_the_language_model_s_linear_layers_and_the_projector_change(plain:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("projector", "parts"),
-    [("mlp_gelu", ("projector", "language_model")), ("linear", ("vision_tower", "projector", "language_model"))],
-)
+@pytest.mark.parametrize("projector", STOCK_PROJECTORS)
 def test_stock_peft_makes_the_merged_model_of_the_first_one_and_the_adapter(
-    projector: str, parts: tuple[str, ...], plain: Any, stage: Any, train: Train, make_model: Any, tmp_path: Path
+    projector: str, stock_logits: dict[str, Any]
 ) -> None:
-    model = make_model("clip", projector)
-    given = replace(plain, model=model, init=assemble(model, plain.resources))
-    made = train(stage(trainable=parts, num_steps=4), bench=given)
-    logits = stock_logits(content(given.init), content(made), tmp_path / "logits.npz")
+    logits = stock_logits[projector]
     assert np.abs(logits["merged"] - logits["base"]).max() > 1e-2
     assert np.abs(logits["merged"] - logits["adapter"]).max() < 1e-5
 
@@ -153,6 +151,7 @@ def test_unmerge_takes_a_checkpoint_back_to_the_language_model_that_it_started_f
     assert all(float((back[name] - before[name]).abs().max()) < 1e-6 for name in before if "language_model" in name)
 
 
+@pytest.mark.slow
 def test_a_later_stage_does_not_carry_the_adapter_along(
     unbroken: Checkpoint, train: Train, stage: Callable[..., Stage]
 ) -> None:
@@ -164,23 +163,12 @@ def test_a_later_stage_does_not_carry_the_adapter_along(
 
 @pytest.mark.slow
 def test_killed_and_started_again_gives_the_same_bytes_with_dropout(
-    plain: Any, stage: Callable[..., Stage], unbroken: Checkpoint, tmp_path: Path
+    plain: Any, stage: Callable[..., Stage], unbroken: Checkpoint, tmp_path: Path, train_and_kill: Any
 ) -> None:
     resources = plain.resources.with_changes({"storage.store": str(tmp_path / "store")})
-    job = {"stage": stage(), "data": plain.data, "init": plain.init, "resources": resources}
-    given = {key: value.model_dump(mode="json") for key, value in job.items()}
-    text = json.dumps({**given, "attempt": "", "resume": "", "run_id": None, "fresh_projector": True, "context": {}})
-    worker = subprocess.Popen([sys.executable, "-c", RUN, text, plain.model.model_dump_json()])
+    inputs = StageInputs(stage=stage(), model=plain.model, data=plain.data, init=plain.init, resources=resources)
     at = random.Random(SEED).choice((2, 4, 6, 8, 10))
-    deadline = time.monotonic() + 400
-    try:
-        while not list(tmp_path.glob(f"store/resume/*/step-{at:06d}")):
-            assert worker.poll() is None, "it ended before it was killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-    finally:
-        worker.kill()
-        worker.wait()
+    train_and_kill(inputs, tmp_path, when=lambda: any(tmp_path.glob(f"store/resume/*/step-{at:06d}")))
     assert not list(tmp_path.glob("store/checkpoint/*/manifest.json")), "it was sealed before it was killed"
     resumed = train_stage(stage(), plain.model, plain.data, plain.init, resources)
     assert resumed.digest == unbroken.digest, f"killed after step {at}"
@@ -201,7 +189,7 @@ def test_dropout_acts_in_training_and_not_in_validation_nor_by_micro_batch(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("zero_stage", "quantise"), [(2, None), (3, "nf4")])
+@pytest.mark.parametrize(("zero_stage", "quantise"), [(2, None), (3, None), (3, "nf4")])
 def test_two_workers_walk_the_curve_of_one_dropout_included(
     zero_stage: int, quantise: str | None, plain: Any, stage: Callable[..., Stage], train: Train, tmp_path: Path
 ) -> None:
@@ -209,9 +197,12 @@ def test_two_workers_walk_the_curve_of_one_dropout_included(
         pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes (extra qlora)")
     short = stage({**LORA, "quantise": quantise}, num_steps=4)
     alone = content(train(short))
-    ranks = {"launch": "ray", "ray_address": "127.0.0.1:1", "train.num_workers": 2, "train.zero_stage": zero_stage}
-    job = _job(plain, short, tmp_path, **ranks)
-    _train_ranks(job, tmp_path)
+    two = {"num_workers": 2, "zero_stage": zero_stage, "gradient_checkpointing": zero_stage == 3}
+    on_ray = {"launch": "ray", "ray_address": "127.0.0.1:1", **{f"train.{key}": value for key, value in two.items()}}
+    job = _job(plain, short, tmp_path, **on_ray)
+    (tmp_path / "job.json").write_text(job.model_dump_json())
+    with ranks(Path(__file__).parent / "one_rank.py", tmp_path / "job.json") as both:
+        assert [rank.wait() for rank in both] == [0, 0]
     for key in ("loss", "validation_loss"):
         assert values(Path(job.attempt), key) == pytest.approx(values(alone, key), rel=1e-6, abs=1e-6)
     for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
@@ -232,15 +223,6 @@ def _job(bench: Any, stage: Stage, folder: Path, **resources: Any) -> TrainJob:
         run_id=None,
         fresh_projector=True,
     )
-
-
-def _train_ranks(job: TrainJob, folder: Path) -> None:
-    (folder / "job.json").write_text(job.model_dump_json())
-    command = [sys.executable, str(Path(__file__).parent / "one_rank.py"), str(folder / "job.json")]
-    ranks = [
-        subprocess.Popen([*command, str(rank), "2", str(folder / "rendezvous")], env=ENV, cwd=ROOT) for rank in range(2)
-    ]
-    assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
 
 
 def test_a_frozen_base_is_kept_in_bf16_while_it_trains_and_merged_in_full(

@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import pty
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
+from tests.forks import ranks
 from vila_ops import tracking
 from vila_ops.artifacts.store import content, opened
 from vila_ops.config import NO_CONTEXT, Resources, Stage
@@ -234,15 +234,13 @@ def test_two_ranks_tell_what_one_process_tells(
     bench: Any, stage: Stage, resources: Resources, metered: tuple[Histories, Any, float], tmp_path: Path
 ) -> None:
     train = {"num_workers": 2, "micro_batch_size": 1, "zero_stage": 1, "accelerator": CARD}
-    ranks = {"launch": "ray", "ray_address": "127.0.0.1:1", **{f"train.{key}": value for key, value in train.items()}}
-    job = job_of(bench, stage, tmp_path / "store", **ranks, **{"tracking.uri": resources.tracking.uri})
+    own = {"launch": "ray", "ray_address": "127.0.0.1:1", **{f"train.{key}": value for key, value in train.items()}}
+    job = job_of(bench, stage, tmp_path / "store", **own, **{"tracking.uri": resources.tracking.uri})
     run_id = tracking.start_run(job.resources, "two", parent=None, params={}, tags={})
     job = TrainJob.model_validate({**job.model_dump(), "run_id": run_id, "fresh_projector": True})
     (tmp_path / "job.json").write_text(job.model_dump_json())
-    command = [sys.executable, str(ROOT / "tests/train/one_rank.py"), str(tmp_path / "job.json")]
-    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    processes = [subprocess.Popen([*command, rank, "2", str(tmp_path / "meet")], env=env, cwd=ROOT) for rank in "01"]
-    assert [process.wait(timeout=240) for process in processes] == [0, 0]
+    with ranks(ROOT / "tests/train/one_rank.py", tmp_path / "job.json") as both:
+        assert [rank.wait() for rank in both] == [0, 0]
     assert run_id is not None
     alone, together = metered[0], histories(resources, run_id)
     same = [name for name in alone if name.partition("/")[0] in ("loss", "validation_loss", "learning_rate")]

@@ -3,9 +3,6 @@ import logging
 import random
 import re
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +20,8 @@ from vila_ops.errors import CorruptArtifact, NonFiniteLoss
 from vila_ops.model import folder as model_folder
 from vila_ops.model.assemble import assemble
 from vila_ops.model.modify import Modifications
+from vila_ops.train.job import StageInputs
 from vila_ops.train.stage import train_stage
-
-RUN = """
-import sys
-from vila_ops.train.job import TrainJob
-from vila_ops.train.stage import train_stage
-from vila_ops.config import Model
-job, model = TrainJob.model_validate_json(sys.argv[1]), Model.model_validate_json(sys.argv[2])
-train_stage(job.stage, model, job.data, job.init, job.resources)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -86,25 +75,14 @@ def test_a_stage_trains_seals_and_is_not_trained_twice(bench: Any, stage: Stage,
 @pytest.mark.slow
 @pytest.mark.parametrize("damaged", [False, True])
 def test_killed_at_a_random_step_and_started_again_gives_the_same_bytes(
-    damaged: bool, bench: Any, stage: Stage, unbroken: Checkpoint, tmp_path: Path
+    damaged: bool, bench: Any, stage: Stage, unbroken: Checkpoint, tmp_path: Path, train_and_kill: Any
 ) -> None:
     resources = elsewhere(bench, tmp_path / "store")
-    job = {"stage": stage, "data": bench.data, "init": bench.init, "resources": resources}
-    given = {key: value.model_dump(mode="json") for key, value in job.items()}
-    text = json.dumps({**given, "attempt": "", "resume": "", "run_id": None, "fresh_projector": True, "context": {}})
-    worker = subprocess.Popen([sys.executable, "-c", RUN, text, bench.model.model_dump_json()])
+    inputs = StageInputs(stage=stage, model=bench.model, data=bench.data, init=bench.init, resources=resources)
     draw = random.Random(SEED)
     at = draw.choice((4, 8, 12, 16))
-    deadline = time.monotonic() + 400
-    try:
-        while not list(tmp_path.glob(f"store/resume/*/step-{at:06d}")):
-            assert worker.poll() is None, "it ended before it was killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        time.sleep(draw.random() * 0.05)
-    finally:
-        worker.kill()
-        worker.wait()
+    moment = draw.random() * 0.05
+    train_and_kill(inputs, tmp_path, when=lambda: any(tmp_path.glob(f"store/resume/*/step-{at:06d}")), moment=moment)
     assert not list(tmp_path.glob("store/checkpoint/*/manifest.json")), "it was sealed before it was killed"
     saved = sorted(tmp_path.glob("store/resume/*/step-*"))
     assert len(saved) >= 1
@@ -119,6 +97,7 @@ def test_killed_at_a_random_step_and_started_again_gives_the_same_bytes(
     shutil.rmtree(tmp_path / "store")
 
 
+@pytest.mark.slow
 def test_the_split_into_micro_batches_does_not_change_the_curve(
     bench: Any, stage: Stage, unbroken: Checkpoint, tmp_path: Path
 ) -> None:
@@ -180,6 +159,7 @@ def test_a_loss_that_is_not_finite_stops_before_any_update_and_names_the_samples
     assert not list(tmp_path.glob("resume/*/step-*"))
 
 
+@pytest.mark.slow
 def test_a_stage_that_cannot_be_protected_stops_and_goes_on_when_it_can(
     bench: Any, stage: Stage, unbroken: Checkpoint, tmp_path: Path
 ) -> None:
@@ -195,24 +175,16 @@ def test_a_stage_that_cannot_be_protected_stops_and_goes_on_when_it_can(
 @pytest.mark.slow
 def test_on_s3_another_machine_goes_on_where_a_killed_stage_was(
     bench: Any, stage: Stage, unbroken: Checkpoint, s3_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, train_and_kill: Any,
 ) -> None:  # fmt: skip
     resources = elsewhere(bench, s3_store)
-    job = {"stage": stage, "data": bench.data, "init": bench.init, "resources": resources}
-    given = {key: value.model_dump(mode="json") for key, value in job.items()}
-    text = json.dumps({**given, "attempt": "", "resume": "", "run_id": None, "fresh_projector": True, "context": {}})
-    worker = subprocess.Popen([sys.executable, "-c", RUN, text, bench.model.model_dump_json()])
-    deadline = time.monotonic() + 400
-    try:
-        while not any(
-            "step-000008" in name and name.endswith("manifest.json") for name in s3.names(f"{s3_store}/resume")
-        ):
-            assert worker.poll() is None, "it ended before it was killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-    finally:
-        worker.kill()
-        worker.wait()
+    inputs = StageInputs(stage=stage, model=bench.model, data=bench.data, init=bench.init, resources=resources)
+
+    def eight_steps_are_saved() -> bool:
+        names = s3.names(f"{s3_store}/resume")
+        return any("step-000008" in name and name.endswith("manifest.json") for name in names)
+
+    train_and_kill(inputs, tmp_path, when=eight_steps_are_saved)
     monkeypatch.setenv("VILA_CACHE", str(tmp_path / "other"))
     with caplog.at_level(logging.INFO):
         resumed = train_stage(stage, bench.model, bench.data, bench.init, resources)

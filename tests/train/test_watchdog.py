@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import zlib
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import yaml
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
+from tests.forks import Fork, ranks
 from vila_ops import tracking
 from vila_ops.artifacts.kinds import Checkpoint, Dataset
 from vila_ops.artifacts.store import content
@@ -41,7 +43,6 @@ from vila_ops.train.watchdog import StepWatchdog
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs/recipes/tiny.yaml"
-ENV = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 TWO = {"launch": "ray", "ray_address": "127.0.0.1:1", "train.num_workers": 2, "train.zero_stage": 2}
 """Resources of two ranks, which the test starts itself, without Ray."""
 
@@ -71,20 +72,15 @@ def job_of(run: Run, name: str, *, stage: dict[str, Any] | None = None, **resour
     )
 
 
-def start(job: TrainJob, *script: str, stderr: int | None = None) -> list[subprocess.Popen[str]]:
-    """Start two ranks in a process group, by default of one_rank.py."""
+def start(job: TrainJob, *script: str) -> AbstractContextManager[list[Fork]]:
+    """Start two ranks in a process group, by default of one_rank.py. Their logs are beside the attempt."""
     name, *arguments = script or ("one_rank.py",)
     folder = Path(job.attempt).parent
     (folder / "job.json").write_text(job.model_dump_json())
-    rendezvous = folder / f"rendezvous-{time.monotonic_ns()}"
-    command = [sys.executable, str(Path(__file__).parent / name), *arguments, str(folder / "job.json")]
-    return [
-        subprocess.Popen([*command, str(rank), "2", str(rendezvous)], env=ENV, cwd=ROOT, stderr=stderr, text=True)
-        for rank in range(2)
-    ]
+    return ranks(Path(__file__).parent / name, *arguments, folder / "job.json", logs=folder)
 
 
-def wait_for(is_so: Any, *, seconds: float = 240) -> None:
+def wait_for(is_so: Any, *, seconds: float = 1200) -> None:
     deadline = time.monotonic() + seconds
     while not is_so():
         assert time.monotonic() < deadline
@@ -97,32 +93,24 @@ def test_hung_ranks_end_with_their_stacks_and_the_next_try_walks_the_same_curve(
     plain = job_of(run, "plain")
     train(plain, RankInfo())
     patient = job_of(run, "hung", **TWO)
-    job = patient.with_changes({"resources.train.watchdog": {"factor": 1.0, "at_least_seconds": 8.0}})
+    job = patient.with_changes({"resources.train.watchdog": {"factor": 1.0, "at_least_seconds": 20.0}})
     folder = job.diagnostics()
 
-    ranks = start(job, "hung_rank.py", "suspended")
-    try:
-        assert ranks[0].wait(240) == HUNG
+    with start(job, "hung_rank.py", "suspended") as both:
+        assert both[0].wait() == HUNG
         status = json.loads((folder / "rank-001.heartbeat.json").read_text())
-        assert status["pid"] == ranks[1].pid
+        assert status["pid"] == both[1].pid
         assert not (folder / "rank-001.stacks").exists(), "it was stopped, so it did not see itself hang"
-        ranks[1].send_signal(signal.SIGCONT)
-        assert ranks[1].wait(240) != 0
-    finally:
-        for rank in ranks:
-            rank.kill()
+        os.kill(both[1].pid, signal.SIGCONT)
+        assert both[1].wait() != 0
     first = (folder / "rank-000.stacks").read_text()
     assert re.search(r"rank 0 of 2 hangs in phase (train|save|validate) after step \d+", first)
-    seconds = re.search(r"no heartbeat for (\d+) s, the limit is 8 s", first)
+    seconds = re.search(r"no heartbeat for (\d+) s, the limit is 20 s", first)
     assert seconds, first
-    assert 8 <= int(seconds[1]) < 8 + 2 * 2, "a look a second, of which no more than two seconds count"
+    assert 20 <= int(seconds[1]) < 20 + 2 * 2, "a look a second, of which no more than two seconds count"
     assert re.search(r"line \d+ in (_sum|step|backward|_barrier|all_reduce|barrier)\n", first), first
-    ranks = start(job, "hung_rank.py", "sleeps")
-    try:
-        assert [rank.wait(240) for rank in ranks] == [HUNG, HUNG]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    with start(job, "hung_rank.py", "sleeps") as both:
+        assert [rank.wait() for rank in both] == [HUNG, HUNG]
     stacks = [(folder / f"rank-00{rank}.stacks").read_text() for rank in range(2)]
     assert "rank 1 of 2 hangs in phase train after step" in stacks[1]
     assert "in sleeps_for_ever" in stacks[1]
@@ -132,8 +120,8 @@ def test_hung_ranks_end_with_their_stacks_and_the_next_try_walks_the_same_curve(
     for text in stacks:
         assert any(key in text.partition("Its samples: ")[2].partition("\n")[0] for key in keys)
 
-    ranks = start(patient)
-    assert [rank.wait(240) for rank in ranks] == [0, 0]
+    with start(patient) as both:
+        assert [rank.wait() for rank in both] == [0, 0]
     assert not list(folder.glob("rank-*.heartbeat.json")), "nobody lives"
     one, two = (json.loads((Path(own.attempt) / "curve.json").read_text()) for own in (plain, job))
     losses = [[float.fromhex(row["loss"]) for row in curve[1:]] for curve in (one, two)]
@@ -155,7 +143,7 @@ def test_a_hung_process_ends_where_its_stacks_cannot_be_written(run: Run) -> Non
         "    print('alive', flush=True); time.sleep(600)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, job.model_dump_json()], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", script, job.model_dump_json()], capture_output=True, text=True, timeout=1200, check=False
     )
     assert (done.returncode, done.stdout) == (HUNG, "alive\n")
     assert "hangs in phase train after step 0" in done.stderr
@@ -191,7 +179,7 @@ def test_a_process_that_was_stopped_and_a_phase_without_bound_are_not_ended(run:
     stopped = status()["time"]
     process.send_signal(signal.SIGCONT)
     wait_for(lambda: status()["time"] > stopped)  # it has checked again and did not end the process
-    assert process.communicate("\n", timeout=60) == ("ended\n", None)
+    assert process.communicate("\n", timeout=1200) == ("ended\n", None)
     assert process.returncode == 0
 
 
@@ -306,9 +294,9 @@ def test_two_ranks_name_the_samples_of_both(run: Run) -> None:
     )
     batches.feature_cache(list(known))
     poison(job, image, float("inf"))
-    ranks = start(job, stderr=subprocess.PIPE)
-    errors = [rank.communicate(timeout=240)[1] for rank in ranks]
-    assert all(rank.returncode != 0 for rank in ranks)
+    with start(job) as both:
+        assert all(rank.wait() != 0 for rank in both)
+    errors = [(Path(job.attempt).parent / rank).read_text() for rank in "01"]
     size = sum(len(other.keys) for other in steps[step])
     for text in errors:
         assert (
@@ -351,6 +339,7 @@ def spikes(curve: list[float]) -> list[int]:
     return [step for step in range(len(curve)) if is_spike(curve[step], curve[max(0, step - 128) : step])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [16, 256])
 def test_planted_spikes_are_found_in_a_real_curve_and_nothing_else_is(size: int) -> None:
     """With a noisy and with a smooth curve, from the first step of the warm-up on."""
@@ -426,7 +415,6 @@ def on_ray(folder: Path, cluster: tuple[str, dict[str, str]], *more: str) -> sub
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 @pytest.mark.skipif("VILA_KILLS_RAY" not in os.environ, reason="minutes: VILA_KILLS_RAY asks for it")
 def test_ray_tries_a_hung_step_again_and_a_loss_that_is_no_number_not(
     ray_cluster: tuple[str, dict[str, str]], tmp_path: Path

@@ -70,11 +70,12 @@ def verify_resume(
     stages); the trials lie in STORE/verify-resume and are removed. The exit code is 1 if anything differs.
     """
     from vila_ops.pipeline import stages
-    from vila_ops.train import verify_resume as proof  # heavy: torch
 
     run, context = load_run(recipe, resources, overrides)
     chosen = stage or next(iter(run.recipe.stages), "")
     data, init = stages.inputs_of(run, chosen, context)
+    from vila_ops.train import verify_resume as proof  # heavy: torch, which no error about arguments waits for
+
     trial = proof.ResumeTrial(
         stage=proof.shortened(run.recipe.stages[chosen], steps=steps),
         model=run.recipe.model_of(chosen),

@@ -7,6 +7,7 @@ ends the ranks of a driver that is gone. `python -m vila_ops.train.verify_resume
 """
 
 import json
+import math
 import os
 import random
 import secrets
@@ -119,12 +120,13 @@ def verify_resume(trial: ResumeTrial, *, kills: int, report: Report) -> ResumeVe
     done, passes, resumed = 0, 0, 0
     differences: list[str] = []
     while done < kills and not differences:
-        passes += 1
+        passes, before = passes + 1, done
         killed = trial.in_store(f"{root}/killed-{passes}")
-        while done < kills and (moment := _train_and_kill(killed, after=rng.uniform(0, seconds))) is not None:
+        while moment := _train_and_kill(killed, after=rng.uniform(0, seconds) if done < kills else math.inf):
             done += 1
             report(f"kill {done} of {kills}: {moment}")
-        _train_to_end(killed)
+        if done == before:
+            seconds /= 2  # it ended before it was killed, as the machine is less busy than it was at first
         resumed += sum(step > 0 for step in _first_steps(killed).values())
         differences = list(_differences(unbroken, killed))
         report(f"pass {passes} ended: {'not equal' if differences else 'equal'}")
@@ -152,7 +154,7 @@ def _train_to_end(trial: ResumeTrial) -> float:
 
 
 def _train_and_kill(trial: ResumeTrial, *, after: float) -> str | None:
-    """Train in a process and kill it `after` seconds. Returns a description of the moment, or None if it had ended."""
+    """Train in a process and kill it after some seconds. Returns a description of the moment, or None if it ended."""
     before = {step.attempt for step in trial.samples()}
     with _process(trial) as process:
         try:

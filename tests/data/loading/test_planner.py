@@ -72,6 +72,7 @@ def test_rows_are_nearly_full(capacity: int, share: float) -> None:
     assert filled.mean() / capacity >= share
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     lengths=st.one_of(st.lists(st.integers(low, 120), max_size=300) for low in (1, 20, 35, 70)),

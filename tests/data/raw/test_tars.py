@@ -128,7 +128,7 @@ WHOLE = tar(entry("a.jpg", b"x" * 700), entry("b/" + LONG, b"y" * 100), entry("c
 
 
 @pytest.mark.slow
-@settings(max_examples=800, deadline=2000)
+@settings(max_examples=800, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 5 * 512), st.integers(0, 255)), min_size=1, max_size=4),
     st.integers(0, len(WHOLE)),

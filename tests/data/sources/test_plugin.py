@@ -15,6 +15,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from tests.forks import output_of
 from vila_ops.config import Mixture
 from vila_ops.data.sources import SOURCES, SourceModule
 
@@ -26,7 +27,7 @@ from vila_ops.artifacts.store import content
 from vila_ops.config import Mixture, Resources, TextFormat
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.data.shards import read_index, samples_of
-mixture, text, resources = json.load(sys.stdin)
+mixture, text, resources = json.loads(sys.argv[1])
 made = prepare(*(c.model_validate(v) for c, v in ((Mixture, mixture), (TextFormat, text), (Resources, resources))))
 texts = [sample.text for sample in samples_of(made, read_index(content(made)).to_pylist())]
 print(json.dumps({"uri": made.uri, "texts": sorted(texts)}))
@@ -55,12 +56,11 @@ def install(site: Path, *, version: str | None = None, revision: int = 1) -> Non
     (site / "tiny_lines.py").write_text(module.replace("REVISION = 1\n", f"REVISION = {revision}\n"))
 
 
-def run(site: Path, *command: str, given: str = "") -> subprocess.CompletedProcess[str]:
+def run(site: Path, *command: str) -> subprocess.CompletedProcess[str]:
     """A fresh process that finds the packages of `site`."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)])}
-    return subprocess.run(
-        [sys.executable, *command], input=given, env=env, cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    command = (sys.executable, *command)
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture
@@ -85,9 +85,8 @@ def test_the_page_s_plugin_is_prepared_from_and_its_version_and_revision_are_par
 
     def prepared(**changed: Any) -> dict[str, Any]:
         install(site, **changed)
-        done = run(site, "-c", PREPARE, given=given)
-        assert done.returncode == 0, done.stderr
-        result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        path = os.pathsep.join((str(site), str(ROOT)))
+        result: dict[str, Any] = json.loads(output_of("-c", PREPARE, given, env={"PYTHONPATH": path})[-1])
         return result
 
     first = prepared()

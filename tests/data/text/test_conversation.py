@@ -151,6 +151,7 @@ def tokens_by_hand(fast: PreTrainedTokenizerFast, pieces: list[tuple[str, bool]]
     return ids, targets
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("like", ["tiny", "llama_3"])
 @pytest.mark.parametrize("template", TEMPLATE_TOKENS)
 def test_targets_are_exactly_the_assistants_tokens(fast_with: Make, template: str, like: str) -> None:
@@ -336,6 +337,7 @@ def check_pieces(pieces: list[Tokens], whole: Tokens, *, max_tokens: int) -> Non
             assert piece.input_ids == whole.input_ids[: len(piece.input_ids)]
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(given=st.lists(words | st.just(SHOWN), min_size=1, max_size=25).map(tuple), max_tokens=st.integers(12, 60))
 def test_long_documents_are_cut_between_images_and_nothing_learnt_is_lost(

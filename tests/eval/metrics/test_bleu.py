@@ -18,6 +18,7 @@ def official(candidates: Captions, references: References) -> tuple[list[float],
     return scores, items
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_pycocoevalcap_on_1200_corpora() -> None:
     for seed in range(1200):
         rng = np.random.default_rng(seed)

@@ -1,7 +1,6 @@
-"""Stages in processes that are forked from one that has imported everything: `python forks.py`, one task per line.
+"""Stages in forked processes, which may be killed: `stages.py TASK.json CODES.json` writes their exit codes.
 
-Importing torch and DeepSpeed takes much longer than a tiny stage. The answer to a task is a line with the exit codes of
-its processes. A task has either
+A task has either
 
     stage    a `ResumeTrial`: runs the task `train_stage` in one process, or
     job      a `TrainJob`: runs the training loop in `world_size` ranks that meet at `rendezvous`,
@@ -26,10 +25,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import process_group
 import torch
 
-from vila_ops.train import engine, loop
+from tests.train import process_group
+from vila_ops.train import loop
 from vila_ops.train.job import RankInfo, TrainJob
 from vila_ops.train.sample_log import read_sample_log
 from vila_ops.train.verify_resume import ResumeTrial
@@ -40,17 +39,8 @@ POLL_SECONDS = 0.005
 Task = dict[str, Any]
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    engine._import_deepspeed()
-    _answer("ready")
-    for line in sys.stdin:
-        _answer(_run(json.loads(line)))
-
-
-def _answer(answer: Any) -> None:
-    sys.stdout.write(json.dumps(answer) + "\n")
-    sys.stdout.flush()
+def main(task: Path, codes: Path) -> None:
+    codes.write_text(json.dumps(_run(json.loads(task.read_text()))))
 
 
 def _run(task: Task) -> list[int]:
@@ -80,7 +70,6 @@ def _reached(task: Task) -> int:
 def _fork(task: Task, rank: int) -> int:
     if pid := os.fork():
         return pid
-    os.dup2(2, 1)
     code = 1
     try:
         if "points" in task or "kill" in task:
@@ -147,4 +136,4 @@ def _named(given: Any, folder: int | None, root: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
