@@ -24,7 +24,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vila_ops.config import NO_CONTEXT, Mixture, Stage, load
+from vila_ops.config import NO_CONTEXT, Mixture, Model, Stage, load
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.model.assemble import assemble
 from vila_ops.train import loop
@@ -129,8 +129,7 @@ def wait_share(batches: Callable[[TrainJob], Iterator[object]], job: TrainJob) -
 
 def prepared(root: Path) -> TrainJob:
     """Documents of eight photos and a thousand words each, prepared by our task, and a small model to read them for."""
-    images = ("model.image_size=448", "model.projector={kind: mlp_downsample, factor: 2}")
-    run = load(ROOT / "configs/recipes/tiny.yaml", resources=ROOT / "configs/resources/inline.yaml", overrides=images)
+    run = load(ROOT / "configs/recipes/tiny.yaml", resources=ROOT / "configs/resources/inline.yaml")
     resources = run.resources.with_changes(
         {**{f"storage.{name}": str(root / name) for name in ("store", "data", "cache")},
          "train.loading_threads": THREADS, "storage.features_leave_free": 1.0}
@@ -144,7 +143,8 @@ def prepared(root: Path) -> TrainJob:
             "sources": {"photos": {"kind": "jsonl", "path": str(root / "documents"), "render": "document"}},
         }
     )
-    model = run.recipe.model
+    images = {"image_size": SIDE, "projector": {"kind": "mlp_downsample", "factor": 2}}
+    model = Model.model_validate({**run.recipe.model.model_dump(), **images})
     own = {"name": "bench", "mixture": mixture.model_dump(), "num_steps": ROWS, "global_batch_size": 1, "pack": False,
            "sequence_length": 4096}  # fmt: skip
     (root / "attempt").mkdir()
