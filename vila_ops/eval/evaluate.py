@@ -202,7 +202,7 @@ def _measure_missing(job: EvalJob) -> list[dict[str, Any]]:
     return ran
 
 
-class Workers(Protocol):
+class ShardWorkers(Protocol):
     """The processes that measure a suite. Shards are numbered, benchmarks have the suite's names."""
 
     def plan(self, name: str) -> list[int]:
@@ -221,7 +221,7 @@ class Workers(Protocol):
         """End what was started."""
 
 
-def _workers(job: EvalJob) -> Workers:
+def _workers(job: EvalJob) -> ShardWorkers:
     if job.resources.launch != "inline" and not isinstance(job.model, Endpoint):
         from vila_ops.eval.ray_workers import RayWorkers
 
