@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -283,8 +284,16 @@ def test_ray_asks_for_the_token(first: Json, servers: Json) -> None:
     assert httpx.get(jobs, headers={"Authorization": f"Bearer {token.read_text()}"}, trust_env=False).is_success
 
 
+def _await_healthy(settings: LocalServers) -> None:
+    """Wait until every server answers `status`, which gives it a few seconds each time."""
+    deadline = time.monotonic() + 600
+    while states(settings) != {"healthy"}:
+        assert time.monotonic() < deadline
+        time.sleep(1)
+
+
 def test_a_second_up_adopts_every_server(first: Json, servers: Json) -> None:
-    assert states(servers["settings"]) == {"healthy"}
+    _await_healthy(servers["settings"])
     before = pids(servers["settings"])
     with contextlib.chdir(ROOT):
         local.up(servers["settings"])
@@ -300,7 +309,7 @@ def test_up_replaces_what_was_killed_or_is_configured_otherwise_and_nothing_else
     with contextlib.chdir(ROOT):
         local.up(other)
     after = pids(other)
-    assert states(other) == {"healthy"}
+    _await_healthy(other)
     assert {name for name in before if before[name] != after[name]} == {"ray", "worker"}
 
 

@@ -31,6 +31,9 @@ from vila_ops.processes import session_of
 SHOWN = 100
 """Characters of another process's command that an error shows."""
 
+ADOPT_SECONDS = 30.0
+"""How long a server may take to answer before `up` replaces it: a busy machine must not cost a server that works."""
+
 log = logging.getLogger(__name__)
 
 
@@ -112,7 +115,7 @@ def _adopt(settings: LocalServers, server: Server) -> bool:
     record = read_record(root_of(settings), server.name)
     if record is None:
         return False
-    if record.process().alive() and _as_configured(record, server) and server.healthy(record, QUICK_SECONDS):
+    if record.process().alive() and _as_configured(record, server) and server.healthy(record, ADOPT_SECONDS):
         log.info("%s: already up, pid %d, %s", server.name, record.pid, server.url)
         return True
     end(settings, record)
