@@ -131,8 +131,9 @@ def write_result(
     _write(folder / RESULT, measurement)
     write_rows(folder / ITEMS, rows)
     for name, content in official.items():
-        (folder / OFFICIAL).mkdir(exist_ok=True)
-        (folder / OFFICIAL / name).write_bytes(content)
+        place = folder / OFFICIAL / name  # MMMU has a folder for each subject
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(content)
 
 
 def read_result(result: BenchmarkResult) -> Measurement:
