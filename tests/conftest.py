@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from moto.server import DomainDispatcherApplication, create_backend_app
 from transformers import LlavaProcessor
 from werkzeug.serving import make_server
@@ -66,7 +66,12 @@ def pytest_configure(config: pytest.Config) -> None:
     Set before a test module imports Ray, which reads it only once. Properties are tried with the same examples always;
     `make faults` (VILA_FUZZ) draws others.
     """
-    settings.register_profile("repeatable", derandomize=True, deadline=None)
+    settings.register_profile(
+        "repeatable",
+        derandomize=True,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],  # a busy machine
+    )
     if "VILA_FUZZ" not in os.environ:
         settings.load_profile("repeatable")
     stack = contextlib.ExitStack()
