@@ -95,7 +95,7 @@ def main(root: Path, threads: int) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(random.getrandbits(60))
     np.random.seed(random.getrandbits(32))
-    importlib.import_module("rich.style")  # draws a number when it is imported
+    importlib.import_module("prefect.logging.handlers")  # it imports rich, which draws a number when it is imported
     before = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
     places = {f"storage.{name}": f"{root}/{name}" for name in ("store", "cache", "data")}
     resources = Resources(launch="inline").with_changes(places)
