@@ -21,6 +21,7 @@ from vila_ops.config import (
     clean,
     download,
     engine,
+    few_shot,
     images,
     local,
     mixture,
@@ -37,7 +38,7 @@ from vila_ops.config.base import Config
 
 PAGE = Path(__file__).with_name("settings.md")
 START, END = "<!-- made by docs/settings.py -->", "<!-- end -->"
-ALIASES: tuple[ModuleType, ...] = (benchmarks, engine, evaluation, images, model, source)
+ALIASES: tuple[ModuleType, ...] = (benchmarks, engine, evaluation, few_shot, images, model, source)
 """Modules whose type aliases have a docstring."""
 GROUPS: dict[str, tuple[Any, ...]] = {
     "A recipe": (run.Recipe,),
@@ -81,6 +82,9 @@ GROUPS: dict[str, tuple[Any, ...]] = {
         benchmarks.Judge,
         benchmarks.PromptTemplate,
         benchmarks.AnswerFormat,
+        few_shot.FewShot,
+        few_shot.Pool,
+        few_shot.Selection,
         evaluation.Gate,
         evaluation.Rule,
         serve.Service,

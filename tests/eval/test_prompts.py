@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from vila_ops.config.benchmarks import PromptTemplate
+from vila_ops.config.load import read
 from vila_ops.data.records import Image
 from vila_ops.data.text.conversation import Tokenizer
 from vila_ops.eval.benchmark import GenerateRequest, Item, ScoreRequest, SealedImage, TextPrompt, Unreadable
-from vila_ops.eval.prompts import request_hash, requests_of, rotated, text_prompt, tokenised, unreadable, written
+from vila_ops.eval.few_shot import with_demonstrations
+from vila_ops.eval.prompts import request_hash, requests_of, rotated, tokenised, unreadable, written
 from vila_ops.packages.tokenizer import read_tokenizer, with_image_token
 
 ROOT = Path(__file__).parents[2]
@@ -57,20 +58,6 @@ def test_options_rotate_by_places() -> None:
     requests = requests_of([ITEM], CHOICE, rotations=lambda item: len(item.options))
     assert [request.rotation for request in requests] == [0, 1, 2]
     assert len({request_hash(request) for request in requests}) == 3
-
-
-def test_demonstrations_are_turns_of_a_chat_or_running_text() -> None:
-    shot = Item("s", "b", {"image": (CAT,), "context": ("",), "question": ("What?",)}, answer="a cat")
-    query = Item("q", "c", {"image": (DOG,), "context": ("",), "question": ("What?",)})
-    plain = template(hint="", user="{image}{question} Answer:")
-    chat = text_prompt(query, plain, [shot])
-    assert chat == TextPrompt(
-        (("user", (CAT, "What? Answer:")), ("assistant", ("a cat",)), ("user", (DOG, "What? Answer:")))
-    )
-    running = text_prompt(query, template(hint="", user="{image}{question} Answer:", format="text"), [shot])
-    assert running == TextPrompt((("user", (CAT, "What? Answer: a cat\n\n", DOG, "What? Answer:")),), is_chat=False)
-    (request,) = requests_of([query], plain, demonstrations={"q": [shot]})
-    assert request.shots == ("s",)
 
 
 def test_the_likeliest_letter_is_asked_for_by_likelihoods() -> None:
@@ -122,13 +109,18 @@ def vicuna(tiny: Path) -> Tokenizer:
 
 
 def prompt_of(kind: str, tokenizer: Tokenizer) -> list[int]:
-    """The token ids of a benchmark's prompt on an item with one image."""
-    settings = yaml.safe_load((ROOT / f"configs/benchmarks/{kind}.yaml").read_text())
+    """The token ids of a benchmark's prompt on an item with one image, after as many demonstrations as it says."""
+    settings = read(ROOT / f"configs/benchmarks/{kind}.yaml")
     own = PromptTemplate.model_validate(settings["prompt"])
     parts: dict[str, Any] = {name: (f"Some {name}?",) for name in own.fields() if name not in ("hint", "options")}
     item = Item("1", "a", {**parts, **({"image": (Image(b"square"),)} if "image" in parts else {})}, ("one", "two"))
-    (request,) = requests_of([item], own)
-    return tokenised(request.prompt, tokenizer, lambda image: b"").input_ids
+    requests = requests_of([item], own)
+    if shots := settings.get("few_shot", {}).get("shots"):
+        question = written(item, own)
+        ids = [f"s{number}" for number in range(1, shots + 1)]
+        shown = {id_: (question, f"answer {number}") for number, id_ in enumerate(ids, 1)}
+        requests = with_demonstrations(requests, {"1": ids}, shown)
+    return tokenised(requests[0].prompt, tokenizer, lambda image: b"").input_ids
 
 
 KINDS = sorted(path.stem for path in (ROOT / "configs/benchmarks").glob("*.yaml"))

@@ -69,6 +69,13 @@ class BenchmarkFiles(Artifact):
     """Items with an image that is missing or cannot be read."""
 
 
+class Demonstrations(Artifact):
+    """The demonstrations of each item of a benchmark, chosen by the tower of a model."""
+
+    model: str
+    """Digest of the model."""
+
+
 class Answers(Artifact):
     """The responses of one model to a shard of requests."""
 

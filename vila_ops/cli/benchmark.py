@@ -31,6 +31,7 @@ def list_files(as_json: JsonLines = False) -> None:
         say(f"{kind}\n  server: {origins.server}")
         for file in origins.files:
             only = "".join(f", {name}={value}" for name, value in file.only.items())
+            only += ", for demonstrations" if file.is_train else ""
             say(f"  {file.path}\n    {file.size}, {file.licence}{only}\n    {file.url}")
 
 

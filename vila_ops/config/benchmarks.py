@@ -1,12 +1,14 @@
 """Benchmarks on official files and their prompts: a class for each benchmark, and a YAML file in configs/benchmarks."""
 
+import operator
 import re
 import string
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from vila_ops.config.base import Config
+from vila_ops.config.few_shot import FewShot
 
 FAILED = Literal["wrong", "left_out"]
 """wrong: a failed item scores as a wrong answer. left_out: it is not counted, and metrics are named NAME_answered."""
@@ -71,10 +73,33 @@ class OfficialBenchmark(Config):
     """Base of benchmarks on official files, which lie in `resources.storage.benchmarks`/KIND."""
 
     prompt: PromptTemplate
+    few_shot: FewShot | None = Field(default=None, exclude_if=operator.not_)
+    """Demonstrations before each item, written as the prompt says; None: none."""
     failed_items: FAILED = "wrong"
     """How items count that have no answer: refused, timed out, too long, or with an image that cannot be read."""
     first: PositiveInt | None = None
     """Only so many of the first items; None: all."""
+
+    @field_validator("few_shot")
+    @classmethod
+    def _no_shots_are_none(cls, few_shot: FewShot | None) -> FewShot | None:
+        return few_shot if few_shot and few_shot.shots else None
+
+    @model_validator(mode="after")
+    def _the_prompt_takes_demonstrations(self) -> "OfficialBenchmark":
+        if self.few_shot is None:
+            return self
+        if "examples" in self.prompt.fields():
+            raise ValueError(
+                "the prompt shows {examples}, the benchmark's own demonstrations; remove few_shot, or name another part"
+            )
+        answer = self.prompt.answer
+        if self.prompt.format == "text" and isinstance(answer, GenerateAnswer) and not answer.stop:
+            raise ValueError(
+                "few_shot as running text needs a stop rule, or an answer goes on with another demonstration; set "
+                'prompt.answer.stop, such as ["\\n"]'
+            )
+        return self
 
 
 class Pope(OfficialBenchmark):

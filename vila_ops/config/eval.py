@@ -5,7 +5,9 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, PositiveInt, SerializeAsAny, model_validator
 
 from vila_ops.config.base import Config
-from vila_ops.config.benchmarks import Official
+from vila_ops.config.benchmarks import Official, OfficialBenchmark
+from vila_ops.config.few_shot import MixtureSamples
+from vila_ops.config.images import Webp
 from vila_ops.config.kinds import plugins
 from vila_ops.config.mixture import Mixture
 from vila_ops.config.sources import OwnFiles, Rendering
@@ -208,6 +210,16 @@ class OfficialSuite(MeasureSettings):
     benchmarks: dict[str, Annotated[Official, Field(discriminator="kind")]] = Field(min_length=1)
     """By the name under which the report shows its metrics."""
 
+    @model_validator(mode="after")
+    def _demonstrations_are_of_official_files(self) -> "OfficialSuite":
+        for name, one in self.benchmarks.items():
+            if one.few_shot and isinstance(one.few_shot.pool, MixtureSamples):
+                raise ValueError(
+                    f"benchmark {name!r} takes its demonstrations from the suite's mixture, and suite {self.name!r} "
+                    f"has none; set few_shot.pool to kind train_file, or measure it in a suite with a mixture"
+                )
+        return self
+
 
 class Suite(SuiteSettings):
     """The benchmarks of an evaluation and the held-out data that they read."""
@@ -228,6 +240,29 @@ class Suite(SuiteSettings):
                 f"add such sources, or remove these benchmarks (held_out_loss reads every source)"
             )
         return self
+
+    @model_validator(mode="after")
+    def _the_mixture_has_the_demonstrations(self) -> "Suite":
+        every: dict[str, Config] = dict(self.benchmarks)
+        for name, one in every.items():
+            if isinstance(one, OfficialBenchmark) and one.few_shot and isinstance(one.few_shot.pool, MixtureSamples):
+                self._check_pool(name, one.few_shot.pool)
+        return self
+
+    def _check_pool(self, name: str, pool: MixtureSamples) -> None:
+        sources = self.mixture.sources
+        renders = ("caption", *CONVERSATIONS)
+        if unfit := [one for one in pool.sources if one not in sources or sources[one].render not in renders]:
+            fit = [one for one, source in sources.items() if source.render in renders]
+            raise ValueError(
+                f"benchmark {name!r} takes demonstrations from source {unfit[0]!r}, which mixture "
+                f"{self.mixture.name!r} does not have, or not with captions or questions; it has {fit}"
+            )
+        if self.mixture.images.encoding != Webp():
+            raise ValueError(
+                f"benchmark {name!r} takes demonstrations from mixture {self.mixture.name!r}, which stores images with "
+                f"a loss: an item's own image could not be told; prepare it with images.encoding: {{kind: webp}}"
+            )
 
     def settings(self) -> SuiteSettings:
         """The settings that may change a score on held-out data, without the suite's name and its other benchmarks."""

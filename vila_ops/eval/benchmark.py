@@ -112,6 +112,10 @@ class Item:
     slices: tuple[str, ...] = ()
     """Subsets that hold it, such as `category: scenes`."""
 
+    def images(self) -> "tuple[Image | SealedImage, ...]":
+        """Its images that can be read, in their order."""
+        return tuple(part for parts in self.parts.values() for part in parts if isinstance(part, (Image, SealedImage)))
+
     def problem(self) -> str | None:
         """Why the item cannot be asked; None if it can."""
         reasons = (part.reason for parts in self.parts.values() for part in parts if isinstance(part, Unreadable))
@@ -138,7 +142,7 @@ class Request:
     rotation: int = 0
     """By how many places the options are rotated; or which of several requests of an item it is."""
     shots: tuple[str, ...] = ()
-    """Ids of the demonstrations, in their order."""
+    """Ids of the demonstrations, in their order; they say which control it is."""
     prompt: TextPrompt | Prompt
 
 
@@ -213,7 +217,8 @@ class BenchmarkModule(Protocol):
     """A benchmark; `config` is its own config class in each function.
 
     A benchmark on official files may also have `official_files(items, rows, config) -> dict[str, bytes]`: the content
-    of each result or upload file by its official name.
+    of each result or upload file by its official name. One with a train file may have `train_items(source, config)`:
+    its items, as by `read`, with the answers that demonstrations show.
     """
 
     REVISION: int

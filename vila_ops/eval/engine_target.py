@@ -7,16 +7,26 @@ from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vila_ops.artifacts.kinds import Checkpoint, Pretrained
 from vila_ops.config.engine import TorchEngine
 from vila_ops.config.images import Webp
 from vila_ops.data.containers import BadImage
 from vila_ops.data.images import square
+from vila_ops.data.records import Image
+from vila_ops.data.text.conversation import Tokenizer
 from vila_ops.eval.benchmark import GenerateRequest, Request, ScoreRequest, SealedImage, StatesRequest
-from vila_ops.eval.prompts import ImageOf, prompt_hash, tokenised
+from vila_ops.eval.prompts import ImageOf, prompt_hash, tokenised, unreadable
 from vila_ops.eval.rows import Response
-from vila_ops.generate.engine import Engine, EngineOptions, generate_all, hidden_states_of, score_all
+from vila_ops.generate.engine import (
+    Engine,
+    EngineOptions,
+    generate_all,
+    hidden_states_of,
+    image_features_of,
+    score_all,
+)
 from vila_ops.generate.load import load_engine
 from vila_ops.generate.request import Loglikelihood, Output, Prompt, Sampling
 
@@ -43,8 +53,7 @@ class EngineTarget:
 
         def shown(image: SealedImage) -> bytes:
             if image.key not in squares:
-                fit, size = self.engine.image_aspect_ratio, self.engine.image_size
-                squares[image.key] = square(image_of(image), size=size, fit=fit, encoding=Webp())
+                squares[image.key] = self._square(image_of(image))
             return squares[image.key]
 
         prompts = [self._prompt(request, shown) for request in requests]
@@ -61,30 +70,26 @@ class EngineTarget:
                 responses[number] = response
         return responses
 
+    def features(self, images: Sequence[Image | SealedImage], image_of: ImageOf) -> NDArray[np.float64]:
+        """Means over patches (I, C) of the tower's features of images. Raises BadImage."""
+        squares = [one.data if isinstance(one, Image) else self._square(image_of(one)) for one in images]
+        return image_features_of(self.engine, squares)
+
+    def _square(self, data: bytes) -> bytes:
+        fit, size = self.engine.image_aspect_ratio, self.engine.image_size
+        return square(data, size=size, fit=fit, encoding=Webp())
+
     def _prompt(self, request: Request, shown: ImageOf) -> Prompt | Response:
         """The prompt of a request, or the response to one that cannot be asked."""
         try:
             prompt = tokenised(request.prompt, self.engine.tokenizer, shown)
         except BadImage as error:
             return Response(status="unreadable", detail=str(error))
-        length = len(prompt.input_ids) + self._longest(request)
+        length = len(prompt.input_ids) + longest_answer(request, self.engine.tokenizer)
         if length > self.engine.context_length:
             detail = f"{length} tokens with the answer, and the model's context has {self.engine.context_length}"
             return Response(status="too_long", detail=detail)
         return prompt
-
-    def _longest(self, request: Request) -> int:
-        """Most tokens after the prompt."""
-        match request:
-            case GenerateRequest():
-                return request.max_new_tokens
-            case ScoreRequest():
-                return max(len(self._ids(one)) for one in request.continuations)
-        assert isinstance(request, StatesRequest)
-        return len(request.continuation)
-
-    def _ids(self, continuation: list[int] | str) -> list[int]:
-        return self.engine.tokenizer.text_ids(continuation) if isinstance(continuation, str) else continuation
 
     def _generate(self, given: Sequence[tuple[GenerateRequest, Prompt]]) -> list[Response]:
         stop_ids = frozenset(self.engine.tokenizer.stop_ids)
@@ -112,7 +117,8 @@ class EngineTarget:
 
     def _score(self, given: Sequence[tuple[ScoreRequest, Prompt]]) -> list[Response]:
         started = time.monotonic()
-        items = [(prompt, [self._ids(one) for one in request.continuations]) for request, prompt in given]
+        tokenizer = self.engine.tokenizer
+        items = [(prompt, [_ids(one, tokenizer) for one in request.continuations]) for request, prompt in given]
         likelihoods = score_all(self.engine, items)
         seconds = (time.monotonic() - started) / len(given)
         return [
@@ -136,6 +142,42 @@ class EngineTarget:
             )
             responses.append(own if all(map(math.isfinite, values)) else _not_finite(own, "a value of the states"))
         return responses
+
+
+def longest_answer(request: Request, tokenizer: Tokenizer) -> int:
+    """Most tokens after the prompt of a request."""
+    match request:
+        case GenerateRequest():
+            return request.max_new_tokens
+        case ScoreRequest():
+            return max(len(_ids(one, tokenizer)) for one in request.continuations)
+    assert isinstance(request, StatesRequest)
+    return len(request.continuation)
+
+
+def check_context(name: str, requests: Sequence[Request], tokenizer: Tokenizer, limit: int | None) -> None:
+    """Raise ValueError, which names the first item, where requests of a benchmark exceed the model's context.
+
+    No image is read: how many tokens it takes is a number of the tokenizer. None as the limit: the config states none.
+    """
+    asked = [request for request in requests if unreadable(request) is None]
+    lengths = [
+        len(tokenised(request.prompt, tokenizer, lambda image: b"").input_ids) + longest_answer(request, tokenizer)
+        for request in asked
+    ]
+    too_long = [number for number, length in enumerate(lengths) if limit is not None and length > limit]
+    if too_long:
+        first = asked[too_long[0]]
+        raise ValueError(
+            f"benchmark {name!r}: item {first.item!r} with its {len(first.shots)} demonstrations and the answer has "
+            f"{lengths[too_long[0]]} tokens, and the model's context has {limit}; {len(too_long)} of {len(asked)} "
+            f"requests do not fit, the longest with {max(lengths)}: take fewer few_shot.shots, or fewer "
+            f"prompt.answer.max_new_tokens"
+        )
+
+
+def _ids(continuation: list[int] | str, tokenizer: Tokenizer) -> list[int]:
+    return tokenizer.text_ids(continuation) if isinstance(continuation, str) else continuation
 
 
 def scored(request: ScoreRequest, prompt: Prompt, scores: Sequence[Loglikelihood], seconds: float) -> Response:

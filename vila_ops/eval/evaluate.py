@@ -26,6 +26,7 @@ from vila_ops.artifacts.leases import hold
 from vila_ops.cluster import device_on
 from vila_ops.config import NO_CONTEXT, OfficialSuite, Resources, RunContext, Suite
 from vila_ops.config.benchmarks import OfficialBenchmark
+from vila_ops.config.few_shot import TrainFile
 from vila_ops.eval.job import EvalJob
 from vila_ops.eval.needs import check_held_out
 from vila_ops.eval.report import Report, compose, tracked, tracked_layers, write_report
@@ -48,7 +49,7 @@ def evaluate(
     Raises CorruptArtifact for a damaged model, dataset, result or report, and ValueError for too few held-out records
     and for official files that are missing or faulty.
     """
-    job = EvalJob(suite=suite, model=model, data=data, files=_files(suite, resources), resources=resources)
+    job = job_of(suite, model, data, resources)
     results = _results(job)
     if len(results) == len(suite.benchmarks) and (
         done := store.find(EvalReport, _address(job, results), store=resources.storage.store)
@@ -79,14 +80,23 @@ def evaluate(
     return report
 
 
-def _files(suite: Suite | OfficialSuite, resources: Resources) -> dict[str, BenchmarkFiles]:
-    """The sealed files of each official benchmark. Raises ValueError."""
+def job_of(
+    suite: Suite | OfficialSuite,
+    model: Checkpoint | Pretrained | Endpoint,
+    data: Dataset | None,
+    resources: Resources,
+) -> EvalJob:
+    """The job of a suite on a model, with official files and train files sealed. Raises ValueError."""
+    files: dict[str, BenchmarkFiles] = {}
+    pools: dict[str, BenchmarkFiles] = {}
     official = {name: one for name, one in suite.benchmarks.items() if isinstance(one, OfficialBenchmark)}
-    if not official:
-        return {}
-    from vila_ops.eval.sealed import seal_files  # heavy: Pillow
+    for name, one in official.items():
+        from vila_ops.eval.sealed import seal_files  # heavy: Pillow
 
-    return {name: seal_files(one, resources) for name, one in official.items()}
+        files[name] = seal_files(one, resources)
+        if one.few_shot and isinstance(one.few_shot.pool, TrainFile):
+            pools[name] = seal_files(one, resources, train=True)
+    return EvalJob(suite=suite, model=model, data=data, files=files, pools=pools, resources=resources)
 
 
 def _name_of(model: Checkpoint | Pretrained | Endpoint) -> str:
@@ -116,7 +126,7 @@ def rescore(
     """
     from vila_ops.eval.runner import Runner  # heavy: transformers
 
-    job = EvalJob(suite=suite, model=model, data=data, files=_files(suite, resources), resources=resources)
+    job = job_of(suite, model, data, resources)
     with closing(Runner(job)) as runner:
         for name in suite.benchmarks:
             runner.rescore(name)

@@ -14,9 +14,11 @@ from vila_ops.artifacts.kinds import (
     Pretrained,
 )
 from vila_ops.config import Config, OfficialSuite, Resources, Suite
+from vila_ops.config.benchmarks import OfficialBenchmark
 from vila_ops.config.eval import MeasureSettings
 from vila_ops.eval.benchmark import benchmark_of, plugin_of
 from vila_ops.eval.benchmarks.held_out.items import EvalInputs
+from vila_ops.eval.few_shot import REVISION as FEW_SHOT
 from vila_ops.generate.load import engine_facts
 
 ANSWERS = 1
@@ -32,6 +34,8 @@ class EvalJob(Config):
     """The held-out data of a `Suite`."""
     files: dict[str, BenchmarkFiles] = {}
     """The sealed files of each official benchmark, by the suite's name."""
+    pools: dict[str, BenchmarkFiles] = {}
+    """The sealed train file of each benchmark whose demonstrations are from there."""
     resources: Resources
 
     def inputs(self) -> EvalInputs:
@@ -52,16 +56,26 @@ class EvalJob(Config):
         benchmark: Config = self.suite.benchmarks[name]
         kind: str = benchmark.kind  # type: ignore[attr-defined]
         if name in self.files:
-            inputs, parent = self.settings().model_dump(mode="json"), self.files[name].digest
+            inputs, parents = self.settings().model_dump(mode="json"), [self.files[name].digest]
         else:
-            inputs, parent = self.inputs().model_dump(mode="json", exclude={"data"}), self.inputs().data.digest
+            inputs, parents = self.inputs().model_dump(mode="json", exclude={"data"}), [self.inputs().data.digest]
         recipe = {"benchmark": benchmark.model_dump(mode="json"), "plugin": plugin_of(kind), "inputs": inputs}
+        if isinstance(benchmark, OfficialBenchmark) and benchmark.few_shot:
+            recipe |= {"few_shot": FEW_SHOT}
+            parents.append(self.pool_digest(name))
         return store.address(
             BenchmarkResult,
             revision=benchmark_of(kind).REVISION,
             recipe=recipe | self._plugin_engine(),
-            parents=(self.model.digest, parent),
+            parents=(self.model.digest, *parents),
         )
+
+    def pool_digest(self, name: str) -> str:
+        """Digest of what the demonstrations of a benchmark are from: its train file, or the suite's data."""
+        if name in self.pools:
+            return self.pools[name].digest
+        assert self.data is not None
+        return self.data.digest
 
     def result(self, name: str) -> BenchmarkResult | None:
         """The result of a benchmark, None where it was not measured yet. Raises CorruptArtifact."""

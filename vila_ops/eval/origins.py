@@ -40,9 +40,12 @@ class OfficialFile:
     hub: str = ""
     """OWNER/NAME/PATH of the file, or of a zip with it, in a data set of its authors on the hub; empty: in none."""
 
+    is_train: bool = False
+    """Whether it is of the train split, which demonstrations are taken from."""
+
     def is_read(self, config: OfficialBenchmark) -> bool:
-        """Whether a config reads it."""
-        return all(getattr(config, name) == value for name, value in self.only.items())
+        """Whether a config reads it for its items."""
+        return not self.is_train and all(getattr(config, name) == value for name, value in self.only.items())
 
 
 @dataclass(frozen=True)

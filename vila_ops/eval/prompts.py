@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vila_ops.config import fingerprint
@@ -30,30 +30,23 @@ _FIELD = re.compile(r"{(\w+)}")
 
 
 def requests_of(
-    items: Sequence[Item],
-    template: PromptTemplate,
-    *,
-    demonstrations: Mapping[str, Sequence[Item]] | None = None,
-    rotations: Callable[[Item], int] | None = None,
+    items: Sequence[Item], template: PromptTemplate, *, rotations: Callable[[Item], int] | None = None
 ) -> list[Request]:
     """One request for each item and rotation of its options, as its template says.
 
-    `demonstrations` has those of each item by its id; `rotations` says how many an item has (None: one each).
+    `rotations` says how many an item has (None: one each).
     """
     return [
-        _request(item, template, tuple((demonstrations or {}).get(item.id, ())), rotation)
-        for item in items
-        for rotation in range(rotations(item) if rotations else 1)
+        _request(item, template, rotation) for item in items for rotation in range(rotations(item) if rotations else 1)
     ]
 
 
-def _request(item: Item, template: PromptTemplate, shots: tuple[Item, ...], rotation: int) -> Request:
+def _request(item: Item, template: PromptTemplate, rotation: int) -> Request:
     options = rotated(item.options, rotation)
     identity: dict[str, Any] = {
         "item": item.id,
         "rotation": rotation,
-        "shots": tuple(shot.id for shot in shots),
-        "prompt": text_prompt(item, template, shots, rotation=rotation),
+        "prompt": text_prompt(item, template, rotation=rotation),
     }
     answer = template.answer
     if isinstance(answer, GenerateAnswer):
@@ -76,16 +69,23 @@ def rotated(options: tuple[str, ...], rotation: int) -> tuple[str, ...]:
     return options[place:] + options[:place] if options else ()
 
 
-def text_prompt(item: Item, template: PromptTemplate, shots: Sequence[Item] = (), *, rotation: int = 0) -> TextPrompt:
-    """The prompt of an item after its demonstrations: turns of a chat, or one running text with blank lines between."""
+def text_prompt(item: Item, template: PromptTemplate, *, rotation: int = 0) -> TextPrompt:
+    """The prompt of an item: the turn of a user after a system's, or one running text."""
     question = written(item, template, rotation=rotation)
-    shown = [(written(shot, template), shot.answer) for shot in shots]
     if template.format == "text":
-        running = [part for parts, answer in shown for part in (*parts, f" {answer}\n\n")]
-        return TextPrompt((("user", _joined([*running, *question])),), is_chat=False)
+        return TextPrompt((("user", question),), is_chat=False)
     system = (("system", (template.system,)),) if template.system else ()
-    turns = [turn for parts, answer in shown for turn in (("user", parts), ("assistant", (answer,)))]
-    return TextPrompt((*system, *turns, ("user", question)))
+    return TextPrompt((*system, ("user", question)))
+
+
+def after_demonstrations(prompt: TextPrompt, shown: Sequence[tuple[Parts, str]]) -> TextPrompt:
+    """A prompt after questions with their answers: more turns of a chat, or running text with blank lines between."""
+    *before, (role, question) = prompt.turns
+    if prompt.is_chat:
+        turns = [turn for parts, answer in shown for turn in ((role, parts), ("assistant", (answer,)))]
+        return TextPrompt((*before, *turns, (role, question)))
+    running = [part for parts, answer in shown for part in (*parts, f" {answer}\n\n")]
+    return TextPrompt((*before, (role, _joined([*running, *question]))), is_chat=False)
 
 
 def written(item: Item, template: PromptTemplate, *, rotation: int = 0) -> Parts:

@@ -2,31 +2,36 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from vila_ops.artifacts import attempts, store
 from vila_ops.artifacts.execution import execution
 from vila_ops.artifacts.kinds import Answers, BenchmarkResult, Endpoint
 from vila_ops.cluster import whoami
 from vila_ops.config.benchmarks import JudgedBenchmark, OfficialBenchmark
+from vila_ops.data.records import Image
 from vila_ops.device import describe, device_of
 from vila_ops.eval import report
 from vila_ops.eval.benchmark import Item, Request, SealedImage, benchmark_of
 from vila_ops.eval.benchmarks.held_out.items import HeldOut
 from vila_ops.eval.endpoint_target import EndpointTarget, check_answerable
-from vila_ops.eval.engine_target import EngineTarget
+from vila_ops.eval.engine_target import EngineTarget, check_context
 from vila_ops.eval.job import EvalJob
 from vila_ops.eval.judge import judged
+from vila_ops.eval.pools import FewShotPlan
 from vila_ops.eval.prompts import ImageOf, reference_hash, request_hash, unreadable
 from vila_ops.eval.rows import ItemRow, Response, read_responses, write_responses
 from vila_ops.eval.scoring import Scored, score
 from vila_ops.eval.sealed import SealedImages, items_of
 from vila_ops.eval.shards import shards_of
 from vila_ops.generate.engine import EngineOptions
-from vila_ops.generate.load import engine_facts, tokenizer_of
+from vila_ops.generate.load import context_of, engine_facts, tokenizer_of
 
 if TYPE_CHECKING:
     from vila_ops.data.text.conversation import Tokenizer
@@ -43,6 +48,8 @@ class Planned:
     items: Sequence[Item]
     shards: list[list[Request]]
     image_of: ImageOf
+    shown: Mapping[str, str]
+    """What each demonstration answers, by its id in the requests."""
 
     @property
     def requests(self) -> list[Request]:
@@ -73,8 +80,14 @@ class Runner:
         self.target.close()
 
     def plan(self, name: str) -> list[int]:
-        """The number of requests of each shard of a benchmark, by the suite's name of it."""
-        return [len(shard) for shard in self._plan(name).shards]
+        """The number of requests of each shard of a benchmark, by the suite's name of it.
+
+        Raises ValueError for a few-shot prompt that does not fit the model's context.
+        """
+        planned, model = self._plan(name), self.job.model
+        if planned.shown and not isinstance(model, Endpoint):
+            check_context(name, planned.requests, tokenizer_of(model), context_of(model))
+        return [len(shard) for shard in planned.shards]
 
     def answer(self, name: str, shard: int) -> dict[str, Any]:
         """Answer and seal a shard; returns which process did it."""
@@ -114,7 +127,7 @@ class Runner:
         rows = self._rows(name, planned)
         if isinstance(config, JudgedBenchmark):
             rows = judged(planned.items, rows, config, self.job.resources, asks=asks)
-        scored = score(planned.items, rows, config, self.job.settings())
+        scored = score(planned.items, rows, config, self.job.settings(), shown=planned.shown)
         if scored.measurement.failed:
             log.warning("%s: requests without an answer: %s", name, scored.measurement.failed)
         with attempts.attempt(at, store=self._store) as attempt:
@@ -138,8 +151,8 @@ class Runner:
                 raise ValueError(f"{len(pending)} shards of {name!r} were not answered; evaluate it without --rescore")
             self.conclude(name, asks=False)
             return
-        config, rows = self.job.suite.benchmarks[name], report.read_items(result)
-        scored = score(read_items(self.job, name), rows, config, self.job.settings())
+        planned, config, rows = self._plan(name), self.job.suite.benchmarks[name], report.read_items(result)
+        scored = score(planned.items, rows, config, self.job.settings(), shown=planned.shown)
         if scored != Scored(report.read_result(result), rows):
             raise ValueError(
                 f"benchmark {name!r} gives the answers of {result.uri} other scores than are sealed there; raise the "
@@ -163,14 +176,22 @@ class Runner:
     def _plan(self, name: str) -> Planned:
         if name not in self._planned:
             config = self.job.suite.benchmarks[name]
-            items = read_items(self.job, name)
-            requests = list(benchmark_of(config.kind).requests(items, config, partial(_tokenizer, self.job, name)))
+            items, image_of = read_items(self.job, name), _image_of(self.job, name)
+            shown: Mapping[str, str] = {}
+            if isinstance(config, OfficialBenchmark) and config.few_shot:
+                prompts = FewShotPlan(self.job, name, items, image_of, self._features).prompts()
+                requests, shown = prompts.requests, prompts.answers
+            else:
+                requests = list(benchmark_of(config.kind).requests(items, config, partial(_tokenizer, self.job, name)))
             if isinstance(self.job.model, Endpoint):
                 check_answerable(name, requests)
             shards = shards_of(requests, {item.id: item.group for item in items})
-            files = self.job.files.get(name)
-            self._planned[name] = Planned(items, shards, SealedImages(files) if files else _no_image)
+            self._planned[name] = Planned(items, shards, image_of, shown)
         return self._planned[name]
+
+    def _features(self, images: Sequence[Image | SealedImage], image_of: ImageOf) -> NDArray[np.float64]:
+        assert isinstance(self.target, EngineTarget)  # an endpoint is refused before
+        return self.target.features(images, image_of)
 
     def _address(self, name: str, shard: int) -> store.Address:
         return self.job.answers_address([request_hash(request) for request in self._plan(name).shards[shard]])
@@ -253,6 +274,11 @@ def _official(items: Sequence[Item], rows: Sequence[ItemRow], config: Any) -> di
     """The files that a server or an official script reads, by their names; empty where there is none."""
     written = getattr(benchmark_of(config.kind), "official_files", None)
     return written(items, rows, config) if written else {}
+
+
+def _image_of(job: EvalJob, name: str) -> ImageOf:
+    sealed = [files[name] for files in (job.files, job.pools) if name in files]
+    return SealedImages(*sealed) if sealed else _no_image
 
 
 def _no_image(image: SealedImage) -> bytes:

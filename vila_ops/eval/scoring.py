@@ -1,8 +1,9 @@
 """Rows to numbers: scores of each row, metrics with intervals, slices and gaps. Pure; no model is needed."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,14 @@ import numpy as np
 from vila_ops.config.benchmarks import JudgedBenchmark, OfficialBenchmark
 from vila_ops.config.eval import MeasureSettings
 from vila_ops.eval.benchmark import Item, MetricValues, benchmark_of
+from vila_ops.eval.columns import mean_metric
+from vila_ops.eval.few_shot import is_copy
 from vila_ops.eval.report import ItemAnswer, LayerPoint, Measurement, Metric, SliceMetric
 from vila_ops.eval.rows import ItemRow
 from vila_ops.eval.statistics import Interval, UndefinedStatistic, cluster_bootstrap, paired_difference
 
+COPIED = "copied"
+"""The score 1 of an answer that equals the answer of one of its demonstrations, else 0."""
 ANSWERED = "_answered"
 """Ends the names of metrics that leave failed items out."""
 
@@ -26,13 +31,21 @@ class Scored:
     rows: tuple[ItemRow, ...]
 
 
-def score(items: Sequence[Item], rows: Sequence[ItemRow], config: Any, settings: MeasureSettings) -> Scored:
+def score(
+    items: Sequence[Item],
+    rows: Sequence[ItemRow],
+    config: Any,
+    settings: MeasureSettings,
+    *,
+    shown: Mapping[str, str] = MappingProxyType({}),
+) -> Scored:
     """Score the rows of a benchmark and make its metrics. `config` is the benchmark's.
 
-    Raises ValueError for rows of other items, rows that are there twice, and a score that is not finite.
+    `shown` has what each demonstration answers, by the ids in the rows. Raises ValueError for rows of other items, rows
+    that are there twice, and a score that is not finite.
     """
     _check_rows(items, rows)
-    scored = scored_rows(items, rows, config)
+    scored = _with_copies(scored_rows(items, rows, config), shown)
     values = metric_values(items, scored, config)
     metrics = [one for one in values if one.layer is None]
     measurement = Measurement(
@@ -53,7 +66,7 @@ def _failed(rows: Sequence[ItemRow], config: Any) -> dict[str, int]:
     if (
         isinstance(config, JudgedBenchmark)
         and config.judge
-        and (unjudged := sum(row.ok and not row.scores for row in rows))
+        and (unjudged := sum(row.ok and not _own_scores(row) for row in rows))
     ):
         failed["not_judged"] = unjudged
     return dict(sorted(failed.items()))
@@ -75,10 +88,40 @@ def metric_values(items: Sequence[Item], rows: Sequence[ItemRow], config: Any) -
     counted = [row for row in rows if row.ok or _counts_as_wrong(row, config)]
     if not counted:
         raise ValueError(f"benchmark {config.kind!r} has no answer: all {len(rows)} requests failed; see the statuses")
-    values = benchmark_of(config.kind).metrics(items, counted, config)
-    if isinstance(config, OfficialBenchmark) and config.failed_items == "left_out":
-        return [replace(one, name=one.name + ANSWERED) for one in values]
-    return list(values)
+    own = [replace(row, scores=_own_scores(row)) for row in counted]
+    values = [*benchmark_of(config.kind).metrics(items, own, config), *_copy_rate(counted, config)]
+    return [replace(one, name=_variant_name(one.name, config)) for one in values]
+
+
+def _variant_name(name: str, config: Any) -> str:
+    """The name of a metric with the demonstrations and the policy that its number depends on."""
+    if not isinstance(config, OfficialBenchmark):
+        return name
+    shots = f"_{config.few_shot.variant()}" if config.few_shot else ""
+    return name + shots + (ANSWERED if config.failed_items == "left_out" else "")
+
+
+def _with_copies(rows: Sequence[ItemRow], shown: Mapping[str, str]) -> tuple[ItemRow, ...]:
+    """The rows with the score COPIED where an answer came after demonstrations."""
+
+    def copied(row: ItemRow) -> ItemRow:
+        if not row.shots or not row.ok or row.answer is None:
+            return row
+        is_copied = is_copy(row.answer, [shown[shot] for shot in row.shots])
+        return replace(row, scores={**row.scores, COPIED: float(is_copied)})
+
+    return tuple(map(copied, rows))
+
+
+def _own_scores(row: ItemRow) -> dict[str, float]:
+    """The scores that the benchmark gave a row."""
+    return {name: value for name, value in row.scores.items() if name != COPIED}
+
+
+def _copy_rate(rows: Sequence[ItemRow], config: Any) -> list[MetricValues]:
+    """The share of answers that equal the answer of one of their demonstrations."""
+    answered = [row for row in rows if COPIED in row.scores and row.rotation == 0]
+    return [mean_metric(f"{config.kind}_copy_rate", answered, COPIED)] if answered else []
 
 
 def _counts_as_wrong(row: ItemRow, config: Any) -> bool:

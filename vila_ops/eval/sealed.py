@@ -8,9 +8,9 @@ images-00000.bin    images end to end
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from vila_ops.artifacts import attempts, store
 from vila_ops.artifacts.execution import execution
@@ -31,10 +31,11 @@ def folder_of(kind: str, resources: Resources) -> Path:
     return Path(resources.storage.benchmarks) / kind
 
 
-def seal_files(config: OfficialBenchmark, resources: Resources) -> BenchmarkFiles:
+def seal_files(config: OfficialBenchmark, resources: Resources, *, train: bool = False) -> BenchmarkFiles:
     """The official files of a benchmark as a sealed artifact; reads them only if they have changed.
 
-    Raises ValueError, which names the file and the way out, for files that are missing or of another version.
+    `train`: its train file, for demonstrations. Raises ValueError, which names the file and the way out, for files that
+    are missing or of another version, and for a benchmark without a train file.
     """
     kind: str = config.kind  # type: ignore[attr-defined]
     folder = folder_of(kind, resources)
@@ -43,17 +44,27 @@ def seal_files(config: OfficialBenchmark, resources: Resources) -> BenchmarkFile
             f"benchmark {kind!r} reads its official files from {folder}, which does not exist; put them there, or set "
             f"resources.storage.benchmarks (`vila-ops benchmark list` says where they come from)"
         )
-    at = store.address(
-        BenchmarkFiles, revision=benchmark_of(kind).REVISION, recipe=_recipe(config, folder, resources), parents=()
-    )
+    module = benchmark_of(kind)
+    read = _train_items(kind) if train else module.read
+    recipe = _recipe(config, folder, resources) | ({"part": "train"} if train else {})
+    at = store.address(BenchmarkFiles, revision=module.REVISION, recipe=recipe, parents=())
     root = resources.storage.store
     if done := store.find(BenchmarkFiles, at, store=root):
         return done
     with attempts.attempt(at, store=root) as attempt:
-        facts = write_items(attempt, benchmark_of(kind).read(folder, config))
+        facts = write_items(attempt, read(folder, config))
     facts |= {"benchmark": kind}
     return store.seal(
         BenchmarkFiles, at, attempt, facts=facts, execution=execution(launch=resources.launch, seconds=0, ran=[])
+    )
+
+
+def _train_items(kind: str) -> Callable[[Path, Any], Iterable[Item]]:
+    if read := getattr(benchmark_of(kind), "train_items", None):
+        return cast("Callable[[Path, Any], Iterable[Item]]", read)
+    raise ValueError(
+        f"benchmark {kind!r} has no train file to take demonstrations from; set few_shot.pool to kind mixture, in a "
+        f"suite with a mixture"
     )
 
 
@@ -170,15 +181,18 @@ def _read(part: Any) -> Part:
 
 
 class SealedImages:
-    """Images of a sealed benchmark, read when they are asked for."""
+    """Images of a sealed benchmark and its train file, read when they are asked for."""
 
-    def __init__(self, files: BenchmarkFiles) -> None:
-        self._files = files
-        self._places: dict[str, tuple[str, int, int]] = json.loads(store.file(files, IMAGES).read_text())
+    def __init__(self, *sealed: BenchmarkFiles) -> None:
+        self._places: dict[str, tuple[BenchmarkFiles, str, int, int]] = {
+            key: (files, *place)
+            for files in sealed
+            for key, place in json.loads(store.file(files, IMAGES).read_text()).items()
+        }
 
     def __call__(self, image: SealedImage) -> bytes:
         """The file of an image. Raises CorruptArtifact."""
-        name, offset, size = self._places[image.key]
-        with store.file(self._files, name).open("rb") as file:
+        files, name, offset, size = self._places[image.key]
+        with store.file(files, name).open("rb") as file:
             file.seek(offset)
             return file.read(size)

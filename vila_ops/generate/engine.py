@@ -76,6 +76,9 @@ class Engine(Protocol):
         The last one is after the final norm, as the language model head reads it.
         """
 
+    async def image_features(self, images: Sequence[bytes]) -> "NDArray[np.float64]":
+        """Means over patches (I, C) of the features that the vision tower gives of encoded squares."""
+
     def close(self) -> None:
         """Release threads and memory after the work that is under way."""
 
@@ -110,3 +113,8 @@ def score_all(engine: Engine, items: Sequence[ScoringItem]) -> list[list[Loglike
 def hidden_states_of(engine: Engine, prompt: Prompt, continuation: list[int]) -> "NDArray[np.float64]":
     """As `Engine.hidden_states`. Blocks; not for use inside an event loop."""
     return asyncio.run(engine.hidden_states(prompt, continuation))
+
+
+def image_features_of(engine: Engine, images: Sequence[bytes]) -> "NDArray[np.float64]":
+    """As `Engine.image_features`. Blocks; not for use inside an event loop."""
+    return asyncio.run(engine.image_features(images))

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vila_ops.artifacts.kinds import Checkpoint, Pretrained
-from vila_ops.artifacts.store import content
+from vila_ops.artifacts.store import content, file
 from vila_ops.config.engine import TorchEngine
 from vila_ops.config.kinds import module_of, provenance
 from vila_ops.generate.engine import Engine, EngineOptions
+from vila_ops.packages.untrusted import read_json
 
 if TYPE_CHECKING:  # heavy: transformers
     from vila_ops.data.text.conversation import Tokenizer
@@ -33,6 +34,14 @@ def tokenizer_of(model: Checkpoint | Pretrained) -> "Tokenizer":
     folder = content(model)
     config = read_config(folder)
     return Tokenizer(read_tokenizer(folder), image_tokens=config.image_seq_length, after_image=config.after_image)
+
+
+def context_of(model: Checkpoint | Pretrained) -> int | None:
+    """Most tokens that a sealed model reads, without its weights; None if its config does not say. Raises
+    CorruptArtifact."""
+    from vila_ops.model.context import context_length
+
+    return context_length(read_json(file(model, "config.json")).get("text_config", {}))
 
 
 def open_folder(folder: Path, config: TorchEngine, options: EngineOptions) -> Engine:

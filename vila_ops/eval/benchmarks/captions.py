@@ -39,6 +39,15 @@ BLEU_COUNTS = (
 
 def read(source: Path, config: Captions) -> Iterator[Item]:
     """The images of a split, in the order of the file. Raises ValueError."""
+    return _items(source, config, (config.split,))
+
+
+def train_items(source: Path, config: Captions) -> Iterator[Item]:
+    """The images of the split train, for COCO also those of restval, as the split is trained on. Raises ValueError."""
+    return _items(source, config, ("train", "restval"))
+
+
+def _items(source: Path, config: Captions, splits: Sequence[str]) -> Iterator[Item]:
     is_coco = isinstance(config, CocoCaptions)
     file = source / ("dataset_coco.json" if is_coco else "dataset_flickr30k.json")
     content = json_of(file)
@@ -46,9 +55,9 @@ def read(source: Path, config: Captions) -> Iterator[Item]:
         raise ValueError(f"{file} has no images; the file is of another version")
     keys = ("filepath", "cocoid") if is_coco else ()
     check_keys(file, content["images"], ("filename", "split", "sentences", *keys))
-    of_split = [record for record in content["images"] if record["split"] == config.split]
+    of_split = [record for record in content["images"] if record["split"] in splits]
     if not of_split:
-        raise ValueError(f"{file} has no image of the split {config.split}; the file is of another version")
+        raise ValueError(f"{file} has no image of the split {splits[0]}; the file is of another version")
     for record in of_split:
         captions = [sentence["raw"] for sentence in record["sentences"]]
         if not captions:

@@ -4,11 +4,13 @@ Official files, in one folder ("ChartQA Dataset" of vis-nlp/ChartQA):
 
     test/test_human.json, test/test_augmented.json      arrays of imgname, query and label
     test/png/IMGNAME                                    the charts
+    train/                                              the same of the train split, for demonstrations
 
 The metric is the relaxed accuracy over both files (see `metrics.relaxed`); its slices are the files.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from vila_ops.config.benchmarks import ChartQa
@@ -25,11 +27,18 @@ PARTS = ("human", "augmented")
 
 def read(source: Path, config: ChartQa) -> Iterator[Item]:
     """The questions of the two files, in their order. Raises ValueError."""
-    folder = source / config.split
+    return _items(source, config.split)
+
+
+def train_items(source: Path, config: ChartQa) -> Iterator[Item]:
+    """The questions of the two files of the train split, in their order. Raises ValueError."""
+    return (replace(item, id=f"train-{item.id}") for item in _items(source, "train"))
+
+
+def _items(source: Path, split: str) -> Iterator[Item]:
+    folder = source / split
     for part in PARTS:
-        for place, record in enumerate(
-            records_of(folder / f"{config.split}_{part}.json", ("imgname", "query", "label"))
-        ):
+        for place, record in enumerate(records_of(folder / f"{split}_{part}.json", ("imgname", "query", "label"))):
             name, label = record["imgname"], str(record["label"])
             yield Item(
                 id=f"{part}-{place}",

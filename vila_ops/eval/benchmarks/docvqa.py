@@ -4,6 +4,7 @@ Official files, in one folder (RRC, challenge 17):
 
     val_v1.0.json, test_v1.0.json       data: questionId, question, image and, but for test, answers
     documents/*.png                     the pages
+    train_v1.0.json                     the train split, for demonstrations
 
 The metric is ANLS (see `metrics.anls`). Answers of the test split are with its server: the result is its upload file.
 """
@@ -26,15 +27,22 @@ REVISION = 1
 
 def read(source: Path, config: DocVqa) -> Iterator[Item]:
     """The questions of a split, in the order of its file. Raises ValueError, also for a file of another split."""
-    file = source / f"{config.split}_v1.0.json"
+    return _items(source, config.split)
+
+
+def train_items(source: Path, config: DocVqa) -> Iterator[Item]:
+    """The questions of the train split, as by `read`. Raises ValueError."""
+    return _items(source, "train")
+
+
+def _items(source: Path, expected: str) -> Iterator[Item]:
+    file = source / f"{expected}_v1.0.json"
     content = json_of(file)
     if not isinstance(content, dict) or "data" not in content:
         raise ValueError(f"{file} has no data; the file is of another version")
-    if (split := content.get("dataset_split", config.split)) != config.split:
-        raise ValueError(
-            f"{file} is of the split {split}, and {config.split} is asked for; take the file of that split"
-        )
-    answers = ("answers",) if config.split == "val" else ()
+    if (split := content.get("dataset_split", expected)) != expected:
+        raise ValueError(f"{file} is of the split {split}, and {expected} is asked for; take the file of that split")
+    answers = () if expected == "test" else ("answers",)
     check_keys(file, content["data"], ("questionId", "question", "image", *answers))
     for record in content["data"]:
         yield _item(source, record, file)

@@ -4,6 +4,7 @@ Official files, in one folder:
 
     testdev_balanced_questions.json    questions by id, with their answers, types, groups and entailed questions
     images/IMAGE.jpg                   the images
+    train_balanced_questions.json      the train split, for demonstrations
 
 LLaVA and VILA report the accuracy on testdev_balanced (`gqa_official`). The other numbers are those of the official
 script: accuracy of binary and open questions, consistency, and distribution. Validity and plausibility need a file of
@@ -46,6 +47,7 @@ ORIGINS = Origins(
             only={"split": "val_balanced"},
         ),
         OfficialFile("images/*.jpg", _PAGE, "20 GB", "CC BY 4.0 (Visual Genome)"),
+        OfficialFile("train_balanced_questions.json", _PAGE, "1.4 GB, with all splits", _LICENCE, is_train=True),
     ),
     server="EvalAI scores test; testdev and val are scored here",
 )
@@ -53,7 +55,16 @@ ORIGINS = Origins(
 
 def read(source: Path, config: Gqa) -> Iterator[Item]:
     """The questions of a split, in their order. Raises ValueError for a file that is missing or faulty."""
-    file = source / f"{config.split}_questions.json"
+    return _items(source, config.split)
+
+
+def train_items(source: Path, config: Gqa) -> Iterator[Item]:
+    """The questions of train_balanced, in their order. Raises ValueError for a file that is missing or faulty."""
+    return _items(source, "train_balanced")
+
+
+def _items(source: Path, split: str) -> Iterator[Item]:
+    file = source / f"{split}_questions.json"
     questions = json_of(file)
     if not isinstance(questions, dict):
         raise ValueError(f"{file} is no object of questions by id; the file is of another version")

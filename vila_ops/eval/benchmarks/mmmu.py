@@ -4,6 +4,7 @@ Official files, in one folder (the data set MMMU/MMMU):
 
     SUBJECT/validation-*.parquet    id, question, options (a Python list as text), image_1 to image_7, answer,
                                     question_type; 30 subjects
+    SUBJECT/dev-*.parquet           the same, for demonstrations
 
 Images stand where the question names them ("<image 1>"); those that only an option names come before it, in their
 order. Scores are those of one pass over the subjects in alphabetical order, as the official script makes (see
@@ -32,10 +33,19 @@ _IMAGE = re.compile(r"<image (\d)>")
 
 def read(source: Path, config: Mmmu) -> Iterator[Item]:
     """The questions of all subjects in alphabetical order. Raises ValueError."""
-    files = sorted(source.glob(f"*/{config.split}-*.parquet"))
+    return _items(source, config.split)
+
+
+def train_items(source: Path, config: Mmmu) -> Iterator[Item]:
+    """The questions of dev, which is meant for demonstrations, as by `read`. Raises ValueError."""
+    return _items(source, "dev")
+
+
+def _items(source: Path, split: str) -> Iterator[Item]:
+    files = sorted(source.glob(f"*/{split}-*.parquet"))
     if not files:
         raise ValueError(
-            f"{source} has no SUBJECT/{config.split}-*.parquet; `vila-ops benchmark list` says where they come from"
+            f"{source} has no SUBJECT/{split}-*.parquet; `vila-ops benchmark list` says where they come from"
         )
     for file in files:
         for record in parquet_of(file, ("id", "question", "options", "answer", "question_type", "image_1")):

@@ -6,6 +6,8 @@ Official files, in one folder:
         in the format of VQA, each answer stemmed in `answer` and as it was given in `raw_answer`
     val2014/COCO_val2014_*.jpg
         the images, from COCO
+    OpenEnded_mscoco_train2014_questions.json, mscoco_train2014_annotations.json, train2014/COCO_train2014_*.jpg
+        those of the train split, for demonstrations
 
 Papers score in several ways, which give other numbers: `okvqa_official` and `okvqa_corrected` as VQAv2 is scored,
 `okvqa_lavis` by the evaluator of BLIP-2, and with a pipeline of spaCy `okvqa_lavis_lemmatised[PIPELINE-VERSION]` on the
@@ -20,7 +22,7 @@ from typing import Any
 
 from vila_ops.config.benchmarks import OkVqa
 from vila_ops.eval.benchmark import Item, LazyTokenizer, MetricValues, Request
-from vila_ops.eval.benchmarks.vqav2 import COCO_VAL2014, items_of_vqa, results
+from vila_ops.eval.benchmarks.vqav2 import COCO_TRAIN2014, COCO_VAL2014, items_of_vqa, results
 from vila_ops.eval.columns import WRONG, in_columns, mean_metric, mean_metrics
 from vila_ops.eval.metrics import okvqa, vqa
 from vila_ops.eval.origins import OfficialFile, Origins
@@ -34,6 +36,9 @@ ORIGINS = Origins(
         OfficialFile("OpenEnded_mscoco_val2014_questions.json", _PAGE, "1 MB", _LICENCE, items=5_046),
         OfficialFile("mscoco_val2014_annotations.json", _PAGE, "1 MB", _LICENCE),
         OfficialFile(COCO_VAL2014.path, COCO_VAL2014.url, COCO_VAL2014.size, COCO_VAL2014.licence),
+        OfficialFile("OpenEnded_mscoco_train2014_questions.json", _PAGE, "1 MB", _LICENCE, is_train=True),
+        OfficialFile("mscoco_train2014_annotations.json", _PAGE, "2 MB", _LICENCE, is_train=True),
+        COCO_TRAIN2014,
     ),
     server="none: scored here",
 )
@@ -41,7 +46,17 @@ ORIGINS = Origins(
 
 def read(source: Path, config: OkVqa) -> Iterator[Item]:
     """The questions of val2014, in their order. Raises ValueError for a file that is missing or faulty."""
-    return items_of_vqa(source / "OpenEnded_mscoco_val2014_questions.json", source / "mscoco_val2014_annotations.json")
+    return _items(source, "val2014")
+
+
+def train_items(source: Path, config: OkVqa) -> Iterator[Item]:
+    """The questions of train2014, in their order. Raises ValueError for a file that is missing or faulty."""
+    return _items(source, "train2014")
+
+
+def _items(source: Path, split: str) -> Iterator[Item]:
+    questions = source / f"OpenEnded_mscoco_{split}_questions.json"
+    return items_of_vqa(questions, source / f"mscoco_{split}_annotations.json", split)
 
 
 def requests(items: Sequence[Item], config: OkVqa, tokenizer: LazyTokenizer) -> list[Request]:

@@ -4,6 +4,7 @@ Official files, in one folder:
 
     problems.json, pid_splits.json    questions by id, and the ids of each split
     test/PID/image.png                the images
+    train/PID/image.png               those of the train split, for demonstrations
 
 LLaVA and VILA report the accuracy on the questions of test that have an image (SQA-I): `scienceqa_image_official`. The
 prompt has LLaVA's form CQM: context, question, options on one line.
@@ -34,6 +35,7 @@ ORIGINS = Origins(
         OfficialFile("problems.json", _PAGE, "30 MB", _LICENCE, items=4_241, only={"subset": "all"}),
         OfficialFile("pid_splits.json", _PAGE, "1 MB", _LICENCE),
         OfficialFile("test/*/image.png", _IMAGES, "?", _LICENCE),
+        OfficialFile("train/*/image.png", _IMAGES.replace("test.zip", "train.zip"), "?", _LICENCE, is_train=True),
     ),
     server="none: scored here",
 )
@@ -41,12 +43,21 @@ ORIGINS = Origins(
 
 def read(source: Path, config: ScienceQa) -> Iterator[Item]:
     """The questions of test, in the order of its ids. Raises ValueError for a file that is missing or faulty."""
+    return _items(source, config, "test")
+
+
+def train_items(source: Path, config: ScienceQa) -> Iterator[Item]:
+    """The questions of train, in the order of its ids. Raises ValueError for a file that is missing or faulty."""
+    return _items(source, config, "train")
+
+
+def _items(source: Path, config: ScienceQa, split: str) -> Iterator[Item]:
     file = source / "problems.json"
     problems, splits = json_of(file), json_of(source / "pid_splits.json")
-    check_keys(source / "pid_splits.json", [splits], ("test",))
-    if foreign := [pid for pid in splits["test"] if pid not in problems]:
+    check_keys(source / "pid_splits.json", [splits], (split,))
+    if foreign := [pid for pid in splits[split] if pid not in problems]:
         raise ValueError(f"{file} has no problem {foreign[0]} of the split; the files are of other versions")
-    chosen = {pid: problems[pid] for pid in splits["test"]}
+    chosen = {pid: problems[pid] for pid in splits[split]}
     check_keys(file, list(chosen.values()), ("question", "choices", "answer", "hint", "image", "subject", "grade"))
     for pid, problem in chosen.items():
         if not 0 <= problem["answer"] < len(problem["choices"]) <= len(scienceqa.LETTERS):
@@ -54,7 +65,7 @@ def read(source: Path, config: ScienceQa) -> Iterator[Item]:
                 f"{file}: problem {pid} has {len(problem['choices'])} choices and answer {problem['answer']}"
             )
         if problem["image"] or config.subset == "all":
-            yield _item(pid, problem, source / "test" / pid)
+            yield _item(pid, problem, source / split / pid)
 
 
 def _item(pid: str, problem: Mapping[str, Any], folder: Path) -> Item:

@@ -5,6 +5,8 @@ Official files, in one folder:
     TextVQA_0.5.1_val.json                  questions and ten human answers each (TextVQA_0.5.1_test.json: no answers)
     TextVQA_Rosetta_OCR_v0.2_val.json       what OCR reads in the images; needed where the prompt names {ocr}
     train_images/*.jpg, test_images/*.jpg   the images; those of val are among the former
+    TextVQA_0.5.1_train.json, TextVQA_Rosetta_OCR_v0.2_train.json
+                                            the train split, for demonstrations
 
 With OCR tokens in the prompt LLaVA-1.5 7B has 58.2, without 45.5: these are two benchmarks. The prompt decides, and the
 metric's name says which it is: `textvqa_ocr_official` (LLaVA and VILA) or `textvqa_without_ocr_official`.
@@ -34,6 +36,8 @@ ORIGINS = Origins(
         OfficialFile("TextVQA_0.5.1_test.json", _PAGE, "14 MB", _LICENCE, items=5_734, only={"split": "test"}),
         OfficialFile("TextVQA_Rosetta_OCR_v0.2_test.json", _PAGE, "?", _LICENCE, only={"split": "test"}),
         OfficialFile("test_images/*.jpg", _PAGE, "1 GB", _IMAGES, only={"split": "test"}),
+        OfficialFile("TextVQA_0.5.1_train.json", _PAGE, "103 MB", _LICENCE, is_train=True),
+        OfficialFile("TextVQA_Rosetta_OCR_v0.2_train.json", _PAGE, "?", _LICENCE, is_train=True),
     ),
     server="EvalAI scores test; val is scored here",
 )
@@ -44,17 +48,26 @@ def read(source: Path, config: TextVqa) -> Iterator[Item]:
 
     Without the file of OCR tokens items have no part `ocr`, so that a prompt that names it is refused.
     """
-    file = source / f"TextVQA_0.5.1_{config.split}.json"
-    records = _data(file, ("image_id", "question_id", "question"), config)
-    if config.split == "val":
+    return _items(source, config.split)
+
+
+def train_items(source: Path, config: TextVqa) -> Iterator[Item]:
+    """The questions of the train split, as by `read`. Raises ValueError."""
+    return _items(source, "train")
+
+
+def _items(source: Path, split: str) -> Iterator[Item]:
+    file = source / f"TextVQA_0.5.1_{split}.json"
+    records = _data(file, ("image_id", "question_id", "question"), split)
+    if split != "test":
         check_keys(file, records, ("answers",))
-    ocr_file = source / f"TextVQA_Rosetta_OCR_v0.2_{config.split}.json"
+    ocr_file = source / f"TextVQA_Rosetta_OCR_v0.2_{split}.json"
     has_ocr = ocr_file.is_file()
-    tokens = {one["image_id"]: one["ocr_tokens"] for one in _data(ocr_file, OCR_KEYS, config)} if has_ocr else {}
-    images = source / ("train_images" if config.split == "val" else "test_images")
+    tokens = {one["image_id"]: one["ocr_tokens"] for one in _data(ocr_file, OCR_KEYS, split)} if has_ocr else {}
+    images = source / ("test_images" if split == "test" else "train_images")
     for record in records:
         answers, image = record.get("answers", []), record["image_id"]
-        if config.split == "val" and len(answers) != m4c.TEXTVQA_ANSWERS:
+        if split != "test" and len(answers) != m4c.TEXTVQA_ANSWERS:
             raise ValueError(f"{file}: question {record['question_id']} has {len(answers)} answers, not ten")
         if has_ocr and image not in tokens:
             raise ValueError(f"{ocr_file} has no tokens of image {image}; the files are of other splits")
@@ -74,11 +87,11 @@ def read(source: Path, config: TextVqa) -> Iterator[Item]:
 OCR_KEYS = ("image_id", "ocr_tokens")
 
 
-def _data(file: Path, keys: Sequence[str], config: TextVqa) -> list[dict[str, Any]]:
+def _data(file: Path, keys: Sequence[str], split: str) -> list[dict[str, Any]]:
     content = json_of(file)
     check_keys(file, [content], ("data",))
     check_keys(file, content["data"], keys)
-    if content.get("dataset_type", config.split) != config.split:
+    if content.get("dataset_type", split) != split:
         raise ValueError(f"{file} has the split {content['dataset_type']}; fetch the file of its name")
     return list(content["data"])
 

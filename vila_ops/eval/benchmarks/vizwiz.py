@@ -4,6 +4,7 @@ Official files, in one folder:
 
     val.json, val/VizWiz_val_*.jpg      questions, ten human answers each, and images
     test.json, test/VizWiz_test_*.jpg   those of the test split, without answers
+    train.json, train/VizWiz_train_*    those of the train split, for demonstrations
 
 `vizwiz_official` is what the official code gives on val. LLaVA and VILA upload normalised answers to the test split;
 so does the upload file of test here.
@@ -33,6 +34,8 @@ ORIGINS = Origins(
         OfficialFile("val/VizWiz_val_*.jpg", _PAGE, "3 GB", _LICENCE, only={"split": "val"}),
         OfficialFile("test.json", _PAGE, "10 MB, with all splits", _LICENCE, items=8_000, only={"split": "test"}),
         OfficialFile("test/VizWiz_test_*.jpg", _PAGE, "5 GB", _LICENCE, only={"split": "test"}),
+        OfficialFile("train.json", _PAGE, "10 MB, with all splits", _LICENCE, is_train=True),
+        OfficialFile("train/VizWiz_train_*.jpg", _PAGE, "11 GB", _LICENCE, is_train=True),
     ),
     server="EvalAI's challenge is closed, so that test cannot be scored; val is scored here",
 )
@@ -40,19 +43,28 @@ ORIGINS = Origins(
 
 def read(source: Path, config: VizWiz) -> Iterator[Item]:
     """The questions of a split, in their order. Raises ValueError for a file that is missing or faulty."""
-    file = source / f"{config.split}.json"
+    return _items(source, config.split)
+
+
+def train_items(source: Path, config: VizWiz) -> Iterator[Item]:
+    """The questions of the train split, in their order. Raises ValueError for a file that is missing or faulty."""
+    return _items(source, "train")
+
+
+def _items(source: Path, split: str) -> Iterator[Item]:
+    file = source / f"{split}.json"
     records = records_of(file, ("image", "question"))
-    if config.split == "val":
+    if split != "test":
         check_keys(file, records, ("answers", "answerable", "answer_type"))
     for record in records:
-        if not record["image"].startswith(f"VizWiz_{config.split}_"):
+        if not record["image"].startswith(f"VizWiz_{split}_"):
             raise ValueError(f"{file} has the question of {record['image']}, which is of another split")
-        answers = [one["answer"] for one in record["answers"]] if config.split == "val" else []
+        answers = [one["answer"] for one in record["answers"]] if split != "test" else []
         yield Item(
             id=record["image"],
             group=record["image"],
             parts={
-                "image": (image_of(source / config.split / record["image"]),),
+                "image": (image_of(source / split / record["image"]),),
                 "question": (record["question"],),
             },
             references={"answers": answers, "answerable": bool(record.get("answerable"))},

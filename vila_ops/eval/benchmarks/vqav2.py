@@ -4,6 +4,8 @@ Official files, in one folder:
 
     v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json, val2014/COCO_val2014_*.jpg
         questions, answers and images of the validation split
+    v2_OpenEnded_mscoco_train2014_questions.json, v2_mscoco_train2014_annotations.json, train2014/COCO_train2014_*.jpg
+        those of the train split, for demonstrations
     v2_OpenEnded_mscoco_test-dev2015_questions.json, v2_OpenEnded_mscoco_test2015_questions.json,
     test2015/COCO_test2015_*.jpg
         those of the test split, whose answers only the server has
@@ -33,6 +35,9 @@ _PAGE, _LICENCE = "https://visualqa.org/download.html", "CC BY 4.0 (questions, a
 _COCO, _IMAGES = "http://images.cocodataset.org/zips", "Flickr's terms (images of COCO)"
 COCO_VAL2014 = OfficialFile(
     "val2014/COCO_val2014_*.jpg", f"{_COCO}/val2014.zip", "6 GB", _IMAGES, only={"split": "val2014"}
+)
+COCO_TRAIN2014 = OfficialFile(
+    "train2014/COCO_train2014_*.jpg", f"{_COCO}/train2014.zip", "13 GB", _IMAGES, is_train=True
 )
 ORIGINS = Origins(
     files=(
@@ -69,6 +74,9 @@ ORIGINS = Origins(
             )
             for split in ("test-dev2015", "test2015")
         ),
+        OfficialFile("v2_OpenEnded_mscoco_train2014_questions.json", _PAGE, "7 MB", _LICENCE, is_train=True),
+        OfficialFile("v2_mscoco_train2014_annotations.json", _PAGE, "21 MB", _LICENCE, is_train=True),
+        COCO_TRAIN2014,
     ),
     server="EvalAI scores test-dev and test; val is scored here",
 )
@@ -78,7 +86,7 @@ def read(source: Path, config: VqaV2) -> Iterator[Item]:
     """The questions of a split, in their order. Raises ValueError for a file that is missing or faulty."""
     questions = source / f"v2_OpenEnded_mscoco_{config.split}_questions.json"
     if config.split == "val2014":
-        yield from items_of_vqa(questions, source / "v2_mscoco_val2014_annotations.json")
+        yield from items_of_vqa(questions, source / "v2_mscoco_val2014_annotations.json", "val2014")
         return
     records = questions_of(questions)
     unasked: list[int] = []
@@ -95,8 +103,14 @@ def read(source: Path, config: VqaV2) -> Iterator[Item]:
         yield _item(record, source / "test2015" / f"COCO_test2015_{record['image_id']:012d}.jpg", references)
 
 
-def items_of_vqa(questions: Path, annotations: Path) -> Iterator[Item]:
-    """The questions of a pair of files in VQA's format, with images of COCO's val2014 beside them.
+def train_items(source: Path, config: VqaV2) -> Iterator[Item]:
+    """The questions of train2014, in their order. Raises ValueError for a file that is missing or faulty."""
+    questions = source / "v2_OpenEnded_mscoco_train2014_questions.json"
+    return items_of_vqa(questions, source / "v2_mscoco_train2014_annotations.json", "train2014")
+
+
+def items_of_vqa(questions: Path, annotations: Path, images: str) -> Iterator[Item]:
+    """The questions of a pair of files in VQA's format, with a folder of images of COCO, such as val2014, beside them.
 
     Raises ValueError for a file that is missing or faulty, and for annotations of another split.
     """
@@ -108,7 +122,7 @@ def items_of_vqa(questions: Path, annotations: Path) -> Iterator[Item]:
         annotation = answers[question_id]
         yield _item(
             record,
-            questions.parent / "val2014" / f"COCO_val2014_{record['image_id']:012d}.jpg",
+            questions.parent / images / f"COCO_{images}_{record['image_id']:012d}.jpg",
             {"question_id": question_id, "answers": annotation["answers"]},
             slices=(f"answer_type: {annotation['answer_type']}",),
         )

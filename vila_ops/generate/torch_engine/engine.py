@@ -131,6 +131,10 @@ class InProcessEngine:
         """As in `Engine`."""
         return await self._in_thread(self.scorer.hidden_states, prompt, continuation)
 
+    async def image_features(self, images: Sequence[bytes]) -> NDArray[np.float64]:
+        """As in `Engine`."""
+        return await self._in_thread(self.loaded.image_features, images)
+
     def close(self) -> None:
         """As in `Engine`."""
         self._thread.shutdown(wait=False, cancel_futures=True)

@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -20,7 +22,7 @@ from vila_ops.generate.request import Prompt
 from vila_ops.model import folder as model_folder
 from vila_ops.model.configuration import VilaConfig
 from vila_ops.model.context import context_length
-from vila_ops.model.features import SUFFIX, FeatureCache
+from vila_ops.model.features import BATCH, SUFFIX, FeatureCache
 from vila_ops.model.pixels import Pixels
 from vila_ops.model.vila import VilaForConditionalGeneration
 from vila_ops.packages.tokenizer import IMAGE_TOKEN, read_tokenizer
@@ -52,6 +54,12 @@ class LoadedModel:
     def embed(self, input_ids: Tensor, images: Sequence[bytes]) -> Tensor:
         """Embeddings (B, T, D) of ids (B, T), image positions filled with the images of all rows in their order."""
         return self.model.embed(input_ids, self.features(images).to(self.device) if images else None)
+
+    @torch.inference_mode()
+    def image_features(self, images: Sequence[bytes]) -> NDArray[np.float64]:
+        """Means over patches (I, C) of the tower's features of encoded squares; few images are in memory at a time."""
+        parts = (self.features(images[start : start + BATCH]) for start in range(0, len(images), BATCH))
+        return np.concatenate([part.float().mean(dim=1).cpu().double().numpy() for part in parts])
 
     def check_length(self, length: int) -> None:
         """Raises ValueError for more tokens than the context has."""
