@@ -12,6 +12,7 @@ from tests.eval.benchmarks.sample import SAMPLES, config_of
 from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import EvalReport, Pretrained
 from vila_ops.cli import app
+from vila_ops.cli.scores import scores
 from vila_ops.config import OfficialSuite, Resources, Run
 from vila_ops.config.benchmarks import Pope
 from vila_ops.eval import evaluate as task
@@ -187,6 +188,19 @@ def test_an_image_that_is_missing_is_a_status_and_an_image_passes_the_tower_once
     assert content.benchmarks["pope"].failed == {"unreadable": 12}
     features = list((tmp_path / "store/features").rglob("*.features"))
     assert len(features) == 3, "one file for each image that could be read, for twelve questions each"
+
+
+def test_questions_of_one_image_are_sealed_with_the_reason_why_they_have_no_number(
+    model: Pretrained, resources: Resources
+) -> None:
+    suite = suite_of(first=3)
+    report = read_report(evaluate(suite, model, None, resources))
+    assert report.metrics == ()
+    result = job_of(model, resources, suite).result("pope")
+    assert result is not None
+    assert len(read_items(result)) == 3
+    reason = "3 items in 1 clusters; an interval needs at least two clusters"
+    assert f"pope: no pope_f1_official: {reason}" in scores(report)
 
 
 def test_progress_has_items_rate_and_time_left(caplog: pytest.LogCaptureFixture) -> None:

@@ -46,6 +46,18 @@ def test_rows_that_do_not_fit_the_items_are_refused(rows: Sequence[ItemRow], mes
         score(ITEMS, rows, policy, SETTINGS)
 
 
+def test_a_metric_of_a_single_group_has_a_reason_in_place_of_a_number() -> None:
+    """A value without an interval would look certain; what is asked of one image alone is kept and says why."""
+    items = [item for item in ITEMS if item.group == ITEMS[0].group]
+    scored = score(items, [row for row in ROWS if row.group == ITEMS[0].group], CONFIG, SETTINGS)
+    names = {one.name for one in score(ITEMS, ROWS, CONFIG, SETTINGS).measurement.metrics}
+    assert scored.measurement.metrics == ()
+    assert scored.measurement.undefined.keys() == names
+    reason = "12 items in 1 clusters; an interval needs at least two clusters"
+    assert scored.measurement.undefined["pope_f1_official"] == reason
+    assert len(scored.rows) == 12
+
+
 class Fixed:
     """A benchmark with given values."""
 

@@ -16,6 +16,7 @@ def scores(report: Report) -> list[str]:
     return [
         f"suite {report.suite}, {f'{report.split} split, ' if report.split else ''}model {report.model[:12]}",
         *(f"{name}: {count} requests {status}" for name, count, status in _failed(report)),
+        *(f"{name}: no {metric}: {reason}" for name, metric, reason in _undefined(report)),
         "",
         *table([_HEADER, *(_row(metric) for metric in report.metrics)]),
     ]
@@ -25,6 +26,15 @@ def _failed(report: Report) -> list[tuple[str, int, str]]:
     """What has no answer, by benchmark."""
     return [
         (name, count, status) for name, result in report.benchmarks.items() for status, count in result.failed.items()
+    ]
+
+
+def _undefined(report: Report) -> list[tuple[str, str, str]]:
+    """Metrics without a number, and why, by benchmark."""
+    return [
+        (name, metric, reason)
+        for name, result in report.benchmarks.items()
+        for metric, reason in result.undefined.items()
     ]
 
 

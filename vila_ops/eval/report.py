@@ -5,10 +5,13 @@ report.json                   of a suite on one model, composed of its benchmark
 """
 
 import json
+import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
 
 from vila_ops.artifacts.kinds import BenchmarkResult, EvalReport
 from vila_ops.artifacts.store import file, manifest_of
@@ -87,6 +90,8 @@ class Measurement(Config):
     """Number of groups of items that are independent of each other."""
     failed: dict[str, int] = {}
     """Number of requests without an answer, by status."""
+    undefined: dict[str, str] = Field(default={}, exclude_if=operator.not_)
+    """Metrics that have no number or no interval on these items, with the reason."""
     metrics: tuple[Metric, ...]
     slices: tuple[SliceMetric, ...] = ()
     layers: tuple[LayerPoint, ...] = ()
@@ -102,6 +107,7 @@ class ResultReference(Config):
     num_items: int
     num_clusters: int
     failed: dict[str, int] = {}
+    undefined: dict[str, str] = Field(default={}, exclude_if=operator.not_)
 
 
 class Report(Config):
@@ -238,6 +244,7 @@ def _reference(result: BenchmarkResult, measurement: Measurement) -> ResultRefer
         num_items=measurement.num_items,
         num_clusters=measurement.num_clusters,
         failed=measurement.failed,
+        undefined=measurement.undefined,
     )
 
 

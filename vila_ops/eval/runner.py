@@ -130,6 +130,8 @@ class Runner:
         scored = score(planned.items, rows, config, self.job.settings(), shown=planned.shown)
         if scored.measurement.failed:
             log.warning("%s: requests without an answer: %s", name, scored.measurement.failed)
+        if scored.measurement.undefined:
+            log.warning("%s: metrics without a number: %s", name, scored.measurement.undefined)
         with attempts.attempt(at, store=self._store) as attempt:
             report.write_result(attempt, scored.measurement, scored.rows, _official(planned.items, scored.rows, config))
         ran = whoami()

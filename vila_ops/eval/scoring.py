@@ -1,10 +1,11 @@
 """Rows to numbers: scores of each row, metrics with intervals, slices and gaps. Pure; no model is needed."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from vila_ops.eval.report import ItemAnswer, LayerPoint, Measurement, Metric, Sl
 from vila_ops.eval.rows import ItemRow
 from vila_ops.eval.statistics import Interval, UndefinedStatistic, cluster_bootstrap, paired_difference
 
+T = TypeVar("T")
 COPIED = "copied"
 """The score 1 of an answer that equals the answer of one of its demonstrations, else 0."""
 ANSWERED = "_answered"
@@ -47,14 +49,18 @@ def score(
     _check_rows(items, rows)
     scored = _with_copies(scored_rows(items, rows, config), shown)
     values = metric_values(items, scored, config)
-    metrics = [one for one in values if one.layer is None]
+    of_layers = [one for one in values if one.layer is not None]
+    of_items = [one for one in values if one.layer is None]
+    metrics, without_metric = _defined(_metric_makers(of_items, settings))
+    layers, without_layer = _defined([(_named(one), partial(_layer, one, settings)) for one in of_layers])
     measurement = Measurement(
         num_items=len({row.item for row in rows}),
         num_clusters=len({row.group for row in rows}),
         failed=_failed(scored, config),
-        metrics=tuple(_metrics(metrics, settings)),
-        slices=tuple(_slices(metrics, settings)),
-        layers=tuple(_layer(one, settings) for one in values if one.layer is not None),
+        undefined=without_metric | without_layer,
+        metrics=tuple(metrics),
+        slices=tuple(_slices(of_items, settings)),
+        layers=tuple(layers),
         answers=() if isinstance(config, OfficialBenchmark) else _answers(items, scored),
     )
     return Scored(measurement, scored)
@@ -145,15 +151,36 @@ def _check_rows(items: Sequence[Item], rows: Sequence[ItemRow]) -> None:
         raise ValueError(f"{len(missing)} items have no row, such as {min(missing)!r}; every item needs one")
 
 
-def _metrics(values: Sequence[MetricValues], settings: MeasureSettings) -> list[Metric]:
-    """Each metric, and after a control the gap between it and the model, with the sign that `MetricRole` states."""
-    listed = []
+def _metric_makers(values: Sequence[MetricValues], settings: MeasureSettings) -> list[tuple[str, Callable[[], Metric]]]:
+    """Each metric by its name, and after a control the gap between it and the model, as `MetricRole` states it."""
+    makers: list[tuple[str, Callable[[], Metric]]] = []
     models = {one.name: one for one in values if one.role == "model"}
     for one in values:
-        listed.append(_metric(one, _interval(one, settings)))
+        makers.append((_named(one), partial(_whole, one, settings)))
         if one.role == "control" and one.gap and one.name in models:
-            listed.append(_gap(models[one.name], one, settings))
-    return listed
+            makers.append((f"{one.name}.gap", partial(_gap, models[one.name], one, settings)))
+    return makers
+
+
+def _defined(makers: Sequence[tuple[str, Callable[[], T]]]) -> tuple[list[T], dict[str, str]]:
+    """What can be made, and by name why the rest has no number or interval, such as items of a single group."""
+    made, undefined = [], dict[str, str]()
+    for name, make in makers:
+        try:
+            made.append(make())
+        except UndefinedStatistic as error:
+            undefined[name] = str(error)
+    return made, undefined
+
+
+def _named(one: MetricValues) -> str:
+    """The name of a metric with its role and layer."""
+    role = "" if one.role == "model" else f".{one.role}"
+    return f"{one.name}{role}" + ("" if one.layer is None else f" of layer {one.layer}")
+
+
+def _whole(one: MetricValues, settings: MeasureSettings) -> Metric:
+    return _metric(one, _interval(one, settings))
 
 
 def _gap(model: MetricValues, control: MetricValues, settings: MeasureSettings) -> Metric:
