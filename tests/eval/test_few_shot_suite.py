@@ -1,23 +1,24 @@
 """Few-shot benchmarks from the committed sample to rows: pools, nearest images, own images, the context, endpoints."""
 
-import hashlib
+import io
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+import torch
+from PIL import Image as Pillow
+from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 from typer.testing import CliRunner
 
 from tests.eval.benchmarks.sample import ROOT, SAMPLES, config_of
 from tests.eval.stub_endpoint import Server
-from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import Endpoint, EvalReport, Pretrained
 from vila_ops.artifacts.store import content
 from vila_ops.cli import app
 from vila_ops.config import OfficialSuite, Resources, Run, Suite
-from vila_ops.config.benchmarks import CocoCaptions, Pope
+from vila_ops.config.benchmarks import CocoCaptions, OkVqa, Pope
 from vila_ops.config.load import load_suite
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.data.shards import index_of, samples_of
@@ -113,10 +114,10 @@ def test_controls_show_the_same_questions_without_or_with_other_images(
 
 
 def test_no_shots_are_the_benchmark_without_the_setting(model: Pretrained, resources: Resources) -> None:
-    plain = one("okvqa_0shot", few_shot=None)
-    assert job_of(plain, model, None, resources).address("okvqa_0shot") == job_of(
-        SUITE, model, None, resources
-    ).address("okvqa_0shot")
+    prompt = SUITE.benchmarks["okvqa_0shot"].prompt.model_dump()
+    plain = OfficialSuite(name="plain", benchmarks={"okvqa": config_of(OkVqa, prompt=prompt)})
+    own, same = job_of(plain, model, None, resources), job_of(SUITE, model, None, resources)
+    assert own.address("okvqa") == same.address("okvqa_0shot")
 
 
 def test_pool_selection_order_and_control_are_part_of_the_identity(model: Pretrained, resources: Resources) -> None:
@@ -237,16 +238,31 @@ def test_captions_of_a_prepared_mixture_are_demonstrations_and_never_of_the_same
     assert prompts.answers == {key: captions[key] for key in prompts.answers}
 
 
+def stock_features(model: Pretrained, images: list[bytes]) -> torch.Tensor:
+    """Means over patches of the tower's features (I, C) by stock transformers, of length one."""
+    stock = LlavaForConditionalGeneration.from_pretrained(content(model)).eval()
+    processor = AutoProcessor.from_pretrained(content(model), backend="pil").image_processor
+    pixels = processor(images=[Pillow.open(io.BytesIO(data)) for data in images], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        states = stock.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+    means = states[stock.config.vision_feature_layer][:, 1:].mean(dim=1)
+    return torch.nn.functional.normalize(means, dim=1)
+
+
 @pytest.mark.slow
 def test_the_nearest_are_those_of_stock_features(report: EvalReport, model: Pretrained, resources: Resources) -> None:
+    """The two questions of an image are equally near: the smaller id is taken first, and so comes later."""
     job = job_of(SUITE, model, None, resources)
-    sealed = sorted(Path(store.root_of(resources.storage.store)).glob("demonstrations/*/manifest.json"))
-    assert len(sealed) == 2, "of the nearest four, and of the nearest two as running text"
-    rows, images = rows_of(model, resources, "okvqa_nearest"), SealedImages(job.pools["okvqa_nearest"])
-    by_id = {item.id: item for item in items_of(job.pools["okvqa_nearest"])}
-    shown = [hashlib.sha256(images(by_id[shot].images()[0])).hexdigest() for shot in rows[0].shots]  # type: ignore[arg-type]
-    assert len(set(shown)) == 2, "two questions of each image are equally near"
-    assert [shot[-3:] for shot in rows[0].shots] == ["015", "005"] * 2, "the smaller id is the nearer, and comes last"
+    files, pool = job.files["okvqa_nearest"], job.pools["okvqa_nearest"]
+    images, items = SealedImages(files, pool), [*items_of(files), *items_of(pool)]
+    features = stock_features(model, [images(item.readable_images()[0]) for item in items])  # type: ignore[arg-type]
+    rows = rows_of(model, resources, "okvqa_nearest")
+    for row, own in zip(rows, features[: len(rows)], strict=True):
+        near = {item.id: float(own @ other) for item, other in zip(items, features, strict=True)}
+        candidates = sorted((item.id for item in items[len(rows) :]), key=lambda id_: (-round(near[id_], 5), id_))
+        assert row.shots == tuple(candidates[:4][::-1])
+    sealed = list(Path(resources.storage.store).glob("demonstrations/*/manifest.json"))
+    assert len(sealed) == 2, "of the four nearest, and of the two nearest as running text"
 
 
 def test_an_endpoint_gets_demonstrations_as_messages_and_cannot_select_by_features(

@@ -261,7 +261,7 @@ class Suite(SuiteSettings):
         if self.mixture.images.encoding != Webp():
             raise ValueError(
                 f"benchmark {name!r} takes demonstrations from mixture {self.mixture.name!r}, which stores images with "
-                f"a loss: an item's own image could not be told; prepare it with images.encoding: {{kind: webp}}"
+                f"a loss: copies of an item's image could not be told; prepare it with images.encoding: {{kind: webp}}"
             )
 
     def settings(self) -> SuiteSettings:

@@ -112,7 +112,7 @@ class Item:
     slices: tuple[str, ...] = ()
     """Subsets that hold it, such as `category: scenes`."""
 
-    def images(self) -> "tuple[Image | SealedImage, ...]":
+    def readable_images(self) -> "tuple[Image | SealedImage, ...]":
         """Its images that can be read, in their order."""
         return tuple(part for parts in self.parts.values() for part in parts if isinstance(part, (Image, SealedImage)))
 

@@ -54,7 +54,7 @@ def candidates_of(pool: Sequence[Item], few_shot: FewShot, digest_of: DigestOf) 
         raise ValueError(f"none of the {len(pool)} items of the pool has an answer and its images; choose another pool")
     count = min(few_shot.candidates or len(usable), len(usable))
     drawn = random.Random(f"few_shot/{few_shot.seed}/candidates").sample(usable, count)
-    digests = [frozenset(map(digest_of, item.images())) for item in drawn]
+    digests = [frozenset(map(digest_of, item.readable_images())) for item in drawn]
     return [_candidate(place, drawn, digests, few_shot) for place in range(count)]
 
 
@@ -68,7 +68,9 @@ def _candidate(place: int, drawn: Sequence[Item], digests: Sequence[frozenset[st
     other = next((one for one in following if digests[one] and not digests[one] & digests[place]), None)
     if other is None:
         raise ValueError(f"demonstration {own.id!r} has no other image to be shown with; the pool needs two images")
-    shown = replace(own, id=f"{own.id} (images of {drawn[other].id})", parts=_with_images(own, drawn[other].images()))
+    shown = replace(
+        own, id=f"{own.id} (images of {drawn[other].id})", parts=_with_images(own, drawn[other].readable_images())
+    )
     return Candidate(own, shown, digests[place] | digests[other])
 
 
@@ -103,7 +105,7 @@ def demonstrations(
     is_reversed = few_shot.selection.order in ("reversed", "nearest_last")
     chosen = {}
     for item in items:
-        barred = set().union(*(showing.get(name, ()) for name in (item.id, *map(digest_of, item.images()))))
+        barred = set().union(*(showing.get(name, ()) for name in (item.id, *map(digest_of, item.readable_images()))))
         if len(candidates) - len(barred) < few_shot.shots:
             raise ValueError(
                 f"item {item.id!r} has {len(candidates) - len(barred)} candidates that do not show an image of it, and "

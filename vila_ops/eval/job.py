@@ -59,7 +59,8 @@ class EvalJob(Config):
             inputs, parents = self.settings().model_dump(mode="json"), [self.files[name].digest]
         else:
             inputs, parents = self.inputs().model_dump(mode="json", exclude={"data"}), [self.inputs().data.digest]
-        recipe = {"benchmark": benchmark.model_dump(mode="json"), "plugin": plugin_of(kind), "inputs": inputs}
+        own = benchmark.model_dump(mode="json")
+        recipe: dict[str, Any] = {"benchmark": own, "plugin": plugin_of(kind), "inputs": inputs}
         if isinstance(benchmark, OfficialBenchmark) and benchmark.few_shot:
             recipe |= {"few_shot": FEW_SHOT}
             parents.append(self.pool_digest(name))

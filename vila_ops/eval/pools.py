@@ -176,16 +176,16 @@ class FewShotPlan:
 
     def _vectors(self, known: dict[str, Vectors], digest_of: DigestOf, items: Sequence[Item]) -> Vectors:
         """Features (N, F) of the first images of items; those in `known`, by digest, are not computed again."""
-        if bare := [item.id for item in items if not item.images()]:
+        if bare := [item.id for item in items if not item.readable_images()]:
             raise ValueError(
                 f"benchmark {self.name!r} selects the nearest images, and {bare[0]!r} has none; set few_shot.selection "
                 f"to kind seed"
             )
-        first = {digest_of(item.images()[0]): item.images()[0] for item in items}
+        first = {digest_of(item.readable_images()[0]): item.readable_images()[0] for item in items}
         missing = {digest: image for digest, image in first.items() if digest not in known}
         if missing:
             known.update(zip(missing, self.features_of(list(missing.values()), self.image_of), strict=True))
-        return np.array([known[digest_of(item.images()[0])] for item in items])
+        return np.array([known[digest_of(item.readable_images()[0])] for item in items])
 
 
 def _no_tokenizer() -> Tokenizer:

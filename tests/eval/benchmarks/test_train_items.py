@@ -76,6 +76,6 @@ def test_the_sample_has_a_train_file_with_the_most_frequent_answers() -> None:
     module: Any = benchmark_of("okvqa")
     items = list(module.train_items(SAMPLES / "okvqa", config))
     assert len(items) == 10
-    assert len({item.images() for item in items}) == 5
+    assert len({item.group for item in items}) == 5
     assert [item.answer for item in items[:3]] == ["noon", "sunscreen", "doctor"]
     assert not any(item.problem() for item in items)

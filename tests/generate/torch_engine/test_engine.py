@@ -15,12 +15,20 @@ from vila_ops.config import Model, Resources
 from vila_ops.config.images import Webp
 from vila_ops.data.images import square
 from vila_ops.data.records import Image
-from vila_ops.generate.engine import EngineOptions, generate_all, generate_output, hidden_states_of, score_all
+from vila_ops.generate.engine import (
+    EngineOptions,
+    generate_all,
+    generate_output,
+    hidden_states_of,
+    image_features_of,
+    score_all,
+)
 from vila_ops.generate.request import Delta, Output, Prompt, Sampling
 from vila_ops.generate.torch_engine.engine import InProcessEngine
 from vila_ops.generate.torch_engine.loaded_model import read_model
 from vila_ops.model import folder as model_folder
 from vila_ops.model.assemble import assemble
+from vila_ops.model.features import BATCH
 from vila_ops.model.modify import Modifications
 from vila_ops.model.trainable import EXPERT
 
@@ -83,6 +91,20 @@ def test_hidden_states_are_those_of_transformers_layer_by_layer(engine: InProces
         assert len(states) == len(stock) == 3  # the embeddings and two layers
         for ours, theirs in zip(states, stock, strict=True):
             assert torch.allclose(torch.from_numpy(ours).float(), theirs[0], atol=1e-5)
+
+
+def test_image_features_are_means_over_patches_of_the_tower_whatever_shares_a_pass(
+    engine: InProcessEngine, prompts: list[Prompt]
+) -> None:
+    squares = list(prompts[-1].images)
+    features = image_features_of(engine, [*squares, *[squares[0]] * BATCH, squares[1]])
+    with torch.no_grad():
+        pixels = engine.loaded.features.pixels(squares)  # type: ignore[attr-defined]
+        states = engine.loaded.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+    stock = states[engine.loaded.model.config.vision_feature_layer][:, 1:].mean(dim=1)  # CLIP's first token is no patch
+    assert torch.allclose(torch.from_numpy(features[: len(squares)]).float(), stock, atol=1e-6)
+    assert (features[len(squares) : -1] == features[0]).all()
+    assert (features[-1] == features[1]).all()
 
 
 def _with_expert(base: Pretrained, root: Path) -> Pretrained:
