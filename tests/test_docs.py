@@ -97,6 +97,9 @@ NOT_RUN = {
         "vila-ops evaluate configs/recipes/tiny.yaml --stage base --suite configs/suites/sample_few_shot.yaml -s "
         "resources.storage.benchmarks=docs/samples",
     ),
+    "is run by tests/eval/test_in_training.py": (
+        "vila-ops evaluate configs/recipes/tiny.yaml --stage align --every 2",
+    ),
     "is run by tests/plan/test_shipped.py": (
         "vila-ops plan configs/recipes/vila-7b-packed.yaml -r configs/resources/eight_gpus.yaml "
         "--lengths configs/lengths/vila.yaml",

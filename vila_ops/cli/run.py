@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from vila_ops.artifacts.kinds import EvalReport
 from vila_ops.cli.options import (
     INLINE,
     AsJson,
@@ -79,29 +80,45 @@ def evaluate(
     final: Annotated[bool, typer.Option("--final", help="The final suite instead of the stage suite")] = False,
     suite: Annotated[Path | None, typer.Option("--suite", help="A file of official benchmarks instead")] = None,
     rescore: Annotated[bool, typer.Option("--rescore", help="Score the sealed answers again, without a model")] = False,
+    every: Annotated[
+        int | None, typer.Option("--every", min=1, help="While another process trains the stage, after so many steps")
+    ] = None,
     resources: ResourcesFile = INLINE,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate the model after a stage, or behind an endpoint; prints its scores with 95 % intervals."""
-    from vila_ops.cli.scores import scores
     from vila_ops.config import load_resources, load_suite
-    from vila_ops.eval.report import read_report
     from vila_ops.pipeline import stages
 
-    if bool(stage) == bool(endpoint) or (final and suite is not None) or (endpoint and (final or suite or overrides)):
+    of_a_stage = final or suite or overrides or every
+    if bool(stage) == bool(endpoint) or (final and suite is not None) or (endpoint and of_a_stage):
         raise ValueError(
             "give --stage with a recipe, and --final or --suite if the stage suite is not meant; or --endpoint with a "
-            "file of official benchmarks in place of the recipe, and neither of these nor -s"
+            "file of official benchmarks in place of the recipe, and neither of these nor --every or -s"
         )
+    if every is not None and rescore:
+        raise ValueError("--rescore scores what is sealed, and --every waits for models; give one of them")
     if endpoint:
         name, _, url = endpoint.partition("@")
         report = stages.evaluate_endpoint(load_suite(recipe), name, url, load_resources(resources), again=rescore)
-    else:
-        run, context = load_run(recipe, resources, overrides)
-        own = run.recipe.final_suite if final else run.recipe.stage_suite
-        chosen = own if suite is None else load_suite(suite)
-        report = stages.evaluate_stage(run, stage, chosen, again=rescore, context=context)
+        _print_report(report, as_json)
+        return
+    run, context = load_run(recipe, resources, overrides)
+    own = run.recipe.final_suite if final else run.recipe.stage_suite
+    chosen = own if suite is None else load_suite(suite)
+    if every is None:
+        _print_report(stages.evaluate_stage(run, stage, chosen, again=rescore, context=context), as_json)
+        return
+    for step, report in stages.evaluate_in_training(run, stage, chosen, every=every, context=context):
+        print(f"{stage} after step {step}", file=sys.stderr)
+        _print_report(report, as_json)
+
+
+def _print_report(report: EvalReport, as_json: bool) -> None:
+    from vila_ops.cli.scores import scores
+    from vila_ops.eval.report import read_report
+
     if as_json:
         print_result(report, as_json)
     else:

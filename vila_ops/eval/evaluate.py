@@ -60,13 +60,19 @@ def evaluate(
     if isinstance(suite, Suite):
         assert data is not None
         check_held_out(suite, data)
-    stage = _name_of(model)
+    stage, step = _name_of(model), model.step if isinstance(model, Checkpoint) else 0
     run_id = tracking.start_run(
         resources,
         f"evaluate {stage} on {suite.name}",
         parent=context.parent_run,
         params={"suite": suite.name, **_held_out_params(suite)},
-        tags={"task": "evaluate", "stage": stage, "model": model.digest, "data": data.digest if data else ""},
+        tags={
+            "task": "evaluate",
+            "stage": stage,
+            "step": str(step),
+            "model": model.digest,
+            "data": data.digest if data else "",
+        },
     )
     failed = True
     try:

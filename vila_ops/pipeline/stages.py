@@ -1,5 +1,6 @@
 """The models of a recipe in their one order, and what each is made of: training, evaluation and deployment walk it."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -31,8 +32,12 @@ from vila_ops.packages.fetch import fetch_all
 from vila_ops.packages.untrusted import read_json
 from vila_ops.registry.register import register
 from vila_ops.serve.deploy import deploy
+from vila_ops.train.job import StageInputs
+from vila_ops.train.snapshots import Snapshots
 from vila_ops.train.stage import train_stage
 
+POLL_SECONDS = 5.0
+"""How often resume checkpoints are looked for."""
 Weights = Checkpoint | Pretrained
 
 
@@ -97,14 +102,50 @@ def evaluate_stage(
     `again`: score the sealed answers again, without a model.
     """
     _check_stage(run.recipe, stage, (BASE, *run.recipe.stages))
-    held_out = None
-    if isinstance(suite, Suite):
-        held_out = prepare(suite.mixture, suite_text(run.recipe, stage), run.resources, context)
-        check_held_out(suite, held_out)  # before anything is trained
+    held_out = held_out_of(run, stage, suite, context)  # before anything is trained
     model = model_after(run, stage, context)
     if again:
         return rescore(suite, model, held_out, run.resources)
     return evaluate(suite, model, held_out, run.resources, context)
+
+
+def evaluate_in_training(
+    run: Run, stage: str, suite: Suite | OfficialSuite, *, every: int, context: RunContext = NO_CONTEXT
+) -> Iterator[tuple[int, EvalReport]]:
+    """The step and the report of each model of a stage while another process trains it, until it is finished.
+
+    Models are read from the resume checkpoints whose step is a multiple of `every`, as long as there are any; the last
+    one is that of the stage. Stages before it are trained here unless they are sealed, the stage itself never.
+    Raises ValueError for a step at which no resume checkpoint is saved.
+    """
+    names = [BASE, *run.recipe.stages]
+    _check_stage(run.recipe, stage, names[1:])
+    config = run.recipe.stages[stage]
+    if every % config.save_every:
+        raise ValueError(
+            f"stage {stage!r} saves a resume checkpoint every {config.save_every} steps, so none every {every}; take a "
+            f"multiple"
+        )
+    held_out = held_out_of(run, stage, suite, context)
+    data, init = inputs_of(run, stage, context)
+    resources = run.resources.for_stage(stage)
+    inputs = StageInputs(stage=config, model=run.recipe.model_of(stage), data=data, init=init, resources=resources)
+    snapshots, finished = Snapshots(inputs), None
+    while finished is None:
+        finished = snapshots.finished()
+        for model in [finished] if finished else snapshots.new(every=every):
+            yield model.step, evaluate(suite, model, held_out, run.resources, context)
+        if finished is None:
+            time.sleep(POLL_SECONDS)
+
+
+def held_out_of(run: Run, stage: str, suite: Suite | OfficialSuite, context: RunContext) -> Dataset | None:
+    """The prepared data of a suite for the model of a stage. Raises ValueError for too few held-out records."""
+    if not isinstance(suite, Suite):
+        return None
+    held_out = prepare(suite.mixture, suite_text(run.recipe, stage), run.resources, context)
+    check_held_out(suite, held_out)
+    return held_out
 
 
 def evaluate_endpoint(

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vila_ops.artifacts.disk_faults import faults_named
 from vila_ops.artifacts.store import content, opened
@@ -203,13 +204,19 @@ def save_model(engine: TrainEngine, job: TrainJob, curve: Curve, rank_info: Rank
     trained = {}
     for name, tensors in engine.state():
         if rank_info.rank == 0:
-            trained[name.removeprefix("model.")] = tensors["param"].to("cpu", copy=True)
+            trained[name] = tensors["param"].to("cpu", copy=True)
     if rank_info.rank:
         return
-    attempt, stage = Path(job.attempt), job.stage
+    write_model(trained, curve, Path(job.attempt), stage=job.stage, init=content(job.init))
+
+
+def write_model(trained: dict[str, Tensor], curve: Curve, folder: Path, *, stage: Stage, init: Path) -> None:
+    """Write a model folder with the trained parameters, by their names in the engine, and the curve.
+
+    `init` is the folder of the model that the stage started from.
+    """
+    named = {name.removeprefix("model."): tensor for name, tensor in trained.items()}
     exact = [{key: value.hex() if isinstance(value, float) else value for key, value in row.items()} for row in curve]
-    with faults_named(attempt):
-        model_folder.save_trained(
-            trained, attempt, init=content(job.init), modifications=modifications_of(stage), tuning=stage.tuning
-        )
-        (attempt / CURVE).write_text(json.dumps(exact, indent=1))
+    with faults_named(folder):
+        model_folder.save_trained(named, folder, init=init, modifications=modifications_of(stage), tuning=stage.tuning)
+        (folder / CURVE).write_text(json.dumps(exact, indent=1))

@@ -41,32 +41,42 @@ def train_stage(
         stage=stage, model=model, data=data, init=init, resources=resources.for_stage(stage.name), context=context
     )
     check_quantised(stage)
-    fresh = isinstance(init, Pretrained) and model.weights is None
-    recipe = {
-        "stage": _recipe_part(stage),
-        "projector": model.projector.model_dump(mode="json"),
-        "fresh_projector": fresh,
-    }
-    if plugin := plugin_of(model.projector.kind):
-        recipe["projector_plugin"] = plugin
-    at = store.address(Checkpoint, revision=REVISION, recipe=recipe, parents=(data.digest, init.digest))
+    at = address_of(inputs)
     if done := store.find(Checkpoint, at, store=resources.storage.store):
-        remove_all(_resume(at, resources))  # a process that was killed after it sealed left them
+        remove_all(resume_of(at, resources))  # a process that was killed after it sealed left them
         return done
     if resources.launch == "ray_job":
         return _train_as_job(at, inputs)
     with hold(at, store=resources.storage.store):
-        return store.find(Checkpoint, at, store=resources.storage.store) or _train_here(at, inputs, fresh=fresh)
+        return store.find(Checkpoint, at, store=resources.storage.store) or _train_here(at, inputs)
 
 
-def _train_here(at: store.Address, inputs: StageInputs, *, fresh: bool) -> Checkpoint:
+def address_of(inputs: StageInputs) -> store.Address:
+    """Where the model after a stage is."""
+    recipe = {
+        "stage": _recipe_part(inputs.stage),
+        "projector": inputs.model.projector.model_dump(mode="json"),
+        "fresh_projector": _is_fresh(inputs),
+    }
+    if plugin := plugin_of(inputs.model.projector.kind):
+        recipe["projector_plugin"] = plugin
+    parents = (inputs.data.digest, inputs.init.digest)
+    return store.address(Checkpoint, revision=REVISION, recipe=recipe, parents=parents)
+
+
+def _is_fresh(inputs: StageInputs) -> bool:
+    """Whether the projector has random weights, as no stage has trained it yet."""
+    return isinstance(inputs.init, Pretrained) and inputs.model.weights is None
+
+
+def _train_here(at: store.Address, inputs: StageInputs) -> Checkpoint:
     """Train and seal. The caller holds the lease."""
     stage, data, init, resources = inputs.stage, inputs.data, inputs.init, inputs.resources
     check_inputs(inputs)
     for parent in (data, init):
         store.content(parent)  # every byte is compared before anything is trained
     started = time.monotonic()
-    resume = _resume(at, resources)
+    resume = resume_of(at, resources)
     write_label(resume, stage.name)
     _tell_of_others(at, inputs)
     run_id = tracking.start_run(
@@ -86,7 +96,7 @@ def _train_here(at: store.Address, inputs: StageInputs, *, fresh: bool) -> Check
                 attempt=str(attempt),
                 resume=resume,
                 run_id=run_id,
-                fresh_projector=fresh,
+                fresh_projector=_is_fresh(inputs),
             )
             workers = _run_workers(job)
         failed = False
@@ -105,7 +115,7 @@ def _train_here(at: store.Address, inputs: StageInputs, *, fresh: bool) -> Check
     return checkpoint
 
 
-def _resume(at: store.Address, resources: Resources) -> str:
+def resume_of(at: store.Address, resources: Resources) -> str:
     """The place of the stage's resume checkpoints."""
     return f"{store.root_of(resources.storage.store)}/resume/{at.key}"
 

@@ -23,7 +23,7 @@ from vila_ops.device import on_accelerator
 from vila_ops.errors import CorruptArtifact, VilaError
 from vila_ops.train.checkpoint.rank_file import RankFile, StagingBuffers
 from vila_ops.train.checkpoint.ranks import Ranks
-from vila_ops.train.checkpoint.storage import storage_of
+from vila_ops.train.checkpoint.storage import CheckpointStorage, storage_of
 from vila_ops.train.engine import State, TrainEngine
 from vila_ops.train.job import RankInfo
 
@@ -78,7 +78,7 @@ class Checkpointer:
         """
         for name in reversed(self._ranks.run_on_all(self._list_sealed)[0]):
             try:
-                checkpoint = self._read(name)
+                checkpoint = read_checkpoint(self._storage, name)
             except CorruptArtifact as error:
                 log.warning("resume checkpoint %s is damaged (%s); the checkpoint before it is used", name, error)
                 checkpoint = None
@@ -178,17 +178,18 @@ class Checkpointer:
         self._earlier_steps = {one.step for one in sealed}
         return [one.name for one in sealed]
 
-    def _read(self, name: str) -> tuple[States, dict[str, Any]]:
-        """Read and verify a checkpoint. Returns its tensors and manifest. Raises CorruptArtifact."""
-        manifest = _parse(self._storage.manifest(name))
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            paths = list(pool.map(lambda one: self._storage.file(name, *one), manifest["files"].items()))
-        states: States = {}
-        for path in paths:
-            for key, tensor in load_file(path).items():
-                kind, _, parameter = key.partition("/")
-                states.setdefault(parameter, {})[kind] = tensor
-        return states, manifest
+
+def read_checkpoint(storage: CheckpointStorage, name: str) -> tuple[States, dict[str, Any]]:
+    """Read and verify a checkpoint. Returns its tensors by name, and its manifest. Raises CorruptArtifact."""
+    manifest = _parse(storage.manifest(name))
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        paths = list(pool.map(lambda one: storage.file(name, *one), manifest["files"].items()))
+    states: States = {}
+    for path in paths:
+        for key, tensor in load_file(path).items():
+            kind, _, parameter = key.partition("/")
+            states.setdefault(parameter, {})[kind] = tensor
+    return states, manifest
 
 
 def to_keep(steps: Iterable[int], curve: Curve, keep: Retention) -> set[int]:
