@@ -17,6 +17,8 @@ from vila_ops.config import Run
 from vila_ops.eval.report import read_report
 from vila_ops.pipeline import stages
 from vila_ops.train import loop
+from vila_ops.train.job import StageInputs
+from vila_ops.train.snapshots import Snapshots
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,6 +43,26 @@ def interrupted(run: Run) -> Path:
             return folder
         time.sleep(0.01)
     raise AssertionError("the resume checkpoint after step 4 was not written")
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_is_gone_or_damaged_is_missed_with_a_warning(
+    run: Run, interrupted: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of steps 1 to 4 only 2 and 4 were saved, and 2 is damaged."""
+    data, init = stages.inputs_of(run, "align")
+    stage, resources = run.recipe.stages["align"], run.resources
+    inputs = StageInputs(stage=stage, model=run.recipe.model, data=data, init=init, resources=resources)
+    (damaged,) = (interrupted / "step-000002").glob("rank-*")
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    snapshots = Snapshots(inputs)
+    assert [one.step for one in snapshots.new(every=1)] == [4]
+    assert "align after steps [1, 2, 3] is not evaluated" in caplog.text
+    assert "resume checkpoint step-000002 of align cannot be read" in caplog.text
+    assert snapshots.new(every=1) == []
+    damaged.write_bytes(whole)
+    assert [one.step for one in Snapshots(inputs).new(every=2)] == [2, 4]
 
 
 @pytest.mark.slow

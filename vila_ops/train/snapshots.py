@@ -8,7 +8,7 @@ from vila_ops.artifacts.execution import execution
 from vila_ops.artifacts.kinds import Checkpoint
 from vila_ops.cluster import whoami
 from vila_ops.errors import CorruptArtifact
-from vila_ops.train.checkpoint.storage import SealedCheckpoint, storage_of
+from vila_ops.train.checkpoint.storage import storage_of
 from vila_ops.train.job import StageInputs
 from vila_ops.train.stage import address_of, resume_of
 
@@ -31,45 +31,49 @@ class Snapshots:
         return store.find(Checkpoint, self._at, store=self._store)
 
     def new(self, *, every: int) -> list[Checkpoint]:
-        """The models of resume checkpoints whose step is a multiple of `every`, oldest first; each is given once.
+        """The models after multiples of `every` steps, which is always the same, oldest first; each is given once.
 
         A warning names those that are missed: damaged, or removed before they were read.
         """
-        saved = [one for one in storage_of(self._resume).sealed() if one.step % every == 0]
-        models = [model for one in saved if one.step > self._last and (model := self._model(one))]
-        newest = max((one.step for one in saved), default=self._last)
-        wanted = range(self._last // every * every + every, newest + 1, every)
-        if missed := sorted(set(wanted) - {model.step for model in models}):
+        saved = {one.step: one.name for one in storage_of(self._resume).sealed() if one.step % every == 0}
+        newest = max(saved, default=self._last)
+        given = {step: self._model(step, saved.get(step)) for step in range(self._last + every, newest + 1, every)}
+        if missed := [step for step, model in given.items() if model is None]:
             log.warning(
                 "%s after steps %s is not evaluated: the resume checkpoints are gone; resources.train.keep.every: %d "
                 "of the training process keeps them",
                 self._inputs.stage.name, missed, every,
             )  # fmt: skip
         self._last = max(self._last, newest)
-        return models
+        return [model for model in given.values() if model]
 
-    def _model(self, saved: SealedCheckpoint) -> Checkpoint | None:
-        """The model in a resume checkpoint as a sealed one; None where that is damaged, or was removed meanwhile."""
+    def _model(self, step: int, name: str | None) -> Checkpoint | None:
+        """The model after a step, sealed before or now from the resume checkpoint of a name.
+
+        None where there is none, or it is damaged or was removed meanwhile.
+        """
         at = store.address(
             Checkpoint,
             revision=REVISION,
-            recipe={"stage": self._at.key, "step": saved.step},
+            recipe={"stage": self._at.key, "step": step},
             parents=(self._inputs.data.digest, self._inputs.init.digest),
         )
         if done := store.find(Checkpoint, at, store=self._store):
             return done
+        if name is None:
+            return None
         from vila_ops.train.checkpoint.checkpointer import read_checkpoint  # heavy: torch
         from vila_ops.train.loop import write_model
 
         stage, started = self._inputs.stage, time.monotonic()
         try:
-            states, manifest = read_checkpoint(storage_of(self._resume), saved.name)
+            states, manifest = read_checkpoint(storage_of(self._resume), name)
         except (CorruptArtifact, FileNotFoundError) as error:
-            log.warning("resume checkpoint %s of %s cannot be read: %s", saved.name, stage.name, error)
+            log.warning("resume checkpoint %s of %s cannot be read: %s", name, stage.name, error)
             return None
         trained = {name: tensors["param"] for name, tensors in states.items()}
         with attempts.attempt(at, store=self._store) as attempt:
             write_model(trained, manifest["curve"], attempt, stage=stage, init=store.content(self._inputs.init))
         seconds = time.monotonic() - started
         ran = execution(launch=self._inputs.resources.launch, seconds=seconds, ran=[whoami()])
-        return store.seal(Checkpoint, at, attempt, facts={"stage": stage.name, "step": saved.step}, execution=ran)
+        return store.seal(Checkpoint, at, attempt, facts={"stage": stage.name, "step": step}, execution=ran)
