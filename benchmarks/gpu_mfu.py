@@ -71,7 +71,7 @@ def main() -> None:
     with device:
         model = VilaForConditionalGeneration(config)
     attention.use(model, attention.choose(resources.train.attention, device, stage.precision))
-    objective = Objective(model, bf16=True)
+    objective = Objective(model)
     engine = build_engine(objective, set_trainable(objective, stage.trainable, stage.tuning), stage, resources)
     draw = np.random.default_rng(0)
     passes = [[_row(draw) for _ in range(ROWS)] for _ in range(PASSES)]

@@ -4,7 +4,8 @@ A step is one global batch: the samples of ROWS_PER_STEP packed sequences. The T
 data set and accumulates over it, so that both take one optimizer step on the same samples. Ours packs them; the
 peer pads micro-batches of 16 (with its default sampler, or with its group_by_length, which here sorts the whole
 step: its best case), or takes one sample at a time, unpadded. Lengths are LLaVA-like (benchmarks/peers.py), divided
-by 9, since an image is 64 tokens here and 576 there. bf16 autocast over fp32 weights, fused AdamW, clipping at 1,
+by 9, since an image is 64 tokens here and 576 there. bf16 (ours: bf16 weights with fp32 masters; the peer: autocast
+over fp32 weights), fused AdamW, clipping at 1,
 frozen tower; the language model is SmolLM2-135M with its real weights. `loss_per_token` is that of the first step,
 before any update.
 
@@ -51,7 +52,7 @@ from vila_ops.train import loop
 from vila_ops.train.bad_samples import BadSampleFinder
 from vila_ops.train.batch_builder import BatchBuilder
 from vila_ops.train.batch_loader import BatchLoader, LoadedBatch
-from vila_ops.train.engine import build_engine
+from vila_ops.train.engine import PlainEngine, build_engine
 from vila_ops.train.job import RankInfo, TrainJob
 from vila_ops.train.metrics import LossAccumulator, MetricsLogger
 from vila_ops.train.objective import Objective
@@ -181,7 +182,7 @@ class Ours:
             resume=str(root / "resume"), run_id=None, fresh_projector=False, context=NO_CONTEXT,
         )  # fmt: skip
         model, self.rows, self.batches = loop.load(self.job)
-        self.objective = Objective(model, bf16=stage.precision == "bf16")
+        self.objective = Objective(model)
         self.trained = set_trainable(self.objective, stage.trainable, stage.tuning)
         self.engine = build_engine(self.objective, self.trained, stage, resources)
         self.accumulator = LossAccumulator(self.job, model, self.batches, self.rows.sources())
@@ -190,7 +191,10 @@ class Ours:
         self.metrics_logger = MetricsLogger(
             self.job, metrics, self.batches.device, step=0, num_steps=stage.num_steps or 0
         )
-        self.bare = torch.optim.AdamW(parameter_groups(stage, self.trained), betas=stage.betas, fused=True)
+        assert isinstance(self.engine, PlainEngine)
+        masters = iter(self.engine.masters)
+        updated = {part: [(name, next(masters)) for name, _ in named] for part, named in self.trained.items()}
+        self.bare = torch.optim.AdamW(parameter_groups(stage, updated), betas=stage.betas, fused=True)
         self.index = {row["key"]: row for row in read_index(content(data)).to_pylist()}
 
     def samples(self, *, step: int) -> list[Sample]:
@@ -247,10 +251,16 @@ class Ours:
         started = time.perf_counter()
         for batch in ready:
             (self.objective(batch)[0] / num_targets).backward()
-        nn.utils.clip_grad_norm_([p for group in self.bare.param_groups for p in group["params"]], 1.0)
+        pairs = [(p, master) for (_, p), master in zip(self.engine.named, self.engine.masters, strict=True)]
+        for p, master in pairs:
+            master.grad, p.grad = p.grad, None
+        nn.utils.clip_grad_norm_([master for _, master in pairs], 1.0)
         for group in self.bare.param_groups:
             group["lr"] = 0.0
         self.bare.step()
+        with torch.no_grad():
+            for p, master in pairs:
+                p.copy_(master)
         self.bare.zero_grad(set_to_none=True)
         return time.perf_counter() - started
 

@@ -250,10 +250,10 @@ def test_the_documentation_names_every_recipe_and_ablation() -> None:
 @pytest.mark.parametrize(
     ("resources", "recipes", "rows"),
     [
-        ("vila_128", ["vila-7b", "base", "table9-lora"], {"align": 32, "pretrain": 8, "sft": 8}),
-        ("vila-13b_128", ["vila-13b"], {"align": 32, "pretrain": 8, "sft": 2}),
+        ("vila_128", ["vila-7b", "base", "table9-lora"], {"align": 32, "pretrain": 8, "sft": 16}),
+        ("vila-13b_128", ["vila-13b"], {"align": 32, "pretrain": 8, "sft": 16}),
         ("vila1.5_128", ["vila1.5-3b", "vila1.5-8b", "vila1.5-13b"], {"align": 16, "pretrain": 8, "sft": 4}),
-        ("vila1.5-40b_128", ["vila1.5-40b"], {"align": 32, "pretrain": 4, "sft": 4}),
+        ("vila1.5-40b_128", ["vila1.5-40b"], {"align": 32, "pretrain": 4, "sft": 8}),
         ("nvila_128", ["nvila-8b"], {"align": 4, "vit_pretrain": 4, "pretrain": 4, "sft": 2, "video_sft": 2}),
         ("nvila_lite_128", ["nvila-lite-8b"], {"align": 16, "vit_pretrain": 8, "pretrain": 8, "sft": 8}),
     ],

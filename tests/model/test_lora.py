@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vila_ops.config.train import Lora
 from vila_ops.model import lora
-from vila_ops.model.trainable import keep_frozen_in, set_trainable
+from vila_ops.model.trainable import compute_in, set_trainable
 from vila_ops.model.vila import VilaForConditionalGeneration
 
 LAYERS = {
@@ -85,15 +85,18 @@ def test_a_seed_gives_the_same_adapters_and_leaves_torch_s_own_generator_alone(f
     assert not torch.equal(actual[0], actual[2])
 
 
-def test_in_bf16_the_frozen_weights_are_halved_and_adapters_and_rotary_frequencies_are_not(fresh: Make) -> None:
+def test_in_bf16_all_weights_are_halved_adapters_have_fp32_masters_and_rotary_frequencies_keep_their_bits(
+    fresh: Make,
+) -> None:
     model = fresh()
     frequencies = model.model.language_model.rotary_emb.inv_freq.clone()
     lora.add(model, TUNING, seed=0, dtype=torch.bfloat16)
-    keep_frozen_in(torch.bfloat16, model, ("language_model",), TUNING)
-    for name, parameter in model.model.language_model.named_parameters():
-        assert parameter.dtype == (torch.float32 if "lora_" in name else torch.bfloat16), name
-    assert model.lm_head.weight.dtype == torch.bfloat16
-    assert all(p.dtype == torch.float32 for p in model.model.multi_modal_projector.parameters())
+    trained = set_trainable(model, ("language_model",), TUNING)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+    masters = compute_in(torch.bfloat16, model, trained)
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+    assert masters.keys() == before.keys()
+    assert all(torch.equal(masters[name], before[name]) for name in before)
     assert torch.equal(model.model.language_model.rotary_emb.inv_freq, frequencies)
 
 

@@ -88,7 +88,7 @@ def counted(model: Any, stage: Stage, case: Case) -> tuple[int, int]:
         if hasattr(module, "config"):
             module.config._attn_implementation = "eager"  # its products are counted one by one
     model.model.vision_tower.use_head = False  # SigLIP's pooling has no effect
-    objective = Objective(model, bf16=False).train()
+    objective = Objective(model).train()
     set_trainable(objective, stage.trainable, stage.tuning)
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(10, 200, (1, TOKENS), generator=random)

@@ -16,11 +16,12 @@ from vila_ops.config.resources import TrainResources
 from vila_ops.model import lora
 from vila_ops.model.configuration import VilaConfig
 from vila_ops.model.recompute import recompute
-from vila_ops.model.trainable import component_of, keep_frozen_in, set_trainable
+from vila_ops.model.trainable import component_of, set_trainable
 from vila_ops.model.vila import VilaForConditionalGeneration
 from vila_ops.model.visual_expert import add_visual_expert
 from vila_ops.plan.memory import MicroBatch, Weights, memory
 from vila_ops.plan.shapes import shapes_of
+from vila_ops.train.engine import PlainEngine
 from vila_ops.train.objective import Batch, Objective
 
 ROWS, TOKENS, SIDE = 2, 192, 112
@@ -70,7 +71,6 @@ class Case:
     tuning: dict[str, Any] = field(default_factory=lambda: {"kind": "full"})
     accumulated: int = 2
     recomputed: bool = False
-    within: float = 0.03
     vocabulary: int = 256
 
 
@@ -78,22 +78,21 @@ CASES = [
     Case("pretrain", LANGUAGE),
     Case("pretrain in fp32", LANGUAGE, "fp32"),
     Case("one micro-batch a step", LANGUAGE, accumulated=1),
-    Case("recomputed", LANGUAGE, recomputed=True, within=0.12),
-    Case("align", ("projector",), within=0.07),
+    Case("recomputed", LANGUAGE, recomputed=True),
+    Case("align", ("projector",)),
     Case("everything", ("vision_tower", *LANGUAGE)),
-    Case("lora", LANGUAGE, tuning={"kind": "lora", "rank": 8, "dropout": 0.0}, within=0.07),
+    Case("lora", LANGUAGE, tuning={"kind": "lora", "rank": 8, "dropout": 0.0}),
     Case("expert", LANGUAGE, tuning={"kind": "visual_expert"}),
     *(
         Case(f"a vocabulary of {size}, {precision}", LANGUAGE, precision, vocabulary=size)
         for size in (8192, 32768)
         for precision in ("bf16", "fp32")
     ),
-    Case("align, a large vocabulary", ("projector",), within=0.07, vocabulary=32768),
+    Case("align, a large vocabulary", ("projector",), vocabulary=32768),
     Case(
         "lora, a large vocabulary",
         LANGUAGE,
         tuning={"kind": "lora", "rank": 8, "dropout": 0.0},
-        within=0.07,
         vocabulary=32768,
     ),
     Case("expert, a large vocabulary", LANGUAGE, tuning={"kind": "visual_expert"}, vocabulary=32768),
@@ -118,7 +117,7 @@ def test_the_forecast_is_what_is_alive_at_the_peak_of_a_step(case: Case, make_st
     train = TrainResources(micro_batch_size=ROWS, gradient_checkpointing=case.recomputed)
     resources = Resources(launch="inline", train=train)
     forecast = memory(shapes, weights, stage, resources, MicroBatch(ROWS, TOKENS, ROWS)).total
-    assert forecast == pytest.approx(peak(objective, stage, case.accumulated), rel=case.within)
+    assert forecast == pytest.approx(peak(objective, stage, resources, case.accumulated), rel=0.05)
 
 
 def built(config: VilaConfig, stage: Stage) -> tuple[Objective, Weights]:
@@ -131,8 +130,7 @@ def built(config: VilaConfig, stage: Stage) -> tuple[Objective, Weights]:
     if stage.tuning.kind == "visual_expert":
         add_visual_expert(model.model.language_model)
         model.config.visual_expert = True
-    keep_frozen_in(dtype, model, stage.trainable, stage.tuning)
-    objective = Objective(model, bf16=stage.precision == "bf16")
+    objective = Objective(model)
     set_trainable(objective, stage.trainable, stage.tuning)
     frozen = {name: p.numel() for name, p in model.named_parameters() if not p.requires_grad}
     decoder = sum(size for name, size in frozen.items() if component_of(name) == "language_model")
@@ -140,23 +138,19 @@ def built(config: VilaConfig, stage: Stage) -> tuple[Objective, Weights]:
     return objective, Weights(trained, decoder, sum(frozen.values()) - decoder)
 
 
-def peak(objective: Objective, stage: Stage, accumulated: int) -> int:
-    """Return the live bytes at the peak of a step, once the optimizer has its states."""
+def peak(objective: Objective, stage: Stage, resources: Resources, accumulated: int) -> int:
+    """Return the live bytes at the peak of a step of the plain engine."""
     model = objective.model
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, fused=True)
+    engine = PlainEngine(objective, set_trainable(objective, stage.trainable, stage.tuning), stage, resources)
     ids = torch.randint(0, 200, (ROWS, TOKENS))
     ids[:, 1:65] = 250
     labels = torch.full_like(ids, -100)
     labels[:, 70:100] = 3
     live = Live()
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in (*model.parameters(), *model.buffers(), *engine.masters):
         live.add(tensor)
     with live:
-        for parameter in trained:
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        engine.step(1.0)  # of zero gradients, so that the optimizer has its states
         live.peak = 0
         for _ in range(accumulated):
             pixels: Tensor | None = torch.rand(ROWS, 3, SIDE, SIDE)
@@ -172,24 +166,30 @@ def peak(objective: Objective, stage: Stage, accumulated: int) -> int:
                 labels=labels,
                 any_images=True,
             )
-            total, _ = objective(replace(batch, features=features, pixel_values=pixels))
-            (total / 100).backward()
-        optimizer.step()
+            batch = replace(batch, features=features, pixel_values=pixels)
+            engine.backward(engine.loss(batch)[0] / 100)
+        engine.step(1.0)
     return live.peak
 
 
 @pytest.mark.parametrize(
-    ("zero", "offload", "weights", "gradients", "optimizer", "host"),
+    ("precision", "zero", "offload", "weights", "gradients", "optimizer", "host"),
     [  # GB for 10^9 trained parameters on 8 workers; ZeRO-3 gathers at most 10^9 elements, 7 / 8 of them from others
-        (0, "none", 4, 4, 8, 0),
-        (1, "none", 4, 4, 12 / 8, 0),
-        (2, "none", 4, 4 / 8, 12 / 8, 0),
-        (3, "none", 4 / 8 + 4 * 7 / 8, 4 / 8, 12 / 8, 0),
-        (2, "optimizer", 4, 0, 0, 16 / 8),
-        (3, "parameters", 4 * 7 / 8, 0, 0, 20 / 8),
+        ("fp32", 0, "none", 4, 4, 8, 0),
+        ("fp32", 1, "none", 4, 4, 12 / 8, 0),
+        ("fp32", 2, "none", 4, 4 / 8, 12 / 8, 0),
+        ("fp32", 3, "none", 4 / 8 + 4 * 7 / 8, 4 / 8, 12 / 8, 0),
+        ("fp32", 2, "optimizer", 4, 0, 0, 16 / 8),
+        ("fp32", 3, "parameters", 4 * 7 / 8, 0, 0, 20 / 8),
+        ("bf16", 0, "none", 2, 4, 12, 0),
+        ("bf16", 1, "none", 2, 6, 12 / 8, 0),
+        ("bf16", 2, "none", 2, 4 / 8, 12 / 8, 0),
+        ("bf16", 3, "none", 2 / 8 + 2 * 7 / 8, 4 / 8, 12 / 8, 0),
+        ("bf16", 3, "parameters", 2 * 7 / 8, 0, 0, 18 / 8),
     ],
 )
 def test_zero_shares_states_over_the_workers(
+    precision: str,
     zero: int,
     offload: str,
     weights: float,
@@ -199,7 +199,7 @@ def test_zero_shares_states_over_the_workers(
     make_stage: Any,
     make_mixture: Any,
 ) -> None:
-    stage = make_stage(make_mixture("pairs"), trainable=("language_model",), global_batch_size=16)
+    stage = make_stage(make_mixture("pairs"), trainable=("language_model",), global_batch_size=16, precision=precision)
     train = TrainResources.model_validate({"num_workers": 8, "zero_stage": zero, "offload": offload})
     resources = Resources(launch="ray", ray_address="h:1", train=train)
     config = VilaConfig(vision_config=CLIP, text_config=LLAMA, vision_side=SIDE, tie_word_embeddings=False)

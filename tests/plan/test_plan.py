@@ -121,7 +121,7 @@ def test_declared_lengths_keep_their_means(make_mixture: Any) -> None:
 
 @pytest.mark.slow
 def test_a_stage_that_does_not_fit_is_refused_and_fits_with_the_settings_that_are_named(planned: Any) -> None:
-    plan, code, errors = planned("resources.train.stages.sft.micro_batch_size=16")
+    plan, code, errors = planned("resources.train.stages.sft.gradient_checkpointing=false")
     stages = {one["stage"]: one for one in plan["stages"]}
     assert code == 1
     assert "stage 'sft' needs" in errors

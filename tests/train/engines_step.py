@@ -28,7 +28,7 @@ def run(task: dict[str, Any], rank_info: RankInfo) -> None:
     """
     job = TrainJob.model_validate(task)
     model, rows, batches = load(job)
-    objective = Objective(model, bf16=False)
+    objective = Objective(model)
     trained = set_trainable(objective, job.stage.trainable, job.stage.tuning)
     engine = build_engine(objective, trained, job.stage, job.resources)
     accumulator = LossAccumulator(job, model, batches, rows.sources())

@@ -42,7 +42,7 @@ def make_batch(objective: Objective, kind: str, seed: int, *, any_images: bool) 
     )
     return replace(
         batch,
-        features=features if kind == "P" and not tower_trains else None,
+        features=features.to(objective.model.dtype) if kind == "P" and not tower_trains else None,
         pixel_values=pixels if kind == "P" and tower_trains else None,
     )
 
@@ -63,7 +63,7 @@ def walk(engine: TrainEngine, objective: Objective, *, ranks: tuple[int, ...]) -
 def set_out(folder: str, stage: Stage, resources: Resources) -> tuple[TrainEngine, Objective]:
     """Return engine and objective of a stage."""
     model = model_folder.load(Path(folder), modifications=modifications_of(stage))
-    objective = Objective(model, bf16=False)
+    objective = Objective(model)
     trained = set_trainable(objective, stage.trainable, stage.tuning)
     return build_engine(objective, trained, stage, resources), objective
 

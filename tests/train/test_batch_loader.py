@@ -271,7 +271,7 @@ def test_no_pass_of_a_step_waits_for_the_device_or_asks_another_rank(
     """Ops that give a number or a shape to the host, on the thread that computes; the loading threads may use them."""
     job = make_job(bench, make_stage, tmp_path, stage={"trainable": trainable, "tuning": tuning})
     model, rows, batches = load(job)
-    objective = Objective(model, bf16=False).train()
+    objective = Objective(model).train()
     engine = PlainEngine(objective, set_trainable(objective, trainable, job.stage.tuning), job.stage, job.resources)
     with BatchLoader(job, RankInfo(), rows, batches) as loader, HostWaits() as waits:
         kinds = set()

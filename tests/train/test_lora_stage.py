@@ -25,8 +25,11 @@ from vila_ops.model import folder as model_folder
 from vila_ops.model import lora
 from vila_ops.model.assemble import assemble
 from vila_ops.model.trainable import set_trainable
+from vila_ops.model.vila import VilaForConditionalGeneration
+from vila_ops.train.engine import build_engine
 from vila_ops.train.job import StageInputs, TrainJob
 from vila_ops.train.loop import load
+from vila_ops.train.objective import Objective
 from vila_ops.train.optim import parameter_groups
 from vila_ops.train.stage import train_stage
 
@@ -229,12 +232,19 @@ def test_a_frozen_base_is_kept_in_bf16_while_it_trains_and_merged_in_full(
     plain: Any, stage: Callable[..., Stage], train: Train, tmp_path: Path
 ) -> None:
     half = stage(precision="bf16", num_steps=2)
-    model, _, _ = load(_job(plain, half, tmp_path))
-    dtypes = {("lora_" in n, p.dtype) for n, p in model.model.language_model.named_parameters()}
-    assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
+    model = _placed(_job(plain, half, tmp_path))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     made = content(train(half))
     before, after = (load_file(folder / "model.safetensors") for folder in (content(plain.init), made))
     _is_base_plus_adapter(before, after, made)
+
+
+def _placed(job: TrainJob) -> VilaForConditionalGeneration:
+    """Return the model of a job as its engine trains it."""
+    model, _, _ = load(job)
+    objective = Objective(model)
+    build_engine(objective, set_trainable(objective, job.stage.trainable, job.stage.tuning), job.stage, job.resources)
+    return model
 
 
 def _is_base_plus_adapter(before: dict[str, Any], after: dict[str, Any], made: Path) -> None:
@@ -256,7 +266,7 @@ def test_qlora_trains_on_4_bit_weights_and_merges_into_the_full_ones(
 ) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes (extra qlora)")
     quantised = stage({**LORA, "quantise": "nf4"}, num_steps=2, precision=precision)
-    model, _, _ = load(_job(plain, quantised, tmp_path))
+    model = _placed(_job(plain, quantised, tmp_path))
     kept = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
     assert len(kept) == 14
     assert all(layer.weight.dtype == torch.uint8 and layer.weight.quant_state.nested for layer in kept)

@@ -47,7 +47,7 @@ def objective(job: TrainJob) -> Objective:
         if parameter.ndim == 2:
             parameter.data *= 4
     assert model.config.text_config.use_cache
-    return Objective(model, bf16=False).train()
+    return Objective(model).train()
 
 
 def chosen(job: TrainJob) -> list[Sample]:

@@ -187,7 +187,7 @@ def test_the_loss_of_each_sample_is_what_it_is_alone(run: Run) -> None:
     """Compares the losses of samples in packed rows with the model's loss on each sample alone."""
     job = job_of(run, "alone-losses")
     model, rows, batches = load_stage(job)
-    objective = Objective(model, bf16=False)
+    objective = Objective(model)
     own, _ = rows.batch(0)
     own += rows.batch(1)[0]
     assert max(len(row.keys) for row in own) > 1
@@ -367,7 +367,7 @@ def test_a_spike_is_written_down_once_with_its_worst_samples_and_training_goes_o
     run_id = tracking.start_run(job.resources, "spike", parent=None, params={}, tags={})
     job = TrainJob.model_validate({**job.model_dump(), "run_id": run_id})
     model, rows, batches = load_stage(job)
-    objective = Objective(model, bf16=False)
+    objective = Objective(model)
     curve = [{"step": step, "loss": 1.0 + step % 5 / 100} for step in range(1, 41)]
     metrics = tracking.MetricLog(job.resources, job.run_id)
     with StepWatchdog(job, RankInfo()) as watchdog, metrics, caplog.at_level(logging.WARNING), torch.no_grad():

@@ -95,6 +95,7 @@ def lines(plan: "Plan") -> list[str]:
     """The tables of a plan."""
     work: list[Row] = [("stage", "lengths", "samples", "tokens", "targets", "padding", "steps", "FLOPs")]
     time: list[Row] = [("stage", "hours", "MFU", "cost", "fits", "memory", "activations", "host memory")]
+    moved: list[Row] = [("stage", "elements reduced at once", "gathered ahead")]
     disk: list[Row] = [("stage", "resume", "model", "data", "features")]
     for one in plan.stages:
         memory = one.memory
@@ -107,6 +108,8 @@ def lines(plan: "Plan") -> list[str]:
              "-" if one.fits is None else "yes" if one.fits else "NO", f"{memory.total:.1f} GiB",
              f"{memory.activations:.1f} GiB", f"{memory.host:.1f} GiB")
         )  # fmt: skip
+        if one.messages:
+            moved.append((one.stage, *(short(size).strip() for size in one.messages)))
         resume = _bytes(one.resume_bytes) if one.resume_bytes else "none"
         disk.append((one.stage, resume, *map(_bytes, (one.model_bytes, one.data_bytes, one.feature_bytes))))
     hours = _known(plan.hours, "{:.1f} hours, ") + _known(plan.gpu_hours, "{:.0f} GPU hours, ")
@@ -115,7 +118,7 @@ def lines(plan: "Plan") -> list[str]:
     cost = f"cost {plan.cost:.0f}, " if plan.cost else ""
     return [
         f"recipe {plan.recipe}, fingerprint {plan.recipe_fingerprint}", "",
-        *table(work), "", *table(time), "", *table(disk), "",
+        *table(work), "", *table(time), "", *([*table(moved), ""] if len(moved) > 1 else []), *table(disk), "",
         f"{hours}{cost}at most {_bytes(plan.storage_bytes)} of storage",
     ]  # fmt: skip
 

@@ -163,6 +163,11 @@ class TrainResources(Config):
     gradient_checkpointing: bool = False
     """Keep only the inputs of the layers and recompute the rest in the backward pass."""
     offload: Offloaded = "none"
+    reductions: Literal["bf16", "fp32"] = "bf16"
+    """Dtype in which gradients are added up over workers, where the stage's precision is bf16. Each worker sums its
+    micro-batches in fp32."""
+    compile: bool = False
+    """Compile each layer of the language model with torch.compile, which takes a minute at the start of a stage."""
     optimizer: Literal["fused", "torch"] = "fused"
     """AdamW in one kernel, or in torch's separate operations: slower, for comparison."""
     attention: Literal["auto", "sdpa", "flash", "flex"] = "auto"
@@ -203,6 +208,11 @@ class TrainResources(Config):
             if zero < LEAST_ZERO[offload]:
                 wanted = " or ".join(map(str, range(LEAST_ZERO[offload], 4)))
                 raise ValueError(f"offload {offload}{place} needs zero_stage {wanted}, not {zero}")
+            if self.compile and zero == 3:
+                raise ValueError(
+                    f"compile has no effect with zero_stage 3{place}, which gathers weights within a layer; remove it, "
+                    f"or use zero_stage 2"
+                )
         return self
 
 

@@ -74,7 +74,7 @@ class Stage(Config):
     max_grad_norm: PositiveFloat | None = 1.0
     """Global norm to which the gradient is clipped; None: it is not clipped."""
     precision: Literal["fp32", "bf16"]
-    """Precision of the forward and backward pass. Master weights and moments are always fp32."""
+    """Precision of weights and activations. Master weights, moments and checkpoints are always fp32."""
     save_every: PositiveInt
     """Steps between resume checkpoints."""
     validate_every: PositiveInt

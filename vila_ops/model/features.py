@@ -183,8 +183,7 @@ class FeatureCache:
         copied = [self.copies.arrived(self.copies.to_device(image)) for image in images]
         blank = torch.zeros_like(copied[0])
         values = self.pixels.values(torch.stack([*copied, *[blank] * (BATCH - len(copied))]))
-        with torch.autocast(values.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            features = self.model.tower_features(values)[: len(images)].to(self.dtype)
+        features = self.model.tower_features(values)[: len(images)].to(self.dtype)
         self.num_computed += len(images)
         return features
 

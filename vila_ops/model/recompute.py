@@ -9,6 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from vila_ops.model.layer_classes import mixed
+
 
 class RecomputedLayer(nn.Module):
     """Mixin for a layer's class that recomputes its forward pass.
@@ -27,8 +29,7 @@ def recompute(component: nn.Module) -> None:
     if not layers:
         raise ValueError(f"{type(component).__name__} has no layers to recompute; set gradient_checkpointing to false")
     for layer in layers:
-        kind = type(layer)
-        layer.__class__ = type(kind.__name__, (RecomputedLayer, kind), {"__module__": kind.__module__})
+        layer.__class__ = mixed(RecomputedLayer, type(layer))
 
 
 def recomputed_layers(model: nn.Module) -> int:

@@ -4,7 +4,7 @@ import logging
 from typing import assert_never
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vila_ops.config import Component
 from vila_ops.config.train import FullTuning, Lora, Tuning, VisualExpert
@@ -33,14 +33,19 @@ def set_trainable(
     return trained
 
 
-def keep_frozen_in(dtype: torch.dtype, model: nn.Module, components: tuple[Component, ...], tuning: Tuning) -> None:
-    """Cast the language model's frozen parameters to the dtype that it computes in: they need no fp32 master.
+def compute_in(
+    dtype: torch.dtype, model: nn.Module, trained: dict[Component, list[tuple[str, nn.Parameter]]]
+) -> dict[str, Tensor]:
+    """Cast every parameter to the dtype that it computes in, in place.
 
+    Returns the fp32 values of those that train, by name, which are their master weights; {} if they compute in fp32.
     Buffers keep their dtype: rotary frequencies are too coarse in bf16.
     """
-    for name, parameter in model.named_parameters():
-        if component_of(name) == "language_model" and not _trains(name, components, tuning):
+    masters = {name: parameter.data for named in trained.values() for name, parameter in named}
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
+    return {} if dtype == torch.float32 else masters
 
 
 def component_of(name: str) -> Component:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig
 
+from vila_ops.model.layer_classes import mixed
 from vila_ops.model.trainable import EXPERT
 
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -103,8 +104,7 @@ def add_visual_expert(decoder: nn.Module) -> None:
     for layer in _layers(decoder):
         for parent, name in _linears(layer):
             setattr(parent, name, RoutedLinear(getattr(parent, name)))
-        kind = type(layer)
-        layer.__class__ = type(kind.__name__, (RoutedLayer, kind), {"__module__": kind.__module__})
+        layer.__class__ = mixed(RoutedLayer, type(layer))
 
 
 def _layers(decoder: nn.Module) -> nn.ModuleList:

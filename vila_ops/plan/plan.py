@@ -18,6 +18,7 @@ from vila_ops.model.count import Counts, count, stated_language_model, text_conf
 from vila_ops.plan import lengths as data
 from vila_ops.plan.flops import Flops, Load, flops
 from vila_ops.plan.memory import GIB, Memory, MicroBatch, Weights, memory, value_bytes
+from vila_ops.plan.messages import MessageSizes, sizes_by_shapes
 from vila_ops.plan.shapes import Shapes, shapes_of
 
 RESERVED = 1.5 * GIB
@@ -51,6 +52,8 @@ class StagePlan(Config):
     """FLOPs for hours: with padding and recomputation."""
     memory: Memory
     """In GiB."""
+    messages: MessageSizes | None
+    """Of ZeRO, in elements. None: ZeRO stage 0, which sends no collected messages."""
     fits: bool | None
     """None: the resources name no accelerator."""
     nearest: dict[str, int | str | bool] | None
@@ -180,6 +183,7 @@ class _StagePlanner:
             model_flops=useful.model,
             machine_flops=self._machine_flops(machine),
             memory=peak.in_gib(),
+            messages=sizes_by_shapes(self.shapes) if resources.train.zero_stage else None,
             fits=fits,
             nearest=self._nearest(largest) if fits is False else None,
             hours=hours,

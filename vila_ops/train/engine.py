@@ -1,21 +1,27 @@
-"""The two engines that take an optimizer step: plain torch in one process, and DeepSpeed ZeRO over several.
+"""The two engines that take an optimizer step: plain torch, and DeepSpeed's ZeRO stages 1 to 3.
 
-Both use the same objective, parameter groups and loss scaling. Both yield their state by parameter name, whole and in
-fp32, so that a checkpoint fits any world size. No other module imports DeepSpeed.
+Both use the same objective, parameter groups and loss scaling. In a stage of precision bf16, parameters, gathers and
+activations are bf16; master weights, moments and the sums of gradients over micro-batches are fp32. Masters begin as
+the fp32 weights of the stage's initial model. Both engines yield their state by parameter name, whole and in fp32, so
+that a checkpoint fits any world size. No other module imports DeepSpeed.
 """
 
 import copy
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from vila_ops.config import Resources, Stage
 from vila_ops.config.resources import Offloaded
+from vila_ops.device import device_of
+from vila_ops.model.compiled import compile_layers, compiled_layers
 from vila_ops.model.recompute import recompute, recomputed_layers
+from vila_ops.model.trainable import compute_in
+from vila_ops.plan.messages import MessageSizes, sizes_of
 from vila_ops.train.objective import Batch, Objective
 from vila_ops.train.optim import Trained, build_optimizer
 
@@ -56,14 +62,30 @@ class TrainEngine(Protocol):
 
 
 class PlainEngine:
-    """Plain torch in one process."""
+    """Plain torch. Of several processes each has all of the state, and they add their gradients up (ZeRO stage 0)."""
 
     def __init__(self, objective: Objective, trained: Trained, stage: Stage, resources: Resources) -> None:
         self.objective = objective
         self.named = [pair for named in trained.values() for pair in named]
         self.live = True
         self.max_grad_norm = stage.max_grad_norm
-        self.optimizer = build_optimizer(stage, trained, resources)
+        self.reductions = _dtype(resources.train.reductions) if stage.precision == "bf16" else torch.float32
+        device = device_of(resources.device)
+        fp32 = compute_in(_dtype(stage.precision), objective, trained)
+        objective.to(device)
+        masters = {name: nn.Parameter(weight.to(device)) for name, weight in fp32.items()}
+        updated: Trained = {
+            part: [(name, masters.get(name, parameter)) for name, parameter in named] for part, named in trained.items()
+        }
+        self.masters = [master for named in updated.values() for _, master in named]
+        """The fp32 weights that the optimizer updates, in the order of `named`; in fp32 the parameters themselves."""
+        for _, parameter in self.named:
+            parameter.grad_dtype = torch.float32
+        if _world_size() > 1:
+            for master in self.masters:
+                torch.distributed.broadcast(master.data, 0)
+            self._round()
+        self.optimizer = build_optimizer(stage, updated, resources)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """See TrainEngine."""
@@ -77,55 +99,81 @@ class PlainEngine:
 
     def step(self, lr_multiplier: float) -> float:
         """See TrainEngine. A parameter that no row used gets a gradient of zero, as under ZeRO."""
-        for _, parameter in self.named:
+        for (_, parameter), master in zip(self.named, self.masters, strict=True):
             if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        norm = _clip([p for _, p in self.named], self.max_grad_norm)
+                parameter.grad = torch.zeros_like(master)
+            if master is not parameter:
+                master.grad, parameter.grad = parameter.grad, None
+        self._reduce()
+        norm = _clip(self.masters, self.max_grad_norm)
         if math.isfinite(norm):
             _set_learning_rates(self.optimizer, lr_multiplier)
             self.optimizer.step()
+            self._round()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
     def state(self) -> Iterator[State]:
         """See TrainEngine."""
-        for name, parameter in self.named:
-            moments = self.optimizer.state.get(parameter) or dict.fromkeys(MOMENTS, torch.zeros_like(parameter))
-            yield name, {"param": parameter.detach(), **{key: moments[key] for key in MOMENTS}}
+        for (name, _), master in zip(self.named, self.masters, strict=True):
+            moments = self.optimizer.state.get(master) or dict.fromkeys(MOMENTS, torch.zeros_like(master))
+            yield name, {"param": master.detach(), **{key: moments[key] for key in MOMENTS}}
 
     def facts(self) -> dict[str, Any]:
         """See TrainEngine."""
-        facts = {"engine": "torch", "zero_stage": 0, "world_size": 1, "offload": "none"}
+        facts = {"engine": "torch", "zero_stage": 0, "world_size": _world_size(), "offload": "none"}
         return facts | _optimizer_facts(self.optimizer, self.objective)
 
     def restore(self, states: dict[str, dict[str, Tensor]], *, step: int) -> None:
         """See TrainEngine."""
-        for name, parameter in self.named:
+        for (name, _), master in zip(self.named, self.masters, strict=True):
             saved = states[name]
             with torch.no_grad():
-                parameter.copy_(saved["param"])
-            moments = {key: saved[key].to(parameter.device, copy=True) for key in MOMENTS}  # not a memory map
-            self.optimizer.state[parameter] = {"step": _step_count(step, parameter), **moments}
+                master.copy_(saved["param"])
+            moments = {key: saved[key].to(master.device, copy=True) for key in MOMENTS}  # not a memory map
+            self.optimizer.state[master] = {"step": _step_count(step, master), **moments}
+        self._round()
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        """Set the parameters to the masters, rounded to the precision of the forward pass."""
+        for (_, parameter), master in zip(self.named, self.masters, strict=True):
+            if master is not parameter:
+                parameter.copy_(master)
+
+    def _reduce(self) -> None:
+        """Add the gradients up over all ranks."""
+        if _world_size() == 1:
+            return
+        sums = [master.grad.to(self.reductions) for master in self.masters if master.grad is not None]
+        works = [torch.distributed.all_reduce(total, async_op=True) for total in sums]
+        for master, total, work in zip(self.masters, sums, works, strict=True):
+            work.wait()
+            if total is not master.grad:
+                master.grad = total.to(torch.float32)
 
 
 class DeepSpeedEngine:
-    """DeepSpeed with ZeRO stage 0 to 3, in one of several processes."""
+    """DeepSpeed with ZeRO stage 1, 2 or 3, in one of several processes."""
 
     def __init__(self, objective: Objective, trained: Trained, stage: Stage, resources: Resources) -> None:
         deepspeed = _import_deepspeed()
         self.deepspeed = deepspeed
         self.named = [pair for named in trained.values() for pair in named]
         self.zero_stage = resources.train.zero_stage
-        self.live = self.zero_stage == 0
-        self.max_grad_norm = stage.max_grad_norm
+        self.live = False
         optimizer = build_optimizer(stage, trained, resources)
-        module, config = _without_frozen_tower(objective), deepspeed_config(stage, resources)
+        masters = compute_in(_dtype(stage.precision), objective, trained)
+        config = deepspeed_config(stage, resources, sizes_of(objective.model))
+        module = self._placed(objective, config, device_of(resources.device))
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, dist_init_required=False
         )
         self.adamw = optimizer
         self.world_size = torch.distributed.get_world_size()
         self._init_moments(step=0)
+        for name, parameter in self.named if masters else ():
+            self._restore_optimizer(parameter, {"param": masters[name]})
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """See TrainEngine."""
@@ -139,13 +187,8 @@ class DeepSpeedEngine:
             self.engine.step()  # only counts the micro-batch
 
     def step(self, lr_multiplier: float) -> float:
-        """See TrainEngine. ZeRO skips an update whose norm is not finite. Without ZeRO, DeepSpeed computes no norm."""
+        """See TrainEngine. ZeRO skips an update whose norm is not finite."""
         _set_learning_rates(self.engine.optimizer, lr_multiplier)
-        if self.zero_stage == 0:
-            norm = _clip([p for _, p in self.named], self.max_grad_norm)
-            if math.isfinite(norm):
-                self.engine.step()
-            return norm
         if self._offloaded() != "none" and self.zero_stage > 1:
             # DeepSpeed 0.19.8 copied to the host only the gradients that the last pass reached.
             self.engine.optimizer.finalize_gradient_accumulation_boundary()
@@ -158,13 +201,9 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         for name, parameter in self.named:
-            if self.zero_stage == 0:
-                moments = self.adamw.state[parameter]
-                yield name, {"param": parameter.detach(), **{key: moments[key] for key in MOMENTS}}
-            else:
-                full = {"param": safe_get_full_fp32_param(parameter)}
-                full |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
-                yield name, {key: value.view(_full_shape(parameter)) for key, value in full.items()}
+            full = {"param": safe_get_full_fp32_param(parameter)}
+            full |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+            yield name, {key: value.view(_full_shape(parameter)) for key, value in full.items()}
 
     def facts(self) -> dict[str, Any]:
         """See TrainEngine."""
@@ -187,26 +226,43 @@ class DeepSpeedEngine:
             self._restore_optimizer(parameter, saved)
 
     def _restore_optimizer(self, parameter: nn.Parameter, saved: dict[str, Tensor]) -> None:
-        """Set a parameter's fp32 weights and moments in the optimizer.
+        """Set a parameter's fp32 weights, and its moments if they are saved, in the optimizer.
 
         Under ZeRO-3 each rank holds a flat shard of them; the last shard is padded with zeros.
         """
         from deepspeed import utils
 
-        if self.zero_stage == 0:
-            for key in MOMENTS:
-                self.adamw.state[parameter][key].copy_(saved[key])
-        elif self.zero_stage < 3:
+        moments = [key for key in MOMENTS if key in saved]
+        if self.zero_stage < 3:
             utils.safe_set_full_fp32_param(parameter, saved["param"])
-            for key in MOMENTS:
+            for key in moments:
                 utils.safe_set_full_optimizer_state(parameter, saved[key], key)
         else:  # DeepSpeed 0.19.8's setters of full values fail where the ranks do not divide the number of elements
             size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]  # which DeepSpeed adds
             rank = torch.distributed.get_rank()
             shard = {key: _shard(value, size=size, rank=rank) for key, value in saved.items()}
             utils.safe_set_local_fp32_param(parameter, shard["param"])
-            for key in MOMENTS:
+            for key in moments:
                 utils.safe_set_local_optimizer_state(parameter, shard[key], key)
+
+    def _placed(self, objective: Objective, config: dict[str, Any], device: torch.device) -> nn.Module:
+        """Return the module that DeepSpeed trains, on its device.
+
+        ZeRO-3 takes one parameter after another from the host and shards it, so that the model is never whole there.
+        """
+        module = _without_frozen_tower(objective)
+        if self.zero_stage < 3 or any(hasattr(p, "quant_type") for p in module.parameters()):
+            objective.to(device)  # which also rounds 4-bit weights
+            return module
+        if module is not objective:
+            objective.model.model.vision_tower.to(device)
+        for part in module.modules():
+            for name, buffer in part.named_buffers(recurse=False):
+                setattr(part, name, buffer.to(device))
+        # Init reads the world size from DeepSpeed's own state.
+        self.deepspeed.init_distributed(torch.distributed.get_backend(), dist_init_required=False)
+        self.deepspeed.zero.Init(module=module, config_dict_or_path=config)
+        return module
 
     def _init_moments(self, *, step: int) -> None:
         """Create zero moments for all groups, as after `step` steps.
@@ -217,7 +273,7 @@ class DeepSpeedEngine:
         for flat in self._optimized_tensors():
             empty = {key: torch.zeros_like(flat) for key in MOMENTS}
             self.adamw.state[flat] = {"step": _step_count(step, flat), **empty}
-        if self.zero_stage in (1, 2):
+        if self.zero_stage < 3:
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
@@ -255,38 +311,62 @@ class DeepSpeedEngine:
         return self.deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
 
 
-def deepspeed_config(stage: Stage, resources: Resources) -> dict[str, Any]:
+def deepspeed_config(stage: Stage, resources: Resources, sizes: MessageSizes) -> dict[str, Any]:
     """Return DeepSpeed's config for a stage on its resources."""
-    per_pass = resources.train.micro_batch_size * resources.train.num_workers
-    zero: dict[str, Any] = {"stage": resources.train.zero_stage}
-    if resources.train.offload != "none":
+    train = resources.train
+    per_pass = train.micro_batch_size * train.num_workers
+    zero: dict[str, Any] = {
+        "stage": train.zero_stage,
+        "overlap_comm": train.zero_stage == 3,  # in stages 1 and 2 it waits for the device in every backward pass
+        "reduce_bucket_size": sizes.reduce,
+        "allgather_bucket_size": sizes.gather,
+        "stage3_prefetch_bucket_size": sizes.gather,
+    }
+    if train.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
-    if resources.train.offload == "parameters":
+    if train.offload == "parameters":
         zero["offload_param"] = {"device": "cpu"}
+    bf16 = {
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": train.reductions,
+    }
     return {
         "train_batch_size": stage.global_batch_size,
-        "train_micro_batch_size_per_gpu": resources.train.micro_batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": stage.global_batch_size // per_pass,
-        "gradient_clipping": (stage.max_grad_norm or 0.0) if resources.train.zero_stage else 0.0,  # 0: none
+        "gradient_clipping": stage.max_grad_norm or 0.0,  # 0: none
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW runs on the CPU as well; DeepSpeed's needs a compiler
         "steps_per_print": 2**31,
+        **(bf16 if stage.precision == "bf16" else {}),
     }
 
 
 def build_engine(objective: Objective, trained: Trained, stage: Stage, resources: Resources) -> TrainEngine:
     """Return the engine for the resources, with gradient checkpointing if they set it.
 
+    The engine casts the model to the stage's precision and moves it to its device, in this order.
     Gradient checkpointing covers the layers of the language model, and of the vision tower if that trains.
     """
     if resources.train.gradient_checkpointing:
         recompute(objective.model.model.language_model)
         if "vision_tower" in trained:
             recompute(objective.model.model.vision_tower)
-    if resources.launch == "inline":
+    if resources.train.compile:
+        compile_layers(objective.model.model.language_model)
+    if resources.launch == "inline" or resources.train.zero_stage == 0:
         return PlainEngine(objective, trained, stage, resources)
     return DeepSpeedEngine(objective, trained, stage, resources)
+
+
+def _world_size() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def _dtype(precision: Literal["fp32", "bf16"]) -> torch.dtype:
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def _optimizer_facts(optimizer: torch.optim.Optimizer, objective: nn.Module) -> dict[str, Any]:
@@ -296,6 +376,8 @@ def _optimizer_facts(optimizer: torch.optim.Optimizer, objective: nn.Module) -> 
         "optimizer": f"{kind.__module__}.{kind.__name__}",
         "fused": all(bool(group["fused"]) for group in optimizer.param_groups),
         "recomputed_layers": recomputed_layers(objective),
+        "compiled_layers": compiled_layers(objective),
+        "parameters": "bf16" if objective.model.dtype == torch.bfloat16 else "fp32",
     }
 
 

@@ -32,7 +32,7 @@ from vila_ops.model import folder as model_folder
 from vila_ops.model.build import embedding_std
 from vila_ops.model.modify import Modifications
 from vila_ops.model.projectors.initialise import fit_to
-from vila_ops.model.trainable import keep_frozen_in, set_trainable
+from vila_ops.model.trainable import compute_in, set_trainable
 from vila_ops.model.vila import VilaForConditionalGeneration
 from vila_ops.tracking import MetricLog
 from vila_ops.tracking.system import SystemMetrics
@@ -82,7 +82,7 @@ def _train(
         slow = precision_notes(stage.precision, device)
         for note in (*slow, *row_loader.composition.notes, *row_loader.notes()):
             log.warning("%s: %s", stage.name, note)
-    objective = Objective(model, bf16=stage.precision == "bf16")
+    objective = Objective(model)
     trained = set_trainable(objective, stage.trainable, stage.tuning)
     engine = build_engine(objective, trained, stage, job.resources)
     accumulator = LossAccumulator(job, model, batches.batch_builder, row_loader.sources())
@@ -131,9 +131,10 @@ def _train(
 def load(
     job: TrainJob, *, alive: Callable[[], None] = lambda: None
 ) -> tuple[VilaForConditionalGeneration, RowLoader, BatchBuilder]:
-    """Return the model on its device, the row loader and the batch builder of a stage.
+    """Return the model, the row loader and the batch builder of a stage.
 
-    `alive` is called whenever a file of the data was compared with its sha256, before its first use.
+    The model is in the host's memory and in fp32, for the engine to move; a frozen tower is on its device and in the
+    stage's precision. `alive` is called whenever a file of the data was compared with its sha256, before its first use.
     """
     stage, resources = job.stage, job.resources
     device = device_of(resources.device)
@@ -149,19 +150,20 @@ def load(
     row_loader = RowLoader(compared, digest=job.data.digest, stage=stage, cache=cache)
     model = model_folder.load(content(job.init), modifications=modifications_of(stage))
     attention.use(model, attention.choose(resources.train.attention, device, stage.precision))
+    dtype = torch.bfloat16 if stage.precision == "bf16" else torch.float32
+    if "vision_tower" not in stage.trainable:
+        compute_in(dtype, model.model.vision_tower, {})
+        model.model.vision_tower.to(device)
     batch_builder = BatchBuilder(job, model, device=device)
     if job.fresh_projector and "projector" in stage.trainable:
         rows, _ = row_loader.batch(0)
         images = [image for row in rows for image in row.images]
         if images:
-            model.model.vision_tower.to(device)
             features = batch_builder.feature_cache(images).cpu()
             fit_to(model.model.multi_modal_projector, features, embedding_std(model))
-    dtype = torch.bfloat16 if stage.precision == "bf16" else torch.float32
     if isinstance(stage.tuning, Lora):
         lora.add(model, stage.tuning, seed=stage.seed, dtype=dtype)
-    keep_frozen_in(dtype, model, stage.trainable, stage.tuning)
-    return model.to(device), row_loader, batch_builder
+    return model, row_loader, batch_builder
 
 
 def modifications_of(stage: Stage) -> Modifications:

@@ -91,10 +91,9 @@ def copied(value: Any, copy: Callable[[Tensor], Tensor]) -> Any:
 class Objective(nn.Module):
     """The model and its loss as one module, which an engine can wrap."""
 
-    def __init__(self, model: VilaForConditionalGeneration, *, bf16: bool) -> None:
+    def __init__(self, model: VilaForConditionalGeneration) -> None:
         super().__init__()
         self.model = model
-        self.bf16 = bf16
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the sum of the token losses, and the (N,) token losses, row by row. Both are in nats and fp32.
@@ -105,24 +104,23 @@ class Objective(nn.Module):
         """
         model, device = self.model, batch.input_ids.device
         set_draws(model, batch.draws)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            features = batch.features
-            runs_images = self._runs_image_path(batch)
-            if batch.pixel_values is not None:
-                features = model.tower_features(batch.pixel_values)
-            blank = self._blank_features(device) if runs_images and features is None else None
-            embeddings = model.embed(batch.input_ids, features, batch.image_tokens)
-            if blank is not None:  # its gradients are zeros; ZeRO-3 needs the modules in the order that an image takes
-                embeddings = embeddings + model.model.multi_modal_projector(blank)[:0].sum().to(embeddings.dtype)
-            routing = {} if batch.routes is None else {"routes": batch.routes if runs_images else None}
-            hidden = model.hidden(
-                embeddings,
-                position_ids=batch.position_ids,
-                use_cache=False,
-                **attention.document_mask(model, batch.segment_ids, batch.mask),
-                **routing,
-            ).last_hidden_state
-            return losses(model, hidden, batch.targets, batch.labels)
+        features = batch.features
+        runs_images = self._runs_image_path(batch)
+        if batch.pixel_values is not None:
+            features = model.tower_features(batch.pixel_values)
+        blank = self._blank_features(device) if runs_images and features is None else None
+        embeddings = model.embed(batch.input_ids, features, batch.image_tokens)
+        if blank is not None:  # its gradients are zeros; ZeRO-3 needs the modules in the order that an image takes
+            embeddings = embeddings + model.model.multi_modal_projector(blank)[:0].sum().to(embeddings.dtype)
+        routing = {} if batch.routes is None else {"routes": batch.routes if runs_images else None}
+        hidden = model.hidden(
+            embeddings,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            **attention.document_mask(model, batch.segment_ids, batch.mask),
+            **routing,
+        ).last_hidden_state
+        return losses(model, hidden, batch.targets, batch.labels)
 
     def _runs_image_path(self, batch: Batch) -> bool:
         """Return whether this rank runs tower, projector and visual expert.
@@ -144,4 +142,5 @@ class Objective(nn.Module):
         side = config.vision_side
         if any(p.requires_grad for name, p in self.model.named_parameters() if component_of(name) == "vision_tower"):
             return self.model.tower_features(torch.zeros(1, 3, side, side, device=device))
-        return torch.zeros(1, config.grid() ** 2, config.vision_config.hidden_size, device=device)
+        size = (1, config.grid() ** 2, config.vision_config.hidden_size)
+        return torch.zeros(size, dtype=self.model.lm_head.weight.dtype, device=device)

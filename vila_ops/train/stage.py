@@ -21,7 +21,7 @@ from vila_ops.train.checkpoint.unfinished import resume_folders, write_label
 from vila_ops.train.checks import check_inputs, check_quantised
 from vila_ops.train.job import JobPayload, RankInfo, StageInputs, TrainJob
 
-REVISION = 6
+REVISION = 7
 log = logging.getLogger(__name__)
 
 
