@@ -220,12 +220,11 @@ class Ours:
         started = time.perf_counter()
         self.bad_samples.watchdog.heartbeat(step, "train")
         loop.accumulate_gradients(self.engine, self.accumulator, loader, step=step, bad_samples=self.bad_samples)
-        norm = self.engine.step(0.0)
-        seen = self.accumulator.reduce()
+        seen = self.accumulator.reduce(self.engine.step(0.0))
         self.bad_samples.check_finite("loss", seen.loss, step=step)
-        self.bad_samples.check_finite("gradient norm", norm, step=step)
+        self.bad_samples.check_finite("gradient norm", seen.grad_norm, step=step)
         self.bad_samples.check_spike(step, seen.loss)
-        self.metrics_logger.log_step(step, seen, grad_norm=norm, lr_multiplier=0.0, stall_seconds=0.0)
+        self.metrics_logger.log_step(step, seen, lr_multiplier=0.0, stall_seconds=0.0)
         return time.perf_counter() - started
 
     def loop_share(self) -> float:

@@ -151,10 +151,13 @@ def test_a_stage_trains_and_validates_on_the_device_as_on_the_cpu(case: str, on:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_step_makes_the_host_wait_for_the_device_twice(
+def test_a_step_makes_the_host_wait_for_the_device_once(
     case: str, on: Any, train: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For the gradient norm and for the losses. The first features of images are computed beside it."""
+    """For losses and gradient norm, after the update; before it too if AdamW has no fused kernel that skips the update.
+
+    The first features of images are computed beside it.
+    """
     model, stage, resources = CASES[case]
     seen: list[Counter[str]] = []
     log_step = MetricsLogger.log_step
@@ -166,7 +169,7 @@ def test_a_step_makes_the_host_wait_for_the_device_twice(
     monkeypatch.setattr(MetricsLogger, "log_step", logged)
     train(on("gpu", **resources), model, {**stage, "num_steps": 5, "validate_every": 5, "save_every": 5})
     for before, after in itertools.pairwise(seen[:4]):
-        assert (after - before).total() <= 2, after - before
+        assert (after - before).total() == (2 if resources.get("train.optimizer") == "torch" else 1), after - before
 
 
 def test_a_stage_resumes_on_the_device_from_its_checkpoint(

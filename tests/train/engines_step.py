@@ -35,12 +35,12 @@ def run(task: dict[str, Any], rank_info: RankInfo) -> None:
     bad_samples = BadSampleFinder(job, StepWatchdog(job, rank_info), rows, [], MetricLog(job.resources, None))
     with BatchLoader(job, rank_info, rows, batches) as loader:
         accumulate_gradients(engine, accumulator, loader, step=0, bad_samples=bad_samples)
-        norm = engine.step(1.0)
+        norm = float(engine.step(1.0))
         before = state(engine)
         scale = float("nan") if rank_info.rank == rank_info.world_size - 1 else 1.0
         for one in loader.train(1):
             engine.backward(engine.loss(one.batch)[0] * scale)
-    broken = engine.step(1.0)
+    broken = float(engine.step(1.0))
     after = state(engine)
     moved = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
     if rank_info.rank == 0:

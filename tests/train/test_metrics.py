@@ -257,7 +257,7 @@ def test_two_ranks_tell_what_one_process_tells(
 def count_all(metrics_logger: MetricsLogger, num_steps: int) -> None:
     for step in range(1, num_steps + 1):
         metrics_logger.log_step(
-            step, StepMetrics(2.5, {}, 10, 30, 40, 1e9, 0.0), grad_norm=1.0, lr_multiplier=1.0, stall_seconds=0.0
+            step, StepMetrics(2.5, {}, 10, 30, 40, 1e9, 0.0, 1.0), lr_multiplier=1.0, stall_seconds=0.0
         )
 
 

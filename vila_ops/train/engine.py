@@ -7,7 +7,6 @@ that a checkpoint fits any world size. No other module imports DeepSpeed.
 """
 
 import copy
-import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, Literal, Protocol
@@ -42,10 +41,11 @@ class TrainEngine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss that is already divided by the target tokens of the global batch."""
 
-    def step(self, lr_multiplier: float) -> float:
-        """Clip the gradients and update at `lr_multiplier` times the peak rates. Returns the norm before clipping.
+    def step(self, lr_multiplier: float) -> Tensor:
+        """Clip the gradients and update at `lr_multiplier` times the peak rates. Returns the norm before clipping, ().
 
-        If the norm is not finite, no rank updates anything.
+        If the norm is not finite, no rank updates anything. The norm is on the device, and the host did not wait for
+        it.
         """
 
     def state(self) -> Iterator[State]:
@@ -97,7 +97,7 @@ class PlainEngine:
         if loss.requires_grad:  # not for a batch of text where only parts on the image path train
             torch.autograd.backward(loss)
 
-    def step(self, lr_multiplier: float) -> float:
+    def step(self, lr_multiplier: float) -> Tensor:
         """See TrainEngine. A parameter that no row used gets a gradient of zero, as under ZeRO."""
         for (_, parameter), master in zip(self.named, self.masters, strict=True):
             if parameter.grad is None:
@@ -106,12 +106,19 @@ class PlainEngine:
                 master.grad, parameter.grad = parameter.grad, None
         self._reduce()
         norm = _clip(self.masters, self.max_grad_norm)
-        if math.isfinite(norm):
-            _set_learning_rates(self.optimizer, lr_multiplier)
-            self.optimizer.step()
-            self._round()
+        _set_learning_rates(self.optimizer, lr_multiplier)
+        self._update(norm)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _update(self, norm: Tensor) -> None:
+        """Update masters and parameters unless the norm is not finite, which the fused kernel itself looks up."""
+        if all(group["fused"] for group in self.optimizer.param_groups):
+            self.optimizer.found_inf = (~norm.isfinite()).float()
+        elif not norm.isfinite():  # here the host waits for the device
+            return
+        self.optimizer.step()
+        self._round()
 
     def state(self) -> Iterator[State]:
         """See TrainEngine."""
@@ -186,7 +193,7 @@ class DeepSpeedEngine:
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()  # only counts the micro-batch
 
-    def step(self, lr_multiplier: float) -> float:
+    def step(self, lr_multiplier: float) -> Tensor:
         """See TrainEngine. ZeRO skips an update whose norm is not finite."""
         _set_learning_rates(self.engine.optimizer, lr_multiplier)
         if self._offloaded() != "none" and self.zero_stage > 1:
@@ -194,7 +201,7 @@ class DeepSpeedEngine:
             self.engine.optimizer.finalize_gradient_accumulation_boundary()
         self.engine.step()
         self._zero_gradients()
-        return float(self.engine.get_global_grad_norm())
+        return torch.as_tensor(self.engine.get_global_grad_norm())
 
     def state(self) -> Iterator[State]:
         """See TrainEngine."""
@@ -381,12 +388,12 @@ def _optimizer_facts(optimizer: torch.optim.Optimizer, objective: nn.Module) -> 
     }
 
 
-def _clip(parameters: list[nn.Parameter], max_norm: float | None) -> float:
+def _clip(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
     """Scale the gradients down to `max_norm` and return their global L2 norm before that."""
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if max_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return float(norm)
+    return norm
 
 
 def _without_frozen_tower(objective: Objective) -> Objective:

@@ -4,7 +4,7 @@
 
     accumulate_gradients   forward and backward over this rank's rows of the global batch, micro-batch by micro-batch
     engine.step            clip the gradients and update the weights, at this step's learning rate
-    accumulator.reduce     the loss of the step over all ranks: here the host waits for the device, and nowhere before
+    accumulator.reduce     loss and gradient norm of the step: here the host waits for the device, and nowhere before
     every validate_every   loss over the validation rows
     every save_every       a resume checkpoint, written in the background
 
@@ -100,16 +100,14 @@ def _train(
         accumulate_gradients(engine, accumulator, batches, step=step, bad_samples=bad_samples)
         checkpointer.wait_for_staging()
         multiplier = lr_multiplier(step, stage, num_steps=num_steps)
-        grad_norm = engine.step(multiplier)
-        totals = accumulator.reduce()
+        totals = accumulator.reduce(engine.step(multiplier))
         bad_samples.check_finite("loss", totals.loss, step=step)
-        bad_samples.check_finite("gradient norm", grad_norm, step=step)
+        bad_samples.check_finite("gradient norm", totals.grad_norm, step=step)
         step += 1
         curve.append({"step": step, "loss": totals.loss})
         bad_samples.check_spike(step, totals.loss)
         if metrics_logger:
-            stall = checkpointer.stall_seconds
-            metrics_logger.log_step(step, totals, grad_norm=grad_norm, lr_multiplier=multiplier, stall_seconds=stall)
+            metrics_logger.log_step(step, totals, lr_multiplier=multiplier, stall_seconds=checkpointer.stall_seconds)
         if step % stage.validate_every == 0 or step == num_steps:
             validation = validate(engine, accumulator, batches, watchdog, step=step)
             curve[-1]["validation_loss"] = validation.loss

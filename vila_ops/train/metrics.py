@@ -60,6 +60,8 @@ class StepMetrics(NamedTuple):
     flops: float
     wait_seconds: float
     """Time that the loop waited for batches, mean over ranks."""
+    grad_norm: float = 0.0
+    """Gradient norm before clipping; 0 in a validation."""
 
 
 class LossAccumulator:
@@ -95,8 +97,11 @@ class LossAccumulator:
             for row, targets in zip(rows, row_sources, strict=True):
                 self._flops += self._row_flops(self.shapes, row, targets=len(targets))
 
-    def reduce(self) -> StepMetrics:
-        """Return the totals over all ranks and start again at zero. All ranks must call this."""
+    def reduce(self, grad_norm: Tensor | None = None) -> StepMetrics:
+        """Return the totals over all ranks and start again at zero. All ranks must call this.
+
+        The gradient norm (), which all ranks share, is read with them, so that the host waits for the device once.
+        """
         images_before, self._tower_images = self._tower_images, self.batch_builder.feature_cache.num_computed
         if self.shapes is not None:
             self._flops += (self._tower_images - images_before) * self._tower_flops(self.shapes)
@@ -104,12 +109,13 @@ class LossAccumulator:
         totals = torch.cat([self._sent(torch.tensor(counts, dtype=torch.float64)), self._losses])
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(totals)
-        tokens, positions, flops, wait_seconds, ranks, *rest = totals.tolist()
+        norm = totals.new_zeros(1) if grad_norm is None else grad_norm.to(totals).view(1)
+        tokens, positions, flops, wait_seconds, ranks, *rest, norm_read = torch.cat([totals, norm]).tolist()
         size = len(self.sources)
         targets, loss, losses = rest[:size], rest[size], rest[size + 1 :]
         self._reset()
         source_losses = {s: total / n for s, total, n in zip(self.sources, losses, targets, strict=True) if n}
-        return StepMetrics(loss, source_losses, sum(targets), tokens, positions, flops, wait_seconds / ranks)
+        return StepMetrics(loss, source_losses, sum(targets), tokens, positions, flops, wait_seconds / ranks, norm_read)
 
     def _sent(self, values: Tensor) -> Tensor:
         """Return values of the host on the device. A copy from pageable memory would wait for the device's queue."""
@@ -152,13 +158,11 @@ class MetricsLogger:
         self.shown_at = float("-inf")
         self.started = self.last = time.monotonic()
 
-    def log_step(
-        self, step: int, totals: StepMetrics, *, grad_norm: float, lr_multiplier: float, stall_seconds: float
-    ) -> None:
+    def log_step(self, step: int, totals: StepMetrics, *, lr_multiplier: float, stall_seconds: float) -> None:
         """Log the metrics after `step` steps.
 
-        `grad_norm` is the norm before clipping, `lr_multiplier` the share of the peak rates, and `stall_seconds` the
-        time that the loop has waited for checkpoints so far.
+        `lr_multiplier` is the share of the peak rates, and `stall_seconds` the time that the loop has waited for
+        checkpoints so far.
         """
         now = time.monotonic()
         seconds, self.last = now - self.last, now
@@ -166,7 +170,7 @@ class MetricsLogger:
         values = {
             "loss": totals.loss,
             **{f"loss/{source}": loss for source, loss in totals.source_losses.items()},
-            "grad_norm": grad_norm,
+            "grad_norm": totals.grad_norm,
             **{f"learning_rate/{part}": self.stage.peak_rate(part) * lr_multiplier for part in self.stage.trainable},
             "seconds_per_step": seconds,
             "train/tokens_per_s": totals.tokens / seconds,
