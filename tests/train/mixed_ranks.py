@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
@@ -11,7 +12,8 @@ from torch import Tensor
 from vila_ops.config import Resources, Stage
 from vila_ops.model import folder as model_folder
 from vila_ops.model.trainable import set_trainable
-from vila_ops.train.engine import TrainEngine, build_engine
+from vila_ops.train import engine as engines
+from vila_ops.train.engine import TrainEngine, deepspeed_config
 from vila_ops.train.job import RankInfo
 from vila_ops.train.loop import modifications_of
 from vila_ops.train.objective import Batch, Objective
@@ -61,11 +63,18 @@ def walk(engine: TrainEngine, objective: Objective, *, ranks: tuple[int, ...]) -
 
 
 def set_out(folder: str, stage: Stage, resources: Resources) -> tuple[TrainEngine, Objective]:
-    """Return engine and objective of a stage."""
+    """Return engine and objective of a stage. ZeRO-3 gathers every weight, also the small ones, which all are here."""
     model = model_folder.load(Path(folder), modifications=modifications_of(stage))
     objective = Objective(model)
     trained = set_trainable(objective, stage.trainable, stage.tuning)
-    return build_engine(objective, trained, stage, resources), objective
+    with mock.patch.object(engines, "deepspeed_config", _with_all_weights_sharded):
+        return engines.build_engine(objective, trained, stage, resources), objective
+
+
+def _with_all_weights_sharded(*args: Any) -> dict[str, Any]:
+    """DeepSpeed's default keeps weights of up to 100,000 numbers whole on every rank."""
+    config = deepspeed_config(*args)
+    return {**config, "zero_optimization": {**config["zero_optimization"], "stage3_param_persistence_threshold": 0}}
 
 
 def run(task: dict[str, Any], rank_info: RankInfo) -> None:

@@ -252,6 +252,7 @@ def test_bf16_norms_have_fp32_statistics() -> None:
         assert torch.allclose(actual.double(), expected, rtol=2**-7, atol=2**-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_compiled_layers_give_the_same_loss_from_two_graphs_in_fifty_batches(
     recomputed: bool, bench: Any, make_stage: Any, tmp_path: Any

@@ -65,6 +65,8 @@ def add(model: VilaForConditionalGeneration, tuning: Lora, *, seed: int, dtype: 
         inject_adapter_in_model(_peft_config(tuning, layers=linear), model)
     adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     for number, (name, module) in enumerate(adapted):
+        for part in (module.lora_A, module.lora_B):
+            part["default"].float()  # PEFT makes those of 4-bit layers in `dtype`
         layer_generator = generator(seed, f"{name}{LORA}A")
         # Kaiming with a = sqrt 5, as PEFT does.
         nn.init.kaiming_uniform_(module.lora_A["default"].weight, a=math.sqrt(5), generator=layer_generator)

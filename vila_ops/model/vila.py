@@ -60,7 +60,8 @@ class VilaForConditionalGeneration(LlavaForConditionalGeneration):  # type: igno
         projected = self.model.multi_modal_projector(features).flatten(0, 1).to(embeddings.dtype)
         if len(image_tokens) != len(projected):
             raise ValueError(f"{len(image_tokens)} image tokens but {len(projected)} projected features")
-        return embeddings.flatten(0, 1).index_copy(0, image_tokens, projected).view_as(embeddings)
+        # Not a view, which a compiled layer would take for another kind of input than text alone.
+        return embeddings.index_put((image_tokens // input_ids.shape[1], image_tokens % input_ids.shape[1]), projected)
 
     def hidden(self, embeddings: Tensor, **kwargs: Any) -> Any:
         """The language model's output (last_hidden_state (B, T, D), cache) for embeddings (B, T, D).

@@ -143,4 +143,5 @@ class Objective(nn.Module):
         if any(p.requires_grad for name, p in self.model.named_parameters() if component_of(name) == "vision_tower"):
             return self.model.tower_features(torch.zeros(1, 3, side, side, device=device))
         size = (1, config.grid() ** 2, config.vision_config.hidden_size)
-        return torch.zeros(size, dtype=self.model.lm_head.weight.dtype, device=device)
+        # Under ZeRO-3, to name a weight here would gather it, on this rank alone.
+        return torch.zeros(size, dtype=self.model.dtype, device=device)
