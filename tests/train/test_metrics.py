@@ -233,7 +233,7 @@ def test_the_stages_run_names_its_data_and_its_machine(bench: Any, metered: tupl
 def test_two_ranks_tell_what_one_process_tells(
     bench: Any, stage: Stage, resources: Resources, metered: tuple[Histories, Any, float], tmp_path: Path
 ) -> None:
-    train = {"num_workers": 2, "micro_batch_size": 1, "zero_stage": 1, "accelerator": CARD}
+    train = {"num_workers": 2, "micro_batch_size": 1, "zero_stage": 1, "accelerator": CARD, "profile_steps": 2}
     own = {"launch": "ray", "ray_address": "127.0.0.1:1", **{f"train.{key}": value for key, value in train.items()}}
     job = job_of(bench, stage, tmp_path / "store", **own, **{"tracking.uri": resources.tracking.uri})
     run_id = tracking.start_run(job.resources, "two", parent=None, params={}, tags={})
@@ -252,6 +252,9 @@ def test_two_ranks_tell_what_one_process_tells(
             assert together[name][step] * took == pytest.approx(alone[name][step] * alone["seconds_per_step"][step])
         counted = [of["train/mfu"][step] * of["seconds_per_step"][step] for of in (together, alone)]
         assert counted[0] * 2 == pytest.approx(counted[1], rel=0.05)  # two accelerators; each has its own tower
+    (profile,) = job.diagnostics().glob("profile-*.txt")
+    assert float(profile.read_text().partition("communication")[2].split()[0]) > 0
+    assert profile.name in [file.path for file in MlflowClient(resources.tracking.uri).list_artifacts(run_id)]
 
 
 def count_all(metrics_logger: MetricsLogger, num_steps: int) -> None:

@@ -40,6 +40,9 @@ train = typer.Typer(
 def up_to(
     recipe: RecipeFile,
     stage: StageName,
+    profile: Annotated[
+        int, typer.Option("--profile", min=0, help="Optimizer steps to profile; their trace and table are logged")
+    ] = 0,
     resources: ResourcesFile = INLINE,
     overrides: Overrides = None,
     as_json: AsJson = False,
@@ -47,7 +50,8 @@ def up_to(
     """Train up to a stage; finished stages are reused."""
     from vila_ops.pipeline import stages
 
-    run, context = load_run(recipe, resources, overrides)
+    asked = [f"resources.train.profile_steps={profile}"] if profile else []
+    run, context = load_run(recipe, resources, [*(overrides or []), *asked])
     print_result(stages.model_after(run, stage, context), as_json)
 
 

@@ -173,6 +173,8 @@ class TrainResources(Config):
     attention: Literal["auto", "sdpa", "flash", "flex"] = "auto"
     """Kernel for packed sequences. auto: on a GPU FlashAttention if it is installed, else FlexAttention; on a CPU SDPA
     with an explicit mask."""
+    profile_steps: NonNegativeInt = 0
+    """Optimizer steps that `vila-ops train --profile` profiles at the start of a stage; 0: none."""
     record_samples: bool = False
     """Each rank records the samples that each step read, in `sample_log` of the store, or of the cache for S3."""
     keep: Retention = Retention()
@@ -201,7 +203,7 @@ class TrainResources(Config):
         return {"": self, **{f" of stage {name!r}": own for name, own in self.stages.items()}}
 
     @model_validator(mode="after")
-    def _offload_has_its_zero_stage(self) -> "TrainResources":
+    def _settings_have_their_zero_stages(self) -> "TrainResources":
         for place, own in self.by_stage().items():
             offload = self.offload if own.offload is None else own.offload
             zero = self.zero_stage if own.zero_stage is None else own.zero_stage

@@ -23,6 +23,7 @@ from vila_ops.model.pixels import Pixels, levels
 from vila_ops.model.vila import VilaForConditionalGeneration
 from vila_ops.train.job import TrainJob
 from vila_ops.train.objective import Batch, copied
+from vila_ops.train.profile import span
 
 
 @dataclass
@@ -94,9 +95,10 @@ class BatchBuilder:
 
     def send(self, host: HostBatch) -> tuple[Batch, Tensor | None]:
         """Begin to copy tokens and pixels to the device, beside its computation."""
-        if host.sent is None:
-            host.sent = copied((host.batch, host.levels), self.copies.to_device)
-        return host.sent
+        with span("copies"):
+            if host.sent is None:
+                host.sent = copied((host.batch, host.levels), self.copies.to_device)
+            return host.sent
 
     def on_device(self, host: HostBatch, upcoming: Iterable[HostBatch] = ()) -> Batch:
         """Return the batch on the device; `upcoming` are the batches after it."""
@@ -108,7 +110,8 @@ class BatchBuilder:
         if host.images is None:
             return batch
         later = (other.images for other in upcoming if other.images is not None)
-        return dataclasses.replace(batch, features=self.feature_cache.features(host.images, later))
+        with span("tower"):
+            return dataclasses.replace(batch, features=self.feature_cache.features(host.images, later))
 
 
 def _named(rows: list[PackedRow], error: Exception) -> Exception:

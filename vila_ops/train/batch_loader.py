@@ -17,6 +17,7 @@ from vila_ops.data.loading.packing import PackedRow
 from vila_ops.train.batch_builder import BatchBuilder, HostBatch
 from vila_ops.train.job import RankInfo, TrainJob
 from vila_ops.train.objective import Batch
+from vila_ops.train.profile import span
 from vila_ops.train.sample_log import SampleLog
 
 DEPTH = 2
@@ -105,7 +106,8 @@ class BatchLoader:
     def _take(self, ahead: Ahead[Part, Loaded] | Ahead[int, Loaded]) -> LoadedBatch:
         """The next micro-batch, on the device. The copy of the one after it begins, if that was read."""
         waited = ahead.wait_seconds
-        host, num_targets = next(ahead)
+        with span("data"):
+            host, num_targets = next(ahead)
         batch = self.batch_builder.on_device(host, (later for later, _ in ahead.upcoming()))
         if ahead.is_ready():
             self.batch_builder.send(next(ahead.upcoming())[0])

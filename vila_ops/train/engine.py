@@ -114,7 +114,7 @@ class PlainEngine:
     def _update(self, norm: Tensor) -> None:
         """Update masters and parameters unless the norm is not finite, which the fused kernel itself looks up."""
         if all(group["fused"] for group in self.optimizer.param_groups):
-            self.optimizer.found_inf = (~norm.isfinite()).float()
+            self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # which AdamW reads
         elif not norm.isfinite():  # here the host waits for the device
             return
         self.optimizer.step()

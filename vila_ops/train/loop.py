@@ -46,6 +46,7 @@ from vila_ops.train.job import RankInfo, TrainJob
 from vila_ops.train.metrics import LossAccumulator, MetricsLogger, StepMetrics
 from vila_ops.train.objective import Objective
 from vila_ops.train.optim import lr_multiplier
+from vila_ops.train.profile import StepProfiler, span
 from vila_ops.train.watchdog import StepWatchdog
 
 log = logging.getLogger(__name__)
@@ -65,8 +66,11 @@ def train(job: TrainJob, rank_info: RankInfo) -> dict[str, Any]:
         torch.set_num_threads(job.resources.train.threads_per_worker)
         model, row_loader, batch_builder = load(job, alive=watchdog.alive)
         faults.model = model
-        with BatchLoader(job, rank_info, row_loader, batch_builder) as batches:
-            return _train(job, model, batches, watchdog, metrics)
+        with (
+            BatchLoader(job, rank_info, row_loader, batch_builder) as batches,
+            StepProfiler(job, rank_info, metrics) as profiler,
+        ):
+            return _train(job, model, batches, watchdog, metrics, profiler)
 
 
 def _train(
@@ -75,6 +79,7 @@ def _train(
     batches: BatchLoader,
     watchdog: StepWatchdog,
     metrics: MetricLog,
+    profiler: StepProfiler,
 ) -> dict[str, Any]:
     stage, rank_info, row_loader = job.stage, batches.rank_info, batches.row_loader
     is_first, device = rank_info.rank == 0, batches.batch_builder.device
@@ -100,7 +105,10 @@ def _train(
         accumulate_gradients(engine, accumulator, batches, step=step, bad_samples=bad_samples)
         checkpointer.wait_for_staging()
         multiplier = lr_multiplier(step, stage, num_steps=num_steps)
-        totals = accumulator.reduce(engine.step(multiplier))
+        with span("update"):
+            grad_norm = engine.step(multiplier)
+        with span("waiting"):
+            totals = accumulator.reduce(grad_norm)
         bad_samples.check_finite("loss", totals.loss, step=step)
         bad_samples.check_finite("gradient norm", totals.grad_norm, step=step)
         step += 1
@@ -116,6 +124,7 @@ def _train(
         if step % stage.save_every == 0 and step < num_steps:
             watchdog.heartbeat(step, "save")
             checkpointer.save(step, engine.state(), curve)
+        profiler.step(step)
 
     watchdog.heartbeat(step, "finish")
     checkpointer.close()
@@ -176,12 +185,14 @@ def accumulate_gradients(
     bad_samples.begin_step()
     for micro_batch in batches.train(step):
         bad_samples.begin_micro_batch(micro_batch.rows)
-        total, token_losses = engine.loss(micro_batch.batch)
+        with span("forward"):
+            total, token_losses = engine.loss(micro_batch.batch)
         loss = total / micro_batch.num_targets  # of the global batch, over all ranks
         accumulator.add(micro_batch.rows, loss, token_losses, wait_seconds=micro_batch.wait_seconds)
         bad_samples.add(micro_batch.rows, token_losses)
         # A loss that is not finite makes all gradients NaN, so that no rank updates anything before the host knows it.
-        engine.backward(loss * (1 + 0 * loss.detach()))
+        with span("backward"):
+            engine.backward(loss * (1 + 0 * loss.detach()))
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from vila_ops.model.lora import set_draws
 from vila_ops.model.trainable import EXPERT, component_of
 from vila_ops.model.vila import VilaForConditionalGeneration, losses
 from vila_ops.model.visual_expert import Routes, route
+from vila_ops.train.profile import span
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ class Objective(nn.Module):
         features = batch.features
         runs_images = self._runs_image_path(batch)
         if batch.pixel_values is not None:
-            features = model.tower_features(batch.pixel_values)
+            with span("tower"):
+                features = model.tower_features(batch.pixel_values)
         blank = self._blank_features(device) if runs_images and features is None else None
         embeddings = model.embed(batch.input_ids, features, batch.image_tokens)
         if blank is not None:  # its gradients are zeros; ZeRO-3 needs the modules in the order that an image takes

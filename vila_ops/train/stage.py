@@ -44,6 +44,8 @@ def train_stage(
     at = address_of(inputs)
     if done := store.find(Checkpoint, at, store=resources.storage.store):
         remove_all(resume_of(at, resources))  # a process that was killed after it sealed left them
+        if resources.train.profile_steps:
+            log.warning("stage %s is not profiled, as it was trained before: %s", stage.name, done.uri)
         return done
     if resources.launch == "ray_job":
         return _train_as_job(at, inputs)
