@@ -22,6 +22,7 @@ from vila_ops.data.shards import (
     data_url,
     index_of,
     mask,
+    named,
     read_index,
     read_sample,
     runs,
@@ -136,6 +137,17 @@ def test_runs_are_the_flags(flags: list[bool]) -> None:
     assert mask(spans, len(flags)) == flags
     assert all(start < stop for start, stop in spans)
     assert all(stop < start for (_, stop), (start, _) in pairwise(spans))
+
+
+def test_names_do_not_depend_on_the_keys_of_shards() -> None:
+    def names(*keys: str) -> list[str]:
+        records = [("pairs", "cat"), ("pairs", "cat"), ("pairs", "dog"), ("words", "cat")]
+        rows = [{"key": key, "source": source, "id": of} for key, (source, of) in zip(keys, records, strict=True)]
+        return sorted(row["name"] for row in named(rows))
+
+    expected = ["pairs/cat", "pairs/cat#2", "pairs/dog", "words/cat"]
+    assert names("aa-000000", "aa-000001", "bb-000000", "cc-000000") == expected
+    assert names("cc-000000", "cc-000001", "aa-000000", "bb-000000") == expected
 
 
 def test_runs_by_hand() -> None:

@@ -14,7 +14,7 @@ from vila_ops.artifacts.kinds import Dataset, Pretrained
 from vila_ops.artifacts.store import content
 from vila_ops.config import Run, Suite
 from vila_ops.data.preprocess.prepare import prepare
-from vila_ops.data.shards import Sample, index_of, samples_of
+from vila_ops.data.shards import Sample, index_of, named, samples_of
 from vila_ops.eval.evaluate import evaluate
 from vila_ops.eval.needs import check_held_out
 from vila_ops.eval.report import Report, read_report
@@ -44,8 +44,8 @@ def report(run: Run, model: Pretrained, data: Dataset) -> Report:
 @pytest.fixture(scope="module")
 def measured(report: Report, data: Dataset) -> list[Sample]:
     """The samples that were measured."""
-    keys = {answer.key for answer in report.answers}
-    return list(samples_of(data, [row for row in index_of(data).to_pylist() if row["key"] in keys]))
+    items = {answer.item for answer in report.answers}
+    return list(samples_of(data, [row for row in named(index_of(data).to_pylist()) if row["name"] in items]))
 
 
 def values(report: Report) -> dict[tuple[str, str], float]:

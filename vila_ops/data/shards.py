@@ -8,8 +8,10 @@ import base64
 import io
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -163,6 +165,20 @@ def read_sample(folder: Path, *, shard: str, offset: int, key: str) -> Sample:
 def index_of(dataset: Dataset) -> pa.Table:
     """The index of a sealed dataset, one row for each sample; from S3 only the index is fetched."""
     return read_index(store.file(dataset, INDEX).parent)
+
+
+def named(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Index rows with the `name` of each sample: SOURCE/RECORD, and #2, #3, ... for further samples of the record.
+
+    Keys depend on the text format, names do not where a record becomes as many samples.
+    """
+    times: Counter[str] = Counter()
+    listed = []
+    for row in sorted(rows, key=itemgetter("key")):
+        record = f"{row['source']}/{row['id']}"
+        times[record] += 1
+        listed.append({**row, "name": record if times[record] == 1 else f"{record}#{times[record]}"})
+    return listed
 
 
 def samples_of(dataset: Dataset, rows: Iterable[Mapping[str, Any]]) -> Iterator[Sample]:

@@ -73,8 +73,8 @@ class LayerPoint(Config):
 class ItemAnswer(Config):
     """What the model generated for one item."""
 
-    key: str
-    """Key of the item's sample in the dataset."""
+    item: str
+    """Id of the item: the name of its sample, see `data.shards.named`."""
     object: str
     truth: str
     answer: str
@@ -170,17 +170,19 @@ def compose(
         data=data,
         benchmarks={name: _reference(results[name], one) for name, one in measured.items()},
         metrics=tuple(
-            ReportMetric(**{**dict(metric), "name": _name(metric.name, kinds[name], name), "measure": metric.name})
+            ReportMetric(
+                **{**dict(metric), "name": name_in_suite(metric.name, kinds[name], name), "measure": metric.name}
+            )
             for name, one in measured.items()
             for metric in one.metrics
         ),
         slices=tuple(
-            SliceMetric(**{**dict(metric), "name": _name(metric.name, kinds[name], name)})
+            SliceMetric(**{**dict(metric), "name": name_in_suite(metric.name, kinds[name], name)})
             for name, one in measured.items()
             for metric in one.slices
         ),
         layers=tuple(
-            LayerPoint(**{**dict(point), "name": _name(point.name, kinds[name], name)})
+            LayerPoint(**{**dict(point), "name": name_in_suite(point.name, kinds[name], name)})
             for name, one in measured.items()
             for point in one.layers
         ),
@@ -225,7 +227,7 @@ def _tracked_name(name: str, role: MetricRole) -> str:
     return name if role == "model" else f"{name}.{role}"
 
 
-def _name(name: str, kind: str, benchmark: str) -> str:
+def name_in_suite(name: str, kind: str, benchmark: str) -> str:
     """A metric's name with the suite's name of the benchmark in place of its kind. Raises ValueError."""
     if name == kind:
         return benchmark

@@ -256,7 +256,7 @@ def _answers(items: Sequence[Item], rows: Sequence[ItemRow]) -> tuple[ItemAnswer
     truths = {item.id: item.answer for item in items}
     return tuple(
         ItemAnswer(
-            key=row.item, object=row.group, truth=truths[row.item], answer=row.answer, control=control.get(row.item)
+            item=row.item, object=row.group, truth=truths[row.item], answer=row.answer, control=control.get(row.item)
         )
         for row in rows
         if row.condition == "matched" and row.rotation == 0 and row.answer is not None and not row.response.nats

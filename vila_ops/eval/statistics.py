@@ -31,6 +31,8 @@ Statistic = Literal["mean", "mean_of_means", "ratio"] | OfSums
 """mean: every item has the same weight. mean_of_means: every cluster has the same weight, and its value is the mean of
 its items. ratio: sum of column 0 / sum of column 1, such as negative log-likelihoods / tokens."""
 
+PER_TOKEN = "nats per token"
+"""The unit of a ratio whose column 1 counts tokens, which depend on the tokenizer."""
 COVERAGE = 0.95
 _CELLS_AT_ONCE = 2**18
 """Drawn numbers that are in memory at a time: 2 MiB of indices or counts and as much of values, which a cache holds."""

@@ -15,7 +15,7 @@ from vila_ops.artifacts.kinds import Artifact, Checkpoint, EvalReport
 from vila_ops.artifacts.store import file, read_manifest
 from vila_ops.config import NO_CONTEXT, Run, RunContext
 from vila_ops.config.run import BASE
-from vila_ops.data.shards import data_url, index_of, samples_of
+from vila_ops.data.shards import data_url, index_of, named, samples_of
 from vila_ops.eval.report import read_report
 from vila_ops.pipeline.run import Outcome
 from vila_ops.pipeline.stages import evaluate_stage
@@ -241,8 +241,8 @@ def _curve(checkpoint: Checkpoint) -> list[Json]:
 def _gallery(run: Run, outcome: Outcome) -> list[Json]:
     """The final model's captions and answers with their images."""
     held_out = outcome.datasets[run.recipe.final_suite.mixture.name]
-    rows = {row["key"]: row for row in index_of(held_out).to_pylist() if row["num_images"]}
-    answers = [answer for answer in read_report(outcome.report).answers if answer.key in rows][:GALLERY]
-    shown = [rows[key] for key in dict.fromkeys(answer.key for answer in answers)]
-    images = {sample.key: data_url(sample.images[0]) for sample in samples_of(held_out, shown)}
-    return [{**dict(answer), "image": images[answer.key]} for answer in answers]
+    rows = {row["name"]: row for row in named(index_of(held_out).to_pylist()) if row["num_images"]}
+    answers = [answer for answer in read_report(outcome.report).answers if answer.item in rows][:GALLERY]
+    shown = {answer.item: rows[answer.item] for answer in answers}
+    samples = dict(zip(shown, samples_of(held_out, shown.values()), strict=True))
+    return [{**dict(answer), "image": data_url(samples[answer.item].images[0])} for answer in answers]

@@ -256,7 +256,7 @@ def test_cider_is_the_official_number_of_model_control_and_most_frequent_caption
     )
     assert [metric.n for metric in metrics] == [5] * 4
     assert measured.answers == tuple(
-        ItemAnswer(key=name, object=name, truth=CAPTIONS[name], answer=GENERATED[name], control=GENERATED[AFTER[name]])
+        ItemAnswer(item=name, object=name, truth=CAPTIONS[name], answer=GENERATED[name], control=GENERATED[AFTER[name]])
         for name in NAMES
     )
 

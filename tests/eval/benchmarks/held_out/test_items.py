@@ -6,7 +6,7 @@ from vila_ops.artifacts.kinds import Dataset
 from vila_ops.config import Run
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.data.shards import index_of
-from vila_ops.eval.benchmarks.held_out.items import EvalInputs, ImageItem, image_items, word_items
+from vila_ops.eval.benchmarks.held_out.items import EvalInputs, ImageItem, image_items, sample_items, word_items
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +60,18 @@ def test_words_have_three_other_meanings(inputs: EvalInputs) -> None:
     assert len(words) == 12
     for word in words:
         assert len({word.meaning, *word.distractors}) == 4
+
+
+def test_models_of_other_image_sizes_and_templates_have_the_same_items(run: Run, inputs: EvalInputs) -> None:
+    suite = run.recipe.final_suite
+    model = run.recipe.model.with_changes({"image_size": 56, "chat_template": "plain"})
+    other = EvalInputs.of(suite, prepare(suite.mixture, model.text(max_tokens=suite.max_tokens), run.resources))
+    assert other.data.digest != inputs.data.digest
+    for one, two in zip(image_items(inputs), image_items(other), strict=True):
+        assert (one.id, one.group, one.references, one.absent) == (two.id, two.group, two.references, two.absent)
+        assert one.image != two.image
+    assert word_items(inputs) == word_items(other)
+    samples = [
+        [(item.id, item.references) for item in sample_items(of, None, with_images=False)] for of in (inputs, other)
+    ]
+    assert samples[0] == samples[1]

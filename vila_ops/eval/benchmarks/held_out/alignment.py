@@ -14,7 +14,7 @@ from vila_ops.eval.benchmarks.held_out.prompts import caption_prompt, of_conditi
 from vila_ops.eval.metrics.alignment import chamfer_similarity
 from vila_ops.eval.rows import ItemRow
 
-REVISION = 4
+REVISION = 5
 NAME, UNIT = "alignment", "cosine"
 
 

@@ -13,7 +13,7 @@ from vila_ops.eval.benchmarks.held_out.prompts import check_tokenizer, column_va
 from vila_ops.eval.metrics.answers import normalised
 from vila_ops.eval.rows import ItemRow
 
-REVISION = 3
+REVISION = 4
 NAME, UNIT = "answer_match", "share equal"
 
 

@@ -8,7 +8,7 @@ from vila_ops.eval.benchmarks.held_out.items import HeldOut, ImageItem, image_it
 from vila_ops.eval.benchmarks.held_out.prompts import caption_requests, loss_values, shown_images
 from vila_ops.eval.rows import ItemRow
 
-REVISION = 4
+REVISION = 5
 NAME = "caption_loss"
 
 

@@ -11,7 +11,7 @@ from vila_ops.eval.benchmarks.held_out.prompts import caption_prompt, column_val
 from vila_ops.eval.metrics.cider import cider
 from vila_ops.eval.rows import ItemRow
 
-REVISION = 4
+REVISION = 5
 NAME, UNIT = "cider", "CIDEr-D (0 to 10)"
 
 

@@ -14,7 +14,7 @@ from vila_ops.eval.metrics import pope
 from vila_ops.eval.rows import ItemRow
 from vila_ops.eval.statistics import FloatArray
 
-REVISION = 4
+REVISION = 5
 NAME = "held_out_pope"
 YES, NO = "Yes.", "No."
 COLUMNS = ("true_positive", "false_positive", "true_negative", "false_negative")

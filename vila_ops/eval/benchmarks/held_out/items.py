@@ -14,7 +14,7 @@ from pydantic import Field
 from vila_ops.artifacts.kinds import Dataset
 from vila_ops.config import Config, Suite
 from vila_ops.config.eval import CONVERSATIONS, SuiteSettings
-from vila_ops.data.shards import Sample, index_of, runs, samples_of
+from vila_ops.data.shards import Sample, index_of, named, runs, samples_of
 from vila_ops.eval.benchmark import Item, LazyTokenizer
 
 
@@ -104,7 +104,7 @@ def image_items(inputs: EvalInputs) -> tuple[ImageItem, ...]:
     The result is kept for the next benchmark of the suite.
     """
     rows = _one_each(_held_out(inputs, inputs.captions))[: inputs.settings.max_objects]
-    samples = list(samples_of(inputs.data, rows))
+    samples = _samples(inputs, rows)
     seed = inputs.settings.seed
     order = list(range(len(samples)))
     random.Random(f"{seed}/derangement").shuffle(order)
@@ -117,18 +117,18 @@ def image_items(inputs: EvalInputs) -> tuple[ImageItem, ...]:
 def word_items(inputs: EvalInputs) -> tuple[WordItem, ...]:
     """One item for each word, at most `max_words`. Raises ValueError for too few words to draw distractors from."""
     rows = _one_each(_held_out(inputs, inputs.definitions))[: inputs.settings.max_words]
-    samples = list(samples_of(inputs.data, rows))
-    categories = [sample.category for sample in samples]
-    meanings = [sample.text.partition(": ")[2] for sample in samples]
+    samples = _samples(inputs, rows)
+    categories = [sample.category for _, sample in samples]
+    meanings = [sample.text.partition(": ")[2] for _, sample in samples]
     items = []
-    for number, sample in enumerate(samples):
-        others = _same_category_first(number, categories, random.Random(f"{inputs.settings.seed}/{sample.key}"))
+    for number, (name, sample) in enumerate(samples):
+        others = _same_category_first(number, categories, random.Random(f"{inputs.settings.seed}/{name}"))
         distractors = [meanings[i] for i in others if meanings[i] != meanings[number]]
-        word, three = sample.text.partition(": ")[0], _first_three(distractors, sample.key)
+        word, three = sample.text.partition(": ")[0], _first_three(distractors, name)
         items.append(
             WordItem(
-                id=sample.key,
-                group=sample.key,
+                id=name,
+                group=name,
                 references={"meaning": meanings[number], "distractors": three},
                 answer=meanings[number],
                 word=word,
@@ -147,12 +147,14 @@ def sample_items(inputs: EvalInputs, sources: tuple[str, ...] | None, *, with_im
     rows = [row for row in _held_out(inputs, sources) if row["num_images"] or not with_images]
     objects = [row["object"] for row in _one_each(rows)][: inputs.settings.max_objects]
     number = {name: place for place, name in enumerate(objects)}
-    kept = sorted((row for row in rows if row["object"] in number), key=lambda row: (number[row["object"]], row["key"]))
-    samples = list(samples_of(inputs.data, kept))
-    shown = {sample.object: sample.images for sample in reversed(samples)}
+    kept = sorted(
+        (row for row in rows if row["object"] in number), key=lambda row: (number[row["object"]], row["name"])
+    )
+    samples = _samples(inputs, kept)
+    shown = {sample.object: sample.images for _, sample in reversed(samples)}
     return tuple(
         SampleItem(
-            id=sample.key,
+            id=name,
             group=sample.object,
             references={"text": sample.text},
             text=sample.text,
@@ -161,7 +163,7 @@ def sample_items(inputs: EvalInputs, sources: tuple[str, ...] | None, *, with_im
             images=sample.images,
             shuffled_images=_images_of_others(sample, objects, shown),
         )
-        for sample in samples
+        for name, sample in samples
         if any(sample.is_target[1:])  # the first token is never predicted
     )
 
@@ -193,34 +195,39 @@ def _rows(inputs: EvalInputs, sources: tuple[str, ...] | None) -> list[dict[str,
 
 
 def _held_out(inputs: EvalInputs, sources: tuple[str, ...] | None) -> list[dict[str, Any]]:
-    return [row for row in _rows(inputs, sources) if row["split"] == inputs.settings.split]
+    return named(row for row in _rows(inputs, sources) if row["split"] == inputs.settings.split)
+
+
+def _samples(inputs: EvalInputs, rows: list[dict[str, Any]]) -> list[tuple[str, Sample]]:
+    """The samples of some rows with their names, by which the items are the same for models of any text format."""
+    return [(row["name"], sample) for row, sample in zip(rows, samples_of(inputs.data, rows), strict=True)]
 
 
 def _one_each(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row of each object, in an order that does not depend on what the objects are."""
     first: dict[str, dict[str, Any]] = {}
-    for row in sorted(rows, key=lambda row: row["key"]):
+    for row in sorted(rows, key=lambda row: row["name"]):
         first.setdefault(row["object"], row)
     names = sorted(first)
     random.Random("items").shuffle(names)
     return [first[name] for name in names]
 
 
-def _image_item(number: int, samples: list[Sample], shuffled: int, *, seed: int) -> ImageItem:
-    sample = samples[number]
-    draw = random.Random(f"{seed}/{sample.key}")
-    others = _same_category_first(number, [s.category for s in samples], draw)
-    distractors = [samples[i].text for i in others if samples[i].text != sample.text]
+def _image_item(number: int, samples: list[tuple[str, Sample]], shuffled: int, *, seed: int) -> ImageItem:
+    name, sample = samples[number]
+    draw = random.Random(f"{seed}/{name}")
+    others = _same_category_first(number, [one.category for _, one in samples], draw)
+    distractors = [text for text in (samples[i][1].text for i in others) if text != sample.text]
     unseen = [i for i in others if i != shuffled]  # the shuffled image must not show it either
-    absent = samples[unseen[0 if draw.random() < 0.5 else -1]].object if unseen else None
+    absent = samples[unseen[0 if draw.random() < 0.5 else -1]][1].object if unseen else None
     return ImageItem(
-        id=sample.key,
+        id=name,
         group=sample.object,
         references={"caption": sample.text, "distractors": distractors[:3]},
         answer=sample.text,
         category=sample.category,
         image=sample.images[0],
-        shuffled_image=samples[shuffled].images[0],
+        shuffled_image=samples[shuffled][1].images[0],
         caption=sample.text,
         distractors=tuple(distractors[:3]),
         absent=absent,

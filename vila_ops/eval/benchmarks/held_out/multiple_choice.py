@@ -11,7 +11,7 @@ from vila_ops.eval.benchmarks.held_out.prompts import caption_requests, column_v
 from vila_ops.eval.metrics.choice import share_right
 from vila_ops.eval.rows import ItemRow
 
-REVISION = 4
+REVISION = 5
 NAME, UNIT = "multiple_choice", "share right"
 
 

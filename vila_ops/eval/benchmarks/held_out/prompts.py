@@ -11,6 +11,7 @@ from vila_ops.eval.benchmark import MetricValues, ScoreRequest, Units
 from vila_ops.eval.benchmarks.held_out.items import ImageItem, SampleItem
 from vila_ops.eval.report import MetricRole
 from vila_ops.eval.rows import ItemRow
+from vila_ops.eval.statistics import PER_TOKEN
 from vila_ops.generate.request import Prompt
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def loss_values(name: str, rows: Sequence[ItemRow]) -> list[MetricValues]:
         groups = {row.item: row.group for row in own}
         units = Units(tuple(sums), tuple(groups[item] for item in sums))
         table = np.array(list(sums.values()))
-        values.append(MetricValues(name, units, table, "ratio", role=role, unit="nats per token", lower_is_better=True))
+        values.append(MetricValues(name, units, table, "ratio", role=role, unit=PER_TOKEN, lower_is_better=True))
     return values
 
 

@@ -9,7 +9,7 @@ from vila_ops.eval.benchmarks.held_out.prompts import loss_values
 from vila_ops.eval.rows import ItemRow
 from vila_ops.generate.request import Prompt
 
-REVISION = 4
+REVISION = 5
 NAME = "text_loss"
 
 

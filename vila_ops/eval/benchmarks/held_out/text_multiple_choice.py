@@ -12,7 +12,7 @@ from vila_ops.eval.metrics.choice import share_right
 from vila_ops.eval.rows import ItemRow
 from vila_ops.generate.request import Prompt
 
-REVISION = 4
+REVISION = 5
 NAME, UNIT = "text_multiple_choice", "share right"
 
 
