@@ -17,6 +17,7 @@ from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.data.shards import Sample, index_of, named, samples_of
 from vila_ops.eval.evaluate import evaluate
 from vila_ops.eval.needs import check_held_out
+from vila_ops.eval.opened import opened
 from vila_ops.eval.report import Report, read_report
 from vila_ops.pipeline.stages import evaluate_stage
 
@@ -107,6 +108,15 @@ def test_answers_are_compared_with_those_of_the_raw_records(report: Report) -> N
 
 
 @pytest.mark.slow
+def test_a_sealed_report_is_opened_with_the_scores_of_its_numbers(run: Run, model: Pretrained, data: Dataset) -> None:
+    report = evaluate(suite_of(run, BENCHMARKS), model, data, run.resources)
+    told = values(read_report(report))
+    loss, answers = (one.scores() for one in opened(report).values())
+    nats, tokens = loss["loss"].values.sum(axis=0)
+    assert nats / tokens == pytest.approx(told["loss", "model"])
+    assert answers["answers"].values.mean() == pytest.approx(told["answers", "model"])
+
+
 def test_without_a_control_text_counts_too(run: Run, model: Pretrained, data: Dataset) -> None:
     suite = suite_of(run, {"loss": {"kind": "held_out_loss", "control": "none"}}, max_objects=400)
     report = read_report(evaluate(suite, model, data, run.resources))

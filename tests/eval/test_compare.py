@@ -1,13 +1,15 @@
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vila_ops.eval.compare import Comparison, MetricScores, ScoreTable, compare, disagreements
+from vila_ops.eval.compare import Comparison, NotComparable, ScoreTable, compare, disagreements
 from vila_ops.eval.significance import holm, minimum_detectable_effect, paired_test
-from vila_ops.eval.statistics import FloatArray, UndefinedStatistic, paired_difference
+from vila_ops.eval.statistics import PER_TOKEN, FloatArray, paired_difference
 
 
 def table(
@@ -15,32 +17,33 @@ def table(
     *,
     groups: Sequence[str] | None = None,
     slices: Sequence[tuple[str, ...]] | None = None,
-    name: str = "accuracy",
+    **more: Any,
 ) -> ScoreTable:
     count = len(scores)
     return ScoreTable(
         items=tuple(f"item-{row}" for row in range(count)),
         groups=tuple(groups or [f"image-{row // 2}" for row in range(count)]),
         slices=tuple(slices or [()] * count),
-        metrics={name: MetricScores(np.asarray(scores, dtype=np.float64))},
+        values=np.asarray(scores, dtype=np.float64),
+        **more,
     )
 
 
 def shuffled(one: ScoreTable, seed: int) -> ScoreTable:
     order = np.random.default_rng(seed).permutation(len(one.items))
-    return ScoreTable(
+    return replace(
+        one,
         items=tuple(one.items[row] for row in order),
         groups=tuple(one.groups[row] for row in order),
         slices=tuple(one.slices[row] for row in order),
-        metrics={
-            name: MetricScores(metric.values[order], metric.statistic, metric.lower_is_better)
-            for name, metric in one.metrics.items()
-        },
+        values=one.values[order],
     )
 
 
-def compared(**models: ScoreTable | Mapping[str, ScoreTable]) -> Comparison:
-    suites = {name: {"bench": one} if isinstance(one, ScoreTable) else one for name, one in models.items()}
+def compared(**models: ScoreTable | Mapping[str, Mapping[str, ScoreTable]]) -> Comparison:
+    suites = {
+        name: {"bench": {"accuracy": one}} if isinstance(one, ScoreTable) else one for name, one in models.items()
+    }
     return compare(suites, resamples=500, seed=3)
 
 
@@ -91,8 +94,8 @@ def test_the_numbers_are_those_of_the_statistics() -> None:
 def test_holm_counts_every_metric_benchmark_and_candidate() -> None:
     rng = np.random.default_rng(1)
 
-    def suite(shift: float) -> dict[str, ScoreTable]:
-        return {name: table(rng.normal(shift, size=60)) for name in ("gqa", "pope", "mmlu")}
+    def suite(shift: float) -> dict[str, dict[str, ScoreTable]]:
+        return {name: {"accuracy": table(rng.normal(shift, size=60))} for name in ("gqa", "pope", "mmlu")}
 
     comparison = compared(a=suite(0), b=suite(0.6), c=suite(0))
     assert [(metric.benchmark, metric.candidate) for metric in comparison.metrics] == [
@@ -109,7 +112,7 @@ def test_items_are_paired_by_name_in_whatever_order(seed: int) -> None:
     slices = [("even",) if row % 2 else ("odd", "all") for row in range(30)]
     old, new = (table(rng.integers(2, size=30), slices=slices) for _ in range(2))
     assert compared(old=old, new=shuffled(new, seed)) == compared(old=old, new=new)
-    assert disagreements(old, shuffled(new, seed), "accuracy") == disagreements(old, new, "accuracy")
+    assert disagreements(old, shuffled(new, seed)) == disagreements(old, new)
 
 
 def test_equal_models_do_not_differ() -> None:
@@ -117,7 +120,7 @@ def test_equal_models_do_not_differ() -> None:
     [metric] = compared(old=one, new=one).metrics
     assert (metric.overall.value, metric.overall.low, metric.overall.high) == (0, 0, 0)
     assert (metric.p, metric.p_holm, metric.disagreements, metric.detectable) == (1, 1, 0, 0)
-    assert disagreements(one, one, "accuracy") == ()
+    assert disagreements(one, one) == ()
 
 
 def test_statistics_of_several_columns_are_compared() -> None:
@@ -126,16 +129,14 @@ def test_statistics_of_several_columns_are_compared() -> None:
 
     counts = {"old": [[1, 0], [0, 1], [1, 0], [0, 2]], "new": [[1, 0], [1, 0], [1, 0], [0, 1]]}
     nats = {"old": [[4, 1], [6, 3], [2, 2], [5, 4]], "new": [[3, 1], [6, 3], [1, 2], [5, 4]]}
+    groups = ["1", "2", "3", "4"]
     models = {
-        name: ScoreTable(
-            items=("w", "x", "y", "z"),
-            groups=("1", "2", "3", "4"),
-            slices=((),) * 4,
-            metrics={
-                "f1": MetricScores(np.array(counts[name], float), f1),
-                "loss": MetricScores(np.array(nats[name], float), "ratio", lower_is_better=True),
-            },
-        )
+        name: {
+            "bench": {
+                "f1": table(counts[name], groups=groups, statistic=f1),
+                "loss": table(nats[name], groups=groups, statistic="ratio", lower_is_better=True, unit=PER_TOKEN),
+            }
+        }
         for name in counts
     }
     by_f1, by_loss = compared(**models).metrics
@@ -143,24 +144,25 @@ def test_statistics_of_several_columns_are_compared() -> None:
     assert (by_f1.disagreements, by_f1.lower_is_better, by_f1.test) == (2, False, "sign_flip_sampled")
     assert (by_loss.overall.baseline, by_loss.overall.candidate) == pytest.approx((1.7, 1.5))
     assert (by_loss.disagreements, by_loss.lower_is_better) == (2, True)
-    assert [(one.item, one.baseline, one.candidate) for one in disagreements(models["old"], models["new"], "loss")] == [
-        ("w", (4.0, 1.0), (3.0, 1.0)),
-        ("y", (2.0, 2.0), (1.0, 2.0)),
+    assert (by_f1.unit, by_loss.unit) == ("share", "nats per token")
+    losses = [models[name]["bench"]["loss"] for name in ("old", "new")]
+    assert [(one.item, one.baseline, one.candidate) for one in disagreements(*losses)] == [
+        ("item-0", (4.0, 1.0), (3.0, 1.0)),
+        ("item-2", (2.0, 2.0), (1.0, 2.0)),
     ]
 
 
 def test_disagreements_start_with_the_largest() -> None:
     old, new = table([0.0, 0.5, 1.0, 0.2, 0.0]), table([0.1, 0.5, 0.0, 0.9, 1.0])
-    rows = disagreements(old, new, "accuracy")
+    rows = disagreements(old, new)
     assert [row.item for row in rows] == ["item-2", "item-4", "item-3", "item-0"]
     assert (rows[0].group, rows[0].baseline, rows[0].candidate) == ("image-1", (1.0,), (0.0,))
 
 
 def test_a_slice_without_an_interval_is_named_with_the_reason() -> None:
     slices = [("one image",), ("one image",), ("two",), (), ("two",), ()]
-    ratio = MetricScores(np.array([[1.0, 1.0]] * 2 + [[1.0, 0.0], [1.0, 1.0], [1.0, 0.0], [2.0, 1.0]]), "ratio")
-    one = table(np.zeros(6), slices=slices)
-    old = ScoreTable(one.items, one.groups, one.slices, {"loss": ratio})
+    ratio = [[1.0, 1.0]] * 2 + [[1.0, 0.0], [1.0, 1.0], [1.0, 0.0], [2.0, 1.0]]
+    old = table(np.array(ratio), slices=slices, statistic="ratio")
     [metric] = compared(old=old, new=old).metrics
     assert metric.slices == {}
     assert metric.skipped_slices == {
@@ -171,44 +173,72 @@ def test_a_slice_without_an_interval_is_named_with_the_reason() -> None:
 
 def test_a_metric_without_an_interval_is_refused_by_name() -> None:
     one = table([1, 0, 1], groups=["a", "a", "a"])
-    with pytest.raises(UndefinedStatistic, match="accuracy of bench: 3 items in 1 clusters"):
+    with pytest.raises(NotComparable, match="accuracy of new: 3 items in 1 clusters"):
         compared(old=one, new=one)
 
 
-BASE = table([1.0, 0.0, 1.0, 0.0])
-TWO_COLUMNS = MetricScores(np.array([[1.0, 1.0]] * 4))
+BASE = table([1.0, 0.0, 1.0, 0.0], references={"item-0": "a", "item-1": "b"})
+TWO_COLUMNS = np.array([[1.0, 1.0]] * 4)
 
 
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (table([1.0, 0.0, 1.0]), "bench of 'new' and the baseline differ in 1 items, one is 'item-3'"),
+        (table([1.0, 0.0, 1.0]), "differ in 1 items, one is 'item-3'"),
         (table([1.0, 0.0, 1.0, 0.0, 1.0]), "differ in 1 items, one is 'item-4'"),
-        (table([1.0, 0.0, 1.0, 0.0], groups=["image-0", "image-0", "image-1", "x"]), "'item-3' is of group 'x'"),
-        (table([1.0, 0.0, 1.0, 0.0], slices=[("a",), (), (), ()]), r"'item-0' is of group .* slices \('a',\)"),
-        (table([1.0, 0.0, 1.0, 0.0], name="f1"), "no common metric"),
-        (ScoreTable(BASE.items, BASE.groups, BASE.slices, {}), "no common metric 'accuracy'"),
-        (
-            ScoreTable(BASE.items, BASE.groups, BASE.slices, {"accuracy": TWO_COLUMNS}),
-            "no common metric",
-        ),
-        (
-            ScoreTable(
-                BASE.items, BASE.groups, BASE.slices, {"accuracy": MetricScores(np.ones(4), lower_is_better=True)}
-            ),
-            "no common metric 'accuracy', with one statistic",
-        ),
+        (replace(BASE, groups=("image-0", "image-0", "image-1", "x")), "'item-3' is of group .* but of 'x'"),
+        (replace(BASE, slices=(("a",), (), (), ())), r"'item-0' is of group .*\('a',\) for the candidate"),
+        (replace(BASE, values=TWO_COLUMNS), "differ in statistic, number of columns"),
+        (replace(BASE, lower_is_better=True), "differ in statistic, number of columns, unit or direction"),
+        (replace(BASE, unit="points"), "differ in statistic, number of columns, unit or direction"),
+        (replace(BASE, references={"item-0": "a", "item-1": "x"}), "1 items are scored by other references.*'item-1'"),
+        (replace(BASE, references={"item-0": "a"}), "differ in 1 items, one is 'item-1'"),
     ],
-    ids=["fewer items", "more items", "groups", "slices", "other metric", "no metric", "columns", "direction"],
+    ids=[
+        "fewer items",
+        "more items",
+        "groups",
+        "slices",
+        "columns",
+        "direction",
+        "unit",
+        "references",
+        "fewer references",
+    ],
 )
 def test_tables_that_measure_something_else_are_refused(other: ScoreTable, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(NotComparable, match=message):
         compared(old=BASE, new=other)
 
 
-def test_models_with_other_benchmarks_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"only one of 'old' and 'new' has \['mme', 'pope'\]"):
-        compared(old={"gqa": BASE, "pope": BASE}, new={"gqa": BASE, "mme": BASE})
+def test_nats_per_token_of_two_tokenizers_are_refused() -> None:
+    old = table(TWO_COLUMNS, statistic="ratio", unit=PER_TOKEN)
+    new = replace(old, values=np.array([[1.0, 1.0], [1.0, 3.0], [1.0, 1.0], [1.0, 2.0]]))
+    with pytest.raises(NotComparable, match="2 items have other numbers of tokens, such as 'item-1' with 1 and 3"):
+        compared(old=old, new=new)
+    assert compared(old=replace(old, unit="share"), new=replace(new, unit="share")).metrics
+
+
+def test_what_only_one_model_was_measured_on_is_named_and_the_rest_compared() -> None:
+    old = {"gqa": {"gqa": BASE, "gqa_official": BASE}, "pope": {"pope": BASE}, "mme": {"mme": table([1.0])}}
+    new = {"gqa": {"gqa": BASE, "gqa_answered": BASE}, "vqav2": {"vqav2": BASE}, "mme": {"mme": table([1.0])}}
+    comparison = compared(old=old, new=new)
+    assert [(one.benchmark, one.metric) for one in comparison.metrics] == [("gqa", "gqa")]
+    assert [(one.benchmark, one.metric, one.reason.split(";")[0]) for one in comparison.left_out] == [
+        ("gqa", "gqa_official", "the candidate has no such metric"),
+        ("pope", None, "the candidate was not measured on it"),
+        ("mme", "mme", "1 items in 1 clusters"),
+        ("gqa", "gqa_answered", "the baseline has no such metric"),
+        ("vqav2", None, "the baseline was not measured on it"),
+    ]
+    third = compared(old={"gqa": {"gqa": BASE}}, new={"gqa": {"gqa": BASE}}, other=new)
+    assert [(one.candidate, one.metric) for one in third.metrics] == [("new", "gqa"), ("other", "gqa")]
+    assert {one.candidate for one in third.left_out} == {"other"}
+
+
+def test_models_without_a_common_benchmark_and_a_single_one_are_refused() -> None:
+    with pytest.raises(NotComparable, match="old and new have nothing in common: gqa of new: the candidate was not"):
+        compared(old={"gqa": {"gqa": BASE}}, new={"mme": {"mme": BASE}})
     with pytest.raises(ValueError, match=r"1 models are given \(old\)"):
         compared(old=BASE)
 
@@ -217,17 +247,13 @@ def test_models_with_other_benchmarks_are_refused() -> None:
     ("fields", "message"),
     [
         ({"items": ("x", "y", "x", "z")}, "item 'x' is given 2 times"),
-        ({"groups": ("a", "b")}, "4 items, 2 groups and 4 rows of slices"),
-        ({"slices": ((), ())}, "4 items, 4 groups and 2 rows of slices"),
-        ({"metrics": {"m": MetricScores(np.ones(3))}}, "metric 'm' has 3 scores for 4 items"),
-        ({"metrics": {"m": MetricScores(np.array([1, np.nan, np.inf, 0]))}}, "no finite score for 2 items.*'item-1'"),
-        (
-            {"metrics": {"m": MetricScores(np.array([[1, 1]] * 3 + [[1, np.nan]]))}},
-            "for 1 items, the first is 'item-3'",
-        ),
+        ({"groups": ("a", "b")}, "4 items, 2 groups, 4 rows of slices and 4 scores"),
+        ({"slices": ((), ())}, "4 items, 4 groups, 2 rows of slices and 4 scores"),
+        ({"values": np.ones(3)}, "4 rows of slices and 3 scores"),
+        ({"values": np.array([1, np.nan, np.inf, 0])}, "2 items have no finite score, the first is 'item-1'"),
+        ({"values": np.array([[1, 1]] * 3 + [[1, np.nan]])}, "1 items have no finite score, the first is 'item-3'"),
     ],
 )
-def test_a_table_with_a_fault_is_refused(fields: dict[str, object], message: str) -> None:
-    whole = {"items": BASE.items, "groups": BASE.groups, "slices": BASE.slices, "metrics": BASE.metrics}
+def test_a_table_with_a_fault_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ScoreTable(**{**whole, **fields})  # type: ignore[arg-type]
+        replace(BASE, **fields)

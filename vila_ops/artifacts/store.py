@@ -120,7 +120,7 @@ def find_in(kind: type[A], at: Address, uri: str) -> A | None:
     if manifest is None or manifest["address"] != f"{at.kind}/{at.key}":
         return None
     _check_sizes(uri, manifest)
-    return _reference(kind, uri, manifest)
+    return reference(kind, uri, manifest)
 
 
 def begin(at: Address, *, store: str) -> Path:
@@ -150,7 +150,7 @@ def seal(
     place = _place_of(attempt)
     uri, _, data = place.rpartition("/")
     with _discarded_on_failure(attempt, place):
-        backend(uri).probe(_root(uri))
+        backend(uri).probe(store_of(uri))
         output.use_umask(attempt)
         files = _files(attempt, uri, known or {})
         manifest = {
@@ -168,7 +168,7 @@ def seal(
     if not _write_manifest(manifest, attempt, place):
         log.warning("%s was sealed by another attempt first; this attempt is dropped", uri)
         backend(uri).discard(attempt, place)
-    return _reference(kind, uri, read_manifest(uri))
+    return reference(kind, uri, read_manifest(uri))
 
 
 def verify(artifact: Artifact) -> None:
@@ -395,10 +395,10 @@ def _link(target: Path, uri: str, linked: Linked) -> FileFacts:
     if backend(uri) is disk:
         target.parent.mkdir(parents=True, exist_ok=True)
         disk.link(source.file(name), target)
-    elif place.startswith(f"{_root(uri)}/"):
+    elif place.startswith(f"{store_of(uri)}/"):
         with _naming(artifact.uri):
             backend(uri).check(place, facts)
-        entry["at"] = place.removeprefix(f"{_root(uri)}/")
+        entry["at"] = place.removeprefix(f"{store_of(uri)}/")
     else:
         raise ValueError(f"{place} cannot be linked into {uri}: it is in another store; seal a copy of it there first")
     return entry
@@ -424,15 +424,16 @@ def _places(uri: str, manifest: dict[str, Any]) -> dict[str, tuple[str, FileFact
     """Place and facts of each file, by name."""
     files: dict[str, FileFacts] = manifest["files"]
     own = f"{uri}/{manifest['data']}"
-    return {name: (f"{_root(uri)}/{f['at']}" if "at" in f else f"{own}/{name}", f) for name, f in files.items()}
+    return {name: (f"{store_of(uri)}/{f['at']}" if "at" in f else f"{own}/{name}", f) for name, f in files.items()}
 
 
-def _root(uri: str) -> str:
+def store_of(uri: str) -> str:
     """The store of an address's folder."""
     return uri.rsplit("/", 2)[0] if "://" in uri else str(Path(uri).parent.parent)
 
 
-def _reference(kind: type[A], uri: str, manifest: dict[str, Any]) -> A:
+def reference(kind: type[A], uri: str, manifest: dict[str, Any]) -> A:
+    """The artifact reference of a sealed folder with this manifest."""
     return kind.model_validate(
         {"uri": uri, "digest": manifest["digest"], "parents": manifest["parents"], **manifest["facts"]}
     )
@@ -473,7 +474,7 @@ def _damaged(uri: str, place: str, what: str) -> CorruptArtifact:
             f"{place} {what}; where `dvc` replaced {uri} while it was read, run again; otherwise restore it (`dvc "
             f"checkout`), or move {uri} away and run again to rebuild it"
         )
-    root = _root(uri)
+    root = store_of(uri)
     others = [
         other
         for other in backend(uri).sharing(place, root, KINDS.values())

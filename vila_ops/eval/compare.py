@@ -8,8 +8,8 @@ N items, K columns of a metric.
 """
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from vila_ops.config import Config
 from vila_ops.eval.significance import TestName, holm, minimum_detectable_effect, paired_test
 from vila_ops.eval.statistics import (
+    PER_TOKEN,
     FloatArray,
     Statistic,
     UndefinedStatistic,
@@ -25,19 +26,13 @@ from vila_ops.eval.statistics import (
 )
 
 
-@dataclass(frozen=True)
-class MetricScores:
-    """The scores of all items by one metric, and how its value is made of them."""
-
-    values: FloatArray
-    """(N,), or (N, K) for a statistic of several columns; finite. What a failed item scores is decided before."""
-    statistic: Statistic = "mean"
-    lower_is_better: bool = False
+class NotComparable(ValueError):
+    """Two models were not measured in the same way on the same items."""
 
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """What one model scored on the items of one benchmark."""
+    """What one model scored by one metric, and how its value is made of the scores."""
 
     items: tuple[str, ...]
     """(N,), distinct. Models are compared item by item under these names, in whatever order."""
@@ -45,30 +40,36 @@ class ScoreTable:
     """(N,); items of one group, such as the questions of one image, are not independent."""
     slices: tuple[tuple[str, ...], ...]
     """(N,); the slices that hold each item, such as `category: scenes`. An item may be in several or in none."""
-    metrics: Mapping[str, MetricScores]
-    """By name. Whatever else a number depends on (variant, judge, policy of failed items) is part of the name."""
+    values: FloatArray
+    """(N,), or (N, K) for a statistic of several columns; finite. What a failed item scores is decided before."""
+    statistic: Statistic = "mean"
+    lower_is_better: bool = False
+    unit: str = "share"
+    references: Mapping[str, str] = field(default_factory=dict)
+    """A hash of what each item of the benchmark is scored by; models are compared where all are the same."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for columns of unequal length, an item given twice and a score that is not finite."""
         count = len(self.items)
-        if len(self.groups) != count or len(self.slices) != count:
+        if not len(self.groups) == len(self.slices) == len(self.values) == count:
             raise ValueError(
-                f"{count} items, {len(self.groups)} groups and {len(self.slices)} rows of slices; give each item one"
+                f"{count} items, {len(self.groups)} groups, {len(self.slices)} rows of slices and {len(self.values)} "
+                "scores; give each item one"
             )
         item, times = Counter(self.items).most_common(1)[0] if count else ("", 1)
         if times > 1:
             raise ValueError(f"item {item!r} is given {times} times; keep one result of each item")
-        for name, metric in self.metrics.items():
-            if len(metric.values) != count:
-                raise ValueError(
-                    f"metric {name!r} has {len(metric.values)} scores for {count} items; give one for each"
-                )
-            columns = tuple(range(1, metric.values.ndim))
-            if len(bad := np.flatnonzero(~np.isfinite(metric.values).all(axis=columns))):
-                raise ValueError(
-                    f"metric {name!r} has no finite score for {len(bad)} items, the first is {self.items[bad[0]]!r}; "
-                    "count failed items as wrong, or leave them out for every model"
-                )
+        columns = tuple(range(1, self.values.ndim))
+        if len(bad := np.flatnonzero(~np.isfinite(self.values).all(axis=columns))):
+            raise ValueError(
+                f"{len(bad)} items have no finite score, the first is {self.items[bad[0]]!r}; count failed items as "
+                "wrong, or leave them out for every model"
+            )
+
+
+Scores = Mapping[str, Mapping[str, ScoreTable]]
+"""What one model scored, by benchmark and metric. Whatever else a number depends on (variant, judge, policy of failed
+items) is part of the metric's name."""
 
 
 class Difference(Config):
@@ -91,6 +92,7 @@ class PairComparison(Config):
     """Two models by one metric of one benchmark."""
 
     lower_is_better: bool
+    unit: str
     overall: Difference
     test: TestName
     p: float
@@ -116,6 +118,16 @@ class MetricComparison(PairComparison):
     """Adjusted for all tests of the comparison."""
 
 
+class LeftOut(Config):
+    """What is not compared."""
+
+    benchmark: str
+    metric: str | None
+    """None: the benchmark was measured on one of the models alone."""
+    candidate: str
+    reason: str
+
+
 class Comparison(Config):
     """Candidates against a baseline on the same benchmarks."""
 
@@ -123,6 +135,7 @@ class Comparison(Config):
     candidates: tuple[str, ...]
     metrics: tuple[MetricComparison, ...]
     """By benchmark, then metric, then candidate, each in the given order."""
+    left_out: tuple[LeftOut, ...]
     resamples: int
     seed: int
 
@@ -137,53 +150,55 @@ class Disagreement(Config):
     candidate: tuple[float, ...]
 
 
-def compare(models: Mapping[str, Mapping[str, ScoreTable]], *, resamples: int = 10_000, seed: int = 0) -> Comparison:
-    """Compare every model after the first with the first. `models` has the tables of each model by benchmark.
+def compare(models: Mapping[str, Scores], *, resamples: int = 10_000, seed: int = 0) -> Comparison:
+    """Compare every model after the first with the first; `models` has the scores of each by its name.
 
-    Every metric is one test of the family, so give those that were chosen before the scores were known.
-    Raises ValueError for fewer than two models and for models that differ in benchmarks, items, groups, slices or
-    metrics, and UndefinedStatistic for a metric that has no interval over all items, such as one of a single group.
+    Every metric is one test of the family, so give those that were chosen before the scores were known. A metric that
+    was not measured in the same way on the same items, or has no interval over them, is left out with the reason.
+    Raises ValueError for fewer than two models, and NotComparable where nothing is left.
     """
     if len(models) < 2:
         raise ValueError(f"{len(models)} models are given ({', '.join(models)}); a comparison needs at least two")
     baseline, *candidates = models
-    for candidate in candidates:
-        if missing := models[baseline].keys() ^ models[candidate].keys():
-            raise ValueError(f"only one of {baseline!r} and {candidate!r} has {sorted(missing)}; evaluate both on them")
-    names: list[tuple[str, str, str]] = []
-    pairs: list[PairComparison] = []
-    for benchmark, table in models[baseline].items():
-        others = {name: _aligned(table, models[name][benchmark], f"{benchmark} of {name!r}") for name in candidates}
-        for metric in table.metrics:
-            for candidate, other in others.items():
-                names.append((benchmark, metric, candidate))
-                try:
-                    pairs.append(_compare_pair(table, other, metric, resamples=resamples, seed=seed))
-                except UndefinedStatistic as error:
-                    raise UndefinedStatistic(f"{metric} of {benchmark}: {error}") from error
-    adjusted = holm([pair.p for pair in pairs])
+    compared: dict[tuple[str, str, str], PairComparison] = {}
+    left_out: dict[LeftOut, None] = {}
+    for benchmark, metric in _names(models):
+        for candidate in candidates:
+            sides = models[baseline].get(benchmark), models[candidate].get(benchmark)
+            try:
+                tables = _tables(*sides, metric)
+                if tables is not None:
+                    pair = _compare_pair(*tables, resamples=resamples, seed=seed)
+                    compared[benchmark, metric, candidate] = pair
+            except (NotComparable, UndefinedStatistic) as error:
+                of = None if None in sides else metric
+                left_out[LeftOut(benchmark=benchmark, metric=of, candidate=candidate, reason=str(error))] = None
+    if not compared:
+        reasons = [f"{one.metric or one.benchmark} of {one.candidate}: {one.reason}" for one in left_out]
+        raise NotComparable(f"{baseline} and {', '.join(candidates)} have nothing in common: {'; '.join(reasons[:3])}")
+    adjusted = holm([pair.p for pair in compared.values()])
     return Comparison(
         baseline=baseline,
         candidates=tuple(candidates),
         metrics=tuple(
             MetricComparison(**dict(pair), benchmark=benchmark, metric=metric, candidate=candidate, p_holm=p)
-            for (benchmark, metric, candidate), pair, p in zip(names, pairs, adjusted, strict=True)
+            for ((benchmark, metric, candidate), pair), p in zip(compared.items(), adjusted, strict=True)
         ),
+        left_out=tuple(left_out),
         resamples=resamples,
         seed=seed,
     )
 
 
-def disagreements(baseline: ScoreTable, candidate: ScoreTable, metric: str) -> tuple[Disagreement, ...]:
+def disagreements(baseline: ScoreTable, candidate: ScoreTable) -> tuple[Disagreement, ...]:
     """The items that two models score differently, the largest difference first, then in the baseline's order.
 
-    Raises ValueError for tables of different items, groups, slices or metrics.
+    Raises NotComparable for tables that do not measure the same.
     """
-    candidate = _aligned(baseline, candidate, "the candidate")
-    scores = baseline.metrics[metric], candidate.metrics[metric]
-    gaps = _gaps(*scores)
+    candidate = _aligned(baseline, candidate)
+    gaps = _gaps(baseline, candidate)
     rows = [int(row) for row in np.argsort(-gaps, kind="stable") if gaps[row] > 0]
-    first, second = (one.values.reshape(len(gaps), -1) for one in scores)
+    first, second = (one.values.reshape(len(gaps), -1) for one in (baseline, candidate))
     return tuple(
         Disagreement(
             item=baseline.items[row],
@@ -209,17 +224,43 @@ class _Pair:
         return _Pair(self.baseline[rows], self.candidate[rows], self.groups[rows], self.statistic)
 
 
-def _compare_pair(
-    baseline: ScoreTable, candidate: ScoreTable, metric: str, *, resamples: int, seed: int
-) -> PairComparison:
-    first, second = baseline.metrics[metric], candidate.metrics[metric]
-    _, groups = np.unique(np.array(baseline.groups), return_inverse=True)
+def _names(models: Mapping[str, Scores]) -> dict[tuple[str, str], None]:
+    """Benchmark and metric of every score, those of the first model first."""
+    every = (scores.items() for scores in models.values())
+    return dict.fromkeys((benchmark, metric) for scores in every for benchmark, tables in scores for metric in tables)
+
+
+def _tables(
+    baseline: Mapping[str, ScoreTable] | None, candidate: Mapping[str, ScoreTable] | None, metric: str
+) -> tuple[ScoreTable, ScoreTable] | None:
+    """The scores by a metric in one order of items; None where neither of the two models has it.
+
+    Raises NotComparable.
+    """
+    if baseline is None and candidate is None:
+        return None
+    if baseline is None or candidate is None:
+        raise NotComparable(f"the {'baseline' if baseline is None else 'candidate'} was not measured on it")
+    first, second = baseline.get(metric), candidate.get(metric)
+    if first is None and second is None:
+        return None
+    if first is None or second is None:
+        raise NotComparable(
+            f"the {'baseline' if first is None else 'candidate'} has no such metric; a variant, a judge, the policy of "
+            "failed items and the version of the benchmark make another one"
+        )
+    return first, _aligned(first, second)
+
+
+def _compare_pair(first: ScoreTable, second: ScoreTable, *, resamples: int, seed: int) -> PairComparison:
+    _, groups = np.unique(np.array(first.groups), return_inverse=True)
     pair = _Pair(first.values, second.values, groups, first.statistic)
     overall, standard_error = _difference(pair, resamples=resamples, seed=seed)
     test = paired_test(second.values, first.values, groups, statistic=first.statistic, resamples=resamples, seed=seed)
-    slices, skipped = _slices(baseline, pair, resamples=resamples, seed=seed)
+    slices, skipped = _slices(first, pair, resamples=resamples, seed=seed)
     return PairComparison(
         lower_is_better=first.lower_is_better,
+        unit=first.unit,
         overall=overall,
         test=test.name,
         p=test.p,
@@ -270,42 +311,59 @@ def _difference(pair: _Pair, *, resamples: int, seed: int) -> tuple[Difference, 
     return difference, interval.standard_error
 
 
-def _gaps(first: MetricScores, second: MetricScores) -> FloatArray:
+def _gaps(first: ScoreTable, second: ScoreTable) -> FloatArray:
     """The largest difference of a column for each item, (N,)."""
     gaps = np.abs(second.values - first.values)
     largest: FloatArray = gaps.max(axis=tuple(range(1, gaps.ndim)))
     return largest
 
 
-def _aligned(baseline: ScoreTable, other: ScoreTable, name: str) -> ScoreTable:
-    """The other table in the baseline's order of items. Raises ValueError if they do not measure the same."""
-    if missing := set(baseline.items) ^ set(other.items):
-        raise ValueError(
-            f"{name} and the baseline differ in {len(missing)} items, one is {min(missing)!r}; a comparison needs the "
-            "same items: evaluate both on one version of the benchmark, with one policy of failed items"
+def _aligned(baseline: ScoreTable, other: ScoreTable) -> ScoreTable:
+    """The other table in the baseline's order of items. Raises NotComparable if they do not measure the same."""
+    _check_items(baseline.items, other.items)
+    _check_items(baseline.references, other.references)
+    if changed := [item for item, reference in baseline.references.items() if other.references[item] != reference]:
+        raise NotComparable(
+            f"{len(changed)} items are scored by other references, one is {changed[0]!r}; evaluate both on one version "
+            "of the benchmark"
         )
     row_of = {item: row for row, item in enumerate(other.items)}
     order = [row_of[item] for item in baseline.items]
-    groups, slices = tuple(other.groups[row] for row in order), tuple(other.slices[row] for row in order)
-    for row, item in enumerate(baseline.items):
-        if (groups[row], slices[row]) != (baseline.groups[row], baseline.slices[row]):
-            raise ValueError(
-                f"item {item!r} is of group {groups[row]!r} and slices {slices[row]} in {name}, but of "
-                f"{baseline.groups[row]!r} and {baseline.slices[row]} in the baseline; score both by one version of it"
+    one = replace(
+        other,
+        items=baseline.items,
+        groups=tuple(other.groups[row] for row in order),
+        slices=tuple(other.slices[row] for row in order),
+        values=other.values[order],
+    )
+    for item, *facts in zip(baseline.items, baseline.groups, one.groups, baseline.slices, one.slices, strict=True):
+        if facts[0] != facts[1] or facts[2] != facts[3]:
+            raise NotComparable(
+                f"item {item!r} is of group {facts[0]!r} and slices {facts[2]} for the baseline, but of {facts[1]!r} "
+                f"and {facts[3]} for the candidate; score both by one version of the benchmark"
             )
-    for metric in baseline.metrics.keys() | other.metrics.keys():
-        if _kind(baseline.metrics.get(metric)) != _kind(other.metrics.get(metric)):
-            raise ValueError(
-                f"{name} and the baseline have no common metric {metric!r}, with one statistic, number of columns and "
-                "direction; score both by one version of the benchmark"
-            )
-    metrics = {
-        metric: MetricScores(scores.values[order], scores.statistic, scores.lower_is_better)
-        for metric, scores in other.metrics.items()
-    }
-    return ScoreTable(items=baseline.items, groups=groups, slices=slices, metrics=metrics)
+    if _kind(baseline) != _kind(one):
+        raise NotComparable(
+            "the two differ in statistic, number of columns, unit or direction; score both by one version of the "
+            "benchmark"
+        )
+    if baseline.unit == PER_TOKEN and len(rows := np.flatnonzero(baseline.values[:, 1] != one.values[:, 1])):
+        tokens = [int(table.values[rows[0], 1]) for table in (baseline, one)]
+        raise NotComparable(
+            f"{len(rows)} items have other numbers of tokens, such as {baseline.items[rows[0]]!r} with {tokens[0]} and "
+            f"{tokens[1]}; {PER_TOKEN} of different tokenizers say nothing: take a metric of answers"
+        )
+    return one
 
 
-def _kind(metric: MetricScores | None) -> object:
+def _check_items(baseline: Collection[str], other: Collection[str]) -> None:
+    if missing := set(baseline) ^ set(other):
+        raise NotComparable(
+            f"the two differ in {len(missing)} items, one is {min(missing)!r}; a comparison needs the same items: "
+            "evaluate both on one version of the benchmark, with one policy of failed items"
+        )
+
+
+def _kind(table: ScoreTable) -> object:
     """What must be the same for two columns of scores to be compared."""
-    return metric and (metric.statistic, metric.lower_is_better, metric.values.shape[1:])
+    return table.statistic, table.lower_is_better, table.unit, table.values.shape[1:]

@@ -50,12 +50,9 @@ def evaluate(
     and for official files that are missing or faulty.
     """
     job = job_of(suite, model, data, resources)
-    results = _results(job)
-    if len(results) == len(suite.benchmarks) and (
-        done := store.find(EvalReport, _address(job, results), store=resources.storage.store)
-    ):
+    if done := _report_of(job):
         return done
-    if len(results) < len(suite.benchmarks) and not isinstance(model, Endpoint):
+    if len(_results(job)) < len(suite.benchmarks) and not isinstance(model, Endpoint):
         device_on(resources, resources.device)
     if isinstance(suite, Suite):
         assert data is not None
@@ -84,6 +81,21 @@ def evaluate(
         tracking.end_run(resources, run_id, failed=failed)
     log.info("evaluated %s on %s", stage, suite.name)
     return report
+
+
+def evaluated(
+    suite: Suite | OfficialSuite, model: Checkpoint | Pretrained, data: Dataset | None, resources: Resources
+) -> EvalReport | None:
+    """The report of a model on a suite; None where it was not measured yet. No model is loaded."""
+    return _report_of(job_of(suite, model, data, resources))
+
+
+def _report_of(job: EvalJob) -> EvalReport | None:
+    """The report, if it is in the store."""
+    results = _results(job)
+    if len(results) < len(job.suite.benchmarks):
+        return None
+    return store.find(EvalReport, _address(job, results), store=job.resources.storage.store)
 
 
 def job_of(

@@ -23,12 +23,21 @@ def assemble(model: Model, resources: Resources, context: RunContext = NO_CONTEX
     Local folders are parents by their content, so moving them does not change the address. Raises ValueError if the
     folder holds another model than the recipe describes, and CorruptArtifact if it is damaged.
     """
-    recipe, parents = _identity(model)
-    at = store.address(Pretrained, revision=REVISION, recipe=recipe, parents=parents)
+    at = _address(model)
     if done := store.find(Pretrained, at, store=resources.storage.store):
         return done
     with hold(at, store=resources.storage.store):
         return store.find(Pretrained, at, store=resources.storage.store) or _assemble(at, model, resources)
+
+
+def assembled(model: Model, resources: Resources) -> Pretrained | None:
+    """The model of a recipe before its first stage; None where it was not assembled yet. Nothing is made."""
+    return store.find(Pretrained, _address(model), store=resources.storage.store)
+
+
+def _address(model: Model) -> store.Address:
+    recipe, parents = _identity(model)
+    return store.address(Pretrained, revision=REVISION, recipe=recipe, parents=parents)
 
 
 def _identity(model: Model) -> tuple[dict[str, Any], tuple[str, ...]]:

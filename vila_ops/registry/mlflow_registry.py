@@ -74,10 +74,14 @@ class MlflowRegistry:
 
     def champion(self) -> int | None:
         """The version that the alias `champion` points to; None without a model or an alias."""
+        return self.version_at(CHAMPION)
+
+    def version_at(self, alias: str) -> int | None:
+        """The version that an alias points to; None without a model or an alias."""
         from mlflow.exceptions import MlflowException
 
         try:
-            version = self._client.get_registered_model(self.name).aliases.get(CHAMPION)
+            version = self._client.get_registered_model(self.name).aliases.get(alias)
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 return None

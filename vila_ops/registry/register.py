@@ -52,12 +52,18 @@ def champion(gate: Gate, resources: Resources) -> ModelVersion | None:
         return None if version is None else registry.model_version(version)
 
 
-def report_of(version: ModelVersion, resources: Resources) -> EvalReport:
-    """The report by which a version was last judged."""
-    with open_registry(resources, version.name, f"a question about {version.name!r}") as registry:
-        tags = registry.tags(version.version)
+def report_of(name: str, version: str, resources: Resources) -> EvalReport:
+    """The report by which a version was last judged. `version` is its number, or an alias such as `champion`.
+
+    Raises ValueError for an alias that points nowhere and for a version that was not judged yet.
+    """
+    with open_registry(resources, name, f"a question about {name!r}") as registry:
+        number = int(version) if version.isdecimal() else registry.version_at(version)
+        if number is None:
+            raise ValueError(f"{name!r} has no version with the alias {version!r}; see them in MLflow")
+        tags = registry.tags(number)
     if "report" not in tags:
-        raise ValueError(f"{version.name} version {version.version} was not judged yet; register it again")
+        raise ValueError(f"{name} version {number} was not judged yet; register it again")
     return EvalReport.model_validate_json(tags["report"])
 
 

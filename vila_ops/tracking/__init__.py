@@ -106,6 +106,23 @@ def page(tracking_uri: str | None, run_id: str | None) -> str | None:
     return f"{tracking_uri}/#/experiments/{experiment}/runs/{run_id}"
 
 
+def evaluations(resources: Resources, run_id: str) -> dict[str, str]:
+    """The names of the evaluations below a run by their ids, the newest first.
+
+    Raises TrackerRefused for an unknown run, and ValueError without a tracking URI.
+    """
+    uri = resources.tracking.uri
+    if uri is None:
+        raise ValueError(f"run {run_id} is MLflow's: set resources.tracking.uri (a server or sqlite:///FILE)")
+    client, _ = connect(uri)
+    with translated(uri, f"a question about run {run_id}"):
+        experiment = client.get_run(run_id).info.experiment_id
+        below = client.search_runs(
+            [experiment], f"tags.`mlflow.parentRunId` = '{run_id}' and tags.task = 'evaluate'", max_results=100
+        )
+    return {run.info.run_id: run.info.run_name for run in below}
+
+
 def end_run(resources: Resources, run_id: str | None, *, failed: bool) -> None:
     """Close a run, now or when MLflow answers again, see `outbox`."""
     with MetricLog(resources, run_id) as run:

@@ -71,6 +71,29 @@ def _is_fresh(inputs: StageInputs) -> bool:
     return isinstance(inputs.init, Pretrained) and inputs.model.weights is None
 
 
+def trained(
+    stage: Stage, model: Model, data: Dataset, init: Checkpoint | Pretrained, resources: Resources
+) -> Checkpoint | None:
+    """The model after a stage; None where it was not trained yet. Nothing is made."""
+    inputs = StageInputs(stage=stage, model=model, data=data, init=init, resources=resources)
+    return store.find(Checkpoint, address_of(inputs), store=resources.storage.store)
+
+
+def trained_model(checkpoint: Checkpoint) -> Model:
+    """The settings of the model that a stage trained, by which it reads text and images.
+
+    Raises ValueError for a checkpoint of an earlier version of vila-ops, which did not record them.
+    """
+    settings = store.manifest_of(checkpoint)["execution"].get("model")
+    if settings is None:
+        raise ValueError(
+            f"{checkpoint.uri} was trained by an earlier version of vila-ops, which did not record how the model reads "
+            f"text and images; where it is the champion, remove its alias in MLflow, so that the next model that "
+            f"passes the gate becomes champion"
+        )
+    return Model.model_validate(settings)
+
+
 def _train_here(at: store.Address, inputs: StageInputs) -> Checkpoint:
     """Train and seal. The caller holds the lease."""
     stage, data, init, resources = inputs.stage, inputs.data, inputs.init, inputs.resources
@@ -110,7 +133,7 @@ def _train_here(at: store.Address, inputs: StageInputs) -> Checkpoint:
         attempt,
         facts={"stage": stage.name, "step": workers[0]["steps"]},
         execution=execution(launch=resources.launch, seconds=time.monotonic() - started, ran=workers)
-        | {"mlflow_run": run_id},
+        | {"mlflow_run": run_id, "model": inputs.model.model_dump(mode="json")},
     )
     remove_all(resume)
     log.info("trained %s: %s", stage.name, checkpoint.digest[:12])

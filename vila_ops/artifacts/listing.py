@@ -1,0 +1,22 @@
+"""The sealed artifacts of a store, by kind and by digest."""
+
+from collections.abc import Iterator
+from typing import TypeVar
+
+from vila_ops.artifacts.kinds import Artifact
+from vila_ops.artifacts.store import KINDS, backend, find_manifest, reference, root_of
+
+A = TypeVar("A", bound=Artifact)
+
+
+def sealed(kind: type[A], *, store: str) -> Iterator[A]:
+    """The artifacts of a kind, in the order of their addresses. Raises CorruptArtifact for a damaged manifest."""
+    place = f"{root_of(store)}/{KINDS[kind]}"
+    for key in sorted({entry.name.partition("/")[0] for entry in backend(place).entries(place)}):
+        if (manifest := find_manifest(f"{place}/{key}")) is not None:
+            yield reference(kind, f"{place}/{key}", manifest)
+
+
+def of_digest(kind: type[A], digest: str, *, store: str) -> A | None:
+    """An artifact with this digest; None where the store has none. May read the manifests of the whole kind."""
+    return next((one for one in sealed(kind, store=store) if one.digest == digest), None)
