@@ -15,8 +15,13 @@ import yaml
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
+from vila_ops.artifacts.kinds import EvalReport
+from vila_ops.artifacts.store import read_manifest
 from vila_ops.cli import app, main
 from vila_ops.config import load
+from vila_ops.eval.report import read_report
+from vila_ops.pipeline.reports import report_named
+from vila_ops.registry.gate import metrics_of
 
 ROOT = Path(__file__).parents[1]
 TINY = "configs/recipes/tiny.yaml"
@@ -113,6 +118,22 @@ def test_a_run_touches_no_file_of_the_user_s_and_its_own_have_the_umask_s_mode(r
     other = {path for name in ("store", "cache") for path in (folder / name).rglob("*") if path.is_file()}
     assert len(other) > 100
     assert [path.name for path in other if path.stat().st_mode != mode] == ["vila.log"], "a server's log is private"
+
+
+@pytest.mark.slow
+def test_a_report_is_named_by_its_folder_its_recipe_its_version_and_its_run(ran: Json, resources: Path) -> None:
+    report = EvalReport(**ran["report"])
+    run = read_manifest(report.uri)["execution"]["mlflow_run"]
+    for reference in (report.uri, TINY, "models:/tiny/1", run):
+        assert report_named(reference, resources) == report
+    with pytest.raises(ValueError, match=rf"is not of one evaluation; .*{run} \(evaluate sft on tiny\)"):
+        report_named(ran["context"]["parent_run"], resources)
+    where = ("-r", str(resources))
+    base = EvalReport(**said("evaluate", TINY, "--stage", "base", "--final", *where))
+    compared = said("compare", base.uri, TINY, *where)["comparison"]
+    assert compared["left_out"] == []
+    for one, values in (("baseline", metrics_of(read_report(base))), ("candidate", metrics_of(read_report(report)))):
+        assert {metric["metric"]: metric["overall"][one] for metric in compared["metrics"]} == pytest.approx(values)
 
 
 @pytest.mark.slow

@@ -11,14 +11,17 @@ from PIL import Image as Pillow
 from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from vila_ops.artifacts.kinds import Dataset
+from vila_ops.artifacts.kinds import Checkpoint, Dataset
 from vila_ops.artifacts.store import content, read_manifest
-from vila_ops.config import Run, load
+from vila_ops.config import NO_CONTEXT, Run, load
 from vila_ops.data.shards import read_index
+from vila_ops.eval.compare_reports import compare_reports
 from vila_ops.eval.report import read_report
 from vila_ops.model.towers import POSITIONS, resize_positions
+from vila_ops.pipeline.promotion import champion_report
+from vila_ops.pipeline.reports import last_report
 from vila_ops.pipeline.run import Outcome, run_pipeline
-from vila_ops.pipeline.stages import evaluate_stage, mixture_named, prepare_named
+from vila_ops.pipeline.stages import TASKS, evaluate_stage, mixture_named, prepare_named
 
 ROOT = Path(__file__).parents[1]
 
@@ -106,3 +109,21 @@ def test_the_held_out_data_are_prepared_once_for_each_size_and_every_model_is_me
         "a command asks as the pipeline does"
     )
     assert evaluate_stage(run, "sft", run.recipe.final_suite) == outcome.report
+
+
+def test_the_report_of_a_recipe_is_that_of_its_last_model_on_the_final_suite(run: Run, outcome: Outcome) -> None:
+    assert last_report(run, "tiny.yaml") == outcome.report
+
+
+def test_a_champion_of_another_image_size_is_compared_on_the_same_items_at_its_own_size(
+    run: Run, outcome: Outcome
+) -> None:
+    small = outcome.models["align"]
+    assert isinstance(small, Checkpoint)
+    champion = champion_report(run, small, tasks=TASKS, context=NO_CONTEXT)
+    assert champion.parents[1] == outcome.stage_reports["align"].parents[1] != outcome.report.parents[1]
+    compared = compare_reports({"champion": champion, "model": outcome.report}).comparison
+    assert compared.left_out == ()
+    values = {(m.name, m.role): m.value for m in read_report(champion).metrics}
+    for one in compared.metrics:
+        assert one.overall.baseline == pytest.approx(values[one.metric, "model"])

@@ -227,6 +227,8 @@ def test_a_remainder_is_refused_with_a_batch_that_would_do(micro_batch: str, bat
         ("stages.sft.image_size=13", r"image_size 13 is less than one patch of 14 pixels"),
         ("stages.sft.image_size=140", r"an image takes 100 tokens but max_tokens is 96"),
         ("gate.rules=[{metric: x}]", r"rule on 'x' has no bound"),
+        ("gate.rules=[{metric: text_loss, at_most: 9, slices: all}]", r"rule on 'text_loss' has slices, on which only"),
+        ("gate.clean_of=[gqa]", r"clean of 'gqa', but mixture 'tiny_align' of stage 'align' is compared with \[\]"),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(override: str, message: str) -> None:

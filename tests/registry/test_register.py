@@ -4,26 +4,30 @@ import contextlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from tests.eval.charts import METRIC, PARTS, sealed_report, suite_of, write_charts
 from tests.forks import Fork
 from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, EvalReport, ModelVersion
 from vila_ops.config import NO_CONTEXT, Gate, Resources, Run, load
 from vila_ops.config.eval import Rule
 from vila_ops.errors import CorruptArtifact, PromotionRaceLost, is_final
-from vila_ops.eval.report import Report, ReportMetric, write_report
 from vila_ops.pipeline.promotion import register_model
 from vila_ops.pipeline.stages import Tasks
 from vila_ops.registry.mlflow_registry import MlflowRegistry, open_registry
 from vila_ops.registry.register import champion, register, report_of
 
 ROOT = Path(__file__).parents[2]
-GATE = Gate(model_name="toy's model", rules=(Rule(metric="pope", at_least=0.5, max_regression=0.05),))
+RECIPE = load(ROOT / "configs/recipes/tiny.yaml", resources=ROOT / "configs/resources/inline.yaml").recipe
+RULE = Rule(metric=METRIC, at_least=0.5, max_regression=0.05)
+GATE = Gate(model_name="toy's model", rules=(RULE,))
+ITEMS = [f"{part}-{chart}" for part in PARTS for chart in range(10)]
+"""Two questions on each of ten charts."""
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +43,9 @@ def resources(tmp_path: Path, empty_database: Path) -> Resources:
     """A registry and a store of this test."""
     shutil.copyfile(empty_database, tmp_path / "mlflow.db")
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    return Resources(launch="inline").with_changes({"storage.store": str(tmp_path / "store"), "tracking.uri": uri})
+    where = {f"storage.{name}": str(tmp_path / name) for name in ("store", "cache", "data")}
+    files = {"storage.benchmarks": str(write_charts(tmp_path / "files", 10))}
+    return Resources(launch="inline").with_changes({**where, **files, "tracking.uri": uri})
 
 
 def client(resources: Resources) -> MlflowClient:
@@ -53,29 +59,25 @@ def checkpoint(resources: Resources, name: str) -> Checkpoint:
     at = store.address(Checkpoint, revision=0, recipe=name, parents=("data", "init"))
     attempt = store.begin(at, store=root)
     (attempt / "model.safetensors").write_text(name)
-    return store.seal(Checkpoint, at, attempt, facts={"stage": "sft", "step": 7}, execution={})
+    execution = {"model": RECIPE.model.model_dump(mode="json")}
+    return store.seal(Checkpoint, at, attempt, facts={"stage": "sft", "step": 7}, execution=execution)
 
 
-def report(resources: Resources, model: Checkpoint, pope: float, *, suite: str = "probe") -> EvalReport:
-    """A sealed report with one number."""
-    root = resources.storage.store
-    at = store.address(EvalReport, revision=0, recipe=[pope, suite], parents=(model.digest,))
-    attempt = store.begin(at, store=root)
-    metric = ReportMetric(
-        name="pope", measure="pope", role="model", value=pope, low=0.0, high=1.0, n=9, lower_is_better=False, unit=""
-    )
-    content = Report(
-        suite=suite, split="test", model=model.digest, data="d", benchmarks={}, metrics=(metric,), layers=(), answers=()
-    )
-    write_report(attempt, content)
-    facts = {"suite": suite, "model": model.digest}
-    return store.seal(EvalReport, at, attempt, facts=facts, execution={})
+def report(resources: Resources, model: Checkpoint, share: float, *, suite: str = "probe") -> EvalReport:
+    """The sealed report of a model that answers the first items right, such a share of them."""
+    quiet = resources.with_changes({"tracking.uri": None})
+    return sealed_report(quiet, model, ITEMS[: round(share * len(ITEMS))], suite_of(suite))
 
 
-def registered(resources: Resources, name: str, pope: float, *, against: EvalReport | None = None) -> ModelVersion:
+def registered(resources: Resources, name: str, share: float, *, against: EvalReport | None = None) -> ModelVersion:
     """A checkpoint through the task."""
     model = checkpoint(resources, name)
-    return register(GATE, model, report(resources, model, pope), against, resources)
+    return register(GATE, model, report(resources, model, share), against, resources)
+
+
+def judged(version: ModelVersion, resources: Resources) -> EvalReport:
+    """The report by which a version was judged."""
+    return report_of(version.name, str(version.version), resources)
 
 
 @pytest.mark.slow
@@ -93,11 +95,11 @@ def test_a_version_names_what_it_is_made_of_and_no_weights_are_uploaded(resource
         "parents": '["data", "init"]',
         "report.digest": measured.digest,
         "gate.status": "passed",
-        "gate.reason": "pope 0.75 is at least 0.5; pope 0.75 has no champion to be compared with",
+        "gate.reason": f"{METRIC} 0.75 is at least 0.5; {METRIC} 0.75 has no champion to be compared with",
         "ready": "true",
     }
     assert expected.items() <= stored.tags.items()
-    assert report_of(version, resources) == measured
+    assert judged(version, resources) == measured
 
 
 @pytest.mark.slow
@@ -105,12 +107,13 @@ def test_the_first_that_passes_is_the_champion_and_a_worse_one_is_refused(resour
     assert champion(GATE, resources) is None
     first = registered(resources, "one", 0.75)
     assert champion(GATE, resources) == first
-    against = report_of(first, resources)
+    against = judged(first, resources)
     worse = registered(resources, "two", 0.6, against=against)
     assert (worse.version, worse.promoted) == (2, False)
     tags = client(resources).get_model_version(GATE.model_name, "2").tags
     assert tags["gate.status"] == "refused"
-    assert "more than 0.05 worse than the champion's 0.75" in tags["gate.reason"]
+    assert tags["gate.reason"].startswith(f"{METRIC} 0.6, champion 0.75: gain -0.15 (95 % interval -")
+    assert tags["gate.reason"].endswith("20 items, 10 groups) is maybe more than 0.05 worse")
     better = registered(resources, "three", 0.8, against=against)
     assert (better.version, better.promoted) == (3, True)
     assert client(resources).get_model_version(GATE.model_name, "3").tags["champion.previous"] == "1"
@@ -119,9 +122,9 @@ def test_the_first_that_passes_is_the_champion_and_a_worse_one_is_refused(resour
 
 def test_registering_again_changes_nothing(resources: Resources) -> None:
     first = registered(resources, "one", 0.75)
-    better = registered(resources, "two", 0.75, against=report_of(first, resources))
+    better = registered(resources, "two", 0.75, against=judged(first, resources))
     before = [(one.version, one.tags) for one in client(resources).search_model_versions()]
-    again = registered(resources, "one", 0.75, against=report_of(better, resources))
+    again = registered(resources, "one", 0.75, against=judged(better, resources))
     assert again == ModelVersion(**{**first.model_dump(), "promoted": False})  # an old recipe takes nothing back
     assert registered(resources, "two", 0.75) == better
     assert [(one.version, one.tags) for one in client(resources).search_model_versions()] == before
@@ -142,7 +145,7 @@ def test_a_registration_that_died_half_way_is_finished(resources: Resources, mon
 
 def test_other_rules_judge_a_version_again(resources: Resources) -> None:
     assert not registered(resources, "one", 0.25).promoted
-    milder = Gate(model_name=GATE.model_name, rules=(Rule(metric="pope", at_least=0.2),))
+    milder = Gate(model_name=GATE.model_name, rules=(Rule(metric=METRIC, at_least=0.2),))
     model = checkpoint(resources, "one")
     version = register(milder, model, report(resources, model, 0.25), None, resources)
     assert (version.version, version.promoted) == (1, True)
@@ -155,15 +158,31 @@ def test_a_comparison_with_anything_but_the_champion_is_refused(resources: Resou
     stranger = report(resources, checkpoint(resources, "four"), 0.5)
     with pytest.raises(PromotionRaceLost, match="the champion's report is of model"):
         registered(resources, "two", 0.8, against=stranger)
-    elsewhere = report(resources, first.checkpoint, 0.75, suite="other")
-    with pytest.raises(ValueError, match="of two suites"):
-        registered(resources, "two", 0.8, against=elsewhere)
     assert champion(GATE, resources) == first
+    elsewhere = report(resources, first.checkpoint, 0.75, suite="of another name")
+    assert registered(resources, "two", 0.8, against=elsewhere).promoted
+
+
+def test_a_champion_that_was_measured_on_other_items_is_refused(resources: Resources, tmp_path: Path) -> None:
+    first = registered(resources, "one", 0.75)
+    fewer = resources.with_changes({"storage.benchmarks": str(write_charts(tmp_path / "fewer", 9))})
+    with pytest.raises(ValueError, match="the two differ in 2 items, one is 'augmented-9'"):
+        registered(resources, "two", 0.8, against=report(fewer, first.checkpoint, 0.75))
+    assert champion(GATE, resources) == first
+
+
+def test_a_model_that_has_to_win_is_refused_where_it_only_equals(resources: Resources) -> None:
+    win = Gate(model_name=GATE.model_name, rules=(Rule(metric=METRIC, min_gain=0),))
+    first = registered(resources, "one", 0.5)
+    equal, better = checkpoint(resources, "two"), checkpoint(resources, "three")
+    against = judged(first, resources)
+    assert not register(win, equal, report(resources, equal, 0.5), against, resources).promoted
+    assert register(win, better, report(resources, better, 1), against, resources).promoted
 
 
 def test_a_version_that_was_judged_against_an_earlier_champion_is_not_promoted(resources: Resources) -> None:
     first = registered(resources, "one", 0.75)
-    second = registered(resources, "two", 0.6, against=report_of(first, resources))
+    second = registered(resources, "two", 0.6, against=judged(first, resources))
     with (
         pytest.raises(
             PromotionRaceLost, match="became version 1 while version 2 was judged against version None"
@@ -178,9 +197,8 @@ def test_a_version_that_was_judged_against_an_earlier_champion_is_not_promoted(r
 def test_a_model_that_lost_a_race_is_judged_against_the_new_champion(resources: Resources) -> None:
     """Prefect does not run `register` again with the report of the former champion."""
     first = registered(resources, "one", 0.7)
-    recipe = load(
-        ROOT / "configs/recipes/tiny.yaml", resources=ROOT / "configs/resources/inline.yaml"
-    ).recipe.with_changes({"gate": GATE.model_dump()})
+    charts = {name: one.model_dump() for name, one in suite_of().benchmarks.items()}
+    recipe = RECIPE.with_changes({"gate": GATE.model_dump(), "final_suite.benchmarks": charts})
     run = Run(recipe=recipe, resources=resources)
     compared: list[str] = []
 
@@ -188,14 +206,17 @@ def test_a_model_that_lost_a_race_is_judged_against_the_new_champion(resources: 
         compared.append(model.digest)
         return report(resources, model, 0.7 if model == first.checkpoint else 0.75)
 
+    def prepared(*_: Any) -> Dataset:
+        return Dataset(uri="nowhere", digest="held out", num_samples=0, num_tokens=0)  # which `evaluated` does not read
+
     def raced(*asked: Any) -> ModelVersion:
         if len(compared) == 1:
-            registered(resources, "two", 0.75, against=report_of(first, resources))
+            registered(resources, "two", 0.75, against=judged(first, resources))
         return register(*asked)
 
-    model, tasks = checkpoint(resources, "three"), Tasks(evaluate=evaluated, register=raced)
-    data = cast("Dataset", None)  # which `evaluated` does not read
-    version = register_model(run, model, report(resources, model, 0.8), data, tasks=tasks, context=NO_CONTEXT)
+    model = checkpoint(resources, "three")
+    tasks = Tasks(prepare=prepared, evaluate=evaluated, register=raced)
+    version = register_model(run, model, report(resources, model, 0.8), tasks=tasks, context=NO_CONTEXT)
     assert compared == [first.checkpoint.digest, checkpoint(resources, "two").digest]
     assert (version.version, version.promoted) == (3, True)
     assert client(resources).get_model_version(GATE.model_name, "3").tags["champion.previous"] == "2"

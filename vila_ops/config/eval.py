@@ -270,18 +270,37 @@ class Suite(SuiteSettings):
 
 
 class Rule(Config):
-    """One condition of a gate on a metric of the report; a bound that is None is not checked."""
+    """One condition of a gate on a metric of the final suite's report; a bound that is None is not checked.
+
+    `max_regression` and `min_gain` read the 95 % interval of the difference from the champion on the same items;
+    without a champion they hold.
+    """
 
     metric: str
     at_least: float | None = None
     at_most: float | None = None
     max_regression: float | None = Field(default=None, ge=0)
-    """Largest regression from the champion's value, in the metric's unit; without a champion the rule passes."""
+    """How much worse than the champion the model may be, in the metric's unit. The end of the interval counts, so few
+    items need a larger margin."""
+    min_gain: float | None = Field(default=None, ge=0)
+    """The model has to be better than the champion by more than this; the end of the interval counts. 0: it has to
+    win."""
+    slices: Literal["all"] | tuple[str, ...] = ()
+    """Slices of the items, such as `category: scenes`, on each of which max_regression and min_gain must hold too."""
+
+    def is_compared(self) -> bool:
+        """Whether it reads the difference from the champion."""
+        return self.max_regression is not None or self.min_gain is not None
 
     @model_validator(mode="after")
     def _has_a_bound(self) -> "Rule":
-        if self.at_least is None and self.at_most is None and self.max_regression is None:
-            raise ValueError(f"rule on {self.metric!r} has no bound; set at_least, at_most or max_regression")
+        if self.at_least is None and self.at_most is None and not self.is_compared():
+            raise ValueError(f"rule on {self.metric!r} has no bound; set at_least, at_most, max_regression or min_gain")
+        if self.slices and not self.is_compared():
+            raise ValueError(
+                f"rule on {self.metric!r} has slices, on which only max_regression and min_gain are checked; set one "
+                f"of them or remove slices"
+            )
         return self
 
 
@@ -291,3 +310,6 @@ class Gate(Config):
     model_name: str
     """Name in the MLflow model registry."""
     rules: tuple[Rule, ...] = Field(min_length=1)
+    clean_of: tuple[str, ...] = ()
+    """Evaluation sets, by their names in `contamination.sources` of the mixtures: the training data of every stage has
+    to be without records that overlap with them."""

@@ -111,6 +111,19 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
+    def _the_stages_read_clean_data(self) -> "Recipe":
+        for name in self.gate.clean_of:
+            for stage in self.stages.values():
+                rules = stage.mixture.contamination
+                if name not in (known := list(rules.sources) if rules else []):
+                    raise ValueError(
+                        f"gate {self.gate.model_name!r} asks for training data clean of {name!r}, but mixture "
+                        f"{stage.mixture.name!r} of stage {stage.name!r} is compared with {known}; add {name!r} to its "
+                        f"contamination.sources, or take it out of gate.clean_of{did_you_mean(name, known)}"
+                    )
+        return self
+
+    @model_validator(mode="after")
     def _tunings_follow_each_other(self) -> "Recipe":
         expert = ""
         for name, stage in self.stages.items():

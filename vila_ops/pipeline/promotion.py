@@ -2,13 +2,14 @@
 
 import logging
 
-from vila_ops.artifacts.kinds import Checkpoint, Dataset, Deployment, EvalReport, ModelVersion
+from vila_ops.artifacts.kinds import Checkpoint, Deployment, EvalReport, ModelVersion
 from vila_ops.config import NO_CONTEXT, Recipe, Resources, Run, RunContext
 from vila_ops.errors import PromotionRaceLost
 from vila_ops.eval.evaluate import evaluate
 from vila_ops.pipeline.stages import TASKS, Tasks, last_stage, model_after, prepare_named
 from vila_ops.registry.register import champion
 from vila_ops.serve.deploy import deploy
+from vila_ops.train.stage import trained_model
 
 PROMOTION_RACES = 5
 """How often a model is judged while other models become champion meanwhile."""
@@ -16,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def register_model(
-    run: Run, model: Checkpoint, report: EvalReport, held_out: Dataset, *, tasks: Tasks, context: RunContext
+    run: Run, model: Checkpoint, report: EvalReport, *, tasks: Tasks, context: RunContext
 ) -> ModelVersion:
     """Register a model against the present champion, which is evaluated on the same suite.
 
@@ -25,7 +26,9 @@ def register_model(
     recipe, resources = run.recipe, run.resources
     for race in range(PROMOTION_RACES):
         rival = champion(recipe.gate, resources)
-        against = tasks.evaluate(recipe.final_suite, rival.checkpoint, held_out, resources, context) if rival else None
+        against = None
+        if rival is not None and rival.checkpoint.digest != model.digest:
+            against = champion_report(run, rival.checkpoint, tasks=tasks, context=context)
         try:
             return tasks.register(recipe.gate, model, report, against, resources, context)
         except PromotionRaceLost as error:
@@ -33,6 +36,17 @@ def register_model(
                 raise
             log.warning("%s; the model is judged against the new champion", error)
     raise AssertionError("the last race returns or raises")
+
+
+def champion_report(run: Run, model: Checkpoint, *, tasks: Tasks, context: RunContext) -> EvalReport:
+    """A champion's report on the final suite, whose records are prepared as that model reads text and images.
+
+    Raises ValueError for a checkpoint that does not say how.
+    """
+    suite, resources = run.recipe.final_suite, run.resources
+    text = trained_model(model).text(max_tokens=suite.max_tokens)
+    held_out = tasks.prepare(suite.mixture, text, resources, context)
+    return tasks.evaluate(suite, model, held_out, resources, context)
 
 
 def to_serve(recipe: Recipe, version: ModelVersion, resources: Resources) -> ModelVersion | None:
@@ -50,7 +64,7 @@ def register_last(run: Run, context: RunContext = NO_CONTEXT) -> ModelVersion:
     assert isinstance(model, Checkpoint)
     held_out = prepare_named(run, recipe.final_suite.mixture.name, context)
     report = evaluate(recipe.final_suite, model, held_out, resources, context)
-    return register_model(run, model, report, held_out, tasks=TASKS, context=context)
+    return register_model(run, model, report, tasks=TASKS, context=context)
 
 
 def deploy_champion(run: Run, context: RunContext = NO_CONTEXT) -> Deployment:

@@ -74,7 +74,7 @@ def run_pipeline(
         reconciled: dict[str, float] = {}
         if resources.tracking.uri is not None and isinstance(result.model, Checkpoint):
             with _timed(reconciled, "register"):
-                version = register_model(run, result.model, report, held_out[text], tasks=tasks, context=below)
+                version = register_model(run, result.model, report, tasks=tasks, context=below)
             if (served := to_serve(recipe, version, resources)) is not None:
                 with _timed(reconciled, "deploy"):
                     deployment = tasks.deploy(recipe.service, served, resources, below)

@@ -10,10 +10,12 @@ from vila_ops.artifacts.kinds import Checkpoint, EvalReport, ModelVersion
 from vila_ops.artifacts.store import verify
 from vila_ops.config import NO_CONTEXT, Gate, Resources, RunContext, fingerprint
 from vila_ops.errors import PromotionRaceLost
+from vila_ops.eval.compare import Comparison
 from vila_ops.eval.report import read_report
 from vila_ops.registry.aliases import champion_after, rival_of
-from vila_ops.registry.gate import GateVerdict, judge, metrics_of
+from vila_ops.registry.gate import judge, metrics_of
 from vila_ops.registry.mlflow_registry import MlflowRegistry, open_registry
+from vila_ops.registry.training import training_data
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +31,9 @@ def register(
     """The version of a checkpoint, judged by the gate; the alias `champion` points to it if every rule holds.
 
     `champion_report` is the report of the present champion, None without a champion. Raises CorruptArtifact for damaged
-    weights, ValueError for a report of another model, and PromotionRaceLost where `champion_report` is not of the
-    present champion or the champion changed while this version was judged.
+    weights, ValueError for a report of another model and for one that cannot be compared with the champion's by a
+    rule's metric, and PromotionRaceLost where `champion_report` is not of the present champion or the champion changed
+    while this version was judged.
     """
     if report.model != checkpoint.digest:
         raise ValueError(f"the report is of model {report.model[:12]}, not of {checkpoint.digest[:12]}; evaluate that")
@@ -79,8 +82,10 @@ def _decide(
     """Judge a version, record the verdict as tags and move the alias if the version passed."""
     present = registry.champion()
     rival = rival_of(version, present)
-    verdict = _verdict(gate, report, champion_report, None if rival is None else registry.model_version(rival))
-    status, reason = "passed" if verdict.passed else "refused", "; ".join(verdict.reasons)
+    comparison = _comparison(gate, report, champion_report, None if rival is None else registry.model_version(rival))
+    training = training_data(registry.model_version(version).checkpoint) if gate.clean_of else ()
+    verdict = judge(gate, metrics_of(read_report(report)), comparison, training)
+    status, reason = "passed" if verdict.passed else "refused", verdict.reason
     registry.set_tags(
         version,
         {
@@ -98,23 +103,21 @@ def _decide(
     log.info("%s version %d %s: %s", registry.name, version, status, reason)
 
 
-def _verdict(
+def _comparison(
     gate: Gate, report: EvalReport, champion_report: EvalReport | None, rival: ModelVersion | None
-) -> GateVerdict:
-    """The gate's verdict, against the rival where there is one."""
-    metrics = metrics_of(read_report(report))
-    if rival is None or all(rule.max_regression is None for rule in gate.rules):
-        return judge(gate, metrics, None)
+) -> Comparison | None:
+    """The model compared with its rival by the metrics that the gate compares; None without a rival or such metrics."""
+    metrics = [rule.metric for rule in gate.rules if rule.is_compared()]
+    if rival is None or not metrics:
+        return None
     if champion_report is None or champion_report.model != rival.checkpoint.digest:
         given = f"of model {champion_report.model[:12]}" if champion_report else "missing"
         raise PromotionRaceLost(
             f"the champion of {gate.model_name} is version {rival.version}, model {rival.checkpoint.digest[:12]}, "
             f"but the champion's report is {given}; evaluate the champion on the same suite and register again"
         )
-    if champion_report.suite != report.suite:
-        raise ValueError(
-            f"the reports are of two suites, {report.suite!r} and the champion's {champion_report.suite!r}; "
-            f"evaluate the champion on {report.suite!r}"
-        )
+    from vila_ops.eval.compare_reports import compare_reports  # heavy: Pillow
+
     verify(champion_report)
-    return judge(gate, metrics, metrics_of(read_report(champion_report)))
+    reports = {f"version {rival.version}, the champion": champion_report, "the model": report}
+    return compare_reports(reports, metrics=metrics).comparison
