@@ -21,7 +21,8 @@ def compare(
         ),
     ],
     metrics: Annotated[
-        list[str] | None, typer.Option("--metric", help="A metric of the reports; without it all of them")
+        list[str] | None,
+        typer.Option("--metric", help="A metric of the reports; without it all but corrected ones"),
     ] = None,
     slices: Annotated[bool, typer.Option("--slices", help="Print the slices of each metric, too")] = False,
     disagreements: Shown = 0,

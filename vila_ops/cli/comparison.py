@@ -2,6 +2,7 @@
 
 import string
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 
 from vila_ops.cli.tables import WIDTH, Row, table
 from vila_ops.eval.compare import Difference, MetricComparison
@@ -11,9 +12,9 @@ from vila_ops.eval.significance import LEVEL
 _NUMBERS = ("value", "A", "difference", "95 % interval")
 _HEADER = ("metric", *_NUMBERS, "is", "p (Holm)", "p", "detects", "differ", "items", "groups")
 _LEGEND = (
-    "is: better or worse than A where p (Holm) is at most 5 %, open otherwise. p (Holm): adjusted for all metrics; p: "
-    "for this metric alone. detects: the true difference that is found in 80 % of the cases. differ: items "
-    "that are scored differently. groups: images, or other items that belong together."
+    "is: better or worse than A where p (Holm) is at most 5 %, equal where every item is, else open. p (Holm): "
+    "adjusted for all metrics; p: for this metric alone. detects: the true difference that is found in 80 % of the "
+    "cases. differ: items that are scored differently. groups: images, or other items that belong together."
 )
 _TEXT = 300
 """Characters of a text of a disagreement."""
@@ -26,7 +27,7 @@ def lines(compared: ReportComparison, *, slices: bool, disagreements: int) -> li
     parts = [
         [*_models(compared, letters)],
         [*_left_out(compared, letters), *(f"note: {note}" for note in compared.notes)],
-        table([_HEADER, *(_row(one, letters) for one in metrics)]),
+        table([_HEADER, *_rows(metrics, letters)]),
         _wrapped(_LEGEND),
     ]
     if slices:
@@ -55,10 +56,22 @@ def _left_out(compared: ReportComparison, letters: Mapping[str, str]) -> list[st
     ]
 
 
-def _row(one: MetricComparison, letters: Mapping[str, str]) -> Row:
+def _rows(metrics: Sequence[MetricComparison], letters: Mapping[str, str]) -> Iterator[Row]:
+    """A row for each metric; those of one benchmark stand below its name, without it."""
+    for benchmark, several in groupby(metrics, key=lambda one: one.benchmark):
+        own = list(several)
+        if {one.metric for one in own} != {benchmark}:
+            yield (benchmark, *[""] * (len(_HEADER) - 1))
+        for one in own:
+            short = one.metric.removeprefix(f"{benchmark}_")
+            shown = benchmark if one.metric == benchmark else f"  {short}"
+            yield _row(one, _name(shown, one.candidate, letters))
+
+
+def _row(one: MetricComparison, name: str) -> Row:
     overall = one.overall
     return (
-        _name(one.metric, one.candidate, letters),
+        name,
         *_numbers(overall),
         _verdict(one),
         f"{one.p_holm:.3f}",
@@ -80,6 +93,8 @@ def _numbers(one: Difference) -> tuple[str, str, str, str]:
 
 
 def _verdict(one: MetricComparison) -> str:
+    if one.disagreements == 0:
+        return "equal"
     if one.p_holm > LEVEL or one.overall.value == 0:
         return "open"
     return "better" if (one.overall.value > 0) != one.lower_is_better else "worse"

@@ -5,11 +5,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from vila_ops.artifacts.kinds import EvalReport
 from vila_ops.config import Config
 from vila_ops.errors import did_you_mean
-from vila_ops.eval.compare import Comparison, Disagreement, Scores, compare, disagreements
+from vila_ops.eval.compare import Comparison, Disagreement, Scores, ScoreTable, compare, disagreements
 from vila_ops.eval.opened import OpenedBenchmark, opened
 from vila_ops.eval.report import read_report
 from vila_ops.tracking import flatten
 
+OFFICIAL, CORRECTED = "_official", "_corrected"
+"""What the names of the two columns of a metric have."""
 Opened = Mapping[str, OpenedBenchmark]
 """The benchmarks of a report by the suite's names."""
 SHOWN = 12
@@ -60,8 +62,9 @@ def compare_reports(
 ) -> ReportComparison:
     """Compare the reports after the first with the first, by their names in the comparison.
 
-    `metrics`: those of the reports that are compared, all of the models' own if empty. Raises ValueError for fewer than
-    two reports and for a metric that none has, NotComparable where nothing can be compared, and what `opened` does.
+    `metrics`: those of the reports that are compared; if empty all of the models' own, but `corrected` columns only
+    where there is no `official` one. Raises ValueError for fewer than two reports and for a metric that none has,
+    NotComparable where nothing can be compared, and what `opened` does.
     """
     _check_metrics(metrics, reports.values())
     by_model = {name: opened(report, metrics=metrics) for name, report in reports.items()}
@@ -87,10 +90,12 @@ def compare_reports(
 
 
 def _scores(benchmarks: Opened, metrics: Sequence[str]) -> Scores:
-    return {
-        name: {metric: table for metric, table in one.scores().items() if not metrics or metric in metrics}
-        for name, one in benchmarks.items()
-    }
+    return {name: _chosen(one.scores(), metrics) for name, one in benchmarks.items()}
+
+
+def _chosen(tables: Mapping[str, ScoreTable], metrics: Sequence[str]) -> dict[str, ScoreTable]:
+    twins = {metric for metric in tables if CORRECTED in metric and metric.replace(CORRECTED, OFFICIAL) in tables}
+    return {metric: table for metric, table in tables.items() if metric in (metrics or tables.keys() - twins)}
 
 
 def _check_metrics(metrics: Sequence[str], reports: Iterable[EvalReport]) -> None:

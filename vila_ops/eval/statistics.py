@@ -25,7 +25,8 @@ Clusters = Sequence[str] | NDArray[np.intp]
 """The cluster of each item, by name or by number; (N,)."""
 
 OfSums = Callable[[FloatArray], FloatArray]
-"""A function of the column sums over the drawn items, (R, K) -> (R,), for example F1 from counts of outcomes."""
+"""A function of the column sums over the drawn items, (R, K) -> (R,), for example F1 from counts of outcomes. Equal
+ones are one statistic: one with settings is a frozen dataclass, not a closure."""
 
 Statistic = Literal["mean", "mean_of_means", "ratio"] | OfSums
 """mean: every item has the same weight. mean_of_means: every cluster has the same weight, and its value is the mean of

@@ -80,7 +80,7 @@ def test_without_a_subtask_there_is_no_sum() -> None:
 
 
 def test_a_resample_without_a_subtask_takes_the_mean_of_the_others() -> None:
-    two = mme.sum_of_scores(2)
+    two = mme.SumOfScores(2)
     assert two(np.array([[1.5, 1, 2, 2, 2, 2], [1.5, 1, 2, 0, 0, 0]])).tolist() == [75 + 50 + 200, 2 * (75 + 50)]
 
 

@@ -13,7 +13,7 @@ choices, which testdev does not have.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from vila_ops.eval.official import check_keys, image_of, json_of
 from vila_ops.eval.origins import OfficialFile, Origins
 from vila_ops.eval.prompts import requests_of
 from vila_ops.eval.rows import ItemRow
-from vila_ops.eval.statistics import FloatArray, OfSums
+from vila_ops.eval.statistics import FloatArray
 
 REVISION = 1
 KEYS = ("question", "imageId", "answer", "isBalanced", "types", "groups", "entailed")
@@ -141,7 +141,7 @@ def _distribution(questions: Mapping[str, Any], rows: Sequence[ItemRow]) -> list
         if given is not None:
             counts[image, len(cells) + given] += 1
     units = Units(tuple(images), tuple(images))
-    statistic = _chi_square([group for group, _ in cells])
+    statistic = ChiSquare(tuple(group for group, _ in cells))
     return [MetricValues("gqa_distribution", units, counts, statistic, unit="chi-square", lower_is_better=True)]
 
 
@@ -149,19 +149,22 @@ def _cell(question: Mapping[str, Any], answer: str) -> tuple[str, str]:
     return question["groups"]["global"], answer
 
 
-def _chi_square(groups: Sequence[str]) -> OfSums:
-    """The script's distance from sums of true and given answers, where `groups` has the group of each cell."""
-    names, group_of = np.unique(np.array(groups), return_inverse=True)
-    member = np.eye(len(names))[group_of]  # (cells, groups)
+@dataclass(frozen=True)
+class ChiSquare:
+    """The script's distance from sums of true and given answers."""
 
-    def distance(sums: FloatArray) -> FloatArray:
+    groups: tuple[str, ...]
+    """The group of each cell."""
+
+    def __call__(self, sums: FloatArray) -> FloatArray:
+        """The statistic."""
+        names, group_of = np.unique(np.array(self.groups), return_inverse=True)
+        member = np.eye(len(names))[group_of]  # (cells, groups)
         true, given = np.split(sums, 2, axis=-1)
         terms = np.divide((given - true) ** 2, true, out=np.zeros_like(true), where=true > 0)
         totals = true @ member
         result: FloatArray = ((terms @ member) * totals).sum(axis=-1) / totals.sum(axis=-1) / 100
         return result
-
-    return distance
 
 
 def official_files(items: Sequence[Item], rows: Sequence[ItemRow], config: Gqa) -> dict[str, bytes]:

@@ -13,6 +13,7 @@ by about 20 (LLaVA#680). LLaVA's prompt leaves out "Please answer yes or no.", s
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +27,7 @@ from vila_ops.eval.official import image_of, text_of
 from vila_ops.eval.origins import OfficialFile, Origins
 from vila_ops.eval.prompts import requests_of
 from vila_ops.eval.rows import ItemRow
-from vila_ops.eval.statistics import FloatArray, OfSums
+from vila_ops.eval.statistics import FloatArray
 
 REVISION = 1
 ROOT = "MME_Benchmark_release_version"
@@ -129,22 +130,24 @@ def _score_of(
     for number, image in enumerate(images):
         counts[number, subtasks.index(subtask_of[image])] = sum(pairs[image]) / 2, min(pairs[image]), 1
     flat = counts.reshape(len(images), -1)
-    return MetricValues(name, Units(images, images), flat, sum_of_scores(len(subtasks)), unit="points")
+    return MetricValues(name, Units(images, images), flat, SumOfScores(len(subtasks)), unit="points")
 
 
-def sum_of_scores(subtasks: int) -> OfSums:
+@dataclass(frozen=True)
+class SumOfScores:
     """The sum over subtasks of 100 x (accuracy + accuracy plus), from sums of both and of images: (..., 3 S) -> (...).
 
     A resample that has no image of a subtask takes the mean of the others for it.
     """
 
-    def total(sums: FloatArray) -> FloatArray:
-        accuracy, plus, images = np.moveaxis(sums.reshape(*sums.shape[:-1], subtasks, 3), -1, 0)
-        scores = np.divide(100 * (accuracy + plus), images, out=np.zeros(images.shape), where=images > 0)
-        result: FloatArray = scores.sum(axis=-1) * subtasks / (images > 0).sum(axis=-1)
-        return result
+    subtasks: int
 
-    return total
+    def __call__(self, sums: FloatArray) -> FloatArray:
+        """The statistic."""
+        accuracy, plus, images = np.moveaxis(sums.reshape(*sums.shape[:-1], self.subtasks, 3), -1, 0)
+        scores = np.divide(100 * (accuracy + plus), images, out=np.zeros(images.shape), where=images > 0)
+        result: FloatArray = scores.sum(axis=-1) * self.subtasks / (images > 0).sum(axis=-1)
+        return result
 
 
 def official_files(items: Sequence[Item], rows: Sequence[ItemRow], config: Mme) -> dict[str, bytes]:
