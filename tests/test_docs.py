@@ -92,6 +92,12 @@ NOT_RUN = {
     "is run by tests/eval/test_official_suite.py": (
         "vila-ops evaluate configs/recipes/tiny.yaml --stage base --suite configs/suites/sample.yaml -s "
         "resources.storage.benchmarks=docs/samples",
+        "vila-ops evaluate configs/recipes/tiny.yaml --stage align --suite configs/suites/sample.yaml -s "
+        "resources.storage.benchmarks=docs/samples",
+    ),
+    "is run by tests/test_cli.py, after the recipe": (
+        "vila-ops evaluate configs/recipes/tiny.yaml --stage base --final",
+        "vila-ops evaluate configs/recipes/tiny.yaml --stage align --final",
     ),
     "is run by tests/eval/test_few_shot_suite.py": (
         "vila-ops evaluate configs/recipes/tiny.yaml --stage base --suite configs/suites/sample_few_shot.yaml -s "
@@ -111,6 +117,10 @@ NOT_RUN = {
         "vila-ops data quarantine configs/recipes/mine.yaml -r configs/resources/inline.yaml --from "
         "store/diagnostics/ADDRESS/bad-samples-step-000012.json",
         "vila-ops train RECIPE --stage pretrain --json",
+        "vila-ops compare store/report/BEFORE store/report/AFTER",
+        "vila-ops compare models:/mine/3 mine@champion configs/recipes/mine.yaml -r configs/resources/laptop.yaml",
+        "vila-ops compare store/report/BASE store/report/ALIGN --metric pope_f1_official --metric gqa_official "
+        "--slices",
         "vila-ops export store/checkpoint/BASE --out base",
         "vila-ops export store/checkpoint/TUNED --out tuned",
     ),
