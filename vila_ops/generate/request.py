@@ -1,6 +1,7 @@
 """What an engine reads and returns: prompts, sampling settings, outputs and likelihoods. Imports no torch."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -16,14 +17,49 @@ class Prompt:
     """Each image is `Tokenizer.image_tokens` copies of the image token."""
     images: tuple[bytes, ...] = ()
     """Encoded squares with the side and aspect ratio rule of the engine, in the order of their placeholders."""
+    cache_salt: str = ""
+    """What an engine caches of a prompt, it uses only for prompts with the same salt."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen: greedily, up to a stop token or a number of tokens."""
+    """How tokens are chosen, up to a stop token or a number of tokens; by default greedily."""
 
     max_new_tokens: int
     stop_ids: frozenset[int]
+    temperature: float = 0.0
+    """Logits are divided by it; 0: the likeliest token is chosen, whatever the next four settings are."""
+    top_p: float = 1.0
+    """Only the likeliest tokens are drawn whose probabilities together reach it."""
+    top_k: int = 0
+    """Only this many of the likeliest tokens are drawn; 0: all of them."""
+    min_p: float = 0.0
+    """Only tokens are drawn with at least this share of the probability of the likeliest one."""
+    seed: int | None = None
+    """A draw depends on seed, choice and position alone; None: on a seed that is random for each request."""
+    choice: int = 0
+    """The number of this answer among the answers to one prompt."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of each token that the answer has."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logit of a token once for each time that the answer has it."""
+    repetition_penalty: float = 1.0
+    """Positive logits of tokens that prompt or answer have are divided by it, negative ones multiplied."""
+    logprobs: int | None = None
+    """How many of the likeliest tokens are reported beside each chosen token; None: no log-probabilities."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    """Token id -> what is added to its logit."""
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Log-probabilities in nats at one position, before sampling settings change them."""
+
+    id: int
+    """The chosen token."""
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """Ids and log-probabilities of the likeliest tokens, the likeliest first."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +69,8 @@ class Delta:
     ids: list[int]
     """Without the stop token."""
     finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each id, if the request asks for them."""
 
 
 @dataclass(frozen=True)
