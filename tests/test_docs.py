@@ -92,6 +92,8 @@ NOT_RUN = {
     "is run by tests/eval/test_official_suite.py": (
         "vila-ops evaluate configs/recipes/tiny.yaml --stage base --suite configs/suites/sample.yaml -s "
         "resources.storage.benchmarks=docs/samples",
+        "vila-ops evaluate configs/recipes/tiny.yaml --stage base --suite configs/suites/sample.yaml -s "
+        "resources.storage.benchmarks=docs/samples --out evaluation.html",
         "vila-ops evaluate configs/recipes/tiny.yaml --stage align --suite configs/suites/sample.yaml -s "
         "resources.storage.benchmarks=docs/samples",
     ),

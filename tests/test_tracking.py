@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -23,6 +24,7 @@ from vila_ops.local import servers
 from vila_ops.tracking import MetricLog, outbox
 from vila_ops.tracking.outbox import Spool
 from vila_ops.tracking.system import SystemMetrics
+from vila_ops.tracking.tables import LoggedTable, log_tables
 
 KILLED = """
 import os, signal, sys
@@ -287,6 +289,53 @@ def test_a_run_names_the_data_that_it_read(resources: Resources) -> None:
     assert found.dataset.digest == data.digest[:36]
     assert {tag.key: tag.value for tag in found.tags} == {"mlflow.data.context": "train", "digest": data.digest}
     assert run.data.params == {"a.b": "1"}
+
+
+def test_tables_are_as_mlflow_s_own_and_a_second_sending_doubles_no_row(resources: Resources) -> None:
+    client, run_id, other = MlflowClient(resources.tracking.uri), begin(resources), begin(resources)
+    columns, rows = ("item", "answer", "score"), (("a", 'ä dog, "big"', 0.5), ("b", None, 1.0))
+    for _ in range(2):
+        with MetricLog(resources, run_id) as metrics:
+            log_tables(metrics, {"items/pope.json": LoggedTable(columns, rows)})
+    client.log_table(other, {name: [row[at] for row in rows] for at, name in enumerate(columns)}, "items/pope.json")
+    assert read_table(resources, run_id, "items/pope.json") == read_table(resources, other, "items/pope.json")
+    tags = [client.get_run(one).data.tags["mlflow.loggedArtifacts"] for one in (run_id, other)]
+    assert tags[0] == tags[1]
+
+
+def read_table(resources: Resources, run_id: str, path: str) -> dict[str, Any]:
+    table: dict[str, Any] = json.loads(
+        Path(MlflowClient(resources.tracking.uri).download_artifacts(run_id, path)).read_text()
+    )
+    return table
+
+
+def test_an_image_of_a_table_is_a_file_that_the_table_names(resources: Resources) -> None:
+    client, run_id = MlflowClient(resources.tracking.uri), begin(resources)
+    images = (b"\xff\xd8 1", b"\xff\xd8 2")
+    with MetricLog(resources, run_id) as metrics:
+        log_tables(metrics, {"images/pope.json": LoggedTable(("image",), tuple((image,) for image in images))})
+    table = read_table(resources, run_id, "images/pope.json")
+    for (cell,), image in zip(table["data"], images, strict=True):
+        assert cell["type"] == "image"  # and the keys that `log_table` writes
+        for key in ("filepath", "compressed_filepath"):
+            assert Path(client.download_artifacts(run_id, cell[key])).read_bytes() == image
+
+
+def test_a_table_that_was_kept_while_the_server_was_away_arrives(resources: Resources, away: Resources) -> None:
+    run_id = begin(resources)
+    with MetricLog(away, run_id) as metrics:
+        log_tables(metrics, {"items/pope.json": LoggedTable(("item",), (("a",),))})
+    tracking.end_run(resources, begin(resources), failed=False)
+    client = MlflowClient(resources.tracking.uri)
+    assert [file.path for file in client.list_artifacts(run_id, "items")] == ["items/pope.json"]
+    assert "items/pope.json" in client.get_run(run_id).data.tags["mlflow.loggedArtifacts"]
+
+
+def test_the_experiment_is_marked_as_one_of_training_runs(resources: Resources) -> None:
+    begin(resources)
+    experiment = MlflowClient(resources.tracking.uri).get_experiment_by_name(tracking.EXPERIMENT)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
 
 
 def test_the_machines_load_is_logged_while_a_run_is_open(resources: Resources) -> None:

@@ -167,7 +167,7 @@ def _say_results(run: Run, endpoints: local.Endpoints, say: Say, *, seconds: flo
     say(f"asked {answer['question']!r} about a held-out image of {answer['truth']!r}; answer: {answer['reply']!r}")
     say(f"  report    {folder / 'report.html'}")
     say(f"  summary   {folder / 'summary.json'}")
-    say(f"  MLflow    {endpoints.mlflow}")
+    say(f"  MLflow    {summary['mlflow']['runs']}")
     say(f"  Prefect   {endpoints.prefect}")
     say(f"  endpoint  {answer['url']}/v1/chat/completions")
     say(f"  try       curl -s {answer['url']}/v1/chat/completions -H 'Content-Type: application/json' "

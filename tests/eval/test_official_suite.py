@@ -221,17 +221,18 @@ def test_a_shard_is_one_file_of_responses(report: EvalReport, resources: Resourc
 
 @pytest.mark.slow
 def test_the_command_of_the_page_prints_the_numbers_and_scores_again(
-    run: Run, model: Pretrained, monkeypatch: pytest.MonkeyPatch
+    run: Run, model: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(SAMPLES.parents[1])
-    storage = run.resources.storage
+    storage, page = run.resources.storage, tmp_path / "evaluation.html"
     command = [
         *("evaluate", "configs/recipes/tiny.yaml", "--stage", "base", "--suite", "configs/suites/sample.yaml"),
         *("-s", "resources.storage.benchmarks=docs/samples", "-s", f"resources.storage.store={storage.store}"),
         *("-s", f"resources.storage.cache={storage.cache}"),
     ]
-    first, again = (CliRunner().invoke(app, [*command, *more]) for more in ([], ["--rescore"]))
+    first, again = (CliRunner().invoke(app, [*command, *more]) for more in (["--out", str(page)], ["--rescore"]))
     assert first.exit_code == 0, first.output
+    assert "pope_random_f1" in page.read_text()
     assert again.stdout == first.stdout
     line, *_ = [line for line in first.stdout.splitlines() if line.startswith("pope_f1_official ")]
     assert line.split()[1] == "model"

@@ -42,7 +42,12 @@ def test_a_metric_has_the_suites_name_in_place_of_its_kind(tmp_path: Path) -> No
         objects=(POPE, [(POPE, "model"), (f"{POPE}_f1", "model"), (f"{POPE}_f1", "gap")], []),
         pope=("alignment", [("alignment", "model"), ("alignment_pope", "model")], ["alignment"]),
     )
-    assert list(tracked(report)) == ["objects", "objects_f1", "objects_f1.gap", "pope", "pope_pope"]
+    names = ("objects", "objects_f1", "objects_f1.gap", "pope", "pope_pope")
+    assert tracked(report) == {
+        f"{name}{suffix}": value
+        for name in names
+        for suffix, value in {"": 0.5, ".low": 0.0, ".high": 1.0, ".n": 9}.items()
+    }
     assert {point.name for point in report.layers} == {"pope"}
 
 
@@ -63,6 +68,7 @@ def test_a_metric_that_only_begins_as_its_kind_does_is_refused(tmp_path: Path) -
             ("a_by_layer", "cider", [("cider", "model")], []),
             "a_by_layer",
         ),
+        (("a", POPE, [(POPE, "model")], []), ("a.low", "cider", [("cider", "model")], []), "a.low"),
     ],
 )
 def test_two_metrics_of_one_name_are_refused(one: Any, two: Any, name: str, tmp_path: Path) -> None:

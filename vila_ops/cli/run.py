@@ -83,12 +83,14 @@ def evaluate(
     every: Annotated[
         int | None, typer.Option("--every", min=1, help="While another process trains the stage, after so many steps")
     ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The HTML page to write")] = None,
     resources: ResourcesFile = INLINE,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate the model after a stage, or behind an endpoint; prints its scores with 95 % intervals."""
-    from vila_ops.config import load_resources, load_suite
+    from vila_ops.artifacts import output
+    from vila_ops.config import NO_CONTEXT, load_resources, load_suite
     from vila_ops.pipeline import stages
 
     of_a_stage = final or suite or overrides or every
@@ -97,22 +99,31 @@ def evaluate(
             "give --stage with a recipe, and --final or --suite if the stage suite is not meant; or --endpoint with a "
             "file of official benchmarks in place of the recipe, and neither of these nor --every or -s"
         )
-    if every is not None and rescore:
-        raise ValueError("--rescore scores what is sealed, and --every waits for models; give one of them")
+    if every is not None and (rescore or out):
+        raise ValueError(
+            "--every waits for models, --rescore scores what is sealed, and --out writes one page; give --every alone"
+        )
+    if out is not None:
+        output.check_file(out, begins=output.HTML)
     if endpoint:
         name, _, url = endpoint.partition("@")
-        report = stages.evaluate_endpoint(load_suite(recipe), name, url, load_resources(resources), again=rescore)
-        _print_report(report, as_json)
-        return
-    run, context = load_run(recipe, resources, overrides)
-    own = run.recipe.final_suite if final else run.recipe.stage_suite
-    chosen = own if suite is None else load_suite(suite)
-    if every is None:
-        _print_report(stages.evaluate_stage(run, stage, chosen, again=rescore, context=context), as_json)
-        return
-    for step, report in stages.evaluate_in_training(run, stage, chosen, every=every, context=context):
-        print(f"{stage} after step {step}", file=sys.stderr)
-        _print_report(report, as_json)
+        job, context = stages.job_of_endpoint(load_suite(recipe), name, url, load_resources(resources)), NO_CONTEXT
+    else:
+        run, context = load_run(recipe, resources, overrides)
+        own = run.recipe.final_suite if final else run.recipe.stage_suite
+        chosen = own if suite is None else load_suite(suite)
+        if every is not None:
+            for step, report in stages.evaluate_in_training(run, stage, chosen, every=every, context=context):
+                print(f"{stage} after step {step}", file=sys.stderr)
+                _print_report(report, as_json)
+            return
+        job = stages.job_of_stage(run, stage, chosen, context)
+    report = stages.evaluate_job(job, again=rescore, context=context)
+    if out is not None:
+        from vila_ops.report import evaluation  # heavy: Pillow
+
+        output.write_file(out, evaluation.render(evaluation.gather(job, report)), begins=output.HTML)
+    _print_report(report, as_json)
 
 
 def _print_report(report: EvalReport, as_json: bool) -> None:

@@ -30,6 +30,7 @@ from vila_ops.config.few_shot import TrainFile
 from vila_ops.eval.job import EvalJob
 from vila_ops.eval.needs import check_held_out
 from vila_ops.eval.report import Report, compose, tracked, tracked_layers, write_report
+from vila_ops.tracking.tables import LoggedTable, log_tables
 
 REVISION = 5
 """Raised when a report of the same results changes; each benchmark has a revision of its own."""
@@ -75,6 +76,8 @@ def evaluate(
     try:
         if isinstance(suite, Suite) and data is not None:
             tracking.log_input(resources, run_id, data, name=suite.mixture.name, context="eval")
+        for name, files in job.files.items():
+            tracking.log_input(resources, run_id, files, name=name, context="eval")
         report = _report(job, run_id)
         failed = False
     finally:
@@ -163,7 +166,7 @@ def _sealed_report(job: EvalJob, run_id: str | None, ran: list[dict[str, Any]], 
     with attempts.attempt(at, store=job.resources.storage.store) as attempt:
         data = job.data.digest if job.data else None
         report = compose(job.suite, model=job.model.digest, data=data, results=results)
-        _track(report, write_report(attempt, report), job.resources, run_id)
+        _track(job, report, write_report(attempt, report), run_id)
     return store.seal(
         EvalReport,
         at,
@@ -174,13 +177,27 @@ def _sealed_report(job: EvalJob, run_id: str | None, ran: list[dict[str, Any]], 
     )
 
 
-def _track(report: Report, file: Path, resources: Resources, run_id: str | None) -> None:
-    """Log the metrics of a report, and attach its file."""
-    with tracking.MetricLog(resources, run_id) as metrics:
+def _track(job: EvalJob, report: Report, file: Path, run_id: str | None) -> None:
+    """Log the metrics of a report and the tables of its items, and attach its file."""
+    with tracking.MetricLog(job.resources, run_id) as metrics:
         metrics.log(tracked(report), step=0)
         for layer, values in tracked_layers(report):  # as curves whose step is the layer
             metrics.log(values, step=layer)
         metrics.attach(file)
+        if run_id is not None:
+            log_tables(metrics, _item_tables(job))
+
+
+def _item_tables(job: EvalJob) -> dict[str, LoggedTable]:
+    """The tables of all benchmarks by their paths."""
+    from vila_ops.eval.item_tables import item_tables  # heavy: Pillow
+    from vila_ops.eval.runner import Runner  # heavy: transformers
+
+    tables: dict[str, LoggedTable] = {}
+    with closing(Runner(job)) as runner:
+        for name in job.suite.benchmarks:
+            tables |= item_tables(name, runner.shown(name), runner.planned(name).image_of)
+    return tables
 
 
 def _results(job: EvalJob) -> dict[str, BenchmarkResult]:

@@ -204,18 +204,31 @@ def read_report(report: EvalReport) -> Report:
 
 
 def tracked(report: Report) -> dict[str, float]:
-    """The metrics by their names in MLflow: NAME for the model's own, NAME.ROLE for the others."""
-    return {_tracked_name(metric.name, metric.role): metric.value for metric in report.metrics}
+    """The metrics by their names in MLflow: NAME for the model's own, NAME.ROLE for the others.
+
+    Each has three more beside it: its name with .low and .high for the interval, and with .n for the number of items.
+    """
+    return {name: value for metric in report.metrics for name, value in _tracked(metric).items()}
+
+
+def _tracked(metric: Metric) -> dict[str, float]:
+    name = _tracked_name(metric.name, metric.role)
+    return {name: metric.value, f"{name}.low": metric.low, f"{name}.high": metric.high, f"{name}.n": metric.n}
 
 
 def tracked_layers(report: Report) -> list[tuple[int, dict[str, float]]]:
-    """The values of layers for MLflow, where the layer is the step."""
-    return [(p.layer, {_tracked_name(f"{p.name}_by_layer", p.role): p.value}) for p in report.layers]
+    """The values of layers and their intervals for MLflow, where the layer is the step."""
+    return [(point.layer, _tracked_layer(point)) for point in report.layers]
+
+
+def _tracked_layer(point: LayerPoint) -> dict[str, float]:
+    name = _tracked_name(f"{point.name}_by_layer", point.role)
+    return {name: point.value, f"{name}.low": point.low, f"{name}.high": point.high}
 
 
 def _check_names(report: Report) -> None:
-    layers = {_tracked_name(f"{point.name}_by_layer", point.role) for point in report.layers}
-    names = Counter([*(_tracked_name(metric.name, metric.role) for metric in report.metrics), *layers])
+    layers = {name for point in report.layers for name in _tracked_layer(point)}
+    names = Counter([*(name for metric in report.metrics for name in _tracked(metric)), *layers])
     if twice := sorted(name for name, count in names.items() if count > 1):
         raise ValueError(
             f"suite {report.suite!r}: two of its benchmarks {list(report.benchmarks)} have metric {twice[0]!r}; "

@@ -27,9 +27,10 @@ from vila_ops.eval.judge import judged
 from vila_ops.eval.pools import FewShotPlan
 from vila_ops.eval.prompts import ImageOf, reference_hash, request_hash, unreadable
 from vila_ops.eval.rows import ItemRow, Response, read_responses, write_responses
-from vila_ops.eval.scoring import Scored, score
+from vila_ops.eval.scoring import Scored, metric_values, score
 from vila_ops.eval.sealed import SealedImages, items_of
 from vila_ops.eval.shards import shards_of
+from vila_ops.eval.shown import ShownRow, item_scores, shown_rows
 from vila_ops.generate.engine import EngineOptions
 from vila_ops.generate.load import context_of, engine_facts, tokenizer_of
 
@@ -84,7 +85,7 @@ class Runner:
 
         Raises ValueError for a few-shot prompt that does not fit the model's context.
         """
-        planned, model = self._plan(name), self.job.model
+        planned, model = self.planned(name), self.job.model
         if planned.shown and not isinstance(model, Endpoint):
             check_context(name, planned.requests, tokenizer_of(model), context_of(model))
         return [len(shard) for shard in planned.shards]
@@ -92,7 +93,7 @@ class Runner:
     def answer(self, name: str, shard: int) -> dict[str, Any]:
         """Answer and seal a shard; returns which process did it."""
         started = time.monotonic()
-        planned, at = self._plan(name), self._address(name, shard)
+        planned, at = self.planned(name), self._address(name, shard)
         responses = answered(self.target, planned.shards[shard], planned.image_of)
         with attempts.attempt(at, store=self._store) as attempt:
             write_responses(attempt / RESPONSES, responses)
@@ -108,7 +109,7 @@ class Runner:
 
     def pending(self, name: str) -> list[int]:
         """The shards of a benchmark that are not sealed."""
-        return [shard for shard in range(len(self._plan(name).shards)) if not self._is_sealed(name, shard)]
+        return [shard for shard in range(len(self.planned(name).shards)) if not self._is_sealed(name, shard)]
 
     def answer_all(self, name: str, shards: Sequence[int]) -> Iterator[int]:
         """Answer shards; yields the number of each as soon as it is sealed."""
@@ -123,7 +124,7 @@ class Runner:
         judge was not asked yet.
         """
         started = time.monotonic()
-        planned, config, at = self._plan(name), self.job.suite.benchmarks[name], self.job.address(name)
+        planned, config, at = self.planned(name), self.job.suite.benchmarks[name], self.job.address(name)
         rows = self._rows(name, planned)
         if isinstance(config, JudgedBenchmark):
             rows = judged(planned.items, rows, config, self.job.resources, asks=asks)
@@ -153,13 +154,21 @@ class Runner:
                 raise ValueError(f"{len(pending)} shards of {name!r} were not answered; evaluate it without --rescore")
             self.conclude(name, asks=False)
             return
-        planned, config, rows = self._plan(name), self.job.suite.benchmarks[name], report.read_items(result)
+        planned, config, rows = self.planned(name), self.job.suite.benchmarks[name], report.read_items(result)
         scored = score(planned.items, rows, config, self.job.settings(), shown=planned.shown)
         if scored != Scored(report.read_result(result), rows):
             raise ValueError(
                 f"benchmark {name!r} gives the answers of {result.uri} other scores than are sealed there; raise the "
                 f"REVISION of its module ({config.kind})"
             )
+
+    def shown(self, name: str) -> list[ShownRow]:
+        """The rows of a benchmark's sealed result, with what the target was shown."""
+        result = self.job.result(name)
+        assert result is not None
+        rows, planned, config = report.read_items(result), self.planned(name), self.job.suite.benchmarks[name]
+        scores = item_scores(metric_values(planned.items, rows, config))
+        return shown_rows(planned.requests, planned.items, rows, scores, partial(_tokenizer, self.job, name))
 
     def _is_sealed(self, name: str, shard: int) -> bool:
         return store.find(Answers, self._address(name, shard), store=self._store) is not None
@@ -175,7 +184,8 @@ class Runner:
         device = describe(device_of(self.job.resources.device))
         return facts | {"engine": engine_facts(self.job.resources.evaluate.engine), "device": device}
 
-    def _plan(self, name: str) -> Planned:
+    def planned(self, name: str) -> Planned:
+        """The items and requests of a benchmark. Raises ValueError where the target cannot be asked them."""
         if name not in self._planned:
             config = self.job.suite.benchmarks[name]
             items, image_of = read_items(self.job, name), _image_of(self.job, name)
@@ -196,7 +206,7 @@ class Runner:
         return self.target.features(images, image_of)
 
     def _address(self, name: str, shard: int) -> store.Address:
-        return self.job.answers_address([request_hash(request) for request in self._plan(name).shards[shard]])
+        return self.job.answers_address([request_hash(request) for request in self.planned(name).shards[shard]])
 
     def _rows(self, name: str, planned: Planned) -> list[ItemRow]:
         """The responses of all shards as rows, in the order of the requests."""

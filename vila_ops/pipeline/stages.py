@@ -24,7 +24,8 @@ from vila_ops.config import (
 from vila_ops.config.run import BASE
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.errors import did_you_mean
-from vila_ops.eval.evaluate import evaluate, rescore
+from vila_ops.eval.evaluate import evaluate, job_of, rescore
+from vila_ops.eval.job import EvalJob
 from vila_ops.eval.needs import check_held_out
 from vila_ops.model.assemble import assemble
 from vila_ops.model.context import check_recipe
@@ -95,18 +96,23 @@ def inputs_of(run: Run, stage: str, context: RunContext = NO_CONTEXT) -> tuple[D
 
 
 def evaluate_stage(
-    run: Run, stage: str, suite: Suite | OfficialSuite, *, again: bool = False, context: RunContext = NO_CONTEXT
+    run: Run, stage: str, suite: Suite | OfficialSuite, *, context: RunContext = NO_CONTEXT
 ) -> EvalReport:
-    """The report of the model after a stage on a suite of the recipe, or on official benchmarks.
+    """The report of the model after a stage on a suite of the recipe, or on official benchmarks."""
+    return evaluate_job(job_of_stage(run, stage, suite, context), context=context)
 
-    `again`: score the sealed answers again, without a model.
-    """
+
+def evaluate_job(job: EvalJob, *, again: bool = False, context: RunContext = NO_CONTEXT) -> EvalReport:
+    """The report of a model on a suite. `again`: score the sealed answers again, without a model."""
+    inputs = job.suite, job.model, job.data, job.resources
+    return rescore(*inputs) if again else evaluate(*inputs, context)
+
+
+def job_of_stage(run: Run, stage: str, suite: Suite | OfficialSuite, context: RunContext = NO_CONTEXT) -> EvalJob:
+    """The model after a stage and what a suite measures it on; makes what is missing, and measures nothing."""
     _check_stage(run.recipe, stage, (BASE, *run.recipe.stages))
     held_out = held_out_of(run, stage, suite, context)  # before anything is trained
-    model = model_after(run, stage, context)
-    if again:
-        return rescore(suite, model, held_out, run.resources)
-    return evaluate(suite, model, held_out, run.resources, context)
+    return job_of(suite, model_after(run, stage, context), held_out, run.resources)
 
 
 def evaluate_in_training(
@@ -148,14 +154,11 @@ def held_out_of(run: Run, stage: str, suite: Suite | OfficialSuite, context: Run
     return held_out
 
 
-def evaluate_endpoint(
-    suite: OfficialSuite, name: str, url: str, resources: Resources, *, again: bool = False
-) -> EvalReport:
-    """The report of a model behind an OpenAI-compatible API; `again` as in `evaluate_stage`."""
+def job_of_endpoint(suite: OfficialSuite, name: str, url: str, resources: Resources) -> EvalJob:
+    """A model behind an OpenAI-compatible API and what a suite measures it on. Raises ValueError."""
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"endpoint {name!r} has the URL {url!r}; write NAME@URL, such as m@http://127.0.0.1:8000/v1")
-    model = Endpoint(url=url, name=name)
-    return rescore(suite, model, None, resources) if again else evaluate(suite, model, None, resources)
+    return job_of(suite, Endpoint(url=url, name=name), None, resources)
 
 
 def fetch(run: Run, context: RunContext = NO_CONTEXT) -> Pretrained:

@@ -4,29 +4,26 @@ Positions are in percent of the width or height of a drawing, which then fits an
 """
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from itertools import groupby
-from pathlib import Path
 from typing import Any, Literal
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from vila_ops.report.drawing import Axis, Point, axis, polyline
 from vila_ops.report.layers import draw
+from vila_ops.report.panels import Panel, ReportRow, forest
+from vila_ops.report.template import check_images, rendered
+from vila_ops.report.words import number
 
 Json = dict[str, Any]
 
-DASH = "–"
 MAX_IMAGES = 24
 MAX_POINTS = 400
 """Most points of a stage's line; a screen shows fewer. Local extremes are kept."""
 SMOOTHING = 20
 """The span of the exponential mean is the stage's number of steps divided by this."""
-LONG_ID = re.compile(r"[0-9a-f-]{16,}")
 
 
 @dataclass(frozen=True)
@@ -85,22 +82,10 @@ GAPS = {
 def render(summary: Json, curves: dict[str, list[Json]], gallery: list[Json]) -> str:
     """The page as HTML; it loads nothing and runs no script. Raises ValueError for an image that is not a data URL."""
     answer = summary["answer"]
-    for image in [shown["image"] for shown in gallery] + ([answer["image"]] if answer else []):
-        if not image.startswith("data:image/"):
-            raise ValueError(f"image {image[:60]!r} is not in the page; give a data:image/... URL")
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "number": number, "duration": duration, "short": short, "moment": moment, "web": web, "workers": workers,
-        "where": where, "same": same_words, "plain": plain,
-    }  # fmt: skip
+    check_images([shown["image"] for shown in gallery] + ([answer["image"]] if answer else []))
     names = [stage["name"] for stage in summary["stages"]]
-    return environment.get_template("page.html.jinja").render(
+    return rendered(
+        "page.html.jinja",
         summary=summary,
         verdict=verdict(summary),
         answered_by=answered_by(summary),
@@ -113,89 +98,7 @@ def render(summary: Json, curves: dict[str, list[Json]], gallery: list[Json]) ->
     )
 
 
-# Words
-
-
-def number(value: float | None) -> str:
-    """A number with three decimals, or with two digits where that would be zero; None and NaN as a dash."""
-    if value is None or math.isnan(value):
-        return DASH
-    digits = f"{value:,.0f}" if isinstance(value, int) else f"{value:.3f}" if abs(value) < 1000 else f"{value:,.1f}"
-    if value and not float(digits.replace(",", "")):
-        digits = f"{value:.2g}"
-    return digits.replace("-", "−")
-
-
-def duration(seconds: float | None) -> str:
-    """A duration as seconds, minutes and seconds, or hours and minutes."""
-    if seconds is None:
-        return DASH
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def moment(iso: str) -> str:
-    """An ISO time for readers, in its own time zone; any other text unchanged."""
-    try:
-        time = datetime.fromisoformat(iso)
-    except ValueError:
-        return iso
-    return f"{time.day} {time:%B %Y, %H:%M %Z}".strip()
-
-
-def short(name: str | None) -> str:
-    """The first twelve digits of a digest or an id; other names unchanged, because a cut address is another address."""
-    if not name:
-        return DASH
-    return name[:12] if LONG_ID.fullmatch(name) else name
-
-
-def web(url: str | None) -> str | None:
-    """The URL if it is http or https, else None: databases and scripts are no links."""
-    return url if url and url.startswith(("http://", "https://")) else None
-
-
-def plain(value: object) -> str:
-    """A value of a free-form table."""
-    match value:
-        case None:
-            return DASH
-        case bool():
-            return "yes" if value else "no"
-        case float():
-            return number(value)
-        case dict():
-            return ", ".join(f"{key} {plain(item)}" for key, item in value.items()) or DASH
-        case list() | tuple():
-            return ", ".join(plain(item) for item in value) or DASH
-        case _:
-            return str(value)
-
-
-def workers(ran: Sequence[Json]) -> str:
-    """How a stage's workers were launched."""
-    if not ran:
-        return DASH
-    first = ran[0]
-    world = first.get("world_size", len(ran))
-    launch = {"inline": "inline, in this process", "ray": "Ray"}.get(first.get("launch", ""), first.get("launch"))
-    parts = [launch, f"world size {world}", f"ZeRO stage {first.get('zero_stage', DASH)}", first.get("engine")]
-    return " · ".join(str(part) for part in parts if part)
-
-
-def where(worker: Json) -> str:
-    """Where a worker ran, with short ids."""
-    known = {key: worker[key] for key in ("rank", "node", "actor", "pid") if worker.get(key) is not None}
-    parts = [f"{key} {short(str(value))}" for key, value in known.items()]
-    return " · ".join(parts) or str(worker.get("launch") or DASH)
-
-
-def same_words(answer: str, truth: str) -> bool:
-    """Whether two captions differ only in capitals, punctuation and spaces."""
-    first, second = (re.findall(r"\w+", text.casefold()) for text in (answer, truth))
-    return first == second
+# Verdict
 
 
 @dataclass(frozen=True)
@@ -205,7 +108,7 @@ class Headline:
     tone: Literal["good", "bad", "open"]
     headline: str
     sentence: str
-    panel: "Panel | None"
+    panel: Panel | None
     """The gap that it is based on."""
 
 
@@ -273,25 +176,6 @@ def answered_by(summary: Json) -> str | None:
 
 
 @dataclass(frozen=True)
-class ReportRow:
-    """One line of a forest plot."""
-
-    label: str
-    kind: Literal["model", "control", "chance"]
-    metric: Json
-
-
-@dataclass(frozen=True)
-class Panel:
-    """Rows on one axis."""
-
-    axis: Axis
-    rows: list[ReportRow]
-    reference: float | None
-    """Position of a line through all rows in percent: the chance level, or zero for gaps."""
-
-
-@dataclass(frozen=True)
 class Card:
     """One metric on one split."""
 
@@ -345,15 +229,6 @@ def _rows(group: list[Json]) -> Iterator[ReportRow]:
     distinct = {tuple(metric[key] for key in ("value", "low", "high", "n")): metric for metric in chances}
     for metric in distinct.values():
         yield ReportRow("chance" if len(distinct) == 1 else f"chance for {metric['model']}", "chance", metric)
-
-
-def forest(rows: list[ReportRow], *, zero: bool = False) -> Panel:
-    """Rows on a common axis with a line at the chance level, or at zero."""
-    values = [row.metric[key] for row in rows for key in ("value", "low", "high") if row.metric[key] is not None]
-    scale = axis([*values, 0.0] if zero else values, ticks=4)
-    chances = [row.metric["value"] for row in rows if row.kind == "chance" and row.metric["value"] is not None]
-    level = 0.0 if zero else chances[0] if len(chances) == 1 else None
-    return Panel(scale, rows, None if level is None else scale.at(level))
 
 
 # Loss curves

@@ -16,15 +16,23 @@ from vila_ops.artifacts.store import file, read_manifest
 from vila_ops.config import NO_CONTEXT, Run, RunContext
 from vila_ops.config.run import BASE
 from vila_ops.data.shards import data_url, index_of, named, samples_of
+from vila_ops.eval.evaluate import job_of
+from vila_ops.eval.job import EvalJob
 from vila_ops.eval.report import read_report
 from vila_ops.pipeline.run import Outcome
 from vila_ops.pipeline.stages import evaluate_stage
+from vila_ops.report import evaluation
 from vila_ops.report.layers import draw
 from vila_ops.report.page import render
 from vila_ops.serve.sample_query import body, curl
 
 GALLERY = 24
-BEGINS = {"summary.json": '{\n "recipe": "', "report.html": output.HTML, "ask.json": '{"model": "'}
+BEGINS = {
+    "summary.json": '{\n "recipe": "',
+    "report.html": output.HTML,
+    "evaluation.html": output.HTML,
+    "ask.json": '{"model": "',
+}
 """The files of a report, and the text that each begins with."""
 Json = dict[str, Any]
 
@@ -39,18 +47,28 @@ class Page:
 
 
 def write(run: Run, outcome: Outcome) -> Page:
-    """Write summary.json, report.html and, where something is served, ask.json into `<scratch>/<recipe name>`."""
+    """Write the files of a report into `<scratch>/<recipe name>`; ask.json only where something is served."""
     folder = _folder(run)
     folder.mkdir(parents=True, exist_ok=True)
     summary = summarise(run, outcome)
     curves = {name: _curve(checkpoint) for name, checkpoint in outcome.checkpoints().items()}
     html = render(summary, curves, _gallery(run, outcome))
-    texts = {"summary.json": json.dumps(summary, indent=1), "report.html": html}
+    texts = {
+        "summary.json": json.dumps(summary, indent=1),
+        "report.html": html,
+        "evaluation.html": evaluation.render(evaluation.gather(_final_job(run, outcome), outcome.report)),
+    }
     if outcome.answer:
         texts["ask.json"] = body(outcome.answer)
     for name, text in texts.items():
         output.write_file(folder / name, text, begins=BEGINS[name])
     return Page(summary, str(folder / "summary.json"), str(folder / "report.html"))
+
+
+def _final_job(run: Run, outcome: Outcome) -> EvalJob:
+    """The last model on the final suite."""
+    held_out = outcome.datasets[run.recipe.final_suite.mixture.name]
+    return job_of(run.recipe.final_suite, list(outcome.models.values())[-1], held_out, run.resources)
 
 
 def check(run: Run) -> None:
@@ -83,6 +101,7 @@ def summarise(run: Run, outcome: Outcome) -> Json:
         "mlflow": {
             "parent_run": outcome.context.parent_run,
             "page": tracking.page(run.resources.tracking.uri, outcome.context.parent_run),
+            "runs": tracking.runs_page(run.resources.tracking.uri),
             "model": run.recipe.gate.model_name,
             "version": outcome.version.version if outcome.version else None,
             "promoted": bool(outcome.version and outcome.version.promoted),

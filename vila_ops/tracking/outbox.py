@@ -1,4 +1,4 @@
-"""Metrics, files and the status of a run: written to a local file first, then sent to MLflow by a thread.
+"""Metrics, files, tags and the status of a run: written to a local file first, then sent to MLflow by a thread.
 
 FOLDER/RUN.TOKEN.jsonl   one line for each entry that MLflow has not acknowledged; locked while its writer lives
 
@@ -7,16 +7,18 @@ again, which changes nothing: a metric's key in MLflow's store is run, name, ste
 killed, or MLflow did not answer at its end, the next writer in the same folder sends the rest.
 """
 
+import base64
 import fcntl
 import json
 import logging
 import os
 import re
 import secrets
+import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
@@ -38,7 +40,8 @@ CHECKSUM = "crc32"
 PIECE = 2**18
 """Bytes of the file that are read and sent at a time."""
 Entry = dict[str, Any]
-"""One of `metrics` ([name, value, milliseconds, step] each), `file` (a path) and `status` (with milliseconds)."""
+"""One of `metrics` ([name, value, milliseconds, step] each), `file` (a path), `content` (base64, and its path among the
+run's artifacts), `tag` ([key, value]) and `status` (with milliseconds)."""
 log = logging.getLogger(__name__)
 
 
@@ -72,6 +75,15 @@ class MetricLog:
     def attach(self, path: Path) -> None:
         """Attach a small file, which is read when it is sent. Weights stay in the store."""
         self._put({"file": str(path.resolve())})
+
+    def put_files(self, contents: Mapping[str, bytes]) -> None:
+        """Attach small files by their paths among the run's artifacts; one that is there is replaced."""
+        for path, content in contents.items():
+            self._put({"content": base64.b64encode(content).decode(), "path": path})
+
+    def tag(self, key: str, value: str) -> None:
+        """Set a tag of the run."""
+        self._put({"tag": [key, value]})
 
     def end(self, *, failed: bool) -> None:
         """Record that the run has ended."""
@@ -251,21 +263,45 @@ def _checksum(entry: Entry) -> int:
 
 
 def deliver(tracking_uri: str, run_id: str, entries: list[Entry]) -> None:
-    """Send entries of a run in their order, adjacent metrics in one call. Raises MlflowException, OSError."""
+    """Send entries of a run in their order, adjacent ones of a kind together. Raises MlflowException, OSError."""
     client, entities = connect(tracking_uri)
-    for is_metrics, group in groupby(entries, key=lambda entry: "metrics" in entry):
-        if is_metrics:
-            metrics = [entities.Metric(*one) for entry in group for one in entry["metrics"]]
-            for start in range(0, len(metrics), BATCH):
-                client.log_batch(run_id, metrics=metrics[start : start + BATCH])
-            continue
-        for entry in group:
-            if "status" in entry:
-                client.set_terminated(run_id, entry["status"], entry["at"])
-            elif os.path.exists(entry["file"]):
-                client.log_artifact(run_id, entry["file"])
-            else:
-                log.warning("%s no longer exists and is not sent to MLflow", entry["file"])
+    for kind, group in groupby(entries, key=_kind):
+        match kind:
+            case "metrics":
+                metrics = [entities.Metric(*one) for entry in group for one in entry["metrics"]]
+                for start in range(0, len(metrics), BATCH):
+                    client.log_batch(run_id, metrics=metrics[start : start + BATCH])
+            case "content":
+                with tempfile.TemporaryDirectory() as folder:
+                    _write_contents(Path(folder), group)
+                    client.log_artifacts(run_id, folder)
+            case "tag":
+                for entry in group:
+                    client.set_tag(run_id, *entry["tag"])
+            case "status":
+                for entry in group:
+                    client.set_terminated(run_id, entry["status"], entry["at"])
+            case _:
+                _send_files(client, run_id, group)
+
+
+def _kind(entry: Entry) -> str:
+    return next(kind for kind in ("metrics", "content", "tag", "status", "file") if kind in entry)
+
+
+def _write_contents(folder: Path, entries: Iterable[Entry]) -> None:
+    for entry in entries:
+        path = folder / entry["path"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(base64.b64decode(entry["content"]))
+
+
+def _send_files(client: Any, run_id: str, entries: Iterable[Entry]) -> None:
+    for entry in entries:
+        if os.path.exists(entry["file"]):
+            client.log_artifact(run_id, entry["file"])
+        else:
+            log.warning("%s no longer exists and is not sent to MLflow", entry["file"])
 
 
 def connect(tracking_uri: str) -> tuple[Any, Any]:
