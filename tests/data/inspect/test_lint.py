@@ -67,7 +67,7 @@ def test_every_fault_is_listed_with_its_file_and_line_then_the_counts(folder: Pa
             ("docs/b.jsonl:3", "too_few_placeholders"),
         ],
         LintSummary(
-            records=2,
+            records=7,
             images=2,
             faults={"too_few_placeholders": 2, "bad_json": 1, "missing_image": 1, "no_text": 1},
         ),
@@ -98,7 +98,7 @@ def test_media_that_nothing_reads_are_a_fault_of_every_format_of_records(
     jsonl("docs/records.jsonl", line, {**line, key: ["a.mp4" if key == "videos" else "a.png"]})
     done = CliRunner().invoke(app, ["data", "lint", "docs" if "turns" in line else "docs/records.jsonl"])
     assert done.exit_code == 1
-    assert "1 records, 0 images, 1 faults" in done.stdout
+    assert "2 records, 0 images, 1 faults" in done.stdout
     assert "docs/records.jsonl:2" in done.stdout
     assert key in done.stdout
 
@@ -160,7 +160,7 @@ def test_our_own_layout_is_checked_too(folder: Path) -> None:
     jsonl("docs/records.jsonl", {**line, "turns": []}, line)
     faults, summary = found(JsonLines(path="docs", render="caption"), folder)
     assert faults == [("docs/records.jsonl:1", "bad_line"), ("docs/records.jsonl:2", "bad_image_truncated")]
-    assert summary.records == 1
+    assert summary.records == 2
 
 
 def said(*arguments: str) -> tuple[int, list[str]]:
@@ -176,7 +176,7 @@ def test_the_command_lists_a_fault_a_line_and_ends_with_1(folder: Path) -> None:
         ["docs/a.jsonl:2", "too_few_placeholders"],
         ["docs/a.jsonl:3", "too_few_placeholders"],
     ]
-    assert lines[2:] == ["1 records, 1 images, 2 faults", "      2  too_few_placeholders"]
+    assert lines[2:] == ["3 records, 1 images, 2 faults", "      2  too_few_placeholders"]
 
 
 def test_the_command_prints_one_json_object_a_line(folder: Path) -> None:
@@ -185,7 +185,7 @@ def test_the_command_prints_one_json_object_a_line(folder: Path) -> None:
     fault, summary = map(json.loads, lines)
     assert code == 1
     assert fault["where"] == "docs/a.jsonl:2"
-    assert summary == {"records": 1, "images": 1, "faults": {"too_few_placeholders": 1}}
+    assert summary == {"records": 2, "images": 1, "faults": {"too_few_placeholders": 1}}
 
 
 def test_the_command_ends_with_0_where_there_is_no_fault(folder: Path) -> None:

@@ -32,8 +32,9 @@ class LintSummary(Config):
     """The counts of a source."""
 
     records: int
-    """Records that could be read, including those with images that do not decode."""
+    """Those that cannot be read too, as `prepare` counts them."""
     images: int
+    """Images of the records that can be read."""
     faults: dict[str, int]
     """By reason, the most frequent first."""
     changed: dict[str, int] = Field(default={}, exclude_if=operator.not_)
@@ -86,6 +87,7 @@ def _faults(source: Source, folders: Mapping[str, Path], checks: "_Checks", *, c
         for number, records in enumerate(sources.read(source, folders, span), start=1):
             for record in records:
                 empty = False
+                checks.records += 1
                 if isinstance(record, Dropped):
                     yield checks.fault(record.where or record.id, record.reason, record.detail)
                 else:
@@ -115,7 +117,6 @@ class _Checks:
 
     def of_record(self, record: Record, file: RawFile, number: int) -> Iterator[LintFault]:
         """Faults of the id and the images of the `number`th record of a file."""
-        self.records += 1
         self.changed.update(record.notes)
         stated = record.provenance.split(" ", 1)[0]
         place = stated if stated.startswith(file.name) else f"{file.name}:{number}"
