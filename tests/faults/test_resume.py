@@ -105,6 +105,22 @@ def test_what_a_kill_after_the_seal_left_is_removed_by_the_next_look(
 
 
 @pytest.mark.slow
+def test_a_stage_with_other_settings_that_saved_nothing_is_not_named(
+    fork: Fork, make_trial: Callable[..., ResumeTrial], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = make_trial(tmp_path / "whole", num_steps=3, save_every=2)
+    assert fork(stage=whole.model_dump(mode="json"), points=str(tmp_path / "points")) == [0]
+    points = (tmp_path / "points").read_text().splitlines()
+    begun = next(point for point in points if re.search(r" /resume/[^ ]*stage\.json", point))
+    killed = make_trial(tmp_path / "killed", num_steps=3, save_every=2)
+    assert fork(stage=killed.model_dump(mode="json"), kill=[begun, "after"]) == [-9]
+    assert [one.step for one in resume_folders(killed.resources.storage.store)] == [None]
+    with caplog.at_level(logging.INFO):
+        changed(killed, num_steps=2).train()
+    assert "with other settings or data" not in caplog.text
+
+
+@pytest.mark.slow
 def test_the_progress_of_a_stage_with_other_settings_is_named_and_stays(
     fork: Fork, make_trial: Callable[..., ResumeTrial], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -148,7 +148,7 @@ def resume_of(at: store.Address, resources: Resources) -> str:
 def _tell_of_others(at: store.Address, inputs: StageInputs) -> None:
     """Log the resume checkpoints of this stage with other settings or data: nothing but `vila-ops gc` removes them."""
     for one in resume_folders(inputs.resources.storage.store):
-        if one.stage == inputs.stage.name and one.address != at.key and not one.sealed:
+        if one.stage == inputs.stage.name and one.address != at.key and one.step is not None and not one.sealed:
             log.info(
                 "%s holds %.1f GB of stage %s with other settings or data, last saved %.1f days ago after step %s; "
                 "`vila-ops gc` lists and removes such folders",
