@@ -11,6 +11,14 @@ from vila_ops.artifacts.folders import folder_digest
 from vila_ops.artifacts.kinds import Pretrained
 from vila_ops.artifacts.leases import hold
 from vila_ops.config import NO_CONTEXT, Model, Resources, RunContext
+from vila_ops.config.model import (
+    HubLanguageModel,
+    HubTower,
+    LanguageModel,
+    PackagedLanguageModel,
+    PackagedTower,
+    VisionTower,
+)
 from vila_ops.model.projectors import plugin_of
 
 REVISION = 6
@@ -68,7 +76,7 @@ def _assemble(at: store.Address, model: Model, resources: Resources) -> Pretrain
             start_from(model, Path(model.weights.path), attempt, cache=cache)
         else:
             _build(model, attempt, cache=cache)
-    log.info("assembled %s + %s", model.vision_tower.kind, model.language_model.kind)
+    log.info("assembled %s + %s", _label(model.vision_tower), _label(model.language_model))
     return store.seal(
         Pretrained,
         at,
@@ -76,6 +84,17 @@ def _assemble(at: store.Address, model: Model, resources: Resources) -> Pretrain
         facts={},
         execution=execution(launch="inline", seconds=time.monotonic() - started, ran=[]),
     )
+
+
+def _label(component: VisionTower | LanguageModel) -> str:
+    """The name of a tower or language model for the log: of its package, of the hub, or its kind."""
+    match component:
+        case PackagedTower() | PackagedLanguageModel():
+            return component.package.name
+        case HubTower() | HubLanguageModel():
+            return component.name
+        case _:
+            return component.kind
 
 
 def _build(model: Model, out: Path, *, cache: Path) -> None:

@@ -29,7 +29,8 @@ def set_trainable(
         if trains:
             trained[component_of(name)].append((name, parameter))
     counts = {component: sum(p.numel() for _, p in named) for component, named in trained.items()}
-    log.info("trainable %s of %d parameters", counts, total)
+    parts = ", ".join(f"{component} {count:,}" for component, count in counts.items())
+    log.info("trains %s of %s parameters", parts, f"{total:,}")
     return trained
 
 
