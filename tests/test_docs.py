@@ -62,6 +62,7 @@ NOT_RUN = {
         "make demo",
         "make test",
         "make bench NAME=packing",
+        "vila-ops train configs/recipes/tiny.yaml --stage pretrain --profile 3",
         "vila-ops train configs/recipes/demo.yaml --stage align",
         "vila-ops train verify-resume configs/recipes/tiny.yaml --kills 5",
         "vila-ops evaluate configs/recipes/demo.yaml --stage align",

@@ -91,12 +91,10 @@ class StepProfiler:
         trace = self.folder / f"profile-{first:06d}-{self._done:06d}.json.gz"
         profiled.export_chrome_trace(str(trace))
         file = trace.with_suffix("").with_suffix(".txt")
-        lines = table(times)
-        file.write_text("\n".join([*lines, ""]))
+        text = "\n".join(table(times))
+        file.write_text(f"{text}\n")
         self.metrics.attach(file)
-        for line in lines:
-            log.info("%s", line)
-        log.info("%s: profile of steps %d to %d: %s and %s", self.stage, first, self._done, file, trace)
+        log.info("%s, steps %d to %d, written to %s and %s:\n%s", self.stage, first, self._done, file, trace, text)
 
 
 def table(times: Times) -> list[str]:
