@@ -21,6 +21,7 @@ from vila_ops.config import OfficialSuite, Resources, Run, Suite
 from vila_ops.config.benchmarks import CocoCaptions, OkVqa, Pope
 from vila_ops.config.load import load_suite
 from vila_ops.data.preprocess.prepare import prepare
+from vila_ops.data.records import Image
 from vila_ops.data.shards import index_of, samples_of
 from vila_ops.eval import runner
 from vila_ops.eval.benchmark import SealedImage, TextPrompt
@@ -156,6 +157,35 @@ def test_scoring_again_asks_neither_the_tower_nor_the_model(
 ) -> None:
     monkeypatch.setattr(runner.EngineTarget, "engine", property(lambda of: pytest.fail("a model was loaded")))
     assert rescore(SUITE, model, None, resources).digest == report.digest
+
+
+def test_questions_of_a_prepared_mixture_are_demonstrations_as_the_prompt_writes_them(
+    run: Run, model: Pretrained, resources: Resources
+) -> None:
+    """Records of this source have one line for the question and one for the answer; the hint is not written twice."""
+    stage = run.recipe.stages["sft"]
+    data = prepare(stage.mixture, run.recipe.text("sft"), run.resources)
+    few_shot = {"shots": 48, "pool": {"kind": "mixture", "sources": ["pairs"]}}
+    prompt = {
+        "user": "{image}\n{question}\n{hint}",
+        "hint": "this?",
+        "answer": {"kind": "generate", "max_new_tokens": 4},
+    }
+    config = config_of(Pope, version=None, few_shot=few_shot, prompt=prompt)
+    settings = {"name": "m", "split": "test", "mixture": stage.mixture.model_dump()}
+    suite = Suite.model_validate({**settings, "benchmarks": {"pope": config.model_dump()}})
+    prompts = prompts_of(job_of(suite, model, data, resources), "pope")
+    rows = [row for row in index_of(data).to_pylist() if (row["source"], row["split"]) == ("pairs", "train")]
+    lines = {sample.key: sample.text.splitlines() for sample in samples_of(data, rows)}
+    assert any(question == "What is this?" for question, _ in lines.values())
+    first = prompts.requests[0]
+    assert isinstance(first.prompt, TextPrompt)
+    shown = dict(zip(first.shots, zip(first.prompt.turns[::2], first.prompt.turns[1::2], strict=False), strict=True))
+    assert shown.keys() == lines.keys()
+    for key, ((_, (image, text)), (_, (given,))) in shown.items():
+        question, expected = lines[key]
+        assert isinstance(image, Image)
+        assert (text, given) == (f"\n{question.removesuffix(' this?')}\nthis?", expected)
 
 
 def test_the_same_image_under_another_name_is_no_demonstration(
