@@ -19,7 +19,7 @@ from vila_ops.data.records import Image
 from vila_ops.errors import EndpointRefused, EndpointUnreachable
 from vila_ops.eval.benchmark import GenerateRequest, ScoreRequest, SealedImage, TextPrompt
 from vila_ops.eval.endpoint_target import Concurrency, EndpointTarget, check_answerable
-from vila_ops.eval.evaluate import evaluate
+from vila_ops.eval.evaluate import evaluate, rescore
 from vila_ops.eval.report import read_report
 from vila_ops.eval.rows import Response
 
@@ -193,6 +193,42 @@ def test_a_suite_on_an_endpoint_has_the_numbers_of_its_answers(run: Run, server:
     other = Endpoint(url=server.url, name="a-model", revision="2")
     assert evaluate(suite, other, None, resources) != report
     assert len(server.bodies) == 96
+
+
+@pytest.mark.slow
+def test_what_timed_out_is_asked_once_more_if_the_resources_say_so(run: Run, server: Server, tmp_path: Path) -> None:
+    """The endpoint is late for the zebra of each of four images, and then has recovered."""
+    released, is_late = threading.Event(), True
+
+    def sometimes_late(text: str, tries: int) -> Answer:
+        if is_late and "zebra" in text:
+            released.wait(timeout=60)
+        return completion("No" if "zebra" in text else "Yes")
+
+    server.answer = sometimes_late
+    changes = {**SAMPLED, "storage.store": str(tmp_path / "store"), "evaluate.endpoint.max_retries": 0}
+    resources = run.resources.with_changes({**changes, "evaluate.endpoint.timeout_seconds": 3.0})
+    suite = OfficialSuite(name="s", benchmarks={"pope": config_of(Pope, version=None)}, bootstrap_resamples=50)
+    endpoint = Endpoint(url=server.url, name="a-model")
+    first = evaluate(suite, endpoint, None, resources)
+    released.set()
+    is_late = False
+    assert read_report(first).benchmarks["pope"].failed == {"timeout": 4}
+    assert evaluate(suite, endpoint, None, resources) == first
+    asked = len(server.bodies)
+    asks_again = resources.with_changes({"evaluate.endpoint.ask_again": True})
+    second = evaluate(suite, endpoint, None, asks_again)
+    assert len(server.bodies) == asked + 4
+    assert read_report(second).benchmarks["pope"].failed == {}
+    values = [
+        {metric.name: metric.value for metric in read_report(report).metrics}["pope_random_accuracy_official"]
+        for report in (first, second)
+    ]
+    assert values[1] == pytest.approx(values[0] + 4 / 24)
+    for later in (asks_again, resources):
+        assert evaluate(suite, endpoint, None, later) == second
+        assert rescore(suite, endpoint, None, later) == second
+    assert len(server.bodies) == asked + 4
 
 
 def test_a_suite_on_held_out_data_is_refused_on_an_endpoint(run: Run, server: Server) -> None:

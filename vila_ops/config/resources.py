@@ -229,6 +229,8 @@ class EndpointResources(Config):
     """Time after which a request is given up and tried again."""
     max_retries: NonNegativeInt = 5
     """How often a request is tried again after an overload, a fault of the server or a time-out."""
+    ask_again: bool = False
+    """Whether an evaluation asks once more what timed out in an earlier one. These answers then count."""
 
 
 class EvaluateResources(Config):

@@ -51,7 +51,7 @@ def evaluate(
     and for official files that are missing or faulty.
     """
     job = job_of(suite, model, data, resources)
-    if done := _report_of(job):
+    if (done := _report_of(job)) and not any(map(job.timed_out, suite.benchmarks)):
         return done
     if len(_results(job)) < len(suite.benchmarks) and not isinstance(model, Endpoint):
         device_on(resources, resources.device)
@@ -229,9 +229,10 @@ def _measure_missing(job: EvalJob) -> list[dict[str, Any]]:
     """
     root = job.resources.storage.store
     missing = [name for name in job.suite.benchmarks if job.result(name) is None]
+    late = [name for name in job.suite.benchmarks if job.timed_out(name)]
+    ran: list[dict[str, Any]] = _ask_again(job, late) if late else []
     if not missing:
-        return []
-    ran: list[dict[str, Any]] = []
+        return ran
     # a worker may have another current folder, so the store's path is absolute
     with closing(_workers(job.with_changes({"resources.storage.store": store.root_of(root)}))) as workers:
         sizes = {name: workers.plan(name) for name in missing}
@@ -244,6 +245,19 @@ def _measure_missing(job: EvalJob) -> list[dict[str, Any]]:
                 for shard in workers.answer_all(name, pending):
                     progress.advance(shard)
                 ran = [workers.conclude(name)]
+    return ran
+
+
+def _ask_again(job: EvalJob, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Ask an endpoint once more what timed out in benchmarks; returns which process did it."""
+    from vila_ops.eval.runner import Runner  # heavy: transformers
+
+    ran: list[dict[str, Any]] = []
+    with closing(Runner(job)) as runner:
+        for name in names:
+            with hold(job.address(name, again=True), store=job.resources.storage.store):
+                if job.timed_out(name):
+                    ran = [runner.ask_again(name)]
     return ran
 
 

@@ -19,6 +19,7 @@ from vila_ops.config.eval import MeasureSettings
 from vila_ops.eval.benchmark import benchmark_of, plugin_of
 from vila_ops.eval.benchmarks.held_out.items import EvalInputs
 from vila_ops.eval.few_shot import REVISION as FEW_SHOT
+from vila_ops.eval.report import read_result
 from vila_ops.generate.load import engine_facts
 
 ANSWERS = 1
@@ -48,10 +49,11 @@ class EvalJob(Config):
         """The settings of the suite that may change a number of any benchmark."""
         return MeasureSettings.model_validate(self.suite.model_dump(include=set(MeasureSettings.model_fields)))
 
-    def address(self, name: str) -> store.Address:
+    def address(self, name: str, *, again: bool = False) -> store.Address:
         """Where the result of a benchmark is: it depends neither on the suite's name nor on its other benchmarks.
 
-        An engine of a third-party package enters it with its settings.
+        An engine of a third-party package enters it with its settings. `again`: the result with answers to what timed
+        out at first.
         """
         benchmark: Config = self.suite.benchmarks[name]
         kind: str = benchmark.kind  # type: ignore[attr-defined]
@@ -64,6 +66,8 @@ class EvalJob(Config):
         if isinstance(benchmark, OfficialBenchmark) and benchmark.few_shot:
             recipe |= {"few_shot": FEW_SHOT}
             parents.append(self.pool_digest(name))
+        if again:
+            recipe |= {"again": True}
         return store.address(
             BenchmarkResult,
             revision=benchmark_of(kind).REVISION,
@@ -79,12 +83,26 @@ class EvalJob(Config):
         return self.data.digest
 
     def result(self, name: str) -> BenchmarkResult | None:
-        """The result of a benchmark, None where it was not measured yet. Raises CorruptArtifact."""
-        return store.find(BenchmarkResult, self.address(name), store=self.resources.storage.store)
+        """The last result of a benchmark, None where it was not measured yet. Raises CorruptArtifact."""
+        places = (self.address(name, again=True), self.address(name))
+        results = (store.find(BenchmarkResult, at, store=self.resources.storage.store) for at in places)
+        return next((result for result in results if result), None)
 
-    def answers_address(self, requests: Sequence[str]) -> store.Address:
-        """Where the responses to a shard of requests are, by their hashes: whichever benchmark asks them."""
-        recipe = {"requests": list(requests), "precision": self.suite.precision} | self._plugin_engine()
+    def timed_out(self, name: str) -> bool:
+        """Whether requests of a benchmark timed out that are to be asked once more. Raises CorruptArtifact."""
+        if not isinstance(self.model, Endpoint) or not self.resources.evaluate.endpoint.ask_again:
+            return False
+        last = self.result(name)
+        first = self.address(name).uri(self.resources.storage.store)
+        return last is not None and last.uri == first and "timeout" in read_result(last).failed
+
+    def answers_address(self, requests: Sequence[str], *, again: bool = False) -> store.Address:
+        """Where the responses to a shard of requests are, by their hashes: whichever benchmark asks them.
+
+        `again`: the second responses to requests that timed out.
+        """
+        recipe: dict[str, Any] = {"requests": list(requests), "precision": self.suite.precision}
+        recipe |= self._plugin_engine() | ({"again": True} if again else {})
         return store.address(Answers, revision=ANSWERS, recipe=recipe, parents=(self.model.digest,))
 
     def _plugin_engine(self) -> dict[str, Any]:

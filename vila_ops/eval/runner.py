@@ -92,9 +92,21 @@ class Runner:
 
     def answer(self, name: str, shard: int) -> dict[str, Any]:
         """Answer and seal a shard; returns which process did it."""
+        planned = self.planned(name)
+        return self._seal_answers(self._address(name, shard), planned.shards[shard], planned.image_of)
+
+    def ask_again(self, name: str) -> dict[str, Any]:
+        """Ask once more what timed out, and seal the result with these answers; returns which process did it."""
+        planned = self.planned(name)
+        late = _timed_out(planned, self._responses(name, planned))
+        at = self._again_address(late)
+        if store.find(Answers, at, store=self._store) is None:
+            self._seal_answers(at, late, planned.image_of)
+        return self.conclude(name, again=True)
+
+    def _seal_answers(self, at: store.Address, requests: Sequence[Request], image_of: ImageOf) -> dict[str, Any]:
         started = time.monotonic()
-        planned, at = self.planned(name), self._address(name, shard)
-        responses = answered(self.target, planned.shards[shard], planned.image_of)
+        responses = answered(self.target, requests, image_of)
         with attempts.attempt(at, store=self._store) as attempt:
             write_responses(attempt / RESPONSES, responses)
         ran, seconds = whoami(), {key: round(one.seconds, 4) for key, one in responses.items()}
@@ -117,15 +129,22 @@ class Runner:
             self.answer(name, shard)
             yield shard
 
-    def conclude(self, name: str, *, asks: bool = True) -> dict[str, Any]:
+    def conclude(self, name: str, *, asks: bool = True, again: bool = False) -> dict[str, Any]:
         """Score the answers of all shards, and seal the result of a benchmark; returns which process did it.
 
-        A judge is asked first, if the benchmark has one and `asks` is true. Raises ValueError where it is false and the
-        judge was not asked yet.
+        `again`: with the second answers to what timed out. A judge is asked first, if the benchmark has one and `asks`
+        is true. Raises ValueError where it is false and the judge was not asked yet.
         """
         started = time.monotonic()
-        planned, config, at = self.planned(name), self.job.suite.benchmarks[name], self.job.address(name)
-        rows = self._rows(name, planned)
+        planned, config, at = self.planned(name), self.job.suite.benchmarks[name], self.job.address(name, again=again)
+        responses = self._responses(name, planned)
+        if again:
+            second = self._sealed(self._again_address(_timed_out(planned, responses)))
+            responses = [
+                second[request_hash(request)] if first.status == "timeout" else first
+                for request, first in zip(planned.requests, responses, strict=True)
+            ]
+        rows = _rows(planned, responses)
         if isinstance(config, JudgedBenchmark):
             rows = judged(planned.items, rows, config, self.job.resources, asks=asks)
         scored = score(planned.items, rows, config, self.job.settings(), shown=planned.shown)
@@ -208,21 +227,35 @@ class Runner:
     def _address(self, name: str, shard: int) -> store.Address:
         return self.job.answers_address([request_hash(request) for request in self.planned(name).shards[shard]])
 
-    def _rows(self, name: str, planned: Planned) -> list[ItemRow]:
-        """The responses of all shards as rows, in the order of the requests."""
-        item_of = {item.id: item for item in planned.items}
-        rows = []
+    def _again_address(self, late: Sequence[Request]) -> store.Address:
+        return self.job.answers_address([request_hash(request) for request in late], again=True)
+
+    def _responses(self, name: str, planned: Planned) -> list[Response]:
+        """The responses of all shards, in the order of the requests."""
+        responses = []
         for number, shard in enumerate(planned.shards):
-            answers = store.find(Answers, self._address(name, number), store=self._store)
-            if answers is None:
-                raise RuntimeError(f"shard {number} of {name!r} was not answered")
-            responses = read_responses(store.file(answers, RESPONSES))
-            seconds = store.read_manifest(answers.uri)["execution"]["seconds_of"]
-            for request in shard:
-                key = request_hash(request)
-                response = replace(responses[key], seconds=seconds[key])
-                rows.append(row_of(item_of[request.item], request, response))
-        return rows
+            of_shard = self._sealed(self._address(name, number))
+            responses += [of_shard[request_hash(request)] for request in shard]
+        return responses
+
+    def _sealed(self, at: store.Address) -> dict[str, Response]:
+        """Sealed responses with the seconds that each took."""
+        answers = store.find(Answers, at, store=self._store)
+        if answers is None:
+            raise RuntimeError(f"the shard at {at.uri(self._store)} was not answered")
+        seconds = store.read_manifest(answers.uri)["execution"]["seconds_of"]
+        responses = read_responses(store.file(answers, RESPONSES))
+        return {key: replace(one, seconds=seconds[key]) for key, one in responses.items()}
+
+
+def _timed_out(planned: Planned, responses: Sequence[Response]) -> list[Request]:
+    return [one for one, response in zip(planned.requests, responses, strict=True) if response.status == "timeout"]
+
+
+def _rows(planned: Planned, responses: Sequence[Response]) -> list[ItemRow]:
+    """The responses as rows, in the order of the requests."""
+    item_of = {item.id: item for item in planned.items}
+    return [row_of(item_of[one.item], one, response) for one, response in zip(planned.requests, responses, strict=True)]
 
 
 def _target(job: EvalJob) -> Target:
