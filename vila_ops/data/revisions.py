@@ -18,7 +18,7 @@ from vila_ops.config import Config, Mixture
 from vila_ops.data.preprocess.card import CARD
 from vila_ops.data.preprocess.identity import PLACES
 from vila_ops.data.preprocess.summary import LEFT_OUT, SUMMARY
-from vila_ops.data.raw.files import UNFINISHED
+from vila_ops.data.raw.files import files_below
 
 TABLES = ("samples", "tokens", "images", "left_out")
 """Bar charts of `dvc plots`, by source and split, or by source and reason."""
@@ -134,9 +134,7 @@ def wait_until_quiet(roots: list[Path], *, seconds: float) -> None:
 
 def _files(roots: list[Path]) -> Iterator[tuple[str, int, int]]:
     for root in roots:
-        for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
-            if path.name.endswith(UNFINISHED):
-                continue
+        for path in sorted(path for _, path in files_below(root)) if root.is_dir() else [root]:
             try:
                 status = path.stat()
             except FileNotFoundError:  # deleted while listing; the next listing lacks it

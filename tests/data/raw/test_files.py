@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from vila_ops.config.sources import JsonLines
 from vila_ops.data import sources
 from vila_ops.data.raw import files as files_module
-from vila_ops.data.raw.files import RawFile, Scan, Span, Thinned, on_disk, paths, scan_files
+from vila_ops.data.raw.files import RawFile, RawMissing, Scan, Span, Thinned, on_disk, paths, scan_files
 
 HOUR_NS = 3600 * 10**9
 EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
@@ -86,6 +86,47 @@ def test_hidden_and_half_files_and_other_formats_are_left_out(raw: Path):
         write(raw / name, b"")
     (raw / "folder.txt").mkdir()
     assert paths(raw, (".txt",)) == [("a.txt", raw / "a.txt")]
+
+
+def test_links_to_folders_are_followed_and_each_folder_is_listed_once(raw: Path, tmp_path: Path):
+    """Kaggle/kagglehub#246, fastai/fastai#2270: a linked folder was left out without a word."""
+    write(raw / "v2/a.txt", b"")
+    write(tmp_path / "disk2/part/b.txt", b"")
+    write(tmp_path / "disk2/c.txt", b"")
+    (raw / "latest").symlink_to("v2")
+    (raw / "more").symlink_to(tmp_path / "disk2")
+    (raw / "file.txt").symlink_to(tmp_path / "disk2/c.txt")
+    (raw / "v2/here").symlink_to(raw)
+    assert [name for name, _ in paths(raw, (".txt",))] == ["file.txt", "more/c.txt", "more/part/b.txt", "v2/a.txt"]
+
+
+def test_a_link_to_a_folder_above_is_refused(raw: Path):
+    write(raw / "a.txt", b"")
+    (raw / "up").symlink_to("..")
+    with pytest.raises(ValueError, match=r"up is a link to .*, the folder that it is in; remove the link"):
+        paths(raw, (".txt",))
+
+
+@pytest.mark.parametrize("name", ["b.txt", "part-2"])
+def test_a_link_whose_target_is_missing_is_refused(name: str, raw: Path):
+    """treeverse/dvc#10500: with cache.type symlink, a checkout leaves links to files that its cache lacks."""
+    write(raw / "a.txt", b"")
+    (raw / "note.md").symlink_to("gone")
+    assert [found for found, _ in paths(raw, (".txt",))] == ["a.txt"]
+    (raw / name).symlink_to(".dvc/cache/9a")
+    with pytest.raises(RawMissing, match=f"{name} is a link to .dvc/cache/9a, which is missing; bring it back"):
+        paths(raw, (".txt",))
+
+
+@pytest.mark.parametrize("end", [".zst", ".bz2", ".xz", ".gz"])
+def test_a_file_that_is_compressed_in_another_form_is_not_left_out(end: str, raw: Path):
+    """huggingface/datasets#2572, pull request 4421, datajuicer/data-juicer#919: shards of several compressions."""
+    write(raw / "a.jsonl", b"")
+    write(raw / "c.jpg.gz", b"")
+    write(raw / f"b.JSONL{end}", b"")
+    with pytest.raises(ValueError, match=f"b.JSONL{end} is compressed in a form that is not read here; unpack it"):
+        paths(raw, (".jsonl",))
+    assert len(paths(raw, (".jsonl", f".jsonl{end}"))) == 2
 
 
 def test_a_file_may_be_named_itself(raw: Path):

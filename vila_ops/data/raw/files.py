@@ -20,9 +20,10 @@ Folders = Mapping[str, Path]
 """The folders of a source's packages, by package name; empty for a source of files."""
 STRIDE = 16
 """Spans start at multiples of this; the offsets of these records in a file are its marks."""
-SCAN_REVISION = 3
+SCAN_REVISION = 4
 """Raised if a format's scan returns other values for the same file."""
 UNFINISHED = (".part", ".tmp", ".partial", ".crdownload")
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z")
 MISSING = "missing"
 """Stands for the digest of a file that does not exist."""
 _RACE_NS = 2 * 10**9
@@ -103,27 +104,68 @@ class Span(Config):
 
 
 def paths(root: Path, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
-    """Name and path of the files of a format: the file itself, or those of a folder, sorted; none that is hidden or
-    unfinished. Raises RawMissing if there are none."""
+    """Name and path of the files of a format: the file itself, or those below a folder, sorted.
+
+    Raises RawMissing if there are none, and ValueError if one would be left out: a link whose target is missing, or a
+    file that is compressed in another form.
+    """
     if root.is_file():
         return [(root.name, root)]
     if not root.is_dir():
         raise RawMissing(f"no such file or folder: {root} (looked for in {Path.cwd()})")
-    by_name = {
-        path.relative_to(root).as_posix(): path
-        for path in root.rglob("*")
-        if path.name.lower().endswith(suffixes) and path.is_file()
-    }
-    kept = {
-        name: path
-        for name, path in by_name.items()
-        if not name.endswith(UNFINISHED) and not any(part.startswith(".") for part in name.split("/"))
-    }
+    kept = {}
+    for name, path in files_below(root):
+        if not path.is_file():
+            _check_link(path, suffixes)
+        elif name.lower().endswith(suffixes):
+            kept[name] = path
+        elif (stem := _uncompressed(name.lower())) is not None and stem.endswith(suffixes):
+            raise ValueError(f"{path} is compressed in a form that is not read here; unpack it, or move it elsewhere")
     if not kept:
         raise RawMissing(f"{root} has no file that ends in {' or '.join(suffixes)}")
     if bad := [name for name in kept if fault(name)]:
         raise ValueError(f"{root} has a file whose name is not UTF-8: {bad[0]!r}; rename it")
     return sorted(kept.items())
+
+
+def files_below(root: Path) -> Iterator[tuple[str, Path]]:
+    """Name and path of everything below a folder but folders, hidden and unfinished files; in no order.
+
+    Links to folders are followed, and each folder is listed once, under its own name rather than that of a link.
+    Raises ValueError for a link to a folder above, and OSError for a folder that cannot be listed.
+    """
+    above = Path(os.path.realpath(root)).parents
+    folders, links, listed = [("", root)], list[tuple[str, Path]](), set[str]()
+    while folders or links:
+        prefix, folder = folders.pop() if folders else links.pop(0)
+        place = os.path.realpath(folder)
+        if Path(place) in above:
+            raise ValueError(f"{folder} is a link to {place}, the folder that it is in; remove the link")
+        if place in listed:
+            continue
+        listed.add(place)
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    (links if entry.is_symlink() else folders).append((f"{prefix}{entry.name}/", Path(entry.path)))
+                elif not entry.name.endswith(UNFINISHED):
+                    yield prefix + entry.name, Path(entry.path)
+
+
+def _check_link(path: Path, suffixes: tuple[str, ...]) -> None:
+    """Raise ValueError for a link without its target that stands for a file of the format, or for a folder."""
+    if path.is_symlink() and (path.name.lower().endswith(suffixes) or not path.suffix):
+        raise RawMissing(
+            f"{path} is a link to {os.readlink(path)}, which is missing; bring it back (`dvc checkout`, "
+            f"`git annex get`), or remove the link"
+        )
+
+
+def _uncompressed(name: str) -> str | None:
+    """The name without the end that says how the file is compressed; None if it has no such end."""
+    return next((name.removesuffix(end) for end in COMPRESSIONS if name.endswith(end)), None)
 
 
 def scan_files(
