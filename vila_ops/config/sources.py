@@ -104,8 +104,8 @@ class OwnRecords(OwnFiles):
     """The settings of every source whose records are objects or rows with keys of their own."""
 
     ignore: tuple[str, ...] = Field(default=(), exclude_if=operator.not_)
-    """Keys (columns) whose images, videos or sound are left out on purpose. A record with media under any
-    other key that the source does not read is dropped."""
+    """Keys (columns) whose images, videos, sound, tools or preferred answers are left out on purpose. A record with
+    these under any other key that the source does not read is dropped."""
 
 
 Placement = Literal["as_written", "vila"]

@@ -26,6 +26,7 @@ TABLES = {
     "flan": {"inputs": ["a"], "targets": ["b"], "_template_idx": [1]},
     "coyo": {"id": [1], "url": ["http://ex.test/c.jpg"], "text": ["a"], "clip_similarity_vitb32": [0.3]},
     "hf_parquet": {"image": pa.array([{"bytes": b"x", "path": "a.png"}], IMAGE), "text": ["a"]},
+    "interleaved": {"images": [["http://ex.test/c.jpg", None]], "texts": [[None, "a"]]},
 }
 
 
@@ -50,6 +51,15 @@ def test_an_array_is_told_by_its_first_element(indent: int | None, tmp_path: Pat
 def test_parquet_is_told_by_its_columns(kind: str, tmp_path: Path) -> None:
     pq.write_table(pa.table(TABLES[kind]), tmp_path / "a.parquet")
     assert guess(str(tmp_path)).kind == kind
+
+
+def test_images_in_a_parquet_file_are_told_from_addresses(tmp_path: Path) -> None:
+    """The Cauldron has the columns of OBELICS, with its images in them; others have plain bytes."""
+    texts = [[{"user": "?", "assistant": "!", "source": "x"}]]
+    images = pa.array([[{"bytes": b"x", "path": None}]], pa.list_(IMAGE))
+    for columns in ({"images": images, "texts": texts}, {"jpg": pa.array([b"x"], pa.binary()), "caption": ["a"]}):
+        pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+        assert guess(str(tmp_path)).kind == "hf_parquet"
 
 
 def test_a_tar_is_a_webdataset(tmp_path: Path) -> None:

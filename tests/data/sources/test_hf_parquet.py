@@ -104,6 +104,46 @@ def test_conversations_of_the_cauldron_show_their_images_before_the_first_questi
     )
 
 
+@pytest.mark.parametrize(
+    ("texts", "images"),
+    [
+        (pa.array(["a cup"], pa.string_view()), pa.array([b"x"], pa.binary_view())),
+        (pa.array(["a cup"]).dictionary_encode(), pa.array([b"x"], pa.large_binary())),
+    ],
+)
+def test_texts_of_polars_and_pandas_are_read(texts: pa.Array, images: pa.Array, read_all: ReadAll, tmp_path: Path):
+    """kuzudb/kuzu#1917 and pola-rs/polars#26427 (views); a categorical column of pandas is a dictionary."""
+    pq.write_table(pa.table({"image": images, "text": texts}), tmp_path / "a.parquet")
+    assert turns(read_all(source(tmp_path))) == (Turn("document", (Image(b"x"), "a cup")),)
+
+
+SEQUENCE = pa.struct({"from": pa.list_(pa.string()), "value": pa.list_(pa.string())})
+"""Sequence({"from": ..., "value": ...}) of `datasets` (huggingface/datasets#888, #7137, #7569)."""
+
+
+def test_a_sequence_of_turns_is_stored_as_a_mapping_of_lists(read_all: ReadAll, tmp_path: Path):
+    good = {"from": ["human", "gpt"], "value": ["<image>Q?", "A"]}
+    bad = {"from": ["human", "gpt"], "value": ["<image>Q?"]}
+    rows = [{"image": embedded(b"a"), "said": said} for said in (good, bad, None)]
+    write(tmp_path / "a.parquet", rows, image=IMAGE, said=SEQUENCE)
+    (record,), *dropped = read_all(source(tmp_path, text="said", render="conversation"))
+    assert isinstance(record, Record)
+    assert record.turns == (Turn("user", (Image(b"a"), "Q?")), Turn("assistant", ("A",)))
+    assert [one.reason for (one,) in dropped if isinstance(one, Dropped)] == ["malformed_turns", "malformed_turns"]
+
+
+def test_columns_beside_the_turns_are_read_or_refuse_the_row(read_all: ReadAll, tmp_path: Path):
+    said = [{"from": "human", "value": "<image>Q?"}, {"from": "gpt", "value": "A"}]
+    rows = [{"image": embedded(b"a"), "said": said, "system": "Be brief.", "tools": "[]"},
+            {"image": embedded(b"a"), "said": said, "system": None, "tools": '[{"name": "f"}]'}]  # fmt: skip
+    write(tmp_path / "a.parquet", rows, image=IMAGE, said=SPEAKER, system=pa.string(), tools=pa.string())
+    (record,), (dropped,) = read_all(source(tmp_path, text="said", render="conversation"))
+    assert isinstance(record, Record)
+    assert record.turns[:2] == (Turn("system", ("Be brief.",)), Turn("user", (Image(b"a"), "Q?")))
+    assert isinstance(dropped, Dropped)
+    assert dropped.reason == "tool_call"
+
+
 def test_chat_messages_keep_images_where_their_parts_stand(read_all: ReadAll, tmp_path: Path):
     messages = [
         {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},

@@ -225,6 +225,8 @@ def turns(*said: tuple[str, str]) -> list[dict[str, str]]:
         ({"image": None, "images": ["a.png", "b.png"]}, "too_few_placeholders", "1 of <image> for 2"),
         ({"audios": ["a.wav"]}, "unread_media", "`audios` names audio"),
         ({"image": None, "image_file": "a.png"}, "unread_media", "`image_file` names image"),
+        ({"tools": "[{}]"}, "tool_call", "`tools` describes tools"),
+        ({"rejected": {"from": "gpt", "value": "4"}}, "preference", "set `ignore: [rejected]` of the source"),
         ({"conversations": None}, "malformed_turns", "a list of turns, not None"),
         ({"conversations": ["hello"]}, "malformed_turns", "turn 1"),
         ({"conversations": [{"from": "human", "value": None}]}, "malformed_turns", "turn 1"),

@@ -105,6 +105,19 @@ def test_images_beside_the_messages_are_shown_where_they_belong(
     assert made.turns[0].parts == parts
 
 
+def test_what_stands_beside_the_messages_is_read_or_refuses_the_record(
+    write: Callable[..., Messages], read_all: ReadAll
+) -> None:
+    source = write({"system": "Be brief.", **ask("Q?")}, {"tools": [{"name": "f"}], **ask("Q?")})
+    (made,), (dropped,) = read_all(source)
+    assert isinstance(made, Record)
+    assert made.turns[0] == Turn("system", ("Be brief.",))
+    assert isinstance(dropped, Dropped)
+    assert dropped.reason == "tool_call"
+    (_,), (kept,) = read_all(source.with_changes({"ignore": ["tools"]}))
+    assert isinstance(kept, Record)
+
+
 def test_media_that_are_left_out_on_purpose_are_named(write: Callable[..., Messages], read_all: ReadAll) -> None:
     source = write({**ask("<image>?"), "images": ["Dog.png"], "videos": ["v.mp4"]})
     ((made,),) = read_all(source.with_changes({"ignore": ["videos"]}))

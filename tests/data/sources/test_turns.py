@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from vila_ops.config.sources import Placement
 from vila_ops.data.records import EMPTY_SYSTEM, FIRST_ANSWER, Image
+from vila_ops.data.sources.conversations import check_beside
 from vila_ops.data.sources.faults import Fault
 from vila_ops.data.sources.turns import Conversation, Slot, conversation, with_images
 
@@ -199,7 +200,10 @@ def test_a_system_turn_without_text_is_left_out_and_noted(empty: Any) -> None:
         ({"role": "assistant", "content": "4", "loss": False}, "weight"),
         ({"role": "assistant", "content": "4", "loss_scale": 0.5}, "weight"),
         ({"from": "gpt", "value": "4", "weight": 0}, "weight"),
+        ({"from": "gpt", "value": "4", "training": False}, "weight"),
         ({"role": "assistant", "content": "4", "reasoning_content": "2 + 2"}, "malformed_turns"),
+        ({"role": "assistant", "content": "4", "reasoning": "2 + 2"}, "malformed_turns"),
+        ({"role": "assistant", "content": "4", "thinking": "2 + 2"}, "malformed_turns"),
         ({"role": "assistant", "content": "4", "images": ["a.png"]}, "unread_media"),
         ({"from": "gpt", "value": "4", "video": "v.mp4"}, "video"),
         ({"role": "assistant", "content": "4", "audio": {"id": "audio_1"}}, "unread_media"),
@@ -214,8 +218,51 @@ def test_a_turn_of_which_something_would_be_lost_refuses_the_record(turn: Any, r
         conversation([{"role": "user", "content": "Q?"}, turn], 0)
     assert raised.value.reason == reason
     assert "ignore" not in str(raised.value)  # a setting about the keys of records
-    neutral = {**ANSWER, "weight": 1, "loss": True, "reasoning_content": "", "images": [], "video": None, "name": "x"}
+    neutral = {**ANSWER, "weight": 1, "loss": True, "reasoning_content": "", "thinking": None, "images": [],
+               "video": None, "name": "x"}  # fmt: skip
     assert as_text(conversation([{"role": "user", "content": "Q?"}, neutral], 0)) == ["Q?", "Blue."]
+
+
+def test_a_system_prompt_beside_the_turns_comes_before_them() -> None:
+    """hiyouga/LlamaFactory#2464, and the data format of its README; ms-swift's `system` is the same."""
+    said = [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "A"}]
+    assert conversation(said, 0, system="Be brief.").turns == (
+        ("system", ("Be brief.",)),
+        ("user", ("Q?",)),
+        ("assistant", ("A",)),
+    )
+    for none in (None, ""):
+        assert as_text(conversation(said, 0, system=none)) == ["Q?", "A"]
+    with pytest.raises(Fault, match="here system, system, user") as raised:
+        conversation([{"from": "system", "value": "Be long."}, *said], 0, system="Be brief.")
+    assert raised.value.reason == "turn_order"
+    with pytest.raises(Fault, match="`system` is 7; it is the text of the system prompt"):
+        conversation(said, 0, system=7)
+
+
+@pytest.mark.parametrize(
+    ("beside", "reason"),
+    [
+        ({"tools": '[{"name": "get_weather"}]'}, "tool_call"),
+        ({"tools": [{"name": "get_weather"}]}, "tool_call"),
+        ({"chosen": {"from": "gpt", "value": "A"}, "rejected": {"from": "gpt", "value": "B"}}, "preference"),
+        ({"rejected_response": "B"}, "preference"),
+        ({"label": False}, "preference"),
+        ({"kto_tag": False}, "preference"),
+        ({"objects": {"ref": ["a dog"], "bbox": [[1, 2, 3, 4]]}, "turns": "At <bbox>."}, "unfilled_boxes"),
+    ],
+)
+def test_what_a_record_says_beside_its_turns_is_not_lost(beside: Json, reason: str) -> None:
+    """hiyouga/LlamaFactory#4152 and #4187 (tools), modelscope/ms-swift#5934 (preferences, boxes)."""
+    with pytest.raises(Fault, match=r"set `ignore: \[") as raised:
+        check_beside(beside, ())
+    assert raised.value.reason == reason
+    check_beside(beside, tuple(beside))
+
+
+def test_what_changes_nothing_beside_the_turns_is_let_pass() -> None:
+    check_beside({"tools": "[]", "rejected": None, "label": True, "objects": {"bbox": [[1, 2, 3, 4]]}}, ())
+    check_beside({"tools": [], "chosen": "", "label": 3, "kto_tag": True, "system": "Be brief."}, ())
 
 
 words = st.lists(st.sampled_from([SHOWN, "a", " ", "\n", "ima", "<", "ge>"]), min_size=1, max_size=5).map("".join)

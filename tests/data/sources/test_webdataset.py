@@ -92,6 +92,12 @@ def test_llava_conversations_keep_their_images_where_the_placeholders_stand(read
     )
 
 
+def test_a_system_prompt_beside_the_conversations_is_read(read_all: ReadAll, tmp_path: Path):
+    said = [{"from": "human", "value": "<image>Q?"}, {"from": "gpt", "value": "A"}]
+    write(tmp_path / "a.tar", {"__key__": "k", "png": b"a", "json": {"conversations": said, "system": "Be brief."}})
+    assert only(read_all(source(tmp_path, "conversation"))).turns[0] == Turn("system", ("Be brief.",))
+
+
 def test_keys_are_those_of_the_webdataset_library(read_all: ReadAll, tmp_path: Path):
     names = ["a/b.c/001.jpg", "a/b.c/001.txt", "a/b.c/002.seg.png", "a/b.c/002.TXT", "a/003.0.jpg", "a/003.txt",
              "__meta__/x.txt", "./004.jpeg", "./004.txt", "README"]  # fmt: skip

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-import pyarrow as pa
 from pydantic import TypeAdapter
 
 from vila_ops.config import Config
@@ -13,7 +12,7 @@ from vila_ops.config.kinds import module_of
 from vila_ops.config.load import merge
 from vila_ops.config.sources import JsonLines, OwnFiles, OwnSource, Source
 from vila_ops.data.inspect.table_layout import settings_of
-from vila_ops.data.raw.files import UNFINISHED
+from vila_ops.data.raw.files import files_below
 from vila_ops.data.raw.json_array import elements, is_array
 from vila_ops.data.raw.lines import GZIP, ZIP, every_line, opened
 from vila_ops.data.raw.text import json_object
@@ -21,7 +20,7 @@ from vila_ops.data.sources import GROUP, SOURCES
 from vila_ops.data.sources.html import SUFFIXES as PAGES
 from vila_ops.data.sources.jsonl import RECORDS
 from vila_ops.data.sources.llava_cc3m import CHAT, METADATA
-from vila_ops.data.sources.rows import open_parquet
+from vila_ops.data.sources.rows import holds_files, is_binary, open_parquet
 from vila_ops.data.sources.table import SEPARATORS
 from vila_ops.data.sources.table import URL_FILES as TABLES
 from vila_ops.data.sources.vflan import PICKLES
@@ -103,9 +102,8 @@ def _samples(path: Path) -> Iterator[Path]:
         yield path
         return
     seen: Counter[str] = Counter()
-    for file in sorted(path.rglob("*")):
-        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if hidden or file.name.endswith(UNFINISHED) or not file.is_file():
+    for _, file in sorted(files_below(path)):
+        if not file.is_file():
             continue
         seen[file.suffix.lower()] += 1
         if seen[file.suffix.lower()] <= _SAMPLES:
@@ -166,15 +164,9 @@ def _kind_of_parquet(path: Path) -> str | None:
         return "flan"
     if {"url", "text", "clip_similarity_vitb32"} <= names:
         return "coyo"
-    if {"texts", "images"} <= names:
-        return "interleaved"
-    return "hf_parquet" if any(_holds_images(field.type) for field in schema) else None
-
-
-def _holds_images(kind: pa.DataType) -> bool:
-    """Whether a column has the type of an Image feature of `datasets`, {bytes, path}, or a list of them."""
-    inner = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
-    return pa.types.is_struct(inner) and {"bytes", "path"} <= {field.name for field in inner}
+    if {"texts", "images"} <= names and not holds_files(schema.field("images").type):
+        return "interleaved"  # the images of The Cauldron, which has these columns too, are in the file
+    return "hf_parquet" if any(holds_files(field.type) or is_binary(field.type) for field in schema) else None
 
 
 def _is_table(path: Path) -> bool:

@@ -15,7 +15,7 @@ from vila_ops.data.images import Fit
 from vila_ops.data.raw.files import RawMissing
 from vila_ops.packages.normalisation import mean_std
 
-SHARD_REVISION = 7
+SHARD_REVISION = 8
 """Raised if the same records become other samples."""
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",

@@ -1,13 +1,45 @@
 """Checks that apply to conversations of every format. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from vila_ops.data.records import Role
 from vila_ops.data.sources.faults import Fault, checked
+from vila_ops.data.sources.media import is_absent
 
 PLACEHOLDER = "<image>"
 MAX_TURN = 1_000_000
 """Characters, about a hundred times the length of a sample. A longer turn is a dump or a file without line breaks."""
+
+SYSTEM = "system"
+"""Key of a record with its system prompt, beside its turns, as LLaMA-Factory and ms-swift have it."""
+TOOLS, OBJECTS = "tools", "objects"
+ANSWERS = ("chosen", "rejected", "rejected_response", "rejected_messages")
+"""Keys of preference data: of TRL, LLaMA-Factory and ms-swift."""
+TAGS = ("label", "kto_tag")
+"""Keys that are false beside a bad answer, in ms-swift and LLaMA-Factory."""
+BESIDE = (SYSTEM, TOOLS, OBJECTS, *ANSWERS, *TAGS)
+"""Keys of a record beside its turns that change what they mean."""
+
+
+def check_beside(value: Mapping[str, Any], ignore: Collection[str]) -> None:
+    """Raise Fault (tool_call, preference, unfilled_boxes) for a key beside the turns of a record that is not read.
+
+    Without tools, the worse answer, or the coordinates for placeholders in its text, the record means another thing.
+    """
+    for key in BESIDE:
+        stated = value.get(key)
+        if key in ignore or is_absent(stated) or (stated is not False if key in TAGS else stated in (False, "[]")):
+            continue
+        if key == TOOLS:
+            reason, why = "tool_call", "describes tools, which are not supported"
+        elif key in (*ANSWERS, *TAGS):
+            reason, why = "preference", "is of preference data, but every answer in the turns is trained on"
+        elif key == OBJECTS and ("<bbox>" in repr(value) or "<ref-object>" in repr(value)):
+            reason, why = "unfilled_boxes", "fills <bbox> and <ref-object> in ms-swift; write them into the text"
+        else:
+            continue
+        raise Fault(reason, f"`{key}` {why}; remove the record or the key, or set `ignore: [{key}]` of the source")
 
 
 def check_order(roles: Sequence[Role]) -> None:

@@ -2,7 +2,8 @@
 
 The image column is an Image feature, which is stored as struct<bytes, path>, or plain binary, or a list of either. The
 text column is a string, or a list of turns: chat messages {role, content}, LLaVA's {from, value}, or The Cauldron's
-{user, assistant}. Numeric columns become scores, which filtering can read.
+{user, assistant}; or it is a struct of such lists, as `datasets` stores a Sequence of mappings. A column `system` is
+their system prompt. Numeric columns become scores, which filtering can read.
 """
 
 import hashlib
@@ -15,9 +16,10 @@ import pyarrow as pa
 from vila_ops.config.sources import HfParquet
 from vila_ops.data.raw.files import Folders, RawFile, Scan, Span, paths, scan_files
 from vila_ops.data.records import Dropped, Image, Record, Turn
+from vila_ops.data.sources.conversations import BESIDE, SYSTEM, check_beside
 from vila_ops.data.sources.faults import Fault, checked, finite_numbers
 from vila_ops.data.sources.media import refuse_unread
-from vila_ops.data.sources.rows import is_text, media_columns, number_columns, open_parquet, rows
+from vila_ops.data.sources.rows import is_binary, is_list, is_text, media_columns, number_columns, open_parquet, rows
 from vila_ops.data.sources.turns import with_images
 
 
@@ -33,6 +35,8 @@ def read(source: HfParquet, folders: Folders, span: Span) -> Iterator[list[Recor
         schema = file.schema_arrow
     own = (source.image, source.text)
     columns = [*own, *number_columns(schema), *media_columns(schema, but=(*own, *source.ignore))]
+    if source.render == "conversation":
+        columns += [name for name in BESIDE if name in schema.names and name not in columns]
     for number, (where, row) in enumerate(rows(span, columns), start=span.start):
         if not span.takes(number):
             yield []
@@ -49,6 +53,8 @@ def _record(source: HfParquet, row: dict[str, Any] | Fault, *, where: str) -> Re
     cell = row.pop(source.image)
     cells = cell if isinstance(cell, list) else [] if cell is None else [cell]
     images = [_image(one) for one in cells]
+    if source.render == "conversation":
+        check_beside(row, (source.text, *source.ignore))
     text = row.pop(source.text)
     refuse_unread(row, read=(), ignore=source.ignore, shown=[_path(one) for one in cells])
     messages: tuple[Turn, ...]
@@ -61,7 +67,7 @@ def _record(source: HfParquet, row: dict[str, Any] | Fault, *, where: str) -> Re
                 raise Fault("no_text", f"the column {source.text!r} is empty")
             messages = (Turn("document", (*images, checked(text.strip(), what="the caption"))),)
         case "conversation":
-            messages, notes = with_images(text, images)
+            messages, notes = with_images(_listed(text), images, system=row.pop(SYSTEM, None))
         case _:
             assert_never(source.render)
     return Record(
@@ -74,6 +80,17 @@ def _record(source: HfParquet, row: dict[str, Any] | Fault, *, where: str) -> Re
         scores=finite_numbers(row),
         notes=notes,
     )
+
+
+def _listed(turns: Any) -> Any:
+    """A list of turns, as `datasets` stores it: a Sequence of mappings is a mapping of lists. Raises Fault."""
+    if not isinstance(turns, dict):
+        return turns
+    columns = {key: value or [] for key, value in turns.items()}
+    if len(set(map(len, columns.values()))) > 1:
+        lengths = ", ".join(f"{key} {len(value)}" for key, value in columns.items())
+        raise Fault("malformed_turns", f"the lists of the turns differ in length: {lengths}; each has one value a turn")
+    return [dict(zip(columns, turn, strict=True)) for turn in zip(*columns.values(), strict=True)]
 
 
 def _image(cell: dict[str, Any] | bytes | None) -> Image:
@@ -107,7 +124,8 @@ def _scan(source: HfParquet, path: Path) -> Scan:
     ):
         if column not in schema.names:
             raise ValueError(
-                f"{path} has no column {column!r} but {', '.join(schema.names)}; name the columns in the source"
+                f"{path} has no column {column!r} but {', '.join(schema.names)}; name the columns of images and texts "
+                f"(`-s image=COLUMN -s text=COLUMN`, and `-s render=conversation` for turns)"
             )
         if not is_fit(kind := schema.field(column).type):
             raise ValueError(f"{path}: column {column!r} is {kind}, not {wanted}; name another column, or set render")
@@ -115,22 +133,16 @@ def _scan(source: HfParquet, path: Path) -> Scan:
 
 
 def _holds_images(kind: pa.DataType) -> bool:
-    one = kind.value_type if _is_list(kind) else kind
+    one = kind.value_type if is_list(kind) else kind
     if pa.types.is_struct(one):
-        return one.get_field_index("bytes") >= 0 and _is_binary(one.field("bytes").type)
-    return _is_binary(one)
+        return one.get_field_index("bytes") >= 0 and is_binary(one.field("bytes").type)
+    return is_binary(one)
 
 
 def _holds_turns(kind: pa.DataType) -> bool:
-    return _is_list(kind) and pa.types.is_struct(kind.value_type)
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+    if pa.types.is_struct(kind):
+        return kind.num_fields > 0 and all(is_list(field.type) for field in kind)
+    return is_list(kind) and pa.types.is_struct(kind.value_type)
 
 
 _TEXTS = {

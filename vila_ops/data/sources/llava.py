@@ -2,7 +2,8 @@
 
 The images are a path or a list of paths under `image`, or under `images` as LLaMA-Factory has it. `<image>` in a turn
 is the position of an image. There must be as many as images: LLaVA's own loader silently ignores an image without a
-placeholder (prepare_inputs_labels_for_multimodal), here such a record is dropped unless `placement` is vila.
+placeholder (prepare_inputs_labels_for_multimodal), here such a record is dropped unless `placement` is vila. A `system`
+beside the turns is their system prompt, as LLaMA-Factory has it.
 """
 
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from vila_ops.config.sources import Llava, LlavaCc3m
 from vila_ops.data.raw.files import Folders, RawFile, Span, paths, scan_files
 from vila_ops.data.records import Dropped, Record, Turn
 from vila_ops.data.sources import media
+from vila_ops.data.sources.conversations import SYSTEM, check_beside
 from vila_ops.data.sources.faults import Fault
 from vila_ops.data.sources.json_files import SUFFIXES, Object, read_objects, record, scan_objects
 from vila_ops.data.sources.turns import Slot, conversation
@@ -42,12 +44,18 @@ def image_paths(value: Object, images: str | None) -> list[Path | None]:
 def record_of(source: Llava | LlavaCc3m, value: Object, place: str) -> Record:
     """The record of an object; with render `caption` only the image and the answer, as in LLaVA's `plain`."""
     images = media.stated_images(value)
+    check_beside(value, source.ignore)
     media.refuse_unread(value, read=_READ, ignore=source.ignore, shown=images)
     caption = source.render == "caption"
     as_vila = caption or (
         isinstance(source, Llava) and source.placement == "vila"
     )  # a caption follows its image anyway
-    talk = conversation(value.get("conversations"), len(images), placement="vila" if as_vila else "as_written")
+    talk = conversation(
+        value.get("conversations"),
+        len(images),
+        system=None if caption else value.get(SYSTEM),
+        placement="vila" if as_vila else "as_written",
+    )
     if caption and not (len(images) == 1 and len(talk.turns) == 2 and isinstance(talk.turns[0][1][0], Slot)):
         told = f"{len(images)} images, {len(talk.turns)} turns"
         raise Fault("not_a_caption", f"{told}; a caption is 1 question with 1 image, 1 answer")

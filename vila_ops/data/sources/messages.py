@@ -3,7 +3,8 @@
 Content is text, or a list of parts in their order (see `turns`). An image is a data: URL in base64, or the path of a
 file in the source's `images`. It is stated by its part, or by the record under `images` or `image`, as in the formats
 of LLaMA-Factory, ms-swift and TRL: there, `<image>` in the text is the position of the next one, and images without any
-position come before the first question. In a record without these keys `<image>` is text.
+position come before the first question. In a record without these keys `<image>` is text. A `system` beside the
+messages is their system prompt.
 """
 
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from vila_ops.config.sources import Messages
 from vila_ops.data.raw.files import Folders, RawFile, Span, paths, scan_files
 from vila_ops.data.records import Dropped, Record
 from vila_ops.data.sources import media
+from vila_ops.data.sources.conversations import SYSTEM, check_beside
 from vila_ops.data.sources.json_files import SUFFIXES, Object, read_objects, record, scan_objects
 from vila_ops.data.sources.turns import Conversation, conversation
 
@@ -35,6 +37,7 @@ def read(source: Messages, folders: Folders, span: Span) -> Iterator[list[Record
 
 
 def _record(source: Messages, value: Object, place: str) -> Record:
+    check_beside(value, source.ignore)
     talk, images = _conversation(value)
     media.refuse_unread(value, read=_READ, ignore=source.ignore, shown=images)
     turns = talk.filled(media.read(image, source.images) for image in images)
@@ -45,7 +48,7 @@ def _conversation(value: Object) -> tuple[Conversation, list[str]]:
     """The conversation, and the path or URL of the image in each of its slots."""
     stated = media.stated_images(value)
     has_keys = any(key in value for key in media.IMAGE_KEYS)
-    talk = conversation(value.get("messages"), len(stated), placeholders=has_keys)
+    talk = conversation(value.get("messages"), len(stated), system=value.get(SYSTEM), placeholders=has_keys)
     return talk, talk.of_slots(stated)
 
 

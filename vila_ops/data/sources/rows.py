@@ -71,13 +71,25 @@ def _row(batch: pa.RecordBatch) -> dict[str, Any] | Fault:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether a column contains text."""
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    """Whether a column contains text, also as views (polars) or with a dictionary (categories of pandas)."""
+    if pa.types.is_dictionary(kind):
+        return is_text(kind.value_type)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def is_binary(kind: pa.DataType) -> bool:
+    """Whether a column contains bytes."""
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether a column contains lists."""
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def holds_files(kind: pa.DataType) -> bool:
     """Whether a column has the type of `datasets`' Image or Audio feature, {bytes, path}, or a list of them."""
-    one = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
+    one = kind.value_type if is_list(kind) else kind
     return bool(pa.types.is_struct(one) and one.get_field_index("bytes") >= 0)
 
 

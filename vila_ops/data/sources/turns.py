@@ -29,6 +29,8 @@ TOOLS = ("tool", "function", "observation", "tool_call", "tool_response", "funct
 _NUMBERED = re.compile(r"<image[ _-]?[0-9]+>", re.IGNORECASE)
 _READ = ("from", "value", "role", "content", "user", "assistant")
 _PAYLOADS = ("image", "image_url", "url", "path", "base64")
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a turn with what was thought before its answer: of DeepSeek, OpenRouter, and gpt-oss and TRL."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,16 @@ class Conversation:
 
 
 def conversation(
-    stated: object, images: int, *, placement: Placement = "as_written", placeholders: bool = True
+    stated: object,
+    images: int,
+    *,
+    system: object = None,
+    placement: Placement = "as_written",
+    placeholders: bool = True,
 ) -> Conversation:
     """A conversation of a record with so many images. `<image>` in text is the position of one if `placeholders`.
+
+    `system` is the prompt that the record states beside its turns; it comes before them.
 
     The images of chat messages and of The Cauldron that have no position come before the first question, as in TRL and
     ms-swift. A first turn of the assistant and empty system turns are left out. Raises Fault: malformed_turns,
@@ -94,7 +103,7 @@ def conversation(
     """
     if not isinstance(stated, list):
         raise Fault("malformed_turns", f"a conversation is a list of turns, not {_short(stated)}")
-    said = [one for number, turn in enumerate(stated, start=1) for one in _turns(number, turn)]
+    said = [*_prompt(system), *(one for number, turn in enumerate(stated, start=1) for one in _turns(number, turn))]
     said, notes = _left_out(_with_slots(said) if placeholders else said)
     check_order([one.role for one in said])
     if images and not any(_slots(one.parts) for one in said):
@@ -108,9 +117,11 @@ def conversation(
     return Conversation(tuple((one.role, tuple(part for part in one.parts if part != "")) for one in said), notes)
 
 
-def with_images(stated: object, images: Sequence[Image]) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
+def with_images(
+    stated: object, images: Sequence[Image], *, system: object = None
+) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
     """The turns and the notes of a conversation whose images are stored beside it, in columns or members of a tar."""
-    talk = conversation(stated, len(images))
+    talk = conversation(stated, len(images), system=system)
 
     def image(slot: Slot) -> Image:
         if slot.address is None:
@@ -120,6 +131,15 @@ def with_images(stated: object, images: Sequence[Image]) -> tuple[tuple[Turn, ..
         raise Fault("external_image", f"{slot.address[:200]!r} is outside of the file; store the image in it")
 
     return talk.filled(map(image, talk.slots)), talk.notes
+
+
+def _prompt(system: object) -> Iterator[_Said]:
+    """The turn of a system prompt that a record states beside its turns; none if it states no text."""
+    if is_absent(system):
+        return
+    if not isinstance(system, str):
+        raise Fault("malformed_turns", f"`system` is {_short(system)}; it is the text of the system prompt")
+    yield _Said(0, "role", "system", [system])
 
 
 def _turns(number: int, turn: object) -> Iterator[_Said]:
@@ -150,13 +170,14 @@ def _refuse_unsupported(number: int, turn: Mapping[str, Any]) -> None:
         raise Fault(
             "tool_call", f"message {number} calls a tool or is a tool's answer, which is not supported; remove it"
         )
-    for key in ("weight", "loss", "loss_scale", "train"):
+    for key in ("weight", "loss", "loss_scale", "train", "training"):
         if (weight := turn.get(key)) is not None and weight != 1:
             raise Fault(
                 "weight", f"message {number} has {key} {_short(weight)}, but every answer counts; remove the message"
             )
-    if not is_absent(turn.get("reasoning_content")):
-        raise Fault("malformed_turns", f"message {number} has `reasoning_content`; write it into the content")
+    for key in _THOUGHTS:
+        if not (is_absent(turn.get(key)) or isinstance(turn[key], bool)):
+            raise Fault("malformed_turns", f"message {number} has `{key}`; write it into the content, or remove it")
 
 
 def _role(number: int, stated: object) -> Role:
