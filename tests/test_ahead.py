@@ -108,7 +108,8 @@ def test_a_dropped_row_of_work_begins_nothing_more() -> None:
 
 
 STUCK = """
-import os, threading
+import os, signal, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 from vila_ops import ahead
 ahead.END_SECONDS = 0.5
 def work(item):

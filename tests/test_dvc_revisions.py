@@ -1,7 +1,9 @@
 """Revisions of raw data that `vila-ops data watch` makes: what DVC tells of them, and what stays of the one before."""
 
+import contextlib
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -9,6 +11,7 @@ import signal
 import subprocess
 import tarfile
 from collections import Counter
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +25,7 @@ from vila_ops.artifacts.kinds import Dataset
 from vila_ops.artifacts.store import opened
 from vila_ops.cli import app
 from vila_ops.config import Run, load
+from vila_ops.data import revisions
 from vila_ops.data.loading.loader import RowLoader
 from vila_ops.model.assemble import assemble
 from vila_ops.pipeline.stages import model_after, prepare_named
@@ -229,12 +233,42 @@ def test_the_last_good_revision_stays_until_the_next_one_is_whole(
     assert killed.returncode == -signal.SIGKILL
     assert _outputs(folder) == before
 
-    look = json.loads(run_vila_ops(folder, *WATCH, "--commit"))
+    with subprocess.Popen(["sleep", "600"]) as other:  # stands for a command of DVC that writes the dataset
+        held = {"write": {str(folder / "data/own"): {"pid": other.pid, "cmd": "dvc checkout"}}}
+        (folder / ".dvc/tmp/rwlock").write_text(json.dumps(held))
+
+        def end() -> None:
+            other.kill()
+            other.wait()
+
+        with _when_it_waits(end):
+            look = json.loads(run_vila_ops(folder, *WATCH, "--commit"))
     assert look["digest"] == digests(folder)["own"] != good
     assert f"{look['num_samples']:,} samples" in (folder / "data/own.md").read_text()
     assert len({key for step in range(40) for row in rows.batch(step)[0] for key in row.keys}) > 40
     init = assemble(run.recipe.model, run.resources)
     assert train_stage(stage, run.recipe.model, data, init, run.resources).parents == (good, init.digest)
+
+
+@contextlib.contextmanager
+def _when_it_waits(act: Callable[[], None]) -> Iterator[None]:
+    """Act when a look begins to wait for another command of DVC, as it must."""
+    said: list[str] = []
+
+    class Acts(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage().startswith("waiting: "):
+                said.append(record.getMessage())
+                act()
+
+    handler, log = Acts(), logging.getLogger(revisions.__name__)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+    assert said
+    assert "dvc checkout" in said[0]
 
 
 @pytest.mark.slow

@@ -24,6 +24,10 @@ TABLES = ("samples", "tokens", "images", "left_out")
 """Bar charts of `dvc plots`, by source and split, or by source and reason."""
 BESIDE = {"json": '{\n "mixture": "', "md": output.MARK, **{f"{table}.csv": f"part,{table}\n" for table in TABLES}}
 """Files beside a dataset that are kept in git: suffix -> how the file begins."""
+BUSY = "is busy, it is being blocked by"
+"""What DVC says of an output that another of its commands reads or writes (dvc/rwlock.py)."""
+BUSY_SECONDS = 600.0
+"""How long a command of DVC waits for such an output."""
 log = logging.getLogger(__name__)
 
 
@@ -98,17 +102,15 @@ def revise(stage: str, *, commit: bool, folder: Path) -> Revision | None:
     nothing else. Raises RuntimeError with the output of `dvc` or `git` if one of them fails, such as for raw data that
     `prepare` refuses.
     """
-    if not json.loads(_run(folder, "dvc", "--wait-for-lock", "status", "--json", stage)):
+    if not json.loads(_run_dvc(folder, "status", "--json", stage)):
         return None
     log.info("%s: its dependencies have changed", stage)
     name = stage.rpartition("@")[2]
     try:
-        _run(folder, "dvc", "--wait-for-lock", "repro", stage)
+        _run_dvc(folder, "repro", stage)
     except RuntimeError as error:
         raise RuntimeError(f"{error}\n{_state(folder, name)}") from error
-    for line in _run(
-        folder, "dvc", "--wait-for-lock", "metrics", "diff", "--md", "--targets", f"data/{name}.json"
-    ).splitlines():
+    for line in _run_dvc(folder, "metrics", "diff", "--md", "--targets", f"data/{name}.json").splitlines():
         log.info("%s", line)
     manifest = store.read_manifest(str(folder / "data" / name))
     facts = {key: manifest["facts"][key] for key in ("num_samples", "num_tokens")}
@@ -174,6 +176,22 @@ def _write(out: Path, suffix: str, text: str) -> None:
 
 def _beside(out: Path, suffix: str) -> Path:
     return out.with_name(f"{out.name}.{suffix}")
+
+
+def _run_dvc(folder: Path, *arguments: str) -> str:
+    """The standard output of a command of DVC; waits while other commands of DVC use the repository.
+
+    `--wait-for-lock` waits for the whole repository, but not for single outputs that another command reads or writes.
+    """
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            return _run(folder, "dvc", "--wait-for-lock", *arguments)
+        except RuntimeError as error:
+            if BUSY not in str(error) or time.monotonic() > deadline:
+                raise
+            log.warning("waiting: %s", error)
+        time.sleep(1.0)
 
 
 def _run(folder: Path, *command: str) -> str:

@@ -65,7 +65,9 @@ def test_a_file_in_utf_16_is_refused_with_the_command_that_converts_it(encoding:
         check_utf8((text + "more").encode(encoding), Path("raw/a.csv"))
 
 
-@pytest.mark.parametrize("head", [b"", b"a", b"\xef\xbb\xbfimage", b"image,text", b"\0\0\0\0", b"a\0", "ä,ö".encode()])
+@pytest.mark.parametrize(
+    "head", [b"", b"a", b"\xef\xbb\xbfimage", b"image,text", b"\0\0\0\0", b"a\0", "ä,ö".encode(), b"\0i\0age,text,a,b"]
+)
 def test_other_files_are_not_taken_for_utf_16(head: bytes) -> None:
     check_utf8(head, Path("a.csv"))
 

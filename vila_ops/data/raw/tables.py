@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from vila_ops.data.raw.text import check_utf8
+from vila_ops.data.raw.text import HEAD, check_utf8
 from vila_ops.data.sources.faults import Fault
 
 MAX_FIELD = 1 << 24
@@ -55,7 +55,7 @@ def read_header(path: Path, layout: Layout) -> tuple[list[str], int]:
 def rows(path: Path, layout: Layout, start: int) -> Iterator[Row]:
     """The rows from the one at byte `start` on."""
     with path.open("rb") as file:
-        check_utf8(file.read(4), path)
+        check_utf8(file.read(HEAD), path)
         file.seek(start)
         lines = _Lines(file)
         reader = _reader(lines, layout)

@@ -9,6 +9,8 @@ from vila_ops.data.records import Dropped
 MAX_LINE = 1 << 26
 """Bytes of one record; a longer line has probably lost its end."""
 UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+HEAD = 64
+"""Bytes at the beginning of a file that tell its encoding."""
 
 
 def fault(text: str) -> str | None:
@@ -25,9 +27,14 @@ def fault(text: str) -> str | None:
 
 
 def check_utf8(head: bytes, path: Path) -> None:
-    """Raise ValueError if a file that begins with these bytes is UTF-16, as some spreadsheets write it."""
-    pairs = (head[0:4:2], head[1:4:2])
-    if head.startswith(UTF_16_MARKS) or (b"\0\0" in pairs and len(b"".join(pairs).strip(b"\0")) == 2):
+    """Raise ValueError if a file that begins with these bytes is UTF-16, as some spreadsheets write it.
+
+    Without a byte order mark, UTF-16 is told by the zero bytes of its ASCII characters: all at even or all at odd
+    places, at least four, and a quarter of the first 32 characters. A few damaged bytes do not make that pattern.
+    """
+    even, odd = head[:HEAD:2], head[1:HEAD:2]
+    zeros = sorted((even.count(0), odd.count(0)))
+    if head.startswith(UTF_16_MARKS) or (zeros[0] == 0 and zeros[1] >= max(4, len(odd) // 4)):
         raise ValueError(
             f"{path} is text in UTF-16, but text is read as UTF-8; convert it: "
             f"iconv -f UTF-16 -t UTF-8 {path.name} > utf-8-{path.name}"
