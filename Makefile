@@ -72,7 +72,7 @@ types: setup ## Check types with mypy, strict
 layers: setup ## Check which module imports which
 	@$(BIN)/lint-imports
 
-demo: setup ## Run the platform on this machine, from data to a served model, in about 20 minutes
+demo: setup ## Run the platform on this machine, from data to a served model, in half an hour or more
 	@$(BIN)/vila-ops demo configs/recipes/demo.yaml -r configs/resources/laptop.yaml
 
 demo-long: setup ## The demo with a budget of hours
