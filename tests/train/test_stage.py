@@ -112,8 +112,9 @@ def test_the_split_into_micro_batches_does_not_change_the_curve(
 
 
 def test_a_stage_of_epochs_without_packing_seals_its_steps_and_says_what_it_ran_with(
-    bench: Any, make_stage: Any, tmp_path: Path
+    bench: Any, make_stage: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     stage = make_stage(bench.mixture, num_steps=None, epochs=0.5, pack=False, global_batch_size=6, max_grad_norm=None)
     resources = elsewhere(bench, tmp_path, **{"train.stages": {stage.name: {"micro_batch_size": 3}}})
     trained = train_stage(stage, bench.model, bench.data, bench.init, resources)
@@ -123,7 +124,8 @@ def test_a_stage_of_epochs_without_packing_seals_its_steps_and_says_what_it_ran_
     assert worker["micro_batch_size"] == 3
     curve = json.loads((content(trained) / "curve.json").read_text())
     assert [row["step"] for row in curve] == list(range(trained.step + 1))
-    assert "validation_loss" in curve[-1]
+    before, after = (float.fromhex(curve[at]["validation_loss"]) for at in (0, -1))
+    assert f"validation loss {before:.3f} before the first step, {after:.3f} after the last" in caplog.text
 
 
 def test_a_projector_that_a_recipe_starts_from_is_trained_on_as_it_is(

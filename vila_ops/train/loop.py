@@ -211,7 +211,7 @@ def validate(
 
 
 def save_model(engine: TrainEngine, job: TrainJob, curve: Curve, rank_info: RankInfo) -> None:
-    """Write the trained model and the curve on rank 0. The other ranks take part in gathering the weights."""
+    """Write the trained model and the curve on rank 0, and log what validation gave. The other ranks take part in gathering the weights."""
     trained = {}
     for name, tensors in engine.state():
         if rank_info.rank == 0:
@@ -219,6 +219,8 @@ def save_model(engine: TrainEngine, job: TrainJob, curve: Curve, rank_info: Rank
     if rank_info.rank:
         return
     write_model(trained, curve, Path(job.attempt), stage=job.stage, init=content(job.init))
+    before, after = curve[0]["validation_loss"], curve[-1]["validation_loss"]
+    log.info("%s: validation loss %.3f before the first step, %.3f after the last", job.stage.name, before, after)
 
 
 def write_model(trained: dict[str, Tensor], curve: Curve, folder: Path, *, stage: Stage, init: Path) -> None:
