@@ -130,7 +130,7 @@ NOT_RUN = {
     "works on a git checkout with DVC; tests/test_dvc.py runs the same": (
         "dvc repro prepare@mine",
         "dvc pull data/mine",
-        'git add configs dvc.lock data && git commit -m "Data: first revision"',
+        'git add .gitignore configs dvc.yaml dvc.lock data && git commit -m "Data: first revision"',
         "dvc metrics diff",
         "dvc plots diff",
         "dvc diff",

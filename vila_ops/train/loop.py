@@ -211,7 +211,10 @@ def validate(
 
 
 def save_model(engine: TrainEngine, job: TrainJob, curve: Curve, rank_info: RankInfo) -> None:
-    """Write the trained model and the curve on rank 0, and log what validation gave. The other ranks take part in gathering the weights."""
+    """Write the trained model and the curve on rank 0, and log what validation gave.
+
+    The other ranks take part in gathering the weights.
+    """
     trained = {}
     for name, tensors in engine.state():
         if rank_info.rank == 0:
