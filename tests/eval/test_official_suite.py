@@ -203,12 +203,12 @@ def test_questions_of_one_image_are_sealed_with_the_reason_why_they_have_no_numb
     assert f"pope: no pope_f1_official: {reason}" in scores(report)
 
 
-def test_progress_has_items_rate_and_time_left(caplog: pytest.LogCaptureFixture) -> None:
+def test_progress_has_requests_rate_and_time_left(caplog: pytest.LogCaptureFixture) -> None:
     progress = task.Progress("pope", [10, 20, 30])
     progress.start([1, 2])
     with caplog.at_level("INFO"):
         progress.advance(1)
-    assert caplog.messages[0].startswith("pope: 30 of 60 items, ")
+    assert caplog.messages[0].startswith("pope: 30 of 60 requests, ")
     assert caplog.messages[0].endswith(" s left")
 
 

@@ -306,4 +306,4 @@ class Progress:
         self._done += self._sizes[shard]
         total, rate = sum(self._sizes), (self._done - self._reused) / max(time.monotonic() - self._started, 1e-6)
         left = (total - self._done) / rate
-        log.info("%s: %d of %d items, %.1f a second, %.0f s left", self._name, self._done, total, rate, left)
+        log.info("%s: %d of %d requests, %.1f a second, %.0f s left", self._name, self._done, total, rate, left)
