@@ -58,6 +58,7 @@ def export(
     findings = [exports.check(folder, target) for target in ([check] if check else exports.TARGETS)]
     if out is not None:
         exports.write_plain(folder, out)
+        print(f"wrote {out}", file=sys.stderr)
     if as_json:
         print_result(findings, as_json)
     else:

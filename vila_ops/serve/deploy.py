@@ -41,6 +41,7 @@ def deploy(
             device_on(resources, spec.device)
             verify(spec.version.checkpoint)
             url = backend.apply(spec)
+            log.info("%s: version %d is starting at %s", service.name, version.version, url)
             _wait_until_ready(url, spec, backend)
     return Deployment(url=url, model=version.checkpoint.digest, version=version.version)
 
