@@ -164,6 +164,19 @@ def test_a_metric_without_columns_has_one_value() -> None:
     assert (second.kind, second.metric) == ("gap", gap)
 
 
+@pytest.mark.parametrize("ending", ["", "_answered", "_4shot_nearest", "_2shot_text_only_answered"])
+def test_the_columns_of_any_variant_share_a_row(ending: str) -> None:
+    columns = [
+        ReportMetric(
+            name=f"vqa_{column}{ending}", measure=f"vqa_{column}{ending}", role="model", value=value, low=0.0, high=1.0,
+            n=9, lower_is_better=False, unit="share",
+        )
+        for column, value in (("official", 0.25), ("corrected", 0.5))
+    ]  # fmt: skip
+    (row,) = score_rows(columns, {}, 9)
+    assert (row.label, row.metric, row.corrected, row.differs) == (f"vqa{ending}", *columns, True)
+
+
 def test_the_answers_begin_with_what_failed_and_what_was_wrong() -> None:
     part = part_of(POPE, ITEMS, yes_unless_failed)
     cards = part.gallery.cards

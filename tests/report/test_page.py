@@ -177,6 +177,12 @@ def test_every_number_of_the_tables_is_on_the_page() -> None:
         assert expected in text
 
 
+def test_a_metric_of_official_files_has_no_split() -> None:
+    official = metric("sft", "model", 0.5, name="pope_f1_official", unit="share", split=None, lower_is_better=False)
+    text = Page(render({**full_summary(), "metrics": [official]}, curves(), [])).text
+    assert "On official files, suite probe." in text
+
+
 def test_page_loads_nothing_and_runs_nothing() -> None:
     html = render(full_summary(), curves(), gallery())
     check_loads_nothing(html)

@@ -2,6 +2,7 @@
 
 import string
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -26,6 +27,7 @@ def compare(
     ] = None,
     slices: Annotated[bool, typer.Option("--slices", help="Print the slices of each metric, too")] = False,
     disagreements: Shown = 0,
+    out: Annotated[Path | None, typer.Option("--out", help="The HTML page to write")] = None,
     resources: ResourcesFile = INLINE,
     as_json: AsJson = False,
 ) -> None:
@@ -33,6 +35,7 @@ def compare(
 
     Nothing is measured: evaluate the models first.
     """
+    from vila_ops.artifacts import output
     from vila_ops.cli.comparison import lines
     from vila_ops.eval.compare_reports import compare_reports
     from vila_ops.pipeline.reports import report_named
@@ -43,8 +46,15 @@ def compare(
         raise ValueError(f"{twice} is given twice; give each model once")
     if len(references) > len(string.ascii_uppercase):
         raise ValueError(f"{len(references)} models are given; at most {len(string.ascii_uppercase)} have a letter")
+    if out is not None:
+        output.check_file(out, begins=output.HTML)
     reports = {reference: report_named(reference, resources) for reference in references}
     compared = compare_reports(reports, metrics=tuple(metrics or ()))
+    if out is not None:
+        from vila_ops.report import comparison  # heavy: Pillow
+
+        page = comparison.render(compared, comparison.images_of(compared))
+        output.write_file(out, page, begins=output.HTML)
     if as_json:
         print_result(compared, as_json)
         return

@@ -7,7 +7,6 @@ from itertools import groupby
 from vila_ops.cli.tables import WIDTH, Row, table
 from vila_ops.eval.compare import Difference, MetricComparison
 from vila_ops.eval.compare_reports import ItemDisagreement, ReportComparison
-from vila_ops.eval.significance import LEVEL
 
 _NUMBERS = ("value", "A", "difference", "95 % interval")
 _HEADER = ("metric", *_NUMBERS, "is", "p (Holm)", "p", "detects", "differ", "items", "groups")
@@ -73,7 +72,7 @@ def _row(one: MetricComparison, name: str) -> Row:
     return (
         name,
         *_numbers(overall),
-        _verdict(one),
+        one.verdict,
         f"{one.p_holm:.3f}",
         f"{one.p:.3f}",
         f"{one.detectable:.3f}",
@@ -90,14 +89,6 @@ def _name(metric: str, candidate: str, letters: Mapping[str, str]) -> str:
 
 def _numbers(one: Difference) -> tuple[str, str, str, str]:
     return f"{one.candidate:.3f}", f"{one.baseline:.3f}", f"{one.value:+.3f}", f"[{one.low:+.3f}, {one.high:+.3f}]"
-
-
-def _verdict(one: MetricComparison) -> str:
-    if one.disagreements == 0:
-        return "equal"
-    if one.p_holm > LEVEL or one.overall.value == 0:
-        return "open"
-    return "better" if (one.overall.value > 0) != one.lower_is_better else "worse"
 
 
 def _slices(one: MetricComparison, letters: Mapping[str, str]) -> list[str]:

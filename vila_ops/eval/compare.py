@@ -10,12 +10,13 @@ N items, K columns of a metric.
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vila_ops.config import Config
-from vila_ops.eval.significance import TestName, holm, minimum_detectable_effect, paired_test
+from vila_ops.eval.significance import LEVEL, TestName, holm, minimum_detectable_effect, paired_test
 from vila_ops.eval.statistics import (
     PER_TOKEN,
     FloatArray,
@@ -116,6 +117,15 @@ class MetricComparison(PairComparison):
     candidate: str
     p_holm: float
     """Adjusted for all tests of the comparison."""
+
+    @property
+    def verdict(self) -> Literal["better", "worse", "equal", "open"]:
+        """Of the candidate: `equal` where every item is scored the same, `open` where Holm's p is above 5 %."""
+        if self.disagreements == 0:
+            return "equal"
+        if self.p_holm > LEVEL or self.overall.value == 0:
+            return "open"
+        return "better" if (self.overall.value > 0) != self.lower_is_better else "worse"
 
 
 class LeftOut(Config):

@@ -1,1 +1,1 @@
-"""The result of a pipeline run, for programs (summary.json) and for people (report.html)."""
+"""Pages for people: of a pipeline run, with summary.json for programs, of an evaluation and of a comparison."""

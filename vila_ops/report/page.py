@@ -180,7 +180,8 @@ class Card:
     """One metric on one split."""
 
     text: MetricText
-    split: str
+    split: str | None
+    """Of held-out data; None for official files."""
     suites: str
     unit: str
     values: Panel | None

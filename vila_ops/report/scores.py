@@ -9,8 +9,8 @@ from vila_ops.eval.report import Metric, MetricRole, ReportMetric
 from vila_ops.report.baselines import Published, published
 from vila_ops.report.drawing import Axis, axis
 
-COLUMN = re.compile(r"_(official|corrected)(?=$|_answered$)")
-"""The column in a metric's name, where it has two."""
+COLUMN = re.compile(r"_(official|corrected)(?=$|_)")
+"""The column in a metric's name, where it has two; the shots and the policy of failed items come after it."""
 ROLES: dict[MetricRole, str] = {
     "model": "",
     "control": ", shuffled images",
