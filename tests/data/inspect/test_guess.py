@@ -1,6 +1,8 @@
+import bz2
 import gzip
 import io
 import json
+import lzma
 import tarfile
 import zipfile
 from pathlib import Path
@@ -60,6 +62,40 @@ def test_images_in_a_parquet_file_are_told_from_addresses(tmp_path: Path) -> Non
     for columns in ({"images": images, "texts": texts}, {"jpg": pa.array([b"x"], pa.binary()), "caption": ["a"]}):
         pq.write_table(pa.table(columns), tmp_path / "a.parquet")
         assert guess(str(tmp_path)).kind == "hf_parquet"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.jsonl.zst", bytes.fromhex("28b52ffd") + b"...", "compressed by zstd; unpack it"),  # RFC 8878
+        ("a.jsonl.bz2", bz2.compress(b"{}"), "compressed by bzip2"),
+        ("a.jsonl.xz", lzma.compress(b"{}"), "compressed by xz"),
+        ("a.csv.gz", gzip.compress(b"image,text\n"), "a gzip archive; unpack it"),
+        ("a.xls", bytes.fromhex("d0cf11e0a1b11ae1"), "save it as CSV in UTF-8"),
+        ("a.json", b'{\n  "mine": {"file_name": "mine.json"}\n}\n', "an object over several lines.* jq -c"),
+        # the formats of Alpaca, as in LLaMA-Factory's data folder, and of ms-swift 2
+        ("a.json", b'[{"instruction": "Q?", "input": "", "output": "A"}]', "the keys 'instruction', 'input', 'output'"),
+        ("a.jsonl", b'{"query": "Q?", "response": "A"}', "the keys 'query', 'response'; a record has `conversations`"),
+    ],
+)  # fmt: skip
+def test_a_file_of_no_format_is_told_for_what_it_is(name: str, content: bytes, told: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"cannot tell the format of .*{told}"):
+        guess(str(tmp_path))
+
+
+def test_a_spreadsheet_is_no_archive_to_unpack(tmp_path: Path) -> None:
+    """The members are those of every Open Packaging document (ECMA-376, part 2)."""
+    with zipfile.ZipFile(tmp_path / "captions.xlsx", "w") as archive:
+        for name in ("[Content_Types].xml", "_rels/.rels", "xl/workbook.xml"):
+            archive.writestr(name, "<x/>")
+    with pytest.raises(ValueError, match=r"captions\.xlsx is a spreadsheet or another document; save it as CSV"):
+        guess(str(tmp_path / "captions.xlsx"))
+
+
+def test_a_broken_first_line_hides_no_format(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"messages": [{"role": "user", "content": "caf\xe9"}]}\n{"messages": []}\n')
+    assert guess(str(tmp_path)).kind == "messages"
 
 
 def test_a_tar_is_a_webdataset(tmp_path: Path) -> None:

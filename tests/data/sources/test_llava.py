@@ -208,6 +208,10 @@ def turns(*said: tuple[str, str]) -> list[dict[str, str]]:
         ({"image": None}, "too_many_placeholders", "1 of <image> for 0 images"),
         ({"conversations": turns(("human", "<image><image>?"), ("gpt", "3"))}, "too_many_placeholders", "2 of <image>"),
         ({"image": "gone.png"}, "missing_image", "no file 'gone.png'"),
+        ({"image": "img\\a.png"}, "missing_image", "write / in the record"),  # roboflow/supervision#2581
+        ({"image": "A.PNG"}, "missing_image", "there is 'a.png': write the name in the same case"),
+        ({"image": "a.PNG"}, "missing_image", "there is 'a.png'"),
+        ({"image": " a.png"}, "missing_image", "blanks around the name"),
         ({"image": "../secret.png"}, "bad_image_path", "'../secret.png' is not a path inside"),
         ({"image": "img/../../secret.png"}, "bad_image_path", "without '..'"),
         ({"image": "/etc/passwd"}, "bad_image_path", "is not a path inside"),
@@ -342,6 +346,15 @@ def test_a_file_that_is_not_whole_is_an_error_that_names_it(content: str, tmp_pa
             scan(source(path, None))
     else:
         assert scan(source(path, None))[0].count == 0
+
+
+def test_an_object_over_several_lines_is_refused_with_the_way_out(
+    tmp_path: Path, images: Path, read_all: ReadAll
+) -> None:
+    """huggingface/datasets#8086, and LLaMA-Factory's dataset_info.json beside the data that it names."""
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "mine.json"}}, indent=2))
+    with pytest.raises(ValueError, match=r"dataset_info.json has an object over several lines; .* move the file"):
+        read_all(Llava(path=str(tmp_path), images=str(images), licence="MIT"))
 
 
 @pytest.mark.parametrize("indent", [None, 2])

@@ -267,6 +267,26 @@ def test_an_ending_that_says_nothing_needs_a_separator(tmp_path: Path, images: P
     assert record.turns[0].parts[1] == "A dog, brown."
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        # pandas-dev/pandas#47303, mechatroner/vscode_rainbow_csv#108
+        (
+            b"sep=;\r\nimage;text\r\na.jpg;A dog\r\n",
+            "'sep=;' is a note for Excel; remove this line, and set",
+        ),
+        # mholt/PapaParse#43, WarrenWilkinson/read-csv#7
+        (b"image,text\ra.jpg,A dog\r", r"end with CR alone, as on old Macs: tr '\\r' '\\n' < FILE > NEW_FILE"),
+    ],
+)
+def test_tables_of_spreadsheets_are_refused_with_the_way_out(
+    content: bytes, told: str, tmp_path: Path, read_all: ReadAll
+) -> None:
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=told):
+        read_all(Table(path=str(tmp_path / "a.csv"), images=str(tmp_path), licence="MIT"))
+
+
 def test_a_table_in_utf_16_is_refused_with_the_way_out(tmp_path: Path, images: Path, scan: Scan) -> None:
     path = write(tmp_path, "image,text\nDog.jpg,Ein Hünd.\n".encode("utf-16"))
     with pytest.raises(ValueError, match=r"captions\.csv is text in UTF-16.*iconv -f UTF-16 -t UTF-8"):

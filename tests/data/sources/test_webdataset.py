@@ -108,6 +108,17 @@ def test_keys_are_those_of_the_webdataset_library(read_all: ReadAll, tmp_path: P
     assert len(theirs) == 4
 
 
+@pytest.mark.parametrize("key_ends", ["first_dot", "last_dot"])
+def test_what_macos_puts_beside_a_file_is_left_out(key_ends: str, read_all: ReadAll, tmp_path: Path):
+    """Hidden members, such as the AppleDouble ._0.jpg of bsdtar (RFC 1740), are no samples: NVIDIA/DALI#3306."""
+    apple = bytes.fromhex("00051607000200004d6163204f532058")
+    members = ("./._0.1.jpg", apple), ("./0.1.jpg", b"photo"), ("./._0.1.txt", apple), ("./0.1.txt", b"A dog.")
+    write_members(tmp_path / "a.tar", *members)
+    ours = WebDataset(path=str(tmp_path), licence="MIT", key_ends=key_ends)
+    suffix = {"image_members": ["1.jpg"], "text_member": "1.txt"} if key_ends == "first_dot" else {}
+    assert only(read_all(ours.with_changes(suffix))).turns == (Turn("document", (Image(b"photo"), "A dog.")),)
+
+
 def test_a_companion_is_no_image_of_the_record(read_all: ReadAll, scan: Scan, tmp_path: Path):
     members = [
         ("1.jpg", b"photo"),

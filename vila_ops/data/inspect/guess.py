@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,7 +14,7 @@ from vila_ops.config.load import merge
 from vila_ops.config.sources import JsonLines, OwnFiles, OwnSource, Source
 from vila_ops.data.inspect.table_layout import settings_of
 from vila_ops.data.raw.files import files_below
-from vila_ops.data.raw.json_array import elements, is_array
+from vila_ops.data.raw.json_array import elements, is_array, is_spread
 from vila_ops.data.raw.lines import GZIP, ZIP, every_line, opened
 from vila_ops.data.raw.text import json_object
 from vila_ops.data.sources import GROUP, SOURCES
@@ -29,7 +30,21 @@ UNKNOWN_LICENCE = "NOASSERTION"
 """SPDX's value for an unstated licence."""
 _SAMPLES = 3
 """Number of files of each suffix that are read."""
+_LINES = 20
+"""Lines of a file that are read until one shows its format."""
 _HEAD = 1 << 16
+_OTHERS = {
+    b"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it (`zstd -d`)",
+    b"BZh": "compressed by bzip2; unpack it (`bunzip2`)",
+    b"\xfd7zXZ\x00": "compressed by xz; unpack it (`unxz`)",
+    b"7z\xbc\xaf\x27\x1c": "a 7-Zip archive; unpack it",
+    b"Rar!": "a RAR archive; unpack it",
+    b"\xd0\xcf\x11\xe0": "a spreadsheet or another document of Office; save it as CSV in UTF-8",
+    b"SQLite format 3": "an SQLite database; export a CSV",
+    b"ARROW1": "an Arrow file; write it as Parquet",
+    GZIP: "a gzip archive; unpack it",
+}
+"""First bytes of files of no format, and what they are."""
 _CLASSES: dict[str, type[OwnFiles | JsonLines]] = {
     kind.model_fields["kind"].default: kind for kind in get_args(OwnSource) if issubclass(kind, OwnFiles | JsonLines)
 }
@@ -89,7 +104,10 @@ def _kind_of(path: Path) -> str:
             return "jsonl"
         if (path / CHAT).is_file() and (path / METADATA).is_file():
             return "llava_cc3m"
-    kinds = {kind: file for file in _samples(path) if (kind := _kind_of_file(file)) is not None}
+    files = list(_samples(path))
+    kinds = {kind: file for file in files if (kind := _kind_of_file(file)) is not None}
+    if not kinds and (told := next(filter(None, map(_told, files)), None)):
+        raise ValueError(f"cannot tell the format of {path}: {told}")
     if len(kinds) != 1:
         seen = " and ".join(f"{kind} ({file.name})" for kind, file in sorted(kinds.items())) or "nothing that is known"
         raise ValueError(f"cannot tell the format of {path}: found {seen}; name it with --format: {', '.join(KINDS)}")
@@ -127,12 +145,37 @@ def _kind_of_file(path: Path) -> str | None:
     if text.startswith(b"["):
         return _kind_of_object(next((value for _, value in elements(path)), None)) if is_array(path) else None
     if text.startswith(b"{"):
-        line = next((line for _, line in every_line(path) if line.strip()), b"")
-        return _kind_of_object(json_object(line, where=str(path)))
+        return next((kind for value in _objects(path) if (kind := _kind_of_object(value))), None)
     if text[:1] == b"<" and (path.suffix.lower() in PAGES or b"<html" in text.lower() or b"<body" in text.lower()):
         return "html"
     if path.suffix.lower() in SEPARATORS or (_is_table(path) and settings_of(path)):
         return "table"
+    return None
+
+
+def _objects(path: Path) -> Iterator[Any]:
+    """The values of the first lines that are not blank."""
+    lines = (line for _, line in every_line(path) if line.strip())
+    return (json_object(line, where=str(path)) for line in islice(lines, _LINES))
+
+
+def _told(path: Path) -> str | None:
+    """What a file of no known format is, and what to do; None if neither its bytes nor its first record say it."""
+    with path.open("rb") as file:
+        head = file.read(_HEAD)
+    if name := next((name for magic, name in _OTHERS.items() if head.startswith(magic)), None):
+        return f"{path} is {name}"
+    if not head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith((b"{", b"[")):
+        return None
+    if is_spread(path):
+        return f"{path} has an object over several lines; write one on each: jq -c . {path.name} > NEW.jsonl"
+    first = next((value for _, value in elements(path)), None) if is_array(path) else next(_objects(path), None)
+    if isinstance(first, dict):
+        keys = ", ".join(map(repr, first))
+        return (
+            f"the first record of {path} has the keys {keys[:200]}; a record has `conversations` (LLaVA), `messages` "
+            f"(chat messages), or those of another format in docs/your-data.md"
+        )
     return None
 
 

@@ -51,6 +51,17 @@ def wrapped_in(path: Path) -> str | None:
     )
 
 
+def is_spread(path: Path) -> bool:
+    """Whether the first object of a file goes over several lines, so that no line is a record."""
+    with path.open("rb") as file:
+        head = file.read(BLOCK).decode("utf-8-sig", "replace").lstrip()
+    try:
+        _, end = DECODER.raw_decode(head)
+    except (ValueError, RecursionError):  # longer than what was read, or broken
+        return False
+    return head.startswith("{") and "\n" in head[:end]
+
+
 def _first_list_of_records(head: str) -> str | None:
     for match in _LISTED.finditer(head):
         if match[1] in RECORD_KEYS:  # the object is a record itself

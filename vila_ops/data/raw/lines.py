@@ -16,6 +16,8 @@ from vila_ops.data.raw.text import MAX_LINE, check_utf8
 GZIP, ZIP = b"\x1f\x8b", b"PK\x03\x04"
 ENCRYPTED = 1
 """Bit of a zip member's flags (APPNOTE.TXT 4.4.4)."""
+OFFICE = frozenset({"[Content_Types].xml", "mimetype"})
+"""Members of the zip archives that documents of Office (OPC) and LibreOffice (ODF) are."""
 _DAMAGE = (EOFError, NotImplementedError, lzma.LZMAError, struct.error, zipfile.BadZipFile, zlib.error, OSError)
 """What the standard library raises for damaged archives, and for methods that it does not know."""
 
@@ -67,6 +69,8 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 def _only_member(path: Path, archive: zipfile.ZipFile) -> str:
     members = [one for one in archive.infolist() if not one.is_dir() and not one.filename.startswith("__MACOSX/")]
+    if OFFICE.intersection(one.filename for one in members):
+        raise ValueError(f"{path} is a spreadsheet or another document; save it as CSV in UTF-8")
     if len(members) != 1:
         raise ValueError(f"{path} holds {len(members)} files, and a zipped file of records holds one; unpack it")
     if members[0].flag_bits & ENCRYPTED:

@@ -46,6 +46,9 @@ def read_header(path: Path, layout: Layout) -> tuple[list[str], int]:
     if isinstance(fields, Fault):
         raise ValueError(f"{path}:1: the header cannot be read ({fields}); it names the columns, each once")
     header = [name.strip() for name in fields]
+    if header and header[0].lower().startswith("sep="):
+        note = layout.separator.join(header)
+        raise ValueError(f"{path}:1: {note!r} is a note for Excel; remove this line, and set `separator` of the source")
     if row is None or not header or len(set(header)) < len(header):
         raise ValueError(f"{path}:1: a table begins with the names of its columns, each once, not with {header!r}")
     with path.open("rb") as file:
@@ -92,6 +95,8 @@ def _reader(lines: Iterable[str], layout: Layout) -> Iterator[list[str]]:
 
 
 def _hint(error: csv.Error) -> str:
+    if "new-line character" in str(error):
+        return "; its lines end with CR alone, as on old Macs: tr '\\r' '\\n' < FILE > NEW_FILE"
     if "end of data" in str(error) or "field larger" in str(error):
         return "; a quote is never closed: close it, or double a quote that belongs to the text"
     return ""

@@ -26,6 +26,12 @@ _KINDS = {
     tarfile.GNUTYPE_LONGLINK: "a link",
     tarfile.GNUTYPE_SPARSE: "a sparse file",
 }
+_WAYS = {
+    tarfile.LNKTYPE: "write it with `tar --hard-dereference`",
+    tarfile.SYMTYPE: "write it with `tar --dereference`",
+    tarfile.GNUTYPE_SPARSE: "write it without --sparse",
+}
+"""How GNU tar puts the content of such a member into the archive."""
 
 
 class BadTar(ValueError):
@@ -67,7 +73,8 @@ def members(file: BinaryIO, *, start: int = 0) -> Iterator[Member]:
             yield Member(name=name, head=head, data=data, size=size)
         elif header.type != tarfile.DIRTYPE or size:
             kind = _KINDS.get(header.type, f"of type {header.type!r}")
-            raise BadTar(f"{name!r} at byte {head} is {kind}; a tar of data holds regular files and folders only")
+            way = _WAYS.get(header.type, "leave it out")
+            raise BadTar(f"{name!r} at byte {head} is {kind}; a tar of data holds files and folders only: {way}")
         head, overrides = offset, {}
     if overrides:
         raise BadTar(f"truncated: a header at byte {head} belongs to no member")

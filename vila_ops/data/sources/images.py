@@ -45,14 +45,24 @@ def read_image(folder: str | None, name: str) -> Image:
     """The image of that name. Raises Fault: missing_image, bad_image_path (also for a link), image_too_big."""
     path = on_disk(path_inside(folder, name))
     if not path.is_file():
-        raise Fault(
-            "missing_image", f"no file {name!r} in the folder `images`; put it there, or set `images` to its folder"
-        )
+        raise Fault("missing_image", f"no file {name!r} in the folder `images`; {_way_to(path, name)}")
     if not path.resolve().is_relative_to(Path(folder or "").resolve()):
         raise Fault("bad_image_path", f"{name!r} is a link out of the folder `images`; put the image itself there")
     if (size := path.stat().st_size) > MAX_BYTES:
         raise Fault("image_too_big", f"{name!r} has {size} bytes, more than {MAX_BYTES}; scale it down")
     return Image(path.read_bytes())
+
+
+def _way_to(path: Path, name: str) -> str:
+    """The way out for an image that is not there, by how its name is written."""
+    if "\\" in name:
+        return "folders are parted by /, not by \\ as in Windows: write / in the record"
+    if name != name.strip():
+        return "the record has blanks around the name: remove them"
+    others = (path.with_name(path.name.lower()), path.with_suffix(path.suffix.swapcase()))
+    if near := next((other.name for other in others if other.is_file()), None):
+        return f"there is {near!r}: write the name in the same case"
+    return "put it there, or set `images` to its folder"
 
 
 def from_base64(text: str) -> Image:

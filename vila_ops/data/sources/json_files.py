@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vila_ops.data.raw.files import STRIDE, Scan, Span
-from vila_ops.data.raw.json_array import Broken, elements, is_array, wrapped_in
+from vila_ops.data.raw.json_array import Broken, elements, is_array, is_spread, wrapped_in
 from vila_ops.data.raw.lines import LineNumbers, every_line, lines
 from vila_ops.data.raw.text import fault, json_object
 from vila_ops.data.records import Dropped, Record, Turn
@@ -19,12 +19,17 @@ SUFFIXES = (".json", ".jsonl", ".jsonl.gz")
 def scan_objects(path: Path, paths_of: Callable[[Object], list[Path | None]]) -> Scan:
     """Scan a file. `paths_of` returns the path of each image of an object, None for an image inside the object.
 
-    Raises ValueError for a file that is one object around a list of records.
+    Raises ValueError for a file that is one object around a list of records, or whose objects go over several lines.
     """
     if key := wrapped_in(path):
         raise ValueError(
             f"{path} is one object, with its records in the list {key!r}; write that list into a file of its own: "
             f"jq '.[\"{key}\"]' {path.name} > {key}.json"
+        )
+    if is_spread(path):
+        raise ValueError(
+            f"{path} has an object over several lines; write a record on each line (jq -c . {path.name} > NEW.jsonl), "
+            f"or move the file elsewhere if it has no records"
         )
     beside: dict[str, None] = {}
     marks: list[int] = []

@@ -147,7 +147,7 @@ def _split(source: WebDataset, name: str) -> tuple[str, str]:
     """Key and suffix; the suffix is empty if the member belongs to no record."""
     folder, slash, last = name.rpartition("/")
     stem, _, suffix = last.partition(".") if source.key_ends == "first_dot" else last.rpartition(".")
-    if not stem or _META.match(name):
+    if last.startswith(".") or not stem or _META.match(name):  # macOS puts ._0001.jpg beside 0001.jpg
         return name, ""
     return f"{folder}{slash}{stem}", suffix.lower()
 
@@ -169,7 +169,8 @@ def _scan(source: WebDataset, path: Path) -> Scan:
         try:
             for key, group in _groups(source, members(file)):
                 if key in keys:
-                    raise BadTar(f"the key {key!r} occurs again at byte {group[0].head}; sort the members by name")
+                    way = "sort the members by name (`tar --sort=name`)"
+                    raise BadTar(f"the key {key!r} occurs again at byte {group[0].head}; {way}")
                 if len(keys) % STRIDE == 0:
                     marks.append(group[0].head)
                 keys.add(key)
