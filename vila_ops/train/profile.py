@@ -109,7 +109,7 @@ def table(times: Times) -> list[str]:
     return [*lines, f"{'step':<13} {step:9.1f} {1:6.1%}"]
 
 
-class Piece(NamedTuple):
+class TimePiece(NamedTuple):
     """A piece of the loop's time, in microseconds, that belongs to one part."""
 
     start: float
@@ -121,9 +121,9 @@ def times_of(events: Sequence[Any]) -> Times:
     """Where the time of a mean step went, from the events of torch's profiler."""
     on_host = [event for event in events if event.device_type.name == "CPU"]
     steps = [event for event in on_host if _is_step(event)]
-    spans = [Piece(one.time_range.start, one.time_range.end, "other") for one in steps]
+    spans = [TimePiece(one.time_range.start, one.time_range.end, "other") for one in steps]
     spans += [
-        Piece(one.time_range.start, one.time_range.end, one.name.removeprefix(PREFIX))
+        TimePiece(one.time_range.start, one.time_range.end, one.name.removeprefix(PREFIX))
         for one in on_host
         if one.name.startswith(PREFIX) and any(_within(one, step) for step in steps)
     ]
@@ -139,7 +139,7 @@ def times_of(events: Sequence[Any]) -> Times:
     return Times(*({part: time / per_step for part, time in each.items()} for each in (host, device)))
 
 
-def _device_times(events: Sequence[Any], pieces: list[Piece], steps: list[Any]) -> dict[str, float]:
+def _device_times(events: Sequence[Any], pieces: list[TimePiece], steps: list[Any]) -> dict[str, float]:
     """Microseconds of kernels by the part that launched them; {} without kernels."""
     kernels = _Union(one for one in events if one.device_type.name != "CPU" and not one.is_user_annotation)
     times: dict[str, float] = defaultdict(float)
@@ -172,16 +172,16 @@ def _within(event: Any, step: Any) -> bool:
     return bool(inside and event.thread == step.thread)
 
 
-def _innermost(spans: list[Piece]) -> list[Piece]:
+def _innermost(spans: list[TimePiece]) -> list[TimePiece]:
     """The time of nested spans in pieces, each with the part of the innermost span."""
-    pieces: list[Piece] = []
-    nested: list[Piece] = []
+    pieces: list[TimePiece] = []
+    nested: list[TimePiece] = []
     cursor = 0.0
 
     def up_to(time: float) -> None:
         nonlocal cursor
         if time > cursor:
-            pieces.append(Piece(cursor, time, nested[-1].part))
+            pieces.append(TimePiece(cursor, time, nested[-1].part))
         cursor = time
 
     for one in sorted(spans, key=lambda one: (one.start, -one.end)):
