@@ -96,7 +96,8 @@ def test_the_size_of_batches_changes_only_answers_that_are_near_ties(
     ]
     answers: dict[int, list[list[int]]] = {}
     for slots in (1, 2, 16):
-        monkeypatch.setattr(engine, "scheduler", Scheduler(engine.loaded, slots=slots))
+        scheduler = Scheduler(engine.loaded, slots=slots, cache_tokens=65_536, prefill_tokens=4096)
+        monkeypatch.setattr(engine, "scheduler", scheduler)
         outputs = generate_all(engine, prompts, Sampling(4, engine.tokenizer.stop_ids))
         answers[slots] = [output.ids for output in outputs]
     for slots in (2, 16):

@@ -331,8 +331,10 @@ def cache_on_the_host(patched: pytest.MonkeyPatch) -> None:
 
 
 def index_on_the_host(patched: pytest.MonkeyPatch) -> None:
-    greedy = Scheduler._greedy
-    patched.setattr(Scheduler, "_greedy", lambda self, hidden: greedy(self, hidden[torch.arange(len(hidden))]))
+    choose = Scheduler._choose
+    patched.setattr(
+        Scheduler, "_choose", lambda self, hidden, states: choose(self, hidden[torch.arange(len(hidden))], states)
+    )
 
 
 def model_on_the_host(patched: pytest.MonkeyPatch) -> None:

@@ -20,9 +20,11 @@ from tests.model.nvlabs_layout import write as write_nvlabs
 from vila_ops.config import Model, Resources
 from vila_ops.data.images import Fit
 from vila_ops.data.text.conversation import Tokenizer
-from vila_ops.generate.request import Prompt, Sampling
+from vila_ops.generate.request import Delta, Prompt, Sampling, TokenLogprob
+from vila_ops.generate.torch_engine.image_features import RecentFeatures
 from vila_ops.generate.torch_engine.loaded_model import LoadedModel
-from vila_ops.generate.torch_engine.scheduler import GenerationRequest, Scheduler
+from vila_ops.generate.torch_engine.request_state import GenerationRequest
+from vila_ops.generate.torch_engine.scheduler import Scheduler
 from vila_ops.generate.torch_engine.scorer import Scorer
 from vila_ops.model import export
 from vila_ops.model import folder as model_folder
@@ -31,6 +33,7 @@ from vila_ops.model.attention import document_mask, plan
 from vila_ops.model.build import embedding_std
 from vila_ops.model.importing.checkpoint import import_checkpoint
 from vila_ops.model.language_models import LANGUAGE_MODELS, PLAIN_HEAD, check_language_model, head_form
+from vila_ops.model.pixels import Pixels
 from vila_ops.model.vila import VilaForConditionalGeneration, losses
 from vila_ops.packages.tokenizer import read_tokenizer
 from vila_ops.plan.shapes import shapes_of
@@ -99,7 +102,8 @@ class Pair:
             read_tokenizer(self.folder), image_tokens=self.ours.config.image_seq_length, after_image=""
         )
         fit, cpu = Fit("pad", (0.5, 0.5, 0.5)), torch.device("cpu")
-        return LoadedModel(self.ours, cpu, tokenizer, lambda images: torch.empty(0), fit)
+        features = RecentFeatures(self.ours, Pixels((0.5,) * 3, (0.5,) * 3), max_images=1)
+        return LoadedModel(self.ours, cpu, tokenizer, features, fit)
 
 
 def write(folder: Path, kind: str, **fields: Any) -> PreTrainedModel:
@@ -163,20 +167,45 @@ def test_losses_and_gradients_of_packed_samples_are_those_of_each_sample_alone(p
 
 def test_logits_of_every_decoding_step_are_those_of_one_full_pass(pair: Pair) -> None:
     """Prompts of three lengths decode as one batch; each answer is longer than a window."""
-    scheduler = Scheduler(pair.loaded())
+    scheduler = Scheduler(pair.loaded(), cache_tokens=1024, prefill_tokens=1024)
     steps: list[Tensor] = []
     hook = pair.ours.lm_head.register_forward_hook(lambda head, given, out: steps.append(out.clone()))
-    requests = [GenerationRequest(Prompt(prompt), Sampling(NEW, ())) for prompt in PROMPTS]
-    answers: list[list[int]] = [[] for _ in PROMPTS]
-    for deltas in scheduler.run(requests):
-        for index, delta in deltas:
-            answers[index] += delta.ids
+    arrivals = [GenerationRequest(Prompt(prompt), Sampling(NEW, frozenset())) for prompt in PROMPTS]
+    answers: dict[GenerationRequest, list[int]] = {request: [] for request in arrivals}
+    for request, delta in scheduler.step(arrivals):
+        answers[request] += delta.ids
+    while scheduler.is_busy:
+        for request, delta in scheduler.step():
+            answers[request] += delta.ids
     hook.remove()
-    for row, (prompt, answer) in enumerate(zip(PROMPTS, answers, strict=True)):
+    for row, (prompt, answer) in enumerate(zip(PROMPTS, answers.values(), strict=True)):
         assert len(answer) == NEW
         expected = pair.logits([*prompt, *answer[:-1]])[len(prompt) - 1 :]
         allowed = [index for index in range(500) if index != IMAGE]
         assert close(torch.stack([step[row] for step in steps])[:, allowed], expected[:, allowed])
+
+
+def test_log_probabilities_of_prompts_read_in_pieces_are_those_of_one_full_pass(pair: Pair) -> None:
+    """Pieces of 5 tokens at most, shorter than a window, while other rows are decoded."""
+    scheduler = Scheduler(pair.loaded(), slots=2, cache_tokens=256, prefill_tokens=5)
+    arrivals = [GenerationRequest(Prompt(prompt), Sampling(NEW, frozenset(), logprobs=2)) for prompt in PROMPTS]
+    reported: dict[GenerationRequest, list[TokenLogprob]] = {request: [] for request in arrivals}
+    events = scheduler.step(arrivals)
+    while scheduler.is_busy:
+        events += scheduler.step()
+    for request, delta in events:
+        assert isinstance(delta, Delta)
+        reported[request] += delta.logprobs
+    for prompt, tokens in zip(PROMPTS, reported.values(), strict=True):
+        answer = [token.id for token in tokens]
+        assert len(answer) == NEW
+        expected = pair.logits([*prompt, *answer[:-1]])[len(prompt) - 1 :].log_softmax(-1)
+        for token, nats in zip(tokens, expected, strict=True):
+            assert token.logprob == pytest.approx(float(nats[token.id]), abs=1e-4)
+            nats[IMAGE] = -torch.inf
+            likeliest = nats[: len(scheduler.loaded.tokenizer.fast)].topk(2)
+            assert [one for one, _ in token.top] == likeliest.indices.tolist()
+            assert [value for _, value in token.top] == pytest.approx(likeliest.values.tolist(), abs=1e-4)
 
 
 def test_scores_of_continuations_are_those_of_each_alone(pair: Pair) -> None:

@@ -2,16 +2,19 @@
 
 from typing import Annotated, Literal
 
-from pydantic import SerializeAsAny
+from pydantic import PositiveInt, SerializeAsAny
 
 from vila_ops.config.base import Config
 from vila_ops.config.kinds import plugins
 
 
 class TorchEngine(Config):
-    """Greedy decoding in plain torch, in this process."""
+    """Continuous batching in plain torch, in this process."""
 
     kind: Literal["torch"] = "torch"
+    cache_tokens: PositiveInt | None = None
+    """Most tokens whose keys and values are in memory, the padding of shorter requests included; no fewer than the
+    model's context. None: 65536, or the context if that is longer."""
 
 
 Engine = Annotated[SerializeAsAny[TorchEngine], plugins("vila_ops.engines", TorchEngine)]

@@ -25,7 +25,7 @@ class EngineOptions:
     """What the caller of an engine decides; an engine's own settings are in its config."""
 
     feature_root: Path
-    """Folder for the cached image features of the vision tower."""
+    """Folder for the cached image features of the vision tower, unless they stay in memory."""
     device: Device = "auto"
     """What the model computes on."""
     threads: int = 1
@@ -33,9 +33,11 @@ class EngineOptions:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the language model. The tower computes in fp32, so that its cached features serve training too."""
     max_batch: int | None = None
-    """Most requests that are decoded in one batch; None: all that wait."""
+    """Most requests that are decoded in one batch; None: the engine decides."""
     max_cached_images: int | None = None
-    """Images whose features stay in `feature_root`; None: all of them."""
+    """Images whose features stay in memory, and none on disk; None: all of them stay in `feature_root`."""
+    prefill_tokens: int = 4096
+    """Most tokens of prompts that are read between two tokens of the answers under way; fewer: shorter pauses."""
 
 
 class Engine(Protocol):
@@ -65,7 +67,10 @@ class Engine(Protocol):
         """Stream the tokens that follow a prompt. `request_id` names no other unfinished request."""
 
     async def abort(self, request_id: str) -> None:
-        """End a request: its stream ends with finish reason "abort". An unknown id changes nothing."""
+        """End a request: its stream ends with finish reason "abort" after the current step, at the latest.
+
+        An unknown id changes nothing.
+        """
 
     async def score(self, items: Sequence[ScoringItem]) -> list[list[Loglikelihood]]:
         """The likelihood of each continuation given its prompt, in the order of the items."""

@@ -1,5 +1,6 @@
 """What an engine reads and returns: prompts, sampling settings, outputs and likelihoods. Imports no torch."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -49,6 +50,24 @@ class Sampling:
     """How many of the likeliest tokens are reported beside each chosen token; None: no log-probabilities."""
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     """Token id -> what is added to its logit."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a setting outside of its range."""
+        rules = (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 or more"),
+            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
+            ("presence_penalty", math.isfinite(self.presence_penalty), "a finite number"),
+            ("frequency_penalty", math.isfinite(self.frequency_penalty), "a finite number"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
+            ("logprobs", self.logprobs is None or self.logprobs >= 0, "0 or more"),
+            ("logit_bias", all(one < math.inf for one in self.logit_bias.values()), "below infinity"),
+        )
+        for name, is_right, rule in rules:
+            if not is_right:
+                raise ValueError(f"{name} is {getattr(self, name)}; it has to be {rule}")
 
 
 @dataclass(frozen=True)

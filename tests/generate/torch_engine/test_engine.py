@@ -194,6 +194,12 @@ def test_what_does_not_fit_is_refused(engine: InProcessEngine) -> None:
         score_all(engine, [(Prompt([1] * 2048), [[5]])])
     with pytest.raises(ValueError, match="at least one token"):
         score_all(engine, [(Prompt([1]), [[]])])
+    with pytest.raises(ValueError, match="has no token"):
+        generate_all(engine, [Prompt([])], greedy(engine, 1))
+    with pytest.raises(ValueError, match=r"logit_bias has the token ids \[-1\]"):
+        generate_all(engine, [Prompt([1])], Sampling(1, frozenset(), logit_bias={-1: 1.0}))
+    with pytest.raises(ValueError, match="cache_tokens is 100, fewer than the model's context of 2048"):
+        InProcessEngine(engine.loaded, max_batch=None, cache_tokens=100)
     assert generate_all(engine, [], greedy(engine, 4)) == []
 
 

@@ -1,8 +1,8 @@
-"""The engine of kind torch: requests that wait at the same time are decoded as one batch, in one thread."""
+"""The engine of kind torch: the steps of a scheduler, in one thread, and the streams of their readers."""
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,56 +16,56 @@ from vila_ops.data.text.conversation import Tokenizer
 from vila_ops.generate.engine import Engine, EngineOptions, ScoringItem
 from vila_ops.generate.request import Delta, Loglikelihood, Prompt, Sampling
 from vila_ops.generate.torch_engine.loaded_model import LoadedModel, read_model
-from vila_ops.generate.torch_engine.scheduler import GenerationRequest, Scheduler
+from vila_ops.generate.torch_engine.request_state import GenerationRequest
+from vila_ops.generate.torch_engine.scheduler import SLOTS, Scheduler
 from vila_ops.generate.torch_engine.scorer import Scorer
 
-WAIT_SECONDS = 0.005
-"""How long an idle engine waits for more requests; a busy one takes those that came meanwhile."""
+CACHE_TOKENS = 65_536
+"""Most positions of the key-value cache, unless the config has another number or the context is longer."""
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
 def open_engine(config: TorchEngine, folder: Path, options: EngineOptions) -> Engine:
-    """Load a model folder. Raises CorruptArtifact or ValueError with what is wrong with it."""
-    return InProcessEngine(read_model(folder, options), max_batch=options.max_batch)
-
-
-class _Stream:
-    """A request and the deltas that its reader has not taken yet. Used in the event loop only."""
-
-    def __init__(self, request: GenerationRequest) -> None:
-        self.request = request
-        self.deltas: asyncio.Queue[Delta | Exception] = asyncio.Queue()
-        self.sent = 0
-        self.ended = False
-
-    def put(self, delta: Delta, *, start: int) -> None:
-        """Add a delta whose ids begin at position `start` of the answer; ids that were sent before are left out."""
-        ids = delta.ids[max(0, self.sent - start) :]
-        self.sent += len(ids)
-        self.ended = delta.finish_reason is not None
-        if ids or self.ended:
-            self.deltas.put_nowait(Delta(ids, delta.finish_reason))
-
-    def abort(self) -> None:
-        """End without more ids."""
-        self.put(Delta([], "abort"), start=self.sent)
-
-    def fail(self, error: Exception) -> None:
-        """End with an error."""
-        self.ended = True
-        self.deltas.put_nowait(error)
+    """Load a model folder. Raises CorruptArtifact or ValueError with what is wrong with it or with the config."""
+    loaded = read_model(folder, options)
+    return InProcessEngine(
+        loaded,
+        max_batch=options.max_batch,
+        cache_tokens=config.cache_tokens,
+        prefill_tokens=options.prefill_tokens,
+    )
 
 
 class InProcessEngine:
-    """Implements `Engine`. A request that fails does not take the others of its batch with it."""
+    """Implements `Engine`. A request that fails does not take the others with it."""
 
-    def __init__(self, loaded: LoadedModel, *, max_batch: int | None) -> None:
-        self.loaded, self.max_batch = loaded, max_batch
-        self.scheduler, self.scorer = Scheduler(loaded), Scorer(loaded)
-        self._streams: dict[str, _Stream] = {}
-        self._waiting: list[_Stream] = []
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        max_batch: int | None,
+        cache_tokens: int | None = None,
+        prefill_tokens: int = EngineOptions.prefill_tokens,
+    ) -> None:
+        """Raises ValueError for a cache that cannot hold one request."""
+        if cache_tokens is not None and cache_tokens < loaded.context_length:
+            raise ValueError(
+                f"cache_tokens is {cache_tokens}, fewer than the model's context of {loaded.context_length} tokens, "
+                f"which one request may have; set it to that or more, or leave it out"
+            )
+        self.loaded = loaded
+        self.scheduler = Scheduler(
+            loaded,
+            slots=max_batch or SLOTS,
+            cache_tokens=cache_tokens or max(CACHE_TOKENS, loaded.context_length),
+            prefill_tokens=prefill_tokens,
+        )
+        self.scorer = Scorer(loaded)
+        self._requests: dict[str, GenerationRequest] = {}
+        self._streams: dict[GenerationRequest, asyncio.Queue[Delta | Exception]] = {}
+        self._arrived: list[GenerationRequest] = []
         self._working: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generate")
 
@@ -92,18 +92,15 @@ class InProcessEngine:
 
     async def generate(self, prompt: Prompt, sampling: Sampling, request_id: str) -> AsyncIterator[Delta]:
         """As in `Engine`. A reader that is cancelled aborts its request."""
-        request = GenerationRequest(prompt, sampling)
-        self.loaded.check_length(request.max_tokens())
-        self.loaded.check_images(prompt, f"the prompt of request {request_id!r}")
-        if request_id in self._streams:
-            raise ValueError(f"request {request_id!r} is not finished; choose another id")
-        stream = self._streams[request_id] = _Stream(request)
-        self._waiting.append(stream)
+        self._check(prompt, sampling, request_id)
+        request = self._requests[request_id] = GenerationRequest(prompt, sampling)
+        stream = self._streams[request] = asyncio.Queue()
+        self._arrived.append(request)
         if self._working is None or self._working.done():
             self._working = asyncio.get_running_loop().create_task(self._work())
         try:
             while True:
-                delta = await stream.deltas.get()
+                delta = await stream.get()
                 if isinstance(delta, Exception):
                     raise delta
                 yield delta
@@ -111,17 +108,25 @@ class InProcessEngine:
                     return
         finally:
             request.aborted = True
-            del self._streams[request_id]
+            del self._streams[request], self._requests[request_id]
+
+    def _check(self, prompt: Prompt, sampling: Sampling, request_id: str) -> None:
+        """Raise ValueError for what cannot be generated, before anything is computed."""
+        name = f"the prompt of request {request_id!r}"
+        if not prompt.input_ids:
+            raise ValueError(f"{name} has no token; give it at least one")
+        self.loaded.check_length(len(prompt.input_ids) + sampling.max_new_tokens)
+        self.loaded.check_images(prompt, name)
+        vocabulary = len(self.loaded.tokenizer.fast)
+        if unknown := [one for one in sampling.logit_bias if not 0 <= one < vocabulary]:
+            raise ValueError(f"logit_bias has the token ids {unknown[:3]}; ids of this model are below {vocabulary}")
+        if request_id in self._requests:
+            raise ValueError(f"request {request_id!r} is not finished; choose another id")
 
     async def abort(self, request_id: str) -> None:
-        """As in `Engine`. A request that waits ends at once, a running one after its current step."""
-        stream = self._streams.get(request_id)
-        if stream is None:
-            return
-        stream.request.aborted = True
-        if stream in self._waiting:
-            self._waiting.remove(stream)
-            stream.abort()
+        """As in `Engine`."""
+        if request_id in self._requests:
+            self._requests[request_id].aborted = True
 
     async def score(self, items: Sequence[ScoringItem]) -> list[list[Loglikelihood]]:
         """As in `Engine`."""
@@ -140,39 +145,19 @@ class InProcessEngine:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _work(self) -> None:
-        await asyncio.sleep(WAIT_SECONDS)
-        while batch := self._take():
-            await self._decode(batch)
-
-    def _take(self) -> list[_Stream]:
-        """The oldest requests that are not aborted, as many as a batch may have."""
-        waiting = [stream for stream in self._waiting if not stream.request.aborted]
-        batch = waiting[: self.max_batch]
-        self._waiting = waiting[len(batch) :]
-        return batch
-
-    async def _decode(self, batch: list[_Stream]) -> None:
-        try:
-            await self._run(batch)
-        except Exception as error:  # noqa: BLE001 whatever it is, the readers must learn of it
-            if len(batch) == 1:
-                batch[0].fail(error)
+        """Make steps while there are requests. Those of a loop that was closed are aborted by then."""
+        while self._arrived or self.scheduler.is_busy:
+            arrivals, self._arrived = self._arrived, []
+            try:
+                events = await self._in_thread(self.scheduler.step, arrivals)
+            except Exception as error:  # of no request, or the engine was closed
+                log.exception("a step failed, and all requests with it")
+                for stream in self._streams.values():
+                    stream.put_nowait(error)
                 return
-            log.warning("a batch of %d failed (%r); its requests are tried one by one", len(batch), error)
-            for stream in batch:
-                if stream.request.aborted and not stream.ended:
-                    stream.abort()
-                elif not stream.ended:
-                    await self._decode([stream])
-
-    async def _run(self, batch: list[_Stream]) -> None:
-        steps: Iterator[list[tuple[int, Delta]]] = self.scheduler.run([stream.request for stream in batch])
-        lengths = [0] * len(batch)
-        nothing: list[tuple[int, Delta]] = []
-        while deltas := await self._in_thread(next, steps, nothing):
-            for index, delta in deltas:
-                batch[index].put(delta, start=lengths[index])
-                lengths[index] += len(delta.ids)
+            for request, delta in events:
+                if request in self._streams:
+                    self._streams[request].put_nowait(delta)
 
     async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)

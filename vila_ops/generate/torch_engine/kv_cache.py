@@ -1,75 +1,122 @@
-"""The key-value cache of a batch: the live rows come first, each with its own length."""
+"""The key-value cache of the rows that are read and decoded, each with its own length; its size has a bound."""
 
-# N slots, T positions, H key-value heads, K head dim
+# N slots, R rows of a pass, Q new tokens of a row, H key-value heads, K head dim
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+PAGE = 64
+"""The capacity of a row is a multiple of it, so that requests of similar length need no other capacity."""
+
 
 class KVCache:
-    """Keys and values of up to N sequences, passed to the model as `past_key_values`.
+    """Keys and values of sequences, passed to the model as `past_key_values`.
 
-    Each pass adds one token to every live row. The caller passes masks and positions explicitly, so the model's layers
-    use only `update`. Layers with a sliding window keep all positions too; their mask hides those outside of it.
+    A pass (`begin`, the model, `end`) adds tokens to some rows, to each its own number. The caller passes masks and
+    positions explicitly, so the model's layers use only `update`. Layers with a sliding window keep all positions too;
+    their mask hides those outside of it.
     """
 
-    def __init__(self, *, slots: int, capacity: int, device: torch.device) -> None:
-        self.slots, self.capacity = slots, capacity
+    def __init__(self, *, max_tokens: int, device: torch.device) -> None:
+        """`max_tokens` bounds slots x capacity: the positions in memory, used or not."""
+        self.max_tokens, self.device = max_tokens, device
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all rows and release their memory."""
+        self.slots = self.capacity = 0
+        self.lengths: list[int] = []
+        """Tokens of each row."""
         self.keys: list[Tensor] = []
-        """One tensor (N, H, capacity, K) a layer, made by the first rows."""
+        """One tensor (N, H, capacity + 1, K) a layer, made by its first pass. Padding is written to the last position,
+        which no pass reads."""
         self.values: list[Tensor] = []
-        self.lengths = torch.zeros(slots, dtype=torch.long, device=device)
-        self.live = 0
-        self._rows = torch.arange(slots, device=device)
-        self._known = [0] * slots
-        """The same lengths on the host, which need not wait for the device to know them."""
+
+    def fits(self, needs: Sequence[int]) -> bool:
+        """Whether rows of at most so many tokens each can be in memory at the same time."""
+        return len(needs) * self._capacity(needs) <= self.max_tokens
+
+    def reserve(self, needs: Sequence[int]) -> None:
+        """Have memory for the rows that are there and for new ones behind them: `needs` has the most tokens of each."""
+        new = [0] * (len(needs) - len(self.lengths))
+        if len(needs) > self.slots or max(needs) > self.capacity:
+            slots = 1 << (len(needs) - 1).bit_length()
+            is_kept = slots * self.capacity <= self.max_tokens
+            self.capacity = max(self._capacity(needs), self.capacity if is_kept else 0)
+            self.slots = min(slots, self.max_tokens // self.capacity)
+            self.keys, self.values = ([self._moved(layer) for layer in layers] for layers in (self.keys, self.values))
+        self.lengths += new
+
+    def begin(self, rows: Sequence[int], counts: Sequence[int]) -> Tensor:
+        """Begin a pass that adds `counts` tokens to `rows`, and return the positions (R, Q) of all its tokens.
+
+        A row with fewer tokens than others is padded on the right, at the position of its last token.
+        """
+        self._pass = (rows, counts)
+        lengths = torch.tensor([[self.lengths[row]] for row in rows])
+        new = torch.arange(max(counts))[None]
+        added = torch.tensor(counts)[:, None]
+        positions = lengths + torch.minimum(new, added - 1)
+        self._ends = torch.where(new < added, positions, self.capacity).to(self.device)
+        self._rows = torch.tensor(rows, device=self.device)
+        self._width = int(positions.max()) + 1
+        self._is_front = list(rows) == list(range(len(rows)))
+        self._positions = positions.to(self.device)
+        return self._positions
+
+    def distance(self) -> Tensor:
+        """(R, 1, Q, width): the position of each token of the pass minus those of the keys; negative: not seen yet."""
+        keys = torch.arange(self._width, device=self.device)
+        return (self._positions[:, :, None] - keys)[:, None]
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Append one token's keys and values (live, H, 1, K) to each row and return those of all tokens so far."""
-        rows, ends = self._rows[: self.live], self.lengths[: self.live]
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
-        keys[rows, :, ends] = key[:, :, 0].to(keys.dtype)
-        values[rows, :, ends] = value[:, :, 0].to(values.dtype)
-        width = self.width()
-        return keys[: self.live, :, :width], values[: self.live, :, :width]
+        """Take a layer's keys and values (R, H, Q, K) of the pass and return those of all tokens so far."""
+        if layer_idx == len(self.keys):
+            self.keys.append(self._empty(key))
+            self.values.append(self._empty(value))
+        return self._write(self.keys[layer_idx], key), self._write(self.values[layer_idx], value)
 
     def get_seq_length(self, *_: object) -> int:
         """Tokens of the longest row. transformers calls it, but uses the positions that it is passed."""
-        return max(self._known[: self.live], default=0)
+        return max(self.lengths, default=0)
 
-    def width(self) -> int:
-        """Positions that a pass reads: those of the longest row and its new token."""
-        return self.get_seq_length() + 1
+    def end(self) -> None:
+        """Count the tokens of the pass."""
+        for row, count in zip(*self._pass, strict=True):
+            self.lengths[row] += count
 
-    def distance(self) -> Tensor:
-        """(live, 1, 1, width): the position of each row's new token minus those of its keys; negative: no key yet."""
-        keys = torch.arange(self.width(), device=self.lengths.device)
-        return (self.lengths[: self.live, None] - keys)[:, None, None]
+    def swap(self, one: int, other: int) -> None:
+        """Exchange two rows."""
+        if one == other:
+            return
+        used = max(self.lengths[one], self.lengths[other])
+        for layer in (*self.keys, *self.values):
+            kept = layer[one, :, :used].clone()
+            layer[one, :, :used] = layer[other, :, :used]
+            layer[other, :, :used] = kept
+        self.lengths[one], self.lengths[other] = self.lengths[other], self.lengths[one]
 
-    def advance(self) -> None:
-        """Count the token that a pass added to every live row."""
-        self.lengths[: self.live] += 1
-        self._known[: self.live] = [length + 1 for length in self._known[: self.live]]
+    def pop(self) -> None:
+        """Drop the last row."""
+        self.lengths.pop()
 
-    def add(self, layers: list[tuple[Tensor, Tensor]], lengths: list[int]) -> None:
-        """Add prefilled rows: keys and values of each layer (rows, H, T, K), up to the length of each row."""
-        if not self.keys:
-            self.keys, self.values = ([self._empty(pair[kind]) for pair in layers] for kind in (0, 1))
-        for row, length in enumerate(lengths):
-            for index, (key, value) in enumerate(layers):
-                self.keys[index][self.live, :, :length] = key[row, :, :length]
-                self.values[index][self.live, :, :length] = value[row, :, :length]
-            self.lengths[self.live] = self._known[self.live] = length
-            self.live += 1
-
-    def drop(self, row: int) -> None:
-        """Free a row; the last live row takes its place."""
-        self.live -= 1
-        for keys, values in zip(self.keys, self.values, strict=True):
-            keys[row], values[row] = keys[self.live].clone(), values[self.live].clone()
-        self.lengths[row] = self.lengths[self.live]
-        self._known[row] = self._known[self.live]
+    def _capacity(self, needs: Sequence[int]) -> int:
+        return min(-(-max(needs) // PAGE) * PAGE, self.max_tokens)
 
     def _empty(self, filled: Tensor) -> Tensor:
+        """Zeros, because a masked position that is not finite would still spoil a sum."""
         _, heads, _, size = filled.shape
-        return filled.new_zeros(self.slots, heads, self.capacity, size)
+        return filled.new_zeros(self.slots, heads, self.capacity + 1, size)
+
+    def _moved(self, layer: Tensor) -> Tensor:
+        moved, rows, used = self._empty(layer), len(self.lengths), self.get_seq_length()
+        moved[:rows, :, :used] = layer[:rows, :, :used]
+        return moved
+
+    def _write(self, layer: Tensor, new: Tensor) -> Tensor:
+        layer[self._rows[:, None], :, self._ends] = new.transpose(1, 2)
+        if self._is_front:
+            return layer[: len(self._rows), :, : self._width]
+        return layer[self._rows, :, : self._width]

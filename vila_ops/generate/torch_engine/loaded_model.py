@@ -4,7 +4,7 @@
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,18 +19,16 @@ from vila_ops.data.text.conversation import Tokenizer
 from vila_ops.device import device_of, precision_notes
 from vila_ops.generate.engine import EngineOptions
 from vila_ops.generate.request import Prompt
+from vila_ops.generate.torch_engine.image_features import ImageFeatures, RecentFeatures, StoredFeatures
 from vila_ops.model import folder as model_folder
 from vila_ops.model.configuration import VilaConfig
 from vila_ops.model.context import context_length
-from vila_ops.model.features import BATCH, SUFFIX, FeatureCache
+from vila_ops.model.features import BATCH
 from vila_ops.model.pixels import Pixels
 from vila_ops.model.vila import VilaForConditionalGeneration
 from vila_ops.packages.tokenizer import IMAGE_TOKEN, read_tokenizer
 
 log = logging.getLogger(__name__)
-
-Features = Callable[[Sequence[bytes]], Tensor]
-"""Encoded squares to tower features (I, P, C)."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class LoadedModel:
     device: torch.device
     """Where the model is."""
     tokenizer: Tokenizer
-    features: Features
+    features: ImageFeatures
     image_aspect_ratio: Fit
 
     @functools.cached_property
@@ -54,6 +52,13 @@ class LoadedModel:
     def embed(self, input_ids: Tensor, images: Sequence[bytes]) -> Tensor:
         """Embeddings (B, T, D) of ids (B, T), image positions filled with the images of all rows in their order."""
         return self.model.embed(input_ids, self.features(images).to(self.device) if images else None)
+
+    def embed_prompt(self, ids: list[int], features: Sequence[Tensor]) -> Tensor:
+        """Embeddings (T, D) of ids, image positions filled with features (P, C) of each image in their order."""
+        input_ids = torch.tensor([ids], device=self.device)
+        places = [place for place, one in enumerate(ids) if one == self.tokenizer.image_id]
+        shown = torch.stack([one.to(self.device) for one in features]) if features else None
+        return self.model.embed(input_ids, shown, torch.tensor(places, dtype=torch.long, device=self.device))[0]
 
     @torch.inference_mode()
     def image_features(self, images: Sequence[bytes]) -> NDArray[np.float64]:
@@ -86,9 +91,11 @@ def read_model(folder: Path, options: EngineOptions) -> LoadedModel:
     fast = read_tokenizer(folder)
     model = model_folder.load(folder)
     mean, std = model_folder.normalisation(folder)
-    features: Features = FeatureCache(model, Pixels(mean, std), root=options.feature_root)
-    if options.max_cached_images is not None:
-        features = bounded(features, options.feature_root, max_images=options.max_cached_images)
+    features: ImageFeatures
+    if options.max_cached_images is None:
+        features = StoredFeatures(model, Pixels(mean, std), root=options.feature_root)
+    else:
+        features = RecentFeatures(model, Pixels(mean, std), max_images=options.max_cached_images)
     for note in precision_notes(options.precision, device):
         log.warning("%s: %s", folder, note)
     if options.precision == "bf16":
@@ -97,19 +104,6 @@ def read_model(folder: Path, options: EngineOptions) -> LoadedModel:
     _check_tokens(fast, model.config, folder)
     tokenizer = Tokenizer(fast, image_tokens=model.config.image_seq_length, after_image=model.config.after_image)
     return LoadedModel(model.to(device), device, tokenizer, features, Fit(model.config.image_aspect_ratio, mean))
-
-
-def bounded(features: Features, folder: Path, *, max_images: int) -> Features:
-    """The same features; after each call only the files of the newest `max_images` images stay in the folder."""
-
-    def compute(images: Sequence[bytes]) -> Tensor:
-        computed = features(images)
-        paths = sorted(folder.rglob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime_ns)
-        for path in paths[:-max_images]:
-            path.unlink()
-        return computed
-
-    return compute
 
 
 def _check_tokens(fast: PreTrainedTokenizerFast, config: VilaConfig, folder: Path) -> None:

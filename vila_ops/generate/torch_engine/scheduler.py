@@ -1,138 +1,250 @@
-"""Greedy decoding of one static batch: its rows join and leave the key-value cache between steps."""
+"""Continuous batching: requests join and leave between steps, each of which is one pass of a model."""
 
-# B rows, T tokens, D language model dim, V vocabulary
+# R rows, T tokens, D language model dim, V vocabulary
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import itertools
+import logging
+from collections import deque
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from vila_ops.generate.request import Delta, FinishReason, Prompt, Sampling
+from vila_ops.generate.request import Delta
+from vila_ops.generate.torch_engine.image_features import SaltedImage
 from vila_ops.generate.torch_engine.kv_cache import KVCache
 from vila_ops.generate.torch_engine.loaded_model import LoadedModel
+from vila_ops.generate.torch_engine.request_state import GenerationRequest, RequestState
+from vila_ops.generate.torch_engine.sampling import Chosen, choose
 from vila_ops.model.attention import masks
 
 SLOTS = 16
 """Rows that are decoded at once."""
 
+Event = tuple[GenerationRequest, Delta | Exception]
+"""What a step adds to a request, or the error that ends it."""
 
-@dataclass(eq=False)
-class GenerationRequest:
-    """A prompt with its sampling settings."""
-
-    prompt: Prompt
-    sampling: Sampling
-    aborted: bool = False
-    """Set by the engine, from another thread; the row then leaves at its next step."""
-
-    def max_tokens(self) -> int:
-        """Tokens of the prompt and of the longest answer."""
-        return len(self.prompt.input_ids) + self.sampling.max_new_tokens
-
-
-@dataclass(eq=False)
-class RequestState:
-    """A request in a slot of the cache."""
-
-    index: int
-    """Of the request in its batch."""
-    request: GenerationRequest
-    ids: list[int] = field(default_factory=list)
-
-    def append(self, token: int) -> Delta:
-        """Take the next token."""
-        is_stop = token in self.request.sampling.stop_ids
-        if not is_stop:
-            self.ids.append(token)
-        reason: FinishReason | None = None
-        if self.request.aborted:
-            reason = "abort"
-        elif is_stop:
-            reason = "stop"
-        elif len(self.ids) == self.request.sampling.max_new_tokens:
-            reason = "length"
-        return Delta([] if is_stop else [token], reason)
+log = logging.getLogger(__name__)
 
 
 class Scheduler:
-    """Decodes batches of requests; one batch at a time."""
+    """Reads prompts and decodes answers. Used by one thread, but for the flags of aborted requests."""
 
-    def __init__(self, loaded: LoadedModel, *, slots: int = SLOTS) -> None:
-        self.loaded, self.slots = loaded, slots
+    def __init__(self, loaded: LoadedModel, *, slots: int = SLOTS, cache_tokens: int, prefill_tokens: int) -> None:
+        """At most `slots` requests are under way, of which the cache holds `cache_tokens` positions.
+
+        A step reads at most `prefill_tokens` of prompts, padding included.
+        """
+        self.loaded, self.slots, self.prefill_tokens = loaded, slots, prefill_tokens
+        self.cache = KVCache(max_tokens=cache_tokens, device=loaded.device)
+        self.rows: list[RequestState] = []
+        """In the order of the rows of the cache: those that are decoded, then those whose prompts are read."""
+        self.live = 0
+        """Rows that are decoded."""
+        self._waiting: deque[RequestState] = deque()
+        self._suspects: deque[RequestState] = deque()
+        """Requests that were under way when a step failed: each of them goes on alone."""
+        self._numbers = itertools.count()
+        self._events: list[Event] = []
+        # Each step is the first of these that has work, and the next step begins with its successor: so between two
+        # tokens of an answer, one pass at most reads other prompts or images.
+        self._turns = deque([self._encode, self._decode, self._prefill, self._decode])
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a step has something to do."""
+        return bool(self.rows or self._waiting or self._suspects)
 
     @torch.inference_mode()
-    def run(self, requests: Sequence[GenerationRequest]) -> Iterator[list[tuple[int, Delta]]]:
-        """Yield what each pass of the model adds: deltas with the indices of their requests.
+    def step(self, arrivals: Sequence[GenerationRequest] = ()) -> list[Event]:
+        """Take requests, make one pass of the tower or the language model, and return what it adds to requests.
 
-        More requests than slots wait in their order. New rows are prefilled when a quarter of the slots is free.
+        An aborted request ends before the pass. If a pass for several requests fails, they go on one at a time from
+        where they were, so that one of them does not take the others with it.
         """
-        slots = min(self.slots, len(requests))
-        capacity = max(request.max_tokens() for request in requests)
-        cache = KVCache(slots=slots, capacity=capacity, device=self.loaded.device)
-        waiting = [RequestState(index, request) for index, request in enumerate(requests)][::-1]
-        live: list[RequestState] = []
-        while waiting or live:
-            if waiting and slots - len(live) >= min(len(waiting), max(1, slots // 4)):
-                joining = [waiting.pop() for _ in range(min(len(waiting), slots - len(live)))]
-                first = self._prefill([row.request.prompt for row in joining], cache)
-                live += joining
-                yield self._settle(joining, first, live, cache)
-            if live:
-                yield self._settle(list(live), self._step(live, cache), live, cache)
+        self._events = []
+        self._waiting += [RequestState(next(self._numbers), request) for request in arrivals]
+        try:
+            self._drop_aborted()
+            self._admit()
+            for _ in range(len(self._turns)):
+                turn = self._turns[0]
+                self._turns.rotate(-1)
+                if turn():
+                    break
+        except Exception as error:  # noqa: BLE001 whatever it is, the readers must learn of it
+            self._recover(error)
+        if not self.rows:
+            self.cache.clear()
+        return self._events
 
-    def _prefill(self, prompts: list[Prompt], cache: KVCache) -> list[int]:
-        """Read the prompts into the cache and return the first token of each answer."""
-        lengths = [len(prompt.input_ids) for prompt in prompts]
-        input_ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            input_ids[row, : lengths[row]] = torch.tensor(prompt.input_ids)
-        input_ids = input_ids.to(self.loaded.device)
-        model = self.loaded.model
-        embeddings = self.loaded.embed(input_ids, [image for prompt in prompts for image in prompt.images])
-        prefilled = DynamicCache()  # without a config it keeps all positions, also in layers with a sliding window
-        # right-padded and causal: padding is never seen
-        out = model.hidden(embeddings, past_key_values=prefilled, use_cache=True, **model.routing(input_ids))
-        layers = [(layer.keys, layer.values) for layer in prefilled.layers]
-        cache.add(layers, lengths)
-        ends = torch.tensor(lengths, device=self.loaded.device) - 1
-        return self._greedy(out.last_hidden_state[torch.arange(len(prompts), device=self.loaded.device), ends])
+    def _drop_aborted(self) -> None:
+        for queue in (self._waiting, self._suspects, self.rows):
+            for state in [state for state in queue if state.request.aborted]:
+                if queue is self.rows:
+                    self._remove(state)
+                else:
+                    queue.remove(state)
+                self._events.append((state.request, Delta([], "abort")))
 
-    def _step(self, live: list[RequestState], cache: KVCache) -> list[int]:
-        """Decode one token of every live row."""
-        input_ids = torch.tensor([[row.ids[-1]] for row in live], device=self.loaded.device)
-        model, distance = self.loaded.model, cache.distance()
-        out = model.hidden(
-            self.loaded.embed(input_ids, []),
-            position_ids=cache.lengths[: cache.live, None],
-            past_key_values=cache,
+    def _admit(self) -> None:
+        """Give rows to the requests that wait longest. Many join together, when a quarter of the slots is free."""
+        if self._suspects:
+            if not self.rows:
+                self.rows.append(self._suspects.popleft())
+                self.cache.reserve(self._needs())
+            return
+        free = self.slots - len(self.rows)
+        if not self._waiting or free < min(len(self._waiting), max(1, self.slots // 4)):
+            return
+        before = len(self.rows)
+        while self._waiting and len(self.rows) < self.slots:
+            self.rows.append(self._waiting[0])
+            if not self.cache.fits(self._needs()):
+                self.rows.pop()
+                break
+            self._waiting.popleft()
+        if len(self.rows) > before:
+            self.cache.reserve(self._needs())
+
+    def _needs(self) -> list[int]:
+        return [state.request.max_tokens() for state in self.rows]
+
+    def _reading(self) -> list[RequestState]:
+        """The rows whose prompts are read, in the order of arrival."""
+        return sorted(self.rows[self.live :], key=lambda state: state.number)
+
+    def _encode(self) -> bool:
+        """Compute features of images of the rows, and in the same pass those of requests that wait."""
+        missing = [(state, image) for state in self._reading() for image in _images_left(state)]
+        if not missing:
+            return False
+        ahead = itertools.islice(self._waiting, self.slots)
+        missing += [(state, image) for state in ahead for image in _images_left(state)]
+        features = self.loaded.features.first([image for _, image in missing])
+        for (state, _), feature in zip(missing, features, strict=False):
+            state.features.append(feature)
+        return True
+
+    def _prefill(self) -> bool:
+        """Read the next tokens of some prompts; those that are read to their end get their first token."""
+        chunk = self._chunk()
+        if not chunk:
+            return False
+        rows = [self.rows.index(state) for state, _ in chunk]
+        starts = [self.cache.lengths[row] for row in rows]
+        counts = [count for _, count in chunk]
+        ids = torch.zeros(len(chunk), max(counts), dtype=torch.long)
+        parts = []
+        for number, ((state, count), start) in enumerate(zip(chunk, starts, strict=True)):
+            assert state.embeddings is not None
+            ids[number, :count] = torch.tensor(state.tokens()[start : start + count])
+            part = state.embeddings[start : start + count]
+            parts.append(torch.nn.functional.pad(part, (0, 0, 0, max(counts) - count)))
+        hidden = self._pass(rows, counts, torch.stack(parts), ids.to(self.loaded.device))
+        done = [n for n, (state, count) in enumerate(chunk) if starts[n] + count == len(state.tokens())]
+        if done:
+            at = torch.tensor([[n, counts[n] - 1] for n in done], device=self.loaded.device)
+            chosen = self._choose(hidden[at[:, 0], at[:, 1]], [chunk[n][0] for n in done])
+            for n in done:
+                self._promote(chunk[n][0])
+            self._settle([chunk[n][0] for n in done], chosen)
+        return True
+
+    def _chunk(self) -> list[tuple[RequestState, int]]:
+        """The rows whose prompts the next pass reads, and how many tokens of each."""
+        chunk: list[tuple[RequestState, int]] = []
+        width = 0
+        for state in self._reading():
+            if _images_left(state):
+                continue
+            left = len(state.tokens()) - self.cache.lengths[self.rows.index(state)]
+            count = min(left, self.prefill_tokens)
+            if chunk and max(width, count) * (len(chunk) + 1) > self.prefill_tokens:
+                break
+            width = max(width, count)
+            chunk.append((state, count))
+            if state.embeddings is None:
+                state.embeddings = self.loaded.embed_prompt(state.tokens(), state.features)
+        return chunk
+
+    def _decode(self) -> bool:
+        """Add a token to the answer of every live row."""
+        if not self.live:
+            return False
+        states = self.rows[: self.live]
+        ids = torch.tensor([[state.ids[-1]] for state in states], device=self.loaded.device)
+        counts = [1] * self.live
+        hidden = self._pass(range(self.live), counts, self.loaded.model.embed(ids, None, ids.new_empty(0)), ids)
+        self._settle(states, self._choose(hidden[:, -1], states))
+        return True
+
+    def _pass(self, rows: Sequence[int], counts: Sequence[int], embeddings: Tensor, ids: Tensor) -> Tensor:
+        """Hidden states (R, T, D) of the next tokens of some rows, from embeddings (R, T, D) and ids (R, T)."""
+        model, positions = self.loaded.model, self.cache.begin(rows, counts)
+        distance = self.cache.distance()
+        hidden: Tensor = model.hidden(
+            embeddings,
+            position_ids=positions,
+            past_key_values=self.cache,
             use_cache=True,
             **masks(model, distance >= 0, distance),
-            **model.routing(input_ids),
-        )
-        cache.advance()
-        return self._greedy(out.last_hidden_state[:, -1])
+            **model.routing(ids),
+        ).last_hidden_state
+        self.cache.end()
+        return hidden
 
-    def _greedy(self, hidden: Tensor) -> list[int]:
-        """The likeliest next token of each row, from hidden states (B, D)."""
+    def _choose(self, hidden: Tensor, states: Sequence[RequestState]) -> list[Chosen]:
+        """The next token of each row, from hidden states (R, D)."""
         tokenizer = self.loaded.tokenizer
         logits = self.loaded.model.lm_head(hidden)
-        logits[:, tokenizer.image_id] = -torch.inf  # a model cannot generate images
-        ids: list[int] = logits[:, : len(tokenizer.fast)].argmax(-1).tolist()
-        return ids
+        return choose(logits, states, vocabulary=len(tokenizer.fast), image_id=tokenizer.image_id)
 
-    def _settle(
-        self, rows: list[RequestState], tokens: list[int], live: list[RequestState], cache: KVCache
-    ) -> list[tuple[int, Delta]]:
-        """Give each row its token; the last live row takes the slot of a row that ended."""
-        deltas = []
-        for row, token in zip(rows, tokens, strict=True):
-            delta = row.append(token)
-            deltas.append((row.index, delta))
+    def _settle(self, states: Sequence[RequestState], chosen: Sequence[Chosen]) -> None:
+        """Give each row its token; rows leave whose answers have ended."""
+        for state, (token, logprob) in zip(states, chosen, strict=True):
+            delta = state.append(token, logprob)
+            self._events.append((state.request, delta))
             if delta.finish_reason is not None:
-                slot = live.index(row)
-                cache.drop(slot)
-                live[slot] = live[-1]
-                live.pop()
-        return deltas
+                self._remove(state)
+
+    def _promote(self, state: RequestState) -> None:
+        """Move a row whose prompt was read to those that are decoded."""
+        state.features, state.embeddings = [], None
+        self._swap(self.rows.index(state), self.live)
+        self.live += 1
+
+    def _remove(self, state: RequestState) -> None:
+        row = self.rows.index(state)
+        if row < self.live:
+            self.live -= 1
+            self._swap(row, self.live)
+            row = self.live
+        self._swap(row, len(self.rows) - 1)
+        self.rows.pop()
+        self.cache.pop()
+
+    def _swap(self, one: int, other: int) -> None:
+        self.cache.swap(one, other)
+        self.rows[one], self.rows[other] = self.rows[other], self.rows[one]
+
+    def _recover(self, error: Exception) -> None:
+        """After a failed pass: end the only request, or let all of them go on one at a time."""
+        if not self.rows:
+            raise error
+        states = sorted(self.rows, key=lambda state: state.number)
+        self.rows, self.live = [], 0
+        self.cache.clear()
+        if len(states) == 1:
+            self._events.append((states[0].request, error))
+            return
+        log.warning("a pass for %d requests failed (%r); they go on one at a time", len(states), error)
+        for state in states:
+            state.embeddings = None
+            self._suspects.append(state)
+
+
+def _images_left(state: RequestState) -> list[SaltedImage]:
+    """The images of a prompt that is to be read whose features are not computed yet."""
+    prompt = state.request.prompt
+    return [SaltedImage(image, prompt.cache_salt) for image in prompt.images[len(state.features) :]]

@@ -20,7 +20,10 @@ from vila_ops.serve.app.routes import create_app
 from vila_ops.serve.spec import Spec
 
 CACHED_IMAGES = 256
-"""Most user images whose features a replica keeps, in a temporary folder that it removes at its end."""
+"""Most user images whose features a replica keeps, in memory."""
+PREFILL_TOKENS = 256
+"""Most tokens of prompts that a replica reads between two tokens of an answer: about a second of a small model on one
+CPU thread."""
 
 
 def load_app(spec: Spec, device: Device, *, replica: dict[str, Any]) -> FastAPI:
@@ -37,6 +40,7 @@ def load_app(spec: Spec, device: Device, *, replica: dict[str, Any]) -> FastAPI:
         threads=spec.threads(),
         max_batch=spec.capacity.max_batch,
         max_cached_images=CACHED_IMAGES,
+        prefill_tokens=PREFILL_TOKENS,
     )
     engine = load_engine(spec.version.checkpoint, spec.capacity.engine, options)
     process = {

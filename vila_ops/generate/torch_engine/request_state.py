@@ -1,0 +1,53 @@
+"""A request of the engine, and how far it is."""
+
+import secrets
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from vila_ops.generate.request import Delta, FinishReason, Prompt, Sampling, TokenLogprob
+
+
+@dataclass(eq=False)
+class GenerationRequest:
+    """A prompt with its sampling settings."""
+
+    prompt: Prompt
+    sampling: Sampling
+    aborted: bool = False
+    """Set by the engine, from another thread; the request then ends before the next step."""
+
+    def __post_init__(self) -> None:
+        self.seed = secrets.randbits(64) if self.sampling.seed is None else self.sampling.seed
+
+    def max_tokens(self) -> int:
+        """Tokens of the prompt and of the longest answer."""
+        return len(self.prompt.input_ids) + self.sampling.max_new_tokens
+
+
+@dataclass(eq=False)
+class RequestState:
+    """A request in the scheduler."""
+
+    number: int
+    """The order of arrival."""
+    request: GenerationRequest
+    ids: list[int] = field(default_factory=list)
+    """The answer so far."""
+    features: list[Tensor] = field(default_factory=list)
+    """Tower features (P, C) of the first images, while the prompt is read."""
+    embeddings: Tensor | None = None
+    """(T, D), of all tokens that are to be read, while they are."""
+
+    def tokens(self) -> list[int]:
+        """Prompt and answer so far."""
+        return [*self.request.prompt.input_ids, *self.ids]
+
+    def append(self, token: int, logprob: TokenLogprob | None) -> Delta:
+        """Take the next token."""
+        sampling = self.request.sampling
+        if token in sampling.stop_ids:
+            return Delta([], "stop")
+        self.ids.append(token)
+        reason: FinishReason | None = "length" if len(self.ids) == sampling.max_new_tokens else None
+        return Delta([token], reason, () if logprob is None else (logprob,))
