@@ -185,6 +185,18 @@ def test_the_progress_of_an_unfinished_stage_goes_only_where_its_user_says_so(
     assert "--also nowhere is not a place of the list" in str(told.exception)
 
 
+def test_a_stage_that_ended_before_its_first_checkpoint_has_no_progress_to_keep(
+    resources: Resources, gc: Callable[..., Any]
+) -> None:
+    folder = Path(resources.storage.store) / "resume" / at(1).key
+    write_label(str(folder), "sft")
+    listed = {one["place"]: one for one in gc()}
+    assert listed[str(folder)]["what"] == "a folder of stage sft, which ended before its first resume checkpoint"
+    assert str(folder) in removable(list(listed.values()))
+    gc("--delete")
+    assert not folder.exists()
+
+
 def test_a_list_for_people_says_size_age_and_reason(
     resources: Resources, tmp_path: Path, gc: Callable[..., Any]
 ) -> None:

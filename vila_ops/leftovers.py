@@ -88,12 +88,13 @@ def _attempts(storage: StorageResources, leases: Mapping[str, bool]) -> Iterator
 def _resume(storage: StorageResources, leases: Mapping[str, bool]) -> Iterator[Leftover]:
     for one in resume_folders(storage.store):
         is_held = leases.get(f"{CHECKPOINT}/{one.address}", False)
-        kept = None if one.sealed else "only it has the progress of a stage that was not finished"
+        is_spent = one.sealed or one.step is None
+        kept = None if is_spent else "only it has the progress of a stage that was not finished"
         yield Leftover(
             place=one.place, what=_described(one), num_bytes=one.num_bytes, changed=one.changed,
             kept=HELD if is_held else kept, lease=f"{CHECKPOINT}/{one.address}", is_held=is_held,
         )  # fmt: skip
-        if not is_held and not one.sealed:
+        if not is_held and not is_spent:
             for draft in storage_of(one.place).drafts():
                 yield from _leftovers([draft], "a resume checkpoint that was not finished")
 
@@ -101,7 +102,9 @@ def _resume(storage: StorageResources, leases: Mapping[str, bool]) -> Iterator[L
 def _described(folder: ResumeFolder) -> str:
     if folder.sealed:
         return "resume checkpoints of a sealed stage"
-    return f"resume checkpoints of stage {folder.stage or '?'}, the last after step {folder.step or 0}"
+    if folder.step is None:
+        return f"a folder of stage {folder.stage or '?'}, which ended before its first resume checkpoint"
+    return f"resume checkpoints of stage {folder.stage or '?'}, the last after step {folder.step}"
 
 
 def _proofs(storage: StorageResources) -> Iterator[Leftover]:
