@@ -114,8 +114,10 @@ def test_what_stands_beside_the_messages_is_read_or_refuses_the_record(
     assert made.turns[0] == Turn("system", ("Be brief.",))
     assert isinstance(dropped, Dropped)
     assert dropped.reason == "tool_call"
-    (_,), (kept,) = read_all(source.with_changes({"ignore": ["tools"]}))
+    (bare,), (kept,) = read_all(source.with_changes({"ignore": ["system", "tools"]}))
+    assert isinstance(bare, Record)
     assert isinstance(kept, Record)
+    assert bare.turns[0] == kept.turns[0] == Turn("user", ("Q?",))
 
 
 def test_media_that_are_left_out_on_purpose_are_named(write: Callable[..., Messages], read_all: ReadAll) -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from vila_ops.config.sources import Placement
 from vila_ops.data.records import EMPTY_SYSTEM, FIRST_ANSWER, Image
-from vila_ops.data.sources.conversations import check_beside
+from vila_ops.data.sources.conversations import prompt_beside
 from vila_ops.data.sources.faults import Fault
 from vila_ops.data.sources.turns import Conversation, Slot, conversation, with_images
 
@@ -255,14 +255,14 @@ def test_a_system_prompt_beside_the_turns_comes_before_them() -> None:
 def test_what_a_record_says_beside_its_turns_is_not_lost(beside: Json, reason: str) -> None:
     """hiyouga/LlamaFactory#4152 and #4187 (tools), modelscope/ms-swift#5934 (preferences, boxes)."""
     with pytest.raises(Fault, match=r"set `ignore: \[") as raised:
-        check_beside(beside, ())
+        prompt_beside(beside, ())
     assert raised.value.reason == reason
-    check_beside(beside, tuple(beside))
+    prompt_beside(beside, tuple(beside))
 
 
 def test_what_changes_nothing_beside_the_turns_is_let_pass() -> None:
-    check_beside({"tools": "[]", "rejected": None, "label": True, "objects": {"bbox": [[1, 2, 3, 4]]}}, ())
-    check_beside({"tools": [], "chosen": "", "label": 3, "kto_tag": True, "system": "Be brief."}, ())
+    prompt_beside({"tools": "[]", "rejected": None, "label": True, "objects": {"bbox": [[1, 2, 3, 4]]}}, ())
+    prompt_beside({"tools": [], "chosen": "", "label": 3, "kto_tag": True, "system": "Be brief."}, ())
 
 
 words = st.lists(st.sampled_from([SHOWN, "a", " ", "\n", "ima", "<", "ge>"]), min_size=1, max_size=5).map("".join)

@@ -22,10 +22,11 @@ BESIDE = (SYSTEM, TOOLS, OBJECTS, *ANSWERS, *TAGS)
 """Keys of a record beside its turns that change what they mean."""
 
 
-def check_beside(value: Mapping[str, Any], ignore: Collection[str]) -> None:
-    """Raise Fault (tool_call, preference, unfilled_boxes) for a key beside the turns of a record that is not read.
+def prompt_beside(value: Mapping[str, Any], ignore: Collection[str]) -> object:
+    """What a record states as its system prompt beside its turns; None if it states none, or it is ignored.
 
-    Without tools, the worse answer, or the coordinates for placeholders in its text, the record means another thing.
+    Raises Fault (tool_call, preference, unfilled_boxes) for a key beside the turns that is not read. Without tools, the
+    worse answer, or the coordinates for placeholders in its text, the record means another thing.
     """
     for key in BESIDE:
         stated = value.get(key)
@@ -40,6 +41,7 @@ def check_beside(value: Mapping[str, Any], ignore: Collection[str]) -> None:
         else:
             continue
         raise Fault(reason, f"`{key}` {why}; remove the record or the key, or set `ignore: [{key}]` of the source")
+    return None if SYSTEM in ignore else value.get(SYSTEM)
 
 
 def check_order(roles: Sequence[Role]) -> None:

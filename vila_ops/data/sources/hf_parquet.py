@@ -16,7 +16,7 @@ import pyarrow as pa
 from vila_ops.config.sources import HfParquet
 from vila_ops.data.raw.files import Folders, RawFile, Scan, Span, paths, scan_files
 from vila_ops.data.records import Dropped, Image, Record, Turn
-from vila_ops.data.sources.conversations import BESIDE, SYSTEM, check_beside
+from vila_ops.data.sources.conversations import BESIDE, prompt_beside
 from vila_ops.data.sources.faults import Fault, checked, finite_numbers
 from vila_ops.data.sources.media import refuse_unread
 from vila_ops.data.sources.rows import is_binary, is_list, is_text, media_columns, number_columns, open_parquet, rows
@@ -53,8 +53,7 @@ def _record(source: HfParquet, row: dict[str, Any] | Fault, *, where: str) -> Re
     cell = row.pop(source.image)
     cells = cell if isinstance(cell, list) else [] if cell is None else [cell]
     images = [_image(one) for one in cells]
-    if source.render == "conversation":
-        check_beside(row, (source.text, *source.ignore))
+    system = prompt_beside(row, (source.text, *source.ignore)) if source.render == "conversation" else None
     text = row.pop(source.text)
     refuse_unread(row, read=(), ignore=source.ignore, shown=[_path(one) for one in cells])
     messages: tuple[Turn, ...]
@@ -67,7 +66,7 @@ def _record(source: HfParquet, row: dict[str, Any] | Fault, *, where: str) -> Re
                 raise Fault("no_text", f"the column {source.text!r} is empty")
             messages = (Turn("document", (*images, checked(text.strip(), what="the caption"))),)
         case "conversation":
-            messages, notes = with_images(_listed(text), images, system=row.pop(SYSTEM, None))
+            messages, notes = with_images(_listed(text), images, system=system)
         case _:
             assert_never(source.render)
     return Record(

@@ -13,7 +13,7 @@ from vila_ops.config.sources import Llava, LlavaCc3m
 from vila_ops.data.raw.files import Folders, RawFile, Span, paths, scan_files
 from vila_ops.data.records import Dropped, Record, Turn
 from vila_ops.data.sources import media
-from vila_ops.data.sources.conversations import SYSTEM, check_beside
+from vila_ops.data.sources.conversations import prompt_beside
 from vila_ops.data.sources.faults import Fault
 from vila_ops.data.sources.json_files import SUFFIXES, Object, read_objects, record, scan_objects
 from vila_ops.data.sources.turns import Slot, conversation
@@ -44,7 +44,7 @@ def image_paths(value: Object, images: str | None) -> list[Path | None]:
 def record_of(source: Llava | LlavaCc3m, value: Object, place: str) -> Record:
     """The record of an object; with render `caption` only the image and the answer, as in LLaVA's `plain`."""
     images = media.stated_images(value)
-    check_beside(value, source.ignore)
+    system = prompt_beside(value, source.ignore)
     media.refuse_unread(value, read=_READ, ignore=source.ignore, shown=images)
     caption = source.render == "caption"
     as_vila = caption or (
@@ -53,7 +53,7 @@ def record_of(source: Llava | LlavaCc3m, value: Object, place: str) -> Record:
     talk = conversation(
         value.get("conversations"),
         len(images),
-        system=None if caption else value.get(SYSTEM),
+        system=None if caption else system,
         placement="vila" if as_vila else "as_written",
     )
     if caption and not (len(images) == 1 and len(talk.turns) == 2 and isinstance(talk.turns[0][1][0], Slot)):

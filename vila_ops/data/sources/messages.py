@@ -14,7 +14,7 @@ from vila_ops.config.sources import Messages
 from vila_ops.data.raw.files import Folders, RawFile, Span, paths, scan_files
 from vila_ops.data.records import Dropped, Record
 from vila_ops.data.sources import media
-from vila_ops.data.sources.conversations import SYSTEM, check_beside
+from vila_ops.data.sources.conversations import prompt_beside
 from vila_ops.data.sources.json_files import SUFFIXES, Object, read_objects, record, scan_objects
 from vila_ops.data.sources.turns import Conversation, conversation
 
@@ -25,8 +25,8 @@ def raw_files(source: Messages, folders: Folders, *, cache: Path) -> list[RawFil
     """The JSON files, with the image files that their records refer to."""
     return scan_files(
         paths(Path(source.path), SUFFIXES),
-        f"messages:{source.images}",
-        lambda path: scan_objects(path, lambda value: _image_paths(value, source.images)),
+        f"messages:{source.images}:{source.ignore}",
+        lambda path: scan_objects(path, lambda value: _image_paths(source, value)),
         cache=cache,
     )
 
@@ -37,21 +37,21 @@ def read(source: Messages, folders: Folders, span: Span) -> Iterator[list[Record
 
 
 def _record(source: Messages, value: Object, place: str) -> Record:
-    check_beside(value, source.ignore)
-    talk, images = _conversation(value)
+    talk, images = _conversation(value, prompt_beside(value, source.ignore))
     media.refuse_unread(value, read=_READ, ignore=source.ignore, shown=images)
     turns = talk.filled(media.read(image, source.images) for image in images)
     return record(value, place, turns=turns, image=media.name_of(images), licence=source.licence, notes=talk.notes)
 
 
-def _conversation(value: Object) -> tuple[Conversation, list[str]]:
+def _conversation(value: Object, system: object) -> tuple[Conversation, list[str]]:
     """The conversation, and the path or URL of the image in each of its slots."""
     stated = media.stated_images(value)
     has_keys = any(key in value for key in media.IMAGE_KEYS)
-    talk = conversation(value.get("messages"), len(stated), system=value.get(SYSTEM), placeholders=has_keys)
+    talk = conversation(value.get("messages"), len(stated), system=system, placeholders=has_keys)
     return talk, talk.of_slots(stated)
 
 
-def _image_paths(value: Object, images: str | None) -> list[Path | None]:
+def _image_paths(source: Messages, value: Object) -> list[Path | None]:
     """The paths of the images; None for images inside the object."""
-    return [media.file_of(image, images) for image in _conversation(value)[1]]
+    _, images = _conversation(value, prompt_beside(value, source.ignore))
+    return [media.file_of(image, source.images) for image in images]

@@ -17,7 +17,7 @@ from vila_ops.data.raw.files import STRIDE, Folders, RawFile, Scan, Span, paths,
 from vila_ops.data.raw.tars import BadTar, Member, members
 from vila_ops.data.raw.text import decoded
 from vila_ops.data.records import Dropped, Image, Record, Turn
-from vila_ops.data.sources.conversations import SYSTEM, check_beside
+from vila_ops.data.sources.conversations import prompt_beside
 from vila_ops.data.sources.faults import Fault, checked, finite_numbers, json_of
 from vila_ops.data.sources.images import MAX_BYTES
 from vila_ops.data.sources.json_files import stated
@@ -67,8 +67,8 @@ def _record(source: WebDataset, file: BinaryIO, group: list[Member], *, key: str
         case "caption":
             messages = (Turn("document", (*images, _caption(source, file, by_suffix, fields))),)
         case "conversation":
-            check_beside(fields, source.ignore)
-            messages, notes = with_images(fields.get("conversations"), images, system=fields.get(SYSTEM))
+            system = prompt_beside(fields, source.ignore)
+            messages, notes = with_images(fields.get("conversations"), images, system=system)
         case _:
             assert_never(source.render)
     return Record(
