@@ -153,6 +153,13 @@ def test_two_runs_that_differ_in_one_setting_make_what_depends_on_it_and_compare
     assert differing == {changed}
     assert first.data.metrics.keys() == second.data.metrics.keys() >= {"caption_loss", "caption_loss.gap", "cider"}
     assert {first.info.status, second.info.status} == {"FINISHED"}
+    assert other["version"]["promoted"]
+    rules = "[{metric: caption_loss, max_regression: 5}, {metric: text_multiple_choice, min_gain: 0.9}]"
+    judged = said("register", TINY, "-r", str(resources), "-s", f"gate.rules={rules}")
+    assert (judged["version"], judged["promoted"]) == (1, False)
+    reason = client.get_model_version("tiny", "1").tags["gate.reason"]
+    assert reason.startswith("text_multiple_choice 0.")
+    assert reason.endswith("12 items, 12 groups) is not surely more than 0.9 better")
 
 
 @pytest.mark.slow
