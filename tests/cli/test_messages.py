@@ -1,6 +1,8 @@
 """What a user reads after a mistake: one line for each, with the nearest name, and no traceback."""
 
+import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -129,6 +131,20 @@ def test_a_folder_of_images_that_is_not_there_is_one_line_and_not_one_a_row(
     assert "no such folder: nope" in fault
     assert counts == "0 records, 0 images, 1 faults"
     assert reason.split() == ["1", "not_readable"]
+
+
+def test_a_log_has_no_bars_of_the_libraries() -> None:
+    script = (
+        "import sys; from vila_ops.cli import main\n"
+        "sys.argv = ['vila-ops', '--version']\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "from huggingface_hub.utils import are_progress_bars_disabled\n"
+        "print(are_progress_bars_disabled())"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_DISABLE_PROGRESS_BARS"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "True"
 
 
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

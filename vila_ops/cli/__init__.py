@@ -4,6 +4,7 @@ Bodies are a few lines and import what they need, so that `--help`, `show` and `
 """
 
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -75,6 +76,8 @@ def _options(
 
 def main() -> None:
     """Entry point: an error is one message, not a traceback."""
+    if not sys.stderr.isatty():  # a bar of transformers, redrawn for every percent, is noise in a log
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     over_progress = "\r\x1b[K" if sys.stderr.isatty() else ""  # a stage's progress line is rewritten in place
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format=f"{over_progress}%(message)s")
     logging.getLogger("vila_ops").setLevel(logging.INFO)
