@@ -144,7 +144,7 @@ def test_a_pickle_is_taken_for_vflan_which_refuses_it_with_the_reason(tmp_path: 
     ("files", "told"),
     [
         ({"a.txt": b"notes", "b.png": b"\x89PNG"}, "found nothing that is known; name it with --format: coyo, flan,"),
-        ({"a.json": b'[{"b": 1}]'}, "found nothing that is known"),
+        ({"a.json": b'[{"b": 1}]'}, "the first record of .*a.json has the keys 'b'"),
         (
             {"a.jsonl": b'{"messages": []}', "b.jsonl": b'{"inputs": "", "targets": ""}'},
             r"flan \(b.jsonl\) and messages",
