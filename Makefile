@@ -48,6 +48,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "make setup: installing into .venv; this takes a minute or two"
 	@$(UV) pip install --quiet --python $(BIN)/python --compile-bytecode --constraint constraints.txt --editable '.[dev]'
 	@touch $@
+	@echo 'make setup: done; `export PATH="$(CURDIR)/.venv/bin:$$PATH"` lets a shell find its commands'
 
 constraints: setup ## Resolve pyproject.toml into constraints.txt again
 	@pins=$$($(UV) pip compile --quiet --upgrade --python-version 3.11 --no-annotate --no-header --extra dev pyproject.toml); \
