@@ -103,6 +103,9 @@ GROUPS: dict[str, tuple[Any, ...]] = {
         resources.EvaluateResources,
         resources.EndpointResources,
         resources.ServeResources,
+        serve.Access,
+        serve.RemoteImages,
+        serve.RequestLimits,
         engine.TorchEngine,
     ),
     "Files of their own": (download.DownloadSettings, local.LocalServers),
@@ -119,6 +122,8 @@ PATTERNS = {
     "^[A-Za-z0-9][A-Za-z0-9_.-]*$": "name of letters, digits, `_`, `.` and `-`",
     "^[0-9a-f]{64}$": "64 hexadecimal digits",
     r"^[\x20-\x7e]+$": "printable ASCII",
+    r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$": "host name in lower case",
+    r"^https?://[a-z0-9.-]+(:[0-9]+)?$": "origin, such as `https://chat.example.org`",
 }
 LIMITS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 NAMES = (*LIMITS, "pattern", "min_length")

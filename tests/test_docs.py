@@ -46,6 +46,18 @@ NOT_RUN = {
         'configs/resources/laptop.yaml --json)}"',
         "vila-ops deploy configs/recipes/demo.yaml -r configs/resources/laptop.yaml",
         "vila-ops undeploy configs/recipes/demo.yaml -r configs/resources/laptop.yaml",
+        "curl -s http://127.0.0.1:8000/v1/models",
+        "curl -sN http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d @stream.json",
+    ),
+    "is run by tests/serve/app/test_access.py, on a file of its own": (
+        "vila-ops keys create keys.json deploy",
+        "vila-ops keys create keys.json Ann --days 90 --requests-per-minute 60 --tokens-per-minute 20000 "
+        "--max-concurrent 4",
+        "vila-ops keys create keys.json prometheus --scope metrics",
+        "vila-ops keys list keys.json",
+        "vila-ops keys rotate keys.json ID --grace-hours 24",
+        "vila-ops keys revoke keys.json ID",
+        "vila-ops keys audit keys.json.audit.jsonl",
     ),
     "fetches packages or images, or reads a model that has to be downloaded": (
         "vila-ops fetch configs/recipes/demo.yaml",
@@ -82,7 +94,7 @@ NOT_RUN = {
         "vila-ops export store/checkpoint/ADDRESS --out model",
         "vila-ops deploy configs/recipes/mine.yaml",
         QUESTION,
-        "curl -s http://127.0.0.1:8000/v1/chat/completions -d @question.json",
+        "curl -s http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d @question.json",
         "vila-ops undeploy configs/recipes/mine.yaml",
         "vila-ops data lint chat/llava.json --images chat/images",
         "vila-ops init chat --data chat/llava.json --images chat/images",

@@ -74,8 +74,10 @@ class Reader:
             case "vila-ops":
                 self.said[words[0]] = self._vila_ops(words)
             case "curl" if shutil.which("curl") is None:
-                address, body = words[1], Path(words[3].removeprefix("@"))
-                self.said[program] = httpx.post(address, content=body.read_bytes(), trust_env=False, timeout=1200).text
+                address, body = words[1], Path(words[-1].removeprefix("@"))
+                self.said[program] = httpx.post(
+                    address, json=json.loads(body.read_text()), trust_env=False, timeout=1200
+                ).text
             case _:
                 done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=1200, check=True)
                 self.said[program] = done.stdout

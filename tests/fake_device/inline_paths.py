@@ -254,7 +254,7 @@ def answer_of(version: ModelVersion, resources: Resources) -> tuple[str, str]:
     """What the app says to a question, and the device that it names."""
     spec = Spec.of(Service(name="tiny"), version, resources)
     request = {"model": version.name, "messages": [{"role": "user", "content": "What is this?"}], "max_tokens": 8}
-    with TestClient(load_app(spec, spec.device, replica={})) as client:
+    with TestClient(load_app(spec, spec.device, replica={}), base_url="http://localhost") as client:
         answer = client.post("/v1/chat/completions", json=request).raise_for_status().json()
         device = client.get("/health").json()["replica"]["device"]
     return answer["choices"][0]["message"]["content"], device

@@ -98,7 +98,11 @@ def test_deploy_again_and_another_version_under_load(
     assert (first.url, first.model) == (url, versions[0].checkpoint.digest)
     assert replica(url)["actor_id"] == before["actor_id"]
 
-    body = httpx.post(f"{first.url}/v1/chat/completions", content=b"{" + b" " * SERVICE.max_body_bytes)
+    body = httpx.post(
+        f"{first.url}/v1/chat/completions",
+        content=b"{" + b" " * SERVICE.max_body_bytes,
+        headers={"Content-Type": "application/json"},
+    )
     assert body.status_code == 413
     assert httpx.get(f"{first.url}/v1/nothing").json()["error"]["type"] == "invalid_request_error"
 

@@ -19,6 +19,7 @@ from vila_ops.cli.benchmark import benchmark
 from vila_ops.cli.compare import compare
 from vila_ops.cli.data import data
 from vila_ops.cli.gc import gc
+from vila_ops.cli.keys import keys
 from vila_ops.cli.messages import message_of, unexpected
 from vila_ops.cli.train import train
 from vila_ops.errors import VilaError
@@ -49,8 +50,8 @@ app = typer.Typer(
 )
 COMMANDS: tuple[Callable[..., None] | typer.Typer, ...] = (
     init.init, run.show, plan.plan, run.fetch, run.prepare, data, model.import_model, train, run.evaluate,
-    compare, run.alignment, benchmark, run.register, run.deploy, run.undeploy, run.run, model.export, model.generate,
-    run.verify, gc, servers.doctor, servers.up, servers.down, servers.status, servers.demo,
+    compare, run.alignment, benchmark, run.register, run.deploy, run.undeploy, keys, run.run, model.export,
+    model.generate, run.verify, gc, servers.doctor, servers.up, servers.down, servers.status, servers.demo,
 )  # fmt: skip
 for command in COMMANDS:
     if isinstance(command, typer.Typer):

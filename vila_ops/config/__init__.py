@@ -20,6 +20,9 @@ from vila_ops.config.package import Package as Package
 from vila_ops.config.resources import Resources as Resources
 from vila_ops.config.run import Recipe as Recipe
 from vila_ops.config.run import Run as Run
+from vila_ops.config.serve import Access as Access
+from vila_ops.config.serve import RemoteImages as RemoteImages
+from vila_ops.config.serve import RequestLimits as RequestLimits
 from vila_ops.config.serve import Service as Service
 from vila_ops.config.sources import Source as Source
 from vila_ops.config.train import Stage as Stage

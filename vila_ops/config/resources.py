@@ -1,6 +1,7 @@
 """Execution: where and how fast a run works, never hashed. One section for each part of the platform."""
 
 import re
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,7 @@ from pydantic import (
 
 from vila_ops.config.base import Config
 from vila_ops.config.engine import Engine, TorchEngine
+from vila_ops.config.serve import Access, RemoteImages, RequestLimits
 from vila_ops.device import Device
 
 S3_STORE = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_][A-Za-z0-9_.=-]*)*/?")
@@ -262,6 +264,26 @@ class ServeResources(Config):
     device: Device | None = None
     """Device of each replica; None: that of the resources. A replica on a GPU keeps it for as long as it serves."""
     engine: Engine = TorchEngine()
+    access: Access = Access()
+    remote_images: RemoteImages = RemoteImages()
+    limits: RequestLimits = RequestLimits()
+
+    @model_validator(mode="after")
+    def _others_need_a_key(self) -> "ServeResources":
+        if self.access.keys is None and not is_loopback(self.host):
+            raise ValueError(
+                f"host {self.host} is reached from other machines, but no key is needed there; set access.keys to a "
+                f"file of `vila-ops keys create`, or host to 127.0.0.1"
+            )
+        return self
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only processes of this machine reach a listening address."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class Resources(Config):

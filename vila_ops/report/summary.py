@@ -24,6 +24,7 @@ from vila_ops.pipeline.stages import evaluate_stage
 from vila_ops.report import evaluation
 from vila_ops.report.layers import draw
 from vila_ops.report.page import render
+from vila_ops.serve.credentials import authorization
 from vila_ops.serve.sample_query import body, curl
 
 GALLERY = 24
@@ -248,7 +249,8 @@ def _serving(outcome: Outcome) -> Json:
     """The replica's answer to a health request now."""
     if outcome.deployment is None:
         return {}
-    health: Json = httpx.get(f"{outcome.deployment.url}/health", timeout=30).raise_for_status().json()
+    response = httpx.get(f"{outcome.deployment.url}/health", headers=authorization(), timeout=30)
+    health: Json = response.raise_for_status().json()
     return health
 
 

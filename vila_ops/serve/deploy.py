@@ -2,7 +2,6 @@
 
 import logging
 import time
-from typing import Any
 
 import httpx
 
@@ -14,6 +13,7 @@ from vila_ops.errors import NotReady
 from vila_ops.serve.backends.backend import START_SECONDS, ServiceBackend
 from vila_ops.serve.backends.local_process import LocalProcess
 from vila_ops.serve.backends.ray_serve import RayServe
+from vila_ops.serve.credentials import authorization, check_key
 from vila_ops.serve.spec import Spec
 
 POLL_SECONDS = 0.2
@@ -29,9 +29,11 @@ def deploy(
     """Serve the weights of a registered version; a service that serves them already stays as it is.
 
     Raises before anything changes: CorruptArtifact, and ValueError or ClusterFull for a device that is not there.
-    Raises NotReady, and ValueError for a port that another process holds.
+    Raises NotReady, and ValueError for a port that another process holds. An endpoint that asks for keys is called with
+    the one in VILA_API_KEY; without a valid one nothing changes.
     """
     spec = Spec.of(service, version, resources)
+    check_key(spec.capacity.access)
     backend = _backend(service.name, resources)
     with backend.locked():
         url = backend.url()
@@ -80,7 +82,9 @@ def _check_answer(url: str, spec: Spec, backend: ServiceBackend) -> None:
     """Send one chat request. Raises NotReady unless the model of the spec answers it."""
     request = {"model": spec.version.name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
     try:
-        response = httpx.post(f"{url}/v1/chat/completions", json=request, timeout=ANSWER_SECONDS, trust_env=False)
+        response = httpx.post(
+            f"{url}/v1/chat/completions", json=request, headers=authorization(), timeout=ANSWER_SECONDS, trust_env=False
+        )
         fingerprint = response.raise_for_status().json()["system_fingerprint"]
     except (httpx.HTTPError, ValueError, LookupError) as error:
         raise NotReady(f"{url} does not answer a chat request: {error!r}\n{backend.state()}") from error
@@ -91,7 +95,7 @@ def _check_answer(url: str, spec: Spec, backend: ServiceBackend) -> None:
 def _identities(url: str) -> list[str] | None:
     """Identities that the live endpoint lists; None where no endpoint of ours answers."""
     try:
-        answer: Any = httpx.get(f"{url}/v1/models", timeout=5, trust_env=False).raise_for_status().json()
-        return [model["identity"] for model in answer["data"]]
+        answer = httpx.get(f"{url}/v1/models", headers=authorization(), timeout=5, trust_env=False)
+        return [model["identity"] for model in answer.raise_for_status().json()["data"]]
     except (httpx.HTTPError, ValueError, KeyError, TypeError):
         return None

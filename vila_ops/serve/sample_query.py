@@ -8,6 +8,7 @@ import httpx
 from vila_ops.artifacts.kinds import Dataset, Deployment
 from vila_ops.config import Config, Suite
 from vila_ops.data.shards import data_url, index_of, samples_of
+from vila_ops.serve.credentials import KEY_VARIABLE, authorization
 
 QUESTION = "What is this?"
 
@@ -43,7 +44,9 @@ def query_sample(
     (sample,) = samples_of(held_out, [row])
     image = data_url(sample.images[0])
     payload = request(model_name(deployment.url), image, question)
-    response = httpx.post(f"{deployment.url}/v1/chat/completions", json=payload, timeout=120, trust_env=False)
+    response = httpx.post(
+        f"{deployment.url}/v1/chat/completions", json=payload, headers=authorization(), timeout=120, trust_env=False
+    )
     completion = response.raise_for_status().json()
     return SampleAnswer(
         question=question,
@@ -59,6 +62,8 @@ def query_sample(
 def curl(answer: SampleAnswer) -> str:
     """The command line that sends the same question."""
     target = f"{answer.url}/v1/chat/completions -H 'Content-Type: application/json'"
+    if authorization():
+        target += f' -H "Authorization: Bearer ${KEY_VARIABLE}"'
     return f"curl -s {target} -d {shlex.quote(body(answer))}"
 
 
@@ -69,7 +74,8 @@ def body(answer: SampleAnswer) -> str:
 
 def model_name(url: str) -> str:
     """The name under which an endpoint serves its model."""
-    name: str = httpx.get(f"{url}/v1/models", timeout=30, trust_env=False).raise_for_status().json()["data"][0]["id"]
+    listed = httpx.get(f"{url}/v1/models", headers=authorization(), timeout=30, trust_env=False)
+    name: str = listed.raise_for_status().json()["data"][0]["id"]
     return name
 
 

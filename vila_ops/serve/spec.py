@@ -31,12 +31,14 @@ class Spec(Config):
     @classmethod
     def of(cls, service: Service, version: ModelVersion, resources: Resources) -> Self:
         """The spec of a version served with these resources."""
-        checkpoint = version.checkpoint
+        checkpoint, access = version.checkpoint, resources.serve.access
+        places = {f"access.{name}": value for name in ("keys", "audit") if (value := getattr(access, name)) is not None}
+        capacity = resources.serve.with_changes({name: str(Path(value).resolve()) for name, value in places.items()})
         if "://" not in checkpoint.uri:  # replicas have another working directory
             checkpoint = checkpoint.with_changes({"uri": str(Path(checkpoint.uri).resolve())})
         return cls(
             service=service,
-            capacity=resources.serve,
+            capacity=capacity,
             version=version.with_changes({"checkpoint": checkpoint}),
             launch="inline" if resources.launch == "inline" else "ray",  # replicas live on the cluster either way
             device=resources.serve.device or resources.device,

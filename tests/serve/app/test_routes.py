@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import socket
 import threading
 import time
@@ -34,6 +33,7 @@ from vila_ops.generate.torch_engine.scheduler import Event, Scheduler
 from vila_ops.serve.app.routes import create_app
 from vila_ops.serve.spec import Spec
 
+JSON = {"Content-Type": "application/json"}
 SERVICE = Service(name="tiny", max_new_tokens=32, max_images=2, max_image_pixels=10_000, max_body_bytes=100_000)
 RESOURCES = Resources(launch="inline", serve=ServeResources(max_batch=4))
 MODEL = "tiny-vila"
@@ -283,11 +283,18 @@ def refused(client: openai.OpenAI, **request: Any) -> dict[str, Any]:
     ("request_", "status", "param", "says"),
     [
         ({"model": "gpt-5"}, 404, "model", "'gpt-5'"),
-        ({"temperature": 0.7}, 400, "temperature", "greedy; set temperature to 0"),
-        ({"stream": True}, 400, "stream", "whole"),
-        ({"n": 2}, 400, "n", "set n to 1"),
-        ({"top_p": 0.9}, 400, "top_p", "set top_p to 1"),
-        ({"stop": ["."]}, 400, "stop", "not supported"),
+        ({"temperature": 2.1}, 400, "temperature", "less than or equal to 2"),
+        ({"n": 9}, 400, "n", "9 is more than the 8 answers"),
+        ({"top_p": 0}, 400, "top_p", "greater than 0"),
+        ({"stop": [""]}, 400, "stop[0]", "at least 1 character"),
+        ({"stop": list("abcde")}, 400, "stop", "at most 4"),
+        ({"top_logprobs": 2}, 400, "top_logprobs", "only if logprobs"),
+        ({"stream_options": {"include_usage": True}}, 400, "stream_options", "unless stream is true"),
+        ({"logit_bias": {"9999999": 1}}, 400, "logit_bias", "no token 9999999"),
+        ({"logit_bias": {"x": 1}}, 400, "logit_bias.x", "match pattern"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools", "calls no tools"),
+        ({"modalities": ["audio"]}, 400, "modalities", "text"),
+        ({"messages": [{"role": "user", "content": "x", "name": "Ann"}]}, 400, "messages[0].name", "no names"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format", "plain text"),
         ({"max_tokens": 0}, 400, "max_tokens", "greater than 0"),
         ({"max_tokens": 33}, 400, "max_tokens", "33 is more than the 32"),
@@ -298,7 +305,7 @@ def refused(client: openai.OpenAI, **request: Any) -> dict[str, Any]:
         ({"messages": user({"type": "text"})}, 400, "messages[0].content[0].text", "required"),
         ({"messages": user({"type": "video"})}, 400, "messages[0].content[0]", "image_url"),
         ({"messages": user(text("word " * 3000))}, 400, "messages", "context is 2048 tokens"),
-        ({"extra_body": {"top_k": 3}}, 400, "top_k", "not permitted"),
+        ({"extra_body": {"best_of": 3}}, 400, "best_of", "not permitted"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_honoured_is_refused_with_the_rule(
@@ -326,7 +333,7 @@ URL = "messages[0].content[0].image_url.url"
     [
         ("http://127.0.0.1:9/cat.png", "nothing is fetched"),
         ("https://example.com/cat.png", "nothing is fetched"),
-        ("file:///etc/passwd", "nothing is fetched"),
+        ("file:///etc/passwd", "this is none"),
         ("data:image/png,abc", "base64"),
         ("data:image/png;base64,@@@", "not valid base64"),
         (data_url(b"not an image"), "none of the formats"),
@@ -354,14 +361,14 @@ def test_too_many_images_and_images_of_others_than_the_user_are_refused(client: 
 def test_a_body_over_the_limit_is_cut_off_before_it_is_parsed(url: str, chunked: bool) -> None:
     body = b"{" + b" " * SERVICE.max_body_bytes
     content: Any = (body[start : start + 10_000] for start in range(0, len(body), 10_000)) if chunked else body
-    answer = httpx.post(f"{url}/v1/chat/completions", content=content)
+    answer = httpx.post(f"{url}/v1/chat/completions", content=content, headers=JSON)
     assert answer.status_code == 413
     assert answer.json()["error"]["code"] == "request_too_large"
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"x"', b"\xff\xfe", b'{"model": "tiny-vila", "model": 3}'])
 def test_a_body_that_is_no_request_is_a_400_in_openais_form(url: str, body: bytes) -> None:
-    answer = httpx.post(f"{url}/v1/chat/completions", content=body)
+    answer = httpx.post(f"{url}/v1/chat/completions", content=body, headers=JSON)
     assert answer.status_code == 400
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
@@ -378,9 +385,11 @@ def test_an_answer_that_takes_too_long_is_a_504_and_is_aborted(
 ) -> None:
     impatient = SERVICE.with_changes({"request_timeout_seconds": 0.2})
     engine = ObservedEngine(loaded)
-    with TestClient(create_app(Spec.of(impatient, versions[0], RESOURCES), engine, replica={})) as local:
+    with TestClient(
+        create_app(Spec.of(impatient, versions[0], RESOURCES), engine, replica={}), base_url="http://localhost"
+    ) as local:
         body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
-        answer = local.post("/v1/chat/completions", content=json.dumps(body))
+        answer = local.post("/v1/chat/completions", json=body)
         engine.scheduler.gate.set()
     assert answer.status_code == 504
     assert "0.2 seconds" in answer.json()["error"]["message"]

@@ -64,8 +64,20 @@ class Fetcher:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections and end the threads."""
         await self._pool.aclose()
         self._decoders.shutdown(cancel_futures=True)
+
+    async def body(self, url: str) -> bytes:
+        """The bytes that a URL gives, whatever they are. Raises Failure."""
+        try:
+            async with asyncio.timeout(self._settings.deadline_seconds):
+                return await self._follow(Attempt(final_url=url))
+        except (TimeoutError, *NETWORK_ERRORS) as error:
+            raise _failure(error) from error
 
     async def attempt(self, url: str) -> Attempt:
         """Request a URL once. Failures of the URL are outcomes, not errors."""

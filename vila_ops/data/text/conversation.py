@@ -179,12 +179,13 @@ class Tokenizer:
         return backend
 
     @cached_property
-    def _longest(self) -> int:
+    def longest(self) -> int:
+        """Most characters of one token."""
         return max(map(len, self.fast.get_vocab()))
 
     def _characters(self, tokens: int | None) -> int | None:
         """A number of characters that contains at least so many tokens."""
-        return None if tokens is None else tokens * self._longest
+        return None if tokens is None else tokens * self.longest
 
     def _message(self, role: str, parts: tuple[Part, ...]) -> Message:
         content = [IMAGE_TOKEN if isinstance(part, Image) else self.neutral(part) for part in _runs(parts)]

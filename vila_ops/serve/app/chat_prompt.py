@@ -1,65 +1,90 @@
 """The messages of a request to the prompt that the engine reads."""
 
-import base64
-import binascii
-import re
-from math import isqrt
+import asyncio
+import time
 
 from vila_ops.config import Service
-from vila_ops.config.images import ImageReading, Webp
-from vila_ops.data.containers import BadImage
-from vila_ops.data.images import square
 from vila_ops.data.records import Image
+from vila_ops.data.text.conversation import BadText
 from vila_ops.generate.engine import Engine
 from vila_ops.generate.request import Prompt
 from vila_ops.serve.app.errors import ApiError
-from vila_ops.serve.app.schema import ChatRequest, ImagePart, Message
+from vila_ops.serve.app.media import Media
+from vila_ops.serve.app.metrics import Metrics
+from vila_ops.serve.app.schema import ChatMessage, ChatRequest, ImagePart
 
-DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,", re.ASCII | re.IGNORECASE)
-
-
-def build_prompt(request: ChatRequest, service: Service, engine: Engine) -> Prompt:
-    """Decode the images, tokenise the text and expand the image placeholders.
-
-    Raises ApiError 400 that names the message and the part.
-    """
-    count = sum(isinstance(part, ImagePart) for message in request.messages for part in message.content)
-    if count > service.max_images:
-        text = f"{count} images, more than the {service.max_images} that one request may have"
-        raise ApiError(400, text, param="messages", code="too_many_images")
-    turns: list[tuple[str, tuple[str | Image, ...]]] = []
-    for number, message in enumerate(request.messages):
-        parts = _parts(message, f"messages[{number}]", engine, max_pixels=service.max_image_pixels)
-        turns.append(("system" if message.role == "developer" else message.role, parts))
-    images = tuple(part.data for _, parts in turns for part in parts if isinstance(part, Image))
-    return Prompt(input_ids=engine.tokenizer.prompt(turns), images=images)
+Turns = list[tuple[str, tuple[str | Image, ...]]]
 
 
-def _parts(message: Message, where: str, engine: Engine, *, max_pixels: int) -> tuple[str | Image, ...]:
-    size, fit = engine.image_size, engine.image_aspect_ratio
-    reading = ImageReading(max_pixels=max_pixels, max_side=isqrt(2 * max_pixels))  # whose square is of twice the pixels
-    parts: list[str | Image] = []
-    for number, part in enumerate(message.content):
-        if not isinstance(part, ImagePart):
-            parts.append(part.text)
-            continue
-        param = f"{where}.content[{number}].image_url.url"
-        if message.role != "user":
-            raise ApiError(400, f"{param}: only a user's message may have images", param=param, code="invalid_value")
-        data = _bytes(part.image_url.url, param)
+class PromptBuilder:
+    """Decodes the images of requests, tokenises the text and expands the image placeholders."""
+
+    def __init__(self, service: Service, engine: Engine, media: Media, metrics: Metrics) -> None:
+        self._service, self._engine, self._media, self._metrics = service, engine, media, metrics
+
+    async def build(self, request: ChatRequest, *, cache_salt: str) -> Prompt:
+        """The prompt. Raises ApiError 400 that names the message and the part."""
+        self._check(request)
+        turns: Turns = []
+        for number, message in enumerate(request.messages):
+            role = "system" if message.role == "developer" else message.role
+            turns.append((role, await self._parts(message, f"messages[{number}]")))
+        images = tuple(part.data for _, parts in turns for part in parts if isinstance(part, Image))
+        input_ids = await asyncio.to_thread(self._tokenised, turns)
+        return Prompt(input_ids=input_ids, images=images, cache_salt=cache_salt)
+
+    def _check(self, request: ChatRequest) -> None:
+        """Refuse what can be refused before any work is done for it."""
+        parts = [part for message in request.messages for part in message.content]
+        count = sum(isinstance(part, ImagePart) for part in parts)
+        if count > self._service.max_images:
+            text = f"{count} images, more than the {self._service.max_images} that one request may have"
+            raise ApiError(400, text, param="messages", code="too_many_images")
+        for index, message in enumerate(request.messages):
+            number = next((at for at, part in enumerate(message.content) if isinstance(part, ImagePart)), None)
+            if number is not None and message.role != "user":
+                param = f"messages[{index}].content[{number}].image_url.url"
+                text = f"{param}: only a user's message may have images"
+                raise ApiError(400, text, param=param, code="invalid_value")
+        context = self._engine.context_length
+        characters = sum(len(part.text) for part in parts if not isinstance(part, ImagePart))
+        if characters > context * self._engine.tokenizer.longest or len(parts) > context:
+            text = f"this model's context is {context} tokens, which the messages exceed many times; shorten them"
+            raise ApiError(400, text, param="messages", code="context_length_exceeded")
+
+    async def _parts(self, message: ChatMessage, where: str) -> tuple[str | Image, ...]:
+        urls = {
+            number: part.image_url.url for number, part in enumerate(message.content) if isinstance(part, ImagePart)
+        }
+        images = await self._images(urls, where)
+        return tuple(
+            images[number] if isinstance(part, ImagePart) else part.text for number, part in enumerate(message.content)
+        )
+
+    async def _images(self, urls: dict[int, str], where: str) -> dict[int, Image]:
+        """Images by the number of their part; the first error ends the others and is raised."""
         try:
-            parts.append(Image(square(data, size=size, fit=fit, encoding=Webp(), reading=reading)))
-        except BadImage as error:
-            raise ApiError(400, f"{param}: {error}", param=param, code="invalid_image") from None
-    return tuple(parts)
+            async with asyncio.TaskGroup() as group:
+                tasks = {
+                    number: group.create_task(self._image(url, f"{where}.content[{number}].image_url.url"))
+                    for number, url in urls.items()
+                }
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return {number: task.result() for number, task in tasks.items()}
 
+    async def _image(self, url: str, param: str) -> Image:
+        started = time.monotonic()
+        image = Image(await self._media.square(url, param=param))
+        self._metrics.decode.observe(time.monotonic() - started)
+        return image
 
-def _bytes(url: str, param: str) -> bytes:
-    start = DATA_URL.match(url)
-    if start is None:
-        text = f"{param}: images are read from base64 data: URLs (data:image/png;base64,...) only; nothing is fetched"
-        raise ApiError(400, text, param=param, code="unsupported_image_url")
-    try:
-        return base64.b64decode(url[start.end() :], validate=True)
-    except (binascii.Error, ValueError):
-        raise ApiError(400, f"{param}: not valid base64", param=param, code="invalid_image") from None
+    def _tokenised(self, turns: Turns) -> list[int]:
+        try:
+            return self._engine.tokenizer.prompt(turns)
+        except BadText:
+            text = "messages: a text has half of a surrogate pair, which is no character"
+            raise ApiError(400, text, param="messages", code="invalid_value") from None
+        except ValueError as error:
+            text = f"messages: this model's chat template does not take them: {str(error)[:200]}"
+            raise ApiError(400, text, param="messages", code="invalid_value") from None

@@ -1,149 +1,164 @@
 """The HTTP routes of an endpoint: OpenAI's chat API. The same app runs under uvicorn and Ray Serve."""
 
-import asyncio
-import logging
 import time
-import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.middleware import Middleware
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
+from vila_ops import __version__
 from vila_ops.generate.engine import Engine
-from vila_ops.generate.request import Output, Prompt
-from vila_ops.serve.app.chat_prompt import build_prompt
-from vila_ops.serve.app.engine_loop import EngineLoop
-from vila_ops.serve.app.errors import ApiError
-from vila_ops.serve.app.schema import ChatRequest, parse
+from vila_ops.serve.app.audit import AuditLog
+from vila_ops.serve.app.chat import Chat, model_not_found
+from vila_ops.serve.app.decoder import DecoderSettings
+from vila_ops.serve.app.errors import ApiError, ClientGone
+from vila_ops.serve.app.guard import Caller, Guard, audit_log
+from vila_ops.serve.app.media import Media
+from vila_ops.serve.app.metrics import Metrics
+from vila_ops.serve.app.schema import ChatRequest
 from vila_ops.serve.spec import Spec
 
-log = logging.getLogger(__name__)
+Json = dict[str, Any]
 
 
-def create_app(spec: Spec, engine: Engine, *, replica: dict[str, Any]) -> FastAPI:
+def create_app(spec: Spec, engine: Engine, *, replica: Json) -> FastAPI:
     """The app of one replica; /health shows `replica`. The app closes the engine when it shuts down."""
-    loop = EngineLoop(engine, timeout_seconds=spec.service.request_timeout_seconds)
-    chat = _Chat(spec, engine, loop)
-    started = int(time.time())
+    metrics = Metrics(model=spec.version.name, replica=str(replica.get("replica_id", replica.get("pid", ""))))
+    host = str(replica.get("host", "local"))
+    audit = audit_log(spec.capacity, spec.version, service=spec.service.name, host=host)
+    media = Media(_decoder_settings(spec, engine), spec.capacity.limits, spec.capacity.remote_images)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        loop.close()
+        engine.close()
+        await media.close()
 
-    app = FastAPI(title=spec.service.name, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_exception_handler(ApiError, _api_error)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _internal_error)
-
-    @app.post("/v1/chat/completions")
-    async def completions(request: Request) -> dict[str, Any]:
-        return await chat.complete(await _body(request, max_bytes=spec.service.max_body_bytes))
-
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model_card(spec, started)]}
-
-    @app.get("/health")
-    async def health() -> dict[str, Any]:
-        return {"status": "ok", "model": spec.version.checkpoint.digest, "replica": replica}
-
+    app = FastAPI(
+        title=spec.service.name,
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+        middleware=_middleware(spec, audit, metrics),
+    )
+    for kind, handler in ((ApiError, _api_error), (HTTPException, _http_error), (ClientGone, _client_gone)):
+        app.add_exception_handler(kind, handler)
+    _add_chat(app, Chat(spec, engine, media, metrics))
+    _add_models(app, spec)
+    _add_state(app, spec, metrics, replica)
     return app
 
 
-class _Chat:
-    """Chat completions, from the bytes of a request to the body of its response."""
+def _add_chat(app: FastAPI, chat: Chat) -> None:
+    body = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/ChatRequest"}}}, "required": True}
 
-    def __init__(self, spec: Spec, engine: Engine, loop: EngineLoop) -> None:
-        self.spec, self.engine, self.loop = spec, engine, loop
+    @app.post("/v1/chat/completions", openapi_extra={"requestBody": body})
+    async def completions(request: Request) -> Response:
+        return await chat.respond(request, _caller(request))
 
-    async def complete(self, body: bytes) -> dict[str, Any]:
-        """The body of the response. Raises ApiError for a request that is refused or times out."""
-        request, prompt = await asyncio.to_thread(self._read, body)  # images take long to decode
-        output = await self.loop.generate(prompt, max_new_tokens=self._max_new_tokens(request, prompt))
-        return self._response(prompt, output)
-
-    def _read(self, body: bytes) -> tuple[ChatRequest, Prompt]:
-        request = parse(body)
-        if request.model != self.spec.version.name:
-            text = f"there is no model {request.model[:200]!r} here; this endpoint serves {self.spec.version.name!r}"
-            raise ApiError(404, text, param="model", code="model_not_found")
-        return request, build_prompt(request, self.spec.service, self.engine)
-
-    def _max_new_tokens(self, request: ChatRequest, prompt: Prompt) -> int:
-        """Most tokens of the answer. Raises ApiError 400 when prompt and answer exceed the context."""
-        requested, limit = request.requested_tokens(), self.spec.service.max_new_tokens
-        if requested is not None and requested > limit:
-            name = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
-            text = f"{name}: {requested} is more than the {limit} tokens that this service generates"
-            raise ApiError(400, text, param=name, code="invalid_value")
-        context, length = self.engine.context_length, len(prompt.input_ids)
-        left = context - length
-        if left < (requested or 1):
-            text = (
-                f"this model's context is {context} tokens, but the messages have {length} tokens (images included) "
-                f"and the answer may have {requested or 1}; shorten the messages or lower max_tokens"
-            )
-            raise ApiError(400, text, param="messages", code="context_length_exceeded")
-        return requested or min(limit, left)
-
-    def _response(self, prompt: Prompt, output: Output) -> dict[str, Any]:
-        prompt_tokens, completion_tokens = len(prompt.input_ids), len(output.ids)
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": self.engine.tokenizer.decode(output.ids), "refusal": None},
-            "finish_reason": output.finish_reason,
-            "logprobs": None,
-        }
-        return {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "object": "chat.completion",
-            "created": int(time.time()),
-            "model": self.spec.version.name,
-            "system_fingerprint": self.spec.version.checkpoint.digest,
-            "choices": [choice],
-            "usage": {
-                "prompt_tokens": prompt_tokens,
-                "completion_tokens": completion_tokens,
-                "total_tokens": prompt_tokens + completion_tokens,
-            },
-        }
+    @app.api_route("/v1/responses", methods=["GET", "POST"], include_in_schema=False)
+    async def responses() -> None:
+        text = (
+            "this endpoint has no Responses API; use /v1/chat/completions (in @ai-sdk/openai: openai.chat(model), in "
+            "the official clients: client.chat.completions.create)"
+        )
+        raise ApiError(404, text, code="not_found")
 
 
-async def _body(request: Request, *, max_bytes: int) -> bytes:
-    """Read the body; no more than `max_bytes` of it are held. Raises ApiError 413 for a longer one."""
-    text = f"the body has more than {max_bytes} bytes; send fewer or smaller images"
-    too_large = ApiError(413, text, code="request_too_large")
-    stated = request.headers.get("content-length", "")
-    if stated.isdecimal() and int(stated) > max_bytes:
-        raise too_large
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            raise too_large
-    return bytes(body)
-
-
-def _model_card(spec: Spec, started: int) -> dict[str, Any]:
+def _add_models(app: FastAPI, spec: Spec) -> None:
     version = spec.version
-    return {
+    card = {
         "id": version.name,
         "object": "model",
-        "created": started,
+        "created": int(time.time()),
         "owned_by": "vila-ops",
         "version": version.version,
         "digest": version.checkpoint.digest,
         "identity": spec.identity(),
     }
 
+    @app.get("/v1/models")
+    async def models() -> Json:
+        return {"object": "list", "data": [card]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Json:
+        if name != version.name:
+            raise model_not_found(name, spec)
+        return card
+
+
+def _add_state(app: FastAPI, spec: Spec, metrics: Metrics, replica: Json) -> None:
+    @app.get("/health")
+    async def health(request: Request) -> Json:
+        if not _caller(request).trusted:
+            return {"status": "ok"}
+        return {"status": "ok", "model": spec.version.checkpoint.digest, "replica": replica}
+
+    @app.get("/ready")
+    async def ready() -> Json:
+        return {"status": "ready"}  # the app is made when the weights are loaded
+
+    @app.get("/version")
+    async def version() -> Json:
+        return {"version": __version__, "model": spec.version.name, "model_version": spec.version.version}
+
+    @app.get("/metrics")
+    async def shown() -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def schema() -> Json:
+        return _openapi(app)
+
+
+def _openapi(app: FastAPI) -> Json:
+    """The OpenAPI schema, with that of chat requests."""
+    schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    chat = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    components = schema.setdefault("components", {}).setdefault("schemas", {})
+    components |= {**chat.pop("$defs"), "ChatRequest": chat}
+    return schema
+
+
+def _middleware(spec: Spec, audit: AuditLog | None, metrics: Metrics) -> Sequence[Middleware]:
+    guard = Middleware(Guard, capacity=spec.capacity, audit=audit, metrics=metrics)
+    origins = spec.capacity.access.origins
+    if not origins:
+        return [guard]
+    headers = ["authorization", "content-type", "x-request-id"]
+    cors = Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=headers)
+    return [cors, guard]
+
+
+def _decoder_settings(spec: Spec, engine: Engine) -> DecoderSettings:
+    fit = engine.image_aspect_ratio
+    return DecoderSettings(
+        size=engine.image_size,
+        fit=fit.kind,
+        mean=fit.mean,
+        max_pixels=spec.service.max_image_pixels,
+        formats=spec.capacity.limits.image_formats,
+    )
+
+
+def _caller(request: Request) -> Caller:
+    caller: Caller = request.scope["state"]["caller"]
+    return caller
+
 
 async def _api_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
-    return JSONResponse(error.body(), status_code=error.status)
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
 
 
 async def _http_error(_: Request, error: Exception) -> JSONResponse:
@@ -152,7 +167,5 @@ async def _http_error(_: Request, error: Exception) -> JSONResponse:
     return JSONResponse(body, status_code=error.status_code, headers=error.headers)
 
 
-async def _internal_error(request: Request, error: Exception) -> JSONResponse:
-    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    text = "the server failed to answer this request; the reason is in its log"
-    return JSONResponse(ApiError(500, text, code="internal_error", kind="server_error").body(), status_code=500)
+async def _client_gone(_: Request, __: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it; the status is for the log and the metrics

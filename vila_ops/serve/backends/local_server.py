@@ -7,6 +7,7 @@ import sys
 import uvicorn
 
 from vila_ops.serve.app.load import load_app
+from vila_ops.serve.backends.http_protocol import options
 from vila_ops.serve.spec import Spec
 
 
@@ -18,7 +19,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     spec = Spec.model_validate_json(text)
     app = load_app(spec, spec.device, replica={})
-    uvicorn.run(app, host=host, port=int(port), access_log=False, server_header=False, timeout_graceful_shutdown=5)
+    uvicorn.run(app, host=host, port=int(port), timeout_graceful_shutdown=5, **options())
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from vila_ops.config import Resources
 from vila_ops.device import Device
 from vila_ops.serve.spec import Spec
 
-ONGOING_PER_BATCH = 4
-"""Requests that a replica may hold, in batches: one batch is decoded while the next ones are read."""
+MAX_ONGOING = 1000
+"""Requests that a replica may hold. The app limits answers by itself; an upload counts here as well, so that with a low
+number a few unfinished ones would stop everybody."""
 PROXY_SECONDS = 120.0
 """How long Serve's HTTP proxy may take to start."""
 CONTROLLER_ENV = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30"}
@@ -75,7 +76,7 @@ class RayServe:
             name=self.name,
             num_replicas=capacity.replicas,
             ray_actor_options={"num_cpus": capacity.cpus_per_replica, **gpu_options(self.resources, device)},
-            max_ongoing_requests=ONGOING_PER_BATCH * capacity.max_batch,
+            max_ongoing_requests=MAX_ONGOING,
             max_surge_percent=100,  # with Ray's default of 0 an update removes capacity before it adds any
             rolling_update_percentage=1.0,
             graceful_shutdown_timeout_s=timeout_seconds,
