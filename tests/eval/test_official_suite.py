@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -178,8 +179,9 @@ def test_what_was_not_answered_cannot_be_scored_again(model: Pretrained, resourc
 
 @pytest.mark.slow
 def test_an_image_that_is_missing_is_a_status_and_an_image_passes_the_tower_once(
-    model: Pretrained, resources: Resources, tmp_path: Path
+    model: Pretrained, resources: Resources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=10, free=9))  # a full disk stores none
     shutil.copytree(SAMPLES / "pope", tmp_path / "files/pope")
     (tmp_path / "files/pope/val2014/COCO_val2014_000000000001.jpg").unlink()
     changes = {"storage.benchmarks": str(tmp_path / "files"), "storage.store": str(tmp_path / "store")}
