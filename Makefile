@@ -21,7 +21,7 @@ find_python = for python in "$(PYTHON)" python3 ""; do \
 	  if [ -z "$$python" ] || "$$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; \
 	  then break; fi; done
 
-.PHONY: help setup constraints test test-fast lint types layers demo demo-long up down status faults bench interop settings format clean
+.PHONY: help setup constraints test test-fast lint types layers demo demo-long up down status faults bench gpu interop settings format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -96,6 +96,9 @@ faults: setup ## Kill processes, damage data, test as on other processors; VILA_
 	  tests/data/download tests/data/test_images_fuzz.py tests/data/text/test_conversation.py \
 	  tests/eval/test_calibration.py; \
 	$(BIN)/python tests/faults/processors.py
+
+gpu: setup ## What a GPU can show, in parts of at most four minutes; VILA_BENCH_SMALL=1 runs them in small without one
+	@$(BIN)/python benchmarks/gpu.py $(PARTS)
 
 bench: setup ## Run one benchmark: make bench NAME=packing
 	@if [ ! -f "benchmarks/$(NAME).py" ]; then \

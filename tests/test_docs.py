@@ -59,6 +59,7 @@ NOT_RUN = {
         "vila-ops keys revoke keys.json ID",
         "vila-ops keys audit keys.json.audit.jsonl",
     ),
+    "needs a GPU": ("make gpu",),
     "fetches packages or images, or reads a model that has to be downloaded": (
         "vila-ops fetch configs/recipes/demo.yaml",
         "vila-ops prepare configs/recipes/demo.yaml --mixture align",
@@ -74,6 +75,7 @@ NOT_RUN = {
         "make demo",
         "make test",
         "make bench NAME=packing",
+        "VILA_BENCH_SMALL=1 make gpu",
         "vila-ops train configs/recipes/tiny.yaml --stage pretrain --profile 3",
         "vila-ops train configs/recipes/demo.yaml --stage align",
         "vila-ops train verify-resume configs/recipes/tiny.yaml --kills 5",
