@@ -212,6 +212,7 @@ def turns(*said: tuple[str, str]) -> list[dict[str, str]]:
         ({"image": "A.PNG"}, "missing_image", "there is 'a.png': write the name in the same case"),
         ({"image": "a.PNG"}, "missing_image", "there is 'a.png'"),
         ({"image": " a.png"}, "missing_image", "blanks around the name"),
+        ({"image": "\u0130" * 125 + ".png"}, "missing_image", "put it there"),  # longer than a name may be in NFD
         ({"image": "../secret.png"}, "bad_image_path", "'../secret.png' is not a path inside"),
         ({"image": "img/../../secret.png"}, "bad_image_path", "without '..'"),
         ({"image": "/etc/passwd"}, "bad_image_path", "is not a path inside"),

@@ -24,6 +24,8 @@ SCAN_REVISION = 4
 """Raised if a format's scan returns other values for the same file."""
 UNFINISHED = (".part", ".tmp", ".partial", ".crdownload")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z")
+MAX_NAME_BYTES = 255
+"""Limit of file systems for the name of one file or folder."""
 MISSING = "missing"
 """Stands for the digest of a file that does not exist."""
 _RACE_NS = 2 * 10**9
@@ -203,8 +205,9 @@ def on_disk(path: Path) -> Path:
         return path
     place = Path(path.anchor)
     for part in path.parts[bool(path.anchor) :]:
-        forms = [place / part, *(place / unicodedata.normalize(form, part) for form in ("NFC", "NFD"))]
-        place = next((form for form in forms if form.exists()), forms[0])
+        forms = [part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD"))]
+        short = (form for form in forms if len(os.fsencode(form)) <= MAX_NAME_BYTES)
+        place = next((place / form for form in short if (place / form).exists()), place / part)
     return place
 
 

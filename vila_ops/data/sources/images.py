@@ -7,17 +7,17 @@ must be the same on every machine.
 import base64
 import binascii
 import hashlib
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 
-from vila_ops.data.raw.files import on_disk
+from vila_ops.data.raw.files import MAX_NAME_BYTES, on_disk
 from vila_ops.data.raw.text import fault
 from vila_ops.data.records import Image, Turn
 from vila_ops.data.sources.faults import Fault
 
 MAX_BYTES = 1 << 26
 """Limit for one encoded image."""
-MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4000
-"""Limits of file systems for the name of one file or folder, and for a whole path."""
+MAX_PATH_BYTES = 4000
+"""Limit of file systems for a whole path."""
 
 
 def path_inside(folder: str | None, name: str) -> Path:
@@ -36,7 +36,7 @@ def path_inside(folder: str | None, name: str) -> Path:
     return Path(folder) / path
 
 
-def is_too_long(path: PurePosixPath) -> bool:
+def is_too_long(path: PurePath) -> bool:
     """Whether the path exceeds the limits of file systems, for which `is_file` would raise."""
     return len(str(path).encode()) > MAX_PATH_BYTES or any(len(part.encode()) > MAX_NAME_BYTES for part in path.parts)
 
@@ -60,7 +60,7 @@ def _way_to(path: Path, name: str) -> str:
     if name != name.strip():
         return "the record has blanks around the name: remove them"
     others = (path.with_name(path.name.lower()), path.with_suffix(path.suffix.swapcase()))
-    if near := next((other.name for other in others if other.is_file()), None):
+    if near := next((other.name for other in others if not is_too_long(other) and other.is_file()), None):
         return f"there is {near!r}: write the name in the same case"
     return "put it there, or set `images` to its folder"
 
