@@ -49,9 +49,9 @@ def stock(*processors: Any, prompt: tuple[int, ...] = (1,)) -> torch.Tensor:
     ("draws", "settings", "processors"),
     [
         (100_000, {"temperature": 1.0}, []),
-        (20_000, {"temperature": 0.6, "top_k": 7}, [TemperatureLogitsWarper(0.6), TopKLogitsWarper(7)]),
-        (20_000, {"temperature": 1.3, "top_p": 0.8}, [TemperatureLogitsWarper(1.3), TopPLogitsWarper(0.8)]),
-        (20_000, {"temperature": 1.0, "min_p": 0.05}, [MinPLogitsWarper(0.05)]),
+        (10_000, {"temperature": 0.6, "top_k": 7}, [TemperatureLogitsWarper(0.6), TopKLogitsWarper(7)]),
+        (10_000, {"temperature": 1.3, "top_p": 0.8}, [TemperatureLogitsWarper(1.3), TopPLogitsWarper(0.8)]),
+        (10_000, {"temperature": 1.0, "min_p": 0.05}, [MinPLogitsWarper(0.05)]),
     ],
     ids=["temperature", "top_k", "top_p", "min_p"],
 )
