@@ -93,13 +93,12 @@ def test_a_server_outlives_its_deployer_is_adopted_replaced_and_started_again(
 
 
 @pytest.mark.slow
-def test_a_server_that_ends_leaves_no_temporary_files(
+def test_a_server_keeps_no_temporary_files(
     resources: Resources, versions: Versions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     deploy(SERVICE, versions[0], resources)
-    assert [path.name.startswith("vila-serve-") for path in (tmp_path / "tmp").iterdir()] == [True]
     undeploy(SERVICE, resources)
     assert list((tmp_path / "tmp").iterdir()) == []
 

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -89,11 +88,10 @@ def generate(
     from vila_ops.generate.engine import EngineOptions
     from vila_ops.generate.load import open_folder
 
-    with tempfile.TemporaryDirectory(prefix="vila-generate-") as scratch:
-        options = EngineOptions(Path(scratch), device, threads=threads or len(os.sched_getaffinity(0)))
-        engine = open_folder(folder, TorchEngine(), options)
-        answer = ask(engine, question, images or (), max_new_tokens=max_new_tokens)
-        engine.close()
+    options = EngineOptions(device=device, threads=threads or len(os.sched_getaffinity(0)))
+    engine = open_folder(folder, TorchEngine(), options)
+    answer = ask(engine, question, images or (), max_new_tokens=max_new_tokens)
+    engine.close()
     if as_json:
         print_result(answer, as_json)
     else:

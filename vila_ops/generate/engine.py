@@ -24,8 +24,9 @@ ScoringItem = tuple[Prompt, Sequence[list[int]]]
 class EngineOptions:
     """What the caller of an engine decides; an engine's own settings are in its config."""
 
-    feature_root: Path
-    """Folder for the cached image features of the vision tower, unless they stay in memory."""
+    feature_root: Path | None = None
+    """Folder where the vision tower's image features are stored; None: they stay in memory, of the `max_cached_images`
+    that were used last."""
     device: Device = "auto"
     """What the model computes on."""
     threads: int = 1
@@ -34,8 +35,8 @@ class EngineOptions:
     """Of the language model. The tower computes in fp32, so that its cached features serve training too."""
     max_batch: int | None = None
     """Most requests that are decoded in one batch; None: the engine decides."""
-    max_cached_images: int | None = None
-    """Images whose features stay in memory, and none on disk; None: all of them stay in `feature_root`."""
+    max_cached_images: int = 256
+    """Most images whose features stay in memory."""
     prefill_tokens: int = 4096
     """Most tokens of prompts that are read between two tokens of the answers under way; fewer: shorter pauses."""
 

@@ -92,7 +92,7 @@ def read_model(folder: Path, options: EngineOptions) -> LoadedModel:
     model = model_folder.load(folder)
     mean, std = model_folder.normalisation(folder)
     features: ImageFeatures
-    if options.max_cached_images is None:
+    if options.feature_root is not None:
         features = StoredFeatures(model, Pixels(mean, std), root=options.feature_root)
     else:
         features = RecentFeatures(model, Pixels(mean, std), max_images=options.max_cached_images)

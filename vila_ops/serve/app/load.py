@@ -1,12 +1,8 @@
 """The app of a spec. The replica reads and checks the weights here."""
 
-import atexit
 import os
-import shutil
 import socket
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -19,8 +15,6 @@ from vila_ops.generate.load import load_engine
 from vila_ops.serve.app.routes import create_app
 from vila_ops.serve.spec import Spec
 
-CACHED_IMAGES = 256
-"""Most user images whose features a replica keeps, in memory."""
 PREFILL_TOKENS = 256
 """Most tokens of prompts that a replica reads between two tokens of an answer: about a second of a small model on one
 CPU thread."""
@@ -32,14 +26,10 @@ def load_app(spec: Spec, device: Device, *, replica: dict[str, Any]) -> FastAPI:
     Raises CorruptArtifact, and ValueError for a device that is not there.
     """
     started = time.monotonic()
-    scratch = Path(tempfile.mkdtemp(prefix="vila-serve-"))
-    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
     options = EngineOptions(
-        feature_root=scratch,
         device=device,
         threads=spec.threads(),
         max_batch=spec.capacity.max_batch,
-        max_cached_images=CACHED_IMAGES,
         prefill_tokens=PREFILL_TOKENS,
     )
     engine = load_engine(spec.version.checkpoint, spec.capacity.engine, options)

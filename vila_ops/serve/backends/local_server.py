@@ -1,7 +1,6 @@
 """The server that `local_process` starts: `python -m vila_ops.serve.backends.local_server SPEC_JSON HOST PORT`."""
 
 import logging
-import signal
 import sys
 
 import uvicorn
@@ -15,8 +14,6 @@ def main() -> None:
     """Load the weights, then listen: a port that answers is ready."""
     text, host, port = sys.argv[1:]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    # uvicorn raises the signal again after its shutdown, which by default would end the process before its atexit hooks
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     spec = Spec.model_validate_json(text)
     app = load_app(spec, spec.device, replica={})
     uvicorn.run(app, host=host, port=int(port), timeout_graceful_shutdown=5, **options())
