@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from vila_ops.config import Resources, Run
+from vila_ops.config import Config, Resources, Run
 from vila_ops.config.eval import CaptionCider
 from vila_ops.config.load import load, merge, read
 from vila_ops.config.mixture import Mixture
@@ -375,3 +375,13 @@ def test_a_gate_s_rule_is_on_what_the_final_suite_measures() -> None:
         tiny("gate.rules=[{metric: text_los, at_most: 9}]")
     for metric in ("text_loss", "pope_accuracy"):  # a benchmark, and a measure of one that has several
         assert tiny(f"gate.rules=[{{metric: {metric}, at_most: 9}}]").recipe.gate.rules[0].metric == metric
+
+
+def test_no_setting_is_named_as_the_method_that_makes_an_object_a_mapping() -> None:
+    """`dict(config)`, which Prefect calls for the arguments of a task, would call it."""
+    kinds = [Config]
+    for kind in kinds:
+        kinds += [one for one in kind.__subclasses__() if one not in kinds]
+    ours = [kind for kind in kinds if kind.__module__.startswith("vila_ops.config")]
+    assert len(ours) > 50
+    assert [kind.__name__ for kind in ours if "keys" in kind.model_fields] == []

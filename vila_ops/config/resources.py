@@ -270,10 +270,10 @@ class ServeResources(Config):
 
     @model_validator(mode="after")
     def _others_need_a_key(self) -> "ServeResources":
-        if self.access.keys is None and not is_loopback(self.host):
+        if self.access.key_file is None and not is_loopback(self.host):
             raise ValueError(
-                f"host {self.host} is reached from other machines, but no key is needed there; set access.keys to a "
-                f"file of `vila-ops keys create`, or host to 127.0.0.1"
+                f"host {self.host} is reached from other machines, but no key is needed there; set access.key_file to "
+                f"a file of `vila-ops keys create`, or host to 127.0.0.1"
             )
         return self
 

@@ -26,7 +26,7 @@ class Service(Config):
 class Access(Config):
     """Who may use an endpoint, from where, and what is recorded of it."""
 
-    keys: str | None = None
+    key_file: str | None = None
     """File of API keys, which `vila-ops keys` writes and every replica reads; None: no key is needed, which is refused
     for an address other than loopback."""
     hosts: tuple[HostName, ...] = ()

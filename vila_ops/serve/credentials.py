@@ -21,11 +21,11 @@ def check_key(access: Access) -> None:
 
     Raises FileNotFoundError and CorruptArtifact for its file of keys.
     """
-    if access.keys is None:
+    if access.key_file is None:
         return
-    key = Keyring(Path(access.keys)).of(os.environ.get(KEY_VARIABLE, ""), now=datetime.now(UTC))
+    key = Keyring(Path(access.key_file)).of(os.environ.get(KEY_VARIABLE, ""), now=datetime.now(UTC))
     if key is None or "chat" not in key.scopes:
         raise ValueError(
-            f"{KEY_VARIABLE} holds no valid key of {access.keys} with scope chat, which is needed to see that the "
-            f"endpoint answers; make one with `vila-ops keys create {access.keys} deploy` and export it"
+            f"{KEY_VARIABLE} holds no valid key of {access.key_file} with scope chat, which is needed to see that the "
+            f"endpoint answers; make one with `vila-ops keys create {access.key_file} deploy` and export it"
         )

@@ -53,7 +53,7 @@ def url(
     """An endpoint that asks for keys and records what it is asked."""
     scripted.script = [Delta(scripted.tokenizer.text_ids("Hi"), "stop")]
     made(keys)
-    access = {"keys": str(keys), "audit": str(tmp_path / "audit")}
+    access = {"key_file": str(keys), "audit": str(tmp_path / "audit")}
     with endpoint(versions[0], scripted, access=access) as url:
         yield url
 
@@ -187,15 +187,15 @@ def open_url(versions: tuple[ModelVersion, ModelVersion], module_scripted: Scrip
 
 def test_another_address_than_loopback_needs_keys(keys: Path) -> None:
     for host in ("0.0.0.0", "10.0.0.1", "::", "example.org"):
-        with pytest.raises(ValueError, match=r"no key is needed there; set access\.keys"):
+        with pytest.raises(ValueError, match=r"no key is needed there; set access\.key_file"):
             ServeResources(host=host)
-        ServeResources.model_validate({"host": host, "access": {"keys": "keys.json"}})
+        ServeResources.model_validate({"host": host, "access": {"key_file": "keys.json"}})
     for host in ("127.0.0.1", "127.1.2.3", "::1", "localhost"):
         ServeResources(host=host)
 
 
 def test_deploy_needs_a_key_of_its_endpoint(keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    access = ServeResources.model_validate({"access": {"keys": str(keys)}}).access
+    access = ServeResources.model_validate({"access": {"key_file": str(keys)}}).access
     metrics = made(keys, scope="metrics")
     for key in ("", "x", metrics):
         monkeypatch.setenv(KEY_VARIABLE, key)

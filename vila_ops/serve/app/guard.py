@@ -47,7 +47,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, *, capacity: ServeResources, audit: AuditLog | None, metrics: Metrics) -> None:
         self._app, self._access, self._audit, self._metrics = app, capacity.access, audit, metrics
-        self._keyring = None if self._access.keys is None else Keyring(Path(self._access.keys))
+        self._keyring = None if self._access.key_file is None else Keyring(Path(self._access.key_file))
         own = (*LOOPBACK, capacity.host.lower())
         self._hosts = (*own, *self._access.hosts) if self._access.hosts or not self._keyring else None
 
