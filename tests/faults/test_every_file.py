@@ -20,6 +20,7 @@ from vila_ops.artifacts.kinds import Artifact
 from vila_ops.artifacts.store import KINDS, MANIFEST, verify_folder
 from vila_ops.config import Mixture, OfficialSuite, Resources
 from vila_ops.config.benchmarks import Pope
+from vila_ops.config.load import load_suite
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.errors import CorruptArtifact
 from vila_ops.eval.evaluate import evaluate
@@ -29,6 +30,7 @@ from vila_ops.serve.backends.local_process import ProcessManager, ServiceRecord
 from vila_ops.train.job import BadSampleReport
 from vila_ops.train.stage import train_stage
 
+FEW_SHOT = Path(__file__).parents[2] / "configs/suites/sample_few_shot.yaml"
 FLIPS = max(1, int(os.environ.get("VILA_FLIPS", "0")) // 100)
 pytestmark = pytest.mark.slow
 Pipeline = Callable[[], list[Artifact]]
@@ -47,7 +49,8 @@ def pipeline(root: Path) -> Pipeline:
     places = {f"storage.{name}": f"{root}/{name}" for name in ("store", "cache", "data")}
     resources = Resources(launch="inline").with_changes({**places, "storage.benchmarks": str(SAMPLES)})
     pope = config_of(Pope, version=None, first=12)
-    official = OfficialSuite(name="official", benchmarks={"pope": pope}, bootstrap_resamples=50)
+    nearest = load_suite(FEW_SHOT).benchmarks["okvqa_nearest"]  # its demonstrations are sealed
+    official = OfficialSuite(name="official", benchmarks={"pope": pope, "nearest": nearest}, bootstrap_resamples=50)
     model, own = made_elsewhere.model(root), made_elsewhere.mixture(root)
     near = {"near_duplicates": {"text_similarity": 1.0}}  # they need surveys
     mixture = Mixture.model_validate({**own.model_dump(), **near})

@@ -32,7 +32,9 @@ class Spec(Config):
     def of(cls, service: Service, version: ModelVersion, resources: Resources) -> Self:
         """The spec of a version served with these resources."""
         checkpoint, access = version.checkpoint, resources.serve.access
-        places = {f"access.{name}": value for name in ("keys", "audit") if (value := getattr(access, name)) is not None}
+        places = {
+            f"access.{name}": value for name in ("key_file", "audit") if (value := getattr(access, name)) is not None
+        }
         capacity = resources.serve.with_changes({name: str(Path(value).resolve()) for name, value in places.items()})
         if "://" not in checkpoint.uri:  # replicas have another working directory
             checkpoint = checkpoint.with_changes({"uri": str(Path(checkpoint.uri).resolve())})

@@ -6,6 +6,8 @@ This module is light. The work is in `loop.py`, which is imported when there is 
 import logging
 import os
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from vila_ops import tracking
@@ -22,6 +24,10 @@ from vila_ops.train.checks import check_inputs, check_quantised
 from vila_ops.train.job import JobPayload, RankInfo, StageInputs, TrainJob
 
 REVISION = 7
+PLACES = ("name", "path", "tokenizer")
+"""Settings of a model that may be places in the file system."""
+FROM_STORE = "from the store: "
+"""Before a place that is recorded as it is seen from the store."""
 log = logging.getLogger(__name__)
 
 
@@ -82,16 +88,51 @@ def trained(
 def trained_model(checkpoint: Checkpoint) -> Model:
     """The settings of the model that a stage trained, by which it reads text and images.
 
-    Raises ValueError for a checkpoint of an earlier version of vila-ops, which did not record them.
+    Raises ValueError for a checkpoint that does not record them.
     """
     settings = store.manifest_of(checkpoint)["execution"].get("model")
     if settings is None:
         raise ValueError(
-            f"{checkpoint.uri} was trained by an earlier version of vila-ops, which did not record how the model reads "
-            f"text and images; where it is the champion, remove its alias in MLflow, so that the next model that "
-            f"passes the gate becomes champion"
+            f"{checkpoint.uri} does not say how the model reads text and images: it was trained by an earlier version "
+            f"of vila-ops, or on S3 from folders of one machine; where it is the champion, remove its alias in MLflow, "
+            f"so that the next model that passes the gate becomes champion"
         )
-    return Model.model_validate(settings)
+    root = checkpoint.uri.rsplit("/", 2)[0]  # ROOT/checkpoint/ADDRESS
+
+    def place(stated: str) -> str:
+        seen = stated.removeprefix(FROM_STORE)
+        return stated if seen == stated else os.path.normpath(f"{root}/{seen}")
+
+    return Model.model_validate(_with_places(settings, place))
+
+
+def _with_places(settings: dict[str, Any], place: Callable[[str], str]) -> dict[str, Any]:
+    """The settings of a model, its places in the file system as `place` writes them."""
+    return {
+        key: _with_places(value, place)
+        if isinstance(value, dict)
+        else place(value)
+        if key in PLACES and isinstance(value, str)
+        else value
+        for key, value in settings.items()
+    }
+
+
+def _recorded(model: Model, root: str) -> dict[str, Any] | None:
+    """A model's settings for `trained_model`; None where a store on S3 would have to name a folder of this machine.
+
+    Nothing sealed names an absolute place, so absolute places are recorded as they are seen from the store at `root`.
+    """
+    absolute: list[str] = []
+
+    def place(stated: str) -> str:
+        if not Path(stated).is_absolute():
+            return stated
+        absolute.append(stated)
+        return f"{FROM_STORE}{os.path.relpath(stated, root)}"
+
+    settings = _with_places(model.model_dump(mode="json"), place)
+    return None if absolute and "://" in root else settings
 
 
 def _train_here(at: store.Address, inputs: StageInputs) -> Checkpoint:
@@ -133,7 +174,7 @@ def _train_here(at: store.Address, inputs: StageInputs) -> Checkpoint:
         attempt,
         facts={"stage": stage.name, "step": workers[0]["steps"]},
         execution=execution(launch=resources.launch, seconds=time.monotonic() - started, ran=workers)
-        | {"mlflow_run": run_id, "model": inputs.model.model_dump(mode="json")},
+        | {"mlflow_run": run_id, "model": _recorded(inputs.model, store.root_of(resources.storage.store))},
     )
     remove_all(resume)
     log.info("trained %s: %s", stage.name, checkpoint.digest[:12])
