@@ -25,7 +25,7 @@ from vila_ops.config.images import ImageReading, Jpeg, Webp
 from vila_ops.data.containers import BadImage
 from vila_ops.data.images import Fit, square
 
-CPU_SECONDS = 2.0
+CPU_SECONDS = 20.0
 FUZZED_MAX_PIXELS = 1_000_000
 SIDE = 32
 FITS = (Fit("pad", (0.5, 0.5, 0.5)), Fit("resize", (0.5, 0.5, 0.5)), Fit("crop", (0.5, 0.5, 0.5)))

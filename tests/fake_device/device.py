@@ -10,7 +10,7 @@ Its kernels are the CPU's, so that results can be compared with those of the CPU
   the device, when that stream uses the tensor. A destination on the host holds NaN until then; a source is read then.
   A tensor that another stream uses before it waited for the copy raises.
 - Memory is counted by storage; more than `limit_bytes` raises torch.OutOfMemoryError.
-- What makes the host wait for the device is counted by the name of the operation, see `waits`.
+- What makes the host wait for the device is counted by the name of the operation, see `counted`.
 
 torch has experimental support for such a backend (`torch.utils.backend_registration`), without streams, events, pinned
 memory, generators and memory statistics: these are replaced here.
@@ -36,6 +36,10 @@ LOWER_PRECISION = ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "convolu
 float16")."""
 
 
+AHEAD = ("loading", "features")
+"""Names of the threads that work beside the steps (batch_loader.py, features.py)."""
+
+
 class _Counts:
     """What the device counts."""
 
@@ -46,16 +50,13 @@ class _Counts:
         self.holders: Counter[int] = Counter()
         """Tensors by the storage that they share."""
 
+    def wait(self, name: str) -> None:
+        """Count an operation for which the host waits, unless a thread waits that works ahead, beside the steps."""
+        if not threading.current_thread().name.startswith(AHEAD):
+            self.waits[name] += 1
+
 
 counted = _Counts()
-
-
-@contextlib.contextmanager
-def waits() -> Iterator[Counter[str]]:
-    """Count what makes the host wait for the device inside this context, by operation."""
-    before, own = counted.waits.copy(), Counter[str]()
-    yield own
-    own.update(counted.waits - before)
 
 
 @contextlib.contextmanager
@@ -211,7 +212,7 @@ class Tensor(torch.Tensor):
             return _copy(source, target, later=bool((*args, False)[2] if len(args) > 2 else kwargs.get("non_blocking")))
         to_host = kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cpu"
         if name in WAITS or (name == "aten::index" and any(_is_mask(one) for one in tensors[1:])):
-            counted.waits[name] += 1
+            counted.wait(name)
         if to_host and name == "aten::_to_copy":
             return _to_host(func, args, kwargs)
         plain = {**kwargs, **({"device": torch.device("cpu")} if kwargs.get("device") is not None else {})}
@@ -254,7 +255,7 @@ def _to_host(func: Any, args: Any, kwargs: Any) -> torch.Tensor:
     if made is source.memory or made.untyped_storage()._cdata == source.memory.untyped_storage()._cdata:
         made = made.clone()
     if not later:
-        counted.waits["device to host"] += 1
+        counted.wait("device to host")
         return made
     _lock_pages(made)
     right = made.clone()
@@ -272,9 +273,9 @@ def _copy(source: torch.Tensor, target: torch.Tensor, *, later: bool) -> torch.T
     pinned = host.untyped_storage()._cdata in _PINNED
     if not (later and pinned):
         if isinstance(source, Tensor):
-            counted.waits["device to host"] += 1
+            counted.wait("device to host")
         elif source.dim():
-            counted.waits["host to device"] += 1
+            counted.wait("host to device")
         _memory(target).copy_(_memory(source))
         return target
     stream = current_stream()
@@ -360,7 +361,7 @@ def _exit_no_grad(self: Any, *error: Any) -> None:
 
 
 def _synchronize(_: Any = None) -> None:
-    counted.waits["synchronize"] += 1
+    counted.wait("synchronize")
     current_stream().synchronize()
     _default.synchronize()
 

@@ -156,7 +156,7 @@ def test_a_step_makes_the_host_wait_for_the_device_once(
 ) -> None:
     """For losses and gradient norm, after the update; before it too if AdamW has no fused kernel that skips the update.
 
-    The first features of images are computed beside it.
+    A step that computes features of new images copies their pixels to the device, and is not counted.
     """
     model, stage, resources = CASES[case]
     seen: list[Counter[str]] = []
@@ -168,8 +168,10 @@ def test_a_step_makes_the_host_wait_for_the_device_once(
 
     monkeypatch.setattr(MetricsLogger, "log_step", logged)
     train(on("gpu", **resources), model, {**stage, "num_steps": 5, "validate_every": 5, "save_every": 5})
-    for before, after in itertools.pairwise(seen[:4]):
-        assert (after - before).total() == (2 if resources.get("train.optimizer") == "torch" else 1), after - before
+    steps = [after - before for before, after in itertools.pairwise(seen)]
+    usual = [waits for waits in steps if not waits["host to device"]]
+    assert usual, steps
+    assert {waits.total() for waits in usual} == {2 if resources.get("train.optimizer") == "torch" else 1}, usual
 
 
 def test_a_stage_resumes_on_the_device_from_its_checkpoint(

@@ -16,9 +16,11 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from vila_ops.cluster import connect, device_on, gpu_label, log_to_driver, whoami
 from vila_ops.config import Resources
 from vila_ops.device import collectives
-from vila_ops.errors import ClusterFull, DeviceLost, HungStep, RemoteError, is_final
+from vila_ops.errors import ClusterFull, DeviceLost, HungStep, RemoteError, WorkerLost, is_final
 from vila_ops.train.job import RankInfo, TrainJob
 
+GROUP_ENDED = "DeepSpeed backend not set"
+"""What DeepSpeed asserts in the middle of a step whose process group Ray Train ends, as another worker was lost."""
 START_TRY_SECONDS = float(os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60"))
 """How long one try of Ray Train to start all workers waits for enough free nodes."""
 
@@ -146,6 +148,8 @@ def _worker(config: dict[str, str]) -> None:
     try:
         facts = {**train(job, rank_info), **whoami()}
     except Exception as error:
+        if GROUP_ENDED in str(error):
+            raise WorkerLost("another worker was lost, and with it the process group of this one in a step") from error
         if is_final(error) or (isinstance(error, DeviceLost) and not _is_first_loss(job, before=started)):
             draft = Path(f"{job.attempt}-failed-{rank_info.rank}.draft")
             draft.write_text(RemoteError.of(error).to_json())

@@ -1,6 +1,7 @@
 """Keys, hosts, origins and content types: who gets in, on every route of a live endpoint; and what is recorded."""
 
 import json
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -210,6 +211,9 @@ def test_the_audit_log_says_who_asked_for_what_and_not_what_was_said(url: str, k
     client_of(url, secret).chat.completions.create(**CHAT)
     status(url, "GET", "/v1/models", "bad")
     (path,) = (tmp_path / "audit").iterdir()
+    deadline = time.monotonic() + 60
+    while len(path.read_text().splitlines()) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)  # a line is written after its answer
     start, asked, refused = [json.loads(line) for line in path.read_text().splitlines()]
     assert (start["event"], start["model"]) == ("start", MODEL)
     assert (asked["key"], asked["status"], asked["completion_tokens"] > 0) == (key_id(secret), 200, True)
