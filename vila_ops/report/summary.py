@@ -57,13 +57,19 @@ def write(run: Run, outcome: Outcome) -> Page:
     texts = {
         "summary.json": json.dumps(summary, indent=1),
         "report.html": html,
-        "evaluation.html": evaluation.render(evaluation.gather(_final_job(run, outcome), outcome.report)),
     }
+    if not _is_page_of(folder / "evaluation.html", outcome.report):  # an unchanged run imports nothing heavy
+        texts["evaluation.html"] = evaluation.render(evaluation.gather(_final_job(run, outcome), outcome.report))
     if outcome.answer:
         texts["ask.json"] = body(outcome.answer)
     for name, text in texts.items():
         output.write_file(folder / name, text, begins=BEGINS[name])
     return Page(summary, str(folder / "summary.json"), str(folder / "report.html"))
+
+
+def _is_page_of(page: Path, report: EvalReport) -> bool:
+    """Whether a page is of this report, whose digest it names."""
+    return page.is_file() and report.digest in page.read_text(encoding="utf-8")
 
 
 def _final_job(run: Run, outcome: Outcome) -> EvalJob:
