@@ -108,14 +108,13 @@ def trained_model(checkpoint: Checkpoint) -> Model:
 
 def _with_places(settings: dict[str, Any], place: Callable[[str], str]) -> dict[str, Any]:
     """The settings of a model, its places in the file system as `place` writes them."""
-    return {
-        key: _with_places(value, place)
-        if isinstance(value, dict)
-        else place(value)
-        if key in PLACES and isinstance(value, str)
-        else value
-        for key, value in settings.items()
-    }
+
+    def written(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return _with_places(value, place)
+        return place(value) if key in PLACES and isinstance(value, str) else value
+
+    return {key: written(key, value) for key, value in settings.items()}
 
 
 def _recorded(model: Model, root: str) -> dict[str, Any] | None:
