@@ -20,17 +20,22 @@ Fork = Callable[..., list[int]]
 def trained_and_killed(
     fork: Fork, make_trial: Callable[..., ResumeTrial], tmp_path: Path
 ) -> Callable[..., tuple[ResumeTrial, ResumeTrial]]:
-    """Makes an uninterrupted stage, and one that was killed as soon as its checkpoint after `step` steps existed."""
+    """Makes an uninterrupted stage, and one that was killed after the first of its calls that matches `after`."""
 
-    def make(*, step: int, **changes: Any) -> tuple[ResumeTrial, ResumeTrial]:
+    def make(*, after: str, **changes: Any) -> tuple[ResumeTrial, ResumeTrial]:
         whole, killed = (make_trial(tmp_path / name, **changes) for name in ("whole", "killed"))
         assert fork(stage=whole.model_dump(mode="json"), points=str(tmp_path / "points")) == [0]
         points = (tmp_path / "points").read_text().splitlines()
-        there = next(point for point in points if re.match(rf"(rename|replace) /resume/.*step-{step:06d}", point))
+        there = next(point for point in points if re.search(after, point))
         assert fork(stage=killed.model_dump(mode="json"), kill=[there, "after"]) == [-9]
         return whole, killed
 
     return make
+
+
+def saved(step: int) -> str:
+    """The call with which a resume checkpoint is there."""
+    return rf"^(rename|replace) /resume/.*step-{step:06d}"
 
 
 def changed(trial: ResumeTrial, **settings: Any) -> ResumeTrial:
@@ -59,7 +64,9 @@ def test_it_goes_on_with_the_next_epoch(
     step: int, num_steps: int, trained_and_killed: Callable[..., tuple[ResumeTrial, ResumeTrial]], fork: Fork
 ) -> None:
     rows = {"sources": ["pairs"], "pack": False, "sequence_length": 96, "validate_every": 20}
-    whole, killed = trained_and_killed(step=step, num_steps=num_steps, save_every=step, global_batch_size=6, **rows)
+    whole, killed = trained_and_killed(
+        after=saved(step), num_steps=num_steps, save_every=step, global_batch_size=6, **rows
+    )
     samples = 24
     seen = [key for step in range(4) for row in global_batches(whole.samples())[step] for key in row]
     assert len(set(seen)) == len(seen) == samples, "four steps are one epoch"
@@ -70,7 +77,7 @@ def test_it_goes_on_with_the_next_epoch(
 def test_another_rhythm_of_saves_does_not_matter(
     trained_and_killed: Callable[..., tuple[ResumeTrial, ResumeTrial]], fork: Fork
 ) -> None:
-    whole, killed = trained_and_killed(step=4, num_steps=9, save_every=4)
+    whole, killed = trained_and_killed(after=saved(4), num_steps=9, save_every=4)
     often = changed(killed, save_every=1)
     assert fork(stage=often.model_dump(mode="json")) == [0]
     check(whole, often, step=4)
@@ -80,7 +87,7 @@ def test_another_recipe_does_not_go_on_from_this_one_s_checkpoint(
     trained_and_killed: Callable[..., tuple[ResumeTrial, ResumeTrial]], fork: Fork
 ) -> None:
     """Not even in the same store and with only one step more, as its address differs."""
-    whole, killed = trained_and_killed(step=4, num_steps=9, save_every=4)
+    whole, killed = trained_and_killed(after=saved(4), num_steps=9, save_every=4)
     longer = changed(killed, num_steps=10)
     seen = len(killed.samples())
     assert fork(stage=longer.model_dump(mode="json")) == [0]
@@ -91,13 +98,9 @@ def test_another_recipe_does_not_go_on_from_this_one_s_checkpoint(
 
 
 def test_what_a_kill_after_the_seal_left_is_removed_by_the_next_look(
-    fork: Fork, make_trial: Callable[..., ResumeTrial], tmp_path: Path
+    trained_and_killed: Callable[..., tuple[ResumeTrial, ResumeTrial]], tmp_path: Path
 ) -> None:
-    whole, killed = (make_trial(tmp_path / name, num_steps=4, save_every=2) for name in ("whole", "killed"))
-    assert fork(stage=whole.model_dump(mode="json"), points=str(tmp_path / "points")) == [0]
-    points = (tmp_path / "points").read_text().splitlines()
-    sealed = next(point for point in points if re.match(r"link /checkpoint/.*manifest\.json", point))
-    assert fork(stage=killed.model_dump(mode="json"), kill=[sealed, "after"]) == [-9]
+    whole, killed = trained_and_killed(after=r"^link /checkpoint/.*manifest\.json", num_steps=4, save_every=2)
     store = killed.resources.storage.store
     assert [(one.stage, one.sealed) for one in resume_folders(store)] == [("pretrain", True)]
     assert killed.train().digest == whole.train().digest
@@ -106,14 +109,9 @@ def test_what_a_kill_after_the_seal_left_is_removed_by_the_next_look(
 
 @pytest.mark.slow
 def test_a_stage_with_other_settings_that_saved_nothing_is_not_named(
-    fork: Fork, make_trial: Callable[..., ResumeTrial], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    trained_and_killed: Callable[..., tuple[ResumeTrial, ResumeTrial]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole = make_trial(tmp_path / "whole", num_steps=3, save_every=2)
-    assert fork(stage=whole.model_dump(mode="json"), points=str(tmp_path / "points")) == [0]
-    points = (tmp_path / "points").read_text().splitlines()
-    begun = next(point for point in points if re.search(r" /resume/[^ ]*stage\.json", point))
-    killed = make_trial(tmp_path / "killed", num_steps=3, save_every=2)
-    assert fork(stage=killed.model_dump(mode="json"), kill=[begun, "after"]) == [-9]
+    _, killed = trained_and_killed(after=r" /resume/[^ ]*stage\.json", num_steps=3, save_every=2)
     assert [one.step for one in resume_folders(killed.resources.storage.store)] == [None]
     with caplog.at_level(logging.INFO):
         changed(killed, num_steps=2).train()
@@ -122,14 +120,9 @@ def test_a_stage_with_other_settings_that_saved_nothing_is_not_named(
 
 @pytest.mark.slow
 def test_the_progress_of_a_stage_with_other_settings_is_named_and_stays(
-    fork: Fork, make_trial: Callable[..., ResumeTrial], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    trained_and_killed: Callable[..., tuple[ResumeTrial, ResumeTrial]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole = make_trial(tmp_path / "whole", num_steps=9, save_every=4)
-    assert fork(stage=whole.model_dump(mode="json"), points=str(tmp_path / "points")) == [0]
-    points = (tmp_path / "points").read_text().splitlines()
-    saved = next(point for point in points if re.match(r"(rename|replace) /resume/.*step-000004", point))
-    killed = make_trial(tmp_path / "killed", num_steps=9, save_every=4)
-    assert fork(stage=killed.model_dump(mode="json"), kill=[saved, "after"]) == [-9]
+    whole, killed = trained_and_killed(after=saved(4), num_steps=9, save_every=4)
     (folder,) = resume_folders(killed.resources.storage.store)
     assert (folder.stage, folder.step, folder.sealed) == ("pretrain", 4, False)
     with caplog.at_level(logging.INFO):
