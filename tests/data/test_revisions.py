@@ -1,11 +1,12 @@
 """What is watched of raw data; what a look then does is in tests/test_dvc.py, in a repository."""
 
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from vila_ops.config import Mixture
+from vila_ops.data import revisions
 from vila_ops.data.revisions import raw_roots, revise, wait_until_quiet, watch
 
 PACKAGE = {"registry": "npm", "name": "renders", "version": "1.0.0", "sha256": "0" * 64, "licence": "MIT"}
@@ -50,7 +51,7 @@ def test_a_file_that_grows_is_waited_for_and_a_half_one_is_not(
             with file.open("a") as out:
                 out.write("more\n")
 
-    monkeypatch.setattr(time, "sleep", copy_on)
+    monkeypatch.setattr(revisions, "time", SimpleNamespace(sleep=copy_on))
     wait_until_quiet([tmp_path, tmp_path / "not there yet"], seconds=7)
     assert slept == [7] * sleeps
 
