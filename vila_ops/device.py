@@ -88,6 +88,16 @@ def reset_peak_bytes(device: "torch.device") -> None:
         torch.accelerator.reset_peak_memory_stats(device)
 
 
+def free_bytes(device: "torch.device") -> int:
+    """Memory of a device that is free; on the CPU what can be had without swapping."""
+    import psutil
+    import torch
+
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available)
+    return int(torch.accelerator.get_memory_info(device)[0])
+
+
 def precision_notes(precision: str, device: "torch.device") -> list[str]:
     """What to know about a precision on a device: bf16 on a CPU without instructions for it is slow.
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import PositiveInt, SerializeAsAny
+from pydantic import Field, PositiveInt, SerializeAsAny
 
 from vila_ops.config.base import Config
 from vila_ops.config.kinds import plugins
@@ -14,7 +14,10 @@ class TorchEngine(Config):
     kind: Literal["torch"] = "torch"
     cache_tokens: PositiveInt | None = None
     """Most tokens whose keys and values are in memory, the padding of shorter requests included; no fewer than the
-    model's context. None: 65536, or the context if that is longer."""
+    model's context. An endpoint keeps up to a quarter as many besides, of earlier prompts. None: 65536, or as many as
+    `memory_share` leaves, but never fewer than the context."""
+    memory_share: float = Field(default=0.5, gt=0, lt=1)
+    """Share of the memory that is free once the weights are loaded that keys and values may take."""
 
 
 Engine = Annotated[SerializeAsAny[TorchEngine], plugins("vila_ops.engines", TorchEngine)]

@@ -39,6 +39,8 @@ class EngineOptions:
     """Most images whose features stay in memory."""
     prefill_tokens: int = 4096
     """Most tokens of prompts that are read between two tokens of the answers under way; fewer: shorter pauses."""
+    keep_prefixes: bool = False
+    """Whether what was read is kept for prompts that begin alike. It changes rounding, by what was asked before."""
 
 
 class Engine(Protocol):

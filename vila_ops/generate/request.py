@@ -19,7 +19,8 @@ class Prompt:
     images: tuple[bytes, ...] = ()
     """Encoded squares with the side and aspect ratio rule of the engine, in the order of their placeholders."""
     cache_salt: str = ""
-    """What an engine caches of a prompt, it uses only for prompts with the same salt."""
+    """What an engine caches of a prompt, it uses only for prompts with the same salt; those of different salts get
+    places in turn."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ class Delta:
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     """One for each id, if the request asks for them."""
+    cached_tokens: int = 0
+    """In the first delta: tokens of the prompt that were not read again, because an earlier one began with them."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from vila_ops.generate.engine import (
     score_all,
 )
 from vila_ops.generate.request import Delta, Output, Prompt, Sampling
+from vila_ops.generate.torch_engine import engine as torch_engine
 from vila_ops.generate.torch_engine.engine import InProcessEngine
 from vila_ops.generate.torch_engine.loaded_model import read_model
 from vila_ops.model import folder as model_folder
@@ -201,6 +202,22 @@ def test_what_does_not_fit_is_refused(engine: InProcessEngine) -> None:
     with pytest.raises(ValueError, match="cache_tokens is 100, fewer than the model's context of 2048"):
         InProcessEngine(engine.loaded, max_batch=None, cache_tokens=100)
     assert generate_all(engine, [], greedy(engine, 4)) == []
+
+
+def test_keys_and_values_take_a_share_of_the_free_memory(
+    engine: InProcessEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    loaded = engine.loaded
+    text = loaded.model.config.text_config
+    one = 4 * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim  # keys and values in fp32
+    monkeypatch.setattr(torch_engine, "free_bytes", lambda _: 10_000 * one)
+    assert torch_engine.tokens_in(loaded, share=0.5) == 4000
+    monkeypatch.setattr(torch_engine, "free_bytes", lambda _: 2**50)
+    assert torch_engine.tokens_in(loaded, share=0.5) == torch_engine.CACHE_TOKENS
+    assert "more than the share" not in caplog.text
+    monkeypatch.setattr(torch_engine, "free_bytes", lambda _: 10 * one)
+    assert torch_engine.tokens_in(loaded, share=0.5) == loaded.context_length
+    assert "more than the share 0.5" in caplog.text
 
 
 def test_requests_of_one_batch_have_their_own_sampling(engine: InProcessEngine, prompts: list[Prompt]) -> None:

@@ -1,8 +1,9 @@
 """Requests join and leave between steps; what they get is what stock transformers gives them alone."""
 
+import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +105,7 @@ def scheduler(loaded: LoadedModel, **changes: Any) -> Scheduler:
 def run(made: Scheduler, arrivals: Sequence[GenerationRequest]) -> list[list[int]]:
     """The answers of requests that come together."""
     ids: dict[GenerationRequest, list[int]] = {request: [] for request in arrivals}
-    events = made.step(arrivals)
-    while made.is_busy:
-        events += made.step()
-    for request, delta in events:
+    for request, delta in all_events(made, arrivals):
         assert isinstance(delta, Delta), delta
         ids[request] += delta.ids
     return list(ids.values())
@@ -119,6 +117,19 @@ def requests(prompts: Sequence[Prompt], max_new_tokens: int, **settings: Any) ->
         GenerationRequest(one, Sampling(max_new_tokens, frozenset(), seed=number, **settings))
         for number, one in enumerate(prompts)
     ]
+
+
+def cached(events: Sequence[Event], arrivals: Sequence[GenerationRequest]) -> list[int]:
+    """The cached tokens of each request."""
+    return [sum(delta.cached_tokens for delta in of(request, events)) for request in arrivals]
+
+
+def all_events(made: Scheduler, arrivals: Sequence[GenerationRequest]) -> list[Event]:
+    """What happens until requests that come together have ended."""
+    events = made.step(arrivals)
+    while made.is_busy:
+        events += made.step()
+    return events
 
 
 def of(request: GenerationRequest, events: Sequence[Event]) -> list[Delta]:
@@ -231,6 +242,80 @@ def test_the_cache_never_holds_more_positions_than_it_may(loaded: LoadedModel, i
     for request, limit in zip(arrivals, limits, strict=True):
         deltas = of(request, events)
         assert (sum(len(delta.ids) for delta in deltas), deltas[-1].finish_reason) == (limit, "length")
+
+
+@contextlib.contextmanager
+def counted(loaded: LoadedModel) -> Iterator[list[int]]:
+    """The positions that each pass of the language model reads."""
+    seen: list[int] = []
+    layer = loaded.model.model.language_model.layers[0]
+    hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0] * args[0].shape[1]))
+    yield seen
+    hook.remove()
+
+
+def alike(one: Prompt, other: Prompt) -> int:
+    """How many first ids are the same."""
+    pairs = zip(one.input_ids, other.input_ids, strict=False)
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+
+
+def salted(one: Prompt, salt: str) -> Prompt:
+    return Prompt(one.input_ids, one.images, salt)
+
+
+def test_a_prompt_is_read_from_where_it_parts_from_an_earlier_one(loaded: LoadedModel, images: list[bytes]) -> None:
+    first, second, third = (prompt(loaded, number, images[:2]) for number in (3, 5, 9))
+    (answer,) = run(scheduler(loaded), requests([first], 8))
+    turn = Prompt([*first.input_ids, *answer, *second.input_ids], first.images + second.images)
+    other = Prompt(second.input_ids, (images[0], images[2]))
+    asked = [first, second, third, turn, other, salted(second, "of another key"), first]
+    expected = [run(scheduler(loaded), requests([one], 8))[0] for one in asked]
+    made, answers, hits = scheduler(loaded, prefix_tokens=2048, prefill_tokens=24), [], []
+    for one in asked:
+        arrivals = requests([one], 8)
+        with counted(loaded) as seen:
+            events = all_events(made, arrivals)
+        hits += cached(events, arrivals)
+        answers.append([token for delta in of(arrivals[0], events) for token in delta.ids])
+        assert sum(seen) == len(one.input_ids) - hits[-1] + 7
+    assert answers == expected
+    places = [place for place, token in enumerate(second.input_ids) if token == loaded.tokenizer.image_id]
+    assert hits == [
+        0,
+        alike(second, first),
+        max(alike(third, first), alike(third, second)),
+        len(first.input_ids) + len(answer) - 1,  # the last token of an answer was not read
+        places[loaded.tokenizer.image_tokens],  # the first position of the second image, which is another one
+        0,
+        len(first.input_ids) - 1,  # the last token of a prompt is always read
+    ]
+
+
+def test_requests_that_come_together_read_what_they_share_once(loaded: LoadedModel, images: list[bytes]) -> None:
+    long = Prompt(prompt(loaded, 2, images).input_ids * 3, tuple(images) * 3)
+    assert len(long.input_ids) > 128
+    made, arrivals = scheduler(loaded, prefix_tokens=4096), requests([long] * 3, 1)
+    with counted(loaded) as seen:
+        events = all_events(made, arrivals)
+    assert cached(events, arrivals) == [0, len(long.input_ids) - 1, len(long.input_ids) - 1]
+    assert sum(seen) == len(long.input_ids) + 2
+
+
+def test_no_more_tokens_are_kept_than_may_be(loaded: LoadedModel, images: list[bytes]) -> None:
+    made = scheduler(loaded, prefix_tokens=150)
+    expected = run(scheduler(loaded), requests(many(loaded, images, 12), 5))
+    assert run(made, requests(many(loaded, images, 12), 5)) == expected
+    kept = made.prefixes._kept
+    assert 0 < sum(layers[0][0].shape[1] for _, layers in kept) == made.prefixes.num_tokens <= 150
+
+
+def test_keys_get_places_in_turn(loaded: LoadedModel) -> None:
+    made = scheduler(loaded, slots=2)
+    keys = ["a", "a", "a", "a", "b", "a", "b"]
+    arrivals = requests([salted(prompt(loaded, 1), key) for key in keys], 2)
+    order = [request for request, delta in all_events(made, arrivals) if delta.finish_reason]  # type: ignore[union-attr]
+    assert [arrivals.index(request) for request in order] == [0, 4, 1, 6, 2, 3, 5]
 
 
 def test_a_request_that_fails_ends_alone_and_the_others_go_on_from_where_they_were(

@@ -14,10 +14,14 @@ from tests.serve.app.live import HELLO, MODEL, ScriptedEngine, client_of, endpoi
 from vila_ops.artifacts.kinds import ModelVersion
 from vila_ops.cli import app
 from vila_ops.config.resources import ServeResources
+from vila_ops.config.serve import RequestLimits
 from vila_ops.errors import CorruptArtifact
 from vila_ops.generate.request import Delta
+from vila_ops.serve.app.admission import Admission
 from vila_ops.serve.app.audit import AuditLog, check_log
+from vila_ops.serve.app.errors import ApiError
 from vila_ops.serve.app.keys import KeyLimits, Scope, create_key, read_keys, revoke_key, rotate_key
+from vila_ops.serve.app.metrics import Metrics
 from vila_ops.serve.credentials import KEY_VARIABLE, check_key
 
 CHAT = {"model": MODEL, "messages": HELLO}
@@ -143,6 +147,28 @@ def test_tokens_of_a_key_are_counted_and_what_was_not_used_is_given_back(
     assert int(caught.value.response.headers["retry-after"]) >= 1
     with pytest.raises(openai.BadRequestError, match="lower max_tokens"):
         client.chat.completions.create(**CHAT, n=8, max_tokens=32)
+
+
+def test_one_key_leaves_places_to_others(keys: Path) -> None:
+    admission = Admission(RequestLimits(max_waiting=8), Metrics(model=MODEL, replica=""), max_batch=8)
+    for _ in range(2):
+        made(keys)
+    first, second = read_keys(keys)
+    tickets = [admission.admit(first, answers=4) for _ in range(3)]
+    with pytest.raises(ApiError, match="12 answers under way, and what is free is for others") as caught:
+        admission.admit(first, answers=1)
+    assert (caught.value.status, caught.value.code, caught.value.headers["Retry-After"]) == (429, "queue_full", "1")
+    admission.admit(second, answers=4)
+    tickets[0].close()
+    admission.admit(first, answers=4)
+
+
+def test_usage_tells_the_tokens_that_were_not_read_again(url: str, keys: Path, scripted: ScriptedEngine) -> None:
+    scripted.script = [Delta([5], cached_tokens=7), Delta([6]), Delta([], "stop")]
+    usage = client_of(url, made(keys)).chat.completions.create(**CHAT, n=2).usage
+    assert usage is not None
+    assert usage.prompt_tokens_details is not None
+    assert usage.prompt_tokens_details.cached_tokens == 7
 
 
 def test_keys_do_not_share_cached_work(url: str, keys: Path, scripted: ScriptedEngine) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from vila_ops.config.engine import TorchEngine
 from vila_ops.data.images import Fit
 from vila_ops.data.text.conversation import Tokenizer
+from vila_ops.device import free_bytes
 from vila_ops.generate.engine import Engine, EngineOptions, ScoringItem
 from vila_ops.generate.request import Delta, Loglikelihood, Prompt, Sampling
 from vila_ops.generate.torch_engine.loaded_model import LoadedModel, read_model
@@ -22,6 +23,8 @@ from vila_ops.generate.torch_engine.scorer import Scorer
 
 CACHE_TOKENS = 65_536
 """Most positions of the key-value cache, unless the config has another number or the context is longer."""
+KEPT_SHARE = 0.25
+"""Tokens of earlier prompts that are kept, for each position of the key-value cache."""
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -33,9 +36,25 @@ def open_engine(config: TorchEngine, folder: Path, options: EngineOptions) -> En
     return InProcessEngine(
         loaded,
         max_batch=options.max_batch,
-        cache_tokens=config.cache_tokens,
+        cache_tokens=config.cache_tokens or tokens_in(loaded, share=config.memory_share),
         prefill_tokens=options.prefill_tokens,
+        keep_prefixes=options.keep_prefixes,
     )
+
+
+def tokens_in(loaded: LoadedModel, *, share: float) -> int:
+    """Most positions of the key-value cache by default: what fits into a share of the free memory, at least a context.
+
+    The share holds what is kept of earlier prompts, too.
+    """
+    free, size = free_bytes(loaded.device), loaded.token_bytes
+    fitting = int(share * free / (size * (1 + KEPT_SHARE)))
+    if fitting < loaded.context_length:
+        log.warning(
+            "one request of the whole context takes %d MiB, more than the share %g of the %d MiB that are free",
+            loaded.context_length * size >> 20, share, free >> 20,
+        )  # fmt: skip
+    return max(loaded.context_length, min(CACHE_TOKENS, fitting))
 
 
 class InProcessEngine:
@@ -48,9 +67,11 @@ class InProcessEngine:
         max_batch: int | None,
         cache_tokens: int | None = None,
         prefill_tokens: int = EngineOptions.prefill_tokens,
+        keep_prefixes: bool = False,
     ) -> None:
         """Raises ValueError for a cache that cannot hold one request."""
-        if cache_tokens is not None and cache_tokens < loaded.context_length:
+        cache_tokens = cache_tokens or max(CACHE_TOKENS, loaded.context_length)
+        if cache_tokens < loaded.context_length:
             raise ValueError(
                 f"cache_tokens is {cache_tokens}, fewer than the model's context of {loaded.context_length} tokens, "
                 f"which one request may have; set it to that or more, or leave it out"
@@ -59,8 +80,9 @@ class InProcessEngine:
         self.scheduler = Scheduler(
             loaded,
             slots=max_batch or SLOTS,
-            cache_tokens=cache_tokens or max(CACHE_TOKENS, loaded.context_length),
+            cache_tokens=cache_tokens,
             prefill_tokens=prefill_tokens,
+            prefix_tokens=int(KEPT_SHARE * cache_tokens) if keep_prefixes else 0,
         )
         self.scorer = Scorer(loaded)
         self._requests: dict[str, GenerationRequest] = {}

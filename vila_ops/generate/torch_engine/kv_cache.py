@@ -102,6 +102,23 @@ class KVCache:
         """Drop the last row."""
         self.lengths.pop()
 
+    def copy(self, row: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values (H, T, K) of a row's tokens, of each layer."""
+        used = self.lengths[row]
+        return [
+            (key[row, :, :used].clone(), value[row, :, :used].clone())
+            for key, value in zip(self.keys, self.values, strict=True)
+        ]
+
+    def fill(self, row: int, layers: Sequence[tuple[Tensor, Tensor]], count: int) -> None:
+        """Give a row without tokens the first `count` tokens of a copy."""
+        if not self.keys:
+            self.keys, self.values = ([self._empty(one[number][None]) for one in layers] for number in (0, 1))
+        for key, value, (copied_key, copied_value) in zip(self.keys, self.values, layers, strict=True):
+            key[row, :, :count] = copied_key[:, :count]
+            value[row, :, :count] = copied_value[:, :count]
+        self.lengths[row] = count
+
     def _capacity(self, needs: Sequence[int]) -> int:
         return min(-(-max(needs) // PAGE) * PAGE, self.max_tokens)
 

@@ -49,6 +49,14 @@ class LoadedModel:
         assert length is not None  # every class of LANGUAGE_MODELS has max_position_embeddings
         return length
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the keys and values of one token, of all layers."""
+        text = self.model.config.text_config
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return int(2 * text.num_hidden_layers * heads * size * self.model.lm_head.weight.element_size())
+
     def embed(self, input_ids: Tensor, images: Sequence[bytes]) -> Tensor:
         """Embeddings (B, T, D) of ids (B, T), image positions filled with the images of all rows in their order."""
         return self.model.embed(input_ids, self.features(images).to(self.device) if images else None)

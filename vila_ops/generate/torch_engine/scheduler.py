@@ -4,7 +4,7 @@
 
 import itertools
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from vila_ops.generate.request import Delta
 from vila_ops.generate.torch_engine.image_features import SaltedImage
-from vila_ops.generate.torch_engine.kv_cache import KVCache
+from vila_ops.generate.torch_engine.kv_cache import PAGE, KVCache
 from vila_ops.generate.torch_engine.loaded_model import LoadedModel
+from vila_ops.generate.torch_engine.prefixes import PrefixCache, TokenSequence
 from vila_ops.generate.torch_engine.request_state import GenerationRequest, RequestState
 from vila_ops.generate.torch_engine.sampling import Chosen, choose
 from vila_ops.model.attention import masks
@@ -30,13 +31,23 @@ log = logging.getLogger(__name__)
 class Scheduler:
     """Reads prompts and decodes answers. Used by one thread, but for the flags of aborted requests."""
 
-    def __init__(self, loaded: LoadedModel, *, slots: int = SLOTS, cache_tokens: int, prefill_tokens: int) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        slots: int = SLOTS,
+        cache_tokens: int,
+        prefill_tokens: int,
+        prefix_tokens: int = 0,
+    ) -> None:
         """At most `slots` requests are under way, of which the cache holds `cache_tokens` positions.
 
-        A step reads at most `prefill_tokens` of prompts, padding included.
+        A step reads at most `prefill_tokens` of prompts, padding included. At most `prefix_tokens` tokens that were
+        read are kept for later prompts.
         """
         self.loaded, self.slots, self.prefill_tokens = loaded, slots, prefill_tokens
         self.cache = KVCache(max_tokens=cache_tokens, device=loaded.device)
+        self.prefixes = PrefixCache(max_tokens=prefix_tokens)
         self.rows: list[RequestState] = []
         """In the order of the rows of the cache: those that are decoded, then those whose prompts are read."""
         self.live = 0
@@ -88,7 +99,7 @@ class Scheduler:
                 self._events.append((state.request, Delta([], "abort")))
 
     def _admit(self) -> None:
-        """Give rows to the requests that wait longest. Many join together, when a quarter of the slots is free."""
+        """Give rows to requests that wait. Many join together, when a quarter of the slots is free."""
         if self._suspects:
             if not self.rows:
                 self.rows.append(self._suspects.popleft())
@@ -99,13 +110,18 @@ class Scheduler:
             return
         before = len(self.rows)
         while self._waiting and len(self.rows) < self.slots:
-            self.rows.append(self._waiting[0])
+            self.rows.append(self._next())
             if not self.cache.fits(self._needs()):
                 self.rows.pop()
                 break
-            self._waiting.popleft()
+            self._waiting.remove(self.rows[-1])
         if len(self.rows) > before:
             self.cache.reserve(self._needs())
+
+    def _next(self) -> RequestState:
+        """The request that waits longest among those whose salt, which stands for a key, has the fewest rows."""
+        rows = Counter(state.request.prompt.cache_salt for state in self.rows)
+        return min(self._waiting, key=lambda state: rows[state.request.prompt.cache_salt])
 
     def _needs(self) -> list[int]:
         return [state.request.max_tokens() for state in self.rows]
@@ -139,7 +155,7 @@ class Scheduler:
         for number, ((state, count), start) in enumerate(zip(chunk, starts, strict=True)):
             assert state.embeddings is not None
             ids[number, :count] = torch.tensor(state.tokens()[start : start + count])
-            part = state.embeddings[start : start + count]
+            part, state.embeddings = state.embeddings[:count], state.embeddings[count:]
             parts.append(torch.nn.functional.pad(part, (0, 0, 0, max(counts) - count)))
         hidden = self._pass(rows, counts, torch.stack(parts), ids.to(self.loaded.device))
         done = [n for n, (state, count) in enumerate(chunk) if starts[n] + count == len(state.tokens())]
@@ -156,7 +172,7 @@ class Scheduler:
         chunk: list[tuple[RequestState, int]] = []
         width = 0
         for state in self._reading():
-            if _images_left(state):
+            if _images_left(state) or (state.embeddings is None and not self._begin(state)):
                 continue
             left = len(state.tokens()) - self.cache.lengths[self.rows.index(state)]
             count = min(left, self.prefill_tokens)
@@ -164,9 +180,43 @@ class Scheduler:
                 break
             width = max(width, count)
             chunk.append((state, count))
-            if state.embeddings is None:
-                state.embeddings = self.loaded.embed_prompt(state.tokens(), state.features)
         return chunk
+
+    def _begin(self, state: RequestState) -> bool:
+        """Begin to read a prompt behind what is kept of it; False while much more of it is read for another request."""
+        row, tokens, count = self.rows.index(state), state.tokens(), 0
+        sequence = self._sequence(state, len(tokens))
+        if len(tokens) <= self.prefixes.max_tokens:
+            count, layers = self.prefixes.longest(sequence)
+            others = [one for one in self._reading() if one.embeddings is not None]
+            ahead = max((sequence.common(self._sequence(one, len(tokens))) for one in others), default=0)
+            if ahead - count > max(PAGE, len(tokens) // 2):
+                return False
+            if count:
+                self.cache.fill(row, layers, count)
+                state.cached_tokens = 0 if state.ids else count
+        features = state.features[sequence.images_in(count) :]
+        state.embeddings = self.loaded.embed_prompt(tokens[count:], features)
+        return True
+
+    def _keep(self, state: RequestState) -> None:
+        """Keep what was read of a request for later prompts."""
+        row = self.rows.index(state)
+        if self.cache.lengths[row] <= self.prefixes.max_tokens:
+            sequence = self._sequence(state, self.cache.lengths[row])
+            if self.prefixes.wants(sequence):
+                self.prefixes.keep(sequence, self.cache.copy(row))
+
+    def _sequence(self, state: RequestState, length: int) -> TokenSequence:
+        """The first tokens of a request."""
+        tokenizer, request = self.loaded.tokenizer, state.request
+        return TokenSequence.of(
+            state.tokens()[:length],
+            request.image_digests,
+            salt=request.prompt.cache_salt,
+            image_id=tokenizer.image_id,
+            image_tokens=tokenizer.image_tokens,
+        )
 
     def _decode(self) -> bool:
         """Add a token to the answer of every live row."""
@@ -210,11 +260,13 @@ class Scheduler:
 
     def _promote(self, state: RequestState) -> None:
         """Move a row whose prompt was read to those that are decoded."""
+        self._keep(state)
         state.features, state.embeddings = [], None
         self._swap(self.rows.index(state), self.live)
         self.live += 1
 
     def _remove(self, state: RequestState) -> None:
+        self._keep(state)
         row = self.rows.index(state)
         if row < self.live:
             self.live -= 1

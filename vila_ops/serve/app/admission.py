@@ -13,6 +13,9 @@ from vila_ops.serve.app.keys import ApiKey
 from vila_ops.serve.app.metrics import Metrics
 
 MIB = 2**20
+OTHERS_FREE = 3
+"""A key may have so many times the places that are still free (the dynamic threshold of Choudhury and Hahne, 1998): one
+alone has three quarters of all, and leaves the others to keys that come later."""
 
 
 class Uploads:
@@ -154,6 +157,9 @@ class Admission:
             raise overloaded(text, code="rate_limit_exceeded", wait_seconds=1)
         if self._running + answers > self._most:
             text = f"{self._running} answers are under way or wait; wait for Retry-After"
+            raise overloaded(text, code="queue_full", wait_seconds=1)
+        if usage and usage.running + answers > OTHERS_FREE * (self._most - self._running):
+            text = f"this key has {usage.running} answers under way, and what is free is for others; wait for one"
             raise overloaded(text, code="queue_full", wait_seconds=1)
         if usage and usage.requests:
             usage.requests.take(1)

@@ -31,6 +31,8 @@ class Answer:
     timeout_seconds: float
     tokens: int = field(default=0, init=False)
     """Generated so far, of all choices."""
+    cached_tokens: int = field(default=0, init=False)
+    """Tokens of the prompt that the engine did not read again, for the first choice."""
 
     def __post_init__(self) -> None:
         self.id, self.created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
@@ -81,7 +83,7 @@ class Answer:
             "prompt_tokens": length,
             "completion_tokens": self.tokens,
             "total_tokens": length + self.tokens,
-            "prompt_tokens_details": {"image_tokens": images},
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens, "image_tokens": images},
         }
 
     async def _pieces(self) -> AsyncGenerator[TextPiece, None]:
@@ -96,6 +98,8 @@ class Answer:
         ) as generation:
             async for index, delta in generation.deltas():
                 piece = texts[index].add(delta)
+                if index == 0:
+                    self.cached_tokens += delta.cached_tokens
                 self.tokens += piece.tokens
                 self.metrics.generation_tokens.inc(piece.tokens)
                 if piece.tokens:

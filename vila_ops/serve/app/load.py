@@ -31,6 +31,7 @@ def load_app(spec: Spec, device: Device, *, replica: dict[str, Any]) -> FastAPI:
         threads=spec.threads(),
         max_batch=spec.capacity.max_batch,
         prefill_tokens=PREFILL_TOKENS,
+        keep_prefixes=True,
     )
     engine = load_engine(spec.version.checkpoint, spec.capacity.engine, options)
     process = {
