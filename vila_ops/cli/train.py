@@ -1,5 +1,6 @@
 """`vila-ops train`: train a recipe up to a stage, and prove that it resumes exactly."""
 
+import random
 import sys
 from typing import Annotated, Any
 
@@ -90,7 +91,9 @@ def verify_resume(
     variant = proof.describe_changes(run.recipe.stages[chosen], trial.stage)
     saves = f"a checkpoint every {trial.stage.save_every} steps, nothing logged to MLflow"
     print(f"stage {chosen} of {run.recipe.name}, with {variant}; {saves}", file=sys.stderr)
-    verdict = proof.verify_resume(trial, kills=kills, report=lambda line: print(line, file=sys.stderr, flush=True))
+    verdict = proof.verify_resume(
+        trial, kills=kills, report=lambda line: print(line, file=sys.stderr, flush=True), draw=random.Random()
+    )
     if as_json:
         print_result(verdict, as_json)
     else:

@@ -1,13 +1,14 @@
 """Verify that a stage resumes exactly after SIGKILL, with any recipe and resources.
 
 The stage is trained once without interruption. Then it is trained under SIGKILL at random moments, during saves too,
-until it was killed as often as requested. Each time it ends, it is compared with the uninterrupted stage. The kill ends
-the process group that drives the stage: with launch `inline` that is all of the training, and under Ray the cluster
-ends the ranks of a driver that is gone. `python -m vila_ops.train.verify_resume INPUTS.json` is the process to kill.
+until it was killed as often as requested. Each time it ends, it is compared with the uninterrupted stage. A moment is a
+number of steps and a part of one, counted from the first step of a try, so it does not depend on how fast the machine
+is; where ranks record their samples on other machines, it is a time. The kill ends the process group that drives the
+stage: with launch `inline` that is all of the training, and under Ray the cluster ends the ranks of a driver that is
+gone. `python -m vila_ops.train.verify_resume INPUTS.json` is the process to kill.
 """
 
 import json
-import math
 import os
 import random
 import secrets
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 from vila_ops.artifacts.kinds import Checkpoint
 from vila_ops.artifacts.store import backend, file, read_manifest, root_of
@@ -31,6 +32,8 @@ from vila_ops.train.stage import train_stage
 
 SAVES, VALIDATIONS = 10, 4
 """The fewest saves and validations of a shortened stage."""
+LOOK_SECONDS = 0.02
+"""Time between two looks for the step in which a process is killed."""
 LOG_LINES = 30
 """Number of last log lines in the error of a process that failed."""
 Report = Callable[[str], None]
@@ -107,32 +110,42 @@ def summary(verdict: ResumeVerdict) -> list[str]:
     ]
 
 
-def verify_resume(trial: ResumeTrial, *, kills: int, report: Report) -> ResumeVerdict:
+class _Pace(NamedTuple):
+    """How fast the uninterrupted stage was."""
+
+    steps: int
+    seconds: float
+    """From the first step, or from the loaded code if no sample was recorded on this machine."""
+    recorded_here: bool
+    """Whether samples were recorded on this machine."""
+
+
+def verify_resume(trial: ResumeTrial, *, kills: int, report: Report, draw: random.Random) -> ResumeVerdict:
     """Train a stage without interruption and under `kills` kills, in stores under STORE/verify-resume, and compare.
 
-    `report` gets a line of progress for each kill. Raises RuntimeError if a process fails without a kill.
+    `report` gets a line of progress for each kill, and `draw` draws their moments. Raises RuntimeError if a process
+    fails without a kill.
     """
     root = f"{root_of(trial.resources.storage.store)}/verify-resume/{secrets.token_hex(4)}"
-    rng = random.Random()
     unbroken = trial.in_store(f"{root}/unbroken")
-    seconds = _train_to_end(unbroken)
-    report(f"unbroken: {unbroken.train().step} steps in {seconds:.1f} s")
+    pace = _train_to_end(unbroken)
+    report(f"unbroken: {pace.steps} steps in {pace.seconds:.1f} s")
     done, passes, resumed = 0, 0, 0
     differences: list[str] = []
     while done < kills and not differences:
         passes, before = passes + 1, done
         killed = trial.in_store(f"{root}/killed-{passes}")
-        while moment := _train_and_kill(killed, after=rng.uniform(0, seconds) if done < kills else math.inf):
+        while moment := _train_and_kill(killed, pace, at=draw.random() if done < kills else None):
             done += 1
             report(f"kill {done} of {kills}: {moment}")
         if done == before:
-            seconds /= 2  # it ended before it was killed, as the machine is less busy than it was at first
+            pace = pace._replace(seconds=pace.seconds / 2)  # the machine is less busy than it was at first
         resumed += sum(step > 0 for step in _first_steps(killed).values())
         differences = list(_differences(unbroken, killed))
         report(f"pass {passes} ended: {'not equal' if differences else 'equal'}")
     verdict = ResumeVerdict(
         stage=trial.stage.name,
-        steps=unbroken.train().step,
+        steps=pace.steps,
         kills=done,
         passes=passes,
         resumed=resumed,
@@ -145,30 +158,52 @@ def verify_resume(trial: ResumeTrial, *, kills: int, report: Report) -> ResumeVe
     return verdict
 
 
-def _train_to_end(trial: ResumeTrial) -> float:
-    """Train in a process. Returns the seconds since the process had loaded its code."""
+def _train_to_end(trial: ResumeTrial) -> _Pace:
+    """Train in a process."""
     with _process(trial) as process:
-        started = time.monotonic()
-        process.wait()
-        return time.monotonic() - started
+        began = loaded = time.monotonic()
+        while process.poll() is None:
+            if began == loaded and trial.samples():
+                began = time.monotonic()
+            time.sleep(LOOK_SECONDS)
+        seconds = time.monotonic() - began
+    return _Pace(trial.train().step, seconds, recorded_here=bool(trial.samples()))
 
 
-def _train_and_kill(trial: ResumeTrial, *, after: float) -> str | None:
-    """Train in a process and kill it after some seconds. Returns a description of the moment, or None if it ended."""
-    before = {step.attempt for step in trial.samples()}
+def _train_and_kill(trial: ResumeTrial, pace: _Pace, *, at: float | None) -> str | None:
+    """Train in a process and kill it at a part of the whole stage, or never.
+
+    Returns a description of the moment, or None if the stage ended.
+    """
+    known = {step.attempt for step in trial.samples()}
     with _process(trial) as process:
+        loaded = time.monotonic()
         try:
-            process.wait(timeout=after)
+            process.wait(timeout=None if at is None else _await_step(process, trial, known, pace, at))
             return None
         except subprocess.TimeoutExpired:
+            after = time.monotonic() - loaded
             os.killpg(process.pid, signal.SIGKILL)
             if process.wait() == 0:
                 return None
-    steps = [one.step for one in trial.samples() if one.attempt not in before]
+    steps = [one.step for one in trial.samples() if one.attempt not in known]
     if not steps:
-        return f"after {after:.2f} s, before this try's first step"
+        return f"after {after:.2f} s"
     start = f"resumed after step {min(steps)}" if min(steps) else "began with the first step"
     return f"after {after:.2f} s in step {max(steps) + 1}; this try {start}"
+
+
+def _await_step(process: subprocess.Popen[str], trial: ResumeTrial, known: set[str], pace: _Pace, at: float) -> float:
+    """Wait until a try that is not known is in the step of a moment, or has ended. Returns the seconds left to wait."""
+    if not pace.recorded_here:
+        return at * pace.seconds
+    whole, part = divmod(at * pace.steps, 1)
+    while process.poll() is None:
+        steps = [one.step for one in trial.samples() if one.attempt not in known]
+        if steps and max(steps) >= min(steps) + whole:
+            return part * pace.seconds / pace.steps
+        time.sleep(LOOK_SECONDS)
+    return 0.0
 
 
 def _first_steps(trial: ResumeTrial) -> dict[str, int]:
