@@ -7,6 +7,8 @@ PYTHON ?= python3.11
 UV_VERSION := 0.13.9
 BIN := .venv/bin
 TEST_WORKERS ?= 3
+TIMES ?= 10
+TESTS ?= tests
 PYTEST := $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 STAMP := .venv/.installed
 
@@ -21,7 +23,7 @@ find_python = for python in "$(PYTHON)" python3 ""; do \
 	  if [ -z "$$python" ] || "$$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; \
 	  then break; fi; done
 
-.PHONY: help setup constraints test test-fast lint types layers demo demo-long up down status faults bench gpu interop settings format clean
+.PHONY: help setup constraints test test-fast repeat lint types layers demo demo-long up down status faults bench gpu interop settings format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +62,10 @@ test: setup lint types layers ## Everything that continuous integration runs
 
 test-fast: setup ## Run the quick tests: no Ray, no servers, no long ones
 	@$(PYTEST) -m "not real and not ray and not slow"
+
+repeat: setup ## Run the tests marked ray or slow ten times in a row; TIMES=3 TESTS=tests/train changes how often and which
+	@for run in $$(seq $(TIMES)); do \
+	  echo "make repeat: run $$run of $(TIMES)"; $(PYTEST) -m "(ray or slow) and not real" $(TESTS); done
 
 lint: setup ## Check style and formatting, and that every import is declared
 	@$(BIN)/ruff check .
