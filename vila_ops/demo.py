@@ -169,6 +169,7 @@ def _say_results(run: Run, endpoints: local.Endpoints, say: Say, *, seconds: flo
     say(f"  summary   {folder / 'summary.json'}")
     say(f"  MLflow    {summary['mlflow']['runs']}")
     say(f"  Prefect   {endpoints.prefect}")
+    say(f"  chat      {answer['url']}/")
     say(f"  endpoint  {answer['url']}/v1/chat/completions")
     say(f"  try       curl -s {answer['url']}/v1/chat/completions -H 'Content-Type: application/json' "
         f"-d @{folder / 'ask.json'}")  # fmt: skip

@@ -23,11 +23,12 @@ from vila_ops.serve.app.errors import ApiError
 from vila_ops.serve.app.keys import KeyLimits, Scope, create_key, read_keys, revoke_key, rotate_key
 from vila_ops.serve.app.metrics import Metrics
 from vila_ops.serve.credentials import KEY_VARIABLE, check_key
+from vila_ops.serve.page.files import PATHS
 
 CHAT = {"model": MODEL, "messages": HELLO}
 ROUTES = [
     ("GET", "/v1/models"), ("GET", f"/v1/models/{MODEL}"), ("POST", "/v1/chat/completions"), ("POST", "/v1/responses"),
-    ("GET", "/v1/nothing"), ("GET", "/version"), ("GET", "/openapi.json"), ("GET", "/metrics"), ("GET", "/"),
+    ("GET", "/v1/nothing"), ("GET", "/version"), ("GET", "/openapi.json"), ("GET", "/metrics"), ("GET", "//"),
     ("GET", "/metrics/"), ("GET", "//metrics"), ("GET", "/%6detrics"), ("GET", "/-/routes"),
     ("PUT", "/v1/models"),
 ]  # fmt: skip
@@ -92,6 +93,19 @@ def test_health_without_a_key_shows_the_state_alone(url: str, keys: Path) -> Non
     assert http().get(f"{url}/ready", headers={"Host": "10.1.2.3"}).status_code == 200
     full = http().get(f"{url}/health", headers={"Authorization": f"Bearer {made(keys)}"}).json()
     assert full["replica"] == {"pid": 1}
+
+
+def test_the_chat_page_is_shown_without_a_key_but_not_under_any_name(
+    versions: tuple[ModelVersion, ModelVersion], scripted: ScriptedEngine, url: str
+) -> None:
+    for path in PATHS:
+        answer = http().get(url + path)
+        assert answer.status_code == 200
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert status(url, "POST", path, None) == 405
+    assert status(url, "GET", "/page/files.py", None) == 401
+    with endpoint(versions[0], scripted) as open_url:
+        assert http().get(open_url, headers={"Host": "evil.example"}).status_code == 403
 
 
 def test_keys_end_and_are_rotated_without_a_restart(url: str, keys: Path) -> None:

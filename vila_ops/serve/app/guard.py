@@ -21,6 +21,7 @@ from vila_ops.serve.app.audit import AuditLog
 from vila_ops.serve.app.errors import ApiError, internal_error
 from vila_ops.serve.app.keys import ApiKey, Keyring, Scope
 from vila_ops.serve.app.metrics import Metrics
+from vila_ops.serve.page.files import PATHS
 
 PUBLIC = ("/health", "/ready")
 """For load balancers: neither a key nor a Host name is asked for, and nothing but the state is shown."""
@@ -127,7 +128,7 @@ class Guard:
             raise ApiError(403, text, code="origin_not_allowed")
 
     def _check_key(self, scope: AsgiScope, headers: Headers, caller: Caller) -> None:
-        if self._keyring is None:
+        if self._keyring is None or scope["path"] in PATHS:
             return
         kind, _, presented = headers.get("authorization", "").partition(" ")
         try:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -22,6 +23,7 @@ from vila_ops.serve.app.guard import Caller, Guard, audit_log
 from vila_ops.serve.app.media import Media
 from vila_ops.serve.app.metrics import Metrics
 from vila_ops.serve.app.schema import ChatRequest
+from vila_ops.serve.page.files import PATHS, page_file
 from vila_ops.serve.spec import Spec
 
 Json = dict[str, Any]
@@ -55,6 +57,7 @@ def create_app(spec: Spec, engine: Engine, *, replica: Json) -> FastAPI:
     _add_chat(app, Chat(spec, engine, media, metrics))
     _add_models(app, spec)
     _add_state(app, spec, metrics, replica)
+    _add_page(app)
     return app
 
 
@@ -119,6 +122,11 @@ def _add_state(app: FastAPI, spec: Spec, metrics: Metrics, replica: Json) -> Non
     @app.get("/openapi.json", include_in_schema=False)
     async def schema() -> Json:
         return _openapi(app)
+
+
+def _add_page(app: FastAPI) -> None:
+    for path in PATHS:
+        app.add_api_route(path, partial(page_file, path), include_in_schema=False)
 
 
 def _openapi(app: FastAPI) -> Json:
