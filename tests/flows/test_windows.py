@@ -1,0 +1,31 @@
+"""A scheduled flow that has nothing to do ends before it does anything."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+from prefect.states import State
+
+from flows.full_pipeline import vila
+from vila_ops.config import load
+from vila_ops.config.schedule import Schedule
+from vila_ops.pipeline.windows import begin
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_flow_whose_window_another_run_has_is_skipped(tmp_path: Path) -> None:
+    """Outside of Prefect a run is due now."""
+    run = load(
+        ROOT / "configs/recipes/tiny.yaml",
+        resources=ROOT / "configs/resources/inline.yaml",
+        overrides=(f"resources.storage.store={tmp_path}/store",),
+    )
+    schedule = Schedule(window_hours=100_000)
+    due = datetime.now(UTC)
+    assert begin("tiny", schedule, due=due, flow_run="another", store=run.resources.storage.store) is None
+    state = vila.fn(run, schedule)
+    assert isinstance(state, State)
+    assert (state.type.value, state.name) == ("COMPLETED", "Skipped")
+    assert state.message is not None
+    assert "belongs to run another" in state.message
+    assert [path.name for path in (tmp_path / "store").iterdir()] == ["windows"]
