@@ -344,3 +344,10 @@ def s3_store(moto_endpoint: str, aws: Callable[..., None]) -> str:
     bucket = f"vila-{secrets.token_hex(6)}"
     client().create_bucket(Bucket=bucket)
     return f"s3://{bucket}/a/store"
+
+
+@pytest.fixture(params=["disk", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty store of each kind."""
+    made: str = str(tmp_path / "store") if request.param == "disk" else request.getfixturevalue("s3_store")
+    return made

@@ -59,6 +59,11 @@ NOT_RUN = {
         "vila-ops keys revoke keys.json ID",
         "vila-ops keys audit keys.json.audit.jsonl",
     ),
+    "is run by tests/registry/test_register.py, on a model of its own": (
+        "vila-ops champion vila -r configs/resources/laptop.yaml",
+        'vila-ops champion vila -r configs/resources/laptop.yaml --back --reason "answers in the wrong language"',
+        'vila-ops champion vila -r configs/resources/laptop.yaml --version 4 --reason "the gate was too strict"',
+    ),
     "needs a GPU": ("make gpu",),
     "fetches packages or images, or reads a model that has to be downloaded": (
         "vila-ops fetch configs/recipes/demo.yaml",

@@ -2,24 +2,28 @@
 
 import contextlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from typer.testing import CliRunner
 
 from tests.eval.charts import METRIC, PARTS, sealed_report, suite_of, write_charts
 from tests.forks import Fork
 from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, EvalReport, ModelVersion
+from vila_ops.cli import app
 from vila_ops.config import NO_CONTEXT, Gate, Resources, Run, load
 from vila_ops.config.eval import Rule
 from vila_ops.errors import CorruptArtifact, PromotionRaceLost, is_final
 from vila_ops.pipeline.promotion import register_model
 from vila_ops.pipeline.stages import Tasks
-from vila_ops.registry.mlflow_registry import MlflowRegistry, open_registry
+from vila_ops.registry import alias_register
 from vila_ops.registry.register import champion, register, report_of
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +79,17 @@ def registered(resources: Resources, name: str, share: float, *, against: EvalRe
     return register(GATE, model, report(resources, model, share), against, resources)
 
 
+def aliases(resources: Resources) -> dict[str, int]:
+    """What MLflow shows."""
+    shown = client(resources).get_registered_model(GATE.model_name).aliases
+    return {alias: int(version) for alias, version in shown.items()}
+
+
+def moved(version: ModelVersion, resources: Resources, *, over: int | None) -> None:
+    """A version made champion in the store alone."""
+    alias_register.move(version.name, {"champion": version}, over=over, reason="", store=resources.storage.store)
+
+
 def judged(version: ModelVersion, resources: Resources) -> EvalReport:
     """The report by which a version was judged."""
     return report_of(version.name, str(version.version), resources)
@@ -116,8 +131,8 @@ def test_the_first_that_passes_is_the_champion_and_a_worse_one_is_refused(resour
     assert tags["gate.reason"].endswith("20 items, 10 groups) is maybe more than 0.05 worse")
     better = registered(resources, "three", 0.8, against=against)
     assert (better.version, better.promoted) == (3, True)
-    assert client(resources).get_model_version(GATE.model_name, "3").tags["champion.previous"] == "1"
     assert champion(GATE, resources) == better
+    assert aliases(resources) == {"champion": 3, "previous": 1}
 
 
 def test_registering_again_changes_nothing(resources: Resources) -> None:
@@ -135,7 +150,7 @@ def test_a_registration_that_died_half_way_is_finished(resources: Resources, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(MlflowRegistry, "promote", die)
+        patch.setattr(alias_register, "move", die)
         with pytest.raises(KeyboardInterrupt):
             registered(resources, "one", 0.75)
     assert client(resources).get_model_version(GATE.model_name, "1").tags["ready"] == "false"
@@ -183,15 +198,67 @@ def test_a_model_that_has_to_win_is_refused_where_it_only_equals(resources: Reso
 def test_a_version_that_was_judged_against_an_earlier_champion_is_not_promoted(resources: Resources) -> None:
     first = registered(resources, "one", 0.75)
     second = registered(resources, "two", 0.6, against=judged(first, resources))
-    with (
-        pytest.raises(
-            PromotionRaceLost, match="became version 1 while version 2 was judged against version None"
-        ) as lost,
-        open_registry(resources, GATE.model_name, "a promotion") as registry,
-    ):
-        registry.promote(second.version, champion=None)
+    with pytest.raises(PromotionRaceLost, match=r"became version 1 while version 2 .* against version None") as lost:
+        moved(second, resources, over=None)
     assert not is_final(lost.value)
     assert champion(GATE, resources) == first
+
+
+def test_mlflow_s_aliases_are_set_to_what_the_store_says(resources: Resources) -> None:
+    first = registered(resources, "one", 0.75)
+    mlflow = client(resources)
+    mlflow.set_registered_model_alias(GATE.model_name, "mine", "1")
+    second = registered(resources, "two", 0.6, against=judged(first, resources))
+    mlflow.set_registered_model_alias(GATE.model_name, "champion", "2")  # a promoter that was stopped and woken
+    mlflow.set_registered_model_alias(GATE.model_name, "challenger", "1")
+    assert champion(GATE, resources) == first
+    assert aliases(resources) == {"champion": 1, "mine": 1}
+    moved(second, resources, over=1)  # and killed before MLflow shows it
+    assert champion(GATE, resources) == ModelVersion(**{**second.model_dump(), "promoted": True})
+    assert aliases(resources) == {"champion": 2, "previous": 1, "mine": 1}
+
+
+def test_a_store_without_a_register_takes_over_the_champion_that_mlflow_has(resources: Resources) -> None:
+    first = registered(resources, "one", 0.75)
+    shutil.rmtree(Path(resources.storage.store) / "registry")
+    assert champion(GATE, resources) == first
+    history = alias_register.read(GATE.model_name, store=resources.storage.store).history
+    assert [(one.reason, one.aliases) for one in history] == [("taken over from MLflow", {"champion": 1})]
+
+
+def test_another_mlflow_than_the_champion_s_is_named(resources: Resources, empty_database: Path) -> None:
+    registered(resources, "one", 0.75)
+    shutil.copyfile(empty_database, resources.tracking.uri.removeprefix("sqlite:///") + ".other")
+    other = resources.with_changes({"tracking.uri": f"{resources.tracking.uri}.other"})
+    with pytest.raises(ValueError, match=r"champion of .* is version 1, .*`vila-ops champion .* --remove`"):
+        champion(GATE, other)
+    alias_register.remove(GATE.model_name, reason="", store=resources.storage.store)
+    assert champion(GATE, other) is None
+
+
+@pytest.mark.slow
+def test_a_person_moves_the_champion_by_one_command(resources: Resources, tmp_path: Path) -> None:
+    file = tmp_path / "resources.yaml"
+    file.write_text(yaml.safe_dump(resources.model_dump(mode="json")))
+
+    def asked(*options: str) -> str:
+        done = CliRunner().invoke(app, ["champion", GATE.model_name, "-r", str(file), *options], catch_exceptions=False)
+        assert done.exit_code == 0
+        return done.output
+
+    assert "has no champion" in asked()
+    first = registered(resources, "one", 0.75)
+    registered(resources, "two", 0.6, against=judged(first, resources))
+    assert "champion  2        " in asked("--version", "2", "--reason", "a customer asked")
+    assert aliases(resources) == {"champion": 2, "previous": 1}
+    back = asked("--back")
+    assert re.search(r"\n3  \S+  champion 1, previous 2\n    `vila-ops champion`\n2 .*\n.*: a customer asked\n1 ", back)
+    assert aliases(resources) == {"champion": 1, "previous": 2}
+    assert json.loads(asked("--json"))["history"][-1]["aliases"] == {"champion": 1, "previous": 2}
+    asked("--remove")
+    assert aliases(resources) == {}
+    with pytest.raises(ValueError, match="each is one move"):
+        asked("--back", "--remove")
 
 
 def test_a_model_that_lost_a_race_is_judged_against_the_new_champion(resources: Resources) -> None:
@@ -219,7 +286,7 @@ def test_a_model_that_lost_a_race_is_judged_against_the_new_champion(resources: 
     version = register_model(run, model, report(resources, model, 0.8), tasks=tasks, context=NO_CONTEXT)
     assert compared == [first.checkpoint.digest, checkpoint(resources, "two").digest]
     assert (version.version, version.promoted) == (3, True)
-    assert client(resources).get_model_version(GATE.model_name, "3").tags["champion.previous"] == "2"
+    assert aliases(resources) == {"champion": 3, "previous": 2}
 
 
 def test_damaged_weights_and_a_strangers_report_are_not_registered(resources: Resources) -> None:

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from vila_ops import __version__
 from vila_ops.cli import init, model, plan, run, servers
 from vila_ops.cli.benchmark import benchmark
+from vila_ops.cli.champion import champion
 from vila_ops.cli.compare import compare
 from vila_ops.cli.data import data
 from vila_ops.cli.gc import gc
@@ -50,7 +51,7 @@ app = typer.Typer(
 )
 COMMANDS: tuple[Callable[..., None] | typer.Typer, ...] = (
     init.init, run.show, plan.plan, run.fetch, run.prepare, data, model.import_model, train, run.evaluate,
-    compare, run.alignment, benchmark, run.register, run.deploy, run.undeploy, keys, run.run, model.export,
+    compare, run.alignment, benchmark, run.register, champion, run.deploy, run.undeploy, keys, run.run, model.export,
     model.generate, run.verify, gc, servers.doctor, servers.up, servers.down, servers.status, servers.demo,
 )  # fmt: skip
 for command in COMMANDS:

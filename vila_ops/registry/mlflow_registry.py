@@ -1,18 +1,26 @@
-"""One registered model of MLflow's registry. Several processes may use it at once."""
+"""One registered model of MLflow's registry. Several processes may use it at once.
+
+MLflow numbers the versions and holds their tags. Its aliases are a view of the register in the store.
+"""
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from vila_ops.artifacts.kinds import Checkpoint, ModelVersion
 from vila_ops.config import Resources
-from vila_ops.registry.aliases import CHAMPION, race_lost
+from vila_ops.errors import PromotionRaceLost
+from vila_ops.registry import alias_register
+from vila_ops.registry.aliases import ALIASES, Alias, AliasRecord
 from vila_ops.tracking import translated
 
 SCHEME = "vila-store://"
 """Scheme of a version's source in a store on disk, because an MLflow server refuses a plain path."""
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -26,14 +34,15 @@ def open_registry(resources: Resources, name: str, request: str) -> Iterator["Ml
     from mlflow import MlflowClient  # heavy
 
     with translated(resources.tracking.uri, request):
-        yield MlflowRegistry(MlflowClient(resources.tracking.uri, registry_uri=resources.tracking.uri), name)
+        client = MlflowClient(resources.tracking.uri, registry_uri=resources.tracking.uri)
+        yield MlflowRegistry(client, name, resources.storage.store)
 
 
 class MlflowRegistry:
-    """The versions, tags and aliases of a model name, by MLflow's client."""
+    """The versions, tags and aliases of a model name, by MLflow's client. The register of the aliases is in a store."""
 
-    def __init__(self, client: Any, name: str) -> None:
-        self.name = name
+    def __init__(self, client: Any, name: str, store: str) -> None:
+        self.name, self.store = name, store
         self._client = client
 
     def version_of(self, checkpoint: Checkpoint) -> int:
@@ -50,7 +59,7 @@ class MlflowRegistry:
             self._delete(other)
         return first
 
-    def model_version(self, version: int) -> ModelVersion:
+    def model_version(self, version: int, *, promoted: bool = False) -> ModelVersion:
         """A version with the artifact reference of its checkpoint."""
         stored = self._client.get_model_version(self.name, str(version))
         checkpoint = Checkpoint(
@@ -60,7 +69,7 @@ class MlflowRegistry:
             stage=stored.tags["stage"],
             step=int(stored.tags["step"]),
         )
-        return ModelVersion(name=self.name, version=version, checkpoint=checkpoint, promoted=self.champion() == version)
+        return ModelVersion(name=self.name, version=version, checkpoint=checkpoint, promoted=promoted)
 
     def tags(self, version: int) -> dict[str, str]:
         """The tags of a version."""
@@ -72,34 +81,35 @@ class MlflowRegistry:
         for key, value in tags.items():
             self._set_tag(version, key, value)
 
-    def champion(self) -> int | None:
-        """The version that the alias `champion` points to; None without a model or an alias."""
-        return self.version_at(CHAMPION)
-
-    def version_at(self, alias: str) -> int | None:
-        """The version that an alias points to; None without a model or an alias."""
+    def aliases(self) -> dict[str, int]:
+        """The version that each alias points to, also those of a user's own; empty without a model."""
         from mlflow.exceptions import MlflowException
 
         try:
-            version = self._client.get_registered_model(self.name).aliases.get(alias)
+            aliases = self._client.get_registered_model(self.name).aliases
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return None
+                return {}
             raise
-        return None if version is None else int(version)
+        return {alias: int(version) for alias, version in aliases.items()}
 
-    def promote(self, version: int, *, champion: int | None) -> None:
-        """Move the alias `champion` from the version that was compared with.
+    def followed(self) -> AliasRecord:
+        """The register of this model, after MLflow's aliases were set to what it says.
 
-        Raises PromotionRaceLost where another process moved it meanwhile.
+        A model that has none yet takes over the aliases that MLflow has. Raises ValueError where MLflow lacks a version
+        that an alias points to.
         """
-        now = self.champion()
-        if now == champion:
-            if champion is not None:
-                self._set_tag(version, "champion.previous", str(champion))
-            now = self._set_champion(version)
-        if now != version:
-            raise race_lost(self.name, version=version, champion=champion, now=now)
+        while True:
+            record, shown = alias_register.read(self.name, store=self.store), self.aliases()
+            known = {alias: shown[alias] for alias in ALIASES if alias in shown}
+            if known == record.aliases():
+                return record
+            if record.history:
+                self._show(record, known)  # and read again: the register may have moved meanwhile
+                continue
+            versions = {alias: self.model_version(version) for alias, version in known.items()}
+            with suppress(PromotionRaceLost):  # another process took them over
+                alias_register.move(self.name, versions, over=None, reason="taken over from MLflow", store=self.store)
 
     def _with_digest(self, digest: str) -> list[int]:
         versions = self._client.search_model_versions(f"tag.digest = '{digest}'")
@@ -140,13 +150,31 @@ class MlflowRegistry:
             if self.tags(version).get(key) != value:
                 raise
 
-    def _set_champion(self, version: int) -> int | None:
-        """Point the alias to a version; returns the version that it points to afterwards."""
+    def _show(self, record: AliasRecord, known: Mapping[Alias, int]) -> None:
+        """Point MLflow's aliases to where the register's point."""
         from mlflow.exceptions import MlflowException
 
-        try:
-            self._client.set_registered_model_alias(self.name, CHAMPION, str(version))
-        except MlflowException:  # as for tags
-            if self.champion() is None:
-                raise
-        return self.champion()
+        wanted = record.aliases()
+        for alias in ALIASES:
+            version = wanted.get(alias)
+            if version == known.get(alias):
+                continue
+            log.info("%s: alias %s in MLflow moves from %s to %s", self.name, alias, known.get(alias), version)
+            if version is None:
+                self._client.delete_registered_model_alias(self.name, alias)
+                continue
+            self._check_is(version, record.checkpoints[version], alias)
+            try:
+                self._client.set_registered_model_alias(self.name, alias, str(version))
+            except MlflowException:  # as for tags
+                if self.aliases().get(alias) is None:
+                    raise
+
+    def _check_is(self, version: int, checkpoint: Checkpoint, alias: Alias) -> None:
+        """Raise ValueError unless MLflow's version of this number is of this checkpoint."""
+        if version not in self._with_digest(checkpoint.digest):
+            raise ValueError(
+                f"the {alias} of {self.name!r} is version {version}, model {checkpoint.digest[:12]}, but this MLflow "
+                f"has no such version: it is not the one where that was registered; set tracking.uri to that one, or "
+                f"begin without a champion (`vila-ops champion {quote(self.name)} --remove`)"
+            )

@@ -1,5 +1,7 @@
 """The task `register`: one version of the MLflow registry for each checkpoint, and the alias of the best one.
 
+The aliases' truth is a register in the store (`alias_register.py`).
+
 A version is judged once for (gate, checkpoint, report), so that a later run of an old recipe does not take the alias
 back. The tag `ready` is set last; a version without it is finished by the next call.
 """
@@ -12,7 +14,8 @@ from vila_ops.config import NO_CONTEXT, Gate, Resources, RunContext, fingerprint
 from vila_ops.errors import PromotionRaceLost
 from vila_ops.eval.compare import Comparison
 from vila_ops.eval.report import read_report
-from vila_ops.registry.aliases import champion_after, rival_of
+from vila_ops.registry import alias_register
+from vila_ops.registry.aliases import ALIASES, CHAMPION, AliasRecord, champion_after, rival_of
 from vila_ops.registry.gate import judge, metrics_of
 from vila_ops.registry.mlflow_registry import MlflowRegistry, open_registry
 from vila_ops.registry.training import training_data
@@ -45,14 +48,14 @@ def register(
         tags = registry.tags(version)
         if tags.get("gate.decision") != decision or tags.get("ready") != "true":
             _decide(registry, gate, version, report, champion_report, decision=decision)
-        return registry.model_version(version)
+        promoted = registry.followed().version(CHAMPION) == version
+        return registry.model_version(version, promoted=promoted)
 
 
 def champion(gate: Gate, resources: Resources) -> ModelVersion | None:
     """The version that the alias `champion` points to, None without a champion."""
     with open_registry(resources, gate.model_name, f"a question about {gate.model_name!r}") as registry:
-        version = registry.champion()
-        return None if version is None else registry.model_version(version)
+        return registry.followed().model_version(gate.model_name, CHAMPION)
 
 
 def report_of(name: str, version: str, resources: Resources) -> EvalReport:
@@ -61,13 +64,31 @@ def report_of(name: str, version: str, resources: Resources) -> EvalReport:
     Raises ValueError for an alias that points nowhere and for a version that was not judged yet.
     """
     with open_registry(resources, name, f"a question about {name!r}") as registry:
-        number = int(version) if version.isdecimal() else registry.version_at(version)
+        if version in ALIASES:
+            registry.followed()
+        number = int(version) if version.isdecimal() else registry.aliases().get(version)
         if number is None:
             raise ValueError(f"{name!r} has no version with the alias {version!r}; see them in MLflow")
         tags = registry.tags(number)
     if "report" not in tags:
         raise ValueError(f"{name} version {number} was not judged yet; register it again")
     return EvalReport.model_validate_json(tags["report"])
+
+
+def set_champion(name: str, version: int, resources: Resources, *, reason: str) -> AliasRecord:
+    """Make a registered version the champion, whatever the gate said. Raises CorruptArtifact for damaged weights."""
+    with open_registry(resources, name, f"version {version} of {name!r}") as registry:
+        present, chosen = registry.followed().version(CHAMPION), registry.model_version(version)
+        verify(chosen.checkpoint)
+        alias_register.move(name, {CHAMPION: chosen}, over=present, reason=reason, store=registry.store)
+        return registry.followed()
+
+
+def shown_in_mlflow(name: str, resources: Resources) -> AliasRecord:
+    """The aliases of a model, which MLflow shows now, too. Raises TrackerRefused and TrackerUnreachable."""
+    request = f"the aliases of {name!r}, which the store has; MLflow shows them after the next command that asks it"
+    with open_registry(resources, name, request) as registry:
+        return registry.followed()
 
 
 def _decide(
@@ -80,10 +101,12 @@ def _decide(
     decision: str,
 ) -> None:
     """Judge a version, record the verdict as tags and move the alias if the version passed."""
-    present = registry.champion()
-    rival = rival_of(version, present)
-    comparison = _comparison(gate, report, champion_report, None if rival is None else registry.model_version(rival))
-    training = training_data(registry.model_version(version).checkpoint) if gate.clean_of else ()
+    record = registry.followed()
+    present = record.version(CHAMPION)
+    rival = None if rival_of(version, present) is None else record.model_version(registry.name, CHAMPION)
+    comparison = _comparison(gate, report, champion_report, rival)
+    candidate = registry.model_version(version)
+    training = training_data(candidate.checkpoint) if gate.clean_of else ()
     verdict = judge(gate, metrics_of(read_report(report)), comparison, training)
     status, reason = "passed" if verdict.passed else "refused", verdict.reason
     registry.set_tags(
@@ -98,7 +121,8 @@ def _decide(
         },
     )
     if champion_after(version, present, passed=verdict.passed) != present:
-        registry.promote(version, champion=present)
+        passed = {CHAMPION: candidate}
+        alias_register.move(registry.name, passed, over=present, reason=f"gate: {reason}", store=registry.store)
     registry.set_tags(version, {"ready": "true"})
     log.info("%s version %d %s: %s", registry.name, version, status, reason)
 

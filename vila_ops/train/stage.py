@@ -94,8 +94,8 @@ def trained_model(checkpoint: Checkpoint) -> Model:
     if settings is None:
         raise ValueError(
             f"{checkpoint.uri} does not say how the model reads text and images: it was trained by an earlier version "
-            f"of vila-ops, or on S3 from folders of one machine; where it is the champion, remove its alias in MLflow, "
-            f"so that the next model that passes the gate becomes champion"
+            f"of vila-ops, or on S3 from folders of one machine; where it is the champion, remove it with `vila-ops "
+            f"champion NAME --remove`, so that the next model that passes the gate becomes champion"
         )
     root = checkpoint.uri.rsplit("/", 2)[0]  # ROOT/checkpoint/ADDRESS
 
