@@ -65,7 +65,10 @@ sys.addaudithook(kill)
 
 
 class Revised(NamedTuple):
-    """A clone that `data watch` committed three revisions in, one a look, and what it left after each."""
+    """A clone that `data watch` committed three revisions in, one a look, and what it left after each.
+
+    `dvc repro` made the last one by hand before the look.
+    """
 
     folder: Path
     looks: list[dict[str, Any]]
@@ -110,6 +113,7 @@ def revised(tmp_path_factory: pytest.TempPathFactory) -> Revised:
     _tar(raw / "tars/b.tar.part", sorted((ROOT / "tests/tiny/pairs").glob("*.png"))[-32:])
     for path in raw.glob("*/*.part"):
         path.rename(path.with_suffix(""))
+    run_dvc(folder, "repro", "-q", "prepare@own")
     _look(made)
     return made
 

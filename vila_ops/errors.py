@@ -188,6 +188,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 record`, `2,000 records`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def is_final(error: BaseException) -> bool:
     """Whether another try would raise the same error."""
     return not error.retryable if isinstance(error, VilaError) else isinstance(error, FINAL)

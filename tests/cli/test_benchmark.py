@@ -176,7 +176,8 @@ def _hub_here(hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_get_asks_the_hub_of_the_environment_and_unpacks_the_authors_zip(hub: str, tmp_path: Path) -> None:
     environment = {**os.environ, "HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
-    command = [sys.executable, "-m", "vila_ops", "benchmark", "get", "mme", "--out", str(tmp_path / "files")]
+    command = [sys.executable, "-m", "vila_ops", "benchmark", "get", "mme", "--revision", "main"]
+    command += ["--out", str(tmp_path / "files")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     own = files_below(tmp_path / "files/mme")
     listing = json.loads(own.pop(DOWNLOADED))
@@ -216,6 +217,10 @@ def test_what_the_hub_does_not_have_is_told(tmp_path: Path, monkeypatch: pytest.
         from_hub(tmp_path / "gqa", files, repository=MIRROR, revision="main")
     with pytest.raises(ValueError, match="'someone/else' at revision 'main' is not available from the hub"):
         from_hub(tmp_path / "gqa", files, repository="someone/else", revision="main")
+    with pytest.raises(
+        ValueError, match=rf"revision of data set '{MIRROR}' with --revision: a commit.*{MIRROR}/commits"
+    ):
+        from_hub(tmp_path / "gqa", files, repository=MIRROR, revision=None)
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the port that discards, where nobody listens

@@ -129,7 +129,7 @@ def test_a_folder_of_images_that_is_not_there_is_one_line_and_not_one_a_row(
         main()
     fault, counts, reason = capsys.readouterr().out.splitlines()
     assert "no such folder: nope" in fault
-    assert counts == "0 records, 0 images, 1 faults"
+    assert counts == "0 records, 0 images, 1 fault"
     assert reason.split() == ["1", "not_readable"]
 
 

@@ -298,7 +298,7 @@ def named_alike(place: str, *overrides: str) -> None:
         (
             "final_suite stage_suite", "stages.align.mixture.sources.pairs.limit=9",
             r"stages.align.mixture and final_suite.mixture are both named 'tiny_align', but they are two datasets: "
-            r"sources.pairs.limit is 9 and None; give one of them another name",
+            r"sources.pairs.limit is 9 and None; give one of them another name, or change both: edit the file",
         ),
         ("final_suite stage_suite", "max_tokens=100", "final_suite.mixture .* max_tokens is 100 and 96"),
     ],

@@ -75,7 +75,9 @@ def get_files(
         str | None,
         typer.Option("--repo", help="A data set on the hub with the files under their official paths, OWNER/NAME"),
     ] = None,
-    revision: Annotated[str, typer.Option("--revision", help="A commit, tag or branch of it")] = "main",
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="A commit, tag or branch of it; needed, since branches move")
+    ] = None,
     settings: Settings = None,
 ) -> None:
     """Fetch the official files of a benchmark from the hub, by default from a data set of its authors if they have one.

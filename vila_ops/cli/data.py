@@ -20,6 +20,7 @@ from vila_ops.cli.options import (
     print_result,
     say,
 )
+from vila_ops.errors import counted
 
 data = typer.Typer(name="data", no_args_is_help=True, help="Look at data before it is prepared, and after.")
 
@@ -161,12 +162,11 @@ def watch(
 
     chosen, _ = stages.mixture_named(load_run(recipe, INLINE, None)[0].recipe, mixture)
     looks = revisions.watch(chosen, folder=Path.cwd(), every_seconds=every, settle_seconds=settle, commit=commit)
-    for found in looks:
-        if found is not None:
-            line = (
-                f"{found.stage}: {found.num_samples:,} samples, {found.num_tokens:,} tokens, data {found.digest[:12]}"
-            )
-            say(found.model_dump_json() if as_json else line)
+    for revision in looks:
+        if revision is not None:
+            numbers = f"{counted(revision.num_samples, 'sample')}, {counted(revision.num_tokens, 'token')}"
+            line = f"{revision.stage}: {numbers}, data {revision.digest[:12]}"
+            say(revision.model_dump_json() if as_json else line)
         elif once:
             print("nothing has changed", file=sys.stderr)
         if once:
@@ -207,9 +207,9 @@ def quarantine(
     for source, ids in made.already.items():
         print(f"{name}: already quarantined: {source} {', '.join(ids)}", file=sys.stderr)
     if made.files and not as_json:
-        gone = made.before.num_samples - made.data.num_samples
+        gone = counted(made.before.num_samples - made.data.num_samples, "sample")
         print(
-            f"{name}: {gone} samples fewer, data {made.before.digest[:12]} -> {made.data.digest[:12]}; the same "
+            f"{name}: {gone} fewer, data {made.before.digest[:12]} -> {made.data.digest[:12]}; the same "
             f"command as before trains on it. To keep it: `dvc repro prepare@{name}` where DVC versions it, then "
             f"`git add {' '.join(made.files)}` and commit",
             file=sys.stderr,

@@ -1,6 +1,7 @@
 """The scores of a report as a table, with intervals."""
 
 from vila_ops.cli.tables import Row, table
+from vila_ops.errors import counted
 from vila_ops.eval.report import MetricRole, Report, ReportMetric
 
 _HEADER = ("score", "of", "value", "95 % interval", "items", "unit")
@@ -15,7 +16,7 @@ def scores(report: Report) -> list[str]:
     """
     return [
         f"suite {report.suite}, {f'{report.split} split, ' if report.split else ''}model {report.model[:12]}",
-        *(f"{name}: {count} requests {status}" for name, count, status in _failed(report)),
+        *(f"{name}: {counted(count, 'request')} {status}" for name, count, status in _failed(report)),
         *(f"{name}: no {metric}: {reason}" for name, metric, reason in _undefined(report)),
         "",
         *table([_HEADER, *(_row(metric) for metric in report.metrics)]),

@@ -58,7 +58,7 @@ class Recipe(Config):
             if differences := list(_differences(_settings(*read[other]), _settings(mixture, text))):
                 raise ValueError(
                     f"{other}.mixture and {place}.mixture are both named {mixture.name!r}, but they are two datasets: "
-                    f"{differences[0]}; give one of them another name"
+                    f"{differences[0]}; give one of them another name, or change both: edit the file of the mixture"
                 )
         return self
 

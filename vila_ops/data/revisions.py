@@ -99,22 +99,27 @@ def revise(stage: str, *, commit: bool, folder: Path) -> Revision | None:
 
     Shards whose raw records did not change are reused. The revision before stays in the working tree until the new one
     is whole, since the outputs of dvc.yaml are marked `persist`. `commit` commits the files that DVC wrote, and
-    nothing else. Raises RuntimeError with the output of `dvc` or `git` if one of them fails, such as for raw data that
-    `prepare` refuses.
+    nothing else; a revision that `dvc repro` made by hand and git does not have yet is one too. Raises RuntimeError
+    with the output of `dvc` or `git` if one of them fails, such as for raw data that `prepare` refuses.
     """
-    if not json.loads(_run_dvc(folder, "status", "--json", stage)):
-        return None
-    log.info("%s: its dependencies have changed", stage)
     name = stage.rpartition("@")[2]
+    if not json.loads(_run_dvc(folder, "status", "--json", stage)):
+        recorded = _commit(folder, name) if commit else None
+        return _revision(stage, folder, recorded) if recorded else None
+    log.info("%s: its dependencies have changed", stage)
     try:
         _run_dvc(folder, "repro", stage)
     except RuntimeError as error:
         raise RuntimeError(f"{error}\n{_state(folder, name)}") from error
     for line in _run_dvc(folder, "metrics", "diff", "--md", "--targets", f"data/{name}.json").splitlines():
         log.info("%s", line)
-    manifest = store.read_manifest(str(folder / "data" / name))
+    return _revision(stage, folder, _commit(folder, name) if commit else None)
+
+
+def _revision(stage: str, folder: Path, recorded: str | None) -> Revision:
+    """The revision in the working tree; `recorded` is its commit."""
+    manifest = store.read_manifest(str(folder / "data" / stage.rpartition("@")[2]))
     facts = {key: manifest["facts"][key] for key in ("num_samples", "num_tokens")}
-    recorded = _commit(folder, name) if commit else None
     return Revision(stage=stage, digest=manifest["digest"], **facts, commit=recorded)
 
 

@@ -16,13 +16,13 @@ from vila_ops.packages.resolve import hub_faults
 logger = logging.getLogger(__name__)
 
 
-def from_hub(folder: Path, files: Sequence[OfficialFile], *, repository: str | None, revision: str) -> list[str]:
+def from_hub(folder: Path, files: Sequence[OfficialFile], *, repository: str | None, revision: str | None) -> list[str]:
     """Fetch files into a benchmark's folder; returns their names. An interrupted download goes on with the next call.
 
     `repository` has them under their paths; None: each file comes from the data set of its authors. Zips are unpacked,
     and the commit and the sha256 of each file are recorded for `origins.check`.
-    Raises ValueError where the hub does not have the files, where one of another content is in the folder, and where
-    their authors have no data set; FetchError where the hub did not answer.
+    Raises ValueError where the hub does not have the files, where one of another content is in the folder, where
+    their authors have no data set, and without a revision; FetchError where the hub did not answer.
     """
     if repository is None:
         repository, paths = _by_authors(files)
@@ -30,6 +30,11 @@ def from_hub(folder: Path, files: Sequence[OfficialFile], *, repository: str | N
             logger.warning("%s is not in %s; fetch it by hand from %s", file.path, repository, file.url)
     else:
         paths = [file.path for file in files]
+    if revision is None:
+        raise ValueError(
+            f"name the revision of data set {repository!r} with --revision: a commit, so that everyone reads the same "
+            f"files (https://huggingface.co/datasets/{repository}/commits/main lists them), or main for the newest"
+        )
     partial = folder.with_name(f".{folder.name}.partial")
     with faults_named(folder):
         commit = _download(repository, revision, paths, partial)

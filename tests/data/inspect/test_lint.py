@@ -98,7 +98,7 @@ def test_media_that_nothing_reads_are_a_fault_of_every_format_of_records(
     jsonl("docs/records.jsonl", line, {**line, key: ["a.mp4" if key == "videos" else "a.png"]})
     done = CliRunner().invoke(app, ["data", "lint", "docs" if "turns" in line else "docs/records.jsonl"])
     assert done.exit_code == 1
-    assert "2 records, 0 images, 1 faults" in done.stdout
+    assert "2 records, 0 images, 1 fault" in done.stdout
     assert "docs/records.jsonl:2" in done.stdout
     assert key in done.stdout
 
@@ -176,7 +176,7 @@ def test_the_command_lists_a_fault_a_line_and_ends_with_1(folder: Path) -> None:
         ["docs/a.jsonl:2", "too_few_placeholders"],
         ["docs/a.jsonl:3", "too_few_placeholders"],
     ]
-    assert lines[2:] == ["3 records, 1 images, 2 faults", "      2  too_few_placeholders"]
+    assert lines[2:] == ["3 records, 1 image, 2 faults", "      2  too_few_placeholders"]
 
 
 def test_the_command_prints_one_json_object_a_line(folder: Path) -> None:
@@ -190,7 +190,7 @@ def test_the_command_prints_one_json_object_a_line(folder: Path) -> None:
 
 def test_the_command_ends_with_0_where_there_is_no_fault(folder: Path) -> None:
     jsonl("docs/a.jsonl", record("1"))
-    assert said("docs", "--format", "llava", "--images", "docs/images") == (0, ["1 records, 1 images, 0 faults"])
+    assert said("docs", "--format", "llava", "--images", "docs/images") == (0, ["1 record, 1 image, 0 faults"])
 
 
 def test_the_settings_of_a_source_are_given_by_set(folder: Path) -> None:

@@ -132,6 +132,18 @@ def test_a_sequence_of_turns_is_stored_as_a_mapping_of_lists(read_all: ReadAll, 
     assert [one.reason for (one,) in dropped if isinstance(one, Dropped)] == ["malformed_turns", "malformed_turns"]
 
 
+def test_turns_may_be_json_text(read_all: ReadAll, tmp_path: Path):
+    good = json.dumps([{"from": "human", "value": "<image>Q?"}, {"from": "gpt", "value": "A"}])
+    texts = [good, "What is it?", good[:-1], '{"from": "human"}', "[" * 100_000, None]
+    rows = [{"image": embedded(b"a"), "said": text} for text in texts]
+    write(tmp_path / "a.parquet", rows, image=IMAGE, said=pa.string())
+    (record,), *dropped = read_all(source(tmp_path, text="said", render="conversation"))
+    assert isinstance(record, Record)
+    assert record.turns == (Turn("user", (Image(b"a"), "Q?")), Turn("assistant", ("A",)))
+    reasons = [one.reason for (one,) in dropped if isinstance(one, Dropped)]
+    assert reasons == ["bad_json", "bad_json", "malformed_turns", "bad_json", "malformed_turns"]
+
+
 def test_columns_beside_the_turns_are_read_or_refuse_the_row(read_all: ReadAll, tmp_path: Path):
     said = [{"from": "human", "value": "<image>Q?"}, {"from": "gpt", "value": "A"}]
     rows = [{"image": embedded(b"a"), "said": said, "system": "Be brief.", "tools": "[]"},
@@ -243,17 +255,17 @@ def test_pages_and_not_row_groups_are_held_in_memory(scan: Scan, tmp_path: Path)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image": "photo"}, r"a\.parquet has no column 'photo' but image, text, paths; name the columns"),
+        ({"image": "photo"}, r"a\.parquet has no column 'photo' but image, text, paths, score; name"),
         ({"image": "paths"}, r"column 'paths' is string, not images"),
         ({"text": "image"}, r"column 'image' is struct<.*>, not text"),
-        ({"render": "conversation"}, r"column 'text' is string, not a list of \{role, content\}"),
+        ({"render": "conversation", "text": "score"}, r"column 'score' is double, not a list of \{role, content\}"),
     ],
 )
 def test_columns_of_another_kind_are_an_error_that_names_them(
     settings: dict[str, Any], message: str, scan: Scan, tmp_path: Path
 ):
-    row = {"image": embedded(b"a"), "text": "x", "paths": "a.jpg"}
-    write(tmp_path / "a.parquet", [row], image=IMAGE, text=pa.string(), paths=pa.string())
+    row = {"image": embedded(b"a"), "text": "x", "paths": "a.jpg", "score": 0.5}
+    write(tmp_path / "a.parquet", [row], image=IMAGE, text=pa.string(), paths=pa.string(), score=pa.float64())
     with pytest.raises(ValueError, match=message):
         scan(source(tmp_path, **settings))
 

@@ -15,6 +15,7 @@ from vila_ops.data.containers import BadImage
 from vila_ops.data.images import rgb
 from vila_ops.data.raw.files import RawFile, Span
 from vila_ops.data.records import CHANGES, Dropped, Image, Record
+from vila_ops.errors import counted
 
 
 class LintFault(Config):
@@ -73,9 +74,8 @@ def lines(result: LintFault | LintSummary) -> str:
         return f"{result.where}  {result.reason}  {' '.join(result.detail.split())}"
     counts = [f"{number:7}  {reason}" for reason, number in result.faults.items()]
     counts += [f"{number:7}  {reason} (kept): {CHANGES[reason]}" for reason, number in result.changed.items()]
-    return "\n".join(
-        [f"{result.records} records, {result.images} images, {sum(result.faults.values())} faults", *counts]
-    )
+    totals = ((result.records, "record"), (result.images, "image"), (sum(result.faults.values()), "fault"))
+    return "\n".join([", ".join(counted(number, noun) for number, noun in totals), *counts])
 
 
 def _faults(source: Source, folders: Mapping[str, Path], checks: "_Checks", *, cache: Path) -> Iterator[LintFault]:

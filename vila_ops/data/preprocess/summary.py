@@ -7,6 +7,7 @@ from typing import Any
 
 from vila_ops.config import Mixture
 from vila_ops.data.loading.mixture import Size, compose
+from vila_ops.errors import counted
 
 SUMMARY = "summary.json"
 LEFT_OUT = {"bad": "bad record", "taken_out": "record, by a rule", "images_out": "image of a document, by a rule"}
@@ -70,7 +71,7 @@ def _refuse_bad(mixture: Mixture, name: str, totals: dict[str, Any]) -> None:
     bad = sum(totals["bad"].values())
     if bad > mixture.max_bad_share * totals["records"]:
         raise ValueError(
-            f"mixture {mixture.name!r}: {bad} of {totals['records']} records of source {name!r} are bad "
+            f"mixture {mixture.name!r}: {bad:,} of {counted(totals['records'], 'record')} of source {name!r} are bad "
             f"({totals['bad']}), more than max_bad_share {mixture.max_bad_share}; see them with `vila-ops data lint`, "
             "fix the source or raise max_bad_share of the mixture"
         )

@@ -2,8 +2,8 @@
 
 The image column is an Image feature, which is stored as struct<bytes, path>, or plain binary, or a list of either. The
 text column is a string, or a list of turns: chat messages {role, content}, LLaVA's {from, value}, or The Cauldron's
-{user, assistant}; or it is a struct of such lists, as `datasets` stores a Sequence of mappings. A column `system` is
-their system prompt. Numeric columns become scores, which filtering can read.
+{user, assistant}; or it is a struct of such lists, as `datasets` stores a Sequence of mappings, or the list as JSON
+text. A column `system` is their system prompt. Numeric columns become scores, which filtering can read.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from vila_ops.config.sources import HfParquet
 from vila_ops.data.raw.files import Folders, RawFile, Scan, Span, paths, scan_files
+from vila_ops.data.raw.text import DECODER
 from vila_ops.data.records import Dropped, Image, Record, Turn
 from vila_ops.data.sources.conversations import BESIDE, prompt_beside
 from vila_ops.data.sources.faults import Fault, checked, finite_numbers
@@ -82,7 +83,15 @@ def _record(source: HfParquet, row: dict[str, Any] | Fault, *, where: str) -> Re
 
 
 def _listed(turns: Any) -> Any:
-    """A list of turns, as `datasets` stores it: a Sequence of mappings is a mapping of lists. Raises Fault."""
+    """A list of turns, as `datasets` stores it: a Sequence of mappings is a mapping of lists; or as JSON text.
+
+    Raises Fault.
+    """
+    if isinstance(turns, str):
+        try:
+            return DECODER.decode(turns)
+        except (ValueError, RecursionError) as error:
+            raise Fault("bad_json", f"the turns are no JSON: {error}") from error
     if not isinstance(turns, dict):
         return turns
     columns = {key: value or [] for key, value in turns.items()}
@@ -139,6 +148,8 @@ def _holds_images(kind: pa.DataType) -> bool:
 
 
 def _holds_turns(kind: pa.DataType) -> bool:
+    if is_text(kind):
+        return True
     if pa.types.is_struct(kind):
         return kind.num_fields > 0 and all(is_list(field.type) for field in kind)
     return is_list(kind) and pa.types.is_struct(kind.value_type)
@@ -146,5 +157,8 @@ def _holds_turns(kind: pa.DataType) -> bool:
 
 _TEXTS = {
     "caption": (is_text, "text"),
-    "conversation": (_holds_turns, "a list of {role, content}, {from, value} or {user, assistant}"),
+    "conversation": (
+        _holds_turns,
+        "a list of {role, content}, {from, value} or {user, assistant}, or such a list as JSON text",
+    ),
 }
