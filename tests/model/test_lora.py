@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -101,6 +100,8 @@ def test_in_bf16_all_weights_are_halved_adapters_have_fp32_masters_and_rotary_fr
 
 
 def test_merged_weights_are_those_of_peft_s_own_merge(fresh: Make, adapter: lora.Adapter, tmp_path: Path) -> None:
+    import peft  # it loads torch's compiler: 4 s of CPU
+
     base = fresh()
     state = dict(base.state_dict())
     merged = lora.merge(state, adapter)
