@@ -1,6 +1,7 @@
 """Real small objects that many tests share: the tiny fixtures as configs, models and prepared data."""
 
 import contextlib
+import gc
 import importlib.util
 import io
 import itertools
@@ -8,13 +9,17 @@ import logging
 import os
 import secrets
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -24,7 +29,6 @@ from werkzeug.serving import make_server
 
 from tests import forks
 from tests.seed import SEED
-from vila_ops import local
 from vila_ops.artifacts import s3_calls
 from vila_ops.artifacts.s3_calls import client, client_of
 from vila_ops.config import Mixture, Model, Resources, Stage, TextFormat
@@ -42,17 +46,36 @@ SIDE, PATCH = 56, 14
 THREADS = int(os.environ.get("VILA_TEST_THREADS", "1"))
 """torch's threads in every test, and in the workers of the stages that it trains."""
 
+QUICK_RAY = {
+    # ray.train.report() waits for the next health check
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    # a process for each group of workers, which asks whether a cloud takes their nodes away
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+"""Environment of every process that trains with Ray."""
+
 LONGEST = (
     "tests/flows/test_full_pipeline.py",
-    "tests/train/test_zero.py",
     "tests/faults/test_nodes.py",
+    "tests/train/test_zero.py",
     "tests/test_cli.py",
-    "tests/train/test_verify_resume.py",
-    "tests/train/test_watchdog.py",
-    "tests/test_dvc_revisions.py",
-    "tests/train/test_lora_stage.py",
-    "tests/test_dvc.py",
     "tests/serve/test_deploy_ray.py",
+    "tests/train/test_watchdog.py",
+    "tests/eval/test_evaluate.py",
+    "tests/fake_device/test_inline_paths.py",
+    "tests/train/test_lora_stage.py",
+    "tests/test_dvc_revisions.py",
+    "tests/faults/test_resume.py",
+    "tests/faults/test_elastic.py",
+    "tests/faults/test_failing_disk.py",
+    "tests/train/test_verify_resume.py",
+    "tests/faults/test_failpoints.py",
+    "tests/data/test_prepare_on_ray.py",
+    "tests/model/test_hostile_folders.py",
+    "tests/test_exactness.py",
+    "tests/test_tracking.py",
+    "tests/test_image_size.py",
+    "tests/test_your_data.py",
 )
 """The files that take the longest, in order (measured)."""
 
@@ -81,7 +104,7 @@ def pytest_configure(config: pytest.Config) -> None:
         stack.enter_context(forks.serving(folder / "forks"))
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), **QUICK_RAY}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -93,6 +116,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for number, name in enumerate(reversed(LONGEST)):
         weights[config.rootpath / name] = 1000 + number
     items.sort(key=lambda item: -weights[item.path])
+
+
+def pytest_collection_finish() -> None:
+    """Keep what all tests have imported out of each search for garbage, which takes 0.3 s with it."""
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -281,15 +309,40 @@ def free_servers(free_ports: Callable[[int], list[int]]) -> Callable[[Path], Loc
 
 
 @pytest.fixture(scope="module")
-def ray_cluster(
-    tmp_path_factory: pytest.TempPathFactory, free_servers: Callable[[Path], LocalServers]
-) -> Iterator[tuple[str, dict[str, str]]]:
-    """A Ray head of a module's own: its address and the environment that may use it."""
-    settings = free_servers(tmp_path_factory.mktemp("servers"))
-    try:
-        yield local.up(settings, only=("ray",)).ray, local.env(settings)
-    finally:
-        local.down(settings)
+def ray_cluster(free_ports: Callable[[int], list[int]]) -> Iterator[str]:
+    """The address of a Ray head of a module's own, without a dashboard, which takes as much CPU as all else of it."""
+    import ray  # not before `pytest_configure`
+
+    names = ("port", "ray-client-server-port", "dashboard-agent-listen-port", "metrics-export-port")
+    ports = free_ports(len(names))
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+    command += ["--node-ip-address", "127.0.0.1", "--num-cpus", "4", "--object-store-memory", "100000000"]
+    command += ["--include-dashboard", "false", "--min-worker-port", "0", "--max-worker-port", "0"]
+    command += [text for name, port in zip(names, ports, strict=True) for text in (f"--{name}", str(port))]
+    env = {**os.environ, "PYTHONPATH": str(TINY.parents[1])}
+    with tempfile.TemporaryDirectory(prefix="ray-t") as folder:  # short: Ray puts sockets there
+        head = subprocess.Popen([*command, "--temp-dir", folder], env=env, stdout=subprocess.DEVNULL)
+        try:
+            _await_listener(head, ports[0])
+            yield f"127.0.0.1:{ports[0]}"
+        finally:
+            ray.shutdown()  # a driver that is still connected is ended a minute after its cluster
+            tree = [*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)]
+            for process in tree:
+                process.terminate()
+            for process in psutil.wait_procs(tree, timeout=5)[1]:
+                process.kill()
+            head.wait(10)
+
+
+def _await_listener(process: "subprocess.Popen[bytes]", port: int) -> None:
+    deadline = time.monotonic() + 1200
+    while time.monotonic() < deadline and process.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise RuntimeError("Ray did not start")
 
 
 @pytest.fixture(scope="session")

@@ -46,14 +46,14 @@ class Whole(NamedTuple):
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     """An uninterrupted run in one process."""
     folder = tmp_path_factory.mktemp("unbroken")
-    return _whole(folder, _inline(folder), {})
+    return _whole(folder, _inline(folder))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(4 * TIMEOUT_SECONDS + 60 * KILLS)
 @pytest.mark.skipif(not KILLS, reason="VILA_KILLS says how many kills")
 def test_killed_inline_it_ends_as_an_unbroken_run(unbroken: Whole, tmp_path: Path) -> None:
-    _kill_and_finish(tmp_path, _inline, {}, whole=unbroken, kills=KILLS)
+    _kill_and_finish(tmp_path, _inline, whole=unbroken, kills=KILLS)
 
 
 @pytest.mark.ray
@@ -61,25 +61,22 @@ def test_killed_inline_it_ends_as_an_unbroken_run(unbroken: Whole, tmp_path: Pat
 @pytest.mark.timeout(4 * TIMEOUT_SECONDS + 180 * KILLS_RAY)
 @pytest.mark.skipif(not KILLS_RAY, reason="VILA_KILLS_RAY says how many kills")
 def test_killed_under_ray_it_ends_as_an_unbroken_run(
-    ray_cluster: tuple[str, dict[str, str]], tmp_path_factory: pytest.TempPathFactory
+    ray_cluster: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    address, env = ray_cluster
     folder = tmp_path_factory.mktemp("whole")
-    whole = _whole(folder, _on_ray(folder, address), env)
+    whole = _whole(folder, _on_ray(folder, ray_cluster))
     killed = tmp_path_factory.mktemp("killed")
-    _kill_and_finish(killed, lambda folder: _on_ray(folder, address), env, whole=whole, kills=KILLS_RAY)
+    _kill_and_finish(killed, lambda folder: _on_ray(folder, ray_cluster), whole=whole, kills=KILLS_RAY)
 
 
-def _whole(folder: Path, command: list[str], env: dict[str, str]) -> Whole:
+def _whole(folder: Path, command: list[str]) -> Whole:
     started = time.monotonic()
-    digests = _run_to_the_end(command, env)
+    digests = _run_to_the_end(command)
     seconds = time.monotonic() - started
     return Whole(digests, {stage: global_batches(reads) for stage, reads in _reads(folder).items()}, seconds)
 
 
-def _kill_and_finish(
-    root: Path, command_in: Callable[[Path], list[str]], env: dict[str, str], *, whole: Whole, kills: int
-) -> None:
+def _kill_and_finish(root: Path, command_in: Callable[[Path], list[str]], *, whole: Whole, kills: int) -> None:
     """Kill running pipelines `kills` times. If a pipeline ends before its kill, a new pipeline is started."""
     draw = random.Random(SEED)
     moments: list[float] = []
@@ -89,11 +86,11 @@ def _kill_and_finish(
         command = command_in(folder)
         pipelines += 1
         while len(moments) < kills:
-            moment = _killed(command, env, after=draw.uniform(0, whole.seconds))
+            moment = _killed(command, after=draw.uniform(0, whole.seconds))
             if moment is None:
                 break
             moments.append(moment)
-        assert _run_to_the_end(command, env) == whole.digests, f"seed {SEED}, killed after {moments} s"
+        assert _run_to_the_end(command) == whole.digests, f"seed {SEED}, killed after {moments} s"
         reads = _reads(folder)
         assert reads.keys() == whole.samples.keys()
         for stage, own in reads.items():
@@ -101,10 +98,10 @@ def _kill_and_finish(
             assert {read.step for read in own} == whole.samples[stage].keys()
 
 
-def _killed(command: list[str], env: dict[str, str], *, after: float) -> float | None:
+def _killed(command: list[str], *, after: float) -> float | None:
     """Kill a pipeline and its process group. Returns the moment in seconds, or None if it had succeeded before."""
     with subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, **env}, start_new_session=True, stdout=subprocess.DEVNULL,
+        command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     ) as running:  # fmt: skip
         try:
@@ -116,10 +113,10 @@ def _killed(command: list[str], env: dict[str, str], *, after: float) -> float |
     return None
 
 
-def _run_to_the_end(command: list[str], env: dict[str, str]) -> Digests:
+def _run_to_the_end(command: list[str]) -> Digests:
     """Return the digests of all checkpoints and reports of a run."""
     done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, timeout=TIMEOUT_SECONDS,
+        command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_SECONDS,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]

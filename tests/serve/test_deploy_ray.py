@@ -1,22 +1,15 @@
 """A service on a running Ray cluster outlives its deployer and is updated without a failed request."""
 
-import os
-import socket
-import subprocess
-import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import psutil
 import pytest
-import ray
 
 from vila_ops.artifacts.kinds import ModelVersion
 from vila_ops.cluster import connect
@@ -27,43 +20,14 @@ from vila_ops.serve.deploy import deploy, undeploy
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-ROOT = Path(__file__).parents[2]
 SERVICE = Service(name="tiny-ray", max_new_tokens=8, request_timeout_seconds=30)
 
 
 @pytest.fixture(scope="module")
-def resources(free_ports: Callable[[int], list[int]]) -> Iterator[Resources]:
-    """A cluster of this test, whose processes are ended by their ids."""
-    names = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port", "metrics-export-port")
-    gcs, *others, serve_port = free_ports(len(names) + 1)
-    ports = [text for name, port in zip(names, [gcs, *others], strict=True) for text in (f"--{name}", str(port))]
-    with tempfile.TemporaryDirectory(prefix="ray-t") as folder:  # short: Ray puts sockets there
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus", "4"]
-        options = ["--node-ip-address", "127.0.0.1", "--include-dashboard", "false", "--disable-usage-stats"]
-        options += ["--min-worker-port", "0", "--max-worker-port", "0", "--object-store-memory", "100000000"]
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        head = subprocess.Popen([*command, *options, *ports, "--temp-dir", folder], env=env, stdout=subprocess.DEVNULL)
-        try:
-            serve = ServeResources(port=_up(head, gcs, serve_port), cpus_per_replica=1)
-            yield Resources(launch="ray", ray_address=f"127.0.0.1:{gcs}", serve=serve)
-        finally:
-            ray.shutdown()  # a driver that is still connected is ended a minute after its cluster
-            tree = [*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)]
-            for process in tree:
-                process.terminate()
-            for process in psutil.wait_procs(tree, timeout=5)[1]:
-                process.kill()
-            head.wait(10)
-
-
-def _up(head: "subprocess.Popen[bytes]", gcs: int, serve_port: int) -> int:
-    deadline = time.monotonic() + 1200
-    while time.monotonic() < deadline and head.poll() is None:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", gcs)) == 0:
-                return serve_port
-        time.sleep(0.1)
-    raise RuntimeError("Ray did not start")
+def resources(ray_cluster: str, free_ports: Callable[[int], list[int]]) -> Resources:
+    """Resources of a cluster of this test."""
+    serve = ServeResources(port=free_ports(1)[0], cpus_per_replica=1)
+    return Resources(launch="ray", ray_address=ray_cluster, serve=serve)
 
 
 def query(url: str) -> openai.types.chat.ChatCompletion:
