@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from vila_ops import device
 from vila_ops.cluster import device_among, gpu_options
 from vila_ops.config import Resources
-from vila_ops.device import collectives, device_of, driver_fault
+from vila_ops.device import choose, collectives, device_of, driver_fault, kernels_fault
 from vila_ops.doctor import device_findings
 from vila_ops.errors import ClusterFull
 
@@ -86,6 +86,60 @@ def test_doctor_and_tasks_tell_both_versions_of_a_driver_that_is_too_old(
     assert not finding.ok
     assert re.search(told, finding.text)
     assert device_of("cpu") == torch.device("cpu")
+
+
+@NO_GPU
+@pytest.mark.parametrize(
+    ("selected", "built", "on_cpu"), [("7", "13.0", False), ("", "13.0", True), ("-1", "13.0", True), ("7", None, True)]
+)
+def test_auto_is_not_the_cpu_where_the_environment_selects_a_gpu_that_is_not_there(
+    selected: str, built: str | None, on_cpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in pytorch/examples#115, where a run went on on the CPU."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", selected)
+    monkeypatch.setattr(torch.version, "cuda", built)
+    if on_cpu:
+        assert device_of("auto") == torch.device("cpu")
+        return
+    with pytest.raises(ValueError, match=r"^device is auto, but CUDA_VISIBLE_DEVICES=7 selects no .*; or set device"):
+        device_of("auto")
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "runs"),
+    [
+        ((9, 0), ["sm_80", "sm_90"], True),
+        ((8, 9), ["sm_80", "sm_86", "sm_90"], True),
+        ((9, 0), ["sm_80", "compute_80"], True),
+        ((9, 0), ["sm_90a"], True),
+        ((10, 3), ["sm_100f"], True),
+        ((12, 0), ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"], False),  # pytorch#159207
+        ((7, 0), ["sm_75", "sm_80"], False),
+        ((10, 0), ["sm_90a", "compute_90a"], False),
+        ((9, 0), ["sm_100", "compute_100"], False),
+    ],
+)
+def test_a_build_has_kernels_for_a_gpu_by_the_rules_of_compute_capabilities(
+    capability: tuple[int, int], built: list[str], runs: bool
+) -> None:
+    """As the CUDA C++ Programming Guide says of binary and PTX compatibility."""
+    fault = kernels_fault(capability, built)
+    assert (fault is None) == runs
+    if fault is not None:
+        assert f"compute capability is {capability[0]}.{capability[1]}: it was built for {built[0]}" in fault
+
+
+@pytest.mark.parametrize(("kind", "visible", "chosen"), [("xpu", 4, [2]), ("xpu", 1, []), ("cuda", 4, [])])
+def test_a_worker_that_sees_the_gpus_of_others_computes_on_its_own(
+    kind: str, visible: int, chosen: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a node of Intel's GPUs whose number Ray was told by hand. Ray Train chooses among CUDA's itself."""
+    seen: list[int] = []
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device(kind))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", seen.append)
+    choose(2)
+    assert seen == chosen
 
 
 def test_collectives_are_those_that_torch_has_for_the_device() -> None:

@@ -60,7 +60,7 @@ ERRORS = {
     errors.JobStopped("x"): True,
     errors.NonFiniteLoss("x"): True,
     errors.OutOfMemory("x"): True,
-    errors.DeviceLost("x"): False,
+    errors.DeviceLost("x"): True,
     errors.HungStep("x"): False,
     errors.PromotionRaceLost("x"): False,
     errors.NotReady("x"): False,

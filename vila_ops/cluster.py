@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any
 
 from vila_ops.config import Resources
-from vila_ops.device import Device, device_of
+from vila_ops.device import Device, choose, device_of
 from vila_ops.errors import ClusterFull, ClusterUnreachable
 
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33)}
@@ -123,6 +123,14 @@ def gpu_label(resources: Resources, device: Device) -> dict[str, str]:
     """The label of the nodes that workers on a device are placed on; empty for any node."""
     usable = resources.accelerator_type
     return {} if device == "cpu" or usable is None else {ACCELERATOR_TYPE: usable}
+
+
+def take_own_gpu() -> None:
+    """Compute on the GPU that Ray gave this worker, if it has one."""
+    import ray
+
+    if numbers := ray.get_gpu_ids():
+        choose(int(numbers[0]))
 
 
 def log_to_driver() -> None:

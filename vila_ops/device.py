@@ -4,6 +4,8 @@ No other module names a kind of device or of its library; the others compute on 
 """
 
 import ctypes
+import os
+import re
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # heavy
@@ -14,6 +16,20 @@ Device = Literal["auto", "cpu", "gpu", "cuda", "rocm", "xpu"]
 rocm: an AMD GPU. xpu: an Intel GPU. All but auto and cpu are an error where they are absent."""
 DRIVER = "libcuda.so.1"
 """NVIDIA's driver."""
+ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)([af]?)")
+Fault = Literal["memory", "refused", "lost"]
+"""What an error says of a device: too little memory, a kernel that cannot run or refused a value, or a lost device."""
+FAULTS: dict[Fault, tuple[str, ...]] = {
+    "memory": ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED", "OUT_OF_DEVICE_MEMORY"),
+    "refused": ("device-side assert triggered", "no kernel image"),
+    "lost": (
+        "CUDA error", "CUDA driver error", "HIP error", "CUBLAS_STATUS", "HIPBLAS_STATUS", "cuDNN error",
+        "miopenStatus", "Cuda failure", "DEVICE_LOST",
+    ),
+}  # fmt: skip
+"""Words of errors for which torch 2.13 has no class of its own: of the CPU's allocator, of the libraries of NVIDIA and
+AMD (CUDA's and HIP's own errors are torch.AcceleratorError), of NCCL, and of Intel's Level Zero. The first kind with a
+word of the text counts."""
 
 
 def device_of(wanted: Device) -> "torch.device":
@@ -24,7 +40,7 @@ def device_of(wanted: Device) -> "torch.device":
         return torch.device("cpu")
     there = torch.accelerator.current_accelerator(check_available=True)
     if there is None or there.type == "mps":  # which has no float64, in which losses are summed
-        fault = driver_fault()
+        fault = driver_fault() or selection_fault()
         if wanted == "auto" and fault is None:
             return torch.device("cpu")
         raise ValueError(f"device is {wanted}, but {fault or _absent()}; or set device to cpu")
@@ -33,7 +49,34 @@ def device_of(wanted: Device) -> "torch.device":
             f"device is {wanted}, but torch {torch.__version__} of this process computes on {kind}; set device to "
             f"{kind}, auto or cpu, or install a build of torch for {wanted}"
         )
+    if kind == "cuda" and (fault := kernels_fault(torch.cuda.get_device_capability(), torch.cuda.get_arch_list())):
+        raise ValueError(f"device is {wanted}, but {fault}; or set device to cpu")
     return torch.device(there.type, torch.accelerator.current_device_index())
+
+
+def choose(number: int) -> None:
+    """Compute on the accelerator with this number from now on, if this process sees several and none was chosen for it.
+
+    Ray hides the GPUs of other workers from a process, and Ray Train chooses among CUDA's. For Intel's it does neither
+    where it was told their number by hand.
+    """
+    import torch
+
+    there = torch.accelerator.current_accelerator(check_available=True)
+    if there is not None and there.type != "cuda" and torch.accelerator.device_count() > 1:
+        torch.accelerator.set_device_index(number)
+
+
+def fault_of(error: Exception) -> Fault | None:
+    """What an error that a computation raised says of the device; None for any other error."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return "memory"
+    if not isinstance(error, RuntimeError):
+        return None
+    kinds = (kind for kind, words in FAULTS.items() if any(word in str(error) for word in words))
+    return next(kinds, "lost" if isinstance(error, torch.AcceleratorError) else None)
 
 
 def kind_of(device: "torch.device") -> str:
@@ -127,6 +170,37 @@ def driver_fault(driver: str | None = None, built: str | None = None) -> str | N
         f"the NVIDIA driver is too old: it supports CUDA {driver}, and torch {torch.__version__} was built for CUDA "
         f"{built}; install a newer driver, or a build of torch for CUDA {_major(driver)}"
     )
+
+
+def kernels_fault(capability: tuple[int, int], built: list[str]) -> str | None:
+    """Why torch's kernels cannot run on an NVIDIA GPU of this compute capability; None if they can.
+
+    `built` are the architectures that torch was built for. sm_XY runs where the major version is X and the minor one at
+    least Y, compute_XY everywhere from X.Y on, and both with an `a` on X.Y alone (CUDA C++ Programming Guide, "Compute
+    Capability", docs.nvidia.com/cuda).
+    """
+    import torch
+
+    major, minor = capability
+    for kind, numbers, feature in (match.groups() for name in built if (match := ARCHITECTURE.fullmatch(name))):
+        least = divmod(int(numbers), 10)
+        reaches = least <= capability if kind == "compute" and not feature else least[0] == major and least[1] <= minor
+        if reaches and (feature != "a" or least == capability):
+            return None
+    return (
+        f"torch {torch.__version__} has no kernels for this GPU, whose compute capability is {major}.{minor}: it was "
+        f"built for {', '.join(built)}; install a build of torch for it"
+    )
+
+
+def selection_fault() -> str | None:
+    """Why no GPU of this machine was selected, though the environment selects some for torch's build; else None."""
+    import torch
+
+    selected = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if torch.version.cuda is None or selected.startswith(("-", "NoDevFiles")) or not selected.strip():
+        return None  # no GPU is meant: Ray sets it so for workers on the CPU
+    return f"CUDA_VISIBLE_DEVICES={selected} selects no GPU that torch {torch.__version__} sees: check `nvidia-smi -L`"
 
 
 def _absent() -> str:

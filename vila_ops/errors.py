@@ -133,9 +133,10 @@ class OutOfMemory(VilaError):
 
 
 class DeviceLost(VilaError):
-    """A device failed or vanished while a process computed on it. That process cannot use it again."""
+    """A device failed or vanished while a process computed on it. That process cannot use it again.
 
-    retryable = True
+    Workers on a cluster are replaced, see `train/ray_workers.py` and `eval/ray_workers.py`.
+    """
 
 
 class HungStep(VilaError):

@@ -227,8 +227,9 @@ import os
 import sys
 from pathlib import Path
 import ray
+import torch
 from vila_ops.eval.job import EvalJob
-from vila_ops.eval.ray_workers import RayWorkers
+from vila_ops.eval.ray_workers import Evaluator, RayWorkers
 
 job = EvalJob.model_validate_json(Path(sys.argv[1]).read_text())
 workers = RayWorkers(job)
@@ -247,7 +248,22 @@ class Dies:
 workers._actors.append(Dies.remote())
 ray.get(workers._actors[1].start.remote())
 assert sorted(workers.answer_all("caption_loss", shards)) == list(shards)
+
+
+class Lost:
+    def conclude(self, name):
+        raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
+
+
+class LosesItsDevice(Evaluator.__ray_metadata__.modified_class):
+    def __init__(self, job):
+        super().__init__(job)
+        self._runner = Lost()
+
+
+lost = workers._actors[0] = ray.remote(num_cpus=0)(LosesItsDevice).remote(job.model_dump_json())
 workers.conclude("caption_loss")
+assert workers._actors[0] is not lost
 print(job.result("caption_loss").digest)
 workers.close()
 """

@@ -1,14 +1,100 @@
-"""The next setting that saves memory is the cheapest that is left; what the errors say is in tests/fake_device."""
+"""Errors of a device are told apart, and the next setting that saves memory is the cheapest that is left.
 
+What the errors say of memory is in tests/fake_device.
+"""
+
+import os
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from tests.train.test_batch_loader import make_job
+from tests.train.test_watchdog import ROOT, on_ray
 from vila_ops.config import Resources
 from vila_ops.config.resources import TrainResources
-from vila_ops.train.device_faults import next_setting
+from vila_ops.device import fault_of
+from vila_ops.errors import DeviceLost, is_final
+from vila_ops.train.device_faults import DeviceFaults, next_setting
+from vila_ops.train.ray_workers import _is_first_loss
 
 RAY = {"num_workers": 2}
+CUDA_ADDS = (
+    "\nCUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be "
+    "incorrect.\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n"
+)
+"""What torch adds to CUDA's errors; it names assertions, of whatever kind the error is."""
+ECC = torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered" + CUDA_ADDS)
+
+
+@pytest.mark.parametrize(
+    ("error", "fault"),
+    [
+        (ECC, "lost"),
+        (torch.AcceleratorError("HIP error: unspecified launch failure"), "lost"),
+        (torch.AcceleratorError("an error of a later version of torch"), "lost"),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx( handle, opa, opb)`"),
+            "lost",
+        ),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), "lost"),
+        (RuntimeError("level_zero backend failed with error: 20 (UR_RESULT_ERROR_DEVICE_LOST)"), "lost"),
+        (RuntimeError("Native API failed. Native API returns: 20 (UR_RESULT_ERROR_DEVICE_LOST)"), "lost"),
+        (
+            torch.distributed.DistBackendError(
+                "NCCL error in: ProcessGroupNCCL.cpp:3356, unhandled cuda error\nncclUnhandledCudaError: Call to CUDA "
+                "function failed.\nLast error:\nCuda failure 700 'an illegal memory access was encountered'"
+            ),
+            "lost",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "memory"),
+        (torch.AcceleratorError("CUDA error: out of memory" + CUDA_ADDS), "memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "memory"),
+        (RuntimeError("level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"), "memory"),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered" + CUDA_ADDS), "refused"),
+        (
+            torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device" + CUDA_ADDS),
+            "refused",
+        ),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"), None),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711"), None),
+        (ValueError("a setting that says CUDA error"), None),
+    ],
+)
+def test_errors_of_a_device_are_told_apart(error: Exception, fault: str | None) -> None:
+    """Texts are those of public reports: pytorch#190972, ComfyUI#13210, transformers#40409, trl#4149, nccl#1410."""
+    assert fault_of(error) == fault
+
+
+def test_a_cpu_without_memory_is_a_device_without_memory() -> None:
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**50)
+    assert fault_of(raised.value) == "memory"
+
+
+def test_a_stage_says_whether_another_try_can_help(bench: Any, make_stage: Any, tmp_path: Path) -> None:
+    job = make_job(bench, make_stage, tmp_path)
+    lost = "lost its device: CUDA error: uncorrectable ECC error encountered; a new"
+    with pytest.raises(DeviceLost, match=lost), DeviceFaults(job):
+        raise ECC
+    refused = "beyond a table: CUDA error: device-side assert triggered. Another"
+    with pytest.raises(AssertionError, match=refused), DeviceFaults(job):
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered" + CUDA_ADDS)
+    assert is_final(DeviceLost("in this process, which cannot use the device again"))
+    with pytest.raises(RuntimeError, match="shapes"), DeviceFaults(job):
+        raise RuntimeError("shapes")
+
+
+def test_workers_are_replaced_once_for_lost_devices(bench: Any, make_stage: Any, tmp_path: Path) -> None:
+    """Two ranks of one try may lose theirs; a rank that loses it in a later try is the second loss."""
+    job = make_job(bench, make_stage, tmp_path)
+    Path(job.ray_train()).mkdir(parents=True)
+    assert _is_first_loss(job, before=1.0)
+    assert _is_first_loss(job, before=1.0)
+    (record,) = Path(job.ray_train()).iterdir()
+    assert not _is_first_loss(job, before=record.stat().st_mtime + 1)
 
 
 @pytest.mark.parametrize(
@@ -36,3 +122,50 @@ def test_the_next_setting_is_the_cheapest_that_is_left(
     address = {"ray_address": "head:6379"} if launch == "ray" else {}
     resources = Resources(launch=launch, train=TrainResources(**train), **address)
     assert next_setting(make_stage(make_mixture("pairs"), global_batch_size=8), resources) == setting
+
+
+LOSES = """
+import os
+from pathlib import Path
+
+if "LOSSES" in os.environ:
+    import torch
+    from vila_ops.train.engine import DeepSpeedEngine
+
+    step, losses = DeepSpeedEngine.step, Path(os.environ["LOSSES"])
+
+    def lost(self, multiplier):
+        self.taken = getattr(self, "taken", 0) + 1
+        is_due = self.taken == 3 and torch.distributed.get_rank() == 1
+        if is_due and len(list(losses.iterdir())) < int(os.environ["MOST_LOSSES"]):
+            (losses / str(os.getpid())).touch()
+            raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
+        return step(self, multiplier)
+
+    DeepSpeedEngine.step = lost
+"""
+"""Runs at the start of every worker: the second rank loses its device in the third step of a try."""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.skipif("VILA_KILLS_RAY" not in os.environ, reason="minutes: VILA_KILLS_RAY asks for it")
+@pytest.mark.parametrize("most", [1, 9])
+def test_a_stage_whose_device_is_lost_is_tried_once_more(
+    most: int, ray_cluster: tuple[str, dict[str, str]], tmp_path: Path
+) -> None:
+    """Fifty restarts are allowed. The step in which the device is lost is after the first resume checkpoint."""
+    losses = tmp_path / "losses"
+    losses.mkdir()
+    (tmp_path / "sitecustomize.py").write_text(LOSES)
+    env = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "LOSSES": losses, "MOST_LOSSES": most}
+    settings = [f"resources.train.network.env.{name}={value}" for name, value in env.items()]
+    with on_ray(tmp_path, ray_cluster, *(word for one in settings for word in ("-s", one))) as training:
+        errors = training.communicate(timeout=400)[1]
+    assert len(list(losses.iterdir())) == min(most, 2), errors
+    assert training.returncode == (0 if most == 1 else 1), errors
+    if most > 1:
+        (error,) = re.findall(r"^error: (.*)$", errors, re.MULTILINE)
+        assert error.startswith("stage 'align' lost its device: CUDA error: uncorrectable ECC error encountered; a new")
+    else:
+        assert "resuming after step 2" in errors

@@ -1,6 +1,7 @@
 """The workers of an evaluation as actors on the nodes of a cluster, each with the model loaded.
 
-Each actor takes the next shard. Where one dies, its shard is given to another, and a new one takes its place.
+Each actor takes the next shard. Where one dies or loses its device, its shard is given to another, and a new one takes
+its place.
 """
 
 import logging
@@ -11,8 +12,9 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
-from vila_ops.cluster import connect, device_on, gpu_options, log_to_driver
-from vila_ops.errors import WorkerLost
+from vila_ops.cluster import connect, device_on, gpu_options, log_to_driver, take_own_gpu
+from vila_ops.device import fault_of
+from vila_ops.errors import DeviceLost, WorkerLost
 from vila_ops.eval.job import EvalJob
 
 MOST_DEATHS = 3
@@ -62,7 +64,7 @@ class RayWorkers:
             actor, shard = running.pop(done)
             try:
                 ray.get(done)
-            except RayActorError as error:
+            except (RayActorError, DeviceLost) as error:
                 deaths[-1 if shard is None else shard] += 1
                 if max(deaths.values()) == MOST_DEATHS:
                     raise WorkerLost(f"{name!r}, shard {shard}: {MOST_DEATHS} actors died: {error}") from error
@@ -84,7 +86,7 @@ class RayWorkers:
             actor = self._actor(0)
             try:
                 return ray.get(getattr(actor, method).remote(name))
-            except RayActorError as error:
+            except (RayActorError, DeviceLost) as error:
                 if attempt == MOST_DEATHS:
                     raise WorkerLost(f"{method} of {name!r} ended {MOST_DEATHS} actors: {error}") from error
                 log.warning("%s: an actor died in %s, which another one repeats: %s", name, method, error)
@@ -98,7 +100,8 @@ class RayWorkers:
         return self._actors[number]
 
     def _replaced(self, dead: Any) -> Any:
-        """A new actor in place of one that died."""
+        """A new actor in place of one that died or lost its device."""
+        ray.kill(dead)
         place = self._actors.index(dead)
         self._actors[place] = self._started()
         return self._actors[place]
@@ -124,27 +127,34 @@ class Evaluator:
 
     def plan(self, name: str) -> list[int]:
         """As `Runner.plan`."""
-        sizes: list[int] = self._loaded().plan(name)
+        sizes: list[int] = self._run("plan", name)
         return sizes
 
     def pending(self, name: str) -> list[int]:
         """As `Runner.pending`."""
-        shards: list[int] = self._loaded().pending(name)
+        shards: list[int] = self._run("pending", name)
         return shards
 
     def answer(self, name: str, shard: int) -> dict[str, Any]:
         """As `Runner.answer`."""
-        ran: dict[str, Any] = self._loaded().answer(name, shard)
+        ran: dict[str, Any] = self._run("answer", name, shard)
         return ran
 
     def conclude(self, name: str) -> dict[str, Any]:
         """As `Runner.conclude`."""
-        ran: dict[str, Any] = self._loaded().conclude(name)
+        ran: dict[str, Any] = self._run("conclude", name)
         return ran
 
-    def _loaded(self) -> Any:
+    def _run(self, method: str, *arguments: Any) -> Any:
+        """The result of a method of the runner. Raises DeviceLost, after which this process is of no use."""
         from vila_ops.eval.runner import Runner  # heavy: torch, transformers
 
-        if self._runner is None:
-            self._runner = Runner(EvalJob.model_validate_json(self._job))
-        return self._runner
+        try:
+            if self._runner is None:
+                take_own_gpu()
+                self._runner = Runner(EvalJob.model_validate_json(self._job))
+            return getattr(self._runner, method)(*arguments)
+        except RuntimeError as error:
+            if fault_of(error) == "lost":
+                raise DeviceLost(f"a worker of the evaluation lost its device: {error}") from error
+            raise

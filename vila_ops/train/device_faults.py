@@ -2,10 +2,9 @@
 
 from typing import Self
 
-import torch
-
 from vila_ops.config import Resources, Stage
 from vila_ops.config.resources import LEAST_ZERO
+from vila_ops.device import fault_of
 from vila_ops.errors import DeviceLost, OutOfMemory
 from vila_ops.model.trainable import component_of
 from vila_ops.model.vila import VilaForConditionalGeneration
@@ -16,7 +15,7 @@ from vila_ops.train.job import TrainJob
 
 
 class DeviceFaults:
-    """A context that raises OutOfMemory or DeviceLost for torch's errors about the device."""
+    """A context that raises OutOfMemory, DeviceLost or AssertionError for torch's errors about the device."""
 
     def __init__(self, job: TrainJob) -> None:
         self.job = job
@@ -27,13 +26,22 @@ class DeviceFaults:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise OutOfMemory(_too_little(self.job, self.model, error)) from error
-        if isinstance(error, torch.AcceleratorError):
-            raise DeviceLost(
-                f"stage {self.job.stage.name!r} lost its device: {_first_line(error)}; a new process resumes from the "
-                f"newest checkpoint. If it happens again, the driver's log has the fault (`dmesg`, `nvidia-smi -q`)"
-            ) from error
+        if not isinstance(error, Exception):
+            return
+        name = f"stage {self.job.stage.name!r}"
+        match fault_of(error):
+            case "memory":
+                raise OutOfMemory(_too_little(self.job, self.model, error)) from error
+            case "refused":
+                raise AssertionError(
+                    f"{name}: a kernel cannot run on the device, or refused a value such as an index beyond a table: "
+                    f"{_first_line(error)}. Another try would end the same; with device cpu, the error names the cause"
+                ) from error
+            case "lost":
+                raise DeviceLost(
+                    f"{name} lost its device: {_first_line(error)}; a new process resumes from the newest checkpoint. "
+                    f"If it happens again, the driver's log has the fault (`dmesg`, `nvidia-smi -q`)"
+                ) from error
 
 
 def next_setting(stage: Stage, resources: Resources) -> str | None:

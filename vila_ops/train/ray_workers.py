@@ -13,7 +13,7 @@ from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, 
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-from vila_ops.cluster import connect, device_on, gpu_label, log_to_driver, whoami
+from vila_ops.cluster import connect, device_on, gpu_label, log_to_driver, take_own_gpu, whoami
 from vila_ops.config import Resources
 from vila_ops.device import collectives
 from vila_ops.errors import ClusterFull, DeviceLost, HungStep, RemoteError, WorkerLost, is_final
@@ -138,6 +138,7 @@ def _worker(config: dict[str, str]) -> None:
     from vila_ops.train.loop import train  # heavy, and only the worker needs it
 
     log_to_driver()
+    take_own_gpu()
     if os.path.isdir(config["working_directory"]):  # relative paths refer to it; Ray Train changes the folder
         os.chdir(config["working_directory"])
     job = TrainJob.model_validate_json(config["job"])
@@ -150,7 +151,7 @@ def _worker(config: dict[str, str]) -> None:
     except Exception as error:
         if GROUP_ENDED in str(error):
             raise WorkerLost("another worker was lost, and with it the process group of this one in a step") from error
-        if is_final(error) or (isinstance(error, DeviceLost) and not _is_first_loss(job, before=started)):
+        if is_final(error) and not (isinstance(error, DeviceLost) and _is_first_loss(job, before=started)):
             draft = Path(f"{job.attempt}-failed-{rank_info.rank}.draft")
             draft.write_text(RemoteError.of(error).to_json())
             draft.replace(_error_file(job))

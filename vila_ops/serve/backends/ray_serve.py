@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from vila_ops.cluster import connect, device_on, gpu_options
+from vila_ops.cluster import connect, device_on, gpu_options, take_own_gpu
 from vila_ops.config import Resources
 from vila_ops.device import Device
 from vila_ops.serve.spec import Spec
@@ -32,6 +32,7 @@ class Replica:
 
         from vila_ops.serve.app.load import load_app  # torch and transformers: in the replica only
 
+        take_own_gpu()
         context = ray.get_runtime_context()
         replica = {
             "node_id": context.get_node_id(),
