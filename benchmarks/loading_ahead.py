@@ -1,4 +1,4 @@
-"""How long a step waits for its rows, each with about 4,096 tokens and eight JPEGs of 448 px that were not seen before.
+"""How long a step waits for its rows, each with about 3,900 tokens and eight JPEGs of 448 px that were not seen before.
 
 A step that sleeps for 100 ms stands for the device. Ours: `BatchLoader`, which reads, decodes and packs the rows in
 THREADS threads. The peer: torch's DataLoader with as many worker processes, over the same rows, which it reads and
@@ -36,7 +36,7 @@ from vila_ops.train.objective import Batch
 ROOT = Path(__file__).parents[1]
 ROUNDS = int(os.environ.get("VILA_BENCH_ROUNDS", "3"))
 THREADS = 2
-ROWS, IMAGES, WORDS, SIDE = 60, 8, 1000, 448
+ROWS, IMAGES, WORDS, SIDE = 60, 8, 640, 448
 STEP_SECONDS = 0.1
 WAIT, TARGET = 0.01, 1.0
 
@@ -128,7 +128,7 @@ def wait_share(batches: Callable[[TrainJob], Iterator[object]], job: TrainJob) -
 
 
 def prepared(root: Path) -> TrainJob:
-    """Documents of eight photos and a thousand words each, prepared by our task, and a small model to read them for."""
+    """Documents of eight photos and 640 words each, prepared by our task, and a small model to read them for."""
     run = load(ROOT / "configs/recipes/tiny.yaml", resources=ROOT / "configs/resources/inline.yaml")
     resources = run.resources.with_changes(
         {**{f"storage.{name}": str(root / name) for name in ("store", "data", "cache")},
@@ -138,7 +138,7 @@ def prepared(root: Path) -> TrainJob:
     mixture = Mixture.model_validate(
         {
             "name": "photos",
-            "split": {"salt": "bench", "validation": 0.05, "test": 0.0},
+            "split": {"salt": "bench", "validation": 0.05, "test": 0.05},
             "images": {"encoding": {"kind": "jpeg"}},
             "sources": {"photos": {"kind": "jsonl", "path": str(root / "documents"), "render": "document"}},
         }
@@ -157,7 +157,7 @@ def prepared(root: Path) -> TrainJob:
 
 
 def records(folder: Path) -> None:
-    """Documents of crops of photos, no two alike, and of the words of the committed texts."""
+    """Documents of crops of photos, no two alike, and of words of the committed texts."""
     folder.mkdir()
     draw = np.random.default_rng(0)
     photos = [Pillow.fromarray(np.asarray(photo)).resize((960, 640)) for photo in load_sample_images().images]

@@ -1,5 +1,6 @@
 """Work that threads do ahead of its use: results in order, and a bounded number of them in memory."""
 
+import itertools
 import logging
 import threading
 import time
@@ -76,8 +77,8 @@ class Ahead(Generic[Item, Result]):
         self.wait_seconds = 0.0
         """How long the thread that takes the results has waited for them."""
         self._begun: deque[Future[Result]] = deque()
-        for _ in range(depth):
-            self._begin()
+        self._depth = depth
+        self.refill()
 
     def __iter__(self) -> Iterator[Result]:
         return self
@@ -86,11 +87,21 @@ class Ahead(Generic[Item, Result]):
         """The next result; waits for it."""
         if not self._begun:
             raise StopIteration
+        result = self.take()
+        self.refill()
+        return result
+
+    def take(self) -> Result:
+        """The next result, of which there has to be one; waits for it. No other item is begun until `refill`."""
         self._wait(self._begun[0])
         result = self._begun[0].result()
         self._begun.popleft()
-        self._begin()
         return result
+
+    def refill(self) -> None:
+        """Begin items until `depth` are begun. The threads that wake compete for the interpreter from now on."""
+        for item in itertools.islice(self._items, self._depth - len(self._begun)):
+            self._begun.append(self._workers.submit(partial(self._work, item)))
 
     def is_ready(self) -> bool:
         """Whether the next result is there, so that taking it does not wait."""
@@ -115,8 +126,3 @@ class Ahead(Generic[Item, Result]):
         began = time.perf_counter()
         future.exception()
         self.wait_seconds += time.perf_counter() - began
-
-    def _begin(self) -> None:
-        for item in self._items:
-            self._begun.append(self._workers.submit(partial(self._work, item)))
-            return

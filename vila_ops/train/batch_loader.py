@@ -107,11 +107,13 @@ class BatchLoader:
         """The next micro-batch, on the device. The copy of the one after it begins, if that was read."""
         waited = ahead.wait_seconds
         with span("data"):
-            host, num_targets = next(ahead)
+            host, num_targets = ahead.take()
         batch = self.batch_builder.on_device(host, (later for later, _ in ahead.upcoming()))
         if ahead.is_ready():
             self.batch_builder.send(next(ahead.upcoming())[0])
-        return LoadedBatch(batch, host.rows, num_targets, ahead.wait_seconds - waited)
+        loaded = LoadedBatch(batch, host.rows, num_targets, ahead.wait_seconds - waited)
+        ahead.refill()  # last, as the threads that it wakes hold up this one
+        return loaded
 
     def _read(self, part: Part) -> Loaded:
         """Read a micro-batch; a thread runs this."""
