@@ -4,13 +4,13 @@ A step is one global batch: the samples of ROWS_PER_STEP packed sequences. The T
 data set and accumulates over it, so that both take one optimizer step on the same samples. Ours packs them; the
 peer pads micro-batches of 16 (with its default sampler, or with its group_by_length, which here sorts the whole
 step: its best case), or takes one sample at a time, unpadded. Lengths are LLaVA-like (benchmarks/peers.py), divided
-by 9, since an image is 64 tokens here and 576 there. bf16 (ours: bf16 weights with fp32 masters; the peer: autocast
-over fp32 weights), fused AdamW, clipping at 1,
-frozen tower; the language model is SmolLM2-135M with its real weights. `loss_per_token` is that of the first step,
-before any update.
+by 16, since an image is 36 tokens here and 576 there. Both compute in PRECISION: bf16 (ours: bf16 weights with fp32
+masters; the peer: autocast over fp32 weights), or fp32 on a CPU without instructions for bf16. Fused AdamW, clipping
+at 1, frozen tower; the language model is SmolLM2-135M with its real weights. `loss_per_token` is that of the first
+step, before any update.
 
-Targets: 1.5 times the default sampler; no slower than group_by_length, unpadded, and ourselves unpacked; the loop
-costs at most 3 % over a bare torch loop on ready batches, in LOOP_PAIRS pairs of steps of two sequences (the time
+Targets: 1.8 times the default sampler; 1.5 times group_by_length; no slower than unpadded, and ourselves unpacked; the
+loop costs at most 3 % over a bare torch loop on ready batches, in LOOP_PAIRS pairs of steps of two sequences (the time
 of a long step drifts by more than that); from the second epoch on the tower's features take at most 2 % of a step;
 the loss of 2,048 x 49,152 logits needs at most 250 MiB and no more time than full logits. VILA_BENCH_ROUNDS (3) and
 VILA_BENCH_PAIRS (40) make it smaller.
@@ -43,6 +43,7 @@ from vila_ops.config import NO_CONTEXT, Mixture, Resources, Stage, load
 from vila_ops.data.loading.packing import IGNORE_INDEX, pack
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.data.shards import Sample, read_index, read_sample
+from vila_ops.device import precision_notes
 from vila_ops.model import folder as model_folder
 from vila_ops.model.assemble import assemble
 from vila_ops.model.pixels import Pixels
@@ -63,9 +64,10 @@ ROOT = Path(__file__).parents[1]
 ROUNDS = int(os.environ.get("VILA_BENCH_ROUNDS", "3"))
 LOOP_PAIRS = int(os.environ.get("VILA_BENCH_PAIRS", "40"))
 THREADS = 2
-SCALE = 9
-TARGET = 1.5
-SAMPLES, ROWS_PER_STEP, SEQUENCE_LENGTH, SIDE = 600, 8, 512, 112
+SCALE = 16
+TARGETS = {"default": 1.8, "group_by_length": 1.5, "unpadded": 1.0, "ours_unpacked": 1.0}
+SAMPLES, ROWS_PER_STEP, SEQUENCE_LENGTH, SIDE = 600, 4, 512, 84
+PRECISION = "fp32" if precision_notes("bf16", torch.device("cpu")) else "bf16"
 PEERS: dict[str, dict[str, Any]] = {
     "default": {"per_device_train_batch_size": 16},
     "group_by_length": {"per_device_train_batch_size": 16, "train_sampling_strategy": "group_by_length"},
@@ -99,21 +101,21 @@ def main() -> None:
         few = Stage.model_validate({**stage.model_dump(), "global_batch_size": 2})
         loop_share = round(Ours(data, init, few, resources, Path(name) / "few").loop_share(), 4)
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    ratios = {name: round(medians["ours"] / medians[name], 3) for name in (*PEERS, "ours_unpacked")}
+    ratios = {name: round(medians["ours"] / medians[name], 3) for name in TARGETS}
     tower_share = round(statistics.median(tower_shares), 4)
     logits = of_the_loss()
     ok = (
-        ratios["default"] >= TARGET
-        and min(ratios.values()) >= 1.0
+        all(ratios[name] >= target for name, target in TARGETS.items())
         and loop_share <= 0.03
         and tower_share <= 0.02
         and logits["mib"] <= 250
         and logits["seconds"] <= logits["full_seconds"]
     )
     result(
-        "train_throughput", ours=medians["ours"], peer=medians["default"], target=TARGET, ok=ok,
-        unit="useful tokens/s", rates=rates, ratios=ratios, loss_per_token=losses, loop_overhead=loop_share,
-        tower_share_from_second_epoch=tower_share, loss_of_2048_x_49152=logits,
+        "train_throughput", ours=medians["ours"], peer=medians["default"], target=TARGETS["default"], ok=ok,
+        unit="useful tokens/s", precision=PRECISION, targets=TARGETS, rates=rates, ratios=ratios,
+        loss_per_token=losses, loop_overhead=loop_share, tower_share_from_second_epoch=tower_share,
+        loss_of_2048_x_49152=logits,
     )  # fmt: skip
 
 
@@ -142,7 +144,8 @@ def prepared(root: Path) -> tuple[Dataset, Pretrained, Stage, Resources]:
     )
     model = run.recipe.model
     data = prepare(mixture, model.text(max_tokens=SEQUENCE_LENGTH), resources)
-    own = {"name": "bench", "mixture": mixture.model_dump(), "num_steps": 100, "global_batch_size": ROWS_PER_STEP}
+    own = {"name": "bench", "mixture": mixture.model_dump(), "num_steps": 100, "global_batch_size": ROWS_PER_STEP,
+           "precision": PRECISION}  # fmt: skip
     stage = Stage.model_validate({**run.recipe.stages["sft"].model_dump(), **own})
     return data, assemble(model, resources), stage, resources
 
@@ -252,14 +255,16 @@ class Ours:
             (self.objective(batch)[0] / num_targets).backward()
         pairs = [(p, master) for (_, p), master in zip(self.engine.named, self.engine.masters, strict=True)]
         for p, master in pairs:
-            master.grad, p.grad = p.grad, None
+            if master is not p:  # in fp32 they are the same
+                master.grad, p.grad = p.grad, None
         nn.utils.clip_grad_norm_([master for _, master in pairs], 1.0)
         for group in self.bare.param_groups:
             group["lr"] = 0.0
         self.bare.step()
         with torch.no_grad():
             for p, master in pairs:
-                p.copy_(master)
+                if master is not p:
+                    p.copy_(master)
         self.bare.zero_grad(set_to_none=True)
         return time.perf_counter() - started
 
@@ -351,7 +356,7 @@ def peer(init: Pretrained, samples: list[Sample], how: dict[str, Any], *, out: P
             learning_rate=1e-5,
             max_grad_norm=1.0,
             optim="adamw_torch_fused",
-            bf16=True,
+            bf16=PRECISION == "bf16",
             use_cpu=True,
             logging_steps=1,
             save_strategy="no",
