@@ -103,6 +103,10 @@ def test_every_task_runs_inline_and_each_command_finds_what_it_made(ran: Json, r
         "base", "align", "pretrain", "sft",
     ]  # fmt: skip
     assert ElementTree.parse(plot).getroot().attrib["role"] == "img"
+    explained = json.loads(CliRunner().invoke(app, ["explain", TINY, *where, "--json"]).stdout)
+    assert {step["status"] for step in explained if step["task"] not in ("register", "deploy")} == {"sealed"}
+    made = [*ran["models"].values(), *ran["datasets"].values(), *ran["stage_reports"].values(), ran["report"]]
+    assert {step["uri"] for step in explained} - {None} == {one["uri"] for one in made}
     assert said("register", TINY, *where) == ran["version"]
     assert said("deploy", TINY, *where) == ran["deployment"]
     assert ran["version"]["promoted"]

@@ -88,7 +88,10 @@ NOT_RUN = {
         "vila-ops evaluate configs/recipes/demo.yaml --stage sft --final",
         "vila-ops alignment configs/recipes/demo.yaml --out alignment.svg",
     ),
-    "is run by tests/test_cli.py": ("vila-ops run configs/recipes/tiny.yaml",),
+    "is run by tests/test_cli.py": (
+        "vila-ops run configs/recipes/tiny.yaml",
+        "vila-ops explain configs/recipes/tiny.yaml -s stages.sft.learning_rate=1e-4",
+    ),
     "is run by tests/test_your_data.py, with a small model": (
         "vila-ops data lint mine/captions.csv --images mine/images",
         "vila-ops init mine --data mine/captions.csv --images mine/images",

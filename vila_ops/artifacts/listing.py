@@ -1,7 +1,7 @@
 """The sealed artifacts of a store, by kind and by digest."""
 
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from vila_ops.artifacts.kinds import Artifact
 from vila_ops.artifacts.store import KINDS, backend, find_manifest, reference, root_of
@@ -9,12 +9,18 @@ from vila_ops.artifacts.store import KINDS, backend, find_manifest, reference, r
 A = TypeVar("A", bound=Artifact)
 
 
-def sealed(kind: type[A], *, store: str) -> Iterator[A]:
-    """The artifacts of a kind, in the order of their addresses. Raises CorruptArtifact for a damaged manifest."""
+def manifests(kind: type[Artifact], *, store: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Folder and manifest of each artifact of a kind, in the order of their addresses. Raises CorruptArtifact."""
     place = f"{root_of(store)}/{KINDS[kind]}"
     for key in sorted({entry.name.partition("/")[0] for entry in backend(place).entries(place)}):
         if (manifest := find_manifest(f"{place}/{key}")) is not None:
-            yield reference(kind, f"{place}/{key}", manifest)
+            yield f"{place}/{key}", manifest
+
+
+def sealed(kind: type[A], *, store: str) -> Iterator[A]:
+    """The artifacts of a kind, in the order of their addresses. Raises CorruptArtifact for a damaged manifest."""
+    for uri, manifest in manifests(kind, store=store):
+        yield reference(kind, uri, manifest)
 
 
 def of_digest(kind: type[A], digest: str, *, store: str) -> A | None:

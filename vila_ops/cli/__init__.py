@@ -19,6 +19,7 @@ from vila_ops.cli.benchmark import benchmark
 from vila_ops.cli.champion import champion
 from vila_ops.cli.compare import compare
 from vila_ops.cli.data import data
+from vila_ops.cli.explain import explain
 from vila_ops.cli.gc import gc
 from vila_ops.cli.keys import keys
 from vila_ops.cli.messages import message_of, unexpected
@@ -50,7 +51,7 @@ app = typer.Typer(
     help="Image-text data to a served VLM.",
 )
 COMMANDS: tuple[Callable[..., None] | typer.Typer, ...] = (
-    init.init, run.show, plan.plan, run.fetch, run.prepare, data, model.import_model, train, run.evaluate,
+    init.init, run.show, explain, plan.plan, run.fetch, run.prepare, data, model.import_model, train, run.evaluate,
     compare, run.alignment, benchmark, run.register, champion, run.deploy, run.undeploy, keys, run.run, model.export,
     model.generate, run.verify, gc, servers.doctor, servers.up, servers.down, servers.status, servers.demo,
 )  # fmt: skip

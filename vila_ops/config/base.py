@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -41,3 +41,13 @@ def fingerprint(value: Any) -> str:
     """sha256 of the canonical JSON form (sorted keys, no spaces, no NaN)."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Each setting in which two mappings differ: its dotted key and both values, None for one that is missing."""
+    for key in {**one, **other}:
+        ours, theirs = one.get(key), other.get(key)
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            yield from differences(ours, theirs, f"{at}{key}.")
+        elif ours != theirs:
+            yield f"{at}{key}", ours, theirs

@@ -1,11 +1,10 @@
 """Recipe (hashed) and Run (recipe and resources), from which everything starts."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from pydantic import PositiveInt, model_validator
 
-from vila_ops.config.base import Config, Slug, fingerprint
+from vila_ops.config.base import Config, Slug, differences, fingerprint
 from vila_ops.config.eval import Gate, Suite
 from vila_ops.config.mixture import Mixture
 from vila_ops.config.model import Model, TextFormat
@@ -55,10 +54,12 @@ class Recipe(Config):
         first: dict[str, str] = {}
         for place, (mixture, text) in read.items():
             other = first.setdefault(mixture.name, place)
-            if differences := list(_differences(_settings(*read[other]), _settings(mixture, text))):
+            if changed := next(differences(_settings(*read[other]), _settings(mixture, text)), None):
+                setting, ours, theirs = changed
                 raise ValueError(
                     f"{other}.mixture and {place}.mixture are both named {mixture.name!r}, but they are two datasets: "
-                    f"{differences[0]}; give one of them another name, or change both: edit the file of the mixture"
+                    f"{setting} is {ours!r} and {theirs!r}; give one of them another name, or change both: edit the "
+                    f"file of the mixture"
                 )
         return self
 
@@ -154,16 +155,6 @@ class Recipe(Config):
 def _settings(mixture: Mixture, text: TextFormat) -> dict[str, Any]:
     """The settings that make a dataset."""
     return {**mixture.model_dump(mode="json"), **text.model_dump(mode="json")}
-
-
-def _differences(one: dict[str, Any], other: dict[str, Any], at: str = "") -> Iterator[str]:
-    """Each setting in which two mappings differ, by its dotted key, with both values."""
-    for key in {**one, **other}:
-        ours, theirs = one.get(key), other.get(key)
-        if isinstance(ours, dict) and isinstance(theirs, dict):
-            yield from _differences(ours, theirs, f"{at}{key}.")
-        elif ours != theirs:
-            yield f"{at}{key} is {ours!r} and {theirs!r}"
 
 
 class Run(Config):

@@ -53,7 +53,7 @@ def evaluate(
     job = job_of(suite, model, data, resources)
     if (done := _report_of(job)) and not any(map(job.timed_out, suite.benchmarks)):
         return done
-    if len(_results(job)) < len(suite.benchmarks) and not isinstance(model, Endpoint):
+    if len(results_of(job)) < len(suite.benchmarks) and not isinstance(model, Endpoint):
         device_on(resources, resources.device)
     if isinstance(suite, Suite):
         assert data is not None
@@ -95,10 +95,10 @@ def evaluated(
 
 def _report_of(job: EvalJob) -> EvalReport | None:
     """The report, if it is in the store."""
-    results = _results(job)
+    results = results_of(job)
     if len(results) < len(job.suite.benchmarks):
         return None
-    return store.find(EvalReport, _address(job, results), store=job.resources.storage.store)
+    return store.find(EvalReport, address_of(job, results), store=job.resources.storage.store)
 
 
 def job_of(
@@ -161,8 +161,8 @@ def _report(job: EvalJob, run_id: str | None) -> EvalReport:
 
 
 def _sealed_report(job: EvalJob, run_id: str | None, ran: list[dict[str, Any]], *, started: float) -> EvalReport:
-    results = _results(job)
-    at = _address(job, results)
+    results = results_of(job)
+    at = address_of(job, results)
     with attempts.attempt(at, store=job.resources.storage.store) as attempt:
         data = job.data.digest if job.data else None
         report = compose(job.suite, model=job.model.digest, data=data, results=results)
@@ -200,12 +200,12 @@ def _item_tables(job: EvalJob) -> dict[str, LoggedTable]:
     return tables
 
 
-def _results(job: EvalJob) -> dict[str, BenchmarkResult]:
+def results_of(job: EvalJob) -> dict[str, BenchmarkResult]:
     """The results that are in the store, by the suite's names of the benchmarks."""
     return {name: result for name in job.suite.benchmarks if (result := job.result(name)) is not None}
 
 
-def _address(job: EvalJob, results: Mapping[str, BenchmarkResult]) -> store.Address:
+def address_of(job: EvalJob, results: Mapping[str, BenchmarkResult]) -> store.Address:
     """Where the report is that is composed of these results."""
     names = list(job.suite.benchmarks)
     return store.address(

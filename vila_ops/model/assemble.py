@@ -31,7 +31,7 @@ def assemble(model: Model, resources: Resources, context: RunContext = NO_CONTEX
     Local folders are parents by their content, so moving them does not change the address. Raises ValueError if the
     folder holds another model than the recipe describes, and CorruptArtifact if it is damaged.
     """
-    at = _address(model)
+    at = address_of(model)
     if done := store.find(Pretrained, at, store=resources.storage.store):
         return done
     with hold(at, store=resources.storage.store):
@@ -40,10 +40,11 @@ def assemble(model: Model, resources: Resources, context: RunContext = NO_CONTEX
 
 def assembled(model: Model, resources: Resources) -> Pretrained | None:
     """The model of a recipe before its first stage; None where it was not assembled yet. Nothing is made."""
-    return store.find(Pretrained, _address(model), store=resources.storage.store)
+    return store.find(Pretrained, address_of(model), store=resources.storage.store)
 
 
-def _address(model: Model) -> store.Address:
+def address_of(model: Model) -> store.Address:
+    """Where the model of a recipe is before its first stage."""
     recipe, parents = _identity(model)
     return store.address(Pretrained, revision=REVISION, recipe=recipe, parents=parents)
 

@@ -38,7 +38,7 @@ def prepare(mixture: Mixture, text: TextFormat, resources: Resources, context: R
     A new one reuses sealed shards; a copy needs no raw files. Raises ValueError if there is neither a dataset nor raw
     files, and if more than the mixture's max_bad_share of a source's records are bad.
     """
-    at, root, folder = _address(mixture, text, resources), resources.storage.store, _folder(mixture, resources)
+    at, root, folder = address_of(mixture, text, resources), resources.storage.store, _folder(mixture, resources)
     done = store.find(Dataset, at, store=root)
     if done is None:
         with hold(at, store=root):
@@ -59,7 +59,7 @@ def prepare(mixture: Mixture, text: TextFormat, resources: Resources, context: R
 
 def prepared(mixture: Mixture, text: TextFormat, resources: Resources) -> Dataset | None:
     """The prepared mixture, in `data/<mixture>` or the store; None if it is in neither. Nothing is written."""
-    at = _address(mixture, text, resources)
+    at = address_of(mixture, text, resources)
     versioned = store.find_in(Dataset, at, str(_folder(mixture, resources)))
     return versioned or store.find(Dataset, at, store=resources.storage.store)
 
@@ -69,7 +69,7 @@ def _folder(mixture: Mixture, resources: Resources) -> Path:
     return Path(resources.storage.data).resolve() / mixture.name
 
 
-def _address(mixture: Mixture, text: TextFormat, resources: Resources) -> store.Address:
+def address_of(mixture: Mixture, text: TextFormat, resources: Resources) -> store.Address:
     """Where the dataset is. Sources whose raw files are not here are taken as `data/<mixture>` records them.
 
     Raises ValueError where it does not record them for these settings.

@@ -1,0 +1,186 @@
+"""`explain` says what depends on an edit of a recipe, and names the setting or the raw file; it makes nothing."""
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.seed import SEED
+from vila_ops.artifacts import store
+from vila_ops.artifacts.kinds import Artifact, BenchmarkResult, Checkpoint, Dataset, EvalReport, Pretrained
+from vila_ops.config import Resources, Run, Suite, load
+from vila_ops.data.preprocess import prepare
+from vila_ops.eval import evaluate
+from vila_ops.model import assemble
+from vila_ops.pipeline.explain import Step, explain
+from vila_ops.pipeline.stages import suite_text
+from vila_ops.train import stage as training
+from vila_ops.train.job import StageInputs
+
+ROOT = Path(__file__).parents[2]
+EDITS = int(os.environ.get("VILA_EDITS", "12"))
+STAGES = ("align", "pretrain", "sft")
+TRAINS = {f"train {name}" for name in STAGES}
+DATA = {f"prepare tiny_{name}" for name in STAGES}
+HELD_OUT = "prepare tiny_held_out"
+PROBES = {f"evaluate {name} on tiny_probe" for name in ("base", *STAGES)}
+FINAL = "evaluate sft on tiny"
+READS: dict[str, set[str]] = {
+    "train align": {"assemble base", "prepare tiny_align"},
+    "train pretrain": {"train align", "prepare tiny_pretrain"},
+    "train sft": {"train pretrain", "prepare tiny_sft"},
+    "evaluate base on tiny_probe": {"assemble base", HELD_OUT},
+    **{f"evaluate {name} on tiny_probe": {f"train {name}", HELD_OUT} for name in STAGES},
+    FINAL: {"train sft", HELD_OUT},
+}
+"""The graph of the tiny recipe: which tasks each task reads the results of."""
+CHANGES: tuple[tuple[str, Any, set[str]], ...] = (
+    ("model.language_model.hidden_size", 32, {"assemble base"}),
+    ("model.projector", {"kind": "linear"}, {"assemble base", *TRAINS}),
+    ("model.image_size", 42, {"assemble base", *DATA, HELD_OUT}),
+    ("max_tokens", 90, DATA),
+    *((f"stages.{name}.learning_rate", 3e-3, {f"train {name}"}) for name in STAGES),
+    *((f"stages.{name}.num_steps", 8, {f"train {name}"}) for name in STAGES),
+    *((f"stages.{name}.mixture.shard_bytes", 50000, {f"prepare tiny_{name}"}) for name in STAGES),
+    *((f"stages.{name}.save_every", 3, set()) for name in STAGES),
+    ("final_suite.max_objects", 11, {FINAL}),
+    ("final_suite.benchmarks.cider.max_new_tokens", 9, {FINAL}),
+    ("stage_suite.seed", 5, PROBES),
+    ("gate.model_name", "other", set()),
+    ("service.max_new_tokens", 64, set()),
+    ("name", "other", set()),
+)
+"""Edits of settings, and the tasks whose own part of the recipe they change."""
+
+
+def make(kind: type[Artifact], at: store.Address, run: Run, **facts: Any) -> Any:
+    """An artifact of a few bytes at an address."""
+    attempt = store.begin(at, store=run.resources.storage.store)
+    (attempt / "content").write_text(at.key)
+    return store.seal(kind, at, attempt, facts=facts, execution={"sealed": "2026-11-29T00:00:00+00:00"})
+
+
+def seal_all(run: Run) -> None:
+    """Seal something at the address of each artifact of a run."""
+    recipe, resources = run.recipe, run.resources
+
+    def dataset(mixture: Any, text: Any) -> Any:
+        at = prepare.address_of(mixture, text, resources)
+        return make(Dataset, at, run, num_samples=1, num_tokens=1)
+
+    def report(suite: Suite, model: Any) -> None:
+        job = evaluate.job_of(suite, model, held_out, resources)
+        for name, one in suite.benchmarks.items():
+            make(BenchmarkResult, job.address(name), run, benchmark=one.kind, model=model.digest)
+        at = evaluate.address_of(job, evaluate.results_of(job))
+        make(EvalReport, at, run, suite=suite.name, model=model.digest)
+
+    held_out = dataset(recipe.final_suite.mixture, suite_text(recipe, "sft"))
+    model = make(Pretrained, assemble.address_of(recipe.model), run)
+    report(recipe.stage_suite, model)
+    for name, stage in recipe.stages.items():
+        data = dataset(stage.mixture, recipe.text(name))
+        inputs = StageInputs(stage=stage, model=recipe.model, data=data, init=model, resources=resources)
+        model = make(Checkpoint, training.address_of(inputs), run, stage=name, step=6)
+        report(recipe.stage_suite, model)
+    report(recipe.final_suite, model)
+
+
+@pytest.fixture
+def tiny(make_resources: Callable[..., Resources], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.chdir(ROOT)
+    recipe = load(ROOT / "configs/recipes/tiny.yaml", resources=ROOT / "configs/resources/inline.yaml").recipe
+    return Run(recipe=recipe, resources=make_resources(tmp_path))
+
+
+def by_name(steps: list[Step]) -> dict[str, Step]:
+    return {f"{step.task} {step.name}": step for step in steps}
+
+
+def below(changed: set[str]) -> set[str]:
+    """Every task that reads the result of a changed one, directly or through others."""
+    reached: set[str] = set()
+    while more := {task for task, reads in READS.items() if reads & (changed | reached)} - reached:
+        reached |= more
+    return reached - changed
+
+
+def test_an_empty_store_has_everything_to_do_and_a_full_one_nothing(tiny: Run) -> None:
+    first = by_name(explain(tiny))
+    assert set(first) == {"assemble base", HELD_OUT, *DATA, *TRAINS, *PROBES, FINAL}
+    assert {step.status for step in first.values()} == {"runs"}
+    assert first["train sft"].why == ("its data and its model are made first", "nothing of this name is sealed")
+    before = sorted(Path(tiny.resources.storage.store).rglob("*"))
+    assert before == [], "it makes nothing"
+    seal_all(tiny)
+    steps = explain(tiny)
+    assert {step.status for step in steps} == {"sealed"}
+    assert all(step.uri is not None and not step.why for step in steps)
+
+
+@pytest.mark.slow
+def test_an_edit_runs_what_it_changes_and_what_reads_that_and_nothing_else(tiny: Run) -> None:
+    seal_all(tiny)
+    draw = random.Random(SEED)
+    for number in range(EDITS):
+        edits = draw.sample(CHANGES, draw.choice((1, 1, 2, 3)))
+        recipe = tiny.recipe.with_changes({path: value for path, value, _ in edits})
+        steps = by_name(explain(Run(recipe=recipe, resources=tiny.resources)))
+        changed = {task for _, _, tasks in edits for task in tasks}
+        runs = {task for task, step in steps.items() if step.status == "runs"}
+        follows = {task for task, step in steps.items() if step.status == "follows"}
+        assert (runs, follows) == (changed, below(changed)), (number, edits)
+        told = [line for task in runs for line in steps[task].why]
+        for path, _, tasks in edits:
+            named = path if path.startswith(("stages", "model.p", "model.l", "final", "stage")) else path.split(".")[-1]
+            assert bool(tasks) == any(named in line for line in told), (number, path, told)
+
+
+def test_the_setting_is_named_with_both_values(tiny: Run) -> None:
+    seal_all(tiny)
+    recipe = tiny.recipe.with_changes(
+        {"stages.sft.learning_rate": 1e-5, "final_suite.benchmarks.cider.control": "none"}
+    )
+    steps = by_name(explain(Run(recipe=recipe, resources=tiny.resources)))
+    assert steps["train sft"].why == ("stages.sft.learning_rate: 0.0002 -> 1e-05",)
+    assert steps["evaluate sft on tiny_probe"].why == ("its model is made first",)
+    assert steps[FINAL].why == (
+        "its model is made first",
+        'cider: final_suite.benchmarks.cider.control: "shuffled" -> "none"',
+    )
+    renamed = tiny.recipe.with_changes({"final_suite.name": "other"})
+    (step,) = (one for one in explain(Run(recipe=renamed, resources=tiny.resources)) if one.status != "sealed")
+    assert step.why == ("every benchmark is measured; the report is composed again",)
+
+
+@pytest.mark.slow
+def test_raw_files_that_changed_are_named(tiny: Run, tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    images = sorted((ROOT / "tests/tiny/pairs").glob("*.png"))
+
+    def write(name: str, chosen: list[Path]) -> None:
+        rows = [f"{image.name},A photo of a {image.stem}." for image in chosen]
+        (raw / name).write_text("\n".join(["image,text", *rows, ""]))
+
+    write("a.csv", images[:8])
+    write("b.csv", images[8:16])
+    write("c.csv", images[16:24])
+    table = {"kind": "table", "path": str(raw), "images": "tests/tiny/pairs", "licence": "MIT", "render": "caption"}
+    recipe = tiny.recipe.with_changes({"stages.align.mixture.sources": {"mine": table}})
+    run = Run(recipe=recipe, resources=tiny.resources)
+    prepare.prepare(recipe.stages["align"].mixture, recipe.text("align"), run.resources)
+    assert by_name(explain(run))["prepare tiny_align"].status == "sealed"
+    write("b.csv", images[9:16])
+    write("d.csv", images[24:30])
+    (raw / "a.csv").unlink()
+    step = by_name(explain(run))["prepare tiny_align"]
+    assert step.status == "runs"
+    assert step.why == (
+        "source 'mine': b.csv changed, or a file that it names",
+        "source 'mine': d.csv is new",
+        "source 'mine': a.csv is gone",
+    )
