@@ -51,6 +51,9 @@ class Sampling:
     """How many of the likeliest tokens are reported beside each chosen token; None: no log-probabilities."""
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     """Token id -> what is added to its logit."""
+    json_schema: str | None = None
+    """JSON text of a schema of `vila_ops.generate.json_grammar`, which the answer follows; an answer that ends with
+    "length" is the beginning of one that does. None: any text."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for a setting outside of its range."""

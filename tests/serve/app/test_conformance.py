@@ -3,16 +3,18 @@
 import json
 import socket
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import openai
 import pytest
+from pydantic import BaseModel, Field
 
 from tests.serve.app.live import HELLO, MODEL, ScriptedEngine, client_of, endpoint, http, image_part, png, wait_until
 from vila_ops.artifacts.kinds import ModelVersion
 from vila_ops.generate.engine import Engine
 from vila_ops.generate.request import Delta, TokenLogprob
+from vila_ops.generate.torch_engine.engine import InProcessEngine
 
 TEXT = "Gr\u00fc\u00dfe \U0001f642 und mehr"
 
@@ -49,6 +51,32 @@ def test_a_real_model_streams_the_answer_that_it_gives_whole(
     assert (chunks[-1].choices, chunks[-1].usage) == ([], whole.usage)
     assert whole.usage.prompt_tokens_details.image_tokens == real_engine.tokenizer.image_tokens
     assert {chunk.system_fingerprint for chunk in chunks} == {versions[0].checkpoint.digest}
+
+
+class Person(BaseModel):
+    """What an answer is read as."""
+
+    name: Literal["Ann", "Bo"]
+    ages: Annotated[list[Annotated[int, Field(ge=0, le=9)]], Field(min_length=1, max_length=2)]
+
+
+def test_answers_are_json_where_a_client_asks_for_it(
+    versions: tuple[ModelVersion, ModelVersion], real_engine: Engine
+) -> None:
+    """The official client sends the schema of the class and reads the answer by it."""
+    own = InProcessEngine(real_engine.loaded, max_batch=4)  # type: ignore[attr-defined]  # an endpoint closes its engine
+    with endpoint(versions[0], own) as url, client_of(url) as client:
+        for seed in range(4):
+            parsed = client.chat.completions.parse(
+                model=MODEL,
+                messages=HELLO,
+                response_format=Person,
+                temperature=1,
+                seed=seed,  # type: ignore[arg-type]
+            )
+            assert isinstance(parsed.choices[0].message.parsed, Person)
+        text = ask(client, response_format={"type": "json_object"}, max_tokens=4).choices[0].message.content
+    assert text.startswith("{")
 
 
 def test_a_second_turn_with_the_clients_own_message_is_answered(

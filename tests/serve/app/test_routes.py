@@ -151,6 +151,11 @@ def text(words: str) -> dict[str, Any]:
     return {"type": "text", "text": words}
 
 
+def schema(made: dict[str, Any]) -> dict[str, Any]:
+    """A request for answers that follow a JSON schema."""
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": made}}}
+
+
 def user(*parts: dict[str, Any]) -> list[Any]:
     """A conversation of one message."""
     return [{"role": "user", "content": list(parts)}]
@@ -295,7 +300,10 @@ def refused(client: openai.OpenAI, **request: Any) -> dict[str, Any]:
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools", "calls no tools"),
         ({"modalities": ["audio"]}, 400, "modalities", "text"),
         ({"messages": [{"role": "user", "content": "x", "name": "Ann"}]}, 400, "messages[0].name", "no names"),
-        ({"response_format": {"type": "json_object"}}, 400, "response_format", "plain text"),
+        ({"response_format": {"type": "xml"}}, 400, "response_format", "json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, 400,
+         "response_format.json_schema.schema", "required"),
+        (schema({"type": "object", "not": {}}), 400, "response_format", "keyword 'not' is not supported"),
         ({"max_tokens": 0}, 400, "max_tokens", "greater than 0"),
         ({"max_tokens": 33}, 400, "max_tokens", "33 is more than the 32"),
         ({"max_completion_tokens": 33}, 400, "max_completion_tokens", "33 is more than the 32"),

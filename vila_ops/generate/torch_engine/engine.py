@@ -16,6 +16,7 @@ from vila_ops.data.text.conversation import Tokenizer
 from vila_ops.device import free_bytes
 from vila_ops.generate.engine import Engine, EngineOptions, ScoringItem
 from vila_ops.generate.request import Delta, Loglikelihood, Prompt, Sampling
+from vila_ops.generate.torch_engine.grammar import Grammars
 from vila_ops.generate.torch_engine.loaded_model import LoadedModel, read_model
 from vila_ops.generate.torch_engine.request_state import GenerationRequest
 from vila_ops.generate.torch_engine.scheduler import SLOTS, Scheduler
@@ -85,6 +86,7 @@ class InProcessEngine:
             prefix_tokens=int(KEPT_SHARE * cache_tokens) if keep_prefixes else 0,
         )
         self.scorer = Scorer(loaded)
+        self.grammars = Grammars(loaded.tokenizer)
         self._requests: dict[str, GenerationRequest] = {}
         self._streams: dict[GenerationRequest, asyncio.Queue[Delta | Exception]] = {}
         self._arrived: list[GenerationRequest] = []
@@ -114,8 +116,11 @@ class InProcessEngine:
 
     async def generate(self, prompt: Prompt, sampling: Sampling, request_id: str) -> AsyncIterator[Delta]:
         """As in `Engine`. A reader that is cancelled aborts its request."""
+        grammar = None
+        if sampling.json_schema is not None:
+            grammar = await asyncio.to_thread(self.grammars.of, sampling.json_schema)
         self._check(prompt, sampling, request_id)
-        request = self._requests[request_id] = GenerationRequest(prompt, sampling)
+        request = self._requests[request_id] = GenerationRequest(prompt, sampling, grammar)
         stream = self._streams[request] = asyncio.Queue()
         self._arrived.append(request)
         if self._working is None or self._working.done():

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from vila_ops.generate.request import Delta, FinishReason, Prompt, Sampling, TokenLogprob
+from vila_ops.generate.torch_engine.grammar import AnswerGrammar
 
 
 @dataclass(eq=False)
@@ -16,6 +17,8 @@ class GenerationRequest:
 
     prompt: Prompt
     sampling: Sampling
+    grammar: AnswerGrammar | None = None
+    """Of the answer, if the request has a JSON schema."""
     aborted: bool = False
     """Set by the engine, from another thread; the request then ends before the next step."""
 
@@ -58,6 +61,8 @@ class RequestState:
         cached, self.cached_tokens = self.cached_tokens, 0
         if token in sampling.stop_ids:
             return Delta([], "stop", cached_tokens=cached)
+        if self.request.grammar is not None:
+            self.request.grammar.take(token)
         self.ids.append(token)
         reason: FinishReason | None = "length" if len(self.ids) == sampling.max_new_tokens else None
         return Delta([token], reason, () if logprob is None else (logprob,), cached)

@@ -29,8 +29,8 @@ def choose(logits: Tensor, states: Sequence[RequestState], *, vocabulary: int, i
     """The next token of each answer, from the model's logits (B, V), which this changes.
 
     Only ids below `vocabulary` are chosen, and never `image_id`: a model cannot generate images. Log-probabilities are
-    those of the model, before anything is masked. The order of vLLM's sampler: bias, penalties, temperature, `min_p`,
-    `top_k`, then `top_p` of what they leave.
+    those of the model, before anything is masked. The order of vLLM's sampler: bias, penalties, grammar, temperature,
+    `min_p`, `top_k`, then `top_p` of what they leave.
     """
     nats = {
         row: logits[row].float().log_softmax(-1)
@@ -61,7 +61,7 @@ def uniform(seed: int, choice: int, position: int) -> float:
 
 
 def _adjust(scores: Tensor, state: RequestState) -> None:
-    """Apply bias and penalties to the scores (V,) of a row, in place.
+    """Apply bias, penalties and grammar to the scores (V,) of a row, in place.
 
     Presence and frequency penalty as OpenAI's API reference defines them, over the answer; the repetition penalty of
     CTRL (Keskar et al., 2019), over prompt and answer, before them as in vLLM (`apply_penalties` in
@@ -80,6 +80,8 @@ def _adjust(scores: Tensor, state: RequestState) -> None:
         times = Counter(answer)
         counts = scores.new_tensor(list(times.values()))
         scores[_ids(list(times), scores)] -= sampling.frequency_penalty * counts + sampling.presence_penalty
+    if state.request.grammar is not None:
+        scores[~state.request.grammar.allowed(len(scores)).to(scores.device)] = -torch.inf
 
 
 def _ids(ids: list[int], scores: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from vila_ops.generate.engine import Engine
+from vila_ops.generate.json_grammar import grammar_of
 from vila_ops.generate.request import Prompt, Sampling
 from vila_ops.serve.app.admission import Admission, Ticket, Uploads
 from vila_ops.serve.app.answer import Answer
@@ -62,6 +63,12 @@ class Chat:
         if wrong := next((token for token in chat.logit_bias or {} if int(token) >= known), None):
             text = f"logit_bias: there is no token {wrong}; the vocabulary has {known}"
             raise ApiError(400, text, param="logit_bias", code="invalid_value")
+        if (schema := chat.json_schema()) is not None:
+            try:
+                grammar_of(schema)
+            except ValueError as error:
+                text = f"response_format: {error}"
+                raise ApiError(400, text, param="response_format", code="invalid_value") from None
         return chat
 
     async def _prepare(self, chat: ChatRequest, caller: Caller, ticket: Ticket) -> Answer:
@@ -119,6 +126,7 @@ class Chat:
             "repetition_penalty": chat.repetition_penalty,
             "seed": chat.seed,
             "logprobs": (chat.top_logprobs or 0) if chat.logprobs else None,
+            "json_schema": chat.json_schema(),
             "logit_bias": {int(token): bias for token, bias in (chat.logit_bias or {}).items()},
         }
         settings = {name: value for name, value in stated.items() if value is not None}

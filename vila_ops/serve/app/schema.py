@@ -1,5 +1,6 @@
 """The request of /v1/chat/completions. A parameter that has no effect here is refused, never ignored."""
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError
@@ -77,6 +78,37 @@ class StreamOptions(_Closed):
     include_obfuscation: Any = None
 
 
+class TextFormat(_Closed):
+    """Answers are plain text."""
+
+    type: Literal["text"]
+
+
+class ObjectFormat(_Closed):
+    """Answers are JSON objects."""
+
+    type: Literal["json_object"]
+
+
+class NamedSchema(_Closed):
+    """A JSON schema, which every answer follows whether strict is true or not."""
+
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class SchemaFormat(_Closed):
+    """Answers follow a JSON schema."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
+
+
 class ChatRequest(_Closed):
     """A chat request. The parameters in `NEUTRAL` may only have a value that changes nothing."""
 
@@ -107,7 +139,7 @@ class ChatRequest(_Closed):
     prompt_cache_key: str | None = None
     metadata: dict[str, str] | None = None
     store: Any = None
-    response_format: Any = None
+    response_format: ResponseFormat | None = None
     tools: Any = None
     tool_choice: Any = None
     parallel_tool_calls: Any = None
@@ -125,12 +157,17 @@ class ChatRequest(_Closed):
         """Most tokens of the answer; None: the request sets no limit."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
+    def json_schema(self) -> str | None:
+        """JSON text of the schema that answers follow; None for plain text."""
+        if isinstance(self.response_format, SchemaFormat):
+            return json.dumps(self.response_format.json_schema.schema_)
+        return json.dumps({"type": "object"}) if isinstance(self.response_format, ObjectFormat) else None
+
 
 NO_TOOLS = "this model calls no tools"
 TEXT_ONLY = "answers are text"
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "store": ((False,), "answers are not stored"),
-    "response_format": (({"type": "text"},), "answers are plain text"),
     "tools": (([],), NO_TOOLS),
     "tool_choice": (("none", "auto"), NO_TOOLS),
     "parallel_tool_calls": ((True, False), NO_TOOLS),
@@ -202,6 +239,10 @@ def _param(loc: tuple[int | str, ...]) -> str | None:
     for before, item in zip((None, *loc), loc, strict=False):
         if isinstance(item, int):
             text += f"[{item}]"
-        elif not (isinstance(before, int) and item in ("text", "image_url")) and item != "[key]":
+        elif not (
+            (isinstance(before, int) and item in ("text", "image_url"))
+            or (before == "response_format" and item in ("text", "json_object", "json_schema"))
+            or item == "[key]"
+        ):
             text += f".{item[:100]}" if text else item[:100]
     return text or None

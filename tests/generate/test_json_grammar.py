@@ -1,0 +1,73 @@
+"""Only schemas that are enforced and bounded are taken; a refusal names what is wrong."""
+
+import contextlib
+import json
+import time
+from typing import Any
+
+import pytest
+
+from vila_ops.generate.json_grammar import MAX_BYTES, MAX_DEPTH, grammar_of
+
+
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "integer"}
+    for _ in range(depth - 1):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+@pytest.mark.parametrize(
+    ("schema", "says"),
+    [
+        ([], "has to be an object"),
+        ({"not": {"type": "integer"}}, "schema: the keyword 'not' is not supported"),
+        ({"properties": {"a": {"patternProperties": {}}}}, "schema.properties.a: the keyword 'patternProperties'"),
+        ({"anyOf": [{}, {"oneOf": []}]}, r"schema.anyOf\[1\]: the keyword 'oneOf'"),
+        ({"x-guidance": {"lenient": True}}, "the keyword 'x-guidance'"),
+        ({"$defs": {"a": {"uniqueItems": True}}}, "schema.*a: the keyword 'uniqueItems'"),
+        ({"properties": []}, "properties has to be an object"),
+        ({"anyOf": {}}, "anyOf has to be a list"),
+        ({"items": 3}, "schema.items has to be a schema"),
+        ({"type": "nonsense"}, "cannot be followed: Invalid type"),
+        ({"type": "string", "format": "strange"}, "cannot be followed: Unknown format"),
+        ({"type": "integer", "minimum": 3, "maximum": 1}, "cannot be followed: Unsatisfiable"),
+        ({"type": "string", "pattern": "(?=a)b"}, "cannot be followed: regex"),
+        ({"$ref": "http://127.0.0.1:9/schema"}, "cannot be followed: Resource"),
+        ({"$ref": "file:///etc/passwd"}, "cannot be followed: Resource"),
+        ({"$ref": "#/$defs/missing"}, "cannot be followed"),
+        (nested(MAX_DEPTH + 1), "nested deeper than 16"),
+        ({"description": "x" * MAX_BYTES}, "at most 16384 are taken"),
+    ],
+)
+def test_what_is_not_enforced_is_refused_by_name(schema: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        grammar_of(json.dumps(schema))
+
+
+def test_text_that_is_no_json_is_refused() -> None:
+    for text in ('{"enum": ["\\ud800"]}', '{"const": NaN}'):
+        with pytest.raises(ValueError, match=r"."):
+            grammar_of(text)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "pattern": "^(a+)+$"},
+        {"type": "string", "pattern": "((a{1,1000}){1,1000}){1,1000}"},
+        {"type": "string", "maxLength": 10**9},
+        {"type": "array", "items": {"type": "integer"}, "minItems": 10**6, "maxItems": 10**7},
+        {"type": "object", "properties": {f"p{number}": {} for number in range(1000)}},
+        {"anyOf": [{"const": "x" * number} for number in range(150)]},
+        {"$ref": "#/$defs/a", "$defs": {"a": {"type": "object", "properties": {"a": {"$ref": "#/$defs/a"}}}}},
+        nested(MAX_DEPTH),
+    ],
+    ids=range(8),
+)
+def test_no_schema_takes_long(schema: dict[str, Any]) -> None:
+    """Taken or refused, within seconds of the CPU even of a slow machine; unbounded they would take minutes."""
+    started = time.process_time()
+    with contextlib.suppress(ValueError):
+        grammar_of(json.dumps(schema))
+    assert time.process_time() - started < 10
