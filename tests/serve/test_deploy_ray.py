@@ -70,6 +70,10 @@ def test_deploy_again_and_another_version_under_load(
     assert body.status_code == 413
     assert httpx.get(f"{first.url}/v1/nothing").json()["error"]["type"] == "invalid_request_error"
 
+    hidden = httpx.get(f"{first.url}/-/routes")
+    assert (hidden.status_code, hidden.json()["error"]["code"]) == (404, "not_found")
+    assert httpx.get(f"{first.url}/-/healthz").status_code == 200
+
     done, seen, failed = threading.Event(), [], []
 
     def keep_querying() -> None:

@@ -12,6 +12,7 @@ import httpx
 from vila_ops.cluster import connect, device_on, gpu_options, take_own_gpu
 from vila_ops.config import Resources
 from vila_ops.device import Device
+from vila_ops.serve.backends.proxy_rules import CALLBACK
 from vila_ops.serve.spec import Spec
 
 MAX_ONGOING = 1000
@@ -19,8 +20,13 @@ MAX_ONGOING = 1000
 number a few unfinished ones would stop everybody."""
 PROXY_SECONDS = 120.0
 """How long Serve's HTTP proxy may take to start."""
-CONTROLLER_ENV = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30"}
-"""Serve's controller kills a proxy after three checks of 5 s by default; on a busy machine it may still import then."""
+CONTROLLER_ENV = {
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
+    CALLBACK: "vila_ops.serve.backends.proxy_rules:middleware",
+}
+"""Serve's controller kills a proxy after three checks of 5 s by default; on a busy machine it may still import then.
+The proxies, which it starts, inherit these variables."""
 
 
 class Replica:

@@ -1,0 +1,51 @@
+"""Ray Serve's proxy gets neither the headers that lift its limits nor requests for its own routes."""
+
+import asyncio
+from typing import Any
+
+import httpx
+import pytest
+from ray.serve._private import constants, http_util
+
+from vila_ops.serve.backends.proxy_rules import CALLBACK, HEALTH, LIFTED, middleware
+
+
+def answered(path: str, headers: dict[str, str]) -> tuple[httpx.Response, dict[bytes, bytes]]:
+    """The response of a proxy behind Ray's own way to put middleware around it, and the headers that reached it."""
+    reached: dict[bytes, bytes] = {}
+
+    async def proxy(scope: Any, _: Any, send: Any) -> None:
+        reached.update(scope["headers"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"success"})
+
+    async def ask() -> httpx.Response:
+        app = http_util._apply_middlewares(proxy, middleware())
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://a.test") as client:
+            return await client.get(path, headers=headers)
+
+    return asyncio.run(ask()), reached
+
+
+def test_headers_that_lift_limits_do_not_reach_the_proxy() -> None:
+    lifting = {"X-Request-Timeout-Seconds": "0", "x-request-disconnect-disabled": "?1", "x-request-id": "mine"}
+    _, reached = answered("/v1/models", lifting)
+    assert reached[b"x-request-id"] == b"mine"
+    assert http_util.parse_request_timeout_header(reached, 30.0) == 30.0
+    assert not http_util.parse_disconnect_disabled_header(reached)
+    names = (constants.SERVE_HTTP_REQUEST_TIMEOUT_S_HEADER, constants.SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER)
+    assert {name.encode() for name in names} == LIFTED
+
+
+@pytest.mark.parametrize("path", ["/-/routes", "/-/", "/-/healthz/", "/%2d/routes", "/-/anything"])
+def test_the_proxys_own_routes_are_hidden(path: str) -> None:
+    response, reached = answered(path, {})
+    assert (response.status_code, response.json()["error"]["code"], reached) == (404, "not_found", {})
+
+
+def test_the_health_of_the_proxy_is_shown() -> None:
+    assert answered(HEALTH, {})[0].text == "success"
+
+
+def test_ray_reads_the_variable_that_names_the_middleware() -> None:
+    assert hasattr(constants, CALLBACK)
