@@ -7,6 +7,10 @@ from pydantic import Field, PositiveInt, SerializeAsAny
 from vila_ops.config.base import Config
 from vila_ops.config.kinds import plugins
 
+Precision = Literal["fp32", "bf16", "int8", "int4"]
+"""int8 and int4: weights are integers in memory and fp32 in the products; int4 has a scale for each 64 inputs, and its
+embedding and head are int8."""
+
 
 class TorchEngine(Config):
     """Continuous batching in plain torch, in this process."""

@@ -6,6 +6,7 @@ from pydantic import Field, PositiveInt, SerializeAsAny, model_validator
 
 from vila_ops.config.base import Config
 from vila_ops.config.benchmarks import Official, OfficialBenchmark
+from vila_ops.config.engine import Precision
 from vila_ops.config.few_shot import MixtureSamples
 from vila_ops.config.images import Webp
 from vila_ops.config.kinds import plugins
@@ -183,7 +184,7 @@ Benchmark = Annotated[
 class MeasureSettings(Config):
     """The settings of any suite that may change a number; they enter the address of each benchmark's result."""
 
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """Precision of the language model during evaluation."""
     bootstrap_resamples: PositiveInt = 2000
     seed: int = 0

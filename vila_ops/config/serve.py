@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, IPvAnyNetwork, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from vila_ops.config.base import Config
+from vila_ops.config.engine import Precision
 
 HostName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$")]
 Origin = Annotated[str, Field(pattern=r"^https?://[a-z0-9.-]+(:[0-9]+)?$")]
@@ -15,6 +16,8 @@ class Service(Config):
     """One OpenAI-compatible endpoint."""
 
     name: str
+    precision: Precision = "fp32"
+    """Precision of the language model. It changes answers; a suite has a setting of the same name to measure that."""
     max_new_tokens: PositiveInt = 128
     """Upper bound of a request's max_tokens."""
     max_images: PositiveInt = 8

@@ -4,8 +4,9 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from vila_ops.config.engine import Precision
 from vila_ops.device import Device
 from vila_ops.generate.request import Delta, FinishReason, Loglikelihood, Output, Prompt, Sampling
 
@@ -31,7 +32,7 @@ class EngineOptions:
     """What the model computes on."""
     threads: int = 1
     """CPU threads of the computation."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """Of the language model. The tower computes in fp32, so that its cached features serve training too."""
     max_batch: int | None = None
     """Most requests that are decoded in one batch; None: the engine decides."""

@@ -220,6 +220,17 @@ def test_the_model_list_and_health_name_the_digest(
     assert health == {"status": "ok", "model": versions[0].checkpoint.digest, "replica": {"pid": 1}}
 
 
+def test_the_version_names_the_precision_and_the_identity_that_it_is_part_of(
+    url: str, versions: tuple[ModelVersion, ModelVersion]
+) -> None:
+    shown = httpx.get(f"{url}/version").json()
+    assert shown["precision"] == "fp32"
+    services = [SERVICE.with_changes({"precision": precision}) for precision in ("fp32", "int8", "int4")]
+    identities = [Spec.of(service, versions[0], RESOURCES).identity() for service in services]
+    assert shown["identity"] == identities[0]
+    assert len(set(identities)) == 3
+
+
 def test_concurrent_requests_share_batches_and_get_the_answers_that_they_get_alone(
     client: openai.OpenAI, url: str, engine: ObservedEngine, image: bytes
 ) -> None:

@@ -29,6 +29,7 @@ def load_app(spec: Spec, device: Device, *, replica: dict[str, Any]) -> FastAPI:
     options = EngineOptions(
         device=device,
         threads=spec.threads(),
+        precision=spec.service.precision,
         max_batch=spec.capacity.max_batch,
         prefill_tokens=PREFILL_TOKENS,
         keep_prefixes=True,

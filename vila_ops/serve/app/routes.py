@@ -113,7 +113,8 @@ def _add_state(app: FastAPI, spec: Spec, metrics: Metrics, replica: Json) -> Non
 
     @app.get("/version")
     async def version() -> Json:
-        return {"version": __version__, "model": spec.version.name, "model_version": spec.version.version}
+        served = {"model": spec.version.name, "model_version": spec.version.version}
+        return {"version": __version__, **served, "precision": spec.service.precision, "identity": spec.identity()}
 
     @app.get("/metrics")
     async def shown() -> Response:
