@@ -26,7 +26,7 @@ IMAGE = SealedImage("k")
 
 @pytest.fixture(scope="module")
 def target(model: Pretrained, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineTarget]:
-    options = EngineOptions(feature_root=tmp_path_factory.mktemp("features"), device="cpu")
+    options = EngineOptions(feature_root=tmp_path_factory.mktemp("features"), device="cpu", keep_prefixes=True)
     made = EngineTarget(model, TorchEngine(), options)
     yield made
     made.close()
@@ -57,6 +57,17 @@ def test_what_cannot_be_asked_has_its_status_and_the_others_their_answers(target
     assert len({response.prompt_hash for response in (generated, letter)}) == 2
 
 
+def test_what_is_kept_of_prompts_is_for_one_call_alone(target: EngineTarget) -> None:
+    engine = target.engine
+    assert isinstance(engine, InProcessEngine)
+    before = {kept.salt for kept, _ in engine.scheduler.prefixes._kept}
+    for _ in range(2):
+        assert [one.status for one in target.answer([question("Which?"), question("Why?")], lambda _: FILE)] == [
+            "ok"
+        ] * 2
+    assert len({kept.salt for kept, _ in engine.scheduler.prefixes._kept} - before) == 2
+
+
 def test_likelihoods_that_are_not_finite_are_a_failure_and_never_a_choice() -> None:
     request = ScoreRequest(item="1", prompt=Prompt([1]), continuations=([1], [2]), labels=("A", "B"))
     for bad in (math.nan, math.inf):
@@ -82,7 +93,7 @@ def test_an_answer_ends_at_the_first_stop_text() -> None:
 def test_the_size_of_batches_changes_only_answers_that_are_near_ties(
     target: EngineTarget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At batches of 1, 2 and 16, in fp32: 24 answers of 4 tokens each."""
+    """At batches of 1, 2 and 16, and with what is kept of prompts, in fp32: 24 answers of 4 tokens each."""
     engine = target.engine
     assert isinstance(engine, InProcessEngine)
     folder, side, fit = SAMPLES / "pope/val2014", engine.image_size, engine.image_aspect_ratio
@@ -94,14 +105,14 @@ def test_the_size_of_batches_changes_only_answers_that_are_near_ties(
         )
         for item in list(pope.read(SAMPLES / "pope", config_of(Pope, version=None)))[:24]
     ]
-    answers: dict[int, list[list[int]]] = {}
-    for slots in (1, 2, 16):
-        scheduler = Scheduler(engine.loaded, slots=slots, cache_tokens=65_536, prefill_tokens=4096)
+    answers = []
+    for slots, kept in ((1, 0), (2, 0), (16, 0), (2, 4096)):
+        scheduler = Scheduler(engine.loaded, slots=slots, cache_tokens=65_536, prefill_tokens=4096, prefix_tokens=kept)
         monkeypatch.setattr(engine, "scheduler", scheduler)
         outputs = generate_all(engine, prompts, Sampling(4, engine.tokenizer.stop_ids))
-        answers[slots] = [output.ids for output in outputs]
-    for slots in (2, 16):
-        for prompt, one, other in zip(prompts, answers[1], answers[slots], strict=True):
+        answers.append([output.ids for output in outputs])
+    for others in answers[1:]:
+        for prompt, one, other in zip(prompts, answers[0], others, strict=True):
             if one == other:
                 continue
             places = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)

@@ -1,8 +1,10 @@
 """A model in this process as the target of an evaluation: requests in, responses out."""
 
+import itertools
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -36,6 +38,7 @@ class EngineTarget:
 
     def __init__(self, model: Checkpoint | Pretrained, config: TorchEngine, options: EngineOptions) -> None:
         self._load = partial(load_engine, model, config, options)
+        self._asked = itertools.count()
 
     @cached_property
     def engine(self) -> Engine:
@@ -48,7 +51,7 @@ class EngineTarget:
             self.engine.close()
 
     def answer(self, requests: Sequence[Request], image_of: ImageOf) -> list[Response]:
-        """The responses in the order of the requests, which are batched in this order."""
+        """The responses in the order of the requests. What they are does not depend on what was asked before."""
         squares: dict[str, bytes] = {}
 
         def shown(image: SealedImage) -> bytes:
@@ -92,11 +95,17 @@ class EngineTarget:
         return prompt
 
     def _generate(self, given: Sequence[tuple[GenerateRequest, Prompt]]) -> list[Response]:
-        stop_ids = frozenset(self.engine.tokenizer.stop_ids)
+        """Prompts of similar length are read together, the longest first.
+
+        What an engine keeps of them, such as an image that others ask about too, is for this call alone.
+        """
+        stop_ids, salt = frozenset(self.engine.tokenizer.stop_ids), f"{next(self._asked)}"
         started, outputs = time.monotonic(), dict[int, Output]()
+        order = sorted(range(len(given)), key=lambda number: -len(given[number][1].input_ids))
         for length in sorted({request.max_new_tokens for request, _ in given}):
-            own = [number for number, (request, _) in enumerate(given) if request.max_new_tokens == length]
-            answers = generate_all(self.engine, [given[number][1] for number in own], Sampling(length, stop_ids))
+            own = [number for number in order if given[number][0].max_new_tokens == length]
+            prompts = [replace(given[number][1], cache_salt=salt) for number in own]
+            answers = generate_all(self.engine, prompts, Sampling(length, stop_ids))
             outputs |= dict(zip(own, answers, strict=True))
         seconds = (time.monotonic() - started) / len(given)
         return [

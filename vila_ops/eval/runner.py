@@ -267,6 +267,7 @@ def _target(job: EvalJob) -> Target:
         threads=evaluate.threads_per_worker,
         precision=job.suite.precision,
         device=job.resources.device,
+        keep_prefixes=True,
     )
     return EngineTarget(job.model, evaluate.engine, options)
 
