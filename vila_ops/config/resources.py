@@ -232,7 +232,8 @@ class EndpointResources(Config):
     max_retries: NonNegativeInt = 5
     """How often a request is tried again after an overload, a fault of the server or a time-out."""
     ask_again: bool = False
-    """Whether an evaluation asks once more what timed out in an earlier one. These answers then count."""
+    """Whether an evaluation asks once more what timed out in an earlier one, a judge's replies too. These answers then
+    count."""
 
 
 class EvaluateResources(Config):

@@ -89,12 +89,18 @@ class EvalJob(Config):
         return next((result for result in results if result), None)
 
     def timed_out(self, name: str) -> bool:
-        """Whether requests of a benchmark timed out that are to be asked once more. Raises CorruptArtifact."""
-        if not isinstance(self.model, Endpoint) or not self.resources.evaluate.endpoint.ask_again:
+        """Whether requests of a benchmark, or of its judge, may have timed out that are to be asked once more.
+
+        Raises CorruptArtifact.
+        """
+        if not self.resources.evaluate.endpoint.ask_again:
             return False
         last = self.result(name)
         first = self.address(name).uri(self.resources.storage.store)
-        return last is not None and last.uri == first and "timeout" in read_result(last).failed
+        if last is None or last.uri != first:
+            return False
+        late = {"not_judged", *(("timeout",) if isinstance(self.model, Endpoint) else ())}
+        return not late.isdisjoint(read_result(last).failed)
 
     def answers_address(self, requests: Sequence[str], *, again: bool = False) -> store.Address:
         """Where the responses to a shard of requests are, by their hashes: whichever benchmark asks them.

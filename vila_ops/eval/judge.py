@@ -28,12 +28,18 @@ log = logging.getLogger(__name__)
 
 
 def judged(
-    items: Sequence[Item], rows: Sequence[ItemRow], config: JudgedBenchmark, resources: Resources, *, asks: bool = True
+    items: Sequence[Item],
+    rows: Sequence[ItemRow],
+    config: JudgedBenchmark,
+    resources: Resources,
+    *,
+    asks: bool = True,
+    again: bool = False,
 ) -> list[ItemRow]:
     """Rows with the replies of the config's judge; None where it did not answer.
 
-    Replies that are sealed are not asked for again. Raises ValueError where `asks` is false and some are not, and what
-    `EndpointTarget.answer` raises.
+    Replies that are sealed are not asked for again, but with `again` those that timed out are, once. Raises ValueError
+    where `asks` is false and some are not, and what `EndpointTarget.answer` raises.
     """
     judge = config.judge
     if judge is None:
@@ -43,6 +49,9 @@ def judged(
     replies: dict[str, Response] = {}
     for shard in shards_of(requests, {item.id: item.group for item in items}):
         replies |= _replies(shard, target, judge, resources, asks=asks)
+        late = [request for request in shard if replies[request_hash(request)].status == "timeout"]
+        if again and late:
+            replies |= _replies(late, target, judge, resources, asks=asks, again=True)
     by_item = {request.item: replies[request_hash(request)] for request in requests}
     if failed := {item: reply.status for item, reply in by_item.items() if reply.answer is None}:
         log.warning("%s: the judge %s failed on %d items: %s", _kind(config), judge.model, len(failed), failed)
@@ -60,11 +69,20 @@ def _endpoint(judge: Judge) -> Endpoint:
 
 
 def _replies(
-    shard: Sequence[Any], target: EndpointTarget, judge: Judge, resources: Resources, *, asks: bool
+    shard: Sequence[Any],
+    target: EndpointTarget,
+    judge: Judge,
+    resources: Resources,
+    *,
+    asks: bool,
+    again: bool = False,
 ) -> Mapping[str, Response]:
-    """The replies to a shard by the hashes of its requests; asked for and sealed unless they are."""
+    """The replies to a shard by the hashes of its requests; asked for and sealed unless they are.
+
+    `again`: the second replies to requests that timed out.
+    """
     hashes = [request_hash(request) for request in shard]
-    recipe = {"requests": hashes, "temperature": judge.temperature}
+    recipe: dict[str, Any] = {"requests": hashes, "temperature": judge.temperature} | ({"again": True} if again else {})
     at = store.address(Answers, revision=ANSWERS, recipe=recipe, parents=(_endpoint(judge).digest,))
     root = resources.storage.store
     sealed = store.find(Answers, at, store=root)

@@ -100,7 +100,7 @@ class Runner:
         planned = self.planned(name)
         late = _timed_out(planned, self._responses(name, planned))
         at = self._again_address(late)
-        if store.find(Answers, at, store=self._store) is None:
+        if late and store.find(Answers, at, store=self._store) is None:
             self._seal_answers(at, late, planned.image_of)
         return self.conclude(name, again=True)
 
@@ -138,15 +138,15 @@ class Runner:
         started = time.monotonic()
         planned, config, at = self.planned(name), self.job.suite.benchmarks[name], self.job.address(name, again=again)
         responses = self._responses(name, planned)
-        if again:
-            second = self._sealed(self._again_address(_timed_out(planned, responses)))
+        if again and (late := _timed_out(planned, responses)):
+            second = self._sealed(self._again_address(late))
             responses = [
                 second[request_hash(request)] if first.status == "timeout" else first
                 for request, first in zip(planned.requests, responses, strict=True)
             ]
         rows = _rows(planned, responses)
         if isinstance(config, JudgedBenchmark):
-            rows = judged(planned.items, rows, config, self.job.resources, asks=asks)
+            rows = judged(planned.items, rows, config, self.job.resources, asks=asks, again=again)
         scored = score(planned.items, rows, config, self.job.settings(), shown=planned.shown)
         if scored.measurement.failed:
             log.warning("%s: requests without an answer: %s", name, scored.measurement.failed)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ import pytest
 
 from tests.eval.benchmarks.sample import SAMPLES, SETTINGS, config_of, numbers, rows_of, sample_items
 from tests.eval.stub_endpoint import Answer, Server, completion
-from vila_ops.config import Resources, Run
+from vila_ops.artifacts.kinds import Endpoint
+from vila_ops.config import OfficialSuite, Resources, Run
 from vila_ops.config.benchmarks import LlavaBench
 from vila_ops.eval.benchmark import Item
 from vila_ops.eval.benchmarks import llava_bench
+from vila_ops.eval.evaluate import evaluate, rescore
 from vila_ops.eval.judge import judged
 from vila_ops.eval.metrics.judged import score_pair
+from vila_ops.eval.report import read_report
 from vila_ops.eval.rows import ItemRow
 from vila_ops.eval.scoring import score
 
@@ -135,6 +139,38 @@ def test_replies_are_sealed_and_another_temperature_asks_again(server: Server, r
     assert len(server.bodies) == 3
     judged(items, rows, with_judge(server, temperature=0), resources)
     assert len(server.bodies) == 6
+
+
+@pytest.mark.slow
+def test_a_judge_that_timed_out_is_asked_once_more_if_the_resources_say_so(
+    server: Server, resources: Resources
+) -> None:
+    config, released, is_late = with_judge(server), threading.Event(), True
+
+    def sometimes_late(text: str, tries: int) -> Answer:
+        if "[Assistant 1]" not in text:
+            return completion("An answer.")
+        if is_late and "third" in text:
+            released.wait(timeout=60)
+        return completion(next(reply for word, reply in REPLIES.items() if word in text))
+
+    server.answer = sometimes_late
+    suite = OfficialSuite(name="s", benchmarks={"llava_bench": config}, bootstrap_resamples=50)
+    endpoint = Endpoint(url=server.url, name="a-model")
+    own = resources.with_changes({"storage.benchmarks": str(SAMPLES), "evaluate.endpoint.max_retries": 0})
+    first = evaluate(suite, endpoint, None, own.with_changes({"evaluate.endpoint.timeout_seconds": 3.0}))
+    released.set()
+    is_late = False
+    assert read_report(first).benchmarks["llava_bench"].failed == {"not_judged": 2}  # one reply is prose
+    assert evaluate(suite, endpoint, None, own) == first
+    asked = len(server.bodies)
+    second = evaluate(suite, endpoint, None, own.with_changes({"evaluate.endpoint.ask_again": True}))
+    assert len(server.bodies) == asked + 1
+    assert read_report(second).benchmarks["llava_bench"].failed == {"not_judged": 1}
+    assert read_report(first).metrics == ()  # one judged item has no interval
+    assert [metric.value for metric in read_report(second).metrics] == [pytest.approx((6 + 5) / (8 + 10))]
+    assert rescore(suite, endpoint, None, own) == evaluate(suite, endpoint, None, own) == second
+    assert len(server.bodies) == asked + 1
 
 
 def test_a_failed_answer_is_judged_as_an_empty_one_or_left_out(server: Server, resources: Resources) -> None:
