@@ -114,8 +114,9 @@ bench: setup ## Run one benchmark: make bench NAME=packing
 	  echo "make bench NAME=..., one of:" $$(cd benchmarks && ls *.py 2>/dev/null | sed 's/\.py$$//') >&2; exit 2; fi
 	@$(BIN)/python benchmarks/$(NAME).py
 
-interop: setup ## Write the table of docs/interop.md: which programs load our models
+interop: setup ## Write the tables of docs/interop.md: which programs load our models, and what other harnesses measure
 	@$(BIN)/python docs/interop.py
+	@$(BIN)/python docs/harnesses/run.py
 
 settings: setup ## Write the tables of docs/settings.md: every setting
 	@$(BIN)/python docs/settings.py
