@@ -46,7 +46,7 @@ def metric(model: str, role: str, value: float | None, **others: Any) -> dict[st
         "model": model, "suite": "probe", "split": "test", "name": "caption_loss", "role": role, "value": value,
         "measure": others.get("name", "caption_loss"),
         "low": None, "high": None, "n": 387, "unit": "nats per token", "lower_is_better": role != "gap",
-        **ends, **others,
+        "published": [], **ends, **others,
     }  # fmt: skip
 
 
@@ -181,6 +181,16 @@ def test_a_metric_of_official_files_has_no_split() -> None:
     official = metric("sft", "model", 0.5, name="pope_f1_official", unit="share", split=None, lower_is_better=False)
     text = Page(render({**full_summary(), "metrics": [official]}, curves(), [])).text
     assert "On official files, suite probe." in text
+
+
+def test_published_numbers_stand_in_the_card_of_their_metric() -> None:
+    known = [{"model": model, "value": value, "source": "a paper"} for model, value in (("One", 0.855), ("Two", 0.75))]
+    of = {"unit": "share", "split": None, "lower_is_better": False}
+    shown = metric("sft", "model", 0.5, name="pope_f1_official", published=known, **of)
+    other = metric("sft", "model", 0.5, name="gqa_official", **of)
+    text = Page(render({**full_summary(), "metrics": [shown, other]}, curves(), [])).text
+    assert text.count("Published:") == 1
+    assert "Published: One 0.855, Two 0.750. a paper." in " ".join(text.split())
 
 
 def test_page_loads_nothing_and_runs_nothing() -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from markupsafe import Markup
 
+from vila_ops.report.baselines import Published
 from vila_ops.report.drawing import Axis, Point, axis, polyline
 from vila_ops.report.layers import draw
 from vila_ops.report.panels import Panel, ReportRow, forest
@@ -188,6 +189,7 @@ class Card:
     gaps: Panel | None
     direction: str
     sizes_differ: bool
+    published: tuple[Published, ...]
 
 
 def metric_cards(metrics: Sequence[Json], *, models: Sequence[str]) -> list[Card]:
@@ -216,6 +218,7 @@ def _card(group: list[Json]) -> Card:
         gaps=forest(gaps, zero=True) if gaps else None,
         direction=text.direction or ("Lower is better." if first["lower_is_better"] else "Higher is better."),
         sizes_differ=len({metric["n"] for metric in group if metric["role"] == "model"}) > 1,
+        published=tuple(Published.model_validate(one) for one in first["published"]),
     )
 
 

@@ -13,15 +13,16 @@ from vila_ops.artifacts import output
 from vila_ops.artifacts.execution import versions
 from vila_ops.artifacts.kinds import Artifact, Checkpoint, EvalReport
 from vila_ops.artifacts.store import file, read_manifest
-from vila_ops.config import NO_CONTEXT, Run, RunContext
+from vila_ops.config import NO_CONTEXT, Run, RunContext, Suite
 from vila_ops.config.run import BASE
 from vila_ops.data.shards import data_url, index_of, named, samples_of
 from vila_ops.eval.evaluate import job_of
 from vila_ops.eval.job import EvalJob
-from vila_ops.eval.report import read_report
+from vila_ops.eval.report import Report, ReportMetric, name_in_suite, read_report
 from vila_ops.pipeline.run import Outcome
 from vila_ops.pipeline.stages import evaluate_stage
 from vila_ops.report import evaluation
+from vila_ops.report.baselines import published
 from vila_ops.report.layers import draw
 from vila_ops.report.page import render
 from vila_ops.serve.credentials import authorization
@@ -115,7 +116,7 @@ def summarise(run: Run, outcome: Outcome) -> Json:
         },
         "stages": [_stage(checkpoint, run.resources.tracking.uri) for checkpoint in outcome.checkpoints().values()],
         "tasks": _tasks(outcome),
-        "metrics": [metric for name, report in _reports(outcome) for metric in _metrics(name, report)],
+        "metrics": _metrics(run, outcome),
         "layers": [point for name, report in outcome.stage_reports.items() for point in layers_of(name, report)],
         "answer": _answer(outcome),
         "serving": _serving(outcome),
@@ -235,9 +236,26 @@ def _reports(outcome: Outcome) -> list[tuple[str, EvalReport]]:
     return [*outcome.stage_reports.items(), (list(outcome.stage_reports)[-1], outcome.report)]
 
 
-def _metrics(name: str, report: EvalReport) -> list[Json]:
-    content = read_report(report)
-    return [{"model": name, "suite": content.suite, "split": content.split, **dict(m)} for m in content.metrics]
+def _metrics(run: Run, outcome: Outcome) -> list[Json]:
+    """The metrics of every report with their models, and with published numbers of the same measurement."""
+    suites: list[Suite] = [*(run.recipe.stage_suite for _ in outcome.stage_reports), run.recipe.final_suite]
+    metrics = []
+    for suite, (name, sealed) in zip(suites, _reports(outcome), strict=True):
+        report = read_report(sealed)
+        own = {"model": name, "suite": report.suite, "split": report.split}
+        metrics += [
+            {**own, **dict(metric), "published": _published(suite, report, metric)} for metric in report.metrics
+        ]
+    return metrics
+
+
+def _published(suite: Suite, report: Report, metric: ReportMetric) -> list[Json]:
+    for name, benchmark in suite.benchmarks.items():
+        is_of = f"{metric.measure}_".startswith(f"{benchmark.kind}_")
+        if metric.role == "model" and is_of and name_in_suite(metric.measure, benchmark.kind, name) == metric.name:
+            settings, items = benchmark.model_dump(mode="json"), report.benchmarks[name].num_items
+            return [dict(one) for one in published(metric.measure, settings, items)]
+    return []
 
 
 def layers_of(name: str, report: EvalReport) -> list[Json]:
