@@ -80,6 +80,27 @@ def test_a_file_without_rotations_gets_those_of_the_official_one(tmp_path: Path)
     assert by_id(list(mmbench.read(folder, CONFIG))) == by_id(sample_items(CONFIG))
 
 
+def test_an_option_may_be_none_and_empty_cells_of_pandas_are_none(tmp_path: Path) -> None:
+    """A counted zero is written as None, which readers of the table take for an empty cell (VLMEvalKit#1559)."""
+    row = {**rows_in(SAMPLES / "mmbench")[0], "index": "7", "question": "How many are there?"}
+    cases = [
+        (("None", "One", "Two", ""), "A", ("None", "One", "Two")),
+        (("One", "None", "Two", "nan"), "A", ("One", "None", "Two")),
+        (("One", "Two", "None", "None"), "C", ("One", "Two", "None")),
+        (("One", "Two", "nan", "nan"), "B", ("One", "Two")),
+    ]
+    for number, (cells_, answer, options) in enumerate(cases):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write(folder, [{**row, **dict(zip("ABCD", cells_, strict=True)), "answer": answer}])
+        items = list(mmbench.read(folder, CONFIG))
+        rotated = [options[place:] + options[:place] for place in range(len(options))]
+        assert [item.options for item in items] == rotated
+        assert [item.options["ABCD".index(item.answer)] for item in items] == [cells_["ABCD".index(answer)]] * len(
+            items
+        )
+
+
 def test_requests_name_their_rotation_and_write_the_options_in_its_order() -> None:
     requests = {one.item: one for one in mmbench.requests(sample_items(CONFIG), CONFIG, lambda: None)}  # type: ignore[arg-type, return-value]
     assert {one.item: one.rotation for one in requests.values() if one.item.endswith("252")} == {"252": 0, "1000252": 1}

@@ -6,11 +6,12 @@ Official file, one table of tabs with images in base64:
                                   (MMBench_DEV_EN_V11.tsv, MMBench_TEST_EN_V11.tsv: other versions)
 
 A row is an item; the rotations of a question have its index plus a million each. A file that has none of them gets all.
-Where an image is a number, it is that of the row with this index. Options end before the first that is empty. A metric
+Where an image is a number, it is that of the row with this index. Options end before the first that is blank. A metric
 names its version. A question with a rotation that has no answer is incomplete, and not right (see `metrics.circular`).
 """
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from vila_ops.eval.prompts import requests_of
 from vila_ops.eval.rows import ItemRow
 from vila_ops.eval.xlsx import xlsx
 
-REVISION = 1
+REVISION = 2
 Language = MmBench | MmBenchCn
 LETTERS = "ABCD"
 LONGEST_REFERENCE = 64
@@ -79,10 +80,14 @@ def read(source: Path, config: Language) -> Iterator[Item]:
     if not any(int(row["index"]) >= STRIDE for row in rows):
         rows = [rotated for row in rows for rotated in _rotations(row)]
     texts = {row["index"]: row["image"] for row in rows}
+    counts: dict[int, int] = {}  # of the options of a question, whichever of them is the last in a rotation
+    for row in rows:
+        question = int(row["index"]) % STRIDE
+        counts[question] = max(counts.get(question, 0), len(_options(row)))
     for row in rows:
         own = row["image"].strip()
         text = texts.get(own, "") if 0 < len(own) <= LONGEST_REFERENCE else own
-        yield _item(file, row, text)
+        yield _item(file, row, text, [row.get(letter, "") for letter in LETTERS[: counts[int(row["index"]) % STRIDE]]])
 
 
 def _rotations(row: Mapping[str, str]) -> list[dict[str, str]]:
@@ -102,11 +107,15 @@ def _rotations(row: Mapping[str, str]) -> list[dict[str, str]]:
 
 
 def _options(row: Mapping[str, str]) -> list[str]:
-    options: list[str] = []
-    for letter in LETTERS:
-        if _is_none(text := row.get(letter, "")):
-            break
-        options.append(text)
+    """The cells before the first blank one, without those behind the last text.
+
+    "None" and "nan" there are empty cells as pandas writes them, unless one is the right answer. Elsewhere they are
+    texts, such as the answer to "How many?".
+    """
+    options = list(itertools.takewhile(str.strip, (row.get(letter, "") for letter in LETTERS)))
+    right_place = LETTERS.find(row.get("answer", "").strip() or " ")
+    while options and _is_none(options[-1]) and len(options) - 1 != right_place:
+        options.pop()
     return options
 
 
@@ -115,8 +124,8 @@ def _is_none(text: str) -> bool:
     return text.strip().lower() in ("", "nan", "none")
 
 
-def _item(file: Path, row: Mapping[str, str], text: str) -> Item:
-    index, options, answer = row["index"], _options(row), row.get("answer", "").strip()
+def _item(file: Path, row: Mapping[str, str], text: str, options: Sequence[str]) -> Item:
+    index, answer = row["index"], row.get("answer", "").strip()
     answer = "" if _is_none(answer) else answer
     if not options or (answer and answer not in LETTERS[: len(options)]):
         raise ValueError(f"{file}: row {index} has {len(options)} options and the answer {answer!r}; fetch it again")
