@@ -88,6 +88,7 @@ GROUPS: dict[str, tuple[Any, ...]] = {
         evaluation.Gate,
         evaluation.Rule,
         serve.Service,
+        serve.Golden,
     ),
     "Where it runs": (
         resources.Resources,
@@ -104,6 +105,9 @@ GROUPS: dict[str, tuple[Any, ...]] = {
         resources.EndpointResources,
         resources.ServeResources,
         serve.Access,
+        serve.Autoscale,
+        serve.CanaryRules,
+        serve.Samples,
         serve.RemoteImages,
         serve.RequestLimits,
         engine.TorchEngine,

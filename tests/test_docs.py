@@ -46,7 +46,11 @@ NOT_RUN = {
         'configs/resources/laptop.yaml --json)}"',
         "vila-ops deploy configs/recipes/demo.yaml -r configs/resources/laptop.yaml",
         "vila-ops undeploy configs/recipes/demo.yaml -r configs/resources/laptop.yaml",
+        "vila-ops canary configs/recipes/mine.yaml --version 4 --share 0.1",
+        "vila-ops promote configs/recipes/mine.yaml",
+        "vila-ops rollback configs/recipes/mine.yaml",
         "curl -s http://127.0.0.1:8000/v1/models",
+        "curl -s http://127.0.0.1:8000/v1/feedback -H 'Content-Type: application/json' -d @feedback.json",
         "curl -sN http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d @stream.json",
     ),
     "is run by tests/serve/app/test_access.py, on a file of its own": (

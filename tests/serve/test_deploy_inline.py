@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 
+from tests.serve.app.live import wait_until
 from vila_ops.artifacts.kinds import Checkpoint, ModelVersion
 from vila_ops.artifacts.store import content
 from vila_ops.config import Resources, Service
@@ -76,13 +77,18 @@ def test_a_server_outlives_its_deployer_is_adopted_replaced_and_started_again(
 
     second = deploy(SERVICE, versions[1], resources)
     assert second.model == versions[1].checkpoint.digest
-    assert ended(pid)
-    replaced = pid_of(second.url)
+    assert second.url == url
+    replaced = pid_of(url)
+    assert replaced != pid
+    wait_until(lambda: ended(pid))
 
     os.kill(replaced, signal.SIGKILL)
     while not ended(replaced):
         time.sleep(0.05)
+    response = httpx.get(f"{url}/v1/models")
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "no_replica")
     again = deploy(SERVICE, versions[1], resources)
+    assert again.url == url
     health = httpx.get(f"{again.url}/health").json()
     assert health["model"] == versions[1].checkpoint.digest
     assert health["replica"]["pid"] != replaced

@@ -10,11 +10,13 @@ import httpx
 import openai
 import psutil
 import pytest
+from ray import serve
 
+from tests.serve.app.live import wait_until
 from vila_ops.artifacts.kinds import ModelVersion
 from vila_ops.cluster import connect
 from vila_ops.config import Resources, Service
-from vila_ops.config.resources import ServeResources
+from vila_ops.config.resources import ServeResources, StorageResources
 from vila_ops.serve.backends.ray_serve import RayServe
 from vila_ops.serve.deploy import deploy, undeploy
 
@@ -24,10 +26,13 @@ SERVICE = Service(name="tiny-ray", max_new_tokens=8, request_timeout_seconds=30)
 
 
 @pytest.fixture(scope="module")
-def resources(ray_cluster: str, free_ports: Callable[[int], list[int]]) -> Resources:
+def resources(
+    ray_cluster: str, free_ports: Callable[[int], list[int]], tmp_path_factory: pytest.TempPathFactory
+) -> Resources:
     """Resources of a cluster of this test."""
-    serve = ServeResources(port=free_ports(1)[0], cpus_per_replica=1)
-    return Resources(launch="ray", ray_address=ray_cluster, serve=serve)
+    own = ServeResources(port=free_ports(1)[0], cpus_per_replica=1)
+    storage = StorageResources(store=str(tmp_path_factory.mktemp("ray")))
+    return Resources(launch="ray", ray_address=ray_cluster, serve=own, storage=storage)
 
 
 def query(url: str) -> openai.types.chat.ChatCompletion:
@@ -97,6 +102,7 @@ def test_deploy_again_and_another_version_under_load(
     assert query(second.url).system_fingerprint == versions[1].checkpoint.digest
     after = replica(second.url)
     assert after["actor_id"] != before["actor_id"]
+    wait_until(lambda: len(serve.status().applications) == 2)
 
     elsewhere = resources.with_changes({"serve.port": free_ports(1)[0]})
     with pytest.raises(ValueError, match="does not listen on"):
@@ -106,4 +112,5 @@ def test_deploy_again_and_another_version_under_load(
     undeploy(SERVICE, resources)
     undeploy(SERVICE, resources)
     connect(resources)
-    assert not RayServe(SERVICE.name, resources).running()
+    assert not serve.status().applications
+    assert RayServe(SERVICE.name, resources).register.load().tracks() == ()

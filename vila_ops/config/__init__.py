@@ -21,6 +21,7 @@ from vila_ops.config.resources import Resources as Resources
 from vila_ops.config.run import Recipe as Recipe
 from vila_ops.config.run import Run as Run
 from vila_ops.config.serve import Access as Access
+from vila_ops.config.serve import CanaryRules as CanaryRules
 from vila_ops.config.serve import RemoteImages as RemoteImages
 from vila_ops.config.serve import RequestLimits as RequestLimits
 from vila_ops.config.serve import Service as Service

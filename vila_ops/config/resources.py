@@ -17,7 +17,7 @@ from pydantic import (
 
 from vila_ops.config.base import Config
 from vila_ops.config.engine import Engine, TorchEngine
-from vila_ops.config.serve import Access, RemoteImages, RequestLimits
+from vila_ops.config.serve import Access, Autoscale, CanaryRules, RemoteImages, RequestLimits, Samples
 from vila_ops.device import Device
 
 S3_STORE = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_][A-Za-z0-9_.=-]*)*/?")
@@ -258,6 +258,11 @@ class ServeResources(Config):
     """Port; 0 takes a free one, but launch ray needs a fixed one."""
     replicas: PositiveInt = 1
     """Number of processes with the weights; more than one needs launch ray."""
+    autoscale: Autoscale | None = None
+    """More replicas under load, with launch ray; None: always `replicas`."""
+    max_memory_bytes: PositiveInt | None = None
+    """Resident memory at which a replica is not ready any more: a canary is rolled back for it. None: no limit."""
+    canary: CanaryRules = CanaryRules()
     cpus_per_replica: PositiveFloat = 1
     """Logical CPUs that each replica reserves, and the number of torch's threads."""
     max_batch: PositiveInt = 8
@@ -268,6 +273,17 @@ class ServeResources(Config):
     access: Access = Access()
     remote_images: RemoteImages = RemoteImages()
     limits: RequestLimits = RequestLimits()
+    samples: Samples | None = None
+    """None: no request is kept, and the endpoint takes no feedback."""
+
+    @model_validator(mode="after")
+    def _autoscale_has_an_effect(self) -> "ServeResources":
+        if self.autoscale is not None and self.autoscale.max_replicas <= self.replicas:
+            raise ValueError(
+                f"autoscale.max_replicas {self.autoscale.max_replicas} has no effect with {self.replicas} replicas; "
+                f"raise it, or remove autoscale"
+            )
+        return self
 
     @model_validator(mode="after")
     def _others_need_a_key(self) -> "ServeResources":
@@ -346,6 +362,8 @@ class Resources(Config):
             raise ValueError(f"launch inline evaluates in one process, not {self.evaluate.num_workers}; use launch ray")
         if self.serve.replicas != 1:
             raise ValueError(f"launch inline serves one replica, not {self.serve.replicas}; use launch ray")
+        if self.serve.autoscale is not None:
+            raise ValueError("serve.autoscale has no effect with launch inline; remove it or use launch ray")
         for key in ("ray_address", "accelerator_type"):
             if getattr(self, key) is not None:
                 raise ValueError(f"{key} has no effect with launch inline; remove it or use launch ray")

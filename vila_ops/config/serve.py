@@ -1,8 +1,17 @@
 """The behaviour of a service, and who may use an endpoint and how much of it; its capacity is in the resources."""
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, IPvAnyNetwork, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    IPvAnyNetwork,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from vila_ops.config.base import Config
 from vila_ops.config.engine import Precision
@@ -10,6 +19,26 @@ from vila_ops.config.engine import Precision
 HostName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$")]
 Origin = Annotated[str, Field(pattern=r"^https?://[a-z0-9.-]+(:[0-9]+)?$")]
 ImageFormat = Literal["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"]
+
+
+class Golden(Config):
+    """A question about an image with a known answer. No version gets requests before it has answered it."""
+
+    image: str
+    """Path of the image file."""
+    question: str
+    answer: str
+    """Regular expression that the answer has to match somewhere."""
+    max_tokens: PositiveInt = 64
+
+    @field_validator("answer")
+    @classmethod
+    def _answer_is_an_expression(cls, answer: str) -> str:
+        try:
+            re.compile(answer)
+        except re.error as error:
+            raise ValueError(f"golden.answer {answer!r} is not a regular expression: {error}") from error
+        return answer
 
 
 class Service(Config):
@@ -24,6 +53,8 @@ class Service(Config):
     max_image_pixels: PositiveInt = 40_000_000
     max_body_bytes: PositiveInt = 32 * 2**20
     request_timeout_seconds: float = Field(default=120, gt=0, le=3600)
+    golden: Golden | None = None
+    """None: a new version has to answer a question about an image, whatever it says."""
 
 
 class Access(Config):
@@ -58,6 +89,58 @@ class RemoteImages(Config):
         if self.networks and not self.hosts:
             raise ValueError("networks has no effect without hosts: nothing is fetched; name hosts, or remove networks")
         return self
+
+
+class CanaryRules(Config):
+    """How many conversations a canary gets, and when it is worse than the stable version."""
+
+    share: float = Field(default=0.1, gt=0, lt=1)
+    """Share of the conversations that the canary answers."""
+    level: float = Field(default=0.05, gt=0, lt=1)
+    """Largest chance of rolling back a canary that is not worse, however long it runs."""
+    slower: float = Field(default=1.2, ge=1)
+    """Ratio of response times above which the canary is worse."""
+    more_errors: float = Field(default=1.5, ge=1)
+    """Ratio of the rates of errors, and of empty or repeating answers, above which it is worse."""
+    drift: float = Field(default=1.5, ge=1)
+    """Ratio of the lengths of answers, in either direction, above which it is worse."""
+
+
+class Autoscale(Config):
+    """Replicas by the number of requests under way, for launch ray; `replicas` is the smallest number."""
+
+    max_replicas: PositiveInt
+    requests_per_replica: PositiveFloat = 8.0
+    """Requests under way, waiting ones included, that each replica should have."""
+    up_seconds: PositiveFloat = 10.0
+    """How long there must be more before replicas are added."""
+    down_seconds: PositiveFloat = 300.0
+    """How long there must be fewer before replicas are removed."""
+
+
+class Samples(Config):
+    """Which requests are kept with their answers, as raw records for the next training."""
+
+    share: float = Field(gt=0, le=1)
+    """Share of the requests. Feedback is taken for any, but trains nothing unless the request was kept."""
+    keep_days: PositiveFloat = 30.0
+    """After which records are removed, ratings too."""
+    redact: tuple[str, ...] = (r"[\w.+-]+@[\w-]+\.[\w.]+", r"\+?\d[\d ()/-]{7,}\d")
+    """Regular expressions of text that is removed before it is kept: by default e-mail addresses and long numbers."""
+    images: bool = True
+    """Whether requests with images are kept. Nothing is removed from images."""
+    place: str | None = None
+    """Folder, or `s3://bucket/prefix`; None: `samples/SERVICE` of the store."""
+
+    @field_validator("redact")
+    @classmethod
+    def _redact_are_expressions(cls, redact: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in redact:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"redact {pattern!r} is not a regular expression: {error}") from error
+        return redact
 
 
 class RequestLimits(Config):

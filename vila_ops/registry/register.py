@@ -64,11 +64,7 @@ def report_of(name: str, version: str, resources: Resources) -> EvalReport:
     Raises ValueError for an alias that points nowhere and for a version that was not judged yet.
     """
     with open_registry(resources, name, f"a question about {name!r}") as registry:
-        if version in ALIASES:
-            registry.followed()
-        number = int(version) if version.isdecimal() else registry.aliases().get(version)
-        if number is None:
-            raise ValueError(f"{name!r} has no version with the alias {version!r}; see them in MLflow")
+        number = _number(registry, version)
         tags = registry.tags(number)
     if "report" not in tags:
         raise ValueError(f"{name} version {number} was not judged yet; register it again")
@@ -89,6 +85,24 @@ def shown_in_mlflow(name: str, resources: Resources) -> AliasRecord:
     request = f"the aliases of {name!r}, which the store has; MLflow shows them after the next command that asks it"
     with open_registry(resources, name, request) as registry:
         return registry.followed()
+
+
+def version_named(name: str, version: str, resources: Resources) -> ModelVersion:
+    """A registered version. `version` is its number, or an alias such as `champion`.
+
+    Raises ValueError for an alias that points nowhere.
+    """
+    with open_registry(resources, name, f"a question about {name!r}") as registry:
+        return registry.model_version(_number(registry, version))
+
+
+def _number(registry: MlflowRegistry, version: str) -> int:
+    if version in ALIASES:
+        registry.followed()
+    number = int(version) if version.isdecimal() else registry.aliases().get(version)
+    if number is None:
+        raise ValueError(f"{registry.name!r} has no version with the alias {version!r}; see them in MLflow")
+    return number
 
 
 def _decide(

@@ -5,7 +5,8 @@ from typing import Any, Literal, Self
 
 from vila_ops import __version__
 from vila_ops.artifacts.kinds import ModelVersion
-from vila_ops.config import Config, Resources, Service
+from vila_ops.artifacts.store import root_of
+from vila_ops.config import CanaryRules, Config, Resources, Service
 from vila_ops.config.kinds import provenance
 from vila_ops.config.resources import ServeResources
 from vila_ops.device import Device
@@ -36,6 +37,9 @@ class Spec(Config):
             f"access.{name}": value for name in ("key_file", "audit") if (value := getattr(access, name)) is not None
         }
         capacity = resources.serve.with_changes({name: str(Path(value).resolve()) for name, value in places.items()})
+        if capacity.samples is not None:
+            place = capacity.samples.place or f"{resources.storage.store.rstrip('/')}/samples/{service.name}"
+            capacity = capacity.with_changes({"samples.place": root_of(place)})
         if "://" not in checkpoint.uri:  # replicas have another working directory
             checkpoint = checkpoint.with_changes({"uri": str(Path(checkpoint.uri).resolve())})
         return cls(
@@ -56,5 +60,7 @@ class Spec(Config):
         return max(1, int(self.capacity.cpus_per_replica))
 
     def identity(self) -> str:
-        """Fingerprint of everything that a replica depends on; whether the version is the champion does not count."""
-        return self.with_changes({"version.promoted": False}).fingerprint()
+        """Fingerprint of everything that a replica depends on: not whether the version is the champion, nor the rules
+        by which the router judges it as a canary."""
+        rules = CanaryRules().model_dump()
+        return self.with_changes({"version.promoted": False, "capacity.canary": rules}).fingerprint()

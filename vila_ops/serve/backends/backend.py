@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+from vila_ops.serve.router.state import Register, Track
 from vila_ops.serve.spec import Spec
 
 START_SECONDS = 300.0
@@ -10,28 +11,37 @@ START_SECONDS = 300.0
 
 
 class ServiceBackend(Protocol):
-    """Starts, updates and removes one service, which outlives the calling process."""
+    """Starts and ends the router and the tracks of one service, which outlive the calling process."""
+
+    register: Register
+    """The state of the service."""
 
     def locked(self) -> AbstractContextManager[None]:
-        """Hold off other changes of the service by this machine."""
+        """Hold off other commands on the service by this machine."""
 
     def url(self) -> str | None:
-        """Where the service listens; None while nothing runs. Raises ValueError for a port that cannot be used."""
+        """Where the router listens; None while none runs. Raises ValueError for a port that cannot be used."""
 
-    def apply(self, spec: Spec) -> str:
-        """Bring the service to the spec and return its URL without waiting for it to be ready.
+    def open(self) -> str:
+        """Start the router unless it runs, and return its URL. Raises ValueError for a port that cannot be used."""
 
-        A replica that still loads the same spec is kept. Raises ValueError for a port that cannot be used.
+    def start(self, spec: Spec) -> Track:
+        """Start the replicas of a spec beside those that run, without waiting until they are ready.
+
+        Raises ValueError for a port of the router that cannot be used.
         """
 
-    def running(self) -> bool:
-        """Whether requests reach replicas of the last spec."""
+    def running(self, track: Track) -> bool:
+        """Whether all replicas of a track were started."""
 
-    def failure(self) -> str | None:
-        """Why the service will never be ready; None while it still may be."""
+    def failure(self, track: Track) -> str | None:
+        """Why a track will never be ready; None while it still may be."""
 
-    def state(self) -> str:
-        """The state or the last output of the service, for a person."""
+    def state(self, track: Track) -> str:
+        """The state or the last output of a track, for a person."""
 
-    def remove(self) -> None:
-        """End the service; one that does not run is fine."""
+    def stop(self, track: Track) -> None:
+        """End a track; one that does not run is fine."""
+
+    def close(self) -> None:
+        """End the router; one that does not run is fine."""

@@ -1,4 +1,4 @@
-"""Launch inline: a server process on this machine, recorded by pid and start time in the scratch folder."""
+"""Launch inline: server processes on this machine, recorded by pid and start time in the scratch folder."""
 
 import fcntl
 import json
@@ -7,7 +7,6 @@ import re
 import secrets
 import socket
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -17,19 +16,21 @@ import psutil
 from pydantic import ValidationError
 
 import vila_ops
-from vila_ops.config import Config, Resources
+from vila_ops import __version__
+from vila_ops.config import Config, Resources, fingerprint
 from vila_ops.errors import CorruptArtifact
 from vila_ops.processes import ProcessId, spawn, stop
-from vila_ops.serve.backends.backend import START_SECONDS
+from vila_ops.serve.router.state import Register, Track
 from vila_ops.serve.spec import Spec
 
 STOP_SECONDS = 10.0
 """Between asking a process to end and killing it."""
 TAIL_BYTES = 4000
+LOOPBACK = "127.0.0.1"
 
 
 class ServiceRecord(Config):
-    """The server process of a service."""
+    """The router of a service."""
 
     pid: int
     started: float
@@ -37,13 +38,14 @@ class ServiceRecord(Config):
     host: str
     port: int
     identity: str
+    """What the router depends on."""
 
     def url(self) -> str:
         """Where it listens."""
         return f"http://{self.host}:{self.port}"
 
     def process(self) -> ProcessId:
-        """The process that serves."""
+        """The process that listens."""
         return ProcessId(self.pid, self.started)
 
     def alive(self) -> bool:
@@ -52,18 +54,18 @@ class ServiceRecord(Config):
 
 
 class ProcessManager:
-    """The record, the log and the lock of one inline service."""
+    """The record of the router, the logs and the lock of one inline service."""
 
     def __init__(self, root: Path, name: str) -> None:
         if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
             raise ValueError(f"service name {name!r} must be letters, digits, '.', '_' and '-': it names files")
-        self.folder = root / "serve"
+        self.name, self.folder = name, root / "serve"
         self.record_path, self.log_path = self.folder / f"{name}.json", self.folder / f"{name}.log"
         self.lock_path = self.folder / f"{name}.lock"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the lock of the service on this machine: one deploy or undeploy at a time."""
+        """Hold the lock of the service on this machine: one command at a time."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.lock_path.open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -87,36 +89,29 @@ class ProcessManager:
         draft.write_text(json.dumps(record.model_dump(), indent=1))
         draft.replace(self.record_path)
 
-    def start(self, spec: Spec, *, host: str, port: int) -> ServiceRecord:
-        """Start a detached server process and record it before it is ready."""
+    def start(self, module: str, *arguments: str, log: Path) -> ProcessId:
+        """Start a detached process of a module of this package."""
         package = str(Path(vila_ops.__file__).parents[1])
         paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-        process = spawn(
-            [sys.executable, "-m", "vila_ops.serve.backends.local_server", spec.model_dump_json(), host, str(port)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-            log=self.log_path,
-        )
-        record = ServiceRecord(pid=process.pid, started=process.started, host=host, port=port, identity=spec.identity())
-        self.write(record)
-        return record
+        command = [sys.executable, "-m", f"vila_ops.serve.backends.{module}", *arguments]
+        return spawn(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, log=log)
 
     def stop(self, record: ServiceRecord) -> None:
         """End the process and what it started, and remove its record. Raises TimeoutError."""
         stop(record.process(), grace_seconds=STOP_SECONDS)
         self.record_path.unlink(missing_ok=True)
 
-    def tail(self) -> str:
-        """The end of the log."""
-        with self.log_path.open("rb") as file:
-            file.seek(max(0, self.log_path.stat().st_size - TAIL_BYTES))
-            return file.read().decode(errors="replace")
+    def log_of(self, spec: Spec) -> Path:
+        """The log of the replicas of a version."""
+        return self.folder / f"{self.name}-version-{spec.version.version}.log"
 
 
 class LocalProcess:
-    """Implements `ServiceBackend` by one process on this machine."""
+    """Implements `ServiceBackend` by processes on this machine: the router, and one for each track."""
 
     def __init__(self, name: str, resources: Resources) -> None:
-        self.manager, self.resources = ProcessManager(resources.storage.scratch(), name), resources.serve
+        self.manager, self.resources = ProcessManager(resources.storage.scratch(), name), resources
+        self.register = Register(str(self.manager.folder / f"{name}.state"))
 
     def locked(self) -> AbstractContextManager[None]:
         """As in `ServiceBackend`; other processes wait."""
@@ -127,39 +122,78 @@ class LocalProcess:
         record = self._alive()
         return None if record is None else record.url()
 
-    def apply(self, spec: Spec) -> str:
-        """As in `ServiceBackend`. A process of another spec ends first; so does one that never became ready."""
-        if record := self._alive():
-            may_load = time.time() - record.started < START_SECONDS
-            if record.identity == spec.identity() and may_load:
-                return record.url()
+    def open(self) -> str:
+        """As in `ServiceBackend`. A router of another address or another release of this package ends first."""
+        record = self._alive()
+        if record is not None and record.identity == self._identity():
+            return record.url()
+        if record is not None:
             self.manager.stop(record)
-        port = free_port(self.resources.host, self.resources.port)
-        return self.manager.start(spec, host=self.resources.host, port=port).url()
+        host, port = self._address()
+        arguments = (self.manager.name, self.resources.model_dump_json(), host, str(port))
+        process = self.manager.start("local_router", *arguments, log=self.manager.log_path)
+        record = ServiceRecord(
+            pid=process.pid, started=process.started, host=host, port=port, identity=self._identity()
+        )
+        self.manager.write(record)
+        return record.url()
 
-    def running(self) -> bool:
+    def start(self, spec: Spec) -> Track:
+        """As in `ServiceBackend`: a process on a port of its own, which only this machine reaches."""
+        record = self._alive()
+        if record is None or record.identity != self._identity():
+            self._address()
+        port = free_port(LOOPBACK, 0)
+        process = self.manager.start(
+            "local_server", spec.model_dump_json(), LOOPBACK, str(port), log=self.manager.log_of(spec)
+        )
+        return Track(spec=spec, url=f"http://{LOOPBACK}:{port}", process=process)
+
+    def running(self, track: Track) -> bool:
         """As in `ServiceBackend`: a process that listens has loaded its weights."""
         return True
 
-    def failure(self) -> str | None:
+    def failure(self, track: Track) -> str | None:
         """As in `ServiceBackend`."""
-        record = self.manager.read()
-        if record is None:
-            return "no process was started"
-        return None if record.alive() else f"process {record.pid} ended"
+        process = _process(track)
+        return None if process.alive() else f"process {process.pid} ended"
 
-    def state(self) -> str:
+    def state(self, track: Track) -> str:
         """The end of the log."""
-        return self.manager.tail()
+        path = self.manager.log_of(track.spec)
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+            return file.read().decode(errors="replace")
 
-    def remove(self) -> None:
+    def stop(self, track: Track) -> None:
+        """As in `ServiceBackend`. Raises TimeoutError."""
+        stop(_process(track), grace_seconds=STOP_SECONDS)
+
+    def close(self) -> None:
         """As in `ServiceBackend`."""
         if record := self._alive():
             self.manager.stop(record)
+
+    def _identity(self) -> str:
+        serve = self.resources.serve
+        return fingerprint({"host": serve.host, "port": serve.port, "release": __version__})
+
+    def _address(self) -> tuple[str, int]:
+        """Where a new router will listen. Raises ValueError for a port that another process than our router holds."""
+        host, port = self.resources.serve.host, self.resources.serve.port
+        record = self._alive()
+        if record is not None and (record.host, record.port) == (host, port):
+            return host, port
+        return host, free_port(host, port)
 
     def _alive(self) -> ServiceRecord | None:
         record = self.manager.read()
         return record if record is not None and record.alive() else None
+
+
+def _process(track: Track) -> ProcessId:
+    assert track.process is not None, "a track of launch inline"
+    return track.process
 
 
 def free_port(host: str, port: int) -> int:

@@ -1,23 +1,34 @@
-"""Launch ray: a Ray Serve application on a running cluster; its controller and replicas outlive this process.
+"""Launch ray: Ray Serve applications on a running cluster; its controller and replicas outlive this process.
 
 Light at import: a service that already serves the spec is left alone without Ray.
 """
 
+import secrets
 import time
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from vila_ops import __version__
+from vila_ops.artifacts.store import root_of
 from vila_ops.cluster import connect, device_on, gpu_options, take_own_gpu
-from vila_ops.config import Resources
+from vila_ops.config import Resources, fingerprint
 from vila_ops.device import Device
 from vila_ops.serve.backends.proxy_rules import CALLBACK
+from vila_ops.serve.router.state import Register, Track
 from vila_ops.serve.spec import Spec
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 MAX_ONGOING = 1000
 """Requests that a replica may hold. The app limits answers by itself; an upload counts here as well, so that with a low
 number a few unfinished ones would stop everybody."""
+LONGEST_ANSWER_SECONDS = 3600.0
+"""Upper bound of a service's time limit: how long a router that is replaced may go on with its streams."""
+HEAD = "node:__internal_head__"
+"""Ray's resource of the head node."""
 PROXY_SECONDS = 120.0
 """How long Serve's HTTP proxy may take to start."""
 CONTROLLER_ENV = {
@@ -32,7 +43,7 @@ The proxies, which it starts, inherit these variables."""
 class Replica:
     """One process with the weights; Ray Serve sends HTTP to the app that it builds."""
 
-    def __init__(self, spec: str, device: Device) -> None:
+    def __init__(self, spec: str, device: Device, prefix: str) -> None:
         import ray
         from ray import serve
 
@@ -45,20 +56,54 @@ class Replica:
             "actor_id": context.get_actor_id(),
             "replica_id": serve.get_replica_context().replica_id.unique_id,
         }
-        self.loaded = load_app(Spec.model_validate_json(spec), device, replica=replica)
+        self.loaded = _Below(prefix, load_app(Spec.model_validate_json(spec), device, replica=replica))
 
     def __serve_build_asgi_app__(self) -> Any:
         return self.loaded
 
 
+class RouterReplica:
+    """The process of the router, on the cluster's head, where Serve's proxy listens."""
+
+    def __init__(self, name: str, resources: str) -> None:
+        import ray
+
+        from vila_ops.serve.router.app import Router
+
+        given = Resources.model_validate_json(resources)
+        here = given.with_changes(
+            {"ray_address": ray.get_runtime_context().gcs_address}
+        )  # as this process is connected
+        self.router = Router(RayServe(name, given).register, RayServe(name, here).stop)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return self.router
+
+
+class _Below:
+    """An app whose routes Serve's proxy has below a prefix, which the app does not know."""
+
+    def __init__(self, prefix: str, app: "ASGIApp") -> None:
+        self._prefix, self._app = prefix, app
+
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        if scope["type"] == "http":
+            path, raw_path = scope["path"], scope.get("raw_path") or scope["path"].encode()
+            own = {"path": path.removeprefix(self._prefix), "raw_path": raw_path.removeprefix(self._prefix.encode())}
+            scope = {**scope, **own, "root_path": ""}
+        await self._app(scope, receive, send)
+
+
 class RayServe:
-    """Implements `ServiceBackend` by one application of Ray Serve, named after the service."""
+    """Implements `ServiceBackend` by applications of Ray Serve: the router, and one for each track."""
 
     def __init__(self, name: str, resources: Resources) -> None:
         self.name, self.resources = name, resources
+        cluster = str(resources.ray_address).replace(":", "-")
+        self.register = Register(f"{root_of(resources.storage.store)}/services/{name}@{cluster}")
 
     def locked(self) -> AbstractContextManager[None]:
-        """As in `ServiceBackend`: Serve's controller orders changes itself."""
+        """As in `ServiceBackend`: the register orders changes."""
         return nullcontext()
 
     def url(self) -> str:
@@ -70,62 +115,115 @@ class RayServe:
             )
         return f"http://{self.resources.serve.host}:{self.resources.serve.port}"
 
-    def apply(self, spec: Spec) -> str:
-        """As in `ServiceBackend`; Serve starts new replicas before it stops old ones, which finish their requests."""
+    def open(self) -> str:
+        """As in `ServiceBackend`. The router of another release of this package, or of another store, is replaced."""
+        from ray import serve
+
+        url = self.url()
+        self._connect()
+        deployed = f"router-{fingerprint({'release': __version__, 'register': self.register.uri})[:8]}"
+        application = self._application(self.name)
+        if application is None or deployed not in application.deployments:
+            deployment = serve.deployment(
+                name=deployed,
+                num_replicas=1,
+                ray_actor_options={"num_cpus": 0, "resources": {HEAD: 0.001}},
+                max_ongoing_requests=MAX_ONGOING,
+                graceful_shutdown_timeout_s=LONGEST_ANSWER_SECONDS,
+                graceful_shutdown_wait_loop_s=0.5,
+            )(serve.ingress()(RouterReplica))
+            resources = self.resources.with_changes({"storage.store": root_of(self.resources.storage.store)})
+            _run(deployment.bind(self.name, resources.model_dump_json()), name=self.name, prefix="/")
+        return url
+
+    def start(self, spec: Spec) -> Track:
+        """As in `ServiceBackend`."""
         from ray import serve
 
         url = self.url()
         device = device_on(self.resources, spec.device)
-        connect(self.resources)
-        _start_proxy(self.resources.serve.host, self.resources.serve.port)
-        capacity, timeout_seconds = spec.capacity, spec.service.request_timeout_seconds
+        self._connect()
+        number = f"{spec.version.version}-{secrets.token_hex(4)}"
+        name, prefix = f"{self.name}-version-{number}", f"/{self.name}@{number}"
         deployment = serve.deployment(
             name=self.name,
-            num_replicas=capacity.replicas,
-            ray_actor_options={"num_cpus": capacity.cpus_per_replica, **gpu_options(self.resources, device)},
+            ray_actor_options={
+                "num_cpus": spec.capacity.cpus_per_replica, **gpu_options(self.resources, device),
+            },
             max_ongoing_requests=MAX_ONGOING,
-            max_surge_percent=100,  # with Ray's default of 0 an update removes capacity before it adds any
-            rolling_update_percentage=1.0,
-            graceful_shutdown_timeout_s=timeout_seconds,
+            graceful_shutdown_timeout_s=spec.service.request_timeout_seconds,
             graceful_shutdown_wait_loop_s=0.5,
             max_constructor_retry_count=2,
-        )(serve.ingress()(Replica))
-        target = serve.RunTarget(deployment.bind(spec.model_dump_json(), device), name=self.name, route_prefix="/")
-        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-        return url
+            **_number_of_replicas(spec),
+        )(serve.ingress()(Replica))  # fmt: skip
+        _run(deployment.bind(spec.model_dump_json(), device, prefix), name=name, prefix=prefix)
+        return Track(spec=spec, url=f"{url}{prefix}", application=name)
 
-    def running(self) -> bool:
-        """Whether the application has reached the state that was last applied."""
-        application = self._application()
+    def running(self, track: Track) -> bool:
+        """As in `ServiceBackend`: whether the application is RUNNING, as Serve calls it."""
+        application = self._application(track.application)
         return application is not None and application.status == "RUNNING"
 
-    def failure(self) -> str | None:
+    def failure(self, track: Track) -> str | None:
         """Serve's status of an application that failed; None for any other."""
-        application = self._application()
-        if application is None or application.status not in ("DEPLOY_FAILED", "UNHEALTHY"):
-            return None
-        return str(application.status.value)
-
-    def state(self) -> str:
-        """Status and message of the application and of its deployments, in Serve's words."""
-        application = self._application()
+        application = self._application(track.application)
         if application is None:
-            return f"no application {self.name!r}"
+            return "Ray Serve does not have it any more"
+        return str(application.status.value) if application.status in ("DEPLOY_FAILED", "UNHEALTHY") else None
+
+    def state(self, track: Track) -> str:
+        """Status and message of the application and of its deployments, in Serve's words."""
+        application = self._application(track.application)
+        if application is None:
+            return f"no application {track.application!r}"
         states = [f"{key}: {state.status.value} {state.message}" for key, state in application.deployments.items()]
         return "\n".join([f"{application.status.value} {application.message}", *states])
 
-    def remove(self) -> None:
-        """End the application; Serve itself stays."""
+    def stop(self, track: Track) -> None:
+        """As in `ServiceBackend`."""
+        self._delete(str(track.application))
+
+    def close(self) -> None:
+        """End the application of the router; Serve itself stays."""
+        self._delete(self.name)
+
+    def _delete(self, name: str) -> None:
+        from ray import serve
+
+        if self._application(name) is not None:
+            serve.delete(name)
+
+    def _application(self, name: str | None) -> Any:
         from ray import serve
 
         connect(self.resources)
-        if self._application() is not None:
-            serve.delete(self.name)
+        return serve.status().applications.get(str(name))
 
-    def _application(self) -> Any:
-        from ray import serve
+    def _connect(self) -> None:
+        connect(self.resources)
+        _start_proxy(self.resources.serve.host, self.resources.serve.port)
 
-        return serve.status().applications.get(self.name)
+
+def _number_of_replicas(spec: Spec) -> dict[str, Any]:
+    """Options of a deployment: a fixed number of replicas, or as many as the requests under way need."""
+    capacity, auto = spec.capacity, spec.capacity.autoscale
+    if auto is None:
+        return {"num_replicas": capacity.replicas}
+    scaling = {
+        "min_replicas": capacity.replicas,
+        "max_replicas": auto.max_replicas,
+        "target_ongoing_requests": auto.requests_per_replica,
+        "upscale_delay_s": auto.up_seconds,
+        "downscale_delay_s": auto.down_seconds,
+    }
+    return {"autoscaling_config": scaling}
+
+
+def _run(application: Any, *, name: str, prefix: str) -> None:
+    from ray import serve
+
+    target = serve.RunTarget(application, name=name, route_prefix=prefix)
+    serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
 
 def _start_proxy(host: str, port: int) -> None:

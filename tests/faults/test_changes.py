@@ -1,0 +1,247 @@
+"""A service is changed while 16 clients use it, also to versions that do not work. No client tries anything again.
+
+VILA_CHANGES sets the number of changes (2: a good version, and a canary that crashes); with 20, which `make faults`
+sets, five are to broken versions of all kinds, and a stream of 40 seconds survives an update.
+"""
+
+import asyncio
+import itertools
+import json
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+from PIL import Image as Pillow
+
+from tests.faults.faulty_replica import RIGHT, TOKEN_SECONDS
+from vila_ops.artifacts.kinds import Checkpoint, ModelVersion
+from vila_ops.config import Model, Resources, Service
+from vila_ops.config.serve import Golden
+from vila_ops.errors import NotReady
+from vila_ops.model.assemble import assemble
+from vila_ops.processes import ProcessId, spawn
+from vila_ops.release.canary import promote, roll_back, start_canary
+from vila_ops.serve import tracks
+from vila_ops.serve.backends.local_process import LocalProcess, free_port
+from vila_ops.serve.deploy import deploy, undeploy
+from vila_ops.serve.router.state import ServiceState, Track
+from vila_ops.serve.spec import Spec
+
+pytestmark = pytest.mark.slow
+
+CHANGES = int(os.environ.get("VILA_CHANGES", "2"))
+LONG_SECONDS = 40 if CHANGES > 2 else 5
+CLIENTS = 16
+BROKEN = ("does not load", "crashes", "answers wrongly", "slow", "leaks")
+HARD_SECONDS = 30.0
+"""Within which a canary is taken back after a hard sign."""
+REPLICA = Path(__file__).with_name("faulty_replica.py")
+
+
+class FaultyProcesses(LocalProcess):
+    """The real backend, whose replicas have an engine that a test writes."""
+
+    def start(self, spec: Spec) -> Track:
+        port = free_port("127.0.0.1", 0)
+        command = [sys.executable, str(REPLICA), spec.model_dump_json(), "127.0.0.1", str(port)]
+        process: ProcessId = spawn(command, env=dict(os.environ), log=self.manager.log_of(spec))
+        return Track(spec=spec, url=f"http://127.0.0.1:{port}", process=process)
+
+
+@dataclass
+class Seen:
+    """What the clients saw."""
+
+    whole: int = 0
+    streams: int = 0
+    failed: list[str] = field(default_factory=list)
+    cut: list[str] = field(default_factory=list)
+    """Streams with an error event."""
+    answers: Counter[str] = field(default_factory=Counter)
+
+
+class Clients:
+    """Clients that ask one question after another, every second one by a stream."""
+
+    def __init__(self, url: str) -> None:
+        self.url, self.seen = f"{url}/v1/chat/completions", Seen()
+        self._done, self._questions = threading.Event(), itertools.count()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
+
+    def __enter__(self) -> "Clients":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    async def _run(self) -> None:
+        limits = httpx.Limits(max_connections=CLIENTS + 1)
+        async with httpx.AsyncClient(timeout=120, limits=limits, trust_env=False) as http:
+            await asyncio.gather(*(self._ask_on(http) for _ in range(CLIENTS)))
+
+    async def _ask_on(self, http: httpx.AsyncClient) -> None:
+        while not self._done.is_set():
+            number = next(self._questions)
+            await self.ask(http, f"question {number}", tokens=8, stream=number % 2 == 0)
+            await asyncio.sleep(0.3)
+
+    async def ask(self, http: httpx.AsyncClient, question: str, *, tokens: int, stream: bool) -> None:
+        """Ask once, and check the answer in every way that a client can."""
+        messages = [{"role": "user", "content": question}]
+        body = {"model": "tiny-vila", "messages": messages, "max_tokens": tokens, "stream": stream}
+        try:
+            response = await http.post(self.url, json=body)
+        except httpx.HTTPError as error:
+            self.seen.failed.append(f"{question}: {error!r}")
+            return
+        if response.status_code != 200:
+            self.seen.failed.append(f"{question}: {response.status_code} {response.text}")
+        elif not stream:
+            choice = response.json()["choices"][0]
+            assert choice["finish_reason"] == "length"
+            self.seen.answers[choice["message"]["content"]] += 1
+            self.seen.whole += 1
+        else:
+            self._check_stream(question, response.text)
+
+    def _check_stream(self, question: str, text: str) -> None:
+        events = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+        if events[-1] != "[DONE]":
+            error = json.loads(events[-1]).get("error")
+            (self.seen.cut if error else self.seen.failed).append(f"{question}: {events[-1]}")
+            return
+        chunks = [json.loads(event) for event in events[:-1]]
+        assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+        said = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+        self.seen.answers[said] += 1
+        self.seen.streams += 1
+
+
+@contextmanager
+def long_stream(url: str, *, seconds: float) -> Iterator[None]:
+    """A stream that begins before the body and ends after it, whole."""
+    tokens = int(seconds / TOKEN_SECONDS)
+    client = Clients(url)
+    with ExitStack() as stack:
+        begun = threading.Event()
+
+        async def one() -> None:
+            async with httpx.AsyncClient(timeout=120, trust_env=False) as http:
+                begun.set()
+                await client.ask(http, "a long question", tokens=tokens, stream=True)
+
+        thread = threading.Thread(target=lambda: asyncio.run(one()))
+        stack.callback(thread.join)
+        thread.start()
+        begun.wait()
+        time.sleep(0.5)
+        yield
+    assert (client.seen.streams, client.seen.failed, client.seen.cut) == (1, [], [])
+
+
+class Changes:
+    """The changes of a service, numbered as they come."""
+
+    def __init__(self, checkpoint: Checkpoint, service: Service, resources: Resources) -> None:
+        self.checkpoint, self.service, self.resources = checkpoint, service, resources
+        self.register = FaultyProcesses(service.name, resources).register
+        self._numbers = itertools.count(1)
+
+    def version(self, fault: str = "") -> ModelVersion:
+        """A new version, with a fault."""
+        checkpoint = self.checkpoint.with_changes({"stage": fault or "works"})
+        return ModelVersion(name="tiny-vila", version=next(self._numbers), checkpoint=checkpoint, promoted=False)
+
+    def good(self, kind: int) -> None:
+        """Change to another version that works: by an update, by a canary and its promotion, or back."""
+        if kind == 0:
+            deploy(self.service, self.version(), self.resources)
+        elif kind == 1:
+            start_canary(self.service, self.version(), self.resources)
+            time.sleep(2)
+            promote(self.service, self.resources)
+        else:
+            roll_back(self.service, self.resources)
+
+    def broken(self, fault: str) -> None:
+        """Change to a version that does not work, and wait until the service has got rid of it."""
+        version = self.version(fault)
+        if fault in ("does not load", "answers wrongly"):
+            with pytest.raises(NotReady):
+                deploy(self.service, version, self.resources)
+            return
+        start_canary(self.service, version, self.resources)
+        started = time.monotonic()
+        while self.state().canary is not None:
+            assert time.monotonic() < started + 300
+            time.sleep(0.1)
+        rollback = self.state().rolled_back
+        assert rollback is not None
+        assert rollback.version == version.version
+        if fault == "slow":
+            assert rollback.reason.startswith("slower")
+        else:
+            assert time.monotonic() < started + HARD_SECONDS
+
+    def state(self) -> ServiceState:
+        return self.register.load()
+
+
+@pytest.fixture
+def changes(make_model: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Changes]:
+    """A service with a golden question, whose processes end with the test."""
+    monkeypatch.setattr(tracks, "LocalProcess", FaultyProcesses)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    Pillow.new("RGB", (56, 56), "red").save(tmp_path / "red.png")
+    golden = Golden(image=str(tmp_path / "red.png"), question="What is this?", answer="red circle")
+    service = Service(name="changed", golden=golden, max_new_tokens=2000, request_timeout_seconds=100)
+    serve = {"serve.port": 0, "serve.max_memory_bytes": 1200 * 2**20, "serve.canary.share": 0.3, "serve.max_batch": 64}
+    resources = Resources(launch="inline").with_changes({"storage.store": str(tmp_path / "store"), **serve})
+    sealed = assemble(make_model(seed=1), resources)
+    checkpoint = Checkpoint(uri=sealed.uri, digest=sealed.digest, parents=sealed.parents, stage="works", step=1)
+    yield Changes(checkpoint, service, resources)
+    undeploy(service, resources)
+
+
+def test_changes_under_load_lose_no_request_and_cut_no_stream_of_the_stable_version(changes: Changes) -> None:
+    url = deploy(changes.service, changes.version(), changes.resources).url
+    plan: list[str | int] = [0, "crashes"]
+    if CHANGES > 2:
+        good = [number % 3 for number in range(CHANGES - len(BROKEN))]
+        plan = [*good]
+        for place, fault in enumerate(BROKEN):
+            plan.insert(2 + 3 * place, fault)
+    with Clients(url) as clients:
+        with long_stream(url, seconds=LONG_SECONDS):
+            changes.good(0)
+        for change in plan[1:]:
+            changes.broken(change) if isinstance(change, str) else changes.good(change)
+        time.sleep(2)
+    seen = clients.seen
+    assert not seen.failed
+    assert len(seen.answers) == 1, "the version that answers wrongly never answered a client"
+    assert next(iter(seen.answers)).startswith(RIGHT[:8])
+    assert min(seen.whole, seen.streams) > CLIENTS
+    crashed = sum(change == "crashes" for change in plan)
+    assert len(seen.cut) <= crashed * CLIENTS / 2, "streams on a canary that crashes, at most those of that moment"
+    wait_until_drained(changes)
+
+
+def wait_until_drained(changes: Changes) -> None:
+    """Every version but the stable one ends by itself."""
+    deadline = time.monotonic() + 120
+    while changes.state().retired:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    state = changes.state()
+    assert state.tracks() == (state.stable,)

@@ -1,0 +1,204 @@
+"""The router of a service, an ASGI app at its one address: it passes each request on to the track that it belongs to.
+
+Requests go to the stable track, and a share of the conversations to the canary. What fails on the canary before it
+streams is sent to the stable track. A stream that breaks off ends with an error event. The keys, limits and answers are
+those of the replicas; the router reads bodies and responses only while there is a canary.
+"""
+
+import asyncio
+import json
+import logging
+import uuid
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from vila_ops.serve.app.errors import ApiError, ClientGone
+from vila_ops.serve.router.keeper import Keeper
+from vila_ops.serve.router.outcome import Outcome
+from vila_ops.serve.router.request import Incoming, conversation_of, position_of
+from vila_ops.serve.router.state import Register, Track
+from vila_ops.serve.router.upstream import ReplicaLost, Reply, Upstream
+from vila_ops.serve.router.watch import CanaryWatch
+
+UPLOAD_SECONDS = 20.0
+"""Where no track says more."""
+POSITIONS = 2**64
+log = logging.getLogger(__name__)
+
+
+class Router:
+    """Passes requests on."""
+
+    def __init__(self, register: Register, stop: Callable[[Track], None]) -> None:
+        self._keeper = Keeper(register, stop)
+        self._upstream = Upstream()
+        self._held = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, or the life of the app."""
+        if scope["type"] == "lifespan":
+            await self._live(receive, send)
+        elif scope["type"] == "http":
+            await self._respond(scope, receive, send)
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        await receive()
+        keeping = asyncio.create_task(self._keeper.keep(self._upstream))
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
+        await self._upstream.close()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        stable = self._keeper.stable
+        seconds = UPLOAD_SECONDS if stable is None else stable.spec.capacity.limits.upload_seconds
+        request = Incoming(scope, receive, upload_seconds=seconds)
+        try:
+            if stable is None:
+                raise _unavailable()
+            await self._route(request, stable, send)
+        except ClientGone:
+            pass
+        except ApiError as error:
+            headers = {**error.headers, "x-request-id": request.headers.get("x-request-id") or uuid.uuid4().hex}
+            await JSONResponse(error.body(), error.status, headers)(scope, receive, send)
+
+    async def _route(self, request: Incoming, stable: Track, send: Send) -> None:
+        """Answer a request by the canary or by the stable track. Raises ApiError, and ClientGone."""
+        canary, watch = self._keeper.canary, self._keeper.watch
+        if canary is None or watch is None or not request.is_chat():
+            await self._by_stable(request, stable, send, Outcome(read=False))
+            return
+        limits, service = canary.track.spec.capacity.limits, canary.track.spec.service
+        size = min(request.stated_length() or service.max_body_bytes, service.max_body_bytes)
+        if self._held + size > limits.held_bytes:
+            await self._by_stable(request, stable, send, Outcome(read=False))
+            return
+        self._held += size
+        try:
+            body = await request.read_whole(most=service.max_body_bytes)
+            conversation = None if body is None else await conversation_of(body, request.headers)
+            if conversation is None:
+                await self._by_stable(request, stable, send, Outcome(read=False))
+            else:
+                await self._by_share(request, watch, stable, send, position=position_of(conversation, canary.salt))
+        finally:
+            self._held -= size
+
+    async def _by_share(
+        self, request: Incoming, watch: CanaryWatch, stable: Track, send: Send, *, position: int
+    ) -> None:
+        """Answer by the track of a conversation, and note what comes of it."""
+        canary, counts = watch.canary, watch.first(position)
+        chosen = position < canary.rules.share * POSITIONS
+        outcome = Outcome(read=counts)
+        try:
+            if not chosen:
+                await self._by_stable(request, stable, send, outcome)
+                return
+            served = await self._pass_on(canary.track, request, send, outcome, final=False)
+        finally:
+            watch.responded(outcome, canary=chosen, counts=counts)
+        if not served:
+            await self._by_stable(request, stable, send, Outcome(read=False))
+
+    async def _by_stable(self, request: Incoming, track: Track, send: Send, outcome: Outcome) -> None:
+        """Answer by the stable track, or by the one that has just taken its place. Raises ApiError."""
+        if await self._pass_on(track, request, send, outcome, final=True):
+            return
+        await asyncio.to_thread(self._keeper.refresh)
+        now = self._keeper.stable
+        if now is None or not await self._pass_on(now, request, send, outcome, final=True):
+            raise _unavailable()
+
+    async def _pass_on(self, track: Track, request: Incoming, send: Send, outcome: Outcome, *, final: bool) -> bool:
+        """Send the response of a track; False where there is none and another track may be asked.
+
+        `final`: a response that says 5xx is sent as it is, and no other track is asked once a replica has the request.
+        Raises ApiError where there is no response and no other track may be asked, and ClientGone.
+        """
+        sender = _Sender(send, outcome)
+        with self._keeper.using(track):
+            try:
+                return await _unless_gone(request, self._respond_by(track, request, sender, final=final))
+            except ReplicaLost as error:
+                log.warning("version %d at %s: %s", track.spec.version.version, track.url, error)
+                if final and not error.reached and request.replayable:
+                    return False
+                outcome.failed = True
+                if sender.started:
+                    await sender.break_off()
+                    return True
+                if not final and request.replayable:
+                    return False
+                raise _unavailable() from error
+            except ClientGone:
+                outcome.left = True
+                raise
+            finally:
+                outcome.ended()
+
+    async def _respond_by(self, track: Track, request: Incoming, sender: "_Sender", *, final: bool) -> bool:
+        async with self._upstream.ask(track, request) as reply:
+            if reply.status >= 500 and not final:
+                sender.outcome.answered(reply.status)
+                return False
+            await sender.send_all(reply)
+            return True
+
+
+class _Sender:
+    """Sends a response to the client while its outcome is read."""
+
+    def __init__(self, send: Send, outcome: Outcome) -> None:
+        self._send, self.outcome, self.started = send, outcome, False
+
+    async def send_all(self, reply: Reply) -> None:
+        """Send a response. Raises ReplicaLost where a stream breaks off."""
+        self.outcome.answered(reply.status)
+        if isinstance(reply.content, bytes):
+            self.outcome.whole(reply.content)
+            length = [(b"content-length", str(len(reply.content)).encode())]
+            headers = [one for one in reply.headers if one[0].lower() != b"content-length"] + length
+            await self._send({"type": "http.response.start", "status": reply.status, "headers": headers})
+            await self._send({"type": "http.response.body", "body": reply.content})
+            return
+        await self._send({"type": "http.response.start", "status": reply.status, "headers": reply.headers})
+        self.started = True
+        async for chunk in reply.content:
+            self.outcome.streamed(chunk)
+            await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await self._send({"type": "http.response.body", "body": b""})
+
+    async def break_off(self) -> None:
+        """End a stream with an error event."""
+        event = b"\n\ndata: " + json.dumps(_lost().body()).encode() + b"\n\n"
+        await self._send({"type": "http.response.body", "body": event})
+
+
+async def _unless_gone(request: Incoming, work: Coroutine[Any, Any, bool]) -> bool:
+    """The result of work for a request. Raises ClientGone, and ends the work, if the client leaves first."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(request.client_left())
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone
+    finally:
+        for one in (task, gone):
+            one.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+def _unavailable() -> ApiError:
+    text = "no replica of this service answers at the moment; try again"
+    return ApiError(503, text, code="no_replica", headers={"Retry-After": "1"})
+
+
+def _lost() -> ApiError:
+    return ApiError(503, "the replica that answered was lost; ask again", code="replica_lost")
