@@ -1,7 +1,6 @@
 """One answer: from a prompt in the engine to the body of a chat completion, or to the chunks of a stream."""
 
 import time
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from vila_ops.generate.engine import Engine
 from vila_ops.generate.request import Prompt, Sampling
 from vila_ops.serve.app.engine_loop import Generation
 from vila_ops.serve.app.metrics import Metrics, TokenClock
+from vila_ops.serve.app.samples import response_id
 from vila_ops.serve.app.schema import ChatRequest
 from vila_ops.serve.app.text_stream import AnswerText, TextPiece, logprob_content
 
@@ -33,9 +33,12 @@ class Answer:
     """Generated so far, of all choices."""
     cached_tokens: int = field(default=0, init=False)
     """Tokens of the prompt that the engine did not read again, for the first choice."""
+    text: str = field(default="", init=False)
+    """Of the first choice so far."""
+    complete: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        self.id, self.created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+        self.id, self.created = response_id(self.fingerprint), int(time.time())
 
     async def completion(self) -> Json:
         """The body of a response. Raises ApiError."""
@@ -100,6 +103,7 @@ class Answer:
                 piece = texts[index].add(delta)
                 if index == 0:
                     self.cached_tokens += delta.cached_tokens
+                    self.text += piece.text
                 self.tokens += piece.tokens
                 self.metrics.generation_tokens.inc(piece.tokens)
                 if piece.tokens:
@@ -109,6 +113,7 @@ class Answer:
                     self.metrics.finished(piece.finish_reason)
                 yield piece
         clock.ended()
+        self.complete = True
 
     def _body(self, kind: str, choices: list[Json]) -> Json:
         return {

@@ -19,6 +19,7 @@ from vila_ops.serve.app.errors import ApiError
 from vila_ops.serve.app.guard import Caller
 from vila_ops.serve.app.media import Media
 from vila_ops.serve.app.metrics import Metrics
+from vila_ops.serve.app.samples import SampleStore
 from vila_ops.serve.app.schema import ChatRequest, parse
 from vila_ops.serve.app.stream import EventStream, unless_gone
 from vila_ops.serve.spec import Spec
@@ -27,7 +28,8 @@ from vila_ops.serve.spec import Spec
 class Chat:
     """Answers chat requests. For one event loop."""
 
-    def __init__(self, spec: Spec, engine: Engine, media: Media, metrics: Metrics) -> None:
+    def __init__(self, spec: Spec, engine: Engine, media: Media, metrics: Metrics, samples: SampleStore | None) -> None:
+        self._samples = samples
         self._spec, self._engine, self._metrics = spec, engine, metrics
         capacity, service = spec.capacity, spec.service
         self._uploads = Uploads(capacity.limits, metrics, max_body_bytes=service.max_body_bytes)
@@ -44,12 +46,14 @@ class Chat:
             answer = await unless_gone(request.receive, self._prepare(chat, caller, ticket))
             headers = self._admission.headers(caller.key)
             if chat.stream:
-                return EventStream(answer.chunks(), headers=headers, on_end=lambda: _settle(ticket, answer, caller))
+                return EventStream(
+                    answer.chunks(), headers=headers, on_end=lambda: self._settle(ticket, answer, caller)
+                )
             completion = await unless_gone(request.receive, answer.completion())
         except BaseException:
             ticket.close()
             raise
-        _settle(ticket, answer, caller)
+        self._settle(ticket, answer, caller)
         return JSONResponse(completion, headers=headers)
 
     def _read(self, body: bytes) -> ChatRequest:
@@ -90,6 +94,20 @@ class Chat:
             fingerprint=self._spec.version.checkpoint.digest,
             timeout_seconds=seconds,
         )
+
+    def _settle(self, ticket: Ticket, answer: Answer, caller: Caller) -> None:
+        """Give back what an answer did not use, and note what it used."""
+        usage = answer.usage()
+        ticket.close(used=usage["total_tokens"])
+        caller.facts |= {
+            "completion": answer.id,
+            "images": len(answer.prompt.images),
+            "prompt_tokens": usage["prompt_tokens"],
+            "completion_tokens": usage["completion_tokens"],
+        }
+        if answer.complete and self._samples is not None and self._samples.drawn():
+            messages = [one.model_dump(mode="json") for one in answer.request.messages]
+            self._samples.keep(answer.id, messages, answer=answer.text)
 
     def _salt_of(self, caller: Caller) -> str:
         """What keeps the cached work for one key from the others, whose time to first token would tell of it."""
@@ -138,15 +156,3 @@ def model_not_found(name: str, spec: Spec) -> ApiError:
     """The error for a model that is not served here."""
     text = f"there is no model {name[:200]!r} here; this endpoint serves {spec.version.name!r}"
     return ApiError(404, text, param="model", code="model_not_found")
-
-
-def _settle(ticket: Ticket, answer: Answer, caller: Caller) -> None:
-    """Give back what an answer did not use, and note what it used."""
-    usage = answer.usage()
-    ticket.close(used=usage["total_tokens"])
-    caller.facts |= {
-        "completion": answer.id,
-        "images": len(answer.prompt.images),
-        "prompt_tokens": usage["prompt_tokens"],
-        "completion_tokens": usage["completion_tokens"],
-    }

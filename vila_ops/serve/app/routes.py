@@ -1,11 +1,13 @@
 """The HTTP routes of an endpoint: OpenAI's chat API. The same app runs under uvicorn and Ray Serve."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
+import psutil
 from fastapi import FastAPI, Request
 from fastapi.middleware import Middleware
 from fastapi.middleware.cors import CORSMiddleware
@@ -15,6 +17,7 @@ from starlette.exceptions import HTTPException
 
 from vila_ops import __version__
 from vila_ops.generate.engine import Engine
+from vila_ops.serve.app.admission import Uploads
 from vila_ops.serve.app.audit import AuditLog
 from vila_ops.serve.app.chat import Chat, model_not_found
 from vila_ops.serve.app.decoder import DecoderSettings
@@ -22,6 +25,7 @@ from vila_ops.serve.app.errors import ApiError, ClientGone
 from vila_ops.serve.app.guard import Caller, Guard, audit_log
 from vila_ops.serve.app.media import Media
 from vila_ops.serve.app.metrics import Metrics
+from vila_ops.serve.app.samples import MAX_BODY_BYTES, Feedback, SampleStore, parse_feedback
 from vila_ops.serve.app.schema import ChatRequest
 from vila_ops.serve.page.files import PATHS, page_file
 from vila_ops.serve.spec import Spec
@@ -35,12 +39,15 @@ def create_app(spec: Spec, engine: Engine, *, replica: Json) -> FastAPI:
     host = str(replica.get("host", "local"))
     audit = audit_log(spec.capacity, spec.version, service=spec.service.name, host=host)
     media = Media(_decoder_settings(spec, engine), spec.capacity.limits, spec.capacity.remote_images)
+    samples = None if spec.capacity.samples is None else SampleStore(spec.capacity.samples, spec.version)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         engine.close()
         await media.close()
+        if samples is not None:
+            samples.close()
 
     app = FastAPI(
         title=spec.service.name,
@@ -54,7 +61,9 @@ def create_app(spec: Spec, engine: Engine, *, replica: Json) -> FastAPI:
     )
     for kind, handler in ((ApiError, _api_error), (HTTPException, _http_error), (ClientGone, _client_gone)):
         app.add_exception_handler(kind, handler)
-    _add_chat(app, Chat(spec, engine, media, metrics))
+    _add_chat(app, Chat(spec, engine, media, metrics, samples))
+    if samples is not None:
+        _add_feedback(app, samples, Uploads(spec.capacity.limits, metrics, max_body_bytes=MAX_BODY_BYTES))
     _add_models(app, spec)
     _add_state(app, spec, metrics, replica)
     _add_page(app)
@@ -75,6 +84,16 @@ def _add_chat(app: FastAPI, chat: Chat) -> None:
             "the official clients: client.chat.completions.create)"
         )
         raise ApiError(404, text, code="not_found")
+
+
+def _add_feedback(app: FastAPI, samples: SampleStore, uploads: Uploads) -> None:
+    body = {"content": {"application/json": {"schema": Feedback.model_json_schema()}}, "required": True}
+
+    @app.post("/v1/feedback", openapi_extra={"requestBody": body})
+    async def feedback(request: Request) -> Json:
+        given, caller = parse_feedback(await uploads.read(request)), _caller(request)
+        kept = await asyncio.to_thread(samples.rate, given, key=caller.key.id if caller.key else None)
+        return {"id": given.id, "object": "feedback", "request_kept": kept}
 
 
 def _add_models(app: FastAPI, spec: Spec) -> None:
@@ -107,8 +126,12 @@ def _add_state(app: FastAPI, spec: Spec, metrics: Metrics, replica: Json) -> Non
             return {"status": "ok"}
         return {"status": "ok", "model": spec.version.checkpoint.digest, "replica": replica}
 
+    limit = spec.capacity.max_memory_bytes
+
     @app.get("/ready")
     async def ready() -> Json:
+        if limit is not None and psutil.Process().memory_info().rss > limit:
+            raise ApiError(503, "this replica needs more memory than it may", code="out_of_memory")
         return {"status": "ready"}  # the app is made when the weights are loaded
 
     @app.get("/version")
