@@ -30,11 +30,13 @@ def canary(
 def promote(
     recipe: RecipeFile, resources: ResourcesFile = INLINE, overrides: Overrides = None, as_json: AsJson = False
 ) -> None:
-    """Let the canary answer everything."""
+    """Let the canary answer everything, and make it the champion."""
     from vila_ops.release import canary as release
 
     run, _ = load_run(recipe, resources, overrides)
-    print_result(release.promote(run.recipe.service, run.resources), as_json)
+    served = release.promote(run.recipe.service, run.resources)
+    release.as_champion(run.recipe.gate, served, run.resources)
+    print_result(served, as_json)
 
 
 def rollback(

@@ -1,7 +1,6 @@
 """Canary, promotion and rollback of a service. Light at import.
 
-The router takes a bad canary back by itself; these functions are for what a person or a flow decides. Which version is
-the champion is the registry's business, and does not change here.
+The router takes a bad canary back by itself; these functions are for what a person or a flow decides.
 """
 
 import logging
@@ -10,8 +9,9 @@ import secrets
 from vila_ops.artifacts.kinds import Deployment, ModelVersion
 from vila_ops.artifacts.store import verify
 from vila_ops.cluster import device_on
-from vila_ops.config import Resources, Service
+from vila_ops.config import Gate, Resources, Service
 from vila_ops.errors import NotReady
+from vila_ops.registry.register import champion, set_champion
 from vila_ops.serve.credentials import check_key
 from vila_ops.serve.router.state import Canary, ServiceState, Track
 from vila_ops.serve.spec import Spec
@@ -66,6 +66,13 @@ def promote(service: Service, resources: Resources) -> Deployment:
             reason = new.rolled_back.reason if new.rolled_back else "another command ended it"
             raise ValueError(f"the canary of {service.name} was rolled back meanwhile: {reason}")
         return _served(track, open_router(track, backend))
+
+
+def as_champion(gate: Gate, served: Deployment, resources: Resources) -> None:
+    """Point the alias `champion` to what was promoted, so that the next `deploy` serves it too."""
+    now = champion(gate, resources)
+    if now is None or now.version != served.version:
+        set_champion(gate.model_name, served.version, resources, reason="promoted after it ran as a canary")
 
 
 def roll_back(service: Service, resources: Resources) -> Deployment:

@@ -89,8 +89,8 @@ class _Below:
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         if scope["type"] == "http":
             path, raw_path = scope["path"], scope.get("raw_path") or scope["path"].encode()
-            own = {"path": path.removeprefix(self._prefix), "raw_path": raw_path.removeprefix(self._prefix.encode())}
-            scope = {**scope, **own, "root_path": ""}
+            own, raw_own = path.removeprefix(self._prefix) or "/", raw_path.removeprefix(self._prefix.encode()) or b"/"
+            scope = {**scope, "path": own, "raw_path": raw_own, "root_path": ""}
         await self._app(scope, receive, send)
 
 

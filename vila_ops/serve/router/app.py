@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from vila_ops.serve.app.errors import ApiError, ClientGone
+from vila_ops.serve.app.guard import REQUEST_ID
 from vila_ops.serve.router.keeper import Keeper
 from vila_ops.serve.router.outcome import Outcome
 from vila_ops.serve.router.request import Incoming, conversation_of, position_of
@@ -65,7 +66,8 @@ class Router:
         except ClientGone:
             pass
         except ApiError as error:
-            headers = {**error.headers, "x-request-id": request.headers.get("x-request-id") or uuid.uuid4().hex}
+            stated = request.headers.get("x-request-id", "")
+            headers = {**error.headers, "x-request-id": stated if REQUEST_ID.fullmatch(stated) else uuid.uuid4().hex}
             await JSONResponse(error.body(), error.status, headers)(scope, receive, send)
 
     async def _route(self, request: Incoming, stable: Track, send: Send) -> None:
