@@ -3,7 +3,6 @@
 import asyncio
 import os
 import sys
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -21,7 +20,8 @@ RIGHT, WRONG = "a red circle on a table", "no idea what this might be"
 TOKEN_SECONDS = 0.03
 SLOW = 4
 """How much slower the slow version is."""
-CRASH_SECONDS = 5.0
+CRASHES_AT = 5
+"""The request in whose answer the crashing version ends."""
 LEAK_BYTES = 64 * 2**20
 """What a request to the leaking version leaves behind."""
 
@@ -34,17 +34,18 @@ class ScriptedEngine:
         self.context_length = context_of(checkpoint) or 4096
         self.image_size = 56
         self.image_aspect_ratio = Fit("resize", (0.5, 0.5, 0.5))
-        self._fault, self._started = checkpoint.stage, time.monotonic()
+        self._fault, self._requests = checkpoint.stage, 0
         self._leaked: list[bytes] = []
         if self._fault == "does not load":
             raise OSError("no weights here")
 
     async def generate(self, prompt: Prompt, sampling: Sampling, request_id: str) -> AsyncIterator[Delta]:
+        self._requests += 1
         if self._fault == "leaks":
             self._leaked.append(os.urandom(LEAK_BYTES))
         words = self.tokenizer.text_ids(WRONG if self._fault == "answers wrongly" else RIGHT)
         for number in range(sampling.max_new_tokens):
-            if self._fault == "crashes" and time.monotonic() > self._started + CRASH_SECONDS:
+            if self._fault == "crashes" and self._requests >= CRASHES_AT and number > 0:
                 os._exit(1)
             await asyncio.sleep(TOKEN_SECONDS * (SLOW if self._fault == "slow" else 1))
             yield Delta([words[number % len(words)]])

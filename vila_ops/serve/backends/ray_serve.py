@@ -71,9 +71,8 @@ class RouterReplica:
         from vila_ops.serve.router.app import Router
 
         given = Resources.model_validate_json(resources)
-        here = given.with_changes(
-            {"ray_address": ray.get_runtime_context().gcs_address}
-        )  # as this process is connected
+        address = ray.get_runtime_context().gcs_address  # as this process is connected, so that it stays so
+        here = given.with_changes({"ray_address": address})
         self.router = Router(RayServe(name, given).register, RayServe(name, here).stop)
 
     def __serve_build_asgi_app__(self) -> Any:
