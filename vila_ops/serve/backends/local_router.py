@@ -13,6 +13,10 @@ from vila_ops.serve.backends.http_protocol import options
 from vila_ops.serve.backends.local_process import LocalProcess
 from vila_ops.serve.router.app import Router
 
+IDLE_SECONDS = 20
+"""How long an idle connection is kept: longer than the official clients keep theirs (5 s, as uvicorn does by default),
+so that none sends a request on a connection that is just being closed."""
+
 
 def main() -> None:
     """Listen at the address of the service."""
@@ -20,7 +24,15 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     backend = LocalProcess(name, Resources.model_validate_json(resources))
     router = Router(backend.register, backend.stop)
-    uvicorn.run(router, host=host, port=int(port), timeout_graceful_shutdown=5, proxy_headers=False, **options())
+    uvicorn.run(
+        router,
+        host=host,
+        port=int(port),
+        proxy_headers=False,
+        timeout_keep_alive=IDLE_SECONDS,
+        timeout_graceful_shutdown=5,
+        **options(),
+    )
 
 
 if __name__ == "__main__":
