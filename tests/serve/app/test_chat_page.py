@@ -290,24 +290,29 @@ def test_a_failed_answer_says_so_and_its_question_can_be_asked_again(
 
 
 def test_answers_are_rated_where_the_endpoint_takes_feedback(
-    context: Any, url: str, module_scripted: ScriptedEngine
+    context: Any,
+    url: str,
+    versions: tuple[ModelVersion, ModelVersion],
+    module_scripted: ScriptedEngine,
+    tmp_path: Path,
 ) -> None:
     says(module_scripted, "Six")
     page = opened(context, url)
     ask(page, "How many?", answer="Six")
     expect(page.get_by_role("group", name="Feedback")).to_be_hidden()
-    sent: list[Any] = []
-    context.route("**/openapi.json", lambda route: route.fulfill(json={"paths": {"/v1/feedback": {}}}))
-    context.route("**/v1/feedback", lambda route: (sent.append(route.request.post_data_json), route.fulfill(json={})))
-    page = opened(context, url)
-    ask(page, "How many?", answer="Six")
-    page.get_by_role("button", name="Bad").click()
-    page.keyboard.type("Seven")
-    page.get_by_role("button", name="Send feedback").click()
-    expect(page.get_by_role("status")).to_have_text("Feedback sent.")
-    expect(page.get_by_role("button", name="Bad")).to_have_attribute("aria-pressed", "true")
-    assert sent == [{"id": sent[0]["id"], "rating": "bad", "right_answer": "Seven"}]
-    assert sent[0]["id"].startswith("chatcmpl-")
+    place = tmp_path / "samples"
+    with endpoint(versions[0], module_scripted, samples={"share": 1, "place": str(place)}) as keeping:
+        page = opened(context, keeping)
+        ask(page, "How many?", answer="Six")
+        page.get_by_role("button", name="Bad").click()
+        page.keyboard.type("Seven")
+        page.get_by_role("button", name="Send feedback").click()
+        expect(page.get_by_role("status")).to_have_text("Feedback sent.")
+        expect(page.get_by_role("button", name="Bad")).to_have_attribute("aria-pressed", "true")
+    [rating] = (place / "ratings").iterdir()
+    said = json.loads(rating.read_text())
+    assert (said["rating"], said["right_answer"]) == ("bad", "Seven")
+    assert rating.name.startswith(said["id"])
 
 
 def test_the_page_is_used_by_keyboard_alone_and_everything_has_a_name(
