@@ -3,8 +3,6 @@
 What the errors say of memory is in tests/fake_device.
 """
 
-import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,6 @@ import pytest
 import torch
 
 from tests.train.test_batch_loader import make_job
-from tests.train.test_watchdog import ROOT, on_ray
 from vila_ops.config import Resources
 from vila_ops.config.resources import TrainResources
 from vila_ops.device import fault_of
@@ -122,50 +119,3 @@ def test_the_next_setting_is_the_cheapest_that_is_left(
     address = {"ray_address": "head:6379"} if launch == "ray" else {}
     resources = Resources(launch=launch, train=TrainResources(**train), **address)
     assert next_setting(make_stage(make_mixture("pairs"), global_batch_size=8), resources) == setting
-
-
-LOSES = """
-import os
-from pathlib import Path
-
-if "LOSSES" in os.environ:
-    import torch
-    from vila_ops.train.engine import DeepSpeedEngine
-
-    step, losses = DeepSpeedEngine.step, Path(os.environ["LOSSES"])
-
-    def lost(self, multiplier):
-        self.taken = getattr(self, "taken", 0) + 1
-        is_due = self.taken == 3 and torch.distributed.get_rank() == 1
-        if is_due and len(list(losses.iterdir())) < int(os.environ["MOST_LOSSES"]):
-            (losses / str(os.getpid())).touch()
-            raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
-        return step(self, multiplier)
-
-    DeepSpeedEngine.step = lost
-"""
-"""Runs at the start of every worker: the second rank loses its device in the third step of a try."""
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.skipif("VILA_KILLS_RAY" not in os.environ, reason="minutes: VILA_KILLS_RAY asks for it")
-@pytest.mark.parametrize("most", [1, 9])
-def test_a_stage_whose_device_is_lost_is_tried_once_more(
-    most: int, ray_cluster: tuple[str, dict[str, str]], tmp_path: Path
-) -> None:
-    """Fifty restarts are allowed. The step in which the device is lost is after the first resume checkpoint."""
-    losses = tmp_path / "losses"
-    losses.mkdir()
-    (tmp_path / "sitecustomize.py").write_text(LOSES)
-    env = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "LOSSES": losses, "MOST_LOSSES": most}
-    settings = [f"resources.train.network.env.{name}={value}" for name, value in env.items()]
-    with on_ray(tmp_path, ray_cluster, *(word for one in settings for word in ("-s", one))) as training:
-        errors = training.communicate(timeout=400)[1]
-    assert len(list(losses.iterdir())) == min(most, 2), errors
-    assert training.returncode == (0 if most == 1 else 1), errors
-    if most > 1:
-        (error,) = re.findall(r"^error: (.*)$", errors, re.MULTILINE)
-        assert error.startswith("stage 'align' lost its device: CUDA error: uncorrectable ECC error encountered; a new")
-    else:
-        assert "resuming after step 2" in errors
