@@ -68,6 +68,11 @@ NOT_RUN = {
         'vila-ops champion vila -r configs/resources/laptop.yaml --back --reason "answers in the wrong language"',
         'vila-ops champion vila -r configs/resources/laptop.yaml --version 4 --reason "the gate was too strict"',
     ),
+    "is run by tests/lineage, on a store of its own": (
+        "vila-ops trace vila@champion -r configs/resources/laptop.yaml",
+        "vila-ops gc -r configs/resources/laptop.yaml --keep configs/recipes/demo.yaml",
+        "vila-ops gc -r configs/resources/laptop.yaml --keep configs/recipes/demo.yaml --delete",
+    ),
     "needs a GPU": ("make gpu",),
     "fetches packages or images, or reads a model that has to be downloaded": (
         "vila-ops fetch configs/recipes/demo.yaml",

@@ -1,12 +1,12 @@
 """What killed processes left in the folders of some resources: listed, and removed where nothing needs it.
 
-Sealed artifacts are never among it. What a live lease holds is listed and kept, and so is what only its user can judge:
-the progress of a stage that was not finished, and the stores of a proof.
+Sealed artifacts are among it only if a caller says which recipes need theirs. What a live lease holds is listed and
+kept, and so is what only its user can judge: the progress of a stage that was not finished, and the stores of a proof.
 """
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from vila_ops.artifacts import copies, disk, output
@@ -16,14 +16,16 @@ from vila_ops.artifacts.disk_faults import size_of
 from vila_ops.artifacts.kinds import Checkpoint
 from vila_ops.artifacts.leases import hold, registers
 from vila_ops.artifacts.store import KINDS, Address, backend, is_replaced, remove_replaced, root_of
-from vila_ops.config import Config, Resources
+from vila_ops.config import Config, Resources, Run
 from vila_ops.config.resources import StorageResources
+from vila_ops.lineage.unneeded import Unneeded, remove_sealed, unneeded
 from vila_ops.train.checkpoint.storage import storage_of
 from vila_ops.train.checkpoint.unfinished import ResumeFolder, resume_folders
 
 LEAST_HOURS = 1.0
 """The shortest grace time. Work without a lease, such as on a shard, changes its files more often."""
 HELD = "a process holds its lease"
+MAY_READ = "a process holds a lease in this store, and may read it"
 CHECKPOINT = KINDS[Checkpoint]
 
 
@@ -41,13 +43,20 @@ class Leftover(Config):
     """Address whose lease is held while it is removed; a process that needs it waits, or is waited for."""
     is_held: bool = False
     """Whether a live lease holds it, so that it is not removed either if it is named."""
+    sealed: Unneeded | None = None
+    """The sealed artifact that it is."""
 
 
-def find(resources: Resources, *, grace_hours: float) -> list[Leftover]:
-    """All leftovers, the largest first. What changed within `grace_hours` (LEAST_HOURS at least) is kept."""
+def find(resources: Resources, *, grace_hours: float, keep: Sequence[Run] = ()) -> list[Leftover]:
+    """All leftovers, the largest first. What changed within `grace_hours` (LEAST_HOURS at least) is kept.
+
+    With runs to `keep`, sealed artifacts are among them that neither these runs nor a registered version need.
+    """
     storage = resources.storage
     leases = registers(storage.store)
     every = [*_attempts(storage, leases), *_resume(storage, leases), *_proofs(storage), *_drafts(storage)]
+    if keep:
+        every += _unneeded(resources, keep, leases, grace_seconds=3600 * max(grace_hours, LEAST_HOURS))
     latest = time.time() - 3600 * max(grace_hours, LEAST_HOURS)
     return sorted((_in_grace(one, latest) for one in every), key=lambda one: (-one.num_bytes, one.place))
 
@@ -56,6 +65,11 @@ def remove(leftover: Leftover, *, store: str) -> None:
     """Remove a leftover. Raises ValueError for one that a live lease holds."""
     if leftover.is_held:
         raise ValueError(f"{leftover.place} is in use: {leftover.kept}; wait for the task, or end it first")
+    if leftover.sealed is not None:
+        if any(registers(store).values()):  # one that began since it was listed
+            raise ValueError(f"{leftover.place} may be in use: {MAY_READ}; wait for the task, or end it first")
+        remove_sealed(leftover.sealed)
+        return
     if is_replaced(Path(leftover.place)):
         remove_replaced(Path(leftover.place))
         return
@@ -105,6 +119,18 @@ def _described(folder: ResumeFolder) -> str:
     if folder.step is None:
         return f"a folder of stage {folder.stage or '?'}, which ended before its first resume checkpoint"
     return f"resume checkpoints of stage {folder.stage or '?'}, the last after step {folder.step}"
+
+
+def _unneeded(
+    resources: Resources, keep: Sequence[Run], leases: Mapping[str, bool], *, grace_seconds: float
+) -> Iterator[Leftover]:
+    """Sealed artifacts. Who holds a lease reads others, and which ones is not recorded; so all stay meanwhile."""
+    is_held = any(leases.values())
+    for one in unneeded(resources, keep, grace_seconds=grace_seconds):
+        yield Leftover(
+            place=one.uri, what=f"{one.kind} {one.name}".rstrip() + ", sealed, which nothing needs", is_held=is_held,
+            num_bytes=one.num_bytes, changed=one.sealed, kept=MAY_READ if is_held else None, sealed=one,
+        )  # fmt: skip
 
 
 def _proofs(storage: StorageResources) -> Iterator[Leftover]:

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -22,17 +23,23 @@ def gc(
     older_than: Annotated[
         float, typer.Option("--older-than", min=1.0, help="Hours for which something must not have changed")
     ] = 24.0,
+    keep: Annotated[
+        list[Path] | None,
+        typer.Option("--keep", help="List sealed artifacts too, without those that this recipe needs"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """List what killed processes left in store, cache and data folder, with size and age; remove it with --delete.
 
-    Sealed artifacts are never removed, nor what a live lease holds.
+    Sealed artifacts are listed only with --keep, once for each recipe whose results stay. What a live lease holds, and
+    what a running task may read, is never removed.
     """
     from vila_ops import leftovers
-    from vila_ops.config import load_resources
+    from vila_ops.config import load, load_resources
 
     loaded = load_resources(resources)
-    listed = leftovers.find(loaded, grace_hours=older_than)
+    kept = [load(recipe, resources=resources) for recipe in keep or ()]
+    listed = leftovers.find(loaded, grace_hours=older_than, keep=kept)
     if unknown := sorted(set(also or ()) - {one.place for one in listed}):
         raise ValueError(f"--also {unknown[0]} is not a place of the list; `vila-ops gc` without --also prints it")
     chosen = [one for one in listed if one.kept is None or one.place in (also or ())]

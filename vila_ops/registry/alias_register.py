@@ -7,7 +7,7 @@ so the history is linear whatever happens to a process between its reads and its
 import secrets
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from pydantic import ValidationError
 
@@ -68,6 +68,12 @@ def remove(name: str, *, reason: str, store: str) -> AliasRecord:
     """Let no alias point to a version, so that the next one that passes the gate becomes champion without a rival."""
     champion = read(name, store=store).version(CHAMPION)
     return move(name, dict.fromkeys(ALIASES), over=champion, reason=reason, store=store)
+
+
+def names(*, store: str) -> list[str]:
+    """The models that a store has a register of."""
+    place = f"{root_of(store)}/registry"
+    return sorted({unquote(entry.name.partition("/")[0]) for entry in backend(place).entries(place)})
 
 
 def place_of(name: str, *, store: str) -> str:

@@ -38,6 +38,12 @@ def open_registry(resources: Resources, name: str, request: str) -> Iterator["Ml
         yield MlflowRegistry(client, name, resources.storage.store)
 
 
+def registered_digests(resources: Resources) -> set[str]:
+    """Digests of the checkpoints of all versions of all models. Raises TrackerRefused and TrackerUnreachable."""
+    with open_registry(resources, "", "a list of all registered versions") as registry:
+        return registry.all_digests()
+
+
 class MlflowRegistry:
     """The versions, tags and aliases of a model name, by MLflow's client. The register of the aliases is in a store."""
 
@@ -110,6 +116,17 @@ class MlflowRegistry:
             versions = {alias: self.model_version(version) for alias, version in known.items()}
             with suppress(PromotionRaceLost):  # another process took them over
                 alias_register.move(self.name, versions, over=None, reason="taken over from MLflow", store=self.store)
+
+    def all_digests(self) -> set[str]:
+        """Digests of the checkpoints of all versions, of other models too."""
+        digests: set[str] = set()
+        page: str | None = None
+        while True:
+            versions = self._client.search_model_versions(page_token=page)
+            digests |= {one.tags["digest"] for one in versions if "digest" in one.tags}
+            page = versions.token
+            if not page:
+                return digests
 
     def _with_digest(self, digest: str) -> list[int]:
         versions = self._client.search_model_versions(f"tag.digest = '{digest}'")

@@ -58,6 +58,12 @@ def champion(gate: Gate, resources: Resources) -> ModelVersion | None:
         return registry.followed().model_version(gate.model_name, CHAMPION)
 
 
+def version_of(name: str, version: int, resources: Resources) -> ModelVersion:
+    """A registered version, whether or not an alias points to it. Raises TrackerRefused where there is none."""
+    with open_registry(resources, name, f"a question about version {version} of {name!r}") as registry:
+        return registry.model_version(version)
+
+
 def report_of(name: str, version: str, resources: Resources) -> EvalReport:
     """The report by which a version was last judged. `version` is its number, or an alias such as `champion`.
 
