@@ -113,9 +113,10 @@ bench: setup ## Run one benchmark: make bench NAME=packing
 	  echo "make bench NAME=..., one of:" $$(cd benchmarks && ls *.py 2>/dev/null | sed 's/\.py$$//') >&2; exit 2; fi
 	@$(BIN)/python benchmarks/$(NAME).py
 
-interop: setup ## Write the tables of docs/interop.md: which programs load our models, and what other harnesses measure
+interop: setup ## Write the tables of docs/interop.md, which other programs and harnesses agree; ask an endpoint by other clients
 	@$(BIN)/python docs/interop.py
 	@$(BIN)/python docs/harnesses/run.py
+	@$(BIN)/python docs/clients/run.py
 
 settings: setup ## Write the tables of docs/settings.md: every setting
 	@$(BIN)/python docs/settings.py

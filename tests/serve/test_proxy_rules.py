@@ -7,7 +7,8 @@ import httpx
 import pytest
 from ray.serve._private import constants, http_util
 
-from vila_ops.serve.backends.proxy_rules import CALLBACK, HEALTH, LIFTED, middleware
+from vila_ops.serve.backends.proxy_rules import HEALTH, LIFTED, middleware
+from vila_ops.serve.backends.ray_serve import CONTROLLER_ENV
 
 
 def answered(path: str, headers: dict[str, str]) -> tuple[httpx.Response, dict[bytes, bytes]]:
@@ -47,5 +48,9 @@ def test_the_health_of_the_proxy_is_shown() -> None:
     assert answered(HEALTH, {})[0].text == "success"
 
 
-def test_ray_reads_the_variable_that_names_the_middleware() -> None:
-    assert hasattr(constants, CALLBACK)
+def test_ray_reads_the_variable_and_finds_the_middleware() -> None:
+    name = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+    assert hasattr(constants, name)
+    path = CONTROLLER_ENV[name]
+    made = http_util.validate_http_proxy_callback_return(http_util.call_function_from_import_path(path))
+    assert [one.cls.__name__ for one in made] == ["ProxyRules"]

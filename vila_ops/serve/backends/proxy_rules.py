@@ -6,8 +6,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vila_ops.serve.app.errors import ApiError
 
-CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
-"""Variable with the function that gives the proxy its middleware, as `module:name`."""
 LIFTED = frozenset({b"x-request-timeout-seconds", b"x-request-disconnect-disabled"})
 """Headers that the proxy obeys: no time limit, and no end of the work for a client that has left."""
 HEALTH = "/-/healthz"
@@ -33,5 +31,5 @@ class ProxyRules:
 
 
 def middleware() -> list[Middleware]:
-    """What `CALLBACK` names."""
+    """The middleware of the proxy; `ray_serve.CONTROLLER_ENV` names this function."""
     return [Middleware(ProxyRules)]

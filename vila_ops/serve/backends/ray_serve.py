@@ -15,7 +15,6 @@ from vila_ops.artifacts.store import root_of
 from vila_ops.cluster import connect, device_on, gpu_options, take_own_gpu
 from vila_ops.config import Resources, fingerprint
 from vila_ops.device import Device
-from vila_ops.serve.backends.proxy_rules import CALLBACK
 from vila_ops.serve.router.state import Register, Track
 from vila_ops.serve.spec import Spec
 
@@ -34,7 +33,7 @@ PROXY_SECONDS = 120.0
 CONTROLLER_ENV = {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
-    CALLBACK: "vila_ops.serve.backends.proxy_rules:middleware",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "vila_ops.serve.backends.proxy_rules:middleware",
 }
 """Serve's controller kills a proxy after three checks of 5 s by default; on a busy machine it may still import then.
 The proxies, which it starts, inherit these variables."""
