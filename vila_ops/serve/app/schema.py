@@ -78,7 +78,7 @@ class StreamOptions(_Closed):
     include_obfuscation: Any = None
 
 
-class TextFormat(_Closed):
+class PlainTextFormat(_Closed):
     """Answers are plain text."""
 
     type: Literal["text"]
@@ -106,7 +106,7 @@ class SchemaFormat(_Closed):
     json_schema: NamedSchema
 
 
-ResponseFormat = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
+ResponseFormat = Annotated[PlainTextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
 
 
 class ChatRequest(_Closed):

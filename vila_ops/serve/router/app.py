@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from vila_ops.serve.app.errors import ApiError, ClientGone
 from vila_ops.serve.app.guard import REQUEST_ID
 from vila_ops.serve.router.keeper import Keeper
-from vila_ops.serve.router.outcome import Outcome
+from vila_ops.serve.router.outcome import ResponseOutcome
 from vila_ops.serve.router.request import Incoming, conversation_of, position_of
 from vila_ops.serve.router.state import Register, Track
 from vila_ops.serve.router.upstream import ReplicaLost, Reply, Upstream
@@ -74,19 +74,19 @@ class Router:
         """Answer a request by the canary or by the stable track. Raises ApiError, and ClientGone."""
         canary, watch = self._keeper.canary, self._keeper.watch
         if canary is None or watch is None or not request.is_chat():
-            await self._by_stable(request, stable, send, Outcome(read=False))
+            await self._by_stable(request, stable, send, ResponseOutcome(read=False))
             return
         limits, service = canary.track.spec.capacity.limits, canary.track.spec.service
         size = min(request.stated_length() or service.max_body_bytes, service.max_body_bytes)
         if self._held + size > limits.held_bytes:
-            await self._by_stable(request, stable, send, Outcome(read=False))
+            await self._by_stable(request, stable, send, ResponseOutcome(read=False))
             return
         self._held += size
         try:
             body = await request.read_whole(most=service.max_body_bytes)
             conversation = None if body is None else await conversation_of(body, request.headers)
             if conversation is None:
-                await self._by_stable(request, stable, send, Outcome(read=False))
+                await self._by_stable(request, stable, send, ResponseOutcome(read=False))
             else:
                 await self._by_share(request, watch, stable, send, position=position_of(conversation, canary.salt))
         finally:
@@ -98,7 +98,7 @@ class Router:
         """Answer by the track of a conversation, and note what comes of it."""
         canary, counts = watch.canary, watch.first(position)
         chosen = position < canary.rules.share * POSITIONS
-        outcome = Outcome(read=counts)
+        outcome = ResponseOutcome(read=counts)
         try:
             if not chosen:
                 await self._by_stable(request, stable, send, outcome)
@@ -107,9 +107,9 @@ class Router:
         finally:
             watch.responded(outcome, canary=chosen, counts=counts)
         if not served:
-            await self._by_stable(request, stable, send, Outcome(read=False))
+            await self._by_stable(request, stable, send, ResponseOutcome(read=False))
 
-    async def _by_stable(self, request: Incoming, track: Track, send: Send, outcome: Outcome) -> None:
+    async def _by_stable(self, request: Incoming, track: Track, send: Send, outcome: ResponseOutcome) -> None:
         """Answer by the stable track, or by the one that has just taken its place. Raises ApiError."""
         if await self._pass_on(track, request, send, outcome, final=True):
             return
@@ -118,7 +118,9 @@ class Router:
         if now is None or not await self._pass_on(now, request, send, outcome, final=True):
             raise _unavailable()
 
-    async def _pass_on(self, track: Track, request: Incoming, send: Send, outcome: Outcome, *, final: bool) -> bool:
+    async def _pass_on(
+        self, track: Track, request: Incoming, send: Send, outcome: ResponseOutcome, *, final: bool
+    ) -> bool:
         """Send the response of a track; False where there is none and another track may be asked.
 
         `final`: a response that says 5xx is sent as it is, and no other track is asked once a replica has the request.
@@ -157,7 +159,7 @@ class Router:
 class _Sender:
     """Sends a response to the client while its outcome is read."""
 
-    def __init__(self, send: Send, outcome: Outcome) -> None:
+    def __init__(self, send: Send, outcome: ResponseOutcome) -> None:
         self._send, self.outcome, self.started = send, outcome, False
 
     async def send_all(self, reply: Reply) -> None:

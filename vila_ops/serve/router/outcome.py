@@ -13,7 +13,7 @@ LONG_ENOUGH = 200
 """Characters of an answer that can be said to repeat itself."""
 
 
-class Outcome:
+class ResponseOutcome:
     """Success, time and text of one response."""
 
     def __init__(self, *, read: bool) -> None:

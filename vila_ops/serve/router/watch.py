@@ -2,7 +2,7 @@
 
 from collections import deque
 
-from vila_ops.serve.router.outcome import Outcome
+from vila_ops.serve.router.outcome import ResponseOutcome
 from vila_ops.serve.router.sequential import CanaryTest, Observation
 from vila_ops.serve.router.state import Canary
 
@@ -38,7 +38,7 @@ class CanaryWatch:
         self._counted.add(position)
         return True
 
-    def responded(self, outcome: Outcome, *, canary: bool, counts: bool) -> None:
+    def responded(self, outcome: ResponseOutcome, *, canary: bool, counts: bool) -> None:
         """Note what came of a request; `counts` where it is the first of its conversation."""
         (self._canary if canary else self._stable).append(outcome.failed)
         failures = sum(self._canary)
