@@ -8,6 +8,7 @@ import itertools
 import logging
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import psutil
@@ -141,6 +142,12 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 def _few_threads() -> None:
     """Two cores are shared. For each test, because whatever loads a model in this process sets the number too."""
     torch.set_num_threads(THREADS)
+
+
+@pytest.fixture
+def roomy_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk on which features are kept, however full the machine's is."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=10**15, used=0, free=10**15))
 
 
 @pytest.fixture(scope="session")

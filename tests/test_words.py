@@ -1,6 +1,5 @@
 """The words of the design are kept: one name is one class, and words that were replaced do not come back."""
 
-import ast
 import re
 import subprocess
 from collections import defaultdict
@@ -54,13 +53,13 @@ ALLOWED = {
 @pytest.mark.slow
 def test_one_name_is_one_class() -> None:
     places = defaultdict(list)
-    for path, node in classes():
-        places[node.name].append(path.relative_to(ROOT).as_posix())
+    for path, name in classes():
+        places[name].append(path.relative_to(ROOT).as_posix())
     assert {name: paths for name, paths in places.items() if len(paths) > 1} == {}
 
 
 def test_no_class_has_a_replaced_name() -> None:
-    assert [f"{path.name}: {node.name}" for path, node in classes() if node.name.lstrip("_") in CLASSES] == []
+    assert [f"{path.name}: {name}" for path, name in classes() if name.lstrip("_") in CLASSES] == []
 
 
 @pytest.mark.parametrize("word", REPLACED, ids=lambda word: word.replace("\\b", ""))
@@ -74,12 +73,10 @@ def test_a_replaced_word_is_in_no_tracked_text(word: str) -> None:
     assert not hits, "\n".join([f"write {REPLACED[word]} in", *hits])
 
 
-def classes() -> Iterator[tuple[Path, ast.ClassDef]]:
+def classes() -> Iterator[tuple[Path, str]]:
     for folder in ("vila_ops", "flows"):
         for path in (ROOT / folder).rglob("*.py"):
-            yield from (
-                (path, node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)
-            )
+            yield from ((path, name) for name in re.findall(r"^\s*class (\w+)[:(\[]", path.read_text(), re.MULTILINE))
 
 
 def tracked_texts() -> list[str]:

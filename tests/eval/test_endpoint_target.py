@@ -77,8 +77,8 @@ def test_answers_are_in_the_order_of_the_requests_and_never_more_than_the_bound_
 
 def test_the_number_of_requests_grows_and_is_halved_once_by_an_overload() -> None:
     concurrency = Concurrency(64)
-    assert concurrency.limit == 4
-    for _ in range(12):
+    assert concurrency.limit == 8
+    for _ in range(8):
         concurrency.answered()
     assert concurrency.limit == 16
     sent = [float(number) for number in range(1, 17)]

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -178,10 +177,10 @@ def test_what_was_not_answered_cannot_be_scored_again(model: Pretrained, resourc
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("roomy_disk")
 def test_an_image_that_is_missing_is_a_status_and_an_image_passes_the_tower_once(
-    model: Pretrained, resources: Resources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Pretrained, resources: Resources, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=10, free=9))  # a full disk stores none
     shutil.copytree(SAMPLES / "pope", tmp_path / "files/pope")
     (tmp_path / "files/pope/val2014/COCO_val2014_000000000001.jpg").unlink()
     changes = {"storage.benchmarks": str(tmp_path / "files"), "storage.store": str(tmp_path / "store")}

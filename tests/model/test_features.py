@@ -14,6 +14,7 @@ from vila_ops.model.features import BATCH, SUFFIX, FeatureCache, tower_digest
 from vila_ops.model.pixels import Pixels
 from vila_ops.model.vila import VilaForConditionalGeneration
 
+pytestmark = pytest.mark.usefixtures("roomy_disk")
 HALF = (0.5, 0.5, 0.5)
 
 

@@ -54,6 +54,13 @@ def test_every_move_is_in_the_history_with_the_aliases_after_it(store: str) -> N
     assert read("another name", store=store).history == ()
 
 
+def test_a_move_that_another_process_made_is_not_made_again(store: str) -> None:
+    """Two processes that judged the same version against no champion."""
+    promote(store, 1, over=None)
+    promote(store, 1, over=None)
+    assert [one.aliases for one in read(NAME, store=store).history] == [{"champion": 1}]
+
+
 def test_a_promoter_that_was_stopped_between_its_look_and_its_move_loses(store: str) -> None:
     promote(store, 1, over=None)
     promote(store, 2, over=1)

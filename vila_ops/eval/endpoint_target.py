@@ -24,7 +24,7 @@ from vila_ops.eval.engine_target import cut
 from vila_ops.eval.prompts import ImageOf
 from vila_ops.eval.rows import Response, Status
 
-FIRST_CONCURRENCY = 4
+FIRST_CONCURRENCY = 8
 FIRST_WAIT_SECONDS = 0.5
 """Before the first retry; doubled for each further one."""
 LONGEST_WAIT_SECONDS = 30.0

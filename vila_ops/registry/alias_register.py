@@ -27,7 +27,8 @@ def move(
 ) -> AliasRecord:
     """Point some aliases to versions, or nowhere, in one step, provided that the champion is still version `over`.
 
-    Raises PromotionRaceLost where another process changed the champion, and what `probe` raises.
+    Where they point there already, nothing changes. Raises PromotionRaceLost where another process changed the
+    champion, and what `probe` raises.
     """
     probe(store)
     place, token = place_of(name, store=store), secrets.token_hex(8)
@@ -36,6 +37,8 @@ def move(
     while True:
         record, tag = _load(place)
         if any(one.token == token for one in record.history):  # stored, but the answer was lost
+            return record
+        if all(record.version(alias) == version for alias, version in wanted.items()):  # another process did it
             return record
         if record.version(CHAMPION) != over:
             raise race_lost(name, version=wanted.get(CHAMPION), champion=over, now=record.version(CHAMPION))

@@ -7,7 +7,6 @@ The name of each file begins with the id of the response, which leads to the mod
 
 import json
 import logging
-import random
 import re
 import secrets
 import time
@@ -30,6 +29,8 @@ SWEEP_SECONDS = 3600.0
 """Between two looks for files that are too old."""
 DAY_SECONDS = 86_400.0
 MAX_BODY_BYTES = 64 * 2**10
+DRAWS = 2**53
+"""Equally likely numbers, of which one is drawn for each request."""
 DIGITS = 16
 """Of a model's digest in the id of a response."""
 
@@ -76,7 +77,7 @@ class SampleStore:
 
     def drawn(self) -> bool:
         """Whether to keep the next request."""
-        return random.random() < self._rules.share
+        return secrets.randbelow(DRAWS) < self._rules.share * DRAWS
 
     def keep(self, response: str, messages: Sequence[Mapping[str, Any]], *, answer: str) -> None:
         """Keep the messages of a request with their answer, in the background."""
