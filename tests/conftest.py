@@ -147,7 +147,7 @@ def _few_threads() -> None:
 @pytest.fixture
 def roomy_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk on which features are kept, however full the machine's is."""
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=10**15, used=0, free=10**15))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=10**15, used=10**14, free=9 * 10**14))
 
 
 @pytest.fixture(scope="session")
