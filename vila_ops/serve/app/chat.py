@@ -21,7 +21,7 @@ from vila_ops.serve.app.media import Media
 from vila_ops.serve.app.metrics import Metrics
 from vila_ops.serve.app.samples import SampleStore
 from vila_ops.serve.app.schema import ChatRequest, parse
-from vila_ops.serve.app.stream import EventStream, unless_gone
+from vila_ops.serve.app.stream import EventStream, disconnected, unless_gone
 from vila_ops.serve.spec import Spec
 
 
@@ -43,13 +43,13 @@ class Chat:
         chat = await asyncio.to_thread(self._read, body)
         ticket = self._admission.admit(caller.key, answers=chat.n or 1)
         try:
-            answer = await unless_gone(request.receive, self._prepare(chat, caller, ticket))
+            answer = await unless_gone(disconnected(request.receive), self._prepare(chat, caller, ticket))
             headers = self._admission.headers(caller.key)
             if chat.stream:
                 return EventStream(
                     answer.chunks(), headers=headers, on_end=lambda: self._settle(ticket, answer, caller)
                 )
-            completion = await unless_gone(request.receive, answer.completion())
+            completion = await unless_gone(disconnected(request.receive), answer.completion())
         except BaseException:
             ticket.close()
             raise

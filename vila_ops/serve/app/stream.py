@@ -16,10 +16,12 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of work for a client whose request has been received. Raises ClientGone, and ends the work, if the
-    client leaves first."""
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
+async def unless_gone(leaving: Coroutine[Any, Any, None], work: Coroutine[Any, Any, T]) -> T:
+    """The result of work for a client, where `leaving` returns when it has left.
+
+    Raises ClientGone, and ends the work, if the client leaves first.
+    """
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(leaving)
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
@@ -31,7 +33,8 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.gather(task, gone, return_exceptions=True)
 
 
-async def _disconnected(receive: Receive) -> None:
+async def disconnected(receive: Receive) -> None:
+    """Return when a client whose request has been received has left."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -53,7 +56,7 @@ class EventStream(Response):
         """Send the stream until it ends or the client leaves."""
         try:
             with suppress(ClientGone):
-                await unless_gone(receive, self._send(send))
+                await unless_gone(disconnected(receive), self._send(send))
         finally:
             self._on_end()
 

@@ -9,14 +9,14 @@ import asyncio
 import json
 import logging
 import uuid
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable
 
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from vila_ops.serve.app.errors import ApiError, ClientGone
 from vila_ops.serve.app.guard import REQUEST_ID
+from vila_ops.serve.app.stream import unless_gone
 from vila_ops.serve.router.keeper import Keeper
 from vila_ops.serve.router.outcome import ResponseOutcome
 from vila_ops.serve.router.request import Incoming, conversation_of, position_of
@@ -129,7 +129,7 @@ class Router:
         sender = _Sender(send, outcome)
         with self._keeper.using(track):
             try:
-                return await _unless_gone(request, self._respond_by(track, request, sender, final=final))
+                return await unless_gone(request.client_left(), self._respond_by(track, request, sender, final=final))
             except ReplicaLost as error:
                 log.warning("version %d at %s: %s", track.spec.version.version, track.url, error)
                 if final and not error.reached and request.replayable:
@@ -183,20 +183,6 @@ class _Sender:
         """End a stream with an error event."""
         event = b"\n\ndata: " + json.dumps(_lost().body()).encode() + b"\n\n"
         await self._send({"type": "http.response.body", "body": event})
-
-
-async def _unless_gone(request: Incoming, work: Coroutine[Any, Any, bool]) -> bool:
-    """The result of work for a request. Raises ClientGone, and ends the work, if the client leaves first."""
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(request.client_left())
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientGone
-    finally:
-        for one in (task, gone):
-            one.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
 
 
 def _unavailable() -> ApiError:

@@ -11,6 +11,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope
 
 from vila_ops.serve.app.errors import ApiError, ClientGone
+from vila_ops.serve.app.stream import disconnected
 
 CHAT = "/v1/chat/completions"
 MIB = 2**20
@@ -74,8 +75,7 @@ class Incoming:
         """Return when the client has left after its upload."""
         if self._more:
             await self._uploaded.wait()
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+        await disconnected(self._receive)
 
     async def _arriving(self, *, keep: bool = True) -> AsyncIterator[bytes]:
         """The chunks that have not arrived yet. Raises ClientGone, and ApiError 408 for a slow upload."""
