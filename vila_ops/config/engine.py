@@ -21,7 +21,8 @@ class TorchEngine(Config):
     model's context. An endpoint keeps up to a quarter as many besides, of earlier prompts. None: 65536, or as many as
     `memory_share` leaves, but never fewer than the context."""
     memory_share: float = Field(default=0.5, gt=0, lt=1)
-    """Share of the memory that is free once the weights are loaded that keys and values may take."""
+    """Share of the memory that is free once the weights are loaded that keys, values and features of images may take;
+    of an endpoint, those of earlier prompts and images too."""
 
 
 Engine = Annotated[SerializeAsAny[TorchEngine], plugins("vila_ops.engines", TorchEngine)]

@@ -37,7 +37,7 @@ class EngineOptions:
     max_batch: int | None = None
     """Most requests that are decoded in one batch; None: the engine decides."""
     max_cached_images: int = 256
-    """Most images whose features stay in memory."""
+    """Most images whose features stay in memory; fewer where an eighth of the engine's memory holds no more."""
     prefill_tokens: int = 4096
     """Most tokens of prompts that are read between two tokens of the answers under way; fewer: shorter pauses."""
     keep_prefixes: bool = False

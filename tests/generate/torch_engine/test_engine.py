@@ -12,6 +12,7 @@ from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import Pretrained
 from vila_ops.artifacts.store import content
 from vila_ops.config import Model, Resources
+from vila_ops.config.engine import TorchEngine
 from vila_ops.config.images import Webp
 from vila_ops.data.images import square
 from vila_ops.data.records import Image
@@ -26,6 +27,7 @@ from vila_ops.generate.engine import (
 from vila_ops.generate.request import Delta, Output, Prompt, Sampling
 from vila_ops.generate.torch_engine import engine as torch_engine
 from vila_ops.generate.torch_engine.engine import InProcessEngine
+from vila_ops.generate.torch_engine.image_features import RecentFeatures, SaltedImage
 from vila_ops.generate.torch_engine.loaded_model import read_model
 from vila_ops.model import folder as model_folder
 from vila_ops.model.assemble import assemble
@@ -204,20 +206,36 @@ def test_what_does_not_fit_is_refused(engine: InProcessEngine) -> None:
     assert generate_all(engine, [], greedy(engine, 4)) == []
 
 
-def test_keys_and_values_take_a_share_of_the_free_memory(
-    engine: InProcessEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_keys_values_and_features_take_a_share_of_the_free_memory(
+    sealed: tuple[Pretrained, Path], tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    loaded = engine.loaded
-    text = loaded.model.config.text_config
+    folder = content(sealed[0])
+
+    def opened(free: int) -> tuple[InProcessEngine, RecentFeatures]:
+        monkeypatch.setattr(torch_engine, "free_bytes", lambda _: free)
+        made = torch_engine.open_engine(TorchEngine(), folder, EngineOptions(device="cpu", keep_prefixes=True))
+        assert isinstance(made, InProcessEngine)
+        assert isinstance(made.loaded.features, RecentFeatures)
+        return made, made.loaded.features
+
+    engine, features = opened(2**50)
+    assert engine.scheduler.cache.max_tokens == torch_engine.CACHE_TOKENS
+    assert features.max_images == EngineOptions.max_cached_images
+    png = next((tiny / "pairs").glob("*.png")).read_bytes()
+    shown = square(png, size=engine.image_size, fit=engine.image_aspect_ratio, encoding=Webp())
+    image = features.first([SaltedImage(shown, "")])[0].untyped_storage().nbytes()
+    text = engine.loaded.model.config.text_config
     one = 4 * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim  # keys and values in fp32
-    monkeypatch.setattr(torch_engine, "free_bytes", lambda _: 10_000 * one)
-    assert torch_engine.tokens_in(loaded, share=0.5) == 4000
-    monkeypatch.setattr(torch_engine, "free_bytes", lambda _: 2**50)
-    assert torch_engine.tokens_in(loaded, share=0.5) == torch_engine.CACHE_TOKENS
-    assert "more than the share" not in caplog.text
-    monkeypatch.setattr(torch_engine, "free_bytes", lambda _: 10 * one)
-    assert torch_engine.tokens_in(loaded, share=0.5) == loaded.context_length
-    assert "more than the share 0.5" in caplog.text
+
+    half = 8000 * one + 500 * image
+    engine, features = opened(2 * half)
+    tokens, kept = engine.scheduler.cache.max_tokens, engine.scheduler.prefixes.max_tokens
+    images = features.max_images + 2 * tokens / engine.tokenizer.image_tokens  # kept, of rows, and ahead of them
+    assert 0.9 * half < (tokens + kept) * one + images * image <= half
+    assert 0 < features.max_images * image <= half / 8
+    assert "more than the" not in caplog.text
+    assert opened(10 * one)[0].scheduler.cache.max_tokens == engine.context_length
+    assert "more than the 0 MiB of memory_share" in caplog.text
 
 
 def test_requests_of_one_batch_have_their_own_sampling(engine: InProcessEngine, prompts: list[Prompt]) -> None:

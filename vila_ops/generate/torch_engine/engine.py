@@ -17,6 +17,7 @@ from vila_ops.device import free_bytes
 from vila_ops.generate.engine import Engine, EngineOptions, ScoringItem
 from vila_ops.generate.request import Delta, Loglikelihood, Prompt, Sampling
 from vila_ops.generate.torch_engine.grammar import Grammars
+from vila_ops.generate.torch_engine.image_features import RecentFeatures
 from vila_ops.generate.torch_engine.loaded_model import LoadedModel, read_model
 from vila_ops.generate.torch_engine.request_state import GenerationRequest
 from vila_ops.generate.torch_engine.scheduler import SLOTS, Scheduler
@@ -26,6 +27,8 @@ CACHE_TOKENS = 65_536
 """Most positions of the key-value cache, unless the config has another number or the context is longer."""
 KEPT_SHARE = 0.25
 """Tokens of earlier prompts that are kept, for each position of the key-value cache."""
+IMAGES_SHARE = 0.125
+"""Share of the engine's memory for features of earlier images."""
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -34,28 +37,40 @@ log = logging.getLogger(__name__)
 def open_engine(config: TorchEngine, folder: Path, options: EngineOptions) -> Engine:
     """Load a model folder. Raises CorruptArtifact or ValueError with what is wrong with it or with the config."""
     loaded = read_model(folder, options)
+    memory = int(config.memory_share * free_bytes(loaded.device))
+    memory -= _bounded_features(loaded, memory)
     return InProcessEngine(
         loaded,
         max_batch=options.max_batch,
-        cache_tokens=config.cache_tokens or tokens_in(loaded, share=config.memory_share),
+        cache_tokens=config.cache_tokens or tokens_in(loaded, memory),
         prefill_tokens=options.prefill_tokens,
         keep_prefixes=options.keep_prefixes,
     )
 
 
-def tokens_in(loaded: LoadedModel, *, share: float) -> int:
-    """Most positions of the key-value cache by default: what fits into a share of the free memory, at least a context.
+def tokens_in(loaded: LoadedModel, memory: int) -> int:
+    """Most positions of the key-value cache by default: what fits into so many bytes, at least a context.
 
-    The share holds what is kept of earlier prompts, too.
+    The bytes hold what is kept of earlier prompts, too, and the features of images that are not read yet: those of
+    rows, which have the positions of an image each, and as many that are computed ahead.
     """
-    free, size = free_bytes(loaded.device), loaded.token_bytes
-    fitting = int(share * free / (size * (1 + KEPT_SHARE)))
-    if fitting < loaded.context_length:
+    features = 2 * loaded.image_bytes / loaded.tokenizer.image_tokens
+    size = loaded.token_bytes * (1 + KEPT_SHARE) + features
+    if memory < loaded.context_length * size:
         log.warning(
-            "one request of the whole context takes %d MiB, more than the share %g of the %d MiB that are free",
-            loaded.context_length * size >> 20, share, free >> 20,
+            "one request of the whole context takes %d MiB, more than the %d MiB of memory_share",
+            int(loaded.context_length * size) >> 20, memory >> 20,
         )  # fmt: skip
-    return max(loaded.context_length, min(CACHE_TOKENS, fitting))
+    return max(loaded.context_length, min(CACHE_TOKENS, int(memory / size)))
+
+
+def _bounded_features(loaded: LoadedModel, memory: int) -> int:
+    """Bound the features of earlier images to their share of so many bytes, and return what they may take."""
+    if not isinstance(loaded.features, RecentFeatures):
+        return 0
+    most = int(IMAGES_SHARE * memory) // loaded.image_bytes
+    loaded.features.max_images = min(loaded.features.max_images, most)
+    return loaded.features.max_images * loaded.image_bytes
 
 
 class InProcessEngine:

@@ -82,7 +82,8 @@ class RecentFeatures:
     def _compute(self, square: NDArray[np.uint8]) -> Tensor:
         self.num_computed += 1
         device = next(self.model.model.vision_tower.parameters()).device
-        return self.model.tower_features(self.pixels.values(torch.tensor(square)[None].to(device)))[0]
+        features = self.model.tower_features(self.pixels.values(torch.tensor(square)[None].to(device)))[0]
+        return features.clone()  # else all that the tower computed of the image would stay in memory
 
 
 def _key(square: NDArray[np.uint8], salt: str) -> bytes:

@@ -58,6 +58,13 @@ class LoadedModel:
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return int(2 * text.num_hidden_layers * heads * size * self.model.lm_head.weight.element_size())
 
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of the tower's features of one image, with those of a class token, which some towers have."""
+        tower = self.model.model.vision_tower
+        values = (self.model.config.grid() ** 2 + 1) * tower.config.hidden_size
+        return int(values * next(tower.parameters()).element_size())
+
     def embed(self, input_ids: Tensor, images: Sequence[bytes]) -> Tensor:
         """Embeddings (B, T, D) of ids (B, T), image positions filled with the images of all rows in their order."""
         return self.model.embed(input_ids, self.features(images).to(self.device) if images else None)
