@@ -164,7 +164,7 @@ def test_tokens_of_a_key_are_counted_and_what_was_not_used_is_given_back(
 
 
 def test_one_key_leaves_places_to_others(keys: Path) -> None:
-    admission = Admission(RequestLimits(max_waiting=8), Metrics(model=MODEL, replica=""), max_batch=8)
+    admission = Admission(RequestLimits(max_waiting=8), Metrics(model=MODEL, version=1, replica=""), max_batch=8)
     for _ in range(2):
         made(keys)
     first, second = read_keys(keys)

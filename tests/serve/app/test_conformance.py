@@ -203,12 +203,21 @@ def test_state_and_metrics(client: openai.OpenAI, url: str, scripted: ScriptedEn
     assert http().get(f"{url}/ready").json() == {"status": "ready"}
     assert http().get(f"{url}/version").json()["model"] == MODEL
     metrics = http().get(f"{url}/metrics").text
-    labels = f'{{model_name="{MODEL}",replica="1"}}'
+    labels = f'{{model_name="{MODEL}",model_version="1",replica="1"}}'
     assert f"vllm:generation_tokens_total{labels} {2 * tokens}.0" in metrics
     assert f"vllm:time_to_first_token_seconds_count{labels} 1.0" in metrics
     assert f"vila:answers_under_way{labels} 0.0" in metrics
     schema = http().get(f"{url}/openapi.json").json()
     assert "temperature" in schema["components"]["schemas"]["ChatRequest"]["properties"]
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/v1/models", "/version", "/"])
+def test_head_has_the_headers_of_get_and_no_body(url: str, path: str) -> None:
+    """Monitors and load balancers ask so (public reports: vmware-archive/healthcheck#29, pocketbase#4310)."""
+    head, get = http().head(url + path), http().get(url + path)
+    assert (head.status_code, head.content) == (200, b"")
+    for name in ("content-type", "content-length"):
+        assert head.headers[name] == get.headers[name]
 
 
 def test_a_request_has_an_id_of_the_clients_or_a_new_one(url: str) -> None:

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from vila_ops.artifacts.kinds import Checkpoint, ModelVersion
 from vila_ops.config import CanaryRules, Resources, Service
 from vila_ops.serve.backends.http_protocol import options
+from vila_ops.serve.backends.local_process import LocalProcess
 from vila_ops.serve.router.app import Router
 from vila_ops.serve.router.state import Canary, Register, ServiceState, Track
 from vila_ops.serve.spec import Spec
@@ -78,8 +79,16 @@ def completion(text: str) -> dict[str, Any]:
 
 async def answer(send: Send, status: int, body: dict[str, Any]) -> None:
     """Send JSON."""
-    data = json.dumps(body).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
+    await _send_whole(send, status, json.dumps(body).encode(), b"application/json")
+
+
+async def plain(send: Send, status: int, text: bytes) -> None:
+    """Send text."""
+    await _send_whole(send, status, text, b"text/plain; charset=utf-8")
+
+
+async def _send_whole(send: Send, status: int, data: bytes, kind: bytes) -> None:
+    headers = [(b"content-type", kind), (b"content-length", str(len(data)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": data})
 
@@ -94,7 +103,8 @@ class Setting:
         self.register = Register(str(folder / "register"))
         self.register.change(lambda _: ServiceState(stable=self.tracks[0]))
         self.stopped: list[Track] = []
-        self.url = stack.enter_context(listening(Router(self.register, self.stopped.append), proxy_headers=False))
+        router = Router(self.register, self.stopped.append, LocalProcess("tiny", Resources(launch="inline")).metrics)
+        self.url = stack.enter_context(listening(router, proxy_headers=False))
 
     def track(self, number: int, url: str) -> Track:
         checkpoint = Checkpoint(uri="s3://b/c", digest=f"digest-{number}", parents=(), stage="sft", step=1)

@@ -9,10 +9,12 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import Scope, Send
 
 from tests.serve.app.live import http, wait_until
-from tests.serve.router.conftest import Setting, answer, completion
+from tests.serve.router.conftest import Setting, answer, completion, plain
+from vila_ops.serve.app.metrics import Metrics
 
 ANN = {"Authorization": "Bearer ann"}
 
@@ -176,6 +178,79 @@ def test_a_retired_track_ends_when_its_last_stream_has_ended(setting: Setting) -
         assert [line for line in lines if line] == ["data: [DONE]"]
     wait_until(lambda: setting.stopped == [old])
     wait_until(lambda: setting.register.load().retired == ())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_error_of_serves_proxy_becomes_one_of_openai_s_form(setting: Setting, stream: bool) -> None:
+    """The proxy answers so, as plain text, when it loses the only replica before it has answered."""
+
+    async def lost(scope: Scope, body: bytes, send: Send) -> None:
+        await plain(send, 500, b"Internal Server Error")
+
+    setting.stable.respond = lost
+    response = ask(setting, "hello", stream=stream)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "no_replica")
+    assert response.headers["x-request-id"]
+
+
+def test_one_scrape_has_the_counters_of_all_replicas(setting: Setting) -> None:
+    counted = [Metrics(model="tiny", version=number, replica=f"replica-{number}") for number in (1, 2)]
+    for metrics, tokens in zip(counted, (3, 4), strict=True):
+        metrics.generation_tokens.inc(tokens)
+        metrics.whole.observe(0.3)
+
+    async def show(scope: Scope, body: bytes, send: Send) -> None:
+        assert dict(scope["headers"])[b"authorization"] == b"Bearer ann"
+        await plain(send, 200, counted[scope["server"][1] == httpx.URL(setting.urls[1]).port].text())
+
+    setting.stable.respond = setting.canary.respond = show
+    setting.start_canary()
+    response = http().get(f"{setting.url}/metrics", headers=ANN)
+    families = list(text_string_to_metric_families(response.text))
+    assert len({family.name for family in families}) == len(families), "Prometheus wants a family in one place"
+    samples = {
+        (sample.name, sample.labels["model_version"], sample.labels["replica"]): sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name.endswith(("_total", "_count"))
+    }
+    for name, values in {
+        "vllm:generation_tokens_total": (3, 4),
+        "vllm:e2e_request_latency_seconds_count": (1, 1),
+    }.items():
+        assert (samples[name, "1", "replica-1"], samples[name, "2", "replica-2"]) == values
+
+    setting.register.change(lambda state: state.with_changes({"canary": None}))
+    wait_until(lambda: "replica-2" not in http().get(f"{setting.url}/metrics", headers=ANN).text)
+
+
+def test_metrics_are_shown_to_those_to_whom_a_replica_shows_them(setting: Setting) -> None:
+    async def refuse(scope: Scope, body: bytes, send: Send) -> None:
+        await answer(send, 403, {"error": {"code": "missing_scope"}})
+
+    setting.stable.respond = refuse
+    setting.start_canary()
+    response = http().get(f"{setting.url}/metrics", headers=ANN)
+    assert (response.status_code, response.json()["error"]["code"]) == (403, "missing_scope")
+    assert setting.canary.headers == []
+
+
+def test_a_track_without_an_answer_has_no_metrics(setting: Setting) -> None:
+    async def show(scope: Scope, body: bytes, send: Send) -> None:
+        await plain(send, 200, Metrics(model="tiny", version=1, replica="replica-1").text())
+
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    setting.stable.respond = show
+    setting.tracks[1] = setting.track(2, f"http://127.0.0.1:{port}")
+    setting.start_canary()
+    assert 'replica="replica-1"' in http().get(f"{setting.url}/metrics", headers=ANN).text
+
+
+def test_head_is_passed_on_with_the_length_of_the_body_that_is_not_sent(setting: Setting) -> None:
+    response = http().head(f"{setting.url}/health")
+    assert (response.status_code, response.content) == (200, b"")
+    assert response.headers["content-length"] == http().get(f"{setting.url}/health").headers["content-length"]
 
 
 def test_a_service_without_a_replica_answers_503_in_openai_s_form(setting: Setting) -> None:

@@ -83,8 +83,12 @@ class Guard:
             self._record(scope, caller, status, time.monotonic() - started)
 
     async def _pass_on(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
-        """The answer of the app, or a neutral one if it fails before it answers."""
+        """The answer of the app, or a neutral one if it fails before it answers.
+
+        HEAD, with which monitors ask, gets the headers of GET; the server sends no body.
+        """
         started = False
+        asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
 
         async def noting(message: Message) -> None:
             nonlocal started
@@ -92,7 +96,7 @@ class Guard:
             await send(message)
 
         try:
-            await self._app(scope, receive, noting)
+            await self._app(asked, receive, noting)
         except Exception:
             if started:
                 raise

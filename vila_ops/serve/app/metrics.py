@@ -10,11 +10,11 @@ TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 
 
 class Metrics:
-    """The counters; every sample has the labels `model_name` and `replica`."""
+    """The counters; every sample has the labels `model_name`, `model_version` and `replica`."""
 
-    def __init__(self, *, model: str, replica: str) -> None:
+    def __init__(self, *, model: str, version: int, replica: str) -> None:
         self._registry = CollectorRegistry()
-        self._labels = {"model_name": model, "replica": replica}
+        self._labels = {"model_name": model, "model_version": str(version), "replica": replica}
         self.first_token = self._histogram("vllm:time_to_first_token_seconds", "From request to first token", SECONDS)
         self.between_tokens = self._histogram("vllm:inter_token_latency_seconds", "Between tokens", TOKEN_SECONDS)
         self.whole = self._histogram("vllm:e2e_request_latency_seconds", "From request to end of answer", SECONDS)

@@ -35,7 +35,8 @@ Json = dict[str, Any]
 
 def create_app(spec: Spec, engine: Engine, *, replica: Json) -> FastAPI:
     """The app of one replica; /health shows `replica`. The app closes the engine when it shuts down."""
-    metrics = Metrics(model=spec.version.name, replica=str(replica.get("replica_id", replica.get("pid", ""))))
+    name = str(replica.get("replica_id", replica.get("pid", "")))
+    metrics = Metrics(model=spec.version.name, version=spec.version.version, replica=name)
     host = str(replica.get("host", "local"))
     audit = audit_log(spec.capacity, spec.version, service=spec.service.name, host=host)
     media = Media(_decoder_settings(spec, engine), spec.capacity.limits, spec.capacity.remote_images)
@@ -59,6 +60,7 @@ def create_app(spec: Spec, engine: Engine, *, replica: Json) -> FastAPI:
         redirect_slashes=False,
         middleware=_middleware(spec, audit, metrics),
     )
+    app.state.metrics = metrics
     for kind, handler in ((ApiError, _api_error), (HTTPException, _http_error), (ClientGone, _client_gone)):
         app.add_exception_handler(kind, handler)
     _add_chat(app, Chat(spec, engine, media, metrics, samples))

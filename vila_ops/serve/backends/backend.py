@@ -3,9 +3,12 @@
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+from vila_ops.serve.router.scrape import Headers
 from vila_ops.serve.router.state import Register, Track
 from vila_ops.serve.spec import Spec
 
+METRICS_SECONDS = 5.0
+"""How long the replicas of a track may take to show what they count."""
 START_SECONDS = 300.0
 """How long a new replica may take until it answers."""
 
@@ -39,6 +42,9 @@ class ServiceBackend(Protocol):
 
     def state(self, track: Track) -> str:
         """The state or the last output of a track, for a person."""
+
+    def metrics(self, track: Track, headers: Headers) -> list[bytes]:
+        """What /metrics of each replica of a track says to a request with these headers. Raises OSError for none."""
 
     def stop(self, track: Track) -> None:
         """End a track; one that does not run is fine."""

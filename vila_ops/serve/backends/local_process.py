@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 from pydantic import ValidationError
 
@@ -20,6 +21,8 @@ from vila_ops import __version__
 from vila_ops.config import Config, Resources, fingerprint
 from vila_ops.errors import CorruptArtifact
 from vila_ops.processes import ProcessId, spawn, stop
+from vila_ops.serve.backends.backend import METRICS_SECONDS
+from vila_ops.serve.router.scrape import Headers
 from vila_ops.serve.router.state import Register, Track
 from vila_ops.serve.spec import Spec
 
@@ -164,6 +167,14 @@ class LocalProcess:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - TAIL_BYTES))
             return file.read().decode(errors="replace")
+
+    def metrics(self, track: Track, headers: Headers) -> list[bytes]:
+        """As in `ServiceBackend`: of the one replica, which checks the key of the request."""
+        try:
+            sent = httpx.get(f"{track.url}/metrics", headers=list(headers), timeout=METRICS_SECONDS, trust_env=False)
+            return [sent.raise_for_status().content]
+        except httpx.HTTPError as error:
+            raise OSError(f"{error!r}") from error
 
     def stop(self, track: Track) -> None:
         """As in `ServiceBackend`. Raises TimeoutError."""

@@ -23,7 +23,7 @@ def main() -> None:
     name, resources, host, port = sys.argv[1:]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     backend = LocalProcess(name, Resources.model_validate_json(resources))
-    router = Router(backend.register, backend.stop)
+    router = Router(backend.register, backend.stop, backend.metrics)
     uvicorn.run(
         router,
         host=host,

@@ -3,6 +3,7 @@
 Light at import: a service that already serves the spec is left alone without Ray.
 """
 
+import logging
 import secrets
 import time
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -15,6 +16,8 @@ from vila_ops.artifacts.store import root_of
 from vila_ops.cluster import connect, device_on, gpu_options, take_own_gpu
 from vila_ops.config import Resources, fingerprint
 from vila_ops.device import Device
+from vila_ops.serve.backends.backend import METRICS_SECONDS
+from vila_ops.serve.router.scrape import Headers
 from vila_ops.serve.router.state import Register, Track
 from vila_ops.serve.spec import Spec
 
@@ -38,6 +41,8 @@ CONTROLLER_ENV = {
 """Serve's controller kills a proxy after three checks of 5 s by default; on a busy machine it may still import then.
 The proxies, which it starts, inherit these variables."""
 
+log = logging.getLogger(__name__)
+
 
 class Replica:
     """One process with the weights; Ray Serve sends HTTP to the app that it builds."""
@@ -55,10 +60,16 @@ class Replica:
             "actor_id": context.get_actor_id(),
             "replica_id": serve.get_replica_context().replica_id.unique_id,
         }
-        self.loaded = _Below(prefix, load_app(Spec.model_validate_json(spec), device, replica=replica))
+        app = load_app(Spec.model_validate_json(spec), device, replica=replica)
+        self._app, self._metrics = Below(prefix, app), app.state.metrics
 
     def __serve_build_asgi_app__(self) -> Any:
-        return self.loaded
+        return self._app
+
+    def counted(self) -> bytes:
+        """What /metrics of this replica shows; Serve's proxy would ask any of them."""
+        text: bytes = self._metrics.text()
+        return text
 
 
 class RouterReplica:
@@ -72,13 +83,14 @@ class RouterReplica:
         given = Resources.model_validate_json(resources)
         address = ray.get_runtime_context().gcs_address  # as this process is connected, so that it stays so
         here = given.with_changes({"ray_address": address})
-        self.router = Router(RayServe(name, given).register, RayServe(name, here).stop)
+        backend = RayServe(name, here)
+        self.router = Router(RayServe(name, given).register, backend.stop, backend.metrics)
 
     def __serve_build_asgi_app__(self) -> Any:
         return self.router
 
 
-class _Below:
+class Below:
     """An app whose routes Serve's proxy has below a prefix, which the app does not know."""
 
     def __init__(self, prefix: str, app: "ASGIApp") -> None:
@@ -176,6 +188,22 @@ class RayServe:
             return f"no application {track.application!r}"
         states = [f"{key}: {state.status.value} {state.message}" for key, state in application.deployments.items()]
         return "\n".join([f"{application.status.value} {application.message}", *states])
+
+    def metrics(self, track: Track, headers: Headers) -> list[bytes]:
+        """As in `ServiceBackend`, once the track itself has answered a request with these headers."""
+        from ray import serve
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
+
+        connect(self.resources)
+        try:
+            asked = serve.get_app_handle(str(track.application)).broadcast("counted")
+            answers = asked.results(timeout_s=METRICS_SECONDS, return_exceptions=True)
+        except (RayError, RayServeException) as error:
+            raise OSError(f"{error!r}") from error
+        for failed in (one for one in answers if isinstance(one, BaseException)):
+            log.warning("a replica of %s shows no metrics: %r", track.application, failed)
+        return [text for text in answers if isinstance(text, bytes)]
 
     def stop(self, track: Track) -> None:
         """As in `ServiceBackend`."""

@@ -2,7 +2,8 @@
 
 Requests go to the stable track, and a share of the conversations to the canary. What fails on the canary before it
 streams is sent to the stable track. A stream that breaks off ends with an error event. The keys, limits and answers are
-those of the replicas; the router reads bodies and responses only while there is a canary.
+those of the replicas; the router reads bodies and responses only while there is a canary. `/metrics` shows what all
+replicas of all tracks count, to those to whom the stable track shows its own.
 """
 
 import asyncio
@@ -20,6 +21,7 @@ from vila_ops.serve.app.stream import unless_gone
 from vila_ops.serve.router.keeper import Keeper
 from vila_ops.serve.router.outcome import ResponseOutcome
 from vila_ops.serve.router.request import Incoming, conversation_of, position_of
+from vila_ops.serve.router.scrape import MetricsOf, scrape
 from vila_ops.serve.router.state import Register, Track
 from vila_ops.serve.router.upstream import ReplicaLost, Reply, Upstream
 from vila_ops.serve.router.watch import CanaryWatch
@@ -33,9 +35,10 @@ log = logging.getLogger(__name__)
 class Router:
     """Passes requests on."""
 
-    def __init__(self, register: Register, stop: Callable[[Track], None]) -> None:
+    def __init__(self, register: Register, stop: Callable[[Track], None], metrics: MetricsOf) -> None:
         self._keeper = Keeper(register, stop)
         self._upstream = Upstream()
+        self._metrics = metrics
         self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -60,9 +63,7 @@ class Router:
         seconds = UPLOAD_SECONDS if stable is None else stable.spec.capacity.limits.upload_seconds
         request = Incoming(scope, receive, upload_seconds=seconds)
         try:
-            if stable is None:
-                raise _unavailable()
-            await self._route(request, stable, send)
+            await self._route(request, send)
         except ClientGone:
             pass
         except ApiError as error:
@@ -70,53 +71,57 @@ class Router:
             headers = {**error.headers, "x-request-id": stated if REQUEST_ID.fullmatch(stated) else uuid.uuid4().hex}
             await JSONResponse(error.body(), error.status, headers)(scope, receive, send)
 
-    async def _route(self, request: Incoming, stable: Track, send: Send) -> None:
+    async def _route(self, request: Incoming, send: Send) -> None:
         """Answer a request by the canary or by the stable track. Raises ApiError, and ClientGone."""
         canary, watch = self._keeper.canary, self._keeper.watch
         if canary is None or watch is None or not request.is_chat():
-            await self._by_stable(request, stable, send, ResponseOutcome(read=False))
+            await self._by_stable(request, send, ResponseOutcome(read=False))
             return
         limits, service = canary.track.spec.capacity.limits, canary.track.spec.service
         size = min(request.stated_length() or service.max_body_bytes, service.max_body_bytes)
         if self._held + size > limits.held_bytes:
-            await self._by_stable(request, stable, send, ResponseOutcome(read=False))
+            await self._by_stable(request, send, ResponseOutcome(read=False))
             return
         self._held += size
         try:
             body = await request.read_whole(most=service.max_body_bytes)
             conversation = None if body is None else await conversation_of(body, request.headers)
             if conversation is None:
-                await self._by_stable(request, stable, send, ResponseOutcome(read=False))
+                await self._by_stable(request, send, ResponseOutcome(read=False))
             else:
-                await self._by_share(request, watch, stable, send, position=position_of(conversation, canary.salt))
+                await self._by_share(request, watch, send, position=position_of(conversation, canary.salt))
         finally:
             self._held -= size
 
-    async def _by_share(
-        self, request: Incoming, watch: CanaryWatch, stable: Track, send: Send, *, position: int
-    ) -> None:
+    async def _by_share(self, request: Incoming, watch: CanaryWatch, send: Send, *, position: int) -> None:
         """Answer by the track of a conversation, and note what comes of it."""
         canary, counts = watch.canary, watch.first(position)
         chosen = position < canary.rules.share * POSITIONS
         outcome = ResponseOutcome(read=counts)
         try:
             if not chosen:
-                await self._by_stable(request, stable, send, outcome)
+                await self._by_stable(request, send, outcome)
                 return
             served = await self._pass_on(canary.track, request, send, outcome, final=False)
         finally:
             watch.responded(outcome, canary=chosen, counts=counts)
         if not served:
-            await self._by_stable(request, stable, send, ResponseOutcome(read=False))
+            await self._by_stable(request, send, ResponseOutcome(read=False))
 
-    async def _by_stable(self, request: Incoming, track: Track, send: Send, outcome: ResponseOutcome) -> None:
-        """Answer by the stable track, or by the one that has just taken its place. Raises ApiError."""
+    async def _by_stable(self, request: Incoming, send: Send, outcome: ResponseOutcome) -> None:
+        """Answer by the track that is stable now, or by the one that has just taken its place. Raises ApiError."""
+        track = self._stable()
         if await self._pass_on(track, request, send, outcome, final=True):
             return
         await asyncio.to_thread(self._keeper.refresh)
-        now = self._keeper.stable
-        if now is None or not await self._pass_on(now, request, send, outcome, final=True):
+        if not await self._pass_on(self._stable(), request, send, outcome, final=True):
             raise _unavailable()
+
+    def _stable(self) -> Track:
+        """The stable track. Raises ApiError 503 without one."""
+        if self._keeper.stable is None:
+            raise _unavailable()
+        return self._keeper.stable
 
     async def _pass_on(
         self, track: Track, request: Incoming, send: Send, outcome: ResponseOutcome, *, final: bool
@@ -152,6 +157,11 @@ class Router:
             if reply.status >= 500 and not final:
                 sender.outcome.answered(reply.status)
                 return False
+            if reply.status >= 500 and not reply.is_json():  # of Ray Serve's proxy, which lost the replica
+                sender.outcome.answered(reply.status)
+                raise _unavailable()
+            if reply.status == 200 and request.is_for_metrics():
+                reply.content = await scrape(self._keeper.tracks, request.upstream_headers(), self._metrics)
             await sender.send_all(reply)
             return True
 
@@ -167,8 +177,10 @@ class _Sender:
         self.outcome.answered(reply.status)
         if isinstance(reply.content, bytes):
             self.outcome.whole(reply.content)
-            length = [(b"content-length", str(len(reply.content)).encode())]
-            headers = [one for one in reply.headers if one[0].lower() != b"content-length"] + length
+            headers = reply.headers
+            if reply.content:  # without, it may be the answer to HEAD, which has the length of that to GET
+                length = [(b"content-length", str(len(reply.content)).encode())]
+                headers = [one for one in headers if one[0].lower() != b"content-length"] + length
             await self._send({"type": "http.response.start", "status": reply.status, "headers": headers})
             await self._send({"type": "http.response.body", "body": reply.content})
             return

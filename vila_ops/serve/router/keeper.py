@@ -43,6 +43,11 @@ class Keeper:
         return self._state.stable
 
     @property
+    def tracks(self) -> tuple[Track, ...]:
+        """Every track that has requests or may get some."""
+        return tuple(track for track in self._state.tracks() if track != self._state.starting)
+
+    @property
     def canary(self) -> Canary | None:
         """The canary, unless it has to be taken back."""
         return self._state.canary if self.watch is not None and self.watch.verdict is None else None

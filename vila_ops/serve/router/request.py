@@ -46,6 +46,10 @@ class Incoming:
         """Whether it asks for a chat completion."""
         return (self.scope["method"], self.scope["path"]) == ("POST", CHAT)
 
+    def is_for_metrics(self) -> bool:
+        """Whether it asks for what replicas count."""
+        return (self.scope["method"], self.scope["path"]) == ("GET", "/metrics")
+
     def upstream_headers(self) -> list[tuple[bytes, bytes]]:
         """The headers to pass on, with the client's address."""
         kept = [(name, value) for name, value in self.scope["headers"] if name.lower() not in NOT_PASSED_ON]

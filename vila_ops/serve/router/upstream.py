@@ -36,6 +36,12 @@ class Reply:
     content: bytes | AsyncIterator[bytes]
     """Whole, or the chunks of a stream."""
 
+    def is_json(self) -> bool:
+        """Whether a replica of ours may have sent it: all its errors are JSON."""
+        return any(
+            name.lower() == b"content-type" and value.startswith(b"application/json") for name, value in self.headers
+        )
+
 
 class Upstream:
     """Connections to all tracks. For one event loop."""
