@@ -103,7 +103,8 @@ faults: setup ## Kill processes, damage data, test as on other processors; VILA_
 	  tests/data/download tests/data/test_images_fuzz.py tests/data/text/test_conversation.py \
 	  tests/eval/test_calibration.py tests/registry/test_alias_register.py tests/pipeline \
 	  tests/serve/app/test_limits.py tests/serve/router/test_sequential.py; \
-	$(BIN)/python tests/faults/processors.py
+	$(BIN)/python tests/faults/processors.py; \
+	VILA_BENCH_SMALL=1 VILA_BENCH_MINUTES=5 $(BIN)/python benchmarks/soak.py
 
 gpu: setup ## What a GPU can show, in parts of at most four minutes; VILA_BENCH_SMALL=1 runs them in small without one
 	@$(BIN)/python benchmarks/gpu.py $(PARTS)

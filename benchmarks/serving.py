@@ -25,7 +25,7 @@ from sklearn.datasets import load_sample_images
 
 from vila_ops.artifacts.kinds import Checkpoint, ModelVersion
 from vila_ops.artifacts.store import content
-from vila_ops.config import Resources, Service, load
+from vila_ops.config import Model, Resources, Service, load
 from vila_ops.model.assemble import assemble
 from vila_ops.serve.backends.local_process import free_port
 from vila_ops.serve.spec import Spec
@@ -78,6 +78,24 @@ def demo_version(root: Path, *, image_size: int = 56) -> ModelVersion:
     return ModelVersion(name="demo", version=1, checkpoint=checkpoint, promoted=True)
 
 
+def tiny_version(root: Path) -> ModelVersion:
+    """A random model that computes nearly nothing."""
+    model = Model.model_validate(
+        {
+            "vision_tower": {"kind": "random", "architecture": "clip"},
+            "projector": {"kind": "mlp_gelu"},
+            "language_model": {"kind": "random", "tokenizer": str(ROOT / "tests/tiny/tokenizer")},
+            "image_size": 56,
+            "patch_size": 14,
+        }
+    )
+    storage = {name: str(root / name) for name in ("store", "data", "cache")}
+    resources = Resources.model_validate({"launch": "inline", "device": "cpu", "storage": storage})
+    made = assemble(model, resources)
+    checkpoint = Checkpoint(uri=made.uri, digest=made.digest, parents=made.parents, stage="sft", step=0)
+    return ModelVersion(name="tiny", version=1, checkpoint=checkpoint, promoted=True)
+
+
 @contextmanager
 def our_server(version: ModelVersion, root: Path) -> Iterator[Server]:
     """Our inline server, with one thread."""
@@ -86,7 +104,7 @@ def our_server(version: ModelVersion, root: Path) -> Iterator[Server]:
     spec, port = Spec.of(Service(name="bench"), version, resources), free_port("127.0.0.1", 0)
     module = "vila_ops.serve.backends.local_server"
     command = [sys.executable, "-m", module, spec.model_dump_json(), "127.0.0.1", str(port)]
-    with _running(command, port, root / "ours.log") as url:
+    with running(command, port, root / "ours.log") as url:
         yield Server(url, version.name)
 
 
@@ -96,16 +114,16 @@ def transformers_server(version: ModelVersion, root: Path) -> Iterator[Server]:
     folder, port = str(content(version.checkpoint)), free_port("127.0.0.1", 0)
     command = [str(Path(sys.executable).parent / "transformers"), "serve", folder, "--device", "cpu"]
     command += ["--dtype", "float32", "--port", str(port)]
-    with _running(command, port, root / "transformers.log") as url:
+    with running(command, port, root / "transformers.log") as url:
         yield Server(url, folder)
 
 
 @contextmanager
-def _running(command: list[str], port: int, log: Path) -> Iterator[str]:
+def running(command: list[str], port: int, log: Path, *, env: dict[str, str] | None = None) -> Iterator[str]:
     """The URL of a server, which is ended afterwards."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", **(env or {})}
     with log.open("w") as out:
-        process = subprocess.Popen(command, env=env, stdout=out, stderr=out)
+        process = subprocess.Popen(command, env=variables, stdout=out, stderr=out)
     try:
         url = f"http://127.0.0.1:{port}"
         _wait(url, process, log)
