@@ -43,6 +43,8 @@ CLIENTS = 16
 BROKEN = ("does not load", "crashes", "answers wrongly", "slow", "leaks")
 HARD_SECONDS = 30.0
 """Within which a canary is taken back after a hard sign."""
+PATIENCE = 1200.0
+"""How long a replica may take to start, and an answer to end: a busy processor is no fault of a version."""
 REPLICA = Path(__file__).with_name("faulty_replica.py")
 
 
@@ -86,7 +88,7 @@ class Clients:
 
     async def _run(self) -> None:
         limits = httpx.Limits(max_connections=CLIENTS + 1)
-        async with httpx.AsyncClient(timeout=120, limits=limits, trust_env=False) as http:
+        async with httpx.AsyncClient(timeout=PATIENCE, limits=limits, trust_env=False) as http:
             await asyncio.gather(*(self._ask_on(http) for _ in range(CLIENTS)))
 
     async def _ask_on(self, http: httpx.AsyncClient) -> None:
@@ -136,7 +138,7 @@ def long_stream(url: str, *, seconds: float) -> Iterator[None]:
         begun = threading.Event()
 
         async def one() -> None:
-            async with httpx.AsyncClient(timeout=120, trust_env=False) as http:
+            async with httpx.AsyncClient(timeout=PATIENCE, trust_env=False) as http:
                 begun.set()
                 await client.ask(http, "a long question", tokens=tokens, stream=True)
 
@@ -211,10 +213,11 @@ def has_hard_sign(track: Track) -> bool:
 def changes(make_model: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Changes]:
     """A service with a golden question, whose processes end with the test."""
     monkeypatch.setattr(tracks, "LocalProcess", FaultyProcesses)
+    monkeypatch.setattr(tracks, "START_SECONDS", PATIENCE)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
     Pillow.new("RGB", (56, 56), "red").save(tmp_path / "red.png")
     golden = Golden(image=str(tmp_path / "red.png"), question="What is this?", answer="red circle")
-    service = Service(name="changed", golden=golden, max_new_tokens=2000, request_timeout_seconds=100)
+    service = Service(name="changed", golden=golden, max_new_tokens=2000, request_timeout_seconds=PATIENCE)
     serve = {"serve.port": 0, "serve.max_memory_bytes": 1200 * 2**20, "serve.canary.share": 0.3, "serve.max_batch": 64}
     resources = Resources(launch="inline").with_changes({"storage.store": str(tmp_path / "store"), **serve})
     sealed = assemble(make_model(seed=1), resources)
@@ -249,7 +252,7 @@ def test_changes_under_load_lose_no_request_and_cut_no_stream_of_the_stable_vers
 
 def wait_until_drained(changes: Changes) -> None:
     """Every version but the stable one ends by itself."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while changes.state().retired:
         assert time.monotonic() < deadline
         time.sleep(0.1)

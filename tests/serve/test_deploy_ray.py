@@ -1,116 +1,218 @@
-"""A service on a running Ray cluster outlives its deployer and is updated without a failed request."""
+"""A service on a running Ray cluster outlives its deployer and is changed without a failed request, behind its keys."""
 
+import json
+import os
+import signal
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 
-from tests.serve.app.live import wait_until
+from tests.registry.test_register import empty_database as empty_database
+from tests.serve.app.live import HELLO, MODEL, wait_until
+from tests.serve.app.test_access import ROUTES, key_id, made, status
+from tests.serve.commands import Commands, tiny_run
 from vila_ops.artifacts.kinds import ModelVersion
 from vila_ops.cluster import connect
 from vila_ops.config import Resources, Service
 from vila_ops.config.resources import ServeResources, StorageResources
+from vila_ops.config.serve import Access
+from vila_ops.generate.load import tokenizer_of
+from vila_ops.serve.app.keys import revoke_key
 from vila_ops.serve.backends.ray_serve import RayServe
+from vila_ops.serve.credentials import KEY_VARIABLE, authorization
 from vila_ops.serve.deploy import deploy, undeploy
+from vila_ops.serve.router.state import ServiceState
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-SERVICE = Service(name="tiny-ray", max_new_tokens=8, request_timeout_seconds=30)
+SERVICE = Service(name="tiny-ray", max_new_tokens=1000, request_timeout_seconds=120)
+RAY_ROUTES = ("/-/routes", "/-/", "/-/healthz/", "/%2d/routes", "/-/anything")
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A file of keys; the environment has one of them."""
+    path = tmp_path_factory.mktemp("keys") / "keys.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(KEY_VARIABLE, made(path))
+        yield path
 
 
 @pytest.fixture(scope="module")
 def resources(
-    ray_cluster: str, free_ports: Callable[[int], list[int]], tmp_path_factory: pytest.TempPathFactory
+    ray_cluster: str, keys: Path, free_ports: Callable[[int], list[int]], tmp_path_factory: pytest.TempPathFactory
 ) -> Resources:
     """Resources of a cluster of this test."""
-    own = ServeResources(port=free_ports(1)[0], cpus_per_replica=1)
+    own = ServeResources(port=free_ports(1)[0], cpus_per_replica=1, access=Access(key_file=str(keys)))
     storage = StorageResources(store=str(tmp_path_factory.mktemp("ray")))
-    return Resources(launch="ray", ray_address=ray_cluster, serve=own, storage=storage)
+    return Resources(launch="ray", ray_address=ray_cluster, device="cpu", serve=own, storage=storage)
 
 
-def query(url: str) -> openai.types.chat.ChatCompletion:
-    """The answer to one short request."""
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=1200)
-    return client.chat.completions.create(
-        model="tiny-vila", messages=[{"role": "user", "content": "Hello"}], max_tokens=2
-    )
+def query(url: str) -> str | None:
+    """The model that answers one short request."""
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key=os.environ[KEY_VARIABLE], max_retries=0, timeout=1200)
+    return client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=2).system_fingerprint
 
 
 def replica(url: str) -> dict[str, Any]:
     """What /health says about the replica."""
-    health: dict[str, Any] = httpx.get(f"{url}/health").json()
+    health: dict[str, Any] = httpx.get(f"{url}/health", headers=authorization()).json()
     return {**health["replica"], "model": health["model"]}
 
 
-def test_deploy_again_and_another_version_under_load(
+@contextmanager
+def clients(url: str, *, number: int = 2) -> Iterator[set[str | None]]:
+    """The models that answer clients during the body; no request of theirs fails."""
+    done, seen, failed = threading.Event(), set(), []
+
+    def keep_querying() -> None:
+        while not done.is_set():
+            try:
+                seen.add(query(url))
+            except openai.OpenAIError as error:
+                failed.append(error)
+            time.sleep(0.05)
+
+    with ThreadPoolExecutor() as threads:
+        for _ in range(number):
+            threads.submit(keep_querying)
+        try:
+            yield seen
+        finally:
+            done.set()
+    assert not failed
+
+
+def stop_tokens(version: ModelVersion) -> frozenset[int]:
+    """Tokens that end an answer."""
+    return tokenizer_of(version.checkpoint).stop_ids
+
+
+def state(resources: Resources) -> ServiceState:
+    """The register of the service."""
+    return RayServe(SERVICE.name, resources).register.load()
+
+
+def check_keys(url: str, keys: Path, below: str) -> None:
+    """Every route of the live port wants a valid key of its scope; of Serve's own, only the proxy's health is shown."""
+    good, other = os.environ[KEY_VARIABLE], made(keys, scope="metrics")
+    expired, revoked = made(keys, lifetime=timedelta(0)), made(keys)
+    revoke_key(keys, key_id(revoked))
+    routes = [*ROUTES, *((method, below + path) for method, path in ROUTES if path.startswith(("/v1", "/m", "/ver")))]
+    for method, path in routes:
+        own = path.startswith("/-/")
+        answers = {status(url, method, path, key) for key in (None, "x", expired, revoked)}
+        assert answers == {404 if own else 401}, path
+        route = path.removeprefix(below)
+        if route.startswith("/v1/"):
+            assert status(url, method, path, other) == 403, path
+        elif route in ("/metrics", "/%6detrics"):
+            assert (status(url, method, path, good), status(url, method, path, other)) == (403, 200), path
+    for path in RAY_ROUTES:
+        assert {status(url, "GET", path, key) for key in (None, good, other)} <= {401, 404}, path
+    assert httpx.get(f"{url}/-/healthz").text == "success"
+
+
+def check_metrics(url: str, keys: Path) -> None:
+    """One scrape shows the replicas of both versions."""
+    key = made(keys, scope="metrics")
+    text = httpx.get(f"{url}/metrics", headers={"Authorization": f"Bearer {key}"}).text
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    counted = [sample for sample in samples if sample.name == "vllm:generation_tokens_total"]
+    assert {sample.labels["model_version"] for sample in counted} == {"1", "2"}
+    assert len({sample.labels["replica"] for sample in counted}) == 2
+    assert all(sample.value > 0 for sample in counted), "both have answered the question with which they start"
+
+
+def check_lost_replica(url: str, tokens: dict[str, int]) -> None:
+    """What a killed replica answered ends in OpenAI's form, as a stream and as a whole."""
+    body = {"model": MODEL, "messages": HELLO, "max_tokens": 1000, "logit_bias": tokens}
+    pid, path = replica(url)["pid"], f"{url}/v1/chat/completions"
+    with ThreadPoolExecutor() as threads:
+        whole = threads.submit(httpx.post, path, json=body, headers=authorization(), timeout=300)
+        asked = {"json": {**body, "stream": True}, "headers": authorization(), "timeout": 300}
+        with httpx.stream("POST", path, **asked) as response:
+            lines = response.iter_lines()
+            assert next(lines).startswith("data: {")
+            os.kill(pid, signal.SIGKILL)
+            last = [line for line in lines if line][-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "replica_lost"
+    assert (whole.result().status_code, whole.result().json()["error"]["code"]) == (503, "no_replica")
+    assert whole.result().headers["x-request-id"]
+
+
+def test_a_service_is_deployed_updated_and_released_under_load(
     resources: Resources,
+    keys: Path,
     free_ports: Callable[[int], list[int]],
     versions: tuple[ModelVersion, ModelVersion],
     deploy_elsewhere: Callable[..., str],
+    empty_database: Path,
+    tmp_path: Path,
 ) -> None:
+    one, two = (version.checkpoint.digest for version in versions)
     url = deploy_elsewhere(SERVICE, versions[0], resources)
-    assert query(url).system_fingerprint == versions[0].checkpoint.digest
+    assert query(url) == one
     before = replica(url)
-    assert before["model"] == before["digest"] == versions[0].checkpoint.digest
+    assert before["model"] == before["digest"] == one
     assert psutil.pid_exists(before["pid"])
     assert len(before["node_id"]) == 56
     assert len(before["actor_id"]) == 32
 
     first = deploy(SERVICE, versions[0], resources)
-    assert (first.url, first.model) == (url, versions[0].checkpoint.digest)
+    assert (first.url, first.model) == (url, one)
     assert replica(url)["actor_id"] == before["actor_id"]
 
-    body = httpx.post(
-        f"{first.url}/v1/chat/completions",
-        content=b"{" + b" " * SERVICE.max_body_bytes,
-        headers={"Content-Type": "application/json"},
-    )
-    assert body.status_code == 413
-    assert httpx.get(f"{first.url}/v1/nothing").json()["error"]["type"] == "invalid_request_error"
+    headers = {"Content-Type": "application/json", **authorization()}
+    content = b"{" + b" " * SERVICE.max_body_bytes
+    assert httpx.post(f"{url}/v1/chat/completions", content=content, headers=headers).status_code == 413
+    assert httpx.get(f"{url}/v1/nothing", headers=headers).json()["error"]["type"] == "invalid_request_error"
+    stable = state(resources).stable
+    assert stable is not None
+    check_keys(url, keys, stable.url.removeprefix(url))
 
-    hidden = httpx.get(f"{first.url}/-/routes")
-    assert (hidden.status_code, hidden.json()["error"]["code"]) == (404, "not_found")
-    assert httpx.get(f"{first.url}/-/healthz").status_code == 200
-
-    done, seen, failed = threading.Event(), [], []
-
-    def keep_querying() -> None:
-        while not done.is_set():
-            try:
-                seen.append(query(first.url).system_fingerprint)
-            except openai.OpenAIError as error:
-                failed.append(error)
-            time.sleep(0.05)
-
-    with ExitStack() as stack:
-        clients = [threading.Thread(target=keep_querying) for _ in range(2)]
-        for one in clients:
-            one.start()
-            stack.callback(one.join)
-        stack.callback(done.set)
+    with clients(url) as seen:
         second = deploy(SERVICE, versions[1], resources)
-    assert not failed
-    assert set(seen) >= {versions[0].checkpoint.digest}
-    assert second.url == first.url
-    assert query(second.url).system_fingerprint == versions[1].checkpoint.digest
-    after = replica(second.url)
+    assert seen >= {one}
+    assert second.url == url
+    assert query(url) == two
+    after = replica(url)
     assert after["actor_id"] != before["actor_id"]
     wait_until(lambda: len(serve.status().applications) == 2)
+
+    commands = Commands(tmp_path, empty_database, versions, tiny_run(SERVICE, resources))
+    with clients(url) as seen:
+        canary = commands.said("canary", "--version", "1", "--share", "0.5")
+        assert canary == {"url": url, "model": one, "version": 1}
+        assert query(url) in (one, two)
+        check_metrics(url, keys)
+        assert commands.said("promote") == canary
+        assert query(url) == one
+        assert commands.said("rollback") == {"url": url, "model": two, "version": 2}
+    assert query(url) == two
+    assert seen == {one, two}
+    assert commands.aliases() == {"champion": 1}
+    wait_until(lambda: state(resources).tracks() == (state(resources).stable,))
 
     elsewhere = resources.with_changes({"serve.port": free_ports(1)[0]})
     with pytest.raises(ValueError, match="does not listen on"):
         deploy(SERVICE, versions[1], elsewhere)
-    assert replica(second.url)["actor_id"] == after["actor_id"]
+    check_lost_replica(url, {str(token): -100 for token in stop_tokens(versions[1])})
 
     undeploy(SERVICE, resources)
     undeploy(SERVICE, resources)
     connect(resources)
     assert not serve.status().applications
-    assert RayServe(SERVICE.name, resources).register.load().tracks() == ()
+    assert state(resources).tracks() == ()

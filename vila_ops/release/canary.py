@@ -57,9 +57,7 @@ def promote(service: Service, resources: Resources) -> Deployment:
     with backend.locked():
         state = backend.register.load()
         if state.canary is None:
-            last = state.rolled_back
-            why = f"; version {last.version} was rolled back at {last.at}: {last.reason}" if last else ""
-            raise ValueError(f"{service.name} has no canary{why}; start one with `vila-ops canary`")
+            raise ValueError(f"{service.name} has no canary{_last(state)}; start one with `vila-ops canary`")
         track = state.canary.track
         new = backend.register.change(lambda now: with_stable(now, track) if now.canary == state.canary else now)
         if new.stable != track:
@@ -92,8 +90,15 @@ def roll_back(service: Service, resources: Resources) -> Deployment:
             former = track = started(state.previous, backend)
             backend.register.change(lambda now: with_stable(now, former))
         else:
-            raise ValueError(f"{service.name} has neither a canary nor a former version; deploy the one to serve")
+            none = f"{service.name} has neither a canary nor a former version{_last(state)}"
+            raise ValueError(f"{none}; deploy the one to serve")
         return _served(track, open_router(track, backend))
+
+
+def _last(state: ServiceState) -> str:
+    """Why the last canary was taken back, if one was."""
+    last = state.rolled_back
+    return f"; version {last.version} was rolled back at {last.at}: {last.reason}" if last else ""
 
 
 def _with_canary(state: ServiceState, canary: Canary | None) -> ServiceState:
