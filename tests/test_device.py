@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 from pydantic import ValidationError
 
 from vila_ops import device
-from vila_ops.cluster import device_among, gpu_options
+from vila_ops.cluster import device_among, gpu_options, take_own_gpu
 from vila_ops.config import Resources
-from vila_ops.device import choose, collectives, device_of, driver_fault, kernels_fault
+from vila_ops.device import collectives, device_of, driver_fault, kernels_fault
 from vila_ops.doctor import device_findings
 from vila_ops.errors import ClusterFull
 
@@ -129,16 +130,34 @@ def test_a_build_has_kernels_for_a_gpu_by_the_rules_of_compute_capabilities(
         assert f"compute capability is {capability[0]}.{capability[1]}: it was built for {built[0]}" in fault
 
 
-@pytest.mark.parametrize(("kind", "visible", "chosen"), [("xpu", 4, [2]), ("xpu", 1, []), ("cuda", 4, [])])
+UUID = "GPU-52a3a85d-3c55-ca3a-a955-82c69ed360fc"
+MIG = "MIG-377e0049-554c-540b-93c6-d0976f8426cb"
+
+
+@pytest.mark.parametrize(
+    ("kind", "visible", "given", "chosen"),
+    [
+        ("xpu", 4, 2, [2]),
+        ("xpu", 4, "2", [2]),
+        ("xpu", 1, "2", []),
+        ("cuda", 4, 2, []),
+        ("cuda", 1, UUID, []),
+        ("cuda", 4, MIG, []),
+    ],
+)
 def test_a_worker_that_sees_the_gpus_of_others_computes_on_its_own(
-    kind: str, visible: int, chosen: list[int], monkeypatch: pytest.MonkeyPatch
+    kind: str, visible: int, given: int | str, chosen: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a node of Intel's GPUs whose number Ray was told by hand. Ray Train chooses among CUDA's itself."""
+    """As on a node of Intel's GPUs whose number Ray was told by hand. Ray Train chooses among CUDA's itself.
+
+    A node whose CUDA_VISIBLE_DEVICES has UUIDs gives its workers UUIDs (ray#43314, vllm#41848).
+    """
     seen: list[int] = []
+    monkeypatch.setattr(ray, "get_gpu_ids", lambda: [given])
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device(kind))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: visible)
     monkeypatch.setattr(torch.accelerator, "set_device_index", seen.append)
-    choose(2)
+    take_own_gpu()
     assert seen == chosen
 
 

@@ -129,8 +129,8 @@ def take_own_gpu() -> None:
     """Compute on the GPU that Ray gave this worker, if it has one."""
     import ray
 
-    if numbers := ray.get_gpu_ids():
-        choose(int(numbers[0]))
+    if names := ray.get_gpu_ids():
+        choose(str(names[0]))
 
 
 def log_to_driver() -> None:

@@ -54,17 +54,17 @@ def device_of(wanted: Device) -> "torch.device":
     return torch.device(there.type, torch.accelerator.current_device_index())
 
 
-def choose(number: int) -> None:
-    """Compute on the accelerator with this number from now on, if this process sees several and none was chosen for it.
+def choose(name: str) -> None:
+    """Compute on the accelerator with this name from now on, if this process sees several and none was chosen for it.
 
     Ray hides the GPUs of other workers from a process, and Ray Train chooses among CUDA's. For Intel's it does neither
-    where it was told their number by hand.
+    where it was told their number by hand. There the name is a number; the name of a CUDA GPU may be a UUID.
     """
     import torch
 
     there = torch.accelerator.current_accelerator(check_available=True)
     if there is not None and there.type != "cuda" and torch.accelerator.device_count() > 1:
-        torch.accelerator.set_device_index(number)
+        torch.accelerator.set_device_index(int(name))
 
 
 def fault_of(error: Exception) -> Fault | None:

@@ -43,6 +43,7 @@ from vila_ops.train import loop
 from vila_ops.train.batch_builder import BatchBuilder
 from vila_ops.train.checkpoint.rank_file import StagingBuffers
 from vila_ops.train.metrics import MetricsLogger
+from vila_ops.train.optim import lr_multiplier
 from vila_ops.train.stage import train_stage
 
 ROOT = Path(__file__).parents[2]
@@ -150,15 +151,12 @@ def test_a_stage_trains_and_validates_on_the_device_as_on_the_cpu(case: str, on:
     assert read_manifest(here.uri)["execution"]["workers"][0]["device"] == "cpu"
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_step_makes_the_host_wait_for_the_device_once(
-    case: str, on: Any, train: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """For losses and gradient norm, after the update; before it too if AdamW has no fused kernel that skips the update.
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Counter[str]]]:
+    """Returns what the host waited for in each step since the last call.
 
-    A step that computes features of new images copies their pixels to the device, and is not counted.
+    A step that computes features of new images copies their pixels to the device, and is left out.
     """
-    model, stage, resources = CASES[case]
     seen: list[Counter[str]] = []
     log_step = MetricsLogger.log_step
 
@@ -166,12 +164,49 @@ def test_a_step_makes_the_host_wait_for_the_device_once(
         seen.append(fake.counted.waits.copy())
         log_step(self, *args, **kwargs)
 
+    def usual() -> list[Counter[str]]:
+        steps = [after - before for before, after in itertools.pairwise(seen)]
+        seen.clear()
+        return [one for one in steps if not one["host to device"]]
+
     monkeypatch.setattr(MetricsLogger, "log_step", logged)
+    return usual
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_makes_the_host_wait_for_the_device_once(case: str, on: Any, train: Any, waits: Any) -> None:
+    """For losses and gradient norm, after the update; before it too if AdamW has no kernel that skips the update."""
+    model, stage, resources = CASES[case]
     train(on("gpu", **resources), model, {**stage, "num_steps": 5, "validate_every": 5, "save_every": 5})
-    steps = [after - before for before, after in itertools.pairwise(seen)]
-    usual = [waits for waits in steps if not waits["host to device"]]
-    assert usual, steps
-    assert {waits.total() for waits in usual} == {2 if resources.get("train.optimizer") == "torch" else 1}, usual
+    usual = waits()
+    assert usual
+    assert {one.total() for one in usual} == {2 if resources.get("train.optimizer") == "torch" else 1}, usual
+
+
+@pytest.mark.parametrize(("optimizer", "times"), [("fused", 1), ("torch", 2)])
+def test_a_step_after_a_resume_makes_the_host_wait_no_more_often(
+    optimizer: str, times: int, on: Any, train: Any, waits: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in Lightning#19955, where AdamW's restored count of steps was on the device and each parameter waited for it.
+
+    With the fused kernel it has to be there (pytorch#104767).
+    """
+    model, stage = CASES["linear, clip"][0], {"num_steps": 4, "validate_every": 4, "save_every": 2}
+    resources = on("gpu", **{"train.optimizer": optimizer})
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "lr_multiplier", lost_in_the_third_step)
+        with pytest.raises(DeviceLost):
+            train(resources, model, stage)
+    waits()
+    train(resources, model, stage)
+    usual = waits()
+    assert {one.total() for one in usual} == {times}, usual
+
+
+def lost_in_the_third_step(step: int, *args: Any, **kwargs: Any) -> float:
+    if step == 2:
+        lost_device()
+    return lr_multiplier(step, *args, **kwargs)
 
 
 def test_a_stage_resumes_on_the_device_from_its_checkpoint(

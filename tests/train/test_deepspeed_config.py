@@ -1,15 +1,17 @@
-"""The config that DeepSpeed gets, by hand."""
+"""The config and the device that DeepSpeed gets, by hand."""
 
+import os
 from typing import Any
 
 import pytest
+import torch
 
 from vila_ops.artifacts.store import content
 from vila_ops.config import Resources
 from vila_ops.model import folder as model_folder
 from vila_ops.plan.messages import MessageSizes, message_sizes, sizes_by_shapes, sizes_of
 from vila_ops.plan.shapes import shapes_of
-from vila_ops.train.engine import deepspeed_config
+from vila_ops.train.engine import compute_on, deepspeed_config
 
 ZERO = Resources(launch="ray", ray_address="head:1").with_changes({"train.num_workers": 4, "train.micro_batch_size": 2})
 COMMON = {
@@ -82,3 +84,13 @@ def test_messages_are_a_layer_of_llama_2_7b_by_hand(bench: Any) -> None:
     assert message_sizes(layer) == (layer, layer)
     tiny = model_folder.load(content(bench.init))
     assert sizes_of(tiny) == sizes_by_shapes(shapes_of(tiny.config)) == (2**22, 2**22)
+
+
+@pytest.mark.parametrize(("device", "read"), [("cuda:1", "1"), ("xpu:0", "0"), ("cpu", "3")])
+def test_deepspeed_computes_on_the_device_that_the_process_was_given(
+    device: str, read: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the fourth worker of a node. DeepSpeed reads its GPU in LOCAL_RANK (ray#37212, ray#40803)."""
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    compute_on(torch.device(device))
+    assert os.environ["LOCAL_RANK"] == read

@@ -3,6 +3,8 @@
 What the errors say of memory is in tests/fake_device.
 """
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,16 @@ import pytest
 import torch
 
 from tests.train.test_batch_loader import make_job
+from vila_ops.artifacts.store import content, read_manifest
 from vila_ops.config import Resources
 from vila_ops.config.resources import TrainResources
 from vila_ops.device import fault_of
 from vila_ops.errors import DeviceLost, is_final
+from vila_ops.train import ray_workers
 from vila_ops.train.device_faults import DeviceFaults, next_setting
+from vila_ops.train.loop import CURVE
 from vila_ops.train.ray_workers import _is_first_loss
+from vila_ops.train.stage import train_stage
 
 RAY = {"num_workers": 2}
 CUDA_ADDS = (
@@ -119,3 +125,79 @@ def test_the_next_setting_is_the_cheapest_that_is_left(
     address = {"ray_address": "head:6379"} if launch == "ray" else {}
     resources = Resources(launch=launch, train=TrainResources(**train), **address)
     assert next_setting(make_stage(make_mixture("pairs"), global_batch_size=8), resources) == setting
+
+
+def lose_devices(losses: Path, *, most: int) -> Any:
+    """What a worker of Ray Train runs: the second rank loses its device in the fourth step, `most` times at most.
+
+    A file is written for each loss, and one with the steps of each process of that rank. It is a function in a function
+    so that Ray sends its code.
+    """
+
+    def worker(config: dict[str, str]) -> None:
+        import torch
+
+        from vila_ops.train import loop, ray_workers
+
+        accumulate = loop.accumulate_gradients
+
+        def losing(*args: Any, step: int, **more: Any) -> None:
+            if torch.distributed.get_rank() == 1:
+                with (losses.parent / f"{os.getpid()}.steps").open("a") as file:
+                    print(step, file=file)
+                if step == 3 and len(list(losses.iterdir())) < most:
+                    (losses / str(os.getpid())).touch()
+                    raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
+            accumulate(*args, step=step, **more)
+
+        loop.accumulate_gradients = losing
+        ray_workers._worker(config)
+
+    return worker
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "most",
+    [
+        1,
+        pytest.param(
+            9, marks=pytest.mark.skipif("VILA_KILLS_RAY" not in os.environ, reason="VILA_KILLS_RAY asks for it")
+        ),
+    ],
+)
+def test_a_stage_on_a_cluster_whose_device_is_lost_is_tried_once_more(
+    most: int, ray_cluster: str, bench: Any, make_stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five restarts are allowed. The new workers resume from a checkpoint, and the curve is that of one process."""
+    losses = tmp_path / "losses"
+    losses.mkdir()
+    monkeypatch.setattr(ray_workers, "_worker", lose_devices(losses, most=most))
+    settings = {"num_steps": 6, "save_every": 1, "validate_every": 6, "trainable": ["projector", "language_model"]}
+    stage = make_stage(bench.mixture, **settings)
+    inputs = stage, bench.model, bench.data, bench.init
+    train = {"num_workers": 2, "zero_stage": 0, "max_failures": 5}
+    alone = bench.resources.with_changes({"storage.store": str(tmp_path / "alone")})
+    cluster = {"launch": "ray", "ray_address": ray_cluster, "storage.store": str(tmp_path / "store")}
+    resources = bench.resources.with_changes({**cluster, **{f"train.{key}": value for key, value in train.items()}})
+    if most > 1:
+        with pytest.raises(DeviceLost, match="stage 'align' lost its device: CUDA error: uncorrectable ECC error"):
+            train_stage(*inputs, resources)
+        assert len(list(losses.iterdir())) == 2
+        return
+    made = train_stage(*inputs, resources)
+    (lost,) = (int(path.name) for path in losses.iterdir())
+    pids = {worker["pid"] for worker in read_manifest(made.uri)["execution"]["workers"]}
+    assert len(pids) == 2
+    assert lost not in pids
+    steps = {path.stem: path.read_text().split() for path in tmp_path.glob("*.steps")}
+    assert steps.pop(str(lost)) == ["0", "1", "2", "3"]
+    (resumed,) = steps.values()
+    assert resumed in (["2", "3", "4", "5"], ["3", "4", "5"]), "a save waits for the one before, and not for itself"
+    assert losses_of(made) == pytest.approx(losses_of(train_stage(*inputs, alone)), rel=1e-6, abs=1e-6)
+
+
+def losses_of(checkpoint: Any) -> list[float]:
+    curve = json.loads((content(checkpoint) / CURVE).read_text())
+    return [float.fromhex(row["loss"]) for row in curve if "loss" in row]

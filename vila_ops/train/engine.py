@@ -7,6 +7,7 @@ that a checkpoint fits any world size. No other module imports DeepSpeed.
 """
 
 import copy
+import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, Literal, Protocol
@@ -113,7 +114,7 @@ class PlainEngine:
 
     def _update(self, norm: Tensor) -> None:
         """Update masters and parameters unless the norm is not finite, which the fused kernel itself looks up."""
-        if all(group["fused"] for group in self.optimizer.param_groups):
+        if _is_fused(self.optimizer):
             self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # which AdamW reads
         elif not norm.isfinite():  # here the host waits for the device
             return
@@ -138,7 +139,7 @@ class PlainEngine:
             with torch.no_grad():
                 master.copy_(saved["param"])
             moments = {key: saved[key].to(master.device, copy=True) for key in MOMENTS}  # not a memory map
-            self.optimizer.state[master] = {"step": _step_count(step, master), **moments}
+            self.optimizer.state[master] = {"step": _step_count(step, master, self.optimizer), **moments}
         self._round()
 
     @torch.no_grad()
@@ -172,7 +173,9 @@ class DeepSpeedEngine:
         optimizer = build_optimizer(stage, trained, resources)
         masters = compute_in(_dtype(stage.precision), objective, trained)
         config = deepspeed_config(stage, resources, sizes_of(objective.model))
-        module = self._placed(objective, config, device_of(resources.device))
+        device = device_of(resources.device)
+        compute_on(device)
+        module = self._placed(objective, config, device)
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, dist_init_required=False
         )
@@ -279,7 +282,7 @@ class DeepSpeedEngine:
         """
         for flat in self._optimized_tensors():
             empty = {key: torch.zeros_like(flat) for key in MOMENTS}
-            self.adamw.state[flat] = {"step": _step_count(step, flat), **empty}
+            self.adamw.state[flat] = {"step": _step_count(step, flat, self.adamw), **empty}
         if self.zero_stage < 3:
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
@@ -316,6 +319,16 @@ class DeepSpeedEngine:
         if self.zero_stage < 3:
             return nullcontext()
         return self.deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+
+
+def compute_on(device: torch.device) -> None:
+    """Let DeepSpeed compute on a device.
+
+    DeepSpeed takes LOCAL_RANK for the number of its GPU. That is another number where a process sees its own GPU alone,
+    or where the GPUs that Ray gave the workers are in another order than the workers.
+    """
+    if device.index is not None:  # the CPU has none
+        os.environ["LOCAL_RANK"] = str(device.index)
 
 
 def deepspeed_config(stage: Stage, resources: Resources, sizes: MessageSizes) -> dict[str, Any]:
@@ -381,7 +394,7 @@ def _optimizer_facts(optimizer: torch.optim.Optimizer, objective: nn.Module) -> 
     kind = type(optimizer)
     return {
         "optimizer": f"{kind.__module__}.{kind.__name__}",
-        "fused": all(bool(group["fused"]) for group in optimizer.param_groups),
+        "fused": _is_fused(optimizer),
         "recomputed_layers": recomputed_layers(objective),
         "compiled_layers": compiled_layers(objective),
         "parameters": "bf16" if objective.model.dtype == torch.bfloat16 else "fp32",
@@ -416,9 +429,16 @@ def _set_learning_rates(optimizer: Any, lr_multiplier: float) -> None:
         group["lr"] = group["peak"] * lr_multiplier
 
 
-def _step_count(step: int, like: Tensor) -> Tensor:
-    """Return the number of steps in the form of torch's fused AdamW."""
-    return torch.tensor(float(step), device=like.device)
+def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    return all(bool(group["fused"]) for group in optimizer.param_groups)
+
+
+def _step_count(step: int, like: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+    """Return the number of steps where AdamW reads it: the fused kernel on the device, the loop on the host.
+
+    A number on the device would make the host wait for the device once for each parameter.
+    """
+    return torch.tensor(float(step), device=like.device if _is_fused(optimizer) else "cpu")
 
 
 def _shard(full: Tensor, *, size: int, rank: int) -> Tensor:
