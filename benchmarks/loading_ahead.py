@@ -3,9 +3,10 @@
 A step that sleeps for 100 ms stands for the device. Ours: `BatchLoader`, which reads, decodes and packs the rows in
 THREADS threads. The peer: torch's DataLoader with as many worker processes, over the same rows, which it reads and
 decodes by the same functions; its batches come as tensors in shared memory. The first row, for which both start up, is
-not counted. `rows_per_s` is without any step. On a machine that other programs use too, a few steps wait for the
-processor, which the median step does not show. Targets: waits of at most 1 % of the time, and as many rows per second
-as the DataLoader. VILA_BENCH_ROUNDS (3) makes it smaller.
+not counted. `rows_per_s` is without any step. On a machine that other programs use too, they take the processor from
+the thread that steps, for milliseconds at a time; `chrt -r 1 make bench NAME=loading_ahead` gives both sides priority
+over them. Targets: waits of at most 1 % of the time (the mean), and as many rows per second as the DataLoader.
+VILA_BENCH_ROUNDS (3) makes it smaller.
 """
 
 import json

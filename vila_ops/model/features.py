@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vila_ops.ahead import Workers
 from vila_ops.model.copies import Copies
-from vila_ops.model.pixels import Pixels, levels
+from vila_ops.model.pixels import Pixels, stacked_levels
 from vila_ops.model.vila import VilaForConditionalGeneration
 
 log = logging.getLogger(__name__)
@@ -111,11 +111,8 @@ class FeatureCache:
             features = self.copies.empty(len(images), *self.shape, dtype=self.dtype)
             unread = {key for key, out in zip(keys, features, strict=True) if not self._read(key, out)}
             missing = {key: image for key, image in missing.items() if key in unread}
-        return ReadImages(keys, features, {key: self.decode(image) for key, image in missing.items()})
-
-    def decode(self, image: bytes) -> Tensor:
-        """Levels (S, S, 3) of an encoded square image."""
-        return self.copies.pinned(torch.tensor(levels(image)))
+        decoded = stacked_levels(list(missing.values()), self.copies) if missing else ()
+        return ReadImages(keys, features, dict(zip(missing, decoded, strict=True)))
 
     @torch.no_grad()
     def features(self, images: ReadImages, upcoming: Iterable[ReadImages] = ()) -> Tensor:

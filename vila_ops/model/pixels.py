@@ -14,11 +14,27 @@ from numpy.typing import NDArray
 from PIL import Image as Pillow
 from torch import Tensor
 
+from vila_ops.model.copies import Copies
+
 
 def levels(square: bytes) -> NDArray[np.uint8]:
     """One encoded square to its levels (S, S, 3) in 0 .. 255."""
     image = Pillow.open(io.BytesIO(square), formats=("WEBP", "JPEG", "PNG"))
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def stacked_levels(squares: Sequence[bytes], copies: Copies) -> Tensor:
+    """Encoded squares of one size, at least one, to their levels (I, S, S, 3) in memory that `copies` copies from.
+
+    It is one block, since the thread that frees a large block may have to wait while others get new pages.
+    """
+    first = levels(squares[0])
+    stacked = copies.empty(len(squares), *first.shape, dtype=torch.uint8)
+    places = stacked.numpy()
+    places[0] = first
+    for place, square in zip(places[1:], squares[1:], strict=True):
+        place[:] = levels(square)
+    return stacked
 
 
 class Pixels:

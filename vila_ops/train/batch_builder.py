@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from vila_ops.model import folder as model_folder
 from vila_ops.model import lora
 from vila_ops.model.copies import Copies
 from vila_ops.model.features import FeatureCache, ReadImages
-from vila_ops.model.pixels import Pixels, levels
+from vila_ops.model.pixels import Pixels, levels, stacked_levels
 from vila_ops.model.vila import VilaForConditionalGeneration
 from vila_ops.train.job import TrainJob
 from vila_ops.train.objective import Batch, copied
@@ -87,8 +86,7 @@ class BatchBuilder:
             if not images:
                 return HostBatch(rows, batch, None, None)
             if self.tower_trains:
-                stacked = torch.from_numpy(np.stack([levels(image) for image in images]))
-                return HostBatch(rows, batch, None, self.copies.pinned(stacked))
+                return HostBatch(rows, batch, None, stacked_levels(images, self.copies))
             return HostBatch(rows, batch, self.feature_cache.read(images), None)
         except DAMAGE as error:
             raise _named(rows, error) from error
