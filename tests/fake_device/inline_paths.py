@@ -191,14 +191,14 @@ def test_a_step_after_a_resume_makes_the_host_wait_no_more_often(
 
     With the fused kernel it has to be there (pytorch#104767).
     """
-    model, stage = CASES["linear, clip"][0], {"num_steps": 4, "validate_every": 4, "save_every": 2}
+    model, stage = CASES["linear, clip"][0], {"num_steps": 6, "validate_every": 6}
     resources = on("gpu", **{"train.optimizer": optimizer})
     with monkeypatch.context() as patched:
         patched.setattr(loop, "lr_multiplier", lost_in_the_third_step)
         with pytest.raises(DeviceLost):
-            train(resources, model, stage)
+            train(resources, model, {**stage, "save_every": 2})
     waits()
-    train(resources, model, stage)
+    train(resources, model, {**stage, "save_every": 6})
     usual = waits()
     assert {one.total() for one in usual} == {times}, usual
 
