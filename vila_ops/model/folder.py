@@ -40,6 +40,8 @@ PLUGIN_FACTS = {"package", "version", "revision"}
 """Fields of `projector_plugin` in a config."""
 MAX_SIDE = 4096
 """Largest image side in pixels that is accepted from a folder."""
+_COUNTED: dict[str, int] = {}
+"""Tokens of an image, by the config as JSON."""
 
 
 def save(model: VilaForConditionalGeneration, folder: Path, *, processor: LlavaProcessor) -> None:
@@ -216,6 +218,14 @@ def _check_plugin(stated: dict[str, Any], folder: Path) -> None:
 
 
 def _image_tokens(config: VilaConfig) -> int:
+    """Tokens of one image. A process counts them once for each config."""
+    stated = config.to_json_string(use_diff=False)
+    if stated not in _COUNTED:
+        _COUNTED[stated] = _count_image_tokens(config)
+    return _COUNTED[stated]
+
+
+def _count_image_tokens(config: VilaConfig) -> int:
     """Tokens of one image, counted by a forward pass on the meta device through the whole model."""
     if not 0 <= config.image_token_index < config.text_config.vocab_size:
         raise ValueError(
