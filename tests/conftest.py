@@ -1,6 +1,7 @@
 """Real small objects that many tests share: the tiny fixtures as configs, models and prepared data."""
 
 import contextlib
+import fcntl
 import gc
 import importlib.util
 import io
@@ -91,17 +92,13 @@ Whole = tuple[VilaForConditionalGeneration, LlavaProcessor]
 def pytest_configure(config: pytest.Config) -> None:
     """Clusters of these tests ask for a token of these tests, whatever Ray keeps in the home folder.
 
-    Set before a test module imports Ray, which reads it only once. Properties are tried with the same examples always;
-    `make faults` (VILA_FUZZ) draws others.
+    Set before a test module imports Ray, which reads it only once. Properties are tried with the same 100 examples
+    always; `make faults` (VILA_FUZZ) draws 1,000 others.
     """
-    settings.register_profile(
-        "repeatable",
-        derandomize=True,
-        deadline=None,
-        suppress_health_check=[HealthCheck.too_slow],  # a busy machine
-    )
-    if "VILA_FUZZ" not in os.environ:
-        settings.load_profile("repeatable")
+    busy: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+    settings.register_profile("repeatable", derandomize=True, max_examples=100, **busy)
+    settings.register_profile("drawn", max_examples=1000, **busy)
+    settings.load_profile("drawn" if "VILA_FUZZ" in os.environ else "repeatable")
     stack = contextlib.ExitStack()
     config.add_cleanup(stack.close)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vila-tests-")))
@@ -318,6 +315,20 @@ def free_servers(free_ports: Callable[[int], list[int]]) -> Callable[[Path], Loc
         )
 
     return settings
+
+
+@pytest.fixture(scope="session")
+def empty_database() -> Path:
+    """MLflow's tables; the first worker that needs them makes them for all, because that takes seconds."""
+    from mlflow import MlflowClient
+
+    folder = Path(os.environ[forks.SOCKET]).parent  # of this run, whichever its worker
+    path = folder / "mlflow.db"
+    with (folder / "mlflow.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            MlflowClient(f"sqlite:///{path}", registry_uri=f"sqlite:///{path}").search_registered_models()
+    return path
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def resources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def resources(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Iterator[Path]:
     """Inline, with a registry in a file, in a folder of this test's own; what is served ends with it."""
     folder = tmp_path_factory.mktemp("inline")
     file = folder / "resources.yaml"
@@ -49,6 +50,7 @@ def resources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for place in PLACES:
         (folder / place).mkdir(parents=True)
         (folder / place / "photo.jpg").write_text("mine")
+    shutil.copyfile(empty_database, folder / "mlflow.db")
     file.write_text(
         yaml.safe_dump(
             {

@@ -34,14 +34,6 @@ ITEMS = [f"{part}-{chart}" for part in PARTS for chart in range(10)]
 """Two questions on each of ten charts."""
 
 
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's tables, created once because that takes seconds."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}", registry_uri=f"sqlite:///{path}").search_registered_models()
-    return path
-
-
 @pytest.fixture
 def resources(tmp_path: Path, empty_database: Path) -> Resources:
     """A registry and a store of this test."""

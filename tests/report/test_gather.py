@@ -1,6 +1,7 @@
 """A measured suite on its page and in MLflow."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,8 @@ def short(kind: type[Pope] | type[TextVqa], **changes: object) -> object:
 
 
 @pytest.mark.slow
-def test_a_suite_is_on_its_page_and_in_mlflow(tmp_path: Path) -> None:
+def test_a_suite_is_on_its_page_and_in_mlflow(tmp_path: Path, empty_database: Path) -> None:
+    shutil.copyfile(empty_database, tmp_path / "mlflow.db")
     where = {
         "storage.store": tmp_path / "store", "storage.cache": tmp_path / "cache", "storage.benchmarks": SAMPLES,
         "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jinja2 import TemplateError
 from PIL import Image as Pillow
@@ -167,7 +167,6 @@ def test_chat_template_is_ours(tokenizer: PreTrainedTokenizerFast) -> None:
     assert tokenizer.chat_template == template.decode()
 
 
-@settings(max_examples=200, deadline=None)
 @given(text=st.text())
 def test_any_text_comes_back(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -188,7 +187,6 @@ def test_chat_refuses_a_part_it_does_not_know(tokenizer: PreTrainedTokenizerFast
         tokenizer.apply_chat_template(messages, tokenize=False)
 
 
-@settings(max_examples=100, deadline=None)
 @given(answers=st.lists(st.text(), min_size=1, max_size=3), system=st.booleans(), in_parts=st.booleans())
 def test_assistant_mask_marks_exactly_the_answers_and_their_ends(
     tokenizer: PreTrainedTokenizerFast, answers: list[str], system: bool, in_parts: bool

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import pty
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -103,8 +104,9 @@ def test_a_frozen_tower_counts_where_it_ran(bench: Any, stage: Stage, tmp_path: 
 
 
 @pytest.fixture(scope="module")
-def resources(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Resources:
+def resources(bench: Any, tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Resources:
     root = tmp_path_factory.mktemp("metered")
+    shutil.copyfile(empty_database, root / "mlflow.db")
     places = {"storage.store": f"{root}/store", "tracking.uri": f"sqlite:///{root}/mlflow.db"}
     return bench.resources.with_changes({**places, "train.accelerator": CARD, "train.micro_batch_size": 2})
 

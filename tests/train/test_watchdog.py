@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -224,9 +225,10 @@ def filled(known: Path, value: float) -> bytes:
 
 @pytest.mark.slow
 def test_a_broken_sample_is_named_and_the_command_of_the_message_trains_without_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
+    shutil.copyfile(empty_database, tmp_path / "mlflow.db")
     recipe, resources = tmp_path / "own.yaml", tmp_path / "resources.yaml"
     recipe.write_text(TINY.read_text().replace("../services/default.yaml", str(ROOT / "configs/services/default.yaml")))
     places = {name: str(tmp_path / name) for name in ("store", "cache", "data")}
@@ -358,8 +360,9 @@ def test_what_counts_as_a_spike_by_hand() -> None:
 
 @pytest.mark.slow
 def test_a_spike_is_written_down_once_with_its_worst_samples_and_training_goes_on(
-    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    run: Run, tmp_path: Path, empty_database: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    shutil.copyfile(empty_database, tmp_path / "mlflow.db")
     database = f"sqlite:///{tmp_path}/mlflow.db"
     job = job_of(run, "spike", **{"tracking.uri": database})
     run_id = tracking.start_run(job.resources, "spike", parent=None, params={}, tags={})

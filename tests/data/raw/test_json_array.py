@@ -20,13 +20,6 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
     max_leaves=12,
 )
-OFTEN = settings(
-    max_examples=500,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 
 
 def values(path: Path, **options: Any) -> list[Any]:
@@ -40,7 +33,7 @@ def written(folder: Path, content: bytes) -> Path:
 
 
 @pytest.mark.slow
-@settings(OFTEN)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     document=st.lists(VALUES, max_size=8),
     indent=st.sampled_from([None, 0, 1, 4, "\t"]),
@@ -62,7 +55,7 @@ def test_it_reads_what_json_reads_whatever_is_read_at_once(
 
 
 @pytest.mark.slow
-@settings(OFTEN)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(document=st.lists(VALUES, min_size=1, max_size=4), seed=st.integers(0, 2**32), block=st.integers(1, 64))
 def test_damaged_bytes_never_raise_anything_but_an_error_that_names_the_file(
     document: list[Any], seed: int, block: int, tmp_path: Path

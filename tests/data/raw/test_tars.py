@@ -3,7 +3,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vila_ops.data.raw import tars
@@ -128,7 +128,6 @@ WHOLE = tar(entry("a.jpg", b"x" * 700), entry("b/" + LONG, b"y" * 100), entry("c
 
 
 @pytest.mark.slow
-@settings(max_examples=800, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 5 * 512), st.integers(0, 255)), min_size=1, max_size=4),
     st.integers(0, len(WHOLE)),

@@ -182,7 +182,7 @@ WHOLE = written()
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(places=st.lists(st.tuples(st.integers(0, len(WHOLE) - 1), st.integers(0, 255)), min_size=1, max_size=3))
 def test_a_damaged_file_is_records_drops_or_an_error(
     places: list[tuple[int, int]], read_all: ReadAll, made: Callable[..., Coyo], tmp_path: Path

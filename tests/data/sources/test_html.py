@@ -220,7 +220,7 @@ TAGS = ["<p>", "</p>", "<nav>", "</nav>", "<img src=img/wide.png>", "<img src='"
 
 
 @pytest.mark.slow
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(page=st.lists(st.sampled_from(TAGS).map(str.encode) | st.binary(max_size=3), max_size=12).map(b"".join))
 def test_any_page_is_one_record_or_one_drop(page: bytes, read_all: ReadAll, made: Callable[..., Html]):
     ((one,),) = read_all(made(page, missing_images="drop_image"))

@@ -1,7 +1,7 @@
 from html.parser import HTMLParser
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vila_ops.data.sources.html_tokens import End, Start, tokens
@@ -83,7 +83,6 @@ PIECES = st.one_of(
 
 
 @pytest.mark.slow
-@settings(max_examples=500, deadline=None)
 @given(st.lists(PIECES, max_size=12).map("".join))
 def test_well_formed_pages_are_read_as_python_reads_them(text: str):
     official = Official()
@@ -92,7 +91,6 @@ def test_well_formed_pages_are_read_as_python_reads_them(text: str):
     assert joined(text) == official.found
 
 
-@settings(max_examples=500, deadline=None)
 @given(
     st.lists(st.sampled_from([*"<>/!-='\"& a", "<!--", "-->", "<a", "</", "<script>", "</script", "<![CDATA["])).map(
         "".join

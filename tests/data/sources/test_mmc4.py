@@ -276,7 +276,7 @@ def test_a_shard_without_its_download_is_an_error_that_says_what_to_do(
 
 
 @pytest.mark.slow
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_damaged_lines_are_records_or_drops(read_all: ReadAll, made: Callable[..., Mmc4], tmp_path: Path, data: Any):
     source = made(EXAMPLE) if not (tmp_path / "raw").exists() else None

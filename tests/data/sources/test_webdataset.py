@@ -286,7 +286,7 @@ MEMBERS = st.lists(
 
 
 @pytest.mark.slow
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(members=MEMBERS, render=st.sampled_from(["caption", "conversation"]))
 def test_any_members_are_records_drops_or_a_refusal(
     members: list[tuple[str, bytes]], render: str, read_all: ReadAll, tmp_path: Path

@@ -289,7 +289,6 @@ def test_text_of_many_megabytes_is_truncated_as_shorter_text_is(tokenizer: Token
     assert samples(10_000_000) == samples(20_000)
 
 
-@settings(max_examples=200, deadline=None)
 @given(text=st.lists(words, max_size=6).map("".join))
 def test_no_text_becomes_a_control_token_and_only_case_changes(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.text_ids(text)
@@ -338,7 +337,6 @@ def check_pieces(pieces: list[Tokens], whole: Tokens, *, max_tokens: int) -> Non
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None)
 @given(given=st.lists(words | st.just(SHOWN), min_size=1, max_size=25).map(tuple), max_tokens=st.integers(12, 60))
 def test_long_documents_are_cut_between_images_and_nothing_learnt_is_lost(
     tokenizer: Tokenizer, given: tuple[Part, ...], max_tokens: int

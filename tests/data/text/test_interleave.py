@@ -4,7 +4,7 @@ from itertools import chain
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vila_ops.data.records import Image, Part, Record, Turn
@@ -132,7 +132,6 @@ def test_text_without_images_stays_as_it_is() -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=500, deadline=None)
 @given(document=documents)
 def test_placed_as_vilas_loader_does(document: tuple[list[str], list[tuple[int, Image]]]) -> None:
     text, order = loader(*document)
@@ -142,7 +141,6 @@ def test_placed_as_vilas_loader_does(document: tuple[list[str], list[tuple[int, 
     assert all(part != "" for part in parts)
 
 
-@settings(max_examples=200, deadline=None)
 @given(document=documents)
 def test_every_order_shows_the_same_images_in_the_same_order(
     document: tuple[list[str], list[tuple[int, Image]]],
