@@ -19,7 +19,6 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 
-from tests.registry.test_register import empty_database as empty_database
 from tests.serve.app.live import HELLO, MODEL, wait_until
 from tests.serve.app.test_access import ROUTES, key_id, made, status
 from tests.serve.commands import Commands, tiny_run
