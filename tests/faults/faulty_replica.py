@@ -1,8 +1,7 @@
-"""A replica with the real app and an engine that fails as the stage of its checkpoint says: SPEC_JSON HOST PORT."""
+"""A replica with the real app and an engine that fails as the stage of its checkpoint says."""
 
 import asyncio
 import os
-import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -55,14 +54,12 @@ class ScriptedEngine:
         pass
 
 
-def main() -> None:
-    """Listen; a port that answers is ready."""
-    text, host, port = sys.argv[1:]
+def serve(text: str, host: str, port: int, log: str) -> None:
+    """Serve a spec in a session of this process's own; a port that answers is ready."""
+    os.setsid()
+    for descriptor in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), descriptor)
     spec = Spec.model_validate_json(text)
     engine: Any = ScriptedEngine(spec.version.checkpoint)
     app = create_app(spec, engine, replica={"pid": os.getpid()})
-    uvicorn.run(app, host=host, port=int(port), log_level="warning", **options())
-
-
-if __name__ == "__main__":
-    main()
+    uvicorn.run(app, host=host, port=port, log_level="warning", **options())

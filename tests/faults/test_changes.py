@@ -7,6 +7,7 @@ sets, five are to broken versions of all kinds, and a stream of 40 seconds survi
 import asyncio
 import itertools
 import json
+import multiprocessing
 import os
 import sys
 import threading
@@ -18,16 +19,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from PIL import Image as Pillow
 
+from tests.faults import faulty_replica
 from tests.faults.faulty_replica import RIGHT, TOKEN_SECONDS
 from vila_ops.artifacts.kinds import Checkpoint, ModelVersion
 from vila_ops.config import Model, Resources, Service
 from vila_ops.config.serve import Golden
 from vila_ops.errors import NotReady
 from vila_ops.model.assemble import assemble
-from vila_ops.processes import ProcessId, spawn
+from vila_ops.processes import ProcessId
 from vila_ops.release.canary import promote, roll_back, start_canary
 from vila_ops.serve import tracks
 from vila_ops.serve.backends.local_process import LocalProcess, free_port
@@ -45,16 +48,24 @@ HARD_SECONDS = 30.0
 """Within which a canary is taken back after a hard sign."""
 PATIENCE = 1200.0
 """How long a replica may take to start, and an answer to end: a busy processor is no fault of a version."""
-REPLICA = Path(__file__).with_name("faulty_replica.py")
 
 
 class FaultyProcesses(LocalProcess):
-    """The real backend, whose replicas have an engine that a test writes."""
+    """The real backend, whose replicas have an engine that a test writes.
+
+    They are forks of one process that has imported everything, which takes most of the time of a start.
+    """
+
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload([faulty_replica.__name__])
 
     def start(self, spec: Spec) -> Track:
         port = free_port("127.0.0.1", 0)
-        command = [sys.executable, str(REPLICA), spec.model_dump_json(), "127.0.0.1", str(port)]
-        process: ProcessId = spawn(command, env=dict(os.environ), log=self.manager.log_of(spec))
+        arguments = (spec.model_dump_json(), "127.0.0.1", port, str(self.manager.log_of(spec)))
+        forked = self.forks.Process(target=faulty_replica.serve, args=arguments)
+        forked.start()
+        assert forked.pid is not None
+        process = ProcessId(forked.pid, psutil.Process(forked.pid).create_time())
         return Track(spec=spec, url=f"http://127.0.0.1:{port}", process=process)
 
 

@@ -1,6 +1,7 @@
 """From a spec to a track that answers right, and from there to the router. Light at import."""
 
 import base64
+import functools
 import re
 import time
 from pathlib import Path
@@ -78,10 +79,16 @@ def open_router(track: Track, backend: ServiceBackend) -> str:
 def identities(url: str) -> list[str] | None:
     """Identities that a live endpoint lists; None where no endpoint of ours answers."""
     try:
-        answer = httpx.get(f"{url}/v1/models", headers=authorization(), timeout=5, trust_env=False)
+        answer = _client().get(f"{url}/v1/models", headers=authorization())
         return [model["identity"] for model in answer.raise_for_status().json()["data"]]
     except (httpx.HTTPError, ValueError, KeyError, TypeError):
         return None
+
+
+@functools.cache
+def _client() -> httpx.Client:
+    """One client for all questions while a replica starts: making one takes more CPU than asking."""
+    return httpx.Client(timeout=5, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
 
 
 def _wait_until_ready(track: Track, backend: ServiceBackend) -> None:

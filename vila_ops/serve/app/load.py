@@ -16,9 +16,8 @@ from vila_ops.serve.app.routes import create_app
 from vila_ops.serve.spec import Spec
 
 PREFILL_TOKENS = 256
-"""Most tokens of prompts that a replica on a GPU reads between two tokens of an answer."""
-CPU_PREFILL_TOKENS = 32
-"""As many on a CPU, where a small model takes some 5 ms a token: about as long as the pass for the answers."""
+"""Most tokens of prompts that a replica reads between two tokens of an answer: about a second of a small model on one
+CPU thread."""
 
 
 def load_app(spec: Spec, device: Device, *, replica: dict[str, Any]) -> FastAPI:
@@ -32,7 +31,7 @@ def load_app(spec: Spec, device: Device, *, replica: dict[str, Any]) -> FastAPI:
         threads=spec.threads(),
         precision=spec.service.precision,
         max_batch=spec.capacity.max_batch,
-        prefill_tokens=CPU_PREFILL_TOKENS if device_of(device).type == "cpu" else PREFILL_TOKENS,
+        prefill_tokens=PREFILL_TOKENS,
         keep_prefixes=True,
     )
     engine = load_engine(spec.version.checkpoint, spec.capacity.engine, options)
