@@ -57,7 +57,8 @@ constraints: setup ## Resolve pyproject.toml into constraints.txt again
 	header=$$(grep '^#' constraints.txt); \
 	printf '%s\n' "$$header" "$$pins" | sed -E 's/^(torch==[0-9.]+)\+cpu$$/\1/' > constraints.txt
 
-test: setup lint types layers ## Everything that continuous integration runs
+test: setup ## Everything that continuous integration runs
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target lint types layers
 	@$(PYTEST)
 
 test-fast: setup ## Run the quick tests: no Ray, no servers, no long ones

@@ -53,8 +53,12 @@ QUICK_RAY = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     # a process for each group of workers, which asks whether a cloud takes their nodes away
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # by default the first driver starts a worker for each CPU, most of which are never used: 1.5 s of CPU each
+    "RAY_prestart_worker_first_driver": "0",
+    # by default workers have what CPU the tests beside them leave, while the servers around them go on asking
+    "RAY_worker_niceness": "0",
 }
-"""Environment of every process that trains with Ray."""
+"""Environment of every process that uses Ray."""
 
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Environment of every process: threads sleep while they wait. By default they wait in loops: a stage with two threads
