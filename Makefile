@@ -101,6 +101,7 @@ faults: setup ## Kill processes, damage data, test as on other processors; VILA_
 	  VILA_URLS=10000 VILA_FUZZ=10000 VILA_LEAKS=5000 VILA_FAULTS=500 VILA_PARITY=all VILA_CALIBRATION=2000 \
 	  VILA_PROMOTIONS=1000 VILA_HISTORIES=10000 VILA_EDITS=500 VILA_REQUESTS=20000 VILA_CHANGES=20 VILA_CANARIES=1000 \
 	  $(BIN)/python -m pytest -v tests/faults tests/train/test_zero.py tests/train/test_watchdog.py \
+	  tests/train/test_device_faults.py \
 	  tests/data/download tests/data/raw tests/data/sources tests/data/text tests/data/test_images_fuzz.py \
 	  tests/eval/test_calibration.py tests/registry/test_alias_register.py tests/pipeline \
 	  tests/serve/app/test_limits.py tests/serve/router/test_sequential.py; \

@@ -182,6 +182,8 @@ def test_a_device_without_a_meaning_is_refused_when_the_settings_are_read() -> N
         ({"unnamed": 2.0}, "cuda", None, "cuda"),
         ({"A100": 8.0, "H100": 8.0}, "auto", "H100", "gpu"),
         ({"A100": 8.0, "H100": 8.0}, "cuda", "A100", "cuda"),
+        ({"Intel-GPU-Max-1550": 8.0}, "auto", None, "xpu"),  # whose collectives are not NCCL
+        ({"A100": 8.0, "Intel-GPU-Max-1550": 8.0}, "gpu", "Intel-GPU-Max-1550", "xpu"),
     ],
 )
 def test_a_cluster_is_asked_for_what_it_has(gpus: dict[str, float], wanted: Any, kind: str | None, given: str) -> None:

@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any
 
 from vila_ops.config import Resources
-from vila_ops.device import Device, choose, device_of
+from vila_ops.device import Device, choose, device_named, device_of
 from vila_ops.errors import ClusterFull, ClusterUnreachable
 
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33)}
@@ -65,7 +65,7 @@ def _unreachable(address: str) -> ClusterUnreachable:
 
 
 def device_on(resources: Resources, wanted: Device) -> Device:
-    """The device that a worker is given, before it works; `auto` on a cluster becomes `cpu`, or `gpu` if it has GPUs.
+    """The device that a worker is given, before it works; `auto` on a cluster becomes `cpu`, or what its GPUs are.
 
     Raises ValueError for a device that this process (inline) does not have, and for a cluster with several kinds of
     GPUs. Raises ClusterFull for a cluster without the GPU, as a node may join.
@@ -98,7 +98,7 @@ def device_among(gpus: dict[str, float], resources: Resources, wanted: Device) -
             f"the GPUs of the cluster at {address} are of several kinds, and workers of one stage need one: {kinds}; "
             f"set accelerator_type to one of them"
         )
-    return "gpu" if wanted == "auto" else wanted
+    return device_named(kind or next(iter(gpus))) if wanted in ("auto", "gpu") else wanted
 
 
 def cluster_gpus(resources: Resources) -> dict[str, float]:

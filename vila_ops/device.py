@@ -111,6 +111,11 @@ def has_streams(device: "torch.device") -> bool:
     return device.type != "cpu"
 
 
+def device_named(name: str) -> Device:
+    """The device of GPUs that Ray names so. It names Intel's like `Intel-GPU-Max-1550`; gpu: any other."""
+    return "xpu" if name.startswith("Intel-GPU") else "gpu"
+
+
 def collectives(wanted: Device) -> str:
     """The backend of torch.distributed for workers on a device. RCCL, of ROCm, goes by the name of NCCL."""
     return {"cpu": "gloo", "xpu": "xccl"}.get(wanted, "nccl")
