@@ -9,12 +9,10 @@ Needs a GPU; VILA_BENCH_SMALL=1 runs it in small on the CPU.
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from gpu_model import SMALL, device, random_model
 from result import result
-from torch import Tensor
 
 from vila_ops.artifacts.kinds import Pretrained
 from vila_ops.artifacts.store import content
@@ -25,10 +23,13 @@ from vila_ops.data.text.conversation import Tokenizer
 from vila_ops.device import describe
 from vila_ops.eval.evaluate import evaluate
 from vila_ops.eval.report import read_report
-from vila_ops.generate.request import Prompt, Sampling
+from vila_ops.generate.request import Delta, Prompt, Sampling
+from vila_ops.generate.torch_engine.image_features import RecentFeatures
 from vila_ops.generate.torch_engine.loaded_model import LoadedModel
-from vila_ops.generate.torch_engine.scheduler import GenerationRequest, Scheduler
+from vila_ops.generate.torch_engine.request_state import GenerationRequest
+from vila_ops.generate.torch_engine.scheduler import Scheduler
 from vila_ops.model.assemble import assemble
+from vila_ops.model.pixels import Pixels
 from vila_ops.model.trainable import compute_in
 from vila_ops.packages.tokenizer import read_tokenizer
 
@@ -64,18 +65,19 @@ def tokens_per_s(init: Pretrained, on: torch.device) -> tuple[float, float]:
     compute_in(torch.bfloat16, model, {})
     fast = read_tokenizer(content(init))
     tokenizer = Tokenizer(fast, image_tokens=576, after_image="")
-    loaded = LoadedModel(model, on, tokenizer, _no_images, Fit("pad", (0.5,) * 3))
+    features = RecentFeatures(model, Pixels((0.5,) * 3, (0.5,) * 3), max_images=1)  # of prompts without images
+    loaded = LoadedModel(model, on, tokenizer, features, Fit("pad", (0.5,) * 3))
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(6, len(fast), (PROMPTS, LENGTH), generator=draw)
     ids[ids == tokenizer.image_id] = 7
     sampling = Sampling(max_new_tokens=NEW, stop_ids=frozenset())
-    requests = [GenerationRequest(Prompt(row), sampling) for row in ids.tolist()]
-    scheduler, there = Scheduler(loaded, slots=PROMPTS), ids.to(on)
+    limits = {"slots": PROMPTS, "cache_tokens": PROMPTS * (LENGTH + NEW), "prefill_tokens": PROMPTS * LENGTH}
+    scheduler, there = Scheduler(loaded, **limits), ids.to(on)
     own, other = [], []
     for _ in range(2):
+        requests = [GenerationRequest(Prompt(row), sampling) for row in ids.tolist()]
         started = time.perf_counter()
-        generated = sum(len(delta.ids) for deltas in scheduler.run(requests) for _, delta in deltas)
-        own.append(generated / (time.perf_counter() - started))
+        own.append(_num_generated(scheduler, requests) / (time.perf_counter() - started))
         started = time.perf_counter()
         with torch.inference_mode():
             out = model.generate(there, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0)
@@ -83,8 +85,15 @@ def tokens_per_s(init: Pretrained, on: torch.device) -> tuple[float, float]:
     return own[1], other[1]
 
 
-def _no_images(images: Any) -> Tensor:
-    raise AssertionError(f"{len(images)} images in prompts of text")
+def _num_generated(scheduler: Scheduler, requests: list[GenerationRequest]) -> int:
+    """Answer requests that come together. Returns the number of new tokens. Raises what ended a request."""
+    events = scheduler.step(requests)
+    while scheduler.is_busy:
+        events += scheduler.step()
+    for _, outcome in events:
+        if isinstance(outcome, Exception):
+            raise outcome
+    return sum(len(outcome.ids) for _, outcome in events if isinstance(outcome, Delta))
 
 
 def evaluations(run: Run, init: Pretrained, folder: str) -> tuple[float, int, dict[str, float]]:
