@@ -74,8 +74,9 @@ lint: setup ## Check style and formatting, and that every import is declared
 	@$(BIN)/deptry vila_ops flows --optional-dependencies-dev-groups dev
 	@$(BIN)/deptry tests benchmarks docs --exclude '\.venv' --ignore DEP002
 
-types: setup ## Check types with mypy, strict
+types: setup ## Check types with mypy, strict; also of what only runs where there is a GPU
 	@$(BIN)/mypy
+	@MYPYPATH=benchmarks $(BIN)/mypy benchmarks/gpu*.py
 
 layers: setup ## Check which module imports which
 	@$(BIN)/lint-imports

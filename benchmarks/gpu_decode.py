@@ -106,7 +106,7 @@ def evaluations(run: Run, init: Pretrained, folder: str) -> tuple[float, int, di
         started = time.perf_counter()
         report = read_report(evaluate(suite, init, data, run.resources.with_changes(own)))
         seconds[place] = round(time.perf_counter() - started, 2)
-        numbers.append([one.value for one in (*report.metrics, *report.layers)])
+        numbers.append([*(one.value for one in report.metrics), *(one.value for one in report.layers)])
     return max(abs(a - b) for a, b in zip(*numbers, strict=True)), len(numbers[0]), seconds
 
 

@@ -12,6 +12,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -71,7 +72,7 @@ def heads(on: torch.device) -> dict[str, float]:
     ways: dict[str, Callable[..., Any]] = {"chunks": loss._by_chunks}
     if has_gpu_kernels(on) and find_spec("liger_kernel"):
         ways["liger"] = loss._by_liger
-    return {name: _timed(lambda way=way: way(hidden, head.weight, None, labels, None)) for name, way in ways.items()}
+    return {name: _timed(partial(way, hidden, head.weight, None, labels, None)) for name, way in ways.items()}
 
 
 def _timed(run: Callable[[], Any]) -> float:
