@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.eval.benchmarks.sample import config_of
 from tests.eval.charts import METRIC, checkpoint_of, sealed_report, suite_of, write_charts
 from vila_ops.artifacts.kinds import EvalReport
-from vila_ops.config import Resources
+from vila_ops.config import OfficialSuite, Resources
+from vila_ops.config.benchmarks import ChartQa
 from vila_ops.eval.benchmarks import chartqa
 from vila_ops.eval.compare import NotComparable
 from vila_ops.eval.compare_reports import SHOWN, ReportComparison, compare_reports
@@ -122,6 +124,17 @@ def test_another_prompt_is_compared_and_named(resources: Resources, old: EvalRep
     assert compared.comparison.metrics[0].overall.value == 0
     assert [note.partition(" is ")[0] for note in compared.notes] == ["charts: prompt.user", "charts: prompt.hint"]
     assert compared.notes[1].endswith("'' for short")
+
+
+def test_what_differs_in_several_benchmarks_is_said_once(resources: Resources) -> None:
+    prompt = {"user": "{image}\n{question}", "answer": {"kind": "generate", "max_new_tokens": 32}}
+    reports = {}
+    for name, changes in (("hint", {}), ("short", {"prompt": prompt})):
+        both = {"charts": config_of(ChartQa, **changes), "some": config_of(ChartQa, first=8, **changes)}
+        suite = OfficialSuite(name="both", benchmarks=both, bootstrap_resamples=50)
+        reports[name] = sealed_report(resources, checkpoint_of(f"{name}-both"), OLD, suite)
+    notes = compare_reports(reports).notes
+    assert [note.partition(" is ")[0] for note in notes] == ["charts, some: prompt.user", "charts, some: prompt.hint"]
 
 
 def test_an_unknown_metric_is_told_with_the_nearest_one(old: EvalReport, new: EvalReport) -> None:

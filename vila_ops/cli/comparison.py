@@ -25,7 +25,7 @@ def lines(compared: ReportComparison, *, slices: bool, disagreements: int) -> li
     metrics = compared.comparison.metrics
     parts = [
         [*_models(compared, letters)],
-        [*_left_out(compared, letters), *(f"note: {note}" for note in compared.notes)],
+        [*_left_out(compared, letters), *(line for note in compared.notes for line in _wrapped(f"note: {note}"))],
         table([_HEADER, *_rows(metrics, letters)]),
         _wrapped(_LEGEND),
     ]

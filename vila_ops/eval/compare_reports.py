@@ -52,7 +52,7 @@ class ReportComparison(Config):
     """The baseline first."""
     comparison: Comparison
     notes: tuple[str, ...]
-    """Settings in which the results of a benchmark differ although they are compared, such as prompts."""
+    """Settings in which results differ although they are compared, such as prompts; each with its benchmarks."""
     disagreements: tuple[ItemDisagreement, ...]
     """At most `SHOWN` of each metric and candidate, in the order of the metrics."""
 
@@ -106,15 +106,15 @@ def _check_metrics(metrics: Sequence[str], reports: Iterable[EvalReport]) -> Non
 
 
 def _notes(by_model: Mapping[str, Opened], comparison: Comparison) -> Iterator[str]:
-    """The settings of each compared benchmark that differ between the baseline and a candidate."""
+    """The settings that differ between the baseline and a candidate, each with the compared benchmarks that have it."""
+    benchmarks: dict[str, list[str]] = {}
     for benchmark, candidate in dict.fromkeys((one.benchmark, one.candidate) for one in comparison.metrics):
         ours, theirs = (_settings(by_model[name][benchmark]) for name in (comparison.baseline, candidate))
         for key in dict.fromkeys([*ours, *theirs]):
             if key not in NO_MATTER and ours.get(key) != theirs.get(key):
-                yield (
-                    f"{benchmark}: {key} is {ours.get(key)!r} for {comparison.baseline} and {theirs.get(key)!r} for "
-                    f"{candidate}"
-                )
+                differs = f"{ours.get(key)!r} for {comparison.baseline} and {theirs.get(key)!r} for {candidate}"
+                benchmarks.setdefault(f"{key} is {differs}", []).append(benchmark)
+    yield from (f"{', '.join(names)}: {difference}" for difference, names in benchmarks.items())
 
 
 def _settings(one: OpenedBenchmark) -> dict[str, object]:
