@@ -31,6 +31,7 @@ QUESTION = next(line for line in PAGES["docs/your-data.md"].splitlines() if line
 RUN = (
     "vila-ops --help",
     "vila-ops doctor",
+    "vila-ops benchmark list",
     "vila-ops show configs/recipes/demo.yaml",
     "vila-ops show configs/recipes/mine.yaml",
     "vila-ops show configs/recipes/vila-7b.yaml -r configs/resources/vila_128.yaml",
@@ -81,6 +82,8 @@ NOT_RUN = {
     ),
     "needs a GPU": ("make gpu",),
     "fetches packages or images, or reads a model that has to be downloaded": (
+        "vila-ops benchmark get mmmu",
+        "vila-ops benchmark check",
         "vila-ops fetch configs/recipes/demo.yaml",
         "vila-ops prepare configs/recipes/demo.yaml --mixture align",
         "vila-ops data show configs/recipes/demo.yaml --mixture align --out samples.html",
@@ -136,6 +139,10 @@ NOT_RUN = {
         "vila-ops evaluate configs/recipes/tiny.yaml --stage align --suite configs/suites/sample.yaml -s "
         "resources.storage.benchmarks=docs/samples",
     ),
+    "is run by tests/eval/test_endpoint_target.py, against an endpoint of its own": (
+        "vila-ops evaluate configs/suites/sample.yaml --endpoint vila@http://127.0.0.1:8000/v1 -s "
+        "resources.storage.benchmarks=docs/samples",
+    ),
     "is run by tests/test_cli.py, after the recipe": (
         "vila-ops evaluate configs/recipes/tiny.yaml --stage base --final",
         "vila-ops evaluate configs/recipes/tiny.yaml --stage align --final",
@@ -158,6 +165,7 @@ NOT_RUN = {
         "vila-ops data quarantine configs/recipes/mine.yaml -r configs/resources/inline.yaml --from "
         "store/diagnostics/ADDRESS/bad-samples-step-000012.json",
         "vila-ops train RECIPE --stage pretrain --json",
+        "export OPENAI_API_KEY=KEY",
         "vila-ops compare store/report/BEFORE store/report/AFTER",
         "vila-ops compare models:/mine/3 mine@champion configs/recipes/mine.yaml -r configs/resources/laptop.yaml",
         "vila-ops compare store/report/BASE store/report/ALIGN --metric pope_f1_official --metric gqa_official "

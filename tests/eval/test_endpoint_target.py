@@ -243,10 +243,11 @@ def test_a_suite_on_held_out_data_is_refused_on_an_endpoint(run: Run, server: Se
 
 def test_the_command_measures_an_endpoint_on_a_suite_file(run: Run, server: Server, tmp_path: Path) -> None:
     server.answer = lambda text, tries: completion("Yes")
-    storage = {"store": str(tmp_path / "store"), "cache": run.resources.storage.cache, "benchmarks": str(SAMPLES)}
+    storage = {"store": str(tmp_path / "store"), "cache": run.resources.storage.cache}
     (tmp_path / "here.yaml").write_text(json.dumps({"launch": "inline", "storage": storage}))
     suite = SAMPLES.parents[1] / "configs/suites/sample.yaml"
     command = ["evaluate", str(suite), "--endpoint", f"a-model@{server.url}", "-r", str(tmp_path / "here.yaml")]
+    command += ["-s", f"resources.storage.benchmarks={SAMPLES}"]
     first = CliRunner().invoke(app, command)
     assert first.exit_code == 0, first.output
     asked = len(server.bodies)
@@ -255,3 +256,5 @@ def test_the_command_measures_an_endpoint_on_a_suite_file(run: Run, server: Serv
     assert line.split()[1:3] == ["model", "1.000"]
     assert again.stdout == first.stdout
     assert len(server.bodies) == asked >= 48
+    wrong = CliRunner().invoke(app, [*command, "-s", "final_suite.precision=bf16"])
+    assert "here only resources.KEY=VALUE has an effect" in str(wrong.exception)

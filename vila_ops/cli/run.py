@@ -93,11 +93,11 @@ def evaluate(
     from vila_ops.config import NO_CONTEXT, load_resources, load_suite
     from vila_ops.pipeline import stages
 
-    of_a_stage = final or suite or overrides or every
+    of_a_stage = final or suite or every
     if bool(stage) == bool(endpoint) or (final and suite is not None) or (endpoint and of_a_stage):
         raise ValueError(
             "give --stage with a recipe, and --final or --suite if the stage suite is not meant; or --endpoint with a "
-            "file of official benchmarks in place of the recipe, and neither of these nor --every or -s"
+            "file of official benchmarks in place of the recipe, and neither of these nor --every"
         )
     if every is not None and (rescore or out):
         raise ValueError(
@@ -107,7 +107,8 @@ def evaluate(
         output.check_file(out, begins=output.HTML)
     if endpoint:
         name, _, url = endpoint.partition("@")
-        job, context = stages.job_of_endpoint(load_suite(recipe), name, url, load_resources(resources)), NO_CONTEXT
+        loaded = load_resources(resources, overrides=tuple(overrides or ()))
+        job, context = stages.job_of_endpoint(load_suite(recipe), name, url, loaded), NO_CONTEXT
     else:
         run, context = load_run(recipe, resources, overrides)
         own = run.recipe.final_suite if final else run.recipe.stage_suite

@@ -53,9 +53,15 @@ def key_and_value(override: str) -> tuple[str, Any]:
         raise ValueError(f"override {override!r}: {text!r} is not valid YAML: {error}") from error
 
 
-def load_resources(path: Path) -> Resources:
-    """The resources in a YAML file."""
-    return Resources.model_validate(read_as(Resources, path, what=RESOURCES))
+def load_resources(path: Path, *, overrides: tuple[str, ...] = ()) -> Resources:
+    """The resources in a YAML file, with overrides like `resources.storage.store=DIR`. Raises ValueError for others."""
+    tree: dict[str, Any] = {"resources": read_as(Resources, path, what=RESOURCES)}
+    for override in overrides:
+        key, value = key_and_value(override)
+        if not key.startswith("resources."):
+            raise ValueError(f"override {override!r} is of a recipe; here only resources.KEY=VALUE has an effect")
+        tree = _set(tree, key.split("."), value, override, Run)
+    return Resources.model_validate(tree["resources"])
 
 
 def load_suite(path: Path) -> OfficialSuite:
