@@ -4,14 +4,15 @@ import hashlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -19,12 +20,15 @@ from typer.testing import CliRunner, Result
 
 from tests.eval.benchmarks.sample import ROOT, SAMPLES, copy_of
 from vila_ops.cli import app
+from vila_ops.config.benchmarks import Official
 from vila_ops.errors import FetchError
 from vila_ops.eval.downloads import from_hub
 from vila_ops.eval.origins import DOWNLOADED, check, default_config, official_kinds, origins_of
 
 COMMIT = "c" * 40
 MIRROR = "someone/mirror"
+PINNED = ("chartqa", "llava_bench", "mmmu", "seed_bench")
+"""Benchmarks whose authors' data set has a commit that we state."""
 
 
 def run(*words: str) -> Result:
@@ -37,7 +41,8 @@ def lines_of(result: Result) -> list[dict[str, Any]]:
 
 def test_every_official_file_is_listed_with_source_size_licence_and_server() -> None:
     listed = lines_of(run("list", "--json"))
-    assert {one["benchmark"] for one in listed} == set(official_kinds())
+    kinds = {config.model_fields["kind"].default for config in get_args(Official)}
+    assert {one["benchmark"] for one in listed} == kinds == {path.name for path in SAMPLES.iterdir() if path.is_dir()}
     for one in listed:
         assert one["url"].startswith("http")
         assert one["size"]
@@ -46,6 +51,8 @@ def test_every_official_file_is_listed_with_source_size_licence_and_server() -> 
     text = run("list").stdout
     assert "server: closed on 2026-03-31" in text
     assert "  mmbench_dev_20230712.tsv\n    138 MB, " in text
+    assert "  commit on the hub: 98e6ac0cb9b7b2cd2c991b85a50762edc4aedc68\n  */validation-*.parquet\n" in text
+    assert "  commit on the hub: not known; `benchmark get` needs --revision\n  MME_Bench" in text
 
 
 @pytest.mark.parametrize("kind", official_kinds())
@@ -107,7 +114,9 @@ def test_a_wrong_check_is_told(words: list[str], message: str, tmp_path: Path) -
 class Hub(BaseHTTPRequestHandler):
     """The calls of the hub that its client makes, on one commit of some data sets."""
 
-    files: dict[str, dict[str, bytes]]
+    files: dict[str, Mapping[str, bytes]]
+    commits: dict[str, str]
+    """The only commit of each data set."""
 
     def do_HEAD(self) -> None:
         """A file's size and digest."""
@@ -117,17 +126,19 @@ class Hub(BaseHTTPRequestHandler):
         """Facts of a data set, the list of its files, or a file."""
         parts = unquote(urlsplit(self.path).path).strip("/").split("/")
         if parts[:2] == ["api", "datasets"]:
-            files = self.files.get("/".join(parts[2:4]))
-            if files is None or parts[5] not in ("main", COMMIT):
+            name = "/".join(parts[2:4])
+            files, commit = self.files.get(name), self.commits.get(name)
+            if files is None or parts[5] not in ("main", commit):
                 self._send(404, b"{}", {"X-Error-Code": "RepoNotFound" if files is None else "RevisionNotFound"})
             elif parts[4] == "revision":
-                self._send(200, json.dumps({"id": "/".join(parts[2:4]), "sha": COMMIT}).encode())
+                self._send(200, json.dumps({"id": name, "sha": commit}).encode())
             else:
-                tree = [{"type": "file", "path": name, "size": len(data), "oid": "0"} for name, data in files.items()]
+                tree = [{"type": "file", "path": path, "size": len(data), "oid": "0"} for path, data in files.items()]
                 self._send(200, json.dumps(tree).encode())
             return
-        data = self.files["/".join(parts[1:3])]["/".join(parts[5:])]
-        self._send(200, data, {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'})  # noqa: S324
+        name = "/".join(parts[1:3])
+        data = self.files[name]["/".join(parts[5:])]
+        self._send(200, data, {"X-Repo-Commit": self.commits[name], "ETag": f'"{hashlib.sha1(data).hexdigest()}"'})  # noqa: S324
 
     def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
@@ -153,11 +164,33 @@ def zipped(files: dict[str, bytes]) -> bytes:
     return content.getvalue()
 
 
+def data_set_of(kind: str) -> str:
+    """OWNER/NAME of the authors' data set."""
+    return "/".join(next(file.hub for file in origins_of(kind).files if file.hub).split("/")[:2])
+
+
+def data_sets_of_authors() -> dict[str, dict[str, bytes]]:
+    """The samples of PINNED as the authors' data sets have them."""
+    samples = {kind: files_below(SAMPLES / kind) for kind in PINNED}
+    del samples["llava_bench"]["rule.json"]  # in LLaVA's repository
+    chart, seed = samples["chartqa"], samples["seed_bench"]
+    images = {name: data for name, data in seed.items() if name.startswith("SEED-Bench-image/")}
+    charts = {f"ChartQA Dataset/{name}": data for name, data in chart.items()}
+    samples["chartqa"] = {"ChartQA Dataset.zip": zipped({**charts, "__MACOSX/ChartQA Dataset/._test": b"no"})}
+    samples["seed_bench"] = {
+        "SEED-Bench.json": seed["SEED-Bench.json"],
+        "SEED-Bench-image.zip": zipped(images),
+    }
+    return {data_set_of(kind): files for kind, files in samples.items()}
+
+
 @pytest.fixture(scope="module")
 def hub() -> Iterator[str]:
     mirror = {**files_below(SAMPLES / "vizwiz"), "README.md": b"not asked for", "code.py": b"print()"}
     mme = {"MME_Benchmark_release_version.zip": zipped({**files_below(SAMPLES / "mme"), "../outside.txt": b"no"})}
-    handler = type("Files", (Hub,), {"files": {MIRROR: mirror, "darkyarding/MME": mme}})
+    files = {MIRROR: mirror, "darkyarding/MME": mme, **data_sets_of_authors()}
+    revisions = {data_set_of(kind): origins_of(kind).revision for kind in PINNED}
+    handler = type("Files", (Hub,), {"files": files, "commits": {**dict.fromkeys(files, COMMIT), **revisions}})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -186,6 +219,25 @@ def test_get_asks_the_hub_of_the_environment_and_unpacks_the_authors_zip(hub: st
     assert (listing["repository"], listing["commit"]) == ("darkyarding/MME", COMMIT)
     assert len(done.stdout.splitlines()) == len(own) + 1
     assert sorted(path.name for path in (tmp_path / "files").iterdir()) == ["mme"]
+
+
+@pytest.mark.usefixtures("_hub_here")
+@pytest.mark.parametrize("kind", PINNED)
+def test_get_takes_the_stated_commit_by_default(kind: str, tmp_path: Path) -> None:
+    done = run("get", kind, "--out", str(tmp_path))
+    assert done.exception is None, done.exception
+    listing = json.loads((tmp_path / kind / DOWNLOADED).read_text())
+    assert (listing["repository"], listing["commit"]) == (data_set_of(kind), origins_of(kind).revision)
+    assert re.fullmatch("[0-9a-f]{40}", listing["commit"])
+    taken = files_below(tmp_path / kind)
+    del taken[DOWNLOADED]
+    expected = files_below(SAMPLES / kind)
+    elsewhere = {"rule.json", *(name for name in expected if name.startswith("SEED-Bench-video-image/"))}
+    assert taken == {name: data for name, data in expected.items() if name not in elsewhere}
+
+
+def test_every_stated_commit_is_tried() -> None:
+    assert {kind for kind in official_kinds() if origins_of(kind).revision} == set(PINNED)
 
 
 @pytest.mark.usefixtures("_hub_here")
@@ -218,9 +270,11 @@ def test_what_the_hub_does_not_have_is_told(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(ValueError, match="'someone/else' at revision 'main' is not available from the hub"):
         from_hub(tmp_path / "gqa", files, repository="someone/else", revision="main")
     with pytest.raises(
-        ValueError, match=rf"revision of data set '{MIRROR}' with --revision: a commit.*{MIRROR}/commits"
+        ValueError, match=rf"no commit of data set '{MIRROR}' is known.*with --revision.*{MIRROR}/commits"
     ):
         from_hub(tmp_path / "gqa", files, repository=MIRROR, revision=None)
+    without = run("get", "mme", "--out", str(tmp_path))
+    assert "no commit of data set 'darkyarding/MME' is known" in str(without.exception)
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the port that discards, where nobody listens

@@ -25,10 +25,13 @@ def list_files(as_json: JsonLines = False) -> None:
     for kind in official_kinds():
         origins = origins_of(kind)
         if as_json:
+            about = {"benchmark": kind, "server": origins.server, "revision": origins.revision}
             for file in origins.files:
-                say(json.dumps({"benchmark": kind, "server": origins.server, **asdict(file)}))
+                say(json.dumps({**about, **asdict(file)}))
             continue
         say(f"{kind}\n  server: {origins.server}")
+        if any(file.hub for file in origins.files):
+            say(f"  commit on the hub: {origins.revision or 'not known; `benchmark get` needs --revision'}")
         for file in origins.files:
             only = "".join(f", {name}={value}" for name, value in file.only.items())
             only += ", for demonstrations" if file.is_train else ""
@@ -76,20 +79,23 @@ def get_files(
         typer.Option("--repo", help="A data set on the hub with the files under their official paths, OWNER/NAME"),
     ] = None,
     revision: Annotated[
-        str | None, typer.Option("--revision", help="A commit, tag or branch of it; needed, since branches move")
+        str | None,
+        typer.Option("--revision", help="A commit, tag or branch of it; needed where `list` states no commit"),
     ] = None,
     settings: Settings = None,
 ) -> None:
     """Fetch the official files of a benchmark from the hub, by default from a data set of its authors if they have one.
 
-    The commit and the sha256 of each file are recorded, and `vila-ops benchmark check` compares them. A file that is
-    there with another content is not replaced.
+    Without --revision it is the commit that `vila-ops benchmark list` states. `vila-ops benchmark check` compares each
+    file with its recorded sha256. A file that is there with another content is not replaced.
     """
     from vila_ops.config.load import key_and_value
     from vila_ops.eval.downloads import from_hub
     from vila_ops.eval.origins import default_config, origins_of
 
     config = default_config(kind, dict(map(key_and_value, settings or ())))
-    files = [file for file in origins_of(kind).files if file.is_read(config)]
+    origins = origins_of(kind)
+    files = [file for file in origins.files if file.is_read(config)]
+    revision = revision or (origins.revision if repository is None else None)
     for name in from_hub(out / kind, files, repository=repository, revision=revision):
         say(str(out / kind / name))

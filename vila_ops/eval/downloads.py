@@ -25,23 +25,23 @@ def from_hub(folder: Path, files: Sequence[OfficialFile], *, repository: str | N
     their authors have no data set, and without a revision; FetchError where the hub did not answer.
     """
     if repository is None:
-        repository, paths = _by_authors(files)
+        repository, folders = _by_authors(files)
         for file in (one for one in files if not one.hub):
             logger.warning("%s is not in %s; fetch it by hand from %s", file.path, repository, file.url)
     else:
-        paths = [file.path for file in files]
+        folders = {file.path: "" for file in files}
     if revision is None:
         raise ValueError(
-            f"name the revision of data set {repository!r} with --revision: a commit, so that everyone reads the same "
-            f"files (https://huggingface.co/datasets/{repository}/commits/main lists them), or main for the newest"
+            f"no commit of data set {repository!r} is known to vila-ops; name one with --revision, so that everyone "
+            f"reads the same files (https://huggingface.co/datasets/{repository}/commits/main lists them), or main for "
+            f"the newest"
         )
     partial = folder.with_name(f".{folder.name}.partial")
     with faults_named(folder):
-        commit = _download(repository, revision, paths, partial)
+        commit = _download(repository, revision, list(folders), partial)
         for archive in sorted(partial.rglob("*.zip")):
             logger.info("unpacking %s", archive.name)
-            with zipfile.ZipFile(archive) as content:
-                content.extractall(partial)  # keeps members inside: it drops leading slashes and ".."
+            _unpack(archive, partial, folder=folders.get(archive.relative_to(partial).as_posix(), ""))
             archive.unlink()
         digests = _moved(partial, folder)
         listing = {"repository": repository, "commit": commit, "sha256": digests}
@@ -50,8 +50,8 @@ def from_hub(folder: Path, files: Sequence[OfficialFile], *, repository: str | N
     return sorted(digests)
 
 
-def _by_authors(files: Sequence[OfficialFile]) -> tuple[str, list[str]]:
-    """The one data set of the authors, and the paths of the files in it. Raises ValueError."""
+def _by_authors(files: Sequence[OfficialFile]) -> tuple[str, dict[str, str]]:
+    """The one data set of the authors, and by path of each file in it the folder of a zip. Raises ValueError."""
     places = sorted({file.hub for file in files if file.hub})
     repositories = {"/".join(place.split("/")[:2]) for place in places}
     if len(repositories) != 1:
@@ -60,18 +60,27 @@ def _by_authors(files: Sequence[OfficialFile]) -> tuple[str, list[str]]:
             f"the authors have no data set with these files on the hub; fetch them by hand ({by_hand}), or name a data "
             f"set that has them with --repo"
         )
-    return repositories.pop(), ["/".join(place.split("/")[2:]) for place in places]
+    paths = ["/".join(place.split("/")[2:]) for place in places]
+    return repositories.pop(), {path: folder for path, _, folder in (one.partition("!") for one in paths)}
 
 
-def _download(repository: str, revision: str, paths: Sequence[str], target: Path) -> str:
+def _unpack(archive: Path, target: Path, *, folder: str) -> None:
+    """Extract a zip, or what is below one of its folders."""
+    root = f"{folder}/" if folder else ""
+    with zipfile.ZipFile(archive) as content:
+        for member in content.infolist():
+            if member.filename.startswith(root) and not member.is_dir():
+                member.filename = member.filename.removeprefix(root)
+                content.extract(member, target)  # keeps members inside: it drops leading slashes and ".."
+
+
+def _download(repository: str, revision: str, paths: list[str], target: Path) -> str:
     """The commit of a revision, whose files of these paths are then in `target`."""
     from huggingface_hub import HfApi, snapshot_download
 
     with hub_faults(f"data set {repository!r} at revision {revision!r} is not", "check its name and the network"):
         commit = HfApi().dataset_info(repository, revision=revision).sha
-        snapshot_download(
-            repository, repo_type="dataset", revision=commit, allow_patterns=list(paths), local_dir=target
-        )
+        snapshot_download(repository, repo_type="dataset", revision=commit, allow_patterns=paths, local_dir=target)
     shutil.rmtree(target / ".cache", ignore_errors=True)  # the hub client's own
     if not any(path.is_file() for path in target.rglob("*")):
         raise ValueError(

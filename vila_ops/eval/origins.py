@@ -8,13 +8,13 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast, get_args
 
 from pydantic import Field, TypeAdapter
 
 from vila_ops.artifacts.disk import sha256
-from vila_ops.config.benchmarks import Official, OfficialBenchmark
-from vila_ops.eval.benchmark import BENCHMARKS, benchmark_of
+from vila_ops.config.benchmarks import Official, OfficialBenchmark, PromptTemplate
+from vila_ops.eval.benchmark import benchmark_of
 
 DOWNLOADED = ".downloaded.json"
 """What `vila-ops benchmark get` left in a folder: repository, commit, and sha256 of each file."""
@@ -38,7 +38,10 @@ class OfficialFile:
     only: Mapping[str, str] = field(default_factory=dict)
     """Settings of the config under which it is read, such as {"split": "val2014"}, or its kind."""
     hub: str = ""
-    """OWNER/NAME/PATH of the file, or of a zip with it, in a data set of its authors on the hub; empty: in none."""
+    """OWNER/NAME/PATH of the file, or of a zip with it, in a data set of its authors on the hub; empty: in none.
+
+    ZIP!FOLDER: all of the zip is in that folder, which is left out.
+    """
 
     is_train: bool = False
     """Whether it is of the train split, which demonstrations are taken from."""
@@ -55,6 +58,8 @@ class Origins:
     files: tuple[OfficialFile, ...]
     server: str
     """Whether a server scores uploads, and whether it still lives."""
+    revision: str | None = None
+    """Commit of the authors' data set on the hub that has these files; None: not known to us."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +74,14 @@ class FileProblem:
 
 def official_kinds() -> list[str]:
     """The kinds of our benchmarks that read official files, by name."""
-    return sorted(kind for kind in BENCHMARKS if hasattr(benchmark_of(kind), "ORIGINS"))
+    return sorted(config.model_fields["kind"].default for config in get_args(Official))
 
 
 def origins_of(kind: str) -> Origins:
     """Where the files of a kind of benchmark come from. Raises ValueError for one that reads none."""
-    origins: Origins | None = getattr(benchmark_of(kind), "ORIGINS", None) if kind in BENCHMARKS else None
-    if origins is None:
+    if kind not in official_kinds():
         raise ValueError(f"no benchmark {kind!r} reads official files; these do: {', '.join(official_kinds())}")
+    origins = cast("Origins", benchmark_of(kind).ORIGINS)  # type: ignore[attr-defined]  # held-out benchmarks have none
     return replace(origins, files=tuple(file for file in origins.files if file.only.get("kind", kind) == kind))
 
 
@@ -126,8 +131,10 @@ def _content(folder: Path, config: OfficialBenchmark, files: list[OfficialFile])
 
 
 def default_config(kind: str, settings: Mapping[str, Any]) -> OfficialBenchmark:
-    """A config of a kind for reading its files alone, whatever the prompt. Raises ValueError."""
+    """A config of a kind for reading its files alone, whatever the prompts. Raises ValueError."""
     origins_of(kind)
+    (of_kind,) = (config for config in get_args(Official) if config.model_fields["kind"].default == kind)
     prompt = {"user": "{image}", "answer": {"kind": "generate", "max_new_tokens": 1}}
+    prompts = {name: prompt for name, field in of_kind.model_fields.items() if field.annotation is PromptTemplate}
     adapter: TypeAdapter[OfficialBenchmark] = TypeAdapter(Annotated[Official, Field(discriminator="kind")])
-    return adapter.validate_python({"prompt": prompt, **settings, "kind": kind})
+    return adapter.validate_python({**prompts, **settings, "kind": kind})

@@ -1,9 +1,12 @@
 """Items of a benchmark's committed sample, and rows of given answers."""
 
+import io
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import yaml
 
@@ -58,3 +61,11 @@ def slices(rows: list[ItemRow], items: list[Item], config: Any) -> dict[tuple[st
 def copy_of(kind: str, folder: Path) -> Path:
     """A copy of a benchmark's sample, to be broken."""
     return Path(shutil.copytree(SAMPLES / kind, folder / kind))
+
+
+def cells(workbook: bytes) -> list[list[str]]:
+    """The texts of a workbook's rows, by the standard library's readers."""
+    with zipfile.ZipFile(io.BytesIO(workbook)) as archive:
+        sheet = ElementTree.fromstring(archive.read("xl/worksheets/sheet1.xml"))
+    main = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
+    return [["".join(cell.itertext()) for cell in row.iter(f"{main}c")] for row in sheet.iter(f"{main}row")]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.eval.benchmarks.sample import SAMPLES, config_of, numbers, rows_of, sample_items
+from tests.eval.benchmarks.sample import SAMPLES, cells, config_of, numbers, rows_of, sample_items
 from vila_ops.config.benchmarks import Ai2d
 from vila_ops.data.records import Image
 from vila_ops.eval.benchmarks import ai2d
@@ -20,6 +20,19 @@ def test_the_numbers_by_hand() -> None:
     items = sample_items(CONFIG)
     by_name = numbers(rows_of(items, CONFIG, lambda item, _: REPLIES[item.id]), items, CONFIG)
     assert by_name == pytest.approx({"ai2d_masked_official": 2 / 4, "ai2d_masked_corrected": 3 / 4})
+
+
+def test_the_result_is_the_table_of_vlmevalkit() -> None:
+    items = sample_items(CONFIG)
+    rows = rows_of(items, CONFIG, lambda item, _: None if item.id == "1" else REPLIES[item.id])
+    ((name, content),) = ai2d.official_files(items, rows, CONFIG).items()
+    header, *table = cells(content)
+    assert name == "AI2D_TEST.xlsx"
+    assert header == ["index", "question", "A", "B", "C", "D", "answer", "prediction"]
+    assert [row[0] for row in table] == ["0", "1", "2", "3"]
+    assert [row[6] for row in table] == [item.answer for item in items]
+    assert [row[7] for row in table] == ["B", "", "There are four links", "b"]
+    assert table[1][5] == ""
 
 
 def test_options_end_at_the_first_empty_one_and_rows_of_one_image_are_one_group() -> None:

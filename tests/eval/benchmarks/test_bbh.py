@@ -1,5 +1,6 @@
 """BIG-Bench Hard from its official files to numbers."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -37,6 +38,17 @@ def test_the_numbers_by_hand() -> None:
             "bbh_direct_macro_corrected": 1,
         }
     )
+
+
+def test_the_result_files_are_those_of_open_instruct() -> None:
+    items = sample_items(DIRECT)
+    rows = rows_of(items, DIRECT, lambda item, _: None if item.id == "count_the_shapes-1" else "(B)\nQ: no")
+    files = bbh.official_files(items, rows, DIRECT)
+    assert list(files) == ["count_the_shapes.jsonl", "pick_the_colour.jsonl"]
+    records = [json.loads(line) for line in files["count_the_shapes.jsonl"].decode().splitlines()]
+    (official,) = [json.loads((SAMPLES / "bbh/bbh/count_the_shapes.json").read_text())["examples"]]
+    assert [record.pop("prediction") for record in records] == ["(B)\nQ: no", ""]
+    assert records == official
 
 
 def test_a_chain_of_thought_is_another_metric() -> None:

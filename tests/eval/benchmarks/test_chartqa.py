@@ -1,5 +1,6 @@
 """ChartQA from its official files to numbers."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -29,6 +30,16 @@ def test_the_numbers_by_hand() -> None:
     assert by_slice["chartqa_corrected", "human"] == pytest.approx(1 / 3)
     assert by_slice["chartqa_official", "augmented"] == pytest.approx(1 / 3)
     assert by_slice["chartqa_corrected", "augmented"] == pytest.approx(2 / 3)
+
+
+def test_the_result_files_are_the_official_ones_with_predictions() -> None:
+    items = sample_items(CONFIG)
+    files = chartqa.official_files(items, rows_of(items, CONFIG, lambda item, _: REPLIES[item.id] or None), CONFIG)
+    for part in ("human", "augmented"):
+        records = json.loads(files[f"test_{part}.json"])
+        predictions = [REPLIES[f"{part}-{place}"] for place in range(3)]
+        assert [record.pop("prediction") for record in records] == predictions
+        assert records == json.loads((SAMPLES / f"chartqa/test/test_{part}.json").read_text())
 
 
 def test_a_failed_question_is_wrong_or_left_out() -> None:

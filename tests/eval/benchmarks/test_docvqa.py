@@ -47,6 +47,15 @@ def test_a_file_of_another_split_and_a_question_without_answers_are_refused(tmp_
         list(docvqa.read(folder, CONFIG))
 
 
+def test_the_names_of_the_later_download_are_read(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(SAMPLES / "docvqa", tmp_path / "docvqa"))
+    (folder / "val_v1.0.json").rename(folder / "val_v1.0_withQT.json")
+    (folder / "documents").rename(folder / "spdocvqa_images")
+    items = list(docvqa.read(folder, CONFIG))
+    assert items == sample_items(CONFIG)
+    assert not any(item.problem() for item in items)
+
+
 def test_an_answer_of_100000_characters_is_wrong() -> None:
     items = sample_items(CONFIG)
     by_name = numbers(rows_of(items, CONFIG, lambda item, _: "a" * 100_000), items, CONFIG)

@@ -2,14 +2,12 @@
 
 import csv
 import io
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 
-from tests.eval.benchmarks.sample import SAMPLES, config_of, copy_of, numbers, rows_of, sample_items
+from tests.eval.benchmarks.sample import SAMPLES, cells, config_of, copy_of, numbers, rows_of, sample_items
 from vila_ops.config.benchmarks import MmBench, MmBenchCn
 from vila_ops.eval.benchmark import Item, TextPrompt
 from vila_ops.eval.benchmarks import mmbench
@@ -39,14 +37,6 @@ def write(folder: Path, rows: list[dict[str, str]]) -> None:
         writer = csv.DictWriter(file, list(rows[0]), delimiter="\t", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-
-
-def cells(workbook: bytes) -> list[list[str]]:
-    """The texts of a workbook's rows, by the standard library's readers."""
-    with zipfile.ZipFile(io.BytesIO(workbook)) as archive:
-        sheet = ElementTree.fromstring(archive.read("xl/worksheets/sheet1.xml"))
-    main = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
-    return [["".join(cell.itertext()) for cell in row.iter(f"{main}c")] for row in sheet.iter(f"{main}row")]
 
 
 def test_the_numbers_by_hand() -> None:

@@ -40,11 +40,40 @@ def test_the_rule_of_vlmevalkit_is_that_of_its_code() -> None:
         ("none", None),
         ("112", None),
         ("Bread", None),
+        ("Answer: **D**", "D"),  # OPD-V#2
+        ("I considered (A), but it is incorrect. Final answer: D.", "D"),
+        ("The correct answer is d.", "D"),
+        ("answer: (b) red", "B"),
+        ("the answer is a cat, or d", "A"),  # an article, and the text of A
+        ("The answer is B. Note that A is a common distractor.", "B"),  # omlx#3668
+        ("ANSWER: BD", None),  # evals#1767
+        ("ANSWER: B\nActually, ANSWER: C", "C"),
+        ("\uff22", "B"),  # full width, lmms-eval#1415
+        ("\uff08\uff22\uff09\u3002", "B"),
         ("", None),
     ],
 )
 def test_letters_that_people_read(answer: str, letter: str | None) -> None:
     assert corrected_letter(answer, OPTIONS) == letter
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("答案是B", "B"),
+        ("正确答案：B。", "B"),
+        ("选B", "B"),
+        ("应选择（C）。", "C"),
+        ("我认为A不对，答案是C", "C"),
+        ("红色。", "B"),
+        ("它是红色的。", "B"),
+        ("A和B都对", None),
+        ("답은 C입니다", "C"),
+        ("答えはAです", "A"),
+    ],
+)
+def test_letters_between_characters_without_spaces_are_read(answer: str, letter: str | None) -> None:
+    assert corrected_letter(answer, {"A": "绿色", "B": "红色", "C": "12 只"}) == letter
 
 
 @pytest.mark.parametrize(

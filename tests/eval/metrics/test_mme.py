@@ -33,6 +33,8 @@ def test_the_official_numbers_are_those_of_the_script() -> None:
         ("It is: no", "other", "no"),
         ("**No**", "no", "no"),
         ("Answer: **No**", "other", "no"),
+        ("ＮＯ", "other", "no"),  # full width
+        ("Yes, the photo depicts a gravestone with a death notice.", "yes", "yes"),  # VLMEvalKit#73
         ("maybe", "other", "other"),
         ("", "other", "other"),
     ],

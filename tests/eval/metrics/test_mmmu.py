@@ -47,6 +47,11 @@ def test_an_unreadable_answer_is_drawn_in_the_official_column_and_wrong_in_the_o
     assert not any(one.corrected for one in results)
 
 
+def test_a_letter_before_an_article_is_read_in_the_corrected_column_alone() -> None:
+    result = mmmu([choice("B. A cat that sleeps"), choice("It is not (A), so the answer is (B).")])
+    assert result == [Columns(official=0, corrected=1), Columns(official=1, corrected=1)]
+
+
 def test_only_the_official_column_depends_on_the_order_of_the_items() -> None:
     items = [choice(answer, truth) for answer in ("hm", "B", "?", "(A)", "well") for truth in "ABC"]
     order = list(range(len(items)))

@@ -164,6 +164,13 @@ def test_numbers_by_id_are_those_in_order_where_the_ids_are_in_order() -> None:
         ("nothing is known", "yes"),
         ("", None),
         (" .\n", None),
+        ("Nope", "no"),
+        ("ＮＯ", "no"),  # full width
+        ("I am not sure", None),  # POPE#19
+        ("Maybe.", None),
+        ("I can't tell", None),
+        ("No, I am not sure", "no"),
+        ("I cannot see a dog", "no"),
     ],
 )
 def test_answers_are_read_by_their_negations(text: str, answer: YesNo | None) -> None:

@@ -41,6 +41,9 @@ def test_wrong_in_both_columns(answer: str, truth: str) -> None:
         ("2008.5", "2010.5", Columns(1, 1)),
         ("2,008", "2,010", Columns(0, 1)),
         (" Blue\n", "blue", Columns(0, 1)),
+        ("Yes.", "Yes", Columns(0, 1)),  # VLMEvalKit#948
+        ("5%.", "5%", Columns(0, 1)),
+        ("２０％", "20%", Columns(0, 1)),  # full width
         ("nan", "NaN", Columns(0, 1)),
         ("1_000", "1000", Columns(1, 0)),
     ],

@@ -4,7 +4,8 @@ Official file: AI2D_TEST.tsv or AI2D_TEST_NO_MASK.tsv of VLMEvalKit, with the co
 and image (base64, or the index of the row that has the same image). Both numbers are in use under the same name, so
 `masked` or `shown` is part of the metric's.
 
-The columns are the letter rules of VLMEvalKit without a judge (official) and ours; see `metrics.letters`.
+The columns are the letter rules of VLMEvalKit without a judge (official) and ours; see `metrics.letters`. The result is
+the table that VLMEvalKit writes and scores.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,11 +17,21 @@ from vila_ops.eval.columns import in_columns, mean_metrics
 from vila_ops.eval.metrics.columns import right
 from vila_ops.eval.metrics.letters import corrected_letter, vlmeval_letter
 from vila_ops.eval.official import image_in_base64, table_of
+from vila_ops.eval.origins import OfficialFile, Origins
 from vila_ops.eval.prompts import requests_of
 from vila_ops.eval.rows import ItemRow
+from vila_ops.eval.xlsx import xlsx
 
-REVISION = 1
+REVISION = 2
 FILES = {"masked": "AI2D_TEST.tsv", "shown": "AI2D_TEST_NO_MASK.tsv"}
+_URL, _LICENCE = "https://opencompass.openxlab.space/utils/VLMEval/", "? (diagrams of AllenAI's AI2D)"
+ORIGINS = Origins(
+    files=tuple(
+        OfficialFile(name, _URL + name, "?", _LICENCE, items=3_088, only={"labels": labels})
+        for labels, name in FILES.items()
+    ),
+    server="none: scored here",
+)
 LETTERS = "ABCDEFGH"
 _LONGEST_INDEX = 64
 """An image of fewer characters is the index of another row, as in VLMEvalKit."""
@@ -74,3 +85,21 @@ def _outcome(item: Item, answer: str) -> dict[str, float]:
 def metrics(items: Sequence[Item], rows: Sequence[ItemRow], config: Ai2d) -> list[MetricValues]:
     """The share of right answers."""
     return mean_metrics(f"ai2d_{config.labels}", rows)
+
+
+def official_files(items: Sequence[Item], rows: Sequence[ItemRow], config: Ai2d) -> dict[str, bytes]:
+    """The table of VLMEvalKit: the rows of the file without images, and with a column of predictions."""
+    answers = {row.item: row.answer or "" for row in rows}
+    letters = LETTERS[: max((len(item.options) for item in items), default=0)]
+    table = [
+        [
+            int(item.id) if item.id.isdecimal() else item.id,
+            *map(str, item.parts["question"]),
+            *(item.options + ("",) * (len(letters) - len(item.options))),
+            item.references,
+            answers[item.id],
+        ]
+        for item in items
+    ]
+    header = ["index", "question", *letters, "answer", "prediction"]
+    return {Path(FILES[config.labels]).stem + ".xlsx": xlsx([header, *table])}

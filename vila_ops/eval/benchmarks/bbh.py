@@ -7,9 +7,10 @@ Official files, in one folder (suzgunmirac/BIG-Bench-Hard):
 
 The direct style shows the same examples with their answer in place of the steps to it, as open-instruct derives them,
 but without the full stop that ends the statement. Metrics name the style; the macro mean, over the files, is the one
-that the paper prints.
+that the paper prints. No script of the authors reads predictions: the result files are those of open-instruct.
 """
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,10 +20,19 @@ from vila_ops.eval.benchmark import Item, LazyTokenizer, MetricValues, Request
 from vila_ops.eval.columns import WRONG, in_columns, macro_metrics, mean_metrics
 from vila_ops.eval.metrics import bbh
 from vila_ops.eval.official import check_keys, json_of, text_of
+from vila_ops.eval.origins import OfficialFile, Origins
 from vila_ops.eval.prompts import requests_of
 from vila_ops.eval.rows import ItemRow
 
-REVISION = 1
+REVISION = 2
+_URL, _LICENCE = "https://github.com/suzgunmirac/BIG-Bench-Hard", "MIT"
+ORIGINS = Origins(
+    files=(
+        OfficialFile("bbh/*.json", _URL, "?", _LICENCE, items=6_511),
+        OfficialFile("cot-prompts/*.txt", _URL, "?", _LICENCE),
+    ),
+    server="none: scored here",
+)
 _NOTICE = re.compile(r"\A.*\n-+\n")
 _STEPS = re.compile(r"\nA: .*?So the answer is (.*?)\.?\s*\Z", re.DOTALL)
 
@@ -77,3 +87,14 @@ def score(items: Sequence[Item], rows: Sequence[ItemRow], config: Bbh) -> list[M
 def metrics(items: Sequence[Item], rows: Sequence[ItemRow], config: Bbh) -> list[MetricValues]:
     """The share of right answers over all questions, and its mean over the tasks."""
     return [*mean_metrics(f"bbh_{config.style}", rows), *macro_metrics(f"bbh_{config.style}", rows)]
+
+
+def official_files(items: Sequence[Item], rows: Sequence[ItemRow], config: Bbh) -> dict[str, bytes]:
+    """TASK.jsonl as open-instruct's `run_eval.py` writes it: the records of the file with the answer as prediction."""
+    answers = {row.item: row.answer or "" for row in rows}
+    lines: dict[str, list[str]] = {}
+    for item in items:
+        (task,), (question,) = item.slices, item.parts["question"]
+        record = {"input": question, "target": item.references, "prediction": answers[item.id]}
+        lines.setdefault(task, []).append(json.dumps(record, ensure_ascii=False) + "\n")
+    return {f"{task}.jsonl": "".join(of_task).encode() for task, of_task in lines.items()}

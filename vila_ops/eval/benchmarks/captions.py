@@ -13,6 +13,7 @@ name; ptb is the official one. SPICE and METEOR are not computed.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,34 @@ import numpy as np
 from vila_ops.config.benchmarks import Captions, CocoCaptions
 from vila_ops.errors import TokenizerMissing
 from vila_ops.eval.benchmark import Item, LazyTokenizer, MetricValues, Request, Units
+from vila_ops.eval.benchmarks.vqav2 import COCO_TRAIN2014, COCO_VAL2014
 from vila_ops.eval.columns import COLUMNS, named
 from vila_ops.eval.metrics.bleu import bleu_4
 from vila_ops.eval.metrics.captions import TOKENIZERS, CaptionScores, caption_scores
 from vila_ops.eval.metrics.ptb import has_official_tokenizer
 from vila_ops.eval.official import check_keys, image_of, json_of
+from vila_ops.eval.origins import OfficialFile, Origins
 from vila_ops.eval.prompts import requests_of
 from vila_ops.eval.rows import ItemRow
 
 REVISION = 1
+_SPLITS = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip", "36 MB", "?"
+_FLICKR30K = (
+    *("https://shannon.cs.illinois.edu/DenotationGraph/, on request", "4 GB"),
+    "research only, Flickr's terms (images)",
+)
+_COCO, _FLICKR = {"kind": "coco_captions"}, {"kind": "flickr30k_captions"}
+ORIGINS = Origins(
+    files=(
+        OfficialFile("dataset_coco.json", *_SPLITS, items=5_000, only=_COCO),
+        replace(COCO_VAL2014, only=_COCO),
+        replace(COCO_TRAIN2014, only=_COCO),
+        OfficialFile("dataset_flickr30k.json", *_SPLITS, items=1_000, only={**_FLICKR, "split": "test"}),
+        OfficialFile("dataset_flickr30k.json", *_SPLITS, items=1_014, only={**_FLICKR, "split": "val"}),
+        OfficialFile("flickr30k-images/*.jpg", *_FLICKR30K, only=_FLICKR),
+    ),
+    server="none: scored here",
+)
 BLEU_COUNTS = (
     *(f"{count}_{order}" for count in ("common", "ngrams") for order in (1, 2, 3, 4)),
     "words",

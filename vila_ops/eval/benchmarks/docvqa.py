@@ -6,6 +6,8 @@ Official files, in one folder (RRC, challenge 17):
     documents/*.png                     the pages
     train_v1.0.json                     the train split, for demonstrations
 
+Files of the later download, named val_v1.0_withQT.json and spdocvqa_images/*.png, are read as well.
+
 The metric is ANLS (see `metrics.anls`). Answers of the test split are with its server: the result is its upload file.
 """
 
@@ -19,10 +21,21 @@ from vila_ops.eval.benchmark import Item, LazyTokenizer, MetricValues, Request
 from vila_ops.eval.columns import WRONG, in_columns, mean_metrics
 from vila_ops.eval.metrics import anls
 from vila_ops.eval.official import check_keys, image_of, json_of
+from vila_ops.eval.origins import OfficialFile, Origins
 from vila_ops.eval.prompts import requests_of
 from vila_ops.eval.rows import ItemRow
 
 REVISION = 1
+_GIVEN = "https://rrc.cvc.uab.es/?ch=17&com=downloads, after registration", "?", "?"
+ORIGINS = Origins(
+    files=(
+        OfficialFile("val_v1.0*.json", *_GIVEN, items=5_349, only={"split": "val"}),
+        OfficialFile("test_v1.0*.json", *_GIVEN, items=5_188, only={"split": "test"}),
+        OfficialFile("*/*.png", *_GIVEN),
+        OfficialFile("train_v1.0*.json", *_GIVEN, is_train=True),
+    ),
+    server="RRC scores test; val is scored here",
+)
 
 
 def read(source: Path, config: DocVqa) -> Iterator[Item]:
@@ -36,7 +49,8 @@ def train_items(source: Path, config: DocVqa) -> Iterator[Item]:
 
 
 def _items(source: Path, expected: str) -> Iterator[Item]:
-    file = source / f"{expected}_v1.0.json"
+    later = source / f"{expected}_v1.0_withQT.json"
+    file = later if later.is_file() else source / f"{expected}_v1.0.json"
     content = json_of(file)
     if not isinstance(content, dict) or "data" not in content:
         raise ValueError(f"{file} has no data; the file is of another version")
@@ -49,13 +63,15 @@ def _items(source: Path, expected: str) -> Iterator[Item]:
 
 
 def _item(source: Path, record: Mapping[str, Any], file: Path) -> Item:
+    later = source / "spdocvqa_images"
+    image = later / Path(record["image"]).name if later.is_dir() else source / record["image"]
     truths = [str(one) for one in record.get("answers") or ()]
     if "answers" in record and not truths:
         raise ValueError(f"{file}: question {record['questionId']} has no answers; the file is of another version")
     return Item(
         id=str(record["questionId"]),
         group=record["image"],
-        parts={"image": (image_of(source / record["image"]),), "question": (record["question"],)},
+        parts={"image": (image_of(image),), "question": (record["question"],)},
         references={"answers": truths, "questionId": record["questionId"]},
         answer=truths[0] if truths else "",
         slices=tuple(f"type: {one}" for one in record.get("question_types") or ()),

@@ -20,10 +20,22 @@ from vila_ops.eval.benchmark import Item, LazyTokenizer, MetricValues, Request
 from vila_ops.eval.columns import WRONG, in_columns, mean_metrics
 from vila_ops.eval.metrics import drop
 from vila_ops.eval.official import check_keys, json_of
+from vila_ops.eval.origins import OfficialFile, Origins
 from vila_ops.eval.prompts import requests_of
 from vila_ops.eval.rows import ItemRow
 
 REVISION = 1
+_GIVEN = (
+    *("https://s3-us-west-2.amazonaws.com/allennlp/datasets/drop/drop_dataset.zip", "8 MB, with both files"),
+    "CC BY-SA 4.0",
+)
+ORIGINS = Origins(
+    files=(
+        OfficialFile("drop_dataset_dev.json", *_GIVEN, items=9_536),
+        OfficialFile("drop_dataset_train.json", *_GIVEN),
+    ),
+    server="AllenAI's leaderboard scores test; dev is scored here",
+)
 _NO_SCORE = drop.DropScores(exact_match=WRONG, f1=WRONG)
 
 

@@ -26,10 +26,27 @@ from vila_ops.eval.benchmark import GenerateRequest, Item, LazyTokenizer, Metric
 from vila_ops.eval.judge import judge_request, judged_by, readable
 from vila_ops.eval.metrics.judged import score_pair
 from vila_ops.eval.official import image_of, json_of, records_of
+from vila_ops.eval.origins import OfficialFile, Origins
 from vila_ops.eval.prompts import requests_of
 from vila_ops.eval.rows import ItemRow
 
 REVISION = 1
+_HUB, _LICENCE = "liuhaotian/llava-bench-in-the-wild", "Apache-2.0"
+_URL = f"https://huggingface.co/datasets/{_HUB}"
+ORIGINS = Origins(
+    files=(
+        OfficialFile("questions.jsonl", _URL, "8 kB", _LICENCE, items=60, hub=f"{_HUB}/questions.jsonl"),
+        OfficialFile("context.jsonl", _URL, "8 kB", _LICENCE, hub=f"{_HUB}/context.jsonl"),
+        OfficialFile("answers_gpt4.jsonl", _URL, "47 kB", _LICENCE, hub=f"{_HUB}/answers_gpt4.jsonl"),
+        OfficialFile("images/*.jpg", _URL, "10 MB", _LICENCE, hub=f"{_HUB}/images/*.jpg"),
+        OfficialFile(
+            "rule.json",
+            *("https://github.com/haotian-liu/LLaVA/blob/main/llava/eval/table/rule.json", "?", _LICENCE),
+        ),
+    ),
+    server="none: a judge of your own scores; the first one, gpt-4-0314, was shut down on 2026-03-26",
+    revision="9773b6fd2be88d4ced480dcd9bfd4ce76e47f79b",
+)
 
 
 def read(source: Path, config: LlavaBench) -> Iterator[Item]:

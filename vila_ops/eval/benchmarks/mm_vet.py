@@ -23,11 +23,21 @@ from vila_ops.eval.columns import mean_metric
 from vila_ops.eval.judge import judge_request, judged_by, readable
 from vila_ops.eval.metrics.judged import grade
 from vila_ops.eval.official import check_keys, image_of, json_of
+from vila_ops.eval.origins import OfficialFile, Origins
 from vila_ops.eval.prompts import requests_of
 from vila_ops.eval.rows import ItemRow
 
 REVISION = 1
 NOTEBOOK = "mm-vet_evaluator.ipynb"
+_GIVEN = "https://github.com/yuweihao/MM-Vet/releases/download/v1/mm-vet.zip", "?", "CC BY-NC 4.0"
+ORIGINS = Origins(
+    files=(
+        OfficialFile("mm-vet.json", *_GIVEN, items=218),
+        OfficialFile("images/*", *_GIVEN),
+        OfficialFile(NOTEBOOK, "https://github.com/yuweihao/MM-Vet", "?", "Apache-2.0"),
+    ),
+    server="none: a judge of your own scores; the paper's is gpt-4-0613",
+)
 
 
 def read(source: Path, config: MmVet) -> Iterator[Item]:

@@ -31,7 +31,7 @@ from vila_ops.eval.prompts import requests_of
 from vila_ops.eval.rows import ItemRow
 from vila_ops.eval.xlsx import xlsx
 
-REVISION = 2
+REVISION = 3
 Language = MmBench | MmBenchCn
 LETTERS = "ABCD"
 LONGEST_REFERENCE = 64

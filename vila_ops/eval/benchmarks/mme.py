@@ -29,7 +29,7 @@ from vila_ops.eval.prompts import requests_of
 from vila_ops.eval.rows import ItemRow
 from vila_ops.eval.statistics import FloatArray
 
-REVISION = 1
+REVISION = 2
 ROOT = "MME_Benchmark_release_version"
 SUFFIX = "Please answer yes or no."
 _HUB = "darkyarding/MME/MME_Benchmark_release_version.zip"

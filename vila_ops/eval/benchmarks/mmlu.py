@@ -23,10 +23,19 @@ from vila_ops.eval.metrics import mmlu
 from vila_ops.eval.metrics.columns import Columns, right
 from vila_ops.eval.metrics.letters import corrected_letter, first_letter
 from vila_ops.eval.official import text_of
+from vila_ops.eval.origins import OfficialFile, Origins
 from vila_ops.eval.prompts import requests_of
 from vila_ops.eval.rows import ItemRow
 
-REVISION = 1
+REVISION = 2
+_GIVEN = "https://people.eecs.berkeley.edu/~hendrycks/data.tar", "166 MB, with all splits", "MIT"
+ORIGINS = Origins(
+    files=(
+        OfficialFile("test/*_test.csv", *_GIVEN, items=14_042),
+        OfficialFile("dev/*_dev.csv", *_GIVEN),
+    ),
+    server="none: scored here",
+)
 LETTERS = "ABCD"
 COLUMNS = len(LETTERS) + 2
 

@@ -23,10 +23,28 @@ from vila_ops.eval.benchmark import Item, LazyTokenizer, MetricValues, Part, Par
 from vila_ops.eval.columns import WRONG, in_columns, mean_metrics
 from vila_ops.eval.metrics.mmmu import MmmuItem, mmmu
 from vila_ops.eval.official import image_in, parquet_of
+from vila_ops.eval.origins import OfficialFile, Origins
 from vila_ops.eval.prompts import requests_of
 from vila_ops.eval.rows import ItemRow
 
-REVISION = 1
+REVISION = 2
+_HUB, _LICENCE = "MMMU/MMMU", "Apache-2.0"
+_URL = f"https://huggingface.co/datasets/{_HUB}"
+_VALIDATION, _DEV = "*/validation-*.parquet", "*/dev-*.parquet"
+ORIGINS = Origins(
+    files=(
+        OfficialFile(
+            *(_VALIDATION, _URL, "0.3 GB", _LICENCE),
+            items=900,
+            only={"split": "validation"},
+            hub=f"{_HUB}/{_VALIDATION}",
+        ),
+        OfficialFile(_DEV, _URL, "57 MB", _LICENCE, items=150, only={"split": "dev"}, hub=f"{_HUB}/{_DEV}"),
+        OfficialFile(_DEV, _URL, "57 MB", _LICENCE, hub=f"{_HUB}/{_DEV}", is_train=True),
+    ),
+    server="EvalAI scores test, whose answers have been public since February 2026; validation is scored here",
+    revision="98e6ac0cb9b7b2cd2c991b85a50762edc4aedc68",
+)
 CHOICE, OPEN = "multiple-choice", "open"
 _IMAGE = re.compile(r"<image (\d)>")
 

@@ -27,7 +27,7 @@ from vila_ops.eval.prompts import requests_of
 from vila_ops.eval.rows import ItemRow
 from vila_ops.eval.statistics import FloatArray
 
-REVISION = 2
+REVISION = 3
 _URL, _LICENCE = "https://github.com/RUCAIBox/POPE, output/coco at the commit of `version`", "MIT"
 ORIGINS = Origins(
     files=(

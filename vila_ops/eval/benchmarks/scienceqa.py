@@ -26,7 +26,7 @@ from vila_ops.eval.origins import OfficialFile, Origins
 from vila_ops.eval.prompts import requests_of
 from vila_ops.eval.rows import ItemRow
 
-REVISION = 1
+REVISION = 2
 _PAGE, _LICENCE = "https://github.com/lupantech/ScienceQA (data/scienceqa)", "CC BY-NC-SA 4.0"
 _IMAGES = "https://scienceqa.s3.us-west-1.amazonaws.com/images/test.zip"
 ORIGINS = Origins(

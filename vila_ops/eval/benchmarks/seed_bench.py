@@ -21,10 +21,31 @@ from vila_ops.eval.benchmark import Item, LazyTokenizer, MetricValues, Request
 from vila_ops.eval.columns import mean_metric, named
 from vila_ops.eval.metrics.letters import corrected_letter, exact_letter, first_letter
 from vila_ops.eval.official import check_keys, image_of, json_of
+from vila_ops.eval.origins import OfficialFile, Origins
 from vila_ops.eval.prompts import requests_of
 from vila_ops.eval.rows import ItemRow
 
-REVISION = 1
+REVISION = 2
+_HUB = "AILab-CVC/SEED-Bench"
+_URL, _LICENCE = f"https://huggingface.co/datasets/{_HUB}", "CC BY-NC 4.0"
+_FRAMES = "https://github.com/haotian-liu/LLaVA (scripts/extract_video_frames.py), from the videos that the file names"
+ORIGINS = Origins(
+    files=(
+        *(
+            OfficialFile(
+                *("SEED-Bench.json", _URL, "9 MB", _LICENCE),
+                items=items,
+                only={"subset": subset},
+                hub=f"{_HUB}/SEED-Bench.json",
+            )
+            for subset, items in (("image", 14_233), ("total", 19_242))
+        ),
+        OfficialFile("SEED-Bench-image/*", _URL, "1.7 GB", _LICENCE, hub=f"{_HUB}/SEED-Bench-image.zip"),
+        OfficialFile("SEED-Bench-video-image/*.png", _FRAMES, "?", "those of the videos", only={"subset": "total"}),
+    ),
+    server="a leaderboard on the hub; scored here",
+    revision="41fcc42395aa5693f5b197bf7b2b65ee33c2dde5",
+)
 LETTERS = "ABCD"
 _KEYS = ("question_id", "question", "answer", "data_type", "data_id", "question_type_id")
 _CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d")

@@ -6,7 +6,9 @@ MMMU are in their modules. The corrected column of all of them is `corrected_let
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+
+from vila_ops.eval.metrics.answers import half_width
 
 Options = Mapping[str, str]
 """The options' texts by their letters, in their order."""
@@ -21,8 +23,13 @@ _REJECTIONS = (
     "I'm sorry, but without the image provided",
     "Cannot determine the answer",
 )
-_STATED = re.compile(r"\b(?:answer|option|choice)(?:\s+is)?\s*[:=]?\s*[\s*_([{\"']*([A-Z])(?![\w'’])", re.IGNORECASE)
+_CUE = r"(?:\b(?:answer|option|choice)(?:\s+is)?|答 +案(?: +[是为])?|选(?: +[择项])?(?: +[是为])?)"
+_STATED = re.compile(_CUE + r"\s*[:=]?\s*[\s*_([{\"']*([A-Z])(?![\w'’])", re.IGNORECASE)
+_STATEMENT_END = re.compile(r"[*_}\"']*\s*(?:[.,;:!?)\]。]|$)")
 _LEADING = re.compile(r"[\s*_([{\"']*([A-Z])[*_\"']*[.:)\]]")
+_WORD = re.compile(r"['’]?\s*[a-z]")
+_UNSPACED = re.compile(r"[\u3001-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]")
+"""A character of Chinese, Japanese or Korean, or a mark of these."""
 _ALONE = re.compile(r"(?<![\w'’])([A-Z])(?![\w'’])")
 
 
@@ -61,18 +68,20 @@ def corrected_letter(answer: str, options: Options) -> str | None:
     """The option that an answer names, or None where it names none or several.
 
     In this order: the whole answer is a letter or the text of an option; a letter with a mark begins it ("(B)", "B.",
-    "B: cat"); "answer", "option" or "choice" stands before a letter, the last one counts; one option's letter stands
-    alone in it, where "A" before a word in lower case is an article; the text of one option is in it as whole words.
+    "B: cat"); "answer", "option", "choice" or its Chinese word stands before a letter, of which the last counts and one
+    in lower case has to end the statement; one option's letter stands alone, where an "A" before a word in lower case
+    is an article; the text of one option is in it as whole words. A character of Chinese, Japanese or Korean is a word.
     """
-    text = answer.strip()
-    bare = text.strip(" \t\n.,:;!?*_()[]{}\"'")
+    text = _spaced(answer).strip()
+    options = {letter: _spaced(option) for letter, option in options.items()}
+    bare = text.strip(" \t\n.,:;!?*_()[]{}\"'。、「」")
     if bare.upper() in options:
         return bare.upper()
     if len(same := [letter for letter, option in options.items() if _folded(option) == _folded(bare)]) == 1:
         return same[0]
     if (match := _LEADING.match(text)) and match[1] in options:
         return match[1]
-    if stated := [letter for match in _STATED.finditer(text) if (letter := match[1]) in options]:
+    if stated := [letter for letter in _stated(text) if letter in options]:
         return stated[-1]
     alone = {match[1] for match in _ALONE.finditer(text) if match[1] in options and not _is_word(text, match)}
     if len(alone) == 1:
@@ -81,9 +90,20 @@ def corrected_letter(answer: str, options: Options) -> str | None:
     return named[0] if len(named) == 1 and not alone else None
 
 
+def _spaced(text: str) -> str:
+    return _UNSPACED.sub(r" \g<0> ", half_width(text))
+
+
+def _stated(text: str) -> Iterator[str]:
+    """The letters that stand after a cue, such as "answer is"."""
+    for match in _STATED.finditer(text):
+        if match[1].isupper() or _STATEMENT_END.match(text, match.end()):
+            yield match[1].upper()
+
+
 def _is_word(text: str, match: re.Match[str]) -> bool:
     """Whether a letter is the article "A" or the pronoun "I"."""
-    return match[1] in "AI" and re.match(r"['’]?\s*[a-z]", text[match.end() :]) is not None
+    return match[1] in "AI" and _WORD.match(text, match.end()) is not None
 
 
 def _folded(text: str) -> str:

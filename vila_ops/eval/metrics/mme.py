@@ -8,7 +8,7 @@ The columns differ in two cases.
 
 - The script reads an answer that is not exactly yes or no by its first four characters: "Now it does" and "know" are
   no, "Eyes" is yes, "It is: no" and "**No**," beyond the fourth character are neither. Corrected: the first word that
-  is yes or no.
+  is yes or no, full-width letters too.
 - The script pairs lines by their order. Here the questions of an image are paired by its name in both columns; for the
   official files, where they are neighbours, that is the same.
 
@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from vila_ops.eval.metrics.answers import half_width
 from vila_ops.eval.metrics.columns import Columns, mean, right
 
 PERCEPTION = (
@@ -76,7 +77,7 @@ def official_answer(text: str) -> Said:
 
 def corrected_answer(text: str) -> Said:
     """The first word of an answer that is yes or no."""
-    match = _YES_OR_NO.search(text.lower())
+    match = _YES_OR_NO.search(half_width(text).lower())
     return "other" if match is None else "yes" if match[1] == "yes" else "no"
 
 

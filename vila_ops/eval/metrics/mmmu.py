@@ -3,19 +3,21 @@
 Yue et al., "MMMU" (arXiv:2311.16502); MMMU-Benchmark/MMMU at bb0b95a. The accuracy is that of all questions; those of
 subjects and disciplines are means of their questions.
 
-The columns differ in four cases.
+The columns differ in five cases.
 
 - Where no option can be read, the official code draws one by a generator that is seeded once for the whole run (42), so
   that the score of a question depends on the questions before it. `official` is that of one pass over the questions in
   the order in which they are given, which has to be that of the official files. Corrected: it is wrong.
+- The official code reads "C. A girl" as A, whose letter stands between spaces (OmniBench#8, which has the same code).
+  Corrected: `letters.corrected_letter`.
 - Open questions: the official code splits the answer into sentences at ". " before a capital letter, but after it was
   brought to lower case, so that only line ends split. Corrected: sentences are split first.
 - Open questions: the official code also reads parts of a number, 234 in "1,234". Corrected: whole numbers.
 - Open questions: after a cue at the end of a line the official code may take a longer cue's tail for the shortest.
   Corrected: the shortest tail that is not empty.
 
-Both columns keep the rest: a number is right if it is equal after rounding to two decimals, and a text if the true one
-is anywhere in a key part of the answer.
+Both columns keep the rest of open questions: a number is right if it is equal after rounding to two decimals, and a
+text if the true one is anywhere in a key part of the answer.
 """
 
 import random
@@ -24,6 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vila_ops.eval.metrics.columns import Columns, right
+from vila_ops.eval.metrics.letters import corrected_letter
 
 SEED = 42
 """Seed of the official code's generator."""
@@ -107,9 +110,9 @@ def matches(parsed: set[Parsed], truth: Sequence[str]) -> bool:
 def _score(item: MmmuItem, generator: random.Random) -> Columns:
     if not item.options:
         return right(matches(official_open(item.answer), item.truth), matches(corrected_open(item.answer), item.truth))
-    named = letter(item.answer, item.options)
-    drawn = named or generator.choice([chr(ord("A") + number) for number in range(len(item.options))])
-    return right(drawn in item.truth, named in item.truth)
+    options = {chr(ord("A") + number): text for number, text in enumerate(item.options)}
+    drawn = letter(item.answer, item.options) or generator.choice(list(options))
+    return right(drawn in item.truth, corrected_letter(item.answer, options) in item.truth)
 
 
 def _key_parts(sentences: Sequence[str], shortest: Callable[[Sequence[str]], str]) -> list[str]:

@@ -9,7 +9,8 @@ The columns differ in three cases.
 - The script pairs answers and labels by their order and drops what the longer list has more: `official_in_order`.
   Here they are matched by id (`count`), and another number of them is an error.
 - The script reads every answer that lacks the words "No", "not" and "no" as yes: "NO", "No!", "no" before a line end,
-  "isn't", an empty answer. Corrected: `corrected_answer`, where an empty answer is neither and counts as wrong.
+  "isn't", an empty answer; and "I am not sure" as no (POPE#19). Corrected: `corrected_answer`, where an empty answer
+  and one that does not decide are neither and count as wrong.
 - The script fails where no answer or no label is yes; a ratio 0 / 0 is 0 here.
 
 N items. The four counts are true positives, false positives, true negatives and false negatives, in this order, where
@@ -25,6 +26,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from vila_ops.eval.metrics.answers import half_width
+
 YesNo = Literal["yes", "no"]
 FloatArray = NDArray[np.float64]
 
@@ -35,7 +38,13 @@ QUESTIONS = {
 """Questions on COCO in each file, by the last commit that changed them. LLaVA and VILA report the former version."""
 
 _NO = frozenset(("No", "not", "no"))
-_NEGATION = re.compile(r"\b(?:no|not|none|neither|cannot)\b|n['’]t\b", re.IGNORECASE)
+_NEGATION = re.compile(r"\b(?:no|nope|not|none|neither|cannot)\b|n['’]t\b", re.IGNORECASE)
+_DECIDED = re.compile(r"\W*(?:yes|no)\b", re.IGNORECASE)
+_UNDECIDED = re.compile(
+    r"\b(?:not (?:sure|certain)|unsure|uncertain|unclear|maybe|perhaps|"
+    r"(?:cannot|can['’]t|(?:unable|impossible|not possible|hard|difficult) to) (?:tell|say|determine|know|answer))\b",
+    re.IGNORECASE,
+)
 _COLUMN: dict[tuple[YesNo, YesNo], int] = {("yes", "yes"): 0, ("yes", "no"): 1, ("no", "no"): 2, ("no", "yes"): 3}
 """The column of (given answer, true answer)."""
 _OPPOSITE: dict[YesNo, YesNo] = {"yes": "no", "no": "yes"}
@@ -70,10 +79,13 @@ def parse_answer(text: str) -> YesNo:
 def corrected_answer(text: str) -> YesNo | None:
     """Read a free answer as yes or no by its first sentence that has a word: no where it has a negation, else yes.
 
-    None where there is no word, which is neither. Case, line ends and marks do not matter.
+    None, which is neither, where there is no word, and where the sentence says that it is not known and does not begin
+    with yes or no. Case, line ends and marks do not matter.
     """
-    for sentence in re.split(r"[.\n]", text):
+    for sentence in re.split(r"[.\n]", half_width(text)):
         if re.search(r"\w", sentence):
+            if _UNDECIDED.search(sentence) and not _DECIDED.match(sentence):
+                return None
             return "no" if _NEGATION.search(sentence) else "yes"
     return None
 

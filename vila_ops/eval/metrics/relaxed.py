@@ -3,7 +3,7 @@
 Masry et al., "ChartQA" (arXiv:2203.10244, section 5.1) after Methani et al. (arXiv:1909.00997). `official` is
 `relaxed_correctness` of google-research/pix2struct at 945f27e, which Qwen-VL, lmms-eval and VLMEvalKit copy.
 
-The columns differ in five cases.
+The columns differ in six cases.
 
 - A true answer of 0 is compared as a text, so that "0.0" is wrong. Corrected: as a number.
 - A percent sign divides by 100, on one side too, so that "5%" is wrong for "5". Corrected: also right where the
@@ -11,13 +11,16 @@ The columns differ in five cases.
 - "1,000" and "$5" are texts. Corrected: numbers.
 - A year within 5 % is right, 2008 for 2010 (pix2struct#35). Corrected: a true answer that is a whole number from 1900
   to 2099 without a sign or a comma is a year, and has to be equal.
-- Spaces around an answer make it a text that differs. Corrected: they are removed.
+- Spaces around an answer, and a full stop at its end, make it a text that differs: "Yes." is wrong for "Yes"
+  (VLMEvalKit#948). Corrected: they are removed.
+- Full-width characters are others. Corrected: they are read as ASCII.
 
 The official code also reads "nan", "inf" and "1_000" as numbers.
 """
 
 import re
 
+from vila_ops.eval.metrics.answers import half_width
 from vila_ops.eval.metrics.columns import Columns, right
 
 TOLERANCE = 0.05
@@ -29,7 +32,11 @@ _YEAR = re.compile(r"(?:19|20)\d\d")
 
 def score(answer: str, truth: str) -> Columns:
     """1 where the answer is right, else 0."""
-    return right(_official(answer, truth), _corrected(answer.strip(), truth.strip()))
+    return right(_official(answer, truth), _corrected(_bare(answer), _bare(truth)))
+
+
+def _bare(text: str) -> str:
+    return half_width(text).strip().rstrip(".").rstrip()
 
 
 def _official(answer: str, truth: str) -> bool:
