@@ -2,6 +2,7 @@
 
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -128,8 +129,9 @@ def test_another_prompt_is_compared_and_named(resources: Resources, old: EvalRep
 
 def test_what_differs_in_several_benchmarks_is_said_once(resources: Resources) -> None:
     prompt = {"user": "{image}\n{question}", "answer": {"kind": "generate", "max_new_tokens": 32}}
+    cases: dict[str, dict[str, Any]] = {"hint": {}, "short": {"prompt": prompt}}
     reports = {}
-    for name, changes in (("hint", {}), ("short", {"prompt": prompt})):
+    for name, changes in cases.items():
         both = {"charts": config_of(ChartQa, **changes), "some": config_of(ChartQa, first=8, **changes)}
         suite = OfficialSuite(name="both", benchmarks=both, bootstrap_resamples=50)
         reports[name] = sealed_report(resources, checkpoint_of(f"{name}-both"), OLD, suite)

@@ -91,7 +91,7 @@ def official_files(items: Sequence[Item], rows: Sequence[ItemRow], config: Ai2d)
     """The table of VLMEvalKit: the rows of the file without images, and with a column of predictions."""
     answers = {row.item: row.answer or "" for row in rows}
     letters = LETTERS[: max((len(item.options) for item in items), default=0)]
-    table = [
+    table: list[list[str | int]] = [
         [
             int(item.id) if item.id.isdecimal() else item.id,
             *map(str, item.parts["question"]),
