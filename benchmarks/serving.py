@@ -184,8 +184,8 @@ async def answer(client: httpx.AsyncClient, server: Server, request: dict[str, A
 
 
 def http() -> httpx.AsyncClient:
-    """A client without a limit of connections or time."""
-    limits = httpx.Limits(max_connections=None)
+    """A client without a limit of connections or time. It keeps idle connections for less time than servers do."""
+    limits = httpx.Limits(max_connections=None, keepalive_expiry=2)
     return httpx.AsyncClient(timeout=600, limits=limits, trust_env=False)
 
 

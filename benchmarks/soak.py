@@ -171,7 +171,10 @@ class Soak:
     async def _ask(self, seen: Seen) -> None:
         number, self._number = self._number, self._number + 1
         body = request(number, self._server.model)
-        await ask(self._client, self._server.url, body, number=number, seen=seen)
+        try:
+            await ask(self._client, self._server.url, body, number=number, seen=seen)
+        except httpx.TransportError as error:
+            seen.failed.append(f"{number}: {error!r}")
 
 
 async def measured(to: Server) -> dict[str, Any]:
