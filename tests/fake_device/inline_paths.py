@@ -251,6 +251,31 @@ def test_too_little_memory_is_told_with_stage_micro_batch_forecast_and_the_next_
         assert f"next to try, in resources.train.stages.align: {way}, or a device" in told
 
 
+class Loaded(Exception):
+    """The engine of a stage was built; nothing was trained."""
+
+
+def test_a_model_is_never_whole_in_fp32_on_the_device_while_it_loads(
+    on: Any, train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bf16 the device holds all parameters in two bytes, and in four those that train. The tower is there before."""
+    build = loop.build_engine
+
+    def built(objective: Any, *args: Any) -> Any:
+        before = fake.counted.bytes_peak = fake.counted.bytes_now
+        build(objective, *args)
+        moved = [one for name, one in objective.named_parameters() if "vision_tower" not in name]
+        numbers = sum(one.numel() for one in moved)
+        raise Loaded(fake.counted.bytes_peak - before, numbers, sum(one.numel() for one in moved if one.requires_grad))
+
+    monkeypatch.setattr(loop, "build_engine", built)
+    with pytest.raises(Loaded) as raised:
+        train(on("gpu"), CASES["linear, clip"][0], {"precision": "bf16"})
+    peak, numbers, trained = raised.value.args
+    assert trained < numbers / 10
+    assert 2 * numbers + 4 * trained <= peak < 2 * numbers + 4 * trained + 10_000, "buffers stay in fp32"
+
+
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The tiny recipe, run from the repository's root."""
