@@ -86,6 +86,24 @@ def test_blocks_for_flex_attention_are_those_that_torch_finds_in_the_mask(window
     assert (actual.shape, actual.seq_lengths) == (expected.shape, expected.seq_lengths)
 
 
+def test_varlen_attention_gives_what_sdpa_gives(make_model: Any, build: Callable[..., Any]) -> None:
+    """States and gradients, of two rows whose segments differ."""
+    whole, _ = build(make_model())
+    layer = whole.model.language_model.layers[0].self_attn.q_proj.weight
+    (varlen, its_gradient), (sdpa, expected) = (
+        (states, torch.autograd.grad(states.square().sum(), layer)[0])
+        for states in (hidden_of(whole.train(), kernel) for kernel in ("varlen", "sdpa"))
+    )
+    assert (varlen - sdpa).abs().max() <= 1e-5
+    assert (its_gradient - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_with_compiled_layers_the_kernel_has_one_shape_for_all_rows() -> None:
+    assert attention.choose("auto", CPU, "fp32", compiled=True) == "sdpa"
+    with pytest.raises(ValueError, match="which with compile: true is slower"):
+        attention.choose("varlen", CPU, "fp32", compiled=True)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() == "DEFAULT",
@@ -104,7 +122,8 @@ def test_flex_attention_gives_what_sdpa_gives(make_model: Any, build: Callable[.
 @pytest.mark.parametrize(
     ("requested", "device", "installed", "precision", "chosen"),
     [
-        ("auto", CPU, True, "bf16", "sdpa"),
+        ("auto", CPU, True, "bf16", "varlen"),
+        ("auto", torch.device("mps"), False, "fp32", "sdpa"),
         ("auto", GPU, True, "bf16", "flash"),
         ("auto", GPU, True, "fp32", "flex"),
         ("auto", GPU, False, "bf16", "flex"),
@@ -131,6 +150,13 @@ def test_the_fastest_kernel_that_can_train_here_is_chosen(
             "attention flash: FlashAttention runs on a GPU, and this stage computes on cpu",
         ),
         ("flex", CPU, True, "bf16", "attention flex: FlexAttention has no backward pass on a CPU"),
+        (
+            "varlen",
+            GPU,
+            True,
+            "bf16",
+            "attention varlen computes one document after the other, which on cuda",
+        ),
         ("flash", GPU, False, "bf16", "attention flash needs the package flash-attn; install it, or use auto"),
         ("flash", GPU, True, "fp32", "attention flash computes in 16 bits, and the stage's precision is fp32; use"),
     ],

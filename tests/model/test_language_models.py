@@ -29,7 +29,7 @@ from vila_ops.generate.torch_engine.scorer import Scorer
 from vila_ops.model import export
 from vila_ops.model import folder as model_folder
 from vila_ops.model.assemble import assemble
-from vila_ops.model.attention import document_mask, plan
+from vila_ops.model.attention import document_mask, plan, use
 from vila_ops.model.build import embedding_std
 from vila_ops.model.importing.checkpoint import import_checkpoint
 from vila_ops.model.language_models import LANGUAGE_MODELS, PLAIN_HEAD, check_language_model, head_form
@@ -144,15 +144,18 @@ def close(actual: Tensor, expected: Tensor) -> bool:
 
 
 @pytest.mark.slow
-def test_losses_and_gradients_of_packed_samples_are_those_of_each_sample_alone(pair: Pair) -> None:
+@pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
+def test_losses_and_gradients_of_packed_samples_are_those_of_each_sample_alone(pair: Pair, kernel: Any) -> None:
     lengths = [len(sample) for sample in SAMPLES]
     ids = torch.cat(SAMPLES)[None]
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     segments = torch.cat([torch.full((n,), number) for number, n in enumerate(lengths, start=1)])[None]
     labels = torch.cat([torch.cat([sample[1:], torch.tensor([-100])]) for sample in SAMPLES])[None]
     ours = pair.ours
+    use(ours, kernel)
     masks = document_mask(ours, segments, plan(ours, segments))
     hidden = ours.hidden(ours.embed(ids, None), position_ids=positions, use_cache=False, **masks).last_hidden_state
+    use(ours, "sdpa")
     targets = (labels[0] >= 0).nonzero()[:, 0]
     total, each = losses(ours, hidden, targets, labels[0, targets])
     alone = torch.cat([cross_entropy(pair.stock(s[None]).logits[0, :-1], s[1:], reduction="none") for s in SAMPLES])

@@ -172,9 +172,10 @@ class TrainResources(Config):
     """Compile each layer of the language model with torch.compile, which takes a minute at the start of a stage."""
     optimizer: Literal["fused", "torch"] = "fused"
     """AdamW in one kernel, or in torch's separate operations: slower, for comparison."""
-    attention: Literal["auto", "sdpa", "flash", "flex"] = "auto"
-    """Kernel for packed sequences. auto: on a GPU FlashAttention if it is installed, else FlexAttention; on a CPU SDPA
-    with an explicit mask."""
+    attention: Literal["auto", "sdpa", "varlen", "flash", "flex"] = "auto"
+    """Kernel for packed sequences. auto: on a GPU FlashAttention if it is installed, else FlexAttention; on a CPU
+    varlen, which is SDPA on one document after the other; elsewhere, or with `compile` on a CPU, SDPA with an explicit
+    mask."""
     profile_steps: NonNegativeInt = 0
     """Optimizer steps that `vila-ops train --profile` profiles at the start of a stage; 0: none."""
     record_samples: bool = False

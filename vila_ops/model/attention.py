@@ -12,15 +12,22 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import repeat_kv
 
 from vila_ops.device import has_gpu_kernels
 from vila_ops.model.language_models import layer_windows
 from vila_ops.model.vila import VilaForConditionalGeneration
 
-Kernel = Literal["sdpa", "flash", "flex"]
-NAMES: dict[Kernel, str] = {"sdpa": "sdpa", "flash": "flash_attention_2", "flex": "flex_attention"}
+Kernel = Literal["sdpa", "varlen", "flash", "flex"]
+VARLEN = "vila_ops_varlen"
+"""Our name of `varlen_attention` in transformers."""
+NAMES: dict[Kernel, str] = {
+    "sdpa": "sdpa", "varlen": VARLEN, "flash": "flash_attention_2", "flex": "flex_attention"
+}  # fmt: skip
 """transformers' names of the kernels."""
 Mask = Callable[[int | None], Any]
 """A sliding window in tokens -> the mask of layers with that window."""
@@ -36,6 +43,14 @@ class SegmentBounds:
     """(S + 1,) int32: the position at which each of the S segments begins, then the number of all positions."""
     longest: int
     """Tokens of the longest segment."""
+
+
+@dataclass(frozen=True)
+class SegmentLengths:
+    """The segments of all rows end to end, for SDPA on one after the other."""
+
+    tokens: tuple[int, ...]
+    """Tokens of each segment."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +70,9 @@ class Blocks:
     full_q_indices: Tensor
 
 
-MaskPlan = SegmentBounds | dict[int | None, Blocks] | None
-"""What the kernel needs besides segment ids: bounds for flash, the blocks of each window for flex, nothing for sdpa."""
+MaskPlan = SegmentBounds | SegmentLengths | dict[int | None, Blocks] | None
+"""What the kernel needs besides segment ids: bounds for flash, lengths for varlen, the blocks of each window for flex,
+nothing for sdpa."""
 
 
 def use(model: VilaForConditionalGeneration, kernel: Kernel) -> None:
@@ -65,18 +81,31 @@ def use(model: VilaForConditionalGeneration, kernel: Kernel) -> None:
     SDPA cannot soft-cap scores, so a model that does (Gemma 2) has all of them in memory instead (`eager`).
     """
     language_model = model.model.language_model
-    can = kernel != "sdpa" or language_model._supports_sdpa
+    can = kernel not in ("sdpa", "varlen") or language_model._supports_sdpa
     language_model.set_attn_implementation(NAMES[kernel] if can else "eager")
 
 
-def choose(requested: Literal["auto"] | Kernel, device: torch.device, precision: Literal["fp32", "bf16"]) -> Kernel:
-    """The kernel to train with. Raises ValueError if the requested one cannot train on this device."""
+def choose(
+    requested: Literal["auto"] | Kernel,
+    device: torch.device,
+    precision: Literal["fp32", "bf16"],
+    *,
+    compiled: bool = False,
+) -> Kernel:
+    """The kernel to train with; `compiled` says whether the layers are compiled, for which varlen has a shape for each
+    row. Raises ValueError if the requested one cannot train on this device."""
     on_gpu, has_flash = has_gpu_kernels(device), find_spec("flash_attn") is not None
     if requested == "auto":
         if not on_gpu:
-            return "sdpa"
+            return "varlen" if device.type == "cpu" and not compiled else "sdpa"
         return "flash" if has_flash and precision == "bf16" else "flex"
-    if requested != "sdpa" and not on_gpu:
+    if requested == "varlen" and (compiled or device.type != "cpu"):
+        where = "with compile: true" if compiled else f"on {device.type}"
+        raise ValueError(
+            f"attention varlen computes one document after the other, which {where} is slower than the mask of all of "
+            f"them; use auto or sdpa"
+        )
+    if requested in ("flash", "flex") and not on_gpu:
         why = "FlashAttention runs on a GPU" if requested == "flash" else "FlexAttention has no backward pass on a CPU"
         raise ValueError(
             f"attention {requested}: {why}, and this stage computes on {device.type}; use auto or sdpa, or set device"
@@ -93,6 +122,8 @@ def plan(model: VilaForConditionalGeneration, segment_ids: Tensor) -> MaskPlan:
     match model.model.language_model.config._attn_implementation:
         case "flash_attention_2":
             return _bounds(segment_ids)
+        case name if name == VARLEN:
+            return SegmentLengths(tuple(_bounds(segment_ids).starts.diff().tolist()))
         case "flex_attention":
             windows = layer_windows(model.config.text_config)
             each = set(windows.values()) if isinstance(windows, dict) else {windows}
@@ -113,6 +144,9 @@ def document_mask(model: VilaForConditionalGeneration, segment_ids: Tensor, plan
             # Without `deterministic`, the order of additions in the backward pass, and a resumed curve, would differ.
             ends = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
             return {**ends, "max_length_q": longest, "max_length_k": longest, "deterministic": True}
+        case SegmentLengths(tokens):  # a mask of four dimensions reaches the layers unchanged
+            lengths = torch.tensor(tokens).view(1, 1, 1, -1)
+            return _by_layer(model, lambda window: lengths)
         case dict():
             return _by_layer(model, lambda window: _block_mask(segment_ids, window, planned[window]))
         case _:
@@ -139,6 +173,49 @@ def masks(model: VilaForConditionalGeneration, attends: Tensor, distance: Tensor
         return torch.zeros_like(seen, dtype=torch.float32).masked_fill(~seen, torch.finfo(torch.float32).min)
 
     return _by_layer(model, mask)
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    *,
+    sliding_window: int | None = None,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each segment, for transformers' layers; nothing of a masked pair is computed.
+
+    query is (B, H, T, D), key and value (B, H / groups, T, D), the result (B, T, H, D). The last dimension of
+    attention_mask has the tokens of each segment, rows end to end.
+    """
+    rows, heads, tokens, _ = query.shape
+    groups, lengths = heads // key.shape[1], attention_mask.flatten().tolist()
+    joined = (
+        state.transpose(0, 1).reshape(heads, rows * tokens, -1).split(lengths, dim=1)
+        for state in (query, repeat_kv(key, groups), repeat_kv(value, groups))
+    )
+    parts = [
+        scaled_dot_product_attention(
+            q[None], k[None], v[None],
+            attn_mask=_window_mask(q.shape[1], sliding_window),
+            is_causal=sliding_window is None or q.shape[1] <= sliding_window,
+            dropout_p=more.get("dropout", 0.0), scale=more.get("scaling"),
+        )[0]
+        for q, k, v in zip(*joined, strict=True)
+    ]  # fmt: skip
+    return torch.cat(parts, dim=1).view(heads, rows, tokens, -1).permute(1, 2, 0, 3).contiguous(), None
+
+
+def _window_mask(tokens: int, window: int | None) -> Tensor | None:
+    """Causal mask (T, T) of a sliding window that is shorter than the segment; None for others."""
+    if window is None or tokens <= window:
+        return None
+    return torch.ones(tokens, tokens, dtype=torch.bool).tril().triu(1 - window)
+
+
+AttentionInterface.register(VARLEN, varlen_attention)
 
 
 def _by_layer(model: VilaForConditionalGeneration, mask: Mask) -> dict[str, Any]:

@@ -142,8 +142,10 @@ def activations(shapes: Shapes, stage: Stage, resources: Resources, largest: Mic
     tokens, block = largest.rows * largest.tokens, shapes.decoder
     tunes = "language_model" in stage.trainable
     full = tunes and isinstance(stage.tuning, FullTuning)
-    dense = resources.train.attention == "sdpa" or (resources.train.attention == "auto" and not resources.plans_gpu())
-    attention = _attention(block, b, repeated=dense) + (largest.tokens * b if dense else 0)
+    kernel, on_cpu = resources.train.attention, not resources.plans_gpu()
+    dense = kernel == "sdpa" or (kernel == "auto" and on_cpu and resources.train.compile)
+    repeated = dense or kernel == "varlen" or (kernel == "auto" and on_cpu)
+    attention = _attention(block, b, repeated=repeated) + (largest.tokens * b if dense else 0)
     layer = tokens * (_llama(block, b, trains=full) + attention)
     if tunes and not full:
         layer += tokens * _adapter_inputs(stage.tuning, block, b)

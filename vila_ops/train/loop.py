@@ -156,7 +156,8 @@ def load(
     cache = resources.storage.plan_cache()
     row_loader = RowLoader(compared, digest=job.data.digest, stage=stage, cache=cache)
     model = model_folder.load(content(job.init), modifications=modifications_of(stage))
-    attention.use(model, attention.choose(resources.train.attention, device, stage.precision))
+    train = resources.train
+    attention.use(model, attention.choose(train.attention, device, stage.precision, compiled=train.compile))
     dtype = torch.bfloat16 if stage.precision == "bf16" else torch.float32
     if "vision_tower" not in stage.trainable:
         compute_in(dtype, model.model.vision_tower, {})

@@ -23,7 +23,7 @@ from vila_ops.train.checkpoint.unfinished import resume_folders, write_label
 from vila_ops.train.checks import check_inputs, check_quantised
 from vila_ops.train.job import JobPayload, RankInfo, StageInputs, TrainJob
 
-REVISION = 7
+REVISION = 8
 PLACES = ("name", "path", "tokenizer")
 """Settings of a model that may be places in the file system."""
 FROM_STORE = "from the store: "
