@@ -13,7 +13,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from vila_ops.config import Resources, Stage
 from vila_ops.config.resources import TrainResources
-from vila_ops.model import lora
+from vila_ops.model import attention, lora
 from vila_ops.model.configuration import VilaConfig
 from vila_ops.model.recompute import recompute
 from vila_ops.model.trainable import component_of, set_trainable
@@ -101,7 +101,10 @@ CASES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_forecast_is_what_is_alive_at_the_peak_of_a_step(case: Case, make_stage: Any, make_mixture: Any) -> None:
+@pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
+def test_the_forecast_is_what_is_alive_at_the_peak_of_a_step(
+    case: Case, kernel: Any, make_stage: Any, make_mixture: Any
+) -> None:
     stage = make_stage(
         make_mixture("pairs"), trainable=case.trainable, tuning=case.tuning, precision=case.precision,
         global_batch_size=ROWS * case.accumulated, sequence_length=TOKENS,
@@ -114,7 +117,7 @@ def test_the_forecast_is_what_is_alive_at_the_peak_of_a_step(case: Case, make_st
     objective, weights = built(config, stage)
     if case.recomputed:
         recompute(objective.model.model.language_model)
-    train = TrainResources(micro_batch_size=ROWS, gradient_checkpointing=case.recomputed)
+    train = TrainResources(micro_batch_size=ROWS, gradient_checkpointing=case.recomputed, attention=kernel)
     resources = Resources(launch="inline", train=train)
     forecast = memory(shapes, weights, stage, resources, MicroBatch(ROWS, TOKENS, ROWS)).total
     assert forecast == pytest.approx(peak(objective, stage, resources, case.accumulated), rel=0.05)
@@ -141,6 +144,7 @@ def built(config: VilaConfig, stage: Stage) -> tuple[Objective, Weights]:
 def peak(objective: Objective, stage: Stage, resources: Resources, accumulated: int) -> int:
     """Return the live bytes at the peak of a step of the plain engine."""
     model = objective.model
+    attention.use(model, attention.choose(resources.train.attention, torch.device("cpu"), stage.precision))
     engine = PlainEngine(objective, set_trainable(objective, stage.trainable, stage.tuning), stage, resources)
     ids = torch.randint(0, 200, (ROWS, TOKENS))
     ids[:, 1:65] = 250

@@ -144,16 +144,18 @@ def activations(shapes: Shapes, stage: Stage, resources: Resources, largest: Mic
     full = tunes and isinstance(stage.tuning, FullTuning)
     kernel, on_cpu = resources.train.attention, not resources.plans_gpu()
     dense = kernel == "sdpa" or (kernel == "auto" and on_cpu and resources.train.compile)
-    repeated = dense or kernel == "varlen" or (kernel == "auto" and on_cpu)
-    attention = _attention(block, b, repeated=repeated) + (largest.tokens * b if dense else 0)
+    varlen = kernel == "varlen" or (kernel == "auto" and on_cpu and not dense)
+    attention = _attention(block, b, repeated=dense or varlen) + (largest.tokens * b if dense else 0)
     layer = tokens * (_llama(block, b, trains=full) + attention)
     if tunes and not full:
         layer += tokens * _adapter_inputs(stage.tuning, block, b)
     kept = shapes.layers * layer
     if resources.train.gradient_checkpointing:
         kept = shapes.layers * tokens * block.width * b + layer
+    joined = 6 * tokens * block.attention * b if varlen else 0  # gradients of q, k and v, by segment and joined
     return (
         kept
+        + joined
         + tokens * block.width * ((FP32 + 3 * b) if full else 2 * FP32)
         + _projector_and_tower(shapes, stage, resources, largest, b)
         + _head(shapes, tokens, b, trains=full)
