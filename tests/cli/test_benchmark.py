@@ -51,6 +51,9 @@ def test_every_official_file_is_listed_with_source_size_licence_and_server() -> 
     text = run("list").stdout
     assert "server: closed on 2026-03-31" in text
     assert "  mmbench_dev_20230712.tsv\n    138 MB, " in text
+    assert (
+        "  AI2D_TEST.tsv\n    size not stated, licence not stated (diagrams of AllenAI's AI2D), labels=masked\n" in text
+    )
     assert "  commit on the hub: 98e6ac0cb9b7b2cd2c991b85a50762edc4aedc68\n  */validation-*.parquet\n" in text
     assert "  commit on the hub: not known; `benchmark get` needs --revision\n  MME_Bench" in text
 

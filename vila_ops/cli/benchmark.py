@@ -35,7 +35,12 @@ def list_files(as_json: JsonLines = False) -> None:
         for file in origins.files:
             only = "".join(f", {name}={value}" for name, value in file.only.items())
             only += ", for demonstrations" if file.is_train else ""
-            say(f"  {file.path}\n    {file.size}, {file.licence}{only}\n    {file.url}")
+            facts = f"{_stated('size', file.size)}, {_stated('licence', file.licence)}{only}"
+            say(f"  {file.path}\n    {facts}\n    {file.url}")
+
+
+def _stated(name: str, value: str) -> str:
+    return value.replace("?", f"{name} not stated", 1) if value.startswith("?") else value
 
 
 @benchmark.command("check")

@@ -33,6 +33,7 @@ class OfficialFile:
     size: str
     """Of the download, such as `6 GB`; `?` where nobody states it."""
     licence: str
+    """`?` where nobody states it."""
     items: int | None = None
     """Number of items in its official version; None where it is not the file of items."""
     only: Mapping[str, str] = field(default_factory=dict)
