@@ -8,7 +8,6 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.registry.test_register import empty_database as empty_database
 from tests.serve.commands import Commands, tiny_run
 from vila_ops.artifacts.kinds import Deployment, ModelVersion
 from vila_ops.config import Resources, Service
