@@ -36,6 +36,27 @@ for step in range(100):
     metrics.log({"loss": step / 8}, step=step)
 os.kill(os.getpid(), signal.SIGKILL)
 """
+LEFT = """
+import os, signal, sys, time
+from mlflow import MlflowClient
+from vila_ops.config import Resources
+from vila_ops.tracking import MetricLog, open_run, outbox
+outbox.SEND_SECONDS = 0.05
+resources = Resources.model_validate_json(sys.argv[1])
+client = MlflowClient(resources.tracking.uri)
+begin = dict(parent=None, params={"rate": 1}, tags={})
+with open_run(resources, "align", key=("address", "a"), **begin) as first:
+    with open_run(resources, "sft", key=("address", "b"), **begin), MetricLog(resources, first) as metrics:
+        for step in range(7):
+            metrics.log_once({"loss": step / 8, "seconds": 1.0}, step=step)
+        while len(client.get_metric_history(first, "seconds")) < 7:
+            time.sleep(0.02)
+        outbox.SEND_SECONDS = 600
+        time.sleep(0.1)
+        for step in range(7, 10):
+            metrics.log_once({"loss": step / 8, "seconds": 1.0}, step=step)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
 FULL = """
 import resource, signal, sys
 from vila_ops.config import Resources
@@ -141,7 +162,7 @@ def test_a_server_that_is_killed_and_comes_back_has_everything_once(
         (file,) = kept(resources)
         waiting = [json.loads(line)["metrics"][0][3] for line in file.read_text().splitlines()]
         assert waiting[-20:] == list(range(10, 30))
-        metrics.end(failed=False)
+        metrics.end("FINISHED")
         metrics.log({"loss": 30 / 8}, step=30)
         server.start()
         until(lambda: "answers again" in caplog.text)
@@ -168,9 +189,54 @@ def test_what_a_killed_writer_left_is_sent_by_the_next_and_never_twice(resources
     assert [(one.step, one.value) for one in history(resources, run_id)] == [(n, n / 8) for n in range(101)]
     assert kept(resources) == []
     file.write_bytes(whole)  # as if its writer was killed when all was sent and the file not emptied yet
-    tracking.end_run(resources, run_id, failed=True)
+    tracking.end_run(resources, run_id, "FAILED")
     assert len(history(resources, run_id)) == 101
     assert kept(resources) == []
+
+
+def runs_of(resources: Resources, address: str) -> list[Any]:
+    client = MlflowClient(resources.tracking.uri)
+    experiment = client.get_experiment_by_name(tracking.EXPERIMENT)
+    return list(client.search_runs([experiment.experiment_id], f"tags.address = '{address}'"))
+
+
+@pytest.mark.slow
+def test_the_next_attempt_goes_on_in_the_run_of_a_killed_one_and_other_dead_runs_end(resources: Resources) -> None:
+    """The killed attempt told steps 0 to 6, kept 7 to 9 in its file, and the next resumes after step 5."""
+    with Fork("-c", LEFT, resources.model_dump_json()) as process:
+        assert process.wait() == -signal.SIGKILL
+    begin_again: dict[str, Any] = {"parent": None, "params": {"rate": 1, "added": 2}, "tags": {"task": "train_stage"}}
+    with (
+        tracking.open_run(resources, "alive", key=("address", "c"), **begin_again),
+        tracking.open_run(resources, "align", key=("address", "a"), **begin_again) as run_id,
+        MetricLog(resources, run_id) as metrics,
+    ):
+        for step in range(5, 15):
+            metrics.log_once({"loss": step / 8, "seconds": 2.0}, step=step)
+        (alive,) = runs_of(resources, "c")
+        assert alive.info.status == "RUNNING"
+    (run,) = runs_of(resources, "a")
+    assert (run.info.run_id, run.info.status) == (run_id, "FINISHED")
+    assert run.data.params == {"rate": "1", "added": "2"}
+    assert [(one.step, one.value) for one in history(resources, run.info.run_id)] == [(n, n / 8) for n in range(15)]
+    seconds = {one.step: one.value for one in history(resources, run.info.run_id, "seconds")}
+    assert seconds == {step: 1.0 if step < 10 else 2.0 for step in range(15)}
+    assert len(history(resources, run.info.run_id, "seconds")) == 15
+    (dead,) = runs_of(resources, "b")
+    assert dead.info.status == "KILLED"
+    assert kept(resources) == []
+    assert list(Path(resources.storage.store, "leases/alive").iterdir()) == []
+
+
+@pytest.mark.parametrize(("error", "status"), [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED")])
+def test_a_run_ends_as_its_body_does(error: type[BaseException], status: str, resources: Resources) -> None:
+    with (
+        pytest.raises(error),
+        tracking.open_run(resources, "align", key=("address", "a"), parent=None, params={}, tags={}),
+    ):
+        raise error
+    (run,) = runs_of(resources, "a")
+    assert run.info.status == status
 
 
 def test_a_run_that_ends_while_the_server_is_away_is_closed_by_the_next(
@@ -182,7 +248,7 @@ def test_a_run_that_ends_while_the_server_is_away_is_closed_by_the_next(
         metrics.log({"loss": 2.5}, step=1)
         metrics.attach(tmp_path / "report.json")
     before = int(time.time() * 1000)
-    tracking.end_run(away, run_id, failed=False)
+    tracking.end_run(away, run_id, "FINISHED")
     after = int(time.time() * 1000)
     assert "has not taken all of run" in caplog.text
     assert "secret" not in caplog.text
@@ -190,7 +256,7 @@ def test_a_run_that_ends_while_the_server_is_away_is_closed_by_the_next(
     client = MlflowClient(resources.tracking.uri)
     assert client.get_run(run_id).info.status == "RUNNING"
     other = begin(resources)
-    tracking.end_run(resources, other, failed=True)
+    tracking.end_run(resources, other, "FAILED")
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED"
     assert before <= run.info.end_time <= after
@@ -212,7 +278,7 @@ def test_what_is_left_of_a_run_that_is_no_more_is_put_aside(
     with MetricLog(away, run_id) as metrics:
         metrics.log({"loss": 2.5}, step=1)
     other = begin(resources)
-    tracking.end_run(resources, other, failed=False)
+    tracking.end_run(resources, other, "FINISHED")
     assert [path.suffix for path in kept(resources)] == [".refused"]
     assert caplog.text.count(f"no longer has run {run_id}") == 1
     again = begin(resources)
@@ -228,7 +294,7 @@ def test_nothing_is_taken_from_a_writer_that_lives(resources: Resources, away: R
         alive.log({"loss": 1.0}, step=1)
         (file,) = kept(resources)
         assert Spool.left(file) is None
-        tracking.end_run(resources, run_id, failed=False)
+        tracking.end_run(resources, run_id, "FINISHED")
         assert kept(resources) == [file]
     assert history(resources, run_id) == []
 
@@ -245,7 +311,7 @@ def test_a_damaged_line_is_left_out_and_the_others_are_sent(
     lines[1] = lines[1].replace(b"0.125", b"0.925")  # still JSON
     lines[3] = lines[3].replace(b"{", b"\xfb", 1)
     file.write_bytes(b"".join(lines)[:-9])  # and the last one was cut off by a kill
-    tracking.end_run(resources, begin(resources), failed=False)
+    tracking.end_run(resources, begin(resources), "FINISHED")
     assert [(metric.step, metric.value) for metric in history(resources, run_id)] == [(0, 0.0), (2, 0.25)]
     assert caplog.text.count(f"a line of {file} is not whole") == 3
     assert kept(resources) == []
@@ -265,7 +331,10 @@ def test_a_server_that_is_away_at_the_start_is_an_error_that_says_what_to_do(awa
     with pytest.raises(ConnectionError, match=r"nothing was computed for it yet.*tracking\.uri") as raised:
         begin(away)
     assert "secret" not in str(raised.value)
-    with pytest.raises(ConnectionError), tracking.whole_run(away, "vila", key=("a", "b"), params={}, tags={}):
+    with (
+        pytest.raises(ConnectionError),
+        tracking.open_run(away, "vila", key=("a", "b"), parent=None, params={}, tags={}),
+    ):
         raise AssertionError
 
 
@@ -318,7 +387,7 @@ def test_a_table_that_was_kept_while_the_server_was_away_arrives(resources: Reso
     run_id = begin(resources)
     with MetricLog(away, run_id) as metrics:
         log_tables(metrics, {"items/pope.json": LoggedTable(("item",), (("a",),))})
-    tracking.end_run(resources, begin(resources), failed=False)
+    tracking.end_run(resources, begin(resources), "FINISHED")
     client = MlflowClient(resources.tracking.uri)
     assert [file.path for file in client.list_artifacts(run_id, "items")] == ["items/pope.json"]
     assert "items/pope.json" in client.get_run(run_id).data.tags["mlflow.loggedArtifacts"]
@@ -359,5 +428,5 @@ def test_without_a_tracking_uri_nothing_is_written(tmp_path: Path) -> None:
     assert tracking.start_run(resources, "align", parent=None, params={}, tags={}) is None
     with MetricLog(resources, None) as metrics:
         metrics.log({"loss": 1.0}, step=1)
-    tracking.end_run(resources, None, failed=False)
+    tracking.end_run(resources, None, "FINISHED")
     assert list(tmp_path.iterdir()) == []

@@ -145,6 +145,12 @@ class HungStep(VilaError):
     retryable = True
 
 
+class Preempted(VilaError):
+    """The machine is taken away: a stage was told to end, and has saved what it had done."""
+
+    retryable = True
+
+
 class PromotionRaceLost(VilaError):
     """The champion changed while a version was judged against the one before."""
 

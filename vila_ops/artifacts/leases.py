@@ -27,6 +27,8 @@ from vila_ops.processes import ProcessId, this_process
 HEARTBEATS_PER_EXPIRY = 4
 SILENT_SECONDS = 3600.0
 """Age of the last heartbeat at which a process that does not wait for a lease takes its holder for dead."""
+ALIVE = "alive"
+"""Kind of the leases that only show that a process lives."""
 log = logging.getLogger(__name__)
 
 
@@ -126,16 +128,56 @@ def hold(at: Address, *, store: str, pace: Pace = Pace()) -> Iterator[Lease]:
             log.warning("lease %s/%s was not released (%s); it will expire", at.kind, at.key, error)
 
 
-def registers(store: str) -> dict[str, bool]:
+@contextmanager
+def alive(store: str) -> Iterator[str]:
+    """Hold a lease of this process alone while the body runs, so that others see when it is killed; yields its name.
+
+    It is removed at the end. What a killed process leaves is among `killed`. Raises what `probe` raises.
+    """
+    at = Address(kind=ALIVE, key=secrets.token_hex(16), recipe=None, parents=())
+    try:
+        with hold(at, store=store):
+            yield at.key
+    finally:
+        forget(at.key, store=store)
+
+
+def killed(store: str) -> list[str]:
+    """Names of the leases by `alive` whose processes ended without a word, see `registers`."""
+    return [at.partition("/")[2] for at, is_held in registers(store, kind=ALIVE).items() if not is_held]
+
+
+def forget(name: str, *, store: str) -> None:
+    """Remove a lease by `alive`."""
+    register = f"{root_of(store)}/leases/{ALIVE}/{name}"
+    try:
+        backend(register).remove(register)
+    except (OSError, VilaError) as error:
+        log.warning("lease %s was not removed: %s", register, error)
+
+
+def sign_of_life(at: Address, *, store: str) -> str | None:
+    """A text that changes while a process holds the lease of an address, and stays the same when it has died.
+
+    None where the process was of this host and has ended. Raises CorruptArtifact, and what the store raises.
+    """
+    record, tag = _load(f"{root_of(store)}/leases/{at.kind}/{at.key}")
+    if record is not None and not record.released and record.holder.is_gone():
+        return None
+    return tag or "no process has held it"
+
+
+def registers(store: str, *, kind: str = "") -> dict[str, bool]:
     """Every address of a store, as KIND/KEY, that has a lease, and whether a process holds it.
 
     A holder that was not heard of for SILENT_SECONDS is dead; so clocks of machines may differ by less than that. A
-    damaged lease counts as held until then.
+    damaged lease counts as held until then. With `kind` only the addresses of this kind.
     """
     root = f"{root_of(store)}/leases"
+    folder = f"{kind}/" if kind else ""
     changed: dict[str, float] = {}
-    for entry in backend(root).entries(root):
-        address = "/".join(entry.name.split("/")[:2])
+    for entry in backend(root).entries(f"{root}/{kind}".rstrip("/")):
+        address = "/".join(f"{folder}{entry.name}".split("/")[:2])
         if "/" in address:
             changed[address] = max(changed.get(address, 0.0), entry.changed)
     return {at: time.time() - last < SILENT_SECONDS and _is_held(f"{root}/{at}") for at, last in changed.items()}

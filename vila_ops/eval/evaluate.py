@@ -25,6 +25,7 @@ from vila_ops.artifacts.kinds import (
 from vila_ops.artifacts.leases import hold
 from vila_ops.cluster import device_on
 from vila_ops.config import NO_CONTEXT, OfficialSuite, Resources, RunContext, Suite
+from vila_ops.config.base import fingerprint
 from vila_ops.config.benchmarks import OfficialBenchmark
 from vila_ops.config.few_shot import TrainFile
 from vila_ops.eval.job import EvalJob
@@ -59,9 +60,10 @@ def evaluate(
         assert data is not None
         check_held_out(suite, data)
     stage, step = _name_of(model), model.step if isinstance(model, Checkpoint) else 0
-    run_id = tracking.start_run(
+    with tracking.open_run(
         resources,
         f"evaluate {stage} on {suite.name}",
+        key=("address", _key_of(job)),
         parent=context.parent_run,
         params={"suite": suite.name, **_held_out_params(suite)},
         tags={
@@ -71,19 +73,19 @@ def evaluate(
             "model": model.digest,
             "data": data.digest if data else "",
         },
-    )
-    failed = True
-    try:
+    ) as run_id:
         if isinstance(suite, Suite) and data is not None:
             tracking.log_input(resources, run_id, data, name=suite.mixture.name, context="eval")
         for name, files in job.files.items():
             tracking.log_input(resources, run_id, files, name=name, context="eval")
         report = _report(job, run_id)
-        failed = False
-    finally:
-        tracking.end_run(resources, run_id, failed=failed)
     log.info("evaluated %s on %s", stage, suite.name)
     return report
+
+
+def _key_of(job: EvalJob) -> str:
+    """What is measured, before the results are known of which the report's address is made."""
+    return fingerprint([job.suite.name, *(job.address(name).key for name in job.suite.benchmarks)])
 
 
 def evaluated(

@@ -99,10 +99,11 @@ def run_pipeline(
 @contextmanager
 def _tracked(run: Run, context: RunContext, flow_run: str | None) -> Iterator[RunContext]:
     """The context below the MLflow run of this recipe, under which the tasks log: one for each fingerprint."""
-    with tracking.whole_run(
+    with tracking.open_run(
         run.resources,
         run.recipe.name,
         key=("recipe", run.recipe.fingerprint()),
+        parent=None,
         params=run.recipe.model_dump(mode="json"),
         tags={"prefect.flow_run": flow_run or ""},
     ) as parent:

@@ -8,13 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from vila_ops.artifacts import leases
 from vila_ops.artifacts.kinds import Artifact
 from vila_ops.config import Resources
-from vila_ops.errors import TrackerRefused, TrackerUnreachable
+from vila_ops.errors import Preempted, TrackerRefused, TrackerUnreachable
 from vila_ops.tracking.outbox import MetricLog as MetricLog
+from vila_ops.tracking.outbox import Status as Status
 from vila_ops.tracking.outbox import connect, shown
 
 EXPERIMENT = "vila"
+LEASE = "lease"
+"""Tag with the name of the lease, see `leases.alive`, of the process that runs a run."""
 KIND = {"mlflow.experimentKind": "custom_model_development"}
 """The tag that marks an experiment as one of training runs, not of traces of an application."""
 TRAINING = "?workflowType=machine_learning"
@@ -42,9 +46,7 @@ def start_run(
     with translated(resources.tracking.uri, f"the run {name!r}; nothing was computed for it yet"):
         experiment_id = _experiment(resources.tracking.uri)
         run_id: str = client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
-        flat = [entities.Param(key, str(value)[:500]) for key, value in flatten(params).items()]
-        for start in range(0, len(flat), 100):  # the server's limit for one call
-            client.log_batch(run_id, params=flat[start : start + 100])
+        _log_params(client, run_id, [entities.Param(key, value) for key, value in _texts(params).items()])
     return run_id
 
 
@@ -67,38 +69,83 @@ def log_input(
 
 
 @contextmanager
-def whole_run(
-    resources: Resources, name: str, *, key: tuple[str, str], params: dict[str, Any], tags: dict[str, str]
-) -> Iterator[str | None]:
-    """The MLflow run of a whole recipe while the body runs: the one with the tag `key`, reopened, or a new one."""
-    if resources.tracking.uri is None:
+def open_run(
+    resources: Resources, name: str, *, key: tuple[str, str], parent: str | None, params: dict[str, Any],
+    tags: dict[str, str],
+) -> Iterator[str | None]:  # fmt: skip
+    """The MLflow run with the tag `key` while the body runs: one that was begun before goes on, else it is a new one.
+
+    Its lease shows that this process lives. Where a process was killed, the next one without a parent ends its runs as
+    KILLED. Raises TrackerUnreachable, TrackerRefused.
+    """
+    uri, store = resources.tracking.uri, resources.storage.store
+    if uri is None:
         yield None
         return
-    with translated(resources.tracking.uri, f"the run {name!r}; nothing was computed for it yet"):
-        run_id = _find_run(resources.tracking.uri, key)
-    if run_id is None:
-        run_id = start_run(resources, name, parent=None, params=params, tags=dict([key]))
-    client, _ = connect(resources.tracking.uri)
-    with translated(resources.tracking.uri, f"the run {name!r}; nothing was computed for it yet"):
+    with leases.alive(store) as lease:
+        if parent is None:
+            _end_killed(uri, store)
+        run_id = _reopened(uri, name, key, params, {**tags, **({"mlflow.parentRunId": parent} if parent else {})})
+        if run_id is None:
+            run_id = start_run(resources, name, parent=parent, params=params, tags={**tags, key[0]: key[1]})
+        with translated(uri, f"the run {name!r}; nothing was computed for it yet"):
+            connect(uri)[0].set_tag(run_id, LEASE, lease)
+        status: Status = "KILLED"
+        try:
+            yield run_id
+            status = "FINISHED"
+        except Exception as error:
+            status = "KILLED" if isinstance(error, Preempted) else "FAILED"
+            raise
+        finally:
+            end_run(resources, run_id, status)
+
+
+def _reopened(
+    tracking_uri: str, name: str, key: tuple[str, str], params: dict[str, Any], tags: dict[str, str]
+) -> str | None:
+    """The run with the tag `key`, running again, with these tags and those params that it lacks; None without one."""
+    client, entities = connect(tracking_uri)
+    with translated(tracking_uri, f"the run {name!r}; nothing was computed for it yet"):
+        runs = _runs_with(tracking_uri, *key)
+        if not runs:
+            return None
+        run_id: str = runs[0].info.run_id
         client.update_run(run_id, status="RUNNING")
         for tag, value in tags.items():
             client.set_tag(run_id, tag, value)
-    failed = True
-    try:
-        yield run_id
-        failed = False
-    finally:
-        end_run(resources, run_id, failed=failed)
+        there = runs[0].data.params
+        _log_params(client, run_id, [entities.Param(k, v) for k, v in _texts(params).items() if k not in there])
+    return run_id
 
 
-def _find_run(tracking_uri: str, key: tuple[str, str]) -> str | None:
+def _end_killed(tracking_uri: str, store: str) -> None:
+    """End the runs whose processes ended without a word."""
+    client, _ = connect(tracking_uri)
+    for lease in leases.killed(store):
+        with translated(tracking_uri, "the end of runs whose processes were killed; nothing was computed yet"):
+            for run in _runs_with(tracking_uri, LEASE, lease):
+                if run.info.status == "RUNNING":
+                    client.set_terminated(run.info.run_id, "KILLED")
+        leases.forget(lease, store=store)
+
+
+def _runs_with(tracking_uri: str, tag: str, value: str) -> list[Any]:
+    """The runs with a tag, the newest first."""
     client, _ = connect(tracking_uri)
     experiment = client.get_experiment_by_name(EXPERIMENT)
     if experiment is None:
-        return None
-    tag, value = key
-    runs = client.search_runs([experiment.experiment_id], f"tags.{tag} = '{value}'", max_results=1)
-    return runs[0].info.run_id if runs else None
+        return []
+    return list(client.search_runs([experiment.experiment_id], f"tags.{tag} = '{value}'"))
+
+
+def _texts(params: dict[str, Any]) -> dict[str, str]:
+    return {key: str(value)[:500] for key, value in flatten(params).items()}
+
+
+def _log_params(client: Any, run_id: str, params: list[Any]) -> None:
+    for start in range(0, len(params), 100):  # the server's limit for one call
+        client.log_batch(run_id, params=params[start : start + 100])
 
 
 def page(tracking_uri: str | None, run_id: str | None) -> str | None:
@@ -108,6 +155,13 @@ def page(tracking_uri: str | None, run_id: str | None) -> str | None:
     with translated(tracking_uri, f"a question about run {run_id}"):
         experiment = connect(tracking_uri)[0].get_run(run_id).info.experiment_id
     return f"{tracking_uri}/#/experiments/{experiment}/runs/{run_id}{TRAINING}"
+
+
+def ask(resources: Resources) -> None:
+    """Ask MLflow one small question, if there is one. Raises TrackerUnreachable, TrackerRefused."""
+    if (uri := resources.tracking.uri) is not None:
+        with translated(uri, f"a question about experiment {EXPERIMENT!r}"):
+            connect(uri)[0].get_experiment_by_name(EXPERIMENT)
 
 
 def runs_page(tracking_uri: str | None) -> str | None:
@@ -136,10 +190,10 @@ def evaluations(resources: Resources, run_id: str) -> dict[str, str]:
     return {run.info.run_id: run.info.run_name for run in below}
 
 
-def end_run(resources: Resources, run_id: str | None, *, failed: bool) -> None:
+def end_run(resources: Resources, run_id: str | None, status: Status) -> None:
     """Close a run, now or when MLflow answers again, see `outbox`."""
     with MetricLog(resources, run_id) as run:
-        run.end(failed=failed)
+        run.end(status)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,7 +4,8 @@ FOLDER/RUN.TOKEN.jsonl   one line for each entry that MLflow has not acknowledge
 
 So training neither waits for MLflow nor stops with it. Lines are sent in order. A line whose answer was lost is sent
 again, which changes nothing: a metric's key in MLflow's store is run, name, step, time and value. If a writer was
-killed, or MLflow did not answer at its end, the next writer in the same folder sends the rest.
+killed, or MLflow did not answer at its end, the next writer in the same folder sends the rest. A step that is done
+again after a kill has another time, so of what is logged by `log_once` only the steps are sent that MLflow lacks.
 """
 
 import base64
@@ -22,7 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Literal, Self
 
 from vila_ops.config import Resources
 from vila_ops.tracking.system import SystemMetrics
@@ -39,9 +40,11 @@ CHECKSUM = "crc32"
 """Field of a line with the CRC-32 of the others."""
 PIECE = 2**18
 """Bytes of the file that are read and sent at a time."""
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+"""How a run ended."""
 Entry = dict[str, Any]
-"""One of `metrics` ([name, value, milliseconds, step] each), `file` (a path), `content` (base64, and its path among the
-run's artifacts), `tag` ([key, value]) and `status` (with milliseconds)."""
+"""One of `metrics` and `once` ([name, value, milliseconds, step] each), `file` (a path), `content` (base64, and its
+path among the run's artifacts), `tag` ([key, value]) and `status` (with milliseconds)."""
 log = logging.getLogger(__name__)
 
 
@@ -70,7 +73,12 @@ class MetricLog:
     def log(self, values: dict[str, float], *, step: int) -> None:
         """Log values of one step."""
         self._step = step
-        self._put({"metrics": [[name, float(value), _now(), step] for name, value in values.items()]})
+        self._put({"metrics": _points(values, step)})
+
+    def log_once(self, values: dict[str, float], *, step: int) -> None:
+        """Log values of one step whose steps rise, unless an earlier attempt has told this step or a later one."""
+        self._step = step
+        self._put({"once": _points(values, step)})
 
     def attach(self, path: Path) -> None:
         """Attach a small file, which is read when it is sent. Weights stay in the store."""
@@ -85,9 +93,9 @@ class MetricLog:
         """Set a tag of the run."""
         self._put({"tag": [key, value]})
 
-    def end(self, *, failed: bool) -> None:
+    def end(self, status: Status) -> None:
         """Record that the run has ended."""
-        self._put({"status": "FAILED" if failed else "FINISHED", "at": _now()})
+        self._put({"status": status, "at": _now()})
 
     def close(self) -> None:
         """Send the rest. Entries that MLflow does not take within CLOSE_SECONDS stay in the file, with a warning."""
@@ -119,7 +127,7 @@ class MetricLog:
         while not closing:
             closing = self._closing.wait(RETRY_SECONDS if self._away else SEND_SECONDS)
             if self._system is not None:
-                self._put({"metrics": [[n, v, _now(), self._step] for n, v in self._system.read().items()]})
+                self._put({"metrics": _points(self._system.read(), self._step)})
             if not sent_left:  # first, because it is older: its status must not overwrite a newer one
                 self._send_left()
             sent_left |= self._send(self._spool, self._run_id)
@@ -267,10 +275,12 @@ def deliver(tracking_uri: str, run_id: str, entries: list[Entry]) -> None:
     client, entities = connect(tracking_uri)
     for kind, group in groupby(entries, key=_kind):
         match kind:
-            case "metrics":
-                metrics = [entities.Metric(*one) for entry in group for one in entry["metrics"]]
-                for start in range(0, len(metrics), BATCH):
-                    client.log_batch(run_id, metrics=metrics[start : start + BATCH])
+            case "metrics" | "once":
+                told = _last_steps(client, run_id) if kind == "once" else {}
+                points = [one for entry in group for one in entry[kind] if one[3] > told.get(one[0], -1)]
+                for start in range(0, len(points), BATCH):
+                    batch = [entities.Metric(*one) for one in points[start : start + BATCH]]
+                    client.log_batch(run_id, metrics=batch)
             case "content":
                 with tempfile.TemporaryDirectory() as folder:
                     _write_contents(Path(folder), group)
@@ -286,7 +296,12 @@ def deliver(tracking_uri: str, run_id: str, entries: list[Entry]) -> None:
 
 
 def _kind(entry: Entry) -> str:
-    return next(kind for kind in ("metrics", "content", "tag", "status", "file") if kind in entry)
+    return next(kind for kind in ("metrics", "once", "content", "tag", "status", "file") if kind in entry)
+
+
+def _last_steps(client: Any, run_id: str) -> dict[str, int]:
+    """The last step of each metric that MLflow has of a run. The public properties of a run have the values alone."""
+    return {metric.key: metric.step for metric in client.get_run(run_id).data.to_proto().metrics}
 
 
 def _write_contents(folder: Path, entries: Iterable[Entry]) -> None:
@@ -316,6 +331,10 @@ def connect(tracking_uri: str) -> tuple[Any, Any]:
 def shown(text: object) -> str:
     """A text without the user names and passwords of its URLs."""
     return re.sub(r"//[^/@\s]*@", "//", str(text))
+
+
+def _points(values: Mapping[str, float], step: int) -> list[list[Any]]:
+    return [[name, float(value), _now(), step] for name, value in values.items()]
 
 
 def _now() -> int:

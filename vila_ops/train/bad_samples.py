@@ -149,7 +149,7 @@ class BadSampleFinder:
             self.job.stage.name, loss, step, spike["median"], first["loss"], first["source"], first["id"], first["key"],
             path,
         )  # fmt: skip
-        self.metrics.log({"loss_spike": loss}, step=step)
+        self.metrics.log_once({"loss_spike": loss}, step=step)
         self.metrics.attach(path)
 
     def _gather_sample_losses(self, step: int) -> SampleLosses:

@@ -150,7 +150,7 @@ class MetricsLogger:
         """`step` of `num_steps` steps are already done."""
         self.stage, self.resources, self.metrics = job.stage, job.resources, metrics
         self.first_step, self.num_steps = step, num_steps
-        self.metrics.log({"num_steps": num_steps}, step=step)
+        self.metrics.log_once({"num_steps": num_steps}, step=step)
         self.device = device
         reset_peak_bytes(device)  # drops the peak of an earlier stage in this process
         self.on_terminal = sys.stderr.isatty()
@@ -185,13 +185,13 @@ class MetricsLogger:
             if totals.flops:
                 values["train/mfu"] = totals.flops / seconds / (accelerator.peak_tflops * 1e12 * number)
             values["train/cost"] = accelerator.price_per_hour * number * (now - self.started) / 3600
-        self.metrics.log(values, step=step)
+        self.metrics.log_once(values, step=step)
         self._show_progress(step, values)
 
     def log_validation(self, step: int, totals: StepMetrics) -> None:
         """Log a validation after `step` steps. Its time does not count as time of a step."""
         source_losses = {f"validation_loss/{source}": mean for source, mean in totals.source_losses.items()}
-        self.metrics.log({"validation_loss": totals.loss, **source_losses}, step=step)
+        self.metrics.log_once({"validation_loss": totals.loss, **source_losses}, step=step)
         self.last = time.monotonic()
 
     def _show_progress(self, step: int, values: dict[str, float]) -> None:

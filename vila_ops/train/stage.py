@@ -144,13 +144,12 @@ def _train_here(at: store.Address, inputs: StageInputs) -> Checkpoint:
     resume = resume_of(at, resources)
     write_label(resume, stage.name)
     _tell_of_others(at, inputs)
-    run_id = tracking.start_run(
-        resources, stage.name, parent=inputs.context.parent_run, params=stage.model_dump(mode="json"),
-        tags={"task": "train_stage", "stage": stage.name, "address": at.key, "data": data.digest, "init": init.digest},
-    )  # fmt: skip
-    tracking.log_input(resources, run_id, data, name=stage.mixture.name, context="train")
-    failed = True
-    try:
+    tags = {"task": "train_stage", "stage": stage.name, "data": data.digest, "init": init.digest}
+    with tracking.open_run(
+        resources, stage.name, key=("address", at.key), parent=inputs.context.parent_run,
+        params=stage.model_dump(mode="json"), tags=tags,
+    ) as run_id:  # fmt: skip
+        tracking.log_input(resources, run_id, data, name=stage.mixture.name, context="train")
         with attempts.attempt(at, store=resources.storage.store) as attempt:
             job = TrainJob(
                 stage=stage,
@@ -164,9 +163,6 @@ def _train_here(at: store.Address, inputs: StageInputs) -> Checkpoint:
                 fresh_projector=_is_fresh(inputs),
             )
             workers = _run_workers(job)
-        failed = False
-    finally:
-        tracking.end_run(resources, run_id, failed=failed)
     checkpoint = store.seal(
         Checkpoint,
         at,
