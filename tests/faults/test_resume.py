@@ -1,7 +1,9 @@
 """Error-prone cases of a resume: the end of an epoch, the last step, another save interval, another recipe."""
 
 import logging
+import os
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 
 from vila_ops.config import Stage
+from vila_ops.errors import Preempted, is_final
 from vila_ops.train.checkpoint.unfinished import resume_folders
 from vila_ops.train.sample_log import first_mismatch, global_batches
 from vila_ops.train.verify_resume import ResumeTrial
@@ -130,3 +133,39 @@ def test_the_progress_of_a_stage_with_other_settings_is_named_and_stays(
     assert f"{folder.place} holds 0.0 GB of stage pretrain with other settings or data" in caplog.text
     assert resume_folders(killed.resources.storage.store) == [folder]
     assert killed.train().digest == whole.train().digest
+
+
+class SigtermAt(logging.Handler):
+    """Sends SIGTERM to this process when a progress line of a step is logged."""
+
+    def __init__(self, step: str) -> None:
+        super().__init__()
+        self.step = step
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.step in record.getMessage():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_preempted_stage_saves_what_it_has_done_and_goes_on_from_there(
+    make_trial: Callable[..., ResumeTrial], tmp_path: Path
+) -> None:
+    whole, preempted = (make_trial(tmp_path / name, num_steps=5, save_every=100) for name in ("whole", "preempted"))
+    before = signal.getsignal(signal.SIGTERM)
+    logger, handler = logging.getLogger("vila_ops.train.metrics"), SigtermAt("step 3/5")
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        with pytest.raises(Preempted, match=r"saved after step 3, run it again") as raised:
+            preempted.train()
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    assert not is_final(raised.value)
+    assert signal.getsignal(signal.SIGTERM) == before
+    (left,) = resume_folders(preempted.resources.storage.store)
+    assert left.step == 3
+    assert preempted.train().digest == whole.train().digest
+    steps = [read.step for read in preempted.samples()]
+    assert sorted(steps) == [0, 1, 2, 3, 4]

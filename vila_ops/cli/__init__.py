@@ -25,7 +25,7 @@ from vila_ops.cli.keys import keys
 from vila_ops.cli.messages import message_of, unexpected
 from vila_ops.cli.trace import trace
 from vila_ops.cli.train import train
-from vila_ops.errors import VilaError
+from vila_ops.errors import Preempted, VilaError
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as of a shell."""
@@ -88,6 +88,9 @@ def main() -> None:
     logging.getLogger("vila_ops").setLevel(logging.INFO)
     try:
         app(prog_name="vila-ops")
+    except Preempted as error:
+        print(f"error: {message_of(error)}", file=sys.stderr)
+        raise SystemExit(os.EX_TEMPFAIL) from error
     except (VilaError, ValueError, OSError, RuntimeError) as error:
         print(f"error: {message_of(error)}", file=sys.stderr)
         raise SystemExit(1) from error

@@ -46,6 +46,7 @@ from vila_ops.train.job import RankInfo, TrainJob
 from vila_ops.train.metrics import LossAccumulator, MetricsLogger, StepMetrics
 from vila_ops.train.objective import Objective
 from vila_ops.train.optim import lr_multiplier
+from vila_ops.train.preemption import PreemptionNotice
 from vila_ops.train.profile import StepProfiler, span
 from vila_ops.train.watchdog import StepWatchdog
 
@@ -62,6 +63,7 @@ def train(job: TrainJob, rank_info: RankInfo) -> dict[str, Any]:
         StepWatchdog(job, rank_info) as watchdog,
         MetricLog(job.resources, run_id, system=SystemMetrics()) as metrics,
         DeviceFaults(job) as faults,
+        PreemptionNotice() as notice,
     ):
         torch.set_num_threads(job.resources.train.threads_per_worker)
         model, row_loader, batch_builder = load(job, alive=watchdog.alive)
@@ -70,7 +72,7 @@ def train(job: TrainJob, rank_info: RankInfo) -> dict[str, Any]:
             BatchLoader(job, rank_info, row_loader, batch_builder) as batches,
             StepProfiler(job, rank_info, metrics) as profiler,
         ):
-            return _train(job, model, batches, watchdog, metrics, profiler)
+            return _train(job, model, batches, watchdog, profiler, notice)
 
 
 def _train(
@@ -78,15 +80,13 @@ def _train(
     model: VilaForConditionalGeneration,
     batches: BatchLoader,
     watchdog: StepWatchdog,
-    metrics: MetricLog,
     profiler: StepProfiler,
+    notice: PreemptionNotice,
 ) -> dict[str, Any]:
     stage, rank_info, row_loader = job.stage, batches.rank_info, batches.row_loader
-    is_first, device = rank_info.rank == 0, batches.batch_builder.device
+    is_first, device, metrics = rank_info.rank == 0, batches.batch_builder.device, profiler.metrics
     if is_first:
-        slow = precision_notes(stage.precision, device)
-        for note in (*slow, *row_loader.composition.notes, *row_loader.notes()):
-            log.warning("%s: %s", stage.name, note)
+        _log_notes(stage, row_loader, device)
     objective = Objective(model)
     trained = set_trainable(objective, stage.trainable, stage.tuning)
     engine = build_engine(objective, trained, stage, job.resources)
@@ -121,9 +121,10 @@ def _train(
             curve[-1]["validation_loss"] = validation.loss
             if metrics_logger:
                 metrics_logger.log_validation(step, validation)
-        if step % stage.save_every == 0 and step < num_steps:
+        if step < num_steps and (step % stage.save_every == 0 or notice.given):
             watchdog.heartbeat(step, "save")
             checkpointer.save(step, engine.state(), curve)
+            notice.obey(stage.name, step, written=checkpointer.close)
         profiler.step(step)
 
     watchdog.heartbeat(step, "finish")
@@ -133,6 +134,11 @@ def _train(
     facts = {"rank": rank_info.rank, "device": describe(device), "steps": num_steps, "micro_batch_size": size}
     composition = {"composition": row_loader.composition.model_dump(mode="json")} if is_first else {}
     return {**facts, **engine.facts(), **composition}
+
+
+def _log_notes(stage: Stage, row_loader: RowLoader, device: torch.device) -> None:
+    for note in (*precision_notes(stage.precision, device), *row_loader.composition.notes, *row_loader.notes()):
+        log.warning("%s: %s", stage.name, note)
 
 
 def load(
