@@ -107,6 +107,13 @@ def test_every_task_runs_inline_and_each_command_finds_what_it_made(ran: Json, r
     assert ElementTree.parse(plot).getroot().attrib["role"] == "img"
     explained = json.loads(CliRunner().invoke(app, ["explain", TINY, *where, "--json"]).stdout)
     assert {step["status"] for step in explained if step["task"] not in ("register", "deploy")} == {"sealed"}
+    reported = CliRunner().invoke(app, ["report", TINY, *where, "--json"])
+    costs = json.loads(reported.stdout)
+    assert [one["uri"] for one in costs] == [step["uri"] for step in explained if step["uri"]]
+    for one in costs:  # 6 steps of 2 sequences of 128 tokens, without a GPU
+        assert one["seconds"] == json.loads(Path(one["uri"], "manifest.json").read_text())["execution"]["seconds"]
+        assert (one["gpu_hours"], one["money"]) == (0.0, None)
+        assert one["positions"] == (1536 if one["task"] == "train" else None)
     made = [*ran["models"].values(), *ran["datasets"].values(), *ran["stage_reports"].values(), ran["report"]]
     assert {step["uri"] for step in explained} - {None} == {one["uri"] for one in made}
     assert said("register", TINY, *where) == ran["version"]

@@ -110,6 +110,7 @@ NOT_RUN = {
     "is run by tests/test_cli.py": (
         "vila-ops run configs/recipes/tiny.yaml",
         "vila-ops explain configs/recipes/tiny.yaml -s stages.sft.learning_rate=1e-4",
+        "vila-ops report configs/recipes/tiny.yaml",
     ),
     "is run by tests/test_your_data.py, with a small model": (
         "vila-ops data lint mine/captions.csv --images mine/images",

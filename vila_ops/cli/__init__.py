@@ -23,6 +23,7 @@ from vila_ops.cli.explain import explain
 from vila_ops.cli.gc import gc
 from vila_ops.cli.keys import keys
 from vila_ops.cli.messages import message_of, unexpected
+from vila_ops.cli.report import report
 from vila_ops.cli.trace import trace
 from vila_ops.cli.train import train
 from vila_ops.errors import Preempted, VilaError
@@ -54,7 +55,7 @@ app = typer.Typer(
 COMMANDS: tuple[Callable[..., None] | typer.Typer, ...] = (
     init.init, run.show, explain, plan.plan, run.fetch, run.prepare, data, model.import_model, train, run.evaluate,
     compare, run.alignment, benchmark, run.register, champion, run.deploy, run.undeploy, *release.COMMANDS, keys,
-    run.run, model.export, model.generate, run.verify, trace, gc, servers.doctor, servers.up, servers.down,
+    run.run, model.export, model.generate, run.verify, trace, report, gc, servers.doctor, servers.up, servers.down,
     servers.status, servers.demo,
 )  # fmt: skip
 for command in COMMANDS:

@@ -21,7 +21,7 @@ from vila_ops.eval.job import EvalJob
 from vila_ops.eval.report import Report, ReportMetric, name_in_suite, read_report
 from vila_ops.pipeline.run import Outcome
 from vila_ops.pipeline.stages import evaluate_stage
-from vila_ops.report import evaluation
+from vila_ops.report import cost, evaluation
 from vila_ops.report.baselines import published
 from vila_ops.report.layers import draw
 from vila_ops.report.page import render
@@ -116,6 +116,7 @@ def summarise(run: Run, outcome: Outcome) -> Json:
         },
         "stages": [_stage(checkpoint, run.resources.tracking.uri) for checkpoint in outcome.checkpoints().values()],
         "tasks": _tasks(outcome),
+        "cost": [cost.cost_of(*one, run.resources).model_dump(mode="json") for one in _made(outcome)],
         "metrics": _metrics(run, outcome),
         "layers": [point for name, report in outcome.stage_reports.items() for point in layers_of(name, report)],
         "answer": _answer(outcome),
@@ -172,6 +173,18 @@ def table(summary: Json) -> list[Json]:
     ]
 
 
+def models_table(summary: Json) -> list[Json]:
+    """The scores of the models on the stage suite, a column for each model, with 95 % intervals."""
+    names = [BASE, *(stage["name"] for stage in summary["stages"])]
+    first = next((metric["suite"] for metric in summary["metrics"]), None)  # the stage suite's come first
+    told = [metric for metric in summary["metrics"] if metric["role"] == "model" and metric["suite"] == first]
+    shown: dict[str, Json] = {}
+    for metric in told:
+        row = shown.setdefault(metric["name"], {"metric": metric["name"], **dict.fromkeys(names, "")})
+        row[metric["model"]] = f"{metric['value']:.4g} [{metric['low']:.4g}, {metric['high']:.4g}]"
+    return list(shown.values())
+
+
 def _folder(run: Run) -> Path:
     return run.resources.storage.scratch() / run.recipe.name
 
@@ -198,19 +211,25 @@ def _stage(checkpoint: Checkpoint, tracking_uri: str | None) -> Json:
 
 
 def _tasks(outcome: Outcome) -> list[Json]:
+    return [_sealing(*one, outcome) for one in _made(outcome)] + list(_reconciling(outcome))
+
+
+def _made(outcome: Outcome) -> list[tuple[str, str, str]]:
+    """The task, the name and the place of each sealed artifact."""
     made: list[tuple[str, str, Artifact]] = [("assemble", BASE, outcome.models[BASE])]
     made += [("prepare", name, dataset) for name, dataset in outcome.datasets.items()]
     made += [("train_stage", name, checkpoint) for name, checkpoint in outcome.checkpoints().items()]
     made += [("evaluate", f"{name} on {report.suite}", report) for name, report in _reports(outcome)]
-    return [_sealing(task, name, artifact, outcome) for task, name, artifact in made] + list(_reconciling(outcome))
+    return [(task, name, artifact.uri) for task, name, artifact in made]
 
 
-def _sealing(task: str, name: str, artifact: Artifact, outcome: Outcome) -> Json:
-    execution = read_manifest(artifact.uri)["execution"]
+def _sealing(task: str, name: str, uri: str, outcome: Outcome) -> Json:
+    manifest = read_manifest(uri)
+    execution = manifest["execution"]
     return {
         "task": task,
         "name": name,
-        "digest": artifact.digest,
+        "digest": manifest["digest"],
         "seconds": execution["seconds"],
         "reused": execution["sealed"] < outcome.started,
         "workers": execution["workers"],
