@@ -34,6 +34,10 @@ ROOT = Path(__file__).parents[1]
 SMALL = bool(os.environ.get("VILA_BENCH_SMALL"))
 NEW_TOKENS = 32
 START_SECONDS = 300.0
+ENGINES: dict[str, dict[str, Any]] = {
+    "torch": {"kind": "torch"},
+    "vllm": {"kind": "vllm", "cache_bytes": 2**30, "compiled": False},
+}
 QUESTION = "Describe this image in a few sentences for somebody who cannot see it."
 
 
@@ -69,11 +73,14 @@ class Answered:
         return [float(one) for one in np.diff(self.parts)]
 
 
-def demo_version(root: Path, *, image_size: int = 56) -> ModelVersion:
-    """The demo's model before training, with pretrained parts; an image of 14 n pixels is n x n tokens."""
+def demo_version(root: Path, *, image_size: int = 56, **model: Any) -> ModelVersion:
+    """The demo's model before training, with pretrained parts, but for the settings `model`.
+
+    An image of 14 n pixels is n x n tokens.
+    """
     run = load(ROOT / "configs/recipes/demo.yaml", resources=ROOT / "configs/resources/inline.yaml")
     resources = run.resources.with_changes({"storage.store": str(root / "store")})
-    made = assemble(run.recipe.model.with_changes({"image_size": image_size}), resources)
+    made = assemble(run.recipe.model.with_changes({"image_size": image_size, **model}), resources)
     checkpoint = Checkpoint(uri=made.uri, digest=made.digest, parents=made.parents, stage="sft", step=0)
     return ModelVersion(name="demo", version=1, checkpoint=checkpoint, promoted=True)
 
@@ -97,14 +104,14 @@ def tiny_version(root: Path) -> ModelVersion:
 
 
 @contextmanager
-def our_server(version: ModelVersion, root: Path) -> Iterator[Server]:
+def our_server(version: ModelVersion, root: Path, *, engine: str = "torch") -> Iterator[Server]:
     """Our inline server, with one thread."""
-    serve = {"max_batch": 16, "cpus_per_replica": 1}
+    serve = {"max_batch": 16, "cpus_per_replica": 1, "engine": ENGINES[engine]}
     resources = Resources.model_validate({"launch": "inline", "device": "cpu", "serve": serve})
     spec, port = Spec.of(Service(name="bench"), version, resources), free_port("127.0.0.1", 0)
     module = "vila_ops.serve.backends.local_server"
     command = [sys.executable, "-m", module, spec.model_dump_json(), "127.0.0.1", str(port)]
-    with running(command, port, root / "ours.log") as url:
+    with running(command, port, root / f"{engine}.log") as url:
         yield Server(url, version.name)
 
 

@@ -111,6 +111,8 @@ GROUPS: dict[str, tuple[Any, ...]] = {
         serve.RemoteImages,
         serve.RequestLimits,
         engine.TorchEngine,
+        engine.VllmEngine,
+        engine.AutoEngine,
     ),
     "Files of their own": (download.DownloadSettings, local.LocalServers),
 }

@@ -157,6 +157,15 @@ class PromotionRaceLost(VilaError):
     retryable = True
 
 
+class UnsupportedSetting(VilaError, ValueError):
+    """A setting of a request that an engine cannot follow."""
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(message)
+        self.name = name
+        """As in OpenAI's API."""
+
+
 class NotReady(VilaError):
     """A service did not become ready; the text ends with the end of its log."""
 

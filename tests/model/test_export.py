@@ -44,15 +44,15 @@ def edit(folder: Path, part: str | None = None, **fields: Any) -> None:
     (folder / "config.json").write_text(json.dumps(stated))
 
 
-def test_a_sealed_siglip_mlp2x_model_loads_in_transformers_and_vllm_and_not_in_llama_cpp(sealed: Any) -> None:
+def test_a_sealed_siglip_mlp2x_model_loads_in_transformers_vllm_and_llama_cpp(sealed: Any) -> None:
     code, printed = run(sealed.uri, "--json")
     assert code == 0
     assert {one["target"]: one["loads"] for one in json.loads(printed)} == {
         "transformers": True,
         "vllm": True,
-        "gguf": False,
+        "gguf": True,
     }
-    assert [run(sealed.uri, "--check", target)[0] for target in export.TARGETS] == [0, 0, 1]
+    assert [run(sealed.uri, "--check", target)[0] for target in export.TARGETS] == [0, 0, 0]
 
 
 def test_out_writes_the_files_without_our_manifest(sealed: Any, tmp_path: Path) -> None:
@@ -104,6 +104,48 @@ def test_vllm_s_rules_each_have_their_reason(
     finding = export.check(copied, "vllm")
     assert not finding.loads
     assert any(reason in one for one in finding.reasons)
+
+
+@pytest.mark.parametrize(
+    ("part", "fields", "reason"),
+    [
+        ("vision_config", {"model_type": "dinov2"}, "computes the towers"),
+        ("vision_config", {"hidden_act": "relu"}, "this one has relu"),
+        ("vision_config", {"image_size": 112}, "the tower's 112 pixels"),
+        ("text_config", {"model_type": "qwen2"}, "this one is qwen2"),
+        ("text_config", {"attention_bias": True}, "this one has attention_bias True"),
+        ("text_config", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "positions of type llama3"),
+        (None, {"projector_hidden_act": "linear"}, "has GELU between its layers"),
+        (None, {"multimodal_projector_bias": False}, "has biases"),
+        (None, {"vision_feature_select_strategy": "default"}, "feature selection full"),
+        (None, {"vision_feature_layer": [-2, -5]}, "several feature layers"),
+    ],
+)  # fmt: skip
+def test_llama_cpp_s_rules_each_have_their_reason(
+    part: str | None, fields: dict[str, Any], reason: str, copied: Path, tmp_path: Path
+) -> None:
+    edit(copied, part, **fields)
+    finding = export.check(copied, "gguf")
+    assert not finding.loads
+    assert any(reason in one for one in finding.reasons)
+    with pytest.raises(ValueError, match="has no GGUF form"):
+        export.write_for_llama_cpp(copied, tmp_path / "out", "f16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_cuts_text_otherwise_has_no_gguf_form(copied: Path) -> None:
+    stated = json.loads((copied / "tokenizer.json").read_text())
+    stated["pre_tokenizer"]["use_regex"] = False
+    (copied / "tokenizer.json").write_text(json.dumps(stated))
+    assert export.check(copied, "gguf").reasons == ("it is not known to cut text into words as this tokenizer does",)
+
+
+def test_settings_of_a_gguf_without_an_effect_are_refused(sealed: Any, tmp_path: Path) -> None:
+    for words in (["--to", "gguf"], ["--weights", "q8_0", "--out", str(tmp_path / "out")]):
+        refused = CliRunner().invoke(app, ["export", sealed.uri, *words])
+        assert refused.exit_code == 1
+        assert "has no effect without" in str(refused.exception)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_bad_folder_ends_with_its_reason(copied: Path, tmp_path: Path) -> None:

@@ -39,7 +39,15 @@ def import_model(
 
 def export(
     checkpoint: Checkpoint,
-    out: Annotated[Path | None, typer.Option("--out", help="Copy the model's own files here; absent or empty")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write the model to; absent or empty")] = None,
+    to: Annotated[
+        Literal["transformers", "gguf"],
+        typer.Option("--to", help="Form of --out: the model's own files, or llama.cpp's model.gguf and mmproj.gguf"),
+    ] = "transformers",
+    weights: Annotated[
+        Literal["f32", "f16", "q8_0"] | None,
+        typer.Option("--weights", help="Type of the language model's matrices in a GGUF; default: f16"),
+    ] = None,
     check: Annotated[
         Literal["transformers", "vllm", "gguf"] | None,
         typer.Option("--check", help="Check this program alone; ends with 1 if it cannot load the model"),
@@ -50,12 +58,20 @@ def export(
     from vila_ops.artifacts import output
     from vila_ops.model import export as exports
 
+    if weights is not None and (to != "gguf" or out is None):
+        raise ValueError("--weights has no effect without --to gguf and --out")
+    if to == "gguf" and out is None:
+        raise ValueError("--to gguf has no effect without --out")
     if out is not None:
         output.check_folder(out)
 
     folder = _folder(checkpoint.rstrip("/"))
     findings = [exports.check(folder, target) for target in ([check] if check else exports.TARGETS)]
-    if out is not None:
+    if out is not None and to == "gguf":
+        for file in exports.write_for_llama_cpp(folder, out, weights or "f16"):
+            bits = f"{file.num_bytes} bytes, {file.bits_per_weight} bits a weight"
+            print(f"wrote {out / file.name}: {bits}", file=sys.stderr)
+    elif out is not None:
         exports.write_plain(folder, out)
         print(f"wrote {out}", file=sys.stderr)
     if as_json:

@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from vila_ops.config.base import Config
-from vila_ops.config.engine import Engine, TorchEngine
+from vila_ops.config.engine import Engine, ServeEngine, TorchEngine
 from vila_ops.config.serve import Access, Autoscale, CanaryRules, RemoteImages, RequestLimits, Samples
 from vila_ops.device import Device
 
@@ -270,7 +270,7 @@ class ServeResources(Config):
     """Number of requests that a replica decodes together."""
     device: Device | None = None
     """Device of each replica; None: that of the resources. A replica on a GPU keeps it for as long as it serves."""
-    engine: Engine = TorchEngine()
+    engine: ServeEngine = TorchEngine()
     access: Access = Access()
     remote_images: RemoteImages = RemoteImages()
     limits: RequestLimits = RequestLimits()

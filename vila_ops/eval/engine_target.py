@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vila_ops.artifacts.kinds import Checkpoint, Pretrained
-from vila_ops.config.engine import TorchEngine
+from vila_ops.config.engine import OwnEngine
 from vila_ops.config.images import Webp
 from vila_ops.data.containers import BadImage
 from vila_ops.data.images import square
@@ -36,7 +36,7 @@ from vila_ops.generate.request import Loglikelihood, Output, Prompt, Sampling
 class EngineTarget:
     """Answers requests with an engine, which is loaded when the first one is asked."""
 
-    def __init__(self, model: Checkpoint | Pretrained, config: TorchEngine, options: EngineOptions) -> None:
+    def __init__(self, model: Checkpoint | Pretrained, config: OwnEngine, options: EngineOptions) -> None:
         self._load = partial(load_engine, model, config, options)
         self._asked = itertools.count()
 

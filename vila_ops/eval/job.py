@@ -71,7 +71,7 @@ class EvalJob(Config):
         return store.address(
             BenchmarkResult,
             revision=benchmark_of(kind).REVISION,
-            recipe=recipe | self._plugin_engine(),
+            recipe=recipe | self._other_engine(),
             parents=(self.model.digest, *parents),
         )
 
@@ -108,12 +108,12 @@ class EvalJob(Config):
         `again`: the second responses to requests that timed out.
         """
         recipe: dict[str, Any] = {"requests": list(requests), "precision": self.suite.precision}
-        recipe |= self._plugin_engine() | ({"again": True} if again else {})
+        recipe |= self._other_engine() | ({"again": True} if again else {})
         return store.address(Answers, revision=ANSWERS, recipe=recipe, parents=(self.model.digest,))
 
-    def _plugin_engine(self) -> dict[str, Any]:
-        """An engine of a package: its numbers may be others than those of our engines, which agree."""
+    def _other_engine(self) -> dict[str, Any]:
+        """An engine other than torch: its numbers may be others."""
         if isinstance(self.model, Endpoint):
             return {}
         engine = engine_facts(self.resources.evaluate.engine)
-        return {"engine": engine} if "plugin" in engine else {}
+        return {} if engine["kind"] == "torch" else {"engine": engine}

@@ -1,12 +1,14 @@
 """A model folder to the engine that a config chooses. Light: an engine's module is imported when it is used."""
 
+import logging
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vila_ops.artifacts.kinds import Checkpoint, Pretrained
 from vila_ops.artifacts.store import content, file
-from vila_ops.config.engine import TorchEngine
+from vila_ops.config.engine import AutoEngine, OwnEngine, TorchEngine, VllmEngine
 from vila_ops.config.kinds import module_of, provenance
 from vila_ops.generate.engine import Engine, EngineOptions
 from vila_ops.packages.untrusted import read_json
@@ -14,24 +16,47 @@ from vila_ops.packages.untrusted import read_json
 if TYPE_CHECKING:  # heavy: transformers
     from vila_ops.data.text.conversation import Tokenizer
 
-ENGINES = {"torch": "vila_ops.generate.torch_engine.engine"}
+ENGINES = {"torch": "vila_ops.generate.torch_engine.engine", "vllm": "vila_ops.generate.vllm"}
 """Kind -> module with `open_engine(config, folder, options)`, which returns an `Engine`. A plugin's module has it too,
 beside `Config` and `REVISION`."""
+log = logging.getLogger(__name__)
 
 
-def load_engine(model: Checkpoint | Pretrained, config: TorchEngine, options: EngineOptions) -> Engine:
+def load_engine(model: Checkpoint | Pretrained, config: OwnEngine, options: EngineOptions) -> Engine:
     """The engine of a sealed model, every byte of which is checked. Raises CorruptArtifact."""
     return open_folder(content(model), config, options)
+
+
+def chosen(model: Checkpoint | Pretrained, config: OwnEngine | AutoEngine, options: EngineOptions) -> OwnEngine:
+    """The engine that `auto` stands for here; any other config as it is. Raises CorruptArtifact."""
+    if not isinstance(config, AutoEngine):
+        return config
+    if (reason := _why_not_vllm(model, options)) is None:
+        return VllmEngine()
+    log.info("engine auto is torch: %s", reason)
+    return TorchEngine()
+
+
+def _why_not_vllm(model: Checkpoint | Pretrained, options: EngineOptions) -> str | None:
+    if find_spec("vllm") is None:
+        return "vLLM is not installed"
+    from vila_ops.generate.vllm import refusal  # heavy: vllm
+
+    return refusal(content(model), options)
 
 
 @lru_cache(maxsize=1)
 def tokenizer_of(model: Checkpoint | Pretrained) -> "Tokenizer":
     """The tokenizer of a sealed model, without its weights. Raises CorruptArtifact."""
+    return tokenizer_in(content(model))
+
+
+def tokenizer_in(folder: Path) -> "Tokenizer":
+    """The tokenizer of any model folder. Raises CorruptArtifact or ValueError."""
     from vila_ops.data.text.conversation import Tokenizer
     from vila_ops.model.folder import read_config
     from vila_ops.packages.tokenizer import read_tokenizer
 
-    folder = content(model)
     config = read_config(folder)
     return Tokenizer(read_tokenizer(folder), image_tokens=config.image_seq_length, after_image=config.after_image)
 
@@ -44,7 +69,7 @@ def context_of(model: Checkpoint | Pretrained) -> int | None:
     return context_length(read_json(file(model, "config.json")).get("text_config", {}))
 
 
-def open_folder(folder: Path, config: TorchEngine, options: EngineOptions) -> Engine:
+def open_folder(folder: Path, config: OwnEngine, options: EngineOptions) -> Engine:
     """The engine of any model folder, ours or of another program; nothing in it is trusted.
 
     `config` is of one of our kinds or of a plugin's. Raises CorruptArtifact or ValueError with what is wrong with the
@@ -54,7 +79,7 @@ def open_folder(folder: Path, config: TorchEngine, options: EngineOptions) -> En
     return engine
 
 
-def engine_facts(config: TorchEngine) -> dict[str, Any]:
+def engine_facts(config: OwnEngine) -> dict[str, Any]:
     """Settings of an engine, and package, version and revision of a plugin, for the execution part of a manifest."""
     plugin = provenance("vila_ops.engines", ENGINES, config.kind)
     return config.model_dump(mode="json") | ({"plugin": plugin} if plugin else {})

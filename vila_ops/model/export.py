@@ -3,12 +3,15 @@
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, assert_never
+from typing import TYPE_CHECKING, Any, Literal, assert_never
 
 from vila_ops.artifacts import output
 from vila_ops.config.base import Config
 from vila_ops.errors import CorruptArtifact
 from vila_ops.packages.untrusted import check_folder, read_json, stored_tensors
+
+if TYPE_CHECKING:  # heavy: torch, transformers
+    from vila_ops.model.gguf import GgufFile, GgufType
 
 Target = Literal["transformers", "vllm", "gguf"]
 TARGETS: tuple[Target, ...] = ("transformers", "vllm", "gguf")
@@ -30,8 +33,11 @@ VLLM_TEXTS = (
 )  # fmt: skip
 VLLM_SCALED = ("gemma", "gemma2")
 """Language models whose embedding scale vLLM applies to the tokens of images too; transformers 5 does not."""
-GGUF_TOWERS = ("pixtral",)
-GGUF_TEXTS = ("llama", "mistral", "mixtral")
+GGUF_TOWERS = {
+    "clip_vision_model": ("quick_gelu", "default", ("quick_gelu", "gelu", "gelu_pytorch_tanh")),
+    "siglip_vision_model": ("gelu_pytorch_tanh", "full", ("gelu", "gelu_pytorch_tanh")),
+}
+"""Tower -> its activation if none is stated, its feature selection, and the activations that it may have."""
 
 
 class ExportFinding(Config):
@@ -70,6 +76,21 @@ def write_plain(folder: Path, out: Path) -> None:
         drop_local_paths(draft)
 
 
+def write_for_llama_cpp(folder: Path, out: Path, kind: "GgufType") -> "list[GgufFile]":
+    """Write a model's GGUF files to a new folder, atomically.
+
+    Raises ValueError, with the reasons, for a model that llama.cpp does not compute, and if `out` exists and is not
+    empty.
+    """
+    from vila_ops.model.gguf import write_gguf  # heavy: torch, transformers
+
+    finding = check(folder, "gguf")
+    if not finding.loads:
+        raise ValueError(f"{folder} has no GGUF form: {'; '.join(finding.reasons)}")
+    with output.new_folder(out) as draft:
+        return write_gguf(folder, draft, kind)
+
+
 def _why_not(config: dict[str, Any], folder: Path, target: Target) -> Iterator[str]:
     if config.get("model_type") != "llava":
         yield from _not_llava(config, folder, target)
@@ -80,7 +101,7 @@ def _why_not(config: dict[str, Any], folder: Path, target: Target) -> Iterator[s
         case "vllm":
             yield from _not_vllm(config, folder)
         case "gguf":
-            yield from _not_gguf(config)
+            yield from _not_gguf(config, folder)
         case _:
             assert_never(target)
 
@@ -139,17 +160,42 @@ def _not_vllm(config: dict[str, Any], folder: Path) -> Iterator[str]:
         yield f"it needs images of the tower's {tower.get('image_size', 336)} pixels a side; these have {side}"
 
 
-def _not_gguf(config: dict[str, Any]) -> Iterator[str]:
-    """Reasons from llama.cpp's conversion/llava.py (LlavaVisionModel.__init__) and conversion/llama.py (LlamaModel)."""
-    if (kind := config.get("vision_config", {}).get("model_type", "clip_vision_model")) not in GGUF_TOWERS:
-        yield (
-            f"convert_hf_to_gguf.py --mmproj takes LlavaForConditionalGeneration with a Pixtral tower only and refuses "
-            f"{kind} (`Unsupported model type`); tools/mtmd/legacy-models converts CLIP and SigLIP"
-        )
-    if (kind := config.get("text_config", {}).get("model_type", "llama")) not in GGUF_TEXTS:
-        yield f"the converter reads the language model of a LLaVA folder as a Llama; this one is {kind}"
+def _not_gguf(config: dict[str, Any], folder: Path) -> Iterator[str]:
+    """Reasons from llama.cpp's tools/mtmd/clip.cpp, tools/mtmd/models/llava.cpp and src/models/llama.cpp."""
+    from vila_ops.model.gguf import pre_tokenizer  # heavy: torch, transformers
+
+    tower, text = config.get("vision_config", {}), config.get("text_config", {})
+    if (kind := tower.get("model_type", "clip_vision_model")) not in GGUF_TOWERS:
+        yield f"its LLaVA computes the towers {', '.join(GGUF_TOWERS)}; this one is {kind}"
+    else:
+        default, selection, acts = GGUF_TOWERS[kind]
+        if (act := tower.get("hidden_act", default)) not in acts:
+            yield f"its {kind} has the activations {', '.join(acts)}; this one has {act}"
+        if (stated := config.get("vision_feature_select_strategy", "default")) != selection:
+            yield f"its {kind} has the feature selection {selection}; this model has {stated}"
+    if not isinstance(config.get("vision_feature_layer", -2), int):
+        yield "it joins several feature layers otherwise than this model"
     if config.get("projector_hidden_act", "gelu") != "gelu":
         yield f"its projector has GELU between its layers; this one has {config['projector_hidden_act']}"
+    if not config.get("multimodal_projector_bias", True):
+        yield "its projector has biases"
+    if (kind := text.get("model_type", "llama")) != "llama":
+        yield f"the language model that is written is a Llama; this one is {kind}"
+    elif other := _not_plain_llama(text):
+        yield f"the Llama that is written is the plain one; this one has {other}"
+    if pre_tokenizer(folder) is None:
+        yield "it is not known to cut text into words as this tokenizer does"
+    if (side := _side(folder)) != tower.get("image_size", 336):
+        yield f"it needs images of the tower's {tower.get('image_size', 336)} pixels a side; these have {side}"
+
+
+def _not_plain_llama(text: dict[str, Any]) -> str | None:
+    """The setting of a Llama that llama.cpp would not follow, or that is not written."""
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    plain = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
+        return f"rotary positions of type {kind}"
+    return next((f"{name} {text[name]}" for name, value in plain.items() if text.get(name, value) != value), None)
 
 
 def _notes(target: Target) -> Iterator[str]:
@@ -159,7 +205,7 @@ def _notes(target: Target) -> Iterator[str]:
         case "vllm":
             yield "LlavaForConditionalGeneration; attention on CPUs needs heads of 32 or more dimensions"
         case "gguf":
-            yield "convert_hf_to_gguf.py for the language model, and with --mmproj for tower and projector"
+            yield "model.gguf and mmproj.gguf of `vila-ops export --to gguf`; its GELU is the tanh form"
         case _:
             assert_never(target)
 

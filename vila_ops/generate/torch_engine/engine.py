@@ -14,6 +14,7 @@ from vila_ops.config.engine import TorchEngine
 from vila_ops.data.images import Fit
 from vila_ops.data.text.conversation import Tokenizer
 from vila_ops.device import free_bytes
+from vila_ops.generate.checks import check_request
 from vila_ops.generate.engine import Engine, EngineOptions, ScoringItem
 from vila_ops.generate.request import Delta, Loglikelihood, Prompt, Sampling
 from vila_ops.generate.torch_engine.grammar import Grammars
@@ -134,7 +135,9 @@ class InProcessEngine:
         grammar = None
         if sampling.json_schema is not None:
             grammar = await asyncio.to_thread(self.grammars.of, sampling.json_schema)
-        self._check(prompt, sampling, request_id)
+        check_request(prompt, sampling, request_id, self.tokenizer, self.context_length)
+        if request_id in self._requests:
+            raise ValueError(f"request {request_id!r} is not finished; choose another id")
         request = self._requests[request_id] = GenerationRequest(prompt, sampling, grammar)
         stream = self._streams[request] = asyncio.Queue()
         self._arrived.append(request)
@@ -151,19 +154,6 @@ class InProcessEngine:
         finally:
             request.aborted = True
             del self._streams[request], self._requests[request_id]
-
-    def _check(self, prompt: Prompt, sampling: Sampling, request_id: str) -> None:
-        """Raise ValueError for what cannot be generated, before anything is computed."""
-        name = f"the prompt of request {request_id!r}"
-        if not prompt.input_ids:
-            raise ValueError(f"{name} has no token; give it at least one")
-        self.loaded.check_length(len(prompt.input_ids) + sampling.max_new_tokens)
-        self.loaded.check_images(prompt, name)
-        vocabulary = len(self.loaded.tokenizer.fast)
-        if unknown := [one for one in sampling.logit_bias if not 0 <= one < vocabulary]:
-            raise ValueError(f"logit_bias has the token ids {unknown[:3]}; ids of this model are below {vocabulary}")
-        if request_id in self._requests:
-            raise ValueError(f"request {request_id!r} is not finished; choose another id")
 
     async def abort(self, request_id: str) -> None:
         """As in `Engine`."""

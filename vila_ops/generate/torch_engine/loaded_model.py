@@ -18,7 +18,6 @@ from vila_ops.data.images import Fit
 from vila_ops.data.text.conversation import Tokenizer
 from vila_ops.device import device_of, precision_notes
 from vila_ops.generate.engine import EngineOptions
-from vila_ops.generate.request import Prompt
 from vila_ops.generate.torch_engine.image_features import ImageFeatures, RecentFeatures, StoredFeatures
 from vila_ops.generate.torch_engine.quantised import quantise
 from vila_ops.model import folder as model_folder
@@ -81,23 +80,6 @@ class LoadedModel:
         """Means over patches (I, C) of the tower's features of encoded squares; few images are in memory at a time."""
         parts = (self.features(images[start : start + BATCH]) for start in range(0, len(images), BATCH))
         return np.concatenate([part.float().mean(dim=1).cpu().double().numpy() for part in parts])
-
-    def check_length(self, length: int) -> None:
-        """Raises ValueError for more tokens than the context has."""
-        if length > self.context_length:
-            raise ValueError(f"{length} tokens, more than the model's context of {self.context_length}")
-
-    def check_images(self, prompt: Prompt, name: str) -> None:
-        """Each prompt is checked alone, so that an image of one row cannot fill a position of another.
-
-        Raises ValueError, which calls the prompt by `name`.
-        """
-        positions = prompt.input_ids.count(self.tokenizer.image_id)
-        if positions != len(prompt.images) * self.tokenizer.image_tokens:
-            raise ValueError(
-                f"{name} has {positions} image positions for {len(prompt.images)} images of "
-                f"{self.tokenizer.image_tokens} each; write one placeholder for each image"
-            )
 
 
 def read_model(folder: Path, options: EngineOptions) -> LoadedModel:

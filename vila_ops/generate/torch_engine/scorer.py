@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vila_ops.generate.checks import check_images, check_length
 from vila_ops.generate.engine import ScoringItem
 from vila_ops.generate.request import Loglikelihood, Prompt
 from vila_ops.generate.torch_engine.loaded_model import LoadedModel
@@ -47,8 +48,8 @@ class Scorer:
         """
         rows = [_row(prompt.input_ids, continuations) for prompt, continuations in items]
         for number, ((prompt, _), row) in enumerate(zip(items, rows, strict=True)):
-            self.loaded.check_length(len(row.input_ids))
-            self.loaded.check_images(prompt, f"prompt {number}")
+            check_length(len(row.input_ids), self.loaded.context_length)
+            check_images(prompt, self.loaded.tokenizer, f"prompt {number}")
         order = sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids))
         scores: dict[int, list[Loglikelihood]] = {}
         start = 0
@@ -66,8 +67,8 @@ class Scorer:
     def hidden_states(self, prompt: Prompt, continuation: list[int]) -> NDArray[np.float64]:
         """Hidden states (layers + 1, T, D), as `Engine.hidden_states` defines them."""
         ids = [*prompt.input_ids, *continuation]
-        self.loaded.check_length(len(ids))
-        self.loaded.check_images(prompt, "the prompt")
+        check_length(len(ids), self.loaded.context_length)
+        check_images(prompt, self.loaded.tokenizer, "the prompt")
         input_ids = torch.tensor([ids], device=self.loaded.device)
         model = self.loaded.model
         embeddings = self.loaded.embed(input_ids, prompt.images)

@@ -5,6 +5,7 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from typing import Self
 
+from vila_ops.errors import UnsupportedSetting
 from vila_ops.generate.engine import Engine
 from vila_ops.generate.request import Delta, Prompt, Sampling
 from vila_ops.serve.app.errors import ApiError
@@ -40,7 +41,8 @@ class Generation:
     async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
         """The deltas of all choices as they come, with the choice's index, until all have ended.
 
-        Raises ApiError 504 after the timeout, and 503 where the engine ends a choice by itself.
+        Raises ApiError 504 after the timeout, 503 where the engine ends a choice by itself, and 400 for a setting that
+        it cannot follow.
         """
         while self._open:
             try:
@@ -51,6 +53,8 @@ class Generation:
                 raise ApiError(504, text, code="timeout") from None
             if index not in self._open:
                 continue
+            if isinstance(delta, UnsupportedSetting):
+                raise ApiError(400, f"{delta.name}: {delta}", param=delta.name, code="unsupported_value") from delta
             if isinstance(delta, Exception):
                 raise delta
             if delta.finish_reason == "abort":

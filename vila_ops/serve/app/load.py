@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from vila_ops.artifacts.execution import versions
 from vila_ops.device import Device, describe, device_of
 from vila_ops.generate.engine import EngineOptions
-from vila_ops.generate.load import load_engine
+from vila_ops.generate.load import chosen, load_engine
 from vila_ops.serve.app.routes import create_app
 from vila_ops.serve.spec import Spec
 
@@ -34,12 +34,14 @@ def load_app(spec: Spec, device: Device, *, replica: dict[str, Any]) -> FastAPI:
         prefill_tokens=PREFILL_TOKENS,
         keep_prefixes=True,
     )
-    engine = load_engine(spec.version.checkpoint, spec.capacity.engine, options)
+    config = chosen(spec.version.checkpoint, spec.capacity.engine, options)
+    engine = load_engine(spec.version.checkpoint, config, options)
     process = {
         "pid": os.getpid(),
         "started": psutil.Process().create_time(),
         "host": socket.gethostname(),
         "device": describe(device_of(device)),
+        "engine": config.kind,
         "digest": spec.version.checkpoint.digest,
         "load_seconds": round(time.monotonic() - started, 3),
         "versions": versions(),
