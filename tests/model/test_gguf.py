@@ -60,7 +60,7 @@ def test_the_tower_up_to_its_features_and_the_projector_are_in_the_other_file(fo
     export.write_for_llama_cpp(folder, tmp_path / "out", "f32")
     stored, config = load_file(folder / "model.safetensors"), model_folder.read_config(folder)
     known = tensors(tmp_path / "out" / "mmproj.gguf")
-    tower = "vision_tower.vision_model."
+    tower = "model.vision_tower.vision_model."
     pairs = {
         "v.patch_embd.weight": f"{tower}embeddings.patch_embedding.weight",
         "v.position_embd.weight": f"{tower}embeddings.position_embedding.weight",
@@ -69,8 +69,8 @@ def test_the_tower_up_to_its_features_and_the_projector_are_in_the_other_file(fo
         "v.blk.0.ffn_up.weight": f"{tower}encoder.layers.0.mlp.fc1.weight",
         "v.blk.0.ffn_down.weight": f"{tower}encoder.layers.0.mlp.fc2.weight",
         "v.blk.0.ln1.weight": f"{tower}encoder.layers.0.layer_norm1.weight",
-        "mm.0.weight": "multi_modal_projector.linear_1.weight",
-        "mm.2.bias": "multi_modal_projector.linear_2.bias",
+        "mm.0.weight": "model.multi_modal_projector.linear_1.weight",
+        "mm.2.bias": "model.multi_modal_projector.linear_2.bias",
     }
     for name, source in pairs.items():
         assert np.array_equal(known[name].data, stored[source].float().numpy()), name

@@ -21,12 +21,12 @@ from gguf import (
 )
 from gguf.quants import quantize
 from numpy.typing import NDArray
-from safetensors import safe_open
 
 from vila_ops.config.base import Config
 from vila_ops.model.configuration import VilaConfig
 from vila_ops.model.context import context_length
-from vila_ops.model.folder import normalisation, read_config
+from vila_ops.model.folder import load, normalisation
+from vila_ops.model.vila import VilaForConditionalGeneration
 from vila_ops.packages.tokenizer import read_tokenizer
 
 GgufType = Literal["f32", "f16", "q8_0"]
@@ -42,8 +42,8 @@ PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
     "smollm": [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "use_regex": True}],
 }
 """llama.cpp's name (LLAMA_VOCAB_PRE_TYPE in src/llama-vocab.cpp) -> how a byte-level BPE cuts text into words."""
-TEXT, TOWER = "language_model.", "vision_tower."
-PROJECTOR = {"multi_modal_projector.linear_1": "mm.0", "multi_modal_projector.linear_2": "mm.2"}
+PROJECTOR = {"linear_1": "mm.0", "linear_2": "mm.2"}
+"""A layer of LLaVA's projector -> its name in GGUF."""
 
 Array = NDArray[np.float32]
 
@@ -80,11 +80,11 @@ def write_gguf(folder: Path, out: Path, kind: GgufType) -> list[GgufFile]:
     Matrices of the language model get the type `kind`, F16 where a row does not divide into its blocks; those of tower
     and projector F32 or, for the other kinds, F16. Vectors and position tables are F32.
     """
-    config = read_config(folder)
+    model = load(folder)
     text, mmproj = out / "model.gguf", out / "mmproj.gguf"
     return [
-        _write_text(folder, config, text, kind),
-        _write_mmproj(folder, config, mmproj, "f32" if kind == "f32" else "f16"),
+        _write_text(folder, model, text, kind),
+        _write_mmproj(folder, model, mmproj, "f32" if kind == "f32" else "f16"),
     ]
 
 
@@ -94,7 +94,8 @@ def feature_blocks(config: VilaConfig) -> int:
     return layer if layer >= 0 else blocks + 1 + layer
 
 
-def _write_text(folder: Path, config: VilaConfig, path: Path, kind: GgufType) -> GgufFile:
+def _write_text(folder: Path, model: VilaForConditionalGeneration, path: Path, kind: GgufType) -> GgufFile:
+    config = model.config
     text = config.text_config
     writer = GGUFWriter(path, "llama")
     writer.add_name("vila-ops")
@@ -115,13 +116,17 @@ def _write_text(folder: Path, config: VilaConfig, path: Path, kind: GgufType) ->
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, text.num_hidden_layers)
     heads = {"q_proj.weight": text.num_attention_heads, "k_proj.weight": text.num_key_value_heads}
     tally = _Tally(writer, kind)
-    for name, values in _tensors(folder, TEXT):
+    parts = [("model.language_model.", "model."), ("lm_head.", "lm_head.")]
+    for name, values in [(to + name, one) for part, to in parts for name, one in _tensors(model, part)]:
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue  # llama.cpp takes the embedding
         count = next((count for end, count in heads.items() if name.endswith(end)), None)
         tally.add(_named(names, name), _interleaved(values, count) if count else values)
     return tally.written(path)
 
 
-def _write_mmproj(folder: Path, config: VilaConfig, path: Path, kind: GgufType) -> GgufFile:
+def _write_mmproj(folder: Path, model: VilaForConditionalGeneration, path: Path, kind: GgufType) -> GgufFile:
+    config = model.config
     tower, blocks = config.vision_config, feature_blocks(config)
     mean, std = normalisation(folder)
     writer = GGUFWriter(path, "clip")
@@ -143,12 +148,13 @@ def _write_mmproj(folder: Path, config: VilaConfig, path: Path, kind: GgufType) 
     writer.add_array("clip.vision.feature_layer", [blocks])
     names = get_tensor_name_map(MODEL_ARCH.MMPROJ, blocks)
     tally = _Tally(writer, kind)
-    for name, values in _tensors(folder, TOWER):
-        if (known := names.get_name(name, try_suffixes=(".weight", ".bias"))) and not known.startswith("v.post_ln"):
+    for name, values in _tensors(model, "model.vision_tower."):
+        stock = f"vision_tower.vision_model.{name.removeprefix('vision_model.')}"
+        if (known := names.get_name(stock, try_suffixes=(".weight", ".bias"))) and not known.startswith("v.post_ln"):
             tally.add(known, values)  # blocks that are not computed have no name
-    for start, known in PROJECTOR.items():
-        for name, values in _tensors(folder, start):
-            tally.add(known + name.removeprefix(start), values)
+    for layer, known in PROJECTOR.items():
+        for name, values in _tensors(model, f"model.multi_modal_projector.{layer}"):
+            tally.add(known + name, values)
     return tally.written(path)
 
 
@@ -211,11 +217,8 @@ def _interleaved(weight: Array, heads: int) -> Array:
     return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def _tensors(folder: Path, start: str) -> Iterator[tuple[str, Array]]:
-    """Tensors whose names begin so, in fp32, one after the other; names of the language model without `start`."""
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as stored:
-            for name in stored.keys():  # noqa: SIM118 it is no mapping
-                if name.startswith(start):
-                    values = stored.get_tensor(name).float().numpy()
-                    yield name.removeprefix(TEXT), np.ascontiguousarray(values)
+def _tensors(model: VilaForConditionalGeneration, part: str) -> Iterator[tuple[str, Array]]:
+    """The tensors of a part of a model, in fp32, with their names in it."""
+    for name, values in model.state_dict().items():
+        if name.startswith(part):
+            yield name.removeprefix(part), np.ascontiguousarray(values.float().numpy())
