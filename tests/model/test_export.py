@@ -109,7 +109,8 @@ def test_vllm_s_rules_each_have_their_reason(
 @pytest.mark.parametrize(
     ("part", "fields", "reason"),
     [
-        ("vision_config", {"model_type": "dinov2"}, "computes the towers"),
+        ("vision_config", {"model_type": "dinov2"}, "this one is dinov2"),
+        ("vision_config", {"model_type": "clip_vision_model"}, "drops the first patch"),
         ("vision_config", {"hidden_act": "relu"}, "this one has relu"),
         ("vision_config", {"image_size": 112}, "the tower's 112 pixels"),
         ("text_config", {"model_type": "qwen2"}, "this one is qwen2"),

@@ -30,21 +30,20 @@ from vila_ops.packages.tokenizer import IMAGE_TOKEN
 
 log = logging.getLogger(__name__)
 QUESTION = "Is there a dog?"
-FEATURE_ERROR = 5e-3
+FEATURE_ERROR = 2e-3
 """Of the largest feature: llama.cpp's GELUs are the tanh form, from tables of 16 bits."""
-LOGIT_ERROR = {"f32": 2e-2, "f16": 2e-2, "q8_0": 6e-2}
+LOGIT_ERROR = {"f32": 2e-3, "f16": 2e-3, "q8_0": 2e-2}
 """Of the largest logit; keys and values are 16 bits in its cache."""
 TOKENS = 24
 
 
-@pytest.fixture(scope="module", params=["clip", "siglip"])
+@pytest.fixture(scope="module")
 def folder(
-    request: Any,
     make_model: Callable[..., Model],
     make_resources: Callable[..., Resources],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    return content(assemble(make_model(request.param), make_resources(tmp_path_factory.mktemp("store"))))
+    return content(assemble(make_model("siglip"), make_resources(tmp_path_factory.mktemp("store"))))
 
 
 @pytest.fixture(scope="module")

@@ -33,11 +33,7 @@ VLLM_TEXTS = (
 )  # fmt: skip
 VLLM_SCALED = ("gemma", "gemma2")
 """Language models whose embedding scale vLLM applies to the tokens of images too; transformers 5 does not."""
-GGUF_TOWERS = {
-    "clip_vision_model": ("quick_gelu", "default", ("quick_gelu", "gelu", "gelu_pytorch_tanh")),
-    "siglip_vision_model": ("gelu_pytorch_tanh", "full", ("gelu", "gelu_pytorch_tanh")),
-}
-"""Tower -> its activation if none is stated, its feature selection, and the activations that it may have."""
+GGUF_TOWER, GGUF_ACTIVATIONS = "siglip_vision_model", ("gelu", "gelu_pytorch_tanh")
 
 
 class ExportFinding(Config):
@@ -165,14 +161,14 @@ def _not_gguf(config: dict[str, Any], folder: Path) -> Iterator[str]:
     from vila_ops.model.gguf import pre_tokenizer  # heavy: torch, transformers
 
     tower, text = config.get("vision_config", {}), config.get("text_config", {})
-    if (kind := tower.get("model_type", "clip_vision_model")) not in GGUF_TOWERS:
-        yield f"its LLaVA computes the towers {', '.join(GGUF_TOWERS)}; this one is {kind}"
-    else:
-        default, selection, acts = GGUF_TOWERS[kind]
-        if (act := tower.get("hidden_act", default)) not in acts:
-            yield f"its {kind} has the activations {', '.join(acts)}; this one has {act}"
-        if (stated := config.get("vision_feature_select_strategy", "default")) != selection:
-            yield f"its {kind} has the feature selection {selection}; this model has {stated}"
+    if (kind := tower.get("model_type", "clip_vision_model")) == "clip_vision_model":
+        yield "its LLaVA puts a CLIP tower's class token behind the patches, and drops the first patch in its place"
+    elif kind != GGUF_TOWER:
+        yield f"its LLaVA computes the tower {GGUF_TOWER}; this one is {kind}"
+    elif (act := tower.get("hidden_act", "gelu_pytorch_tanh")) not in GGUF_ACTIVATIONS:
+        yield f"its {kind} has the activations {', '.join(GGUF_ACTIVATIONS)}; this one has {act}"
+    if kind == GGUF_TOWER and (chosen := config.get("vision_feature_select_strategy", "default")) != "full":
+        yield f"its {kind} has the feature selection full; this model has {chosen}"
     if not isinstance(config.get("vision_feature_layer", -2), int):
         yield "it joins several feature layers otherwise than this model"
     if config.get("projector_hidden_act", "gelu") != "gelu":

@@ -1,7 +1,7 @@
 """A model folder as two GGUF files for llama.cpp's LLaVA: the language model, and tower with projector (`mmproj`).
 
 Names of tensors and keys are those that llama.cpp reads: conversion/llama.py of its converter for the language model,
-and tools/mtmd/clip.cpp (load_hparams, load_tensors) for the rest, for which its converter takes no CLIP or SigLIP.
+and tools/mtmd/clip.cpp (load_hparams, load_tensors) for the rest, for which its converter takes no SigLIP.
 """
 
 import json
@@ -144,7 +144,7 @@ def _write_mmproj(folder: Path, model: VilaForConditionalGeneration, path: Path,
     writer.add_vision_attention_layernorm_eps(tower.layer_norm_eps)
     writer.add_vision_image_mean(list(mean))
     writer.add_vision_image_std(list(std))
-    writer.add_vision_use_gelu(tower.hidden_act != "quick_gelu")
+    writer.add_vision_use_gelu(True)
     writer.add_array("clip.vision.feature_layer", [blocks])
     names = get_tensor_name_map(MODEL_ARCH.MMPROJ, blocks)
     tally = _Tally(writer, kind)
