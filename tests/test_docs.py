@@ -60,6 +60,10 @@ NOT_RUN = {
         "curl -s http://127.0.0.1:8000/v1/feedback -H 'Content-Type: application/json' -d @feedback.json",
         "curl -sN http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d @stream.json",
     ),
+    "is run by tests/model/test_gguf.py by its function, and llama.cpp is not installed": (
+        "vila-ops export CHECKPOINT --to gguf --weights q8_0 --out model-gguf",
+        'llama-mtmd-cli -m model-gguf/model.gguf --mmproj model-gguf/mmproj.gguf --image photo.png -p "What is this?"',
+    ),
     "is run by tests/serve/app/test_access.py, on a file of its own": (
         "vila-ops keys create keys.json deploy",
         "vila-ops keys create keys.json Ann --days 90 --requests-per-minute 60 --tokens-per-minute 20000 "

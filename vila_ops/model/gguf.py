@@ -97,10 +97,12 @@ def feature_blocks(config: VilaConfig) -> int:
 def _write_text(folder: Path, model: VilaForConditionalGeneration, path: Path, kind: GgufType) -> GgufFile:
     config = model.config
     text = config.text_config
+    context = context_length(text.to_dict())
+    assert context is not None  # every Llama states it
     writer = GGUFWriter(path, "llama")
     writer.add_name("vila-ops")
     writer.add_file_type(TYPES[kind][1])
-    writer.add_context_length(context_length(text.to_dict()))
+    writer.add_context_length(context)
     writer.add_embedding_length(text.hidden_size)
     writer.add_block_count(text.num_hidden_layers)
     writer.add_feed_forward_length(text.intermediate_size)
@@ -115,14 +117,14 @@ def _write_text(folder: Path, model: VilaForConditionalGeneration, path: Path, k
     _add_vocabulary(writer, folder, rows=text.vocab_size)
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, text.num_hidden_layers)
     heads = {"q_proj.weight": text.num_attention_heads, "k_proj.weight": text.num_key_value_heads}
-    tally = _Tally(writer, kind)
+    tensors = _TensorWriter(writer, kind)
     parts = [("model.language_model.", "model."), ("lm_head.", "lm_head.")]
     for name, values in [(to + name, one) for part, to in parts for name, one in _tensors(model, part)]:
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue  # llama.cpp takes the embedding
         count = next((count for end, count in heads.items() if name.endswith(end)), None)
-        tally.add(_named(names, name), _interleaved(values, count) if count else values)
-    return tally.written(path)
+        tensors.add(_named(names, name), _interleaved(values, count) if count else values)
+    return tensors.written(path)
 
 
 def _write_mmproj(folder: Path, model: VilaForConditionalGeneration, path: Path, kind: GgufType) -> GgufFile:
@@ -147,18 +149,18 @@ def _write_mmproj(folder: Path, model: VilaForConditionalGeneration, path: Path,
     writer.add_vision_use_gelu(True)
     writer.add_array("clip.vision.feature_layer", [blocks])
     names = get_tensor_name_map(MODEL_ARCH.MMPROJ, blocks)
-    tally = _Tally(writer, kind)
+    tensors = _TensorWriter(writer, kind)
     for name, values in _tensors(model, "model.vision_tower."):
         stock = f"vision_tower.vision_model.{name.removeprefix('vision_model.')}"
         if (known := names.get_name(stock, try_suffixes=(".weight", ".bias"))) and not known.startswith("v.post_ln"):
-            tally.add(known, values)  # blocks that are not computed have no name
+            tensors.add(known, values)  # blocks that are not computed have no name
     for layer, known in PROJECTOR.items():
         for name, values in _tensors(model, f"model.multi_modal_projector.{layer}"):
-            tally.add(known + name, values)
-    return tally.written(path)
+            tensors.add(known + name, values)
+    return tensors.written(path)
 
 
-class _Tally:
+class _TensorWriter:
     """Adds tensors to a file, and counts weights and bytes."""
 
     def __init__(self, writer: GGUFWriter, kind: GgufType) -> None:
@@ -188,7 +190,8 @@ class _Tally:
 
 def _add_vocabulary(writer: GGUFWriter, folder: Path, *, rows: int) -> None:
     """Tokens, merges, control tokens and the chat template; rows of the embedding without a token are unused."""
-    fast = read_tokenizer(folder)
+    fast, cut = read_tokenizer(folder), pre_tokenizer(folder)
+    assert cut is not None  # or the folder would be refused
     texts: list[str] = [fast.convert_ids_to_tokens(number) for number in range(len(fast))]
     kinds = [TokenType.NORMAL] * len(texts)
     for number, token in fast.added_tokens_decoder.items():
@@ -196,7 +199,7 @@ def _add_vocabulary(writer: GGUFWriter, folder: Path, *, rows: int) -> None:
         kinds[number] = TokenType.CONTROL if token.special else TokenType.USER_DEFINED
     padding = range(len(texts), rows)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre_tokenizer(folder))
+    writer.add_tokenizer_pre(cut)
     writer.add_token_list([*texts, *(f"[PAD{number}]" for number in padding)])
     writer.add_token_types([*kinds, *(TokenType.UNUSED for _ in padding)])
     special = SpecialVocab(folder, load_merges=True, n_vocab=rows)
