@@ -40,9 +40,8 @@ def chosen(model: Checkpoint | Pretrained, config: OwnEngine | AutoEngine, optio
 def _why_not_vllm(model: Checkpoint | Pretrained, options: EngineOptions) -> str | None:
     if find_spec("vllm") is None:
         return "vLLM is not installed"
-    from vila_ops.generate.vllm import refusal  # heavy: vllm
-
-    return refusal(content(model), options)
+    reason: str | None = module_of("vila_ops.engines", ENGINES, "vllm").refusal(content(model), options)
+    return reason
 
 
 @lru_cache(maxsize=1)
