@@ -79,7 +79,8 @@ def prompts(torch_engine: Engine, tiny: Path) -> list[Prompt]:
 
 
 def greedy(engine: Engine, tokens: int = 24, **more: Any) -> Sampling:
-    return Sampling(tokens, engine.tokenizer.stop_ids, **more)
+    """The penalty keeps a random model from one token for ever."""
+    return Sampling(tokens, engine.tokenizer.stop_ids, frequency_penalty=1.0, **more)
 
 
 async def deltas(engine: Engine, prompt: Prompt, sampling: Sampling, *, abort_after: int | None = None) -> list[Delta]:
@@ -96,7 +97,7 @@ def test_greedy_answers_are_those_of_our_engine(engine: Engine, torch_engine: En
     expected = generate_all(torch_engine, prompts, greedy(torch_engine))
     assert generate_all(engine, prompts, greedy(engine)) == expected
     assert generate_all(engine, prompts, greedy(engine)) == expected, "from its caches, in another event loop"
-    assert len({tuple(one.ids) for one in expected}) == len(prompts)
+    assert all(len(set(one.ids)) > 4 for one in expected)
 
 
 def test_a_stream_has_tokens_as_they_come_and_our_log_probabilities(
@@ -119,7 +120,7 @@ def test_a_stream_has_tokens_as_they_come_and_our_log_probabilities(
 def test_a_stop_token_ends_an_answer_and_is_not_in_it(engine: Engine, prompts: list[Prompt]) -> None:
     (whole,) = generate_all(engine, prompts[1:2], greedy(engine, 12))
     stop = next(token for token in whole.ids[1:] if token != whole.ids[0])
-    (cut,) = generate_all(engine, prompts[1:2], Sampling(12, frozenset({stop})))
+    (cut,) = generate_all(engine, prompts[1:2], Sampling(12, frozenset({stop}), frequency_penalty=1.0))
     assert (cut.ids, cut.finish_reason) == (whole.ids[: whole.ids.index(stop)], "stop")
 
 
