@@ -28,7 +28,9 @@ from vila_ops.config import (
     model,
     package,
     resources,
+    retrain,
     run,
+    schedule,
     serve,
     train,
 )
@@ -113,6 +115,15 @@ GROUPS: dict[str, tuple[Any, ...]] = {
         engine.TorchEngine,
         engine.VllmEngine,
         engine.AutoEngine,
+    ),
+    "Retraining": (
+        retrain.RetrainPolicy,
+        retrain.Quality,
+        retrain.DriftRules,
+        retrain.FeedbackRules,
+        retrain.Budget,
+        retrain.CanaryPolicy,
+        schedule.Schedule,
     ),
     "Files of their own": (download.DownloadSettings, local.LocalServers),
 }

@@ -79,6 +79,10 @@ NOT_RUN = {
         'vila-ops champion vila -r configs/resources/laptop.yaml --back --reason "answers in the wrong language"',
         'vila-ops champion vila -r configs/resources/laptop.yaml --version 4 --reason "the gate was too strict"',
     ),
+    "is run by tests/retrain, on a store of its own": (
+        "vila-ops retrain configs/recipes/demo.yaml --policy configs/retrain/demo.yaml -r "
+        "configs/resources/laptop.yaml --dry-run",
+    ),
     "is run by tests/lineage, on a store of its own": (
         "vila-ops trace vila@champion -r configs/resources/laptop.yaml",
         "vila-ops gc -r configs/resources/laptop.yaml --keep configs/recipes/demo.yaml",

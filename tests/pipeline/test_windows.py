@@ -149,6 +149,7 @@ def test_shipped_schedules_are_in_utc_have_windows_and_no_limit_of_their_own() -
     """A limit of a deployment cancels training when Prefect's server is away (prefect 3.8, flow_engine.py)."""
     for deployment in yaml.safe_load((ROOT / "infra/prefect.yaml").read_text())["deployments"]:
         assert "concurrency_limit" not in deployment
-        for one in deployment["schedules"]:
+        for one in deployment.get("schedules", []):
             assert one["timezone"] == "UTC"
-            Schedule.model_validate(one["parameters"]["schedule"])
+            if "trigger" not in one["parameters"]:  # retraining has its windows in a policy
+                Schedule.model_validate(one["parameters"]["schedule"])

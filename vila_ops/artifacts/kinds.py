@@ -100,6 +100,18 @@ class EvalReport(Artifact):
     """Digest of the model that was evaluated."""
 
 
+class Decision(Artifact):
+    """What was decided about retraining a model, with its numbers."""
+
+    name: str
+    """Of the recipe."""
+    subject: str
+    """What was decided: `retrain`, `gate` or `canary`."""
+    verdict: str
+    rule: str
+    """The rule that decided."""
+
+
 class ModelVersion(Config):
     """A version in the MLflow registry; there is one per checkpoint digest."""
 

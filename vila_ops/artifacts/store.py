@@ -29,6 +29,7 @@ from vila_ops.artifacts.kinds import (
     BenchmarkResult,
     Checkpoint,
     Dataset,
+    Decision,
     Demonstrations,
     EvalReport,
     Pretrained,
@@ -55,6 +56,7 @@ KINDS: dict[type[Artifact], str] = {
     Answers: "answers",
     BenchmarkResult: "score",
     EvalReport: "report",
+    Decision: "decision",
 }
 ANY_EXECUTION: dict[str, Any] = {"seconds": 0.0, "sealed": "1970-01-01T00:00:00+00:00", "workers": []}
 """The execution in an exported manifest: of no attempt, and older than any run, so that runs count it as reused."""

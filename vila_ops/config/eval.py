@@ -311,6 +311,8 @@ class Gate(Config):
     model_name: str
     """Name in the MLflow model registry."""
     rules: tuple[Rule, ...] = Field(min_length=1)
+    winner: Literal["champion", "challenger"] = Field(default="champion", exclude_if=lambda alias: alias == "champion")
+    """Alias of a version that passes. A challenger becomes champion once it has proved itself as a canary."""
     clean_of: tuple[str, ...] = ()
     """Evaluation sets, by their names in `contamination.sources` of the mixtures: the training data of every stage has
     to be without records that overlap with them."""

@@ -11,6 +11,7 @@ from vila_ops.config.base import Config
 from vila_ops.config.context import RunContext
 from vila_ops.config.eval import OfficialSuite
 from vila_ops.config.resources import Resources
+from vila_ops.config.retrain import RetrainPolicy
 from vila_ops.config.run import Recipe, Run
 from vila_ops.config.schema import configs, members, value_types
 from vila_ops.errors import did_you_mean
@@ -62,6 +63,11 @@ def load_resources(path: Path, *, overrides: tuple[str, ...] = ()) -> Resources:
             raise ValueError(f"override {override!r} is of a recipe; here only resources.KEY=VALUE has an effect")
         tree = _set(tree, key.split("."), value, override, Run)
     return Resources.model_validate(tree["resources"])
+
+
+def load_policy(path: Path) -> RetrainPolicy:
+    """The rules of retraining in a YAML file."""
+    return RetrainPolicy.model_validate(read_as(RetrainPolicy, path, what="a policy of retraining (configs/retrain)"))
 
 
 def load_suite(path: Path) -> OfficialSuite:

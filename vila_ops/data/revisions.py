@@ -103,15 +103,15 @@ def revise(stage: str, *, commit: bool, folder: Path) -> Revision | None:
     with the output of `dvc` or `git` if one of them fails, such as for raw data that `prepare` refuses.
     """
     name = stage.rpartition("@")[2]
-    if not json.loads(_run_dvc(folder, "status", "--json", stage)):
+    if not json.loads(run_dvc(folder, "status", "--json", stage)):
         recorded = _commit(folder, name) if commit else None
         return _revision(stage, folder, recorded) if recorded else None
     log.info("%s: its dependencies have changed", stage)
     try:
-        _run_dvc(folder, "repro", stage)
+        run_dvc(folder, "repro", stage)
     except RuntimeError as error:
         raise RuntimeError(f"{error}\n{_state(folder, name)}") from error
-    for line in _run_dvc(folder, "metrics", "diff", "--md", "--targets", f"data/{name}.json").splitlines():
+    for line in run_dvc(folder, "metrics", "diff", "--md", "--targets", f"data/{name}.json").splitlines():
         log.info("%s", line)
     return _revision(stage, folder, _commit(folder, name) if commit else None)
 
@@ -153,12 +153,12 @@ def _files(roots: list[Path]) -> Iterator[tuple[str, int, int]]:
 def _commit(folder: Path, name: str) -> str | None:
     """Commit the files that DVC wrote: its lock, the counts beside the dataset, and the .dvc files of raw data."""
     written = ["dvc.lock", "data/.gitignore", *(f"data/{name}.{suffix}" for suffix in BESIDE)]
-    written += _run(folder, "git", "ls-files", "--modified", "*.dvc").splitlines()
-    _run(folder, "git", "add", "--", *written)
-    if not _run(folder, "git", "diff", "--cached", "--name-only", "--", *written):
+    written += run_program(folder, "git", "ls-files", "--modified", "*.dvc").splitlines()
+    run_program(folder, "git", "add", "--", *written)
+    if not run_program(folder, "git", "diff", "--cached", "--name-only", "--", *written):
         return None
-    _run(folder, "git", "commit", "--quiet", "-m", f"Data: a new revision of {name}", "--", *written)
-    return _run(folder, "git", "rev-parse", "HEAD").strip()
+    run_program(folder, "git", "commit", "--quiet", "-m", f"Data: a new revision of {name}", "--", *written)
+    return run_program(folder, "git", "rev-parse", "HEAD").strip()
 
 
 def _metrics(counts: dict[str, Any]) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def _beside(out: Path, suffix: str) -> Path:
     return out.with_name(f"{out.name}.{suffix}")
 
 
-def _run_dvc(folder: Path, *arguments: str) -> str:
+def run_dvc(folder: Path, *arguments: str) -> str:
     """The standard output of a command of DVC; waits while other commands of DVC use the repository.
 
     `--wait-for-lock` waits for the whole repository, but not for single outputs that another command reads or writes.
@@ -191,7 +191,7 @@ def _run_dvc(folder: Path, *arguments: str) -> str:
     deadline = time.monotonic() + BUSY_SECONDS
     while True:
         try:
-            return _run(folder, "dvc", "--wait-for-lock", *arguments)
+            return run_program(folder, "dvc", "--wait-for-lock", *arguments)
         except RuntimeError as error:
             if BUSY not in str(error) or time.monotonic() > deadline:
                 raise
@@ -199,7 +199,7 @@ def _run_dvc(folder: Path, *arguments: str) -> str:
         time.sleep(1.0)
 
 
-def _run(folder: Path, *command: str) -> str:
+def run_program(folder: Path, *command: str) -> str:
     """The standard output of a command. Raises RuntimeError with its error output if it fails."""
     own = str(Path(sys.executable).parent)  # `dvc`, and the `vila-ops` that it calls, of this environment
     env = {**os.environ, "PATH": os.pathsep.join(filter(None, [own, os.environ.get("PATH")]))}

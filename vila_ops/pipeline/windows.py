@@ -60,13 +60,18 @@ def begin(
             f"may be for at most {schedule.catch_up} (catch_up)"
         )
     place = f"{root_of(store)}/windows/{name}/{window:%Y-%m-%dT%H%MZ}.json"
-    claim = Claim(flow_run=flow_run, when=now().isoformat())
+    why = claimed(place, Claim(flow_run=flow_run, when=now().isoformat()))
+    return f"window {window.isoformat()} of {name} {why}" if why else None
+
+
+def claimed(place: str, claim: Claim) -> str | None:
+    """Write a create-only key: None where it is this run's, else a phrase that says whose it is."""
     if backend(place).create(place, claim.model_dump_json().encode()):
         return None
     holder = _claim(place)
-    if holder.flow_run == flow_run:
+    if holder.flow_run == claim.flow_run:
         return None
-    return f"window {window.isoformat()} of {name} belongs to run {holder.flow_run}, which began at {holder.when}"
+    return f"belongs to run {holder.flow_run}, which began at {holder.when}"
 
 
 def _claim(place: str) -> Claim:

@@ -15,7 +15,7 @@ from vila_ops.errors import PromotionRaceLost
 from vila_ops.eval.compare import Comparison
 from vila_ops.eval.report import read_report
 from vila_ops.registry import alias_register
-from vila_ops.registry.aliases import ALIASES, CHAMPION, AliasRecord, champion_after, rival_of
+from vila_ops.registry.aliases import ALIASES, CHAMPION, Alias, AliasRecord, champion_after, rival_of
 from vila_ops.registry.gate import judge, metrics_of
 from vila_ops.registry.mlflow_registry import MlflowRegistry, open_registry
 from vila_ops.registry.training import training_data
@@ -31,7 +31,7 @@ def register(
     resources: Resources,
     context: RunContext = NO_CONTEXT,
 ) -> ModelVersion:
-    """The version of a checkpoint, judged by the gate; the alias `champion` points to it if every rule holds.
+    """The version of a checkpoint, judged by the gate; the gate's `winner` points to it if every rule holds.
 
     `champion_report` is the report of the present champion, None without a champion. Raises CorruptArtifact for damaged
     weights, ValueError for a report of another model and for one that cannot be compared with the champion's by a
@@ -75,6 +75,13 @@ def report_of(name: str, version: str, resources: Resources) -> EvalReport:
     if "report" not in tags:
         raise ValueError(f"{name} version {number} was not judged yet; register it again")
     return EvalReport.model_validate_json(tags["report"])
+
+
+def judgement(version: ModelVersion, resources: Resources) -> tuple[bool, str]:
+    """Whether a version passed the gate when it was last judged, and by which bounds."""
+    with open_registry(resources, version.name, f"a question about version {version.version}") as registry:
+        tags = registry.tags(version.version)
+    return tags.get("gate.status") == "passed", tags.get("gate.reason", "it was not judged yet")
 
 
 def set_champion(name: str, version: int, resources: Resources, *, reason: str) -> AliasRecord:
@@ -141,7 +148,7 @@ def _decide(
         },
     )
     if champion_after(version, present, passed=verdict.passed) != present:
-        passed = {CHAMPION: candidate}
+        passed: dict[Alias, ModelVersion | None] = {gate.winner: candidate}
         alias_register.move(registry.name, passed, over=present, reason=f"gate: {reason}", store=registry.store)
     registry.set_tags(version, {"ready": "true"})
     log.info("%s version %d %s: %s", registry.name, version, status, reason)

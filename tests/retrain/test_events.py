@@ -1,0 +1,61 @@
+"""An event is what is new at watched places: it starts one run, and nothing else does."""
+
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+from prefect.states import State
+
+from flows.retrain import retrain
+from tests.retrain.conftest import drawn, tiny
+from vila_ops.config import Resources
+from vila_ops.config.retrain import RetrainPolicy
+from vila_ops.pipeline.events import begin_event
+
+NOON = datetime(2036, 1, 1, 12, tzinfo=UTC)
+
+
+def delivered(policy: RetrainPolicy, name: str, *, at: datetime) -> None:
+    """A delivery of one file, which changed at this time."""
+    folder = Path(policy.watch["inbox"].path) / name  # type: ignore[union-attr]
+    folder.mkdir()
+    (folder / "1.png").write_bytes(drawn(1))
+    os.utime(folder / "1.png", (at.timestamp(), at.timestamp()))
+    os.utime(folder, (at.timestamp(), at.timestamp()))
+
+
+def test_each_state_of_the_watched_places_starts_one_run(tmp_path: Path, policy: RetrainPolicy) -> None:
+    run = tiny(Resources(launch="inline").with_changes({"storage.store": str(tmp_path / "store")}))
+    slow = policy.with_changes({"settle_minutes": 30})
+
+    def asked(flow_run: str, *, hour: int = 12, minute: int = 0) -> str | None:
+        return begin_event(run, slow, flow_run=flow_run, now=NOON.replace(hour=hour, minute=minute))
+
+    assert asked("a") == "nothing was delivered, and too few answers were rated"
+    delivered(policy, "1", at=NOON)
+    assert asked("a", minute=29) == "nothing was delivered, and too few answers were rated"
+    assert asked("a", minute=30) is None
+    assert asked("a", minute=31) is None
+    assert "belongs to run a" in (asked("b", minute=40) or "")
+    delivered(policy, "2", at=NOON.replace(hour=13))
+    assert "belongs to run a" in (asked("b", hour=13) or "")
+    assert asked("b", hour=14) is None
+
+
+def test_ratings_are_an_event_every_so_often(tmp_path: Path, policy: RetrainPolicy) -> None:
+    places = {"storage.store": str(tmp_path / "store"), "serve.samples": {"share": 1, "place": str(tmp_path / "kept")}}
+    run = tiny(Resources(launch="inline").with_changes(places))
+    rules = policy.with_changes({"feedback": {"event_ratings": 3}})
+    (tmp_path / "kept/ratings").mkdir(parents=True)
+    started = []
+    for number in range(7):
+        (tmp_path / f"kept/ratings/{number}.json").write_text("{}")
+        started.append(begin_event(run, rules, flow_run=str(number), now=NOON) is None)
+    assert started == [False, False, True, False, False, True, False]
+
+
+def test_a_flow_without_an_event_is_skipped(tmp_path: Path, policy: RetrainPolicy) -> None:
+    run = tiny(Resources(launch="inline").with_changes({"storage.store": str(tmp_path / "store")}))
+    state = retrain.fn(run, policy, "event")
+    assert isinstance(state, State)
+    assert (state.name, state.message) == ("Skipped", "nothing was delivered, and too few answers were rated")

@@ -1,0 +1,101 @@
+"""Retraining goes on from the champion, meets it in the gate and then in a canary; data is versioned on a branch."""
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from tests.dvc_repository import ENV, run_program
+from tests.retrain.conftest import good
+from vila_ops.artifacts.kinds import Dataset
+from vila_ops.artifacts.listing import of_digest
+from vila_ops.artifacts.store import manifest_of, read_manifest
+from vila_ops.config import Run
+from vila_ops.config.retrain import RetrainPolicy
+from vila_ops.pipeline.retrain import Retraining, step
+from vila_ops.registry import alias_register
+from vila_ops.retrain import decisions
+
+NOW = datetime(2036, 1, 1, 12, tzinfo=UTC)
+DAY = timedelta(days=1)
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A git repository with DVC, in which a person is at work on a file."""
+    for key, value in ENV.items():
+        monkeypatch.setenv(key, value)
+    folder = tmp_path / "repository"
+    (folder / ".dvc").mkdir(parents=True)
+    (folder / ".dvc/config").write_text("[core]\n    analytics = false\n")
+    (folder / ".dvc/.gitignore").write_text("/config.local\n/tmp\n/cache\n")
+    (folder / "notes.txt").write_text("committed")
+    run_program(folder, "git", "init", "-q")
+    run_program(folder, "git", "add", "--all")
+    run_program(folder, "git", "commit", "-qm", "start")
+    (folder / "notes.txt").write_text("at work")
+    (folder / "new.txt").write_text("not added")
+    return folder
+
+
+@pytest.mark.slow
+def test_training_goes_on_from_the_champion_and_the_data_is_a_revision_on_its_own_branch(
+    registered: Run, policy: RetrainPolicy, repository: Path, tmp_path: Path
+) -> None:
+    run, root = registered, registered.resources.storage.store
+    before = (
+        run_program(repository, "git", "status", "--porcelain"),
+        run_program(repository, "git", "rev-parse", "HEAD"),
+    )
+    good(run, policy, "1")
+    quiet = policy.with_changes({"drift": None})
+    made = step(Retraining(run, quiet, "test", NOW, repository=repository))
+    assert (made.subject, made.decided.verdict, made.version) == ("gate", "passed", 2)
+    aliases = alias_register.read("tiny", store=root)
+    assert aliases.aliases() == {"champion": 2, "previous": 1}
+    asked, judged = (record for _, record in decisions.history("tiny", root=root))
+    assert (asked.decided.verdict, judged.subject, judged.data) == ("retrain", "gate", asked.data)
+    champion, former = aliases.checkpoints[2], aliases.checkpoints[1]
+    assert champion.parents == (asked.data, former.digest)
+    data = of_digest(Dataset, champion.parents[0], store=root)
+    assert data is not None
+    weights = {name: one["weight"] for name, one in manifest_of(data)["recipe"]["mixture"]["sources"].items()}
+    assert weights == {"pairs": 0.5, "zz.inbox.1": 0.5}
+
+    now = run_program(repository, "git", "status", "--porcelain"), run_program(repository, "git", "rev-parse", "HEAD")
+    assert now == before
+    assert len(run_program(repository, "git", "worktree", "list").splitlines()) == 1
+    assert asked.revision is not None
+    assert "+| zz.inbox.1 | jsonl, caption | 10 |" in asked.revision.card_diff
+    copy = tmp_path / "copy"
+    run_program(tmp_path, "git", "clone", "-q", "--branch", str(asked.revision.branch), str(repository), str(copy))
+    assert run_program(copy, "git", "rev-parse", "HEAD").strip() == asked.revision.commit
+    run_program(copy, "dvc", "cache", "dir", "--local", str(repository / ".dvc/cache"))
+    run_program(copy, "dvc", "checkout", "-q")
+    assert read_manifest(str(copy / "data/tiny_align.retrain"))["digest"] == data.digest
+
+    soon = step(Retraining(run, quiet, "test", NOW + DAY / 2, repository=repository))
+    assert (soon.decided.rule, soon.evidence and soon.evidence.deliveries[0].status) == ("no reason", "trained on")
+
+
+@pytest.mark.slow
+def test_a_refused_model_sets_its_deliveries_aside_and_says_what_would_have_to_change(
+    registered: Run, policy: RetrainPolicy, tmp_path: Path
+) -> None:
+    strict = registered.with_changes({"recipe.gate.rules": [{"metric": "text_loss", "at_most": 0.001}]})
+    quiet = policy.with_changes({"drift": None, "cool_down_hours": 0})
+    good(strict, policy, "1")
+    made = step(Retraining(strict, quiet, "test", NOW, repository=tmp_path))
+    assert (made.decided.verdict, made.decided.rule) == ("refused", "gate")
+    assert "is not at most 0.001" in made.decided.reason
+    assert made.decided.change.startswith("a model that the rules let through: correct the deliveries")
+    root = strict.resources.storage.store
+    assert alias_register.read("tiny", store=root).version("champion") == 1
+    asked = decisions.history("tiny", root=root)[0][1]
+    assert asked.revision is not None
+    assert asked.revision.branch is None
+    assert asked.revision.reason.startswith("Git cannot be written: `git rev-parse --show-toplevel` failed")
+    later = step(Retraining(strict, quiet, "test", NOW + DAY, repository=tmp_path))
+    assert later.decided.rule == "no reason"
+    assert later.evidence is not None
+    assert [one.status for one in later.evidence.deliveries] == ["set aside"]
