@@ -2,17 +2,15 @@
 
 import logging
 import secrets
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
 import pytest
 from typer.testing import CliRunner
 
+from tests import s3_servers
+from tests.s3_servers import KEY, SECRET
 from vila_ops.artifacts import s3, s3_calls
 from vila_ops.artifacts.kinds import Dataset
 from vila_ops.artifacts.s3_calls import client, place, put
@@ -21,34 +19,13 @@ from vila_ops.cli import app
 from vila_ops.errors import StoreRefused, UnsafeStore
 
 AT = address(Dataset, revision=1, recipe={}, parents=())
-KEY, SECRET = "right-key", "right-secret-" + secrets.token_hex(8)
 
 
 @pytest.fixture(scope="module")
 def nanio(tmp_path_factory: pytest.TempPathFactory, free_ports: Callable[[int], list[int]]) -> Iterator[str]:
     """A server that honours keys and ignores conditions."""
-    (port,) = free_ports(1)
-    folder = tmp_path_factory.mktemp("nanio")
-    process = subprocess.Popen(
-        [str(Path(sys.executable).parent / "nanio"), "serve", "--port", str(port), "--data-dir", str(folder / "data")],
-        env={"NANIO_ACCESS_KEY": KEY, "NANIO_SECRET_KEY": SECRET, "HOME": str(folder)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    endpoint = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 1200
-        while True:
-            try:
-                httpx.get(endpoint, trust_env=False)
-                break
-            except httpx.TransportError:
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
+    with s3_servers.nanio(tmp_path_factory.mktemp("nanio"), free_ports(1)[0]) as endpoint:
         yield endpoint
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 @pytest.fixture
