@@ -140,6 +140,7 @@ PATTERNS = {
     "^[0-9a-f]{64}$": "64 hexadecimal digits",
     r"^[\x20-\x7e]+$": "printable ASCII",
     r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$": "host name in lower case",
+    "(?s)^(id=.+|licence=.*|all)$": "`id=ID`, `licence=LICENCE` or `all`",
     r"^https?://[a-z0-9.-]+(:[0-9]+)?$": "origin, such as `https://chat.example.org`",
 }
 LIMITS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}

@@ -35,6 +35,7 @@ from vila_ops.artifacts import s3_calls
 from vila_ops.artifacts.s3_calls import client, client_of
 from vila_ops.config import Mixture, Model, Resources, Stage, TextFormat
 from vila_ops.config.local import LocalServers
+from vila_ops.data.raw.objects import filesystem
 from vila_ops.data.text.conversation import Tokenizer
 from vila_ops.model.build import build_model
 from vila_ops.model.processing import build_processor
@@ -412,9 +413,11 @@ def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(s3_calls, "WAIT_SECONDS", 0.01)
         client_of.cache_clear()
+        filesystem.cache_clear()
 
     yield point
     client_of.cache_clear()
+    filesystem.cache_clear()
 
 
 @pytest.fixture

@@ -88,6 +88,9 @@ NOT_RUN = {
         "vila-ops gc -r configs/resources/laptop.yaml --keep configs/recipes/demo.yaml",
         "vila-ops gc -r configs/resources/laptop.yaml --keep configs/recipes/demo.yaml --delete",
     ),
+    "is run by tests/data/test_takedown.py, on the tiny recipe": (
+        "vila-ops data remove configs/recipes/mine.yaml --mixture mine -r configs/resources/inline.yaml --id 0001.jpg",
+    ),
     "needs a GPU": ("make gpu",),
     "fetches packages or images, or reads a model that has to be downloaded": (
         "vila-ops benchmark get mmmu",

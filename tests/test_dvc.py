@@ -96,7 +96,9 @@ def test_what_a_stage_does_not_watch_says_nothing_of_its_data(reproduced: Path) 
 
 
 @pytest.mark.slow
-def test_git_checkout_and_dvc_checkout_bring_back_the_data_that_is_trained_on(clone: Path) -> None:
+def test_git_checkout_and_dvc_checkout_bring_back_the_data_that_is_trained_on(
+    clone: Path, s3_store: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     (clone / "configs/versioned.yaml").write_text(TINY)
     run_dvc(clone, "repro", "-q")
     commit(clone, "first data")
@@ -120,10 +122,23 @@ def test_git_checkout_and_dvc_checkout_bring_back_the_data_that_is_trained_on(cl
     run_program(clone, "git", "checkout", "-q", "HEAD~1")
     run_dvc(clone, "checkout", "-q")
     shutil.rmtree(clone / "store")  # nothing but the checked-out data is left to train on
-    for stage in ("align", "pretrain"):
-        asked = ("train", "configs/recipes/tiny.yaml", "--stage", stage, "-r", "configs/resources/inline.yaml")
-        assert first[f"tiny_{stage}"] in json.loads(run_vila_ops(clone, *asked, "--json"))["parents"]
+    models = [_train(clone, stage) for stage in ("align", "pretrain")]
+    for stage, model in zip(("align", "pretrain"), models, strict=True):
+        assert first[f"tiny_{stage}"] in model["parents"]
     assert not (clone / "store/shard").exists(), "it is copied into the store, not prepared"
+
+    team = tmp_path_factory.mktemp("team")
+    for name, place in {"folder": str(team / "dvc"), "bucket": f"{s3_store}/dvc"}.items():
+        run_dvc(clone, "remote", "add", "-q", name, place)
+        run_dvc(clone, "push", "-q", "-r", name)
+    commit(clone, "remotes")
+    run_program(team, "git", "clone", "-q", str(clone), "colleague")
+    for name in ("folder", "bucket"):
+        shutil.rmtree(team / "colleague/.dvc/cache", ignore_errors=True)
+        shutil.rmtree(team / "colleague/data/tiny_align", ignore_errors=True)
+        run_dvc(team / "colleague", "pull", "-q", "-r", name)
+        assert digests(team / "colleague") == first
+    assert _train(team / "colleague", "align")["digest"] == models[0]["digest"]
 
 
 @pytest.mark.slow
@@ -152,6 +167,13 @@ def test_a_dataset_comes_back_from_s3_into_an_empty_cache(s3_store: str, tmp_pat
     assert found is not None
     verify(found)
     assert found.digest == made.digest
+
+
+def _train(repository: Path, stage: str) -> dict[str, Any]:
+    """The model of a stage of the tiny recipe."""
+    asked = ("train", "configs/recipes/tiny.yaml", "--stage", stage, "-r", "configs/resources/inline.yaml")
+    made: dict[str, Any] = json.loads(run_vila_ops(repository, *asked, "--json"))
+    return made
 
 
 def _changed(repository: Path) -> set[str]:

@@ -56,8 +56,16 @@ class DiskFault(VilaError, OSError):
         return str(self.args[-1])
 
 
+class RawRefused(StoreRefused):
+    """An object store refuses raw data: credentials, rights, region. What was prepared of it may still be here."""
+
+
 class StoreUnreachable(Unreachable):
     """The store did not answer as it should, although asked several times."""
+
+
+class RawChanged(VilaError):
+    """A raw file is not the one that was scanned, or changed while it was read. The next run takes it as it is then."""
 
 
 class DamagedAnswer(VilaError):

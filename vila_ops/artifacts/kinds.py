@@ -32,6 +32,13 @@ class Survey(Artifact):
     num_records: int
 
 
+class RawScan(Artifact):
+    """Hashes of what a scan saw of the raw files of a mixture, by which workers notice a file that changed since."""
+
+    num_records: int
+    """Number of hashes."""
+
+
 class Pretrained(Artifact):
     """Tower, projector and language model before any stage, assembled or read from the folder of `model.weights`."""
 

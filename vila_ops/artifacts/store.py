@@ -33,6 +33,7 @@ from vila_ops.artifacts.kinds import (
     Demonstrations,
     EvalReport,
     Pretrained,
+    RawScan,
     Shard,
     Survey,
 )
@@ -49,6 +50,7 @@ KINDS: dict[type[Artifact], str] = {
     Dataset: "dataset",
     Shard: "shard",
     Survey: "survey",
+    RawScan: "raw_scan",
     Pretrained: "pretrained",
     Checkpoint: "checkpoint",
     BenchmarkFiles: "benchmark",

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -86,8 +87,8 @@ def download(
     kind: Annotated[
         str, typer.Argument(help="Kind of the source: mmc4, coyo, interleaved, table or a plugin's", metavar="KIND")
     ],
-    path: Annotated[Path, typer.Argument(help="A raw file, or a folder of them")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for a tar of images and a table for each raw file")],
+    path: Annotated[str, typer.Argument(help="A raw file, or a folder of them")],
+    out: Annotated[str, typer.Option("--out", help="Folder for a tar of images and a table for each raw file")],
     own: Annotated[
         list[str] | None, typer.Option("-s", "--set", help="A setting of the source, e.g. clean.top_share.share=0.2")
     ] = None,
@@ -115,10 +116,12 @@ def download(
     """
     from pydantic import TypeAdapter
 
+    from vila_ops.config import Resources
     from vila_ops.config.download import DownloadSettings
     from vila_ops.config.load import key_and_value, read
     from vila_ops.data.download import Outcome, download_source, table, url_module
     from vila_ops.data.inspect.guess import guess
+    from vila_ops.data.raw.objects import raw_path
 
     given = {
         "concurrency": concurrency,
@@ -131,8 +134,9 @@ def download(
     )
     outcomes = TypeAdapter(list[Outcome]).validate_python(retry or [])
     url_module(kind)
-    source = guess(str(path), kind=kind, images=str(out), own=dict(map(key_and_value, own or ())))
-    finished = download_source(source, out, settings=chosen, retry=outcomes)
+    source = guess(path, kind=kind, images=out, own=dict(map(key_and_value, own or ())))
+    cache = Resources(launch="inline").storage.cache_folder()
+    finished = download_source(source, raw_path(out), settings=chosen, cache=cache, retry=outcomes)
     if as_json:
         for one in finished:
             print(json.dumps(asdict(one)))
@@ -214,3 +218,47 @@ def quarantine(
             f"`git add {' '.join(made.files)}` and commit",
             file=sys.stderr,
         )
+
+
+@data.command("remove")
+def remove(
+    recipe: RecipeFile,
+    mixture: MixtureName,
+    ids: Annotated[
+        list[str] | None, typer.Option("--id", help="Id of a record; may be given several times", metavar="ID")
+    ] = None,
+    sources: Annotated[list[str] | None, typer.Option("--source", help="A whole source", metavar="NAME")] = None,
+    licences: Annotated[
+        list[str] | None, typer.Option("--licence", help="All records of a licence", metavar="LICENCE")
+    ] = None,
+    resources: ResourcesFile = INLINE,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take records down: make a new revision of a mixture without them, and list what holds them.
+
+    The removals go into quarantine/MIXTURE.removed.yaml beside the file that describes the mixture, which names it from
+    then on. The shards of their sources are rebuilt without them. What was made before is not changed.
+    """
+    from vila_ops.lineage.holders import holders
+    from vila_ops.pipeline.takedown import TakedownRequest, take_down
+
+    asked = TakedownRequest(ids=tuple(ids or ()), sources=tuple(sources or ()), licences=tuple(licences or ()))
+    made = take_down(recipe, mixture, asked, load=lambda: load_run(recipe, resources, overrides)[0])
+    root = load_run(recipe, resources, overrides)[0].resources.storage.store
+    holding = holders(made.removed, made.before, root=root)
+    if as_json:
+        say(json.dumps({**made.model_dump(mode="json"), "holders": [one.model_dump(mode="json") for one in holding]}))
+        return
+    say(f"{mixture}: data {made.before.digest[:12]} -> {made.data.digest[:12]}, {_removed(made.removed)}")
+    for one in holding:
+        count = f", {counted(one.samples, 'sample')} of it" if one.samples else ""
+        versions = "".join(f" = {version}" for version in one.node.versions)
+        say(f"held by {one.node.kind} {one.node.name} {one.node.digest[:12]}{versions}{count}")
+    if holding:
+        way = "train again from the new revision, then free what is held with `vila-ops gc --keep RECIPE --delete`"
+        print(f"{way}; in git: {' '.join(made.files)}", file=sys.stderr)
+
+
+def _removed(removed: Mapping[str, Sequence[str]]) -> str:
+    return "without " + "; ".join(f"{source}: {', '.join(removals)}" for source, removals in removed.items())

@@ -100,12 +100,14 @@ def _settings(source: "Source", folder: Path) -> dict[str, Any]:
 
     Raises ValueError where raw data would contain the project, and so what it prepares from it.
     """
+    from vila_ops.data.raw.objects import raw_path
+
     dumped = source.model_dump(mode="json", exclude_defaults=True)
     settings = {"kind": source.kind, **dumped, "render": source.render}
     root = folder.resolve()
     for key in PLACES:
         if key in settings:
-            place = Path(settings[key]).resolve()
+            place = raw_path(settings[key]).resolve()
             if root.is_relative_to(place):
                 raise ValueError(f"{settings[key]} contains the project {folder}; name a folder beside it, or below it")
             settings[key] = str(place.relative_to(root) if place.is_relative_to(root) else place)

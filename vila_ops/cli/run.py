@@ -60,12 +60,13 @@ def prepare(
     as_json: AsJson = False,
 ) -> None:
     """Prepare one mixture."""
+    from vila_ops.data.raw.objects import raw_path
     from vila_ops.data.revisions import check_export, export_for_dvc, raw_roots
     from vila_ops.pipeline import stages
 
     run, context = load_run(recipe, resources, overrides)
     if out is not None:
-        raw = [Path(root) for root in raw_roots(stages.mixture_named(run.recipe, mixture)[0])]
+        raw = [raw_path(root) for root in raw_roots(stages.mixture_named(run.recipe, mixture)[0])]
         check_export(out, apart=run.resources.storage.folders(), outside=raw)
     dataset = stages.prepare_named(run, mixture, context)
     if out is not None:

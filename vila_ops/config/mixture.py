@@ -12,6 +12,10 @@ from vila_ops.config.images import ImageStorage
 from vila_ops.config.sources import Source
 
 RecordIds = Annotated[tuple[str, ...], Field(min_length=1)]
+ALL = "all"
+"""In place of a removal: the whole source."""
+Removal = Annotated[str, Field(pattern=r"(?s)^(id=.+|licence=.*|all)$")]
+Removals = Annotated[tuple[Removal, ...], Field(min_length=1)]
 
 
 class Split(Config):
@@ -72,6 +76,10 @@ class Mixture(Config):
     quarantine: dict[Slug, RecordIds] = Field(default={}, exclude_if=operator.not_)
     """By source, the ids of records to leave out, such as those that broke a training step. The samples of the other
     records do not change. `vila-ops data quarantine` writes the ids into a separate file."""
+    removed: dict[Slug, Removals] = Field(default={}, exclude_if=operator.not_)
+    """By source, what was taken down: `id=ID` a record, `licence=LICENCE` all records of a licence, those of later raw
+    files too, `all` the whole source. Unlike quarantined records they are in no shard. `vila-ops data remove` writes it
+    into a separate file."""
     near_duplicates: NearDuplicates | None = None
     contamination: Contamination | None = None
     max_bad_share: float = Field(default=0.05, ge=0, le=1)
@@ -93,22 +101,28 @@ class Mixture(Config):
         kind = blend.get("kind", "weight") if isinstance(blend, dict) else getattr(blend, "kind", "weight")
         share = {"weight": "weight", "repeats": "repeats"}.get(str(kind))
         idle = {name for name, source in sources.items() if isinstance(source, dict) and _is_zero(source.get(share))}
+        removed = value.get("removed")
+        if isinstance(removed, dict):
+            idle |= {name for name, removals in removed.items() if name in sources and ALL in removals}
         if idle and len(idle) == len(sources):
-            raise ValueError(f"every source has {share} 0, so an epoch would have no samples; give one of them a share")
+            raise ValueError(
+                f"every source has {share} 0 or is removed, so an epoch would have no samples; give one of them a share"
+            )
         kept = {
             key: {name: one for name, one in value[key].items() if name not in idle}
-            for key in ("sources", "quarantine")
+            for key in ("sources", "quarantine", "removed")
             if isinstance(value.get(key), dict)
         }
         return {**value, **kept}
 
     @model_validator(mode="after")
-    def _quarantine_has_an_effect(self) -> "Mixture":
-        if unknown := [name for name in self.quarantine if name not in self.sources]:
-            raise ValueError(
-                f"mixture {self.name!r}: quarantine names {unknown}, which are no sources of it; "
-                f"those are {list(self.sources)}"
-            )
+    def _what_is_left_out_is_of_a_source(self) -> "Mixture":
+        for setting, named in (("quarantine", self.quarantine), ("removed", self.removed)):
+            if unknown := [name for name in named if name not in self.sources]:
+                raise ValueError(
+                    f"mixture {self.name!r}: {setting} names {unknown}, which are no sources of it; "
+                    f"those are {list(self.sources)}"
+                )
         for name, ids in self.quarantine.items():
             if twice := [one for one, count in Counter(ids).items() if count > 1]:
                 raise ValueError(f"mixture {self.name!r}: quarantine names {twice} of {name!r} twice")

@@ -1,4 +1,4 @@
-"""The quarantine file of a mixture: add record ids to it, and add a line to the mixture that refers to it.
+"""What a mixture leaves out, in files of their own: add to them, and add a line to the mixture that refers to each.
 
 These are files that people write too: they are replaced whole, and what we did not write in them is kept.
 """
@@ -10,16 +10,24 @@ import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
 from vila_ops.config.load import BASES, Loader, read, resolve
 
-HEAD = """\
+Setting = Literal["quarantine", "removed"]
+HEADS: dict[Setting, str] = {
+    "quarantine": """\
 # Records that `prepare` leaves out of mixture {mixture}, by source. `vila-ops data quarantine` adds to them;
 # remove a line to use its record again.
-"""
+""",
+    "removed": """\
+# What was taken down of mixture {mixture}, by source. `vila-ops data remove` adds to it.
+""",
+}
+FILES: dict[Setting, str] = {"quarantine": "{mixture}.yaml", "removed": "{mixture}.removed.yaml"}
+"""Names in the folder `quarantine`, on which a DVC stage depends as a whole."""
 COMMENT = re.compile(r"(^|\s)#", re.MULTILINE)
 log = logging.getLogger(__name__)
 
@@ -33,7 +41,8 @@ class YamlSpan(NamedTuple):
     column: int
     flow: bool
     """Whether the mapping is written in braces."""
-    names_quarantine: bool
+    names_file: bool
+    """Whether it has the setting already."""
 
 
 class Edit(NamedTuple):
@@ -44,25 +53,27 @@ class Edit(NamedTuple):
     after: str
 
 
-def add(recipe: Path, mixture: str, records: Mapping[str, Sequence[str]]) -> dict[Path, Edit]:
-    """Add record ids by source to the quarantine of a mixture of a recipe; returns the edit of each file.
+def add(
+    recipe: Path, mixture: str, records: Mapping[str, Sequence[str]], *, setting: Setting = "quarantine"
+) -> dict[Path, Edit]:
+    """Add record ids (or removals) by source to a setting of a mixture of a recipe; returns the edit of each file.
 
-    The ids are written to `quarantine/MIXTURE.yaml` beside the file that describes the mixture. That file gets one line
-    that refers to it and keeps everything else, comments included. Raises ValueError if no file describes the mixture,
-    and if the quarantine file has comments among its ids, which would be lost.
+    They are written to a file in `quarantine` beside the file that describes the mixture. That file gets one line that
+    refers to it and keeps everything else, comments included. Raises ValueError if no file describes the mixture, and
+    if the written file has comments among its ids, which would be lost.
     """
-    spans = list(dict.fromkeys(_spans(recipe.resolve(), mixture)))
+    spans = list(dict.fromkeys(_spans(recipe.resolve(), mixture, setting)))
     if not spans:
         raise ValueError(f"no file of {recipe} has `name: {mixture}` beside the sources of a mixture")
-    target = spans[0].path.parent / "quarantine" / f"{mixture}.yaml"
+    target = spans[0].path.parent / "quarantine" / FILES[setting].format(mixture=mixture)
     before = _text(target) if target.is_file() else None
-    texts = {target: _with_ids(target, before, records, mixture=mixture)}
+    texts = {target: _with_ids(target, before, records, head=HEADS[setting].format(mixture=mixture))}
     for span in sorted(spans, key=lambda span: -span.start):  # from the end, so that the positions before it stay valid
-        if span.names_quarantine:
+        if span.names_file:
             continue
         text = texts.get(span.path) or _text(span.path)
         named = os.path.relpath(target, span.path.parent)
-        line = f"quarantine: {{{BASES}: [{named}]}}" + (", " if span.flow else "\n" + " " * span.column)
+        line = f"{setting}: {{{BASES}: [{named}]}}" + (", " if span.flow else "\n" + " " * span.column)
         texts[span.path] = text[: span.start] + line + text[span.start :]
     target.parent.mkdir(exist_ok=True)
     edits = {}
@@ -85,9 +96,9 @@ def restore(edits: Mapping[Path, Edit]) -> None:
             _replace(path, edit.before)
 
 
-def _with_ids(target: Path, text: str | None, records: Mapping[str, Sequence[str]], *, mixture: str) -> str:
-    """The text of the quarantine file with more ids. The comment at its top is kept."""
-    head, known = HEAD.format(mixture=mixture), {}
+def _with_ids(target: Path, text: str | None, records: Mapping[str, Sequence[str]], *, head: str) -> str:
+    """The text of the written file with more ids. The comment at its top is kept."""
+    known: dict[str, Any] = {}
     if text is not None:
         known = read(target)
         lines = text.splitlines(keepends=True)
@@ -123,7 +134,7 @@ def _replace(path: Path, text: str) -> None:
         draft.unlink(missing_ok=True)
 
 
-def _spans(path: Path, mixture: str) -> Iterator[YamlSpan]:
+def _spans(path: Path, mixture: str, setting: Setting) -> Iterator[YamlSpan]:
     """Every mapping that describes the mixture, in a file and in the files that it extends."""
     text = _text(path)
     for node in _mappings(yaml.compose(text, Loader)):
@@ -132,9 +143,9 @@ def _spans(path: Path, mixture: str) -> Iterator[YamlSpan]:
         keys = {key.value: key for key, _ in node.value}
         if own.get("name") == mixture and "sources" in resolve(own, path):
             mark = keys["name"].start_mark
-            yield YamlSpan(path, mark.index, mark.column, bool(node.flow_style), "quarantine" in keys)
+            yield YamlSpan(path, mark.index, mark.column, bool(node.flow_style), setting in keys)
         for base in own.get(BASES, ()):
-            yield from _spans((path.parent / base).resolve(), mixture)
+            yield from _spans((path.parent / base).resolve(), mixture, setting)
 
 
 def _mappings(node: Any) -> Iterator[yaml.MappingNode]:

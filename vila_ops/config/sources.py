@@ -87,7 +87,8 @@ class OwnFiles(SourceBase):
 
     path: str
     """A file, or a folder whose files of the format are read in the order of their names; relative to the working
-    directory. The address of a dataset depends on the content of the files, not on their path."""
+    directory, or s3://BUCKET/FOLDER. The address of a dataset depends on the content of the files, not on their
+    path."""
     licence: str
     """Licence of the records that state none, as an SPDX identifier if there is one."""
 

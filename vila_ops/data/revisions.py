@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import stat
 import subprocess
 import sys
 import time
@@ -19,6 +18,8 @@ from vila_ops.data.preprocess.card import CARD
 from vila_ops.data.preprocess.identity import PLACES
 from vila_ops.data.preprocess.summary import LEFT_OUT, SUMMARY
 from vila_ops.data.raw.files import files_below
+from vila_ops.data.raw.known import version_of
+from vila_ops.data.raw.objects import raw_path_in
 
 TABLES = ("samples", "tokens", "images", "left_out")
 """Bar charts of `dvc plots`, by source and split, or by source and reason."""
@@ -82,7 +83,7 @@ def watch(
     if not roots:
         raise ValueError(f"mixture {mixture.name!r} is made of pinned packages alone; there is no folder to watch")
     while True:
-        wait_until_quiet([folder / root for root in roots], seconds=settle_seconds)
+        wait_until_quiet([raw_path_in(folder, root) for root in roots], seconds=settle_seconds)
         yield revise(f"prepare@{mixture.name}", commit=commit, folder=folder)
         time.sleep(every_seconds)
 
@@ -139,15 +140,13 @@ def wait_until_quiet(roots: list[Path], *, seconds: float) -> None:
         time.sleep(seconds)
 
 
-def _files(roots: list[Path]) -> Iterator[tuple[str, int, int]]:
+def _files(roots: list[Path]) -> Iterator[tuple[str, str]]:
+    """Each file with its version."""
     for root in roots:
         for path in sorted(path for _, path in files_below(root)) if root.is_dir() else [root]:
-            try:
-                status = path.stat()
-            except FileNotFoundError:  # deleted while listing; the next listing lacks it
-                continue
-            if stat.S_ISREG(status.st_mode):
-                yield str(path), status.st_size, status.st_mtime_ns
+            version = version_of(path)
+            if version is not None:  # else deleted while listing; the next listing lacks it
+                yield str(path), version
 
 
 def _commit(folder: Path, name: str) -> str | None:

@@ -17,6 +17,7 @@ from vila_ops.data import sources
 from vila_ops.data.preprocess.identity import source_recipe
 from vila_ops.data.preprocess.shard_writer import folders_of, numbered
 from vila_ops.data.raw.files import Span
+from vila_ops.data.raw.known import Known
 from vila_ops.data.records import Image, Record
 from vila_ops.data.sources.jsonl import RECORDS
 from vila_ops.data.split import split_of
@@ -63,9 +64,11 @@ def _copy(recipe: Recipe, cache: Path, folder: Path) -> None:
     with (folder / RECORDS).open("w", encoding="utf-8") as out:
         for name, source in suite.mixture.sources.items():
             folders = folders_of(source, cache=cache)
-            for file in sources.raw_files(source, folders, cache=cache):
+            raw = sources.raw_files(source, folders, cache=cache)
+            known = Known.of(file.known for file in raw)
+            for file in raw:
                 whole = Span(name=file.name, path=file.path, digest=file.digest, start=0, stop=file.count, mark=0)
-                for number, part, record in numbered(source, folders, whole):
+                for number, part, record in numbered(source, folders, whole, known=known):
                     if isinstance(record, Record) and split_of(record.object, suite.mixture.split) == suite.split:
                         stem = f"{name}-{fingerprint([file.name, number, part])[:16]}"
                         out.write(json.dumps(_line(record, folder, stem, id_=f"{name}/{record.id}")) + "\n")

@@ -22,6 +22,7 @@ import pytest
 from vila_ops.data.download import download, download_source, key_of, run
 from vila_ops.data.download.journal import Journal
 from vila_ops.data.inspect.guess import guess
+from vila_ops.data.raw.objects import raw_path
 
 URLS = int(os.environ.get("VILA_URLS", "1000"))
 KILLS = 5
@@ -309,8 +310,8 @@ def test_mmc4_and_coyo_files_become_a_tar_and_a_manifest_each(server, case, make
     )
     settings, out = make_settings(), tmp_path / "out"
     sources = {kind: guess(str(tmp_path / kind), kind=kind, images=str(out)) for kind in ("mmc4", "coyo")}
-    (mmc4,) = download_source(sources["mmc4"], out, settings=settings)
-    (coyo,) = download_source(sources["coyo"], out, settings=settings)
+    (mmc4,) = download_source(sources["mmc4"], out, settings=settings, cache=tmp_path / "cache")
+    (coyo,) = download_source(sources["coyo"], out, settings=settings, cache=tmp_path / "cache")
     assert (mmc4.name, mmc4.counts, mmc4.bytes) == ("docs_shard_7_v2", {"not_found": 1, "ok": 1}, len(cases[0].body))
     assert (coyo.name, coyo.counts, coyo.bytes) == ("part-0.snappy", {"ok": 1}, len(cases[1].body))
     key = hashlib.sha256(good.encode()).hexdigest()[:24]
@@ -318,11 +319,36 @@ def test_mmc4_and_coyo_files_become_a_tar_and_a_manifest_each(server, case, make
     with tarfile.open(out / "docs_shard_7_v2.tar") as tar:
         assert tar.getnames() == [f"{key}.png"]
     with pytest.raises(ValueError, match="a folder of their own"):
-        download_source(sources["coyo"], tmp_path / "coyo", settings=settings)
+        download_source(sources["coyo"], tmp_path / "coyo", settings=settings, cache=tmp_path / "cache")
     (tmp_path / "file").write_text("mine")
     for place in (tmp_path / "file", tmp_path / "file/below"):
         with pytest.raises(ValueError, match="cannot be a folder"):
-            download_source(sources["coyo"], place, settings=settings)
+            download_source(sources["coyo"], place, settings=settings, cache=tmp_path / "cache")
+
+
+def test_a_download_into_s3_is_that_into_a_folder_and_goes_on_in_the_same_way(
+    server, case, make_settings, tmp_path, s3_store
+):
+    cases = [case("ok_png"), case("ok_jpeg"), case("missing")]
+    good, other, lost = (f"http://127.0.0.1:{server.port}{one.path}" for one in cases)
+    shard = tmp_path / "mmc4/docs.jsonl"
+    shard.parent.mkdir()
+
+    def fetch(out: str):
+        source = guess(str(shard.parent), kind="mmc4", images=out)
+        return download_source(source, raw_path(out), settings=make_settings(), cache=tmp_path / "cache")
+
+    here, there = str(tmp_path / "out"), f"{s3_store}/images"
+    for urls in ([good, lost], [good, lost, other]):
+        shard.write_text("".join(json.dumps({"image_info": [{"raw_url": url}]}) + "\n" for url in urls))
+        server.plan(cases)
+        assert fetch(there) == fetch(here)
+        for name in ("docs.tar", "docs.parquet"):
+            assert raw_path(f"{there}/{name}").read_bytes() == (tmp_path / "out" / name).read_bytes()
+        server.plan(cases)
+        fetch(there)
+        assert not server.seen
+    assert not [path for path in (tmp_path / "cache/downloads").rglob("*") if path.is_file()]
 
 
 async def sets_a_cookie(writer, case, seen) -> None:

@@ -165,7 +165,8 @@ def test_what_cannot_be_told_is_an_error_that_lists_the_formats(
 @pytest.mark.parametrize(
     ("uri", "settings", "told"),
     [
-        ("s3://bucket/a", {}, "s3://bucket/a is not on this machine; copy it here first"),
+        ("ftp://host/a", {}, "ftp://host/a is not read where it lies, as s3, gs, az are"),
+        ("s3://", {}, "'s3://' names no bucket; write s3://BUCKET/FOLDER"),
         ("gone", {}, "no such file or folder: gone"),
         (".", {"kind": "lava"}, "no vila_ops.sources of kind 'lava': ours are .*'coyo'"),
         (".", {"kind": "flan", "images": "photos"}, "--images has no effect on the format flan"),

@@ -21,6 +21,8 @@ import pyarrow.parquet as pq
 
 from vila_ops.data.download.journal import Journal, bodies_path, is_journal, journal_path
 from vila_ops.data.download.outcome import DownloadRecord, Outcome
+from vila_ops.data.raw.objects import ObjectPath, for_arrow
+from vila_ops.errors import VilaError
 
 SCHEMA = pa.schema(
     [
@@ -116,6 +118,16 @@ def write_manifest(journal: Journal, urls: Sequence[str], out: Path) -> None:
     _publish(temporary, manifest_path(out))
 
 
+def upload(work: Path, out: ObjectPath) -> None:
+    """Move tar and table to an object store; the table last, since it marks the end."""
+    for path_of in (tar_path, manifest_path):
+        target = path_of(out)
+        assert isinstance(target, ObjectPath)
+        target.write(path_of(work))
+    for path_of in (manifest_path, tar_path):
+        path_of(work).unlink()
+
+
 def unfinished(urls: Sequence[str], out: Path, *, retry: Collection[Outcome]) -> bool:
     """Whether URLs are missing in the manifest, as after the raw file grew, or ended in one of the `retry` outcomes."""
     rows = _rows(out)
@@ -133,7 +145,7 @@ def read_outcomes(urls: Sequence[str], out: Path) -> Outcomes:
 
 def _rows(out: Path) -> pa.Table:
     """URL, outcome and bytes of a finished raw file. Raises ValueError if tar and table do not match."""
-    table = pq.read_table(manifest_path(out), columns=["url", "outcome", "bytes"])
+    table = pq.read_table(for_arrow(manifest_path(out)), columns=["url", "outcome", "bytes"])
     tar_bytes = int(table.schema.metadata[TAR_BYTES])
     if not tar_path(out).is_file() or tar_path(out).stat().st_size != tar_bytes:
         raise ValueError(
@@ -146,7 +158,8 @@ def _rows(out: Path) -> pa.Table:
 def reopen(journal: Journal, out: Path, *, retry: Collection[Outcome]) -> None:
     """Reopen a finished raw file, without the URLs that ended in one of the `retry` outcomes."""
     journal.clear()  # left by a kill before its removal or in this function; the manifest has all of it
-    kept = pq.read_table(manifest_path(out)).filter(~pc.field("outcome").isin(pa.array(list(retry), pa.string())))
+    again = pc.field("outcome").isin(pa.array(list(retry), pa.string()))
+    kept = pq.read_table(for_arrow(manifest_path(out))).filter(~again)
     with tar_path(out).open("rb") as tar:
         for some in kept.to_batches(max_chunksize=REOPEN_ROWS):
             batch = []
@@ -168,7 +181,9 @@ def _add_member(tar: BinaryIO, name: str, data: bytes) -> None:
 
 def _is_table(path: Path) -> bool:
     try:
-        return TAR_BYTES in (pq.read_schema(path).metadata or {})
+        return TAR_BYTES in (pq.read_schema(for_arrow(path)).metadata or {})
+    except VilaError:  # of the store, not of the file
+        raise
     except (pa.ArrowInvalid, OSError):
         return False
 

@@ -21,11 +21,13 @@ from vila_ops.data.download.manifest import (
     read_outcomes,
     reopen,
     unfinished,
+    upload,
     write_manifest,
 )
 from vila_ops.data.download.outcome import HOST_FAILS, MAY_PASS, DownloadRecord, Failure, Outcome
 from vila_ops.data.download.schedule import FetchJob, HostSchedule
 from vila_ops.data.download.sources import raw_files, urls_of
+from vila_ops.data.raw.objects import ObjectPath
 
 logger = logging.getLogger(__name__)
 
@@ -34,15 +36,19 @@ OTHER_OPEN_FILES = 100
 
 
 def download_source(
-    source: Source, out: Path, *, settings: DownloadSettings, retry: Collection[Outcome] = ()
+    source: Source, out: Path, *, settings: DownloadSettings, cache: Path, retry: Collection[Outcome] = ()
 ) -> list[Outcomes]:
     """Fetch the images that a source may use into `out`: NAME.tar and NAME.parquet for each raw file.
 
+    Where `out` is in an object store, the images of one raw file at a time lie in `cache` until all of them are there.
     After an interruption it continues where it stopped. Finished URLs are not requested again, except for those that
     ended in one of the `retry` outcomes. Raises ValueError for raw files of another format, and OSError if the disk is
     full. A file in `out` that no download wrote is refused before any request.
     """
-    if not next(parent for parent in (out, *out.parents) if parent.exists()).is_dir():
+    if (
+        not isinstance(out, ObjectPath)
+        and not next(parent for parent in (out, *out.parents) if parent.exists()).is_dir()
+    ):
         raise ValueError(f"{out} cannot be a folder, because it or a parent is a file; name another folder")
     raw = raw_files(source, out)
     for _, target in raw:
@@ -51,7 +57,8 @@ def download_source(
     finished = []
     for file, target in raw:
         urls = urls_of(source, file)
-        finished.append(asyncio.run(download(urls, target, settings=settings, resolve=resolve, retry=retry)))
+        work = _work(target, cache)
+        finished.append(asyncio.run(download(urls, target, settings=settings, resolve=resolve, retry=retry, work=work)))
         logger.info("%s: %s", file.name, finished[-1].counts)
     return finished
 
@@ -63,26 +70,38 @@ async def download(
     settings: DownloadSettings,
     resolve: Resolve | None = None,
     retry: Collection[Outcome] = (),
+    work: Path | None = None,
 ) -> Outcomes:
     """Fetch the images of one raw file; `out` is the path of the results without suffixes. URLs are deduplicated.
 
+    `work` is such a path on this machine for what is unfinished; None: `out` itself, which then is on this machine too.
     URLs that an earlier call fetched keep their outcomes, unless it is one of `retry`; only others are requested.
     `resolve` replaces the system resolver. Raises ValueError if `out` is in use.
     """
     _check_open_files(settings)
     distinct = list(dict.fromkeys(urls))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with Journal(out) as journal:
+    work = work or out
+    work.parent.mkdir(parents=True, exist_ok=True)
+    with Journal(work) as journal:
         if manifest_path(out).exists() and unfinished(distinct, out, retry=retry):
             reopen(journal, out, retry=retry)
         if not manifest_path(out).exists():
             async with Fetcher(settings, resolve=resolve or SystemResolver()) as fetcher:
                 await _Run(distinct, journal, fetcher, settings).run()
             others = sorted(journal.records.keys() - set(distinct))  # of an earlier raw file, or of a larger selection
-            write_manifest(journal, [*distinct, *others], out)
+            write_manifest(journal, [*distinct, *others], work)
+            if isinstance(out, ObjectPath):
+                upload(work, out)
         outcomes = read_outcomes(distinct, out)
         journal.remove()
     return outcomes
+
+
+def _work(out: Path, cache: Path) -> Path | None:
+    """Where on this machine the unfinished images of a raw file lie; None for a place of this machine."""
+    if not isinstance(out, ObjectPath):
+        return None
+    return cache / "downloads" / hashlib.sha256(str(out).encode()).hexdigest()[:24] / out.name
 
 
 def _check_open_files(settings: DownloadSettings) -> None:

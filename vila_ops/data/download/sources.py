@@ -6,6 +6,7 @@ from typing import cast
 from vila_ops.config import Source
 from vila_ops.config.kinds import module_of
 from vila_ops.config.sources import OwnFiles
+from vila_ops.data.raw.objects import raw_path
 from vila_ops.data.raw.url_files import out_of, url_files
 from vila_ops.data.sources import GROUP, SOURCES, ImageUrls
 
@@ -19,7 +20,7 @@ def raw_files(source: Source, out: Path) -> list[tuple[Path, Path]]:
     Raises ValueError if there are none.
     """
     suffixes = url_module(source.kind).URL_FILES
-    files = url_files(Path(cast(OwnFiles, source).path), suffixes, images=str(out))
+    files = url_files(raw_path(cast(OwnFiles, source).path), suffixes, images=str(out))
     return [(path, out_of(str(out), name)) for name, path in files]
 
 

@@ -16,6 +16,7 @@ from vila_ops.data.inspect.table_layout import settings_of
 from vila_ops.data.raw.files import files_below
 from vila_ops.data.raw.json_array import elements, is_array, is_spread
 from vila_ops.data.raw.lines import GZIP, ZIP, every_line, opened
+from vila_ops.data.raw.objects import SCHEMES, ObjectPath, raw_path
 from vila_ops.data.raw.text import json_object
 from vila_ops.data.sources import GROUP, SOURCES
 from vila_ops.data.sources.html import SUFFIXES as PAGES
@@ -60,11 +61,9 @@ def guess(
     their dotted names, which take precedence. Raises ValueError if there is no such path, if the content is of no
     format or of several, and if `images` would have no effect.
     """
-    if "://" in uri:
-        raise ValueError(
-            f"{uri} is not on this machine; copy it here first (`aws s3 sync`, `dvc pull`), and name the copy"
-        )
-    path = Path(uri)
+    path = raw_path(uri)
+    if "://" in uri and not isinstance(path, ObjectPath):
+        raise ValueError(f"{uri} is not read where it lies, as {', '.join(SCHEMES)} are; copy it, and name the copy")
     if not path.exists():
         raise ValueError(f"no such file or folder: {uri}")
     kind = kind or _kind_of(path)

@@ -14,6 +14,7 @@ from vila_ops.data import sources
 from vila_ops.data.containers import BadImage
 from vila_ops.data.images import rgb
 from vila_ops.data.raw.files import RawFile, Span
+from vila_ops.data.raw.objects import raw_path
 from vila_ops.data.records import CHANGES, Dropped, Image, Record
 from vila_ops.errors import counted
 
@@ -137,5 +138,5 @@ def _folder(source: Source) -> str:
     stated = getattr(source, "path", None)
     if stated is None:
         return ""
-    path = Path(stated)
+    path = raw_path(stated)
     return str(path.parent if path.is_file() else path)

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vila_ops.artifacts import store
-from vila_ops.artifacts.kinds import Shard
-from vila_ops.config import Mixture, Resources, TextFormat
+from vila_ops.artifacts.kinds import RawScan, Shard
+from vila_ops.config import Mixture, Resources, Source, TextFormat
 from vila_ops.data import sources
 from vila_ops.data.preprocess.card import CARD, card
 from vila_ops.data.preprocess.parallel import at_once, each, files
 from vila_ops.data.preprocess.quarantine import Quarantined
 from vila_ops.data.preprocess.shard_writer import (
     COUNTS,
+    KNOWN,
     ShardJob,
     UnitTask,
     folders_of,
+    seal_array,
     shard_address,
     shard_name,
     write_shard,
@@ -29,6 +31,9 @@ from vila_ops.data.preprocess.shard_writer import (
 from vila_ops.data.preprocess.summary import SUMMARY, summarise
 from vila_ops.data.preprocess.survey import survey
 from vila_ops.data.preprocess.units import Unit, plan_units, stored_image_bytes
+from vila_ops.data.raw.files import RawFile
+from vila_ops.data.raw.known import Known
+from vila_ops.data.raw.objects import changed
 from vila_ops.data.shards import DROPPED, DROPPED_SCHEMA, INDEX, SCHEMA, SHARD
 from vila_ops.packages.resolve import tokenizer_folder
 
@@ -36,18 +41,29 @@ log = logging.getLogger(__name__)
 
 
 def build(
-    mixture: Mixture, text: TextFormat, resources: Resources, *, folder: Path
+    mixture: Mixture, text: TextFormat, resources: Resources, *, folder: Path, digests: Mapping[str, str]
 ) -> tuple[dict[str, Any], dict[str, tuple[Shard, str]], list[dict[str, Any]]]:
     """Write every shard that is not sealed yet, and write index, drops, summary and card of the dataset to `folder`.
+
+    `digests` are those of the raw files by which the dataset is addressed (see `identity.raw_digests`). Raises
+    RawChanged if a raw file has another content, when it is scanned again here or while it is read.
 
     Returns the summary, the sealed shard and its file by the shard's name in the dataset, and the workers' descriptions
     of themselves. After an interruption the next call continues with the units that are not sealed.
     """
     cache = resources.storage.cache_folder()
     tokenizer_folder(text.language_model, cache=cache)  # once, before the workers race to fetch it
-    job = ShardJob(mixture=mixture, text=text, cache=str(cache), store=resources.storage.store)
-    units = [unit for name in sorted(mixture.sources) for unit in _units(name, mixture, text, cache=cache)]
-    drops = survey(job, units, resources)
+    for source in mixture.sources.values():
+        sources.check_images(source)
+    raw = {name: _scanned(source, digests[name], cache=cache) for name, source in sorted(mixture.sources.items())}
+    gate = mixture.contamination.sources if mixture.contamination else {}
+    against = {name: _scanned(source, digests[f"against {name}"], cache=cache) for name, source in gate.items()}
+    units = [unit for name, files_of in raw.items() for unit in _units(name, files_of, mixture, text)]
+    seen = Known.of(file.known for files_of in (*raw.values(), *against.values()) for file in files_of).array
+    root = resources.storage.store
+    known = seal_array(RawScan, seen, KNOWN, root=root) if len(seen) else None
+    job = ShardJob(mixture=mixture, text=text, cache=str(cache), store=root, known=known)
+    drops = survey(job, units, against, resources)
     tasks = [UnitTask(job=job, unit=unit, drops=drops.get(number, ())) for number, unit in enumerate(units)]
     shards = _write(tasks, resources)
     named = {
@@ -73,10 +89,16 @@ def build(
     return summary, named, list(ran.values())
 
 
-def _units(name: str, mixture: Mixture, text: TextFormat, *, cache: Path) -> Iterator[Unit]:
-    source = mixture.sources[name]
-    sources.check_images(source)
+def _scanned(source: Source, digest: str, *, cache: Path) -> list[RawFile]:
+    """The raw files of a source. Raises RawChanged if they do not have this digest any more."""
     raw = sources.raw_files(source, folders_of(source, cache=cache), cache=cache)
+    if not source.packages() and sources.digest_of(raw) != digest:
+        raise changed(f"a raw file of {getattr(source, 'path', source.kind)}")
+    return raw
+
+
+def _units(name: str, raw: list[RawFile], mixture: Mixture, text: TextFormat) -> Iterator[Unit]:
+    source = mixture.sources[name]
     if not sum(file.count for file in raw):
         raise ValueError(f"mixture {mixture.name!r}: source {name!r} has no records")
     yield from plan_units(

@@ -13,6 +13,7 @@ from vila_ops.config.kinds import provenance
 from vila_ops.data import sources
 from vila_ops.data.images import Fit
 from vila_ops.data.raw.files import RawMissing
+from vila_ops.errors import RawRefused
 from vila_ops.packages.normalisation import mean_std
 
 SHARD_REVISION = 8
@@ -101,7 +102,7 @@ def raw_digests(mixture: Mixture, *, cache: Path) -> RawDigests:
     for name, source in [*read.items(), *((f"against {name}", source) for name, source in against.items())]:
         try:
             here[name], images_missing = sources.digest_and_missing(source, cache=cache)
-        except RawMissing as error:
+        except (RawMissing, RawRefused) as error:  # nobody may need the raw files of data that was pulled
             missing[name] = str(error)
         else:
             if images_missing:

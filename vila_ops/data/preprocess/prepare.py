@@ -125,7 +125,7 @@ def _prepare(at: store.Address, mixture: Mixture, text: TextFormat, resources: R
 
     started = time.monotonic()
     with attempts.attempt(at, store=resources.storage.store) as attempt:
-        facts, shards, ran = build.build(mixture, text, resources, folder=attempt)
+        facts, shards, ran = build.build(mixture, text, resources, folder=attempt, digests=at.recipe["sources"])
     dataset = store.seal(
         Dataset,
         at,

@@ -47,9 +47,10 @@ class Quarantined:
     def dropped(self) -> Iterator[pa.Table]:
         """The quarantined records as rows of the list of dropped records; call it after all shards.
 
-        Raises ValueError for a record that has no sample in any shard.
+        Raises ValueError for a record that has no sample in any shard, unless it may have been taken down since.
         """
-        pairs = [(source, one) for source, ids in self.mixture.quarantine.items() for one in ids]
+        named = [(source, one) for source, ids in self.mixture.quarantine.items() for one in ids]
+        pairs = [pair for pair in named if pair in self._places or pair[0] not in self.mixture.removed]
         if unknown := [pair for pair in pairs if pair not in self._places]:
             source, one = unknown[0]
             raise ValueError(

@@ -1,17 +1,21 @@
 """The work of one worker: read, render and tokenise a unit's records, resize their images, and seal a shard."""
 
+import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from vila_ops.artifacts import attempts, store
 from vila_ops.artifacts.execution import execution
-from vila_ops.artifacts.kinds import Shard
+from vila_ops.artifacts.kinds import RawScan, Shard, Survey
 from vila_ops.artifacts.store import Address
 from vila_ops.cluster import whoami
 from vila_ops.config import Config, Mixture, Source, Split, TextFormat, fingerprint
@@ -20,9 +24,10 @@ from vila_ops.data import sources
 from vila_ops.data.containers import BadImage
 from vila_ops.data.filtering.record_rules import filter_record
 from vila_ops.data.images import square, suffix
-from vila_ops.data.preprocess.identity import SHARD_REVISION, fit_of, source_recipe, text_recipe
+from vila_ops.data.preprocess.identity import SHARD_REVISION, SURVEY_REVISION, fit_of, source_recipe, text_recipe
 from vila_ops.data.preprocess.units import Unit
 from vila_ops.data.raw.files import Span
+from vila_ops.data.raw.known import NOTHING, Known
 from vila_ops.data.records import CONTROL_TOKEN, TRUNCATED_IMAGE, Dropped, Image, Record
 from vila_ops.data.shards import SHARD, Sample, ShardWriter, write_dropped, write_index
 from vila_ops.data.split import split_of
@@ -31,7 +36,8 @@ from vila_ops.data.text.questions import ObjectNames, questions
 from vila_ops.packages.fetch import fetch
 from vila_ops.packages.tokenizer import build_tokenizer
 
-COUNTS = "counts.json"
+COUNTS, KNOWN, REMOVED = "counts.json", "known", "removed"
+Array = TypeVar("Array", Survey, RawScan)
 EXAMPLES, EXAMPLE_CHARACTERS = 3, 300
 """Texts of a shard that a data card may show."""
 
@@ -43,6 +49,8 @@ class ShardJob(Config):
     text: TextFormat
     cache: str
     store: str
+    known: RawScan | None = None
+    """What the scan saw of the raw files; None before they were scanned."""
 
 
 class Drop(Config):
@@ -77,10 +85,18 @@ def shard_address(task: UnitTask) -> Address:
         "text": text_recipe(job.text),
         "mixture": mixture.model_dump(mode="json", include={"split", "long_documents", "images", "seed"}),
     }
+    if removals := mixture.removed.get(task.unit.source):
+        recipe["removed"] = sorted(removals)
     digests = {span.digest for span in task.unit.spans}
     if source.render == "questions":  # wrong answers are drawn from the object names of the whole source
         digests.add(sources.digest(source, cache=Path(job.cache)))
     return store.address(Shard, revision=SHARD_REVISION, recipe=recipe, parents=tuple(sorted(digests)))
+
+
+def is_removed(record: Record | Dropped, removals: Collection[str]) -> bool:
+    """Whether a record was taken down by one of the removals of its source."""
+    licence = record.licence if isinstance(record, Record) else None
+    return f"id={record.id}" in removals or f"licence={licence}" in removals
 
 
 def shard_name(source: str, key: str) -> str:
@@ -144,9 +160,12 @@ class _Writer:
     def write(self) -> dict[str, Any]:
         """Every record of the unit; returns the counts."""
         seen = 0
+        removals = self.job.mixture.removed.get(self.task.unit.source, ())
         for record, drop in self._records():
             seen += 1
-            if drop is not None:
+            if is_removed(record, removals):
+                self._take_out(record, REMOVED, "")
+            elif drop is not None:
                 self._take_out(record, drop.reason, drop.detail)
             elif isinstance(record, Dropped) and record.is_bad:
                 self._drop(record)
@@ -174,7 +193,7 @@ class _Writer:
         drops = {(drop.span, drop.number, drop.part): drop for drop in self.task.drops}
         folders = folders_of(self.source, cache=Path(self.job.cache))
         for place, span in enumerate(self.task.unit.spans):
-            for number, part, record in numbered(self.source, folders, span):
+            for number, part, record in numbered(self.source, folders, span, known=known_of(self.job)):
                 yield record, drops.get((place, number, part))
 
     def _filter(self, record: Record) -> None:
@@ -268,12 +287,45 @@ class _Writer:
         self.dropped.append(Dropped(record.id, reason, where=where, detail=detail))
 
 
-def numbered(source: Source, folders: dict[str, Path], span: Span) -> Iterator[tuple[int, int, Record | Dropped]]:
-    """(number of the raw record in its file, index of the record in it, record) for all records that a span takes."""
+def numbered(
+    source: Source, folders: dict[str, Path], span: Span, *, known: Known
+) -> Iterator[tuple[int, int, Record | Dropped]]:
+    """(number of the raw record in its file, index of the record in it, record) for all records that a span takes.
+
+    Raises RawChanged if a raw file is not the one that `known` saw.
+    """
     taken = (number for number in range(span.start, span.stop) if span.takes(number))
-    for number, records in zip(taken, sources.read(source, folders, span), strict=True):
+    for number, records in zip(taken, sources.read(source, folders, span, known=known), strict=True):
         for part, record in enumerate(records):
             yield number, part, record
+
+
+def seal_array(kind: type[Array], numbers: NDArray[np.uint64], name: str, *, root: str) -> Array:
+    """Numbers that every worker needs, as an artifact of the store `root` with the file NAME.npy."""
+    digest = hashlib.sha256(numbers.tobytes()).hexdigest()
+    at = store.address(kind, revision=SURVEY_REVISION, recipe={name: digest}, parents=())
+    if done := store.find(kind, at, store=root):
+        return done
+    with attempts.attempt(at, store=root) as attempt:
+        np.save(attempt / f"{name}.npy", numbers, allow_pickle=False)
+    ran = execution(launch="inline", seconds=0.0, ran=[])
+    return store.seal(kind, at, attempt, facts={"num_records": len(numbers)}, execution=ran)
+
+
+def load_array(sealed: Survey | RawScan, name: str) -> NDArray[np.uint64]:
+    """The numbers that `seal_array` sealed."""
+    return _load(str(store.file(sealed, f"{name}.npy")))
+
+
+def known_of(job: ShardJob) -> Known:
+    """What the scan saw of the raw files."""
+    return NOTHING if job.known is None else Known(load_array(job.known, KNOWN))
+
+
+@lru_cache(maxsize=2)
+def _load(path: str) -> NDArray[np.uint64]:
+    loaded: NDArray[np.uint64] = np.load(path, allow_pickle=False)
+    return loaded
 
 
 def _sums(rows: list[dict[str, Any]], column: str) -> dict[str, int]:
@@ -289,9 +341,11 @@ def _names(source: Source, split: Split, cache: Path, *, digest: str) -> dict[st
     """Object names of a whole source by split and category, read once per process and content of the source."""
     folders = folders_of(source, cache=cache)
     by_split: dict[str, dict[str, list[str]]] = {}
-    for file in sources.raw_files(source, folders, cache=cache):
+    raw = sources.raw_files(source, folders, cache=cache)
+    known = Known.of(file.known for file in raw)
+    for file in raw:
         whole = Span(name=file.name, path=file.path, digest=file.digest, start=0, stop=file.count, mark=0)
-        for _, _, record in numbered(source, folders, whole):
+        for _, _, record in numbered(source, folders, whole, known=known):
             if isinstance(record, Record):
                 side = by_split.setdefault(split_of(record.object, split), {})
                 side.setdefault(record.category, []).append(record.object)

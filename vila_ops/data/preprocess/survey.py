@@ -1,16 +1,14 @@
 """The pass over all records, before shards are written, that top share, contamination and near duplicates need."""
 
-import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from vila_ops.artifacts import attempts, store
 from vila_ops.artifacts.execution import execution
@@ -19,17 +17,26 @@ from vila_ops.artifacts.store import Address
 from vila_ops.cluster import whoami
 from vila_ops.config import Config, Resources, Source
 from vila_ops.config.clean import TopShare
-from vila_ops.data import sources
 from vila_ops.data.decontamination.contamination import known_ngrams
 from vila_ops.data.dedup.signatures import Signature, SignatureRules, ranking_signature, signature, table
 from vila_ops.data.preprocess.decide import decide
 from vila_ops.data.preprocess.identity import SURVEY_REVISION, source_recipe
 from vila_ops.data.preprocess.parallel import each, files
-from vila_ops.data.preprocess.shard_writer import Drop, ShardJob, folders_of, numbered
+from vila_ops.data.preprocess.shard_writer import (
+    Drop,
+    ShardJob,
+    folders_of,
+    is_removed,
+    known_of,
+    load_array,
+    numbered,
+    seal_array,
+)
 from vila_ops.data.preprocess.units import Unit, plan_units
+from vila_ops.data.raw.files import RawFile
 from vila_ops.data.records import Dropped
 
-SIGNATURES, PLACES, NGRAMS = "signatures.parquet", "places.parquet", "ngrams.npy"
+SIGNATURES, PLACES, NGRAMS = "signatures.parquet", "places.parquet", "ngrams"
 PLACES_SCHEMA = pa.schema(
     [("span", pa.int32()), ("number", pa.int64()), ("part", pa.int32()), ("id", pa.string()), ("where", pa.string())]
 )
@@ -45,25 +52,29 @@ class SurveyTask(Config):
     source: Source
     ngrams: Survey | None = None
     """The n-grams of the evaluation sets, which are looked for in training records; None for an evaluation set."""
+    removed: tuple[str, ...] = ()
+    """What was taken down of the source."""
 
 
-def survey(job: ShardJob, units: list[Unit], resources: Resources) -> dict[int, tuple[Drop, ...]]:
-    """The records to drop from each unit, by its number. Records are read only if a rule needs it."""
+def survey(
+    job: ShardJob, units: list[Unit], against: Mapping[str, list[RawFile]], resources: Resources
+) -> dict[int, tuple[Drop, ...]]:
+    """The records to drop from each unit, by its number. Records are read only if a rule needs it.
+
+    `against` are the raw files of the evaluation sets, by name.
+    """
     mixture = job.mixture
     shares = {name: source.clean.top_share for name, source in mixture.sources.items()}
     if not (mixture.near_duplicates or mixture.contamination or any(shares.values())):
         return {}
-    evaluation, ngrams, against = None, None, pa.table({name: [] for name in PLACES_SCHEMA.names}, PLACES_SCHEMA)
+    evaluation, ngrams, twins = None, None, pa.table({name: [] for name in PLACES_SCHEMA.names}, PLACES_SCHEMA)
     if mixture.contamination:
-        tasks = list(_evaluation(job))
-        evaluation, against, _ = _gather(each(survey_unit, tasks, makes=Survey, resources=resources), tasks)
-        ngrams = _seal_ngrams(known_ngrams(evaluation), job)
+        tasks = list(_evaluation(job, against))
+        evaluation, twins, _ = _gather(each(survey_unit, tasks, makes=Survey, resources=resources), tasks)
+        ngrams = seal_array(Survey, known_ngrams(evaluation), NGRAMS, root=job.store)
     whole = mixture.near_duplicates or mixture.contamination
     chosen = [number for number, unit in enumerate(units) if whole or shares[unit.source]]
-    tasks = [
-        SurveyTask(job=job, unit=units[number], source=mixture.sources[units[number].source], ngrams=ngrams)
-        for number in chosen
-    ]
+    tasks = [_training(job, units[number], ngrams) for number in chosen]
     signatures, places, numbers = _gather(each(survey_unit, tasks, makes=Survey, resources=resources), tasks)
     drops = decide(
         signatures,
@@ -73,7 +84,7 @@ def survey(job: ShardJob, units: list[Unit], resources: Resources) -> dict[int, 
         duplicates=mixture.near_duplicates,
     )
     by_unit: dict[int, list[Drop]] = defaultdict(list)
-    for number, drop in _placed(drops, places, against):
+    for number, drop in _placed(drops, places, twins):
         by_unit[chosen[number]].append(drop)
     return {number: tuple(of_unit) for number, of_unit in by_unit.items()}
 
@@ -84,16 +95,18 @@ def survey_unit(task: SurveyTask) -> Survey:
     if done := store.find(Survey, at, store=task.job.store):
         return done
     started = time.monotonic()
-    known = None if task.ngrams is None else _load_ngrams(str(store.file(task.ngrams, NGRAMS)))
+    known = None if task.ngrams is None else load_array(task.ngrams, NGRAMS)
     mixture = task.job.mixture
     rules = SignatureRules(task.source.clean, mixture.near_duplicates, mixture.contamination, known, mixture.images)
     signatures: list[Signature] = []
     places: list[dict[str, object]] = []
     folders = folders_of(task.source, cache=Path(task.job.cache))
     for place, span in enumerate(task.unit.spans):
-        for number, part, record in numbered(task.source, folders, span):
+        for number, part, record in numbered(task.source, folders, span, known=known_of(task.job)):
             if isinstance(record, Dropped) and not record.scores:
                 continue  # counted when its shard is written
+            if is_removed(record, task.removed):
+                continue  # what stays is no duplicate of what was taken down
             total = len(signatures)
             if isinstance(record, Dropped):
                 where, own = record.where, ranking_signature(record, rules, number=total, file=place)
@@ -108,10 +121,15 @@ def survey_unit(task: SurveyTask) -> Survey:
     return store.seal(Survey, at, attempt, facts={"num_records": len(signatures)}, execution=ran)
 
 
+def _training(job: ShardJob, unit: Unit, ngrams: Survey | None) -> SurveyTask:
+    source, removed = job.mixture.sources[unit.source], job.mixture.removed.get(unit.source, ())
+    return SurveyTask(job=job, unit=unit, source=source, ngrams=ngrams, removed=removed)
+
+
 def _address(task: SurveyTask) -> Address:
     mixture = task.job.mixture
     gate = mixture.contamination
-    recipe = {
+    recipe: dict[str, Any] = {
         "source": source_recipe(task.source),
         "spans": [span.model_dump(mode="json", exclude={"path", "mark"}) for span in task.unit.spans],
         "near_duplicates": mixture.near_duplicates and mixture.near_duplicates.model_dump(mode="json"),
@@ -119,15 +137,16 @@ def _address(task: SurveyTask) -> Address:
         "against": task.ngrams and task.ngrams.digest,
         "images": mixture.images.model_dump(mode="json", include={"max_pixels", "max_side", "truncated"}),
     }
+    if task.removed:
+        recipe["removed"] = sorted(task.removed)
     parents = tuple(sorted({span.digest for span in task.unit.spans}))
     return store.address(Survey, revision=SURVEY_REVISION, recipe=recipe, parents=parents)
 
 
-def _evaluation(job: ShardJob) -> Iterator[SurveyTask]:
+def _evaluation(job: ShardJob, against: Mapping[str, list[RawFile]]) -> Iterator[SurveyTask]:
     assert job.mixture.contamination
     for name, source in sorted(job.mixture.contamination.sources.items()):
-        cache = Path(job.cache)
-        raw = sources.raw_files(source, folders_of(source, cache=cache), cache=cache)
+        raw = against[name]
         if not sum(file.count for file in raw):
             raise ValueError(f"mixture {job.mixture.name!r}: evaluation set {name!r} has no records to compare with")
         for unit in plan_units(name, raw, shard_bytes=EVALUATION_BYTES, image_bytes=10**5, limit=source.limit):
@@ -170,21 +189,3 @@ def _placed(drops: pa.Table, places: pa.Table, against: pa.Table) -> Iterator[tu
             place["task"],
             Drop(span=place["span"], number=place["number"], part=place["part"], reason=row["reason"], detail=detail),
         )
-
-
-def _seal_ngrams(ngrams: NDArray[np.uint64], job: ShardJob) -> Survey:
-    """The n-grams of the evaluation sets, sealed as an artifact that every worker can read."""
-    digest = hashlib.sha256(ngrams.tobytes()).hexdigest()
-    at = store.address(Survey, revision=SURVEY_REVISION, recipe={"ngrams": digest}, parents=())
-    if done := store.find(Survey, at, store=job.store):
-        return done
-    with attempts.attempt(at, store=job.store) as attempt:
-        np.save(attempt / NGRAMS, ngrams, allow_pickle=False)
-    ran = execution(launch="inline", seconds=0.0, ran=[])
-    return store.seal(Survey, at, attempt, facts={"num_records": len(ngrams)}, execution=ran)
-
-
-@lru_cache(maxsize=1)
-def _load_ngrams(path: str) -> NDArray[np.uint64]:
-    loaded: NDArray[np.uint64] = np.load(path, allow_pickle=False)
-    return loaded

@@ -14,9 +14,12 @@ import pyarrow.parquet as pq
 
 from vila_ops.data.download.manifest import key_of, manifest_path, tar_path
 from vila_ops.data.raw.files import RawFile, RawMissing, Scan, scan_files
+from vila_ops.data.raw.known import known
+from vila_ops.data.raw.objects import for_arrow
 from vila_ops.data.raw.url_files import out_of, url_files
 from vila_ops.data.records import NOT_DOWNLOADED
 from vila_ops.data.sources.faults import Fault
+from vila_ops.errors import VilaError
 
 _COLUMNS = ("key", "outcome", "detail", "bytes", "sha256", "offset")
 
@@ -40,15 +43,18 @@ class Downloaded:
     def __init__(self, out: Path, urls: Collection[str]) -> None:
         """`out` is the path of tar and manifest without suffixes; the manifest rows of `urls` are held in memory."""
         keys = pa.array(list({key_of(url) for url in urls}), pa.string())
-        path = manifest_path(out)
+        path = self._manifest = manifest_path(out)
+        self._path = tar_path(out)
+        self._check()
         try:
-            table = pq.read_table(path, columns=list(_COLUMNS), filters=pc.field("key").isin(keys))
+            table = pq.read_table(for_arrow(path), columns=list(_COLUMNS), filters=pc.field("key").isin(keys))
+        except VilaError:  # of the store, not of the file
+            raise
         except (pa.ArrowException, OSError) as error:
             raise ValueError(
                 f"{path} is not a manifest of `vila-ops data download` ({error}); download again"
             ) from error
         self._rows: dict[str, dict[str, Any]] = {row["key"]: row for row in table.to_pylist()}
-        self._path = tar_path(out)
         self._tar = self._path.open("rb")
 
     def __enter__(self) -> Self:
@@ -58,6 +64,8 @@ class Downloaded:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._tar.close()
+        if kind is None:
+            self._check()
 
     def image(self, url: str) -> bytes | Missing:
         """The bytes that the server sent, or why there are none."""
@@ -74,6 +82,11 @@ class Downloaded:
                 f"byte {row['offset']} of {self._path.name} does not have the sha256 of the manifest; download again",
             )
         return data
+
+    def _check(self) -> None:
+        """Raise RawChanged if manifest or tar are not those that were scanned."""
+        for path in (self._manifest, self._path):
+            known().check(str(path))
 
 
 def scan_downloaded(

@@ -7,13 +7,18 @@ import sqlite3
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 from zlib import crc32
 
-from vila_ops.artifacts.disk import CACHE, make_folder, sha256
+from vila_ops.artifacts.disk import CACHE, make_folder
 from vila_ops.config import Config, fingerprint
+from vila_ops.data.raw.known import MISSING, hashes, known, sha256_of, version_of
+from vila_ops.data.raw.objects import Listings, ObjectPath, changed, raw_path
 from vila_ops.data.raw.text import fault
 
 Folders = Mapping[str, Path]
@@ -26,8 +31,10 @@ UNFINISHED = (".part", ".tmp", ".partial", ".crdownload")
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z")
 MAX_NAME_BYTES = 255
 """Limit of file systems for the name of one file or folder."""
-MISSING = "missing"
-"""Stands for the digest of a file that does not exist."""
+AT_ONCE = 16
+"""Objects that are hashed at the same time: most of their time is waiting."""
+TOGETHER = 1024
+"""Files whose versions are in memory together."""
 _RACE_NS = 2 * 10**9
 """A file younger than this may change again under the same time stamps, so its digest is not cached."""
 _NO_DAMAGE = (
@@ -71,6 +78,8 @@ class RawFile(Config):
     """Number of other files that its records refer to."""
     beside_missing: int = 0
     """Number of those that are not there."""
+    known: bytes = b""
+    """Hashes by which `raw.known` notices that one of these files changed."""
 
 
 class Thinned(Config):
@@ -104,6 +113,10 @@ class Span(Config):
         """Whether the record with this number in the file is taken."""
         return self.thinned is None or self.thinned.takes(number)
 
+    def file(self) -> Path:
+        """The path of the raw file."""
+        return raw_path(self.path)
+
 
 def paths(root: Path, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
     """Name and path of the files of a format: the file itself, or those below a folder, sorted.
@@ -136,6 +149,11 @@ def files_below(root: Path) -> Iterator[tuple[str, Path]]:
     Links to folders are followed, and each folder is listed once, under its own name rather than that of a link.
     Raises ValueError for a link to a folder above, and OSError for a folder that cannot be listed.
     """
+    if isinstance(root, ObjectPath):
+        for name, path in root.below():
+            if not any(part.startswith(".") for part in name.split("/")) and not name.endswith(UNFINISHED):
+                yield name, path
+        return
     above = Path(os.path.realpath(root)).parents
     folders, links, listed = [("", root)], list[tuple[str, Path]](), set[str]()
     while folders or links:
@@ -180,35 +198,80 @@ def scan_files(
     scanned = []
     with _scan_cache(cache) as cached:
         for name, path in files:
-            own = cached.digest(path)
-            key = f"{kind}:{SCAN_REVISION}:{path}:{own}"  # the path too: paths of other files may depend on it
-            result = cached.scan(key, lambda path=path: scan(path))  # type: ignore[misc]
-            beside = [[Path(other).name, cached.digest(Path(other))] for other in result.beside]
+            (own,) = cached.seen([path])
+            key = f"{kind}:{SCAN_REVISION}:{path}:{own.digest}"  # the path too: paths of other files may depend on it
+            result = cached.scan(key, lambda path=path, own=own: _unchanged(scan, path, own))  # type: ignore[misc]
+            told = [hashes(str(path), own.digest, own.version)]
+            beside = []
+            for other, seen in zip(result.beside, cached.seen(map(raw_path, result.beside)), strict=True):
+                told.append(hashes(other, seen.digest, seen.version))
+                beside.append([PurePosixPath(other).name, seen.digest])
             scanned.append(
                 RawFile(
                     name=name,
                     path=str(path),
-                    digest=fingerprint([own, beside]) if beside else own,
+                    digest=fingerprint([own.digest, beside]) if beside else own.digest,
                     count=result.count,
                     images=result.images,
                     marks=result.marks,
                     beside=len(beside),
-                    beside_missing=sum(other == MISSING for _, other in beside),
+                    beside_missing=sum(digest == MISSING for _, digest in beside),
+                    known=b"".join(told),
                 )
             )
     return scanned
 
 
+def _unchanged(scan: Callable[[Path], Scan], path: Path, own: "FileState") -> Scan:
+    """The scan of a file whose digest is known. Raises RawChanged if it is of another version by then."""
+    result = scan(path)
+    if own.version is not None and version_of(raw_path(str(path))) != own.version:
+        raise changed(path)
+    return result
+
+
 def on_disk(path: Path) -> Path:
     """The path, or else the existing file of the same name in another Unicode form: macOS writes NFD, others NFC."""
-    if path.exists() or str(path).isascii():
+    if str(path).isascii() or path.exists():
         return path
+    if isinstance(path, ObjectPath):
+        others = (ObjectPath(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))
+        return next((other for other in others if other.is_file()), path)
     place = Path(path.anchor)
     for part in path.parts[bool(path.anchor) :]:
         forms = [part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD"))]
         short = (form for form in forms if len(os.fsencode(form)) <= MAX_NAME_BYTES)
         place = next((place / form for form in short if (place / form).exists()), place / part)
     return place
+
+
+def content(place: Path, *, most: int) -> bytes | None:
+    """The content of a file that a record names, None if there is none; of a longer file the first `most` + 1 bytes.
+
+    Raises RawChanged if it is not the file that was scanned.
+    """
+    path = on_disk(place)
+    if isinstance(path, ObjectPath):
+        data = path.first_bytes(most + 1)
+    elif path.is_file():
+        with path.open("rb") as file:
+            data = file.read(most + 1)
+    else:
+        data = None
+    if data is not None and len(data) > most:
+        known().check(str(place))
+    else:
+        known().check_content(str(place), data)
+    return data
+
+
+class FileState(NamedTuple):
+    """A file as it was seen."""
+
+    digest: str
+    """sha256 of its content, or MISSING."""
+    version: str | None
+    """See `known.version_of`; None if there is no file, or if it is so young that it may change and state the same."""
 
 
 class _ScanCache:
@@ -220,21 +283,31 @@ class _ScanCache:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._database: sqlite3.Connection | None = None
+        self._listings = Listings()
 
-    def digest(self, path: Path) -> str:
-        """sha256 of a file; MISSING if it does not exist."""
-        path = on_disk(path)
-        if not path.is_file():
+    def seen(self, paths: Iterable[Path]) -> Iterator[FileState]:
+        """What is known of each file, in order; those that are new or changed are hashed."""
+        left = iter(paths)
+        while some := [on_disk(path) for path in islice(left, TOGETHER)]:
+            with ThreadPoolExecutor(AT_ONCE) as pool:
+                asked = pool.map if any(isinstance(path, ObjectPath) for path in some) else map
+                self._listings.look_up(some)
+                versions = list(asked(version_of, some))
+                kept = [self._digest(path, version) for path, version in zip(some, versions, strict=True)]
+                new = [path for path, digest in zip(some, kept, strict=True) if digest is None]
+                fresh = dict(zip(new, asked(sha256_of, new), strict=True))
+            for path, version, digest in zip(some, versions, kept, strict=True):
+                settled = version if version is not None and _is_settled(path) else None
+                if digest is None and settled is not None:
+                    self._put(_key(path), f"{version}:{fresh[path]}")
+                yield FileState(fresh[path] if digest is None else digest, settled)
+
+    def _digest(self, path: Path, version: str | None) -> str | None:
+        """The digest of this version of a file; None if it is not known."""
+        if version is None:
             return MISSING
-        key, status = f"digest {path.resolve()}", path.stat()
-        stamp = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
-        then, _, known = (self._get(key) or "").partition(":")
-        if then == stamp:
-            return known
-        fresh = sha256(path)
-        if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _RACE_NS:
-            self._put(key, f"{stamp}:{fresh}")
-        return fresh
+        then, _, digest = (self._get(_key(path)) or "").rpartition(":")
+        return digest if then == version else None
 
     def scan(self, key: str, make: Callable[[], Scan]) -> Scan:
         """The cached scan of a key; computed with `make` and cached if there is none."""
@@ -283,6 +356,18 @@ class _ScanCache:
             self._database.execute("pragma synchronous = off")  # after a power cut files are scanned again
             self._database.execute("create table if not exists kept (key blob primary key, value text, checksum int)")
         return self._database.execute(statement, values).fetchall()
+
+
+def _key(path: Path) -> str:
+    return f"digest {path.resolve()}"
+
+
+def _is_settled(path: Path) -> bool:
+    """Whether another content would be another version. Objects are named by their content."""
+    if isinstance(path, ObjectPath):
+        return True
+    status = path.stat()
+    return time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _RACE_NS
 
 
 def _checksum(key: bytes, value: object) -> int:

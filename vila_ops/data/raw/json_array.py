@@ -4,6 +4,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -158,7 +159,8 @@ class _Window:
 
     def place(self) -> str:
         """The position as FILE:LINE (byte OFFSET)."""
-        return f"{self._path}:{LineNumbers(self._path).at(self.offset)} (byte {self.offset})"
+        with closing(LineNumbers(self._path)) as lines:
+            return f"{self._path}:{lines.at(self.offset)} (byte {self.offset})"
 
     def _decode(self) -> tuple[Any, int | None, str]:
         """(value, end, "") if JSON and then a comma or bracket follow; else (None, None, the problem)."""

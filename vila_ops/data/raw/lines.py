@@ -12,6 +12,7 @@ from typing import BinaryIO, cast
 
 from vila_ops.data.raw.files import Span
 from vila_ops.data.raw.text import MAX_LINE, check_utf8
+from vila_ops.errors import VilaError
 
 GZIP, ZIP = b"\x1f\x8b", b"PK\x03\x04"
 ENCRYPTED = 1
@@ -38,7 +39,7 @@ def every_line(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def lines(span: Span) -> Iterator[tuple[str, bytes]]:
     """("FILE:NUMBER", line) of the lines of a span, blank ones too; NUMBER counts from 1."""
-    with opened(Path(span.path)) as file:
+    with opened(span.file()) as file:
         file.seek(span.mark)
         for number, (line, _) in zip(range(span.start + 1, span.stop + 1), _lines(file), strict=False):
             yield f"{span.name}:{number}", line
@@ -52,19 +53,21 @@ def opened(path: Path) -> Iterator[BinaryIO]:
     """
     with path.open("rb") as file:
         start = file.read(4)
-    if not start.startswith((GZIP, ZIP)):
-        with path.open("rb") as file:
+        file.seek(0)
+        if not start.startswith((GZIP, ZIP)):
             yield file
-        return
-    try:
-        if start == ZIP:
-            with zipfile.ZipFile(path) as archive, archive.open(_only_member(path, archive)) as member:
-                yield cast(BinaryIO, member)
-        else:
-            with gzip.open(path) as inflated:
-                yield cast(BinaryIO, inflated)
-    except _DAMAGE as error:
-        raise ValueError(f"{path} is a damaged archive ({error}); fetch it again, or unpack it") from error
+            return
+        try:
+            if start == ZIP:
+                with zipfile.ZipFile(file) as archive, archive.open(_only_member(path, archive)) as member:
+                    yield cast(BinaryIO, member)
+            else:
+                with gzip.open(file) as inflated:
+                    yield cast(BinaryIO, inflated)
+        except VilaError:  # of the store, not of the archive
+            raise
+        except _DAMAGE as error:
+            raise ValueError(f"{path} is a damaged archive ({error}); fetch it again, or unpack it") from error
 
 
 def _only_member(path: Path, archive: zipfile.ZipFile) -> str:
@@ -93,14 +96,16 @@ class LineNumbers:
     """Line numbers, from 1, of byte offsets in a plain file. Offsets must grow; the file is read once."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._file = path.open("rb")
         self._offset, self._number = 0, 1
 
     def at(self, offset: int) -> int:
         """The number of the line that contains the byte at `offset`."""
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            while block := file.read(max(0, min(1 << 20, offset - self._offset))):
-                self._number += block.count(b"\n")
-                self._offset += len(block)
+        while block := self._file.read(max(0, min(1 << 20, offset - self._offset))):
+            self._number += block.count(b"\n")
+            self._offset += len(block)
         return self._number
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

@@ -1,12 +1,15 @@
 """The kinds of sources: one table, kind -> module; a module is imported when a source of its kind is read."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from vila_ops.config import Source, fingerprint
 from vila_ops.config.kinds import Group, module_of
 from vila_ops.data.raw.files import Folders, RawFile, Span
+from vila_ops.data.raw.known import NOTHING, Known
+from vila_ops.data.raw.objects import raw_path
 from vila_ops.data.records import Dropped, Record
 from vila_ops.data.sources.packaged import packages_digest
 
@@ -71,14 +74,19 @@ def digest_and_missing(source: Source, *, cache: Path) -> tuple[str, str]:
     if packages := source.packages():
         return packages_digest(packages), ""
     raw = raw_files(source, {}, cache=cache)
-    return fingerprint([[file.name, file.digest] for file in raw]), _missing_images(source, raw)
+    return digest_of(raw), _missing_images(source, raw)
+
+
+def digest_of(raw: Sequence[RawFile]) -> str:
+    """Digest of the files of a source that is not packaged."""
+    return fingerprint([[file.name, file.digest] for file in raw])
 
 
 def _missing_images(source: Source, raw: list[RawFile]) -> str:
     named, images = sum(file.beside for file in raw), getattr(source, "images", None)
     if named and named == sum(file.beside_missing for file in raw):
         return f"none of the {named} files that its records name is there"
-    if isinstance(images, str) and any(file.images for file in raw) and not Path(images).is_dir():
+    if isinstance(images, str) and any(file.images for file in raw) and not raw_path(images).is_dir():
         return f"no folder {images}"
     return ""
 
@@ -91,17 +99,29 @@ def raw_files(source: Source, folders: Folders, *, cache: Path) -> list[RawFile]
 def check_images(source: Source) -> None:
     """Raise ValueError for a folder of images that is not there: once, and not for each record."""
     images = getattr(source, "images", None)
-    if isinstance(images, str) and not Path(images).is_dir():
+    if isinstance(images, str) and not raw_path(images).is_dir():
         raise ValueError(
             f"no such folder: {images} (looked for in {Path.cwd()}); set `images` to the folder of the images"
         )
 
 
-def read(source: Source, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
-    """One list of records for each raw record that the span takes. Spans can be read in any order."""
-    for number, records in enumerate(_module(source).read(source, folders, span), start=span.start):
+def read(source: Source, folders: Folders, span: Span, *, known: Known = NOTHING) -> Iterator[list[Record | Dropped]]:
+    """One list of records for each raw record that the span takes. Spans can be read in any order.
+
+    `known` is what a scan saw. Raises RawChanged if the raw file of the span, or a file that its records name, is
+    another one, at the end of the span at the latest.
+    """
+    known.check(span.path)
+    with known.applied():
+        records = iter(_module(source).read(source, folders, span))
+    for number in count(span.start):
+        with known.applied():
+            made = next(records, None)
+        if made is None:
+            break
         if span.takes(number):
-            yield records
+            yield made
+    known.check(span.path)
 
 
 def _module(source: Source) -> SourceModule:

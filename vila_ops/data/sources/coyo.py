@@ -18,6 +18,7 @@ from vila_ops.data.filtering.record_rules import filter_record, score_sum
 from vila_ops.data.filtering.top_share import top_share
 from vila_ops.data.raw.downloaded import Downloaded, Missing, scan_downloaded
 from vila_ops.data.raw.files import Folders, RawFile, Scan, Span
+from vila_ops.data.raw.objects import raw_path
 from vila_ops.data.raw.url_files import out_of
 from vila_ops.data.records import Dropped, Image, Record, Turn
 from vila_ops.data.sources.faults import Fault, checked, finite_numbers
@@ -52,14 +53,14 @@ def image_urls(source: Coyo, path: Path) -> Iterator[object]:
 def raw_files(source: Coyo, folders: Folders, *, cache: Path) -> list[RawFile]:
     """The Parquet files, each with its tar and manifest. Raises ValueError for a file of another format."""
     kind = f"{source.kind}:{source.images}"
-    return scan_downloaded(Path(source.path), URL_FILES, kind, _scan, images=source.images, cache=cache)
+    return scan_downloaded(raw_path(source.path), URL_FILES, kind, _scan, images=source.images, cache=cache)
 
 
 def read(source: Coyo, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
     """The captioned image of each row."""
     urls = {row["url"] for _, row in rows(span, ["url"]) if isinstance(row, dict) and isinstance(row["url"], str)}
     with Downloaded(out_of(source.images, span.name), urls) as images:
-        for number, (place, row) in enumerate(rows(span, _columns(Path(span.path))), start=span.start):
+        for number, (place, row) in enumerate(rows(span, _columns(span.file())), start=span.start):
             if not span.takes(number):
                 yield []
                 continue

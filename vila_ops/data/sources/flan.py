@@ -10,6 +10,7 @@ from typing import Any
 
 from vila_ops.config.sources import Flan
 from vila_ops.data.raw.files import Folders, RawFile, Scan, Span, paths, scan_files
+from vila_ops.data.raw.objects import raw_path
 from vila_ops.data.records import Dropped, Record, Turn
 from vila_ops.data.sources.conversations import check_text
 from vila_ops.data.sources.faults import Fault
@@ -25,7 +26,7 @@ PARQUET = ".parquet"
 
 def raw_files(source: Flan, folders: Folders, *, cache: Path) -> list[RawFile]:
     """The Parquet and jsonl files."""
-    return scan_files(paths(Path(source.path), (PARQUET, ".jsonl", ".jsonl.gz")), "flan", _scan, cache=cache)
+    return scan_files(paths(raw_path(source.path), (PARQUET, ".jsonl", ".jsonl.gz")), "flan", _scan, cache=cache)
 
 
 def read(source: Flan, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
@@ -33,7 +34,7 @@ def read(source: Flan, folders: Folders, span: Span) -> Iterator[list[Record | D
     if not span.path.lower().endswith(PARQUET):
         yield from read_objects(span, lambda value, place: _record(source, value, place))
         return
-    with open_parquet(Path(span.path)) as file:
+    with open_parquet(span.file()) as file:
         schema = file.schema_arrow
     columns = [name for name in schema.names if name in (*COLUMNS, *TASKS, "id", "licence", "license")]
     columns += media_columns(schema, but=(*columns, *source.ignore))

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from vila_ops.config.sources import HfParquet
 from vila_ops.data.raw.files import Folders, RawFile, Scan, Span, paths, scan_files
+from vila_ops.data.raw.objects import raw_path
 from vila_ops.data.raw.text import DECODER
 from vila_ops.data.records import Dropped, Image, Record, Turn
 from vila_ops.data.sources.conversations import BESIDE, prompt_beside
@@ -27,12 +28,12 @@ from vila_ops.data.sources.turns import with_images
 def raw_files(source: HfParquet, folders: Folders, *, cache: Path) -> list[RawFile]:
     """The shards. Raises ValueError for a shard without the source's columns, or with columns of other types."""
     kind = f"{source.kind}:{source.image}:{source.text}:{source.render}"
-    return scan_files(paths(Path(source.path), (".parquet",)), kind, lambda path: _scan(source, path), cache=cache)
+    return scan_files(paths(raw_path(source.path), (".parquet",)), kind, lambda path: _scan(source, path), cache=cache)
 
 
 def read(source: HfParquet, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
     """The record of each row."""
-    with open_parquet(Path(span.path)) as file:
+    with open_parquet(span.file()) as file:
         schema = file.schema_arrow
     own = (source.image, source.text)
     columns = [*own, *number_columns(schema), *media_columns(schema, but=(*own, *source.ignore))]

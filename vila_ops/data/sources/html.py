@@ -13,6 +13,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 from vila_ops.config.sources import Html
 from vila_ops.data.containers import BadImage, strip
 from vila_ops.data.raw.files import Folders, RawFile, Scan, Span, paths, scan_files
+from vila_ops.data.raw.objects import raw_path
 from vila_ops.data.records import MISSING_IMAGE, Dropped, Image, Part, Record, Turn
 from vila_ops.data.sources.faults import Fault
 from vila_ops.data.sources.html_page import PageImage, page
@@ -28,7 +29,7 @@ def raw_files(source: Html, folders: Folders, *, cache: Path) -> list[RawFile]:
     """The pages, each with the image files that it refers to."""
     root = _root(source)
     kind = f"{source.kind}:{root}"
-    return scan_files(paths(Path(source.path), SUFFIXES), kind, lambda path: _scan(root, path), cache=cache)
+    return scan_files(paths(raw_path(source.path), SUFFIXES), kind, lambda path: _scan(root, path), cache=cache)
 
 
 def read(source: Html, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
@@ -40,7 +41,7 @@ def read(source: Html, folders: Folders, span: Span) -> Iterator[list[Record | D
 
 
 def _record(source: Html, span: Span) -> Record:
-    parts, notes = _parts(source, Path(span.path))
+    parts, notes = _parts(source, span.file())
     if not any(isinstance(part, str) for part in parts):
         raise Fault("no_text", "the page has no text outside of navigation, scripts and the like")
     return Record(
@@ -128,7 +129,7 @@ def _name(root: Path, path: Path, url: SplitResult) -> str:
 
 
 def _root(source: Html) -> Path:
-    path = Path(source.path)
+    path = raw_path(source.path)
     return path.parent if path.is_file() else path
 
 

@@ -9,7 +9,8 @@ import binascii
 import hashlib
 from pathlib import Path, PurePath, PurePosixPath
 
-from vila_ops.data.raw.files import MAX_NAME_BYTES, on_disk
+from vila_ops.data.raw.files import MAX_NAME_BYTES, content, on_disk
+from vila_ops.data.raw.objects import ObjectPath, raw_path
 from vila_ops.data.raw.text import fault
 from vila_ops.data.records import Image, Turn
 from vila_ops.data.sources.faults import Fault
@@ -26,14 +27,15 @@ def path_inside(folder: str | None, name: str) -> Path:
         raise Fault("missing_image", f"the record names {name!r}, but the source has no `images`; set that folder")
     path = PurePosixPath(name)
     if path.is_absolute():
-        roots = [root for root in (Path(folder).absolute(), Path(folder).resolve()) if path.is_relative_to(root)]
+        own = raw_path(folder)
+        roots = [root for root in (own.absolute(), own.resolve()) if path.is_relative_to(root)]
         path = path.relative_to(roots[0]) if roots else path
     if not path.parts or path.is_absolute() or ".." in path.parts or fault(name) or is_too_long(path):
         raise Fault(
             "bad_image_path",
             f"{name[:200]!r} is not a path inside the folder `images`; write it relative to it, without '..'",
         )
-    return Path(folder) / path
+    return raw_path(folder) / path
 
 
 def is_too_long(path: PurePath) -> bool:
@@ -43,14 +45,21 @@ def is_too_long(path: PurePath) -> bool:
 
 def read_image(folder: str | None, name: str) -> Image:
     """The image of that name. Raises Fault: missing_image, bad_image_path (also for a link), image_too_big."""
-    path = on_disk(path_inside(folder, name))
-    if not path.is_file():
-        raise Fault("missing_image", f"no file {name!r} in the folder `images`; {_way_to(path, name)}")
-    if not path.resolve().is_relative_to(Path(folder or "").resolve()):
+    place = path_inside(folder, name)
+    path = on_disk(place)
+    if not isinstance(path, ObjectPath) and path.is_file() and not _is_inside(path, folder or ""):
         raise Fault("bad_image_path", f"{name!r} is a link out of the folder `images`; put the image itself there")
-    if (size := path.stat().st_size) > MAX_BYTES:
+    data = content(place, most=MAX_BYTES)
+    if data is None:
+        raise Fault("missing_image", f"no file {name!r} in the folder `images`; {_way_to(path, name)}")
+    if len(data) > MAX_BYTES:
+        size = path.stat().st_size
         raise Fault("image_too_big", f"{name!r} has {size} bytes, more than {MAX_BYTES}; scale it down")
-    return Image(path.read_bytes())
+    return Image(data)
+
+
+def _is_inside(path: Path, folder: str) -> bool:
+    return path.resolve().is_relative_to(Path(folder).resolve())
 
 
 def _way_to(path: Path, name: str) -> str:

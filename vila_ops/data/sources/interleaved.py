@@ -24,12 +24,14 @@ from vila_ops.data.filtering.record_rules import filter_record
 from vila_ops.data.raw.downloaded import Downloaded, Missing, scan_downloaded
 from vila_ops.data.raw.files import STRIDE, Folders, RawFile, Scan, Span
 from vila_ops.data.raw.lines import every_line, lines
+from vila_ops.data.raw.objects import raw_path
 from vila_ops.data.raw.text import DECODER
 from vila_ops.data.raw.url_files import out_of
 from vila_ops.data.records import MISSING_IMAGE, Dropped, Image, Part, Record, Turn
 from vila_ops.data.sources.faults import Fault, checked, finite_numbers, json_of
 from vila_ops.data.sources.json_files import stated
 from vila_ops.data.sources.rows import open_parquet, rows
+from vila_ops.errors import VilaError
 
 URL_FILES = (".parquet", ".jsonl", ".jsonl.zip", ".jsonl.gz")
 LISTS, METADATA = ("texts", "images"), ("metadata", "general_metadata")
@@ -53,7 +55,7 @@ def raw_files(source: Interleaved, folders: Folders, *, cache: Path) -> list[Raw
     """The files, each with its tar and manifest. Raises ValueError for a file of another format."""
     kind = f"{source.kind}:{source.images}:{source.max_images}"
     scan = partial(_scan, source)
-    return scan_downloaded(Path(source.path), URL_FILES, kind, scan, images=source.images, cache=cache)
+    return scan_downloaded(raw_path(source.path), URL_FILES, kind, scan, images=source.images, cache=cache)
 
 
 def read(source: Interleaved, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
@@ -73,7 +75,7 @@ def read(source: Interleaved, folders: Folders, span: Span) -> Iterator[list[Rec
 
 def _values(span: Span) -> Iterator[tuple[str, dict[str, Any] | Fault | None]]:
     """("FILE:NUMBER", value) of the documents of a span; None for a blank line."""
-    path = Path(span.path)
+    path = span.file()
     if _is_parquet(path):
         with open_parquet(path) as file:
             columns = [name for name in (*LISTS, *METADATA) if name in file.schema_arrow.names]
@@ -225,6 +227,8 @@ def _scan_parquet(path: Path, beside: tuple[str, ...]) -> Scan:
             raise ValueError(f"{path}: column 'images' is {kind}, not a list of URLs and nulls")
         try:
             lists = [pc.list_flatten(batch.column(0)) for batch in file.iter_batches(columns=["images"])]
+        except VilaError:  # of the store, not of the file
+            raise
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path} cannot be read to its end ({error}); fetch it again") from error
     return Scan(count=count, images=sum(len(one) - one.null_count for one in lists), beside=beside)

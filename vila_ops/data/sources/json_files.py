@@ -1,6 +1,7 @@
 """Files of JSON objects, as one array or with one object on each line: scanned, and read to records."""
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def read_objects(span: Span, make: Callable[[Object, str], Record]) -> Iterator[
 
     The place is FILE:LINE, or FILE:LINE[INDEX] in an array.
     """
-    return _read_array(span, make) if is_array(Path(span.path)) else _read_lines(span, make)
+    return _read_array(span, make) if is_array(span.file()) else _read_lines(span, make)
 
 
 def record(
@@ -106,13 +107,13 @@ def _read_lines(span: Span, make: Callable[[Object, str], Record]) -> Iterator[l
 
 
 def _read_array(span: Span, make: Callable[[Object, str], Record]) -> Iterator[list[Record | Dropped]]:
-    path = Path(span.path)
-    numbers = LineNumbers(path)
-    for number, (offset, value) in zip(range(span.start, span.stop), elements(path, start=span.mark), strict=False):
-        if not span.takes(number):
-            yield []
-            continue
-        yield [_record_or_dropped(value, f"{span.name}:{numbers.at(offset)}[{number}]", make)]
+    path = span.file()
+    with closing(LineNumbers(path)) as lines:
+        for number, (offset, value) in zip(range(span.start, span.stop), elements(path, start=span.mark), strict=False):
+            if not span.takes(number):
+                yield []
+                continue
+            yield [_record_or_dropped(value, f"{span.name}:{lines.at(offset)}[{number}]", make)]
 
 
 def _record_or_dropped(value: Any, place: str, make: Callable[[Object, str], Record]) -> Record | Dropped:

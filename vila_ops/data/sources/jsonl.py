@@ -5,17 +5,18 @@
            {"role": "assistant", "parts": [{"text": "A dog."}]}]}
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from pydantic import Field, ValidationError, field_validator
 
 from vila_ops.config.base import Config
 from vila_ops.config.sources import JsonLines
-from vila_ops.data.raw.files import STRIDE, Folders, RawFile, RawMissing, Scan, Span, on_disk, scan_files
+from vila_ops.data.raw.files import STRIDE, Folders, RawFile, RawMissing, Scan, Span, content, scan_files
 from vila_ops.data.raw.lines import every_line, lines
+from vila_ops.data.raw.objects import raw_path
 from vila_ops.data.records import Dropped, Image, Part, Record, Role, Turn
-from vila_ops.data.sources.images import is_too_long
+from vila_ops.data.sources.images import MAX_BYTES, is_too_long
 
 RECORDS = "records.jsonl"
 
@@ -61,7 +62,7 @@ class Line(Config):
 
 def raw_files(source: JsonLines, folders: Folders, *, cache: Path) -> list[RawFile]:
     """records.jsonl, with the images that its records refer to."""
-    path = Path(source.path) / RECORDS
+    path = raw_path(source.path) / RECORDS
     if not path.is_file():
         raise RawMissing(f"no {RECORDS} in {source.path!r}; a jsonl source is a folder with that file")
     return scan_files([(RECORDS, path)], source.kind, _scan, cache=cache)
@@ -78,27 +79,28 @@ def read(source: JsonLines, folders: Folders, span: Span) -> Iterator[list[Recor
         except ValidationError as error:
             yield [Dropped(id=place, reason="bad_line", where=place, detail=str(error))]
             continue
-        yield [_record(Path(source.path), line, where=place)]
+        yield [_record(raw_path(source.path), line, where=place)]
 
 
 def _record(folder: Path, line: Line, *, where: str) -> Record | Dropped:
     images = [part.image for turn in line.turns for part in turn.parts if isinstance(part, ImageLine)]
-    if missing := [image for image in images if not on_disk(folder / image).is_file()]:
+    data = {image: content(folder / image, most=MAX_BYTES) for image in images}
+    if missing := [image for image in images if data[image] is None]:
         return Dropped(
             id=line.id, reason="missing_image", where=where, detail=f"no file {missing[0]!r} beside {RECORDS}"
         )
     return Record(
         id=line.id,
         object=line.object.lower(),
-        turns=tuple(Turn(turn.role, tuple(_part(folder, part) for part in turn.parts)) for turn in line.turns),
+        turns=tuple(Turn(turn.role, tuple(_part(data, part) for part in turn.parts)) for turn in line.turns),
         category=line.category,
         licence=line.licence,
         provenance=line.provenance,
     )
 
 
-def _part(folder: Path, part: TextLine | ImageLine) -> Part:
-    return part.text if isinstance(part, TextLine) else Image(on_disk(folder / part.image).read_bytes())
+def _part(images: Mapping[str, bytes | None], part: TextLine | ImageLine) -> Part:
+    return part.text if isinstance(part, TextLine) else Image(images[part.image] or b"")
 
 
 def _scan(path: Path) -> Scan:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from vila_ops.config.sources import Llava, LlavaCc3m
 from vila_ops.data.raw.files import Folders, RawFile, Span, paths, scan_files
+from vila_ops.data.raw.objects import raw_path
 from vila_ops.data.records import Dropped, Record, Turn
 from vila_ops.data.sources import media
 from vila_ops.data.sources.conversations import prompt_beside
@@ -24,7 +25,7 @@ _READ = ("conversations", *media.IMAGE_KEYS)
 def raw_files(source: Llava, folders: Folders, *, cache: Path) -> list[RawFile]:
     """The JSON files, with the images that their records refer to."""
     return scan_files(
-        paths(Path(source.path), SUFFIXES),
+        paths(raw_path(source.path), SUFFIXES),
         f"llava:{source.images}",
         lambda path: scan_objects(path, lambda value: image_paths(value, source.images)),
         cache=cache,

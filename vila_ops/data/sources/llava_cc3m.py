@@ -7,6 +7,8 @@ from typing import Any
 from vila_ops.config.sources import LlavaCc3m
 from vila_ops.data.raw.files import Folders, RawFile, RawMissing, Scan, Span, scan_files
 from vila_ops.data.raw.json_array import elements, is_array
+from vila_ops.data.raw.known import known
+from vila_ops.data.raw.objects import raw_path
 from vila_ops.data.records import Dropped, Record
 from vila_ops.data.sources.json_files import Object, read_objects, scan_objects, stated
 from vila_ops.data.sources.llava import image_paths, record_of
@@ -16,7 +18,7 @@ CHAT, METADATA = "chat.json", "metadata.json"
 
 def raw_files(source: LlavaCc3m, folders: Folders, *, cache: Path) -> list[RawFile]:
     """chat.json, with metadata.json and the images that it depends on."""
-    path = Path(source.path) / CHAT
+    path = raw_path(source.path) / CHAT
     if not path.is_file() or not is_array(path):
         raise (ValueError if path.is_file() else RawMissing)(
             f"no {CHAT} with a JSON array in {source.path!r}; `path` is the folder of the downloaded files"
@@ -26,7 +28,7 @@ def raw_files(source: LlavaCc3m, folders: Folders, *, cache: Path) -> list[RawFi
 
 def read(source: LlavaCc3m, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
     """The record of each object; its provenance ends with the image's URL, if metadata.json has it."""
-    urls = _urls(Path(source.path) / METADATA, _stems(span))
+    urls = _urls(raw_path(source.path) / METADATA, _stems(span))
 
     def make(value: Object, place: str) -> Record:
         return record_of(source, {**value, "url": urls.get(_stem(value))}, place)
@@ -35,8 +37,8 @@ def read(source: LlavaCc3m, folders: Folders, span: Span) -> Iterator[list[Recor
 
 
 def _scan(source: LlavaCc3m) -> Scan:
-    scan = scan_objects(Path(source.path) / CHAT, lambda value: image_paths(value, source.images))
-    metadata = Path(source.path) / METADATA
+    scan = scan_objects(raw_path(source.path) / CHAT, lambda value: image_paths(value, source.images))
+    metadata = raw_path(source.path) / METADATA
     if metadata.is_file():
         for _ in elements(metadata):  # raises here, not in the middle of a read, if the file is cut off
             pass
@@ -45,13 +47,14 @@ def _scan(source: LlavaCc3m) -> Scan:
 
 
 def _stems(span: Span) -> set[str]:
-    places = zip(range(span.start, span.stop), elements(Path(span.path), start=span.mark), strict=False)
+    places = zip(range(span.start, span.stop), elements(span.file(), start=span.mark), strict=False)
     return {_stem(value) for number, (_, value) in places if span.takes(number)} - {""}
 
 
 def _urls(metadata: Path, stems: set[str]) -> dict[str, str]:
     """URLs by image name, of these images. The file is as long as chat.json and is streamed."""
     urls: dict[str, str] = {}
+    known().check(str(metadata))
     if not metadata.is_file():
         return urls
     for _, value in elements(metadata):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from vila_ops.config.sources import Messages
 from vila_ops.data.raw.files import Folders, RawFile, Span, paths, scan_files
+from vila_ops.data.raw.objects import raw_path
 from vila_ops.data.records import Dropped, Record
 from vila_ops.data.sources import media
 from vila_ops.data.sources.conversations import prompt_beside
@@ -24,7 +25,7 @@ _READ = ("messages", *media.IMAGE_KEYS)
 def raw_files(source: Messages, folders: Folders, *, cache: Path) -> list[RawFile]:
     """The JSON files, with the image files that their records refer to."""
     return scan_files(
-        paths(Path(source.path), SUFFIXES),
+        paths(raw_path(source.path), SUFFIXES),
         f"messages:{source.images}:{source.ignore}",
         lambda path: scan_objects(path, lambda value: _image_paths(source, value)),
         cache=cache,

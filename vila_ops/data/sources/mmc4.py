@@ -21,6 +21,7 @@ from vila_ops.config.sources import Mmc4
 from vila_ops.data.raw.downloaded import Downloaded, Missing, scan_downloaded
 from vila_ops.data.raw.files import STRIDE, Folders, RawFile, Scan, Span
 from vila_ops.data.raw.lines import every_line, lines
+from vila_ops.data.raw.objects import raw_path
 from vila_ops.data.raw.url_files import out_of
 from vila_ops.data.records import MISSING_IMAGE, Dropped, Image, Part, Record, Turn
 from vila_ops.data.sources.faults import Fault, checked, json_of
@@ -80,7 +81,7 @@ def raw_files(source: Mmc4, folders: Folders, *, cache: Path) -> list[RawFile]:
     """The shards, each with its tar and manifest. Raises ValueError for a shard whose images were not downloaded."""
     kind = f"{source.kind}:{source.images}:{source.max_images}:{source.min_similarity}"
     scan = partial(_scan, source)
-    return scan_downloaded(Path(source.path), URL_FILES, kind, scan, images=source.images, cache=cache)
+    return scan_downloaded(raw_path(source.path), URL_FILES, kind, scan, images=source.images, cache=cache)
 
 
 def read(source: Mmc4, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:

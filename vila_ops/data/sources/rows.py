@@ -11,8 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vila_ops.data.raw.files import Span
+from vila_ops.data.raw.objects import for_arrow
 from vila_ops.data.sources.faults import Fault
 from vila_ops.data.sources.media import names_media
+from vila_ops.errors import VilaError
 
 BATCH_ROWS = 16
 BUFFER_BYTES = 2**20
@@ -22,7 +24,9 @@ BUFFER_BYTES = 2**20
 def open_parquet(path: Path) -> pq.ParquetFile:
     """Open the file and read its footer. Raises ValueError if it is damaged or of another format."""
     try:
-        return pq.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False)
+        return pq.ParquetFile(for_arrow(path), buffer_size=BUFFER_BYTES, pre_buffer=False)
+    except VilaError:  # of the store, not of the file
+        raise
     except (pa.ArrowException, OSError) as error:
         raise ValueError(
             f"{path} is not a readable Parquet file ({error}); it may be cut off: fetch it again"
@@ -35,7 +39,7 @@ def rows(span: Span, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, An
     A row group is decoded from its first row on, so a file of one huge row group is read repeatedly if it is cut into
     many spans.
     """
-    with open_parquet(Path(span.path)) as file:
+    with open_parquet(span.file()) as file:
         after = 0
         for group in range(file.num_row_groups):
             before, after = after, after + file.metadata.row_group(group).num_rows
@@ -56,6 +60,8 @@ def _group_rows(
                 yield _row(batch.slice(row, 1))
             skipped = max(0, skipped - batch.num_rows)
         problem = "it has fewer rows than the footer says"
+    except VilaError:
+        raise
     except (pa.ArrowException, OSError) as error:
         problem = str(error)
     while True:

@@ -8,7 +8,7 @@ If quotes swallow rows, because one is never closed or is closed rows later, eac
 
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -17,6 +17,7 @@ from vila_ops.config.sources import Separator, Table
 from vila_ops.data.raw.downloaded import Downloaded, Missing, scan_downloaded
 from vila_ops.data.raw.files import STRIDE, Folders, RawFile, Scan, Span, on_disk, paths, scan_files
 from vila_ops.data.raw.lines import LineNumbers
+from vila_ops.data.raw.objects import raw_path
 from vila_ops.data.raw.tables import Layout, Row, fields_of, read_header, rows
 from vila_ops.data.raw.url_files import out_of
 from vila_ops.data.records import Dropped, Image, Record, Turn
@@ -59,7 +60,7 @@ def image_urls(source: Table, path: Path) -> Iterator[object]:
 
 def raw_files(source: Table, folders: Folders, *, cache: Path) -> list[RawFile]:
     """The tables, with the images that their rows refer to. Raises ValueError if a column is missing."""
-    root, suffixes = Path(source.path), URL_FILES if source.separator else tuple(SEPARATORS)
+    root, suffixes = raw_path(source.path), URL_FILES if source.separator else tuple(SEPARATORS)
     settings = source.model_dump(include={"separator", "quotes", "columns", "image", "image_url", "text", "question"})
     kind = f"table:{source.images}:{settings}"
     if source.image_url is None:
@@ -69,8 +70,9 @@ def raw_files(source: Table, folders: Folders, *, cache: Path) -> list[RawFile]:
 
 def read(source: Table, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
     """The record of each row, none for a blank row. A row's place is FILE:LINE, with the line on which it begins."""
-    lines, layout = LineNumbers(Path(span.path)), layout_of(source, Path(span.path))
+    layout = layout_of(source, span.file())
     with ExitStack() as stack:
+        lines = stack.enter_context(closing(LineNumbers(span.file())))
         images = stack.enter_context(_downloaded(source, span)) if source.image_url else None
         for number, header, row in _taken(source, span):
             if not row.fields or not span.takes(number):
@@ -88,7 +90,7 @@ def read(source: Table, folders: Folders, span: Span) -> Iterator[list[Record | 
 
 def _taken(source: Table, span: Span) -> Iterator[tuple[int, list[str], Row]]:
     """(number, names of the columns, row) of each row of a span."""
-    path = Path(span.path)
+    path = span.file()
     layout = layout_of(source, path)
     header, body = _header(source, path, layout)
     for number, row in zip(range(span.start, span.stop), rows(path, layout, span.mark or body), strict=False):

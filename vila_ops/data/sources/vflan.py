@@ -12,6 +12,7 @@ from pathlib import Path
 
 from vila_ops.config.sources import Vflan
 from vila_ops.data.raw.files import Folders, RawFile, Span, files_below, paths, scan_files
+from vila_ops.data.raw.objects import raw_path
 from vila_ops.data.records import Dropped, Part, Record, Turn
 from vila_ops.data.sources.conversations import PLACEHOLDER, check_text
 from vila_ops.data.sources.faults import Fault
@@ -29,7 +30,7 @@ DIALOG = "Image Descriptions"
 
 def raw_files(source: Vflan, folders: Folders, *, cache: Path) -> list[RawFile]:
     """The JSON files. Raises ValueError if a pickle is among them."""
-    root = Path(source.path)
+    root = raw_path(source.path)
     for path in sorted(path for _, path in files_below(root)) if root.is_dir() else [root]:
         if path.name.lower().endswith(PICKLES):
             raise ValueError(

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, assert_never
 
 from vila_ops.config.sources import WebDataset
 from vila_ops.data.raw.files import STRIDE, Folders, RawFile, Scan, Span, paths, scan_files
+from vila_ops.data.raw.objects import raw_path
 from vila_ops.data.raw.tars import BadTar, Member, members
 from vila_ops.data.raw.text import decoded
 from vila_ops.data.records import Dropped, Image, Record, Turn
@@ -35,13 +36,13 @@ _META = re.compile(r"__[^/]*__($|/)")
 def raw_files(source: WebDataset, folders: Folders, *, cache: Path) -> list[RawFile]:
     """The tars. Raises ValueError for a tar that is damaged or compressed, or has members other than files."""
     kind = f"{source.kind}:{source.key_ends}:{source.image_members}"
-    tars = paths(Path(source.path), (".tar", *COMPRESSED))
+    tars = paths(raw_path(source.path), (".tar", *COMPRESSED))
     return scan_files(tars, kind, lambda path: _scan(source, path), cache=cache)
 
 
 def read(source: WebDataset, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
     """The record of each key."""
-    with Path(span.path).open("rb") as file:
+    with span.file().open("rb") as file:
         groups = _groups(source, members(file, start=span.mark))
         for number, (key, group) in zip(range(span.start, span.stop), groups, strict=False):
             if not span.takes(number):
