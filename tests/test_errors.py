@@ -64,6 +64,8 @@ ERRORS = {
     errors.OutOfMemory("x"): True,
     errors.DeviceLost("x"): True,
     errors.HungStep("x"): False,
+    errors.Preempted("x"): False,
+    errors.UnsupportedSetting("n", "x"): True,
     errors.PromotionRaceLost("x"): False,
     errors.NotReady("x"): False,
     errors.TokenizerMissing("x"): True,

@@ -252,4 +252,5 @@ class RemoteError:
 def _kinds() -> dict[str, type[Exception]]:
     """Classes that are built from their message alone, by name."""
     ours = (kind for kind in globals().values() if isinstance(kind, type) and issubclass(kind, VilaError))
-    return {kind.__name__: kind for kind in (*ours, *FINAL, OSError, Exception) if kind is not DamagedFile}
+    more = (DamagedFile, UnsupportedSetting)
+    return {kind.__name__: kind for kind in (*ours, *FINAL, OSError, Exception) if kind not in more}

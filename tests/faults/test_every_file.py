@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -26,11 +27,18 @@ from vila_ops.errors import CorruptArtifact
 from vila_ops.eval.evaluate import evaluate
 from vila_ops.local.process import ProcessRecord, read_record, record_path
 from vila_ops.model.assemble import assemble
+from vila_ops.retrain import decisions
+from vila_ops.retrain.decide import Decided
 from vila_ops.serve.backends.local_process import ProcessManager, ServiceRecord
 from vila_ops.train.job import BadSampleReport
 from vila_ops.train.stage import train_stage
 
 FEW_SHOT = Path(__file__).parents[2] / "configs/suites/sample_few_shot.yaml"
+DECISION = decisions.DecisionRecord(
+    name="own", subject="retrain", when=datetime(2026, 1, 5, tzinfo=UTC), window=datetime(2026, 1, 5, tzinfo=UTC),
+    trigger="schedule", policy={},
+    decided=Decided(verdict="not now", rule="no reason", reason="nothing is new", change="new data", checks=()),
+)  # fmt: skip
 FLIPS = max(1, int(os.environ.get("VILA_FLIPS", "0")) // 100)
 pytestmark = pytest.mark.slow
 Pipeline = Callable[[], list[Artifact]]
@@ -60,7 +68,8 @@ def pipeline(root: Path) -> Pipeline:
         data = prepare(mixture, model.text(max_tokens=128), resources)
         trained = train_stage(made_elsewhere.stage(mixture), model, data, base, resources)
         report = evaluate(made_elsewhere.suite(mixture), trained, data, resources)
-        return [base, data, trained, report, evaluate(official, trained, None, resources)]
+        decision = decisions.seal(DECISION, root=str(root / "store"))
+        return [base, data, trained, report, evaluate(official, trained, None, resources), decision]
 
     return run
 
