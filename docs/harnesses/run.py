@@ -1,10 +1,14 @@
 """Writes what two other evaluation harnesses measure beside ours into docs/interop.md: the end of `make interop`.
 
-lmms-eval (one task: POPE) and VLMEvalKit (one TSV: MMBench, circular) run in environments of their own in
-build/harnesses, which are made once, of the packages listed beside this file, and take torch from ours. They ask our
-endpoint, with the demo's model without training, the questions of samples of this repository, and score the answers by
-their rules. `vila-ops` asks the same endpoint the same prompts. Answers have to be equal item by item, and so have
-scores under the rule of the harness.
+lmms-eval (one task: POPE) and VLMEvalKit (a TSV: MMBench, circular; its rows once more as single questions) run in
+environments of their own in build/harnesses, which are made once, of the packages listed beside this file, and take
+torch from ours. They ask our endpoint, with the demo's model without training, the questions of samples of this
+repository, and score the answers by their rules. `vila-ops` asks the same endpoint the same prompts. Answers have to be
+equal item by item, and so have scores under the rule of the harness.
+
+The model answers "Yes." and "No." to POPE if it is asked for them, and lmms-eval counts these words alone, so an answer
+has one token there. It names the second option of every question, so none is right in all of its rotations, and a third
+of the rows are.
 
 VLMEvalKit sends every image as JPEG again, so its TSV has images of which a second encoding changes no pixel.
 """
@@ -41,10 +45,13 @@ PAGE = ROOT / "docs/interop.md"
 SAMPLES = ROOT / "docs/samples"
 ENVIRONMENTS = ROOT / "build/harnesses"
 START, END = "<!-- made by docs/harnesses/run.py -->", "<!-- end of harnesses -->"
-MODEL, TASK, TSV = "vila", "vila_pope", "vila_mmbench"
-HINT = "Answer the question using a single word or phrase."
+MODEL, TASK = "vila", "vila_pope"
+CIRCULAR, SINGLE = "vila_mmbench", "vila_rows"
+"""Tables of VLMEvalKit, which takes one with "mmbench" in its name for circular."""
+HINT = "Answer yes or no."
+OPTIONS_HINT = "Please select the correct answer from the options above. "
 TOKENS = 8
-"""Most tokens of an answer."""
+"""Most tokens of an answer to a question with options."""
 SIDE = 112
 """VLMEvalKit enlarges images below 100 pixels."""
 VLMEVALKIT_RUN = """
@@ -66,7 +73,7 @@ def main() -> None:
         run = load(ROOT / "configs/recipes/demo.yaml", resources=ROOT / "configs/resources/inline.yaml")
         resources = run.resources.with_changes({"storage.store": str(root / "store"), "serve.max_batch": 8})
         with served(run.recipe.model, resources, root) as url:
-            rows = [lmms_eval(url, resources, root), vlmevalkit(url, resources, root)]
+            rows = [lmms_eval(url, resources, root), *vlmevalkit(url, resources, root)]
     head = "| harness | data | answers equal | its score | its rule on our answers | ours, official | ours, corrected |"
     lines = [head, f"|{' --- |' * 7}", *rows]
     before, _, rest = PAGE.read_text().partition(START)
@@ -100,7 +107,7 @@ def lmms_eval(url: str, resources: Resources, root: Path) -> str:
         "prompt": {
             "user": "{image}{question}\n{hint}",
             "hint": HINT,
-            "answer": {"kind": "generate", "max_new_tokens": TOKENS},
+            "answer": {"kind": "generate", "max_new_tokens": 1},
         },
     }
     answers, metrics = ours(benchmark, url, resources.with_changes({"storage.benchmarks": str(SAMPLES)}))
@@ -138,59 +145,76 @@ output_type: generate_until
 doc_to_visual: !function rules.pope_doc_to_visual
 doc_to_text: !function rules.pope_doc_to_text
 doc_to_target: answer
-generation_kwargs: {{max_new_tokens: 8, temperature: 0, do_sample: false}}
+generation_kwargs: {{max_new_tokens: 1, temperature: 0, do_sample: false}}
 process_results: !function rules.pope_process_results
 metric_list:
   - {{metric: pope_accuracy, aggregation: !function rules.pope_aggregate_accuracy, higher_is_better: true}}
 lmms_eval_specific_kwargs: {{default: {{pre_prompt: "", post_prompt: "\\n{hint}"}}}}
 """
-"""POPE of lmms-eval on local data: its own functions, and its own prompt."""
+"""POPE of lmms-eval on local data: its own functions, and its own form of a prompt."""
 
 
-def vlmevalkit(url: str, resources: Resources, root: Path) -> str:
-    """The row of VLMEvalKit. It asks every rotation of the questions of MMBench."""
+def vlmevalkit(url: str, resources: Resources, root: Path) -> list[str]:
+    """The rows of VLMEvalKit: every rotation of the questions of MMBench, circular and each for itself."""
     folder = root / "vlmevalkit"
-    (folder / "benchmarks/mmbench").mkdir(parents=True)
-    tsv = folder / "benchmarks/mmbench/mmbench_dev_20230712.tsv"
-    _mmbench_table(tsv)
-    (folder / f"{TSV}.tsv").write_bytes(tsv.read_bytes())
+    benchmarks = folder / "benchmarks"
+    files = {CIRCULAR: benchmarks / "mmbench/mmbench_dev_20230712.tsv", SINGLE: benchmarks / "ai2d/AI2D_TEST.tsv"}
+    _tables(files)
+    for name, file in files.items():
+        (folder / f"{name}.tsv").write_bytes(file.read_bytes())
     model = {"class": "GPT4V", "model": MODEL, "api_base": f"{url}/chat/completions", "key": "none"}
     model |= {"temperature": 0, "img_size": -1, "max_tokens": TOKENS, "retry": 2, "timeout": 600}
-    config = {"model": {MODEL: model}, "data": {TSV: {"class": "CustomMCQDataset", "dataset": TSV}}}
-    (folder / "config.json").write_text(json.dumps(config))
+    data = {name: {"class": "CustomMCQDataset", "dataset": name} for name in files}
+    (folder / "config.json").write_text(json.dumps({"model": {MODEL: model}, "data": data}))
     python = environment("vlmevalkit")
     command = [python, "-c", VLMEVALKIT_RUN, "--config", folder / "config.json", "--work-dir", folder / "out"]
     command += ["--judge", "exact_matching", "--api-nproc", "4"]
     ran(command, folder, LMUData=folder, PRED_FORMAT="tsv")
-    predictions = written(folder, f"{MODEL}_{TSV}.tsv")
-    theirs = {line["index"]: line["prediction"].strip() for line in _lines(predictions)}
-    (scores,) = _lines(written(folder, f"{MODEL}_{TSV}*_acc.csv"), ",")
-    benchmark = {
-        "kind": "mmbench",
-        "version": "dev_20230712",
-        "prompt": {
-            "user": "{image}Hint: {context}\nQuestion: {question}\nOptions:\n{options}\n{hint}\n",
-            "hint": "Please select the correct answer from the options above. ",
-            "answer": {"kind": "generate", "max_new_tokens": TOKENS},
-        },
+    own = resources.with_changes({"storage.benchmarks": str(benchmarks)})
+    asked = "Question: {question}\nOptions:\n{options}\n{hint}\n"
+    prompt = {
+        "user": f"{{image}}{asked}",
+        "hint": OPTIONS_HINT,
+        "answer": {"kind": "generate", "max_new_tokens": TOKENS},
     }
-    own = resources.with_changes({"storage.benchmarks": str(folder / "benchmarks")})
-    answers, metrics = ours(benchmark, url, own)
-    official = metrics["mmbench_dev_20230712_official"]
-    numbers = [float(scores["Overall"]), official, official, metrics["mmbench_dev_20230712_corrected"]]
-    return row("VLMEvalKit (ms-vlmeval 0.0.20)", "MMBench, circular", theirs, answers, numbers)
+    with_hint = {**prompt, "user": f"{{image}}Hint: {{context}}\n{asked}"}
+    circular = {"kind": "mmbench", "version": "dev_20230712", "prompt": with_hint}
+    single = {"kind": "ai2d", "prompt": prompt}
+    return [
+        _of_table(folder, CIRCULAR, "MMBench, circular", ours(circular, url, own), "mmbench_dev_20230712"),
+        _of_table(folder, SINGLE, "its rows as single questions", ours(single, url, own), "ai2d_masked"),
+    ]
 
 
-def _mmbench_table(path: Path) -> None:
-    """The sample with a hint in every row, and images of which a second encoding as JPEG changes no pixel."""
-    lines = _lines(SAMPLES / "mmbench/mmbench_dev_20230712.tsv")
-    for line in lines:
-        image = Pillow.open(io.BytesIO(base64.b64decode(line["image"]))).resize((SIDE, SIDE))
-        line |= {"image": base64.b64encode(_stable(image)).decode(), "hint": line["hint"] or "Look at the image."}
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(lines[0]), delimiter="\t", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
+def _of_table(folder: Path, name: str, data: str, measured: tuple[Answers, Mapping[str, float]], metric: str) -> str:
+    """The row of a table of VLMEvalKit. Its rule is our official column."""
+    theirs = {line["index"]: line["prediction"].strip() for line in _lines(written(folder, f"{MODEL}_{name}.tsv"))}
+    (scores,) = _lines(written(folder, f"{MODEL}_{name}*_acc.csv"), ",")
+    answers, metrics = measured
+    official, corrected = metrics[f"{metric}_official"], metrics[f"{metric}_corrected"]
+    numbers = [float(scores["Overall"]), official, official, corrected]
+    return row("VLMEvalKit (ms-vlmeval 0.0.20)", data, theirs, answers, numbers)
+
+
+def _tables(files: Mapping[str, Path]) -> None:
+    """The sample of MMBench with a hint in every row, and its rows without hints and under other numbers.
+
+    A second encoding of an image as JPEG changes no pixel.
+    """
+    rows = _lines(SAMPLES / "mmbench/mmbench_dev_20230712.tsv")
+    for one in rows:
+        image = Pillow.open(io.BytesIO(base64.b64decode(one["image"]))).resize((SIDE, SIDE))
+        one |= {"image": base64.b64encode(_stable(image)).decode(), "hint": one["hint"] or "Look at the image."}
+    single = [
+        {"index": str(number), **{key: value for key, value in one.items() if key not in ("index", "hint")}}
+        for number, one in enumerate(rows)
+    ]
+    for file, table in ((files[CIRCULAR], rows), (files[SINGLE], single)):
+        file.parent.mkdir(parents=True)
+        with file.open("w", newline="", encoding="utf-8") as opened:
+            writer = csv.DictWriter(opened, list(table[0]), delimiter="\t", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(table)
 
 
 def _stable(image: Pillow.Image) -> bytes:
