@@ -101,6 +101,7 @@ def pytest_configure(config: pytest.Config) -> None:
     always; `make faults` (VILA_FUZZ) draws 1,000 others.
     """
     busy: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+    importlib.import_module("setuptools")  # before anything imports distutils, or torch's compiler finds the wrong one
     settings.register_profile("repeatable", derandomize=True, max_examples=100, **busy)
     settings.register_profile("drawn", max_examples=1000, **busy)
     settings.load_profile("drawn" if "VILA_FUZZ" in os.environ else "repeatable")

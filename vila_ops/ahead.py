@@ -16,6 +16,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 END_SECONDS = 30.0
 """How long the end of the threads waits for the work in progress."""
+INTERRUPT_SECONDS = 1.0
+"""How long an interrupt may wait that comes just before a wait begins, which it then does not end."""
 log = logging.getLogger(__name__)
 
 
@@ -124,5 +126,10 @@ class Ahead(Generic[Item, Result]):
 
     def _wait(self, future: Future[Result]) -> None:
         began = time.perf_counter()
-        future.exception()
+        while True:
+            try:
+                future.exception(timeout=INTERRUPT_SECONDS)
+                break
+            except TimeoutError:
+                continue
         self.wait_seconds += time.perf_counter() - began
