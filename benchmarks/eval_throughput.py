@@ -60,8 +60,8 @@ ITEMS = int(os.environ.get("VILA_BENCH_ITEMS", "1000"))
 THREADS, BATCH, SIDE, CLIENTS = 2, 16, 224, 16
 BATCHED, SINGLE = 5, 25
 """The peer is asked every so many items, in batches and one by one: its time an item depends on neither."""
-REQUESTS = 3 * CLIENTS
-"""Requests to our own endpoint."""
+REQUESTS = 8 * CLIENTS
+"""Requests to our own endpoint; one client sends a quarter of them."""
 NAP_SECONDS = 0.05
 NEAR_TIE = 1e-3
 HINT = "Answer the question using a single word or phrase."
@@ -260,7 +260,7 @@ def sleeping() -> dict[str, float]:
 
 def own_endpoint(model: Pretrained, resources: Resources) -> dict[str, float]:
     """Requests a second of our endpoint for one client, for CLIENTS clients, and for an `EndpointTarget`."""
-    questions = Questions(REQUESTS, per_image=10)
+    questions, some = Questions(REQUESTS, per_image=10), Questions(REQUESTS // 4, per_image=10)
     checkpoint = Checkpoint(uri=model.uri, digest=model.digest, stage="base", step=0)
     version = ModelVersion(name="demo", version=1, checkpoint=checkpoint, promoted=False)
     capacity = resources.with_changes({"serve.max_batch": CLIENTS})
@@ -270,7 +270,7 @@ def own_endpoint(model: Pretrained, resources: Resources) -> dict[str, float]:
     with served(create_app(spec, engine, replica={"pid": 1})) as url:
         name = httpx.get(f"{url}/models").json()["data"][0]["id"]
         by_clients(url, name, questions, CLIENTS)  # every image goes through the tower
-        one = by_clients(url, name, questions, 1)
+        one = by_clients(url, name, some, 1)
         many = by_clients(url, name, questions, CLIENTS)
         target = by_target(url, name, questions, concurrency=CLIENTS)
     engine.close()

@@ -1,13 +1,15 @@
 """Useful tokens per second in training: our loop beside HF Trainer with stock LLaVA, with the same weights and samples.
 
-A step is one global batch: the samples of ROWS_PER_STEP packed sequences. The Trainer gets exactly these as its
-data set and accumulates over it, so that both take one optimizer step on the same samples. Ours packs them; the
-peer pads micro-batches of 16 (with its default sampler, or with its group_by_length, which here sorts the whole
-step: its best case), or takes one sample at a time, unpadded. Lengths are LLaVA-like (benchmarks/peers.py), divided
-by 9, since an image is 64 tokens here and 576 there. Both compute in PRECISION: bf16 (ours: bf16 weights with fp32
-masters; the peer: autocast over fp32 weights), or fp32 on a CPU without instructions for bf16. Fused AdamW, clipping
-at 1, frozen tower; the language model is SmolLM2-135M with its real weights. `loss_per_token` is that of the first
-step, before any update.
+A step is one global batch: the samples of ROWS_PER_STEP packed sequences. The Trainer gets exactly these as its data
+set and accumulates over it, so that both take one optimizer step on the same samples. Ours packs them, ROWS_PER_PASS
+sequences in a pass; the step before it was taken by the same loader, so that it is one in the middle of training. The
+peer pads micro-batches of 16 samples, about as many tokens (with its default sampler, or with its group_by_length,
+which here sorts the whole step: its best case), or takes one sample at a time, unpadded. Lengths are LLaVA-like
+(benchmarks/peers.py), divided by 9, since an image is 64 tokens here and 576 there. Both compute in PRECISION: bf16
+(ours: bf16 weights with fp32 masters; the peer: autocast over fp32 weights), or fp32 on a CPU without instructions for
+bf16. Fused AdamW, clipping at 1, frozen tower; the language model is SmolLM2-135M with its real weights.
+`loss_per_token` is that of the first round with the initial weights, which no step changes (our learning rate is 0,
+and a peer loads them for each).
 
 Targets: 1.8 times the default sampler; 1.5 times group_by_length; no slower than unpadded, and ourselves unpacked; the
 loop costs at most 3 % over a bare torch loop on ready batches, in LOOP_PAIRS pairs of steps of two sequences (the time
@@ -66,7 +68,9 @@ LOOP_PAIRS = int(os.environ.get("VILA_BENCH_PAIRS", "40"))
 THREADS = 2
 SCALE = 9
 TARGETS = {"default": 1.8, "group_by_length": 1.5, "unpadded": 1.0, "ours_unpacked": 1.0}
-SAMPLES, ROWS_PER_STEP, SEQUENCE_LENGTH, SIDE = 600, 8, 512, 112
+SAMPLES, ROWS_PER_STEP, ROWS_PER_PASS, SEQUENCE_LENGTH, SIDE = 600, 8, 4, 512, 112
+FIRST = 2
+"""The step of the first round."""
 PRECISION = "fp32" if precision_notes("bf16", torch.device("cpu")) else "bf16"
 PEERS: dict[str, dict[str, Any]] = {
     "default": {"per_device_train_batch_size": 16},
@@ -81,25 +85,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="vila") as name:
         data, init, stage, resources = prepared(Path(name))
         ours = Ours(data, init, stage, resources, Path(name))
-        losses = {"ours": ours.loss(step=0)}
-        for name, how in PEERS.items():
-            _, losses[name] = peer(ours.init, ours.samples(step=0), how, out=Path(ours.job.attempt))
+        losses = {"ours": ours.loss(step=FIRST)}
         rates: dict[str, list[float]] = {}
         tower_shares = []
-        for step in range(1, ROUNDS + 1):
+        for step in range(FIRST, 3 * ROUNDS, 3):  # the steps before and after it are of no other round
             samples = ours.samples(step=step)
             tokens = sum(len(sample.input_ids) for sample in samples)
             seconds = {"ours": ours.seconds(step=step), "ours_from_second_epoch": ours.seconds(step=step)}
             tower_shares.append(ours.tower_seconds(step=step) / seconds["ours_from_second_epoch"])
             seconds["ours_unpacked"] = ours.unpacked_seconds(samples)
             for name, how in PEERS.items():
-                seconds[name], _ = peer(ours.init, samples, how, out=Path(ours.job.attempt))
+                seconds[name], loss = peer(ours.init, samples, how, out=Path(ours.job.attempt))
+                losses.setdefault(name, loss)
             for name, took in seconds.items():
                 rates.setdefault(name, []).append(round(tokens / took, 1))
             print({name: values[-1] for name, values in rates.items()}, flush=True)
         del ours
         few = Stage.model_validate({**stage.model_dump(), "global_batch_size": 2})
-        loop_share = round(Ours(data, init, few, resources, Path(name) / "few").loop_share(), 4)
+        alone = resources.with_changes({"train.micro_batch_size": 1})
+        loop_share = round(Ours(data, init, few, alone, Path(name) / "few").loop_share(), 4)
     medians = {name: statistics.median(values) for name, values in rates.items()}
     ratios = {name: round(medians["ours"] / medians[name], 3) for name in TARGETS}
     tower_share = round(statistics.median(tower_shares), 4)
@@ -126,7 +130,8 @@ def prepared(root: Path) -> tuple[Dataset, Pretrained, Stage, Resources]:
         resources=ROOT / "configs/resources/inline.yaml",
         overrides=(f"model.image_size={SIDE}",),
     )
-    resources = run.resources.with_changes({f"storage.{name}": str(root / name) for name in ("store", "data")})
+    folders = {f"storage.{name}": str(root / name) for name in ("store", "data")}
+    resources = run.resources.with_changes({**folders, "train.micro_batch_size": ROWS_PER_PASS})
     records(root / "llava.json", images=root / "images")
     mixture = Mixture.model_validate(
         {
@@ -214,8 +219,10 @@ class Ours:
         return sum(float(self.engine.loss(self.batches([row]))[0]) for row in rows) / num_targets
 
     def seconds(self, *, step: int, rows: Any = None) -> float:
-        """Seconds of one step of `loop.train`, metrics included."""
+        """Seconds of one step of `loop.train`, metrics included, after another one of the same loader."""
         with BatchLoader(self.job, RankInfo(), self.rows, self.batches) as loader:
+            if rows is None:
+                self.seconds_of(loader, step=step - 1)
             return self.seconds_of(rows or loader, step=step)
 
     def seconds_of(self, loader: Any, *, step: int) -> float:
@@ -233,8 +240,9 @@ class Ours:
     def loop_share(self) -> float:
         """Share of time that a step of the loop takes over a bare one; its features are in the cache."""
         shares = []
-        for step in range(LOOP_PAIRS + 1):
-            self.tower_seconds(step=step)
+        for step in range(1, LOOP_PAIRS + 2):
+            for kept in (step - 1, step):
+                self.tower_seconds(step=kept)
             if step % 2:
                 ours, bare = self.seconds(step=step), self.bare_seconds(step=step)
             else:
