@@ -1,6 +1,7 @@
-"""Rules of KubeRay's operator beyond its schema (ray-operator/controllers/ray/utils/validation.go, commit feeaf72fa).
+"""Rules of KubeRay's operator beyond its schema, at commit feeaf72fa (2026-08-19).
 
-Of that file, what concerns the fields that our manifests use, with its words in short.
+From ray-operator/controllers/ray/utils/validation.go, and common/service.go for the port `serve`: what concerns the
+fields that our manifests use, with its words in short.
 """
 
 from collections.abc import Iterator
@@ -56,6 +57,8 @@ def _auth(spec: dict[str, Any]) -> Iterator[str]:
         yield f"authOptions.mode is 'token' but minimum Ray version is 2.52.0, got {spec.get('rayVersion')}"
     if auth.get("enableK8sTokenAuth") and auth.get("mode") != "token":
         yield "authOptions.enableK8sTokenAuth is enabled but authOptions.mode not set to 'token'"
+    if auth.get("enableK8sTokenAuth") and version < (2, 55):
+        yield f"enableK8sTokenAuth is enabled but minimum Ray version is 2.55.0, got {spec.get('rayVersion')}"
     if auth.get("enableK8sTokenAuth") and auth.get("secretName"):
         yield "authOptions.enableK8sTokenAuth is enabled and authOptions.secretName is also set"
 
@@ -66,8 +69,13 @@ def _job(spec: dict[str, Any]) -> Iterator[str]:
         yield "a RayJob with shutdownAfterJobFinishes set to false is not allowed to be suspended"
     if spec.get("ttlSecondsAfterFinished", 0) > 0 and not ends:
         yield "a RayJob with shutdownAfterJobFinishes set to false cannot have TTLSecondsAfterFinished"
-    if ("rayClusterSpec" in spec) == bool(spec.get("clusterSelector")):
+    chosen = bool(spec.get("clusterSelector"))
+    if spec.get("suspend") and chosen:
+        yield "the ClusterSelector mode doesn't support the suspend operation"
+    if "rayClusterSpec" not in spec and not chosen:
         yield "one of RayClusterSpec or ClusterSelector must be set"
+    if chosen and spec.get("backoffLimit", 0) > 0:
+        yield "BackoffLimit is incompatible with ClusterSelector mode"
     if spec.get("backoffLimit", 0) < 0:
         yield "backoffLimit must be a positive integer"
     if cluster := spec.get("rayClusterSpec"):
@@ -80,6 +88,11 @@ def _service(spec: dict[str, Any]) -> Iterator[str]:
     cluster, strategy = spec["rayClusterConfig"], spec.get("upgradeStrategy", {})
     if cluster.get("authOptions", {}).get("enableK8sTokenAuth"):
         yield "K8s token auth mode is currently not supported for RayService"
+    head = cluster["headGroupSpec"]
+    if head.get("headService", {}).get("metadata", {}).get("name"):
+        yield "spec.rayClusterConfig.headGroupSpec.headService.metadata.name should not be set"
+    if not any(port["name"].startswith("serve") for port in head["template"]["spec"]["containers"][0].get("ports", ())):
+        yield "Please specify a port named 'serve' in the Ray head container"
     if strategy.get("type") == "NewClusterWithIncrementalUpgrade":
         options = strategy.get("clusterUpgradeOptions", {})
         if not cluster.get("enableInTreeAutoscaling"):

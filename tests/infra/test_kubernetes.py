@@ -1,9 +1,10 @@
 """The manifests, as kustomize renders them: valid by every schema, and by rules of our own."""
 
 import copy
+import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,15 @@ import yaml
 
 import vila_ops
 from tests.infra import crds, kuberay_rules
+from vila_ops.config import load
+from vila_ops.release.ray_service import Served
+from vila_ops.serve.backends.ray_serve import CONTROLLER_ENV
 
 ROOT = Path(__file__).parents[2]
 OVERLAYS = ("dev", "prod", "air-gapped")
 KUBERNETES = "1.37"
-OURS = ("Deployment", "StatefulSet", "RayCluster", "RayJob")
+CONFIGS = "/opt/vila-ops/"
+"""Where the image has the checkout."""
 Manifest = dict[str, Any]
 
 
@@ -75,7 +80,7 @@ def test_objects_of_kubernetes_are_valid_by_its_schema_and_have_no_other_fields(
 @every_overlay
 def test_custom_resources_are_valid_by_their_closed_crd_and_its_rules(overlay: str) -> None:
     custom = [manifest for manifest in rendered(overlay) if not is_builtin(manifest)]
-    assert {"RayCluster", "RayJob"} <= {manifest["kind"] for manifest in custom}
+    assert {"RayCluster", "RayJob", "RayService"} <= {manifest["kind"] for manifest in custom}
     assert {name_of(manifest): crds.faults(manifest) for manifest in custom if crds.faults(manifest)} == {}
 
 
@@ -86,52 +91,73 @@ def test_rules_of_the_operator_beyond_its_schema_hold(overlay: str) -> None:
             assert kuberay_rules.faults(manifest) == [], name_of(manifest)
 
 
+def first(kind: str) -> Manifest:
+    """A copy of the first object of a kind that `prod` has, to be changed."""
+    return copy.deepcopy(next(each for each in rendered("prod") if each["kind"] == kind))
+
+
 @with_crds
-@pytest.mark.parametrize("kind", ["RayCluster", "RayJob", "ExternalSecret", "SecretStore"])
-def test_a_misspelt_field_of_a_custom_resource_is_named(kind: str) -> None:
-    manifest = copy.deepcopy(next(each for each in rendered("prod") if each["kind"] == kind))
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    [
+        ("RayCluster", ("headGroupSpec", "template", "spec", "containers", 0, "securityContext")),
+        ("RayJob", ("rayClusterSpec", "workerGroupSpecs", 0)),
+        ("RayService", ("rayClusterConfig", "autoscalerOptions")),
+        ("ExternalSecret", ("data", 0, "remoteRef")),
+        ("SecretStore", ("provider", "vault", "auth")),
+    ],
+)
+def test_a_misspelt_field_of_a_custom_resource_is_named(kind: str, path: tuple[str | int, ...]) -> None:
+    manifest = first(kind)
+    assert crds.faults(manifest) == []
     inner = manifest["spec"]
-    while any(isinstance(value, dict) for value in inner.values()):
-        inner = next(value for value in inner.values() if isinstance(value, dict))
-        if "{" in str(inner) and all(isinstance(value, str) for value in inner.values()):
-            break
-    manifest["spec"]["mispelt"] = 1
+    for step in path:
+        inner = inner[step]
+    inner["mispelt"] = 1
     assert any("mispelt" in fault for fault in crds.faults(manifest))
 
 
-@pytest.mark.parametrize("kind", ["Deployment", "NetworkPolicy", "PodDisruptionBudget", "PriorityClass", "Service"])
-def test_a_misspelt_field_of_an_object_of_kubernetes_is_named(kind: str) -> None:
-    manifest = copy.deepcopy(next(each for each in rendered("prod") if each["kind"] == kind))
-    manifest.get("spec", manifest)["mispelt"] = 1
-    with pytest.raises(kubernetes_validate.ValidationError, match="mispelt"):
-        kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+def test_a_misspelt_field_of_an_object_of_kubernetes_is_named() -> None:
+    kinds = {each["kind"]: each for overlay in OVERLAYS for each in rendered(overlay) if is_builtin(each)}
+    assert len(kinds) >= 14
+    for manifest in map(copy.deepcopy, kinds.values()):
+        manifest.get("spec", manifest)["mispelt"] = 1
+        with pytest.raises(kubernetes_validate.ValidationError, match="mispelt"):
+            kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
 
 
 @with_crds
 def test_a_broken_cel_rule_is_told() -> None:
-    job = copy.deepcopy(next(each for each in rendered("prod") if each["kind"] == "RayJob"))
+    job = first("RayJob")
     job["spec"]["deletionStrategy"] = {"onSuccess": {"policy": "DeleteSelf"}}
     assert any("requires either BOTH onSuccess and onFailure" in fault for fault in crds.faults(job))
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("kind", "change", "told"),
     [
-        ({"rayVersion": "2.51.0"}, "minimum Ray version is 2.52.0"),
-        ({"authOptions": {"enableK8sTokenAuth": True}}, "authOptions.mode not set to 'token'"),
-        ({"networkPolicy": {}}, "requires a feature gate"),
+        ("RayCluster", {"rayVersion": "2.51.0"}, "minimum Ray version is 2.52.0"),
+        ("RayCluster", {"authOptions": {"enableK8sTokenAuth": True}}, "authOptions.mode not set to 'token'"),
+        ("RayCluster", {"networkPolicy": {}}, "requires a feature gate"),
+        ("RayJob", {"shutdownAfterJobFinishes": False}, "not allowed to be suspended"),
+        ("RayJob", {"clusterSelector": {"ray.io/cluster": "vila"}}, "doesn't support the suspend operation"),
+        (
+            "RayService",
+            {"upgradeStrategy": {"type": "NewClusterWithIncrementalUpgrade"}},
+            "gatewayClassName is required",
+        ),
     ],
 )
-def test_a_cluster_that_the_operator_refuses_is_refused_here(change: Manifest, told: str) -> None:
-    cluster = copy.deepcopy(next(each for each in rendered("prod") if each["kind"] == "RayCluster"))
-    cluster["spec"] |= change
-    assert any(told in fault for fault in kuberay_rules.faults(cluster))
+def test_what_the_operator_refuses_is_refused_here(kind: str, change: Manifest, told: str) -> None:
+    manifest = first(kind)
+    manifest["spec"] |= change
+    assert any(told in fault for fault in kuberay_rules.faults(manifest))
 
 
-def test_a_job_that_cannot_be_suspended_is_refused() -> None:
-    job = copy.deepcopy(next(each for each in rendered("prod") if each["kind"] == "RayJob"))
-    job["spec"]["shutdownAfterJobFinishes"] = False
-    assert any("not allowed to be suspended" in fault for fault in kuberay_rules.faults(job))
+def test_a_service_whose_head_has_no_port_to_serve_is_refused() -> None:
+    service = first("RayService")
+    service["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"][0]["ports"] = []
+    assert any("a port named 'serve'" in fault for fault in kuberay_rules.faults(service))
 
 
 @every_overlay
@@ -144,6 +170,8 @@ def test_images_are_pinned_and_ours_is_of_this_release(overlay: str) -> None:
         assert tag not in ("", "latest"), image
         if name.endswith("/vila-ops"):
             assert tag == vila_ops.__version__, image
+        if overlay == "prod" and "vila-ops" in name:
+            assert name.endswith("@sha256"), image
 
 
 @every_overlay
@@ -169,13 +197,13 @@ def test_no_container_is_root_or_can_write_its_image_and_each_has_limits(overlay
 
 @every_overlay
 def test_only_the_head_that_scales_the_cluster_has_a_token_for_kubernetes(overlay: str) -> None:
-    with_token = {
-        pod["metadata"]["labels"].get("app.kubernetes.io/component")
+    with_token = [
+        pod["metadata"]["labels"]
         for manifest in rendered(overlay)
         for pod in pods(manifest)
         if pod["spec"].get("automountServiceAccountToken") is not False
-    }
-    assert with_token == {"head"}
+    ]
+    assert with_token == [ray("training", "head"), ray("endpoint", "head")]
 
 
 @every_overlay
@@ -191,16 +219,112 @@ def test_no_secret_stands_in_clear(overlay: str) -> None:
             assert not any("://" in value and "@" in value for value in manifest["data"].values())
 
 
+def selects(selector: Manifest, labels: Mapping[str, str]) -> bool:
+    """Whether a label selector of Kubernetes, with operator In alone, selects labels."""
+    expressions = selector.get("matchExpressions", ())
+    assert all(each["operator"] == "In" for each in expressions)
+    same = selector.get("matchLabels", {}).items() <= labels.items()
+    return same and all(labels.get(each["key"]) in each["values"] for each in expressions)
+
+
+def passes(overlay: str, source: Mapping[str, str], target: Mapping[str, str], port: int) -> bool:
+    """Whether policies let a pod of the namespace, by its labels, open a TCP connection to another one.
+
+    As Kubernetes says it: the policies that select a pod add up, for each direction by itself.
+    """
+    specs = [each["spec"] for each in rendered(overlay) if each["kind"] == "NetworkPolicy"]
+
+    def one_way(own: Mapping[str, str], other: Mapping[str, str], direction: str, peers: str) -> bool:
+        rules = [
+            rule
+            for spec in specs
+            if direction in spec["policyTypes"] and selects(spec["podSelector"], own)
+            for rule in spec.get(direction.lower(), ())
+        ]
+        return any(
+            ("ports" not in rule or any((each["protocol"], each["port"]) == ("TCP", port) for each in rule["ports"]))
+            and (
+                peers not in rule
+                or any("namespaceSelector" not in peer and selects(peer["podSelector"], other) for peer in rule[peers])
+            )
+            for rule in rules
+        )
+
+    return one_way(source, target, "Egress", "to") and one_way(target, source, "Ingress", "from")
+
+
+def ray(instance: str, component: str) -> dict[str, str]:
+    """The labels of a pod of Ray."""
+    names = {"name": "ray", "instance": instance, "component": component}
+    return {f"app.kubernetes.io/{key}": value for key, value in names.items()}
+
+
+PREFECT, MLFLOW, POSTGRES = ({"app.kubernetes.io/name": name} for name in ("prefect-server", "mlflow", "postgres"))
+
+
+@pytest.mark.parametrize("overlay", ["dev", "air-gapped"])
+@pytest.mark.parametrize(
+    ("source", "target", "port"),
+    [
+        (ray("training", "driver"), PREFECT, 4200),
+        (ray("training", "driver"), MLFLOW, 5000),
+        (ray("training", "driver"), ray("training", "head"), 6379),
+        (ray("training", "driver"), ray("training", "head"), 8265),
+        (ray("training", "gpu-worker"), ray("training", "gpu-worker"), 29500),
+        (ray("job", "submitter"), ray("job", "head"), 8265),
+        (ray("endpoint", "replica"), ray("endpoint", "head"), 6379),
+        (PREFECT, POSTGRES, 5432),
+        (MLFLOW, POSTGRES, 5432),
+    ],
+)
+def test_who_needs_a_server_reaches_it(overlay: str, source: dict[str, str], target: dict[str, str], port: int) -> None:
+    assert passes(overlay, source, target, port)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "port"),
+    [
+        (MLFLOW, PREFECT, 4200),
+        (PREFECT, MLFLOW, 5000),
+        (PREFECT, ray("training", "head"), 6379),
+        (ray("training", "driver"), POSTGRES, 5432),
+        (ray("training", "driver"), PREFECT, 22),
+        ({"app": "another"}, MLFLOW, 5000),
+        ({"app": "another"}, ray("endpoint", "replica"), 8000),
+    ],
+)
+def test_nobody_else_does(source: dict[str, str], target: dict[str, str], port: int) -> None:
+    assert not passes("dev", source, target, port)
+
+
 @every_overlay
-def test_every_service_has_a_policy_and_everything_else_is_closed(overlay: str) -> None:
+def test_every_pod_has_labels_that_the_tests_of_policies_know(overlay: str) -> None:
+    components = {("training", each) for each in ("head", "driver", "cpu-worker", "gpu-worker")}
+    components |= {
+        ("endpoint", "head"),
+        ("endpoint", "replica"),
+        ("job", "submitter"),
+        ("job", "head"),
+        ("job", "worker"),
+    }
+    known = [PREFECT, MLFLOW, POSTGRES, *(ray(*each) for each in sorted(components))]
+    for manifest in rendered(overlay):
+        for pod in pods(manifest):
+            assert pod["metadata"]["labels"] in known, name_of(manifest)
+
+
+@every_overlay
+def test_every_service_has_a_policy_for_its_ports_and_everything_else_is_closed(overlay: str) -> None:
     policies = [manifest["spec"] for manifest in rendered(overlay) if manifest["kind"] == "NetworkPolicy"]
     assert {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]} in policies
     for manifest in rendered(overlay):
         if manifest["kind"] == "Service":
-            labels = manifest["spec"]["selector"].items()
-            chosen = [policy for policy in policies if policy["podSelector"].get("matchLabels", {}).items() >= labels]
+            chosen = [policy for policy in policies if selects(policy["podSelector"], manifest["spec"]["selector"])]
             ports = {
-                port["port"] for policy in chosen for rule in policy.get("ingress", ()) for port in rule.get("ports", ())
+                port["port"]
+                for policy in chosen
+                for rule in policy.get("ingress", ())
+                for port in rule.get("ports", ())
             }
             assert {port["port"] for port in manifest["spec"]["ports"]} <= ports, name_of(manifest)
 
@@ -213,19 +337,22 @@ def test_no_policy_opens_a_port_to_everybody(overlay: str) -> None:
 
 
 @every_overlay
-def test_every_secret_and_setting_that_a_pod_names_is_made_or_listed_in_the_docs(overlay: str) -> None:
-    """The overlays with External Secrets make theirs; for `dev` the page gives the commands."""
+def test_every_secret_and_setting_that_a_pod_names_is_made(overlay: str) -> None:
+    """External Secrets makes those of `prod` and `air-gapped`; for `dev` the page gives the commands."""
     made = {
         (each["kind"].removeprefix("External"), each["metadata"]["name"])
         for each in rendered(overlay)
         if each["kind"] in ("ConfigMap", "ExternalSecret")
     }
-    page = (ROOT / "docs/kubernetes.md").read_text()
     used = {reference for manifest in rendered(overlay) for pod in pods(manifest) for reference in references(pod)}
-    assert used
-    for kind, name in used - made:
-        assert (overlay, kind) != ("prod", "ConfigMap")
-        assert f"create secret generic {name} " in page, f"{kind} {name} of {overlay}"
+    assert ("Secret", "ray-token") in used
+    by_hand = {name for kind, name in used - made if kind == "Secret"}
+    assert {("Secret", name) for name in by_hand} == used - made
+    if overlay != "dev":
+        assert not by_hand
+    page = (ROOT / "docs/kubernetes.md").read_text()
+    for name in by_hand:
+        assert f"create secret generic {name} " in page, name
 
 
 def references(value: Any) -> Iterator[tuple[str, str]]:
@@ -247,10 +374,62 @@ def references(value: Any) -> Iterator[tuple[str, str]]:
 
 @every_overlay
 def test_every_server_has_probes_and_a_disruption_budget(overlay: str) -> None:
-    budgets = [each["spec"]["selector"]["matchLabels"] for each in rendered(overlay) if each["kind"].endswith("Budget")]
+    budgets = [each["spec"] for each in rendered(overlay) if each["kind"] == "PodDisruptionBudget"]
     for manifest in rendered(overlay):
         if manifest["kind"] in ("Deployment", "StatefulSet"):
             labels = manifest["spec"]["template"]["metadata"]["labels"]
-            assert any(budget.items() <= labels.items() for budget in budgets), name_of(manifest)
+            assert any(selects(budget["selector"], labels) for budget in budgets), name_of(manifest)
             for container in containers(manifest):
                 assert {"startupProbe", "readinessProbe", "livenessProbe"} <= {*container}, name_of(manifest)
+        elif manifest["kind"] in ("RayCluster", "RayService"):
+            for container in containers(manifest):
+                assert "livenessProbe" in container, name_of(manifest)
+                assert "readinessProbe" in container or container["name"] == "prefect-worker", name_of(manifest)
+
+
+@every_overlay
+def test_a_budget_of_pods_without_a_controller_of_kubernetes_is_a_least_number(overlay: str) -> None:
+    """Kubernetes counts such pods by an integer minAvailable alone (its page on disruption budgets)."""
+    of_ray = {
+        tuple(pod["metadata"]["labels"].items())
+        for manifest in rendered(overlay)
+        if manifest["kind"].startswith("Ray")
+        for pod in pods(manifest)
+    }
+    counted = 0
+    for manifest in rendered(overlay):
+        if manifest["kind"] == "PodDisruptionBudget":
+            spec = manifest["spec"]
+            if any(selects(spec["selector"], dict(labels)) for labels in of_ray):
+                assert isinstance(spec.get("minAvailable"), int), name_of(manifest)
+                counted += 1
+    assert counted == 4
+
+
+def test_jobs_and_endpoints_use_configs_that_are_there() -> None:
+    """Their files load, and say what the manifests have: pods, the folder of keys, the names of servers."""
+    for overlay in OVERLAYS:
+        kinds = {manifest["kind"]: manifest for manifest in rendered(overlay)}
+        words = shlex.split(kinds["RayJob"]["spec"]["entrypoint"].replace(CONFIGS, f"{ROOT}/"))
+        assert words[:2] + words[3:4] == ["vila-ops", "register", "-r"]
+        job = load(Path(words[2]), resources=Path(words[4])).resources
+        worker = kinds["RayJob"]["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+        cpus = int(worker["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
+        assert job.train.num_workers * job.train.cpus_per_worker <= cpus
+
+        service = kinds["RayService"]["spec"]
+        (application,) = yaml.safe_load(service["serveConfigV2"])["applications"]
+        served = Served.model_validate(application["args"])
+        given = [Path(path.replace(CONFIGS, f"{ROOT}/")) for path in (served.recipe, served.resources)]
+        resources = load(given[0], resources=given[1]).resources
+        (group,) = service["rayClusterConfig"]["workerGroupSpecs"]
+        container = group["template"]["spec"]["containers"][0]
+        assert {each["name"]: each["value"] for each in container["env"]} == CONTROLLER_ENV
+        serve = resources.serve
+        assert serve.started_by == "operator"
+        assert str(Path(str(serve.access.key_file)).parent) in [each["mountPath"] for each in container["volumeMounts"]]
+        most = serve.replicas if serve.autoscale is None else serve.autoscale.max_replicas
+        assert (group["minReplicas"], group["maxReplicas"]) == (serve.replicas, most)
+        assert serve.cpus_per_replica == int(container["resources"]["limits"]["cpu"])
+        assert (resources.device == "cuda") == ("nvidia.com/gpu" in container["resources"]["limits"])
+        assert resources.ray_address == f"{kinds['RayCluster']['metadata']['name']}-head-svc:6379"

@@ -16,8 +16,10 @@ import httpx
 import openai
 import psutil
 import pytest
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
+from ray.serve.schema import ServeDeploySchema
 
 from tests.serve.app.live import HELLO, MODEL, wait_until
 from tests.serve.app.test_access import ROUTES, key_id, made, status
@@ -28,7 +30,9 @@ from vila_ops.config import Resources, Service
 from vila_ops.config.resources import ServeResources, StorageResources
 from vila_ops.config.serve import Access
 from vila_ops.generate.load import tokenizer_of
+from vila_ops.registry.register import set_champion
 from vila_ops.serve.app.keys import revoke_key
+from vila_ops.serve.backends.backend import START_SECONDS
 from vila_ops.serve.backends.ray_serve import RayServe
 from vila_ops.serve.credentials import KEY_VARIABLE, authorization
 from vila_ops.serve.deploy import deploy, undeploy
@@ -37,6 +41,7 @@ from vila_ops.serve.router.state import ServiceState
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 SERVICE = Service(name="tiny-ray", max_new_tokens=1000, request_timeout_seconds=120)
+RAY_SERVICE = Path(__file__).parents[2] / "infra/kubernetes/base/ray-service.yaml"
 RAY_ROUTES = ("/-/routes", "/-/", "/-/healthz/", "/%2d/routes", "/-/anything")
 
 
@@ -215,3 +220,37 @@ def test_a_service_is_deployed_updated_and_released_under_load(
     connect(resources)
     assert not serve.status().applications
     assert state(resources).tracks() == ()
+
+
+def test_a_ray_service_of_kuberay_serves_the_champion_and_then_a_version_under_load(
+    resources: Resources, versions: tuple[ModelVersion, ModelVersion], empty_database: Path, tmp_path: Path
+) -> None:
+    """The manifest's own configuration, with files of this test, sent as Ray's dashboard sends it for the operator."""
+    one, two = (version.checkpoint.digest for version in versions)
+    commands = Commands(tmp_path, empty_database, versions, tiny_run(SERVICE, resources))
+    set_champion(commands.gate.model_name, 2, commands.resources, reason="better")
+    config = yaml.safe_load(yaml.safe_load(RAY_SERVICE.read_text())["spec"]["serveConfigV2"])
+    files = {"recipe": str(commands.recipe_file), "resources": str(commands.resources_file)}
+    url = f"http://127.0.0.1:{resources.serve.port}"
+    connect(resources)
+    # as `deploy` has started it, where that test ran before
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": resources.serve.port})
+    client = serve.context._get_global_client()
+
+    def serve_version(version: str | int) -> None:
+        config["applications"][0]["args"] = {**files, "version": version}
+        client.deploy_apps(ServeDeploySchema.model_validate(config))
+        deadline = time.monotonic() + START_SECONDS
+        while (application := serve.status().applications["vila"]).status != "RUNNING":
+            assert application.status != "DEPLOY_FAILED", application.message
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+    serve_version("champion")
+    assert query(url) == two
+    with clients(url, number=1) as seen:
+        serve_version(1)
+        assert query(url) == one
+    assert seen >= {two}
+    assert query(url) == one
+    serve.delete("vila")

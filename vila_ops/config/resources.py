@@ -253,6 +253,9 @@ class EvaluateResources(Config):
 class ServeResources(Config):
     """Capacity of a service: its address and what it may use."""
 
+    started_by: Literal["deploy", "operator"] = "deploy"
+    """What starts replicas: the task `deploy`; or an operator of a cluster, such as KubeRay's for a RayService, and a
+    run then ends with the registration."""
     host: str = "127.0.0.1"
     """Address where the service listens."""
     port: int = Field(default=8000, ge=0, lt=65536)

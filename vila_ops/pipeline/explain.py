@@ -61,7 +61,10 @@ def explain(run: Run) -> list[Step]:
         steps.evaluate(recipe.stage_suite, "stage_suite", stage, model, held_out[text])
     steps.evaluate(recipe.final_suite, "final_suite", stage, model, held_out[text])
     if run.resources.tracking.uri is not None and recipe.stages:
-        for task, name in (("register", recipe.gate.model_name), ("deploy", recipe.service.name)):
+        live = {"register": recipe.gate.model_name, "deploy": recipe.service.name}
+        if run.resources.serve.started_by == "operator":
+            del live["deploy"]
+        for task, name in live.items():
             why = "it looks at what is live at every run, and changes only what differs"
             steps.listed.append(Step(task=task, name=name, status="reconciles", why=(why,), uri=None))
     return steps.listed

@@ -9,6 +9,7 @@ from vila_ops.eval.evaluate import evaluate
 from vila_ops.pipeline.stages import TASKS, Tasks, last_stage, model_after, prepare_named
 from vila_ops.registry.register import champion
 from vila_ops.serve.deploy import deploy
+from vila_ops.serve.tracks import backend_of
 from vila_ops.train.stage import trained_model
 
 PROMOTION_RACES = 5
@@ -69,6 +70,7 @@ def register_last(run: Run, context: RunContext = NO_CONTEXT) -> ModelVersion:
 
 def deploy_champion(run: Run, context: RunContext = NO_CONTEXT) -> Deployment:
     """Serve the model that the gate let through: the last stage's, or the champion where the gate refused it."""
+    backend_of(run.recipe.service.name, run.resources)  # where an operator serves it fails here, before any training
     served = to_serve(run.recipe, register_last(run, context), run.resources)
     if served is None:
         raise ValueError(

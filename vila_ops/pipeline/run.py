@@ -75,7 +75,8 @@ def run_pipeline(
         if resources.tracking.uri is not None and isinstance(result.model, Checkpoint):
             with _timed(reconciled, "register"):
                 version = register_model(run, result.model, report, tasks=tasks, context=below)
-            if (served := to_serve(recipe, version, resources)) is not None:
+            served = to_serve(recipe, version, resources)
+            if served is not None and resources.serve.started_by == "deploy":
                 with _timed(reconciled, "deploy"):
                     deployment = tasks.deploy(recipe.service, served, resources, below)
                 answer = query_sample(deployment, held_out[text], recipe.final_suite)

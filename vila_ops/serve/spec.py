@@ -36,7 +36,7 @@ class Spec(Config):
         places = {
             f"access.{name}": value for name in ("key_file", "audit") if (value := getattr(access, name)) is not None
         }
-        capacity = resources.serve.with_changes({name: str(Path(value).resolve()) for name, value in places.items()})
+        capacity = resources.serve.with_changes({name: str(Path(value).absolute()) for name, value in places.items()})
         if capacity.samples is not None:
             place = capacity.samples.place or f"{resources.storage.store.rstrip('/')}/samples/{service.name}"
             capacity = capacity.with_changes({"samples.place": root_of(place)})

@@ -30,7 +30,12 @@ GREY = (
 
 
 def backend_of(name: str, resources: Resources) -> ServiceBackend:
-    """What runs a service with these resources."""
+    """What runs a service with these resources. Raises ValueError where an operator starts its replicas."""
+    if resources.serve.started_by == "operator":
+        raise ValueError(
+            f"serve.started_by is operator, so {name} is changed where its operator reads what to serve, such as "
+            f"`version` in serveConfigV2 of a RayService; or set serve.started_by to deploy"
+        )
     return LocalProcess(name, resources) if resources.launch == "inline" else RayServe(name, resources)
 
 

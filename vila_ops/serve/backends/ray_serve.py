@@ -22,6 +22,7 @@ from vila_ops.serve.router.state import Register, Track
 from vila_ops.serve.spec import Spec
 
 if TYPE_CHECKING:
+    from ray.serve import Application
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 MAX_ONGOING = 1000
@@ -148,25 +149,12 @@ class RayServe:
 
     def start(self, spec: Spec) -> Track:
         """As in `ServiceBackend`."""
-        from ray import serve
-
         url = self.url()
         device = device_on(self.resources, spec.device)
         self._connect()
         number = f"{spec.version.version}-{secrets.token_hex(4)}"
         name, prefix = f"{self.name}-version-{number}", f"/{self.name}@{number}"
-        deployment = serve.deployment(
-            name=self.name,
-            ray_actor_options={
-                "num_cpus": spec.capacity.cpus_per_replica, **gpu_options(self.resources, device),
-            },
-            max_ongoing_requests=MAX_ONGOING,
-            graceful_shutdown_timeout_s=spec.service.request_timeout_seconds,
-            graceful_shutdown_wait_loop_s=0.5,
-            max_constructor_retry_count=2,
-            **_number_of_replicas(spec),
-        )(serve.ingress()(Replica))  # fmt: skip
-        _run(deployment.bind(spec.model_dump_json(), device, prefix), name=name, prefix=prefix)
+        _run(replicas(spec, self.resources, device, prefix), name=name, prefix=prefix)
         return Track(spec=spec, url=f"{url}{prefix}", application=name)
 
     def running(self, track: Track) -> bool:
@@ -228,6 +216,22 @@ class RayServe:
     def _connect(self) -> None:
         connect(self.resources)
         _start_proxy(self.resources.serve.host, self.resources.serve.port)
+
+
+def replicas(spec: Spec, resources: Resources, device: Device, prefix: str) -> "Application":
+    """The application of Ray Serve that serves a spec below a prefix, "" for the root."""
+    from ray import serve
+
+    deployment = serve.deployment(
+        name=spec.service.name,
+        ray_actor_options={"num_cpus": spec.capacity.cpus_per_replica, **gpu_options(resources, device)},
+        max_ongoing_requests=MAX_ONGOING,
+        graceful_shutdown_timeout_s=spec.service.request_timeout_seconds,
+        graceful_shutdown_wait_loop_s=0.5,
+        max_constructor_retry_count=2,
+        **_number_of_replicas(spec),
+    )(serve.ingress()(Replica))
+    return deployment.bind(spec.model_dump_json(), device, prefix)
 
 
 def _number_of_replicas(spec: Spec) -> dict[str, Any]:
