@@ -16,12 +16,20 @@ import yaml
 import vila_ops
 from tests.infra import crds, kuberay_rules
 from vila_ops.config import load
+from vila_ops.local.servers import TELEMETRY_OFF
 from vila_ops.release.ray_service import Served
 from vila_ops.serve.backends.ray_serve import CONTROLLER_ENV
 
 ROOT = Path(__file__).parents[2]
 OVERLAYS = ("dev", "prod", "air-gapped")
 KUBERNETES = "1.37"
+SILENCED: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("ray-head", "ray-worker", "prefect-worker"), ("DO_NOT", "DVC", "MLFLOW", "RAY")),
+    "mlflow": ("DO_NOT", "MLFLOW"),
+    "prefect-server": ("DO_NOT", "PREFECT"),
+    **dict.fromkeys(("postgres", "submitter"), ()),
+}
+"""By the name of a container: whose reports of use it has to turn off, by the start of the variable."""
 CONFIGS = "/opt/vila-ops/"
 """Where the image has the checkout."""
 Manifest = dict[str, Any]
@@ -370,6 +378,20 @@ def references(value: Any) -> Iterator[tuple[str, str]]:
                 yield "Secret", str(inner)
             else:
                 yield from references(inner)
+
+
+@every_overlay
+def test_no_process_reports_its_use_to_anybody(overlay: str) -> None:
+    (settings,) = (each["data"] for each in rendered(overlay) if each["metadata"]["name"] == "vila-settings")
+    for manifest in rendered(overlay):
+        for container in containers(manifest):
+            common = any(
+                "vila-settings" in each.get("configMapRef", {}).values() for each in container.get("envFrom", ())
+            )
+            own = {each["name"]: each.get("value") for each in container.get("env", ())}
+            off = {**(settings if common else {}), **own}.items()
+            wanted = {key: value for key, value in TELEMETRY_OFF.items() if key.startswith(SILENCED[container["name"]])}
+            assert wanted.items() <= off, name_of(manifest)
 
 
 @every_overlay
