@@ -26,10 +26,10 @@ class Commands:
         self.service = run.recipe.service
         self.gate = run.recipe.gate.with_changes({"model_name": versions[0].name})
         self.resources = run.resources.with_changes({"tracking.uri": f"sqlite:///{folder}/mlflow.db"})
-        self.recipe_file, self.resources_file = folder / "recipe.yaml", folder / "resources.yaml"
+        self._recipe, self._resources = folder / "recipe.yaml", folder / "resources.yaml"
         changes = {"service": self.service.model_dump(mode="json"), "gate": {"model_name": self.gate.model_name}}
-        self.recipe_file.write_text(yaml.safe_dump({"extends": [str(TINY)], **changes}))
-        self.resources_file.write_text(yaml.safe_dump(self.resources.model_dump(mode="json")))
+        self._recipe.write_text(yaml.safe_dump({"extends": [str(TINY)], **changes}))
+        self._resources.write_text(yaml.safe_dump(self.resources.model_dump(mode="json")))
         with open_registry(self.resources, self.gate.model_name, "the versions of a test") as registry:
             assert [registry.version_of(version.checkpoint) for version in versions] == [1, 2]
         set_champion(self.gate.model_name, 1, self.resources, reason="first")
@@ -56,7 +56,7 @@ class Commands:
         return shown_in_mlflow(self.gate.model_name, self.resources).history
 
     def _invoked(self, command: str, *arguments: str) -> Any:
-        return CliRunner().invoke(app, [command, str(self.recipe_file), "-r", str(self.resources_file), *arguments])
+        return CliRunner().invoke(app, [command, str(self._recipe), "-r", str(self._resources), *arguments])
 
 
 def tiny_run(service: Service, resources: Resources) -> Run:
