@@ -21,6 +21,8 @@ from vila_ops.artifacts.store import content
 from vila_ops.config import Resources, Service
 from vila_ops.device import describe, device_of
 from vila_ops.errors import CorruptArtifact, NotReady
+from vila_ops.serve import tracks
+from vila_ops.serve.backends.local_process import LocalProcess
 from vila_ops.serve.deploy import deploy, undeploy
 
 SERVICE = Service(name="tiny-inline", max_new_tokens=8)
@@ -75,7 +77,15 @@ def test_a_server_outlives_its_deployer_is_adopted_replaced_and_started_again(
     assert (adopted.url, adopted.model, adopted.version) == (url, versions[0].checkpoint.digest, 1)
     assert pid_of(url) == pid
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracks, "START_SECONDS", 0.0)
+        with pytest.raises(NotReady, match="It has not failed and may still load: run the same command again"):
+            deploy(SERVICE, versions[1], resources)
+    loading = LocalProcess(SERVICE.name, resources).register.load().starting
+    assert loading is not None
     second = deploy(SERVICE, versions[1], resources)
+    stable = LocalProcess(SERVICE.name, resources).register.load().stable
+    assert stable == loading, "it was waited for, not started again"
     assert second.model == versions[1].checkpoint.digest
     assert second.url == url
     replaced = pid_of(url)

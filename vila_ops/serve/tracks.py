@@ -42,7 +42,8 @@ def backend_of(name: str, resources: Resources) -> ServiceBackend:
 def started(spec: Spec, backend: ServiceBackend) -> Track:
     """A new track that has answered its golden question, beside the others; no request reaches it yet.
 
-    One that a killed command left while it loaded the same spec is used. A track that fails is ended. Raises NotReady.
+    One that another command left while it loaded the same spec is used. A track that fails is ended, and one that still
+    loads after a while is left. Raises NotReady.
     """
     left = backend.register.load().starting
     if left is not None and (left.spec.identity() != spec.identity() or backend.failure(left)):
@@ -51,12 +52,19 @@ def started(spec: Spec, backend: ServiceBackend) -> Track:
     track = left or backend.start(spec)
     backend.register.change(lambda state: state.with_changes({"starting": track}))
     try:
-        _wait_until_ready(track, backend)
-        _check_golden(track, backend)
+        ready = _is_ready_in_time(track, backend)
+        if ready:
+            _check_golden(track, backend)
     except NotReady:
         backend.register.change(lambda state: state.with_changes({"starting": None}))
         backend.stop(track)
         raise
+    if not ready:
+        raise NotReady(
+            f"{spec.service.name} was not ready after {START_SECONDS:.0f} seconds. It has not failed and may still "
+            f"load: run the same command again to go on waiting for it; a deployment of another version, or "
+            f"`vila-ops undeploy`, ends it\n{backend.state(track)}"
+        )
     return track
 
 
@@ -96,15 +104,16 @@ def _client() -> httpx.Client:
     return httpx.Client(timeout=5, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
 
 
-def _wait_until_ready(track: Track, backend: ServiceBackend) -> None:
-    """Wait until all replicas of a track have its spec. Raises NotReady."""
-    name, deadline = track.spec.service.name, time.monotonic() + START_SECONDS
+def _is_ready_in_time(track: Track, backend: ServiceBackend) -> bool:
+    """Wait until all replicas of a track have its spec; False where they still load. Raises NotReady for a failure."""
+    deadline = time.monotonic() + START_SECONDS
     while not (backend.running(track) and identities(track.url) == [track.spec.identity()]):
         if problem := backend.failure(track):
-            raise NotReady(f"{name} did not start: {problem}\n{backend.state(track)}")
+            raise NotReady(f"{track.spec.service.name} did not start: {problem}\n{backend.state(track)}")
         if time.monotonic() > deadline:
-            raise NotReady(f"{name} was not ready after {START_SECONDS:.0f} seconds\n{backend.state(track)}")
+            return False
         time.sleep(POLL_SECONDS)
+    return True
 
 
 def _check_golden(track: Track, backend: ServiceBackend) -> None:
