@@ -1,8 +1,8 @@
 """Milliseconds that our endpoint adds to a request over a bare app, both behind one Ray Serve proxy.
 
 The engine answers at once, so what is measured is the front (limits, parsing, the chat template, metrics and the
-response), alone and behind the router, through which a request passes Serve's proxy twice. The bare app reads the JSON
-and returns a response of the same form. Requests alternate. Target: 3 ms at the median.
+response), alone and behind the router, which runs in Serve's proxy. The bare app reads the JSON and returns a response
+of the same form. Requests alternate. Target: 3 ms at the median.
 """
 
 import statistics

@@ -37,7 +37,7 @@ class Commands:
     def said(self, *arguments: str) -> dict[str, Any]:
         """The JSON object that a command prints."""
         done = self._invoked(*arguments, "--json")
-        assert done.exit_code == 0, done.output
+        assert done.exit_code == 0, f"{done.exception!r}\n{done.output}"
         printed: dict[str, Any] = json.loads(done.stdout)
         return printed
 

@@ -19,6 +19,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
+from ray.experimental import internal_kv
 from ray.serve.schema import ServeDeploySchema
 
 from tests.serve.app.live import HELLO, MODEL, wait_until
@@ -33,6 +34,7 @@ from vila_ops.generate.load import tokenizer_of
 from vila_ops.registry.alias_register import move
 from vila_ops.serve.app.keys import revoke_key
 from vila_ops.serve.backends.backend import START_SECONDS
+from vila_ops.serve.backends.proxy_notes import NAMESPACE, RELEASE, announce_release
 from vila_ops.serve.backends.ray_serve import RayServe
 from vila_ops.serve.credentials import KEY_VARIABLE, authorization
 from vila_ops.serve.deploy import deploy, undeploy
@@ -130,14 +132,15 @@ def check_keys(url: str, keys: Path, below: str) -> None:
 
 
 def check_metrics(url: str, keys: Path) -> None:
-    """One scrape shows the replicas of both versions."""
+    """One scrape shows the two replicas of version 1 and the one of version 2."""
     key = made(keys, scope="metrics")
     text = httpx.get(f"{url}/metrics", headers={"Authorization": f"Bearer {key}"}).text
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     counted = [sample for sample in samples if sample.name == "vllm:generation_tokens_total"]
-    assert {sample.labels["model_version"] for sample in counted} == {"1", "2"}
-    assert len({sample.labels["replica"] for sample in counted}) == 2
-    assert all(sample.value > 0 for sample in counted), "both have answered the question with which they start"
+    assert sorted(sample.labels["model_version"] for sample in counted) == ["1", "1", "2"]
+    assert len({sample.labels["replica"] for sample in counted}) == 3
+    answered = {sample.labels["model_version"] for sample in counted if sample.value > 0}
+    assert answered == {"1", "2"}, "both have answered the question with which they start"
 
 
 def check_lost_replica(url: str, tokens: dict[str, int]) -> None:
@@ -155,6 +158,19 @@ def check_lost_replica(url: str, tokens: dict[str, int]) -> None:
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "replica_lost"
     assert (whole.result().status_code, whole.result().json()["error"]["code"]) == (503, "no_replica")
     assert whole.result().headers["x-request-id"]
+
+
+def check_refusals(resources: Resources, version: ModelVersion, *, other_port: int) -> None:
+    """Before a replica is started: another address, another service, and a proxy of another release."""
+    with pytest.raises(ValueError, match="does not listen on"):
+        deploy(SERVICE, version, resources.with_changes({"serve.port": other_port}))
+    with pytest.raises(ValueError, match="is the address of the service tiny-ray"):
+        deploy(Service(name="another"), version, resources)
+    internal_kv._internal_kv_put(RELEASE, "0.0", namespace=NAMESPACE)
+    with pytest.raises(ValueError, match="was started without the router of vila-ops"):
+        deploy(SERVICE, version, resources)
+    announce_release()
+    assert len(serve.status().applications) == 1
 
 
 def test_a_service_is_deployed_updated_and_released_under_load(
@@ -194,11 +210,11 @@ def test_a_service_is_deployed_updated_and_released_under_load(
     assert query(url) == two
     after = replica(url)
     assert after["actor_id"] != before["actor_id"]
-    wait_until(lambda: len(serve.status().applications) == 2)
+    wait_until(lambda: len(serve.status().applications) == 1)
 
     commands = Commands(tmp_path, empty_database, versions, tiny_run(SERVICE, resources))
     with clients(url) as seen:
-        canary = commands.said("canary", "--version", "1", "--share", "0.5")
+        canary = commands.said("canary", "--version", "1", "--share", "0.5", "-s", "resources.serve.replicas=2")
         assert canary == {"url": url, "model": one, "version": 1}
         assert query(url) in (one, two)
         check_metrics(url, keys)
@@ -210,10 +226,9 @@ def test_a_service_is_deployed_updated_and_released_under_load(
     assert commands.aliases() == {"champion": 1}
     wait_until(lambda: state(resources).tracks() == (state(resources).stable,))
 
-    elsewhere = resources.with_changes({"serve.port": free_ports(1)[0]})
-    with pytest.raises(ValueError, match="does not listen on"):
-        deploy(SERVICE, versions[1], elsewhere)
     check_lost_replica(url, {str(token): -100 for token in stop_tokens(versions[1])})
+
+    check_refusals(resources, versions[0], other_port=free_ports(1)[0])
 
     undeploy(SERVICE, resources)
     undeploy(SERVICE, resources)

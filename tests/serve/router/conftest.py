@@ -17,8 +17,11 @@ from vila_ops.artifacts.kinds import Checkpoint, ModelVersion
 from vila_ops.config import CanaryRules, Resources, Service
 from vila_ops.serve.backends.http_protocol import options
 from vila_ops.serve.backends.local_process import LocalProcess
+from vila_ops.serve.backends.ray_serve import Below
 from vila_ops.serve.router.app import Router
+from vila_ops.serve.router.asgi_upstream import AsgiUpstream
 from vila_ops.serve.router.state import Canary, Register, ServiceState, Track
+from vila_ops.serve.router.upstream import HttpUpstream, Upstream
 from vila_ops.serve.spec import Spec
 
 SERVICE = Service(name="tiny", request_timeout_seconds=20, max_body_bytes=200_000)
@@ -93,17 +96,36 @@ async def _send_whole(send: Send, status: int, data: bytes, kind: bytes) -> None
     await send({"type": "http.response.body", "body": data})
 
 
-class Setting:
-    """A stable version (number 1), a canary (number 2), and their router."""
+class Proxy:
+    """Passes a request on to the app whose prefix it has, or says 404 as Ray Serve's proxy does."""
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
+    def __init__(self, apps: dict[str, ASGIApp]) -> None:
+        self._apps = {prefix: Below(prefix, app) for prefix, app in apps.items()}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        prefix = f"/{scope['path'].split('/')[1]}"
+        if prefix in self._apps:
+            await self._apps[prefix](scope, receive, send)
+        else:
+            await plain(send, 404, b"Path '%s' not found." % prefix.encode())
+
+
+class Setting:
+    """A stable version (number 1), a canary (number 2), and their router, which reaches them by HTTP or as a proxy."""
+
+    def __init__(self, folder: Path, stack: ExitStack, *, in_proxy: bool = False) -> None:
         self.stable, self.canary = Replica("stable"), Replica("canary")
         self.urls = [stack.enter_context(listening(one)) for one in (self.stable, self.canary)]
+        upstream: Upstream = HttpUpstream()
+        if in_proxy:
+            upstream = AsgiUpstream(Proxy({"/stable@1": self.stable, "/canary@2": self.canary}))
+            self.urls = [url + prefix for url, prefix in zip(self.urls, ("/stable@1", "/canary@2"), strict=True)]
         self.tracks = [self.track(number, url) for number, url in enumerate(self.urls, 1)]
         self.register = Register(str(folder / "register"))
         self.register.change(lambda _: ServiceState(stable=self.tracks[0]))
         self.stopped: list[Track] = []
-        router = Router(self.register, self.stopped.append, LocalProcess("tiny", Resources(launch="inline")).metrics)
+        metrics = LocalProcess("tiny", Resources(launch="inline")).metrics
+        router = Router(self.register, self.stopped.append, metrics, upstream)
         self.url = stack.enter_context(listening(router, proxy_headers=False))
 
     def track(self, number: int, url: str) -> Track:
@@ -131,7 +153,7 @@ class Setting:
 
 
 @pytest.fixture
-def setting(tmp_path: Path) -> Iterator[Setting]:
+def setting(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Setting]:
     """Ends all servers with the test."""
     with ExitStack() as stack:
-        yield Setting(tmp_path, stack)
+        yield Setting(tmp_path, stack, in_proxy=getattr(request, "param", "http") == "proxy")

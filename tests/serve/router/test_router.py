@@ -17,6 +17,8 @@ from tests.serve.router.conftest import Setting, answer, completion, plain
 from vila_ops.serve.app.metrics import Metrics
 
 ANN = {"Authorization": "Bearer ann"}
+both = pytest.mark.parametrize("setting", ["http", "proxy"], indirect=True)
+"""For a router that reaches replicas by HTTP, and for one within Ray Serve's proxy."""
 
 
 def ask(setting: Setting, question: str, *, turns: int = 1, **body: Any) -> httpx.Response:
@@ -33,6 +35,7 @@ def text(response: httpx.Response) -> str:
     return said
 
 
+@both
 def test_requests_and_responses_pass_as_they_are(setting: Setting) -> None:
     async def echo(scope: Scope, body: bytes, send: Send) -> None:
         await answer(send, 418, {"path": scope["path"], "query": scope["query_string"].decode(), "size": len(body)})
@@ -50,6 +53,7 @@ def test_requests_and_responses_pass_as_they_are(setting: Setting) -> None:
     assert httpx.get(f"{setting.url}/v1/models").json()["size"] == 0
 
 
+@both
 def test_a_stream_passes_event_by_event_and_one_that_is_left_ends(setting: Setting) -> None:
     sent = asyncio.Event()
 
@@ -66,6 +70,18 @@ def test_a_stream_passes_event_by_event_and_one_that_is_left_ends(setting: Setti
     wait_until(lambda: setting.stable.gone == 1)
 
 
+@both
+def test_an_answer_whose_client_leaves_before_it_begins_ends(setting: Setting) -> None:
+    async def silent(scope: Scope, body: bytes, send: Send) -> None:
+        assert (await scope["receive"]())["type"] == "http.disconnect"
+        setting.stable.gone += 1
+
+    setting.stable.respond = silent
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{setting.url}/v1/chat/completions", json={}, timeout=0.5)
+    wait_until(lambda: setting.stable.gone == 1)
+
+
 def test_a_conversation_stays_where_it_is_and_the_canary_gets_its_share(setting: Setting) -> None:
     setting.start_canary(share=0.25)
     said = Counter(text(ask(setting, f"question {number}")) for number in range(80))
@@ -76,6 +92,7 @@ def test_a_conversation_stays_where_it_is_and_the_canary_gets_its_share(setting:
     assert set(other) == {"stable", "canary"}, "another user's conversation is another"
 
 
+@both
 def test_what_fails_on_the_canary_is_answered_by_the_stable_version_until_a_burst_ends_it(setting: Setting) -> None:
     async def fail(scope: Scope, body: bytes, send: Send) -> None:
         await answer(send, 500, {"error": {}})
@@ -90,6 +107,7 @@ def test_what_fails_on_the_canary_is_answered_by_the_stable_version_until_a_burs
     assert json.loads(setting.canary.bodies[0]) in [json.loads(body) for body in setting.stable.bodies]
 
 
+@both
 def test_a_canary_that_dies_loses_no_request_and_ends_its_streams_with_an_error_event(setting: Setting) -> None:
     async def break_off(scope: Scope, body: bytes, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
@@ -152,6 +170,7 @@ def test_the_same_conversation_again_and_again_is_counted_once(setting: Setting)
     assert setting.register.load().canary is not None
 
 
+@both
 def test_a_retired_track_ends_when_its_last_stream_has_ended(setting: Setting) -> None:
     go_on = asyncio.Event()
 
@@ -180,12 +199,13 @@ def test_a_retired_track_ends_when_its_last_stream_has_ended(setting: Setting) -
     wait_until(lambda: setting.register.load().retired == ())
 
 
+@both
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_error_of_serves_proxy_becomes_one_of_openai_s_form(setting: Setting, stream: bool) -> None:
-    """The proxy answers so, as plain text, when it loses the only replica before it has answered."""
+    """The proxy ends so when it loses the only replica before it has answered; a server makes of it a plain text."""
 
     async def lost(scope: Scope, body: bytes, send: Send) -> None:
-        await plain(send, 500, b"Internal Server Error")
+        return
 
     setting.stable.respond = lost
     response = ask(setting, "hello", stream=stream)
@@ -193,6 +213,7 @@ def test_an_error_of_serves_proxy_becomes_one_of_openai_s_form(setting: Setting,
     assert response.headers["x-request-id"]
 
 
+@both
 def test_one_scrape_has_the_counters_of_all_replicas(setting: Setting) -> None:
     counted = [Metrics(model="tiny", version=number, replica=f"replica-{number}") for number in (1, 2)]
     for metrics, tokens in zip(counted, (3, 4), strict=True):
@@ -247,16 +268,19 @@ def test_a_track_without_an_answer_has_no_metrics(setting: Setting) -> None:
     assert 'replica="replica-1"' in http().get(f"{setting.url}/metrics", headers=ANN).text
 
 
+@both
 def test_head_is_passed_on_with_the_length_of_the_body_that_is_not_sent(setting: Setting) -> None:
     response = http().head(f"{setting.url}/health")
     assert (response.status_code, response.content) == (200, b"")
     assert response.headers["content-length"] == http().get(f"{setting.url}/health").headers["content-length"]
 
 
+@both
 def test_a_service_without_a_replica_answers_503_in_openai_s_form(setting: Setting) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    setting.register.change(lambda state: state.with_changes({"stable": setting.track(3, f"http://127.0.0.1:{port}")}))
+    gone = setting.track(3, f"http://127.0.0.1:{port}/gone@3")
+    setting.register.change(lambda state: state.with_changes({"stable": gone}))
     wait_until(lambda: ask(setting, "hello").status_code == 503)
     response = ask(setting, "hello")
     assert (response.json()["error"]["code"], response.headers["retry-after"]) == ("no_replica", "1")

@@ -12,6 +12,7 @@ from vila_ops.config import Resources
 from vila_ops.serve.backends.http_protocol import options
 from vila_ops.serve.backends.local_process import LocalProcess
 from vila_ops.serve.router.app import Router
+from vila_ops.serve.router.upstream import HttpUpstream
 
 IDLE_SECONDS = 20
 """How long an idle connection is kept: longer than the official clients keep theirs (5 s, as uvicorn does by default),
@@ -23,7 +24,7 @@ def main() -> None:
     name, resources, host, port = sys.argv[1:]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     backend = LocalProcess(name, Resources.model_validate_json(resources))
-    router = Router(backend.register, backend.stop, backend.metrics)
+    router = Router(backend.register, backend.stop, backend.metrics, HttpUpstream())
     uvicorn.run(
         router,
         host=host,

@@ -1,15 +1,18 @@
-"""What Ray Serve's HTTP proxy leaves to us: its own routes and the headers by which clients would lift its limits."""
+"""What we put around Ray Serve's HTTP proxy: the router, and rules for what the proxy leaves to us.
+
+These hide its own routes, and drop the headers by which clients would lift its limits.
+"""
 
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vila_ops.serve.app.errors import ApiError
+from vila_ops.serve.backends.proxy_notes import announce_release
+from vila_ops.serve.backends.proxy_router import HEALTH, ProxyRouter
 
 LIFTED = frozenset({b"x-request-timeout-seconds", b"x-request-disconnect-disabled"})
 """Headers that the proxy obeys: no time limit, and no end of the work for a client that has left."""
-HEALTH = "/-/healthz"
-"""For load balancers: it shows no more than that the proxy runs."""
 
 
 class ProxyRules:
@@ -31,5 +34,9 @@ class ProxyRules:
 
 
 def middleware() -> list[Middleware]:
-    """The middleware of the proxy; `ray_serve.CONTROLLER_ENV` names this function."""
-    return [Middleware(ProxyRules)]
+    """The middleware of the proxy, which calls this as it starts: `ray_serve.CONTROLLER_ENV` names it.
+
+    The last one is the first that gets a request.
+    """
+    announce_release()
+    return [Middleware(ProxyRouter), Middleware(ProxyRules)]

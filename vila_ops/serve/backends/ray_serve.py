@@ -14,9 +14,10 @@ import httpx
 from vila_ops import __version__
 from vila_ops.artifacts.store import root_of
 from vila_ops.cluster import connect, device_on, gpu_options, take_own_gpu
-from vila_ops.config import Resources, fingerprint
+from vila_ops.config import Resources
 from vila_ops.device import Device
 from vila_ops.serve.backends.backend import METRICS_SECONDS
+from vila_ops.serve.backends.proxy_notes import Routed, is_of_this_release, route, routed
 from vila_ops.serve.router.scrape import Headers
 from vila_ops.serve.router.state import Register, Track
 from vila_ops.serve.spec import Spec
@@ -28,10 +29,6 @@ if TYPE_CHECKING:
 MAX_ONGOING = 1000
 """Requests that a replica may hold. The app limits answers by itself; an upload counts here as well, so that with a low
 number a few unfinished ones would stop everybody."""
-LONGEST_ANSWER_SECONDS = 3600.0
-"""Upper bound of a service's time limit: how long a router that is replaced may go on with its streams."""
-HEAD = "node:__internal_head__"
-"""Ray's resource of the head node."""
 PROXY_SECONDS = 120.0
 """How long Serve's HTTP proxy may take to start."""
 CONTROLLER_ENV = {
@@ -73,24 +70,6 @@ class Replica:
         return text
 
 
-class RouterReplica:
-    """The process of the router, on the cluster's head, where Serve's proxy listens."""
-
-    def __init__(self, name: str, resources: str) -> None:
-        import ray
-
-        from vila_ops.serve.router.app import Router
-
-        given = Resources.model_validate_json(resources)
-        address = ray.get_runtime_context().gcs_address  # as this process is connected, so that it stays so
-        here = given.with_changes({"ray_address": address})
-        backend = RayServe(name, here)
-        self.router = Router(RayServe(name, given).register, backend.stop, backend.metrics)
-
-    def __serve_build_asgi_app__(self) -> Any:
-        return self.router
-
-
 class Below:
     """An app whose routes Serve's proxy has below a prefix, which the app does not know."""
 
@@ -106,7 +85,7 @@ class Below:
 
 
 class RayServe:
-    """Implements `ServiceBackend` by applications of Ray Serve: the router, and one for each track."""
+    """Implements `ServiceBackend` by applications of Ray Serve, one for each track, and the router in its proxy."""
 
     def __init__(self, name: str, resources: Resources) -> None:
         self.name, self.resources = name, resources
@@ -127,24 +106,10 @@ class RayServe:
         return f"http://{self.resources.serve.host}:{self.resources.serve.port}"
 
     def open(self) -> str:
-        """As in `ServiceBackend`. The router of another release of this package, or of another store, is replaced."""
-        from ray import serve
-
+        """As in `ServiceBackend`: note the service for Serve's proxy, in which its router runs."""
         url = self.url()
         self._connect()
-        deployed = f"router-{fingerprint({'release': __version__, 'register': self.register.uri})[:8]}"
-        application = self._application(self.name)
-        if application is None or deployed not in application.deployments:
-            deployment = serve.deployment(
-                name=deployed,
-                num_replicas=1,
-                ray_actor_options={"num_cpus": 0, "resources": {HEAD: 0.001}},
-                max_ongoing_requests=MAX_ONGOING,
-                graceful_shutdown_timeout_s=LONGEST_ANSWER_SECONDS,
-                graceful_shutdown_wait_loop_s=0.5,
-            )(serve.ingress()(RouterReplica))
-            resources = self.resources.with_changes({"storage.store": root_of(self.resources.storage.store)})
-            _run(deployment.bind(self.name, resources.model_dump_json()), name=self.name, prefix="/")
+        route(Routed(name=self.name, register_uri=self.register.uri))
         return url
 
     def start(self, spec: Spec) -> Track:
@@ -195,17 +160,16 @@ class RayServe:
 
     def stop(self, track: Track) -> None:
         """As in `ServiceBackend`."""
-        self._delete(str(track.application))
-
-    def close(self) -> None:
-        """End the application of the router; Serve itself stays."""
-        self._delete(self.name)
-
-    def _delete(self, name: str) -> None:
         from ray import serve
 
-        if self._application(name) is not None:
-            serve.delete(name)
+        if self._application(track.application) is not None:
+            serve.delete(str(track.application))
+
+    def close(self) -> None:
+        """End the router; Serve itself stays."""
+        connect(self.resources)
+        if (service := routed()) is not None and service.name == self.name:
+            route(None)
 
     def _application(self, name: str | None) -> Any:
         from ray import serve
@@ -214,8 +178,17 @@ class RayServe:
         return serve.status().applications.get(str(name))
 
     def _connect(self) -> None:
+        """Connect to the cluster with Serve's proxy. Raises ValueError where that is of another address or service."""
+        from ray import serve
+
         connect(self.resources)
         _start_proxy(self.resources.serve.host, self.resources.serve.port)
+        other, running = routed(), serve.status().applications
+        if other and other.name != self.name and any(one.startswith(f"{other.name}-version-") for one in running):
+            raise ValueError(
+                f"{self.url()} is the address of the service {other.name}, and Ray Serve has one; end that service "
+                f"(`vila-ops undeploy`), or serve {self.name} on another cluster"
+            )
 
 
 def replicas(spec: Spec, resources: Resources, device: Device, prefix: str) -> "Application":
@@ -257,7 +230,7 @@ def _run(application: Any, *, name: str, prefix: str) -> None:
 
 
 def _start_proxy(host: str, port: int) -> None:
-    """Start Serve with its HTTP proxy. Raises ValueError where Serve already runs with another address."""
+    """Start Serve with its HTTP proxy. Raises ValueError where it runs with another address, or without our router."""
     from ray import serve
     from ray.exceptions import RayActorError
 
@@ -268,11 +241,17 @@ def _start_proxy(host: str, port: int) -> None:
     while "HEALTHY" not in serve.status().proxies.values() and time.monotonic() < deadline:
         time.sleep(0.1)
     try:
-        answer = httpx.get(f"http://{host}:{port}/-/healthz", trust_env=False)
-        if answer.status_code in (httpx.codes.OK, httpx.codes.SERVICE_UNAVAILABLE):  # 503: no application yet
-            return
+        with httpx.Client(base_url=f"http://{host}:{port}/-/", trust_env=False) as client:
+            healthy, routes = client.get("healthz").status_code, client.get("routes").status_code
     except httpx.TransportError:
-        pass
+        healthy = routes = 0
+    if healthy in (httpx.codes.OK, httpx.codes.SERVICE_UNAVAILABLE):  # 503: no application yet
+        if routes == httpx.codes.NOT_FOUND and is_of_this_release():
+            return
+        raise ValueError(
+            f"Ray Serve of this cluster was started without the router of vila-ops {__version__}, which runs in its "
+            f"proxy; end Serve (`serve shutdown`) and run this again, which starts it"
+        )
     raise ValueError(
         f"Ray Serve of this cluster does not listen on {host}:{port}: it was started with another address, which "
         f"cannot be changed while it runs; set serve.host and serve.port to it, or end Serve (`serve shutdown`)"

@@ -35,11 +35,19 @@ log = logging.getLogger(__name__)
 class Router:
     """Passes requests on."""
 
-    def __init__(self, register: Register, stop: Callable[[Track], None], metrics: MetricsOf) -> None:
+    def __init__(
+        self, register: Register, stop: Callable[[Track], None], metrics: MetricsOf, upstream: Upstream
+    ) -> None:
         self._keeper = Keeper(register, stop)
-        self._upstream = Upstream()
-        self._metrics = metrics
+        self._upstream, self._metrics = upstream, metrics
         self._held = 0
+
+    async def keep(self) -> None:
+        """Follow the register and the canary until this task is cancelled."""
+        try:
+            await self._keeper.keep(self._upstream)
+        finally:
+            await self._upstream.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or the life of the app."""
@@ -50,12 +58,11 @@ class Router:
 
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
-        keeping = asyncio.create_task(self._keeper.keep(self._upstream))
+        keeping = asyncio.create_task(self.keep())
         await send({"type": "lifespan.startup.complete"})
         await receive()
         keeping.cancel()
         await asyncio.gather(keeping, return_exceptions=True)
-        await self._upstream.close()
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,8 +1,9 @@
-"""HTTP to the replicas of a track."""
+"""How the router reaches the replicas of a track: the protocol, and HTTP."""
 
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import httpcore
 
@@ -19,11 +20,11 @@ OWN_HEADERS = {b"date", b"server"}
 
 
 class ReplicaLost(Exception):
-    """The connection to a replica failed or broke off."""
+    """A replica was not reached, or its response broke off."""
 
-    def __init__(self, error: Exception) -> None:
-        super().__init__(repr(error))
-        self.reached = not isinstance(error, (httpcore.ConnectError, httpcore.ConnectTimeout))
+    def __init__(self, reason: str, *, reached: bool) -> None:
+        super().__init__(reason)
+        self.reached = reached
         """Whether a replica may have got the request."""
 
 
@@ -43,8 +44,31 @@ class Reply:
         )
 
 
-class Upstream:
-    """Connections to all tracks. For one event loop."""
+class Upstream(Protocol):
+    """Passes requests on to the replicas of tracks. For one event loop."""
+
+    def ask(self, track: Track, request: Incoming) -> AbstractAsyncContextManager[Reply]:
+        """Send a request to a track; leaving the context ends its response there. Raises ReplicaLost."""
+
+    async def ready(self, track: Track, *, seconds: float) -> int | None:
+        """Status of /ready; None where no replica answers in time."""
+
+    async def close(self) -> None:
+        """End what is kept between requests."""
+
+
+async def reply_of(status: int, headers: list[tuple[bytes, bytes]], chunks: AsyncIterator[bytes]) -> Reply:
+    """A response without the headers that are not passed on: a stream of events as it comes, any other one whole."""
+    dropped = NOT_PASSED_ON | OWN_HEADERS
+    headers = [(name, value) for name, value in headers if name.lower() not in dropped]
+    kind = next((value for name, value in headers if name.lower() == b"content-type"), b"")
+    if kind.startswith(b"text/event-stream"):
+        return Reply(status, headers, chunks)
+    return Reply(status, headers, b"".join([chunk async for chunk in chunks]))
+
+
+class HttpUpstream:
+    """Implements `Upstream` by connections to all tracks."""
 
     def __init__(self) -> None:
         self._pool = httpcore.AsyncConnectionPool(
@@ -52,12 +76,12 @@ class Upstream:
         )
 
     async def close(self) -> None:
-        """Close all connections."""
+        """As in `Upstream`: close all connections."""
         await self._pool.aclose()
 
     @asynccontextmanager
     async def ask(self, track: Track, request: Incoming) -> AsyncIterator[Reply]:
-        """Send a request to a track; leaving the context ends its response there. Raises ReplicaLost."""
+        """As in `Upstream`."""
         url = httpcore.URL(track.url)
         query = request.scope.get("query_string", b"")
         raw_path = request.scope.get("raw_path") or request.scope["path"].encode()
@@ -73,28 +97,18 @@ class Upstream:
         with _named():
             response = await self._pool.handle_async_request(outgoing)
         try:
-            yield await _reply(response)
+            yield await reply_of(response.status, response.headers, _chunks(response))
         finally:
             await response.aclose()
 
     async def ready(self, track: Track, *, seconds: float) -> int | None:
-        """Status of /ready; None where no replica answers in time."""
+        """As in `Upstream`."""
         limits = {"connect": seconds, "read": seconds, "write": seconds, "pool": seconds}
         try:
             response = await self._pool.request("GET", f"{track.url}/ready", extensions={"timeout": limits})
         except (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError):
             return None
         return response.status
-
-
-async def _reply(response: httpcore.Response) -> Reply:
-    dropped = NOT_PASSED_ON | OWN_HEADERS
-    headers = [(name, value) for name, value in response.headers if name.lower() not in dropped]
-    kind = next((value for name, value in headers if name.lower() == b"content-type"), b"")
-    if kind.startswith(b"text/event-stream"):
-        return Reply(response.status, headers, _chunks(response))
-    with _named():
-        return Reply(response.status, headers, await response.aread())
 
 
 async def _chunks(response: httpcore.Response) -> AsyncIterator[bytes]:
@@ -109,4 +123,5 @@ def _named() -> Iterator[None]:
     try:
         yield
     except (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError) as error:
-        raise ReplicaLost(error) from error
+        reached = not isinstance(error, (httpcore.ConnectError, httpcore.ConnectTimeout))
+        raise ReplicaLost(repr(error), reached=reached) from error
