@@ -1,5 +1,7 @@
 """A look at real deliveries: what each one holds, what is decided, and what is sealed."""
 
+import os
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -7,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tests.retrain.conftest import again, good
+from tests.retrain.conftest import again, drawn, good
 from vila_ops.artifacts.kinds import Decision
 from vila_ops.artifacts.listing import sealed
 from vila_ops.artifacts.store import file
@@ -16,7 +18,7 @@ from vila_ops.config import Run
 from vila_ops.config.retrain import RetrainPolicy
 from vila_ops.pipeline.retrain import look
 from vila_ops.registry import alias_register
-from vila_ops.retrain.deliveries import DeliveryCounts
+from vila_ops.retrain.deliveries import DeliveryCounts, settled
 
 NOW = datetime(2036, 1, 1, 12, tzinfo=UTC)
 
@@ -24,6 +26,18 @@ NOW = datetime(2036, 1, 1, 12, tzinfo=UTC)
 def by_name(deliveries: Sequence[DeliveryCounts]) -> dict[str, DeliveryCounts]:
     """Without the prefix of sources."""
     return {one.name.removeprefix("zz.inbox."): one for one in deliveries}
+
+
+def test_a_delivery_whose_copy_keeps_old_times_settles_like_any_other(policy: RetrainPolicy) -> None:
+    """`rsync -a` and `cp -p` set the times of the files that they copy."""
+    source = policy.watch["inbox"]
+    folder = Path(source.path) / "1"  # type: ignore[union-attr]
+    folder.mkdir()
+    (folder / "1.png").write_bytes(drawn(1))
+    os.utime(folder / "1.png", (10**9, 10**9))
+    slow = policy.with_changes({"settle_minutes": 10})
+    assert settled(source, slow, now=time.time()) == {}
+    assert list(settled(source, slow, now=time.time() + 601)) == ["1"]
 
 
 @pytest.mark.slow

@@ -33,6 +33,8 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     run_program(folder, "git", "init", "-q")
     run_program(folder, "git", "add", "--all")
     run_program(folder, "git", "commit", "-qm", "start")
+    (folder / ".git/hooks/post-checkout").write_text("#!/bin/sh\nexit 1\n")  # as `dvc install`'s, which finds no cache
+    (folder / ".git/hooks/post-checkout").chmod(0o755)
     (folder / "notes.txt").write_text("at work")
     (folder / "new.txt").write_text("not added")
     return folder

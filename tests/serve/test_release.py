@@ -10,11 +10,13 @@ import pytest
 
 from tests.serve.commands import Commands, tiny_run
 from vila_ops.artifacts.kinds import Deployment, ModelVersion
-from vila_ops.config import Resources, Service
-from vila_ops.release.canary import as_champion, promote, roll_back, start_canary
+from vila_ops.config import CanaryRules, Resources, Service
+from vila_ops.release.canary import as_champion, promote, roll_back, start_canary, taken_back
 from vila_ops.serve.backends.local_process import LocalProcess
 from vila_ops.serve.deploy import deploy, undeploy
-from vila_ops.serve.router.state import Rollback
+from vila_ops.serve.router.state import Canary, Rollback, ServiceState, Track
+from vila_ops.serve.spec import Spec
+from vila_ops.serve.tracks import with_stable
 
 Versions = tuple[ModelVersion, ModelVersion]
 SERVICE = Service(name="released", max_new_tokens=8)
@@ -62,6 +64,21 @@ def test_a_canary_that_is_promoted_is_the_champion_and_a_rollback_moves_no_alias
     assert commands.said("rollback") == {"url": url, "model": first, "version": 1}
     assert served(url) == [(first, 1)]
     assert commands.aliases() == {"champion": 2, "previous": 1}
+
+
+def test_a_canary_that_a_person_takes_back_is_told_apart_from_one_that_a_deployment_ended(versions: Versions) -> None:
+    stable, track = (
+        Track(spec=Spec.of(SERVICE, version, Resources(launch="inline")), url=f"http://{version.version}")
+        for version in versions
+    )
+    state = ServiceState(stable=stable, canary=Canary(track=track, rules=CanaryRules(), salt=""))
+    after = taken_back(state, at="2036-01-01")
+    assert (after.canary, after.retired, after.stable) == (None, (track,), stable)
+    last = after.rolled_back
+    assert last is not None
+    assert (last.digest, last.reason) == (versions[1].checkpoint.digest, "a person took it back")
+    assert taken_back(after, at="2036-01-02") == after
+    assert with_stable(state, stable).rolled_back is None
 
 
 def test_a_champion_that_is_promoted_again_moves_no_alias(commands: Commands, versions: Versions) -> None:

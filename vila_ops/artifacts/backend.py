@@ -29,6 +29,8 @@ class Entry(NamedTuple):
     """Bytes; 0 for a folder."""
     changed: float
     """Time of its last change, in seconds since 1970 by the clock of the store."""
+    arrived: float
+    """As `changed`, but a copy that keeps the times of what it copies (`rsync -a`) does not set it back."""
 
 
 class Versioned(NamedTuple):

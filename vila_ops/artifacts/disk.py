@@ -116,7 +116,8 @@ def entries(uri: str) -> list[Entry]:
             with suppress(FileNotFoundError):
                 stat = os.lstat(path)
                 size = 0 if S_ISDIR(stat.st_mode) else stat.st_size
-                listed.append(Entry(os.path.relpath(path, uri), size, stat.st_mtime))
+                arrived = max(stat.st_mtime, stat.st_ctime)
+                listed.append(Entry(os.path.relpath(path, uri), size, stat.st_mtime, arrived))
     return listed
 
 

@@ -96,9 +96,10 @@ def entries(uri: str) -> list[Entry]:
     with translated(uri):
         pages = client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         return [
-            Entry(item["Key"].removeprefix(prefix), item["Size"], item["LastModified"].timestamp())
+            Entry(item["Key"].removeprefix(prefix), item["Size"], changed=written, arrived=written)
             for page in pages
             for item in page.get("Contents", [])
+            for written in [item["LastModified"].timestamp()]
         ]
 
 

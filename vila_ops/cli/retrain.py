@@ -2,14 +2,11 @@
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from vila_ops.cli.options import INLINE, AsJson, Overrides, RecipeFile, ResourcesFile, load_run, print_result, say
-
-if TYPE_CHECKING:
-    pass
 
 PolicyFile = Annotated[Path, typer.Option("-p", "--policy", help="A file of configs/retrain")]
 

@@ -1,6 +1,7 @@
 """A dataset as a DVC revision on a git branch of its own, made in a temporary worktree: the user's stays as it is."""
 
 import difflib
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -75,7 +76,8 @@ def _worktree(top: Path) -> Iterator[Path]:
     """A temporary worktree at HEAD, without a branch."""
     parent = Path(tempfile.mkdtemp(prefix="vila-retrain-"))
     try:
-        run_program(top, "git", "worktree", "add", "--quiet", "--detach", str(parent / "tree"))
+        hooks = f"core.hooksPath={os.devnull}"  # such as `dvc install`'s, which would check all data out here
+        run_program(top, "git", "-c", hooks, "worktree", "add", "--quiet", "--detach", str(parent / "tree"))
         yield parent / "tree"
     finally:
         shutil.rmtree(parent, ignore_errors=True)

@@ -5,6 +5,7 @@ The router takes a bad canary back by itself; these functions are for what a per
 
 import logging
 import secrets
+from datetime import UTC, datetime
 
 from vila_ops.artifacts.kinds import Deployment, ModelVersion
 from vila_ops.artifacts.store import verify
@@ -13,7 +14,7 @@ from vila_ops.config import Gate, Resources, Service
 from vila_ops.errors import NotReady
 from vila_ops.registry.register import champion, set_champion
 from vila_ops.serve.credentials import check_key
-from vila_ops.serve.router.state import Canary, ServiceState, Track
+from vila_ops.serve.router.state import Canary, Rollback, ServiceState, Track
 from vila_ops.serve.spec import Spec
 from vila_ops.serve.tracks import backend_of, identities, open_router, started, with_stable
 
@@ -83,7 +84,8 @@ def roll_back(service: Service, resources: Resources) -> Deployment:
         state = backend.register.load()
         track = state.stable
         if track is not None and state.canary is not None:
-            backend.register.change(lambda now: _with_canary(now, None))
+            at = datetime.now(UTC).isoformat(timespec="seconds")
+            backend.register.change(lambda now: taken_back(now, at=at))
         elif state.previous is not None:
             check_key(state.previous.capacity.access)
             verify(state.previous.version.checkpoint)
@@ -93,6 +95,15 @@ def roll_back(service: Service, resources: Resources) -> Deployment:
             none = f"{service.name} has neither a canary nor a former version{_last(state)}"
             raise ValueError(f"{none}; deploy the one to serve")
         return _served(track, open_router(track, backend))
+
+
+def taken_back(state: ServiceState, *, at: str) -> ServiceState:
+    """The state after a person took the canary back, which says so to who waits for it. Pure."""
+    if state.canary is None:
+        return state
+    version = state.canary.track.spec.version
+    last = Rollback(version=version.version, digest=version.checkpoint.digest, reason="a person took it back", at=at)
+    return _with_canary(state, None).with_changes({"rolled_back": last})
 
 
 def _last(state: ServiceState) -> str:

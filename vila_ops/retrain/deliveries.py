@@ -66,8 +66,8 @@ class Files(NamedTuple):
 
     num_files: int
     num_bytes: int
-    changed: float
-    """Time of the last change, in seconds since 1970."""
+    arrived: float
+    """Time at which the last one arrived or changed, in seconds since 1970."""
 
 
 def settled(source: Source, policy: RetrainPolicy, *, now: float) -> dict[str, Files]:
@@ -82,10 +82,10 @@ def settled(source: Source, policy: RetrainPolicy, *, now: float) -> dict[str, F
     for entry in backend(place).entries(place):
         folder, _, below = entry.name.partition("/")
         if below and not folder.startswith("."):
-            count, num_bytes, changed = folders.get(folder, Files(0, 0, 0.0))
-            folders[folder] = Files(count + 1, num_bytes + entry.size, max(changed, entry.changed))
+            count, num_bytes, arrived = folders.get(folder, Files(0, 0, 0.0))
+            folders[folder] = Files(count + 1, num_bytes + entry.size, max(arrived, entry.arrived))
     old = now - 60 * policy.settle_minutes
-    return {folder: files for folder, files in sorted(folders.items()) if files.changed <= old}
+    return {folder: files for folder, files in sorted(folders.items()) if files.arrived <= old}
 
 
 def listed(policy: RetrainPolicy, *, cache: Path, now: float) -> list[Delivery]:
