@@ -14,8 +14,6 @@ from vila_ops.config import Run, load
 from vila_ops.config.load import load_policy
 from vila_ops.config.retrain import RetrainPolicy
 from vila_ops.pipeline import retrain as retraining
-from vila_ops.pipeline.events import begin_event
-from vila_ops.pipeline.windows import begin
 from vila_ops.retrain.decisions import page
 
 
@@ -28,16 +26,13 @@ def retrain(
     """Decide whether the champion is trained on, and do it; or go on with the canary of an earlier retraining.
 
     Without `run` and `policy` they are the demo's. A scheduled run ends at once, in the state Skipped, where its window
-    is over or another run has it; one that asks for events, where nothing was delivered or rated since the last one.
+    is over or another run has it, unless a canary waits; one that asks for events, where nothing was delivered or rated
+    since the last one.
     """
     run = run or load(Path("configs/recipes/demo.yaml"), resources=Path("configs/resources/laptop.yaml"))
     policy = policy or load_policy(Path("configs/retrain/demo.yaml"))
-    flow_run, due = str(runtime.flow_run.id), runtime.flow_run.scheduled_start_time
-    store, now, why = run.resources.storage.store, datetime.now(UTC), None
-    if trigger == "schedule":
-        why = begin(f"{run.recipe.name}.retrain", policy.schedule, due=due, flow_run=flow_run, store=store)
-    elif trigger == "event":
-        why = begin_event(run, policy, flow_run=flow_run, now=now)
+    flow_run, due, now = str(runtime.flow_run.id), runtime.flow_run.scheduled_start_time, datetime.now(UTC)
+    why = retraining.begin_step(run, policy, trigger=trigger, flow_run=flow_run, due=due, now=now)
     if why is not None:
         return Completed(name="Skipped", message=why)
     logging.getLogger("vila_ops").setLevel(logging.INFO)

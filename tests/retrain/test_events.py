@@ -8,9 +8,12 @@ from prefect.states import State
 
 from flows.retrain import retrain
 from tests.retrain.conftest import drawn, tiny
+from vila_ops.artifacts.kinds import Checkpoint, ModelVersion
 from vila_ops.config import Resources
 from vila_ops.config.retrain import RetrainPolicy
 from vila_ops.pipeline.events import begin_event
+from vila_ops.pipeline.retrain import begin_step
+from vila_ops.registry import alias_register
 
 NOON = datetime(2036, 1, 1, 12, tzinfo=UTC)
 
@@ -52,6 +55,25 @@ def test_ratings_are_an_event_every_so_often(tmp_path: Path, policy: RetrainPoli
         (tmp_path / f"kept/ratings/{number}.json").write_text("{}")
         started.append(begin_event(run, rules, flow_run=str(number), now=NOON) is None)
     assert started == [False, False, True, False, False, True, False]
+
+
+def test_a_canary_is_looked_at_in_a_window_that_another_run_has(tmp_path: Path, policy: RetrainPolicy) -> None:
+    run = tiny(Resources(launch="inline").with_changes({"storage.store": str(tmp_path / "store")}))
+    name, store = run.recipe.gate.model_name, run.resources.storage.store
+
+    def asked(flow_run: str, day: int) -> str | None:
+        due = NOON.replace(day=day)
+        return begin_step(run, policy, trigger="schedule", flow_run=flow_run, due=due, now=due)
+
+    assert asked("a", 1) is None
+    assert "belongs to run a" in (asked("b", 2) or "")
+    model = Checkpoint(uri="checkpoint/1", digest="1", parents=("data", "init"), stage="align", step=1)
+    challenger = ModelVersion(name=name, version=2, checkpoint=model, promoted=False)
+    alias_register.move(name, {"challenger": challenger}, over=None, reason="", store=store)
+    assert asked("c", 3) is None
+    assert asked("d", 4) is None
+    alias_register.remove(name, reason="", store=store)
+    assert "belongs to run a" in (asked("e", 5) or "")
 
 
 def test_a_flow_without_an_event_is_skipped(tmp_path: Path, policy: RetrainPolicy) -> None:

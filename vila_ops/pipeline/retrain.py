@@ -16,9 +16,10 @@ from vila_ops.config import NO_CONTEXT, Run, RunContext
 from vila_ops.config.retrain import RetrainPolicy
 from vila_ops.data.branches import DataRevision, on_a_branch
 from vila_ops.eval.needs import check_held_out
+from vila_ops.pipeline.events import begin_event
 from vila_ops.pipeline.promotion import register_model
 from vila_ops.pipeline.stages import TASKS, Tasks, suite_text
-from vila_ops.pipeline.windows import window_of
+from vila_ops.pipeline.windows import begin, window_of
 from vila_ops.registry import alias_register
 from vila_ops.registry.aliases import CHALLENGER, CHAMPION, AliasRecord
 from vila_ops.registry.register import judgement
@@ -64,6 +65,22 @@ class Retraining:
         return DecisionRecord.model_validate(
             {**facts, "window": window, "policy": told_policy(self.policy), "decided": decided, **more}
         )
+
+
+def begin_step(
+    run: Run, policy: RetrainPolicy, *, trigger: str, flow_run: str, due: datetime, now: datetime
+) -> str | None:
+    """Whether a run of the flow, which was `due`, may make a step: None, or why it has to end.
+
+    A scheduled one needs its window unless a canary waits, and one that asks for events something new.
+    """
+    if trigger == "event":
+        return begin_event(run, policy, flow_run=flow_run, now=now)
+    name, store = run.recipe.gate.model_name, run.resources.storage.store
+    if trigger != "schedule" or alias_register.read(name, store=store).version(CHALLENGER) is not None:
+        return None
+    window = f"{run.recipe.name}.retrain"
+    return begin(window, policy.schedule, due=due, flow_run=flow_run, store=store, now=lambda: now)
 
 
 def look(

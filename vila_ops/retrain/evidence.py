@@ -1,9 +1,10 @@
 """The evidence for a decision about retraining, measured from the store, the watched places and the service."""
 
 import json
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, ModelVersion
@@ -31,15 +32,16 @@ from vila_ops.retrain.deliveries import (
     training_mixture,
     unread,
 )
-from vila_ops.retrain.drift import Drift, level_of
+from vila_ops.retrain.drift import FEWEST, Drift, level_of
 from vila_ops.retrain.feedback import ErrorSlice, ratings_of, slices_of
 from vila_ops.retrain.held_out import held_out_records
 from vila_ops.retrain.streams import Comparisons, DatasetRows
-from vila_ops.retrain.traffic import place_of, traffic_between
+from vila_ops.retrain.traffic import kept_requests, place_of, traffic
 from vila_ops.train.stage import trained_model
 
+TRAFFIC, NEW_DATA = "traffic", "new data"
 STREAMS = 4
-"""Images and texts, of new data and of traffic: the streams that a window may test."""
+"""Images and texts of both: the streams that a window may test."""
 
 
 @dataclass(frozen=True)
@@ -217,41 +219,52 @@ class _Look:
         return slices_of(ratings_of(place, self.champion.checkpoint.digest), rules)
 
     def _drift(self, clean: Dataset | None, judged: Sequence[DeliveryCounts]) -> tuple[Drift, ...]:
-        """The comparisons of this window; those of an earlier look in it count again, so that a window has one."""
+        """The comparisons of this window. Each stream has one: that of an earlier look in the window counts again."""
         rules = self.policy.drift
         if rules is None:
             return ()
-        for one in self.moment.history:
-            same = one.window == self.moment.window and one.evidence is not None
-            if same and one.evidence is not None and one.evidence.model == self.champion.checkpoint.digest:
-                self.notes.append(f"drift was looked at in this window at {one.when.isoformat(timespec='seconds')}")
-                return one.evidence.drift
-        pairs = self._traffic()
-        if clean is not None:
+        tested = self._tested()
+        names = {one.stream.partition(",")[0] for one in tested}
+        pairs = {} if TRAFFIC in names else self._traffic(rules.max_samples)
+        if clean is not None and NEW_DATA not in names:
             of = {one.name: one.status for one in judged}
             rows = [row for row in index_of(clean).to_pylist() if row["split"] == "train"]
             old = [row for row in rows if of.get(row["source"], "trained on") == "trained on"]
             new = [row for row in rows if of.get(row["source"]) == "new"]
-            pairs["new data"] = ((clean, old), (clean, new))
+            pairs[NEW_DATA] = ((clean, old), (clean, new))
         level = level_of(rules, self.policy.schedule, streams=STREAMS)
         compared = Comparisons(self.champion.checkpoint, self.run.resources, rules, level)
-        return tuple(one for name, (before, now) in pairs.items() for one in compared.streams(name, before, now))
+        fresh = (one for name, (before, now) in pairs.items() for one in compared.streams(name, before, now))
+        return (*tested, *fresh)
 
-    def _traffic(self) -> dict[str, tuple[DatasetRows, DatasetRows]]:
-        """Requests before this window, since the champion answers, and those within it."""
+    def _tested(self) -> tuple[Drift, ...]:
+        """The comparisons with this champion of earlier looks in this window."""
+        tested: dict[str, Drift] = {}
+        for one in self.moment.history:
+            of_model = one.evidence is not None and one.evidence.model == self.champion.checkpoint.digest
+            if one.evidence is not None and of_model and one.window == self.moment.window:
+                tested |= {drift.stream: drift for drift in one.evidence.drift}
+        if tested:
+            self.notes.append(f"{', '.join(tested)} were compared earlier in this window")
+        return tuple(tested.values())
+
+    def _traffic(self, most: int) -> dict[str, tuple[DatasetRows, DatasetRows]]:
+        """Requests of the last whole window, and those before it since the champion answers; `most` drawn of each."""
         place = place_of(self.run.recipe.service, self.run.resources)
         if place is None:
             return {}
-        start, end = self.moment.window.timestamp(), self.moment.when.timestamp()
+        end = self.moment.window
+        start = end - timedelta(hours=self.policy.schedule.window_hours)
+        kept, times = kept_requests(place), ((self.since, start), (start, end))
+        names = [[name for name, at in kept.items() if a.timestamp() <= at < z.timestamp()] for a, z in times]
+        if min(map(len, names)) < FEWEST:
+            counts = f"{len(names[1])} requests of the last window and {len(names[0])} before it were kept"
+            self.notes.append(f"traffic is not compared: {counts}, and {FEWEST} of each are needed")
+            return {}
+        drawn = [sorted(random.Random(f"{end}").sample(of, min(most, len(of)))) for of in names]
         try:
-            before, now = (
-                traffic_between(place, since, until, text=self.text, resources=self.run.resources)
-                for since, until in ((self.since.timestamp(), start), (start, end))
-            )
+            before, now = (traffic(place, of, text=self.text, resources=self.run.resources) for of in drawn)
         except ValueError as error:  # such as no request that can be read; retraining does not hang on it
             self.notes.append(f"traffic is not compared: {error}")
             return {}
-        if before is None or now is None:
-            self.notes.append("traffic is not compared: too few requests were kept before or in this window")
-            return {}
-        return {"traffic": ((before, index_of(before).to_pylist()), (now, index_of(now).to_pylist()))}
+        return {TRAFFIC: ((before, index_of(before).to_pylist()), (now, index_of(now).to_pylist()))}

@@ -1,5 +1,6 @@
 """Requests that a service kept, as prepared samples: those of a time, read as the champion reads text and images."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from vila_ops.artifacts.kinds import Dataset
@@ -21,18 +22,18 @@ def place_of(service: Service, resources: Resources) -> str | None:
     return root_of(kept.place or f"{resources.storage.store.rstrip('/')}/samples/{service.name}")
 
 
-def traffic_between(
-    place: str, since: float, until: float, *, text: TextFormat, resources: Resources
-) -> Dataset | None:
-    """The requests kept in [since, until), in seconds since 1970 by the store's clock; None where there are none.
+def kept_requests(place: str) -> dict[str, float]:
+    """The names of the requests that a service keeps, with their times, in seconds since 1970 by the store's clock."""
+    listed = backend(place).entries(f"{place}/{RECORDS}")
+    return {entry.name: entry.changed for entry in sorted(listed) if entry.name.endswith(".json")}
+
+
+def traffic(place: str, kept: Sequence[str], *, text: TextFormat, resources: Resources) -> Dataset:
+    """Kept requests by their names, as a dataset.
 
     They are copied into the scratch space under a name of their content, as the place removes old ones.
     """
-    names = [entry.name for entry in backend(place).entries(f"{place}/{RECORDS}") if since <= entry.changed < until]
-    kept = sorted(name for name in names if name.endswith(".json"))
-    if not kept:
-        return None
-    folder = resources.storage.scratch() / "retrain" / NAME / fingerprint(kept)[:32]
+    folder = resources.storage.scratch() / "retrain" / NAME / fingerprint(list(kept))[:32]
     folder.mkdir(parents=True, exist_ok=True)
     for name in kept:
         _copy(f"{place}/{RECORDS}/{name}", folder / name)
