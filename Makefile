@@ -5,6 +5,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3.11
 UV_VERSION := 0.13.9
+CYCLONEDX_VERSION := 7.5.0
 BIN := .venv/bin
 TEST_WORKERS ?= 3
 TIMES ?= 10
@@ -23,7 +24,7 @@ find_python = for python in "$(PYTHON)" python3 ""; do \
 	  if [ -z "$$python" ] || "$$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; \
 	  then break; fi; done
 
-.PHONY: help setup constraints test test-fast repeat lint types layers demo demo-long up down status faults bench gpu interop settings format clean
+.PHONY: help setup constraints test test-fast repeat lint types layers demo demo-long up down status faults bench gpu interop settings licences sbom format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,7 +54,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo 'make setup: done; `export PATH="$(CURDIR)/.venv/bin:$$PATH"` lets a shell find its commands'
 
 constraints: setup ## Resolve pyproject.toml into constraints.txt again
-	@pins=$$($(UV) pip compile --quiet --upgrade --python-version 3.11 --no-annotate --no-header --extra dev pyproject.toml); \
+	@pins=$$($(UV) pip compile --quiet --upgrade --python-version 3.11 --no-annotate --no-header --extra dev --extra servers pyproject.toml); \
 	header=$$(grep '^#' constraints.txt); \
 	printf '%s\n' "$$header" "$$pins" | sed -E 's/^(torch==[0-9.]+)\+cpu$$/\1/' > constraints.txt
 
@@ -124,6 +125,14 @@ interop: setup ## Write the tables of docs/interop.md, which other programs and 
 
 settings: setup ## Write the tables of docs/settings.md: every setting
 	@$(BIN)/python docs/settings.py
+
+licences: setup ## Write the table of docs/licences.md: the licence of each package that an image installs
+	@$(BIN)/python docs/licences.py
+
+sbom: setup ## Write dist/sbom.cdx.json: what is installed in .venv, in CycloneDX's format
+	@mkdir -p dist
+	@$(UV) tool run --from cyclonedx-bom==$(CYCLONEDX_VERSION) cyclonedx-py environment --pyproject pyproject.toml \
+	  --output-format JSON --output-file dist/sbom.cdx.json $(BIN)/python
 
 format: setup ## Let ruff rewrite what it can
 	@$(BIN)/ruff check --fix .

@@ -37,8 +37,8 @@ RUN = (
     "vila-ops show configs/recipes/vila-7b.yaml -r configs/resources/vila_128.yaml",
 )
 """Run by `test_a_command_runs`; those whose output a page shows are run by `test_shown_output_is_printed`."""
-ON_A_CLUSTER = ("kubectl ", "helm ", "psql ")
-"""Commands that need a Kubernetes cluster; tests/infra/test_kubernetes.py checks what they would give it."""
+ELSEWHERE = ("kubectl ", "helm ", "psql ", "docker ")
+"""Commands that need a Kubernetes cluster or Docker; tests/infra checks what they would be given."""
 NOT_RUN = {
     "starts servers or talks to them": (
         "make up",
@@ -113,6 +113,7 @@ NOT_RUN = {
         "vila-ops import NVILA-Lite-8B --out models/nvila-lite --chat-template chatml",
         "vila-ops import llava-1.5-7b-hf --out models/llava --chat-template vicuna_v1",
     ),
+    "fetches a program, and lists what is installed": ("make sbom",),
     "takes minutes": (
         "make demo",
         "make test",
@@ -287,7 +288,7 @@ def test_every_block_names_its_language() -> None:
 def test_every_command_is_run_or_says_why_not() -> None:
     excused = [command for commands in NOT_RUN.values() for command in commands]
     listed = {*RUN, *excused, *(command for command, _ in SHOWN)}
-    assert {one for one in COMMANDS if not one.startswith(ON_A_CLUSTER)} - listed == set(), (
+    assert {one for one in COMMANDS if not one.startswith(ELSEWHERE)} - listed == set(), (
         "add these to RUN, or to NOT_RUN with the reason"
     )
     assert listed - set(COMMANDS) == set(), "no page has these any more"
