@@ -73,10 +73,12 @@ def test_every_kind_of_id_leads_to_the_same_artifact(tiny: Run, said: Callable[.
     model = checkpoints(tiny)["sft"]
     version = ModelVersion(name="tiny", version=3, checkpoint=model, promoted=False)
     move("tiny", {"champion": version}, over=None, reason="", store=tiny.resources.storage.store)
-    ids = (model.digest, model.uri, "tiny@champion", "models:/tiny/3")
-    asked = [json.loads(said(one, "--json"))["asked"] for one in ids]
-    assert all(one == asked[0] for one in asked)
-    assert asked[0]["versions"] == ["tiny 3 (champion)"]
+    response = f"chatcmpl-{model.digest[:16]}-{'0' * 32}"  # 16 digits of the model
+    ids = (model.digest, model.uri, "tiny@champion", "models:/tiny/3", response)
+    traced = [json.loads(said(one, "--json")) for one in ids]
+    assert all(one == traced[0] for one in traced)
+    assert traced[0]["asked"]["versions"] == ["tiny 3 (champion)"]
+    assert traced[0]["recipe"]["stage"]["learning_rate"] == tiny.recipe.stages["sft"].learning_rate
     first, *lines = said("tiny@champion").splitlines()
     assert first == f"checkpoint sft {model.digest[:12]} = tiny 3 (champion)"
     assert lines.index("made from") < lines.index(f"  checkpoint pretrain {model.parents[1][:12]}")
@@ -86,6 +88,8 @@ def test_every_kind_of_id_leads_to_the_same_artifact(tiny: Run, said: Callable[.
 def test_what_is_not_there_is_told_with_what_may_be_asked(tiny: Run, said: Callable[..., str]) -> None:
     with pytest.raises(ValueError, match="has nothing named '0000000000'; give a digest"):
         said("0000000000")
+    with pytest.raises(ValueError, match="the id of a response of a model in this store"):
+        said(f"chatcmpl-{'0' * 16}-{'0' * 32}")
     with pytest.raises(ValueError, match="no version with the alias 'previous'"):
         said("tiny@previous")
     with pytest.raises(ValueError, match="has the alias 'best'; it may be champion, challenger, previous"):

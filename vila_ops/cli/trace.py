@@ -12,7 +12,8 @@ def trace(
     name: Annotated[
         str,
         typer.Argument(
-            help="A digest or its first digits, a sealed folder, an MLflow run, NAME@champion or models:/NAME/VERSION",
+            help="A digest or its first digits, a sealed folder, an MLflow run, the id of a response, NAME@champion or "
+            "models:/NAME/VERSION",
             metavar="ID",
         ),
     ],

@@ -2,12 +2,15 @@
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
+from vila_ops.artifacts.store import find_manifest
 from vila_ops.config import Config, Resources
 from vila_ops.lineage.graph import Graph, Node, read_graph
 from vila_ops.registry import alias_register
 from vila_ops.registry.aliases import ALIASES
 from vila_ops.registry.register import version_of
+from vila_ops.serve.app.samples import RESPONSE
 
 LEAST_DIGITS = 8
 """Shortest start of a digest that is looked up."""
@@ -25,15 +28,18 @@ class Trace(Config):
     up: tuple[Node, ...]
     """The nearest first."""
     down: tuple[Node, ...]
+    recipe: Any = None
+    """The part of the recipe that the artifact was made by; None for what is not in the store."""
 
 
 def trace(name: str, resources: Resources) -> tuple[Trace, Graph]:
-    """The trace of a digest (or its first 8 digits and more), an MLflow run id, or a version, and the graph it is in.
+    """The trace of a digest (or its first 8 digits and more), an MLflow run id, a version, or the model that gave a
+    response, and the graph it is in.
 
     Raises ValueError where the store has nothing of that name, or several.
     """
     store = resources.storage.store
-    wanted = _digest_of_version(name, resources) or name
+    wanted = name.split("-")[1] if re.fullmatch(RESPONSE, name) else _digest_of_version(name, resources) or name
     for parts in (False, True):  # the parts are many, and seldom asked for
         graph = read_graph(store, parts=parts)
         matching = [
@@ -46,10 +52,12 @@ def trace(name: str, resources: Resources) -> tuple[Trace, Graph]:
         if matching:
             (asked,) = matching
             up, down = (tuple(graph.nodes[one] for one in way(asked.digest)) for way in (graph.above, graph.below))
-            return Trace(asked=asked, up=up, down=down), graph
+            manifest = None if asked.uri is None else find_manifest(asked.uri)
+            return Trace(asked=asked, up=up, down=down, recipe=manifest and manifest["recipe"]), graph
     raise ValueError(
         f"{store} has nothing named {name!r}; give a digest (8 digits of it or more), the folder of an artifact, the "
-        f"id of an MLflow run of a stage or an evaluation, or a version: NAME@champion or models:/NAME/VERSION"
+        f"id of an MLflow run of a stage or an evaluation, the id of a response of a model in this store, or a "
+        f"version: NAME@champion or models:/NAME/VERSION"
     )
 
 

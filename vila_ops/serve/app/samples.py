@@ -33,6 +33,8 @@ DRAWS = 2**53
 """Equally likely numbers, of which one is drawn for each request."""
 DIGITS = 16
 """Of a model's digest in the id of a response."""
+RESPONSE = r"^chatcmpl-[0-9a-f]{1,16}-[0-9a-f]{32}$"
+"""The id of a response."""
 
 Json = dict[str, Any]
 log = logging.getLogger(__name__)
@@ -48,7 +50,7 @@ class Feedback(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    id: Annotated[str, StringConstraints(pattern=r"^chatcmpl-[0-9a-f]{1,16}-[0-9a-f]{32}$")]
+    id: Annotated[str, StringConstraints(pattern=RESPONSE)]
     """Of the response."""
     rating: Literal["good", "bad"]
     right_answer: Annotated[str, Field(min_length=1, max_length=20_000)] | None = None
