@@ -17,6 +17,8 @@ from vila_ops.artifacts.listing import sealed
 from vila_ops.artifacts.store import Address, address, content, find_manifest
 from vila_ops.cli import app
 from vila_ops.config import Resources, Run
+from vila_ops.data.preprocess.prepare import prepare
+from vila_ops.lineage.unneeded import unneeded
 from vila_ops.pipeline.explain import explain
 from vila_ops.registry.alias_register import move
 
@@ -121,3 +123,18 @@ def test_one_model_of_each_stage_stays_where_nothing_needs_any(tiny: Run) -> Non
     left = {one.uri for one in sealed(Checkpoint, store=tiny.resources.storage.store)} - {one.place for one in found}
     stages = [one.stage for one in sealed(Checkpoint, store=tiny.resources.storage.store) if one.uri in left]
     assert sorted(stages) == ["align", "pretrain", "sft"]
+
+
+def test_surveys_stay_with_the_dataset_that_was_decided_on_them_and_scans_with_none(
+    make_resources: Callable[..., Resources], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    run = tiny_run(make_resources(tmp_path))
+    near = run.recipe.with_changes({"stages.align.mixture.near_duplicates": {"image_bits": 2}})
+    prepare(near.stages["align"].mixture, near.text("align"), run.resources)
+
+    def lost(keep: Run) -> set[str]:
+        return {one.kind for one in unneeded(run.resources, [keep], grace_seconds=-60)}
+
+    assert lost(Run(recipe=near, resources=run.resources)) == {"raw_scan"}
+    assert lost(run) == {"raw_scan", "survey", "shard", "dataset"}

@@ -2,7 +2,8 @@
 
 Needed are, with all that they were made from: the registered versions, what the recipes to keep would reuse, the
 datasets that DVC's outputs hold, and what was sealed within a grace time. Reports, scores and answers of a needed model
-are needed with it. At least one model of each stage stays, whatever else is needed.
+are needed with it, and surveys with a dataset that was decided on them: they save work when its raw files change. Scans
+of raw files are read only while a dataset is made. At least one model of each stage stays, whatever else is needed.
 """
 
 import time
@@ -12,9 +13,20 @@ from datetime import datetime
 from pathlib import Path
 
 from vila_ops.artifacts.backend import GRACE_SECONDS
-from vila_ops.artifacts.kinds import Answers, BenchmarkResult, Checkpoint, Dataset, Demonstrations, EvalReport, Shard
+from vila_ops.artifacts.kinds import (
+    Answers,
+    BenchmarkResult,
+    Checkpoint,
+    Dataset,
+    Demonstrations,
+    EvalReport,
+    RawScan,
+    Shard,
+    Survey,
+)
 from vila_ops.artifacts.store import KINDS, backend, find_manifest, store_of, verify_folder
 from vila_ops.config import Config, Resources, Run
+from vila_ops.data.preprocess.prepare import SURVEYS
 from vila_ops.errors import CorruptArtifact
 from vila_ops.lineage.graph import MAIN, PARTS, Sealed, sealed_of
 from vila_ops.pipeline.explain import explain
@@ -22,7 +34,7 @@ from vila_ops.registry import alias_register
 from vila_ops.registry.mlflow_registry import registered_digests
 
 OF_A_MODEL = tuple(KINDS[kind] for kind in (EvalReport, BenchmarkResult, Answers, Demonstrations))
-CHECKPOINT, DATASET, SHARD = KINDS[Checkpoint], KINDS[Dataset], KINDS[Shard]
+CHECKPOINT, DATASET, SHARD, SURVEY = KINDS[Checkpoint], KINDS[Dataset], KINDS[Shard], KINDS[Survey]
 
 
 class Unneeded(Config):
@@ -42,7 +54,7 @@ def unneeded(resources: Resources, keep: Sequence[Run], *, grace_seconds: float 
 
     Raises CorruptArtifact for a damaged manifest, which may be what something needs.
     """
-    every = sealed_of((*MAIN, *PARTS), store=resources.storage.store)
+    every = sealed_of((*MAIN, *PARTS, Survey, RawScan), store=resources.storage.store)
     roots = {*_registered(resources), *_in_dvc(resources), *(one for run in keep for one in _of_run(run))}
     latest = time.time() - grace_seconds
     roots |= {one.manifest["digest"] for one in every if _sealed_at(one) > latest}
@@ -113,6 +125,8 @@ def _closed(every: Sequence[Sealed], roots: Iterable[str]) -> set[str]:
         if one.kind == DATASET:
             keys = (name.removesuffix(".tar").rpartition("-")[2] for name in manifest["files"] if name.endswith(".tar"))
             front += [shards[key] for key in keys if key in shards]
+            read = (f"{root}/{SURVEY}/{key}" for key in manifest["execution"].get(SURVEYS, ()))
+            front += [by_uri[uri] for uri in read if uri in by_uri]
     return needed
 
 

@@ -2,16 +2,16 @@
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vila_ops.artifacts import store
-from vila_ops.artifacts.kinds import RawScan, Shard
+from vila_ops.artifacts.kinds import RawScan, Shard, Survey
 from vila_ops.config import Mixture, Resources, Source, TextFormat
 from vila_ops.data import sources
 from vila_ops.data.preprocess.card import CARD, card
@@ -40,16 +40,27 @@ from vila_ops.packages.resolve import tokenizer_folder
 log = logging.getLogger(__name__)
 
 
+class Built(NamedTuple):
+    """What the files of a dataset were made from."""
+
+    summary: dict[str, Any]
+    shards: dict[str, tuple[Shard, str]]
+    """The sealed shard and its file, by the shard's name in the dataset."""
+    surveys: Sequence[Survey]
+    """What its rules over all records were decided on."""
+    workers: list[dict[str, Any]]
+    """The workers' descriptions of themselves."""
+
+
 def build(
     mixture: Mixture, text: TextFormat, resources: Resources, *, folder: Path, digests: Mapping[str, str]
-) -> tuple[dict[str, Any], dict[str, tuple[Shard, str]], list[dict[str, Any]]]:
+) -> Built:
     """Write every shard that is not sealed yet, and write index, drops, summary and card of the dataset to `folder`.
 
     `digests` are those of the raw files by which the dataset is addressed (see `identity.raw_digests`). Raises
     RawChanged if a raw file has another content, when it is scanned again here or while it is read.
 
-    Returns the summary, the sealed shard and its file by the shard's name in the dataset, and the workers' descriptions
-    of themselves. After an interruption the next call continues with the units that are not sealed.
+    After an interruption the next call continues with the units that are not sealed.
     """
     cache = resources.storage.cache_folder()
     tokenizer_folder(text.language_model, cache=cache)  # once, before the workers race to fetch it
@@ -63,7 +74,7 @@ def build(
     root = resources.storage.store
     known = seal_array(RawScan, seen, KNOWN, root=root) if len(seen) else None
     job = ShardJob(mixture=mixture, text=text, cache=str(cache), store=root, known=known)
-    drops = survey(job, units, against, resources)
+    drops, surveys = survey(job, units, against, resources)
     tasks = [UnitTask(job=job, unit=unit, drops=drops.get(number, ())) for number, unit in enumerate(units)]
     shards = _write(tasks, resources)
     named = {
@@ -86,7 +97,7 @@ def build(
     (folder / CARD).write_text(card(mixture, summary, folder), encoding="utf-8")
     workers = at_once(lambda shard: store.read_manifest(shard.uri)["execution"]["workers"], shards)
     ran = {json.dumps(one): one for of_shard in workers for one in of_shard}
-    return summary, named, list(ran.values())
+    return Built(summary, named, surveys, list(ran.values()))
 
 
 def _scanned(source: Source, digest: str, *, cache: Path) -> list[RawFile]:

@@ -29,6 +29,8 @@ OTHER = {
     "made_by": "by another version of vila-ops",
 }
 """Parts of a dataset's recipe, and what it means that one differs."""
+SURVEYS = "surveys"
+"""Key in the execution of a dataset: the surveys that it was decided on, by the keys of their addresses."""
 log = logging.getLogger(__name__)
 
 
@@ -125,14 +127,10 @@ def _prepare(at: store.Address, mixture: Mixture, text: TextFormat, resources: R
 
     started = time.monotonic()
     with attempts.attempt(at, store=resources.storage.store) as attempt:
-        facts, shards, ran = build.build(mixture, text, resources, folder=attempt, digests=at.recipe["sources"])
-    dataset = store.seal(
-        Dataset,
-        at,
-        attempt,
-        facts={"num_samples": facts["num_samples"], "num_tokens": facts["num_tokens"]},
-        execution=execution(launch=resources.launch, seconds=time.monotonic() - started, ran=ran),
-        known=shards,
-    )
+        built = build.build(mixture, text, resources, folder=attempt, digests=at.recipe["sources"])
+    facts = {key: built.summary[key] for key in ("num_samples", "num_tokens")}
+    ran = execution(launch=resources.launch, seconds=time.monotonic() - started, ran=built.workers)
+    surveys = {SURVEYS: sorted(survey.uri.rpartition("/")[2] for survey in built.surveys)}
+    dataset = store.seal(Dataset, at, attempt, facts=facts, execution=ran | surveys, known=built.shards)
     log.info("prepared %s: %d samples, %d tokens", mixture.name, dataset.num_samples, dataset.num_tokens)
     return dataset

@@ -2,9 +2,9 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -56,26 +56,37 @@ class SurveyTask(Config):
     """What was taken down of the source."""
 
 
-def survey(
-    job: ShardJob, units: list[Unit], against: Mapping[str, list[RawFile]], resources: Resources
-) -> dict[int, tuple[Drop, ...]]:
-    """The records to drop from each unit, by its number. Records are read only if a rule needs it.
+class Surveyed(NamedTuple):
+    """What a survey says of the units of a mixture."""
+
+    drops: Mapping[int, tuple[Drop, ...]]
+    """The records to drop from each unit, by its number."""
+    surveys: Sequence[Survey]
+    """What it was decided on."""
+
+
+def survey(job: ShardJob, units: list[Unit], against: Mapping[str, list[RawFile]], resources: Resources) -> Surveyed:
+    """The records to drop from each unit. Records are read only if a rule needs it.
 
     `against` are the raw files of the evaluation sets, by name.
     """
     mixture = job.mixture
     shares = {name: source.clean.top_share for name, source in mixture.sources.items()}
     if not (mixture.near_duplicates or mixture.contamination or any(shares.values())):
-        return {}
+        return Surveyed({}, ())
+    surveys: list[Survey] = []
     evaluation, ngrams, twins = None, None, pa.table({name: [] for name in PLACES_SCHEMA.names}, PLACES_SCHEMA)
     if mixture.contamination:
         tasks = list(_evaluation(job, against))
-        evaluation, twins, _ = _gather(each(survey_unit, tasks, makes=Survey, resources=resources), tasks)
+        surveys = each(survey_unit, tasks, makes=Survey, resources=resources)
+        evaluation, twins, _ = _gather(surveys, tasks)
         ngrams = seal_array(Survey, known_ngrams(evaluation), NGRAMS, root=job.store)
+        surveys.append(ngrams)
     whole = mixture.near_duplicates or mixture.contamination
     chosen = [number for number, unit in enumerate(units) if whole or shares[unit.source]]
     tasks = [_training(job, units[number], ngrams) for number in chosen]
-    signatures, places, numbers = _gather(each(survey_unit, tasks, makes=Survey, resources=resources), tasks)
+    own = each(survey_unit, tasks, makes=Survey, resources=resources)
+    signatures, places, numbers = _gather(own, tasks)
     drops = decide(
         signatures,
         shares=_shares(shares, numbers),
@@ -86,7 +97,7 @@ def survey(
     by_unit: dict[int, list[Drop]] = defaultdict(list)
     for number, drop in _placed(drops, places, twins):
         by_unit[chosen[number]].append(drop)
-    return {number: tuple(of_unit) for number, of_unit in by_unit.items()}
+    return Surveyed({number: tuple(of_unit) for number, of_unit in by_unit.items()}, (*surveys, *own))
 
 
 def survey_unit(task: SurveyTask) -> Survey:
