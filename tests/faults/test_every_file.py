@@ -17,7 +17,7 @@ from tests import made_elsewhere
 from tests.eval.benchmarks.sample import SAMPLES, config_of
 from tests.seed import SEED
 from tests.test_exactness import write_data
-from vila_ops.artifacts.kinds import Artifact
+from vila_ops.artifacts.kinds import Artifact, ModelVersion
 from vila_ops.artifacts.store import KINDS, MANIFEST, verify_folder
 from vila_ops.config import Mixture, OfficialSuite, Resources
 from vila_ops.config.benchmarks import Pope
@@ -27,6 +27,8 @@ from vila_ops.errors import CorruptArtifact
 from vila_ops.eval.evaluate import evaluate
 from vila_ops.local.process import ProcessRecord, read_record, record_path
 from vila_ops.model.assemble import assemble
+from vila_ops.registry.card import write_card
+from vila_ops.registry.gate import GateVerdict
 from vila_ops.retrain import decisions
 from vila_ops.retrain.decide import Decided
 from vila_ops.serve.backends.local_process import ProcessManager, ServiceRecord
@@ -69,7 +71,9 @@ def pipeline(root: Path) -> Pipeline:
         trained = train_stage(made_elsewhere.stage(mixture), model, data, base, resources)
         report = evaluate(made_elsewhere.suite(mixture), trained, data, resources)
         decision = decisions.seal(DECISION, root=str(root / "store"))
-        return [base, data, trained, report, evaluate(official, trained, None, resources), decision]
+        version = ModelVersion(name="own", version=1, checkpoint=trained, promoted=False)
+        card = write_card(version, report, GateVerdict(()))
+        return [base, data, trained, report, evaluate(official, trained, None, resources), decision, card]
 
     return run
 

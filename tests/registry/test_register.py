@@ -52,7 +52,8 @@ def client(resources: Resources) -> MlflowClient:
 def checkpoint(resources: Resources, name: str) -> Checkpoint:
     """A sealed checkpoint whose weights are its name."""
     root = resources.storage.store
-    at = store.address(Checkpoint, revision=0, recipe=name, parents=("data", "init"))
+    stage = RECIPE.stages["sft"].model_dump(mode="json", exclude={"mixture"})
+    at = store.address(Checkpoint, revision=0, recipe={"stage": stage, "seed": name}, parents=("data", "init"))
     attempt = store.begin(at, store=root)
     (attempt / "model.safetensors").write_text(name)
     execution = {"model": RECIPE.model.model_dump(mode="json")}
@@ -107,6 +108,24 @@ def test_a_version_names_what_it_is_made_of_and_no_weights_are_uploaded(resource
     }
     assert expected.items() <= stored.tags.items()
     assert judged(version, resources) == measured
+    assert "0.75 is at least 0.5" in stored.description
+    assert "| sft | projector, language model | 7 | 2 | 0.0002 | lost |" in stored.description
+    assert "- The store does not have the data of sft any more" in stored.description
+
+
+def test_a_description_that_a_person_wrote_stays_and_a_card_gives_way_to_a_newer_one(resources: Resources) -> None:
+    mlflow, milder = client(resources), Gate(model_name=GATE.model_name, rules=(Rule(metric=METRIC, at_least=0.2),))
+    model = registered(resources, "one", 0.75).checkpoint
+    measured = report(resources, model, 0.75)
+    register(milder, model, measured, None, resources)
+    card = mlflow.get_model_version(GATE.model_name, "1").description
+    assert "0.75 is at least 0.2" in card
+    assert card.startswith("# toy's model version 1\n")
+    mlflow.update_model_version(GATE.model_name, "1", description="ours")
+    register(GATE, model, measured, None, resources)
+    assert mlflow.get_model_version(GATE.model_name, "1").description == "ours"
+    (whole, _) = (path.read_text() for path in sorted(Path(resources.storage.store).glob("model_card/*/*/README.md")))
+    assert whole.startswith("# toy's model version 1\n")
 
 
 @pytest.mark.slow

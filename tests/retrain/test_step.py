@@ -1,5 +1,6 @@
 """Retraining goes on from the champion, meets it in the gate and then in a canary; data is versioned on a branch."""
 
+import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -7,9 +8,9 @@ import pytest
 
 from tests.dvc_repository import ENV, run_program
 from tests.retrain.conftest import good
-from vila_ops.artifacts.kinds import Dataset
-from vila_ops.artifacts.listing import of_digest
-from vila_ops.artifacts.store import manifest_of, read_manifest
+from vila_ops.artifacts.kinds import Dataset, ModelCard
+from vila_ops.artifacts.listing import of_digest, sealed
+from vila_ops.artifacts.store import file, manifest_of, read_manifest
 from vila_ops.config import Run
 from vila_ops.config.retrain import RetrainPolicy
 from vila_ops.pipeline.retrain import Retraining, step
@@ -63,6 +64,14 @@ def test_training_goes_on_from_the_champion_and_the_data_is_a_revision_on_its_ow
     assert data is not None
     weights = {name: one["weight"] for name, one in manifest_of(data)["recipe"]["mixture"]["sources"].items()}
     assert weights == {"pairs": 0.5, "zz.inbox.1": 0.5}
+
+    card = next(file(one, "README.md").read_text() for one in sealed(ModelCard, store=root) if one.version == 2)
+    assert "| vision tower | random weights | none |" in card
+    assert re.search(
+        r"^\| caption\\_loss \| model \| [\d.]+ \| [\d.]+ to [\d.]+ \| \d+ \| lower \|$", card, re.MULTILINE
+    )
+    assert "| zz.inbox.1 | CC0-1.0 | 10 |" in card
+    assert "- The data of align was compared with no evaluation set" in card
 
     now = run_program(repository, "git", "status", "--porcelain"), run_program(repository, "git", "rev-parse", "HEAD")
     assert now == before

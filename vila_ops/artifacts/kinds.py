@@ -107,6 +107,16 @@ class EvalReport(Artifact):
     """Digest of the model that was evaluated."""
 
 
+class ModelCard(Artifact):
+    """What a registered version was made from and what was measured, in Markdown."""
+
+    name: str
+    """Of the registered model."""
+    version: int
+    model: str
+    """Digest of the model."""
+
+
 class Decision(Artifact):
     """What was decided about retraining a model, with its numbers."""
 

@@ -32,6 +32,7 @@ from vila_ops.artifacts.kinds import (
     Decision,
     Demonstrations,
     EvalReport,
+    ModelCard,
     Pretrained,
     RawScan,
     Shard,
@@ -58,6 +59,7 @@ KINDS: dict[type[Artifact], str] = {
     Answers: "answers",
     BenchmarkResult: "score",
     EvalReport: "report",
+    ModelCard: "model_card",
     Decision: "decision",
 }
 ANY_EXECUTION: dict[str, Any] = {"seconds": 0.0, "sealed": "1970-01-01T00:00:00+00:00", "workers": []}

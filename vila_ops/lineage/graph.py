@@ -14,6 +14,7 @@ from vila_ops.artifacts.kinds import (
     Dataset,
     Demonstrations,
     EvalReport,
+    ModelCard,
     Pretrained,
     Shard,
 )
@@ -22,7 +23,7 @@ from vila_ops.artifacts.store import KINDS
 from vila_ops.config import Config
 from vila_ops.registry import alias_register
 
-MAIN = (Dataset, Pretrained, Checkpoint, BenchmarkFiles, BenchmarkResult, EvalReport)
+MAIN = (Dataset, Pretrained, Checkpoint, BenchmarkFiles, BenchmarkResult, EvalReport, ModelCard)
 """Kinds that a lineage is made of."""
 PARTS = (Shard, Answers, Demonstrations)
 """Kinds that are parts of others: many, and each reused by itself."""
@@ -37,7 +38,7 @@ class Node(Config):
     kind: str
     """As in the store's folders, or `raw`."""
     name: str
-    """The stage, mixture, suite or benchmark; empty where only the digest is known."""
+    """The stage, mixture, suite, benchmark or version; empty where only the digest is known."""
     parents: tuple[str, ...] = ()
     """Digests of what it was made from."""
     uri: str | None = None
@@ -133,6 +134,8 @@ def _name(kind: str, manifest: dict[str, Any]) -> str:
         return str(recipe["mixture"]["name"])
     if kind == KINDS[Shard]:
         return str(recipe["source"]["name"])
+    if kind == KINDS[ModelCard]:
+        return f"{facts['name']} {facts['version']}"
     return str(next((facts[key] for key in ("stage", "suite", "benchmark") if key in facts), ""))
 
 

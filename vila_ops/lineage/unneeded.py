@@ -1,9 +1,10 @@
 """Sealed artifacts that nothing needs any more, so that their space may be freed.
 
 Needed are, with all that they were made from: the registered versions, what the recipes to keep would reuse, the
-datasets that DVC's outputs hold, and what was sealed within a grace time. Reports, scores and answers of a needed model
-are needed with it, and surveys with a dataset that was decided on them: they save work when its raw files change. Scans
-of raw files are read only while a dataset is made. At least one model of each stage stays, whatever else is needed.
+datasets that DVC's outputs hold, and what was sealed within a grace time. Reports, scores, answers and cards of a
+needed model are needed with it, and surveys with a dataset that was decided on them: they save work when its raw files
+change. Scans of raw files are read only while a dataset is made. At least one model of each stage stays, whatever else
+is needed.
 """
 
 import time
@@ -20,6 +21,7 @@ from vila_ops.artifacts.kinds import (
     Dataset,
     Demonstrations,
     EvalReport,
+    ModelCard,
     RawScan,
     Shard,
     Survey,
@@ -33,7 +35,7 @@ from vila_ops.pipeline.explain import explain
 from vila_ops.registry import alias_register
 from vila_ops.registry.mlflow_registry import registered_digests
 
-OF_A_MODEL = tuple(KINDS[kind] for kind in (EvalReport, BenchmarkResult, Answers, Demonstrations))
+OF_A_MODEL = tuple(KINDS[kind] for kind in (EvalReport, BenchmarkResult, Answers, Demonstrations, ModelCard))
 CHECKPOINT, DATASET, SHARD, SURVEY = KINDS[Checkpoint], KINDS[Dataset], KINDS[Shard], KINDS[Survey]
 
 

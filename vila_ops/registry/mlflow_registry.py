@@ -20,6 +20,8 @@ from vila_ops.tracking import translated
 
 SCHEME = "vila-store://"
 """Scheme of a version's source in a store on disk, because an MLflow server refuses a plain path."""
+DESCRIPTION = 5000
+"""Characters that MLflow's databases keep of a version's description."""
 log = logging.getLogger(__name__)
 
 
@@ -86,6 +88,12 @@ class MlflowRegistry:
         """Set tags of a version, one after another in their order."""
         for key, value in tags.items():
             self._set_tag(version, key, value)
+
+    def describe(self, version: int, text: str) -> None:
+        """Show a text beside a version, as Markdown, unless a person wrote another one there."""
+        shown = self._client.get_model_version(self.name, str(version)).description
+        if not shown or shown.startswith(text.partition("\n")[0]):
+            self._client.update_model_version(self.name, str(version), description=text)
 
     def aliases(self) -> dict[str, int]:
         """The version that each alias points to, also those of a user's own; empty without a model."""

@@ -17,7 +17,7 @@ from vila_ops.eval.report import read_report
 from vila_ops.registry import alias_register
 from vila_ops.registry.aliases import ALIASES, CHAMPION, Alias, AliasRecord, champion_after, rival_of
 from vila_ops.registry.gate import judge, metrics_of
-from vila_ops.registry.mlflow_registry import MlflowRegistry, open_registry
+from vila_ops.registry.mlflow_registry import DESCRIPTION, MlflowRegistry, open_registry
 from vila_ops.registry.training import training_data
 
 log = logging.getLogger(__name__)
@@ -127,7 +127,9 @@ def _decide(
     *,
     decision: str,
 ) -> None:
-    """Judge a version, record the verdict as tags and move the alias if the version passed."""
+    """Judge a version, record the verdict as tags and in its card, and move the alias if the version passed."""
+    from vila_ops.registry.card import text_of, write_card  # heavy: pyarrow
+
     record = registry.followed()
     present = record.version(CHAMPION)
     rival = None if rival_of(version, present) is None else record.model_version(registry.name, CHAMPION)
@@ -136,6 +138,7 @@ def _decide(
     training = training_data(candidate.checkpoint) if gate.clean_of else ()
     verdict = judge(gate, metrics_of(read_report(report)), comparison, training)
     status, reason = "passed" if verdict.passed else "refused", verdict.reason
+    registry.describe(version, text_of(write_card(candidate, report, verdict), most=DESCRIPTION))
     registry.set_tags(
         version,
         {

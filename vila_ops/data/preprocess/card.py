@@ -45,7 +45,7 @@ def card(mixture: Mixture, summary: dict[str, Any], folder: Path) -> str:
         "",
         "## Licences",
         "",
-        *_licences(summary),
+        *licences(summary),
         "",
         "## Left out",
         "",
@@ -76,7 +76,7 @@ def _sources(mixture: Mixture, summary: dict[str, Any]) -> list[str]:
         for name, counts in summary["sources"].items()
     ]
     sides = [f">{side}" for side in SPLITS]
-    return _table(["source", "format, read as", ">records", ">samples", *sides, ">tokens", ">images"], rows)
+    return table(["source", "format, read as", ">records", ">samples", *sides, ">tokens", ">images"], rows)
 
 
 def _epoch(mixture: Mixture, summary: dict[str, Any]) -> list[str]:
@@ -106,22 +106,23 @@ def _epoch(mixture: Mixture, summary: dict[str, Any]) -> list[str]:
         for name, epoch in epochs.items()
     ]
     head = [f">wanted of {unit}", ">reached of samples", ">of tokens", ">samples drawn", ">of", ">times seen"]
-    return [blend, "", *_table(["source", *head], rows), *([""] if notes else []), *notes]
+    return [blend, "", *table(["source", *head], rows), *([""] if notes else []), *notes]
 
 
-def _licences(summary: dict[str, Any]) -> list[str]:
+def licences(summary: dict[str, Any]) -> list[str]:
+    """The licences of a dataset's samples by source, and of the packages that it was made from."""
     rows = [
-        [name, _inline(licence), f"{count:,}"]
+        [name, inline(licence), f"{count:,}"]
         for name, counts in summary["sources"].items()
         for licence, count in counts["licences"].items()
     ]
     packages = {
-        f"- {_inline(package)}: {_inline(licence)}": None
+        f"- {inline(package)}: {inline(licence)}": None
         for counts in summary["sources"].values()
         for package, licence in counts["packages"].items()
     }
     made_from = ["", "Made from these packages:", "", *packages] if packages else []
-    return [*_table(["source", "licence", ">samples"], rows), *made_from]
+    return [*table(["source", "licence", ">samples"], rows), *made_from]
 
 
 def _left_out(summary: dict[str, Any], folder: Path) -> list[str]:
@@ -134,7 +135,7 @@ def _left_out(summary: dict[str, Any], folder: Path) -> list[str]:
     if not rows:
         return ["Nothing."]
     return [
-        *_table(["source", "what", "reason", ">count", "the first"], rows),
+        *table(["source", "what", "reason", ">count", "the first"], rows),
         "",
         f"Each of them, with its place: `{DROPPED}` of the dataset.",
     ]
@@ -146,16 +147,16 @@ def _changed(summary: dict[str, Any]) -> list[str]:
         for name, counts in summary["sources"].items()
         for reason, count in counts["changed"].items()
     ]
-    return _table(["source", "reason", "what", ">records"], rows) if rows else ["Nothing."]
+    return table(["source", "reason", "what", ">records"], rows) if rows else ["Nothing."]
 
 
 def _first(folder: Path, source: str, reason: str) -> str:
     rule = (pc.field("source") == source) & (pc.field("reason") == reason)
     row = pq.read_table(folder / DROPPED, filters=rule).slice(0, 1).to_pylist()[0]
-    return _inline(f"{row['where'] or row['id']}: {row['detail']}".removesuffix(": "))
+    return inline(f"{row['where'] or row['id']}: {row['detail']}".removesuffix(": "))
 
 
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
     """A Markdown table; columns whose head begins with `>` are numeric."""
     rule = ["--:" if name.startswith(">") else "---" for name in head]
     return [f"| {' | '.join(cells)} |" for cells in ([name.removeprefix(">") for name in head], rule, *rows)]
@@ -163,11 +164,11 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 def _quoted(text: str) -> list[str]:
     """Text as a block quotation with its line breaks."""
-    lines = [_inline(line) for line in _short(text).splitlines() if line.strip()]
+    lines = [inline(line) for line in _short(text).splitlines() if line.strip()]
     return [f"> {line}{'' if number == len(lines) else '  '}" for number, line in enumerate(lines, start=1)]
 
 
-def _inline(text: str) -> str:
+def inline(text: str) -> str:
     """Text as one line of Markdown that is shown literally, also in a table."""
     line = " ".join("".join(c if c.isprintable() else " " for c in _short(text)).split())
     return _LIST.sub(r"\1\\\2", line.translate(_ENTITIES))
