@@ -37,8 +37,8 @@ RUN = (
     "vila-ops show configs/recipes/vila-7b.yaml -r configs/resources/vila_128.yaml",
 )
 """Run by `test_a_command_runs`; those whose output a page shows are run by `test_shown_output_is_printed`."""
-ELSEWHERE = ("kubectl ", "helm ", "psql ", "docker ")
-"""Commands that need a Kubernetes cluster or Docker; tests/infra checks what they would be given."""
+ELSEWHERE = ("kubectl ", "helm ", "psql ", "docker ", "sbatch ")
+"""Commands that need a Kubernetes cluster, Docker or Slurm; tests/infra checks what they would be given."""
 NOT_RUN = {
     "starts servers or talks to them": (
         "make up",
@@ -103,7 +103,9 @@ NOT_RUN = {
     "fetches packages or images, or reads a model that has to be downloaded": (
         "vila-ops benchmark get mmmu",
         "vila-ops benchmark check",
+        "make setup",
         "vila-ops fetch configs/recipes/demo.yaml",
+        "vila-ops fetch configs/recipes/demo.yaml -r configs/resources/slurm.yaml",
         "vila-ops prepare configs/recipes/demo.yaml --mixture align",
         "vila-ops data show configs/recipes/demo.yaml --mixture align --out samples.html",
         "vila-ops data download mmc4 raw/mmc4 --out raw/mmc4_images",

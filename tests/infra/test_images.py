@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 DOCKERFILE, COMPOSE = ROOT / "infra/docker/Dockerfile", ROOT / "infra/compose.yaml"
 WORKFLOW = ROOT / ".github/workflows/ci.yml"
 SCHEMAS = {WORKFLOW: "vendor.github-workflows", COMPOSE: "vendor.compose-spec"}
-SCRIPTS = (ROOT / ".ci/run",)
+SCRIPTS = (ROOT / ".ci/run", ROOT / "infra/slurm/ray.sbatch")
 MAKEFILE = (ROOT / "Makefile").read_text()
 
 
