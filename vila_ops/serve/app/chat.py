@@ -22,6 +22,7 @@ from vila_ops.serve.app.metrics import Metrics
 from vila_ops.serve.app.samples import SampleStore
 from vila_ops.serve.app.schema import ChatRequest, parse
 from vila_ops.serve.app.stream import EventStream, disconnected, unless_gone
+from vila_ops.serve.app.threads import in_thread_if_long
 from vila_ops.serve.spec import Spec
 
 
@@ -40,7 +41,9 @@ class Chat:
     async def respond(self, request: Request, caller: Caller) -> Response:
         """The response. Raises ApiError for a request that is refused or times out, and ClientGone."""
         body = await self._uploads.read(request)
-        chat = await asyncio.to_thread(self._read, body)
+        chat = await in_thread_if_long(len(body), self._read, body)
+        if (schema := chat.json_schema()) is not None:
+            await asyncio.to_thread(_check_grammar, schema)
         ticket = self._admission.admit(caller.key, answers=chat.n or 1)
         try:
             answer = await unless_gone(disconnected(request.receive), self._prepare(chat, caller, ticket))
@@ -67,12 +70,6 @@ class Chat:
         if wrong := next((token for token in chat.logit_bias or {} if int(token) >= known), None):
             text = f"logit_bias: there is no token {wrong}; the vocabulary has {known}"
             raise ApiError(400, text, param="logit_bias", code="invalid_value")
-        if (schema := chat.json_schema()) is not None:
-            try:
-                grammar_of(schema)
-            except ValueError as error:
-                text = f"response_format: {error}"
-                raise ApiError(400, text, param="response_format", code="invalid_value") from None
         return chat
 
     async def _prepare(self, chat: ChatRequest, caller: Caller, ticket: Ticket) -> Answer:
@@ -150,6 +147,13 @@ class Chat:
         settings = {name: value for name, value in stated.items() if value is not None}
         stop_ids = self._engine.tokenizer.stop_ids
         return [Sampling(max_new_tokens, stop_ids, choice=number, **settings) for number in range(chat.n or 1)]
+
+
+def _check_grammar(schema: str) -> None:
+    try:
+        grammar_of(schema)
+    except ValueError as error:
+        raise ApiError(400, f"response_format: {error}", param="response_format", code="invalid_value") from None
 
 
 def model_not_found(name: str, spec: Spec) -> ApiError:

@@ -12,6 +12,7 @@ from vila_ops.serve.app.errors import ApiError
 from vila_ops.serve.app.media import Media
 from vila_ops.serve.app.metrics import Metrics
 from vila_ops.serve.app.schema import ChatMessage, ChatRequest, ImagePart
+from vila_ops.serve.app.threads import in_thread_if_long
 
 Turns = list[tuple[str, tuple[str | Image, ...]]]
 
@@ -30,7 +31,8 @@ class PromptBuilder:
             role = "system" if message.role == "developer" else message.role
             turns.append((role, await self._parts(message, f"messages[{number}]")))
         images = tuple(part.data for _, parts in turns for part in parts if isinstance(part, Image))
-        input_ids = await asyncio.to_thread(self._tokenised, turns)
+        characters = sum(len(part) for _, parts in turns for part in parts if isinstance(part, str))
+        input_ids = await in_thread_if_long(characters, self._tokenised, turns)
         return Prompt(input_ids=input_ids, images=images, cache_salt=cache_salt)
 
     def _check(self, request: ChatRequest) -> None:

@@ -14,6 +14,8 @@ from vila_ops.serve.router.request import Incoming
 from vila_ops.serve.router.state import Track
 from vila_ops.serve.router.upstream import SPARE_SECONDS, ReplicaLost, Reply, reply_of
 
+MAX_WAITING = 16
+"""Messages of a response that the app may be ahead of the client."""
 log = logging.getLogger(__name__)
 
 
@@ -83,7 +85,7 @@ class _Call:
 
     def __init__(self, body: AsyncIterator[bytes], seconds: float) -> None:
         self._body, self._seconds, self._uploading = body, seconds, True
-        self._messages: asyncio.Queue[Message | None] = asyncio.Queue(1)
+        self._messages: asyncio.Queue[Message | None] = asyncio.Queue(MAX_WAITING)
         self._left = asyncio.Event()
         self._problem: Exception | None = None
         """Why the request was not sent to its end."""

@@ -12,11 +12,10 @@ from starlette.types import Receive, Scope
 
 from vila_ops.serve.app.errors import ApiError, ClientGone
 from vila_ops.serve.app.stream import disconnected
+from vila_ops.serve.app.threads import in_thread_if_long
 
 CHAT = "/v1/chat/completions"
 MIB = 2**20
-SMALL_BYTES = 64 * 2**10
-"""Bodies above it are parsed in a thread."""
 NOT_PASSED_ON = frozenset(
     b"connection keep-alive proxy-connection te trailer transfer-encoding upgrade expect x-forwarded-for "
     b"x-request-disconnect-disabled x-request-timeout-seconds".split()
@@ -86,7 +85,8 @@ class Incoming:
         while self._more:
             seconds = self._started + self._upload_seconds + self._size / MIB - time.monotonic()
             try:
-                message = await asyncio.wait_for(self._receive(), seconds)
+                async with asyncio.timeout(seconds):
+                    message = await self._receive()
             except TimeoutError:
                 raise ApiError(408, "the body took too long to arrive", code="upload_timeout") from None
             if message["type"] == "http.disconnect":
@@ -108,7 +108,7 @@ async def conversation_of(body: bytes, headers: Headers) -> bytes | None:
     None for a body that is not a chat request.
     """
     try:
-        chat: Any = json.loads(body) if len(body) <= SMALL_BYTES else await asyncio.to_thread(json.loads, body)
+        chat: Any = await in_thread_if_long(len(body), json.loads, body)
         messages, user = chat["messages"], chat.get("user")
         first = next((index for index, one in enumerate(messages) if one["role"] == "user"), len(messages))
         opening = json.dumps([headers.get("authorization"), user, messages[: first + 1]])
