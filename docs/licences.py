@@ -14,7 +14,10 @@ PAGE = Path(__file__).with_name("licences.md")
 START, END = "<!-- made by docs/licences.py -->", "<!-- end -->"
 READ = {"huey": "MIT", "skops": "MIT"}
 """Licences of packages whose metadata do not name them, read in their files."""
-SERVERS = {"flask-wtf": "BSD-3-Clause", "psycopg2-binary": "LGPL-3.0 with exceptions", "wtforms": "BSD-3-Clause"}
+SERVERS = {
+    **dict.fromkeys(("flask-wtf", "wtforms"), "BSD-3-Clause"),
+    **dict.fromkeys(("psycopg", "psycopg-binary"), "LGPL-3.0-only"),
+}
 """What the extra `servers` adds, which is not installed where this runs, by the files of these packages."""
 
 
