@@ -209,8 +209,16 @@ class VllmAdapter:
     def close(self) -> None:
         """As in `Engine`. vLLM's processes end."""
         if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._llm.shutdown)
+            self._called(self._ended())
             self._stop_loop()
+            del self._llm  # it shuts itself down again when it is deleted, which fails at the end of the interpreter
+
+    async def _ended(self) -> None:
+        self._llm.shutdown()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _scores(self, prompt: Prompt, continuations: Sequence[list[int]]) -> list[Loglikelihood]:
         return await asyncio.gather(*(self._score(prompt, continuation) for continuation in continuations))
