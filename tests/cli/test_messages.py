@@ -81,7 +81,7 @@ FILES = {
     ("show", INLINE): f"{INLINE} does not hold a recipe (configs/recipes): it lacks name, model",
     ("show", "configs/mixtures/align.yaml"): "configs/mixtures/align.yaml does not hold a recipe",
     ("show", "configs/recipes/tiney.yaml"): "no such config file: ",
-    ("status", "--servers", INLINE): f"{INLINE} does not hold servers (configs/local.yaml): its keys are launch",
+    ("status", "--servers", INLINE): f"{INLINE} does not hold servers (configs): its keys are launch",
     ("plan", TINY, "--lengths", INLINE): f"{INLINE} does not hold lengths of samples (configs/lengths)",
 }
 

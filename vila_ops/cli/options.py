@@ -12,13 +12,13 @@ import typer
 if TYPE_CHECKING:
     from vila_ops.config import Config, Run, RunContext
 
-INLINE = Path("configs/resources/inline.yaml")
-LOCAL = Path("configs/local.yaml")
+INLINE = Path("inline")
+LOCAL = Path("local")
 
-RecipeFile = Annotated[Path, typer.Argument(help="A file of configs/recipes")]
+RecipeFile = Annotated[Path, typer.Argument(help="A name in configs/recipes, or a file")]
 StageName = Annotated[str, typer.Option("--stage", help="Name of a stage, or `base` for the untrained model")]
 MixtureName = Annotated[str, typer.Option("--mixture", help="Name of a mixture of the recipe")]
-ResourcesFile = Annotated[Path, typer.Option("-r", "--resources", help="A file of configs/resources")]
+ResourcesFile = Annotated[Path, typer.Option("-r", "--resources", help="A name in configs/resources, or a file")]
 Overrides = Annotated[list[str] | None, typer.Option("-s", "--set", help="KEY=VALUE, e.g. stages.sft.num_steps=20")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else")]
 JsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON object a line and nothing else")]
@@ -49,8 +49,7 @@ def _join_cluster(run: "Run") -> None:
     from vila_ops import local
     from vila_ops.config.local import load_local
 
-    if LOCAL.is_file():
-        local.join(load_local(LOCAL), ray_address=run.resources.ray_address)
+    local.join(load_local(LOCAL), ray_address=run.resources.ray_address)
     if not isinstance(sys.stdout, _ResultsApart):
         sys.stdout = _ResultsApart(sys.stdout)
 

@@ -19,7 +19,7 @@ UNKNOWN = "after fetch"
 """The count of a part whose shape is not known on this machine."""
 
 LengthsFile = Annotated[
-    Path | None, typer.Option("--lengths", help="A file of configs/lengths, where the mixtures are not prepared")
+    Path | None, typer.Option("--lengths", help="A name in configs/lengths, or a file; for mixtures not prepared")
 ]
 
 

@@ -8,7 +8,7 @@ import typer
 
 from vila_ops.cli.options import INLINE, AsJson, Overrides, RecipeFile, ResourcesFile, load_run, print_result, say
 
-PolicyFile = Annotated[Path, typer.Option("-p", "--policy", help="A file of configs/retrain")]
+PolicyFile = Annotated[Path, typer.Option("-p", "--policy", help="A name in configs/retrain, or a file")]
 
 
 def retrain(

@@ -75,11 +75,11 @@ def prepare(
 
 
 def evaluate(
-    recipe: Annotated[Path, typer.Argument(help="A file of configs/recipes; with --endpoint, one of configs/suites")],
+    recipe: Annotated[Path, typer.Argument(help="A name in configs/recipes, or a file; with --endpoint, a suite")],
     stage: Annotated[str, typer.Option("--stage", help="Name of a stage, or `base` for the untrained model")] = "",
     endpoint: Annotated[str, typer.Option("--endpoint", help="NAME@URL of a model behind an OpenAI API")] = "",
     final: Annotated[bool, typer.Option("--final", help="The final suite instead of the stage suite")] = False,
-    suite: Annotated[Path | None, typer.Option("--suite", help="A file of official benchmarks instead")] = None,
+    suite: Annotated[Path | None, typer.Option("--suite", help="A name in configs/suites, or a file, instead")] = None,
     rescore: Annotated[bool, typer.Option("--rescore", help="Score the sealed answers again, without a model")] = False,
     every: Annotated[
         int | None, typer.Option("--every", min=1, help="While another process trains the stage, after so many steps")

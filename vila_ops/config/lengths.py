@@ -30,4 +30,4 @@ class Lengths(Config):
 
 def load_lengths(path: Path) -> Lengths:
     """Read lengths from a YAML file."""
-    return Lengths.model_validate(read_as(Lengths, path, what="lengths of samples (configs/lengths)"))
+    return Lengths.model_validate(read_as(Lengths, path, "lengths", what="lengths of samples"))

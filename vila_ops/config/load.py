@@ -10,6 +10,7 @@ import yaml
 from vila_ops.config.base import Config
 from vila_ops.config.context import RunContext
 from vila_ops.config.eval import OfficialSuite
+from vila_ops.config.named import config_file
 from vila_ops.config.resources import Resources
 from vila_ops.config.retrain import RetrainPolicy
 from vila_ops.config.run import Recipe, Run
@@ -18,17 +19,16 @@ from vila_ops.errors import did_you_mean
 
 BASES = "extends"
 """Key of a mapping that lists the files to merge into it."""
-RESOURCES = "resources (configs/resources)"
 
 
 def load(recipe: Path, *, resources: Path, overrides: tuple[str, ...] = ()) -> Run:
-    """The run of a recipe file on a resources file, with overrides like `stages.sft.learning_rate=1e-5`.
+    """The run of a recipe on resources, each a file or a name, with overrides like `stages.sft.learning_rate=1e-5`.
 
     An override that starts with `resources.` changes the resources, any other the recipe.
     """
     tree = {
-        "recipe": read_as(Recipe, recipe, what="a recipe (configs/recipes)"),
-        "resources": read_as(Resources, resources, what=RESOURCES),
+        "recipe": read_as(Recipe, recipe, "recipes", what="a recipe"),
+        "resources": read_as(Resources, resources, "resources", what="resources"),
     }
     for override in overrides:
         key, value = key_and_value(override)
@@ -56,7 +56,7 @@ def key_and_value(override: str) -> tuple[str, Any]:
 
 def load_resources(path: Path, *, overrides: tuple[str, ...] = ()) -> Resources:
     """The resources in a YAML file, with overrides like `resources.storage.store=DIR`. Raises ValueError for others."""
-    tree: dict[str, Any] = {"resources": read_as(Resources, path, what=RESOURCES)}
+    tree: dict[str, Any] = {"resources": read_as(Resources, path, "resources", what="resources")}
     for override in overrides:
         key, value = key_and_value(override)
         if not key.startswith("resources."):
@@ -67,12 +67,12 @@ def load_resources(path: Path, *, overrides: tuple[str, ...] = ()) -> Resources:
 
 def load_policy(path: Path) -> RetrainPolicy:
     """The rules of retraining in a YAML file."""
-    return RetrainPolicy.model_validate(read_as(RetrainPolicy, path, what="a policy of retraining (configs/retrain)"))
+    return RetrainPolicy.model_validate(read_as(RetrainPolicy, path, "retrain", what="a policy of retraining"))
 
 
 def load_suite(path: Path) -> OfficialSuite:
     """The suite of official benchmarks in a YAML file."""
-    return OfficialSuite.model_validate(read_as(OfficialSuite, path, what="a suite of official benchmarks"))
+    return OfficialSuite.model_validate(read_as(OfficialSuite, path, "suites", what="a suite of official benchmarks"))
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -80,16 +80,18 @@ def read(path: Path) -> dict[str, Any]:
     return _read(path.resolve(), ())
 
 
-def read_as(kind: type[Config], path: Path, *, what: str) -> dict[str, Any]:
-    """The content of a file that holds settings of a kind. Raises ValueError for a file of another kind.
+def read_as(kind: type[Config], given: Path, folder: str, *, what: str) -> dict[str, Any]:
+    """The content of a file, or of a name in a folder of `configs/`, that holds settings of a kind.
 
-    Such a file lacks most of what the kind requires, or has none of its keys.
+    Raises ValueError for a file of another kind: it lacks most of what the kind requires, or has none of its keys.
     """
+    path = config_file(given, folder)
     tree = read(path)
     required = [name for name, field in kind.model_fields.items() if field.is_required()]
     lacking = [name for name in required if name not in tree]
     if 2 * len(lacking) > len(required) or (tree and not tree.keys() & kind.model_fields.keys()):
         lacks = f"it lacks {', '.join(lacking)}, and " if lacking else ""
+        what = f"{what} (configs/{folder})" if folder else f"{what} (configs)"
         raise ValueError(f"{path} does not hold {what}: {lacks}its keys are {', '.join(map(str, tree)) or 'none'}")
     return tree
 

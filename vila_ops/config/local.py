@@ -67,4 +67,4 @@ class LocalServers(Config):
 
 def load_local(path: Path) -> LocalServers:
     """The servers of this machine, from a YAML file."""
-    return LocalServers.model_validate(read_as(LocalServers, path, what="servers (configs/local.yaml)"))
+    return LocalServers.model_validate(read_as(LocalServers, path, "", what="servers"))
