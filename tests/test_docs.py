@@ -32,6 +32,8 @@ RUN = (
     "vila-ops --help",
     "vila-ops doctor",
     "vila-ops benchmark list",
+    "vila-ops show demo",
+    "vila-ops show vila-7b -r vila_128",
     "vila-ops show configs/recipes/demo.yaml",
     "vila-ops show configs/recipes/mine.yaml",
     "vila-ops show configs/recipes/vila-7b.yaml -r configs/resources/vila_128.yaml",
@@ -116,6 +118,11 @@ NOT_RUN = {
         "vila-ops import llava-1.5-7b-hf --out models/llava --chat-template vicuna_v1",
     ),
     "fetches a program, and lists what is installed": ("make sbom",),
+    "installs packages": (
+        "pip install git+URL",
+        "pip install --constraint constraints.txt git+URL",
+    ),
+    "is run by tests/plan/test_shipped.py by its function": ("vila-ops plan vila-7b -r vila_128 --lengths vila",),
     "takes minutes": (
         "make demo",
         "make test",
