@@ -34,7 +34,6 @@ RUN = (
     "vila-ops benchmark list",
     "vila-ops show demo",
     "vila-ops show vila-7b -r vila_128",
-    "vila-ops show configs/recipes/demo.yaml",
     "vila-ops show configs/recipes/mine.yaml",
     "vila-ops show configs/recipes/vila-7b.yaml -r configs/resources/vila_128.yaml",
 )
