@@ -122,6 +122,7 @@ NOT_RUN = {
         "pip install --constraint constraints.txt git+URL",
     ),
     "is run by tests/plan/test_shipped.py by its function": ("vila-ops plan vila-7b -r vila_128 --lengths vila",),
+    "is run by tests/ablate, with one step a stage": ("vila-ops ablate tiny", "vila-ops ablate tiny --dry-run"),
     "takes minutes": (
         "make demo",
         "make test",

@@ -205,7 +205,7 @@ def disagreements(baseline: ScoreTable, candidate: ScoreTable) -> tuple[Disagree
 
     Raises NotComparable for tables that do not measure the same.
     """
-    candidate = _aligned(baseline, candidate)
+    candidate = aligned(baseline, candidate)
     gaps = _gaps(baseline, candidate)
     rows = [int(row) for row in np.argsort(-gaps, kind="stable") if gaps[row] > 0]
     first, second = (one.values.reshape(len(gaps), -1) for one in (baseline, candidate))
@@ -259,7 +259,7 @@ def _tables(
             f"the {'baseline' if first is None else 'candidate'} has no such metric; a variant, a judge, the policy of "
             "failed items and the version of the benchmark make another one"
         )
-    return first, _aligned(first, second)
+    return first, aligned(first, second)
 
 
 def _compare_pair(first: ScoreTable, second: ScoreTable, *, resamples: int, seed: int) -> PairComparison:
@@ -328,7 +328,7 @@ def _gaps(first: ScoreTable, second: ScoreTable) -> FloatArray:
     return largest
 
 
-def _aligned(baseline: ScoreTable, other: ScoreTable) -> ScoreTable:
+def aligned(baseline: ScoreTable, other: ScoreTable) -> ScoreTable:
     """The other table in the baseline's order of items. Raises NotComparable if they do not measure the same."""
     _check_items(baseline.items, other.items)
     _check_items(baseline.references, other.references)

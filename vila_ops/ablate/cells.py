@@ -1,0 +1,82 @@
+"""The runs of a grid, and what they score. What is sealed is found again, so a stopped grid goes on."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vila_ops import tracking
+from vila_ops.artifacts.kinds import EvalReport
+from vila_ops.config import NO_CONTEXT, Resources, Run, RunContext
+from vila_ops.config.grid import Grid
+from vila_ops.config.load import merge
+from vila_ops.errors import did_you_mean
+from vila_ops.eval.compare import ScoreTable
+from vila_ops.eval.opened import opened
+from vila_ops.pipeline.stages import evaluate_stage
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CellRun:
+    """A cell with one seed."""
+
+    cell: str
+    seed: int
+    run: Run
+
+
+def runs_of(grid: Grid, resources: Resources) -> list[CellRun]:
+    """The runs of a grid: all cells with the first seed, then with the next. Raises ValueError for a wrong setting.
+
+    Cells share what they have in common by address: data, stages before the first difference, and evaluations of them.
+    """
+    return [CellRun(name, seed, _run(grid, name, seed, resources)) for seed in grid.seeds for name in grid.cells]
+
+
+def _run(grid: Grid, cell: str, seed: int, resources: Resources) -> Run:
+    recipe = merge(grid.recipe, grid.cells[cell].recipe)
+    recipe = merge(recipe, {"name": f"{grid.name}-{cell}"})
+    try:
+        run = Run.model_validate({"recipe": recipe, "resources": resources.model_dump(mode="json")})
+    except ValueError as error:
+        raise ValueError(f"cell {cell!r} of grid {grid.name!r}: {error}") from error
+    seeds = {f"stages.{name}.seed": stage.seed + seed for name, stage in run.recipe.stages.items()}
+    changes: dict[str, Any] = {**seeds, "model.seed": run.recipe.model.seed + seed}
+    return run.with_changes({f"recipe.{key}": value for key, value in changes.items()})
+
+
+def scores_of(
+    grid: Grid, resources: Resources, context: RunContext = NO_CONTEXT
+) -> dict[str, dict[str, list[ScoreTable]]]:
+    """Train each run and measure it on its final suite; the scores by metric and cell, a table for each seed.
+
+    The MLflow runs are children of one. Raises ValueError for a metric that the suite does not have.
+    """
+    runs = runs_of(grid, resources)  # every cell is checked before the first one works
+    scores: dict[str, dict[str, list[ScoreTable]]] = {metric: {} for metric in grid.metrics}
+    params = grid.model_dump(mode="json")
+    with tracking.open_run(
+        resources, grid.name, key=("grid", grid.fingerprint()), parent=None, params=params, tags={}
+    ) as parent:
+        for one in runs:
+            last = list(one.run.recipe.stages)[-1]
+            report = evaluate_stage(one.run, last, one.run.recipe.final_suite, context=context.below(parent))
+            log.info("%s with seed %d is measured", one.cell, one.seed)
+            for metric, table in _tables(report, grid.metrics).items():
+                scores[metric].setdefault(one.cell, []).append(table)
+    return scores
+
+
+def _tables(report: EvalReport, metrics: Sequence[str]) -> dict[str, ScoreTable]:
+    every = {
+        name: table
+        for benchmark in opened(report, metrics=metrics).values()
+        for name, table in benchmark.scores().items()
+    }
+    if missing := [metric for metric in metrics if metric not in every]:
+        raise ValueError(
+            f"the final suite has no metric {missing[0]!r}; it has {list(every)}{did_you_mean(missing[0], every)}"
+        )
+    return {metric: every[metric] for metric in metrics}

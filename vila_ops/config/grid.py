@@ -1,0 +1,79 @@
+"""A grid of an ablation: recipes that differ in named settings, what is measured on them, and what that may show."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator, model_validator
+
+from vila_ops.config.base import Config, Slug
+from vila_ops.config.load import read_as
+from vila_ops.errors import did_you_mean
+
+
+class Cell(Config):
+    """One recipe of a grid."""
+
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    """Settings that are laid over the grid's recipe, as by `extends`."""
+    paper: dict[str, float] = Field(default_factory=dict)
+    """Numbers of the paper's table in this cell, by column; they are shown beside ours, not compared with them."""
+
+
+class Claim(Config):
+    """What two cells are to show of a metric, decided by a rule that is fixed before the run."""
+
+    says: str
+    """The claim in words."""
+    cell: Slug
+    """The one that is better, if the claim is right."""
+    than: Slug
+    metric: str
+    """A metric of the final suite's report."""
+    by: NonNegativeFloat = 0.0
+    """The claim is shown where the whole 95 % interval of the advantage lies above this, and contradicted where it
+    lies below 0."""
+
+
+class Grid(Config):
+    """An ablation: a cell for each recipe, each trained and measured with every seed."""
+
+    name: Slug
+    title: str
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    """The recipe that the cells share."""
+    cells: dict[Slug, Cell] = Field(min_length=2)
+    """The first one is the baseline of the printed differences."""
+    seeds: tuple[NonNegativeInt, ...] = (0, 1, 2)
+    """Added to every seed of model and stages; 0 is the recipe as it is."""
+    metrics: tuple[str, ...] = Field(min_length=1)
+    """Metrics of the final suite's report that are shown."""
+    claims: tuple[Claim, ...] = ()
+    resamples: PositiveInt = 10_000
+    """Of the bootstrap over groups of items."""
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_differ(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(seeds) < 2 or len(set(seeds)) < len(seeds):
+            raise ValueError(f"seeds {list(seeds)} say nothing about how far seeds differ; give two or more, each once")
+        return seeds
+
+    @model_validator(mode="after")
+    def _claims_are_of_the_grid(self) -> "Grid":
+        for claim in self.claims:
+            for cell in (claim.cell, claim.than):
+                if cell not in self.cells:
+                    raise ValueError(
+                        f"claim {claim.says!r} names cell {cell!r}; the cells are {list(self.cells)}"
+                        f"{did_you_mean(cell, self.cells)}"
+                    )
+            if claim.metric not in self.metrics:
+                raise ValueError(
+                    f"claim {claim.says!r} names metric {claim.metric!r}, which is not one of metrics; add it there"
+                )
+        return self
+
+
+def load_grid(given: Path) -> Grid:
+    """The grid of a name in `configs/grids`, or of a file."""
+    return Grid.model_validate(read_as(Grid, given, "grids", what="a grid of an ablation"))
