@@ -49,6 +49,11 @@ def reproduced(clone: Path) -> Path:
     return clone
 
 
+def test_dvc_finds_one_pipeline_in_the_repository() -> None:
+    """It parses every dvc.yaml that git does not ignore, and one that it cannot parse fails all its commands."""
+    assert run_program(ROOT, "git", "ls-files", ":(glob)**/dvc.yaml").split() == ["dvc.yaml"]
+
+
 def test_a_clone_has_a_stage_for_each_mixture_of_its_recipe(clone: Path) -> None:
     names = run_dvc(clone, "stage", "list", "--name-only").split()
     recipe = load(ROOT / "configs/recipes/demo.yaml", resources=ROOT / "configs/resources/inline.yaml").recipe

@@ -19,7 +19,7 @@ FILES = {
     "model.yaml": "configs/models/{name}.yaml",
     "mixture.yaml": "configs/mixtures/{name}.yaml",
     "resources.yaml": "configs/resources/inline.yaml",
-    "dvc.yaml": "dvc.yaml",
+    "pipeline.yaml": "dvc.yaml",
     "gitignore": ".gitignore",
 }
 """Templates, and the files that are made of them."""

@@ -62,7 +62,7 @@ def _commit(dataset: Dataset, top: Path, *, name: str, branch: str, diff: str) -
         out = tree / "data" / name
         export_for_dvc(dataset, out)
         (tree / f"data/{name}.{DIFF}").write_text(diff, encoding="utf-8")
-        run_dvc(tree, "add", "--quiet", f"data/{name}")
+        run_dvc(tree, "add", f"data/{name}")  # not --quiet, which says nothing of an error
         written = [f"data/{name}.{suffix}" for suffix in ("dvc", DIFF, *BESIDE)]
         run_program(tree, "git", "add", "--force", "--", "data/.gitignore", *written)
         run_program(tree, "git", "commit", "--quiet", "-m", f"Data: {name} for a retraining")
