@@ -398,7 +398,7 @@ def test_doctor_and_status_print_one_json_list(tmp_path: Path) -> None:
     servers = tmp_path / "local.yaml"
     servers.write_text(yaml.safe_dump({"root": str(tmp_path / "local")}))
     done = CliRunner().invoke(app, ["status", "--servers", str(servers), "--json"])
-    assert [server["state"] for server in json.loads(done.stdout)] == ["stopped"] * 4
+    assert [server["state"] for server in json.loads(done.stdout)] == ["stopped"] * 5
     done = CliRunner().invoke(app, ["doctor", "--servers", str(servers), "--json"])
     findings = json.loads(done.stdout)
     assert {finding["ok"] for finding in findings} <= {True, False}

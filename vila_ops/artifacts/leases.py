@@ -156,6 +156,17 @@ def forget(name: str, *, store: str) -> None:
         log.warning("lease %s was not removed: %s", register, error)
 
 
+def sign_of_life(at: Address, *, store: str) -> str | None:
+    """A text that changes while a process holds the lease of an address, and stays the same when it has died.
+
+    None where the process was of this host and has ended. Raises CorruptArtifact, and what the store raises.
+    """
+    record, tag = _load(f"{root_of(store)}/leases/{at.kind}/{at.key}")
+    if record is not None and not record.released and record.holder.is_gone():
+        return None
+    return tag or "no process has held it"
+
+
 def registers(store: str, *, kind: str = "") -> dict[str, bool]:
     """Every address of a store, as KIND/KEY, that has a lease, and whether a process holds it.
 

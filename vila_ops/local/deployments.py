@@ -13,17 +13,25 @@ import yaml
 from vila_ops.config import Run
 from vila_ops.config.base import fingerprint
 from vila_ops.config.local import LocalServers
+from vila_ops.config.retrain import RetrainPolicy
+from vila_ops.config.schedule import Schedule
 from vila_ops.errors import ServerFailed
 from vila_ops.local.servers import QUICK_SECONDS, answers, endpoints, env, get_json
 
+RETRAIN_QUEUE = "retrain"
+"""Work queue of the flow runs that retrain."""
 log = logging.getLogger(__name__)
 
 
 def make_work_pool(settings: LocalServers) -> None:
-    """Create the work pool if it does not exist. The worker completes it when it starts."""
+    """Create the work pool and its queue for retraining, where they do not exist. The worker completes the pool."""
     pools = f"{endpoints(settings).prefect}/api/work_pools"
     if not answers(f"{pools}/{settings.work_pool}", QUICK_SECONDS):
         get_json(f"{pools}/", settings.start_timeout_seconds, json={"name": settings.work_pool, "type": "process"})
+    queues = f"{pools}/{settings.work_pool}/queues"
+    if not answers(f"{queues}/{RETRAIN_QUEUE}", QUICK_SECONDS):
+        # one run at a time: another would wait for the lease, in a place of the worker that other flows could have
+        get_json(queues, settings.start_timeout_seconds, json={"name": RETRAIN_QUEUE, "concurrency_limit": 1})
 
 
 def deploy_flows(settings: LocalServers) -> None:
@@ -56,8 +64,8 @@ def deploy_flows(settings: LocalServers) -> None:
 
 
 def _flows_digest(file: Path, deployments: list[dict[str, Any]]) -> str:
-    """Digest of the file, of the Python files beside the flows, and of the schema of a run, their parameter."""
+    """Digest of the file, of the Python files beside the flows, and of the schemas of their parameters."""
     folders = {Path(deployment["entrypoint"].partition(":")[0]).parent for deployment in deployments}
     sources = sorted(source for folder in folders for source in folder.glob("*.py"))
-    schema = Run.model_json_schema()
-    return fingerprint([str(Path.cwd()), file.read_text(), schema, *(source.read_text() for source in sources)])[:16]
+    schemas = [kind.model_json_schema() for kind in (Run, RetrainPolicy, Schedule)]
+    return fingerprint([str(Path.cwd()), file.read_text(), schemas, *(source.read_text() for source in sources)])[:16]

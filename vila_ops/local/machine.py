@@ -1,10 +1,12 @@
 """Up, down and status of the servers of one machine, by the records of their processes."""
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +36,11 @@ SHOWN = 100
 ADOPT_SECONDS = 30.0
 """How long a server may take to answer before `up` replaces it: a busy machine must not cost a server that works."""
 
+AFTER_PREFECT: tuple[Name, ...] = ("worker", "sweeper")
+"""Servers that need Prefect's to answer."""
+ENDPOINT = "vila_ops.serve.backends.local_router"
+"""Module of the process that listens for a service of launch inline. It outlives the process that deployed it."""
+
 log = logging.getLogger(__name__)
 
 
@@ -60,17 +67,17 @@ def up(settings: LocalServers, *, only: Collection[Name] = NAMES) -> Endpoints:
     with lock(root), ThreadPoolExecutor() as pool:
         _check_ports(settings, servers.values())
         # All servers are ended before any is started, because a port may pass from one to another.
-        up_already = dict(
-            zip(servers, pool.map(lambda server: _adopt(settings, server), servers.values()), strict=True)
-        )
+        first = [name for name in servers if name not in AFTER_PREFECT]
+        up_already = dict(zip(first, pool.map(lambda name: _adopt(settings, servers[name]), first), strict=True))
+        for name in servers.keys() - up_already.keys():  # Prefect cannot be asked about them while it is away itself
+            up_already[name] = _adopt(settings, servers[name], ask=up_already.get("prefect", False))
         missing = {name: server for name, server in servers.items() if not up_already[name]}
-        starts = {name: pool.submit(_start, settings, server) for name, server in missing.items() if name != "worker"}
+        starts = {n: pool.submit(_start, settings, server) for n, server in missing.items() if n not in AFTER_PREFECT}
         pending = list(starts.values())
         if "prefect" in servers and ("prefect" not in starts or starts["prefect"].exception() is None):
             make_work_pool(settings)
             pending.append(pool.submit(deploy_flows, settings))
-            if "worker" in missing:
-                pending.append(pool.submit(_start, settings, missing["worker"]))
+            pending += [pool.submit(_start, settings, missing[name]) for name in AFTER_PREFECT if name in missing]
         errors = [error for future in pending if (error := future.exception())]
     if errors:
         raise ServerFailed("\n\n".join(str(error) for error in errors)) from errors[0]
@@ -110,12 +117,13 @@ def _processes(settings: LocalServers) -> set[int]:
     return {process.pid for record in records for process in session_of(record.process())}
 
 
-def _adopt(settings: LocalServers, server: Server) -> bool:
-    """Whether a server runs as configured and answers. A server that does not is ended."""
+def _adopt(settings: LocalServers, server: Server, *, ask: bool = True) -> bool:
+    """Whether a server runs as configured and, if it is asked, answers. A server that does not is ended."""
     record = read_record(root_of(settings), server.name)
     if record is None:
         return False
-    if record.process().alive() and _as_configured(record, server) and server.healthy(record, ADOPT_SECONDS):
+    works = record.process().alive() and _as_configured(record, server)
+    if works and (not ask or server.healthy(record, ADOPT_SECONDS)):
         log.info("%s: already up, pid %d, %s", server.name, record.pid, server.url)
         return True
     end(settings, record)
@@ -166,7 +174,7 @@ def _check_ports(settings: LocalServers, servers: Iterable[Server]) -> None:
         f"port {port} is held by {_describe(held[port])}, which `vila-ops up` did not start; "
         f"end it, or set {key} in configs/local.yaml to a free port"
         for key, port in wanted.items()
-        if port in held and held[port] not in ours
+        if port in held and held[port] not in ours and not (port == settings.serve_port and _is_endpoint(held[port]))
     ]
     if faults:
         raise ValueError("\n".join(faults))
@@ -179,6 +187,14 @@ def _listeners(ports: Collection[int]) -> dict[int, int | None]:
         for connection in psutil.net_connections("tcp")
         if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port in ports
     }
+
+
+def _is_endpoint(pid: int | None) -> bool:
+    """Whether a process is the endpoint of a service that this user deployed with launch inline."""
+    with suppress(psutil.Error):
+        process = psutil.Process(pid) if pid is not None else None
+        return process is not None and process.uids().real == os.getuid() and ENDPOINT in process.cmdline()
+    return False
 
 
 def _describe(pid: int | None) -> str:

@@ -17,8 +17,8 @@ from vila_ops.config.local import LocalServers
 from vila_ops.errors import CorruptArtifact
 from vila_ops.processes import ProcessId, spawn, stop
 
-Name = Literal["mlflow", "prefect", "ray", "worker"]
-NAMES: tuple[Name, ...] = ("mlflow", "prefect", "ray", "worker")
+Name = Literal["mlflow", "prefect", "ray", "worker", "sweeper"]
+NAMES: tuple[Name, ...] = ("mlflow", "prefect", "ray", "worker", "sweeper")
 log = logging.getLogger(__name__)
 
 

@@ -1,4 +1,4 @@
-"""The servers of one machine: how MLflow, Prefect, its worker and a Ray head are started and checked."""
+"""The servers of one machine: how MLflow, Prefect, its worker, the sweeper and a Ray head are started and checked."""
 
 import hashlib
 import json
@@ -20,6 +20,10 @@ from vila_ops.local.process import Name, ProcessRecord, root_of, write_private
 
 QUICK_SECONDS = 5.0
 """How long a running server may take to answer. MLflow's first answer, which creates its tables, takes longer."""
+AGAIN = ("/bin/sh", "-c", 'while :; do "$@"; sleep 3; done', "again")
+"""Before a command: it is started again when it ends, until this shell and its session are ended."""
+AUTOMATION = "vila-ops: lost flow runs have crashed"
+"""Name of the automation of Prefect that the sweeper makes."""
 TELEMETRY_OFF = {
     "DO_NOT_TRACK": "1",
     "DVC_NO_ANALYTICS": "1",
@@ -67,6 +71,8 @@ def env(settings: LocalServers) -> dict[str, str]:
         **inherited,
         "MLFLOW_TRACKING_URI": endpoints(settings).mlflow,
         "PREFECT_API_URL": f"{endpoints(settings).prefect}/api",
+        # a request is tried again for 17 minutes (2 s, 4 s, ... 512 s); by default for 62 s, then flow runs crash
+        "PREFECT_CLIENT_MAX_RETRIES": "9",
         "PREFECT_HOME": str(root / "prefect"),
         "PREFECT_LOGGING_EXTRA_LOGGERS": "vila_ops",
         "RAY_AUTH_MODE": "token",
@@ -96,7 +102,7 @@ def endpoints(settings: LocalServers) -> Endpoints:
 
 def servers_of(settings: LocalServers) -> dict[Name, Server]:
     """Every server, by name."""
-    servers = (_mlflow(settings), _prefect(settings), _ray(settings), _worker(settings))
+    servers = (_mlflow(settings), _prefect(settings), _ray(settings), _worker(settings), _sweeper(settings))
     return {server.name: server for server in servers}
 
 
@@ -141,10 +147,11 @@ def _prefect(settings: LocalServers) -> Server:
 
 
 def _worker(settings: LocalServers) -> Server:
+    """Prefect's worker, started again whenever it ends: it gives up when Prefect's server is away for long."""
     serve = ("worker", "start", "--type", "process", "--pool", settings.work_pool, "--name", settings.work_pool)
     return Server(
         name="worker",
-        command=(sys.executable, "-m", "prefect", *serve, "--limit", str(settings.max_flow_runs)),
+        command=(*AGAIN, sys.executable, "-m", "prefect", *serve, "--limit", str(settings.max_flow_runs)),
         env={
             **env(settings),
             "PREFECT_WORKER_QUERY_SECONDS": str(settings.worker_poll_seconds),
@@ -155,6 +162,18 @@ def _worker(settings: LocalServers) -> Server:
         ports={},
         url=f"{endpoints(settings).prefect}/work-pools/work-pool/{settings.work_pool}",
         healthy=lambda record, seconds: _polls(settings, record, seconds),
+    )
+
+
+def _sweeper(settings: LocalServers) -> Server:
+    api = f"{endpoints(settings).prefect}/api"
+    return Server(
+        name="sweeper",
+        command=(sys.executable, "-m", "vila_ops", "sweep", "--prefect", api),
+        env=env(settings),
+        ports={},
+        url=f"{endpoints(settings).prefect}/automations",
+        healthy=lambda record, seconds: record.process().alive() and _reacts(api, seconds),
     )
 
 
@@ -246,6 +265,12 @@ def _has_live_node(settings: LocalServers, seconds: float) -> bool:
     headers = {"Authorization": f"Bearer {token.read_text()}"}
     answer = get_json(f"{endpoints(settings).ray_dashboard}/api/v0/nodes", seconds, headers=headers)
     return answer is not None and any(node["state"] == "ALIVE" for node in answer["data"]["result"]["result"])
+
+
+def _reacts(api: str, seconds: float) -> bool:
+    """Whether Prefect has an automation that reacts to the sweeper."""
+    wanted = {"automations": {"name": {"any_": [AUTOMATION]}}}
+    return bool(get_json(f"{api}/automations/filter", seconds, json=wanted))
 
 
 def _polls(settings: LocalServers, record: ProcessRecord, seconds: float) -> bool:
