@@ -1,4 +1,8 @@
-"""The tasks as Prefect tasks with names and retries. The store is the cache, so Prefect's result cache is off."""
+"""The tasks as Prefect tasks with names and retries. The store is the cache, so Prefect's result cache is off.
+
+What another try may help is tried again after 5 s, 30 s, 2 minutes and 5 minutes or somewhat later, drawn at random. So
+a store or a server that is away for some minutes fails no run, and many runs do not come back at once.
+"""
 
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -6,16 +10,24 @@ from typing import Any, ParamSpec, TypeVar
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.exceptions import TerminationSignal
 
+from flows.attempt import cancelled
+from vila_ops.artifacts.kinds import Checkpoint, Dataset, Pretrained
+from vila_ops.config import NO_CONTEXT, Model, Resources, RunContext, Stage
 from vila_ops.data.preprocess.prepare import prepare
-from vila_ops.errors import PromotionRaceLost, is_final
+from vila_ops.errors import Preempted, PromotionRaceLost, is_final
 from vila_ops.eval.evaluate import evaluate
 from vila_ops.model.assemble import assemble
 from vila_ops.pipeline.stages import Tasks
 from vila_ops.registry.register import register
 from vila_ops.serve.deploy import deploy
-from vila_ops.train.stage import train_stage
+from vila_ops.train.stage import stop_stage, train_stage
 
+DELAYS = (5.0, 30.0, 120.0, 300.0)
+"""Seconds before each retry, at the least."""
+JITTER = 0.5
+"""The largest share of a delay that is added to it."""
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -23,26 +35,47 @@ R = TypeVar("R")
 def retry_may_help(_task: Task[..., Any], _run: TaskRun, failed: State[Any]) -> bool:
     """Whether Prefect runs a failed task again: not for an error that would be the same, see `vila_ops.errors`.
 
-    A lost promotion race would be, as the task keeps its arguments: `pipeline.promotion` brings another report.
+    A lost promotion race would be, as the task keeps its arguments: `pipeline.promotion` brings another report. Where
+    this process is preempted, only another one can go on.
     """
     error = failed.data
-    return not (isinstance(error, PromotionRaceLost) or (isinstance(error, BaseException) and is_final(error)))
+    return not (
+        isinstance(error, PromotionRaceLost | Preempted) or (isinstance(error, BaseException) and is_final(error))
+    )
 
 
-def _task(function: Callable[P, R], *, name: str | None = None, retries: int = 2) -> Task[P, R]:
+def _task(function: Callable[P, R], *, name: str | None = None, retries: int = len(DELAYS)) -> Task[P, R]:
     return task(
         task_run_name=name,
         retries=retries,
-        retry_delay_seconds=5,
+        retry_delay_seconds=list(DELAYS[:retries]),
+        retry_jitter_factor=JITTER,
         retry_condition_fn=retry_may_help,
         cache_policy=NO_CACHE,
     )(function)
 
 
+def train_or_stop(
+    stage: Stage,
+    model: Model,
+    data: Dataset,
+    init: Checkpoint | Pretrained,
+    resources: Resources,
+    context: RunContext = NO_CONTEXT,
+) -> Checkpoint:
+    """The task `train_stage`. A job on a cluster outlives this process, unless someone cancels the flow run."""
+    try:
+        return train_stage(stage, model, data, init, resources, context)
+    except TerminationSignal:
+        if cancelled():
+            stop_stage(stage, model, data, init, resources)
+        raise
+
+
 TASKS = Tasks(
     assemble=_task(assemble),
     prepare=_task(prepare, name="prepare {mixture.name}"),
-    train_stage=_task(train_stage, name="train {stage.name}"),
+    train_stage=_task(train_or_stop, name="train {stage.name}"),
     evaluate=_task(evaluate, name="evaluate on {suite.name}"),
     register=_task(register),
     deploy=_task(deploy, retries=1),

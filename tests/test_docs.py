@@ -45,9 +45,9 @@ NOT_RUN = {
         "make up",
         "make down",
         "make status",
-        "prefect deployment run vila/full-pipeline",
-        'prefect deployment run vila/full-pipeline --params "{\\"run\\": $(vila-ops show configs/recipes/demo.yaml -r '
-        'configs/resources/laptop.yaml --json)}"',
+        "prefect deployment run vila/full-pipeline --param recipe=demo",
+        "prefect deployment run vila/full-pipeline --param recipe=/data/own.yaml --param resources=/data/cluster.yaml",
+        "prefect deployment run vila-release/promote --param recipe=demo --param approval=true",
         "vila-ops deploy configs/recipes/demo.yaml -r configs/resources/laptop.yaml",
         "vila-ops undeploy configs/recipes/demo.yaml -r configs/resources/laptop.yaml",
         "export VILA_API_KEY=$(vila-ops keys create keys.json deploy)",

@@ -96,7 +96,8 @@ def test_an_error_is_final_or_retryable_for_prefect_for_ray_and_after_crossing_a
     assert is_final(error) is final
     assert is_final(RemoteError.from_json(RemoteError.of(error).to_json()).rebuilt()) is final
     failed = State(type=StateType.FAILED, data=error)
-    again = not final and not isinstance(error, errors.PromotionRaceLost)  # the pipeline brings another report
+    # the pipeline brings another report; another process goes on
+    again = not final and not isinstance(error, errors.PromotionRaceLost | errors.Preempted)
     assert TASKS.register.retry_condition_fn(TASKS.register, None, failed) is again
 
 

@@ -94,7 +94,7 @@ def _pid(flow_run: Json) -> int:
 
 
 def _parameters(run: Run) -> Json:
-    return {"run": run.model_dump(mode="json")}
+    return {"recipe": run.recipe.model_dump(mode="json"), "resources": run.resources.model_dump(mode="json")}
 
 
 def _request(api: httpx.Client, method: str, url: str, **request: Any) -> Any:

@@ -2,19 +2,21 @@
 
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 import psutil
 
-from vila_ops import local
+from vila_ops import local, tracking
 from vila_ops.artifacts.store import probe
 from vila_ops.cluster import cluster_gpus, device_on
-from vila_ops.config import Config, Resources
+from vila_ops.config import Config, Resources, Run
 from vila_ops.config.local import LocalServers
 from vila_ops.device import describe, device_of
 from vila_ops.errors import VilaError
+from vila_ops.serve.credentials import check_key
+from vila_ops.tracking.outbox import shown
 
 DISK_BYTES = 10 * 2**30
 MEMORY_BYTES = 8 * 2**30
@@ -31,8 +33,30 @@ class Finding(Config):
 
 def examine(settings: LocalServers, resources: Resources) -> list[Finding]:
     """All checks, whatever fails."""
-    store = resources.storage.store
-    return [*_software(), *_capacity(), *device_findings(resources), *_store(store), *_servers(settings)]
+    return [*_software(), *_capacity(), *device_findings(resources), *services(resources), *_servers(settings)]
+
+
+def refuse(run: Run, findings: Iterable[Finding]) -> None:
+    """Raise ValueError with every lack among the findings, and its way out."""
+    if lacks := [finding.text for finding in findings if not finding.ok]:
+        raise ValueError(f"recipe {run.recipe.name!r} cannot run with these resources:\n" + "\n".join(lacks))
+
+
+def services(resources: Resources) -> Iterator[Finding]:
+    """What every run needs: the store, and where there is a registry, MLflow and the key of the endpoint."""
+    yield from _store(resources.storage.store)
+    if resources.tracking.uri is not None:
+        yield from _tried(f"MLflow: {shown(resources.tracking.uri)} answers", lambda: tracking.ask(resources))
+        yield from _tried("the endpoint's key is valid", lambda: check_key(resources.serve.access))
+
+
+def _tried(text: str, check: Callable[[], None]) -> Iterator[Finding]:
+    """A check that says by an error what is wrong."""
+    try:
+        check()
+        yield Finding(ok=True, text=text)
+    except (ValueError, VilaError, OSError) as error:
+        yield Finding(ok=False, text=str(error))
 
 
 def _software() -> Iterator[Finding]:
@@ -66,7 +90,7 @@ def device_findings(resources: Resources) -> Iterator[Finding]:
         if resources.launch == "inline":
             yield Finding(ok=True, text=f"device {resources.device}: {describe(device_of(device))}")
             return
-        there = {} if resources.device == "cpu" else cluster_gpus(resources)
+        there = cluster_gpus(resources)
     except (ValueError, VilaError) as error:
         yield Finding(ok=False, text=f"device: {error}")
         return

@@ -9,8 +9,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,21 +20,31 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-import yaml
 from mlflow import MlflowClient
 from openai import OpenAI
 
+from tests.flows.flow_runs import (
+    ROOT,
+    STAGES,
+    Json,
+    automations,
+    cancel,
+    kill_server,
+    processes_of,
+    start_flow_run,
+    state_of,
+    until,
+    up_again,
+    waiting_flow_run,
+    written,
+)  # fmt: skip
 from tests.test_local import alive, states
 from vila_ops import local
-from vila_ops.config import load
 from vila_ops.config.local import LocalServers
+from vila_ops.registry import alias_register
 
-ROOT = Path(__file__).parents[2]
 PROGRAM = str(Path(sys.executable).parent / "vila-ops")
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-STAGES = ("pretrain", "sft")
-"""Each takes a controller, two workers and an evaluator, which all import torch."""
-Json = dict[str, Any]
 Demo = Callable[..., Json]
 
 
@@ -41,22 +53,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory, free_servers: Callable[[Pa
     """Servers of this test's own, and the files that name them."""
     folder = tmp_path_factory.mktemp("box")
     settings = free_servers(folder / "local")
-    at = local.endpoints(settings)
-    resources = {
-        "launch": "ray",
-        "ray_address": at.ray,
-        "storage": {"store": str(folder / "store"), "cache": str(folder / "cache")},
-        "tracking": {"uri": at.mlflow},
-        "train": {"num_workers": 2, "zero_stage": 2},
-        "serve": {"port": settings.serve_port},
-    }
-    recipe = yaml.safe_load((ROOT / "configs/recipes/tiny.yaml").read_text())
-    recipe["extends"] = [str(ROOT / "configs/services/default.yaml")]
-    recipe["stages"] = {name: recipe["stages"][name] for name in STAGES}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    (folder / "resources.yaml").write_text(yaml.safe_dump(resources))
-    (folder / "local.yaml").write_text(yaml.safe_dump(settings.model_dump()))
-    yield {"folder": folder, "settings": settings, "at": at}
+    yield written(folder, settings)
     local.down(settings)
 
 
@@ -175,6 +172,25 @@ def test_mlflow_has_the_runs_and_the_champion(first: Json, servers: Json) -> Non
     assert champion.tags["digest"] == first["stages"][-1]["digest"]
 
 
+def test_the_page_of_a_run_says_what_ran_and_what_it_took(first: Json, servers: Json) -> None:
+    """The first run of an empty store: everything ran. Its costs are those of the manifests."""
+    wanted = {"artifacts": {"flow_run_id": {"any_": [first["prefect_flow_run"]]}}}
+    asked = httpx.post(f"{servers['at'].prefect}/api/artifacts/filter", json=wanted).json()
+    shown = {artifact["key"]: artifact["data"] for artifact in asked}
+    assert shown["vila-progress"] == 100.0
+    plan = json.loads(shown["vila-plan"])
+    assert {row["status"] for row in plan} == {"runs", "reconciles"}
+    assert all(row["why"] for row in plan)
+    *costs, total = json.loads(shown["vila-cost"])
+    sealing = [task for task in first["tasks"] if task["reused"] is not None]
+    assert [(row["task"], row["name"]) for row in costs] == [(task["task"], task["name"]) for task in sealing]
+    assert total["minutes"] == pytest.approx(sum(task["seconds"] for task in sealing) / 60, abs=0.05)
+    models = json.loads(shown["vila-models"])
+    assert set(models[0]) == {"metric", "base", *STAGES}
+    probed = {one["name"] for one in first["metrics"] if one["suite"] == "tiny_probe" and one["role"] == "model"}
+    assert {row["metric"] for row in models} == probed
+
+
 def test_prefects_artifacts_link_to_mlflow(first: Json, servers: Json) -> None:
     wanted = {"artifacts": {"flow_run_id": {"any_": [first["prefect_flow_run"]]}}}
     found = httpx.post(f"{servers['at'].prefect}/api/artifacts/filter", json=wanted).json()
@@ -222,8 +238,7 @@ def test_a_killed_demo_of_another_run_is_ended_and_an_unchanged_run_makes_nothin
 
 def test_an_unchanged_flow_imports_nothing_heavy(first: Json, servers: Json) -> None:
     program = (
-        "import sys; from pathlib import Path; from vila_ops.config import load; from flows.full_pipeline import vila;"
-        "vila(load(Path(sys.argv[1]), resources=Path(sys.argv[2])));"
+        "import sys; from flows.full_pipeline import vila; vila(sys.argv[1], sys.argv[2]);"
         "heavy = {'torch', 'ray', 'transformers'} & set(sys.modules); assert not heavy, heavy"
     )
     files = [str(servers["folder"] / f"{name}.yaml") for name in ("recipe", "resources")]
@@ -233,7 +248,37 @@ def test_an_unchanged_flow_imports_nothing_heavy(first: Json, servers: Json) -> 
     assert done.returncode == 0, done.stderr
 
 
-def test_a_corrupted_shard_is_named_and_not_tried_again(first: Json, demo: Demo, servers: Json) -> None:
+@pytest.fixture(scope="module")
+def told(first: Json, servers: Json) -> Iterator[list[str]]:
+    """What people are told, by a block of Prefect that calls a server of this test."""
+    texts: list[str] = []
+
+    class Inbox(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            texts.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Say nothing."""
+
+    from prefect.blocks.notifications import CustomWebhookNotificationBlock
+    from prefect.settings import temporary_settings
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Inbox) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with temporary_settings({"PREFECT_API_URL": f"{servers['at'].prefect}/api"}):
+            url = f"http://127.0.0.1:{server.server_port}"
+            data = {"subject": "{{subject}}", "body": "{{body}}"}
+            CustomWebhookNotificationBlock(name="test", url=url, json_data=data).save("vila-ops")
+        until(lambda: len(automations(servers)) == 4)
+        yield texts
+        server.shutdown()
+
+
+def test_a_corrupted_shard_is_named_and_not_tried_again(
+    first: Json, told: list[str], demo: Demo, servers: Json
+) -> None:
     (dataset,) = [task["digest"] for task in first["tasks"] if task["name"] == "tiny_sft"]
     manifests = (servers["folder"] / "store/dataset").glob("*/manifest.json")
     sealed = next(path for path in manifests if json.loads(path.read_text())["digest"] == dataset)
@@ -251,22 +296,88 @@ def test_a_corrupted_shard_is_named_and_not_tried_again(first: Json, demo: Demo,
     tasks = httpx.post(f"{servers['at'].prefect}/api/task_runs/filter", json=wanted).json()
     (trained,) = [task for task in tasks if task["name"] == "train sft"]
     assert trained["run_count"] == 1
+    until(lambda: bool(told))
+    assert "is Failed" in told[0]
+    assert str(shard) in told[0]
 
 
 def test_prefects_command_runs_the_deployment(first: Json, servers: Json) -> None:
     env = local.env(servers["settings"])
     deployment = httpx.get(f"{env['PREFECT_API_URL']}/deployments/name/vila/full-pipeline", trust_env=False).json()
     assert [schedule["active"] for schedule in deployment["schedules"]] == [False]
-    run = load(servers["folder"] / "recipe.yaml", resources=servers["folder"] / "resources.yaml")
     prefect = str(Path(sys.executable).parent / "prefect")
-    parameters = json.dumps({"run": run.model_dump(mode="json")})
-    words = [prefect, "deployment", "run", "vila/full-pipeline", "--params", parameters, "--watch"]
+    files = [
+        word for name in ("recipe", "resources") for word in ("--param", f"{name}={servers['folder']}/{name}.yaml")
+    ]
+    words = [prefect, "deployment", "run", "vila/full-pipeline", *files, "--watch"]
     done = subprocess.run(words, env={**os.environ, **env}, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     wanted = {"flow_runs": {"deployment_id": {"any_": [deployment["id"]]}}, "sort": "START_TIME_DESC", "limit": 1}
     (latest,) = httpx.post(f"{env['PREFECT_API_URL']}/flow_runs/filter", json=wanted, trust_env=False).json()
     assert latest["state"]["type"] == "COMPLETED"
     assert latest["id"] != first["prefect_flow_run"]
+
+
+@pytest.fixture(scope="module")
+def suspended(first: Json, servers: Json) -> str:
+    """A promotion that waits for a person, while all that follows happens to the servers."""
+    files = {name: f"{servers['folder']}/{name}.yaml" for name in ("recipe", "resources")}
+    flow_run = start_flow_run(servers, "vila-release/promote", {**files, "approval": True})
+    until(lambda: state_of(servers, flow_run) == "PAUSED")
+    until(lambda: not processes_of(flow_run))
+    return flow_run
+
+
+def test_the_job_of_a_cancelled_flow_run_is_stopped(first: Json, servers: Json) -> None:
+    jobs = f"{servers['at'].ray_dashboard}/api/jobs/"
+    token = Path(local.env(servers["settings"])["RAY_AUTH_TOKEN_PATH"]).read_text()
+
+    def states_of_jobs() -> list[str]:
+        answer = httpx.get(jobs, headers={"Authorization": f"Bearer {token}"}, trust_env=False, timeout=30)
+        return [job["status"] for job in answer.raise_for_status().json() if job["submission_id"]]
+
+    with waiting_flow_run(servers, seed=70, launch="ray_job") as flow_run:
+        assert states_of_jobs() == ["RUNNING"]
+        cancel(servers, flow_run)
+        until(lambda: state_of(servers, flow_run) == "CANCELLED")
+        until(lambda: states_of_jobs() == ["STOPPED"])
+
+
+def test_flow_runs_outlive_an_outage_and_end_without_a_worker(told: list[str], suspended: str, servers: Json) -> None:
+    """VILA_OUTAGE has the seconds of the outage: 15 minutes with `make faults`.
+
+    Once the worker is dead too, nothing is left that could tell Prefect of a killed run but its lease.
+    """
+    with waiting_flow_run(servers, seed=71) as one, waiting_flow_run(servers, seed=72) as other:
+        kill_server(servers, "prefect")
+        time.sleep(float(os.environ.get("VILA_OUTAGE", "10")))
+        up_again(servers)
+        kill_server(servers, "worker")
+        assert all(processes_of(flow_run) and state_of(servers, flow_run) == "RUNNING" for flow_run in (one, other))
+        cancel(servers, one)
+        for process in processes_of(other):
+            process.kill()
+        until(lambda: not processes_of(one))
+        until(lambda: (state_of(servers, one), state_of(servers, other)) == ("CANCELLED", "CRASHED"))
+    up_again(servers)
+    assert automations(servers) == [
+        f"vila-ops: {name}" for name in (
+            "cancelled flow runs have ended", "lost flow runs have crashed", "notify of failures",
+            "notify of promotions",
+        )
+    ]  # fmt: skip
+
+
+def test_a_promotion_goes_on_when_a_person_has_decided(first: Json, suspended: str, servers: Json) -> None:
+    """Prefect's server and the worker are others by then."""
+    assert state_of(servers, suspended) == "PAUSED"
+    body = {"run_input": {"approved": True, "reason": "it reads well"}}
+    url = f"{servers['at'].prefect}/api/flow_runs/{suspended}"
+    assert httpx.post(f"{url}/resume", json=body, trust_env=False).raise_for_status().json()["status"] == "ACCEPT"
+    until(lambda: state_of(servers, suspended) in ("COMPLETED", "FAILED", "CRASHED"))
+    assert httpx.get(url, trust_env=False).json()["state"]["name"] == "Completed"
+    champion = alias_register.read("tiny", store=servers["resources"]["storage"]["store"])
+    assert champion.checkpoints[1].digest == first["stages"][-1]["digest"]
 
 
 def test_mlflow_stores_below_root(servers: Json) -> None:

@@ -23,7 +23,7 @@ def test_a_flow_whose_window_another_run_has_is_skipped(tmp_path: Path) -> None:
     schedule = Schedule(window_hours=100_000)
     due = datetime.now(UTC)
     assert begin("tiny", schedule, due=due, flow_run="another", store=run.resources.storage.store) is None
-    state = vila.fn(run, schedule)
+    state = vila.fn(run.recipe, run.resources, schedule=schedule)
     assert isinstance(state, State)
     assert (state.type.value, state.name) == ("COMPLETED", "Skipped")
     assert state.message is not None

@@ -78,6 +78,6 @@ def test_a_canary_is_looked_at_in_a_window_that_another_run_has(tmp_path: Path, 
 
 def test_a_flow_without_an_event_is_skipped(tmp_path: Path, policy: RetrainPolicy) -> None:
     run = tiny(Resources(launch="inline").with_changes({"storage.store": str(tmp_path / "store")}))
-    state = retrain.fn(run, policy, "event")
+    state = retrain.fn(run.recipe, run.resources, policy, "event")
     assert isinstance(state, State)
     assert (state.name, state.message) == ("Skipped", "nothing was delivered, and too few answers were rated")

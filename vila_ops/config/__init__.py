@@ -11,6 +11,7 @@ from vila_ops.config.load import context_of as context_of
 from vila_ops.config.load import load as load
 from vila_ops.config.load import load_resources as load_resources
 from vila_ops.config.load import load_suite as load_suite
+from vila_ops.config.load import run_of as run_of
 from vila_ops.config.mixture import Mixture as Mixture
 from vila_ops.config.mixture import Split as Split
 from vila_ops.config.model import Component as Component

@@ -26,15 +26,35 @@ def load(recipe: Path, *, resources: Path, overrides: tuple[str, ...] = ()) -> R
 
     An override that starts with `resources.` changes the resources, any other the recipe.
     """
-    tree = {
-        "recipe": read_as(Recipe, recipe, "recipes", what="a recipe"),
-        "resources": read_as(Resources, resources, "resources", what="resources"),
-    }
+    return _run({"recipe": _recipe(recipe), "resources": _resources(resources)}, overrides)
+
+
+def _recipe(given: Path) -> dict[str, Any]:
+    return read_as(Recipe, given, "recipes", what="a recipe")
+
+
+def _resources(given: Path) -> dict[str, Any]:
+    return read_as(Resources, given, "resources", what="resources")
+
+
+def _run(tree: dict[str, Any], overrides: tuple[str, ...]) -> Run:
     for override in overrides:
         key, value = key_and_value(override)
         path = key.split(".") if key.startswith("resources.") else ["recipe", *key.split(".")]
         tree = _set(tree, path, value, override, Run)
     return Run.model_validate(tree)
+
+
+def run_of(recipe: str | Recipe, resources: str | Resources, overrides: tuple[str, ...] = ()) -> Run:
+    """The run of a recipe and resources, each by its name in `configs/`, by the path of its file, or as a whole.
+
+    Raises ValueError for an unknown name.
+    """
+    tree = {
+        "recipe": _recipe(Path(recipe)) if isinstance(recipe, str) else recipe.model_dump(mode="json"),
+        "resources": _resources(Path(resources)) if isinstance(resources, str) else resources.model_dump(mode="json"),
+    }
+    return _run(tree, overrides)
 
 
 def context_of(recipe: Path, *, resources: Path, overrides: tuple[str, ...] = ()) -> RunContext:
@@ -56,13 +76,21 @@ def key_and_value(override: str) -> tuple[str, Any]:
 
 def load_resources(path: Path, *, overrides: tuple[str, ...] = ()) -> Resources:
     """The resources in a YAML file, with overrides like `resources.storage.store=DIR`. Raises ValueError for others."""
-    tree: dict[str, Any] = {"resources": read_as(Resources, path, "resources", what="resources")}
+    tree: dict[str, Any] = {"resources": _resources(path)}
     for override in overrides:
         key, value = key_and_value(override)
         if not key.startswith("resources."):
             raise ValueError(f"override {override!r} is of a recipe; here only resources.KEY=VALUE has an effect")
         tree = _set(tree, key.split("."), value, override, Run)
     return Resources.model_validate(tree["resources"])
+
+
+def policy_of(policy: str | RetrainPolicy) -> RetrainPolicy:
+    """Rules of retraining by their name in `configs/retrain`, by the path of their file, or as a whole.
+
+    Raises ValueError for an unknown name.
+    """
+    return load_policy(Path(policy)) if isinstance(policy, str) else policy
 
 
 def load_policy(path: Path) -> RetrainPolicy:

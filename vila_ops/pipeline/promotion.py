@@ -3,10 +3,11 @@
 import logging
 
 from vila_ops.artifacts.kinds import Checkpoint, Deployment, EvalReport, ModelVersion
-from vila_ops.config import NO_CONTEXT, Recipe, Resources, Run, RunContext
+from vila_ops.config import NO_CONTEXT, Config, Recipe, Resources, Run, RunContext
 from vila_ops.errors import PromotionRaceLost
-from vila_ops.eval.evaluate import evaluate
-from vila_ops.pipeline.stages import TASKS, Tasks, last_stage, model_after, prepare_named
+from vila_ops.eval.needs import check_held_out
+from vila_ops.eval.report import read_report
+from vila_ops.pipeline.stages import TASKS, Tasks, suite_text, walk
 from vila_ops.registry.register import champion
 from vila_ops.serve.deploy import deploy
 from vila_ops.serve.tracks import backend_of
@@ -55,17 +56,47 @@ def to_serve(recipe: Recipe, version: ModelVersion, resources: Resources) -> Mod
     return version if version.promoted else champion(recipe.gate, resources)
 
 
-def register_last(run: Run, context: RunContext = NO_CONTEXT) -> ModelVersion:
-    """The registered version of the last stage's model."""
+class MeasuredModel(Config):
+    """The last stage's model, and its report on the final suite."""
+
+    model: Checkpoint
+    report: EvalReport
+
+
+def candidate_of(run: Run, *, tasks: Tasks, context: RunContext) -> MeasuredModel:
+    """The last stage's model, measured. Raises ValueError for a recipe without a stage and without a registry."""
     recipe, resources = run.recipe, run.resources
     if not recipe.stages:
         raise ValueError(f"recipe {recipe.name!r} has no stage, so there is nothing to register")
     champion(recipe.gate, resources)  # without a registry it fails here, before anything is trained
-    model = model_after(run, last_stage(recipe), context)
-    assert isinstance(model, Checkpoint)
-    held_out = prepare_named(run, recipe.final_suite.mixture.name, context)
-    report = evaluate(recipe.final_suite, model, held_out, resources, context)
-    return register_model(run, model, report, tasks=TASKS, context=context)
+    *_, last = walk(run, tasks, context)
+    assert isinstance(last.model, Checkpoint)
+    held_out = tasks.prepare(recipe.final_suite.mixture, suite_text(recipe, last.stage), resources, context)
+    check_held_out(recipe.final_suite, held_out)
+    report = tasks.evaluate(recipe.final_suite, last.model, held_out, resources, context)
+    return MeasuredModel(model=last.model, report=report)
+
+
+def beside_champion(run: Run, candidate: MeasuredModel, *, tasks: Tasks, context: RunContext) -> list[dict[str, str]]:
+    """Each metric of a candidate beside the present champion's, with 95 % intervals, a row each."""
+    reports = {"the model": candidate.report}
+    rival = champion(run.recipe.gate, run.resources)
+    if rival is not None and rival.checkpoint.digest != candidate.model.digest:
+        name = f"version {rival.version}, the champion"
+        reports[name] = champion_report(run, rival.checkpoint, tasks=tasks, context=context)
+    rows: dict[str, dict[str, str]] = {}
+    for name, report in reports.items():
+        for metric in read_report(report).metrics:
+            if metric.role == "model":
+                row = rows.setdefault(metric.name, {"metric": metric.name, **dict.fromkeys(reports, "")})
+                row[name] = f"{metric.value:.4g} [{metric.low:.4g}, {metric.high:.4g}]"
+    return list(rows.values())
+
+
+def register_last(run: Run, context: RunContext = NO_CONTEXT) -> ModelVersion:
+    """The registered version of the last stage's model."""
+    candidate = candidate_of(run, tasks=TASKS, context=context)
+    return register_model(run, candidate.model, candidate.report, tasks=TASKS, context=context)
 
 
 def deploy_champion(run: Run, context: RunContext = NO_CONTEXT) -> Deployment:

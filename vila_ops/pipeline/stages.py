@@ -49,7 +49,9 @@ class Tasks:
     assemble: Callable[[Model, Resources, RunContext], Pretrained] = assemble
     prepare: Callable[[Mixture, TextFormat, Resources, RunContext], Dataset] = prepare
     train_stage: Callable[[Stage, Model, Dataset, Weights, Resources, RunContext], Checkpoint] = train_stage
-    evaluate: Callable[[Suite, Weights, Dataset | None, Resources, RunContext], EvalReport] = evaluate
+    evaluate: Callable[
+        [Suite | OfficialSuite, Weights | Endpoint, Dataset | None, Resources, RunContext], EvalReport
+    ] = evaluate
     register: Callable[[Gate, Checkpoint, EvalReport, EvalReport | None, Resources, RunContext], ModelVersion] = (
         register
     )
@@ -81,10 +83,10 @@ def walk(run: Run, tasks: Tasks, context: RunContext) -> Iterator[StageResult]:
         yield StageResult(name, model, data)
 
 
-def model_after(run: Run, stage: str, context: RunContext = NO_CONTEXT) -> Weights:
+def model_after(run: Run, stage: str, context: RunContext = NO_CONTEXT, tasks: Tasks = TASKS) -> Weights:
     """The model after a stage (`base`: before the first), with every stage before it."""
     _check_stage(run.recipe, stage, (BASE, *run.recipe.stages))
-    return next(result.model for result in walk(run, TASKS, context) if result.stage == stage)
+    return next(result.model for result in walk(run, tasks, context) if result.stage == stage)
 
 
 def inputs_of(run: Run, stage: str, context: RunContext = NO_CONTEXT) -> tuple[Dataset, Weights]:
@@ -96,10 +98,11 @@ def inputs_of(run: Run, stage: str, context: RunContext = NO_CONTEXT) -> tuple[D
 
 
 def evaluate_stage(
-    run: Run, stage: str, suite: Suite | OfficialSuite, *, context: RunContext = NO_CONTEXT
+    run: Run, stage: str, suite: Suite | OfficialSuite, *, tasks: Tasks = TASKS, context: RunContext = NO_CONTEXT
 ) -> EvalReport:
     """The report of the model after a stage on a suite of the recipe, or on official benchmarks."""
-    return evaluate_job(job_of_stage(run, stage, suite, context), context=context)
+    job = job_of_stage(run, stage, suite, context, tasks)
+    return tasks.evaluate(job.suite, job.model, job.data, job.resources, context)
 
 
 def evaluate_job(job: EvalJob, *, again: bool = False, context: RunContext = NO_CONTEXT) -> EvalReport:
@@ -108,11 +111,13 @@ def evaluate_job(job: EvalJob, *, again: bool = False, context: RunContext = NO_
     return rescore(*inputs) if again else evaluate(*inputs, context)
 
 
-def job_of_stage(run: Run, stage: str, suite: Suite | OfficialSuite, context: RunContext = NO_CONTEXT) -> EvalJob:
+def job_of_stage(
+    run: Run, stage: str, suite: Suite | OfficialSuite, context: RunContext = NO_CONTEXT, tasks: Tasks = TASKS
+) -> EvalJob:
     """The model after a stage and what a suite measures it on; makes what is missing, and measures nothing."""
     _check_stage(run.recipe, stage, (BASE, *run.recipe.stages))
-    held_out = held_out_of(run, stage, suite, context)  # before anything is trained
-    return job_of(suite, model_after(run, stage, context), held_out, run.resources)
+    held_out = held_out_of(run, stage, suite, context, tasks)  # before anything is trained
+    return job_of(suite, model_after(run, stage, context, tasks), held_out, run.resources)
 
 
 def evaluate_in_training(
@@ -145,11 +150,13 @@ def evaluate_in_training(
             time.sleep(POLL_SECONDS)
 
 
-def held_out_of(run: Run, stage: str, suite: Suite | OfficialSuite, context: RunContext) -> Dataset | None:
+def held_out_of(
+    run: Run, stage: str, suite: Suite | OfficialSuite, context: RunContext, tasks: Tasks = TASKS
+) -> Dataset | None:
     """The prepared data of a suite for the model of a stage. Raises ValueError for too few held-out records."""
     if not isinstance(suite, Suite):
         return None
-    held_out = prepare(suite.mixture, suite_text(run.recipe, stage), run.resources, context)
+    held_out = tasks.prepare(suite.mixture, suite_text(run.recipe, stage), run.resources, context)
     check_held_out(suite, held_out)
     return held_out
 

@@ -173,6 +173,18 @@ def table(summary: Json) -> list[Json]:
     ]
 
 
+def models_table(summary: Json) -> list[Json]:
+    """The scores of the models on the stage suite, a column for each model, with 95 % intervals."""
+    names = [BASE, *(stage["name"] for stage in summary["stages"])]
+    first = next((metric["suite"] for metric in summary["metrics"]), None)  # the stage suite's come first
+    told = [metric for metric in summary["metrics"] if metric["role"] == "model" and metric["suite"] == first]
+    shown: dict[str, Json] = {}
+    for metric in told:
+        row = shown.setdefault(metric["name"], {"metric": metric["name"], **dict.fromkeys(names, "")})
+        row[metric["model"]] = f"{metric['value']:.4g} [{metric['low']:.4g}, {metric['high']:.4g}]"
+    return list(shown.values())
+
+
 def _folder(run: Run) -> Path:
     return run.resources.storage.scratch() / run.recipe.name
 

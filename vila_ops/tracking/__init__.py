@@ -157,6 +157,13 @@ def page(tracking_uri: str | None, run_id: str | None) -> str | None:
     return f"{tracking_uri}/#/experiments/{experiment}/runs/{run_id}{TRAINING}"
 
 
+def ask(resources: Resources) -> None:
+    """Ask MLflow one small question, if there is one. Raises TrackerUnreachable, TrackerRefused."""
+    if (uri := resources.tracking.uri) is not None:
+        with translated(uri, f"a question about experiment {EXPERIMENT!r}"):
+            connect(uri)[0].get_experiment_by_name(EXPERIMENT)
+
+
 def runs_page(tracking_uri: str | None) -> str | None:
     """The URL of the page of all runs; None without a server, and before the first run."""
     if not (tracking_uri and tracking_uri.startswith("http")):

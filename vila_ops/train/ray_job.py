@@ -35,16 +35,7 @@ def train_as_job(key: str, payload: JobPayload) -> None:
     job server does not answer.
     """
     address = payload.resources.job_address
-    try:
-        client = JobSubmissionClient(address)
-    except ConnectionError as error:
-        raise ClusterUnreachable(
-            f"no job server answers at {address}; set job_address to the address of Ray's dashboard"
-        ) from error
-    except AuthenticationError as error:
-        raise ValueError(
-            f"the job server at {address} asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE"
-        ) from error
+    client = _client(address)
     name = newest_live(client.list_jobs(), key) or _submit(client, key, payload)
     log.info("stage %s is job %s; `ray job stop %s --address %s` ends it", payload.stage.name, name, name, address)
     job = _watch(client, name)
@@ -58,6 +49,30 @@ def train_as_job(key: str, payload: JobPayload) -> None:
         raise RemoteError.from_json(text.removeprefix(ERROR_PREFIX)).rebuilt()
     if job.status != JobStatus.SUCCEEDED:
         raise JobFailed(f"job {name} failed: {job.message}")
+
+
+def stop_job(key: str, address: str | None) -> None:
+    """End the live job of an address, if there is one. Raises ClusterUnreachable."""
+    client = _client(address)
+    try:
+        if name := newest_live(client.list_jobs(), key):
+            client.stop_job(name)
+            log.info("stopped job %s", name)
+    except (requests.RequestException, RuntimeError) as error:
+        raise ClusterUnreachable(f"the job server at {address} did not stop the job of {key}: {error}") from error
+
+
+def _client(address: str | None) -> JobSubmissionClient:
+    try:
+        return JobSubmissionClient(address)
+    except ConnectionError as error:
+        raise ClusterUnreachable(
+            f"no job server answers at {address}; set job_address to the address of Ray's dashboard"
+        ) from error
+    except AuthenticationError as error:
+        raise ValueError(
+            f"the job server at {address} asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE"
+        ) from error
 
 
 def newest_live(jobs: list[JobDetails], key: str) -> str | None:

@@ -205,6 +205,18 @@ def _train_as_job(at: store.Address, inputs: StageInputs) -> Checkpoint:
     )
 
 
+def stop_stage(stage: Stage, model: Model, data: Dataset, init: Checkpoint | Pretrained, resources: Resources) -> None:
+    """End the job of launch `ray_job` that trains a stage, if there is one; its resume checkpoints stay.
+
+    Raises ClusterUnreachable.
+    """
+    inputs = StageInputs(stage=stage, model=model, data=data, init=init, resources=resources.for_stage(stage.name))
+    if inputs.resources.launch == "ray_job":
+        from vila_ops.train.ray_job import stop_job
+
+        stop_job(address_of(inputs).key, inputs.resources.job_address)
+
+
 def _run_workers(job: TrainJob) -> list[dict[str, Any]]:
     """Train with one worker in this process or with several on Ray. Returns the facts of each rank, in rank order."""
     if job.resources.launch == "ray":

@@ -1,0 +1,156 @@
+"""One attempt at a flow run: it is refused where it cannot run, others see by a lease that it lives, and it ends by
+itself when someone cancels it.
+
+Prefect lets the worker end what is cancelled, so nothing would end it where the worker is dead.
+"""
+
+import logging
+import os
+import select
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Self, TypeVar
+from uuid import UUID
+
+import httpx
+from prefect import get_client, runtime
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.objects import State
+from prefect.exceptions import PrefectException, TerminationSignal
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.states import Cancelled
+
+from flows.events import telling_of_promotions
+from vila_ops import doctor
+from vila_ops.artifacts import leases
+from vila_ops.artifacts.store import root_of
+from vila_ops.config import Recipe, Resources, Run, run_of
+from vila_ops.errors import Preempted
+from vila_ops.pipeline.sweeper import LABEL, lease_of
+
+POLL_SECONDS = 3.0
+STOP_SECONDS = 12.0
+"""How long a cancelled attempt may take to end by itself before it is killed."""
+R = TypeVar("R")
+log = logging.getLogger(__name__)
+
+
+def checked_run(recipe: str | Recipe, resources: str | Resources, overrides: tuple[str, ...]) -> Run:
+    """The run that the parameters of a flow ask for. Raises ValueError where what it needs is not there."""
+    run = run_of(recipe, resources, overrides)
+    logging.getLogger("vila_ops").setLevel(logging.INFO)  # Prefect gives the logger handlers, but no level
+    doctor.refuse(run, doctor.services(run.resources))
+    return run
+
+
+def attempt(run: Run, work: Callable[[], R]) -> R | State[None]:
+    """Work while this flow run holds its lease in the store; the state Cancelled where it was cancelled meanwhile.
+
+    Outside of a flow run it works alone. For Prefect a preempted machine is a crash, after which another process goes
+    on.
+    """
+    flow_run, store = runtime.flow_run.id, run.resources.storage.store
+    if flow_run is None:
+        return work()
+    threading.Thread(target=_outlive_the_worker, name="standard streams", daemon=True).start()
+    with _terminated_once(), _CancelWatchdog(UUID(flow_run)) as watchdog:
+        try:
+            with leases.hold(lease_of(flow_run), store=store):
+                with get_client(sync_client=True) as client:
+                    client.update_flow_run_labels(UUID(flow_run), {LABEL: root_of(store)})
+                with telling_of_promotions(run):
+                    return work()
+        except (TerminationSignal, Preempted) as error:
+            if not watchdog.cancelled:
+                raise TerminationSignal(signal.SIGTERM) from error
+    return Cancelled(message="It was cancelled and has ended. Run it again: what was finished is kept.")
+
+
+def cancelled() -> bool:
+    """Whether someone has cancelled this flow run; False where Prefect does not say so at once."""
+    flow_run = runtime.flow_run.id
+    with _asking() as client:
+        return flow_run is not None and _is_cancelled(client, UUID(flow_run))
+
+
+def _outlive_the_worker() -> None:
+    """Drop what is written to standard streams that nobody reads any more.
+
+    They are pipes to the worker. Where it was killed, the next line of a log would end this process by SystemExit, as
+    rich does for a broken pipe.
+    """
+    unread = select.poll()
+    for stream in (1, 2):
+        unread.register(stream, 0)  # of a pipe's end, an error is told in any case
+    for _ in (1, 2):
+        for stream, _event in unread.poll():
+            unread.unregister(stream)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+
+
+@contextmanager
+def _terminated_once() -> Iterator[None]:
+    """Let only the first SIGTERM interrupt the body: worker and watchdog may both send one, and clean-up takes time."""
+    raises = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or not callable(raises):
+        yield
+        return
+
+    def once(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        raises(number, frame)
+
+    signal.signal(signal.SIGTERM, once)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is once:
+            signal.signal(signal.SIGTERM, raises)
+
+
+class _CancelWatchdog:
+    """A thread that asks Prefect whether a flow run was cancelled, and then interrupts the main thread."""
+
+    def __init__(self, flow_run: UUID) -> None:
+        self.cancelled = False
+        self._flow_run, self._done = flow_run, threading.Event()
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._run, name="cancellation", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+
+    def _run(self) -> None:
+        with _asking() as client:
+            while not self._done.wait(POLL_SECONDS):
+                if _is_cancelled(client, self._flow_run):
+                    self.cancelled = True
+                    log.warning("this flow run was cancelled and ends; what was finished is kept")
+                    os.kill(os.getpid(), signal.SIGTERM)  # Prefect turns it into an exception in the main thread
+                    break
+        if self.cancelled and not self._done.wait(STOP_SECONDS):
+            os.kill(os.getpid(), signal.SIGKILL)  # the sweeper tells Prefect
+
+
+@contextmanager
+def _asking() -> Iterator[SyncPrefectClient]:
+    """A client of Prefect, with its credentials, that asks once: while Prefect is away, work goes on."""
+    seconds = {"timeout": POLL_SECONDS}
+    with (
+        temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+        get_client(sync_client=True, httpx_settings=seconds) as client,
+    ):
+        yield client
+
+
+def _is_cancelled(client: SyncPrefectClient, flow_run: UUID) -> bool:
+    try:
+        state = client.read_flow_run(flow_run).state
+    except (httpx.HTTPError, PrefectException, ValueError):  # away, or another program answers in its place
+        return False
+    return state is not None and (state.is_cancelling() or state.is_cancelled())

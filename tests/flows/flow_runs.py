@@ -1,0 +1,133 @@
+"""Flow runs on the servers of a test: started, watched, cancelled and killed as by a person."""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import yaml
+
+from tests.test_local import alive
+from vila_ops import local
+from vila_ops.artifacts.leases import hold
+from vila_ops.config import load
+from vila_ops.config.local import LocalServers
+from vila_ops.pipeline.stages import inputs_of
+from vila_ops.train.job import StageInputs
+from vila_ops.train.stage import address_of
+
+ROOT = Path(__file__).parents[2]
+STAGES = ("pretrain", "sft")
+"""Each takes a controller, two workers and an evaluator, which all import torch."""
+Json = dict[str, Any]
+
+
+def written(folder: Path, settings: LocalServers) -> Json:
+    """What a test knows of its servers, with the files of a recipe and of resources that use them."""
+    at = local.endpoints(settings)
+    resources = {
+        "launch": "ray",
+        "ray_address": at.ray,
+        "storage": {"store": str(folder / "store"), "cache": str(folder / "cache")},
+        "tracking": {"uri": at.mlflow},
+        "train": {"num_workers": 2, "zero_stage": 2},
+        "serve": {"port": settings.serve_port},
+    }
+    recipe = yaml.safe_load((ROOT / "configs/recipes/tiny.yaml").read_text())
+    recipe["extends"] = [str(ROOT / "configs/services/default.yaml")]
+    recipe["stages"] = {name: recipe["stages"][name] for name in STAGES}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "resources.yaml").write_text(yaml.safe_dump(resources))
+    (folder / "local.yaml").write_text(yaml.safe_dump(settings.model_dump()))
+    return {"folder": folder, "settings": settings, "at": at, "resources": resources}
+
+
+@contextlib.contextmanager
+def waiting_flow_run(servers: Json, *, seed: int, launch: str = "inline") -> Iterator[str]:
+    """A flow run in its process, which waits for this test's lease of the stage `sft`; yields its id."""
+    folder, kept = servers["folder"], ("storage", "tracking", *(("ray_address",) if launch == "ray_job" else ()))
+    resources = {key: value for key, value in servers["resources"].items() if key in kept} | {"launch": launch}
+    if launch == "ray_job":
+        resources["job_address"] = servers["at"].ray_dashboard
+    (folder / f"{launch}.yaml").write_text(yaml.safe_dump(resources))
+    overrides = (f"stages.sft.seed={seed}",)
+    run = load(folder / "recipe.yaml", resources=folder / f"{launch}.yaml", overrides=overrides)
+    own = run.with_changes({"resources.launch": "inline", "resources.ray_address": None, "resources.job_address": None})
+    data, init = inputs_of(own, "sft")
+    inputs = StageInputs(
+        stage=run.recipe.stages["sft"], model=run.recipe.model, data=data, init=init, resources=run.resources
+    )
+    parameters = {"recipe": f"{folder}/recipe.yaml", "resources": f"{folder}/{launch}.yaml", "overrides": overrides}
+    with hold(address_of(inputs), store=run.resources.storage.store):
+        flow_run = start_flow_run(servers, "vila-evaluate/suite", {**parameters, "suite": "stage"})
+        until(lambda: f"/{address_of(inputs).key}: locked by PID" in worker_log(servers))
+        yield flow_run
+
+
+def start_flow_run(servers: Json, deployment: str, parameters: Json) -> str:
+    url = f"{servers['at'].prefect}/api/deployments"
+    there = httpx.get(f"{url}/name/{deployment}", trust_env=False).json()
+    body = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
+    started = httpx.post(f"{url}/{there['id']}/create_flow_run", json=body, trust_env=False).raise_for_status()
+    return str(started.json()["id"])
+
+
+def worker_log(servers: Json) -> str:
+    return (Path(servers["settings"].root) / "logs/worker.log").read_text(errors="replace")
+
+
+def state_of(servers: Json, flow_run: str) -> str:
+    asked = httpx.get(f"{servers['at'].prefect}/api/flow_runs/{flow_run}", trust_env=False, timeout=30)
+    return str(asked.raise_for_status().json()["state"]["type"])
+
+
+def until(true: Callable[[], bool], seconds: float = 600) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def processes_of(flow_run: str) -> list[psutil.Process]:
+    """The processes that run a flow run, by their environment."""
+    own = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("PREFECT__FLOW_RUN_ID") == flow_run and alive(process.pid):
+                own.append(process)
+    return own
+
+
+def kill_server(servers: Json, name: str) -> None:
+    """SIGKILL to a server, in such an order that nothing starts it again. What it started in other sessions lives."""
+    record = json.loads((Path(servers["settings"].root) / f"pids/{name}.json").read_text())
+    own = [process for process in psutil.process_iter() if _session_of(process) == record["pid"]]
+    for process in sorted(own, key=lambda one: one.pid != record["pid"]):
+        process.kill()
+
+
+def _session_of(process: psutil.Process) -> int | None:
+    with contextlib.suppress(ProcessLookupError):
+        return os.getsid(process.pid)
+    return None
+
+
+def up_again(servers: Json) -> None:
+    with contextlib.chdir(ROOT):
+        local.up(servers["settings"])
+
+
+def cancel(servers: Json, flow_run: str) -> None:
+    """As Prefect's UI does."""
+    url = f"{servers['at'].prefect}/api/flow_runs/{flow_run}/set_state"
+    httpx.post(url, json={"state": {"type": "CANCELLING"}}, trust_env=False).raise_for_status()
+
+
+def automations(servers: Json) -> list[str]:
+    asked = httpx.post(f"{servers['at'].prefect}/api/automations/filter", json={}, trust_env=False).json()
+    return sorted(one["name"] for one in asked)
