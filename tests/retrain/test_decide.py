@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from vila_ops.config.retrain import RetrainPolicy
-from vila_ops.retrain.decide import Decided, Estimate, Evidence, Spent, decide
+from vila_ops.retrain.decide import Decided, Evidence, PlannedCost, Spent, decide
 from vila_ops.retrain.deliveries import DeliveryCounts, refusal
 from vila_ops.retrain.drift import Drift
 from vila_ops.retrain.feedback import ErrorSlice
@@ -35,7 +35,7 @@ def evidence(new: int, **changes: Any) -> Evidence:
     """The evidence of so many new samples, which all rules but the first pass."""
     delivery = DeliveryCounts(name="zz.inbox.1", digest="d", status="new", records=new, train_samples=new)
     values: dict[str, Any] = {
-        "champion": 3, "model": "m", "deliveries": (delivery,), "estimate": Estimate(hours=2, cost=20),
+        "champion": 3, "model": "m", "deliveries": (delivery,), "estimate": PlannedCost(hours=2, cost=20),
         "spent": Spent(hours=1, cost=10, last=NOW - timedelta(hours=48)),
     }  # fmt: skip
     return Evidence.model_validate({**values, **changes})
@@ -66,7 +66,7 @@ def test_each_reason_retrains(new: int, changes: dict[str, Any], rule: str) -> N
         (100, {"spent": Spent(cost=80.5)}, "budget of cost", "a budget.cost of 100"),
         (
             100,
-            {"estimate": Estimate(hours=None, cost=None)},
+            {"estimate": PlannedCost(hours=None, cost=None)},
             "budget of hours",
             "set train.accelerator in the resources",
         ),

@@ -8,7 +8,7 @@ from datetime import datetime
 from vila_ops.artifacts.store import probe, root_of
 from vila_ops.config import Run, fingerprint
 from vila_ops.config.retrain import RetrainPolicy
-from vila_ops.pipeline.windows import Claim, claimed
+from vila_ops.pipeline.windows import WindowClaim, claimed
 from vila_ops.retrain.deliveries import settled
 from vila_ops.retrain.feedback import num_ratings
 from vila_ops.retrain.traffic import place_of
@@ -29,5 +29,5 @@ def begin_event(run: Run, policy: RetrainPolicy, *, flow_run: str, now: datetime
         return "nothing was delivered, and too few answers were rated"
     key = fingerprint([deliveries, ratings])[:32]
     place = f"{root_of(store)}/events/{run.recipe.name}/{key}.json"
-    why = claimed(place, Claim(flow_run=flow_run, when=now.isoformat()))
+    why = claimed(place, WindowClaim(flow_run=flow_run, when=now.isoformat()))
     return f"what is there of {run.recipe.name} {why}" if why else None

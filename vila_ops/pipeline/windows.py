@@ -19,7 +19,7 @@ ORIGIN = datetime(1970, 1, 5, tzinfo=UTC)
 """Start of a window of any length. A Monday."""
 
 
-class Claim(Config):
+class WindowClaim(Config):
     """The content of a window's key."""
 
     flow_run: str
@@ -60,11 +60,11 @@ def begin(
             f"may be for at most {schedule.catch_up} (catch_up)"
         )
     place = f"{root_of(store)}/windows/{name}/{window:%Y-%m-%dT%H%MZ}.json"
-    why = claimed(place, Claim(flow_run=flow_run, when=now().isoformat()))
+    why = claimed(place, WindowClaim(flow_run=flow_run, when=now().isoformat()))
     return f"window {window.isoformat()} of {name} {why}" if why else None
 
 
-def claimed(place: str, claim: Claim) -> str | None:
+def claimed(place: str, claim: WindowClaim) -> str | None:
     """Write a create-only key: None where it is this run's, else a phrase that says whose it is."""
     if backend(place).create(place, claim.model_dump_json().encode()):
         return None
@@ -74,9 +74,9 @@ def claimed(place: str, claim: Claim) -> str | None:
     return f"belongs to run {holder.flow_run}, which began at {holder.when}"
 
 
-def _claim(place: str) -> Claim:
+def _claim(place: str) -> WindowClaim:
     try:
-        return Claim.model_validate_json(backend(place).read(place) or b"")
+        return WindowClaim.model_validate_json(backend(place).read(place) or b"")
     except ValidationError as error:
         raise CorruptArtifact(
             f"{place} does not say which run has this window ({error}); remove it if none has, and run again"

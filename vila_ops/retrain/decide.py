@@ -14,7 +14,7 @@ Verdict = Literal["retrain", "not now", "passed", "refused", "started", "promote
 """Of a look (the first two), of a gate (passed, refused), and of a canary (started, promoted, refused, not now)."""
 
 
-class Estimate(Config):
+class PlannedCost(Config):
     """What the planner says of a retraining."""
 
     hours: float | None
@@ -43,7 +43,7 @@ class Evidence(Config):
     deliveries: tuple[DeliveryCounts, ...] = ()
     drift: tuple[Drift, ...] = ()
     slices: tuple[ErrorSlice, ...] = ()
-    estimate: Estimate | None = None
+    estimate: PlannedCost | None = None
     """None where there is nothing new to train on."""
     notes: tuple[str, ...] = ()
     """What could not be measured, and why."""

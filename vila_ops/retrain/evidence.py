@@ -19,7 +19,7 @@ from vila_ops.errors import did_you_mean
 from vila_ops.registry import alias_register
 from vila_ops.registry.aliases import CHAMPION
 from vila_ops.retrain import decisions
-from vila_ops.retrain.decide import Estimate, Evidence
+from vila_ops.retrain.decide import Evidence, PlannedCost
 from vila_ops.retrain.deliveries import (
     PREFIX,
     Delivery,
@@ -198,15 +198,15 @@ class _Look:
         own = {name: one for name, one in self.run.resources.train.stages.items() if name == stage.name}
         return Run(recipe=recipe, resources=self.run.resources.with_changes({"train.stages": own}))
 
-    def _estimate(self, wanted: Run | None) -> Estimate | None:
+    def _estimate(self, wanted: Run | None) -> PlannedCost | None:
         if wanted is None:
             return None
         if self.run.resources.train.accelerator is None:
-            return Estimate(hours=None, cost=None)
+            return PlannedCost(hours=None, cost=None)
         from vila_ops.plan.plan import plan_run  # heavy: torch
 
         plan = plan_run(wanted, context=self.context)
-        return Estimate(hours=plan.hours, cost=plan.cost)
+        return PlannedCost(hours=plan.hours, cost=plan.cost)
 
     def _slices(self) -> tuple[ErrorSlice, ...]:
         rules = self.policy.feedback
