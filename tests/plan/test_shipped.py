@@ -18,8 +18,11 @@ TOGETHER = [
     for recipe, several, lengths in ROW.findall((ROOT / "docs/recipes.md").read_text())
     for resources in several.split(", ")
 ]
-BASES = {"cluster_128", "cluster_128_job"}
-"""Resources that others extend: they name no micro-batches and no accelerator."""
+CLUSTERS = {
+    "cluster_128", "cluster_128_job", "slurm",
+    "kubernetes", "kubernetes_job", "kubernetes_small", "kubernetes_small_job",
+}  # fmt: skip
+"""Resources that say where a cluster is: they name no micro-batches and no accelerator."""
 
 
 @pytest.mark.slow
@@ -45,5 +48,5 @@ def test_it_plans_and_fits(
 
 def test_the_page_pairs_every_recipe_and_every_resources_file() -> None:
     assert {recipe for recipe, _, _ in TOGETHER} == {path.stem for path in (CONFIGS / "recipes").glob("*.yaml")}
-    assert {one for _, one, _ in TOGETHER} | BASES == {path.stem for path in (CONFIGS / "resources").glob("*.yaml")}
+    assert {one for _, one, _ in TOGETHER} | CLUSTERS == {path.stem for path in (CONFIGS / "resources").glob("*.yaml")}
     assert {one for _, _, one in TOGETHER} == {path.stem for path in (CONFIGS / "lengths").glob("*.yaml")}
