@@ -43,7 +43,7 @@ def query_sample(
     row = next((row for row in rows if row["source"] in captioned), rows[0])
     (sample,) = samples_of(held_out, [row])
     image = data_url(sample.images[0])
-    payload = request(model_name(deployment.url), image, question)
+    payload = {**request(model_name(deployment.url), image, question), "store": False}  # it is not one of people's
     response = httpx.post(
         f"{deployment.url}/v1/chat/completions", json=payload, headers=authorization(), timeout=120, trust_env=False
     )

@@ -141,10 +141,10 @@ def _check_golden(track: Track, backend: ServiceBackend) -> None:
 
 
 def _question(golden: Golden | None) -> dict[str, object]:
-    """The golden question as part of a request."""
+    """The golden question as part of a request, which is not kept as one of people's."""
     image, question, tokens = GREY, "What is this?", 1
     if golden is not None:
         data = base64.b64encode(Path(golden.image).read_bytes()).decode()
         image, question, tokens = f"data:;base64,{data}", golden.question, golden.max_tokens
     parts = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": question}]
-    return {"messages": [{"role": "user", "content": parts}], "max_tokens": tokens, "temperature": 0}
+    return {"messages": [{"role": "user", "content": parts}], "max_tokens": tokens, "temperature": 0, "store": False}

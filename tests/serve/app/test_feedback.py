@@ -51,6 +51,13 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
+def test_a_request_that_is_not_to_be_stored_is_not_kept(url: str, place: Path) -> None:
+    turns: Any = [{"role": "user", "content": "Mine alone."}]
+    client_of(url).chat.completions.create(model=MODEL, messages=turns, store=False)
+    response = ask(url)  # its record is written after that of the first one would have been
+    assert [record["id"] for record in records(place / "records")] == [response]
+
+
 def say(url: str, **feedback: Any) -> httpx.Response:
     return httpx.post(f"{url}/v1/feedback", json=feedback)
 

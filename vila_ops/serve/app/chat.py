@@ -102,7 +102,7 @@ class Chat:
             "prompt_tokens": usage["prompt_tokens"],
             "completion_tokens": usage["completion_tokens"],
         }
-        if answer.complete and self._samples is not None and self._samples.drawn():
+        if self._samples is not None and answer.complete and answer.request.store is None and self._samples.drawn():
             messages = [one.model_dump(mode="json") for one in answer.request.messages]
             self._samples.keep(answer.id, messages, answer=answer.text)
 

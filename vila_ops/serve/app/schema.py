@@ -139,6 +139,7 @@ class ChatRequest(_Closed):
     prompt_cache_key: str | None = None
     metadata: dict[str, str] | None = None
     store: Any = None
+    """False: this request is not kept, whatever share of them is."""
     response_format: ResponseFormat | None = None
     tools: Any = None
     tool_choice: Any = None
