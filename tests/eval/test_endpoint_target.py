@@ -77,17 +77,17 @@ def test_answers_are_in_the_order_of_the_requests_and_never_more_than_the_bound_
 
 def test_the_number_of_requests_grows_and_is_halved_once_by_an_overload() -> None:
     concurrency = Concurrency(64)
-    assert concurrency.limit == 8
-    for _ in range(8):
-        concurrency.answered()
     assert concurrency.limit == 16
-    sent = [float(number) for number in range(1, 17)]
+    for _ in range(16):
+        concurrency.answered()
+    assert concurrency.limit == 32
+    sent = [float(number) for number in range(1, 33)]
     for started in sent:  # one burst, sent before the first of its refusals came back
         concurrency.overloaded(started=started)
-    assert concurrency.limit == 8
-    for _ in range(8):
+    assert concurrency.limit == 16
+    for _ in range(16):
         concurrency.answered()
-    assert 8.9 < concurrency.limit < 9
+    assert 16.9 < concurrency.limit < 17
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])

@@ -24,7 +24,8 @@ from vila_ops.eval.engine_target import cut
 from vila_ops.eval.prompts import ImageOf
 from vila_ops.eval.rows import Response, Status
 
-FIRST_CONCURRENCY = 8
+FIRST_CONCURRENCY = 16
+"""Requests that start together end together, so that an engine reads the prompts of the next ones in one pass."""
 FIRST_WAIT_SECONDS = 0.5
 """Before the first retry; doubled for each further one."""
 LONGEST_WAIT_SECONDS = 30.0
@@ -70,7 +71,7 @@ class Concurrency:
     async def __aexit__(self, *_: object) -> None:
         async with self._changed:
             self._running -= 1
-            self._changed.notify_all()
+            self._changed.notify(max(1, int(self.limit) - self._running))  # each one woken takes time from the others
 
     def answered(self) -> None:
         """One request was answered."""
