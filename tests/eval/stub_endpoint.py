@@ -59,7 +59,10 @@ def serving() -> Iterator[Server]:
         def log_message(self, *_: Any) -> None:
             """Nothing."""
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Http(ThreadingHTTPServer):
+        request_queue_size = 128  # by default 5: of more connections at once, some are reset
+
+    http = Http(("127.0.0.1", 0), Handler)
     http.daemon_threads = True
     state = Server(f"http://127.0.0.1:{http.server_port}/v1", lambda text, tries: completion(text.upper()))
     thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
