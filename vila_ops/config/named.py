@@ -16,11 +16,11 @@ def shipped() -> Path:
 
 
 def config_file(given: Path, folder: str) -> Path:
-    """The file of a name in a folder of `configs/`, or of a path: whatever exists, has a separator or a suffix.
+    """The file of a name in a folder of `configs/`, or of a path: what exists, has a separator or ends with .yaml.
 
     Raises ValueError for an unknown name; the error lists the known ones.
     """
-    if given.is_file() or given.suffix or os.sep in str(given):
+    if given.is_file() or given.suffix in (".yaml", ".yml") or os.sep in str(given):
         return given
     places = [place / folder for place in (OWN, shipped())]
     for place in places:
