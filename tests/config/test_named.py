@@ -28,5 +28,5 @@ def test_a_path_stays_a_path_also_where_there_is_no_such_file(given: str) -> Non
 
 
 def test_an_unknown_name_with_a_point_is_an_error_with_the_nearest_one() -> None:
-    with pytest.raises(ValueError, match="did you mean 'vila1.5-3b'"):
+    with pytest.raises(ValueError, match=r"did you mean 'vila1\.5-3b'"):
         config_file(Path("vila1.5-3"), "recipes")
