@@ -57,6 +57,12 @@ def test_a_wrong_cell_is_named_before_anything_is_trained(resources: Resources) 
     assert not Path(resources.storage.store).exists()
 
 
+def test_a_metric_that_the_suite_does_not_measure_is_named_before_anything_is_trained(resources: Resources) -> None:
+    with pytest.raises(ValueError, match=r"'pope_f1', which final_suite 'tiny' of cell 'frozen' does not measure"):
+        scores_of(quick().with_changes({"metrics": ["caption_loss", "pope_f1"]}), resources)
+    assert not Path(resources.storage.store).exists()
+
+
 @pytest.mark.slow
 def test_a_grid_trains_what_its_cells_do_not_share_and_then_nothing(
     resources: Resources, monkeypatch: pytest.MonkeyPatch
@@ -66,7 +72,7 @@ def test_a_grid_trains_what_its_cells_do_not_share_and_then_nothing(
     scores = scores_of(grid, resources)
     trained = list(sealed(Checkpoint, store=resources.storage.store))
     assert sorted(one.stage for one in trained) == ["align"] * 2 + ["pretrain"] * 4 + ["sft"] * 4
-    result = grid_result(grid, scores, resamples=grid.resamples)
+    result = grid_result(grid, scores)
     for cell, value in result.metrics[0].values.items():
         reports = [
             read_report(evaluate_stage(one.run, "sft", one.run.recipe.final_suite))

@@ -42,7 +42,7 @@ def constant(*values: float) -> list[ScoreTable]:
 
 def test_where_only_seeds_vary_the_interval_is_student_s_over_seeds() -> None:
     values = (0.4, 0.5, 0.55, 0.47)
-    result = grid_result(grid(), {"accuracy": {"a": constant(0, 0, 0, 0), "b": constant(*values)}}, resamples=100)
+    result = grid_result(grid(), {"accuracy": {"a": constant(0, 0, 0, 0), "b": constant(*values)}})
     for estimate in (result.metrics[0].values["b"], result.metrics[0].differences["b"]):
         low, high = stats.t.interval(0.95, SEEDS - 1, loc=np.mean(values), scale=stats.sem(values))
         assert (estimate.low, estimate.high) == pytest.approx((low, high), rel=1e-9)
@@ -52,18 +52,14 @@ def test_where_only_seeds_vary_the_interval_is_student_s_over_seeds() -> None:
 def test_where_only_items_vary_the_interval_is_student_s_over_items() -> None:
     draw = np.random.default_rng(0)
     scores = draw.normal(size=ITEMS)
-    result = grid_result(
-        grid(), {"accuracy": {"a": [table(np.zeros(ITEMS))] * SEEDS, "b": [table(scores)] * SEEDS}}, resamples=4000
-    )
+    result = grid_result(grid(), {"accuracy": {"a": [table(np.zeros(ITEMS))] * SEEDS, "b": [table(scores)] * SEEDS}})
     low, high = stats.t.interval(0.95, ITEMS - 1, loc=scores.mean(), scale=stats.sem(scores))
     estimate = result.metrics[0].differences["b"]
     assert (estimate.low, estimate.high) == pytest.approx((low, high), abs=0.02)  # the bootstrap's error in 4,000 draws
 
 
 def test_what_a_seed_does_to_both_cells_cancels() -> None:
-    result = grid_result(
-        grid(), {"accuracy": {"a": constant(0.1, 0.5, 0.3, 0.2), "b": constant(0.3, 0.7, 0.5, 0.4)}}, resamples=100
-    )
+    result = grid_result(grid(), {"accuracy": {"a": constant(0.1, 0.5, 0.3, 0.2), "b": constant(0.3, 0.7, 0.5, 0.4)}})
     difference = result.metrics[0].differences["b"]
     assert (difference.low, difference.value, difference.high) == pytest.approx((0.2, 0.2, 0.2))
     values = result.metrics[0].values["b"]
@@ -81,12 +77,12 @@ def test_what_a_seed_does_to_both_cells_cancels() -> None:
 )
 def test_the_verdict_follows_the_rule_of_the_claim(b: tuple[float, ...], verdict: str) -> None:
     scores = {"accuracy": {"a": constant(0, 0, 0, 0), "b": constant(*b)}}
-    assert grid_result(grid(), scores, resamples=100).claims[0].verdict == verdict
+    assert grid_result(grid(), scores).claims[0].verdict == verdict
 
 
 def test_less_is_better_for_a_loss() -> None:
     tables = {cell: [table([value] * ITEMS, lower_is_better=True)] * SEEDS for cell, value in (("a", 3.0), ("b", 2.0))}
-    claim = grid_result(grid(), {"accuracy": tables}, resamples=100).claims[0]
+    claim = grid_result(grid(), {"accuracy": tables}).claims[0]
     assert claim.verdict == "shown"
     assert claim.advantage.value == pytest.approx(1.0)
 
@@ -94,7 +90,7 @@ def test_less_is_better_for_a_loss() -> None:
 def test_cells_with_different_items_are_refused() -> None:
     tables = {"a": constant(0, 0, 0, 0), "b": [table([0.0] * (ITEMS - 1))] * SEEDS}
     with pytest.raises(NotComparable):
-        grid_result(grid(), {"accuracy": tables}, resamples=100)
+        grid_result(grid(), {"accuracy": tables})
 
 
 @pytest.mark.parametrize(

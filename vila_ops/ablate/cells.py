@@ -7,13 +7,13 @@ from typing import Any
 
 from vila_ops import tracking
 from vila_ops.artifacts.kinds import EvalReport
-from vila_ops.config import NO_CONTEXT, Resources, Run, RunContext
+from vila_ops.config import NO_CONTEXT, Resources, Run
 from vila_ops.config.grid import Grid
 from vila_ops.config.load import merge
 from vila_ops.errors import did_you_mean
 from vila_ops.eval.compare import ScoreTable
 from vila_ops.eval.opened import opened
-from vila_ops.pipeline.stages import evaluate_stage
+from vila_ops.pipeline.stages import evaluate_stage, last_stage
 
 log = logging.getLogger(__name__)
 
@@ -36,20 +36,23 @@ def runs_of(grid: Grid, resources: Resources) -> list[CellRun]:
 
 
 def _run(grid: Grid, cell: str, seed: int, resources: Resources) -> Run:
-    recipe = merge(grid.recipe, grid.cells[cell].recipe)
-    recipe = merge(recipe, {"name": f"{grid.name}-{cell}"})
+    recipe = {**merge(grid.recipe, grid.cells[cell].recipe), "name": f"{grid.name}-{cell}"}
     try:
         run = Run.model_validate({"recipe": recipe, "resources": resources.model_dump(mode="json")})
     except ValueError as error:
         raise ValueError(f"cell {cell!r} of grid {grid.name!r}: {error}") from error
+    suite = run.recipe.final_suite
+    if unmeasured := [metric for metric in grid.metrics if not suite.measures(metric)]:
+        raise ValueError(
+            f"grid {grid.name!r} shows {unmeasured[0]!r}, which final_suite {suite.name!r} of cell {cell!r} does not "
+            f"measure; its benchmarks are {list(suite.benchmarks)}"
+        )
     seeds = {f"stages.{name}.seed": stage.seed + seed for name, stage in run.recipe.stages.items()}
     changes: dict[str, Any] = {**seeds, "model.seed": run.recipe.model.seed + seed}
     return run.with_changes({f"recipe.{key}": value for key, value in changes.items()})
 
 
-def scores_of(
-    grid: Grid, resources: Resources, context: RunContext = NO_CONTEXT
-) -> dict[str, dict[str, list[ScoreTable]]]:
+def scores_of(grid: Grid, resources: Resources) -> dict[str, dict[str, list[ScoreTable]]]:
     """Train each run and measure it on its final suite; the scores by metric and cell, a table for each seed.
 
     The MLflow runs are children of one. Raises ValueError for a metric that the suite does not have.
@@ -61,8 +64,8 @@ def scores_of(
         resources, grid.name, key=("grid", grid.fingerprint()), parent=None, params=params, tags={}
     ) as parent:
         for one in runs:
-            last = list(one.run.recipe.stages)[-1]
-            report = evaluate_stage(one.run, last, one.run.recipe.final_suite, context=context.below(parent))
+            recipe, context = one.run.recipe, NO_CONTEXT.below(parent)
+            report = evaluate_stage(one.run, last_stage(recipe), recipe.final_suite, context=context)
             log.info("%s with seed %d is measured", one.cell, one.seed)
             for metric, table in _tables(report, grid.metrics).items():
                 scores[metric].setdefault(one.cell, []).append(table)

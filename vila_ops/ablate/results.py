@@ -66,29 +66,27 @@ class GridResult(Config):
     claims: tuple[ClaimResult, ...]
 
 
-def grid_result(grid: Grid, scores: Mapping[str, Tables], *, resamples: int) -> GridResult:
+def grid_result(grid: Grid, scores: Mapping[str, Tables]) -> GridResult:
     """What a grid shows by the scores of its metrics. Raises NotComparable for cells with different items."""
-    first = next(iter(grid.cells))
-    metrics = []
-    for metric in grid.metrics:
-        tables = _aligned(scores[metric])
-        table = tables[first][0]
-        metrics.append(
-            MetricResult(
-                metric=metric,
-                unit=table.unit,
-                lower_is_better=table.lower_is_better,
-                n=len(table.items),
-                values={cell: _estimate(own, None, resamples=resamples) for cell, own in tables.items()},
-                differences={
-                    cell: _estimate(own, tables[first], resamples=resamples)
-                    for cell, own in tables.items()
-                    if cell != first
-                },
-            )
-        )
-    claims = tuple(_claim(claim, _aligned(scores[claim.metric]), resamples=resamples) for claim in grid.claims)
-    return GridResult(grid=grid, metrics=tuple(metrics), claims=claims)
+    by_metric = {metric: _aligned(scores[metric]) for metric in grid.metrics}
+    return GridResult(
+        grid=grid,
+        metrics=tuple(_metric(metric, tables, resamples=grid.resamples) for metric, tables in by_metric.items()),
+        claims=tuple(_claim(claim, by_metric[claim.metric], resamples=grid.resamples) for claim in grid.claims),
+    )
+
+
+def _metric(metric: str, tables: Tables, *, resamples: int) -> MetricResult:
+    first, *others = tables
+    table = tables[first][0]
+    return MetricResult(
+        metric=metric,
+        unit=table.unit,
+        lower_is_better=table.lower_is_better,
+        n=len(table.items),
+        values={cell: _estimate(own, None, resamples=resamples) for cell, own in tables.items()},
+        differences={cell: _estimate(tables[cell], tables[first], resamples=resamples) for cell in others},
+    )
 
 
 def _claim(claim: Claim, tables: Tables, *, resamples: int) -> ClaimResult:

@@ -34,7 +34,7 @@ def ablate(
             rows.append((one.cell, str(one.seed), str(sealed), str(len(steps) - sealed)))
         say("\n".join(table(rows)))
         return
-    result = grid_result(wanted, scores_of(wanted, loaded), resamples=wanted.resamples)
+    result = grid_result(wanted, scores_of(wanted, loaded))
     if as_json:
         print_result(result, as_json)
     else:

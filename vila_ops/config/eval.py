@@ -230,6 +230,10 @@ class Suite(SuiteSettings):
     benchmarks: dict[str, Benchmark] = Field(min_length=1)
     """By the name under which the report shows its metrics."""
 
+    def measures(self, metric: str) -> bool:
+        """Whether one of the benchmarks may have a metric, by its name."""
+        return any(f"{metric}_".startswith(f"{name}_") for name in self.benchmarks)
+
     @model_validator(mode="after")
     def _the_mixture_has_what_the_benchmarks_read(self) -> "Suite":
         every: dict[str, Config] = dict(self.benchmarks)  # a plugin's says itself what it reads

@@ -16,7 +16,8 @@ class Cell(Config):
     recipe: dict[str, Any] = Field(default_factory=dict)
     """Settings that are laid over the grid's recipe, as by `extends`."""
     paper: dict[str, float] = Field(default_factory=dict)
-    """Numbers of the paper's table in this cell, by column; they are shown beside ours, not compared with them."""
+    """Numbers of the paper's table in this cell, by column; `--json` has them beside ours, and nothing is compared with
+    them."""
 
 
 class Claim(Config):

@@ -101,13 +101,13 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _the_gate_reads_what_is_measured(self) -> "Recipe":
-        names = list(self.final_suite.benchmarks)
+        suite = self.final_suite
         for rule in self.gate.rules:
-            if not any(rule.metric == name or rule.metric.startswith(f"{name}_") for name in names):
+            if not suite.measures(rule.metric):
                 raise ValueError(
                     f"gate {self.gate.model_name!r} has a rule on {rule.metric!r}, which final_suite "
-                    f"{self.final_suite.name!r} does not measure; its benchmarks are {names}"
-                    f"{did_you_mean(rule.metric, names)}"
+                    f"{suite.name!r} does not measure; its benchmarks are {list(suite.benchmarks)}"
+                    f"{did_you_mean(rule.metric, suite.benchmarks)}"
                 )
         return self
 
