@@ -18,6 +18,7 @@ import psutil
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 from ray import serve
 from ray.experimental import internal_kv
 from ray.serve.schema import ServeDeploySchema
@@ -42,7 +43,9 @@ from vila_ops.serve.router.state import ServiceState
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-SERVICE = Service(name="tiny-ray", max_new_tokens=1000, request_timeout_seconds=120)
+LONG = 1900
+"""Tokens of an answer that is under way long enough to be seen; the tiny model's context has 2,048."""
+SERVICE = Service(name="tiny-ray", max_new_tokens=LONG, request_timeout_seconds=120)
 RAY_SERVICE = Path(__file__).parents[2] / "infra/kubernetes/base/ray-service.yaml"
 RAY_ROUTES = ("/-/routes", "/-/", "/-/healthz/", "/%2d/routes", "/-/anything")
 
@@ -131,28 +134,34 @@ def check_keys(url: str, keys: Path, below: str) -> None:
     assert httpx.get(f"{url}/-/healthz").text == "success"
 
 
-def check_metrics(url: str, keys: Path) -> None:
-    """One scrape shows the two replicas of version 1 and the one of version 2."""
-    key = made(keys, scope="metrics")
+def scraped(url: str, key: str, name: str) -> list[Sample]:
+    """The samples of a metric, one for each replica."""
     text = httpx.get(f"{url}/metrics", headers={"Authorization": f"Bearer {key}"}).text
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
-    counted = [sample for sample in samples if sample.name == "vllm:generation_tokens_total"]
+    return [sample for sample in samples if sample.name == name]
+
+
+def check_metrics(url: str, keys: Path) -> None:
+    """One scrape shows the two replicas of version 1 and the one of version 2."""
+    counted = scraped(url, made(keys, scope="metrics"), "vllm:generation_tokens_total")
     assert sorted(sample.labels["model_version"] for sample in counted) == ["1", "1", "2"]
     assert len({sample.labels["replica"] for sample in counted}) == 3
     answered = {sample.labels["model_version"] for sample in counted if sample.value > 0}
     assert answered == {"1", "2"}, "both have answered the question with which they start"
 
 
-def check_lost_replica(url: str, tokens: dict[str, int]) -> None:
+def check_lost_replica(url: str, keys: Path, tokens: dict[str, int]) -> None:
     """What a killed replica answered ends in OpenAI's form, as a stream and as a whole."""
-    body = {"model": MODEL, "messages": HELLO, "max_tokens": 1000, "logit_bias": tokens}
+    key = made(keys, scope="metrics")
+    body = {"model": MODEL, "messages": HELLO, "max_tokens": LONG, "logit_bias": tokens}
     pid, path = replica(url)["pid"], f"{url}/v1/chat/completions"
     with ThreadPoolExecutor() as threads:
-        whole = threads.submit(httpx.post, path, json=body, headers=authorization(), timeout=300)
         asked = {"json": {**body, "stream": True}, "headers": authorization(), "timeout": 300}
         with httpx.stream("POST", path, **asked) as response:
             lines = response.iter_lines()
             assert next(lines).startswith("data: {")
+            whole = threads.submit(httpx.post, path, json=body, headers=authorization(), timeout=300)
+            wait_until(lambda: [one.value for one in scraped(url, key, "vila:answers_under_way")] == [2])
             os.kill(pid, signal.SIGKILL)
             last = [line for line in lines if line][-1]
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "replica_lost"
@@ -226,7 +235,7 @@ def test_a_service_is_deployed_updated_and_released_under_load(
     assert commands.aliases() == {"champion": 1}
     wait_until(lambda: state(resources).tracks() == (state(resources).stable,))
 
-    check_lost_replica(url, {str(token): -100 for token in stop_tokens(versions[1])})
+    check_lost_replica(url, keys, {str(token): -100 for token in stop_tokens(versions[1])})
 
     check_refusals(resources, versions[0], other_port=free_ports(1)[0])
 
