@@ -9,7 +9,6 @@ import itertools
 import logging
 import os
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
@@ -37,6 +36,7 @@ from vila_ops.config import Mixture, Model, Resources, Stage, TextFormat
 from vila_ops.config.local import LocalServers
 from vila_ops.data.raw.objects import filesystem
 from vila_ops.data.text.conversation import Tokenizer
+from vila_ops.model import features
 from vila_ops.model.build import build_model
 from vila_ops.model.processing import build_processor
 from vila_ops.model.vila import VilaForConditionalGeneration
@@ -147,10 +147,13 @@ def _few_threads() -> None:
     torch.set_num_threads(THREADS)
 
 
-@pytest.fixture
-def roomy_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk on which features are kept, however full the machine's is."""
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=10**15, used=10**14, free=9 * 10**14))
+@pytest.fixture(scope="session", autouse=True)
+def _nearly_full_disk() -> Iterator[None]:
+    """A disk on which no feature is kept by default, however free the machine's is: a test that needs them says so."""
+    usage = SimpleNamespace(total=10**14, used=10**14 - 10**12, free=10**12)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "shutil", SimpleNamespace(disk_usage=lambda _: usage))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -280,7 +283,8 @@ def make_resources() -> Callable[..., Resources]:
 
     def make(root: Path, **more: Any) -> Resources:
         places = {f"storage.{name}": str(root / name) for name in ("store", "data", "cache")}
-        return Resources(launch="inline").with_changes({**places, "train.threads_per_worker": THREADS, **more})
+        own = {**places, "storage.features_leave_free": 0.0, "train.threads_per_worker": THREADS}
+        return Resources(launch="inline").with_changes({**own, **more})
 
     return make
 

@@ -177,14 +177,13 @@ def test_what_was_not_answered_cannot_be_scored_again(model: Pretrained, resourc
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("roomy_disk")
 def test_an_image_that_is_missing_is_a_status_and_an_image_passes_the_tower_once(
     model: Pretrained, resources: Resources, tmp_path: Path
 ) -> None:
     shutil.copytree(SAMPLES / "pope", tmp_path / "files/pope")
     (tmp_path / "files/pope/val2014/COCO_val2014_000000000001.jpg").unlink()
-    changes = {"storage.benchmarks": str(tmp_path / "files"), "storage.store": str(tmp_path / "store")}
-    fresh = resources.with_changes(changes)
+    places = {"storage.benchmarks": str(tmp_path / "files"), "storage.store": str(tmp_path / "store")}
+    fresh = resources.with_changes({**places, "storage.features_leave_free": 0.0})
     content = read_report(evaluate(suite_of(), model, None, fresh))
     assert content.benchmarks["pope"].failed == {"unreadable": 12}
     features = list((tmp_path / "store/features").rglob("*.features"))

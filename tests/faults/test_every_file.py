@@ -57,7 +57,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pipeline(root: Path) -> Pipeline:
     """All sealing tasks in order, each of which finds what is sealed already."""
     places = {f"storage.{name}": f"{root}/{name}" for name in ("store", "cache", "data")}
-    resources = Resources(launch="inline").with_changes({**places, "storage.benchmarks": str(SAMPLES)})
+    resources = Resources(launch="inline").with_changes(
+        {**places, "storage.benchmarks": str(SAMPLES), "storage.features_leave_free": 0.0}
+    )
     pope = config_of(Pope, version=None, first=12)
     nearest = load_suite(FEW_SHOT).benchmarks["okvqa_nearest"]  # its demonstrations are sealed
     official = OfficialSuite(name="official", benchmarks={"pope": pope, "nearest": nearest}, bootstrap_resamples=50)

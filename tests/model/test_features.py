@@ -1,6 +1,7 @@
 import multiprocessing
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ from vila_ops.model.features import BATCH, SUFFIX, FeatureCache, tower_digest
 from vila_ops.model.pixels import Pixels
 from vila_ops.model.vila import VilaForConditionalGeneration
 
-pytestmark = pytest.mark.usefixtures("roomy_disk")
 HALF = (0.5, 0.5, 0.5)
 
 
 def to_pixels(mean: tuple[float, ...] = HALF) -> Pixels:
     return Pixels(mean, HALF)
+
+
+kept_features = partial(FeatureCache, leave_free=0)
+"""A cache that stores features on any disk."""
 
 
 def files(folder: Path) -> list[Path]:
@@ -37,9 +41,9 @@ def test_features_do_not_depend_on_the_batch_an_image_came_in(
     tower: str, squares: list[bytes], make_model: Any, build: Callable[..., Any], tmp_path: Path
 ) -> None:
     whole, _ = build(make_model(tower))
-    together = FeatureCache(whole, to_pixels(), root=tmp_path / "a")(squares)
-    turned = FeatureCache(whole, to_pixels(), root=tmp_path / "b")(squares[::-1]).flip(0)
-    one_by_one = FeatureCache(whole, to_pixels(), root=tmp_path / "c")
+    together = kept_features(whole, to_pixels(), root=tmp_path / "a")(squares)
+    turned = kept_features(whole, to_pixels(), root=tmp_path / "b")(squares[::-1]).flip(0)
+    one_by_one = kept_features(whole, to_pixels(), root=tmp_path / "c")
     alone = torch.cat([one_by_one([data]) for data in squares])
     assert torch.equal(together, turned)
     assert torch.equal(together, alone)
@@ -52,14 +56,14 @@ def test_an_image_requested_twice_is_returned_twice_and_computed_once(
     squares: list[bytes], make_model: Any, build: Callable[..., Any], tmp_path: Path
 ) -> None:
     whole, _ = build(make_model())
-    cache = FeatureCache(whole, to_pixels(), root=tmp_path)
+    cache = kept_features(whole, to_pixels(), root=tmp_path)
     actual = cache([squares[0], squares[1], squares[0]])
     assert torch.equal(actual[0], actual[2])
     assert not torch.equal(actual[0], actual[1])
     stamps = {path: path.stat().st_mtime_ns for path in files(tmp_path)}
     assert len(stamps) == 2
     assert all(path.suffix == SUFFIX for path in stamps)
-    assert torch.equal(FeatureCache(whole, to_pixels(), root=tmp_path)([squares[1]])[0], actual[1])
+    assert torch.equal(kept_features(whole, to_pixels(), root=tmp_path)([squares[1]])[0], actual[1])
     assert {path: path.stat().st_mtime_ns for path in files(tmp_path)} == stamps
 
 
@@ -69,7 +73,7 @@ def test_features_from_disk_are_those_that_the_tower_gave_bit_for_bit(
 ) -> None:
     whole, _ = build(make_model())
     batch = squares[:BATCH]
-    first, again = (FeatureCache(whole, to_pixels(), root=tmp_path, precision=precision)(batch) for _ in range(2))
+    first, again = (kept_features(whole, to_pixels(), root=tmp_path, precision=precision)(batch) for _ in range(2))
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     with torch.no_grad():
         direct = whole.tower_features(to_pixels()(batch)).to(dtype)
@@ -80,14 +84,14 @@ def test_features_from_disk_are_those_that_the_tower_gave_bit_for_bit(
 
 
 def _fill(whole: VilaForConditionalGeneration, squares: list[bytes], root: Path) -> None:
-    FeatureCache(whole, to_pixels(), root=root)(squares)
+    kept_features(whole, to_pixels(), root=root)(squares)
 
 
 def test_writers_at_once_and_a_killed_one_leave_whole_files(
     squares: list[bytes], make_model: Any, build: Callable[..., Any], tmp_path: Path
 ) -> None:
     whole, _ = build(make_model())
-    expected = FeatureCache(whole, to_pixels(), root=tmp_path / "alone")(squares)
+    expected = kept_features(whole, to_pixels(), root=tmp_path / "alone")(squares)
     forked = multiprocessing.get_context("fork")
     for seconds in (0.0, 0.02, 0.05, None):
         writers = [forked.Process(target=_fill, args=(whole, squares, tmp_path / "shared")) for _ in range(2)]
@@ -99,7 +103,7 @@ def test_writers_at_once_and_a_killed_one_leave_whole_files(
         for writer in writers:
             writer.join()
         assert writers[1].exitcode == 0
-        assert torch.equal(FeatureCache(whole, to_pixels(), root=tmp_path / "shared")(squares), expected)
+        assert torch.equal(kept_features(whole, to_pixels(), root=tmp_path / "shared")(squares), expected)
 
 
 def test_what_changes_features_changes_their_place(
@@ -115,7 +119,7 @@ def test_what_changes_features_changes_their_place(
     ]
     for model, mean in variants:
         whole, _ = build(model)
-        actual = FeatureCache(whole, to_pixels(mean), root=tmp_path)(squares[:1])
+        actual = kept_features(whole, to_pixels(mean), root=tmp_path)(squares[:1])
         with torch.no_grad():
             direct = whole.tower_features(to_pixels(mean)(squares[:1]))
         assert torch.allclose(actual, direct, atol=1e-5)
@@ -133,7 +137,7 @@ def test_a_damaged_file_is_computed_again(
     squares: list[bytes], make_model: Any, build: Callable[..., Any], tmp_path: Path
 ) -> None:
     whole, _ = build(make_model())
-    cache = FeatureCache(whole, to_pixels(), root=tmp_path)
+    cache = kept_features(whole, to_pixels(), root=tmp_path)
     actual = cache(squares[:1])
     (path,) = files(tmp_path)
     whole_bytes = path.read_bytes()
@@ -153,7 +157,7 @@ def test_a_disk_without_room_keeps_no_features_and_gives_the_same(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     whole, _ = build(make_model())
-    expected = FeatureCache(whole, to_pixels(), root=tmp_path / "kept", leave_free=0)(squares)
+    expected = kept_features(whole, to_pixels(), root=tmp_path / "kept")(squares)
     assert len(files(tmp_path / "kept")) == len(squares)
     assert not caplog.records
     full = FeatureCache(whole, to_pixels(), root=tmp_path / "full", leave_free=1)  # no disk is free as a whole

@@ -151,7 +151,6 @@ def test_what_the_consumer_does_with_a_batch_reaches_no_other_batch(copies: type
             assert_same(batch, before)
 
 
-@pytest.mark.usefixtures("roomy_disk")
 def test_a_new_image_goes_through_the_tower_once_in_full_passes(
     bench: Any, make_stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -259,11 +259,12 @@ def _rows(planned: Planned, responses: Sequence[Response]) -> list[ItemRow]:
 
 
 def _target(job: EvalJob) -> Target:
-    evaluate = job.resources.evaluate
+    evaluate, storage = job.resources.evaluate, job.resources.storage
     if isinstance(job.model, Endpoint):
         return EndpointTarget(job.model, evaluate.endpoint)
     options = EngineOptions(
-        feature_root=job.resources.storage.scratch() / "features",
+        feature_root=storage.scratch() / "features",
+        features_leave_free=storage.features_leave_free,
         threads=evaluate.threads_per_worker,
         precision=job.suite.precision,
         device=job.resources.device,

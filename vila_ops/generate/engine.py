@@ -28,6 +28,8 @@ class EngineOptions:
     feature_root: Path | None = None
     """Folder where the vision tower's image features are stored; None: they stay in memory, of the `max_cached_images`
     that were used last."""
+    features_leave_free: float = 0.1
+    """Share of that folder's disk that they leave free."""
     device: Device = "auto"
     """What the model computes on."""
     threads: int = 1

@@ -68,7 +68,7 @@ class FeatureCache:
         *,
         root: Path,
         precision: Literal["fp32", "bf16"] = "fp32",
-        leave_free: float = 0.1,
+        leave_free: float,
     ) -> None:
         """`precision` is that of the tower's computation and of the stored features.
 

@@ -26,6 +26,7 @@ class Embedder:
             device=resources.device,
             threads=resources.evaluate.threads_per_worker,
             feature_root=resources.storage.scratch() / "features",
+            features_leave_free=resources.storage.features_leave_free,
         )
         self._loaded = read_model(content(model), options)
 

@@ -91,7 +91,9 @@ def read_model(folder: Path, options: EngineOptions) -> LoadedModel:
     mean, std = model_folder.normalisation(folder)
     features: ImageFeatures
     if options.feature_root is not None:
-        features = StoredFeatures(model, Pixels(mean, std), root=options.feature_root)
+        features = StoredFeatures(
+            model, Pixels(mean, std), root=options.feature_root, leave_free=options.features_leave_free
+        )
     else:
         features = RecentFeatures(model, Pixels(mean, std), max_images=options.max_cached_images)
     for note in precision_notes(options.precision, device):
