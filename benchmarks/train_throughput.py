@@ -2,12 +2,14 @@
 
 A step is one global batch: the samples of ROWS_PER_STEP packed sequences. The Trainer gets exactly these as its data
 set and accumulates over it, so that both take one optimizer step on the same samples. Ours packs them, ROWS_PER_PASS
-sequences in a pass; the step before it was taken by the same loader, so that it is one in the middle of training. The
-peer pads micro-batches of 16 samples, about as many tokens (with its default sampler, or with its group_by_length,
-which here sorts the whole step: its best case), or takes one sample at a time, unpadded. Lengths are LLaVA-like
-(benchmarks/peers.py), divided by 9, since an image is 64 tokens here and 576 there. Both compute in PRECISION: bf16
-(ours: bf16 weights with fp32 masters; the peer: autocast over fp32 weights), or fp32 on a CPU without instructions for
-bf16. Fused AdamW, clipping at 1, frozen tower; the language model is SmolLM2-135M with its real weights.
+sequences in a pass. In the first epoch its steps differ, as a pass of the tower takes images of later steps too: `ours`
+is the rate over WINDOW steps one after the other, the middle one of which the peers take, and one more step comes
+before them, so that they are in the middle of training. The peer pads micro-batches of 16 samples, about as many tokens
+(with its default sampler, or with its group_by_length, which here sorts the whole step: its best case), or takes one
+sample at a time, unpadded. Lengths are LLaVA-like (benchmarks/peers.py), divided by 9, since an image is 64 tokens here
+and 576 there. Both compute in PRECISION: bf16 (ours: bf16 weights with fp32 masters; the peer: autocast over fp32
+weights), or fp32 on a CPU without instructions for bf16. Fused AdamW, clipping at 1, frozen tower; the language model
+is SmolLM2-135M with its real weights.
 `loss_per_token` is that of the first round with the initial weights, which no step changes (our learning rate is 0,
 and a peer loads them for each).
 
@@ -68,9 +70,8 @@ LOOP_PAIRS = int(os.environ.get("VILA_BENCH_PAIRS", "40"))
 THREADS = 2
 SCALE = 9
 TARGETS = {"default": 1.8, "group_by_length": 1.5, "unpadded": 1.0, "ours_unpacked": 1.0}
-SAMPLES, ROWS_PER_STEP, ROWS_PER_PASS, SEQUENCE_LENGTH, SIDE = 600, 8, 4, 512, 112
-FIRST = 2
-"""The step of the first round."""
+SAMPLES, ROWS_PER_STEP, ROWS_PER_PASS, SEQUENCE_LENGTH, SIDE = 900, 8, 4, 512, 112
+WINDOW = 3
 PRECISION = "fp32" if precision_notes("bf16", torch.device("cpu")) else "bf16"
 PEERS: dict[str, dict[str, Any]] = {
     "default": {"per_device_train_batch_size": 16},
@@ -85,18 +86,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="vila") as name:
         data, init, stage, resources = prepared(Path(name))
         ours = Ours(data, init, stage, resources, Path(name))
-        losses = {"ours": ours.loss(step=FIRST)}
+        losses: dict[str, float] = {}
         rates: dict[str, list[float]] = {}
         tower_shares = []
-        for step in range(FIRST, 3 * ROUNDS, 3):  # the steps before and after it are of no other round
+        for number in range(ROUNDS):
+            begin = number * (WINDOW + 1)
+            window, step = range(begin + 1, begin + 1 + WINDOW), begin + 1 + WINDOW // 2
+            rates.setdefault("ours", []).append(round(ours.rate(window), 1))
             samples = ours.samples(step=step)
-            tokens = sum(len(sample.input_ids) for sample in samples)
-            seconds = {"ours": ours.seconds(step=step), "ours_from_second_epoch": ours.seconds(step=step)}
+            seconds = {"ours_from_second_epoch": ours.seconds(step=step)}
+            if not losses:
+                losses["ours"] = ours.loss(step=step)
             tower_shares.append(ours.tower_seconds(step=step) / seconds["ours_from_second_epoch"])
             seconds["ours_unpacked"] = ours.unpacked_seconds(samples)
             for name, how in PEERS.items():
                 seconds[name], loss = peer(ours.init, samples, how, out=Path(ours.job.attempt))
                 losses.setdefault(name, loss)
+            tokens = tokens_of(samples)
             for name, took in seconds.items():
                 rates.setdefault(name, []).append(round(tokens / took, 1))
             print({name: values[-1] for name, values in rates.items()}, flush=True)
@@ -218,11 +224,16 @@ class Ours:
         rows, num_targets = self.rows.batch(step)
         return sum(float(self.engine.loss(self.batches([row]))[0]) for row in rows) / num_targets
 
-    def seconds(self, *, step: int, rows: Any = None) -> float:
-        """Seconds of one step of `loop.train`, metrics included, after another one of the same loader."""
+    def rate(self, steps: range) -> float:
+        """Tokens a second of some steps of `loop.train` one after the other, which another one of theirs begins."""
         with BatchLoader(self.job, RankInfo(), self.rows, self.batches) as loader:
-            if rows is None:
-                self.seconds_of(loader, step=step - 1)
+            self.seconds_of(loader, step=steps[0] - 1)
+            seconds = sum(self.seconds_of(loader, step=step) for step in steps)
+        return sum(tokens_of(self.samples(step=step)) for step in steps) / seconds
+
+    def seconds(self, *, step: int, rows: Any = None) -> float:
+        """Seconds of one step of `loop.train`, metrics included."""
+        with BatchLoader(self.job, RankInfo(), self.rows, self.batches) as loader:
             return self.seconds_of(rows or loader, step=step)
 
     def seconds_of(self, loader: Any, *, step: int) -> float:
@@ -284,6 +295,11 @@ class Ours:
             if row.images:
                 self.batches.feature_cache(row.images)
         return time.perf_counter() - started
+
+
+def tokens_of(samples: list[Sample]) -> int:
+    """Useful tokens of samples."""
+    return sum(len(sample.input_ids) for sample in samples)
 
 
 class Alone:
