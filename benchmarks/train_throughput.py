@@ -83,9 +83,10 @@ WORDS = ["the", "of", "and", "to", "in", "is", "that", "for", "it", "was", "on",
 
 def main() -> None:
     torch.set_num_threads(THREADS)
-    with tempfile.TemporaryDirectory(prefix="vila") as name:
-        data, init, stage, resources = prepared(Path(name))
-        ours = Ours(data, init, stage, resources, Path(name))
+    with tempfile.TemporaryDirectory(prefix="vila") as folder:
+        root = Path(folder)
+        data, init, stage, resources = prepared(root)
+        ours = Ours(data, init, stage, resources, root)
         losses: dict[str, float] = {}
         rates: dict[str, list[float]] = {}
         tower_shares = []
@@ -109,7 +110,7 @@ def main() -> None:
         del ours
         few = Stage.model_validate({**stage.model_dump(), "global_batch_size": 2})
         alone = resources.with_changes({"train.micro_batch_size": 1})
-        loop_share = round(Ours(data, init, few, alone, Path(name) / "few").loop_share(), 4)
+        loop_share = round(Ours(data, init, few, alone, root / "few").loop_share(), 4)
     medians = {name: statistics.median(values) for name, values in rates.items()}
     ratios = {name: round(medians["ours"] / medians[name], 3) for name in TARGETS}
     tower_share = round(statistics.median(tower_shares), 4)
