@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
 from ray.util.state import list_nodes
 from ray.util.state.exception import RayStateApiException
@@ -25,8 +26,9 @@ from ray.util.state.exception import RayStateApiException
 from tests.seed import SEED
 from vila_ops.artifacts.kinds import Checkpoint
 from vila_ops.artifacts.store import content, read_manifest
-from vila_ops.config import Run, Stage, load
+from vila_ops.config import Resources, Run, Stage, load
 from vila_ops.data.preprocess.prepare import prepare
+from vila_ops.doctor.cluster import examine_cluster
 from vila_ops.errors import CorruptArtifact
 from vila_ops.model.assemble import assemble
 from vila_ops.train.job import JobPayload
@@ -293,6 +295,19 @@ def test_a_job_outlives_its_flow_and_a_node(
     assert job.submission_id == f"{Path(made.uri).name}-1"
     for life in (1, 2):
         assert f"is job {job.submission_id};" in (tmp_path / f"flow-{life}.log").read_text()
+    _doctor_measures_both_nodes(flow.payload.resources)
+
+
+def _doctor_measures_both_nodes(resources: Resources) -> None:
+    try:
+        told = [finding.text for finding in examine_cluster(resources)]
+    finally:
+        ray.shutdown()
+    nodes = [text for text in told if text.startswith("node 127.0.0.1 (") and "; store: writes " in text]
+    assert len(nodes) == 2, told
+    assert all(f"{socket.gethostname()}, cpu; " in text for text in nodes)
+    assert len([text for text in told if text.startswith("all-reduce of 64 MiB between 2 nodes: bus ")]) == 1
+    assert not any("clock is" in text or "several versions" in text for text in told), told
 
 
 @pytest.mark.skipif(not KILLS, reason="VILA_KILLS_NODES says how many kills")

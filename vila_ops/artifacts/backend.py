@@ -104,5 +104,8 @@ class Backend(Protocol):
     def sharing(self, uri: str, root: str, kinds: Iterable[str]) -> list[str]:
         """The folders STORE/KIND/KEY that hold this very file, as their own or as a hard link."""
 
+    def timed(self, root: str, data: bytes) -> tuple[float, float]:
+        """Seconds of writing a file of its own and of reading it back. Raises StoreRefused, and as the others do."""
+
     def probe(self, root: str) -> str:
         """Try what sealing rests on; returns a line that says what works. Raises StoreRefused, UnsafeStore."""

@@ -234,6 +234,28 @@ def probe(root: str) -> str:
     return f"store {root}: links are create-only and fsync works"
 
 
+def timed(root: str, data: bytes) -> tuple[float, float]:
+    """Seconds of writing a file of its own and of reading it back. Raises StoreRefused, and OSError of the disk."""
+    folder = Path(root)
+    with _refused(StoreRefused, f"store {root} cannot be written", "set resources.storage.store to a folder of yours"):
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix=".probe-", dir=folder)
+    with scratch, open(f"{scratch.name}/file", "w+b", buffering=0) as file:
+        started = time.perf_counter()
+        file.write(data)
+        os.fsync(file.fileno())
+        wrote = time.perf_counter() - started
+        if hasattr(os, "posix_fadvise"):  # not on macOS, whose reads come from memory
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
+        started = time.perf_counter()
+        whole = file.read()
+        took = time.perf_counter() - started
+    if whole != data:
+        raise OSError(errno.EIO, f"store {root} does not read back what was just written")
+    return wrote, took
+
+
 def make_folder(folder: Path, *, setting: str) -> None:
     """Make the folder that a setting names.
 

@@ -8,6 +8,7 @@ import io
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -271,6 +272,21 @@ def probe(root: str) -> str:
         with translated(uri):
             client().delete_object(**place(uri))
     return f"store {root}: conditional puts are honoured, and objects are read back as they were put"
+
+
+def timed(root: str, data: bytes) -> tuple[float, float]:
+    """Seconds of putting an object of its own and of reading it back. Raises StoreRefused, StoreUnreachable."""
+    uri = f"{root}/.probe/{secrets.token_hex(8)}"
+    try:
+        started = time.perf_counter()
+        put(uri, data, {"IfNoneMatch": "*"})
+        wrote = time.perf_counter() - started
+        started = time.perf_counter()
+        read(uri)
+        return wrote, time.perf_counter() - started
+    finally:
+        with translated(uri):
+            client().delete_object(**place(uri))
 
 
 def _expect(outcome: T | None, root: str, fault: str) -> T:

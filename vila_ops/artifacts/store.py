@@ -42,6 +42,7 @@ from vila_ops.config import fingerprint
 from vila_ops.errors import CorruptArtifact, DamagedFile, DiskFault, VilaError
 
 FORMAT = 1
+THROUGHPUT_BYTES = 32 * 2**20
 MANIFEST = "manifest.json"
 ATTEMPT = "attempt-"
 """How the name of an attempt's folder, and of each file beside it, begins."""
@@ -340,6 +341,16 @@ def probe(store: str) -> str:
     """
     root = root_of(store)
     return backend(root).probe(root)
+
+
+def throughput(store: str) -> tuple[float, float]:
+    """Bytes a second of writing a file into a store and of reading it back, after it is durable and not from memory.
+
+    Raises StoreRefused, StoreUnreachable, and OSError for a disk that failed.
+    """
+    root, data = root_of(store), secrets.token_bytes(THROUGHPUT_BYTES)
+    wrote, read = backend(root).timed(root, data)
+    return len(data) / wrote, len(data) / read
 
 
 def _place_of(attempt: Path) -> str:

@@ -20,13 +20,23 @@ from vila_ops.cli.options import (
 Servers = Annotated[Path, typer.Option("--servers", help="Ports and folders of this machine's servers")]
 
 
-def doctor(servers: Servers = LOCAL, resources: ResourcesFile = INLINE, as_json: AsJson = False) -> None:
-    """Check this machine and the store of the resources; each finding says how to fix it."""
+def doctor(
+    servers: Servers = LOCAL,
+    resources: ResourcesFile = INLINE,
+    cluster: Annotated[bool, typer.Option("--cluster", help="Measure every node of the resources' cluster")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check this machine and the store of the resources, or a cluster; each finding says how to fix it."""
     from vila_ops import doctor as checks
     from vila_ops.config import load_resources
     from vila_ops.config.local import load_local
 
-    findings = checks.examine(load_local(servers), load_resources(resources))
+    if cluster:
+        from vila_ops.doctor.cluster import examine_cluster
+
+        findings = examine_cluster(load_resources(resources))
+    else:
+        findings = checks.examine(load_local(servers), load_resources(resources))
     if as_json:
         print_result(findings, as_json)
     else:

@@ -1,0 +1,76 @@
+"""Findings about software, a store and the nodes of a cluster; a real cluster is examined in faults/test_nodes.py."""
+
+from pathlib import Path
+
+import pytest
+from packaging.version import Version
+
+from vila_ops.artifacts.store import throughput
+from vila_ops.doctor.cluster import clock_findings, slow_nodes, version_findings
+from vila_ops.doctor.node import PACKAGES, NodeReport
+from vila_ops.doctor.software import needs, packages
+from vila_ops.errors import StoreRefused
+
+FIXED = {"ray": "2.54", "mlflow": "3.11", "prefect": "3.6.22", "torch": "2.6"}
+"""First versions without CVE-2026-27482; 2025-14279, 2026-2614 and 2026-4137; 2026-7722 and 2026-3514; 2025-32434."""
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_no_version_before_a_security_fix_is_accepted(name: str) -> None:
+    version = Version(FIXED[name])
+    before = f"{version.major}.{version.minor - 1}.9" if version.micro == 0 else f"3.6.{version.micro - 1}"
+    wanted = needs()[name]
+    assert not wanted.contains(before)
+    (finding,) = packages({name: before})
+    assert not finding.ok
+    assert finding.text.startswith(f"{name} {before}; {wanted} is needed; install it by `pip install '{name}")
+
+
+def test_the_installed_versions_are_those_that_are_needed_and_a_missing_one_is_named() -> None:
+    (finding,) = packages({"ray": "2.60.0", "fastapi": "0.150.0"})
+    assert finding.ok
+    (too_new, missing) = packages({"ray": "2.60.0", "fastapi": "0.155.0", "dvc": None})
+    assert too_new.text.startswith("fastapi 0.155.0; <0.151,>=0.139 is needed")
+    assert missing.text.startswith("dvc is missing; ")
+
+
+def test_a_store_tells_its_throughput_and_keeps_nothing_of_the_measurement(store: str, tmp_path: Path) -> None:
+    wrote, read = throughput(store)
+    assert wrote > 0
+    assert read > 0
+    assert not [path for path in tmp_path.rglob("*") if ".probe" in str(path)]
+
+
+def test_a_store_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreRefused, match="cannot be written"):
+        throughput(str(tmp_path / "file/store"))
+
+
+def test_a_node_is_slow_below_half_of_the_median_of_the_others() -> None:
+    fast = {"multiply": 100e9, "wrote": 500e6, "read": 1e9, "network": 1e9}
+    nodes = {"a": fast, "b": {**fast, "wrote": 251e6}, "c": {**fast, "wrote": 20e6, "network": 0.4e9}, "d": fast}
+    told = [finding.text for finding in slow_nodes(nodes)]
+    assert [text.partition(";")[0] for text in told] == [
+        "node c is slow: writing into the store 20 MB/s, the median of the others is 500",
+        "node c is slow: sending to its neighbours 400 MB/s, the median of the others is 1000",
+    ]
+    assert not any(finding.ok for finding in slow_nodes(nodes))
+    assert not list(slow_nodes({"a": fast}))
+    assert not list(slow_nodes({"a": fast, "b": {key: value for key, value in fast.items() if key != "network"}}))
+
+
+def test_a_clock_is_wrong_only_where_the_time_that_asking_took_leaves_no_doubt() -> None:
+    clocks = {"a": (0.2, 0.001), "b": (3.0, 2.5), "c": (-1.5, 0.1), "d": (90.0, 1.0)}
+    told = [finding.text.partition(" from")[0] for finding in clock_findings(clocks)]
+    assert told == ["node c: its clock is -1.5 s", "node d: its clock is +90.0 s"]
+
+
+def test_nodes_with_another_version_are_named() -> None:
+    versions = dict.fromkeys(PACKAGES, "1.0")
+    speeds = {"multiply": 1.0, "wrote": 1.0, "read": 1.0}
+    one = NodeReport(host="one", packages=versions, device="cpu", **speeds)
+    two = NodeReport(host="two", packages={**versions, "torch": "1.1"}, device="cpu", **speeds)
+    assert not list(version_findings({"a": one, "b": one}))
+    (finding,) = version_findings({"a": one, "b": two})
+    assert finding.text == "torch has several versions, 1.0 on a, 1.1 on b; use one image on all nodes"

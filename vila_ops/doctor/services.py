@@ -1,0 +1,58 @@
+"""What a run needs before it works: the store, MLflow, the key of the endpoint, and a device."""
+
+from collections.abc import Iterable, Iterator
+
+from vila_ops import tracking
+from vila_ops.artifacts.store import probe
+from vila_ops.cluster import cluster_gpus, device_on
+from vila_ops.config import Resources, Run
+from vila_ops.device import describe, device_of
+from vila_ops.doctor.finding import Finding, tried
+from vila_ops.errors import VilaError
+from vila_ops.serve.credentials import check_key
+from vila_ops.tracking.outbox import shown
+
+
+def refuse(run: Run, findings: Iterable[Finding]) -> None:
+    """Raise ValueError with every lack among the findings, and its way out."""
+    if lacks := [finding.text for finding in findings if not finding.ok]:
+        raise ValueError(f"recipe {run.recipe.name!r} cannot run with these resources:\n" + "\n".join(lacks))
+
+
+def services(resources: Resources) -> Iterator[Finding]:
+    """What every run needs: the store, and where there is a registry, MLflow and the key of the endpoint."""
+    yield from tried(lambda: probe(resources.storage.store))
+    if resources.tracking.uri is not None:
+        yield from tried(lambda: _mlflow(resources))
+        yield from tried(lambda: _key(resources))
+
+
+def device_findings(resources: Resources) -> Iterator[Finding]:
+    """The device that the resources ask for: of this process with launch inline, else the GPUs of the cluster."""
+    try:
+        device = device_on(resources, resources.device)
+        if resources.launch == "inline":
+            yield Finding(ok=True, text=f"device {resources.device}: {describe(device_of(device))}")
+            return
+        there = cluster_gpus(resources)
+    except (ValueError, VilaError) as error:
+        yield Finding(ok=False, text=f"device: {error}")
+        return
+    if device == "cpu":
+        yield Finding(ok=True, text=f"device {resources.device}: workers compute on the CPUs of the cluster")
+        return
+    usable = there[resources.accelerator_type] if resources.accelerator_type else sum(there.values())
+    stages = [resources.train, *(resources.train.for_stage(name) for name in resources.train.stages)]
+    needed = max(one.num_workers for one in stages)
+    text = f"device {resources.device}: {usable:g} GPUs in the cluster; the resources ask for {needed}"
+    yield Finding(ok=usable >= needed, text=text)
+
+
+def _mlflow(resources: Resources) -> str:
+    tracking.ask(resources)
+    return f"MLflow: {shown(str(resources.tracking.uri))} answers"
+
+
+def _key(resources: Resources) -> str:
+    check_key(resources.serve.access)
+    return "the endpoint's key is valid"
