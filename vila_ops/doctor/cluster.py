@@ -43,7 +43,7 @@ def examine_cluster(resources: Resources) -> list[Finding]:
         "runtime_env": {"env_vars": network_variables(resources)},
     }
     actor = ray.remote(Node)
-    nodes = {
+    nodes: dict[str, Any] = {
         f"{address} ({node[:8]})": actor.options(
             **options, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
         ).remote(resources.storage.store)
