@@ -12,7 +12,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from vila_ops.cluster import connect, device_on, gpu_options
 from vila_ops.config import Resources
 from vila_ops.doctor.finding import Finding
-from vila_ops.doctor.node import MESSAGE_BYTES, PACKAGES, Node, NodeReport
+from vila_ops.doctor.node import MESSAGE_BYTES, PACKAGES, NodeProbe, NodeReport
 from vila_ops.train.ray_workers import network_variables
 
 PATIENCE_SECONDS = 120.0
@@ -42,7 +42,7 @@ def examine_cluster(resources: Resources) -> list[Finding]:
         **gpu_options(resources, device),
         "runtime_env": {"env_vars": network_variables(resources)},
     }
-    actor = ray.remote(Node)
+    actor = ray.remote(NodeProbe)
     nodes: dict[str, Any] = {
         f"{address} ({node[:8]})": actor.options(
             **options, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)

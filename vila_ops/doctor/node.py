@@ -36,7 +36,7 @@ class NodeReport(Config):
     """Bytes a second out of the store."""
 
 
-class Node:
+class NodeProbe:
     """An actor on a node."""
 
     def __init__(self, store: str) -> None:
