@@ -26,6 +26,7 @@ from prefect.states import Cancelled
 from flows.events import telling_of_promotions
 from vila_ops import doctor
 from vila_ops.artifacts import leases
+from vila_ops.artifacts.progress import Reporter
 from vila_ops.artifacts.store import root_of
 from vila_ops.config import Recipe, Resources, Run, run_of
 from vila_ops.errors import Preempted
@@ -58,7 +59,8 @@ def attempt(run: Run, work: Callable[[], R]) -> R | State[None]:
     threading.Thread(target=_outlive_the_worker, name="standard streams", daemon=True).start()
     with _terminated_once(), _CancelWatchdog(UUID(flow_run)) as watchdog:
         try:
-            with leases.hold(lease_of(flow_run), store=store):
+            with leases.hold(lease_of(flow_run), store=store) as lease:
+                lease.report = Reporter("flow", f"{runtime.flow_run.flow_name} {run.recipe.name}")
                 with get_client(sync_client=True) as client:
                     client.update_flow_run_labels(UUID(flow_run), {LABEL: root_of(store)})
                 with telling_of_promotions(run):

@@ -86,6 +86,13 @@ NOT_RUN = {
         "vila-ops retrain configs/recipes/demo.yaml --policy configs/retrain/demo.yaml -r "
         "configs/resources/laptop.yaml --dry-run",
     ),
+    "is run by tests/monitoring, on a store of its own": (
+        "vila-ops top -r configs/resources/laptop.yaml",
+        "vila-ops top -r configs/resources/laptop.yaml --once",
+        "vila-ops metrics -r configs/resources/laptop.yaml",
+        "vila-ops metrics -r configs/resources/laptop.yaml --listen 127.0.0.1:9464",
+        "vila-ops metrics -r configs/resources/laptop.yaml --out /var/lib/node_exporter/vila.prom",
+    ),
     "is run by tests/lineage, on a store of its own": (
         "vila-ops trace vila@champion -r configs/resources/laptop.yaml",
         "vila-ops gc -r configs/resources/laptop.yaml --keep configs/recipes/demo.yaml",

@@ -4,6 +4,8 @@ A lease is one small register in the store, STORE/leases/<kind>/<key>, that is c
 on disk, If-Match on S3. Its holder sends heartbeats. A holder is dead when its register did not change for
 `expiry_seconds` by the clock of the process that waits, so that the clocks of two machines need not agree. The fencing
 number of each holder is one higher than that of the holder before.
+
+A heartbeat also says how far the holder is (`progress.py`), and the release how its work ended.
 """
 
 import json
@@ -13,15 +15,18 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from pydantic import ValidationError
 
-from vila_ops.artifacts.backend import Backend
+from vila_ops.artifacts.backend import AT_ONCE, Backend
+from vila_ops.artifacts.progress import ProgressRecord
 from vila_ops.artifacts.store import Address, backend, probe, root_of
 from vila_ops.config import Config
-from vila_ops.errors import CorruptArtifact, VilaError
+from vila_ops.errors import CorruptArtifact, Preempted, VilaError
 from vila_ops.processes import ProcessId, this_process
 
 HEARTBEATS_PER_EXPIRY = 4
@@ -29,6 +34,10 @@ SILENT_SECONDS = 3600.0
 """Age of the last heartbeat at which a process that does not wait for a lease takes its holder for dead."""
 ALIVE = "alive"
 """Kind of the leases that only show that a process lives."""
+LOST_SECONDS = 180.0
+"""Age of the last heartbeat at which a task counts as lost, by the clocks of the store and of who looks."""
+Outcome = Literal["done", "failed", "stopped"]
+"""How the work of a holder ended: with a result, by an error, or because someone or something asked it to end."""
 log = logging.getLogger(__name__)
 
 
@@ -61,6 +70,21 @@ class LeaseRecord(Config):
     heartbeats: int
     """How many the holder has sent."""
     released: bool = False
+    outcome: Outcome = "done"
+    """Of a released lease."""
+    progress: ProgressRecord | None = None
+    """How far the holder was at its last heartbeat; None where it does not say."""
+
+
+class LeasedTask(NamedTuple):
+    """A lease whose holder says how far it is, or was."""
+
+    at: str
+    """KIND/KEY."""
+    record: LeaseRecord
+    progress: ProgressRecord
+    lost: bool
+    """Whether the holder's process ended without a word, or was not heard of for LOST_SECONDS."""
 
 
 @dataclass(frozen=True)
@@ -83,20 +107,23 @@ class Lease:
         self._backend: Backend = backend(register)
         self._last_heartbeat = pace.now()
         self._taken_over = False
+        self.report: Callable[[], ProgressRecord | None] = lambda: None
+        """How far the holder is; each heartbeat asks it, in a thread of its own."""
 
     @property
     def lost(self) -> bool:
         """Whether another process took the lease over, or may have: no heartbeat was stored for `expiry_seconds`."""
         return self._taken_over or self._pace.now() - self._last_heartbeat > self._pace.expiry_seconds
 
-    def heartbeat(self, *, released: bool = False) -> None:
+    def heartbeat(self, *, released: bool = False, outcome: Outcome = "done") -> None:
         """Store a heartbeat, or release the lease; notices whether another process took it over."""
         if self._taken_over:
             return
         now = self._pace.now()
         record = LeaseRecord(
-            holder=self._record.holder, fencing=self.fencing, heartbeats=self._record.heartbeats + 1, released=released
-        )
+            holder=self._record.holder, fencing=self.fencing, heartbeats=self._record.heartbeats + 1, released=released,
+            outcome=outcome, progress=self.report(),
+        )  # fmt: skip
         tag = self._backend.swap(self._register, _bytes(record), self._tag)
         if tag is None:
             self._taken_over = True
@@ -117,13 +144,18 @@ def hold(at: Address, *, store: str, pace: Pace = Pace()) -> Iterator[Lease]:
     done = threading.Event()
     heartbeats = threading.Thread(target=_send_heartbeats, args=(done, lease, pace), daemon=True)
     heartbeats.start()
+    outcome: Outcome = "stopped"
     try:
         yield lease
+        outcome = "done"
+    except Exception as error:
+        outcome = "stopped" if isinstance(error, Preempted) else "failed"
+        raise
     finally:
         done.set()
         heartbeats.join()
         try:
-            lease.heartbeat(released=True)
+            lease.heartbeat(released=True, outcome=outcome)
         except (OSError, VilaError) as error:
             log.warning("lease %s/%s was not released (%s); it will expire", at.kind, at.key, error)
 
@@ -173,6 +205,31 @@ def registers(store: str, *, kind: str = "") -> dict[str, bool]:
     A holder that was not heard of for SILENT_SECONDS is dead; so clocks of machines may differ by less than that. A
     damaged lease counts as held until then. With `kind` only the addresses of this kind.
     """
+    root, changed = f"{root_of(store)}/leases", _changed(store, kind)
+    return {at: time.time() - last < SILENT_SECONDS and _is_held(f"{root}/{at}") for at, last in changed.items()}
+
+
+def tasks(store: str, *, since: float) -> list[LeasedTask]:
+    """The leases that changed since a time, in seconds since 1970, of holders that say how far they are.
+
+    Damaged leases are left out. Raises what the store raises.
+    """
+    recent = {at: last for at, last in _changed(store).items() if last >= since}
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        records = list(pool.map(lambda at: _readable(f"{root_of(store)}/leases/{at}"), recent))
+    return [
+        LeasedTask(at, record, record.progress, _is_lost(record, last))
+        for (at, last), record in zip(recent.items(), records, strict=True)
+        if record is not None and record.progress is not None
+    ]
+
+
+def _is_lost(record: LeaseRecord, last: float) -> bool:
+    return not record.released and (record.holder.is_gone() or time.time() - last > LOST_SECONDS)
+
+
+def _changed(store: str, kind: str = "") -> dict[str, float]:
+    """Time of the last change of every lease of a store, by KIND/KEY."""
     root = f"{root_of(store)}/leases"
     folder = f"{kind}/" if kind else ""
     changed: dict[str, float] = {}
@@ -180,7 +237,14 @@ def registers(store: str, *, kind: str = "") -> dict[str, bool]:
         address = "/".join(f"{folder}{entry.name}".split("/")[:2])
         if "/" in address:
             changed[address] = max(changed.get(address, 0.0), entry.changed)
-    return {at: time.time() - last < SILENT_SECONDS and _is_held(f"{root}/{at}") for at, last in changed.items()}
+    return changed
+
+
+def _readable(register: str) -> LeaseRecord | None:
+    try:
+        return _load(register)[0]
+    except CorruptArtifact:
+        return None
 
 
 def _is_held(register: str) -> bool:

@@ -11,10 +11,15 @@ A = TypeVar("A", bound=Artifact)
 
 def manifests(kind: type[Artifact], *, store: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Folder and manifest of each artifact of a kind, in the order of their addresses. Raises CorruptArtifact."""
+    for place in folders(kind, store=store):
+        if (manifest := find_manifest(place)) is not None:
+            yield place, manifest
+
+
+def folders(kind: type[Artifact], *, store: str) -> list[str]:
+    """The folders of a kind, sealed or not, in the order of their addresses."""
     place = f"{root_of(store)}/{KINDS[kind]}"
-    for key in sorted({entry.name.partition("/")[0] for entry in backend(place).entries(place)}):
-        if (manifest := find_manifest(f"{place}/{key}")) is not None:
-            yield f"{place}/{key}", manifest
+    return [f"{place}/{key}" for key in sorted({one.name.partition("/")[0] for one in backend(place).entries(place)})]
 
 
 def sealed(kind: type[A], *, store: str) -> Iterator[A]:

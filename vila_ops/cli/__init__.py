@@ -24,9 +24,11 @@ from vila_ops.cli.explain import explain
 from vila_ops.cli.gc import gc
 from vila_ops.cli.keys import keys
 from vila_ops.cli.messages import message_of, unexpected
+from vila_ops.cli.metrics import metrics
 from vila_ops.cli.report import report
 from vila_ops.cli.retrain import retrain
 from vila_ops.cli.sweep import sweep
+from vila_ops.cli.top import top
 from vila_ops.cli.trace import trace
 from vila_ops.cli.train import train
 from vila_ops.errors import Preempted, VilaError
@@ -58,8 +60,8 @@ app = typer.Typer(
 COMMANDS: tuple[Callable[..., None] | typer.Typer, ...] = (
     init.init, run.show, explain, plan.plan, run.fetch, run.prepare, data, model.import_model, train, run.evaluate,
     compare, run.alignment, benchmark, run.register, champion, run.deploy, run.undeploy, *release.COMMANDS, keys,
-    run.run, retrain, ablate, model.export, model.generate, run.verify, trace, report, gc, servers.doctor, servers.up,
-    servers.down, servers.status, sweep, servers.demo,
+    run.run, retrain, ablate, model.export, model.generate, run.verify, trace, report, top, metrics, gc,
+    servers.doctor, servers.up, servers.down, servers.status, sweep, servers.demo,
 )  # fmt: skip
 for command in COMMANDS:
     if isinstance(command, typer.Typer):

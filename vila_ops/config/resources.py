@@ -201,6 +201,11 @@ class TrainResources(Config):
         own = self.stages[name].model_dump(exclude_none=True) if name in self.stages else {}
         return self.with_changes({"stages": {}, **own})
 
+    def price_per_hour(self) -> float | None:
+        """Price of all workers' accelerators; None where none is named or its price is not known."""
+        price = self.accelerator.price_per_hour if self.accelerator else 0.0
+        return price * self.num_workers or None
+
     def by_stage(self) -> "dict[str, TrainResources | StageResources]":
         """These resources and those of each stage, by the words that name them in an error."""
         return {"": self, **{f" of stage {name!r}": own for name, own in self.stages.items()}}

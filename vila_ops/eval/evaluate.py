@@ -23,6 +23,7 @@ from vila_ops.artifacts.kinds import (
     Pretrained,
 )
 from vila_ops.artifacts.leases import hold
+from vila_ops.artifacts.progress import Reporter
 from vila_ops.cluster import device_on
 from vila_ops.config import NO_CONTEXT, OfficialSuite, Resources, RunContext, Suite
 from vila_ops.config.base import fingerprint
@@ -239,15 +240,28 @@ def _measure_missing(job: EvalJob) -> list[dict[str, Any]]:
     with closing(_workers(job.with_changes({"resources.storage.store": store.root_of(root)}))) as workers:
         sizes = {name: workers.plan(name) for name in missing}
         for name in missing:
-            with hold(job.address(name), store=root):
+            with hold(job.address(name), store=root) as lease:
                 if job.result(name) is not None:
                     continue
+                lease.report = reporter = _reporter(job, name)
                 pending, progress = workers.pending(name), Progress(name, sizes[name])
                 progress.start(pending)
+                reporter.begin(progress.done, sum(sizes[name]))
                 for shard in workers.answer_all(name, pending):
                     progress.advance(shard)
+                    reporter.advance(progress.done)
                 ran = [workers.conclude(name)]
     return ran
+
+
+def _reporter(job: EvalJob, name: str) -> Reporter:
+    """Of one benchmark. An endpoint's accelerators are not ours."""
+    workers = job.resources.evaluate.num_workers
+    accelerator = None if isinstance(job.model, Endpoint) else job.resources.train.accelerator
+    price = accelerator.price_per_hour * workers if accelerator else 0.0
+    return Reporter(
+        "evaluate", f"{_name_of(job.model)}: {name}", unit="requests", workers=workers, price_per_hour=price or None
+    )
 
 
 def _ask_again(job: EvalJob, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -300,12 +314,12 @@ class Progress:
 
     def start(self, pending: Sequence[int]) -> None:
         """Begin with the shards that are not sealed."""
-        self._reused = self._done = sum(self._sizes) - sum(self._sizes[shard] for shard in pending)
+        self._reused = self.done = sum(self._sizes) - sum(self._sizes[shard] for shard in pending)
         self._started = time.monotonic()
 
     def advance(self, shard: int) -> None:
         """Count a shard that was sealed."""
-        self._done += self._sizes[shard]
-        total, rate = sum(self._sizes), (self._done - self._reused) / max(time.monotonic() - self._started, 1e-6)
-        left = (total - self._done) / rate
-        log.info("%s: %d of %d requests, %.1f a second, %.0f s left", self._name, self._done, total, rate, left)
+        self.done += self._sizes[shard]
+        total, rate = sum(self._sizes), (self.done - self._reused) / max(time.monotonic() - self._started, 1e-6)
+        left = (total - self.done) / rate
+        log.info("%s: %d of %d requests, %.1f a second, %.0f s left", self._name, self.done, total, rate, left)

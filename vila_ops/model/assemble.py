@@ -10,6 +10,7 @@ from vila_ops.artifacts.execution import execution
 from vila_ops.artifacts.folders import folder_digest
 from vila_ops.artifacts.kinds import Pretrained
 from vila_ops.artifacts.leases import hold
+from vila_ops.artifacts.progress import Reporter
 from vila_ops.config import NO_CONTEXT, Model, Resources, RunContext
 from vila_ops.config.model import (
     HubLanguageModel,
@@ -34,7 +35,8 @@ def assemble(model: Model, resources: Resources, context: RunContext = NO_CONTEX
     at = address_of(model)
     if done := store.find(Pretrained, at, store=resources.storage.store):
         return done
-    with hold(at, store=resources.storage.store):
+    with hold(at, store=resources.storage.store) as lease:
+        lease.report = Reporter("assemble", f"{_label(model.vision_tower)} + {_label(model.language_model)}")
         return store.find(Pretrained, at, store=resources.storage.store) or _assemble(at, model, resources)
 
 

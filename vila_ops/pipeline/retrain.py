@@ -11,6 +11,7 @@ from pathlib import Path
 from vila_ops.artifacts.kinds import Dataset, Deployment, ModelVersion
 from vila_ops.artifacts.leases import hold
 from vila_ops.artifacts.listing import of_digest
+from vila_ops.artifacts.progress import Reporter
 from vila_ops.artifacts.store import Address
 from vila_ops.config import NO_CONTEXT, Run, RunContext
 from vila_ops.config.retrain import RetrainPolicy
@@ -110,7 +111,8 @@ def step(one: Retraining) -> DecisionRecord:
     """
     if one.run.resources.tracking.uri is None:
         raise ValueError("a retrained model is registered, and tracking.uri is not set; set it in the resources")
-    with hold(Address("retrain", one.run.recipe.name, None, ()), store=one.root):
+    with hold(Address("retrain", one.run.recipe.name, None, ()), store=one.root) as lease:
+        lease.report = Reporter("retrain", one.run.recipe.name)
         return _next(one)
 
 

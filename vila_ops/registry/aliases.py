@@ -4,6 +4,7 @@ A version is its number in the registry; None stands for an alias that points no
 """
 
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Literal, get_args
 
 from vila_ops.artifacts.kinds import Checkpoint, ModelVersion
@@ -32,6 +33,10 @@ class Move(Config):
     reason: str
     aliases: dict[Alias, int]
     """Where the aliases point after it, without those that point nowhere."""
+
+    def time(self) -> datetime:
+        """When it was made."""
+        return datetime.fromisoformat(self.when)
 
 
 class AliasRecord(Config):

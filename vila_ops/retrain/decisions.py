@@ -1,6 +1,6 @@
 """Decisions about retraining as sealed artifacts, with the rule that decided and every number: they are its history."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Literal, get_args
 
@@ -80,11 +80,16 @@ def history(name: str, *, root: str) -> list[tuple[str, DecisionRecord]]:
     Raises CorruptArtifact.
     """
     listed = [
-        (str(manifest["digest"]), DecisionRecord.model_validate(manifest["recipe"]))
+        (str(manifest["digest"]), record_of(manifest))
         for _, manifest in manifests(Decision, store=root)
         if manifest["facts"]["name"] == name
     ]
     return sorted(listed, key=lambda one: (one[1].when, SUBJECTS.index(one[1].subject), one[0]))
+
+
+def record_of(manifest: Mapping[str, Any]) -> DecisionRecord:
+    """The content of a decision with this manifest."""
+    return DecisionRecord.model_validate(manifest["recipe"])
 
 
 def spent(records: Sequence[DecisionRecord], *, days: float, when: datetime) -> Spent:

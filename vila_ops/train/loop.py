@@ -99,6 +99,7 @@ def _train(
     if step == 0:
         curve.append({"step": 0, "validation_loss": validate(engine, accumulator, batches, watchdog, step=0).loss})
     metrics_logger = MetricsLogger(job, metrics, device, step=step, num_steps=num_steps) if is_first else None
+    watchdog.metrics = metrics_logger.newest if metrics_logger else {}
 
     while step < num_steps:
         watchdog.heartbeat(step, "train")
@@ -121,6 +122,8 @@ def _train(
             curve[-1]["validation_loss"] = validation.loss
             if metrics_logger:
                 metrics_logger.log_validation(step, validation)
+        if metrics_logger:
+            watchdog.metrics = {**metrics_logger.newest, **checkpointer.saved_at}
         if step < num_steps and (step % stage.save_every == 0 or notice.given):
             watchdog.heartbeat(step, "save")
             checkpointer.save(step, engine.state(), curve)

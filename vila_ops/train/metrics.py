@@ -35,6 +35,7 @@ from vila_ops.plan.shapes import Shapes, shapes_of
 from vila_ops.tracking import MetricLog
 from vila_ops.train.batch_builder import BatchBuilder
 from vila_ops.train.job import TrainJob
+from vila_ops.train.progress import FIRST_STEP, NUM_STEPS
 
 log = logging.getLogger(__name__)
 
@@ -151,6 +152,8 @@ class MetricsLogger:
         self.stage, self.resources, self.metrics = job.stage, job.resources, metrics
         self.first_step, self.num_steps = step, num_steps
         self.metrics.log_once({"num_steps": num_steps}, step=step)
+        self.newest: dict[str, float] = {NUM_STEPS: num_steps, FIRST_STEP: step}
+        """The last value of each metric."""
         self.device = device
         reset_peak_bytes(device)  # drops the peak of an earlier stage in this process
         self.on_terminal = sys.stderr.isatty()
@@ -186,12 +189,15 @@ class MetricsLogger:
                 values["train/mfu"] = totals.flops / seconds / (accelerator.peak_tflops * 1e12 * number)
             values["train/cost"] = accelerator.price_per_hour * number * (now - self.started) / 3600
         self.metrics.log_once(values, step=step)
+        self.newest = {**self.newest, **values}
         self._show_progress(step, values)
 
     def log_validation(self, step: int, totals: StepMetrics) -> None:
         """Log a validation after `step` steps. Its time does not count as time of a step."""
         source_losses = {f"validation_loss/{source}": mean for source, mean in totals.source_losses.items()}
-        self.metrics.log_once({"validation_loss": totals.loss, **source_losses}, step=step)
+        values = {"validation_loss": totals.loss, **source_losses}
+        self.metrics.log_once(values, step=step)
+        self.newest = {**self.newest, **values}
         self.last = time.monotonic()
 
     def _show_progress(self, step: int, values: dict[str, float]) -> None:

@@ -14,7 +14,7 @@ from vila_ops import tracking
 from vila_ops.artifacts import attempts, store
 from vila_ops.artifacts.execution import execution
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, Pretrained
-from vila_ops.artifacts.leases import hold
+from vila_ops.artifacts.leases import Lease, hold
 from vila_ops.cluster import whoami
 from vila_ops.config import NO_CONTEXT, Model, Resources, RunContext, Stage
 from vila_ops.model.projectors import plugin_of
@@ -22,6 +22,7 @@ from vila_ops.train.checkpoint.storage import remove_all
 from vila_ops.train.checkpoint.unfinished import resume_folders, write_label
 from vila_ops.train.checks import check_inputs, check_quantised
 from vila_ops.train.job import JobPayload, RankInfo, StageInputs, TrainJob
+from vila_ops.train.progress import StageReport
 
 REVISION = 8
 PLACES = ("name", "path", "tokenizer")
@@ -55,8 +56,8 @@ def train_stage(
         return done
     if resources.launch == "ray_job":
         return _train_as_job(at, inputs)
-    with hold(at, store=resources.storage.store):
-        return store.find(Checkpoint, at, store=resources.storage.store) or _train_here(at, inputs)
+    with hold(at, store=resources.storage.store) as lease:
+        return store.find(Checkpoint, at, store=resources.storage.store) or _train_here(at, inputs, lease)
 
 
 def address_of(inputs: StageInputs) -> store.Address:
@@ -134,8 +135,8 @@ def _recorded(model: Model, root: str) -> dict[str, Any] | None:
     return None if absolute and "://" in root else settings
 
 
-def _train_here(at: store.Address, inputs: StageInputs) -> Checkpoint:
-    """Train and seal. The caller holds the lease."""
+def _train_here(at: store.Address, inputs: StageInputs, lease: Lease) -> Checkpoint:
+    """Train and seal, while the lease is held."""
     stage, data, init, resources = inputs.stage, inputs.data, inputs.init, inputs.resources
     check_inputs(inputs)
     for parent in (data, init):
@@ -162,7 +163,9 @@ def _train_here(at: store.Address, inputs: StageInputs) -> Checkpoint:
                 run_id=run_id,
                 fresh_projector=_is_fresh(inputs),
             )
+            lease.report = report = StageReport(stage, resources, job.diagnostics())
             workers = _run_workers(job)
+            report.end(workers[0]["steps"])
     checkpoint = store.seal(
         Checkpoint,
         at,

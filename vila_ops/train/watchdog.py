@@ -60,6 +60,8 @@ class StepWatchdog:
         self._limits = job.resources.train.watchdog
         self._step_seconds: deque[float] = deque(maxlen=STEPS)
         self._heartbeat = Heartbeat(0, "load", time.monotonic(), float("inf"))
+        self.metrics: dict[str, float] = {}
+        """The newest metrics of the loop, which the heartbeat file has too."""
         self._alive = 0.0
         """Time of the last `alive`, of time.monotonic()."""
         self._ended = threading.Event()
@@ -111,6 +113,7 @@ class StepWatchdog:
         status = {
             "time": time.time(), "step": heartbeat.step, "phase": heartbeat.phase, "seconds_in_phase": round(waited, 1),
             "pid": os.getpid(), "host": socket.gethostname(),
+            "metrics": {name: float(value) for name, value in self.metrics.items()},
         }  # fmt: skip
         draft = self._heartbeat_file().with_suffix(".draft")
         try:
@@ -148,4 +151,9 @@ class StepWatchdog:
         log.error("%s: %s", path, path.read_text())
 
     def _heartbeat_file(self) -> Path:
-        return self.folder / f"rank-{self.rank_info.rank:03d}.heartbeat.json"
+        return heartbeat_file(self.folder, self.rank_info.rank)
+
+
+def heartbeat_file(folder: Path, rank: int) -> Path:
+    """The file of a rank's heartbeat in a stage's diagnostics."""
+    return folder / f"rank-{rank:03d}.heartbeat.json"

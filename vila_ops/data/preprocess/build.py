@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import RawScan, Shard, Survey
+from vila_ops.artifacts.progress import Reporter
 from vila_ops.config import Mixture, Resources, Source, TextFormat
 from vila_ops.data import sources
 from vila_ops.data.preprocess.card import CARD, card
@@ -53,7 +54,13 @@ class Built(NamedTuple):
 
 
 def build(
-    mixture: Mixture, text: TextFormat, resources: Resources, *, folder: Path, digests: Mapping[str, str]
+    mixture: Mixture,
+    text: TextFormat,
+    resources: Resources,
+    *,
+    folder: Path,
+    digests: Mapping[str, str],
+    reporter: Reporter,
 ) -> Built:
     """Write every shard that is not sealed yet, and write index, drops, summary and card of the dataset to `folder`.
 
@@ -76,7 +83,7 @@ def build(
     job = ShardJob(mixture=mixture, text=text, cache=str(cache), store=root, known=known)
     drops, surveys = survey(job, units, against, resources)
     tasks = [UnitTask(job=job, unit=unit, drops=drops.get(number, ())) for number, unit in enumerate(units)]
-    shards = _write(tasks, resources)
+    shards = _write(tasks, resources, reporter)
     named = {
         shard_name(task.unit.source, shard.uri.rpartition("/")[2]): (shard, SHARD)
         for task, shard in zip(tasks, shards, strict=True)
@@ -122,13 +129,18 @@ def _units(name: str, raw: list[RawFile], mixture: Mixture, text: TextFormat) ->
     )
 
 
-def _write(tasks: list[UnitTask], resources: Resources) -> list[Shard]:
+def _write(tasks: list[UnitTask], resources: Resources, reporter: Reporter) -> list[Shard]:
     """The sealed shards, in order; only missing shards are written."""
     sealed = at_once(lambda task: store.find(Shard, shard_address(task), store=task.job.store), tasks)
     missing = [number for number, shard in enumerate(sealed) if shard is None]
     if missing:
         log.info("%s: %d of %d shards to write", tasks[0].job.mixture.name, len(missing), len(tasks))
-    written = each(write_shard, [tasks[number] for number in missing], makes=Shard, resources=resources)
+    num_sealed = len(tasks) - len(missing)
+    reporter.begin(num_sealed, len(tasks))
+    written = each(
+        write_shard, [tasks[number] for number in missing], makes=Shard, resources=resources,
+        told=lambda done: reporter.advance(num_sealed + done),
+    )  # fmt: skip
     fresh = dict(zip(missing, written, strict=True))
     return [shard or fresh[number] for number, shard in enumerate(sealed)]
 

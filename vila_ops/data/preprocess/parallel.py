@@ -21,14 +21,25 @@ Answer = TypeVar("Answer")
 
 
 def each(
-    work: Callable[[Job], Result], jobs: Sequence[Job], *, makes: type[Result], resources: Resources
+    work: Callable[[Job], Result],
+    jobs: Sequence[Job],
+    *,
+    makes: type[Result],
+    resources: Resources,
+    told: Callable[[int], object] = lambda _: None,
 ) -> list[Result]:
     """The result of `work`, a module-level function, for each job, in order; on Ray `prepare.num_workers` run at once.
 
+    `told` is called with the number of jobs that are done, whenever one more is.
+
     Raises the final error of `work`, wherever it runs; if several jobs fail on Ray, the first that is received.
     """
+    made: list[Result] = []
     if resources.launch == "inline" or not jobs:
-        return [work(one) for one in jobs]
+        for one in jobs:
+            made.append(work(one))
+            told(len(made))
+        return made
     import ray.data
 
     connect(resources)
@@ -43,6 +54,7 @@ def each(
         if not row["is_made"]:
             raise RemoteError.from_json(row["output"]).rebuilt()
         results[int(row["number"])] = makes.model_validate_json(row["output"])
+        told(len(results))
     return [results[number] for number in range(len(jobs))]
 
 

@@ -10,6 +10,7 @@ from vila_ops.artifacts import attempts, store
 from vila_ops.artifacts.execution import execution
 from vila_ops.artifacts.kinds import Dataset
 from vila_ops.artifacts.leases import hold
+from vila_ops.artifacts.progress import Reporter
 from vila_ops.config import NO_CONTEXT, Mixture, Resources, RunContext, TextFormat, fingerprint
 from vila_ops.data.preprocess.identity import (
     SHARD_REVISION,
@@ -43,12 +44,14 @@ def prepare(mixture: Mixture, text: TextFormat, resources: Resources, context: R
     at, root, folder = address_of(mixture, text, resources), resources.storage.store, _folder(mixture, resources)
     done = store.find(Dataset, at, store=root)
     if done is None:
-        with hold(at, store=root):
+        with hold(at, store=root) as lease:
+            reporter = Reporter("prepare", mixture.name, unit="shards", workers=resources.prepare.num_workers)
+            lease.report = reporter
             versioned = store.find_in(Dataset, at, str(folder))
             if versioned is not None:
                 done = attempts.keep(versioned, at, store=root)
             else:
-                done = store.find(Dataset, at, store=root) or _prepare(at, mixture, text, resources)
+                done = store.find(Dataset, at, store=root) or _prepare(at, mixture, text, resources, reporter)
     manifest = store.find_manifest(str(folder))
     if manifest and manifest["address"] == f"{at.kind}/{at.key}" and manifest["digest"] != done.digest:
         raise ValueError(
@@ -122,12 +125,14 @@ def _why_not(manifest: dict[str, Any] | None, mixture: Mixture, text: TextFormat
     return f"was prepared {' and '.join(differing or [OTHER['made_by']])}"
 
 
-def _prepare(at: store.Address, mixture: Mixture, text: TextFormat, resources: Resources) -> Dataset:
+def _prepare(
+    at: store.Address, mixture: Mixture, text: TextFormat, resources: Resources, reporter: Reporter
+) -> Dataset:
     from vila_ops.data.preprocess import build  # heavy: Ray, tokenizer, images
 
     started = time.monotonic()
     with attempts.attempt(at, store=resources.storage.store) as attempt:
-        built = build.build(mixture, text, resources, folder=attempt, digests=at.recipe["sources"])
+        built = build.build(mixture, text, resources, folder=attempt, digests=at.recipe["sources"], reporter=reporter)
     facts = {key: built.summary[key] for key in ("num_samples", "num_tokens")}
     ran = execution(launch=resources.launch, seconds=time.monotonic() - started, ran=built.workers)
     surveys = {SURVEYS: sorted(survey.uri.rpartition("/")[2] for survey in built.surveys)}

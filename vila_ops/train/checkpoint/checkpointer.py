@@ -26,6 +26,7 @@ from vila_ops.train.checkpoint.ranks import Ranks
 from vila_ops.train.checkpoint.storage import CheckpointStorage, storage_of
 from vila_ops.train.engine import State, TrainEngine
 from vila_ops.train.job import RankInfo
+from vila_ops.train.progress import CHECKPOINT
 
 FORMAT = 1
 Curve = list[dict[str, Any]]
@@ -47,6 +48,8 @@ class Checkpointer:
     def __init__(self, resume: str, rank_info: RankInfo, resources: Resources, *, live: bool) -> None:
         self.stall_seconds = 0.0
         """Seconds that the loop has waited for checkpoints so far."""
+        self.saved_at: dict[str, float] = {}
+        """When this attempt last sealed a checkpoint, in seconds since 1970, by the name that a heartbeat gives it."""
         self._rank_info, self._keep, self._live = rank_info, resources.train.keep, live
         self._storage = storage_of(resume)
         self._ranks = Ranks(rank_info, timeout_seconds=resources.train.network.timeout_seconds)
@@ -154,6 +157,7 @@ class Checkpointer:
             if first:
                 self._storage.discard(draft)
             raise
+        self.saved_at = {CHECKPOINT: time.time()}
         self._ranks.run_on_all(lambda: self._remove_old(step, curve) if first else None)
 
     def _remove_old(self, step: int, curve: Curve) -> None:

@@ -1,0 +1,212 @@
+"""What Prometheus gets from a store: values by hand, and every metric on the page."""
+
+import re
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+from typer.testing import CliRunner
+
+from vila_ops.artifacts.kinds import Checkpoint, ModelVersion
+from vila_ops.artifacts.leases import hold
+from vila_ops.artifacts.progress import ProgressRecord
+from vila_ops.artifacts.store import Address
+from vila_ops.cli import app
+from vila_ops.monitoring import exporter
+from vila_ops.monitoring.exporter import METRICS, registry_of, server_of
+from vila_ops.registry import alias_register
+from vila_ops.retrain import decisions
+from vila_ops.retrain.decide import Decided, Evidence, Spent
+from vila_ops.retrain.drift import Drift
+
+PAGE = Path(__file__).parents[2] / "docs/monitoring.md"
+TRAINED = {
+    "loss": 2.5, "loss/pairs": 2.25, "validation_loss": 2.75, "validation_loss/pairs": 2.625, "grad_norm": 0.5,
+    "learning_rate/projector": 0.001, "seconds_per_step": 2.0, "train/tokens_per_s": 1000.0,
+    "train/target_tokens_per_s": 400.0, "train/padding_fraction": 0.125, "train/mfu": 0.375, "train/cost": 0.5,
+    "data/wait_fraction": 0.0625, "ckpt/stall_s": 0.25, "ckpt/saved_at": 1900.0, "memory/peak_rss_gib": 1.5,
+    "num_steps": 48.0,
+}  # fmt: skip
+LABELS = {"task": "train_stage", "name": "align", "address": "000000000000", "host": "node-1"}
+DRIFT = Drift(
+    stream="images", before=100, now=100, mmd2=0.1, p_value=0.001, level=0.01, effect=0.25, psi=0.3, psi_by_chance=0.1,
+    drifted=True,
+)  # fmt: skip
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[str]:
+    """A stage that trains, one that is done, a champion, and two decisions."""
+    place = str(tmp_path / "store")
+    told = ProgressRecord(
+        task="train_stage", name="align", host="node-1", began=1000.0, advanced=2000.0, done=12, total=48, unit="steps",
+        workers=2, price_per_hour=8.0, metrics=TRAINED,
+    )  # fmt: skip
+    with hold(Address("checkpoint", "1" * 32, None, ()), store=place) as done:
+        done.report = lambda: told.with_changes({"name": "earlier"})
+    checkpoint = Checkpoint(uri=f"{place}/checkpoint/3", digest="3" * 64, stage="align", step=3)
+    version = ModelVersion(name="vila", version=3, checkpoint=checkpoint, promoted=True)
+    alias_register.move("vila", {"champion": version}, over=None, reason="test", store=place)
+    for day, verdict in ((5, "not now"), (12, "retrain")):
+        when = datetime(2026, 1, day, tzinfo=UTC)
+        decided = Decided(verdict=verdict, rule="drift", reason="r", change="", checks=())
+        evidence = Evidence(spent=Spent(), drift=(DRIFT,) if day == 12 else ())
+        record = decisions.DecisionRecord(
+            name="demo", subject="retrain", when=when, window=when, trigger="schedule", decided=decided, policy={},
+            evidence=evidence,
+        )  # fmt: skip
+        decisions.seal(record, root=place)
+    with hold(Address("checkpoint", "0" * 32, None, ()), store=place) as lease:
+        lease.report = lambda: told
+        lease.heartbeat()
+        yield place
+
+
+def read(text: str) -> Samples:
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def samples_of(store: str) -> Samples:
+    return read(generate_latest(registry_of(store)).decode())
+
+
+def only(samples: Samples, name: str, **labels: str) -> float:
+    return samples[name, frozenset(labels.items())]
+
+
+def test_a_running_stage_has_its_progress_and_its_newest_metrics(store: str) -> None:
+    samples = samples_of(store)
+    expected: dict[str, tuple[dict[str, str], float]] = {
+        "vila_task_state": ({"state": "running"}, 1),
+        "vila_task_done": ({"unit": "steps"}, 12),
+        "vila_task_total": ({"unit": "steps"}, 48),
+        "vila_task_began_timestamp_seconds": ({}, 1000),
+        "vila_task_advanced_timestamp_seconds": ({}, 2000),
+        "vila_task_workers": ({}, 2),
+        "vila_train_loss": ({}, 2.5),
+        "vila_train_source_loss": ({"source": "pairs"}, 2.25),
+        "vila_train_validation_loss": ({}, 2.75),
+        "vila_train_source_validation_loss": ({"source": "pairs"}, 2.625),
+        "vila_train_grad_norm": ({}, 0.5),
+        "vila_train_learning_rate": ({"part": "projector"}, 0.001),
+        "vila_train_step_seconds": ({}, 2),
+        "vila_train_tokens_per_second": ({}, 1000),
+        "vila_train_target_tokens_per_second": ({}, 400),
+        "vila_train_padding_ratio": ({}, 0.125),
+        "vila_train_mfu_ratio": ({}, 0.375),
+        "vila_train_data_wait_ratio": ({}, 0.0625),
+        "vila_train_checkpoint_stall_seconds": ({}, 0.25),
+        "vila_train_checkpoint_timestamp_seconds": ({}, 1900),
+        "vila_train_peak_memory_bytes": ({}, 1.5 * 2**30),
+    }
+    for name, (labels, value) in expected.items():
+        assert only(samples, name, **LABELS, **labels) == value, name
+    assert only(samples, "vila_task_cost", **LABELS) > 8.0 * 1000 / 3600, "until now"
+    of_it = {name for name, labels in samples if LABELS.items() <= dict(labels).items()}
+    assert of_it == {*expected, "vila_task_cost"}
+
+
+def test_a_stage_that_ended_keeps_its_state_and_not_its_loss(store: str) -> None:
+    ended = {**LABELS, "name": "earlier", "address": "1" * 12}
+    samples = samples_of(store)
+    assert only(samples, "vila_task_state", **ended, state="done") == 1
+    assert only(samples, "vila_task_cost", **ended) == pytest.approx(8.0 * 1000 / 3600)
+    assert not [name for name, labels in samples if ended.items() <= dict(labels).items() and "train" in name]
+
+
+def test_models_and_decisions(store: str) -> None:
+    samples = samples_of(store)
+    assert only(samples, "vila_model_version", model="vila", alias="champion") == 3
+    assert only(samples, "vila_model_moves_total", model="vila") == 1
+    moved = datetime.fromisoformat(alias_register.read("vila", store=store).history[0].when).timestamp()
+    assert only(samples, "vila_model_moved_timestamp_seconds", model="vila") == moved
+    for day, verdict in ((5, "not now"), (12, "retrain")):
+        labels = {"recipe": "demo", "subject": "retrain", "verdict": verdict}
+        assert only(samples, "vila_retrain_decisions_total", **labels) == 1
+        when = datetime(2026, 1, day, tzinfo=UTC).timestamp()
+        assert only(samples, "vila_retrain_decision_timestamp_seconds", **labels) == when
+    assert only(samples, "vila_retrain_new_samples", recipe="demo") == 0
+    assert only(samples, "vila_retrain_drift_effect", recipe="demo", stream="images") == 0.25
+    assert only(samples, "vila_retrain_drifted", recipe="demo", stream="images") == 1
+
+
+def test_what_cannot_be_read_is_said_and_hides_nothing_else(store: str) -> None:
+    for version in (Path(store) / "registry/vila").iterdir():
+        version.write_text("{")
+    samples = samples_of(store)
+    parts = {dict(labels)["part"]: value for (name, labels), value in samples.items() if name.endswith("readable")}
+    assert parts == {"tasks": 1, "models": 0, "decisions": 1}
+    assert only(samples, "vila_train_loss", **LABELS) == 2.5
+
+
+def test_the_page_has_every_metric_with_its_labels() -> None:
+    rows = re.findall(r"^\| `(vila_\w+)` \| ([^|]*) \|", PAGE.read_text(), re.MULTILINE)
+    shown = {name: tuple(re.findall(r"`(\w+)`", labels)) for name, labels in rows}
+    own = {name: tuple(one for one in labels if one not in exporter.TASK) for name, (labels, _) in METRICS.items()}
+    assert shown == own
+
+
+@pytest.fixture
+def scrape(store: str) -> Iterator[Any]:
+    """Asks a server with a token."""
+    with server_of(registry_of(store), "127.0.0.1", 0, token="secret") as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        yield lambda path, **headers: httpx.get(f"{url}{path}", headers=headers, trust_env=False)
+        server.shutdown()
+        thread.join()
+
+
+def test_a_scrape_brings_the_token(scrape: Any) -> None:
+    assert scrape("/metrics").status_code == 401
+    assert scrape("/metrics", Authorization="Bearer other").status_code == 401
+    assert scrape("/", Authorization="Bearer secret").status_code == 404
+    answer = scrape("/metrics", Authorization="Bearer secret")
+    assert answer.status_code == 200
+    assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    assert only(read(answer.text), "vila_train_loss", **LABELS) == 2.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--listen", "0.0.0.0:9464"], "0.0.0.0 is reached from other machines; set VILA_METRICS_TOKEN"),
+        (["--listen", "9464"], "--listen '9464' is not HOST:PORT, such as 127.0.0.1:9464"),
+        (["--listen", "127.0.0.1:9464", "--out", "a.prom"], "give one of them"),
+    ],
+)
+def test_a_wrong_option_is_told_before_anything_is_read(
+    options: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(exporter.TOKEN, raising=False)
+    told = CliRunner().invoke(app, ["metrics", *options])
+    assert isinstance(told.exception, ValueError)
+    assert message in str(told.exception)
+
+
+def test_the_command_prints_them_or_writes_a_file(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resources, out = tmp_path / "resources.yaml", tmp_path / "vila.prom"
+    resources.write_text(f"launch: inline\nstorage: {{store: {store}}}\n")
+    told = CliRunner().invoke(app, ["metrics", "-r", str(resources)], catch_exceptions=False)
+    assert only(read(told.stdout), "vila_train_loss", **LABELS) == 2.5
+
+    def interrupt(seconds: float) -> None:
+        assert seconds == 15
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vila_ops.cli.metrics.time.sleep", interrupt)
+    told = CliRunner().invoke(app, ["metrics", "-r", str(resources), "--out", str(out)])
+    assert told.exit_code == 130
+    assert only(read(out.read_text()), "vila_train_loss", **LABELS) == 2.5

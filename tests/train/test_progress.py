@@ -1,0 +1,78 @@
+"""How far a stage is, as the holder of its lease hears it from rank 0."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vila_ops.artifacts import leases
+from vila_ops.artifacts.progress import ProgressRecord
+from vila_ops.config import Resources
+from vila_ops.config.resources import Accelerator
+from vila_ops.train import loop, watchdog
+from vila_ops.train.progress import StageReport
+from vila_ops.train.stage import train_stage
+
+CARD = Accelerator(name="a small one", memory_gib=1, peak_tflops=0.5, price_per_hour=7.2)
+
+
+def test_a_stage_that_trains_says_how_far_it_is_and_then_that_it_is_done(
+    bench: Any, make_stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = make_stage(bench.mixture)
+    accelerator = {"train.accelerator": CARD.model_dump()}
+    resources = bench.resources.with_changes({"storage.store": str(tmp_path / "store"), **accelerator})
+    monkeypatch.setattr(watchdog, "TICK_SECONDS", 0.01)
+    heard: list[ProgressRecord] = []
+    own = loop.save_model
+
+    def noted(engine: Any, job: Any, *rest: Any) -> None:
+        report, deadline = StageReport(stage, resources, job.diagnostics()), time.monotonic() + 600
+        while (told := report()).done < stage.num_steps or told.total is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        heard.append(told)
+        own(engine, job, *rest)
+
+    monkeypatch.setattr(loop, "save_model", noted)
+    trained = train_stage(stage, bench.model, bench.data, bench.init, resources)
+    (told,) = heard
+    assert (told.task, told.name, told.unit, told.done, told.total) == ("train_stage", "align", "steps", 8, 8)
+    assert (told.resumed, told.workers, told.price_per_hour) == (0, 1, 7.2)
+    curve = json.loads((Path(trained.uri) / json.loads(manifest_of(trained.uri))["data"] / "curve.json").read_text())
+    assert told.metrics["loss"] == float.fromhex(curve[-1]["loss"])
+    assert told.metrics["validation_loss"] == float.fromhex(curve[-1]["validation_loss"])
+    assert told.began <= told.metrics["ckpt/saved_at"] <= time.time()
+    (task,) = leases.tasks(str(tmp_path / "store"), since=0)
+    assert task.at == f"checkpoint/{Path(trained.uri).name}"
+    assert (task.record.outcome, task.progress.done, task.progress.total) == ("done", 8, 8)
+
+
+def manifest_of(uri: str) -> str:
+    return (Path(uri) / "manifest.json").read_text()
+
+
+def test_what_another_attempt_or_a_damaged_file_says_changes_nothing(
+    make_stage: Any, make_mixture: Any, tmp_path: Path
+) -> None:
+    report = StageReport(make_stage(make_mixture("pairs")), Resources(launch="inline"), tmp_path)
+    first, file = report(), tmp_path / "rank-000.heartbeat.json"
+    said = {
+        "time": time.time() + 5, "step": 3, "phase": "train", "seconds_in_phase": 2.0, "pid": 1, "host": "node-2",
+        "metrics": {"num_steps": 8.0, "first_step": 2.0, "loss": 2.5},
+    }  # fmt: skip
+    for wrong in ({**said, "time": first.began - 1}, {**said, "metrics": {"loss": float("nan")}}, {"time": 1e10}, []):
+        file.write_text(json.dumps(wrong))
+        assert report() == first
+    file.write_text(json.dumps(said)[:-1])
+    assert report() == first
+    file.write_text(json.dumps(said))
+    told = report()
+    assert (told.done, told.total, told.resumed, told.host) == (3, 8, 2, "node-2")
+    assert told.advanced == pytest.approx(said["time"] - 2)
+    file.unlink()
+    assert report() == told, "between two attempts of the workers"
+    report.end(8)
+    assert (report().done, report().total) == (8, 8)
