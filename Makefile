@@ -24,6 +24,12 @@ find_python = for python in "$(PYTHON)" python3 ""; do \
 	  if [ -z "$$python" ] || "$$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; \
 	  then break; fi; done
 
+# Prometheus and promtool beside Python, of Debian's package. It is not installed, since that would start a server.
+unpack_prometheus = ( folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && cd "$$folder" && \
+	  { apt-get download prometheus || { apt-get update && apt-get download prometheus; }; } && \
+	  dpkg-deb --extract prometheus_*.deb . && \
+	  install --mode 755 usr/bin/promtool usr/bin/prometheus "$(CURDIR)/$(BIN)" ) >/dev/null 2>&1
+
 .PHONY: help setup constraints test test-fast repeat lint types layers demo demo-long up down status faults bench gpu interop settings licences sbom format clean
 
 help: ## List the targets
@@ -50,6 +56,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	@echo "make setup: installing into .venv; this takes a minute or two"
 	@$(UV) pip install --quiet --python $(BIN)/python --compile-bytecode --constraint constraints.txt --editable '.[dev]'
+	@[ -x $(BIN)/prometheus ] || $(unpack_prometheus) || \
+	  echo "make setup: Debian's package prometheus was not found; tests of alerts and dashboards will be skipped"
 	@touch $@
 	@echo 'make setup: done; `export PATH="$(CURDIR)/.venv/bin:$$PATH"` lets a shell find its commands'
 
