@@ -24,7 +24,7 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelled
 
 from flows.events import telling_of_promotions
-from vila_ops import doctor
+from vila_ops import doctor, logs
 from vila_ops.artifacts import leases
 from vila_ops.artifacts.progress import Reporter
 from vila_ops.artifacts.store import root_of
@@ -43,6 +43,7 @@ def checked_run(recipe: str | Recipe, resources: str | Resources, overrides: tup
     """The run that the parameters of a flow ask for. Raises ValueError where what it needs is not there."""
     run = run_of(recipe, resources, overrides)
     logging.getLogger("vila_ops").setLevel(logging.INFO)  # Prefect gives the logger handlers, but no level
+    logs.adopt()
     doctor.refuse(run, doctor.services(run.resources))
     return run
 
@@ -63,7 +64,7 @@ def attempt(run: Run, work: Callable[[], R]) -> R | State[None]:
                 lease.report = Reporter("flow", f"{runtime.flow_run.flow_name} {run.recipe.name}")
                 with get_client(sync_client=True) as client:
                     client.update_flow_run_labels(UUID(flow_run), {LABEL: root_of(store)})
-                with telling_of_promotions(run):
+                with telling_of_promotions(run), logs.working_on(flow_run=flow_run):
                     return work()
         except (TerminationSignal, Preempted) as error:
             if not watchdog.cancelled:

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from typing import Any
 
+from vila_ops import logs
 from vila_ops.config import Resources
 from vila_ops.device import Device, choose, device_named, device_of
 from vila_ops.errors import ClusterFull, ClusterUnreachable
@@ -38,7 +39,7 @@ def connect(resources: Resources) -> None:
     try:
         ray.init(
             address=resources.ray_address,
-            runtime_env={"env_vars": {**ALLOCATOR, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}},
+            runtime_env={"env_vars": {**ALLOCATOR, "HF_HUB_DISABLE_PROGRESS_BARS": "1", **logs.environment()}},
             logging_level=logging.WARNING,
             log_to_driver=True,
         )
@@ -135,8 +136,7 @@ def take_own_gpu() -> None:
 
 def log_to_driver() -> None:
     """Send the log of this Ray worker to its standard output, which Ray forwards to the driver."""
-    logging.basicConfig(level=logging.WARNING, stream=sys.stdout, format="%(name)s: %(message)s", force=True)
-    logging.getLogger("vila_ops").setLevel(logging.INFO)
+    logs.configure(sys.stdout, text="%(name)s: %(message)s", force=True)
 
 
 def whoami() -> dict[str, Any]:

@@ -1,12 +1,15 @@
 """How far a stage is, as the holder of its lease hears it from rank 0."""
 
+import io
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from vila_ops import logs
 from vila_ops.artifacts import leases
 from vila_ops.artifacts.progress import ProgressRecord
 from vila_ops.config import Resources
@@ -19,7 +22,7 @@ CARD = Accelerator(name="a small one", memory_gib=1, peak_tflops=0.5, price_per_
 
 
 def test_a_stage_that_trains_says_how_far_it_is_and_then_that_it_is_done(
-    bench: Any, make_stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bench: Any, make_stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     stage = make_stage(bench.mixture)
     accelerator = {"train.accelerator": CARD.model_dump()}
@@ -37,8 +40,17 @@ def test_a_stage_that_trains_says_how_far_it_is_and_then_that_it_is_done(
         own(engine, job, *rest)
 
     monkeypatch.setattr(loop, "save_model", noted)
+    handler = logging.StreamHandler(io.StringIO())
+    handler.setFormatter(logs.JsonLines())
+    caplog.set_level(logging.INFO, "vila_ops")
+    logging.getLogger("vila_ops").addHandler(handler)
     trained = train_stage(stage, bench.model, bench.data, bench.init, resources)
+    logging.getLogger("vila_ops").removeHandler(handler)
     (told,) = heard
+    lines = [json.loads(line) for line in handler.stream.getvalue().splitlines()]
+    ids = {"task": "train_stage", "stage": "align", "address": Path(trained.uri).name, "rank": 0}
+    assert [ids.items() <= line.items() for line in lines if line["logger"] == "vila_ops.train.metrics"], lines
+    assert all(ids.items() <= line.items() for line in lines if line["logger"] == "vila_ops.train.metrics")
     assert (told.task, told.name, told.unit, told.done, told.total) == ("train_stage", "align", "steps", 8, 8)
     assert (told.resumed, told.workers, told.price_per_hour) == (0, 1, 7.2)
     curve = json.loads((Path(trained.uri) / json.loads(manifest_of(trained.uri))["data"] / "curve.json").read_text())

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from vila_ops import __version__
+from vila_ops import __version__, logs
 from vila_ops.cli import init, model, plan, release, run, servers
 from vila_ops.cli.ablate import ablate
 from vila_ops.cli.benchmark import benchmark
@@ -35,6 +35,7 @@ from vila_ops.errors import Preempted, VilaError
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as of a shell."""
+log = logging.getLogger(__name__)
 
 
 class _Program(TyperGroup):
@@ -90,16 +91,23 @@ def main() -> None:
     if not sys.stderr.isatty():  # a bar of transformers, redrawn for every percent, is noise in a log
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     over_progress = "\r\x1b[K" if sys.stderr.isatty() else ""  # a stage's progress line is rewritten in place
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format=f"{over_progress}%(message)s")
-    logging.getLogger("vila_ops").setLevel(logging.INFO)
     try:
+        logs.configure(sys.stderr, text=f"{over_progress}%(message)s")
         app(prog_name="vila-ops")
     except Preempted as error:
-        print(f"error: {message_of(error)}", file=sys.stderr)
+        _tell(message_of(error))
         raise SystemExit(os.EX_TEMPFAIL) from error
     except (VilaError, ValueError, OSError, RuntimeError) as error:
-        print(f"error: {message_of(error)}", file=sys.stderr)
+        _tell(message_of(error))
         raise SystemExit(1) from error
     except Exception as error:
-        print(f"error: {unexpected(error)}", file=sys.stderr)
+        _tell(unexpected(error))
         raise SystemExit(1) from error
+
+
+def _tell(error: str) -> None:
+    """Print an error, or log it where lines are JSON."""
+    if os.environ.get(logs.VARIABLE) == "json":
+        log.error("%s", error)
+    else:
+        print(f"error: {error}", file=sys.stderr)

@@ -27,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vila_ops import logs
 from vila_ops.data.loading.packing import PackedRow
 from vila_ops.device import on_accelerator, peak_bytes, reset_peak_bytes
 from vila_ops.model.vila import VilaForConditionalGeneration
@@ -156,7 +157,7 @@ class MetricsLogger:
         """The last value of each metric."""
         self.device = device
         reset_peak_bytes(device)  # drops the peak of an earlier stage in this process
-        self.on_terminal = sys.stderr.isatty()
+        self.on_terminal = sys.stderr.isatty() and not logs.as_json()
         self.stall_seconds = 0.0
         self.shown_at = float("-inf")
         self.started = self.last = time.monotonic()

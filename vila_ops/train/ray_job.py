@@ -12,6 +12,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from vila_ops import logs
 from vila_ops.errors import ClusterUnreachable, JobFailed, JobStopped, RemoteError
 from vila_ops.train.job import JobPayload
 
@@ -99,7 +100,7 @@ def _submit(client: JobSubmissionClient, key: str, payload: JobPayload) -> str:
         client.submit_job(
             entrypoint=ENTRYPOINT,
             submission_id=name,
-            runtime_env={"env_vars": {PAYLOAD_VARIABLE: payload.model_dump_json()}},
+            runtime_env={"env_vars": {PAYLOAD_VARIABLE: payload.model_dump_json(), **logs.environment()}},
             metadata={"stage": payload.stage.name, "address": key},
         )
     except RuntimeError:

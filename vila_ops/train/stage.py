@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vila_ops import tracking
+from vila_ops import logs, tracking
 from vila_ops.artifacts import attempts, store
 from vila_ops.artifacts.execution import execution
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, Pretrained
@@ -151,7 +151,8 @@ def _train_here(at: store.Address, inputs: StageInputs, lease: Lease) -> Checkpo
         params=stage.model_dump(mode="json"), tags=tags,
     ) as run_id:  # fmt: skip
         tracking.log_input(resources, run_id, data, name=stage.mixture.name, context="train")
-        with attempts.attempt(at, store=resources.storage.store) as attempt:
+        ids = logs.working_on(task="train_stage", stage=stage.name, address=at.key, mlflow_run=run_id)
+        with ids, attempts.attempt(at, store=resources.storage.store) as attempt:
             job = TrainJob(
                 stage=stage,
                 data=data,

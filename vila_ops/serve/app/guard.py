@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as AsgiScope
 
+from vila_ops import logs
 from vila_ops.artifacts.kinds import ModelVersion
 from vila_ops.config.resources import ServeResources
 from vila_ops.errors import CorruptArtifact
@@ -61,6 +62,7 @@ class Guard:
         headers = Headers(scope=scope)
         stated = headers.get("x-request-id", "")
         caller = Caller(stated if REQUEST_ID.fullmatch(stated) else uuid.uuid4().hex)
+        logs.REQUEST.set(caller.request_id)
         started, status = time.monotonic(), 499
 
         async def send_with_id(message: Message) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from vila_ops import logs
+
 HEADER_SECONDS = 10.0
 """Longest time from the first byte of a connection, or of its next request, to the end of the headers."""
 MAX_HEADER_BYTES = 64 * 2**10
@@ -101,4 +103,5 @@ class LimitedHttp(HttpToolsProtocol):
 
 def options() -> dict[str, Any]:
     """Options of uvicorn for this protocol."""
-    return {"http": LimitedHttp, "ws": "none", "access_log": False, "server_header": False}
+    own = {"http": LimitedHttp, "ws": "none", "access_log": False, "server_header": False}
+    return {**own, "log_config": None} if logs.as_json() else own  # else uvicorn writes text beside our lines

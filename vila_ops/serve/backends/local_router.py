@@ -8,6 +8,7 @@ import sys
 
 import uvicorn
 
+from vila_ops import logs
 from vila_ops.config import Resources
 from vila_ops.serve.backends.http_protocol import options
 from vila_ops.serve.backends.local_process import LocalProcess
@@ -22,7 +23,7 @@ so that none sends a request on a connection that is just being closed."""
 def main() -> None:
     """Listen at the address of the service."""
     name, resources, host, port = sys.argv[1:]
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure(sys.stderr, text="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     backend = LocalProcess(name, Resources.model_validate_json(resources))
     router = Router(backend.register, backend.stop, backend.metrics, HttpUpstream())
     uvicorn.run(
