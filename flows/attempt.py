@@ -24,7 +24,7 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelled
 
 from flows.events import telling_of_promotions
-from vila_ops import doctor, logs
+from vila_ops import doctor, logs, tracing
 from vila_ops.artifacts import leases
 from vila_ops.artifacts.progress import Reporter
 from vila_ops.artifacts.store import root_of
@@ -64,7 +64,8 @@ def attempt(run: Run, work: Callable[[], R]) -> R | State[None]:
                 lease.report = Reporter("flow", f"{runtime.flow_run.flow_name} {run.recipe.name}")
                 with get_client(sync_client=True) as client:
                     client.update_flow_run_labels(UUID(flow_run), {LABEL: root_of(store)})
-                with telling_of_promotions(run), logs.working_on(flow_run=flow_run):
+                name = f"{runtime.flow_run.flow_name} {run.recipe.name}"
+                with telling_of_promotions(run), tracing.work("flow", name, flow_run=flow_run):
                     return work()
         except (TerminationSignal, Preempted) as error:
             if not watchdog.cancelled:

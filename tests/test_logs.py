@@ -29,7 +29,7 @@ def written() -> Iterator[Lines]:
     """The JSON lines of the logger above."""
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(logs.JsonLines())
+    handler.setFormatter(logs.JsonFormatter())
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]

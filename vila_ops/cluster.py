@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from typing import Any
 
-from vila_ops import logs
+from vila_ops import logs, tracing
 from vila_ops.config import Resources
 from vila_ops.device import Device, choose, device_named, device_of
 from vila_ops.errors import ClusterFull, ClusterUnreachable
@@ -39,12 +39,16 @@ def connect(resources: Resources) -> None:
     try:
         ray.init(
             address=resources.ray_address,
-            runtime_env={"env_vars": {**ALLOCATOR, "HF_HUB_DISABLE_PROGRESS_BARS": "1", **logs.environment()}},
+            runtime_env={"env_vars": {**ALLOCATOR, "HF_HUB_DISABLE_PROGRESS_BARS": "1", **_environment()}},
             logging_level=logging.WARNING,
             log_to_driver=True,
         )
     except ConnectionError as error:
         raise _unreachable(str(resources.ray_address)) from error
+
+
+def _environment() -> dict[str, str]:
+    return {**logs.environment(), **tracing.environment()}
 
 
 def _check_listens(address: str) -> None:

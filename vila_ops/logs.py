@@ -35,7 +35,7 @@ def configure(stream: TextIO, *, text: str, level: int = logging.WARNING, force:
     Raises ValueError.
     """
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(JsonLines() if as_json() else logging.Formatter(text))
+    handler.setFormatter(JsonFormatter() if as_json() else logging.Formatter(text))
     logging.basicConfig(level=level, handlers=[handler], force=force)
     logging.getLogger("vila_ops").setLevel(logging.INFO)
 
@@ -44,7 +44,7 @@ def adopt() -> None:
     """Make the log JSON that another program, such as Prefect, has set up for this process, where that is asked for."""
     if as_json():
         for handler in logging.getLogger().handlers:
-            handler.setFormatter(JsonLines())
+            handler.setFormatter(JsonFormatter())
 
 
 def environment() -> dict[str, str]:
@@ -63,7 +63,7 @@ def working_on(**ids: str | int | None) -> Iterator[None]:
         _ids = before
 
 
-class JsonLines(logging.Formatter):
+class JsonFormatter(logging.Formatter):
     """One JSON object for each record."""
 
     def format(self, record: logging.LogRecord) -> str:

@@ -2,6 +2,7 @@
 
 import re
 import threading
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,7 +43,7 @@ def samples_of(store: str) -> Samples:
     return read(generate_latest(registry_of(store)).decode())
 
 
-def only(samples: Samples, name: str, **labels: str) -> float:
+def only(samples: Samples, name: str, /, **labels: str) -> float:
     return samples[name, frozenset(labels.items())]
 
 
@@ -167,7 +168,7 @@ def test_the_command_prints_them_or_writes_a_file(store: str, tmp_path: Path, mo
         assert seconds == 15
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vila_ops.cli.metrics.time.sleep", interrupt)
+    monkeypatch.setattr(time, "sleep", interrupt)
     told = CliRunner().invoke(app, ["metrics", "-r", str(resources), "--out", str(out)])
     assert told.exit_code == 130
     assert only(read(out.read_text()), "vila_train_loss", **LABELS) == 2.5

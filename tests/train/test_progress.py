@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from vila_ops import logs
+from vila_ops import logs, tracing
 from vila_ops.artifacts import leases
 from vila_ops.artifacts.progress import ProgressRecord
 from vila_ops.config import Resources
@@ -24,7 +27,7 @@ CARD = Accelerator(name="a small one", memory_gib=1, peak_tflops=0.5, price_per_
 def test_a_stage_that_trains_says_how_far_it_is_and_then_that_it_is_done(
     bench: Any, make_stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    stage = make_stage(bench.mixture)
+    started, stage = time.time(), make_stage(bench.mixture)
     accelerator = {"train.accelerator": CARD.model_dump()}
     resources = bench.resources.with_changes({"storage.store": str(tmp_path / "store"), **accelerator})
     monkeypatch.setattr(watchdog, "TICK_SECONDS", 0.01)
@@ -41,7 +44,7 @@ def test_a_stage_that_trains_says_how_far_it_is_and_then_that_it_is_done(
 
     monkeypatch.setattr(loop, "save_model", noted)
     handler = logging.StreamHandler(io.StringIO())
-    handler.setFormatter(logs.JsonLines())
+    handler.setFormatter(logs.JsonFormatter())
     caplog.set_level(logging.INFO, "vila_ops")
     logging.getLogger("vila_ops").addHandler(handler)
     trained = train_stage(stage, bench.model, bench.data, bench.init, resources)
@@ -56,7 +59,7 @@ def test_a_stage_that_trains_says_how_far_it_is_and_then_that_it_is_done(
     curve = json.loads((Path(trained.uri) / json.loads(manifest_of(trained.uri))["data"] / "curve.json").read_text())
     assert told.metrics["loss"] == float.fromhex(curve[-1]["loss"])
     assert told.metrics["validation_loss"] == float.fromhex(curve[-1]["validation_loss"])
-    assert told.began <= told.metrics["ckpt/saved_at"] <= time.time()
+    assert started <= told.metrics["ckpt/saved_at"] <= time.time()
     (task,) = leases.tasks(str(tmp_path / "store"), since=0)
     assert task.at == f"checkpoint/{Path(trained.uri).name}"
     assert (task.record.outcome, task.progress.done, task.progress.total) == ("done", 8, 8)
@@ -64,6 +67,30 @@ def test_a_stage_that_trains_says_how_far_it_is_and_then_that_it_is_done(
 
 def manifest_of(uri: str) -> str:
     return (Path(uri) / "manifest.json").read_text()
+
+
+def test_a_stage_has_a_span_for_each_step(
+    bench: Any, make_stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(ended))
+    monkeypatch.setattr(tracing, "_provider", lambda: provider)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://nowhere.invalid")
+    resources = bench.resources.with_changes({"storage.store": str(tmp_path)})
+    stage = make_stage(bench.mixture, num_steps=2)
+    with tracing.span("flow"):
+        trained = train_stage(stage, bench.model, bench.data, bench.init, resources)
+    *steps, rank, task, flow = ended.get_finished_spans()
+    assert [span.name for span in (rank, task, flow)] == ["train_stage align, rank 0", "train_stage align", "flow"]
+    assert [(span.name, span.attributes["vila.step"]) for span in steps] == [("training step", 1), ("training step", 2)]
+    assert task.parent.span_id == flow.context.span_id
+    assert rank.parent.span_id == task.context.span_id
+    assert {span.parent.span_id for span in steps} == {rank.context.span_id}
+    assert task.attributes == {"vila.task": "train_stage", "vila.stage": "align", "vila.address": name_of(trained.uri)}
+
+
+def name_of(uri: str) -> str:
+    return uri.rpartition("/")[2]
 
 
 def test_what_another_attempt_or_a_damaged_file_says_changes_nothing(

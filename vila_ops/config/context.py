@@ -10,6 +10,8 @@ class RunContext(Config):
     """MLflow run that is the parent of the tasks' runs."""
     links: dict[str, str] = {}
     """URLs of pages that belong to the run, such as Prefect's, by name."""
+    trace: str | None = None
+    """Span of OpenTelemetry that the work belongs to, as a `traceparent`, in a process that another one started."""
     command: str | None = None
     """Recipe and options of the user's command, for commands that messages suggest."""
 

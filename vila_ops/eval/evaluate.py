@@ -10,7 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
-from vila_ops import logs, tracking
+from vila_ops import tracing, tracking
 from vila_ops.artifacts import attempts, store
 from vila_ops.artifacts.execution import execution
 from vila_ops.artifacts.kinds import (
@@ -79,7 +79,7 @@ def evaluate(
             tracking.log_input(resources, run_id, data, name=suite.mixture.name, context="eval")
         for name, files in job.files.items():
             tracking.log_input(resources, run_id, files, name=name, context="eval")
-        with logs.working_on(task="evaluate", stage=stage, suite=suite.name, mlflow_run=run_id):
+        with tracing.work("evaluate", f"{stage} on {suite.name}", stage=stage, suite=suite.name, mlflow_run=run_id):
             report = _report(job, run_id)
     log.info("evaluated %s on %s", stage, suite.name)
     return report

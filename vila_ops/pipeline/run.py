@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
-from vila_ops import tracking
+from vila_ops import tracing, tracking
 from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, Deployment, EvalReport, ModelVersion, Pretrained
 from vila_ops.config import NO_CONTEXT, Config, Run, RunContext, TextFormat
@@ -114,5 +114,6 @@ def _tracked(run: Run, context: RunContext, flow_run: str | None) -> Iterator[Ru
 @contextmanager
 def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     began = time.monotonic()
-    yield
+    with tracing.work(name, ""):
+        yield
     seconds[name] = round(time.monotonic() - began, 3)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vila_ops import logs
+from vila_ops import tracing
 from vila_ops.artifacts.disk_faults import faults_named
 from vila_ops.artifacts.store import content, opened
 from vila_ops.config import Stage
@@ -60,11 +60,14 @@ CURVE = "curve.json"
 def train(job: TrainJob, rank_info: RankInfo) -> dict[str, Any]:
     """Train one stage to its end. Rank 0 writes the model into the attempt's folder. Returns the facts of this rank."""
     run_id = None if rank_info.rank else job.run_id
-    address = Path(job.resume).name
+    ids: dict[str, str | int | None] = {
+        "stage": job.stage.name,
+        "address": Path(job.resume).name,
+        "mlflow_run": job.run_id,
+        "rank": rank_info.rank,
+    }
     with (
-        logs.working_on(
-            task="train_stage", stage=job.stage.name, address=address, mlflow_run=job.run_id, rank=rank_info.rank
-        ),
+        tracing.work("train_stage", f"{job.stage.name}, rank {rank_info.rank}", parent=job.context.trace, **ids),
         StepWatchdog(job, rank_info) as watchdog,
         MetricLog(job.resources, run_id, system=SystemMetrics()) as metrics,
         DeviceFaults(job) as faults,

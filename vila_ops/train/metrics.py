@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vila_ops import logs
+from vila_ops import logs, tracing
 from vila_ops.data.loading.packing import PackedRow
 from vila_ops.device import on_accelerator, peak_bytes, reset_peak_bytes
 from vila_ops.model.vila import VilaForConditionalGeneration
@@ -191,6 +191,7 @@ class MetricsLogger:
             values["train/cost"] = accelerator.price_per_hour * number * (now - self.started) / 3600
         self.metrics.log_once(values, step=step)
         self.newest = {**self.newest, **values}
+        tracing.past("training step", seconds, {"vila.step": step, "vila.loss": totals.loss})
         self._show_progress(step, values)
 
     def log_validation(self, step: int, totals: StepMetrics) -> None:

@@ -13,6 +13,7 @@ from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, 
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
+from vila_ops import tracing
 from vila_ops.cluster import connect, device_on, gpu_label, log_to_driver, take_own_gpu, whoami
 from vila_ops.config import Resources
 from vila_ops.device import collectives
@@ -148,6 +149,7 @@ def _worker(config: dict[str, str]) -> None:
         return
     try:
         facts = {**train(job, rank_info), **whoami()}
+        tracing.flush()  # Ray ends the process soon
     except Exception as error:
         if GROUP_ENDED in str(error):
             raise WorkerLost("another worker was lost, and with it the process group of this one in a step") from error

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vila_ops import logs, tracking
+from vila_ops import tracing, tracking
 from vila_ops.artifacts import attempts, store
 from vila_ops.artifacts.execution import execution
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, Pretrained
@@ -151,14 +151,17 @@ def _train_here(at: store.Address, inputs: StageInputs, lease: Lease) -> Checkpo
         params=stage.model_dump(mode="json"), tags=tags,
     ) as run_id:  # fmt: skip
         tracking.log_input(resources, run_id, data, name=stage.mixture.name, context="train")
-        ids = logs.working_on(task="train_stage", stage=stage.name, address=at.key, mlflow_run=run_id)
-        with ids, attempts.attempt(at, store=resources.storage.store) as attempt:
+        ids: dict[str, str | int | None] = {"stage": stage.name, "address": at.key, "mlflow_run": run_id}
+        with (
+            tracing.work("train_stage", stage.name, parent=inputs.context.trace, **ids),
+            attempts.attempt(at, store=resources.storage.store) as attempt,
+        ):
             job = TrainJob(
                 stage=stage,
                 data=data,
                 init=init,
                 resources=resources,
-                context=inputs.context,
+                context=inputs.context.with_changes({"trace": tracing.carried()}),
                 attempt=str(attempt),
                 resume=resume,
                 run_id=run_id,
@@ -200,7 +203,8 @@ def _train_as_job(at: store.Address, inputs: StageInputs) -> Checkpoint:
     """Return the checkpoint that a Ray job seals. The job is this task under launch `ray`."""
     from vila_ops.train.ray_job import train_as_job
 
-    train_as_job(at.key, JobPayload.model_validate({**inputs.model_dump(), "working_directory": os.getcwd()}))
+    traced = inputs.with_changes({"context.trace": tracing.carried()})
+    train_as_job(at.key, JobPayload.model_validate({**traced.model_dump(), "working_directory": os.getcwd()}))
     if done := store.find(Checkpoint, at, store=inputs.resources.storage.store):
         return done
     raise ValueError(

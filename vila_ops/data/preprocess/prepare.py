@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vila_ops import logs
+from vila_ops import tracing
 from vila_ops.artifacts import attempts, store
 from vila_ops.artifacts.execution import execution
 from vila_ops.artifacts.kinds import Dataset
@@ -45,7 +45,10 @@ def prepare(mixture: Mixture, text: TextFormat, resources: Resources, context: R
     at, root, folder = address_of(mixture, text, resources), resources.storage.store, _folder(mixture, resources)
     done = store.find(Dataset, at, store=root)
     if done is None:
-        with logs.working_on(task="prepare", mixture=mixture.name, address=at.key), hold(at, store=root) as lease:
+        with (
+            tracing.work("prepare", mixture.name, mixture=mixture.name, address=at.key),
+            hold(at, store=root) as lease,
+        ):
             reporter = Reporter("prepare", mixture.name, unit="shards", workers=resources.prepare.num_workers)
             lease.report = reporter
             versioned = store.find_in(Dataset, at, str(folder))

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as AsgiScope
 
-from vila_ops import logs
+from vila_ops import logs, tracing
 from vila_ops.artifacts.kinds import ModelVersion
 from vila_ops.config.resources import ServeResources
 from vila_ops.errors import CorruptArtifact
@@ -75,14 +75,16 @@ class Guard:
             await send(message)
 
         scope.setdefault("state", {})["caller"] = caller
-        try:
-            self._check(scope, headers, caller)
-        except ApiError as error:
-            await JSONResponse(error.body(), error.status, error.headers)(scope, receive, send_with_id)
-        else:
-            await self._pass_on(scope, receive, send_with_id)
-        finally:
-            self._record(scope, caller, status, time.monotonic() - started)
+        with tracing.span(_span_name(scope), parent=headers.get("traceparent"), server=True) as note:
+            try:
+                self._check(scope, headers, caller)
+            except ApiError as error:
+                await JSONResponse(error.body(), error.status, error.headers)(scope, receive, send_with_id)
+            else:
+                await self._pass_on(scope, receive, send_with_id)
+            finally:
+                self._record(scope, caller, status, time.monotonic() - started)
+                note({**_of_answer(caller), "http.response.status_code": status, "vila.request": caller.request_id})
 
     async def _pass_on(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         """The answer of the app, or a neutral one if it fails before it answers.
@@ -180,6 +182,24 @@ def _scope_of(path: str) -> Scope | None:
     if path == "/metrics":
         return "metrics"
     return "chat" if path.startswith("/v1/") else None
+
+
+def _span_name(scope: AsgiScope) -> str:
+    """The method and, of a path that is ours, the path: names that clients choose would be too many."""
+    ours = scope["path"] in ("/v1/chat/completions", "/v1/models", "/v1/feedback", "/metrics", *PUBLIC)
+    return f"{scope['method']} {scope['path']}" if ours else str(scope["method"])
+
+
+def _of_answer(caller: Caller) -> dict[str, str | int]:
+    """What OpenTelemetry's conventions for generative AI say of an answer; never what was said."""
+    if "completion" not in caller.facts:
+        return {}
+    return {
+        "gen_ai.operation.name": "chat",
+        "gen_ai.response.id": caller.facts["completion"],
+        "gen_ai.usage.input_tokens": caller.facts["prompt_tokens"],
+        "gen_ai.usage.output_tokens": caller.facts["completion_tokens"],
+    }
 
 
 def _check_content(headers: Headers) -> None:
