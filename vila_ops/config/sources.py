@@ -14,6 +14,9 @@ Rendering = Literal["caption", "document", "questions", "conversation", "instruc
 """What records are rendered as: an image with its caption, an interleaved document, visual questions made from a
 caption, turns with images, text-only turns, or a word with its definition."""
 
+DocumentOrder = Literal["interleaved", "pairs", "image_first"]
+"""How a document's text and images become samples."""
+
 
 class SourceBase(Config):
     """The settings of every source."""
@@ -59,6 +62,8 @@ class GimpHelp(SourceBase):
 
     kind: Literal["gimp_help"] = "gimp_help"
     package: Package
+    order: DocumentOrder = Field(default="interleaved", exclude_if=lambda order: order == "interleaved")
+    """As for MMC4; a figure's sentence is the line before it, which is its title if it has one."""
 
 
 class GCompris(SourceBase):
@@ -149,7 +154,7 @@ class Mmc4(OwnFiles):
     images: str
     """Folder of the downloaded tars and manifests, one of each for every shard."""
     render: Literal["document"] = "document"
-    order: Literal["interleaved", "pairs", "image_first"] = "interleaved"
+    order: DocumentOrder = "interleaved"
     """interleaved is the paper's recipe; it is compared with pairs (a sample for each image with its sentence) and
     image_first (all images before the text)."""
     max_images: PositiveInt = 6

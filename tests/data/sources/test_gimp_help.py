@@ -76,3 +76,20 @@ def test_a_page_is_text_and_figures_in_reading_order(folders: dict[str, Path], r
             provenance=f"debian:gimp-help-en@2-1/{PAGES}/blur.html",
         )
     ]
+
+
+def test_the_orders_that_the_paper_compares_have_the_same_figures(folders: dict[str, Path], read_all: ReadAll):
+    ((first,),) = read_all(SOURCE.with_changes({"order": "image_first"}), folders)
+    assert isinstance(first, Record)
+    text = "Blur\nA blurred photo\nClick the icon, then drag.\nOne\nTwo\nThree\nLeft Right\nThe end of 2. things."
+    assert first.turns[0].parts == (Image(WIDE), Image(PHOTO), text)
+    (pairs,) = read_all(SOURCE.with_changes({"order": "pairs"}), folders)
+    assert [(one.id, one.object, one.turns[0].parts) for one in pairs if isinstance(one, Record)] == [
+        ("blur#0", "blur", (Image(WIDE), "A blurred photo")),
+        ("blur#1", "blur", (Image(PHOTO), "Left Right")),
+    ]
+
+
+def test_a_page_in_its_own_order_is_the_dataset_that_it_was():
+    assert "order" not in SOURCE.model_dump()
+    assert SOURCE.with_changes({"order": "pairs"}).model_dump()["order"] == "pairs"

@@ -1,8 +1,9 @@
 """The GIMP manual: XHTML pages as interleaved documents of text and figures."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import assert_never
 from xml.etree import ElementTree
 
 import PIL.Image
@@ -10,7 +11,7 @@ import PIL.Image
 from vila_ops.config.sources import GimpHelp
 from vila_ops.data.raw.files import Folders, RawFile, Span
 from vila_ops.data.records import Dropped, Image, Part, Record, Turn
-from vila_ops.data.sources.packaged import packages_as_file, provenance, read_keys
+from vila_ops.data.sources.packaged import packages_as_file, provenance
 
 PAGES = "usr/share/gimp/2.0/help/en"
 MIN_FIGURE_PIXELS = 64
@@ -36,25 +37,58 @@ def raw_files(source: GimpHelp, folders: Folders, *, cache: Path) -> list[RawFil
 
 
 def read(source: GimpHelp, folders: Folders, span: Span) -> Iterator[list[Record | Dropped]]:
-    """The record of each key."""
+    """The records of each key: one, or one for each figure."""
     folder = folders[source.package.name]
-    return read_keys(keys(folder), span, lambda key: _page(source, folder, key))
+    for number, key in enumerate(keys(folder)[span.start : span.stop], start=span.start):
+        yield _page(source, folder, key) if span.takes(number) else []
 
 
-def _page(source: GimpHelp, folder: Path, key: str) -> Record | Dropped:
-    """The page as one document."""
+def _page(source: GimpHelp, folder: Path, key: str) -> list[Record | Dropped]:
+    """The page as one document, or as pairs."""
     root = folder / PAGES
     parts = _parts(root, ElementTree.parse(root / f"{key}.html").getroot())
-    if not any(isinstance(part, str) for part in parts):
-        return Dropped(id=key, reason="no_text")
-    return Record(
-        id=key,
-        object=key,
-        turns=(Turn("document", parts),),
-        category="",
-        licence=source.package.licence,
-        provenance=provenance(source.package, f"{PAGES}/{key}.html"),
-    )
+    match source.order:
+        case "interleaved":
+            samples = {key: parts}
+        case "image_first":
+            samples = {key: image_first(parts)}
+        case "pairs":
+            samples = {f"{key}#{number}": pair for number, pair in enumerate(pairs(parts))}
+        case _:
+            assert_never(source.order)
+    if not any(isinstance(part, str) for own in samples.values() for part in own):
+        return [Dropped(id=key, reason="no_text")]
+    return [
+        Record(
+            id=id_,
+            object=key,
+            turns=(Turn("document", own),),
+            category="",
+            licence=source.package.licence,
+            provenance=provenance(source.package, f"{PAGES}/{key}.html"),
+        )
+        for id_, own in samples.items()
+    ]
+
+
+def image_first(parts: Sequence[Part]) -> tuple[Part, ...]:
+    """All figures, in their order, then all text."""
+    text = "\n".join(part for part in parts if isinstance(part, str))
+    return (*(part for part in parts if isinstance(part, Image)), *([text] if text else []))
+
+
+def pairs(parts: Sequence[Part]) -> list[tuple[Part, ...]]:
+    """Each figure with the line before it, or after it where there is none; the other text is left out."""
+    lines: list[Part] = []
+    for part in parts:
+        lines += part.split("\n") if isinstance(part, str) else [part]
+    samples: list[tuple[Part, ...]] = []
+    for place, figure in enumerate(lines):
+        if isinstance(figure, Image):
+            before = [line for line in lines[:place] if isinstance(line, str)][-1:]
+            after = [line for line in lines[place + 1 :] if isinstance(line, str)][:1]
+            samples += [(figure, line) for line in before or after]
+    return samples
 
 
 def _named_figures(page: Path) -> set[str]:
