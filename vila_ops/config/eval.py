@@ -124,6 +124,27 @@ class Alignment(BenchmarkConfig):
     """Number of images, the suite's first ones; each takes one forward pass."""
 
 
+class NewNames(BenchmarkConfig):
+    """Choice between two made-up names that only the demonstrations of the prompt give.
+
+    Images of both names come before the question, each with its sentence. The model is right where the first name gains
+    more than the second from an image of its own, compared with an image of the second name. Control `shuffled`: the
+    demonstrations' images say nothing about the question.
+    """
+
+    kind: Literal["new_names"] = "new_names"
+    rule: Literal["object", "count"] = "object"
+    """What a name means. object: one of two objects, and the question shows it mirrored. count: one object or four, and
+    the question shows an object that no demonstration has."""
+    shots: Literal[2, 4] = 4
+    """Demonstrations, half of them of each name."""
+    control: Control = "shuffled"
+
+    def least_objects(self) -> int:
+        """An item shows five objects, those of its control among them."""
+        return 5
+
+
 class HeldOutLoss(BenchmarkConfig):
     """Negative log-likelihood of all target tokens of held-out samples of any kind, in nats per token.
 
@@ -172,6 +193,7 @@ OwnBenchmark = (
     | TextMultipleChoice
     | TextLoss
     | Alignment
+    | NewNames
     | HeldOutLoss
     | AnswerMatch
     | Official

@@ -42,6 +42,7 @@ BENCHMARKS = {
     "held_out_loss": f"{HELD_OUT}.held_out_loss",
     "held_out_pope": f"{HELD_OUT}.held_out_pope",
     "multiple_choice": f"{HELD_OUT}.multiple_choice",
+    "new_names": f"{HELD_OUT}.new_names",
     "text_loss": f"{HELD_OUT}.text_loss",
     "text_multiple_choice": f"{HELD_OUT}.text_multiple_choice",
     "ai2d": f"{BENCHMARKS_FOLDER}.ai2d",

@@ -65,6 +65,13 @@ METRICS = {
         "Similarity of its states of an image and of its caption, averaged over the deeper half of its layers.",
         direction="Higher is more similar; the paper reports it for language models that are trained in pre-training.",
     ),
+    "new_names": MetricText(
+        "New names",
+        "Choice between two made-up names that only the prompt’s demonstrations give. Chance: one in two.",
+    ),
+    "new_names_margin": MetricText(
+        "New names: margin", "By how many nats a name is likelier after an image of it than after one of the other."
+    ),
     "text_loss": MetricText("Text loss", "Loss on held-out words with their meanings, text only."),
     "held_out_loss": MetricText("Held-out loss", "Loss of the answers, captions or texts of held-out records."),
     "answer_match": MetricText(
