@@ -30,7 +30,7 @@ unpack_prometheus = ( folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && c
 	  dpkg-deb --extract prometheus_*.deb . && \
 	  install --mode 755 usr/bin/promtool usr/bin/prometheus "$(CURDIR)/$(BIN)" ) >/dev/null 2>&1
 
-.PHONY: help setup constraints test test-fast repeat lint types layers demo demo-long up down status faults bench gpu interop settings licences sbom format clean
+.PHONY: help setup constraints test test-fast repeat lint types layers demo demo-long up down status faults bench gpu interop settings licences paper-scale sbom format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -137,6 +137,9 @@ settings: setup ## Write the tables of docs/settings.md: every setting
 
 licences: setup ## Write the table of docs/licences.md: the licence of each package that an image installs
 	@$(BIN)/python docs/licences.py
+
+paper-scale: setup ## Write the tables of docs/paper-scale.md: the paper's recipes by the planner
+	@$(BIN)/python docs/paper_scale.py
 
 sbom: setup ## Write dist/sbom.cdx.json: what is installed in .venv, in CycloneDX's format
 	@mkdir -p dist

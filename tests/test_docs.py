@@ -130,6 +130,8 @@ NOT_RUN = {
     ),
     "is run by tests/plan/test_shipped.py by its function": ("vila-ops plan vila-7b -r vila_128 --lengths vila",),
     "is run by tests/ablate, with one step a stage": ("vila-ops ablate tiny", "vila-ops ablate tiny --dry-run"),
+    "is run by tests/ablate by its function": ("vila-ops ablate table1_demo --dry-run --lengths demo",),
+    "takes hours": ("vila-ops ablate table1_demo --page table1.html",),
     "takes minutes": (
         "make demo",
         "make test",

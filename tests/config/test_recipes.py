@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/golden/recipes"
 INLINE = ROOT / "configs/resources/inline.yaml"
 RECIPES = sorted((ROOT / "configs/recipes").glob("*vila*.yaml"))
-SETTING = "setting"  # has no pre-training data: what base and table3-coyo share
-ABLATIONS = sorted(path for path in (ROOT / "configs/ablations").glob("*.yaml") if path.stem != SETTING)
+SETTINGS = ("setting", "demo_setting")  # what base and table3-coyo share, without pre-training data; and the demo's grids
+ABLATIONS = sorted(path for path in (ROOT / "configs/ablations").glob("*.yaml") if path.stem not in SETTINGS)
 BY_NAME = {path.stem: path for path in [*RECIPES, *ABLATIONS]}
 
 P, L, V = "projector", "language_model", "vision_tower"

@@ -29,7 +29,7 @@ def test_every_parameter_of_a_flow_has_help_in_prefects_form(file: str) -> None:
         path, _, name = deployment["entrypoint"].partition(":")
         flow = getattr(import_module(path.removesuffix(".py").replace("/", ".")), name)
         properties = parameter_schema(flow.fn).properties
-        assert {"recipe", "resources", "overrides"} <= properties.keys()
+        assert {"grid", "resources"} <= properties.keys() or {"recipe", "resources", "overrides"} <= properties.keys()
         assert all(one.get("description") for one in properties.values()), deployment["name"]
 
 

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from flows.ablate import ablate
 from flows.full_pipeline import vila
+from vila_ops.config import Resources
 
 TINY = "configs/recipes/tiny.yaml"
 
@@ -38,3 +40,12 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_made(tmp_path:
 def test_an_unknown_name_is_told_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no config of that name in configs/recipes .*did you mean 'tiny'\?"):
         vila.fn("tinny", "inline")
+
+
+def test_a_grid_is_refused_as_a_recipe_is(tmp_path: Path) -> None:
+    (tmp_path / "store").write_text("")
+    where = {f"storage.{name}": str(tmp_path / name) for name in ("store", "cache")}
+    with pytest.raises(ValueError, match="cannot run with these resources"):
+        ablate.fn("tiny", Resources(launch="inline").with_changes(where))
+    with pytest.raises(ValueError, match=r"no config of that name in configs/grids .*did you mean 'tiny'\?"):
+        ablate.fn("tinny", "inline")

@@ -1,44 +1,89 @@
 """`vila-ops ablate`: train and measure the recipes of a grid with several seeds, and say what they show."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vila_ops.cli.options import INLINE, AsJson, ResourcesFile, print_result, say
-from vila_ops.cli.tables import Row, table
+from vila_ops.cli.tables import Row, short, table
 
 if TYPE_CHECKING:
+    from vila_ops.ablate.cost import GridCost
     from vila_ops.ablate.results import Estimate, GridResult
 
 
 def ablate(
     grid: Annotated[Path, typer.Argument(help="A name in configs/grids, or a file", metavar="GRID")],
     resources: ResourcesFile = INLINE,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained; do nothing")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would train and what it takes; do nothing")
+    ] = False,
+    lengths: Annotated[
+        Path | None, typer.Option("--lengths", help="With --dry-run: a name in configs/lengths, or a file")
+    ] = None,
+    page: Annotated[Path | None, typer.Option("--page", help="The page to write, .html or .md")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train and measure each recipe of a grid with every seed, and decide its claims. A stopped grid goes on."""
-    from vila_ops.ablate.cells import runs_of, scores_of
+    from vila_ops.ablate.cells import measure, runs_of, scores_of
     from vila_ops.ablate.results import grid_result
     from vila_ops.config.grid import load_grid
+    from vila_ops.config.lengths import load_lengths
     from vila_ops.config.load import load_resources
-    from vila_ops.pipeline.explain import explain
 
     wanted, loaded = load_grid(grid), load_resources(resources)
+    if (dry_run and page) or (lengths and not dry_run):
+        idle, way = ("--page", "remove it") if dry_run else ("--lengths", "add --dry-run, or remove it")
+        raise ValueError(f"{idle} has no effect {'with' if dry_run else 'without'} --dry-run; {way}")
     if dry_run:
-        rows: list[Row] = [("cell", "seed", "sealed", "to run")]
-        for one in runs_of(wanted, loaded):
-            steps = explain(one.run)
-            sealed = sum(step.status == "sealed" for step in steps)
-            rows.append((one.cell, str(one.seed), str(sealed), str(len(steps) - sealed)))
-        say("\n".join(table(rows)))
+        from vila_ops.ablate.cost import cost_of_grid  # heavy: torch
+
+        cost = cost_of_grid(runs_of(wanted, loaded), load_lengths(lengths) if lengths else None)
+        if as_json:
+            print_result(cost, as_json)
+        else:
+            _print_cost(cost)
         return
-    result = grid_result(wanted, scores_of(wanted, loaded))
+    if page is not None:
+        from vila_ops.report import ablation
+
+        ablation.check(page)
+    measured = measure(wanted, loaded)
+    result = grid_result(wanted, scores_of(wanted, measured))
+    if page is not None:
+        ablation.write(page, result, measured)
     if as_json:
         print_result(result, as_json)
     else:
         _print(result)
+
+
+def _print_cost(cost: "GridCost") -> None:
+    rows: list[Row] = [("cell", "seed", "sealed", "shared", "to train", "tokens", "hours", "money")]
+    rows += [
+        (one.cell, str(one.seed), str(one.sealed), str(one.shared), ", ".join(one.runs) or "nothing",
+         *_amounts(one.tokens, one.hours, one.money))
+        for one in cost.cells
+    ]  # fmt: skip
+    rows.append(("all", "", "", "", "", *_amounts(cost.tokens, cost.hours, cost.money)))
+    say("\n".join(table(rows)))
+    if cost.hours is not None:
+        source = "sealed stages" if cost.measured else "the planner"
+        print(f"hours are those of {source}; preparation and evaluations are not counted", file=sys.stderr)
+    if cost.unknown:
+        print(f"some tokens are not known: {cost.unknown}", file=sys.stderr)
+    if cost.hours is None and cost.measured:
+        print("hours are not known: the store has no sealed stage, and the resources no accelerator", file=sys.stderr)
+
+
+def _amounts(tokens: float | None, hours: float | None, money: float | None) -> tuple[str, str, str]:
+    return (
+        "-" if tokens is None else short(tokens).strip(),
+        "-" if hours is None else f"{hours:.3g}",
+        "-" if money is None else f"{money:,.0f}",
+    )
 
 
 def _print(result: "GridResult") -> None:

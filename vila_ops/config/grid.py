@@ -15,9 +15,11 @@ class Cell(Config):
 
     recipe: dict[str, Any] = Field(default_factory=dict)
     """Settings that are laid over the grid's recipe, as by `extends`."""
+    stage: str | None = None
+    """The model after this stage is measured (`base`: before the first one); None: after the last one."""
     paper: dict[str, float] = Field(default_factory=dict)
-    """Numbers of the paper's table in this cell, by column; `--json` has them beside ours, and nothing is compared with
-    them."""
+    """Numbers of the paper's table in this cell, by column; page and `--json` have them beside ours, and nothing is
+    compared with them."""
 
 
 class Claim(Config):
@@ -73,6 +75,11 @@ class Grid(Config):
                     f"claim {claim.says!r} names metric {claim.metric!r}, which is not one of metrics; add it there"
                 )
         return self
+
+
+def grid_of(grid: str | Grid) -> Grid:
+    """A grid by its name in `configs/grids`, by the path of its file, or as a whole. Raises ValueError."""
+    return load_grid(Path(grid)) if isinstance(grid, str) else grid
 
 
 def load_grid(given: Path) -> Grid:

@@ -12,7 +12,7 @@ from vila_ops import tracking
 from vila_ops.artifacts import output
 from vila_ops.artifacts.execution import versions
 from vila_ops.artifacts.kinds import Artifact, Checkpoint, EvalReport
-from vila_ops.artifacts.store import file, read_manifest
+from vila_ops.artifacts.store import read_manifest
 from vila_ops.config import NO_CONTEXT, Run, RunContext, Suite
 from vila_ops.config.run import BASE
 from vila_ops.data.shards import data_url, index_of, named, samples_of
@@ -23,6 +23,7 @@ from vila_ops.pipeline.run import Outcome
 from vila_ops.pipeline.stages import evaluate_stage
 from vila_ops.report import cost, evaluation
 from vila_ops.report.baselines import published
+from vila_ops.report.curves import curve_of
 from vila_ops.report.layers import draw
 from vila_ops.report.page import render
 from vila_ops.serve.credentials import authorization
@@ -53,7 +54,7 @@ def write(run: Run, outcome: Outcome) -> Page:
     folder = _folder(run)
     folder.mkdir(parents=True, exist_ok=True)
     summary = summarise(run, outcome)
-    curves = {name: _curve(checkpoint) for name, checkpoint in outcome.checkpoints().items()}
+    curves = {name: curve_of(checkpoint) for name, checkpoint in outcome.checkpoints().items()}
     html = render(summary, curves, _gallery(run, outcome))
     texts = {
         "summary.json": json.dumps(summary, indent=1),
@@ -191,7 +192,7 @@ def _folder(run: Run) -> Path:
 
 def _stage(checkpoint: Checkpoint, tracking_uri: str | None) -> Json:
     manifest = read_manifest(checkpoint.uri)
-    rows = _curve(checkpoint)
+    rows = curve_of(checkpoint)
     losses = [row["loss"] for row in rows if "loss" in row]
     held_out = [row["validation_loss"] for row in rows if "validation_loss" in row]
     run_id = manifest["execution"].get("mlflow_run")
@@ -295,11 +296,6 @@ def _serving(outcome: Outcome) -> Json:
     response = httpx.get(f"{outcome.deployment.url}/health", headers=authorization(), timeout=30)
     health: Json = response.raise_for_status().json()
     return health
-
-
-def _curve(checkpoint: Checkpoint) -> list[Json]:
-    rows = json.loads(file(checkpoint, "curve.json").read_text())
-    return [{key: float.fromhex(v) if isinstance(v, str) else v for key, v in row.items()} for row in rows]
 
 
 def _gallery(run: Run, outcome: Outcome) -> list[Json]:

@@ -1,0 +1,71 @@
+"""What a grid would take: shared stages once, by the planner where there is an accelerator."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from vila_ops.ablate.cells import runs_of
+from vila_ops.ablate.cost import cost_of_grid
+from vila_ops.cli import app
+from vila_ops.config import Resources
+from vila_ops.config.grid import load_grid
+from vila_ops.config.lengths import load_lengths
+from vila_ops.plan.plan import plan_run
+
+ROOT = Path(__file__).parents[2]
+CARD = {"name": "a card", "memory_gib": 80, "peak_tflops": 1.0, "price_per_hour": 3600.0}
+LENGTHS = load_lengths(ROOT / "configs/lengths/tiny.yaml")
+
+
+@pytest.fixture
+def resources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Resources:
+    monkeypatch.chdir(ROOT)
+    where = {f"storage.{name}": str(tmp_path / name) for name in ("store", "cache", "data")}
+    return Resources(launch="inline").with_changes(where)
+
+
+def test_a_stage_counts_with_the_first_cell_that_needs_it(resources: Resources) -> None:
+    runs = runs_of(load_grid(Path("tiny")), resources.with_changes({"train.accelerator": CARD}))
+    cost = cost_of_grid(runs, LENGTHS)
+    assert [(one.cell, one.seed, one.sealed, one.shared, one.runs) for one in cost.cells] == [
+        ("frozen", 0, 0, 0, ("align", "pretrain", "sft")),
+        ("trained", 0, 0, 1, ("pretrain", "sft")),
+        ("frozen", 1, 0, 0, ("align", "pretrain", "sft")),
+        ("trained", 1, 0, 1, ("pretrain", "sft")),
+    ]
+    plans = [plan_run(one.run, LENGTHS).stages for one in runs[:2]]
+    by_hand = [*plans[0], *plans[1][1:]]
+    assert cost.tokens == pytest.approx(2 * sum(one.tokens for one in by_hand))
+    assert cost.hours == pytest.approx(2 * sum(one.hours or 0 for one in by_hand))
+    assert cost.money == pytest.approx(2 * sum(one.cost or 0 for one in by_hand))
+    assert not cost.measured
+
+
+def test_what_is_not_known_is_told(resources: Resources) -> None:
+    cost = cost_of_grid(runs_of(load_grid(Path("tiny")), resources))
+    assert cost.tokens is None
+    assert cost.hours is None
+    assert cost.measured
+    assert cost.unknown is not None
+    assert "the lengths of mixture 'tiny_align' are not known" in cost.unknown
+
+
+def test_the_command_prints_a_line_for_each_cell_and_seed(resources: Resources, tmp_path: Path) -> None:
+    file = tmp_path / "resources.yaml"
+    file.write_text(yaml.safe_dump(resources.with_changes({"train.accelerator": CARD}).model_dump(mode="json")))
+    ran = CliRunner().invoke(app, ["ablate", "tiny", "--dry-run", "--lengths", "tiny", "-r", str(file)])
+    assert ran.exit_code == 0, ran.output
+    rows = [line.split() for line in ran.stdout.splitlines()]
+    assert rows[0][:5] == ["cell", "seed", "sealed", "shared", "to"]
+    assert rows[2][:6] == ["trained", "0", "0", "1", "pretrain,", "sft"]
+    assert [row[0] for row in rows[1:6]] == ["frozen", "trained", "frozen", "trained", "all"]
+    assert not Path(resources.storage.store).exists()
+
+
+def test_an_option_without_effect_is_refused(resources: Resources) -> None:
+    for options in (["--lengths", "tiny"], ["--dry-run", "--page", "page.html"]):
+        ran = CliRunner().invoke(app, ["ablate", "tiny", *options])
+        assert ran.exit_code != 0
+        assert "no effect" in f"{ran.output}{ran.exception}"

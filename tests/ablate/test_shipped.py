@@ -1,0 +1,113 @@
+"""The shipped grids: each of the paper's tables at two scales, every cell valid, and stages shared by address."""
+
+from pathlib import Path
+
+import pytest
+
+from vila_ops.ablate.cells import CellRun, runs_of
+from vila_ops.ablate.cost import stages_of
+from vila_ops.config import Resources
+from vila_ops.config.grid import Grid, load_grid
+
+ROOT = Path(__file__).parents[2]
+TABLES = ("table1", "table3", "table4", "table7", "table8", "table9", "image-first", "fewshot", "figure3")
+SHIPPED = {path.stem for path in (ROOT / "configs/grids").glob("*.yaml")}
+# the paper's Tables 1, 3, 4, 7, 8 and 9 (arXiv 2312.07533v4), and 68.7 - 4.4 and 70.9 - 37.5 of its text
+PAPER = {
+    "table1": {"a": (13.4, 37.5), "b": (66.8, 57.6), "c": (66.8, 68.8), "d": (68.7, 70.9)},
+    "table3": {
+        "base": (46.0,),
+        "coyo": (51.1, 50.3, 28.8),
+        "mmc4-pairs": (46.4, 44.5, 32.4),
+        "mmc4": (68.7, 70.9, 40.7),
+        "mmc4-coyo": (69.0, 71.3, 40.2),
+    },
+    "table4": {
+        "text": (51.2,),
+        "mmc4-visual": (68.7, 70.9, 40.7),
+        "mmc4-coyo-visual": (69.0, 71.3, 40.2),
+        "mmc4-joint": (71.0, 72.1, 51.4),
+        "mmc4-coyo-joint": (72.3, 73.6, 50.9),
+    },
+    "table7": {
+        "linear": (224, 256, 49.9, 41.6, 116.0),
+        "large": (336, 576, 49.7, 49.8, 117.7),
+        "downsample": (336, 144, 49.3, 45.6, 115.7),
+    },
+    "table8": {"visual-expert": (1.9, 67.0, 64.8), "fine-tune": (1.0, 71.0, 72.1)},
+    "table9": {"lora": (69.4, 54.3, 48.4, 50.0, 60.3, 51.2), "full": (79.9, 62.3, 57.8, 64.4, 68.9, 69.7)},
+    "image-first": {"image-first": (64.3, 33.4), "interleaved": (68.7, 70.9)},
+}
+NAMES = {"56-linear": "linear", "224-linear": "linear", "112-linear": "large", "336-linear": "large"} | {
+    "112-downsample": "downsample",
+    "336-downsample": "downsample",
+}
+SAME = [
+    (("table1", "d"), ("table3", "mmc4-coyo"), ("table4", "mmc4-coyo-visual"), ("fewshot", "mmc4-coyo")),
+    (("table1", "d"), ("figure3", "trained")),
+    (("table4", "mmc4-coyo-joint"), ("table7", "56-linear"), ("table8", "fine-tune"), ("table9", "full")),
+    (("table3", "mmc4"), ("table4", "mmc4-visual"), ("image-first", "interleaved")),
+    (("table3", "coyo"), ("fewshot", "coyo")),
+    (("fewshot", "frozen"), ("figure3", "frozen")),
+]
+"""Cells that are one model at the scale of the demo."""
+STAGES = {"align": 4, "pretrain": 12, "sft": 16}
+"""Stages of all demo grids with one seed, counted by hand: align is linear or a Transformer, and of 112 pixels with and
+without merged patches; pretrain has 4 of parts and projectors, 4 of corpora, 2 of 112 pixels and 2 of tunings."""
+
+
+@pytest.fixture
+def resources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Resources:
+    monkeypatch.chdir(ROOT)
+    where = {f"storage.{name}": str(tmp_path / name) for name in ("store", "cache", "data", "benchmarks")}
+    return Resources(launch="inline").with_changes(where)
+
+
+def first_seed(grid: Grid, resources: Resources) -> dict[str, CellRun]:
+    return {one.cell: one for one in runs_of(grid.with_changes({"seeds": [0, 1]}), resources) if one.seed == 0}
+
+
+def test_every_table_is_there_at_both_scales() -> None:
+    assert {f"{table}_{scale}" for table in TABLES for scale in ("demo", "paper")} | {"tiny"} == SHIPPED
+
+
+@pytest.mark.parametrize("name", sorted(SHIPPED))
+def test_every_cell_is_a_recipe_that_measures_the_metrics(name: str, resources: Resources) -> None:
+    grid = load_grid(Path(name))
+    assert list(first_seed(grid, resources)) == list(grid.cells)
+    assert len(grid.seeds) >= 3 or name == "tiny"
+    assert grid.claims
+    assert grid.name == {"tiny": "tiny-grid"}.get(name, name.replace("_", "-"))
+
+
+@pytest.mark.parametrize("scale", ["demo", "paper"])
+@pytest.mark.parametrize("table", PAPER)
+def test_the_numbers_of_the_paper_are_those_of_its_tables(table: str, scale: str) -> None:
+    cells = {NAMES.get(name, name): one.paper for name, one in load_grid(Path(f"{table}_{scale}")).cells.items()}
+    printed = {name: tuple(numbers.values()) for name, numbers in cells.items()}
+    assert printed == {name: numbers for name, numbers in PAPER[table].items() if name in printed}
+    assert PAPER[table].keys() - printed.keys() <= ({"text"} if scale == "paper" else set())
+
+
+def test_cells_of_the_demo_share_their_stages(resources: Resources) -> None:
+    found: dict[tuple[str, str], list[str]] = {}
+    of_stage: dict[str, set[str]] = {name: set() for name in STAGES}
+    for table in TABLES:
+        for cell, one in first_seed(load_grid(Path(f"{table}_demo")), resources).items():
+            stages = list(stages_of(one))
+            found[table, cell] = [part.at.key for part in stages]
+            for part in stages:
+                of_stage[part.stage.name].add(part.at.key)
+    for cells in SAME:
+        assert len({tuple(found[cell]) for cell in cells}) == 1, cells
+    assert found["table3", "base"] == found["figure3", "base"] == []
+    assert {name: len(keys) for name, keys in of_stage.items()} == STAGES
+
+
+def test_cells_of_the_paper_share_stages_without_their_raw_data(resources: Resources) -> None:
+    cells = first_seed(load_grid(Path("table4_paper")), resources)
+    keys = {cell: [part.at.key for part in stages_of(one)] for cell, one in cells.items()}
+    assert keys["mmc4-visual"][:2] == keys["mmc4-joint"][:2]
+    assert keys["mmc4-visual"][2] != keys["mmc4-joint"][2]
+    assert keys["mmc4-visual"][1] != keys["mmc4-coyo-visual"][1]
+    assert len({own[0] for own in keys.values()}) == 1

@@ -1,0 +1,129 @@
+"""The page of a grid, of scores and tasks by hand."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ablate.test_results import constant, grid
+from tests.report.parsed import HOSTILE, Page, check_accessible, check_loads_nothing
+from vila_ops.ablate.results import GridResult, grid_result
+from vila_ops.artifacts.output import MARK
+from vila_ops.eval.report import LayerPoint
+from vila_ops.report import ablation
+from vila_ops.report.ablation import CellResult
+from vila_ops.report.cost import TaskCost
+
+CELLS = {"a": {"paper": {"0-shot": 66.8}}, "b": {"paper": {"0-shot": 68.7, "MMLU": 51}}}
+SCORES = {"accuracy": {"a": constant(0.1, 0.1, 0.2, 0.2), "b": constant(0.3, 0.3, 0.5, 0.5)}}
+
+
+def result(**changes: Any) -> GridResult:
+    return grid_result(grid(cells=CELLS, **changes), SCORES)
+
+
+def task(uri: str, **changes: Any) -> TaskCost:
+    own = {"task": "train", "name": "sft", "uri": uri, "sealed": "", "seconds": 1800, "workers": 1, "gpu_hours": 0.5}
+    return TaskCost.model_validate({**own, "positions": 1000, "money": 2.0, **changes})
+
+
+def cell(name: str, seed: int, *tasks: TaskCost, loss: float = 4.0) -> CellResult:
+    points = [(0, 0.1 + seed / 10), (1, 0.3)]
+    return CellResult(
+        cell=name,
+        seed=seed,
+        stage="sft",
+        model=f"model of {name}",
+        report=f"report of {name}",
+        tasks=tasks,
+        losses={"sft": [{"step": step, "loss": loss} for step in range(4)]},
+        layers=tuple(
+            LayerPoint(name="alignment", role="model", layer=layer, value=value, low=value - 0.01, high=value + 0.02)
+            for layer, value in points
+        ),
+    )
+
+
+MEASURED = [
+    cell("a", 0, task("a0"), task("shared", name="align")),
+    cell("a", 1, task("a1"), loss=2.0),
+    cell("b", 0, task("b0"), task("shared", name="align")),
+    cell("b", 1, task("b1"), loss=2.0),
+]
+
+
+@pytest.fixture(scope="module")
+def html() -> str:
+    return ablation.render(result(), MEASURED)
+
+
+def test_a_claim_has_its_verdict_and_advantage(html: str) -> None:
+    (row,) = [row for row in Page(html).rows if row[0] == "b is better"]
+    # advantages of the seeds: 0.2, 0.2, 0.3, 0.3; Student's interval over them has half a width of 0.0919
+    assert row[1:] == [
+        "shown",
+        "accuracy",
+        "b over a, by 0.100",
+        "+0.250 [+0.158, +0.342]",
+        "+0.200 +0.200 +0.300 +0.300",
+    ]
+
+
+def test_the_paper_s_numbers_are_as_printed_and_what_it_lacks_is_a_dash(html: str) -> None:
+    assert [row for row in Page(html).rows if row[1:] in (["66.8", "–"], ["68.7", "51"])] == [
+        ["a", "66.8", "–"],
+        ["b", "68.7", "51"],
+    ]
+
+
+def test_a_shared_task_counts_once_in_the_sum(html: str) -> None:
+    rows = {row[0]: row[1:] for row in Page(html).rows if len(row) == 5 and row[1].endswith(",000")}
+    assert rows["a"] == ["3,000", "1.500", "1.500", "6.000"]
+    assert rows[ablation.ALL] == ["5,000", "2.500", "2.500", "10.000"]
+
+
+def test_cells_with_the_same_stage_share_its_line() -> None:
+    assert list(ablation.losses_of(MEASURED)["sft"]) == ["a", "b"]
+    other = [cell("c", 0, task("a0")), cell("c", 1, task("a1"), loss=2.0)]
+    lines = ablation.losses_of([*MEASURED, *other])["sft"]
+    assert list(lines) == ["a, c", "b"]
+    assert lines["b"] == [(step, 3.0) for step in range(4)]  # the mean of both seeds
+
+
+def test_layers_are_the_mean_over_seeds_with_their_widest_interval() -> None:
+    first = ablation.layer_points(MEASURED)[0]
+    assert (first["model"], first["layer"]) == ("a", 0)
+    assert (first["value"], first["low"], first["high"]) == pytest.approx((0.15, 0.09, 0.22))
+
+
+def test_the_page_loads_nothing_and_what_a_grid_says_is_only_text() -> None:
+    claim = {"says": HOSTILE, "cell": "b", "than": "a", "metric": "accuracy"}
+    html = ablation.render(result(title=HOSTILE, claims=[claim]), MEASURED)
+    check_loads_nothing(html)
+    check_accessible(html)
+    assert HOSTILE in Page(html).text
+
+
+def test_a_grid_without_claims_losses_or_layers_has_a_page() -> None:
+    bare = [CellResult(name, 0, "base", "m", "r", (), {}, ()) for name in CELLS]
+    html = ablation.render(result(claims=[]), bare)
+    check_accessible(html)
+    assert "The grid has no claim" in Page(html).text
+    assert "## Alignment" not in ablation.markdown(result(claims=[]), bare)
+
+
+def test_markdown_has_the_same_tables() -> None:
+    text = ablation.markdown(result(), MEASURED)
+    assert text.startswith(MARK)
+    assert "| b is better | shown | accuracy | b over a, by 0.1 | +0.250 [+0.158, +0.342] |" in text
+    assert "| a | 66.8 | – |" in text
+    assert f"| {ablation.ALL} | 5,000 | 2.50 | 2.50 | 10.000 |" in text
+    assert "| sft | a | 3.000 | 3.000 |" in text
+
+
+def test_only_pages_of_ours_are_replaced(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a page is \.html or \.md"):
+        ablation.check(tmp_path / "page.pdf")
+    (tmp_path / "page.md").write_text("mine")
+    with pytest.raises(ValueError, match="vila-ops did not write it"):
+        ablation.check(tmp_path / "page.md")

@@ -1,0 +1,274 @@
+"""The page of a grid: its claims, the paper's table and ours, losses, layers, and what each cell took.
+
+`render` and `markdown` are pure functions of what `gather` reads in sealed results.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from vila_ops.ablate.cells import MeasuredCell
+from vila_ops.ablate.results import ClaimResult, Estimate, GridResult, MetricResult
+from vila_ops.artifacts import output
+from vila_ops.artifacts.kinds import Checkpoint
+from vila_ops.config import NO_CONTEXT
+from vila_ops.eval.report import LayerPoint, read_report
+from vila_ops.pipeline.reports import SEALED
+from vila_ops.pipeline.stages import walk
+from vila_ops.report import curves, layers
+from vila_ops.report.cost import TaskCost, cost_of
+from vila_ops.report.page import finite, smoothed, thin
+from vila_ops.report.panels import Panel, ReportRow, forest
+from vila_ops.report.template import rendered
+from vila_ops.report.words import DASH, number, signed
+
+BEGINS = {".html": output.HTML, ".md": output.MARK}
+"""How a page begins, by its suffix."""
+TONES = {"shown": "good", "not shown": "", "contradicted": "bad"}
+"""The colour of a verdict."""
+ALL = "all cells, each task once"
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """A cell with one seed: what was sealed for it."""
+
+    cell: str
+    seed: int
+    stage: str
+    model: str
+    """Digest of the model that is measured."""
+    report: str
+    """Digest of its report."""
+    tasks: tuple[TaskCost, ...]
+    """The stages and the evaluation."""
+    losses: Mapping[str, Sequence[Json]]
+    """The losses by step of each stage."""
+    layers: tuple[LayerPoint, ...]
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """What some tasks took together."""
+
+    name: str
+    positions: int
+    hours: float
+    gpu_hours: float
+    money: float | None
+
+
+def check(page: Path) -> None:
+    """Raise ValueError where a page may not be written: another suffix, or a file that vila-ops did not write."""
+    if page.suffix not in BEGINS:
+        raise ValueError(f"--page is {page}, and a page is .html or .md; give it one of these suffixes")
+    output.check_file(page, begins=BEGINS[page.suffix])
+
+
+def write(page: Path, result: GridResult, measured: Sequence[MeasuredCell]) -> None:
+    """Write the page of a grid in the form of its suffix. Raises ValueError as `check` does, and CorruptArtifact."""
+    check(page)
+    text = (render if page.suffix == ".html" else markdown)(result, [gather(one) for one in measured])
+    output.write_file(page, text, begins=BEGINS[page.suffix])
+
+
+def gather(one: MeasuredCell) -> CellResult:
+    """What the store has of a measured cell. Raises CorruptArtifact."""
+    run, report = one.of.run, read_report(one.report)
+    trained: list[Checkpoint] = []
+    for result in walk(run, SEALED, NO_CONTEXT):
+        if isinstance(result.model, Checkpoint):
+            trained.append(result.model)
+        if result.stage == one.of.stage:
+            break
+    made = [("train", checkpoint.stage, checkpoint.uri) for checkpoint in trained]
+    return CellResult(
+        cell=one.of.cell,
+        seed=one.of.seed,
+        stage=one.of.stage,
+        model=report.model,
+        report=one.report.digest,
+        tasks=tuple(cost_of(*task, run.resources) for task in [*made, ("evaluate", report.suite, one.report.uri)]),
+        losses={checkpoint.stage: curves.curve_of(checkpoint) for checkpoint in trained},
+        layers=tuple(point for point in report.layers if point.role == "model"),
+    )
+
+
+def render(result: GridResult, cells: Sequence[CellResult]) -> str:
+    """The page as HTML; it loads nothing and runs no script."""
+    drawn = layers.draw(layer_points(cells))
+    return rendered(
+        "ablation.html.jinja",
+        result=result,
+        grid=result.grid,
+        fingerprint=result.grid.fingerprint(),
+        tones=TONES,
+        paper=paper_table(result),
+        panels=[(metric, _panel(metric)) for metric in result.metrics],
+        losses=[
+            (stage, list(lines), Markup(svg))
+            for stage, lines in losses_of(cells).items()
+            if (svg := curves.draw(lines))
+        ],
+        colour=curves.colour,
+        layers=Markup(drawn) if drawn else None,
+        costs=costs_of(cells),
+        cells=cells,
+        counted={verdict: sum(one.verdict == verdict for one in result.claims) for verdict in TONES},
+    )
+
+
+def _panel(metric: MetricResult) -> Panel:
+    rows = [
+        ReportRow(cell, "model", {"value": of.value, "low": of.low, "high": of.high, "n": metric.n})
+        for cell, of in metric.values.items()
+    ]
+    return forest(rows)
+
+
+def paper_table(result: GridResult) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """The columns of the paper's table, and its numbers as printed by cell."""
+    cells = result.grid.cells
+    columns = list(dict.fromkeys(column for cell in cells.values() for column in cell.paper))
+    return columns, [
+        (name, [f"{cell.paper[one]:g}" if one in cell.paper else DASH for one in columns])
+        for name, cell in cells.items()
+    ]
+
+
+def losses_of(cells: Sequence[CellResult]) -> dict[str, dict[str, list[curves.Step]]]:
+    """The smoothed training loss of each stage, the mean over seeds; cells that share a stage share a line."""
+    of: dict[str, dict[tuple[str, ...], list[CellResult]]] = {}
+    names: dict[str, dict[tuple[str, ...], list[str]]] = {}
+    by_cell: dict[str, list[CellResult]] = {}
+    for one in cells:
+        by_cell.setdefault(one.cell, []).append(one)
+    for name, own in by_cell.items():
+        for stage in own[0].losses:
+            models = tuple(task.uri for one in own for task in one.tasks if (task.task, task.name) == ("train", stage))
+            of.setdefault(stage, {})[models] = own
+            names.setdefault(stage, {}).setdefault(models, []).append(name)
+    return {
+        stage: {
+            ", ".join(names[stage][models]): thin(curves.mean_of([_smooth(one, stage) for one in own]))
+            for models, own in lines.items()
+        }
+        for stage, lines in of.items()
+    }
+
+
+def _smooth(one: CellResult, stage: str) -> list[curves.Step]:
+    return smoothed(finite(list(one.losses[stage]), "loss"))
+
+
+def layer_points(cells: Sequence[CellResult]) -> list[Json]:
+    """Each layer's mean over seeds, with the widest of their intervals, as `layers.draw` takes it."""
+    own: dict[tuple[str, int], list[LayerPoint]] = {}
+    for one in cells:
+        for point in one.layers:
+            own.setdefault((one.cell, point.layer), []).append(point)
+    return [
+        {
+            "model": cell,
+            "role": "model",
+            "layer": layer,
+            "value": sum(point.value for point in points) / len(points),
+            "low": min(point.low for point in points),
+            "high": max(point.high for point in points),
+        }
+        for (cell, layer), points in sorted(own.items(), key=lambda item: _place(item[0], cells))
+    ]
+
+
+def _place(of: tuple[str, int], cells: Sequence[CellResult]) -> tuple[int, int]:
+    return next(number for number, one in enumerate(cells) if one.cell == of[0]), of[1]
+
+
+def costs_of(cells: Sequence[CellResult]) -> list[CostRow]:
+    """What each cell took over all seeds, and all of them together, where a shared task counts once."""
+    names = dict.fromkeys(one.cell for one in cells)
+    rows = [_cost(name, [task for one in cells if one.cell == name for task in one.tasks]) for name in names]
+    return [*rows, _cost(ALL, [task for one in cells for task in one.tasks])]
+
+
+def _cost(name: str, tasks: Iterable[TaskCost]) -> CostRow:
+    once = {task.uri: task for task in tasks}.values()
+    prices = [task.money for task in once if task.money is not None]
+    return CostRow(
+        name=name,
+        positions=sum(task.positions or 0 for task in once),
+        hours=sum(task.seconds for task in once) / 3600,
+        gpu_hours=sum(task.gpu_hours for task in once),
+        money=sum(prices) if prices else None,
+    )
+
+
+def markdown(result: GridResult, cells: Sequence[CellResult]) -> str:
+    """The page as Markdown: its tables, without drawings."""
+    grid, (columns, printed) = result.grid, paper_table(result)
+    first = next(iter(grid.cells))
+    ours = [f"{one.metric} ({'lower' if one.lower_is_better else 'higher'} is better)" for one in result.metrics]
+    parts = [
+        f"# {grid.title}",
+        f"Grid `{grid.name}`, seeds {', '.join(map(str, grid.seeds))}; 95 % intervals over seeds and items.",
+        "## Claims",
+        _table(["claim", "verdict", "metric", "cells", "advantage"], map(_claim, result.claims)),
+    ]
+    if columns:
+        parts += ["## The paper", _table(["cell", *columns], [[name, *row] for name, row in printed])]
+    values = [[cell, *(_interval(one.values[cell]) for one in result.metrics)] for cell in grid.cells]
+    differences = [
+        [cell, *(_interval(one.differences[cell], sign=True) for one in result.metrics)]
+        for cell in list(grid.cells)[1:]
+    ]
+    costs = [
+        [one.name, f"{one.positions:,}", f"{one.hours:.2f}", f"{one.gpu_hours:.2f}", number(one.money)]
+        for one in costs_of(cells)
+    ]
+    losses = [
+        [stage, name, number(line[0][1]), number(line[-1][1])]
+        for stage, lines in losses_of(cells).items()
+        for name, line in lines.items()
+        if line
+    ]
+    deep: dict[str, list[str]] = {}
+    for point in layer_points(cells):
+        deep[point["model"]] = [*deep.get(point["model"], []), number(point["value"])]
+    models = [[one.cell, str(one.seed), one.stage, f"`{one.model[:12]}`", f"`{one.report[:12]}`"] for one in cells]
+    parts += [
+        "## Ours",
+        _table(["cell", *ours], values),
+        f"## Minus {first}",
+        _table(["cell", *ours], differences),
+        "## Training loss",
+        _table(["stage", "cells", "first", "last"], losses),
+    ]
+    if deep:
+        parts += ["## Alignment by layer", *(f"- {cell}: {', '.join(line)}" for cell, line in deep.items())]
+    parts += [
+        "## What it took",
+        _table(["cell", "token positions", "hours", "GPU-hours", "money"], costs),
+        "## Models",
+        _table(["cell", "seed", "after", "model", "report"], models),
+    ]
+    return output.MARK + "\n\n".join(parts) + "\n"
+
+
+def _claim(one: ClaimResult) -> list[str]:
+    claim = one.claim
+    cells = f"{claim.cell} over {claim.than}" + (f", by {claim.by:g}" if claim.by else "")
+    return [claim.says, one.verdict, claim.metric, cells, _interval(one.advantage, sign=True)]
+
+
+def _interval(of: Estimate, *, sign: bool = False) -> str:
+    form = signed if sign else number
+    return f"{form(of.value)} [{form(of.low)}, {form(of.high)}]"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [list(head), ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in lines)
