@@ -110,7 +110,7 @@ def cost_of_grid(runs: Sequence[CellRun], lengths: Lengths | None = None) -> Gri
                 plans[one.cell] = {plan.stage: plan for plan in plan_run(one.run, lengths).stages}
             except ValueError as error:
                 plans[one.cell], unknown = {}, str(error)
-    pace, seen, cells = _Pace(runs[0].run.resources), set[str](), list[CellCost]()
+    pace, seen, cells = _MeasuredPace(runs[0].run.resources), set[str](), list[CellCost]()
     for one in runs:
         every = list(stages_of(one))
         new = [part for part in every if part.done is None and part.at.key not in seen]
@@ -138,7 +138,7 @@ def cost_of_grid(runs: Sequence[CellRun], lengths: Lengths | None = None) -> Gri
     )
 
 
-def _hours(stage: Stage, planned: StagePlan | None, pace: "_Pace") -> float | None:
+def _hours(stage: Stage, planned: StagePlan | None, pace: "_MeasuredPace") -> float | None:
     if planned is not None and planned.hours is not None:
         return planned.hours
     steps = planned.steps if planned else stage.num_steps
@@ -150,7 +150,7 @@ def _positions(stage: dict[str, Any], steps: int) -> int:
     return steps * int(stage["global_batch_size"]) * int(stage["sequence_length"])
 
 
-class _Pace:
+class _MeasuredPace:
     """Seconds that the sealed stages of a store took for a position."""
 
     def __init__(self, resources: Resources) -> None:
