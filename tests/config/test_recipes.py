@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/golden/recipes"
 INLINE = ROOT / "configs/resources/inline.yaml"
 RECIPES = sorted((ROOT / "configs/recipes").glob("*vila*.yaml"))
-SETTINGS = ("setting", "demo_setting")  # what base and table3-coyo share, without pre-training data; and the demo's grids
+SETTINGS = ("setting", "demo_setting")  # no recipes: what base and table3-coyo share, and what the demo's grids share
 ABLATIONS = sorted(path for path in (ROOT / "configs/ablations").glob("*.yaml") if path.stem not in SETTINGS)
 BY_NAME = {path.stem: path for path in [*RECIPES, *ABLATIONS]}
 
