@@ -101,11 +101,11 @@ SHOWN = WatchedTask(
 
 def test_a_row_says_what_where_how_far_and_what_it_costs() -> None:
     assert row(SHOWN) == (
-        "running", "train_stage", "align", "node-1 x2", "12/48 steps", "1:02:05", "0:00:40", "3.20",
+        "train_stage align", "running", "node-1 x2", "12/48 steps", "1:02:05", "0:00:40", "3.20",
         "loss 2.310, 12.3 k tokens/s, MFU 41 %",
     )  # fmt: skip
     bare = SHOWN.with_changes({"total": None, "seconds_left": None, "cost": None, "metrics": {}, "workers": 1})
-    assert row(bare) == ("running", "train_stage", "align", "node-1", "-", "1:02:05", "-", "-", "-")
+    assert row(bare) == ("train_stage align", "running", "node-1", "-", "1:02:05", "-", "-", "-")
     assert clock(100 * 3600) == "100:00:00"
 
 
@@ -113,10 +113,21 @@ def test_the_command_prints_a_table_or_json(tmp_path: Path) -> None:
     resources = tmp_path / "resources.yaml"
     resources.write_text(f"launch: inline\nstorage: {{store: {tmp_path}/store}}\n")
     held_by(f"{tmp_path}/store", 0, host=HERE, started=this_process().started)
-    told = CliRunner().invoke(app, ["top", "-r", str(resources)], catch_exceptions=False)
-    assert told.exit_code == 0
-    assert told.stdout.split()[:8] == ["state", "task", "name", "node", "done", "time", "left", "cost"]
-    assert "running  train_stage  align  node-1  12/48" in told.stdout
-    told = CliRunner().invoke(app, ["top", "-r", str(resources), "--json"], catch_exceptions=False)
-    (one,) = json.loads(told.stdout)
-    assert (one["state"], one["name"], one["done"], one["total"]) == ("running", "align", 12, 48)
+    for number in range(1, 8):
+        with hold(at(number), store=f"{tmp_path}/store") as lease:
+            lease.report = Reporter("prepare", f"mixture-{number}")
+
+    def told(*options: str) -> str:
+        printed = CliRunner().invoke(app, ["top", "-r", str(resources), *options], catch_exceptions=False).stdout
+        return printed.partition("\n\n")[0]  # more columns follow
+
+    head, first, *rest = told().splitlines()
+    assert head.split()[:4] == ["task", "state", "node", "done"]
+    assert first.split()[:5] == ["train_stage", "align", "running", "node-1", "12/48"]
+    assert [line.split()[1] for line in rest] == [f"mixture-{number}" for number in (7, 6, 5, 4, 3)], "the newest"
+    assert len(told("--all", "--once").splitlines()) == 1 + 8
+    listed = json.loads(told("--json"))
+    assert [(one["state"], one["name"], one["done"], one["total"]) for one in listed[:1]] == [
+        ("running", "align", 12, 48)
+    ]
+    assert len(listed) == 8

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
     from vila_ops.monitoring.tasks import WatchedTask
 
-HEAD: Row = ("state", "task", "name", "node", "done", "time", "left", "cost", "metrics")
+HEAD: Row = ("task", "state", "node", "done", "time", "left", "cost", "metrics")
+DONE_SHOWN = 5
+"""The most of those that are done, the newest, without --all."""
 COLOURS = {"running": "green", "lost": "bold red", "failed": "red", "stopped": "yellow", "done": "dim"}
 
 
@@ -23,11 +25,12 @@ def top(
     resources: ResourcesFile = INLINE,
     every: Annotated[float, typer.Option("--every", min=0.5, help="Seconds between two looks")] = 5.0,
     once: Annotated[bool, typer.Option("--once", help="Look once, and print a table")] = False,
+    every_done: Annotated[bool, typer.Option("--all", help="Show all that are done, not the last five")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what the tasks of a store do, and those of the last day: node, progress, time left, cost. Ends with Ctrl-C.
+    """Show what the tasks of a store do, and how those of the last day ended: node, progress, time left, cost.
 
-    A task says how far it is every 15 seconds. Where standard output is no terminal, the table is printed once.
+    Ctrl-C ends it. A task says how far it is every 15 seconds. Where standard output is no terminal, it prints once.
     """
     from vila_ops.config import load_resources
     from vila_ops.monitoring.tasks import watched
@@ -36,24 +39,29 @@ def top(
     if as_json:
         print_result(watched(store), as_json)
         return
+
+    def shown() -> "list[WatchedTask]":
+        tasks = watched(store)  # those that are done come last
+        others = sum(one.state != "done" for one in tasks)
+        return tasks if every_done else tasks[: others + DONE_SHOWN]
+
     if once or not sys.stdout.isatty():
-        say("\n".join(table([HEAD, *map(row, watched(store))])))
+        say("\n".join(table([HEAD, *map(row, shown())])))
         return
     from rich.live import Live  # heavy
 
-    with suppress(KeyboardInterrupt), Live(_shown(watched(store)), screen=True, auto_refresh=False) as live:
+    with suppress(KeyboardInterrupt), Live(_page(shown()), screen=True, auto_refresh=False) as live:
         while True:
             time.sleep(every)
-            live.update(_shown(watched(store)), refresh=True)
+            live.update(_page(shown()), refresh=True)
 
 
 def row(one: "WatchedTask") -> Row:
     """A task as texts under HEAD."""
     counted = "-" if one.total is None else f"{one.done:.0f}/{one.total:.0f} {one.unit}"
     return (
+        f"{one.task} {one.name}",
         one.state,
-        one.task,
-        one.name,
         one.host if one.workers == 1 else f"{one.host} x{one.workers}",
         counted,
         clock(one.seconds),
@@ -79,7 +87,7 @@ def clock(seconds: float) -> str:
     return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
 
 
-def _shown(tasks: "list[WatchedTask]") -> "Table":
+def _page(tasks: "list[WatchedTask]") -> "Table":
     from rich.table import Table
     from rich.text import Text
 
