@@ -16,6 +16,7 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from vila_ops.cli import app
+from vila_ops.cli.examples import EXAMPLES
 
 ROOT = Path(__file__).parents[1]
 PAGES = {str(file.relative_to(ROOT)): file.read_text() for file in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
@@ -247,6 +248,7 @@ def shown_outputs() -> list[tuple[str, str]]:
     return [(commands_of(command)[0], output) for command, output in pairs]
 
 
+PROGRAM = get_command(app)
 COMMANDS = list(dict.fromkeys(command for _, block in blocks("sh") for command in commands_of(block)))
 SHOWN = shown_outputs()
 
@@ -282,7 +284,7 @@ def run(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Result:
 
 def parse(words: list[str]) -> None:
     """Parse the words after `vila-ops` as the program does, without running anything. Raises click's usage errors."""
-    command, context, name = get_command(app), None, "vila-ops"
+    command, context, name = PROGRAM, None, "vila-ops"
     while isinstance(command, TyperGroup):
         context = command.make_context(name, list(words), parent=context)
         name, command, words = command.resolve_command(context, [*context._protected_args, *context.args])
@@ -349,7 +351,7 @@ def test_prose_names_commands_and_options_that_exist() -> None:
         for code in INLINE_CODE.findall(FENCE.sub("", text)):
             if not code.startswith("vila-ops "):
                 continue
-            command, words = get_command(app), code.split()[1:]
+            command, words = PROGRAM, code.split()[1:]
             while isinstance(command, TyperGroup) and words and words[0] in command.commands:
                 command, words = command.commands[words[0]], words[1:]
             if command.name == "train":
@@ -359,13 +361,23 @@ def test_prose_names_commands_and_options_that_exist() -> None:
             assert {word for word in words if OPTION.match(word)} <= known, f"{page}: {code}"
 
 
+@pytest.mark.parametrize("example", EXAMPLES.values())
+def test_the_example_of_a_command_parses(example: str) -> None:
+    parse(shlex.split(example))
+
+
+def test_tests_that_run_commands_exist() -> None:
+    for reason in NOT_RUN:
+        assert all((ROOT / path).exists() for path in PATH.findall(reason)), reason
+
+
 def test_every_command_is_described() -> None:
     def names(group: TyperGroup, prefix: str) -> Iterator[str]:
         for name, command in group.commands.items():
             is_group = isinstance(command, TyperGroup) and name != "train"
             yield from names(command, f"{prefix} {name}") if is_group else [f"`{prefix} {name}`"]
 
-    assert {name for name in names(get_command(app), "vila-ops") if name not in PAGES["docs/commands.md"]} == set()
+    assert {name for name in names(PROGRAM, "vila-ops") if name not in PAGES["docs/commands.md"]} == set()
 
 
 def test_make_targets_exist() -> None:

@@ -20,6 +20,8 @@ from vila_ops.cli.benchmark import benchmark
 from vila_ops.cli.champion import champion
 from vila_ops.cli.compare import compare
 from vila_ops.cli.data import data
+from vila_ops.cli.examples import complete_help, epilog
+from vila_ops.cli.exits import ExitCode
 from vila_ops.cli.explain import explain
 from vila_ops.cli.gc import gc
 from vila_ops.cli.keys import keys
@@ -33,9 +35,8 @@ from vila_ops.cli.trace import trace
 from vila_ops.cli.train import train
 from vila_ops.errors import Preempted, VilaError
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as of a shell."""
-log = logging.getLogger(__name__)
+LOGGER = logging.getLogger("vila_ops")
+"""The parent of the loggers of all modules."""
 
 
 class _Program(TyperGroup):
@@ -48,15 +49,15 @@ class _Program(TyperGroup):
         except KeyboardInterrupt:
             command = shlex.join(["vila-ops", *sys.argv[1:]])
             print(f"\ninterrupted; what was finished is kept, and the same command goes on: {command}", file=sys.stderr)
-            raise SystemExit(INTERRUPTED) from None
+            raise SystemExit(ExitCode.INTERRUPTED) from None
 
 
 app = typer.Typer(
     cls=_Program,
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Image-text data to a served VLM.",
+    help=f"Image-text data to a served VLM.\n\n{ExitCode.summary()}",
+    epilog=epilog(""),
 )
 COMMANDS: tuple[Callable[..., None] | typer.Typer, ...] = (
     init.init, run.show, explain, plan.plan, run.fetch, run.prepare, data, model.import_model, train, run.evaluate,
@@ -69,6 +70,7 @@ for command in COMMANDS:
         app.add_typer(command)
     else:
         app.command("import" if command is model.import_model else None)(command)
+complete_help(app)
 
 
 def _print_version(wanted: bool) -> None:
@@ -82,32 +84,32 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version")
     ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error, too")] = False,
 ) -> None:
-    pass
+    if debug:
+        LOGGER.setLevel(logging.DEBUG)
 
 
 def main() -> None:
-    """Entry point: an error is one message, not a traceback."""
+    """Entry point: an error is one message, not a traceback; with --debug the traceback stands above it."""
     if not sys.stderr.isatty():  # a bar of transformers, redrawn for every percent, is noise in a log
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     over_progress = "\r\x1b[K" if sys.stderr.isatty() else ""  # a stage's progress line is rewritten in place
     try:
         logs.configure(sys.stderr, text=f"{over_progress}%(message)s")
         app(prog_name="vila-ops")
-    except Preempted as error:
-        _tell(message_of(error))
-        raise SystemExit(os.EX_TEMPFAIL) from error
     except (VilaError, ValueError, OSError, RuntimeError) as error:
-        _tell(message_of(error))
-        raise SystemExit(1) from error
+        _tell(error, message_of(error), over=over_progress)
+        raise SystemExit(ExitCode.TRY_AGAIN if isinstance(error, Preempted) else ExitCode.FAILED) from error
     except Exception as error:
-        _tell(unexpected(error))
-        raise SystemExit(1) from error
+        _tell(error, unexpected(error), over=over_progress)
+        raise SystemExit(ExitCode.FAILED) from error
 
 
-def _tell(error: str) -> None:
-    """Print an error, or log it where lines are JSON."""
+def _tell(error: Exception, told: str, *, over: str) -> None:
+    """Print what is told of an error, or log it where lines are JSON; with --debug where it was raised, too."""
+    LOGGER.debug("where it was raised:", exc_info=error)
     if os.environ.get(logs.VARIABLE) == "json":
-        log.error("%s", error)
+        LOGGER.error("%s", told)
     else:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{over}error: {told}", file=sys.stderr)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vila_ops.cli.options import INLINE, AsJson, ResourcesFile, print_result, say
+from vila_ops.cli.options import INLINE, AsJson, ResourcesFile, names_in, print_result, say
 from vila_ops.cli.tables import Row, short, table
 
 if TYPE_CHECKING:
@@ -15,13 +15,21 @@ if TYPE_CHECKING:
 
 
 def ablate(
-    grid: Annotated[Path, typer.Argument(help="A name in configs/grids, or a file", metavar="GRID")],
+    grid: Annotated[
+        Path,
+        typer.Argument(help="A name in configs/grids, or a file", metavar="GRID", autocompletion=names_in("grids")),
+    ],
     resources: ResourcesFile = INLINE,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would train and what it takes; do nothing")
     ] = False,
     lengths: Annotated[
-        Path | None, typer.Option("--lengths", help="With --dry-run: a name in configs/lengths, or a file")
+        Path | None,
+        typer.Option(
+            "--lengths",
+            help="With --dry-run: a name in configs/lengths, or a file",
+            autocompletion=names_in("lengths"),
+        ),
     ] = None,
     page: Annotated[Path | None, typer.Option("--page", help="The page to write, .html or .md")] = None,
     as_json: AsJson = False,

@@ -88,6 +88,7 @@ def get_files(
         typer.Option("--revision", help="A commit, tag or branch of it; needed where `list` states no commit"),
     ] = None,
     settings: Settings = None,
+    as_json: JsonLines = False,
 ) -> None:
     """Fetch the official files of a benchmark from the hub, by default from a data set of its authors if they have one.
 
@@ -103,4 +104,5 @@ def get_files(
     files = [file for file in origins.files if file.is_read(config)]
     revision = revision or (origins.revision if repository is None else None)
     for name in from_hub(out / kind, files, repository=repository, revision=revision):
-        say(str(out / kind / name))
+        place = str(out / kind / name)
+        say(json.dumps({"benchmark": kind, "file": place}) if as_json else place)

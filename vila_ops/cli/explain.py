@@ -1,9 +1,14 @@
 """`vila-ops explain`: which tasks of a run will work, and why."""
 
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from vila_ops.cli.options import INLINE, AsJson, Overrides, RecipeFile, ResourcesFile, load_run, print_result, say
 from vila_ops.cli.tables import Row, table
+
+if TYPE_CHECKING:
+    from vila_ops.pipeline.explain import Step
 
 
 def explain(
@@ -12,7 +17,11 @@ def explain(
     """Say which tasks `run` would do and why, down to the setting or raw file that changed; do nothing."""
     from vila_ops.pipeline.explain import explain as steps_of
 
-    steps = steps_of(load_run(recipe, resources, overrides)[0])
+    print_steps(steps_of(load_run(recipe, resources, overrides)[0]), as_json)
+
+
+def print_steps(steps: "Sequence[Step]", as_json: bool) -> None:
+    """Print which tasks would work, and why, as `explain` and --dry-run do."""
     if as_json:
         print_result(steps, as_json)
         return

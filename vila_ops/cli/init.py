@@ -1,5 +1,6 @@
 """`vila-ops init`: the files of a project on the user's own data, from the templates in `project/`."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vila_ops.cli.options import as_yaml, say
+from vila_ops.cli.options import AsJson, as_yaml, say
 
 if TYPE_CHECKING:
     from vila_ops.config import Source
@@ -41,6 +42,7 @@ def init(
     own: Annotated[
         list[str] | None, typer.Option("-s", "--set", help="A setting of the source, e.g. image=file or question=q")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write a project on your own data: recipe, model, mixture, resources and dvc.yaml. No file is overwritten.
 
@@ -58,6 +60,9 @@ def init(
         source = _settings(guess(data, kind=kind, images=images, own=dict(map(key_and_value, own or ()))), folder)
     name = _name(folder)
     written = write(folder, name, source)
+    if as_json:
+        say(json.dumps({"name": name, "files": [str(path) for path in written]}))
+        return
     say("\n".join(f"wrote {path}" for path in written))
     _say_what_is_next(folder, name, source, has_data=data is not None)
 

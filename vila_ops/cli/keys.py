@@ -1,5 +1,6 @@
 """`vila-ops keys`: the API keys of an endpoint, which a running one takes over at once."""
 
+import json
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -28,6 +29,7 @@ def create(
     requests_per_minute: Most = None,
     tokens_per_minute: Most = None,
     max_concurrent: Most = None,
+    as_json: AsJson = False,
 ) -> None:
     """Make a key and print it, once: the file holds its hash alone."""
     from pydantic import TypeAdapter
@@ -37,14 +39,14 @@ def create(
     limits = KeyLimits(
         requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute, max_concurrent=max_concurrent
     )
-    _, secret = create_key(
+    made = create_key(
         file,
         name,
         scopes=TypeAdapter(tuple[Scope, ...]).validate_python(tuple(scopes or ["chat"])),
         lifetime=None if days is None else timedelta(days=days),
         limits=limits,
     )
-    say(secret)
+    _say_secret(*made, as_json)
 
 
 @keys.command("list")
@@ -61,11 +63,15 @@ def list_keys(file: KeysFile, as_json: AsJson = False) -> None:
 
 
 @keys.command()
-def revoke(file: KeysFile, key_id: KeyId) -> None:
+def revoke(file: KeysFile, key_id: KeyId, as_json: AsJson = False) -> None:
     """End a key at once."""
     from vila_ops.serve.app.keys import revoke_key
 
-    say(f"revoked {revoke_key(file, key_id).id}")
+    revoked = revoke_key(file, key_id)
+    if as_json:
+        print_result(revoked, as_json)
+    else:
+        say(f"revoked {revoked.id}")
 
 
 @keys.command()
@@ -73,20 +79,28 @@ def rotate(
     file: KeysFile,
     key_id: KeyId,
     grace_hours: Annotated[float, typer.Option("--grace-hours", min=0, help="How long the old key still works")] = 24,
+    as_json: AsJson = False,
 ) -> None:
     """Make a key with the name, scopes and limits of another one, which ends after the grace; print the new one."""
     from vila_ops.serve.app.keys import rotate_key
 
-    say(rotate_key(file, key_id, grace=timedelta(hours=grace_hours))[1])
+    _say_secret(*rotate_key(file, key_id, grace=timedelta(hours=grace_hours)), as_json)
 
 
 @keys.command()
-def audit(log: Annotated[Path, typer.Argument(help="A file of serve.access.audit, or of changes of keys")]) -> None:
+def audit(
+    log: Annotated[Path, typer.Argument(help="A file of serve.access.audit, or of changes of keys")],
+    as_json: AsJson = False,
+) -> None:
     """Check that no line of an audit log was changed, removed or put in; print their number and the last hash."""
     from vila_ops.serve.app.audit import check_log
 
     lines, last = check_log(log)
-    say(f"{lines} lines, last hash {last}")
+    say(json.dumps({"lines": lines, "last_hash": last}) if as_json else f"{lines} lines, last hash {last}")
+
+
+def _say_secret(key: "ApiKey", secret: str, as_json: bool) -> None:
+    say(json.dumps({"id": key.id, "name": key.name, "secret": secret}) if as_json else secret)
 
 
 def _state(key: "ApiKey") -> str:

@@ -3,7 +3,7 @@
 import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -15,13 +15,36 @@ if TYPE_CHECKING:
 INLINE = Path("inline")
 LOCAL = Path("local")
 
-RecipeFile = Annotated[Path, typer.Argument(help="A name in configs/recipes, or a file")]
+
+def names_in(folder: str) -> Callable[[str], list[str]]:
+    """What a shell completes a word to: names of a folder of `configs/`. Where none begins so, it takes files."""
+
+    def complete(incomplete: str) -> list[str]:
+        from vila_ops.config.named import names
+
+        return [name for name in names(folder) if name.startswith(incomplete)]
+
+    return complete
+
+
+RecipeFile = Annotated[
+    Path, typer.Argument(help="A name in configs/recipes, or a file", autocompletion=names_in("recipes"))
+]
 StageName = Annotated[str, typer.Option("--stage", help="Name of a stage, or `base` for the untrained model")]
 MixtureName = Annotated[str, typer.Option("--mixture", help="Name of a mixture of the recipe")]
-ResourcesFile = Annotated[Path, typer.Option("-r", "--resources", help="A name in configs/resources, or a file")]
+ResourcesFile = Annotated[
+    Path,
+    typer.Option(
+        "-r",
+        "--resources",
+        help="A name in configs/resources, or a file",
+        autocompletion=names_in("resources"),
+    ),
+]
 Overrides = Annotated[list[str] | None, typer.Option("-s", "--set", help="KEY=VALUE, e.g. stages.sft.num_steps=20")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else")]
 JsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON object a line and nothing else")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say which tasks would work, and why; do nothing")]
 
 
 class _ResultsApart(io.TextIOBase):

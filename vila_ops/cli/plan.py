@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vila_ops.cli.options import INLINE, AsJson, Overrides, RecipeFile, ResourcesFile, load_run, print_result, say
+from vila_ops.cli.options import (
+    INLINE,
+    AsJson,
+    Overrides,
+    RecipeFile,
+    ResourcesFile,
+    load_run,
+    names_in,
+    print_result,
+    say,
+)
 from vila_ops.cli.tables import Row, short, table
 
 if TYPE_CHECKING:  # heavy: torch, transformers
@@ -19,7 +29,12 @@ UNKNOWN = "after fetch"
 """The count of a part whose shape is not known on this machine."""
 
 LengthsFile = Annotated[
-    Path | None, typer.Option("--lengths", help="A name in configs/lengths, or a file; for mixtures not prepared")
+    Path | None,
+    typer.Option(
+        "--lengths",
+        help="A name in configs/lengths, or a file; for mixtures not prepared",
+        autocompletion=names_in("lengths"),
+    ),
 ]
 
 

@@ -6,9 +6,22 @@ from typing import Annotated
 
 import typer
 
-from vila_ops.cli.options import INLINE, AsJson, Overrides, RecipeFile, ResourcesFile, load_run, print_result, say
+from vila_ops.cli.options import (
+    INLINE,
+    AsJson,
+    Overrides,
+    RecipeFile,
+    ResourcesFile,
+    load_run,
+    names_in,
+    print_result,
+    say,
+)
 
-PolicyFile = Annotated[Path, typer.Option("-p", "--policy", help="A name in configs/retrain, or a file")]
+PolicyFile = Annotated[
+    Path,
+    typer.Option("-p", "--policy", help="A name in configs/retrain, or a file", autocompletion=names_in("retrain")),
+]
 
 
 def retrain(

@@ -8,15 +8,18 @@ from typing import Annotated
 import typer
 
 from vila_ops.artifacts.kinds import EvalReport
+from vila_ops.cli.explain import print_steps
 from vila_ops.cli.options import (
     INLINE,
     AsJson,
+    DryRun,
     MixtureName,
     Overrides,
     RecipeFile,
     ResourcesFile,
     as_yaml,
     load_run,
+    names_in,
     print_result,
     say,
 )
@@ -57,14 +60,19 @@ def prepare(
     resources: ResourcesFile = INLINE,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option("--out", help="Copy the dataset here too, for DVC")] = None,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Prepare one mixture."""
     from vila_ops.data.raw.objects import raw_path
     from vila_ops.data.revisions import check_export, export_for_dvc, raw_roots
+    from vila_ops.pipeline import explain as explaining
     from vila_ops.pipeline import stages
 
     run, context = load_run(recipe, resources, overrides)
+    if dry_run:
+        print_steps(explaining.explain_prepare(run, mixture), as_json)
+        return
     if out is not None:
         raw = [raw_path(root) for root in raw_roots(stages.mixture_named(run.recipe, mixture)[0])]
         check_export(out, apart=run.resources.storage.folders(), outside=raw)
@@ -75,16 +83,25 @@ def prepare(
 
 
 def evaluate(
-    recipe: Annotated[Path, typer.Argument(help="A name in configs/recipes, or a file; with --endpoint, a suite")],
+    recipe: Annotated[
+        Path,
+        typer.Argument(
+            help="A name in configs/recipes, or a file; with --endpoint, a suite", autocompletion=names_in("recipes")
+        ),
+    ],
     stage: Annotated[str, typer.Option("--stage", help="Name of a stage, or `base` for the untrained model")] = "",
     endpoint: Annotated[str, typer.Option("--endpoint", help="NAME@URL of a model behind an OpenAI API")] = "",
     final: Annotated[bool, typer.Option("--final", help="The final suite instead of the stage suite")] = False,
-    suite: Annotated[Path | None, typer.Option("--suite", help="A name in configs/suites, or a file, instead")] = None,
+    suite: Annotated[
+        Path | None,
+        typer.Option("--suite", help="A name in configs/suites, or a file, instead", autocompletion=names_in("suites")),
+    ] = None,
     rescore: Annotated[bool, typer.Option("--rescore", help="Score the sealed answers again, without a model")] = False,
     every: Annotated[
         int | None, typer.Option("--every", min=1, help="While another process trains the stage, after so many steps")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="The HTML page to write")] = None,
+    dry_run: DryRun = False,
     resources: ResourcesFile = INLINE,
     overrides: Overrides = None,
     as_json: AsJson = False,
@@ -92,14 +109,17 @@ def evaluate(
     """Evaluate the model after a stage, or behind an endpoint; prints its scores with 95 % intervals."""
     from vila_ops.artifacts import output
     from vila_ops.config import NO_CONTEXT, load_resources, load_suite
+    from vila_ops.pipeline import explain as explaining
     from vila_ops.pipeline import stages
 
-    of_a_stage = final or suite or every
+    of_a_stage = final or suite or every or dry_run
     if bool(stage) == bool(endpoint) or (final and suite is not None) or (endpoint and of_a_stage):
         raise ValueError(
             "give --stage with a recipe, and --final or --suite if the stage suite is not meant; or --endpoint with a "
-            "file of official benchmarks in place of the recipe, and neither of these nor --every"
+            "file of official benchmarks in place of the recipe, and none of these, --every and --dry-run"
         )
+    if dry_run and (suite is not None or rescore or every is not None or out is not None):
+        raise ValueError("--dry-run tells of the recipe's own suites; leave out --suite, --rescore, --every and --out")
     if every is not None and (rescore or out):
         raise ValueError(
             "--every waits for models, --rescore scores what is sealed, and --out writes one page; give --every alone"
@@ -112,6 +132,9 @@ def evaluate(
         job, context = stages.job_of_endpoint(load_suite(recipe), name, url, loaded), NO_CONTEXT
     else:
         run, context = load_run(recipe, resources, overrides)
+        if dry_run:
+            print_steps(explaining.explain_evaluate(run, stage, final=final), as_json)
+            return
         own = run.recipe.final_suite if final else run.recipe.stage_suite
         chosen = own if suite is None else load_suite(suite)
         if every is not None:
@@ -181,15 +204,23 @@ def undeploy(recipe: RecipeFile, resources: ResourcesFile = INLINE, overrides: O
 
 
 def run(
-    recipe: RecipeFile, resources: ResourcesFile = INLINE, overrides: Overrides = None, as_json: AsJson = False
+    recipe: RecipeFile,
+    resources: ResourcesFile = INLINE,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run every task in order, without Prefect, and write the report."""
     from vila_ops.cli.scores import scores
     from vila_ops.eval.report import read_report
+    from vila_ops.pipeline import explain as explaining
     from vila_ops.pipeline.run import run_pipeline
     from vila_ops.report import summary
 
     loaded, context = load_run(recipe, resources, overrides)
+    if dry_run:
+        print_steps(explaining.explain(loaded), as_json)
+        return
     summary.check(loaded)
     outcome = run_pipeline(loaded, context=context)
     page = summary.write(loaded, outcome)
@@ -204,9 +235,12 @@ def run(
     print(f"report: {page.html}", file=sys.stderr)
 
 
-def verify(place: Annotated[str, typer.Argument(help="A sealed folder of the store, or s3://...")]) -> None:
+def verify(
+    place: Annotated[str, typer.Argument(help="A sealed folder of the store, or s3://...")], as_json: AsJson = False
+) -> None:
     """Read every byte of a sealed folder and compare it with its manifest."""
     from vila_ops.artifacts import store
 
     store.verify_folder(place.rstrip("/"))
-    print(f"{place} is as it was sealed")
+    digest = store.read_manifest(place.rstrip("/"))["digest"]
+    say(json.dumps({"uri": place, "digest": digest}) if as_json else f"{place} is as it was sealed")

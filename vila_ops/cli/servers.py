@@ -41,7 +41,7 @@ def doctor(
         print_result(findings, as_json)
     else:
         for finding in findings:
-            print(f"{'ok  ' if finding.ok else 'BAD '} {finding.text}")
+            say(f"{'ok  ' if finding.ok else 'BAD '} {finding.text}")
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
 
@@ -72,7 +72,7 @@ def status(servers: Servers = LOCAL, as_json: AsJson = False) -> None:
         print_result(states, as_json)
     else:
         for one in states:
-            print(f"{one.name:8} {one.state:10} {one.url}  pid {one.pid or '-'}  {one.memory_bytes >> 20} MiB")
+            say(f"{one.name:8} {one.state:10} {one.url}  pid {one.pid or '-'}  {one.memory_bytes >> 20} MiB")
 
 
 def demo(recipe: RecipeFile, resources: ResourcesFile, overrides: Overrides = None, servers: Servers = LOCAL) -> None:

@@ -7,9 +7,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from vila_ops.cli.explain import print_steps
 from vila_ops.cli.options import (
     INLINE,
     AsJson,
+    DryRun,
     Overrides,
     RecipeFile,
     ResourcesFile,
@@ -46,14 +48,19 @@ def up_to(
     ] = 0,
     resources: ResourcesFile = INLINE,
     overrides: Overrides = None,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Train up to a stage; finished stages are reused."""
+    from vila_ops.pipeline import explain as explaining
     from vila_ops.pipeline import stages
 
     asked = [f"resources.train.profile_steps={profile}"] if profile else []
     run, context = load_run(recipe, resources, [*(overrides or []), *asked])
-    print_result(stages.model_after(run, stage, context), as_json)
+    if dry_run:
+        print_steps(explaining.explain_train(run, stage), as_json)
+    else:
+        print_result(stages.model_after(run, stage, context), as_json)
 
 
 @train.command("verify-resume")

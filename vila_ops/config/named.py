@@ -22,13 +22,23 @@ def config_file(given: Path, folder: str) -> Path:
     """
     if given.is_file() or given.suffix in (".yaml", ".yml") or os.sep in str(given):
         return given
-    places = [place / folder for place in (OWN, shipped())]
-    for place in places:
+    for place in _places(folder):
         file = place / f"{given}.yaml"
         if file.is_file():
             return file
-    known = sorted({path.stem for place in places for path in place.glob("*.yaml")})
+    own, ours = _places(folder)
+    known = names(folder)
     raise ValueError(
-        f"no file {given}, and no config of that name in {places[0]} or {places[1]}, which have {', '.join(known)}"
+        f"no file {given}, and no config of that name in {own} or {ours}, which have {', '.join(known)}"
         f"{did_you_mean(str(given), known)}"
     )
+
+
+def names(folder: str) -> list[str]:
+    """The names of the configs in a folder of `configs/`, sorted."""
+    return sorted({path.stem for place in _places(folder) for path in place.glob("*.yaml")})
+
+
+def _places(folder: str) -> tuple[Path, Path]:
+    """Where a name is looked for, in this order."""
+    return OWN / folder, shipped() / folder

@@ -32,6 +32,7 @@ from vila_ops.config.few_shot import TrainFile
 from vila_ops.eval.job import EvalJob
 from vila_ops.eval.needs import check_held_out
 from vila_ops.eval.report import Report, compose, tracked, tracked_layers, write_report
+from vila_ops.progress import Progress
 from vila_ops.tracking.tables import LoggedTable, log_tables
 
 REVISION = 5
@@ -245,12 +246,15 @@ def _measure_missing(job: EvalJob) -> list[dict[str, Any]]:
                 if job.result(name) is not None:
                     continue
                 lease.report = reporter = _reporter(job, name)
-                pending, progress = workers.pending(name), Progress(name, sizes[name])
-                progress.start(pending)
-                reporter.begin(progress.done, sum(sizes[name]))
+                pending = workers.pending(name)
+                total = sum(sizes[name])
+                done = total - sum(sizes[name][shard] for shard in pending)
+                progress = Progress(name, total, unit="request", done=done)
+                reporter.begin(done, total)
                 for shard in workers.answer_all(name, pending):
-                    progress.advance(shard)
-                    reporter.advance(progress.done)
+                    done += sizes[name][shard]
+                    progress.show(done)
+                    reporter.advance(done)
                 ran = [workers.conclude(name)]
     return ran
 
@@ -305,22 +309,3 @@ def _workers(job: EvalJob) -> ShardWorkers:
     from vila_ops.eval.runner import Runner  # heavy: transformers
 
     return Runner(job)
-
-
-class Progress:
-    """Logs how far a benchmark is: requests done, requests a second, time left."""
-
-    def __init__(self, name: str, sizes: Sequence[int]) -> None:
-        self._name, self._sizes = name, sizes
-
-    def start(self, pending: Sequence[int]) -> None:
-        """Begin with the shards that are not sealed."""
-        self._reused = self.done = sum(self._sizes) - sum(self._sizes[shard] for shard in pending)
-        self._started = time.monotonic()
-
-    def advance(self, shard: int) -> None:
-        """Count a shard that was sealed."""
-        self.done += self._sizes[shard]
-        total, rate = sum(self._sizes), (self.done - self._reused) / max(time.monotonic() - self._started, 1e-6)
-        left = (total - self.done) / rate
-        log.info("%s: %d of %d requests, %.1f a second, %.0f s left", self._name, self.done, total, rate, left)

@@ -21,7 +21,7 @@ from vila_ops.data.preprocess.changes import changed_files
 from vila_ops.eval import evaluate
 from vila_ops.eval.job import EvalJob
 from vila_ops.model import assemble
-from vila_ops.pipeline.stages import Weights, suite_text
+from vila_ops.pipeline.stages import Weights, check_stage, mixture_named, suite_text
 from vila_ops.train import stage as training
 from vila_ops.train.job import StageInputs
 
@@ -70,6 +70,30 @@ def explain(run: Run) -> list[Step]:
     return steps.listed
 
 
+def explain_prepare(run: Run, mixture: str) -> list[Step]:
+    """The task that prepares a mixture of the recipe, by its name."""
+    steps = _Steps(run)
+    steps.prepare(*mixture_named(run.recipe, mixture), "mixture")
+    return steps.listed
+
+
+def explain_train(run: Run, stage: str) -> list[Step]:
+    """The tasks that make the model after a stage, in their order."""
+    steps = _Steps(run)
+    steps.model_after(stage)
+    return steps.listed
+
+
+def explain_evaluate(run: Run, stage: str, *, final: bool) -> list[Step]:
+    """The tasks that measure the model after a stage on the stage suite or the final one, in their order."""
+    recipe, steps = run.recipe, _Steps(run)
+    suite, setting = (recipe.final_suite, "final_suite") if final else (recipe.stage_suite, "stage_suite")
+    check_stage(recipe, stage, (BASE, *recipe.stages))
+    data = steps.prepare(suite.mixture, suite_text(recipe, stage), f"{setting}.mixture")
+    steps.evaluate(suite, setting, stage, steps.model_after(stage), data)
+    return steps.listed
+
+
 class _Steps:
     """The steps so far, and what the store has of each kind."""
 
@@ -77,6 +101,18 @@ class _Steps:
         self.listed: list[Step] = []
         self._run, self._store = run, run.resources.storage.store
         self._made: dict[str, Artifact] = {}
+
+    def model_after(self, last: str) -> Weights:
+        """The model after a stage, with every stage before it."""
+        recipe = self._run.recipe
+        check_stage(recipe, last, (BASE, *recipe.stages))
+        model: Weights = self.assemble(recipe.model)
+        for name, stage in recipe.stages.items() if last != BASE else ():
+            data = self.prepare(stage.mixture, recipe.text(name), f"stages.{name}.mixture")
+            model = self.train(name, data, model)
+            if name == last:
+                break
+        return model
 
     def assemble(self, model: Model) -> Pretrained:
         """The untrained model."""

@@ -85,14 +85,14 @@ def walk(run: Run, tasks: Tasks, context: RunContext) -> Iterator[StageResult]:
 
 def model_after(run: Run, stage: str, context: RunContext = NO_CONTEXT, tasks: Tasks = TASKS) -> Weights:
     """The model after a stage (`base`: before the first), with every stage before it."""
-    _check_stage(run.recipe, stage, (BASE, *run.recipe.stages))
+    check_stage(run.recipe, stage, (BASE, *run.recipe.stages))
     return next(result.model for result in walk(run, tasks, context) if result.stage == stage)
 
 
 def inputs_of(run: Run, stage: str, context: RunContext = NO_CONTEXT) -> tuple[Dataset, Weights]:
     """The data of a stage and the model that it starts from, with every stage before it."""
     names = [BASE, *run.recipe.stages]
-    _check_stage(run.recipe, stage, names[1:])
+    check_stage(run.recipe, stage, names[1:])
     model = model_after(run, names[names.index(stage) - 1], context)
     return prepare(run.recipe.stages[stage].mixture, run.recipe.text(stage), run.resources, context), model
 
@@ -115,7 +115,7 @@ def job_of_stage(
     run: Run, stage: str, suite: Suite | OfficialSuite, context: RunContext = NO_CONTEXT, tasks: Tasks = TASKS
 ) -> EvalJob:
     """The model after a stage and what a suite measures it on; makes what is missing, and measures nothing."""
-    _check_stage(run.recipe, stage, (BASE, *run.recipe.stages))
+    check_stage(run.recipe, stage, (BASE, *run.recipe.stages))
     held_out = held_out_of(run, stage, suite, context, tasks)  # before anything is trained
     return job_of(suite, model_after(run, stage, context, tasks), held_out, run.resources)
 
@@ -130,7 +130,7 @@ def evaluate_in_training(
     Raises ValueError for a step at which no resume checkpoint is saved.
     """
     names = [BASE, *run.recipe.stages]
-    _check_stage(run.recipe, stage, names[1:])
+    check_stage(run.recipe, stage, names[1:])
     config = run.recipe.stages[stage]
     if every % config.save_every:
         raise ValueError(
@@ -203,7 +203,8 @@ def suite_text(recipe: Recipe, stage: str) -> TextFormat:
     return recipe.text(stage, max_tokens=recipe.final_suite.max_tokens)
 
 
-def _check_stage(recipe: Recipe, stage: str, known: Sequence[str]) -> None:
+def check_stage(recipe: Recipe, stage: str, known: Sequence[str]) -> None:
+    """Raise ValueError for a stage that is not among those known."""
     if stage not in known:
         raise ValueError(
             f"recipe {recipe.name!r} has no stage {stage!r}; it has {list(known)}{did_you_mean(stage, known)}"

@@ -1,4 +1,4 @@
-"""Metrics of a stage's steps: collected on every rank, logged to MLflow and as progress lines by rank 0.
+"""Metrics of a stage's steps: collected on every rank, logged to MLflow and told as progress by rank 0.
 
 loss, loss/SOURCE                         nats per target token of the step, over all rows and over each source
 validation_loss, validation_loss/SOURCE   the same over the validation rows, at steps with a validation
@@ -16,7 +16,6 @@ memory/peak_gpu_gib, memory/peak_rss_gib  peak so far on rank 0: of torch's allo
 
 import logging
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -27,23 +26,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vila_ops import logs, tracing
+from vila_ops import tracing
 from vila_ops.data.loading.packing import PackedRow
 from vila_ops.device import on_accelerator, peak_bytes, reset_peak_bytes
 from vila_ops.model.vila import VilaForConditionalGeneration
 from vila_ops.plan.flops import training_flops
 from vila_ops.plan.shapes import Shapes, shapes_of
+from vila_ops.progress import Progress
 from vila_ops.tracking import MetricLog
 from vila_ops.train.batch_builder import BatchBuilder
 from vila_ops.train.job import TrainJob
 from vila_ops.train.progress import FIRST_STEP, NUM_STEPS
 
 log = logging.getLogger(__name__)
-
-LINES = 20
-"""The most progress lines of a stage, if they go to a log."""
-REWRITE_SECONDS = 0.2
-"""Shortest time between two updates of the progress line on a terminal."""
 
 
 class StepMetrics(NamedTuple):
@@ -151,15 +146,13 @@ class MetricsLogger:
     def __init__(self, job: TrainJob, metrics: MetricLog, device: torch.device, *, step: int, num_steps: int) -> None:
         """`step` of `num_steps` steps are already done."""
         self.stage, self.resources, self.metrics = job.stage, job.resources, metrics
-        self.first_step, self.num_steps = step, num_steps
         self.metrics.log_once({"num_steps": num_steps}, step=step)
         self.newest: dict[str, float] = {NUM_STEPS: num_steps, FIRST_STEP: step}
         """The last value of each metric."""
         self.device = device
         reset_peak_bytes(device)  # drops the peak of an earlier stage in this process
-        self.on_terminal = sys.stderr.isatty() and not logs.as_json()
+        self.progress = Progress(job.stage.name, num_steps, unit="step", done=step)
         self.stall_seconds = 0.0
-        self.shown_at = float("-inf")
         self.started = self.last = time.monotonic()
 
     def log_step(self, step: int, totals: StepMetrics, *, lr_multiplier: float, stall_seconds: float) -> None:
@@ -203,33 +196,14 @@ class MetricsLogger:
         self.last = time.monotonic()
 
     def _show_progress(self, step: int, values: dict[str, float]) -> None:
-        """Rewrite one line in place on a terminal, or write at most LINES lines to a log."""
-        if self.on_terminal:
-            if self.last - self.shown_at >= REWRITE_SECONDS or step == self.num_steps:
-                self.shown_at = self.last
-                line = self._line(step, values)[: shutil.get_terminal_size().columns - 1]
-                sys.stderr.write(f"\r{line}\x1b[K" + "\n" * (step == self.num_steps))
-                sys.stderr.flush()
-        elif step in (1, self.num_steps) or step % -(-self.num_steps // (LINES - 2)) == 0:
-            log.info("%s", self._line(step, values))
-
-    def _line(self, step: int, values: dict[str, float]) -> str:
-        useful = 100 * (1 - values["train/padding_fraction"])
-        parts = [
-            f"{self.stage.name} step {step}/{self.num_steps}",
+        facts = [
             f"loss {values['loss']:.3f}",
             f"{values['train/tokens_per_s']:,.0f} tokens/s",
-            f"{useful:.0f} % useful",
+            f"{100 * (1 - values['train/padding_fraction']):.0f} % useful",
         ]
         if "train/mfu" in values:
-            parts.append(f"MFU {100 * values['train/mfu']:.0f} %")
-        return "  ".join([*parts, self._time_left(step)])
-
-    def _time_left(self, step: int) -> str:
-        """Return the time left at the mean pace so far."""
-        pace = (self.last - self.started) / max(1, step - self.first_step)
-        seconds = round(pace * (self.num_steps - step))
-        return f"{seconds // 60}:{seconds % 60:02d} left"
+            facts.append(f"MFU {100 * values['train/mfu']:.0f} %")
+        self.progress.show(step, *facts)
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:

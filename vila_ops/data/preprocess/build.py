@@ -1,7 +1,6 @@
 """The work of `prepare`: units of raw records become sealed shards, in a loop or as Ray Data tasks, then a dataset."""
 
 import json
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -37,8 +36,7 @@ from vila_ops.data.raw.known import Known
 from vila_ops.data.raw.objects import changed
 from vila_ops.data.shards import DROPPED, DROPPED_SCHEMA, INDEX, SCHEMA, SHARD
 from vila_ops.packages.resolve import tokenizer_folder
-
-log = logging.getLogger(__name__)
+from vila_ops.progress import Progress
 
 
 class Built(NamedTuple):
@@ -133,14 +131,16 @@ def _write(tasks: list[UnitTask], resources: Resources, reporter: Reporter) -> l
     """The sealed shards, in order; only missing shards are written."""
     sealed = at_once(lambda task: store.find(Shard, shard_address(task), store=task.job.store), tasks)
     missing = [number for number, shard in enumerate(sealed) if shard is None]
-    if missing:
-        log.info("%s: %d of %d shards to write", tasks[0].job.mixture.name, len(missing), len(tasks))
     num_sealed = len(tasks) - len(missing)
+    progress = Progress(tasks[0].job.mixture.name, len(tasks), unit="shard", done=num_sealed)
     reporter.begin(num_sealed, len(tasks))
-    written = each(
-        write_shard, [tasks[number] for number in missing], makes=Shard, resources=resources,
-        told=lambda done: reporter.advance(num_sealed + done),
-    )  # fmt: skip
+
+    def told(done: int) -> None:
+        reporter.advance(num_sealed + done)
+        progress.show(num_sealed + done)
+
+    unmade = [tasks[number] for number in missing]
+    written = each(write_shard, unmade, makes=Shard, resources=resources, told=told)
     fresh = dict(zip(missing, written, strict=True))
     return [shard or fresh[number] for number, shard in enumerate(sealed)]
 

@@ -35,6 +35,7 @@ from vila_ops.data.preprocess.shard_writer import (
 from vila_ops.data.preprocess.units import Unit, plan_units
 from vila_ops.data.raw.files import RawFile
 from vila_ops.data.records import Dropped
+from vila_ops.progress import Progress
 
 SIGNATURES, PLACES, NGRAMS = "signatures.parquet", "places.parquet", "ngrams"
 PLACES_SCHEMA = pa.schema(
@@ -78,14 +79,16 @@ def survey(job: ShardJob, units: list[Unit], against: Mapping[str, list[RawFile]
     evaluation, ngrams, twins = None, None, pa.table({name: [] for name in PLACES_SCHEMA.names}, PLACES_SCHEMA)
     if mixture.contamination:
         tasks = list(_evaluation(job, against))
-        surveys = each(survey_unit, tasks, makes=Survey, resources=resources)
+        progress = Progress(f"{mixture.name}: evaluation sets", len(tasks), unit="survey")
+        surveys = each(survey_unit, tasks, makes=Survey, resources=resources, told=progress.show)
         evaluation, twins, _ = _gather(surveys, tasks)
         ngrams = seal_array(Survey, known_ngrams(evaluation), NGRAMS, root=job.store)
         surveys.append(ngrams)
     whole = mixture.near_duplicates or mixture.contamination
     chosen = [number for number, unit in enumerate(units) if whole or shares[unit.source]]
     tasks = [_training(job, units[number], ngrams) for number in chosen]
-    own = each(survey_unit, tasks, makes=Survey, resources=resources)
+    progress = Progress(mixture.name, len(tasks), unit="survey")
+    own = each(survey_unit, tasks, makes=Survey, resources=resources, told=progress.show)
     signatures, places, numbers = _gather(own, tasks)
     drops = decide(
         signatures,
