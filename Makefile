@@ -30,7 +30,7 @@ unpack_prometheus = ( folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && c
 	  dpkg-deb --extract prometheus_*.deb . && \
 	  install --mode 755 usr/bin/promtool usr/bin/prometheus "$(CURDIR)/$(BIN)" ) >/dev/null 2>&1
 
-.PHONY: help setup constraints test test-fast repeat lint types layers demo demo-long up down status faults bench gpu interop settings licences paper-scale sbom format clean
+.PHONY: help setup constraints test test-fast repeat lint types layers demo demo-long up down status faults bench gpu interop settings docs licences paper-scale sbom format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -80,7 +80,7 @@ repeat: setup ## Run the tests marked ray or slow ten times in a row; TIMES=3 TE
 lint: setup ## Check style and formatting, and that every import is declared
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/deptry vila_ops flows --optional-dependencies-dev-groups dev
+	@$(BIN)/deptry vila_ops flows --optional-dependencies-dev-groups dev,docs
 	@$(BIN)/deptry tests benchmarks docs --exclude '\.venv' --ignore DEP002
 
 types: setup ## Check types with mypy, strict; also of what only runs where there is a GPU
@@ -131,6 +131,10 @@ interop: setup ## Write the tables of docs/interop.md, which other programs and 
 	@$(BIN)/python docs/interop.py
 	@$(BIN)/python docs/harnesses/run.py
 	@$(BIN)/python docs/clients/run.py
+
+docs: setup ## Build the documentation site into build/docs; any warning fails it
+	@$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs build/docs
+	@echo "make docs: open build/docs/index.html"
 
 settings: setup ## Write the tables of docs/settings.md: every setting
 	@$(BIN)/python docs/settings.py

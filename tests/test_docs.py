@@ -44,6 +44,7 @@ ELSEWHERE = ("kubectl ", "helm ", "psql ", "docker ", "sbatch ")
 NOT_RUN = {
     "starts servers or talks to them": (
         "make up",
+        "vila-ops run configs/recipes/tiny.yaml -r configs/resources/laptop.yaml",
         "make down",
         "make status",
         "prefect deployment run vila/full-pipeline --param recipe=demo",
@@ -125,6 +126,18 @@ NOT_RUN = {
         "vila-ops import llava-1.5-7b-hf --out models/llava --chat-template vicuna_v1",
     ),
     "fetches a program, and lists what is installed": ("make sbom",),
+    "is run by tests/cli/test_manners.py on the tiny recipe": (
+        "vila-ops train configs/recipes/mine.yaml --stage sft --dry-run",
+    ),
+    "changes this checkout": ("git pull",),
+    "collects packages on a machine with a network, and installs them on one without": (
+        "uv build --wheel",
+        "DS_BUILD_OPS=0 pip wheel --wheel-dir wheels --constraint constraints.txt dist/vila_ops-*.whl",
+        "tar -czf vila-ops.tar.gz wheels configs data/benchmarks -C ~ .cache/vila-ops .cache/huggingface",
+        "tar -xzf vila-ops.tar.gz && cp -r .cache ~",
+        "pip install --no-index --find-links wheels vila-ops",
+        "export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1",
+    ),
     "installs packages": (
         "pip install git+URL",
         "pip install --constraint constraints.txt git+URL",
@@ -149,6 +162,7 @@ NOT_RUN = {
     "is run by tests/test_cli.py": (
         "vila-ops run configs/recipes/tiny.yaml",
         "vila-ops explain configs/recipes/tiny.yaml -s stages.sft.learning_rate=1e-4",
+        "vila-ops explain configs/recipes/mine.yaml -s stages.sft.learning_rate=1e-4",
         "vila-ops report configs/recipes/tiny.yaml",
     ),
     "is run by tests/test_your_data.py, with a small model": (
@@ -409,6 +423,13 @@ def test_links_lead_somewhere() -> None:
 def test_every_page_is_linked_from_the_readme() -> None:
     linked = set(LINK.findall(PAGES["README.md"]))
     assert {page for page in PAGES if page.startswith("docs/")} <= linked
+
+
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    listed = re.findall(r"^   (\S+)$", (ROOT / "docs/index.rst").read_text(), flags=re.MULTILINE)
+    pages = [path.stem for path in (ROOT / "docs").iterdir() if path.suffix in (".md", ".rst")]
+    assert sorted({*listed} - {"samples/README"}) == sorted({*pages} - {"index"})
+    assert len(listed) == len(set(listed))
 
 
 def test_yaml_blocks_are_yaml() -> None:

@@ -26,7 +26,7 @@ from vila_ops.errors import Preempted
 ROOT = Path(__file__).parents[2]
 TINY = "configs/recipes/tiny.yaml"
 TELLS_NOTHING = {"undeploy", "down", "demo", "metrics"}
-"""Commands without a result to print: they end something, show a person how a flow run goes on, or have another form."""
+"""Commands without a result to print: they end something, show how a flow run goes on, or have another form."""
 COSTS = {"run", "prepare", "train stage", "evaluate", "ablate", "retrain"}
 """Commands that take hours of machines. `gc`, `export` and `canary` tell before, by options of their own."""
 COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-8]|4[0-8]|9\d|10\d)(?:;\d+)*m")

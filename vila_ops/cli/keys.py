@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 keys = typer.Typer(name="keys", no_args_is_help=True, help="API keys of an endpoint, and its audit log.")
 KeysFile = Annotated[Path, typer.Argument(help="File of keys, as in serve.access.key_file of the resources")]
 KeyId = Annotated[str, typer.Argument(help="Id of a key, as `list` shows it")]
-Most = Annotated[int | None, typer.Option(min=1)]
+Most = Annotated[int | None, typer.Option(min=1, help="Limit of this key; default: none")]
 
 
 @keys.command()
