@@ -68,7 +68,7 @@ def test_the_search_is_a_script_that_knows_the_words_of_the_pages(site: Path) ->
     assert 'src="searchindex.js"' in (site / "search.html").read_text()
     script = (site / "searchindex.js").read_text()
     index = json.loads(script.removeprefix("Search.setIndex(").removesuffix(")"))
-    for word, page in {"quarantin": "your-data", "slurm": "slurm", "champion": "operations"}.items():
+    for word, page in {"quarantin": "your-data", "fingerprint": "exactness", "slurm": "cluster"}.items():
         places = index["terms"][word]
         assert index["docnames"].index(page) in (places if isinstance(places, list) else [places]), word
 

@@ -52,8 +52,8 @@ def test_a_stage_that_trains_says_how_far_it_is_and_then_that_it_is_done(
     (told,) = heard
     lines = [json.loads(line) for line in handler.stream.getvalue().splitlines()]
     ids = {"task": "train_stage", "stage": "align", "address": Path(trained.uri).name, "rank": 0}
-    assert [ids.items() <= line.items() for line in lines if line["logger"] == "vila_ops.train.metrics"], lines
-    assert all(ids.items() <= line.items() for line in lines if line["logger"] == "vila_ops.train.metrics")
+    assert [ids.items() <= line.items() for line in lines if line["logger"] == "vila_ops.progress"], lines
+    assert all(ids.items() <= line.items() for line in lines if line["logger"] == "vila_ops.progress")
     assert (told.task, told.name, told.unit, told.done, told.total) == ("train_stage", "align", "steps", 8, 8)
     assert (told.resumed, told.workers, told.price_per_hour) == (0, 1, 7.2)
     curve = json.loads((Path(trained.uri) / json.loads(manifest_of(trained.uri))["data"] / "curve.json").read_text())
