@@ -152,7 +152,7 @@ def test_a_preempted_stage_saves_what_it_has_done_and_goes_on_from_there(
 ) -> None:
     whole, preempted = (make_trial(tmp_path / name, num_steps=5, save_every=100) for name in ("whole", "preempted"))
     before = signal.getsignal(signal.SIGTERM)
-    logger, handler = logging.getLogger("vila_ops.train.metrics"), SigtermAt("step 3/5")
+    logger, handler = logging.getLogger("vila_ops.progress"), SigtermAt("step 3/5")
     logger.addHandler(handler)
     level = logger.level
     logger.setLevel(logging.INFO)
