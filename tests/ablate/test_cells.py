@@ -107,6 +107,8 @@ def test_a_grid_trains_what_its_cells_do_not_share_and_then_nothing(
     seconds = {read_manifest(one.uri)["execution"]["seconds"] for one in trained}
     assert 5 * min(seconds) <= (cost.hours or 0) * 3600 <= 5 * max(seconds)  # as many positions as each of those had
     assert cost.measured
+    other = grid.with_changes({"recipe.model.language_model.hidden_size": 32, "seeds": [0, 1]})
+    assert cost_of_grid(runs_of(other, resources)).hours is None  # no stage of this language model was measured
 
     for page in (tmp_path / "grid.html", tmp_path / "grid.md"):
         ablation.write(page, result, measured)

@@ -58,9 +58,14 @@ def test_the_command_prints_a_line_for_each_cell_and_seed(resources: Resources, 
     ran = CliRunner().invoke(app, ["ablate", "tiny", "--dry-run", "--lengths", "tiny", "-r", str(file)])
     assert ran.exit_code == 0, ran.output
     rows = [line.split() for line in ran.stdout.splitlines()]
-    assert rows[0][:5] == ["cell", "seed", "sealed", "shared", "to"]
-    assert rows[2][:6] == ["trained", "0", "0", "1", "pretrain,", "sft"]
-    assert [row[0] for row in rows[1:6]] == ["frozen", "trained", "frozen", "trained", "all"]
+    assert rows[0][:6] == ["cell", "seed", "sealed", "shared", "to", "train"]
+    assert [row[:5] for row in rows[1:5]] == [
+        ["frozen", "0", "0", "0", "3"],
+        ["trained", "0", "0", "1", "2"],
+        ["frozen", "1", "0", "0", "3"],
+        ["trained", "1", "0", "1", "2"],
+    ]
+    assert rows[5][:2] == ["all", "10"]
     assert not Path(resources.storage.store).exists()
 
 

@@ -1,8 +1,8 @@
 """What a grid would take before it runs: stages that are sealed or shared, and tokens, hours and money of the rest.
 
 A stage that several cells have in common counts with the first of them. Hours are the planner's where the resources
-name an accelerator. Without one they are those of the most alike sealed stage of the store, position by position.
-Preparation and evaluations are not counted.
+name an accelerator. Without one they are those of the most alike sealed stage of the same tower and language model,
+position by position. Preparation and evaluations are not counted.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from vila_ops.ablate.cells import CellRun
 from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, Pretrained
 from vila_ops.artifacts.listing import manifests
-from vila_ops.config import Config, Mixture, Resources, Stage, TextFormat, fingerprint
+from vila_ops.config import Config, Mixture, Model, Resources, Stage, TextFormat, fingerprint
 from vila_ops.config.base import differences
 from vila_ops.config.lengths import Lengths
 from vila_ops.data.preprocess import prepare
@@ -65,6 +65,7 @@ class StageAt:
     """A stage of a cell and its place in the store, sealed or not."""
 
     stage: Stage
+    model: Model
     at: store.Address
     done: Checkpoint | None
 
@@ -78,11 +79,12 @@ def stages_of(one: CellRun) -> Iterator[StageAt]:
     for name in one.stages():
         stage = recipe.stages[name]
         data = _data(stage.mixture, recipe.text(name), resources)
-        inputs = StageInputs(stage=stage, model=recipe.model_of(name), data=data, init=model, resources=resources)
+        shape = recipe.model_of(name)
+        inputs = StageInputs(stage=stage, model=shape, data=data, init=model, resources=resources)
         at = training.address_of(inputs)
         done = store.find(Checkpoint, at, store=resources.storage.store)
         model = done or Checkpoint(uri="", digest=_unmade(at), stage=name, step=0)
-        yield StageAt(stage, at, done)
+        yield StageAt(stage, shape, at, done)
 
 
 def _data(mixture: Mixture, text: TextFormat, resources: Resources) -> Dataset:
@@ -124,7 +126,7 @@ def cost_of_grid(runs: Sequence[CellRun], lengths: Lengths | None = None) -> Gri
                 shared=sum(part.done is None for part in every) - len(new),
                 runs=tuple(part.stage.name for part in new),
                 tokens=_sum([planned[p.stage.name].tokens if planned else None for p in new]),
-                hours=_sum([_hours(p.stage, planned.get(p.stage.name), pace) for p in new]),
+                hours=_sum([_hours(p, planned.get(p.stage.name), pace) for p in new]),
                 money=_sum([planned[p.stage.name].cost if planned else None for p in new]),
             )
         )
@@ -138,12 +140,12 @@ def cost_of_grid(runs: Sequence[CellRun], lengths: Lengths | None = None) -> Gri
     )
 
 
-def _hours(stage: Stage, planned: StagePlan | None, pace: "_MeasuredPace") -> float | None:
+def _hours(part: StageAt, planned: StagePlan | None, pace: "_MeasuredPace") -> float | None:
     if planned is not None and planned.hours is not None:
         return planned.hours
-    steps = planned.steps if planned else stage.num_steps
-    seconds = pace.seconds(stage)
-    return None if steps is None or seconds is None else seconds * _positions(stage.model_dump(), steps) / 3600
+    steps = planned.steps if planned else part.stage.num_steps
+    seconds = pace.seconds(part.stage, part.model)
+    return None if steps is None or seconds is None else seconds * _positions(part.stage.model_dump(), steps) / 3600
 
 
 def _positions(stage: dict[str, Any], steps: int) -> int:
@@ -156,24 +158,34 @@ class _MeasuredPace:
     def __init__(self, resources: Resources) -> None:
         self._store, self._is_cpu = resources.storage.store, resources.train.accelerator is None
 
-    def seconds(self, stage: Stage) -> float | None:
-        """Those of the stage with the fewest other settings, the newest of several. None without one, or for a GPU."""
-        if not self._is_cpu or not self._sealed:
+    def seconds(self, stage: Stage, model: Model) -> float | None:
+        """Those of the stage of the same tower and language model with the fewest other settings, the newest of them.
+
+        None without such a stage, or for a GPU.
+        """
+        parts = model.vision_tower, model.language_model
+        own = [one for one in self._sealed if (one[1].vision_tower, one[1].language_model) == parts]
+        if not self._is_cpu or not own:
             return None
-        wanted = stage.model_dump(mode="json", exclude={"mixture", *NO_CHANGE})
+        wanted = stage.model_dump(mode="json", exclude={"mixture", *NO_CHANGE}), model.model_dump(mode="json")
 
-        def far(manifest: dict[str, Any]) -> int:
-            own = {key: value for key, value in manifest["recipe"]["stage"].items() if key not in NO_CHANGE}
-            return len(list(differences(own, wanted)))
+        def far(one: tuple[dict[str, Any], Model]) -> int:
+            settings = {key: value for key, value in one[0]["recipe"]["stage"].items() if key not in NO_CHANGE}
+            found = settings, one[1].model_dump(mode="json")
+            return sum(len(list(differences(*pair))) for pair in zip(found, wanted, strict=True))
 
-        nearest = min(self._sealed, key=far)
-        positions = _positions(nearest["recipe"]["stage"], nearest["facts"]["step"])
-        return float(nearest["execution"]["seconds"]) / positions
+        manifest, _ = min(own, key=far)
+        positions = _positions(manifest["recipe"]["stage"], manifest["facts"]["step"])
+        return float(manifest["execution"]["seconds"]) / positions
 
     @cached_property
-    def _sealed(self) -> list[dict[str, Any]]:
-        listed = [manifest for _, manifest in manifests(Checkpoint, store=self._store)]
-        return sorted(listed, key=lambda one: one["execution"].get("sealed", ""), reverse=True)
+    def _sealed(self) -> list[tuple[dict[str, Any], Model]]:
+        """The manifest of each sealed stage with its model's settings, where it has them; the newest first."""
+        listed = []
+        for uri, manifest in manifests(Checkpoint, store=self._store):
+            if manifest["execution"].get("model") is not None:
+                listed.append((manifest, training.trained_model(store.reference(Checkpoint, uri, manifest))))
+        return sorted(listed, key=lambda one: one[0]["execution"].get("sealed", ""), reverse=True)
 
 
 def _sum(values: Sequence[float | None]) -> float | None:

@@ -70,12 +70,11 @@ def ablate(
 
 def _print_cost(cost: "GridCost") -> None:
     rows: list[Row] = [("cell", "seed", "sealed", "shared", "to train", "tokens", "hours", "money")]
-    rows += [
-        (one.cell, str(one.seed), str(one.sealed), str(one.shared), ", ".join(one.runs) or "nothing",
-         *_amounts(one.tokens, one.hours, one.money))
-        for one in cost.cells
-    ]  # fmt: skip
-    rows.append(("all", "", "", "", "", *_amounts(cost.tokens, cost.hours, cost.money)))
+    for one in cost.cells:
+        stages = map(str, (one.seed, one.sealed, one.shared, len(one.runs)))
+        rows.append((one.cell, *stages, *_amounts(one.tokens, one.hours, one.money)))
+    whole = str(sum(len(one.runs) for one in cost.cells))
+    rows.append(("all", "", "", "", whole, *_amounts(cost.tokens, cost.hours, cost.money)))
     say("\n".join(table(rows)))
     if cost.hours is not None:
         source = "sealed stages" if cost.measured else "the planner"

@@ -131,12 +131,17 @@ def _panel(metric: MetricResult) -> Panel:
 
 
 def paper_table(result: GridResult) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """The columns of the paper's table, and its numbers as printed by cell."""
-    cells = result.grid.cells
-    columns = list(dict.fromkeys(column for cell in cells.values() for column in cell.paper))
+    """The columns of the paper's table, and by cell its numbers, with the decimals of their column."""
+    papers = {name: cell.paper for name, cell in result.grid.cells.items()}
+    fullest_first = sorted(papers.values(), key=len, reverse=True)
+    columns = list(dict.fromkeys(column for paper in fullest_first for column in paper))
+    decimals = {
+        column: max(len(f"{paper[column]:g}".partition(".")[2]) for paper in fullest_first if column in paper)
+        for column in columns
+    }
     return columns, [
-        (name, [f"{cell.paper[one]:g}" if one in cell.paper else DASH for one in columns])
-        for name, cell in cells.items()
+        (name, [f"{paper[one]:.{decimals[one]}f}" if one in paper else DASH for one in columns])
+        for name, paper in papers.items()
     ]
 
 

@@ -13,7 +13,13 @@ WIDTH, HEIGHT = 760, 360
 LEFT, RIGHT, TOP, BOTTOM = 52, 150, 14, 46
 """Margins, for the numbers of the axis, the names of the lines and the numbers of the layers."""
 LINE_HEIGHT = 17
-COLOURS = ("--chance", "#6b7280"), ("--control", "#b4500b"), ("--good", "#0f6b3a"), ("--model", "#1d4fd8")
+COLOURS = (
+    ("--bad", "#a3231c"),
+    ("--chance", "#6b7280"),
+    ("--control", "#b4500b"),
+    ("--good", "#0f6b3a"),
+    ("--model", "#1d4fd8"),
+)
 """Colours by their variable in the report's page, and their value outside of it. The last model has the last colour."""
 
 
