@@ -39,6 +39,7 @@ ROOT = Path(__file__).parents[1]
 TINY, INLINE = ROOT / "configs/recipes/tiny.yaml", ROOT / "configs/resources/inline.yaml"
 ERRORS = {
     errors.CorruptArtifact("x"): True,
+    errors.OtherFormat("x"): True,
     DamagedFile("x", "is missing"): True,
     CorruptShard("x"): True,
     errors.UnsafeStore("x"): True,

@@ -28,6 +28,10 @@ class CorruptArtifact(VilaError):
     """A sealed folder, or a file from outside, does not hold what its manifest or its header says."""
 
 
+class OtherFormat(VilaError):
+    """A store, a manifest or a resume checkpoint was written in a format that this version does not read."""
+
+
 class DamagedFile(CorruptArtifact):
     """A file of a store is missing, or holds other bytes than were sealed."""
 

@@ -38,10 +38,10 @@ from vila_ops.artifacts.kinds import (
     Shard,
     Survey,
 )
+from vila_ops.artifacts.store_format import FORMAT, check_format, refuse_other
 from vila_ops.config import fingerprint
 from vila_ops.errors import CorruptArtifact, DamagedFile, DiskFault, VilaError
 
-FORMAT = 1
 THROUGHPUT_BYTES = 32 * 2**20
 MANIFEST = "manifest.json"
 ATTEMPT = "attempt-"
@@ -258,10 +258,9 @@ def find_manifest(uri: str) -> dict[str, Any] | None:
         written, names = manifest["format"], _names(manifest)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptArtifact(f"{place} is not a manifest ({error}); {way_out(uri)}") from error
-    if written != FORMAT:
-        raise CorruptArtifact(f"{place} has format {written}; this version reads {FORMAT}; {way_out(uri)}")
     if text != _sealed(manifest):
         raise CorruptArtifact(f"{place} was changed after sealing; {way_out(uri)}")
+    refuse_other(place, written, reads=FORMAT)
     if outside := [name for name in names if name.startswith("/") or ".." in PurePosixPath(name).parts]:
         raise CorruptArtifact(f"{place} names {outside[0]!r}, which is outside of the folder; do not use this store")
     return manifest
@@ -337,10 +336,13 @@ def check_target(target: Path, *, apart: Sequence[Path] = (), outside: Sequence[
 def probe(store: str) -> str:
     """Try, once per process, what sealing rests on in a store; returns a line that says what works.
 
-    Raises UnsafeStore, StoreRefused, StoreUnreachable, and OSError for a disk that failed.
+    Raises UnsafeStore, StoreRefused, StoreUnreachable, OtherFormat for a store of another version, and OSError for a
+    disk that failed.
     """
     root = root_of(store)
-    return backend(root).probe(root)
+    told = backend(root).probe(root)
+    check_format(backend(root), root)
+    return told
 
 
 def throughput(store: str) -> tuple[float, float]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vila_ops.artifacts.backend import AT_ONCE, FileFacts
 from vila_ops.artifacts.store import MANIFEST, backend
+from vila_ops.artifacts.store_format import refuse_other
 from vila_ops.config import Resources
 from vila_ops.config.resources import Retention
 from vila_ops.device import on_accelerator
@@ -221,6 +222,5 @@ def _parse(text: bytes) -> dict[str, Any]:
             raise ValueError("it was changed after sealing")
     except (ValueError, AttributeError) as error:
         raise CorruptArtifact(f"{MANIFEST}: {error}") from error
-    if manifest["format"] != FORMAT:
-        raise CorruptArtifact(f"{MANIFEST} has format {manifest['format']}; this version reads {FORMAT}")
+    refuse_other(MANIFEST, manifest["format"], reads=FORMAT)
     return manifest

@@ -1,0 +1,61 @@
+"""A store of each released format is read by this version, and a store of another format is left alone."""
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests.artifacts.known_store import known
+from vila_ops.artifacts.kinds import Dataset
+from vila_ops.artifacts.store import address, backend, begin, probe
+from vila_ops.artifacts.store_format import CONTENT, FORMAT, check_format
+from vila_ops.errors import CorruptArtifact, OtherFormat
+
+STORES = Path(__file__).parents[1] / "golden/stores"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_known() -> None:
+    check_format.cache_clear()
+
+
+def test_every_format_until_now_has_a_store() -> None:
+    assert sorted(path.name for path in STORES.glob("*.tar.xz")) == [f"format-{n}.tar.xz" for n in range(1, FORMAT + 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted(STORES.glob("*.tar.xz")), ids=lambda path: path.name)
+def test_a_store_that_an_earlier_version_wrote_is_read_whole(path: Path, tmp_path: Path) -> None:
+    with tarfile.open(path) as tar:
+        tar.extractall(tmp_path, filter="data")
+    written, read = json.loads((tmp_path / "known.json").read_text()), known(tmp_path / "store")
+    for name in ("losses", "metrics"):  # of another processor
+        assert read.pop(name) == pytest.approx(written.pop(name), rel=1e-4)
+    assert read == written
+
+
+def test_a_store_is_marked_by_the_first_that_writes_and_one_without_a_mark_is_of_format_1(tmp_path: Path) -> None:
+    probe(str(tmp_path))
+    assert json.loads((tmp_path / "format.json").read_text()) == {"format": FORMAT}
+    check_format.cache_clear()
+    probe(str(tmp_path))
+    assert FORMAT == 1
+
+
+@pytest.mark.parametrize("written", [0, FORMAT + 1])
+def test_a_store_of_another_format_is_refused_before_anything_is_written(store: str, written: int) -> None:
+    backend(store).create(f"{store}/format.json", json.dumps({"format": written}).encode())
+    before = backend(store).entries(store)
+    with pytest.raises(OtherFormat, match=f"has format {written}, and vila-ops .* reads {FORMAT}; nothing was changed"):
+        begin(address(Dataset, revision=1, recipe={}, parents=()), store=store)
+    assert [entry.name for entry in backend(store).entries(store)] == [entry.name for entry in before]
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"[1]", CONTENT[:-3], b'{"format": null}'])
+def test_a_damaged_mark_names_its_file_and_the_way_out(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "format.json").write_bytes(data)
+    with pytest.raises(CorruptArtifact, match=rf"{tmp_path}/format\.json does not say the format .* remove the file"):
+        probe(str(tmp_path))
+    (tmp_path / "format.json").unlink()
+    probe(str(tmp_path))
