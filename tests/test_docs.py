@@ -47,6 +47,8 @@ NOT_RUN = {
         "vila-ops run configs/recipes/tiny.yaml -r configs/resources/laptop.yaml",
         "make down",
         "make status",
+        "vila-ops up",
+        "vila-ops down",
         "prefect deployment run vila/full-pipeline --param recipe=demo",
         "prefect deployment run vila/full-pipeline --param recipe=/data/own.yaml --param resources=/data/cluster.yaml",
         "prefect deployment run vila-release/promote --param recipe=demo --param approval=true",
@@ -110,6 +112,7 @@ NOT_RUN = {
         "databases=postgresql://vila:$postgres@postgres:5432",
     ),
     "needs a GPU": ("make gpu",),
+    "is run by tests/infra/test_release.py, check by check": ("make release",),
     "fetches packages or images, or reads a model that has to be downloaded": (
         "vila-ops benchmark get mmmu",
         "vila-ops benchmark check",
@@ -141,6 +144,7 @@ NOT_RUN = {
     "installs packages": (
         "pip install git+URL",
         "pip install --constraint constraints.txt git+URL",
+        "pip install --upgrade URL",
     ),
     "is run by tests/plan/test_shipped.py by its function": ("vila-ops plan vila-7b -r vila_128 --lengths vila",),
     "is run by tests/ablate, with one step a stage": ("vila-ops ablate tiny", "vila-ops ablate tiny --dry-run"),
