@@ -33,7 +33,7 @@ def known(store: Path) -> dict[str, Any]:
 
 
 def _only(kind: type[Artifact], store: Path) -> Artifact:
-    ((uri, manifest),) = manifests(KINDS[kind], store=str(store))
+    ((uri, manifest),) = manifests(kind, store=str(store))
     return reference(kind, uri, manifest)
 
 

@@ -214,7 +214,12 @@ def test_another_artifact_at_the_handle_is_refused(store: str) -> None:
 def test_a_manifest_of_another_format_is_refused(tmp_path: Path) -> None:
     made = write(tmp_path)
     path = Path(made.uri) / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
+    other = {**json.loads(path.read_text()), "format": 2}
+    path.write_text(json.dumps(other))
+    with pytest.raises(CorruptArtifact, match="was changed after sealing"):
+        read_manifest(made.uri)
+    body = {key: value for key, value in other.items() if key != "checksum"}
+    path.write_text(json.dumps({**body, "checksum": fingerprint(body)}, indent=1, sort_keys=True))
     with pytest.raises(OtherFormat, match=r"format 2, and vila-ops .* reads 1; nothing was changed"):
         read_manifest(made.uri)
 

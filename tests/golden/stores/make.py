@@ -29,7 +29,13 @@ def main() -> None:
         write_data(root)
         places = {f"storage.{name}": f"{root}/{name}" for name in ("store", "cache", "data")}
         resources = Resources(launch="inline").with_changes({**places, "storage.features_leave_free": 1.0})
-        model, mixture = made_elsewhere.model(root), made_elsewhere.mixture(root)
+        mixture = made_elsewhere.mixture(root)
+        small = {"kind": "random", "hidden_size": 32, "num_layers": 2, "num_heads": 2}
+        model = made_elsewhere.model(
+            root,
+            vision_tower={**small, "architecture": "clip"},
+            language_model={**small, "tokenizer": str(root / "tiny/tokenizer")},
+        )
         base = assemble(model, resources)
         data = prepare(mixture, model.text(max_tokens=128), resources)
         trained = train_stage(made_elsewhere.stage(mixture), model, data, base, resources)
