@@ -34,7 +34,7 @@ def files(store: str, tmp_path: Path) -> list[str]:
     """What lies below the kinds' folders of a store, and in this machine's copies of them."""
     stored = [entry.name for entry in backend(store).entries(store) if entry.size]
     local = [path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("copies/s3/**/*") if path.is_file()]
-    return [name for name in (*stored, *local) if "leases" not in name]
+    return [name for name in (*stored, *local) if "leases" not in name and name != "format.json"]
 
 
 def killed(where: Address, store: str, *, days: float) -> Path:

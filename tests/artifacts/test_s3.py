@@ -120,7 +120,7 @@ def test_no_secret_is_written_anywhere(s3_store: str, tmp_path: Path) -> None:
     keys = [found["Key"] for found in client().list_objects_v2(Bucket=name)["Contents"]]
     objects = [client().get_object(Bucket=name, Key=key)["Body"].read() for key in keys]
     files = [path.read_bytes() for path in (tmp_path / "copies").rglob("*") if path.is_file()]
-    assert len(objects) == 2
+    assert len(objects) == 3
     assert not any(b"canary-secret" in data for data in [*objects, *files])
 
 

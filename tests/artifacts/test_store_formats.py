@@ -9,7 +9,7 @@ import pytest
 from tests.artifacts.known_store import known
 from vila_ops.artifacts.kinds import Dataset
 from vila_ops.artifacts.store import address, backend, begin, probe
-from vila_ops.artifacts.store_format import CONTENT, FORMAT, check_format
+from vila_ops.artifacts.store_format import FORMAT, NAME, check_format, mark
 from vila_ops.errors import CorruptArtifact, OtherFormat
 
 STORES = Path(__file__).parents[1] / "golden/stores"
@@ -37,7 +37,7 @@ def test_a_store_that_an_earlier_version_wrote_is_read_whole(path: Path, tmp_pat
 
 def test_a_store_is_marked_by_the_first_that_writes_and_one_without_a_mark_is_of_format_1(tmp_path: Path) -> None:
     probe(str(tmp_path))
-    assert json.loads((tmp_path / "format.json").read_text()) == {"format": FORMAT}
+    assert json.loads((tmp_path / NAME).read_text())["format"] == FORMAT
     check_format.cache_clear()
     probe(str(tmp_path))
     assert FORMAT == 1
@@ -45,17 +45,21 @@ def test_a_store_is_marked_by_the_first_that_writes_and_one_without_a_mark_is_of
 
 @pytest.mark.parametrize("written", [0, FORMAT + 1])
 def test_a_store_of_another_format_is_refused_before_anything_is_written(store: str, written: int) -> None:
-    backend(store).create(f"{store}/format.json", json.dumps({"format": written}).encode())
+    backend(store).create(f"{store}/{NAME}", mark(written))
     before = backend(store).entries(store)
     with pytest.raises(OtherFormat, match=f"has format {written}, and vila-ops .* reads {FORMAT}; nothing was changed"):
         begin(address(Dataset, revision=1, recipe={}, parents=()), store=store)
     assert [entry.name for entry in backend(store).entries(store)] == [entry.name for entry in before]
 
 
-@pytest.mark.parametrize("data", [b"", b"{}", b"[1]", CONTENT[:-3], b'{"format": null}'])
+@pytest.mark.parametrize(
+    "data", [b"", b"{}", b"[1]", mark(FORMAT)[:-3], mark(2).replace(b"2", b"3", 1), b'{"format": null}']
+)
 def test_a_damaged_mark_names_its_file_and_the_way_out(data: bytes, tmp_path: Path) -> None:
-    (tmp_path / "format.json").write_bytes(data)
-    with pytest.raises(CorruptArtifact, match=rf"{tmp_path}/format\.json does not say the format .* remove the file"):
+    (tmp_path / NAME).write_bytes(data)
+    with pytest.raises(
+        CorruptArtifact, match=rf"{NAME} does not say the format .* move {tmp_path}/{NAME} away and run"
+    ):
         probe(str(tmp_path))
-    (tmp_path / "format.json").unlink()
+    (tmp_path / NAME).unlink()
     probe(str(tmp_path))

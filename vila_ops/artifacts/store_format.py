@@ -5,11 +5,11 @@ from functools import lru_cache
 
 from vila_ops import __version__
 from vila_ops.artifacts.backend import Backend
+from vila_ops.config import fingerprint
 from vila_ops.errors import CorruptArtifact, OtherFormat
 
 FORMAT = 1
 NAME = "format.json"
-CONTENT = json.dumps({"format": FORMAT}).encode() + b"\n"
 
 
 @lru_cache
@@ -19,16 +19,14 @@ def check_format(backend: Backend, root: str) -> None:
     Stores from before the mark have format 1. Raises OtherFormat for another one, CorruptArtifact for a damaged mark.
     """
     place = f"{root}/{NAME}"
-    if backend.create(place, CONTENT):
-        return
-    try:
-        written = int(json.loads(backend.read(place) or b"")["format"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptArtifact(
-            f"{place} does not say the format of the store; if all of it was written by vila-ops {__version__} or "
-            f"before, remove the file, and the next command writes it"
-        ) from error
-    refuse_other(root, written, reads=FORMAT)
+    if not backend.create(place, mark(FORMAT)) and (there := backend.read(place)) != mark(FORMAT):
+        refuse_other(root, _format_of(place, there), reads=FORMAT)
+
+
+def mark(written: int) -> bytes:
+    """The content of the file that says a format."""
+    body = {"format": written}
+    return json.dumps({**body, "checksum": fingerprint(body)}).encode()
 
 
 def refuse_other(place: str, written: object, *, reads: int) -> None:
@@ -38,3 +36,17 @@ def refuse_other(place: str, written: object, *, reads: int) -> None:
             f"{place} has format {written}, and vila-ops {__version__} reads {reads}; nothing was changed; use the "
             f"version of vila-ops that wrote it, or a later one whose CHANGELOG says how it takes over this format"
         )
+
+
+def _format_of(place: str, data: bytes | None) -> int:
+    """The format that a mark says. Raises CorruptArtifact."""
+    try:
+        written = int(json.loads(data or b"")["format"])
+        if data != mark(written):
+            raise ValueError("its checksum is another one")
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptArtifact(
+            f"{place} does not say the format of the store ({error}); restore it from a backup, or if all of the store "
+            f"is of vila-ops {__version__} or before, move {place} away and run again to write it"
+        ) from error
+    return written
