@@ -24,7 +24,13 @@ find_python = for python in "$(PYTHON)" python3 ""; do \
 	  if [ -z "$$python" ] || "$$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; \
 	  then break; fi; done
 
-# Prometheus and promtool beside Python, of Debian's package. It is not installed, since that would start a server. unpack_prometheus = ( folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && cd "$$folder" && \ { apt-get download prometheus || { apt-get update && apt-get download prometheus; }; } && \ dpkg-deb --extract prometheus_*.deb . && \ install --mode 755 usr/bin/promtool usr/bin/prometheus "$(CURDIR)/$(BIN)" ) >/dev/null 2>&1 .PHONY: help setup constraints test test-fast repeat lint types layers demo demo-long up down status faults bench gpu interop settings docs licences paper-scale sbom release format clean
+# Prometheus and promtool beside Python, of Debian's package. It is not installed, since that would start a server.
+unpack_prometheus = ( folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && cd "$$folder" && \
+	  { apt-get download prometheus || { apt-get update && apt-get download prometheus; }; } && \
+	  dpkg-deb --extract prometheus_*.deb . && \
+	  install --mode 755 usr/bin/promtool usr/bin/prometheus "$(CURDIR)/$(BIN)" ) >/dev/null 2>&1
+
+.PHONY: help setup constraints test test-fast repeat lint types layers demo demo-long up down status faults bench gpu interop settings docs licences paper-scale sbom release format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -9,7 +9,7 @@ import pytest
 from tests.artifacts.known_store import known
 from vila_ops.artifacts.kinds import Dataset
 from vila_ops.artifacts.store import address, backend, begin, probe
-from vila_ops.artifacts.store_format import FORMAT, NAME, check_format, mark
+from vila_ops.artifacts.store_format import FORMAT, KNOWN, NAME, mark
 from vila_ops.errors import CorruptArtifact, OtherFormat
 
 STORES = Path(__file__).parents[1] / "golden/stores"
@@ -17,7 +17,7 @@ STORES = Path(__file__).parents[1] / "golden/stores"
 
 @pytest.fixture(autouse=True)
 def _nothing_known() -> None:
-    check_format.cache_clear()
+    KNOWN.clear()
 
 
 def test_every_format_until_now_has_a_store() -> None:
@@ -38,7 +38,7 @@ def test_a_store_that_an_earlier_version_wrote_is_read_whole(path: Path, tmp_pat
 def test_a_store_is_marked_by_the_first_that_writes_and_one_without_a_mark_is_of_format_1(tmp_path: Path) -> None:
     probe(str(tmp_path))
     assert json.loads((tmp_path / NAME).read_text())["format"] == FORMAT
-    check_format.cache_clear()
+    KNOWN.clear()
     probe(str(tmp_path))
     assert FORMAT == 1
 

@@ -1,7 +1,6 @@
 """The format of a store: that of its sealed manifests, leases and registers. A store tells it in STORE/format.json."""
 
 import json
-from functools import lru_cache
 
 from vila_ops import __version__
 from vila_ops.artifacts.backend import Backend
@@ -10,17 +9,21 @@ from vila_ops.errors import CorruptArtifact, OtherFormat
 
 FORMAT = 1
 NAME = "format.json"
+KNOWN: set[str] = set()
+"""The stores that this process has looked at."""
 
 
-@lru_cache
 def check_format(backend: Backend, root: str) -> None:
     """Mark a store with the format that this version writes, if it has no mark; once per process.
 
     Stores from before the mark have format 1. Raises OtherFormat for another one, CorruptArtifact for a damaged mark.
     """
+    if root in KNOWN:
+        return
     place = f"{root}/{NAME}"
     if not backend.create(place, mark(FORMAT)) and (there := backend.read(place)) != mark(FORMAT):
         refuse_other(root, _format_of(place, there), reads=FORMAT)
+    KNOWN.add(root)
 
 
 def mark(written: int) -> bytes:
