@@ -47,8 +47,6 @@ NOT_RUN = {
         "vila-ops run configs/recipes/tiny.yaml -r configs/resources/laptop.yaml",
         "make down",
         "make status",
-        "vila-ops up",
-        "vila-ops down",
         "prefect deployment run vila/full-pipeline --param recipe=demo",
         "prefect deployment run vila/full-pipeline --param recipe=/data/own.yaml --param resources=/data/cluster.yaml",
         "prefect deployment run vila-release/promote --param recipe=demo --param approval=true",
@@ -144,7 +142,6 @@ NOT_RUN = {
     "installs packages": (
         "pip install git+URL",
         "pip install --constraint constraints.txt git+URL",
-        "pip install --upgrade URL",
     ),
     "is run by tests/plan/test_shipped.py by its function": ("vila-ops plan vila-7b -r vila_128 --lengths vila",),
     "is run by tests/ablate, with one step a stage": ("vila-ops ablate tiny", "vila-ops ablate tiny --dry-run"),
