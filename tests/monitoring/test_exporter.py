@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from tests.monitoring.watched_store import LABELS, filled
 from vila_ops.cli import app
+from vila_ops.config.resources import StorageResources
 from vila_ops.monitoring import exporter
 from vila_ops.monitoring.exporter import METRICS, registry_of, server_of
 from vila_ops.registry import alias_register
@@ -40,7 +41,7 @@ def read(text: str) -> Samples:
 
 
 def samples_of(store: str) -> Samples:
-    return read(generate_latest(registry_of(store)).decode())
+    return read(generate_latest(registry_of(StorageResources(store=store))).decode())
 
 
 def only(samples: Samples, name: str, /, **labels: str) -> float:
@@ -103,12 +104,23 @@ def test_models_and_decisions(store: str) -> None:
     assert only(samples, "vila_retrain_drifted", recipe="demo", stream="images") == 1
 
 
+def test_services_have_their_versions_and_the_last_canary_that_was_taken_back(store: str) -> None:
+    samples = samples_of(store)
+    for service, stable in (("vila", 3), ("other@head-6379", 3)):
+        assert only(samples, "vila_service_version", service=service, role="stable") == stable
+    assert only(samples, "vila_service_version", service="vila", role="canary") == 4
+    assert only(samples, "vila_service_canary_ratio", service="vila") == 0.25
+    taken_back = datetime(2026, 1, 12, tzinfo=UTC).timestamp()
+    assert only(samples, "vila_service_rolled_back_timestamp_seconds", service="other@head-6379") == taken_back
+    assert len([name for name, _ in samples if name.startswith("vila_service_")]) == 5
+
+
 def test_what_cannot_be_read_is_said_and_hides_nothing_else(store: str) -> None:
     for version in (Path(store) / "registry/vila").iterdir():
         version.write_text("{")
     samples = samples_of(store)
     parts = {dict(labels)["part"]: value for (name, labels), value in samples.items() if name.endswith("readable")}
-    assert parts == {"tasks": 1, "models": 0, "decisions": 1}
+    assert parts == {"tasks": 1, "models": 0, "services": 1, "decisions": 1}
     assert only(samples, "vila_train_loss", **LABELS) == 2.5
 
 
@@ -122,7 +134,7 @@ def test_the_page_has_every_metric_with_its_labels() -> None:
 @pytest.fixture
 def scrape(store: str) -> Iterator[Any]:
     """Asks a server with a token."""
-    with server_of(registry_of(store), "127.0.0.1", 0, token="secret") as server:
+    with server_of(registry_of(StorageResources(store=store)), "127.0.0.1", 0, token="secret") as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         url = f"http://127.0.0.1:{server.server_port}"

@@ -23,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from tests.monitoring.watched_store import filled
+from vila_ops.config.resources import StorageResources
 from vila_ops.monitoring.exporter import METRICS, registry_of
 from vila_ops.serve.app.metrics import Metrics
 
@@ -65,7 +66,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
     replica.responded(200)
     place = str(tmp_path_factory.mktemp("watched") / "store")
     with filled(place):
-        texts = [generate_latest(registry_of(place)).decode(), replica.text().decode()]
+        texts = [generate_latest(registry_of(StorageResources(store=place))).decode(), replica.text().decode()]
     families = itertools.chain.from_iterable(map(text_string_to_metric_families, texts))
     up = [Sample("up", {"job": job, "instance": "a"}, 1.0) for job in ("vila-ops", "vila-endpoint")]
     return [*up, *(sample for family in families for sample in family.samples)]

@@ -1,4 +1,5 @@
-"""A store in which a stage trains, another one is done, a model is the champion, and two decisions are sealed."""
+"""A store in which a stage trains, another one is done, a model is the champion, two decisions are sealed, and two
+services answer, one with a canary."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,11 +9,15 @@ from vila_ops.artifacts.kinds import Checkpoint, ModelVersion
 from vila_ops.artifacts.leases import hold
 from vila_ops.artifacts.progress import ProgressRecord
 from vila_ops.artifacts.store import Address
+from vila_ops.config import CanaryRules, Resources, Service
 from vila_ops.registry import alias_register
 from vila_ops.retrain import decisions
 from vila_ops.retrain.decide import Decided, Evidence, Spent
 from vila_ops.retrain.drift import Drift
+from vila_ops.serve.router.state import Canary, Register, Rollback, ServiceState, Track
+from vila_ops.serve.spec import Spec
 
+INLINE = Resources(launch="inline")
 TRAINED = {
     "loss": 2.5, "loss/pairs": 2.25, "validation_loss": 2.75, "validation_loss/pairs": 2.625, "grad_norm": 0.5,
     "learning_rate/projector": 0.001, "seconds_per_step": 2.0, "train/tokens_per_s": 1000.0,
@@ -39,6 +44,15 @@ def filled(place: str) -> Iterator[None]:
     checkpoint = Checkpoint(uri=f"{place}/checkpoint/3", digest="3" * 64, stage="align", step=3)
     version = ModelVersion(name="vila", version=3, checkpoint=checkpoint, promoted=True)
     alias_register.move("vila", {"champion": version}, over=None, reason="test", store=place)
+    tracks = [
+        Track(spec=Spec.of(Service(name="vila"), version.with_changes({"version": number}), INLINE), url="http://a")
+        for number in (3, 4)
+    ]
+    canary = Canary(track=tracks[1], rules=CanaryRules(share=0.25), salt="s")
+    Register(f"{place}/serve/vila.state").change(lambda _: ServiceState(stable=tracks[0], canary=canary))
+    taken_back = Rollback(version=4, digest="4" * 64, reason="slower", at="2026-01-12T00:00:00+00:00")
+    other = ServiceState(stable=tracks[0], rolled_back=taken_back)
+    Register(f"{place}/services/other@head-6379").change(lambda _: other)
     for day, verdict in ((5, "not now"), (12, "retrain")):
         when = datetime(2026, 1, day, tzinfo=UTC)
         decided = Decided(verdict=verdict, rule="drift", reason="r", change="", checks=())

@@ -35,7 +35,7 @@ def metrics(
     token = os.environ.get(exporter.TOKEN)
     if not is_loopback(host) and not token:
         raise ValueError(f"{host} is reached from other machines; set {exporter.TOKEN} to a token, or use 127.0.0.1")
-    registry = exporter.registry_of(load_resources(resources).storage.store)
+    registry = exporter.registry_of(load_resources(resources).storage)
     if out is not None:
         while True:
             write_to_textfile(str(out), registry)

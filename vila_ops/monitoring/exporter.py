@@ -8,6 +8,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
 from typing import TYPE_CHECKING
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
@@ -19,10 +20,12 @@ from prometheus_client.registry import Collector
 from vila_ops.artifacts.kinds import Decision
 from vila_ops.artifacts.listing import folders
 from vila_ops.artifacts.store import find_manifest
+from vila_ops.config.resources import StorageResources
 from vila_ops.errors import VilaError
 from vila_ops.monitoring.tasks import WatchedTask, watched
 from vila_ops.registry import alias_register
 from vila_ops.retrain.decisions import DecisionRecord, record_of
+from vila_ops.serve.router.state import registers
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -55,12 +58,18 @@ METRICS: dict[str, tuple[tuple[str, ...], str]] = {
     "vila_model_version": (("model", "alias"), "Version that an alias of a registered model points to"),
     "vila_model_moved_timestamp_seconds": (("model",), "Last move of a model's aliases"),
     "vila_model_moves_total": (("model",), "Moves of a model's aliases so far"),
+    "vila_service_version": (("service", "role"), "Version that a service has as its stable one, or as a canary"),
+    "vila_service_canary_ratio": (("service",), "Share of the conversations that a canary answers"),
+    "vila_service_rolled_back_timestamp_seconds": (("service",), "When a canary was last taken back"),
     "vila_retrain_decisions_total": (("recipe", "subject", "verdict"), "Sealed decisions"),
     "vila_retrain_decision_timestamp_seconds": (("recipe", "subject", "verdict"), "Last decision with this verdict"),
     "vila_retrain_new_samples": (("recipe",), "Usable new training samples at the last look"),
     "vila_retrain_drift_effect": (("recipe", "stream"), "Effect of the drift of a stream at the last look, 0 to 1"),
     "vila_retrain_drifted": (("recipe", "stream"), "Whether the stream had drifted"),
-    "vila_exporter_readable": (("part",), "Whether a part of the store could be read: tasks, models, decisions"),
+    "vila_exporter_readable": (
+        ("part",),
+        "Whether a part of the store could be read: tasks, models, services, decisions",
+    ),
     "vila_exporter_read_timestamp_seconds": ((), "When the store was read"),
 }
 """Labels and meaning of every metric by its name."""
@@ -96,8 +105,8 @@ log = logging.getLogger(__name__)
 class StoreCollector(Collector):
     """Reads a store at every scrape. A part of it that cannot be read is left out, and the metrics say so."""
 
-    def __init__(self, store: str) -> None:
-        self._store = store
+    def __init__(self, storage: StorageResources) -> None:
+        self._storage, self._store = storage, storage.store
         self._known: dict[str, DecisionRecord] = {}
         """Decisions by their folders; they never change."""
 
@@ -107,6 +116,7 @@ class StoreCollector(Collector):
         parts: dict[str, Callable[[], Iterable[Sample]]] = {
             "tasks": lambda: _of_tasks(watched(self._store)),
             "models": lambda: _of_models(self._store),
+            "services": lambda: _of_services(self._storage),
             "decisions": lambda: _of_decisions(self._decisions()),
         }
         for part, read in parts.items():
@@ -133,10 +143,10 @@ class StoreCollector(Collector):
         return sorted(self._known.values(), key=lambda one: one.when)
 
 
-def registry_of(store: str) -> CollectorRegistry:
-    """The metrics of a store."""
+def registry_of(storage: StorageResources) -> CollectorRegistry:
+    """The metrics of a store, and of the inline services of this machine."""
     registry = CollectorRegistry()
-    registry.register(StoreCollector(store))
+    registry.register(StoreCollector(storage))
     return registry
 
 
@@ -208,6 +218,19 @@ def _of_models(store: str) -> Iterator[Sample]:
         if record.history:
             yield "vila_model_moved_timestamp_seconds", (name,), record.history[-1].time().timestamp()
             yield "vila_model_moves_total", (name,), len(record.history)
+
+
+def _of_services(storage: StorageResources) -> Iterator[Sample]:
+    for service, register in registers(storage).items():
+        state = register.load()
+        if state.stable is not None:
+            yield "vila_service_version", (service, "stable"), state.stable.spec.version.version
+        if state.canary is not None:
+            yield "vila_service_version", (service, "canary"), state.canary.track.spec.version.version
+            yield "vila_service_canary_ratio", (service,), state.canary.rules.share
+        if state.rolled_back is not None:
+            when = datetime.fromisoformat(state.rolled_back.at)
+            yield "vila_service_rolled_back_timestamp_seconds", (service,), when.timestamp()
 
 
 def _of_decisions(records: list[DecisionRecord]) -> Iterator[Sample]:

@@ -23,7 +23,7 @@ from vila_ops.errors import CorruptArtifact
 from vila_ops.processes import ProcessId, spawn, stop
 from vila_ops.serve.backends.backend import METRICS_SECONDS
 from vila_ops.serve.router.scrape import Headers
-from vila_ops.serve.router.state import Register, Track
+from vila_ops.serve.router.state import SUFFIX, Register, Track
 from vila_ops.serve.spec import Spec
 
 STOP_SECONDS = 10.0
@@ -114,7 +114,7 @@ class LocalProcess:
 
     def __init__(self, name: str, resources: Resources) -> None:
         self.manager, self.resources = ProcessManager(resources.storage.scratch(), name), resources
-        self.register = Register(str(self.manager.folder / f"{name}.state"))
+        self.register = Register(str(self.manager.folder / f"{name}{SUFFIX}"))
 
     def locked(self) -> AbstractContextManager[None]:
         """As in `ServiceBackend`; other processes wait."""

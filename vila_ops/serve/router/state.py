@@ -5,11 +5,15 @@ from collections.abc import Callable
 
 from pydantic import ValidationError
 
-from vila_ops.artifacts.store import backend
+from vila_ops.artifacts.store import backend, root_of
 from vila_ops.config import CanaryRules, Config
+from vila_ops.config.resources import StorageResources
 from vila_ops.errors import CorruptArtifact
 from vila_ops.processes import ProcessId
 from vila_ops.serve.spec import Spec
+
+SUFFIX = ".state"
+"""Of the name of an inline service's register."""
 
 
 class Track(Config):
@@ -61,6 +65,15 @@ class ServiceState(Config):
         """Every track that may have processes."""
         canary = self.canary.track if self.canary else None
         return tuple(track for track in (self.stable, self.starting, canary, *self.retired) if track is not None)
+
+
+def registers(storage: StorageResources) -> dict[str, "Register"]:
+    """The register of each service by its name, on Ray Serve NAME@HEAD: of a store, and inline of this machine."""
+    shared, inline = f"{root_of(storage.store)}/services", storage.scratch() / "serve"
+    names = sorted({entry.name.partition("/")[0] for entry in backend(shared).entries(shared)})
+    return {name: Register(f"{shared}/{name}") for name in names} | {
+        place.stem: Register(str(place)) for place in sorted(inline.glob(f"*{SUFFIX}"))
+    }
 
 
 class Register:
