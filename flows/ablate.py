@@ -35,7 +35,8 @@ def _work(grid: Grid, resources: Resources) -> dict[str, str]:
     measured = measure(grid, resources, tasks=TASKS)
     result = grid_result(grid, scores_of(grid, measured))
     rows = [
-        {"claim": one.claim.says, "verdict": one.verdict, "metric": one.claim.metric, **dict(one.advantage)}
+        {"claim": one.claim.says, "verdict": one.verdict, "metric": one.claim.metric}
+        | one.advantage.model_dump(exclude={"by_seed"})
         for one in result.claims
     ]
     create_table_artifact(key="vila-claims", table=rows, description=grid.title)

@@ -12,6 +12,7 @@ import yaml
 
 from vila_ops.config import Run
 from vila_ops.config.base import fingerprint
+from vila_ops.config.grid import Grid
 from vila_ops.config.local import LocalServers
 from vila_ops.config.retrain import RetrainPolicy
 from vila_ops.config.schedule import Schedule
@@ -67,5 +68,5 @@ def _flows_digest(file: Path, deployments: list[dict[str, Any]]) -> str:
     """Digest of the file, of the Python files beside the flows, and of the schemas of their parameters."""
     folders = {Path(deployment["entrypoint"].partition(":")[0]).parent for deployment in deployments}
     sources = sorted(source for folder in folders for source in folder.glob("*.py"))
-    schemas = [kind.model_json_schema() for kind in (Run, RetrainPolicy, Schedule)]
+    schemas = [kind.model_json_schema() for kind in (Run, Grid, RetrainPolicy, Schedule)]
     return fingerprint([str(Path.cwd()), file.read_text(), schemas, *(source.read_text() for source in sources)])[:16]
