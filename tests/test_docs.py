@@ -164,6 +164,7 @@ NOT_RUN = {
         "vila-ops run configs/recipes/tiny.yaml",
         "vila-ops explain configs/recipes/tiny.yaml -s stages.sft.learning_rate=1e-4",
         "vila-ops explain configs/recipes/mine.yaml -s stages.sft.learning_rate=1e-4",
+        "vila-ops explain configs/recipes/tiny.yaml",
         "vila-ops report configs/recipes/tiny.yaml",
     ),
     "is run by tests/test_your_data.py, with a small model": (
