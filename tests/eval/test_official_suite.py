@@ -191,25 +191,20 @@ def test_an_image_that_is_missing_is_a_status_and_an_image_passes_the_tower_once
 
 
 def test_questions_of_one_image_are_sealed_with_the_reason_why_they_have_no_number(
-    model: Pretrained, resources: Resources
+    model: Pretrained, resources: Resources, caplog: pytest.LogCaptureFixture
 ) -> None:
     suite = suite_of(first=3)
-    report = read_report(evaluate(suite, model, None, resources))
+    with caplog.at_level("INFO"):
+        report = read_report(evaluate(suite, model, None, resources))
+    told = [record.message for record in caplog.records if record.name == "vila_ops.progress"]
+    assert told[-1].startswith("pope request 3/3  ")
+    assert told[-1].endswith(" requests/s  0:00 left")
     assert report.metrics == ()
     result = job_of(model, resources, suite).result("pope")
     assert result is not None
     assert len(read_items(result)) == 3
     reason = "3 items in 1 clusters; an interval needs at least two clusters"
     assert f"pope: no pope_f1_official: {reason}" in scores(report)
-
-
-def test_progress_has_requests_rate_and_time_left(caplog: pytest.LogCaptureFixture) -> None:
-    progress = task.Progress("pope", [10, 20, 30])
-    progress.start([1, 2])
-    with caplog.at_level("INFO"):
-        progress.advance(1)
-    assert caplog.messages[0].startswith("pope: 30 of 60 requests, ")
-    assert caplog.messages[0].endswith(" s left")
 
 
 def test_a_shard_is_one_file_of_responses(report: EvalReport, resources: Resources) -> None:
