@@ -15,7 +15,6 @@ from vila_ops.cli import app
 from vila_ops.cli.scores import scores
 from vila_ops.config import OfficialSuite, Resources, Run
 from vila_ops.config.benchmarks import Pope
-from vila_ops.eval import evaluate as task
 from vila_ops.eval import runner, shards
 from vila_ops.eval.benchmarks import pope
 from vila_ops.eval.evaluate import evaluate, rescore
