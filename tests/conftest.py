@@ -4,9 +4,7 @@ import contextlib
 import fcntl
 import gc
 import importlib.util
-import io
 import itertools
-import logging
 import os
 import secrets
 import socket
@@ -24,11 +22,10 @@ import psutil
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from moto.server import DomainDispatcherApplication, create_backend_app
 from transformers import LlavaProcessor
-from werkzeug.serving import make_server
 
 from tests import forks
+from tests.s3_servers import moto
 from tests.seed import SEED
 from vila_ops.artifacts import s3_calls
 from vila_ops.artifacts.s3_calls import client, client_of
@@ -380,16 +377,8 @@ def _await_listener(process: "subprocess.Popen[bytes]", port: int) -> None:
 
 @pytest.fixture(scope="session")
 def moto_endpoint() -> Iterator[str]:
-    """moto's S3. One request at a time, because its conditional put looks first and writes then."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    moto, lock = DomainDispatcherApplication(create_backend_app), threading.Lock()
-
-    def app(environ: Any, start_response: Any) -> list[bytes]:
-        body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-        with lock:  # not while it waits for a client, which may be stopped
-            return list(moto({**environ, "wsgi.input": io.BytesIO(body)}, start_response))
-
-    server = make_server("127.0.0.1", 0, app, threaded=True)
+    """moto's S3."""
+    server = moto("127.0.0.1", 0)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{server.port}"

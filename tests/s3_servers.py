@@ -2,18 +2,24 @@
 
 import contextlib
 import http.client
+import io
+import logging
 import secrets
 import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal
 
+import boto3
 import httpx
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import BaseWSGIServer, make_server
 
 KEY, SECRET = "right-key", "right-secret-" + secrets.token_hex(8)
 Fault = Literal["error", "slow_down", "conflict", "hang", "reset", "lost", "partial", "lie"]
@@ -27,6 +33,19 @@ ANSWERS = {
 }
 Choose = Callable[[str, str], Fault | None]
 """Chooses the fault of a call from its method and target."""
+
+
+def moto(host: str, port: int) -> BaseWSGIServer:
+    """moto's S3. One request at a time, because its conditional put looks first and writes then."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    made, lock = DomainDispatcherApplication(create_backend_app), threading.Lock()
+
+    def app(environ: Any, start_response: Any) -> list[bytes]:
+        body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        with lock:  # not while it waits for a client, which may be stopped
+            return list(made({**environ, "wsgi.input": io.BytesIO(body)}, start_response))
+
+    return make_server(host, port, app, threaded=True)
 
 
 @contextlib.contextmanager
@@ -133,3 +152,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         """Log nothing."""
+
+
+if __name__ == "__main__":  # HOST PORT BUCKET: moto's S3 with an empty bucket, for other processes
+    server = moto(sys.argv[1], int(sys.argv[2]))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    boto3.client("s3").create_bucket(Bucket=sys.argv[3])
+    threading.Event().wait()
