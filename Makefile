@@ -30,7 +30,7 @@ unpack_prometheus = ( folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && c
 	  dpkg-deb --extract prometheus_*.deb . && \
 	  install --mode 755 usr/bin/promtool usr/bin/prometheus "$(CURDIR)/$(BIN)" ) >/dev/null 2>&1
 
-.PHONY: help setup constraints test test-fast repeat lint types layers demo demo-long up down status faults bench gpu interop settings docs licences paper-scale sbom release format clean
+.PHONY: help setup constraints test test-fast repeat lint types layers demo demo-long up down status logs faults bench gpu interop settings docs licences paper-scale sbom release format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -104,6 +104,9 @@ down: setup ## Stop what `make up` started
 
 status: setup ## List these servers and their state
 	@$(BIN)/vila-ops status
+
+logs: setup ## Print the last lines of their logs
+	@$(BIN)/vila-ops logs
 
 faults: setup ## Kill processes, damage data, test as on other processors; VILA_SEED=N repeats a run
 	@export VILA_SEED=$${VILA_SEED:-$$RANDOM}; echo "VILA_SEED=$$VILA_SEED"; \

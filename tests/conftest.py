@@ -82,6 +82,7 @@ LONGEST = (
     "tests/faults/test_failpoints.py",
     "tests/model/test_hostile_folders.py",
     "tests/test_tracking.py",
+    "tests/test_passwords.py",
     "tests/test_image_size.py",
     "tests/test_your_data.py",
 )

@@ -1,6 +1,8 @@
 """What the servers of one machine refuse before any of them starts; `flows/test_full_pipeline.py` starts them."""
 
 import contextlib
+import shutil
+import sqlite3
 import subprocess
 import sys
 import time
@@ -16,7 +18,7 @@ from vila_ops import local
 from vila_ops.config.load import read
 from vila_ops.config.local import LocalServers
 from vila_ops.errors import ServerFailed
-from vila_ops.local import machine
+from vila_ops.local import databases, machine, process, servers
 from vila_ops.local.servers import Server
 
 REPOSITORY = Path(__file__).parents[1]
@@ -50,7 +52,9 @@ def test_the_committed_settings_load() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"host": "0.0.0.0"}, "reached from outside"),
+        ({"host": "0.0.0.0"}, "stands for every address"),
+        ({"host": "192.0.2.7"}, "reached from outside; set password to env:NAME or file:PATH"),
+        ({"password": "env:TWO WORDS"}, "a secret is given as env:NAME or file:PATH"),
         ({"mlflow_port": 4200}, "are both 4200"),
         ({"serve_port": 10002}, "Ray's worker ports"),
     ],
@@ -58,6 +62,74 @@ def test_the_committed_settings_load() -> None:
 def test_settings_that_cannot_work_are_refused(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         LocalServers.model_validate(wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "given", "message"),
+    [
+        ({"password": "env:VILA_CANARY"}, None, "password is env:VILA_CANARY, but the environment has no VILA_CANARY"),
+        ({"password": "env:VILA_CANARY"}, "canary", r"password \(env:VILA_CANARY\) has fewer than 12 characters"),
+        ({"password": "file:canary.txt"}, None, r"password is file:canary.txt, but .* cannot be read \(No such"),
+        ({"mlflow_database": "env:VILA_CANARY"}, "vila:canary@db/mlflow", "is no URL that begins with postgresql://"),
+        ({"prefect_database": "env:VILA_CANARY"}, "postgresql://vila:canary@db/p", r"postgresql\+asyncpg://"),
+    ],
+)
+def test_a_secret_that_cannot_be_used_is_told_without_it_and_nothing_starts(
+    wrong: dict[str, str], given: str | None, message: str, tmp_path: Path,
+    free_servers: Callable[[Path], LocalServers], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    settings = free_servers(tmp_path)
+    if given is not None:
+        monkeypatch.setenv("VILA_CANARY", given)
+    with pytest.raises(ValueError, match=message) as raised:
+        local.up(settings.with_changes(wrong))
+    assert "canary" not in str(raised.value).replace("canary.txt", "")
+    assert states(settings) == {"stopped"}
+
+
+def test_with_a_password_mlflow_s_logins_are_made_at_each_start(
+    tmp_path: Path, free_servers: Callable[[Path], LocalServers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow keeps the first password that it was given; the record of a server holds none."""
+    monkeypatch.setattr(servers, "find_spec", lambda _: object())
+    monkeypatch.setenv("VILA_CANARY", "canary-of-a-password")
+    settings = free_servers(tmp_path).with_changes({"password": "env:VILA_CANARY"})
+    (tmp_path / "mlflow-logins.db").write_text("of the last password")
+    (first, second) = (servers.prepare(settings, "mlflow") for _ in range(2))
+    assert not (tmp_path / "mlflow-logins.db").exists()
+    assert f"sqlite:///{tmp_path}/mlflow-logins.db" in (tmp_path / "mlflow-logins.ini").read_text()
+    assert first != second
+    for server in servers.servers_of(settings).values():
+        assert "canary" not in str(server.command)
+        assert "canary" not in str(process.recorded(server.env))
+        assert "canary" in str(server.env)
+    before = process.recorded(servers.servers_of(settings)["prefect"].env)
+    monkeypatch.setenv("VILA_CANARY", "canary-of-another-one")
+    assert before != process.recorded(servers.servers_of(settings)["prefect"].env), "so that it is started again"
+
+
+@pytest.mark.slow
+def test_mlflow_s_database_is_upgraded_once_after_an_update_and_a_copy_stays(
+    tmp_path: Path, empty_database: Path, free_servers: Callable[[Path], LocalServers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new one is left to MLflow. The upgrade is MLflow's own, here of tables that are of its version already."""
+    settings, file, marker = free_servers(tmp_path), tmp_path / "mlflow.db", tmp_path / "mlflow.version"
+    servers.prepare(settings, "mlflow")
+    assert [*tmp_path.iterdir()] == [marker]
+    before, own = marker.read_text(), databases.UPGRADE
+    shutil.copyfile(empty_database, file)
+    monkeypatch.setattr(databases, "version", lambda _: "99.0")
+    monkeypatch.setattr(databases, "UPGRADE", "raise SystemExit('postgresql://vila:canary@db: no')")
+    with pytest.raises(ServerFailed, match="were not upgraded:\npostgresql://db: no"):
+        servers.prepare(settings, "mlflow")
+    assert marker.read_text() == before
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db.before-99.0")) as database:
+        assert database.execute("SELECT COUNT(*) FROM experiments").fetchone() is not None
+    monkeypatch.setattr(databases, "UPGRADE", own)
+    servers.prepare(settings, "mlflow")
+    assert marker.read_text() == "99.0"
+    monkeypatch.setattr(databases, "UPGRADE", "raise SystemExit(1)")
+    servers.prepare(settings, "mlflow")
 
 
 @pytest.mark.parametrize("setting", ["prefect_port", "serve_port"])

@@ -88,10 +88,12 @@ def resources(tmp_path: Path, empty_database: Path) -> Resources:
 
 
 @pytest.fixture
-def away(resources: Resources, free_ports: Callable[[int], list[int]]) -> Resources:
-    """The same place, but the server does not answer."""
+def away(resources: Resources, free_ports: Callable[[int], list[int]], monkeypatch: pytest.MonkeyPatch) -> Resources:
+    """The same place, but the server, which asks for a password, does not answer."""
     (port,) = free_ports(1)
-    return resources.with_changes({"tracking.uri": f"http://u:secret@127.0.0.1:{port}"})
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "u")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
+    return resources.with_changes({"tracking.uri": f"http://127.0.0.1:{port}"})
 
 
 def begin(resources: Resources) -> str:

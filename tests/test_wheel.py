@@ -13,6 +13,21 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BUILD = "import sys; from hatchling.build import build_wheel; print(build_wheel(sys.argv[1]))"
 
+FLOWS = """
+import json, sys, yaml
+from prefect.flows import load_flow_from_entrypoint
+from prefect.settings import PREFECT_API_URL
+from vila_ops import local
+from vila_ops.config.local import LocalServers
+from vila_ops.local.deployments import file_of
+file = file_of(LocalServers())
+loaded = [load_flow_from_entrypoint(one["entrypoint"]) for one in yaml.safe_load(file.read_text())["deployments"]]
+flows = {flow.name: sys.modules[flow.fn.__module__].__file__ for flow in loaded}
+urls = [PREFECT_API_URL.value(), local.endpoints(LocalServers()).prefect]
+print(json.dumps({"file": str(file), "flows": flows, "urls": urls}))
+"""
+"""As `vila-ops up`, `prefect deploy` and a flow run find what they need."""
+
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -70,3 +85,27 @@ def test_an_unknown_name_is_an_error_with_the_known_ones(vila_ops: Command) -> N
     assert refused.returncode == 1
     assert "did you mean 'vila-7b'?" in refused.stderr
     assert "nvila-lite-8b" in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_project_in_an_empty_folder_has_the_flows_and_their_deployments(
+    vila_ops: Command, installed: Path, tmp_path: Path
+) -> None:
+    assert vila_ops("init", ".").returncode == 0
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT")}
+    done = subprocess.run(
+        [sys.executable, "-c", FLOWS], cwd=tmp_path, env={**env, "PYTHONPATH": str(installed)}, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["file"] == f"{installed}/vila_ops/infra/prefect.yaml"
+    assert said["flows"] == {
+        "vila": f"{installed}/flows/full_pipeline.py",
+        "vila-ablate": f"{installed}/flows/ablate.py",
+        "vila-evaluate": f"{installed}/flows/evaluate.py",
+        "vila-release": f"{installed}/flows/release.py",
+        "vila-retrain": f"{installed}/flows/retrain.py",
+    }
+    api, server = said["urls"]
+    assert api == f"{server}/api"

@@ -40,9 +40,10 @@ def demo(run: Run, settings: LocalServers, *, say: Say) -> None:
     say(f"servers are up after {time.monotonic() - started:.0f} s; this machine's pages:")
     say(f"  MLflow  {endpoints.mlflow}\n  Prefect {endpoints.prefect}")
     log = Path(settings.root) / "logs" / "worker.log"
-    lines = _new_lines(log)
+    lines = local.lines_of(log, last=0)
+    next(lines)
     try:
-        with httpx.Client(base_url=f"{endpoints.prefect}/api", timeout=30) as api:
+        with httpx.Client(base_url=f"{endpoints.prefect}/api", timeout=30, **local.login(settings)) as api:
             flow_run = _adopt(api, run, settings, say) or _start(api, run)
             say(f"flow run {flow_run['name']}: {endpoints.prefect}/runs/flow-run/{flow_run['id']}")
             for state in _states(api, flow_run["id"], settings):
@@ -129,29 +130,12 @@ def _states(api: httpx.Client, flow_run: str, settings: LocalServers) -> Iterato
         time.sleep(POLL_SECONDS)
 
 
-def _say_new(lines: Iterator[str], say: Say, started: float) -> None:
+def _say_new(lines: Iterator[str | None], say: Say, started: float) -> None:
     """Print what our tasks have logged since the last call."""
-    for line in lines:
-        if not line:
-            return
+    for line in iter(lines.__next__, None):
         if match := OUR_LOG_LINE.search(line):
             elapsed = round(time.monotonic() - started)
             say(f"{elapsed // 60:3d}:{elapsed % 60:02d}  {match.group(1)}")
-
-
-def _new_lines(log: Path) -> Iterator[str]:
-    """Endless: the lines that are appended to a file from now on, and "" whenever there is none yet."""
-    place = log.stat().st_size if log.is_file() else 0
-    rest = ""
-    while True:
-        if log.is_file():
-            with log.open(errors="replace") as file:
-                file.seek(place)
-                rest += file.read()
-                place = file.tell()
-        *whole, rest = rest.split("\n")
-        yield from whole
-        yield ""
 
 
 def _say_results(run: Run, endpoints: local.Endpoints, say: Say, *, seconds: float) -> None:
@@ -173,4 +157,4 @@ def _say_results(run: Run, endpoints: local.Endpoints, say: Say, *, seconds: flo
     say(f"  endpoint  {answer['url']}/v1/chat/completions")
     say(f"  try       curl -s {answer['url']}/v1/chat/completions -H 'Content-Type: application/json' "
         f"-d @{folder / 'ask.json'}")  # fmt: skip
-    say("the servers stay up; `make down` ends them")
+    say("the servers stay up; `vila-ops down` ends them")

@@ -34,18 +34,23 @@ def this_process() -> ProcessId:
     return _id_of(psutil.Process())
 
 
-def spawn(command: list[str] | tuple[str, ...], *, env: Mapping[str, str], log: Path) -> ProcessId:
-    """Start a command in a session of its own, with exactly this environment, its output in a new file `log`.
+def spawn(
+    command: list[str] | tuple[str, ...], *, env: Mapping[str, str], log: Path | int, stdin: int | None = None
+) -> ProcessId:
+    """Start a command in a session of its own, with exactly this environment.
 
-    It outlives the caller. posix_spawn, since a fork of a process with threads may hang.
+    Its output goes into a new file `log`, or to a descriptor of the caller's; its input is empty, or of `stdin`. It
+    outlives the caller. posix_spawn, since a fork of a process with threads may hang.
     """
+    empty = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
+    new = (os.POSIX_SPAWN_OPEN, 1, str(log), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     pid = os.posix_spawn(
         command[0],
         command,
         env,
         file_actions=[
-            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-            (os.POSIX_SPAWN_OPEN, 1, str(log), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600),
+            empty if stdin is None else (os.POSIX_SPAWN_DUP2, stdin, 0),
+            (os.POSIX_SPAWN_DUP2, log, 1) if isinstance(log, int) else new,
             (os.POSIX_SPAWN_DUP2, 1, 2),
         ],
         setsid=True,

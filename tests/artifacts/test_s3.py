@@ -114,6 +114,13 @@ def test_no_keys_at_all_are_told(bucket: str, monkeypatch: pytest.MonkeyPatch) -
         find(Dataset, AT, store=f"s3://{bucket}/store")
 
 
+def test_an_endpoint_with_a_password_is_refused_and_not_shown(aws: Callable[..., None]) -> None:
+    aws("http://vila:canary@127.0.0.1:9")
+    with pytest.raises(StoreRefused, match="AWS_ENDPOINT_URL holds a password") as raised:
+        find(Dataset, AT, store="s3://bucket/store")
+    assert "canary" not in f"{raised.value}{raised.value.__cause__}"
+
+
 def test_no_secret_is_written_anywhere(s3_store: str, tmp_path: Path) -> None:
     write(s3_store, {"a": b"1"})
     name = place(s3_store)["Bucket"]

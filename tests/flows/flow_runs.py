@@ -73,8 +73,10 @@ def start_flow_run(servers: Json, deployment: str, parameters: Json) -> str:
     url = f"{servers['at'].prefect}/api/deployments"
     there = httpx.get(f"{url}/name/{deployment}", trust_env=False).json()
     body = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
-    started = httpx.post(f"{url}/{there['id']}/create_flow_run", json=body, trust_env=False).raise_for_status()
-    return str(started.json()["id"])
+    new = f"{url}/{there['id']}/create_flow_run"
+    while (started := httpx.post(new, json=body, trust_env=False)).status_code == 503:
+        time.sleep(0.2)  # Prefect's sqlite is locked on a busy machine
+    return str(started.raise_for_status().json()["id"])
 
 
 def worker_log(servers: Json) -> str:

@@ -26,8 +26,8 @@ def same(deployment: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("file", FILES)
 def test_every_parameter_of_a_flow_has_help_in_prefects_form(file: str) -> None:
     for deployment in deployments(file):
-        path, _, name = deployment["entrypoint"].partition(":")
-        flow = getattr(import_module(path.removesuffix(".py").replace("/", ".")), name)
+        module, _, name = deployment["entrypoint"].rpartition(".")
+        flow = getattr(import_module(module), name)
         properties = parameter_schema(flow.fn).properties
         assert {"grid", "resources"} <= properties.keys() or {"recipe", "resources", "overrides"} <= properties.keys()
         assert all(one.get("description") for one in properties.values()), deployment["name"]

@@ -6,7 +6,10 @@ The tests at the end are about the servers themselves, which start slowly and ar
 import contextlib
 import json
 import os
+import secrets
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -22,6 +25,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 from openai import OpenAI
+from typer.testing import CliRunner
 
 from tests.flows.flow_runs import (
     ROOT,
@@ -40,12 +44,27 @@ from tests.flows.flow_runs import (
 )  # fmt: skip
 from tests.test_local import alive, states
 from vila_ops import local
+from vila_ops.cli import app
+from vila_ops.config import load
 from vila_ops.config.local import LocalServers
+from vila_ops.local.servers import ray_folder
+from vila_ops.pipeline.explain import explain
 from vila_ops.registry import alias_register
 
 PROGRAM = str(Path(sys.executable).parent / "vila-ops")
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 Demo = Callable[..., Json]
+CANARY = "vila-canary"
+SECRETS = {
+    name: f"{CANARY}-{number}-{secrets.token_hex(6)}"
+    for number, name in enumerate(
+        (
+            *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "OPENAI_API_KEY"),
+            *("VILA_API_KEY", "MLFLOW_TRACKING_TOKEN", "PREFECT_API_AUTH_STRING", "PGPASSWORD", "DATABASE_URL"),
+        )
+    )
+}
+"""What the environment of servers, flow runs and workers may hold."""
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +101,10 @@ def demo(servers: Json) -> Demo:
     def run(*overrides: str) -> Json:
         folder = servers["folder"]
         done = subprocess.run(
-            command(servers, *overrides), cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False
-        )
+            command(servers, *overrides), cwd=ROOT, env={**os.environ, **SECRETS}, capture_output=True, text=True,
+            timeout=1200, check=False,
+        )  # fmt: skip
+        assert CANARY not in done.stdout + done.stderr
         log = folder / "local/logs/worker.log"
         assert done.returncode == 0, done.stdout + done.stderr + (log.read_text()[-4000:] if log.exists() else "")
         summary: Json = json.loads((folder / "store/tiny/summary.json").read_text())
@@ -396,6 +417,38 @@ def test_ray_asks_for_the_token(first: Json, servers: Json) -> None:
     assert httpx.get(jobs, headers={"Authorization": f"Bearer {token.read_text()}"}, trust_env=False).is_success
 
 
+def test_no_secret_is_in_any_file_page_or_list_of_processes(first: Json, servers: Json) -> None:
+    """Of all that ran until here: logs, databases, records, artifacts, checkpoints, pages, and Ray's own folder."""
+    folder, at = servers["folder"], servers["at"]
+    folders = (folder, ray_folder(servers["settings"]))
+    token = Path(local.env(servers["settings"])["RAY_AUTH_TOKEN_PATH"])
+    files = [path for one in folders for path in one.rglob("*") if path.is_file() and path != token]
+    assert {"worker.log", "mlflow.db", "prefect.db", "model.safetensors", "report.html"} <= {
+        path.name for path in files
+    }
+    assert any("worker-" in path.name for path in files if path.is_relative_to(folders[1])), "logs of Ray's workers"
+    wanted = (CANARY.encode(), token.read_bytes().strip())
+    assert [path for path in files if any(text in path.read_bytes() for text in wanted)] == []
+    shown = [" ".join(words) for words in command_lines()]
+    assert [words for words in shown if any(text.decode() in words for text in wanted)] == []
+    for url in (f"{at.serve}/v1/nothing", f"{at.mlflow}/api/nothing", f"{at.prefect}/api/nothing", at.ray_dashboard):
+        assert CANARY not in httpx.get(url, trust_env=False).text
+    there = {process.pid for process in psutil.process_iter() if CANARY in str(environment(process))}
+    assert set(pids(servers["settings"]).values()) & there, "the servers do have the secrets"
+
+
+def command_lines() -> Iterator[list[str]]:
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            yield process.cmdline()
+
+
+def environment(process: psutil.Process) -> dict[str, str]:
+    with contextlib.suppress(psutil.Error):
+        return process.environ()
+    return {}
+
+
 def _await_healthy(settings: LocalServers) -> None:
     """Wait until every server answers `status`, which gives it a few seconds each time."""
     deadline = time.monotonic() + 600
@@ -425,6 +478,37 @@ def test_up_replaces_what_was_killed_or_is_configured_otherwise_and_nothing_else
     assert {name for name in before if before[name] != after[name]} == {"ray", "worker"}
 
 
+def backup_words(servers: Json) -> list[str]:
+    files = {"-r": "resources.yaml", "--servers": "local.yaml"}
+    return [
+        f"{servers['folder']}/backup",
+        *(word for option, name in files.items() for word in (option, f"{servers['folder']}/{name}")),
+    ]
+
+
+def rows(database: Path, table: str, key: str) -> set[str]:
+    with contextlib.closing(sqlite3.connect(database)) as opened:
+        return {row[0] for row in opened.execute(f"SELECT {key} FROM {table}")}
+
+
+@pytest.fixture(scope="module")
+def backed_up(first: Json, servers: Json) -> Json:
+    """A backup that was made while the servers ran, and what their databases had."""
+    made = CliRunner().invoke(app, ["backup", *backup_words(servers), "--json"], catch_exceptions=False)
+    root = Path(servers["settings"].root)
+    return {
+        **json.loads(made.stdout),
+        "runs": rows(root / "mlflow.db", "runs", "run_uuid"),
+        "flow_runs": rows(root / "prefect/prefect.db", "flow_run", "id"),
+    }
+
+
+def test_a_backup_is_made_while_the_servers_run(backed_up: Json, servers: Json) -> None:
+    assert states(servers["settings"]) <= {"healthy", "unhealthy"}
+    assert backed_up["databases"] == ["mlflow.db", "prefect.db"]
+    assert backed_up["num_artifacts"] == backed_up["num_copied"] > 0
+
+
 def test_down_leaves_no_process_of_ours(first: Json, servers: Json) -> None:
     settings = servers["settings"]
     records = [json.loads(path.read_text()) for path in Path(settings.root, "pids").iterdir()]
@@ -434,6 +518,22 @@ def test_down_leaves_no_process_of_ours(first: Json, servers: Json) -> None:
     ray_folder = Path(next(record["command"][-1] for record in records if record["name"] == "ray"))
     assert ray_folder.is_dir()
     local.down(settings)
-    assert [pid for pid in ours if alive(pid)] == []
+    assert [pid for pid in (*ours, *(record["log_writer"][0] for record in records)) if alive(pid)] == []
     assert states(settings) == {"stopped"}
     assert not ray_folder.exists()
+
+
+def test_a_lost_machine_is_restored_and_an_unchanged_run_would_make_nothing(backed_up: Json, servers: Json) -> None:
+    """Store, databases and MLflow's artifacts are gone; the servers are down."""
+    root, store = Path(servers["settings"].root), Path(servers["resources"]["storage"]["store"])
+    shutil.rmtree(root)
+    shutil.rmtree(store)
+    restored = CliRunner().invoke(app, ["restore", *backup_words(servers), "--json"], catch_exceptions=False)
+    assert json.loads(restored.stdout)["num_artifacts"] == backed_up["num_artifacts"]
+    with contextlib.chdir(ROOT):
+        steps = explain(load(servers["folder"] / "recipe.yaml", resources=servers["folder"] / "resources.yaml"))
+    assert {step.status for step in steps} == {"sealed", "reconciles"}
+    assert rows(root / "mlflow.db", "runs", "run_uuid") == backed_up["runs"]
+    assert rows(root / "prefect/prefect.db", "flow_run", "id") == backed_up["flow_runs"]
+    assert (root / "mlflow-artifacts/0/hello.txt").read_bytes() == b"hello"
+    assert alias_register.read("tiny", store=str(store)).checkpoints

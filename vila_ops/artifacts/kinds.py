@@ -1,6 +1,7 @@
 """Artifact references, which pass between tasks: a place, a digest and the digests of the parents."""
 
 from vila_ops.config.base import Config
+from vila_ops.config.secrets import Url
 
 
 class Artifact(Config):
@@ -53,7 +54,7 @@ class Checkpoint(Artifact):
 class Endpoint(Config):
     """A model behind an OpenAI-compatible API, which is measured in place of a sealed one. Its key is no part of it."""
 
-    url: str
+    url: Url
     """Base of its routes, such as http://127.0.0.1:8000/v1."""
     name: str
     """Name of the model there."""

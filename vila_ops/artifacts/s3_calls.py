@@ -31,6 +31,7 @@ from botocore.exceptions import (
 from s3transfer.exceptions import RetriesExceededError
 
 from vila_ops.artifacts.backend import Versioned
+from vila_ops.config.secrets import PASSWORD
 from vila_ops.errors import DamagedAnswer, OtherBytes, StoreRefused, StoreUnreachable
 
 TRIES = 6
@@ -69,7 +70,12 @@ def client() -> Any:
 
 @lru_cache(maxsize=1)
 def client_of(process: int) -> Any:
-    """A client with boto3's default credentials and endpoint (AWS_ENDPOINT_URL)."""
+    """A client with boto3's default credentials and endpoint (AWS_ENDPOINT_URL).
+
+    Raises StoreRefused for an endpoint with a password, which errors of boto3 would show.
+    """
+    if PASSWORD.search(_endpoint()):
+        raise StoreRefused("AWS_ENDPOINT_URL holds a password; leave it out, as AWS_SECRET_ACCESS_KEY signs requests")
     with translated("s3://"):
         return boto3.session.Session().client(
             "s3",

@@ -305,13 +305,16 @@ def manifest_of(artifact: Artifact) -> dict[str, Any]:
     return manifest
 
 
-def copy_files(uri: str, manifest: dict[str, Any], target: Path) -> dict[str, FileFacts]:
-    """Copy the files of a sealed folder into a local folder; returns their facts by name."""
-    for name, (place, facts) in _places(uri, manifest).items():
+def copy_files(
+    uri: str, manifest: dict[str, Any], target: Path, *, without: Collection[str] = ()
+) -> dict[str, FileFacts]:
+    """Copy the files of a sealed folder, `without` some, into a local folder; returns their facts by name."""
+    copied = {name: one for name, one in _places(uri, manifest).items() if name not in without}
+    for name, (place, facts) in copied.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         with _naming(uri):
             backend(uri).copy(place, facts, target / name)
-    return {name: FileFacts(size=f["size"], sha256=f["sha256"]) for name, f in manifest["files"].items()}
+    return {name: FileFacts(size=facts["size"], sha256=facts["sha256"]) for name, (_, facts) in copied.items()}
 
 
 def remove_replaced(folder: Path) -> None:

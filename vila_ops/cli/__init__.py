@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from vila_ops import __version__, logs
 from vila_ops.cli import init, model, plan, release, run, servers
 from vila_ops.cli.ablate import ablate
+from vila_ops.cli.backup import backup, restore
 from vila_ops.cli.benchmark import benchmark
 from vila_ops.cli.champion import champion
 from vila_ops.cli.compare import compare
@@ -62,8 +63,8 @@ app = typer.Typer(
 COMMANDS: tuple[Callable[..., None] | typer.Typer, ...] = (
     init.init, run.show, explain, plan.plan, run.fetch, run.prepare, data, model.import_model, train, run.evaluate,
     compare, run.alignment, benchmark, run.register, champion, run.deploy, run.undeploy, *release.COMMANDS, keys,
-    run.run, retrain, ablate, model.export, model.generate, run.verify, trace, report, top, metrics, gc,
-    servers.doctor, servers.up, servers.down, servers.status, sweep, servers.demo,
+    run.run, retrain, ablate, model.export, model.generate, run.verify, trace, report, top, metrics, gc, backup,
+    restore, servers.doctor, servers.up, servers.down, servers.status, servers.logs, sweep, servers.demo,
 )  # fmt: skip
 for command in COMMANDS:
     if isinstance(command, typer.Typer):

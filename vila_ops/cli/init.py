@@ -21,6 +21,7 @@ FILES = {
     "mixture.yaml": "configs/mixtures/{name}.yaml",
     "resources.yaml": "configs/resources/inline.yaml",
     "pipeline.yaml": "dvc.yaml",
+    "prefect.toml": "prefect.toml",
     "gitignore": ".gitignore",
 }
 """Templates, and the files that are made of them."""

@@ -17,7 +17,16 @@ MOST_PLACES = 2
 
 
 def message_of(error: Exception) -> str:
-    """What an error says; for a config, a line for each setting that is wrong, without pydantic's own words."""
+    """What an error says; for a config, a line for each setting that is wrong, without pydantic's own words.
+
+    Passwords in URLs are left out.
+    """
+    from vila_ops.tracking.outbox import shown
+
+    return shown(_text_of(error))
+
+
+def _text_of(error: Exception) -> str:
     from pydantic import ValidationError
 
     if isinstance(error, ValidationError):

@@ -1,5 +1,7 @@
 """The servers of this machine: checked, started, ended and listed; and the demo that runs on them."""
 
+import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +11,7 @@ from vila_ops.cli.options import (
     INLINE,
     LOCAL,
     AsJson,
+    JsonLines,
     Overrides,
     RecipeFile,
     ResourcesFile,
@@ -73,6 +76,38 @@ def status(servers: Servers = LOCAL, as_json: AsJson = False) -> None:
     else:
         for one in states:
             say(f"{one.name:8} {one.state:10} {one.url}  pid {one.pid or '-'}  {one.memory_bytes >> 20} MiB")
+
+
+def logs(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[SERVER]...", help="Of mlflow, prefect, ray, worker, sweeper")
+    ] = None,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on with new lines, until Ctrl-C")] = False,
+    lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="Last lines of each log")] = 20,
+    servers: Servers = LOCAL,
+    as_json: JsonLines = False,
+) -> None:
+    """Print the last lines of the servers' logs."""
+    from vila_ops import local
+    from vila_ops.config.local import load_local
+
+    wanted = local.logs_of(local.root_of(load_local(servers)), names or ())
+    width = max(map(len, wanted)) if len(wanted) > 1 else 0
+
+    def tell(name: str, line: str) -> None:
+        if as_json:
+            print(json.dumps({"server": name, "line": line}), flush=True)
+        else:
+            print(f"{name:{width}} | {line}" if width else line, flush=True)
+
+    if follow:
+        with suppress(KeyboardInterrupt):
+            for name, line in local.follow(wanted, last=lines):
+                tell(name, line)
+        return
+    for name, log in wanted.items():
+        for line in local.last_lines(log, lines):
+            tell(name, line)
 
 
 def demo(recipe: RecipeFile, resources: ResourcesFile, overrides: Overrides = None, servers: Servers = LOCAL) -> None:

@@ -14,8 +14,11 @@ Slug = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 class Config(BaseModel):
     """A frozen value. An unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True, hide_input_in_errors=True
+    )
     # defer_build: a command validates few of the 120 classes, and builds the schemas of those alone.
+    # hide_input_in_errors: Prefect logs an error's text, and a value may hold a password where none belongs.
 
     def __hash__(self) -> int:
         """Hash of the value; works for mappings too."""

@@ -9,6 +9,7 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from vila_ops.config.base import Config
 from vila_ops.config.few_shot import FewShot
+from vila_ops.config.secrets import Url
 
 FAILED = Literal["wrong", "left_out"]
 """wrong: a failed item scores as a wrong answer. left_out: it is not counted, and metrics are named NAME_answered."""
@@ -177,7 +178,7 @@ class Flickr30kCaptions(Captions):
 class Judge(Config):
     """A model behind an OpenAI-compatible API that grades answers. All of it but the URL is in the metrics' names."""
 
-    url: str
+    url: Url
     """Base of its routes, such as http://127.0.0.1:8000/v1."""
     model: str
     revision: str = ""

@@ -7,6 +7,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 
 from vila_ops.config.base import Config
 from vila_ops.config.load import read_as
+from vila_ops.config.secrets import Secret
 
 Port = int
 RAY_WORKER_PORTS = range(10002, 20000)
@@ -17,7 +18,14 @@ class LocalServers(Config):
     """MLflow, Prefect with one worker, and a Ray head, for `vila-ops up`, `down` and `status`."""
 
     host: str = "127.0.0.1"
-    """A loopback address: MLflow and Prefect have no login. Ray listens on every interface, but asks for a token."""
+    """Address of this machine where they listen; another one than loopback needs a `password`. Ray listens on every
+    interface, and asks for a token."""
+    password: Secret | None = None
+    """Password of the user admin for MLflow and Prefect, as env:NAME or file:PATH; None: they ask for none."""
+    mlflow_database: Secret | None = None
+    """URL of MLflow's database of PostgreSQL, as env:NAME or file:PATH; None: an sqlite file below `root`."""
+    prefect_database: Secret | None = None
+    """The same for Prefect; the URL begins with postgresql+asyncpg://."""
     root: str = "store/local"
     """Folder of records, logs, databases, MLflow's artifacts and Ray's token, relative to the working directory."""
     mlflow_port: Port = Field(default=5000, ge=1024, lt=65536)
@@ -33,8 +41,8 @@ class LocalServers(Config):
     ray_cpus: PositiveInt = 8
     """Logical CPUs. There have to be more than actors: Ray Data waits for ever when its actors hold every CPU."""
     ray_object_store_bytes: int = Field(default=2**30, ge=80 * 2**20)
-    prefect_file: str = "infra/prefect.yaml"
-    """File of the deployments that the worker serves, relative to the working directory."""
+    prefect_file: str | None = None
+    """File of the deployments that the worker serves; None: infra/prefect.yaml, which comes with the package."""
     work_pool: str = "local"
     worker_poll_seconds: PositiveFloat = 1.0
     """Time between two questions of the worker for new flow runs."""
@@ -44,15 +52,23 @@ class LocalServers(Config):
     """How long a server may take from its start to its first answer."""
     stop_grace_seconds: PositiveFloat = 10.0
     """Time between SIGTERM and SIGKILL."""
+    log_bytes: int = Field(default=10 * 2**20, ge=2**16)
+    """Size of a server's log at which the next file begins. Four earlier files are kept beside it."""
 
     @field_validator("host")
     @classmethod
-    def _host_is_loopback(cls, value: str) -> str:
-        if not ipaddress.ip_address(value).is_loopback:
-            raise ValueError(
-                f"host {value} can be reached from outside, and these servers have no login; use 127.0.0.1"
-            )
+    def _host_is_one_address(cls, value: str) -> str:
+        if ipaddress.ip_address(value).is_unspecified:
+            raise ValueError(f"host {value} stands for every address; name the one by which clients reach this machine")
         return value
+
+    @model_validator(mode="after")
+    def _who_is_reached_from_outside_asks_for_a_password(self) -> "LocalServers":
+        if self.password is None and not ipaddress.ip_address(self.host).is_loopback:
+            raise ValueError(
+                f"host {self.host} can be reached from outside; set password to env:NAME or file:PATH, or use 127.0.0.1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _ports_differ(self) -> "LocalServers":

@@ -8,11 +8,11 @@ from vila_ops.errors import did_you_mean
 OWN = Path("configs")
 
 
-def shipped() -> Path:
-    """The configs that come with the package: `configs` in an installed package, and beside it in a checkout."""
+def shipped(name: str) -> Path:
+    """A file or folder that comes with the package: in an installed package, and beside it in a checkout."""
     package = Path(__file__).parents[1]
-    installed = package / "configs"
-    return installed if installed.is_dir() else package.parent / "configs"
+    installed = package / name
+    return installed if installed.exists() else package.parent / name
 
 
 def config_file(given: Path, folder: str) -> Path:
@@ -41,4 +41,4 @@ def names(folder: str) -> list[str]:
 
 def _places(folder: str) -> tuple[Path, Path]:
     """Where a name is looked for, in this order."""
-    return OWN / folder, shipped() / folder
+    return OWN / folder, shipped("configs") / folder

@@ -17,6 +17,7 @@ from pydantic import (
 
 from vila_ops.config.base import Config
 from vila_ops.config.engine import Engine, ServeEngine, TorchEngine
+from vila_ops.config.secrets import Url
 from vila_ops.config.serve import Access, Autoscale, CanaryRules, RemoteImages, RequestLimits, Samples
 from vila_ops.device import Device
 
@@ -127,8 +128,8 @@ class StorageResources(Config):
 class TrackingResources(Config):
     """Where MLflow records runs."""
 
-    uri: str | None = None
-    """URI of an MLflow server or sqlite file; None logs nothing."""
+    uri: Url | None = None
+    """URI of an MLflow server or sqlite file, without a password; None logs nothing."""
 
 
 class PrepareResources(Config):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from vila_ops.config import Run
 from vila_ops.config.base import fingerprint
 from vila_ops.config.grid import Grid
 from vila_ops.config.local import LocalServers
+from vila_ops.config.named import shipped
 from vila_ops.config.retrain import RetrainPolicy
 from vila_ops.config.schedule import Schedule
 from vila_ops.errors import ServerFailed
-from vila_ops.local.servers import QUICK_SECONDS, answers, endpoints, env, get_json
+from vila_ops.local.servers import QUICK_SECONDS, answers, endpoints, env, get_json, login
 
 RETRAIN_QUEUE = "retrain"
 """Work queue of the flow runs that retrain."""
@@ -27,12 +29,15 @@ log = logging.getLogger(__name__)
 def make_work_pool(settings: LocalServers) -> None:
     """Create the work pool and its queue for retraining, where they do not exist. The worker completes the pool."""
     pools = f"{endpoints(settings).prefect}/api/work_pools"
-    if not answers(f"{pools}/{settings.work_pool}", QUICK_SECONDS):
-        get_json(f"{pools}/", settings.start_timeout_seconds, json={"name": settings.work_pool, "type": "process"})
+    own = login(settings)
+    if not answers(f"{pools}/{settings.work_pool}", QUICK_SECONDS, **own):
+        pool = {"name": settings.work_pool, "type": "process"}
+        get_json(f"{pools}/", settings.start_timeout_seconds, json=pool, **own)
     queues = f"{pools}/{settings.work_pool}/queues"
-    if not answers(f"{queues}/{RETRAIN_QUEUE}", QUICK_SECONDS):
+    if not answers(f"{queues}/{RETRAIN_QUEUE}", QUICK_SECONDS, **own):
         # one run at a time: another would wait for the lease, in a place of the worker that other flows could have
-        get_json(queues, settings.start_timeout_seconds, json={"name": RETRAIN_QUEUE, "concurrency_limit": 1})
+        queue = {"name": RETRAIN_QUEUE, "concurrency_limit": 1}
+        get_json(queues, settings.start_timeout_seconds, json=queue, **own)
 
 
 def deploy_flows(settings: LocalServers) -> None:
@@ -40,13 +45,11 @@ def deploy_flows(settings: LocalServers) -> None:
 
     Raises ServerFailed where Prefect refuses them.
     """
-    file = Path(settings.prefect_file)
-    if not file.is_file():
-        raise ValueError(f"no such file: {file}; run this in the checkout, or set prefect_file in configs/local.yaml")
+    file = file_of(settings)
     wanted = yaml.safe_load(file.read_text())["deployments"]
     digest = _flows_digest(file, wanted)
     url = f"{endpoints(settings).prefect}/api/deployments/filter"
-    live = {one["name"]: one["version"] for one in get_json(url, QUICK_SECONDS, json={}) or []}
+    live = {one["name"]: one["version"] for one in get_json(url, QUICK_SECONDS, json={}, **login(settings)) or []}
     if all(live.get(deployment["name"]) == digest for deployment in wanted):
         return
     began = time.monotonic()
@@ -64,9 +67,37 @@ def deploy_flows(settings: LocalServers) -> None:
     log.info("deployments: deployed from %s in %.1f s", file, time.monotonic() - began)
 
 
+def file_of(settings: LocalServers) -> Path:
+    """The file of the deployments. Raises ValueError for one that does not exist."""
+    if settings.prefect_file is None:
+        return shipped("infra/prefect.yaml").absolute()
+    file = Path(settings.prefect_file).expanduser().absolute()
+    if not file.is_file():
+        raise ValueError(f"no such file: {file}; set prefect_file in configs/local.yaml to one, or to null for ours")
+    return file
+
+
 def _flows_digest(file: Path, deployments: list[dict[str, Any]]) -> str:
     """Digest of the file, of the Python files beside the flows, and of the schemas of their parameters."""
-    folders = {Path(deployment["entrypoint"].partition(":")[0]).parent for deployment in deployments}
+    folders = {_folder_of(deployment["entrypoint"]) for deployment in deployments}
     sources = sorted(source for folder in folders for source in folder.glob("*.py"))
     schemas = [kind.model_json_schema() for kind in (Run, Grid, RetrainPolicy, Schedule)]
     return fingerprint([str(Path.cwd()), file.read_text(), schemas, *(source.read_text() for source in sources)])[:16]
+
+
+def _folder_of(entrypoint: str) -> Path:
+    """The folder of a flow that is named as folder/file.py:flow or package.module.flow.
+
+    Raises ValueError for a module that is not installed.
+    """
+    path, colon, _ = entrypoint.rpartition(":")
+    if colon:
+        return Path(path).parent
+    module = entrypoint.rpartition(".")[0]
+    try:
+        spec = find_spec(module)
+    except ModuleNotFoundError:  # of the package around it
+        spec = None
+    if spec is None or spec.origin is None:
+        raise ValueError(f"entrypoint {entrypoint}: there is no module {module}; install it beside vila-ops")
+    return Path(spec.origin).parent

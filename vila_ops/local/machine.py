@@ -23,11 +23,12 @@ from vila_ops.local.process import (
     end,
     lock,
     read_record,
+    recorded,
     root_of,
     start,
     tail,
 )
-from vila_ops.local.servers import QUICK_SECONDS, Endpoints, Server, endpoints, prepare_ray, ray_folder, servers_of
+from vila_ops.local.servers import QUICK_SECONDS, Endpoints, Server, endpoints, prepare, ray_folder, servers_of
 from vila_ops.processes import session_of
 
 SHOWN = 100
@@ -131,9 +132,8 @@ def _adopt(settings: LocalServers, server: Server, *, ask: bool = True) -> bool:
 
 
 def _spawned(settings: LocalServers, server: Server) -> ProcessRecord:
-    if server.name == "ray":
-        prepare_ray(settings)
-    return start(root_of(settings), server.name, server.command, server.env)
+    fresh = prepare(settings, server.name)
+    return start(settings, server.name, server.command, server.env, fresh)
 
 
 def _start(settings: LocalServers, server: Server) -> None:
@@ -156,7 +156,7 @@ def _start(settings: LocalServers, server: Server) -> None:
 
 
 def _as_configured(record: ProcessRecord, server: Server) -> bool:
-    return (record.command, record.env, record.directory) == (server.command, server.env, str(Path.cwd()))
+    return (record.command, record.env, record.directory) == (server.command, recorded(server.env), str(Path.cwd()))
 
 
 def _check_ports(settings: LocalServers, servers: Iterable[Server]) -> None:

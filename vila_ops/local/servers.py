@@ -1,6 +1,7 @@
 """The servers of one machine: how MLflow, Prefect, its worker, the sweeper and a Ray head are started and checked."""
 
 import hashlib
+import ipaddress
 import json
 import os
 import secrets
@@ -11,17 +12,31 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from vila_ops.config.base import Config
 from vila_ops.config.local import LocalServers
+from vila_ops.config.secrets import Secret, read_secret
+from vila_ops.local.databases import upgrade_mlflow
+from vila_ops.local.log_writer import KEPT
 from vila_ops.local.process import Name, ProcessRecord, root_of, write_private
 
 QUICK_SECONDS = 5.0
 """How long a running server may take to answer. MLflow's first answer, which creates its tables, takes longer."""
 AGAIN = ("/bin/sh", "-c", 'while :; do "$@"; sleep 3; done', "again")
 """Before a command: it is started again when it ends, until this shell and its session are ended."""
+ADMIN = "admin"
+"""The user of MLflow and Prefect, where they ask for a password."""
+LEAST_CHARACTERS = 12
+"""Of a password; MLflow takes no shorter one."""
+LOGINS = """[mlflow]
+default_permission = READ
+database_uri = sqlite:///{folder}/mlflow-logins.db
+admin_username = {admin}
+"""
+"""Settings of MLflow's logins, whose database is made at each start, so that a new password replaces the old one."""
 AUTOMATION = "vila-ops: lost flow runs have crashed"
 """Name of the automation of Prefect that the sweeper makes."""
 TELEMETRY_OFF = {
@@ -79,7 +94,51 @@ def env(settings: LocalServers) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(_ray_token(root)),
         # ray.train.report() waits for the next health check: 2.0 s per call at the default, 0.1 s here (measured).
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+        **_login_variables(settings),
     }
+
+
+def login(settings: LocalServers) -> dict[str, Any]:
+    """What a request of httpx to MLflow or Prefect needs. Raises ValueError for a password that is not there."""
+    password = _password(settings)
+    return {} if password is None else {"auth": (ADMIN, password)}
+
+
+def _login_variables(settings: LocalServers) -> dict[str, str]:
+    """What the clients of MLflow and Prefect read."""
+    password = _password(settings)
+    if password is None:
+        return {}
+    return {
+        "MLFLOW_TRACKING_USERNAME": ADMIN,
+        "MLFLOW_TRACKING_PASSWORD": password,
+        "PREFECT_API_AUTH_STRING": f"{ADMIN}:{password}",
+    }
+
+
+def _password(settings: LocalServers) -> str | None:
+    if settings.password is None:
+        return None
+    password = read_secret(settings.password, setting="password")
+    if len(password) < LEAST_CHARACTERS:
+        raise ValueError(f"password ({settings.password}) has fewer than {LEAST_CHARACTERS} characters; take another")
+    return password
+
+
+def _database(reference: Secret | None, *, setting: str, scheme: str) -> str | None:
+    """The URL of a database of PostgreSQL; None for sqlite. Raises ValueError, which does not show it."""
+    if reference is None:
+        return None
+    url = read_secret(reference, setting=setting)
+    if not url.startswith(f"{scheme}://"):
+        raise ValueError(f"{setting} ({reference}) is no URL that begins with {scheme}://; write one there")
+    return url
+
+
+def _require(module: str, setting: str) -> None:
+    """Raise ValueError for a setting that needs a package which is not installed."""
+    if find_spec(module) is None:
+        raise ValueError(f"{setting} needs the package {module}: pip install 'vila-ops[servers]'")
 
 
 def join(settings: LocalServers, *, ray_address: str | None) -> None:
@@ -114,12 +173,23 @@ def _mlflow(settings: LocalServers) -> Server:
     root = root_of(settings)
     url = endpoints(settings).mlflow
     serve = (sys.executable, "-m", "uvicorn", "--host", settings.host, "--port", str(settings.mlflow_port))
+    app: tuple[str, ...] = ("mlflow.server.fastapi_app:app",)
+    logins: dict[str, str] = {}
+    if (password := _password(settings)) is not None:
+        app = ("--factory", "mlflow.server.auth:create_app")
+        logins = {"MLFLOW_AUTH_CONFIG_PATH": str(_logins(root)), "MLFLOW_AUTH_ADMIN_PASSWORD": password}
+    hosts: dict[str, str] = {}
+    if not ipaddress.ip_address(settings.host).is_loopback:  # by default it answers to private addresses too
+        own = f"{settings.host}:{settings.mlflow_port}"
+        hosts = {"MLFLOW_SERVER_ALLOWED_HOSTS": os.environ.get("MLFLOW_SERVER_ALLOWED_HOSTS", own)}
     return Server(
         name="mlflow",
-        command=(*serve, "--log-level", "warning", "mlflow.server.fastapi_app:app"),
+        command=(*serve, "--log-level", "warning", *app),
         env={
             **env(settings),
-            "_MLFLOW_SERVER_FILE_STORE": f"sqlite:///{root / 'mlflow.db'}",
+            **logins,
+            **hosts,
+            "_MLFLOW_SERVER_FILE_STORE": _mlflow_url(settings),
             "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
             "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(root / "mlflow-artifacts"),
             "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
@@ -129,17 +199,30 @@ def _mlflow(settings: LocalServers) -> Server:
         },
         ports={"mlflow_port": settings.mlflow_port},
         url=url,
-        healthy=lambda _, seconds: answers(f"{url}/api/2.0/mlflow/experiments/search?max_results=1", seconds),
+        healthy=lambda _, seconds: answers(
+            f"{url}/api/2.0/mlflow/experiments/search?max_results=1", seconds, **login(settings)
+        ),
     )
+
+
+def _mlflow_url(settings: LocalServers) -> str:
+    database = _database(settings.mlflow_database, setting="mlflow_database", scheme="postgresql")
+    return database or f"sqlite:///{root_of(settings) / 'mlflow.db'}"
 
 
 def _prefect(settings: LocalServers) -> Server:
     url = endpoints(settings).prefect
     serve = ("server", "start", "--host", settings.host, "--port", str(settings.prefect_port))
+    database = _database(settings.prefect_database, setting="prefect_database", scheme="postgresql+asyncpg")
+    password = _password(settings)
     return Server(
         name="prefect",
         command=(sys.executable, "-m", "prefect", *serve),
-        env=env(settings),
+        env={
+            **env(settings),
+            **({} if database is None else {"PREFECT_SERVER_DATABASE_CONNECTION_URL": database}),
+            **({} if password is None else {"PREFECT_SERVER_API_AUTH_STRING": f"{ADMIN}:{password}"}),
+        },
         ports={"prefect_port": settings.prefect_port},
         url=url,
         healthy=lambda _, seconds: answers(f"{url}/api/health", seconds),
@@ -173,7 +256,7 @@ def _sweeper(settings: LocalServers) -> Server:
         env=env(settings),
         ports={},
         url=f"{endpoints(settings).prefect}/automations",
-        healthy=lambda record, seconds: record.process().alive() and _reacts(api, seconds),
+        healthy=lambda record, seconds: record.process().alive() and _reacts(settings, seconds),
     )
 
 
@@ -200,8 +283,13 @@ def _ray(settings: LocalServers) -> Server:
     return Server(
         name="ray",
         command=(sys.executable, *start, *listen, *size, "--temp-dir", str(ray_folder(settings))),
-        # By default the first driver starts a worker for each CPU, most of which are never used (1.5 s of CPU each).
-        env={**env(settings), "RAY_prestart_worker_first_driver": "0"},
+        env={
+            **env(settings),
+            # By default the first driver starts a worker for each CPU (1.5 s of CPU), most of which are never used.
+            "RAY_prestart_worker_first_driver": "0",
+            "RAY_ROTATION_MAX_BYTES": str(settings.log_bytes),  # of each file in its own folder; 512 MB by default
+            "RAY_ROTATION_BACKUP_COUNT": str(KEPT),
+        },
         ports=ports,
         url=url,
         healthy=lambda _, seconds: _has_live_node(settings, seconds),
@@ -219,7 +307,29 @@ def _ray_token(root: Path) -> Path:
     return root / "ray.token"
 
 
-def prepare_ray(settings: LocalServers) -> None:
+def prepare(settings: LocalServers, name: Name) -> dict[str, str]:
+    """Make what a server needs before it starts; returns variables of this start alone. Raises ValueError."""
+    root = root_of(settings)
+    if name == "ray":
+        _prepare_ray(settings)
+    if name != "mlflow":
+        return {}
+    if settings.mlflow_database is not None:
+        _require("psycopg", "mlflow_database")
+    upgrade_mlflow(settings, _mlflow_url(settings), env(settings))
+    if settings.password is None:
+        return {}
+    _require("flask_wtf", "password")
+    (root / "mlflow-logins.db").unlink(missing_ok=True)
+    write_private(_logins(root), LOGINS.format(folder=root, admin=ADMIN))
+    return {"MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32)}
+
+
+def _logins(root: Path) -> Path:
+    return root / "mlflow-logins.ini"
+
+
+def _prepare_ray(settings: LocalServers) -> None:
     """Create Ray's token, readable by its owner alone, and an empty folder for Ray. Raises ValueError.
 
     Ray listens on every interface whatever its options say (`--node-ip-address 127.0.0.1` becomes the outer address),
@@ -252,9 +362,9 @@ def get_json(url: str, seconds: float, **request: Any) -> Any:
         return None
 
 
-def answers(url: str, seconds: float) -> bool:
+def answers(url: str, seconds: float, **request: Any) -> bool:
     """Whether a GET of a URL returns JSON in time."""
-    return get_json(url, seconds) is not None
+    return get_json(url, seconds, **request) is not None
 
 
 def _has_live_node(settings: LocalServers, seconds: float) -> bool:
@@ -267,10 +377,11 @@ def _has_live_node(settings: LocalServers, seconds: float) -> bool:
     return answer is not None and any(node["state"] == "ALIVE" for node in answer["data"]["result"]["result"])
 
 
-def _reacts(api: str, seconds: float) -> bool:
+def _reacts(settings: LocalServers, seconds: float) -> bool:
     """Whether Prefect has an automation that reacts to the sweeper."""
     wanted = {"automations": {"name": {"any_": [AUTOMATION]}}}
-    return bool(get_json(f"{api}/automations/filter", seconds, json=wanted))
+    url = f"{endpoints(settings).prefect}/api/automations/filter"
+    return bool(get_json(url, seconds, json=wanted, **login(settings)))
 
 
 def _polls(settings: LocalServers, record: ProcessRecord, seconds: float) -> bool:
@@ -279,5 +390,5 @@ def _polls(settings: LocalServers, record: ProcessRecord, seconds: float) -> boo
     return any(
         worker["status"] == "ONLINE"
         and datetime.fromisoformat(worker["last_heartbeat_time"]).timestamp() >= record.started
-        for worker in get_json(url, seconds, json={}) or []
+        for worker in get_json(url, seconds, json={}, **login(settings)) or []
     )
