@@ -53,7 +53,8 @@ TWO = {"launch": "ray", "ray_address": "127.0.0.1:1", "train.num_workers": 2, "t
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     root = tmp_path_factory.mktemp("watch")
     places = [f"resources.storage.{name}={root / name}" for name in ("store", "cache", "data")]
-    return load(TINY, resources=ROOT / "configs/resources/inline.yaml", overrides=tuple(places))
+    overrides = (*places, "resources.storage.features_leave_free=0")
+    return load(TINY, resources=ROOT / "configs/resources/inline.yaml", overrides=overrides)
 
 
 def job_of(run: Run, name: str, *, stage: dict[str, Any] | None = None, **resources: Any) -> TrainJob:
@@ -231,9 +232,9 @@ def test_a_broken_sample_is_named_and_the_command_of_the_message_trains_without_
     shutil.copyfile(empty_database, tmp_path / "mlflow.db")
     recipe, resources = tmp_path / "own.yaml", tmp_path / "resources.yaml"
     recipe.write_text(TINY.read_text().replace("../services/default.yaml", str(ROOT / "configs/services/default.yaml")))
-    places = {name: str(tmp_path / name) for name in ("store", "cache", "data")}
+    storage = {name: str(tmp_path / name) for name in ("store", "cache", "data")} | {"features_leave_free": 0}
     database = f"sqlite:///{tmp_path}/mlflow.db"
-    resources.write_text(yaml.safe_dump({"launch": "inline", "tracking": {"uri": database}, "storage": places}))
+    resources.write_text(yaml.safe_dump({"launch": "inline", "tracking": {"uri": database}, "storage": storage}))
     small = ("-s", "stages.align.pack=false", "-s", "stages.align.global_batch_size=3")
     command = ["train", str(recipe), "--stage", "align", "-r", str(resources), *small]
     run = load(recipe, resources=resources, overrides=small[1::2])
@@ -405,9 +406,9 @@ def test_a_spike_is_written_down_once_with_its_worst_samples_and_training_goes_o
 def on_ray(folder: Path, address: str, *more: str) -> subprocess.Popen[str]:
     """Start `vila-ops train` for the first stage of the tiny recipe with two workers, in a separate folder."""
     resources = folder / "resources.yaml"
-    places = {name: str(folder / name) for name in ("store", "cache", "data")}
+    storage = {name: str(folder / name) for name in ("store", "cache", "data")} | {"features_leave_free": 0}
     train = {"num_workers": 2, "zero_stage": 2, "max_failures": 50}
-    settings = {"launch": "ray", "ray_address": address, "storage": places, "train": train}
+    settings = {"launch": "ray", "ray_address": address, "storage": storage, "train": train}
     resources.write_text(yaml.safe_dump(settings))
     command = [str(Path(sys.executable).parent / "vila-ops"), "train", str(TINY), "--stage", "align", "--json"]
     command += ["-r", str(resources), *more]
