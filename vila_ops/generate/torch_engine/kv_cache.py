@@ -2,17 +2,21 @@
 
 # N slots, R rows of a pass, Q new tokens of a row, H key-value heads, K head dim
 
+import inspect
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from transformers import LlamaModel
 
+CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+"""The argument by which models of transformers take a cache; it is `cache` from 5.24 on."""
 PAGE = 64
 """The capacity of a row is a multiple of it, so that requests of similar length need no other capacity."""
 
 
 class KVCache:
-    """Keys and values of sequences, passed to the model as `past_key_values`.
+    """Keys and values of sequences, passed to the model as CACHE_ARGUMENT.
 
     A pass (`begin`, the model, `end`) adds tokens to some rows, to each its own number. The caller passes masks and
     positions explicitly, so the model's layers use only `update`. Layers with a sliding window keep all positions too;

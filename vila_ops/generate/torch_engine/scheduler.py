@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vila_ops.generate.request import Delta
 from vila_ops.generate.torch_engine.image_features import SaltedImage
-from vila_ops.generate.torch_engine.kv_cache import PAGE, KVCache
+from vila_ops.generate.torch_engine.kv_cache import CACHE_ARGUMENT, PAGE, KVCache
 from vila_ops.generate.torch_engine.loaded_model import LoadedModel
 from vila_ops.generate.torch_engine.prefixes import PrefixCache, TokenSequence
 from vila_ops.generate.torch_engine.request_state import GenerationRequest, RequestState
@@ -236,8 +236,8 @@ class Scheduler:
         hidden: Tensor = model.hidden(
             embeddings,
             position_ids=positions,
-            past_key_values=self.cache,
             use_cache=True,
+            **{CACHE_ARGUMENT: self.cache},
             **masks(model, distance >= 0, distance),
             **model.routing(ids),
         ).last_hidden_state
