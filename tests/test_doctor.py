@@ -1,15 +1,21 @@
 """Findings about software, a store and the nodes of a cluster; a real cluster is examined in faults/test_nodes.py."""
 
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from packaging.version import Version
+from ray.exceptions import GetTimeoutError
 
 from vila_ops.artifacts.store import throughput
-from vila_ops.doctor.cluster import clock_findings, slow_nodes, version_findings
+from vila_ops.cluster import ACCELERATOR_TYPE
+from vila_ops.doctor.cluster import clock_findings, examined, has_device, slow_nodes, version_findings
 from vila_ops.doctor.node import PACKAGES, NodeReport
 from vila_ops.doctor.software import needs, packages
-from vila_ops.errors import StoreRefused
+from vila_ops.errors import DiskFault, StoreRefused
 
 FIXED = {"ray": "2.54", "mlflow": "3.11", "prefect": "3.6.22", "torch": "2.6"}
 """First versions without CVE-2026-27482; 2025-14279, 2026-2614 and 2026-4137; 2026-7722 and 2026-3514; 2025-32434."""
@@ -39,6 +45,12 @@ def test_a_store_tells_its_throughput_and_keeps_nothing_of_the_measurement(store
     assert wrote > 0
     assert read > 0
     assert not [path for path in tmp_path.rglob("*") if ".probe" in str(path)]
+
+
+def test_a_disk_without_room_for_the_measurement_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vila_ops.artifacts.disk_faults.free_bytes", lambda _: 2**20)
+    with pytest.raises(DiskFault, match="needs 33554432 bytes, and its disk has 1048576 bytes free"):
+        throughput(str(tmp_path))
 
 
 def test_a_store_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
@@ -74,3 +86,49 @@ def test_nodes_with_another_version_are_named() -> None:
     assert not list(version_findings({"a": one, "b": one}))
     (finding,) = version_findings({"a": one, "b": two})
     assert finding.text == "torch has several versions, 1.0 on a, 1.1 on b; use one image on all nodes"
+
+
+def test_where_workers_get_a_gpu_only_nodes_with_such_a_gpu_are_measured() -> None:
+    cpu: dict[str, Any] = {"Resources": {"CPU": 8.0}, "Labels": {}}
+    gpu = {"Resources": {"GPU": 8.0}, "Labels": {ACCELERATOR_TYPE: "H100"}}
+    h100, a100 = {ACCELERATOR_TYPE: "H100"}, {ACCELERATOR_TYPE: "A100"}
+    assert [has_device(one, "cpu", {}) for one in (cpu, gpu)] == [True, True]
+    assert [has_device(one, "cuda", {}) for one in (cpu, gpu)] == [False, True]
+    assert [has_device(gpu, "cuda", label) for label in (h100, a100)] == [True, False]
+
+
+NEVER = {"clock": "b", "rendezvous": "a", "join": "c", "exchange": "b", "all_reduce": "c"}
+"""A node that does not answer, by what it is asked."""
+
+
+@pytest.mark.parametrize("asked", NEVER)
+def test_a_node_that_stops_answering_is_named_and_loses_no_other_finding(
+    asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions, speeds = dict.fromkeys(PACKAGES, "1.0"), {"multiply": 100e9, "wrote": 1.0, "read": 1.0}
+    report = NodeReport(host="h", packages=versions, device="cpu", **speeds)
+    answers: dict[str, Any] = {"rendezvous": "tcp://a:1", "join": None, "exchange": 1e9, "all_reduce": 1e9}
+
+    def node(name: str) -> Any:
+        own = report.with_changes({"multiply": 1e9}) if name == "c" else report
+
+        def answer(question: str) -> Any:
+            if (question, name) == (asked, NEVER[asked]):
+                raise GetTimeoutError
+            return {**answers, "measure": own, "clock": time.time()}[question]
+
+        def ask(question: str) -> SimpleNamespace:
+            return SimpleNamespace(remote=lambda *_, **__: lambda: answer(question))
+
+        return SimpleNamespace(**{question: ask(question) for question in ("measure", "clock", *answers)})
+
+    def get(answer: Callable[[], Any], timeout: float) -> Any:
+        assert timeout == 0, "what did not answer in time is not waited for again"
+        return answer()
+
+    monkeypatch.setattr("vila_ops.doctor.cluster.ray", SimpleNamespace(wait=lambda *_, **__: None, get=get))
+    told = list(examined({name: node(name) for name in "abc"}, ["1", "2", "3"]))
+    (silent,) = [finding.text for finding in told if "did not answer within 120 s" in finding.text]
+    assert silent.startswith("node b with a" if asked == "exchange" else f"node {NEVER[asked]} ")
+    assert len([finding for finding in told if finding.text.startswith(("node a: h", "node b: h", "node c: h"))]) == 3
+    assert told[-1].text.startswith("node c is slow: matrix products 1 Gflop/s")

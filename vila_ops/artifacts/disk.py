@@ -16,7 +16,7 @@ from pathlib import Path
 from stat import S_ISDIR
 
 from vila_ops.artifacts.backend import AT_ONCE, Entry, FileFacts, Versioned
-from vila_ops.artifacts.disk_faults import faults_named
+from vila_ops.artifacts.disk_faults import faults_named, require
 from vila_ops.errors import DamagedFile, StoreRefused, UnsafeStore
 
 CACHE = "resources.storage.cache"
@@ -235,14 +235,19 @@ def probe(root: str) -> str:
 
 
 def timed(root: str, data: bytes) -> tuple[float, float]:
-    """Seconds of writing a file of its own and of reading it back. Raises StoreRefused, and OSError of the disk."""
+    """Seconds of writing a file of its own and of reading it back.
+
+    Raises StoreRefused, DiskFault where the disk has no room for it, and OSError of the disk.
+    """
     folder = Path(root)
     with _refused(StoreRefused, f"store {root} cannot be written", "set resources.storage.store to a folder of yours"):
         folder.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(prefix=".probe-", dir=folder)
     with scratch, open(f"{scratch.name}/file", "w+b", buffering=0) as file:
-        started = time.perf_counter()
-        file.write(data)
+        require(folder, len(data))
+        started, rest = time.perf_counter(), memoryview(data)
+        while rest:
+            rest = rest[file.write(rest) :]  # write(2) may write less than it was given
         os.fsync(file.fileno())
         wrote = time.perf_counter() - started
         if hasattr(os, "posix_fadvise"):  # not on macOS, whose reads come from memory

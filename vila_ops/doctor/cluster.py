@@ -2,14 +2,15 @@
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from vila_ops.cluster import connect, device_on, gpu_options
+from vila_ops.artifacts.store import root_of
+from vila_ops.cluster import connect, device_on, gpu_label, gpu_options
 from vila_ops.config import Resources
 from vila_ops.doctor.finding import Finding
 from vila_ops.doctor.node import MESSAGE_BYTES, PACKAGES, NodeProbe, NodeReport
@@ -17,6 +18,8 @@ from vila_ops.train.ray_workers import network_variables
 
 PATIENCE_SECONDS = 120.0
 """How long a node may take to answer."""
+WAIT_OR_LOOK = "if all its GPUs are in use, wait for them, else look at `ray status`"
+OPEN_PORTS = "look at its network interface, and open all ports between the nodes"
 CLOCK_SECONDS = 1.0
 """How far the clock of a node may be from that of this machine. Windows of schedules and ages of files are compared."""
 SLOW = 0.5
@@ -36,7 +39,8 @@ def examine_cluster(resources: Resources) -> list[Finding]:
         raise ValueError("launch is inline, which has no cluster; give resources with launch ray or ray_job (-r FILE)")
     connect(resources)
     device = device_on(resources, resources.device)
-    there = {one["NodeID"]: one["NodeManagerAddress"] for one in ray.nodes() if one["Alive"]}  # type: ignore[no-untyped-call]
+    alive = [one for one in ray.nodes() if one["Alive"]]  # type: ignore[no-untyped-call]
+    measured = [one for one in alive if has_device(one, device, gpu_label(resources, device))]
     options = {
         "num_cpus": 0,
         **gpu_options(resources, device),
@@ -44,67 +48,102 @@ def examine_cluster(resources: Resources) -> list[Finding]:
     }
     actor = ray.remote(NodeProbe)
     nodes: dict[str, Any] = {
-        f"{address} ({node[:8]})": actor.options(
-            **options, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
-        ).remote(resources.storage.store)
-        for node, address in there.items()
+        _name(one): actor.options(
+            **options, scheduling_strategy=NodeAffinitySchedulingStrategy(one["NodeID"], soft=False)
+        ).remote(root_of(resources.storage.store))
+        for one in measured
     }
+    others = [
+        Finding(ok=True, text=f"node {_name(one)} is not measured: it has no GPU for workers")
+        for one in alive
+        if one not in measured
+    ]
     try:
-        return list(_examined(nodes, list(there.values())))
+        return [*others, *examined(nodes, [one["NodeManagerAddress"] for one in measured])]
     finally:
         for node in nodes.values():
             ray.kill(node)
 
 
-def _examined(nodes: dict[str, Any], addresses: Sequence[str]) -> Iterator[Finding]:
-    answers, reports = {name: node.measure.remote() for name, node in nodes.items()}, {}
-    ray.wait(list(answers.values()), num_returns=len(answers), timeout=PATIENCE_SECONDS)
-    for name, answer in answers.items():
-        try:
-            reports[name] = ray.get(answer, timeout=0)
-        except GetTimeoutError:
-            way = "if all its GPUs are in use, wait for them, else look at `ray status`"
-            yield Finding(ok=False, text=f"node {name} did not answer within {PATIENCE_SECONDS:.0f} s; {way}")
-        except RayError as error:
-            yield Finding(ok=False, text=f"node {name}: {getattr(error, 'cause', None) or error}")
-    clocks = {name: _offset(nodes[name]) for name in reports}
+def has_device(node: Mapping[str, Any], device: str, label: Mapping[str, str]) -> bool:
+    """Whether a worker on a device can be placed on a node, as `ray.nodes` describes it, by a label of its GPUs."""
+    return device == "cpu" or (node["Resources"].get("GPU", 0.0) >= 1 and label.items() <= node["Labels"].items())
+
+
+def _name(node: Mapping[str, Any]) -> str:
+    return f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})"
+
+
+def examined(nodes: Mapping[str, Any], addresses: Sequence[str]) -> Iterator[Finding]:
+    """What actors on nodes measure; one that does not answer is told and left out."""
+    reports = yield from _answers({name: node.measure.remote() for name, node in nodes.items()}, WAIT_OR_LOOK)
+    clocks: dict[str, tuple[float, float]] = {}  # seconds ahead of this machine's, and half of the time of asking
+    for name in reports:
+        started = time.time()
+        there = yield from _answers({name: nodes[name].clock.remote()}, WAIT_OR_LOOK)
+        ended = time.time()
+        if name in there:
+            clocks[name] = there[name] - (started + ended) / 2, (ended - started) / 2
     for name, report in reports.items():
-        yield Finding(ok=True, text=f"node {name}: {_told(report)}; clock {clocks[name][0]:+.3f} s")
+        clock = f"; clock {clocks[name][0]:+.3f} s" if name in clocks else ""
+        yield Finding(ok=True, text=f"node {name}: {_told(report)}{clock}")
     yield from clock_findings(clocks)
     yield from version_findings(reports)
     speeds = {
         name: {"multiply": report.multiply, "wrote": report.wrote, "read": report.read}
         for name, report in reports.items()
     }
-    if len(nodes) > 1 and len(reports) == len(nodes):
-        links, bus = _network(list(nodes.values()), addresses)
-        message = f"{MESSAGE_BYTES / 2**20:.0f} MiB"
-        yield Finding(ok=True, text=f"all-reduce of {message} between {len(nodes)} nodes: bus {bus / 1e6:.0f} MB/s")
-        for number, name in enumerate(nodes):
+    if len(nodes) > 1 and len(reports) == len(clocks) == len(nodes):
+        links = yield from _network(nodes, addresses)
+        for number, name in enumerate(nodes if links else ()):
             speeds[name]["network"] = max(links[number], links[number - 1])
     yield from slow_nodes(speeds)
 
 
-def _network(nodes: Sequence[Any], addresses: Sequence[str]) -> tuple[list[float], float]:
-    """Bytes a second between each node and the next one, the last and the first too; and of an all-reduce."""
-    size = len(nodes)
-    meeting = ray.get(nodes[0].rendezvous.remote(addresses[0]), timeout=PATIENCE_SECONDS)
-    ray.get([node.join.remote(meeting, rank, size) for rank, node in enumerate(nodes)], timeout=PATIENCE_SECONDS)
-    links = []
-    for rank, node in enumerate(nodes):
+def _answers(asked: Mapping[str, Any], way_out: str) -> Generator[Finding, None, dict[str, Any]]:
+    """What nodes answer within PATIENCE_SECONDS, by name; a finding for each that does not, or answers by an error."""
+    answers = {}
+    ray.wait(list(asked.values()), num_returns=len(asked), timeout=PATIENCE_SECONDS)
+    for name, answer in asked.items():
+        try:
+            answers[name] = ray.get(answer, timeout=0)
+        except GetTimeoutError:
+            yield Finding(ok=False, text=f"node {name} did not answer within {PATIENCE_SECONDS:.0f} s; {way_out}")
+        except RayError as error:
+            yield Finding(ok=False, text=f"node {name}: {getattr(error, 'cause', None) or error}")
+    return answers
+
+
+def _network(nodes: Mapping[str, Any], addresses: Sequence[str]) -> Generator[Finding, None, list[float]]:
+    """Bytes a second between each node and the next one, the last and the first too; and of an all-reduce.
+
+    No numbers where nodes do not reach each other: a node that waits for another one answers nothing more.
+    """
+    names, probes, size = list(nodes), list(nodes.values()), len(nodes)
+    meeting = yield from _answers({names[0]: probes[0].rendezvous.remote(addresses[0])}, OPEN_PORTS)
+    if not meeting:
+        return []
+    (place,) = meeting.values()
+    asked = {name: node.join.remote(place, rank, size) for rank, (name, node) in enumerate(nodes.items())}
+    joined = yield from _answers(asked, OPEN_PORTS)
+    if len(joined) < size:
+        return []
+    links: list[float] = []
+    for rank, name in enumerate(names):
         other = (rank + 1) % size
-        pair = [node.exchange.remote(other, first=True), nodes[other].exchange.remote(rank, first=False)]
-        links.append(min(ray.get(pair, timeout=PATIENCE_SECONDS)))
-    bus = min(ray.get([node.all_reduce.remote() for node in nodes], timeout=PATIENCE_SECONDS))
-    return links, bus
-
-
-def _offset(node: Any) -> tuple[float, float]:
-    """Seconds by which the clock of a node is ahead of this one, and half of the time that asking took."""
-    started = time.time()
-    there: float = ray.get(node.clock.remote(), timeout=PATIENCE_SECONDS)
-    ended = time.time()
-    return there - (started + ended) / 2, (ended - started) / 2
+        pair = {
+            f"{name} with {names[other]}": probes[rank].exchange.remote(other, first=True),
+            f"{names[other]} with {name}": probes[other].exchange.remote(rank, first=False),
+        }
+        passed = yield from _answers(pair, OPEN_PORTS)
+        if len(passed) < len(pair):
+            return []
+        links.append(min(passed.values()))
+    buses = yield from _answers({name: node.all_reduce.remote() for name, node in nodes.items()}, OPEN_PORTS)
+    if len(buses) == size:
+        message, bus = f"{MESSAGE_BYTES / 2**20:.0f} MiB", min(buses.values()) / 1e6
+        yield Finding(ok=True, text=f"all-reduce of {message} between {size} nodes: bus {bus:.0f} MB/s")
+    return links
 
 
 def clock_findings(clocks: Mapping[str, tuple[float, float]]) -> Iterator[Finding]:

@@ -3,6 +3,7 @@
 import socket
 import time
 from contextlib import closing
+from datetime import timedelta
 from importlib.metadata import version
 
 import torch
@@ -15,6 +16,8 @@ from vila_ops.device import describe, device_of
 PACKAGES = ("vila-ops", "torch", "ray", "transformers", "deepspeed")
 """Packages of which all nodes need one version."""
 MESSAGE_BYTES = 64 * 2**20
+MEET_SECONDS = 60.0
+"""How long a node waits for another one, less than it may take to answer, so that it says which address is missing."""
 ROUNDS = 3
 """Times that something is measured; the best one counts, since what runs beside it can only make it slower."""
 SIDE = 2048
@@ -67,7 +70,8 @@ class NodeProbe:
     def join(self, address: str, rank: int, size: int) -> None:
         """Join the process group of all nodes."""
         backend = dist.get_default_backend_for_device(self.device)
-        dist.init_process_group(backend, init_method=address, rank=rank, world_size=size)
+        patience = timedelta(seconds=MEET_SECONDS)
+        dist.init_process_group(backend, init_method=address, rank=rank, world_size=size, timeout=patience)
         self.message = torch.ones(MESSAGE_BYTES // 4, device=self.device)
 
     def exchange(self, other: int, *, first: bool) -> float:
