@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from vila_ops.cluster import connect
+from vila_ops.cluster import connect, passed_on
 from vila_ops.config import Resources
 from vila_ops.errors import ClusterUnreachable, is_final
 
@@ -28,3 +28,12 @@ def test_an_address_is_a_host_and_a_port(address: str) -> None:
     with pytest.raises(ValueError, match="is not host:port") as raised:
         connect(Resources(launch="ray", ray_address=address))
     assert is_final(raised.value)
+
+
+def test_a_password_in_a_url_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "https://collector:4318")
+    assert passed_on()["OTEL_EXPORTER_OTLP_ENDPOINT"] == "https://collector:4318"
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "https://me:secret@collector:4318")
+    with pytest.raises(ValueError, match="OTEL_EXPORTER_OTLP_ENDPOINT has a password in its URL") as raised:
+        passed_on()
+    assert "secret" not in str(raised.value)

@@ -77,8 +77,8 @@ def test_spans_lie_in_each_other_also_across_processes(spans: Spans) -> None:
     assert tracing.carried() is None
     with tracing.work("train_stage", "align, rank 1", parent=handed_on, rank=1):
         pass
-    with pytest.raises(ValueError, match="no"), tracing.span("failing"):
-        raise ValueError("no")
+    with pytest.raises(ValueError, match="what a user said"), tracing.span("failing"):
+        raise ValueError("what a user said")
     seen = spans()
     flow, stage, step, rank = (
         seen[name] for name in ("flow vila demo", "train_stage align", "training step", "train_stage align, rank 1")
@@ -89,7 +89,8 @@ def test_spans_lie_in_each_other_also_across_processes(spans: Spans) -> None:
     assert attributes(stage) == {"vila.task": "train_stage", "vila.stage": "align"}
     assert attributes(step) == {"vila.step": 3}
     assert step.end_time_unix_nano - step.start_time_unix_nano == 500_000_000
-    assert seen["failing"].status.code == 2, "an error"
+    assert (seen["failing"].status.code, seen["failing"].status.message) == (2, "ValueError")
+    assert "what a user said" not in str(seen["failing"]), "errors quote data"
 
 
 def test_a_request_belongs_to_the_trace_of_its_client_and_says_its_tokens(spans: Spans) -> None:
@@ -116,6 +117,41 @@ def test_a_request_belongs_to_the_trace_of_its_client_and_says_its_tokens(spans:
         "gen_ai.operation.name": "chat", "gen_ai.response.id": "chatcmpl-1", "gen_ai.usage.input_tokens": 7,
         "gen_ai.usage.output_tokens": 3, "http.response.status_code": 200, "vila.request": "r-1",
     }  # fmt: skip
+
+
+def test_nobody_waits_for_a_collector_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its exporter would wait for 600 seconds."""
+    asked, answer = threading.Event(), threading.Event()
+
+    class Silent(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.set()
+            answer.wait()
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Silent)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "600")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(tracing, "FLUSH_SECONDS", 0.05)
+    tracing._provider.cache_clear()
+    with tracing.span("one"):
+        pass
+    tracing.flush()
+    assert not answer.is_set()
+    answer.set()
+    asked.wait()
+    tracing._provider().shutdown()
+    tracing._provider.cache_clear()
+    server.shutdown()
+    thread.join()
+    server.server_close()
 
 
 def test_a_login_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:

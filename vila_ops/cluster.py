@@ -9,6 +9,7 @@ from typing import Any
 
 from vila_ops import logs, tracing
 from vila_ops.config import Resources
+from vila_ops.config.secrets import PASSWORD
 from vila_ops.device import Device, choose, device_named, device_of
 from vila_ops.errors import ClusterFull, ClusterUnreachable
 
@@ -39,7 +40,7 @@ def connect(resources: Resources) -> None:
     try:
         ray.init(
             address=resources.ray_address,
-            runtime_env={"env_vars": {**ALLOCATOR, "HF_HUB_DISABLE_PROGRESS_BARS": "1", **_environment()}},
+            runtime_env={"env_vars": {**ALLOCATOR, "HF_HUB_DISABLE_PROGRESS_BARS": "1", **passed_on()}},
             logging_level=logging.WARNING,
             log_to_driver=True,
         )
@@ -47,8 +48,19 @@ def connect(resources: Resources) -> None:
         raise _unreachable(str(resources.ray_address)) from error
 
 
-def _environment() -> dict[str, str]:
-    return {**logs.environment(), **tracing.environment()}
+def passed_on() -> dict[str, str]:
+    """The variables by which a process on a cluster logs and sends spans as this one does.
+
+    Raises ValueError for one with a password in a URL, since Ray shows variables.
+    """
+    variables = {**logs.environment(), **tracing.environment()}
+    for name, value in variables.items():
+        if PASSWORD.search(value):
+            raise ValueError(
+                f"{name} has a password in its URL, which Ray's dashboard would show; leave it out, and set "
+                f"OTEL_EXPORTER_OTLP_HEADERS where a node starts"
+            )
+    return variables
 
 
 def _check_listens(address: str) -> None:

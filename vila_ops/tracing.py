@@ -6,6 +6,7 @@ OTEL_TRACES_SAMPLER. Spans are sent by a thread; nothing waits for it but the en
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ PASSED_ON = "OTEL_"
 """Prefix of the variables that processes elsewhere get."""
 LOGIN = "HEADERS"
 """In the names of those that may hold a login."""
-FLUSH_MILLISECONDS = 10_000
+FLUSH_SECONDS = 10.0
 """How long `flush` waits for the collector."""
 Attributes = Mapping[str, str | int | float]
 Note = Callable[[Attributes], None]
@@ -42,17 +43,23 @@ def span(
 ) -> Iterator[Note]:
     """A span around the body, below that of the body around it, or below `parent`, a `traceparent` of another process.
 
-    `server`: the body answers a request.
+    `server`: the body answers a request. Of its error the span has the class alone, since the text may quote data.
     """
     if not enabled():
         yield lambda _: None
         return
-    from opentelemetry.trace import SpanKind
+    from opentelemetry.trace import SpanKind, StatusCode
 
     kind = SpanKind.SERVER if server else SpanKind.INTERNAL
     tracer = _provider().get_tracer("vila_ops", __version__)
-    with tracer.start_as_current_span(name, _context(parent), kind=kind, attributes=attributes) as current:
-        yield lambda more: current.set_attributes(dict(more))
+    with tracer.start_as_current_span(
+        name, _context(parent), kind=kind, attributes=attributes, record_exception=False, set_status_on_exception=False
+    ) as current:
+        try:
+            yield lambda more: current.set_attributes(dict(more))
+        except Exception as error:
+            current.set_status(StatusCode.ERROR, type(error).__name__)
+            raise
 
 
 @contextmanager
@@ -92,7 +99,9 @@ def environment() -> dict[str, str]:
 def flush() -> None:
     """Send what has ended; a worker may be killed without a word."""
     if enabled():
-        _provider().force_flush(FLUSH_MILLISECONDS)
+        sender = threading.Thread(target=_provider().force_flush, daemon=True)  # which knows no limit of time
+        sender.start()
+        sender.join(FLUSH_SECONDS)
 
 
 def _context(parent: str | None) -> "Context | None":

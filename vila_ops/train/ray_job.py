@@ -12,7 +12,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from vila_ops import logs, tracing
+from vila_ops.cluster import passed_on
 from vila_ops.errors import ClusterUnreachable, JobFailed, JobStopped, RemoteError
 from vila_ops.train.job import JobPayload
 
@@ -96,12 +96,11 @@ def _attempts(jobs: list[JobDetails], key: str) -> dict[int, JobDetails]:
 def _submit(client: JobSubmissionClient, key: str, payload: JobPayload) -> str:
     """Submit a job and return its id, or the id of a job that another process submitted at the same moment."""
     name = next_attempt(client.list_jobs(), key)
-    passed_on = {**logs.environment(), **tracing.environment()}
     try:
         client.submit_job(
             entrypoint=ENTRYPOINT,
             submission_id=name,
-            runtime_env={"env_vars": {PAYLOAD_VARIABLE: payload.model_dump_json(), **passed_on}},
+            runtime_env={"env_vars": {PAYLOAD_VARIABLE: payload.model_dump_json(), **passed_on()}},
             metadata={"stage": payload.stage.name, "address": key},
         )
     except RuntimeError:
