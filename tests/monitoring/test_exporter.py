@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -15,11 +16,16 @@ from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
 from tests.monitoring.watched_store import LABELS, filled
+from vila_ops.artifacts.attempts import attempt
+from vila_ops.artifacts.kinds import Decision
+from vila_ops.artifacts.store import address, manifest_of, seal
 from vila_ops.cli import app
 from vila_ops.config.resources import StorageResources
+from vila_ops.errors import CorruptArtifact
 from vila_ops.monitoring import exporter
-from vila_ops.monitoring.exporter import METRICS, registry_of, server_of
+from vila_ops.monitoring.exporter import METRICS, Snapshot, registry_of, server_of
 from vila_ops.registry import alias_register
+from vila_ops.retrain import decisions
 
 PAGE = Path(__file__).parents[2] / "docs/monitoring.md"
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -84,7 +90,7 @@ def test_a_stage_that_ended_keeps_its_state_and_not_its_loss(store: str) -> None
     ended = {**LABELS, "name": "earlier", "address": "1" * 12}
     samples = samples_of(store)
     assert only(samples, "vila_task_state", **ended, state="done") == 1
-    assert only(samples, "vila_task_cost", **ended) == pytest.approx(8.0 * 1000 / 3600)
+    assert only(samples, "vila_task_cost", **ended) == pytest.approx(8.0 * (time.time() - 1000) / 3600), "to its end"
     assert not [name for name, labels in samples if ended.items() <= dict(labels).items() and "train" in name]
 
 
@@ -124,6 +130,21 @@ def test_what_cannot_be_read_is_said_and_hides_nothing_else(store: str) -> None:
     assert only(samples, "vila_train_loss", **LABELS) == 2.5
 
 
+def test_a_decision_of_another_version_hides_all_decisions_and_nothing_else(store: str) -> None:
+    at = address(Decision, revision=9, recipe={"name": "demo", "later": True}, parents=())
+    with attempt(at, store=store) as folder:
+        (folder / "decision.md").write_text("later")
+    facts = {"name": "demo", "subject": "retrain", "verdict": "retrain", "rule": "r"}
+    sealed = seal(Decision, at, folder, facts=facts, execution={})
+    with pytest.raises(CorruptArtifact, match=f"decision/{at.key} is not a decision that vila-ops .* reads"):
+        decisions.record_of(manifest_of(sealed))
+    samples = samples_of(store)
+    assert only(samples, "vila_exporter_readable", part="decisions") == 0
+    assert only(samples, "vila_exporter_readable", part="models") == 1
+    assert not [name for name, _ in samples if name.startswith("vila_retrain_")]
+    assert only(samples, "vila_train_loss", **LABELS) == 2.5
+
+
 def test_the_page_has_every_metric_with_its_labels() -> None:
     rows = re.findall(r"^\| `(vila_\w+)` \| ([^|]*) \|", PAGE.read_text(), re.MULTILINE)
     shown = {name: tuple(re.findall(r"`(\w+)`", labels)) for name, labels in rows}
@@ -133,21 +154,26 @@ def test_the_page_has_every_metric_with_its_labels() -> None:
 
 @pytest.fixture
 def scrape(store: str) -> Iterator[Any]:
-    """Asks a server with a token."""
-    with server_of(registry_of(StorageResources(store=store)), "127.0.0.1", 0, token="secret") as server:
+    """Asks a server with a token; `look` reads the store."""
+    snapshot = Snapshot(registry_of(StorageResources(store=store)))
+    with server_of(snapshot, "127.0.0.1", 0, token="secret") as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         url = f"http://127.0.0.1:{server.server_port}"
-        yield lambda path, **headers: httpx.get(f"{url}{path}", headers=headers, trust_env=False)
+        ask = lambda path, **headers: httpx.get(f"{url}{path}", headers=headers, trust_env=False)  # noqa: E731
+        yield SimpleNamespace(ask=ask, look=snapshot.read)
         server.shutdown()
         thread.join()
 
 
-def test_a_scrape_brings_the_token(scrape: Any) -> None:
-    assert scrape("/metrics").status_code == 401
-    assert scrape("/metrics", Authorization="Bearer other").status_code == 401
-    assert scrape("/", Authorization="Bearer secret").status_code == 404
-    answer = scrape("/metrics", Authorization="Bearer secret")
+def test_a_scrape_brings_the_token_and_gets_the_last_look(scrape: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert scrape.ask("/metrics", Authorization="Bearer secret").status_code == 503, "nothing is read yet"
+    scrape.look()
+    assert scrape.ask("/metrics").status_code == 401
+    assert scrape.ask("/metrics", Authorization="Bearer other").status_code == 401
+    assert scrape.ask("/", Authorization="Bearer secret").status_code == 404
+    monkeypatch.setattr(exporter, "generate_latest", None)
+    answer = scrape.ask("/metrics", Authorization="Bearer secret")
     assert answer.status_code == 200
     assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
     assert only(read(answer.text), "vila_train_loss", **LABELS) == 2.5
@@ -184,3 +210,46 @@ def test_the_command_prints_them_or_writes_a_file(store: str, tmp_path: Path, mo
     told = CliRunner().invoke(app, ["metrics", "-r", str(resources), "--out", str(out)])
     assert told.exit_code == 130
     assert only(read(out.read_text()), "vila_train_loss", **LABELS) == 2.5
+
+
+def test_a_file_that_cannot_be_written_once_is_written_later(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resources, out = tmp_path / "resources.yaml", tmp_path / "out/vila.prom"
+    resources.write_text(f"launch: inline\nstorage: {{store: {store}}}\n")
+    command = ["metrics", "-r", str(resources), "--out", str(out)]
+    assert isinstance(CliRunner().invoke(app, command).exception, FileNotFoundError), "a wrong place is told at once"
+    out.parent.mkdir()
+
+    def pauses() -> Iterator[None]:
+        out.unlink()
+        out.mkdir()
+        yield
+        out.rmdir()
+        yield
+        raise KeyboardInterrupt
+
+    steps = pauses()
+    monkeypatch.setattr(time, "sleep", lambda _: next(steps))
+    assert CliRunner().invoke(app, command).exit_code == 130
+    assert only(read(out.read_text()), "vila_train_loss", **LABELS) == 2.5
+
+
+def test_the_command_looks_at_the_store_while_it_serves(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resources, looks = tmp_path / "resources.yaml", list[bytes]()
+    resources.write_text(f"launch: inline\nstorage: {{store: {store}}}\n")
+
+    def look(registry: Any) -> bytes:
+        looks.append(generate_latest(registry))
+        if len(looks) == 2:
+            raise KeyboardInterrupt
+        return looks[-1]
+
+    monkeypatch.setattr(exporter, "generate_latest", look)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    told = CliRunner().invoke(app, ["metrics", "-r", str(resources), "--listen", "127.0.0.1:0"])
+    assert told.exit_code == 130
+    assert re.search(r"http://127\.0\.0\.1:\d+/metrics", told.stderr)
+    assert only(read(looks[1].decode()), "vila_train_loss", **LABELS) == 2.5

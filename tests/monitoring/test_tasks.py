@@ -5,6 +5,7 @@ import os
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -13,7 +14,7 @@ from vila_ops.artifacts.leases import Holder, LeaseRecord, hold
 from vila_ops.artifacts.progress import ProgressRecord, Reporter
 from vila_ops.artifacts.store import Address, backend, root_of
 from vila_ops.cli import app
-from vila_ops.cli.top import clock, row
+from vila_ops.cli.top import clock, page, row
 from vila_ops.errors import Preempted
 from vila_ops.monitoring.tasks import WatchedTask, watched
 from vila_ops.processes import this_process
@@ -42,23 +43,33 @@ def age(folder: str, seconds: float) -> None:
         os.utime(path, (time.time() - seconds,) * 2)
 
 
-def test_a_task_runs_while_its_lease_is_held_and_then_says_that_it_is_done(store: str) -> None:
+def test_a_task_runs_while_its_lease_is_held_and_then_says_that_it_is_done(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("vila_ops.artifacts.progress.time", SimpleNamespace(time=lambda: now[0]))
+    started = time.time()
     with hold(at(0), store=store) as lease:
         assert watched(store) == [], "a holder that does not say how far it is"
         lease.report = reporter = Reporter("evaluate", "sft: pope", unit="requests", workers=2, price_per_hour=7.2)
+        now[0] = 1020.0  # after it has loaded
         reporter.begin(10, 110)
         reporter.advance(35, {"loss": 2.5})
         lease.heartbeat()
-        (one,) = watched(store, now=reporter.told.began + 50)
+        (one,) = watched(store, now=1070.0)
         assert (one.state, one.task, one.name, one.host, one.workers) == ("running", "evaluate", "sft: pope", HERE, 2)
         assert (one.address, one.done, one.total, one.unit) == (at(0).key, 35, 110, "requests")
-        assert one.seconds == pytest.approx(50)
+        assert one.seconds == 70
         assert one.seconds_left == pytest.approx(150), "25 took 50 s, 75 are left"
-        assert one.cost == pytest.approx(0.1)
+        assert one.cost == pytest.approx(0.14)
         assert one.metrics == {"loss": 2.5}
         reporter.advance(110)
     (one,) = watched(store)
     assert (one.state, one.done, one.seconds_left) == ("done", 110, None)
+    assert started <= one.advanced <= time.time(), "its end"
+    with hold(at(0), store=store):  # finds the result
+        pass
+    assert watched(store) == [one]
 
 
 @pytest.mark.parametrize(
@@ -107,6 +118,12 @@ def test_a_row_says_what_where_how_far_and_what_it_costs() -> None:
     bare = SHOWN.with_changes({"total": None, "seconds_left": None, "cost": None, "metrics": {}, "workers": 1})
     assert row(bare) == ("train_stage align", "running", "node-1", "-", "1:02:05", "-", "-", "-")
     assert clock(100 * 3600) == "100:00:00"
+
+
+def test_a_page_says_why_its_rows_are_old() -> None:
+    assert str(page([SHOWN]).title).endswith("Ctrl-C ends")
+    assert str(page([SHOWN], "[s3] does not answer").title).endswith("ends; NOT RENEWED: [s3] does not answer")
+    assert page([SHOWN], "no answer").row_count == 1
 
 
 def test_the_command_prints_a_table_or_json(tmp_path: Path) -> None:

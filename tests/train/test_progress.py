@@ -97,10 +97,10 @@ def test_what_another_attempt_or_a_damaged_file_says_changes_nothing(
     make_stage: Any, make_mixture: Any, tmp_path: Path
 ) -> None:
     report = StageReport(make_stage(make_mixture("pairs")), Resources(launch="inline"), tmp_path)
-    first, file = report(), tmp_path / "rank-000.heartbeat.json"
+    first, file, first_at = report(), tmp_path / "rank-000.heartbeat.json", time.time() + 4
     said = {
         "time": time.time() + 5, "step": 3, "phase": "train", "seconds_in_phase": 2.0, "pid": 1, "host": "node-2",
-        "metrics": {"num_steps": 8.0, "first_step": 2.0, "loss": 2.5},
+        "metrics": {"num_steps": 8.0, "first_step": 2.0, "first_step_at": first_at, "loss": 2.5, "ckpt/saved_at": 9.0},
     }  # fmt: skip
     for wrong in ({**said, "time": first.began - 1}, {**said, "metrics": {"loss": float("nan")}}, {"time": 1e10}, []):
         file.write_text(json.dumps(wrong))
@@ -111,7 +111,16 @@ def test_what_another_attempt_or_a_damaged_file_says_changes_nothing(
     told = report()
     assert (told.done, told.total, told.resumed, told.host) == (3, 8, 2, "node-2")
     assert told.advanced == pytest.approx(said["time"] - 2)
+    assert told.resumed_at == first_at
     file.unlink()
     assert report() == told, "between two attempts of the workers"
+    file.write_text(json.dumps({**said, "step": 0, "phase": "load", "metrics": {}}))
+    assert report() == told, "while the second workers load"
+    again = {"num_steps": 8.0, "first_step": 5.0, "first_step_at": first_at + 60, "loss": 2.25}
+    file.write_text(json.dumps({**said, "step": 6, "metrics": again}))
+    resumed = report()
+    assert (resumed.done, resumed.resumed, resumed.resumed_at) == (6, 2, first_at), "the pace is that of the attempt"
+    assert (resumed.metrics["loss"], resumed.metrics["ckpt/saved_at"]) == (2.25, 9)
+    file.unlink()
     report.end(8)
     assert (report().done, report().total) == (8, 8)

@@ -101,8 +101,12 @@ class Pace:
 class Lease:
     """A held lease. Nothing stops a holder whose lease was taken over; it has to ask `lost`."""
 
-    def __init__(self, register: str, record: LeaseRecord, tag: str, pace: Pace) -> None:
+    def __init__(
+        self, register: str, record: LeaseRecord, tag: str, pace: Pace, *, former: ProgressRecord | None
+    ) -> None:
+        """`former`: what the holder before released when its work was done; a holder without a report keeps it."""
         self.fencing = record.fencing
+        self._former = former
         self._register, self._record, self._tag, self._pace = register, record, tag, pace
         self._backend: Backend = backend(register)
         self._last_heartbeat = pace.now()
@@ -119,10 +123,12 @@ class Lease:
         """Store a heartbeat, or release the lease; notices whether another process took it over."""
         if self._taken_over:
             return
-        now = self._pace.now()
+        now, progress = self._pace.now(), self.report()
+        if released:  # the end of the work is its last progress
+            progress = progress.with_changes({"advanced": time.time()}) if progress else self._former
         record = LeaseRecord(
             holder=self._record.holder, fencing=self.fencing, heartbeats=self._record.heartbeats + 1, released=released,
-            outcome=outcome, progress=self.report(),
+            outcome=outcome, progress=progress,
         )  # fmt: skip
         tag = self._backend.swap(self._register, _bytes(record), self._tag)
         if tag is None:
@@ -267,7 +273,8 @@ def _acquire(register: str, pace: Pace) -> Lease:
             mine = LeaseRecord(holder=own, fencing=1 if record is None else record.fencing + 1, heartbeats=0)
             swapped = backend(register).swap(register, _bytes(mine), tag)
             if swapped is not None:
-                return Lease(register, mine, swapped, pace)
+                is_done = record is not None and record.released and record.outcome == "done"
+                return Lease(register, mine, swapped, pace, former=record.progress if record and is_done else None)
             continue  # another process took it first
         if waits_for != record.fencing:
             log.info("%s: locked by PID %d on %s; waiting", register, record.holder.pid, record.holder.host)

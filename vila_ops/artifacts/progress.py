@@ -27,6 +27,8 @@ class ProgressRecord(Config):
     """What is counted, such as `steps`."""
     resumed: float = 0.0
     """`done` when the attempt began."""
+    resumed_at: float | None = None
+    """When its counting began, after data and model were loaded; None before."""
     workers: int = 1
     price_per_hour: float | None = None
     """Of all accelerators together; None where no price is known."""
@@ -52,7 +54,7 @@ class Reporter:
 
     def begin(self, done: float, total: float) -> None:
         """Say how much was done before this attempt."""
-        self.told = self.told.with_changes({"done": done, "total": total, "resumed": done})
+        self.told = self.told.with_changes({"done": done, "total": total, "resumed": done, "resumed_at": time.time()})
 
     def advance(self, done: float, metrics: Mapping[str, float] | None = None) -> None:
         """Say how much is done."""

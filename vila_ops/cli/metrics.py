@@ -1,7 +1,9 @@
 """The command `metrics`."""
 
+import logging
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Annotated
@@ -10,12 +12,14 @@ import typer
 
 from vila_ops.cli.options import INLINE, ResourcesFile, say
 
+log = logging.getLogger(__name__)
+
 
 def metrics(
     resources: ResourcesFile = INLINE,
     listen: Annotated[str | None, typer.Option("--listen", help="Serve them at http://HOST:PORT/metrics")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write them to a file again and again, NAME.prom")] = None,
-    every: Annotated[float, typer.Option("--every", min=1.0, help="Seconds between two writes of --out")] = 15.0,
+    every: Annotated[float, typer.Option("--every", min=1.0, help="Seconds between two looks at the store")] = 15.0,
 ) -> None:
     """Print what tasks, models and retraining of a store do, as metrics of Prometheus; serve them; or write them.
 
@@ -37,12 +41,23 @@ def metrics(
         raise ValueError(f"{host} is reached from other machines; set {exporter.TOKEN} to a token, or use 127.0.0.1")
     registry = exporter.registry_of(load_resources(resources).storage)
     if out is not None:
+        write_to_textfile(str(out), registry)
         while True:
-            write_to_textfile(str(out), registry)
             time.sleep(every)
+            try:
+                write_to_textfile(str(out), registry)
+            except OSError as error:  # the disk may have room again
+                log.warning("%s was not written: %s", out, error)
     if listen is None:
         say(generate_latest(registry).decode().rstrip("\n"))
         return
-    with exporter.server_of(registry, host, int(port), token=token) as server:
+    snapshot = exporter.Snapshot(registry)
+    with exporter.server_of(snapshot, host, int(port), token=token) as server:
         print(f"http://{host}:{server.server_port}/metrics", file=sys.stderr)
-        server.serve_forever()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            while True:
+                snapshot.read()
+                time.sleep(every)
+        finally:
+            server.shutdown()

@@ -9,6 +9,7 @@ import typer
 
 from vila_ops.cli.options import INLINE, AsJson, ResourcesFile, print_result, say
 from vila_ops.cli.tables import Row, short, table
+from vila_ops.errors import VilaError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,10 +51,15 @@ def top(
         return
     from rich.live import Live  # heavy
 
-    with suppress(KeyboardInterrupt), Live(_page(shown()), screen=True, auto_refresh=False) as live:
+    tasks = shown()
+    with suppress(KeyboardInterrupt), Live(page(tasks), screen=True, auto_refresh=False) as live:
         while True:
             time.sleep(every)
-            live.update(_page(shown()), refresh=True)
+            try:
+                tasks, fault = shown(), ""
+            except (VilaError, OSError) as error:  # the store may be back at the next look
+                fault = str(error)
+            live.update(page(tasks, fault), refresh=True)
 
 
 def row(one: "WatchedTask") -> Row:
@@ -87,11 +93,13 @@ def clock(seconds: float) -> str:
     return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
 
 
-def _page(tasks: "list[WatchedTask]") -> "Table":
+def page(tasks: "list[WatchedTask]", fault: str = "") -> "Table":
+    """The tasks; with a fault they are those of an earlier look."""
     from rich.table import Table
     from rich.text import Text
 
-    page = Table(*HEAD, box=None, expand=True, title=f"{time.strftime('%H:%M:%S')}, Ctrl-C ends", title_justify="left")
+    title = Text(f"{time.strftime('%H:%M:%S')}, Ctrl-C ends{f'; NOT RENEWED: {fault}' if fault else ''}")
+    shown = Table(*HEAD, box=None, expand=True, title=title, title_justify="left")
     for one in tasks:
-        page.add_row(*map(Text, row(one)), style=COLOURS[one.state])
-    return page
+        shown.add_row(*map(Text, row(one)), style=COLOURS[one.state])
+    return shown

@@ -34,7 +34,7 @@ TASK = ("task", "name", "address", "host")
 METRICS: dict[str, tuple[tuple[str, ...], str]] = {
     "vila_task_state": ((*TASK, "state"), "1 for the state that a task is in, for a day after it ended"),
     "vila_task_began_timestamp_seconds": (TASK, "Start of the attempt"),
-    "vila_task_advanced_timestamp_seconds": (TASK, "Last progress of the attempt"),
+    "vila_task_advanced_timestamp_seconds": (TASK, "Last progress of the attempt, or its end"),
     "vila_task_done": ((*TASK, "unit"), "Steps, shards or requests that are done"),
     "vila_task_total": ((*TASK, "unit"), "Steps, shards or requests of the whole task"),
     "vila_task_workers": (TASK, "Workers of the task"),
@@ -103,7 +103,7 @@ log = logging.getLogger(__name__)
 
 
 class StoreCollector(Collector):
-    """Reads a store at every scrape. A part of it that cannot be read is left out, and the metrics say so."""
+    """Reads a store when it is collected. A part of it that cannot be read is left out, and the metrics say so."""
 
     def __init__(self, storage: StorageResources) -> None:
         self._storage, self._store = storage, storage.store
@@ -121,7 +121,7 @@ class StoreCollector(Collector):
         }
         for part, read in parts.items():
             try:
-                samples += read()
+                samples += list(read())  # all of it or nothing
                 readable = 1.0
             except (VilaError, OSError) as error:
                 log.warning("the %s of %s cannot be read: %s", part, self._store, error)
@@ -150,9 +150,22 @@ def registry_of(storage: StorageResources) -> CollectorRegistry:
     return registry
 
 
-def server_of(registry: CollectorRegistry, host: str, port: int, *, token: str | None) -> WSGIServer:
+class Snapshot:
+    """The metrics of a registry as they were last read: no scrape waits for a store."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+        self.text: bytes | None = None
+        """None before they were read."""
+
+    def read(self) -> None:
+        """Read them again."""
+        self.text = generate_latest(self._registry)
+
+
+def server_of(snapshot: Snapshot, host: str, port: int, *, token: str | None) -> WSGIServer:
     """A server that shows the metrics at /metrics, with a token to those who bring it as `Authorization: Bearer`."""
-    app = _app(registry, token)
+    app = _app(snapshot, token)
     return make_server(host, port, app, server_class=ThreadingWSGIServer, handler_class=_Quiet)
 
 
@@ -161,17 +174,17 @@ class _Quiet(WSGIRequestHandler):
         """A scrape is not worth a line."""
 
 
-def _app(registry: CollectorRegistry, token: str | None) -> "WSGIApplication":
+def _app(snapshot: Snapshot, token: str | None) -> "WSGIApplication":
     def answer(environ: "WSGIEnvironment", start_response: "StartResponse") -> list[bytes]:
-        status, text = "200 OK", b""
+        status, text = "200 OK", snapshot.text
         if token is not None and not hmac.compare_digest(
             environ.get("HTTP_AUTHORIZATION", "").encode(), f"Bearer {token}".encode()
         ):
             status, text = "401 Unauthorized", b"send the token as Authorization: Bearer TOKEN\n"
         elif environ["PATH_INFO"] != "/metrics":
             status, text = "404 Not Found", b"only /metrics is here\n"
-        else:
-            text = generate_latest(registry)
+        elif text is None:
+            status, text = "503 Service Unavailable", b"the store is read for the first time; ask again\n"
         start_response(status, [("Content-Type", CONTENT_TYPE_PLAIN_0_0_4)])
         return [text]
 

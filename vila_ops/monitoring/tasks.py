@@ -5,6 +5,7 @@ from typing import Literal, get_args
 
 from vila_ops.artifacts import leases
 from vila_ops.artifacts.leases import LeasedTask
+from vila_ops.artifacts.progress import ProgressRecord
 from vila_ops.config import Config
 
 State = Literal["running", "lost", "failed", "stopped", "done"]
@@ -29,9 +30,9 @@ class WatchedTask(Config):
     advanced: float
     """Time of the last progress."""
     seconds: float
-    """How long it has worked, until its last progress where it has ended."""
+    """How long it has worked; of a lost one, until its last progress."""
     seconds_left: float | None
-    """At its mean pace so far; None where nothing is counted yet."""
+    """At its mean pace since it began to count; None where nothing is counted yet."""
     done: float
     total: float | None
     unit: str
@@ -52,7 +53,6 @@ def _watched(leased: LeasedTask, now: float) -> WatchedTask:
     progress, state = leased.progress, _state(leased)
     running = state == "running"
     seconds = max(0.0, (now if running else progress.advanced) - progress.began)
-    made, left = progress.done - progress.resumed, (progress.total or 0.0) - progress.done
     price = progress.price_per_hour
     return WatchedTask(
         state=state,
@@ -64,13 +64,20 @@ def _watched(leased: LeasedTask, now: float) -> WatchedTask:
         began=progress.began,
         advanced=progress.advanced,
         seconds=seconds,
-        seconds_left=seconds / made * left if running and progress.total is not None and made > 0 else None,
+        seconds_left=_seconds_left(progress, now) if running else None,
         done=progress.done,
         total=progress.total,
         unit=progress.unit,
         cost=None if price is None else price * seconds / 3600,
         metrics=progress.metrics,
     )
+
+
+def _seconds_left(progress: ProgressRecord, now: float) -> float | None:
+    made = progress.done - progress.resumed
+    if progress.total is None or progress.resumed_at is None or made <= 0:
+        return None
+    return max(0.0, now - progress.resumed_at) / made * (progress.total - progress.done)
 
 
 def _state(leased: LeasedTask) -> State:

@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Literal, get_args
 
+from pydantic import ValidationError
+
+from vila_ops import __version__
 from vila_ops.artifacts import attempts, store
 from vila_ops.artifacts.execution import execution
 from vila_ops.artifacts.kinds import Decision
@@ -12,6 +15,7 @@ from vila_ops.config import Config
 from vila_ops.config.retrain import RetrainPolicy
 from vila_ops.data.branches import DataRevision
 from vila_ops.data.preprocess.identity import source_recipe
+from vila_ops.errors import CorruptArtifact
 from vila_ops.retrain.decide import Decided, Evidence, Spent
 
 REVISION = 1
@@ -88,8 +92,14 @@ def history(name: str, *, root: str) -> list[tuple[str, DecisionRecord]]:
 
 
 def record_of(manifest: Mapping[str, Any]) -> DecisionRecord:
-    """The content of a decision with this manifest."""
-    return DecisionRecord.model_validate(manifest["recipe"])
+    """The content of a decision with this manifest. Raises CorruptArtifact for one that this version cannot read."""
+    try:
+        return DecisionRecord.model_validate(manifest["recipe"])
+    except ValidationError as error:
+        raise CorruptArtifact(
+            f"{manifest['address']} is not a decision that vila-ops {__version__} reads; use the version that sealed "
+            f"it, or a later one: {error}"
+        ) from error
 
 
 def spent(records: Sequence[DecisionRecord], *, days: float, when: datetime) -> Spent:

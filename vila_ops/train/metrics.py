@@ -36,7 +36,7 @@ from vila_ops.progress import Progress
 from vila_ops.tracking import MetricLog
 from vila_ops.train.batch_builder import BatchBuilder
 from vila_ops.train.job import TrainJob
-from vila_ops.train.progress import FIRST_STEP, NUM_STEPS
+from vila_ops.train.progress import FIRST_AT, FIRST_STEP, NUM_STEPS
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ class MetricsLogger:
         """`step` of `num_steps` steps are already done."""
         self.stage, self.resources, self.metrics = job.stage, job.resources, metrics
         self.metrics.log_once({"num_steps": num_steps}, step=step)
-        self.newest: dict[str, float] = {NUM_STEPS: num_steps, FIRST_STEP: step}
+        self.newest: dict[str, float] = {NUM_STEPS: num_steps, FIRST_STEP: step, FIRST_AT: time.time()}
         """The last value of each metric."""
         self.device = device
         reset_peak_bytes(device)  # drops the peak of an earlier stage in this process

@@ -11,9 +11,9 @@ from vila_ops.artifacts.progress import ProgressRecord
 from vila_ops.config import Resources, Stage
 from vila_ops.train.watchdog import heartbeat_file
 
-NUM_STEPS, FIRST_STEP, CHECKPOINT = "num_steps", "first_step", "ckpt/saved_at"
-"""What a heartbeat has beside the metrics of a step: the steps of the stage, those that were done when the attempt
-began, and the time at which it last sealed a resume checkpoint."""
+NUM_STEPS, FIRST_STEP, FIRST_AT, CHECKPOINT = "num_steps", "first_step", "first_step_at", "ckpt/saved_at"
+"""What a heartbeat has beside the metrics of a step: the steps of the stage, those that were done when these workers
+began to train, the time of that, and the time at which they last sealed a resume checkpoint."""
 
 
 class StageReport:
@@ -41,11 +41,13 @@ class StageReport:
         if status["time"] < self._told.began:  # of an attempt that was killed
             return {}
         metrics: dict[str, float] = status["metrics"]
-        return {
+        changes = {
             "host": status["host"],
-            "done": status["step"],
-            "total": metrics.get(NUM_STEPS),
-            "resumed": metrics.get(FIRST_STEP, 0.0),
             "advanced": max(self._told.began, status["time"] - status["seconds_in_phase"]),
-            "metrics": metrics,
+            "metrics": {**self._told.metrics, **metrics},
         }
+        if NUM_STEPS not in metrics:  # workers load; if they replace others, those had counted
+            return changes
+        if self._told.resumed_at is None:
+            changes |= {"resumed": metrics[FIRST_STEP], "resumed_at": metrics[FIRST_AT]}
+        return {**changes, "done": status["step"], "total": metrics[NUM_STEPS]}
