@@ -8,7 +8,7 @@ import pytest
 
 from tests.artifacts.known_store import known
 from vila_ops.artifacts.kinds import Dataset
-from vila_ops.artifacts.store import address, backend, begin, probe
+from vila_ops.artifacts.store import address, backend, begin, find_manifest, probe
 from vila_ops.artifacts.store_format import FORMAT, KNOWN, NAME, mark
 from vila_ops.errors import CorruptArtifact, OtherFormat
 
@@ -50,6 +50,21 @@ def test_a_store_of_another_format_is_refused_before_anything_is_written(store: 
     with pytest.raises(OtherFormat, match=f"has format {written}, and vila-ops .* reads {FORMAT}; nothing was changed"):
         begin(address(Dataset, revision=1, recipe={}, parents=()), store=store)
     assert [entry.name for entry in backend(store).entries(store)] == [entry.name for entry in before]
+
+
+@pytest.mark.parametrize("manifest", [b"another layout", b'{"format": 2, "data": "d", "files": {}}'])
+def test_a_manifest_of_another_layout_is_damage_only_in_a_store_of_this_format(store: str, manifest: bytes) -> None:
+    sealed = f"{store}/dataset/{32 * '0'}"
+    backend(store).create(f"{sealed}/manifest.json", manifest)
+    for there in (None, FORMAT):
+        if there is not None:
+            backend(store).create(f"{store}/{NAME}", mark(there))
+        with pytest.raises(CorruptArtifact, match=r"manifest\.json (is not a manifest|was changed after sealing)"):
+            find_manifest(sealed)
+    backend(store).remove(f"{store}/{NAME}")
+    backend(store).create(f"{store}/{NAME}", mark(FORMAT + 1))
+    with pytest.raises(OtherFormat, match=f"{store} has format {FORMAT + 1}"):
+        find_manifest(sealed)
 
 
 @pytest.mark.parametrize(

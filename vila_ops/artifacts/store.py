@@ -38,7 +38,7 @@ from vila_ops.artifacts.kinds import (
     Shard,
     Survey,
 )
-from vila_ops.artifacts.store_format import FORMAT, check_format, refuse_other
+from vila_ops.artifacts.store_format import FORMAT, check_format, refuse_marked, refuse_other
 from vila_ops.config import fingerprint
 from vila_ops.errors import CorruptArtifact, DamagedFile, DiskFault, VilaError
 
@@ -247,7 +247,10 @@ def file(artifact: Artifact, name: str) -> Path:
 
 
 def find_manifest(uri: str) -> dict[str, Any] | None:
-    """The manifest of a sealed folder; None if there is none. Raises CorruptArtifact for a changed one."""
+    """The manifest of a sealed folder; None if there is none.
+
+    Raises CorruptArtifact for a changed one, and OtherFormat in a store of another version.
+    """
     place = f"{uri}/{MANIFEST}"
     data = backend(uri).read(place)
     if data is None:
@@ -257,8 +260,10 @@ def find_manifest(uri: str) -> dict[str, Any] | None:
         manifest: dict[str, Any] = json.loads(text)
         written, names = manifest["format"], _names(manifest)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
+        refuse_marked(backend(uri), store_of(uri))
         raise CorruptArtifact(f"{place} is not a manifest ({error}); {way_out(uri)}") from error
     if text != _sealed(manifest):
+        refuse_marked(backend(uri), store_of(uri))
         raise CorruptArtifact(f"{place} was changed after sealing; {way_out(uri)}")
     refuse_other(place, written, reads=FORMAT)
     if outside := [name for name in names if name.startswith("/") or ".." in PurePosixPath(name).parts]:

@@ -1,6 +1,7 @@
 """The format of a store: that of its sealed manifests, leases and registers. A store tells it in STORE/format.json."""
 
 import json
+from contextlib import suppress
 
 from vila_ops import __version__
 from vila_ops.artifacts.backend import Backend
@@ -24,6 +25,14 @@ def check_format(backend: Backend, root: str) -> None:
     if not backend.create(place, mark(FORMAT)) and (there := backend.read(place)) != mark(FORMAT):
         refuse_other(root, _format_of(place, there), reads=FORMAT)
     KNOWN.add(root)
+
+
+def refuse_marked(backend: Backend, root: str) -> None:
+    """Raise OtherFormat where the mark of a store says another format; one that is absent or damaged says none."""
+    place = f"{root}/{NAME}"
+    there = backend.read(place)
+    with suppress(CorruptArtifact):
+        refuse_other(root, _format_of(place, there), reads=FORMAT)
 
 
 def mark(written: int) -> bytes:

@@ -186,7 +186,7 @@ class Checkpointer:
 
 def read_checkpoint(storage: CheckpointStorage, name: str) -> tuple[States, dict[str, Any]]:
     """Read and verify a checkpoint. Returns its tensors by name, and its manifest. Raises CorruptArtifact."""
-    manifest = _parse(storage.manifest(name))
+    manifest = _parse(storage.manifest(name), f"{storage.root}/{name}/{MANIFEST}")
     with ThreadPoolExecutor(AT_ONCE) as pool:
         paths = list(pool.map(lambda one: storage.file(name, *one), manifest["files"].items()))
     states: States = {}
@@ -214,13 +214,13 @@ def _to_bytes(manifest: dict[str, Any]) -> bytes:
     return json.dumps({**manifest, "checksum": checksum}).encode()
 
 
-def _parse(text: bytes) -> dict[str, Any]:
+def _parse(text: bytes, place: str) -> dict[str, Any]:
     """Return a manifest with its checksum. Raises CorruptArtifact if any byte of it has changed."""
     try:
         manifest: dict[str, Any] = json.loads(text)
         if text != _to_bytes({key: value for key, value in manifest.items() if key != "checksum"}):
             raise ValueError("it was changed after sealing")
     except (ValueError, AttributeError) as error:
-        raise CorruptArtifact(f"{MANIFEST}: {error}") from error
-    refuse_other(MANIFEST, manifest["format"], reads=FORMAT)
+        raise CorruptArtifact(f"{place}: {error}") from error
+    refuse_other(place, manifest["format"], reads=FORMAT)
     return manifest

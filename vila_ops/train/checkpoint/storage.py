@@ -34,6 +34,10 @@ class SealedCheckpoint(NamedTuple):
 class CheckpointStorage(Protocol):
     """The checkpoints of one stage. A draft is named by its step and attempt; all ranks write into the same draft."""
 
+    @property
+    def root(self) -> Path | str:
+        """Return the place of the checkpoints."""
+
     def sealed(self) -> list[SealedCheckpoint]:
         """Return the sealed checkpoints, oldest first."""
 
