@@ -7,7 +7,10 @@ import yaml
 from typer.testing import CliRunner
 
 from vila_ops.ablate.cells import runs_of
-from vila_ops.ablate.cost import cost_of_grid
+from vila_ops.ablate.cost import cost_of_grid, stages_of
+from vila_ops.artifacts.attempts import attempt
+from vila_ops.artifacts.kinds import Checkpoint
+from vila_ops.artifacts.store import address, seal
 from vila_ops.cli import app
 from vila_ops.config import Resources
 from vila_ops.config.grid import load_grid
@@ -50,6 +53,26 @@ def test_what_is_not_known_is_told(resources: Resources) -> None:
     assert cost.measured
     assert cost.unknown is not None
     assert "the lengths of mixture 'tiny_align' are not known" in cost.unknown
+
+
+def test_the_pace_of_a_resumed_stage_is_that_of_the_steps_that_its_time_was_for(resources: Resources) -> None:
+    """30 seconds for the last 10 of 100 steps."""
+    one = runs_of(load_grid(Path("tiny")), resources)[0]
+    part = next(stages_of(one))
+    settings = part.stage.model_dump(mode="json", exclude={"mixture", "save_every"})
+    known = part.model.model_dump(mode="json")
+    for revision, model, first in ((1, known, 90), (2, {"of": "a later version"}, 0), (3, known, 100)):
+        at = address(Checkpoint, revision=revision, recipe={"stage": settings}, parents=())
+        with attempt(at, store=resources.storage.store) as folder:
+            (folder / "model").write_bytes(b"m")
+        execution = {"seconds": 30.0, "sealed": "2026", "workers": [{"first_step": first}], "model": model}
+        seal(Checkpoint, at, folder, facts={"stage": "align", "step": 100}, execution=execution)
+    positions = [
+        plan.steps * stage.global_batch_size * stage.sequence_length
+        for plan, stage in zip(plan_run(one.run, LENGTHS).stages, one.run.recipe.stages.values(), strict=True)
+    ]
+    pace = 30 / (10 * part.stage.global_batch_size * part.stage.sequence_length)
+    assert cost_of_grid([one], LENGTHS).hours == pytest.approx(pace * sum(positions) / 3600)
 
 
 def test_the_command_prints_a_line_for_each_cell_and_seed(resources: Resources, tmp_path: Path) -> None:

@@ -6,9 +6,12 @@ position by position. Preparation and evaluations are not counted.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+
+from pydantic import ValidationError
 
 from vila_ops.ablate.cells import CellRun
 from vila_ops.artifacts import store
@@ -175,7 +178,7 @@ class _MeasuredPace:
             return sum(len(list(differences(*pair))) for pair in zip(found, wanted, strict=True))
 
         manifest, _ = min(own, key=far)
-        positions = _positions(manifest["recipe"]["stage"], manifest["facts"]["step"])
+        positions = _positions(manifest["recipe"]["stage"], _made(manifest))
         return float(manifest["execution"]["seconds"]) / positions
 
     @cached_property
@@ -183,9 +186,16 @@ class _MeasuredPace:
         """The manifest of each sealed stage with its model's settings, where it has them; the newest first."""
         listed = []
         for uri, manifest in manifests(Checkpoint, store=self._store):
-            if manifest["execution"].get("model") is not None:
-                listed.append((manifest, training.trained_model(store.reference(Checkpoint, uri, manifest))))
+            if manifest["execution"].get("model") is not None and _made(manifest) > 0:
+                with suppress(ValidationError):  # a model of another version has no pace to compare with
+                    listed.append((manifest, training.trained_model(store.reference(Checkpoint, uri, manifest))))
         return sorted(listed, key=lambda one: one[0]["execution"].get("sealed", ""), reverse=True)
+
+
+def _made(manifest: dict[str, Any]) -> int:
+    """Steps of a sealed stage that its last attempt made, in the time that its manifest has."""
+    workers = manifest["execution"]["workers"]
+    return int(manifest["facts"]["step"] - (workers[0].get("first_step", 0) if workers else 0))
 
 
 def _sum(values: Sequence[float | None]) -> float | None:

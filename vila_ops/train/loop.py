@@ -102,6 +102,7 @@ def _train(
 
     checkpointer = Checkpointer(job.resume, rank_info, job.resources, live=engine.live)
     step, curve = checkpointer.restore(engine)
+    first_step = step
     num_steps = row_loader.num_steps()
     bad_samples = BadSampleFinder(job, watchdog, row_loader, curve, metrics)
     if step == 0:
@@ -141,8 +142,10 @@ def _train(
     watchdog.heartbeat(step, "finish")
     checkpointer.close()
     save_model(engine, job, curve, rank_info)
-    size = job.resources.train.micro_batch_size
-    facts = {"rank": rank_info.rank, "device": describe(device), "steps": num_steps, "micro_batch_size": size}
+    facts = {
+        "rank": rank_info.rank, "device": describe(device), "steps": num_steps, "first_step": first_step,
+        "micro_batch_size": job.resources.train.micro_batch_size,
+    }  # fmt: skip
     composition = {"composition": row_loader.composition.model_dump(mode="json")} if is_first else {}
     return {**facts, **engine.facts(), **composition}
 
