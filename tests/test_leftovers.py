@@ -18,6 +18,7 @@ from vila_ops.artifacts.leases import Holder, hold
 from vila_ops.artifacts.store import Address, address, begin, seal
 from vila_ops.cli import app
 from vila_ops.config import Resources
+from vila_ops.pipeline.sweeper import lease_of
 from vila_ops.train.checkpoint.unfinished import resume_folders, write_label
 
 HEX = "0123456789ab"
@@ -197,6 +198,20 @@ def test_a_stage_that_ended_before_its_first_checkpoint_has_no_progress_to_keep(
     assert not folder.exists()
 
 
+def test_the_lease_of_a_flow_run_goes_some_time_after_its_end(resources: Resources, gc: Callable[..., Any]) -> None:
+    store = resources.storage.store
+    ended, running = lease_of("11111111"), lease_of("22222222")
+    with hold(running, store=store):
+        with hold(ended, store=store):
+            pass
+        place = Path(store) / "leases/flow_run/11111111"
+        assert [one["place"] for one in gc()] == [str(place)]
+        assert removable(gc()) == set()
+        age(place, days=2)
+        assert removable(gc("--delete")) == {str(place)}
+        assert [path.name for path in place.parent.iterdir()] == ["22222222"]
+
+
 def test_a_list_for_people_says_size_age_and_reason(
     resources: Resources, tmp_path: Path, gc: Callable[..., Any]
 ) -> None:
@@ -229,6 +244,7 @@ def test_on_s3_uploads_without_a_manifest_are_found_too(
         s3.create(f"{place}/rank-00000-of-00001.safetensors", bytes(100))
     s3.create(f"{s3_store}/resume/{at(2).key}/step-000001-0a1b2c3d/manifest.json", b"{}")
     write_label(f"{s3_store}/resume/{at(2).key}", "sft")
+    s3.create(f"{s3_store}/.probe/0a1b2c3d", bytes(10))
     assert removable([one.model_dump() for one in leftovers.find(resources, grace_hours=24)]) == {
         f"{s3_store}/resume/{at(0).key}"
     }, "the rest changed just now"
@@ -239,6 +255,7 @@ def test_on_s3_uploads_without_a_manifest_are_found_too(
         f"{at(1).uri(s3_store)}/{folder.name}",
         f"{s3_store}/resume/{at(0).key}",
         f"{s3_store}/resume/{at(2).key}/step-000002-0a1b2c3d",
+        f"{s3_store}/.probe/0a1b2c3d",
     }
     for one in found:
         if one.kept is None:
@@ -249,3 +266,4 @@ def test_on_s3_uploads_without_a_manifest_are_found_too(
         f"resume/{at(2).key}/stage.json", f"resume/{at(2).key}/step-000001-0a1b2c3d/manifest.json"
     ]  # fmt: skip
     assert s3.names(made.uri)
+    assert not [name for name in names if name.startswith(".probe")]

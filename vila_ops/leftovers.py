@@ -19,6 +19,7 @@ from vila_ops.artifacts.store import KINDS, Address, backend, is_replaced, remov
 from vila_ops.config import Config, Resources, Run
 from vila_ops.config.resources import StorageResources
 from vila_ops.lineage.unneeded import Unneeded, remove_sealed, unneeded
+from vila_ops.pipeline.sweeper import KIND as FLOW_RUN
 from vila_ops.train.checkpoint.storage import storage_of
 from vila_ops.train.checkpoint.unfinished import ResumeFolder, resume_folders
 
@@ -55,6 +56,7 @@ def find(resources: Resources, *, grace_hours: float, keep: Sequence[Run] = ()) 
     storage = resources.storage
     leases = registers(storage.store)
     every = [*_attempts(storage, leases), *_resume(storage, leases), *_proofs(storage), *_drafts(storage)]
+    every += [*_probes(storage), *_flow_runs(storage, leases)]
     if keep:
         every += _unneeded(resources, keep, leases, grace_seconds=3600 * max(grace_hours, LEAST_HOURS))
     latest = time.time() - 3600 * max(grace_hours, LEAST_HOURS)
@@ -147,6 +149,30 @@ def _proofs(storage: StorageResources) -> Iterator[Leftover]:
             num_bytes=sum(entry.size for entry in entries), changed=max(entry.changed for entry in entries),
             kept=HELD if is_held else "it may show why a resumed stage differed", is_held=is_held,
         )  # fmt: skip
+
+
+def _probes(storage: StorageResources) -> Iterator[Leftover]:
+    """Objects by which a process tried a store on S3 when it was killed; on disk they are drafts."""
+    root = f"{root_of(storage.store)}/.probe"
+    for entry in backend(root).entries(root):
+        yield Leftover(
+            place=f"{root}/{entry.name}", what="an object that tried or measured the store", num_bytes=entry.size,
+            changed=entry.changed, kept=None,
+        )  # fmt: skip
+
+
+def _flow_runs(storage: StorageResources, leases: Mapping[str, bool]) -> Iterator[Leftover]:
+    """Leases of flow runs that ended: each run has one of its own, and whoever watches a store lists them all."""
+    root = f"{root_of(storage.store)}/leases/{FLOW_RUN}"
+    by_run: dict[str, list[Entry]] = defaultdict(list)
+    for entry in backend(root).entries(root):
+        by_run[entry.name.partition("/")[0]].append(entry)
+    for name, entries in sorted(by_run.items()):
+        if not leases.get(f"{FLOW_RUN}/{name}", True):
+            yield Leftover(
+                place=f"{root}/{name}", what="the lease of a flow run that ended",
+                num_bytes=sum(one.size for one in entries), changed=max(one.changed for one in entries), kept=None,
+            )  # fmt: skip
 
 
 def _drafts(storage: StorageResources) -> Iterator[Leftover]:
