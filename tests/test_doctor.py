@@ -47,7 +47,7 @@ def test_a_store_tells_its_throughput_and_keeps_nothing_of_the_measurement(store
     assert not [path for path in tmp_path.rglob("*") if ".probe" in str(path)]
 
 
-def test_a_disk_without_room_for_the_measurement_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_space_for_the_measurement_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vila_ops.artifacts.disk_faults.free_bytes", lambda _: 2**20)
     with pytest.raises(DiskFault, match="needs 33554432 bytes, and its disk has 1048576 bytes free"):
         throughput(str(tmp_path))

@@ -237,7 +237,7 @@ def probe(root: str) -> str:
 def timed(root: str, data: bytes) -> tuple[float, float]:
     """Seconds of writing a file of its own and of reading it back.
 
-    Raises StoreRefused, DiskFault where the disk has no room for it, and OSError of the disk.
+    Raises StoreRefused, DiskFault where the disk lacks the space, and OSError of the disk.
     """
     folder = Path(root)
     with _refused(StoreRefused, f"store {root} cannot be written", "set resources.storage.store to a folder of yours"):

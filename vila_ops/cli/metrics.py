@@ -46,7 +46,7 @@ def metrics(
             time.sleep(every)
             try:
                 write_to_textfile(str(out), registry)
-            except OSError as error:  # the disk may have room again
+            except OSError as error:  # the disk may have space again
                 log.warning("%s was not written: %s", out, error)
     if listen is None:
         say(generate_latest(registry).decode().rstrip("\n"))
