@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import sqlite3
 import threading
@@ -12,15 +13,17 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.pipeline.sealed import ROOT, seal_all, tiny_run
-from vila_ops.artifacts import store
+from vila_ops import local
+from vila_ops.artifacts import disk_faults, store
 from vila_ops.artifacts.kinds import Artifact, Checkpoint, Dataset, ModelVersion, Shard
 from vila_ops.artifacts.listing import sealed
 from vila_ops.artifacts.store import backend, root_of, seal, verify
 from vila_ops.backup import backup, restore
 from vila_ops.cli import app
 from vila_ops.config import Resources
+from vila_ops.config.base import fingerprint
 from vila_ops.config.local import LocalServers
-from vila_ops.errors import CorruptArtifact
+from vila_ops.errors import CorruptArtifact, DiskFault, OtherFormat
 from vila_ops.pipeline.explain import explain
 from vila_ops.registry import alias_register
 
@@ -141,13 +144,15 @@ def test_a_later_backup_adds_what_is_new_and_leaves_the_earlier_one(
     before = files_of(disk)
     links = {path.stat().st_ino for path in (disk / "store").rglob("a.tar")}
     assert len(links) == 1, "the file of two artifacts is there once"
-    (disk / ".2026-draft").mkdir()  # of a backup that was killed
+    left, other = disk / ".2026-01-05T000000.000001Z-draft", disk / ".my-draft"
+    left.mkdir()  # of a backup that was killed
+    other.mkdir()
     (Path(settings.root) / "mlflow-artifacts/0/more.json").write_text("[3]")
     backend(place).swap(f"{root_of(place)}/registry/own", b"[]", None)
     second = backup(resources, settings, disk)
     assert (second.num_artifacts, second.num_copied) == (2, 0)
     assert before.items() <= files_of(disk).items()
-    assert not (disk / ".2026-draft").exists()
+    assert (left.exists(), other.exists()) == (False, True)
     kept = [disk / one.snapshot / "mlflow-artifacts/0/items.json" for one in (first, second)]
     assert kept[0].samefile(kept[1])
     shutil.rmtree(tmp_path / "machine")
@@ -231,7 +236,15 @@ def test_nothing_is_written_over_other_files(tmp_path: Path, machine: tuple[Reso
     own = settings.with_changes({"root": str(tmp_path / "machine/lost/local")})
     with pytest.raises(ValueError, match=r"lost/local/mlflow.db, .*/prefect.db, .*/mlflow-artifacts: nothing is"):
         restore(tmp_path / "disk", resources, own)
-    shutil.move(tmp_path / "machine/lost", tmp_path / "machine/store")
+    for database in ("mlflow.db", "prefect/prefect.db"):
+        (tmp_path / "machine/lost/local" / database).unlink()
+        (tmp_path / "machine/lost/local" / f"{database}-wal").touch()
+    shutil.move(tmp_path / "machine/lost/local/mlflow-artifacts", tmp_path / "machine/artifacts")
+    with pytest.raises(ValueError, match=r"local/mlflow.db-wal, .*/prefect.db-wal.*: nothing is"):
+        restore(tmp_path / "disk", resources, own)
+    shutil.rmtree(tmp_path / "machine")
+    restore(tmp_path / "disk", resources, settings)
+    before = files_of(tmp_path / "machine")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/photo.jpg").write_text("mine")
     refused = {
@@ -272,6 +285,152 @@ def test_a_database_that_is_none_is_told(tmp_path: Path, machine: tuple[Resource
         backup(own, settings, tmp_path / "disk")
 
 
+def test_a_database_that_is_not_copied_for_want_of_space_or_rights_is_no_damaged_one(
+    tmp_path: Path, machine: tuple[Resources, LocalServers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_databases(machine[1])
+    live = Path(machine[1].root, "mlflow.db")
+    with pytest.raises(DiskFault, match=r"mlflow.db was not copied to .*copy.db \(unable to open database file\)"):
+        local.copy_database(live, tmp_path / "no folder/copy.db")
+    monkeypatch.setattr(disk_faults, "free_bytes", lambda _: 7)
+    with pytest.raises(DiskFault, match=rf"copy.db needs {live.stat().st_size} bytes, and its disk has 7 bytes free"):
+        local.copy_database(live, tmp_path / "copy.db")
+
+
+def test_what_is_elsewhere_is_told_and_an_old_file_of_it_is_not_copied(
+    tmp_path: Path, machine: tuple[Resources, LocalServers]
+) -> None:
+    """Databases in PostgreSQL, and kept requests outside of the store. A file that resources name is copied."""
+    resources, settings = machine
+    make_databases(settings)
+    own = settings.with_changes({"mlflow_database": "env:VILA_MLFLOW", "prefect_database": "env:VILA_PREFECT"})
+    kept = {"share": 1.0, "place": str(tmp_path / "kept")}
+    made = backup(resources.with_changes({"serve.samples": kept}), own, tmp_path / "disk")
+    assert made.databases == ()
+    assert made.lacking == (
+        "mlflow.db, which is in PostgreSQL: pg_dump copies it",
+        "prefect.db, which is in PostgreSQL: pg_dump copies it",
+        f"kept requests at {tmp_path}/kept, which is outside of {root_of(resources.storage.store)}/samples/",
+    )
+    shutil.copyfile(Path(settings.root, "mlflow.db"), tmp_path / "own.db")
+    named = resources.with_changes({"tracking.uri": f"sqlite:///{tmp_path}/own.db"})
+    made = backup(named, own, tmp_path / "disk")
+    assert made.databases == ("mlflow.db",)
+    assert len(made.lacking) == 2
+
+
+def test_kept_requests_come_back_with_their_times(tmp_path: Path, machine: tuple[Resources, LocalServers]) -> None:
+    """By which they are removed after `keep_days`."""
+    resources, settings = machine
+    kept = Path(root_of(resources.storage.store), "samples/own/records/a.json")
+    assert backend(str(kept)).create(str(kept), b"{}")
+    os.utime(kept, (1_700_000_000, 1_700_000_000))
+    backup(resources, settings, tmp_path / "disk")
+    shutil.rmtree(tmp_path / "machine")
+    restore(tmp_path / "disk", resources, settings)
+    assert kept.stat().st_mtime == 1_700_000_000
+
+
+def test_a_restore_that_was_interrupted_goes_on_and_up_waits_for_that(
+    tmp_path: Path, machine: tuple[Resources, LocalServers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resources, settings = machine
+    root = Path(settings.root)
+    make_data(resources.storage.store)
+    make_databases(settings)
+    backup(resources, settings, tmp_path / "disk")
+    shutil.rmtree(tmp_path / "machine")
+    copied: list[str] = []
+
+    def copy(source: Path, target: Path) -> None:
+        copied.append(source.name)
+        if source.name == "prefect.db":
+            target.write_bytes(source.read_bytes()[:100])
+            raise KeyboardInterrupt
+        target.write_bytes(source.read_bytes())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", copy)
+        with pytest.raises(KeyboardInterrupt):
+            restore(tmp_path / "disk", resources, settings)
+    assert "mlflow.db" in copied
+    assert not (root / "prefect/prefect.db").exists()
+    with pytest.raises(ValueError, match=r"a restore did not end, as .*; run `vila-ops restore` again"):
+        local.up(settings)
+    (root / local.UPGRADED).write_text("of a database that is gone")
+    assert restore(tmp_path / "disk", resources, settings).num_artifacts == 2
+    assert money(root / "mlflow.db") == money(root / "prefect/prefect.db") == 100
+    assert {path.name for path in root.iterdir()} == {"lock", "mlflow-artifacts", "mlflow.db", "pids", "prefect"}
+    with pytest.raises(ValueError, match="nothing is restored over what is there"):
+        restore(tmp_path / "disk", resources, settings)
+
+
+def rewrite(manifest: Path, **changes: object) -> None:
+    """Change a snapshot's list, with the checksum that it then has."""
+    body = {**json.loads(manifest.read_bytes()), **changes}
+    del body["checksum"]
+    manifest.unlink()
+    manifest.write_text(json.dumps({**body, "checksum": fingerprint(body)}))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mlflow-artifacts//tmp/x", "mlflow-artifacts/../../x", "samples/./x", "/x", "../x", "x", "samples", "mlflow.db/x"],
+)
+def test_a_snapshot_writes_nowhere_else(name: str, tmp_path: Path, machine: tuple[Resources, LocalServers]) -> None:
+    resources, settings = machine
+    made = backup(resources, settings, tmp_path / "disk")
+    file = {"size": 1, "sha256": "0" * 64, "changed": 0.0}
+    rewrite(tmp_path / "disk" / made.snapshot / "snapshot.json", files={name: file})
+    with pytest.raises(CorruptArtifact, match=rf"names {name!r}, which is no file of a backup"):
+        restore(tmp_path / "disk", resources, settings)
+
+
+def test_a_damaged_snapshot_costs_links_and_one_of_another_format_is_told(
+    tmp_path: Path, machine: tuple[Resources, LocalServers], caplog: pytest.LogCaptureFixture
+) -> None:
+    resources, settings = machine
+    make_databases(settings)
+    first, second = (tmp_path / "disk" / backup(resources, settings, tmp_path / "disk").snapshot for _ in range(2))
+    (second / "snapshot.json").write_text("{")
+    third = backup(resources, settings, tmp_path / "disk").snapshot
+    assert "this snapshot copies every file" in caplog.text
+    items = "mlflow-artifacts/0/items.json"
+    assert not (tmp_path / "disk" / third / items).samefile(first / items)
+    rewrite(first / "snapshot.json", format=99, of_later="versions")
+    with pytest.raises(OtherFormat, match=r"snapshot.json has format 99, and vila-ops .* reads 1"):
+        restore(tmp_path / "disk", resources, settings, at=first.name)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "message"),
+    [
+        ("{}", ValueError, "does not mark a folder of backups"),
+        ("[1]", ValueError, "does not mark a folder of backups"),
+        ("notes of mine", ValueError, "does not mark a folder of backups"),
+        ('{"format": 99}', OtherFormat, "has format 99, and vila-ops .* reads 1"),
+    ],
+)
+def test_a_folder_of_another_program_is_not_taken_for_backups(
+    text: str, kind: type[Exception], message: str, tmp_path: Path, machine: tuple[Resources, LocalServers]
+) -> None:
+    resources, settings = machine
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/backup.json").write_text(text)
+    with pytest.raises(kind, match=message):
+        backup(resources, settings, tmp_path / "disk")
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["backup.json"]
+
+
+def test_a_folder_of_backups_is_apart_from_the_store_too(
+    tmp_path: Path, machine: tuple[Resources, LocalServers]
+) -> None:
+    resources, settings = machine
+    backup(resources, settings, tmp_path / "disk")
+    with pytest.raises(ValueError, match=r"lies in or contains .*, which is copied; name a folder outside of it"):
+        backup(in_store(str(tmp_path / "disk/store"), resources), settings, tmp_path / "disk")
+
+
 def test_the_commands_say_what_they_copied_and_what_is_not_there(
     tmp_path: Path, machine: tuple[Resources, LocalServers]
 ) -> None:
@@ -283,7 +442,7 @@ def test_the_commands_say_what_they_copied_and_what_is_not_there(
     where = [word for name in files for word in (f"--{name}", f"{tmp_path}/{name}.yaml")]
     done = CliRunner().invoke(app, ["backup", f"{tmp_path}/disk", *where], catch_exceptions=False)
     assert "2 artifacts (2 copied now) and 0 other files, with no database" in done.stdout
-    assert f"not there, so not in this backup: mlflow.db at {settings.root}/mlflow.db" in done.stderr
+    assert f"not in this backup: mlflow.db, which is not at {settings.root}/mlflow.db" in done.stderr
     shutil.rmtree(tmp_path / "machine")
     done = CliRunner().invoke(app, ["restore", f"{tmp_path}/disk", *where, "--json"], catch_exceptions=False)
     assert json.loads(done.stdout)["num_artifacts"] == 2

@@ -13,6 +13,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -29,6 +30,7 @@ from vila_ops.artifacts.output import check_folder
 from vila_ops.artifacts.replicas import Replicas, all_manifests
 from vila_ops.artifacts.store import backend, find_manifest, root_of, verify_folder
 from vila_ops.artifacts.store_format import NAME as FORMAT_MARK
+from vila_ops.artifacts.store_format import refuse_other
 from vila_ops.config import Config, Resources
 from vila_ops.config.base import fingerprint
 from vila_ops.config.local import LocalServers
@@ -39,7 +41,11 @@ FORMAT = 1
 MARKER, MANIFEST, STORE = "backup.json", "snapshot.json", "store"
 KEYS = ("windows", "events", "samples")
 """Folders of a store whose files are written once: claims of windows and events, and kept requests."""
-MLFLOW, PREFECT, ARTIFACTS = "mlflow.db", "prefect.db", "mlflow-artifacts"
+REGISTRY, MLFLOW, PREFECT, ARTIFACTS = "registry", "mlflow.db", "prefect.db", "mlflow-artifacts"
+BESIDE = ("", "-wal", "-shm", "-journal")
+"""Ends of the names of an sqlite database and of the files beside it, which sqlite would replay into a restored one."""
+DRAFT = re.compile(r"\.\d{4}-\d\d-\d\dT\d{6}\.\d{6}Z-draft")
+"""Hidden name of a snapshot that is being made."""
 log = logging.getLogger(__name__)
 
 
@@ -78,13 +84,14 @@ class BackupResult(Config):
     """That were written."""
     databases: tuple[str, ...]
     lacking: tuple[str, ...]
-    """Databases that are not where they should be, or artifacts that the backup has lost."""
+    """What a backup leaves out, such as a database in PostgreSQL, or artifacts that the backup has lost."""
 
 
 def backup(resources: Resources, settings: LocalServers, folder: Path) -> BackupResult:
     """Add a snapshot to a folder, which is new, empty or of earlier backups.
 
-    Raises ValueError for any other folder, CorruptArtifact for a damaged artifact or database, and DiskFault.
+    Raises ValueError for any other folder, OtherFormat for backups of another version, CorruptArtifact for a damaged
+    artifact or database, and DiskFault.
     """
     root, databases = root_of(resources.storage.store), _databases(resources, settings)
     _check_target(folder, [Path(one) for one in (root,) if "://" not in one] + [local.root_of(settings)])
@@ -94,7 +101,7 @@ def backup(resources: Resources, settings: LocalServers, folder: Path) -> Backup
         name = f"{datetime.now(UTC):%Y-%m-%dT%H%M%S.%fZ}"
         draft = _Draft(folder, name, before)
         # What names artifacts is copied before them: they were sealed before it named them.
-        there = {one: path for one, path in databases.items() if path.is_file()}
+        there = _sqlite(databases, settings)
         for one, path in there.items():
             draft.add(one, path.stat().st_size, -1.0, partial(local.copy_database, path))
         draft.add_folder(ARTIFACTS, databases[MLFLOW].with_name(ARTIFACTS))
@@ -115,7 +122,7 @@ def backup(resources: Resources, settings: LocalServers, folder: Path) -> Backup
     return BackupResult(
         snapshot=name, num_artifacts=len(artifacts), num_copied=num_copied, num_files=len(draft.files),
         num_bytes=draft.num_bytes, databases=tuple(there),
-        lacking=tuple(_lack(one, path, settings) for one, path in databases.items() if one not in there),
+        lacking=_lacking(databases, there, resources, settings),
     )  # fmt: skip
 
 
@@ -123,19 +130,30 @@ def restore(folder: Path, resources: Resources, settings: LocalServers, *, at: s
     """Put the newest snapshot of a backup, or the one named `at`, where store and databases are to be.
 
     Every byte is compared with its digest before anything is written. An artifact that was moved out of the backup is
-    told, and left to the next run. Raises ValueError where something is in the way, and CorruptArtifact.
+    told, and left to the next run. After a kill the same call goes on; `up` waits for its end. Raises ValueError where
+    something is in the way, OtherFormat, CorruptArtifact and DiskFault.
     """
     snapshot = _chosen(folder, at)
     root, databases = root_of(resources.storage.store), _databases(resources, settings)
-    _check_empty(root, databases)
+    servers = local.root_of(settings)
+    begun = servers / local.RESTORING
+    goes_on = begun.is_file() and begun.read_text() == snapshot.name
+    if not goes_on:
+        _check_empty(root, databases)
     lacking = _verified(folder, snapshot)
     replicas, num_bytes = Replicas(root), 0
-    for kind, uri, manifest in all_manifests(str((folder / STORE).resolve())):
-        if snapshot.artifacts.get(manifest["address"]) == manifest["digest"]:
-            num_bytes += replicas.copy(kind, uri, manifest) or 0
-    for name, file in snapshot.files.items():
-        _put_back(folder / snapshot.name / name, name, root, databases)
-        num_bytes += file.size
+    with local.lock(servers):
+        if not goes_on:  # `up` may have started servers meanwhile
+            _refuse([str(path) for path in _places(databases) if path.exists()])
+            begun.write_text(snapshot.name)
+        for kind, uri, manifest in all_manifests(str((folder / STORE).resolve())):
+            if snapshot.artifacts.get(manifest["address"]) == manifest["digest"]:
+                num_bytes += replicas.copy(kind, uri, manifest) or 0
+        for name, file in snapshot.files.items():
+            _put_back(folder / snapshot.name / name, name, file, root, databases)
+            num_bytes += file.size
+        (servers / local.UPGRADED).unlink(missing_ok=True)  # it is of another database
+        begun.unlink()
     num_artifacts = len(snapshot.artifacts) - len(lacking)
     return BackupResult(
         snapshot=snapshot.name, num_artifacts=num_artifacts, num_copied=num_artifacts, num_files=len(snapshot.files),
@@ -147,8 +165,9 @@ class _Draft:
     """A snapshot that is being made."""
 
     def __init__(self, folder: Path, name: str, before: BackupSnapshot | None) -> None:
-        for left in folder.glob(".*-draft"):  # of a backup that was killed
-            shutil.rmtree(left)
+        for left in folder.glob(".*"):
+            if DRAFT.fullmatch(left.name):  # of a backup that was killed
+                shutil.rmtree(left)
         self.files: dict[str, CopiedFile] = {}
         self.num_bytes = 0
         self._final, self._folder = folder / name, folder / f".{name}-draft"
@@ -211,9 +230,31 @@ def _databases(resources: Resources, settings: LocalServers) -> dict[str, Path]:
     return {MLFLOW: mlflow, PREFECT: root / "prefect" / PREFECT}
 
 
-def _lack(name: str, path: Path, settings: LocalServers) -> str:
-    elsewhere = {MLFLOW: settings.mlflow_database, PREFECT: settings.prefect_database}[name]
-    return f"{name} at {path}" if elsewhere is None else f"{name}, which is in PostgreSQL: pg_dump copies it"
+def _in_postgresql(settings: LocalServers) -> list[str]:
+    """The databases that the servers have in PostgreSQL."""
+    urls = {MLFLOW: settings.mlflow_database, PREFECT: settings.prefect_database}
+    return [name for name, url in urls.items() if url is not None]
+
+
+def _sqlite(databases: dict[str, Path], settings: LocalServers) -> dict[str, Path]:
+    """The databases to copy. A file of the servers is out of date where they have that database in PostgreSQL."""
+    root, elsewhere = local.root_of(settings), _in_postgresql(settings)
+    old = {name for name in elsewhere if databases[name].is_relative_to(root)}
+    return {name: path for name, path in databases.items() if name not in old and path.is_file()}
+
+
+def _lacking(
+    databases: dict[str, Path], there: dict[str, Path], resources: Resources, settings: LocalServers
+) -> tuple[str, ...]:
+    """What this backup leaves out and a restored machine would lack."""
+    elsewhere = _in_postgresql(settings)
+    missing = [name for name in databases if name not in there and name not in elsewhere]
+    lacking = [f"{name}, which is not at {databases[name]}" for name in missing]
+    lacking += [f"{name}, which is in PostgreSQL: pg_dump copies it" for name in elsewhere]
+    samples, kept = resources.serve.samples, f"{root_of(resources.storage.store)}/samples/"
+    if samples is not None and samples.place is not None and not f"{root_of(samples.place)}/".startswith(kept):
+        lacking.append(f"kept requests at {samples.place}, which is outside of {kept}")
+    return tuple(lacking)
 
 
 def _files_below(place: str) -> list[Entry]:
@@ -233,12 +274,30 @@ def _fetch(place: str, target: Path) -> None:
 
 
 def _check_target(folder: Path, apart: list[Path]) -> None:
-    """Raise ValueError for a folder that holds other things than backups, or that lies in what is copied."""
-    if (folder / MARKER).is_file():
-        return
-    place = check_folder(folder, apart=apart)
-    if around := next((one for one in apart if place.is_relative_to(one.resolve())), None):
-        raise ValueError(f"{folder} lies in {around}, which is copied; name a folder outside of it, on another disk")
+    """Raise ValueError for a folder that holds other things than backups, or that is not apart from what is copied.
+
+    Raises OtherFormat for backups of another format.
+    """
+    place, marker = folder.resolve(), folder / MARKER
+    if marker.is_file():
+        _check_marker(marker)
+    else:
+        check_folder(folder, apart=apart)
+    for one in (path.resolve() for path in apart):
+        if place.is_relative_to(one) or one.is_relative_to(place):
+            raise ValueError(
+                f"{folder} lies in or contains {one}, which is copied; name a folder outside of it, on another disk"
+            )
+
+
+def _check_marker(path: Path) -> None:
+    """Raise ValueError for a file that is no mark of ours. One that a kill left empty is."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        written = json.loads(text)["format"] if text else FORMAT
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} does not mark a folder of backups; name another folder, or move it away") from error
+    refuse_other(str(path), written, reads=FORMAT)
 
 
 @contextmanager
@@ -260,8 +319,13 @@ def _names(folder: Path) -> list[str]:
 
 
 def _newest(folder: Path) -> BackupSnapshot | None:
+    """The newest snapshot, whose files the next one links to; None for none, and with a warning for a damaged one."""
     names = _names(folder)
-    return _read(folder, names[-1]) if names else None
+    try:
+        return _read(folder, names[-1]) if names else None
+    except CorruptArtifact as error:
+        log.warning("this snapshot copies every file, since the newest one cannot be read: %s", error)
+        return None
 
 
 def _chosen(folder: Path, at: str | None) -> BackupSnapshot:
@@ -277,15 +341,25 @@ def _read(folder: Path, name: str) -> BackupSnapshot:
     path = folder / name / MANIFEST
     try:
         body = json.loads(path.read_bytes())
-        checksum = body.pop("checksum")
+        if body.pop("checksum") != fingerprint(body):
+            raise _damaged(path, "was changed after it was written", folder)
+        refuse_other(str(path), body["format"], reads=FORMAT)  # whose other fields may be any
         snapshot = BackupSnapshot.model_validate(body)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise _damaged(path, f"is not the list of a snapshot ({error})", folder) from error
-    if checksum != fingerprint(body) or snapshot.name != name:
+    if snapshot.name != name:
         raise _damaged(path, "was changed after it was written", folder)
-    if snapshot.format != FORMAT:
-        raise CorruptArtifact(f"{path} has format {snapshot.format}; this version of vila-ops reads {FORMAT}")
+    if foreign := next((one for one in snapshot.files if not _is_of_snapshot(one)), None):
+        raise _damaged(path, f"names {foreign!r}, which is no file of a backup", folder)
     return snapshot
+
+
+def _is_of_snapshot(name: str) -> bool:
+    """Whether a snapshot may have a file of this name, which says where it is restored."""
+    first, *below = name.split("/")
+    if first in (*KEYS, REGISTRY, ARTIFACTS):
+        return bool(below) and not {"", ".", ".."} & {*below}
+    return name in (MLFLOW, PREFECT)
 
 
 def _damaged(path: Path, what: str, folder: Path) -> CorruptArtifact:
@@ -297,8 +371,16 @@ def _damaged(path: Path, what: str, folder: Path) -> CorruptArtifact:
 def _check_empty(root: str, databases: dict[str, Path]) -> None:
     """Raise ValueError where a restored file would meet others."""
     taken = [root] if any(entry.name != FORMAT_MARK for entry in backend(root).entries(root)) else []
-    places = [*databases.values(), databases[MLFLOW].with_name(ARTIFACTS)]
-    taken += [str(path) for path in places if path.exists() and not path.is_relative_to(root)]
+    _refuse(taken + [str(path) for path in _places(databases) if path.exists() and not path.is_relative_to(root)])
+
+
+def _places(databases: dict[str, Path]) -> list[Path]:
+    """What a restore writes outside of the store, and files that sqlite would take for parts of it."""
+    places = [path.with_name(f"{path.name}{end}") for path in databases.values() for end in BESIDE]
+    return [*places, databases[MLFLOW].with_name(ARTIFACTS)]
+
+
+def _refuse(taken: list[str]) -> None:
     if taken:
         raise ValueError(
             f"{', '.join(taken)}: nothing is restored over what is there; `vila-ops down`, move it away, and run again"
@@ -326,15 +408,19 @@ def _verified(folder: Path, snapshot: BackupSnapshot) -> tuple[str, ...]:
     return tuple(lacking)
 
 
-def _put_back(copied: Path, name: str, root: str, databases: dict[str, Path]) -> None:
-    """Write one file of a snapshot to where it was."""
+def _put_back(copied: Path, name: str, file: CopiedFile, root: str, databases: dict[str, Path]) -> None:
+    """Write one file of a snapshot to where it was; on a disk, a key gets the time that it had."""
     kind, _, inside = name.partition("/")
     if kind in KEYS:
         backend(root).create(f"{root}/{name}", copied.read_bytes())
-    elif kind == "registry":
+        if "://" not in root:
+            os.utime(f"{root}/{name}", (file.changed, file.changed))
+    elif kind == REGISTRY:
         backend(root).swap(f"{root}/{name}", copied.read_bytes(), None)
     else:
         target = databases[name] if name in databases else databases[MLFLOW].with_name(ARTIFACTS) / inside
+        draft = target.with_name(f".{target.name}.restored")
         target.parent.mkdir(parents=True, exist_ok=True)
-        with faults_named(target):
-            shutil.copyfile(copied, target)
+        with faults_named(draft):
+            shutil.copyfile(copied, draft)
+            draft.replace(target)

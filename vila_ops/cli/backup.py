@@ -25,7 +25,7 @@ def backup(
     from vila_ops.config.local import load_local
 
     made = backups.backup(load_resources(resources), load_local(servers), folder)
-    _tell(made, "not there, so not in this backup: ", as_json=as_json)
+    _tell(made, "not in this backup: ", as_json=as_json)
 
 
 def restore(

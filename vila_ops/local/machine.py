@@ -18,6 +18,7 @@ from vila_ops.errors import ServerFailed
 from vila_ops.local.deployments import deploy_flows, make_work_pool
 from vila_ops.local.process import (
     NAMES,
+    RESTORING,
     Name,
     ProcessRecord,
     end,
@@ -61,11 +62,16 @@ def up(settings: LocalServers, *, only: Collection[Name] = NAMES) -> Endpoints:
     """Start every server that does not run, does not answer or is configured otherwise.
 
     A server that became healthy stays up when another fails, so that the next call continues from there. Raises
-    ServerFailed, and ValueError for a port that another process holds.
+    ServerFailed, and ValueError for a port that another process holds and after half a restore.
     """
     root = root_of(settings)
     servers = {name: server for name, server in servers_of(settings).items() if name in only}
     with lock(root), ThreadPoolExecutor() as pool:
+        if (root / RESTORING).exists():
+            raise ValueError(
+                f"a restore did not end, as {root / RESTORING} says; run `vila-ops restore` again, or move away what "
+                f"it has written and this file"
+            )
         _check_ports(settings, servers.values())
         # All servers are ended before any is started, because a port may pass from one to another.
         first = [name for name in servers if name not in AFTER_PREFECT]

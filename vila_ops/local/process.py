@@ -26,6 +26,8 @@ SECRETS = (
     *("PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING", "PREFECT_SERVER_DATABASE_CONNECTION_URL"),
 )
 """Variables of servers with secrets in them."""
+RESTORING = "restoring.txt"
+"""File in the servers' folder while a backup is restored: the name of its snapshot."""
 log = logging.getLogger(__name__)
 
 
@@ -94,7 +96,7 @@ def root_of(settings: LocalServers) -> Path:
 
 @contextmanager
 def lock(root: Path) -> Iterator[None]:
-    """Admit one `up` or `down` of a root at a time. The kernel frees the lock when its holder ends."""
+    """Admit one `up`, `down` or `restore` of a root at a time. The kernel frees the lock when its holder ends."""
     (root / "pids").mkdir(parents=True, exist_ok=True)
     with (root / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
