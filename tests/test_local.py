@@ -1,6 +1,8 @@
 """What the servers of one machine refuse before any of them starts; `flows/test_full_pipeline.py` starts them."""
 
+import configparser
 import contextlib
+import os
 import shutil
 import sqlite3
 import subprocess
@@ -34,6 +36,20 @@ def alive(pid: int) -> bool:
     return False
 
 
+def files_below(*folders: Path) -> Iterator[Path]:
+    """The files of folders that servers use, without those that vanish meanwhile."""
+    for path in (Path(here, name) for folder in folders for here, _, names in os.walk(folder) for name in names):
+        if path.is_file():
+            yield path
+
+
+def content(path: Path) -> bytes:
+    """Of a file that a server may remove."""
+    with contextlib.suppress(FileNotFoundError):
+        return path.read_bytes()
+    return b""
+
+
 @pytest.fixture
 def listener() -> Iterator[tuple[int, int]]:
     """A process that is not ours, and the port that it holds."""
@@ -53,6 +69,7 @@ def test_the_committed_settings_load() -> None:
     ("wrong", "message"),
     [
         ({"host": "0.0.0.0"}, "stands for every address"),
+        ({"host": "::1"}, "::1 is an IPv6 address, which the servers are not started with; use 127.0.0.1"),
         ({"host": "192.0.2.7"}, "reached from outside; set password to env:NAME or file:PATH"),
         ({"password": "env:TWO WORDS"}, "a secret is given as env:NAME or file:PATH"),
         ({"mlflow_port": 4200}, "are both 4200"),
@@ -87,18 +104,25 @@ def test_a_secret_that_cannot_be_used_is_told_without_it_and_nothing_starts(
     assert states(settings) == {"stopped"}
 
 
-def test_with_a_password_mlflow_s_logins_are_made_at_each_start(
+def test_mlflow_s_logins_are_made_for_a_new_password_and_stay_otherwise(
     tmp_path: Path, free_servers: Callable[[Path], LocalServers], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MLflow keeps the first password that it was given; the record of a server holds none."""
     monkeypatch.setattr(servers, "find_spec", lambda _: object())
     monkeypatch.setenv("VILA_CANARY", "canary-of-a-password")
     settings = free_servers(tmp_path).with_changes({"password": "env:VILA_CANARY"})
-    (tmp_path / "mlflow-logins.db").write_text("of the last password")
-    (first, second) = (servers.prepare(settings, "mlflow") for _ in range(2))
-    assert not (tmp_path / "mlflow-logins.db").exists()
-    assert f"sqlite:///{tmp_path}/mlflow-logins.db" in (tmp_path / "mlflow-logins.ini").read_text()
+    logins, written = tmp_path / "mlflow-logins.db", tmp_path / "mlflow-logins.ini"
+    logins.write_text("of an earlier version, which wrote no digest")
+    first = servers.prepare(settings, "mlflow")
+    assert not logins.exists()
+    logins.write_text("with users that the admin added")
+    second = servers.prepare(settings, "mlflow")
+    assert logins.exists()
     assert first != second
+    parsed = configparser.ConfigParser()
+    parsed.read(written)
+    assert parsed["mlflow"]["database_uri"] == f"sqlite:///{logins}"
+    assert "canary" not in written.read_text()
     for server in servers.servers_of(settings).values():
         assert "canary" not in str(server.command)
         assert "canary" not in str(process.recorded(server.env))
@@ -106,6 +130,8 @@ def test_with_a_password_mlflow_s_logins_are_made_at_each_start(
     before = process.recorded(servers.servers_of(settings)["prefect"].env)
     monkeypatch.setenv("VILA_CANARY", "canary-of-another-one")
     assert before != process.recorded(servers.servers_of(settings)["prefect"].env), "so that it is started again"
+    servers.prepare(settings, "mlflow")
+    assert not logins.exists()
 
 
 @pytest.mark.slow
@@ -123,13 +149,18 @@ def test_mlflow_s_database_is_upgraded_once_after_an_update_and_a_copy_stays(
     with pytest.raises(ServerFailed, match="were not upgraded:\npostgresql://db: no"):
         servers.prepare(settings, "mlflow")
     assert marker.read_text() == before
-    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db.before-99.0")) as database:
+    (copy,) = tmp_path.glob("mlflow.db.before-99.0-*")
+    with contextlib.closing(sqlite3.connect(copy)) as database:
         assert database.execute("SELECT COUNT(*) FROM experiments").fetchone() is not None
     monkeypatch.setattr(databases, "UPGRADE", own)
     servers.prepare(settings, "mlflow")
-    assert marker.read_text() == "99.0"
+    assert marker.read_text().split()[0] == "99.0"
     monkeypatch.setattr(databases, "UPGRADE", "raise SystemExit(1)")
     servers.prepare(settings, "mlflow")
+    monkeypatch.setattr(servers, "find_spec", lambda _: object())
+    monkeypatch.setenv("VILA_MLFLOW", "postgresql://db/mlflow")
+    with pytest.raises(ServerFailed, match="were not upgraded"):
+        servers.prepare(settings.with_changes({"mlflow_database": "env:VILA_MLFLOW"}), "mlflow")
 
 
 @pytest.mark.parametrize("setting", ["prefect_port", "serve_port"])

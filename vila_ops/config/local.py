@@ -58,7 +58,13 @@ class LocalServers(Config):
     @field_validator("host")
     @classmethod
     def _host_is_one_address(cls, value: str) -> str:
-        if ipaddress.ip_address(value).is_unspecified:
+        address = ipaddress.ip_address(value)
+        if address.version != 4:
+            raise ValueError(
+                f"host {value} is an IPv6 address, which the servers are not started with; use 127.0.0.1 or another "
+                f"IPv4 address of this machine"
+            )
+        if address.is_unspecified:
             raise ValueError(f"host {value} stands for every address; name the one by which clients reach this machine")
         return value
 

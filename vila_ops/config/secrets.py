@@ -5,14 +5,25 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BeforeValidator
 
-PASSWORD = re.compile(r"//[^/@\s]*:[^/@\s]*@")
-"""User and password in a URL."""
+_DATABASE = r"(?:postgres(?:ql)?|mysql|mssql)(?:\+\w+)?://"
+"""Begin of a URL of SQLAlchemy, whose password may have a slash. A path of sqlite is no URL with a user."""
+_OPTION = r"[?&](?:\w*password|passwd|pwd)="
+PASSWORD = re.compile(rf"//[^/@\s]*:[^/@\s]*@|{_DATABASE}[^@\s]*:[^@\s]*@|{_OPTION}", re.IGNORECASE)
+"""User and password in a URL, or the name of an option of a URL that is a password."""
+_USER = re.compile(rf"({_DATABASE})[^@\s]*:[^@\s]*@|(//)[^/@\s]*@", re.IGNORECASE)
+_OPTION_VALUE = re.compile(rf"({_OPTION})[^&\s'\"]*", re.IGNORECASE)
 
 
-def _is_reference(value: str) -> str:
-    if not re.fullmatch(r"env:[A-Za-z_][A-Za-z0-9_]*|file:.+", value):
+def without_logins(text: str) -> str:
+    """A text without the user names and passwords of its URLs."""
+    return _OPTION_VALUE.sub(r"\1...", _USER.sub(r"\1\2", text))
+
+
+def _is_reference(value: object) -> object:
+    """Before pydantic looks at the type, since its error would show a secret that is a number."""
+    if not isinstance(value, str) or not re.fullmatch(r"env:[A-Za-z_][A-Za-z0-9_]*|file:.+", value):
         raise ValueError("a secret is given as env:NAME or file:PATH, so that no file of settings holds it")
     return value
 
@@ -27,7 +38,7 @@ def _has_no_password(value: str) -> str:
     return value
 
 
-Secret = Annotated[str, AfterValidator(_is_reference)]
+Secret = Annotated[str, BeforeValidator(_is_reference)]
 """Where a secret is, `env:NAME` or `file:PATH`; it is read when it is needed."""
 Url = Annotated[str, AfterValidator(_has_no_password)]
 """A URL without a password."""

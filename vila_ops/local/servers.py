@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from vila_ops.config.base import Config
+from vila_ops.config.base import Config, fingerprint
 from vila_ops.config.local import LocalServers
 from vila_ops.config.secrets import Secret, read_secret
 from vila_ops.local.databases import upgrade_mlflow
@@ -31,12 +31,13 @@ ADMIN = "admin"
 """The user of MLflow and Prefect, where they ask for a password."""
 LEAST_CHARACTERS = 12
 """Of a password; MLflow takes no shorter one."""
-LOGINS = """[mlflow]
+LOGINS = """# for the password with digest {digest}
+[mlflow]
 default_permission = READ
 database_uri = sqlite:///{folder}/mlflow-logins.db
 admin_username = {admin}
 """
-"""Settings of MLflow's logins, whose database is made at each start, so that a new password replaces the old one."""
+"""Settings of MLflow's logins. MLflow takes the admin's password only where it makes their database."""
 AUTOMATION = "vila-ops: lost flow runs have crashed"
 """Name of the automation of Prefect that the sweeper makes."""
 TELEMETRY_OFF = {
@@ -317,16 +318,24 @@ def prepare(settings: LocalServers, name: Name) -> dict[str, str]:
     if settings.mlflow_database is not None:
         _require("psycopg", "mlflow_database")
     upgrade_mlflow(settings, _mlflow_url(settings), env(settings))
-    if settings.password is None:
+    password = _password(settings)
+    if password is None:
         return {}
     _require("flask_wtf", "password")
-    (root / "mlflow-logins.db").unlink(missing_ok=True)
-    write_private(_logins(root), LOGINS.format(folder=root, admin=ADMIN))
+    _make_logins(root, password)
     return {"MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32)}
 
 
 def _logins(root: Path) -> Path:
     return root / "mlflow-logins.ini"
+
+
+def _make_logins(root: Path, password: str) -> None:
+    """Write the settings of MLflow's logins. A new password costs their database, with the users that were added."""
+    path, wanted = _logins(root), LOGINS.format(folder=root, admin=ADMIN, digest=fingerprint(password))
+    if not path.exists() or path.read_text() != wanted:
+        (root / "mlflow-logins.db").unlink(missing_ok=True)
+        write_private(path, wanted)
 
 
 def _prepare_ray(settings: LocalServers) -> None:

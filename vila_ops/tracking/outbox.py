@@ -13,7 +13,6 @@ import fcntl
 import json
 import logging
 import os
-import re
 import secrets
 import tempfile
 import threading
@@ -26,6 +25,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Literal, Self
 
 from vila_ops.config import Resources
+from vila_ops.config.secrets import without_logins
 from vila_ops.tracking.system import SystemMetrics
 
 SEND_SECONDS = 10.0
@@ -330,7 +330,7 @@ def connect(tracking_uri: str) -> tuple[Any, Any]:
 
 def shown(text: object) -> str:
     """A text without the user names and passwords of its URLs."""
-    return re.sub(r"//[^/@\s]*@", "//", str(text))
+    return without_logins(str(text))
 
 
 def _points(values: Mapping[str, float], step: int) -> list[list[Any]]:
