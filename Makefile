@@ -24,18 +24,15 @@ find_python = for python in "$(PYTHON)" python3 ""; do \
 	  if [ -z "$$python" ] || "$$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; \
 	  then break; fi; done
 
-# Prometheus and promtool beside Python, of Debian's package. It is not installed, since that would start a server.
-unpack_prometheus = ( folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && cd "$$folder" && \
-	  { apt-get download prometheus || { apt-get update && apt-get download prometheus; }; } && \
-	  dpkg-deb --extract prometheus_*.deb . && \
-	  install --mode 755 usr/bin/promtool usr/bin/prometheus "$(CURDIR)/$(BIN)" ) >/dev/null 2>&1
+APT_GET_ONCE := apt-get -o Acquire::Retries=0 -o Acquire::http::Timeout=20 -o Acquire::https::Timeout=20
 
 .PHONY: help setup constraints test test-fast repeat lint types layers demo demo-long up down status logs faults bench gpu interop settings docs licences paper-scale sbom release format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(STAMP) ## Install what is missing: system packages, then .venv from constraints.txt
+# Prometheus is tried again where it is missing, but not by each of the other targets.
+setup: $(STAMP) $(if $(filter setup test,$(MAKECMDGOALS)),$(BIN)/prometheus) ## Install what is missing: system packages, then .venv from constraints.txt
 
 $(STAMP): pyproject.toml constraints.txt
 	@need=""; $(find_python); \
@@ -56,10 +53,18 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	@echo "make setup: installing into .venv; this takes a minute or two"
 	@$(UV) pip install --quiet --python $(BIN)/python --compile-bytecode --constraint constraints.txt --editable '.[dev]'
-	@[ -x $(BIN)/prometheus ] || $(unpack_prometheus) || \
-	  echo "make setup: Debian's package prometheus was not found; tests of alerts and dashboards will be skipped"
 	@touch $@
 	@echo 'make setup: done; `export PATH="$(CURDIR)/.venv/bin:$$PATH"` lets a shell find its commands'
+
+# With promtool, of Debian's package. It is not installed, since that would start a server.
+$(BIN)/prometheus: | $(STAMP)
+	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	{ cd "$$folder" && \
+	  { $(APT_GET_ONCE) download prometheus || { $(APT_GET_ONCE) update && $(APT_GET_ONCE) download prometheus; }; } && \
+	  dpkg-deb --extract prometheus_*.deb . && \
+	  install --mode 755 usr/bin/promtool usr/bin/prometheus "$(CURDIR)/$(BIN)"; } >"$$folder/log" 2>&1 || \
+	  echo "make setup: Debian's package prometheus was not unpacked ($$(tail --lines 1 "$$folder/log")); tests of" \
+	    "alerts and dashboards will be skipped; the next make setup tries again"
 
 constraints: setup ## Resolve pyproject.toml into constraints.txt again
 	@pins=$$($(UV) pip compile --quiet --upgrade --python-version 3.11 --no-annotate --no-header --extra dev --extra servers pyproject.toml); \

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from tests.test_local import states
+from tests.test_local import content, files_below, states
 from vila_ops import local, tracking
 from vila_ops.config import Resources
 from vila_ops.config.local import LocalServers
@@ -131,9 +131,9 @@ def test_our_clients_have_the_password_from_the_environment(
 
 def test_no_process_record_or_log_shows_a_password(servers: LocalServers) -> None:
     root = Path(servers.root)
-    files = [path for path in root.rglob("*") if path.is_file()]
+    files = [*files_below(root)]
     assert {"mlflow.json", "prefect.json", "mlflow.log", "prefect.log"} <= {path.name for path in files}
-    assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
+    assert [path for path in files if CANARY.encode() in content(path)] == []
     assert [words for words in command_lines() if CANARY in words] == []
 
 

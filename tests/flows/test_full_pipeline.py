@@ -42,7 +42,7 @@ from tests.flows.flow_runs import (
     waiting_flow_run,
     written,
 )  # fmt: skip
-from tests.test_local import alive, states
+from tests.test_local import alive, content, files_below, states
 from vila_ops import local
 from vila_ops.cli import app
 from vila_ops.config import load
@@ -422,13 +422,13 @@ def test_no_secret_is_in_any_file_page_or_list_of_processes(first: Json, servers
     folder, at = servers["folder"], servers["at"]
     folders = (folder, ray_folder(servers["settings"]))
     token = Path(local.env(servers["settings"])["RAY_AUTH_TOKEN_PATH"])
-    files = [path for one in folders for path in one.rglob("*") if path.is_file() and path != token]
+    files = [path for path in files_below(*folders) if path != token]
     assert {"worker.log", "mlflow.db", "prefect.db", "model.safetensors", "report.html"} <= {
         path.name for path in files
     }
     assert any("worker-" in path.name for path in files if path.is_relative_to(folders[1])), "logs of Ray's workers"
     wanted = (CANARY.encode(), token.read_bytes().strip())
-    assert [path for path in files if any(text in path.read_bytes() for text in wanted)] == []
+    assert [path for path in files if any(text in content(path) for text in wanted)] == []
     shown = [" ".join(words) for words in command_lines()]
     assert [words for words in shown if any(text.decode() in words for text in wanted)] == []
     for url in (f"{at.serve}/v1/nothing", f"{at.mlflow}/api/nothing", f"{at.prefect}/api/nothing", at.ray_dashboard):
@@ -526,6 +526,8 @@ def test_down_leaves_no_process_of_ours(first: Json, servers: Json) -> None:
 def test_a_lost_machine_is_restored_and_an_unchanged_run_would_make_nothing(backed_up: Json, servers: Json) -> None:
     """Store, databases and MLflow's artifacts are gone; the servers are down."""
     root, store = Path(servers["settings"].root), Path(servers["resources"]["storage"]["store"])
+    local.down(servers["settings"])
+    assert states(servers["settings"]) == {"stopped"}
     shutil.rmtree(root)
     shutil.rmtree(store)
     restored = CliRunner().invoke(app, ["restore", *backup_words(servers), "--json"], catch_exceptions=False)
