@@ -107,6 +107,11 @@ def test_a_digest_is_of_bytes_names_and_facts_and_nothing_else(tmp_path: Path, s
     assert write(tmp_path / "c", "hellO").digest != one.digest
 
 
+def take_environment(environment: dict[str, str]) -> None:
+    """A racing process has the environment of its test; a fork server has that of its own start."""
+    os.environ.update(environment)
+
+
 def race(arguments: tuple[str, int]) -> tuple[str, str]:
     store, number = arguments
     attempt = begin(at(), store=str(store))
@@ -117,8 +122,9 @@ def race(arguments: tuple[str, int]) -> tuple[str, str]:
 
 @pytest.mark.slow
 def test_of_eight_racing_processes_one_seals_and_all_agree(store: str) -> None:
-    ends = (signal.SIGTERM, signal.SIG_DFL)  # Ray's handler, which a driver has, may miss the pool's only SIGTERM
-    with multiprocessing.get_context("fork").Pool(8, signal.signal, ends) as pool:
+    context = multiprocessing.get_context("forkserver")  # a fork of this process may die of the threads that Ray left
+    context.set_forkserver_preload([__name__])
+    with context.Pool(8, take_environment, (dict(os.environ),)) as pool:
         for turn in range(2 if "://" in store else 5):
             told = set(pool.map(race, [(f"{store}/{turn}", number) for number in range(8)], chunksize=1))
             assert len(told) == 1
