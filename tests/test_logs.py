@@ -54,6 +54,19 @@ def test_a_line_has_time_level_place_and_the_ids_of_the_work(written: Lines) -> 
     assert "stage" not in outer
 
 
+def test_work_that_ends_before_work_inside_of_it_leaves_no_id(written: Lines) -> None:
+    """As in two threads."""
+    outer, inner = logs.working_on(stage="align"), logs.working_on(stage="sft")
+    outer.__enter__()
+    inner.__enter__()
+    outer.__exit__(None, None, None)
+    log.info("one")
+    inner.__exit__(None, None, None)
+    log.info("none")
+    one, none = written()
+    assert (one["stage"], "stage" in none) == ("sft", False)
+
+
 def test_a_line_has_the_request_and_the_traceback(written: Lines) -> None:
     token = logs.REQUEST.set("r-1")
     try:

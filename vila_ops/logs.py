@@ -17,7 +17,8 @@ from typing import TextIO
 VARIABLE = "VILA_LOG"
 REQUEST: ContextVar[str | None] = ContextVar("request", default=None)
 """Id of the request that is answered."""
-_ids: dict[str, str | int] = {}
+_working: list[dict[str, str | int]] = []
+"""Ids of what this process works on, the innermost last. Pieces of work in several threads may end in any order."""
 
 
 def as_json() -> bool:
@@ -55,12 +56,12 @@ def environment() -> dict[str, str]:
 @contextmanager
 def working_on(**ids: str | int | None) -> Iterator[None]:
     """Give the JSON lines of this process these ids while the body runs, whichever thread writes them."""
-    global _ids
-    before, _ids = _ids, {**_ids, **{name: value for name, value in ids.items() if value is not None}}
+    own = {name: value for name, value in ids.items() if value is not None}
+    _working.append(own)
     try:
         yield
     finally:
-        _ids = before
+        _working.remove(own)
 
 
 class JsonFormatter(logging.Formatter):
@@ -75,8 +76,9 @@ class JsonFormatter(logging.Formatter):
             "message": record.getMessage(),
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            **_ids,
         }
+        for ids in tuple(_working):
+            line |= ids
         if request := REQUEST.get():
             line["request"] = request
         if record.exc_info:
