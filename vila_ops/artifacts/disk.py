@@ -220,13 +220,9 @@ def probe(root: str) -> str:
     Raises StoreRefused for a folder that cannot be written, UnsafeStore for a file system whose link(2) is missing or
     overwrites, and OSError for a fault that may pass, such as a full disk.
     """
-    folder = Path(root)
-    with _refused(StoreRefused, f"store {root} cannot be written", "set resources.storage.store to a folder of yours"):
-        folder.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(prefix=".probe-", dir=folder)
     way_out = "use a folder of a local disk or of NFS, or a store on S3"
-    with scratch:
-        taken = f"{scratch.name}/taken"
+    with _scratch(root) as scratch:
+        taken = f"{scratch}/taken"
         with _refused(UnsafeStore, f"store {root}: link(2) and fsync(2) are needed and failed", way_out):
             first, second = create(taken, b"first"), create(taken, b"second")
         if (first, second, read(taken)) != (True, False, b"first"):
@@ -239,12 +235,8 @@ def timed(root: str, data: bytes) -> tuple[float, float]:
 
     Raises StoreRefused, DiskFault where the disk lacks the space, and OSError of the disk.
     """
-    folder = Path(root)
-    with _refused(StoreRefused, f"store {root} cannot be written", "set resources.storage.store to a folder of yours"):
-        folder.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(prefix=".probe-", dir=folder)
-    with scratch, open(f"{scratch.name}/file", "w+b", buffering=0) as file:
-        require(folder, len(data))
+    with _scratch(root) as scratch, open(f"{scratch}/file", "w+b", buffering=0) as file:
+        require(Path(root), len(data))
         started, rest = time.perf_counter(), memoryview(data)
         while rest:
             rest = rest[file.write(rest) :]  # write(2) may write less than it was given
@@ -259,6 +251,14 @@ def timed(root: str, data: bytes) -> tuple[float, float]:
     if whole != data:
         raise OSError(errno.EIO, f"store {root} does not read back what was just written")
     return wrote, took
+
+
+def _scratch(root: str) -> "tempfile.TemporaryDirectory[str]":
+    """A folder of its own in a store, which is made where it is absent. Raises StoreRefused."""
+    folder = Path(root)
+    with _refused(StoreRefused, f"store {root} cannot be written", "set resources.storage.store to a folder of yours"):
+        folder.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(prefix=".probe-", dir=folder)
 
 
 def make_folder(folder: Path, *, setting: str) -> None:
