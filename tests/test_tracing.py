@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,13 @@ PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 """A traceparent of W3C's specification."""
 
 
-@pytest.fixture
-def spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spans]:
-    """What a collector has received, by name; of spans of one name the last."""
-    received: list[Any] = []
+@contextmanager
+def collecting(receive: Callable[[str, bytes], None], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A collector, to which spans are sent, that answers when `receive` has returned from a path and a body."""
 
     class Collector(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            if self.path == "/v1/traces":
-                received.append(ExportTraceServiceRequest.FromString(body))
+            receive(self.path, self.rfile.read(int(self.headers["Content-Length"])))
             self.send_response(200)
             self.end_headers()
 
@@ -48,6 +46,24 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spans]:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     tracing._provider.cache_clear()
+    try:
+        yield
+    finally:
+        tracing._provider().shutdown()
+        tracing._provider.cache_clear()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spans]:
+    """What a collector has received, by name; of spans of one name the last."""
+    received: list[Any] = []
+
+    def receive(path: str, body: bytes) -> None:
+        if path == "/v1/traces":
+            received.append(ExportTraceServiceRequest.FromString(body))
 
     def by_name() -> dict[str, Any]:
         tracing.flush()
@@ -56,12 +72,8 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spans]:
             for span in scope.spans
         }  # fmt: skip
 
-    yield by_name
-    tracing._provider().shutdown()
-    tracing._provider.cache_clear()
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with collecting(receive, monkeypatch):
+        yield by_name
 
 
 def attributes(span: Any) -> dict[str, Any]:
@@ -123,35 +135,19 @@ def test_nobody_waits_for_a_collector_that_does_not_answer(monkeypatch: pytest.M
     """Its exporter would wait for 600 seconds."""
     asked, answer = threading.Event(), threading.Event()
 
-    class Silent(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            asked.set()
-            answer.wait()
-            self.send_response(200)
-            self.end_headers()
+    def receive(*_: object) -> None:
+        asked.set()
+        answer.wait()
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Silent)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "600")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(tracing, "FLUSH_SECONDS", 0.05)
-    tracing._provider.cache_clear()
-    with tracing.span("one"):
-        pass
-    tracing.flush()
-    assert not answer.is_set()
-    answer.set()
-    asked.wait()
-    tracing._provider().shutdown()
-    tracing._provider.cache_clear()
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with collecting(receive, monkeypatch):
+        with tracing.span("one"):
+            pass
+        tracing.flush()
+        assert not answer.is_set()
+        answer.set()
+        asked.wait()
 
 
 def test_a_login_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
