@@ -130,16 +130,20 @@ def test_the_next_setting_is_the_cheapest_that_is_left(
 def lose_devices(losses: Path, *, most: int) -> Any:
     """What a worker of Ray Train runs: the second rank loses its device in the fourth step, `most` times at most.
 
-    A file is written for each loss, and one with the steps of each process of that rank. It is a function in a function
-    so that Ray sends its code.
+    A file is written for each loss, and one with the steps of each process of that rank. At the first loss the other
+    rank begins its step only after Ray Train has ended its process group. It is a function in a function so that Ray
+    sends its code.
     """
 
     def worker(config: dict[str, str]) -> None:
+        import time
+
         import torch
 
         from vila_ops.train import loop, ray_workers
 
         accumulate = loop.accumulate_gradients
+        waited = losses.parent / "waited"
 
         def losing(*args: Any, step: int, **more: Any) -> None:
             if torch.distributed.get_rank() == 1:
@@ -148,6 +152,11 @@ def lose_devices(losses: Path, *, most: int) -> Any:
                 if step == 3 and len(list(losses.iterdir())) < most:
                     (losses / str(os.getpid())).touch()
                     raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
+            elif step == 3 and not waited.exists():
+                waited.touch()
+                until = time.monotonic() + 60
+                while torch.distributed.is_initialized() and time.monotonic() < until:
+                    time.sleep(0.01)
             accumulate(*args, step=step, **more)
 
         loop.accumulate_gradients = losing

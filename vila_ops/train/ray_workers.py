@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
+import torch
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
@@ -20,8 +21,6 @@ from vila_ops.device import collectives
 from vila_ops.errors import ClusterFull, DeviceLost, HungStep, RemoteError, WorkerLost, is_final
 from vila_ops.train.job import RankInfo, TrainJob
 
-GROUP_ENDED = "DeepSpeed backend not set"
-"""What DeepSpeed asserts in the middle of a step whose process group Ray Train ends, as another worker was lost."""
 START_TRY_SECONDS = float(os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60"))
 """How long one try of Ray Train to start all workers waits for enough free nodes."""
 
@@ -151,7 +150,7 @@ def _worker(config: dict[str, str]) -> None:
         facts = {**train(job, rank_info), **whoami()}
         tracing.flush()  # Ray ends the process soon
     except Exception as error:
-        if GROUP_ENDED in str(error):
+        if _group_ended(rank_info):
             raise WorkerLost("another worker was lost, and with it the process group of this one in a step") from error
         if is_final(error) and not (isinstance(error, DeviceLost) and _is_first_loss(job, before=started)):
             draft = Path(f"{job.attempt}-failed-{rank_info.rank}.draft")
@@ -159,6 +158,14 @@ def _worker(config: dict[str, str]) -> None:
             draft.replace(_error_file(job))
         raise
     Path(f"{job.attempt}-rank-{rank_info.rank}.json").write_text(json.dumps(facts))
+
+
+def _group_ended(rank_info: RankInfo) -> bool:
+    """Whether Ray Train has ended the process group, as it does in every worker that is left when one was lost.
+
+    What such a worker raises then depends on where it is: an AssertionError of DeepSpeed, a ValueError of torch.
+    """
+    return rank_info.world_size > 1 and not torch.distributed.is_initialized()
 
 
 def _is_first_loss(job: TrainJob, *, before: float) -> bool:
