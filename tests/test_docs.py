@@ -1,10 +1,12 @@
 """README and docs: commands parse and run, paths and links exist, and printed output is what the commands print."""
 
 import csv
+import json
 import os
 import re
 import shlex
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,10 +31,15 @@ FINGERPRINT = re.compile(r"\b[0-9a-f]{64}\b")
 
 QUESTION = next(line for line in PAGES["docs/your-data.md"].splitlines() if line.startswith("printf "))
 """The command that writes the question for curl."""
+SAMPLE_DATA = tuple(
+    line for line in PAGES["docs/tutorial.md"].splitlines() if line.startswith(("mkdir mine ", "(echo image,text"))
+)
+"""The commands by which a reader without data makes some."""
 RUN = (
     "vila-ops --help",
     "vila-ops doctor",
     "vila-ops benchmark list",
+    "vila-ops benchmark get mmmu --dry-run",
     "vila-ops show demo",
     "vila-ops show vila-7b -r vila_128",
     "vila-ops show configs/recipes/mine.yaml",
@@ -129,16 +136,24 @@ NOT_RUN = {
         "vila-ops data show configs/recipes/demo.yaml --mixture align --out samples.html",
         "vila-ops data download mmc4 raw/mmc4 --out raw/mmc4_images",
         "vila-ops data download coyo raw/coyo --out raw/coyo_images",
+        "vila-ops data download coyo raw/coyo --out raw/coyo_images -s 'clean.top_share={columns: "
+        "[clip_similarity_vitb32, clip_similarity_vitl14], share: 0.2, above: 0.6}'",
         "vila-ops import VILA1.5-3b --out models/vila15-3b > model.yaml",
         "vila-ops import VILA1.5-3b --out models/vila15-3b --json",
         "vila-ops import NVILA-Lite-8B --out models/nvila-lite --chat-template chatml",
         "vila-ops import llava-1.5-7b-hf --out models/llava --chat-template vicuna_v1",
+    ),
+    "is run by tests/data/sources/test_on_s3.py and tests/data/download, on a store of their own": (
+        "vila-ops data lint s3://team-data/kettles/captions.csv --images s3://team-data/kettles/images",
+        "vila-ops data download mmc4 s3://team-data/mmc4 --out s3://team-data/mmc4_images",
     ),
     "fetches a program, and lists what is installed": ("make sbom",),
     "is run by tests/cli/test_manners.py on the tiny recipe": (
         "vila-ops train configs/recipes/mine.yaml --stage sft --dry-run",
     ),
     "changes this checkout": ("git pull",),
+    "changes the reader's shell": ('export PATH="$PWD/.venv/bin:$PATH"', "cd .."),
+    "is run by tests/test_docs.py::test_the_tutorial_has_data_for_a_reader_without": SAMPLE_DATA,
     "collects packages on a machine with a network, and installs them on one without": (
         "uv build --wheel",
         "DS_BUILD_OPS=0 pip wheel --wheel-dir wheels --constraint constraints.txt dist/vila_ops-*.whl",
@@ -250,6 +265,9 @@ NOT_RUN = {
         "dvc diff",
         "dvc pull data/mine",
         "git diff data/mine.md",
+        "dvc remote add --default team s3://team-data/dvc",
+        'git add .dvc/config && git commit -m "A remote for data"',
+        "dvc push",
         "vila-ops data watch configs/recipes/mine.yaml --mixture mine --commit",
     ),
 }
@@ -265,7 +283,8 @@ def blocks(language: str) -> Iterator[tuple[str, str]]:
 
 def commands_of(block: str) -> list[str]:
     """The lines of a block without their comments and their alignment."""
-    lines = (re.sub(r"\s#.*$", "", line).strip() for line in block.splitlines())
+    joined = block.replace("\\\n", " ")
+    lines = (re.sub(r"\s#.*$", "", line).strip() for line in joined.splitlines())
     return [re.sub(r"\s+", " ", line) for line in lines if line]
 
 
@@ -331,6 +350,16 @@ def test_every_block_names_its_language() -> None:
         assert text.count("\n```") % 2 == 0, page
         languages = {name for name, _ in FENCE.findall(text)}
         assert languages <= {"sh", "text", "yaml", "json", "python", "toml"}, page
+
+
+def test_commands_are_in_blocks_of_commands() -> None:
+    """So that none escapes in a block of another language."""
+    program = re.compile(
+        r"^(?:vila-ops|make|curl|pip|uv|prefect|dvc|git|kubectl|helm|docker|export|sbatch) ", re.MULTILINE
+    )
+    for language in ("text", "yaml", "json", "python", "toml"):
+        for page, block in blocks(language):
+            assert not program.findall(block), f"{page}: {block}"
 
 
 def test_every_command_is_run_or_says_why_not() -> None:
@@ -415,6 +444,15 @@ def test_make_targets_exist() -> None:
         assert {words[5:].split()[0] for words in named if words.startswith("make ")} <= targets, page
         for name in re.findall(r"\bNAME=(\w+)", text):
             assert (ROOT / "benchmarks" / f"{name}.py").is_file(), page
+
+
+def test_the_tutorial_has_data_for_a_reader_without(tmp_path: Path) -> None:
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    subprocess.run(["sh", "-ec", "\n".join(SAMPLE_DATA)], cwd=tmp_path, check=True)
+    words = ["data", "lint", str(tmp_path / "mine/captions.csv"), "--images", str(tmp_path / "mine/images"), "--json"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout.splitlines()[-1])["records"] == 48
 
 
 def test_paths_exist(workspace: Path) -> None:

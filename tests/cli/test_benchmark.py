@@ -283,3 +283,30 @@ def test_what_the_hub_does_not_have_is_told(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the port that discards, where nobody listens
     with pytest.raises(FetchError, match="not available from the hub"):
         from_hub(tmp_path / "gqa", files, repository=MIRROR, revision="main")
+
+
+def test_a_dry_run_lists_sizes_and_what_is_here_and_asks_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    shown = run("get", "llava_bench", "--out", str(tmp_path), "--dry-run")
+    assert shown.exception is None, shown.exception
+    assert shown.stdout.splitlines() == [
+        "llava_bench, from data set liuhaotian/llava-bench-in-the-wild at 9773b6fd2be88d4ced480dcd9bfd4ce76e47f79b",
+        *("  questions.jsonl", "    8 kB, to fetch", "  context.jsonl", "    8 kB, to fetch"),
+        *("  answers_gpt4.jsonl", "    47 kB, to fetch", "  images/*.jpg", "    10 MB, to fetch"),
+        *("  rule.json", "    size not stated, by hand"),
+        "    https://github.com/haotian-liu/LLaVA/blob/main/llava/eval/table/rule.json",
+    ]
+    assert list(tmp_path.iterdir()) == []
+    copy_of("llava_bench", tmp_path)
+    there = lines_of(run("get", "llava_bench", "--out", str(tmp_path), "--dry-run", "--json"))
+    assert {one["here"] for one in there} == {True}
+    zips = lines_of(run("get", "chartqa", "--out", str(tmp_path), "--dry-run", "--json"))
+    assert {one["download"] for one in zips} == {"ChartQA Dataset.zip"}
+    unknown = run("get", "mme", "--out", str(tmp_path), "--dry-run")
+    assert "no commit of data set 'darkyarding/MME' is known" in str(unknown.exception)
+    mirror = run("get", "vizwiz", "--out", str(tmp_path), "--repo", MIRROR, "--revision", "main", "--dry-run")
+    assert mirror.stdout.startswith(f"vizwiz, from data set {MIRROR} at main\n  val.json\n")

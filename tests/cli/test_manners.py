@@ -29,8 +29,12 @@ ROOT = Path(__file__).parents[2]
 TINY = "configs/recipes/tiny.yaml"
 TELLS_NOTHING = {"undeploy", "down", "demo", "metrics"}
 """Commands without a result to print: they end something, show how a flow run goes on, or have another form."""
-COSTS = {"fetch", "run", "prepare", "train stage", "evaluate", "ablate", "retrain"}
-"""Commands that take hours of machines or much of a network. `gc`, `export` and `canary` tell before in other ways."""
+COSTS = {
+    *("fetch", "run", "prepare", "train stage", "evaluate", "ablate", "retrain"),
+    *("data download", "benchmark get", "deploy"),
+}
+"""Commands that take hours of machines or much of a network, or change what is served. `gc`, `export` and `canary` tell
+before in other ways."""
 COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-8]|4[0-8]|9\d|10\d)(?:;\d+)*m")
 
 

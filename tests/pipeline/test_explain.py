@@ -10,9 +10,16 @@ import pytest
 
 from tests.pipeline.sealed import ROOT, seal_all, tiny_run
 from tests.seed import SEED
+from vila_ops.artifacts import store
+from vila_ops.artifacts.kinds import Checkpoint, ModelVersion
 from vila_ops.config import Resources, Run
 from vila_ops.data.preprocess import prepare
-from vila_ops.pipeline.explain import Step, explain
+from vila_ops.pipeline.explain import Step, explain, explain_deploy
+from vila_ops.processes import this_process
+from vila_ops.registry import alias_register
+from vila_ops.serve.backends.local_process import LocalProcess, ServiceRecord
+from vila_ops.serve.router.state import ServiceState, Track
+from vila_ops.serve.spec import Spec
 
 EDITS = int(os.environ.get("VILA_EDITS", "12"))
 STAGES = ("align", "pretrain", "sft")
@@ -143,3 +150,51 @@ def test_raw_files_that_changed_are_named(tiny: Run, tmp_path: Path) -> None:
         "source 'mine': d.csv is new",
         "source 'mine': a.csv is gone",
     )
+
+
+def served_as_champion(run: Run, version: ModelVersion) -> None:
+    """Note a version as the champion and as what this very process serves."""
+    place = run.resources.storage.store
+    alias_register.move(version.name, {"champion": version}, over=None, reason="a test", store=place)
+    spec = Spec.of(run.recipe.service, version, run.resources)
+    service = LocalProcess(run.recipe.service.name, run.resources)
+    track = Track(spec=spec, url="http://127.0.0.1:9", process=this_process())
+    service.manager.folder.mkdir(parents=True)
+    service.manager.write(
+        ServiceRecord(**this_process()._asdict(), host="127.0.0.1", port=run.resources.serve.port, identity="")
+    )
+    service.register.change(lambda _: ServiceState(stable=track))
+
+
+def test_a_deployment_is_told_with_what_is_live_and_changes_nothing(tiny: Run, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"set resources\.tracking\.uri"):
+        explain_deploy(Run(recipe=tiny.recipe, resources=tiny.resources.with_changes({"tracking.uri": None})))
+    database = tmp_path / "mlflow.db"
+    resources = tiny.resources.with_changes({"tracking.uri": f"sqlite:///{database}", "serve.port": 8123})
+    run = Run(recipe=tiny.recipe, resources=resources)
+    first = by_name(explain_deploy(run))
+    name = f"deploy {run.recipe.service.name}"
+    assert [*first] == [
+        *("assemble base", *(task for one in STAGES for task in (f"prepare tiny_{one}", f"train {one}"))),
+        *(HELD_OUT, FINAL, f"register {run.recipe.gate.model_name}", name),
+    ]
+    assert first[name].why == ("nothing serves; it will listen at http://127.0.0.1:8123",)
+    assert not list(Path(resources.storage.store).rglob("*"))
+
+    seal_all(run)
+    steps = by_name(explain_deploy(run))
+    uri = steps["train sft"].uri
+    assert uri is not None
+    sealed = Checkpoint(uri=uri, digest=store.read_manifest(uri)["digest"], stage="sft", step=6)
+    assert steps[f"register {run.recipe.gate.model_name}"].why[0].startswith("there is no champion")
+    assert steps[name].why[1].startswith("a replica would load 0 MB of files")
+    served_as_champion(run, ModelVersion(name=run.recipe.gate.model_name, version=3, checkpoint=sealed, promoted=True))
+    steps = by_name(explain_deploy(run))
+    assert steps[f"register {run.recipe.gate.model_name}"].why == ("the model is version 3, the champion",)
+    assert steps[name].why[0] == "version 3 serves at http://127.0.0.1:8123, and stays as it is unless the gate changed"
+    other = run.recipe.with_changes({"stages.sft.learning_rate": 1e-5})
+    steps = by_name(explain_deploy(Run(recipe=other, resources=resources)))
+    assert steps["train sft"].status == "runs"
+    assert "the champion is version 3" in steps[f"register {run.recipe.gate.model_name}"].why[0]
+    assert steps[name].why == ("version 3 serves at http://127.0.0.1:8123 until one that passed the gate answers",)
+    assert not database.exists()

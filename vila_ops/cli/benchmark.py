@@ -1,13 +1,17 @@
 """`vila-ops benchmark`: the official files of benchmarks, where they come from and what is wrong with them."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vila_ops.cli.options import JsonLines, say
+
+if TYPE_CHECKING:
+    from vila_ops.eval.downloads import PlannedFile
 
 benchmark = typer.Typer(name="benchmark", no_args_is_help=True, help="The official files of benchmarks.")
 
@@ -88,6 +92,9 @@ def get_files(
         typer.Option("--revision", help="A commit, tag or branch of it; needed where `list` states no commit"),
     ] = None,
     settings: Settings = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would be fetched, with sizes, and what is here; fetch nothing")
+    ] = False,
     as_json: JsonLines = False,
 ) -> None:
     """Fetch the official files of a benchmark from the hub, by default from a data set of its authors if they have one.
@@ -96,13 +103,32 @@ def get_files(
     file with its recorded sha256. A file that is there with another content is not replaced.
     """
     from vila_ops.config.load import key_and_value
-    from vila_ops.eval.downloads import from_hub
+    from vila_ops.eval.downloads import from_hub, planned
     from vila_ops.eval.origins import default_config, origins_of
 
     config = default_config(kind, dict(map(key_and_value, settings or ())))
     origins = origins_of(kind)
     files = [file for file in origins.files if file.is_read(config)]
     revision = revision or (origins.revision if repository is None else None)
+    if dry_run:
+        plans = planned(out / kind, files, repository=repository, revision=revision)
+        if as_json:
+            for one in plans:
+                say(json.dumps({"benchmark": kind, **asdict(one)}))
+        else:
+            say("\n".join(_planned_lines(kind, plans)))
+        return
     for name in from_hub(out / kind, files, repository=repository, revision=revision):
         place = str(out / kind / name)
         say(json.dumps({"benchmark": kind, "file": place}) if as_json else place)
+
+
+def _planned_lines(kind: str, plans: "list[PlannedFile]") -> Iterator[str]:
+    """What would be fetched, a file at a time."""
+    yield f"{kind}, from data set {plans[0].repository} at {plans[0].revision}"
+    for one in plans:
+        inside = f" for {one.download}" if one.download != one.file and not one.by_hand else ""
+        state = "here" if one.here else "by hand" if one.by_hand else "to fetch"
+        yield f"  {one.file}\n    {_stated('size', one.size)}{inside}, {state}"
+        if one.by_hand and not one.here:
+            yield f"    {one.download}"

@@ -106,6 +106,9 @@ def download(
         list[str] | None,
         typer.Option("--retry", help="Retry URLs with this outcome; may be given several times", metavar="OUTCOME"),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say how many URLs would be fetched, and what they take; fetch nothing")
+    ] = False,
     as_json: JsonLines = False,
 ) -> None:
     """Download the images that raw files name by URL, and print the outcomes.
@@ -119,7 +122,7 @@ def download(
     from vila_ops.config import Resources
     from vila_ops.config.download import DownloadSettings
     from vila_ops.config.load import key_and_value, read
-    from vila_ops.data.download import Outcome, download_source, table, url_module
+    from vila_ops.data.download import Outcome, download_source, planned, summary, table, url_module
     from vila_ops.data.inspect.guess import guess
     from vila_ops.data.raw.objects import raw_path
 
@@ -136,12 +139,13 @@ def download(
     url_module(kind)
     source = guess(path, kind=kind, images=out, own=dict(map(key_and_value, own or ())))
     cache = Resources(launch="inline").storage.cache_folder()
-    finished = download_source(source, raw_path(out), settings=chosen, cache=cache, retry=outcomes)
-    if as_json:
-        for one in finished:
-            print(json.dumps(asdict(one)))
+    if dry_run:
+        plans = planned(source, raw_path(out), settings=chosen, cache=cache, retry=outcomes)
+        told, every = summary(plans, chosen), [asdict(plan) for plan in plans]
     else:
-        print("\n".join(table(finished)))
+        finished = download_source(source, raw_path(out), settings=chosen, cache=cache, retry=outcomes)
+        told, every = table(finished), [asdict(one) for one in finished]
+    print("\n".join(map(json.dumps, every) if as_json else told))
 
 
 @data.command("watch")

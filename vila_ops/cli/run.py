@@ -203,12 +203,23 @@ def register(
 
 
 def deploy(
-    recipe: RecipeFile, resources: ResourcesFile = INLINE, overrides: Overrides = None, as_json: AsJson = False
+    recipe: RecipeFile,
+    resources: ResourcesFile = INLINE,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say which tasks would work, and what is served now; change nothing")
+    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Serve the model of a recipe, or the champion where the gate refused it."""
+    from vila_ops.pipeline import explain as explaining
     from vila_ops.pipeline import promotion
 
-    print_result(promotion.deploy_champion(*load_run(recipe, resources, overrides)), as_json)
+    run, context = load_run(recipe, resources, overrides)
+    if dry_run:
+        print_steps(explaining.explain_deploy(run), as_json)
+    else:
+        print_result(promotion.deploy_champion(run, context), as_json)
 
 
 def undeploy(recipe: RecipeFile, resources: ResourcesFile = INLINE, overrides: Overrides = None) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from vila_ops.artifacts.disk import sha256
@@ -16,6 +17,47 @@ from vila_ops.packages.resolve import hub_faults
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class PlannedFile:
+    """A file that `from_hub` would bring, or that a person has to."""
+
+    file: str
+    """Its path in the benchmark's folder."""
+    size: str
+    """Of the download, as `OfficialFile` states it."""
+    download: str
+    """PATH of the download in the data set, such as a zip that has the file; by hand: where it is published."""
+    repository: str
+    """The data set."""
+    revision: str
+    by_hand: bool
+    here: bool
+    """Whether it is in the folder. It would be fetched again, and compared."""
+
+
+def planned(
+    folder: Path, files: Sequence[OfficialFile], *, repository: str | None, revision: str | None
+) -> list[PlannedFile]:
+    """What `from_hub` would bring into a folder, without asking the hub. Raises ValueError as that does."""
+    source, commit, _ = _asked(files, repository=repository, revision=revision)
+    plans = []
+    for file in files:
+        by_hand = repository is None and not file.hub
+        own = file.path if repository else file.hub.removeprefix(f"{source}/").partition("!")[0]
+        plans.append(
+            PlannedFile(
+                file=file.path,
+                size=file.size,
+                download=file.url if by_hand else own,
+                repository=source,
+                revision=commit,
+                by_hand=by_hand,
+                here=next(folder.glob(file.path), None) is not None,
+            )
+        )
+    return plans
+
+
 def from_hub(folder: Path, files: Sequence[OfficialFile], *, repository: str | None, revision: str | None) -> list[str]:
     """Fetch files into a benchmark's folder; returns their names. An interrupted download goes on with the next call.
 
@@ -24,30 +66,35 @@ def from_hub(folder: Path, files: Sequence[OfficialFile], *, repository: str | N
     Raises ValueError where the hub does not have the files, where one of another content is in the folder, where
     their authors have no data set, and without a revision; FetchError where the hub did not answer.
     """
-    if repository is None:
-        repository, folders = _by_authors(files)
-        for file in (one for one in files if not one.hub):
-            logger.warning("%s is not in %s; fetch it by hand from %s", file.path, repository, file.url)
-    else:
-        folders = {file.path: "" for file in files}
-    if revision is None:
-        raise ValueError(
-            f"no commit of data set {repository!r} is known to vila-ops; name one with --revision, so that everyone "
-            f"reads the same files (https://huggingface.co/datasets/{repository}/commits/main lists them), or main for "
-            f"the newest"
-        )
+    source, revision, folders = _asked(files, repository=repository, revision=revision)
+    for file in (one for one in files if repository is None and not one.hub):
+        logger.warning("%s is not in %s; fetch it by hand from %s", file.path, source, file.url)
     partial = folder.with_name(f".{folder.name}.partial")
     with faults_named(folder):
-        commit = _download(repository, revision, list(folders), partial)
+        commit = _download(source, revision, list(folders), partial)
         for archive in sorted(partial.rglob("*.zip")):
             logger.info("unpacking %s", archive.name)
             _unpack(archive, partial, folder=folders.get(archive.relative_to(partial).as_posix(), ""))
             archive.unlink()
         digests = _moved(partial, folder)
-        listing = {"repository": repository, "commit": commit, "sha256": digests}
+        listing = {"repository": source, "commit": commit, "sha256": digests}
         (folder / DOWNLOADED).write_text(json.dumps(listing, indent=1), encoding="utf-8")
         shutil.rmtree(partial)
     return sorted(digests)
+
+
+def _asked(
+    files: Sequence[OfficialFile], *, repository: str | None, revision: str | None
+) -> tuple[str, str, dict[str, str]]:
+    """The data set, the revision, and by path of each file in it the folder of a zip. Raises ValueError."""
+    source, folders = (repository, {file.path: "" for file in files}) if repository else _by_authors(files)
+    if revision is None:
+        raise ValueError(
+            f"no commit of data set {source!r} is known to vila-ops; name one with --revision, so that everyone "
+            f"reads the same files (https://huggingface.co/datasets/{source}/commits/main lists them), or main for "
+            f"the newest"
+        )
+    return source, revision, folders
 
 
 def _by_authors(files: Sequence[OfficialFile]) -> tuple[str, dict[str, str]]:

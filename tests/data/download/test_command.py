@@ -111,3 +111,41 @@ def test_rules_of_the_source_select_before_anything_is_fetched(server, case, mak
     done = CliRunner().invoke(app, asked)  # all are wanted now
     assert json.loads(done.stdout)["counts"] == {"ok": 10}
     assert [server.seen[one.path] for one in cases] == [1] * 10
+
+
+def test_a_dry_run_counts_what_would_be_fetched_and_asks_nobody(server, case, make_settings, tmp_path: Path) -> None:
+    cases = [case("ok_png", number) for number in range(4)]
+    server.plan(cases)
+    urls = [f"http://127.0.0.1:{server.port}{one.path}" for one in cases]
+    raw, settings, out = tmp_path / "raw.jsonl", tmp_path / "settings.yaml", tmp_path / "out"
+    settings.write_text(yaml.safe_dump(make_settings(per_host_per_second=0.5).model_dump(mode="json")))
+
+    def write(some: list[str]) -> None:
+        raw.write_text(json.dumps({"text_list": [], "image_info": [{"raw_url": url} for url in some]}) + "\n")
+
+    asked = ["data", "download", "mmc4", str(raw), "--out", str(out), "--settings", str(settings)]
+    write([*urls, "ftp://there/x.png"])
+    done = CliRunner().invoke(app, [*asked, "--dry-run"])
+    assert done.exit_code == 0, done.output
+    assert [" ".join(line.split()) for line in done.stdout.splitlines()] == [
+        "URLs 5 of 1 raw files",
+        "finished before 0",
+        "refused 1 without a request",
+        "to fetch 4 size not known before the first image; at most 0.2 MB each",
+        "at least 6 s, by 0.5 URLs of a host a second",
+    ]
+    assert not out.exists()
+    assert not any(server.seen.values())
+    settings.write_text(yaml.safe_dump(make_settings().model_dump(mode="json")))
+    write(urls[:1])
+    assert CliRunner().invoke(app, asked).exit_code == 0
+    written = {path: path.read_bytes() for path in out.iterdir()}
+    write(urls)
+    told = json.loads(CliRunner().invoke(app, [*asked, "--dry-run", "--json"]).stdout)
+    size = len(cases[0].body)
+    counts = {"urls": 4, "finished": 1, "refused": 0, "to_fetch": 3, "images": 1, "bytes": size}
+    assert {name: told[name] for name in counts} == counts
+    again = json.loads(CliRunner().invoke(app, [*asked, "--dry-run", "--json", "--retry", "ok"]).stdout)
+    assert (again["finished"], again["to_fetch"]) == (0, 4)
+    assert {path: path.read_bytes() for path in out.iterdir()} == written
+    assert sum(server.seen.values()) == 1

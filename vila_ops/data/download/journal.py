@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 from vila_ops.data.download.outcome import DownloadRecord
 
@@ -40,6 +40,14 @@ def is_journal(out: Path) -> bool:
         return False
     with journal_path(out).open("rb") as file:
         return BEGINS.startswith(file.read(len(BEGINS)))
+
+
+def records_of(out: Path) -> dict[str, DownloadRecord]:
+    """The records of a journal by URL, read without opening it for writing; empty without a journal."""
+    if not journal_path(out).is_file():
+        return {}
+    with journal_path(out).open("rb") as file:
+        return {record.url: record for _, record, _ in _whole_lines(file)}
 
 
 class Journal:
@@ -118,7 +126,8 @@ class Journal:
     def _recover(self) -> None:
         size = os.fstat(self._bodies.fileno()).st_size
         lines_end = bodies_end = 0
-        for length, record, offset in self._whole_lines():
+        self._lines.seek(0)
+        for length, record, offset in _whole_lines(self._lines):
             end = offset + (record.bytes or 0)
             if end > size:
                 break
@@ -127,18 +136,18 @@ class Journal:
         self._lines.truncate(lines_end)
         self._bodies.truncate(bodies_end)
 
-    def _whole_lines(self) -> Iterator[tuple[int, DownloadRecord, int]]:
-        """(length of the line in bytes, record, offset of its image) up to the first incomplete line."""
-        self._lines.seek(0)
-        for line in self._lines:
-            if not line.endswith(b"\n"):
-                return
-            try:
-                fields = json.loads(line)
-                offset = int(fields.pop("offset"))
-                yield len(line), DownloadRecord(**fields), offset
-            except (ValueError, KeyError, TypeError, AttributeError):
-                return  # damaged by a power cut; the lines after it are not valid either
+
+def _whole_lines(file: BinaryIO) -> Iterator[tuple[int, DownloadRecord, int]]:
+    """(length of the line in bytes, record, offset of its image) up to the first incomplete line."""
+    for line in file:
+        if not line.endswith(b"\n"):
+            return
+        try:
+            fields = json.loads(line)
+            offset = int(fields.pop("offset"))
+            yield len(line), DownloadRecord(**fields), offset
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return  # damaged by a power cut; the lines after it are not valid either
 
 
 def _sync(file: io.BufferedRandom) -> None:

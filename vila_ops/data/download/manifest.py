@@ -130,9 +130,15 @@ def upload(work: Path, out: ObjectPath) -> None:
 
 def unfinished(urls: Sequence[str], out: Path, *, retry: Collection[Outcome]) -> bool:
     """Whether URLs are missing in the manifest, as after the raw file grew, or ended in one of the `retry` outcomes."""
+    rows = finished_rows(out)
+    return any(url not in rows or rows[url][0] in retry for url in urls)
+
+
+def finished_rows(out: Path) -> dict[str, tuple[Outcome, int | None]]:
+    """Outcome and bytes of each URL of a finished raw file. Raises ValueError if tar and table do not match."""
     rows = _rows(out)
-    outcomes = dict(zip(rows["url"].to_pylist(), rows["outcome"].to_pylist(), strict=True))
-    return any(url not in outcomes or outcomes[url] in retry for url in urls)
+    columns = (rows[name].to_pylist() for name in ("url", "outcome", "bytes"))
+    return {url: (outcome, size) for url, outcome, size in zip(*columns, strict=True)}
 
 
 def read_outcomes(urls: Sequence[str], out: Path) -> Outcomes:

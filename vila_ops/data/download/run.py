@@ -45,6 +45,18 @@ def download_source(
     ended in one of the `retry` outcomes. Raises ValueError for raw files of another format, and OSError if the disk is
     full. A file in `out` that no download wrote is refused before any request.
     """
+    resolve = SystemResolver()
+    finished = []
+    for file, target in checked_files(source, out):
+        urls = urls_of(source, file)
+        work = work_of(target, cache)
+        finished.append(asyncio.run(download(urls, target, settings=settings, resolve=resolve, retry=retry, work=work)))
+        logger.info("%s: %s", file.name, finished[-1].counts)
+    return finished
+
+
+def checked_files(source: Source, out: Path) -> list[tuple[Path, Path]]:
+    """Each raw file and the path of its results without suffixes. Raises ValueError for what would be overwritten."""
     if (
         not isinstance(out, ObjectPath)
         and not next(parent for parent in (out, *out.parents) if parent.exists()).is_dir()
@@ -53,14 +65,7 @@ def download_source(
     raw = raw_files(source, out)
     for _, target in raw:
         check_ours(target)
-    resolve = SystemResolver()
-    finished = []
-    for file, target in raw:
-        urls = urls_of(source, file)
-        work = _work(target, cache)
-        finished.append(asyncio.run(download(urls, target, settings=settings, resolve=resolve, retry=retry, work=work)))
-        logger.info("%s: %s", file.name, finished[-1].counts)
-    return finished
+    return raw
 
 
 async def download(
@@ -97,7 +102,7 @@ async def download(
     return outcomes
 
 
-def _work(out: Path, cache: Path) -> Path | None:
+def work_of(out: Path, cache: Path) -> Path | None:
     """Where on this machine the unfinished images of a raw file lie; None for a place of this machine."""
     if not isinstance(out, ObjectPath):
         return None
