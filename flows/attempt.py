@@ -9,7 +9,7 @@ import os
 import select
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Self, TypeVar
@@ -30,6 +30,7 @@ from vila_ops.artifacts.progress import Reporter
 from vila_ops.artifacts.store import root_of
 from vila_ops.config import Recipe, Resources, Run, run_of
 from vila_ops.errors import Preempted
+from vila_ops.pipeline.explain import Step
 from vila_ops.pipeline.sweeper import LABEL, lease_of
 
 POLL_SECONDS = 3.0
@@ -46,6 +47,15 @@ def checked_run(recipe: str | Recipe, resources: str | Resources, overrides: tup
     logs.adopt()
     doctor.refuse(run, doctor.services(run.resources))
     return run
+
+
+def check_device(run: Run, steps: Iterable[Step]) -> None:
+    """Raise ValueError where a task will work and the device or the cluster that it needs is not there.
+
+    A run that finds everything sealed needs none.
+    """
+    if any(step.status in ("runs", "follows") for step in steps):
+        doctor.refuse(run, doctor.device_findings(run.resources))
 
 
 def attempt(run: Run, work: Callable[[], R]) -> R | State[None]:

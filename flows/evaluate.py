@@ -6,10 +6,11 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.client.schemas.objects import State
 
-from flows.attempt import attempt, checked_run
+from flows.attempt import attempt, check_device, checked_run
 from flows.tasks import TASKS
 from vila_ops.config import OfficialSuite, Recipe, Resources, Run, Suite, load_suite
 from vila_ops.eval.report import read_report
+from vila_ops.pipeline.explain import explain_evaluate
 from vila_ops.pipeline.stages import evaluate_stage, last_stage
 
 
@@ -38,6 +39,7 @@ def evaluate(
 
 
 def _work(run: Run, stage: str, suite: Suite | OfficialSuite) -> dict[str, str]:
+    check_device(run, explain_evaluate(run, stage, suite))
     report = evaluate_stage(run, stage, suite, tasks=TASKS)
     rows = [
         {key: getattr(metric, key) for key in ("name", "role", "value", "low", "high", "n")}

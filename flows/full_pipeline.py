@@ -6,9 +6,8 @@ from prefect import State, flow, runtime, settings
 from prefect.states import Completed
 
 from flows import pages
-from flows.attempt import attempt, checked_run
+from flows.attempt import attempt, check_device, checked_run
 from flows.tasks import TASKS
-from vila_ops import doctor
 from vila_ops.config import Recipe, Resources, Run, RunContext
 from vila_ops.config.schedule import Schedule
 from vila_ops.pipeline import windows
@@ -44,8 +43,7 @@ def vila(
 
 def _work(run: Run) -> dict[str, str]:
     steps = explain(run)
-    if any(step.status in ("runs", "follows") for step in steps):  # an unchanged run needs no device
-        doctor.refuse(run, doctor.device_findings(run.resources))
+    check_device(run, steps)
     pages.show_plan(steps)
     progress = pages.TaskProgress(steps)
     address = settings.PREFECT_UI_URL.value()  # None without a server's address

@@ -8,10 +8,12 @@ from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
 from prefect.states import Completed
 
-from flows.attempt import attempt, checked_run
+from flows.attempt import attempt, check_device, checked_run
 from flows.tasks import TASKS
 from vila_ops.config import NO_CONTEXT, Recipe, Resources, Run
 from vila_ops.pipeline import promotion
+from vila_ops.pipeline.explain import explain_evaluate
+from vila_ops.pipeline.stages import last_stage
 
 
 class Approval(RunInput):
@@ -46,6 +48,7 @@ def promote(
 
 
 def _work(run: Run, *, approval: bool) -> dict[str, str] | State[Any]:
+    check_device(run, explain_evaluate(run, last_stage(run.recipe), run.recipe.final_suite))
     candidate = promotion.candidate_of(run, tasks=TASKS, context=NO_CONTEXT)
     rows = promotion.beside_champion(run, candidate, tasks=TASKS, context=NO_CONTEXT)
     create_table_artifact(key="vila-comparison", table=rows, description="The model and the champion")

@@ -2,14 +2,19 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flows.ablate import ablate
+from flows.evaluate import evaluate
 from flows.full_pipeline import vila
+from flows.release import promote
 from vila_ops.config import Resources
 
 TINY = "configs/recipes/tiny.yaml"
+FLOWS = [vila.fn, evaluate.fn, promote.fn]
+"""Those that work on a recipe as soon as they are started."""
 
 
 def overrides(folder: Path, **changes: str) -> tuple[str, ...]:
@@ -17,23 +22,29 @@ def overrides(folder: Path, **changes: str) -> tuple[str, ...]:
     return tuple(f"resources.{key}={value}" for key, value in own.items())
 
 
-def test_every_lack_is_told_at_once(tmp_path: Path, free_ports: Callable[[int], list[int]]) -> None:
+@pytest.mark.parametrize("work", FLOWS)
+def test_every_lack_is_told_at_once(
+    work: Callable[..., Any], tmp_path: Path, free_ports: Callable[[int], list[int]]
+) -> None:
     """A store that is a file, an MLflow that does not answer, and a key that is not there."""
     (tmp_path / "store").write_text("")
     (port,) = free_ports(1)
     away = f"http://127.0.0.1:{port}"
     wrong = overrides(tmp_path, **{"tracking.uri": away, "serve.access.key_file": f"{tmp_path}/keys"})
     with pytest.raises(ValueError, match="cannot run with these resources") as raised:
-        vila.fn(TINY, "inline", wrong)
+        work(TINY, "inline", overrides=wrong)
     told = str(raised.value).splitlines()
     assert len(told) == 4
     for lack, line in zip((f"{tmp_path}/store", away, f"{tmp_path}/keys"), told[1:], strict=True):
         assert lack in line
 
 
-def test_a_device_that_is_not_there_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+@pytest.mark.parametrize("work", FLOWS)
+def test_a_device_that_is_not_there_is_refused_before_anything_is_made(
+    work: Callable[..., Any], tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=r"cannot run with these resources:\ndevice: "):
-        vila.fn("tiny", "inline", overrides(tmp_path, device="gpu"))
+        work("tiny", "inline", overrides=overrides(tmp_path, device="gpu"))
     assert not (tmp_path / "store/pretrained").exists()
 
 

@@ -148,10 +148,10 @@ def evaluate(
         job, context = stages.job_of_endpoint(load_suite(recipe), name, url, loaded), NO_CONTEXT
     else:
         run, context = load_run(recipe, resources, overrides)
-        if dry_run:
-            print_steps(explaining.explain_evaluate(run, stage, final=final), as_json)
-            return
         own = run.recipe.final_suite if final else run.recipe.stage_suite
+        if dry_run:
+            print_steps(explaining.explain_evaluate(run, stage, own), as_json)
+            return
         chosen = own if suite is None else load_suite(suite)
         if every is not None:
             for step, report in stages.evaluate_in_training(run, stage, chosen, every=every, context=context):

@@ -21,7 +21,7 @@ from vila_ops.artifacts.kinds import (
     Pretrained,
 )
 from vila_ops.artifacts.listing import manifests
-from vila_ops.config import Config, Mixture, Model, Run, Suite, TextFormat
+from vila_ops.config import Config, Mixture, Model, OfficialSuite, Run, Suite, TextFormat
 from vila_ops.config.base import differences
 from vila_ops.config.run import BASE
 from vila_ops.data.preprocess import prepare
@@ -98,12 +98,15 @@ def explain_train(run: Run, stage: str) -> list[Step]:
     return steps.listed
 
 
-def explain_evaluate(run: Run, stage: str, *, final: bool) -> list[Step]:
-    """The tasks that measure the model after a stage on the stage suite or the final one, in their order."""
+def explain_evaluate(run: Run, stage: str, suite: Suite | OfficialSuite) -> list[Step]:
+    """The tasks that measure the model after a stage on a suite of the recipe or an official one, in their order."""
     recipe, steps = run.recipe, _Steps(run)
-    suite, setting = (recipe.final_suite, "final_suite") if final else (recipe.stage_suite, "stage_suite")
+    own = {"final_suite": recipe.final_suite, "stage_suite": recipe.stage_suite}
+    setting = next((name for name, one in own.items() if one is suite), suite.name)
     check_stage(recipe, stage, (BASE, *recipe.stages))
-    data = steps.prepare(suite.mixture, suite_text(recipe, stage), f"{setting}.mixture")
+    data = None
+    if isinstance(suite, Suite):
+        data = steps.prepare(suite.mixture, suite_text(recipe, stage), f"{setting}.mixture")
     steps.evaluate(suite, setting, stage, steps.model_after(stage), data)
     return steps.listed
 
@@ -230,7 +233,9 @@ class _Steps:
         self._add_reading("train", stage, at, same, {"data": data, "model": init}, places)
         return Checkpoint(uri="", digest=_unmade(at), stage=stage, step=0)
 
-    def evaluate(self, suite: Suite, setting: str, stage: str, model: Weights, data: Dataset) -> None:
+    def evaluate(
+        self, suite: Suite | OfficialSuite, setting: str, stage: str, model: Weights, data: Dataset | None
+    ) -> None:
         """The report of a model on a suite: benchmark by benchmark."""
         job = evaluate.job_of(suite, model, data, self._run.resources)
         results = evaluate.results_of(job)
