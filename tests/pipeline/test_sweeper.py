@@ -16,6 +16,8 @@ from vila_ops.pipeline.automations import CANCELLED, LOST, automations
 from vila_ops.pipeline.sweeper import LABEL, Sweeper, client_of, lease_of
 
 Json = dict[str, Any]
+AT_MOST = 200
+"""Prefect's answer has no more flow runs than this (PREFECT_SERVER_API_DEFAULT_LIMIT)."""
 HELD_AND_KILLED = """
 import os, signal, sys
 from vila_ops.artifacts.leases import hold
@@ -41,8 +43,9 @@ class Prefect:
     def __call__(self, request: httpx.Request) -> httpx.Response:
         path, body = request.url.path.removeprefix("/api"), json.loads(request.content or b"null")
         if path == "/flow_runs/filter":
-            wanted = body["flow_runs"]["state"]["type"]["any_"]
-            return httpx.Response(200, json=[self.flow_run(one) for one, at in self.states.items() if at in wanted])
+            wanted, first = body["flow_runs"]["state"]["type"]["any_"], body["offset"]
+            found = [self.flow_run(one) for one in sorted(self.states) if self.states[one] in wanted]
+            return httpx.Response(200, json=found[first : first + AT_MOST])
         if path.startswith("/flow_runs/"):
             return httpx.Response(200, json=self.flow_run(path.rpartition("/")[2]))
         if path == "/events":
@@ -87,6 +90,18 @@ def test_a_run_whose_process_was_killed_is_told_once_and_again_if_nothing_happen
     prefect.states["a"] = "CRASHED"
     clock[0] = 600.0
     assert sweep() == []
+
+
+def test_every_running_flow_run_is_looked_at_however_many_there_are(prefect: Prefect) -> None:
+    """None has a lease; of those that have ended meanwhile nothing is told."""
+    clock = [0.0]
+    sweep = sweeper(prefect, lambda: clock[0]).sweep
+    running = {f"run-{number:03}" for number in range(2 * AT_MOST + 1)}
+    prefect.states = {**dict.fromkeys(running, "RUNNING"), "ended": "COMPLETED"}
+    assert sweep() == []
+    clock[0] = 181.0
+    assert set(sweep()) == running
+    assert len(prefect.events) == len(running)
 
 
 def test_only_silence_that_was_watched_counts(prefect: Prefect, monkeypatch: pytest.MonkeyPatch) -> None:

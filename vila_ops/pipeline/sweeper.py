@@ -84,11 +84,18 @@ class Sweeper:
         if self._now() - self._reconciled >= RECONCILE_SECONDS:
             reconcile(self._api)
             self._reconciled = self._now()
-        wanted = {"flow_runs": {"state": {"type": {"any_": ["RUNNING", "CANCELLING"]}}}}
-        running = {one["id"]: one for one in answer(self._api, "/flow_runs/filter", wanted)}
+        running = self._running()
         self._signs = {one: sign for one, sign in self._signs.items() if one in running}
         lost = [one for one in running.values() if LABEL in one["labels"] and self._is_lost(one)]
         return [one["id"] for one in lost if self._tell(one)]
+
+    def _running(self) -> dict[str, Json]:
+        """The flow runs that Prefect calls running, by their ids. One answer has 200 of them at most."""
+        wanted = {"flow_runs": {"state": {"type": {"any_": ["RUNNING", "CANCELLING"]}}}, "sort": "ID_DESC"}
+        running: dict[str, Json] = {}
+        while page := answer(self._api, "/flow_runs/filter", {**wanted, "offset": len(running)}):
+            running |= {one["id"]: one for one in page}
+        return running
 
     def _is_lost(self, flow_run: Json) -> bool:
         try:
