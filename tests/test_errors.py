@@ -67,6 +67,7 @@ ERRORS = {
     errors.HungStep("x"): False,
     errors.Preempted("x"): False,
     errors.UnsupportedSetting("n", "x"): True,
+    errors.LeaseLost("x"): False,
     errors.PromotionRaceLost("x"): False,
     errors.NotReady("x"): False,
     errors.TokenizerMissing("x"): True,

@@ -163,6 +163,12 @@ class Preempted(VilaError):
     retryable = True
 
 
+class LeaseLost(VilaError):
+    """Another process took over the lease under which a result was made, so the result is not published."""
+
+    retryable = True
+
+
 class PromotionRaceLost(VilaError):
     """The champion changed while a version was judged against the one before."""
 

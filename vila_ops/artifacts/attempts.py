@@ -15,6 +15,7 @@ from vila_ops.artifacts.backend import AT_ONCE, GRACE_SECONDS, Entry
 from vila_ops.artifacts.copies import SCHEME, copy_of, uri_of
 from vila_ops.artifacts.disk_faults import faults_named, require
 from vila_ops.artifacts.kinds import Artifact
+from vila_ops.artifacts.leases import Lease
 from vila_ops.artifacts.store import (
     ATTEMPT,
     KINDS,
@@ -48,11 +49,11 @@ class Unsealed(NamedTuple):
 
 
 @contextmanager
-def attempt(at: Address, *, store: str) -> Iterator[Path]:
+def attempt(at: Address, *, store: str, lease: Lease | None = None) -> Iterator[Path]:
     """A new local folder to fill in the block and to `seal` after it; it is removed if the block fails.
 
-    Abandoned attempts at the address are removed first. Raises DiskFault where the disk is full or fails, and what
-    `store.probe` raises.
+    Abandoned attempts at the address are removed first. Raises DiskFault where the disk is full or fails, LeaseLost
+    where another process holds the lease at the end of the block, and what `store.probe` raises.
     """
     probe(store)
     _remove_abandoned(at.uri(store))
@@ -60,6 +61,8 @@ def attempt(at: Address, *, store: str) -> Iterator[Path]:
     try:
         with faults_named(folder):
             yield folder
+        if lease is not None:
+            lease.renew()
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         for note in folder.parent.glob(f"{folder.name}-*"):  # its workers write beside it

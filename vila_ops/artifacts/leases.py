@@ -26,7 +26,7 @@ from vila_ops.artifacts.backend import AT_ONCE, Backend
 from vila_ops.artifacts.progress import ProgressRecord
 from vila_ops.artifacts.store import Address, backend, probe, root_of
 from vila_ops.config import Config
-from vila_ops.errors import CorruptArtifact, Preempted, VilaError
+from vila_ops.errors import CorruptArtifact, LeaseLost, Preempted, VilaError
 from vila_ops.processes import ProcessId, this_process
 
 HEARTBEATS_PER_EXPIRY = 4
@@ -99,7 +99,7 @@ class Pace:
 
 
 class Lease:
-    """A held lease. Nothing stops a holder whose lease was taken over; it has to ask `lost`."""
+    """A held lease. A holder whose lease was taken over works on until it publishes, see `renew`."""
 
     def __init__(
         self, register: str, record: LeaseRecord, tag: str, pace: Pace, *, former: ProgressRecord | None
@@ -111,6 +111,7 @@ class Lease:
         self._backend: Backend = backend(register)
         self._last_heartbeat = pace.now()
         self._taken_over = False
+        self._turn = threading.Lock()
         self.report: Callable[[], ProgressRecord | None] = lambda: None
         """How far the holder is; each heartbeat asks it, in a thread of its own."""
 
@@ -121,6 +122,22 @@ class Lease:
 
     def heartbeat(self, *, released: bool = False, outcome: Outcome = "done") -> None:
         """Store a heartbeat, or release the lease; notices whether another process took it over."""
+        with self._turn:
+            self._heartbeat(released=released, outcome=outcome)
+
+    def renew(self) -> None:
+        """Store a heartbeat before a result is published. Raises LeaseLost where another process took the lease over.
+
+        A holder that was stopped for longer than a lease lives learns of it here.
+        """
+        self.heartbeat()
+        if self._taken_over:
+            raise LeaseLost(
+                f"lease {self._register} was taken over, as this process gave no sign of life for "
+                f"{self._pace.expiry_seconds:.0f} s; what it made is dropped, and the next try takes the other's result"
+            )
+
+    def _heartbeat(self, *, released: bool, outcome: Outcome) -> None:
         if self._taken_over:
             return
         now, progress = self._pace.now(), self.report()
@@ -133,7 +150,7 @@ class Lease:
         tag = self._backend.swap(self._register, _bytes(record), self._tag)
         if tag is None:
             self._taken_over = True
-            log.warning("lease %s was taken over; this process continues, but its result is dropped", self._register)
+            log.warning("lease %s was taken over; what this process makes is dropped", self._register)
         else:
             self._record, self._tag, self._last_heartbeat = record, tag, now
 

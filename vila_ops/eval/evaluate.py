@@ -255,6 +255,7 @@ def _measure_missing(job: EvalJob) -> list[dict[str, Any]]:
                     done += sizes[name][shard]
                     progress.show(done)
                     reporter.advance(done)
+                lease.renew()
                 ran = [workers.conclude(name)]
     return ran
 

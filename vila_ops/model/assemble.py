@@ -9,7 +9,7 @@ from vila_ops.artifacts import attempts, store
 from vila_ops.artifacts.execution import execution
 from vila_ops.artifacts.folders import folder_digest
 from vila_ops.artifacts.kinds import Pretrained
-from vila_ops.artifacts.leases import hold
+from vila_ops.artifacts.leases import Lease, hold
 from vila_ops.artifacts.progress import Reporter
 from vila_ops.config import NO_CONTEXT, Model, Resources, RunContext
 from vila_ops.config.model import (
@@ -37,7 +37,7 @@ def assemble(model: Model, resources: Resources, context: RunContext = NO_CONTEX
         return done
     with hold(at, store=resources.storage.store) as lease:
         lease.report = Reporter("assemble", f"{_label(model.vision_tower)} + {_label(model.language_model)}")
-        return store.find(Pretrained, at, store=resources.storage.store) or _assemble(at, model, resources)
+        return store.find(Pretrained, at, store=resources.storage.store) or _assemble(at, model, resources, lease)
 
 
 def assembled(model: Model, resources: Resources) -> Pretrained | None:
@@ -69,12 +69,12 @@ def _identity(model: Model) -> tuple[dict[str, Any], tuple[str, ...]]:
     return recipe, tuple(digests[folder] for folder in folders)
 
 
-def _assemble(at: store.Address, model: Model, resources: Resources) -> Pretrained:
+def _assemble(at: store.Address, model: Model, resources: Resources, lease: Lease) -> Pretrained:
     from vila_ops.model.start import start_from  # heavy: torch, transformers
 
     started = time.monotonic()
     cache = resources.storage.cache_folder()
-    with attempts.attempt(at, store=resources.storage.store) as attempt:
+    with attempts.attempt(at, store=resources.storage.store, lease=lease) as attempt:
         if model.weights is not None:
             start_from(model, Path(model.weights.path), attempt, cache=cache)
         else:

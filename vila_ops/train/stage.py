@@ -154,7 +154,7 @@ def _train_here(at: store.Address, inputs: StageInputs, lease: Lease) -> Checkpo
         ids: dict[str, str | int | None] = {"stage": stage.name, "address": at.key, "mlflow_run": run_id}
         with (
             tracing.work("train_stage", stage.name, parent=inputs.context.trace, **ids),
-            attempts.attempt(at, store=resources.storage.store) as attempt,
+            attempts.attempt(at, store=resources.storage.store, lease=lease) as attempt,
         ):
             job = TrainJob(
                 stage=stage,

@@ -10,7 +10,7 @@ from vila_ops import tracing
 from vila_ops.artifacts import attempts, store
 from vila_ops.artifacts.execution import execution
 from vila_ops.artifacts.kinds import Dataset
-from vila_ops.artifacts.leases import hold
+from vila_ops.artifacts.leases import Lease, hold
 from vila_ops.artifacts.progress import Reporter
 from vila_ops.config import NO_CONTEXT, Mixture, Resources, RunContext, TextFormat, fingerprint
 from vila_ops.data.preprocess.identity import (
@@ -55,7 +55,7 @@ def prepare(mixture: Mixture, text: TextFormat, resources: Resources, context: R
             if versioned is not None:
                 done = attempts.keep(versioned, at, store=root)
             else:
-                done = store.find(Dataset, at, store=root) or _prepare(at, mixture, text, resources, reporter)
+                done = store.find(Dataset, at, store=root) or _prepare(at, mixture, text, resources, reporter, lease)
     manifest = store.find_manifest(str(folder))
     if manifest and manifest["address"] == f"{at.kind}/{at.key}" and manifest["digest"] != done.digest:
         raise ValueError(
@@ -130,12 +130,12 @@ def _why_not(manifest: dict[str, Any] | None, mixture: Mixture, text: TextFormat
 
 
 def _prepare(
-    at: store.Address, mixture: Mixture, text: TextFormat, resources: Resources, reporter: Reporter
+    at: store.Address, mixture: Mixture, text: TextFormat, resources: Resources, reporter: Reporter, lease: Lease
 ) -> Dataset:
     from vila_ops.data.preprocess import build  # heavy: Ray, tokenizer, images
 
     started = time.monotonic()
-    with attempts.attempt(at, store=resources.storage.store) as attempt:
+    with attempts.attempt(at, store=resources.storage.store, lease=lease) as attempt:
         built = build.build(mixture, text, resources, folder=attempt, digests=at.recipe["sources"], reporter=reporter)
     facts = {key: built.summary[key] for key in ("num_samples", "num_tokens")}
     ran = execution(launch=resources.launch, seconds=time.monotonic() - started, ran=built.workers)
