@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from vila_ops.artifacts.exports import export
 from vila_ops.artifacts.kinds import Checkpoint, EvalReport
-from vila_ops.artifacts.store import content, export, file
+from vila_ops.artifacts.store import content, file
 from vila_ops.config import Mixture, Model, Resources, Stage, Suite
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.eval.evaluate import evaluate

@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 from tests.dvc_repository import ROOT, TABLES, clone_into, commit, digests, run_dvc, run_program, run_vila_ops
+from vila_ops.artifacts.exports import export
 from vila_ops.artifacts.kinds import Dataset
-from vila_ops.artifacts.store import address, begin, export, find_in, seal, verify
+from vila_ops.artifacts.store import address, begin, find_in, seal, verify
 from vila_ops.config import load
 
 DEMO = ("align", "pretrain", "sft", "held_out")

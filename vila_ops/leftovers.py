@@ -13,9 +13,10 @@ from vila_ops.artifacts import copies, disk, output
 from vila_ops.artifacts.attempts import DRAFT, unsealed
 from vila_ops.artifacts.backend import Entry
 from vila_ops.artifacts.disk_faults import size_of
+from vila_ops.artifacts.exports import is_replaced, remove_replaced
 from vila_ops.artifacts.kinds import Checkpoint
 from vila_ops.artifacts.leases import hold, registers
-from vila_ops.artifacts.store import KINDS, Address, backend, is_replaced, remove_replaced, root_of
+from vila_ops.artifacts.store import KINDS, Address, backend, root_of
 from vila_ops.config import Config, Resources, Run
 from vila_ops.config.resources import StorageResources
 from vila_ops.lineage.unneeded import Unneeded, remove_sealed, unneeded

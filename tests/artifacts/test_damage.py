@@ -12,6 +12,7 @@ import pytest
 
 from vila_ops.artifacts import disk
 from vila_ops.artifacts.copies import copy_of
+from vila_ops.artifacts.exports import export
 from vila_ops.artifacts.kinds import Dataset, EvalReport, Shard
 from vila_ops.artifacts.s3 import names
 from vila_ops.artifacts.s3_calls import client, place
@@ -19,7 +20,6 @@ from vila_ops.artifacts.store import (
     address,
     begin,
     content,
-    export,
     file,
     find,
     find_in,

@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 
 from vila_ops.artifacts import output
 from vila_ops.artifacts.attempts import keep
+from vila_ops.artifacts.exports import check_target, export
 from vila_ops.artifacts.kinds import Dataset
 from vila_ops.artifacts.output import MARK, check_file, check_folder, drafts, new_folder, replace, write_file
-from vila_ops.artifacts.store import address, begin, check_target, content, export, find_in, seal
+from vila_ops.artifacts.store import address, begin, content, find_in, seal
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -2,23 +2,24 @@
 
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.racing import FORKS, racer, racers
 from vila_ops.artifacts.attempts import keep
 from vila_ops.artifacts.backend import FileFacts
+from vila_ops.artifacts.exports import export
 from vila_ops.artifacts.folders import folder_digest
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, Shard
 from vila_ops.artifacts.s3_calls import client, place
@@ -27,7 +28,6 @@ from vila_ops.artifacts.store import (
     address,
     begin,
     content,
-    export,
     file,
     find,
     find_in,
@@ -107,14 +107,8 @@ def test_a_digest_is_of_bytes_names_and_facts_and_nothing_else(tmp_path: Path, s
     assert write(tmp_path / "c", "hellO").digest != one.digest
 
 
-def take_environment(environment: dict[str, str]) -> None:
-    """A racing process has the environment of its test; a fork server has that of its own start."""
-    os.environ.update(environment)
-
-
-def race(arguments: tuple[str, int]) -> tuple[str, str]:
-    store, number = arguments
-    attempt = begin(at(), store=str(store))
+def race(store: str, number: int) -> tuple[str, str]:
+    attempt = begin(at(), store=store)
     (attempt / "a.txt").write_text(f"{number}" * 1000)
     made = seal(Dataset, at(), attempt, facts=FACTS, execution={})
     return made.digest, (content(made) / "a.txt").read_text()[:1]
@@ -122,11 +116,9 @@ def race(arguments: tuple[str, int]) -> tuple[str, str]:
 
 @pytest.mark.slow
 def test_of_eight_racing_processes_one_seals_and_all_agree(store: str) -> None:
-    context = multiprocessing.get_context("forkserver")  # a fork of this process may die of the threads that Ray left
-    context.set_forkserver_preload([__name__])
-    with context.Pool(8, take_environment, (dict(os.environ),)) as pool:
+    with racers(8) as pool:
         for turn in range(2 if "://" in store else 5):
-            told = set(pool.map(race, [(f"{store}/{turn}", number) for number in range(8)], chunksize=1))
+            told = set(pool.map(race, [f"{store}/{turn}"] * 8, range(8)))
             assert len(told) == 1
             found = find(Dataset, at(), store=f"{store}/{turn}")
             assert found is not None
@@ -137,28 +129,27 @@ def test_of_eight_racing_processes_one_seals_and_all_agree(store: str) -> None:
 @pytest.mark.slow
 def test_of_eight_racing_threads_one_seals_and_all_agree(store: str) -> None:
     with ThreadPoolExecutor(8) as pool:
-        assert len(set(pool.map(race, [(store, number) for number in range(8)]))) == 1
+        assert len(set(pool.map(race, [store] * 8, range(8)))) == 1
 
 
-def sleeper(store: str) -> None:
+def sleeper(store: str, waking: Connection) -> None:
     attempt = begin(at(), store=store)
     (attempt / "a.txt").write_text("from before")
-    os.kill(os.getpid(), signal.SIGSTOP)
+    waking.send("asleep")
+    waking.recv()
     seal(Dataset, at(), attempt, facts=FACTS, execution={})
 
 
 @pytest.mark.slow
 def test_a_writer_that_slept_loses_and_its_attempt_is_removed(store: str) -> None:
-    process = multiprocessing.get_context("fork").Process(target=sleeper, args=(store,))
-    process.start()
-    assert process.pid is not None
-    _, status = os.waitpid(process.pid, os.WUNTRACED)
-    assert os.WIFSTOPPED(status)
+    waking, theirs = FORKS.Pipe()
+    process = racer(sleeper, store, theirs)
+    assert waking.poll(60)
     assert find(Dataset, at(), store=store) is None
     made = write(store)
     before = stored(made.uri)["manifest.json"]
-    os.kill(process.pid, signal.SIGCONT)
-    process.join(30)
+    waking.send("awake")
+    process.join(60)
     assert process.exitcode == 0
     verify(made)
     left = stored(made.uri)

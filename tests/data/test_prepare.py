@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from vila_ops.artifacts.exports import export
 from vila_ops.artifacts.folders import write_listing
 from vila_ops.artifacts.leases import hold
-from vila_ops.artifacts.store import Address, content, export, verify
+from vila_ops.artifacts.store import Address, content, verify
 from vila_ops.config import Mixture, Resources, TextFormat, load
 from vila_ops.data.preprocess.identity import SHARD_REVISION
 from vila_ops.data.preprocess.prepare import REVISION, prepare, prepared

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from vila_ops.artifacts.exports import export
 from vila_ops.artifacts.kinds import Dataset
-from vila_ops.artifacts.store import Address, begin, content, export, opened, read_manifest, seal, verify
+from vila_ops.artifacts.store import Address, begin, content, opened, read_manifest, seal, verify
 from vila_ops.config import Mixture, Resources, TextFormat
 from vila_ops.data.inspect.show import show
 from vila_ops.data.loading.loader import RowLoader

@@ -22,8 +22,9 @@ import torch
 from tests import made_elsewhere
 from vila_ops.artifacts import leases
 from vila_ops.artifacts.attempts import unsealed
+from vila_ops.artifacts.exports import export
 from vila_ops.artifacts.kinds import Artifact, Checkpoint, Dataset, EvalReport, Pretrained
-from vila_ops.artifacts.store import export, verify_folder
+from vila_ops.artifacts.store import verify_folder
 from vila_ops.config import Resources
 from vila_ops.data.preprocess import build
 from vila_ops.data.preprocess.prepare import prepare

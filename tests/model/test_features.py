@@ -1,4 +1,3 @@
-import multiprocessing
 import time
 from collections.abc import Callable
 from functools import partial
@@ -8,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests.forks import Fork
 from vila_ops.config.images import Webp
 from vila_ops.data.images import Fit, square
 from vila_ops.model import folder as model_folder
 from vila_ops.model.features import BATCH, SUFFIX, FeatureCache, tower_digest
 from vila_ops.model.pixels import Pixels
-from vila_ops.model.vila import VilaForConditionalGeneration
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -83,27 +82,34 @@ def test_features_from_disk_are_those_that_the_tower_gave_bit_for_bit(
     assert {path.stat().st_size for path in files(tmp_path)} == {16 * 32 * dtype.itemsize + 4}
 
 
-def _fill(whole: VilaForConditionalGeneration, squares: list[bytes], root: Path) -> None:
-    kept_features(whole, to_pixels(), root=root)(squares)
+FILL = """
+import sys
+from pathlib import Path
+import torch
+from tests.model.test_features import kept_features, to_pixels
+whole, squares = torch.load(sys.argv[1], weights_only=False)
+kept_features(whole, to_pixels(), root=Path(sys.argv[2]))(squares)
+"""
 
 
 def test_writers_at_once_and_a_killed_one_leave_whole_files(
     squares: list[bytes], make_model: Any, build: Callable[..., Any], tmp_path: Path
 ) -> None:
+    """One of two is killed as soon as there are so many files, whole or not."""
     whole, _ = build(make_model())
     expected = kept_features(whole, to_pixels(), root=tmp_path / "alone")(squares)
-    forked = multiprocessing.get_context("fork")
-    for seconds in (0.0, 0.02, 0.05, None):
-        writers = [forked.Process(target=_fill, args=(whole, squares, tmp_path / "shared")) for _ in range(2)]
-        for writer in writers:
-            writer.start()
-        if seconds is not None:
-            time.sleep(seconds)
-            writers[0].kill()
-        for writer in writers:
-            writer.join()
-        assert writers[1].exitcode == 0
-        assert torch.equal(kept_features(whole, to_pixels(), root=tmp_path / "shared")(squares), expected)
+    torch.save((whole, squares), tmp_path / "inputs")
+    for number in (0, 1, len(squares) // 2, None):
+        root = tmp_path / f"killed-at-{number}"
+        with Fork("-c", FILL, tmp_path / "inputs", root) as one, Fork("-c", FILL, tmp_path / "inputs", root) as other:
+            if number is None:
+                assert one.wait() == 0
+            else:
+                while one.poll() is None and len(files(root)) < number:
+                    time.sleep(0.001)
+                one.kill()
+            assert other.wait() == 0
+        assert torch.equal(kept_features(whole, to_pixels(), root=root)(squares), expected)
 
 
 def test_what_changes_features_changes_their_place(

@@ -1,11 +1,10 @@
 """The register of the aliases: one linear history and one champion, whoever races, stops or loses an answer."""
 
-import multiprocessing
 import os
-from multiprocessing.connection import Connection
 
 import pytest
 
+from tests.racing import racers
 from vila_ops.artifacts.kinds import Checkpoint, ModelVersion
 from vila_ops.artifacts.store import address, backend, begin, seal
 from vila_ops.errors import CorruptArtifact, PromotionRaceLost, is_final
@@ -13,7 +12,6 @@ from vila_ops.registry import alias_register
 from vila_ops.registry.alias_register import go_back, move, place_of, read, remove
 from vila_ops.registry.aliases import CHALLENGER, CHAMPION, PREVIOUS
 
-FORK = multiprocessing.get_context("fork")
 ROUNDS = int(os.environ.get("VILA_PROMOTIONS", "24"))
 NAME = "a model's name/../with %"
 """A name that is no path."""
@@ -87,8 +85,8 @@ def test_a_move_whose_answer_was_lost_is_made_once(store: str, monkeypatch: pyte
     assert [one.number for one in read(NAME, store=store).history] == [1]
 
 
-def race(store: str, own: int, told: Connection) -> None:
-    """Promote over whoever is champion, again and again; tells each move that succeeded as (former, new)."""
+def race(store: str, own: int) -> tuple[list[tuple[int | None, int]], int]:
+    """Promote over whoever is champion, again and again. Return each move (former, new), and how many were lost."""
     won, lost = [], 0
     for turn in range(ROUNDS // 2):
         before = read(NAME, store=store).version(CHAMPION)
@@ -97,20 +95,14 @@ def race(store: str, own: int, told: Connection) -> None:
             won.append((before, 2 * turn + own + 1))
         except PromotionRaceLost:
             lost += 1
-    told.send((won, lost))
+    return won, lost
 
 
 @pytest.mark.slow
 def test_two_promoters_that_race_leave_a_linear_history_and_one_champion(store: str) -> None:
     """Their moves, as they tell them, are the edges of one path: every champion was replaced by one other."""
-    ends = [FORK.Pipe() for _ in range(2)]
-    processes = [FORK.Process(target=race, args=(store, own, end)) for own, (_, end) in enumerate(ends)]
-    for process in processes:
-        process.start()
-    told = [mine.recv() for mine, _ in ends]
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
+    with racers(2) as pool:
+        told = list(pool.map(race, [store] * 2, range(2)))
     won = [one for moves, _ in told for one in moves]
     assert len(won) + sum(lost for _, lost in told) == 2 * (ROUNDS // 2)
     successor = dict(won)

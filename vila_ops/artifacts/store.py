@@ -10,8 +10,7 @@ artifact.
 import json
 import logging
 import secrets
-import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,9 +18,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from vila_ops.artifacts import disk, output
-from vila_ops.artifacts.backend import AT_ONCE, GRACE_SECONDS, Backend, FileFacts, way_out
+from vila_ops.artifacts.backend import AT_ONCE, Backend, FileFacts, way_out
 from vila_ops.artifacts.copies import uri_of
-from vila_ops.artifacts.disk_faults import FULL, faults_named, require
+from vila_ops.artifacts.disk_faults import FULL, faults_named
 from vila_ops.artifacts.kinds import (
     Answers,
     Artifact,
@@ -63,9 +62,6 @@ KINDS: dict[type[Artifact], str] = {
     ModelCard: "model_card",
     Decision: "decision",
 }
-ANY_EXECUTION: dict[str, Any] = {"seconds": 0.0, "sealed": "1970-01-01T00:00:00+00:00", "workers": []}
-"""The execution in an exported manifest: of no attempt, and older than any run, so that runs count it as reused."""
-
 Linked = tuple[Artifact, str]
 """A sealed artifact and the name of one of its files."""
 A = TypeVar("A", bound=Artifact)
@@ -262,7 +258,7 @@ def find_manifest(uri: str) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         refuse_marked(backend(uri), store_of(uri))
         raise CorruptArtifact(f"{place} is not a manifest ({error}); {way_out(uri)}") from error
-    if text != _sealed(manifest):
+    if text != manifest_text(manifest):
         refuse_marked(backend(uri), store_of(uri))
         raise CorruptArtifact(f"{place} was changed after sealing; {way_out(uri)}")
     refuse_other(place, written, reads=FORMAT)
@@ -277,26 +273,6 @@ def read_manifest(uri: str) -> dict[str, Any]:
     if manifest is None:
         raise CorruptArtifact(f"{uri} has no {MANIFEST}: it was never finished, or it was removed; run again")
     return manifest
-
-
-def export(artifact: Artifact, target: Path) -> None:
-    """Copy a sealed folder to `target`, in place of an earlier export. An edit of the copy does not reach the store.
-
-    The copy's bytes depend neither on the store nor on the attempt that was sealed, so that DVC sees only real changes.
-    Raises ValueError as `check_target` does, and DiskFault where the disk is full or fails.
-    """
-    manifest = manifest_of(artifact)
-    out = check_target(target)
-    require(out, sum(facts["size"] for facts in manifest["files"].values()))
-    with output.draft_of(out) as fresh:
-        files = copy_files(artifact.uri, manifest, fresh / EXPORTED)
-        exported = {**manifest, "files": files, "data": EXPORTED, "execution": ANY_EXECUTION}
-        (fresh / MANIFEST).write_text(_sealed(exported))
-        disk.publish(fresh, str(fresh))
-        output.replace(check_target(target), fresh, ours=_exported(target))  # checked again: a copy may take long
-    for old in output.replaced(out.parent):
-        if old.name.startswith(f".{out.name}-old-") and time.time() - old.stat().st_ctime > GRACE_SECONDS:
-            remove_replaced(old)
 
 
 def manifest_of(artifact: Artifact) -> dict[str, Any]:
@@ -320,25 +296,6 @@ def copy_files(
         with _naming(uri):
             backend(uri).copy(place, facts, target / name)
     return {name: FileFacts(size=facts["size"], sha256=facts["sha256"]) for name, (_, facts) in copied.items()}
-
-
-def remove_replaced(folder: Path) -> None:
-    """Remove an earlier export that was being replaced when a command was killed; other files in it stay."""
-    output.remove_ours(folder, _exported(folder))
-
-
-def is_replaced(folder: Path) -> bool:
-    """Whether a folder is one for `remove_replaced`: an earlier export under a hidden name."""
-    return output.REPLACED.fullmatch(folder.name) is not None and bool(_exported(folder))
-
-
-def check_target(target: Path, *, apart: Sequence[Path] = (), outside: Sequence[Path] = ()) -> Path:
-    """The absolute path of a folder that `export` may write: absent, empty, or an earlier export and nothing else.
-
-    Raises ValueError for any other; `apart` and `outside` are as in `output.check_folder`. An artifact that is sealed
-    in a store is not an export.
-    """
-    return output.check_folder(target, ours=_exported(target), apart=apart, outside=outside)
 
 
 def probe(store: str) -> str:
@@ -385,7 +342,7 @@ def _write_manifest(manifest: dict[str, Any], attempt: Path, place: str) -> bool
     An error may hide that it was written, so it leaves the files to `vila-ops gc`, but on a full disk it was not.
     """
     try:
-        return backend(place).create(f"{place.rpartition('/')[0]}/{MANIFEST}", _sealed(manifest).encode())
+        return backend(place).create(f"{place.rpartition('/')[0]}/{MANIFEST}", manifest_text(manifest).encode())
     except DiskFault as error:
         if error.errno in FULL:
             backend(place).discard(attempt, place)
@@ -431,17 +388,6 @@ def _link(target: Path, uri: str, linked: Linked) -> FileFacts:
     return entry
 
 
-def _exported(folder: Path) -> Collection[str]:
-    """Names of the files that `export` wrote into a folder, the manifest last; none if the folder is not an export."""
-    try:
-        manifest = find_manifest(str(folder)) if folder.is_dir() else None
-    except CorruptArtifact:  # the manifest.json of another program: no file is ours
-        return ()
-    if manifest is None or manifest["data"] != EXPORTED:
-        return ()
-    return dict.fromkeys([*(f"{EXPORTED}/{name}" for name in manifest["files"]), MANIFEST])
-
-
 def _names(manifest: dict[str, Any]) -> list[str]:
     """Every name in a manifest that becomes part of a path."""
     return [manifest["data"], *manifest["files"], *(f["at"] for f in manifest["files"].values() if "at" in f)]
@@ -470,7 +416,7 @@ def _digest(kind: str, files: Mapping[str, FileFacts], facts: dict[str, Any]) ->
     return fingerprint({"kind": kind, "files": {name: file["sha256"] for name, file in files.items()}, "facts": facts})
 
 
-def _sealed(manifest: dict[str, Any]) -> str:
+def manifest_text(manifest: dict[str, Any]) -> str:
     """The canonical text of a manifest with its own checksum; any other text is damage."""
     body = {key: value for key, value in manifest.items() if key != "checksum"}
     return json.dumps({**body, "checksum": fingerprint(body)}, indent=1, sort_keys=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vila_ops.artifacts import output, store
+from vila_ops.artifacts import exports, output, store
 from vila_ops.artifacts.kinds import Dataset
 from vila_ops.config import Config, Mixture
 from vila_ops.data.preprocess.card import CARD
@@ -38,7 +38,7 @@ def export_for_dvc(dataset: Dataset, out: Path) -> None:
     Raises ValueError as `check_export` does.
     """
     check_export(out)
-    store.export(dataset, out)
+    exports.export(dataset, out)
     _write(out, "md", output.MARK + store.file(dataset, CARD).read_text(encoding="utf-8"))
     summary = json.loads(store.file(dataset, SUMMARY).read_text())
     metrics = {**summary, "sources": {name: _metrics(counts) for name, counts in summary["sources"].items()}}
@@ -53,7 +53,7 @@ def check_export(out: Path, *, apart: Sequence[Path] = (), outside: Sequence[Pat
 
     `apart` are folders that `out` must neither be nor contain, `outside` places of raw data, in which it must not lie.
     """
-    store.check_target(out, apart=apart, outside=outside)
+    exports.check_target(out, apart=apart, outside=outside)
     if out.parent.is_dir():
         for suffix, begins in BESIDE.items():
             output.check_file(_beside(out, suffix), begins=begins)
