@@ -263,7 +263,7 @@ def test_what_is_left_of_an_output_stays_until_the_new_one_is_whole(
     made: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And of a folder that was being replaced, only our files are removed."""
-    out, store = tmp_path / "data/mine", "vila_ops.artifacts.store"
+    out, grace = tmp_path / "data/mine", "vila_ops.artifacts.exports.GRACE_SECONDS"
     hidden, shared, stranger = (out.with_name(f".mine-old-{digit * 12}") for digit in "012")
     for folder in (hidden, shared):
         export(made, out)
@@ -276,14 +276,14 @@ def test_what_is_left_of_an_output_stays_until_the_new_one_is_whole(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"{store}.GRACE_SECONDS", -60.0)
+        patch.setattr(grace, -60.0)
         patch.setattr(output, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             export(made, out)
     assert tree(hidden)
     export(made, out)
     assert tree(hidden), "for a day"
-    monkeypatch.setattr(f"{store}.GRACE_SECONDS", -60.0)
+    monkeypatch.setattr(grace, -60.0)
     export(made, out)
     assert not hidden.exists()
     assert tree(shared) == {"files/photo.jpg": b"mine"}

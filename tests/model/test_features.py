@@ -85,29 +85,31 @@ def test_features_from_disk_are_those_that_the_tower_gave_bit_for_bit(
 FILL = """
 import sys
 from pathlib import Path
-import torch
 from tests.model.test_features import kept_features, to_pixels
-whole, squares = torch.load(sys.argv[1], weights_only=False)
-kept_features(whole, to_pixels(), root=Path(sys.argv[2]))(squares)
+from vila_ops.model import folder
+model, images, root = map(Path, sys.argv[1:])
+squares = [path.read_bytes() for path in sorted(images.iterdir())]
+kept_features(folder.load(model), to_pixels(), root=root)(squares)
 """
 
 
 def test_writers_at_once_and_a_killed_one_leave_whole_files(
     squares: list[bytes], make_model: Any, build: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """One of two is killed as soon as there are so many files, whole or not."""
-    whole, _ = build(make_model())
+    """One of two is killed as soon as there is a file, or half of them, whole or not."""
+    whole, processor = build(make_model())
     expected = kept_features(whole, to_pixels(), root=tmp_path / "alone")(squares)
-    torch.save((whole, squares), tmp_path / "inputs")
-    for number in (0, 1, len(squares) // 2, None):
-        root = tmp_path / f"killed-at-{number}"
-        with Fork("-c", FILL, tmp_path / "inputs", root) as one, Fork("-c", FILL, tmp_path / "inputs", root) as other:
-            if number is None:
-                assert one.wait() == 0
-            else:
-                while one.poll() is None and len(files(root)) < number:
-                    time.sleep(0.001)
-                one.kill()
+    model, images = tmp_path / "model", tmp_path / "images"
+    model_folder.save(whole, model, processor=processor)
+    images.mkdir()
+    for number, one in enumerate(squares):
+        (images / f"{number:03}").write_bytes(one)
+    for most in (1, len(squares) // 2):
+        root = tmp_path / f"killed-at-{most}"
+        with Fork("-c", FILL, model, images, root) as one, Fork("-c", FILL, model, images, root) as other:
+            while one.poll() is None and len(files(root)) < most:
+                time.sleep(0.001)
+            one.kill()
             assert other.wait() == 0
         assert torch.equal(kept_features(whole, to_pixels(), root=root)(squares), expected)
 
