@@ -8,8 +8,10 @@ from prefect.client.schemas.objects import State
 
 from flows.attempt import attempt, checked_run
 from flows.tasks import TASKS
-from vila_ops.ablate.cells import measure, runs_of, scores_of
-from vila_ops.ablate.results import grid_result
+from vila_ops.ablate.cells import runs_of
+from vila_ops.ablate.measure import measure
+from vila_ops.ablate.results import scores_of
+from vila_ops.ablate.verdicts import grid_result
 from vila_ops.config import Resources, load_resources
 from vila_ops.config.grid import Grid, grid_of
 from vila_ops.report import ablation
@@ -32,7 +34,7 @@ def ablate(grid: str | Grid = "table1_demo", resources: str | Resources = "lapto
 
 
 def _work(grid: Grid, resources: Resources) -> dict[str, str]:
-    measured = measure(grid, resources, tasks=TASKS)
+    measured = measure([grid], resources, tasks=TASKS)[grid.name]
     result = grid_result(grid, scores_of(grid, measured))
     rows = [
         {"claim": one.claim.says, "verdict": one.verdict, "metric": one.claim.metric}
@@ -40,7 +42,5 @@ def _work(grid: Grid, resources: Resources) -> dict[str, str]:
         for one in result.claims
     ]
     create_table_artifact(key="vila-claims", table=rows, description=grid.title)
-    create_markdown_artifact(
-        key="vila-grid", markdown=ablation.markdown(result, [ablation.gather(one) for one in measured])
-    )
+    create_markdown_artifact(key="vila-grid", markdown=ablation.markdown(result, measured))
     return {one.claim.says: one.verdict for one in result.claims}

@@ -1,15 +1,19 @@
-"""A grid on the tiny recipe: its runs, what they share, and that a second call makes nothing."""
+"""A grid on the tiny recipe: its runs, what they share, and that files of results take the place of a store."""
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
 from flows import ablate as flow
 from tests.report.parsed import Page, check_accessible, check_loads_nothing
-from vila_ops.ablate.cells import measure, runs_of, scores_of
+from vila_ops.ablate.cells import fingerprint_of, runs_of, runs_of_all
 from vila_ops.ablate.cost import cost_of_grid
-from vila_ops.ablate.results import grid_result
+from vila_ops.ablate.measure import measure
+from vila_ops.ablate.results import CellResult, read_results, scores_of
+from vila_ops.ablate.verdicts import GridResult, grid_result
 from vila_ops.artifacts.kinds import Checkpoint
 from vila_ops.artifacts.listing import sealed
 from vila_ops.artifacts.store import read_manifest
@@ -17,18 +21,23 @@ from vila_ops.config import Resources, load
 from vila_ops.config.grid import Grid, load_grid
 from vila_ops.config.load import read
 from vila_ops.eval.report import read_report
-from vila_ops.pipeline.stages import TASKS, evaluate_stage
+from vila_ops.pipeline.stages import TASKS, Tasks, evaluate_stage
 from vila_ops.report import ablation
 
 ROOT = Path(__file__).parents[2]
 INLINE = ROOT / "configs/resources/inline.yaml"
 
 
-@pytest.fixture
-def resources(tmp_path: Path) -> Resources:
+def resources_in(folder: Path) -> Resources:
     """Resources with a store of their own."""
     run = load(ROOT / "configs/recipes/tiny.yaml", resources=INLINE)
-    return run.resources.with_changes({f"storage.{name}": str(tmp_path / name) for name in ("store", "cache")})
+    return run.resources.with_changes({f"storage.{name}": str(folder / name) for name in ("store", "cache", "data")})
+
+
+@pytest.fixture
+def resources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Resources:
+    monkeypatch.chdir(ROOT)
+    return resources_in(tmp_path)
 
 
 def quick() -> Grid:
@@ -58,13 +67,13 @@ def test_cells_differ_in_their_settings_and_seeds_alone(resources: Resources) ->
 def test_a_wrong_cell_is_named_before_anything_is_trained(resources: Resources) -> None:
     grid = quick().with_changes({"cells.frozen.recipe": {"stages": {"pretrain": {"trainable": ["projektor"]}}}})
     with pytest.raises(ValueError, match="cell 'frozen' of grid 'tiny-grid'"):
-        measure(grid, resources)
+        measure([grid], resources)
     assert not Path(resources.storage.store).exists()
 
 
 def test_a_metric_that_the_suite_does_not_measure_is_named_before_anything_is_trained(resources: Resources) -> None:
     with pytest.raises(ValueError, match=r"'pope_f1', which final_suite 'tiny' of cell 'frozen' does not measure"):
-        measure(quick().with_changes({"metrics": ["caption_loss", "pope_f1"]}), resources)
+        measure([quick().with_changes({"metrics": ["caption_loss", "pope_f1"]})], resources)
     assert not Path(resources.storage.store).exists()
 
 
@@ -78,17 +87,63 @@ def test_a_cell_may_measure_the_model_after_an_earlier_stage(resources: Resource
         runs_of(grid.with_changes({"cells.frozen.stage": "aling"}), resources)
 
 
+def test_the_first_seed_of_every_grid_comes_before_the_next_seed(resources: Resources) -> None:
+    one, other = quick(), quick().with_changes({"name": "other", "seeds": [0, 2]})
+    assert [(run.grid, run.cell, run.seed) for run in runs_of_all([one, other], resources)] == [
+        ("tiny-grid", "frozen", 0),
+        ("tiny-grid", "trained", 0),
+        ("other", "frozen", 0),
+        ("other", "trained", 0),
+        ("tiny-grid", "frozen", 1),
+        ("tiny-grid", "trained", 1),
+        ("other", "frozen", 2),
+        ("other", "trained", 2),
+    ]
+    with pytest.raises(ValueError, match="grid 'tiny-grid' is given 2 times"):
+        runs_of_all([one, one], resources)
+
+
+def test_a_fingerprint_is_of_what_gives_other_numbers(resources: Resources) -> None:
+    def fingerprints(grid: Grid) -> list[str]:
+        return [fingerprint_of(one) for one in runs_of(grid, resources)]
+
+    own = fingerprints(quick())
+    assert len(set(own)) == 4
+    assert fingerprints(quick().with_changes({"name": "other", "title": "Other", "claims": []})) == own
+    assert not set(own) & set(fingerprints(quick().with_changes({"recipe.final_suite.max_objects": 11})))
+    assert not set(own) & set(fingerprints(quick().with_changes({"recipe.stages.align.learning_rate": 1e-4})))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A quick grid that was run, and the files of its results."""
+
+    resources: Resources
+    folder: Path
+    grid: Grid
+    results: list[CellResult]
+    shown: GridResult
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    root, grid = tmp_path_factory.mktemp("grid"), quick()
+    resources, folder = resources_in(root), root / "results"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        results = measure([grid], resources, folder=folder)[grid.name]
+    return Measured(resources, folder, grid, results, grid_result(grid, scores_of(grid, results)))
+
+
 @pytest.mark.slow
 def test_a_grid_trains_what_its_cells_do_not_share_and_then_nothing(
-    resources: Resources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    measured: Measured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    grid = quick()
-    measured = measure(grid, resources)
+    grid, resources = measured.grid, measured.resources
     trained = list(sealed(Checkpoint, store=resources.storage.store))
     assert sorted(one.stage for one in trained) == ["align"] * 2 + ["pretrain"] * 4 + ["sft"] * 4
-    result = grid_result(grid, scores_of(grid, measured))
-    for cell, value in result.metrics[0].values.items():
+    for cell, value in measured.shown.metrics[0].values.items():
         reports = [
             read_report(evaluate_stage(one.run, "sft", one.run.recipe.final_suite))
             for one in runs_of(grid, resources)
@@ -96,6 +151,7 @@ def test_a_grid_trains_what_its_cells_do_not_share_and_then_nothing(
         ]
         own = [m.value for report in reports for m in report.metrics if (m.name, m.role) == ("caption_loss", "model")]
         assert value.by_seed == pytest.approx(own)
+    assert measure([grid], resources)[grid.name] == measured.results
     assert list(sealed(Checkpoint, store=resources.storage.store)) == trained
 
     cost = cost_of_grid(runs_of(grid.with_changes({"seeds": [0, 1, 2]}), resources))
@@ -110,8 +166,14 @@ def test_a_grid_trains_what_its_cells_do_not_share_and_then_nothing(
     other = grid.with_changes({"recipe.model.language_model.hidden_size": 32, "seeds": [0, 1]})
     assert cost_of_grid(runs_of(other, resources)).hours is None  # no stage of this language model was measured
 
+
+@pytest.mark.slow
+def test_the_page_of_a_grid_has_what_its_cells_took(
+    measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
     for page in (tmp_path / "grid.html", tmp_path / "grid.md"):
-        ablation.write(page, result, measured)
+        ablation.write(page, measured.shown, measured.results)
     html = (tmp_path / "grid.html").read_text()
     check_loads_nothing(html)
     check_accessible(html)
@@ -123,6 +185,92 @@ def test_a_grid_trains_what_its_cells_do_not_share_and_then_nothing(
     monkeypatch.setattr(flow, "TASKS", TASKS)
     for artifact in ("create_table_artifact", "create_markdown_artifact"):
         monkeypatch.setattr(flow, artifact, lambda **shown: told.append(shown))
-    assert flow._work(grid, resources) == {result.claims[0].claim.says: result.claims[0].verdict}
+    claim = measured.shown.claims[0]
+    assert flow._work(measured.grid, measured.resources) == {claim.claim.says: claim.verdict}
     assert [one["key"] for one in told] == ["vila-claims", "vila-grid"]
     assert told[1]["markdown"] == (tmp_path / "grid.md").read_text()
+
+
+class Trained(Exception):
+    """A task was asked for."""
+
+
+def refused(*_: object) -> NoReturn:
+    raise Trained
+
+
+NOTHING = Tasks(assemble=refused, prepare=refused, train_stage=refused, evaluate=refused)
+
+
+@pytest.mark.slow
+def test_a_machine_with_an_empty_store_takes_every_result_from_its_file(
+    measured: Measured, resources: Resources, tmp_path: Path
+) -> None:
+    grid = measured.grid
+    taken = measure([grid], resources, folder=measured.folder, tasks=NOTHING)[grid.name]
+    assert not Path(resources.storage.store).exists()
+    for suffix in ("html", "md"):
+        pages = [tmp_path / f"{name}.{suffix}" for name in ("store", "files")]
+        for page, results in zip(pages, (measured.results, taken), strict=True):
+            ablation.write(page, grid_result(grid, scores_of(grid, results)), results)
+        assert pages[0].read_text() == pages[1].read_text()
+    cells = {"mine": grid.cells["trained"], "yours": {"stage": "align"}}
+    other = grid.with_changes({"name": "other", "cells": cells, "claims": []})
+    with pytest.raises(Trained):  # of the cell `yours` alone
+        measure([other], resources, folder=measured.folder, tasks=NOTHING)
+    cost = cost_of_grid(runs_of(other, resources), results=read_results(measured.folder))
+    assert [(one.cell, one.seed, one.done, one.runs) for one in cost.cells] == [
+        ("mine", 0, True, ()),
+        ("yours", 0, False, ("align",)),
+        ("mine", 1, True, ()),
+        ("yours", 1, False, ("align",)),
+    ]
+    timed = [task for one in measured.results for task in one.tasks if task.name in ("align", "tiny")]
+    assert 0 < (cost.hours or 0) * 3600 <= 4 * max(task.seconds for task in timed)
+    assert cost.evaluations
+
+
+@pytest.mark.slow
+def test_a_file_of_other_settings_is_named_and_kept_and_its_cell_runs_again(
+    measured: Measured, resources: Resources, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = {path.name: path.read_bytes() for path in measured.folder.iterdir()}
+    assert len(before) == 4
+    changed = measured.grid.with_changes({"recipe.stages.sft.learning_rate": 1e-4})
+    with pytest.raises(Trained):
+        measure([changed], resources, folder=measured.folder, tasks=NOTHING)
+    for name in before:
+        assert f"{name} is of other settings or of another version of vila-ops" in caplog.text
+    assert {path.name: path.read_bytes() for path in measured.folder.iterdir()} == before
+
+
+@pytest.mark.slow
+def test_a_file_names_no_place_of_its_machine(measured: Measured) -> None:
+    for path in measured.folder.iterdir():
+        text = path.read_text()
+        assert str(ROOT) not in text
+        assert str(measured.folder.parent) not in text
+        assert text == json.dumps(json.loads(text), sort_keys=True, indent=1) + "\n"
+        kept = json.loads(text)
+        assert path.name == f"tiny-grid.{kept['cell']}.{kept['seed']}.{kept['key'][:16]}.json"
+        assert list(kept["scores"]) == ["caption_loss", "text_loss"]
+        assert [(task["task"], task["name"]) for task in kept["tasks"]] == [
+            ("train", "align"),
+            ("train", "pretrain"),
+            ("train", "sft"),
+            ("evaluate", "tiny"),
+        ]
+
+
+@pytest.mark.slow
+def test_a_file_that_is_no_result_is_refused_before_anything_is_trained(
+    measured: Measured, resources: Resources, tmp_path: Path
+) -> None:
+    (tmp_path / "results").mkdir()
+    whole = next(measured.folder.iterdir())
+    cut = tmp_path / "results" / whole.name
+    cut.write_bytes(whole.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=rf"{whole.name} is no result of a cell .*; restore it, or move it away"):
+        measure([measured.grid], resources, folder=tmp_path / "results", tasks=NOTHING)
+    with pytest.raises(ValueError, match="is a file; name a folder"):
+        measure([measured.grid], resources, folder=cut, tasks=NOTHING)

@@ -6,8 +6,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from vila_ops.ablate.cells import runs_of
-from vila_ops.ablate.cost import cost_of_grid, stages_of
+from vila_ops.ablate.cells import runs_of, stages_of
+from vila_ops.ablate.cost import cost_of_grid
 from vila_ops.artifacts.attempts import attempt
 from vila_ops.artifacts.kinds import Checkpoint
 from vila_ops.artifacts.store import address, seal

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vila_ops.ablate.cells import CellRun, runs_of
-from vila_ops.ablate.cost import stages_of
+from vila_ops.ablate.cells import CellRun, runs_of, stages_of
 from vila_ops.config import Resources
 from vila_ops.config.grid import Grid, load_grid
 

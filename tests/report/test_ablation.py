@@ -5,14 +5,13 @@ from typing import Any
 
 import pytest
 
-from tests.ablate.test_results import constant, grid
+from tests.ablate.test_verdicts import constant, grid
 from tests.report.parsed import HOSTILE, Page, check_accessible, check_loads_nothing
-from vila_ops.ablate.results import GridResult, grid_result
+from vila_ops.ablate.results import CellResult, CellTask
+from vila_ops.ablate.verdicts import GridResult, grid_result
 from vila_ops.artifacts.output import MARK
 from vila_ops.eval.report import LayerPoint
 from vila_ops.report import ablation
-from vila_ops.report.ablation import CellResult
-from vila_ops.report.cost import TaskCost
 
 CELLS = {"a": {"paper": {"0-shot": 66.8}}, "b": {"paper": {"MMLU": 51, "0-shot": 69.0}}}
 SCORES = {"accuracy": {"a": constant(0.1, 0.1, 0.2, 0.2), "b": constant(0.3, 0.3, 0.5, 0.5)}}
@@ -22,26 +21,27 @@ def result(**changes: Any) -> GridResult:
     return grid_result(grid(cells=CELLS, **changes), SCORES)
 
 
-def task(uri: str, **changes: Any) -> TaskCost:
-    own = {"task": "train", "name": "sft", "uri": uri, "sealed": "", "seconds": 1800, "workers": 1, "gpu_hours": 0.5}
-    return TaskCost.model_validate({**own, "positions": 1000, "money": 2.0, **changes})
+def task(key: str, **changes: Any) -> CellTask:
+    own = {"task": "train", "name": "sft", "key": key, "seconds": 1800, "gpu_hours": 0.5}
+    return CellTask.model_validate({**own, "positions": 1000, "money": 2.0, **changes})
 
 
-def cell(name: str, seed: int, *tasks: TaskCost, loss: float = 4.0) -> CellResult:
+def cell(name: str, seed: int, *tasks: CellTask, loss: float = 4.0) -> CellResult:
     points = [(0, 0.1 + seed / 10), (1, 0.3)]
     return CellResult(
-        cell=name,
-        seed=seed,
-        stage="sft",
-        model=f"model of {name}",
-        report=f"report of {name}",
+        **bare(name, seed),
         tasks=tasks,
-        losses={"sft": [{"step": step, "loss": loss} for step in range(4)]},
+        losses={"sft": tuple((step, loss) for step in range(4))},
         layers=tuple(
             LayerPoint(name="alignment", role="model", layer=layer, value=value, low=value - 0.01, high=value + 0.02)
             for layer, value in points
         ),
     )
+
+
+def bare(name: str, seed: int) -> dict[str, Any]:
+    told = {"stage": "sft", "model": f"model of {name}", "report": f"report of {name}", "key": "f"}
+    return {"grid": "g", "cell": name, "seed": seed, **told, "metrics": (), "items": (), "scores": {}, "versions": {}}
 
 
 MEASURED = [
@@ -105,11 +105,11 @@ def test_the_page_loads_nothing_and_what_a_grid_says_is_only_text() -> None:
 
 
 def test_a_grid_without_claims_losses_or_layers_has_a_page() -> None:
-    bare = [CellResult(name, 0, "base", "m", "r", (), {}, ()) for name in CELLS]
-    html = ablation.render(result(claims=[]), bare)
+    cells = [CellResult(**bare(name, 0), tasks=(), losses={}, layers=()) for name in CELLS]
+    html = ablation.render(result(claims=[]), cells)
     check_accessible(html)
     assert "The grid has no claim" in Page(html).text
-    assert "## Alignment" not in ablation.markdown(result(claims=[]), bare)
+    assert "## Alignment" not in ablation.markdown(result(claims=[]), cells)
 
 
 def test_markdown_has_the_same_tables() -> None:

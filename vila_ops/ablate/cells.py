@@ -1,28 +1,34 @@
-"""The runs of a grid, their reports, and what they score. What is sealed is found again, so a stopped grid goes on."""
+"""The runs of grids, what each is made of, and the fingerprint by which its result is known on any machine."""
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from vila_ops import tracking
-from vila_ops.artifacts.kinds import EvalReport
-from vila_ops.config import NO_CONTEXT, Resources, Run, RunContext
+from vila_ops.artifacts import store
+from vila_ops.artifacts.kinds import Checkpoint, Dataset, Pretrained
+from vila_ops.config import Mixture, Model, Resources, Run, Stage, TextFormat, fingerprint
 from vila_ops.config.grid import Grid
 from vila_ops.config.load import merge
 from vila_ops.config.run import BASE
+from vila_ops.data.preprocess import prepare
 from vila_ops.errors import did_you_mean
-from vila_ops.eval.compare import ScoreTable
-from vila_ops.eval.opened import opened
-from vila_ops.pipeline.stages import TASKS, Tasks, evaluate_stage
+from vila_ops.eval.benchmark import benchmark_of
+from vila_ops.model import assemble
+from vila_ops.pipeline.explain import UNMADE
+from vila_ops.pipeline.stages import Weights, suite_text
+from vila_ops.train import stage as training
+from vila_ops.train.job import StageInputs
 
-log = logging.getLogger(__name__)
+NO_CHANGE = {"seed", "save_every", "validate_every", "validation_rows"}
+"""Settings of a stage that make a step neither faster nor slower."""
 
 
 @dataclass(frozen=True)
 class CellRun:
     """A cell with one seed."""
 
+    grid: str
     cell: str
     seed: int
     run: Run
@@ -34,13 +40,29 @@ class CellRun:
         names = list(self.run.recipe.stages)
         return names[: names.index(self.stage) + 1] if self.stage != BASE else []
 
+    def __str__(self) -> str:
+        return f"cell {self.cell} of {self.grid} with seed {self.seed}"
+
 
 @dataclass(frozen=True)
-class MeasuredCell:
-    """A cell with one seed, and the report of its model."""
+class StageAt:
+    """A stage of a cell and its place in the store, sealed or not."""
 
-    of: CellRun
-    report: EvalReport
+    stage: Stage
+    model: Model
+    at: store.Address
+    done: Checkpoint | None
+
+
+def runs_of_all(grids: Sequence[Grid], resources: Resources) -> list[CellRun]:
+    """The runs of several grids: the first seed of all cells of all grids, then the next seed.
+
+    Raises ValueError for a wrong setting, and for a grid that is given twice.
+    """
+    names = [grid.name for grid in grids]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"grid {twice[0]!r} is given {len(twice)} times; give each grid once")
+    return sorted((one for grid in grids for one in runs_of(grid, resources)), key=lambda one: one.seed)
 
 
 def runs_of(grid: Grid, resources: Resources) -> list[CellRun]:
@@ -71,47 +93,71 @@ def _run(grid: Grid, cell: str, seed: int, resources: Resources) -> CellRun:
         )
     seeds = {f"stages.{name}.seed": one.seed + seed for name, one in run.recipe.stages.items()}
     changes: dict[str, Any] = {**seeds, "model.seed": run.recipe.model.seed + seed}
-    return CellRun(cell, seed, run.with_changes({f"recipe.{key}": value for key, value in changes.items()}), stage)
+    run = run.with_changes({f"recipe.{key}": value for key, value in changes.items()})
+    return CellRun(grid.name, cell, seed, run, stage)
 
 
-def measure(
-    grid: Grid, resources: Resources, *, tasks: Tasks = TASKS, context: RunContext = NO_CONTEXT
-) -> list[MeasuredCell]:
-    """Train each run and measure it on its final suite. The MLflow runs are children of one.
+def stages_of(one: CellRun, *, in_store: bool = True) -> Iterator[StageAt]:
+    """The stages of a cell in order. Nothing is made, and raw data need not be on this machine.
 
-    Raises ValueError, before anything is trained, for a wrong cell or metric.
+    `in_store=False`: as if nothing was sealed, so that the addresses are the same on every machine.
     """
-    runs = runs_of(grid, resources)
-    params = grid.model_dump(mode="json")
-    measured = []
-    with tracking.open_run(
-        resources, grid.name, key=("grid", grid.fingerprint()), parent=None, params=params, tags={}
-    ) as parent:
-        for one in runs:
-            suite, below = one.run.recipe.final_suite, context.below(parent)
-            report = evaluate_stage(one.run, one.stage, suite, tasks=tasks, context=below)
-            log.info("%s with seed %d is measured", one.cell, one.seed)
-            measured.append(MeasuredCell(one, report))
-    return measured
+    recipe, resources = one.run.recipe, one.run.resources
+    model: Weights | None = assemble.assembled(recipe.model, resources) if in_store else None
+    model = model or Pretrained(uri="", digest=_unmade(assemble.address_of(recipe.model)))
+    for name in one.stages():
+        stage = recipe.stages[name]
+        data = _data(stage.mixture, recipe.text(name), resources, in_store=in_store)
+        shape = recipe.model_of(name)
+        inputs = StageInputs(stage=stage, model=shape, data=data, init=model, resources=resources)
+        at = training.address_of(inputs)
+        done = store.find(Checkpoint, at, store=resources.storage.store) if in_store else None
+        model = done or Checkpoint(uri="", digest=_unmade(at), stage=name, step=0)
+        yield StageAt(stage, shape, at, done)
 
 
-def scores_of(grid: Grid, measured: Sequence[MeasuredCell]) -> dict[str, dict[str, list[ScoreTable]]]:
-    """The scores by metric and cell, a table for each seed. Raises ValueError for a metric that a report lacks."""
-    scores: dict[str, dict[str, list[ScoreTable]]] = {metric: {} for metric in grid.metrics}
-    for one in measured:
-        for metric, table in _tables(one.report, grid.metrics).items():
-            scores[metric].setdefault(one.of.cell, []).append(table)
-    return scores
+def speed_settings(stage: Mapping[str, Any], model: Model) -> dict[str, Any]:
+    """What the time of a step may depend on, without places of one machine. `stage` has the settings of a stage."""
+    own = {key: value for key, value in stage.items() if key not in {"mixture", *NO_CHANGE}}
+    settings: dict[str, Any] = _without_places({"stage": own, "model": model.model_dump(mode="json")})
+    return settings
 
 
-def _tables(report: EvalReport, metrics: Sequence[str]) -> dict[str, ScoreTable]:
-    every = {
-        name: table
-        for benchmark in opened(report, metrics=metrics).values()
-        for name, table in benchmark.scores().items()
-    }
-    if missing := [metric for metric in metrics if metric not in every]:
-        raise ValueError(
-            f"the final suite has no metric {missing[0]!r}; it has {list(every)}{did_you_mean(missing[0], every)}"
-        )
-    return {metric: every[metric] for metric in metrics}
+def _without_places(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    absolute = {key for key, one in value.items() if isinstance(one, str) and Path(one).is_absolute()}
+    return {key: _without_places(one) for key, one in value.items() if key not in absolute}
+
+
+def fingerprint_of(one: CellRun) -> str:
+    """What a result of a cell depends on but the machine: model, data, stages, benchmarks, and their revisions.
+
+    It is the same whatever a store holds, and for cells of two grids that are one model measured on the same suite.
+    """
+    recipe, suite = one.run.recipe, one.run.recipe.final_suite
+    places = [part.at for part in stages_of(one, in_store=False)] or [assemble.address_of(recipe.model)]
+    held_out = _data(suite.mixture, suite_text(recipe, one.stage), one.run.resources, in_store=False)
+    return fingerprint(
+        {
+            "model": _unmade(places[-1]),
+            "held_out": held_out.digest,
+            "suite": suite.model_dump(mode="json", exclude={"name", "mixture"}),
+            "revisions": {name: benchmark_of(of.kind).REVISION for name, of in suite.benchmarks.items()},
+        }
+    )
+
+
+def _data(mixture: Mixture, text: TextFormat, resources: Resources, *, in_store: bool) -> Dataset:
+    """The prepared mixture, or a reference with a digest that stands for it."""
+    try:
+        if in_store and (done := prepare.prepared(mixture, text, resources)):
+            return done
+        digest = _unmade(prepare.address_of(mixture, text, resources))
+    except (ValueError, OSError):  # raw data is not on this machine
+        digest = UNMADE + fingerprint([mixture.model_dump(mode="json"), text.model_dump(mode="json")])
+    return Dataset(uri="", digest=digest, num_samples=0, num_tokens=0)
+
+
+def _unmade(at: store.Address) -> str:
+    return f"{UNMADE}{at.kind}/{at.key}"

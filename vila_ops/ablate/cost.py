@@ -1,42 +1,38 @@
-"""What a grid would take before it runs: stages that are sealed or shared, and tokens, hours and money of the rest.
+"""What grids would take before they run: stages that are sealed or shared, and tokens, hours and money of the rest.
 
 A stage that several cells have in common counts with the first of them. Hours are the planner's where the resources
-name an accelerator. Without one they are those of the most alike sealed stage of the same tower and language model,
-position by position. Preparation and evaluations are not counted.
+name an accelerator. Without one they are those of the most alike stage of the same tower and language model that was
+timed, position by position: of the results of other cells, or sealed in the store. Evaluations are counted where
+results have their time. Preparation is not counted.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from pydantic import ValidationError
 
-from vila_ops.ablate.cells import CellRun
+from vila_ops.ablate.cells import CellRun, StageAt, fingerprint_of, speed_settings, stages_of
+from vila_ops.ablate.results import CellResult
 from vila_ops.artifacts import store
-from vila_ops.artifacts.kinds import Checkpoint, Dataset, Pretrained
+from vila_ops.artifacts.kinds import Checkpoint
 from vila_ops.artifacts.listing import manifests
-from vila_ops.config import Config, Mixture, Model, Resources, Stage, TextFormat, fingerprint
+from vila_ops.config import Config, Model, Resources, Stage
 from vila_ops.config.base import differences
 from vila_ops.config.lengths import Lengths
-from vila_ops.data.preprocess import prepare
-from vila_ops.model import assemble
-from vila_ops.pipeline.explain import UNMADE
-from vila_ops.pipeline.stages import Weights
 from vila_ops.plan.plan import StagePlan, plan_run
 from vila_ops.train import stage as training
-from vila_ops.train.job import StageInputs
-
-NO_CHANGE = {"seed", "save_every", "validate_every", "validation_rows"}
-"""Settings of a stage that make a step neither faster nor slower."""
 
 
 class CellCost(Config):
     """What one cell with one seed would take."""
 
+    grid: str
     cell: str
     seed: int
+    done: bool
+    """Whether its result is in a file, so that nothing is left to do."""
     sealed: int
     """Stages that are sealed."""
     shared: int
@@ -51,85 +47,55 @@ class CellCost(Config):
 
 
 class GridCost(Config):
-    """What a grid would take."""
+    """What grids would take."""
 
     cells: tuple[CellCost, ...]
     tokens: float | None
     hours: float | None
     money: float | None
     measured: bool
-    """Whether hours are those of sealed stages, not of the planner."""
+    """Whether hours are those of stages that were timed, not of the planner."""
+    evaluations: bool
+    """Whether hours count evaluations."""
     unknown: str | None
     """Why numbers are missing."""
 
 
-@dataclass(frozen=True)
-class StageAt:
-    """A stage of a cell and its place in the store, sealed or not."""
+def cost_of_grid(
+    runs: Sequence[CellRun], lengths: Lengths | None = None, *, results: Mapping[str, CellResult] | None = None
+) -> GridCost:
+    """What runs would take, with declared lengths of samples or those of prepared mixtures.
 
-    stage: Stage
-    model: Model
-    at: store.Address
-    done: Checkpoint | None
-
-
-def stages_of(one: CellRun) -> Iterator[StageAt]:
-    """The stages of a cell in order. Nothing is made, and raw data need not be on this machine."""
-    recipe, resources = one.run.recipe, one.run.resources
-    model: Weights = assemble.assembled(recipe.model, resources) or Pretrained(
-        uri="", digest=_unmade(assemble.address_of(recipe.model))
-    )
-    for name in one.stages():
-        stage = recipe.stages[name]
-        data = _data(stage.mixture, recipe.text(name), resources)
-        shape = recipe.model_of(name)
-        inputs = StageInputs(stage=stage, model=shape, data=data, init=model, resources=resources)
-        at = training.address_of(inputs)
-        done = store.find(Checkpoint, at, store=resources.storage.store)
-        model = done or Checkpoint(uri="", digest=_unmade(at), stage=name, step=0)
-        yield StageAt(stage, shape, at, done)
-
-
-def _data(mixture: Mixture, text: TextFormat, resources: Resources) -> Dataset:
-    """The prepared mixture, or a reference with a digest that stands for it."""
-    try:
-        if done := prepare.prepared(mixture, text, resources):
-            return done
-        digest = _unmade(prepare.address_of(mixture, text, resources))
-    except (ValueError, OSError):  # raw data is not on this machine
-        digest = UNMADE + fingerprint([mixture.model_dump(mode="json"), text.model_dump(mode="json")])
-    return Dataset(uri="", digest=digest, num_samples=0, num_tokens=0)
-
-
-def _unmade(at: store.Address) -> str:
-    return f"{UNMADE}{at.kind}/{at.key}"
-
-
-def cost_of_grid(runs: Sequence[CellRun], lengths: Lengths | None = None) -> GridCost:
-    """What the runs of a grid would take, with declared lengths of samples or those of prepared mixtures."""
-    plans: dict[str, dict[str, StagePlan]] = {}
+    `results` are those in files, by their fingerprints.
+    """
+    done = results or {}
+    plans: dict[tuple[str, str], dict[str, StagePlan]] = {}
     unknown: str | None = None
     for one in runs:
-        if one.cell not in plans:  # seeds change no length
+        if (of := (one.grid, one.cell)) not in plans:  # seeds change no length
             try:
-                plans[one.cell] = {plan.stage: plan for plan in plan_run(one.run, lengths).stages}
+                plans[of] = {plan.stage: plan for plan in plan_run(one.run, lengths).stages}
             except ValueError as error:
-                plans[one.cell], unknown = {}, str(error)
-    pace, seen, cells = _MeasuredPace(runs[0].run.resources), set[str](), list[CellCost]()
+                plans[of], unknown = {}, str(error)
+    pace, seen, cells = _MeasuredPace(runs[0].run.resources, done), set[str](), list[CellCost]()
     for one in runs:
-        every = list(stages_of(one))
+        key = fingerprint_of(one)
+        every = list(stages_of(one)) if key not in done else []
         new = [part for part in every if part.done is None and part.at.key not in seen]
-        seen |= {part.at.key for part in every}
-        planned = plans[one.cell]
+        evaluation = 0.0 if key in done or key in seen else pace.evaluation(one.run.recipe.final_suite.name)
+        seen |= {key, *(part.at.key for part in every)}
+        planned = plans[one.grid, one.cell]
         cells.append(
             CellCost(
+                grid=one.grid,
                 cell=one.cell,
                 seed=one.seed,
+                done=key in done,
                 sealed=sum(part.done is not None for part in every),
                 shared=sum(part.done is None for part in every) - len(new),
                 runs=tuple(part.stage.name for part in new),
                 tokens=_sum([planned[p.stage.name].tokens if planned else None for p in new]),
-                hours=_sum([_hours(p, planned.get(p.stage.name), pace) for p in new]),
+                hours=_sum([evaluation, *(_hours(p, planned.get(p.stage.name), pace) for p in new)]),
                 money=_sum([planned[p.stage.name].cost if planned else None for p in new]),
             )
         )
@@ -139,6 +105,7 @@ def cost_of_grid(runs: Sequence[CellRun], lengths: Lengths | None = None) -> Gri
         hours=_sum([one.hours for one in cells]),
         money=_sum([one.money for one in cells]),
         measured=runs[0].run.resources.train.accelerator is None,
+        evaluations=pace.has_evaluations,
         unknown=unknown,
     )
 
@@ -151,48 +118,62 @@ def _hours(part: StageAt, planned: StagePlan | None, pace: "_MeasuredPace") -> f
     return None if steps is None or seconds is None else seconds * _positions(part.stage.model_dump(), steps) / 3600
 
 
-def _positions(stage: dict[str, Any], steps: int) -> int:
+def _positions(stage: Mapping[str, Any], steps: int) -> int:
     return steps * int(stage["global_batch_size"]) * int(stage["sequence_length"])
 
 
 class _MeasuredPace:
-    """Seconds that the sealed stages of a store took for a position."""
+    """The time that stages and evaluations took, of results in files and of the sealed stages of a store."""
 
-    def __init__(self, resources: Resources) -> None:
+    def __init__(self, resources: Resources, results: Mapping[str, CellResult]) -> None:
         self._store, self._is_cpu = resources.storage.store, resources.train.accelerator is None
+        self._tasks = [task for one in results.values() for task in one.tasks]
+
+    @property
+    def has_evaluations(self) -> bool:
+        """Whether the time of an evaluation is known."""
+        return self._is_cpu and any(task.task == "evaluate" for task in self._tasks)
+
+    def evaluation(self, suite: str) -> float:
+        """Hours of the longest evaluation on a suite, or else on any; 0 where none is known."""
+        known = [task for task in self._tasks if task.task == "evaluate"] if self._is_cpu else []
+        own = [task for task in known if task.name == suite] or known
+        return max((task.seconds for task in own), default=0.0) / 3600
 
     def seconds(self, stage: Stage, model: Model) -> float | None:
-        """Those of the stage of the same tower and language model with the fewest other settings, the newest of them.
+        """Those of a position in the stage of the same tower and language model with the fewest other settings.
 
         None without such a stage, or for a GPU.
         """
-        parts = model.vision_tower, model.language_model
-        own = [one for one in self._sealed if (one[1].vision_tower, one[1].language_model) == parts]
+        wanted = speed_settings(stage.model_dump(mode="json"), model)
+        own = [(settings, pace) for settings, pace in self._timed if _parts(settings) == _parts(wanted)]
         if not self._is_cpu or not own:
             return None
-        wanted = stage.model_dump(mode="json", exclude={"mixture", *NO_CHANGE}), model.model_dump(mode="json")
-
-        def far(one: tuple[dict[str, Any], Model]) -> int:
-            settings = {key: value for key, value in one[0]["recipe"]["stage"].items() if key not in NO_CHANGE}
-            found = settings, one[1].model_dump(mode="json")
-            return sum(len(list(differences(*pair))) for pair in zip(found, wanted, strict=True))
-
-        manifest, _ = min(own, key=far)
-        positions = _positions(manifest["recipe"]["stage"], _made(manifest))
-        return float(manifest["execution"]["seconds"]) / positions
+        _, pace = min(own, key=lambda one: len(list(differences(one[0], wanted))))
+        return pace
 
     @cached_property
-    def _sealed(self) -> list[tuple[dict[str, Any], Model]]:
-        """The manifest of each sealed stage with its model's settings, where it has them; the newest first."""
-        listed = []
+    def _timed(self) -> list[tuple[dict[str, Any], float]]:
+        """Settings and seconds for a position: of files, and then of the sealed stages, the newest first."""
+        of_files = [(task.settings, task.seconds / task.positions) for task in self._tasks if task.positions]
+        sealed = []
         for uri, manifest in manifests(Checkpoint, store=self._store):
-            if manifest["execution"].get("model") is not None and _made(manifest) > 0:
+            made, execution = _made(manifest), manifest["execution"]
+            if execution.get("model") is not None and made > 0:
                 with suppress(ValidationError):  # a model of another version has no pace to compare with
-                    listed.append((manifest, training.trained_model(store.reference(Checkpoint, uri, manifest))))
-        return sorted(listed, key=lambda one: one[0]["execution"].get("sealed", ""), reverse=True)
+                    model = training.trained_model(store.reference(Checkpoint, uri, manifest))
+                    stage = manifest["recipe"]["stage"]
+                    pace = float(execution["seconds"]) / _positions(stage, made)
+                    sealed.append((execution.get("sealed", ""), (speed_settings(stage, model), pace)))
+        newest_first = sorted(sealed, key=lambda one: one[0], reverse=True)
+        return [*of_files, *(timed for _, timed in newest_first)]
 
 
-def _made(manifest: dict[str, Any]) -> int:
+def _parts(settings: Mapping[str, Any]) -> tuple[Any, Any]:
+    return settings["model"]["vision_tower"], settings["model"]["language_model"]
+
+
+def _made(manifest: Mapping[str, Any]) -> int:
     """Steps of a sealed stage that its last attempt made, in the time that its manifest has."""
     workers = manifest["execution"]["workers"]
     return int(manifest["facts"]["step"] - (workers[0].get("first_step", 0) if workers else 0))

@@ -1,158 +1,265 @@
-"""What the cells of a grid show: values and differences over seeds and items, and whether each claim holds. Pure.
+"""What cells showed, one file for each cell and seed. Nothing else reads or writes these files.
 
-An interval counts two sources of chance. Items are drawn by the bootstrap over groups of items, the same groups for all
-cells and seeds; its variance is v1, with C - 1 degrees of freedom for C groups. Seeds vary with a variance s^2 between
-the S of them, v2 = s^2 / S with S - 1 degrees. The variance of a mean over seeds is at most v1 + v2, since v2 holds the
-part of items that differs between seeds too; its degrees of freedom are those of Satterthwaite ("An approximate
-distribution of estimates of variance components", Biometrics Bulletin 2, 1946):
-(v1 + v2)^2 / (v1^2 / (C - 1) + v2^2 / (S - 1)).
+    GRID.CELL.SEED.KEY.json
 
-Differences are taken seed by seed on the same items, so that what a seed or an item does to both cells cancels.
+A file holds all that claims and page need, so that a machine with an empty store goes on where another one ended. It is
+found by its key, the fingerprint of what it depends on, whichever grid and cell it is named after. No file is ever
+replaced: what would give other numbers has another key, and so another file.
 """
 
+import json
+import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import ValidationError
 
-from vila_ops.config import Config
-from vila_ops.config.grid import Claim, Grid
-from vila_ops.eval.compare import NotComparable, ScoreTable, aligned
-from vila_ops.eval.statistics import COVERAGE, FloatArray, OfSums, cluster_bootstrap, cluster_sums
+from vila_ops.ablate.cells import CellRun, fingerprint_of, speed_settings, stages_of
+from vila_ops.artifacts import output, store
+from vila_ops.artifacts.kinds import Checkpoint, EvalReport
+from vila_ops.config import NO_CONTEXT, Config, fingerprint
+from vila_ops.config.grid import Grid
+from vila_ops.errors import did_you_mean
+from vila_ops.eval.compare import ScoreTable
+from vila_ops.eval.opened import opened
+from vila_ops.eval.report import LayerPoint, ReportMetric, read_report
+from vila_ops.pipeline.cost import TaskCost, cost_of
+from vila_ops.pipeline.reports import SEALED
+from vila_ops.pipeline.stages import walk
+from vila_ops.train.curve import curve_of
 
-Verdict = Literal["shown", "not shown", "contradicted"]
-Tables = Mapping[str, Sequence[ScoreTable]]
-"""The scores of each cell by one metric, a table for each seed."""
+BEGINS = '{\n "cell": "'
+"""How a file begins: keys are sorted."""
+POINTS = 500
+"""Points of a loss; a longer one has the means of consecutive steps."""
+DIGITS = 7
+"""Significant digits of scores and losses, which are computed in fp32."""
+log = logging.getLogger(__name__)
 
 
-class Estimate(Config):
-    """A mean over seeds with its 95 % interval, in the metric's unit."""
+class ScoredItems(Config):
+    """The items that one or more metrics are of."""
 
-    value: float
-    low: float
-    high: float
-    by_seed: tuple[float, ...]
+    names: tuple[str, ...]
+    groups: tuple[str, ...]
+    slices: tuple[tuple[str, ...], ...]
+    """None at all where no item is in one."""
+    references: str
+    """A hash of what the items are scored by."""
 
 
-class MetricResult(Config):
-    """One metric of all cells."""
+class ItemScores(Config):
+    """What a model scored by one metric, item by item."""
 
-    metric: str
-    unit: str
+    items: int
+    """Place of its items in the list of the file."""
+    statistic: Literal["mean", "mean_of_means", "ratio"]
     lower_is_better: bool
-    n: int
-    """Number of items."""
-    values: dict[str, Estimate]
-    differences: dict[str, Estimate]
-    """Of each cell but the first: cell minus the first one."""
+    unit: str
+    columns: tuple[tuple[float, ...], ...]
+    """Of values with one column: one."""
 
 
-class ClaimResult(Config):
-    """A claim and what was found."""
+class CellTask(Config):
+    """A stage or the evaluation of a cell, and what it took."""
 
-    claim: Claim
-    advantage: Estimate
-    """Of `cell` over `than`, positive where it is better."""
-    verdict: Verdict
+    task: Literal["train", "evaluate"]
+    name: str
+    key: str
+    """The same for a stage or an evaluation that cells share."""
+    seconds: float
+    gpu_hours: float
+    positions: int | None
+    """Token positions that a stage trained on, padding included."""
+    money: float | None
+    settings: dict[str, Any] = {}
+    """Of a stage and its model, as by `speed_settings`."""
 
 
-class GridResult(Config):
-    """All that a grid shows."""
+class CellResult(Config):
+    """A cell with one seed: what was measured, and what it took."""
 
-    grid: Grid
-    metrics: tuple[MetricResult, ...]
-    claims: tuple[ClaimResult, ...]
+    grid: str
+    cell: str
+    seed: int
+    key: str
+    """Fingerprint of what the result depends on, see `fingerprint_of`."""
+    stage: str
+    """The model after it is measured."""
+    model: str
+    """Digest of the model."""
+    report: str
+    """Digest of its report."""
+    metrics: tuple[ReportMetric, ...]
+    items: tuple[ScoredItems, ...]
+    scores: dict[str, ItemScores]
+    """By metric, of those whose value is a mean or a ratio of sums."""
+    layers: tuple[LayerPoint, ...]
+    losses: dict[str, tuple[tuple[int, float], ...]]
+    """By stage, the training loss by step."""
+    tasks: tuple[CellTask, ...]
+    versions: dict[str, str]
+    """Of Python and of packages that results depend on."""
+
+    def file_name(self) -> str:
+        """The name of its file."""
+        return f"{self.grid}.{self.cell}.{self.seed}.{self.key[:16]}.json"
 
 
-def grid_result(grid: Grid, scores: Mapping[str, Tables]) -> GridResult:
-    """What a grid shows by the scores of its metrics. Raises NotComparable for cells with different items."""
-    by_metric = {metric: _aligned(scores[metric]) for metric in grid.metrics}
-    return GridResult(
-        grid=grid,
-        metrics=tuple(_metric(metric, tables, resamples=grid.resamples) for metric, tables in by_metric.items()),
-        claims=tuple(_claim(claim, by_metric[claim.metric], resamples=grid.resamples) for claim in grid.claims),
+def result_of(one: CellRun, report: EvalReport) -> CellResult:
+    """The result of a cell whose report is sealed. Raises CorruptArtifact."""
+    read, execution = read_report(report), store.manifest_of(report)["execution"]
+    trained = _trained(one)
+    tables = {name: table for benchmark in opened(report).values() for name, table in benchmark.scores().items()}
+    items, scores = _compact(tables)
+    key = fingerprint_of(one)
+    measuring = cost_of("evaluate", read.suite, report.uri, one.run.resources)
+    return CellResult(
+        grid=one.grid,
+        cell=one.cell,
+        seed=one.seed,
+        key=key,
+        stage=one.stage,
+        model=read.model,
+        report=report.digest,
+        metrics=read.metrics,
+        items=items,
+        scores=scores,
+        layers=tuple(point for point in read.layers if point.role == "model"),
+        losses={checkpoint.stage: _losses(checkpoint) for checkpoint in trained},
+        tasks=(*_stages(one, trained), _task("evaluate", read.suite, key, measuring, {})),
+        versions={"python": execution["python"], **execution["versions"]},
     )
 
 
-def _metric(metric: str, tables: Tables, *, resamples: int) -> MetricResult:
-    first, *others = tables
-    table = tables[first][0]
-    return MetricResult(
-        metric=metric,
-        unit=table.unit,
-        lower_is_better=table.lower_is_better,
-        n=len(table.items),
-        values={cell: _estimate(own, None, resamples=resamples) for cell, own in tables.items()},
-        differences={cell: _estimate(tables[cell], tables[first], resamples=resamples) for cell in others},
+def _trained(one: CellRun) -> list[Checkpoint]:
+    """The sealed models after the stages of a cell."""
+    models = (result.model for result in walk(one.run, SEALED, NO_CONTEXT) if result.stage in one.stages())
+    return [model for model in models if isinstance(model, Checkpoint)]
+
+
+def _stages(one: CellRun, trained: Sequence[Checkpoint]) -> Iterable[CellTask]:
+    for part, checkpoint in zip(stages_of(one, in_store=False), trained, strict=True):
+        cost = cost_of("train", part.stage.name, checkpoint.uri, one.run.resources)
+        settings = speed_settings(part.stage.model_dump(mode="json"), part.model)
+        yield _task("train", part.stage.name, part.at.key, cost, settings)
+
+
+def _task(
+    task: Literal["train", "evaluate"], name: str, key: str, cost: TaskCost, settings: dict[str, Any]
+) -> CellTask:
+    return CellTask(
+        task=task,
+        name=name,
+        key=key,
+        seconds=cost.seconds,
+        gpu_hours=cost.gpu_hours,
+        positions=cost.positions,
+        money=cost.money,
+        settings=settings,
     )
 
 
-def _claim(claim: Claim, tables: Tables, *, resamples: int) -> ClaimResult:
-    difference = _estimate(tables[claim.cell], tables[claim.than], resamples=resamples)
-    if tables[claim.cell][0].lower_is_better:
-        difference = Estimate(
-            value=-difference.value,
-            low=-difference.high,
-            high=-difference.low,
-            by_seed=tuple(-value for value in difference.by_seed),
+def _losses(checkpoint: Checkpoint) -> tuple[tuple[int, float], ...]:
+    """The finite losses of a stage. Steps of equal stages are the same, so that seeds can be averaged."""
+    rows = [(row["step"], row["loss"]) for row in curve_of(checkpoint) if math.isfinite(row.get("loss", math.nan))]
+    size = math.ceil(len(rows) / POINTS)
+    parts = [rows[start : start + size] for start in range(0, len(rows), size or 1)]
+    return tuple((part[-1][0], _rounded(sum(loss for _, loss in part) / len(part))) for part in parts)
+
+
+def _compact(tables: Mapping[str, ScoreTable]) -> tuple[tuple[ScoredItems, ...], dict[str, ItemScores]]:
+    """Tables of scores with their items once. A statistic that is a function has no place in a file."""
+    places: dict[ScoredItems, int] = {}
+    scores = {}
+    for metric, table in tables.items():
+        if not isinstance(table.statistic, str):
+            continue
+        items = ScoredItems(
+            names=table.items,
+            groups=table.groups,
+            slices=table.slices if any(table.slices) else (),
+            references=fingerprint(dict(table.references)),
         )
-    return ClaimResult(claim=claim, advantage=difference, verdict=_verdict(difference, claim.by))
+        columns = table.values.reshape(len(table.items), -1).T
+        scores[metric] = ItemScores(
+            items=places.setdefault(items, len(places)),
+            statistic=table.statistic,
+            lower_is_better=table.lower_is_better,
+            unit=table.unit,
+            columns=tuple(tuple(map(_rounded, column.tolist())) for column in columns),
+        )
+    return tuple(places), scores
 
 
-def _verdict(advantage: Estimate, by: float) -> Verdict:
-    if advantage.low > by:
-        return "shown"
-    return "contradicted" if advantage.high < 0 else "not shown"
+def _rounded(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")
 
 
-def _aligned(tables: Tables) -> Tables:
-    """The same scores with the items of all tables in one order. Raises NotComparable."""
-    first = next(iter(tables.values()))[0]
-    seeds = {len(own) for own in tables.values()}
-    if len(seeds) > 1:
-        raise NotComparable(f"cells were measured with {sorted(seeds)} seeds; measure all with the same ones")
-    return {cell: [aligned(first, table) for table in own] for cell, own in tables.items()}
+def scores_of(grid: Grid, results: Sequence[CellResult]) -> dict[str, dict[str, list[ScoreTable]]]:
+    """The scores by metric and cell, a table for each seed. Raises ValueError for a metric that a result lacks."""
+    scores: dict[str, dict[str, list[ScoreTable]]] = {metric: {} for metric in grid.metrics}
+    for one in results:
+        for metric in grid.metrics:
+            scores[metric].setdefault(one.cell, []).append(_table(one, metric))
+    return scores
 
 
-@dataclass(frozen=True)
-class _MeanOverSeeds:
-    """A statistic's mean over seeds, minus that of a second cell if there is one, from the sums of all of them."""
+def _table(one: CellResult, metric: str) -> ScoreTable:
+    if metric not in one.scores:
+        raise ValueError(
+            f"the report of cell {one.cell!r} has no metric {metric!r} whose value is a mean or a ratio of its items; "
+            f"those are {list(one.scores)}{did_you_mean(metric, one.scores)}"
+        )
+    own = one.scores[metric]
+    items = one.items[own.items]
+    values = np.array(own.columns, dtype=np.float64).T
+    return ScoreTable(
+        items=items.names,
+        groups=items.groups,
+        slices=items.slices or ((),) * len(items.names),
+        values=values[:, 0] if len(own.columns) == 1 else values,
+        statistic=own.statistic,
+        lower_is_better=own.lower_is_better,
+        unit=own.unit,
+        references=dict.fromkeys(items.names, items.references),
+    )
 
-    of: OfSums
-    seeds: int
-    is_difference: bool
 
-    def by_seed(self, sums: FloatArray) -> FloatArray:
-        """(R, parts x K) -> (R, S)."""
-        parts = np.split(sums, self.seeds * (2 if self.is_difference else 1), axis=1)
-        values = np.stack([self.of(part) for part in parts], axis=1)
-        return values[:, : self.seeds] - values[:, self.seeds :] if self.is_difference else values
-
-    def __call__(self, sums: FloatArray) -> FloatArray:
-        """(R, parts x K) -> (R,)."""
-        mean: FloatArray = self.by_seed(sums).mean(axis=1)
-        return mean
+def write_result(folder: Path, result: CellResult) -> Path:
+    """Write the file of a result whole or not at all; returns it. Raises ValueError for a file that is not of ours."""
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / result.file_name()
+    text = json.dumps(result.model_dump(mode="json"), sort_keys=True, indent=1)
+    output.write_file(place, f"{text}\n", begins=BEGINS)
+    return place
 
 
-def _estimate(own: Sequence[ScoreTable], baseline: Sequence[ScoreTable] | None, *, resamples: int) -> Estimate:
-    """The mean over seeds of one cell, or of its difference from another one."""
-    from scipy.special import stdtrit
+def read_results(folder: Path) -> dict[str, CellResult]:
+    """The results in a folder by their fingerprints; none where there is no folder.
 
-    tables = [*own, *(baseline or ())]
-    _, groups = np.unique(np.array(own[0].groups), return_inverse=True)
-    parts = [cluster_sums(table.values, groups, table.statistic) for table in tables]
-    sums = np.concatenate([part for part, _ in parts], axis=1)
-    statistic = _MeanOverSeeds(parts[0][1], len(own), baseline is not None)
-    clusters = np.arange(len(sums))
-    drawn = cluster_bootstrap(sums, clusters, statistic=statistic, resamples=resamples, seed=0)
-    by_seed = statistic.by_seed(sums.sum(axis=0, keepdims=True))[0]
-    of_items, of_seeds = drawn.standard_error**2, float(by_seed.var(ddof=1)) / len(by_seed)
-    total = of_items + of_seeds
-    half = 0.0
-    if total > 0:
-        freedom = total**2 / (of_items**2 / (drawn.clusters - 1) + of_seeds**2 / (len(by_seed) - 1))
-        half = float(stdtrit(freedom, (1 + COVERAGE) / 2)) * math.sqrt(total)
-    value = float(by_seed.mean())
-    return Estimate(value=value, low=value - half, high=value + half, by_seed=tuple(by_seed.tolist()))
+    Raises ValueError for a file that is no result.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--results is {folder}, which is a file; name a folder")
+    results = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            one = CellResult.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(
+                f"{path} is no result of a cell that this version reads ({'.'.join(map(str, first['loc']))}: "
+                f"{first['msg']}); restore it, or move it away so that the cell runs again"
+            ) from error
+        results[one.key] = one
+    return results
+
+
+def outdated(one: CellRun, results: Iterable[CellResult]) -> list[str]:
+    """The files of a cell and seed, of which there is none with its fingerprint."""
+    key = one.grid, one.cell, one.seed
+    return [result.file_name() for result in results if (result.grid, result.cell, result.seed) == key]

@@ -1,4 +1,4 @@
-"""`vila-ops ablate`: train and measure the recipes of a grid with several seeds, and say what they show."""
+"""`vila-ops ablate`: train and measure the recipes of grids with several seeds, and say what they show."""
 
 import sys
 from pathlib import Path
@@ -8,18 +8,23 @@ import typer
 
 from vila_ops.cli.options import INLINE, AsJson, ResourcesFile, names_in, print_result, say
 from vila_ops.cli.tables import Row, short, table
+from vila_ops.errors import counted
 
 if TYPE_CHECKING:
-    from vila_ops.ablate.cost import GridCost
-    from vila_ops.ablate.results import Estimate, GridResult
+    from vila_ops.ablate.cost import CellCost, GridCost
+    from vila_ops.ablate.verdicts import Estimate, GridResult
 
 
 def ablate(
-    grid: Annotated[
-        Path,
-        typer.Argument(help="A name in configs/grids, or a file", metavar="GRID", autocompletion=names_in("grids")),
+    grids: Annotated[
+        list[Path],
+        typer.Argument(help="Names in configs/grids, or files", metavar="GRID...", autocompletion=names_in("grids")),
     ],
     resources: ResourcesFile = INLINE,
+    results: Annotated[
+        Path | None,
+        typer.Option("--results", help="A folder of a file for each cell and seed: those that are there are not run"),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would train and what it takes; do nothing")
     ] = False,
@@ -31,24 +36,29 @@ def ablate(
             autocompletion=names_in("lengths"),
         ),
     ] = None,
-    page: Annotated[Path | None, typer.Option("--page", help="The page to write, .html or .md")] = None,
+    page: Annotated[Path | None, typer.Option("--page", help="The page of one grid to write, .html or .md")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train and measure each recipe of a grid with every seed, and decide its claims. A stopped grid goes on."""
-    from vila_ops.ablate.cells import measure, runs_of, scores_of
-    from vila_ops.ablate.results import grid_result
+    """Train and measure each recipe of grids with every seed, and decide their claims. A stopped command goes on."""
+    from vila_ops.ablate.cells import runs_of_all
+    from vila_ops.ablate.measure import measure
+    from vila_ops.ablate.results import read_results, scores_of
+    from vila_ops.ablate.verdicts import grid_result
     from vila_ops.config.grid import load_grid
     from vila_ops.config.lengths import load_lengths
     from vila_ops.config.load import load_resources
 
-    wanted, loaded = load_grid(grid), load_resources(resources)
+    wanted, loaded = [load_grid(grid) for grid in grids], load_resources(resources)
     if (dry_run and page) or (lengths and not dry_run):
         idle, way = ("--page", "remove it") if dry_run else ("--lengths", "add --dry-run, or remove it")
         raise ValueError(f"{idle} has no effect {'with' if dry_run else 'without'} --dry-run; {way}")
+    if page and len(wanted) > 1:
+        raise ValueError(f"--page is the page of one grid, and {len(wanted)} are given; write one page at a time")
     if dry_run:
         from vila_ops.ablate.cost import cost_of_grid  # heavy: torch
 
-        cost = cost_of_grid(runs_of(wanted, loaded), load_lengths(lengths) if lengths else None)
+        known = read_results(results) if results else None
+        cost = cost_of_grid(runs_of_all(wanted, loaded), load_lengths(lengths) if lengths else None, results=known)
         if as_json:
             print_result(cost, as_json)
         else:
@@ -58,31 +68,40 @@ def ablate(
         from vila_ops.report import ablation
 
         ablation.check(page)
-    measured = measure(wanted, loaded)
-    result = grid_result(wanted, scores_of(wanted, measured))
+    measured = measure(wanted, loaded, folder=results)
+    shown = [grid_result(grid, scores_of(grid, measured[grid.name])) for grid in wanted]
     if page is not None:
-        ablation.write(page, result, measured)
+        ablation.write(page, shown[0], measured[wanted[0].name])
     if as_json:
-        print_result(result, as_json)
+        print_result(shown if len(shown) > 1 else shown[0], as_json)
     else:
-        _print(result)
+        for one in shown:
+            _print(one)
 
 
 def _print_cost(cost: "GridCost") -> None:
+    left = [one for one in cost.cells if not one.done]
     rows: list[Row] = [("cell", "seed", "sealed", "shared", "to train", "tokens", "hours", "money")]
-    for one in cost.cells:
-        stages = map(str, (one.seed, one.sealed, one.shared, len(one.runs)))
-        rows.append((one.cell, *stages, *_amounts(one.tokens, one.hours, one.money)))
-    whole = str(sum(len(one.runs) for one in cost.cells))
+    several = len({one.grid for one in cost.cells}) > 1
+    rows += [_cost_row(one, f"{one.grid} {one.cell}" if several else one.cell) for one in left]
+    whole = str(sum(len(one.runs) for one in left))
     rows.append(("all", "", "", "", whole, *_amounts(cost.tokens, cost.hours, cost.money)))
     say("\n".join(table(rows)))
+    if done := len(cost.cells) - len(left):
+        print(f"in files, and not run again: {counted(done, 'result')}", file=sys.stderr)
     if cost.hours is not None:
-        source = "sealed stages" if cost.measured else "the planner"
-        print(f"hours are those of {source}; preparation and evaluations are not counted", file=sys.stderr)
+        source = "stages that were timed" if cost.measured else "the planner"
+        uncounted = "preparation is" if cost.evaluations else "preparation and evaluations are"
+        print(f"hours are those of {source}; {uncounted} not counted", file=sys.stderr)
     if cost.unknown:
         print(f"some tokens are not known: {cost.unknown}", file=sys.stderr)
     if cost.hours is None and cost.measured:
-        print("hours are not known: the store has no sealed stage, and the resources no accelerator", file=sys.stderr)
+        print("hours are not known: no such stage was timed, and the resources have no accelerator", file=sys.stderr)
+
+
+def _cost_row(one: "CellCost", name: str) -> Row:
+    stages = map(str, (one.seed, one.sealed, one.shared, len(one.runs)))
+    return (name, *stages, *_amounts(one.tokens, one.hours, one.money))
 
 
 def _amounts(tokens: float | None, hours: float | None, money: float | None) -> tuple[str, str, str]:

@@ -1,26 +1,21 @@
 """The page of a grid: its claims, the paper's table and ours, losses, layers, and what each cell took.
 
-`render` and `markdown` are pure functions of what `gather` reads in sealed results.
+`render` and `markdown` are pure functions of the results of cells, which are the same from a store and from files.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from vila_ops.ablate.cells import MeasuredCell
-from vila_ops.ablate.results import ClaimResult, Estimate, GridResult, MetricResult
+from vila_ops.ablate.results import CellResult, CellTask
+from vila_ops.ablate.verdicts import ClaimResult, Estimate, GridResult, MetricResult
 from vila_ops.artifacts import output
-from vila_ops.artifacts.kinds import Checkpoint
-from vila_ops.config import NO_CONTEXT
-from vila_ops.eval.report import LayerPoint, read_report
-from vila_ops.pipeline.reports import SEALED
-from vila_ops.pipeline.stages import walk
+from vila_ops.eval.report import LayerPoint
 from vila_ops.report import curves, layers
-from vila_ops.report.cost import TaskCost, cost_of
-from vila_ops.report.page import finite, smoothed, thin
+from vila_ops.report.page import smoothed, thin
 from vila_ops.report.panels import Panel, ReportRow, forest
 from vila_ops.report.template import rendered
 from vila_ops.report.words import DASH, number, signed
@@ -31,24 +26,6 @@ TONES = {"shown": "good", "not shown": "", "contradicted": "bad"}
 """The colour of a verdict."""
 ALL = "all cells, each task once"
 Json = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class CellResult:
-    """A cell with one seed: what was sealed for it."""
-
-    cell: str
-    seed: int
-    stage: str
-    model: str
-    """Digest of the model that is measured."""
-    report: str
-    """Digest of its report."""
-    tasks: tuple[TaskCost, ...]
-    """The stages and the evaluation."""
-    losses: Mapping[str, Sequence[Json]]
-    """The losses by step of each stage."""
-    layers: tuple[LayerPoint, ...]
 
 
 @dataclass(frozen=True)
@@ -69,33 +46,11 @@ def check(page: Path) -> None:
     output.check_file(page, begins=BEGINS[page.suffix])
 
 
-def write(page: Path, result: GridResult, measured: Sequence[MeasuredCell]) -> None:
-    """Write the page of a grid in the form of its suffix. Raises ValueError as `check` does, and CorruptArtifact."""
+def write(page: Path, result: GridResult, cells: Sequence[CellResult]) -> None:
+    """Write the page of a grid in the form of its suffix. Raises ValueError as `check` does."""
     check(page)
-    text = (render if page.suffix == ".html" else markdown)(result, [gather(one) for one in measured])
+    text = (render if page.suffix == ".html" else markdown)(result, cells)
     output.write_file(page, text, begins=BEGINS[page.suffix])
-
-
-def gather(one: MeasuredCell) -> CellResult:
-    """What the store has of a measured cell. Raises CorruptArtifact."""
-    run, report = one.of.run, read_report(one.report)
-    trained: list[Checkpoint] = []
-    for result in walk(run, SEALED, NO_CONTEXT):
-        if isinstance(result.model, Checkpoint):
-            trained.append(result.model)
-        if result.stage == one.of.stage:
-            break
-    made = [("train", checkpoint.stage, checkpoint.uri) for checkpoint in trained]
-    return CellResult(
-        cell=one.of.cell,
-        seed=one.of.seed,
-        stage=one.of.stage,
-        model=report.model,
-        report=one.report.digest,
-        tasks=tuple(cost_of(*task, run.resources) for task in [*made, ("evaluate", report.suite, one.report.uri)]),
-        losses={checkpoint.stage: curves.curve_of(checkpoint) for checkpoint in trained},
-        layers=tuple(point for point in report.layers if point.role == "model"),
-    )
 
 
 def render(result: GridResult, cells: Sequence[CellResult]) -> str:
@@ -154,7 +109,7 @@ def losses_of(cells: Sequence[CellResult]) -> dict[str, dict[str, list[curves.St
         by_cell.setdefault(one.cell, []).append(one)
     for name, own in by_cell.items():
         for stage in own[0].losses:
-            models = tuple(task.uri for one in own for task in one.tasks if (task.task, task.name) == ("train", stage))
+            models = tuple(task.key for one in own for task in one.tasks if (task.task, task.name) == ("train", stage))
             of.setdefault(stage, {})[models] = own
             names.setdefault(stage, {}).setdefault(models, []).append(name)
     return {
@@ -167,7 +122,7 @@ def losses_of(cells: Sequence[CellResult]) -> dict[str, dict[str, list[curves.St
 
 
 def _smooth(one: CellResult, stage: str) -> list[curves.Step]:
-    return smoothed(finite(list(one.losses[stage]), "loss"))
+    return smoothed(list(one.losses[stage]))
 
 
 def layer_points(cells: Sequence[CellResult]) -> list[Json]:
@@ -200,8 +155,8 @@ def costs_of(cells: Sequence[CellResult]) -> list[CostRow]:
     return [*rows, _cost(ALL, [task for one in cells for task in one.tasks])]
 
 
-def _cost(name: str, tasks: Iterable[TaskCost]) -> CostRow:
-    once = {task.uri: task for task in tasks}.values()
+def _cost(name: str, tasks: Iterable[CellTask]) -> CostRow:
+    once = {task.key: task for task in tasks}.values()
     prices = [task.money for task in once if task.money is not None]
     return CostRow(
         name=name,

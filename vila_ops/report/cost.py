@@ -1,54 +1,13 @@
-"""What sealed artifacts took to make: time, GPU-hours, token positions and money, read from their manifests."""
+"""What the sealed artifacts of a recipe took to make, as rows for people."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from vila_ops.artifacts.store import read_manifest
-from vila_ops.config import Config, Resources, Run
+from vila_ops.config import Run
+from vila_ops.pipeline.cost import TaskCost, cost_of
 from vila_ops.pipeline.explain import explain
 
 Json = dict[str, Any]
-CPU = "cpu"
-
-
-class TaskCost(Config):
-    """What one task took. Of a stage that was killed and resumed: its last attempt."""
-
-    task: str
-    name: str
-    uri: str
-    sealed: str
-    """When it was sealed: UTC, ISO 8601."""
-    seconds: float
-    workers: int
-    gpu_hours: float
-    """Hours of all GPUs together."""
-    positions: int | None
-    """Token positions that a stage trained on, padding included: steps x global batch x sequence length."""
-    money: float | None
-    """GPU-hours x price of `resources.train.accelerator`; None without a price."""
-
-
-def cost_of(task: str, name: str, uri: str, resources: Resources) -> TaskCost:
-    """What a sealed artifact took. Raises CorruptArtifact."""
-    manifest = read_manifest(uri)
-    execution = manifest["execution"]
-    gpus = sum(not str(worker.get("device", CPU)).startswith(CPU) for worker in execution["workers"])
-    hours = gpus * execution["seconds"] / 3600
-    accelerator = resources.train.accelerator
-    price = accelerator.price_per_hour if accelerator else 0.0
-    stage = manifest["recipe"].get("stage") if task in ("train", "train_stage") else None
-    return TaskCost(
-        task=task,
-        name=name,
-        uri=uri,
-        sealed=execution["sealed"],
-        seconds=execution["seconds"],
-        workers=max(1, len(execution["workers"])),
-        gpu_hours=hours,
-        positions=manifest["facts"]["step"] * stage["global_batch_size"] * stage["sequence_length"] if stage else None,
-        money=hours * price if price else None,
-    )
 
 
 def costs_of(run: Run) -> tuple[list[TaskCost], int]:

@@ -1,15 +1,10 @@
-"""The losses of a stage by step, as the checkpoint has them, and those of several models in one SVG."""
+"""Losses by step: the mean of several models, and their lines in one SVG. Pure."""
 
-import json
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
 
-from vila_ops.artifacts.kinds import Checkpoint
-from vila_ops.artifacts.store import file
 from vila_ops.report.drawing import axis, polyline
 
-Json = dict[str, Any]
 Step = tuple[int, float]
 """Step and loss."""
 WIDTH, HEIGHT = 760, 300
@@ -23,12 +18,6 @@ COLOURS = (
     ("--chance", "#6b7280"),
 )
 """Colours by their variable in a page, and their value outside of it; further lines begin again, dashed."""
-
-
-def curve_of(checkpoint: Checkpoint) -> list[Json]:
-    """The losses by step of the stage that made a model."""
-    rows = json.loads(file(checkpoint, "curve.json").read_text())
-    return [{key: float.fromhex(v) if isinstance(v, str) else v for key, v in row.items()} for row in rows]
 
 
 def mean_of(curves: Sequence[Sequence[Step]]) -> list[Step]:

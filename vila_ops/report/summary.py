@@ -19,15 +19,16 @@ from vila_ops.data.shards import data_url, index_of, named, samples_of
 from vila_ops.eval.evaluate import job_of
 from vila_ops.eval.job import EvalJob
 from vila_ops.eval.report import Report, ReportMetric, name_in_suite, read_report
+from vila_ops.pipeline.cost import cost_of
 from vila_ops.pipeline.run import Outcome
 from vila_ops.pipeline.stages import evaluate_stage
-from vila_ops.report import cost, evaluation
+from vila_ops.report import evaluation
 from vila_ops.report.baselines import published
-from vila_ops.report.curves import curve_of
 from vila_ops.report.layers import draw
 from vila_ops.report.page import render
 from vila_ops.serve.credentials import authorization
 from vila_ops.serve.sample_query import body, curl
+from vila_ops.train.curve import curve_of
 
 GALLERY = 24
 BEGINS = {
@@ -117,7 +118,7 @@ def summarise(run: Run, outcome: Outcome) -> Json:
         },
         "stages": [_stage(checkpoint, run.resources.tracking.uri) for checkpoint in outcome.checkpoints().values()],
         "tasks": _tasks(outcome),
-        "cost": [cost.cost_of(*one, run.resources).model_dump(mode="json") for one in _made(outcome)],
+        "cost": [cost_of(*one, run.resources).model_dump(mode="json") for one in _made(outcome)],
         "metrics": _metrics(run, outcome),
         "layers": [point for name, report in outcome.stage_reports.items() for point in layers_of(name, report)],
         "answer": _answer(outcome),

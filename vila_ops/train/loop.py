@@ -41,6 +41,7 @@ from vila_ops.train.bad_samples import BadSampleFinder
 from vila_ops.train.batch_builder import BatchBuilder
 from vila_ops.train.batch_loader import BatchLoader
 from vila_ops.train.checkpoint.checkpointer import Checkpointer, Curve
+from vila_ops.train.curve import CURVE
 from vila_ops.train.device_faults import DeviceFaults
 from vila_ops.train.engine import TrainEngine, build_engine
 from vila_ops.train.job import RankInfo, TrainJob
@@ -52,9 +53,6 @@ from vila_ops.train.profile import StepProfiler, span
 from vila_ops.train.watchdog import StepWatchdog
 
 log = logging.getLogger(__name__)
-
-CURVE = "curve.json"
-"""The stage's curve beside its model. Floats are in hex, so that equal text means equal bits."""
 
 
 def train(job: TrainJob, rank_info: RankInfo) -> dict[str, Any]:

@@ -25,8 +25,8 @@ from typing import NamedTuple, TextIO
 from vila_ops.artifacts.kinds import Checkpoint
 from vila_ops.artifacts.store import backend, file, read_manifest, root_of
 from vila_ops.config import NO_CONTEXT, Config, Stage
+from vila_ops.train.curve import CURVE
 from vila_ops.train.job import StageInputs
-from vila_ops.train.loop import CURVE
 from vila_ops.train.sample_log import StepSamples, first_mismatch, global_batches, read_sample_log
 from vila_ops.train.stage import train_stage
 

@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from vila_ops.ablate.results import grid_result
+from vila_ops.ablate.verdicts import grid_result
 from vila_ops.config.grid import Grid
 from vila_ops.eval.compare import NotComparable, ScoreTable
 
