@@ -1,10 +1,11 @@
 """Benchmarks, suites of benchmarks, and the gate that a model must pass to be promoted."""
 
+import operator
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field, PositiveInt, SerializeAsAny, model_validator
 
-from vila_ops.config.base import Config
+from vila_ops.config.base import Config, Slug
 from vila_ops.config.benchmarks import Official, OfficialBenchmark
 from vila_ops.config.engine import Precision
 from vila_ops.config.few_shot import MixtureSamples
@@ -13,6 +14,9 @@ from vila_ops.config.kinds import plugins
 from vila_ops.config.mixture import Mixture
 from vila_ops.config.sources import OwnFiles, Rendering
 
+Objects = Literal["new", "known"]
+"""new: objects that no training mixture names. known: objects that training data names, drawn in a style of the suite's
+`kept_out` sources, which no training mixture has."""
 Control = Literal["none", "shuffled"]
 """shuffled: the same items with the image of another object each, by a fixed permutation without fixed points."""
 CONVERSATIONS: tuple[Rendering, ...] = ("conversation", "questions", "instructions")
@@ -30,6 +34,10 @@ class BenchmarkConfig(Config):
         """Whether it reads records with an image only."""
         return "caption" in self.reads()
 
+    def of_known_objects(self) -> bool:
+        """Whether it reads images of known objects in place of those of new ones."""
+        return getattr(self, "objects", "new") == "known"
+
     def least_objects(self) -> int:
         """Held-out objects without which it cannot be measured; a shuffled image is that of another object."""
         return 2 if getattr(self, "control", "none") == "shuffled" else 1
@@ -45,6 +53,7 @@ class CaptionLoss(BenchmarkConfig):
     """Negative log-likelihood of the true captions given their images, in nats per token."""
 
     kind: Literal["caption_loss"] = "caption_loss"
+    objects: Objects = Field(default="new", exclude_if=lambda objects: objects == "new")
     control: Control = "shuffled"
 
 
@@ -56,6 +65,7 @@ class MultipleChoice(BenchmarkConfig):
     """
 
     kind: Literal["multiple_choice"] = "multiple_choice"
+    objects: Objects = Field(default="new", exclude_if=lambda objects: objects == "new")
     control: Control = "shuffled"
 
     def least_objects(self) -> int:
@@ -67,6 +77,7 @@ class CaptionCider(BenchmarkConfig):
     """CIDEr-D of greedy captions; the chance level is the most frequent training caption."""
 
     kind: Literal["cider"] = "cider"
+    objects: Objects = Field(default="new", exclude_if=lambda objects: objects == "new")
     control: Control = "shuffled"
     max_new_tokens: PositiveInt = 16
 
@@ -75,6 +86,7 @@ class HeldOutPope(BenchmarkConfig):
     """Accuracy, F1 and share of yes on "Is there a X in the image?", half of them yes; chance level: always yes."""
 
     kind: Literal["held_out_pope"] = "held_out_pope"
+    objects: Objects = Field(default="new", exclude_if=lambda objects: objects == "new")
     control: Control = "shuffled"
 
     def least_objects(self) -> int:
@@ -249,6 +261,9 @@ class Suite(SuiteSettings):
 
     name: str
     mixture: Mixture
+    kept_out: tuple[Slug, ...] = Field(default=(), exclude_if=operator.not_)
+    """Sources of the mixture that no training mixture reads, in a drawing style of their own. Benchmarks with `objects:
+    known` read their images of objects that training data names; no other benchmark reads them as new objects."""
     benchmarks: dict[str, Benchmark] = Field(min_length=1)
     """By the name under which the report shows its metrics."""
 
@@ -265,6 +280,23 @@ class Suite(SuiteSettings):
             raise ValueError(
                 f"suite {self.name!r} cannot measure: {'; '.join(lacking)}; mixture {self.mixture.name!r} has {has}: "
                 f"add such sources, or remove these benchmarks (held_out_loss reads every source)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _known_objects_are_of_kept_out_sources(self) -> "Suite":
+        captioned = [name for name, source in self.mixture.sources.items() if source.render == "caption"]
+        if unfit := [name for name in self.kept_out if name not in captioned]:
+            raise ValueError(
+                f"suite {self.name!r}: kept_out names {unfit}, which are no sources of mixture {self.mixture.name!r} "
+                f"with render caption; those are {captioned}"
+            )
+        every: dict[str, Config] = dict(self.benchmarks)
+        known = [name for name, one in every.items() if isinstance(one, BenchmarkConfig) and one.of_known_objects()]
+        if bool(known) != bool(self.kept_out):
+            raise ValueError(
+                f"suite {self.name!r} has benchmarks of known objects ({known}) and kept_out sources "
+                f"({list(self.kept_out)}): each needs the other; set both, or neither"
             )
         return self
 

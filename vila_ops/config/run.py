@@ -91,7 +91,13 @@ class Recipe(Config):
                     f"skill; take it out of one of the two mixtures"
                 )
         for suite in (self.final_suite, self.stage_suite):
+            kept_out = [suite.mixture.sources[name].origin() for name in suite.kept_out]
             for stage in self.stages.values():
+                if shared := [name for name, source in stage.mixture.sources.items() if source.origin() in kept_out]:
+                    raise ValueError(
+                        f"stage {stage.name!r} trains on {shared}, whose drawing style suite {suite.name!r} keeps out; "
+                        f"take it out of the stage's mixture, or out of the suite's kept_out"
+                    )
                 if stage.mixture.split != suite.mixture.split:
                     raise ValueError(
                         f"suite {suite.name!r} and stage {stage.name!r} split objects differently, "

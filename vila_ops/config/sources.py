@@ -57,6 +57,16 @@ class FluentEmoji(SourceBase):
     """The package with the CLDR names and groups (emojibase-data)."""
 
 
+class EmojiDatasource(SourceBase):
+    """Emoji in the flat style of one vendor, 64 pixels wide, with their CLDR short names."""
+
+    kind: Literal["emoji_datasource"] = "emoji_datasource"
+    package: Package
+    """A package emoji-datasource-VENDOR."""
+    names: Package
+    """The package with the CLDR names and groups (emojibase-data), by which an emoji is one object in every style."""
+
+
 class GimpHelp(SourceBase):
     """The GIMP manual: interleaved documents of text and figures."""
 
@@ -289,6 +299,7 @@ class Table(OwnFiles):
 OwnSource = (
     TuxPaint
     | FluentEmoji
+    | EmojiDatasource
     | GimpHelp
     | GCompris
     | WordNet

@@ -1,5 +1,7 @@
 """Whether held-out data has enough for the benchmarks of a suite; reads the index alone."""
 
+from typing import Any
+
 import pyarrow.parquet as pq
 
 from vila_ops.artifacts.kinds import Dataset
@@ -7,12 +9,15 @@ from vila_ops.artifacts.store import file
 from vila_ops.config import Config, Suite
 from vila_ops.config.eval import BenchmarkConfig
 from vila_ops.data.shards import INDEX
+from vila_ops.eval.benchmarks.held_out.items import known_objects
 
 
 def check_held_out(suite: Suite, data: Dataset) -> None:
     """Raise ValueError, with every benchmark that lacks held-out objects, what it needs, and the way out."""
     columns = ["source", "split", "object", "num_images"]
-    rows = pq.read_table(file(data, INDEX), columns=columns, filters=[("split", "=", suite.split)]).to_pylist()
+    splits = [suite.split, *(["train"] if suite.kept_out else [])]
+    every = pq.read_table(file(data, INDEX), columns=columns, filters=[("split", "in", splits)]).to_pylist()
+    rows = [row for row in every if row["split"] == suite.split and row["source"] not in suite.kept_out]
     renders = {name: source.render for name, source in suite.mixture.sources.items()}
     few = []
     benchmarks: dict[str, Config] = dict(suite.benchmarks)
@@ -21,7 +26,7 @@ def check_held_out(suite: Suite, data: Dataset) -> None:
             continue  # a plugin's, which checks its own items
         objects = {
             row["object"]
-            for row in rows
+            for row in (_of_known_objects(suite, every) if benchmark.of_known_objects() else rows)
             if renders.get(row["source"]) in benchmark.reads() and (row["num_images"] or not benchmark.needs_images())
         }
         if len(objects) < benchmark.least_objects():
@@ -35,3 +40,9 @@ def check_held_out(suite: Suite, data: Dataset) -> None:
             f"{suite.mixture.name!r}: {'; '.join(few)}; raise split.{suite.split} of the mixtures of all stages and "
             f"suites alike, add records, or leave these benchmarks out"
         )
+
+
+def _of_known_objects(suite: Suite, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    captions = [name for name, source in suite.mixture.sources.items() if name not in suite.kept_out]
+    known = known_objects(rows, captions, split=suite.split)
+    return [row for row in rows if row["source"] in suite.kept_out and row["object"] in known]

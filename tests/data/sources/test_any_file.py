@@ -164,6 +164,7 @@ def test_every_kind_that_reads_files_is_tried() -> None:
     assert SOURCES.keys() - set(KINDS) == {
         "tux_paint",
         "fluent_emoji",
+        "emoji_datasource",
         "gimp_help",
         "gcompris",
         "wordnet",

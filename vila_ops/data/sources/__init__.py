@@ -18,6 +18,7 @@ GROUP: Group = "vila_ops.sources"
 SOURCES: Mapping[str, str] = {
     "tux_paint": "vila_ops.data.sources.tux_paint",
     "fluent_emoji": "vila_ops.data.sources.fluent_emoji",
+    "emoji_datasource": "vila_ops.data.sources.emoji_datasource",
     "gimp_help": "vila_ops.data.sources.gimp_help",
     "gcompris": "vila_ops.data.sources.gcompris",
     "wordnet": "vila_ops.data.sources.wordnet",

@@ -1,9 +1,11 @@
 """Items are of held-out objects, and are shuffled among and compared with other held-out objects only."""
 
+from typing import Any
+
 import pytest
 
 from vila_ops.artifacts.kinds import Dataset
-from vila_ops.config import Run
+from vila_ops.config import Run, Suite
 from vila_ops.data.preprocess.prepare import prepare
 from vila_ops.data.shards import index_of
 from vila_ops.eval.benchmarks.held_out.items import EvalInputs, ImageItem, image_items, sample_items, word_items
@@ -75,3 +77,43 @@ def test_models_of_other_image_sizes_and_templates_have_the_same_items(run: Run,
         [(item.id, item.references) for item in sample_items(of, None, with_images=False)] for of in (inputs, other)
     ]
     assert samples[0] == samples[1]
+
+
+def with_kept_out(suite: Suite, **changes: Any) -> Suite:
+    """A suite with a second source of the same objects, as if it were of another style."""
+    tree = suite.model_dump(mode="json")
+    tree["mixture"]["name"] = "two_styles"
+    tree["mixture"]["sources"]["drawn"] = tree["mixture"]["sources"]["pairs"]
+    tree["benchmarks"]["known_choice"] = {"kind": "multiple_choice", "objects": "known"}
+    return Suite.model_validate({**tree, "kept_out": ["drawn"], **changes})
+
+
+def test_known_objects_are_named_in_training_and_shown_in_the_style_that_is_kept_out(
+    run: Run, images: tuple[ImageItem, ...]
+) -> None:
+    suite = with_kept_out(run.recipe.final_suite)
+    data = prepare(suite.mixture, run.recipe.text(max_tokens=suite.max_tokens), run.resources)
+    inputs = EvalInputs.of(suite, data)
+    known = image_items(inputs, "known")
+    trained = {row["object"] for row in index_of(data).to_pylist() if row["split"] == "train"}
+    drawn = {row["object"] for row in index_of(data).to_pylist() if row["source"] == "drawn"}
+    objects = {item.group for item in known}
+    assert len(objects) == len(known) >= 4
+    assert objects <= trained & drawn
+    assert {caption for item in known for caption in item.distractors} <= {item.caption for item in known}
+    on_validation = EvalInputs.of(with_kept_out(run.recipe.final_suite, split="validation"), data)
+    assert not objects & {item.group for item in image_items(on_validation, "known")}
+    assert [(one.group, one.image) for one in image_items(inputs)] == [(one.group, one.image) for one in images]
+
+
+def test_kept_out_sources_and_benchmarks_of_known_objects_need_each_other(run: Run) -> None:
+    suite = run.recipe.final_suite
+    with pytest.raises(ValueError, match=r"benchmarks of known objects \(\['known_choice'\]\) and kept_out sources"):
+        with_kept_out(suite, kept_out=[])
+    with pytest.raises(ValueError, match=r"kept_out names \['definitions'\], which are no sources"):
+        with_kept_out(suite, kept_out=["definitions"])
+    tree = run.recipe.model_dump(mode="json")
+    for name in ("final_suite", "stage_suite"):
+        tree[name] = with_kept_out(run.recipe.final_suite, name=name).model_dump(mode="json")
+    with pytest.raises(ValueError, match=r"trains on \['pairs'\], whose drawing style suite 'final_suite' keeps out"):
+        type(run.recipe).model_validate(tree)

@@ -14,7 +14,7 @@ NAME = "caption_loss"
 
 def read(source: HeldOut, config: CaptionLoss) -> tuple[ImageItem, ...]:
     """The held-out images."""
-    return image_items(source.inputs)
+    return image_items(source.inputs, config.objects)
 
 
 def requests(items: Sequence[ImageItem], config: CaptionLoss, tokenizer: LazyTokenizer) -> list[ScoreRequest]:

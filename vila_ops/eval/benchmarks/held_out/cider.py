@@ -17,7 +17,7 @@ NAME, UNIT = "cider", "CIDEr-D (0 to 10)"
 
 def read(source: HeldOut, config: CaptionCider) -> tuple[CaptionItem, ...]:
     """The held-out images. Raises ValueError without a training caption."""
-    return caption_items(source.inputs)
+    return caption_items(source.inputs, config.objects)
 
 
 def requests(items: Sequence[CaptionItem], config: CaptionCider, tokenizer: LazyTokenizer) -> list[GenerateRequest]:

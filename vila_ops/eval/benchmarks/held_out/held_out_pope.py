@@ -23,7 +23,7 @@ STATISTICS = {"accuracy": pope.accuracy, "f1": pope.f1, "yes_ratio": pope.yes_ra
 
 def read(source: HeldOut, config: HeldOutPope) -> tuple[ImageItem, ...]:
     """The held-out images, each with one question."""
-    return image_items(source.inputs)
+    return image_items(source.inputs, config.objects)
 
 
 def requests(items: Sequence[ImageItem], config: HeldOutPope, tokenizer: LazyTokenizer) -> list[ScoreRequest]:

@@ -3,7 +3,7 @@
 import operator
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import cycle, islice
@@ -12,10 +12,14 @@ from typing import Any
 from pydantic import Field
 
 from vila_ops.artifacts.kinds import Dataset
-from vila_ops.config import Config, Suite
-from vila_ops.config.eval import CONVERSATIONS, SuiteSettings
+from vila_ops.config import Config, Split, Suite
+from vila_ops.config.eval import CONVERSATIONS, Objects, SuiteSettings
 from vila_ops.data.shards import Sample, index_of, named, runs, samples_of
+from vila_ops.data.split import split_of
 from vila_ops.eval.benchmark import Item, LazyTokenizer
+
+KNOWN = Split(salt="known objects", validation=0.25, test=0.49)
+"""By which known objects are read on validation or on test; the rest is not read."""
 
 
 class EvalInputs(Config):
@@ -24,7 +28,9 @@ class EvalInputs(Config):
     data: Dataset
     settings: SuiteSettings
     captions: tuple[str, ...]
-    """Sources of the dataset whose records are captioned images."""
+    """Sources of the dataset whose records are captioned images, in the styles of training data."""
+    kept_out: tuple[str, ...] = Field(default=(), exclude_if=operator.not_)
+    """Sources of captioned images in a style that no training mixture has."""
     definitions: tuple[str, ...]
     """Sources of the dataset whose records are words with their meanings."""
     conversations: tuple[str, ...] = Field(default=(), exclude_if=operator.not_)
@@ -37,7 +43,10 @@ class EvalInputs(Config):
         return cls(
             data=data,
             settings=suite.settings(),
-            captions=tuple(name for name, render in renders.items() if render == "caption"),
+            captions=tuple(
+                name for name, render in renders.items() if render == "caption" and name not in suite.kept_out
+            ),
+            kept_out=tuple(sorted(suite.kept_out)),
             definitions=tuple(name for name, render in renders.items() if render == "definition"),
             conversations=tuple(name for name, render in renders.items() if render in CONVERSATIONS),
         )
@@ -97,13 +106,14 @@ class SampleItem(Item):
     """As many images of other objects."""
 
 
-@lru_cache(maxsize=1)
-def image_items(inputs: EvalInputs) -> tuple[ImageItem, ...]:
+@lru_cache(maxsize=2)
+def image_items(inputs: EvalInputs, objects: Objects = "new") -> tuple[ImageItem, ...]:
     """One item for each object, at most `max_objects`.
 
     The result is kept for the next benchmark of the suite.
     """
-    rows = _one_each(_held_out(inputs, inputs.captions))[: inputs.settings.max_objects]
+    held_out = _held_out(inputs, inputs.captions) if objects == "new" else _of_known_objects(inputs)
+    rows = _one_each(held_out)[: inputs.settings.max_objects]
     samples = _samples(inputs, rows)
     seed = inputs.settings.seed
     order = list(range(len(samples)))
@@ -175,10 +185,10 @@ def _images_of_others(sample: Sample, objects: list[str], shown: Mapping[str, tu
     return tuple(islice(cycle(others), len(sample.images))) if others else sample.images
 
 
-def caption_items(inputs: EvalInputs) -> tuple[CaptionItem, ...]:
+def caption_items(inputs: EvalInputs, objects: Objects) -> tuple[CaptionItem, ...]:
     """The image items with the most frequent training caption. Raises ValueError without a training caption."""
     frequent = frequent_caption(inputs)
-    return tuple(CaptionItem(**vars(item), frequent_caption=frequent) for item in image_items(inputs))
+    return tuple(CaptionItem(**vars(item), frequent_caption=frequent) for item in image_items(inputs, objects))
 
 
 def frequent_caption(inputs: EvalInputs) -> str:
@@ -196,6 +206,19 @@ def _rows(inputs: EvalInputs, sources: tuple[str, ...] | None) -> list[dict[str,
 
 def _held_out(inputs: EvalInputs, sources: tuple[str, ...] | None) -> list[dict[str, Any]]:
     return named(row for row in _rows(inputs, sources) if row["split"] == inputs.settings.split)
+
+
+def _of_known_objects(inputs: EvalInputs) -> list[dict[str, Any]]:
+    """The rows of kept-out sources whose objects training data names, those of the split."""
+    rows, split = _rows(inputs, (*inputs.captions, *inputs.kept_out)), inputs.settings.split
+    known = known_objects(rows, inputs.captions, split=split)
+    return named(row for row in rows if row["source"] in inputs.kept_out and row["object"] in known)
+
+
+def known_objects(rows: Iterable[Mapping[str, Any]], captions: Collection[str], *, split: str) -> set[str]:
+    """The objects of training captions that are read for a split: choices are made on those of validation alone."""
+    named_in_training = {row["object"] for row in rows if row["source"] in captions and row["split"] == "train"}
+    return {name for name in named_in_training if split_of(name, KNOWN) == split}
 
 
 def _samples(inputs: EvalInputs, rows: list[dict[str, Any]]) -> list[tuple[str, Sample]]:

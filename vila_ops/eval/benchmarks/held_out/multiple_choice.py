@@ -17,7 +17,7 @@ NAME, UNIT = "multiple_choice", "share right"
 
 def read(source: HeldOut, config: MultipleChoice) -> tuple[ImageItem, ...]:
     """The held-out images. Raises ValueError for one with fewer than three captions to choose from beside its own."""
-    items = image_items(source.inputs)
+    items = image_items(source.inputs, config.objects)
     if few := next((item for item in items if len(item.distractors) < 3), None):
         raise ValueError(
             f"item {few.id!r}: only {len(few.distractors)} held-out captions differ from {few.caption!r}; enlarge the "
