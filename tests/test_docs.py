@@ -62,6 +62,7 @@ NOT_RUN = {
         "vila-ops logs worker --follow",
         "vila-ops down",
         "prefect deployment run vila/full-pipeline --param recipe=mine --param resources=inline",
+        "export PREFECT_API_URL=http://127.0.0.1:4200/api",
         "prefect deployment run vila/full-pipeline --param recipe=demo",
         "prefect deployment run vila/full-pipeline --param recipe=/data/own.yaml --param resources=/data/cluster.yaml",
         "prefect deployment run vila-release/promote --param recipe=demo --param approval=true",
@@ -123,6 +124,9 @@ NOT_RUN = {
         "token=$(openssl rand -hex 32); mlflow=$(openssl rand -hex 16); prefect=admin:$(openssl rand -hex 16)",
         "postgres=$(openssl rand -hex 16); session=$(openssl rand -hex 32); "
         "databases=postgresql://vila:$postgres@postgres:5432",
+        r"printf '[mlflow]\ndefault_permission = READ\nadmin_username = admin\ndatabase_uri = %s\n' "
+        "$databases/mlflow_auth > auth.ini",
+        "echo 'authorization_function = mlflow.server.auth:authenticate_request_basic_auth' >> auth.ini",
     ),
     "needs a GPU": ("make gpu",),
     "is run by tests/infra/test_release.py, check by check": ("make release",),

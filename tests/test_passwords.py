@@ -4,9 +4,12 @@ import contextlib
 import os
 import secrets
 import shutil
+import sqlite3
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
@@ -19,6 +22,8 @@ from vila_ops import local, tracking
 from vila_ops.config import Resources
 from vila_ops.config.local import LocalServers
 from vila_ops.errors import TrackerRefused
+from vila_ops.local import servers as local_servers
+from vila_ops.local import take_over
 from vila_ops.pipeline.automations import answer
 from vila_ops.pipeline.sweeper import client_of
 
@@ -53,12 +58,15 @@ def databases(free_ports: Callable[[int], list[int]]) -> Iterator[dict[str, str]
     run("pg_ctl", "start", f"--pgdata={data}", f"--log={folder}/log", "--options", options, "--wait")
     try:
         statements = [f"CREATE ROLE vila LOGIN PASSWORD '{CANARY}'"]
-        statements += [f"CREATE DATABASE {name} OWNER vila" for name in ("mlflow", "prefect")]
+        statements += [
+            f"CREATE DATABASE {name} OWNER vila" for name in ("mlflow", "prefect", "new_mlflow", "new_prefect")
+        ]
         (folder / "setup.sql").write_text(";\n".join(statements) + ";\n")
         at = ("--host=127.0.0.1", f"--port={port}", "--username=postgres", "--dbname=postgres", "--set=ON_ERROR_STOP=1")
         run("psql", *at, f"--file={folder}/setup.sql", user=None)
         place = f"vila:{CANARY}@127.0.0.1:{port}"
-        yield {"mlflow": f"postgresql://{place}/mlflow", "prefect": f"postgresql+asyncpg://{place}/prefect"}
+        urls = {"mlflow": f"postgresql://{place}/mlflow", "prefect": f"postgresql+asyncpg://{place}/prefect"}
+        yield urls | {f"new_{name}": url.replace(f"/{name}", f"/new_{name}") for name, url in urls.items()}
     finally:
         run("pg_ctl", "stop", f"--pgdata={data}", "--mode=immediate", "--wait")
         shutil.rmtree(folder)
@@ -147,6 +155,75 @@ def test_both_keep_their_data_in_postgresql(servers: LocalServers, databases: di
     for name, table in (("mlflow", "experiments"), ("prefect", "flow_run")):
         with psycopg.connect(databases[name].replace("+asyncpg", "")) as connection:
             assert connection.execute(f"SELECT COUNT(*) >= 0 FROM {table}").fetchone() == (True,)
+
+
+def test_what_sqlite_has_is_in_postgresql_after_the_next_start_once(
+    databases: dict[str, str],
+    tmp_path: Path,
+    free_servers: Callable[[Path], LocalServers],
+    empty_database: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """With types and foreign keys that only PostgreSQL has, and counters that go on."""
+    if not databases:
+        pytest.skip("PostgreSQL is not installed (Debian's package postgresql)")
+    settings = free_servers(tmp_path)
+    (tmp_path / "prefect").mkdir()
+    shutil.copyfile(empty_database, tmp_path / "mlflow.db")
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    run = client.create_run(client.create_experiment("kettles")).info
+    client.log_metric(run.run_id, "loss", 0.1, step=3)
+    client.create_registered_model("kettles")
+    client.create_model_version("kettles", "vila-store:///x", tags={"digest": "1f"})
+    client.set_registered_model_alias("kettles", "champion", "1")
+    before = tmp_path / "prefect/prefect.db"
+    upgrade = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "-y"]
+    own = {take_over.PREFECT_URL: f"sqlite+aiosqlite:///{before}", "PREFECT_HOME": str(tmp_path / "prefect")}
+    subprocess.run(upgrade, env={**os.environ, **own}, check=True, stdout=subprocess.DEVNULL)
+    with contextlib.closing(sqlite3.connect(before)) as database:
+        database.executescript(FLOW_RUN)
+
+    for name in ("mlflow", "prefect"):
+        monkeypatch.setenv(f"VILA_NEW_{name.upper()}", databases[f"new_{name}"])
+    new = {"mlflow_database": "env:VILA_NEW_MLFLOW", "prefect_database": "env:VILA_NEW_PREFECT"}
+    settings = settings.with_changes(new)
+    local_servers.prepare(settings, "mlflow")
+    local_servers.prepare(settings, "prefect")
+
+    moved = MlflowClient(databases["new_mlflow"])
+    assert [one.value for one in moved.get_metric_history(run.run_id, "loss")] == [0.1]
+    assert moved.get_model_version_by_alias("kettles", "champion").tags == {"digest": "1f"}
+    assert int(moved.create_experiment("more")) == int(run.experiment_id) + 1
+    import psycopg
+
+    with psycopg.connect(databases["new_prefect"].replace("+asyncpg", "")) as target:
+        columns = "s.type::text, r.total_run_time, r.start_time, r.tags, r.labels"
+        read = target.execute(f"SELECT {columns} FROM flow_run r JOIN flow_run_state s ON s.id = r.state_id").fetchone()
+        began, took = datetime(2026, 11, 30, 8, tzinfo=UTC), timedelta(seconds=62.5)
+        assert read == ("COMPLETED", took, began, ["vila"], {"vila-ops.store": "/s"})
+        keys = "SELECT count(*) FROM pg_constraint WHERE contype = 'f' AND conrelid = 'flow_run'::regclass"
+        assert target.execute(keys).fetchone() not in (None, (0,))
+
+    assert [path.name for path in tmp_path.glob("*.db")] == []
+    assert len([*tmp_path.glob("mlflow.db.moved-*"), *tmp_path.glob("prefect/prefect.db.moved-*")]) == 2
+    shutil.copyfile(empty_database, tmp_path / "mlflow.db")
+    local_servers.prepare(settings, "mlflow")
+    assert "has data of its own" in caplog.text
+    assert (tmp_path / "mlflow.db").exists()
+
+
+FLOW_RUN = """
+INSERT INTO flow (id, name, tags) VALUES ('11111111-1111-4111-8111-111111111111', 'vila', '[]');
+INSERT INTO flow_run (id, name, flow_id, tags, labels, start_time, total_run_time, run_count, state_type, state_name)
+VALUES ('22222222-2222-4222-8222-222222222222', 'red-kettle', '11111111-1111-4111-8111-111111111111', '["vila"]',
+        '{"vila-ops.store": "/s"}', '2026-11-30 08:00:00.000000', '1970-01-01 00:01:02.500000', 1, 'COMPLETED', 'Done');
+INSERT INTO flow_run_state (id, flow_run_id, type, name, timestamp, state_details, data)
+VALUES ('33333333-3333-4333-8333-333333333333', '22222222-2222-4222-8222-222222222222', 'COMPLETED', 'Completed',
+        '2026-11-30 08:01:02.500000', '{}', 'null');
+UPDATE flow_run SET state_id = '33333333-3333-4333-8333-333333333333';
+"""
+"""A flow run as Prefect's sqlite has it: times without a zone, durations from 1970 on, JSON as text."""
 
 
 def command_lines() -> Iterator[str]:

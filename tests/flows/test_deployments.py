@@ -1,5 +1,6 @@
 """The files of deployments name flows that there are, whose parameters say what they are."""
 
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -38,3 +39,9 @@ def test_both_pools_run_the_same_flows_and_none_has_a_limit_that_ends_it_in_an_o
     assert [same(one) for one in local] == [same(one) for one in kubernetes]
     assert {one["work_pool"]["name"] for one in kubernetes} == {"kubernetes"}
     assert not any("concurrency_limit" in one for one in (*local, *kubernetes))
+
+
+def test_flow_runs_on_kubernetes_work_in_the_folder_of_the_image() -> None:
+    folder = re.findall(r"^WORKDIR (\S+)$", (ROOT / "infra/docker/Dockerfile").read_text(), flags=re.MULTILINE)[-1]
+    step = {"prefect.deployments.steps.set_working_directory": {"directory": folder}}
+    assert all(one["pull"] == [step] for one in deployments(FILES[1]))

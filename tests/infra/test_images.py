@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import vila_ops
+from vila_ops.config import load_resources
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE, COMPOSE = ROOT / "infra/docker/Dockerfile", ROOT / "infra/compose.yaml"
@@ -110,6 +111,27 @@ def test_containers_of_one_machine_listen_on_loopback_and_write_no_image_and_no_
         for key, value in service["environment"].items():
             if any(word in key for word in ("PASSWORD", "TOKEN", "SECRET", "AUTH_STRING", "DATABASE", "STORE_URI")):
                 assert "${" in value, key
+
+
+def test_the_user_of_the_image_owns_what_volumes_of_ours_cover() -> None:
+    """A new volume has the owner of the image's folder in its place; where the image has none it is root's."""
+    compose: dict[str, Any] = yaml.safe_load(COMPOSE.read_text())
+    ours = [service for name, service in compose["services"].items() if name != "postgres"]
+    covered = {volume.partition(":")[2] for service in ours for volume in service.get("volumes", ())}
+    made = re.findall(r"install --directory --owner=vila --group=vila ([^&]*)", " ".join(instructions("RUN")))
+    assert covered == {"/home/vila", *made[0].split()}
+
+
+def test_the_worker_of_the_containers_finds_the_servers_by_the_resources_of_their_name() -> None:
+    compose: dict[str, Any] = yaml.safe_load(COMPOSE.read_text())
+    resources = load_resources(ROOT / "configs/resources/compose.yaml")
+    worker = compose["services"]["worker"]
+    assert resources.tracking.uri == worker["environment"]["MLFLOW_TRACKING_URI"]
+    assert worker["network_mode"] == "service:ray"
+    assert resources.ray_address == "127.0.0.1:6379"
+    assert Path(resources.storage.store).parent == Path("/store")
+    for name in ("worker", "ray", "sweeper"):
+        assert "store:/store" in compose["services"][name]["volumes"], name
 
 
 def test_scripts_pass_shellcheck() -> None:

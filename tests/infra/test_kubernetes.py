@@ -1,6 +1,7 @@
 """The manifests, as kustomize renders them: valid by every schema, and by rules of our own."""
 
 import copy
+import re
 import shlex
 import subprocess
 import sys
@@ -12,10 +13,13 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from typer.core import TyperGroup
+from typer.main import get_command
 
 import vila_ops
 from tests.infra import crds, kuberay_rules
-from vila_ops.config import load
+from vila_ops.cli import app
+from vila_ops.config import load, load_resources
 from vila_ops.local.servers import TELEMETRY_OFF
 from vila_ops.release.ray_service import Served
 from vila_ops.serve.backends.ray_serve import CONTROLLER_ENV
@@ -27,9 +31,12 @@ SILENCED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("ray-head", "ray-worker", "prefect-worker"), ("DO_NOT", "DVC", "MLFLOW", "RAY")),
     "mlflow": ("DO_NOT", "MLFLOW"),
     "prefect-server": ("DO_NOT", "PREFECT"),
+    **dict.fromkeys(("metrics", "sweeper"), ("DO_NOT",)),
     **dict.fromkeys(("postgres", "submitter"), ()),
 }
 """By the name of a container: whose reports of use it has to turn off, by the start of the variable."""
+PROBES = {"startupProbe", "readinessProbe", "livenessProbe"}
+"""Of what listens. What has no port ends by an error, and is then started again."""
 CONFIGS = "/opt/vila-ops/"
 """Where the image has the checkout."""
 Manifest = dict[str, Any]
@@ -265,7 +272,9 @@ def ray(instance: str, component: str) -> dict[str, str]:
     return {f"app.kubernetes.io/{key}": value for key, value in names.items()}
 
 
-PREFECT, MLFLOW, POSTGRES = ({"app.kubernetes.io/name": name} for name in ("prefect-server", "mlflow", "postgres"))
+PREFECT, MLFLOW, POSTGRES, SWEEPER, METRICS = (
+    {"app.kubernetes.io/name": name} for name in ("prefect-server", "mlflow", "postgres", "sweeper", "metrics")
+)
 
 
 @pytest.mark.parametrize("overlay", ["dev", "air-gapped"])
@@ -281,6 +290,7 @@ PREFECT, MLFLOW, POSTGRES = ({"app.kubernetes.io/name": name} for name in ("pref
         (ray("endpoint", "replica"), ray("endpoint", "head"), 6379),
         (PREFECT, POSTGRES, 5432),
         (MLFLOW, POSTGRES, 5432),
+        (SWEEPER, PREFECT, 4200),
     ],
 )
 def test_who_needs_a_server_reaches_it(overlay: str, source: dict[str, str], target: dict[str, str], port: int) -> None:
@@ -295,12 +305,59 @@ def test_who_needs_a_server_reaches_it(overlay: str, source: dict[str, str], tar
         (PREFECT, ray("training", "head"), 6379),
         (ray("training", "driver"), POSTGRES, 5432),
         (ray("training", "driver"), PREFECT, 22),
+        (SWEEPER, MLFLOW, 5000),
+        (SWEEPER, ray("training", "head"), 8265),
         ({"app": "another"}, MLFLOW, 5000),
         ({"app": "another"}, ray("endpoint", "replica"), 8000),
     ],
 )
 def test_nobody_else_does(source: dict[str, str], target: dict[str, str], port: int) -> None:
     assert not passes("dev", source, target, port)
+
+
+def open_to_namespaces(overlay: str, target: Mapping[str, str], port: int) -> list[dict[str, str]]:
+    """The labels by which pods of other namespaces may open a TCP connection to a pod."""
+    return [
+        peer["namespaceSelector"]["matchLabels"]
+        for each in rendered(overlay)
+        if each["kind"] == "NetworkPolicy" and selects(each["spec"]["podSelector"], target)
+        for rule in each["spec"].get("ingress", ())
+        if "ports" not in rule or {"protocol": "TCP", "port": port} in rule["ports"]
+        for peer in rule["from"]
+        if "namespaceSelector" in peer
+    ]
+
+
+def test_prometheus_reaches_the_exporter_and_the_nodes_of_ray_and_nobody_in_the_namespace_does() -> None:
+    label = {"vila-ops/metrics": "true"}
+    (service,) = (
+        each for each in rendered("prod") if each["kind"] == "Service" and each["metadata"]["name"] == "metrics"
+    )
+    (port,) = (each["port"] for each in service["spec"]["ports"])
+    assert open_to_namespaces("prod", METRICS, port) == [label]
+    assert open_to_namespaces("prod", ray("training", "gpu-worker"), 8080) == [label]
+    assert open_to_namespaces("dev", ray("training", "gpu-worker"), 8080) == []
+    assert not passes("prod", ray("training", "driver"), METRICS, port)
+    page = (ROOT / "docs/monitoring.md").read_text()
+    assert f"metrics.vila.svc:{port}" in page
+    assert "vila-ops/metrics=true" in page
+
+
+@every_overlay
+def test_the_sweeper_and_the_exporter_run_commands_that_parse(overlay: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exporter's resources are a file of the image, and name a store that every pod reaches."""
+    (settings,) = (each["data"] for each in rendered(overlay) if each["metadata"]["name"] == "vila-settings")
+    monkeypatch.setenv("PREFECT_API_URL", settings["PREFECT_API_URL"])
+    told = {one["name"]: one["args"] for each in rendered(overlay) for one in containers(each) if "args" in one}
+    ours = [told[name] for name in ("sweeper", "metrics") if name in told]
+    assert len(ours) == (1 if overlay == "dev" else 2)
+    for program, name, *options in ours:
+        group = get_command(app)
+        assert isinstance(group, TyperGroup)
+        given = group.commands[name].make_context(name, options).params
+        assert program == "vila-ops"
+        if "resources" in given:
+            assert load_resources(ROOT / given["resources"]).storage.store.startswith("s3://")
 
 
 @every_overlay
@@ -313,7 +370,7 @@ def test_every_pod_has_labels_that_the_tests_of_policies_know(overlay: str) -> N
         ("job", "head"),
         ("job", "worker"),
     }
-    known = [PREFECT, MLFLOW, POSTGRES, *(ray(*each) for each in sorted(components))]
+    known = [PREFECT, MLFLOW, POSTGRES, SWEEPER, METRICS, *(ray(*each) for each in sorted(components))]
     for manifest in rendered(overlay):
         for pod in pods(manifest):
             assert pod["metadata"]["labels"] in known, name_of(manifest)
@@ -361,6 +418,38 @@ def test_every_secret_and_setting_that_a_pod_names_is_made(overlay: str) -> None
         assert f"create secret generic {name} " in page, name
 
 
+@every_overlay
+def test_every_secret_has_the_keys_that_a_pod_reads(overlay: str) -> None:
+    made = {
+        (each["metadata"]["name"], one["secretKey"])
+        for each in rendered(overlay)
+        if each["kind"] == "ExternalSecret"
+        for one in each["spec"]["data"]
+    }
+    if overlay == "dev":
+        page = (ROOT / "docs/kubernetes.md").read_text()
+        for name, options in re.findall(r"create secret generic (\S+) (.*)", page):
+            made |= {(name, key) for key in re.findall(r"--from-(?:literal|file)=([\w.-]+)", options)}
+    read = {pair for manifest in rendered(overlay) for pod in pods(manifest) for pair in keys_read(pod)}
+    assert ("endpoint-keys", "keys.json") in made
+    assert ("databases", "mlflow-auth.ini") in read
+    assert read <= made
+
+
+def keys_read(value: Any) -> Iterator[tuple[str, str]]:
+    """The keys of secrets that a pod names one by one: (secret, key)."""
+    if isinstance(value, list):
+        for inner in value:
+            yield from keys_read(inner)
+    if isinstance(value, dict):
+        if "secretKeyRef" in value:
+            yield value["secretKeyRef"]["name"], value["secretKeyRef"]["key"]
+        if "secretName" in value:
+            yield from ((value["secretName"], item["key"]) for item in value.get("items", ()))
+        for inner in value.values():
+            yield from keys_read(inner)
+
+
 def references(value: Any) -> Iterator[tuple[str, str]]:
     """The secrets and config maps that a pod names: (kind, name)."""
     if isinstance(value, list):
@@ -400,7 +489,7 @@ def test_every_server_has_probes_and_a_disruption_budget(overlay: str) -> None:
             labels = manifest["spec"]["template"]["metadata"]["labels"]
             assert any(selects(budget["selector"], labels) for budget in budgets), name_of(manifest)
             for container in containers(manifest):
-                assert {"startupProbe", "readinessProbe", "livenessProbe"} <= {*container}, name_of(manifest)
+                assert ({*container} >= PROBES) == ("ports" in container), name_of(manifest)
         elif manifest["kind"] in ("RayCluster", "RayService"):
             for container in containers(manifest):
                 assert "livenessProbe" in container, name_of(manifest)

@@ -22,6 +22,7 @@ from vila_ops.config.secrets import Secret, read_secret
 from vila_ops.local.databases import upgrade_mlflow
 from vila_ops.local.log_writer import KEPT
 from vila_ops.local.process import Name, ProcessRecord, root_of, write_private
+from vila_ops.local.take_over import take_over_mlflow, take_over_prefect
 
 QUICK_SECONDS = 5.0
 """How long a running server may take to answer. MLflow's first answer, which creates its tables, takes longer."""
@@ -214,8 +215,7 @@ def _mlflow_url(settings: LocalServers) -> str:
 def _prefect(settings: LocalServers) -> Server:
     url = endpoints(settings).prefect
     serve = ("server", "start", "--host", settings.host, "--port", str(settings.prefect_port))
-    database = _database(settings.prefect_database, setting="prefect_database", scheme="postgresql+asyncpg")
-    password = _password(settings)
+    database, password = _prefect_url(settings), _password(settings)
     return Server(
         name="prefect",
         command=(sys.executable, "-m", "prefect", *serve),
@@ -228,6 +228,10 @@ def _prefect(settings: LocalServers) -> Server:
         url=url,
         healthy=lambda _, seconds: answers(f"{url}/api/health", seconds),
     )
+
+
+def _prefect_url(settings: LocalServers) -> str | None:
+    return _database(settings.prefect_database, setting="prefect_database", scheme="postgresql+asyncpg")
 
 
 def _worker(settings: LocalServers) -> Server:
@@ -308,16 +312,29 @@ def _ray_token(root: Path) -> Path:
     return root / "ray.token"
 
 
+def _prepare_prefect(settings: LocalServers) -> None:
+    """Take over what sqlite has, where Prefect's database is in PostgreSQL from now on."""
+    url, file = _prefect_url(settings), root_of(settings) / "prefect/prefect.db"
+    if url is not None and file.exists():
+        _require("psycopg", "prefect_database")
+        take_over_prefect(file, url, env(settings))
+
+
 def prepare(settings: LocalServers, name: Name) -> dict[str, str]:
     """Make what a server needs before it starts; returns variables of this start alone. Raises ValueError."""
     root = root_of(settings)
     if name == "ray":
         _prepare_ray(settings)
+    if name == "prefect":
+        _prepare_prefect(settings)
     if name != "mlflow":
         return {}
     if settings.mlflow_database is not None:
         _require("psycopg", "mlflow_database")
-    upgrade_mlflow(settings, _mlflow_url(settings), env(settings))
+    url = _mlflow_url(settings)
+    upgrade_mlflow(settings, url, env(settings))
+    if settings.mlflow_database is not None and (file := root / "mlflow.db").exists():
+        take_over_mlflow(file, url, env(settings))
     password = _password(settings)
     if password is None:
         return {}
