@@ -1,5 +1,9 @@
-"""What the site takes from the code: docstrings, which are Markdown, and by the directive `commands` all commands."""
+"""What the site takes from the code: docstrings, which are Markdown, and by the directive `commands` all commands.
 
+And what it shows otherwise than GitHub does: a link to a page has its title.
+"""
+
+import posixpath
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -64,9 +68,19 @@ class CommandsDirective(SphinxDirective):
         return self.parse_text_to_nodes("\n".join(lines), allow_section_headings=True)
 
 
+def name_pages(app: Sphinx, doctree: Any, page: str) -> None:
+    """Replace the name of a file in a link, which GitHub's readers know, by the title of its page."""
+    for link in list(doctree.findall(lambda node: node.tagname == "reference")):
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(page), link.astext().removesuffix(".md")))
+        if link.astext().endswith(".md") and target in app.env.titles:
+            (text,) = link.findall(lambda node: node.tagname == "#text")
+            text.parent.replace(text, type(text)(app.env.titles[target].astext()))
+
+
 def setup(app: Sphinx) -> None:
     """Sphinx calls this."""
     app.add_directive("commands", CommandsDirective)
+    app.connect("doctree-resolved", name_pages)
 
     def read_docstring(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
         lines[:] = as_restructured_text("\n".join(lines)).splitlines()

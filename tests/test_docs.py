@@ -62,7 +62,6 @@ NOT_RUN = {
         "vila-ops logs worker --follow",
         "vila-ops down",
         "prefect deployment run vila/full-pipeline --param recipe=mine --param resources=inline",
-        "export PREFECT_API_URL=http://127.0.0.1:4200/api",
         "prefect deployment run vila/full-pipeline --param recipe=demo",
         "prefect deployment run vila/full-pipeline --param recipe=/data/own.yaml --param resources=/data/cluster.yaml",
         "prefect deployment run vila-release/promote --param recipe=demo --param approval=true",
@@ -96,9 +95,9 @@ NOT_RUN = {
         "vila-ops keys audit keys.json.audit.jsonl",
     ),
     "is run by tests/registry/test_register.py, on a model of its own": (
-        "vila-ops champion vila -r configs/resources/laptop.yaml",
-        'vila-ops champion vila -r configs/resources/laptop.yaml --back --reason "answers in the wrong language"',
-        'vila-ops champion vila -r configs/resources/laptop.yaml --version 4 --reason "the gate was too strict"',
+        "vila-ops champion vila-demo -r configs/resources/laptop.yaml",
+        'vila-ops champion vila-demo -r configs/resources/laptop.yaml --back --reason "answers in the wrong language"',
+        'vila-ops champion vila-demo -r configs/resources/laptop.yaml --version 4 --reason "the gate was too strict"',
     ),
     "is run by tests/retrain, on a store of its own": (
         "vila-ops retrain configs/recipes/demo.yaml --policy configs/retrain/demo.yaml -r "
@@ -112,7 +111,7 @@ NOT_RUN = {
         "vila-ops metrics -r configs/resources/laptop.yaml --out /var/lib/node_exporter/vila.prom",
     ),
     "is run by tests/lineage, on a store of its own": (
-        "vila-ops trace vila@champion -r configs/resources/laptop.yaml",
+        "vila-ops trace vila-demo@champion -r configs/resources/laptop.yaml",
         "vila-ops gc -r configs/resources/laptop.yaml --keep configs/recipes/demo.yaml",
         "vila-ops gc -r configs/resources/laptop.yaml --keep configs/recipes/demo.yaml --delete",
     ),

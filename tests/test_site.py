@@ -51,6 +51,12 @@ def test_the_start_leads_to_every_page(site: Path) -> None:
         assert kind in start
 
 
+def test_a_link_to_a_page_has_its_title(site: Path) -> None:
+    shown = re.findall(r"<a [^>]*>(?:<[^>]*>)*([^<]*)</", (site / "upgrade.html").read_text())
+    assert "Formats" in shown
+    assert not [text for text in shown if text.endswith(".md")]
+
+
 def test_no_page_loads_anything_from_elsewhere(site: Path) -> None:
     pages = list(site.rglob("*.html"))
     assert len(pages) > 40

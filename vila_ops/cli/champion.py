@@ -46,7 +46,8 @@ def champion(
         print_result(record, as_json)
         return
     if not record.history:
-        print(f"{name!r} has no champion in {store}, and had none", file=sys.stderr)
+        others = ", ".join(alias_register.names(store=store)) or "none"
+        print(f"{name!r} has no champion in {store}, and had none; models with one: {others}", file=sys.stderr)
         return
     say("\n".join(_lines(record)))
 

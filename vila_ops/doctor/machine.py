@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import psutil
 
 from vila_ops import local
-from vila_ops.artifacts.store import throughput
+from vila_ops.artifacts.store import root_of, throughput
 from vila_ops.config import Resources
 from vila_ops.config.local import LocalServers
 from vila_ops.doctor.finding import Finding, tried
@@ -21,7 +21,7 @@ def examine(settings: LocalServers, resources: Resources) -> list[Finding]:
     """All checks, whatever fails."""
     return [
         *software(), *_capacity(resources), *device_findings(resources), *services(resources),
-        *tried(lambda: _throughput(resources.storage.store)), *_servers(settings),
+        *tried(lambda: _throughput(root_of(resources.storage.store))), *_servers(settings),
     ]  # fmt: skip
 
 

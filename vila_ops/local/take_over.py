@@ -122,8 +122,9 @@ def _copy_table(table: str, columns: Columns, source: sqlite3.Connection, target
     """Copy the rows of a table as texts, which PostgreSQL reads by the types of its columns."""
     from psycopg import sql
 
-    rows = source.execute(f'SELECT * FROM "{table}"')
-    names = [name for name, *_ in rows.description]
+    names = [name for _, name, *_ in source.execute(f'PRAGMA table_info("{table}")')]  # without generated columns
+    chosen = ", ".join(f'"{name}"' for name in names)
+    rows = source.execute(f'SELECT {chosen} FROM "{table}"')
     statement = sql.SQL("COPY {} ({}) FROM STDIN").format(
         sql.Identifier(table), sql.SQL(", ").join(map(sql.Identifier, names))
     )
