@@ -160,8 +160,8 @@ NOT_RUN = {
     "collects packages on a machine with a network, and installs them on one without": (
         "uv build --wheel",
         "DS_BUILD_OPS=0 pip wheel --wheel-dir wheels --constraint constraints.txt dist/vila_ops-*.whl",
-        "tar -czf vila-ops.tar.gz wheels configs data/benchmarks -C ~ .cache/vila-ops .cache/huggingface",
-        "tar -xzf vila-ops.tar.gz && cp -r .cache ~",
+        "tar -cf vila-ops.tar wheels configs data/benchmarks -C ~ .cache/vila-ops .cache/huggingface",
+        "tar -xf vila-ops.tar && cp -r .cache ~",
         "pip install --no-index --find-links wheels vila-ops",
         "export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1",
     ),

@@ -150,4 +150,4 @@ def _sql(text: str, **names: str) -> Any:
     """A statement with names of tables and columns put in."""
     from psycopg import sql
 
-    return sql.SQL(text).format(**{key: sql.Identifier(name) for key, name in names.items()})  # type: ignore[arg-type]
+    return sql.SQL(text).format(**{key: sql.Identifier(name) for key, name in names.items()})
