@@ -115,13 +115,13 @@ logs: setup ## Print the last lines of their logs
 
 faults: setup ## Kill processes, damage data, test as on other processors; VILA_SEED=N repeats a run
 	@export VILA_SEED=$${VILA_SEED:-$$RANDOM}; echo "VILA_SEED=$$VILA_SEED"; \
-	VILA_KILLS=100 VILA_KILLS_RAY=5 VILA_FAILPOINTS=3 VILA_ELASTIC=30 VILA_FLIPS=1000 VILA_DISK=50 VILA_KILLS_NODES=20 VILA_OUTAGE=900 \
+	VILA_KILLS=100 VILA_KILLS_RAY=5 VILA_FAILPOINTS=3 VILA_ELASTIC=30 VILA_FLIPS=1000 VILA_DISK=50 VILA_KILLS_NODES=20 VILA_PLATFORM_KILLS=20 VILA_ZOMBIES=50 VILA_OUTAGE=900 \
 	  VILA_URLS=10000 VILA_FUZZ=10000 VILA_LEAKS=5000 VILA_FAULTS=500 VILA_PARITY=all VILA_CALIBRATION=2000 \
 	  VILA_PROMOTIONS=1000 VILA_HISTORIES=10000 VILA_EDITS=500 VILA_REQUESTS=20000 VILA_CHANGES=20 VILA_CANARIES=1000 VILA_NAMESPACES=1 \
 	  $(BIN)/python -m pytest -v tests/faults tests/train/test_zero.py tests/train/test_watchdog.py \
 	  tests/train/test_device_faults.py \
 	  tests/data/download tests/data/raw tests/data/sources tests/data/text tests/data/test_images_fuzz.py \
-	  tests/eval/test_calibration.py tests/registry/test_alias_register.py tests/pipeline \
+	  tests/eval/test_calibration.py tests/artifacts/test_leases.py tests/registry/test_alias_register.py tests/pipeline \
 	  tests/serve/app/test_limits.py tests/serve/router/test_sequential.py tests/infra/test_two_nodes.py \
 	  tests/flows/test_full_pipeline.py::test_flow_runs_outlive_an_outage_and_end_without_a_worker; \
 	$(BIN)/python tests/faults/processors.py; \

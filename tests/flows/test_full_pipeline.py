@@ -55,6 +55,7 @@ PROGRAM = str(Path(sys.executable).parent / "vila-ops")
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 Demo = Callable[..., Json]
 CANARY = "vila-canary"
+OUTAGE_SECONDS = float(os.environ.get("VILA_OUTAGE", "10"))
 SECRETS = {
     name: f"{CANARY}-{number}-{secrets.token_hex(6)}"
     for number, name in enumerate(
@@ -364,6 +365,7 @@ def test_the_job_of_a_cancelled_flow_run_is_stopped(first: Json, servers: Json) 
         until(lambda: states_of_jobs() == ["STOPPED"])
 
 
+@pytest.mark.timeout(1800 + OUTAGE_SECONDS)
 def test_flow_runs_outlive_an_outage_and_end_without_a_worker(told: list[str], suspended: str, servers: Json) -> None:
     """VILA_OUTAGE has the seconds of the outage: 15 minutes with `make faults`.
 
@@ -371,7 +373,7 @@ def test_flow_runs_outlive_an_outage_and_end_without_a_worker(told: list[str], s
     """
     with waiting_flow_run(servers, seed=71) as one, waiting_flow_run(servers, seed=72) as other:
         kill_server(servers, "prefect")
-        time.sleep(float(os.environ.get("VILA_OUTAGE", "10")))
+        time.sleep(OUTAGE_SECONDS)
         up_again(servers)
         kill_server(servers, "worker")
         assert all(processes_of(flow_run) and state_of(servers, flow_run) == "RUNNING" for flow_run in (one, other))
