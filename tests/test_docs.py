@@ -167,6 +167,7 @@ NOT_RUN = {
     ),
     "installs packages": (
         "pip install git+URL",
+        'pip install "vila-ops[gpu,qlora] @ git+URL"',
         "pip install --constraint constraints.txt git+URL",
     ),
     "is run by tests/test_backup.py and tests/flows/test_full_pipeline.py, on folders of their own": (

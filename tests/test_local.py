@@ -20,7 +20,7 @@ from vila_ops import local
 from vila_ops.config.load import read
 from vila_ops.config.local import LocalServers
 from vila_ops.errors import ServerFailed
-from vila_ops.local import databases, machine, process, servers
+from vila_ops.local import databases, deployments, machine, process, servers
 from vila_ops.local.servers import Server
 
 REPOSITORY = Path(__file__).parents[1]
@@ -232,3 +232,13 @@ def test_a_stranger_under_a_recorded_pid_is_left_alone(
     local.down(settings)
     assert alive(pid)
     assert not (tmp_path / "pids" / "mlflow.json").exists()
+
+
+def test_a_deployment_of_flows_that_takes_too_long_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(command: list[str], *, timeout: float, **_: object) -> None:
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(deployments, "get_json", lambda *_, **__: [])
+    monkeypatch.setattr(subprocess, "run", late)
+    with pytest.raises(ServerFailed, match=r"did not end within 7 s.*run the same command again, or raise start_time"):
+        deployments.deploy_flows(LocalServers(start_timeout_seconds=7))

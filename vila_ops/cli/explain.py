@@ -31,8 +31,5 @@ def print_steps(steps: "Sequence[Step]", as_json: bool) -> None:
     for step, line in zip(steps, lines, strict=True):
         say("\n".join([line, *(f"    {why}" for why in step.why)]))
     counts = {status: sum(step.status == status for step in steps) for status in ("sealed", "runs", "follows")}
-    print(
-        f"{counts['sealed']} sealed, {counts['runs']} to run; {counts['follows']} more unless what they read comes out "
-        "as before",
-        file=sys.stderr,
-    )
+    more = f", {counts['follows']} that follow unless what they read comes out as it was" if counts["follows"] else ""
+    print(f"{counts['sealed']} sealed, {counts['runs']} to run{more}", file=sys.stderr)

@@ -43,7 +43,7 @@ def make_work_pool(settings: LocalServers) -> None:
 def deploy_flows(settings: LocalServers) -> None:
     """Make Prefect's deployments those of `prefect_file`, with the current parameters of their flows.
 
-    Raises ServerFailed where Prefect refuses them.
+    Raises ServerFailed where Prefect refuses them, or does not end in time.
     """
     file = file_of(settings)
     wanted = yaml.safe_load(file.read_text())["deployments"]
@@ -53,15 +53,21 @@ def deploy_flows(settings: LocalServers) -> None:
     if all(live.get(deployment["name"]) == digest for deployment in wanted):
         return
     began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)],
-        env={**os.environ, **env(settings), "PWD": str(Path.cwd()), "VILA_OPS_FLOWS": digest},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=settings.start_timeout_seconds,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)],
+            env={**os.environ, **env(settings), "PWD": str(Path.cwd()), "VILA_OPS_FLOWS": digest},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=settings.start_timeout_seconds,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ServerFailed(
+            f"prefect deploy of {file} did not end within {error.timeout:.0f} s. The servers are up; where the machine "
+            f"is busy, run the same command again, or raise start_timeout_seconds in configs/local.yaml"
+        ) from error
     if done.returncode:
         raise ServerFailed(f"prefect deploy of {file} failed:\n{done.stdout[-4000:]}")
     log.info("deployments: deployed from %s in %.1f s", file, time.monotonic() - began)
