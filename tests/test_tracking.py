@@ -268,17 +268,43 @@ def test_a_run_that_ends_while_the_server_is_away_is_closed_by_the_next(
     assert kept(resources) == []
 
 
+def leave(resources: Resources, run_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log a metric and end, while MLflow does not answer."""
+
+    def silent(*_: object) -> None:
+        raise OSError("no answer")
+
+    with monkeypatch.context() as patch, MetricLog(resources, run_id) as metrics:
+        patch.setattr(outbox, "deliver", silent)
+        metrics.log({"loss": 2.5}, step=1)
+        metrics.close()
+    assert len(kept(resources)) == 1
+
+
+def test_another_mlflow_on_the_same_store_leaves_what_it_has_no_run_for(
+    resources: Resources, tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = begin(resources)
+    leave(resources, run_id, monkeypatch)
+    database = shutil.copy(empty_database, tmp_path / "other.db")
+    other = resources.with_changes({"tracking.uri": f"sqlite:///{database}"})
+    tracking.end_run(other, begin(other), "FINISHED")
+    assert [path.suffix for path in kept(resources)] == [".jsonl"]
+    tracking.end_run(resources, begin(resources), "FINISHED")
+    assert kept(resources) == []
+    assert [metric.value for metric in history(resources, run_id)] == [2.5]
+
+
 @pytest.mark.parametrize("how", ["deleted", "never there"])
 def test_what_is_left_of_a_run_that_is_no_more_is_put_aside(
-    how: str, resources: Resources, away: Resources, caplog: pytest.LogCaptureFixture
+    how: str, resources: Resources, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run_id = begin(resources)
     if how == "deleted":
         MlflowClient(resources.tracking.uri).delete_run(run_id)
     else:
         run_id = "0" * 32
-    with MetricLog(away, run_id) as metrics:
-        metrics.log({"loss": 2.5}, step=1)
+    leave(resources, run_id, monkeypatch)
     other = begin(resources)
     tracking.end_run(resources, other, "FINISHED")
     assert [path.suffix for path in kept(resources)] == [".refused"]

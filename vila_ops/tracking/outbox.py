@@ -1,6 +1,8 @@
 """Metrics, files, tags and the status of a run: written to a local file first, then sent to MLflow by a thread.
 
-FOLDER/RUN.TOKEN.jsonl   one line for each entry that MLflow has not acknowledged; locked while its writer lives
+FOLDER/RUN.TRACKER.TOKEN.jsonl   one line for each entry that MLflow has not acknowledged; locked while its writer lives
+
+TRACKER is a hash of the tracking URI: another MLflow, on the same store, that does not have the run leaves the file.
 
 So training neither waits for MLflow nor stops with it. Lines are sent in order. A line whose answer was lost is sent
 again, which changes nothing: a metric's key in MLflow's store is run, name, step, time and value. If a writer was
@@ -24,7 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Literal, Self
 
-from vila_ops.config import Resources
+from vila_ops.config import Resources, fingerprint
 from vila_ops.config.secrets import without_logins
 from vila_ops.tracking.system import SystemMetrics
 
@@ -55,12 +57,13 @@ class MetricLog:
         """`system` is read every SEND_SECONDS and logged at the newest step."""
         self._uri, self._run_id, self._system = resources.tracking.uri or "", run_id or "", system
         self._folder = resources.storage.scratch() / "metrics"
+        self._tracker = fingerprint(self._uri)[:8]
         self._step = 0
         self._away = self._full = False
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         if self._uri and run_id:
-            self._spool = Spool.new(self._folder / f"{run_id}.{secrets.token_hex(4)}.jsonl")
+            self._spool = Spool.new(self._folder / f"{run_id}.{self._tracker}.{secrets.token_hex(4)}.jsonl")
             self._thread = threading.Thread(target=self._send_till_closed, name="mlflow", daemon=True)
             self._thread.start()
 
@@ -154,11 +157,14 @@ class MetricLog:
         return True
 
     def _send_left(self) -> None:
-        """Send the files of writers that have ended."""
+        """Send the files of writers that have ended, also to another tracking URI if MLflow has their run there."""
         for path in sorted(self._folder.glob("*.jsonl")):
             if (spool := Spool.left(path)) is not None:
                 run_id = path.name.partition(".")[0]
-                if self._send(spool, run_id):
+                is_own = f".{self._tracker}." in path.name
+                if not is_own and self._has_no(run_id):
+                    log.debug("%s waits for another MLflow than %s", path, shown(self._uri))
+                elif self._send(spool, run_id):
                     log.info("entries of %s were sent to MLflow", path)
                 elif self._has_no(run_id):
                     refused = path.rename(path.with_suffix(".refused"))
