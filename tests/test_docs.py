@@ -178,6 +178,7 @@ NOT_RUN = {
     "is run by tests/ablate, with one step a stage": ("vila-ops ablate tiny", "vila-ops ablate tiny --dry-run"),
     "is run by tests/ablate by its function": ("vila-ops ablate table1_demo --dry-run --lengths demo",),
     "takes hours": (
+        "vila-ops ablate pilot --results pilot",
         "vila-ops ablate table1_demo --page table1.html",
         "vila-ops ablate configs/grids/*_demo.yaml --results docs/findings/results",
         "vila-ops ablate configs/grids/*_demo.yaml --results docs/findings/results --dry-run",
