@@ -100,6 +100,7 @@ NOT_RUN = {
         'vila-ops champion vila-demo -r configs/resources/laptop.yaml --version 4 --reason "the gate was too strict"',
     ),
     "is run by tests/retrain, on a store of its own": (
+        "mkdir -p inbox/photos",
         "vila-ops retrain configs/recipes/demo.yaml --policy configs/retrain/demo.yaml -r "
         "configs/resources/laptop.yaml --dry-run",
     ),

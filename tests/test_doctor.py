@@ -1,5 +1,7 @@
 """Findings about software, a store and the nodes of a cluster; a real cluster is examined in faults/test_nodes.py."""
 
+import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +11,14 @@ from typing import Any
 import pytest
 from packaging.version import Version
 from ray.exceptions import GetTimeoutError
+from typer.testing import CliRunner
 
+from vila_ops import doctor
 from vila_ops.artifacts.store import throughput
+from vila_ops.cli import app
 from vila_ops.cluster import ACCELERATOR_TYPE
+from vila_ops.config.local import LocalServers
+from vila_ops.doctor import cluster
 from vila_ops.doctor.cluster import clock_findings, examined, has_device, slow_nodes, version_findings
 from vila_ops.doctor.node import PACKAGES, NodeReport
 from vila_ops.doctor.software import needs, packages
@@ -132,3 +139,29 @@ def test_a_node_that_stops_answering_is_named_and_loses_no_other_finding(
     assert silent.startswith("node b with a" if asked == "exchange" else f"node {NEVER[asked]} ")
     assert len([finding for finding in told if finding.text.startswith(("node a: h", "node b: h", "node c: h"))]) == 3
     assert told[-1].text.startswith("node c is slow: matrix products 1 Gflop/s")
+
+
+@pytest.mark.parametrize("options", [(), ("--cluster",)])
+def test_the_ray_of_this_machines_servers_is_asked_with_its_token(
+    options: tuple[str, ...],
+    tmp_path: Path,
+    free_servers: Callable[[Path], LocalServers],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As every command that works on the cluster does."""
+    servers, asked = free_servers(tmp_path), list[str | None]()
+    (tmp_path / "ray.token").write_text("1f")
+    (tmp_path / "local.yaml").write_text(json.dumps(servers.model_dump(mode="json")))
+    (tmp_path / "r.yaml").write_text(f"{{launch: ray, ray_address: '127.0.0.1:{servers.ray_port}'}}")
+    monkeypatch.setattr(os, "environ", {**os.environ})  # join changes it
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+
+    def examine(*_: object) -> list[doctor.Finding]:
+        asked.append(os.environ.get("RAY_AUTH_TOKEN_PATH"))
+        return []
+
+    monkeypatch.setattr(doctor, "examine", examine)
+    monkeypatch.setattr(cluster, "examine_cluster", examine)
+    command = ["doctor", "-r", str(tmp_path / "r.yaml"), "--servers", str(tmp_path / "local.yaml"), *options]
+    done = CliRunner().invoke(app, command)
+    assert (done.exit_code, asked) == (0, [str(tmp_path / "ray.token")]), done.output

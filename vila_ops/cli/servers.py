@@ -31,15 +31,19 @@ def doctor(
 ) -> None:
     """Check this machine and the store of the resources, or a cluster; each finding says how to fix it."""
     from vila_ops import doctor as checks
+    from vila_ops import local
     from vila_ops.config import load_resources
     from vila_ops.config.local import load_local
 
+    settings, loaded = load_local(servers), load_resources(resources)
+    if loaded.launch != "inline":
+        local.join(settings, ray_address=loaded.ray_address)
     if cluster:
         from vila_ops.doctor.cluster import examine_cluster
 
-        findings = examine_cluster(load_resources(resources))
+        findings = examine_cluster(loaded)
     else:
-        findings = checks.examine(load_local(servers), load_resources(resources))
+        findings = checks.examine(settings, loaded)
     if as_json:
         print_result(findings, as_json)
     else:
