@@ -81,10 +81,9 @@ def seconds_of(engine: InProcessEngine, number: int) -> float:
 
 
 def weight_bytes(engine: InProcessEngine) -> int:
-    """Bytes of all weights of a model; tied ones count once."""
+    """Bytes of all weights of a model in memory; tied ones count once, and their packed copy too."""
     model = engine.loaded.model
-    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
-    return sum(tensors.values())
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def loss(engine: InProcessEngine) -> float:

@@ -42,6 +42,8 @@ class EngineOptions:
     """Most images whose features stay in memory; fewer where an eighth of the engine's memory holds no more."""
     prefill_tokens: int = 4096
     """Most tokens of prompts that are read between two tokens of the answers under way; fewer: shorter pauses."""
+    bound_pauses: bool = False
+    """Whether our engine reads even fewer of them, so that a pause is 2.5 times the time of a token alone."""
     keep_prefixes: bool = False
     """Whether what was read is kept for prompts that begin alike. It changes rounding, by what was asked before."""
 

@@ -95,7 +95,8 @@ def test_requests_without_a_seed_draw_independently() -> None:
 
 def test_at_temperature_0_and_near_it_the_likeliest_token_is_chosen() -> None:
     likeliest = int(stock().argmax())
-    assert chosen(state(), state(temperature=1e-30), state(top_k=1, temperature=5.0)) == [likeliest] * 3
+    cold = [state(temperature=value) for value in (1e-30, 1e-42, 5e-324)]  # the last two are less than fp32 holds
+    assert chosen(state(), *cold, state(top_k=1, temperature=5.0)) == [likeliest] * 5
     assert chosen(state(logit_bias={likeliest: -100.0})) == [int(stock().topk(2).indices[1])]
     assert chosen(state(logit_bias={9: 100.0}), state(logit_bias={IMAGE: 1e9})) == [9, likeliest]
 
@@ -122,6 +123,12 @@ def test_the_repetition_penalty_is_that_of_stock_transformers(penalty: float) ->
     expected = stock(RepetitionPenaltyLogitsProcessor(penalty), prompt=known)
     one = state(prompt=(*known[:5], VOCABULARY + 1), answer=known[5:], repetition_penalty=penalty)
     assert chosen(one) == [int(expected.argmax())]
+
+
+def test_a_repetition_penalty_too_small_for_fp32_still_gives_a_token() -> None:
+    positive = int(LOGITS[:VOCABULARY].argmax())
+    for temperature in (0.0, 1.0):
+        assert chosen(state(answer=(positive,), repetition_penalty=1e-300, temperature=temperature)) == [positive]
 
 
 def test_log_probabilities_are_of_the_model_before_settings_change_them() -> None:

@@ -21,6 +21,7 @@ from vila_ops.generate.engine import EngineOptions
 from vila_ops.generate.request import Delta, Prompt, Sampling
 from vila_ops.generate.torch_engine.image_features import RecentFeatures
 from vila_ops.generate.torch_engine.loaded_model import LoadedModel, read_model
+from vila_ops.generate.torch_engine.pace import Pace
 from vila_ops.generate.torch_engine.request_state import GenerationRequest
 from vila_ops.generate.torch_engine.scheduler import Event, Scheduler
 from vila_ops.model import folder as model_folder
@@ -222,6 +223,31 @@ def test_new_images_and_long_prompts_are_read_in_pieces_between_the_tokens_of_ot
     assert [computed for _, computed in steps if computed] == [1] * len(images)
     pieces = -(-len(reading.prompt.input_ids) // 16)
     assert has_token.count(False) == len(images) + pieces
+
+
+def test_prompts_are_read_at_the_pace_of_answers_only_while_there_are_some(loaded: LoadedModel) -> None:
+    class Fixed(Pace):
+        def tokens(self) -> int:
+            return 7
+
+    made = scheduler(loaded, bound_pauses=True)
+    made.pace = Fixed(max_tokens=512)
+    first, second = requests([prompt(loaded, 3), prompt(loaded, 6)], 40)
+    expected = [run(scheduler(loaded), [one])[0] for one in requests([prompt(loaded, 3), prompt(loaded, 6)], 40)]
+    with counted(loaded) as seen:
+        events = made.step([first])
+        while not of(first, events):
+            events += made.step()
+    assert seen == [len(first.prompt.input_ids)]
+    with counted(loaded) as seen:
+        events += made.step([second])
+        while not of(second, events):
+            events += made.step()
+    whole, rest = divmod(len(second.prompt.input_ids), 7)
+    assert rest > 1, "so that its pass is told from those that decode one row"
+    assert [count for count in seen if count > 1] == [7] * whole + [rest]
+    events += all_events(made, [])
+    assert [[token for delta in of(one, events) for token in delta.ids] for one in (first, second)] == expected
 
 
 def test_the_cache_never_holds_more_positions_than_it_may(loaded: LoadedModel, images: list[bytes]) -> None:

@@ -186,6 +186,14 @@ def test_neutral_values_of_what_is_not_supported_pass(client: openai.OpenAI) -> 
     assert answer.choices[0].message.content == TEXT
 
 
+def test_a_body_may_have_a_byte_order_mark_and_an_image_no_detail(url: str) -> None:
+    image = image_part(png(4, 4))
+    image["image_url"]["detail"] = None
+    body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": [image]}]}).encode("utf-8-sig")
+    raw = http().post(f"{url}/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    assert raw.json()["choices"][0]["message"]["content"] == TEXT
+
+
 def test_the_models_of_an_endpoint(client: openai.OpenAI) -> None:
     assert client.models.retrieve(MODEL).id == client.models.list().data[0].id == MODEL
     with pytest.raises(openai.NotFoundError, match="'other'"):

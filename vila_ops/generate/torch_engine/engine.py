@@ -46,6 +46,7 @@ def open_engine(config: TorchEngine, folder: Path, options: EngineOptions) -> En
         cache_tokens=config.cache_tokens or tokens_in(loaded, memory),
         prefill_tokens=options.prefill_tokens,
         keep_prefixes=options.keep_prefixes,
+        bound_pauses=options.bound_pauses,
     )
 
 
@@ -85,6 +86,7 @@ class InProcessEngine:
         cache_tokens: int | None = None,
         prefill_tokens: int = EngineOptions.prefill_tokens,
         keep_prefixes: bool = False,
+        bound_pauses: bool = False,
     ) -> None:
         """Raises ValueError for a cache that cannot hold one request."""
         cache_tokens = cache_tokens or max(CACHE_TOKENS, loaded.context_length)
@@ -100,6 +102,7 @@ class InProcessEngine:
             cache_tokens=cache_tokens,
             prefill_tokens=prefill_tokens,
             prefix_tokens=int(KEPT_SHARE * cache_tokens) if keep_prefixes else 0,
+            bound_pauses=bound_pauses,
         )
         self.scorer = Scorer(loaded)
         self.grammars = Grammars(loaded.tokenizer)

@@ -14,6 +14,9 @@ CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(LlamaModel.forward).par
 PAGE = 64
 """The capacity of a row is a multiple of it, so that requests of similar length need no other capacity."""
 
+MIN_SLOTS, MIN_TOKENS = 8, 4096
+"""Slots that the first request makes memory for, if they have no more positions: growing takes as long as a token."""
+
 
 class KVCache:
     """Keys and values of sequences, passed to the model as CACHE_ARGUMENT.
@@ -49,6 +52,7 @@ class KVCache:
             slots = 1 << (len(needs) - 1).bit_length()
             is_kept = slots * self.capacity <= self.max_tokens
             self.capacity = max(self._capacity(needs), self.capacity if is_kept else 0)
+            slots = max(slots, min(MIN_SLOTS, MIN_TOKENS // self.capacity))
             self.slots = min(slots, self.max_tokens // self.capacity)
             self.keys, self.values = ([self._moved(layer) for layer in layers] for layers in (self.keys, self.values))
         self.lengths += new

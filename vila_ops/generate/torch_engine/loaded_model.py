@@ -19,6 +19,7 @@ from vila_ops.data.text.conversation import Tokenizer
 from vila_ops.device import device_of, precision_notes
 from vila_ops.generate.engine import EngineOptions
 from vila_ops.generate.torch_engine.image_features import ImageFeatures, RecentFeatures, StoredFeatures
+from vila_ops.generate.torch_engine.packed import can_pack, pack
 from vila_ops.generate.torch_engine.quantised import quantise
 from vila_ops.model import folder as model_folder
 from vila_ops.model.configuration import VilaConfig
@@ -103,6 +104,8 @@ def read_model(folder: Path, options: EngineOptions) -> LoadedModel:
             parameter.data = parameter.data.to(torch.bfloat16)  # not buffers: rotary frequencies need fp32
     elif options.precision in ("int8", "int4"):
         quantise(model, options.precision)
+    elif device.type == "cpu" and can_pack():
+        pack(model)
     _check_tokens(fast, model.config, folder)
     tokenizer = Tokenizer(fast, image_tokens=model.config.image_seq_length, after_image=model.config.after_image)
     return LoadedModel(model.to(device), device, tokenizer, features, Fit(model.config.image_aspect_ratio, mean))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from vila_ops.generate.torch_engine.replaced import replace_weight
 from vila_ops.model.vila import VilaForConditionalGeneration
 
 GROUP = 64
@@ -151,21 +152,12 @@ def quantise(model: VilaForConditionalGeneration, kind: Literal["int8", "int4"])
     scratch = Scratch()
     tied = head.weight is embedding.weight
     of_embedding = Int8(embedding.weight.detach(), scratch)
-    _replace(head, of_embedding if tied else Int8(head.weight.detach(), scratch), nn.Linear, QuantisedLinear)
-    _replace(embedding, of_embedding, nn.Embedding, QuantisedEmbedding)
+    head.quantised = of_embedding if tied else Int8(head.weight.detach(), scratch)
+    embedding.quantised = of_embedding
+    replace_weight(head, nn.Linear, QuantisedLinear)
+    replace_weight(embedding, nn.Embedding, QuantisedEmbedding)
     matrix = Int8 if kind == "int8" else Int4
     for layer in list(model.model.language_model.modules()):
         if isinstance(layer, nn.Linear):
-            _replace(layer, matrix(layer.weight.detach(), scratch), nn.Linear, QuantisedLinear)
-
-
-def _replace(layer: nn.Module, quantised: nn.Module, base: type[nn.Module], mixin: type[nn.Module]) -> None:
-    """Take a layer's numbers away; its class, if it adds to `base`, goes on to add it.
-
-    The weight stays, without a row: classes read its dtype and device.
-    """
-    weight = layer.get_parameter("weight")
-    layer.weight = nn.Parameter(weight.detach()[:0].clone(), requires_grad=False)
-    layer.quantised = quantised
-    kind = type(layer)
-    layer.__class__ = mixin if kind is base else type(f"Quantised{kind.__name__}", (kind, mixin), {})
+            layer.quantised = matrix(layer.weight.detach(), scratch)
+            replace_weight(layer, nn.Linear, QuantisedLinear)

@@ -13,6 +13,8 @@ from torch import Tensor
 from vila_ops.generate.request import Sampling, TokenLogprob
 from vila_ops.generate.torch_engine.request_state import RequestState
 
+HIGHEST, LOWEST_TEMPERATURE = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
+"""A smaller penalty or temperature of a request is 0 in fp32, and what is divided by it no number."""
 NUCLEUS = 256
 """Likeliest tokens among which `top_p` is looked for first; sorting a whole vocabulary takes milliseconds."""
 
@@ -75,7 +77,7 @@ def _adjust(scores: Tensor, state: RequestState) -> None:
         ids = _ids(sorted({one for one in known if one < len(scores)}), scores)
         values = scores[ids]
         factor = sampling.repetition_penalty
-        scores[ids] = torch.where(values > 0, values / factor, values * factor)
+        scores[ids] = torch.where(values > 0, (values / factor).clamp(max=HIGHEST), values * factor)
     if answer and (sampling.frequency_penalty or sampling.presence_penalty):
         times = Counter(answer)
         counts = scores.new_tensor(list(times.values()))
@@ -94,6 +96,7 @@ def _draw(scores: Tensor, states: Sequence[RequestState]) -> list[int]:
     Raises RuntimeError for scores that are no distribution.
     """
     temperatures = scores.new_tensor([state.request.sampling.temperature for state in states])
+    temperatures.clamp_(min=LOWEST_TEMPERATURE)
     highest = scores.amax(-1, keepdim=True)  # subtracted first, so that a low temperature does not overflow
     weights = ((scores - highest) / temperatures[:, None]).softmax(-1)
     kept = torch.stack([_truncated(row, state.request.sampling) for row, state in zip(weights, states, strict=True)])

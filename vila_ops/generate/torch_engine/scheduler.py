@@ -4,6 +4,7 @@
 
 import itertools
 import logging
+import time
 from collections import Counter, deque
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ from vila_ops.generate.request import Delta
 from vila_ops.generate.torch_engine.image_features import SaltedImage
 from vila_ops.generate.torch_engine.kv_cache import CACHE_ARGUMENT, PAGE, KVCache
 from vila_ops.generate.torch_engine.loaded_model import LoadedModel
+from vila_ops.generate.torch_engine.pace import Pace
 from vila_ops.generate.torch_engine.prefixes import PrefixCache, TokenSequence
 from vila_ops.generate.torch_engine.request_state import GenerationRequest, RequestState
 from vila_ops.generate.torch_engine.sampling import Chosen, choose
@@ -39,13 +41,15 @@ class Scheduler:
         cache_tokens: int,
         prefill_tokens: int,
         prefix_tokens: int = 0,
+        bound_pauses: bool = False,
     ) -> None:
         """At most `slots` requests are under way, of which the cache holds `cache_tokens` positions.
 
-        A step reads at most `prefill_tokens` of prompts, padding included. At most `prefix_tokens` tokens that were
-        read are kept for later prompts.
+        A step reads at most `prefill_tokens` of prompts, padding included; with `bound_pauses`, as few as `Pace` says
+        while there are answers under way. At most `prefix_tokens` tokens that were read are kept for later prompts.
         """
         self.loaded, self.slots, self.prefill_tokens = loaded, slots, prefill_tokens
+        self.pace = Pace(max_tokens=prefill_tokens) if bound_pauses else None
         self.cache = KVCache(max_tokens=cache_tokens, device=loaded.device)
         self.prefixes = PrefixCache(max_tokens=prefix_tokens)
         self.rows: list[RequestState] = []
@@ -144,6 +148,7 @@ class Scheduler:
 
     def _prefill(self) -> bool:
         """Read the next tokens of some prompts; those that are read to their end get their first token."""
+        started = time.perf_counter()
         chunk = self._chunk()
         if not chunk:
             return False
@@ -165,18 +170,20 @@ class Scheduler:
             for n in done:
                 self._promote(chunk[n][0])
             self._settle([chunk[n][0] for n in done], chosen)
+        if self.pace is not None:
+            self.pace.read(ids.numel(), time.perf_counter() - started)
         return True
 
     def _chunk(self) -> list[tuple[RequestState, int]]:
         """The rows whose prompts the next pass reads, and how many tokens of each."""
         chunk: list[tuple[RequestState, int]] = []
-        width = 0
+        width, most = 0, self.pace.tokens() if self.pace is not None and self.live else self.prefill_tokens
         for state in self._reading():
             if _images_left(state) or (state.embeddings is None and not self._begin(state)):
                 continue
             left = len(state.tokens()) - self.cache.lengths[self.rows.index(state)]
-            count = min(left, self.prefill_tokens)
-            if chunk and max(width, count) * (len(chunk) + 1) > self.prefill_tokens:
+            count = min(left, most)
+            if chunk and max(width, count) * (len(chunk) + 1) > most:
                 break
             width = max(width, count)
             chunk.append((state, count))
@@ -223,10 +230,13 @@ class Scheduler:
         if not self.live:
             return False
         states = self.rows[: self.live]
+        started = time.perf_counter()
         ids = torch.tensor([[state.ids[-1]] for state in states], device=self.loaded.device)
         counts = [1] * self.live
         hidden = self._pass(range(self.live), counts, self.loaded.model.embed(ids, None, ids.new_empty(0)), ids)
         self._settle(states, self._choose(hidden[:, -1], states))
+        if self.pace is not None:
+            self.pace.decoded(time.perf_counter() - started)
         return True
 
     def _pass(self, rows: Sequence[int], counts: Sequence[int], embeddings: Tensor, ids: Tensor) -> Tensor:

@@ -16,8 +16,7 @@ from vila_ops.serve.app.routes import create_app
 from vila_ops.serve.spec import Spec
 
 PREFILL_TOKENS = 256
-"""Most tokens of prompts that a replica reads between two tokens of an answer: about a second of a small model on one
-CPU thread."""
+"""Most tokens of prompts that a replica reads at once: half a second of a small model on one CPU thread."""
 
 
 def load_app(spec: Spec, device: Device, *, replica: dict[str, Any]) -> FastAPI:
@@ -32,6 +31,7 @@ def load_app(spec: Spec, device: Device, *, replica: dict[str, Any]) -> FastAPI:
         precision=spec.service.precision,
         max_batch=spec.capacity.max_batch,
         prefill_tokens=PREFILL_TOKENS,
+        bound_pauses=True,
         keep_prefixes=True,
     )
     config = chosen(spec.version.checkpoint, spec.capacity.engine, options)

@@ -162,13 +162,14 @@ class Media:
 
 
 def _bytes(url: str, param: str) -> bytes:
-    """The bytes of a base64 data URL, which may be wrapped and percent-encoded."""
+    """The bytes of a base64 data URL, which may be wrapped and percent-encoded, and go without padding as in browsers
+    (the forgiving decode of WHATWG's Infra Standard)."""
     start = DATA_URL.match(url[:1000])
     if start is None:
         text = f"{param}: images are read from base64 data: URLs (data:image/png;base64,...); this is none"
         raise ApiError(400, text, param=param, code="unsupported_image_url")
     try:
-        encoded = unquote_to_bytes(url[start.end() :])
-        return base64.b64decode(encoded.translate(None, b" \t\r\n"), validate=True)
+        encoded = unquote_to_bytes(url[start.end() :]).translate(None, b" \t\r\n")
+        return base64.b64decode(encoded + b"=" * (-len(encoded) % 4), validate=True)
     except (binascii.Error, ValueError):
         raise ApiError(400, f"{param}: not valid base64", param=param, code="invalid_image") from None

@@ -1,5 +1,6 @@
 """The request of /v1/chat/completions. A parameter that has no effect here is refused, never ignored."""
 
+import codecs
 import json
 from typing import Annotated, Any, Literal
 
@@ -27,7 +28,7 @@ class ImageUrl(_Closed):
     """An image: a data URL with its bytes, or the address of one on a host that the endpoint fetches from."""
 
     url: str
-    detail: Literal["auto", "low", "high"] = "auto"
+    detail: Literal["auto", "low", "high"] | None = None
     """Has no effect, but clients send it: an image always becomes one square of the model's side."""
 
 
@@ -194,9 +195,10 @@ NEUTRAL_IN_MESSAGE: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def parse(body: bytes) -> ChatRequest:
-    """Parse a JSON body. Raises ApiError 400 that names the first wrong parameter."""
+    """Parse a JSON body, which may begin with a byte order mark. Raises ApiError 400 that names the first wrong
+    parameter."""
     try:
-        request = ChatRequest.model_validate_json(body)
+        request = ChatRequest.model_validate_json(body.removeprefix(codecs.BOM_UTF8))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         if first["type"] == "json_invalid":

@@ -1,0 +1,39 @@
+"""The time that reading adds between two tokens stays near that of a token, whatever the machine."""
+
+import itertools
+
+import pytest
+
+from vila_ops.generate.torch_engine.pace import MIN_TOKENS, Pace
+
+
+@pytest.mark.parametrize(
+    ("fixed", "token", "expected"),
+    [
+        (0.03, 0.0006, 26),  # a small model on one CPU thread: a pass through its weights, and what a token adds
+        (0.020, 0.00002, 256),  # a device that reads hundreds of tokens as fast as one
+        (0.005, 0.01, MIN_TOKENS),  # one whose tokens cost more than its weights
+    ],
+)
+def test_reading_takes_half_the_time_of_decoding_beyond_what_every_pass_takes(
+    fixed: float, token: float, expected: int
+) -> None:
+    pace = Pace(max_tokens=256)
+    assert pace.tokens() == 256, "nothing was measured yet"
+    for length in itertools.islice(itertools.cycle((5, 200, 39)), 60):
+        pace.decoded(fixed + token)
+        tokens = min(length, pace.tokens())
+        pace.read(tokens, fixed + tokens * token)
+    assert pace.tokens() == pytest.approx(expected, rel=0.1)
+
+
+def test_one_slow_pass_changes_little() -> None:
+    pace = Pace(max_tokens=256)
+    for _ in range(20):
+        pace.decoded(0.03)
+        pace.read(30, 0.045)
+    before = pace.tokens()
+    pace.read(30, 0.06)
+    assert before * 0.75 < pace.tokens() < before
+    pace.read(30, 0.0)  # faster than decoding, by the clock of a host that does not wait for its device
+    assert pace.tokens() > before * 0.8

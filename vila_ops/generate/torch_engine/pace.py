@@ -1,0 +1,44 @@
+"""How much of prompts is read between two tokens of the answers under way: the pauses that it makes are bounded."""
+
+SMOOTHING = 0.2
+"""Weight of the newest measurement in a running mean."""
+SHARE = 0.5
+"""Of the time of a pass that decodes: what the tokens of a prompt may add to a pass that reads them."""
+MIN_TOKENS = 16
+"""Fewer would be read for hardly less than the fixed cost of a pass."""
+
+
+class Pace:
+    """The most tokens that one pass may read while others wait for their next token, from the times of passes so far.
+
+    A pass that decodes takes d seconds; one that reads N tokens takes about d + N t, as both go through all weights.
+    N is chosen so that N t is SHARE d: a pause between two tokens is then about two and a half passes that decode,
+    whatever the machine and the model. Where a device computes beside the host, the times of reading are those of its
+    launches alone, and the limit stays at its maximum.
+    """
+
+    def __init__(self, *, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self._decoding: float | None = None
+        """Mean seconds of a pass that decodes."""
+        self._token: float | None = None
+        """Mean seconds that a token adds to a pass that reads."""
+
+    def decoded(self, seconds: float) -> None:
+        """Note a pass that added a token to answers."""
+        self._decoding = _mean(self._decoding, seconds)
+
+    def read(self, tokens: int, seconds: float) -> None:
+        """Note a pass that read so many tokens, padding included."""
+        if self._decoding is not None:
+            self._token = _mean(self._token, max(0.0, seconds - self._decoding) / tokens)
+
+    def tokens(self) -> int:
+        """The most tokens of the next pass that reads."""
+        if self._decoding is None or not self._token:
+            return self.max_tokens
+        return min(self.max_tokens, max(MIN_TOKENS, int(SHARE * self._decoding / self._token)))
+
+
+def _mean(before: float | None, new: float) -> float:
+    return new if before is None else before + SMOOTHING * (new - before)
