@@ -200,7 +200,7 @@ def test_folders_of_other_writers_are_read_as_stock_reads_them(
 ) -> None:
     state = other_writers_folder(tmp_path, version, tied=tied, build=build, make_model=make_model)
     engine = open_engine(tmp_path, tmp_path / "features")
-    ours = engine.loaded.model.state_dict()
+    ours = model_folder.load(tmp_path).state_dict()
     assert all(torch.equal(ours[name], tensor) for name, tensor in state.items())
     assert engine.image_size == 56
     assert engine.tokenizer.image_tokens == 16

@@ -21,7 +21,7 @@ from vila_ops.generate.engine import EngineOptions
 from vila_ops.generate.request import Delta, Prompt, Sampling
 from vila_ops.generate.torch_engine.image_features import RecentFeatures
 from vila_ops.generate.torch_engine.loaded_model import LoadedModel, read_model
-from vila_ops.generate.torch_engine.pace import Pace
+from vila_ops.generate.torch_engine.reading_pace import ReadingPace
 from vila_ops.generate.torch_engine.request_state import GenerationRequest
 from vila_ops.generate.torch_engine.scheduler import Event, Scheduler
 from vila_ops.model import folder as model_folder
@@ -226,7 +226,7 @@ def test_new_images_and_long_prompts_are_read_in_pieces_between_the_tokens_of_ot
 
 
 def test_prompts_are_read_at_the_pace_of_answers_only_while_there_are_some(loaded: LoadedModel) -> None:
-    class Fixed(Pace):
+    class Fixed(ReadingPace):
         def tokens(self) -> int:
             return 7
 

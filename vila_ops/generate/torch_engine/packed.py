@@ -1,6 +1,6 @@
 """Weights of the language model in the order in which oneDNN multiplies them on a CPU, in fp32.
 
-torch gives fp32 products to MKL, which orders a weight anew for each product. Ordered once, and by oneDNN, products
+torch gives fp32 products to MKL, which orders a weight again for each product. Ordered once, and by oneDNN, products
 take 0.4 of the time (one thread of an AVX-512 machine, SmolLM2's matrices, 4 to 256 rows). Their rounding differs.
 A head whose weight is the embedding's too has a copy of it.
 """
@@ -29,7 +29,8 @@ class PackedLinear(nn.Linear):
 def can_pack() -> bool:
     """Whether this torch has oneDNN and its operators, which are those of its compiler and not documented."""
     operators = ("_reorder_linear_weight", "_linear_pointwise")
-    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in operators)
+    has_library: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return has_library and all(hasattr(torch.ops.mkldnn, name) for name in operators)
 
 
 def pack(model: VilaForConditionalGeneration) -> None:

@@ -15,8 +15,8 @@ from vila_ops.generate.request import Delta
 from vila_ops.generate.torch_engine.image_features import SaltedImage
 from vila_ops.generate.torch_engine.kv_cache import CACHE_ARGUMENT, PAGE, KVCache
 from vila_ops.generate.torch_engine.loaded_model import LoadedModel
-from vila_ops.generate.torch_engine.pace import Pace
 from vila_ops.generate.torch_engine.prefixes import PrefixCache, TokenSequence
+from vila_ops.generate.torch_engine.reading_pace import ReadingPace
 from vila_ops.generate.torch_engine.request_state import GenerationRequest, RequestState
 from vila_ops.generate.torch_engine.sampling import Chosen, choose
 from vila_ops.model.attention import masks
@@ -45,11 +45,12 @@ class Scheduler:
     ) -> None:
         """At most `slots` requests are under way, of which the cache holds `cache_tokens` positions.
 
-        A step reads at most `prefill_tokens` of prompts, padding included; with `bound_pauses`, as few as `Pace` says
-        while there are answers under way. At most `prefix_tokens` tokens that were read are kept for later prompts.
+        A step reads at most `prefill_tokens` of prompts, padding included; with `bound_pauses`, as few as `ReadingPace`
+        says while there are answers under way. At most `prefix_tokens` tokens that were read are kept for prompts after
+        them.
         """
         self.loaded, self.slots, self.prefill_tokens = loaded, slots, prefill_tokens
-        self.pace = Pace(max_tokens=prefill_tokens) if bound_pauses else None
+        self.pace = ReadingPace(max_tokens=prefill_tokens) if bound_pauses else None
         self.cache = KVCache(max_tokens=cache_tokens, device=loaded.device)
         self.prefixes = PrefixCache(max_tokens=prefix_tokens)
         self.rows: list[RequestState] = []

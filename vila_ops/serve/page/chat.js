@@ -191,7 +191,7 @@ function facts(answer) {
   const begun = first === undefined ? "" : `, first text after ${first.toFixed(1)} s`;
   pairs.push(["Time", `${seconds.toFixed(1)} s${begun}`]);
   if (answer.digest) pairs.push(["Model", digest(answer.digest)]);
-  const ends = { stopped: "stopped by you", length: "the most tokens it may have" };
+  const ends = { stopped: "stopped by you", length: "at the token limit" };
   if (ends[finish]) pairs.push(["Ended", ends[finish]]);
   return pairs.map(([name, value]) => {
     const pair = document.createElement("div");

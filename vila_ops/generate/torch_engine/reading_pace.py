@@ -8,7 +8,7 @@ MIN_TOKENS = 16
 """Fewer would be read for hardly less than the fixed cost of a pass."""
 
 
-class Pace:
+class ReadingPace:
     """The most tokens that one pass may read while others wait for their next token, from the times of passes so far.
 
     A pass that decodes takes d seconds; one that reads N tokens takes about d + N t, as both go through all weights.

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from vila_ops.generate.torch_engine.pace import MIN_TOKENS, Pace
+from vila_ops.generate.torch_engine.reading_pace import MIN_TOKENS, ReadingPace
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from vila_ops.generate.torch_engine.pace import MIN_TOKENS, Pace
 def test_reading_takes_half_the_time_of_decoding_beyond_what_every_pass_takes(
     fixed: float, token: float, expected: int
 ) -> None:
-    pace = Pace(max_tokens=256)
+    pace = ReadingPace(max_tokens=256)
     assert pace.tokens() == 256, "nothing was measured yet"
     for length in itertools.islice(itertools.cycle((5, 200, 39)), 60):
         pace.decoded(fixed + token)
@@ -28,7 +28,7 @@ def test_reading_takes_half_the_time_of_decoding_beyond_what_every_pass_takes(
 
 
 def test_one_slow_pass_changes_little() -> None:
-    pace = Pace(max_tokens=256)
+    pace = ReadingPace(max_tokens=256)
     for _ in range(20):
         pace.decoded(0.03)
         pace.read(30, 0.045)
