@@ -491,7 +491,9 @@ def test_every_page_is_linked_from_the_readme() -> None:
 def test_every_page_is_in_the_navigation_of_the_site() -> None:
     listed = re.findall(r"^   (\S+)$", (ROOT / "docs/index.rst").read_text(), flags=re.MULTILINE)
     docs = ROOT / "docs"
-    paths = [path for pattern in ("*.md", "*.rst", "*/README.md") for path in docs.glob(pattern)]
+    paths = [
+        path for pattern in ("*.md", "*.rst", "*/README.md", "findings/*/README.md") for path in docs.glob(pattern)
+    ]
     assert sorted([*listed, "index"]) == sorted(path.relative_to(docs).with_suffix("").as_posix() for path in paths)
 
 
