@@ -1,6 +1,7 @@
 """A grid on the tiny recipe: its runs, what they share, and that files of results take the place of a store."""
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -228,6 +229,21 @@ def test_a_machine_with_an_empty_store_takes_every_result_from_its_file(
     timed = [task for one in measured.results for task in one.tasks if task.name in ("align", "tiny")]
     assert 0 < (cost.hours or 0) * 3600 <= 4 * max(task.seconds for task in timed)
     assert cost.evaluations
+
+
+@pytest.mark.slow
+def test_a_model_before_later_stages_needs_none_of_them(
+    measured: Measured, resources: Resources, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(measured.folder, tmp_path / "results")
+    cells = {"base": {"stage": "base"}, "trained": measured.grid.cells["trained"]}
+    grid = measured.grid.with_changes({"cells": cells, "claims": []})
+    results = measure([grid], resources, folder=folder)[grid.name]
+    assert [(one.cell, one.stage, list(one.losses)) for one in results if one.seed == 0] == [
+        ("base", "base", []),
+        ("trained", "sft", ["align", "pretrain", "sft"]),
+    ]
+    assert not list(sealed(Checkpoint, store=resources.storage.store))
 
 
 @pytest.mark.slow

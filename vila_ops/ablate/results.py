@@ -11,6 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -137,7 +138,8 @@ def result_of(one: CellRun, report: EvalReport) -> CellResult:
 
 def _trained(one: CellRun) -> list[Checkpoint]:
     """The sealed models after the stages of a cell."""
-    models = (result.model for result in walk(one.run, SEALED, NO_CONTEXT) if result.stage in one.stages())
+    count = 1 + len(one.stages())  # later stages may not be there
+    models = [result.model for result in islice(walk(one.run, SEALED, NO_CONTEXT), count)]
     return [model for model in models if isinstance(model, Checkpoint)]
 
 
