@@ -71,8 +71,9 @@ def tokens_per_s(init: Pretrained, on: torch.device) -> tuple[float, float]:
     ids = torch.randint(6, len(fast), (PROMPTS, LENGTH), generator=draw)
     ids[ids == tokenizer.image_id] = 7
     sampling = Sampling(max_new_tokens=NEW, stop_ids=frozenset())
-    limits = {"slots": PROMPTS, "cache_tokens": PROMPTS * (LENGTH + NEW), "prefill_tokens": PROMPTS * LENGTH}
-    scheduler, there = Scheduler(loaded, **limits), ids.to(on)
+    cache_tokens, prefill_tokens = PROMPTS * (LENGTH + NEW), PROMPTS * LENGTH
+    scheduler = Scheduler(loaded, slots=PROMPTS, cache_tokens=cache_tokens, prefill_tokens=prefill_tokens)
+    there = ids.to(on)
     own, other = [], []
     for _ in range(2):
         requests = [GenerationRequest(Prompt(row), sampling) for row in ids.tolist()]
