@@ -9,6 +9,7 @@ import os
 import select
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -36,6 +37,9 @@ from vila_ops.pipeline.sweeper import LABEL, lease_of
 POLL_SECONDS = 3.0
 STOP_SECONDS = 12.0
 """How long a cancelled attempt may take to end by itself before it is killed."""
+ANSWER_SECONDS = 8.0
+"""How long an attempt that is ended asks why: a job on a cluster is stopped only where its flow run was cancelled."""
+RETRY_SECONDS = 0.5
 R = TypeVar("R")
 log = logging.getLogger(__name__)
 
@@ -84,10 +88,16 @@ def attempt(run: Run, work: Callable[[], R]) -> R | State[None]:
 
 
 def cancelled() -> bool:
-    """Whether someone has cancelled this flow run; False where Prefect does not say so at once."""
-    flow_run = runtime.flow_run.id
+    """Whether someone has cancelled this flow run; False where Prefect does not answer within ANSWER_SECONDS."""
+    if (flow_run := runtime.flow_run.id) is None:
+        return False
+    answer, until = None, time.monotonic() + ANSWER_SECONDS
     with _asking() as client:
-        return flow_run is not None and _is_cancelled(client, UUID(flow_run))
+        while answer is None and time.monotonic() < until:
+            answer = _is_cancelled(client, UUID(flow_run))
+            if answer is None:
+                time.sleep(RETRY_SECONDS)
+    return bool(answer)
 
 
 def _outlive_the_worker() -> None:
@@ -162,9 +172,10 @@ def _asking() -> Iterator[SyncPrefectClient]:
         yield client
 
 
-def _is_cancelled(client: SyncPrefectClient, flow_run: UUID) -> bool:
+def _is_cancelled(client: SyncPrefectClient, flow_run: UUID) -> bool | None:
+    """Whether Prefect says that a flow run was cancelled; None where it says nothing."""
     try:
         state = client.read_flow_run(flow_run).state
-    except (httpx.HTTPError, PrefectException, ValueError):  # away, or another program answers in its place
-        return False
+    except (httpx.HTTPError, PrefectException, ValueError):  # away or busy, or another program answers in its place
+        return None
     return state is not None and (state.is_cancelling() or state.is_cancelled())

@@ -19,7 +19,7 @@ TOGETHER = [
     for resources in several.split(", ")
 ]
 CLUSTERS = {
-    "cluster_128", "cluster_128_job", "slurm",
+    "cluster_128", "cluster_128_job", "compose", "slurm",
     "kubernetes", "kubernetes_job", "kubernetes_small", "kubernetes_small_job",
 }  # fmt: skip
 """Resources that say where a cluster is: they name no micro-batches and no accelerator."""

@@ -17,7 +17,7 @@ EXAMPLES = {
     "compare": "compare store/report/BEFORE store/report/AFTER --slices",
     "alignment": "alignment demo --out alignment.svg",
     "register": "register demo -r laptop",
-    "champion": "champion vila-demo -r laptop --back --reason 'wrong language'",
+    "champion": "champion vila-demo -r laptop --back --reason rude",
     "deploy": "deploy demo -r laptop",
     "undeploy": "undeploy demo -r laptop",
     "canary": "canary demo -r laptop --version 2 --share 0.1",
