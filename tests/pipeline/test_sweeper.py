@@ -32,6 +32,8 @@ class Prefect:
 
     def __init__(self, store: str) -> None:
         self.states = {"a": "RUNNING"}
+        self.between: dict[str, str] = {}
+        """States after the first page of flow runs."""
         self.events: list[Json] = []
         self.automations: list[Json] = []
         self.blocks: list[Json] = []
@@ -43,9 +45,11 @@ class Prefect:
     def __call__(self, request: httpx.Request) -> httpx.Response:
         path, body = request.url.path.removeprefix("/api"), json.loads(request.content or b"null")
         if path == "/flow_runs/filter":
-            wanted, first = body["flow_runs"]["state"]["type"]["any_"], body["offset"]
-            found = [self.flow_run(one) for one in sorted(self.states) if self.states[one] in wanted]
-            return httpx.Response(200, json=found[first : first + AT_MOST])
+            wanted, known = body["flow_runs"]["state"]["type"]["any_"], body["flow_runs"]["id"]["not_any_"]
+            found = [one for one in sorted(self.states) if self.states[one] in wanted and one not in known]
+            listed = [self.flow_run(one) for one in found[:AT_MOST]]
+            self.states |= self.between
+            return httpx.Response(200, json=listed)
         if path.startswith("/flow_runs/"):
             return httpx.Response(200, json=self.flow_run(path.rpartition("/")[2]))
         if path == "/events":
@@ -102,6 +106,19 @@ def test_every_running_flow_run_is_looked_at_however_many_there_are(prefect: Pre
     clock[0] = 181.0
     assert set(sweep()) == running
     assert len(prefect.events) == len(running)
+
+
+@pytest.mark.parametrize("state", ["RUNNING", "COMPLETED"])
+def test_a_flow_run_that_begins_or_ends_between_two_pages_hides_no_other_one(prefect: Prefect, state: str) -> None:
+    """It sorts before all others, whose places it moves. One that is skipped is silent only from the next look on."""
+    clock = [0.0]
+    sweep = sweeper(prefect, lambda: clock[0]).sweep
+    running = {f"run-{number:03}" for number in range(AT_MOST + 2)}
+    prefect.states = {**dict.fromkeys(running, "RUNNING"), "first": "RUNNING" if state == "COMPLETED" else "SCHEDULED"}
+    prefect.between = {"first": state}
+    assert sweep() == []
+    clock[0] = 181.0
+    assert set(sweep()) == running | ({"first"} if state == "RUNNING" else set())
 
 
 def test_only_silence_that_was_watched_counts(prefect: Prefect, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,11 +90,17 @@ class Sweeper:
         return [one["id"] for one in lost if self._tell(one)]
 
     def _running(self) -> dict[str, Json]:
-        """The flow runs that Prefect calls running, by their ids. One answer has 200 of them at most."""
-        wanted = {"flow_runs": {"state": {"type": {"any_": ["RUNNING", "CANCELLING"]}}}, "sort": "ID_DESC"}
+        """The flow runs that Prefect calls running, by their ids. One answer has 200 of them at most.
+
+        Each question leaves out those of earlier answers. An offset would skip or repeat runs where one begins or ends
+        between two answers.
+        """
         running: dict[str, Json] = {}
-        while page := answer(self._api, "/flow_runs/filter", {**wanted, "offset": len(running)}):
+        known: list[str] = []
+        wanted = {"state": {"type": {"any_": ["RUNNING", "CANCELLING"]}}, "id": {"not_any_": known}}
+        while page := answer(self._api, "/flow_runs/filter", {"flow_runs": wanted}):
             running |= {one["id"]: one for one in page}
+            known[:] = running
         return running
 
     def _is_lost(self, flow_run: Json) -> bool:
