@@ -14,7 +14,8 @@ from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import Checkpoint, ModelVersion
 from vila_ops.config import Resources, Run
 from vila_ops.data.preprocess import prepare
-from vila_ops.pipeline.explain import Step, explain, explain_deploy
+from vila_ops.pipeline.explain import Step, explain
+from vila_ops.pipeline.explain_deploy import explain_deploy
 from vila_ops.processes import this_process
 from vila_ops.registry import alias_register
 from vila_ops.serve.backends.local_process import LocalProcess, ServiceRecord
@@ -192,9 +193,18 @@ def test_a_deployment_is_told_with_what_is_live_and_changes_nothing(tiny: Run, t
     steps = by_name(explain_deploy(run))
     assert steps[f"register {run.recipe.gate.model_name}"].why == ("the model is version 3, the champion",)
     assert steps[name].why[0] == "version 3 serves at http://127.0.0.1:8123, and stays as it is unless the gate changed"
+    slower = run.recipe.with_changes({"service.max_new_tokens": 3})
+    steps = by_name(explain_deploy(Run(recipe=slower, resources=resources)))
+    assert steps[name].why[0].endswith(", and is started again, with the changed settings unless the gate changed")
+    back = ModelVersion(name=run.recipe.gate.model_name, version=2, checkpoint=sealed, promoted=True)
+    alias_register.move(back.name, {"champion": back}, over=3, reason="back", store=resources.storage.store)
+    steps = by_name(explain_deploy(run))
+    assert steps[name].why[0] == (
+        "version 3 serves at http://127.0.0.1:8123 until version 2, the champion, takes over unless the gate changed"
+    )
     other = run.recipe.with_changes({"stages.sft.learning_rate": 1e-5})
     steps = by_name(explain_deploy(Run(recipe=other, resources=resources)))
     assert steps["train sft"].status == "runs"
-    assert "the champion is version 3" in steps[f"register {run.recipe.gate.model_name}"].why[0]
+    assert "the champion is version 2" in steps[f"register {run.recipe.gate.model_name}"].why[0]
     assert steps[name].why == ("version 3 serves at http://127.0.0.1:8123 until one that passed the gate answers",)
     assert not database.exists()

@@ -212,12 +212,12 @@ def deploy(
     as_json: AsJson = False,
 ) -> None:
     """Serve the model of a recipe, or the champion where the gate refused it."""
-    from vila_ops.pipeline import explain as explaining
     from vila_ops.pipeline import promotion
+    from vila_ops.pipeline.explain_deploy import explain_deploy
 
     run, context = load_run(recipe, resources, overrides)
     if dry_run:
-        print_steps(explaining.explain_deploy(run), as_json)
+        print_steps(explain_deploy(run), as_json)
     else:
         print_result(promotion.deploy_champion(run, context), as_json)
 

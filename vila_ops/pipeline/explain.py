@@ -17,7 +17,6 @@ from vila_ops.artifacts.kinds import (
     Checkpoint,
     Dataset,
     EvalReport,
-    ModelVersion,
     Pretrained,
 )
 from vila_ops.artifacts.listing import manifests
@@ -30,12 +29,6 @@ from vila_ops.eval import evaluate
 from vila_ops.eval.job import EvalJob
 from vila_ops.model import assemble
 from vila_ops.pipeline.stages import Weights, check_stage, mixture_named, suite_text
-from vila_ops.registry import alias_register
-from vila_ops.registry.aliases import CHAMPION
-from vila_ops.serve.backends.backend import ServiceBackend
-from vila_ops.serve.credentials import check_key
-from vila_ops.serve.spec import Spec
-from vila_ops.serve.tracks import backend_of
 from vila_ops.train import stage as training
 from vila_ops.train.job import StageInputs
 
@@ -62,7 +55,7 @@ class Step(Config):
 
 def explain(run: Run) -> list[Step]:
     """The tasks of a run in their order. Raises ValueError where raw files are missing, and CorruptArtifact."""
-    recipe, steps = run.recipe, _Steps(run)
+    recipe, steps = run.recipe, Steps(run)
     model: Weights = steps.assemble(recipe.model)
     held_out: dict[TextFormat, Dataset] = {}
     for stage in (BASE, *recipe.stages):
@@ -86,21 +79,21 @@ def explain(run: Run) -> list[Step]:
 
 def explain_prepare(run: Run, mixture: str) -> list[Step]:
     """The task that prepares a mixture of the recipe, by its name."""
-    steps = _Steps(run)
+    steps = Steps(run)
     steps.prepare(*mixture_named(run.recipe, mixture), "mixture")
     return steps.listed
 
 
 def explain_train(run: Run, stage: str) -> list[Step]:
     """The tasks that make the model after a stage, in their order."""
-    steps = _Steps(run)
+    steps = Steps(run)
     steps.model_after(stage)
     return steps.listed
 
 
 def explain_evaluate(run: Run, stage: str, suite: Suite | OfficialSuite) -> list[Step]:
     """The tasks that measure the model after a stage on a suite of the recipe or an official one, in their order."""
-    recipe, steps = run.recipe, _Steps(run)
+    recipe, steps = run.recipe, Steps(run)
     own = {"final_suite": recipe.final_suite, "stage_suite": recipe.stage_suite}
     setting = next((name for name, one in own.items() if one is suite), suite.name)
     check_stage(recipe, stage, (BASE, *recipe.stages))
@@ -111,67 +104,7 @@ def explain_evaluate(run: Run, stage: str, suite: Suite | OfficialSuite) -> list
     return steps.listed
 
 
-def explain_deploy(run: Run) -> list[Step]:
-    """The tasks that make and measure the last stage's model, and what is live that `deploy` would change.
-
-    Raises ValueError for a recipe without a stage, without a registry, and for what `deploy` refuses before it changes
-    anything: an operator's service, a missing key, a port that cannot be used.
-    """
-    recipe, resources, steps = run.recipe, run.resources, _Steps(run)
-    if not recipe.stages:
-        raise ValueError(f"recipe {recipe.name!r} has no stage, so there is nothing to register")
-    if resources.tracking.uri is None:
-        raise ValueError("the registry is MLflow's: set resources.tracking.uri (a server or sqlite:///FILE)")
-    backend = backend_of(recipe.service.name, resources)
-    check_key(resources.serve.access)
-    *_, last = recipe.stages
-    model = steps.model_after(last)
-    data = steps.prepare(recipe.final_suite.mixture, suite_text(recipe, last), "final_suite.mixture")
-    steps.evaluate(recipe.final_suite, "final_suite", last, model, data)
-    champion = alias_register.read(recipe.gate.model_name, store=resources.storage.store).model_version(
-        recipe.gate.model_name, CHAMPION
-    )
-    live = {
-        "register": (recipe.gate.model_name, _champion_lines(champion, model)),
-        "deploy": (recipe.service.name, _service_lines(run, backend, champion, model)),
-    }
-    for task, (name, why) in live.items():
-        steps.listed.append(Step(task=task, name=name, status="reconciles", why=tuple(why), uri=None))
-    return steps.listed
-
-
-def _champion_lines(champion: ModelVersion | None, model: Weights) -> Iterator[str]:
-    """What the gate compares the model with."""
-    if champion is None:
-        yield "there is no champion, so the gate compares the model with none"
-    elif champion.checkpoint.digest == model.digest:
-        yield f"the model is version {champion.version}, the champion"
-    else:
-        digest = champion.checkpoint.digest[:12]
-        yield f"the champion is version {champion.version} ({digest}), which the gate compares the model with"
-
-
-def _service_lines(run: Run, backend: ServiceBackend, champion: ModelVersion | None, model: Weights) -> Iterator[str]:
-    """What serves, and what the replicas of another version would load beside it."""
-    service, serve, url = run.recipe.service, run.resources.serve, backend.url()
-    state = backend.register.load()
-    if state.stable is None or url is None:
-        yield f"nothing serves; it will listen at {url or f'http://{serve.host}:{serve.port}'}"
-    elif champion is not None and champion.checkpoint.digest == model.digest:
-        same = state.stable.spec.identity() == Spec.of(service, champion, run.resources).identity()
-        stays = "stays as it is" if same else "is started again, with the changed settings"
-        yield f"version {state.stable.spec.version.version} serves at {url}, and {stays} unless the gate changed"
-    else:
-        yield f"version {state.stable.spec.version.version} serves at {url} until one that passed the gate answers"
-    if state.canary is not None:
-        yield f"version {state.canary.track.spec.version.version}, a canary, ends if another version takes over"
-    if not model.digest.startswith(UNMADE):
-        size = sum(file["size"] for file in store.manifest_of(model)["files"].values())
-        replicas = "a replica" if serve.replicas == 1 else f"each of {serve.replicas} replicas"
-        yield f"{replicas} would load {size / 1e6:,.0f} MB of files"
-
-
-class _Steps:
+class Steps:
     """The steps so far, and what the store has of each kind."""
 
     def __init__(self, run: Run) -> None:
