@@ -9,7 +9,7 @@ from vila_ops.artifacts.store import file
 from vila_ops.config import Config, Suite
 from vila_ops.config.eval import BenchmarkConfig
 from vila_ops.data.shards import INDEX
-from vila_ops.eval.benchmarks.held_out.items import known_objects
+from vila_ops.eval.benchmarks.held_out.items import captions_of, known_objects
 
 
 def check_held_out(suite: Suite, data: Dataset) -> None:
@@ -43,6 +43,5 @@ def check_held_out(suite: Suite, data: Dataset) -> None:
 
 
 def _of_known_objects(suite: Suite, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    captions = [name for name, source in suite.mixture.sources.items() if name not in suite.kept_out]
-    known = known_objects(rows, captions, split=suite.split)
+    known = known_objects(rows, captions_of(suite), split=suite.split)
     return [row for row in rows if row["source"] in suite.kept_out and row["object"] in known]

@@ -431,7 +431,7 @@ def tiny_items(tmp_path_factory: pytest.TempPathFactory) -> tuple[ImageItem, ...
     run = load(ROOT / "configs/recipes/tiny.yaml", resources=ROOT / "configs/resources/inline.yaml", overrides=where)
     suite = run.recipe.final_suite
     data = prepare(suite.mixture, run.recipe.text(max_tokens=suite.max_tokens), run.resources)
-    return image_items(EvalInputs.of(suite, data))
+    return image_items(EvalInputs.of(suite, data), "new")
 
 
 def test_a_model_that_knows_every_image_is_perfect_and_its_control_never_sees_the_object(

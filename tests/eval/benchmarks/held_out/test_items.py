@@ -7,7 +7,7 @@ import pytest
 from vila_ops.artifacts.kinds import Dataset
 from vila_ops.config import Run, Suite
 from vila_ops.data.preprocess.prepare import prepare
-from vila_ops.data.shards import index_of
+from vila_ops.data.shards import index_of, named
 from vila_ops.eval.benchmarks.held_out.items import EvalInputs, ImageItem, image_items, sample_items, word_items
 
 
@@ -24,7 +24,7 @@ def inputs(run: Run, dataset: Dataset) -> EvalInputs:
 
 @pytest.fixture(scope="module")
 def images(inputs: EvalInputs) -> tuple[ImageItem, ...]:
-    return image_items(inputs)
+    return image_items(inputs, "new")
 
 
 def test_objects_and_distractors_are_of_the_suites_split_only(dataset: Dataset, images: tuple[ImageItem, ...]) -> None:
@@ -52,9 +52,9 @@ def test_the_control_shows_every_image_once_and_never_the_matched_one(images: tu
 
 def test_items_depend_on_data_and_seed_alone(run: Run, dataset: Dataset, images: tuple[ImageItem, ...]) -> None:
     image_items.cache_clear()
-    assert image_items(EvalInputs.of(run.recipe.final_suite, dataset)) == images
+    assert image_items(EvalInputs.of(run.recipe.final_suite, dataset), "new") == images
     reseeded = EvalInputs.of(run.recipe.final_suite.with_changes({"seed": 1}), dataset)
-    assert [item.shuffled_image for item in image_items(reseeded)] != [item.shuffled_image for item in images]
+    assert [item.shuffled_image for item in image_items(reseeded, "new")] != [item.shuffled_image for item in images]
 
 
 def test_words_have_three_other_meanings(inputs: EvalInputs) -> None:
@@ -69,7 +69,7 @@ def test_models_of_other_image_sizes_and_templates_have_the_same_items(run: Run,
     model = run.recipe.model.with_changes({"image_size": 56, "chat_template": "plain"})
     other = EvalInputs.of(suite, prepare(suite.mixture, model.text(max_tokens=suite.max_tokens), run.resources))
     assert other.data.digest != inputs.data.digest
-    for one, two in zip(image_items(inputs), image_items(other), strict=True):
+    for one, two in zip(image_items(inputs, "new"), image_items(other, "new"), strict=True):
         assert (one.id, one.group, one.references, one.absent) == (two.id, two.group, two.references, two.absent)
         assert one.image != two.image
     assert word_items(inputs) == word_items(other)
@@ -103,7 +103,12 @@ def test_known_objects_are_named_in_training_and_shown_in_the_style_that_is_kept
     assert {caption for item in known for caption in item.distractors} <= {item.caption for item in known}
     on_validation = EvalInputs.of(with_kept_out(run.recipe.final_suite, split="validation"), data)
     assert not objects & {item.group for item in image_items(on_validation, "known")}
-    assert [(one.group, one.image) for one in image_items(inputs)] == [(one.group, one.image) for one in images]
+    assert [(one.group, one.image) for one in image_items(inputs, "new")] == [(one.group, one.image) for one in images]
+    samples = {item.id for item in sample_items(inputs, None, with_images=True)}
+    kept_out = {row["name"] for row in named(index_of(data).to_pylist()) if row["source"] == "drawn"}
+    assert samples
+    assert kept_out
+    assert not samples & kept_out
 
 
 def test_kept_out_sources_and_benchmarks_of_known_objects_need_each_other(run: Run) -> None:

@@ -41,7 +41,7 @@ def read(monkeypatch: pytest.MonkeyPatch, count: int = COUNT, **settings: Any) -
         ImageItem(id=str(n), group=str(n), image=IMAGES[n], shuffled_image=b"", caption="", distractors=())
         for n in range(count)
     ]
-    monkeypatch.setattr(new_names, "image_items", lambda inputs: tuple(items))
+    monkeypatch.setattr(new_names, "image_items", lambda inputs, objects: tuple(items))
     return new_names.read(SimpleNamespace(inputs=None), NewNames(**settings))  # type: ignore[arg-type]
 
 

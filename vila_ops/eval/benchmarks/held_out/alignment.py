@@ -20,7 +20,7 @@ NAME, UNIT = "alignment", "cosine"
 
 def read(source: HeldOut, config: Alignment) -> tuple[ImageItem, ...]:
     """The first held-out images."""
-    return image_items(source.inputs)[: config.max_images]
+    return image_items(source.inputs, "new")[: config.max_images]
 
 
 def requests(items: Sequence[ImageItem], config: Alignment, tokenizer: LazyTokenizer) -> list[StatesRequest]:

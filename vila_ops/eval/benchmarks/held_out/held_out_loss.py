@@ -8,7 +8,7 @@ from vila_ops.eval.benchmarks.held_out.items import HeldOut, SampleItem, sample_
 from vila_ops.eval.benchmarks.held_out.prompts import check_tokenizer, loss_values, prompt_of, shown_by_condition
 from vila_ops.eval.rows import ItemRow
 
-REVISION = 4
+REVISION = 5
 NAME = "held_out_loss"
 
 

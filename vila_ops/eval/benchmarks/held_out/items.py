@@ -43,13 +43,17 @@ class EvalInputs(Config):
         return cls(
             data=data,
             settings=suite.settings(),
-            captions=tuple(
-                name for name, render in renders.items() if render == "caption" and name not in suite.kept_out
-            ),
+            captions=captions_of(suite),
             kept_out=tuple(sorted(suite.kept_out)),
             definitions=tuple(name for name, render in renders.items() if render == "definition"),
             conversations=tuple(name for name, render in renders.items() if render in CONVERSATIONS),
         )
+
+
+def captions_of(suite: Suite) -> tuple[str, ...]:
+    """The sources of a suite whose records are captioned images, in the styles of training data."""
+    sources = sorted(suite.mixture.sources.items())
+    return tuple(name for name, one in sources if one.render == "caption" and name not in suite.kept_out)
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ class SampleItem(Item):
 
 
 @lru_cache(maxsize=2)
-def image_items(inputs: EvalInputs, objects: Objects = "new") -> tuple[ImageItem, ...]:
+def image_items(inputs: EvalInputs, objects: Objects) -> tuple[ImageItem, ...]:
     """One item for each object, at most `max_objects`.
 
     The result is kept for the next benchmark of the suite.
@@ -150,11 +154,12 @@ def word_items(inputs: EvalInputs) -> tuple[WordItem, ...]:
 
 
 def sample_items(inputs: EvalInputs, sources: tuple[str, ...] | None, *, with_images: bool) -> tuple[SampleItem, ...]:
-    """The held-out samples of some sources, or of all (None), of at most `max_objects` objects.
+    """The held-out samples of some sources, or of all but those kept out (None), of at most `max_objects` objects.
 
     `with_images`: only those that have an image.
     """
-    rows = [row for row in _held_out(inputs, sources) if row["num_images"] or not with_images]
+    held_out = [row for row in _held_out(inputs, sources) if row["source"] not in inputs.kept_out]
+    rows = [row for row in held_out if row["num_images"] or not with_images]
     objects = [row["object"] for row in _one_each(rows)][: inputs.settings.max_objects]
     number = {name: place for place, name in enumerate(objects)}
     kept = sorted(

@@ -45,7 +45,7 @@ class NamedItem(ImageItem):
 
 def read(source: HeldOut, config: NewNames) -> tuple[NamedItem, ...]:
     """An item for each held-out image. Raises ValueError for too few of them."""
-    items = image_items(source.inputs)
+    items = image_items(source.inputs, "new")
     if len(items) < (least := config.least_objects()):
         raise ValueError(
             f"new_names shows {least} held-out objects in an item, and there are {len(items)}; enlarge the split, or "
