@@ -25,7 +25,7 @@ from vila_ops.eval.evaluate import evaluate
 from vila_ops.eval.report import read_report
 from vila_ops.model.assemble import assemble
 from vila_ops.model.export import write_plain
-from vila_ops.train.loop import CURVE
+from vila_ops.train.curve import CURVE
 from vila_ops.train.stage import train_stage
 
 SPLIT = {"salt": "tiny", "validation": 0.2, "test": 0.2}

@@ -18,8 +18,8 @@ from vila_ops.config.resources import TrainResources
 from vila_ops.device import fault_of
 from vila_ops.errors import DeviceLost, is_final
 from vila_ops.train import ray_workers
+from vila_ops.train.curve import CURVE
 from vila_ops.train.device_faults import DeviceFaults, next_setting
-from vila_ops.train.loop import CURVE
 from vila_ops.train.ray_workers import _is_first_loss
 from vila_ops.train.stage import train_stage
 
