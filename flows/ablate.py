@@ -6,7 +6,7 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.client.schemas.objects import State
 
-from flows.attempt import attempt, checked_run
+from flows.attempt import attempt, check_device, checked_run
 from flows.tasks import TASKS
 from vila_ops.ablate.cells import runs_of
 from vila_ops.ablate.measure import measure
@@ -14,6 +14,7 @@ from vila_ops.ablate.results import scores_of
 from vila_ops.ablate.verdicts import grid_result
 from vila_ops.config import Resources, load_resources
 from vila_ops.config.grid import Grid, grid_of
+from vila_ops.pipeline.explain import explain_evaluate
 from vila_ops.report import ablation
 
 
@@ -34,6 +35,9 @@ def ablate(grid: str | Grid = "table1_demo", resources: str | Resources = "lapto
 
 
 def _work(grid: Grid, resources: Resources) -> dict[str, str]:
+    runs = runs_of(grid, resources)
+    evaluations = ((one.run, one.stage, one.run.recipe.final_suite) for one in runs)
+    check_device(runs[0].run, (step for one in evaluations for step in explain_evaluate(*one)))
     measured = measure([grid], resources, tasks=TASKS)[grid.name]
     result = grid_result(grid, scores_of(grid, measured))
     rows = [

@@ -34,8 +34,9 @@ def promote(
     """Let the gate judge the last stage's model against the champion, and serve the winner.
 
     With `approval` it first shows both, and ends its process until a person resumes it, whenever that is; it then runs
-    from its start, where everything is sealed by then. Returns the version that was judged, the
-    champion, and where it is served.
+    from its start, where everything is sealed by then. A missing device is told before anything works, except where it
+    is needed for the champion alone, which is measured too where it has no report on the final suite. Returns the
+    version that was judged, the champion, and where it is served.
 
     Args:
         recipe: Name of a file in configs/recipes, such as demo; a path that the worker sees; or a whole recipe

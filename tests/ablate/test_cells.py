@@ -2,15 +2,19 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+import yaml
+from typer.testing import CliRunner
 
 from flows import ablate as flow
 from tests.report.parsed import Page, check_accessible, check_loads_nothing
-from vila_ops.ablate.cells import fingerprint_of, runs_of, runs_of_all
+from vila_ops.ablate.cells import fingerprint_of, not_here, runs_of, runs_of_all
 from vila_ops.ablate.cost import cost_of_grid
 from vila_ops.ablate.measure import measure
 from vila_ops.ablate.results import CellResult, read_results, scores_of
@@ -18,7 +22,8 @@ from vila_ops.ablate.verdicts import GridResult, grid_result
 from vila_ops.artifacts.kinds import Checkpoint
 from vila_ops.artifacts.listing import sealed
 from vila_ops.artifacts.store import read_manifest
-from vila_ops.config import Resources, load
+from vila_ops.cli import app
+from vila_ops.config import Resources, Run, load
 from vila_ops.config.grid import Grid, load_grid
 from vila_ops.config.load import read
 from vila_ops.eval.report import read_report
@@ -100,6 +105,9 @@ def test_the_first_seed_of_every_grid_comes_before_the_next_seed(resources: Reso
         ("other", "frozen", 2),
         ("other", "trained", 2),
     ]
+    turned = runs_of_all([one, other.with_changes({"seeds": [2, 0]})], resources)
+    order = [("tiny-grid", 0), ("other", 2), ("tiny-grid", 1), ("other", 0)]
+    assert [(run.grid, run.seed) for run in turned[::2]] == order
     with pytest.raises(ValueError, match="grid 'tiny-grid' is given 2 times"):
         runs_of_all([one, one], resources)
 
@@ -113,6 +121,34 @@ def test_a_fingerprint_is_of_what_gives_other_numbers(resources: Resources) -> N
     assert fingerprints(quick().with_changes({"name": "other", "title": "Other", "claims": []})) == own
     assert not set(own) & set(fingerprints(quick().with_changes({"recipe.final_suite.max_objects": 11})))
     assert not set(own) & set(fingerprints(quick().with_changes({"recipe.stages.align.learning_rate": 1e-4})))
+    vllm = resources.with_changes({"evaluate.engine": {"kind": "vllm"}})
+    assert not set(own) & {fingerprint_of(one) for one in runs_of(quick(), vllm)}
+
+
+def test_raw_data_that_is_not_on_this_machine_is_named(
+    resources: Resources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, *_ = runs_of(quick(), resources)
+    assert not_here(one) == []
+    monkeypatch.chdir(tmp_path)  # to which the paths of the tiny recipe are relative
+    assert not_here(one) == ["tiny_align", "tiny_pretrain", "tiny_sft", "tiny_held_out"]
+
+
+def test_a_fingerprint_has_the_content_of_official_files(resources: Resources, tmp_path: Path) -> None:
+    def fingerprint() -> str:
+        changes = {"recipe.final_suite.benchmarks.pope": read(ROOT / "configs/benchmarks/pope.yaml")}
+        return fingerprint_of(runs_of(quick().with_changes(changes), own)[0])
+
+    own = resources.with_changes({"storage.benchmarks": str(tmp_path / "official")})
+    found = [fingerprint()]
+    shutil.copytree(ROOT / "docs/samples/pope", tmp_path / "official/pope")
+    found += [fingerprint(), fingerprint()]
+    assert found[1] == found[2]
+    changed = next(path for path in sorted((tmp_path / "official/pope").rglob("*")) if path.is_file())
+    changed.write_bytes(changed.read_bytes() + b"\n")
+    found.append(fingerprint())
+    assert len(set(found)) == 3
+    assert not Path(own.storage.store).exists()
 
 
 @dataclass(frozen=True)
@@ -205,7 +241,7 @@ NOTHING = Tasks(assemble=refused, prepare=refused, train_stage=refused, evaluate
 
 @pytest.mark.slow
 def test_a_machine_with_an_empty_store_takes_every_result_from_its_file(
-    measured: Measured, resources: Resources, tmp_path: Path
+    measured: Measured, resources: Resources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grid = measured.grid
     taken = measure([grid], resources, folder=measured.folder, tasks=NOTHING)[grid.name]
@@ -217,8 +253,24 @@ def test_a_machine_with_an_empty_store_takes_every_result_from_its_file(
         assert pages[0].read_text() == pages[1].read_text()
     cells = {"mine": grid.cells["trained"], "yours": {"stage": "align"}}
     other = grid.with_changes({"name": "other", "cells": cells, "claims": []})
-    with pytest.raises(Trained):  # of the cell `yours` alone
-        measure([other], resources, folder=measured.folder, tasks=NOTHING)
+    asked: list[tuple[str, str]] = []
+    opened: list[str] = []
+
+    @contextmanager
+    def opening(_: Resources, name: str, **__: object) -> Iterator[None]:
+        opened.append(name)
+        yield
+
+    def trains(run: Run, stage: str, *_: object, **__: object) -> NoReturn:
+        asked.append((run.recipe.name, stage))
+        raise Trained
+
+    monkeypatch.setattr("vila_ops.ablate.measure.evaluate_stage", trains)
+    monkeypatch.setattr("vila_ops.tracking.open_run", opening)
+    with pytest.raises(Trained):
+        measure([grid, other], resources, folder=measured.folder)
+    assert asked == [("other-yours", "align")]
+    assert opened == ["other"]
     cost = cost_of_grid(runs_of(other, resources), results=read_results(measured.folder))
     assert [(one.cell, one.seed, one.done, one.runs) for one in cost.cells] == [
         ("mine", 0, True, ()),
@@ -256,7 +308,7 @@ def test_a_file_of_other_settings_is_named_and_kept_and_its_cell_runs_again(
     with pytest.raises(Trained):
         measure([changed], resources, folder=measured.folder, tasks=NOTHING)
     for name in before:
-        assert f"{name} is of other settings or of another version of vila-ops" in caplog.text
+        assert f"{name} is of other settings or of another version of vila-ops, so cell" in caplog.text
     assert {path.name: path.read_bytes() for path in measured.folder.iterdir()} == before
 
 
@@ -290,3 +342,54 @@ def test_a_file_that_is_no_result_is_refused_before_anything_is_trained(
         measure([measured.grid], resources, folder=tmp_path / "results", tasks=NOTHING)
     with pytest.raises(ValueError, match="is a file; name a folder"):
         measure([measured.grid], resources, folder=cut, tasks=NOTHING)
+    cut.write_text("")
+    with pytest.raises(ValueError, match=r"this version reads \(Invalid JSON"):
+        measure([measured.grid], resources, folder=cut.parent, tasks=NOTHING)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_trained(
+    resources: Resources, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"where no file can be written .*; name another folder"):
+        measure([quick()], resources, folder=tmp_path / "file/results", tasks=NOTHING)
+
+
+@pytest.mark.slow
+def test_a_metric_that_files_lack_is_named_before_another_cell_is_trained(
+    measured: Measured, resources: Resources
+) -> None:
+    cells = {"yours": {"stage": "align"}, "mine": measured.grid.cells["trained"]}
+    metrics = ["caption_loss", "caption_loss_best"]
+    other = measured.grid.with_changes({"name": "other", "cells": cells, "claims": [], "metrics": metrics})
+    with pytest.raises(ValueError, match="'other' shows 'caption_loss_best', and the report of its cell 'mine' has no"):
+        measure([other], resources, folder=measured.folder, tasks=NOTHING)
+
+
+@pytest.mark.slow
+def test_a_grid_that_is_not_decided_hides_no_other_one(
+    measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    grids = [measured.grid.with_changes({"name": "bad"}), measured.grid]
+    for grid in grids:
+        (tmp_path / f"{grid.name}.yaml").write_text(yaml.safe_dump(grid.model_dump(mode="json")))
+    bad = [one.with_changes({"scores": {}}) for one in measured.results]
+    results = {"bad": bad, measured.grid.name: measured.results}
+    monkeypatch.setattr("vila_ops.ablate.measure.measure", lambda *_, **__: results)
+    ran = CliRunner().invoke(app, ["ablate", *(str(tmp_path / f"{grid.name}.yaml") for grid in grids)])
+    assert f": {measured.grid.claims[0].says} (" in ran.stdout
+    assert ran.exit_code != 0
+    assert "grid 'bad' is not decided: grid 'bad' shows 'caption_loss'" in f"{ran.output}{ran.exception}"
+
+
+@pytest.mark.slow
+def test_of_two_files_of_one_fingerprint_the_first_by_name_counts(
+    measured: Measured, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(measured.folder, tmp_path / "results")
+    first, *_ = sorted(folder.iterdir())
+    tree = json.loads(first.read_text())
+    (folder / "zz.json").write_text(json.dumps({**tree, "grid": "other"}))
+    assert read_results(folder) == read_results(measured.folder)
+    assert f"{first.name} and zz.json are of one model on one suite; {first.name} counts" in caplog.text

@@ -1,13 +1,17 @@
 """What a grid would take: shared stages once, by the planner where there is an accelerator."""
 
+import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
-from vila_ops.ablate.cells import runs_of, stages_of
+from vila_ops.ablate.cells import runs_of, speed_settings, stages_of
 from vila_ops.ablate.cost import cost_of_grid
+from vila_ops.ablate.results import CellResult, CellTask, read_results, write_result
 from vila_ops.artifacts.attempts import attempt
 from vila_ops.artifacts.kinds import Checkpoint
 from vila_ops.artifacts.store import address, seal
@@ -73,6 +77,37 @@ def test_the_pace_of_a_resumed_stage_is_that_of_the_steps_that_its_time_was_for(
     ]
     pace = 30 / (10 * part.stage.global_batch_size * part.stage.sequence_length)
     assert cost_of_grid([one], LENGTHS).hours == pytest.approx(pace * sum(positions) / 3600)
+
+
+def test_the_pace_of_a_file_is_that_of_the_last_attempt_too(resources: Resources, tmp_path: Path) -> None:
+    """30 seconds for the last 10 of 100 steps."""
+    one = runs_of(load_grid(Path("tiny")), resources)[0]
+    part = next(stages_of(one))
+    positions = part.stage.global_batch_size * part.stage.sequence_length
+    own = {"task": "train", "name": "align", "key": "k", "seconds": 30.0, "gpu_hours": 0.0, "money": None}
+    settings = speed_settings(part.stage.model_dump(mode="json"), part.model)
+    made = {"positions": 100 * positions, "timed_positions": 10 * positions}
+    task = CellTask.model_validate({**own, **made, "settings": settings})
+    of = {"grid": "g", "cell": "c", "seed": 0, "stage": "align", "model": "m", "report": "r", "key": "0" * 64}
+    empty: dict[str, Any] = {"metrics": (), "items": (), "scores": {}, "layers": (), "losses": {}, "versions": {}}
+    write_result(tmp_path, CellResult.model_validate({**of, **empty, "tasks": (task,)}))
+    cost = cost_of_grid([one], LENGTHS, results=read_results(tmp_path))
+    plans = plan_run(one.run, LENGTHS).stages
+    stages = zip(plans, one.run.recipe.stages.values(), strict=True)
+    left = sum(plan.steps * stage.global_batch_size * stage.sequence_length for plan, stage in stages)
+    assert cost.hours == pytest.approx(30 / (10 * positions) * left / 3600)
+
+
+def test_what_two_grids_of_the_demo_take_together_is_printed(resources: Resources, tmp_path: Path) -> None:
+    """For each of three seeds one align, and a pretrain and an sft of two cells of each grid."""
+    file = tmp_path / "resources.yaml"
+    file.write_text(yaml.safe_dump(resources.model_dump(mode="json")))
+    options = ["--results", str(tmp_path / "none"), "--dry-run", "--json", "-r", str(file)]
+    ran = CliRunner().invoke(app, ["ablate", "figure3_demo", "image-first_demo", *options])
+    assert ran.exit_code == 0, ran.output
+    trained = Counter(stage for cell in json.loads(ran.stdout)["cells"] for stage in cell["runs"])
+    assert trained == {"align": 3, "pretrain": 12, "sft": 12}
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_command_prints_a_line_for_each_cell_and_seed(resources: Resources, tmp_path: Path) -> None:

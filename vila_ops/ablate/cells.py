@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from vila_ops.artifacts import store
-from vila_ops.artifacts.kinds import Checkpoint, Dataset, Pretrained
+from vila_ops.artifacts.kinds import BenchmarkFiles, Checkpoint, Dataset, Pretrained
 from vila_ops.config import Mixture, Model, Resources, Run, Stage, TextFormat, fingerprint
+from vila_ops.config.benchmarks import OfficialBenchmark
+from vila_ops.config.few_shot import TrainFile
 from vila_ops.config.grid import Grid
 from vila_ops.config.load import merge
 from vila_ops.config.run import BASE
 from vila_ops.data.preprocess import prepare
 from vila_ops.errors import did_you_mean
-from vila_ops.eval.benchmark import benchmark_of
+from vila_ops.eval.job import EvalJob
 from vila_ops.model import assemble
 from vila_ops.pipeline.explain import UNMADE
 from vila_ops.pipeline.stages import Weights, suite_text
@@ -55,14 +57,15 @@ class StageAt:
 
 
 def runs_of_all(grids: Sequence[Grid], resources: Resources) -> list[CellRun]:
-    """The runs of several grids: the first seed of all cells of all grids, then the next seed.
+    """The runs of several grids: all cells of all grids with the first seed of their grid, then with the next one.
 
     Raises ValueError for a wrong setting, and for a grid that is given twice.
     """
     names = [grid.name for grid in grids]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"grid {twice[0]!r} is given {len(twice)} times; give each grid once")
-    return sorted((one for grid in grids for one in runs_of(grid, resources)), key=lambda one: one.seed)
+    placed = [(grid.seeds.index(one.seed), one) for grid in grids for one in runs_of(grid, resources)]
+    return [one for _, one in sorted(placed, key=lambda pair: pair[0])]
 
 
 def runs_of(grid: Grid, resources: Resources) -> list[CellRun]:
@@ -131,32 +134,66 @@ def _without_places(value: Any) -> Any:
 
 
 def fingerprint_of(one: CellRun) -> str:
-    """What a result of a cell depends on but the machine: model, data, stages, benchmarks, and their revisions.
+    """What a result of a cell depends on but the machine: the addresses of the results of its benchmarks.
 
-    It is the same whatever a store holds, and for cells of two grids that are one model measured on the same suite.
+    It is the same whatever a store holds, and for cells of two grids that are one model measured on the same suite. Raw
+    data and official files enter by their content where they are on this machine, else by their settings: it is the
+    same on two machines if both have them, or neither.
     """
-    recipe, suite = one.run.recipe, one.run.recipe.final_suite
+    recipe, suite, resources = one.run.recipe, one.run.recipe.final_suite, one.run.resources
     places = [part.at for part in stages_of(one, in_store=False)] or [assemble.address_of(recipe.model)]
-    held_out = _data(suite.mixture, suite_text(recipe, one.stage), one.run.resources, in_store=False)
-    return fingerprint(
-        {
-            "model": _unmade(places[-1]),
-            "held_out": held_out.digest,
-            "suite": suite.model_dump(mode="json", exclude={"name", "mixture"}),
-            "revisions": {name: benchmark_of(of.kind).REVISION for name, of in suite.benchmarks.items()},
-        }
+    held_out = _data(suite.mixture, suite_text(recipe, one.stage), resources, in_store=False)
+    official = {name: of for name, of in suite.benchmarks.items() if isinstance(of, OfficialBenchmark)}
+    job = EvalJob(
+        suite=suite,
+        model=Pretrained(uri="", digest=_unmade(places[-1])),
+        data=held_out,
+        files={name: _files(of, resources) for name, of in official.items()},
+        pools={
+            name: _files(of, resources, train=True)
+            for name, of in official.items()
+            if of.few_shot and isinstance(of.few_shot.pool, TrainFile)
+        },
+        resources=resources,
     )
+    return fingerprint({name: job.address(name).key for name in suite.benchmarks})
+
+
+def not_here(one: CellRun) -> list[str]:
+    """The mixtures of a cell that enter its fingerprint by their settings: their raw data is not on this machine."""
+    recipe = one.run.recipe
+    read = {recipe.stages[name].mixture.name: (recipe.stages[name].mixture, recipe.text(name)) for name in one.stages()}
+    read[recipe.final_suite.mixture.name] = recipe.final_suite.mixture, suite_text(recipe, one.stage)
+    return [name for name, (mixture, text) in read.items() if _address(mixture, text, one.run.resources) is None]
+
+
+def _files(benchmark: OfficialBenchmark, resources: Resources, *, train: bool = False) -> BenchmarkFiles:
+    """A reference to official files, or to the train file, with a digest that stands for them."""
+    from vila_ops.eval import sealed  # heavy: Pillow
+
+    try:
+        digest = _unmade(sealed.address_of(benchmark, resources, train=train))
+    except (ValueError, OSError):  # they are not on this machine
+        digest = UNMADE + fingerprint([benchmark.model_dump(mode="json"), train])
+    return BenchmarkFiles(uri="", digest=digest, benchmark="", num_items=0, num_unreadable=0)
 
 
 def _data(mixture: Mixture, text: TextFormat, resources: Resources, *, in_store: bool) -> Dataset:
     """The prepared mixture, or a reference with a digest that stands for it."""
-    try:
-        if in_store and (done := prepare.prepared(mixture, text, resources)):
-            return done
-        digest = _unmade(prepare.address_of(mixture, text, resources))
-    except (ValueError, OSError):  # raw data is not on this machine
-        digest = UNMADE + fingerprint([mixture.model_dump(mode="json"), text.model_dump(mode="json")])
+    at = _address(mixture, text, resources)
+    if in_store and at and (done := prepare.prepared(mixture, text, resources)):
+        return done
+    settings = [mixture.model_dump(mode="json"), text.model_dump(mode="json")]
+    digest = _unmade(at) if at else UNMADE + fingerprint(settings)
     return Dataset(uri="", digest=digest, num_samples=0, num_tokens=0)
+
+
+def _address(mixture: Mixture, text: TextFormat, resources: Resources) -> store.Address | None:
+    """The place of a prepared mixture; None where its raw data is not on this machine."""
+    try:
+        return prepare.address_of(mixture, text, resources)
+    except (ValueError, OSError):
+        return None
 
 
 def _unmade(at: store.Address) -> str:

@@ -21,6 +21,7 @@ from vila_ops.artifacts.listing import manifests
 from vila_ops.config import Config, Model, Resources, Stage
 from vila_ops.config.base import differences
 from vila_ops.config.lengths import Lengths
+from vila_ops.pipeline.cost import positions_of, timed_positions
 from vila_ops.plan.plan import StagePlan, plan_run
 from vila_ops.train import stage as training
 
@@ -68,23 +69,22 @@ def cost_of_grid(
 
     `results` are those in files, by their fingerprints.
     """
-    done = results or {}
+    done, keys = results or {}, [fingerprint_of(one) for one in runs]
     plans: dict[tuple[str, str], dict[str, StagePlan]] = {}
     unknown: str | None = None
-    for one in runs:
-        if (of := (one.grid, one.cell)) not in plans:  # seeds change no length
+    for one, key in zip(runs, keys, strict=True):
+        if key not in done and (of := (one.grid, one.cell)) not in plans:  # seeds change no length
             try:
                 plans[of] = {plan.stage: plan for plan in plan_run(one.run, lengths).stages}
             except ValueError as error:
                 plans[of], unknown = {}, str(error)
     pace, seen, cells = _MeasuredPace(runs[0].run.resources, done), set[str](), list[CellCost]()
-    for one in runs:
-        key = fingerprint_of(one)
+    for one, key in zip(runs, keys, strict=True):
         every = list(stages_of(one)) if key not in done else []
         new = [part for part in every if part.done is None and part.at.key not in seen]
         evaluation = 0.0 if key in done or key in seen else pace.evaluation(one.run.recipe.final_suite.name)
         seen |= {key, *(part.at.key for part in every)}
-        planned = plans[one.grid, one.cell]
+        planned = plans.get((one.grid, one.cell), {})
         cells.append(
             CellCost(
                 grid=one.grid,
@@ -115,11 +115,7 @@ def _hours(part: StageAt, planned: StagePlan | None, pace: "_MeasuredPace") -> f
         return planned.hours
     steps = planned.steps if planned else part.stage.num_steps
     seconds = pace.seconds(part.stage, part.model)
-    return None if steps is None or seconds is None else seconds * _positions(part.stage.model_dump(), steps) / 3600
-
-
-def _positions(stage: Mapping[str, Any], steps: int) -> int:
-    return steps * int(stage["global_batch_size"]) * int(stage["sequence_length"])
+    return None if steps is None or seconds is None else seconds * positions_of(part.stage.model_dump(), steps) / 3600
 
 
 class _MeasuredPace:
@@ -155,28 +151,21 @@ class _MeasuredPace:
     @cached_property
     def _timed(self) -> list[tuple[dict[str, Any], float]]:
         """Settings and seconds for a position: of files, and then of the sealed stages, the newest first."""
-        of_files = [(task.settings, task.seconds / task.positions) for task in self._tasks if task.positions]
+        of_files = [(one.settings, one.seconds / one.timed_positions) for one in self._tasks if one.timed_positions]
         sealed = []
         for uri, manifest in manifests(Checkpoint, store=self._store):
-            made, execution = _made(manifest), manifest["execution"]
-            if execution.get("model") is not None and made > 0:
+            execution = manifest["execution"]
+            if execution.get("model") is not None and (made := timed_positions(manifest)) > 0:
                 with suppress(ValidationError):  # a model of another version has no pace to compare with
                     model = training.trained_model(store.reference(Checkpoint, uri, manifest))
-                    stage = manifest["recipe"]["stage"]
-                    pace = float(execution["seconds"]) / _positions(stage, made)
-                    sealed.append((execution.get("sealed", ""), (speed_settings(stage, model), pace)))
+                    settings = speed_settings(manifest["recipe"]["stage"], model)
+                    sealed.append((execution.get("sealed", ""), (settings, float(execution["seconds"]) / made)))
         newest_first = sorted(sealed, key=lambda one: one[0], reverse=True)
         return [*of_files, *(timed for _, timed in newest_first)]
 
 
 def _parts(settings: Mapping[str, Any]) -> tuple[Any, Any]:
     return settings["model"]["vision_tower"], settings["model"]["language_model"]
-
-
-def _made(manifest: Mapping[str, Any]) -> int:
-    """Steps of a sealed stage that its last attempt made, in the time that its manifest has."""
-    workers = manifest["execution"]["workers"]
-    return int(manifest["facts"]["step"] - (workers[0].get("first_step", 0) if workers else 0))
 
 
 def _sum(values: Sequence[float | None]) -> float | None:

@@ -3,8 +3,9 @@
     GRID.CELL.SEED.KEY.json
 
 A file holds all that claims and page need, so that a machine with an empty store goes on where another one ended. It is
-found by its key, the fingerprint of what it depends on, whichever grid and cell it is named after. No file is ever
-replaced: what would give other numbers has another key, and so another file.
+found by its key, the fingerprint of what it depends on, whichever grid and cell it is named after. What would give
+other numbers has another key, and so another file. Of two commands that measure one cell at once the later one replaces
+the file of the other.
 """
 
 import json
@@ -13,6 +14,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Literal
 
 import numpy as np
@@ -27,7 +29,7 @@ from vila_ops.errors import did_you_mean
 from vila_ops.eval.compare import ScoreTable
 from vila_ops.eval.opened import opened
 from vila_ops.eval.report import LayerPoint, ReportMetric, read_report
-from vila_ops.pipeline.cost import TaskCost, cost_of
+from vila_ops.pipeline.cost import TaskCost, cost_of, timed_positions
 from vila_ops.pipeline.reports import SEALED
 from vila_ops.pipeline.stages import walk
 from vila_ops.train.curve import curve_of
@@ -75,6 +77,8 @@ class CellTask(Config):
     gpu_hours: float
     positions: int | None
     """Token positions that a stage trained on, padding included."""
+    timed_positions: int | None = None
+    """Those of its last attempt, which `seconds` is the time of."""
     money: float | None
     settings: dict[str, Any] = {}
     """Of a stage and its model, as by `speed_settings`."""
@@ -131,7 +135,7 @@ def result_of(one: CellRun, report: EvalReport) -> CellResult:
         scores=scores,
         layers=tuple(point for point in read.layers if point.role == "model"),
         losses={checkpoint.stage: _losses(checkpoint) for checkpoint in trained},
-        tasks=(*_stages(one, trained), _task("evaluate", read.suite, key, measuring, {})),
+        tasks=(*_stages(one, trained), _task("evaluate", read.suite, key, measuring)),
         versions={"python": execution["python"], **execution["versions"]},
     )
 
@@ -147,12 +151,12 @@ def _stages(one: CellRun, trained: Sequence[Checkpoint]) -> Iterable[CellTask]:
     for part, checkpoint in zip(stages_of(one, in_store=False), trained, strict=True):
         cost = cost_of("train", part.stage.name, checkpoint.uri, one.run.resources)
         settings = speed_settings(part.stage.model_dump(mode="json"), part.model)
-        yield _task("train", part.stage.name, part.at.key, cost, settings)
+        timed = timed_positions(store.manifest_of(checkpoint))
+        task = _task("train", part.stage.name, part.at.key, cost)
+        yield task.with_changes({"settings": settings, "timed_positions": timed})
 
 
-def _task(
-    task: Literal["train", "evaluate"], name: str, key: str, cost: TaskCost, settings: dict[str, Any]
-) -> CellTask:
+def _task(task: Literal["train", "evaluate"], name: str, key: str, cost: TaskCost) -> CellTask:
     return CellTask(
         task=task,
         name=name,
@@ -161,7 +165,6 @@ def _task(
         gpu_hours=cost.gpu_hours,
         positions=cost.positions,
         money=cost.money,
-        settings=settings,
     )
 
 
@@ -205,17 +208,24 @@ def scores_of(grid: Grid, results: Sequence[CellResult]) -> dict[str, dict[str, 
     """The scores by metric and cell, a table for each seed. Raises ValueError for a metric that a result lacks."""
     scores: dict[str, dict[str, list[ScoreTable]]] = {metric: {} for metric in grid.metrics}
     for one in results:
+        check_metrics(grid, one)
         for metric in grid.metrics:
             scores[metric].setdefault(one.cell, []).append(_table(one, metric))
     return scores
 
 
+def check_metrics(grid: Grid, one: CellResult) -> None:
+    """Raise ValueError for a metric of a grid that the result of one of its cells lacks."""
+    for metric in grid.metrics:
+        if metric not in one.scores:
+            raise ValueError(
+                f"grid {grid.name!r} shows {metric!r}, and the report of its cell {one.cell!r} has no such metric "
+                f"whose value is a mean or a ratio of its items; those are {list(one.scores)}"
+                f"{did_you_mean(metric, one.scores)}"
+            )
+
+
 def _table(one: CellResult, metric: str) -> ScoreTable:
-    if metric not in one.scores:
-        raise ValueError(
-            f"the report of cell {one.cell!r} has no metric {metric!r} whose value is a mean or a ratio of its items; "
-            f"those are {list(one.scores)}{did_you_mean(metric, one.scores)}"
-        )
     own = one.scores[metric]
     items = one.items[own.items]
     values = np.array(own.columns, dtype=np.float64).T
@@ -231,9 +241,20 @@ def _table(one: CellResult, metric: str) -> ScoreTable:
     )
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder of results, and raise ValueError where no file can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--results is {folder}, where no file can be written ({error}); name another folder"
+        ) from error
+
+
 def write_result(folder: Path, result: CellResult) -> Path:
     """Write the file of a result whole or not at all; returns it. Raises ValueError for a file that is not of ours."""
-    folder.mkdir(parents=True, exist_ok=True)
     place = folder / result.file_name()
     text = json.dumps(result.model_dump(mode="json"), sort_keys=True, indent=1)
     output.write_file(place, f"{text}\n", begins=BEGINS)
@@ -243,21 +264,27 @@ def write_result(folder: Path, result: CellResult) -> Path:
 def read_results(folder: Path) -> dict[str, CellResult]:
     """The results in a folder by their fingerprints; none where there is no folder.
 
-    Raises ValueError for a file that is no result.
+    Of two files with one fingerprint, such as those of two machines, the first by name counts. Raises ValueError for a
+    file that is no result.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--results is {folder}, which is a file; name a folder")
-    results = {}
+    results: dict[str, CellResult] = {}
+    names: dict[str, str] = {}
     for path in sorted(folder.glob("*.json")):
         try:
             one = CellResult.model_validate_json(path.read_bytes())
         except ValidationError as error:
             first = error.errors()[0]
+            why = ": ".join(part for part in (".".join(map(str, first["loc"])), first["msg"]) if part)
             raise ValueError(
-                f"{path} is no result of a cell that this version reads ({'.'.join(map(str, first['loc']))}: "
-                f"{first['msg']}); restore it, or move it away so that the cell runs again"
+                f"{path} is no result of a cell that this version reads ({why}); restore it, or move it away so that "
+                f"the cell runs again"
             ) from error
-        results[one.key] = one
+        if one.key in results:
+            log.warning("%s and %s are of one model on one suite; %s counts", names[one.key], path.name, names[one.key])
+            continue
+        results[one.key], names[one.key] = one, path.name
     return results
 
 

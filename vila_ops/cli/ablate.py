@@ -23,7 +23,7 @@ def ablate(
     resources: ResourcesFile = INLINE,
     results: Annotated[
         Path | None,
-        typer.Option("--results", help="A folder of a file for each cell and seed: those that are there are not run"),
+        typer.Option("--results", help="A folder with a file for each cell and seed; a cell that has one is not run"),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would train and what it takes; do nothing")
@@ -69,14 +69,22 @@ def ablate(
 
         ablation.check(page)
     measured = measure(wanted, loaded, folder=results)
-    shown = [grid_result(grid, scores_of(grid, measured[grid.name])) for grid in wanted]
-    if page is not None:
-        ablation.write(page, shown[0], measured[wanted[0].name])
-    if as_json:
-        print_result(shown if len(shown) > 1 else shown[0], as_json)
-    else:
-        for one in shown:
-            _print(one)
+    shown: list[GridResult] = []
+    faults: list[str] = []
+    for grid in wanted:
+        try:
+            shown.append(grid_result(grid, scores_of(grid, measured[grid.name])))
+        except ValueError as error:
+            faults.append(f"grid {grid.name!r} is not decided: {error}")
+            continue
+        if page is not None:
+            ablation.write(page, shown[-1], measured[grid.name])
+        if not as_json:
+            _print(shown[-1])
+    if as_json and shown:
+        print_result(shown if len(wanted) > 1 else shown[0], as_json)
+    if faults:
+        raise ValueError("; ".join(faults))
 
 
 def _print_cost(cost: "GridCost") -> None:

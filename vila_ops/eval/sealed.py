@@ -37,6 +37,21 @@ def seal_files(config: OfficialBenchmark, resources: Resources, *, train: bool =
     `train`: its train file, for demonstrations. Raises ValueError, which names the file and the way out, for files that
     are missing or of another version, and for a benchmark without a train file.
     """
+    at, root = address_of(config, resources, train=train), resources.storage.store
+    if done := store.find(BenchmarkFiles, at, store=root):
+        return done
+    kind: str = config.kind  # type: ignore[attr-defined]
+    read = _train_items(kind) if train else benchmark_of(kind).read
+    with attempts.attempt(at, store=root) as attempt:
+        facts = write_items(attempt, read(folder_of(kind, resources), config))
+    facts |= {"benchmark": kind}
+    return store.seal(
+        BenchmarkFiles, at, attempt, facts=facts, execution=execution(launch=resources.launch, seconds=0, ran=[])
+    )
+
+
+def address_of(config: OfficialBenchmark, resources: Resources, *, train: bool = False) -> store.Address:
+    """Where the sealed files are. Raises ValueError where there is no folder of them."""
     kind: str = config.kind  # type: ignore[attr-defined]
     folder = folder_of(kind, resources)
     if not folder.is_dir():
@@ -44,19 +59,8 @@ def seal_files(config: OfficialBenchmark, resources: Resources, *, train: bool =
             f"benchmark {kind!r} reads its official files from {folder}, which does not exist; put them there, or set "
             f"resources.storage.benchmarks (`vila-ops benchmark list` says where they come from)"
         )
-    module = benchmark_of(kind)
-    read = _train_items(kind) if train else module.read
     recipe = _recipe(config, folder, resources) | ({"part": "train"} if train else {})
-    at = store.address(BenchmarkFiles, revision=module.REVISION, recipe=recipe, parents=())
-    root = resources.storage.store
-    if done := store.find(BenchmarkFiles, at, store=root):
-        return done
-    with attempts.attempt(at, store=root) as attempt:
-        facts = write_items(attempt, read(folder, config))
-    facts |= {"benchmark": kind}
-    return store.seal(
-        BenchmarkFiles, at, attempt, facts=facts, execution=execution(launch=resources.launch, seconds=0, ran=[])
-    )
+    return store.address(BenchmarkFiles, revision=benchmark_of(kind).REVISION, recipe=recipe, parents=())
 
 
 def _train_items(kind: str) -> Callable[[Path, Any], Iterable[Item]]:

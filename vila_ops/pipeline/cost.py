@@ -1,5 +1,8 @@
 """What a sealed artifact took to make: time, GPU-hours, token positions and money, read from its manifest."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from vila_ops.artifacts.store import read_manifest
 from vila_ops.config import Config, Resources
 
@@ -41,6 +44,18 @@ def cost_of(task: str, name: str, uri: str, resources: Resources) -> TaskCost:
         seconds=execution["seconds"],
         workers=max(1, len(execution["workers"])),
         gpu_hours=hours,
-        positions=manifest["facts"]["step"] * stage["global_batch_size"] * stage["sequence_length"] if stage else None,
+        positions=positions_of(stage, manifest["facts"]["step"]) if stage else None,
         money=hours * price if price else None,
     )
+
+
+def positions_of(stage: Mapping[str, Any], steps: int) -> int:
+    """Token positions of steps of a stage, by its settings."""
+    return steps * int(stage["global_batch_size"]) * int(stage["sequence_length"])
+
+
+def timed_positions(manifest: Mapping[str, Any]) -> int:
+    """Token positions of a sealed stage that its last attempt trained on, in the time that its manifest has."""
+    workers = manifest["execution"]["workers"]
+    first = workers[0].get("first_step", 0) if workers else 0
+    return positions_of(manifest["recipe"]["stage"], manifest["facts"]["step"] - first)
