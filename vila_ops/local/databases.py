@@ -59,6 +59,12 @@ def _keep_copy(file: Path, now: str) -> None:
         draft.replace(copy)
 
 
+def merge_log(file: Path) -> None:
+    """Write into an sqlite file what the log beside it has, which a killed writer leaves. Raises sqlite3.Error."""
+    with closing(sqlite3.connect(file)) as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+
+
 def copy_database(live: Path, target: Path) -> None:
     """Copy an sqlite database as of one moment, whoever writes to it. Raises CorruptArtifact and DiskFault."""
     require(target, live.stat().st_size)

@@ -65,8 +65,8 @@ def deploy_flows(settings: LocalServers) -> None:
         )
     except subprocess.TimeoutExpired as error:
         raise ServerFailed(
-            f"prefect deploy of {file} did not end within {error.timeout:.0f} s. The servers are up; where the machine "
-            f"is busy, run the same command again, or raise start_timeout_seconds in configs/local.yaml"
+            f"prefect deploy of {file} did not end within {error.timeout:.0f} s; where the machine is busy, run "
+            f"the same command again, or raise start_timeout_seconds in the file of --servers"
         ) from error
     if done.returncode:
         raise ServerFailed(f"prefect deploy of {file} failed:\n{done.stdout[-4000:]}")

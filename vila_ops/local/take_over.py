@@ -10,9 +10,10 @@ from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl, quote, urlencode
 
 from vila_ops.errors import ServerFailed
-from vila_ops.local.databases import UPGRADE, copy_database
+from vila_ops.local.databases import UPGRADE, copy_database, merge_log
 from vila_ops.tracking.outbox import shown
 
 if TYPE_CHECKING:
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
 PREFECT_URL = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
 VERSIONS = "alembic_version"
 """The table with the version of all others, which each database has for itself."""
+NEW_ROWS = {
+    "experiments": "experiment_id = 0",
+    "workspaces": "name = 'default'",
+    "work_pool": "name = 'default-agent-pool'",
+    "work_queue": "name = 'default'",
+}
+"""What MLflow and Prefect write into tables by themselves, as soon as they make them or start; other rows are kept."""
 COLUMNS = """SELECT table_name, column_name, data_type, column_default LIKE 'nextval(%' OR is_identity = 'YES'
 FROM information_schema.columns JOIN information_schema.tables USING (table_schema, table_name)
 WHERE table_schema = current_schema() AND table_type = 'BASE TABLE' AND is_generated = 'NEVER'"""
@@ -38,45 +46,77 @@ Columns = dict[str, str]
 def take_over_mlflow(file: Path, url: str, env: Mapping[str, str]) -> None:
     """Copy MLflow's sqlite file into a database of PostgreSQL that has its tables. See `_take_over`."""
     upgrade = (sys.executable, "-c", UPGRADE)
-    _take_over("mlflow", file, url, "experiments", upgrade, {**env, "VILA_OPS_DATABASE": f"sqlite:///{_copy_of(file)}"})
+    _take_over("mlflow", file, url, upgrade, {**env, "VILA_OPS_DATABASE": f"sqlite:///{_copy_of(file)}"})
 
 
 def take_over_prefect(file: Path, url: str, env: Mapping[str, str]) -> None:
     """Copy Prefect's sqlite file into a database of PostgreSQL, whose tables are made. See `_take_over`."""
     upgrade = (sys.executable, "-m", "prefect", "server", "database", "upgrade", "-y")
-    _run("prefect", upgrade, {**env, PREFECT_URL: url})
-    plain = url.replace("postgresql+asyncpg://", "postgresql://", 1)
-    _take_over("prefect", file, plain, "flow", upgrade, {**env, PREFECT_URL: f"sqlite+aiosqlite:///{_copy_of(file)}"})
+    of_copy, of_target = ({**env, PREFECT_URL: one} for one in (f"sqlite+aiosqlite:///{_copy_of(file)}", url))
+    _take_over("prefect", file, for_psycopg(url), upgrade, of_copy, of_target=of_target)
 
 
-def _take_over(name: str, file: Path, url: str, first: str, upgrade: tuple[str, ...], env: Mapping[str, str]) -> None:
-    """Copy every row of an sqlite file, whose name then says so, unless the table `first` has rows in PostgreSQL.
+def for_psycopg(url: str) -> str:
+    """A URL for asyncpg as psycopg takes it: `ssl` is `sslmode` there, and options of asyncpg alone are left out."""
+    from psycopg import pq
 
-    A copy of the file is brought to the version of PostgreSQL's tables before. Raises ServerFailed.
+    known = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
+    place, _, query = url.partition("?")
+    options = [("sslmode" if name == "ssl" else name, value) for name, value in parse_qsl(query)]
+    kept = urlencode([option for option in options if option[0] in known], quote_via=quote)
+    return place.replace("postgresql+asyncpg://", "postgresql://", 1) + (f"?{kept}" if kept else "")
+
+
+def _take_over(
+    name: str,
+    file: Path,
+    url: str,
+    upgrade: tuple[str, ...],
+    of_copy: Mapping[str, str],
+    *,
+    of_target: Mapping[str, str] | None = None,
+) -> None:
+    """Copy every row of an sqlite file, whose name then says so, unless PostgreSQL has rows that are not NEW_ROWS.
+
+    The tables of PostgreSQL are made by `upgrade` with the variables `of_target`, unless they are there; a copy of the
+    file is brought to their version before. Raises ServerFailed.
     """
     import psycopg
 
     copy = _copy_of(file)
     try:
         with psycopg.connect(url) as target:
-            if target.execute(_sql("SELECT EXISTS (SELECT 1 FROM {table})", table=first)).fetchone() == (True,):
+            if (used := _used_table(target)) is not None:
                 log.warning(
-                    "%s: its database in PostgreSQL has data of its own, so what %s has is not copied; move this file "
-                    "away if that is meant", name, file,
+                    "%s: its database in PostgreSQL has rows already (of an earlier copy, or its own; in the table "
+                    "%s), so what %s has is not copied; move this file away if that is meant", name, used, file,
                 )  # fmt: skip
                 return
+            target.rollback()  # no lock is held while its tables are changed
+            if of_target is not None:
+                _run(name, upgrade, of_target)
             copy_database(file, copy)
-            _run(name, upgrade, env)
+            merge_log(file)
+            _run(name, upgrade, of_copy)
             with closing(sqlite3.connect(copy)) as source:
                 num_rows = _copy_all(source, target)
     except (psycopg.Error, sqlite3.Error) as error:
-        way = "nothing was changed there; move the file away to start with an empty database"
+        way = "no row was written there; move the file away to start with an empty database"
         raise ServerFailed(shown(f"{name}: {file} was not copied into PostgreSQL ({error}); {way}")) from error
     finally:
         copy.unlink(missing_ok=True)
     moved = file.with_name(f"{file.name}.moved-{datetime.now(UTC):%Y%m%dT%H%M%SZ}")
     file.rename(moved)
     log.info("%s: %d rows were copied from sqlite into PostgreSQL; %s is the file of before", name, num_rows, moved)
+
+
+def _used_table(target: "Connection[Any]") -> str | None:
+    """A table with rows that are not NEW_ROWS; None where there is no such table, or no table yet."""
+    for table in sorted({table for table, *_ in target.execute(COLUMNS).fetchall()} - {VERSIONS}):
+        found = f"SELECT EXISTS (SELECT 1 FROM {{table}} WHERE NOT ({NEW_ROWS.get(table, 'false')}))"
+        if target.execute(_sql(found, table=table)).fetchone() == (True,):
+            return str(table)
+    return None
 
 
 def _copy_of(file: Path) -> Path:
