@@ -119,14 +119,16 @@ NOT_RUN = {
     "is run by tests/data/test_takedown.py, on the tiny recipe": (
         "vila-ops data remove configs/recipes/mine.yaml --mixture mine -r configs/resources/inline.yaml --id 0001.jpg",
     ),
-    "sets variables for a command that needs a Kubernetes cluster": (
+    "sets variables or writes files for a command that needs a Kubernetes cluster": (
         "driver=$(kubectl -n vila get pod -l app.kubernetes.io/component=driver -o name)",
         "token=$(openssl rand -hex 32); mlflow=$(openssl rand -hex 16); prefect=admin:$(openssl rand -hex 16)",
         "postgres=$(openssl rand -hex 16); session=$(openssl rand -hex 32); "
         "databases=postgresql://vila:$postgres@postgres:5432",
+        'umask 077; cd "$(mktemp -d)"',
         r"printf '[mlflow]\ndefault_permission = READ\nadmin_username = admin\ndatabase_uri = %s\n' "
         "$databases/mlflow_auth > auth.ini",
         "echo 'authorization_function = mlflow.server.auth:authenticate_request_basic_auth' >> auth.ini",
+        "rm auth.ini keys.json; cd -",
     ),
     "needs a GPU": ("make gpu",),
     "is run by tests/infra/test_release.py, check by check": ("make release",),

@@ -315,6 +315,28 @@ def test_nobody_else_does(source: dict[str, str], target: dict[str, str], port: 
     assert not passes("dev", source, target, port)
 
 
+def test_without_a_network_outside_no_pod_but_those_that_ask_kubernetes_or_a_database_reaches_every_address() -> None:
+    """Addresses of Kubernetes' API server and of PostgreSQL differ between clusters; the store's are inside."""
+    policies = [each["spec"] for each in rendered("air-gapped") if each["kind"] == "NetworkPolicy"]
+    reached: dict[str, set[int]] = {}
+    for labels in (pod["metadata"]["labels"] for manifest in rendered("air-gapped") for pod in pods(manifest)):
+        rules = [
+            rule
+            for policy in policies
+            if "Egress" in policy["policyTypes"] and selects(policy["podSelector"], labels)
+            for rule in policy.get("egress", ())
+        ]
+        name = "/".join(labels[key] for key in sorted(labels))
+        reached[name] = {port["port"] for rule in rules if "to" not in rule for port in rule["ports"]}
+    assert {pod: ports for pod, ports in reached.items() if ports} == {
+        "head/endpoint/ray": {443, 6443},
+        "head/training/ray": {443, 6443},
+        "mlflow": {5432},
+        "prefect-server": {5432},
+    }
+    assert "metrics" in reached
+
+
 def open_to_namespaces(overlay: str, target: Mapping[str, str], port: int) -> list[dict[str, str]]:
     """The labels by which pods of other namespaces may open a TCP connection to a pod."""
     return [
