@@ -150,6 +150,11 @@ def test_log_probabilities_are_of_the_model_before_settings_change_them() -> Non
 def test_logits_that_are_not_finite_are_an_error() -> None:
     with pytest.raises(RuntimeError, match="not finite"):
         chosen(state(temperature=1.0), logits=torch.full((VOCABULARY + 2,), torch.nan))
+    logits = LOGITS.clone()
+    logits[7] = torch.inf
+    for penalty in (1.0, 1.3, 1e-300):
+        with pytest.raises(RuntimeError, match="not finite"):
+            chosen(state(answer=(7,), temperature=1.0, repetition_penalty=penalty), logits=logits)
 
 
 @pytest.mark.parametrize(

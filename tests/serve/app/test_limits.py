@@ -166,10 +166,10 @@ def test_bombs_and_formats_that_are_not_listed_are_refused(url: str, data: bytes
     ["data:image/png;charset=utf-8;base64,", "data:;base64,", "DATA:image/PNG;BASE64,", "data:image/webp;base64,"],
 )
 def test_data_urls_are_read_as_clients_write_them(url: str, start: str) -> None:
-    encoded = image_part(png(9, 9))["image_url"]["url"].partition(",")[2]
+    parts = (image_part(png(9, width))["image_url"]["url"].partition(",")[2] for width in range(9, 100))
+    encoded = next(one for one in parts if one.endswith("="))
     wrapped = "\r\n".join(encoded[at : at + 40] for at in range(0, len(encoded), 40))
     unpadded = encoded.rstrip("=")
-    assert unpadded != encoded
     for form in (encoded, wrapped, encoded.replace("+", "%2B").replace("=", "%3D"), unpadded):
         assert ask(url, image_part(start + form)) == 200
 

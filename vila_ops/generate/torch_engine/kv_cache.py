@@ -13,9 +13,10 @@ CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(LlamaModel.forward).par
 """The argument by which models of transformers take a cache; it is `cache` from 5.24 on."""
 PAGE = 64
 """The capacity of a row is a multiple of it, so that requests of similar length need no other capacity."""
-
-MIN_SLOTS, MIN_TOKENS = 8, 4096
-"""Slots that the first request makes memory for, if they have no more positions: growing takes as long as a token."""
+MIN_SLOTS = 8
+"""There is memory for so many rows from the first request on, since more memory for a second one delays a token."""
+MIN_TOKENS = 4096
+"""Positions that these slots have at most; of longer rows there are fewer slots at first."""
 
 
 class KVCache:

@@ -21,8 +21,10 @@ class ReadingPace:
         self.max_tokens = max_tokens
         self._decoding: float | None = None
         """Mean seconds of a pass that decodes."""
-        self._token: float | None = None
-        """Mean seconds that a token adds to a pass that reads."""
+        self._added: float | None = None
+        """Mean seconds that reading adds to a pass."""
+        self._read: float | None = None
+        """Mean number of tokens that such a pass reads. A mean of seconds per token would be that of small passes."""
 
     def decoded(self, seconds: float) -> None:
         """Note a pass that added a token to answers."""
@@ -31,13 +33,14 @@ class ReadingPace:
     def read(self, tokens: int, seconds: float) -> None:
         """Note a pass that read so many tokens, padding included."""
         if self._decoding is not None:
-            self._token = _mean(self._token, max(0.0, seconds - self._decoding) / tokens)
+            self._added = _mean(self._added, max(0.0, seconds - self._decoding))
+            self._read = _mean(self._read, tokens)
 
     def tokens(self) -> int:
         """The most tokens of the next pass that reads."""
-        if self._decoding is None or not self._token:
+        if self._decoding is None or self._read is None or not self._added:
             return self.max_tokens
-        return min(self.max_tokens, max(MIN_TOKENS, int(SHARE * self._decoding / self._token)))
+        return min(self.max_tokens, max(MIN_TOKENS, int(SHARE * self._decoding * self._read / self._added)))
 
 
 def _mean(before: float | None, new: float) -> float:

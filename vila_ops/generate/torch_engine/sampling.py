@@ -13,8 +13,10 @@ from torch import Tensor
 from vila_ops.generate.request import Sampling, TokenLogprob
 from vila_ops.generate.torch_engine.request_state import RequestState
 
-HIGHEST, LOWEST_TEMPERATURE = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
-"""A smaller penalty or temperature of a request is 0 in fp32, and what is divided by it no number."""
+HIGHEST = torch.finfo(torch.float32).max
+"""What a score becomes at most by a repetition penalty near 0: infinity is no score to draw by."""
+LOWEST_TEMPERATURE = torch.finfo(torch.float32).tiny
+"""Smaller temperatures may be 0 in fp32, by which nothing can be divided."""
 NUCLEUS = 256
 """Likeliest tokens among which `top_p` is looked for first; sorting a whole vocabulary takes milliseconds."""
 
@@ -77,7 +79,8 @@ def _adjust(scores: Tensor, state: RequestState) -> None:
         ids = _ids(sorted({one for one in known if one < len(scores)}), scores)
         values = scores[ids]
         factor = sampling.repetition_penalty
-        scores[ids] = torch.where(values > 0, (values / factor).clamp(max=HIGHEST), values * factor)
+        highest = values.clamp(min=HIGHEST)  # infinity for a score that is infinite already, which stays an error
+        scores[ids] = torch.where(values > 0, torch.minimum(values / factor, highest), values * factor)
     if answer and (sampling.frequency_penalty or sampling.presence_penalty):
         times = Counter(answer)
         counts = scores.new_tensor(list(times.values()))
