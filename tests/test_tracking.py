@@ -295,6 +295,29 @@ def test_another_mlflow_on_the_same_store_leaves_what_it_has_no_run_for(
     assert [metric.value for metric in history(resources, run_id)] == [2.5]
 
 
+def test_while_mlflow_is_away_what_is_left_for_others_costs_one_question(
+    resources: Resources, away: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave(resources, begin(resources), monkeypatch)
+    (left,) = kept(resources)
+    run_id, tracker, *_ = left.name.split(".")
+    for number in range(2):
+        shutil.copyfile(left, left.with_name(f"{run_id}.{tracker}.0000000{number}.jsonl"))
+    asked = []
+
+    class Silent:
+        def get_run(self, run_id: str) -> None:
+            asked.append(run_id)
+            raise OSError("no answer")
+
+    monkeypatch.setattr(outbox, "connect", lambda _: (Silent(), None))
+    monkeypatch.setattr(outbox, "SEND_SECONDS", 600)
+    with MetricLog(away, "1" * 32):
+        pass
+    assert asked == [run_id]
+    assert len(kept(resources)) == 3
+
+
 @pytest.mark.parametrize("how", ["deleted", "never there"])
 def test_what_is_left_of_a_run_that_is_no_more_is_put_aside(
     how: str, resources: Resources, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

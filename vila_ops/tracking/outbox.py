@@ -132,8 +132,8 @@ class MetricLog:
             if self._system is not None:
                 self._put({"metrics": _points(self._system.read(), self._step)})
             if not sent_left:  # first, because it is older: its status must not overwrite a newer one
-                self._send_left()
-            sent_left |= self._send(self._spool, self._run_id)
+                sent_left = self._send_left()
+            self._send(self._spool, self._run_id)
         self._spool.close()
 
     def _send(self, spool: "Spool", run_id: str) -> bool:
@@ -156,34 +156,47 @@ class MetricLog:
         self._away = False
         return True
 
-    def _send_left(self) -> None:
-        """Send the files of writers that have ended, also to another tracking URI if MLflow has their run there."""
+    def _send_left(self) -> bool:
+        """Send the files of writers that have ended, also to another tracking URI if MLflow has their run there.
+
+        False where MLflow does not answer: the next file would wait as long, and waits for the next try instead.
+        """
         for path in sorted(self._folder.glob("*.jsonl")):
             if (spool := Spool.left(path)) is not None:
-                run_id = path.name.partition(".")[0]
-                is_own = f".{self._tracker}." in path.name
-                if not is_own and self._has_no(run_id):
-                    log.debug("%s waits for another MLflow than %s", path, shown(self._uri))
-                elif self._send(spool, run_id):
-                    log.info("entries of %s were sent to MLflow", path)
-                elif self._has_no(run_id):
-                    refused = path.rename(path.with_suffix(".refused"))
-                    log.warning(
-                        "MLflow at %s no longer has run %s; %s will not be sent", shown(self._uri), run_id, refused
-                    )
+                is_there = self._send_left_file(spool)
                 spool.close()
+                if is_there is None:
+                    return False
+        return True
 
-    def _has_no(self, run_id: str) -> bool:
-        """Whether MLflow answers that a run does not exist or was deleted."""
+    def _send_left_file(self, spool: "Spool") -> bool | None:
+        """Send the file of a writer that has ended; returns whether MLflow has its run, as `_has` does."""
+        path, run_id = spool.path, spool.path.name.partition(".")[0]
+        is_own = f".{self._tracker}." in path.name
+        if not is_own and not (is_there := self._has(run_id)):
+            if is_there is False:
+                log.debug("%s waits for another MLflow than %s", path, shown(self._uri))
+            return is_there
+        if self._send(spool, run_id):
+            log.info("entries of %s were sent to MLflow", path)
+            return True
+        is_there = self._has(run_id)
+        if is_there is False:
+            refused = path.rename(path.with_suffix(".refused"))
+            log.warning("MLflow at %s no longer has run %s; %s will not be sent", shown(self._uri), run_id, refused)
+        return is_there
+
+    def _has(self, run_id: str) -> bool | None:
+        """Whether MLflow has a run that was not deleted; None where it does not answer that."""
         from mlflow.exceptions import MlflowException  # heavy
 
         client, _ = connect(self._uri)
         try:
-            return bool(client.get_run(run_id).info.lifecycle_stage == "deleted")
+            return bool(client.get_run(run_id).info.lifecycle_stage != "deleted")
         except MlflowException as error:
-            return bool(error.error_code == "RESOURCE_DOES_NOT_EXIST")
+            return False if error.error_code == "RESOURCE_DOES_NOT_EXIST" else None
         except OSError:
-            return False
+            return None
 
 
 class Spool:
