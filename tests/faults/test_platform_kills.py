@@ -29,9 +29,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from tests.faults.test_nodes import OPTIONS, RAY
-from tests.flows.flow_runs import ROOT, STAGES, Json, kill_server, processes_of, start_flow_run, until, written
+from tests.flows.flow_runs import ROOT, STAGES, Json, kill_server, processes_of, start_flow_run, written
 from tests.seed import SEED
 from vila_ops import local, tracking
+from vila_ops.artifacts import store
 from vila_ops.config.local import LocalServers
 from vila_ops.registry import alias_register
 
@@ -51,6 +52,12 @@ log = logging.getLogger(__name__)
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 BENCHMARKS = ("caption_loss", "text_loss")
 """What the models are measured on; the gate reads the latter."""
+TRAINED, OUTRUN = "trained {}: ", "was sealed by another attempt first"
+"""How lines of the log begin when a stage has been sealed, and what they say where another attempt was first."""
+START_SECONDS = 600.0
+"""The longest time until a server, a node or a flow run is there."""
+BACKOFF_SECONDS = 1.5 * (5 + 30 + 120 + 300)
+"""What the four pauses before a task is tried again take together at most (docs/operations.md)."""
 Digests = dict[str, str]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600 + 600 * KILLS)]
 
@@ -60,6 +67,14 @@ class Whole(NamedTuple):
 
     digests: Digests
     seconds: float
+
+
+def until(true: Callable[[], bool], seconds: float = START_SECONDS) -> None:
+    """Wait for something; what it was is in the traceback."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"seed {SEED}: not within {seconds:.0f} s"
+        time.sleep(0.2)
 
 
 class SecondNode:
@@ -125,8 +140,11 @@ class Platform:
     def __init__(self, servers: Json, free_ports: Callable[[int], list[int]], *, on_ray: bool) -> None:
         self.servers, self.on_ray = servers, on_ray
         self._names = ("mlflow", "prefect", "worker", "sweeper", *(("ray",) if on_ray else ()))
-        self.up()
         self._node = SecondNode(servers, free_ports) if on_ray else None
+
+    def start(self) -> None:
+        """Start the servers and the second node."""
+        self.up()
         if self._node:
             self._node.start()
 
@@ -141,8 +159,8 @@ class Platform:
             self._node.end()
         local.down(self.servers["settings"])
 
-    def kill(self, what: str, flow_run: str) -> None:
-        """SIGKILL to a part. A worker that trains is waited for, unless the flow run ends before."""
+    def kill(self, what: str, flow_run: str, seconds: float) -> None:
+        """SIGKILL to a part. A worker that trains is waited for so long, unless the flow run ends before."""
         match what:
             case "flow run":
                 own = processes_of(flow_run)
@@ -154,7 +172,7 @@ class Platform:
                 assert self._node is not None
                 self._node.kill()
             case "training worker":
-                until(lambda: bool(self._training()) or self.state_of(flow_run) in ENDED)
+                until(lambda: bool(self._training()) or self.state_of(flow_run) in ENDED, seconds)
                 for process in self._training()[:1]:
                     process.kill()
             case _:
@@ -204,7 +222,9 @@ class Pipeline:
 
     numbers = itertools.count()
 
-    def __init__(self, platform: Platform) -> None:
+    def __init__(self, platform: Platform, *, seconds: float = START_SECONDS) -> None:
+        """An undisturbed flow run takes so many seconds at most."""
+        self._longest = START_SECONDS + BACKOFF_SECONDS + 3 * seconds  # what was killed is done again
         servers, name = platform.servers, f"tiny-{next(self.numbers)}"
         self._platform, self.model = platform, name
         self.store = servers["folder"] / name
@@ -241,32 +261,41 @@ class Pipeline:
         return self._platform.state_of(self.flow_runs[-1])
 
     def killed(self, whats: Iterable[str], draw: random.Random, *, within: float) -> int:
-        """Kill parts one after the other while it runs; returns how many, since it may end before. It ends then."""
+        """Kill parts one after the other while it runs; returns how many, since it may end before. It ends then.
+
+        Between two kills there are at most `within` seconds.
+        """
         kills = 0
         self.start()
         for what in whats:
             moment = time.monotonic() + draw.uniform(0, within)
-            until(lambda: time.monotonic() > moment or self.state() in ENDED)  # noqa: B023 it is called at once
+            until(
+                lambda: time.monotonic() > moment or self.state() in ENDED,  # noqa: B023 it is called at once
+                within + START_SECONDS,
+            )
             if self.state() == "COMPLETED":
                 break
             if self.state() in ENDED:
                 self.start()
-            self._platform.kill(what, self.flow_runs[-1])
+            self._platform.kill(what, self.flow_runs[-1], self._longest)
             self._platform.restart(what)
             kills += 1
             if what == "flow run":
-                until(lambda: self.state() in ENDED)
+                self._wait()
         self.finish()
         assert len(self.flow_runs) <= kills + 1, f"seed {SEED}: more than one flow run for a kill"
         return kills
 
     def finish(self) -> None:
         """Wait for the end; where the flow run fails, the next one of the deployment goes on."""
-        until(lambda: self.state() in ENDED)
+        self._wait()
         while self.state() != "COMPLETED" and len(self.flow_runs) < 2 * KILLS_A_PIPELINE:
             self.start()
-            until(lambda: self.state() in ENDED)
+            self._wait()
         assert self.state() == "COMPLETED", f"seed {SEED}"
+
+    def _wait(self) -> None:
+        until(lambda: self.state() in ENDED, self._longest)
 
     def digests(self) -> Digests:
         """Of all that was sealed."""
@@ -280,8 +309,8 @@ class Pipeline:
         until(lambda: all(self._platform.state_of(one) in ENDED for one in self.flow_runs))
         assert len(list(self.store.glob("checkpoint/*/manifest.json"))) == len(STAGES), told
         lines = self._log()
-        assert not [line for line in lines if "was sealed by another attempt first" in line], told
-        assert all(sum(line.startswith(f"trained {stage}: ") for line in lines) <= 1 for stage in STAGES), told
+        assert not [line for line in lines if OUTRUN in line], told
+        assert max(self.trained(lines).values()) <= 1, told
         evaluated = ["sft on tiny", *(f"{model} on tiny_probe" for model in ("base", *STAGES))]
         names = sorted(["tiny", *STAGES, *(f"evaluate {one}" for one in evaluated)])
         assert sorted(run.info.run_name for run in self._tracked()) == names, told
@@ -296,6 +325,11 @@ class Pipeline:
         moves = alias_register.read(self.model, store=str(self.store)).history
         champions = [move.aliases.get("champion") for move in moves]
         assert [one for one, _ in itertools.groupby(champions) if one is not None] == [1], told
+
+    def trained(self, lines: Iterable[str] | None = None) -> dict[str, int]:
+        """How many lines of the log say of each stage that it was trained."""
+        lines = self._log() if lines is None else list(lines)
+        return {stage: sum(line.startswith(TRAINED.format(stage)) for line in lines) for stage in STAGES}
 
     def _tracked(self) -> list[Run]:
         experiment = self._mlflow.get_experiment_by_name(tracking.EXPERIMENT)
@@ -343,6 +377,7 @@ def make_platform(
                 folder = tmp_path_factory.mktemp("ray" if on_ray else "box")
                 platform = Platform(_written(folder, free_servers(folder / "local")), free_ports, on_ray=on_ray)
                 stack.callback(platform.down)
+                platform.start()
                 made[on_ray] = platform
             return made[on_ray]
 
@@ -360,6 +395,8 @@ def undisturbed(make_platform: Callable[[bool], Platform]) -> Callable[[bool], W
         pipeline.finish()
         seconds = time.monotonic() - started
         pipeline.check(pipeline.digests())
+        until(lambda: pipeline.trained() == dict.fromkeys(STAGES, 1))  # or `check` would look for another text in vain
+        assert OUTRUN in Path(store.__file__).read_text()
         assert len(pipeline.flow_runs) == 1
         return Whole(pipeline.digests(), seconds)
 
@@ -371,7 +408,7 @@ def test_two_parts_are_killed_and_a_run_ends_as_an_undisturbed_one(
     make_platform: Callable[[bool], Platform], undisturbed: Callable[[bool], Whole]
 ) -> None:
     draw, whole = random.Random(SEED), undisturbed(False)
-    pipeline = Pipeline(make_platform(False))
+    pipeline = Pipeline(make_platform(False), seconds=whole.seconds)
     pipeline.killed(draw.sample(INLINE, 2), draw, within=whole.seconds / 2)
     pipeline.check(whole.digests)
 
@@ -387,7 +424,7 @@ def test_a_part_is_killed_again_and_again(
     draw, started = random.Random(f"{SEED} {what}"), time.monotonic()
     kills, pipelines, flow_runs = 0, 0, 0
     while kills < KILLS:
-        pipeline = Pipeline(make_platform(on_ray))
+        pipeline = Pipeline(make_platform(on_ray), seconds=whole.seconds)
         wanted = min(KILLS_A_PIPELINE, KILLS - kills)
         kills += pipeline.killed([what] * wanted, draw, within=whole.seconds)
         pipeline.check(whole.digests)
