@@ -1,7 +1,8 @@
 """An unchanged pipeline run again: seconds from RUNNING to COMPLETED, as Prefect recorded them.
 
 Peer: a bare Prefect flow without tasks that makes the same calls: each request to MLflow and to the endpoint, each read
-of the store and as many writes to it, recorded from one run of ours. Target: at most 0.5 s more than the peer.
+of the store and as many writes to it, recorded from one run of ours. Each of its requests has to get the status that
+ours got. Target: at most 0.5 s more than the peer.
 """
 
 import json
@@ -31,15 +32,16 @@ from flows.full_pipeline import vila
 recipe, resources, out, store, *services = sys.argv[1:]
 calls = []
 
-def asked(method, url, headers, body):
+def asked(method, url, headers, body, status):
     if any(str(url).startswith(one) for one in services):
         body = base64.b64encode(body.encode() if isinstance(body, str) else body or b"").decode()
-        calls.append({"method": method, "url": str(url), "headers": dict(headers), "body": body})
+        calls.append({"method": method, "url": str(url), "headers": dict(headers), "body": body, "status": status})
 
 def recorded(send, body_of):
     def call(self, request, **more):
-        asked(request.method, request.url, request.headers, body_of(request))
-        return send(self, request, **more)
+        answer = send(self, request, **more)
+        asked(request.method, request.url, request.headers, body_of(request), answer.status_code)
+        return answer
     return call
 
 def opened(event, arguments):
@@ -73,7 +75,9 @@ def peer() -> None:
                 open(f"{folder}/{number}", "w").write("x" * 1000)
             else:
                 body = base64.b64decode(call["body"])
-                client.request(call["method"], call["url"], headers=call["headers"], content=body)
+                answer = client.request(call["method"], call["url"], headers=call["headers"], content=body)
+                if answer.status_code != call["status"]:
+                    raise RuntimeError(f"{call['url']}: {answer.status_code}, where the run got {call['status']}")
 
 peer()
 """
