@@ -1,4 +1,4 @@
-"""What a download would ask for, without a request: URLs, what was fetched before, and how long it takes at least."""
+"""What a download would ask for, without a request: URLs, what was fetched before, and about how long it takes."""
 
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -27,7 +27,7 @@ class PlannedUrls:
     """They get no request, such as those of another scheme than http and https."""
     to_fetch: int
     seconds: float
-    """What these take at least, at the rate for the host that most of them are on."""
+    """About what these take, at the rate for the host that most of them are on, if every host answers."""
     images: int
     """Fetched before, of these raw files."""
     bytes: int
@@ -60,8 +60,11 @@ def summary(plans: Sequence[PlannedUrls], settings: DownloadSettings) -> list[st
         ("to fetch", to_fetch, size),
     )
     pace = f"{settings.per_host_per_second:g} URLs of a host a second"
-    took = f"at least {seconds / 3600:,.1f} h" if seconds >= 3600 else f"at least {seconds:,.0f} s"
-    return [*(f"{name:16}{count:13,}  {about}".rstrip() for name, count, about in rows), f"{took}, by {pace}"]
+    took = f"{seconds / 3600:,.1f} h" if seconds >= 3600 else f"{seconds:,.0f} s"
+    return [
+        *(f"{name:16}{count:13,}  {about}".rstrip() for name, count, about in rows),
+        f"about {took}, if every host answers, by {pace}",
+    ]
 
 
 def _before(out: Path, work: Path | None, retry: Collection[Outcome]) -> dict[str, int | None]:
