@@ -1,5 +1,6 @@
 """A cluster that is not there is told at once, and may be there at the next try."""
 
+import signal
 import socket
 
 import pytest
@@ -37,3 +38,17 @@ def test_a_password_in_a_url_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ValueError, match="OTEL_EXPORTER_OTLP_ENDPOINT has a password in its URL") as raised:
         passed_on()
     assert "secret" not in str(raised.value)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_connecting_keeps_what_this_process_does_when_it_is_told_to_end(ray_cluster: str) -> None:
+    """Ray would raise SystemExit in a flow run that was cancelled, whose job on the cluster then goes on."""
+    told = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
+    try:
+        connect(Resources(launch="ray", ray_address=ray_cluster))
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert told == [signal.SIGTERM]

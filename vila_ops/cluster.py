@@ -2,9 +2,13 @@
 
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from vila_ops import logs, tracing
@@ -37,15 +41,30 @@ def connect(resources: Resources) -> None:
             return
         ray.shutdown()
     _check_listens(str(resources.ray_address))
+    with _kept_handler():
+        try:
+            ray.init(
+                address=resources.ray_address,
+                runtime_env={"env_vars": {**ALLOCATOR, "HF_HUB_DISABLE_PROGRESS_BARS": "1", **passed_on()}},
+                logging_level=logging.WARNING,
+                log_to_driver=True,
+            )
+        except ConnectionError as error:
+            raise _unreachable(str(resources.ray_address)) from error
+
+
+@contextmanager
+def _kept_handler() -> Iterator[None]:
+    """Keep what this process does on SIGTERM, if it has decided that: `ray.init` makes it a SystemExit.
+
+    A flow run could not tell then that it was cancelled, and its job on the cluster would go on.
+    """
+    before = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(
-            address=resources.ray_address,
-            runtime_env={"env_vars": {**ALLOCATOR, "HF_HUB_DISABLE_PROGRESS_BARS": "1", **passed_on()}},
-            logging_level=logging.WARNING,
-            log_to_driver=True,
-        )
-    except ConnectionError as error:
-        raise _unreachable(str(resources.ray_address)) from error
+        yield
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def passed_on() -> dict[str, str]:
