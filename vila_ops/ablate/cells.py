@@ -17,7 +17,7 @@ from vila_ops.data.preprocess import prepare
 from vila_ops.errors import did_you_mean
 from vila_ops.eval.job import EvalJob
 from vila_ops.model import assemble
-from vila_ops.pipeline.explain import UNMADE
+from vila_ops.pipeline.explain import UNMADE, unmade
 from vila_ops.pipeline.stages import Weights, suite_text
 from vila_ops.train import stage as training
 from vila_ops.train.job import StageInputs
@@ -107,7 +107,7 @@ def stages_of(one: CellRun, *, in_store: bool = True) -> Iterator[StageAt]:
     """
     recipe, resources = one.run.recipe, one.run.resources
     model: Weights | None = assemble.assembled(recipe.model, resources) if in_store else None
-    model = model or Pretrained(uri="", digest=_unmade(assemble.address_of(recipe.model)))
+    model = model or Pretrained(uri="", digest=unmade(assemble.address_of(recipe.model)))
     for name in one.stages():
         stage = recipe.stages[name]
         data = _data(stage.mixture, recipe.text(name), resources, in_store=in_store)
@@ -115,7 +115,7 @@ def stages_of(one: CellRun, *, in_store: bool = True) -> Iterator[StageAt]:
         inputs = StageInputs(stage=stage, model=shape, data=data, init=model, resources=resources)
         at = training.address_of(inputs)
         done = store.find(Checkpoint, at, store=resources.storage.store) if in_store else None
-        model = done or Checkpoint(uri="", digest=_unmade(at), stage=name, step=0)
+        model = done or Checkpoint(uri="", digest=unmade(at), stage=name, step=0)
         yield StageAt(stage, shape, at, done)
 
 
@@ -146,7 +146,7 @@ def fingerprint_of(one: CellRun) -> str:
     official = {name: of for name, of in suite.benchmarks.items() if isinstance(of, OfficialBenchmark)}
     job = EvalJob(
         suite=suite,
-        model=Pretrained(uri="", digest=_unmade(places[-1])),
+        model=Pretrained(uri="", digest=unmade(places[-1])),
         data=held_out,
         files={name: _files(of, resources) for name, of in official.items()},
         pools={
@@ -172,7 +172,7 @@ def _files(benchmark: OfficialBenchmark, resources: Resources, *, train: bool = 
     from vila_ops.eval import sealed  # heavy: Pillow
 
     try:
-        digest = _unmade(sealed.address_of(benchmark, resources, train=train))
+        digest = unmade(sealed.address_of(benchmark, resources, train=train))
     except (ValueError, OSError):  # they are not on this machine
         digest = UNMADE + fingerprint([benchmark.model_dump(mode="json"), train])
     return BenchmarkFiles(uri="", digest=digest, benchmark="", num_items=0, num_unreadable=0)
@@ -184,7 +184,7 @@ def _data(mixture: Mixture, text: TextFormat, resources: Resources, *, in_store:
     if in_store and at and (done := prepare.prepared(mixture, text, resources)):
         return done
     settings = [mixture.model_dump(mode="json"), text.model_dump(mode="json")]
-    digest = _unmade(at) if at else UNMADE + fingerprint(settings)
+    digest = unmade(at) if at else UNMADE + fingerprint(settings)
     return Dataset(uri="", digest=digest, num_samples=0, num_tokens=0)
 
 
@@ -194,7 +194,3 @@ def _address(mixture: Mixture, text: TextFormat, resources: Resources) -> store.
         return prepare.address_of(mixture, text, resources)
     except (ValueError, OSError):
         return None
-
-
-def _unmade(at: store.Address) -> str:
-    return f"{UNMADE}{at.kind}/{at.key}"

@@ -130,7 +130,7 @@ class Steps:
         if done := store.find(Pretrained, at, store=self._store):
             return self._sealed("assemble", BASE, done)
         self._add("assemble", BASE, self._why(at, self._pretrained, {"": "model."}), follows=False)
-        return Pretrained(uri="", digest=_unmade(at))
+        return Pretrained(uri="", digest=unmade(at))
 
     def prepare(self, mixture: Mixture, text: TextFormat, setting: str) -> Dataset:
         """The data of a mixture; told once for each dataset."""
@@ -148,7 +148,7 @@ class Steps:
             raw = () if nearest is None else tuple(changed_files(at, mixture, *nearest, self._run.resources))
             places = {"mixture.": f"{setting}.", "text.": "how the model reads text and images: ", "sources.": ""}
             self._add("prepare", mixture.name, raw + self._why(at, same, places), follows=False)
-            done = Dataset(uri="", digest=_unmade(at), num_samples=0, num_tokens=0)
+            done = Dataset(uri="", digest=unmade(at), num_samples=0, num_tokens=0)
         self._made[at.key] = done
         return done
 
@@ -164,7 +164,7 @@ class Steps:
         same = [one for one in self._checkpoints if one[1]["facts"]["stage"] == stage]
         places = {"stage.": f"stages.{stage}.", "projector": "model.projector"}
         self._add_reading("train", stage, at, same, {"data": data, "model": init}, places)
-        return Checkpoint(uri="", digest=_unmade(at), stage=stage, step=0)
+        return Checkpoint(uri="", digest=unmade(at), stage=stage, step=0)
 
     def evaluate(
         self, suite: Suite | OfficialSuite, setting: str, stage: str, model: Weights, data: Dataset | None
@@ -277,7 +277,8 @@ def _made_first(labels: Sequence[str]) -> Iterator[str]:
         yield f"its {' and its '.join(labels)} {'is' if len(labels) == 1 else 'are'} made first"
 
 
-def _unmade(at: store.Address) -> str:
+def unmade(at: store.Address) -> str:
+    """What stands for the digest of an artifact that is not made yet."""
     return f"{UNMADE}{at.kind}/{at.key}"
 
 
