@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.racing import racers
 from vila_ops.artifacts import attempts
 from vila_ops.artifacts.kinds import Dataset
 from vila_ops.artifacts.leases import Holder, Pace, hold
@@ -125,7 +126,7 @@ def test_the_lease_of_a_process_that_was_killed_is_free_at_once(store: str) -> N
         assert lease.fencing == 2
 
 
-def work(store: str, told: Connection) -> None:
+def work(store: str) -> tuple[str, int, str]:
     """Make what is not there yet, slowly."""
     with hold(at(), store=store, pace=Pace(expiry_seconds=30, poll_seconds=0.05)) as lease:
         found = find(Dataset, at(), store=store)
@@ -134,21 +135,14 @@ def work(store: str, told: Connection) -> None:
             time.sleep(0.5)
             (attempt / "a").write_text("made")
             found = seal(Dataset, at(), attempt, facts=FACTS, execution={})
-            told.send(("made", lease.fencing, found.digest))
-        else:
-            told.send(("found", lease.fencing, found.digest))
+            return "made", lease.fencing, found.digest
+        return "found", lease.fencing, found.digest
 
 
 @pytest.mark.slow
 def test_of_processes_that_want_the_same_one_works_and_the_others_find_it(store: str) -> None:
-    ends = [FORK.Pipe() for _ in range(4)]
-    processes = [FORK.Process(target=work, args=(store, end)) for _, end in ends]
-    for process in processes:
-        process.start()
-    said = [mine.recv() for mine, _ in ends]
-    for process in processes:
-        process.join(30)
-        assert process.exitcode == 0
+    with racers(4) as pool:
+        said = list(pool.map(work, [store] * 4))
     assert sorted(kind for kind, _, _ in said) == ["found", "found", "found", "made"]
     assert sorted(fencing for _, fencing, _ in said) == [1, 2, 3, 4]
     assert len({digest for _, _, digest in said}) == 1
