@@ -76,16 +76,21 @@ def below(changed: set[str]) -> set[str]:
 
 
 def test_an_empty_store_has_everything_to_do_and_a_full_one_nothing(tiny: Run) -> None:
+    new_base = ("no base model with its tower or its language model is sealed",)
     first = by_name(explain(tiny))
     assert set(first) == {"assemble base", HELD_OUT, *DATA, *TRAINS, *PROBES, FINAL}
     assert {step.status for step in first.values()} == {"runs"}
     assert first["train sft"].why == ("its data and its model are made first", "nothing of this name is sealed")
+    assert first["assemble base"].why == new_base
     before = sorted(Path(tiny.resources.storage.store).rglob("*"))
     assert before == [], "it makes nothing"
     seal_all(tiny)
     steps = explain(tiny)
     assert {step.status for step in steps} == {"sealed"}
     assert all(step.uri is not None and not step.why for step in steps)
+    other = tiny.recipe.with_changes({"model.vision_tower.num_layers": 3, "model.language_model.num_layers": 3})
+    unlike = by_name(explain(Run(recipe=other, resources=tiny.resources)))
+    assert unlike["assemble base"].why == new_base, "a base model of other parts is not what it was made of"
 
 
 @pytest.mark.slow

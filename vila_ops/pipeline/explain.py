@@ -1,8 +1,8 @@
 """Which tasks of a run will work and why, before it starts. Nothing is made; raw files are read as a run reads them.
 
 A task works unless its address is sealed. What changed is told relative to the sealed artifact of the task that differs
-in the fewest settings, the newest of several. A task that reads what is not made yet has no address; it is compared by
-its own settings.
+in the fewest settings, the newest of several; a base model is compared with those that share a part with it. A task
+that reads what is not made yet has no address; it is compared by its own settings.
 """
 
 import json
@@ -129,7 +129,9 @@ class Steps:
         at = assemble.address_of(model)
         if done := store.find(Pretrained, at, store=self._store):
             return self._sealed("assemble", BASE, done)
-        self._add("assemble", BASE, self._why(at, self._pretrained, {"": "model."}), follows=False)
+        alike = [one for one in self._pretrained if _are_alike(one[1]["recipe"], _as_json(at.recipe))]
+        new = ("no base model with its tower or its language model is sealed",)
+        self._add("assemble", BASE, self._why(at, alike, {"": "model."}) if alike else new, follows=False)
         return Pretrained(uri="", digest=unmade(at))
 
     def prepare(self, mixture: Mixture, text: TextFormat, setting: str) -> Dataset:
@@ -280,6 +282,11 @@ def _made_first(labels: Sequence[str]) -> Iterator[str]:
 def unmade(at: store.Address) -> str:
     """What stands for the digest of an artifact that is not made yet."""
     return f"{UNMADE}{at.kind}/{at.key}"
+
+
+def _are_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two recipes of base models have a part in common; other base models have no more than their kind."""
+    return any(one[part] == other[part] for part in ("vision_tower", "language_model"))
 
 
 def _nearest(at: store.Address, same: Sequence[tuple[str, Manifest]]) -> tuple[str, Manifest] | None:
