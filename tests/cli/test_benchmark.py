@@ -22,6 +22,7 @@ from tests.eval.benchmarks.sample import ROOT, SAMPLES, copy_of
 from vila_ops.cli import app
 from vila_ops.config.benchmarks import Official
 from vila_ops.errors import FetchError
+from vila_ops.eval import downloads
 from vila_ops.eval.downloads import from_hub
 from vila_ops.eval.origins import DOWNLOADED, check, default_config, official_kinds, origins_of
 
@@ -261,6 +262,44 @@ def test_get_takes_the_official_paths_of_a_mirror_and_check_knows_what_it_took(t
     assert rest == [version]
     with pytest.raises(ValueError, match=r"VizWiz_val_00000003\.jpg has another content than the one on the hub"):
         from_hub(folder, files, repository=MIRROR, revision="main")
+
+
+@pytest.mark.usefixtures("_hub_here")
+def test_what_is_here_as_it_was_fetched_is_not_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    fetched: list[list[str]] = []
+    download = downloads._download
+
+    def counted(repository: str, commit: str, paths: list[str], target: Path) -> None:
+        fetched.append(paths)
+        download(repository, commit, paths, target)
+
+    monkeypatch.setattr(downloads, "_download", counted)
+    folder = tmp_path / "llava_bench"
+    first = run("get", "llava_bench", "--out", str(tmp_path))
+    before = files_below(folder)
+    (folder / "questions.jsonl").unlink()
+    assert run("get", "llava_bench", "--out", str(tmp_path)).stdout == first.stdout
+    assert files_below(folder) == before
+    assert fetched[1:] == [["questions.jsonl"]]
+    (folder / "images/001.jpg").write_bytes(b"mine")
+    changed = run("get", "llava_bench", "--out", str(tmp_path))
+    assert "001.jpg has another content than the one on the hub; move it away" in str(changed.exception)
+    (folder / "images/001.jpg").write_bytes(before["images/001.jpg"])
+    splits = {
+        split: [file for file in origins_of("vizwiz").files if file.is_read(default_config("vizwiz", {"split": split}))]
+        for split in ("val", "test")
+    }
+    for files in splits.values():
+        from_hub(tmp_path / "vizwiz", files, repository=MIRROR, revision="main")
+    del fetched[:]
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the port that discards, where nobody listens
+    assert run("get", "llava_bench", "--out", str(tmp_path)).stdout == first.stdout
+    for split, files in splits.items():
+        names = from_hub(tmp_path / "vizwiz", files, repository=MIRROR, revision=COMMIT)
+        assert f"{split}.json" in names
+    assert fetched == []
 
 
 @pytest.mark.usefixtures("_hub_here")

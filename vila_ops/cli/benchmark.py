@@ -99,8 +99,9 @@ def get_files(
 ) -> None:
     """Fetch the official files of a benchmark from the hub, by default from a data set of its authors if they have one.
 
-    Without --revision it is the commit that `vila-ops benchmark list` states. `vila-ops benchmark check` compares each
-    file with its recorded sha256. A file that is there with another content is not replaced.
+    Without --revision it is the commit that `vila-ops benchmark list` states. A file that is there as it was fetched is
+    not fetched again, and one with another content is not replaced. `vila-ops benchmark check` compares each file with
+    its recorded sha256.
     """
     from vila_ops.config.load import key_and_value
     from vila_ops.eval.downloads import from_hub, planned

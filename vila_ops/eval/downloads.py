@@ -7,7 +7,7 @@ import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from vila_ops.artifacts.disk import sha256
 from vila_ops.artifacts.disk_faults import faults_named
@@ -32,14 +32,14 @@ class PlannedFile:
     revision: str
     by_hand: bool
     here: bool
-    """Whether it is in the folder. It would be fetched again, and compared."""
+    """Whether it is in the folder. One that `from_hub` did not bring would be fetched again, and compared."""
 
 
 def planned(
     folder: Path, files: Sequence[OfficialFile], *, repository: str | None, revision: str | None
 ) -> list[PlannedFile]:
     """What `from_hub` would bring into a folder, without asking the hub. Raises ValueError as that does."""
-    source, commit, _ = _asked(files, repository=repository, revision=revision)
+    source, commit = _asked(files, repository=repository, revision=revision)
     plans = []
     for file in files:
         by_hand = repository is None and not file.hub
@@ -62,53 +62,86 @@ def from_hub(folder: Path, files: Sequence[OfficialFile], *, repository: str | N
     """Fetch files into a benchmark's folder; returns their names. An interrupted download goes on with the next call.
 
     `repository` has them under their paths; None: each file comes from the data set of its authors. Zips are unpacked,
-    and the commit and the sha256 of each file are recorded for `origins.check`.
+    and the commit and the sha256 of each file are recorded for `origins.check`. A file that is there as an earlier call
+    recorded it for the same commit is not fetched again, and where all are, a commit's files are not asked for.
     Raises ValueError where the hub does not have the files, where one of another content is in the folder, where
     their authors have no data set, and without a revision; FetchError where the hub did not answer.
     """
-    source, revision, folders = _asked(files, repository=repository, revision=revision)
+    source, revision = _asked(files, repository=repository, revision=revision)
     for file in (one for one in files if repository is None and not one.hub):
         logger.warning("%s is not in %s; fetch it by hand from %s", file.path, source, file.url)
-    partial = folder.with_name(f".{folder.name}.partial")
+    wanted = [file for file in files if repository or file.hub]
     with faults_named(folder):
-        commit = _download(source, revision, list(folders), partial)
-        for archive in sorted(partial.rglob("*.zip")):
-            logger.info("unpacking %s", archive.name)
-            _unpack(archive, partial, folder=folders.get(archive.relative_to(partial).as_posix(), ""))
-            archive.unlink()
-        digests = _moved(partial, folder)
-        listing = {"repository": source, "commit": commit, "sha256": digests}
-        (folder / DOWNLOADED).write_text(json.dumps(listing, indent=1), encoding="utf-8")
-        shutil.rmtree(partial)
-    return sorted(digests)
+        recorded, known = _recorded(folder, source)
+        commit = revision if revision == recorded else _commit_of(source, revision)
+        known = known if commit == recorded else {}
+        here = {file.path: _unchanged(folder, file, known) for file in wanted}
+        names = {name for unchanged in here.values() for name in unchanged}
+        if missing := [file for file in wanted if not here[file.path]]:
+            fetched = _fetch(folder, source, commit, _places(missing, repository=repository))
+            names |= fetched.keys()
+            listing = {"repository": source, "commit": commit, "sha256": {**known, **fetched}}
+            (folder / DOWNLOADED).write_text(json.dumps(listing, indent=1), encoding="utf-8")
+    return sorted(names)
 
 
-def _asked(
-    files: Sequence[OfficialFile], *, repository: str | None, revision: str | None
-) -> tuple[str, str, dict[str, str]]:
-    """The data set, the revision, and by path of each file in it the folder of a zip. Raises ValueError."""
-    source, folders = (repository, {file.path: "" for file in files}) if repository else _by_authors(files)
+def _asked(files: Sequence[OfficialFile], *, repository: str | None, revision: str | None) -> tuple[str, str]:
+    """The data set and the revision. Raises ValueError."""
+    source = repository or _of_authors(files)
     if revision is None:
         raise ValueError(
             f"no commit of data set {source!r} is known to vila-ops; name one with --revision, so that everyone "
             f"reads the same files (https://huggingface.co/datasets/{source}/commits/main lists them), or main for "
             f"the newest"
         )
-    return source, revision, folders
+    return source, revision
 
 
-def _by_authors(files: Sequence[OfficialFile]) -> tuple[str, dict[str, str]]:
-    """The one data set of the authors, and by path of each file in it the folder of a zip. Raises ValueError."""
-    places = sorted({file.hub for file in files if file.hub})
-    repositories = {"/".join(place.split("/")[:2]) for place in places}
+def _of_authors(files: Sequence[OfficialFile]) -> str:
+    """The one data set of the authors. Raises ValueError."""
+    repositories = {"/".join(file.hub.split("/")[:2]) for file in files if file.hub}
     if len(repositories) != 1:
         by_hand = "; ".join(f"{file.path} from {file.url}" for file in files)
         raise ValueError(
             f"the authors have no data set with these files on the hub; fetch them by hand ({by_hand}), or name a data "
             f"set that has them with --repo"
         )
-    paths = ["/".join(place.split("/")[2:]) for place in places]
-    return repositories.pop(), {path: folder for path, _, folder in (one.partition("!") for one in paths)}
+    return repositories.pop()
+
+
+def _places(files: Sequence[OfficialFile], *, repository: str | None) -> dict[str, str]:
+    """By path of each file in the data set the folder of a zip."""
+    if repository:
+        return {file.path: "" for file in files}
+    paths = ["/".join(place.split("/")[2:]) for place in sorted({file.hub for file in files})]
+    return {path: folder for path, _, folder in (one.partition("!") for one in paths)}
+
+
+def _recorded(folder: Path, source: str) -> tuple[str | None, dict[str, str]]:
+    """The commit of a data set that earlier calls fetched from, and the sha256 of each of its files by name."""
+    listing = folder / DOWNLOADED
+    content = json.loads(listing.read_text(encoding="utf-8")) if listing.is_file() else {}
+    return (content["commit"], content["sha256"]) if content.get("repository") == source else (None, {})
+
+
+def _unchanged(folder: Path, file: OfficialFile, known: Mapping[str, str]) -> list[str]:
+    """The recorded names of a file, or of many with one pattern; none if one of them is missing or was changed."""
+    names = [name for name in known if PurePosixPath(name).match(file.path)]
+    same = all((folder / name).is_file() and sha256(folder / name) == known[name] for name in names)
+    return names if same else []
+
+
+def _fetch(folder: Path, source: str, commit: str, places: Mapping[str, str]) -> Mapping[str, str]:
+    """Bring files of a commit into a folder; returns the sha256 of each by name."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    _download(source, commit, list(places), partial)
+    for archive in sorted(partial.rglob("*.zip")):
+        logger.info("unpacking %s", archive.name)
+        _unpack(archive, partial, folder=places.get(archive.relative_to(partial).as_posix(), ""))
+        archive.unlink()
+    digests = _moved(partial, folder)
+    shutil.rmtree(partial)
+    return digests
 
 
 def _unpack(archive: Path, target: Path, *, folder: str) -> None:
@@ -121,19 +154,26 @@ def _unpack(archive: Path, target: Path, *, folder: str) -> None:
                 content.extract(member, target)  # keeps members inside: it drops leading slashes and ".."
 
 
-def _download(repository: str, revision: str, paths: list[str], target: Path) -> str:
-    """The commit of a revision, whose files of these paths are then in `target`."""
-    from huggingface_hub import HfApi, snapshot_download
+def _commit_of(repository: str, revision: str) -> str:
+    """The commit of a revision, as the hub has it."""
+    from huggingface_hub import HfApi
 
     with hub_faults(f"data set {repository!r} at revision {revision!r} is not", "check its name and the network"):
-        commit = HfApi().dataset_info(repository, revision=revision).sha
+        return str(HfApi().dataset_info(repository, revision=revision).sha)
+
+
+def _download(repository: str, commit: str, paths: list[str], target: Path) -> None:
+    """Bring the files of these paths at a commit into `target`."""
+    from huggingface_hub import snapshot_download
+
+    _commit_of(repository, commit)  # without an answer the client would take what is in `target` for all of it
+    with hub_faults(f"data set {repository!r} at revision {commit!r} is not", "check its name and the network"):
         snapshot_download(repository, repo_type="dataset", revision=commit, allow_patterns=paths, local_dir=target)
     shutil.rmtree(target / ".cache", ignore_errors=True)  # the hub client's own
     if not any(path.is_file() for path in target.rglob("*")):
         raise ValueError(
             f"data set {repository!r} at {commit} has none of {', '.join(paths)}; name another with --repo"
         )
-    return str(commit)
 
 
 def _moved(source: Path, folder: Path) -> Mapping[str, str]:
