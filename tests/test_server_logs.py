@@ -1,6 +1,7 @@
 """Logs of servers: of bounded size, whole at their end, and read across the files that they are cut into."""
 
 import itertools
+import json
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from tests.flows.flow_runs import until
 from vila_ops import local
 from vila_ops.cli import app
+from vila_ops.cli.servers import logs
 from vila_ops.config.local import LocalServers
 from vila_ops.local.logs import begin, lines_of
 from vila_ops.local.process import end, start
@@ -120,3 +122,32 @@ def test_the_command_prints_the_last_lines_of_each_log(tmp_path: Path, settings:
     assert said("ray") == "".join(f"ray {n}\n" for n in range(10, 30))
     with pytest.raises(ValueError, match=r"no server is called 'rai'.*did you mean 'ray'"):
         said("rai")
+
+
+@pytest.mark.parametrize(
+    ("terminal", "no_colour", "shown"),
+    [
+        (True, "", "\x1b[36m(RayTrainWorker pid=7)\x1b[0m step 1\n"),
+        (True, "1", "(RayTrainWorker pid=7) step 1\n"),
+        (False, "", "(RayTrainWorker pid=7) step 1\n"),
+    ],
+)
+def test_colours_of_ray_are_for_a_terminal_alone(
+    terminal: bool,
+    no_colour: str,
+    shown: str,
+    tmp_path: Path,
+    settings: LocalServers,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "local.yaml"
+    file.write_text(yaml.safe_dump(settings.model_dump()))
+    begin(Path(settings.root, "logs/worker.log"))
+    Path(settings.root, "logs/worker.log").write_text("\x1b[36m(RayTrainWorker pid=7)\x1b[0m step 1\n")
+    monkeypatch.setenv("NO_COLOR", no_colour)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    logs(["worker"], servers=file)
+    assert capsys.readouterr().out == shown
+    logs(["worker"], servers=file, as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"server": "worker", "line": "(RayTrainWorker pid=7) step 1"}

@@ -1,6 +1,9 @@
 """The servers of this machine: checked, started, ended and listed; and the demo that runs on them."""
 
 import json
+import os
+import re
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +24,8 @@ from vila_ops.cli.options import (
 )
 
 Servers = Annotated[Path, typer.Option("--servers", help="Ports and folders of this machine's servers")]
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+"""What colours text on a terminal. Ray puts it around the name of the process whose line it forwards."""
 
 
 def doctor(
@@ -97,12 +102,14 @@ def logs(
 
     wanted = local.logs_of(local.root_of(load_local(servers)), names or ())
     width = max(map(len, wanted)) if len(wanted) > 1 else 0
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and not as_json
 
     def tell(name: str, line: str) -> None:
+        shown = line if coloured else COLOUR.sub("", line)
         if as_json:
-            print(json.dumps({"server": name, "line": line}), flush=True)
+            print(json.dumps({"server": name, "line": shown}), flush=True)
         else:
-            print(f"{name:{width}} | {line}" if width else line, flush=True)
+            print(f"{name:{width}} | {shown}" if width else shown, flush=True)
 
     if follow:
         with suppress(KeyboardInterrupt):
