@@ -218,8 +218,13 @@ def test_a_file_that_cannot_be_written_once_is_written_later(
     resources, out = tmp_path / "resources.yaml", tmp_path / "out/vila.prom"
     resources.write_text(f"launch: inline\nstorage: {{store: {store}}}\n")
     command = ["metrics", "-r", str(resources), "--out", str(out)]
-    assert isinstance(CliRunner().invoke(app, command).exception, FileNotFoundError), "a wrong place is told at once"
+    with pytest.raises(ValueError, match=r"vila\.prom: no folder .*/out; create it"):
+        CliRunner().invoke(app, command, catch_exceptions=False)
     out.parent.mkdir()
+    out.write_text("mine")
+    with pytest.raises(ValueError, match=r"vila\.prom exists and vila-ops did not write it"):
+        CliRunner().invoke(app, command, catch_exceptions=False)
+    out.unlink()
 
     def pauses() -> Iterator[None]:
         out.unlink()

@@ -12,6 +12,8 @@ import typer
 
 from vila_ops.cli.options import INLINE, ResourcesFile, say
 
+BEGINS = "# HELP vila_"
+"""Each file that `--out` wrote begins so."""
 log = logging.getLogger(__name__)
 
 
@@ -27,12 +29,15 @@ def metrics(
     """
     from prometheus_client import generate_latest, write_to_textfile
 
+    from vila_ops.artifacts import output
     from vila_ops.config import load_resources
     from vila_ops.config.resources import is_loopback
     from vila_ops.monitoring import exporter
 
     if listen and out:
         raise ValueError("--listen serves and --out writes; give one of them")
+    if out is not None:
+        output.check_file(out, begins=BEGINS)
     host, _, port = (listen or "127.0.0.1:0").rpartition(":")
     if not (host and port.isdecimal() and int(port) < 2**16):
         raise ValueError(f"--listen {listen!r} is not HOST:PORT, such as 127.0.0.1:9464")
