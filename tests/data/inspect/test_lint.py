@@ -11,6 +11,7 @@ from vila_ops.cli import app
 from vila_ops.config import Source
 from vila_ops.config.sources import JsonLines, Llava, Table
 from vila_ops.data.inspect.lint import LintFault, LintSummary, lines, lint
+from vila_ops.data.raw.objects import ObjectPath, raw_path
 from vila_ops.data.records import CHANGES, FIRST_ANSWER
 
 
@@ -191,6 +192,18 @@ def test_the_command_prints_one_json_object_a_line(folder: Path) -> None:
 def test_the_command_ends_with_0_where_there_is_no_fault(folder: Path) -> None:
     jsonl("docs/a.jsonl", record("1"))
     assert said("docs", "--format", "llava", "--images", "docs/images") == (0, ["1 record, 1 image, 0 faults"])
+
+
+def test_the_command_reads_a_bucket(folder: Path, s3_store: str) -> None:
+    (folder / "docs/captions.csv").write_text("image,text\na.png,Red.\nhalf.png,Half.\n")
+    for name in ("captions.csv", "images/a.png", "images/half.png"):
+        place = raw_path(f"{s3_store}/{name}")
+        assert isinstance(place, ObjectPath)
+        place.write(folder / "docs" / name)
+    code, lines = said(f"{s3_store}/captions.csv", "--images", f"{s3_store}/images")
+    assert code == 1
+    assert lines[0].split("  ")[:2] == [f"{s3_store}/captions.csv:3", "bad_image_truncated"]
+    assert lines[1:] == ["2 records, 2 images, 1 fault", "      1  bad_image_truncated"]
 
 
 def test_the_settings_of_a_source_are_given_by_set(folder: Path) -> None:

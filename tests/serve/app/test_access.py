@@ -288,10 +288,10 @@ def test_the_command_makes_lists_rotates_and_revokes_keys(keys: Path) -> None:
         return result.output.strip()
 
     first = run("create", str(keys), "Ann", "--scope", "chat", "--scope", "metrics", "--days", "9",
-                "--requests-per-minute", "6")  # fmt: skip
+                "--requests-per-minute", "6", "--tokens-per-minute", "7", "--max-concurrent", "8")  # fmt: skip
     (entry,) = read_keys(keys)
     assert (entry.id, entry.name, entry.scopes) == (key_id(first), "Ann", ("chat", "metrics"))
-    assert entry.requests_per_minute == 6
+    assert (entry.requests_per_minute, entry.tokens_per_minute, entry.max_concurrent) == (6, 7, 8)
     assert entry.expires is not None
     assert abs(entry.expires - datetime.now(UTC) - timedelta(days=9)) < timedelta(minutes=5)
     second = run("rotate", str(keys), entry.id, "--grace-hours", "0")
