@@ -450,6 +450,18 @@ def test_the_experiment_is_marked_as_one_of_training_runs(resources: Resources) 
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
 
 
+def test_the_runs_that_mlflow_has_get_a_page(resources: Resources, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that another MLflow has, which an earlier run of the same store logged to, gets none."""
+    run_id, database = begin(resources), outbox.connect(resources.tracking.uri or "")
+    experiment = database[0].get_run(run_id).info.experiment_id
+    monkeypatch.setattr(tracking, "connect", lambda _: database)
+    pages = tracking.pages("http://h:1", [None, run_id, "f" * 32])
+    url, shown = f"http://h:1/#/experiments/{experiment}/runs", "?workflowType=machine_learning"
+    assert (pages.all_runs, pages.runs) == (f"{url}{shown}", {run_id: f"{url}/{run_id}{shown}"})
+    assert tracking.pages("http://h:1", [None]) == tracking.Pages(f"{url}{shown}")
+    assert tracking.pages(resources.tracking.uri, [run_id]) == tracking.Pages()
+
+
 def test_the_machines_load_is_logged_while_a_run_is_open(resources: Resources) -> None:
     run_id = begin(resources)
     with MetricLog(resources, run_id, system=SystemMetrics()) as metrics:

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from vila_ops import tracking
 from vila_ops.artifacts import output
 from vila_ops.artifacts.execution import versions
@@ -26,6 +24,7 @@ from vila_ops.report import evaluation
 from vila_ops.report.baselines import published
 from vila_ops.report.layers import draw
 from vila_ops.report.page import render
+from vila_ops.serve import endpoint
 from vila_ops.serve.credentials import authorization
 from vila_ops.serve.sample_query import body, curl
 from vila_ops.train.curve import curve_of
@@ -96,6 +95,9 @@ def check(run: Run) -> None:
 
 def summarise(run: Run, outcome: Outcome) -> Json:
     """All that the report shows, as JSON values."""
+    stages = [_stage(checkpoint) for checkpoint in outcome.checkpoints().values()]
+    uri, parent = run.resources.tracking.uri, outcome.context.parent_run
+    pages = tracking.pages(uri, [parent, *(stage["mlflow_run"] for stage in stages)])
     return {
         "recipe": run.recipe.name,
         "fingerprint": run.recipe.fingerprint(),
@@ -103,20 +105,20 @@ def summarise(run: Run, outcome: Outcome) -> Json:
         "seconds": outcome.seconds,
         "launch": run.resources.launch,
         "links": {
-            "mlflow": run.resources.tracking.uri,
+            "mlflow": uri,
             "prefect": outcome.context.links.get("prefect"),
             "endpoint": outcome.deployment.url if outcome.deployment else None,
         },
         "prefect_flow_run": outcome.flow_run,
         "mlflow": {
-            "parent_run": outcome.context.parent_run,
-            "page": tracking.page(run.resources.tracking.uri, outcome.context.parent_run),
-            "runs": tracking.runs_page(run.resources.tracking.uri),
+            "parent_run": parent,
+            "page": parent and pages.runs.get(parent),
+            "runs": pages.all_runs,
             "model": run.recipe.gate.model_name,
             "version": outcome.version.version if outcome.version else None,
             "promoted": bool(outcome.version and outcome.version.promoted),
         },
-        "stages": [_stage(checkpoint, run.resources.tracking.uri) for checkpoint in outcome.checkpoints().values()],
+        "stages": [{**stage, "mlflow_page": pages.runs.get(stage["mlflow_run"])} for stage in stages],
         "tasks": _tasks(outcome),
         "cost": [cost_of(*one, run.resources).model_dump(mode="json") for one in _made(outcome)],
         "metrics": _metrics(run, outcome),
@@ -191,12 +193,11 @@ def _folder(run: Run) -> Path:
     return run.resources.storage.scratch() / run.recipe.name
 
 
-def _stage(checkpoint: Checkpoint, tracking_uri: str | None) -> Json:
+def _stage(checkpoint: Checkpoint) -> Json:
     manifest = read_manifest(checkpoint.uri)
     rows = curve_of(checkpoint)
     losses = [row["loss"] for row in rows if "loss" in row]
     held_out = [row["validation_loss"] for row in rows if "validation_loss" in row]
-    run_id = manifest["execution"].get("mlflow_run")
     return {
         "name": checkpoint.stage,
         "steps": checkpoint.step,
@@ -207,8 +208,7 @@ def _stage(checkpoint: Checkpoint, tracking_uri: str | None) -> Json:
         "validation_first": held_out[0],
         "validation_last": held_out[-1],
         "workers": manifest["execution"]["workers"],
-        "mlflow_run": run_id,
-        "mlflow_page": tracking.page(tracking_uri, run_id),
+        "mlflow_run": manifest["execution"].get("mlflow_run"),
     }
 
 
@@ -294,7 +294,7 @@ def _serving(outcome: Outcome) -> Json:
     """The replica's answer to a health request now."""
     if outcome.deployment is None:
         return {}
-    response = httpx.get(f"{outcome.deployment.url}/health", headers=authorization(), timeout=30)
+    response = endpoint.client().get(f"{outcome.deployment.url}/health", headers=authorization(), timeout=30)
     health: Json = response.raise_for_status().json()
     return health
 

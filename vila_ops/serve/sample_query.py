@@ -3,11 +3,10 @@
 import json
 import shlex
 
-import httpx
-
 from vila_ops.artifacts.kinds import Dataset, Deployment
 from vila_ops.config import Config, Suite
 from vila_ops.data.shards import data_url, index_of, samples_of
+from vila_ops.serve import endpoint
 from vila_ops.serve.credentials import KEY_VARIABLE, authorization
 
 QUESTION = "What is this?"
@@ -44,8 +43,8 @@ def query_sample(
     (sample,) = samples_of(held_out, [row])
     image = data_url(sample.images[0])
     payload = {**request(model_name(deployment.url), image, question), "store": False}  # it is not one of people's
-    response = httpx.post(
-        f"{deployment.url}/v1/chat/completions", json=payload, headers=authorization(), timeout=120, trust_env=False
+    response = endpoint.client().post(
+        f"{deployment.url}/v1/chat/completions", json=payload, headers=authorization(), timeout=120
     )
     completion = response.raise_for_status().json()
     return SampleAnswer(
@@ -74,7 +73,7 @@ def body(answer: SampleAnswer) -> str:
 
 def model_name(url: str) -> str:
     """The name under which an endpoint serves its model."""
-    listed = httpx.get(f"{url}/v1/models", headers=authorization(), timeout=30, trust_env=False)
+    listed = endpoint.client().get(f"{url}/v1/models", headers=authorization(), timeout=30)
     name: str = listed.raise_for_status().json()["data"][0]["id"]
     return name
 

@@ -1,7 +1,6 @@
 """From a spec to a track that answers right, and from there to the router. Light at import."""
 
 import base64
-import functools
 import re
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ import httpx
 from vila_ops.config import Resources
 from vila_ops.config.serve import Golden
 from vila_ops.errors import NotReady
+from vila_ops.serve import endpoint
 from vila_ops.serve.backends.backend import START_SECONDS, ServiceBackend
 from vila_ops.serve.backends.local_process import LocalProcess
 from vila_ops.serve.backends.ray_serve import RayServe
@@ -92,16 +92,10 @@ def open_router(track: Track, backend: ServiceBackend) -> str:
 def identities(url: str) -> list[str] | None:
     """Identities that a live endpoint lists; None where no endpoint of ours answers."""
     try:
-        answer = _client().get(f"{url}/v1/models", headers=authorization())
+        answer = endpoint.client().get(f"{url}/v1/models", headers=authorization())
         return [model["identity"] for model in answer.raise_for_status().json()["data"]]
     except (httpx.HTTPError, ValueError, KeyError, TypeError):
         return None
-
-
-@functools.cache
-def _client() -> httpx.Client:
-    """One client for all questions while a replica starts: making one takes more CPU than asking."""
-    return httpx.Client(timeout=5, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
 
 
 def _is_ready_in_time(track: Track, backend: ServiceBackend) -> bool:
@@ -120,12 +114,11 @@ def _check_golden(track: Track, backend: ServiceBackend) -> None:
     """Ask about the golden image. Raises NotReady unless the model of the spec answers, and as it should."""
     version, golden = track.spec.version, track.spec.service.golden
     try:
-        response = httpx.post(
+        response = endpoint.client().post(
             f"{track.url}/v1/chat/completions",
             json={"model": version.name, **_question(golden)},
             headers=authorization(),
             timeout=ANSWER_SECONDS,
-            trust_env=False,
         )
         completion = response.raise_for_status().json()
         fingerprint, text = completion["system_fingerprint"], completion["choices"][0]["message"]["content"]

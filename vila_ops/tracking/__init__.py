@@ -3,8 +3,9 @@
 MLflow has to answer when a run begins. After that no task waits for it, see `outbox`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,11 +86,10 @@ def open_run(
     with leases.alive(store) as lease:
         if parent is None:
             _end_killed(uri, store)
+        tags = {**tags, LEASE: lease}
         run_id = _reopened(uri, name, key, params, {**tags, **({"mlflow.parentRunId": parent} if parent else {})})
         if run_id is None:
             run_id = start_run(resources, name, parent=parent, params=params, tags={**tags, key[0]: key[1]})
-        with translated(uri, f"the run {name!r}; nothing was computed for it yet"):
-            connect(uri)[0].set_tag(run_id, LEASE, lease)
         status: Status = "KILLED"
         try:
             yield run_id
@@ -112,8 +112,7 @@ def _reopened(
             return None
         run_id: str = runs[0].info.run_id
         client.update_run(run_id, status="RUNNING")
-        for tag, value in tags.items():
-            client.set_tag(run_id, tag, value)
+        client.log_batch(run_id, tags=[entities.RunTag(tag, value) for tag, value in tags.items()])
         there = runs[0].data.params
         _log_params(client, run_id, [entities.Param(k, v) for k, v in _texts(params).items() if k not in there])
     return run_id
@@ -148,15 +147,6 @@ def _log_params(client: Any, run_id: str, params: list[Any]) -> None:
         client.log_batch(run_id, params=params[start : start + 100])
 
 
-def page(tracking_uri: str | None, run_id: str | None) -> str | None:
-    """The URL of a run's page; None without a server."""
-    if not (tracking_uri and run_id and tracking_uri.startswith("http")):
-        return None
-    with translated(tracking_uri, f"a question about run {run_id}"):
-        experiment = connect(tracking_uri)[0].get_run(run_id).info.experiment_id
-    return f"{tracking_uri}/#/experiments/{experiment}/runs/{run_id}{TRAINING}"
-
-
 def ask(resources: Resources) -> None:
     """Ask MLflow one small question, if there is one. Raises TrackerUnreachable, TrackerRefused."""
     if (uri := resources.tracking.uri) is not None:
@@ -164,13 +154,29 @@ def ask(resources: Resources) -> None:
             connect(uri)[0].get_experiment_by_name(EXPERIMENT)
 
 
-def runs_page(tracking_uri: str | None) -> str | None:
-    """The URL of the page of all runs; None without a server, and before the first run."""
+@dataclass(frozen=True)
+class Pages:
+    """The URLs of MLflow's pages."""
+
+    all_runs: str | None = None
+    """None without a server, and before the first run."""
+    runs: Mapping[str, str] = field(default_factory=dict)
+    """By the ids of those runs that MLflow has."""
+
+
+def pages(tracking_uri: str | None, run_ids: Iterable[str | None]) -> Pages:
+    """The pages of all runs together and of each of these. Raises TrackerUnreachable, TrackerRefused."""
     if not (tracking_uri and tracking_uri.startswith("http")):
-        return None
+        return Pages()
+    client, _ = connect(tracking_uri)
     with translated(tracking_uri, f"a question about experiment {EXPERIMENT!r}"):
-        experiment = connect(tracking_uri)[0].get_experiment_by_name(EXPERIMENT)
-    return experiment and f"{tracking_uri}/#/experiments/{experiment.experiment_id}/runs{TRAINING}"
+        if (experiment := client.get_experiment_by_name(EXPERIMENT)) is None:
+            return Pages()
+        listed = ", ".join(f"'{run_id}'" for run_id in run_ids if run_id)
+        found = client.search_runs([experiment.experiment_id], f"attributes.run_id IN ({listed})") if listed else ()
+    all_runs = f"{tracking_uri}/#/experiments/{experiment.experiment_id}/runs"
+    of_run = {run.info.run_id: f"{all_runs}/{run.info.run_id}{TRAINING}" for run in found}
+    return Pages(f"{all_runs}{TRAINING}", of_run)
 
 
 def evaluations(resources: Resources, run_id: str) -> dict[str, str]:
