@@ -141,7 +141,7 @@ class Steps:
             known = self._made[at.key]
             assert isinstance(known, Dataset)
             return known
-        done = prepare.prepared(mixture, text, self._run.resources)
+        done = prepare.prepared_at(at, mixture, self._run.resources)
         if done is not None:
             self._sealed("prepare", mixture.name, done)
         else:

@@ -68,7 +68,11 @@ def prepare(mixture: Mixture, text: TextFormat, resources: Resources, context: R
 
 def prepared(mixture: Mixture, text: TextFormat, resources: Resources) -> Dataset | None:
     """The prepared mixture, in `data/<mixture>` or the store; None if it is in neither. Nothing is written."""
-    at = address_of(mixture, text, resources)
+    return prepared_at(address_of(mixture, text, resources), mixture, resources)
+
+
+def prepared_at(at: store.Address, mixture: Mixture, resources: Resources) -> Dataset | None:
+    """The prepared mixture of a known address, as by `prepared`."""
     versioned = store.find_in(Dataset, at, str(_folder(mixture, resources)))
     return versioned or store.find(Dataset, at, store=resources.storage.store)
 
