@@ -4,6 +4,7 @@ itself when someone cancels it.
 Prefect lets the worker end what is cancelled, so nothing would end it where the worker is dead.
 """
 
+import gc
 import logging
 import os
 import select
@@ -46,6 +47,7 @@ log = logging.getLogger(__name__)
 
 def checked_run(recipe: str | Recipe, resources: str | Resources, overrides: tuple[str, ...]) -> Run:
     """The run that the parameters of a flow ask for. Raises ValueError where what it needs is not there."""
+    gc.freeze()  # what was imported stays; looking through it again took a fifth of the CPU of an unchanged run
     run = run_of(recipe, resources, overrides)
     logging.getLogger("vila_ops").setLevel(logging.INFO)  # Prefect gives the logger handlers, but no level
     logs.adopt()
