@@ -12,8 +12,7 @@ from flows.attempt import attempt, check_device, checked_run
 from flows.tasks import TASKS
 from vila_ops.config import NO_CONTEXT, Recipe, Resources, Run
 from vila_ops.pipeline import promotion
-from vila_ops.pipeline.explain import explain_evaluate
-from vila_ops.pipeline.stages import last_stage
+from vila_ops.pipeline.explain import explain_promotion
 
 
 class Approval(RunInput):
@@ -34,9 +33,9 @@ def promote(
     """Let the gate judge the last stage's model against the champion, and serve the winner.
 
     With `approval` it first shows both, and ends its process until a person resumes it, whenever that is; it then runs
-    from its start, where everything is sealed by then. A missing device is told before anything works, except where it
-    is needed for the champion alone, which is measured too where it has no report on the final suite. Returns the
-    version that was judged, the champion, and where it is served.
+    from its start, where everything is sealed by then. The champion is measured too where it has no report on the final
+    suite. A missing device is told before anything works. Returns the version that was judged, the champion, and where
+    it is served.
 
     Args:
         recipe: Name of a file in configs/recipes, such as demo; a path that the worker sees; or a whole recipe
@@ -49,7 +48,7 @@ def promote(
 
 
 def _work(run: Run, *, approval: bool) -> dict[str, str] | State[Any]:
-    check_device(run, explain_evaluate(run, last_stage(run.recipe), run.recipe.final_suite))
+    check_device(run, explain_promotion(run))
     candidate = promotion.candidate_of(run, tasks=TASKS, context=NO_CONTEXT)
     rows = promotion.beside_champion(run, candidate, tasks=TASKS, context=NO_CONTEXT)
     create_table_artifact(key="vila-comparison", table=rows, description="The model and the champion")

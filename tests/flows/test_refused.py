@@ -10,7 +10,11 @@ from flows.ablate import ablate
 from flows.evaluate import evaluate
 from flows.full_pipeline import vila
 from flows.release import promote
-from vila_ops.config import Resources
+from tests.pipeline.sealed import ROOT, seal_all
+from vila_ops.artifacts.kinds import Checkpoint, ModelVersion
+from vila_ops.artifacts.listing import sealed
+from vila_ops.config import Resources, load
+from vila_ops.registry import alias_register
 
 TINY = "configs/recipes/tiny.yaml"
 FLOWS = [vila.fn, evaluate.fn, promote.fn]
@@ -46,6 +50,23 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_made(
     with pytest.raises(ValueError, match=r"cannot run with these resources:\ndevice: "):
         work("tiny", "inline", overrides=overrides(tmp_path, device="gpu"))
     assert not (tmp_path / "store/pretrained").exists()
+
+
+def test_a_device_that_only_the_champion_needs_is_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model and its reports are sealed. Without a champion the flow goes on, until it lacks a registry."""
+    monkeypatch.chdir(ROOT)
+    wanted = overrides(tmp_path, device="gpu")
+    run = load(Path(TINY), resources=Path("configs/resources/inline.yaml"), overrides=wanted)
+    seal_all(run)
+    with pytest.raises(ValueError, match=r"set resources\.tracking\.uri"):
+        promote.fn(TINY, "inline", overrides=wanted)
+    place = run.resources.storage.store
+    model = next(one for one in sealed(Checkpoint, store=place) if one.stage == "align")
+    name = run.recipe.gate.model_name
+    version = ModelVersion(name=name, version=1, checkpoint=model, promoted=True)
+    alias_register.move(name, {"champion": version}, over=None, reason="a test", store=place)
+    with pytest.raises(ValueError, match=r"cannot run with these resources:\ndevice: "):
+        promote.fn(TINY, "inline", overrides=wanted)
 
 
 def test_an_unknown_name_is_told_with_the_nearest(tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ def make(kind: type[Artifact], at: store.Address, run: Run, **facts: Any) -> Any
     """An artifact of a few bytes at an address."""
     attempt = store.begin(at, store=run.resources.storage.store)
     (attempt / "content").write_text(at.key)
-    return store.seal(kind, at, attempt, facts=facts, execution={"sealed": "2020-01-01T00:00:00+00:00"})
+    execution = {"sealed": "2020-01-01T00:00:00+00:00", "model": run.recipe.model.model_dump(mode="json")}
+    return store.seal(kind, at, attempt, facts=facts, execution=execution)
 
 
 def seal_all(run: Run) -> None:

@@ -12,9 +12,10 @@ from tests.pipeline.sealed import ROOT, seal_all, tiny_run
 from tests.seed import SEED
 from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import Checkpoint, ModelVersion
+from vila_ops.artifacts.listing import sealed
 from vila_ops.config import Resources, Run
 from vila_ops.data.preprocess import prepare
-from vila_ops.pipeline.explain import Step, explain
+from vila_ops.pipeline.explain import Step, explain, explain_promotion
 from vila_ops.pipeline.explain_deploy import explain_deploy
 from vila_ops.processes import this_process
 from vila_ops.registry import alias_register
@@ -210,6 +211,27 @@ def test_a_deployment_is_told_with_what_is_live_and_changes_nothing(tiny: Run, t
     other = run.recipe.with_changes({"stages.sft.learning_rate": 1e-5})
     steps = by_name(explain_deploy(Run(recipe=other, resources=resources)))
     assert steps["train sft"].status == "runs"
+    assert steps["evaluate champion 2 on tiny"].status == "sealed"
     assert "the champion is version 2" in steps[f"register {run.recipe.gate.model_name}"].why[0]
     assert steps[name].why == ("version 3 serves at http://127.0.0.1:8123 until one that passed the gate answers",)
     assert not database.exists()
+
+
+def test_a_champion_that_the_gate_compares_with_is_measured_too(tiny: Run) -> None:
+    """It is the model after another stage, which has no report on the final suite, as after a change of the suite."""
+    resources = tiny.resources.with_changes({"tracking.uri": "http://127.0.0.1:9"})
+    run = Run(recipe=tiny.recipe, resources=resources)
+    seal_all(run)
+    assert not [task for task in by_name(explain(run)) if "champion" in task]
+    name, place = run.recipe.gate.model_name, run.resources.storage.store
+    rivals = {
+        one.stage: ModelVersion(name=name, version=number, checkpoint=one, promoted=True)
+        for number, one in enumerate(sealed(Checkpoint, store=place), start=1)
+    }
+    first = rivals["pretrain"]
+    alias_register.move(name, {"champion": first}, over=None, reason="a test", store=place)
+    for told in (explain(run), explain_promotion(run)):
+        runs = {task for task, one in by_name(told).items() if one.status == "runs"}
+        assert runs == {f"evaluate champion {first.version} on tiny"}
+    alias_register.move(name, {"champion": rivals["sft"]}, over=first.version, reason="a test", store=place)
+    assert {one.status for one in explain_promotion(run)} == {"sealed"}

@@ -28,7 +28,9 @@ from vila_ops.data.preprocess.changes import changed_files
 from vila_ops.eval import evaluate
 from vila_ops.eval.job import EvalJob
 from vila_ops.model import assemble
-from vila_ops.pipeline.stages import Weights, check_stage, mixture_named, suite_text
+from vila_ops.pipeline.stages import Weights, check_stage, last_stage, mixture_named, suite_text
+from vila_ops.registry import alias_register
+from vila_ops.registry.aliases import CHAMPION
 from vila_ops.train import stage as training
 from vila_ops.train.job import StageInputs
 
@@ -68,6 +70,7 @@ def explain(run: Run) -> list[Step]:
         steps.evaluate(recipe.stage_suite, "stage_suite", stage, model, held_out[text])
     steps.evaluate(recipe.final_suite, "final_suite", stage, model, held_out[text])
     if run.resources.tracking.uri is not None and recipe.stages:
+        steps.rival_of(model)
         live = {"register": recipe.gate.model_name, "deploy": recipe.service.name}
         if run.resources.serve.started_by == "operator":
             del live["deploy"]
@@ -104,6 +107,13 @@ def explain_evaluate(run: Run, stage: str, suite: Suite | OfficialSuite) -> list
     return steps.listed
 
 
+def explain_promotion(run: Run) -> list[Step]:
+    """The tasks that make and measure the last stage's model and the champion that it meets, in their order."""
+    steps = Steps(run)
+    steps.candidate()
+    return steps.listed
+
+
 class Steps:
     """The steps so far, and what the store has of each kind."""
 
@@ -123,6 +133,27 @@ class Steps:
             if name == last:
                 break
         return model
+
+    def candidate(self) -> Weights:
+        """The last stage's model on the final suite, and the champion that the gate compares it with."""
+        recipe, last = self._run.recipe, last_stage(self._run.recipe)
+        suite, model = recipe.final_suite, self.model_after(last)
+        data = self.prepare(suite.mixture, suite_text(recipe, last), "final_suite.mixture")
+        self.evaluate(suite, "final_suite", last, model, data)
+        self.rival_of(model)
+        return model
+
+    def rival_of(self, model: Weights) -> None:
+        """The champion by the store's register, on the final suite, if it is another model.
+
+        Raises ValueError for a champion that does not say how it reads text and images.
+        """
+        suite, name = self._run.recipe.final_suite, self._run.recipe.gate.model_name
+        rival = alias_register.read(name, store=self._store).model_version(name, CHAMPION)
+        if rival is not None and rival.checkpoint.digest != model.digest:
+            text = training.trained_model(rival.checkpoint).text(max_tokens=suite.max_tokens)
+            data = self.prepare(suite.mixture, text, "final_suite.mixture")
+            self.evaluate(suite, "final_suite", f"{CHAMPION} {rival.version}", rival.checkpoint, data)
 
     def assemble(self, model: Model) -> Pretrained:
         """The untrained model."""

@@ -6,7 +6,7 @@ from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import ModelVersion
 from vila_ops.config import Run
 from vila_ops.pipeline.explain import UNMADE, Step, Steps
-from vila_ops.pipeline.stages import Weights, suite_text
+from vila_ops.pipeline.stages import Weights
 from vila_ops.registry import alias_register
 from vila_ops.registry.aliases import CHAMPION
 from vila_ops.serve.backends.backend import ServiceBackend
@@ -28,10 +28,7 @@ def explain_deploy(run: Run) -> list[Step]:
         raise ValueError("the registry is MLflow's: set resources.tracking.uri (a server or sqlite:///FILE)")
     backend = backend_of(recipe.service.name, resources)
     check_key(resources.serve.access)
-    *_, last = recipe.stages
-    model = steps.model_after(last)
-    data = steps.prepare(recipe.final_suite.mixture, suite_text(recipe, last), "final_suite.mixture")
-    steps.evaluate(recipe.final_suite, "final_suite", last, model, data)
+    model = steps.candidate()
     champion = alias_register.read(recipe.gate.model_name, store=resources.storage.store).model_version(
         recipe.gate.model_name, CHAMPION
     )
