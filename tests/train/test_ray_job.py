@@ -4,15 +4,17 @@ import pytest
 from ray.job_submission import JobDetails, JobStatus, JobType
 
 from vila_ops.config import Resources
+from vila_ops.errors import ClusterUnreachable, JobFailed, is_final
+from vila_ops.train import ray_job
 from vila_ops.train.ray_job import newest_live, next_attempt
 from vila_ops.train.ray_workers import network_variables
 
 KEY = "0123456789abcdef0123456789abcdef"
 
 
-def job(submission_id: str | None, status: JobStatus) -> JobDetails:
+def job(submission_id: str | None, status: JobStatus, **more: int) -> JobDetails:
     kind = JobType.DRIVER if submission_id is None else JobType.SUBMISSION
-    return JobDetails(type=kind, submission_id=submission_id, status=status, entrypoint="python")
+    return JobDetails(type=kind, submission_id=submission_id, status=status, entrypoint="python", **more)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +33,55 @@ def test_the_newest_live_job_of_an_address_is_found_among_all_jobs(
     details = [job(name, JobStatus(status)) for name, status in jobs]
     assert newest_live(details, KEY) == live
     assert next_attempt(details, KEY) == following
+
+
+def test_a_job_that_ray_lost_while_it_was_submitted_is_waited_for_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stays pending for ever (ray-project/ray#62766). Its times are in milliseconds."""
+    began = 1_700_000_000
+    lost = job(f"{KEY}-3", JobStatus.PENDING, start_time=began * 1000)
+
+    class Server:
+        def get_job_info(self, name: str) -> JobDetails:
+            return lost
+
+        def get_job_logs(self, name: str) -> str:
+            return ""
+
+    def looked(seconds: int) -> str | None:
+        monkeypatch.setattr(ray_job.time, "time", lambda: began + seconds)
+        return newest_live([lost], KEY)
+
+    assert looked(1800) == f"{KEY}-3"
+    assert looked(1801) is None
+    assert next_attempt([lost], KEY) == f"{KEY}-4"
+    with pytest.raises(JobFailed, match=f"^job {KEY}-3 has waited for its start for 30 minutes$"):
+        ray_job._watch(Server(), f"{KEY}-3")  # type: ignore[arg-type] its two questions
+    assert not is_final(JobFailed("")), "the next try submits another job"
+
+
+@pytest.mark.parametrize("starting", [0, 2, 3])
+def test_a_job_that_ray_is_about_to_start_is_stopped_once_it_can_be(
+    starting: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's answer is False until the job has a supervisor."""
+    asked: list[str] = []
+
+    class Server:
+        def list_jobs(self) -> list[JobDetails]:
+            return [job(f"{KEY}-1", JobStatus.FAILED), job(f"{KEY}-2", JobStatus.PENDING)]
+
+        def stop_job(self, name: str) -> bool:
+            asked.append(name)
+            return len(asked) > starting
+
+    monkeypatch.setattr(ray_job, "_client", lambda _: Server())
+    monkeypatch.setattr(ray_job.time, "sleep", lambda _: None)
+    if starting < 3:
+        ray_job.stop_job(KEY, "http://head")
+    else:
+        with pytest.raises(ClusterUnreachable, match=f"`ray job stop {KEY}-2`"):
+            ray_job.stop_job(KEY, "http://head")
+    assert asked == [f"{KEY}-2"] * min(starting + 1, 3)
 
 
 def test_variables_of_the_network_win_over_its_interface() -> None:

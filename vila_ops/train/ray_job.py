@@ -22,8 +22,13 @@ PAYLOAD_VARIABLE = "VILA_OPS_STAGE"
 ERROR_PREFIX = "vila-ops error: "
 """Starts the line of the job's log that holds a RemoteError as JSON. Ray may print workers' lines around it."""
 POLL_SECONDS = 2.0
+STOP_TRIES = 3
+"""How often a job is stopped: one that Ray is about to start cannot be stopped yet, and would start."""
 SILENCE_SECONDS = 60.0
 """How long a job server may give no answer before this process stops watching. The job may still run."""
+PENDING_SECONDS = 1800.0
+"""How long a job may wait for its start, by the clocks of the head and of who looks. Ray gives one up after 15 minutes,
+but a job whose request broke off while it was submitted stays pending for ever."""
 
 log = logging.getLogger(__name__)
 
@@ -56,11 +61,17 @@ def stop_job(key: str, address: str | None) -> None:
     """End the live job of an address, if there is one. Raises ClusterUnreachable."""
     client = _client(address)
     try:
-        if name := newest_live(client.list_jobs(), key):
-            client.stop_job(name)
-            log.info("stopped job %s", name)
+        for _ in range(STOP_TRIES):
+            name = newest_live(client.list_jobs(), key)
+            if name is None:
+                return
+            if client.stop_job(name):
+                log.info("stopped job %s", name)
+                return
+            time.sleep(POLL_SECONDS)
     except (requests.RequestException, RuntimeError) as error:
         raise ClusterUnreachable(f"the job server at {address} did not stop the job of {key}: {error}") from error
+    raise ClusterUnreachable(f"Ray did not stop job {name}, which it has not started yet; `ray job stop {name}` does")
 
 
 def _client(address: str | None) -> JobSubmissionClient:
@@ -78,8 +89,15 @@ def _client(address: str | None) -> JobSubmissionClient:
 
 def newest_live(jobs: list[JobDetails], key: str) -> str | None:
     """Return the id of an address's newest job that has not ended, or None."""
-    live = [number for number, job in _attempts(jobs, key).items() if not job.status.is_terminal()]
+    live = [n for n, job in _attempts(jobs, key).items() if not job.status.is_terminal() and not _is_abandoned(job)]
     return f"{key}-{max(live)}" if live else None
+
+
+def _is_abandoned(job: JobDetails) -> bool:
+    """Whether a job will never start; where it does, it finds the lease of the next one."""
+    if job.status != JobStatus.PENDING or job.start_time is None:
+        return False
+    return time.time() - job.start_time / 1000 > PENDING_SECONDS
 
 
 def next_attempt(jobs: list[JobDetails], key: str) -> str:
@@ -125,6 +143,8 @@ def _watch(client: JobSubmissionClient, name: str) -> JobDetails:
             time.sleep(POLL_SECONDS)
             continue
         last_answer = time.monotonic()
+        if _is_abandoned(job):
+            raise JobFailed(f"job {name} has waited for its start for {PENDING_SECONDS / 60:.0f} minutes")
         complete = len(lines) if job.status.is_terminal() or not lines or lines[-1].endswith("\n") else len(lines) - 1
         for line in lines[shown:complete]:
             log.info("%s", line.rstrip("\n"))
