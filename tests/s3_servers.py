@@ -22,14 +22,15 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import BaseWSGIServer, make_server
 
 KEY, SECRET = "right-key", "right-secret-" + secrets.token_hex(8)
-Fault = Literal["error", "slow_down", "conflict", "hang", "reset", "lost", "partial", "lie"]
-"""error, slow_down, conflict: an error of S3. hang, reset: no answer, nothing done. lost: done, but no answer. partial:
-half of the answer's body. lie: a body with a flipped bit."""
+Fault = Literal["error", "slow_down", "conflict", "refused", "hang", "reset", "lost", "partial", "lie"]
+"""error, slow_down, conflict, refused: an error of S3. hang, reset: no answer, nothing done. lost: done, but no answer.
+partial: half of the answer's body. lie: a body with a flipped bit."""
 READ_SECONDS = 0.5
 ANSWERS = {
     "error": (500, "InternalError"),
     "slow_down": (503, "SlowDown"),
     "conflict": (409, "ConditionalRequestConflict"),
+    "refused": (403, "AccessDenied"),
 }
 Choose = Callable[[str, str], Fault | None]
 """Chooses the fault of a call from its method and target."""
@@ -100,7 +101,7 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.server.calls.append((self.command, self.path))
         match self.server.choose(self.command, self.path):
-            case "error" | "slow_down" | "conflict" as fault:
+            case "error" | "slow_down" | "conflict" | "refused" as fault:
                 status, code = ANSWERS[fault]
                 self.reply(status, {}, f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode())
             case "hang":

@@ -1,8 +1,8 @@
-"""Raw files in object stores, as paths: s3://bucket/key, gs:// where gcsfs is installed, az:// where adlfs is.
+"""Raw files in object stores, as paths: s3://bucket/key, gs://bucket/key, az://container/key.
 
-An object is read in ranges of one version (on S3 pinned by If-Match), again with growing waits where an answer fails or
-breaks off, and never as a whole copy. fsspec is the layer for all stores. Credentials, region and endpoint come from
-the store's own chain; for S3 that is botocore's, as for `resources.storage.store`.
+An object is read in ranges of one version (pinned by If-Match), again with growing waits where an answer fails or
+breaks off, and never as a whole copy. s3fs is the layer for S3, obstore for the others (`clouds.py`). Credentials,
+region and endpoint come from the environment; for S3 by botocore's chain, as for `resources.storage.store`.
 """
 
 import errno
@@ -16,10 +16,10 @@ from functools import lru_cache
 from pathlib import Path, PosixPath
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from vila_ops.errors import RawChanged, RawRefused, StoreUnreachable
+from vila_ops.errors import RawChanged, RawRefused, StoreUnreachable, VilaError
 
-SCHEMES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs"}
-"""Schemes that are read, and the package that fsspec reads each with."""
+SCHEMES = ("s3", "gs", "az")
+"""Schemes that are read."""
 FIRST_BYTES, BLOCK_BYTES = 2**18, 4 * 2**20
 """Bytes of the first range of a reader, which holds one at a time, and the most bytes that are read ahead."""
 BUFFER_BYTES = 2**16
@@ -286,27 +286,22 @@ def changed(place: object) -> RawChanged:
 
 @lru_cache(maxsize=8)
 def filesystem(scheme: str, process: int) -> Any:
-    """fsspec's file system of a scheme, for all threads of a process; without a cache of listings.
+    """The file system of a scheme, for all threads of a process; without a cache of listings."""
+    if scheme != "s3":
+        from vila_ops.data.raw.clouds import CloudFiles
 
-    Raises ValueError where its package is not installed.
-    """
+        return CloudFiles(scheme, tries=TRIES, connect_seconds=CONNECT_SECONDS, read_seconds=READ_SECONDS)
     import fsspec
 
-    options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
-    if scheme == "s3":
-        retries = {"mode": "standard", "total_max_attempts": TRIES}
-        waits = {"connect_timeout": CONNECT_SECONDS, "read_timeout": READ_SECONDS}
-        options["config_kwargs"] = {"retries": retries, "max_pool_connections": CONNECTIONS, **waits}
-    try:
-        return fsspec.filesystem(scheme, **options)
-    except ImportError as error:
-        package = SCHEMES[scheme]
-        raise ValueError(f"{scheme}:// is read with {package}, which is not here; pip install {package}") from error
+    retries = {"mode": "standard", "total_max_attempts": TRIES}
+    waits = {"connect_timeout": CONNECT_SECONDS, "read_timeout": READ_SECONDS}
+    config = {"retries": retries, "max_pool_connections": CONNECTIONS, **waits}
+    return fsspec.filesystem("s3", use_listings_cache=False, skip_instance_cache=True, config_kwargs=config)
 
 
 @contextmanager
 def translated(uri: str) -> Iterator[None]:
-    """Translate the errors of a call about `uri`, FileNotFoundError apart.
+    """Translate the errors of a call about `uri`, FileNotFoundError and those of `clouds.py` apart.
 
     Raises RawRefused, StoreUnreachable, RawChanged.
     """
@@ -318,13 +313,13 @@ def translated(uri: str) -> Iterator[None]:
 
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, VilaError):
         raise
     except FileExpired as error:
         raise changed(uri) from error
     except (PermissionError, *BAD_CREDENTIALS) as error:
         raise RawRefused(
-            f"{uri}: access refused ({error}); check that the credentials (for S3 AWS_ACCESS_KEY_ID and "
+            f"{uri}: access refused ({error}); check that the credentials (AWS_ACCESS_KEY_ID and "
             f"AWS_SECRET_ACCESS_KEY, or AWS_PROFILE) are right and may read and list there"
         ) from error
     except (OSError, BotoCoreError, ClientError, aiohttp.ClientError, TimeoutError) as error:
@@ -358,7 +353,6 @@ def _answer(error: BaseException) -> tuple[str, int]:
 
 def _entry_of(info: dict[str, Any], uri: str) -> ObjectVersion:
     """The entry of fsspec's `info`. Raises ValueError if the store gives the object no ETag."""
-    tag = next((str(info[key]) for key in ("ETag", "etag") if info.get(key)), None)
-    if tag is None:
+    if not info.get("ETag"):
         raise ValueError(f"{uri}: the store gives no ETag, which tells a change; copy the data to another store")
-    return ObjectVersion(int(info["size"]), tag)
+    return ObjectVersion(int(info["size"]), str(info["ETag"]))
