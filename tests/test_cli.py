@@ -107,6 +107,8 @@ def test_every_task_runs_inline_and_each_command_finds_what_it_made(ran: Json, r
     assert ElementTree.parse(plot).getroot().attrib["role"] == "img"
     explained = json.loads(CliRunner().invoke(app, ["explain", TINY, *where, "--json"]).stdout)
     assert {step["status"] for step in explained if step["task"] not in ("register", "deploy")} == {"sealed"}
+    changed = CliRunner().invoke(app, ["explain", TINY, *where, "-s", "stages.sft.learning_rate=1e-4"])
+    assert "    stages.sft.learning_rate: 0.0002 -> 0.0001" in changed.stdout.splitlines()
     reported = CliRunner().invoke(app, ["report", TINY, *where, "--json"])
     costs = json.loads(reported.stdout)
     assert [one["uri"] for one in costs] == [step["uri"] for step in explained if step["uri"]]
