@@ -12,7 +12,7 @@ import httpx
 import psutil
 import yaml
 
-from tests.test_local import alive
+from tests.test_local import alive, states
 from vila_ops import local
 from vila_ops.artifacts.leases import hold
 from vila_ops.config import load
@@ -133,3 +133,15 @@ def cancel(servers: Json, flow_run: str) -> None:
 def automations(servers: Json) -> list[str]:
     asked = httpx.post(f"{servers['at'].prefect}/api/automations/filter", json={}, trust_env=False).json()
     return sorted(one["name"] for one in asked)
+
+
+def pids(settings: LocalServers) -> dict[str, int | None]:
+    return {server.name: server.pid for server in local.status(settings)}
+
+
+def await_healthy(settings: LocalServers) -> None:
+    """Wait until every server answers `status`, which gives it a few seconds each time."""
+    deadline = time.monotonic() + 600
+    while states(settings) != {"healthy"}:
+        assert time.monotonic() < deadline
+        time.sleep(1)

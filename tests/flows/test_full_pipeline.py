@@ -6,7 +6,6 @@ The tests at the end are about the servers themselves, which start slowly and ar
 import contextlib
 import json
 import os
-import secrets
 import shutil
 import signal
 import sqlite3
@@ -27,13 +26,16 @@ from mlflow import MlflowClient
 from openai import OpenAI
 from typer.testing import CliRunner
 
+from tests.flows.demo_command import CANARY, SECRETS, command, command_lines, environment, kill_once_started
 from tests.flows.flow_runs import (
     ROOT,
     STAGES,
     Json,
     automations,
+    await_healthy,
     cancel,
     kill_server,
+    pids,
     processes_of,
     start_flow_run,
     state_of,
@@ -51,21 +53,9 @@ from vila_ops.local.servers import ray_folder
 from vila_ops.pipeline.explain import explain
 from vila_ops.registry import alias_register
 
-PROGRAM = str(Path(sys.executable).parent / "vila-ops")
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 Demo = Callable[..., Json]
-CANARY = "vila-canary"
 OUTAGE_SECONDS = float(os.environ.get("VILA_OUTAGE", "10"))
-SECRETS = {
-    name: f"{CANARY}-{number}-{secrets.token_hex(6)}"
-    for number, name in enumerate(
-        (
-            *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "OPENAI_API_KEY"),
-            *("VILA_API_KEY", "MLFLOW_TRACKING_TOKEN", "PREFECT_API_AUTH_STRING", "PGPASSWORD", "DATABASE_URL"),
-        )
-    )
-}
-"""What the environment of servers, flow runs and workers may hold."""
 
 
 @pytest.fixture(scope="module")
@@ -75,26 +65,6 @@ def servers(tmp_path_factory: pytest.TempPathFactory, free_servers: Callable[[Pa
     settings = free_servers(folder / "local")
     yield written(folder, settings)
     local.down(settings)
-
-
-def pids(settings: LocalServers) -> dict[str, int | None]:
-    return {server.name: server.pid for server in local.status(settings)}
-
-
-def command(servers: Json, *overrides: str) -> list[str]:
-    """The demo on this test's own servers."""
-    files = ["-r", str(servers["folder"] / "resources.yaml"), "--servers", str(servers["folder"] / "local.yaml")]
-    sets = [word for override in overrides for word in ("-s", override)]
-    return [PROGRAM, "demo", str(servers["folder"] / "recipe.yaml"), *files, *sets]
-
-
-def kill_once_started(servers: Json, *overrides: str) -> str:
-    """SIGKILL to a demo as soon as its flow run is there; returns the flow run's id."""
-    with subprocess.Popen(command(servers, *overrides), cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        said = next(line for line in process.stdout if line.startswith("flow run "))
-        process.kill()
-    return said.strip().rpartition("/")[2]
 
 
 @pytest.fixture(scope="module")
@@ -439,28 +409,8 @@ def test_no_secret_is_in_any_file_page_or_list_of_processes(first: Json, servers
     assert set(pids(servers["settings"]).values()) & there, "the servers do have the secrets"
 
 
-def command_lines() -> Iterator[list[str]]:
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            yield process.cmdline()
-
-
-def environment(process: psutil.Process) -> dict[str, str]:
-    with contextlib.suppress(psutil.Error):
-        return process.environ()
-    return {}
-
-
-def _await_healthy(settings: LocalServers) -> None:
-    """Wait until every server answers `status`, which gives it a few seconds each time."""
-    deadline = time.monotonic() + 600
-    while states(settings) != {"healthy"}:
-        assert time.monotonic() < deadline
-        time.sleep(1)
-
-
 def test_a_second_up_adopts_every_server(first: Json, servers: Json) -> None:
-    _await_healthy(servers["settings"])
+    await_healthy(servers["settings"])
     before = pids(servers["settings"])
     with contextlib.chdir(ROOT):
         local.up(servers["settings"])
@@ -476,7 +426,7 @@ def test_up_replaces_what_was_killed_or_is_configured_otherwise_and_nothing_else
     with contextlib.chdir(ROOT):
         local.up(other)
     after = pids(other)
-    _await_healthy(other)
+    await_healthy(other)
     assert {name for name in before if before[name] != after[name]} == {"ray", "worker"}
 
 
