@@ -146,9 +146,9 @@ def document_mask(model: VilaForConditionalGeneration, segment_ids: Tensor, plan
             return {**ends, "max_length_q": longest, "max_length_k": longest, "deterministic": True}
         case SegmentLengths(tokens):  # a mask of four dimensions reaches the layers unchanged
             lengths = torch.tensor(tokens).view(1, 1, 1, -1)
-            return _by_layer(model, lambda window: lengths)
+            return by_layer(model, lambda window: lengths)
         case dict():
-            return _by_layer(model, lambda window: _block_mask(segment_ids, window, planned[window]))
+            return by_layer(model, lambda window: _block_mask(segment_ids, window, planned[window]))
         case _:
             places = torch.arange(segment_ids.shape[1], device=segment_ids.device)
             return masks(model, attention_mask(segment_ids), (places[:, None] - places)[None, None])
@@ -172,7 +172,15 @@ def masks(model: VilaForConditionalGeneration, attends: Tensor, distance: Tensor
             return seen
         return torch.zeros_like(seen, dtype=torch.float32).masked_fill(~seen, torch.finfo(torch.float32).min)
 
-    return _by_layer(model, mask)
+    return by_layer(model, mask)
+
+
+def by_layer(model: VilaForConditionalGeneration, mask: Mask) -> dict[str, Any]:
+    """Arguments of the language model with the mask of each kind of layer, by its sliding window."""
+    windows = layer_windows(model.config.text_config)
+    if isinstance(windows, dict):
+        return {"attention_mask": {kind: mask(window) for kind, window in windows.items()}}
+    return {"attention_mask": mask(windows)}
 
 
 def varlen_attention(
@@ -216,13 +224,6 @@ def _window_mask(tokens: int, window: int | None) -> Tensor | None:
 
 
 AttentionInterface.register(VARLEN, varlen_attention)
-
-
-def _by_layer(model: VilaForConditionalGeneration, mask: Mask) -> dict[str, Any]:
-    windows = layer_windows(model.config.text_config)
-    if isinstance(windows, dict):
-        return {"attention_mask": {kind: mask(window) for kind, window in windows.items()}}
-    return {"attention_mask": mask(windows)}
 
 
 def _block_mask(segment_ids: Tensor, window: int | None, blocks: Blocks) -> BlockMask:

@@ -214,15 +214,56 @@ def test_new_images_and_long_prompts_are_read_in_pieces_between_the_tokens_of_ot
     while not of(answering, events):
         events += made.step()
     steps, arrivals = [], [reading]
-    while not any(of(reading, events) for events, _ in steps):
-        before = features.num_computed
-        steps.append((made.step(arrivals), features.num_computed - before))
-        arrivals = []
+    with counted(loaded) as seen:
+        while not any(of(reading, events) for events, _ in steps):
+            before = features.num_computed
+            steps.append((made.step(arrivals), features.num_computed - before))
+            arrivals = []
     has_token = [bool(of(answering, events)) for events, _ in steps]
     assert all(one or other for one, other in itertools.pairwise(has_token))
     assert [computed for _, computed in steps if computed] == [1] * len(images)
-    pieces = -(-len(reading.prompt.input_ids) // 16)
-    assert has_token.count(False) == len(images) + pieces
+    assert has_token.count(False) == len(images)
+    whole, rest = divmod(len(reading.prompt.input_ids), 16)
+    assert rest
+    assert [count for count in seen if count > 1] == [1 + 16] * whole + [1 + rest], "with a token of the other answer"
+
+
+def test_while_there_are_answers_the_tower_computes_a_few_layers_at_a_time(
+    loaded: LoadedModel, images: list[bytes]
+) -> None:
+    class OneLayer(ReadingPace):
+        def seconds(self) -> float:
+            return 0.0
+
+    features = RecentFeatures(loaded.model, Pixels((0.5,) * 3, (0.5,) * 3), max_images=8)
+    recent = LoadedModel(loaded.model, loaded.device, loaded.tokenizer, features, loaded.image_aspect_ratio)
+    prompts = [prompt(loaded, 3), prompt(loaded, 5, images[:1]), prompt(loaded, 6, images[1:3])]
+    expected = [run(scheduler(recent), [one])[0] for one in requests(prompts, 40)]
+    features._kept.clear()
+    made = scheduler(recent, bound_pauses=True)
+    made.pace = OneLayer(max_tokens=512)
+    first, aborted, last = requests(prompts, 40)
+    events = made.step([first])
+    while not of(first, events):
+        events += made.step()
+    layers = loaded.model.config.vision_config.num_hidden_layers
+    assert layers > 1
+    events += made.step([aborted])
+    assert features._unfinished is not None
+    aborted.aborted = True
+    steps = [made.step([last])]
+    while not of(last, [event for events in steps for event in events]):
+        steps.append(made.step())
+    without = [events for events in steps if not of(first, events)]
+    assert len(without) == 2 * (layers + 1), "the layers of two images, and what comes before the first layer"
+    assert all(of(first, one) or of(first, other) for one, other in itertools.pairwise(steps))
+    assert features._unfinished is None
+    assert features.num_computed == 3 + 1 + 2
+    events += [event for events in steps for event in events] + all_events(made, [])
+    assert [[token for delta in of(one, events) for token in delta.ids] for one in (first, last)] == [
+        expected[0],
+        expected[2],
+    ]
 
 
 def test_prompts_are_read_at_the_pace_of_answers_only_while_there_are_some(loaded: LoadedModel) -> None:
@@ -244,8 +285,8 @@ def test_prompts_are_read_at_the_pace_of_answers_only_while_there_are_some(loade
         while not of(second, events):
             events += made.step()
     whole, rest = divmod(len(second.prompt.input_ids), 7)
-    assert rest > 1, "so that its pass is told from those that decode one row"
-    assert [count for count in seen if count > 1] == [7] * whole + [rest]
+    assert rest
+    assert [count for count in seen if count > 1] == [1 + 7] * whole + [1 + rest], "with a token of the first answer"
     events += all_events(made, [])
     assert [[token for delta in of(one, events) for token in delta.ids] for one in (first, second)] == expected
 

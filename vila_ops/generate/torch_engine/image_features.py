@@ -5,6 +5,7 @@
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vila_ops.generate.torch_engine.tower_pass import TowerPass, pause_between_layers
 from vila_ops.model.features import BATCH, FeatureCache
 from vila_ops.model.pixels import Pixels, levels
 from vila_ops.model.vila import VilaForConditionalGeneration
@@ -32,16 +34,29 @@ class ImageFeatures(Protocol):
     def __call__(self, images: Sequence[bytes]) -> Tensor:
         """Features (I, P, C) of all of these images."""
 
-    def first(self, images: Sequence[SaltedImage]) -> list[Tensor]:
-        """Features (P, C) of the first of these images, of at least one and as many as one step may compute."""
+    def first(self, images: Sequence[SaltedImage], seconds: float | None = None) -> list[Tensor]:
+        """Features (P, C) of the first of these images: as many as one step may compute, and at least one.
+
+        After about so many `seconds` of computing, an image may be left unfinished: then it is none of them, and the
+        next call goes on with it.
+        """
 
 
 class StoredFeatures(FeatureCache):
     """On disk, by the bytes of an image and without a salt; a pass of the tower takes BATCH images."""
 
-    def first(self, images: Sequence[SaltedImage]) -> list[Tensor]:
-        """As in `ImageFeatures`."""
+    def first(self, images: Sequence[SaltedImage], seconds: float | None = None) -> list[Tensor]:
+        """As in `ImageFeatures`; every image is finished."""
         return list(self([image.data for image in images[:BATCH]]))
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """An image whose features are computed."""
+
+    image: SaltedImage
+    key: bytes
+    tower_pass: TowerPass
 
 
 class RecentFeatures:
@@ -53,32 +68,45 @@ class RecentFeatures:
     def __init__(self, model: VilaForConditionalGeneration, pixels: Pixels, *, max_images: int) -> None:
         self.model, self.pixels, self.max_images = model, pixels, max_images
         self.num_computed = 0
-        """Images that went through the tower so far."""
+        """Images that went into the tower so far."""
         self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._unfinished: _Begun | None = None
+        pause_between_layers(model.model.vision_tower)
 
     def __call__(self, images: Sequence[bytes]) -> Tensor:
         """As in `ImageFeatures`."""
         return torch.stack([self.first([SaltedImage(image, "")])[0] for image in images])
 
-    def first(self, images: Sequence[SaltedImage]) -> list[Tensor]:
-        """As in `ImageFeatures`. Images that are kept are none that the step computes."""
+    @torch.no_grad()
+    def first(self, images: Sequence[SaltedImage], seconds: float | None = None) -> list[Tensor]:
+        """As in `ImageFeatures`. Images that are kept are none that the step computes.
+
+        An unfinished image is dropped when the first one to compute is another: its request was aborted.
+        """
         features: list[Tensor] = []
         computed = False
         for image in images:
-            square = levels(image.data)
-            key = _key(square, image.salt)
-            if key not in self._kept:
+            begun = self._unfinished if self._unfinished and self._unfinished.image == image else self._begin(image)
+            if begun.key not in self._kept:
                 if computed:
                     break
                 computed = True
-                self._kept[key] = self._compute(square)
-            self._kept.move_to_end(key)
-            features.append(self._kept[key])
+                self._unfinished = None
+                found = begun.tower_pass.run_for(seconds)
+                if found is None:
+                    self._unfinished = begun
+                    break
+                self._kept[begun.key] = found
+            self._kept.move_to_end(begun.key)
+            features.append(self._kept[begun.key])
         while len(self._kept) > self.max_images:
             self._kept.popitem(last=False)
         return features
 
-    @torch.no_grad()
+    def _begin(self, image: SaltedImage) -> _Begun:
+        square = levels(image.data)
+        return _Begun(image, _key(square, image.salt), TowerPass(lambda: self._compute(square)))
+
     def _compute(self, square: NDArray[np.uint8]) -> Tensor:
         self.num_computed += 1
         device = next(self.model.model.vision_tower.parameters()).device

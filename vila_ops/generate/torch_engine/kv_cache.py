@@ -1,13 +1,16 @@
 """The key-value cache of the rows that are read and decoded, each with its own length; its size has a bound."""
 
-# N slots, R rows of a pass, Q new tokens of a row, H key-value heads, K head dim
+# N slots, R rows of a group, Q new tokens of a row, T those of a pass, W key positions, H key-value heads, K head dim
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import LlamaModel
+
+from vila_ops.generate.torch_engine.row_attention import RowStates
 
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 """The argument by which models of transformers take a cache; it is `cache` from 5.24 on."""
@@ -19,12 +22,29 @@ MIN_TOKENS = 4096
 """Positions that these slots have at most; of longer rows there are fewer slots at first."""
 
 
+@dataclass(frozen=True)
+class _Group:
+    """Rows of a pass that have the same number of new tokens, padding included."""
+
+    rows: Tensor
+    """(R,)"""
+    positions: Tensor
+    """(R, Q) of the new tokens."""
+    ends: Tensor
+    """(R, Q): where their keys and values are written."""
+    width: int
+    """W: key positions that the pass reads."""
+    is_front: bool
+    """Whether the rows are the first of the cache."""
+
+
 class KVCache:
     """Keys and values of sequences, passed to the model as CACHE_ARGUMENT.
 
-    A pass (`begin`, the model, `end`) adds tokens to some rows, to each its own number. The caller passes masks and
-    positions explicitly, so the model's layers use only `update`. Layers with a sliding window keep all positions too;
-    their mask hides those outside of it.
+    A pass (`begin`, the model, `end`) adds tokens to some rows, to each its own number. The new tokens of all rows are
+    one row of the pass, group by group. The caller passes masks and positions explicitly, so the model's layers use
+    only `update`, whose result `row_attention` takes. Layers with a sliding window keep all positions too; their mask
+    hides those outside of it.
     """
 
     def __init__(self, *, max_tokens: int, device: torch.device) -> None:
@@ -58,30 +78,23 @@ class KVCache:
             self.keys, self.values = ([self._moved(layer) for layer in layers] for layers in (self.keys, self.values))
         self.lengths += new
 
-    def begin(self, rows: Sequence[int], counts: Sequence[int]) -> Tensor:
-        """Begin a pass that adds `counts` tokens to `rows`, and return the positions (R, Q) of all its tokens.
+    def begin(self, groups: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor:
+        """Begin a pass that adds `counts` tokens to `rows`, for each group of both; the positions (1, T) of all tokens.
 
-        A row with fewer tokens than others is padded on the right, at the position of its last token.
+        A row with fewer tokens than others of its group is padded on the right, at the position of its last token.
         """
-        self._pass = (rows, counts)
-        lengths = torch.tensor([[self.lengths[row]] for row in rows])
-        new = torch.arange(max(counts))[None]
-        added = torch.tensor(counts)[:, None]
-        positions = lengths + torch.minimum(new, added - 1)
-        self._ends = torch.where(new < added, positions, self.capacity).to(self.device)
-        self._rows = torch.tensor(rows, device=self.device)
-        self._width = int(positions.max()) + 1
-        self._is_front = list(rows) == list(range(len(rows)))
-        self._positions = positions.to(self.device)
-        return self._positions
+        self._added = [(row, count) for rows, counts in groups for row, count in zip(rows, counts, strict=True)]
+        self._groups = [self._group(rows, counts) for rows, counts in groups]
+        return torch.cat([group.positions.flatten() for group in self._groups])[None]
 
-    def distance(self) -> Tensor:
-        """(R, 1, Q, width): the position of each token of the pass minus those of the keys; negative: not seen yet."""
-        keys = torch.arange(self._width, device=self.device)
-        return (self._positions[:, :, None] - keys)[:, None]
+    def distances(self) -> list[Tensor]:
+        """(R, Q, W) of each group: the position of each new token minus those of the keys; negative: not seen yet."""
+        return [group.positions[:, :, None] - torch.arange(group.width, device=self.device) for group in self._groups]
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Take a layer's keys and values (R, H, Q, K) of the pass and return those of all tokens so far."""
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[RowStates, RowStates]:
+        """Take a layer's keys and values (1, H, T, K) of the pass and return those of all tokens so far."""
         if layer_idx == len(self.keys):
             self.keys.append(self._empty(key))
             self.values.append(self._empty(value))
@@ -93,7 +106,7 @@ class KVCache:
 
     def end(self) -> None:
         """Count the tokens of the pass."""
-        for row, count in zip(*self._pass, strict=True):
+        for row, count in self._added:
             self.lengths[row] += count
 
     def swap(self, one: int, other: int) -> None:
@@ -141,8 +154,24 @@ class KVCache:
         moved[:rows, :, :used] = layer[:rows, :, :used]
         return moved
 
-    def _write(self, layer: Tensor, new: Tensor) -> Tensor:
-        layer[self._rows[:, None], :, self._ends] = new.transpose(1, 2)
-        if self._is_front:
-            return layer[: len(self._rows), :, : self._width]
-        return layer[self._rows, :, : self._width]
+    def _group(self, rows: Sequence[int], counts: Sequence[int]) -> _Group:
+        lengths = torch.tensor([[self.lengths[row]] for row in rows])
+        new = torch.arange(max(counts))[None]
+        added = torch.tensor(counts)[:, None]
+        positions = lengths + torch.minimum(new, added - 1)
+        return _Group(
+            rows=torch.tensor(rows, device=self.device),
+            positions=positions.to(self.device),
+            ends=torch.where(new < added, positions, self.capacity).to(self.device),
+            width=int(positions.max()) + 1,
+            is_front=list(rows) == list(range(len(rows))),
+        )
+
+    def _write(self, layer: Tensor, new: Tensor) -> RowStates:
+        parts = torch.split(new[0], [group.positions.numel() for group in self._groups], dim=1)
+        states = []
+        for group, part in zip(self._groups, parts, strict=True):
+            layer[group.rows[:, None], :, group.ends] = torch.unflatten(part.transpose(0, 1), 0, group.ends.shape)
+            rows = slice(len(group.rows)) if group.is_front else group.rows
+            states.append(layer[rows, :, : group.width])
+        return RowStates(states, [group.positions.shape[1] for group in self._groups])

@@ -1,20 +1,20 @@
-"""How much of prompts is read between two tokens of the answers under way: the pauses that it makes are bounded."""
+"""How much of prompts and images is read between two tokens of the answers under way: the pauses are bounded."""
 
 SMOOTHING = 0.2
 """Weight of the newest measurement in a running mean."""
 SHARE = 0.5
-"""Of the time of a pass that decodes: what the tokens of a prompt may add to a pass that reads them."""
+"""Of the time of a pass that decodes: what reading may add to it."""
 MIN_TOKENS = 16
 """Fewer would be read for hardly less than the fixed cost of a pass."""
 
 
 class ReadingPace:
-    """The most tokens that one pass may read while others wait for their next token, from the times of passes so far.
+    """What reading may take between two tokens, from the times of passes so far.
 
-    A pass that decodes takes d seconds; one that reads N tokens takes about d + N t, as both go through all weights.
-    N is chosen so that N t is SHARE d: a pause between two tokens is then about two and a half passes that decode,
-    whatever the machine and the model. Where a device computes beside the host, the times of reading are those of its
-    launches alone, and the limit stays at its maximum.
+    A pass that decodes takes d seconds; one that reads N tokens too takes about d + N t, as it goes through the weights
+    once. N is chosen so that N t is SHARE d, and the tower computes for so long between two passes: a pause between two
+    tokens is then about one and a half passes that decode, whatever the machine and the model. Where a device computes
+    beside the host, the times of reading are those of its launches alone, and the limit stays at its maximum.
     """
 
     def __init__(self, *, max_tokens: int) -> None:
@@ -37,10 +37,14 @@ class ReadingPace:
             self._read = _mean(self._read, tokens)
 
     def tokens(self) -> int:
-        """The most tokens of the next pass that reads."""
+        """The most tokens of prompts in the next pass that reads."""
         if self._decoding is None or self._read is None or not self._added:
             return self.max_tokens
         return min(self.max_tokens, max(MIN_TOKENS, int(SHARE * self._decoding * self._read / self._added)))
+
+    def seconds(self) -> float | None:
+        """How long the tower may compute before the next pass; None: no pass was measured yet."""
+        return None if self._decoding is None else SHARE * self._decoding
 
 
 def _mean(before: float | None, new: float) -> float:

@@ -1,6 +1,6 @@
 """Continuous batching: requests join and leave between steps, each of which is one pass of a model."""
 
-# R rows, T tokens, D language model dim, V vocabulary
+# R rows, T tokens of a pass, D language model dim, V vocabulary
 
 import itertools
 import logging
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vila_ops.generate.request import Delta
+from vila_ops.generate.torch_engine import row_attention
 from vila_ops.generate.torch_engine.image_features import SaltedImage
 from vila_ops.generate.torch_engine.kv_cache import CACHE_ARGUMENT, PAGE, KVCache
 from vila_ops.generate.torch_engine.loaded_model import LoadedModel
@@ -19,7 +20,6 @@ from vila_ops.generate.torch_engine.prefixes import PrefixCache, TokenSequence
 from vila_ops.generate.torch_engine.reading_pace import ReadingPace
 from vila_ops.generate.torch_engine.request_state import GenerationRequest, RequestState
 from vila_ops.generate.torch_engine.sampling import Chosen, choose
-from vila_ops.model.attention import masks
 
 SLOTS = 64
 """Rows that are decoded at once by default. An answer takes a fifth less of a CPU than with 16 (measured)."""
@@ -45,9 +45,9 @@ class Scheduler:
     ) -> None:
         """At most `slots` requests are under way, of which the cache holds `cache_tokens` positions.
 
-        A step reads at most `prefill_tokens` of prompts, padding included; with `bound_pauses`, as few as `ReadingPace`
-        says while there are answers under way. At most `prefix_tokens` tokens that were read are kept for prompts after
-        them.
+        A step reads at most `prefill_tokens` of prompts, padding included. With `bound_pauses`, it reads as little as
+        `ReadingPace` says while there are answers under way, and computes as little of images. At most `prefix_tokens`
+        tokens that were read are kept for prompts after them.
         """
         self.loaded, self.slots, self.prefill_tokens = loaded, slots, prefill_tokens
         self.pace = ReadingPace(max_tokens=prefill_tokens) if bound_pauses else None
@@ -63,8 +63,8 @@ class Scheduler:
         self._numbers = itertools.count()
         self._events: list[Event] = []
         # Each step is the first of these that has work, and the next step begins with its successor: so between two
-        # tokens of an answer, one pass at most reads other prompts or images.
-        self._turns = deque([self._encode, self._decode, self._prefill, self._decode])
+        # tokens of an answer there is either time for images or a pass that reads prompts too.
+        self._turns = deque([self._encode, self._decode, self._decode_and_read])
 
     @property
     def is_busy(self) -> bool:
@@ -73,7 +73,7 @@ class Scheduler:
 
     @torch.inference_mode()
     def step(self, arrivals: Sequence[GenerationRequest] = ()) -> list[Event]:
-        """Take requests, make one pass of the tower or the language model, and return what it adds to requests.
+        """Take requests, use the tower or the language model once, and return what it adds to requests.
 
         An aborted request ends before the pass. If a pass for several requests fails, they go on one at a time from
         where they were, so that one of them does not take the others with it.
@@ -142,37 +142,10 @@ class Scheduler:
             return False
         ahead = itertools.islice(self._waiting, self.slots)
         missing += [(state, image) for state in ahead for image in _images_left(state)]
-        features = self.loaded.features.first([image for _, image in missing])
+        seconds = self.pace.seconds() if self.pace is not None and self.live else None
+        features = self.loaded.features.first([image for _, image in missing], seconds)
         for (state, _), feature in zip(missing, features, strict=False):
             state.features.append(feature)
-        return True
-
-    def _prefill(self) -> bool:
-        """Read the next tokens of some prompts; those that are read to their end get their first token."""
-        started = time.perf_counter()
-        chunk = self._chunk()
-        if not chunk:
-            return False
-        rows = [self.rows.index(state) for state, _ in chunk]
-        starts = [self.cache.lengths[row] for row in rows]
-        counts = [count for _, count in chunk]
-        ids = torch.zeros(len(chunk), max(counts), dtype=torch.long)
-        parts = []
-        for number, ((state, count), start) in enumerate(zip(chunk, starts, strict=True)):
-            assert state.embeddings is not None
-            ids[number, :count] = torch.tensor(state.tokens()[start : start + count])
-            part, state.embeddings = state.embeddings[:count], state.embeddings[count:]
-            parts.append(torch.nn.functional.pad(part, (0, 0, 0, max(counts) - count)))
-        hidden = self._pass(rows, counts, torch.stack(parts), ids.to(self.loaded.device))
-        done = [n for n, (state, count) in enumerate(chunk) if starts[n] + count == len(state.tokens())]
-        if done:
-            at = torch.tensor([[n, counts[n] - 1] for n in done], device=self.loaded.device)
-            chosen = self._choose(hidden[at[:, 0], at[:, 1]], [chunk[n][0] for n in done])
-            for n in done:
-                self._promote(chunk[n][0])
-            self._settle([chunk[n][0] for n in done], chosen)
-        if self.pace is not None:
-            self.pace.read(ids.numel(), time.perf_counter() - started)
         return True
 
     def _chunk(self) -> list[tuple[RequestState, int]]:
@@ -230,30 +203,69 @@ class Scheduler:
         """Add a token to the answer of every live row."""
         if not self.live:
             return False
-        states = self.rows[: self.live]
         started = time.perf_counter()
-        ids = torch.tensor([[state.ids[-1]] for state in states], device=self.loaded.device)
-        counts = [1] * self.live
-        hidden = self._pass(range(self.live), counts, self.loaded.model.embed(ids, None, ids.new_empty(0)), ids)
-        self._settle(states, self._choose(hidden[:, -1], states))
+        self._pass([])
         if self.pace is not None:
             self.pace.decoded(time.perf_counter() - started)
         return True
 
-    def _pass(self, rows: Sequence[int], counts: Sequence[int], embeddings: Tensor, ids: Tensor) -> Tensor:
-        """Hidden states (R, T, D) of the next tokens of some rows, from embeddings (R, T, D) and ids (R, T)."""
-        model, positions = self.loaded.model, self.cache.begin(rows, counts)
-        distance = self.cache.distance()
-        hidden: Tensor = model.hidden(
-            embeddings,
-            position_ids=positions,
-            use_cache=True,
-            **{CACHE_ARGUMENT: self.cache},
-            **masks(model, distance >= 0, distance),
-            **model.routing(ids),
-        ).last_hidden_state
+    def _decode_and_read(self) -> bool:
+        """Read the next tokens of some prompts; the same pass adds a token to the answer of every live row."""
+        started = time.perf_counter()
+        chunk = self._chunk()
+        if not chunk:
+            return False
+        tokens = self._pass(chunk)
+        if self.pace is not None:
+            self.pace.read(tokens, time.perf_counter() - started)
+        return True
+
+    def _pass(self, chunk: Sequence[tuple[RequestState, int]]) -> int:
+        """Decode the live rows and read a chunk; the number of tokens that were read, padding included.
+
+        A prompt that is read to its end gets its first token.
+        """
+        states = self.rows[: self.live]
+        groups: list[tuple[Sequence[int], Sequence[int]]] = [(range(self.live), [1] * self.live)] if states else []
+        ids = torch.tensor([state.ids[-1] for state in states], dtype=torch.long)
+        embeddings = [self.loaded.embed_prompt(ids.tolist(), [])] if states else []
+        answered, read = list(range(self.live)), 0
+        if chunk:
+            rows, counts = [self.rows.index(state) for state, _ in chunk], [count for _, count in chunk]
+            padded = torch.zeros(len(chunk), max(counts), dtype=torch.long)
+            for number, (state, count) in enumerate(chunk):
+                assert state.embeddings is not None
+                start, tokens = self.cache.lengths[rows[number]], state.tokens()
+                padded[number, :count] = torch.tensor(tokens[start : start + count])
+                part, state.embeddings = state.embeddings[:count], state.embeddings[count:]
+                embeddings.append(torch.nn.functional.pad(part, (0, 0, 0, max(counts) - count)))
+                if start + count == len(tokens):
+                    states.append(state)
+                    answered.append(self.live + number * max(counts) + count - 1)
+            groups.append((rows, counts))
+            ids, read = torch.cat([ids, padded.flatten()]), padded.numel()
+        hidden = self._hidden(groups, torch.cat(embeddings)[None], ids[None].to(self.loaded.device))
+        if states:
+            chosen = self._choose(hidden[torch.tensor(answered, device=self.loaded.device)], states)
+            for state in states[self.live :]:
+                self._promote(state)
+            self._settle(states, chosen)
+        return read
+
+    def _hidden(self, groups: Sequence[tuple[Sequence[int], Sequence[int]]], embeddings: Tensor, ids: Tensor) -> Tensor:
+        """Hidden states (T, D) of the next tokens of groups of rows, from embeddings (1, T, D) and ids (1, T)."""
+        model, positions = self.loaded.model, self.cache.begin(groups)
+        with row_attention.used_by(model):
+            hidden: Tensor = model.hidden(
+                embeddings,
+                position_ids=positions,
+                use_cache=True,
+                **{CACHE_ARGUMENT: self.cache},
+                **row_attention.masks(model, self.cache.distances()),
+                **model.routing(ids),
+            ).last_hidden_state
         self.cache.end()
-        return hidden
+        return hidden[0]
 
     def _choose(self, hidden: Tensor, states: Sequence[RequestState]) -> list[Chosen]:
         """The next token of each row, from hidden states (R, D)."""
