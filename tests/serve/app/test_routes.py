@@ -52,11 +52,12 @@ class ObservedScheduler(Scheduler):
         self.gate.wait(30)
         return super().step(arrivals)
 
-    def _pass(self, rows: Sequence[int], *given: Any) -> Tensor:
+    def _hidden(self, groups: Sequence[tuple[Sequence[int], Sequence[int]]], *given: Any) -> Tensor:
+        rows = [row for rows, _ in groups for row in rows]
         self.batches.append(len(rows))
         if any(self.poison in self.rows[row].request.prompt.input_ids for row in rows):
             raise RuntimeError("/secret/path exploded")
-        return super()._pass(rows, *given)
+        return super()._hidden(groups, *given)
 
 
 class ObservedEngine(InProcessEngine):
