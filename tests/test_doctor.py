@@ -17,10 +17,12 @@ from vila_ops import doctor
 from vila_ops.artifacts.store import throughput
 from vila_ops.cli import app
 from vila_ops.cluster import ACCELERATOR_TYPE
+from vila_ops.config import Resources
 from vila_ops.config.local import LocalServers
 from vila_ops.doctor import cluster
 from vila_ops.doctor.cluster import clock_findings, examined, has_device, slow_nodes, version_findings
 from vila_ops.doctor.node import PACKAGES, NodeReport
+from vila_ops.doctor.services import services
 from vila_ops.doctor.software import needs, packages
 from vila_ops.errors import DiskFault, StoreRefused
 
@@ -45,6 +47,24 @@ def test_the_installed_versions_are_those_that_are_needed_and_a_missing_one_is_n
     (too_new, missing) = packages({"ray": "2.60.0", "fastapi": "0.155.0", "dvc": None})
     assert too_new.text.startswith("fastapi 0.155.0; <0.151,>=0.139 is needed")
     assert missing.text.startswith("dvc is missing; ")
+
+
+def test_beside_vllm_an_older_transformers_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The advice to install a newer one would break vLLM."""
+    for there, ok in ((None, False), (object(), True)):
+        monkeypatch.setattr("vila_ops.doctor.software.find_spec", lambda _, there=there: there)
+        assert [finding.ok for finding in packages({"transformers": "5.19.0"})] == [ok]
+
+
+def test_a_missing_vllm_is_told_where_the_resources_ask_for_it(
+    tmp_path: Path, make_resources: Callable[..., Resources], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vila_ops.generate.load.find_spec", lambda _: None)
+    for setting in ("serve.engine", "evaluate.engine"):
+        resources = make_resources(tmp_path, **{setting: {"kind": "vllm"}})
+        lacks = [finding.text for finding in services(resources) if not finding.ok]
+        assert [text.partition(", which")[0] for text in lacks] == ["the engine vllm needs vLLM"]
+    assert all(finding.ok for finding in services(make_resources(tmp_path, **{"serve.engine": {"kind": "auto"}})))
 
 
 def test_a_store_tells_its_throughput_and_keeps_nothing_of_the_measurement(store: str, tmp_path: Path) -> None:

@@ -1,15 +1,17 @@
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from vila_ops.artifacts.kinds import Pretrained
 from vila_ops.artifacts.store import content
 from vila_ops.config import Model, Resources
-from vila_ops.config.engine import TorchEngine
+from vila_ops.config.engine import AutoEngine, TorchEngine, VllmEngine
 from vila_ops.generate.engine import EngineOptions, generate_all, score_all
-from vila_ops.generate.load import load_engine
+from vila_ops.generate.load import chosen, load_engine, open_folder
 from vila_ops.generate.request import Prompt, Sampling
 from vila_ops.model.assemble import assemble
 
@@ -50,3 +52,16 @@ def test_a_model_whose_tokenizer_has_no_bos_token_answers_and_scores(
     text = tokenizer.text_ids("A dog.")
     ((scored,),) = score_all(engine, [(Prompt(tokenizer.context), [text])])
     assert scored.tokens == len(text)
+
+
+def test_a_missing_or_broken_vllm_is_told_with_the_way_out_and_passed_over_by_auto(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, options = Pretrained(uri=str(tmp_path), digest="d"), EngineOptions(tmp_path)
+    for there, fault in ((None, "is not installed in"), (object(), r"cannot be imported \(import of vllm halted")):
+        monkeypatch.setattr("vila_ops.generate.load.find_spec", lambda _, there=there: there)
+        monkeypatch.setitem(sys.modules, "vllm", None)
+        monkeypatch.delitem(sys.modules, "vila_ops.generate.vllm", raising=False)
+        with pytest.raises(ValueError, match=rf"{fault}.*docs/serving\.md says how .* engine to torch"):
+            open_folder(tmp_path, VllmEngine(), options)
+        assert chosen(model, AutoEngine(), options) == TorchEngine()

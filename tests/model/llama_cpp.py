@@ -7,10 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
 from numpy.typing import NDArray
 
 IMAGE_CHUNK = 1
 MARKER = "<__media__>"
+OTHER_TYPES = {
+    GGMLQuantizationType.Q4_K: GGMLQuantizationType.Q5_0,
+    GGMLQuantizationType.Q6_K: GGMLQuantizationType.Q8_0,
+}
+"""What a matrix gets whose rows do not divide by 256: tensor_type_fallback in src/llama-quant.cpp."""
 
 
 class Parameters(ctypes.Structure):
@@ -37,6 +43,7 @@ def library() -> ctypes.CDLL:
     assert spec.origin is not None
     lib = ctypes.CDLL(str(Path(spec.origin).with_name("xllamacpp.abi3.so")))
     pointer, text, number, size = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_size_t
+    long = ctypes.c_int64
     types: dict[str, tuple[Any, Sequence[Any]]] = {
         "llama_backend_init": (None, ()),
         "llama_model_default_params": (Parameters, ()),
@@ -65,12 +72,61 @@ def library() -> ctypes.CDLL:
             (pointer, pointer, pointer, number, number, number, ctypes.c_bool, ctypes.POINTER(number)),
         ),
         "mtmd_free": (None, (pointer,)),
+        "ggml_quantize_chunk": (size, (number, pointer, pointer, long, long, long, pointer)),
     }
     for name, (result, arguments) in types.items():
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
     lib.llama_backend_init()
     return lib
+
+
+def write_q4_k_m(source: Path, path: Path) -> float:
+    """Write a file with F16 matrices again as Q4_K_M, and return its bits a weight.
+
+    The quantiser is ggml's. The library lacks `llama_model_quantize`, so `q4_k_m_type` says which type a matrix gets.
+    """
+    lib, reader, writer = library(), GGUFReader(source), GGUFWriter(path, "llama")
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name not in ("general.architecture", "general.file_type"):
+            kind = field.types[0]
+            of = field.types[-1] if kind == GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), kind, sub_type=of)
+    writer.add_file_type(LlamaFileType.MOSTLY_Q4_K_M)
+    names = {one.name for one in reader.tensors}
+    layers = sum(name.endswith("attn_v.weight") for name in names)
+    num_bytes = weights = 0
+    for one in reader.tensors:
+        data, stored = one.data, one.tensor_type
+        if data.ndim == 2:
+            stored = q4_k_m_type(one.name, data.shape[1], layers=layers, tied="output.weight" not in names)
+            data = _quantised(lib, data.astype(np.float32), stored)
+        writer.add_tensor(one.name, data, raw_dtype=stored)
+        num_bytes, weights = num_bytes + data.nbytes, weights + one.n_elements
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return 8 * num_bytes / weights
+
+
+def q4_k_m_type(name: str, columns: int, *, layers: int, tied: bool) -> GGMLQuantizationType:
+    """The type of a Llama's matrix: llama_tensor_get_type_impl in src/llama-quant.cpp, for fewer than 80 layers."""
+    layer = int(name.split(".")[1]) if name.startswith("blk.") else 0
+    more = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+    is_head = name == ("token_embd.weight" if tied else "output.weight")
+    six = is_head or (more and ("attn_v" in name or "ffn_down" in name))
+    kind = GGMLQuantizationType.Q6_K if six else GGMLQuantizationType.Q4_K
+    return kind if columns % 256 == 0 else OTHER_TYPES[kind]
+
+
+def _quantised(lib: ctypes.CDLL, values: NDArray[np.float32], kind: GGMLQuantizationType) -> NDArray[np.uint8]:
+    """The bytes of each row of a matrix (R, C)."""
+    rows, columns = values.shape
+    out = np.zeros((rows, values.nbytes // rows), np.uint8)  # more than enough
+    pointers = (values.ctypes.data, out.ctypes.data)
+    used = lib.ggml_quantize_chunk(int(kind), *pointers, 0, rows, columns, None)
+    return out.reshape(-1)[:used].reshape(rows, -1)
 
 
 class LlamaCpp:

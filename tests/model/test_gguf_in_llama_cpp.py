@@ -16,7 +16,7 @@ from PIL import Image as Pillow
 
 pytest.importorskip("xllamacpp", reason="xllamacpp, a package with llama.cpp, is not installed", exc_type=ImportError)
 
-from tests.model.llama_cpp import MARKER, LlamaCpp
+from tests.model.llama_cpp import MARKER, LlamaCpp, write_q4_k_m
 from vila_ops.artifacts.store import content
 from vila_ops.config import Model, Resources
 from vila_ops.config.images import Webp
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 QUESTION = "Is there a dog?"
 FEATURE_ERROR = 2e-3
 """Of the largest feature: llama.cpp's GELUs are the tanh form, from tables of 16 bits."""
-LOGIT_ERROR = {"f32": 2e-3, "f16": 2e-3, "q8_0": 2e-2}
+LOGIT_ERROR = {"f32": 2e-3, "f16": 2e-3, "q8_0": 2e-2, "q4_k_m": 2e-1}
 """Of the largest logit; keys and values are 16 bits in its cache."""
 TOKENS = 24
 
@@ -41,9 +41,13 @@ TOKENS = 24
 def folder(
     make_model: Callable[..., Model],
     make_resources: Callable[..., Resources],
+    tiny: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    return content(assemble(make_model("siglip"), make_resources(tmp_path_factory.mktemp("store"))))
+    """With rows of 256 weights, as Q4_K and Q6_K need them."""
+    language_model = {"kind": "random", "tokenizer": str(tiny / "tokenizer"), "hidden_size": 256}
+    model = make_model("siglip", language_model=language_model)
+    return content(assemble(model, make_resources(tmp_path_factory.mktemp("store"))))
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +61,17 @@ def image(ours: LoadedModel, tiny: Path) -> bytes:
     return square((tiny / "pairs" / "dog.png").read_bytes(), size=side, fit=ours.image_aspect_ratio, encoding=Webp())
 
 
-@pytest.fixture(scope="module", params=["f32", "f16", "q8_0"])
+@pytest.fixture(scope="module", params=list(LOGIT_ERROR))
 def theirs(request: Any, folder: Path, ours: LoadedModel, tmp_path_factory: Any) -> Iterator[tuple[str, LlamaCpp]]:
+    """The kind of a file, and the model in llama.cpp; Q4_K_M is made of the F16 file, as llama-quantize does."""
     out = tmp_path_factory.mktemp("gguf") / request.param
-    export.write_for_llama_cpp(folder, out, request.param)
+    if request.param == "q4_k_m":
+        export.write_for_llama_cpp(folder, out, "f16")
+        bits = write_q4_k_m(out / "model.gguf", out / "quantised.gguf")
+        (out / "quantised.gguf").replace(out / "model.gguf")
+        log.info(f"q4_k_m: {bits:.2f} bits a weight")
+    else:
+        export.write_for_llama_cpp(folder, out, request.param)
     text = ours.model.config.text_config
     opened = LlamaCpp(out, rows=text.vocab_size, width=text.hidden_size)
     yield request.param, opened

@@ -58,6 +58,16 @@ def test_a_device_that_is_not_there_is_refused_before_anything_changes(
     assert not list(Path(resources.storage.store).glob("serve/*.json"))
 
 
+def test_an_engine_that_is_not_installed_is_refused_before_a_process_starts(
+    resources: Resources, versions: Versions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vila_ops.generate.load.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"the engine vllm needs vLLM, which is not installed in .*docs/serving\.md"):
+        deploy(SERVICE, versions[0], resources.with_changes({"serve.engine": {"kind": "vllm"}}))
+    assert not list(Path(resources.storage.store).rglob("*.log"))
+    assert not LocalProcess(SERVICE.name, resources).register.load().tracks()
+
+
 @pytest.mark.slow
 def test_a_server_outlives_its_deployer_is_adopted_replaced_and_started_again(
     resources: Resources, versions: Versions, deploy_elsewhere: Callable[..., str]

@@ -1,6 +1,7 @@
-"""What a run needs before it works: the store, MLflow, the key of the endpoint, and a device."""
+"""What a run needs before it works: the store, MLflow, the key of the endpoint, its engines, and a device."""
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 from vila_ops import tracking
 from vila_ops.artifacts.store import probe
@@ -9,6 +10,7 @@ from vila_ops.config import Resources, Run
 from vila_ops.device import describe, device_of
 from vila_ops.doctor.finding import Finding, tried
 from vila_ops.errors import VilaError
+from vila_ops.generate.load import check_installed
 from vila_ops.serve.credentials import check_key
 from vila_ops.tracking.outbox import shown
 
@@ -20,8 +22,14 @@ def refuse(run: Run, findings: Iterable[Finding]) -> None:
 
 
 def services(resources: Resources) -> Iterator[Finding]:
-    """What every run needs: the store, and where there is a registry, MLflow and the key of the endpoint."""
+    """What every run needs: the store, engines, and where there is a registry, MLflow and the key of the endpoint.
+
+    With launch ray, engines run in the environment of the cluster's nodes, which is not looked at.
+    """
     yield from tried(lambda: probe(resources.storage.store))
+    for kind in sorted({resources.evaluate.engine.kind, resources.serve.engine.kind} - {"auto", "torch"}):
+        if resources.launch == "inline":
+            yield from tried(partial(_engine, kind))
     if resources.tracking.uri is not None:
         yield from tried(lambda: _mlflow(resources))
         yield from tried(lambda: _key(resources))
@@ -46,6 +54,11 @@ def device_findings(resources: Resources) -> Iterator[Finding]:
     needed = max(one.num_workers for one in stages)
     text = f"device {resources.device}: {usable:g} GPUs in the cluster; the resources ask for {needed}"
     yield Finding(ok=usable >= needed, text=text)
+
+
+def _engine(kind: str) -> str:
+    check_installed(kind)
+    return f"the engine {kind} is installed"
 
 
 def _mlflow(resources: Resources) -> str:

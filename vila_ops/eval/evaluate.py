@@ -32,6 +32,7 @@ from vila_ops.config.few_shot import TrainFile
 from vila_ops.eval.job import EvalJob
 from vila_ops.eval.needs import check_held_out
 from vila_ops.eval.report import Report, compose, tracked, tracked_layers, write_report
+from vila_ops.generate.load import check_installed
 from vila_ops.progress import Progress
 from vila_ops.tracking.tables import LoggedTable, log_tables
 
@@ -50,14 +51,16 @@ def evaluate(
     """The report of a model on a suite; measures the benchmarks that the store has no result of.
 
     `data` is the prepared mixture of a `Suite`; official files are read from `resources.storage.benchmarks`.
-    Raises CorruptArtifact for a damaged model, dataset, result or report, and ValueError for too few held-out records
-    and for official files that are missing or faulty.
+    Raises CorruptArtifact for a damaged model, dataset, result or report, and ValueError for too few held-out records,
+    for official files that are missing or faulty, and for an engine that is not installed.
     """
     job = job_of(suite, model, data, resources)
     if (done := _report_of(job)) and not any(map(job.timed_out, suite.benchmarks)):
         return done
     if len(results_of(job)) < len(suite.benchmarks) and not isinstance(model, Endpoint):
         device_on(resources, resources.device)
+        if resources.launch == "inline":
+            check_installed(resources.evaluate.engine.kind)
     if isinstance(suite, Suite):
         assert data is not None
         check_held_out(suite, data)

@@ -1,9 +1,11 @@
 """A model folder to the engine that a config chooses. Light: an engine's module is imported when it is used."""
 
 import logging
+import sys
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from vila_ops.artifacts.kinds import Checkpoint, Pretrained
@@ -19,6 +21,7 @@ if TYPE_CHECKING:  # heavy: transformers
 ENGINES = {"torch": "vila_ops.generate.torch_engine.engine", "vllm": "vila_ops.generate.vllm"}
 """Kind -> module with `open_engine(config, folder, options)`, which returns an `Engine`. A plugin's module has it too,
 beside `Config` and `REVISION`."""
+WAYS_OUT = "docs/serving.md says how to make an environment with both; or set the kind of the engine to torch"
 log = logging.getLogger(__name__)
 
 
@@ -37,11 +40,32 @@ def chosen(model: Checkpoint | Pretrained, config: OwnEngine | AutoEngine, optio
     return TorchEngine()
 
 
+def check_installed(kind: str) -> None:
+    """Raise ValueError for an engine whose program this environment lacks. Imports nothing."""
+    if kind == "vllm" and find_spec("vllm") is None:
+        raise ValueError(f"the engine vllm needs vLLM, which is not installed in {sys.prefix}; {WAYS_OUT}")
+
+
 def _why_not_vllm(model: Checkpoint | Pretrained, options: EngineOptions) -> str | None:
     if find_spec("vllm") is None:
         return "vLLM is not installed"
-    reason: str | None = module_of("vila_ops.engines", ENGINES, "vllm").refusal(content(model), options)
+    try:
+        module = _module("vllm")
+    except ValueError as error:
+        return str(error)
+    reason: str | None = module.refusal(content(model), options)
     return reason
+
+
+def _module(kind: str) -> ModuleType:
+    """The module of an engine. Raises ValueError for vLLM in an environment that lacks it, or whose vLLM is broken."""
+    check_installed(kind)
+    try:
+        return module_of("vila_ops.engines", ENGINES, kind)
+    except ImportError as error:
+        if kind != "vllm":
+            raise
+        raise ValueError(f"vLLM of {sys.prefix} cannot be imported ({error}); {WAYS_OUT}") from error
 
 
 @lru_cache(maxsize=1)
@@ -72,9 +96,9 @@ def open_folder(folder: Path, config: OwnEngine, options: EngineOptions) -> Engi
     """The engine of any model folder, ours or of another program; nothing in it is trusted.
 
     `config` is of one of our kinds or of a plugin's. Raises CorruptArtifact or ValueError with what is wrong with the
-    folder, before anything in it is used.
+    folder, before anything in it is used, and ValueError for an engine that is not installed.
     """
-    engine: Engine = module_of("vila_ops.engines", ENGINES, config.kind).open_engine(config, folder, options)
+    engine: Engine = _module(config.kind).open_engine(config, folder, options)
     return engine
 
 

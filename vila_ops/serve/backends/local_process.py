@@ -20,6 +20,7 @@ import vila_ops
 from vila_ops import __version__
 from vila_ops.config import Config, Resources, fingerprint
 from vila_ops.errors import CorruptArtifact
+from vila_ops.generate.load import check_installed
 from vila_ops.processes import ProcessId, spawn, stop
 from vila_ops.serve.backends.backend import METRICS_SECONDS
 from vila_ops.serve.router.scrape import Headers
@@ -142,7 +143,11 @@ class LocalProcess:
         return record.url()
 
     def start(self, spec: Spec) -> Track:
-        """As in `ServiceBackend`: a process on a port of its own, which only this machine reaches."""
+        """As in `ServiceBackend`: a process on a port of its own, which only this machine reaches.
+
+        Raises ValueError for an engine that is not installed here.
+        """
+        check_installed(spec.capacity.engine.kind)
         record = self._alive()
         if record is None or record.identity != self._identity():
             self._address()
