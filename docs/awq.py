@@ -21,6 +21,7 @@ from huggingface_hub import save_torch_state_dict
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
@@ -49,6 +50,8 @@ def main() -> None:
     source, dataset, out = map(Path, sys.argv[1:])
     if out.exists():
         sys.exit(f"{out} exists; give a folder that does not")
+    if not torch.accelerator.is_available():  # llm-compressor 0.14 pins memory all the same, which fails then
+        IntermediatesCache.pin_memory = lambda *_: None
     model = LlavaForConditionalGeneration.from_pretrained(source, dtype="auto")
     processor = AutoProcessor.from_pretrained(source)
     batches = [batch(ids, processor.image_processor(images, return_tensors="pt")) for ids, images in samples(dataset)]
