@@ -16,11 +16,13 @@ import pytest
 import torch
 
 from tests.serve.app.live import wait_until
+from tests.serve.commands import tiny_run
 from vila_ops.artifacts.kinds import Checkpoint, ModelVersion
 from vila_ops.artifacts.store import content
 from vila_ops.config import Resources, Service
 from vila_ops.device import describe, device_of
 from vila_ops.errors import CorruptArtifact, NotReady
+from vila_ops.pipeline.promotion import deploy_champion
 from vila_ops.serve import tracks
 from vila_ops.serve.backends.local_process import LocalProcess
 from vila_ops.serve.deploy import deploy, undeploy
@@ -62,8 +64,13 @@ def test_an_engine_that_is_not_installed_is_refused_before_a_process_starts(
     resources: Resources, versions: Versions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vila_ops.generate.load.find_spec", lambda _: None)
-    with pytest.raises(ValueError, match=r"the engine vllm needs vLLM, which is not installed in .*docs/serving\.md"):
-        deploy(SERVICE, versions[0], resources.with_changes({"serve.engine": {"kind": "vllm"}}))
+    asking = resources.with_changes({"serve.engine": {"kind": "vllm"}})
+    refused = r"the engine vllm needs vLLM, which is not installed in .*docs/serving\.md"
+    with pytest.raises(ValueError, match=refused):
+        deploy_champion(tiny_run(SERVICE, asking))  # before it trains
+    assert not Path(resources.storage.store).exists()
+    with pytest.raises(ValueError, match=refused):
+        deploy(SERVICE, versions[0], asking)
     assert not list(Path(resources.storage.store).rglob("*.log"))
     assert not LocalProcess(SERVICE.name, resources).register.load().tracks()
 

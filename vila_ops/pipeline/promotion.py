@@ -7,6 +7,7 @@ from vila_ops.config import NO_CONTEXT, Config, Recipe, Resources, Run, RunConte
 from vila_ops.errors import PromotionRaceLost
 from vila_ops.eval.needs import check_held_out
 from vila_ops.eval.report import read_report
+from vila_ops.generate.load import check_installed
 from vila_ops.pipeline.stages import TASKS, Tasks, suite_text, walk
 from vila_ops.registry.register import champion
 from vila_ops.serve.deploy import deploy
@@ -101,7 +102,10 @@ def register_last(run: Run, context: RunContext = NO_CONTEXT) -> ModelVersion:
 
 def deploy_champion(run: Run, context: RunContext = NO_CONTEXT) -> Deployment:
     """Serve the model that the gate let through: the last stage's, or the champion where the gate refused it."""
-    backend_of(run.recipe.service.name, run.resources)  # where an operator serves it fails here, before any training
+    # where an operator serves, or the engine is missing, it fails here, before any training
+    backend_of(run.recipe.service.name, run.resources)
+    if run.resources.launch == "inline":
+        check_installed(run.resources.serve.engine.kind)
     served = to_serve(run.recipe, register_last(run, context), run.resources)
     if served is None:
         raise ValueError(
