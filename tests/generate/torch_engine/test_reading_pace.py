@@ -19,12 +19,12 @@ def test_reading_takes_half_the_time_of_decoding_beyond_what_every_pass_takes(
     fixed: float, token: float, expected: int
 ) -> None:
     pace = ReadingPace(max_tokens=256)
-    assert pace.tokens() == 256, "nothing was measured yet"
+    assert pace.tokens(1, 1) == 256, "nothing was measured yet"
     for length in itertools.islice(itertools.cycle((5, 200, 39)), 60):
         pace.decoded(fixed + token)
-        tokens = min(length, pace.tokens())
+        tokens = min(length, pace.tokens(1, 1))
         pace.read(tokens, fixed + tokens * token)
-    assert pace.tokens() == pytest.approx(expected, rel=0.1)
+    assert pace.tokens(1, 1) == pytest.approx(expected, rel=0.1)
 
 
 def test_a_fixed_cost_of_a_pass_that_reads_is_not_taken_for_that_of_its_few_tokens() -> None:
@@ -32,9 +32,9 @@ def test_a_fixed_cost_of_a_pass_that_reads_is_not_taken_for_that_of_its_few_toke
     pace = ReadingPace(max_tokens=256)
     for length in itertools.islice(itertools.cycle((2, 100)), 200):
         pace.decoded(0.03)
-        tokens = min(length, pace.tokens())
+        tokens = min(length, pace.tokens(1, 1))
         pace.read(tokens, 0.034 + tokens * 0.0003)
-    assert 20 <= pace.tokens() <= 37
+    assert 20 <= pace.tokens(1, 1) <= 37
 
 
 def test_one_slow_pass_changes_little() -> None:
@@ -42,8 +42,18 @@ def test_one_slow_pass_changes_little() -> None:
     for _ in range(20):
         pace.decoded(0.03)
         pace.read(30, 0.045)
-    before = pace.tokens()
+    before = pace.tokens(1, 1)
     pace.read(30, 0.06)
-    assert before * 0.75 < pace.tokens() < before
+    assert before * 0.75 < pace.tokens(1, 1) < before
     pace.read(30, 0.0)  # faster than decoding, by the clock of a host that does not wait for its device
-    assert pace.tokens() > before * 0.8
+    assert pace.tokens(1, 1) > before * 0.8
+
+
+def test_many_requests_that_wait_for_few_answers_get_more_time() -> None:
+    pace = ReadingPace(max_tokens=256)
+    for _ in range(20):
+        pace.decoded(0.03)
+        pace.read(30, 0.06)
+    assert (pace.tokens(1, 1), pace.seconds(1, 1)) == (15, pytest.approx(0.015))
+    assert (pace.tokens(2, 4), pace.seconds(2, 4)) == (15, pytest.approx(0.015))
+    assert (pace.tokens(6, 2), pace.seconds(6, 2)) == (45, pytest.approx(0.045))

@@ -19,7 +19,7 @@ from vila_ops.data.images import square
 from vila_ops.data.records import Image
 from vila_ops.generate.engine import EngineOptions
 from vila_ops.generate.request import Delta, Prompt, Sampling
-from vila_ops.generate.torch_engine.image_features import RecentFeatures
+from vila_ops.generate.torch_engine.image_features import RecentFeatures, SaltedImage
 from vila_ops.generate.torch_engine.loaded_model import LoadedModel, read_model
 from vila_ops.generate.torch_engine.reading_pace import ReadingPace
 from vila_ops.generate.torch_engine.request_state import GenerationRequest
@@ -228,13 +228,14 @@ def test_new_images_and_long_prompts_are_read_in_pieces_between_the_tokens_of_ot
     assert [count for count in seen if count > 1] == [1 + 16] * whole + [1 + rest], "with a token of the other answer"
 
 
+class OneLayer(ReadingPace):
+    def seconds(self, to_read: int, answers: int) -> float:
+        return 0.0
+
+
 def test_while_there_are_answers_the_tower_computes_a_few_layers_at_a_time(
     loaded: LoadedModel, images: list[bytes]
 ) -> None:
-    class OneLayer(ReadingPace):
-        def seconds(self) -> float:
-            return 0.0
-
     features = RecentFeatures(loaded.model, Pixels((0.5,) * 3, (0.5,) * 3), max_images=8)
     recent = LoadedModel(loaded.model, loaded.device, loaded.tokenizer, features, loaded.image_aspect_ratio)
     prompts = [prompt(loaded, 3), prompt(loaded, 5, images[:1]), prompt(loaded, 6, images[1:3])]
@@ -266,9 +267,50 @@ def test_while_there_are_answers_the_tower_computes_a_few_layers_at_a_time(
     ]
 
 
+def test_a_tower_that_fails_between_the_tokens_of_others_ends_its_request_alone(
+    loaded: LoadedModel, images: list[bytes]
+) -> None:
+    features = RecentFeatures(loaded.model, Pixels((0.5,) * 3, (0.5,) * 3), max_images=8)
+    recent = LoadedModel(loaded.model, loaded.device, loaded.tokenizer, features, loaded.image_aspect_ratio)
+    (expected,) = run(scheduler(recent), requests([prompt(loaded, 3)], 20))
+    made = scheduler(recent, bound_pauses=True)
+    made.pace = OneLayer(max_tokens=512)
+    good, broken = requests([prompt(loaded, 3), prompt(loaded, 5, images[:1])], 20)
+    events = made.step([good])
+    while not of(good, events):
+        events += made.step()
+
+    def fails(_: object) -> None:
+        raise RuntimeError("no memory")
+
+    hook = loaded.model.model.vision_tower.register_forward_hook(lambda *given: fails(given))
+    events += made.step([broken])
+    assert features._unfinished is not None
+    events += all_events(made, [])
+    hook.remove()
+    assert [str(one) for request, one in events if request is broken] == ["no memory"]
+    assert [token for delta in of(good, events) for token in delta.ids] == expected
+
+
+def test_an_image_in_the_tower_is_finished_though_an_earlier_request_joins(
+    loaded: LoadedModel, images: list[bytes]
+) -> None:
+    features = RecentFeatures(loaded.model, Pixels((0.5,) * 3, (0.5,) * 3), max_images=8)
+    earlier, later = (SaltedImage(image, "") for image in images[:2])
+    assert features.first([later], 0.0) == []
+    while features.num_computed < 2:
+        assert features.first([earlier, later], 0.0) == []
+    assert len(features._kept) == 1
+    while len(found := features.first([earlier, later], 0.0)) < 2:
+        pass
+    assert features.num_computed == 2
+    whole = RecentFeatures(loaded.model, Pixels((0.5,) * 3, (0.5,) * 3), max_images=8)
+    assert torch.equal(torch.stack(found), whole(images[:2]))
+
+
 def test_prompts_are_read_at_the_pace_of_answers_only_while_there_are_some(loaded: LoadedModel) -> None:
     class Fixed(ReadingPace):
-        def tokens(self) -> int:
+        def tokens(self, to_read: int, answers: int) -> int:
             return 7
 
     made = scheduler(loaded, bound_pauses=True)

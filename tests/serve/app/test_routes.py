@@ -27,6 +27,7 @@ from vila_ops.data.records import Image
 from vila_ops.generate.engine import EngineOptions, generate_all
 from vila_ops.generate.request import Delta, Output, Prompt, Sampling
 from vila_ops.generate.torch_engine.engine import InProcessEngine
+from vila_ops.generate.torch_engine.kv_cache import Group
 from vila_ops.generate.torch_engine.loaded_model import LoadedModel, read_model
 from vila_ops.generate.torch_engine.request_state import GenerationRequest
 from vila_ops.generate.torch_engine.scheduler import Event, Scheduler
@@ -52,7 +53,7 @@ class ObservedScheduler(Scheduler):
         self.gate.wait(30)
         return super().step(arrivals)
 
-    def _hidden(self, groups: Sequence[tuple[Sequence[int], Sequence[int]]], *given: Any) -> Tensor:
+    def _hidden(self, groups: Sequence[Group], *given: Any) -> Tensor:
         rows = [row for rows, _ in groups for row in rows]
         self.batches.append(len(rows))
         if any(self.poison in self.rows[row].request.prompt.input_ids for row in rows):

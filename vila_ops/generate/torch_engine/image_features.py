@@ -52,7 +52,7 @@ class StoredFeatures(FeatureCache):
 
 @dataclass(frozen=True)
 class _Begun:
-    """An image whose features are computed."""
+    """An image whose features are being computed."""
 
     image: SaltedImage
     key: bytes
@@ -81,36 +81,56 @@ class RecentFeatures:
     def first(self, images: Sequence[SaltedImage], seconds: float | None = None) -> list[Tensor]:
         """As in `ImageFeatures`. Images that are kept are none that the step computes.
 
-        An unfinished image is dropped when the first one to compute is another: its request was aborted.
+        An unfinished image is finished first, wherever among these images it is; it is dropped if it is none of them.
         """
         features: list[Tensor] = []
-        computed = False
+        unfinished, computed = self._unfinished, False
+        if unfinished is not None and unfinished.image in images:
+            self._go_on(unfinished, seconds)
+            computed = True
+        elif unfinished is not None:
+            unfinished.tower_pass.close()
+            self._unfinished = None
         for image in images:
-            begun = self._unfinished if self._unfinished and self._unfinished.image == image else self._begin(image)
+            if self._unfinished is not None and self._unfinished.image == image:
+                break
+            begun = self._begin(image)
             if begun.key not in self._kept:
                 if computed:
+                    self._unfinished = self._unfinished or begun
                     break
                 computed = True
-                self._unfinished = None
-                found = begun.tower_pass.run_for(seconds)
-                if found is None:
-                    self._unfinished = begun
+                self._go_on(begun, seconds)
+                if self._unfinished is not None:
                     break
-                self._kept[begun.key] = found
             self._kept.move_to_end(begun.key)
             features.append(self._kept[begun.key])
         while len(self._kept) > self.max_images:
             self._kept.popitem(last=False)
         return features
 
+    @property
+    def _device(self) -> torch.device:
+        """Where the tower is."""
+        device: torch.device = next(self.model.model.vision_tower.parameters()).device
+        return device
+
     def _begin(self, image: SaltedImage) -> _Begun:
         square = levels(image.data)
-        return _Begun(image, _key(square, image.salt), TowerPass(lambda: self._compute(square)))
+        return _Begun(image, _key(square, image.salt), TowerPass(lambda: self._compute(square), self._device))
+
+    def _go_on(self, begun: _Begun, seconds: float | None) -> None:
+        """Keep the features of an image, or note that they are not finished."""
+        self._unfinished = None
+        found = begun.tower_pass.run_for(seconds)
+        if found is None:
+            self._unfinished = begun
+        else:
+            self._kept[begun.key] = found
 
     def _compute(self, square: NDArray[np.uint8]) -> Tensor:
         self.num_computed += 1
-        device = next(self.model.model.vision_tower.parameters()).device
-        features = self.model.tower_features(self.pixels.values(torch.tensor(square)[None].to(device)))[0]
+        features = self.model.tower_features(self.pixels.values(torch.tensor(square)[None].to(self._device)))[0]
         return features.clone()  # else all that the tower computed of the image would stay in memory
 
 

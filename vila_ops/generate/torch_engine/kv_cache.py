@@ -22,9 +22,13 @@ MIN_TOKENS = 4096
 """Positions that these slots have at most; of longer rows there are fewer slots at first."""
 
 
+Group = tuple[Sequence[int], Sequence[int]]
+"""Rows of a pass, and how many tokens it adds to each."""
+
+
 @dataclass(frozen=True)
-class _Group:
-    """Rows of a pass that have the same number of new tokens, padding included."""
+class _Padded:
+    """The rows of a group with the same number of new tokens, padding included."""
 
     rows: Tensor
     """(R,)"""
@@ -78,8 +82,8 @@ class KVCache:
             self.keys, self.values = ([self._moved(layer) for layer in layers] for layers in (self.keys, self.values))
         self.lengths += new
 
-    def begin(self, groups: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor:
-        """Begin a pass that adds `counts` tokens to `rows`, for each group of both; the positions (1, T) of all tokens.
+    def begin(self, groups: Sequence[Group]) -> Tensor:
+        """Begin a pass for groups of rows, and return the positions (1, T) of all tokens.
 
         A row with fewer tokens than others of its group is padded on the right, at the position of its last token.
         """
@@ -154,12 +158,12 @@ class KVCache:
         moved[:rows, :, :used] = layer[:rows, :, :used]
         return moved
 
-    def _group(self, rows: Sequence[int], counts: Sequence[int]) -> _Group:
+    def _group(self, rows: Sequence[int], counts: Sequence[int]) -> _Padded:
         lengths = torch.tensor([[self.lengths[row]] for row in rows])
         new = torch.arange(max(counts))[None]
         added = torch.tensor(counts)[:, None]
         positions = lengths + torch.minimum(new, added - 1)
-        return _Group(
+        return _Padded(
             rows=torch.tensor(rows, device=self.device),
             positions=positions.to(self.device),
             ends=torch.where(new < added, positions, self.capacity).to(self.device),

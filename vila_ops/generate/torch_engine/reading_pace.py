@@ -4,8 +4,8 @@ SMOOTHING = 0.2
 """Weight of the newest measurement in a running mean."""
 SHARE = 0.5
 """Of the time of a pass that decodes: what reading may add to it."""
-MIN_TOKENS = 16
-"""Fewer would be read for hardly less than the fixed cost of a pass."""
+MIN_TOKENS = 4
+"""A prompt gets on by so many a pass, however slow reading is."""
 
 
 class ReadingPace:
@@ -13,8 +13,8 @@ class ReadingPace:
 
     A pass that decodes takes d seconds; one that reads N tokens too takes about d + N t, as it goes through the weights
     once. N is chosen so that N t is SHARE d, and the tower computes for so long between two passes: a pause between two
-    tokens is then about one and a half passes that decode, whatever the machine and the model. Where a device computes
-    beside the host, the times of reading are those of its launches alone, and the limit stays at its maximum.
+    tokens is then about one and a half passes that decode, whatever the machine and the model. Where more requests are
+    to be read than answers are under way, reading may take so many times more: few readers do not hold up many.
     """
 
     def __init__(self, *, max_tokens: int) -> None:
@@ -31,20 +31,25 @@ class ReadingPace:
         self._decoding = _mean(self._decoding, seconds)
 
     def read(self, tokens: int, seconds: float) -> None:
-        """Note a pass that read so many tokens, padding included."""
+        """Note a pass that read so many tokens, padding included, while it added a token to answers."""
         if self._decoding is not None:
             self._added = _mean(self._added, max(0.0, seconds - self._decoding))
             self._read = _mean(self._read, tokens)
 
-    def tokens(self) -> int:
-        """The most tokens of prompts in the next pass that reads."""
+    def tokens(self, to_read: int, answers: int) -> int:
+        """The most tokens of prompts in the next pass, which adds to `answers` while `to_read` requests wait."""
         if self._decoding is None or self._read is None or not self._added:
             return self.max_tokens
-        return min(self.max_tokens, max(MIN_TOKENS, int(SHARE * self._decoding * self._read / self._added)))
+        tokens = round(_share(to_read, answers) * self._decoding * self._read / self._added)
+        return min(self.max_tokens, max(MIN_TOKENS, tokens))
 
-    def seconds(self) -> float | None:
+    def seconds(self, to_read: int, answers: int) -> float | None:
         """How long the tower may compute before the next pass; None: no pass was measured yet."""
-        return None if self._decoding is None else SHARE * self._decoding
+        return None if self._decoding is None else _share(to_read, answers) * self._decoding
+
+
+def _share(to_read: int, answers: int) -> float:
+    return SHARE * max(1.0, to_read / answers)
 
 
 def _mean(before: float | None, new: float) -> float:

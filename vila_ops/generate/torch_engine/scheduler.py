@@ -1,4 +1,7 @@
-"""Continuous batching: requests join and leave between steps, each of which is one pass of a model."""
+"""Continuous batching: requests join and leave between steps.
+
+A step is a pass of the language model, or a pass of the tower or a part of one.
+"""
 
 # R rows, T tokens of a pass, D language model dim, V vocabulary
 
@@ -14,7 +17,7 @@ from torch import Tensor
 from vila_ops.generate.request import Delta
 from vila_ops.generate.torch_engine import row_attention
 from vila_ops.generate.torch_engine.image_features import SaltedImage
-from vila_ops.generate.torch_engine.kv_cache import CACHE_ARGUMENT, PAGE, KVCache
+from vila_ops.generate.torch_engine.kv_cache import CACHE_ARGUMENT, PAGE, Group, KVCache
 from vila_ops.generate.torch_engine.loaded_model import LoadedModel
 from vila_ops.generate.torch_engine.prefixes import PrefixCache, TokenSequence
 from vila_ops.generate.torch_engine.reading_pace import ReadingPace
@@ -63,7 +66,7 @@ class Scheduler:
         self._numbers = itertools.count()
         self._events: list[Event] = []
         # Each step is the first of these that has work, and the next step begins with its successor: so between two
-        # tokens of an answer there is either time for images or a pass that reads prompts too.
+        # tokens of an answer there is time for images or for tokens of prompts, and never for both.
         self._turns = deque([self._encode, self._decode, self._decode_and_read])
 
     @property
@@ -135,6 +138,10 @@ class Scheduler:
         """The rows whose prompts are read, in the order of arrival."""
         return sorted(self.rows[self.live :], key=lambda state: state.number)
 
+    def _to_read(self) -> int:
+        """How many requests wait for their first token."""
+        return len(self.rows) - self.live + len(self._waiting)
+
     def _encode(self) -> bool:
         """Compute features of images of the rows, and in the same pass those of requests that wait."""
         missing = [(state, image) for state in self._reading() for image in _images_left(state)]
@@ -142,7 +149,7 @@ class Scheduler:
             return False
         ahead = itertools.islice(self._waiting, self.slots)
         missing += [(state, image) for state in ahead for image in _images_left(state)]
-        seconds = self.pace.seconds() if self.pace is not None and self.live else None
+        seconds = self.pace.seconds(self._to_read(), self.live) if self.pace is not None and self.live else None
         features = self.loaded.features.first([image for _, image in missing], seconds)
         for (state, _), feature in zip(missing, features, strict=False):
             state.features.append(feature)
@@ -151,7 +158,9 @@ class Scheduler:
     def _chunk(self) -> list[tuple[RequestState, int]]:
         """The rows whose prompts the next pass reads, and how many tokens of each."""
         chunk: list[tuple[RequestState, int]] = []
-        width, most = 0, self.pace.tokens() if self.pace is not None and self.live else self.prefill_tokens
+        width, most = 0, self.prefill_tokens
+        if self.pace is not None and self.live:
+            most = self.pace.tokens(self._to_read(), self.live)
         for state in self._reading():
             if _images_left(state) or (state.embeddings is None and not self._begin(state)):
                 continue
@@ -211,12 +220,12 @@ class Scheduler:
 
     def _decode_and_read(self) -> bool:
         """Read the next tokens of some prompts; the same pass adds a token to the answer of every live row."""
-        started = time.perf_counter()
+        started, answers = time.perf_counter(), self.live
         chunk = self._chunk()
         if not chunk:
             return False
         tokens = self._pass(chunk)
-        if self.pace is not None:
+        if self.pace is not None and answers:
             self.pace.read(tokens, time.perf_counter() - started)
         return True
 
@@ -226,7 +235,7 @@ class Scheduler:
         A prompt that is read to its end gets its first token.
         """
         states = self.rows[: self.live]
-        groups: list[tuple[Sequence[int], Sequence[int]]] = [(range(self.live), [1] * self.live)] if states else []
+        groups: list[Group] = [(range(self.live), [1] * self.live)] if states else []
         ids = torch.tensor([state.ids[-1] for state in states], dtype=torch.long)
         embeddings = [self.loaded.embed_prompt(ids.tolist(), [])] if states else []
         answered, read = list(range(self.live)), 0

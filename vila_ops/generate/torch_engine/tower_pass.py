@@ -7,15 +7,22 @@ back before a layer when its time is over.
 import time
 from collections.abc import Callable
 
+import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 
 class TowerPass(greenlet):
-    """The call of a function that computes features by a tower for which `pause_between_layers` was called."""
+    """The call of a function that computes features by a tower for which `pause_between_layers` was called.
 
-    def __init__(self, compute: Callable[[], Tensor]) -> None:
+    All of it happens in one thread. A pass that is not run to its end has to be closed: its frames hold it and all
+    that the tower computed, and nothing else frees them.
+    """
+
+    def __init__(self, compute: Callable[[], Tensor], device: torch.device) -> None:
+        """`device` is the tower's."""
         super().__init__(compute)
+        self._device = device
         self._until: float | None = None
 
     def run_for(self, seconds: float | None) -> Tensor | None:
@@ -24,9 +31,17 @@ class TowerPass(greenlet):
         features: Tensor | None = self.switch()
         return features
 
+    def close(self) -> None:
+        """End the pass where it is."""
+        self.throw()
+
     def pause(self) -> None:
         """Give the thread back to the caller of `run_for`, if its time is over."""
-        if self._until is not None and time.perf_counter() >= self._until:
+        if self._until is None:
+            return
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)  # else the clock would tell the time of launches alone
+        if time.perf_counter() >= self._until:
             assert self.parent is not None  # only the thread's first greenlet has none
             self.parent.switch(None)
 
