@@ -34,8 +34,8 @@ def promote(
 
     With `approval` it first shows both, and ends its process until a person resumes it, whenever that is; it then runs
     from its start, where everything is sealed by then. The champion is measured too where it has no report on the final
-    suite. A missing device is told before anything works. Returns the version that was judged, the champion, and where
-    it is served.
+    suite. A missing device is told before anything works, but for a champion that only MLflow's alias names. Returns
+    the version that was judged, the champion, and where it is served.
 
     Args:
         recipe: Name of a file in configs/recipes, such as demo; a path that the worker sees; or a whole recipe

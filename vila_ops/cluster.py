@@ -41,6 +41,7 @@ def connect(resources: Resources) -> None:
             return
         ray.shutdown()
     _check_listens(str(resources.ray_address))
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # workers' lines go into files and pages, not to a terminal alone
     with _kept_handler():
         try:
             ray.init(
