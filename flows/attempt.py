@@ -33,7 +33,7 @@ from vila_ops.artifacts.store import root_of
 from vila_ops.config import Recipe, Resources, Run, run_of
 from vila_ops.errors import Preempted
 from vila_ops.pipeline.explain import Step
-from vila_ops.pipeline.sweeper import LABEL, lease_of
+from vila_ops.pipeline.sweeper import ATTEMPT, LABEL, lease_of
 
 POLL_SECONDS = 3.0
 STOP_SECONDS = 12.0
@@ -79,7 +79,8 @@ def attempt(run: Run, work: Callable[[], R]) -> R | State[None]:
             with leases.hold(lease_of(flow_run), store=store) as lease:
                 lease.report = Reporter("flow", f"{runtime.flow_run.flow_name} {run.recipe.name}")
                 with get_client(sync_client=True) as client:
-                    client.update_flow_run_labels(UUID(flow_run), {LABEL: root_of(store)})
+                    state = client.read_flow_run(UUID(flow_run)).state_id
+                    client.update_flow_run_labels(UUID(flow_run), {LABEL: root_of(store), ATTEMPT: str(state)})
                 name = f"{runtime.flow_run.flow_name} {run.recipe.name}"
                 with telling_of_promotions(run), tracing.work("flow", name, flow_run=flow_run):
                     return work()

@@ -13,7 +13,7 @@ import pytest
 from tests.forks import Fork
 from vila_ops.artifacts.leases import hold
 from vila_ops.pipeline.automations import CANCELLED, LOST, automations
-from vila_ops.pipeline.sweeper import LABEL, Sweeper, client_of, lease_of
+from vila_ops.pipeline.sweeper import ATTEMPT, LABEL, WORKER, Sweeper, client_of, lease_of
 
 Json = dict[str, Any]
 AT_MOST = 200
@@ -32,6 +32,8 @@ class Prefect:
 
     def __init__(self, store: str) -> None:
         self.states = {"a": "RUNNING"}
+        self.facts: Json = {}
+        """What is known of a flow run beside its state and its store."""
         self.between: dict[str, str] = {}
         """States after the first page of flow runs."""
         self.events: list[Json] = []
@@ -40,7 +42,9 @@ class Prefect:
         self.store, self.calls = store, 0
 
     def flow_run(self, name: str) -> Json:
-        return {"id": name, "name": name, "labels": {LABEL: self.store}, "state": {"type": self.states[name]}}
+        state = {"type": self.states[name], "id": f"{name} {self.states[name]}"}
+        facts = {"labels": {LABEL: self.store}, "tags": [], "infrastructure_pid": None, **self.facts}
+        return {"id": name, "name": name, "state": state, **facts}
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         path, body = request.url.path.removeprefix("/api"), json.loads(request.content or b"null")
@@ -156,9 +160,56 @@ def test_prefect_gets_the_credentials_that_its_own_client_sends(name: str, monke
         assert client_of("http://prefect/api").headers["Authorization"] == stock._client.headers["Authorization"]
 
 
-def test_a_run_without_our_label_is_none_of_ours(prefect: Prefect, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefect, "flow_run", lambda name: {"id": name, "name": name, "labels": {}})
-    assert sweeper(prefect, lambda: 0.0).sweep() == []
+@pytest.mark.parametrize(
+    ("facts", "ours"),
+    [
+        ({"tags": ["vila"]}, True),
+        ({"tags": ["vila"], "infrastructure_pid": "7", "labels": {WORKER: "process"}}, True),
+        ({"tags": ["vila"], "infrastructure_pid": "job", "labels": {WORKER: "kubernetes"}}, False),
+        ({"tags": ["other"]}, False),
+    ],
+)
+@pytest.mark.parametrize("state", ["PENDING", "RUNNING", "CANCELLING"])
+def test_a_run_whose_worker_was_killed_before_its_process_had_a_lease_is_lost_after_twenty_minutes(
+    prefect: Prefect, state: str, facts: Json, ours: bool
+) -> None:
+    """A job that a cluster was given may wait for a place, and starts without its worker."""
+    clock = [0.0]
+    sweep = sweeper(prefect, lambda: clock[0]).sweep
+    prefect.states, prefect.facts = {"a": state}, {"labels": {}, **facts}
+    assert sweep() == []
+    clock[0] = 1200.0
+    assert sweep() == []
+    clock[0] = 1201.0
+    assert sweep() == (["a"] if ours else [])
+    assert [one["event"] for one in prefect.events] == [CANCELLED if state == "CANCELLING" else LOST] * ours
+
+
+def test_a_run_that_starts_late_is_not_lost(prefect: Prefect) -> None:
+    """It is Running when the sweeper looks once more, before it tells of it."""
+    clock = [0.0]
+    sweep = sweeper(prefect, lambda: clock[0]).sweep
+    prefect.states, prefect.facts = {"a": "PENDING"}, {"labels": {}, "tags": ["vila"]}
+    assert sweep() == []
+    clock[0], prefect.between = 1201.0, {"a": "RUNNING"}
+    assert sweep() == []
+    clock[0] = 2401.0
+    assert sweep() == []
+    clock[0] = 2402.0 + 1200.0
+    assert sweep() == ["a"]
+
+
+def test_the_lease_of_a_killed_attempt_says_nothing_of_the_next_one(prefect: Prefect) -> None:
+    """A person runs a crashed flow run again: it has the label and the lease of its former attempt until it begins."""
+    sweep = sweeper(prefect, lambda: 0.0).sweep
+    with Fork("-c", HELD_AND_KILLED, prefect.store) as process:
+        assert process.wait() == -signal.SIGKILL
+    prefect.facts = {"labels": {LABEL: prefect.store, ATTEMPT: "a state before"}, "tags": ["vila"]}
+    for state in ("PENDING", "RUNNING"):
+        prefect.states["a"] = state
+        assert sweep() == []
+    prefect.facts["labels"][ATTEMPT] = prefect.flow_run("a")["state"]["id"]
+    assert sweep() == ["a"]
 
 
 def test_automations_are_made_once_changed_when_ours_change_and_stay_off_when_a_person_switched_them_off(

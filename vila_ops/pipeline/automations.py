@@ -11,7 +11,8 @@ from vila_ops.config.base import fingerprint
 from vila_ops.local.servers import AUTOMATION
 
 LOST, CANCELLED = "vila.attempt.lost", "vila.attempt.cancelled"
-"""Events of the sweeper: a flow run's process has ended, while it ran and while it was to be cancelled."""
+"""Events of the sweeper: a flow run's process has ended or was never started; the second one, of a run that was to be
+cancelled."""
 PROMOTED = "vila.model.promoted"
 """Event of a flow: a model has become the champion. It is about the resource `vila.model.NAME`."""
 BLOCK = "vila-ops"
@@ -23,7 +24,7 @@ Json = dict[str, Any]
 
 def automations(blocks: list[str]) -> list[Json]:
     """Our automations, as Prefect's API takes them; those that notify only with the ids of notification blocks."""
-    crashed = "Its process ended without a word. Run it again: what was finished is kept."
+    crashed = "Its process ended without a word, or was never started. Run it again: what was finished is kept."
     stopped = "It was cancelled, and its process has ended. Run it again: what was finished is kept."
     own = [
         _automation(AUTOMATION, _on(LOST), [_state("CRASHED", crashed)]),
