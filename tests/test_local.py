@@ -242,3 +242,20 @@ def test_a_deployment_of_flows_that_takes_too_long_says_what_to_do(monkeypatch: 
     monkeypatch.setattr(subprocess, "run", late)
     with pytest.raises(ServerFailed, match=r"did not end within 7 s.*run the same command again, or raise start_time"):
         deployments.deploy_flows(LocalServers(start_timeout_seconds=7))
+
+
+def test_schedules_are_what_people_made_of_them_before_the_flows_were_deployed_again() -> None:
+    """Prefect's `deploy` switches a schedule off that the file has so, and removes one that the file does not have."""
+    daily, weekly, own = ({"cron": f"0 {hour} * * *", "timezone": "UTC"} for hour in (4, 3, 9))
+    ours = [
+        {"id": "1", "schedule": daily, "active": False, "parameters": {"trigger": "schedule"}, "slug": None},
+        {"id": "2", "schedule": weekly, "active": False, "parameters": {}, "slug": None},
+    ]
+    assert list(deployments.schedules_changed([], ours)) == []
+    assert list(deployments.schedules_changed(ours, ours)) == []
+    on = {**ours[0], "id": "9", "active": True, "parameters": {"trigger": "schedule", "recipe": "mine"}}
+    added = {"id": "8", "schedule": own, "active": True, "parameters": {}, "slug": "mine"}
+    assert list(deployments.schedules_changed([on, added, {**ours[1], "id": "7"}], ours)) == [
+        ("1", {"schedule": daily, "active": True, "parameters": {"trigger": "schedule", "recipe": "mine"}}),
+        (None, {"schedule": own, "active": True, "parameters": {}}),
+    ]

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from vila_ops.local.servers import QUICK_SECONDS, answers, endpoints, env, get_j
 
 RETRAIN_QUEUE = "retrain"
 """Work queue of the flow runs that retrain."""
+BUSY_TRIES, BUSY_SECONDS = 30, 1.0
+"""How often a change is tried, and the pause between two tries: Prefect refuses it while its sqlite is locked."""
+Json = dict[str, Any]
 log = logging.getLogger(__name__)
 
 
@@ -43,13 +47,15 @@ def make_work_pool(settings: LocalServers) -> None:
 def deploy_flows(settings: LocalServers) -> None:
     """Make Prefect's deployments those of `prefect_file`, with the current parameters of their flows.
 
-    Raises ServerFailed where Prefect refuses them, or does not end in time.
+    Without such a file of their own, people change schedules in Prefect's UI, and find them again. Raises ServerFailed
+    where Prefect refuses a change, or does not end in time.
     """
     file = file_of(settings)
     wanted = yaml.safe_load(file.read_text())["deployments"]
     digest = _flows_digest(file, wanted)
     url = f"{endpoints(settings).prefect}/api/deployments/filter"
-    live = {one["name"]: one["version"] for one in get_json(url, QUICK_SECONDS, json={}, **login(settings)) or []}
+    before: list[Json] = get_json(url, settings.start_timeout_seconds, json={}, **login(settings)) or []
+    live = {one["name"]: one["version"] for one in before}
     if all(live.get(deployment["name"]) == digest for deployment in wanted):
         return
     began = time.monotonic()
@@ -70,7 +76,50 @@ def deploy_flows(settings: LocalServers) -> None:
         ) from error
     if done.returncode:
         raise ServerFailed(f"prefect deploy of {file} failed:\n{done.stdout[-4000:]}")
+    if settings.prefect_file is None:
+        names = {deployment["name"] for deployment in wanted}
+        for deployment in before:
+            if deployment["name"] in names:
+                _put_back(settings, deployment)
     log.info("deployments: deployed from %s in %.1f s", file, time.monotonic() - began)
+
+
+def _put_back(settings: LocalServers, before: Json) -> None:
+    """Change the schedules of a deployment to what they were before Prefect set them to what the file says."""
+    import httpx  # heavy
+
+    url = f"{endpoints(settings).prefect}/api/deployments/{before['id']}"
+    with httpx.Client(timeout=settings.start_timeout_seconds, trust_env=False, **login(settings)) as client:
+        for tries_left in reversed(range(BUSY_TRIES)):
+            try:
+                there = client.get(url).raise_for_status().json()["schedules"]
+                for changed, schedule in schedules_changed(before["schedules"], there):
+                    if changed is None:
+                        client.post(f"{url}/schedules", json=[schedule]).raise_for_status()
+                    else:
+                        client.patch(f"{url}/schedules/{changed}", json=schedule).raise_for_status()
+                return
+            except httpx.HTTPError as error:
+                if not tries_left:
+                    raise ServerFailed(
+                        f"the schedules of the deployment {before['name']!r} are those of our file now, and were not "
+                        f"put back ({error!r}); see {endpoints(settings).prefect}/deployments and set them there"
+                    ) from error
+                time.sleep(BUSY_SECONDS)
+
+
+def schedules_changed(before: Sequence[Json], after: Sequence[Json]) -> Iterator[tuple[str | None, Json]]:
+    """The schedules to change, by their ids, and those to make (None), so that those from before are there. Pure.
+
+    A schedule is known again by its times.
+    """
+    for one in before:
+        wanted = {key: one[key] for key in ("schedule", "active", "parameters")}
+        twin = next((other for other in after if other["schedule"] == one["schedule"]), None)
+        if twin is None:
+            yield None, wanted
+        elif any(twin[key] != value for key, value in wanted.items()):
+            yield twin["id"], wanted
 
 
 def file_of(settings: LocalServers) -> Path:
