@@ -69,14 +69,19 @@ def waiting_flow_run(servers: Json, *, seed: int, launch: str = "inline") -> Ite
         yield flow_run
 
 
-def start_flow_run(servers: Json, deployment: str, parameters: Json) -> str:
-    url = f"{servers['at'].prefect}/api/deployments"
-    there = httpx.get(f"{url}/name/{deployment}", trust_env=False).json()
-    body = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
-    new = f"{url}/{there['id']}/create_flow_run"
-    while (started := httpx.post(new, json=body, trust_env=False)).status_code == 503:
-        time.sleep(0.2)  # Prefect's sqlite is locked on a busy machine
-    return str(started.raise_for_status().json()["id"])
+def start_flow_run(servers: Json, deployment: str, parameters: Json, *, state: Json | None = None) -> str:
+    """A run of a deployment, which is due at once unless its state says otherwise; returns its id."""
+    there = ask(servers, "GET", f"/deployments/name/{deployment}")
+    body = {"parameters": parameters, "state": state or {"type": "SCHEDULED"}}
+    return str(ask(servers, "POST", f"/deployments/{there['id']}/create_flow_run", body)["id"])
+
+
+def ask(servers: Json, method: str, path: str, body: Any = None) -> Any:
+    """What Prefect's API answers; it is asked again while its sqlite is locked, as on a busy machine."""
+    url = f"{servers['at'].prefect}/api{path}"
+    while (said := httpx.request(method, url, json=body, trust_env=False, timeout=60)).status_code == 503:
+        time.sleep(0.2)
+    return said.raise_for_status().json() if said.content else None
 
 
 def worker_log(servers: Json) -> str:

@@ -31,6 +31,7 @@ from tests.flows.flow_runs import (
     ROOT,
     STAGES,
     Json,
+    ask,
     automations,
     await_healthy,
     cancel,
@@ -49,9 +50,12 @@ from vila_ops import local
 from vila_ops.cli import app
 from vila_ops.config import load
 from vila_ops.config.local import LocalServers
+from vila_ops.local import deployments
 from vila_ops.local.servers import ray_folder
 from vila_ops.pipeline.explain import explain
+from vila_ops.pipeline.sweeper import START_SECONDS, Sweeper, client_of
 from vila_ops.registry import alias_register
+from vila_ops.retrain import decisions
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 Demo = Callable[..., Json]
@@ -60,11 +64,13 @@ OUTAGE_SECONDS = float(os.environ.get("VILA_OUTAGE", "10"))
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory, free_servers: Callable[[Path], LocalServers]) -> Iterator[Json]:
-    """Servers of this test's own, and the files that name them."""
+    """Servers of this test's own, and the files that name them. Prefect looks at its schedules every few seconds."""
     folder = tmp_path_factory.mktemp("box")
     settings = free_servers(folder / "local")
-    yield written(folder, settings)
-    local.down(settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS", "5")
+        yield written(folder, settings)
+        local.down(settings)
 
 
 @pytest.fixture(scope="module")
@@ -310,11 +316,49 @@ def test_prefects_command_runs_the_deployment(first: Json, servers: Json) -> Non
     assert latest["id"] != first["prefect_flow_run"]
 
 
+def test_a_schedule_starts_runs_by_itself_and_one_of_them_does_the_work_of_a_window(first: Json, servers: Json) -> None:
+    """Two schedules that a person added start at once. What people made of schedules outlives a new deployment."""
+    folder, store = servers["folder"], servers["resources"]["storage"]["store"]
+    (folder / "inbox").mkdir()
+    watch = {"inbox": {"kind": "jsonl", "path": f"{folder}/inbox", "render": "caption"}}
+    policy = {"watch": watch, "stage": "sft", "replay": 0.5, "new_samples": 8, "min_new_samples": 4, "drift": None}
+    files = {name: f"{folder}/{name}.yaml" for name in ("recipe", "resources")}
+    parameters = {**files, "policy": policy, "trigger": "schedule"}
+    every = {"schedule": {"interval": 15}, "active": True, "parameters": parameters}
+    deployment = ask(servers, "GET", "/deployments/name/vila-retrain/scheduled")
+    (ours,), place = deployment["schedules"], f"/deployments/{deployment['id']}"
+    own, other = (one["id"] for one in ask(servers, "POST", f"{place}/schedules", [every, every]))
+    completed = {"deployment_id": {"any_": [deployment["id"]]}, "state": {"type": {"any_": ["COMPLETED"]}}}
+
+    def ended() -> list[Json]:
+        return list(ask(servers, "POST", "/flow_runs/filter", {"flow_runs": completed}))
+
+    until(lambda: len(ended()) >= 2)
+    ask(servers, "DELETE", f"{place}/schedules/{other}")
+    assert {one["created_by"]["type"] for one in ended()} == {"SCHEDULE"}
+    assert [name for one in ended() if (name := one["state"]["name"]) != "Skipped"] == ["Completed"]
+    decided = [(one.trigger, one.decided.verdict) for _, one in decisions.history("tiny", root=store)]
+    assert decided == [("schedule", "not now")]
+
+    ask(servers, "PATCH", f"{place}/schedules/{ours['id']}", {"active": True})
+    ask(servers, "PATCH", f"{place}/schedules/{own}", {"active": False})
+    ask(servers, "PATCH", place, {"version": "an earlier one"})
+    before = {str(one["schedule"]): one["active"] for one in ask(servers, "GET", place)["schedules"]}
+    with contextlib.chdir(ROOT):
+        deployments.deploy_flows(servers["settings"])
+    after = ask(servers, "GET", place)
+    assert after["version"] == deployment["version"]
+    assert {str(one["schedule"]): one["active"] for one in after["schedules"]} == before
+    assert sorted(before.values()) == [False, True]
+
+
 @pytest.fixture(scope="module")
 def suspended(first: Json, servers: Json) -> str:
-    """A promotion that waits for a person, while all that follows happens to the servers."""
-    files = {name: f"{servers['folder']}/{name}.yaml" for name in ("recipe", "resources")}
-    flow_run = start_flow_run(servers, "vila-release/promote", {**files, "approval": True})
+    """A promotion that waits for a person, while all that follows happens to the servers. Nothing is served by it."""
+    parameters = {name: f"{servers['folder']}/{name}.yaml" for name in ("recipe", "resources")}
+    overrides = ("gate.model_name=approved", "resources.serve.started_by=operator")
+    more = {"approval": True, "overrides": overrides}
+    flow_run = start_flow_run(servers, "vila-release/promote", {**parameters, **more})
     until(lambda: state_of(servers, flow_run) == "PAUSED")
     until(lambda: not processes_of(flow_run))
     return flow_run
@@ -361,7 +405,29 @@ def test_flow_runs_outlive_an_outage_and_end_without_a_worker(told: list[str], s
     ]  # fmt: skip
 
 
-def test_a_promotion_goes_on_when_a_person_has_decided(first: Json, suspended: str, servers: Json) -> None:
+def test_a_flow_run_that_was_claimed_and_never_started_has_crashed(told: list[str], servers: Json) -> None:
+    """As where its worker was killed in between. This test's sweeper has another clock."""
+    api, clock = client_of(f"{servers['at'].prefect}/api"), [0.0]
+    sweeper = Sweeper(api, now=lambda: clock[0])
+
+    def swept() -> list[str]:
+        while True:
+            with contextlib.suppress(httpx.HTTPStatusError):  # Prefect's sqlite is locked
+                return sweeper.sweep()
+
+    later = {"type": "SCHEDULED", "state_details": {"scheduled_time": "2100-01-01T00:00:00Z"}}
+    flow_run = start_flow_run(servers, "vila-evaluate/suite", {}, state=later)
+    ask(servers, "POST", f"/flow_runs/{flow_run}/set_state", {"state": {"type": "PENDING"}, "force": True})
+    assert swept() == []
+    clock[0] = START_SECONDS + 1
+    assert swept() == [flow_run]
+    until(lambda: state_of(servers, flow_run) == "CRASHED")
+    until(lambda: any("or was never started" in text for text in told))
+
+
+def test_a_promotion_goes_on_when_a_person_has_decided_and_people_are_told(
+    first: Json, told: list[str], suspended: str, servers: Json
+) -> None:
     """Prefect's server and the worker are others by then."""
     assert state_of(servers, suspended) == "PAUSED"
     body = {"run_input": {"approved": True, "reason": "it reads well"}}
@@ -369,8 +435,13 @@ def test_a_promotion_goes_on_when_a_person_has_decided(first: Json, suspended: s
     assert httpx.post(f"{url}/resume", json=body, trust_env=False).raise_for_status().json()["status"] == "ACCEPT"
     until(lambda: state_of(servers, suspended) in ("COMPLETED", "FAILED", "CRASHED"))
     assert httpx.get(url, trust_env=False).json()["state"]["name"] == "Completed"
-    champion = alias_register.read("tiny", store=servers["resources"]["storage"]["store"])
-    assert champion.checkpoints[1].digest == first["stages"][-1]["digest"]
+    record = alias_register.read("approved", store=servers["resources"]["storage"]["store"])
+    assert record.checkpoints[1].digest == first["stages"][-1]["digest"]
+    (promotion,) = record.history
+    subject = "approved 1 is the champion"
+    until(lambda: subject in [json.loads(text)["subject"] for text in told])
+    (body,) = [json.loads(text)["body"] for text in told if json.loads(text)["subject"] == subject]
+    assert body.startswith(f"{promotion.reason}\nBy the flow run vila-release/")
 
 
 def test_mlflow_stores_below_root(servers: Json) -> None:
