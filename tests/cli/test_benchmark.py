@@ -24,7 +24,7 @@ from vila_ops.config.benchmarks import Official
 from vila_ops.errors import FetchError
 from vila_ops.eval import downloads
 from vila_ops.eval.downloads import from_hub
-from vila_ops.eval.origins import DOWNLOADED, check, default_config, official_kinds, origins_of
+from vila_ops.eval.origins import DOWNLOADED, OfficialFile, check, default_config, official_kinds, origins_of
 
 COMMIT = "c" * 40
 MIRROR = "someone/mirror"
@@ -300,6 +300,47 @@ def test_what_is_here_as_it_was_fetched_is_not_fetched_again(tmp_path: Path, mon
         names = from_hub(tmp_path / "vizwiz", files, repository=MIRROR, revision=COMMIT)
         assert f"{split}.json" in names
     assert fetched == []
+
+
+@pytest.mark.usefixtures("_hub_here")
+@pytest.mark.parametrize("nested", ["", "MME_Benchmark/"])
+def test_a_file_of_a_deep_folder_is_known_and_fetched_again_when_it_is_lost(
+    nested: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zips: list[str] = []
+    root = "MME_Benchmark_release_version"
+    files = {
+        f"{root}/{nested}{name}": name.encode()
+        for name in ("OCR/1.txt", "OCR/1.png", "artwork/questions_answers_YN/1.txt", "artwork/images/1.jpg")
+    }
+
+    def download(repository: str, commit: str, paths: list[str], target: Path) -> None:
+        zips.extend(paths)
+        target.mkdir()
+        (target / f"{root}.zip").write_bytes(zipped(files))
+
+    monkeypatch.setattr(downloads, "_download", download)
+
+    def got() -> list[str]:
+        return from_hub(tmp_path / "mme", origins_of("mme").files, repository=None, revision=COMMIT)
+
+    monkeypatch.setattr(downloads, "_commit_of", lambda _repository, revision: revision)
+    assert got() == got() == sorted(files)
+    assert zips == [f"{root}.zip"]
+    lost = tmp_path / "mme" / root / nested / "artwork/questions_answers_YN/1.txt"
+    lost.unlink()
+    assert got() == sorted(files)
+    assert lost.is_file()
+    assert zips == 2 * [f"{root}.zip"]
+
+
+@pytest.mark.parametrize("name", ["x/test.json", "test.json"])
+def test_a_file_of_the_same_name_in_a_folder_is_another_one(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"{}")
+    known = {name: hashlib.sha256(b"{}").hexdigest()}
+    file = OfficialFile("test.json", "https://example.org", "?", "?")
+    assert downloads._unchanged(tmp_path, file, known) == (["test.json"] if name == "test.json" else [])
 
 
 @pytest.mark.usefixtures("_hub_here")

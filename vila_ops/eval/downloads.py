@@ -7,7 +7,8 @@ import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from fnmatch import fnmatchcase
+from pathlib import Path
 
 from vila_ops.artifacts.disk import sha256
 from vila_ops.artifacts.disk_faults import faults_named
@@ -126,7 +127,7 @@ def _recorded(folder: Path, source: str) -> tuple[str | None, dict[str, str]]:
 
 def _unchanged(folder: Path, file: OfficialFile, known: Mapping[str, str]) -> list[str]:
     """The recorded names of a file, or of many with one pattern; none if one of them is missing or was changed."""
-    names = [name for name in known if PurePosixPath(name).match(file.path)]
+    names = [name for name in known if fnmatchcase(name, file.path)]  # `*` takes slashes too, so `**` is any depth
     same = all((folder / name).is_file() and sha256(folder / name) == known[name] for name in names)
     return names if same else []
 
