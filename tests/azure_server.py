@@ -1,6 +1,10 @@
-"""Azure's blobs as far as raw data needs them: whole blobs, ranges of a version, listings; without signatures."""
+"""Azure's blobs as far as raw data needs them: blobs whole or in blocks, ranges of a version, listings.
+
+Signatures are not checked.
+"""
 
 import hashlib
+import re
 import threading
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,7 +23,12 @@ class AzureServer(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.blobs: dict[str, bytes] = {}
-        self.refuses = False
+        self.blocks: dict[str, bytes] = {}
+        """Of uploads in parts, by BLOB ID."""
+        self.status = 200
+        """Another one answers every call."""
+        self.cuts = 0
+        """Bodies that break off, from now on."""
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -35,9 +44,15 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         url = urlsplit(self.path)
         name, query = unquote(url.path).strip("/"), {key: one[0] for key, one in parse_qs(url.query).items()}
-        if self.server.refuses:
-            self.reply(403, {}, b"")
+        if self.server.status != 200:
+            self.reply(self.server.status, {}, b"")
+        elif self.command == "PUT" and query.get("comp") == "block":
+            self.server.blocks[f"{name} {query['blockid']}"] = body
+            self.reply(201, {}, b"")
         elif self.command == "PUT":
+            if query.get("comp") == "blocklist":
+                blocks = re.findall("<(?:Uncommitted|Latest)>(.*?)</", body.decode())
+                body = b"".join(self.server.blocks.pop(f"{name} {block}") for block in blocks)
             self.server.blobs[name] = body
             self.reply(201, {"ETag": f'"{tag_of(body)}"', "Last-Modified": DATE}, b"")
         elif query.get("comp") == "list":
@@ -48,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.reply_blob(content)
 
-    do_GET = do_HEAD = do_PUT = handle_call
+    do_GET = do_HEAD = do_PUT = do_POST = handle_call
 
     def reply_blob(self, content: bytes) -> None:
         """A blob, or a range of it."""
@@ -70,6 +85,10 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
+        if self.command == "GET" and self.server.cuts:
+            self.server.cuts -= 1
+            body = body[: len(body) // 2]
+            self.close_connection = True
         if self.command != "HEAD":
             self.wfile.write(body)
 

@@ -5,6 +5,8 @@ tests/azure_server.py for Azure's.
 """
 
 import json
+import os
+import re
 import secrets
 import threading
 from collections.abc import Callable, Iterator
@@ -13,18 +15,22 @@ from typing import NamedTuple
 from urllib.parse import quote, unquote
 
 import pytest
+from obstore.exceptions import GenericError
 
 from tests.azure_server import AzureServer
 from tests.data.sources.test_any_file import IMAGE, files_of
 from tests.data.sources.test_on_s3 import records, scanned, source_at
-from tests.s3_servers import Handler, Proxy
+from tests.s3_servers import Choose, Fault, Handler, Proxy
 from vila_ops.artifacts.s3_calls import client
-from vila_ops.data.raw import objects
+from vila_ops.data.raw import clouds, objects
 from vila_ops.data.raw.objects import filesystem, raw_path
 from vila_ops.errors import RawChanged, RawRefused, StoreUnreachable
 
 ACCOUNT = {"private_key": "", "private_key_id": "", "client_email": "", "disable_oauth": True}
 """An account of Google's that asks for no token."""
+AZURE = {"AZURE_STORAGE_ACCOUNT_NAME": "account"}
+APPLICATION = {"AZURE_CLIENT_ID": "a", "AZURE_CLIENT_SECRET": "b", "AZURE_TENANT_ID": "c"}
+"""An application of Azure's, which asks for a token."""
 SIGNED = "AWS4-HMAC-SHA256 Credential=key/20300101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
 """What moto does not check."""
 KINDS = ("webdataset", "llava", "hf_parquet", "table", "jsonl")
@@ -42,6 +48,18 @@ class GoogleHandler(Handler):
         return super().forward(body)
 
 
+def cut_once(proxy: Proxy) -> Choose:
+    """Cut the next body off."""
+
+    def choose(method: str, _target: str) -> Fault | None:
+        if method != "GET":
+            return None
+        proxy.choose = lambda *_: None
+        return "partial"
+
+    return choose
+
+
 class Cloud(NamedTuple):
     """An empty bucket or container."""
 
@@ -50,11 +68,24 @@ class Cloud(NamedTuple):
     remove: Callable[[str], object]
     refuse: Callable[[], object]
     """From now on."""
+    cut: Callable[[], object]
+    """The next body breaks off."""
+
+
+@pytest.fixture
+def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
+    """Nothing of the user's own: no credentials, no endpoint, no proxy."""
+    for variable in [one for one in os.environ if re.match("AZURE_|GOOGLE_|.*_PROXY$", one, re.IGNORECASE)]:
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("HOME", str(tmp_path))  # gcloud's credentials are below it
+    monkeypatch.setattr(objects, "TRIES", 2)
+    filesystem.cache_clear()
+    yield monkeypatch
+    filesystem.cache_clear()
 
 
 @pytest.fixture(params=["gs", "az"])
-def cloud(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
-    monkeypatch.setattr(objects, "TRIES", 2)
+def cloud(request: pytest.FixtureRequest, own_environment: pytest.MonkeyPatch) -> Iterator[Cloud]:
     name = f"vila-{secrets.token_hex(6)}"
     server: Proxy | AzureServer
     if request.param == "gs":
@@ -69,6 +100,7 @@ def cloud(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
             put=lambda key, data: client().put_object(Bucket=name, Key=key, Body=data),
             remove=lambda key: client().delete_object(Bucket=name, Key=key),
             refuse=lambda: setattr(proxy, "choose", lambda *_: "refused"),
+            cut=lambda: setattr(proxy, "choose", cut_once(proxy)),
         )
     else:
         server = azure = AzureServer()
@@ -77,13 +109,12 @@ def cloud(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
             f"az://{name}",
             put=lambda key, data: azure.blobs.update({f"devstoreaccount1/{name}/{key}": data}),
             remove=lambda key: azure.blobs.pop(f"devstoreaccount1/{name}/{key}"),
-            refuse=lambda: setattr(azure, "refuses", True),
+            refuse=lambda: setattr(azure, "status", 403),
+            cut=lambda: setattr(azure, "cuts", 1),
         )
     for variable, value in environment.items():
-        monkeypatch.setenv(variable, value)
-    filesystem.cache_clear()
+        own_environment.setenv(variable, value)
     yield made
-    filesystem.cache_clear()
     server.shutdown()
     server.server_close()
 
@@ -143,6 +174,25 @@ def test_folders_are_told_from_objects(cloud: Cloud) -> None:
     assert not raw_path(f"{cloud.root}/ra").exists()
 
 
+def test_an_object_beside_a_folder_of_its_name_is_told_once_and_with_its_content(cloud: Cloud) -> None:
+    for key, data in {"raw/sub": b"four", "raw/sub/": b"", "raw/sub/b": b"1"}.items():
+        cloud.put(key, data)
+    root = raw_path(f"{cloud.root}/raw")
+    assert isinstance(root, objects.ObjectPath)
+    below = dict(root.below())
+    assert {name: path.stat().st_size for name, path in below.items()} == {"sub": 4, "sub/b": 1}
+    assert below["sub"].read_bytes() == b"four"
+
+
+def test_a_body_that_breaks_off_is_read_on(cloud: Cloud) -> None:
+    content = bytes(range(256)) * 64
+    cloud.put("a", content)
+    path = raw_path(f"{cloud.root}/a")
+    assert path.is_file()
+    cloud.cut()
+    assert path.read_bytes() == content
+
+
 def test_a_refusal_is_told_apart_from_a_store_that_is_away(
     cloud: Cloud, monkeypatch: pytest.MonkeyPatch, free_ports: Callable[[int], list[int]]
 ) -> None:
@@ -157,9 +207,88 @@ def test_a_refusal_is_told_apart_from_a_store_that_is_away(
         raw_path(f"{cloud.root}/a").is_file()
 
 
-def test_a_file_is_written(cloud: Cloud, tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"content")
+@pytest.mark.parametrize(
+    ("scheme", "environment", "message"),
+    [
+        ("az", {}, "no usable credentials or endpoint .*Account must be specified.*AZURE_STORAGE_ACCOUNT_NAME"),
+        ("az", {**AZURE, "AZURE_STORAGE_ACCOUNT_KEY": "%%%"}, "no usable credentials or endpoint .*Invalid Access Key"),
+        ("az", {**AZURE, "AZURE_STORAGE_ENDPOINT": "nonsense"}, "no usable credentials or endpoint .*nonsense"),
+        ("gs", {"GOOGLE_APPLICATION_CREDENTIALS": "/no/such/file"}, "no usable .*/no/such/file.*GOOGLE_APPLICATION_CR"),
+        ("gs", {"GOOGLE_SERVICE_ACCOUNT_KEY": '{"a'}, "no usable credentials or endpoint .*decode service account"),
+        ("gs", {"GOOGLE_APPLICATION_CREDENTIALS": "FEDERATED"}, "no usable .*unknown variant `external_account`"),
+    ],
+)
+def test_credentials_that_cannot_be_used_are_refused(
+    scheme: str, environment: dict[str, str], message: str, tmp_path: Path, own_environment: pytest.MonkeyPatch
+) -> None:
+    federated = tmp_path / "federated.json"
+    federated.write_text(json.dumps({"type": "external_account", "audience": "any"}))
+    for variable, value in environment.items():
+        own_environment.setenv(variable, value.replace("FEDERATED", str(federated)))
+    with pytest.raises(RawRefused, match=f"^{scheme}://bucket/a: {message}"):
+        raw_path(f"{scheme}://bucket/a").is_file()
+
+
+@pytest.mark.parametrize(
+    ("environment", "status", "fault"),
+    [
+        ({"AZURE_SKIP_SIGNATURE": "true"}, 409, "access refused"),  # PublicAccessNotPermitted
+        (APPLICATION, 401, "no usable credentials"),
+        (APPLICATION, 404, "no usable credentials"),
+        (APPLICATION, 503, None),
+    ],
+)
+def test_an_account_or_a_token_that_is_refused_will_be_again(
+    environment: dict[str, str], status: int, fault: str | None, own_environment: pytest.MonkeyPatch
+) -> None:
+    server = AzureServer()
+    server.status = status
+    endpoints = {"AZURE_STORAGE_ENDPOINT": server.endpoint, "AZURE_AUTHORITY_HOST": server.endpoint}
+    for variable, value in {"AZURE_STORAGE_ACCOUNT_NAME": "account", **endpoints, **environment}.items():
+        own_environment.setenv(variable, value)
+    try:
+        with pytest.raises(RawRefused if fault else StoreUnreachable) as raised:
+            raw_path("az://container/a").is_file()
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert f"az://container/a: {fault or 'the store did not answer as it should'} (" in str(raised.value)
+    assert f" {status} " in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "token request: Error performing GET http://169.254.169.254/metadata/identity/oauth2/token?a=b - HTTP error",
+        "token request: Error performing GET http://metadata.google.internal/computeMetadata/v1/a - HTTP error",
+    ],
+)
+def test_a_machine_without_an_identity_of_the_cloud_has_no_credentials(text: str) -> None:
+    with pytest.raises(RawRefused, match="no usable credentials"), clouds._translated("gs://bucket/a"):
+        raise GenericError(f"Generic error: Error performing {text}: error sending request")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "variable"),
+    [("gs", "GOOGLE_BASE_URL"), ("az", "AZURE_STORAGE_ENDPOINT"), ("az", "AZURITE_BLOB_STORAGE_URL")],
+)
+def test_a_password_in_an_endpoint_is_refused_and_not_shown(
+    scheme: str, variable: str, own_environment: pytest.MonkeyPatch
+) -> None:
+    own_environment.setenv(variable, "http://user:canary@127.0.0.1:9")
+    with pytest.raises(RawRefused, match=f"^{variable} holds a password") as raised:
+        raw_path(f"{scheme}://bucket/a").is_file()
+    assert "canary" not in str(raised.value)
+    with pytest.raises(StoreUnreachable) as unreachable, clouds._translated("gs://bucket/a"):
+        raise GenericError("Error performing HEAD http://user:canary@127.0.0.1:9/a")
+    assert "canary" not in str(unreachable.value)
+
+
+@pytest.mark.parametrize("size", [7, 11 * 2**20])
+def test_a_file_is_written_also_in_parts(size: int, cloud: Cloud, tmp_path: Path) -> None:
+    content = (bytes(range(251)) * (size // 251 + 1))[:size]
+    (tmp_path / "a").write_bytes(content)
     path = raw_path(f"{cloud.root}/folder/a")
     assert isinstance(path, objects.ObjectPath)
     path.write(tmp_path / "a")
-    assert path.read_bytes() == b"content"
+    assert path.read_bytes() == content

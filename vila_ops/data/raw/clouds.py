@@ -14,22 +14,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import obstore
-from obstore.exceptions import (
-    BaseError,
-    InvalidPathError,
-    PermissionDeniedError,
-    PreconditionError,
-    UnauthenticatedError,
-)
+from obstore.exceptions import BaseError, InvalidPathError, PreconditionError
 from obstore.store import AzureStore, GCSStore
 
+from vila_ops.config.secrets import PASSWORD, without_logins
 from vila_ops.errors import RawRefused, StoreUnreachable
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
 
-REFUSED = range(400, 408)
-"""Status codes that the next try meets again."""
+REFUSED = (*range(400, 408), 409)
+"""Status codes that the next try meets again. Azure answers 409 where an account allows no public access."""
+METADATA = re.compile(r"http://(169\.254\.169\.254|metadata\.google\.internal)/")
+"""Where a machine of a cloud gets its token. obstore asks there where the environment has no credentials."""
+CREDENTIALS = {
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+}
+ENDPOINTS = {
+    "gs": ("GOOGLE_BASE_URL",),
+    "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT", "AZURITE_BLOB_STORAGE_URL"),
+}
+PARTS_AT_ONCE = 2
+"""Of an upload. The time limit is that of a whole part of 5 MiB: with more at once a slow line would miss it."""
 Store = GCSStore | AzureStore
 Info = dict[str, Any]
 
@@ -81,7 +88,7 @@ class CloudFiles:
         """Upload a file of this machine."""
         with _translated(uri):
             store, _, key = self.at(uri)
-            obstore.put(store, key, Path(source))
+            obstore.put(store, key, Path(source), max_concurrency=PARTS_AT_ONCE)
 
     def rm_file(self, uri: str) -> None:
         """Remove an object."""
@@ -90,14 +97,22 @@ class CloudFiles:
             obstore.delete(store, key)
 
     def at(self, uri: str) -> tuple[Store, str, str]:
-        """The store of a URI's bucket, the bucket and the key."""
+        """The store of a URI's bucket, the bucket and the key. Raises RawRefused for variables that cannot be used."""
         bucket, _, key = uri.partition("://")[2].partition("/")
         if bucket not in self._stores:
-            self._stores[bucket] = self._kind(
-                bucket,
-                client_options={"allow_http": True, "connect_timeout": self._connect, "timeout": self._read},
-                retry_config={"max_retries": self._tries - 1},
-            )
+            for name in ENDPOINTS[_scheme(uri)]:
+                if PASSWORD.search(os.environ.get(name, "")):
+                    raise RawRefused(
+                        f"{name} holds a password; leave it out, as {CREDENTIALS[_scheme(uri)]} sign requests"
+                    )
+            try:
+                self._stores[bucket] = self._kind(
+                    bucket,
+                    client_options={"allow_http": True, "connect_timeout": self._connect, "timeout": self._read},
+                    retry_config={"max_retries": self._tries - 1},
+                )
+            except BaseError as error:
+                raise _refused(uri, "no usable credentials or endpoint", error) from error
         return self._stores[bucket], bucket, key
 
 
@@ -143,14 +158,19 @@ def _tag(meta: "ObjectMeta") -> str | None:
 
 
 def _files(store: Store, bucket: str, listed: "Sequence[ObjectMeta]") -> Iterator[Info]:
-    """The objects of a listing. An empty one may be the marker of a folder, whose last slash obstore leaves out."""
+    """The objects of a listing, each once.
+
+    obstore leaves out the last slash of a folder's marker, which is empty. So the store is asked for the object of an
+    empty one's name: there may be none, or one with content.
+    """
+    objects: dict[str, ObjectMeta] = {}
     for meta in listed:
-        if not meta["size"]:
-            try:
-                obstore.head(store, meta["path"])
-            except FileNotFoundError:
-                continue
-        yield file_info(bucket, meta)
+        if meta["size"]:
+            objects[meta["path"]] = meta
+        elif meta["path"] not in objects:
+            with suppress(FileNotFoundError):
+                objects[meta["path"]] = obstore.head(store, meta["path"])
+    return (file_info(bucket, meta) for meta in objects.values())
 
 
 @contextmanager
@@ -160,26 +180,34 @@ def _translated(uri: str) -> Iterator[None]:
         yield
     except PreconditionError as error:
         raise gone(uri) from error
-    except (PermissionDeniedError, UnauthenticatedError) as error:
-        raise RawRefused(
-            f"{uri}: access refused ({_said(error)}); check that the credentials (GOOGLE_APPLICATION_CREDENTIALS, or "
-            f"AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY) are right and may read and list there"
-        ) from error
     except InvalidPathError as error:
         raise ValueError(f"{uri}: a key has an empty part or dots as one; rename it ({_said(error)})") from error
     except BaseError as error:
-        status = re.search(r"non-2xx status code: (\d+)", str(error))
+        said, status = _said(error), re.search(r"non-2xx status code: (\d+)", str(error))
         code = int(status[1]) if status else 0
-        if code == 404:  # of a bucket
+        is_token = "performing token request" in said
+        if code == 404 and not is_token:  # of a bucket
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri) from error
+        if is_token and (code in REFUSED or (not code and METADATA.search(said))):
+            raise _refused(uri, "no usable credentials", error) from error
         if code in REFUSED:
-            raise RawRefused(f"{uri}: {_said(error)}; check account and endpoint") from error
+            raise _refused(uri, "access refused", error) from error
         raise StoreUnreachable(
-            f"{uri}: the store did not answer as it should ({_said(error)}); check that it is up and reachable, and "
-            f"run again"
+            f"{uri}: the store did not answer as it should ({said}); check that it is up and reachable, and run again"
         ) from error
 
 
+def _refused(uri: str, fault: str, error: BaseException) -> RawRefused:
+    return RawRefused(
+        f"{uri}: {fault} ({_said(error)}); check that the credentials ({CREDENTIALS[_scheme(uri)]}) are right and may "
+        f"read and list there, and that the endpoint ({ENDPOINTS[_scheme(uri)][0]}), if you set one, is right"
+    )
+
+
+def _scheme(uri: str) -> str:
+    return uri.partition(":")[0]
+
+
 def _said(error: BaseException) -> str:
-    """Without its parts, which follow."""
-    return str(error).partition("\n")[0]
+    """Without its parts, which follow, and without logins of URLs."""
+    return without_logins(str(error).partition("\n")[0])
