@@ -4,6 +4,7 @@ What another try may help is tried again after 5 s, 30 s, 2 minutes and 5 minute
 a store or a server that is away for some minutes fails no run, and many runs do not come back at once.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -16,7 +17,7 @@ from flows.attempt import cancelled
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, Pretrained
 from vila_ops.config import NO_CONTEXT, Model, Resources, RunContext, Stage
 from vila_ops.data.preprocess.prepare import prepare
-from vila_ops.errors import Preempted, PromotionRaceLost, is_final
+from vila_ops.errors import Preempted, PromotionRaceLost, VilaError, is_final
 from vila_ops.eval.evaluate import evaluate
 from vila_ops.model.assemble import assemble
 from vila_ops.pipeline.stages import Tasks
@@ -30,6 +31,8 @@ JITTER = 0.5
 """The largest share of a delay that is added to it."""
 P = ParamSpec("P")
 R = TypeVar("R")
+log = logging.getLogger("vila_ops.flows")
+"""Below `vila_ops`, whose lines Prefect keeps with the flow run."""
 
 
 def retry_may_help(_task: Task[..., Any], _run: TaskRun, failed: State[Any]) -> bool:
@@ -63,12 +66,18 @@ def train_or_stop(
     resources: Resources,
     context: RunContext = NO_CONTEXT,
 ) -> Checkpoint:
-    """The task `train_stage`. A job on a cluster outlives this process, unless someone cancels the flow run."""
+    """The task `train_stage`. A job on a cluster outlives this process, unless someone cancels the flow run.
+
+    A job that cannot be stopped is told in the log: an error in place of the signal would have Prefect try again.
+    """
     try:
         return train_stage(stage, model, data, init, resources, context)
     except TerminationSignal:
         if cancelled():
-            stop_stage(stage, model, data, init, resources)
+            try:
+                stop_stage(stage, model, data, init, resources)
+            except (VilaError, ValueError) as error:
+                log.error("the job of stage %s was not stopped: %s", stage.name, error)
         raise
 
 

@@ -65,6 +65,7 @@ def test_a_job_that_ray_is_about_to_start_is_stopped_once_it_can_be(
 ) -> None:
     """Ray's answer is False until the job has a supervisor."""
     asked: list[str] = []
+    waits: list[float] = []
 
     class Server:
         def list_jobs(self) -> list[JobDetails]:
@@ -75,13 +76,14 @@ def test_a_job_that_ray_is_about_to_start_is_stopped_once_it_can_be(
             return len(asked) > starting
 
     monkeypatch.setattr(ray_job, "_client", lambda _: Server())
-    monkeypatch.setattr(ray_job.time, "sleep", lambda _: None)
+    monkeypatch.setattr(ray_job.time, "sleep", waits.append)
     if starting < 3:
         ray_job.stop_job(KEY, "http://head")
     else:
-        with pytest.raises(ClusterUnreachable, match=f"`ray job stop {KEY}-2`"):
+        with pytest.raises(ClusterUnreachable, match=f"RUNNING, `ray job stop {KEY}-2 --address http://head` ends it"):
             ray_job.stop_job(KEY, "http://head")
     assert asked == [f"{KEY}-2"] * min(starting + 1, 3)
+    assert waits == [2.0] * min(starting, 2), "none after the last try"
 
 
 def test_variables_of_the_network_win_over_its_interface() -> None:

@@ -28,7 +28,10 @@ SILENCE_SECONDS = 60.0
 """How long a job server may give no answer before this process stops watching. The job may still run."""
 PENDING_SECONDS = 1800.0
 """How long a job may wait for its start, by the clocks of the head and of who looks. Ray gives one up after 15 minutes,
-but a job whose request broke off while it was submitted stays pending for ever."""
+but a job whose request broke off while it was submitted stays pending for ever.
+
+RAY_JOB_START_TIMEOUT_SECONDS of the head sets Ray's time. Above this one, a retry submits another job beside one that
+may still start; the lease of the stage lets one of them work at a time."""
 
 log = logging.getLogger(__name__)
 
@@ -58,20 +61,27 @@ def train_as_job(key: str, payload: JobPayload) -> None:
 
 
 def stop_job(key: str, address: str | None) -> None:
-    """End the live job of an address, if there is one. Raises ClusterUnreachable."""
+    """End the live job of an address, if there is one.
+
+    Raises ClusterUnreachable, also for a job that Ray does not start meanwhile: nothing of ours ends it later.
+    """
     client = _client(address)
     try:
-        for _ in range(STOP_TRIES):
+        for made in range(STOP_TRIES):
+            if made:
+                time.sleep(POLL_SECONDS)
             name = newest_live(client.list_jobs(), key)
             if name is None:
                 return
             if client.stop_job(name):
                 log.info("stopped job %s", name)
                 return
-            time.sleep(POLL_SECONDS)
     except (requests.RequestException, RuntimeError) as error:
         raise ClusterUnreachable(f"the job server at {address} did not stop the job of {key}: {error}") from error
-    raise ClusterUnreachable(f"Ray did not stop job {name}, which it has not started yet; `ray job stop {name}` does")
+    raise ClusterUnreachable(
+        f"Ray has not started job {name} yet, so it did not stop it, and the job may still start and train; once it is "
+        f"RUNNING, `ray job stop {name} --address {address}` ends it"
+    )
 
 
 def _client(address: str | None) -> JobSubmissionClient:
