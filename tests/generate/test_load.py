@@ -58,10 +58,27 @@ def test_a_missing_or_broken_vllm_is_told_with_the_way_out_and_passed_over_by_au
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, options = Pretrained(uri=str(tmp_path), digest="d"), EngineOptions(tmp_path)
-    for there, fault in ((None, "is not installed in"), (object(), r"cannot be imported \(import of vllm halted")):
+    missing = (None, "is not installed in")
+    for there, fault in (missing, (object(), r"cannot be imported \(ModuleNotFoundError\('import of vllm halted")):
         monkeypatch.setattr("vila_ops.generate.load.find_spec", lambda _, there=there: there)
         monkeypatch.setitem(sys.modules, "vllm", None)
         monkeypatch.delitem(sys.modules, "vila_ops.generate.vllm", raising=False)
         with pytest.raises(ValueError, match=rf"{fault}.*docs/serving\.md says how .* engine to torch"):
             open_folder(tmp_path, VllmEngine(), options)
         assert chosen(model, AutoEngine(), options) == TorchEngine()
+
+
+def test_a_vllm_beside_another_torchvision_is_passed_over_by_auto(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its import then raises no ImportError."""
+    (tmp_path / "vllm.py").write_text('raise RuntimeError("operator torchvision::nms does not exist")')
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    monkeypatch.delitem(sys.modules, "vila_ops.generate.vllm", raising=False)
+    options = EngineOptions(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"cannot be imported \(RuntimeError\('operator torchvision::nms does not exist"
+    ):
+        open_folder(tmp_path, VllmEngine(), options)
+    assert chosen(Pretrained(uri=str(tmp_path), digest="d"), AutoEngine(), options) == TorchEngine()

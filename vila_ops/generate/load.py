@@ -62,10 +62,10 @@ def _module(kind: str) -> ModuleType:
     check_installed(kind)
     try:
         return module_of("vila_ops.engines", ENGINES, kind)
-    except ImportError as error:
+    except Exception as error:  # packages that do not fit each other: torchvision's operators raise RuntimeError
         if kind != "vllm":
             raise
-        raise ValueError(f"vLLM of {sys.prefix} cannot be imported ({error}); {WAYS_OUT}") from error
+        raise ValueError(f"vLLM of {sys.prefix} cannot be imported ({error!r}); {WAYS_OUT}") from error
 
 
 @lru_cache(maxsize=1)
