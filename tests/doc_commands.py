@@ -108,7 +108,7 @@ NOT_RUN = {
     "needs a GPU": ("make gpu",),
     "needs packages that CI has not; the page tells of a run": (
         "with-awq/bin/python docs/awq.py model store/dataset/ADDRESS model-awq",
-        "vllm serve model-awq --served-model-name mine --dtype bfloat16",
+        "vllm serve model-awq --host 127.0.0.1 --served-model-name mine --dtype bfloat16",
     ),
     "is run by tests/infra/test_release.py, check by check": ("make release",),
     "fetches packages or images, or reads a model that has to be downloaded": (
