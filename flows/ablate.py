@@ -6,7 +6,7 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.client.schemas.objects import State
 
-from flows.attempt import attempt, check_device, checked_run
+from flows.attempt import attempt, check_work, checked_run
 from flows.tasks import TASKS
 from vila_ops.ablate.cells import runs_of
 from vila_ops.ablate.measure import measure
@@ -37,7 +37,7 @@ def ablate(grid: str | Grid = "table1_demo", resources: str | Resources = "lapto
 def _work(grid: Grid, resources: Resources) -> dict[str, str]:
     runs = runs_of(grid, resources)
     evaluations = ((one.run, one.stage, one.run.recipe.final_suite) for one in runs)
-    check_device(runs[0].run, (step for one in evaluations for step in explain_evaluate(*one)))
+    check_work(runs[0].run, (step for one in evaluations for step in explain_evaluate(*one)), serves=False)
     measured = measure([grid], resources, tasks=TASKS)[grid.name]
     result = grid_result(grid, scores_of(grid, measured))
     rows = [

@@ -32,7 +32,7 @@ from vila_ops.artifacts.progress import Reporter
 from vila_ops.artifacts.store import root_of
 from vila_ops.config import Recipe, Resources, Run, run_of
 from vila_ops.errors import Preempted
-from vila_ops.pipeline.explain import Step
+from vila_ops.pipeline.explain import Step, works
 from vila_ops.pipeline.sweeper import ATTEMPT, LABEL, lease_of
 
 POLL_SECONDS = 3.0
@@ -55,13 +55,14 @@ def checked_run(recipe: str | Recipe, resources: str | Resources, overrides: tup
     return run
 
 
-def check_device(run: Run, steps: Iterable[Step]) -> None:
-    """Raise ValueError where a task will work and the device or the cluster that it needs is not there.
+def check_work(run: Run, steps: Iterable[Step], *, serves: bool) -> None:
+    """Raise ValueError where a task will work, and its device, its cluster or the engine that serves is not there.
 
-    A run that finds everything sealed needs none.
+    A run that finds everything sealed needs none, and where it starts a model without its engine, `deploy` says so.
     """
-    if any(step.status in ("runs", "follows") for step in steps):
-        doctor.refuse(run, doctor.device_findings(run.resources))
+    if works(steps):
+        served = doctor.serving(run.resources) if serves else ()
+        doctor.refuse(run, (*doctor.device_findings(run.resources), *served))
 
 
 def attempt(run: Run, work: Callable[[], R]) -> R | State[None]:

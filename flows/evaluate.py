@@ -6,7 +6,7 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.client.schemas.objects import State
 
-from flows.attempt import attempt, check_device, checked_run
+from flows.attempt import attempt, check_work, checked_run
 from flows.tasks import TASKS
 from vila_ops.config import OfficialSuite, Recipe, Resources, Run, Suite, load_suite
 from vila_ops.eval.report import read_report
@@ -39,7 +39,7 @@ def evaluate(
 
 
 def _work(run: Run, stage: str, suite: Suite | OfficialSuite) -> dict[str, str]:
-    check_device(run, explain_evaluate(run, stage, suite))
+    check_work(run, explain_evaluate(run, stage, suite), serves=False)
     report = evaluate_stage(run, stage, suite, tasks=TASKS)
     rows = [
         {key: getattr(metric, key) for key in ("name", "role", "value", "low", "high", "n")}

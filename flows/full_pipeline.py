@@ -6,7 +6,7 @@ from prefect import State, flow, runtime, settings
 from prefect.states import Completed
 
 from flows import pages
-from flows.attempt import attempt, check_device, checked_run
+from flows.attempt import attempt, check_work, checked_run
 from flows.tasks import TASKS
 from vila_ops.config import Recipe, Resources, Run, RunContext
 from vila_ops.config.schedule import Schedule
@@ -43,7 +43,7 @@ def vila(
 
 def _work(run: Run) -> dict[str, str]:
     steps = explain(run)
-    check_device(run, steps)
+    check_work(run, steps, serves=run.resources.tracking.uri is not None)
     pages.show_plan(steps)
     progress = pages.TaskProgress(steps)
     address = settings.PREFECT_UI_URL.value()  # None without a server's address

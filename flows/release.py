@@ -8,7 +8,7 @@ from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
 from prefect.states import Completed
 
-from flows.attempt import attempt, check_device, checked_run
+from flows.attempt import attempt, check_work, checked_run
 from flows.tasks import TASKS
 from vila_ops.config import NO_CONTEXT, Recipe, Resources, Run
 from vila_ops.pipeline import promotion
@@ -48,7 +48,7 @@ def promote(
 
 
 def _work(run: Run, *, approval: bool) -> dict[str, str] | State[Any]:
-    check_device(run, explain_promotion(run))
+    check_work(run, explain_promotion(run), serves=True)
     candidate = promotion.candidate_of(run, tasks=TASKS, context=NO_CONTEXT)
     rows = promotion.beside_champion(run, candidate, tasks=TASKS, context=NO_CONTEXT)
     create_table_artifact(key="vila-comparison", table=rows, description="The model and the champion")

@@ -9,6 +9,7 @@ from prefect.states import Completed
 
 from flows.attempt import attempt, checked_run
 from flows.tasks import TASKS
+from vila_ops import doctor
 from vila_ops.config import Recipe, Resources
 from vila_ops.config.load import policy_of
 from vila_ops.config.retrain import RetrainPolicy
@@ -38,6 +39,7 @@ def retrain(
         overrides: Settings to change, such as stages.sft.learning_rate=1e-5
     """
     run, rules, now = checked_run(recipe, resources, overrides), policy_of(policy), datetime.now(UTC)
+    doctor.refuse(run, doctor.serving(run.resources))  # of the canary that a retrained model becomes
     flow_run, due = str(runtime.flow_run.id), runtime.flow_run.scheduled_start_time
     if (why := begin_step(run, rules, trigger=trigger, flow_run=flow_run, due=due, now=now)) is not None:
         return Completed(name="Skipped", message=why)

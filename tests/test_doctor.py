@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +21,9 @@ from vila_ops.config import Resources
 from vila_ops.config.local import LocalServers
 from vila_ops.doctor import cluster
 from vila_ops.doctor.cluster import clock_findings, examined, has_device, slow_nodes, version_findings
+from vila_ops.doctor.finding import Finding
 from vila_ops.doctor.node import PACKAGES, NodeReport
-from vila_ops.doctor.services import services
+from vila_ops.doctor.services import services, serving
 from vila_ops.doctor.software import needs, packages
 from vila_ops.errors import DiskFault, StoreRefused
 
@@ -60,11 +61,16 @@ def test_a_missing_vllm_is_told_where_the_resources_ask_for_it(
     tmp_path: Path, make_resources: Callable[..., Resources], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vila_ops.generate.load.find_spec", lambda _: None)
-    for setting in ("serve.engine", "evaluate.engine"):
-        resources = make_resources(tmp_path, **{setting: {"kind": "vllm"}})
-        lacks = [finding.text for finding in services(resources) if not finding.ok]
-        assert [text.partition(", which")[0] for text in lacks] == ["the engine vllm needs vLLM"]
-    assert all(finding.ok for finding in services(make_resources(tmp_path, **{"serve.engine": {"kind": "auto"}})))
+
+    def lacks(look: Callable[[Resources], Iterator[Finding]], setting: str, kind: str) -> list[str]:
+        findings = look(make_resources(tmp_path, **{setting: {"kind": kind}}))
+        return [finding.text.partition(", which")[0] for finding in findings if not finding.ok]
+
+    assert lacks(services, "evaluate.engine", "vllm") == ["the engine vllm needs vLLM"]
+    assert lacks(serving, "serve.engine", "vllm") == ["the engine vllm needs vLLM"]
+    assert lacks(services, "serve.engine", "vllm") == [], "an evaluation serves nothing"
+    assert lacks(serving, "evaluate.engine", "vllm") == []
+    assert lacks(serving, "serve.engine", "auto") == []
 
 
 def test_a_store_tells_its_throughput_and_keeps_nothing_of_the_measurement(store: str, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from tests.pipeline.sealed import ROOT, seal_all
 from vila_ops.artifacts.kinds import Checkpoint, ModelVersion
 from vila_ops.artifacts.listing import sealed
 from vila_ops.config import Resources, load
+from vila_ops.pipeline.promotion import deploy_champion
 from vila_ops.registry import alias_register
 
 TINY = "configs/recipes/tiny.yaml"
@@ -50,6 +51,45 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_made(
     with pytest.raises(ValueError, match=r"cannot run with these resources:\ndevice: "):
         work("tiny", "inline", overrides=overrides(tmp_path, device="gpu"))
     assert not (tmp_path / "store/pretrained").exists()
+
+
+@pytest.mark.parametrize(
+    ("work", "registry", "lacks"),
+    [
+        (evaluate.fn, True, ["device"]),
+        (vila.fn, False, ["device"]),
+        (vila.fn, True, ["device", "the engine vllm needs vLLM, which is not installed in "]),
+        (promote.fn, True, ["device", "the engine vllm needs vLLM, which is not installed in "]),
+    ],
+)
+def test_the_engine_of_the_endpoint_is_looked_for_where_the_flow_serves(
+    work: Callable[..., Any], registry: bool, lacks: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("vila_ops.generate.load.find_spec", lambda _: None)
+    monkeypatch.setattr("vila_ops.tracking.ask", lambda _: None)
+    more = {"tracking.uri": f"sqlite:///{tmp_path}/mlflow.db"} if registry else {}
+    with pytest.raises(ValueError, match="cannot run with these resources") as raised:
+        work("tiny", "inline", overrides=overrides(tmp_path, device="gpu", **{"serve.engine.kind": "vllm"}, **more))
+    told = str(raised.value).splitlines()[1:]
+    assert len(told) == len(lacks)
+    for lack, line in zip(lacks, told, strict=True):
+        assert line.startswith(lack)
+
+
+def test_what_is_sealed_and_served_needs_no_engine_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both go on, until they lack a registry."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("vila_ops.generate.load.find_spec", lambda _: None)
+    wanted = overrides(tmp_path, **{"serve.engine.kind": "vllm"})
+    run = load(Path(TINY), resources=Path("configs/resources/inline.yaml"), overrides=wanted)
+    with pytest.raises(ValueError, match="the engine vllm needs vLLM"):
+        deploy_champion(run)
+    seal_all(run)
+    with pytest.raises(ValueError, match=r"set resources\.tracking\.uri"):
+        deploy_champion(run)
+    with pytest.raises(ValueError, match=r"set resources\.tracking\.uri"):
+        promote.fn(TINY, "inline", overrides=wanted)
 
 
 def test_a_device_that_only_the_champion_needs_is_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,3 +5,4 @@ from vila_ops.doctor.machine import examine as examine
 from vila_ops.doctor.services import device_findings as device_findings
 from vila_ops.doctor.services import refuse as refuse
 from vila_ops.doctor.services import services as services
+from vila_ops.doctor.services import serving as serving

@@ -10,7 +10,7 @@ from vila_ops.artifacts.store import root_of, throughput
 from vila_ops.config import Resources
 from vila_ops.config.local import LocalServers
 from vila_ops.doctor.finding import Finding, tried
-from vila_ops.doctor.services import device_findings, services
+from vila_ops.doctor.services import device_findings, services, serving
 from vila_ops.doctor.software import software
 
 DISK_BYTES = 10 * 2**30
@@ -20,7 +20,8 @@ MEMORY_BYTES = 8 * 2**30
 def examine(settings: LocalServers, resources: Resources) -> list[Finding]:
     """All checks, whatever fails."""
     return [
-        *software(), *_capacity(resources), *device_findings(resources), *services(resources),
+        *software(), *_capacity(resources), *device_findings(resources),
+        *dict.fromkeys((*services(resources), *serving(resources))),  # one engine may be asked for twice
         *tried(lambda: _throughput(root_of(resources.storage.store))), *_servers(settings),
     ]  # fmt: skip
 

@@ -1,7 +1,6 @@
-"""What a run needs before it works: the store, MLflow, the key of the endpoint, its engines, and a device."""
+"""What a run needs before it works: the store, MLflow, the key of the endpoint, engines, and a device."""
 
 from collections.abc import Iterable, Iterator
-from functools import partial
 
 from vila_ops import tracking
 from vila_ops.artifacts.store import probe
@@ -22,17 +21,18 @@ def refuse(run: Run, findings: Iterable[Finding]) -> None:
 
 
 def services(resources: Resources) -> Iterator[Finding]:
-    """What every run needs: the store, engines, and where there is a registry, MLflow and the key of the endpoint.
-
-    With launch ray, engines run in the environment of the cluster's nodes, which is not looked at.
-    """
+    """What every run needs: the store, evaluation's engine, and with a registry, MLflow and the key of the endpoint."""
     yield from tried(lambda: probe(resources.storage.store))
-    for kind in sorted({resources.evaluate.engine.kind, resources.serve.engine.kind} - {"auto", "torch"}):
-        if resources.launch == "inline":
-            yield from tried(partial(_engine, kind))
+    yield from _engine(resources, resources.evaluate.engine.kind)
     if resources.tracking.uri is not None:
         yield from tried(lambda: _mlflow(resources))
         yield from tried(lambda: _key(resources))
+
+
+def serving(resources: Resources) -> Iterator[Finding]:
+    """What a model that is not live yet needs: the engine of the endpoint, unless an operator starts it."""
+    if resources.serve.started_by == "deploy":
+        yield from _engine(resources, resources.serve.engine.kind)
 
 
 def device_findings(resources: Resources) -> Iterator[Finding]:
@@ -56,9 +56,15 @@ def device_findings(resources: Resources) -> Iterator[Finding]:
     yield Finding(ok=usable >= needed, text=text)
 
 
-def _engine(kind: str) -> str:
-    check_installed(kind)
-    return f"the engine {kind} is installed"
+def _engine(resources: Resources, kind: str) -> Iterator[Finding]:
+    """With launch ray, engines run in the environment of the cluster's nodes, which is not looked at."""
+
+    def installed() -> str:
+        check_installed(kind)
+        return f"the engine {kind} is installed"
+
+    if resources.launch == "inline" and kind not in ("auto", "torch"):
+        yield from tried(installed)
 
 
 def _mlflow(resources: Resources) -> str:

@@ -6,7 +6,7 @@ that reads what is not made yet has no address; it is compared by its own settin
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
@@ -53,6 +53,11 @@ class Step(Config):
     """What changed, a line each."""
     uri: str | None
     """The sealed artifact."""
+
+
+def works(steps: Iterable[Step]) -> bool:
+    """Whether a task will work on what is not sealed yet."""
+    return any(step.status in ("runs", "follows") for step in steps)
 
 
 def explain(run: Run) -> list[Step]:

@@ -8,6 +8,7 @@ from vila_ops.errors import PromotionRaceLost
 from vila_ops.eval.needs import check_held_out
 from vila_ops.eval.report import read_report
 from vila_ops.generate.load import check_installed
+from vila_ops.pipeline.explain import explain_promotion, works
 from vila_ops.pipeline.stages import TASKS, Tasks, suite_text, walk
 from vila_ops.registry.register import champion
 from vila_ops.serve.deploy import deploy
@@ -105,7 +106,11 @@ def deploy_champion(run: Run, context: RunContext = NO_CONTEXT) -> Deployment:
     # where an operator serves, or the engine is missing, it fails here, before any training
     backend_of(run.recipe.service.name, run.resources)
     if run.resources.launch == "inline":
-        check_installed(run.resources.serve.engine.kind)
+        try:
+            check_installed(run.resources.serve.engine.kind)
+        except ValueError:  # what is live stays so without its engine, and a start says so itself
+            if works(explain_promotion(run)):
+                raise
     served = to_serve(run.recipe, register_last(run, context), run.resources)
     if served is None:
         raise ValueError(
