@@ -261,7 +261,8 @@ def remove(
         say(f"held by {one.node.kind} {one.node.name} {one.node.digest[:12]}{versions}{count}")
     if holding:
         way = "train again from the new revision, then free what is held with `vila-ops gc --keep RECIPE --delete`"
-        print(f"{way}; in git: {' '.join(made.files)}", file=sys.stderr)
+        files = f"; in git: {' '.join(made.files)}" if made.files else ""
+        print(f"{way}{files}", file=sys.stderr)
 
 
 def _removed(removed: Mapping[str, Sequence[str]]) -> str:
