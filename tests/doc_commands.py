@@ -101,7 +101,7 @@ NOT_RUN = {
         "databases=postgresql://vila:$postgres@postgres:5432",
         'umask 077; cd "$(mktemp -d)"',
         r"printf '[mlflow]\ndefault_permission = READ\nadmin_username = admin\ndatabase_uri = %s\n' "
-        "$databases/mlflow_auth > auth.ini",
+        "${databases/postgresql/postgresql+psycopg}/mlflow_auth > auth.ini",
         "echo 'authorization_function = mlflow.server.auth:authenticate_request_basic_auth' >> auth.ini",
         "rm auth.ini keys.json; cd -",
     ),

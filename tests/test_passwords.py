@@ -191,7 +191,7 @@ def test_what_sqlite_has_is_in_postgresql_after_the_next_start_once(
     local_servers.prepare(settings, "mlflow")
     local_servers.prepare(settings, "prefect")
 
-    moved = MlflowClient(databases["new_mlflow"])
+    moved = MlflowClient(databases["new_mlflow"].replace("postgresql://", "postgresql+psycopg://"))
     assert [one.value for one in moved.get_metric_history(run.run_id, "loss")] == [0.1]
     assert moved.get_model_version_by_alias("kettles", "champion").tags == {"digest": "1f"}
     assert int(moved.create_experiment("more")) == int(run.experiment_id) + 1

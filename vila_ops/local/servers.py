@@ -209,7 +209,9 @@ def _mlflow(settings: LocalServers) -> Server:
 
 def _mlflow_url(settings: LocalServers) -> str:
     database = _database(settings.mlflow_database, setting="mlflow_database", scheme="postgresql")
-    return database or f"sqlite:///{root_of(settings) / 'mlflow.db'}"
+    if database is None:
+        return f"sqlite:///{root_of(settings) / 'mlflow.db'}"
+    return database.replace("postgresql://", "postgresql+psycopg://", 1)  # SQLAlchemy 2.0 takes psycopg2 by default
 
 
 def _prefect(settings: LocalServers) -> Server:
