@@ -82,7 +82,8 @@ def at_random(draw: random.Random, injected: Counter[Fault]) -> Choose:
                 in_a_row[call] = 0
                 return None
             of_body = method == "GET" and "?" not in target
-            kinds = [f for f in get_args(Fault) if f != "conflict" and (of_body or f not in ("partial", "lie"))]
+            never = {"conflict", "refused"} if of_body else {"conflict", "refused", "partial", "lie"}
+            kinds = [fault for fault in get_args(Fault) if fault not in never]
             fault: Fault = draw.choice(kinds)
             in_a_row[call] += 1
             injected[fault] += 1
