@@ -109,11 +109,11 @@ class Sweeper:
         between two answers.
         """
         found: dict[str, Json] = {}
-        known: list[str] = []
-        wanted = {"state": {"type": {"any_": [*OPEN]}}, "id": {"not_any_": known}}
-        while page := answer(self._api, "/flow_runs/filter", {"flow_runs": wanted}):
+        state = {"type": {"any_": [*OPEN]}}
+        while page := answer(
+            self._api, "/flow_runs/filter", {"flow_runs": {"state": state, "id": {"not_any_": [*found]}}}
+        ):
             found |= {one["id"]: one for one in page}
-            known[:] = found
         return {name: one for name, one in found.items() if _has_lease(one) or _starts(one)}
 
     def _is_lost(self, flow_run: Json) -> bool:

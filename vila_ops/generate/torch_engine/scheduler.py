@@ -235,33 +235,30 @@ class Scheduler:
         A prompt that is read to its end gets its first token.
         """
         states = self.rows[: self.live]
+        ids = [state.ids[-1] for state in states]
         groups: list[Group] = [(range(self.live), [1] * self.live)] if states else []
-        ids = torch.tensor([state.ids[-1] for state in states], dtype=torch.long)
-        embeddings = [self.loaded.embed_prompt(ids.tolist(), [])] if states else []
-        answered, read = list(range(self.live)), 0
+        embeddings = [self.loaded.embed_prompt(ids, [])] if states else []
+        answered, width = list(range(self.live)), max((count for _, count in chunk), default=0)
         if chunk:
-            rows, counts = [self.rows.index(state) for state, _ in chunk], [count for _, count in chunk]
-            padded = torch.zeros(len(chunk), max(counts), dtype=torch.long)
-            for number, (state, count) in enumerate(chunk):
-                assert state.embeddings is not None
-                start, tokens = self.cache.lengths[rows[number]], state.tokens()
-                padded[number, :count] = torch.tensor(tokens[start : start + count])
-                part, state.embeddings = state.embeddings[:count], state.embeddings[count:]
-                embeddings.append(torch.nn.functional.pad(part, (0, 0, 0, max(counts) - count)))
-                if start + count == len(tokens):
-                    states.append(state)
-                    answered.append(self.live + number * max(counts) + count - 1)
-            groups.append((rows, counts))
-            ids, read = torch.cat([ids, padded.flatten()]), padded.numel()
-        hidden = self._hidden(groups, torch.cat(embeddings)[None], ids[None].to(self.loaded.device))
+            groups.append(([self.rows.index(state) for state, _ in chunk], [count for _, count in chunk]))
+        for state, count in chunk:
+            assert state.embeddings is not None
+            start, tokens = self.cache.lengths[self.rows.index(state)], state.tokens()
+            part, state.embeddings = state.embeddings[:count], state.embeddings[count:]
+            embeddings.append(torch.nn.functional.pad(part, (0, 0, 0, width - count)))
+            if start + count == len(tokens):
+                states.append(state)
+                answered.append(len(ids) + count - 1)
+            ids += [*tokens[start : start + count], *[0] * (width - count)]
+        hidden = self._hidden(groups, torch.cat(embeddings)[None], torch.tensor([ids], device=self.loaded.device))
         if states:
             chosen = self._choose(hidden[torch.tensor(answered, device=self.loaded.device)], states)
             for state in states[self.live :]:
                 self._promote(state)
             self._settle(states, chosen)
-        return read
+        return len(chunk) * width
 
-    def _hidden(self, groups: Sequence[tuple[Sequence[int], Sequence[int]]], embeddings: Tensor, ids: Tensor) -> Tensor:
+    def _hidden(self, groups: Sequence[Group], embeddings: Tensor, ids: Tensor) -> Tensor:
         """Hidden states (T, D) of the next tokens of groups of rows, from embeddings (1, T, D) and ids (1, T)."""
         model, positions = self.loaded.model, self.cache.begin(groups)
         with row_attention.used_by(model):
