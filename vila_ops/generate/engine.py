@@ -43,7 +43,7 @@ class EngineOptions:
     prefill_tokens: int = 4096
     """Most tokens of prompts that are read between two tokens of the answers under way; fewer: shorter pauses."""
     bound_pauses: bool = False
-    """Whether our engine reads even fewer of them, so that a pause is 1.5 times the time of a token alone."""
+    """Whether our engine reads even fewer of them, so that a pause is 1.2 times the time of a token alone."""
     keep_prefixes: bool = False
     """Whether what was read is kept for prompts that begin alike. It changes rounding, by what was asked before."""
 

@@ -2,7 +2,7 @@
 
 SMOOTHING = 0.2
 """Weight of the newest measurement in a running mean."""
-SHARE = 0.5
+SHARE = 0.2
 """Of the time of a pass that decodes: what reading may add to it."""
 MIN_TOKENS = 4
 """A prompt gets on by so many a pass, however slow reading is."""
@@ -13,7 +13,7 @@ class ReadingPace:
 
     A pass that decodes takes d seconds; one that reads N tokens too takes about d + N t, as it goes through the weights
     once. N is chosen so that N t is SHARE d, and the tower computes for so long between two passes: a pause between two
-    tokens is then about one and a half passes that decode, whatever the machine and the model. Where more requests are
+    tokens is then about 1.2 passes that decode, whatever the machine and the model. Where more requests are
     to be read than answers are under way, reading may take so many times more: few readers do not hold up many.
     """
 

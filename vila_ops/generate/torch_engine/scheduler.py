@@ -66,8 +66,9 @@ class Scheduler:
         self._numbers = itertools.count()
         self._events: list[Event] = []
         # Each step is the first of these that has work, and the next step begins with its successor: so between two
-        # tokens of an answer there is time for images or for tokens of prompts, and never for both.
-        self._turns = deque([self._encode, self._decode, self._decode_and_read])
+        # tokens of an answer there is time for images or for tokens of prompts, and never for both. A pass that only
+        # decodes comes often enough to know its time.
+        self._turns = deque([self._encode, self._decode, *[self._decode_and_read] * 3])
 
     @property
     def is_busy(self) -> bool:
