@@ -4,8 +4,8 @@ A random model answers chats of all kinds as a Poisson process, at a share (VILA
 reached in a closed loop at the start: texts and images of several lengths, whole and streamed, clients that leave and
 images that cannot be read. Every image is a new one, so caches are full and change all the time; the words are few, as
 the tokenizer caches the first 10,000. Every minute, when all answers have ended, the server collects garbage and says
-what glibc's allocator has given out (`mallinfo2`), Python's objects included. Before the first reading every batch size
-is warmed up and every cache is full.
+what glibc's allocator has given out (`mallinfo2`), Python's objects included. Before the first reading every product of
+matrices is compiled, every batch size is warmed up and every cache is full.
 
 VILA_BENCH_MINUTES is the duration (60). Target: the upper end of the 95 % interval of the slope is at most 1 MB an
 hour, and the 99th percentile of the times of whole answers in the last third is no more than 1.5 times that of the
@@ -35,6 +35,8 @@ from scipy.stats import linregress, t
 from serving import SMALL, Server, http, running, tiny_version
 
 from vila_ops.config import Resources, Service
+from vila_ops.generate.engine import EngineOptions
+from vila_ops.generate.torch_engine.scheduler import SLOTS
 from vila_ops.serve.backends.http_protocol import options
 from vila_ops.serve.backends.local_process import free_port
 from vila_ops.serve.spec import Spec
@@ -69,6 +71,7 @@ def serve(spec: str, host: str, port: str) -> None:
     read = Spec.model_validate_json(spec)
     app, libc = load_app(read, read.device, replica={}), ctypes.CDLL("libc.so.6")
     libc.mallinfo2.restype = Mallinfo2
+    compile_products()
 
     @app.get("/allocated")
     async def allocated() -> dict[str, int]:
@@ -77,6 +80,22 @@ def serve(spec: str, host: str, port: str) -> None:
         return {"bytes": info.uordblks + info.hblkhd}
 
     uvicorn.run(app, host=host, port=int(port), log_level="warning", **options())
+
+
+def compile_products() -> None:
+    """Each product that a pass may need, once: oneDNN keeps one for each number of rows that is multiplied."""
+    import torch
+
+    from vila_ops.generate.torch_engine.packed import PackedLinear, padded
+
+    numbers = {padded(rows) for rows in range(1, EngineOptions.prefill_tokens + SLOTS)}
+    layers = {(one.in_features, one.out_features): one for one in gc.get_objects() if isinstance(one, PackedLinear)}
+    if not layers:
+        raise RuntimeError("no layer of the model is packed")
+    with torch.inference_mode():
+        for (width, _), layer in layers.items():
+            for rows in sorted(numbers):
+                layer(torch.zeros(rows, width))
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from vila_ops.config.engine import VllmEngine
 from vila_ops.config.resources import ServeResources, StorageResources
 from vila_ops.config.serve import Golden
 from vila_ops.model.assemble import assemble
-from vila_ops.release.canary import promote, start_canary
+from vila_ops.release.canary import promote, roll_back, start_canary
 from vila_ops.serve.deploy import deploy, undeploy
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -125,4 +125,14 @@ def test_a_canary_answers_its_share_of_conversations_and_is_promoted(
     assert set(answered) == {first, second}
     assert answering(url, image) == answered, "a conversation stays with one version"
     assert promote(service, resources).model == second
+    assert set(answering(url, image)) == {second}
+
+
+def test_a_canary_that_is_rolled_back_answers_no_more(
+    url: str, image: Path, service: Service, versions: tuple[ModelVersion, ModelVersion], resources: Resources
+) -> None:
+    first, second = (version.checkpoint.digest for version in versions)
+    assert start_canary(service, versions[0], resources).model == first
+    assert set(answering(url, image)) == {first, second}
+    roll_back(service, resources)
     assert set(answering(url, image)) == {second}

@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.generate.torch_engine.test_quantised import Whole, of_family
 from vila_ops.config import Model
-from vila_ops.generate.torch_engine.packed import can_pack, pack
+from vila_ops.generate.torch_engine.packed import can_pack, pack, padded
 
 pytestmark = pytest.mark.skipif(not can_pack(), reason="this torch has no oneDNN")
 
@@ -31,3 +31,12 @@ def test_a_packed_model_computes_what_it_did(
     left: list[Any] = [one for one in other.model.language_model.modules() if isinstance(one, nn.Linear)]
     assert [one for one in (*left, other.lm_head) if one.weight.numel()] == []
     assert other.get_input_embeddings().weight.numel() == model.get_input_embeddings().weight.numel()
+
+
+def test_few_numbers_of_rows_are_multiplied() -> None:
+    numbers = [padded(rows) for rows in range(1, 4097)]
+    assert numbers[:16] == [*range(1, 17)]
+    assert numbers == sorted(numbers)
+    assert all(0 <= number - rows <= rows / 8 for rows, number in enumerate(numbers, 1))
+    assert len(set(numbers)) == 15 + 8 * 8 + 1, "eight from 16 to 31 and so on, and 4096"
+    assert all(padded(number) == number for number in numbers)
