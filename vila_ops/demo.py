@@ -19,6 +19,7 @@ from vila_ops.artifacts import output
 from vila_ops.config import Run
 from vila_ops.config.local import LocalServers
 from vila_ops.report.summary import BEGINS
+from vila_ops.serve.sample_query import curl
 
 DEPLOYMENT = "vila/full-pipeline"
 TAG = "vila-ops-demo"
@@ -148,13 +149,13 @@ def _say_results(run: Run, endpoints: local.Endpoints, say: Say, *, seconds: flo
     if answer is None:
         say(f"the gate refused the model and there is no champion to serve; see {endpoints.mlflow}")
         return
-    say(f"asked {answer['question']!r} about a held-out image of {answer['truth']!r}; answer: {answer['reply']!r}")
+    say(f"asked {answer['question']!r} about a held-out image of {answer['truth']!r}; answer: {answer['reply']!r}, "
+        f"streamed in {answer['tokens']} tokens")  # fmt: skip
     say(f"  report    {folder / 'report.html'}")
     say(f"  summary   {folder / 'summary.json'}")
     say(f"  MLflow    {summary['mlflow']['runs']}")
     say(f"  Prefect   {endpoints.prefect}")
     say(f"  chat      {answer['url']}/")
     say(f"  endpoint  {answer['url']}/v1/chat/completions")
-    say(f"  try       curl -s {answer['url']}/v1/chat/completions -H 'Content-Type: application/json' "
-        f"-d @{folder / 'ask.json'}")  # fmt: skip
+    say(f"  try       {curl(answer['url'], '@' + str(folder / 'ask.json'))}")
     say("the servers stay up; `vila-ops down` ends them")

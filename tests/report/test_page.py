@@ -95,7 +95,7 @@ def full_summary() -> dict[str, Any]:
         "metrics": metrics,
         "layers": layers(),
         "answer": {"question": "What is this?", "image": image, "truth": truth, "reply": truth.upper(),
-                   "model": digest(12), "curl": f"curl -s http://h:8000/v1 -d '{{\"url\": \"{image}\"}}'"},
+                   "model": digest(12), "curl": f"curl -sN http://h:8000/v1 -d '{{\"url\": \"{image}\"}}'"},
         "serving": {"status": "ok", "replica": {"pid": 6120}},
         "versions": {"torch": "2.13.0", "ray": "2.60.0"},
     }  # fmt: skip
@@ -201,8 +201,16 @@ def test_page_loads_nothing_and_runs_nothing() -> None:
         "evaluation.html",
         f"{MLFLOW}/#/experiments/1/runs",
         "http://127.0.0.1:4200",
-        "http://h:8000",
+        "http://h:8000/",
     }
+
+
+def test_the_chat_page_of_a_deployed_service_is_linked_beside_its_answer() -> None:
+    page = render(full_summary(), curves(), gallery())
+    answer = "<section " + page.partition('<section id="answer"')[2].partition("</section>")[0] + "</section>"
+    assert '<a href="http://h:8000/" rel="noreferrer">ask in a browser</a>' in answer
+    assert "OpenAI chat API http://h:8000/v1" in Page(answer).text
+    assert "http://h:8000" not in render(bare_summary(), curves(), gallery())
 
 
 def test_page_can_be_read_without_seeing_it() -> None:

@@ -287,7 +287,7 @@ def layers_of(name: str, report: EvalReport) -> list[Json]:
 def _answer(outcome: Outcome) -> Json | None:
     if outcome.answer is None:
         return None
-    return {**outcome.answer.model_dump(), "curl": curl(outcome.answer)}
+    return {**outcome.answer.model_dump(), "curl": curl(outcome.answer.url, body(outcome.answer))}
 
 
 def _serving(outcome: Outcome) -> Json:
