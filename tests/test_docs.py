@@ -1,5 +1,6 @@
 """README and docs: links lead somewhere, every page is linked, and what they list is what is there."""
 
+import json
 import re
 
 import yaml
@@ -54,3 +55,14 @@ def test_the_readme_lists_the_package_as_it_is() -> None:
     assert listed == {part for part in parts if not part.startswith("__")}
     for top in re.findall(r"^(\w[\w.]*/?)", tree, flags=re.MULTILINE):
         assert (ROOT / top).exists(), top
+
+
+def test_the_table_of_quantised_weights_is_the_result() -> None:
+    result = json.loads((ROOT / "benchmarks/results/quantised.json").read_text())
+    rows = re.findall(
+        r"^\| (\w+) \| (\d+) MB \| ([\d.]+) \| ([\d.]+) \|$", PAGES["docs/serving.md"], flags=re.MULTILINE
+    )
+    assert rows == [
+        (one, f"{bytes_ / 1e6:.0f}", f"{result['tokens_per_second'][one]:.1f}", f"{result['nats_per_token'][one]:.3f}")
+        for one, bytes_ in result["memory_bytes"].items()
+    ]
