@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FrameType
 from typing import Self, TypeVar
 from uuid import UUID
@@ -33,7 +34,8 @@ from vila_ops.artifacts.store import root_of
 from vila_ops.config import Recipe, Resources, Run, run_of
 from vila_ops.errors import Preempted
 from vila_ops.pipeline.explain import Step, works
-from vila_ops.pipeline.sweeper import ATTEMPT, LABEL, lease_of
+from vila_ops.pipeline.sweeper import ATTEMPT, JOB, JOB_SERVER, LABEL, lease_of
+from vila_ops.train.stage import FollowedJob
 
 POLL_SECONDS = 3.0
 STOP_SECONDS = 12.0
@@ -95,13 +97,24 @@ def cancelled() -> bool:
     """Whether someone has cancelled this flow run; False where Prefect does not answer within ANSWER_SECONDS."""
     if (flow_run := runtime.flow_run.id) is None:
         return False
+    if (watchdog := _watching.get()) is not None and watchdog.cancelled:
+        return True
     answer, until = None, time.monotonic() + ANSWER_SECONDS
     with _asking() as client:
         while answer is None and time.monotonic() < until:
             answer = _is_cancelled(client, UUID(flow_run))
             if answer is None:
                 time.sleep(RETRY_SECONDS)
+    if answer is None:
+        log.warning("Prefect did not say within %.0f s whether this flow run was cancelled", ANSWER_SECONDS)
     return bool(answer)
+
+
+def follow(job: FollowedJob) -> None:
+    """Name the job that this flow run follows in its labels: where its process is dead, the sweeper stops the job."""
+    if (flow_run := runtime.flow_run.id) is not None:
+        with get_client(sync_client=True) as client:
+            client.update_flow_run_labels(UUID(flow_run), {JOB: job.key, JOB_SERVER: job.server})
 
 
 def _outlive_the_worker() -> None:
@@ -147,11 +160,13 @@ class _CancelWatchdog:
         self._flow_run, self._done = flow_run, threading.Event()
 
     def __enter__(self) -> Self:
+        self._token = _watching.set(self)
         threading.Thread(target=self._run, name="cancellation", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
+        _watching.reset(self._token)
 
     def _run(self) -> None:
         with _asking() as client:
@@ -163,6 +178,10 @@ class _CancelWatchdog:
                     break
         if self.cancelled and not self._done.wait(STOP_SECONDS):
             os.kill(os.getpid(), signal.SIGKILL)  # the sweeper tells Prefect
+
+
+_watching: ContextVar[_CancelWatchdog | None] = ContextVar("watching", default=None)
+"""The watchdog of the present attempt."""
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.exceptions import TerminationSignal
 
-from flows.attempt import cancelled
+from flows.attempt import cancelled, follow
 from vila_ops.artifacts.kinds import Checkpoint, Dataset, Pretrained
 from vila_ops.config import NO_CONTEXT, Model, Resources, RunContext, Stage
 from vila_ops.data.preprocess.prepare import prepare
@@ -23,7 +23,7 @@ from vila_ops.model.assemble import assemble
 from vila_ops.pipeline.stages import Tasks
 from vila_ops.registry.register import register
 from vila_ops.serve.deploy import deploy
-from vila_ops.train.stage import stop_stage, train_stage
+from vila_ops.train.stage import job_of, stop_job, train_stage
 
 DELAYS = (5.0, 30.0, 120.0, 300.0)
 """Seconds before each retry, at the least."""
@@ -58,6 +58,9 @@ def _task(function: Callable[P, R], *, name: str | None = None, retries: int = l
     )(function)
 
 
+_train_stage = _task(train_stage, name="train {stage.name}")
+
+
 def train_or_stop(
     stage: Stage,
     model: Model,
@@ -68,14 +71,17 @@ def train_or_stop(
 ) -> Checkpoint:
     """The task `train_stage`. A job on a cluster outlives this process, unless someone cancels the flow run.
 
-    A job that cannot be stopped is told in the log: an error in place of the signal would have Prefect try again.
+    The signal is caught outside of Prefect's task, as it may come while Prefect waits before another try.
     """
+    job = job_of(stage, model, data, init, resources)
+    if job is not None:
+        follow(job)
     try:
-        return train_stage(stage, model, data, init, resources, context)
+        return _train_stage(stage, model, data, init, resources, context)
     except TerminationSignal:
-        if cancelled():
+        if job is not None and cancelled():
             try:
-                stop_stage(stage, model, data, init, resources)
+                stop_job(job)
             except (VilaError, ValueError) as error:
                 log.error("the job of stage %s was not stopped: %s", stage.name, error)
         raise
@@ -84,7 +90,7 @@ def train_or_stop(
 TASKS = Tasks(
     assemble=_task(assemble),
     prepare=_task(prepare, name="prepare {mixture.name}"),
-    train_stage=_task(train_or_stop, name="train {stage.name}"),
+    train_stage=train_or_stop,
     evaluate=_task(evaluate, name="evaluate on {suite.name}"),
     register=_task(register),
     deploy=_task(deploy, retries=1),

@@ -2,14 +2,39 @@
 
 import logging
 import signal
+import time
 from typing import Any
 
+import prefect.task_engine
 import pytest
 from prefect.exceptions import TerminationSignal
 
 from flows import tasks
 from vila_ops.config import Resources
 from vila_ops.errors import ClusterUnreachable
+from vila_ops.train.stage import FollowedJob
+
+JOB = FollowedJob("0123", "http://head")
+ANYTHING: Any = object()
+
+
+class Stage:
+    name = "sft"
+
+
+@pytest.fixture
+def stopped(monkeypatch: pytest.MonkeyPatch) -> list[FollowedJob]:
+    """Jobs that were stopped. The stage is trained by JOB, which the flow run names."""
+    jobs: list[FollowedJob] = []
+    monkeypatch.setattr(tasks, "job_of", lambda *_: JOB)
+    monkeypatch.setattr(tasks, "follow", lambda job: None)
+    monkeypatch.setattr(tasks, "stop_job", jobs.append)
+    return jobs
+
+
+def train() -> None:
+    stage: Any = Stage()
+    tasks.TASKS.train_stage(stage, ANYTHING, ANYTHING, ANYTHING, Resources(launch="inline"))
 
 
 @pytest.mark.parametrize(
@@ -17,28 +42,49 @@ from vila_ops.errors import ClusterUnreachable
 )
 @pytest.mark.parametrize("cancelled", [True, False])
 def test_a_job_that_cannot_be_stopped_leaves_the_signal_as_it_is(
-    cancelled: bool, fault: Exception | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    cancelled: bool,
+    fault: Exception | None,
+    stopped: list[FollowedJob],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Prefect would try the task again after another error, and follow the job of a cancelled flow run."""
-    asked: list[str] = []
 
-    class Stage:
-        name = "sft"
-
-    def train_stage(*_: Any) -> None:
+    def ended(*_: Any) -> None:
         raise TerminationSignal(signal.SIGTERM)
 
-    def stop_stage(stage: Stage, *_: Any) -> None:
-        asked.append(stage.name)
+    def stop_job(job: FollowedJob) -> None:
+        stopped.append(job)
         if fault is not None:
             raise fault
 
-    monkeypatch.setattr(tasks, "train_stage", train_stage)
-    monkeypatch.setattr(tasks, "stop_stage", stop_stage)
+    monkeypatch.setattr(tasks, "_train_stage", ended)
+    monkeypatch.setattr(tasks, "stop_job", stop_job)
     monkeypatch.setattr(tasks, "cancelled", lambda: cancelled)
-    anything: Any = Stage()
     with caplog.at_level(logging.ERROR, "vila_ops"), pytest.raises(TerminationSignal):
-        tasks.train_or_stop(anything, anything, anything, anything, Resources(launch="inline"))
-    assert asked == ["sft"] * cancelled
+        train()
+    assert stopped == [JOB] * cancelled
     told = [f"the job of stage sft was not stopped: {fault}"] if cancelled and fault else []
     assert [record.getMessage() for record in caplog.records] == told
+
+
+def test_a_job_is_stopped_where_its_flow_run_is_cancelled_before_another_try(
+    stopped: list[FollowedJob], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefect waits outside of the function of a task, for minutes; see `DELAYS`."""
+    tries: list[float] = []
+
+    def unreachable(*_: Any) -> None:
+        tries.append(time.monotonic())
+        raise ClusterUnreachable("the job server has not answered")
+
+    def waits(seconds: float) -> None:
+        assert tries, "Prefect waits for nothing else"
+        raise TerminationSignal(signal.SIGTERM)
+
+    monkeypatch.setattr(tasks, "_train_stage", tasks._task(unreachable))
+    monkeypatch.setattr(tasks, "cancelled", lambda: True)
+    monkeypatch.setattr(prefect.task_engine.time, "sleep", waits)
+    with pytest.raises(TerminationSignal):
+        train()
+    assert (len(tries), stopped) == (1, [JOB])

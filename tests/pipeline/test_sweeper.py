@@ -12,8 +12,10 @@ import pytest
 
 from tests.forks import Fork
 from vila_ops.artifacts.leases import hold
+from vila_ops.errors import ClusterUnreachable
 from vila_ops.pipeline.automations import CANCELLED, LOST, automations
-from vila_ops.pipeline.sweeper import ATTEMPT, LABEL, WORKER, Sweeper, client_of, lease_of
+from vila_ops.pipeline.sweeper import ATTEMPT, JOB, JOB_SERVER, LABEL, WORKER, Sweeper, client_of, lease_of
+from vila_ops.train.stage import FollowedJob
 
 Json = dict[str, Any]
 AT_MOST = 200
@@ -21,6 +23,7 @@ AT_MOST = 200
 HELD_AND_KILLED = """
 import os, signal, sys
 from vila_ops.artifacts.leases import hold
+from vila_ops.errors import ClusterUnreachable
 from vila_ops.pipeline.sweeper import lease_of
 with hold(lease_of("a"), store=sys.argv[1]):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -98,6 +101,27 @@ def test_a_run_whose_process_was_killed_is_told_once_and_again_if_nothing_happen
     prefect.states["a"] = "CRASHED"
     clock[0] = 600.0
     assert sweep() == []
+
+
+@pytest.mark.parametrize("fault", [None, ClusterUnreachable("the job server does not answer")])
+@pytest.mark.parametrize("state", ["CANCELLING", "RUNNING"])
+def test_the_job_of_a_cancelled_run_without_a_process_is_stopped(
+    prefect: Prefect, state: str, fault: Exception | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that crashed is run again, and follows the job that goes on."""
+    stopped: list[FollowedJob] = []
+
+    def stop_job(job: FollowedJob) -> None:
+        stopped.append(job)
+        if fault is not None:
+            raise fault
+
+    monkeypatch.setattr("vila_ops.pipeline.sweeper.stop_job", stop_job)
+    labels = {LABEL: prefect.store, JOB: "0123", JOB_SERVER: "http://head"}
+    prefect.states["a"], prefect.facts = state, {"labels": labels}
+    assert sweeper(prefect, lambda: 0.0).sweep() == ["a"]
+    assert stopped == [FollowedJob("0123", "http://head")] * (state == "CANCELLING")
+    assert [event["event"] for event in prefect.events] == [CANCELLED if state == "CANCELLING" else LOST]
 
 
 def test_every_running_flow_run_is_looked_at_however_many_there_are(prefect: Prefect) -> None:

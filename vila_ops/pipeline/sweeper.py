@@ -24,6 +24,7 @@ from vila_ops.artifacts import leases
 from vila_ops.artifacts.store import Address
 from vila_ops.errors import VilaError
 from vila_ops.pipeline.automations import CANCELLED, LOST, TAG, Json, answer, reconcile
+from vila_ops.train.stage import FollowedJob, stop_job
 
 KIND = "flow_run"
 """Kind of the leases of flow runs."""
@@ -41,6 +42,8 @@ WORKER = "prefect.worker.type"
 ATTEMPT = "vila-ops.attempt"
 """Label of a flow run with the id of the state Running in which it took its lease: a flow run that is run again has the
 lease of its former attempt at first."""
+JOB, JOB_SERVER = "vila-ops.job", "vila-ops.job-server"
+"""Labels of a flow run with the job on a cluster that it follows; see `train.stage.FollowedJob`."""
 AGAIN_SECONDS = 60.0
 """Time between two events about one flow run, if the first one had no effect."""
 RECONCILE_SECONDS = 30.0
@@ -142,16 +145,31 @@ class Sweeper:
         state = answer(self._api, f"/flow_runs/{name}")["state"]
         if state["id"] != flow_run["state"]["id"]:
             return False
+        is_cancelled = state["type"] == "CANCELLING"
+        if is_cancelled:
+            _stop_job(flow_run)
         event = {
             "id": str(uuid.uuid4()),
             "occurred": datetime.now(UTC).isoformat(),
-            "event": CANCELLED if state["type"] == "CANCELLING" else LOST,
+            "event": CANCELLED if is_cancelled else LOST,
             "resource": {"prefect.resource.id": f"prefect.flow-run.{name}", "prefect.resource.name": flow_run["name"]},
         }
         self._api.post("/events", json=[event]).raise_for_status()
         self._told[name] = now
         log.warning("flow run %s: its process has ended; told Prefect (%s)", flow_run["name"], event["event"])
         return True
+
+
+def _stop_job(flow_run: Json) -> None:
+    """End the job that a cancelled flow run followed, which its own process would have done."""
+    labels = flow_run["labels"]
+    if JOB not in labels:
+        return
+    job = FollowedJob(labels[JOB], labels[JOB_SERVER])
+    try:
+        stop_job(job)
+    except (VilaError, ValueError, OSError) as error:
+        log.error("the job of the cancelled flow run %s was not stopped: %s", flow_run["name"], error)
 
 
 def _has_lease(flow_run: Json) -> bool:

@@ -7,6 +7,7 @@ and seals. This process only submits and watches, so a stage that ends while nob
 import logging
 import os
 import time
+from typing import Any
 
 import requests
 from ray.exceptions import AuthenticationError
@@ -23,7 +24,10 @@ ERROR_PREFIX = "vila-ops error: "
 """Starts the line of the job's log that holds a RemoteError as JSON. Ray may print workers' lines around it."""
 POLL_SECONDS = 2.0
 STOP_TRIES = 3
-"""How often a job is stopped: one that Ray is about to start cannot be stopped yet, and would start."""
+"""How often jobs are looked for and stopped: one that Ray is about to start cannot be stopped yet, and would start; one
+whose submission was cut off may not be in Ray's list yet."""
+REQUEST_SECONDS = 30.0
+"""How long one request to a job server may take; Ray's own client waits for ever."""
 SILENCE_SECONDS = 60.0
 """How long a job server may give no answer before this process stops watching. The job may still run."""
 PENDING_SECONDS = 1800.0
@@ -45,7 +49,7 @@ def train_as_job(key: str, payload: JobPayload) -> None:
     """
     address = payload.resources.job_address
     client = _client(address)
-    name = newest_live(client.list_jobs(), key) or _submit(client, key, payload)
+    name = next(iter(live_jobs(client.list_jobs(), key)), None) or _submit(client, key, payload)
     log.info("stage %s is job %s; `ray job stop %s --address %s` ends it", payload.stage.name, name, name, address)
     job = _watch(client, name)
     if job.status == JobStatus.STOPPED:
@@ -61,33 +65,43 @@ def train_as_job(key: str, payload: JobPayload) -> None:
 
 
 def stop_job(key: str, address: str | None) -> None:
-    """End the live job of an address, if there is one.
+    """End the live jobs of an address, if there are any.
 
     Raises ClusterUnreachable, also for a job that Ray does not start meanwhile: nothing of ours ends it later.
     """
-    client = _client(address)
+    client, left = _client(address), set[str]()
     try:
         for made in range(STOP_TRIES):
             if made:
                 time.sleep(POLL_SECONDS)
-            name = newest_live(client.list_jobs(), key)
-            if name is None:
-                return
-            if client.stop_job(name):
+            found = live_jobs(client.list_jobs(), key)
+            stopped = {name for name in found if client.stop_job(name)}
+            for name in sorted(stopped):
                 log.info("stopped job %s", name)
+            left = set(found) - stopped
+            if not left and (found or made):
                 return
     except (requests.RequestException, RuntimeError) as error:
         raise ClusterUnreachable(f"the job server at {address} did not stop the job of {key}: {error}") from error
+    name = min(left)
     raise ClusterUnreachable(
         f"Ray has not started job {name} yet, so it did not stop it, and the job may still start and train; once it is "
         f"RUNNING, `ray job stop {name} --address {address}` ends it"
     )
 
 
+class _Client(JobSubmissionClient):
+    """Ray's client, whose requests end."""
+
+    def _do_request(self, method: str, endpoint: str, **settings: Any) -> requests.Response:
+        answer: requests.Response = super()._do_request(method, endpoint, **{"timeout": REQUEST_SECONDS, **settings})
+        return answer
+
+
 def _client(address: str | None) -> JobSubmissionClient:
     try:
-        return JobSubmissionClient(address)
-    except ConnectionError as error:
+        return _Client(address)
+    except (ConnectionError, requests.Timeout) as error:
         raise ClusterUnreachable(
             f"no job server answers at {address}; set job_address to the address of Ray's dashboard"
         ) from error
@@ -97,10 +111,10 @@ def _client(address: str | None) -> JobSubmissionClient:
         ) from error
 
 
-def newest_live(jobs: list[JobDetails], key: str) -> str | None:
-    """Return the id of an address's newest job that has not ended, or None."""
+def live_jobs(jobs: list[JobDetails], key: str) -> list[str]:
+    """Return the ids of an address's jobs that have not ended, the newest first."""
     live = [n for n, job in _attempts(jobs, key).items() if not job.status.is_terminal() and not _is_abandoned(job)]
-    return f"{key}-{max(live)}" if live else None
+    return [f"{key}-{number}" for number in sorted(live, reverse=True)]
 
 
 def _is_abandoned(job: JobDetails) -> bool:

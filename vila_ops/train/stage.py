@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vila_ops import tracing, tracking
 from vila_ops.artifacts import attempts, store
@@ -213,16 +213,27 @@ def _train_as_job(at: store.Address, inputs: StageInputs) -> Checkpoint:
     )
 
 
-def stop_stage(stage: Stage, model: Model, data: Dataset, init: Checkpoint | Pretrained, resources: Resources) -> None:
-    """End the job of launch `ray_job` that trains a stage, if there is one; its resume checkpoints stay.
+class FollowedJob(NamedTuple):
+    """What finds the jobs on a cluster that train a stage."""
 
-    Raises ClusterUnreachable.
-    """
+    key: str
+    server: str
+
+
+def job_of(
+    stage: Stage, model: Model, data: Dataset, init: Checkpoint | Pretrained, resources: Resources
+) -> FollowedJob | None:
+    """The job that trains a stage with launch `ray_job`; None with another launch."""
     inputs = StageInputs(stage=stage, model=model, data=data, init=init, resources=resources.for_stage(stage.name))
-    if inputs.resources.launch == "ray_job":
-        from vila_ops.train.ray_job import stop_job
+    server = inputs.resources.job_address
+    return FollowedJob(address_of(inputs).key, server) if server is not None else None
 
-        stop_job(address_of(inputs).key, inputs.resources.job_address)
+
+def stop_job(job: FollowedJob) -> None:
+    """End a job; its resume checkpoints stay. Raises ClusterUnreachable, and ValueError where a token is missing."""
+    from vila_ops.train import ray_job  # heavy: ray
+
+    ray_job.stop_job(job.key, job.server)
 
 
 def _run_workers(job: TrainJob) -> list[dict[str, Any]]:
