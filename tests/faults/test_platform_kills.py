@@ -1,11 +1,13 @@
 """SIGKILL to each part of the platform at random moments of a deployed pipeline, on servers that `up` starts.
 
+A flow run also gets SIGTERM, by which clouds and Kubernetes say that its machine will be taken away.
+
 What died is started again as a person would do it. The flow run or the next one of its deployment then ends with the
 digests of an undisturbed run. No stage is trained twice to its end, MLflow has one run for each stage and evaluation
 with each step once, the registry has one version and one promotion, and no run stays open. Nothing is served here.
 
-VILA_PLATFORM_KILLS sets the number of kills of each part (`make faults`: 20), and VILA_SEED the moments. Without it each
-part of a pipeline without Ray is killed once, in an order that the seed draws; tests/faults/test_nodes.py has nodes.
+VILA_PLATFORM_KILLS sets the number of kills of each part (`make faults`: 20), and VILA_SEED the moments. Without it
+each part of a pipeline without Ray is killed once, in an order that the seed draws; test_nodes.py kills nodes.
 """
 
 import contextlib
@@ -14,6 +16,7 @@ import json
 import logging
 import os
 import random
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -38,7 +41,9 @@ from vila_ops.registry import alias_register
 
 KILLS = int(os.environ.get("VILA_PLATFORM_KILLS", "0"))
 KILLS_A_PIPELINE = 3
-INLINE = ("flow run", "worker", "prefect", "mlflow")
+ENDING = {"flow run": signal.SIGKILL, "preempted flow run": signal.SIGTERM}
+"""What ends a flow run's own process, and how."""
+INLINE = (*ENDING, "worker", "prefect", "mlflow")
 """Parts that are killed while the flow run's own process trains."""
 ON_RAY = ("head", "raylet", "training worker")
 """Parts that are killed while two nodes train, with a worker on each."""
@@ -160,14 +165,14 @@ class Platform:
         local.down(self.servers["settings"])
 
     def kill(self, what: str, flow_run: str, seconds: float) -> None:
-        """SIGKILL to a part. A worker that trains is waited for so long, unless the flow run ends before."""
+        """A signal to a part. A worker that trains is waited for so long, unless the flow run ends before."""
         match what:
-            case "flow run":
+            case "flow run" | "preempted flow run":
                 own = processes_of(flow_run)
                 for process in own:
                     with contextlib.suppress(psutil.Error):
                         if process.ppid() not in {one.pid for one in own}:
-                            process.kill()
+                            process.send_signal(ENDING[what])
             case "raylet":
                 assert self._node is not None
                 self._node.kill()
@@ -182,7 +187,7 @@ class Platform:
         """Start again what was killed, as far as a person has to."""
         if what == "head" and self._node:
             self._node.end()
-        if what not in ("flow run", "training worker", "raylet"):
+        if what not in (*ENDING, "training worker", "raylet"):
             self.up()
         if what in ("head", "raylet") and self._node:
             self._node.start()
@@ -280,7 +285,7 @@ class Pipeline:
             self._platform.kill(what, self.flow_runs[-1], self._longest)
             self._platform.restart(what)
             kills += 1
-            if what == "flow run":
+            if what in ENDING:
                 self._wait()
         self.finish()
         assert len(self.flow_runs) <= kills + 1, f"seed {SEED}: more than one flow run for a kill"
