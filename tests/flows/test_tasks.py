@@ -1,15 +1,18 @@
 """The task `train_stage` when its flow run is ended, without Prefect's server and without a cluster."""
 
 import logging
+import os
 import signal
-import time
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
-import prefect.task_engine
 import pytest
 from prefect.exceptions import TerminationSignal
 
 from flows import tasks
+from tests.flows.flow_runs import ROOT
 from vila_ops.config import Resources
 from vila_ops.errors import ClusterUnreachable
 from vila_ops.train.stage import FollowedJob
@@ -68,23 +71,43 @@ def test_a_job_that_cannot_be_stopped_leaves_the_signal_as_it_is(
     assert [record.getMessage() for record in caplog.records] == told
 
 
-def test_a_job_is_stopped_where_its_flow_run_is_cancelled_before_another_try(
-    stopped: list[FollowedJob], monkeypatch: pytest.MonkeyPatch
-) -> None:
+CANCELLED_IN_A_DELAY = """
+import os, signal, threading
+from prefect import flow
+from prefect.exceptions import TerminationSignal
+from prefect.testing.utilities import prefect_test_harness
+from prefect.utilities.engine import capture_sigterm
+from flows import tasks
+from vila_ops.config import Resources
+from vila_ops.errors import ClusterUnreachable
+
+class Stage:
+    name = "sft"
+
+def unreachable(stage, *_):
+    print("try", flush=True)
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    raise ClusterUnreachable("the job server has not answered")
+
+@flow
+def cancelled():
+    tasks.TASKS.train_stage(Stage(), "model", "data", "init", Resources(launch="inline"))
+
+tasks.job_of, tasks.follow, tasks.cancelled = (lambda *_: "the job"), (lambda _: None), (lambda: True)
+tasks.stop_job = lambda job: print("stopped", job)
+tasks._train_stage = tasks._task(unreachable)
+with prefect_test_harness(server_startup_timeout=300), capture_sigterm():
+    try:
+        cancelled()
+    except TerminationSignal:
+        print("ended")
+"""
+
+
+@pytest.mark.slow
+def test_a_job_is_stopped_where_its_flow_run_is_cancelled_before_another_try(tmp_path: Path) -> None:
     """Prefect waits outside of the function of a task, for minutes; see `DELAYS`."""
-    tries: list[float] = []
-
-    def unreachable(*_: Any) -> None:
-        tries.append(time.monotonic())
-        raise ClusterUnreachable("the job server has not answered")
-
-    def waits(seconds: float) -> None:
-        assert tries, "Prefect waits for nothing else"
-        raise TerminationSignal(signal.SIGTERM)
-
-    monkeypatch.setattr(tasks, "_train_stage", tasks._task(unreachable))
-    monkeypatch.setattr(tasks, "cancelled", lambda: True)
-    monkeypatch.setattr(prefect.task_engine.time, "sleep", waits)
-    with pytest.raises(TerminationSignal):
-        train()
-    assert (len(tries), stopped) == (1, [JOB])
+    command = [sys.executable, "-c", CANCELLED_IN_A_DELAY]
+    env = {**os.environ, "PREFECT_HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False)
+    assert done.stdout.splitlines() == ["try", "stopped the job", "ended"], done.stderr

@@ -119,7 +119,11 @@ def test_the_job_of_a_cancelled_run_without_a_process_is_stopped(
     monkeypatch.setattr("vila_ops.pipeline.sweeper.stop_job", stop_job)
     labels = {LABEL: prefect.store, JOB: "0123", JOB_SERVER: "http://head"}
     prefect.states["a"], prefect.facts = state, {"labels": labels}
-    assert sweeper(prefect, lambda: 0.0).sweep() == ["a"]
+    clock = [0.0]
+    sweep = sweeper(prefect, lambda: clock[0]).sweep
+    assert (sweep(), stopped) == ([], [])
+    clock[0] = 181.0
+    assert sweep() == ["a"]
     assert stopped == [FollowedJob("0123", "http://head")] * (state == "CANCELLING")
     assert [event["event"] for event in prefect.events] == [CANCELLED if state == "CANCELLING" else LOST]
 
