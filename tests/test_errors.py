@@ -19,10 +19,11 @@ from mlflow.protos.databricks_pb2 import (
     PERMISSION_DENIED,
     TEMPORARILY_UNAVAILABLE,
 )
+from prefect import Task
 from prefect.client.schemas.objects import State, StateType
 from pydantic import ValidationError
 
-from flows.tasks import TASKS
+from flows import tasks
 from vila_ops import errors, tracking
 from vila_ops.artifacts.kinds import Dataset
 from vila_ops.artifacts.leases import hold
@@ -34,6 +35,7 @@ from vila_ops.data.shards import CorruptShard
 from vila_ops.errors import FINAL, DamagedFile, FetchError, RemoteError, StoreRefused, VilaError, is_final
 from vila_ops.packages.fetch import fetch
 from vila_ops.packages.resolve import hub_folder
+from vila_ops.pipeline.stages import TASKS
 
 ROOT = Path(__file__).parents[1]
 TINY, INLINE = ROOT / "configs/recipes/tiny.yaml", ROOT / "configs/resources/inline.yaml"
@@ -100,7 +102,7 @@ def test_an_error_is_final_or_retryable_for_prefect_for_ray_and_after_crossing_a
     failed = State(type=StateType.FAILED, data=error)
     # the pipeline brings another report; another process goes on
     again = not final and not isinstance(error, errors.PromotionRaceLost | errors.Preempted)
-    assert TASKS.register.retry_condition_fn(TASKS.register, None, failed) is again
+    assert tasks.TASKS.register.retry_condition_fn(tasks.TASKS.register, None, failed) is again
 
 
 def test_the_table_has_every_class() -> None:
@@ -110,7 +112,9 @@ def test_the_table_has_every_class() -> None:
 
 
 def test_every_task_asks_the_same_function() -> None:
-    assert len({task.retry_condition_fn for task in vars(TASKS).values()}) == 1
+    made = [one for one in [*vars(tasks.TASKS).values(), *vars(tasks).values()] if isinstance(one, Task)]
+    assert {task.name for task in made} == {function.__name__ for function in vars(TASKS).values()}
+    assert len({task.retry_condition_fn for task in made}) == 1
     users = {
         str(path.relative_to(ROOT))
         for folder in ("vila_ops", "flows")
