@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -110,12 +110,16 @@ def test_every_task_runs_inline_and_each_command_finds_what_it_made(ran: Json, r
     changed = CliRunner().invoke(app, ["explain", TINY, *where, "-s", "stages.sft.learning_rate=1e-4"])
     assert "    stages.sft.learning_rate: 0.0002 -> 0.0001" in changed.stdout.splitlines()
     reported = CliRunner().invoke(app, ["report", TINY, *where, "--json"])
-    costs = json.loads(reported.stdout)
+    costs, gains = json.loads(reported.stdout).values()
     assert [one["uri"] for one in costs] == [step["uri"] for step in explained if step["uri"]]
     for one in costs:  # 6 steps of 2 sequences of 128 tokens, without a GPU
         assert one["seconds"] == json.loads(Path(one["uri"], "manifest.json").read_text())["execution"]["seconds"]
         assert (one["gpu_hours"], one["money"]) == (0.0, None)
         assert one["positions"] == (1536 if one["task"] == "train" else None)
+    stages = ("base", "align", "pretrain", "sft")
+    assert [(one["metric"], one["model"], one["over"]) for one in gains] == [
+        ("text_loss", f"{now} on tiny_probe", f"{before} on tiny_probe") for before, now in pairwise(stages)
+    ]
     made = [*ran["models"].values(), *ran["datasets"].values(), *ran["stage_reports"].values(), ran["report"]]
     assert {step["uri"] for step in explained} - {None} == {one["uri"] for one in made}
     assert said("register", TINY, *where) == ran["version"]

@@ -96,6 +96,13 @@ def describe(device: "torch.device") -> str:
     return f"{kind_of(device)}:{device.index}, {torch.cuda.get_device_name(device)}, {library}"
 
 
+def nvml_uuid(device: "torch.device") -> str | None:
+    """The UUID by which NVML knows an NVIDIA GPU; None for any other device."""
+    import torch
+
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}" if kind_of(device) == "cuda" else None
+
+
 def on_accelerator(tensor: "torch.Tensor") -> bool:
     """Whether a tensor is in an accelerator's memory: the host reads it by a copy, which pinned memory speeds up."""
     return tensor.device.type != "cpu"

@@ -1,9 +1,10 @@
-"""`vila-ops report`: what a recipe has taken so far."""
+"""`vila-ops report`: what a recipe has taken so far, and what was gained by it."""
 
+import json
 import sys
 from typing import Any
 
-from vila_ops.cli.options import INLINE, AsJson, Overrides, RecipeFile, ResourcesFile, load_run, print_result, say
+from vila_ops.cli.options import INLINE, AsJson, Overrides, RecipeFile, ResourcesFile, load_run, say
 from vila_ops.cli.tables import Row, table
 from vila_ops.errors import counted
 
@@ -11,20 +12,28 @@ from vila_ops.errors import counted
 def report(
     recipe: RecipeFile, resources: ResourcesFile = INLINE, overrides: Overrides = None, as_json: AsJson = False
 ) -> None:
-    """Print the time, GPU-hours, tokens and money of a recipe's sealed results; make nothing."""
-    from vila_ops.report import cost
+    """Print the time, tokens, GPU-hours, money and energy of a recipe's sealed results, and what a point of each metric
+    of the gate took; make nothing."""
+    from vila_ops.pipeline.explain import explain
+    from vila_ops.report import cost, gains
 
-    costs, unmade = cost.costs_of(load_run(recipe, resources, overrides)[0])
+    run, _ = load_run(recipe, resources, overrides)
+    steps = explain(run)
+    costs, unmade = cost.costs_of(run, steps)
+    gained = gains.gains_of(run, steps)
     if as_json:
-        print_result(costs, as_json)
-    elif rows := cost.table(costs):
-        say("\n".join(table(_cells(rows))))
+        made = {"tasks": costs, "gains": gained}
+        say(json.dumps({name: [one.model_dump(mode="json") for one in rows] for name, rows in made.items()}))
+    elif costs:
+        say("\n".join(table(_cells(cost.table(costs), "task", "name"))))
+        if gained:
+            say("\n".join(["", *table(_cells(gains.table(gained), "gain"))]))
     if unmade:
         print(f"{counted(unmade, 'task')} more would run: `vila-ops explain` says which", file=sys.stderr)
 
 
-def _cells(rows: list[dict[str, Any]]) -> list[Row]:
-    """The rows without empty columns. Task and name are one cell, by which a further table names the task, too."""
-    used = [key for key in rows[0] if key not in ("task", "name") and any(row[key] != "" for row in rows)]
-    named = [f"{row['task']} {row['name']}".rstrip() for row in rows]
-    return [("task", *used), *((name, *(str(row[key]) for key in used)) for name, row in zip(named, rows, strict=True))]
+def _cells(rows: list[dict[str, Any]], *names: str) -> list[Row]:
+    """The rows without empty columns. Those that name a row are one cell, by which a further table names it, too."""
+    used = [key for key in rows[0] if key not in names and any(row[key] != "" for row in rows)]
+    cells = [(" ".join(row[name] for name in names).rstrip(), *(str(row[key]) for key in used)) for row in rows]
+    return [(names[0], *used), *cells]

@@ -27,7 +27,8 @@ from vila_ops.artifacts.store import content, opened
 from vila_ops.config import Stage
 from vila_ops.config.train import Lora
 from vila_ops.data.loading.loader import RowLoader
-from vila_ops.device import describe, device_of, precision_notes
+from vila_ops.device import describe, device_of, nvml_uuid, precision_notes
+from vila_ops.energy import EnergyMeter
 from vila_ops.model import attention, lora
 from vila_ops.model import folder as model_folder
 from vila_ops.model.build import embedding_std
@@ -91,6 +92,7 @@ def _train(
 ) -> dict[str, Any]:
     stage, rank_info, row_loader = job.stage, batches.rank_info, batches.row_loader
     is_first, device, metrics = rank_info.rank == 0, batches.batch_builder.device, profiler.metrics
+    energy = EnergyMeter(nvml_uuid(device))
     if is_first:
         _log_notes(stage, row_loader, device)
     objective = Objective(model)
@@ -136,16 +138,25 @@ def _train(
             checkpointer.save(step, engine.state(), curve)
             notice.obey(stage.name, step, written=checkpointer.close)
         profiler.step(step)
+        energy.note()
 
     watchdog.heartbeat(step, "finish")
     checkpointer.close()
     save_model(engine, job, curve, rank_info)
+    return {**_facts(job, batches, first_step=first_step), **energy.joules(), **engine.facts()}
+
+
+def _facts(job: TrainJob, batches: BatchLoader, *, first_step: int) -> dict[str, Any]:
+    """What a rank was given to do; rank 0 tells the composition of the data, too."""
+    row_loader, rank = batches.row_loader, batches.rank_info.rank
     facts = {
-        "rank": rank_info.rank, "device": describe(device), "steps": num_steps, "first_step": first_step,
+        "rank": rank,
+        "device": describe(batches.batch_builder.device),
+        "steps": row_loader.num_steps(),
+        "first_step": first_step,
         "micro_batch_size": job.resources.train.micro_batch_size,
-    }  # fmt: skip
-    composition = {"composition": row_loader.composition.model_dump(mode="json")} if is_first else {}
-    return {**facts, **engine.facts(), **composition}
+    }
+    return facts if rank else {**facts, "composition": row_loader.composition.model_dump(mode="json")}
 
 
 def _log_notes(stage: Stage, row_loader: RowLoader, device: torch.device) -> None:
