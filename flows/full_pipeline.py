@@ -1,5 +1,7 @@
 """The flow `vila`: every task, from data to a served model."""
 
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from prefect import State, flow, runtime, settings
@@ -11,7 +13,7 @@ from flows.tasks import TASKS
 from vila_ops.config import Recipe, Resources, Run, RunContext
 from vila_ops.config.schedule import Schedule
 from vila_ops.pipeline import windows
-from vila_ops.pipeline.explain import explain
+from vila_ops.pipeline.explain import Step, explain
 from vila_ops.pipeline.run import run_pipeline
 from vila_ops.report import summary
 
@@ -35,15 +37,20 @@ def vila(
     """
     run = checked_run(recipe, resources, overrides)
     summary.check(run)
-    due, flow_run, store = runtime.flow_run.scheduled_start_time, str(runtime.flow_run.id), run.resources.storage.store
-    if schedule and (why := windows.begin(run.recipe.name, schedule, due=due, flow_run=flow_run, store=store)):
+    steps = cache(lambda: _checked_steps(run))  # before a window is claimed, and once
+    own = windows.FlowRun(str(runtime.flow_run.id), runtime.flow_run.scheduled_start_time, ready=steps)
+    if schedule and (why := windows.begin(run.recipe.name, schedule, own, store=run.resources.storage.store)):
         return Completed(name="Skipped", message=why)
-    return attempt(run, lambda: _work(run))
+    return attempt(run, lambda: _work(run, steps()))
 
 
-def _work(run: Run) -> dict[str, str]:
+def _checked_steps(run: Run) -> list[Step]:
     steps = explain(run)
     check_work(run, steps, serves=run.resources.tracking.uri is not None)
+    return steps
+
+
+def _work(run: Run, steps: Sequence[Step]) -> dict[str, str]:
     pages.show_plan(steps)
     progress = pages.TaskProgress(steps)
     address = settings.PREFECT_UI_URL.value()  # None without a server's address

@@ -10,10 +10,11 @@ from prefect.states import Completed
 from flows.attempt import attempt, checked_run
 from flows.tasks import TASKS
 from vila_ops import doctor
-from vila_ops.config import Recipe, Resources
+from vila_ops.config import Recipe, Resources, Run
 from vila_ops.config.load import policy_of
 from vila_ops.config.retrain import RetrainPolicy
-from vila_ops.pipeline.retrain import Retraining, begin_step, step
+from vila_ops.pipeline.retrain import Retraining, begin_step, may_train, step
+from vila_ops.pipeline.windows import FlowRun
 from vila_ops.retrain.decisions import page
 
 
@@ -39,11 +40,16 @@ def retrain(
         overrides: Settings to change, such as stages.sft.learning_rate=1e-5
     """
     run, rules, now = checked_run(recipe, resources, overrides), policy_of(policy), datetime.now(UTC)
-    doctor.refuse(run, doctor.serving(run.resources))  # of the canary that a retrained model becomes
-    flow_run, due = str(runtime.flow_run.id), runtime.flow_run.scheduled_start_time
-    if (why := begin_step(run, rules, trigger=trigger, flow_run=flow_run, due=due, now=now)) is not None:
+    own = FlowRun(str(runtime.flow_run.id), runtime.flow_run.scheduled_start_time, ready=lambda: _check(run))
+    if (why := begin_step(run, rules, own, trigger=trigger, now=now)) is not None:
         return Completed(name="Skipped", message=why)
     return attempt(run, lambda: _work(Retraining(run, rules, trigger, now, tasks=TASKS)))
+
+
+def _check(run: Run) -> None:
+    """Raise ValueError where the device that may train, or the engine of the canary that follows, is not there."""
+    device = doctor.device_findings(run.resources) if may_train(run) else ()
+    doctor.refuse(run, (*device, *doctor.serving(run.resources)))
 
 
 def _work(one: Retraining) -> dict[str, str]:

@@ -10,6 +10,7 @@ from flows.ablate import ablate
 from flows.evaluate import evaluate
 from flows.full_pipeline import vila
 from flows.release import promote
+from flows.retrain import retrain
 from tests.pipeline.sealed import ROOT, seal_all
 from vila_ops.artifacts.kinds import Checkpoint, ModelVersion
 from vila_ops.artifacts.listing import sealed
@@ -18,7 +19,7 @@ from vila_ops.pipeline.promotion import deploy_champion
 from vila_ops.registry import alias_register
 
 TINY = "configs/recipes/tiny.yaml"
-FLOWS = [vila.fn, evaluate.fn, promote.fn]
+FLOWS = [vila.fn, evaluate.fn, promote.fn, retrain.fn]
 """Those that work on a recipe as soon as they are started."""
 
 
@@ -60,6 +61,7 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_made(
         (vila.fn, False, ["device"]),
         (vila.fn, True, ["device", "the engine vllm needs vLLM, which is not installed in "]),
         (promote.fn, True, ["device", "the engine vllm needs vLLM, which is not installed in "]),
+        (retrain.fn, True, ["device", "the engine vllm needs vLLM, which is not installed in "]),
     ],
 )
 def test_the_engine_of_the_endpoint_is_looked_for_where_the_flow_serves(

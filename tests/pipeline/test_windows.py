@@ -3,6 +3,7 @@
 import os
 import random
 from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -16,7 +17,7 @@ from tests.seed import SEED
 from vila_ops.artifacts.store import backend
 from vila_ops.config.schedule import Schedule
 from vila_ops.errors import CorruptArtifact
-from vila_ops.pipeline.windows import begin, window_of
+from vila_ops.pipeline.windows import FlowRun, begin, window_of
 
 ROOT = Path(__file__).parents[2]
 HISTORIES = int(os.environ.get("VILA_HISTORIES", "100"))
@@ -99,7 +100,7 @@ def test_each_window_runs_at_most_once_in_any_history(tmp_path: Path) -> None:
         for flow_run, due, clock in history(draw, hours):
             window = CALENDARS[hours](due)
             name, store = f"recipe-{number}", str(tmp_path)
-            why = begin(name, schedule, due=due, flow_run=flow_run, store=store, now=lambda at=clock: at)
+            why = begin(name, schedule, FlowRun(flow_run, due), store=store, now=lambda at=clock: at)
             if windows_between(due, clock, hours) > schedule.catch_up:
                 assert why is not None
                 assert "before the present one" in why
@@ -122,11 +123,29 @@ def test_of_runs_that_begin_at_once_one_has_the_window(store: str) -> None:
 
     def arrive(turn: int, run: int) -> bool:
         at = due + timedelta(weeks=turn)
-        return begin("tiny", Schedule(), due=at, flow_run=str(run), store=store, now=lambda: at) is None
+        return begin("tiny", Schedule(), FlowRun(str(run), at), store=store, now=lambda: at) is None
 
     with ThreadPoolExecutor(4) as pool:
         for turn in range(10):
             assert sum(pool.map(lambda run, turn=turn: arrive(turn, run), range(4))) == 1
+
+
+def test_a_run_that_could_not_work_leaves_its_window_to_another(store: str) -> None:
+    """A run that finds its window taken is not asked."""
+    due = datetime(2026, 11, 30, 3, tzinfo=UTC)
+
+    def asked(flow_run: str, ready: Callable[[], object]) -> str | None:
+        return begin("tiny", Schedule(), FlowRun(flow_run, due, ready), store=store, now=lambda: due)
+
+    def refuse() -> None:
+        raise ValueError("no GPU")
+
+    with pytest.raises(ValueError, match="no GPU"):
+        asked("1", refuse)
+    assert asked("2", lambda: None) is None
+    assert "belongs to run 2" in (asked("1", refuse) or "")
+    with pytest.raises(ValueError, match="no GPU"):
+        asked("2", refuse)
 
 
 def test_a_window_begins_on_monday_in_utc_wherever_the_time_is_told() -> None:
@@ -142,7 +161,7 @@ def test_a_key_that_says_nothing_is_named(store: str) -> None:
     place = f"{store}/windows/tiny/2026-11-30T0000Z.json"
     backend(store).create(place, b"{}")
     with pytest.raises(CorruptArtifact, match=f"{place} does not say which run has this window"):
-        begin("tiny", Schedule(), due=due, flow_run="1", store=store, now=lambda: due)
+        begin("tiny", Schedule(), FlowRun("1", due), store=store, now=lambda: due)
 
 
 def test_shipped_schedules_are_in_utc_have_windows_and_no_limit_of_their_own() -> None:

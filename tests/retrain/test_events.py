@@ -1,7 +1,7 @@
 """An event is what is new at watched places: it starts one run, and nothing else does."""
 
 import os
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from prefect.states import State
@@ -9,11 +9,14 @@ from prefect.states import State
 from flows.retrain import retrain
 from tests.retrain.conftest import drawn, tiny
 from vila_ops.artifacts.kinds import Checkpoint, ModelVersion
+from vila_ops.artifacts.s3_calls import client
 from vila_ops.config import Resources
 from vila_ops.config.retrain import RetrainPolicy
 from vila_ops.pipeline.events import begin_event
 from vila_ops.pipeline.retrain import begin_step
+from vila_ops.pipeline.windows import FlowRun
 from vila_ops.registry import alias_register
+from vila_ops.retrain.deliveries import settled
 
 NOON = datetime(2036, 1, 1, 12, tzinfo=UTC)
 
@@ -32,7 +35,7 @@ def test_each_state_of_the_watched_places_starts_one_run(tmp_path: Path, policy:
     slow = policy.with_changes({"settle_minutes": 30})
 
     def asked(flow_run: str, *, hour: int = 12, minute: int = 0) -> str | None:
-        return begin_event(run, slow, flow_run=flow_run, now=NOON.replace(hour=hour, minute=minute))
+        return begin_event(run, slow, FlowRun(flow_run, NOON), now=NOON.replace(hour=hour, minute=minute))
 
     assert asked("a") == "nothing was delivered, and too few answers were rated"
     delivered(policy, "1", at=NOON)
@@ -45,6 +48,33 @@ def test_each_state_of_the_watched_places_starts_one_run(tmp_path: Path, policy:
     assert asked("b", hour=14) is None
 
 
+def test_deliveries_in_s3_are_events_too(s3_store: str, tmp_path: Path, policy: RetrainPolicy) -> None:
+    """Half an hour after the last object of a folder arrived, by the clock of the bucket."""
+    run = tiny(Resources(launch="inline").with_changes({"storage.store": str(tmp_path / "store")}))
+    bucket = s3_store.split("/")[2]
+    rules = policy.with_changes({"watch.inbox.path": f"s3://{bucket}/inbox", "settle_minutes": 30})
+
+    def put(key: str) -> datetime:
+        client().put_object(Bucket=bucket, Key=key, Body=drawn(1))
+        arrived: datetime = client().head_object(Bucket=bucket, Key=key)["LastModified"]
+        return arrived
+
+    def asked(flow_run: str, now: datetime) -> str | None:
+        return begin_event(run, rules, FlowRun(flow_run, NOON), now=now)
+
+    put("inbox/beside a delivery.png")
+    arrived = put("inbox/.hidden/1.png")
+    assert "nothing was delivered" in (asked("a", arrived + timedelta(minutes=30)) or "")
+    put("inbox/1/1.png")
+    arrived = put("inbox/1/2.png")
+    assert "nothing was delivered" in (asked("a", arrived + timedelta(minutes=29)) or "")
+    assert asked("a", arrived + timedelta(minutes=30)) is None
+    assert "belongs to run a" in (asked("b", arrived + timedelta(minutes=31)) or "")
+    (source,) = rules.watch.values()
+    (delivery,) = settled(source, rules, now=(arrived + timedelta(minutes=30)).timestamp()).values()
+    assert (delivery.num_files, delivery.num_bytes) == (2, 2 * len(drawn(1)))
+
+
 def test_ratings_are_an_event_every_so_often(tmp_path: Path, policy: RetrainPolicy) -> None:
     places = {"storage.store": str(tmp_path / "store"), "serve.samples": {"share": 1, "place": str(tmp_path / "kept")}}
     run = tiny(Resources(launch="inline").with_changes(places))
@@ -53,7 +83,7 @@ def test_ratings_are_an_event_every_so_often(tmp_path: Path, policy: RetrainPoli
     started = []
     for number in range(7):
         (tmp_path / f"kept/ratings/{number}.json").write_text("{}")
-        started.append(begin_event(run, rules, flow_run=str(number), now=NOON) is None)
+        started.append(begin_event(run, rules, FlowRun(str(number), NOON), now=NOON) is None)
     assert started == [False, False, True, False, False, True, False]
 
 
@@ -63,7 +93,7 @@ def test_a_canary_is_looked_at_in_a_window_that_another_run_has(tmp_path: Path, 
 
     def asked(flow_run: str, day: int) -> str | None:
         due = NOON.replace(day=day)
-        return begin_step(run, policy, trigger="schedule", flow_run=flow_run, due=due, now=due)
+        return begin_step(run, policy, FlowRun(flow_run, due), trigger="schedule", now=due)
 
     assert asked("a", 1) is None
     assert "belongs to run a" in (asked("b", 2) or "")

@@ -22,8 +22,8 @@ def report(
     costs, unmade = cost.costs_of(run, steps)
     gained = gains.gains_of(run, steps)
     if as_json:
-        made = {"tasks": costs, "gains": gained}
-        say(json.dumps({name: [one.model_dump(mode="json") for one in rows] for name, rows in made.items()}))
+        dumped = [[one.model_dump(mode="json") for one in costs], [one.model_dump(mode="json") for one in gained]]
+        say(json.dumps(dict(zip(("tasks", "gains"), dumped, strict=True))))
     elif costs:
         say("\n".join(table(_cells(cost.table(costs), "task", "name"))))
         if gained:

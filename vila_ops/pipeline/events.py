@@ -8,17 +8,17 @@ from datetime import datetime
 from vila_ops.artifacts.store import probe, root_of
 from vila_ops.config import Run, fingerprint
 from vila_ops.config.retrain import RetrainPolicy
-from vila_ops.pipeline.windows import WindowClaim, claimed
+from vila_ops.pipeline.windows import FlowRun, claimed
 from vila_ops.retrain.deliveries import settled
 from vila_ops.retrain.feedback import num_ratings
 from vila_ops.retrain.traffic import place_of
 
 
-def begin_event(run: Run, policy: RetrainPolicy, *, flow_run: str, now: datetime) -> str | None:
+def begin_event(run: Run, policy: RetrainPolicy, flow_run: FlowRun, *, now: datetime) -> str | None:
     """Claim what is new since the last event: None where the run may work, else why it has to end.
 
     New are deliveries that have settled, and every `feedback.event_ratings` ratings. A run that asks again, after it
-    was retried, still has its event. Raises what `probe` raises.
+    was retried, still has its event. Raises what `probe` and `ready` raise.
     """
     store = run.resources.storage.store
     probe(store)
@@ -29,5 +29,5 @@ def begin_event(run: Run, policy: RetrainPolicy, *, flow_run: str, now: datetime
         return "nothing was delivered, and too few answers were rated"
     key = fingerprint([deliveries, ratings])[:32]
     place = f"{root_of(store)}/events/{run.recipe.name}/{key}.json"
-    why = claimed(place, WindowClaim(flow_run=flow_run, when=now.isoformat()))
+    why = claimed(place, flow_run, now)
     return f"what is there of {run.recipe.name} {why}" if why else None

@@ -20,7 +20,7 @@ from vila_ops.eval.needs import check_held_out
 from vila_ops.pipeline.events import begin_event
 from vila_ops.pipeline.promotion import register_model
 from vila_ops.pipeline.stages import TASKS, Tasks, suite_text
-from vila_ops.pipeline.windows import begin, window_of
+from vila_ops.pipeline.windows import FlowRun, begin, window_of
 from vila_ops.registry import alias_register
 from vila_ops.registry.aliases import CHALLENGER, CHAMPION, AliasRecord
 from vila_ops.registry.register import judgement
@@ -68,20 +68,24 @@ class Retraining:
         )
 
 
-def begin_step(
-    run: Run, policy: RetrainPolicy, *, trigger: str, flow_run: str, due: datetime, now: datetime
-) -> str | None:
-    """Whether a run of the flow, which was `due`, may make a step: None, or why it has to end.
+def begin_step(run: Run, policy: RetrainPolicy, flow_run: FlowRun, *, trigger: str, now: datetime) -> str | None:
+    """Whether a run of the flow may make a step: None, or why it has to end. Raises what its `ready` raises.
 
     A scheduled one needs its window unless a canary waits, and one that asks for events something new.
     """
     if trigger == "event":
-        return begin_event(run, policy, flow_run=flow_run, now=now)
-    name, store = run.recipe.gate.model_name, run.resources.storage.store
-    if trigger != "schedule" or alias_register.read(name, store=store).version(CHALLENGER) is not None:
+        return begin_event(run, policy, flow_run, now=now)
+    if trigger != "schedule" or not may_train(run):
+        flow_run.ready()
         return None
-    window = f"{run.recipe.name}.retrain"
-    return begin(window, policy.schedule, due=due, flow_run=flow_run, store=store, now=lambda: now)
+    window, store = f"{run.recipe.name}.retrain", run.resources.storage.store
+    return begin(window, policy.schedule, flow_run, store=store, now=lambda: now)
+
+
+def may_train(run: Run) -> bool:
+    """Whether the next step may train a model: none goes on while a canary waits."""
+    record = alias_register.read(run.recipe.gate.model_name, store=run.resources.storage.store)
+    return record.version(CHALLENGER) is None
 
 
 def look(

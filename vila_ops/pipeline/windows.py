@@ -6,6 +6,7 @@ daylight saving moves no window.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from pydantic import ValidationError
@@ -17,6 +18,16 @@ from vila_ops.errors import CorruptArtifact
 
 ORIGIN = datetime(1970, 1, 5, tzinfo=UTC)
 """Start of a window of any length. A Monday."""
+
+
+@dataclass(frozen=True)
+class FlowRun:
+    """A run that asks whether it may work."""
+
+    id: str
+    due: datetime
+    ready: Callable[[], object] = lambda: None
+    """Raises where the run could not work. It is asked before the run claims anything, so that another one may."""
 
 
 class WindowClaim(Config):
@@ -37,22 +48,16 @@ def window_of(time: datetime, schedule: Schedule) -> datetime:
 
 
 def begin(
-    name: str,
-    schedule: Schedule,
-    *,
-    due: datetime,
-    flow_run: str,
-    store: str,
-    now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    name: str, schedule: Schedule, run: FlowRun, *, store: str, now: Callable[[], datetime] = lambda: datetime.now(UTC)
 ) -> str | None:
     """Claim the window in which a run of a recipe was due: None where the run may work, else why it has to end.
 
     A run that asks again, after it was retried, still has its window. A run whose window another one has, also if that
-    one failed, has to end, and so has one whose window ended too long ago. Raises what `probe` raises, and
+    one failed, has to end, and so has one whose window ended too long ago. Raises what `probe` and `ready` raise, and
     CorruptArtifact for a damaged key.
     """
     probe(store)
-    window, present = window_of(due, schedule), window_of(now(), schedule)
+    window, present = window_of(run.due, schedule), window_of(now(), schedule)
     behind = (present - window) // timedelta(hours=schedule.window_hours)
     if behind > schedule.catch_up:
         return (
@@ -60,23 +65,29 @@ def begin(
             f"may be for at most {schedule.catch_up} (catch_up)"
         )
     place = f"{root_of(store)}/windows/{name}/{window:%Y-%m-%dT%H%MZ}.json"
-    why = claimed(place, WindowClaim(flow_run=flow_run, when=now().isoformat()))
+    why = claimed(place, run, now())
     return f"window {window.isoformat()} of {name} {why}" if why else None
 
 
-def claimed(place: str, claim: WindowClaim) -> str | None:
+def claimed(place: str, run: FlowRun, now: datetime) -> str | None:
     """Write a create-only key: None where it is this run's, else a phrase that says whose it is."""
-    if backend(place).create(place, claim.model_dump_json().encode()):
-        return None
     holder = _claim(place)
-    if holder.flow_run == claim.flow_run:
+    if holder is not None and holder.flow_run != run.id:
+        return f"belongs to run {holder.flow_run}, which began at {holder.when}"
+    run.ready()
+    claim = WindowClaim(flow_run=run.id, when=now.isoformat())
+    if holder is not None or backend(place).create(place, claim.model_dump_json().encode()):
         return None
-    return f"belongs to run {holder.flow_run}, which began at {holder.when}"
+    return claimed(place, run, now)  # another run was faster
 
 
-def _claim(place: str) -> WindowClaim:
+def _claim(place: str) -> WindowClaim | None:
+    """The run that has a key; None where none has."""
+    text = backend(place).read(place)
+    if text is None:
+        return None
     try:
-        return WindowClaim.model_validate_json(backend(place).read(place) or b"")
+        return WindowClaim.model_validate_json(text)
     except ValidationError as error:
         raise CorruptArtifact(
             f"{place} does not say which run has this window ({error}); remove it if none has, and run again"
