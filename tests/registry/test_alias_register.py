@@ -12,7 +12,8 @@ from vila_ops.registry import alias_register
 from vila_ops.registry.alias_register import go_back, move, place_of, read, remove
 from vila_ops.registry.aliases import CHALLENGER, CHAMPION, PREVIOUS
 
-ROUNDS = int(os.environ.get("VILA_PROMOTIONS", "24"))
+ROUNDS = int(os.environ.get("VILA_PROMOTIONS", "12"))
+"""Of each promoter in a race."""
 NAME = "a model's name/../with %"
 """A name that is no path."""
 
@@ -88,7 +89,7 @@ def test_a_move_whose_answer_was_lost_is_made_once(store: str, monkeypatch: pyte
 def race(store: str, own: int) -> tuple[list[tuple[int | None, int]], int]:
     """Promote over whoever is champion, again and again. Return each move (former, new), and how many were lost."""
     won, lost = [], 0
-    for turn in range(ROUNDS // 2):
+    for turn in range(ROUNDS):
         before = read(NAME, store=store).version(CHAMPION)
         try:
             promote(store, 2 * turn + own + 1, over=before)
@@ -104,7 +105,7 @@ def test_two_promoters_that_race_leave_a_linear_history_and_one_champion(store: 
     with racers(2) as pool:
         told = list(pool.map(race, [store] * 2, range(2)))
     won = [one for moves, _ in told for one in moves]
-    assert len(won) + sum(lost for _, lost in told) == 2 * (ROUNDS // 2)
+    assert len(won) + sum(lost for _, lost in told) == 2 * ROUNDS
     successor = dict(won)
     assert len(successor) == len(won), "two versions replaced one champion"
     path = _path(successor)
