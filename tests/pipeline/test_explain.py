@@ -2,18 +2,19 @@
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.pipeline.sealed import ROOT, seal_all, tiny_run
 from tests.seed import SEED
 from vila_ops.artifacts import store
 from vila_ops.artifacts.kinds import Checkpoint, ModelVersion
 from vila_ops.artifacts.listing import sealed
-from vila_ops.config import Resources, Run
+from vila_ops.config import Recipe, Resources, Run
 from vila_ops.data.preprocess import prepare
 from vila_ops.pipeline.explain import Step, explain, explain_promotion
 from vila_ops.pipeline.explain_deploy import explain_deploy
@@ -25,37 +26,59 @@ from vila_ops.serve.spec import Spec
 
 EDITS = int(os.environ.get("VILA_EDITS", "12"))
 STAGES = ("align", "pretrain", "sft")
-TRAINS = {f"train {name}" for name in STAGES}
-DATA = {f"prepare tiny_{name}" for name in STAGES}
+SHAPES = (STAGES, STAGES, STAGES, ("align", "sft"), ("align", "middle", "pretrain", "sft"))
+"""Stages of an edited recipe: mostly its own, one fewer, and one more."""
 HELD_OUT = "prepare tiny_held_out"
-PROBES = {f"evaluate {name} on tiny_probe" for name in ("base", *STAGES)}
 FINAL = "evaluate sft on tiny"
-READS: dict[str, set[str]] = {
-    "train align": {"assemble base", "prepare tiny_align"},
-    "train pretrain": {"train align", "prepare tiny_pretrain"},
-    "train sft": {"train pretrain", "prepare tiny_sft"},
-    "evaluate base on tiny_probe": {"assemble base", HELD_OUT},
-    **{f"evaluate {name} on tiny_probe": {f"train {name}", HELD_OUT} for name in STAGES},
-    FINAL: {"train sft", HELD_OUT},
-}
-"""The graph of the tiny recipe: which tasks each task reads the results of."""
-CHANGES: tuple[tuple[str, Any, set[str]], ...] = (
-    ("model.language_model.hidden_size", 32, {"assemble base"}),
-    ("model.projector", {"kind": "linear"}, {"assemble base", *TRAINS}),
-    ("model.image_size", 42, {"assemble base", *DATA, HELD_OUT}),
-    ("max_tokens", 90, DATA),
-    *((f"stages.{name}.learning_rate", 3e-3, {f"train {name}"}) for name in STAGES),
-    *((f"stages.{name}.num_steps", 8, {f"train {name}"}) for name in STAGES),
-    *((f"stages.{name}.mixture.shard_bytes", 50000, {f"prepare tiny_{name}"}) for name in STAGES),
-    *((f"stages.{name}.save_every", 3, set()) for name in STAGES),
-    ("final_suite.max_objects", 11, {FINAL}),
-    ("final_suite.benchmarks.cider.max_new_tokens", 9, {FINAL}),
-    ("stage_suite.seed", 5, PROBES),
-    ("gate.model_name", "other", set()),
-    ("service.max_new_tokens", 64, set()),
-    ("name", "other", set()),
-)
-"""Edits of settings, and the tasks whose own part of the recipe they change."""
+PROBE = "evaluate {} on tiny_probe"
+QUESTIONS = {"kind": "jsonl", "path": "tests/tiny/pairs", "render": "questions"}
+INSTRUCTIONS = {"kind": "jsonl", "path": "tests/tiny/instructions", "render": "instructions"}
+Graph = dict[str, set[str]]
+Change = tuple[str, Any, set[str]]
+"""A setting, its new value, and the tasks whose own part of the recipe it is."""
+
+
+def graph(stages: Sequence[str]) -> Graph:
+    """Which tasks each task of the tiny recipe with these stages reads the results of."""
+    reads: Graph = {"assemble base": set(), HELD_OUT: set(), PROBE.format("base"): {"assemble base", HELD_OUT}}
+    model = "assemble base"
+    for name in stages:
+        reads[f"prepare tiny_{name}"] = set()
+        reads[f"train {name}"] = {model, f"prepare tiny_{name}"}
+        model = f"train {name}"
+        reads[PROBE.format(name)] = {model, HELD_OUT}
+    return {**reads, FINAL: {model, HELD_OUT}}
+
+
+def changes(stages: Sequence[str]) -> tuple[Change, ...]:
+    """Edits of settings. A stage that the recipe did not have is not among those that are edited."""
+    known = [name for name in stages if name in STAGES]
+    trains, data = {f"train {name}" for name in stages}, {f"prepare tiny_{name}" for name in stages}
+    of_pretrain: tuple[Change, ...] = (
+        ("stages.pretrain.mixture.sources.instructions", INSTRUCTIONS, {"prepare tiny_pretrain"}),
+        ("stages.pretrain.mixture.sources.documents.weight", 3.0, {"prepare tiny_pretrain"}),
+    )
+    return (
+        ("model.language_model.hidden_size", 32, {"assemble base"}),
+        ("model.projector", {"kind": "linear"}, {"assemble base", *trains}),
+        ("model.image_size", 42, {"assemble base", *data, HELD_OUT}),
+        ("max_tokens", 90, data),
+        *((f"stages.{name}.learning_rate", 3e-3, {f"train {name}"}) for name in known),
+        *((f"stages.{name}.num_steps", 8, {f"train {name}"}) for name in known),
+        *((f"stages.{name}.mixture.shard_bytes", 50000, {f"prepare tiny_{name}"}) for name in known),
+        *((f"stages.{name}.save_every", 3, set()) for name in known),
+        *(of_pretrain if "pretrain" in known else ()),
+        ("stages.sft.mixture.sources", {"pairs": QUESTIONS}, {"prepare tiny_sft"}),
+        ("stages.align.mixture.sources.pairs.clean.min_words", 2, {"prepare tiny_align"}),
+        ("stages.align.mixture.sources.words.package.version", "1:3.0-38", {"prepare tiny_align"}),
+        ("stages.align.mixture.near_duplicates", {"text_similarity": 0.9}, {"prepare tiny_align"}),
+        ("final_suite.max_objects", 11, {FINAL}),
+        ("final_suite.benchmarks.cider.max_new_tokens", 9, {FINAL}),
+        ("stage_suite.seed", 5, {PROBE.format(name) for name in ("base", *stages)}),
+        ("gate.model_name", "other", set()),
+        ("service.max_new_tokens", 64, set()),
+        ("name", "other", set()),
+    )
 
 
 @pytest.fixture
@@ -68,18 +91,26 @@ def by_name(steps: list[Step]) -> dict[str, Step]:
     return {f"{step.task} {step.name}": step for step in steps}
 
 
-def below(changed: set[str]) -> set[str]:
+def below(changed: set[str], reads: Graph) -> set[str]:
     """Every task that reads the result of a changed one, directly or through others."""
     reached: set[str] = set()
-    while more := {task for task, reads in READS.items() if reads & (changed | reached)} - reached:
+    while more := {task for task, inputs in reads.items() if inputs & (changed | reached)} - reached:
         reached |= more
     return reached - changed
+
+
+def shaped(recipe: Recipe, stages: Sequence[str]) -> Recipe:
+    """The recipe with these stages; one that it does not have is as `pretrain`, on a mixture of its own."""
+    own = recipe.model_dump()["stages"]
+    base = own["pretrain"]
+    new = {name: {**base, "name": name, "mixture": {**base["mixture"], "name": f"tiny_{name}"}} for name in stages}
+    return recipe.with_changes({"stages": {name: own.get(name, new[name]) for name in stages}})
 
 
 def test_an_empty_store_has_everything_to_do_and_a_full_one_nothing(tiny: Run) -> None:
     new_base = ("no base model with its tower or its language model is sealed",)
     first = by_name(explain(tiny))
-    assert set(first) == {"assemble base", HELD_OUT, *DATA, *TRAINS, *PROBES, FINAL}
+    assert set(first) == set(graph(STAGES))
     assert {step.status for step in first.values()} == {"runs"}
     assert first["train sft"].why == ("its data and its model are made first", "nothing of this name is sealed")
     assert first["assemble base"].why == new_base
@@ -96,20 +127,28 @@ def test_an_empty_store_has_everything_to_do_and_a_full_one_nothing(tiny: Run) -
 
 @pytest.mark.slow
 def test_an_edit_runs_what_it_changes_and_what_reads_that_and_nothing_else(tiny: Run) -> None:
-    seal_all(tiny)
+    packaged = yaml.safe_load((ROOT / "configs/sources/wordnet.yaml").read_text())["sources"]["wordnet"]
+    recipe = tiny.recipe.with_changes({"stages.align.mixture.sources.words": packaged})
+    seal_all(Run(recipe=recipe, resources=tiny.resources))
     draw = random.Random(SEED)
     for number in range(EDITS):
-        edits = draw.sample(CHANGES, draw.choice((1, 1, 2, 3)))
-        recipe = tiny.recipe.with_changes({path: value for path, value, _ in edits})
-        steps = by_name(explain(Run(recipe=recipe, resources=tiny.resources)))
+        stages = draw.choice(SHAPES)
+        edits = draw.sample(changes(stages), draw.choice((0, 1, 1, 2, 3)))
+        edited = shaped(recipe, stages).with_changes({path: value for path, value, _ in edits})
+        steps = by_name(explain(Run(recipe=edited, resources=tiny.resources)))
+        reads = graph(stages)
+        assert set(steps) == set(reads)
         changed = {task for _, _, tasks in edits for task in tasks}
+        changed |= {"prepare tiny_middle", "train middle"} & set(reads)
+        if "pretrain" not in stages and "train align" not in changed | below(changed, reads):
+            changed.add("train sft")  # goes on from a model that is there, and is another one
         runs = {task for task, step in steps.items() if step.status == "runs"}
         follows = {task for task, step in steps.items() if step.status == "follows"}
-        assert (runs, follows) == (changed, below(changed)), (number, edits)
+        assert (runs, follows) == (changed, below(changed, reads)), (number, stages, edits)
         told = [line for task in runs for line in steps[task].why]
         for path, _, tasks in edits:
             named = path if path.startswith(("stages", "model.p", "model.l", "final", "stage")) else path.split(".")[-1]
-            assert bool(tasks) == any(named in line for line in told), (number, path, told)
+            assert bool(tasks) == any(f"{named}{end}" in line for line in told for end in ":."), (number, path, told)
 
 
 def test_the_setting_is_named_with_both_values(tiny: Run) -> None:
