@@ -37,20 +37,25 @@ NOT_RUN = {
         "prefect deployment run vila-release/promote --param recipe=demo --param approval=true",
         "vila-ops deploy configs/recipes/demo.yaml -r configs/resources/laptop.yaml",
         "vila-ops undeploy configs/recipes/demo.yaml -r configs/resources/laptop.yaml",
-        "export VILA_API_KEY=$(vila-ops keys create keys.json deploy)",
-        "vila-ops deploy configs/recipes/mine.yaml -r protected.yaml",
         "vila-ops deploy configs/recipes/mine.yaml -r protected.yaml -s resources.serve.engine.kind=vllm",
-        'curl -s http://127.0.0.1:8000/v1/models -H "Authorization: Bearer $VILA_API_KEY"',
         "curl -s http://127.0.0.1:8000/v1/models",
         "curl -s http://127.0.0.1:8000/v1/feedback -H 'Content-Type: application/json' -d @feedback.json",
         "curl -sN http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d @stream.json",
     ),
     "is run by tests/serve/test_release.py, on a service of its own": (
-        "vila-ops canary configs/recipes/mine.yaml --version 2 --share 0.1 -r protected.yaml",
-        "vila-ops promote configs/recipes/mine.yaml -r protected.yaml",
         "vila-ops canary configs/recipes/mine.yaml --version 4 --share 0.1",
         "vila-ops promote configs/recipes/mine.yaml",
         "vila-ops rollback configs/recipes/mine.yaml",
+    ),
+    "is run by tests/test_cli.py from the page, with the tiny recipe, on a port of its own": (
+        "export VILA_API_KEY=$(vila-ops keys create keys.json deploy)",
+        "vila-ops deploy configs/recipes/mine.yaml -r protected.yaml",
+        'curl -s http://127.0.0.1:8000/v1/models -H "Authorization: Bearer $VILA_API_KEY"',
+        "vila-ops register configs/recipes/mine.yaml -r protected.yaml",
+        "vila-ops canary configs/recipes/mine.yaml --version 2 --share 0.1 -r protected.yaml",
+        "vila-ops promote configs/recipes/mine.yaml -r protected.yaml",
+        "vila-ops rollback configs/recipes/mine.yaml -r protected.yaml",
+        "vila-ops undeploy configs/recipes/mine.yaml -r protected.yaml",
     ),
     "is run by tests/test_server_logs.py, on logs of its own": ("vila-ops logs",),
     "is run by tests/flows/test_full_pipeline.py, with files of its own": (
@@ -212,7 +217,6 @@ NOT_RUN = {
         "vila-ops report configs/recipes/tiny.yaml",
     ),
     "is run by tests/test_cli.py, with another recipe": (
-        "vila-ops register configs/recipes/mine.yaml -r protected.yaml",
         "vila-ops explain configs/recipes/mine.yaml -s stages.sft.learning_rate=1e-4",
     ),
     "is run by tests/test_your_data.py, with a small model": (

@@ -2,15 +2,20 @@
 
 import contextlib
 import json
+import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import httpx
+import openai
 import pytest
 import yaml
 from mlflow import MlflowClient
@@ -398,6 +403,91 @@ def test_what_we_wrote_is_replaced_without_a_word(tmp_path: Path, ran: Json, res
     refused = CliRunner().invoke(app, ["prepare", TINY, *where, str(tmp_path / "mine")])
     assert f"{tmp_path / 'mine.json'} exists and vila-ops did not write it" in str(refused.exception)
     assert paths(tmp_path / "mine") == before
+
+
+class Reader:
+    """Somebody who follows the first section of docs/serving.md in a project, whose endpoint has a port of its own."""
+
+    def __init__(self, folder: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        page = (ROOT / "docs/serving.md").read_text()
+        self._blocks = re.findall(r"^```(\w+)\n(.*?)^```$", page.split("\n## ")[1], flags=re.MULTILINE | re.DOTALL)
+        self._monkeypatch, self.url = monkeypatch, f"http://127.0.0.1:{port}"
+        (folder / "tests").symlink_to(ROOT / "tests")  # of which the tiny recipe reads
+        for name in ("recipes", "resources"):
+            (folder / "configs" / name).mkdir(parents=True)
+        monkeypatch.chdir(folder)
+
+    def text_of(self, language: str) -> str:
+        """The one block of a language."""
+        (text,) = (text for name, text in self._blocks if name == language)
+        return text
+
+    def lines(self) -> list[str]:
+        """The commands of the section."""
+        return [line for name, text in self._blocks if name == "sh" for line in text.splitlines()]
+
+    def said(self, line: str) -> str:
+        """What a command prints."""
+        line = line.replace("http://127.0.0.1:8000", self.url)
+        if exported := re.fullmatch(r"export (\w+)=\$\((.*)\)", line):
+            self._monkeypatch.setenv(exported[1], self.said(exported[2]).strip())
+            return ""
+        program, *words = shlex.split(os.path.expandvars(line))
+        if program == "curl":
+            _, address, _, header = words
+            return httpx.get(address, headers=[header.split(": ")], trust_env=False).text
+        assert program == "vila-ops"
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, f"{line}: {done.output} {done.exception!r}"
+        return done.stdout
+
+    def answering(self) -> str | None:
+        """The digest of what answers who has the key; who has none is refused."""
+        assert httpx.get(f"{self.url}/v1/models", trust_env=False).status_code == 401
+        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=os.environ["VILA_API_KEY"], max_retries=0)
+        messages = [{"role": "user", "content": "Hello"}]
+        return client.chat.completions.create(model="mine", messages=messages, max_tokens=2).system_fingerprint
+
+
+@pytest.fixture
+def reader(
+    resources: Path, tmp_path: Path, free_ports: Callable[[int], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Reader]:
+    """With the resources of this module; what is still served at the end of the test ends with it."""
+    port = free_ports(1)[0]
+    made = Reader(tmp_path, port, monkeypatch)
+    inline = yaml.safe_load(resources.read_text()) | {"serve": {"port": port}}
+    Path("configs/resources/inline.yaml").write_text(yaml.safe_dump(inline))
+    Path("protected.yaml").write_text(made.text_of("yaml"))
+    yield made
+    CliRunner().invoke(app, ["undeploy", "configs/recipes/mine.yaml", "-r", "protected.yaml"])
+
+
+@pytest.mark.slow
+def test_the_page_on_serving_leads_to_a_protected_endpoint_with_a_canary(ran: Json, reader: Reader) -> None:
+    recipe: Json = {"extends": [str(ROOT / TINY)], "service": {"name": "mine"}, "gate": {"model_name": "mine"}}
+    Path("configs/recipes/mine.yaml").write_text(yaml.safe_dump(recipe))
+    key, deploy, listed, *changed = reader.lines()
+    register, canary, promote, rollback, undeploy = changed
+    for line in (key, deploy):
+        reader.said(line)
+    first = ran["models"]["sft"]["digest"]
+    assert [model["digest"] for model in json.loads(reader.said(listed))["data"]] == [first]
+    assert reader.answering() == first
+
+    recipe |= {"stages": {"sft": {"mixture": {"sources": {"instructions": {"weight": 0.25}}}}}}
+    Path("configs/recipes/mine.yaml").write_text(yaml.safe_dump(recipe))
+    assert json.loads(reader.said(register))["version"] == 2
+    second = json.loads(reader.said(canary))
+    assert (second["url"], second["version"], second["model"] != first) == (reader.url, 2, True)
+    assert reader.answering() in (first, second["model"])
+    reader.said(promote)
+    assert reader.answering() == second["model"]
+    reader.said(rollback)
+    assert reader.answering() == first
+    reader.said(undeploy)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(reader.url, trust_env=False)
 
 
 def test_doctor_and_status_print_one_json_list(tmp_path: Path) -> None:
